@@ -1,0 +1,37 @@
+# Two commands from a clean checkout: `make demo` and `make test`. Each creates .venv from requirements.lock first.
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements.lock
+JOBS ?= 2
+
+.PHONY: demo test lint types unit lock clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m experiments.demo --workdir=demo_out
+
+test: lint types unit
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+unit: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+$(VENV)/installed: $(LOCK) pyproject.toml
+	@python=$$(sh ./.ci/find_python) && echo "Creating $(VENV) with $$python" && "$$python" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Maintainers: resolve the lock again, jax held at the version that every number in the repository was made with.
+lock:
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.12 --generate-hashes \
+	  --no-emit-index-url --no-header --no-annotate --constraint .ci/constraints.txt --upgrade -o $(LOCK)
+
+clean:
+	rm -rf $(VENV) demo_out .pytest_cache .ruff_cache .mypy_cache

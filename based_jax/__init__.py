@@ -1,0 +1,1 @@
+"""Based and the sequence mixers it is compared with, in JAX."""

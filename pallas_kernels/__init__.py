@@ -1,0 +1,1 @@
+"""Accelerator kernels: arrays in, arrays out, one file per (operation, backend)."""
