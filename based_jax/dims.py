@@ -1,0 +1,24 @@
+"""The glossary of dimension letters, and the array types built on them.
+
+B batch · T time (queries) · S time (keys) · D model · H heads · K query/key feature dim · V value head dim ·
+E expanded features · C chunk · N state dim of an SSM · F MLP hidden · W window · L layers · R vmapped runs.
+
+A name carries a shape suffix (`q_BTHK`) where the rank or the order of dimensions changes, and nowhere else.
+"""
+
+from jaxtyping import Array, Bool, Float, Int
+
+BT = Int[Array, "B T"]
+BD = Float[Array, "B D"]
+BTD = Float[Array, "B T D"]
+BTHK = Float[Array, "B T H K"]
+BTHV = Float[Array, "B T H V"]
+BSHK = Float[Array, "B S H K"]
+BSHV = Float[Array, "B S H V"]
+BHK = Float[Array, "B H K"]
+BHV = Float[Array, "B H V"]
+BHEV = Float[Array, "B H E V+1"]
+BWD = Float[Array, "B W D"]
+WD = Float[Array, "W D"]
+BS_mask = Bool[Array, "B S"]
+Tokens = Int[Array, "B"]

@@ -1,0 +1,1 @@
+"""NNX modules: layers, mixers, blocks and the language model."""

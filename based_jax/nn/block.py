@@ -1,0 +1,144 @@
+"""A residual block, and a repeated pattern of blocks that is stacked and scanned."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from based_jax.dims import BD, BT, BTD
+from based_jax.nn import layers
+from based_jax.nn.mixers import make_mixer
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nnx.Module):
+    """Pre-norm mixer and pre-norm MLP around a fp32 residual stream.
+
+    Source: HazyResearch/based:based/models/block.py.
+    """
+
+    def __init__(self, kind: str, options: dict, config, *, rngs: nnx.Rngs):
+        dtype, std = jnp.dtype(config.dtype), layers.residual_std(len(config.layers))
+        norm, mlp = layers.NORMS[config.norm], layers.MLPS[config.mlp]
+        self.dtype = dtype
+        self.norm1 = norm(config.d_model, rngs=rngs)
+        self.mixer = make_mixer(kind, config.d_model, out_std=std, dtype=dtype, rngs=rngs, **options)
+        self.norm2 = norm(config.d_model, rngs=rngs)
+        self.mlp = mlp(config.d_model, config.hidden_dim, out_std=std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, r: BTD, segment_ids: BT | None = None) -> BTD:
+        """Update the residual stream of a whole sequence."""
+        return self._mlp(r + self.mixer(self._normed(r), segment_ids))
+
+    def init_cache(self, batch: int, max_len: int):
+        """Return the mixer's cache before the first token."""
+        return self.mixer.init_cache(batch, max_len)
+
+    def prefill(self, r: BTD, cache, segment_ids: BT | None = None):
+        """Update the residual stream of the next tokens; return it and the cache after them."""
+        y, cache = self.mixer.prefill(self._normed(r), cache, segment_ids)
+        return self._mlp(r + y), cache
+
+    def step(self, r: BD, cache):
+        """Update the residual stream of one token; return it and the cache after it."""
+        y, cache = self.mixer.step(self._normed(r), cache)
+        return self._mlp(r + y), cache
+
+    def _normed(self, r):
+        return self.norm1(r).astype(self.dtype)
+
+    def _mlp(self, r):
+        return r + self.mlp(self.norm2(r).astype(self.dtype))
+
+
+class Stack(nnx.Module):
+    """`repeats` copies of a pattern of blocks; more than one are stacked along a leading axis and scanned."""
+
+    def __init__(self, pattern: Sequence[tuple[str, dict]], repeats: int, config, *, rngs: nnx.Rngs):
+        def build(rngs):
+            return nnx.List([Block(kind, dict(options), config, rngs=rngs) for kind, options in pattern])
+
+        self.repeats = repeats
+        self.remat = config.remat
+        if repeats == 1:
+            self.blocks = build(rngs)
+        else:
+            stacked = nnx.vmap(build, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+            self.blocks = stacked(rngs.split(repeats))
+
+    def __call__(self, r: BTD, segment_ids: BT | None = None) -> BTD:
+        """Update the residual stream of a whole sequence."""
+
+        def forward(blocks, r, _):
+            for block in blocks:
+                r = block(r, segment_ids)
+            return r, None
+
+        return self._run(forward, r, None)[0]
+
+    def init_cache(self, batch: int, max_len: int):
+        """Return the caches of all blocks, stacked like the parameters."""
+        caches = tuple(block.init_cache(batch, max_len) for block in self.blocks)
+        if self.repeats == 1:
+            return caches
+        return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (self.repeats, *x.shape)), caches)
+
+    def prefill(self, r: BTD, caches, segment_ids: BT | None = None):
+        """Update the residual stream of the next tokens; return it and the caches after them."""
+        return self._run(_through(lambda block, r, cache: block.prefill(r, cache, segment_ids)), r, caches)
+
+    def step(self, r: BD, caches):
+        """Update the residual stream of one token; return it and the caches after it."""
+        return self._run(_through(lambda block, r, cache: block.step(r, cache)), r, caches)
+
+    def _run(self, forward: Callable, r, caches) -> tuple[Any, Any]:
+        """Call `forward(blocks, r, caches)` for each copy of the pattern, rematerialised as the config says."""
+        graphdef, params = nnx.split(self.blocks)
+
+        def body(r, inputs):
+            params, caches = inputs
+            return forward(nnx.merge(graphdef, params), r, caches)
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, prevent_cse=self.repeats == 1, policy=REMAT[self.remat])
+        return body(r, (params, caches)) if self.repeats == 1 else jax.lax.scan(body, r, (params, caches))
+
+
+def _through(call: Callable) -> Callable:
+    """Return a pass through a pattern's blocks that collects each one's new cache."""
+
+    def forward(blocks, r, caches):
+        after = []
+        for block, cache in zip(blocks, caches, strict=True):
+            r, cache = call(block, r, cache)
+            after.append(cache)
+        return r, tuple(after)
+
+    return forward
+
+
+def repeating_patterns(layers: Sequence) -> list[tuple[Sequence, int]]:
+    """Cut a layer list into (pattern, repeats), at each place the pattern that covers most, the shortest if equal."""
+    groups, start = [], 0
+    while start < len(layers):
+        period, repeats = max(
+            ((p, _repeats(layers[start:], p)) for p in range(1, len(layers) - start + 1)),
+            key=lambda pr: (pr[0] * pr[1] if pr[1] > 1 else 1, -pr[0]),
+        )
+        groups.append((layers[start : start + period], repeats))
+        start += period * repeats
+    return groups
+
+
+def _repeats(layers: Sequence, period: int) -> int:
+    repeats = 1
+    while layers[repeats * period : (repeats + 1) * period] == layers[:period]:
+        repeats += 1
+    return repeats

@@ -1,0 +1,127 @@
+"""Layers that every model shares, and the one place where dtypes and initial values are decided.
+
+Parameters are fp32 masters. A layer computes in its `dtype` (bf16 on accelerators); norms, the residual stream,
+softmax, recurrent states and the loss are fp32 whatever it is.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from based_jax.errors import UserError
+
+# Variables carry logical axis names; `based_jax.parallel.shardings` turns them into shardings once a mesh is known.
+nnx.use_eager_sharding(False)
+
+INIT_STD = 0.02
+
+
+def linear(
+    d_in: int, d_out: int, names: tuple[str, str], *, bias: bool = False, std: float = INIT_STD, dtype, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """Return a linear layer with kernel N(0, std^2), zero bias and the logical axis names of its kernel."""
+    return nnx.Linear(
+        d_in,
+        d_out,
+        use_bias=bias,
+        kernel_init=nnx.initializers.normal(std),
+        kernel_metadata={"out_sharding": names},
+        bias_metadata={"out_sharding": names[1:]},
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def residual_std(num_layers: int) -> float:
+    """Return the deviation of projections back into the residual stream of a model with that many layers."""
+    return INIT_STD / math.sqrt(2 * num_layers)
+
+
+def rms_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Return RMSNorm with eps 1e-5 in fp32 (HazyResearch/based:based/ops/triton/layer_norm.py)."""
+    return nnx.RMSNorm(d_model, epsilon=1e-5, scale_metadata={"out_sharding": ("embed",)}, rngs=rngs)
+
+
+def layer_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Return LayerNorm with bias and eps 1e-5 in fp32."""
+    names = {"out_sharding": ("embed",)}
+    return nnx.LayerNorm(
+        d_model, epsilon=1e-5, use_fast_variance=False, scale_metadata=names, bias_metadata=names, rngs=rngs
+    )
+
+
+NORMS = {"rms": rms_norm, "layer": layer_norm}
+
+
+def uniform(shape: tuple[int, ...], fan_in: int, *, rngs: nnx.Rngs) -> nnx.Param:
+    """Return a parameter over channels, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for a depthwise conv."""
+    bound = 1 / math.sqrt(fan_in)
+    values = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+    return nnx.Param(values, out_sharding=(None,) * (len(shape) - 1) + ("mlp",))
+
+
+class SwiGLU(nnx.Module):
+    """Gated MLP: fc2(value * silu(gate)) with (value, gate) = fc1(x), value first.
+
+    Source: HazyResearch/based:based/models/mlp.py, `GatedMlp`.
+    """
+
+    def __init__(self, d_model: int, d_hidden: int, *, out_std: float, dtype, rngs: nnx.Rngs):
+        self.fc1 = linear(d_model, 2 * d_hidden, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.fc2 = linear(d_hidden, d_model, ("mlp", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Apply to each token."""
+        value, gate = jnp.split(self.fc1(x), 2, axis=-1)
+        return self.fc2(value * jax.nn.silu(gate))
+
+
+class Identity(nnx.Module):
+    """No MLP, as in zoology's MQAR models: the block then adds its second norm's output to the residual."""
+
+    def __init__(self, d_model: int, d_hidden: int, *, out_std: float, dtype, rngs: nnx.Rngs):
+        pass
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Return x."""
+        return x
+
+
+MLPS = {"swiglu": SwiGLU, "identity": Identity}
+
+
+def rotary(x: Float[Array, "B T H K"], positions: Int[Array, "T"], dim: int, base: float) -> Float[Array, "B T H K"]:
+    """Rotate pairs (j, j + R/2) of the first R components by position * base^(-2j/dim); the others pass.
+
+    An odd `dim` has ceil(dim/2) frequencies, so R is dim + 1 (flash-attention v2.5.2, as attn-1b uses it with 35).
+    """
+    frequencies = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1))
+    half = frequencies.shape[0]
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
+    cos, sin = (f(angles)[None, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def head_dim(d_model: int, num_heads: int) -> int:
+    """Return d_model / num_heads.
+
+    Raises:
+      UserError: the heads do not divide the width.
+    """
+    if num_heads < 1 or d_model % num_heads:
+        raise UserError(f"d_model {d_model} cannot be divided into {num_heads} heads of equal size.")
+    return d_model // num_heads
+
+
+def split_heads(x: Float[Array, "*B D"], num_heads: int) -> Float[Array, "*B H K"]:
+    """Cut the last axis into heads."""
+    return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
+def merge_heads(x: Float[Array, "*B H V"]) -> Float[Array, "*B D"]:
+    """Join the heads into the last axis."""
+    return x.reshape(*x.shape[:-2], -1)

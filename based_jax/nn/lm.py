@@ -1,0 +1,150 @@
+"""The language model: an embedding, the layers that a list names, a norm, and the embedding again as the head."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from based_jax.dims import BD, BT, BTD, Tokens
+from based_jax.errors import UserError, unknown
+from based_jax.nn import layers
+from based_jax.nn.block import REMAT, Stack, repeating_patterns
+from based_jax.nn.mixers import Mixer, check_options
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class LMConfig:
+    """A model: the layer list is the architecture.
+
+    Attributes:
+      layers: one (mixer name, options of its Config) per layer, in order.
+      d_model: width D of the residual stream.
+      vocab_size: tokens of the tokenizer; the embedding is padded to a multiple of `pad_vocab_multiple`.
+      mlp, norm: "swiglu" or "identity"; "rms" or "layer".
+      mlp_dim: hidden width F of the MLP; 0 for 2 D.
+      dtype: what layers compute in; parameters, norms, the residual, states and logits are fp32.
+      scan_layers: stack and scan repeated patterns of layers, which compiles faster and shards the same.
+      remat: what a layer keeps for its backward pass: "none" recomputes nothing, "dots" keeps projections only,
+        "full" keeps nothing.
+    """
+
+    layers: tuple[tuple[str, dict[str, Any]], ...]
+    d_model: int
+    vocab_size: int = 50257
+    pad_vocab_multiple: int = 8
+    mlp: str = "swiglu"
+    mlp_dim: int = 0
+    norm: str = "rms"
+    dtype: str = "bfloat16"
+    scan_layers: bool = False
+    remat: str = "none"
+
+    def __post_init__(self):
+        if not self.layers:
+            raise UserError("layers is empty; name at least one mixer.")
+        if self.d_model < 1 or self.vocab_size < 1:
+            raise UserError(f"d_model is {self.d_model} and vocab_size {self.vocab_size}; both are at least 1.")
+        for kind, options in self.layers:
+            check_options(kind, options)
+        _check("norm", self.norm, layers.NORMS)
+        _check("mlp", self.mlp, layers.MLPS)
+        _check("dtype", self.dtype, DTYPES)
+        _check("remat", self.remat, REMAT)
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width F of the MLP."""
+        return self.mlp_dim or 2 * self.d_model
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return -(-self.vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
+
+
+def _check(what: str, name: str, allowed: Collection[str]) -> None:
+    if name not in allowed:
+        raise unknown(what, name, allowed)
+
+
+class LM(nnx.Module):
+    """A causal language model over the mixers of `config.layers`.
+
+    Every pass returns hidden states; `logits` maps them to the padded vocabulary. Keys enter only at construction.
+    """
+
+    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        patterns = repeating_patterns(config.layers) if config.scan_layers else [((x,), 1) for x in config.layers]
+        self.embed = nnx.Embed(
+            config.padded_vocab_size,
+            config.d_model,
+            embedding_init=nnx.initializers.normal(layers.INIT_STD),
+            embedding_metadata={"out_sharding": ("vocab", "embed")},
+            rngs=rngs,
+        )
+        self.stacks = nnx.List([Stack(pattern, repeats, config, rngs=rngs) for pattern, repeats in patterns])
+        self.norm = layers.NORMS[config.norm](config.d_model, rngs=rngs)
+
+    def __call__(self, ids: BT, segment_ids: BT | None = None) -> Float[Array, "B T vocab"]:
+        """Return fp32 logits of every position."""
+        return self.logits(self.hidden(ids, segment_ids))
+
+    def hidden(self, ids: BT, segment_ids: BT | None = None) -> BTD:
+        """Return the final hidden state of every position."""
+        r = self.embed(ids)
+        for stack in self.stacks:
+            r = stack(r, segment_ids)
+        return self._out(r)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
+        """Return fp32 logits over the padded vocabulary: the head is the embedding."""
+        table = self.embed.embedding[...].astype(hidden.dtype)
+        return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, max_len: int) -> tuple:
+        """Return the caches of all layers for `batch` sequences of up to `max_len` tokens."""
+        return tuple(stack.init_cache(batch, max_len) for stack in self.stacks)
+
+    def prefill(self, ids: BT, cache: tuple, segment_ids: BT | None = None) -> tuple[BTD, tuple]:
+        """Read the next tokens of a sequence; return their hidden states and the caches after them."""
+        r, after = self.embed(ids), []
+        for stack, old in zip(self.stacks, cache, strict=True):
+            r, new = stack.prefill(r, old, segment_ids)
+            after.append(new)
+        return self._out(r), tuple(after)
+
+    def step(self, ids: Tokens, cache: tuple) -> tuple[BD, tuple]:
+        """Read one token; return its hidden state and the caches after it."""
+        r, after = self.embed(ids), []
+        for stack, old in zip(self.stacks, cache, strict=True):
+            r, new = stack.step(r, old)
+            after.append(new)
+        return self._out(r), tuple(after)
+
+    def mixers(self) -> list[Mixer]:
+        """Return each layer's mixer in order; the layers of one repeated pattern share a module."""
+        return [block.mixer for stack in self.stacks for _ in range(stack.repeats) for block in stack.blocks]
+
+    def num_params(self) -> int:
+        """Return the number of parameters, the tied head once."""
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+    def state_size(self, seq_len: int) -> int:
+        """Return the decode state of one sequence in elements, by the paper's accounting."""
+        return sum(mixer.state_size(seq_len) for mixer in self.mixers())
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return forward FLOPs of one token: mixers, MLPs and head."""
+        mlp = 6 * self.config.d_model * self.config.hidden_dim if self.config.mlp == "swiglu" else 0
+        head = 2 * self.config.d_model * self.config.padded_vocab_size
+        return sum(mixer.flops_per_token(seq_len) + mlp for mixer in self.mixers()) + head
+
+    def _out(self, r):
+        return self.norm(r).astype(jnp.dtype(self.config.dtype))

@@ -1,0 +1,85 @@
+"""Every sequence mixer, one file each, under the contract that `tests/test_contracts.py` holds them to.
+
+A new mixer is one new file and one line in `MIXERS`.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, ClassVar, Protocol
+
+import jax.numpy as jnp
+from flax import nnx
+
+from based_jax.dims import BD, BT, BTD
+from based_jax.errors import unknown
+from based_jax.nn.layers import INIT_STD
+from based_jax.nn.mixers.attention import Attention
+from based_jax.nn.mixers.base_conv import BaseConv
+from based_jax.nn.mixers.conv import GatedConv
+from based_jax.nn.mixers.taylor import TaylorAttention
+from based_jax.nn.mixers.window import WindowAttention
+
+
+class Mixer(Protocol):
+    """What a mixer is; a cache is any pytree with leading batch axes.
+
+    `state_size` counts elements per sequence in the paper's accounting, `flops_per_token` the forward pass.
+    """
+
+    Config: ClassVar[Any]
+
+    def __init__(self, d_model: int, config: Any, *, out_std: float, dtype: Any, rngs: nnx.Rngs): ...
+
+    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+        """Mix a whole sequence."""
+        ...
+
+    def init_cache(self, batch: int, max_len: int) -> Any:
+        """Return the cache before the first token of sequences of up to `max_len` tokens."""
+        ...
+
+    def prefill(self, x: BTD, cache: Any, segment_ids: BT | None = None) -> tuple[BTD, Any]:
+        """Mix the next tokens of a sequence and return the cache after them."""
+        ...
+
+    def step(self, x: BD, cache: Any) -> tuple[BD, Any]:
+        """Mix one token and return the cache after it."""
+        ...
+
+    def state_size(self, seq_len: int) -> int:
+        """Return the elements of decode state after `seq_len` tokens."""
+        ...
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return the mean forward FLOPs of one token of a sequence of `seq_len`."""
+        ...
+
+
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention,
+    "base_conv": BaseConv,
+    "conv": GatedConv,
+    "taylor": TaylorAttention,
+    "window": WindowAttention,
+}
+
+
+def make_mixer(kind: str, d_model: int, *, out_std: float = INIT_STD, dtype=jnp.float32, rngs: nnx.Rngs, **options):
+    """Return the mixer named `kind` at width D, with `options` for its Config.
+
+    Raises:
+      UserError: the kind or an option is unknown, or a value is impossible.
+    """
+    check_options(kind, options)
+    mixer = MIXERS[kind]
+    return mixer(d_model, mixer.Config(**options), out_std=out_std, dtype=dtype, rngs=rngs)
+
+
+def check_options(kind: str, options: Iterable[str]) -> None:
+    """Raise UserError for a mixer that does not exist, or an option that it does not have."""
+    if kind not in MIXERS:
+        raise unknown("mixer", kind, MIXERS)
+    allowed = [field.name for field in dataclasses.fields(MIXERS[kind].Config)]
+    for option in options:
+        if option not in allowed:
+            raise unknown(f"option of mixer '{kind}'", option, allowed)

@@ -1,0 +1,95 @@
+"""Softmax attention with rotary positions: the mixer of Transformer++ (arXiv 2402.18668, section 5)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from based_jax.dims import BD, BT, BTD
+from based_jax.nn import layers
+from based_jax.nn.cache import KVCache
+from based_jax.ops import segments
+from based_jax.ops.softmax import attention, attention_step, masked_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Heads, the share of each head that rotary turns (0 for none), its base, biases, and the implementation."""
+
+    num_heads: int = 16
+    rotary_fraction: float = 0.5
+    rotary_base: float = 10000.0
+    bias: bool = False
+    impl: str = "auto"
+
+
+class Attention(nnx.Module):
+    """Causal multi-head attention; the cache holds every key and value.
+
+    Source: HazyResearch/based:based/models/transformer/mha.py; zoology:zoology/mixers/attention.py with bias and
+    without rotary.
+    """
+
+    Config: ClassVar = AttentionConfig
+
+    def __init__(
+        self,
+        d_model: int,
+        config: AttentionConfig,
+        *,
+        out_std: float = layers.INIT_STD,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.d_model = d_model
+        self.dtype = dtype
+        self.head_dim = layers.head_dim(d_model, config.num_heads)
+        self.rotary_dim = int(config.rotary_fraction * self.head_dim)
+        self.qkv = layers.linear(d_model, 3 * d_model, ("embed", "heads"), bias=config.bias, dtype=dtype, rngs=rngs)
+        self.out_proj = layers.linear(
+            d_model, d_model, ("heads", "embed"), bias=config.bias, std=out_std, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+        """Mix a whole sequence."""
+        o = attention(*self.rotated_qkv(x, 0), segment_ids=segment_ids, impl=self.config.impl)
+        return self.out_proj(layers.merge_heads(o))
+
+    def init_cache(self, batch: int, max_len: int) -> KVCache:
+        """Return an empty cache for sequences of up to `max_len` tokens."""
+        return KVCache.empty(batch, max_len, self.config.num_heads, self.head_dim, self.dtype)
+
+    def prefill(self, x: BTD, cache: KVCache, segment_ids: BT | None = None) -> tuple[BTD, KVCache]:
+        """Mix the next tokens of a sequence and return the cache after them."""
+        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        q, k, v = self.rotated_qkv(x, cache.length)
+        past = cache.in_order()
+        earlier = segments.same_document(ids, cache.past_ids(ids))
+        within = segments.same_document(ids, ids) & jnp.tri(x.shape[1], dtype=bool)[None]
+        keys, values = jnp.concatenate([past.k, k], axis=1), jnp.concatenate([past.v, v], axis=1)
+        o = masked_attention(q, keys, values, jnp.concatenate([earlier, within], axis=2))
+        return self.out_proj(layers.merge_heads(o)), cache.extend(k, v, ids)
+
+    def step(self, x: BD, cache: KVCache) -> tuple[BD, KVCache]:
+        """Mix one token and return the cache after it."""
+        q, k, v = (y[:, 0] for y in self.rotated_qkv(x[:, None], cache.length))
+        cache = cache.append(k, v)
+        o = attention_step(q, cache.k, cache.v, cache.visible())
+        return self.out_proj(layers.merge_heads(o)), cache
+
+    def state_size(self, seq_len: int) -> int:
+        """Return 2 D elements for each of `seq_len` tokens; equal to the cache's when `max_len` is `seq_len`."""
+        return 2 * self.d_model * seq_len
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return forward FLOPs: the projections, and scores and sums over half of `seq_len` keys on average."""
+        return 8 * self.d_model**2 + 2 * self.d_model * seq_len
+
+    def rotated_qkv(self, x: BTD, start):
+        """Return queries and keys rotated by their position, counted from `start`, and values: (B, T, H, D/H) each."""
+        q, k, v = (layers.split_heads(y, self.config.num_heads) for y in jnp.split(self.qkv(x), 3, axis=-1))
+        positions = start + jnp.arange(x.shape[1])
+        q, k = (layers.rotary(y, positions, self.rotary_dim, self.config.rotary_base) for y in (q, k))
+        return q, k, v

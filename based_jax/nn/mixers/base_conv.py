@@ -1,0 +1,82 @@
+"""The gated convolution of the MQAR models, zoology's "BaseConv" (arXiv 2312.04927, section 4)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from based_jax.dims import BD, BT, BTD, BWD
+from based_jax.nn import layers
+from based_jax.ops.conv import short_conv, short_conv_step
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConvConfig:
+    """Taps of the convolution."""
+
+    kernel_size: int = 3
+    impl: str = "auto"
+
+
+class BaseConv(nnx.Module):
+    """y = (conv(x) + bias) * projection(x) + x, the residual inside; the state is the last taps' inputs.
+
+    Source: HazyResearch/zoology:zoology/mixers/base_conv.py, `BaseConv` with a short kernel and no activation.
+    """
+
+    Config: ClassVar = BaseConvConfig
+
+    def __init__(
+        self,
+        d_model: int,
+        config: BaseConvConfig,
+        *,
+        out_std: float = layers.INIT_STD,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.d_model = d_model
+        self.dtype = dtype
+        self.projection = layers.linear(d_model, d_model, ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+        self.conv_kernel = layers.uniform((config.kernel_size, d_model), config.kernel_size, rngs=rngs)
+        self.conv_bias = layers.uniform((d_model,), config.kernel_size, rngs=rngs)
+
+    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+        """Mix a whole sequence."""
+        y = short_conv(x, self.conv_kernel[...], segment_ids=segment_ids, impl=self.config.impl)
+        return self._gate(x, y)
+
+    def init_cache(self, batch: int, max_len: int) -> BWD:
+        """Return the inputs before the first token; their size does not depend on `max_len`."""
+        return jnp.zeros((batch, self.config.kernel_size, self.d_model), self.dtype)
+
+    def prefill(self, x: BTD, cache: BWD, segment_ids: BT | None = None) -> tuple[BTD, BWD]:
+        """Mix the next tokens of a sequence and return the inputs that the token after them needs."""
+        y, cache = short_conv(
+            x,
+            self.conv_kernel[...],
+            state=cache,
+            segment_ids=segment_ids,
+            return_state=True,
+            impl=self.config.impl,
+        )
+        return self._gate(x, y), cache
+
+    def step(self, x: BD, cache: BWD) -> tuple[BD, BWD]:
+        """Mix one token and return the inputs that the next one needs."""
+        y, cache = short_conv_step(x, self.conv_kernel[...], cache)
+        return self._gate(x, y), cache
+
+    def state_size(self, seq_len: int) -> int:
+        """Return one input per tap and channel; equal to the cache's."""
+        return self.config.kernel_size * self.d_model
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return forward FLOPs: the projection and the taps."""
+        return 2 * self.d_model**2 + 2 * self.config.kernel_size * self.d_model
+
+    def _gate(self, x, y):
+        bias = self.conv_bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return (y + bias) * self.projection(x) + x

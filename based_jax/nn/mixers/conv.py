@@ -1,0 +1,89 @@
+"""The gated short convolution of Based's language models, "BaseConv" (arXiv 2402.18668, section 4.3)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from based_jax.dims import BD, BT, BTD, BWD
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.ops.conv import short_conv, short_conv_step
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedConvConfig:
+    """Taps of the convolution, and the width of the input projection as a multiple of D (half of it is the gate)."""
+
+    kernel_size: int = 3
+    expand: int = 4
+    impl: str = "auto"
+
+
+class GatedConv(nnx.Module):
+    """y = out_proj(SiLU(conv(u1)) * u2) with (u1, u2) = in_proj(x); the state is the last taps' inputs.
+
+    Source: HazyResearch/based:based/models/mixers/convolution.py, `BaseConv`.
+    """
+
+    Config: ClassVar = GatedConvConfig
+
+    def __init__(
+        self,
+        d_model: int,
+        config: GatedConvConfig,
+        *,
+        out_std: float = layers.INIT_STD,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if config.expand < 2 or config.expand % 2:
+            raise UserError(f"expand is {config.expand}; half of the projection gates the other, so it is even.")
+        self.config = config
+        self.d_model = d_model
+        self.dtype = dtype
+        self.d_inner = config.expand * d_model // 2
+        self.in_proj = layers.linear(d_model, 2 * self.d_inner, ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+        self.conv_kernel = layers.uniform((config.kernel_size, self.d_inner), config.kernel_size, rngs=rngs)
+        self.out_proj = layers.linear(
+            self.d_inner, d_model, ("mlp", "embed"), bias=True, std=out_std, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+        """Mix a whole sequence."""
+        u, gate = jnp.split(self.in_proj(x), 2, axis=-1)
+        y = short_conv(u, self.conv_kernel[...], segment_ids=segment_ids, impl=self.config.impl)
+        return self.out_proj(jax.nn.silu(y) * gate)
+
+    def init_cache(self, batch: int, max_len: int) -> BWD:
+        """Return the inputs before the first token; their size does not depend on `max_len`."""
+        return jnp.zeros((batch, self.config.kernel_size, self.d_inner), self.dtype)
+
+    def prefill(self, x: BTD, cache: BWD, segment_ids: BT | None = None) -> tuple[BTD, BWD]:
+        """Mix the next tokens of a sequence and return the inputs that the token after them needs."""
+        u, gate = jnp.split(self.in_proj(x), 2, axis=-1)
+        y, cache = short_conv(
+            u,
+            self.conv_kernel[...],
+            state=cache,
+            segment_ids=segment_ids,
+            return_state=True,
+            impl=self.config.impl,
+        )
+        return self.out_proj(jax.nn.silu(y) * gate), cache
+
+    def step(self, x: BD, cache: BWD) -> tuple[BD, BWD]:
+        """Mix one token and return the inputs that the next one needs."""
+        u, gate = jnp.split(self.in_proj(x), 2, axis=-1)
+        y, cache = short_conv_step(u, self.conv_kernel[...], cache)
+        return self.out_proj(jax.nn.silu(y) * gate), cache
+
+    def state_size(self, seq_len: int) -> int:
+        """Return one input per tap and inner channel; equal to the cache's."""
+        return self.config.kernel_size * self.d_inner
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return forward FLOPs: the projections and the taps."""
+        return 6 * self.d_model * self.d_inner + 2 * self.config.kernel_size * self.d_inner

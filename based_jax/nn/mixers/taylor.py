@@ -1,0 +1,75 @@
+"""Based's global mixer: Taylor linear attention (arXiv 2402.18668, section 4.1)."""
+
+import dataclasses
+from typing import ClassVar
+
+from flax import nnx
+
+from based_jax.dims import BD, BHEV, BT, BTD
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.ops import taylor
+
+
+@dataclasses.dataclass(frozen=True)
+class TaylorConfig:
+    """Heads, the query/key width K that the Taylor features expand, and the implementation of the operation."""
+
+    num_heads: int = 16
+    feature_dim: int = 16
+    impl: str = "auto"
+
+
+class TaylorAttention(nnx.Module):
+    """Queries and keys of K components a head, values of D/H; the state is (H, E, V+1) fp32 a sequence.
+
+    Source: HazyResearch/based:based/models/mixers/linear_attention.py, `LinearAttention`.
+    """
+
+    Config: ClassVar = TaylorConfig
+
+    def __init__(self, d_model: int, config: TaylorConfig, *, out_std: float, dtype, rngs: nnx.Rngs):
+        if not 1 <= config.feature_dim <= 32:
+            raise UserError(f"feature_dim is {config.feature_dim}; Taylor attention takes 1 to 32.")
+        self.config = config
+        self.d_model = d_model
+        self.value_dim = layers.head_dim(d_model, config.num_heads)
+        features = config.num_heads * config.feature_dim
+        self.proj_q = layers.linear(d_model, features, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.proj_k = layers.linear(d_model, features, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.proj_v = layers.linear(d_model, d_model, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+        """Mix a whole sequence."""
+        o = taylor.taylor_attention(*self._qkv(x), segment_ids=segment_ids, impl=self.config.impl)
+        return self.out_proj(layers.merge_heads(o))
+
+    def init_cache(self, batch: int, max_len: int) -> BHEV:
+        """Return the state before the first token; its size does not depend on `max_len`."""
+        return taylor.initial_state(batch, self.config.num_heads, self.config.feature_dim, self.value_dim)
+
+    def prefill(self, x: BTD, cache: BHEV, segment_ids: BT | None = None) -> tuple[BTD, BHEV]:
+        """Mix the next tokens of a sequence and return the state after them."""
+        o, cache = taylor.taylor_attention(
+            *self._qkv(x), state=cache, segment_ids=segment_ids, return_state=True, impl=self.config.impl
+        )
+        return self.out_proj(layers.merge_heads(o)), cache
+
+    def step(self, x: BD, cache: BHEV) -> tuple[BD, BHEV]:
+        """Mix one token and return the state after it."""
+        q, k, v = self._qkv(x)
+        o, cache = taylor.taylor_attention_step(q, k, v, cache)
+        return self.out_proj(layers.merge_heads(o)), cache
+
+    def state_size(self, seq_len: int) -> int:
+        """Return H (V+1) E elements, E = 1 + K + K(K+1)/2; equal to the cache's."""
+        return self.config.num_heads * (self.value_dim + 1) * taylor.expanded_dim(self.config.feature_dim)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return forward FLOPs: the projections, and writing and reading the state once (chunked forms do more)."""
+        projections = 2 * self.d_model * (2 * self.config.num_heads * self.config.feature_dim + 2 * self.d_model)
+        return projections + 4 * self.state_size(seq_len)
+
+    def _qkv(self, x):
+        return tuple(layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_q, self.proj_k, self.proj_v))

@@ -1,0 +1,75 @@
+"""Based's local mixer: exact softmax attention over a short sliding window (arXiv 2402.18668, section 4.2)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from based_jax.dims import BT, BTD
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.nn.cache import KVCache
+from based_jax.nn.mixers import attention
+from based_jax.ops import window_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowConfig(attention.AttentionConfig):
+    """As full attention, and the window: the number of keys that a query sees, its own included.
+
+    The released models' `window_size` of 256 is a window of 129: flash-attention counts half of it to the left.
+    """
+
+    rotary_fraction: float = 1.0
+    window: int = 64
+
+
+class WindowAttention(attention.Attention):
+    """Attention whose cache is a ring of `window` keys and values.
+
+    Source: HazyResearch/based:based/models/mixers/slide_attention.py; zoology:zoology/mixers/slide_attn.py with bias,
+    one head and no rotary.
+    """
+
+    Config: ClassVar = WindowConfig
+    config: WindowConfig
+
+    def __init__(self, d_model: int, config: WindowConfig, *, out_std: float, dtype, rngs: nnx.Rngs):
+        if config.window < 1:
+            raise UserError(f"window is {config.window}; it counts the query's own key, so it is at least 1.")
+        super().__init__(d_model, config, out_std=out_std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+        """Mix a whole sequence."""
+        o = window_attention(
+            *self.rotated_qkv(x, 0), window=self.config.window, segment_ids=segment_ids, impl=self.config.impl
+        )
+        return self.out_proj(layers.merge_heads(o))
+
+    def init_cache(self, batch: int, max_len: int) -> KVCache:
+        """Return an empty ring; its size does not depend on `max_len`."""
+        return KVCache.empty(batch, self.config.window, self.config.num_heads, self.head_dim, self.dtype)
+
+    def prefill(self, x: BTD, cache: KVCache, segment_ids: BT | None = None) -> tuple[BTD, KVCache]:
+        """Mix the next tokens of a sequence and return the ring after them."""
+        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        q, k, v = self.rotated_qkv(x, cache.length)
+        past = cache.in_order()
+        o = window_attention(
+            jnp.concatenate([jnp.zeros_like(past.k), q], axis=1),
+            jnp.concatenate([past.k, k], axis=1),
+            jnp.concatenate([past.v, v], axis=1),
+            window=self.config.window,
+            segment_ids=jnp.concatenate([cache.past_ids(ids), ids], axis=1),
+            impl=self.config.impl,
+        )
+        return self.out_proj(layers.merge_heads(o[:, cache.slots :])), cache.extend(k, v, ids)
+
+    def state_size(self, seq_len: int) -> int:
+        """Return 2 D elements for each of `window` tokens; equal to the cache's."""
+        return 2 * self.d_model * self.config.window
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return forward FLOPs: the projections, and scores and sums over the window."""
+        return 8 * self.d_model**2 + 4 * self.d_model * min(self.config.window, seq_len)

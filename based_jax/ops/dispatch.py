@@ -1,0 +1,84 @@
+"""How an operation picks its implementation: one literal table each, and `auto` that fails closed.
+
+An operation's table maps a name to an `Implementation`. `auto` takes the first accelerator entry whose platform is
+the one being compiled for and which supports the call; otherwise it runs the XLA form and logs once what it left and
+why. A named implementation that cannot run raises with the reason.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from based_jax.errors import UserError, unknown
+
+log = logging.getLogger(__name__)
+
+FALLBACK = "xla"
+
+
+def supports_all(*_args: Any, **_kwargs: Any) -> None:
+    """Every call is supported."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation.
+
+    `supports` takes the call's arguments and returns why the call cannot run, or None. `platform` is the only one it
+    runs on ("cuda", "tpu"), or None for any.
+    """
+
+    run: Callable[..., Any]
+    supports: Callable[..., str | None] = supports_all
+    platform: str | None = None
+
+
+def target_platform() -> str:
+    """Return the platform that is being compiled for: the mesh's device where one is set, else the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = device.platform if device is not None else jax.default_backend()
+    return "cuda" if platform == "gpu" else platform
+
+
+def dispatch(operation: str, table: Mapping[str, Implementation], impl: str, *args: Any, **kwargs: Any) -> Any:
+    """Run `operation` with the implementation named `impl`, or with the one that `auto` picks.
+
+    Raises:
+      UserError: `impl` is not in the table, or cannot run this call here.
+    """
+    if impl == "auto":
+        return _automatic(operation, table, *args, **kwargs).run(*args, **kwargs)
+    if impl not in table:
+        raise unknown(f"{operation} implementation", impl, [*table, "auto"])
+    chosen = table[impl]
+    if reason := _refusal(chosen, *args, **kwargs):
+        raise UserError(f"{operation}: impl='{impl}' cannot run this call: {reason}.")
+    return chosen.run(*args, **kwargs)
+
+
+def _refusal(implementation: Implementation, *args: Any, **kwargs: Any) -> str | None:
+    platform = target_platform()
+    if implementation.platform not in (None, platform):
+        return f"it needs {implementation.platform}, and this is {platform}"
+    return implementation.supports(*args, **kwargs)
+
+
+def _automatic(operation: str, table: Mapping[str, Implementation], *args: Any, **kwargs: Any) -> Implementation:
+    platform = target_platform()
+    for name, candidate in table.items():
+        if candidate.platform != platform:
+            continue
+        reason = candidate.supports(*args, **kwargs)
+        if reason is None:
+            return candidate
+        _log_once(f"{operation}: '{FALLBACK}' instead of '{name}': {reason}.")
+    return table[FALLBACK]
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.info(message)

@@ -1,0 +1,25 @@
+"""Packed documents: what `segment_ids` means to every operation.
+
+Documents stand one after another in a row; the tokens of one carry the same positive id. Id 0 is padding: it is seen
+by nobody, writes to no state, and its output is zero. A state that is handed in belongs to the first document of the
+row, a state that is handed out to the last one.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+def first_id(segment_ids: Int[Array, "B T"]) -> Int[Array, "B"]:
+    """Return the id of each row's first document, 0 where the row is all padding."""
+    first = jnp.argmax(segment_ids != 0, axis=1)
+    return jnp.take_along_axis(segment_ids, first[:, None], axis=1)[:, 0]
+
+
+def last_id(segment_ids: Int[Array, "B T"]) -> Int[Array, "B"]:
+    """Return the id of each row's last document, 0 where the row is all padding."""
+    return first_id(segment_ids[:, ::-1])
+
+
+def same_document(query_ids: Int[Array, "*B T"], key_ids: Int[Array, "*B S"]) -> Bool[Array, "*B T S"]:
+    """Return whether query t and key s stand in the same document."""
+    return (query_ids[..., :, None] == key_ids[..., None, :]) & (key_ids != 0)[..., None, :]

@@ -1,0 +1,168 @@
+"""Softmax attention, over the whole past and over a sliding window.
+
+    o_i = sum_j softmax_j(q_i.k_j / sqrt(K)) v_j ,     j in (i - window, i]
+
+The window counts visible keys, the query's own included. Softmax is fp32.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
+from based_jax.errors import UserError
+from based_jax.ops import segments
+from based_jax.ops.dispatch import Implementation, dispatch
+
+SMALLEST_BAND = 64
+
+
+def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl: str = "auto") -> BTHV:
+    """Causal softmax attention over (B, T, H, .) arrays.
+
+    Args:
+      segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
+      impl: "oracle", "xla", "cudnn" (GPU, bf16 or fp16, no packing) or "auto".
+
+    Raises:
+      UserError: `impl` is unknown or cannot run this call.
+    """
+    return dispatch("attention", ATTENTION, impl, q, k, v, segment_ids, None)
+
+
+def window_attention(
+    q: BTHK, k: BTHK, v: BTHV, *, window: int, segment_ids: BT | None = None, impl: str = "auto"
+) -> BTHV:
+    """Causal softmax attention to the last `window` keys, the query's own included, in O(T * window).
+
+    Args:
+      segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
+      impl: "oracle" (T x T), "recurrent" (token by token), "xla" (banded), "cudnn" (GPU, bf16 or fp16, no packing)
+        or "auto".
+
+    Raises:
+      UserError: `window` is below 1, or `impl` is unknown or cannot run this call.
+    """
+    if window < 1:
+        raise UserError(f"window is {window}; it counts the keys that a query sees, its own included, so at least 1.")
+    return dispatch("window_attention", WINDOW_ATTENTION, impl, q, k, v, segment_ids, window)
+
+
+def attention_step(q: BHK, k: BSHK, v: BSHV, visible: BS_mask) -> BHV:
+    """Return one query's output over the cached keys that are visible to it."""
+    s = _scores("BHK,BSHK->BHS", q, k)
+    p = jax.nn.softmax(s, axis=-1, where=visible[:, None, :])
+    return _weigh("BHS,BSHV->BHV", p, v)
+
+
+def masked_attention(q: BTHK, k: BSHK, v: BSHV, visible: Bool[Array, "B T S"]) -> BTHV:
+    """Return attention under an explicit mask; a query that sees no key gets zero."""
+    s = _scores("BTHK,BSHK->BHTS", q, k)
+    p = jax.nn.softmax(s, axis=-1, where=visible[:, None])
+    return _weigh("BHTS,BSHV->BTHV", p, v)
+
+
+def _oracle(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int | None) -> BTHV:
+    """Score every pair of the sequence in fp32."""
+    i, j = jnp.arange(q.shape[1])[:, None], jnp.arange(q.shape[1])[None, :]
+    near = (j <= i) & (j > i - (window or q.shape[1]))
+    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    visible = near[None] & segments.same_document(ids, ids)
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    return masked_attention(q32, k32, v32, visible).astype(v.dtype)
+
+
+def _dense(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int | None) -> BTHV:
+    """Full attention as XLA fuses it best."""
+    if segment_ids is None:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+    causal = jnp.tri(q.shape[1], dtype=bool)[None]
+    return masked_attention(q, k, v, causal & segments.same_document(segment_ids, segment_ids))
+
+
+def _recurrent(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> BTHV:
+    """Run `attention_step` over the tokens with a buffer of the last `window` keys and values."""
+    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+
+    def push(buffer, new):
+        return jnp.concatenate([buffer[:, 1:], new[:, None]], axis=1)
+
+    def token(buffers, inputs):
+        q_BHK, *new = inputs
+        buffers = jax.tree.map(push, buffers, tuple(new))
+        keys, values, key_ids = buffers
+        visible = (key_ids == new[2][:, None]) & (key_ids != 0)
+        return buffers, attention_step(q_BHK, keys, values, visible)
+
+    empty = jax.tree.map(lambda x: jnp.zeros((x.shape[0], window, *x.shape[2:]), x.dtype), (k, v, ids))
+    _, o = jax.lax.scan(token, empty, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, ids)))
+    return jnp.moveaxis(o, 0, 1)
+
+
+def _banded(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> BTHV:
+    """Cut time into bands no shorter than the window: a band's queries see keys of their own and the band before."""
+    T = q.shape[1]
+    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    C = min(T, max(window - 1, SMALLEST_BAND))
+    q, k, v, ids = (_bands(x, C) for x in (q, k, v, ids))
+    k, v, key_ids = (_with_previous(x) for x in (k, v, ids))
+
+    i, j = jnp.arange(C)[:, None] + C, jnp.arange(2 * C)[None, :]
+    near = (j <= i) & (j > i - window)
+    visible = near[None, None] & segments.same_document(ids, key_ids)
+    o = jax.vmap(masked_attention, in_axes=1, out_axes=1)(q, k, v, visible)
+    return o.reshape(o.shape[0], -1, *o.shape[3:])[:, :T]
+
+
+def _bands(x: Float[Array, "B T ..."], length: int) -> Float[Array, "B N C ..."]:
+    padding = -x.shape[1] % length
+    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(x.shape[0], -1, length, *x.shape[2:])
+
+
+def _with_previous(x: Float[Array, "B N C ..."]) -> Float[Array, "B N 2C ..."]:
+    previous = jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+    return jnp.concatenate([previous, x], axis=2)
+
+
+def _scores(spec: str, q: Array, k: Array) -> Array:
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    s = jnp.einsum(spec, q, k, precision=precision, preferred_element_type=jnp.float32)
+    return s / math.sqrt(q.shape[-1])
+
+
+def _weigh(spec: str, p: Array, v: Array) -> Array:
+    precision = jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else None
+    o = jnp.einsum(spec, p.astype(v.dtype), v, precision=precision, preferred_element_type=jnp.float32)
+    return o.astype(v.dtype)
+
+
+def _cudnn(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int | None) -> BTHV:
+    local = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
+
+
+def _cudnn_supports(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int | None) -> str | None:
+    if segment_ids is not None:
+        return "packed documents need a mask"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"its inputs are bfloat16 or float16, these are {q.dtype}"
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"it needs equal head dims, a multiple of 8 up to 128, these are {q.shape[-1]} and {v.shape[-1]}"
+    return None
+
+
+ATTENTION = {
+    "cudnn": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
+    "xla": Implementation(_dense),
+    "oracle": Implementation(_oracle),
+}
+
+WINDOW_ATTENTION = {
+    "cudnn": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
+    "xla": Implementation(_banded),
+    "recurrent": Implementation(_recurrent),
+    "oracle": Implementation(_oracle),
+}

@@ -1,0 +1,170 @@
+"""AdamW with weight decay by parameter path, and the learning-rate schedules of the reference recipes."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from based_jax.errors import UserError, unknown
+
+Schedule = Callable[[Any], jax.Array]
+
+NO_DECAY: dict[str, tuple[str, ...]] = {
+    "reference": ("*bias", "embedding", "A_log", "D"),
+    "all": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule; the defaults are the 10b run of HazyResearch/based.
+
+    Attributes:
+      lr: peak learning rate.
+      betas: decay of the first and the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled decay; a step shrinks a decayed parameter by lr * weight_decay of itself.
+      decay: which parameters decay, a key of `NO_DECAY`.
+      clip_norm: global norm that gradients are clipped to; None leaves them as they are.
+      schedule: a key of `SCHEDULES`.
+      warmup_steps: steps of "warmup_cosine" before the peak.
+      warmup_lr: where "warmup_cosine" starts.
+      final_lr: where "warmup_cosine" ends.
+      t_initial: steps that "warmup_cosine" takes from the peak to the end; None for all steps after the warmup.
+      steps_per_epoch: steps for which "cosine_per_epoch" keeps the learning rate; only that schedule needs it.
+    """
+
+    lr: float = 8e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay: str = "reference"
+    clip_norm: float | None = 1.0
+    schedule: str = "warmup_cosine"
+    warmup_steps: int = 200
+    warmup_lr: float = 1e-6
+    final_lr: float = 8e-5
+    t_initial: int | None = None
+    steps_per_epoch: int | None = None
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
+        if self.decay not in NO_DECAY:
+            raise unknown("decay", self.decay, NO_DECAY)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas is {self.betas}; both are at least 0 and below 1.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(f"clip_norm is {self.clip_norm}; it is above 0, or None for no clipping.")
+        for name in ("lr", "eps", "weight_decay", "warmup_lr", "final_lr", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it is at least 0.")
+        for name in ("t_initial", "steps_per_epoch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it is at least 1, or None.")
+
+
+def constant(config: OptimConfig, steps: int) -> Schedule:
+    """Return the peak for every step."""
+    return lambda step: jnp.float32(config.lr)
+
+
+def warmup_cosine(config: OptimConfig, steps: int) -> Schedule:
+    """Return a line up to the peak, then half a cosine down to `final_lr`, whose time starts after the warmup.
+
+    Source: timm's CosineLRScheduler with `warmup_prefix`, as HazyResearch/based configures it.
+    """
+    warmup = config.warmup_steps
+    decay_steps = steps - warmup if config.t_initial is None else config.t_initial
+    if decay_steps < 1:
+        raise UserError(f"warmup_steps is {warmup}, but the run has {steps} steps; the warmup is shorter than the run.")
+
+    def lr(step):
+        rising = config.warmup_lr + (config.lr - config.warmup_lr) * step / max(warmup, 1)
+        progress = jnp.clip((step - warmup) / decay_steps, 0, 1)
+        falling = config.final_lr + (config.lr - config.final_lr) * (1 + jnp.cos(math.pi * progress)) / 2
+        return jnp.where(step < warmup, rising, falling)
+
+    return lr
+
+
+def cosine_per_epoch(config: OptimConfig, steps: int) -> Schedule:
+    """Return half a cosine from the peak towards 0 that moves once per epoch, as zoology trains MQAR.
+
+    Source: torch's CosineAnnealingLR with eta_min 0, stepped after each epoch (HazyResearch/zoology:zoology/train.py).
+    """
+    if config.steps_per_epoch is None:
+        raise UserError("schedule 'cosine_per_epoch' needs steps_per_epoch, which is None; it is at least 1.")
+    per_epoch = config.steps_per_epoch
+    epochs = math.ceil(steps / per_epoch)
+    return lambda step: config.lr * (1 + jnp.cos(math.pi * (jnp.asarray(step) // per_epoch) / epochs)) / 2
+
+
+SCHEDULES = {"warmup_cosine": warmup_cosine, "cosine_per_epoch": cosine_per_epoch, "constant": constant}
+
+
+def schedule(config: OptimConfig, steps: int) -> Schedule:
+    """Return the learning rate (fp32 scalar) as a function of the step, 0 at the first update.
+
+    Args:
+      config: names the schedule and its values.
+      steps: updates in the whole run.
+
+    Raises:
+      UserError: the schedule does not fit into that many steps, or misses a value.
+    """
+    if steps < 1:
+        raise UserError(f"steps is {steps}; it is at least 1.")
+    return SCHEDULES[config.schedule](config, steps)
+
+
+def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Return clipping, Adam, decoupled weight decay by path and the schedule, in this order.
+
+    It acts on an `nnx.State` of parameters or on nested dicts, with stacked layers or without.
+
+    Args:
+      config: see `OptimConfig`.
+      steps: updates in the whole run.
+
+    Raises:
+      UserError: as `schedule`.
+    """
+    b1, b2 = config.betas
+    return optax.chain(
+        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1, b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config.decay)),
+        optax.scale_by_learning_rate(schedule(config, steps)),
+    )
+
+
+def decay_mask(params, decay: str):
+    """Return a tree like `params` with True where weight decay applies.
+
+    A parameter is exempt if its path ends in a pattern of `NO_DECAY[decay]`; ranks play no part, since stacking
+    layers changes them. Source: HazyResearch/based:train/optim/param_grouping.py.
+    """
+    return jax.tree_util.tree_map_with_path(lambda keys, _: _decays(path_of(keys), decay), params)
+
+
+def decay_groups(params, decay: str) -> tuple[list[str], list[str]]:
+    """Return the sorted paths of the parameters that decay, and of those that do not."""
+    paths = sorted(path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params))
+    return [p for p in paths if _decays(p, decay)], [p for p in paths if not _decays(p, decay)]
+
+
+def path_of(keys: tuple) -> str:
+    """Return a key path of `jax.tree_util` as 'stacks/0/norm1/scale': the array inside an nnx variable adds no part."""
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _decays(path: str, decay: str) -> bool:
+    return not any(PurePosixPath(path).match(pattern) for pattern in NO_DECAY[decay])
