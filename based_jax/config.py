@@ -9,6 +9,7 @@ Defaults live in the dataclasses only. A config file holds what differs from the
 """
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -18,16 +19,13 @@ import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
 from based_jax.errors import UserError, unknown
 
-T = TypeVar("T")
-
 FILE = "config.json"
-ABSENT = "absent"
 SHOWN = 3
 
 
@@ -43,13 +41,13 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
       UserError: the file is missing or fails, has no such variant, or a key leads through a value.
     """
     path, _, variant = spec.partition(":")
-    config = _call(_get_config(path, variant), path, variant)
+    values = _call(_get_config(path, variant), path, variant)
     for key, text in overrides:
-        _override(config, key, text)
-    return config
+        _override(values, key, text)
+    return ConfigDict(values)
 
 
-def build(cls: type[T], mapping: Mapping | ConfigDict, where: str = "") -> T:
+def build[T](cls: type[T], mapping: Mapping | ConfigDict, where: str = "") -> T:
     """Return the frozen dataclass `cls` with the values of `mapping`, its own defaults elsewhere.
 
     Values are checked against the annotations: an int passes for a float, a list for a tuple, a mapping for a
@@ -77,7 +75,7 @@ def build(cls: type[T], mapping: Mapping | ConfigDict, where: str = "") -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a dataclass with all its values, or a mapping, as nested dicts and lists that JSON can hold."""
-    values = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else _plain(config)
+    values = _plain(config) if isinstance(config, Mapping | ConfigDict) else dataclasses.asdict(config)
     return json.loads(json.dumps(values))
 
 
@@ -114,9 +112,9 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
     except (ValueError, AttributeError) as error:
         raise UserError(f"'{path}' is no config ({error}); choose an empty workdir, or restore this file.") from None
     new = _flatten(to_dict(config))
-    keys = [key for key in sorted(old | new) if old.get(key, ABSENT) != new.get(key, ABSENT) and not _under(key, free)]
+    keys = [key for key in sorted(old | new) if _shown(old, key) != _shown(new, key) and not _under(key, free)]
     if keys:
-        shown = [f"{key} is {old.get(key, ABSENT)!r} there and {new.get(key, ABSENT)!r} here" for key in keys[:SHOWN]]
+        shown = [f"{key} is {_shown(old, key)} there and {_shown(new, key)} here" for key in keys[:SHOWN]]
         more = f", and {len(keys) - SHOWN} more keys differ" if len(keys) > SHOWN else ""
         raise UserError(f"Workdir '{workdir}' belongs to another config: {', '.join(shown)}{more}; choose another one.")
 
@@ -139,7 +137,7 @@ def _get_config(path: str, variant: str):
     return namespace["get_config"]
 
 
-def _call(get_config, path: str, variant: str) -> ConfigDict:
+def _call(get_config, path: str, variant: str) -> dict[str, Any]:
     name = f"Config '{path}:{variant}'" if variant else f"Config '{path}'"
     try:
         config = get_config(variant) if variant else get_config()
@@ -147,20 +145,17 @@ def _call(get_config, path: str, variant: str) -> ConfigDict:
         raise UserError(f"{name} fails with {type(error).__name__}: {error}.") from error
     if not isinstance(config, Mapping | ConfigDict):
         raise UserError(f"{name} is {config!r:.80}; get_config returns a ConfigDict.")
-    return ConfigDict(_plain(config))
+    return _plain(config)
 
 
-def _override(config: ConfigDict, key: str, text: str) -> None:
+def _override(values: dict[str, Any], key: str, text: str) -> None:
     """Set a dotted key, making the sections on its way."""
     *sections, name = key.split(".")
     for depth, section in enumerate(sections, start=1):
-        if section not in config:
-            config[section] = ConfigDict()
-        config = config[section]
-        if not isinstance(config, ConfigDict):
-            raise UserError(f"Override '{key}': '{'.'.join(sections[:depth])}' is {config!r:.80}, which has no keys.")
-    with config.unlocked(), config.ignore_type():
-        config[name] = _parse(text)
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"Override '{key}': '{'.'.join(sections[:depth])}' is {values!r:.80}, which has no keys.")
+    values[name] = _parse(text)
 
 
 def _parse(text: str) -> Any:
@@ -201,22 +196,26 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def _convert_union(members: tuple, value: Any, where: str) -> Any:
-    """Return `value` as the dataclass that its `kind` names, or as the first member that takes it."""
-    if isinstance(value, Mapping):
-        kinds = {member.kind: member for member in members if hasattr(member, "kind")}
-        if len(kinds) > 1:
-            if "kind" not in value:
-                raise UserError(f"Config key '{where}.kind' is missing; it is one of {', '.join(sorted(kinds))}.")
-            if value["kind"] not in kinds:
-                raise unknown(f"{where}.kind", str(value["kind"]), kinds)
-            return build(kinds[value["kind"]], value, where)
-        members = tuple(member for member in members if dataclasses.is_dataclass(member)) or members
-    for member in members[:-1]:
-        try:
+    """Return `value` as the dataclass among `members` that it names, or as the first member that takes it."""
+    sections = [member for member in members if dataclasses.is_dataclass(member)]
+    if sections and isinstance(value, Mapping):
+        return build(_chosen(sections, value, where), value, where)
+    for member in members:
+        with contextlib.suppress(UserError):
             return _convert(member, value, where)
-        except UserError:
-            continue
-    return _convert(members[-1], value, where)
+    raise UserError(f"Config key '{where}' is {value!r}; it is {' or '.join(map(_describe, members))}.")
+
+
+def _chosen(sections: list, value: Mapping, where: str) -> type:
+    """Return the dataclass that the key `kind` names; a single one needs no name."""
+    if len(sections) == 1:
+        return sections[0]
+    kinds = {section.kind: section for section in sections}
+    if "kind" not in value:
+        raise UserError(f"Config key '{where}.kind' is missing; it is one of {', '.join(sorted(kinds))}.")
+    if value["kind"] not in kinds:
+        raise unknown(f"{where}.kind", str(value["kind"]), kinds)
+    return kinds[value["kind"]]
 
 
 def _describe(kind: Any) -> str:
@@ -239,6 +238,10 @@ def _flatten(values: Mapping, where: str = "") -> dict[str, Any]:
         key = _join(where, name)
         flat |= _flatten(value, key) if isinstance(value, Mapping) else {key: value}
     return flat
+
+
+def _shown(flat: Mapping, key: str) -> str:
+    return repr(flat[key]) if key in flat else "absent"
 
 
 def _under(key: str, sections: Collection[str]) -> bool:

@@ -1,0 +1,167 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from based_jax import optim
+from based_jax.errors import UserError
+from based_jax.optim import OptimConfig
+
+RUNS = {"10b": (20_000, 200), "30b": (60_000, 600), "50b": (100_000, 1_000)}
+
+
+def timm(step, steps, warmup):
+    if step < warmup:
+        return 1e-6 + step * (8e-4 - 1e-6) / warmup
+    return 8e-5 + (8e-4 - 8e-5) / 2 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_schedule_equals_the_reference_runs(run):
+    steps, warmup = RUNS[run]
+    lr = jax.jit(optim.schedule(OptimConfig(warmup_steps=warmup), steps))
+    for step in (0, 1, warmup // 2, warmup - 1, warmup, warmup + 1, steps // 2, steps - 1, steps):
+        assert abs(float(lr(step)) - timm(step, steps, warmup)) < 1e-9, step
+
+
+def test_schedule_has_the_published_values_of_the_10b_run():
+    lr = optim.schedule(OptimConfig(), 20_000)
+    published = {0: 1e-6, 100: 4.005e-4, 200: 8e-4, 10_000: 4.457e-4, 20_000: 8e-5, 30_000: 8e-5}
+    for step, value in published.items():
+        assert float(lr(step)) == pytest.approx(value, abs=6e-8), step
+
+
+def test_t_initial_fixes_the_decay_whatever_the_length_of_the_run():
+    lr = optim.schedule(OptimConfig(t_initial=100), 50)
+    assert float(lr(300)) == pytest.approx(8e-5, abs=1e-9)
+    assert float(lr(250)) == pytest.approx(4.4e-4, abs=1e-9)
+
+
+def test_no_warmup_starts_at_the_peak():
+    assert float(optim.schedule(OptimConfig(warmup_steps=0), 10)(0)) == pytest.approx(8e-4, abs=1e-9)
+
+
+def test_cosine_per_epoch_is_constant_inside_an_epoch():
+    lr = optim.schedule(OptimConfig(lr=1e-3, schedule="cosine_per_epoch", steps_per_epoch=5), 40)
+    expected = [1e-3 * (1 + math.cos(math.pi * (step // 5) / 8)) / 2 for step in range(40)]
+    np.testing.assert_allclose([lr(step) for step in range(40)], expected, atol=1e-9)
+
+
+def test_constant():
+    lr = optim.schedule(OptimConfig(lr=3e-3, schedule="constant"), 4)
+    assert float(lr(0)) == float(lr(3)) == pytest.approx(3e-3, abs=1e-9)
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(8, 4, rngs=rngs)
+        self.norm = nnx.RMSNorm(4, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+        self.A_log = nnx.Param(jnp.ones(3))
+        self.D = nnx.Param(jnp.ones(3))
+        self.Delta = nnx.Param(jnp.ones(3))
+
+
+def params_of(kind):
+    state = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
+    return {"state": state, "dict": nnx.to_pure_dict(state)}[kind]
+
+
+@pytest.mark.parametrize("kind", ["state", "dict"])
+def test_decay_groups_by_path(kind):
+    decayed, others = optim.decay_groups(params_of(kind), "reference")
+    assert decayed == ["Delta", "layers/0/kernel", "layers/1/kernel", "norm/scale"]
+    assert others == ["A_log", "D", "embed/embedding", "layers/0/bias", "layers/1/bias"]
+    assert optim.decay_groups(params_of(kind), "all") == (sorted(decayed + others), [])
+
+
+def test_stacking_layers_changes_no_group():
+    params = nnx.to_pure_dict(params_of("state"))
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    assert optim.decay_groups(stacked, "reference") == optim.decay_groups(params, "reference")
+
+
+@pytest.mark.parametrize("kind", ["state", "dict"])
+def test_update_shrinks_exactly_the_decayed_parameters(kind):
+    params = jax.tree.map(jnp.ones_like, params_of(kind))
+    tx = optim.adamw(OptimConfig(lr=0.5, schedule="constant", weight_decay=0.1), 10)
+
+    @jax.jit
+    def step(params, opt):
+        updates, opt = tx.update(jax.tree.map(jnp.zeros_like, params), opt, params)
+        return optax.apply_updates(params, updates), opt
+
+    after, _ = step(params, tx.init(params))
+    decayed, _ = optim.decay_groups(params, "reference")
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(after):
+        expected = 0.95 if optim.path_of(keys) in decayed else 1.0
+        np.testing.assert_allclose(leaf, expected, rtol=1e-6, err_msg=optim.path_of(keys))
+
+
+def adamw_by_hand(w, grads, config, lr):
+    m = v = np.zeros_like(w)
+    for t, g in enumerate(grads, start=1):
+        g = g * min(1.0, config.clip_norm / np.linalg.norm(g))
+        m = config.betas[0] * m + (1 - config.betas[0]) * g
+        v = config.betas[1] * v + (1 - config.betas[1]) * g**2
+        step = (m / (1 - config.betas[0] ** t)) / (np.sqrt(v / (1 - config.betas[1] ** t)) + config.eps)
+        w = w - lr(t - 1) * (step + config.weight_decay * w)
+    return w
+
+
+def test_adamw_equals_its_formula():
+    config = OptimConfig(lr=0.1, warmup_steps=2, warmup_lr=0.01, final_lr=0.001)
+    rng = np.random.default_rng(0)
+    w, grads = rng.normal(size=(3, 4)), rng.normal(size=(6, 3, 4))
+    tx = optim.adamw(config, 6)
+    params = {"kernel": jnp.asarray(w, jnp.float32)}
+    opt = tx.init(params)
+    for g in grads:
+        updates, opt = tx.update({"kernel": jnp.asarray(g, jnp.float32)}, opt, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(
+        params["kernel"], adamw_by_hand(w, grads, config, optim.schedule(config, 6)), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_clip_norm_none_leaves_gradients_alone():
+    config = OptimConfig(schedule="constant", clip_norm=None)
+    params = {"kernel": jnp.ones(2)}
+    tx = optim.adamw(config, 1)
+    _, opt = tx.update({"kernel": jnp.array([3e3, 4e3])}, tx.init(params), params)
+    np.testing.assert_allclose(optax.tree.get(opt, "mu")["kernel"], [3e2, 4e2], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"schedule": "cosine"}, "Unknown schedule 'cosine': did you mean"),
+        ({"decay": "none"}, "Unknown decay 'none'"),
+        ({"betas": (0.9, 1.0)}, "betas is (0.9, 1.0)"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"t_initial": 0}, "t_initial is 0"),
+    ],
+)
+def test_bad_values_are_named_at_construction(bad, message):
+    with pytest.raises(UserError) as error:
+        OptimConfig(**bad)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "message"),
+    [
+        (OptimConfig(), 100, "warmup_steps is 200, but the run has 100 steps"),
+        (OptimConfig(schedule="cosine_per_epoch"), 100, "needs steps_per_epoch"),
+        (OptimConfig(), 0, "steps is 0"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_named(config, steps, message):
+    with pytest.raises(UserError, match=message):
+        optim.adamw(config, steps)
