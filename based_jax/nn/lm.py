@@ -18,6 +18,13 @@ from based_jax.nn.mixers import Mixer, check_options
 DTYPES = ("bfloat16", "float16", "float32")
 
 
+class Options(dict):
+    """A mixer's options as a dict that hashes, since configs are static to compilation; not to be changed."""
+
+    def __hash__(self):  # type: ignore[override]
+        return hash(tuple(sorted(self.items())))
+
+
 @dataclasses.dataclass(frozen=True)
 class LMConfig:
     """A model: the layer list is the architecture.
@@ -50,6 +57,7 @@ class LMConfig:
             raise UserError("layers is empty; name at least one mixer.")
         if self.d_model < 1 or self.vocab_size < 1:
             raise UserError(f"d_model is {self.d_model} and vocab_size {self.vocab_size}; both are at least 1.")
+        object.__setattr__(self, "layers", tuple((kind, Options(options)) for kind, options in self.layers))
         for kind, options in self.layers:
             check_options(kind, options)
         _check("norm", self.norm, layers.NORMS)
