@@ -1,0 +1,110 @@
+"""Text to ids and back: raw bytes, or the byte-level BPE of GPT-2 from its original vocabulary files."""
+
+import hashlib
+import json
+import lzma
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import tokenizers
+
+from based_jax.errors import UserError, unknown
+
+END_OF_TEXT = "<|endoftext|>"
+GPT2_ASSETS = Path(__file__).parent / "assets" / "gpt2"
+GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+class Tokenizer(Protocol):
+    """What the data pipeline and generation ask of a tokenizer."""
+
+    vocab_size: int
+    end_of_text: int
+    fingerprint: str  # equal only for tokenizers that give every text the same ids
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, without an end-of-text id, also where the text spells one out."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of any ids: broken UTF-8 becomes U+FFFD, ids outside the vocabulary are left out."""
+
+
+class ByteTokenizer:
+    """The UTF-8 bytes of a text, and id 256 for its end."""
+
+    vocab_size = 257
+    end_of_text = 256
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        """Return the bytes of `text`."""
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the bytes of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of any ids: broken UTF-8 becomes U+FFFD, ids outside the vocabulary are left out."""
+        pieces = [bytes([byte]) for byte in range(256)] + [END_OF_TEXT.encode()]
+        return b"".join(pieces[i] for i in ids if 0 <= i < self.vocab_size).decode(errors="replace")
+
+
+class Gpt2Tokenizer:
+    """GPT-2's byte-level BPE; loading raises UserError if a vocabulary file is missing or changed."""
+
+    vocab_size = 50257
+    end_of_text = 50256
+    fingerprint = "gpt2"
+
+    def __init__(self, assets: Path = GPT2_ASSETS):
+        vocab = json.loads(_verified(assets, "encoder.json"))
+        merges = _verified(assets, "vocab.bpe").decode().split("\n")[1:]
+        pairs = [(left, right) for left, right in (line.split() for line in merges if line)]
+        self._bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs))
+        self._bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._bpe.decoder = tokenizers.decoders.ByteLevel()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`."""
+        return self._bpe.encode(text).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, encoded in parallel."""
+        return [encoding.ids for encoding in self._bpe.encode_batch(list(texts))]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of any ids: broken UTF-8 becomes U+FFFD, ids outside the vocabulary are left out."""
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size]
+        return self._bpe.decode(known, skip_special_tokens=False)
+
+
+TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "gpt2": Gpt2Tokenizer}
+
+
+def get_tokenizer(name: str) -> Tokenizer:
+    """Return the tokenizer of that name, loaded; UserError for an unknown name."""
+    if name not in TOKENIZERS:
+        raise unknown("tokenizer", name, TOKENIZERS)
+    return TOKENIZERS[name]()
+
+
+def _verified(assets: Path, name: str) -> bytes:
+    """Return the content of a vocabulary file after comparing its sha256."""
+    path = assets / f"{name}.xz"
+    try:
+        content = lzma.decompress(path.read_bytes())
+    except (OSError, lzma.LZMAError) as error:
+        raise UserError(
+            f"Cannot read the GPT-2 vocabulary file {path} ({error}): install the package again."
+        ) from error
+    if hashlib.sha256(content).hexdigest() != GPT2_SHA256[name]:
+        raise UserError(f"The GPT-2 vocabulary file {path} is not the original {name}: install the package again.")
+    return content
