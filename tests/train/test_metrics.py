@@ -1,0 +1,125 @@
+import io
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from based_jax.errors import UserError
+from based_jax.train import metrics
+from based_jax.train.metrics import MetricWriter, Timer, progress
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(workdir, steps, first_step=0):
+    with MetricWriter(workdir, first_step) as writer:
+        for step in steps:
+            writer.write(step, {"loss": 1 / step})
+
+
+def test_rows_are_scalars_of_any_kind(tmp_path):
+    with MetricWriter(tmp_path / "new") as writer:
+        writer.write(3, {"loss": jnp.float32(0.5), "accuracy": np.float64(0.25), "state_bytes": 7, "device": "cpu"})
+        assert rows(tmp_path / "new") == [{"step": 3, "loss": 0.5, "accuracy": 0.25, "state_bytes": 7, "device": "cpu"}]
+
+
+def test_what_is_not_finite_is_null_in_valid_json(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, {"loss": jnp.float32(math.nan), "norm": math.inf, "lr": 0.1})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "norm": None, "lr": 0.1}
+
+
+def test_arrays_are_refused(tmp_path):
+    with MetricWriter(tmp_path) as writer, pytest.raises(ValueError):
+        writer.write(1, {"loss": np.zeros(2)})
+    assert rows(tmp_path) == []
+
+
+def test_a_resumed_file_equals_an_unbroken_one(tmp_path):
+    write(tmp_path / "unbroken", range(1, 9))
+    write(tmp_path / "broken", range(1, 7))
+    with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    write(tmp_path / "broken", range(5, 9), first_step=5)
+    written = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("unbroken", "broken")]
+    assert written[0] == written[1]
+
+
+def test_a_half_written_last_line_is_dropped(tmp_path):
+    write(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3')
+    write(tmp_path, [4], first_step=4)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 4]
+
+
+def test_a_run_from_scratch_starts_an_empty_file(tmp_path):
+    write(tmp_path, [1, 2])
+    write(tmp_path, [1])
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
+def test_a_file_of_something_else_is_named_and_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("loss,step\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl' holds a line that is no row"):
+        MetricWriter(tmp_path, first_step=3)
+    assert (tmp_path / "metrics.jsonl").read_text() == "loss,step\n"
+
+
+def test_tensorboard_receives_the_numbers(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 0.5, "device": "abacus"})
+    events = b"".join(path.read_bytes() for path in tmp_path.glob("events.*"))
+    assert b"loss" in events
+    assert b"abacus" not in events
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_pipe_gets_plain_lines_with_eta(monkeypatch):
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    lines = progress(50, first_step=20, stream=stream)
+    lines.update(30, {"loss": jnp.float32(2.34567), "tokens": 12, "device": "cpu"})
+    lines.say("saved")
+    assert stream.getvalue() == "step 30/50 eta 0:00:20 loss 2.346 tokens 12 device cpu\nsaved\n"
+
+
+def test_a_terminal_gets_a_bar():
+    stream = Terminal()
+    bar = progress(50, first_step=20, stream=stream)
+    bar.update(30, {"loss": 2.0})
+    bar.say("saved")
+    bar.close()
+    assert "30/50" in stream.getvalue()
+    assert "loss 2" in stream.getvalue()
+    assert "saved\n" in stream.getvalue()
+
+
+def test_time_is_split_by_phase(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 4.0, 9.0, 10.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    timer = Timer()
+    with timer.phase("data"):
+        pass
+    with pytest.raises(RuntimeError), timer.phase("step"):
+        raise RuntimeError
+    split = timer.split()
+    assert split["time/data"] == 2.0
+    assert split["time/step"] == 5.0
+    assert split["time/other"] == 3.0
+    assert split["goodput"] == 0.5
+
+
+def test_an_unknown_phase_is_an_error():
+    with pytest.raises(KeyError), Timer().phase("nap"):
+        pass
