@@ -1,13 +1,12 @@
 """What a run tells: rows in metrics.jsonl, TensorBoard events, a progress bar or plain lines, and where time went."""
 
-import contextlib
 import datetime
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -124,31 +123,27 @@ def progress(total: int, first_step: int = 0, stream: TextIO | None = None) -> B
 class Timer:
     """Wall time of a run by phase, and the share of it that steps took (goodput).
 
-    Phases follow each other and do not nest:
+    Each call of `done` books the time since the one before, so nothing is counted twice:
 
-        with timer.phase("data"):
-            batch = next(batches)
+        batch = next(batches)
+        timer.done("data")
     """
 
     def __init__(self):
-        self._start = time.monotonic()
+        self._start = self._last = time.monotonic()
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time inside to a phase of `PHASES`."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.monotonic() - start
+    def done(self, phase: str) -> None:
+        """Add the time since the last call, or since the start, to a phase of `PHASES`."""
+        now = time.monotonic()
+        self.seconds[phase] += now - self._last
+        self._last = now
 
     def split(self) -> dict[str, float]:
-        """Return seconds since the start as 'time/<phase>' and 'time/other', and 'goodput' as a fraction."""
-        total = time.monotonic() - self._start
-        other = total - sum(self.seconds.values())
-        seconds = {f"time/{name}": value for name, value in self.seconds.items()}
-        return seconds | {"time/other": other, "goodput": self.seconds["step"] / total}
+        """Return seconds as 'time/<phase>', and 'goodput': steps' fraction of what is booked (0 before anything is)."""
+        total = self._last - self._start
+        seconds = {f"time/{phase}": value for phase, value in self.seconds.items()}
+        return seconds | {"goodput": self.seconds["step"] / total if total else 0.0}
 
 
 def _keep_rows_before(first_step: int, path: Path) -> None:
