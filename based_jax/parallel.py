@@ -32,7 +32,9 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
     sizes.setdefault("data", max(devices // others, 1))
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if np.prod(shape) != devices:
-        raise UserError(f"Mesh {dict(zip(AXES, shape, strict=True))} needs {np.prod(shape)} devices; there are {devices}.")
+        raise UserError(
+            f"Mesh {dict(zip(AXES, shape, strict=True))} needs {np.prod(shape)} devices; there are {devices}."
+        )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

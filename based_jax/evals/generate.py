@@ -39,11 +39,14 @@ class Sampling:
             raise UserError(f"top_p is {self.top_p}; it is above 0 and at most 1.")
 
 
+GREEDY = Sampling()
+
+
 def generate(
     model: LM,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     *,
     stop: int | None = None,
     seed: int = 0,
@@ -142,5 +145,5 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: in
 
 
 def _until(row: np.ndarray, stop: int | None) -> np.ndarray:
-    ends = np.flatnonzero(row == stop) if stop is not None else []
-    return row[: ends[0]] if len(ends) else row
+    ends = np.flatnonzero(row == stop) if stop is not None else row[:0]
+    return row[: ends[0]] if ends.size else row

@@ -78,7 +78,8 @@ def make_train_step(
         if microbatches == 1:
             return sums_and_grads(params, batch)
         parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), dict(batch))
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_and_grads, params, jax.tree.map(lambda x: x[0], parts)))
+        shapes = jax.eval_shape(sums_and_grads, params, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def add(total, part):
             return jax.tree.map(jnp.add, total, sums_and_grads(params, part)), None

@@ -1,0 +1,39 @@
+"""The command line: `python -m based_jax <command> --help`."""
+
+import argparse
+import logging
+import sys
+
+from based_jax.commands import convert, eval, generate, train
+from based_jax.errors import UserError
+
+COMMANDS = {"train": train, "eval": eval, "generate": generate, "convert": convert}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return 0, or 2 after one sentence on what was wrong with the input."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("based_jax").setLevel(logging.INFO)
+    args, overrides = _parser().parse_known_args(argv)
+    try:
+        if overrides and not getattr(args, "takes_overrides", False):
+            raise UserError(f"Unknown argument '{overrides[0]}' for '{args.command}'; see --help.")
+        args.overrides = overrides
+        COMMANDS[args.command].run(args)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m based_jax", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").strip()
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

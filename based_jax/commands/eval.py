@@ -1,0 +1,24 @@
+"""Evaluate a trained run: perplexity and accuracy, per segment where the task has several."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--workdir", required=True, help="folder of a run")
+    parser.add_argument("--step", type=int, help="checkpoint to evaluate (default: the last good one)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print every metric of the run's evaluation data."""
+    import jax
+
+    from based_jax.evals.evaluate import evaluate, model_sums
+    from based_jax.train.run import load_run
+
+    config, step, model = load_run(args.workdir, args.step)
+    source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
+    batches = ((name, batch) for name in source.eval_names for batch in source.eval_batches(name))
+    print(f"step {step}")
+    for name, value in evaluate(model_sums(model), batches).items():
+        print(f"{name:24} {value:.4f}")
