@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BT, BTD, BWD, WD
 from based_jax.ops import segments
@@ -57,10 +58,12 @@ def short_conv_step(x: BD, kernel: WD, state: BWD) -> tuple[BD, BWD]:
     return y.astype(x.dtype), state
 
 
-# Each form takes the W past inputs and the T new ones, and returns the T outputs.
+# Each form takes the W past inputs and the T new ones, S together, and returns the T outputs.
+BSD = Float[Array, "B S D"]
+BS = Int[Array, "B S"]
 
 
-def _oracle(inputs: BTD, ids: BT, kernel: WD) -> BTD:
+def _oracle(inputs: BSD, ids: BS, kernel: WD) -> BTD:
     """Multiply every window of W inputs with the kernel."""
     width, T = kernel.shape[0], inputs.shape[1] - kernel.shape[0]
     taps = jnp.arange(T)[:, None] + jnp.arange(width)[None, :] + 1
@@ -70,7 +73,7 @@ def _oracle(inputs: BTD, ids: BT, kernel: WD) -> BTD:
     return y.astype(inputs.dtype)
 
 
-def _recurrent(inputs: BTD, ids: BT, kernel: WD) -> BTD:
+def _recurrent(inputs: BSD, ids: BS, kernel: WD) -> BTD:
     """Run `short_conv_step` over the tokens, clearing the state where a document begins."""
     width = kernel.shape[0]
 
@@ -88,7 +91,7 @@ def _recurrent(inputs: BTD, ids: BT, kernel: WD) -> BTD:
     return jnp.moveaxis(y, 0, 1)
 
 
-def _shifted(inputs: BTD, ids: BT, kernel: WD) -> BTD:
+def _shifted(inputs: BSD, ids: BS, kernel: WD) -> BTD:
     """Add W shifted copies of the inputs, each times its tap: one fused elementwise pass."""
     width, T = kernel.shape[0], inputs.shape[1] - kernel.shape[0]
     own = ids[:, width:]

@@ -9,7 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Shaped
 
 from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
 from based_jax.errors import UserError
@@ -116,13 +116,13 @@ def _banded(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> B
     return o.reshape(o.shape[0], -1, *o.shape[3:])[:, :T]
 
 
-def _bands(x: Float[Array, "B T ..."], length: int) -> Float[Array, "B N C ..."]:
+def _bands(x: Shaped[Array, "B T ..."], length: int) -> Shaped[Array, "B N C ..."]:
     padding = -x.shape[1] % length
     x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(x.shape[0], -1, length, *x.shape[2:])
 
 
-def _with_previous(x: Float[Array, "B N C ..."]) -> Float[Array, "B N 2C ..."]:
+def _with_previous(x: Shaped[Array, "B N C ..."]) -> Shaped[Array, "B N 2*C ..."]:
     previous = jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
     return jnp.concatenate([previous, x], axis=2)
 

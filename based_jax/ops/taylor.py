@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
 from based_jax.ops import segments
@@ -189,7 +189,7 @@ def _with_ones(v: Float[Array, "*B V"]) -> Float[Array, "*B V+1"]:
     return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
 
 
-def _normalise(sums: Float[Array, "*B V+1"]) -> Float[Array, "*B V"]:
+def _normalise(sums: Float[Array, "*B _"]) -> Float[Array, "*B V"]:
     z = sums[..., -1:]
     return jnp.where(z > 0, sums[..., :-1] / jnp.where(z > 0, z, 1.0), 0.0)
 
@@ -211,14 +211,14 @@ def _product_policy(dtype):
     return (jnp.float32, EXACT) if dtype == jnp.float32 else (dtype, jax.lax.Precision.DEFAULT)
 
 
-def _split_time(x: Float[Array, "B T ..."], length: int) -> Float[Array, "N B C ..."]:
+def _split_time(x: Shaped[Array, "B T ..."], length: int) -> Shaped[Array, "N B C ..."]:
     """Cut time into pieces of `length`, the last one padded with zeros (id 0, so it is inert)."""
     padding = -x.shape[1] % length
     x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
 
 
-def _join_time(x: Float[Array, "N B C ..."]) -> Float[Array, "B T ..."]:
+def _join_time(x: Shaped[Array, "N B C ..."]) -> Shaped[Array, "B T ..."]:
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 

@@ -5,7 +5,7 @@ A new mixer is one new file and one line in `MIXERS`.
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,6 +20,7 @@ from based_jax.nn.mixers.taylor import TaylorAttention
 from based_jax.nn.mixers.window import WindowAttention
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """What a mixer is; a cache is any pytree with leading batch axes.
 

@@ -6,11 +6,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BT, BTD, BWD
+from based_jax.dims import BD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.ops.conv import short_conv, short_conv_step
+
+Inputs = Float[Array, "B W inner"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +60,11 @@ class GatedConv(nnx.Module):
         y = short_conv(u, self.conv_kernel[...], segment_ids=segment_ids, impl=self.config.impl)
         return self.out_proj(jax.nn.silu(y) * gate)
 
-    def init_cache(self, batch: int, max_len: int) -> BWD:
+    def init_cache(self, batch: int, max_len: int) -> Inputs:
         """Return the inputs before the first token; their size does not depend on `max_len`."""
         return jnp.zeros((batch, self.config.kernel_size, self.d_inner), self.dtype)
 
-    def prefill(self, x: BTD, cache: BWD, segment_ids: BT | None = None) -> tuple[BTD, BWD]:
+    def prefill(self, x: BTD, cache: Inputs, segment_ids: BT | None = None) -> tuple[BTD, Inputs]:
         """Mix the next tokens of a sequence and return the inputs that the token after them needs."""
         u, gate = jnp.split(self.in_proj(x), 2, axis=-1)
         y, cache = short_conv(
@@ -74,7 +77,7 @@ class GatedConv(nnx.Module):
         )
         return self.out_proj(jax.nn.silu(y) * gate), cache
 
-    def step(self, x: BD, cache: BWD) -> tuple[BD, BWD]:
+    def step(self, x: BD, cache: Inputs) -> tuple[BD, Inputs]:
         """Mix one token and return the inputs that the next one needs."""
         u, gate = jnp.split(self.in_proj(x), 2, axis=-1)
         y, cache = short_conv_step(u, self.conv_kernel[...], cache)
