@@ -13,10 +13,15 @@ from jaxtyping import Array, Float, Int
 
 from based_jax.errors import UserError
 
-# Variables carry logical axis names; `based_jax.parallel.shardings` turns them into shardings once a mesh is known.
-nnx.use_eager_sharding(False)
-
 INIT_STD = 0.02
+
+
+def named(*names: str | None) -> dict:
+    """Return variable metadata with logical axis names.
+
+    `based_jax.parallel.shardings` turns names into shardings once a mesh is known; models need no mesh to be built.
+    """
+    return {"out_sharding": names, "eager_sharding": False}
 
 
 def linear(
@@ -28,8 +33,8 @@ def linear(
         d_out,
         use_bias=bias,
         kernel_init=nnx.initializers.normal(std),
-        kernel_metadata={"out_sharding": names},
-        bias_metadata={"out_sharding": names[1:]},
+        kernel_metadata=named(*names),
+        bias_metadata=named(names[1]),
         dtype=dtype,
         rngs=rngs,
     )
@@ -42,14 +47,18 @@ def residual_std(num_layers: int) -> float:
 
 def rms_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """Return RMSNorm with eps 1e-5 in fp32 (HazyResearch/based:based/ops/triton/layer_norm.py)."""
-    return nnx.RMSNorm(d_model, epsilon=1e-5, scale_metadata={"out_sharding": ("embed",)}, rngs=rngs)
+    return nnx.RMSNorm(d_model, epsilon=1e-5, scale_metadata=named("embed"), rngs=rngs)
 
 
 def layer_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Return LayerNorm with bias and eps 1e-5 in fp32."""
-    names = {"out_sharding": ("embed",)}
     return nnx.LayerNorm(
-        d_model, epsilon=1e-5, use_fast_variance=False, scale_metadata=names, bias_metadata=names, rngs=rngs
+        d_model,
+        epsilon=1e-5,
+        use_fast_variance=False,
+        scale_metadata=named("embed"),
+        bias_metadata=named("embed"),
+        rngs=rngs,
     )
 
 
@@ -60,7 +69,7 @@ def uniform(shape: tuple[int, ...], fan_in: int, *, rngs: nnx.Rngs) -> nnx.Param
     """Return a parameter over channels, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for a depthwise conv."""
     bound = 1 / math.sqrt(fan_in)
     values = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-    return nnx.Param(values, out_sharding=(None,) * (len(shape) - 1) + ("mlp",))
+    return nnx.Param(values, **named(*(None,) * (len(shape) - 1), "mlp"))
 
 
 class SwiGLU(nnx.Module):

@@ -94,7 +94,7 @@ class LM(nnx.Module):
             config.padded_vocab_size,
             config.d_model,
             embedding_init=nnx.initializers.normal(layers.INIT_STD),
-            embedding_metadata={"out_sharding": ("vocab", "embed")},
+            embedding_metadata=layers.named("vocab", "embed"),
             rngs=rngs,
         )
         self.stacks = nnx.List([Stack(pattern, repeats, config, rngs=rngs) for pattern, repeats in patterns])
