@@ -25,13 +25,14 @@ class Block(nnx.Module):
     """
 
     def __init__(self, kind: str, options: dict, config, *, rngs: nnx.Rngs):
-        dtype, std = jnp.dtype(config.dtype), layers.residual_std(len(config.layers))
+        dtype = jnp.dtype(config.dtype)
+        init = {"std": config.init_std, "out_std": config.residual_init_std, "dtype": dtype, "rngs": rngs}
         norm, mlp = layers.NORMS[config.norm], layers.MLPS[config.mlp]
         self.dtype = dtype
         self.norm1 = norm(config.d_model, rngs=rngs)
-        self.mixer = make_mixer(kind, config.d_model, out_std=std, dtype=dtype, rngs=rngs, **options)
+        self.mixer = make_mixer(kind, config.d_model, **init, **options)
         self.norm2 = norm(config.d_model, rngs=rngs)
-        self.mlp = mlp(config.d_model, config.hidden_dim, out_std=std, dtype=dtype, rngs=rngs)
+        self.mlp = mlp(config.d_model, config.hidden_dim, **init)
 
     def __call__(self, r: BTD, segment_ids: BT | None = None) -> BTD:
         """Update the residual stream of a whole sequence."""

@@ -25,7 +25,7 @@ def named(*names: str | None) -> dict:
 
 
 def linear(
-    d_in: int, d_out: int, names: tuple[str, str], *, bias: bool = False, std: float = INIT_STD, dtype, rngs: nnx.Rngs
+    d_in: int, d_out: int, names: tuple[str, str], *, bias: bool = False, std: float, dtype, rngs: nnx.Rngs
 ) -> nnx.Linear:
     """Return a linear layer with kernel N(0, std^2), zero bias and the logical axis names of its kernel."""
     return nnx.Linear(
@@ -38,11 +38,6 @@ def linear(
         dtype=dtype,
         rngs=rngs,
     )
-
-
-def residual_std(num_layers: int) -> float:
-    """Return the deviation of projections back into the residual stream of a model with that many layers."""
-    return INIT_STD / math.sqrt(2 * num_layers)
 
 
 def rms_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -78,8 +73,8 @@ class SwiGLU(nnx.Module):
     Source: HazyResearch/based:based/models/mlp.py, `GatedMlp`.
     """
 
-    def __init__(self, d_model: int, d_hidden: int, *, out_std: float, dtype, rngs: nnx.Rngs):
-        self.fc1 = linear(d_model, 2 * d_hidden, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+    def __init__(self, d_model: int, d_hidden: int, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        self.fc1 = linear(d_model, 2 * d_hidden, ("embed", "mlp"), std=std, dtype=dtype, rngs=rngs)
         self.fc2 = linear(d_hidden, d_model, ("mlp", "embed"), std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -91,7 +86,7 @@ class SwiGLU(nnx.Module):
 class Identity(nnx.Module):
     """No MLP, as in zoology's MQAR models: the block then adds its second norm's output to the residual."""
 
-    def __init__(self, d_model: int, d_hidden: int, *, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, d_hidden: int, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
         pass
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

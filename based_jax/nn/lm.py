@@ -1,6 +1,7 @@
 """The language model: an embedding, the layers that a list names, a norm, and the embedding again as the head."""
 
 import dataclasses
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -13,6 +14,7 @@ from based_jax.dims import BD, BT, BTD, Tokens
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
 from based_jax.nn.block import REMAT, Stack, repeating_patterns
+from based_jax.nn.layers import INIT_STD
 from based_jax.nn.mixers import Mixer, check_options
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -35,6 +37,8 @@ class LMConfig:
       vocab_size: tokens of the tokenizer; the embedding is padded to a multiple of `pad_vocab_multiple`.
       mlp, norm: "swiglu" or "identity"; "rms" or "layer".
       mlp_dim: hidden width F of the MLP; 0 for 2 D.
+      init_std: deviation of the initial kernels and embedding; projections back into the residual stream get it
+        divided by sqrt(2 L). Narrow models learn recall much sooner with about 1 / sqrt(D).
       dtype: what layers compute in; parameters, norms, the residual, states and logits are fp32.
       scan_layers: stack and scan repeated patterns of layers, which compiles faster and shards the same.
       remat: what a layer keeps for its backward pass: "none" recomputes nothing, "dots" keeps projections only,
@@ -48,6 +52,7 @@ class LMConfig:
     mlp: str = "swiglu"
     mlp_dim: int = 0
     norm: str = "rms"
+    init_std: float = INIT_STD
     dtype: str = "bfloat16"
     scan_layers: bool = False
     remat: str = "none"
@@ -69,6 +74,11 @@ class LMConfig:
     def hidden_dim(self) -> int:
         """Width F of the MLP."""
         return self.mlp_dim or 2 * self.d_model
+
+    @property
+    def residual_init_std(self) -> float:
+        """Deviation of the initial projections back into the residual stream."""
+        return self.init_std / math.sqrt(2 * len(self.layers))
 
     @property
     def padded_vocab_size(self) -> int:
@@ -93,7 +103,7 @@ class LM(nnx.Module):
         self.embed = nnx.Embed(
             config.padded_vocab_size,
             config.d_model,
-            embedding_init=nnx.initializers.normal(layers.INIT_STD),
+            embedding_init=nnx.initializers.normal(config.init_std),
             embedding_metadata=layers.named("vocab", "embed"),
             rngs=rngs,
         )

@@ -29,7 +29,7 @@ class Mixer(Protocol):
 
     Config: ClassVar[Any]
 
-    def __init__(self, d_model: int, config: Any, *, out_std: float, dtype: Any, rngs: nnx.Rngs): ...
+    def __init__(self, d_model: int, config: Any, *, std: float, out_std: float, dtype: Any, rngs: nnx.Rngs): ...
 
     def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
         """Mix a whole sequence."""
@@ -65,7 +65,16 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 
 
-def make_mixer(kind: str, d_model: int, *, out_std: float = INIT_STD, dtype=jnp.float32, rngs: nnx.Rngs, **options):
+def make_mixer(
+    kind: str,
+    d_model: int,
+    *,
+    std: float = INIT_STD,
+    out_std: float = INIT_STD,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+    **options,
+):
     """Return the mixer named `kind` at width D, with `options` for its Config.
 
     Raises:
@@ -73,7 +82,7 @@ def make_mixer(kind: str, d_model: int, *, out_std: float = INIT_STD, dtype=jnp.
     """
     check_options(kind, options)
     mixer = MIXERS[kind]
-    return mixer(d_model, mixer.Config(**options), out_std=out_std, dtype=dtype, rngs=rngs)
+    return mixer(d_model, mixer.Config(**options), std=std, out_std=out_std, dtype=dtype, rngs=rngs)
 
 
 def check_options(kind: str, options: Iterable[str]) -> None:

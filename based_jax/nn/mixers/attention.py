@@ -33,23 +33,17 @@ class Attention(nnx.Module):
 
     Config: ClassVar = AttentionConfig
 
-    def __init__(
-        self,
-        d_model: int,
-        config: AttentionConfig,
-        *,
-        out_std: float = layers.INIT_STD,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, d_model: int, config: AttentionConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
         self.config = config
         self.d_model = d_model
         self.dtype = dtype
         self.head_dim = layers.head_dim(d_model, config.num_heads)
         self.rotary_dim = int(config.rotary_fraction * self.head_dim)
-        self.qkv = layers.linear(d_model, 3 * d_model, ("embed", "heads"), bias=config.bias, dtype=dtype, rngs=rngs)
+        self.qkv = layers.linear(
+            d_model, 3 * d_model, ("embed", "heads"), bias=config.bias, std=std, dtype=dtype, rngs=rngs
+        )
         self.out_proj = layers.linear(
-            d_model, d_model, ("heads", "embed"), bias=config.bias, std=out_std, dtype=dtype, rngs=rngs
+            d_model, d_model, ("heads", "embed"), bias=bias, std=out_std, dtype=dtype, rngs=rngs
         )
 
     def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:

@@ -27,19 +27,11 @@ class BaseConv(nnx.Module):
 
     Config: ClassVar = BaseConvConfig
 
-    def __init__(
-        self,
-        d_model: int,
-        config: BaseConvConfig,
-        *,
-        out_std: float = layers.INIT_STD,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, d_model: int, config: BaseConvConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
         self.config = config
         self.d_model = d_model
         self.dtype = dtype
-        self.projection = layers.linear(d_model, d_model, ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+        self.projection = layers.linear(d_model, d_model, ("embed", "mlp"), bias=True, std=std, dtype=dtype, rngs=rngs)
         self.conv_kernel = layers.uniform((config.kernel_size, d_model), config.kernel_size, rngs=rngs)
         self.conv_bias = layers.uniform((d_model,), config.kernel_size, rngs=rngs)
 

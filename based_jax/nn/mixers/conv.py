@@ -33,22 +33,16 @@ class GatedConv(nnx.Module):
 
     Config: ClassVar = GatedConvConfig
 
-    def __init__(
-        self,
-        d_model: int,
-        config: GatedConvConfig,
-        *,
-        out_std: float = layers.INIT_STD,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, d_model: int, config: GatedConvConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
         if config.expand < 2 or config.expand % 2:
             raise UserError(f"expand is {config.expand}; half of the projection gates the other, so it is even.")
         self.config = config
         self.d_model = d_model
         self.dtype = dtype
         self.d_inner = config.expand * d_model // 2
-        self.in_proj = layers.linear(d_model, 2 * self.d_inner, ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+        self.in_proj = layers.linear(
+            d_model, 2 * self.d_inner, ("embed", "mlp"), bias=True, std=std, dtype=dtype, rngs=rngs
+        )
         self.conv_kernel = layers.uniform((config.kernel_size, self.d_inner), config.kernel_size, rngs=rngs)
         self.out_proj = layers.linear(
             self.d_inner, d_model, ("mlp", "embed"), bias=True, std=out_std, dtype=dtype, rngs=rngs

@@ -28,16 +28,16 @@ class TaylorAttention(nnx.Module):
 
     Config: ClassVar = TaylorConfig
 
-    def __init__(self, d_model: int, config: TaylorConfig, *, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: TaylorConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
         if not 1 <= config.feature_dim <= 32:
             raise UserError(f"feature_dim is {config.feature_dim}; Taylor attention takes 1 to 32.")
         self.config = config
         self.d_model = d_model
         self.value_dim = layers.head_dim(d_model, config.num_heads)
         features = config.num_heads * config.feature_dim
-        self.proj_q = layers.linear(d_model, features, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.proj_k = layers.linear(d_model, features, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.proj_v = layers.linear(d_model, d_model, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.proj_q = layers.linear(d_model, features, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+        self.proj_k = layers.linear(d_model, features, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+        self.proj_v = layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:

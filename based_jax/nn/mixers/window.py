@@ -35,10 +35,10 @@ class WindowAttention(attention.Attention):
     Config: ClassVar = WindowConfig
     config: WindowConfig
 
-    def __init__(self, d_model: int, config: WindowConfig, *, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: WindowConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
         if config.window < 1:
             raise UserError(f"window is {config.window}; it counts the query's own key, so it is at least 1.")
-        super().__init__(d_model, config, out_std=out_std, dtype=dtype, rngs=rngs)
+        super().__init__(d_model, config, std=std, out_std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
         """Mix a whole sequence."""
