@@ -39,9 +39,8 @@ class Attention(nnx.Module):
         self.dtype = dtype
         self.head_dim = layers.head_dim(d_model, config.num_heads)
         self.rotary_dim = int(config.rotary_fraction * self.head_dim)
-        self.qkv = layers.linear(
-            d_model, 3 * d_model, ("embed", "heads"), bias=config.bias, std=std, dtype=dtype, rngs=rngs
-        )
+        bias = config.bias
+        self.qkv = layers.linear(d_model, 3 * d_model, ("embed", "heads"), bias=bias, std=std, dtype=dtype, rngs=rngs)
         self.out_proj = layers.linear(
             d_model, d_model, ("heads", "embed"), bias=bias, std=out_std, dtype=dtype, rngs=rngs
         )
