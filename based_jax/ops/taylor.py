@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Shaped
 
 from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
 from based_jax.ops import segments
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.dispatch import Implementation, dispatch, target_platform
 
 CHUNK = 128
 EXACT = jax.lax.Precision.HIGHEST
@@ -165,7 +165,7 @@ def _chunk(carry, chunk, reads_state=True):
     last = jnp.where(ids_present.any(1), segments.last_id(ids), owner)
 
     visible = segments.same_document(ids, ids) & jnp.tri(q.shape[1], dtype=bool)[None]
-    p = jnp.where(visible[:, None], _kernel(q, k, precision), 0.0).astype(dtype)
+    p = jnp.where(visible[:, None], _kernel(q.astype(dtype), k.astype(dtype), precision), 0.0).astype(dtype)
     v1 = _with_ones(v).astype(dtype)
     sums = _einsum("BHTS,BSHV->BTHV", p, v1, precision)
     if reads_state:
@@ -207,8 +207,12 @@ def _einsum(spec: str, a: Array, b: Array, precision) -> Array:
 
 
 def _product_policy(dtype):
-    """Low-precision inputs multiply in their own dtype on tensor cores; fp32 inputs multiply exactly."""
-    return (jnp.float32, EXACT) if dtype == jnp.float32 else (dtype, jax.lax.Precision.DEFAULT)
+    """Low-precision inputs multiply in their own dtype on tensor cores; fp32 inputs multiply exactly.
+
+    XLA's CPU backend lacks some layouts of bf16 products that sum in fp32, and has no faster unit for the others.
+    """
+    exact = dtype == jnp.float32 or target_platform() == "cpu"
+    return (jnp.float32, EXACT) if exact else (dtype, jax.lax.Precision.DEFAULT)
 
 
 def _split_time(x: Shaped[Array, "B T ..."], length: int) -> Shaped[Array, "N B C ..."]:

@@ -86,5 +86,15 @@ class TextTask:
 
     def open(self, batch_size: int, process_index: int, process_count: int) -> Source:
         """Build the dataset if it is not cached, and return the source of one host's batches."""
+        from based_jax.data.text import TextSource  # imports tensorflow-datasets, which MQAR does not need
 
-        raise NotImplementedError
+        return TextSource(
+            self.path,
+            self.tokenizer,
+            self.seq_len,
+            batch_size,
+            seed=self.seed,
+            cache_dir=self.cache_dir,
+            process_index=process_index,
+            process_count=process_count,
+        )

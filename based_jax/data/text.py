@@ -1,0 +1,194 @@
+"""Text for language models: a corpus, tokenised and packed into windows once, then read at random from ArrayRecord.
+
+Documents follow one another, each closed by the end-of-text token, and the stream is cut into windows of seq_len + 1
+tokens; neighbours share one token, so every token is a target once:
+
+    tokens       t h e   e n d <eot> a n d        inputs  = tokens[:-1]
+    segment_ids  1 1 1 1 1 1 1   1   2 2 2        labels  = tokens[1:], ignored where the next document begins
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+
+from based_jax.data import corpus
+from based_jax.data.hosts import own_rows
+from based_jax.data.mqar import IGNORE, Batch
+from based_jax.data.tokenizer import Tokenizer, get_tokenizer
+from based_jax.errors import UserError
+
+CACHE_VARIABLE = "BASED_JAX_CACHE"
+
+
+def default_cache_dir() -> Path:
+    """Return where packed datasets are kept: $BASED_JAX_CACHE, or based_jax in the user's cache folder."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(user_cache) / "based_jax")
+
+
+class PackedText(tfds.core.GeneratorBasedBuilder):
+    """Windows of a corpus: tokens and segment_ids (seq_len + 1,), id 0 for the padding of a split's last window."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, seq_len: int, cache_dir: Path):
+        self._folder, self._tokenizer, self._seq_len = folder, tokenizer, seq_len
+        key = f"{corpus.fingerprint(folder)} {tokenizer.fingerprint} {seq_len}"
+        config = tfds.core.BuilderConfig(name=hashlib.sha256(key.encode()).hexdigest()[:16])
+        with _quiet():
+            super().__init__(data_dir=cache_dir, config=config, file_format="array_record")
+
+    def build(self) -> None:
+        """Write the dataset unless it is there; another process that writes it is waited for.
+
+        Raises:
+          UserError: the corpus is bad or shorter than a window; nothing is written then.
+        """
+        self.data_path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(str(self.data_path) + ".lock"):
+            if not (self.data_path / "dataset_info.json").exists():
+                self._windows = self._packed_splits()
+                with _quiet():
+                    self.download_and_prepare()
+                del self._windows
+
+    def _packed_splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        splits = {}
+        for split, documents in corpus.split_documents(self._folder).items():
+            tokens, segment_ids = pack(documents, self._tokenizer, self._seq_len)
+            if split == "train" and not segment_ids[0].all():
+                count = int(np.count_nonzero(segment_ids))
+                raise UserError(
+                    f"seq_len {self._seq_len} is longer than the data: '{self._folder}' has {count} tokens to train on."
+                )
+            splits[split] = tokens, segment_ids
+        return splits
+
+    def _info(self):
+        window = tfds.features.Tensor(shape=(self._seq_len + 1,), dtype=np.int32)
+        features = tfds.features.FeaturesDict({"tokens": window, "segment_ids": window})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in self._windows}
+
+    def _generate_examples(self, split: str):
+        for index, (tokens, segment_ids) in enumerate(zip(*self._windows[split], strict=True)):
+            yield index, {"tokens": tokens, "segment_ids": segment_ids}
+
+
+def pack(documents: list[str], tokenizer: Tokenizer, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (tokens, segment_ids) of all windows of documents, int32 of shape (windows, seq_len + 1)."""
+    ids = [np.append(np.asarray(text, np.int32), tokenizer.end_of_text) for text in tokenizer.encode_batch(documents)]
+    stream = np.concatenate(ids)
+    numbers = np.repeat(np.arange(len(ids)), [len(tokens) for tokens in ids])
+    windows = max(-(-(len(stream) - 1) // seq_len), 1)
+    padding = windows * seq_len + 1 - len(stream)
+    at = np.arange(windows)[:, None] * seq_len + np.arange(seq_len + 1)[None, :]
+    tokens = np.pad(stream, (0, padding))[at].astype(np.int32)
+    document = np.pad(numbers, (0, padding), constant_values=-1)[at]
+    segment_ids = np.where(document >= 0, document - document[:, :1] + 1, 0).astype(np.int32)
+    return tokens, segment_ids
+
+
+class TextSource:
+    """Batches of packed text: {"inputs", "labels", "segment_ids"} of shape (batch_size / process_count, seq_len).
+
+    Batch t is a pure function of (corpus, tokenizer, seq_len, seed, batch_size, t): windows are shuffled anew in every
+    epoch, and a batch is the next `batch_size` of them. Host p of n gets the p-th of n equal blocks of its rows.
+
+    Args:
+      folder: the corpus; the shipped prose if None.
+      tokenizer: a name of `data/tokenizer.py`.
+      seq_len: tokens per row.
+      seed: of the shuffle.
+      cache_dir: where the packed windows are kept; `default_cache_dir` if None.
+
+    Raises:
+      UserError: the corpus is bad or shorter than a window, or the packed windows cannot be read.
+    """
+
+    eval_names = ("validation",)
+
+    def __init__(
+        self,
+        folder: str | os.PathLike | None,
+        tokenizer: str,
+        seq_len: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        cache_dir: str | os.PathLike | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if seq_len < 1:
+            raise UserError(f"seq_len is {seq_len}; it is at least 1.")
+        self._batch_size = batch_size
+        self._own = own_rows(batch_size, process_index, process_count)
+        cache = Path(cache_dir or default_cache_dir()).resolve()
+        builder = PackedText(Path(folder or corpus.default_corpus()), get_tokenizer(tokenizer), seq_len, cache)
+        builder.build()
+        self._path = builder.data_path
+        with self._reading():
+            self._validation = builder.as_data_source(split="validation")
+            train = builder.as_data_source(split="train")
+            self.windows = len(train)
+            self._train = grain.MapDataset.source(train).seed(seed).shuffle().repeat()
+
+    def batch(self, step: int) -> Batch:
+        """Return this host's rows of training batch `step`, counted from 0 through all epochs."""
+        rows = range(step * self._batch_size, (step + 1) * self._batch_size)[self._own]
+        with self._reading():
+            return _batch([self._train[row] for row in rows])
+
+    def eval_batches(self, name: str) -> Iterator[Batch]:
+        """Yield this host's rows of the validation windows, once, the last batch filled up with ignored rows."""
+        empty = {name: np.zeros_like(window) for name, window in self._validation[0].items()}
+        for start in range(0, len(self._validation), self._batch_size):
+            rows = range(start, start + self._batch_size)[self._own]
+            with self._reading():
+                yield _batch([self._validation[i] if i < len(self._validation) else empty for i in rows])
+
+    @contextlib.contextmanager
+    def _reading(self):
+        """Name the dataset in whatever a damaged file makes the reader raise."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).partition("\n")[0][:150]
+            raise UserError(
+                f"Packed text '{self._path}' is damaged ({reason}); remove this folder and it is built again."
+            ) from error
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep the progress bars and notices of tensorflow-datasets off the terminal."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _batch(windows: list[dict[str, np.ndarray]]) -> Batch:
+    tokens, ids = (np.stack([window[name] for window in windows]) for name in ("tokens", "segment_ids"))
+    labelled = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0)
+    return {
+        "inputs": tokens[:, :-1],
+        "labels": np.where(labelled, tokens[:, 1:], IGNORE).astype(np.int32),
+        "segment_ids": ids[:, :-1],
+    }
