@@ -1,1 +1,35 @@
-"""Based and the sequence mixers it is compared with, in JAX."""
+"""Based and the sequence mixers it is compared with, in JAX.
+
+The names below are imported when they are first used, so that importing the package is quick and starts no backend.
+"""
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "LM": "based_jax.nn.lm",
+    "LMConfig": "based_jax.nn.lm",
+    "MIXERS": "based_jax.nn.mixers",
+    "Sampling": "based_jax.evals.generate",
+    "TrainConfig": "based_jax.train.run",
+    "UserError": "based_jax.errors",
+    "attention": "based_jax.ops",
+    "generate": "based_jax.evals.generate",
+    "load_run": "based_jax.train.run",
+    "make_mixer": "based_jax.nn.mixers",
+    "short_conv": "based_jax.ops",
+    "taylor_attention": "based_jax.ops",
+    "window_attention": "based_jax.ops",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'based_jax' has no attribute '{name}'")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -2,7 +2,7 @@
 
     python -m based_jax train --config=configs/mqar_tiny.py:taylor_8 --workdir=runs/mqar_tiny
 
-Variants: taylor_4, taylor_8, window_8, window_23, attention_64, attention_96, conv_3, conv_8. Taylor attention with
+Variants: taylor_4, taylor_8, window_8, window_23, attention_64, attention_48, conv_3, conv_8. Taylor attention with
 feature dim 4 and 8 has the state bytes of windows of 8 and 23.
 """
 
@@ -12,9 +12,9 @@ MIXERS = {
     "taylor": lambda size: ("taylor", {"num_heads": 1, "feature_dim": size}),
     "window": lambda size: ("window", {"num_heads": 1, "window": size}),
     "attention": lambda size: ("attention", {"num_heads": 1}),
-    "conv": lambda size: ("conv", {"kernel_size": size}),
+    "conv": lambda size: ("conv", {"expand": 2, "kernel_size": size}),
 }
-VARIANTS = ("taylor_4", "taylor_8", "window_8", "window_23", "attention_64", "attention_96", "conv_3", "conv_8")
+VARIANTS = ("taylor_4", "taylor_8", "window_8", "window_23", "attention_64", "attention_48", "conv_3", "conv_8")
 SEGMENT = {"seq_len": 64, "num_kv_pairs": 8}
 
 
@@ -24,7 +24,7 @@ def get_config(variant="taylor_8"):
     return ConfigDict(
         {
             "model": {
-                "layers": (("conv", {}), MIXERS[mixer](int(size))),
+                "layers": (("conv", {"expand": 2}), MIXERS[mixer](int(size))),
                 "d_model": int(size) if mixer == "attention" else 64,
                 "vocab_size": 256,
                 "init_std": 0.1,
@@ -33,11 +33,12 @@ def get_config(variant="taylor_8"):
             "data": {
                 "kind": "mqar",
                 "vocab_size": 256,
-                "train": (SEGMENT | {"num_examples": 25600},),
+                "random_non_queries": False,
+                "train": (SEGMENT | {"num_examples": 22400},),
                 "test": (SEGMENT | {"num_examples": 640},),
             },
-            "optim": {"lr": 3e-3, "warmup_steps": 40, "final_lr": 3e-4},
-            "steps": 400,
+            "optim": {"lr": 4e-3, "warmup_steps": 30, "final_lr": 4e-4},
+            "steps": 350,
             "batch_size": 64,
             "log_every": 100,
         }

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 def get_config():
     """Return two patterns of convolution, Taylor attention and a window of 64 keys."""
     pattern = (
-        ("conv", {}),
+        ("conv", {"expand": 2}),
         ("taylor", {"num_heads": 4, "feature_dim": 8}),
         ("window", {"num_heads": 4, "window": 32}),
     )
@@ -20,7 +20,7 @@ def get_config():
             "model": {"layers": pattern, "d_model": 128, "vocab_size": 257, "init_std": 0.05, "dtype": "float32"},
             "data": {"kind": "text", "tokenizer": "bytes", "seq_len": 128},
             "optim": {"lr": 3e-3, "warmup_steps": 50, "final_lr": 3e-4},
-            "steps": 700,
+            "steps": 500,
             "batch_size": 16,
             "log_every": 100,
         }

@@ -33,7 +33,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class MqarTask:
-    """Multi-query associative recall (`data/mqar.py`): a preset, with its segments, vocabulary or seed replaced."""
+    """Multi-query associative recall (`data/mqar.py`): a preset, with some of its values replaced."""
 
     kind: Literal["mqar"] = "mqar"
     preset: str = "figure2"
@@ -41,6 +41,7 @@ class MqarTask:
     test: tuple[Segment, ...] | None = None
     vocab_size: int | None = None
     seed: int | None = None
+    random_non_queries: bool | None = None
     shuffle: bool = False
 
     def __post_init__(self):
@@ -48,7 +49,7 @@ class MqarTask:
 
     def resolved(self) -> mqar.MqarConfig:
         """Return the preset with this task's replacements."""
-        names = ("train", "test", "vocab_size", "seed")
+        names = ("train", "test", "vocab_size", "seed", "random_non_queries")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(mqar.get_preset(self.preset), **given)
 

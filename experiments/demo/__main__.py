@@ -26,7 +26,7 @@ from based_jax.train.run import TrainConfig, load_run
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = {"taylor": "Based (Taylor)", "window": "sliding window", "attention": "full attention", "conv": "convolution"}
 COLOURS = {"taylor": "tab:blue", "window": "tab:orange", "attention": "tab:green", "conv": "tab:red"}
-VARIANTS = ("conv_3", "conv_8", "window_8", "window_23", "taylor_4", "taylor_8", "attention_64", "attention_96")
+VARIANTS = ("conv_3", "conv_8", "window_8", "window_23", "taylor_4", "taylor_8", "attention_48", "attention_64")
 PROMPT = "It was a "
 
 
