@@ -76,10 +76,11 @@ def _oracle(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int | Non
 
 def _dense(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int | None) -> BTHV:
     """Full attention as XLA fuses it best."""
-    if segment_ids is None:
+    if segment_ids is None and q.shape == v.shape:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
     causal = jnp.tri(q.shape[1], dtype=bool)[None]
-    return masked_attention(q, k, v, causal & segments.same_document(segment_ids, segment_ids))
+    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    return masked_attention(q, k, v, causal & segments.same_document(ids, ids))
 
 
 def _recurrent(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> BTHV:
