@@ -1,0 +1,93 @@
+"""What all tests share: eight fake devices, strict shapes, inputs of their own, and the tolerances."""
+
+import os
+import zlib
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# nn.cache is left out: its pytree also holds stacked arrays and abstract leaves, which its annotations do not mean.
+SHAPES_CHECKED = ["based_jax.ops", *(f"based_jax.nn.{name}" for name in ("block", "layers", "lm", "mixers"))]
+jaxtyping.install_import_hook(SHAPES_CHECKED, "beartype.beartype")
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+@pytest.fixture
+def rng(request):
+    """Return a generator with a seed of the test's own."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def normal(rng):
+    """Return a source of Gaussian arrays."""
+
+    def draw(*shape, dtype="float32", scale=1.0):
+        return jnp.asarray(scale * rng.standard_normal(shape), dtype)
+
+    return draw
+
+
+@pytest.fixture
+def packed_ids(rng):
+    """Return a source of (6, T) ids: a document; documents down to one token; padding left, right, between, only."""
+
+    def draw(T):
+        begins = rng.random(T) < 0.2
+        begins[:2] = True
+        packed, position = np.cumsum(begins), np.arange(T)
+        between = np.where(packed % 3 == 2, 0, packed)
+        left, right = position >= T // 3, packed * (position < T - T // 3)
+        return jnp.asarray([np.ones(T), packed, left, right, between, np.zeros(T)], jnp.int32)
+
+    return draw
+
+
+@pytest.fixture
+def close():
+    """Return an assertion that two trees agree relative to the largest entry of each expected leaf.
+
+    `floor` is the error that is forgiven whatever that entry, where it is a sum that cancels.
+    """
+
+    def check(actual, expected, dtype="float32", *, tolerance=None, floor=1e-6, what=""):
+        tolerance = tolerance or TOLERANCE[dtype]
+        actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+            assert a.shape == e.shape, f"{what} leaf {i}"
+            error, scale = np.abs(a - e).max(initial=0), np.abs(e).max(initial=0)
+            assert error <= tolerance * scale + floor, f"{what} leaf {i}: off by {error:.2e}, largest {scale:.2e}"
+
+    return check
+
+
+@pytest.fixture
+def out_and_grads():
+    """Return a function of (call, arguments, cotangents) that compiles a call with its pullback and runs both."""
+
+    def run(call, args, cotangents):
+        @jax.jit
+        def both(args, cotangents):
+            out, pullback = jax.vjp(call, *args)
+            return out, pullback(cotangents)
+
+        return both(args, cotangents)
+
+    return run
+
+
+@pytest.fixture
+def quick_compile():
+    """Compile without costly optimisation, for tests that compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,0 +1,145 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from based_jax.ops.conv import IMPLEMENTATIONS, short_conv, short_conv_step
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+FAST = [name for name, entry in IMPLEMENTATIONS.items() if entry.platform is None and name != "oracle"]
+
+# (T, W, D): kernels of one tap, and longer than the sequence.
+CASES = [
+    (1, 3, 64),
+    (2, 4, 7),
+    (63, 1, 5),
+    (64, 2, 16),
+    (65, 3, 1),
+    (127, 3, 24),
+    (128, 7, 5),
+    (129, 4, 8),
+    (300, 3, 112),
+]
+
+
+def exact(x, kernel, state=None, ids=None):
+    """Return outputs and state in fp64, tap by tap."""
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    ids = np.ones(x.shape[:2], int) if ids is None else np.asarray(ids)
+    B, W = x.shape[0], kernel.shape[0]
+    y, after = np.zeros_like(x), np.zeros((B, W, x.shape[2]))
+    for b in range(B):
+        documents = ids[b][ids[b] != 0]
+        if len(documents) == 0:
+            continue
+        owners = np.concatenate([np.full(W, documents[0]), ids[b]])
+        inputs = np.concatenate([after[b] if state is None else np.asarray(state[b], np.float64), x[b]])
+        for t in np.flatnonzero(ids[b]):
+            own = owners[t + 1 : t + 1 + W] == ids[b, t]
+            y[b, t] = np.sum(kernel * inputs[t + 1 : t + 1 + W] * own[:, None], axis=0)
+        after[b] = inputs[-W:] * (owners[-W:] == documents[-1])[:, None]
+    return y, after
+
+
+def caller(impl, *, ids=None):
+    def call(x, kernel, state=None):
+        return short_conv(x, kernel, state=state, segment_ids=ids, return_state=True, impl=impl)
+
+    return call
+
+
+@pytest.fixture
+def draw(normal, packed_ids):
+    """Return a source of (x, kernel, state), cotangents and ids."""
+
+    def inputs(T, W, D, dtype="float32", batch=6):
+        args = (normal(batch, T, D, dtype=dtype), normal(W, D), normal(batch, W, D, dtype=dtype))
+        return args, (normal(batch, T, D, dtype=dtype), normal(batch, W, D, dtype=dtype)), packed_ids(T)
+
+    return inputs
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_oracle_equals_fp64(case, draw, close):
+    args, _, ids = draw(*case)
+    close(jax.jit(caller("oracle"))(*args[:2]), exact(*args[:2]), what="plain")
+    packed = jax.jit(lambda ids, *args: caller("oracle", ids=ids)(*args))(ids, *args)
+    close(packed, exact(*args, ids), what="packed, with a state")
+
+
+def test_oracle_gradients_equal_fp64_differences(draw, normal, out_and_grads):
+    """The convolution is linear in each argument, so that a difference is exact."""
+    args, cotangents, ids = draw(20, 3, 5)
+    _, grads = out_and_grads(caller("oracle", ids=ids), args, cotangents)
+    for i, (x, grad) in enumerate(zip(args, grads, strict=True)):
+        direction = np.asarray(normal(*x.shape), np.float64)
+
+        def moved(by, i=i, x=x):
+            out = exact(*args[:i], np.asarray(x, np.float64) + by, *args[i + 1 :], ids)
+            return sum(np.sum(o * np.asarray(w, np.float64)) for o, w in zip(out, cotangents, strict=True))
+
+        slope = moved(direction) - moved(0)
+        assert abs(np.sum(grad * direction) - slope) < 1e-5 * np.linalg.norm(grad), f"argument {i}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_form_equals_the_oracle(case, draw, out_and_grads, close):
+    args, cotangents, ids = draw(*case)
+    expected = out_and_grads(caller("oracle", ids=ids), args, cotangents)
+    for impl in FAST:
+        close(out_and_grads(caller(impl, ids=ids), args, cotangents), expected, what=impl)
+
+
+@pytest.mark.parametrize("case", [(1, 3, 64), (65, 3, 5)], ids=str)
+def test_every_form_equals_the_oracle_without_state_and_ids(case, draw, out_and_grads, close):
+    args, cotangents, _ = draw(*case)
+    expected = out_and_grads(caller("oracle"), args[:2], cotangents)
+    for impl in FAST:
+        close(out_and_grads(caller(impl), args[:2], cotangents), expected, what=impl)
+
+
+def test_every_form_equals_the_oracle_in_bf16(draw, out_and_grads, close):
+    args, cotangents, ids = draw(129, 3, 24, dtype="bfloat16")
+    expected = out_and_grads(caller("oracle", ids=ids), args, cotangents)
+    for impl in FAST:
+        out, grads = out_and_grads(caller(impl, ids=ids), args, cotangents)
+        assert {x.dtype for x in out} == {jnp.dtype("bfloat16")}
+        close((out, grads), expected, "bfloat16", what=impl)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_pieces_equal_one_call(impl, draw, out_and_grads, close):
+    """A row of one document and a left-padded one, whose first pieces are padding only; gradients cross the state."""
+    (x, kernel, _), cotangents, _ = draw(20, 3, 5, batch=2)
+    ids = jnp.asarray([np.ones(20), np.arange(20) >= 6], jnp.int32)
+
+    def in_pieces(x, kernel):
+        outputs, state = [], None
+        for start, stop in ((0, 1), (1, 6), (6, 8), (8, 20)):
+            y, state = caller(impl, ids=ids[:, start:stop])(x[:, start:stop], kernel, state)
+            outputs.append(y)
+        return jnp.concatenate(outputs, axis=1), state
+
+    expected = out_and_grads(caller("oracle", ids=ids), (x, kernel), cotangents)
+    close(out_and_grads(in_pieces, (x, kernel), cotangents), expected)
+
+
+def test_steps_equal_one_call(draw, close):
+    (x, kernel, state), _, _ = draw(10, 3, 5)
+    step, outputs, after = jax.jit(short_conv_step), [], state
+    for t in range(10):
+        y, after = step(x[:, t], kernel, after)
+        outputs.append(y)
+    close((np.stack(outputs, axis=1), after), exact(x, kernel, state))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_vmap_equals_a_loop(impl, draw, close):
+    (x, kernel, state), _, ids = draw(20, 3, 5)
+    call = jax.jit(lambda x, kernel, state, ids: caller(impl, ids=ids)(x, kernel, state))
+    x, state, ids = (y.reshape(3, 2, *y.shape[1:]) for y in (x, state, ids))
+    lanes = (x, jnp.stack([kernel, -kernel, 2 * kernel]), state, ids)
+    mapped = jax.jit(jax.vmap(call))(*lanes)
+    for i in range(3):
+        close(jax.tree.map(lambda y, i=i: y[i], mapped), call(*(y[i] for y in lanes)))

@@ -1,0 +1,163 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from based_jax.ops.softmax import ATTENTION, WINDOW_ATTENTION, attention, attention_step, window_attention
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def fast(table):
+    return [name for name, entry in table.items() if entry.platform is None and name != "oracle"]
+
+
+# (T, K, V, H, window): windows of one key, below, at and above a band, and longer than the sequence.
+CASES = [
+    (1, 16, 64, 2, 1),
+    (2, 24, 112, 1, 64),
+    (63, 7, 5, 3, 1),
+    (64, 16, 1, 2, 64),
+    (65, 24, 5, 1, 7),
+    (127, 1, 64, 3, 65),
+    (128, 8, 5, 2, 66),
+    (129, 16, 64, 1, 129),
+    (300, 8, 5, 2, 100),
+]
+
+
+def exact(q, k, v, window=None, ids=None):
+    """Return outputs in fp64, query by query over the keys that it sees."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    ids = np.ones(q.shape[:2], int) if ids is None else np.asarray(ids)
+    o = np.zeros_like(v)
+    for b, t in zip(*np.nonzero(ids), strict=True):
+        seen = np.flatnonzero(ids[b, : t + 1] == ids[b, t])
+        seen = seen[seen > t - (window or t + 1)]
+        s = np.einsum("hk,shk->hs", q[b, t], k[b, seen]) / math.sqrt(q.shape[-1])
+        p = np.exp(s - s.max(axis=1, keepdims=True))
+        o[b, t] = np.einsum("hs,shv->hv", p / p.sum(axis=1, keepdims=True), v[b, seen])
+    return o
+
+
+def caller(impl, window=None, ids=None):
+    if window is None:
+        return lambda q, k, v: attention(q, k, v, segment_ids=ids, impl=impl)
+    return lambda q, k, v: window_attention(q, k, v, window=window, segment_ids=ids, impl=impl)
+
+
+@pytest.fixture
+def draw(normal, packed_ids):
+    """Return a source of (q, k, v), a cotangent and ids."""
+
+    def inputs(T, K, V, H, dtype="float32", batch=6):
+        q, k, v, cotangent = (normal(batch, T, H, size, dtype=dtype) for size in (K, K, V, V))
+        return (q, k, v), cotangent, packed_ids(T)
+
+    return inputs
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_oracle_equals_fp64(case, draw, close):
+    *sizes, window = case
+    qkv, _, ids = draw(*sizes)
+    for w in (window, None):
+        close(jax.jit(lambda q, k, v, ids, w=w: caller("oracle", w, ids)(q, k, v))(*qkv, ids), exact(*qkv, w, ids))
+    close(jax.jit(caller("oracle", window))(*qkv), exact(*qkv, window))
+
+
+def test_oracle_gradients_equal_fp64_differences(draw, normal, out_and_grads):
+    qkv, cotangent, ids = draw(20, 7, 5, 2)
+    _, grads = out_and_grads(caller("oracle", 6, ids), qkv, cotangent)
+    for i, (x, grad) in enumerate(zip(qkv, grads, strict=True)):
+        direction, step = np.asarray(normal(*x.shape), np.float64), 1e-5
+
+        def moved(sign, i=i, x=x, by=step * direction):
+            o = exact(*qkv[:i], np.asarray(x, np.float64) + sign * by, *qkv[i + 1 :], 6, ids)
+            return np.sum(o * np.asarray(cotangent, np.float64))
+
+        slope = (moved(1) - moved(-1)) / (2 * step)
+        assert abs(np.sum(grad * direction) - slope) < 1e-5 * np.linalg.norm(grad), f"argument {i}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_window_form_equals_the_oracle(case, draw, out_and_grads, close):
+    *sizes, window = case
+    qkv, cotangent, ids = draw(*sizes)
+    expected = out_and_grads(caller("oracle", window, ids), qkv, cotangent)
+    for impl in fast(WINDOW_ATTENTION):
+        close(out_and_grads(caller(impl, window, ids), qkv, cotangent), expected, what=impl)
+
+
+@pytest.mark.parametrize("case", [(1, 16, 64, 2, 3), (65, 24, 5, 1, 1000)], ids=str)
+def test_every_window_form_equals_the_oracle_without_ids(case, draw, out_and_grads, close):
+    *sizes, window = case
+    qkv, cotangent, _ = draw(*sizes, batch=2)
+    expected = out_and_grads(caller("oracle", window), qkv, cotangent)
+    for impl in fast(WINDOW_ATTENTION):
+        close(out_and_grads(caller(impl, window), qkv, cotangent), expected, what=impl)
+
+
+@pytest.mark.parametrize("sizes", [(1, 16, 16, 2), (65, 7, 5, 3), (300, 24, 24, 1)], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_attention_form_equals_the_oracle(packed, sizes, draw, out_and_grads, close):
+    qkv, cotangent, ids = draw(*sizes)
+    ids = ids if packed else None
+    expected = out_and_grads(caller("oracle", ids=ids), qkv, cotangent)
+    for impl in fast(ATTENTION):
+        close(out_and_grads(caller(impl, ids=ids), qkv, cotangent), expected, what=impl)
+
+
+@pytest.mark.parametrize(("window", "packed"), [(None, False), (None, True), (5, True), (100, True)])
+def test_every_form_equals_the_oracle_in_bf16(window, packed, draw, out_and_grads, close):
+    qkv, cotangent, ids = draw(300, 16, 16, 2, dtype="bfloat16")
+    ids = ids if packed else None
+    expected = out_and_grads(caller("oracle", window, ids), qkv, cotangent)
+    for impl in fast(ATTENTION if window is None else WINDOW_ATTENTION):
+        o, grads = out_and_grads(caller(impl, window, ids), qkv, cotangent)
+        assert o.dtype == jnp.bfloat16
+        close((o, grads), expected, "bfloat16", what=impl)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_vmap_equals_a_loop(window, draw, close):
+    (q, k, v), _, ids = draw(70, 8, 8, 2)
+    lanes = [x.reshape(3, 2, *x.shape[1:]) for x in (q, k, v, ids)]
+    for impl in ATTENTION if window is None else WINDOW_ATTENTION:
+        if impl == "cudnn":
+            continue
+        call = jax.jit(lambda q, k, v, ids, impl=impl: caller(impl, window, ids)(q, k, v))
+        mapped = jax.jit(jax.vmap(call))(*lanes)
+        for i in range(3):
+            close(mapped[i], call(*(x[i] for x in lanes)), what=impl)
+
+
+def test_step_is_the_last_row_and_sees_only_what_is_visible(draw, close):
+    (q, k, v), _, _ = draw(20, 8, 5, 2)
+    visible = jnp.broadcast_to(jnp.arange(20) >= 13, (6, 20))
+    o = jax.jit(attention_step)(q[:, -1], k, v, visible)
+    close(o, exact(q, k, v, window=7)[:, -1])
+
+
+def test_very_large_scores_stay_finite(draw, close):
+    (q, k, v), _, ids = draw(130, 16, 16, 2)
+    q, k = jnp.round(q * 8) * 64, jnp.round(k * 8) * 64
+    for window in (None, 66):
+        o = jax.jit(lambda q, k, v, ids, w=window: caller("xla", w, ids)(q, k, v))(q, k, v, ids)
+        close(o, exact(q, k, v, window, ids))
+
+
+def temporary_bytes(f, T):
+    shape = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
+    return jax.jit(f).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_window_memory_is_linear_and_below_one_score_matrix():
+    forward = caller("xla", 64)
+    backward = jax.grad(lambda *qkv: jnp.sum(forward(*qkv) ** 2), argnums=(0, 1, 2))
+    for f in (forward, backward):
+        once, four_times = temporary_bytes(f, 2048), temporary_bytes(f, 8192)
+        assert four_times < 4.5 * once
+        assert four_times < 8192 * 8192
