@@ -1,0 +1,6 @@
+"""Weights from the reference implementations, and to them."""
+
+from based_jax.convert.hf import load_hf, save_hf
+from based_jax.convert.reference import lm_from_reference, mixer_from_reference, reference_weights
+
+__all__ = ["lm_from_reference", "load_hf", "mixer_from_reference", "reference_weights", "save_hf"]
