@@ -5,9 +5,12 @@ python -m experiments.demo --workdir=demo_out
 
 import argparse
 import dataclasses
+import importlib.metadata
+import os
 import shutil
 from pathlib import Path
 
+import jax
 import matplotlib
 
 matplotlib.use("Agg")
@@ -39,7 +42,7 @@ def main() -> None:
 
     print("1. Recall (MQAR: 64 tokens, 8 key-value pairs, vocabulary 256; two layers)\n")
     frontier = recall_frontier(workdir / "mqar")
-    frontier.to_csv(workdir / "frontier.csv", index=False)
+    frontier.assign(**versions()).to_csv(workdir / "frontier.csv", index=False)
     draw(frontier, workdir / "frontier.png")
     print("\n" + frontier.to_string(index=False, formatters={"accuracy": "{:.3f}".format}))
     print(f"\nThe picture is {workdir / 'frontier.png'}.\n")
@@ -61,13 +64,25 @@ def recall_frontier(workdir: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["mixer", "size", "state bytes", "accuracy"])
 
 
+def versions() -> dict[str, str]:
+    """Return what a row of results has to name: the device, the versions and the command."""
+    names = ("based-jax", "jax", "flax")
+    return {
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "versions": " ".join(f"{name} {importlib.metadata.version(name)}" for name in names),
+        "command": "make demo",
+    }
+
+
 def draw(frontier: pd.DataFrame, path: Path) -> None:
     """Save accuracy against state bytes, one line per mixer."""
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for key, name in NAMES.items():
         points = frontier[frontier["mixer"] == name].sort_values("state bytes")
         axes.plot(points["state bytes"], points["accuracy"], "o-", color=COLOURS[key], label=name)
-    axes.set(xscale="log", xlabel="state bytes per sequence (fp32)", ylabel="MQAR accuracy", ylim=(-0.03, 1.03))
+    axes.set(xscale="log", xlabel="state per sequence (fp32)", ylabel="MQAR accuracy", ylim=(-0.03, 1.03))
+    axes.set_xticks([2**n * 1024 for n in range(1, 6)], [f"{2**n} KiB" for n in range(1, 6)])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(loc="center left")
     figure.savefig(path, dpi=150)

@@ -1,0 +1,44 @@
+"""The reference configs are the released models, and train by their schedule."""
+
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+from based_jax import config as configs
+from based_jax.nn.lm import LM
+from based_jax.optim import schedule
+from based_jax.train.run import TrainConfig
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PARAMETERS = {
+    "based_360m": 362_620_928,
+    "based_1b": 1_349_453_056,
+    "attn_360m": 359_810_048,
+    "attn_1b": 1_327_080_720,
+}
+TOKENS = {"10b": 20_000, "30b": 60_000, "50b": 100_000}
+
+
+def run_config(name, variant="10b"):
+    return configs.build(TrainConfig, configs.load(f"{CONFIGS / name}.py:{variant}"))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters(name):
+    model = nnx.eval_shape(lambda: LM(run_config(name).model, rngs=nnx.Rngs(0)))
+    assert model.num_params() == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("variant", TOKENS)
+def test_recipe(name, variant):
+    config = run_config(name, variant)
+    assert (config.steps, config.batch_size, config.data.seq_len) == (TOKENS[variant], 256, 2048)
+    assert config.optim.warmup_steps == TOKENS[variant] // 100
+
+
+@pytest.mark.parametrize(("step", "lr"), [(0, 1e-6), (100, 4.005e-4), (200, 8e-4), (20_000, 8e-5)])
+def test_learning_rate(step, lr):
+    config = run_config("based_360m")
+    assert float(schedule(config.optim, config.steps)(step)) == pytest.approx(lr, abs=1e-9)
