@@ -19,6 +19,8 @@ from based_jax.nn.mixers import Mixer, check_options
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+LEAST = {"d_model": 1, "vocab_size": 1, "pad_vocab_multiple": 1, "mlp_dim": 0, "init_std": 0}
+
 
 class Options(dict):
     """A mixer's options as a dict that hashes, since configs are static to compilation; not to be changed."""
@@ -60,8 +62,9 @@ class LMConfig:
     def __post_init__(self):
         if not self.layers:
             raise UserError("layers is empty; name at least one mixer.")
-        if self.d_model < 1 or self.vocab_size < 1:
-            raise UserError(f"d_model is {self.d_model} and vocab_size {self.vocab_size}; both are at least 1.")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it is at least {least}.")
         object.__setattr__(self, "layers", tuple((kind, Options(options)) for kind, options in self.layers))
         for kind, options in self.layers:
             check_options(kind, options)
@@ -158,7 +161,7 @@ class LM(nnx.Module):
         """Return the decode state of one sequence in elements, by the paper's accounting."""
         return sum(mixer.state_size(seq_len) for mixer in self.mixers())
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs of one token: mixers, MLPs and head."""
         mlp = 6 * self.config.d_model * self.config.hidden_dim if self.config.mlp == "swiglu" else 0
         head = 2 * self.config.d_model * self.config.padded_vocab_size

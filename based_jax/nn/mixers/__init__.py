@@ -51,7 +51,7 @@ class Mixer(Protocol):
         """Return the elements of decode state after `seq_len` tokens."""
         ...
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: int) -> int:
         """Return the mean forward FLOPs of one token of a sequence of `seq_len`."""
         ...
 

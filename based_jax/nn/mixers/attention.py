@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from based_jax.dims import BD, BT, BTD
+from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
 from based_jax.ops import segments
@@ -34,6 +35,10 @@ class Attention(nnx.Module):
     Config: ClassVar = AttentionConfig
 
     def __init__(self, d_model: int, config: AttentionConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        if not 0 <= config.rotary_fraction <= 1:
+            raise UserError(f"rotary_fraction is {config.rotary_fraction}; it is between 0 and 1.")
+        if config.rotary_base <= 0:
+            raise UserError(f"rotary_base is {config.rotary_base}; it is above 0.")
         self.config = config
         self.d_model = d_model
         self.dtype = dtype
@@ -76,7 +81,7 @@ class Attention(nnx.Module):
         """Return 2 D elements for each of `seq_len` tokens; equal to the cache's when `max_len` is `seq_len`."""
         return 2 * self.d_model * seq_len
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, and scores and sums over half of `seq_len` keys on average."""
         return 8 * self.d_model**2 + 2 * self.d_model * seq_len
 

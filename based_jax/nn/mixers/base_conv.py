@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from based_jax.dims import BD, BT, BTD, BWD
+from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.ops.conv import short_conv, short_conv_step
 
@@ -28,6 +29,8 @@ class BaseConv(nnx.Module):
     Config: ClassVar = BaseConvConfig
 
     def __init__(self, d_model: int, config: BaseConvConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        if config.kernel_size < 1:
+            raise UserError(f"kernel_size is {config.kernel_size}; it is at least 1.")
         self.config = config
         self.d_model = d_model
         self.dtype = dtype
@@ -65,7 +68,7 @@ class BaseConv(nnx.Module):
         """Return one input per tap and channel; equal to the cache's."""
         return self.config.kernel_size * self.d_model
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projection and the taps."""
         return 2 * self.d_model**2 + 2 * self.config.kernel_size * self.d_model
 

@@ -36,6 +36,8 @@ class GatedConv(nnx.Module):
     def __init__(self, d_model: int, config: GatedConvConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
         if config.expand < 2 or config.expand % 2:
             raise UserError(f"expand is {config.expand}; half of the projection gates the other, so it is even.")
+        if config.kernel_size < 1:
+            raise UserError(f"kernel_size is {config.kernel_size}; it is at least 1.")
         self.config = config
         self.d_model = d_model
         self.dtype = dtype
@@ -81,6 +83,6 @@ class GatedConv(nnx.Module):
         """Return one input per tap and inner channel; equal to the cache's."""
         return self.config.kernel_size * self.d_inner
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections and the taps."""
         return 6 * self.d_model * self.d_inner + 2 * self.config.kernel_size * self.d_inner

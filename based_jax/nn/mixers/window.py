@@ -70,6 +70,6 @@ class WindowAttention(attention.Attention):
         """Return 2 D elements for each of `window` tokens; equal to the cache's."""
         return 2 * self.d_model * self.config.window
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, and scores and sums over the window."""
         return 8 * self.d_model**2 + 4 * self.d_model * min(self.config.window, seq_len)
