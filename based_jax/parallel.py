@@ -22,12 +22,14 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
       sizes: devices per axis; an axis left out has 1, and "data" takes what is left where it is not given.
 
     Raises:
-      UserError: an axis is unknown, or the sizes do not multiply to the number of devices.
+      UserError: an axis is unknown or below 1, or the sizes do not multiply to the number of devices.
     """
     sizes, devices = dict(sizes or {}), jax.device_count()
     for axis in sizes:
         if axis not in AXES:
             raise UserError(f"Mesh axis '{axis}' does not exist; the axes are {', '.join(AXES)}.")
+        if sizes[axis] < 1:
+            raise UserError(f"Mesh axis '{axis}' has {sizes[axis]} devices; it is at least 1.")
     others = int(np.prod([size for axis, size in sizes.items() if axis != "data"]))
     sizes.setdefault("data", max(devices // others, 1))
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
@@ -65,15 +67,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, jax.P(("data", "fsdp")))
 
 
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Check that the rows of a global batch can be divided over the mesh.
+
+    Raises:
+      UserError: they cannot.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise UserError(
+            f"batch_size {batch_size} cannot be divided over {ways} devices of the mesh axes data and fsdp."
+        )
+
+
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Return this host's rows of a batch as its part of global arrays.
 
     Raises:
       UserError: the global batch cannot be divided over the mesh.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = len(next(iter(batch.values()))) * jax.process_count()
-    if rows % ways:
-        raise UserError(f"batch_size {rows} cannot be divided over {ways} devices of the mesh axes data and fsdp.")
+    check_batch_size(len(next(iter(batch.values()))) * jax.process_count(), mesh)
     where = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(where, rows) for name, rows in batch.items()}

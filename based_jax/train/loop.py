@@ -40,6 +40,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     timer = Timer()
     workdir = Path(workdir)
     mesh = parallel.make_mesh(config.mesh)
+    parallel.check_batch_size(config.batch_size, mesh)
     source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
     tx = optim.adamw(config.optim, config.steps)
     graphdef, abstract, where = abstract_state(config, tx, mesh)
@@ -76,6 +77,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
 
             last, stop = step == config.steps, preemption.reached(step)
             if last or (config.eval_every and step % config.eval_every == 0):
+                report.flush()  # the time of the evaluation is no part of the steps' throughput
                 results = run_eval(state.params)
                 report.evaluation(step, results)
                 timer.done("eval")
@@ -131,12 +133,11 @@ class Report:
             self._write_step(step, metrics, tokens)
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
-        """Write an evaluation."""
-        self.flush()
+        """Write an evaluation, and count throughput from here."""
         self._write(step, {f"eval/{name}": value for name, value in results.items()})
         shown = {f"eval {name}": results[name] for name in ("loss", "perplexity", "accuracy")}
         self.say(f"step {step} " + " ".join(f"{name} {value:.4g}" for name, value in shown.items()))
-        self._since = time.monotonic()
+        self._tokens, self._since = 0, time.monotonic()
 
     def times(self, split: Mapping[str, float]) -> None:
         """Write where the wall time went, as part of the last step's rows."""
