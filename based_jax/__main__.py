@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+from typing import NoReturn
 
 from based_jax.commands import convert, eval, generate, train
 from based_jax.errors import UserError
@@ -14,8 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; return 0, or 2 after one sentence on what was wrong with the input."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("based_jax").setLevel(logging.INFO)
-    args, overrides = _parser().parse_known_args(argv)
     try:
+        args, overrides = _parser().parse_known_args(argv)
         if overrides and not getattr(args, "takes_overrides", False):
             raise UserError(f"Unknown argument '{overrides[0]}' for '{args.command}'; see --help.")
         args.overrides = overrides
@@ -26,8 +27,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong arguments as all other bad input: one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong."""
+        raise UserError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m based_jax", description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog="python -m based_jax", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").strip()

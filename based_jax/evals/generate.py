@@ -31,7 +31,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise UserError(f"temperature is {self.temperature}; it is 0 for greedy, or above.")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; it is 0 for all tokens, or the number kept.")
@@ -68,7 +68,7 @@ def generate(
       The new ids of each prompt, without the prompt.
 
     Raises:
-      UserError: an empty prompt, an id that the model does not have, or no tokens to add.
+      UserError: no prompt or an empty one, an id that the model does not have, or no tokens to add.
     """
     _check(prompts, max_new_tokens, model.config.vocab_size)
     ids, segment_ids = _pad_left(prompts)
@@ -137,11 +137,14 @@ def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it is at least 1.")
+    if not prompts:
+        raise UserError("There is no prompt; give at least one.")
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise UserError(f"Prompt {row} is empty; it needs at least one token.")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise UserError(f"Prompt {row} has id {max(prompt)}; the model knows ids 0 to {vocab_size - 1}.")
+        unknown = [token for token in prompt if not 0 <= token < vocab_size]
+        if unknown:
+            raise UserError(f"Prompt {row} has id {unknown[0]}; the model knows ids 0 to {vocab_size - 1}.")
 
 
 def _until(row: np.ndarray, stop: int | None) -> np.ndarray:

@@ -83,12 +83,15 @@ def load_run(workdir: str | Path, step: int | None = None) -> tuple[TrainConfig,
     """Return (config, step, model) of a trained run, from its last good checkpoint or from that of `step`.
 
     Raises:
-      UserError: the folder is no run's, or has no good checkpoint.
+      UserError: the folder is no run's, its config.json is damaged, or it has no good checkpoint.
     """
     path = Path(workdir) / configs.FILE
     if not path.exists():
         raise UserError(f"'{workdir}' is no run: it has no {configs.FILE}.")
-    config = configs.build(TrainConfig, json.loads(path.read_text()))
+    try:
+        config = configs.build(TrainConfig, json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"'{path}' is no config: {error}.") from None
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(config.seed))))
     where = parallel.shardings(shapes, parallel.make_mesh())
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
@@ -101,7 +104,6 @@ def load_run(workdir: str | Path, step: int | None = None) -> tuple[TrainConfig,
 class Facts:
     """What does not change from step to step and stands in every row of metrics.jsonl."""
 
-    num_params: int
     forward_flops: float
     state_bytes: int
     device_kind: str
@@ -112,7 +114,6 @@ class Facts:
         """Return the facts of a run over sequences of that length; state bytes count fp32 elements."""
         model = nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(0)))
         return cls(
-            num_params=model.num_params(),
             forward_flops=model.flops_per_token(seq_len),
             state_bytes=4 * model.state_size(seq_len),
             device_kind=jax.devices()[0].device_kind,

@@ -95,7 +95,7 @@ def make_train_step(
         metrics = {
             "loss": sums["loss"] / count,
             "accuracy": sums["correct"] / count,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
         return TrainState(params, opt_state, state.step + 1), metrics
 
