@@ -1,0 +1,179 @@
+"""What each mixer promises. A new mixer needs no line here unless its defaults are too large for width 16."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from based_jax import parallel
+from based_jax.errors import UserError
+from based_jax.nn.mixers import MIXERS, Mixer, make_mixer
+
+pytestmark = [pytest.mark.usefixtures("quick_compile"), pytest.mark.parametrize("kind", MIXERS)]
+
+D, T = 16, 9
+
+SMALL = {
+    "attention": {"num_heads": 2, "bias": True},
+    "taylor": {"num_heads": 2, "feature_dim": 4},
+    "window": {"num_heads": 2, "window": 4},
+}
+
+IMPOSSIBLE = {int: -1, float: -1.0, str: "no such thing"}
+
+
+@functools.cache
+def mixer_of(kind, seed=0, dtype=jnp.float32):
+    """Return a mixer of test size with parameters large enough that nothing hides in a tolerance."""
+    mixer = make_mixer(kind, D, dtype=dtype, rngs=nnx.Rngs(seed), **SMALL.get(kind, {}))
+    graphdef, params = nnx.split(mixer)
+    return nnx.merge(graphdef, jax.tree.map(lambda p: 10 * p, params))
+
+
+call = jax.jit(lambda mixer, x, ids=None: mixer(x, ids))
+prefill = jax.jit(lambda mixer, x, cache, ids=None: mixer.prefill(x, cache, ids))
+step = jax.jit(lambda mixer, x, cache: mixer.step(x, cache))
+
+
+def read(mixer, x, cache):
+    """Return the outputs of x read token by token."""
+    outputs = []
+    for t in range(x.shape[1]):
+        y, cache = step(mixer, x[:, t], cache)
+        outputs.append(y)
+    return np.stack(outputs, axis=1)
+
+
+def test_causal(kind, normal):
+    """Output t depends on input t and on no later one."""
+    mixer, x, weights = mixer_of(kind), normal(1, T, D), normal(1, 1, D)
+    jacobian = jax.jit(jax.jacrev(lambda x: jnp.sum(mixer(x) * weights, axis=(0, 2))))(x)
+    influence = np.abs(jacobian[:, 0]).max(axis=-1)
+    assert influence.max() > 1e-2
+    assert np.triu(influence, 1).max() <= 1e-6 * influence.max()
+    assert np.diag(influence).min() > 1e-6 * influence.max()
+
+
+def test_prefill_and_steps_equal_one_pass_at_every_split(kind, normal, close):
+    mixer, x = mixer_of(kind), normal(2, T, D)
+    whole, empty = call(mixer, x), mixer.init_cache(2, T)
+    close(read(mixer, x, empty), whole, what="steps only")
+    for split in range(1, T + 1):
+        y, cache = prefill(mixer, x[:, :split], empty)
+        close(y, whole[:, :split], what=f"prefill of {split}")
+        if split < T:
+            close(read(mixer, x[:, split:], cache), whole[:, split:], what=f"steps after {split}")
+
+
+@pytest.mark.parametrize("pieces", [(1, 3, 5), (4, 4, 1)], ids=str)
+def test_chunked_prefill_equals_one_prefill(kind, pieces, normal, close):
+    mixer, x = mixer_of(kind), normal(2, T + 2, D)
+    cache, start = mixer.init_cache(2, T + 2), 0
+    for length in pieces:
+        _, cache = prefill(mixer, x[:, start : start + length], cache)
+        start += length
+    _, once = prefill(mixer, x[:, :T], mixer.init_cache(2, T + 2))
+    close(cache, once)
+    close(read(mixer, x[:, T:], cache), call(mixer, x)[:, T:])
+
+
+def test_packed_documents_equal_separate_ones(kind, normal, close):
+    """A long document, one of one token, and a last one that goes on after the row."""
+    mixer, x, lengths = mixer_of(kind), normal(1, T + 3, D), (5, 1, 3)
+    ids = jnp.repeat(jnp.asarray([[3, 1, 2]], jnp.int32), jnp.asarray(lengths), axis=1, total_repeat_length=T)
+    separate = [call(mixer, part) for part in jnp.split(x, np.cumsum(lengths[:-1]), axis=1)]
+    expected = np.concatenate(separate, axis=1)
+    close(call(mixer, x[:, :T], ids), expected[:, :T])
+    y, cache = prefill(mixer, x[:, :T], mixer.init_cache(1, T + 3), ids)
+    close(y, expected[:, :T])
+    close(read(mixer, x[:, T:], cache), expected[:, T:])
+
+
+def test_left_padding_changes_nothing(kind, normal, close):
+    """Rows without padding, with some, and with a first chunk that is padding only."""
+    mixer, x, pads, chunk = mixer_of(kind), normal(3, T + 4, D), (0, 2, 7), 7
+    ids = jnp.asarray(np.arange(T)[None, :] >= np.asarray(pads)[:, None], jnp.int32)
+    whole = call(mixer, x[:, :T], ids)
+    first, cache = prefill(mixer, x[:, :chunk], mixer.init_cache(3, T + 4), ids[:, :chunk])
+    second, cache = prefill(mixer, x[:, chunk:T], cache, ids[:, chunk:])
+    continued = np.concatenate([first, second, read(mixer, x[:, T:], cache)], axis=1)
+    for row, pad in enumerate(pads):
+        alone = call(mixer, x[row : row + 1, pad:])[0]
+        close(whole[row, pad:], alone[: T - pad], what=f"one pass, padded by {pad}")
+        close(continued[row, pad:], alone, what=f"prefill and steps, padded by {pad}")
+
+
+def test_many_steps_equal_one_pass(kind, normal, close):
+    """Long enough for a ring to wrap around several times."""
+    mixer, x = mixer_of(kind), normal(2, 40, D)
+    close(read(mixer, x, mixer.init_cache(2, 40)), call(mixer, x))
+
+
+@pytest.mark.parametrize("seq_len", [7, 64])
+def test_state_size_is_that_of_the_cache(kind, seq_len):
+    mixer = mixer_of(kind)
+    cache = jax.eval_shape(lambda: mixer.init_cache(3, seq_len))
+    sizes = [leaf.size for leaf in jax.tree.leaves(cache) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert sum(sizes) == 3 * mixer.state_size(seq_len)
+
+
+def test_flops_cover_each_weight_and_grow_with_the_state(kind):
+    mixer = mixer_of(kind)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)) if leaf.ndim > 1)
+    short, long = mixer.flops_per_token(1024), mixer.flops_per_token(4096)
+    assert 2 * weights <= short <= long
+    assert (short < long) == (mixer.state_size(1024) < mixer.state_size(4096))
+
+
+def test_vmap_over_parameters_equals_a_loop(kind, normal, close):
+    mixers, x = [mixer_of(kind, seed) for seed in range(3)], normal(3, 2, T, D)
+    graphdef = nnx.graphdef(mixers[0])
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, mixers))
+    lanes = jax.jit(jax.vmap(lambda params, x: nnx.merge(graphdef, params)(x)))(params, x)
+    close(lanes, np.stack([call(mixer, x[i]) for i, mixer in enumerate(mixers)]))
+
+
+def test_bf16_stays_close_to_fp32(kind, normal, close):
+    mixer, x = mixer_of(kind, dtype=jnp.bfloat16), normal(2, T, D, dtype="bfloat16")
+    exact = call(mixer_of(kind), x.astype(jnp.float32))
+    y, cache = prefill(mixer, x[:, :8], mixer.init_cache(2, T))
+    assert y.dtype == jnp.bfloat16
+    close(call(mixer, x), exact, "bfloat16")
+    close(np.concatenate([y, read(mixer, x[:, 8:], cache)], axis=1), exact, "bfloat16")
+
+
+def test_sharded_equals_unsharded(kind, normal, out_and_grads, close):
+    """Rows over 2 devices and parameters by their logical names over 4, gradients included."""
+    graphdef, params = nnx.split(mixer_of(kind))
+    x, cotangent = normal(4, T, D), normal(4, T, D)
+    mesh = parallel.make_mesh({"data": 2, "tensor": 4})
+    placed = jax.device_put(params, parallel.shardings(params, mesh))
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed))
+
+    def forward(params, x):
+        return nnx.merge(graphdef, params)(x)
+
+    sharded = out_and_grads(forward, (placed, jax.device_put(x, parallel.batch_sharding(mesh))), cotangent)
+    close(sharded, out_and_grads(forward, (params, x), cotangent))
+
+
+def test_impossible_options_are_refused(kind):
+    for field in dataclasses.fields(MIXERS[kind].Config):
+        if type(field.default) in IMPOSSIBLE:
+            options = {**SMALL.get(kind, {}), field.name: IMPOSSIBLE[type(field.default)]}
+            with pytest.raises(UserError, match=str(options[field.name])):
+                make_mixer(kind, D, rngs=nnx.Rngs(0), **options)(jnp.ones((1, 4, D)))
+    with pytest.raises(UserError, match=f"Unknown option of mixer '{kind}' 'impll': did you mean 'impl'"):
+        make_mixer(kind, D, rngs=nnx.Rngs(0), impll="auto")
+
+
+def test_declares_what_it_is(kind):
+    mixer = MIXERS[kind]
+    assert isinstance(mixer_of(kind), Mixer)
+    assert "Source: " in mixer.__doc__
+    assert mixer.Config.__dataclass_params__.frozen
+    mixer.Config()
