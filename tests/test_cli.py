@@ -1,0 +1,206 @@
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from based_jax.__main__ import main
+from based_jax.convert import load_hf
+from based_jax.train.run import load_run
+
+ATTENTION = [["attention", {"num_heads": 2}]]
+MQAR = {
+    "model": {"layers": [["conv", {}]], "d_model": 16, "vocab_size": 64, "dtype": "float32"},
+    "data": {"kind": "mqar", "preset": "tiny"},
+    "optim": {"warmup_steps": 1},
+    "steps": 2,
+    "batch_size": 8,
+    "checkpoint": {"every": 1},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile_everywhere():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli")
+
+
+def config_file(folder, name, values):
+    path = folder / name
+    path.write_text(f"def get_config():\n    return {values!r}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def mqar_config(folder):
+    return config_file(folder, "mqar.py", MQAR)
+
+
+@pytest.fixture(scope="module")
+def mqar_run(folder, mqar_config):
+    """Return the workdir of a finished run on MQAR."""
+    assert main(["train", f"--config={mqar_config}", f"--workdir={folder / 'mqar'}", "--config.log_every=1"]) == 0
+    return folder / "mqar"
+
+
+@pytest.fixture(scope="module")
+def text_run(folder):
+    """Return the workdir of a finished run of an attention model on a few sentences."""
+    (folder / "corpus").mkdir()
+    text = "The cat sat on the mat, and the dog lay by the door. " * 40
+    (folder / "corpus" / "cats.txt").write_text(text)
+    data = {"kind": "text", "path": str(folder / "corpus"), "tokenizer": "bytes", "seq_len": 32}
+    model = {"layers": ATTENTION, "d_model": 16, "vocab_size": 257, "dtype": "float32"}
+    values = MQAR | {"model": model, "data": data | {"cache_dir": str(folder / "cache")}}
+    assert main(["train", f"--config={config_file(folder, 'text.py', values)}", f"--workdir={folder / 'text'}"]) == 0
+    return folder / "text"
+
+
+def printed(capsys, *argv):
+    """Return what a command that succeeds prints."""
+    capsys.readouterr()
+    assert main(list(map(str, argv))) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *argv):
+    """Return the sentence of a command that is refused, which is all that it prints."""
+    capsys.readouterr()
+    assert main(list(map(str, argv))) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("Error: ") and error.endswith("\n") and error.count("\n") == 1
+    return error.removeprefix("Error: ").rstrip("\n")
+
+
+def table(out):
+    """Return the metrics of printed lines 'name value'."""
+    return {name: float(value) for name, value in (line.split() for line in out.splitlines() if len(line.split()) == 2)}
+
+
+def test_train_takes_overrides_and_fills_the_workdir(mqar_run):
+    assert json.loads((mqar_run / "config.json").read_text())["log_every"] == 1
+    rows = [json.loads(line) for line in (mqar_run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert list(mqar_run.glob("events.out.tfevents.*"))
+    assert {"1", "2"} <= {path.name for path in (mqar_run / "checkpoints").iterdir()}
+
+
+def test_eval_prints_the_last_evaluation_of_the_run_or_that_of_a_step(capsys, mqar_run):
+    rows = [json.loads(line) for line in (mqar_run / "metrics.jsonl").read_text().splitlines()]
+    expected = {k.removeprefix("eval/"): v for k, v in next(r for r in rows if "eval/loss" in r).items() if k != "step"}
+    found = table(printed(capsys, "eval", f"--workdir={mqar_run}"))
+    assert found.pop("step") == 2
+    assert found == pytest.approx(expected, abs=2e-2)
+    assert found.keys() >= {"loss", "perplexity", "accuracy", "16x2/accuracy", "32x4/loss"}
+    earlier = table(printed(capsys, "eval", f"--workdir={mqar_run}", "--step=1"))
+    assert earlier["step"] == 1 and earlier["loss"] != found["loss"]
+
+
+def test_generate_continues_each_prompt_the_same_way_twice(capsys, text_run):
+    command = ["generate", f"--workdir={text_run}", "--prompt=The cat", "--prompt=A", "--max-new-tokens=5"]
+    greedy = printed(capsys, *command)
+    assert greedy.startswith("The cat") and "\nA" in greedy and len(greedy) > len("The cat\nA\n")
+    assert printed(capsys, *command) == greedy
+    sampled = printed(capsys, *command, "--temperature=1", "--top-k=50", "--top-p=0.9", "--seed=3")
+    assert sampled != greedy
+
+
+def test_convert_writes_the_model_of_the_run(capsys, text_run, tmp_path):
+    out = printed(capsys, "convert", f"--workdir={text_run}", f"--hf={tmp_path / 'hf'}")
+    config, step, model = load_run(text_run)
+    assert out == f"Wrote {model.num_params():,} parameters of step {step} to '{tmp_path / 'hf'}'.\n"
+    loaded = load_hf(tmp_path / "hf", dtype="float32", scan_layers=False)
+    assert loaded.config.layers[0][0] == "attention"
+    ids = jax.numpy.arange(12, dtype="int32")[None]
+    logits = [np.asarray(nnx.jit(m)(ids))[..., : config.model.vocab_size] for m in (model, loaded)]
+    np.testing.assert_allclose(*logits, atol=1e-5)
+    assert "not empty" in refused(capsys, "convert", f"--workdir={text_run}", f"--hf={tmp_path / 'hf'}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model.d_modl=8"], "did you mean 'model.d_model'?"),
+        (["--config.optim.learning=1"], "Unknown config key 'optim.learning'"),
+        (["--config.model.layers=(('tailor', {}),)"], "did you mean 'taylor'?"),
+        (["--config.model.layers=(('window', {'windw': 8}),)"], "did you mean 'window'?"),
+        (["--config.model.layers=(('window', {'window': 0}),)"], "window is 0"),
+        (["--config.model.layers=(('attention', {'num_heads': 3}),)"], "d_model 16 cannot be divided into 3 heads"),
+        (["--config.data.kind=mqa"], "did you mean 'mqar'?"),
+        (["--config.data.preset=tinny"], "did you mean 'tiny'?"),
+        (["--config.optim.schedule=cosin"], "schedule 'cosin'"),
+        (["--config.steps=0"], "steps is 0; it is at least 1."),
+        (["--config.steps=ten"], "'steps' is 'ten'; it is int."),
+        (["--config.batch_size=12"], "batch_size 12 cannot be divided over 8 devices"),
+        (["--config.mesh.tensor=3"], "needs 6 devices; there are 8."),
+        (["--config.model.vocab_size=10"], "model.vocab_size is 10, but the data has ids up to 63."),
+        (["--model.d_model=8"], "Unknown argument '--model.d_model=8'; overrides look like --config."),
+        (["surplus"], "Unknown argument 'surplus'"),
+    ],
+    ids=str,
+)
+def test_train_refuses_a_bad_config_and_writes_nothing(capsys, mqar_config, tmp_path, arguments, message):
+    workdir = tmp_path / "run"
+    assert message in refused(capsys, "train", f"--config={mqar_config}", f"--workdir={workdir}", *arguments)
+    assert not workdir.exists()
+
+
+def test_a_corpus_shorter_than_a_window_is_named(capsys, folder, text_run, tmp_path):
+    arguments = [f"--config={folder / 'text.py'}", f"--workdir={tmp_path / 'run'}", "--config.data.seq_len=5000"]
+    assert "seq_len 5000 is longer than the data" in refused(capsys, "train", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_missing_files_and_arguments(capsys, mqar_config, tmp_path):
+    workdir = tmp_path / "run"
+    missing = refused(capsys, "train", f"--config={tmp_path / 'none.py'}", f"--workdir={workdir}")
+    assert missing == f"Config file '{tmp_path / 'none.py'}' cannot be read: No such file or directory."
+    variant = refused(capsys, "train", f"--config={mqar_config}:big", f"--workdir={workdir}")
+    assert "has no variants, so not 'big'" in variant
+    assert "--workdir" in refused(capsys, "train", f"--config={mqar_config}")
+    assert "invalid choice: 'trian'" in refused(capsys, "trian")
+    assert not workdir.exists()
+
+
+def test_a_run_that_is_none_is_refused(capsys, tmp_path, mqar_run):
+    none = tmp_path / "none"
+    for command in (["eval"], ["generate", "--prompt=a"], ["convert", f"--hf={tmp_path / 'hf'}"]):
+        assert refused(capsys, *command, f"--workdir={none}") == f"'{none}' is no run: it has no config.json."
+    assert "has no checkpoint of step 7" in refused(capsys, "eval", f"--workdir={mqar_run}", "--step=7")
+    (tmp_path / "config.json").write_text('{"model": ')
+    assert "config.json' is no config" in refused(capsys, "eval", f"--workdir={tmp_path}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+
+
+def test_eval_and_generate_refuse_what_they_cannot_use(capsys, mqar_run, text_run):
+    assert "Unknown argument '--config.steps=3' for 'eval'" in refused(
+        capsys, "eval", f"--workdir={mqar_run}", "--config.steps=3"
+    )
+    generate = ["generate", f"--workdir={text_run}"]
+    assert "generate needs a run on 'text'" in refused(capsys, "generate", f"--workdir={mqar_run}", "--prompt=a")
+    assert "Prompt 0 is empty" in refused(capsys, *generate, "--prompt=")
+    assert "top_p is 2.0" in refused(capsys, *generate, "--prompt=a", "--top-p=2")
+    assert "max_new_tokens is 0" in refused(capsys, *generate, "--prompt=a", "--max-new-tokens=0")
+    assert "invalid int value: 'few'" in refused(capsys, *generate, "--prompt=a", "--max-new-tokens=few")
+
+
+def test_a_refusal_in_a_process_of_its_own(mqar_config, tmp_path):
+    command = [sys.executable, "-m", "based_jax", "train", f"--config={mqar_config}", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [*command, "--config.model.layers=(('tailor', {}),)"], env=os.environ, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Error: Unknown mixer 'tailor': did you mean 'taylor'?")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from based_jax import parallel
+from based_jax.errors import UserError
+from based_jax.nn import layers
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def parameter(names, *shape):
+    return nnx.Param(jnp.zeros(shape), **layers.named(*names))
+
+
+def spec(leaf):
+    """Return how a parameter or an array is cut on the mesh."""
+    (sharding,) = jax.tree.leaves(parallel.shardings([leaf], parallel.make_mesh(MESH)))
+    return sharding.spec
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        (None, (8, 1, 1)),
+        ({}, (8, 1, 1)),
+        ({"fsdp": 8}, (1, 8, 1)),
+        ({"fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        ({"data": 4, "tensor": 2}, (4, 1, 2)),
+    ],
+)
+def test_data_takes_the_devices_that_are_left(sizes, shape):
+    mesh = parallel.make_mesh(sizes)
+    assert mesh.axis_names == parallel.AXES
+    assert mesh.devices.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tensr": 2}, r"^Mesh axis 'tensr' does not exist; the axes are data, fsdp, tensor\.$"),
+        ({"tensor": 0}, r"^Mesh axis 'tensor' has 0 devices; it is at least 1\.$"),
+        ({"fsdp": -2, "tensor": -4}, r"^Mesh axis 'fsdp' has -2 devices; it is at least 1\.$"),
+        ({"fsdp": 3}, r"^Mesh \{'data': 2, 'fsdp': 3, 'tensor': 1\} needs 6 devices; there are 8\.$"),
+        ({"data": 2, "fsdp": 2}, r"needs 4 devices; there are 8\.$"),
+        ({"tensor": 16}, r"needs 16 devices; there are 8\.$"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
+    with pytest.raises(UserError, match=message):
+        parallel.make_mesh(sizes)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "expected"),
+    [
+        (parameter(("vocab", "embed"), 16, 8), jax.P("tensor", "fsdp")),
+        (parameter(("embed", "mlp"), 8, 32), jax.P("fsdp", "tensor")),
+        (parameter(("embed", "heads"), 8, 16), jax.P("fsdp", "tensor")),
+        (parameter(("layers", "embed", "mlp"), 4, 8, 16), jax.P(None, "fsdp", "tensor")),
+        (nnx.Param(jnp.zeros(8)), jax.P()),
+        (jnp.zeros((), jnp.int32), jax.P()),
+    ],
+)
+def test_logical_names_become_mesh_axes(leaf, expected):
+    assert spec(leaf) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((3, 8), jax.P(None, "tensor")), ((8, 5), jax.P("fsdp", None)), ((3, 5), jax.P(None, None))],
+)
+def test_an_axis_that_the_mesh_does_not_divide_stays_whole(shape, expected):
+    assert spec(parameter(("embed", "mlp"), *shape)) == expected
+
+
+def test_a_batch_lies_over_data_and_fsdp():
+    mesh = parallel.make_mesh(MESH)
+    inputs = np.arange(16).reshape(8, 2)
+    placed = parallel.global_batch({"inputs": inputs, "labels": -inputs}, mesh)
+    assert placed["inputs"].sharding == parallel.batch_sharding(mesh)
+    assert {shard.data.shape for shard in placed["inputs"].addressable_shards} == {(2, 2)}
+    np.testing.assert_array_equal(placed["inputs"], inputs)
+    np.testing.assert_array_equal(placed["labels"], -inputs)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused():
+    message = r"^batch_size 6 cannot be divided over 4 devices of the mesh axes data and fsdp\.$"
+    with pytest.raises(UserError, match=message):
+        parallel.global_batch({"inputs": np.zeros((6, 2))}, parallel.make_mesh(MESH))

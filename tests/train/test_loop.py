@@ -1,0 +1,277 @@
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from based_jax import config as configs
+from based_jax import optim
+from based_jax.errors import UserError
+from based_jax.nn.lm import LM
+from based_jax.train import loop
+from based_jax.train.checkpoint import CheckpointConfig
+from based_jax.train.loop import train
+from based_jax.train.run import TrainConfig, load_run
+
+VALUES = {
+    "model": {"layers": [["conv", {}]], "d_model": 16, "vocab_size": 64, "dtype": "float32"},
+    "data": {
+        "kind": "mqar",
+        "preset": "tiny",
+        "train": [{"num_examples": 50, "seq_len": 16, "num_kv_pairs": 2}],
+        "test": [{"num_examples": 8, "seq_len": 16, "num_kv_pairs": 2}],
+        "shuffle": True,
+    },
+    "optim": {"lr": 1e-2, "warmup_steps": 2},
+    "checkpoint": {"every": 4},
+    "steps": 8,
+    "batch_size": 8,
+    "log_every": 1,
+}
+
+
+def make_config(**changes):
+    """Return the tiny config; a change to a section replaces keys of it."""
+    sections = {k: VALUES[k] | v if isinstance(v, dict) else v for k, v in changes.items() if k in VALUES}
+    return configs.build(TrainConfig, VALUES | changes | sections)
+
+
+def rows(workdir):
+    """Return the whole lines of metrics.jsonl, also while a run writes it."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def losses(workdir):
+    return [(row["step"], row["loss"]) for row in rows(workdir) if "loss" in row]
+
+
+def saved_steps(workdir):
+    return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir() if folder.name.isdigit())
+
+
+def contents(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def assert_same_run(workdir, expected):
+    """Check that two runs ended in bitwise the same parameters, over the same losses."""
+    assert losses(workdir) == losses(expected)
+    (_, step, model), (_, expected_step, expected_model) = load_run(workdir), load_run(expected)
+    assert step == expected_step
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, expected_model)), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile_everywhere():
+    """Compile all runs of this file alike, those of `whole` included: bits depend on it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return the workdir of an unbroken run of the tiny config."""
+    workdir = tmp_path_factory.mktemp("whole")
+    train(make_config(), workdir)
+    return workdir
+
+
+class Command:
+    """`python -m based_jax train` in a process of its own, with as many devices as this one."""
+
+    def __init__(self, values, workdir):
+        file = workdir.parent / "config.py"
+        file.write_text(f"def get_config():\n    return {values!r}\n")
+        self.workdir = workdir
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "based_jax", "train", f"--config={file}", f"--workdir={workdir}"],
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(jax.device_count()), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def stop_at(self, step, signum):
+        """Send a signal once this step has been logged, and return what `end` does."""
+        while self.process.poll() is None and max((s for s, _ in losses(self.workdir)), default=0) < step:
+            time.sleep(0.01)
+        self.process.send_signal(signum)
+        return self.end()
+
+    def end(self):
+        """Return exit code, standard output and standard error."""
+        out, error = self.process.communicate(timeout=120)
+        return self.process.returncode, out, error
+
+
+def test_a_run_that_was_killed_and_then_stopped_ends_like_an_unbroken_one(tmp_path):
+    values = VALUES | {"steps": 160, "checkpoint": {"every": 20}}
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+
+    assert Command(values, broken).stop_at(30, signal.SIGKILL)[0] == -signal.SIGKILL
+    killed = losses(broken)[-1][0]
+    assert 0 < max(saved_steps(broken)) <= killed < 160
+
+    code, out, error = Command(values, broken).stop_at(killed + 30, signal.SIGTERM)
+    stopped = losses(broken)[-1][0]
+    assert (code, error) == (0, "")
+    assert f"Stopped by a signal; step {stopped} is saved" in out
+    assert saved_steps(broken)[-1] == stopped < 160
+
+    assert Command(values, broken).end()[0] == 0
+    assert [step for step, _ in losses(broken)] == list(range(1, 161))
+    train(configs.build(TrainConfig, values | {"checkpoint": {"every": None}}), unbroken)
+    assert_same_run(broken, unbroken)
+
+
+def test_each_row_says_what_was_learned_how_fast_and_on_what(whole):
+    config = make_config()
+    logged = [row for row in rows(whole) if "loss" in row]
+    assert [row["step"] for row in logged] == list(range(1, 9))
+    lr = optim.schedule(config.optim, config.steps)
+    np.testing.assert_allclose([row["lr"] for row in logged], [lr(step) for step in range(8)], rtol=1e-6)
+    state_bytes = 4 * LM(config.model, rngs=nnx.Rngs(0)).state_size(16)
+    for row in logged:
+        assert row["state_bytes"] == state_bytes
+        assert row["device"] == jax.devices()[0].device_kind
+        assert row["tokens_per_second"] > 0 and 0 <= row["accuracy"] <= 1 and row["grad_norm"] > 0
+    last = rows(whole)[-1]
+    assert last["step"] == 8 and 0 < last["goodput"] < 1
+    assert [row["eval/accuracy"] for row in rows(whole) if "eval/accuracy" in row]
+
+
+def test_a_finished_run_is_only_evaluated_again(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    results = train(make_config(), workdir)
+    evaluated = next(row for row in rows(whole) if "eval/loss" in row)
+    assert results["loss"] == pytest.approx(evaluated["eval/loss"])
+    assert_same_run(workdir, whole)
+
+
+def test_throughput_counts_only_the_steps_since_the_last_row_or_evaluation(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    report = loop.Report(make_config(log_every=4), tmp_path, 0, checkpoints=None)
+    for step in range(1, 5):
+        clock.now += 1.0
+        report.step(step, {"loss": np.float32(1), "accuracy": np.float32(0)}, tokens=128)
+        if step == 2:
+            report.flush()
+            clock.now += 100.0
+            report.evaluation(step, {"loss": 1.0, "perplexity": 2.0, "accuracy": 0.0})
+    report.flush()
+    report.close()
+    assert rows(tmp_path)[-1]["tokens_per_second"] == pytest.approx(128)
+
+
+def test_evaluation_takes_no_part_in_throughput(tmp_path, monkeypatch):
+    """A slow evaluation at a step that is logged comes after the row was written."""
+    order = []
+    monkeypatch.setattr(loop, "evaluate", lambda *args: order.append("evaluate") or {"loss": 1.0})
+    monkeypatch.setattr(loop.Report, "evaluation", lambda *args: None)
+    monkeypatch.setattr(loop.Report, "_write_step", lambda self, step, *args: order.append(step))
+    train(make_config(steps=3, eval_every=2, checkpoint={"every": None}), tmp_path)
+    assert order == [1, 2, "evaluate", 3, "evaluate"]
+
+
+EXPLODING = {"optim": {"lr": 1e30, "warmup_steps": 6, "warmup_lr": 1e-3}, "checkpoint": {"every": 2}}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(tmp_path):
+    config = make_config(**EXPLODING)
+    before = None
+    for _ in range(2):  # the second run continues from the last good checkpoint and meets the same step
+        with pytest.raises(UserError, match=r"loss of step 3 is nan .* the last good checkpoint is step 2\."):
+            train(config, tmp_path)
+        assert saved_steps(tmp_path) == [2]
+        before = before or contents(tmp_path / "checkpoints")
+        assert contents(tmp_path / "checkpoints") == before
+    assert rows(tmp_path)[-1]["loss"] is None
+
+
+def test_a_loss_that_is_not_finite_before_any_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"loss of step 3 is nan .* there is no checkpoint yet\."):
+        train(make_config(**EXPLODING | {"checkpoint": {"every": None}}), tmp_path)
+    assert saved_steps(tmp_path) == []
+
+
+def test_a_workdir_of_another_config_is_left_alone(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    before = contents(workdir)
+    with pytest.raises(UserError, match=r"belongs to another config: seed is 0 there and 1 here"):
+        train(make_config(seed=1), workdir)
+    assert contents(workdir) == before
+
+
+def test_what_changes_no_number_may_differ_in_a_run_that_goes_on(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    train(make_config(log_every=3, checkpoint={"every": None, "keep": 1}), workdir)
+    assert json.loads((workdir / "config.json").read_text())["log_every"] == 3
+
+
+def test_a_checkpoint_for_other_shapes_is_named_and_kept(whole, tmp_path):
+    config = make_config(model={"d_model": 32})
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    configs.save(config, tmp_path)
+    before = contents(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=r"checkpoints/8' is of another model: '.*' is .* there and .* here"):
+        train(config, tmp_path)
+    with pytest.raises(UserError, match="is of another model"):
+        load_run(tmp_path)
+    assert contents(tmp_path / "checkpoints") == before
+
+
+def test_a_corrupt_last_checkpoint_is_named_and_the_one_before_taken(whole, tmp_path, caplog):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    files = [path for path in (workdir / "checkpoints" / "8").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100] + bytes(100))
+    assert load_run(workdir)[1] == 4
+    assert "checkpoints/8' is corrupt" in caplog.text
+    train(make_config(), workdir)
+    assert saved_steps(workdir) == [4, 8]
+    assert_same_run(workdir, whole)
+
+
+def test_accumulated_steps_resume_too(tmp_path):
+    config = make_config(microbatches=2, steps=4, checkpoint={"every": 2})
+    train(config, tmp_path / "whole")
+    part = shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(part / "checkpoints" / "4")
+    train(config, part)
+    assert_same_run(part, tmp_path / "whole")
+
+
+def test_impossible_runs_are_refused_before_anything_is_written(tmp_path):
+    workdir = tmp_path / "run"
+    for changes, message in [
+        ({"batch_size": 12}, "batch_size 12 cannot be divided over 8 devices"),
+        ({"microbatches": 3}, "batch_size 8 cannot be divided into 3 microbatches"),
+        ({"model": {"vocab_size": 32}}, "vocab_size is 32, but the data has ids up to 63"),
+        ({"mesh": {"tensr": 2}}, "Mesh axis 'tensr' does not exist"),
+        ({"model": {"layers": [["taylor", {"num_heads": 3}]]}}, "d_model 16 cannot be divided into 3 heads"),
+        ({"optim": {"warmup_steps": 9}}, "warmup_steps is 9, but the run has 8 steps"),
+        ({"steps": 0}, "steps is 0; it is at least 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            train(make_config(**changes), workdir)
+        assert not workdir.exists(), message
+
+
+def test_the_checkpoint_policy_is_the_configs(whole):
+    assert make_config().checkpoint == CheckpointConfig(every=4, keep=2)
+    assert saved_steps(whole) == [4, 8]
