@@ -122,11 +122,12 @@ def test_a_run_that_was_killed_and_then_stopped_ends_like_an_unbroken_one(tmp_pa
     values = VALUES | {"steps": 160, "checkpoint": {"every": 20}}
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
 
-    assert Command(values, broken).stop_at(30, signal.SIGKILL)[0] == -signal.SIGKILL
+    # the save after step 40 waits until that after step 20 is complete
+    assert Command(values, broken).stop_at(45, signal.SIGKILL)[0] == -signal.SIGKILL
     killed = losses(broken)[-1][0]
     assert 0 < max(saved_steps(broken)) <= killed < 160
 
-    code, out, error = Command(values, broken).stop_at(killed + 30, signal.SIGTERM)
+    code, out, error = Command(values, broken).stop_at(killed + 20, signal.SIGTERM)
     stopped = losses(broken)[-1][0]
     assert (code, error) == (0, "")
     assert f"Stopped by a signal; step {stopped} is saved" in out
