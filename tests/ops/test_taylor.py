@@ -161,14 +161,14 @@ def test_every_form_equals_the_oracle_in_bf16(case, draw, cotangents, out_and_gr
 
 @pytest.mark.parametrize("impl", FAST)
 def test_pieces_equal_one_call(impl, draw, cotangents, out_and_grads, close):
-    """A row of one document and a left-padded one, whose first pieces are padding only; gradients cross the state."""
+    """A row of one document and a left-padded one, whose first piece is padding only; gradients cross the state."""
     qkv, state, _ = draw(300, 8, 5, 2, batch=2)
     ids = jnp.asarray([np.ones(300), np.arange(300) >= 65], jnp.int32)
 
     def in_pieces(*args):
         *qkv, state = args
         outputs = []
-        for start, stop in ((0, 1), (1, 65), (65, 194), (194, 300)):
+        for start, stop in ((0, 65), (65, 194), (194, 300)):
             o, state = caller(impl, ids=ids[:, start:stop])(*(x[:, start:stop] for x in qkv), state)
             outputs.append(o)
         return jnp.concatenate(outputs, axis=1), state
@@ -195,11 +195,6 @@ def test_vmap_equals_a_loop(impl, draw, close):
     mapped = jax.jit(jax.vmap(call))(*lanes)
     for i in range(3):
         close(jax.tree.map(lambda x, i=i: x[i], mapped), call(*(x[i] for x in lanes)))
-
-
-def test_eager_equals_jit(draw, close):
-    qkv, state, ids = draw(3, 7, 5, 1)
-    close(caller("auto", ids=ids)(*qkv, state), jax.jit(caller("auto", ids=ids))(*qkv, state))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -1,0 +1,109 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from based_jax.nn.block import REMAT, Block, Stack, repeating_patterns
+from based_jax.nn.lm import LMConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+D, T = 16, 9
+PATTERN = (("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 4}))
+
+
+def config(**options):
+    return LMConfig(layers=PATTERN * 2, d_model=D, **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_residual_stream_is_fp32(dtype, normal):
+    block, r = Block(*PATTERN[0], config(dtype=dtype), rngs=nnx.Rngs(0)), normal(2, T, D)
+    out = jax.jit(lambda block, r: block(r))(block, r)
+    prefilled, cache = jax.jit(lambda block, r: block.prefill(r, block.init_cache(2, T)))(block, r)
+    stepped, _ = jax.jit(lambda block, r, cache: block.step(r, cache))(block, r[:, 0], cache)
+    assert {x.dtype for x in (out, prefilled, stepped)} == {jnp.dtype("float32")}
+    assert cache.dtype == dtype
+    assert not np.array_equal(out, out.astype(jnp.bfloat16))
+
+
+def test_block_adds_mixer_and_mlp_of_the_normed_stream(normal, close):
+    block, r = Block(*PATTERN[1], config(dtype="float32"), rngs=nnx.Rngs(0)), normal(2, T, D)
+
+    @jax.jit
+    def by_hand(block, r):
+        def normed(x):
+            return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5)
+
+        r = r + block.mixer(normed(r))
+        value, gate = jnp.split(normed(r) @ block.mlp.fc1.kernel[...], 2, axis=-1)
+        return r + (value * gate / (1 + jnp.exp(-gate))) @ block.mlp.fc2.kernel[...]
+
+    close(jax.jit(lambda block, r: block(r))(block, r), by_hand(block, r))
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_remat_changes_neither_values_nor_gradients(repeats, normal, out_and_grads, close):
+    r, cotangent = normal(2, T, D), normal(2, T, D)
+    results = {}
+    for remat in REMAT:
+        stack = Stack(PATTERN, repeats, config(dtype="float32", remat=remat), rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(stack)
+        results[remat] = out_and_grads(lambda p, r, g=graphdef: nnx.merge(g, p)(r), (params, r), cotangent)
+    for remat in REMAT:
+        close(results[remat], results["none"], what=remat)
+
+
+def test_full_remat_keeps_less_than_none():
+    def residuals(remat):
+        stack = nnx.eval_shape(lambda: Stack(PATTERN[:1], 4, config(dtype="float32", remat=remat), rngs=nnx.Rngs(0)))
+        graphdef, params = nnx.split(stack)
+        r = jax.ShapeDtypeStruct((8, 256, D), jnp.float32)
+        loss = jax.grad(lambda p, r: jnp.sum(nnx.merge(graphdef, p)(r)))
+        return jax.jit(loss).lower(params, r).compile().memory_analysis().temp_size_in_bytes
+
+    assert residuals("full") < residuals("dots") < residuals("none")
+
+
+def test_stacked_blocks_differ_and_carry_the_layer_axis():
+    stack = Stack(PATTERN, 3, config(), rngs=nnx.Rngs(0))
+    kernel = stack.blocks[1].mixer.proj_q.kernel
+    assert kernel.shape == (3, D, 8)
+    assert kernel.get_metadata()["out_sharding"] == ("layers", "embed", "heads")
+    assert len({float(x) for x in np.asarray(kernel[...])[:, 0, 0]}) == 3
+
+
+def based(layers, taylor):
+    return ["taylor" if i in taylor else "window" if i - 1 in taylor else "conv" for i in range(layers)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "groups"),
+    [
+        ("a", [("a", 1)]),
+        ("ab", [("a", 1), ("b", 1)]),
+        ("aaaa", [("a", 4)]),
+        ("abab", [("ab", 2)]),
+        ("aabaab", [("aab", 2)]),
+        ("abbbba", [("a", 1), ("b", 4), ("a", 1)]),
+        ("abcabcab", [("abc", 2), ("a", 1), ("b", 1)]),
+    ],
+)
+def test_repeating_patterns(layers, groups):
+    assert repeating_patterns(layers) == groups
+
+
+def test_repeating_patterns_of_the_reference_models():
+    small = repeating_patterns(based(27, range(1, 22, 5)))
+    assert [(len(pattern), repeats) for pattern, repeats in small] == [(5, 5), (1, 2)]
+    large = repeating_patterns(based(36, (1, 6, 11, 16, 21, 27, 33)))
+    assert sum(len(pattern) for pattern, _ in large) <= 13
+    assert repeating_patterns(["attention"] * 24) == [(["attention"], 24)]
+
+
+def test_repeating_patterns_put_together_are_the_layers(rng):
+    for _ in range(200):
+        layers = list(rng.integers(0, 3, size=rng.integers(1, 30)))
+        groups = repeating_patterns(layers)
+        assert [x for pattern, repeats in groups for x in list(pattern) * repeats] == layers

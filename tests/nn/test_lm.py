@@ -1,0 +1,169 @@
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from based_jax.errors import UserError
+from based_jax.nn.lm import LM, LMConfig
+from based_jax.nn.mixers import MIXERS
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+D, T, VOCAB = 16, 10, 50
+SMALL = {
+    "attention": {"num_heads": 2, "bias": True},
+    "taylor": {"num_heads": 2, "feature_dim": 4},
+    "window": {"num_heads": 2, "window": 4},
+}
+PATTERN = tuple((kind, SMALL.get(kind, {})) for kind in ("conv", "taylor", "window"))
+
+
+def small(layers=PATTERN, **options):
+    return LMConfig(**{"layers": layers, "d_model": D, "vocab_size": VOCAB, "dtype": "float32", **options})
+
+
+@pytest.fixture
+def tokens(rng):
+    return jnp.asarray(rng.integers(0, VOCAB, (2, T)), jnp.int32)
+
+
+def unstack(scanned, flat):
+    """Give the parameters of a scanned model to one that is not."""
+    blocks = [(stack, i, block) for stack in scanned.stacks for i in range(stack.repeats) for block in stack.blocks]
+    for (stack, i, block), target in zip(blocks, flat.stacks, strict=True):
+        params = nnx.state(block)
+        nnx.update(target.blocks[0], params if stack.repeats == 1 else jax.tree.map(lambda p, i=i: p[i], params))
+    nnx.update(flat.embed, nnx.state(scanned.embed))
+    nnx.update(flat.norm, nnx.state(scanned.norm))
+
+
+def test_scanned_layers_equal_unscanned_ones(tokens, close):
+    layers = PATTERN * 2 + PATTERN[:1]
+    scanned, flat = (LM(small(layers, scan_layers=scan), rngs=nnx.Rngs(0)) for scan in (True, False))
+    assert [stack.repeats for stack in scanned.stacks] == [2, 1]
+    assert (len(flat.stacks), len(flat.mixers()), len(scanned.mixers())) == (7, 7, 7)
+    unstack(scanned, flat)
+
+    @jax.jit
+    def logits_and_decode(model, tokens):
+        hidden, cache = model.prefill(tokens[:, :-1], model.init_cache(2, T))
+        last, _ = model.step(tokens[:, -1], cache)
+        return model(tokens), hidden, last
+
+    close(logits_and_decode(scanned, tokens), logits_and_decode(flat, tokens))
+    for count in (LM.num_params, lambda m: m.state_size(100), lambda m: m.flops_per_token(100)):
+        assert count(scanned) == count(flat)
+
+
+def test_a_model_of_all_mixers_decodes_what_it_computes_in_parallel(tokens, close):
+    model = LM(small(tuple((kind, SMALL.get(kind, {})) for kind in MIXERS)), rngs=nnx.Rngs(0))
+    ids = jnp.asarray([[1] * T, [0] * 3 + [1] * (T - 3)], jnp.int32)
+    hidden = jax.jit(lambda m, x: m.hidden(x, ids))(model, tokens)
+    first, cache = jax.jit(lambda m, x: m.prefill(x, m.init_cache(2, T), ids[:, :6]))(model, tokens[:, :6])
+    outputs, step = [first], jax.jit(lambda m, x, cache: m.step(x, cache))
+    for t in range(6, T):
+        y, cache = step(model, tokens[:, t], cache)
+        outputs.append(y[:, None])
+    decoded = np.concatenate(outputs, axis=1)
+    close(decoded[0], hidden[0])
+    close(decoded[1, 3:], hidden[1, 3:])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_logits_are_fp32_over_the_padded_vocabulary(dtype, tokens, close):
+    model = LM(small(dtype=dtype, pad_vocab_multiple=16), rngs=nnx.Rngs(0))
+    hidden, logits = jax.jit(lambda m, x: (m.hidden(x), m(x)))(model, tokens)
+    assert (hidden.dtype, logits.dtype, logits.shape) == (dtype, jnp.float32, (2, T, 64))
+    assert {p.dtype for p in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    assert np.isfinite(logits).all()
+    table = np.asarray(model.embed.embedding[...].astype(dtype), np.float64)
+    close(logits, np.asarray(hidden, np.float64) @ table.T)
+
+
+def test_num_params_counts_the_tied_head_once():
+    model = LM(small(), rngs=nnx.Rngs(0))
+    conv = D * 4 * D + 4 * D + 3 * 2 * D + 2 * D * D + D
+    taylor = 2 * D * 2 * 4 + 2 * D * D
+    attention = 4 * D * D
+    mlp_and_norms = 3 * D * 2 * D + 2 * D
+    assert model.num_params() == 56 * D + D + conv + taylor + attention + 3 * mlp_and_norms
+
+
+@pytest.mark.parametrize(
+    ("d_model", "num_layers", "taylor", "elements"),
+    [
+        (1024, 27, (1, 6, 11, 16, 21), 795_600 + 1_320_960 + 104_448),
+        (1792, 36, (1, 6, 11, 16, 21, 27, 33), 1_936_368 + 3_236_352 + 236_544),
+    ],
+)
+def test_state_size_of_the_released_models(d_model, num_layers, taylor, elements):
+    def layer(i):
+        return ("taylor", {}) if i in taylor else ("window", {"window": 129}) if i - 1 in taylor else ("conv", {})
+
+    config = LMConfig(layers=tuple(map(layer, range(num_layers))), d_model=d_model, scan_layers=True)
+    model = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
+    assert model.state_size(2048) == model.state_size(64) == elements
+
+
+def test_flops_of_a_token():
+    model = LM(small(), rngs=nnx.Rngs(0))
+    mixers = sum(mixer.flops_per_token(100) for mixer in model.mixers())
+    assert model.flops_per_token(100) == mixers + 3 * 2 * 3 * D * 2 * D + 2 * D * 56
+
+
+def initial(path):
+    """Return the mean and the deviation that a parameter starts with in a model of all mixers, twice."""
+    std, taps = 0.02, 3
+    if re.search("norm.*scale", path):
+        return 1.0, 0.0
+    if path.endswith("bias") and "conv_bias" not in path:
+        return 0.0, 0.0
+    if re.search("conv_(kernel|bias)", path):
+        return 0.0, 1 / math.sqrt(3 * taps)
+    if re.search("(out_proj|fc2)/kernel", path):
+        return 0.0, std / math.sqrt(2 * 2 * len(MIXERS))
+    return 0.0, std
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_initial_values_have_the_reference_statistics(scan_layers):
+    layers = tuple((kind, SMALL.get(kind, {})) for kind in MIXERS) * 2
+    config = small(layers, d_model=64, vocab_size=1000, scan_layers=scan_layers)
+    model = LM(config, rngs=nnx.Rngs(0))
+    for keys, value in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        path, x = "/".join(map(str, keys)), np.asarray(value[...], np.float64).ravel()
+        mean, std = initial(path)
+        assert abs(x.mean() - mean) <= 3 * std / math.sqrt(x.size), path
+        assert abs(x.std() - std) <= 3 * std / math.sqrt(2 * x.size), path
+        if "conv_" in path:
+            assert abs(x).max() <= 1 / math.sqrt(3), path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": ()}, "layers is empty"),
+        ({"layers": (("tailor", {}),)}, "Unknown mixer 'tailor': did you mean 'taylor'? Allowed: attention, "),
+        (
+            {"layers": (("taylor", {"feature_dims": 8}),)},
+            "option of mixer 'taylor' 'feature_dims': did you mean 'feature",
+        ),
+        ({"layers": (("taylor", {"num_heads": 3}),)}, "d_model 16 cannot be divided into 3 heads"),
+        ({"d_model": 0}, "d_model is 0; it is at least 1"),
+        ({"vocab_size": 0}, "vocab_size is 0; it is at least 1"),
+        ({"pad_vocab_multiple": 0}, "pad_vocab_multiple is 0; it is at least 1"),
+        ({"mlp_dim": -1}, "mlp_dim is -1; it is at least 0"),
+        ({"init_std": -0.1}, "init_std is -0.1; it is at least 0"),
+        ({"norm": "rmss"}, "Unknown norm 'rmss': did you mean 'rms'?"),
+        ({"mlp": "swigloo"}, "Unknown mlp 'swigloo': did you mean 'swiglu'?"),
+        ({"dtype": "bf16"}, "Unknown dtype 'bf16'"),
+        ({"remat": "all"}, "Unknown remat 'all'"),
+    ],
+)
+def test_bad_config(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        nnx.eval_shape(lambda: LM(small(**options), rngs=nnx.Rngs(0)))
