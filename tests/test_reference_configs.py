@@ -1,5 +1,6 @@
 """The reference configs are the released models, and train by their schedule."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,20 @@ def test_recipe(name, variant):
     assert config.optim.warmup_steps == TOKENS[variant] // 100
 
 
-@pytest.mark.parametrize(("step", "lr"), [(0, 1e-6), (100, 4.005e-4), (200, 8e-4), (20_000, 8e-5)])
-def test_learning_rate(step, lr):
-    config = run_config("based_360m")
+@pytest.mark.parametrize(
+    ("variant", "step", "lr"),
+    [
+        ("10b", 0, 1e-6),
+        ("10b", 100, 4.005e-4),
+        ("10b", 200, 8e-4),
+        ("10b", 10_000, 8e-5 + 3.6e-4 * (1 + math.cos(math.pi * 9_800 / 19_800))),  # 4.457e-4
+        ("10b", 20_000, 8e-5),
+        ("30b", 600, 8e-4),
+        ("30b", 60_000, 8e-5),
+        ("50b", 1_000, 8e-4),
+        ("50b", 100_000, 8e-5),
+    ],
+)
+def test_learning_rate(variant, step, lr):
+    config = run_config("based_360m", variant)
     assert float(schedule(config.optim, config.steps)(step)) == pytest.approx(lr, abs=1e-9)

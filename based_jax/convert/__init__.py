@@ -1,6 +1,20 @@
 """Weights from the reference implementations, and to them."""
 
 from based_jax.convert.hf import load_hf, save_hf
-from based_jax.convert.reference import lm_from_reference, mixer_from_reference, reference_weights
+from based_jax.convert.reference import (
+    lm_from_reference,
+    mixer_from_reference,
+    reference_weights,
+    window_from_based,
+    window_from_zoology,
+)
 
-__all__ = ["lm_from_reference", "load_hf", "mixer_from_reference", "reference_weights", "save_hf"]
+__all__ = [
+    "lm_from_reference",
+    "load_hf",
+    "mixer_from_reference",
+    "reference_weights",
+    "save_hf",
+    "window_from_based",
+    "window_from_zoology",
+]

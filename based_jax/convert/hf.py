@@ -1,157 +1,237 @@
 """Folders in the layout of the released checkpoints: model.safetensors and config.json (HazyResearch/based)."""
 
+import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from based_jax.convert.reference import DEAD, lm_from_reference, reference_weights
+from based_jax.convert.reference import lm_from_reference, reference_weights, unwrapped, window_from_based
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS
 
+Fields = dict[str, Any]
+
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 FC1 = "transformer.layers.0.mlp.fc1.weight"
+ROUNDINGS = (256, 128, 1)  # the reference rounds F up to 256; some attn-1b weights to 128; our own files are exact
+
+# what weights cannot tell: a file that says otherwise describes another function
+REQUIRED = {
+    "activation_function": "swiglu",
+    "rms_norm": True,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "rotary_emb_interleaved": False,
+}
+# what else the reference needs to be told to build the same model
+WRITTEN = {
+    "residual_in_fp32": True,
+    "max_position_embeddings": 0,
+    "qkv_proj_bias": False,
+    "out_proj_bias": False,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+}
+MODULES = "based.models.mixers"
+L_MAX = 2048  # the reference's convolution must be given one, and uses none
+FEATURE_MAP = "TaylorExp"
+
+# option of our mixer -> field
+TAYLOR = {"num_heads": "num_heads", "feature_dim": "feature_dim"}
+CONV = {"expand": "expand_proj", "kernel_size": "kernel_size"}
+ROTARY = {"rotary_fraction": "rotary_emb_fraction", "rotary_base": "rotary_emb_base"}
 
 
 def load_hf(folder: str | os.PathLike, *, dtype: str = "bfloat16", scan_layers: bool = True) -> LM:
     """Return the Based or attention language model of a folder; parameters become fp32 whatever they are stored in.
 
     Args:
-      folder: with config.json and model.safetensors, in one file or with its index.
+      folder: with config.json and model.safetensors, in one file or in shards with their index.
       dtype: what the model computes in.
       scan_layers: as in `LMConfig`.
 
     Raises:
-      UserError: a file is missing or unreadable, or the weights do not fit the config.
+      UserError: a file is missing or unreadable, the config describes another kind of model, or the weights do not
+        fit it.
     """
     folder = Path(folder)
-    fields = _read_json(folder / CONFIG)
-    weights = {key.removeprefix("model."): value for key, value in _read_weights(folder).items()}
+    fields, weights = _read_json(folder / CONFIG), unwrapped(_read_weights(folder))
     try:
-        config = _lm_config(fields, hidden=weights[FC1].shape[0] // 2, dtype=dtype, scan_layers=scan_layers)
+        _check_required(fields)
+        config = _lm_config(fields, _hidden_dim(fields, weights), dtype=dtype, scan_layers=scan_layers)
     except KeyError as error:
-        raise UserError(f"'{folder}' holds no Based or attention language model: {error} is missing.") from None
+        raise UserError(f"'{folder / CONFIG}' lacks {error} of a Based or attention language model.") from None
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"'{folder / CONFIG}' has a value of the wrong type: {error}.") from None
     return lm_from_reference(weights, config)
 
 
 def save_hf(model: LM, folder: str | os.PathLike) -> None:
     """Write a Based or attention language model as fp32 safetensors and config.json.
 
+    HazyResearch/based reads what this writes where the MLP's width is a multiple of 256; it rounds others up.
+
     Raises:
-      UserError: the layout has no place for a part of the model, or the folder is not empty.
+      UserError: the layout has no place for a part of the model, or the folder is not empty or cannot be written.
     """
     folder = Path(folder)
-    fields = _hf_fields(model.config)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"Folder '{folder}' is not empty; name a new one.")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(reference_weights(model), folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+    fields = _fields(model.config)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' is not empty; name a new folder.")
     try:
-        return json.loads(path.read_text())
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(reference_weights(model), folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"'{folder}' cannot be written: {error}.") from None
+
+
+def _read_json(path: Path) -> Fields:
+    try:
+        fields = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read: {error}.") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"'{path}' holds a {type(fields).__name__}; it is a JSON object.")
+    return fields
 
 
 def _read_weights(folder: Path) -> dict[str, np.ndarray]:
-    index = folder / INDEX
-    files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
     weights: dict[str, np.ndarray] = {}
-    for name in files:
+    for name in _shards(folder):
         try:
             weights |= load_file(folder / name)
-        except Exception as error:
+        except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
             raise UserError(f"'{folder / name}' cannot be read: {error}.") from None
-    return {key: value for key, value in weights.items() if key not in DEAD}
+    return weights
 
 
-def _lm_config(fields: dict[str, Any], hidden: int, dtype: str, scan_layers: bool) -> LMConfig:
+def _shards(folder: Path) -> list[str]:
+    if not (folder / INDEX).exists():
+        return [WEIGHTS]
+    files = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict):
+        raise UserError(f"'{folder / INDEX}' has no weight_map, which names the file of each array.")
+    return sorted(set(files.values()))
+
+
+def _check_required(fields: Fields) -> None:
+    for name, value in REQUIRED.items():
+        if fields.get(name, value) != value:
+            raise UserError(f"{name} is {fields[name]!r} in {CONFIG}; only {value!r} is supported.")
+    linear = fields.get("alt_mixer") or {}
+    feature_map = linear.get("feature_map", {})
+    if not feature_map.get("_target_", FEATURE_MAP).endswith(FEATURE_MAP):
+        raise UserError(f"The feature map is {feature_map['_target_']!r} in {CONFIG}; only {FEATURE_MAP} is supported.")
+    if feature_map.get("input_dim", linear.get("feature_dim")) != linear.get("feature_dim"):
+        raise UserError(f"input_dim is {feature_map['input_dim']} in {CONFIG}; it is feature_dim.")
+
+
+def _hidden_dim(fields: Fields, weights: Mapping[str, np.ndarray]) -> int:
+    """Return F: n_inner, or 8D/3 where it is null, rounded up as the weights of the first layer say."""
+    d_model = fields["n_embd"]
+    inner = fields.get("n_inner") or int(8 * d_model / 3)
+    rounded = [-(-inner // multiple) * multiple for multiple in ROUNDINGS]
+    stored = weights[FC1].shape if FC1 in weights else ()
+    return next((F for F in rounded if stored == (2 * F, d_model)), rounded[0])
+
+
+def _lm_config(fields: Fields, hidden_dim: int, dtype: str, scan_layers: bool) -> LMConfig:
     return LMConfig(
         layers=tuple(_layer(fields, index) for index in range(fields["n_layer"])),
         d_model=fields["n_embd"],
         vocab_size=fields["vocab_size"],
-        pad_vocab_multiple=fields["pad_vocab_size_multiple"],
-        mlp_dim=hidden,
+        mlp_dim=hidden_dim,
         dtype=dtype,
         scan_layers=scan_layers,
+        **_renamed(fields, {"pad_vocab_multiple": "pad_vocab_size_multiple"}),
     )
 
 
-def _layer(fields: dict[str, Any], index: int) -> tuple[str, dict[str, Any]]:
+def _layer(fields: Fields, index: int) -> tuple[str, dict[str, Any]]:
     """Return the mixer of a layer: Taylor attention and windows are listed, the rest are convolutions or attention."""
-    if fields.get("mixer") is None:
-        return "attention", {"num_heads": fields["n_head"], "rotary_fraction": float(fields["rotary_emb_fraction"])}
+    rotary = {option: float(value) for option, value in _renamed(fields, ROTARY).items()}
+    if fields.get("alt_mixer") is None:
+        return "attention", {"num_heads": fields["n_head"], **rotary}
     if index in fields["alt_mixer_layers"]:
-        linear = fields["alt_mixer"]
-        return "taylor", {"num_heads": linear["num_heads"], "feature_dim": linear["feature_dim"]}
+        return "taylor", _renamed(fields["alt_mixer"], TAYLOR)
     if index in fields["alt_mixer_2_layers"]:
-        window = fields["alt_mixer_2"]
-        return "window", {"num_heads": window["num_heads"], "window": window["window_size"] // 2 + 1}
-    return "conv", {"expand": fields["mixer"]["expand_proj"], "kernel_size": fields["mixer"].get("kernel_size", 3)}
+        own = fields["alt_mixer_2"]
+        return "window", {"num_heads": own["num_heads"], "window": window_from_based(own["window_size"]), **rotary}
+    return "conv", _renamed(fields.get("mixer", {}), CONV)
 
 
-def _hf_fields(config: LMConfig) -> dict[str, Any]:
+def _renamed(fields: Fields, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options whose fields are there; the others keep our defaults, which are the released values."""
+    return {ours: fields[theirs] for ours, theirs in names.items() if theirs in fields}
+
+
+def _fields(config: LMConfig) -> Fields:
     """Return config.json of a model, checked by reading it back."""
-    kinds = [kind for kind, _ in config.layers]
-    fields: dict[str, Any] = {
+    fields = {
         "vocab_size": config.vocab_size,
         "pad_vocab_size_multiple": config.pad_vocab_multiple,
         "n_embd": config.d_model,
-        "n_layer": len(kinds),
+        "n_layer": len(config.layers),
         "n_inner": config.hidden_dim,
-        "rms_norm": True,
-        "layer_norm_epsilon": 1e-5,
-        "activation_function": "swiglu",
-        "residual_in_fp32": True,
-        "max_position_embeddings": 0,
-        "tie_word_embeddings": True,
+        **REQUIRED,
+        **WRITTEN,
+        **_mixer_fields(config),
     }
-    options = {kind: dict(values) for kind, values in reversed(config.layers)}
-    if set(kinds) == {"attention"}:
-        own = options["attention"]
-        fields |= {"n_head": own.get("num_heads", 16), "rotary_emb_fraction": own.get("rotary_fraction", 0.5)}
-    else:
-        fields |= _based_fields(kinds, options)
-    if config.norm != "rms" or config.mlp != "swiglu" or not _expresses(fields, config):
+    if config.norm != "rms" or config.mlp != "swiglu" or not _reads_back(fields, config):
         raise UserError(
-            "The released layout holds models of 'conv', 'taylor' and 'window' (an odd number of keys), or of"
-            " 'attention' alone, with RMSNorm, SwiGLU and the same options in all layers of a kind;"
-            f" this one is {config}."
+            "The released layout holds models of 'conv', 'taylor' and 'window', or of 'attention' alone, with RMSNorm,"
+            f" SwiGLU, no biases, and the same options in all layers of a kind; this one is {config}."
         )
     return fields
 
 
-def _based_fields(kinds: list[str], options: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    conv, linear, window = (options.get(kind, {}) for kind in ("conv", "taylor", "window"))
-    heads = linear.get("num_heads", window.get("num_heads", 16))
+def _mixer_fields(config: LMConfig) -> Fields:
+    kinds = [kind for kind, _ in config.layers]
+    found = dict(config.layers)
+    attention, conv, linear, window = (
+        MIXERS[kind].Config(**found.get(kind, {})) for kind in ("attention", "conv", "taylor", "window")
+    )
+    if "attention" in kinds:
+        return {"n_head": attention.num_heads, **_back(attention, ROTARY)}
+    feature_map = {"_target_": f"{MODULES}.linear_attention.{FEATURE_MAP}", "input_dim": linear.feature_dim}
     return {
-        "n_head": heads,
+        "n_head": (window if "window" in kinds else linear).num_heads,  # the reference takes a window's heads from here
+        **_back(window, ROTARY),
         "alt_mixer_layers": [index for index, kind in enumerate(kinds) if kind == "taylor"],
         "alt_mixer_2_layers": [index for index, kind in enumerate(kinds) if kind == "window"],
-        "mixer": {"expand_proj": conv.get("expand", 4), "kernel_size": conv.get("kernel_size", 3), "use_bias": True},
+        "mixer": {"_target_": f"{MODULES}.convolution.BaseConv", "l_max": L_MAX, "use_bias": True, **_back(conv, CONV)},
         "alt_mixer": {
-            "num_heads": heads,
-            "feature_dim": linear.get("feature_dim", 16),
-            "feature_map": {"input_dim": linear.get("feature_dim", 16)},
+            "_target_": f"{MODULES}.linear_attention.LinearAttention",
+            "feature_map": feature_map,
+            **_back(linear, TAYLOR),
         },
         "alt_mixer_2": {
-            "num_heads": window.get("num_heads", 16),
-            "window_size": 2 * (window.get("window", 64) - 1),
+            "_target_": f"{MODULES}.slide_attention.SlidingAttention",
+            "num_heads": window.num_heads,
+            "window_size": 2 * (window.window - 1),
+            "causal": True,
         },
     }
 
 
-def _expresses(fields: dict[str, Any], config: LMConfig) -> bool:
-    """Return whether config.json gives the same mixers back, defaults filled in."""
+def _back(options: Any, names: Mapping[str, str]) -> Fields:
+    return {theirs: getattr(options, ours) for ours, theirs in names.items()}
+
+
+def _reads_back(fields: Fields, config: LMConfig) -> bool:
+    """Return whether config.json gives the same layers, defaults filled in and implementations left aside."""
+
+    def resolved(layers):
+        return [(kind, dataclasses.replace(MIXERS[kind].Config(**options), impl="auto")) for kind, options in layers]
+
     read = _lm_config(fields, config.hidden_dim, config.dtype, config.scan_layers)
-    return all(
-        here == there and MIXERS[here].Config(**mine) == MIXERS[there].Config(**read_back)
-        for (here, mine), (there, read_back) in zip(config.layers, read.layers, strict=True)
-    )
+    return resolved(read.layers) == resolved(config.layers)
