@@ -136,6 +136,7 @@ def test_convert_writes_the_model_of_the_run(capsys, text_run, tmp_path):
         (["--config.model.layers=(('tailor', {}),)"], "did you mean 'taylor'?"),
         (["--config.model.layers=(('window', {'windw': 8}),)"], "did you mean 'window'?"),
         (["--config.model.layers=(('window', {'window': 0}),)"], "window is 0"),
+        (["--config.model.layers=(('taylor', {'num_heads': 2, 'impl': 'xl'}),)"], "did you mean 'xla'?"),
         (["--config.model.layers=(('attention', {'num_heads': 3}),)"], "d_model 16 cannot be divided into 3 heads"),
         (["--config.data.kind=mqa"], "did you mean 'mqar'?"),
         (["--config.data.preset=tinny"], "did you mean 'tiny'?"),

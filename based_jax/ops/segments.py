@@ -2,7 +2,8 @@
 
 Documents stand one after another in a row; the tokens of one carry the same positive id. Id 0 is padding: it is seen
 by nobody, writes to no state, and its output is zero. A state that is handed in belongs to the first document of the
-row, a state that is handed out to the last one.
+row, a state that is handed out to the last one. Padding stands before, between or after documents, never inside one:
+whether the tokens behind such a hole still see those before it differs from mixer to mixer.
 """
 
 import jax.numpy as jnp

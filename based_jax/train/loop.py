@@ -19,7 +19,8 @@ from based_jax.train.preemption import Preemption
 from based_jax.train.run import Facts, TrainConfig, abstract_state, initial_state
 from based_jax.train.step import make_train_step
 
-# What may differ when a run is continued: nothing that its numbers depend on.
+# What may differ when a run is continued: nothing that its numbers depend on (another mesh sums in another order, which
+# may change their last bits).
 FREE = ("log_every", "eval_every", "checkpoint", "mesh")
 
 
@@ -44,10 +45,11 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
     tx = optim.adamw(config.optim, config.steps)
     graphdef, abstract, where = abstract_state(config, tx, mesh)
+    step_fn = jax.jit(make_train_step(graphdef, tx, config.microbatches), donate_argnums=0, out_shardings=(where, None))
+    step_fn.eval_shape(abstract, source.batch(0))  # what no operation can run is refused before anything is written
     configs.check_same(config, workdir, free=FREE)
     configs.save(config, workdir)
 
-    step_fn = jax.jit(make_train_step(graphdef, tx, config.microbatches), donate_argnums=0, out_shardings=(where, None))
     eval_step = make_eval_step(graphdef)
 
     def run_eval(params) -> dict[str, float]:
@@ -90,7 +92,8 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
                 report.say(f"Stopped by a signal; step {step} is saved, and the same command continues from it.")
                 return {}
 
-        report.times(timer.split())
+        if start < config.steps:
+            report.times(timer.split())
         return results or run_eval(state.params)
 
 

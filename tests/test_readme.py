@@ -1,0 +1,77 @@
+"""The README's commands and programs, run as they stand there; training is cut to two steps."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from based_jax import config as configs
+from based_jax.__main__ import main
+from based_jax.nn import layers
+from based_jax.train.run import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^python -m based_jax (.*)$", README, re.MULTILINE)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def program(marker):
+    (found,) = (text for text in PROGRAMS if marker in text)
+    return found
+
+
+def test_the_commands_in_their_order(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert [command.split()[0] for command in COMMANDS] == ["train", "train", "eval", "generate"]
+    for command in COMMANDS:
+        arguments = shlex.split(command.replace("--workdir=runs", f"--workdir={tmp_path}"))
+        if arguments[0] == "train":
+            arguments += ["--config.steps=2", "--config.optim.warmup_steps=1"]
+            if "text" in command:
+                arguments += [f"--config.data.cache_dir={tmp_path / 'cache'}"]
+        assert main(arguments) == 0, command
+    assert "It was a " in capsys.readouterr().out
+    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
+
+
+def test_the_library():
+    names = {}
+    exec(program("from based_jax import"), names)
+    assert names["logits"].shape == (1, 128, 264)
+    assert [len(ids) for ids in names["new_ids"]] == [16]
+
+
+def test_the_config():
+    names = {}
+    exec(program("def get_config"), names)
+    config = configs.build(TrainConfig, names["get_config"]())
+    assert len(config.model.layers) == 12 and config.mesh == {"fsdp": 4}
+
+
+def test_the_mixer_keeps_the_contract_in_under_60_lines(normal, close):
+    text = program("class Ema")
+    assert text.count("\n") < 60
+    names = {"dataclasses": dataclasses, "ClassVar": ClassVar, "jax": jax, "jnp": jnp, "nnx": nnx, "layers": layers}
+    exec(text, names)
+    mixer = names["Ema"](8, names["EmaConfig"](), std=1.0, out_std=1.0, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x, ids = normal(2, 9, 8), jnp.asarray([[1] * 9, [0, 2, 2, 2, 3, 3, 3, 3, 3]])
+    whole = mixer(x, ids)
+    close(whole[1, 4:], mixer(x[1:, 4:])[0])
+    y, cache = mixer.prefill(x[:, :6], mixer.init_cache(2, 9), ids[:, :6])
+    outputs = [y]
+    for t in range(6, 9):
+        y, cache = mixer.step(x[:, t], cache)
+        outputs.append(y[:, None])
+    close(np.concatenate(outputs, axis=1), whole)
