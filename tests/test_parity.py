@@ -16,7 +16,7 @@ from flax import nnx
 
 from based_jax import config as configs
 from based_jax import convert
-from based_jax.convert.reference import HEAD, SKELETONS, reference_keys, reference_shapes
+from based_jax.convert.reference import SKELETONS, reference_keys, reference_shapes
 from based_jax.evals.generate import generate
 from based_jax.nn import layers
 from based_jax.nn.lm import LM, LMConfig
@@ -319,7 +319,7 @@ def test_weight_decay_groups(scan_layers):
     keys = reference_keys(model)
     ours = decay_groups(nnx.state(model, nnx.Param), "reference")
     for paths, group in zip(ours, ("decay", "no_decay"), strict=True):
-        assert sorted(key for path in paths for key in keys[path]) == sorted(groups[group])
+        assert sorted(key for path in paths for (key,) in keys[path]) == sorted(groups[group])
 
 
 def test_initial_deviations():
@@ -329,7 +329,7 @@ def test_initial_deviations():
     wanted = load("zoology_lm_based").meta["init_std"]
     keys = reference_keys(model, "zoology")
     for parts, leaf in ours:
-        (key,) = keys["/".join(map(str, parts))]
+        ((key,),) = keys["/".join(map(str, parts))]
         if not key.endswith("proj_o.weight"):
             assert abs(float(jnp.std(leaf[...])) - wanted[key]) <= 6 * wanted[key] / np.sqrt(2 * leaf.size), key
 
@@ -354,7 +354,7 @@ def test_released_shapes(name):
     fields = configs.load(str(CONFIGS / f"{file}.py")).model.to_dict()
     model = nnx.eval_shape(lambda: LM(configs.build(LMConfig, fields | changes), rngs=nnx.Rngs(0)))
     released = json.loads((FOLDER / "checkpoint_shapes.json").read_text())[name]
-    shapes = reference_shapes(model, reference_keys(model))
-    shapes[HEAD] = shapes[SKELETONS["based"].embedding]
+    shapes = {key: shape for (key,), shape in reference_shapes(model, reference_keys(model)).items()}
+    shapes[SKELETONS["based"].head] = shapes[SKELETONS["based"].embedding]
     assert shapes == {key: tuple(shape) for key, shape in convert.reference.unwrapped(released["state_dict"]).items()}
     assert model.num_params() == released["params_tied"]

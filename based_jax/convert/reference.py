@@ -1,7 +1,8 @@
-"""Weights under the state_dict keys of HazyResearch/based and of zoology, as numpy arrays.
+"""Weights under the state_dict keys of the publications, as numpy arrays.
 
-The tables serve both directions. Two of our parameters have another layout there: a linear kernel (in, out) is
-[out, in], and the kernel of a depthwise convolution (W, C) is [C, 1, W].
+A mixer's class holds the keys of its parameters (`REFERENCE`); here are those of whole models, and the layouts. Two of
+our parameters have another layout there: a linear kernel (in, out) is [out, in], and the kernel of a depthwise
+convolution (W, C) is [C, 1, W]. Axes of size 1 come and go.
 """
 
 from collections.abc import Mapping
@@ -12,62 +13,82 @@ import numpy as np
 from flax import nnx
 
 from based_jax.errors import UserError, unknown
+from based_jax.nn.block import Block
 from based_jax.nn.lm import LM, LMConfig
-from based_jax.nn.mixers import make_mixer
+from based_jax.nn.mixers import MIXERS, make_mixer
 
 Weights = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
-Keys = dict[str, tuple[str, ...]]
+Group = tuple[str, ...]  # reference keys whose arrays, concatenated, are one of our parameters
 
-# our path -> reference key; where the publications differ, HazyResearch/based comes first and zoology last
-QKV: Keys = {"qkv/kernel": ("Wqkv.weight",), "qkv/bias": ("Wqkv.bias",)}
-OUT: Keys = {"out_proj/kernel": ("out_proj.weight",), "out_proj/bias": ("out_proj.bias",)}
-MIXER_KEYS: dict[str, Keys] = {
-    "attention": QKV | OUT,
-    "window": QKV | OUT,
-    "taylor": {
-        "proj_q/kernel": ("proj_q.weight",),
-        "proj_k/kernel": ("proj_k.weight",),
-        "proj_v/kernel": ("proj_v.weight",),
-        "out_proj/kernel": ("out_proj.weight", "proj_o.weight"),
-    },
-    "conv": {
-        "in_proj/kernel": ("in_proj.weight",),
-        "in_proj/bias": ("in_proj.bias",),
-        "conv_kernel": ("conv.conv.weight",),
-        **OUT,
-    },
-    "base_conv": {
-        "projection/kernel": ("projection.weight",),
-        "projection/bias": ("projection.bias",),
-        "conv_kernel": ("conv.conv.weight",),
-        "conv_bias": ("conv.conv.bias",),
-    },
-}
-MLP_KEYS = {"fc1/kernel": "fc1.weight", "fc2/kernel": "fc2.weight"}
-NORM_KEYS = {"scale": "weight", "bias": "bias"}
-OUTPUTS = ("out_proj.weight", "proj_o.weight", "projection.weight")  # a mixer has one of them; its rows are D
+
+class Layer(NamedTuple):
+    """Names inside one layer of a publication: norms, mixer and MLP, with `{}` for the layer's number there."""
+
+    norm1: str
+    mixer: str
+    norm2: str = ""
+    fc1: Group = ()
+    fc2: Group = ()
 
 
 class Skeleton(NamedTuple):
-    """Where a publication keeps a language model's embedding, last norm, layers, and each layer's mixer."""
+    """Names of a publication's language model. Its layer i holds our layers i * len(layers) and following."""
 
+    publication: str
     embedding: str
     norm: str
-    layer: str
-    mixer: str
-    publication: int  # index into the keys of `MIXER_KEYS`
+    layers: tuple[Layer, ...]
+    head: str = "lm_head.weight"
+    embed_norm: str = ""
 
 
+def _gpt(publication: str, root: str, mixer: str) -> Skeleton:
+    layer = f"{root}.layers.{{}}"
+    fc1, fc2 = ((f"{layer}.mlp.{name}.weight",) for name in ("fc1", "fc2"))
+    names = Layer(f"{layer}.norm1", f"{layer}.{mixer}", f"{layer}.norm2", fc1, fc2)
+    return Skeleton(publication, f"{root}.embeddings.word_embeddings.weight", f"{root}.ln_f", (names,))
+
+
+def _mamba(embedding: str) -> Skeleton:
+    names = Layer("backbone.layers.{}.norm", "backbone.layers.{}.mixer")
+    return Skeleton("mamba", f"backbone.{embedding}.weight", "backbone.norm_f", (names,))
+
+
+LLAMA = "model.layers.{}"
 SKELETONS = {
-    "based": Skeleton(
-        "transformer.embeddings.word_embeddings.weight", "transformer.ln_f", "transformer.layers.{}", "mixer", 0
+    "based": _gpt("based", "transformer", "mixer"),
+    "zoology": _gpt("zoology", "backbone", "sequence_mixer.mixer"),
+    "mamba": _mamba("embedding"),
+    "mamba_hf": _mamba("embeddings"),
+    "llama": Skeleton(
+        "llama",
+        "model.embed_tokens.weight",
+        "model.norm",
+        (
+            Layer(
+                f"{LLAMA}.input_layernorm",
+                f"{LLAMA}.self_attn",
+                f"{LLAMA}.post_attention_layernorm",
+                (f"{LLAMA}.mlp.up_proj.weight", f"{LLAMA}.mlp.gate_proj.weight"),
+                (f"{LLAMA}.mlp.down_proj.weight",),
+            ),
+        ),
     ),
-    "zoology": Skeleton(
-        "backbone.embeddings.word_embeddings.weight", "backbone.ln_f", "backbone.layers.{}", "sequence_mixer.mixer", -1
+    "rwkv4": Skeleton(
+        "rwkv4",
+        "rwkv.embeddings.weight",
+        "rwkv.ln_out",
+        (
+            Layer("rwkv.blocks.{}.ln1", "rwkv.blocks.{}.attention"),
+            Layer("rwkv.blocks.{}.ln2", "rwkv.blocks.{}.feed_forward"),
+        ),
+        head="head.weight",
+        embed_norm="rwkv.blocks.0.pre_ln",
     ),
 }
-HEAD = "lm_head.weight"
+NORM_KEYS = {"scale": "weight", "bias": "bias"}
+WRAPPER = "model.transformer."  # a released checkpoint keeps its training wrapper's prefix on every key
 DEAD = ("transformer.decay.decay",)  # a buffer of based-1b that no layer reads
 
 
@@ -86,29 +107,33 @@ def mixer_from_reference(kind: str, weights: Weights, **config) -> nnx.Module:
 
     Args:
       kind: a key of `MIXERS`.
-      weights: arrays of any float dtype under the layer's state_dict keys, of HazyResearch/based or of zoology.
+      weights: arrays of any float dtype under the layer's state_dict keys, in any layout of its `REFERENCE`.
       config: options of the mixer's Config; `window_from_based` and `window_from_zoology` translate the window.
 
     Raises:
       UserError: a key is missing or left over, or an array has another shape than the options say.
     """
-    if kind not in MIXER_KEYS:
-        raise unknown("mixer", kind, MIXER_KEYS)
-    output = next((key for key in OUTPUTS if key in weights), None)
-    if output is None:
-        raise UserError(f"The weights lack an output projection; it is one of {', '.join(OUTPUTS)}.")
-    width = weights[output].shape[0]
-    mixer = nnx.eval_shape(lambda: make_mixer(kind, width, rngs=nnx.Rngs(0), **config))
-    present = {path: [output if output in keys else keys[0]] for path, keys in MIXER_KEYS[kind].items()}
-    _fill(mixer, _own(mixer, present), weights)
+    if kind not in MIXERS:
+        raise unknown("mixer", kind, MIXERS)
+    reference = getattr(MIXERS[kind], "REFERENCE", {})
+    if not reference:
+        raise UserError(f"No publication of mixer '{kind}' has a known layout of its weights.")
+    table = max((_groups(keys) for keys in reference.values()), key=lambda keys: _shared(keys, weights))
+    output = next(iter(table.values()))
+    if any(key not in weights for key in output):
+        raise UserError(f"The weights lack the output projection '{output[0]}' of mixer '{kind}'.")
+    mixer = nnx.eval_shape(lambda: make_mixer(kind, weights[output[0]].shape[0], rngs=nnx.Rngs(0), **config))
+    own = {path: [keys] for path, keys in _own(mixer, table).items()}
+    _fill(mixer, own, _without_buffers(weights, mixer))
     return mixer
 
 
 def lm_from_reference(weights: Weights, config: LMConfig) -> LM:
-    """Return the language model of a config with the parameters of a reference model, of either publication.
+    """Return the language model of a config with the parameters of a reference model.
 
-    As in the reference's own loader, a prefix `model.` is stripped and keys that contain `metrics` are dropped. The
-    tied head may be absent. `transformer.decay.decay` is ignored: a buffer of based-1b that no layer reads.
+    Based, attention, zoology, Mamba, RWKV-4 and Llama layouts are told apart by the embedding's name. As in the
+    reference's own loader, a prefix `model.` is stripped and keys that contain `metrics` are dropped. A tied head may
+    be absent. `transformer.decay.decay` is ignored: a buffer of based-1b that no layer reads.
 
     Args:
       weights: arrays of any float dtype under state_dict keys; parameters become fp32.
@@ -117,45 +142,56 @@ def lm_from_reference(weights: Weights, config: LMConfig) -> LM:
     Raises:
       UserError: a key is missing or left over, an array has another shape, or the head is not the embedding.
     """
-    parameters = unwrapped(weights)
-    skeleton = "zoology" if any(key.startswith("backbone.") for key in parameters) else "based"
-    embedding, head = parameters.get(SKELETONS[skeleton].embedding), parameters.pop(HEAD, None)
-    if head is not None and embedding is not None and not np.array_equal(head, embedding):
-        raise UserError(f"'{HEAD}' differs from the embedding; only models with a tied head are supported.")
+    weights = unwrapped(weights)
+    name = skeleton_of(weights)
+    skeleton = SKELETONS[name]
+    embedding, head = weights.get(skeleton.embedding), weights.get(skeleton.head)
+    if config.tie_embeddings and head is not None:
+        if embedding is not None and not np.array_equal(head, embedding):
+            raise UserError(f"'{skeleton.head}' differs from the embedding; set tie_embeddings to False.")
+        weights.pop(skeleton.head)
     model = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
-    _fill(model, reference_keys(model, skeleton), parameters)
+    _fill(model, reference_keys(model, name), weights)
     return model
 
 
+def skeleton_of(weights: Weights) -> str:
+    """Return the key of `SKELETONS` whose embedding the weights have, "based" where there is none."""
+    return next((name for name, skeleton in SKELETONS.items() if skeleton.embedding in weights), "based")
+
+
 def reference_weights(model: LM) -> dict[str, np.ndarray]:
-    """Return fp32 arrays under the keys of the released checkpoints, the tied head included."""
+    """Return fp32 arrays under the keys of the released Based and attention checkpoints, the tied head included."""
     parameters, weights = _parameters(model), {}
-    for path, keys in reference_keys(model).items():
+    for path, groups in reference_keys(model).items():
         value = np.asarray(parameters[path][...])
-        for key, array in zip(keys, value if len(keys) > 1 else [value], strict=True):
+        for (key,), array in zip(groups, value if len(groups) > 1 else [value], strict=True):
             weights[key] = np.ascontiguousarray(_to_reference(path, array))
-    return weights | {HEAD: weights[SKELETONS["based"].embedding]}
+    skeleton = SKELETONS["based"]
+    return weights | {skeleton.head: weights[skeleton.embedding]}
 
 
-def reference_keys(model: LM, skeleton: str = "based") -> dict[str, list[str]]:
-    """Return for each parameter's path its reference key, or one for each copy where a repeated pattern is stacked."""
+def reference_keys(model: LM, skeleton: str = "based") -> dict[str, list[Group]]:
+    """Return for each parameter's path its reference keys, or those of each copy where a pattern is stacked."""
     names = SKELETONS[skeleton]
-    keys = {"embed/embedding": [names.embedding]}
-    keys |= {f"norm/{ours}": [f"{names.norm}.{theirs}"] for ours, theirs in NORM_KEYS.items()}
-    first = 0
+    keys: dict[str, list[Group]] = {"embed/embedding": [(names.embedding,)], "head/kernel": [(names.head,)]}
+    for ours, theirs in (("norm", names.norm), ("embed_norm", names.embed_norm)):
+        keys |= {f"{ours}/{p}": [(f"{theirs}.{key}",)] for p, key in NORM_KEYS.items()}
+    first, period = 0, len(names.layers)
     for s, stack in enumerate(model.stacks):
-        period = len(stack.blocks)
-        for b in range(period):
-            layers = [names.layer.format(first + b + copy * period) for copy in range(stack.repeats)]
-            for ours, theirs in _block_keys(model.config.layers[first + b][0], names).items():
-                keys[f"stacks/{s}/blocks/{b}/{ours}"] = [f"{layer}.{theirs}" for layer in layers]
-        first += period * stack.repeats
+        for b, block in enumerate(stack.blocks):
+            copies = [first + b + copy * len(stack.blocks) for copy in range(stack.repeats)]
+            for path, group in _block_keys(block, names.layers[copies[0] % period], names.publication).items():
+                keys[f"stacks/{s}/blocks/{b}/{path}"] = [
+                    tuple(key.format(index // period) for key in group) for index in copies
+                ]
+        first += len(stack.blocks) * stack.repeats
     return _own(model, keys)
 
 
-def reference_shapes(module: nnx.Module, keys: Mapping[str, list[str]]) -> dict[str, Shape]:
-    """Return the shape of each reference key in the reference's layout; the module's arrays may be abstract."""
-    shapes: dict[str, Shape] = {}
+def reference_shapes(module: nnx.Module, keys: Mapping[str, list[Group]]) -> dict[Group, Shape]:
+    """Return the shape of each group of keys in the reference's layout; the module's arrays may be abstract."""
+    shapes: dict[Group, Shape] = {}
     for path, variable in _parameters(module).items():
         shape = variable.shape[1:] if len(keys[path]) > 1 else variable.shape
         layout = _to_reference(path, np.broadcast_to(np.float32(0), shape)).shape
@@ -165,16 +201,35 @@ def reference_shapes(module: nnx.Module, keys: Mapping[str, list[str]]) -> dict[
 
 def unwrapped(weights: Weights) -> dict[str, np.ndarray]:
     """Return a model's own arrays: without the training wrapper's prefix and metrics, and without dead buffers."""
-    own = {key.removeprefix("model."): value for key, value in weights.items() if "metrics" not in key}
+    own = {key: value for key, value in weights.items() if "metrics" not in key}
+    if any(key.startswith(WRAPPER) for key in own):
+        own = {key.removeprefix("model."): value for key, value in own.items()}
     return {key: value for key, value in own.items() if key not in DEAD}
 
 
-def _block_keys(kind: str, names: Skeleton) -> dict[str, str]:
-    keys = {f"mlp/{ours}": f"mlp.{theirs}" for ours, theirs in MLP_KEYS.items()}
-    keys |= {f"{norm}/{ours}": f"{norm}.{theirs}" for norm in ("norm1", "norm2") for ours, theirs in NORM_KEYS.items()}
-    return keys | {
-        f"mixer/{ours}": f"{names.mixer}.{theirs[names.publication]}" for ours, theirs in MIXER_KEYS[kind].items()
-    }
+def _block_keys(block: Block, names: Layer, publication: str) -> dict[str, Group]:
+    keys = {"mlp/fc1/kernel": names.fc1, "mlp/fc2/kernel": names.fc2}
+    for ours, theirs in (("norm1", names.norm1), ("norm2", names.norm2)):
+        keys |= {f"{ours}/{p}": (f"{theirs}.{key}",) for p, key in NORM_KEYS.items()}
+    reference = getattr(block.mixer, "REFERENCE", {})
+    if publication not in reference:
+        raise UserError(f"The layout of '{publication}' has no place for {type(block.mixer).__name__}.")
+    for path, group in _groups(reference[publication]).items():
+        keys[f"mixer/{path}"] = tuple(f"{names.mixer}.{key}" for key in group)
+    return keys
+
+
+def _groups(keys: Mapping[str, str | Group]) -> dict[str, Group]:
+    return {path: (group,) if isinstance(group, str) else group for path, group in keys.items()}
+
+
+def _shared(keys: Mapping[str, Group], weights: Weights) -> int:
+    return sum(key in weights for group in keys.values() for key in group)
+
+
+def _without_buffers(weights: Weights, mixer: nnx.Module) -> dict[str, np.ndarray]:
+    """Leave out what a publication stores but computes from nothing: position tables and the like."""
+    return {key: value for key, value in weights.items() if key not in getattr(mixer, "REFERENCE_BUFFERS", ())}
 
 
 def _own[T](module: nnx.Module, keys: Mapping[str, T]) -> dict[str, T]:
@@ -190,36 +245,54 @@ def _path(keys: tuple) -> str:
     return "/".join(map(str, keys))
 
 
-def _fill(module: nnx.Module, keys: Mapping[str, list[str]], weights: Weights) -> None:
+def _fill(module: nnx.Module, keys: Mapping[str, list[Group]], weights: Weights) -> None:
     """Give an abstract module its parameters in fp32, after a check that the weights are exactly these."""
-    _check(weights, reference_shapes(module, keys))
+    shapes = reference_shapes(module, keys)
+    _check(weights, shapes)
     values = []
     for parts, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         path = _path(parts)
-        arrays = [_from_reference(path, np.asarray(weights[key], np.float32)) for key in keys[path]]
+        arrays = [_from_reference(path, _joined(weights, group).reshape(shapes[group])) for group in keys[path]]
         values.append((parts, variable.replace(jnp.asarray(np.stack(arrays) if len(arrays) > 1 else arrays[0]))))
     nnx.update(module, nnx.from_flat_state(values))
 
 
-def _check(weights: Weights, shapes: Mapping[str, Shape]) -> None:
-    missing, surplus = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
+def _joined(weights: Weights, group: Group) -> np.ndarray:
+    arrays = [np.asarray(weights[key], np.float32) for key in group]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _check(weights: Weights, shapes: Mapping[Group, Shape]) -> None:
+    missing = sorted((key, shape) for group, shape in shapes.items() for key in group if key not in weights)
+    surplus = sorted(weights.keys() - {key for group in shapes for key in group})
     if missing:
-        raise UserError(f"The weights lack '{missing[0]}' {shapes[missing[0]]}; {len(missing)} keys are missing.")
+        key, shape = missing[0]
+        raise UserError(f"The weights lack '{key}' {shape}; {len(missing)} keys are missing.")
     if surplus:
         key = surplus[0]
         raise UserError(
             f"The weights have '{key}' {weights[key].shape}, which the model does not; {len(surplus)} do so."
         )
-    for key, shape in shapes.items():
-        if weights[key].shape != shape:
-            raise UserError(f"'{key}' has shape {weights[key].shape}; the model's is {shape}.")
+    for group, shape in shapes.items():
+        found = _joined_shape(weights, group)
+        if _squeezed(found) != _squeezed(shape):
+            raise UserError(f"'{' + '.join(group)}' has shape {found}; the model's is {shape}.")
+
+
+def _joined_shape(weights: Weights, group: Group) -> Shape:
+    first = weights[group[0]].shape
+    return first if len(group) == 1 else (sum(weights[key].shape[0] for key in group), *first[1:])
+
+
+def _squeezed(shape: Shape) -> Shape:
+    return tuple(size for size in shape if size != 1)
 
 
 def _from_reference(path: str, array: np.ndarray) -> np.ndarray:
     name = path.split("/")[-1]
-    return array.T if name == "kernel" else array[:, 0].T if name == "conv_kernel" else array
+    return array.T if name == "kernel" else array[:, 0].T if name.endswith("conv_kernel") else array
 
 
 def _to_reference(path: str, array: np.ndarray) -> np.ndarray:
     name = path.split("/")[-1]
-    return array.T if name == "kernel" else array.T[:, None] if name == "conv_kernel" else array
+    return array.T if name == "kernel" else array.T[:, None] if name.endswith("conv_kernel") else array

@@ -19,7 +19,7 @@ REMAT = {
 
 
 class Block(nnx.Module):
-    """Pre-norm mixer and pre-norm MLP around a fp32 residual stream.
+    """Pre-norm mixer, and pre-norm MLP if there is one, around a fp32 residual stream.
 
     Source: HazyResearch/based:based/models/block.py.
     """
@@ -31,8 +31,11 @@ class Block(nnx.Module):
         self.dtype = dtype
         self.norm1 = norm(config.d_model, rngs=rngs)
         self.mixer = make_mixer(kind, config.d_model, **init, **options)
-        self.norm2 = norm(config.d_model, rngs=rngs)
-        self.mlp = mlp(config.d_model, config.hidden_dim, **init)
+        if mlp is None:
+            self.mlp = None
+        else:
+            self.norm2 = norm(config.d_model, rngs=rngs)
+            self.mlp = mlp(config.d_model, config.hidden_dim, **init)
 
     def __call__(self, r: BTD, segment_ids: BT | None = None) -> BTD:
         """Update the residual stream of a whole sequence."""
@@ -56,7 +59,7 @@ class Block(nnx.Module):
         return self.norm1(r).astype(self.dtype)
 
     def _mlp(self, r):
-        return r + self.mlp(self.norm2(r).astype(self.dtype))
+        return r if self.mlp is None else r + self.mlp(self.norm2(r).astype(self.dtype))
 
 
 class Stack(nnx.Module):

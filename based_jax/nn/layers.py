@@ -67,6 +67,14 @@ def uniform(shape: tuple[int, ...], fan_in: int, *, rngs: nnx.Rngs) -> nnx.Param
     return nnx.Param(values, **named(*(None,) * (len(shape) - 1), "mlp"))
 
 
+QKV_KEYS = {
+    "out_proj/kernel": "out_proj.weight",
+    "out_proj/bias": "out_proj.bias",
+    "qkv/kernel": "Wqkv.weight",
+    "qkv/bias": "Wqkv.bias",
+}
+
+
 class SwiGLU(nnx.Module):
     """Gated MLP: fc2(value * silu(gate)) with (value, gate) = fc1(x), value first.
 
@@ -94,7 +102,7 @@ class Identity(nnx.Module):
         return x
 
 
-MLPS = {"swiglu": SwiGLU, "identity": Identity}
+MLPS = {"swiglu": SwiGLU, "identity": Identity, "none": None}
 
 
 def rotary(x: Float[Array, "B T H K"], positions: Int[Array, "T"], dim: int, base: float) -> Float[Array, "B T H K"]:

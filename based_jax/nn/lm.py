@@ -1,4 +1,4 @@
-"""The language model: an embedding, the layers that a list names, a norm, and the embedding again as the head."""
+"""The language model: an embedding, the layers that a list names, a norm, and the head, which may be the embedding."""
 
 import dataclasses
 import math
@@ -37,10 +37,12 @@ class LMConfig:
       layers: one (mixer name, options of its Config) per layer, in order.
       d_model: width D of the residual stream.
       vocab_size: tokens of the tokenizer; the embedding is padded to a multiple of `pad_vocab_multiple`.
-      mlp, norm: "swiglu" or "identity"; "rms" or "layer".
+      mlp, norm: "swiglu", "identity" or "none" (layers are mixers alone); "rms" or "layer".
       mlp_dim: hidden width F of the MLP; 0 for 2 D.
       init_std: deviation of the initial kernels and embedding; projections back into the residual stream get it
         divided by sqrt(2 L). Narrow models learn recall much sooner with about 1 / sqrt(D).
+      tie_embeddings: whether the head is the embedding.
+      embed_norm: a norm right after the embedding (RWKV).
       dtype: what layers compute in; parameters, norms, the residual, states and logits are fp32.
       scan_layers: stack and scan repeated patterns of layers, which compiles faster and shards the same.
       remat: what a layer keeps for its backward pass: "none" recomputes nothing, "dots" keeps projections only,
@@ -55,6 +57,8 @@ class LMConfig:
     mlp_dim: int = 0
     norm: str = "rms"
     init_std: float = INIT_STD
+    tie_embeddings: bool = True
+    embed_norm: bool = False
     dtype: str = "bfloat16"
     scan_layers: bool = False
     remat: str = "none"
@@ -112,6 +116,17 @@ class LM(nnx.Module):
         )
         self.stacks = nnx.List([Stack(pattern, repeats, config, rngs=rngs) for pattern, repeats in patterns])
         self.norm = layers.NORMS[config.norm](config.d_model, rngs=rngs)
+        if config.embed_norm:
+            self.embed_norm = layers.NORMS[config.norm](config.d_model, rngs=rngs)
+        if not config.tie_embeddings:
+            self.head = layers.linear(
+                config.d_model,
+                config.padded_vocab_size,
+                ("embed", "vocab"),
+                std=config.init_std,
+                dtype=jnp.dtype(config.dtype),
+                rngs=rngs,
+            )
 
     def __call__(self, ids: BT, segment_ids: BT | None = None) -> Float[Array, "B T vocab"]:
         """Return fp32 logits of every position."""
@@ -119,15 +134,15 @@ class LM(nnx.Module):
 
     def hidden(self, ids: BT, segment_ids: BT | None = None) -> BTD:
         """Return the final hidden state of every position."""
-        r = self.embed(ids)
+        r = self._in(ids)
         for stack in self.stacks:
             r = stack(r, segment_ids)
         return self._out(r)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
-        """Return fp32 logits over the padded vocabulary: the head is the embedding."""
-        table = self.embed.embedding[...].astype(hidden.dtype)
-        return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+        """Return fp32 logits over the padded vocabulary."""
+        table = self.embed.embedding[...].T if self.config.tie_embeddings else self.head.kernel[...]
+        return jnp.einsum("...D,DV->...V", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def init_cache(self, batch: int, max_len: int) -> tuple:
         """Return the caches of all layers for `batch` sequences of up to `max_len` tokens."""
@@ -135,7 +150,7 @@ class LM(nnx.Module):
 
     def prefill(self, ids: BT, cache: tuple, segment_ids: BT | None = None) -> tuple[BTD, tuple]:
         """Read the next tokens of a sequence; return their hidden states and the caches after them."""
-        r, after = self.embed(ids), []
+        r, after = self._in(ids), []
         for stack, old in zip(self.stacks, cache, strict=True):
             r, new = stack.prefill(r, old, segment_ids)
             after.append(new)
@@ -143,7 +158,7 @@ class LM(nnx.Module):
 
     def step(self, ids: Tokens, cache: tuple) -> tuple[BD, tuple]:
         """Read one token; return its hidden state and the caches after it."""
-        r, after = self.embed(ids), []
+        r, after = self._in(ids), []
         for stack, old in zip(self.stacks, cache, strict=True):
             r, new = stack.step(r, old)
             after.append(new)
@@ -154,7 +169,7 @@ class LM(nnx.Module):
         return [block.mixer for stack in self.stacks for _ in range(stack.repeats) for block in stack.blocks]
 
     def num_params(self) -> int:
-        """Return the number of parameters, the tied head once."""
+        """Return the number of parameters; a tied head counts once."""
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
     def state_size(self, seq_len: int) -> int:
@@ -166,6 +181,10 @@ class LM(nnx.Module):
         mlp = 6 * self.config.d_model * self.config.hidden_dim if self.config.mlp == "swiglu" else 0
         head = 2 * self.config.d_model * self.config.padded_vocab_size
         return sum(mixer.flops_per_token(seq_len) + mlp for mixer in self.mixers()) + head
+
+    def _in(self, ids):
+        r = self.embed(ids)
+        return self.embed_norm(r) if self.config.embed_norm else r
 
     def _out(self, r):
         return self.norm(r).astype(jnp.dtype(self.config.dtype))

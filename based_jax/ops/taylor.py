@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
-from based_jax.ops import segments
+from based_jax.ops import scan, segments
 from based_jax.ops.dispatch import Implementation, dispatch, target_platform
 
 CHUNK = 128
@@ -114,68 +114,34 @@ def _oracle(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | Non
 
 
 def _recurrent(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> tuple[BTHV, BHEV]:
-    """Run `taylor_attention_step` over the tokens, clearing the state where a document begins."""
-    ids = _ids(q, segment_ids)
-    before = _empty(q, v) if state is None else state
+    """Run `taylor_attention_step` over the tokens."""
 
-    def token(carry, inputs):
-        state, owner = carry
-        q_BHK, k_BHK, v_BHV, id_B = inputs
-        kept = jnp.where((id_B == owner)[:, None, None, None], state, 0.0)
-        o_BHV, stepped = taylor_attention_step(q_BHK, k_BHK, v_BHV, kept)
-        padding = (id_B == 0)[:, None, None]
-        state = jnp.where(padding[..., None], state, stepped)
-        return (state, jnp.where(id_B == 0, owner, id_B)), jnp.where(padding, 0, o_BHV)
+    def step(qkv, state):
+        q, k, v = qkv
+        return taylor_attention_step(q, k, v, state)
 
-    over_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, ids))
-    (after, _), o = jax.lax.scan(token, (before, segments.first_id(ids)), over_time)
-    return jnp.moveaxis(o, 0, 1), after
+    return scan.over_tokens(step, (q, k, v), _empty(q, v), state, segment_ids)
 
 
 def _chunked(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> tuple[BTHV, BHEV]:
-    """Quadratic inside chunks of `CHUNK` tokens, through the state between them.
-
-    Features exist for one chunk at a time, in the backward pass too: each chunk is rematerialised from its inputs and
-    the state before it.
-    """
-    T = q.shape[1]
-    ids = _ids(q, segment_ids)
-    before = _empty(q, v) if state is None else state
-    if T <= CHUNK:
-        o, (after, _) = _chunk((before, segments.first_id(ids)), (q, k, v, ids), reads_state=state is not None)
-        return o, after
-
-    chunks = jax.tree.map(lambda x: _split_time(x, CHUNK), (q, k, v, ids))
-
-    def body(carry, chunk):
-        o, carry = _chunk(carry, chunk)
-        return carry, o
-
-    carry = (before, segments.first_id(ids))
-    (after, _), o = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), carry, chunks)
-    return _join_time(o)[:, :T], after
+    """Quadratic inside chunks of `CHUNK` tokens, through the state between them."""
+    return scan.over_chunks(_chunk, (q, k, v), _empty(q, v), state, segment_ids, CHUNK)
 
 
-def _chunk(carry, chunk, reads_state=True):
-    """Return one chunk's outputs and the (state, owning document) after it."""
-    state, owner = carry
-    q, k, v, ids = chunk
+def _chunk(qkv: tuple[BTHK, BTHK, BTHV], state: BHEV, span: scan.Span) -> tuple[BTHV, BHEV]:
+    """Return one chunk's outputs and the state after it."""
+    q, k, v = qkv
     dtype, precision = _product_policy(v.dtype)
-    ids_present = ids != 0
-    last = jnp.where(ids_present.any(1), segments.last_id(ids), owner)
-
-    visible = segments.same_document(ids, ids) & jnp.tri(q.shape[1], dtype=bool)[None]
-    p = jnp.where(visible[:, None], _kernel(q.astype(dtype), k.astype(dtype), precision), 0.0).astype(dtype)
+    p = jnp.where(span.visible[:, None], _kernel(q.astype(dtype), k.astype(dtype), precision), 0.0).astype(dtype)
     v1 = _with_ones(v).astype(dtype)
     sums = _einsum("BHTS,BSHV->BTHV", p, v1, precision)
-    if reads_state:
-        phi_q = taylor_features(q) * ((ids == owner[:, None]) & ids_present)[:, :, None, None]
+    if not span.fresh:
+        phi_q = taylor_features(q) * span.reads[:, :, None, None]
         sums += _einsum("BTHE,BHEV->BTHV", phi_q.astype(dtype), state.astype(dtype), precision)
 
-    phi_k = taylor_features(k) * ((ids == last[:, None]) & ids_present)[:, :, None, None]
-    kept = jnp.where((last == owner)[:, None, None, None], state, 0.0)
-    state = kept + _einsum("BTHE,BTHV->BHEV", phi_k.astype(dtype), v1, precision)
-    return _normalise(sums).astype(v.dtype), (state, last)
+    phi_k = taylor_features(k) * span.writes[:, :, None, None]
+    kept = jnp.where(span.keeps[:, None, None, None], state, 0.0)
+    return _normalise(sums).astype(v.dtype), kept + _einsum("BTHE,BTHV->BHEV", phi_k.astype(dtype), v1, precision)
 
 
 def _kernel(q: BTHK, k: BTHK, precision) -> Float[Array, "B H T S"]:
@@ -213,18 +179,6 @@ def _product_policy(dtype):
     """
     exact = dtype == jnp.float32 or target_platform() == "cpu"
     return (jnp.float32, EXACT) if exact else (dtype, jax.lax.Precision.DEFAULT)
-
-
-def _split_time(x: Shaped[Array, "B T ..."], length: int) -> Shaped[Array, "N B C ..."]:
-    """Cut time into pieces of `length`, the last one padded with zeros (id 0, so it is inert)."""
-    padding = -x.shape[1] % length
-    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
-
-
-def _join_time(x: Shaped[Array, "N B C ..."]) -> Shaped[Array, "B T ..."]:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 IMPLEMENTATIONS = {

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from based_jax.convert import lm_from_reference, mixer_from_reference, reference_weights
-from based_jax.convert.reference import HEAD, SKELETONS
+from based_jax.convert.reference import SKELETONS
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import make_mixer
@@ -15,7 +15,7 @@ from based_jax.nn.mixers import make_mixer
 D = 8
 LAYERS = (("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 2}), ("window", {"num_heads": 2, "window": 3})) * 2
 CONFIG = LMConfig(LAYERS, d_model=D, vocab_size=13, dtype="float32", scan_layers=True)
-EMBEDDING = SKELETONS["based"].embedding
+EMBEDDING, HEAD = SKELETONS["based"].embedding, SKELETONS["based"].head
 FC1 = "transformer.layers.4.mlp.fc1.weight"
 
 
@@ -83,5 +83,5 @@ def test_a_mixer_takes_its_width_from_the_weights():
         mixer_from_reference("conv", weights, kernel_sizes=3)
     with pytest.raises(UserError, match="did you mean 'conv'"):
         mixer_from_reference("covn", weights)
-    with pytest.raises(UserError, match="lack an output projection"):
+    with pytest.raises(UserError, match="lack the output projection 'out_proj"):
         mixer_from_reference("conv", {"in_proj.bias": weights["in_proj.bias"]})

@@ -25,6 +25,11 @@ class Mixer(Protocol):
     """What a mixer is; a cache is any pytree with leading batch axes.
 
     `state_size` counts elements per sequence in the paper's accounting, `flops_per_token` the forward pass.
+
+    Where a publication's weights can be read, `REFERENCE` says for each publication under which state_dict key a
+    parameter stands there, the output projection, whose rows are D, first; a tuple of keys is concatenated. `convert`
+    turns layouts: a linear kernel is transposed, a parameter named *conv_kernel goes from [C, 1, W] to (W, C), axes of
+    size 1 come and go, the rest is as it is.
     """
 
     Config: ClassVar[Any]

@@ -33,6 +33,7 @@ class Attention(nnx.Module):
     """
 
     Config: ClassVar = AttentionConfig
+    REFERENCE: ClassVar = dict.fromkeys(("based", "zoology"), layers.QKV_KEYS)
 
     def __init__(self, d_model: int, config: AttentionConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
         if not 0 <= config.rotary_fraction <= 1:

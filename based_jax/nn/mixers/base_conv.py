@@ -27,6 +27,14 @@ class BaseConv(nnx.Module):
     """
 
     Config: ClassVar = BaseConvConfig
+    REFERENCE: ClassVar = {
+        "zoology": {
+            "projection/kernel": "projection.weight",
+            "projection/bias": "projection.bias",
+            "conv_kernel": "conv.conv.weight",
+            "conv_bias": "conv.conv.bias",
+        }
+    }
 
     def __init__(self, d_model: int, config: BaseConvConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
         if config.kernel_size < 1:

@@ -32,6 +32,15 @@ class GatedConv(nnx.Module):
     """
 
     Config: ClassVar = GatedConvConfig
+    REFERENCE: ClassVar = {
+        "based": {
+            "out_proj/kernel": "out_proj.weight",
+            "out_proj/bias": "out_proj.bias",
+            "in_proj/kernel": "in_proj.weight",
+            "in_proj/bias": "in_proj.bias",
+            "conv_kernel": "conv.conv.weight",
+        }
+    }
 
     def __init__(self, d_model: int, config: GatedConvConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
         if config.expand < 2 or config.expand % 2:

@@ -10,6 +10,8 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.ops import taylor
 
+PROJECTIONS = {f"proj_{name}/kernel": f"proj_{name}.weight" for name in "qkv"}
+
 
 @dataclasses.dataclass(frozen=True)
 class TaylorConfig:
@@ -27,6 +29,10 @@ class TaylorAttention(nnx.Module):
     """
 
     Config: ClassVar = TaylorConfig
+    REFERENCE: ClassVar = {
+        "based": {"out_proj/kernel": "out_proj.weight", **PROJECTIONS},
+        "zoology": {"out_proj/kernel": "proj_o.weight", **PROJECTIONS},
+    }
 
     def __init__(self, d_model: int, config: TaylorConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
         if not 1 <= config.feature_dim <= 32:

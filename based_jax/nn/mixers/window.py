@@ -33,6 +33,7 @@ class WindowAttention(attention.Attention):
     """
 
     Config: ClassVar = WindowConfig
+    REFERENCE: ClassVar = dict.fromkeys(("based", "zoology"), layers.QKV_KEYS)
     config: WindowConfig
 
     def __init__(self, d_model: int, config: WindowConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):

@@ -1,0 +1,137 @@
+"""The two ways through a sequence with a state: token by token, and chunk by chunk. Documents are kept apart here.
+
+An operation gives the mathematics of one token or of one chunk. What it relies on, and must hold to:
+
+- Its inputs are zeroed at padding, and zeros must change no state: it takes log-decays, not decays.
+- A state belongs to one document. `Span` says which tokens of a chunk read it, write it, and see each other.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Shaped
+
+from based_jax.dims import BT
+from based_jax.ops import segments
+
+
+class Span(NamedTuple):
+    """Where the documents of one chunk of C tokens begin and end, as masks.
+
+    Attributes:
+      visible: query t may see key s: same document, s <= t.
+      reads: the token continues the document of the state before the chunk.
+      writes: the token belongs to the document of the state after the chunk.
+      keeps: both states belong to the same document.
+      fresh: the state before the chunk is known to be the empty one, and need not be read.
+    """
+
+    visible: Bool[Array, "B C C"]
+    reads: Bool[Array, "B C"]
+    writes: Bool[Array, "B C"]
+    keeps: Bool[Array, "B"]
+    fresh: bool
+
+
+def over_tokens(step: Callable, xs: Any, empty: Any, state: Any | None, segment_ids: BT | None) -> tuple[Any, Any]:
+    """Run `step(x, state) -> (y, state)` over time.
+
+    Args:
+      step: one token; x holds (B, ...) slices of `xs`.
+      xs: tree of (B, T, ...) arrays.
+      empty: tree of the state before a document's first token, batch first.
+      state: the state to start from, of each row's first document; `empty` where None.
+      segment_ids: as in `ops/segments.py`; one document where None.
+
+    Returns:
+      (y, state): a tree of (B, T, ...), zero at padding, and the state after each row's last document.
+    """
+    ids = _ids(xs, segment_ids)
+
+    def token(carry, inputs):
+        (state, owner), (x, id) = carry, inputs
+        padding = id == 0
+        y, stepped = step(x, _select(id == owner, state, empty))
+        state = _select(padding, state, stepped)
+        return (state, jnp.where(padding, owner, id)), _select(padding, _zeros(y), y)
+
+    start = (empty if state is None else state, segments.first_id(ids))
+    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (_without_padding(xs, ids), ids))
+    (state, _), y = jax.lax.scan(token, start, inputs)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), y), state
+
+
+def over_chunks(
+    chunk: Callable, xs: Any, empty: Any, state: Any | None, segment_ids: BT | None, length: int
+) -> tuple[Any, Any]:
+    """Run `chunk(xs, state, span) -> (y, state)` over pieces of `length` tokens, a last short one filled with padding.
+
+    Each chunk is rematerialised in the backward pass from its inputs and the state before it, so what it expands
+    exists for one chunk at a time. `keeps` is the chunk's to honour: a state that is not kept does not count.
+
+    Args, returns: as `over_tokens`.
+    """
+    ids = _ids(xs, segment_ids)
+    T, fresh = ids.shape[1], state is None
+    carry = (empty if state is None else state, segments.first_id(ids))
+    xs = _without_padding(xs, ids)
+    if length >= T:
+        (state, _), y = _chunk(chunk, carry, (xs, ids), fresh)
+        return y, state
+
+    inputs = jax.tree.map(lambda x: split_time(x, length), (xs, ids))
+    body = jax.checkpoint(lambda carry, inputs: _chunk(chunk, carry, inputs, fresh=False), prevent_cse=False)
+    (state, _), y = jax.lax.scan(body, carry, inputs)
+    return jax.tree.map(lambda x: join_time(x)[:, :T], y), state
+
+
+def _chunk(chunk: Callable, carry: Any, inputs: Any, fresh: bool):
+    (state, owner), (xs, ids) = carry, inputs
+    present = ids != 0
+    last = jnp.where(present.any(axis=1), segments.last_id(ids), owner)
+    span = Span(
+        visible=segments.same_document(ids, ids) & jnp.tri(ids.shape[1], dtype=bool)[None],
+        reads=(ids == owner[:, None]) & present,
+        writes=(ids == last[:, None]) & present,
+        keeps=last == owner,
+        fresh=fresh,
+    )
+    y, state = chunk(xs, state, span)
+    return (state, last), _select(~present, _zeros(y), y)
+
+
+def split_time(x: Shaped[Array, "B T ..."], length: int) -> Shaped[Array, "N B C ..."]:
+    """Cut time into pieces of `length`, the last one padded with zeros (id 0, so it is inert)."""
+    padding = -x.shape[1] % length
+    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
+
+
+def join_time(x: Shaped[Array, "N B C ..."]) -> Shaped[Array, "B T ..."]:
+    """Put pieces of time together again."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def expand(mask: Array, ndim: int) -> Array:
+    """Append axes of size 1 up to `ndim`, so that a mask over leading axes selects whole slices."""
+    return mask.reshape(*mask.shape, *(1,) * (ndim - mask.ndim))
+
+
+def _select(mask: Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(expand(mask, a.ndim), a, b), yes, no)
+
+
+def _without_padding(xs: Any, ids: BT) -> Any:
+    return _select(ids != 0, xs, _zeros(xs))
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _ids(xs: Any, segment_ids: BT | None) -> BT:
+    first = jax.tree.leaves(xs)[0]
+    return jnp.ones(first.shape[:2], jnp.int32) if segment_ids is None else segment_ids
