@@ -6,13 +6,13 @@ The files stand in tests/parity; a file's `meta` names its source. Errors are re
 import functools
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from reference_cases import FOLDER, FORWARD, GRADIENT, LOGITS, POINTWISE, assert_close, load
 
 from based_jax import config as configs
 from based_jax import convert
@@ -20,25 +20,17 @@ from based_jax.convert.reference import SKELETONS, reference_keys, reference_sha
 from based_jax.evals.generate import generate
 from based_jax.nn import layers
 from based_jax.nn.lm import LM, LMConfig
-from based_jax.ops import conv, softmax, taylor
+from based_jax.nn.mixers import MIXERS as KINDS
+from based_jax.ops import taylor
 from based_jax.optim import decay_groups
 from based_jax.train.step import IGNORED, loss_sums
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-FOLDER = Path(__file__).parent / "parity"
 CONFIGS = Path(__file__).parents[1] / "configs"
-POINTWISE, FORWARD, GRADIENT, LOGITS = 1e-6, 1e-5, 1e-4, 5e-5
 
 FC = ("fc1", "fc2")
 IMPLS = ("oracle", "recurrent", "xla")
-OPERATIONS = {
-    "taylor": taylor.IMPLEMENTATIONS,
-    "window": softmax.WINDOW_ATTENTION,
-    "attention": softmax.ATTENTION,
-    "conv": conv.IMPLEMENTATIONS,
-    "base_conv": conv.IMPLEMENTATIONS,
-}
 BASED, ZOOLOGY = convert.window_from_based, convert.window_from_zoology
 NO_ROTARY = {"rotary_fraction": 0.0, "bias": True}
 MIXERS = {
@@ -93,33 +85,6 @@ CHECKPOINTS = {
 }
 
 
-class Case(NamedTuple):
-    """The arrays of a file by group, and its description."""
-
-    inputs: dict[str, Any]
-    weights: dict[str, Any]
-    outputs: dict[str, Any]
-    gradients: dict[str, Any]
-    meta: dict[str, Any]
-
-
-def load(*names):
-    """Return one case from the files that hold its parts."""
-    arrays = {}
-    for name in names:
-        with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
-            arrays |= dict(file)
-    groups = ("in.", "w.", "out.", "grad.")
-    split = [{k.removeprefix(group): v for k, v in arrays.items() if k.startswith(group)} for group in groups]
-    return Case(*split, json.loads(str(arrays["meta"])))
-
-
-def assert_close(ours, reference, tolerance, what=""):
-    assert ours.shape == reference.shape, what
-    error = np.abs(np.asarray(ours, np.float64) - reference).max() / max(1.0, np.abs(reference).max())
-    assert error <= tolerance, f"{what}: relative error {error:.2e} is above {tolerance:.0e}"
-
-
 def assert_gradients(ours, reference):
     """Compare parameters' gradients with the reference's, which a module holds as if they were its weights."""
     wanted = dict(nnx.to_flat_state(nnx.state(reference, nnx.Param)))
@@ -146,7 +111,8 @@ def test_feature_map(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "impl"), [(name, impl) for name, (kind, _) in MIXERS.items() for impl in IMPLS if impl in OPERATIONS[kind]]
+    ("name", "impl"),
+    [(name, impl) for name, (kind, _) in MIXERS.items() for impl in IMPLS if impl in KINDS[kind].IMPLEMENTATIONS],
 )
 def test_mixer(name, impl, out_and_grads):
     kind, options = MIXERS[name]

@@ -33,6 +33,7 @@ class Mixer(Protocol):
     """
 
     Config: ClassVar[Any]
+    IMPLEMENTATIONS: ClassVar[Any]  # the table of the operation that the option `impl` chooses from
 
     def __init__(self, d_model: int, config: Any, *, std: float, out_std: float, dtype: Any, rngs: nnx.Rngs): ...
 

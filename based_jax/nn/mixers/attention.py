@@ -11,7 +11,7 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
 from based_jax.ops import segments
-from based_jax.ops.softmax import attention, attention_step, masked_attention
+from based_jax.ops.softmax import ATTENTION, attention, attention_step, masked_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Attention(nnx.Module):
     """
 
     Config: ClassVar = AttentionConfig
+    IMPLEMENTATIONS: ClassVar = ATTENTION
     REFERENCE: ClassVar = dict.fromkeys(("based", "zoology"), layers.QKV_KEYS)
 
     def __init__(self, d_model: int, config: AttentionConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):

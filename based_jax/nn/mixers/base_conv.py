@@ -9,7 +9,7 @@ from flax import nnx
 from based_jax.dims import BD, BT, BTD, BWD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.ops.conv import short_conv, short_conv_step
+from based_jax.ops.conv import IMPLEMENTATIONS, short_conv, short_conv_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class BaseConv(nnx.Module):
     """
 
     Config: ClassVar = BaseConvConfig
+    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
     REFERENCE: ClassVar = {
         "zoology": {
             "projection/kernel": "projection.weight",

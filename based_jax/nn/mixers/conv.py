@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from based_jax.dims import BD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.ops.conv import short_conv, short_conv_step
+from based_jax.ops.conv import IMPLEMENTATIONS, short_conv, short_conv_step
 
 Inputs = Float[Array, "B W inner"]
 
@@ -32,6 +32,7 @@ class GatedConv(nnx.Module):
     """
 
     Config: ClassVar = GatedConvConfig
+    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
     REFERENCE: ClassVar = {
         "based": {
             "out_proj/kernel": "out_proj.weight",

@@ -29,6 +29,7 @@ class TaylorAttention(nnx.Module):
     """
 
     Config: ClassVar = TaylorConfig
+    IMPLEMENTATIONS: ClassVar = taylor.IMPLEMENTATIONS
     REFERENCE: ClassVar = {
         "based": {"out_proj/kernel": "out_proj.weight", **PROJECTIONS},
         "zoology": {"out_proj/kernel": "proj_o.weight", **PROJECTIONS},

@@ -12,6 +12,7 @@ from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
 from based_jax.nn.mixers import attention
 from based_jax.ops import window_attention
+from based_jax.ops.softmax import WINDOW_ATTENTION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class WindowAttention(attention.Attention):
     """
 
     Config: ClassVar = WindowConfig
+    IMPLEMENTATIONS: ClassVar = WINDOW_ATTENTION
     REFERENCE: ClassVar = dict.fromkeys(("based", "zoology"), layers.QKV_KEYS)
     config: WindowConfig
 
