@@ -6,6 +6,7 @@ row, a state that is handed out to the last one. Padding stands before, between 
 whether the tokens behind such a hole still see those before it differs from mixer to mixer.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -19,6 +20,21 @@ def first_id(segment_ids: Int[Array, "B T"]) -> Int[Array, "B"]:
 def last_id(segment_ids: Int[Array, "B T"]) -> Int[Array, "B"]:
     """Return the id of each row's last document, 0 where the row is all padding."""
     return first_id(segment_ids[:, ::-1])
+
+
+def positions(segment_ids: Int[Array, "B T"], before: Int[Array, "B"]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """Return each token's place in its document, and the tokens that the last document has after them.
+
+    `before` counts the tokens that each row's first document has had already. Padding's place means nothing.
+    """
+    time = jnp.arange(segment_ids.shape[1])[None]
+    begins = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
+    start = jax.lax.cummax(jnp.where(begins, time, 0), axis=1)
+    first = (segment_ids == first_id(segment_ids)[:, None]) & (segment_ids != 0)
+    place = time - start + jnp.where(first, before[:, None], 0)
+    last = (segment_ids == last_id(segment_ids)[:, None]) & (segment_ids != 0)
+    after = jnp.max(jnp.where(last, place + 1, 0), axis=1)
+    return place, jnp.where(last.any(axis=1), after, before)
 
 
 def same_document(query_ids: Int[Array, "*B T"], key_ids: Int[Array, "*B S"]) -> Bool[Array, "*B T S"]:
