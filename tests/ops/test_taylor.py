@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from based_jax.ops.linear_attention import CHUNK
 from based_jax.ops.taylor import (
-    CHUNK,
     IMPLEMENTATIONS,
     expanded_dim,
     full_taylor_features,

@@ -1,0 +1,142 @@
+"""Causal linear attention with a normaliser (arXiv 2006.16236, equations 9, 18 to 20).
+
+    S_t = sum_{j<=t} phi(k_j) [v_j, 1]^T          o_t = (phi(q_t)^T S_t)_V / ((phi(q_t)^T S_t)_1 + eps)
+
+The state S is (B, H, E, V+1) fp32; its last column carries the normaliser, which maps with negative features can bring
+near zero. What is specific to one feature map is its own operation's: here phi and the scores phi(q).phi(k) are given.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
+from based_jax.ops import scan, segments
+from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.precision import EXACT, einsum, product_policy
+
+CHUNK = 128
+EPS = 1e-12
+
+
+def initial_state(batch: int, heads: int, expanded_dim: int, value_dim: int) -> BHEV:
+    """Return the state before the first token."""
+    return jnp.zeros((batch, heads, expanded_dim, value_dim + 1), jnp.float32)
+
+
+def linear_attention(
+    phi_q: BTHK,
+    phi_k: BTHK,
+    v: BTHV,
+    *,
+    state: BHEV | None = None,
+    segment_ids: BT | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """Attend with the features of queries and keys (B, T, H, E) over values (B, T, H, V).
+
+    Args:
+      state: state to start from; it belongs to each row's first document.
+      segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
+      return_state: return (o, state after the last token) instead of o.
+      impl: "oracle" (quadratic), "recurrent" (token by token), "xla" (chunked, linear in T) or "auto".
+
+    Raises:
+      UserError: `impl` is unknown.
+    """
+    o, state = dispatch("linear_attention", IMPLEMENTATIONS, impl, phi_q, phi_k, v, state, segment_ids)
+    return (o, state) if return_state else o
+
+
+def linear_attention_step(phi_q: BHK, phi_k: BHK, v: BHV, state: BHEV) -> tuple[BHV, BHEV]:
+    """Return one token's output and the state after it."""
+    state = state + phi_k.astype(jnp.float32)[..., :, None] * with_ones(v)[..., None, :]
+    sums = jnp.einsum("BHE,BHEV->BHV", phi_q.astype(jnp.float32), state, precision=EXACT)
+    return normalise(sums).astype(v.dtype), state
+
+
+def encoder_state(phi_k: BTHK, v: BTHV, mask: Shaped[Array, "B T"]) -> BHEV:
+    """Return the state that tokens under a mask (B, T) of 0 and 1 leave, in no order."""
+    written = with_ones(v) * mask[:, :, None, None]
+    return jnp.einsum("BTHE,BTHV->BHEV", phi_k.astype(jnp.float32), written, precision=EXACT)
+
+
+def oracle(q: BTHK, k: BTHK, v: BTHV, state, segment_ids, *, features: Callable, scores: Callable) -> tuple[Any, Any]:
+    """Compute every score of the sequence in fp32."""
+    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    visible = segments.same_document(ids, ids) & jnp.tri(q.shape[1], dtype=bool)[None]
+    p = jnp.where(visible[:, None], scores(q, k, EXACT), 0.0)
+    sums = jnp.einsum("BHTS,BSHV->BTHV", p, with_ones(v), precision=EXACT)
+    phi_q, phi_k = features(q), features(k)
+    first, last, present = segments.first_id(ids), segments.last_id(ids), ids != 0
+    before = initial_state(q.shape[0], q.shape[2], phi_q.shape[3], v.shape[3]) if state is None else state
+    continues = (ids == first[:, None]) & present
+    read = jnp.einsum("BTHE,BHEV->BTHV", phi_q.astype(jnp.float32), before, precision=EXACT)
+    sums = sums + jnp.where(continues[:, :, None, None], read, 0.0)
+    kept = jnp.where(((last == first) | (last == 0))[:, None, None, None], before, 0.0)
+    after = kept + encoder_state(phi_k, v, (ids == last[:, None]) & present)
+    return normalise(sums).astype(v.dtype), after
+
+
+def recurrent(q: BTHK, k: BTHK, v: BTHV, state, segment_ids, *, features: Callable) -> tuple[Any, Any]:
+    """Run `linear_attention_step` over the tokens."""
+
+    def step(qkv, state):
+        q, k, v = qkv
+        return linear_attention_step(features(q), features(k), v, state)
+
+    return scan.over_tokens(step, (q, k, v), _empty(q, v, features), state, segment_ids)
+
+
+def chunked(q: BTHK, k: BTHK, v: BTHV, state, segment_ids, *, features: Callable, scores: Callable) -> tuple[Any, Any]:
+    """Quadratic inside chunks of `CHUNK` tokens, through the state between them; features exist for one at a time."""
+
+    def chunk(qkv, state: BHEV, span: scan.Span):
+        q, k, v = qkv
+        dtype, precision = product_policy(v.dtype)
+        p = jnp.where(span.visible[:, None], scores(q.astype(dtype), k.astype(dtype), precision), 0.0).astype(dtype)
+        v1 = with_ones(v).astype(dtype)
+        sums = einsum("BHTS,BSHV->BTHV", p, v1, precision)
+        if not span.fresh:
+            phi_q = features(q) * span.reads[:, :, None, None]
+            sums += einsum("BTHE,BHEV->BTHV", phi_q.astype(dtype), state.astype(dtype), precision)
+        phi_k = features(k) * span.writes[:, :, None, None]
+        kept = jnp.where(span.keeps[:, None, None, None], state, 0.0)
+        return normalise(sums).astype(v.dtype), kept + einsum("BTHE,BTHV->BHEV", phi_k.astype(dtype), v1, precision)
+
+    return scan.over_chunks(chunk, (q, k, v), _empty(q, v, features), state, segment_ids, CHUNK)
+
+
+def with_ones(v: Float[Array, "*B V"]) -> Float[Array, "*B V+1"]:
+    """Append the constant channel that carries the normaliser, in fp32."""
+    v = v.astype(jnp.float32)
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+
+
+def normalise(sums: Float[Array, "*B _"]) -> Float[Array, "*B V"]:
+    """Divide the value channels by the last one."""
+    return sums[..., :-1] / (sums[..., -1:] + EPS)
+
+
+def _dot(phi_q: BTHK, phi_k: BTHK, precision) -> Float[Array, "B H T S"]:
+    return einsum("BTHE,BSHE->BHTS", phi_q, phi_k, precision)
+
+
+def _same(phi: Array) -> Array:
+    return phi
+
+
+def _empty(q: BTHK, v: BTHV, features: Callable) -> BHEV:
+    expanded = features(jnp.zeros_like(q[:1, :1])).shape[-1]
+    return initial_state(q.shape[0], q.shape[2], expanded, v.shape[3])
+
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(functools.partial(chunked, features=_same, scores=_dot)),
+    "recurrent": Implementation(functools.partial(recurrent, features=_same)),
+    "oracle": Implementation(functools.partial(oracle, features=_same, scores=_dot)),
+}

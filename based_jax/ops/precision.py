@@ -1,0 +1,25 @@
+"""How operations multiply: low precision in its own dtype on tensor cores, fp32 exactly, sums in fp32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from based_jax.ops.dispatch import target_platform
+
+EXACT = jax.lax.Precision.HIGHEST
+
+
+def product_policy(dtype) -> tuple[Any, jax.lax.Precision]:
+    """Return the (dtype, precision) to multiply in for inputs of `dtype`.
+
+    XLA's CPU backend lacks some layouts of bf16 products that sum in fp32, and has no faster unit for the others.
+    """
+    exact = dtype == jnp.float32 or target_platform() == "cpu"
+    return (jnp.float32, EXACT) if exact else (dtype, jax.lax.Precision.DEFAULT)
+
+
+def einsum(spec: str, a: Array, b: Array, precision) -> Array:
+    """Contract with sums in fp32."""
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
