@@ -19,6 +19,8 @@ D, T = 16, 9
 
 SMALL = {
     "attention": {"num_heads": 2, "bias": True},
+    "linear": {"num_heads": 2, "feature_dim": 4, "feature_map": "hedgehog"},
+    "prefix": {"num_heads": 2, "feature_dim": 4},
     "taylor": {"num_heads": 2, "feature_dim": 4},
     "window": {"num_heads": 2, "window": 4},
 }

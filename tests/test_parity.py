@@ -40,6 +40,9 @@ MIXERS = {
     "sliding_attention_b": ("window", {"num_heads": 1, "window": BASED(16)}),
     "base_conv_a": ("conv", {}),
     "zoology_based_taylor_exp": ("taylor", {"num_heads": 2, "feature_dim": 16}),
+    "zoology_based_ReLU": ("linear", {"num_heads": 2, "feature_map": "relu"}),
+    "zoology_based_pos_elu": ("linear", {"num_heads": 2, "feature_map": "elu"}),
+    "prefix_linear_attention_a": ("prefix", {"num_heads": 4, "enc_length": 16}),
     "zoology_sliding": ("window", {"num_heads": 1, "window": ZOOLOGY(8), **NO_ROTARY}),
     "zoology_mha": ("attention", {"num_heads": 2, **NO_ROTARY}),
     "zoology_base_conv_short": ("base_conv", {}),
@@ -131,13 +134,22 @@ def test_prefill_then_decode(name):
     kind, options = MIXERS[name]
     case = load(name)
     mixer = convert.mixer_from_reference(kind, case.weights, **options)
-    y, after_prefill, end = prefill_then_step(mixer, case.inputs["x"], case.meta["n_prefill"])
+    prefilled = case.meta.get("n_prefill", options.get("enc_length"))
+    y, after_prefill, end = prefill_then_step(mixer, case.inputs["x"], prefilled)
     assert_close(y, case.outputs["y_prefill_then_decode"], FORWARD, "y")
     if kind == "taylor":
         assert_state(after_prefill, case.outputs["kv_state_after_prefill"], case.outputs["k_state_after_prefill"])
         assert_state(end, case.outputs["kv_state_end"], case.outputs["k_state_end"])
     if kind == "conv":
         assert_close(jnp.moveaxis(end, 1, 2), case.outputs["conv_state_end"], FORWARD, "state")
+
+
+def test_prefix_with_a_mask():
+    case = load("prefix_linear_attention_a")
+    kind, options = MIXERS["prefix_linear_attention_a"]
+    mixer = convert.mixer_from_reference(kind, case.weights, **options)
+    y = mixer(jnp.asarray(case.inputs["x"][:, :16]), encoder_mask=jnp.asarray(case.inputs["mask"]))
+    assert_close(y, case.outputs["y_encoder_masked"], FORWARD)
 
 
 def test_decode_after_a_prefill_of_one_token():
@@ -302,7 +314,14 @@ def test_initial_deviations():
 
 def test_state_sizes():
     """Elements per sequence; of its block_size + 1 keys zoology does not count the query's own."""
-    for name in ("zoology_based_taylor_exp", "zoology_base_conv_short", "zoology_mha", "zoology_sliding"):
+    for name in (
+        "zoology_based_taylor_exp",
+        "zoology_based_ReLU",
+        "zoology_based_pos_elu",
+        "zoology_base_conv_short",
+        "zoology_mha",
+        "zoology_sliding",
+    ):
         kind, options = MIXERS[name]
         case = load(name)
         _, T, D = case.inputs["x"].shape

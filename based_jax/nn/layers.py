@@ -25,7 +25,7 @@ def named(*names: str | None) -> dict:
 
 
 def linear(
-    d_in: int, d_out: int, names: tuple[str, str], *, bias: bool = False, std: float, dtype, rngs: nnx.Rngs
+    d_in: int, d_out: int, names: tuple[str | None, str | None], *, bias: bool = False, std: float, dtype, rngs: nnx.Rngs
 ) -> nnx.Linear:
     """Return a linear layer with kernel N(0, std^2), zero bias and the logical axis names of its kernel."""
     return nnx.Linear(

@@ -16,6 +16,8 @@ from based_jax.nn.layers import INIT_STD
 from based_jax.nn.mixers.attention import Attention
 from based_jax.nn.mixers.base_conv import BaseConv
 from based_jax.nn.mixers.conv import GatedConv
+from based_jax.nn.mixers.linear import LinearAttention
+from based_jax.nn.mixers.prefix import PrefixLinearAttention
 from based_jax.nn.mixers.taylor import TaylorAttention
 from based_jax.nn.mixers.window import WindowAttention
 
@@ -66,6 +68,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "base_conv": BaseConv,
     "conv": GatedConv,
+    "linear": LinearAttention,
+    "prefix": PrefixLinearAttention,
     "taylor": TaylorAttention,
     "window": WindowAttention,
 }

@@ -1,0 +1,110 @@
+"""Linear attention with one of the feature maps that Based was compared with (arXiv 2402.18668, figure 3)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from based_jax.dims import BD, BHEV, BT, BTD
+from based_jax.errors import UserError, unknown
+from based_jax.nn import layers
+from based_jax.nn.feature_maps import FEATURE_MAPS
+from based_jax.nn.mixers.taylor import PROJECTIONS
+from based_jax.ops import linear_attention, segments
+from based_jax.ops.linear_attention import IMPLEMENTATIONS
+
+Cache = tuple[BHEV, Int[Array, "B"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConfig:
+    """Heads, the query/key width K, and the map of `nn/feature_maps.py`; the Taylor map is mixer `taylor`."""
+
+    num_heads: int = 16
+    feature_dim: int = 16
+    feature_map: str = "elu"
+    impl: str = "auto"
+
+
+class LinearAttention(nnx.Module):
+    """phi(q)^T sum_j phi(k_j) v_j over phi(q)^T sum_j phi(k_j); the cache is the state and the tokens read.
+
+    Source: HazyResearch/zoology:zoology/mixers/based.py, `Based`; arXiv 2006.16236, equation 9.
+    """
+
+    Config: ClassVar = LinearConfig
+    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
+    REFERENCE: ClassVar = {
+        "zoology": {
+            "out_proj/kernel": "proj_o.weight",
+            **PROJECTIONS,
+            "feature_map/proj_1/kernel": "feature_map.proj_1.weight",
+            "feature_map/proj_2/kernel": "feature_map.proj_2.weight",
+        }
+    }
+
+    def __init__(self, d_model: int, config: LinearConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        if config.feature_dim < 1:
+            raise UserError(f"feature_dim is {config.feature_dim}; it is at least 1.")
+        if config.feature_map not in FEATURE_MAPS:
+            raise unknown("feature map", config.feature_map, FEATURE_MAPS)
+        self.config = config
+        self.d_model = d_model
+        self.value_dim = layers.head_dim(d_model, config.num_heads)
+        features = config.num_heads * config.feature_dim
+        self.proj_q = layers.linear(d_model, features, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+        self.proj_k = layers.linear(d_model, features, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+        self.proj_v = layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+        self.feature_map = FEATURE_MAPS[config.feature_map](config.num_heads, config.feature_dim, rngs=rngs)
+
+    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+        """Mix a whole sequence."""
+        q, k, v, _ = self._project(x, jnp.zeros(x.shape[0], jnp.int32), segment_ids)
+        o = linear_attention.linear_attention(q, k, v, segment_ids=segment_ids, impl=self.config.impl)
+        return self.out_proj(layers.merge_heads(o))
+
+    def init_cache(self, batch: int, max_len: int) -> Cache:
+        """Return the cache before the first token; its size does not depend on `max_len`."""
+        E = self.feature_map.expanded_dim
+        state = linear_attention.initial_state(batch, self.config.num_heads, E, self.value_dim)
+        return state, jnp.zeros(batch, jnp.int32)
+
+    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
+        """Mix the next tokens of a sequence and return the cache after them."""
+        state, length = cache
+        q, k, v, length = self._project(x, length, segment_ids)
+        o, state = linear_attention.linear_attention(
+            q, k, v, state=state, segment_ids=segment_ids, return_state=True, impl=self.config.impl
+        )
+        return self.out_proj(layers.merge_heads(o)), (state, length)
+
+    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
+        """Mix one token and return the cache after it."""
+        state, length = cache
+        q, k, v = self._heads(x)
+        q, k = self.feature_map(q, k, length)
+        o, state = linear_attention.linear_attention_step(q, k, v, state)
+        return self.out_proj(layers.merge_heads(o)), (state, length + 1)
+
+    def state_size(self, seq_len: int) -> int:
+        """Return H (V+1) E elements, E of the feature map; equal to the cache's."""
+        return self.config.num_heads * (self.value_dim + 1) * self.feature_map.expanded_dim
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return forward FLOPs: the projections, learned maps, and writing and reading the state once."""
+        projections = 2 * self.d_model * (2 * self.config.num_heads * self.config.feature_dim + 2 * self.d_model)
+        learned = 4 * self.config.num_heads * self.config.feature_dim**2
+        return projections + learned + 4 * self.state_size(seq_len)
+
+    def _heads(self, x):
+        return tuple(layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_q, self.proj_k, self.proj_v))
+
+    def _project(self, x, length, segment_ids):
+        """Return the features of queries and keys, the values, and the tokens that the last document has had."""
+        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        places, length = segments.positions(ids, length)
+        q, k, v = self._heads(x)
+        return *self.feature_map(q, k, places), v, length

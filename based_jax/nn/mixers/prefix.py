@@ -1,0 +1,96 @@
+"""Prefix linear attention: the beginning of a sequence is read in no order, the rest causally (arXiv 2407.05483)."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Shaped
+
+from based_jax.dims import BD, BT, BTD
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.nn.mixers.taylor import PROJECTIONS, TaylorAttention, TaylorConfig
+from based_jax.ops import segments, taylor
+from based_jax.ops.linear_attention import encoder_state
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixConfig(TaylorConfig):
+    """Those of Taylor attention, and the tokens of each row's first document that are read in no order."""
+
+    enc_length: int = 0
+
+
+class PrefixLinearAttention(TaylorAttention):
+    """Taylor attention that starts from the state which the prefix leaves under projections of its own.
+
+    y_i = (sum_{j<=i} p(q_i, k_j) v_j + sum_{m<=M} p(q_i, ke_m) ve_m) / (the same sums without values), section 4.2:
+    inside the prefix an output depends on later tokens of it. M = 0, the default, is causal. The prefix has to come
+    in one prefill. Later documents of a packed row are read causally.
+
+    Source: HazyResearch/prefix-linear-attention:based/models/mixers/prefix_linear_attention.py.
+    """
+
+    Config: ClassVar = PrefixConfig
+    REFERENCE: ClassVar = {
+        "prefix": {
+            "out_proj/kernel": "out_proj.weight",
+            **PROJECTIONS,
+            "proj_k_enc/kernel": "proj_k_enc.weight",
+            "proj_v_enc/kernel": "proj_v_enc.weight",
+        }
+    }
+
+    def __init__(self, d_model: int, config: PrefixConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        if config.enc_length < 0:
+            raise UserError(f"enc_length is {config.enc_length}; it is at least 0.")
+        super().__init__(d_model, config, std=std, out_std=out_std, dtype=dtype, rngs=rngs)
+        self.enc_length = config.enc_length
+        features = config.num_heads * config.feature_dim
+        self.proj_k_enc = layers.linear(d_model, features, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+        self.proj_v_enc = layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: BTD, segment_ids: BT | None = None, encoder_mask: Shaped[Array, "B M"] | None = None) -> BTD:
+        """Mix a whole sequence.
+
+        Where `encoder_mask` (B, M) is 0, keys of the prefix become zero vectors before the feature map. As in the
+        publication such a token still adds its value under the constant feature; `segment_ids` hide one wholly.
+        """
+        return self._mix(x, self.init_cache(*x.shape[:2]), segment_ids, encoder_mask)[0]
+
+    def init_cache(self, batch: int, max_len: int) -> Any:
+        """Return the state and the tokens read before the first one."""
+        return super().init_cache(batch, max_len), jnp.zeros(batch, jnp.int32)
+
+    def prefill(self, x: BTD, cache: Any, segment_ids: BT | None = None) -> tuple[BTD, Any]:
+        """Mix the next tokens of a sequence, those of the prefix at once, and return the cache after them."""
+        return self._mix(x, cache, segment_ids, None)
+
+    def step(self, x: BD, cache: Any) -> tuple[BD, Any]:
+        """Mix one token behind the prefix and return the cache after it."""
+        state, length = cache
+        y, state = super().step(x, state)
+        return y, (state, length + 1)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return forward FLOPs: those of Taylor attention, and the prefix's projections and state as if all were it."""
+        weights = self.d_model * (self.config.num_heads * self.config.feature_dim + self.d_model)
+        return super().flops_per_token(seq_len) + 2 * weights + 2 * self.state_size(seq_len)
+
+    def _mix(self, x, cache, segment_ids, encoder_mask):
+        state, length = cache
+        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        places, length = segments.positions(ids, length)
+        q, k, v = self._qkv(x)
+        if self.enc_length:
+            k_enc, v_enc = (layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_k_enc, self.proj_v_enc))
+            if encoder_mask is not None:
+                shown = jnp.pad(encoder_mask, [(0, 0), (0, x.shape[1] - encoder_mask.shape[1])], constant_values=1)
+                k, k_enc = (key * shown[:, :, None, None].astype(key.dtype) for key in (k, k_enc))
+            prefix = (places < self.enc_length) & (ids == segments.first_id(ids)[:, None]) & (ids != 0)
+            state = state + encoder_state(taylor.taylor_features(k_enc), v_enc, prefix)
+        o, state = taylor.taylor_attention(
+            q, k, v, state=state, segment_ids=segment_ids, return_state=True, impl=self.config.impl
+        )
+        return self.out_proj(layers.merge_heads(o)), (state, length)

@@ -1,0 +1,77 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from based_jax.ops.linear_attention import (
+    CHUNK,
+    IMPLEMENTATIONS,
+    encoder_state,
+    initial_state,
+    linear_attention,
+    linear_attention_step,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+FAST = [name for name in IMPLEMENTATIONS if name != "oracle"]
+
+
+def inputs(normal, T, E=6, V=5, H=2, B=6, dtype="float32"):
+    """Return features that are positive, so that no normaliser vanishes, values and a state."""
+    phi_q, phi_k = (jnp.abs(normal(B, T, H, E, dtype=dtype)) + 0.1 for _ in "qk")
+    state = initial_state(B, H, E, V) + jnp.abs(normal(B, H, E, V + 1))
+    return phi_q, phi_k, normal(B, T, H, V, dtype=dtype), state
+
+
+def test_oracle_equals_fp64(normal):
+    phi_q, phi_k, v, state = inputs(normal, 9, B=1)
+    q, k, v64, s = (np.asarray(x, np.float64) for x in (phi_q, phi_k, v, state))
+    o, after = linear_attention(phi_q, phi_k, v, state=state, return_state=True, impl="oracle")
+    for t in range(9):
+        s = s + np.einsum("bhe,bhv->bhev", k[:, t], np.concatenate([v64[:, t], np.ones((1, 2, 1))], axis=-1))
+        sums = np.einsum("bhe,bhev->bhv", q[:, t], s)
+        np.testing.assert_allclose(o[:, t], sums[..., :-1] / sums[..., -1:], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(after, s, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("T", [1, 33, CHUNK + 1])
+def test_every_form_equals_the_oracle(impl, T, normal, packed_ids, out_and_grads, close):
+    args, ids = inputs(normal, T), packed_ids(T)
+
+    def call(impl):
+        def run(phi_q, phi_k, v, state):
+            return linear_attention(phi_q, phi_k, v, state=state, segment_ids=ids, return_state=True, impl=impl)
+
+        return run
+
+    cotangents = normal(*args[2].shape), normal(*args[3].shape)
+    close(out_and_grads(call(impl), args, cotangents), out_and_grads(call("oracle"), args, cotangents))
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_bf16_stays_close(impl, normal, close):
+    phi_q, phi_k, v, _ = inputs(normal, 70, dtype="bfloat16")
+    o = linear_attention(phi_q, phi_k, v, impl=impl)
+    assert o.dtype == jnp.bfloat16
+    close(o, linear_attention(*(x.astype(jnp.float32) for x in (phi_q, phi_k, v)), impl="oracle"), "bfloat16")
+
+
+def test_steps_equal_one_pass(normal, close):
+    phi_q, phi_k, v, state = inputs(normal, 5)
+    whole, after = linear_attention(phi_q, phi_k, v, state=state, return_state=True)
+    for t in range(5):
+        o, state = jax.jit(linear_attention_step)(phi_q[:, t], phi_k[:, t], v[:, t], state)
+        close(o, whole[:, t])
+    close(state, after)
+
+
+def test_an_encoded_prefix_is_a_state_in_no_order(normal, close):
+    phi_q, phi_k, v, _ = inputs(normal, 8)
+    mask = jnp.asarray([[1, 1, 0, 1, 1, 1, 0, 1]] * 6)
+    _, after = linear_attention(phi_q, phi_k, v, segment_ids=mask, return_state=True, impl="oracle")
+    last = jnp.asarray([[0, 0, 0, 0, 0, 0, 0, 1]] * 6)
+    close(encoder_state(phi_k, v, mask), encoder_state(phi_k[:, ::-1], v[:, ::-1], mask[:, ::-1]))
+    close(encoder_state(phi_k, v, mask) - encoder_state(phi_k, v, mask - last), encoder_state(phi_k, v, last))
+    close(after, encoder_state(phi_k, v, mask))
