@@ -1,0 +1,162 @@
+"""H3: a shift state space on the keys, a diagonal one on keys times values, gated by queries (arXiv 2212.14052)."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from based_jax.dims import BD, BT, BTD, BWD, WD
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.ops import diagonal_ssm
+from based_jax.ops.conv import short_conv, short_conv_step
+from based_jax.ops.diagonal_ssm import IMPLEMENTATIONS
+
+Cache = tuple[BWD, diagonal_ssm.State]
+MIN_DT, MAX_DT = 1e-3, 1e-1
+
+
+@dataclasses.dataclass(frozen=True)
+class H3Config:
+    """States N of both state spaces, and the channels that a head multiplies crosswise."""
+
+    d_state: int = 64
+    head_dim: int = 1
+    impl: str = "auto"
+
+
+class H3(nnx.Module):
+    """o = W_o (q * SSM_diag(SSM_shift(k) * v)), heads multiplied crosswise (algorithm 1 of the paper).
+
+    The shift state space is a convolution with N taps, computed from its B and C; the diagonal one is S4D-Lin with
+    N/2 conjugate pairs and the bilinear transform. Both have a skip D. As in the publication the output's channels
+    are ordered by place in the head first. Its `state_size` counts only D N; ours counts what decoding keeps.
+
+    Source: HazyResearch/zoology:zoology/mixers/h3/h3.py, `H3`.
+    """
+
+    Config: ClassVar = H3Config
+    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
+    REFERENCE: ClassVar = {
+        "zoology": {
+            "out_proj/kernel": "output_linear.weight",
+            "out_proj/bias": "output_linear.bias",
+            **{
+                f"{n}_proj/{ours}": f"{n}_proj.{key}"
+                for n in "qkv"
+                for ours, key in (("kernel", "weight"), ("bias",) * 2)
+            },
+            "shift_b": "ssm_k_kernel.kernel.B",
+            "shift_c": "ssm_k_kernel.kernel.C",
+            "shift_skip": "ssm_k_D",
+            "log_dt": "kernel.kernel.log_dt",
+            "log_a_real": "kernel.kernel.inv_A_real",
+            "a_imag": "kernel.kernel.A_imag",
+            "b": "kernel.kernel.B",
+            "c": "kernel.kernel.C",
+            "skip": "D",
+        }
+    }
+
+    def __init__(self, d_model: int, config: H3Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        if config.d_state < 2 or config.d_state % 2:
+            raise UserError(f"d_state is {config.d_state}; states come in conjugate pairs, so it is even.")
+        if config.head_dim < 1 or d_model % config.head_dim:
+            raise UserError(f"head_dim {config.head_dim} does not divide d_model {d_model}.")
+        self.config = config
+        self.d_model = d_model
+        self.dtype = dtype
+        heads, N = d_model // config.head_dim, config.d_state
+        self.q_proj, self.k_proj, self.v_proj = (
+            layers.linear(d_model, d_model, ("embed", "heads"), bias=True, std=std, dtype=dtype, rngs=rngs)
+            for _ in "qkv"
+        )
+        self.out_proj = layers.linear(
+            d_model, d_model, ("heads", "embed"), bias=True, std=out_std, dtype=dtype, rngs=rngs
+        )
+        self.shift_b = _param(jnp.zeros((d_model, N)).at[:, 0].set(1.0))
+        bound = 1 / math.sqrt(N)
+        self.shift_c = _param(jax.random.uniform(rngs.params(), (d_model, N), minval=-bound, maxval=bound))
+        self.shift_skip = _param(jax.random.normal(rngs.params(), (d_model,)))
+        log_dt = jax.random.uniform(rngs.params(), (heads,), minval=math.log(MIN_DT), maxval=math.log(MAX_DT))
+        self.log_dt = _param(log_dt)
+        self.log_a_real = _param(jnp.full((heads, N // 2), math.log(0.5)))
+        self.a_imag = _param(jnp.broadcast_to(math.pi * jnp.arange(N // 2), (heads, N // 2)))
+        self.b = _param(jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (heads, N // 2, 2)))
+        self.c = _param(jax.random.normal(rngs.params(), (heads, N // 2, 2)) * math.sqrt(0.5))
+        self.skip = _param(jax.random.normal(rngs.params(), (heads,)))
+
+    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+        """Mix a whole sequence."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        k = short_conv(k, self._shift_kernel(), segment_ids=segment_ids, impl=self.config.impl)
+        kv = self._cross(k, v)
+        y = diagonal_ssm.diagonal_ssm(kv, *self._system(), segment_ids=segment_ids, impl=self.config.impl)
+        return self._out(q, kv, y)
+
+    def init_cache(self, batch: int, max_len: int) -> Cache:
+        """Return the states before the first token; their size does not depend on `max_len`."""
+        heads, P = self.d_model // self.config.head_dim, self.config.head_dim**2
+        shift = jnp.zeros((batch, self.config.d_state, self.d_model), self.dtype)
+        return shift, diagonal_ssm.initial_state(batch, heads, P, self.config.d_state // 2)
+
+    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
+        """Mix the next tokens of a sequence and return the states after them."""
+        options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True, "impl": self.config.impl}
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        k, shift = short_conv(k, self._shift_kernel(), state=cache[0], **options)
+        kv = self._cross(k, v)
+        y, state = diagonal_ssm.diagonal_ssm(kv, *self._system(), state=cache[1], **options)
+        return self._out(q, kv, y), (shift, state)
+
+    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
+        """Mix one token and return the states after it."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        k, shift = short_conv_step(k, self._shift_kernel(), cache[0])
+        kv = self._cross(k, v)
+        y, state = diagonal_ssm.diagonal_ssm_step(kv, *self._system(), cache[1])
+        return self._out(q, kv, y), (shift, state)
+
+    def state_size(self, seq_len: int) -> int:
+        """Return D N for the shift and D N head_dim real numbers for the diagonal state space; equal to the cache's."""
+        return self.d_model * self.config.d_state * (1 + self.config.head_dim)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return forward FLOPs: the projections, the taps, and writing and reading the complex state once."""
+        return 8 * self.d_model**2 + 8 * self.state_size(seq_len)
+
+    def _shift_kernel(self) -> WD:
+        """Return the taps sum_n B_n C_{n+l} of lag l, the newest last, with the skip on the token itself."""
+        N = self.config.d_state
+        b, c = (jnp.fft.rfft(x[...].astype(jnp.float32), n=2 * N) for x in (self.shift_b, self.shift_c))
+        taps = jnp.fft.irfft(jnp.conj(b) * c, n=2 * N)[:, :N]
+        return taps.at[:, 0].add(self.shift_skip[...])[:, ::-1].T
+
+    def _system(self) -> tuple[Array, Array, Array]:
+        """Return log a, b and c of the discretised diagonal state space, each (H, N/2) complex."""
+        dt = jnp.exp(self.log_dt[...])[:, None]
+        a = jax.lax.complex(-jnp.exp(self.log_a_real[...]), self.a_imag[...]) * dt
+        b, c = (jax.lax.complex(x[..., 0], x[..., 1]) for x in (self.b[...], self.c[...]))
+        return jnp.log((1 + a / 2) / (1 - a / 2)), b * dt / (1 - a / 2), c
+
+    def _cross(self, k, v) -> Float[Array, "*B H P"]:
+        """Return the products of each pair of channels of a head."""
+        k, v = (x.reshape(*x.shape[:-1], -1, self.config.head_dim).astype(jnp.float32) for x in (k, v))
+        kv = k[..., :, None] * v[..., None, :]
+        return kv.reshape(*kv.shape[:-2], -1)
+
+    def _out(self, q, kv, y):
+        y = y + kv * self.skip[...].reshape((1,) * (kv.ndim - 2) + (-1, 1))
+        d = self.config.head_dim
+        y = y.reshape(*y.shape[:-1], d, d) * q.reshape(*q.shape[:-1], -1, d)[..., None].astype(jnp.float32)
+        y = jnp.swapaxes(y.sum(axis=-2), -1, -2)  # (..., place in the head, head)
+        return self.out_proj(y.reshape(q.shape).astype(self.dtype))
+
+
+def _param(values: Array) -> nnx.Param:
+    """Return a parameter whose first axis counts channels or heads."""
+    return nnx.Param(jnp.array(values), **layers.named("heads", *(None,) * (values.ndim - 1)))

@@ -1,0 +1,137 @@
+"""A time-invariant state space with a complex diagonal transition (arXiv 2206.11893; H3's second, arXiv 2212.14052).
+
+    x_t = a x_{t-1} + b u_t          y_t = 2 Re sum_n c_n x_{t,n}          a = exp(log_a), b, c complex (H, N)
+
+Each of H heads runs over P channels of its own. The other conjugate half of the N states is what 2 Re stands for. The
+state is (B, H, P, N, 2) fp32, real and imaginary part.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Complex, Float, Int
+
+from based_jax.dims import BT
+from based_jax.ops import scan
+from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.precision import EXACT
+
+CHUNK = 64
+
+Inputs = Float[Array, "B T H P"]
+Token = Float[Array, "B H P"]
+State = Float[Array, "B H P N 2"]
+HN = Complex[Array, "H N"]
+
+
+def initial_state(batch: int, heads: int, channels: int, state_dim: int) -> State:
+    """Return the state before the first token."""
+    return jnp.zeros((batch, heads, channels, state_dim, 2), jnp.float32)
+
+
+def diagonal_ssm(
+    u: Inputs,
+    log_a: HN,
+    b: HN,
+    c: HN,
+    *,
+    state: State | None = None,
+    segment_ids: BT | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """Filter each channel of u (B, T, H, P) by its head's state space, log_a with a negative real part.
+
+    Args:
+      state: state to start from; it belongs to each row's first document.
+      segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
+      return_state: return (y, state after the last token) instead of y.
+      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked convolutions, linear in T) or "auto".
+
+    Raises:
+      UserError: `impl` is unknown.
+    """
+    y, state = dispatch("diagonal_ssm", IMPLEMENTATIONS, impl, u, log_a, b, c, state, segment_ids)
+    return (y, state) if return_state else y
+
+
+def diagonal_ssm_step(u: Token, log_a: HN, b: HN, c: HN, state: State) -> tuple[Token, State]:
+    """Return one token's output and the state after it."""
+    x = _complex(state) * jnp.exp(log_a)[None, :, None] + b[None, :, None] * u.astype(jnp.float32)[..., None]
+    return _read(x, c).astype(u.dtype), _real(x)
+
+
+def impulse_response(log_a: HN, b: HN, c: HN, length: int) -> Float[Array, "H L"]:
+    """Return the outputs after a unit input at time 0: 2 Re sum_n c_n b_n a_n^t."""
+    powers = jnp.exp(log_a[:, None] * jnp.arange(length)[None, :, None])
+    return 2 * jnp.einsum("HN,HLN->HL", c * b, powers, precision=EXACT).real
+
+
+def _recurrent(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tuple[Any, Any]:
+    def step(u, state):
+        return diagonal_ssm_step(u, log_a, b, c, state)
+
+    return scan.over_tokens(step, u, _empty(u, log_a), state, segment_ids)
+
+
+def _chunked(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tuple[Any, Any]:
+    """Convolve chunks of `CHUNK` tokens by the impulse response as a Toeplitz matrix; carry the state between."""
+
+    def chunk(u, state: State, span: scan.Span):
+        C, x, inputs = u.shape[1], _complex(state), u.astype(jnp.float32)
+        time = jnp.arange(C)
+        response = impulse_response(log_a, b, c, C)[:, jnp.maximum(time[:, None] - time[None, :], 0)]
+        kernel = jnp.where(span.visible[:, None], response[None], 0.0)
+        y = jnp.einsum("BHTS,BSHP->BTHP", kernel, inputs, precision=EXACT)
+
+        powers = jnp.exp(log_a[:, None] * (1 + time)[None, :, None])  # (H, C, N), a^1 to a^C
+        if not span.fresh:
+            read = 2 * jnp.einsum("BHPN,HTN->BTHP", x, c[:, None] * powers, precision=EXACT).real
+            y = y + jnp.where(span.reads[:, :, None, None], _moved(read, -jnp.argmax(span.reads, axis=1)), 0.0)
+        return y.astype(u.dtype), _real(_after(inputs, x, span, log_a, b))
+
+    return scan.over_chunks(chunk, u, _empty(u, log_a), state, segment_ids, CHUNK)
+
+
+def _after(u: Inputs, x, span: scan.Span, log_a: HN, b: HN):
+    """Return the complex state after a chunk's last token, which padding may follow: inputs are moved to the end."""
+    C = u.shape[1]
+    tokens = jnp.max(jnp.where(span.writes, 1 + jnp.arange(C)[None], 0), axis=1)  # up to and with the last one
+    written = _moved(jnp.where(span.writes[:, :, None, None], u, 0.0), tokens - C)
+    powers = jnp.exp(log_a[:, None] * (C - 1 - jnp.arange(C))[None, :, None])
+    added = jnp.einsum("BSHP,HSN->BHPN", written, b[:, None] * powers, precision=EXACT)
+    decay = jnp.exp(log_a[None] * span.reads.sum(axis=1)[:, None, None])
+    return jnp.where(span.keeps[:, None, None, None], x * decay[:, :, None], 0.0) + added
+
+
+def _moved(x: Inputs, by: Int[Array, "B"]) -> Inputs:
+    """Return x at time t + by, each row's own number; zero where there is none, as before and behind padding."""
+    time = jnp.arange(x.shape[1])[None] + by[:, None]
+    inside = (time >= 0) & (time < x.shape[1])
+    return jnp.where(
+        inside[..., None, None], jnp.take_along_axis(x, jnp.where(inside, time, 0)[..., None, None], 1), 0.0
+    )
+
+
+def _read(x, c: HN):
+    return 2 * jnp.sum(x * c[None, :, None], axis=-1).real
+
+
+def _complex(state: State):
+    return jax.lax.complex(state[..., 0], state[..., 1])
+
+
+def _real(x) -> State:
+    return jnp.stack([x.real, x.imag], axis=-1)
+
+
+def _empty(u: Inputs, log_a: HN) -> State:
+    return initial_state(u.shape[0], u.shape[2], u.shape[3], log_a.shape[1])
+
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(_chunked),
+    "recurrent": Implementation(_recurrent),
+    "oracle": Implementation(_recurrent),
+}

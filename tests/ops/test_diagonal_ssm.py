@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from based_jax.ops.diagonal_ssm import CHUNK, diagonal_ssm, impulse_response, initial_state
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+H, P, N = 2, 3, 4
+
+
+def parameters(normal):
+    log_a = jax.lax.complex(-jnp.abs(normal(H, N)) * 0.1 - 0.01, normal(H, N))
+    return log_a, jax.lax.complex(normal(H, N), normal(H, N)), jax.lax.complex(normal(H, N), normal(H, N))
+
+
+def test_oracle_is_a_convolution_with_the_impulse_response(normal):
+    log_a, b, c = parameters(normal)
+    u = normal(2, 20, H, P)
+    a, b64, c64 = (np.asarray(x, np.complex128) for x in (jnp.exp(log_a), b, c))
+    response = 2 * np.stack([(c64 * b64 * a**t).sum(axis=-1).real for t in range(20)], axis=1)
+    np.testing.assert_allclose(impulse_response(log_a, b, c, 20), response, atol=1e-4)
+    expected = [sum(response[:, t - s, None] * np.asarray(u[:, s]) for s in range(t + 1)) for t in range(20)]
+    np.testing.assert_allclose(diagonal_ssm(u, log_a, b, c, impl="oracle"), np.stack(expected, axis=1), atol=2e-4)
+
+
+@pytest.mark.parametrize("T", [1, 33, 2 * CHUNK + 1])
+def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
+    ids, state = packed_ids(T), normal(6, H, P, N, 2)
+    args = normal(6, T, H, P), state, *parameters(normal)
+
+    def call(impl):
+        def run(u, state, log_a, b, c):
+            return diagonal_ssm(u, log_a, b, c, state=state, segment_ids=ids, return_state=True, impl=impl)
+
+        return run
+
+    cotangents = normal(*args[0].shape), normal(*state.shape)
+    ours, expected = (out_and_grads(call(impl), args, cotangents) for impl in ("xla", "oracle"))
+    split = [jax.tree.map(lambda x: (x.real, x.imag), tree) for tree in (ours, expected)]
+    close(*split, tolerance=2e-5)
+
+
+def test_a_row_of_padding_keeps_the_state_and_bf16_its_dtype(normal):
+    u, state = normal(1, 5, H, P, dtype="bfloat16"), normal(1, H, P, N, 2)
+    y, after = diagonal_ssm(u, *parameters(normal), state=state, segment_ids=jnp.zeros((1, 5), int), return_state=True)
+    assert y.dtype == jnp.bfloat16 and not np.any(np.asarray(y, np.float32))
+    np.testing.assert_array_equal(after, state)
+    assert initial_state(1, H, P, N).shape == state.shape
