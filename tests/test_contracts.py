@@ -20,6 +20,7 @@ D, T = 16, 9
 SMALL = {
     "attention": {"num_heads": 2, "bias": True},
     "h3": {"d_state": 4, "head_dim": 2},
+    "hyena": {"l_max": 64, "filter_order": 8},
     "linear": {"num_heads": 2, "feature_dim": 4, "feature_map": "hedgehog"},
     "prefix": {"num_heads": 2, "feature_dim": 4},
     "taylor": {"num_heads": 2, "feature_dim": 4},

@@ -44,6 +44,7 @@ MIXERS = {
     "zoology_based_pos_elu": ("linear", {"num_heads": 2, "feature_map": "elu"}),
     "prefix_linear_attention_a": ("prefix", {"num_heads": 4, "enc_length": 16}),
     "zoology_h3_init": ("h3", {"d_state": 8, "head_dim": 2}),
+    "zoology_hyena": ("hyena", {"l_max": 24}),
     "zoology_sliding": ("window", {"num_heads": 1, "window": ZOOLOGY(8), **NO_ROTARY}),
     "zoology_mha": ("attention", {"num_heads": 2, **NO_ROTARY}),
     "zoology_base_conv_short": ("base_conv", {}),

@@ -17,6 +17,7 @@ from based_jax.nn.mixers.attention import Attention
 from based_jax.nn.mixers.base_conv import BaseConv
 from based_jax.nn.mixers.conv import GatedConv
 from based_jax.nn.mixers.h3 import H3
+from based_jax.nn.mixers.hyena import Hyena
 from based_jax.nn.mixers.linear import LinearAttention
 from based_jax.nn.mixers.prefix import PrefixLinearAttention
 from based_jax.nn.mixers.taylor import TaylorAttention
@@ -70,6 +71,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "base_conv": BaseConv,
     "conv": GatedConv,
     "h3": H3,
+    "hyena": Hyena,
     "linear": LinearAttention,
     "prefix": PrefixLinearAttention,
     "taylor": TaylorAttention,

@@ -1,0 +1,184 @@
+"""Hyena of order 2: gates around a long convolution whose filter an MLP computes from time (arXiv 2302.10866)."""
+
+import dataclasses
+import itertools
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from based_jax.dims import BD, BT, BTD
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.nn.cache import KVCache
+from based_jax.nn.history import check_length, convolve_on, convolve_step, empty_history
+from based_jax.ops.conv import short_conv, short_conv_step
+from based_jax.ops.long_conv import IMPLEMENTATIONS, long_conv
+
+Cache = tuple[Float[Array, "B W inner"], KVCache]
+
+EMB_DIM, TAPS = 3, 3
+FAST_DECAY, SLOW_DECAY, TARGET = 0.3, 1.5, 1e-2  # parts of l_max in which the window falls to the target
+
+
+@dataclasses.dataclass(frozen=True)
+class HyenaConfig:
+    """The longest sequence, the width of the filter's MLP, and its hidden layers behind the first."""
+
+    l_max: int = 2048
+    filter_order: int = 64
+    num_inner_mlps: int = 2
+    impl: str = "auto"
+
+
+class Filter(nnx.Module):
+    """h(t) = MLP([t, cos wt, -sin wt]) exp(-t |delta|): sines of learned frequency, and a window of each channel's own.
+
+    Source: HazyResearch/zoology:zoology/mixers/hyena.py, `Filter`; section 3.3 and appendix D.3 of the paper.
+    """
+
+    def __init__(self, d_model: int, config: HyenaConfig, *, rngs: nnx.Rngs):
+        widths = (EMB_DIM, *(config.filter_order,) * (1 + config.num_inner_mlps))
+        self.pos_emb = nnx.Param(time_embedding(config.l_max), **layers.named(None, None))
+        self.hidden = nnx.List([_torch_linear(a, b, True, rngs) for a, b in itertools.pairwise(widths)])
+        self.frequency = nnx.Param(jnp.ones(config.filter_order), **layers.named(None))
+        self.out = _torch_linear(config.filter_order, d_model, False, rngs)
+
+    def __call__(self, length: int) -> Float[Array, "_ D"]:
+        """Return the taps of the first `length` lags."""
+        h = self.pos_emb[:length]
+        for layer in self.hidden:
+            h = jnp.sin(layer(h) * self.frequency[...][None])
+        h = self.out(h)
+        time = np.linspace(0, 1, self.pos_emb.shape[0])[:length, None]
+        decay = np.abs(np.linspace(math.log(TARGET) / SLOW_DECAY, math.log(TARGET) / FAST_DECAY, h.shape[1]))[None]
+        return h * np.exp(-time * decay).astype(np.float32)
+
+
+class Hyena(nnx.Module):
+    """y = W_o (x2 * (h conv (v * x1) + bias (v * x1))), (x1, x2, v) short-convolved projections of x.
+
+    Decoding keeps every input of the long convolution, D elements a token, and sums over them at each step.
+
+    Source: HazyResearch/zoology:zoology/mixers/hyena.py, `Hyena`.
+    """
+
+    Config: ClassVar = HyenaConfig
+    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
+    REFERENCE: ClassVar = {
+        "zoology": {
+            "out_proj/kernel": "out_proj.weight",
+            "out_proj/bias": "out_proj.bias",
+            "in_proj/kernel": "in_proj.weight",
+            "in_proj/bias": "in_proj.bias",
+            "conv_kernel": "short_filter.weight",
+            "conv_bias": "short_filter.bias",
+            "skip": "filter_fn.bias",
+            "filter/pos_emb": "filter_fn.pos_emb.z",
+            "filter/frequency": "filter_fn.implicit_filter.1.freq",
+            **{f"filter/hidden/{i}/kernel": f"filter_fn.implicit_filter.{2 * i}.weight" for i in range(3)},
+            **{f"filter/hidden/{i}/bias": f"filter_fn.implicit_filter.{2 * i}.bias" for i in range(3)},
+            "filter/out/kernel": "filter_fn.implicit_filter.6.weight",
+        }
+    }
+    REFERENCE_BUFFERS: ClassVar = (
+        "filter_fn.implicit_filter.3.freq",
+        "filter_fn.implicit_filter.5.freq",
+        "filter_fn.modulation.deltas",
+        "filter_fn.pos_emb.t",
+    )
+
+    def __init__(self, d_model: int, config: HyenaConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        for name, least in (("l_max", 2), ("filter_order", 1), ("num_inner_mlps", 0)):
+            if getattr(config, name) < least:
+                raise UserError(f"{name} is {getattr(config, name)}; it is at least {least}.")
+        self.config = config
+        self.d_model = d_model
+        self.dtype = dtype
+        self.in_proj = layers.linear(d_model, 3 * d_model, ("embed", "mlp"), bias=True, std=std, dtype=dtype, rngs=rngs)
+        self.conv_kernel = layers.uniform((TAPS, 3 * d_model), TAPS, rngs=rngs)
+        self.conv_bias = layers.uniform((3 * d_model,), TAPS, rngs=rngs)
+        self.filter = Filter(d_model, config, rngs=rngs)
+        self.skip = nnx.Param(jax.random.normal(rngs.params(), (d_model,)), **layers.named("embed"))
+        self.out_proj = layers.linear(
+            d_model, d_model, ("mlp", "embed"), bias=True, std=out_std, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+        """Mix a whole sequence of at most `l_max` tokens."""
+        check_length(x.shape[1], self.config.l_max)
+        u = short_conv(self.in_proj(x), self.conv_kernel[...], segment_ids=segment_ids, impl=self._short_impl)
+        u, gate = self._gated(u)
+        y = long_conv(u, self.filter(x.shape[1]), segment_ids=segment_ids, impl=self.config.impl)
+        return self._out(u, y, gate)
+
+    def init_cache(self, batch: int, max_len: int) -> Cache:
+        """Return the inputs of both convolutions before the first of up to `max_len` tokens."""
+        check_length(max_len, self.config.l_max)
+        taps = jnp.zeros((batch, TAPS, 3 * self.d_model), self.dtype)
+        return taps, empty_history(batch, max_len, self.d_model)
+
+    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
+        """Mix the next tokens of a sequence and return the inputs after them."""
+        u, taps = short_conv(
+            self.in_proj(x),
+            self.conv_kernel[...],
+            state=cache[0],
+            segment_ids=segment_ids,
+            return_state=True,
+            impl=self._short_impl,
+        )
+        u, gate = self._gated(u)
+        y, history = convolve_on(u, cache[1], self.filter(cache[1].slots), segment_ids, self.config.impl)
+        return self._out(u, y, gate), (taps, history)
+
+    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
+        """Mix one token and return the inputs after it."""
+        u, taps = short_conv_step(self.in_proj(x), self.conv_kernel[...], cache[0])
+        u, gate = self._gated(u)
+        y, history = convolve_step(u, cache[1], self.filter(cache[1].slots))
+        return self._out(u, y, gate), (taps, history)
+
+    def state_size(self, seq_len: int) -> int:
+        """Return D elements a token, and the inputs of the short convolution; equal to the cache's."""
+        return self.d_model * (seq_len + 3 * TAPS)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return forward FLOPs: projections, the filter's MLP at one lag, and three FFTs of twice the length."""
+        hidden = self.config.filter_order * (EMB_DIM + self.config.num_inner_mlps * self.config.filter_order)
+        filter_flops = 2 * (EMB_DIM * seq_len + hidden + self.config.filter_order * self.d_model)
+        ffts = 3 * 5 * 2 * math.ceil(math.log2(2 * seq_len)) * self.d_model
+        return 8 * self.d_model**2 + 6 * TAPS * self.d_model + filter_flops + ffts
+
+    @property
+    def _short_impl(self) -> str:
+        return self.config.impl if self.config.impl in IMPLEMENTATIONS else "auto"
+
+    def _gated(self, u):
+        bias = self.conv_bias[...].astype(u.dtype).reshape((1,) * (u.ndim - 1) + (-1,))
+        x1, x2, v = jnp.split(u + bias, 3, axis=-1)
+        return v * x1, x2
+
+    def _out(self, u, y, gate):
+        y = y + u * self.skip[...].astype(u.dtype).reshape((1,) * (u.ndim - 1) + (-1,))
+        return self.out_proj(y * gate)
+
+
+def time_embedding(l_max: int) -> Float[Array, "_ 3"]:
+    """Return [t, cos wt, -sin wt] for each lag, t from 0 to 1 and one slow frequency (appendix D.3)."""
+    angle = 1e-4 * 2 * math.pi * np.arange(l_max) / l_max
+    return jnp.asarray(np.stack([np.linspace(0, 1, l_max), np.cos(angle), -np.sin(angle)], axis=1), jnp.float32)
+
+
+def _torch_linear(d_in: int, d_out: int, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
+    """Return an fp32 linear layer with torch's default initial values."""
+    layer = layers.linear(d_in, d_out, (None, None), bias=bias, std=1.0, dtype=jnp.float32, rngs=rngs)
+    bound = 1 / math.sqrt(d_in)
+    layer.kernel[...] = jax.random.uniform(rngs.params(), (d_in, d_out), minval=-bound, maxval=bound)
+    if layer.bias is not None:
+        layer.bias[...] = jax.random.uniform(rngs.params(), (d_out,), minval=-bound, maxval=bound)
+    return layer

@@ -1,0 +1,102 @@
+"""Causal depthwise convolution with a kernel as long as the sequence, by FFT (Hyena, arXiv 2302.10866, section 3.3).
+
+    y_t = sum_{s<=t} kernel_{t-s} u_s          s in the document of t
+
+It has no state but its inputs. Time is T log T, for each document of a row where rows are packed.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax.dims import BT, BTD
+from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.precision import EXACT
+
+TD = Float[Array, "T D"]
+
+
+def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = "auto") -> BTD:
+    """Convolve each channel of u (B, T, D) with its column of kernel (T, D), whose row l is the tap of lag l.
+
+    Args:
+      segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
+      impl: "oracle" (quadratic), "xla" (FFT in fp32) or "auto".
+
+    Raises:
+      UserError: `impl` is unknown.
+    """
+    return dispatch("long_conv", IMPLEMENTATIONS, impl, u, kernel, segment_ids)
+
+
+def _oracle(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:
+    """Multiply with the whole Toeplitz matrix of each channel."""
+    ids = jnp.ones(u.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    time = jnp.arange(u.shape[1])
+    lag = time[:, None] - time[None, :]
+    taps = jnp.where((lag >= 0)[..., None], kernel.astype(jnp.float32)[jnp.maximum(lag, 0)], 0.0)
+    same = (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, None, :]
+    y = jnp.einsum("BTS,TSD,BSD->BTD", same.astype(jnp.float32), taps, u.astype(jnp.float32), precision=EXACT)
+    return y.astype(u.dtype)
+
+
+def _fft(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:
+    u32, kernel = u.astype(jnp.float32), kernel.astype(jnp.float32)
+    y = _convolve(u32, kernel) if segment_ids is None else _packed(u32, kernel, segment_ids)
+    return y.astype(u.dtype)
+
+
+def _convolve(u: BTD, kernel: TD) -> BTD:
+    T = u.shape[1]
+    spectrum = jnp.fft.rfft(u, n=2 * T, axis=1) * jnp.fft.rfft(kernel, n=2 * T, axis=0)[None]
+    return jnp.fft.irfft(spectrum, n=2 * T, axis=1)[:, :T]
+
+
+@jax.custom_vjp
+def _packed(u: BTD, kernel: TD, segment_ids: BT) -> BTD:
+    """Convolve the documents one after another: as many passes as the fullest row has documents.
+
+    A loop of unknown length has no reverse-mode derivative of its own; here it is another such loop.
+    """
+    places, count = _documents(segment_ids)
+
+    def add(d, y):
+        own = (places == d)[..., None]
+        return jnp.where(own, _convolve(jnp.where(own, u, 0.0), kernel), y)
+
+    return jax.lax.fori_loop(0, count, add, jnp.zeros_like(u))
+
+
+def _packed_forward(u, kernel, segment_ids):
+    return _packed(u, kernel, segment_ids), (u, kernel, segment_ids)
+
+
+def _packed_backward(saved, grad):
+    u, kernel, segment_ids = saved
+    places, count = _documents(segment_ids)
+
+    def add(d, grads):
+        own = (places == d)[..., None]
+        _, pullback = jax.vjp(_convolve, jnp.where(own, u, 0.0), kernel)
+        grad_u, grad_kernel = pullback(jnp.where(own, grad, 0.0))
+        return jnp.where(own, grad_u, grads[0]), grads[1] + grad_kernel
+
+    return *jax.lax.fori_loop(0, count, add, (jnp.zeros_like(u), jnp.zeros_like(kernel))), None
+
+
+_packed.defvjp(_packed_forward, _packed_backward)
+
+
+def _documents(segment_ids: BT) -> tuple[BT, Any]:
+    """Return the number of each token's document in its row, -1 at padding, and the most that a row has."""
+    begins = (jnp.diff(segment_ids, axis=1, prepend=0) != 0) & (segment_ids != 0)
+    places = jnp.where(segment_ids != 0, jnp.cumsum(begins, axis=1) - 1, -1)
+    return places, jnp.max(places) + 1
+
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(_fft),
+    "oracle": Implementation(_oracle),
+}
