@@ -1,7 +1,13 @@
-"""Decoding with long convolutions, whose only state is every input so far: a KVCache of inputs without values."""
+"""What mixers with long convolutions share: their time, and their only state, which is every input so far.
+
+The state is a KVCache of inputs without values.
+"""
+
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BT, BTD
@@ -46,3 +52,9 @@ def convolve_step(u: BD, history: KVCache, kernel: Kernel) -> tuple[BD, KVCache]
     inputs = jnp.where(history.visible()[..., None], history.k[:, :, 0], 0.0)
     y = jnp.einsum("BSD,SD->BD", inputs, kernel[lag], precision=jax.lax.Precision.HIGHEST)
     return y.astype(u.dtype), history
+
+
+def time_embedding(l_max: int) -> Float[Array, "_ 3"]:
+    """Return [t, cos wt, -sin wt] for each lag, t from 0 to 1 and one slow frequency (appendix D.3)."""
+    angle = 1e-4 * 2 * math.pi * np.arange(l_max) / l_max
+    return jnp.asarray(np.stack([np.linspace(0, 1, l_max), np.cos(angle), -np.sin(angle)], axis=1), jnp.float32)

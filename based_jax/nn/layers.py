@@ -25,7 +25,14 @@ def named(*names: str | None) -> dict:
 
 
 def linear(
-    d_in: int, d_out: int, names: tuple[str | None, str | None], *, bias: bool = False, std: float, dtype, rngs: nnx.Rngs
+    d_in: int,
+    d_out: int,
+    names: tuple[str | None, str | None],
+    *,
+    bias: bool = False,
+    std: float,
+    dtype,
+    rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """Return a linear layer with kernel N(0, std^2), zero bias and the logical axis names of its kernel."""
     return nnx.Linear(
@@ -38,6 +45,16 @@ def linear(
         dtype=dtype,
         rngs=rngs,
     )
+
+
+def torch_linear(d_in: int, d_out: int, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
+    """Return an fp32 linear layer with torch's default initial values, for the small networks inside mixers."""
+    layer = linear(d_in, d_out, (None, None), bias=bias, std=1.0, dtype=jnp.float32, rngs=rngs)
+    bound = 1 / math.sqrt(d_in)
+    layer.kernel[...] = jax.random.uniform(rngs.params(), (d_in, d_out), minval=-bound, maxval=bound)
+    if layer.bias is not None:
+        layer.bias[...] = jax.random.uniform(rngs.params(), (d_out,), minval=-bound, maxval=bound)
+    return layer
 
 
 def rms_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -1,8 +1,8 @@
 """Causal depthwise convolution with a kernel of a few taps.
 
-    y_t = sum_{w<W} kernel_w x_{t-W+1+w}          the last tap multiplies the current token
+    y_t = sum_{w<W} kernel_w x_{t-(W-1-w)d}          the last tap multiplies the current token; dilation d
 
-The state is the last W inputs of each channel, in order.
+The state is the last (W-1) d + 1 inputs of each channel, in order.
 """
 
 from typing import Any
@@ -20,6 +20,7 @@ def short_conv(
     x: BTD,
     kernel: WD,
     *,
+    dilation: int = 1,
     state: BWD | None = None,
     segment_ids: BT | None = None,
     return_state: bool = False,
@@ -28,22 +29,23 @@ def short_conv(
     """Convolve each channel of x (B, T, D) over time with its column of kernel (W, D).
 
     Args:
-      state: last W inputs before x; they belong to each row's first document.
+      dilation: tokens from one tap to the next.
+      state: last `reach` inputs before x; they belong to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      return_state: return (y, last W inputs of the last document) instead of y.
+      return_state: return (y, last inputs of the last document) instead of y.
       impl: "oracle" (window by window), "recurrent" (token by token), "xla" (W shifted products) or "auto".
 
     Raises:
       UserError: `impl` is unknown.
     """
-    width = kernel.shape[0]
+    width = reach(kernel.shape[0], dilation)
     ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
     past = jnp.zeros((x.shape[0], width, x.shape[2]), x.dtype) if state is None else state.astype(x.dtype)
     past_ids = jnp.repeat(segments.first_id(ids)[:, None], width, axis=1)
     inputs = jnp.concatenate([past, x], axis=1)
     input_ids = jnp.concatenate([past_ids, ids], axis=1)
 
-    y = dispatch("short_conv", IMPLEMENTATIONS, impl, inputs, input_ids, kernel)
+    y = dispatch("short_conv", IMPLEMENTATIONS, impl, inputs, input_ids, kernel, dilation)
     if not return_state:
         return y
     last = segments.last_id(ids)
@@ -51,37 +53,43 @@ def short_conv(
     return y, jnp.where(kept[..., None], inputs[:, -width:], 0)
 
 
-def short_conv_step(x: BD, kernel: WD, state: BWD) -> tuple[BD, BWD]:
+def reach(kernel_size: int, dilation: int) -> int:
+    """Return the tokens from the first tap to the last."""
+    return (kernel_size - 1) * dilation + 1
+
+
+def short_conv_step(x: BD, kernel: WD, state: BWD, dilation: int = 1) -> tuple[BD, BWD]:
     """Return one token's output and the inputs that the next one needs."""
     state = jnp.concatenate([state[:, 1:], x[:, None].astype(state.dtype)], axis=1)
-    y = jnp.einsum("BWD,WD->BD", state, kernel, precision=jax.lax.Precision.HIGHEST)
+    y = jnp.einsum("BWD,WD->BD", state[:, ::dilation], kernel, precision=jax.lax.Precision.HIGHEST)
     return y.astype(x.dtype), state
 
 
-# Each form takes the W past inputs and the T new ones, S together, and returns the T outputs.
+# Each form takes the past inputs in reach and the T new ones, S together, and returns the T outputs.
 BSD = Float[Array, "B S D"]
 BS = Int[Array, "B S"]
 
 
-def _oracle(inputs: BSD, ids: BS, kernel: WD) -> BTD:
+def _oracle(inputs: BSD, ids: BS, kernel: WD, dilation: int) -> BTD:
     """Multiply every window of W inputs with the kernel."""
-    width, T = kernel.shape[0], inputs.shape[1] - kernel.shape[0]
-    taps = jnp.arange(T)[:, None] + jnp.arange(width)[None, :] + 1
+    width = reach(kernel.shape[0], dilation)
+    T = inputs.shape[1] - width
+    taps = jnp.arange(T)[:, None] + jnp.arange(0, width, dilation)[None, :] + 1
     same = (ids[:, taps] == ids[:, width:, None]) & (ids[:, width:, None] != 0)
     windows = jnp.where(same[..., None], inputs[:, taps], 0).astype(jnp.float32)
     y = jnp.einsum("BTWD,WD->BTD", windows, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return y.astype(inputs.dtype)
 
 
-def _recurrent(inputs: BSD, ids: BS, kernel: WD) -> BTD:
+def _recurrent(inputs: BSD, ids: BS, kernel: WD, dilation: int) -> BTD:
     """Run `short_conv_step` over the tokens, clearing the state where a document begins."""
-    width = kernel.shape[0]
+    width = reach(kernel.shape[0], dilation)
 
     def token(carry, new):
         state, owner = carry
         x_BD, id_B = new
         kept = jnp.where((id_B == owner)[:, None, None], state, 0)
-        y, stepped = short_conv_step(x_BD, kernel, kept)
+        y, stepped = short_conv_step(x_BD, kernel, kept, dilation)
         padding = (id_B == 0)[:, None]
         carry = (jnp.where(padding[..., None], 0, stepped), id_B)
         return carry, jnp.where(padding, 0, y)
@@ -91,13 +99,14 @@ def _recurrent(inputs: BSD, ids: BS, kernel: WD) -> BTD:
     return jnp.moveaxis(y, 0, 1)
 
 
-def _shifted(inputs: BSD, ids: BS, kernel: WD) -> BTD:
+def _shifted(inputs: BSD, ids: BS, kernel: WD, dilation: int) -> BTD:
     """Add W shifted copies of the inputs, each times its tap: one fused elementwise pass."""
-    width, T = kernel.shape[0], inputs.shape[1] - kernel.shape[0]
+    width = reach(kernel.shape[0], dilation)
+    T = inputs.shape[1] - width
     own = ids[:, width:]
     y = jnp.zeros((inputs.shape[0], T, inputs.shape[2]), jnp.float32)
-    for tap in range(width):
-        shifted = slice(tap + 1, tap + 1 + T)
+    for tap in range(kernel.shape[0]):
+        shifted = slice(tap * dilation + 1, tap * dilation + 1 + T)
         same = (ids[:, shifted] == own) & (own != 0)
         term = inputs[:, shifted].astype(jnp.float32) * kernel[tap].astype(jnp.float32)[None, None, :]
         y = y + jnp.where(same[..., None], term, 0.0)

@@ -5,6 +5,7 @@
 It has no state but its inputs. Time is T log T, for each document of a row where rows are packed.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -29,6 +30,11 @@ def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = 
       UserError: `impl` is unknown.
     """
     return dispatch("long_conv", IMPLEMENTATIONS, impl, u, kernel, segment_ids)
+
+
+def fft_flops(length: int) -> int:
+    """Return the FLOPs of a token and channel: three FFTs of twice the length at 5 N log2 N."""
+    return 3 * 5 * 2 * math.ceil(math.log2(2 * length))
 
 
 def _oracle(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:

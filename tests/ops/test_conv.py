@@ -143,3 +143,13 @@ def test_vmap_equals_a_loop(impl, draw, close):
     mapped = jax.jit(jax.vmap(call))(*lanes)
     for i in range(3):
         close(jax.tree.map(lambda y, i=i: y[i], mapped), call(*(y[i] for y in lanes)))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_dilated_taps_are_a_long_kernel_with_zeros_between(impl, normal, packed_ids, close):
+    x, kernel, ids = normal(6, 20, 4), normal(3, 4), packed_ids(20)
+    spread = jnp.zeros((9, 4)).at[::4].set(kernel)
+    y, state = short_conv(x, kernel, dilation=4, segment_ids=ids, return_state=True, impl=impl)
+    close((y, state), short_conv(x, spread, segment_ids=ids, return_state=True, impl="oracle"))
+    stepped = short_conv_step(x[:, 0], kernel, state, 4)
+    close(stepped, short_conv_step(x[:, 0], spread, state))

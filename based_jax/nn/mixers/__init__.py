@@ -18,7 +18,9 @@ from based_jax.nn.mixers.base_conv import BaseConv
 from based_jax.nn.mixers.conv import GatedConv
 from based_jax.nn.mixers.h3 import H3
 from based_jax.nn.mixers.hyena import Hyena
+from based_jax.nn.mixers.implicit_conv import ImplicitConv
 from based_jax.nn.mixers.linear import LinearAttention
+from based_jax.nn.mixers.long_conv import LongConv
 from based_jax.nn.mixers.prefix import PrefixLinearAttention
 from based_jax.nn.mixers.taylor import TaylorAttention
 from based_jax.nn.mixers.window import WindowAttention
@@ -72,7 +74,9 @@ MIXERS: dict[str, type[Mixer]] = {
     "conv": GatedConv,
     "h3": H3,
     "hyena": Hyena,
+    "implicit_conv": ImplicitConv,
     "linear": LinearAttention,
+    "long_conv": LongConv,
     "prefix": PrefixLinearAttention,
     "taylor": TaylorAttention,
     "window": WindowAttention,

@@ -9,14 +9,15 @@ from flax import nnx
 from based_jax.dims import BD, BT, BTD, BWD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.ops.conv import IMPLEMENTATIONS, short_conv, short_conv_step
+from based_jax.ops.conv import IMPLEMENTATIONS, reach, short_conv, short_conv_step
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseConvConfig:
-    """Taps of the convolution."""
+    """Taps of the convolution, and the tokens from one to the next."""
 
     kernel_size: int = 3
+    dilation: int = 1
     impl: str = "auto"
 
 
@@ -38,8 +39,9 @@ class BaseConv(nnx.Module):
     }
 
     def __init__(self, d_model: int, config: BaseConvConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
-        if config.kernel_size < 1:
-            raise UserError(f"kernel_size is {config.kernel_size}; it is at least 1.")
+        for name in ("kernel_size", "dilation"):
+            if getattr(config, name) < 1:
+                raise UserError(f"{name} is {getattr(config, name)}; it is at least 1.")
         self.config = config
         self.d_model = d_model
         self.dtype = dtype
@@ -49,18 +51,25 @@ class BaseConv(nnx.Module):
 
     def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
         """Mix a whole sequence."""
-        y = short_conv(x, self.conv_kernel[...], segment_ids=segment_ids, impl=self.config.impl)
+        y = short_conv(
+            x,
+            self.conv_kernel[...],
+            dilation=self.config.dilation,
+            segment_ids=segment_ids,
+            impl=self.config.impl,
+        )
         return self._gate(x, y)
 
     def init_cache(self, batch: int, max_len: int) -> BWD:
         """Return the inputs before the first token; their size does not depend on `max_len`."""
-        return jnp.zeros((batch, self.config.kernel_size, self.d_model), self.dtype)
+        return jnp.zeros((batch, self._reach, self.d_model), self.dtype)
 
     def prefill(self, x: BTD, cache: BWD, segment_ids: BT | None = None) -> tuple[BTD, BWD]:
         """Mix the next tokens of a sequence and return the inputs that the token after them needs."""
         y, cache = short_conv(
             x,
             self.conv_kernel[...],
+            dilation=self.config.dilation,
             state=cache,
             segment_ids=segment_ids,
             return_state=True,
@@ -70,12 +79,12 @@ class BaseConv(nnx.Module):
 
     def step(self, x: BD, cache: BWD) -> tuple[BD, BWD]:
         """Mix one token and return the inputs that the next one needs."""
-        y, cache = short_conv_step(x, self.conv_kernel[...], cache)
+        y, cache = short_conv_step(x, self.conv_kernel[...], cache, self.config.dilation)
         return self._gate(x, y), cache
 
     def state_size(self, seq_len: int) -> int:
-        """Return one input per tap and channel; equal to the cache's."""
-        return self.config.kernel_size * self.d_model
+        """Return each channel's inputs from the first tap to the last; equal to the cache's."""
+        return self._reach * self.d_model
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projection and the taps."""
@@ -84,3 +93,7 @@ class BaseConv(nnx.Module):
     def _gate(self, x, y):
         bias = self.conv_bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return (y + bias) * self.projection(x) + x
+
+    @property
+    def _reach(self) -> int:
+        return reach(self.config.kernel_size, self.config.dilation)

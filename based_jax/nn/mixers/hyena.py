@@ -15,9 +15,9 @@ from based_jax.dims import BD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
-from based_jax.nn.history import check_length, convolve_on, convolve_step, empty_history
+from based_jax.nn.history import check_length, convolve_on, convolve_step, empty_history, time_embedding
 from based_jax.ops.conv import short_conv, short_conv_step
-from based_jax.ops.long_conv import IMPLEMENTATIONS, long_conv
+from based_jax.ops.long_conv import IMPLEMENTATIONS, fft_flops, long_conv
 
 Cache = tuple[Float[Array, "B W inner"], KVCache]
 
@@ -44,9 +44,9 @@ class Filter(nnx.Module):
     def __init__(self, d_model: int, config: HyenaConfig, *, rngs: nnx.Rngs):
         widths = (EMB_DIM, *(config.filter_order,) * (1 + config.num_inner_mlps))
         self.pos_emb = nnx.Param(time_embedding(config.l_max), **layers.named(None, None))
-        self.hidden = nnx.List([_torch_linear(a, b, True, rngs) for a, b in itertools.pairwise(widths)])
+        self.hidden = nnx.List([layers.torch_linear(a, b, True, rngs) for a, b in itertools.pairwise(widths)])
         self.frequency = nnx.Param(jnp.ones(config.filter_order), **layers.named(None))
-        self.out = _torch_linear(config.filter_order, d_model, False, rngs)
+        self.out = layers.torch_linear(config.filter_order, d_model, False, rngs)
 
     def __call__(self, length: int) -> Float[Array, "_ D"]:
         """Return the taps of the first `length` lags."""
@@ -151,8 +151,8 @@ class Hyena(nnx.Module):
         """Return forward FLOPs: projections, the filter's MLP at one lag, and three FFTs of twice the length."""
         hidden = self.config.filter_order * (EMB_DIM + self.config.num_inner_mlps * self.config.filter_order)
         filter_flops = 2 * (EMB_DIM * seq_len + hidden + self.config.filter_order * self.d_model)
-        ffts = 3 * 5 * 2 * math.ceil(math.log2(2 * seq_len)) * self.d_model
-        return 8 * self.d_model**2 + 6 * TAPS * self.d_model + filter_flops + ffts
+        convolutions = (6 * TAPS + fft_flops(seq_len)) * self.d_model
+        return 8 * self.d_model**2 + convolutions + filter_flops
 
     @property
     def _short_impl(self) -> str:
@@ -166,19 +166,3 @@ class Hyena(nnx.Module):
     def _out(self, u, y, gate):
         y = y + u * self.skip[...].astype(u.dtype).reshape((1,) * (u.ndim - 1) + (-1,))
         return self.out_proj(y * gate)
-
-
-def time_embedding(l_max: int) -> Float[Array, "_ 3"]:
-    """Return [t, cos wt, -sin wt] for each lag, t from 0 to 1 and one slow frequency (appendix D.3)."""
-    angle = 1e-4 * 2 * math.pi * np.arange(l_max) / l_max
-    return jnp.asarray(np.stack([np.linspace(0, 1, l_max), np.cos(angle), -np.sin(angle)], axis=1), jnp.float32)
-
-
-def _torch_linear(d_in: int, d_out: int, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
-    """Return an fp32 linear layer with torch's default initial values."""
-    layer = layers.linear(d_in, d_out, (None, None), bias=bias, std=1.0, dtype=jnp.float32, rngs=rngs)
-    bound = 1 / math.sqrt(d_in)
-    layer.kernel[...] = jax.random.uniform(rngs.params(), (d_in, d_out), minval=-bound, maxval=bound)
-    if layer.bias is not None:
-        layer.bias[...] = jax.random.uniform(rngs.params(), (d_out,), minval=-bound, maxval=bound)
-    return layer

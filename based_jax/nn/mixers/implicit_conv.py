@@ -1,0 +1,58 @@
+"""BaseConv with a convolution as long as the sequence, its taps an MLP of time (arXiv 2312.04927, section 4)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.nn.history import time_embedding
+from based_jax.nn.mixers.long_conv import LongConv, LongConvConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ImplicitConvConfig(LongConvConfig):
+    """The longest sequence, and the hidden width of the filter's MLP."""
+
+    hidden_dim: int = 16
+
+
+class ImplicitConv(LongConv):
+    """`LongConv` whose taps are W2 relu(W1 [t, cos wt, -sin wt] + b1) + b2.
+
+    Source: HazyResearch/zoology:zoology/mixers/convolution.py, `ImplicitLongConvolution`.
+    """
+
+    Config: ClassVar = ImplicitConvConfig
+    REFERENCE: ClassVar = {
+        "zoology": {
+            "projection/kernel": "projection.weight",
+            "projection/bias": "projection.bias",
+            "hidden/kernel": "conv.mlp.0.weight",
+            "hidden/bias": "conv.mlp.0.bias",
+            "out/kernel": "conv.mlp.2.weight",
+            "out/bias": "conv.mlp.2.bias",
+        }
+    }
+    REFERENCE_BUFFERS: ClassVar = ("conv.pos_emb.z",)
+
+    def __init__(self, d_model: int, config: ImplicitConvConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        if config.hidden_dim < 1:
+            raise UserError(f"hidden_dim is {config.hidden_dim}; it is at least 1.")
+        self.hidden_dim = config.hidden_dim
+        super().__init__(d_model, config, std=std, out_std=out_std, dtype=dtype, rngs=rngs)
+
+    def _init_filter(self, rngs: nnx.Rngs) -> None:
+        self.hidden = layers.torch_linear(3, self.hidden_dim, True, rngs)
+        self.out = layers.torch_linear(self.hidden_dim, self.d_model, True, rngs)
+
+    def filter(self, length: int) -> Float[Array, "_ D"]:
+        """Return the taps of the first `length` lags."""
+        return self.out(jax.nn.relu(self.hidden(time_embedding(self.config.l_max)[:length])))
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return forward FLOPs: those of `LongConv`, and the filter's MLP at one lag."""
+        return super().flops_per_token(seq_len) + 2 * self.hidden_dim * (3 + self.d_model)

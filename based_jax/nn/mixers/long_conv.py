@@ -1,0 +1,89 @@
+"""BaseConv with a convolution as long as the sequence, every tap a parameter (arXiv 2312.04927, section 4)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from based_jax.dims import BD, BT, BTD
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.nn.cache import KVCache
+from based_jax.nn.history import check_length, convolve_on, convolve_step, empty_history
+from based_jax.ops.long_conv import IMPLEMENTATIONS, fft_flops, long_conv
+
+
+@dataclasses.dataclass(frozen=True)
+class LongConvConfig:
+    """The longest sequence, which is the number of taps."""
+
+    l_max: int = 2048
+    impl: str = "auto"
+
+
+class LongConv(nnx.Module):
+    """y = (conv(x) + x) * projection(x) + x; decoding keeps every input and sums over them at each step.
+
+    Source: HazyResearch/zoology:zoology/mixers/base_conv.py with kernel_size -1 and
+    zoology/mixers/convolution.py, `LongConvolution`.
+    """
+
+    Config: ClassVar = LongConvConfig
+    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
+    REFERENCE: ClassVar = {
+        "zoology": {
+            "projection/kernel": "projection.weight",
+            "projection/bias": "projection.bias",
+            "taps": "conv.filter",
+        }
+    }
+
+    def __init__(self, d_model: int, config: LongConvConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        if config.l_max < 1:
+            raise UserError(f"l_max is {config.l_max}; it is at least 1.")
+        self.config = config
+        self.d_model = d_model
+        self.projection = layers.linear(d_model, d_model, ("embed", "mlp"), bias=True, std=std, dtype=dtype, rngs=rngs)
+        self._init_filter(rngs)
+
+    def _init_filter(self, rngs: nnx.Rngs) -> None:
+        shape = (self.d_model, self.config.l_max)
+        self.taps = nnx.Param(jax.random.normal(rngs.params(), shape), **layers.named("mlp", None))
+
+    def filter(self, length: int) -> Float[Array, "_ D"]:
+        """Return the taps of the first `length` lags."""
+        return self.taps[:, :length].T
+
+    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+        """Mix a whole sequence of at most `l_max` tokens."""
+        check_length(x.shape[1], self.config.l_max)
+        y = long_conv(x, self.filter(x.shape[1]), segment_ids=segment_ids, impl=self.config.impl)
+        return self._gate(x, y)
+
+    def init_cache(self, batch: int, max_len: int) -> KVCache:
+        """Return the inputs before the first of up to `max_len` tokens."""
+        check_length(max_len, self.config.l_max)
+        return empty_history(batch, max_len, self.d_model)
+
+    def prefill(self, x: BTD, cache: KVCache, segment_ids: BT | None = None) -> tuple[BTD, KVCache]:
+        """Mix the next tokens of a sequence and return the inputs after them."""
+        y, cache = convolve_on(x, cache, self.filter(cache.slots), segment_ids, self.config.impl)
+        return self._gate(x, y), cache
+
+    def step(self, x: BD, cache: KVCache) -> tuple[BD, KVCache]:
+        """Mix one token and return the inputs after it."""
+        y, cache = convolve_step(x, cache, self.filter(cache.slots))
+        return self._gate(x, y), cache
+
+    def state_size(self, seq_len: int) -> int:
+        """Return D elements a token; equal to the cache's."""
+        return self.d_model * seq_len
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return forward FLOPs: the projection, and three FFTs of twice the length."""
+        return 2 * self.d_model**2 + fft_flops(seq_len) * self.d_model
+
+    def _gate(self, x, y):
+        return (y + x) * self.projection(x) + x
