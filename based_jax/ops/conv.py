@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from based_jax.dims import BD, BT, BTD, BWD, WD
+from based_jax.dims import BD, BT, BTD, WD
 from based_jax.ops import segments
 from based_jax.ops.dispatch import Implementation, dispatch
+
+Past = Float[Array, "B _ D"]
 
 
 def short_conv(
@@ -21,7 +23,7 @@ def short_conv(
     kernel: WD,
     *,
     dilation: int = 1,
-    state: BWD | None = None,
+    state: Past | None = None,
     segment_ids: BT | None = None,
     return_state: bool = False,
     impl: str = "auto",
@@ -58,7 +60,7 @@ def reach(kernel_size: int, dilation: int) -> int:
     return (kernel_size - 1) * dilation + 1
 
 
-def short_conv_step(x: BD, kernel: WD, state: BWD, dilation: int = 1) -> tuple[BD, BWD]:
+def short_conv_step(x: BD, kernel: WD, state: Past, dilation: int = 1) -> tuple[BD, Past]:
     """Return one token's output and the inputs that the next one needs."""
     state = jnp.concatenate([state[:, 1:], x[:, None].astype(state.dtype)], axis=1)
     y = jnp.einsum("BWD,WD->BD", state[:, ::dilation], kernel, precision=jax.lax.Precision.HIGHEST)

@@ -6,10 +6,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from based_jax.dims import BD, BT, BTD, BWD
+from based_jax.dims import BD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.ops.conv import IMPLEMENTATIONS, reach, short_conv, short_conv_step
+from based_jax.ops.conv import IMPLEMENTATIONS, Past, reach, short_conv, short_conv_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,11 @@ class BaseConv(nnx.Module):
         )
         return self._gate(x, y)
 
-    def init_cache(self, batch: int, max_len: int) -> BWD:
+    def init_cache(self, batch: int, max_len: int) -> Past:
         """Return the inputs before the first token; their size does not depend on `max_len`."""
         return jnp.zeros((batch, self._reach, self.d_model), self.dtype)
 
-    def prefill(self, x: BTD, cache: BWD, segment_ids: BT | None = None) -> tuple[BTD, BWD]:
+    def prefill(self, x: BTD, cache: Past, segment_ids: BT | None = None) -> tuple[BTD, Past]:
         """Mix the next tokens of a sequence and return the inputs that the token after them needs."""
         y, cache = short_conv(
             x,
@@ -77,7 +77,7 @@ class BaseConv(nnx.Module):
         )
         return self._gate(x, y), cache
 
-    def step(self, x: BD, cache: BWD) -> tuple[BD, BWD]:
+    def step(self, x: BD, cache: Past) -> tuple[BD, Past]:
         """Mix one token and return the inputs that the next one needs."""
         y, cache = short_conv_step(x, self.conv_kernel[...], cache, self.config.dilation)
         return self._gate(x, y), cache
