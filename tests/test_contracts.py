@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.usefixtures("quick_compile"), pytest.mark.parametrize(
 D, T = 16, 9
 
 SMALL = {
-    "attention": {"num_heads": 2, "bias": True},
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "bias": True},
     "h3": {"d_state": 4, "head_dim": 2},
     "hyena": {"l_max": 64, "filter_order": 8},
     "implicit_conv": {"l_max": 64, "hidden_dim": 4},

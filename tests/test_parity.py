@@ -70,6 +70,15 @@ LMS = {
         mlp_dim=256,
         dtype="float32",
     ),
+    "hf_llama_a": LMConfig(
+        (("attention", {"num_heads": 4, "num_kv_heads": 2, "rotary_fraction": 1.0}),) * 2,
+        d_model=32,
+        vocab_size=61,
+        pad_vocab_multiple=1,
+        mlp_dim=64,
+        tie_embeddings=False,
+        dtype="float32",
+    ),
     "zoology_lm_based": LMConfig(
         (("base_conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 8})),
         d_model=32,
@@ -80,6 +89,7 @@ LMS = {
     ),
 }
 STACKED = [("tiny_based_lm", False), ("tiny_based_lm", True), ("tiny_attn_lm_even", True), ("zoology_lm_based", False)]
+STACKED += [("hf_llama_a", True)]
 CHECKPOINTS = {
     "based-360m": ("based_360m", {}),
     "based-1b-50b": ("based_1b", {}),
@@ -282,14 +292,18 @@ def test_language_model(name, scan_layers):
     assert_gradients(grads, language_model(name, case.gradients, scan_layers))
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_language_model_decodes(scan_layers):
-    case = load("tiny_based_lm")
-    model = language_model("tiny_based_lm", case.weights, scan_layers)
-    hidden, _, _ = prefill_then_step(model, case.inputs["ids"], 24)
+@pytest.mark.parametrize(
+    ("name", "scan_layers", "greedy"),
+    [("tiny_based_lm", False, 8), ("tiny_based_lm", True, 8), ("hf_llama_a", True, 6)],
+)
+def test_language_model_decodes(name, scan_layers, greedy):
+    case = load(name)
+    model = language_model(name, case.weights, scan_layers)
+    hidden, _, _ = prefill_then_step(model, case.inputs["ids"], case.meta["n_prefill"])
     assert_close(model.logits(hidden), case.outputs["logits_prefill_then_decode"], LOGITS)
-    prompt, greedy = np.split(case.outputs["greedy8"], [-8], axis=1)
-    np.testing.assert_array_equal(generate(model, list(prompt), 8), greedy)
+    if greedy:
+        prompt, expected = np.split(case.outputs[f"greedy{greedy}"], [-greedy], axis=1)
+        np.testing.assert_array_equal(generate(model, list(prompt), greedy), expected)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -16,9 +16,13 @@ from based_jax.ops.softmax import ATTENTION, attention, attention_step, masked_a
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Heads, the share of each head that rotary turns (0 for none), its base, biases, and the implementation."""
+    """Heads, the share of each head that rotary turns (0 for none), its base, biases, and the implementation.
+
+    Each of `num_kv_heads` keys and values, as many as queries where None, serves as many queries (arXiv 2305.13245).
+    """
 
     num_heads: int = 16
+    num_kv_heads: int | None = None
     rotary_fraction: float = 0.5
     rotary_base: float = 10000.0
     bias: bool = False
@@ -29,12 +33,19 @@ class Attention(nnx.Module):
     """Causal multi-head attention; the cache holds every key and value.
 
     Source: HazyResearch/based:based/models/transformer/mha.py; zoology:zoology/mixers/attention.py with bias and
-    without rotary.
+    without rotary; transformers:models/llama/modeling_llama.py with full rotary and grouped queries.
     """
 
     Config: ClassVar = AttentionConfig
     IMPLEMENTATIONS: ClassVar = ATTENTION
-    REFERENCE: ClassVar = dict.fromkeys(("based", "zoology"), layers.QKV_KEYS)
+    REFERENCE: ClassVar = {
+        "based": layers.QKV_KEYS,
+        "zoology": layers.QKV_KEYS,
+        "llama": {
+            "out_proj/kernel": "o_proj.weight",
+            "qkv/kernel": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+        },
+    }
 
     def __init__(self, d_model: int, config: AttentionConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
         if not 0 <= config.rotary_fraction <= 1:
@@ -45,21 +56,25 @@ class Attention(nnx.Module):
         self.d_model = d_model
         self.dtype = dtype
         self.head_dim = layers.head_dim(d_model, config.num_heads)
+        self.kv_heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
+        if self.kv_heads < 1 or config.num_heads % self.kv_heads:
+            raise UserError(f"num_kv_heads is {self.kv_heads}; it divides num_heads, which is {config.num_heads}.")
         self.rotary_dim = int(config.rotary_fraction * self.head_dim)
-        bias = config.bias
-        self.qkv = layers.linear(d_model, 3 * d_model, ("embed", "heads"), bias=bias, std=std, dtype=dtype, rngs=rngs)
+        bias, width = config.bias, d_model + 2 * self.kv_heads * self.head_dim
+        self.qkv = layers.linear(d_model, width, ("embed", "heads"), bias=bias, std=std, dtype=dtype, rngs=rngs)
         self.out_proj = layers.linear(
             d_model, d_model, ("heads", "embed"), bias=bias, std=out_std, dtype=dtype, rngs=rngs
         )
 
     def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
         """Mix a whole sequence."""
-        o = attention(*self.rotated_qkv(x, 0), segment_ids=segment_ids, impl=self.config.impl)
+        q, k, v = self.rotated_qkv(x, 0)
+        o = attention(q, self.for_each_query(k), self.for_each_query(v), segment_ids=segment_ids, impl=self.config.impl)
         return self.out_proj(layers.merge_heads(o))
 
     def init_cache(self, batch: int, max_len: int) -> KVCache:
         """Return an empty cache for sequences of up to `max_len` tokens."""
-        return KVCache.empty(batch, max_len, self.config.num_heads, self.head_dim, self.dtype)
+        return KVCache.empty(batch, max_len, self.kv_heads, self.head_dim, self.dtype)
 
     def prefill(self, x: BTD, cache: KVCache, segment_ids: BT | None = None) -> tuple[BTD, KVCache]:
         """Mix the next tokens of a sequence and return the cache after them."""
@@ -68,7 +83,7 @@ class Attention(nnx.Module):
         past = cache.in_order()
         earlier = segments.same_document(ids, cache.past_ids(ids))
         within = segments.same_document(ids, ids) & jnp.tri(x.shape[1], dtype=bool)[None]
-        keys, values = jnp.concatenate([past.k, k], axis=1), jnp.concatenate([past.v, v], axis=1)
+        keys, values = (self.for_each_query(jnp.concatenate(pair, axis=1)) for pair in ((past.k, k), (past.v, v)))
         o = masked_attention(q, keys, values, jnp.concatenate([earlier, within], axis=2))
         return self.out_proj(layers.merge_heads(o)), cache.extend(k, v, ids)
 
@@ -76,20 +91,29 @@ class Attention(nnx.Module):
         """Mix one token and return the cache after it."""
         q, k, v = (y[:, 0] for y in self.rotated_qkv(x[:, None], cache.length))
         cache = cache.append(k, v)
-        o = attention_step(q, cache.k, cache.v, cache.visible())
+        o = attention_step(q, self.for_each_query(cache.k), self.for_each_query(cache.v), cache.visible())
         return self.out_proj(layers.merge_heads(o)), cache
 
     def state_size(self, seq_len: int) -> int:
-        """Return 2 D elements for each of `seq_len` tokens; equal to the cache's when `max_len` is `seq_len`."""
-        return 2 * self.d_model * seq_len
+        """Return a key and a value of each head for each token; equal to the cache's when `max_len` is `seq_len`."""
+        return 2 * self.kv_heads * self.head_dim * seq_len
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, and scores and sums over half of `seq_len` keys on average."""
-        return 8 * self.d_model**2 + 2 * self.d_model * seq_len
+        return self.projection_flops() + 2 * self.d_model * seq_len
+
+    def projection_flops(self) -> int:
+        """Return the FLOPs of the projections."""
+        return 4 * self.d_model * (self.d_model + self.kv_heads * self.head_dim)
+
+    def for_each_query(self, x):
+        """Return keys or values (B, S, kv heads, D/H) repeated for the queries that each of them serves."""
+        return jnp.repeat(x, self.config.num_heads // self.kv_heads, axis=2)
 
     def rotated_qkv(self, x: BTD, start):
-        """Return queries and keys rotated by their position, counted from `start`, and values: (B, T, H, D/H) each."""
-        q, k, v = (layers.split_heads(y, self.config.num_heads) for y in jnp.split(self.qkv(x), 3, axis=-1))
+        """Return queries and keys rotated by their position, counted from `start`, and values: (B, T, heads, D/H)."""
+        y = self.qkv(x).reshape(*x.shape[:-1], -1, self.head_dim)
+        q, k, v = jnp.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
         positions = start + jnp.arange(x.shape[1])
         q, k = (layers.rotary(y, positions, self.rotary_dim, self.config.rotary_base) for y in (q, k))
         return q, k, v

@@ -45,14 +45,14 @@ class WindowAttention(attention.Attention):
 
     def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
         """Mix a whole sequence."""
-        o = window_attention(
-            *self.rotated_qkv(x, 0), window=self.config.window, segment_ids=segment_ids, impl=self.config.impl
-        )
+        q, k, v = self.rotated_qkv(x, 0)
+        k, v = self.for_each_query(k), self.for_each_query(v)
+        o = window_attention(q, k, v, window=self.config.window, segment_ids=segment_ids, impl=self.config.impl)
         return self.out_proj(layers.merge_heads(o))
 
     def init_cache(self, batch: int, max_len: int) -> KVCache:
         """Return an empty ring; its size does not depend on `max_len`."""
-        return KVCache.empty(batch, self.config.window, self.config.num_heads, self.head_dim, self.dtype)
+        return KVCache.empty(batch, self.config.window, self.kv_heads, self.head_dim, self.dtype)
 
     def prefill(self, x: BTD, cache: KVCache, segment_ids: BT | None = None) -> tuple[BTD, KVCache]:
         """Mix the next tokens of a sequence and return the ring after them."""
@@ -60,9 +60,9 @@ class WindowAttention(attention.Attention):
         q, k, v = self.rotated_qkv(x, cache.length)
         past = cache.in_order()
         o = window_attention(
-            jnp.concatenate([jnp.zeros_like(past.k), q], axis=1),
-            jnp.concatenate([past.k, k], axis=1),
-            jnp.concatenate([past.v, v], axis=1),
+            jnp.concatenate([jnp.zeros((q.shape[0], cache.slots, *q.shape[2:]), q.dtype), q], axis=1),
+            self.for_each_query(jnp.concatenate([past.k, k], axis=1)),
+            self.for_each_query(jnp.concatenate([past.v, v], axis=1)),
             window=self.config.window,
             segment_ids=jnp.concatenate([cache.past_ids(ids), ids], axis=1),
             impl=self.config.impl,
@@ -70,9 +70,9 @@ class WindowAttention(attention.Attention):
         return self.out_proj(layers.merge_heads(o[:, cache.slots :])), cache.extend(k, v, ids)
 
     def state_size(self, seq_len: int) -> int:
-        """Return 2 D elements for each of `window` tokens; equal to the cache's."""
-        return 2 * self.d_model * self.config.window
+        """Return a key and a value of each head for each of `window` tokens; equal to the cache's."""
+        return 2 * self.kv_heads * self.head_dim * self.config.window
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, and scores and sums over the window."""
-        return 8 * self.d_model**2 + 4 * self.d_model * min(self.config.window, seq_len)
+        return self.projection_flops() + 4 * self.d_model * min(self.config.window, seq_len)
