@@ -299,7 +299,7 @@ def test_language_model(name, scan_layers):
 def test_language_model_decodes(name, scan_layers, greedy):
     case = load(name)
     model = language_model(name, case.weights, scan_layers)
-    hidden, _, _ = prefill_then_step(model, case.inputs["ids"], case.meta["n_prefill"])
+    hidden, _, _ = prefill_then_step(model, case.inputs["ids"], case.meta.get("n_prefill", 24))
     assert_close(model.logits(hidden), case.outputs["logits_prefill_then_decode"], LOGITS)
     if greedy:
         prompt, expected = np.split(case.outputs[f"greedy{greedy}"], [-greedy], axis=1)

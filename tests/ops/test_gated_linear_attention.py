@@ -1,0 +1,185 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference_cases import FORWARD, GRADIENT, assert_close, load
+
+from based_jax.ops.gated_linear_attention import (
+    CHUNK,
+    IMPLEMENTATIONS,
+    gated_linear_attention,
+    gated_linear_attention_step,
+    initial_state,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+H, K, V = 2, 5, 3
+IMPLS = ("recurrent", "xla")
+
+
+def inputs(normal, T, per_head=False, strength=1.0, B=6, dtype="float32"):
+    """Return q, k, v, log-decays down to about -10 times the strength, and a state."""
+    g = -strength * normal(B, T, H, 1 if per_head else K) ** 2
+    return (*(normal(B, T, H, n, dtype=dtype) for n in (K, K, V)), g, normal(B, H, K, V))
+
+
+@pytest.mark.parametrize("with_bonus", [False, True])
+def test_oracle_equals_fp64(with_bonus, normal):
+    *xs, s = inputs(normal, 7, B=1)
+    q, k, v, g, s = (np.asarray(x, np.float64) for x in (*xs, s))
+    bonus = normal(H, K) if with_bonus else None
+    o, after = gated_linear_attention(
+        *xs, bonus=bonus, state=jnp.asarray(s), return_state=True, impl="oracle", scale=0.7
+    )
+    for t in range(7):
+        kv = np.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        read = s + np.asarray(bonus)[None, ..., None] * kv if with_bonus else None
+        s = np.exp(g[:, t])[..., None] * s + kv
+        expected = 0.7 * np.einsum("bhk,bhkv->bhv", q[:, t], read if with_bonus else s)
+        np.testing.assert_allclose(o[:, t], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(after, s, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_bonus", [False, True])
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("T", [1, 37, 2 * CHUNK + 3])
+def test_chunked_equals_the_oracle(T, per_head, with_bonus, normal, packed_ids, out_and_grads, close):
+    args, ids = inputs(normal, T, per_head), packed_ids(T)
+    args = (*args, normal(H, K)) if with_bonus else args
+
+    def call(impl):
+        def run(q, k, v, g, state, bonus=None):
+            return gated_linear_attention(
+                q, k, v, g, bonus=bonus, state=state, segment_ids=ids, return_state=True, impl=impl
+            )
+
+        return run
+
+    cotangents = normal(6, T, H, V), normal(6, H, K, V)
+    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla", "oracle")), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_strong_decays_neither_overflow_nor_lose_the_gradient(per_head, normal, out_and_grads, close):
+    """Log-decays of some thousands beside zeros: a difference of sums that large is known to some 1e-4."""
+    q, k, v, g, state = inputs(normal, CHUNK + 9, per_head, strength=1000.0)
+    g = jnp.where(jnp.arange(CHUNK + 9)[None, :, None, None] % 5 == 0, g, 0.0)
+    calls = [lambda *xs, impl=impl: gated_linear_attention(*xs[:4], state=xs[4], impl=impl) for impl in IMPLS]
+    ours = [out_and_grads(call, (q, k, v, g, state), v) for call in calls]
+    close(ours[1], ours[0], tolerance=1e-3)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ours))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bf16_stays_close(impl, normal, close):
+    *xs, _ = inputs(normal, 70, dtype="bfloat16")
+    o = gated_linear_attention(*xs, impl=impl)
+    assert o.dtype == jnp.bfloat16
+    close(o, gated_linear_attention(*(x.astype(jnp.float32) for x in xs), impl="oracle"), "bfloat16")
+
+
+def test_steps_and_pieces_equal_one_call(normal, close):
+    *xs, state = inputs(normal, 9)
+    whole, after = gated_linear_attention(*xs, state=state, return_state=True)
+    _, middle = gated_linear_attention(*(x[:, :4] for x in xs), state=state, return_state=True)
+    for t in range(4, 9):
+        o, middle = jax.jit(gated_linear_attention_step)(*(x[:, t] for x in xs), middle)
+        close(o, whole[:, t])
+    close(middle, after)
+    assert initial_state(6, H, K, V).shape == after.shape
+    assert set(IMPLEMENTATIONS) == {"xla", "recurrent", "oracle"}
+
+
+def time_first(x):
+    return x.swapaxes(1, 2)
+
+
+def retention(impl, log_decay, scale=None):
+    """Return a call on (q, k, v) with constant log-decays (H,)."""
+
+    def call(q, k, v):
+        g = jnp.broadcast_to(jnp.asarray(log_decay)[None, None, :, None], (*q.shape[:3], 1))
+        return gated_linear_attention(q, k, v, g, scale=scale, return_state=True, impl=impl)
+
+    return call
+
+
+def heads_first(call):
+    """Return the call for arguments (B, H, T, .)."""
+
+    def run(q, k, v):
+        o, state = call(time_first(q), time_first(k), time_first(v))
+        return time_first(o), state
+
+    return run
+
+
+def wkv(impl):
+    def call(r, k, v, w, u, state=None):
+        w = jnp.broadcast_to(-jnp.exp(w)[None, :, None], k.shape) if w.ndim == 2 else w
+        r, k, v, w = map(time_first, (r, k, v, w))
+        o, state = gated_linear_attention(r, k, v, w, bonus=u, scale=1.0, state=state, return_state=True, impl=impl)
+        return time_first(o), state
+
+    return call
+
+
+def hgrn2(impl):
+    def call(q, f, i):
+        g = jax.nn.log_sigmoid(f)
+        return gated_linear_attention(q, 1 - jnp.exp(g), i, g, return_state=True, impl=impl)
+
+    return call
+
+
+def hgrn(impl):
+    """Return HGRN's h_t = exp(g_t) h_{t-1} + x_t, an operation with K = V = 1 and a head for each channel."""
+
+    def call(x, g):
+        one = jnp.ones_like(x)[..., None]
+        o, state = gated_linear_attention(one, one, x[..., None], g[..., None], return_state=True, impl=impl)
+        return o[..., 0], state[..., 0, 0]
+
+    return call
+
+
+def given(*names):
+    """Return calls of the operation itself, with per-head gates (B, T, H) or per-channel ones."""
+
+    def make(impl):
+        def call(q, k, v, g):
+            g = g[..., None] if g.ndim == 3 else g
+            return gated_linear_attention(q, k, v, g, return_state=True, impl=impl)
+
+        return call
+
+    return names, make
+
+
+QKV = ("q", "k", "v")
+SLOPES = load("lightning_attn2_op_a").inputs["slopes"][:, 0, 0]
+FILES = {
+    "fla_gla_op_a": given(*QKV, "gk"),
+    "fla_simple_gla_op_a": given(*QKV, "g"),
+    "fla_retention_op_a": (QKV, lambda impl: retention(impl, np.log(1 - 2.0 ** (-5 - np.arange(4))))),
+    "fla_lightning_op_a": (QKV, lambda impl: retention(impl, -(8 / 4) * (1 - 2 / 6) * np.arange(4.0))),
+    "lightning_attn2_op_a": (QKV, lambda impl: heads_first(retention(impl, -SLOPES, scale=1.0))),
+    "fla_hgrn2_op_a": (("q", "f", "i"), hgrn2),
+    "fla_hgrn_op_a": (("x", "g"), hgrn),
+    "rwkv5_op_a": (("receptance", "k", "v", "time_decay", "u"), wkv),
+    "fla_rwkv6_op_a": (("receptance", "k", "v", "w", "u", "initial_state"), wkv),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", FILES)
+def test_reference(name, impl, out_and_grads):
+    case, (names, make) = load(name), FILES[name]
+    args = tuple(jnp.asarray(case.inputs[n], jnp.float32) for n in names)
+    r_state = case.inputs.get("r_state", np.zeros_like(case.outputs["final_state"]))
+    (o, state), grads = out_and_grads(make(impl), args, (jnp.asarray(case.inputs["r"]), jnp.asarray(r_state)))
+    assert_close(o, case.outputs["o"], FORWARD, "o")
+    assert_close(state, case.outputs["final_state"], FORWARD, "state")
+    for n, grad in zip(names, grads, strict=True):
+        assert_close(grad, case.gradients[n], GRADIENT, f"gradient of {n}")
