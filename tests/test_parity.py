@@ -43,6 +43,10 @@ MIXERS = {
     "zoology_based_ReLU": ("linear", {"num_heads": 2, "feature_map": "relu"}),
     "zoology_based_pos_elu": ("linear", {"num_heads": 2, "feature_map": "elu"}),
     "prefix_linear_attention_a": ("prefix", {"num_heads": 4, "enc_length": 16}),
+    "fla_retention_layer_a": ("retnet", {"num_heads": 4}),
+    "fla_simple_gla_layer_a": ("simple_gla", {"num_heads": 2}),
+    "fla_hgrn2_layer_a": ("hgrn2", {"expand_ratio": 16}),
+    "zoology_gla": ("gla", {"num_heads": 2}),
     "zoology_h3_init": ("h3", {"d_state": 8, "head_dim": 2}),
     "zoology_hyena": ("hyena", {"l_max": 24}),
     "zoology_sliding": ("window", {"num_heads": 1, "window": ZOOLOGY(8), **NO_ROTARY}),
@@ -152,6 +156,8 @@ def test_prefill_then_decode(name):
     if kind == "taylor":
         assert_state(after_prefill, case.outputs["kv_state_after_prefill"], case.outputs["k_state_after_prefill"])
         assert_state(end, case.outputs["kv_state_end"], case.outputs["k_state_end"])
+    if "final_state" in case.outputs:
+        assert_close(end.state, case.outputs["final_state"], FORWARD, "state")
     if kind == "conv":
         assert_close(jnp.moveaxis(end, 1, 2), case.outputs["conv_state_end"], FORWARD, "state")
 

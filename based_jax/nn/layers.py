@@ -122,15 +122,18 @@ class Identity(nnx.Module):
 MLPS = {"swiglu": SwiGLU, "identity": Identity, "none": None}
 
 
-def rotary(x: Float[Array, "B T H K"], positions: Int[Array, "T"], dim: int, base: float) -> Float[Array, "B T H K"]:
+def rotary(
+    x: Float[Array, "B T H K"], positions: Int[Array, "T"] | Int[Array, "B T"], dim: int, base: float
+) -> Float[Array, "B T H K"]:
     """Rotate pairs (j, j + R/2) of the first R components by position * base^(-2j/dim); the others pass.
 
     An odd `dim` has ceil(dim/2) frequencies, so R is dim + 1 (flash-attention v2.5.2, as attn-1b uses it with 35).
     """
     frequencies = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1))
     half = frequencies.shape[0]
-    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
-    cos, sin = (f(angles)[None, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
+    angles = angles.reshape(positions.size // x.shape[1], x.shape[1], 1, half)
+    cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 

@@ -16,12 +16,17 @@ from based_jax.nn.layers import INIT_STD
 from based_jax.nn.mixers.attention import Attention
 from based_jax.nn.mixers.base_conv import BaseConv
 from based_jax.nn.mixers.conv import GatedConv
+from based_jax.nn.mixers.gla import GLA
 from based_jax.nn.mixers.h3 import H3
+from based_jax.nn.mixers.hgrn2 import HGRN2
 from based_jax.nn.mixers.hyena import Hyena
 from based_jax.nn.mixers.implicit_conv import ImplicitConv
+from based_jax.nn.mixers.lightning import LightningAttention
 from based_jax.nn.mixers.linear import LinearAttention
 from based_jax.nn.mixers.long_conv import LongConv
 from based_jax.nn.mixers.prefix import PrefixLinearAttention
+from based_jax.nn.mixers.retnet import RetNet
+from based_jax.nn.mixers.simple_gla import SimpleGLA
 from based_jax.nn.mixers.taylor import TaylorAttention
 from based_jax.nn.mixers.window import WindowAttention
 
@@ -72,12 +77,17 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "base_conv": BaseConv,
     "conv": GatedConv,
+    "gla": GLA,
     "h3": H3,
+    "hgrn2": HGRN2,
     "hyena": Hyena,
     "implicit_conv": ImplicitConv,
+    "lightning": LightningAttention,
     "linear": LinearAttention,
     "long_conv": LongConv,
     "prefix": PrefixLinearAttention,
+    "retnet": RetNet,
+    "simple_gla": SimpleGLA,
     "taylor": TaylorAttention,
     "window": WindowAttention,
 }

@@ -1,0 +1,190 @@
+"""What the mixers over `ops/gated_linear_attention.py` share: projections, caches, and the three ways through time.
+
+A mixer gives `_gated(x, q, k, v) -> q, k, v, log_decay`, all per head, and its own sizes; x may hold one token or many.
+"""
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from based_jax.dims import BD, BT, BTD
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.ops import segments
+from based_jax.ops.conv import short_conv, short_conv_step
+from based_jax.ops.gated_linear_attention import (
+    BHKV,
+    IMPLEMENTATIONS,
+    gated_linear_attention,
+    gated_linear_attention_step,
+    initial_state,
+)
+
+
+class Cache(NamedTuple):
+    """The state, the inputs of the short convolution, and the tokens that the document has had."""
+
+    state: BHKV
+    conv: Float[Array, "B W channels"]
+    length: Int[Array, "B"]
+
+
+def expanded(name: str, d_model: int, factor: float, num_heads: int) -> int:
+    """Return d_model * factor, which the heads have to divide.
+
+    Raises:
+      UserError: they do not, or the factor is not above 0.
+    """
+    width = int(d_model * factor)
+    if factor <= 0 or num_heads < 1 or width % num_heads:
+        raise UserError(f"{name} {factor} of d_model {d_model} cannot be divided into {num_heads} heads.")
+    return width
+
+
+class GatedLinearMixer(nnx.Module):
+    """Projections to queries, keys and values, an optional short convolution, a decaying state, a norm and a gate.
+
+    Args:
+      key_dim, value_dim: widths of all heads together.
+      conv_size: taps of the convolution over queries, keys and values, with SiLU; 0 for none.
+      rotary: whether queries and keys turn with their place.
+      gate: activation of the gate on the output; None for no gate.
+      norm_dim: width of the RMSNorm of the output; that of a head where None.
+      scale: of the output; 1 / sqrt(K) where None.
+    """
+
+    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
+
+    def __init__(
+        self,
+        d_model: int,
+        config: Any,
+        *,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        conv_size: int = 0,
+        rotary: bool = False,
+        gate: Any = jax.nn.silu,
+        norm_dim: int | None = None,
+        scale: float | None = None,
+        std: float,
+        out_std: float,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        if conv_size < 0:
+            raise UserError(f"conv_size is {conv_size}; it is at least 0.")
+        self.config, self.d_model, self.dtype = config, d_model, dtype
+        self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
+        self.conv_size, self.rotary, self.scale, self.activation = conv_size, rotary, scale, gate
+        self.qkv = layers.linear(d_model, 2 * key_dim + value_dim, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+        if conv_size:
+            self.conv_kernel = layers.uniform((conv_size, 2 * key_dim + value_dim), conv_size, rngs=rngs)
+        if gate is not None:
+            self.gate = layers.linear(d_model, value_dim, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+        self.norm = layers.rms_norm(norm_dim or value_dim // num_heads, rngs=rngs)
+        self.out_proj = layers.linear(value_dim, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+        """Mix a whole sequence."""
+        y = self.qkv(x)
+        if self.conv_size:
+            y = short_conv(y, self.conv_kernel[...], segment_ids=segment_ids)
+        inputs, _ = self._inputs(x, y, jnp.zeros(x.shape[0], jnp.int32), segment_ids)
+        o = gated_linear_attention(*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
+        return self._out(x, o)
+
+    def init_cache(self, batch: int, max_len: int) -> Cache:
+        """Return the cache before the first token; its size does not depend on `max_len`."""
+        H = self.num_heads
+        conv = jnp.zeros((batch, self.conv_size, 2 * self.key_dim + self.value_dim), self.dtype)
+        state = initial_state(batch, H, self.key_dim // H, self.value_dim // H)
+        return Cache(state, conv, jnp.zeros(batch, jnp.int32))
+
+    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
+        """Mix the next tokens of a sequence and return the cache after them."""
+        y, conv = self.qkv(x), cache.conv
+        if self.conv_size:
+            y, conv = short_conv(y, self.conv_kernel[...], state=conv, segment_ids=segment_ids, return_state=True)
+        inputs, length = self._inputs(x, y, cache.length, segment_ids)
+        o, state = gated_linear_attention(
+            *inputs,
+            scale=self.scale,
+            state=cache.state,
+            segment_ids=segment_ids,
+            return_state=True,
+            impl=self.config.impl,
+        )
+        return self._out(x, o), Cache(state, conv, length)
+
+    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
+        """Mix one token and return the cache after it."""
+        y, conv = self.qkv(x), cache.conv
+        if self.conv_size:
+            y, conv = short_conv_step(y, self.conv_kernel[...], conv)
+        q, k, v = self._heads(y)
+        if self.rotary:
+            q, k = (layers.rotary(z[:, None], cache.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
+        q, k, v, log_decay = self._gated(x, q, k, v)
+        o, state = gated_linear_attention_step(q, k, v, log_decay, cache.state, scale=self.scale)
+        return self._out(x, o), Cache(state, conv, cache.length + 1)
+
+    def state_size(self, seq_len: int) -> int:
+        """Return K V elements a head, and the inputs of the short convolution; equal to the cache's."""
+        channels = 2 * self.key_dim + self.value_dim
+        return self.key_dim * self.value_dim // self.num_heads + self.conv_size * channels
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return forward FLOPs: the projections, the taps, and writing and reading the state once."""
+        qkv = 2 * self.key_dim + self.value_dim
+        gate = 0 if self.activation is None else self.value_dim
+        weights = self.d_model * (qkv + gate + self.value_dim) + self.conv_size * qkv + self._gate_weights()
+        return 2 * weights + 4 * self.key_dim * self.value_dim // self.num_heads
+
+    def _gate_weights(self) -> int:
+        """Return the weights of the decay's projections."""
+        return 0
+
+    def _gated(self, x, q, k, v) -> tuple[Array, Array, Array, Array]:
+        raise NotImplementedError
+
+    def _heads(self, y):
+        """Return queries, keys and values by head, after the convolution's activation."""
+        y = jax.nn.silu(y) if self.conv_size else y
+        parts = jnp.split(y, [self.key_dim, 2 * self.key_dim], axis=-1)
+        return tuple(layers.split_heads(part, self.num_heads) for part in parts)
+
+    def _inputs(self, x, y, length, segment_ids):
+        q, k, v = self._heads(y)
+        if self.rotary:
+            ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+            places, length = segments.positions(ids, length)
+            q, k = (layers.rotary(z, places, z.shape[-1], 10000.0) for z in (q, k))
+        return self._gated(x, q, k, v), length
+
+    def _out(self, x, o):
+        if self.norm.num_features == self.value_dim:
+            o = self.norm(layers.merge_heads(o))
+        else:
+            o = layers.merge_heads(self.norm(o))
+        if self.activation is not None:
+            o = o * self.activation(self.gate(x).astype(jnp.float32))
+        return self.out_proj(o.astype(self.dtype))
+
+
+def constant_decay(x: Float[Array, "*T D"], log_decay: Float[Array, "H"]) -> Float[Array, "*T H 1"]:
+    """Return each head's log-decay for every token of x."""
+    return jnp.broadcast_to(log_decay.reshape((1,) * (x.ndim - 1) + (-1, 1)), (*x.shape[:-1], log_decay.size, 1))
+
+
+def head_slopes(num_heads: int) -> list[float]:
+    """Return the slopes 2^(-8 h / H) of ALiBi, h from 1, as lightning attention takes them (powers of two first)."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
+    between = [2 ** (-4 * (2 * h + 1) / power) for h in range(num_heads - power)]
+    return slopes + between

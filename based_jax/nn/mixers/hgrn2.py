@@ -1,0 +1,62 @@
+"""HGRN2: gated linear attention whose keys are what the gates forget (arXiv 2404.07904, section 3)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+from flax import nnx
+
+from based_jax.errors import UserError
+from based_jax.nn.gated import GatedLinearMixer
+
+
+@dataclasses.dataclass(frozen=True)
+class HGRN2Config:
+    """Key channels of a head (heads are D divided by them), and the least share that a gate keeps."""
+
+    expand_ratio: int = 128
+    lower_bound: float = 0.0
+    impl: str = "auto"
+
+
+class HGRN2(GatedLinearMixer):
+    """a = lb + (1 - lb) sigmoid(f), k = 1 - a, q = SiLU(W_q x), RMSNorm over all heads, no gate (equation 6).
+
+    The publication learns the lower bounds of all layers together; here each layer is told its own.
+    Source: fla-org/flash-linear-attention:fla/layers/hgrn2.py, `HGRN2Attention`.
+    """
+
+    Config: ClassVar = HGRN2Config
+    REFERENCE: ClassVar = {
+        "fla": {
+            "out_proj/kernel": "o_proj.weight",
+            "qkv/kernel": ("q_proj.weight", "f_proj.weight", "i_proj.weight"),
+            "norm/scale": "g_norm.weight",
+        }
+    }
+
+    def __init__(self, d_model: int, config: HGRN2Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        if config.expand_ratio < 1 or d_model % config.expand_ratio:
+            raise UserError(f"expand_ratio {config.expand_ratio} does not divide d_model {d_model}.")
+        if not 0 <= config.lower_bound < 1:
+            raise UserError(f"lower_bound is {config.lower_bound}; it is at least 0 and below 1.")
+        super().__init__(
+            d_model,
+            config,
+            num_heads=d_model // config.expand_ratio,
+            key_dim=d_model,
+            value_dim=d_model,
+            gate=None,
+            norm_dim=d_model,
+            std=std,
+            out_std=out_std,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def _gated(self, x, q, k, v):
+        f, bound = k.astype("float32"), self.config.lower_bound
+        if bound:
+            kept = bound + (1 - bound) * jax.nn.sigmoid(f)
+            return jax.nn.silu(q), 1 - kept, v, jax.numpy.log(kept)
+        return jax.nn.silu(q), jax.nn.sigmoid(-f), v, jax.nn.log_sigmoid(f)

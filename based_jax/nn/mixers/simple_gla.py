@@ -1,0 +1,70 @@
+"""Gated linear attention with one data-dependent decay a head (as in arXiv 2405.21060 and 2103.02143)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.nn.gated import GatedLinearMixer, expanded
+
+
+@dataclasses.dataclass(frozen=True)
+class SimpleGLAConfig:
+    """Heads, widths as multiples of D, taps of the short convolution (0: none), and the decay's temperature."""
+
+    num_heads: int = 4
+    expand_k: float = 1.0
+    expand_v: float = 1.0
+    conv_size: int = 4
+    gate_logit_normalizer: float = 16.0
+    impl: str = "auto"
+
+
+class SimpleGLA(GatedLinearMixer):
+    """log a = log sigmoid(W x + b) / 16 by head, short convolutions, RMSNorm by head, SiLU gate.
+
+    Source: fla-org/flash-linear-attention:fla/layers/simple_gla.py, `SimpleGatedLinearAttention`.
+    """
+
+    Config: ClassVar = SimpleGLAConfig
+    REFERENCE: ClassVar = {
+        "fla": {
+            "out_proj/kernel": "o_proj.weight",
+            "qkv/kernel": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+            "conv_kernel": ("q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight"),
+            "gate/kernel": "g_proj.weight",
+            "decay/kernel": "gk_proj.weight",
+            "decay/bias": "gk_proj.bias",
+            "norm/scale": "g_norm_swish_gate.weight",
+        }
+    }
+
+    def __init__(self, d_model: int, config: SimpleGLAConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        if config.gate_logit_normalizer <= 0:
+            raise UserError(f"gate_logit_normalizer is {config.gate_logit_normalizer}; it is above 0.")
+        super().__init__(
+            d_model,
+            config,
+            num_heads=config.num_heads,
+            key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
+            value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
+            conv_size=config.conv_size,
+            std=std,
+            out_std=out_std,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.decay = layers.linear(
+            d_model, config.num_heads, ("embed", "heads"), bias=True, std=std, dtype=jnp.float32, rngs=rngs
+        )
+
+    def _gated(self, x, q, k, v):
+        log_decay = jax.nn.log_sigmoid(self.decay(x)) / self.config.gate_logit_normalizer
+        return q, k, v, log_decay[..., None]
+
+    def _gate_weights(self) -> int:
+        return self.d_model * self.num_heads
