@@ -49,6 +49,7 @@ MIXERS = {
     "zoology_gla": ("gla", {"num_heads": 2}),
     "zoology_h3_init": ("h3", {"d_state": 8, "head_dim": 2}),
     "zoology_hyena": ("hyena", {"l_max": 24}),
+    "zoology_mamba2_init": ("mamba2", {"d_state": 8, "headdim": 16}),
     "zoology_sliding": ("window", {"num_heads": 1, "window": ZOOLOGY(8), **NO_ROTARY}),
     "zoology_mha": ("attention", {"num_heads": 2, **NO_ROTARY}),
     "zoology_base_conv_short": ("base_conv", {}),
@@ -83,6 +84,17 @@ LMS = {
         tie_embeddings=False,
         dtype="float32",
     ),
+    "tiny_mamba_lm": LMConfig(
+        (("mamba", {}),) * 3, d_model=32, vocab_size=97, pad_vocab_multiple=16, mlp="none", dtype="float32"
+    ),
+    "hf_mamba_a": LMConfig(
+        (("mamba", {"d_state": 8}),) * 2,
+        d_model=32,
+        vocab_size=61,
+        pad_vocab_multiple=1,
+        mlp="none",
+        dtype="float32",
+    ),
     "zoology_lm_based": LMConfig(
         (("base_conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 8})),
         d_model=32,
@@ -93,7 +105,7 @@ LMS = {
     ),
 }
 STACKED = [("tiny_based_lm", False), ("tiny_based_lm", True), ("tiny_attn_lm_even", True), ("zoology_lm_based", False)]
-STACKED += [("hf_llama_a", True)]
+STACKED += [("hf_llama_a", True), ("tiny_mamba_lm", False), ("hf_mamba_a", True)]
 CHECKPOINTS = {
     "based-360m": ("based_360m", {}),
     "based-1b-50b": ("based_1b", {}),
@@ -101,6 +113,8 @@ CHECKPOINTS = {
     "attn-360m": ("attn_360m", {}),
     "attn-1b(multiple_of=256)": ("attn_1b", {}),
     "attn-1b(multiple_of=128)": ("attn_1b", {"mlp_dim": 4480}),
+    "mamba-360m": ("mamba_360m", {}),
+    "mamba-1b": ("mamba_1b", {}),
 }
 
 
@@ -160,6 +174,17 @@ def test_prefill_then_decode(name):
         assert_close(end.state, case.outputs["final_state"], FORWARD, "state")
     if kind == "conv":
         assert_close(jnp.moveaxis(end, 1, 2), case.outputs["conv_state_end"], FORWARD, "state")
+
+
+def test_mamba_and_its_states():
+    """This file has no gradients; its convolution keeps the inputs channel first."""
+    case = load("mamba_mixer")
+    mixer = convert.mixer_from_reference("mamba", case.weights)
+    y, _, end = prefill_then_step(mixer, case.inputs["x"], 1)
+    assert_close(y, case.outputs["y"], FORWARD, "y")
+    assert_close(mixer(jnp.asarray(case.inputs["x"])), case.outputs["y"], FORWARD, "y")
+    assert_close(jnp.moveaxis(end.conv, 1, 2), case.outputs["conv_state_end"], FORWARD, "conv")
+    assert_close(end.state, case.outputs["ssm_state_end"], FORWARD, "state")
 
 
 def test_prefix_with_a_mask():
@@ -300,7 +325,7 @@ def test_language_model(name, scan_layers):
 
 @pytest.mark.parametrize(
     ("name", "scan_layers", "greedy"),
-    [("tiny_based_lm", False, 8), ("tiny_based_lm", True, 8), ("hf_llama_a", True, 6)],
+    [("tiny_based_lm", False, 8), ("tiny_based_lm", True, 8), ("hf_llama_a", True, 6), ("hf_mamba_a", False, 0)],
 )
 def test_language_model_decodes(name, scan_layers, greedy):
     case = load(name)
@@ -361,7 +386,8 @@ def test_released_shapes(name):
     fields = configs.load(str(CONFIGS / f"{file}.py")).model.to_dict()
     model = nnx.eval_shape(lambda: LM(configs.build(LMConfig, fields | changes), rngs=nnx.Rngs(0)))
     released = json.loads((FOLDER / "checkpoint_shapes.json").read_text())[name]
-    shapes = {key: shape for (key,), shape in reference_shapes(model, reference_keys(model)).items()}
-    shapes[SKELETONS["based"].head] = shapes[SKELETONS["based"].embedding]
+    skeleton = "mamba" if name.startswith("mamba") else "based"
+    shapes = {key: shape for (key,), shape in reference_shapes(model, reference_keys(model, skeleton)).items()}
+    shapes[SKELETONS[skeleton].head] = shapes[SKELETONS[skeleton].embedding]
     assert shapes == {key: tuple(shape) for key, shape in convert.reference.unwrapped(released["state_dict"]).items()}
     assert model.num_params() == released["params_tied"]

@@ -47,10 +47,19 @@ def linear(
     )
 
 
-def torch_linear(d_in: int, d_out: int, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
-    """Return an fp32 linear layer with torch's default initial values, for the small networks inside mixers."""
-    layer = linear(d_in, d_out, (None, None), bias=bias, std=1.0, dtype=jnp.float32, rngs=rngs)
-    bound = 1 / math.sqrt(d_in)
+def torch_linear(
+    d_in: int,
+    d_out: int,
+    bias: bool,
+    rngs: nnx.Rngs,
+    *,
+    names: tuple[str | None, str | None] = (None, None),
+    dtype=jnp.float32,
+    gain: float = 1.0,
+) -> nnx.Linear:
+    """Return a linear layer with torch's default initial values, U(-1/sqrt(d_in), 1/sqrt(d_in)), times a gain."""
+    layer = linear(d_in, d_out, names, bias=bias, std=1.0, dtype=dtype, rngs=rngs)
+    bound = gain / math.sqrt(d_in)
     layer.kernel[...] = jax.random.uniform(rngs.params(), (d_in, d_out), minval=-bound, maxval=bound)
     if layer.bias is not None:
         layer.bias[...] = jax.random.uniform(rngs.params(), (d_out,), minval=-bound, maxval=bound)

@@ -25,6 +25,7 @@ class Span(NamedTuple):
       reads: the token continues the document of the state before the chunk.
       writes: the token belongs to the document of the state after the chunk.
       keeps: both states belong to the same document.
+      begins: the token is its document's first, so that what came before must be forgotten.
       fresh: the state before the chunk is known to be the empty one, and need not be read.
     """
 
@@ -32,6 +33,7 @@ class Span(NamedTuple):
     reads: Bool[Array, "B C"]
     writes: Bool[Array, "B C"]
     keeps: Bool[Array, "B"]
+    begins: Bool[Array, "B C"]
     fresh: bool
 
 
@@ -91,11 +93,13 @@ def _chunk(chunk: Callable, carry: Any, inputs: Any, fresh: bool):
     (state, owner), (xs, ids) = carry, inputs
     present = ids != 0
     last = jnp.where(present.any(axis=1), segments.last_id(ids), owner)
+    reads = (ids == owner[:, None]) & present
     span = Span(
         visible=segments.same_document(ids, ids) & jnp.tri(ids.shape[1], dtype=bool)[None],
-        reads=(ids == owner[:, None]) & present,
+        reads=reads,
         writes=(ids == last[:, None]) & present,
         keeps=last == owner,
+        begins=present & ~reads & (jnp.diff(ids, axis=1, prepend=0) != 0),
         fresh=fresh,
     )
     y, state = chunk(xs, state, span)

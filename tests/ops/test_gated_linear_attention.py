@@ -157,6 +157,31 @@ def given(*names):
     return names, make
 
 
+def ssd_minimal(impl):
+    """Return SSD's minimal form, whose states are (B, 1, H, P, N)."""
+
+    def call(X, A, B, C, initial_states):
+        state = initial_states[:, 0].swapaxes(2, 3)
+        o, state = gated_linear_attention(C, B, X, A[..., None], scale=1.0, state=state, return_state=True, impl=impl)
+        return o, state.swapaxes(2, 3)
+
+    return call
+
+
+def ssd(impl):
+    """Return SSD with its steps, skip and gate as Mamba-2 puts them around the operation."""
+
+    def call(x, dt, A, B, C, D, z, dt_bias):
+        dt = jax.nn.softplus(dt + dt_bias[None, None])[..., None]
+        B, C = (jnp.repeat(y, x.shape[2], axis=2) for y in (B, C))
+        o, state = gated_linear_attention(
+            C, B, dt * x, dt * A[None, None, :, None], scale=1.0, return_state=True, impl=impl
+        )
+        return (o + D[None, None, :, None] * x) * jax.nn.silu(z), state.swapaxes(2, 3)
+
+    return call
+
+
 QKV = ("q", "k", "v")
 SLOPES = load("lightning_attn2_op_a").inputs["slopes"][:, 0, 0]
 FILES = {
@@ -167,6 +192,8 @@ FILES = {
     "lightning_attn2_op_a": (QKV, lambda impl: heads_first(retention(impl, -SLOPES, scale=1.0))),
     "fla_hgrn2_op_a": (("q", "f", "i"), hgrn2),
     "fla_hgrn_op_a": (("x", "g"), hgrn),
+    "mamba2_ssd_minimal_a": (("X", "A", "B", "C", "initial_states"), ssd_minimal),
+    "mamba2_ssd_full_a": (("x", "dt", "A", "B", "C", "D", "z", "dt_bias"), ssd),
     "rwkv5_op_a": (("receptance", "k", "v", "time_decay", "u"), wkv),
     "fla_rwkv6_op_a": (("receptance", "k", "v", "w", "u", "initial_state"), wkv),
 }

@@ -24,6 +24,8 @@ from based_jax.nn.mixers.implicit_conv import ImplicitConv
 from based_jax.nn.mixers.lightning import LightningAttention
 from based_jax.nn.mixers.linear import LinearAttention
 from based_jax.nn.mixers.long_conv import LongConv
+from based_jax.nn.mixers.mamba import Mamba
+from based_jax.nn.mixers.mamba2 import Mamba2
 from based_jax.nn.mixers.prefix import PrefixLinearAttention
 from based_jax.nn.mixers.retnet import RetNet
 from based_jax.nn.mixers.simple_gla import SimpleGLA
@@ -85,6 +87,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "lightning": LightningAttention,
     "linear": LinearAttention,
     "long_conv": LongConv,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
     "prefix": PrefixLinearAttention,
     "retnet": RetNet,
     "simple_gla": SimpleGLA,

@@ -1,0 +1,152 @@
+"""Mamba: short convolution, selective scan and gate in one layer (arXiv 2312.00752, section 3.4)."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from based_jax.dims import BD, BT, BTD
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.ops.conv import short_conv, short_conv_step
+from based_jax.ops.selective_scan import BDN, IMPLEMENTATIONS, initial_state, selective_scan, selective_scan_step
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig:
+    """States of a channel, taps, inner width as a multiple of D, and the rank of dt (0: D/16, rounded up)."""
+
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int = 0
+    impl: str = "auto"
+
+
+class MambaCache(NamedTuple):
+    """The inputs of the convolution, and the state."""
+
+    conv: Float[Array, "B W inner"]
+    state: BDN
+
+
+class Mamba(nnx.Module):
+    """y = W_o (scan(SiLU(conv(u))) + skip) * SiLU(z), (u, z) = W_i x; dt, B and C from the convolved u.
+
+    `state_size` counts the convolution's inputs too, which the paper's figures leave out.
+    Source: HazyResearch/based:based/models/mixers/mamba/modules/mamba_simple.py, `Mamba`.
+    """
+
+    Config: ClassVar = MambaConfig
+    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
+    REFERENCE: ClassVar = {
+        "mamba": {
+            "out_proj/kernel": "out_proj.weight",
+            "in_proj/kernel": "in_proj.weight",
+            "conv_kernel": "conv1d.weight",
+            "conv_bias": "conv1d.bias",
+            "x_proj/kernel": "x_proj.weight",
+            "dt_proj/kernel": "dt_proj.weight",
+            "dt_proj/bias": "dt_proj.bias",
+            "A_log": "A_log",
+            "D": "D",
+        }
+    }
+
+    def __init__(self, d_model: int, config: MambaConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        for name, least in (("d_state", 1), ("d_conv", 1), ("expand", 1), ("dt_rank", 0)):
+            if getattr(config, name) < least:
+                raise UserError(f"{name} is {getattr(config, name)}; it is at least {least}.")
+        self.config = config
+        self.d_model = d_model
+        self.dtype = dtype
+        self.d_inner, self.dt_rank = config.expand * d_model, config.dt_rank or math.ceil(d_model / 16)
+        inner = {"names": ("embed", "mlp"), "dtype": dtype}
+        self.in_proj = layers.torch_linear(d_model, 2 * self.d_inner, False, rngs, **inner)
+        self.conv_kernel = layers.uniform((config.d_conv, self.d_inner), config.d_conv, rngs=rngs)
+        self.conv_bias = layers.uniform((self.d_inner,), config.d_conv, rngs=rngs)
+        self.x_proj = layers.torch_linear(
+            self.d_inner, self.dt_rank + 2 * config.d_state, False, rngs, names=("mlp", None), dtype=dtype
+        )
+        self.dt_proj = layers.torch_linear(self.dt_rank, self.d_inner, True, rngs, names=(None, "mlp"))
+        self.dt_proj.bias = nnx.Param(inverse_softplus_dt(self.d_inner, rngs), **layers.named("mlp"))
+        states = jnp.log(jnp.arange(1, config.d_state + 1, dtype=jnp.float32))
+        self.A_log = nnx.Param(
+            jnp.array(jnp.broadcast_to(states, (self.d_inner, config.d_state))), **layers.named("mlp", None)
+        )
+        self.D = nnx.Param(jnp.ones(self.d_inner), **layers.named("mlp"))
+        # the reference divides torch's default by sqrt(L); out_std / std is 1 / sqrt(2 L)
+        gain = min(1.0, math.sqrt(2) * out_std / std)
+        self.out_proj = layers.torch_linear(
+            self.d_inner, d_model, False, rngs, names=("mlp", "embed"), dtype=dtype, gain=gain
+        )
+
+    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+        """Mix a whole sequence."""
+        u, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        u = self._activated(short_conv(u, self.conv_kernel[...], segment_ids=segment_ids))
+        dt, B, C = self._selected(u)
+        y = selective_scan(u, dt, self._A(), B, C, segment_ids=segment_ids, impl=self.config.impl)
+        return self._out(u, y, z)
+
+    def init_cache(self, batch: int, max_len: int) -> MambaCache:
+        """Return the cache before the first token; its size does not depend on `max_len`."""
+        conv = jnp.zeros((batch, self.config.d_conv, self.d_inner), self.dtype)
+        return MambaCache(conv, initial_state(batch, self.d_inner, self.config.d_state))
+
+    def prefill(self, x: BTD, cache: MambaCache, segment_ids: BT | None = None) -> tuple[BTD, MambaCache]:
+        """Mix the next tokens of a sequence and return the cache after them."""
+        options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
+        u, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        u, conv = short_conv(u, self.conv_kernel[...], state=cache.conv, **options)
+        u = self._activated(u)
+        dt, B, C = self._selected(u)
+        y, state = selective_scan(u, dt, self._A(), B, C, state=cache.state, impl=self.config.impl, **options)
+        return self._out(u, y, z), MambaCache(conv, state)
+
+    def step(self, x: BD, cache: MambaCache) -> tuple[BD, MambaCache]:
+        """Mix one token and return the cache after it."""
+        u, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        u, conv = short_conv_step(u, self.conv_kernel[...], cache.conv)
+        u = self._activated(u)
+        dt, B, C = self._selected(u)
+        y, state = selective_scan_step(u, dt, self._A(), B, C, cache.state)
+        return self._out(u, y, z), MambaCache(conv, state)
+
+    def state_size(self, seq_len: int) -> int:
+        """Return N states and one input per tap for each inner channel; equal to the cache's."""
+        return self.d_inner * (self.config.d_state + self.config.d_conv)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return forward FLOPs: the projections, the taps, and three operations to write and two to read a state."""
+        selection = (self.dt_rank + 2 * self.config.d_state) + self.dt_rank
+        weights = self.d_inner * (3 * self.d_model + selection + self.config.d_conv)
+        return 2 * weights + 7 * self.d_inner * self.config.d_state
+
+    def _A(self) -> Float[Array, "D N"]:
+        return -jnp.exp(self.A_log[...].astype(jnp.float32))
+
+    def _activated(self, u):
+        return jax.nn.silu(u + self.conv_bias[...].astype(u.dtype).reshape((1,) * (u.ndim - 1) + (-1,)))
+
+    def _selected(self, u):
+        """Return the steps, and the input and output vectors of the state."""
+        parts = jnp.split(self.x_proj(u), [self.dt_rank, self.dt_rank + self.config.d_state], axis=-1)
+        return jax.nn.softplus(self.dt_proj(parts[0])), parts[1], parts[2]
+
+    def _out(self, u, y, z):
+        skip = self.D[...].reshape((1,) * (u.ndim - 1) + (-1,)) * u.astype(jnp.float32)
+        return self.out_proj((y.astype(jnp.float32) + skip).astype(self.dtype) * jax.nn.silu(z))
+
+
+def inverse_softplus_dt(count: int, rngs: nnx.Rngs) -> Float[Array, "_"]:
+    """Return biases whose softplus is a step between 0.001 and 0.1, log-uniform."""
+    dt = jnp.exp(jax.random.uniform(rngs.params(), (count,), minval=math.log(DT_MIN), maxval=math.log(DT_MAX)))
+    dt = jnp.maximum(dt, DT_FLOOR)
+    return dt + jnp.log(-jnp.expm1(-dt))

@@ -1,0 +1,106 @@
+"""Mamba's selective scan: a diagonal state space whose step, input and output depend on the token (arXiv 2312.00752).
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t          y_t = C_t . h_t          (equations 2 and 4, algorithm 2)
+
+Each of D channels has N states of its own. The state is (B, D, N) fp32. What the paper's kernel keeps on chip,
+exp(dt A) and h for every token, exists here for one chunk at a time, in the backward pass too.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax.dims import BD, BT, BTD
+from based_jax.ops import scan
+from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.precision import EXACT
+
+CHUNK = 64
+
+BTN = Float[Array, "B T N"]
+BN = Float[Array, "B N"]
+BDN = Float[Array, "B D N"]
+DN = Float[Array, "D N"]
+
+
+def initial_state(batch: int, channels: int, state_dim: int) -> BDN:
+    """Return the state before the first token."""
+    return jnp.zeros((batch, channels, state_dim), jnp.float32)
+
+
+def selective_scan(
+    u: BTD,
+    dt: BTD,
+    A: DN,
+    B: BTN,
+    C: BTN,
+    *,
+    state: BDN | None = None,
+    segment_ids: BT | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """Scan u (B, T, D) with steps dt >= 0 (B, T, D), A < 0 (D, N), and B, C (B, T, N).
+
+    Args:
+      state: state to start from; it belongs to each row's first document.
+      segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
+      return_state: return (y, state after the last token) instead of y.
+      impl: "recurrent" (token by token), "oracle" (the same), "xla" (associative scans of chunks) or "auto".
+
+    Raises:
+      UserError: `impl` is unknown.
+    """
+    y, state = dispatch("selective_scan", IMPLEMENTATIONS, impl, (u, dt, B, C), A, state, segment_ids)
+    return (y, state) if return_state else y
+
+
+def selective_scan_step(u: BD, dt: BD, A: DN, B: BN, C: BN, state: BDN) -> tuple[BD, BDN]:
+    """Return one token's output and the state after it."""
+    u32, dt = u.astype(jnp.float32), dt.astype(jnp.float32)
+    state = jnp.exp(dt[..., None] * A[None]) * state + (dt * u32)[..., None] * B.astype(jnp.float32)[:, None]
+    y = jnp.einsum("BDN,BN->BD", state, C.astype(jnp.float32), precision=EXACT)
+    return y.astype(u.dtype), state
+
+
+def _recurrent(xs, A: DN, state, segment_ids) -> tuple[Any, Any]:
+    def step(x, state):
+        u, dt, B, C = x
+        return selective_scan_step(u, dt, A, B, C, state)
+
+    return scan.over_tokens(step, xs, _empty(xs, A), state, segment_ids)
+
+
+def _chunked(xs, A: DN, state, segment_ids) -> tuple[Any, Any]:
+    """Compose the affine maps of `CHUNK` tokens by an associative scan; apply them to the state before."""
+
+    def chunk(xs, state: BDN, span: scan.Span):
+        u, dt, B, C = (x.astype(jnp.float32) for x in xs)
+        kept = jnp.exp(dt[..., None] * A[None, None])
+        kept = jnp.where(span.begins[:, :, None, None], 0.0, kept)  # a new document forgets the one before
+        added = (dt * u)[..., None] * B[:, :, None]
+        kept, added = jax.lax.associative_scan(_compose, (kept, added), axis=1)
+        h = added if span.fresh else kept * state[:, None] + added
+        y = jnp.einsum("BTDN,BTN->BTD", h, C, precision=EXACT)
+        return y.astype(xs[0].dtype), h[:, -1]
+
+    return scan.over_chunks(chunk, xs, _empty(xs, A), state, segment_ids, CHUNK)
+
+
+def _compose(first, second):
+    """Return h -> a2 (a1 h + b1) + b2 as its two coefficients."""
+    (a1, b1), (a2, b2) = first, second
+    return a1 * a2, a2 * b1 + b2
+
+
+def _empty(xs, A: DN) -> BDN:
+    return initial_state(xs[0].shape[0], *A.shape)
+
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(_chunked),
+    "recurrent": Implementation(_recurrent),
+    "oracle": Implementation(_recurrent),
+}

@@ -1,0 +1,72 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference_cases import FORWARD, GRADIENT, assert_close, load
+
+from based_jax.ops.selective_scan import CHUNK, initial_state, selective_scan, selective_scan_step
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+D, N = 4, 3
+IMPLS = ("recurrent", "xla")
+
+
+def inputs(normal, T, dtype="float32"):
+    dt = jax.nn.softplus(3 * normal(6, T, D))
+    return normal(6, T, D, dtype=dtype), dt, -jnp.exp(normal(D, N)), *(normal(6, T, N, dtype=dtype) for _ in "BC")
+
+
+def test_oracle_equals_fp64(normal):
+    u, dt, A, B, C = inputs(normal, 6)
+    h = np.zeros((6, D, N))
+    y = selective_scan(u, dt, A, B, C, impl="oracle")
+    for t in range(6):
+        step = np.asarray(dt[:, t], np.float64)[..., None]
+        added = step * np.asarray(B[:, t, None]) * np.asarray(u[:, t, :, None])
+        h = np.exp(step * np.asarray(A, np.float64)) * h + added
+        np.testing.assert_allclose(y[:, t], (h * np.asarray(C[:, t, None])).sum(axis=-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 37, 2 * CHUNK + 3])
+def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
+    ids, state = packed_ids(T), normal(6, D, N)
+
+    def call(impl):
+        def run(u, dt, A, B, C, state):
+            return selective_scan(u, dt, A, B, C, state=state, segment_ids=ids, return_state=True, impl=impl)
+
+        return run
+
+    args, cotangents = (*inputs(normal, T), state), (normal(6, T, D), normal(6, D, N))
+    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla", "oracle")), tolerance=2e-5)
+
+
+def test_bf16_and_steps(normal, close):
+    u, dt, A, B, C = inputs(normal, 9, dtype="bfloat16")
+    y, after = selective_scan(u, dt, A, B, C, return_state=True)
+    assert y.dtype == jnp.bfloat16
+    state = initial_state(6, D, N)
+    for t in range(9):
+        o, state = jax.jit(selective_scan_step)(u[:, t], dt[:, t], A, B[:, t], C[:, t], state)
+        close(o, y[:, t], "bfloat16")
+    close(state, after)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reference(impl, out_and_grads):
+    case = load("mamba1_selective_scan_a")
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+
+    def call(u, delta, A, B, C, D, z, delta_bias):
+        u, delta, B, C, z = (x.swapaxes(1, 2) for x in (u, delta, B, C, z))
+        dt = jax.nn.softplus(delta + delta_bias[None, None])
+        y, state = selective_scan(u, dt, A, B, C, return_state=True, impl=impl)
+        return ((y + D[None, None] * u) * jax.nn.silu(z)).swapaxes(1, 2), state
+
+    args = tuple(jnp.asarray(case.inputs[name]) for name in names)
+    (y, state), grads = out_and_grads(call, args, tuple(jnp.asarray(case.inputs[n]) for n in ("r", "r_state")))
+    assert_close(y, case.outputs["o"], FORWARD, "y")
+    assert_close(state, case.outputs["final_state"], FORWARD, "state")
+    for name, grad in zip(names, grads, strict=True):
+        assert_close(grad, case.gradients[name], GRADIENT, f"gradient of {name}")
