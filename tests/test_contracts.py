@@ -19,11 +19,14 @@ D, T = 16, 9
 
 SMALL = {
     "attention": {"num_heads": 4, "num_kv_heads": 2, "bias": True},
+    "deltanet": {"num_heads": 2},
+    "gated_deltanet": {"num_heads": 2},
     "gla": {"num_heads": 2, "gate_low_rank_dim": 4, "expand_k": 1.0},
     "h3": {"d_state": 4, "head_dim": 2},
     "hgrn2": {"expand_ratio": 8, "lower_bound": 0.1},
     "hyena": {"l_max": 64, "filter_order": 8},
     "implicit_conv": {"l_max": 64, "hidden_dim": 4},
+    "kda": {"num_heads": 2, "head_dim": 4},
     "lightning": {"num_heads": 2},
     "linear": {"num_heads": 2, "feature_dim": 4, "feature_map": "hedgehog"},
     "long_conv": {"l_max": 64},

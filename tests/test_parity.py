@@ -44,6 +44,8 @@ MIXERS = {
     "zoology_based_pos_elu": ("linear", {"num_heads": 2, "feature_map": "elu"}),
     "prefix_linear_attention_a": ("prefix", {"num_heads": 4, "enc_length": 16}),
     "fla_retention_layer_a": ("retnet", {"num_heads": 4}),
+    "fla_kda_layer_a": ("kda", {"num_heads": 2, "head_dim": 8}),
+    "zoology_delta_net": ("deltanet", {"num_heads": 2}),
     "fla_simple_gla_layer_a": ("simple_gla", {"num_heads": 2}),
     "fla_hgrn2_layer_a": ("hgrn2", {"expand_ratio": 16}),
     "zoology_gla": ("gla", {"num_heads": 2}),

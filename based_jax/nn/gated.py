@@ -1,9 +1,11 @@
-"""What the mixers over `ops/gated_linear_attention.py` share: projections, caches, and the three ways through time.
+"""What mixers with a decaying (K, V) state share: projections, caches, and the three ways through time.
 
-A mixer gives `_gated(x, q, k, v) -> q, k, v, log_decay`, all per head, and its own sizes; x may hold one token or many.
+A mixer gives its sizes and `_gated(x, q, k, v)`, which returns what its operation takes (q, k, v, log_decay, ...) by
+head; x may hold one token or many.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -23,6 +25,8 @@ from based_jax.ops.gated_linear_attention import (
     gated_linear_attention_step,
     initial_state,
 )
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
 class Cache(NamedTuple):
@@ -53,11 +57,16 @@ class GatedLinearMixer(nnx.Module):
       conv_size: taps of the convolution over queries, keys and values, with SiLU; 0 for none.
       rotary: whether queries and keys turn with their place.
       gate: activation of the gate on the output; None for no gate.
+      gate_rank: of the gate's projection, with a bias; 0 for a full one.
       norm_dim: width of the RMSNorm of the output; that of a head where None.
       scale: of the output; 1 / sqrt(K) where None.
     """
 
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
+    operation: ClassVar[tuple[Callable[..., Any], Callable[..., Any]]] = (
+        gated_linear_attention,
+        gated_linear_attention_step,
+    )
 
     def __init__(
         self,
@@ -70,6 +79,7 @@ class GatedLinearMixer(nnx.Module):
         conv_size: int = 0,
         rotary: bool = False,
         gate: Any = jax.nn.silu,
+        gate_rank: int = 0,
         norm_dim: int | None = None,
         scale: float | None = None,
         std: float,
@@ -81,12 +91,18 @@ class GatedLinearMixer(nnx.Module):
             raise UserError(f"conv_size is {conv_size}; it is at least 0.")
         self.config, self.d_model, self.dtype = config, d_model, dtype
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
+        self.gate_rank = gate_rank
         self.conv_size, self.rotary, self.scale, self.activation = conv_size, rotary, scale, gate
         self.qkv = layers.linear(d_model, 2 * key_dim + value_dim, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
         if conv_size:
             self.conv_kernel = layers.uniform((conv_size, 2 * key_dim + value_dim), conv_size, rngs=rngs)
-        if gate is not None:
+        if gate is not None and gate_rank == 0:
             self.gate = layers.linear(d_model, value_dim, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+        if gate is not None and gate_rank:
+            self.gate_down = layers.linear(d_model, gate_rank, ("embed", None), std=std, dtype=dtype, rngs=rngs)
+            self.gate_up = layers.linear(
+                gate_rank, value_dim, (None, "heads"), bias=True, std=std, dtype=dtype, rngs=rngs
+            )
         self.norm = layers.rms_norm(norm_dim or value_dim // num_heads, rngs=rngs)
         self.out_proj = layers.linear(value_dim, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
 
@@ -96,7 +112,7 @@ class GatedLinearMixer(nnx.Module):
         if self.conv_size:
             y = short_conv(y, self.conv_kernel[...], segment_ids=segment_ids)
         inputs, _ = self._inputs(x, y, jnp.zeros(x.shape[0], jnp.int32), segment_ids)
-        o = gated_linear_attention(*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
+        o = self.operation[0](*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(x, o)
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
@@ -112,7 +128,7 @@ class GatedLinearMixer(nnx.Module):
         if self.conv_size:
             y, conv = short_conv(y, self.conv_kernel[...], state=conv, segment_ids=segment_ids, return_state=True)
         inputs, length = self._inputs(x, y, cache.length, segment_ids)
-        o, state = gated_linear_attention(
+        o, state = self.operation[0](
             *inputs,
             scale=self.scale,
             state=cache.state,
@@ -130,8 +146,7 @@ class GatedLinearMixer(nnx.Module):
         q, k, v = self._heads(y)
         if self.rotary:
             q, k = (layers.rotary(z[:, None], cache.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
-        q, k, v, log_decay = self._gated(x, q, k, v)
-        o, state = gated_linear_attention_step(q, k, v, log_decay, cache.state, scale=self.scale)
+        o, state = self.operation[1](*self._gated(x, q, k, v), cache.state, scale=self.scale)
         return self._out(x, o), Cache(state, conv, cache.length + 1)
 
     def state_size(self, seq_len: int) -> int:
@@ -142,15 +157,20 @@ class GatedLinearMixer(nnx.Module):
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the taps, and writing and reading the state once."""
         qkv = 2 * self.key_dim + self.value_dim
-        gate = 0 if self.activation is None else self.value_dim
-        weights = self.d_model * (qkv + gate + self.value_dim) + self.conv_size * qkv + self._gate_weights()
+        gate = 0 if self.activation is None else self.d_model * self.value_dim
+        if self.gate_rank:
+            gate = self.gate_rank * (self.d_model + self.value_dim)
+        weights = self.d_model * (qkv + self.value_dim) + self.conv_size * qkv + gate + self._gate_weights()
         return 2 * weights + 4 * self.key_dim * self.value_dim // self.num_heads
 
     def _gate_weights(self) -> int:
-        """Return the weights of the decay's projections."""
+        """Return the weights of the decay's and rate's projections."""
         return 0
 
-    def _gated(self, x, q, k, v) -> tuple[Array, Array, Array, Array]:
+    def _gate(self, x):
+        return self.gate_up(self.gate_down(x)) if self.gate_rank else self.gate(x)
+
+    def _gated(self, x, q, k, v) -> tuple[Array, ...]:
         raise NotImplementedError
 
     def _heads(self, y):
@@ -173,7 +193,7 @@ class GatedLinearMixer(nnx.Module):
         else:
             o = layers.merge_heads(self.norm(o))
         if self.activation is not None:
-            o = o * self.activation(self.gate(x).astype(jnp.float32))
+            o = o * self.activation(self._gate(x).astype(jnp.float32))
         return self.out_proj(o.astype(self.dtype))
 
 
@@ -188,3 +208,32 @@ def head_slopes(num_heads: int) -> list[float]:
     slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
     between = [2 ** (-4 * (2 * h + 1) / power) for h in range(num_heads - power)]
     return slopes + between
+
+
+def unit(x: Float[Array, "*T H K"]) -> Float[Array, "*T H K"]:
+    """Return x / sqrt(|x|^2 + 1e-6), queries and keys of the delta rule."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def softplus_decay(logits: Float[Array, "*T _"], A_log: Float[Array, "_"], dt_bias: Float[Array, "_"]) -> Array:
+    """Return -exp(A_log) softplus(logits + dt_bias), the log-decay of Mamba-2, Gated DeltaNet and KDA."""
+    ones = (1,) * (logits.ndim - 1)
+    step = jax.nn.softplus(logits.astype(jnp.float32) + dt_bias.reshape(*ones, -1))
+    return -jnp.exp(A_log.astype(jnp.float32)).reshape(*ones, -1) * step
+
+
+def bounded_decay(
+    logits: Float[Array, "*T _"], A_log: Float[Array, "_"], dt_bias: Float[Array, "_"], lower_bound: float
+) -> Array:
+    """Return lower_bound sigmoid(exp(A_log) (logits + dt_bias)), KDA's log-decay that never falls below the bound."""
+    ones = (1,) * (logits.ndim - 1)
+    slope = jnp.exp(A_log.astype(jnp.float32)).reshape(*ones, -1)
+    return lower_bound * jax.nn.sigmoid(slope * (logits.astype(jnp.float32) + dt_bias.reshape(*ones, -1)))
+
+
+def inverse_softplus_dt(count: int, rngs: nnx.Rngs) -> Float[Array, "_"]:
+    """Return biases whose softplus is a step between 0.001 and 0.1, log-uniform (Mamba)."""
+    dt = jnp.exp(jax.random.uniform(rngs.params(), (count,), minval=math.log(DT_MIN), maxval=math.log(DT_MAX)))
+    dt = jnp.maximum(dt, DT_FLOOR)
+    return dt + jnp.log(-jnp.expm1(-dt))

@@ -107,7 +107,7 @@ def _chunked(xs, bonus, scale, state, segment_ids) -> tuple[Any, Any]:
         seen = until if bonus is None else until - g  # and to the state that each token reads
         q = q.astype(jnp.float32) * scale
         visible = span.visible if bonus is None else span.visible & ~jnp.eye(g.shape[1], dtype=bool)[None]
-        weights = _weights(q, k.astype(jnp.float32), seen, until, visible, dtype, precision)
+        weights = pair_weights(q, k.astype(jnp.float32), seen, until, visible, dtype, precision)
         o = einsum("BHTS,BSHV->BTHV", weights.astype(dtype), v.astype(dtype), precision)
         if bonus is not None:
             own = jnp.sum(q * bonus[None, None] * k.astype(jnp.float32), axis=-1, keepdims=True)
@@ -125,7 +125,7 @@ def _chunked(xs, bonus, scale, state, segment_ids) -> tuple[Any, Any]:
     return scan.over_chunks(chunk, xs, _empty(xs), state, segment_ids, CHUNK)
 
 
-def _weights(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible, dtype, precision) -> Float[Array, "B H T S"]:
+def pair_weights(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible, dtype, precision) -> Float[Array, "B H T S"]:
     """Return sum_k q_tk k_sk exp(seen_tk - until_sk) of the visible pairs of a chunk, 0 elsewhere."""
     mask = visible[:, None]
     if seen.shape[-1] == 1:

@@ -16,11 +16,14 @@ from based_jax.nn.layers import INIT_STD
 from based_jax.nn.mixers.attention import Attention
 from based_jax.nn.mixers.base_conv import BaseConv
 from based_jax.nn.mixers.conv import GatedConv
+from based_jax.nn.mixers.deltanet import DeltaNet
+from based_jax.nn.mixers.gated_deltanet import GatedDeltaNet
 from based_jax.nn.mixers.gla import GLA
 from based_jax.nn.mixers.h3 import H3
 from based_jax.nn.mixers.hgrn2 import HGRN2
 from based_jax.nn.mixers.hyena import Hyena
 from based_jax.nn.mixers.implicit_conv import ImplicitConv
+from based_jax.nn.mixers.kda import KDA
 from based_jax.nn.mixers.lightning import LightningAttention
 from based_jax.nn.mixers.linear import LinearAttention
 from based_jax.nn.mixers.long_conv import LongConv
@@ -79,11 +82,14 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "base_conv": BaseConv,
     "conv": GatedConv,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
     "gla": GLA,
     "h3": H3,
     "hgrn2": HGRN2,
     "hyena": Hyena,
     "implicit_conv": ImplicitConv,
+    "kda": KDA,
     "lightning": LightningAttention,
     "linear": LinearAttention,
     "long_conv": LongConv,

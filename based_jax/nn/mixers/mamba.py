@@ -12,10 +12,9 @@ from jaxtyping import Array, Float
 from based_jax.dims import BD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.selective_scan import BDN, IMPLEMENTATIONS, initial_state, selective_scan, selective_scan_step
-
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +142,3 @@ class Mamba(nnx.Module):
     def _out(self, u, y, z):
         skip = self.D[...].reshape((1,) * (u.ndim - 1) + (-1,)) * u.astype(jnp.float32)
         return self.out_proj((y.astype(jnp.float32) + skip).astype(self.dtype) * jax.nn.silu(z))
-
-
-def inverse_softplus_dt(count: int, rngs: nnx.Rngs) -> Float[Array, "_"]:
-    """Return biases whose softplus is a step between 0.001 and 0.1, log-uniform."""
-    dt = jnp.exp(jax.random.uniform(rngs.params(), (count,), minval=math.log(DT_MIN), maxval=math.log(DT_MAX)))
-    dt = jnp.maximum(dt, DT_FLOOR)
-    return dt + jnp.log(-jnp.expm1(-dt))

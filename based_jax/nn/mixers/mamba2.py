@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from based_jax.dims import BD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.mixers.mamba import inverse_softplus_dt
+from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.gated_linear_attention import (
     BHKV,

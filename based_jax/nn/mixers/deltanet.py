@@ -1,0 +1,66 @@
+"""DeltaNet: linear attention that overwrites what its state holds under a key (arXiv 2406.06484)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from based_jax.nn import layers
+from based_jax.nn.gated import GatedLinearMixer, expanded, unit
+from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNetConfig:
+    """Heads, widths of queries and values as multiples of D, and taps of the short convolution (0: none)."""
+
+    num_heads: int = 4
+    expand_k: float = 1.0
+    expand_v: float = 1.0
+    conv_size: int = 4
+    impl: str = "auto"
+
+
+class DeltaNet(GatedLinearMixer):
+    """S += beta k (v - S^T k)^T with unit queries and keys, beta = sigmoid(W x), RMSNorm by head (section 3.3).
+
+    Source: HazyResearch/zoology:zoology/mixers/delta_net.py, `DeltaNet`, without its casts to bf16.
+    """
+
+    Config: ClassVar = DeltaNetConfig
+    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
+    operation: ClassVar = (delta_rule, delta_rule_step)
+    REFERENCE: ClassVar = {
+        "zoology": {
+            "out_proj/kernel": "o_proj.weight",
+            "qkv/kernel": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+            "conv_kernel": ("q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight"),
+            "rate/kernel": "b_proj.weight",
+            "norm/scale": "o_norm.weight",
+        }
+    }
+
+    def __init__(self, d_model: int, config: DeltaNetConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        super().__init__(
+            d_model,
+            config,
+            num_heads=config.num_heads,
+            key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
+            value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
+            conv_size=config.conv_size,
+            gate=None,
+            std=std,
+            out_std=out_std,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.rate = layers.linear(d_model, config.num_heads, ("embed", "heads"), std=std, dtype=jnp.float32, rngs=rngs)
+
+    def _gated(self, x, q, k, v):
+        beta = jax.nn.sigmoid(self.rate(x))
+        return unit(q), unit(k), v, jnp.zeros((*beta.shape, 1)), beta
+
+    def _gate_weights(self) -> int:
+        return self.d_model * self.num_heads

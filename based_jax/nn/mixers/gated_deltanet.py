@@ -1,0 +1,75 @@
+"""Gated DeltaNet: the delta rule on a state that each head forgets at its own rate (arXiv 2412.06464)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from based_jax.nn import layers
+from based_jax.nn.gated import GatedLinearMixer, expanded, inverse_softplus_dt, softplus_decay, unit
+from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaNetConfig:
+    """Heads, widths of queries and values as multiples of D, and taps of the short convolution (0: none)."""
+
+    num_heads: int = 4
+    expand_k: float = 1.0
+    expand_v: float = 2.0
+    conv_size: int = 4
+    impl: str = "auto"
+
+
+class GatedDeltaNet(GatedLinearMixer):
+    """S = a S, then the delta rule; log a = -exp(A_log) softplus(W x + dt_bias), SiLU gate (equation 10, section 3.4).
+
+    Source: HazyResearch/zoology:zoology/mixers/gated_delta_net.py, `GatedDeltaNet`, without its casts to bf16.
+    """
+
+    Config: ClassVar = GatedDeltaNetConfig
+    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
+    operation: ClassVar = (delta_rule, delta_rule_step)
+    REFERENCE: ClassVar = {
+        "zoology": {
+            "out_proj/kernel": "o_proj.weight",
+            "qkv/kernel": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+            "conv_kernel": ("q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight"),
+            "gate/kernel": "g_proj.weight",
+            "rate/kernel": "b_proj.weight",
+            "decay/kernel": "a_proj.weight",
+            "A_log": "A_log",
+            "dt_bias": "dt_bias",
+            "norm/scale": "o_norm.weight",
+        }
+    }
+
+    def __init__(self, d_model: int, config: GatedDeltaNetConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        super().__init__(
+            d_model,
+            config,
+            num_heads=config.num_heads,
+            key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
+            value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
+            conv_size=config.conv_size,
+            std=std,
+            out_std=out_std,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        H = config.num_heads
+        self.rate, self.decay = (
+            layers.linear(d_model, H, ("embed", "heads"), std=std, dtype=jnp.float32, rngs=rngs) for _ in range(2)
+        )
+        A = jax.random.uniform(rngs.params(), (H,), minval=1.0, maxval=16.0)
+        self.A_log = nnx.Param(jnp.log(A), **layers.named("heads"))
+        self.dt_bias = nnx.Param(inverse_softplus_dt(H, rngs), **layers.named("heads"))
+
+    def _gated(self, x, q, k, v):
+        log_decay = softplus_decay(self.decay(x), self.A_log[...], self.dt_bias[...])
+        return unit(q), unit(k), v, log_decay[..., None], jax.nn.sigmoid(self.rate(x))
+
+    def _gate_weights(self) -> int:
+        return 2 * self.d_model * self.num_heads

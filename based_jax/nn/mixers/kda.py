@@ -1,0 +1,96 @@
+"""Kimi delta attention: the delta rule on a state that each key channel forgets at its own rate (arXiv 2510.26692)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.nn.gated import GatedLinearMixer, bounded_decay, inverse_softplus_dt, softplus_decay, unit
+from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
+
+
+@dataclasses.dataclass(frozen=True)
+class KDAConfig:
+    """Heads, key channels of a head, value channels as a multiple of them, taps, and a bound on the log-decay."""
+
+    num_heads: int = 8
+    head_dim: int = 128
+    expand_v: float = 1.0
+    conv_size: int = 4
+    lower_bound: float | None = None
+    impl: str = "auto"
+
+
+class KDA(GatedLinearMixer):
+    """log a = -exp(A_log) softplus(W2 W1 x + dt_bias) by channel, delta rule, low-rank sigmoid gate (section 3).
+
+    With a `lower_bound` L < 0, log a = L sigmoid(exp(A_log) (W2 W1 x + dt_bias)) instead.
+
+    Source: fla-org/flash-linear-attention:fla/layers/kda.py, `KimiDeltaAttention`.
+    """
+
+    Config: ClassVar = KDAConfig
+    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
+    operation: ClassVar = (delta_rule, delta_rule_step)
+    REFERENCE: ClassVar = {
+        "fla": {
+            "out_proj/kernel": "o_proj.weight",
+            "qkv/kernel": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+            "conv_kernel": ("q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight"),
+            "gate_down/kernel": "g_proj.0.weight",
+            "gate_up/kernel": "g_proj.1.weight",
+            "gate_up/bias": "g_proj.1.bias",
+            "decay_down/kernel": "f_proj.0.weight",
+            "decay_up/kernel": "f_proj.1.weight",
+            "rate/kernel": "b_proj.weight",
+            "A_log": "A_log",
+            "dt_bias": "dt_bias",
+            "norm/scale": "o_norm.weight",
+        }
+    }
+
+    def __init__(self, d_model: int, config: KDAConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        for name in ("num_heads", "head_dim", "conv_size"):
+            if getattr(config, name) < 1:
+                raise UserError(f"{name} is {getattr(config, name)}; it is at least 1.")
+        if config.expand_v <= 0:
+            raise UserError(f"expand_v is {config.expand_v}; it is above 0.")
+        if config.lower_bound is not None and config.lower_bound >= 0:
+            raise UserError(f"lower_bound is {config.lower_bound}; it is below 0, or None.")
+        K, V, H = config.head_dim, int(config.head_dim * config.expand_v), config.num_heads
+        super().__init__(
+            d_model,
+            config,
+            num_heads=H,
+            key_dim=H * K,
+            value_dim=H * V,
+            conv_size=config.conv_size,
+            gate=jax.nn.sigmoid,
+            gate_rank=V,
+            std=std,
+            out_std=out_std,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.decay_down = layers.linear(d_model, V, ("embed", None), std=std, dtype=jnp.float32, rngs=rngs)
+        self.decay_up = layers.linear(V, H * K, (None, "heads"), std=std, dtype=jnp.float32, rngs=rngs)
+        self.rate = layers.linear(d_model, H, ("embed", "heads"), std=std, dtype=jnp.float32, rngs=rngs)
+        A = jax.random.uniform(rngs.params(), (H,), minval=1.0, maxval=16.0)
+        self.A_log = nnx.Param(jnp.log(A), **layers.named("heads"))
+        self.dt_bias = nnx.Param(inverse_softplus_dt(H * K, rngs), **layers.named("heads"))
+
+    def _gated(self, x, q, k, v):
+        logits, A_log = self.decay_up(self.decay_down(x)), jnp.repeat(self.A_log[...], self.config.head_dim)
+        if self.config.lower_bound is None:
+            log_decay = softplus_decay(logits, A_log, self.dt_bias[...])
+        else:
+            log_decay = bounded_decay(logits, A_log, self.dt_bias[...], self.config.lower_bound)
+        return unit(q), unit(k), v, layers.split_heads(log_decay, self.num_heads), jax.nn.sigmoid(self.rate(x))
+
+    def _gate_weights(self) -> int:
+        rank = self.value_dim // self.num_heads
+        return self.d_model * (rank + self.num_heads) + rank * self.key_dim

@@ -1,0 +1,160 @@
+"""Linear attention that corrects its state: the delta rule, its gated forms, and the diagonal plus low rank form.
+
+    S_t = diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T          o_t = scale q_t^T S_t          w = exp(log_decay)
+
+is RWKV-7's recurrence (arXiv 2503.14456, equation 16). DeltaNet, Gated DeltaNet and KDA are a = w k, b = -beta k and
+beta k for k: the state first decays, then its value under k moves by beta towards v (arXiv 2406.06484, 2412.06464).
+
+In a chunk with the state S_0 before it, u_t = a_t^T S_{t-1} obeys a triangular system: with c_t the cumulative
+log-decay and [x, y]_ts = sum_k x_tk y_sk exp(c_{t-1,k} - c_sk) for s < t (the WY form, arXiv 2406.06484, section 3.2),
+
+    (I - [a, b]) U = [a, k] V + (a exp(c_{t-1})) S_0
+
+after which o and S are those of gated linear attention with keys k, b and values v, u. The state is (B, H, K, V) fp32.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax.dims import BHK, BHV, BT, BTHK, BTHV
+from based_jax.ops import scan
+from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.gated_linear_attention import BHKV, Decay, initial_state, pair_weights
+from based_jax.ops.precision import EXACT, einsum, product_policy
+
+CHUNK = 64
+
+Rate = Float[Array, "B T H"]
+
+
+def delta_rule(q: BTHK, k: BTHK, v: BTHV, log_decay: Decay, beta: Rate, **options: Any) -> Any:
+    """Attend with the (gated) delta rule over (B, T, H, .) arrays.
+
+    Args:
+      k: keys; the publications normalise them to length 1.
+      log_decay: at most 0; (B, T, H, K), or (B, T, H, 1) for one decay a head.
+      beta: how far (B, T, H) the value under a key moves, 0 to 1 (2 for negative eigenvalues).
+      options: those of `dplr`.
+    """
+    k32, rate = k.astype(jnp.float32), beta.astype(jnp.float32)[..., None]
+    return dplr(q, (rate * k32).astype(k.dtype), v, log_decay, jnp.exp(log_decay) * k32, -rate * k32, **options)
+
+
+def delta_rule_step(
+    q: BHK, k: BHK, v: BHV, log_decay: Float[Array, "B H #K"], beta: Float[Array, "B H"], state: BHKV, **options: Any
+) -> tuple[BHV, BHKV]:
+    """Return one token's output and the state after it."""
+    k32, rate = k.astype(jnp.float32), beta.astype(jnp.float32)[..., None]
+    return dplr_step(q, rate * k32, v, log_decay, jnp.exp(log_decay) * k32, -rate * k32, state, **options)
+
+
+def dplr(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    log_decay: Decay,
+    a: BTHK,
+    b: BTHK,
+    *,
+    scale: float | None = None,
+    state: BHKV | None = None,
+    segment_ids: BT | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """Attend with a transition that is diagonal plus a b^T, for any T.
+
+    Args:
+      log_decay: at most 0; (B, T, H, K), or (B, T, H, 1) for one decay a head.
+      a, b: what a token reads of the state before it decays, and where it writes that to: (B, T, H, K).
+      scale: of the output; 1 / sqrt(K) where None.
+      state: state to start from; it belongs to each row's first document.
+      segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
+      return_state: return (o, state after the last token) instead of o.
+      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T) or "auto".
+
+    Raises:
+      UserError: `impl` is unknown.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    a, b, log_decay = (x.astype(jnp.float32) for x in (a, b, log_decay))
+    o, state = dispatch("delta_rule", IMPLEMENTATIONS, impl, (q, k, v, log_decay, a, b), scale, state, segment_ids)
+    return (o, state) if return_state else o
+
+
+def dplr_step(
+    q: BHK,
+    k: BHK,
+    v: BHV,
+    log_decay: Float[Array, "B H #K"],
+    a: BHK,
+    b: BHK,
+    state: BHKV,
+    *,
+    scale: float | None = None,
+) -> tuple[BHV, BHKV]:
+    """Return one token's output and the state after it."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
+    u = jnp.einsum("BHK,BHKV->BHV", a, state, precision=EXACT)
+    written = b[..., None] * u[..., None, :] + k[..., None] * v32[..., None, :]
+    state = jnp.exp(log_decay)[..., None] * state + written
+    return (scale * jnp.einsum("BHK,BHKV->BHV", q, state, precision=EXACT)).astype(v.dtype), state
+
+
+def _recurrent(xs, scale, state, segment_ids) -> tuple[Any, Any]:
+    def step(x, state):
+        q, k, v, log_decay, a, b = x
+        return dplr_step(q, k, v, log_decay, a, b, state, scale=scale)
+
+    return scan.over_tokens(step, xs, _empty(xs), state, segment_ids)
+
+
+def _chunked(xs, scale, state, segment_ids) -> tuple[Any, Any]:
+    """Solve for what every token of a chunk reads, then attend; the solve is fp32."""
+
+    def chunk(xs, state: BHKV, span: scan.Span):
+        q, k, v, g, a, b = (x.astype(jnp.float32) for x in xs)
+        dtype, precision = product_policy(xs[2].dtype)
+        until = jnp.cumsum(g, axis=1)
+        before = span.visible & ~jnp.eye(g.shape[1], dtype=bool)[None]
+
+        def weights(x, y, mask, seen):
+            return pair_weights(x, y, seen, until, mask, jnp.float32, EXACT)
+
+        right = einsum("BHTS,BSHV->BHTV", weights(a, k, before, until - g), v, EXACT)
+        if not span.fresh:
+            read = a * jnp.exp(until - g) * span.reads[:, :, None, None]
+            right = right + einsum("BTHK,BHKV->BHTV", read, state, EXACT)
+        system = jnp.eye(g.shape[1])[None, None] - weights(a, b, before, until - g)
+        u = jax.lax.linalg.triangular_solve(system, right, left_side=True, lower=True, unit_diagonal=True)
+        u = jnp.moveaxis(u, 1, 2)
+
+        o = jnp.zeros_like(v)
+        left = jnp.exp(until[:, -1:] - until) * span.writes[:, :, None, None]
+        after = jnp.where(span.keeps[:, None, None, None], state * jnp.exp(until[:, -1])[..., None], 0.0)
+        for keys, values in ((k, v), (b, u)):
+            p = weights(q, keys, span.visible, until).astype(dtype)
+            o = o + einsum("BHTS,BSHV->BTHV", p, values.astype(dtype), precision)
+            after = after + einsum("BTHK,BTHV->BHKV", (keys * left).astype(dtype), values.astype(dtype), precision)
+        if not span.fresh:
+            read = q * jnp.exp(until) * span.reads[:, :, None, None]
+            o = o + einsum("BTHK,BHKV->BTHV", read.astype(dtype), state.astype(dtype), precision)
+        return (scale * o).astype(xs[2].dtype), after
+
+    return scan.over_chunks(chunk, xs, _empty(xs), state, segment_ids, CHUNK)
+
+
+def _empty(xs) -> BHKV:
+    q, v = xs[0], xs[2]
+    return initial_state(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(_chunked),
+    "recurrent": Implementation(_recurrent),
+    "oracle": Implementation(_recurrent),
+}

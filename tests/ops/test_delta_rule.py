@@ -1,0 +1,117 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference_cases import FORWARD, GRADIENT, assert_close, load
+
+from based_jax.ops.delta_rule import CHUNK, delta_rule, delta_rule_step, dplr, dplr_step
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+H, K, V, B = 2, 5, 3, 6
+IMPLS = ("recurrent", "xla")
+
+
+def unit(x):
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def inputs(normal, T, per_head=False, dtype="float32"):
+    """Return q, k of length 1, v, log-decays, and rates."""
+    g = -(normal(B, T, H, 1 if per_head else K) ** 2)
+    q, k, v = normal(B, T, H, K), unit(normal(B, T, H, K)), normal(B, T, H, V)
+    return *(x.astype(dtype) for x in (q, k, v)), g, jax.nn.sigmoid(normal(B, T, H))
+
+
+def low_rank(normal, T):
+    """Return a and b of length at most 1, as RWKV-7 has them, so that the state stays bounded."""
+    direction = unit(normal(B, T, H, K))
+    return -direction, direction * jax.nn.sigmoid(normal(B, T, H, 1))
+
+
+def test_oracle_is_the_delta_rule_in_fp64(normal):
+    args = inputs(normal, 8)
+    q, k, v, g, beta = (np.asarray(x, np.float64) for x in args)
+    o = delta_rule(*args, impl="oracle", scale=0.5)
+    s = np.zeros((B, H, K, V))
+    for t in range(8):
+        s = np.exp(g[:, t])[..., None] * s
+        error = v[:, t] - np.einsum("bhk,bhkv->bhv", k[:, t], s)
+        s = s + beta[:, t, :, None, None] * np.einsum("bhk,bhv->bhkv", k[:, t], error)
+        np.testing.assert_allclose(o[:, t], 0.5 * np.einsum("bhk,bhkv->bhv", q[:, t], s), atol=1e-5)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("T", [1, 37, 2 * CHUNK + 3])
+def test_chunked_equals_the_oracle(T, per_head, normal, packed_ids, out_and_grads, close):
+    q, k, v, g, _ = inputs(normal, T, per_head)
+    args, ids = (q, k, v, g, *low_rank(normal, T), normal(B, H, K, V)), packed_ids(T)
+
+    def call(impl):
+        def run(q, k, v, g, a, b, state):
+            return dplr(q, k, v, g, a, b, state=state, segment_ids=ids, return_state=True, impl=impl)
+
+        return run
+
+    cotangents = normal(B, T, H, V), normal(B, H, K, V)
+    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla", "oracle")), tolerance=5e-5)
+
+
+def test_without_decay_a_key_of_length_one_is_overwritten(normal):
+    """With beta 1, a repeated key answers with its last value."""
+    k, v = unit(normal(1, 1, 1, K)), normal(1, 3, 1, V)
+    keys, zeros = jnp.repeat(k, 3, axis=1), jnp.zeros((1, 3, 1, 1))
+    o = delta_rule(keys, keys, v, zeros, jnp.ones((1, 3, 1)), scale=1.0)
+    np.testing.assert_allclose(o, v, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bf16_stays_close(impl, normal, close):
+    args = inputs(normal, 70, dtype="bfloat16")
+    o = delta_rule(*args, impl=impl)
+    assert o.dtype == jnp.bfloat16
+    close(o, delta_rule(*(x.astype(jnp.float32) for x in args), impl="oracle"), "bfloat16")
+
+
+def test_steps_equal_one_call(normal, close):
+    args, (a, b) = inputs(normal, 6), low_rank(normal, 6)
+    for whole_call, step, xs in ((delta_rule, delta_rule_step, args), (dplr, dplr_step, (*args[:4], a, b))):
+        whole, after = whole_call(*xs, return_state=True)
+        state = jnp.zeros((B, H, K, V))
+        for t in range(6):
+            o, state = jax.jit(step)(*(x[:, t] for x in xs), state)
+            close(o, whole[:, t])
+        close(state, after)
+
+
+def kda(impl):
+    def call(q, k, v, g, beta):
+        return delta_rule(q, k, v, g, beta, return_state=True, impl=impl)
+
+    return call
+
+
+def rwkv7(impl):
+    def call(receptance, k, v, w, a, b, initial_state):
+        return dplr(receptance, k, v, w, a, b, scale=1.0, state=initial_state, return_state=True, impl=impl)
+
+    return call
+
+
+FILES = {
+    "fla_kda_op_a": (("q", "k", "v", "g", "beta"), kda),
+    "fla_rwkv7_op_a": (("receptance", "k", "v", "w", "a", "b", "initial_state"), rwkv7),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", FILES)
+def test_reference(name, impl, out_and_grads):
+    case, (names, make) = load(name), FILES[name]
+    args = tuple(jnp.asarray(case.inputs[n], jnp.float32) for n in names)
+    cotangents = tuple(jnp.asarray(case.inputs[n]) for n in ("r", "r_state"))
+    (o, state), grads = out_and_grads(make(impl), args, cotangents)
+    assert_close(o, case.outputs["o"], FORWARD, "o")
+    assert_close(state, case.outputs["final_state"], FORWARD, "state")
+    for n, grad in zip(names, grads, strict=True):
+        assert_close(grad, case.gradients[n], GRADIENT, f"gradient of {n}")
