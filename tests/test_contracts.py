@@ -34,6 +34,11 @@ SMALL = {
     "mamba2": {"d_state": 4, "headdim": 8, "ngroups": 2},
     "prefix": {"num_heads": 2, "feature_dim": 4},
     "retnet": {"num_heads": 2},
+    "rwkv4_channel_mix": {"expand": 2.0},
+    "rwkv5": {"head_size": 8},
+    "rwkv6": {"num_heads": 2, "proj_low_rank_dim": 2, "gate_low_rank_dim": 4},
+    "rwkv7": {"head_dim": 8, **dict.fromkeys(("decay_low_rank_dim", "gate_low_rank_dim", "a_low_rank_dim"), 4)},
+    "rwkv7_channel_mix": {"expand": 2.0},
     "simple_gla": {"num_heads": 2},
     "taylor": {"num_heads": 2, "feature_dim": 4},
     "window": {"num_heads": 2, "window": 4},
@@ -181,8 +186,9 @@ def test_impossible_options_are_refused(kind):
             options = {**SMALL.get(kind, {}), field.name: IMPOSSIBLE[type(field.default)]}
             with pytest.raises(UserError, match=str(options[field.name])):
                 make_mixer(kind, D, rngs=nnx.Rngs(0), **options)(jnp.ones((1, 4, D)))
-    with pytest.raises(UserError, match=f"Unknown option of mixer '{kind}' 'impll': did you mean 'impl'"):
-        make_mixer(kind, D, rngs=nnx.Rngs(0), impll="auto")
+    name = dataclasses.fields(MIXERS[kind].Config)[0].name
+    with pytest.raises(UserError, match=f"Unknown option of mixer '{kind}' '{name}l': did you mean '{name}'"):
+        make_mixer(kind, D, rngs=nnx.Rngs(0), **{f"{name}l": 1})
 
 
 def test_declares_what_it_is(kind):

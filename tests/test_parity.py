@@ -22,6 +22,7 @@ from based_jax.nn import layers
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS as KINDS
 from based_jax.ops import taylor
+from based_jax.ops.wkv4 import wkv4
 from based_jax.optim import decay_groups
 from based_jax.train.step import IGNORED, loss_sums
 
@@ -31,6 +32,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 FC = ("fc1", "fc2")
 IMPLS = ("oracle", "recurrent", "xla")
+RWKV7 = {"decay_low_rank_dim": 6, "gate_low_rank_dim": 8, "a_low_rank_dim": 5, "v_low_rank_dim": 4}
 BASED, ZOOLOGY = convert.window_from_based, convert.window_from_zoology
 NO_ROTARY = {"rotary_fraction": 0.0, "bias": True}
 MIXERS = {
@@ -46,6 +48,11 @@ MIXERS = {
     "fla_retention_layer_a": ("retnet", {"num_heads": 4}),
     "fla_kda_layer_a": ("kda", {"num_heads": 2, "head_dim": 8}),
     "zoology_delta_net": ("deltanet", {"num_heads": 2}),
+    "fla_rwkv6_layer_a": ("rwkv6", {"num_heads": 2, "proj_low_rank_dim": 4, "gate_low_rank_dim": 8}),
+    "fla_rwkv7_layer_l0_a": ("rwkv7", {"head_dim": 16, **RWKV7}),
+    "zoology_rwkv7_a": ("rwkv7", {"head_dim": 16, **RWKV7}),
+    "zoology_rwkv5_a": ("rwkv5", {"head_size": 16}),
+    "hf_rwkv4_time_mix_a": ("rwkv4", {}),
     "fla_simple_gla_layer_a": ("simple_gla", {"num_heads": 2}),
     "fla_hgrn2_layer_a": ("hgrn2", {"expand_ratio": 16}),
     "zoology_gla": ("gla", {"num_heads": 2}),
@@ -97,6 +104,17 @@ LMS = {
         mlp="none",
         dtype="float32",
     ),
+    "hf_rwkv4_lm_a": LMConfig(
+        (("rwkv4", {}), ("rwkv4_channel_mix", {"expand": 2.0})) * 2,
+        d_model=32,
+        vocab_size=61,
+        pad_vocab_multiple=1,
+        mlp="none",
+        norm="layer",
+        embed_norm=True,
+        tie_embeddings=False,
+        dtype="float32",
+    ),
     "zoology_lm_based": LMConfig(
         (("base_conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 8})),
         d_model=32,
@@ -107,7 +125,7 @@ LMS = {
     ),
 }
 STACKED = [("tiny_based_lm", False), ("tiny_based_lm", True), ("tiny_attn_lm_even", True), ("zoology_lm_based", False)]
-STACKED += [("hf_llama_a", True), ("tiny_mamba_lm", False), ("hf_mamba_a", True)]
+STACKED += [("hf_llama_a", True), ("tiny_mamba_lm", False), ("hf_mamba_a", True), ("hf_rwkv4_lm_a", True)]
 CHECKPOINTS = {
     "based-360m": ("based_360m", {}),
     "based-1b-50b": ("based_1b", {}),
@@ -161,7 +179,7 @@ def test_mixer(name, impl, out_and_grads):
     assert_gradients(grads, convert.mixer_from_reference(kind, case.gradients, **options))
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if not name.startswith("zoology")])
+@pytest.mark.parametrize("name", [name for name in MIXERS if not name.startswith(("zoology", "hf"))])
 def test_prefill_then_decode(name):
     kind, options = MIXERS[name]
     case = load(name)
@@ -187,6 +205,42 @@ def test_mamba_and_its_states():
     assert_close(mixer(jnp.asarray(case.inputs["x"])), case.outputs["y"], FORWARD, "y")
     assert_close(jnp.moveaxis(end.conv, 1, 2), case.outputs["conv_state_end"], FORWARD, "conv")
     assert_close(end.state, case.outputs["ssm_state_end"], FORWARD, "state")
+
+
+def test_rwkv7_leans_on_the_first_layer_s_values(out_and_grads):
+    case, options = load("fla_rwkv7_layer_l1_a"), {"head_dim": 8, "value_residual": True, **RWKV7}
+    graphdef, params = nnx.split(convert.mixer_from_reference("rwkv7", case.weights, **options))
+    args = params, jnp.asarray(case.inputs["x"]), jnp.asarray(case.inputs["v_first"])
+    y, (grads, grad_x, grad_v) = out_and_grads(
+        lambda params, x, v: nnx.merge(graphdef, params)(x, v_first=v), args, jnp.asarray(case.inputs["r"])
+    )
+    assert_close(y, case.outputs["y"], FORWARD, "y")
+    assert_close(grad_x, case.gradients.pop("x"), GRADIENT, "gradient of x")
+    assert_close(grad_v, case.gradients.pop("v_first"), GRADIENT, "gradient of v_first")
+    assert_gradients(grads, convert.mixer_from_reference("rwkv7", case.gradients, **options))
+
+
+def test_rwkv7_channel_mix():
+    """The file is of an operation: its matrices multiply from the right, and it starts from a token before."""
+    case = load("fla_rwkv7_channel_mix_a")
+    mixer = KINDS["rwkv7_channel_mix"](
+        32, KINDS["rwkv7_channel_mix"].Config(expand=2.0), std=1.0, out_std=1.0, dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    mixer.key.kernel[...], mixer.value.kernel[...] = (jnp.asarray(case.inputs[f"{n}_weight"]) for n in ("key", "value"))
+    mixer.mix[...] = jnp.asarray(case.inputs["x_k"])[None]
+    y, last = mixer.prefill(jnp.asarray(case.inputs["x"]), jnp.asarray(case.inputs["x_prev"]))
+    assert_close(y, case.outputs["o"], FORWARD)
+    assert_close(last, case.inputs["x"][:, -1], 0.0)
+
+
+def test_wkv4_and_its_state():
+    case = load("hf_rwkv4_time_mix_a")
+    decay = -jnp.exp(jnp.asarray(case.weights["time_decay"]))
+    key, value = (jnp.asarray(case.outputs[name]) for name in ("key", "value"))
+    wkv, state = wkv4(key, value, decay, jnp.asarray(case.weights["time_first"]), return_state=True)
+    assert_close(wkv, case.outputs["wkv"], FORWARD)
+    for name in ("num", "den", "max"):
+        assert_close(getattr(state, name), case.outputs[f"state_{name}"], FORWARD, name)
 
 
 def test_prefix_with_a_mask():
@@ -327,7 +381,13 @@ def test_language_model(name, scan_layers):
 
 @pytest.mark.parametrize(
     ("name", "scan_layers", "greedy"),
-    [("tiny_based_lm", False, 8), ("tiny_based_lm", True, 8), ("hf_llama_a", True, 6), ("hf_mamba_a", False, 0)],
+    [
+        ("tiny_based_lm", False, 8),
+        ("tiny_based_lm", True, 8),
+        ("hf_llama_a", True, 6),
+        ("hf_mamba_a", False, 0),
+        ("hf_rwkv4_lm_a", False, 0),
+    ],
 )
 def test_language_model_decodes(name, scan_layers, greedy):
     case = load(name)

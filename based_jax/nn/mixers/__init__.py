@@ -31,6 +31,12 @@ from based_jax.nn.mixers.mamba import Mamba
 from based_jax.nn.mixers.mamba2 import Mamba2
 from based_jax.nn.mixers.prefix import PrefixLinearAttention
 from based_jax.nn.mixers.retnet import RetNet
+from based_jax.nn.mixers.rwkv4 import RWKV4
+from based_jax.nn.mixers.rwkv4_channel_mix import RWKV4ChannelMix
+from based_jax.nn.mixers.rwkv5 import RWKV5
+from based_jax.nn.mixers.rwkv6 import RWKV6
+from based_jax.nn.mixers.rwkv7 import RWKV7
+from based_jax.nn.mixers.rwkv7_channel_mix import RWKV7ChannelMix
 from based_jax.nn.mixers.simple_gla import SimpleGLA
 from based_jax.nn.mixers.taylor import TaylorAttention
 from based_jax.nn.mixers.window import WindowAttention
@@ -97,6 +103,12 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba2": Mamba2,
     "prefix": PrefixLinearAttention,
     "retnet": RetNet,
+    "rwkv4": RWKV4,
+    "rwkv4_channel_mix": RWKV4ChannelMix,
+    "rwkv5": RWKV5,
+    "rwkv6": RWKV6,
+    "rwkv7": RWKV7,
+    "rwkv7_channel_mix": RWKV7ChannelMix,
     "simple_gla": SimpleGLA,
     "taylor": TaylorAttention,
     "window": WindowAttention,

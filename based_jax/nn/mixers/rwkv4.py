@@ -1,0 +1,71 @@
+"""RWKV-4's time mixing: an average of values by keys and their age (arXiv 2305.13048)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from based_jax.nn import layers
+from based_jax.nn.rwkv import TimeMix, mix_parameter, per_channel
+from based_jax.ops.wkv4 import IMPLEMENTATIONS, initial_state, wkv4, wkv4_step
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV4Config:
+    """Nothing but the implementation: every channel is a head."""
+
+    impl: str = "auto"
+
+
+class RWKV4(TimeMix):
+    """y = W_o (sigmoid(r) wkv(k, v)); r, k, v are projections of mixes of a token and the one before (section 3).
+
+    The initial decays and shares are even; the publication spreads them by layer, which a mixer does not know.
+    Source: transformers:models/rwkv/modeling_rwkv.py, `RwkvSelfAttention`.
+    """
+
+    Config: ClassVar = RWKV4Config
+    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
+    operation: ClassVar = (wkv4, wkv4_step)
+    REFERENCE: ClassVar = {
+        "rwkv4": {
+            "out_proj/kernel": "output.weight",
+            "key/kernel": "key.weight",
+            "value/kernel": "value.weight",
+            "receptance/kernel": "receptance.weight",
+            "mix": ("time_mix_key", "time_mix_value", "time_mix_receptance"),
+            "time_decay": "time_decay",
+            "time_first": "time_first",
+        }
+    }
+
+    def __init__(self, d_model: int, config: RWKV4Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        self.config, self.d_model, self.dtype = config, d_model, dtype
+        self.key, self.value, self.receptance = (
+            layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs) for _ in "kvr"
+        )
+        self.mix = mix_parameter(3, d_model)
+        self.time_decay = nnx.Param(jnp.linspace(-5.0, 3.0, d_model), **layers.named("heads"))
+        self.time_first = nnx.Param(jnp.full(d_model, jnp.log(0.3)), **layers.named("heads"))
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+
+    def state_size(self, seq_len: int) -> int:
+        """Return numerator, denominator, maximum and last token of each channel; equal to the cache's."""
+        return 4 * self.d_model
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return forward FLOPs: the projections, the mixes, and about 10 operations a channel."""
+        return 8 * self.d_model**2 + 6 * self.d_model + 10 * self.d_model
+
+    def _initial_state(self, batch):
+        return initial_state(batch, self.d_model)
+
+    def _project(self, x, previous):
+        k, v, r = (x * per_channel(m, x) + previous * (1 - per_channel(m, x)) for m in self.mix[...])
+        decay = -jnp.exp(self.time_decay[...].astype(jnp.float32))
+        return (self.key(k), self.value(v), decay, self.time_first[...]), (self.receptance(r),)
+
+    def _out(self, o, receptance):
+        return self.out_proj(jax.nn.sigmoid(receptance) * o)

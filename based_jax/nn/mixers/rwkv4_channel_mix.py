@@ -1,0 +1,56 @@
+"""RWKV-4's channel mixing, which stands where other models have an MLP (arXiv 2305.13048, equations 17 and 18)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+from flax import nnx
+
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.nn.rwkv import ChannelMix, mix_parameter, per_channel
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV4ChannelMixConfig:
+    """Hidden width as a multiple of D."""
+
+    expand: float = 4.0
+
+
+class RWKV4ChannelMix(ChannelMix):
+    """y = sigmoid(W_r r) W_v relu(W_k k)^2, r and k mixes of a token and the one before.
+
+    A model alternates it with `rwkv4` in its layer list, with mlp "none".
+    Source: transformers:models/rwkv/modeling_rwkv.py, `RwkvFeedForward`.
+    """
+
+    Config: ClassVar = RWKV4ChannelMixConfig
+    REFERENCE: ClassVar = {
+        "rwkv4": {
+            "value/kernel": "value.weight",
+            "key/kernel": "key.weight",
+            "receptance/kernel": "receptance.weight",
+            "mix": ("time_mix_key", "time_mix_receptance"),
+        }
+    }
+
+    def __init__(
+        self, d_model: int, config: RWKV4ChannelMixConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs
+    ):
+        if config.expand <= 0:
+            raise UserError(f"expand is {config.expand}; it is above 0.")
+        self.config, self.d_model, self.dtype = config, d_model, dtype
+        self.hidden = int(config.expand * d_model)
+        self.key = layers.linear(d_model, self.hidden, ("embed", "mlp"), std=std, dtype=dtype, rngs=rngs)
+        self.receptance = layers.linear(d_model, d_model, ("embed", "mlp"), std=std, dtype=dtype, rngs=rngs)
+        self.value = layers.linear(self.hidden, d_model, ("mlp", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+        self.mix = mix_parameter(2, d_model)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return forward FLOPs: the projections and the mixes."""
+        return 2 * self.d_model * (2 * self.hidden + self.d_model + 2)
+
+    def _mix(self, x, previous):
+        k, r = (x * per_channel(m, x) + previous * (1 - per_channel(m, x)) for m in self.mix[...])
+        return jax.nn.sigmoid(self.receptance(r)) * self.value(jax.nn.relu(self.key(k)) ** 2)

@@ -1,0 +1,95 @@
+"""RWKV-5 (Eagle): a matrix state for each head, decays that do not depend on the input (arXiv 2404.05892)."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.nn.rwkv import HeadNorm, TimeMix, mix_parameter, per_channel
+from based_jax.ops.gated_linear_attention import (
+    IMPLEMENTATIONS,
+    gated_linear_attention,
+    gated_linear_attention_step,
+    initial_state,
+)
+
+DIVISOR = 8  # of the head's output, before its norm
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV5Config:
+    """Channels of a head."""
+
+    head_size: int = 64
+    impl: str = "auto"
+
+
+class RWKV5(TimeMix):
+    """o = r^T (S + diag(u) k v^T), S = diag(w) S + k v^T; y = W_o (group norm(o / 8) SiLU(g)) (equations 5 to 11).
+
+    Source: HazyResearch/zoology:zoology/mixers/rwkv5.py, `RWKVTimeMixer`, without its casts to bf16.
+    """
+
+    Config: ClassVar = RWKV5Config
+    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
+    operation: ClassVar = (gated_linear_attention, gated_linear_attention_step)
+    REFERENCE: ClassVar = {
+        "zoology": {
+            "out_proj/kernel": "output.weight",
+            "receptance/kernel": "receptance.weight",
+            "key/kernel": "key.weight",
+            "value/kernel": "value.weight",
+            "gate/kernel": "gate.weight",
+            "mix": ("time_mix_r", "time_mix_k", "time_mix_v", "time_mix_g"),
+            "time_decay": "time_decay",
+            "bonus": "time_faaaa",
+            "norm/scale": "ln_x.weight",
+            "norm/bias": "ln_x.bias",
+        }
+    }
+
+    def __init__(self, d_model: int, config: RWKV5Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        if config.head_size < 1 or d_model % config.head_size:
+            raise UserError(f"head_size {config.head_size} does not divide d_model {d_model}.")
+        self.config, self.d_model, self.dtype = config, d_model, dtype
+        self.num_heads = d_model // config.head_size
+        self.receptance, self.key, self.value, self.gate = (
+            layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs) for _ in "rkvg"
+        )
+        self.mix = mix_parameter(4, d_model)
+        shape = (self.num_heads, config.head_size)
+        self.time_decay = nnx.Param(jnp.linspace(-6.0, -1.0, d_model).reshape(shape), **layers.named("heads", None))
+        self.bonus = nnx.Param(jnp.linspace(0.0, 0.5, d_model).reshape(shape), **layers.named("heads", None))
+        self.norm = HeadNorm(d_model, 1e-5, rngs=rngs)
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+
+    def state_size(self, seq_len: int) -> int:
+        """Return a square of channels a head, and the last token; equal to the cache's."""
+        return self.d_model * (self.config.head_size + 1)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return forward FLOPs: the projections, the mixes, and writing and reading the state once."""
+        return 10 * self.d_model**2 + 12 * self.d_model + 4 * self.d_model * self.config.head_size
+
+    def _initial_state(self, batch):
+        return initial_state(batch, self.num_heads, self.config.head_size, self.config.head_size)
+
+    def _options(self) -> dict[str, Any]:
+        return {"bonus": self.bonus[...], "scale": 1.0}
+
+    def _project(self, x, previous):
+        r, k, v, g = (x * per_channel(m, x) + previous * (1 - per_channel(m, x)) for m in self.mix[...])
+        r, k, v = (
+            layers.split_heads(f(y), self.num_heads) for f, y in ((self.receptance, r), (self.key, k), (self.value, v))
+        )
+        decay = -jnp.exp(self.time_decay[...].astype(jnp.float32))
+        decay = jnp.broadcast_to(decay.reshape((1,) * (k.ndim - 2) + decay.shape), k.shape)
+        return (r, k, v, decay), (self.gate(g),)
+
+    def _out(self, o, gate):
+        o = self.norm(o.astype(jnp.float32) / DIVISOR) * jax.nn.silu(gate.astype(jnp.float32))
+        return self.out_proj(o.astype(self.dtype))

@@ -1,0 +1,47 @@
+"""RWKV-7's channel mixing, which stands where other models have an MLP (arXiv 2503.14456, equation 22)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+from flax import nnx
+
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.nn.rwkv import ChannelMix, mix_parameter, per_channel
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV7ChannelMixConfig:
+    """Hidden width as a multiple of D."""
+
+    expand: float = 4.0
+
+
+class RWKV7ChannelMix(ChannelMix):
+    """y = W_v relu(W_k (x + (x_{t-1} - x) mix))^2.
+
+    A model alternates it with `rwkv7` in its layer list, with mlp "none".
+    Source: fla-org/flash-linear-attention:fla/ops/rwkv7/channel_mixing.py.
+    """
+
+    Config: ClassVar = RWKV7ChannelMixConfig
+
+    def __init__(
+        self, d_model: int, config: RWKV7ChannelMixConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs
+    ):
+        if config.expand <= 0:
+            raise UserError(f"expand is {config.expand}; it is above 0.")
+        self.config, self.d_model, self.dtype = config, d_model, dtype
+        self.hidden = int(config.expand * d_model)
+        self.key = layers.linear(d_model, self.hidden, ("embed", "mlp"), std=std, dtype=dtype, rngs=rngs)
+        self.value = layers.linear(self.hidden, d_model, ("mlp", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+        self.mix = mix_parameter(1, d_model)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return forward FLOPs: the projections and the mix."""
+        return 2 * self.d_model * (2 * self.hidden + 1)
+
+    def _mix(self, x, previous):
+        k = x + (previous - x) * per_channel(self.mix[0], x)
+        return self.value(jax.nn.relu(self.key(k)) ** 2)

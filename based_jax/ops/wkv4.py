@@ -1,0 +1,126 @@
+"""RWKV-4's weighted average of values, an attention-free softmax over time (arXiv 2305.13048, equation 16).
+
+    wkv_t = (sum_{i<t} e^{(t-1-i) d + k_i} v_i + e^{u + k_t} v_t) / (the same sums without values)
+
+Each channel has a log-decay d < 0 and a bonus u. The state holds numerator and denominator divided by e^max, and max,
+so that no exponent is above 0.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax.dims import BD, BT, BTD
+from based_jax.ops import scan
+from based_jax.ops.dispatch import Implementation, dispatch
+
+CHUNK = 128
+NOTHING = -1e38  # the logarithm of an empty sum
+
+Channels = Float[Array, "D"]
+
+
+class WkvState(NamedTuple):
+    """Numerator and denominator over e^max, and max, fp32."""
+
+    num: BD
+    den: BD
+    max: BD
+
+
+def initial_state(batch: int, channels: int) -> WkvState:
+    """Return the state before the first token."""
+    zeros = jnp.zeros((batch, channels), jnp.float32)
+    return WkvState(zeros, zeros, jnp.full((batch, channels), NOTHING, jnp.float32))
+
+
+def wkv4(
+    k: BTD,
+    v: BTD,
+    log_decay: Channels,
+    bonus: Channels,
+    *,
+    state: WkvState | None = None,
+    segment_ids: BT | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """Average values v by the weights of keys k, both (B, T, D).
+
+    Args:
+      state: state to start from; it belongs to each row's first document.
+      segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
+      return_state: return (wkv, state after the last token) instead of wkv.
+      impl: "recurrent" (token by token), "oracle" (the same), "xla" (associative scans of chunks) or "auto".
+
+    Raises:
+      UserError: `impl` is unknown.
+    """
+    k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
+    xs = (k32, v32, jnp.ones_like(k32[..., :1]))  # the last one tells tokens from padding
+    wkv, state = dispatch("wkv4", IMPLEMENTATIONS, impl, xs, log_decay, bonus, state, segment_ids)
+    wkv = wkv.astype(v.dtype)
+    return (wkv, state) if return_state else wkv
+
+
+def wkv4_step(k: BD, v: BD, log_decay: Channels, bonus: Channels, state: WkvState) -> tuple[BD, WkvState]:
+    """Return one token's average and the state after it."""
+    k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
+    wkv = _read(k32, v32, bonus, state)
+    _, after = _compose((0.0, state), (log_decay[None], WkvState(v32, jnp.ones_like(k32), k32)))
+    return wkv.astype(v.dtype), after
+
+
+def _recurrent(xs, log_decay, bonus, state, segment_ids) -> tuple[Any, Any]:
+    def step(x, state):
+        k, v, _ = x
+        return wkv4_step(k, v, log_decay, bonus, state)
+
+    k = xs[0]
+    return scan.over_tokens(step, xs, initial_state(k.shape[0], k.shape[2]), state, segment_ids)
+
+
+def _chunked(xs, log_decay, bonus, state, segment_ids) -> tuple[Any, Any]:
+    """Compose the tokens of a chunk by an associative scan, the state before as the first of them."""
+
+    def chunk(xs, state: WkvState, span: scan.Span):
+        k, v, present = xs
+        empty = initial_state(k.shape[0], k.shape[2])
+        decay = jnp.where(span.begins[..., None], NOTHING, log_decay[None, None] * present)
+        written = WkvState(v, jnp.ones_like(k), jnp.where(present > 0, k, NOTHING))
+        first = (jnp.zeros_like(k[:, :1]), jax.tree.map(lambda x: x[:, None], state))
+        elements = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, (decay, written))
+        _, after = jax.lax.associative_scan(_compose, elements, axis=1)
+        before = jax.tree.map(
+            lambda x, nothing: jnp.where(span.begins[..., None], nothing[:, None], x[:, :-1]), after, empty
+        )
+        return _read(k, v, bonus, before), jax.tree.map(lambda x: x[:, -1], after)
+
+    k = xs[0]
+    return scan.over_chunks(chunk, xs, initial_state(k.shape[0], k.shape[2]), state, segment_ids, CHUNK)
+
+
+def _read(k, v, bonus: Channels, state: WkvState):
+    """Return the average of the state and the token itself."""
+    own = bonus.reshape((1,) * (k.ndim - 1) + (-1,)) + k
+    top = jnp.maximum(state.max, own)
+    past, now = jnp.exp(state.max - top), jnp.exp(own - top)
+    return (past * state.num + now * v) / (past * state.den + now)
+
+
+def _compose(first, second):
+    """Return the sums over both spans, the first one decayed by the second."""
+    (d1, s1), (d2, s2) = first, second
+    decayed = jnp.maximum(s1.max + d2, NOTHING)
+    top = jnp.maximum(decayed, s2.max)
+    early, late = jnp.exp(decayed - top), jnp.exp(s2.max - top)
+    return d1 + d2, WkvState(early * s1.num + late * s2.num, early * s1.den + late * s2.den, top)
+
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(_chunked),
+    "recurrent": Implementation(_recurrent),
+    "oracle": Implementation(_recurrent),
+}

@@ -1,0 +1,63 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from based_jax.ops.wkv4 import CHUNK, WkvState, initial_state, wkv4, wkv4_step
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+D = 4
+
+
+def parameters(normal):
+    return -jnp.exp(normal(D)), normal(D)
+
+
+def test_oracle_is_the_average_in_fp64(normal):
+    k, v, (decay, bonus) = normal(2, 7, D), normal(2, 7, D), parameters(normal)
+    wkv = wkv4(k, v, decay, bonus, impl="oracle")
+    k64, v64, d, u = (np.asarray(x, np.float64) for x in (k, v, decay, bonus))
+    for t in range(7):
+        age = np.arange(t)[::-1, None] * d
+        weights = np.concatenate([np.exp(age[None] + k64[:, :t]), np.exp(u + k64[:, t])[:, None]], axis=1)
+        expected = (weights * v64[:, : t + 1]).sum(axis=1) / weights.sum(axis=1)
+        np.testing.assert_allclose(wkv[:, t], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("T", [1, 37, CHUNK + 3])
+def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
+    """The maximum is a means: what counts is the sums that it scales."""
+    ids, (decay, bonus) = packed_ids(T), parameters(normal)
+    state = WkvState(normal(6, D), jnp.abs(normal(6, D)) + 0.1, normal(6, D))
+
+    def call(impl):
+        def run(k, v, decay, bonus, state):
+            wkv, after = wkv4(k, v, decay, bonus, state=state, segment_ids=ids, return_state=True, impl=impl)
+            scale = jnp.exp(after.max)
+            return wkv, after.num * scale, after.den * scale
+
+        return run
+
+    args = normal(6, T, D), normal(6, T, D), decay, bonus, state
+    cotangents = normal(6, T, D), normal(6, D), normal(6, D)
+    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla", "oracle")), tolerance=5e-5)
+
+
+@pytest.mark.parametrize("impl", ["recurrent", "xla"])
+def test_huge_keys_do_not_overflow(impl, normal):
+    k, v, (decay, bonus) = 300 * normal(2, 40, D), normal(2, 40, D), parameters(normal)
+    wkv = wkv4(k, v, decay, bonus, impl=impl)
+    assert np.isfinite(wkv).all()
+    assert np.abs(wkv).max() <= np.abs(v).max() + 1e-5
+
+
+def test_steps_and_bf16(normal, close):
+    k, v, (decay, bonus) = normal(2, 6, D, dtype="bfloat16"), normal(2, 6, D, dtype="bfloat16"), parameters(normal)
+    whole, after = wkv4(k, v, decay, bonus, return_state=True)
+    assert whole.dtype == jnp.bfloat16
+    state = initial_state(2, D)
+    for t in range(6):
+        wkv, state = jax.jit(wkv4_step)(k[:, t], v[:, t], decay, bonus, state)
+        close(wkv, whole[:, t], "bfloat16")
+    close(state.num * jnp.exp(state.max), after.num * jnp.exp(after.max))
