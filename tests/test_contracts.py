@@ -22,6 +22,7 @@ SMALL = {
     "deltanet": {"num_heads": 2},
     "gated_deltanet": {"num_heads": 2},
     "gla": {"num_heads": 2, "gate_low_rank_dim": 4, "expand_k": 1.0},
+    "gsa": {"num_heads": 2, "num_slots": 4},
     "h3": {"d_state": 4, "head_dim": 2},
     "hgrn2": {"expand_ratio": 8, "lower_bound": 0.1},
     "hyena": {"l_max": 64, "filter_order": 8},

@@ -53,6 +53,7 @@ MIXERS = {
     "zoology_rwkv7_a": ("rwkv7", {"head_dim": 16, **RWKV7}),
     "zoology_rwkv5_a": ("rwkv5", {"head_size": 16}),
     "hf_rwkv4_time_mix_a": ("rwkv4", {}),
+    "fla_gsa_layer_a": ("gsa", {"num_heads": 2, "num_slots": 8}),
     "fla_simple_gla_layer_a": ("simple_gla", {"num_heads": 2}),
     "fla_hgrn2_layer_a": ("hgrn2", {"expand_ratio": 16}),
     "zoology_gla": ("gla", {"num_heads": 2}),

@@ -19,7 +19,6 @@ from based_jax.nn import layers
 from based_jax.ops import segments
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.gated_linear_attention import (
-    BHKV,
     IMPLEMENTATIONS,
     gated_linear_attention,
     gated_linear_attention_step,
@@ -32,7 +31,7 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 class Cache(NamedTuple):
     """The state, the inputs of the short convolution, and the tokens that the document has had."""
 
-    state: BHKV
+    state: Any
     conv: Float[Array, "B W channels"]
     length: Int[Array, "B"]
 

@@ -15,7 +15,7 @@ the beginning of the later one, and a block meets itself pair by pair.
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from based_jax.dims import BHK, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
@@ -134,7 +134,7 @@ def pair_weights(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible, dtype, pr
         return einsum("BTHK,BSHK->BHTS", q.astype(dtype), k.astype(dtype), precision) * decay
 
     T = q.shape[1]
-    q, k, seen, until = (_pad(x) for x in (q, k, seen, until))
+    q, k, seen, until = (pad_blocks(x) for x in (q, k, seen, until))
     near = _within_blocks(q, k, seen, until, _pad_pairs(visible))
     far = _between_blocks(q, k, seen, until, dtype, precision)
     return jnp.where(mask, far[:, :, :T, :T], 0.0) + near[:, :, :T, :T]
@@ -142,29 +142,40 @@ def pair_weights(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible, dtype, pr
 
 def _between_blocks(q: BTHK, k: BTHK, seen: Decay, until: Decay, dtype, precision) -> Float[Array, "B H T S"]:
     """Weigh pairs of different blocks: both decay towards the beginning of the query's block."""
-    q_blocks, seen_blocks = _blocks(q), _blocks(seen)
-    before = jnp.pad(until, [(0, 0), (1, 0), (0, 0), (0, 0)])[:, :-1][:, ::BLOCK]  # (B, N, H, K)
-    earlier = jnp.arange(k.shape[1])[None, :] < BLOCK * jnp.arange(before.shape[1])[:, None]
-    exponent = jnp.where(earlier[None, :, :, None, None], before[:, :, None] - until[:, None], -jnp.inf)
+    q_blocks, seen_blocks = blocks(q), blocks(seen)
+    before, exponent = block_starts(until)
     keys = k[:, None] * jnp.exp(exponent)
     queries = q_blocks * jnp.exp(seen_blocks - before[:, :, None])
     weights = einsum("BNCHK,BNSHK->BHNCS", queries.astype(dtype), keys.astype(dtype), precision)
     return weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
 
 
+def block_starts(until: Decay) -> tuple[Float[Array, "B N H #K"], Float[Array, "B N S H #K"]]:
+    """Return the log-decay up to each block, and from every token of an earlier block to it (-inf from others)."""
+    before = jnp.pad(until, [(0, 0), (1, 0), (0, 0), (0, 0)])[:, :-1][:, ::BLOCK]
+    earlier = jnp.arange(until.shape[1])[None, :] < BLOCK * jnp.arange(before.shape[1])[:, None]
+    return before, jnp.where(earlier[None, :, :, None, None], before[:, :, None] - until[:, None], -jnp.inf)
+
+
+def pairs_of_blocks(x: Shaped[Array, "B H T S"]) -> Shaped[Array, "B H N C C"]:
+    """Return the pairs of the same block."""
+    N = x.shape[2] // BLOCK
+    return jnp.moveaxis(jnp.diagonal(x.reshape(*x.shape[:2], N, BLOCK, N, BLOCK), axis1=2, axis2=4), -1, 2)
+
+
 def _within_blocks(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible) -> Float[Array, "B H T S"]:
     """Weigh pairs of the same block one by one, in fp32."""
-    q, k, seen, until = (_blocks(x) for x in (q, k, seen, until))
+    q, k, seen, until = (blocks(x) for x in (q, k, seen, until))
     B, N, C, H, _ = q.shape
-    mask = jnp.moveaxis(jnp.diagonal(visible.reshape(B, N, C, N, C), axis1=1, axis2=3), -1, 1)
+    mask = pairs_of_blocks(visible[:, None])[:, 0]
     exponent = jnp.where(mask[..., None, None], seen[:, :, :, None] - until[:, :, None], -jnp.inf)
     pairs = jnp.sum(q[:, :, :, None] * k[:, :, None] * jnp.exp(exponent), axis=-1)  # (B, N, C, C, H)
-    blocks = jnp.moveaxis(pairs, -1, 1)
-    weights = blocks[:, :, :, :, None] * jnp.eye(N)[None, None, :, None, :, None]
+    weights = jnp.moveaxis(pairs, -1, 1)[:, :, :, :, None] * jnp.eye(N)[None, None, :, None, :, None]
     return weights.reshape(B, H, N * C, N * C)
 
 
-def _pad(x: Array) -> Array:
+def pad_blocks(x: Array) -> Array:
+    """Fill time up to whole blocks with copies of the last token."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0)], mode="edge")
 
 
@@ -173,7 +184,8 @@ def _pad_pairs(visible):
     return jnp.pad(visible, [(0, 0), padding, padding])
 
 
-def _blocks(x: BTHK) -> Float[Array, "B N C H K"]:
+def blocks(x: BTHK) -> Float[Array, "B N C H K"]:
+    """Cut time, filled up, into blocks."""
     return x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:])
 
 

@@ -19,6 +19,7 @@ from based_jax.nn.mixers.conv import GatedConv
 from based_jax.nn.mixers.deltanet import DeltaNet
 from based_jax.nn.mixers.gated_deltanet import GatedDeltaNet
 from based_jax.nn.mixers.gla import GLA
+from based_jax.nn.mixers.gsa import GSA
 from based_jax.nn.mixers.h3 import H3
 from based_jax.nn.mixers.hgrn2 import HGRN2
 from based_jax.nn.mixers.hyena import Hyena
@@ -91,6 +92,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "gla": GLA,
+    "gsa": GSA,
     "h3": H3,
     "hgrn2": HGRN2,
     "hyena": Hyena,

@@ -1,0 +1,102 @@
+"""Gated slot attention: a softmax over slots of bounded memory (arXiv 2409.07146)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from based_jax.errors import UserError
+from based_jax.nn import layers
+from based_jax.nn.gated import Cache, GatedLinearMixer, expanded
+from based_jax.ops import gated_slot_attention as slots
+
+
+@dataclasses.dataclass(frozen=True)
+class GSAConfig:
+    """Heads, widths as multiples of D, slots of a head, taps (0: no convolution), and the decay's temperature."""
+
+    num_heads: int = 4
+    expand_k: float = 1.0
+    expand_v: float = 1.0
+    num_slots: int = 64
+    conv_size: int = 0
+    gate_logit_normalizer: float = 8.0
+    impl: str = "auto"
+
+
+class GSA(GatedLinearMixer):
+    """log a = log sigmoid(W x) / 8 and s = 1 - a by slot; SiLU on queries, keys, values and output (section 3.2).
+
+    Source: fla-org/flash-linear-attention:fla/layers/gsa.py, `GatedSlotAttention`.
+    """
+
+    Config: ClassVar = GSAConfig
+    IMPLEMENTATIONS: ClassVar = slots.IMPLEMENTATIONS
+    operation: ClassVar = (slots.gated_slot_attention, slots.gated_slot_attention_step)
+    REFERENCE: ClassVar = {
+        "fla": {
+            "out_proj/kernel": "o_proj.weight",
+            "qkv/kernel": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+            "conv_kernel": ("q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight"),
+            "decay/kernel": "f_proj.weight",
+            "norm/scale": "g_norm.weight",
+        }
+    }
+
+    def __init__(self, d_model: int, config: GSAConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+        if config.num_slots < 1:
+            raise UserError(f"num_slots is {config.num_slots}; it is at least 1.")
+        if config.gate_logit_normalizer <= 0:
+            raise UserError(f"gate_logit_normalizer is {config.gate_logit_normalizer}; it is above 0.")
+        value_dim = expanded("expand_v", d_model, config.expand_v, config.num_heads)
+        super().__init__(
+            d_model,
+            config,
+            num_heads=config.num_heads,
+            key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
+            value_dim=value_dim,
+            conv_size=config.conv_size,
+            gate=None,
+            norm_dim=value_dim,
+            scale=1.0,
+            std=std,
+            out_std=out_std,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.decay = layers.linear(
+            d_model, config.num_heads * config.num_slots, ("embed", "heads"), std=std, dtype=jnp.float32, rngs=rngs
+        )
+
+    def init_cache(self, batch: int, max_len: int) -> Cache:
+        """Return the cache with empty slots; its size does not depend on `max_len`."""
+        H = self.num_heads
+        state = slots.initial_state(batch, H, self.key_dim // H, self.config.num_slots, self.value_dim // H)
+        return super().init_cache(batch, max_len)._replace(state=state)
+
+    def state_size(self, seq_len: int) -> int:
+        """Return a key and a value for each slot of each head, and the convolution's inputs; equal to the cache's."""
+        width = self.key_dim + self.value_dim
+        return self.config.num_slots * width + self.conv_size * (width + self.key_dim)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Return forward FLOPs: the projections, the taps, and writing and reading the slots once."""
+        own = 4 * self.key_dim * self.value_dim // self.num_heads
+        slot_flops = 4 * self.config.num_slots * (self.key_dim + self.value_dim)
+        return super().flops_per_token(seq_len) - own + slot_flops
+
+    def _gated(self, x, q, k, v):
+        log_decay = layers.split_heads(
+            jax.nn.log_sigmoid(self.decay(x)) / self.config.gate_logit_normalizer, self.num_heads
+        )
+        if not self.conv_size:  # the convolution's own activation is the same
+            q, k, v = (jax.nn.silu(y) for y in (q, k, v))
+        return q, k, v, -jnp.expm1(log_decay), log_decay
+
+    def _gate_weights(self) -> int:
+        return self.d_model * self.num_heads * self.config.num_slots
+
+    def _out(self, x, o):
+        return super()._out(x, jax.nn.silu(o))
