@@ -5,10 +5,10 @@ import logging
 import sys
 from typing import NoReturn
 
-from based_jax.commands import convert, eval, generate, train
+from based_jax.commands import convert, describe, eval, generate, train
 from based_jax.errors import UserError
 
-COMMANDS = {"train": train, "eval": eval, "generate": generate, "convert": convert}
+COMMANDS = {"train": train, "eval": eval, "generate": generate, "convert": convert, "describe": describe}
 
 
 def main(argv: list[str] | None = None) -> int:

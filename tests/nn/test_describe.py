@@ -1,0 +1,34 @@
+import jax
+import pytest
+from flax import nnx
+
+from based_jax.__main__ import main
+from based_jax.errors import UserError
+from based_jax.nn.describe import describe
+from based_jax.nn.mixers import MIXERS, make_mixer
+
+
+def test_each_mixer_has_a_row_that_its_arrays_confirm():
+    rows = {row.mixer: row for row in describe(256, 64)}
+    assert list(rows) == list(MIXERS)
+    mixer = make_mixer("taylor", 256, rngs=nnx.Rngs(0))
+    params = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)))
+    assert rows["taylor"].params == params == 4 * 256**2
+    assert rows["taylor"].state_kib == 16 * 153 * 17 * 4 / 1024
+    assert rows["taylor"].decode_mb_per_token == pytest.approx((2 * params + 2 * 16 * 153 * 17 * 4) / 1e6, abs=0.01)
+    assert rows["attention"].state_kib == pytest.approx(2 * 256 * 64 * 2 / 1024, abs=0.1)
+    assert rows["mamba"].train_mflops_per_token == pytest.approx(3e-6 * make_mixer_flops("mamba"), abs=0.01)
+
+
+def make_mixer_flops(kind):
+    return nnx.eval_shape(lambda: make_mixer(kind, 256, rngs=nnx.Rngs(0))).flops_per_token(64)
+
+
+def test_the_command_prints_the_table_or_names_the_mixer_that_does_not_fit(capsys):
+    assert main(["describe", "--d-model=512", "--seq-len=128"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{kind} " in out for kind in MIXERS)
+    with pytest.raises(UserError, match=r"Mixer 'attention': d_model 17 cannot be divided into 16 heads"):
+        describe(17, 64)
+    assert main(["describe", "--seq-len=0"]) == 2
+    assert "seq_len is 0" in capsys.readouterr().err
