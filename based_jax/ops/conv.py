@@ -17,6 +17,8 @@ from based_jax.ops.dispatch import Implementation, dispatch
 
 Past = Float[Array, "B _ D"]
 
+UNROLLED = 8
+
 
 def short_conv(
     x: BTD,
@@ -102,16 +104,24 @@ def _recurrent(inputs: BSD, ids: BS, kernel: WD, dilation: int) -> BTD:
 
 
 def _shifted(inputs: BSD, ids: BS, kernel: WD, dilation: int) -> BTD:
-    """Add W shifted copies of the inputs, each times its tap: one fused elementwise pass."""
+    """Add W shifted copies of the inputs, each times its tap: one elementwise pass, or a scan where W is large."""
     width = reach(kernel.shape[0], dilation)
     T = inputs.shape[1] - width
     own = ids[:, width:]
+
+    def add(y, tap_and_weights):
+        tap, weights = tap_and_weights
+        x, x_ids = (jax.lax.dynamic_slice_in_dim(z, tap * dilation + 1, T, axis=1) for z in (inputs, ids))
+        same = (x_ids == own) & (own != 0)
+        term = x.astype(jnp.float32) * weights.astype(jnp.float32)[None, None, :]
+        return y + jnp.where(same[..., None], term, 0.0), None
+
     y = jnp.zeros((inputs.shape[0], T, inputs.shape[2]), jnp.float32)
-    for tap in range(kernel.shape[0]):
-        shifted = slice(tap * dilation + 1, tap * dilation + 1 + T)
-        same = (ids[:, shifted] == own) & (own != 0)
-        term = inputs[:, shifted].astype(jnp.float32) * kernel[tap].astype(jnp.float32)[None, None, :]
-        y = y + jnp.where(same[..., None], term, 0.0)
+    if kernel.shape[0] <= UNROLLED:
+        for tap in range(kernel.shape[0]):
+            y, _ = add(y, (tap, kernel[tap]))
+    else:  # the backward pass of a long sum would keep a term of every tap
+        y, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), y, (jnp.arange(kernel.shape[0]), kernel))
     return y.astype(inputs.dtype)
 
 

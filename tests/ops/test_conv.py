@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from based_jax.ops.conv import IMPLEMENTATIONS, short_conv, short_conv_step
+from based_jax.ops.conv import IMPLEMENTATIONS, UNROLLED, short_conv, short_conv_step
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -153,3 +153,10 @@ def test_dilated_taps_are_a_long_kernel_with_zeros_between(impl, normal, packed_
     close((y, state), short_conv(x, spread, segment_ids=ids, return_state=True, impl="oracle"))
     stepped = short_conv_step(x[:, 0], kernel, state, 4)
     close(stepped, short_conv_step(x[:, 0], spread, state))
+
+
+def test_a_wide_kernel_equals_the_oracle(normal, packed_ids, out_and_grads, close):
+    """More taps than are unrolled."""
+    args, ids, cotangent = (normal(6, 30, 4), normal(UNROLLED + 5, 4)), packed_ids(30), normal(6, 30, 4)
+    calls = [lambda x, k, impl=impl: short_conv(x, k, segment_ids=ids, impl=impl) for impl in ("xla", "oracle")]
+    close(*(out_and_grads(call, args, cotangent) for call in calls))

@@ -17,6 +17,7 @@ from based_jax.ops.gated_linear_attention import (
     gated_linear_attention_step,
     initial_state,
 )
+from based_jax.ops.precision import EXACT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +105,9 @@ class RWKV6(TimeMix):
         x, previous = x.astype(jnp.float32), previous.astype(jnp.float32)
         delta = previous - x
         ranks = jnp.tanh(self.shift_down(x + delta * per_channel(self.shift_mix[...], x)))
-        up = jnp.split(self.shift_up.kernel[...], 5)
-        shares = [part @ weights for part, weights in zip(jnp.split(ranks, 5, axis=-1), up, strict=True)]
+        ranks = ranks.reshape(*ranks.shape[:-1], 5, -1)
+        up = self.shift_up.kernel[...].reshape(5, -1, x.shape[-1])
+        shares = jnp.moveaxis(jnp.einsum("...NR,NRD->...ND", ranks, up, precision=EXACT), -2, 0)
         r, w, k, v, g = (
             x + delta * (share + per_channel(bias, x)) for share, bias in zip(shares, self.mix[...], strict=True)
         )
