@@ -32,7 +32,7 @@ def program(marker):
 
 def test_the_commands_in_their_order(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert [command.split()[0] for command in COMMANDS] == ["train", "train", "eval", "generate"]
+    assert [command.split()[0] for command in COMMANDS] == ["train", "train", "eval", "generate", "describe"]
     for command in COMMANDS:
         arguments = shlex.split(command.replace("--workdir=runs", f"--workdir={tmp_path}"))
         if arguments[0] == "train":
