@@ -15,7 +15,8 @@ from based_jax.errors import UserError, unknown
 Schedule = Callable[[Any], jax.Array]
 
 NO_DECAY: dict[str, tuple[str, ...]] = {
-    "reference": ("*bias", "embedding", "A_log", "D"),
+    # HazyResearch/based, then what H3 and RWKV exempt: time steps, poles and decays
+    "reference": ("*bias", "embedding", "A_log", "D", "log_dt", "log_a_real", "a_imag", "time_decay", "time_first"),
     "all": (),
 }
 
