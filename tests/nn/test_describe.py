@@ -14,7 +14,7 @@ def test_each_mixer_has_a_row_that_its_arrays_confirm():
     mixer = make_mixer("taylor", 256, rngs=nnx.Rngs(0))
     params = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)))
     assert rows["taylor"].params == params == 4 * 256**2
-    assert rows["taylor"].state_kib == 16 * 153 * 17 * 4 / 1024
+    assert rows["taylor"].state_kib == pytest.approx(16 * 153 * 17 * 4 / 1024, abs=0.05)
     assert rows["taylor"].decode_mb_per_token == pytest.approx((2 * params + 2 * 16 * 153 * 17 * 4) / 1e6, abs=0.01)
     assert rows["attention"].state_kib == pytest.approx(2 * 256 * 64 * 2 / 1024, abs=0.1)
     assert rows["mamba"].train_mflops_per_token == pytest.approx(3e-6 * make_mixer_flops("mamba"), abs=0.01)
