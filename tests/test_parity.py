@@ -400,6 +400,24 @@ def test_language_model_decodes(name, scan_layers, greedy):
         np.testing.assert_array_equal(generate(model, list(prompt), greedy), expected)
 
 
+def test_states_of_whole_models():
+    """Each layer's cache after the last token, the convolution's inputs channel first."""
+    case = load("hf_mamba_a")
+    model = language_model("hf_mamba_a", case.weights, False)
+    _, _, end = prefill_then_step(model, case.inputs["ids"], case.meta["n_prefill"])
+    for i, (cache,) in enumerate(end):
+        assert_close(jnp.moveaxis(cache.conv, 1, 2), case.outputs["conv_state"][i], FORWARD, f"conv {i}")
+        assert_close(cache.state, case.outputs["ssm_state"][i], FORWARD, f"state {i}")
+
+    case = load("hf_rwkv4_lm_a")
+    model = language_model("hf_rwkv4_lm_a", case.weights, False)
+    _, _, end = prefill_then_step(model, case.inputs["ids"], case.meta["n_prefill"])
+    for i, ((time,), (channel,)) in enumerate(zip(end[::2], end[1::2], strict=True)):
+        ours = {"ffn_x": channel, "att_x": time.shift, **time.state._asdict()}
+        for name, value in ours.items():
+            assert_close(value, case.outputs[f"state_{name}"][..., i], FORWARD, f"{name} {i}")
+
+
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_weight_decay_groups(scan_layers):
     model = language_model("tiny_based_lm", load("tiny_based_lm").weights, scan_layers)
