@@ -57,6 +57,33 @@ def test_chunked_equals_the_oracle(T, per_head, normal, packed_ids, out_and_grad
     close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla", "oracle")), tolerance=5e-5)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_decay_per_head_is_one_for_all_its_channels(impl, normal, out_and_grads, close):
+    """Gated DeltaNet's gate, whose layer has no published arrays, is KDA's with equal channels."""
+    q, k, v, g, beta = inputs(normal, CHUNK + 5, per_head=True)
+
+    def call(widen):
+        return lambda q, k, v, g, beta: delta_rule(q, k, v, widen(g), beta, return_state=True, impl=impl)
+
+    cotangents = normal(*v.shape), normal(B, H, K, V)
+    per_head, per_channel = (
+        out_and_grads(call(widen), (q, k, v, g, beta), cotangents)
+        for widen in (lambda g: g, lambda g: jnp.broadcast_to(g, k.shape))
+    )
+    close(per_head, per_channel, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_strong_decays_neither_overflow_nor_lose_the_gradient(per_head, normal, out_and_grads, close):
+    """Log-decays of some thousands beside zeros: a difference of sums that large is known to some 1e-4."""
+    q, k, v, g, beta = inputs(normal, CHUNK + 9, per_head)
+    g = jnp.where(jnp.arange(CHUNK + 9)[None, :, None, None] % 5 == 0, 1000 * g, 0.0)
+    calls = [lambda *xs, impl=impl: delta_rule(*xs, impl=impl) for impl in IMPLS]
+    ours = [out_and_grads(call, (q, k, v, g, beta), v) for call in calls]
+    close(ours[1], ours[0], tolerance=1e-3)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ours))
+
+
 def test_without_decay_a_key_of_length_one_is_overwritten(normal):
     """With beta 1, a repeated key answers with its last value."""
     k, v = unit(normal(1, 1, 1, K)), normal(1, 3, 1, V)
