@@ -1,0 +1,72 @@
+"""What the Mosaic GPU kernels share: layouts, shared-memory tiles, products. The one place that meets Pallas' names.
+
+A Pallas "thread" is a warpgroup of 128 lanes. A tile in the WGMMA layout lies in its registers as the tensor cores
+leave it; `ROWS` and `COLUMNS` hold one value per row or column of such a tile. Shared-memory tiles are swizzled by 32
+bytes, 16 columns of bf16, so that every operand of a product has the same swizzle, features of 16 included.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WGMMA = plgpu.Layout.WGMMA
+ROWS = WGMMA.reduce(1)
+COLUMNS = WGMMA.reduce(0)
+
+SWIZZLE = 32
+TILE = 64
+"""Rows of a product on the tensor cores, and the tokens of a chunk."""
+
+
+def swizzled(shape: tuple[int, ...], dtype=jnp.bfloat16, swizzle: int = SWIZZLE) -> plgpu.SMEM:
+    """Return a shared-memory array whose last two dimensions are tiles that copies and products can use."""
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def load(tile) -> jax.Array:
+    """Load a shared-memory tile into registers."""
+    return plgpu.load(tile, layout=WGMMA)
+
+
+def zeros(shape: tuple[int, int]) -> jax.Array:
+    """Return an fp32 tile of zeros in registers."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
+
+
+def iota(shape: tuple[int, int], dimension: int) -> jax.Array:
+    """Return the row (0) or column (1) number of every element of a tile."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=WGMMA)
+
+
+def across(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Repeat one value per row over the columns."""
+    return lax.broadcast_in_dim(rows, shape, [0])
+
+
+def down(columns: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Repeat one value per column over the rows."""
+    return lax.broadcast_in_dim(columns, shape, [1])
+
+
+def product(shape: tuple[int, int], *pairs, initial: jax.Array | None = None) -> jax.Array:
+    """Return initial + sum of a @ b in fp32; a is a shared tile or 16-bit registers, b a shared tile.
+
+    The result passes a barrier of the optimiser: LLVM sees no dependence of an accumulator on the wait for it, and
+    may move arithmetic on it before the wait.
+    """
+
+    def issue(accumulator):
+        for a, b in pairs:
+            plgpu.wgmma(accumulator, a, b)
+
+    if initial is not None:
+        return lax.optimization_barrier(pl.run_state(issue)(plgpu.ACC.init(initial)))
+
+    def scoped(accumulator):
+        issue(accumulator)
+        return accumulator[...]
+
+    return lax.optimization_barrier(pl.run_scoped(scoped, plgpu.ACC(shape, jnp.float32)))
