@@ -22,18 +22,21 @@ from pallas_kernels.taylor_packing import FEATURE_DIM, PACKED_DIM, SCALE, expand
 
 C = TILE
 GRAM_DIM = 32
-STAGES = 4
+STAGES = 6
 
 
-def forward(q, k, v, state, gram, *, pieces: int):
+def forward(q, k, v, state=None, gram=None, *, pieces: int):
     """q, k (B, T, H, 16); v (B, T, H, 64); state (B H pieces, 64, 160); gram (B H pieces, 64, 32)."""
     batch, time, heads, value_dim = v.shape
     chunks = pl.cdiv(time, C)
     dtype = v.dtype
 
-    def body(q_ref, k_ref, v_ref, state_ref, gram_ref, o_ref, z_ref, *scratch):
-        (q_tile, k_tile, v_tile, phi_tile, keys_tile, ones_tile, state_tile, gram_tile, o_tile, z_tile, staged, staged_gram, filled, ready, free,
-         loaded, started) = scratch
+    given = () if state is None else (state, gram)
+
+    def body(q_ref, k_ref, v_ref, *rest):
+        initial_refs, (o_ref, z_ref, *scratch) = rest[: len(given)], rest[len(given) :]
+        (q_tile, k_tile, v_tile, phi_tile, keys_tile, ones_tile, state_tile, gram_tile, o_tile, z_tile, filled, ready, free,
+         started) = scratch
         group = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
         piece = lax.rem(block, pieces)
@@ -50,19 +53,24 @@ def forward(q, k, v, state, gram, *, pieces: int):
 
         @pl.when(group == 0)
         def _():
-            keys_tile[...] = jnp.where(mosaic.iota((C, C), 1) == FEATURE_DIM, 1.0, 0.0).astype(dtype)
+            ones = jnp.where(mosaic.iota((C, C), 1) == FEATURE_DIM, 1.0, 0.0).astype(dtype)
+            for turn in range(2):
+                keys_tile.at[turn][...] = ones
             for n in range(STAGES - 2):
                 pl.when(n < count)(functools.partial(fetch, n))
-            plgpu.copy_gmem_to_smem(state_ref.at[block], staged, loaded)
-            plgpu.copy_gmem_to_smem(gram_ref.at[block], staged_gram, loaded)
-            plgpu.barrier_wait(loaded)
             weights = _gram_weights()
+
+            def write(n):
+                slot, turn = lax.rem(n, STAGES), lax.rem(n, 2)
+                plgpu.barrier_wait(filled.at[slot])
+                keys = mosaic.load(k_tile.at[slot])
+                keys_tile.at[turn, :, pl.ds(0, FEATURE_DIM)][...] = keys
+                phi_tile.at[turn][...] = expand(keys, query=False)
 
             def step(n, carry):
                 state, gram = carry
                 slot, turn = lax.rem(n, STAGES), lax.rem(n, 2)
                 pl.when(n >= 2)(lambda: plgpu.barrier_wait(free.at[turn]))
-                pl.when(n + STAGES - 2 < count)(lambda: fetch(n + STAGES - 2))
                 state_tile.at[turn][...] = state.astype(dtype)
                 weighted = gram * weights
                 high = weighted.astype(dtype)
@@ -70,16 +78,23 @@ def forward(q, k, v, state, gram, *, pieces: int):
                 gram_tile.at[turn, 1][...] = (weighted - high.astype(jnp.float32)).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[turn])
-                plgpu.barrier_wait(filled.at[slot])
-                keys = mosaic.load(k_tile.at[slot])
-                keys_tile.at[:, pl.ds(0, FEATURE_DIM)][...] = keys
-                phi_tile[...] = expand(keys, query=False)
-                plgpu.commit_smem()
-                state = mosaic.product(state.shape, (v_tile.at[slot].T, phi_tile), initial=state)
-                gram = mosaic.product(gram.shape, (keys_tile.T, keys_tile.at[:, pl.ds(0, GRAM_DIM)]), initial=gram)
-                return state, gram
 
-            lax.fori_loop(0, count, step, (mosaic.load(staged), mosaic.load(staged_gram)))
+                def add(accumulators):
+                    state, gram = accumulators
+                    keys = keys_tile.at[turn]
+                    plgpu.wgmma(state, v_tile.at[slot].T, phi_tile.at[turn])
+                    plgpu.wgmma(gram, keys.T, keys.at[:, pl.ds(0, GRAM_DIM)])
+                    pl.when(n + STAGES - 2 < count)(lambda: fetch(n + STAGES - 2))
+                    pl.when(n + 1 < count)(lambda: write(n + 1))
+
+                return lax.optimization_barrier(pl.run_state(add)((plgpu.ACC.init(state), plgpu.ACC.init(gram))))
+
+            write(0)
+            if given:
+                carry = tuple(plgpu.load(ref.at[block], layout=mosaic.WGMMA, optimized=False) for ref in initial_refs)
+            else:
+                carry = mosaic.zeros((value_dim, PACKED_DIM)), mosaic.zeros((C, GRAM_DIM))
+            lax.fori_loop(0, count, step, carry)
 
         @pl.when(group > 0)
         def _():
@@ -96,24 +111,32 @@ def forward(q, k, v, state, gram, *, pieces: int):
                 slot = lax.rem(n, STAGES)
                 plgpu.barrier_wait(filled.at[slot])
                 queries = q_tile.at[slot]
-                s = mosaic.product((C, C), (queries, k_tile.at[slot].T))
-                p = jnp.where(causal, 1.0 + s * (SCALE + s * (0.5 * SCALE * SCALE)), 0.0)
-                z = p.sum(axis=1)
-                x = mosaic.load(queries)
-                phi = expand(x, query=True)
+
+                def scores(accumulator):
+                    plgpu.wgmma(accumulator, queries, k_tile.at[slot].T)
+                    x = mosaic.load(queries)
+                    return x, expand(x, query=True), accumulator[...]
+
+                x, phi, s = lax.optimization_barrier(pl.run_scoped(scores, plgpu.ACC((C, C), jnp.float32)))
                 plgpu.barrier_wait(ready.at[mine])
-                pairs = [
-                    (tile, gram_tile.at[mine, part, pl.ds(start, FEATURE_DIM)])
-                    for tile, start in ((queries, 0), (ones_tile, FEATURE_DIM))
-                    for part in range(2)
-                ]
-                form = mosaic.product((C, GRAM_DIM), *pairs)
+
+                def sums(form, o):
+                    for tile, start in ((queries, 0), (ones_tile, FEATURE_DIM)):
+                        for part in range(2):
+                            plgpu.wgmma(form, tile, gram_tile.at[mine, part, pl.ds(start, FEATURE_DIM)])
+                    for e, width in ((0, 64), (64, 64), (128, 32)):
+                        plgpu.wgmma(o, phi[:, e : e + width], state_tile.at[mine, :, pl.ds(e, width)].T)
+                    p = jnp.where(causal, 1.0 + s * (SCALE + s * (0.5 * SCALE * SCALE)), 0.0)
+                    plgpu.wgmma(o, p.astype(dtype), v_tile.at[slot])
+                    return p.sum(axis=1), form[...], o[...]
+
+                z, form, o = lax.optimization_barrier(
+                    pl.run_scoped(
+                        sums, plgpu.ACC((C, GRAM_DIM), jnp.float32), plgpu.ACC((C, value_dim), jnp.float32)
+                    )
+                )
                 z = z + (form[:, :FEATURE_DIM] * x.astype(jnp.float32)).sum(axis=1)
                 z = z + (form[:, FEATURE_DIM:] * first).sum(axis=1)
-                reads = [
-                    (phi[:, e : e + w], state_tile.at[mine, :, pl.ds(e, w)].T) for e, w in ((0, 64), (64, 64), (128, 32))
-                ]
-                o = mosaic.product((C, value_dim), (p.astype(dtype), v_tile.at[slot]), *reads)
                 plgpu.barrier_arrive(free.at[mine])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 o_tile.at[mine][...] = (o * mosaic.across(1.0 / z, o.shape)).astype(dtype)
@@ -134,19 +157,16 @@ def forward(q, k, v, state, gram, *, pieces: int):
         mosaic.swizzled((STAGES, C, FEATURE_DIM)),
         mosaic.swizzled((STAGES, C, FEATURE_DIM)),
         mosaic.swizzled((STAGES, C, value_dim)),
-        mosaic.swizzled((C, PACKED_DIM)),
-        mosaic.swizzled((C, C)),
+        mosaic.swizzled((2, C, PACKED_DIM)),
+        mosaic.swizzled((2, C, C)),
         mosaic.swizzled((C, FEATURE_DIM)),
         mosaic.swizzled((2, value_dim, PACKED_DIM)),
         mosaic.swizzled((2, 2, C, GRAM_DIM)),
         mosaic.swizzled((2, C, value_dim)),
         plgpu.SMEM((2, C), jnp.float32),
-        plgpu.SMEM((value_dim, PACKED_DIM), jnp.float32),
-        plgpu.SMEM((C, GRAM_DIM), jnp.float32),
         plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
-        plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=2),
     ]
     return plgpu.kernel(
@@ -157,9 +177,9 @@ def forward(q, k, v, state, gram, *, pieces: int):
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="taylor_forward",
-    )(q, k, v, state, gram)
+    )(q, k, v, *given)
 
 
 def _gram_weights():
