@@ -22,8 +22,8 @@ TILE = 64
 
 def swizzled(shape: tuple[int, ...], dtype=jnp.bfloat16, swizzle: int = SWIZZLE) -> plgpu.SMEM:
     """Return a shared-memory array whose last two dimensions are tiles that copies and products can use."""
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
 
 
 def load(tile) -> jax.Array:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.mosaic import ROWS, TILE
+from pallas_kernels.mosaic import TILE
 from pallas_kernels.taylor_packing import FEATURE_DIM, PACKED_DIM, SCALE, expand
 
 C = TILE
@@ -26,7 +26,12 @@ STAGES = 6
 
 
 def forward(q, k, v, state=None, gram=None, *, pieces: int):
-    """q, k (B, T, H, 16); v (B, T, H, 64); state (B H pieces, 64, 160); gram (B H pieces, 64, 32)."""
+    """Return o (B, T, H, V) and z (B, H, T rounded up to 64).
+
+    q and k are (B, T, H, 16), v is (B, T, H, 64), all bf16, T >= 64. `state` (B H pieces, 64, 160) and `gram`
+    (B H pieces, 64, 32) are what each piece starts from, fp32, as `sums` returns them; without them `pieces` is 1.
+    Tokens past T are read as zeros and not written.
+    """
     batch, time, heads, value_dim = v.shape
     chunks = pl.cdiv(time, C)
     dtype = v.dtype
@@ -35,15 +40,13 @@ def forward(q, k, v, state=None, gram=None, *, pieces: int):
 
     def body(q_ref, k_ref, v_ref, *rest):
         initial_refs, (o_ref, z_ref, *scratch) = rest[: len(given)], rest[len(given) :]
-        (q_tile, k_tile, v_tile, phi_tile, keys_tile, ones_tile, state_tile, gram_tile, o_tile, z_tile, filled, ready, free,
-         started) = scratch
+        q_tile, k_tile, v_tile, phi_tile, keys_tile, ones_tile, state_tile, gram_tile, o_tile, z_tile, *barriers = (
+            scratch
+        )
+        filled, ready, free, started = barriers
         group = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
-        piece = lax.rem(block, pieces)
-        head = lax.rem(lax.div(block, pieces), heads)
-        row = lax.div(block, pieces * heads)
-        begin = lax.div(piece * chunks, pieces)
-        count = lax.div((piece + 1) * chunks, pieces) - begin
+        row, head, begin, count = _place(block, heads, chunks, pieces)
 
         def fetch(n):
             slot = lax.rem(n, STAGES)
@@ -131,9 +134,7 @@ def forward(q, k, v, state=None, gram=None, *, pieces: int):
                     return p.sum(axis=1), form[...], o[...]
 
                 z, form, o = lax.optimization_barrier(
-                    pl.run_scoped(
-                        sums, plgpu.ACC((C, GRAM_DIM), jnp.float32), plgpu.ACC((C, value_dim), jnp.float32)
-                    )
+                    pl.run_scoped(sums, plgpu.ACC((C, GRAM_DIM), jnp.float32), plgpu.ACC((C, value_dim), jnp.float32))
                 )
                 z = z + (form[:, :FEATURE_DIM] * x.astype(jnp.float32)).sum(axis=1)
                 z = z + (form[:, FEATURE_DIM:] * first).sum(axis=1)
@@ -180,6 +181,87 @@ def forward(q, k, v, state=None, gram=None, *, pieces: int):
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="taylor_forward",
     )(q, k, v, *given)
+
+
+def sums(k, v, *, pieces: int):
+    """Return what each piece adds to S^T (B H pieces, 64, 160) and to the Gram matrix (B H pieces, 64, 32), fp32.
+
+    The Gram matrix is that of [k, 1, 0...]: rows and columns 0 to 16 of it are not zero. Its last entry counts tokens,
+    those that fill up the last chunk included.
+    """
+    batch, time, heads, value_dim = v.shape
+    chunks = pl.cdiv(time, C)
+    dtype = v.dtype
+
+    def body(k_ref, v_ref, state_ref, gram_ref, k_tile, v_tile, phi_tile, keys_tile, filled):
+        block = lax.axis_index("block")
+        row, head, begin, count = _place(block, heads, chunks, pieces)
+
+        def fetch(n):
+            slot = lax.rem(n, STAGES)
+            for source, tile in ((k_ref, k_tile), (v_ref, v_tile)):
+                plgpu.copy_gmem_to_smem(source.at[row, pl.ds((begin + n) * C, C), head], tile.at[slot], filled.at[slot])
+
+        ones = jnp.where(mosaic.iota((C, C), 1) == FEATURE_DIM, 1.0, 0.0).astype(dtype)
+        for turn in range(2):
+            keys_tile.at[turn][...] = ones
+        for n in range(STAGES - 1):
+            pl.when(n < count)(functools.partial(fetch, n))
+
+        def write(n):
+            slot, turn = lax.rem(n, STAGES), lax.rem(n, 2)
+            plgpu.barrier_wait(filled.at[slot])
+            keys = mosaic.load(k_tile.at[slot])
+            keys_tile.at[turn, :, pl.ds(0, FEATURE_DIM)][...] = keys
+            phi_tile.at[turn][...] = expand(keys, query=False)
+
+        def step(n, carry):
+            slot, turn = lax.rem(n, STAGES), lax.rem(n, 2)
+            plgpu.commit_smem()
+
+            def add(accumulators):
+                state, gram = accumulators
+                keys = keys_tile.at[turn]
+                plgpu.wgmma(state, v_tile.at[slot].T, phi_tile.at[turn])
+                plgpu.wgmma(gram, keys.T, keys.at[:, pl.ds(0, GRAM_DIM)])
+                pl.when(n + STAGES - 1 < count)(lambda: fetch(n + STAGES - 1))
+                pl.when(n + 1 < count)(lambda: write(n + 1))
+
+            return lax.optimization_barrier(pl.run_state(add)(tuple(map(plgpu.ACC.init, carry))))
+
+        write(0)
+        empty = mosaic.zeros((value_dim, PACKED_DIM)), mosaic.zeros((C, GRAM_DIM))
+        state, gram = lax.fori_loop(0, count, step, empty)
+        state_ref.at[block][...] = state
+        gram_ref.at[block][...] = gram
+
+    blocks = batch * heads * pieces
+    return plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((blocks, value_dim, PACKED_DIM), jnp.float32),
+            jax.ShapeDtypeStruct((blocks, C, GRAM_DIM), jnp.float32),
+        ],
+        scratch_types=[
+            mosaic.swizzled((STAGES, C, FEATURE_DIM)),
+            mosaic.swizzled((STAGES, C, value_dim)),
+            mosaic.swizzled((2, C, PACKED_DIM)),
+            mosaic.swizzled((2, C, C)),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        ],
+        grid=(blocks,),
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        kernel_name="taylor_sums",
+    )(k, v)
+
+
+def _place(block, heads: int, chunks: int, pieces: int):
+    """Return a block's batch row, head, first chunk and number of chunks."""
+    piece = lax.rem(block, pieces)
+    begin = lax.div(piece * chunks, pieces)
+    count = lax.div((piece + 1) * chunks, pieces) - begin
+    return lax.div(block, pieces * heads), lax.rem(lax.div(block, pieces), heads), begin, count
 
 
 def _gram_weights():

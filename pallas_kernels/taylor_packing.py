@@ -75,9 +75,7 @@ class _Quad:
         self.lane = arith.andi(mgpu.utils.thread_idx(), self.const(3))
         self.first_half = arith.cmpi(arith.CmpIPredicate.ult, self.lane, self.const(2))
         self.first = arith.cmpi(arith.CmpIPredicate.eq, self.lane, self.const(0))
-        self.sources = [
-            arith.andi(arith.addi(mgpu.utils.thread_idx(), self.const(r)), self.const(3)) for r in range(4)
-        ]
+        self.sources = [arith.andi(arith.addi(mgpu.utils.thread_idx(), self.const(r)), self.const(3)) for r in range(4)]
 
     def const(self, value: int) -> ir.Value:
         return mgpu.c(value, self.i32)

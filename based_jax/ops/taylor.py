@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
-from based_jax.ops import linear_attention
+from based_jax.ops import linear_attention, taylor_hopper
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.precision import einsum
 
@@ -75,7 +75,8 @@ def taylor_attention(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
-      impl: "oracle" (quadratic), "recurrent" (token by token), "xla" (chunked, linear in T) or "auto".
+      impl: "oracle" (quadratic), "recurrent" (token by token), "xla" (chunked, linear in T), "hopper" (Mosaic
+        GPU forward, XLA backward; bf16, K 16, V 64, no documents) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
@@ -97,8 +98,13 @@ def _kernel(q: BTHK, k: BTHK, precision) -> Float[Array, "B H T S"]:
     return 1.0 + s + 0.5 * s * s
 
 
+_chunked = functools.partial(linear_attention.chunked, features=taylor_features, scores=_kernel)
+
 IMPLEMENTATIONS = {
-    "xla": Implementation(functools.partial(linear_attention.chunked, features=taylor_features, scores=_kernel)),
+    "hopper": Implementation(
+        functools.partial(taylor_hopper.attention, reference=_chunked), taylor_hopper.supports, platform="cuda"
+    ),
+    "xla": Implementation(_chunked),
     "recurrent": Implementation(functools.partial(linear_attention.recurrent, features=taylor_features)),
     "oracle": Implementation(functools.partial(linear_attention.oracle, features=taylor_features, scores=_kernel)),
 }

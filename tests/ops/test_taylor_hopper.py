@@ -1,0 +1,92 @@
+"""The Hopper kernels as far as a CPU can tell: packing, pieces, refusals, and that they lower for an H100."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+from based_jax.ops import taylor, taylor_hopper
+from pallas_kernels import taylor_packing
+
+H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+
+
+def _arrays(shape=(2, 2048, 16), k=16, v=64, dtype=jnp.bfloat16):
+    return tuple(jnp.zeros((*shape, dim), dtype) for dim in (k, k, v))
+
+
+def _packed(x: np.ndarray) -> np.ndarray:
+    """Return the unweighted features that `taylor_packing.columns` promises."""
+    values = {taylor_packing.CONSTANT: lambda m, n: np.ones_like(x[..., m])}
+    values[taylor_packing.LINEAR] = lambda m, n: x[..., m]
+    values[taylor_packing.PRODUCT] = lambda m, n: x[..., m] * x[..., n]
+    values[taylor_packing.EMPTY] = lambda m, n: np.zeros_like(x[..., m])
+    return np.stack([values[kind](m, n) for kind, m, n in taylor_packing.columns().tolist()], axis=-1)
+
+
+def test_every_feature_is_packed_once():
+    table = taylor_packing.columns().tolist()
+    products = [tuple(sorted((m, n))) for kind, m, n in table if kind == taylor_packing.PRODUCT]
+    assert sorted(products) == sorted((m, n) for n in range(16) for m in range(n + 1))
+    assert sorted(m for kind, m, _ in table if kind == taylor_packing.LINEAR) == list(range(16))
+    assert sum(kind == taylor_packing.CONSTANT for kind, _, _ in table) == 1
+
+
+def test_packed_state_is_the_sum_of_packed_features(rng):
+    k, v = rng.normal(size=(2, 5, 3, 16)), rng.normal(size=(2, 5, 3, 64))
+    state = jnp.einsum(
+        "bthe,bthv->bhev", taylor.taylor_features(jnp.asarray(k)), np.append(v, np.ones_like(v[..., :1]), -1)
+    )
+    packed, gram = taylor_hopper.pack_state(state)
+    np.testing.assert_allclose(packed, np.einsum("bthv,bthe->bhve", v, _packed(k)), rtol=1e-4, atol=1e-4)
+    with_one = np.append(k, np.ones_like(k[..., :1]), -1)
+    np.testing.assert_allclose(
+        gram[:, :, :17, :17], np.einsum("bthm,bthn->bhmn", with_one, with_one), rtol=1e-4, atol=1e-4
+    )
+    assert not gram[:, :, 17:].any() and not gram[..., 17:].any()
+    np.testing.assert_allclose(taylor_hopper.unpack_state(packed, gram), state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sequences, chunks, pieces", [(128, 32, 1), (32, 128, 4), (16, 512, 8), (1, 1, 1), (1, 32, 8), (200, 32, 1)]
+)
+def test_pieces_fill_the_chip(sequences, chunks, pieces):
+    assert taylor_hopper.number_of_pieces(sequences, chunks) == pieces
+
+
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        (_arrays(dtype=jnp.float32), "bfloat16"),
+        (_arrays(k=8), "K must be 16"),
+        (_arrays(v=112), "V 64"),
+        (_arrays((2, 0, 16)), "a token"),
+    ],
+)
+def test_refusals_name_the_value(arrays, words):
+    assert words in taylor_hopper.supports(*arrays, None, None)
+    assert "segment_ids" in taylor_hopper.supports(*_arrays(), None, jnp.ones((2, 2048), jnp.int32))
+    assert taylor_hopper.supports(*_arrays(), None, None) is None
+
+
+def test_a_mesh_of_devices_needs_shard_map():
+    with use_abstract_mesh(AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=H100)):
+        assert "shard_map" in taylor_hopper.supports(*_arrays(), None, None)
+    with use_abstract_mesh(AbstractMesh((2,), ("data",), (AxisType.Manual,), abstract_device=H100)):
+        assert taylor_hopper.supports(*_arrays(), None, None) is None
+
+
+@pytest.mark.parametrize("shape", [(8, 2048, 16), (1, 4097, 4), (2, 15, 2)])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_lowers_for_an_h100(shape, with_state):
+    arrays = _arrays(shape)
+    state = (jnp.zeros((shape[0], shape[2], 153, 65)),) if with_state else ()
+
+    def loss(q, k, v, state=None):
+        o, after = taylor.taylor_attention(q, k, v, state=state, return_state=True)
+        return o.astype(jnp.float32).sum() + after.sum()
+
+    with use_abstract_mesh(AbstractMesh((1,), ("gpu",), (AxisType.Auto,), abstract_device=H100)):
+        lowered = jax.jit(jax.value_and_grad(loss)).trace(*arrays, *state).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu") >= 2
