@@ -187,7 +187,7 @@ def test_steps_equal_one_call(draw, close):
     close((np.stack(outputs, axis=1), state), exact(q, k, v))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", [*FAST, "oracle"])
 def test_vmap_equals_a_loop(impl, draw, close):
     qkv, state, ids = draw(130, 7, 5, 2)
     lanes = (*(x.reshape(3, 2, *x.shape[1:]) for x in (*qkv, state)), ids.reshape(3, 2, -1))
@@ -197,7 +197,7 @@ def test_vmap_equals_a_loop(impl, draw, close):
         close(jax.tree.map(lambda x, i=i: x[i], mapped), call(*(x[i] for x in lanes)))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", [*FAST, "oracle"])
 def test_large_scores_and_large_late_keys(impl, draw, close):
     (q, k, v), _, _ = draw(300, 16, 64, 1, batch=2)
     growing = jnp.exp(jnp.linspace(-5, 7, 300)).reshape(1, 300, 1, 1)
