@@ -23,6 +23,65 @@ from pallas_kernels.taylor_packing import FEATURE_DIM, PACKED_DIM, SCALE, expand
 C = TILE
 GRAM_DIM = 32
 STAGES = 6
+"""Chunks in flight; even, so that a slot always meets the same output warpgroup and its phases stay in step."""
+AHEAD = STAGES - 2
+"""Chunks fetched before they are added: the slots of the last two may still be read."""
+
+
+class _State:
+    """What a warpgroup needs to add chunks of keys and values to S^T and to the Gram matrix of [k, 1]."""
+
+    def __init__(self, k_tile, v_tile, phi_tile, keys_tile, filled):
+        self.k_tile, self.v_tile, self.phi_tile, self.keys_tile, self.filled = (
+            k_tile,
+            v_tile,
+            phi_tile,
+            keys_tile,
+            filled,
+        )
+
+    @staticmethod
+    def scratch(value_dim: int, arrivals: int) -> list:
+        """Return the shared memory of the constructor's arguments; `arrivals` copies fill a slot."""
+        return [
+            mosaic.swizzled((STAGES, C, FEATURE_DIM)),
+            mosaic.swizzled((STAGES, C, value_dim)),
+            mosaic.swizzled((2, C, PACKED_DIM)),
+            mosaic.swizzled((2, C, C)),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=STAGES),
+        ]
+
+    def empty(self):
+        """Return zero sums in registers."""
+        return mosaic.zeros((self.v_tile.shape[2], PACKED_DIM)), mosaic.zeros((C, GRAM_DIM))
+
+    def begin(self) -> None:
+        """Write the column of ones beside the keys, and the first chunk."""
+        ones = jnp.where(mosaic.iota((C, C), 1) == FEATURE_DIM, 1.0, 0.0)
+        for turn in range(2):
+            self.keys_tile.at[turn][...] = ones.astype(self.keys_tile.dtype)
+        self._write(0)
+
+    def _write(self, n) -> None:
+        slot, turn = lax.rem(n, STAGES), lax.rem(n, 2)
+        plgpu.barrier_wait(self.filled.at[slot])
+        keys = mosaic.load(self.k_tile.at[slot])
+        self.keys_tile.at[turn, :, pl.ds(0, FEATURE_DIM)][...] = keys
+        self.phi_tile.at[turn][...] = expand(keys, query=False)
+
+    def add(self, n, count, carry, fetch):
+        """Return the sums with chunk n, which is committed; under its products fetch and expand what follows."""
+
+        def issue(accumulators):
+            state, gram = accumulators
+            slot, turn = lax.rem(n, STAGES), lax.rem(n, 2)
+            keys = self.keys_tile.at[turn]
+            plgpu.wgmma(state, self.v_tile.at[slot].T, self.phi_tile.at[turn])
+            plgpu.wgmma(gram, keys.T, keys.at[:, pl.ds(0, GRAM_DIM)])
+            pl.when(n + AHEAD < count)(lambda: fetch(n + AHEAD))
+            pl.when(n + 1 < count)(lambda: self._write(n + 1))
+
+        return lax.optimization_barrier(pl.run_state(issue)(tuple(map(plgpu.ACC.init, carry))))
 
 
 def forward(q, k, v, state=None, gram=None, *, pieces: int):
@@ -40,10 +99,8 @@ def forward(q, k, v, state=None, gram=None, *, pieces: int):
 
     def body(q_ref, k_ref, v_ref, *rest):
         initial_refs, (o_ref, z_ref, *scratch) = rest[: len(given)], rest[len(given) :]
-        q_tile, k_tile, v_tile, phi_tile, keys_tile, ones_tile, state_tile, gram_tile, o_tile, z_tile, *barriers = (
-            scratch
-        )
-        filled, ready, free, started = barriers
+        k_tile, v_tile, filled = scratch[0], scratch[1], scratch[4]
+        q_tile, ones_tile, state_tile, gram_tile, o_tile, z_tile, ready, free, started = scratch[5:]
         group = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
         row, head, begin, count = _place(block, heads, chunks, pieces)
@@ -55,24 +112,15 @@ def forward(q, k, v, state=None, gram=None, *, pieces: int):
                 plgpu.copy_gmem_to_smem(source.at[row, tokens, head], tile.at[slot], filled.at[slot])
 
         @pl.when(group == 0)
-        def _():
-            ones = jnp.where(mosaic.iota((C, C), 1) == FEATURE_DIM, 1.0, 0.0).astype(dtype)
-            for turn in range(2):
-                keys_tile.at[turn][...] = ones
-            for n in range(STAGES - 2):
+        def keep_state():
+            sums = _State(*scratch[:5])
+            for n in range(AHEAD):
                 pl.when(n < count)(functools.partial(fetch, n))
             weights = _gram_weights()
 
-            def write(n):
-                slot, turn = lax.rem(n, STAGES), lax.rem(n, 2)
-                plgpu.barrier_wait(filled.at[slot])
-                keys = mosaic.load(k_tile.at[slot])
-                keys_tile.at[turn, :, pl.ds(0, FEATURE_DIM)][...] = keys
-                phi_tile.at[turn][...] = expand(keys, query=False)
-
             def step(n, carry):
                 state, gram = carry
-                slot, turn = lax.rem(n, STAGES), lax.rem(n, 2)
+                turn = lax.rem(n, 2)
                 pl.when(n >= 2)(lambda: plgpu.barrier_wait(free.at[turn]))
                 state_tile.at[turn][...] = state.astype(dtype)
                 weighted = gram * weights
@@ -81,26 +129,17 @@ def forward(q, k, v, state=None, gram=None, *, pieces: int):
                 gram_tile.at[turn, 1][...] = (weighted - high.astype(jnp.float32)).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[turn])
+                return sums.add(n, count, carry, fetch)
 
-                def add(accumulators):
-                    state, gram = accumulators
-                    keys = keys_tile.at[turn]
-                    plgpu.wgmma(state, v_tile.at[slot].T, phi_tile.at[turn])
-                    plgpu.wgmma(gram, keys.T, keys.at[:, pl.ds(0, GRAM_DIM)])
-                    pl.when(n + STAGES - 2 < count)(lambda: fetch(n + STAGES - 2))
-                    pl.when(n + 1 < count)(lambda: write(n + 1))
-
-                return lax.optimization_barrier(pl.run_state(add)((plgpu.ACC.init(state), plgpu.ACC.init(gram))))
-
-            write(0)
+            sums.begin()
             if given:
                 carry = tuple(plgpu.load(ref.at[block], layout=mosaic.WGMMA, optimized=False) for ref in initial_refs)
             else:
-                carry = mosaic.zeros((value_dim, PACKED_DIM)), mosaic.zeros((C, GRAM_DIM))
+                carry = sums.empty()
             lax.fori_loop(0, count, step, carry)
 
         @pl.when(group > 0)
-        def _():
+        def write_outputs():
             mine = group - 1
             first = jnp.where(mosaic.iota((C, FEATURE_DIM), 1) == 0, 1.0, 0.0)
             pl.when(mine == 0)(lambda: ones_tile.__setitem__(..., first.astype(dtype)))
@@ -123,7 +162,7 @@ def forward(q, k, v, state=None, gram=None, *, pieces: int):
                 x, phi, s = lax.optimization_barrier(pl.run_scoped(scores, plgpu.ACC((C, C), jnp.float32)))
                 plgpu.barrier_wait(ready.at[mine])
 
-                def sums(form, o):
+                def read(form, o):
                     for tile, start in ((queries, 0), (ones_tile, FEATURE_DIM)):
                         for part in range(2):
                             plgpu.wgmma(form, tile, gram_tile.at[mine, part, pl.ds(start, FEATURE_DIM)])
@@ -134,7 +173,7 @@ def forward(q, k, v, state=None, gram=None, *, pieces: int):
                     return p.sum(axis=1), form[...], o[...]
 
                 z, form, o = lax.optimization_barrier(
-                    pl.run_scoped(sums, plgpu.ACC((C, GRAM_DIM), jnp.float32), plgpu.ACC((C, value_dim), jnp.float32))
+                    pl.run_scoped(read, plgpu.ACC((C, GRAM_DIM), jnp.float32), plgpu.ACC((C, value_dim), jnp.float32))
                 )
                 z = z + (form[:, :FEATURE_DIM] * x.astype(jnp.float32)).sum(axis=1)
                 z = z + (form[:, FEATURE_DIM:] * first).sum(axis=1)
@@ -155,17 +194,13 @@ def forward(q, k, v, state=None, gram=None, *, pieces: int):
         jax.ShapeDtypeStruct((batch, heads, chunks * C), jnp.float32),
     ]
     scratch = [
+        *_State.scratch(value_dim, arrivals=3),
         mosaic.swizzled((STAGES, C, FEATURE_DIM)),
-        mosaic.swizzled((STAGES, C, FEATURE_DIM)),
-        mosaic.swizzled((STAGES, C, value_dim)),
-        mosaic.swizzled((2, C, PACKED_DIM)),
-        mosaic.swizzled((2, C, C)),
         mosaic.swizzled((C, FEATURE_DIM)),
         mosaic.swizzled((2, value_dim, PACKED_DIM)),
         mosaic.swizzled((2, 2, C, GRAM_DIM)),
         mosaic.swizzled((2, C, value_dim)),
         plgpu.SMEM((2, C), jnp.float32),
-        plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
         plgpu.Barrier(num_arrivals=2),
@@ -191,9 +226,10 @@ def sums(k, v, *, pieces: int):
     """
     batch, time, heads, value_dim = v.shape
     chunks = pl.cdiv(time, C)
-    dtype = v.dtype
 
-    def body(k_ref, v_ref, state_ref, gram_ref, k_tile, v_tile, phi_tile, keys_tile, filled):
+    def body(k_ref, v_ref, state_ref, gram_ref, *scratch):
+        k_tile, v_tile, filled = scratch[0], scratch[1], scratch[4]
+        sums = _State(*scratch)
         block = lax.axis_index("block")
         row, head, begin, count = _place(block, heads, chunks, pieces)
 
@@ -202,36 +238,14 @@ def sums(k, v, *, pieces: int):
             for source, tile in ((k_ref, k_tile), (v_ref, v_tile)):
                 plgpu.copy_gmem_to_smem(source.at[row, pl.ds((begin + n) * C, C), head], tile.at[slot], filled.at[slot])
 
-        ones = jnp.where(mosaic.iota((C, C), 1) == FEATURE_DIM, 1.0, 0.0).astype(dtype)
-        for turn in range(2):
-            keys_tile.at[turn][...] = ones
-        for n in range(STAGES - 1):
-            pl.when(n < count)(functools.partial(fetch, n))
-
-        def write(n):
-            slot, turn = lax.rem(n, STAGES), lax.rem(n, 2)
-            plgpu.barrier_wait(filled.at[slot])
-            keys = mosaic.load(k_tile.at[slot])
-            keys_tile.at[turn, :, pl.ds(0, FEATURE_DIM)][...] = keys
-            phi_tile.at[turn][...] = expand(keys, query=False)
-
         def step(n, carry):
-            slot, turn = lax.rem(n, STAGES), lax.rem(n, 2)
             plgpu.commit_smem()
+            return sums.add(n, count, carry, fetch)
 
-            def add(accumulators):
-                state, gram = accumulators
-                keys = keys_tile.at[turn]
-                plgpu.wgmma(state, v_tile.at[slot].T, phi_tile.at[turn])
-                plgpu.wgmma(gram, keys.T, keys.at[:, pl.ds(0, GRAM_DIM)])
-                pl.when(n + STAGES - 1 < count)(lambda: fetch(n + STAGES - 1))
-                pl.when(n + 1 < count)(lambda: write(n + 1))
-
-            return lax.optimization_barrier(pl.run_state(add)(tuple(map(plgpu.ACC.init, carry))))
-
-        write(0)
-        empty = mosaic.zeros((value_dim, PACKED_DIM)), mosaic.zeros((C, GRAM_DIM))
-        state, gram = lax.fori_loop(0, count, step, empty)
+        for n in range(AHEAD):
+            pl.when(n < count)(functools.partial(fetch, n))
+        sums.begin()
+        state, gram = lax.fori_loop(0, count, step, sums.empty())
         state_ref.at[block][...] = state
         gram_ref.at[block][...] = gram
 
@@ -242,13 +256,7 @@ def sums(k, v, *, pieces: int):
             jax.ShapeDtypeStruct((blocks, value_dim, PACKED_DIM), jnp.float32),
             jax.ShapeDtypeStruct((blocks, C, GRAM_DIM), jnp.float32),
         ],
-        scratch_types=[
-            mosaic.swizzled((STAGES, C, FEATURE_DIM)),
-            mosaic.swizzled((STAGES, C, value_dim)),
-            mosaic.swizzled((2, C, PACKED_DIM)),
-            mosaic.swizzled((2, C, C)),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-        ],
+        scratch_types=_State.scratch(value_dim, arrivals=2),
         grid=(blocks,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),

@@ -44,6 +44,12 @@ def target_platform() -> str:
     return "cuda" if platform == "gpu" else platform
 
 
+def target_device_kind() -> str:
+    """Return the name of the device that is being compiled for, "NVIDIA H100 80GB HBM3" say; as `target_platform`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device if device is not None else jax.devices()[0]).device_kind
+
+
 def dispatch(operation: str, table: Mapping[str, Implementation], impl: str, *args: Any, **kwargs: Any) -> Any:
     """Run `operation` with the implementation named `impl`, or with the one that `auto` picks.
 

@@ -5,6 +5,7 @@ The backward pass is that of the XLA form, recomputed from q, k, v. Source of th
 
 import functools
 import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ import numpy as np
 from jax.sharding import AxisType
 
 from based_jax.dims import BHEV, BTHK, BTHV
+from based_jax.ops.dispatch import target_device_kind
 
+HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 FEATURE_DIM = 16
 VALUE_DIM = 64
 CHUNK = 64
@@ -34,6 +37,8 @@ def supports(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids) -> str 
         return "segment_ids must be None"
     if 0 in q.shape:
         return "there must be a token"
+    if not HOPPER.search(target_device_kind()):
+        return f"the kernels are for Hopper GPUs, and this is {target_device_kind()}"
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1 and any(kind != AxisType.Manual for kind in mesh.axis_types):
         return f"a mesh of {mesh.size} devices needs jax.shard_map around the call"
@@ -72,17 +77,17 @@ def _forward(q, k, v, state):
     q, k, v = (jnp.pad(x, ((0, 0), (0, filler), (0, 0), (0, 0))) for x in (q, k, v))
     chunks = -(-v.shape[1] // CHUNK)
     pieces = number_of_pieces(batch * heads, chunks)
-    # Dropped by XLA where neither pieces nor the caller need it.
+    # XLA drops these sums where neither pieces nor the caller need them.
     added = [x.reshape(batch, heads, pieces, *x.shape[1:]) for x in kernels.sums(k, v, pieces=pieces)]
-    before = pack_state(jnp.zeros_like(unpack_state(*(x[:, :, 0] for x in added))) if state is None else state)
-    starts = ()
-    if state is not None or pieces > 1:
-        starts = tuple(
-            (jnp.cumsum(x, axis=2) - x + start[:, :, None]).reshape(-1, *x.shape[3:])
-            for x, start in zip(added, before, strict=True)
-        )
-    o, _ = kernels.forward(q, k, v, *starts, pieces=pieces)
-    after, gram = (x.sum(axis=2) + start for x, start in zip(added, before, strict=True))
+    before = [jnp.zeros_like(x[:, :, 0]) for x in added] if state is None else pack_state(state)
+    # What a piece starts from is summed, not the difference of two sums: large late keys would leave little of it.
+    starts = [
+        jnp.cumsum(jnp.concatenate([start[:, :, None], x[:, :, :-1]], axis=2), axis=2)
+        for start, x in zip(before, added, strict=True)
+    ]
+    given = [x.reshape(-1, *x.shape[3:]) for x in starts] if state is not None or pieces > 1 else []
+    o, _ = kernels.forward(q, k, v, *given, pieces=pieces)
+    after, gram = (start[:, :, -1] + x[:, :, -1] for start, x in zip(starts, added, strict=True))
     gram = gram.at[..., FEATURE_DIM, FEATURE_DIM].add(time - chunks * CHUNK)
     return o[:, :time], unpack_state(after, gram)
 

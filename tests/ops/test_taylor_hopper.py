@@ -9,7 +9,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 from based_jax.ops import taylor, taylor_hopper
 from pallas_kernels import taylor_packing
 
-H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+
+def _device(kind: str = "NVIDIA H100 80GB HBM3", size: int = 1, axes: AxisType = AxisType.Auto):
+    device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((size,), ("data",), (axes,), abstract_device=device))
 
 
 def _arrays(shape=(2, 2048, 16), k=16, v=64, dtype=jnp.bfloat16):
@@ -65,15 +68,25 @@ def test_pieces_fill_the_chip(sequences, chunks, pieces):
     ],
 )
 def test_refusals_name_the_value(arrays, words):
-    assert words in taylor_hopper.supports(*arrays, None, None)
-    assert "segment_ids" in taylor_hopper.supports(*_arrays(), None, jnp.ones((2, 2048), jnp.int32))
-    assert taylor_hopper.supports(*_arrays(), None, None) is None
+    with _device():
+        assert words in taylor_hopper.supports(*arrays, None, None)
+        assert "segment_ids" in taylor_hopper.supports(*_arrays(), None, jnp.ones((2, 2048), jnp.int32))
+        assert taylor_hopper.supports(*_arrays(), None, None) is None
+
+
+@pytest.mark.parametrize(
+    "kind, runs", [("NVIDIA GH200 480GB", True), ("NVIDIA A100-SXM4-80GB", False), ("NVIDIA B200", False)]
+)
+def test_only_hopper_gpus(kind, runs):
+    with _device(kind):
+        reason = taylor_hopper.supports(*_arrays(), None, None)
+    assert reason is None if runs else kind in reason
 
 
 def test_a_mesh_of_devices_needs_shard_map():
-    with use_abstract_mesh(AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=H100)):
+    with _device(size=2):
         assert "shard_map" in taylor_hopper.supports(*_arrays(), None, None)
-    with use_abstract_mesh(AbstractMesh((2,), ("data",), (AxisType.Manual,), abstract_device=H100)):
+    with _device(size=2, axes=AxisType.Manual):
         assert taylor_hopper.supports(*_arrays(), None, None) is None
 
 
@@ -87,6 +100,6 @@ def test_lowers_for_an_h100(shape, with_state):
         o, after = taylor.taylor_attention(q, k, v, state=state, return_state=True)
         return o.astype(jnp.float32).sum() + after.sum()
 
-    with use_abstract_mesh(AbstractMesh((1,), ("gpu",), (AxisType.Auto,), abstract_device=H100)):
+    with _device():
         lowered = jax.jit(jax.value_and_grad(loss)).trace(*arrays, *state).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("mosaic_gpu") >= 2
