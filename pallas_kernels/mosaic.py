@@ -36,17 +36,17 @@ def zeros(shape: tuple[int, int]) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
 
 
-def iota(shape: tuple[int, int], dimension: int) -> jax.Array:
+def iota(shape: tuple[int, ...], dimension: int) -> jax.Array:
     """Return the row (0) or column (1) number of every element of a tile."""
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=WGMMA)
 
 
-def across(rows: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def across(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Repeat one value per row over the columns."""
     return lax.broadcast_in_dim(rows, shape, [0])
 
 
-def down(columns: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def down(columns: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Repeat one value per column over the rows."""
     return lax.broadcast_in_dim(columns, shape, [1])
 

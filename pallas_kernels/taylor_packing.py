@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
+from jaxlib.mlir.dialects import arith, llvm, math, nvvm
 
 from pallas_kernels.mosaic import TILE, WGMMA
 
@@ -72,6 +72,8 @@ class _Quad:
     def __init__(self):
         self.i32 = ir.IntegerType.get_signless(32)
         self.pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        self.f32 = ir.F32Type.get()
+        self.zero, self.one = (mgpu.c(value, self.f32) for value in (0.0, 1.0))
         self.lane = arith.andi(mgpu.utils.thread_idx(), self.const(3))
         self.first_half = arith.cmpi(arith.CmpIPredicate.ult, self.lane, self.const(2))
         self.first = arith.cmpi(arith.CmpIPredicate.eq, self.lane, self.const(0))
@@ -103,6 +105,32 @@ class _Quad:
 
     def multiply(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self.bits(arith.mulf(mgpu.utils.bitcast(x, self.pair), mgpu.utils.bitcast(y, self.pair)))
+
+    def halves(self, pair: ir.Value) -> list[ir.Value]:
+        """Return the two values of a pair."""
+        return [llvm.extractelement(pair, self.const(i)) for i in range(2)]
+
+    def join(self, first: ir.Value, second: ir.Value) -> ir.Value:
+        """Return the pair of two fp32 values."""
+        pair = llvm.mlir_undef(ir.VectorType.get((2,), self.f32))
+        for i, value in enumerate((first, second)):
+            pair = llvm.insertelement(pair, value, self.const(i))
+        return pair
+
+    def widen(self, bits: ir.Value) -> list[ir.Value]:
+        """Return the two bf16 values of a register in fp32: their bits, shifted up."""
+        shifted = arith.shli(bits, self.const(16)), arith.andi(bits, self.const(0xFFFF0000))
+        return [mgpu.utils.bitcast(y, self.f32) for y in shifted]
+
+    def from_lane_fp32(self, value: ir.Value, r: int) -> ir.Value:
+        """Return the fp32 value of lane t + r (mod 4) of the quad."""
+        return mgpu.utils.bitcast(self.from_lane(mgpu.utils.bitcast(value, self.i32), r), self.f32)
+
+    def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+        return math.fma(x, y, z)
+
+    def add(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return arith.addf(x, y)
 
     def select(self, condition: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
         return arith.select(condition, x, y)
@@ -151,3 +179,67 @@ def _features(quad: _Quad, a: ir.Value, b: ir.Value, query: bool) -> list[ir.Val
         *(times(y, quad.select(first_half, swap(y2), ones)) for y, y2 in ((a, a2), (b, b2))),
         *(times(a, y) for r in range(4) for br in [quad.from_lane(b, r)] for y in (br, swap(br))),
     ]
+
+
+def pull_back(x: jax.Array, u: jax.Array) -> jax.Array:
+    """Return J^T u / c (64, 16) in fp32, J the Jacobian of `expand(x, query=True)` for x (64, 16), u (64, 160) fp32.
+
+    A lane multiplies its products' u by either factor; what belongs to components of lane t + r goes there by shuffles.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA, WGMMA), return_type=plgpu.ShapeDtypeStruct((TILE, FEATURE_DIM), jnp.float32, layout=WGMMA)
+    )
+    def body(_, x, u):
+        quad = _Quad()
+        tiles = x.registers.reshape(2, 2)
+        slabs = u.registers.reshape(PACKED_DIM // 16, 2, 2)
+        out = np.empty((2, 2), dtype=object)
+        for row in range(2):
+            a, b = (quad.multiply(quad.bits(tiles[tile, row]), quad.const(QUARTERS)) for tile in range(2))
+            out[:, row] = _gradients(quad, a, b, [[quad.halves(y) for y in slab] for slab in slabs[:, :, row]])
+        shape = mgpu.WGMMA_LAYOUT.registers_shape((TILE, FEATURE_DIM))
+        return mgpu.FragmentedArray(_registers=out.reshape(shape), _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
+
+    return body(x, u)
+
+
+def _gradients(quad: _Quad, a: ir.Value, b: ir.Value, u: list) -> list[ir.Value]:
+    """Return one row's two registers of J^T u / c, given c x in bf16 and u[slab][register][half] in fp32."""
+    near_a, near_b = ([quad.widen(quad.from_lane(y, r)) for r in range(n)] for y, n in ((a, 3), (b, 4)))
+    # to_a[r] is what this lane adds to the gradient of a^r.
+    to_a, to_b = ([[quad.zero, quad.zero] for _ in range(n)] for n in (3, 4))
+
+    def add(u, left, to_left, i, right, to_right, j):
+        """Add the gradient of u times the product of left[i] and right[j]."""
+        to_left[i] = quad.fma(u, right[j], to_left[i])
+        to_right[j] = quad.fma(u, left[i], to_right[j])
+
+    for register, near, to in ((0, near_a, to_a), (1, near_b, to_b)):
+        add(u[1][register][0], near[0], to[0], 0, near[0], to[0], 1)
+        for h in range(2):
+            to[0][h] = quad.fma(u[0][register][h], near[0][h], to[0][h])
+            add(u[2][register][h], near[0], to[0], h, near[1], to[1], h)
+            add(u[3][register][h], near[0], to[0], h, near[1], to[1], 1 - h)
+            # Lanes 2 and 3 hold linear features in slabs 4 and 5: of a^2 or b^2, and of a or b.
+            own, far = (
+                [quad.select(quad.first_half, y, linear) for y in ys]
+                for ys, linear in ((near[0], quad.one), (near[2], quad.zero))
+            )
+            add(u[4][register][h], own, to[0], h, far, to[2], h)
+            own, far = (
+                [quad.select(quad.first_half, y, linear) for y in ys]
+                for ys, linear in ((near[0], quad.zero), (near[2], quad.one))
+            )
+            add(u[5][register][h], own, to[0], h, far, to[2], 1 - h)
+    for r in range(4):
+        for h in range(2):
+            add(u[6 + r][0][h], near_a[0], to_a[0], h, near_b[r], to_b[r], h)
+            add(u[6 + r][1][h], near_a[0], to_a[0], h, near_b[r], to_b[r], 1 - h)
+    results = []
+    for to in (to_a, to_b):
+        total = to[0]
+        for r in range(1, len(to)):
+            total = [quad.add(x, quad.from_lane_fp32(y, 4 - r)) for x, y in zip(total, to[r], strict=True)]
+        results.append(quad.join(*total))
+    return results

@@ -76,7 +76,7 @@ def taylor_attention(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
       impl: "oracle" (quadratic), "recurrent" (token by token), "xla" (chunked, linear in T), "hopper" (Mosaic
-        GPU forward, XLA backward; bf16, K 16, V 64, no documents) or "auto".
+        GPU kernels; bf16, K 16, V 64, no documents) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
@@ -101,9 +101,7 @@ def _kernel(q: BTHK, k: BTHK, precision) -> Float[Array, "B H T S"]:
 _chunked = functools.partial(linear_attention.chunked, features=taylor_features, scores=_kernel)
 
 IMPLEMENTATIONS = {
-    "hopper": Implementation(
-        functools.partial(taylor_hopper.attention, reference=_chunked), taylor_hopper.supports, platform="cuda"
-    ),
+    "hopper": Implementation(taylor_hopper.attention, taylor_hopper.supports, platform="cuda"),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(functools.partial(linear_attention.recurrent, features=taylor_features)),
     "oracle": Implementation(functools.partial(linear_attention.oracle, features=taylor_features, scores=_kernel)),

@@ -1,0 +1,275 @@
+"""Taylor linear attention on Hopper: the backward pass, in two kernels shaped like the forward one.
+
+With g = do / z and gz = -do.o / z, the gradient of p_ij is dP_ij = g_i.v_j + gz_i and that of s_ij is dP_ij (1 + s_ij).
+The first kernel scans forward with the state of keys and values, S, and writes dq and gz:
+
+    dq_i = c sum_j dS_ij k_j            inside the chunk
+         + J(q_i)^T S g_i               before it, J the Jacobian of the weighted features (`taylor_packing.pull_back`)
+         + gz_i c (sum_j k_j + c sum_j k_j k_j^T q_i)
+
+The second scans backward with the state of queries and g, R, and writes dk and dv; the roles of the two sides are
+exchanged, p being symmetric in them:
+
+    dv_j = sum_i p_ij g_i + R^T phi(k_j)
+    dk_j = c sum_i dS_ij q_i + J(k_j)^T R v_j + c (sum_i gz_i q_i + c sum_i gz_i q_i q_i^T k_j)
+
+In both, one warpgroup keeps the sums and two take turns with the chunks. Nothing is stored per chunk.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic
+from pallas_kernels.taylor_packing import FEATURE_DIM, PACKED_DIM, SCALE, expand, pull_back
+from pallas_kernels.taylor_state import MOMENTS, C, State, copy_chunk, moment_weights, place, row_factors, unit
+
+SLOTS = 4
+"""Chunks in flight; even, so that a slot always meets the same output warpgroup and its phases stay in step."""
+
+
+def query_gradient(q, k, v, o, do, z, state=None, moments=None, *, pieces: int):
+    """Return dq (B, T, H, 16) in bf16 and gz (B, H, T rounded up to 64) in fp32.
+
+    The arguments are those of the forward kernel, its results and the gradient of o, bf16 but for z.
+    """
+    batch, time, heads, value_dim = v.shape
+    chunks = pl.cdiv(time, C)
+    dtype = v.dtype
+    given = () if state is None else (state, moments)
+
+    def body(*refs):
+        sources, initial_refs, (dq_ref, gz_ref, *rest) = refs[:6], refs[6 : 6 + len(given)], refs[6 + len(given) :]
+        tiles, (phi_tile, sums_tile, state_tile, form_tile, dq_tile, gz_tile, filled, ready, free) = rest[:6], rest[6:]
+        q_tile, k_tile, v_tile, o_tile, do_tile, z_tile = tiles
+        group = lax.axis_index("warpgroup")
+        block = lax.axis_index("block")
+        row, head, begin, count = place(block, heads, chunks, pieces)
+
+        def fetch(n):
+            copy_chunk(sources, tiles, filled, lax.rem(n, SLOTS), row, head, begin + n)
+
+        @pl.when(group == 0)
+        def keep_state():
+            publish = _publisher(state_tile, form_tile, ready, free)
+            State(k_tile, v_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count).run(
+                block, initial_refs, publish
+            )
+
+        @pl.when(group > 0)
+        def write_gradients():
+            mine = group - 1
+            causal = mosaic.iota((C, C), 0) >= mosaic.iota((C, C), 1)
+
+            def step(i, _):
+                n = 2 * i + mine
+                slot = lax.rem(n, SLOTS)
+                plgpu.barrier_wait(filled.at[slot])
+
+                def scores(s):
+                    plgpu.wgmma(s, q_tile.at[slot], k_tile.at[slot].T)
+                    g = mosaic.load(do_tile.at[slot]).astype(jnp.float32)
+                    g = g * mosaic.across(1.0 / plgpu.load(z_tile.at[slot], layout=mosaic.ROWS), g.shape)
+                    gz = -(g * mosaic.load(o_tile.at[slot]).astype(jnp.float32)).sum(axis=1)
+                    return g.astype(dtype), gz, s[...]
+
+                g, gz, s = lax.optimization_barrier(pl.run_scoped(scores, plgpu.ACC((C, C), jnp.float32)))
+                dp = mosaic.product((C, C), (g, v_tile.at[slot].T))
+                ds = jnp.where(causal, (dp + mosaic.across(gz, dp.shape)) * (1.0 + s * SCALE), 0.0).astype(dtype)
+                x = mosaic.load(q_tile.at[slot])
+                weights = mosaic.across(gz, x.shape)
+                plgpu.barrier_wait(ready.at[mine])
+
+                def read(u, dq):
+                    plgpu.wgmma(u, g, state_tile.at[mine])
+                    plgpu.wgmma(dq, ds, k_tile.at[slot])
+                    plgpu.wgmma(
+                        dq, (x.astype(jnp.float32) * weights).astype(dtype), form_tile.at[mine, pl.ds(0, FEATURE_DIM)]
+                    )
+                    plgpu.wgmma(
+                        dq, (unit() * weights).astype(dtype), form_tile.at[mine, pl.ds(FEATURE_DIM, FEATURE_DIM)]
+                    )
+                    return u[...], dq[...]
+
+                u, dq = lax.optimization_barrier(
+                    pl.run_scoped(
+                        read, plgpu.ACC((C, PACKED_DIM), jnp.float32), plgpu.ACC((C, FEATURE_DIM), jnp.float32)
+                    )
+                )
+                plgpu.barrier_arrive(free.at[mine])
+                dq = SCALE * (dq + pull_back(x, u))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                dq_tile.at[mine][...] = dq.astype(dtype)
+                gz_tile.at[mine][...] = gz
+                plgpu.commit_smem()
+                tokens = pl.ds((begin + n) * C, C)
+                plgpu.copy_smem_to_gmem(dq_tile.at[mine], dq_ref.at[row, tokens, head])
+                plgpu.copy_smem_to_gmem(gz_tile.at[mine], gz_ref.at[row, head, tokens])
+
+            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, None)
+            plgpu.wait_smem_to_gmem(0)
+
+    scratch = [
+        *_slots(FEATURE_DIM, FEATURE_DIM, value_dim, value_dim, value_dim, None),
+        *State.scratch(),
+        *_published(value_dim),
+        mosaic.swizzled((2, C, FEATURE_DIM)),
+        plgpu.SMEM((2, C), jnp.float32),
+        *_barriers(arrivals=6),
+    ]
+    out_type = [jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((batch, heads, chunks * C), jnp.float32)]
+    return _kernel(body, "taylor_dq", batch * heads * pieces, out_type, scratch)(q, k, v, o, do, z, *given)
+
+
+def key_value_gradients(q, k, v, do, z, gz, state=None, moments=None, *, pieces: int):
+    """Return dk (B, T, H, 16) and dv (B, T, H, V) in bf16.
+
+    `state` and `moments` are the sums over the tokens after each piece, as `sums(q, do, z, gz)` returns them.
+    """
+    batch, time, heads, value_dim = v.shape
+    chunks = pl.cdiv(time, C)
+    dtype = v.dtype
+    given = () if state is None else (state, moments)
+
+    def body(*refs):
+        sources, initial_refs, (dk_ref, dv_ref, *rest) = refs[:6], refs[6 : 6 + len(given)], refs[6 + len(given) :]
+        tiles, (phi_tile, sums_tile, state_tile, form_tile, unit_tile, dk_tile, dv_tile, *barriers) = rest[:6], rest[6:]
+        filled, ready, free, started = barriers
+        q_tile, k_tile, v_tile, do_tile, z_tile, gz_tile = tiles
+        group = lax.axis_index("warpgroup")
+        block = lax.axis_index("block")
+        row, head, begin, count = place(block, heads, chunks, pieces)
+        last = begin + count - 1
+
+        def fetch(n):
+            copy_chunk(sources, tiles, filled, lax.rem(n, SLOTS), row, head, last - n)
+
+        @pl.when(group == 0)
+        def keep_state():
+            publish = _publisher(state_tile, form_tile, ready, free)
+            factors = row_factors(z_tile, gz_tile)
+            State(q_tile, do_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count, factors=factors).run(
+                block, initial_refs, publish
+            )
+
+        @pl.when(group > 0)
+        def write_gradients():
+            mine = group - 1
+            pl.when(mine == 0)(lambda: unit_tile.__setitem__(..., unit().astype(dtype)))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(started)
+            plgpu.barrier_wait(started)
+            causal = mosaic.iota((C, C), 0) <= mosaic.iota((C, C), 1)
+
+            def step(i, _):
+                n = 2 * i + mine
+                slot = lax.rem(n, SLOTS)
+                plgpu.barrier_wait(filled.at[slot])
+                keys = k_tile.at[slot]
+
+                def scores(s, dp):
+                    plgpu.wgmma(s, keys, q_tile.at[slot].T)
+                    plgpu.wgmma(dp, v_tile.at[slot], do_tile.at[slot].T)
+                    x = mosaic.load(keys)
+                    z, gz = (plgpu.load(tile.at[slot], layout=mosaic.COLUMNS) for tile in (z_tile, gz_tile))
+                    return x, mosaic.down(1.0 / z, (C, C)), mosaic.down(gz, (C, C)), s[...], dp[...]
+
+                x, factors, gz, s, dp = lax.optimization_barrier(
+                    pl.run_scoped(scores, plgpu.ACC((C, C), jnp.float32), plgpu.ACC((C, C), jnp.float32))
+                )
+                p = jnp.where(causal, factors * (1.0 + s * (SCALE + s * (0.5 * SCALE * SCALE))), 0.0).astype(dtype)
+                ds = jnp.where(causal, (dp * factors + gz) * (1.0 + s * SCALE), 0.0).astype(dtype)
+                plgpu.barrier_wait(ready.at[mine])
+
+                def read_values(dv):
+                    plgpu.wgmma(dv, p, do_tile.at[slot])
+                    phi = expand(x, query=True)
+                    for e, width in ((0, 64), (64, 64), (128, 32)):
+                        plgpu.wgmma(dv, phi[:, e : e + width], state_tile.at[mine, :, pl.ds(e, width)].T)
+                    return dv[...]
+
+                dv = lax.optimization_barrier(pl.run_scoped(read_values, plgpu.ACC((C, value_dim), jnp.float32)))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                dv_tile.at[mine][...] = dv.astype(dtype)
+
+                def read_keys(u, dk):
+                    plgpu.wgmma(u, v_tile.at[slot], state_tile.at[mine])
+                    plgpu.wgmma(dk, ds, q_tile.at[slot])
+                    plgpu.wgmma(dk, keys, form_tile.at[mine, pl.ds(0, FEATURE_DIM)])
+                    plgpu.wgmma(dk, unit_tile, form_tile.at[mine, pl.ds(FEATURE_DIM, FEATURE_DIM)])
+                    return u[...], dk[...]
+
+                results = plgpu.ACC((C, PACKED_DIM), jnp.float32), plgpu.ACC((C, FEATURE_DIM), jnp.float32)
+                u, dk = lax.optimization_barrier(pl.run_scoped(read_keys, *results))
+                plgpu.barrier_arrive(free.at[mine])
+                dk_tile.at[mine][...] = (SCALE * (dk + pull_back(x, u))).astype(dtype)
+                plgpu.commit_smem()
+                tokens = pl.ds((last - n) * C, C)
+                plgpu.copy_smem_to_gmem(dk_tile.at[mine], dk_ref.at[row, tokens, head])
+                plgpu.copy_smem_to_gmem(dv_tile.at[mine], dv_ref.at[row, tokens, head])
+
+            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, None)
+            plgpu.wait_smem_to_gmem(0)
+
+    scratch = [
+        *_slots(FEATURE_DIM, FEATURE_DIM, value_dim, value_dim, None, None),
+        *State.scratch(),
+        *_published(value_dim),
+        mosaic.swizzled((C, FEATURE_DIM)),
+        mosaic.swizzled((2, C, FEATURE_DIM)),
+        mosaic.swizzled((2, C, value_dim)),
+        *_barriers(arrivals=6),
+        plgpu.Barrier(num_arrivals=2),
+    ]
+    out_type = [jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)]
+    return _kernel(body, "taylor_dkv", batch * heads * pieces, out_type, scratch)(q, k, v, do, z, gz, *given)
+
+
+def _slots(*widths: int | None) -> list:
+    """Return slots for chunks of each width in bf16; None stands for one fp32 value per token."""
+    return [mosaic.swizzled((SLOTS, C, w)) if w else plgpu.SMEM((SLOTS, C), jnp.float32) for w in widths]
+
+
+def _published(value_dim: int) -> list:
+    """Return two turns of what the output warpgroups read: the state and the moments, in bf16."""
+    return [mosaic.swizzled((2, value_dim, PACKED_DIM)), mosaic.swizzled((2, *MOMENTS))]
+
+
+def _barriers(arrivals: int) -> list:
+    """Return the barriers of filled slots, and of sums ready to be read and free to be written."""
+    return [
+        plgpu.Barrier(num_arrivals=arrivals, num_barriers=SLOTS),
+        plgpu.Barrier(num_arrivals=1, num_barriers=2),
+        plgpu.Barrier(num_arrivals=1, num_barriers=2),
+    ]
+
+
+def _publisher(state_tile, form_tile, ready, free):
+    """Return the `publish` of both kernels: bf16 sums, the moments weighted for c (sum x + c sum x x^T y)."""
+    weights = moment_weights(SCALE, 1.0)
+
+    def publish(n, state, moments):
+        turn = lax.rem(n, 2)
+        pl.when(n >= 2)(lambda: plgpu.barrier_wait(free.at[turn]))
+        state_tile.at[turn][...] = state.astype(state_tile.dtype)
+        form_tile.at[turn][...] = (moments * weights).astype(form_tile.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(ready.at[turn])
+
+    return publish
+
+
+def _kernel(body, name: str, blocks: int, out_type: list, scratch: list):
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        kernel_name=name,
+    )
