@@ -5,10 +5,17 @@ import logging
 import sys
 from typing import NoReturn
 
-from based_jax.commands import convert, describe, eval, generate, train
+from based_jax.commands import bench, convert, describe, eval, generate, train
 from based_jax.errors import UserError
 
-COMMANDS = {"train": train, "eval": eval, "generate": generate, "convert": convert, "describe": describe}
+COMMANDS = {
+    "train": train,
+    "eval": eval,
+    "generate": generate,
+    "convert": convert,
+    "describe": describe,
+    "bench": bench,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """What the Mosaic GPU kernels share: layouts, shared-memory tiles, products. The one place that meets Pallas' names.
 
 A Pallas "thread" is a warpgroup of 128 lanes. A tile in the WGMMA layout lies in its registers as the tensor cores
-leave it; `ROWS` and `COLUMNS` hold one value per row or column of such a tile. Shared-memory tiles are swizzled by 32
-bytes, 16 columns of bf16, so that every operand of a product has the same swizzle, features of 16 included.
+leave it; `ROWS` and `COLUMNS` hold one value per row or column of such a tile. Both shared operands of a product have
+the same swizzle; a tile is a multiple of it wide, `NARROW` (16 columns of bf16), `MEDIUM` (32) or `WIDE` (64).
 """
 
 import jax
@@ -15,15 +15,15 @@ WGMMA = plgpu.Layout.WGMMA
 ROWS = WGMMA.reduce(1)
 COLUMNS = WGMMA.reduce(0)
 
-SWIZZLE = 32
+NARROW, MEDIUM, WIDE = 32, 64, 128
 TILE = 64
 """Rows of a product on the tensor cores, and the tokens of a chunk."""
 
 
-def swizzled(shape: tuple[int, ...], dtype=jnp.bfloat16, swizzle: int = SWIZZLE) -> plgpu.SMEM:
-    """Return a shared-memory array whose last two dimensions are tiles that copies and products can use."""
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
+def swizzled(shape: tuple[int, ...], swizzle: int) -> plgpu.SMEM:
+    """Return a bf16 array in shared memory whose last two dimensions are tiles that copies and products can use."""
+    tiling = plgpu.TilingTransform((8, swizzle // 2))  # type: ignore[abstract]
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
 
 
 def load(tile) -> jax.Array:

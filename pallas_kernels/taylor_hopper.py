@@ -30,6 +30,8 @@ from pallas_kernels.taylor_state import (
 
 SLOTS = 6
 """Chunks in flight; even, so that a slot always meets the same output warpgroup and its phases stay in step."""
+SUMS_SLOTS = 4
+"""Those of `sums`: few enough for two blocks on a multiprocessor."""
 
 
 def forward(q, k, v, state=None, moments=None, *, pieces: int):
@@ -112,7 +114,7 @@ def forward(q, k, v, state=None, moments=None, *, pieces: int):
                 results = plgpu.ACC((C, FEATURE_DIM), jnp.float32), plgpu.ACC((C, value_dim), jnp.float32)
                 z, form, o = lax.optimization_barrier(pl.run_scoped(read, *results))
                 z = z + (form * x.astype(jnp.float32)).sum(axis=1)
-                z = z + (tokens_before + (n * C).astype(jnp.float32))
+                z = z + (tokens_before + ((begin + n) * C).astype(jnp.float32))
                 plgpu.barrier_arrive(free.at[mine])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 o_tile.at[mine][...] = (o * mosaic.across(1.0 / z, o.shape)).astype(dtype)
@@ -130,14 +132,14 @@ def forward(q, k, v, state=None, moments=None, *, pieces: int):
         jax.ShapeDtypeStruct((batch, heads, chunks * C), jnp.float32),
     ]
     scratch = [
-        mosaic.swizzled((SLOTS, C, FEATURE_DIM)),
-        mosaic.swizzled((SLOTS, C, FEATURE_DIM)),
-        mosaic.swizzled((SLOTS, C, value_dim)),
+        mosaic.swizzled((SLOTS, C, FEATURE_DIM), mosaic.NARROW),
+        mosaic.swizzled((SLOTS, C, FEATURE_DIM), mosaic.NARROW),
+        mosaic.swizzled((SLOTS, C, value_dim), mosaic.MEDIUM),
         *State.scratch(),
-        mosaic.swizzled((C, FEATURE_DIM)),
-        mosaic.swizzled((2, value_dim, PACKED_DIM)),
-        mosaic.swizzled((2, 2, *MOMENTS)),
-        mosaic.swizzled((2, C, value_dim)),
+        mosaic.swizzled((C, FEATURE_DIM), mosaic.NARROW),
+        mosaic.swizzled((2, value_dim, PACKED_DIM), mosaic.MEDIUM),
+        mosaic.swizzled((2, 2, *MOMENTS), mosaic.NARROW),
+        mosaic.swizzled((2, C, value_dim), mosaic.WIDE),
         plgpu.SMEM((2, C), jnp.float32),
         plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
@@ -157,24 +159,25 @@ def forward(q, k, v, state=None, moments=None, *, pieces: int):
     )(q, k, v, *given)
 
 
-def sums(x, y, *factors, pieces: int):
-    """Return what each piece adds to S^T (B H pieces, 64, 160) and to the moments (B H pieces, 64, 16), fp32.
+def sums(x, y, *factors, pieces: int, taken: range | None = None):
+    """Return what each taken piece adds to S^T (B H taken, 64, 160) and to the moments (B H taken, 64, 16), fp32.
 
     x is (B, T, H, 16), y is (B, T, H, 64), bf16, T >= 64. `factors` are none, or (z, weight), fp32 (B, H, T rounded
     up to 64): then phi(x) is divided by z and the moments are weighted.
     """
     batch, time, heads, value_dim = y.shape
     chunks = pl.cdiv(time, C)
+    taken = taken or range(pieces)
 
     def body(*refs):
         sources, rest = refs[: 2 + len(factors)], refs[2 + len(factors) :]
         state_ref, moments_ref, *tiles, phi_tile, sums_tile, filled = rest
         x_tile, y_tile, *factor_tiles = tiles
         block = lax.axis_index("block")
-        row, head, begin, count = place(block, heads, chunks, pieces)
+        row, head, begin, count = place(block, heads, chunks, pieces, taken)
 
         def fetch(n):
-            copy_chunk(sources, tiles, filled, lax.rem(n, SLOTS), row, head, begin + n)
+            copy_chunk(sources, tiles, filled, lax.rem(n, SUMS_SLOTS), row, head, begin + n)
 
         weights = row_factors(*factor_tiles) if factors else None
         state = State(x_tile, y_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count, factors=weights)
@@ -182,7 +185,7 @@ def sums(x, y, *factors, pieces: int):
         for ref, total in zip((state_ref, moments_ref), sums, strict=True):
             ref.at[block][...] = total
 
-    blocks = batch * heads * pieces
+    blocks = batch * heads * len(taken)
     return plgpu.kernel(
         body,
         out_type=[
@@ -190,11 +193,11 @@ def sums(x, y, *factors, pieces: int):
             jax.ShapeDtypeStruct((blocks, *MOMENTS), jnp.float32),
         ],
         scratch_types=[
-            mosaic.swizzled((SLOTS, C, FEATURE_DIM)),
-            mosaic.swizzled((SLOTS, C, value_dim)),
-            *(plgpu.SMEM((SLOTS, C), jnp.float32) for _ in factors),
+            mosaic.swizzled((SUMS_SLOTS, C, FEATURE_DIM), mosaic.NARROW),
+            mosaic.swizzled((SUMS_SLOTS, C, value_dim), mosaic.MEDIUM),
+            *(plgpu.SMEM((SUMS_SLOTS, C), jnp.float32) for _ in factors),
             *State.scratch(),
-            plgpu.Barrier(num_arrivals=2 + len(factors), num_barriers=SLOTS),
+            plgpu.Barrier(num_arrivals=2 + len(factors), num_barriers=SUMS_SLOTS),
         ],
         grid=(blocks,),
         grid_names=("block",),

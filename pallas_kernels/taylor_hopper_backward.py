@@ -112,10 +112,12 @@ def query_gradient(q, k, v, o, do, z, state=None, moments=None, *, pieces: int):
             plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        *_slots(FEATURE_DIM, FEATURE_DIM, value_dim, value_dim, value_dim, None),
+        *_slots(FEATURE_DIM, FEATURE_DIM, value_dim),
+        *(mosaic.swizzled((SLOTS, C, value_dim), mosaic.WIDE) for _ in ("o", "do")),
+        _per_token(),
         *State.scratch(),
         *_published(value_dim),
-        mosaic.swizzled((2, C, FEATURE_DIM)),
+        mosaic.swizzled((2, C, FEATURE_DIM), mosaic.NARROW),
         plgpu.SMEM((2, C), jnp.float32),
         *_barriers(arrivals=6),
     ]
@@ -214,12 +216,13 @@ def key_value_gradients(q, k, v, do, z, gz, state=None, moments=None, *, pieces:
             plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        *_slots(FEATURE_DIM, FEATURE_DIM, value_dim, value_dim, None, None),
+        *_slots(FEATURE_DIM, FEATURE_DIM, value_dim, value_dim),
+        *(_per_token() for _ in ("z", "gz")),
         *State.scratch(),
         *_published(value_dim),
-        mosaic.swizzled((C, FEATURE_DIM)),
-        mosaic.swizzled((2, C, FEATURE_DIM)),
-        mosaic.swizzled((2, C, value_dim)),
+        mosaic.swizzled((C, FEATURE_DIM), mosaic.NARROW),
+        mosaic.swizzled((2, C, FEATURE_DIM), mosaic.NARROW),
+        mosaic.swizzled((2, C, value_dim), mosaic.WIDE),
         *_barriers(arrivals=6),
         plgpu.Barrier(num_arrivals=2),
     ]
@@ -227,14 +230,19 @@ def key_value_gradients(q, k, v, do, z, gz, state=None, moments=None, *, pieces:
     return _kernel(body, "taylor_dkv", batch * heads * pieces, out_type, scratch)(q, k, v, do, z, gz, *given)
 
 
-def _slots(*widths: int | None) -> list:
-    """Return slots for chunks of each width in bf16; None stands for one fp32 value per token."""
-    return [mosaic.swizzled((SLOTS, C, w)) if w else plgpu.SMEM((SLOTS, C), jnp.float32) for w in widths]
+def _slots(*widths: int) -> list:
+    """Return slots for chunks of each width, operands of products."""
+    return [mosaic.swizzled((SLOTS, C, w), mosaic.NARROW if w == FEATURE_DIM else mosaic.MEDIUM) for w in widths]
+
+
+def _per_token() -> plgpu.SMEM:
+    """Return slots for one fp32 value per token."""
+    return plgpu.SMEM((SLOTS, C), jnp.float32)
 
 
 def _published(value_dim: int) -> list:
     """Return two turns of what the output warpgroups read: the state and the moments, in bf16."""
-    return [mosaic.swizzled((2, value_dim, PACKED_DIM)), mosaic.swizzled((2, *MOMENTS))]
+    return [mosaic.swizzled((2, value_dim, PACKED_DIM), mosaic.MEDIUM), mosaic.swizzled((2, *MOMENTS), mosaic.NARROW)]
 
 
 def _barriers(arrivals: int) -> list:

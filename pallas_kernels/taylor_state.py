@@ -42,7 +42,7 @@ class State:
     @staticmethod
     def scratch() -> list:
         """Return the shared memory of `phi_tile` and `moments_tile`."""
-        return [mosaic.swizzled((2, C, PACKED_DIM)), mosaic.swizzled((2, C, C))]
+        return [mosaic.swizzled((2, C, PACKED_DIM), mosaic.MEDIUM), mosaic.swizzled((2, C, C), mosaic.NARROW)]
 
     def run(self, block, initial_refs, publish):
         """Return the sums over all chunks; `publish(n, state, moments)` shows those before chunk n and commits."""
@@ -94,12 +94,13 @@ class State:
         self.phi_tile.at[turn][...] = phi
 
 
-def place(block, heads: int, chunks: int, pieces: int):
-    """Return a block's batch row, head, first chunk and number of chunks."""
-    piece = lax.rem(block, pieces)
+def place(block, heads: int, chunks: int, pieces: int, taken: range | None = None):
+    """Return a block's batch row, head, first chunk and number of chunks; `taken` are the pieces that have a block."""
+    taken = taken or range(pieces)
+    piece = taken.start + lax.rem(block, len(taken))
     begin = lax.div(piece * chunks, pieces)
     count = lax.div((piece + 1) * chunks, pieces) - begin
-    return lax.div(block, pieces * heads), lax.rem(lax.div(block, pieces), heads), begin, count
+    return lax.div(block, len(taken) * heads), lax.rem(lax.div(block, len(taken)), heads), begin, count
 
 
 def copy_chunk(sources, tiles, filled, slot, row, head, chunk) -> None:

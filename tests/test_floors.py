@@ -12,7 +12,7 @@ FLOORS = [
     [f"based_jax.{name}" for name in ("config", "flops", "ops", "optim", "parallel", "store")],
     ["based_jax.nn", "based_jax.data"],
     ["based_jax.train", "based_jax.evals", "based_jax.convert"],
-    ["based_jax.sweep"],
+    ["based_jax.bench", "based_jax.sweep"],
     ["based_jax.commands"],
     ["based_jax.__main__"],
     ["configs", "experiments"],

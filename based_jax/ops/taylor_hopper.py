@@ -7,11 +7,13 @@ from what lies before it. The backward pass saves q, k, v, o, z and those starts
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 
@@ -27,14 +29,18 @@ ROWS = 8
 MULTIPROCESSORS = 132
 SHORTEST_PIECE = 4
 """Chunks; a shorter piece would cost more to start than it takes."""
+HALVES = 2
+"""Into which a piece is cut again to be summed: two of those blocks fit on a multiprocessor."""
+UNROLLED = 16
+"""Pieces whose running sums XLA gets as one expression, hence one kernel."""
 
 
 def supports(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids) -> str | None:
     """Return why the kernels cannot run this call, or None."""
     if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
         return f"q, k and v must be bfloat16, and are {q.dtype}, {k.dtype} and {v.dtype}"
-    if q.shape[3] != FEATURE_DIM or v.shape[3] != VALUE_DIM:
-        return f"K must be {FEATURE_DIM} and V {VALUE_DIM}, and are {q.shape[3]} and {v.shape[3]}"
+    if q.shape[3] > FEATURE_DIM:
+        return f"K must be at most {FEATURE_DIM}, and is {q.shape[3]}"
     if segment_ids is not None:
         return "segment_ids must be None"
     if 0 in q.shape:
@@ -48,9 +54,69 @@ def supports(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids) -> str 
 
 
 def attention(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids) -> tuple[BTHV, BHEV]:
-    """Return o and the state after the last token."""
+    """Return o and the state after the last token.
+
+    The kernels know K = 16 and V = 64. Narrower queries and keys get zeros; wider values become several heads with the
+    same queries and keys.
+    """
     del segment_ids
-    return _attention(q, k, v, state)
+    feature_dim, value_dim = q.shape[3], v.shape[3]
+    if (feature_dim, value_dim) == (FEATURE_DIM, VALUE_DIM):
+        return _attention(q, k, v, state)
+    q = (q.astype(jnp.float32) * math.sqrt(FEATURE_DIM / feature_dim)).astype(q.dtype)
+    parts = -(-value_dim // VALUE_DIM)
+    q, k = (jnp.repeat(_widen(x, FEATURE_DIM), parts, axis=2) for x in (q, k))
+    v = _widen(v, parts * VALUE_DIM)
+    batch, time, heads, _ = v.shape
+    if state is not None:
+        state = _split_values(_widen_features(state, feature_dim), parts)
+    o, after = _attention(q, k, v.reshape(batch, time, heads * parts, VALUE_DIM), state)
+    after = _narrow_features(_join_values(after, parts, value_dim), feature_dim)
+    return o.reshape(batch, time, heads, -1)[..., :value_dim], after
+
+
+def _widen(x: jax.Array, width: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, width - x.shape[-1]),))
+
+
+def _split_values(state: jax.Array, parts: int) -> jax.Array:
+    """Return the state (B, H parts, E, 65) of heads that share the values of one (B, H, E, V+1)."""
+    batch, heads, features, _ = state.shape
+    values = _widen(state[..., :-1], parts * VALUE_DIM).reshape(batch, heads, features, parts, VALUE_DIM)
+    sums = jnp.broadcast_to(state[..., None, -1:], (*values.shape[:-1], 1))
+    joined = jnp.moveaxis(jnp.concatenate([values, sums], axis=-1), 3, 2)
+    return joined.reshape(batch, heads * parts, features, VALUE_DIM + 1)
+
+
+def _join_values(state: jax.Array, parts: int, value_dim: int) -> jax.Array:
+    """Undo `_split_values`; the parts' normalisers are the same."""
+    batch, _, features, _ = state.shape
+    state = jnp.moveaxis(state.reshape(batch, -1, parts, features, VALUE_DIM + 1), 2, 3)
+    values = state[..., :-1].reshape(*state.shape[:3], parts * VALUE_DIM)[..., :value_dim]
+    return jnp.concatenate([values, state[..., 0, -1:]], axis=-1)
+
+
+def _widen_features(state: jax.Array, feature_dim: int) -> jax.Array:
+    """Return the state of the same keys with zeros up to K = 16, of queries that `attention` has scaled."""
+    places, scales = _places_of_features(feature_dim)
+    wide = jnp.zeros((*state.shape[:2], len(_tables().columns), state.shape[3]), state.dtype)
+    return wide.at[:, :, places].set(state * scales[None, None, :, None])
+
+
+def _narrow_features(state: jax.Array, feature_dim: int) -> jax.Array:
+    """Undo `_widen_features`."""
+    places, scales = _places_of_features(feature_dim)
+    return state[:, :, places] / scales[None, None, :, None]
+
+
+def _places_of_features(feature_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the features of `taylor_features` of width K lie among those of width 16, and the factor there."""
+    rows, columns = np.tril_indices(feature_dim)
+    products = 1 + FEATURE_DIM + rows * (rows + 1) // 2 + columns
+    places = np.concatenate([[0], 1 + np.arange(feature_dim), products])
+    ratio = feature_dim / FEATURE_DIM
+    scales = np.repeat([1.0, ratio**0.25, ratio**0.5], [1, feature_dim, len(products)])
+    return places, scales.astype(np.float32)
 
 
 @jax.custom_vjp
@@ -69,18 +135,14 @@ def _forward(q, k, v, state):
     from pallas_kernels import taylor_hopper as kernels
     from pallas_kernels.taylor_state import COUNT_ROW
 
-    (batch, time, heads, _), (q, k, v) = v.shape, _pad(q, k, v)
-    chunks, pieces = _cut(v)
-    # XLA drops these sums where neither pieces nor the caller need them.
-    added = _split(kernels.sums(k, v, pieces=pieces), batch, heads)
-    before = pack_state(state) if state is not None else tuple(jnp.zeros_like(x[:, :, 0]) for x in added)
-    starts, (after, moments) = _running(before, added)
-    tokens = np.arange(pieces) * chunks // pieces * CHUNK
-    starts = starts[0], starts[1].at[:, :, :, COUNT_ROW, 0].add(tokens[None, None].astype(np.float32))
+    time, (q, k, v) = v.shape[1], _pad(q, k, v)
+    pieces = _pieces(v)
+    before = None if state is None else pack_state(state)
+    starts, total = _running(before, v, functools.partial(kernels.sums, k, v), pieces)
     given = _merge(starts) if state is not None or pieces > 1 else ()
     o, z = kernels.forward(q, k, v, *given, pieces=pieces)
-    after = unpack_state(after, moments.at[:, :, COUNT_ROW, 0].add(time))
-    return (o[:, :time], after), z, given
+    after, moments = total()
+    return (o[:, :time], unpack_state(after, moments.at[:, :, COUNT_ROW, 0].add(time))), z, given
 
 
 def _attention_bwd(saved, cotangents):
@@ -90,19 +152,19 @@ def _attention_bwd(saved, cotangents):
 
     q, k, v, o, z, given, from_state = saved
     do, dafter = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
-    batch, time, heads, _ = v.shape
+    time = v.shape[1]
     do = jnp.zeros_like(v) if do is None else do
     q, k, v, o, do = _pad(q, k, v, o, do)
-    _, pieces = _cut(v)
+    pieces = _pieces(v)
     dq, gz = backward.query_gradient(q, k, v, o, do, z, *given, pieces=pieces)
-    added = _split(kernels.sums(q, do, z, gz, pieces=pieces), batch, heads)
-    after = pack_state(dafter) if dafter is not None else tuple(jnp.zeros_like(x[:, :, 0]) for x in added)
-    ends, (before, moments) = _running(after, [x[:, :, ::-1] for x in added])
-    given = _merge([x[:, :, ::-1] for x in ends]) if dafter is not None or pieces > 1 else ()
+    after = None if dafter is None else pack_state(dafter)
+    ends, total = _running(after, v, functools.partial(kernels.sums, q, do, z, gz), pieces, reverse=True)
+    given = _merge(ends) if dafter is not None or pieces > 1 else ()
     dk, dv = backward.key_value_gradients(q, k, v, do, z, gz, *given, pieces=pieces)
     gradients = dq[:, :time], dk[:, :time], dv[:, :time]
     if not from_state:
         return *gradients, None
+    before, moments = total()
     return *gradients, unpack_state(before, moments.at[:, :, COUNT_ROW, 0].add(gz.sum(axis=2)))
 
 
@@ -116,33 +178,55 @@ def _pad(*arrays: jax.Array) -> list[jax.Array]:
     return [jnp.pad(x, ((0, 0), (0, filler), (0, 0), (0, 0))) for x in arrays]
 
 
-def _cut(v: jax.Array) -> tuple[int, int]:
-    """Return the number of chunks and of pieces of the padded v."""
-    batch, time, heads, _ = v.shape
-    chunks = -(-time // CHUNK)
-    return chunks, number_of_pieces(batch * heads, chunks)
+def _pieces(v: jax.Array) -> int:
+    return number_of_pieces(v.shape[0] * v.shape[2], -(-v.shape[1] // CHUNK))
 
 
-def _split(sums, batch: int, heads: int) -> list[jax.Array]:
-    """Return the kernels' (B H pieces, ., .) sums as (B, H, pieces, ., .)."""
-    return [x.reshape(batch, heads, -1, *x.shape[1:]) for x in sums]
+def _running(first, v: jax.Array, sums: Callable, pieces: int, *, reverse: bool = False):
+    """Return what lies before each piece (B, H, pieces, ., .), and a function that returns the sums over everything.
 
-
-def _merge(sums) -> tuple[jax.Array, ...]:
-    """Undo `_split`."""
-    return tuple(x.reshape(-1, *x.shape[3:]) for x in sums)
-
-
-def _running(before, added) -> tuple[tuple, tuple]:
-    """Return the sums before each piece, and those after the last.
-
-    A piece's start is summed, not the difference of two sums: large late keys would leave little of it.
+    `first` lies before the first piece, None for nothing; `reverse` goes from the last piece to the first. A piece's
+    start is summed, not the difference of two sums: large late keys would leave little of it.
     """
-    starts = [
-        jnp.cumsum(jnp.concatenate([start[:, :, None], x[:, :, :-1]], axis=2), axis=2)
-        for start, x in zip(before, added, strict=True)
-    ]
-    return tuple(starts), tuple(start[:, :, -1] + x[:, :, -1] for start, x in zip(starts, added, strict=True))
+    batch, time, heads, value_dim = v.shape
+
+    def split(pair) -> list[jax.Array]:
+        return [x.reshape(batch, heads, -1, *x.shape[1:]) for x in pair]
+
+    if first is None:
+        first = pack_state(jnp.zeros((batch, heads, len(_tables().columns), value_dim + 1), jnp.float32))
+    starts = [x[:, :, None] for x in first]
+    if pieces > 1:
+        taken = range(HALVES, HALVES * pieces) if reverse else range(HALVES * (pieces - 1))
+        added = split(sums(pieces=HALVES * pieces, taken=taken))
+        starts = [_accumulated(start, x, reverse) for start, x in zip(starts, added, strict=True)]
+
+    def total() -> list[jax.Array]:
+        # XLA drops this where the caller does not use the state.
+        parts = number_of_pieces(batch * heads, -(-time // CHUNK) // pieces)
+        rest = range(parts) if reverse else range((pieces - 1) * parts, pieces * parts)
+        added = split(sums(pieces=pieces * parts, taken=rest))
+        return [start[:, :, 0 if reverse else -1] + x.sum(axis=2) for start, x in zip(starts, added, strict=True)]
+
+    return starts, total
+
+
+def _accumulated(start: jax.Array, added: jax.Array, reverse: bool) -> jax.Array:
+    """Return running sums (B, H, pieces, ., .) from `start` (B, H, 1, ., .) over the half pieces `added`."""
+    added = added.reshape(*added.shape[:2], -1, HALVES, *added.shape[3:]).sum(axis=3)
+    if added.shape[2] > UNROLLED:
+        return lax.cumsum(
+            jnp.concatenate([added, start] if reverse else [start, added], axis=2), axis=2, reverse=reverse
+        )
+    sums = [start]
+    for i in range(added.shape[2]):
+        sums.append(sums[-1] + lax.slice_in_dim(added, *((-i - 1, -i or None) if reverse else (i, i + 1)), axis=2))
+    return jnp.concatenate(sums[::-1] if reverse else sums, axis=2)
+
+
+def _merge(starts) -> list[jax.Array]:
+    """Return the kernels' (B H pieces, ., .) of (B, H, pieces, ., .) arrays."""
+    return [x.reshape(-1, *x.shape[3:]) for x in starts]
 
 
 def number_of_pieces(sequences: int, chunks: int) -> int:

@@ -53,6 +53,22 @@ def test_packed_state_is_the_sum_of_packed_features(rng):
     close(taylor_hopper.unpack_state(packed, moments), state, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("feature_dim, value_dim", [(8, 64), (16, 112), (5, 200)])
+def test_other_widths_are_those_of_the_kernels(rng, monkeypatch, feature_dim, value_dim):
+    def kernels(q, k, v, state):
+        assert (q.shape[3], v.shape[3]) == (16, 64)
+        return taylor.taylor_attention(q, k, v, state=state, return_state=True, impl="oracle")
+
+    monkeypatch.setattr(taylor_hopper, "_attention", kernels)
+    shapes = (2, 7, 3, feature_dim), (2, 7, 3, feature_dim), (2, 7, 3, value_dim)
+    first, second = ([jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes] for _ in range(2))
+    for state in (None, taylor.taylor_attention(*first, return_state=True, impl="oracle")[1]):
+        got = taylor_hopper.attention(*second, state, None)
+        wanted = taylor.taylor_attention(*second, state=state, return_state=True, impl="oracle")
+        for x, y in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4)
+
+
 @pytest.mark.parametrize(
     "sequences, chunks, pieces", [(128, 32, 1), (32, 128, 4), (16, 512, 8), (1, 1, 1), (1, 32, 8), (200, 32, 1)]
 )
@@ -64,8 +80,7 @@ def test_pieces_fill_the_chip(sequences, chunks, pieces):
     "arrays, words",
     [
         (_arrays(dtype=jnp.float32), "bfloat16"),
-        (_arrays(k=8), "K must be 16"),
-        (_arrays(v=112), "V 64"),
+        (_arrays(k=24), "K must be at most 16, and is 24"),
         (_arrays((2, 0, 16)), "a token"),
     ],
 )
@@ -92,9 +107,9 @@ def test_a_mesh_of_devices_needs_shard_map():
         assert taylor_hopper.supports(*_arrays(), None, None) is None
 
 
-@pytest.mark.parametrize("shape", [(8, 2048, 16), (1, 4097, 4), (2, 15, 2)])
+@pytest.mark.parametrize("shape, pieces", [((8, 2048, 16), 1), ((1, 4097, 4), 16), ((2, 15, 2), 1)])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_lowers_for_an_h100(shape, with_state):
+def test_lowers_for_an_h100(shape, pieces, with_state):
     arrays = _arrays(shape)
     state = (jnp.zeros((shape[0], shape[2], 153, 65)),) if with_state else ()
 
@@ -105,5 +120,27 @@ def test_lowers_for_an_h100(shape, with_state):
     with _device():
         gradients = jax.jit(jax.grad(loss, argnums=tuple(range(3 + with_state))))
         text = gradients.trace(*arrays, *state).lower(lowering_platforms=("cuda",)).as_text()
-    for kernel in ("taylor_forward", "taylor_sums", "taylor_dq", "taylor_dkv"):
-        assert kernel in text
+    assert [name for name in ("taylor_forward", "taylor_dq", "taylor_dkv") if name not in text] == []
+    assert ("taylor_sums" in text) == (with_state or pieces > 1)
+
+
+@pytest.mark.parametrize("sequences, time", [((8, 16), 2048), ((2, 3), 64 * 50), ((1, 1), 64 * 200)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_piece_starts_from_all_that_lies_before_it(rng, sequences, time, reverse):
+    batch, heads = sequences
+    pieces = taylor_hopper.number_of_pieces(batch * heads, time // 64)
+    chunks = rng.normal(size=(batch, heads, time // 64, 3, 2)).astype(np.float32)
+
+    def sums(pieces, taken):
+        bounds = [piece * chunks.shape[2] // pieces for piece in range(pieces + 1)]
+        parts = [chunks[:, :, bounds[i] : bounds[i + 1]].sum(axis=2) for i in taken]
+        return [jnp.stack(parts, axis=2).reshape(-1, 3, 2)]
+
+    v = jnp.zeros((batch, time, heads, 64), jnp.bfloat16)
+    first = rng.normal(size=(batch, heads, 3, 2)).astype(np.float32)
+    [starts], total = taylor_hopper._running([jnp.asarray(first)], v, sums, pieces, reverse=reverse)
+    for piece in range(pieces):
+        begin, end = (p * chunks.shape[2] // pieces for p in (piece, piece + 1))
+        before = chunks[:, :, end:] if reverse else chunks[:, :, :begin]
+        np.testing.assert_allclose(starts[:, :, piece], first + before.sum(axis=2), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(total()[0], first + chunks.sum(axis=2), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,90 @@
+"""The same shapes through PyTorch: flash-linear-attention's Based kernels and scaled_dot_product_attention.
+
+Torch shares the GPU with JAX here: set XLA_PYTHON_CLIENT_PREALLOCATE=false before JAX starts.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import statistics
+from collections.abc import Callable
+
+from based_jax.errors import UserError
+
+L2_BYTES = 50 << 20
+PEERS = {
+    "taylor_attention": {"fla_parallel_based": (16, 16, 64), "fla_fused_chunk_based": (16, 16, 64)},
+    "attention": {"torch_sdpa": (64, 64, 64)},
+}
+LIBRARIES = {"fla_parallel_based": "fla", "fla_fused_chunk_based": "fla", "torch_sdpa": "torch"}
+
+
+def check() -> None:
+    """Raise a UserError where PyTorch is missing."""
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("--peers measures libraries of PyTorch, and torch is not installed.")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the peers' libraries."""
+    found = {}
+    for name in ("torch", "triton", "fla-core"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _function(peer: str) -> Callable:
+    """Return a function of q, k, v (B, T, H, .)."""
+    import torch
+
+    if peer == "torch_sdpa":
+
+        def attend(q, k, v):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+        return attend
+    from fla.ops import based
+
+    return getattr(based, peer.removeprefix("fla_"))
+
+
+def microseconds(peer: str, dims: tuple[int, ...], shape: tuple[int, int, int], which: str, repeats: int) -> float:
+    """Return the median device time of a peer, by CUDA events around calls that the GPU was made to wait for."""
+    import torch
+
+    batch, heads, time = shape
+    function = _function(peer)
+    per_set = 2 * batch * heads * time * sum(dims)
+    options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": which != "forward"}
+    sets = [
+        [torch.randn(batch, time, heads, dim, **options) for dim in dims] for _ in range(2 + 2 * L2_BYTES // per_set)
+    ]
+    cotangent = torch.randn(batch, time, heads, dims[-1], device="cuda", dtype=torch.bfloat16)
+
+    def call(arrays) -> None:
+        with torch.set_grad_enabled(which != "forward"):
+            out = function(*arrays)
+        if which != "forward":
+            torch.autograd.grad(out, arrays, cotangent)
+
+    for arrays in sets[:3]:
+        call(arrays)
+    return statistics.median(_timed(functools.partial(call, sets[i % len(sets)])) for i in range(repeats))
+
+
+def _timed(call: Callable[[], None]) -> float:
+    """Return the device time of one call in us; the GPU sleeps first, so that the host is never what it waits for."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10_000_000)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e3 * start.elapsed_time(end)
