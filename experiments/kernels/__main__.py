@@ -21,7 +21,14 @@ COLOURS = {
     "torch_sdpa": "tab:olive",
     "xla": "tab:gray",
 }
-NAMES = {"cudnn": "attention d=64, cuDNN", "torch_sdpa": "attention d=64, torch", "hopper": "Taylor, ours"}
+NAMES = {
+    "hopper": "Taylor, ours",
+    "xla": "Taylor, ours through XLA",
+    "fla_parallel_based": "Taylor, FLA parallel",
+    "fla_fused_chunk_based": "Taylor, FLA fused chunk",
+    "cudnn": "attention d=64, cuDNN",
+    "torch_sdpa": "attention d=64, torch",
+}
 
 
 def main() -> None:
@@ -102,16 +109,18 @@ def plot() -> None:
     length = rows[rows["batch"] * rows["seq_len"] == (1 << 14)]
     length = pd.concat([length, rows[(rows["batch"] == 1) & (rows["seq_len"] > (1 << 14))]])
     views = {
-        "length": (length, "seq_len", "tokens T (B T = 16,384 up to there, B = 1 after; 16 heads)"),
+        "length": (length, "seq_len", "tokens T (16 heads; B T = 16,384 until B is 1)"),
         "batch": (rows[rows["seq_len"] == 2048], "batch", "batch B (16 heads, 2,048 tokens)"),
     }
     device = " and ".join(rows["device"].unique())
     for view, (table, x, label) in views.items():
+        if table[x].nunique() < 2:
+            continue
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
         for axis, which in zip(axes, ("forward", "forward+backward"), strict=True):
             part = table[table["pass"] == which].sort_values(x)
             for impl, line in part.groupby("impl", sort=False):
-                axis.plot(line[x], line["microseconds"], "o-", ms=4, color=COLOURS[impl], label=NAMES.get(impl, impl))
+                axis.plot(line[x], line["microseconds"], "o-", ms=4, color=COLOURS[impl], label=NAMES[impl])
             ours = part[part["impl"] == "hopper"]
             axis.plot(ours[x], ours["floor_microseconds"], "k:", label="Taylor, floor")
             axis.set(xscale="log", yscale="log", xlabel=label, title=which)
