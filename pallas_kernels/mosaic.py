@@ -51,22 +51,28 @@ def down(columns: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(columns, shape, [1])
 
 
-def product(shape: tuple[int, int], *pairs, initial: jax.Array | None = None) -> jax.Array:
-    """Return initial + sum of a @ b in fp32; a is a shared tile or 16-bit registers, b a shared tile.
+def multiply(accumulator, a, b) -> None:
+    """Start adding a @ b to an accumulator; a is a shared tile or 16-bit registers, b a shared tile."""
+    plgpu.wgmma(accumulator, a, b)
 
-    The result passes a barrier of the optimiser: LLVM sees no dependence of an accumulator on the wait for it, and
-    may move arithmetic on it before the wait.
+
+def products(body, *shapes: tuple[int, int]):
+    """Return what `body` returns, given fp32 accumulators of zeros, which it reads as `x[...]`.
+
+    What else it computes before it reads runs beside the products.
     """
+    accumulators = [plgpu.ACC(shape, jnp.float32) for shape in shapes]
+    return _settled(pl.run_scoped(body, *accumulators))
 
-    def issue(accumulator):
-        for a, b in pairs:
-            plgpu.wgmma(accumulator, a, b)
 
-    if initial is not None:
-        return lax.optimization_barrier(pl.run_state(issue)(plgpu.ACC.init(initial)))
+def accumulate(body, initial: tuple) -> tuple:
+    """Return the values of accumulators that start from `initial` after `body(accumulators)`."""
+    return _settled(pl.run_state(body)(tuple(map(plgpu.ACC.init, initial))))
 
-    def scoped(accumulator):
-        issue(accumulator)
-        return accumulator[...]
 
-    return lax.optimization_barrier(pl.run_scoped(scoped, plgpu.ACC(shape, jnp.float32)))
+def _settled(values):
+    """Return accumulators' values behind a barrier of the optimiser.
+
+    LLVM sees no dependence of an accumulator on the wait for it, and may move arithmetic on it before the wait.
+    """
+    return lax.optimization_barrier(values)

@@ -65,7 +65,6 @@ def forward(q, k, v, state=None, moments=None, *, pieces: int):
 
             def publish(n, state, moments):
                 turn = lax.rem(n, 2)
-                pl.when(n >= 2)(lambda: plgpu.barrier_wait(free.at[turn]))
                 state_tile.at[turn][...] = state.astype(dtype)
                 weighted = moments * weights
                 high = weighted.astype(dtype)
@@ -75,7 +74,7 @@ def forward(q, k, v, state=None, moments=None, *, pieces: int):
                 plgpu.barrier_arrive(ready.at[turn])
 
             sums = State(k_tile, v_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count)
-            sums.run(block, initial_refs, publish)
+            sums.run(block, initial_refs, publish, free)
 
         @pl.when(group > 0)
         def write_outputs():
@@ -94,25 +93,24 @@ def forward(q, k, v, state=None, moments=None, *, pieces: int):
                 queries = q_tile.at[slot]
 
                 def scores(accumulator):
-                    plgpu.wgmma(accumulator, queries, k_tile.at[slot].T)
+                    mosaic.multiply(accumulator, queries, k_tile.at[slot].T)
                     x = mosaic.load(queries)
                     return x, expand(x, query=True), accumulator[...]
 
-                x, phi, s = lax.optimization_barrier(pl.run_scoped(scores, plgpu.ACC((C, C), jnp.float32)))
+                x, phi, s = mosaic.products(scores, (C, C))
                 plgpu.barrier_wait(ready.at[mine])
 
                 def read(form, o):
                     for tile, start in ((queries, 0), (unit_tile, FEATURE_DIM)):
                         for part in range(2):
-                            plgpu.wgmma(form, tile, form_tile.at[mine, part, pl.ds(start, FEATURE_DIM)])
+                            mosaic.multiply(form, tile, form_tile.at[mine, part, pl.ds(start, FEATURE_DIM)])
                     for e, width in ((0, 64), (64, 64), (128, 32)):
-                        plgpu.wgmma(o, phi[:, e : e + width], state_tile.at[mine, :, pl.ds(e, width)].T)
+                        mosaic.multiply(o, phi[:, e : e + width], state_tile.at[mine, :, pl.ds(e, width)].T)
                     p = jnp.where(causal, 1.0 + s * (SCALE + s * (0.5 * SCALE * SCALE)), 0.0)
-                    plgpu.wgmma(o, p.astype(dtype), v_tile.at[slot])
+                    mosaic.multiply(o, p.astype(dtype), v_tile.at[slot])
                     return p.sum(axis=1), form[...], o[...]
 
-                results = plgpu.ACC((C, FEATURE_DIM), jnp.float32), plgpu.ACC((C, value_dim), jnp.float32)
-                z, form, o = lax.optimization_barrier(pl.run_scoped(read, *results))
+                z, form, o = mosaic.products(read, (C, FEATURE_DIM), (C, value_dim))
                 z = z + (form * x.astype(jnp.float32)).sum(axis=1)
                 z = z + (tokens_before + ((begin + n) * C).astype(jnp.float32))
                 plgpu.barrier_arrive(free.at[mine])

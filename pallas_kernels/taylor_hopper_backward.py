@@ -53,9 +53,9 @@ def query_gradient(q, k, v, o, do, z, state=None, moments=None, *, pieces: int):
 
         @pl.when(group == 0)
         def keep_state():
-            publish = _publisher(state_tile, form_tile, ready, free)
+            publish = _publisher(state_tile, form_tile, ready)
             State(k_tile, v_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count).run(
-                block, initial_refs, publish
+                block, initial_refs, publish, free
             )
 
         @pl.when(group > 0)
@@ -69,35 +69,36 @@ def query_gradient(q, k, v, o, do, z, state=None, moments=None, *, pieces: int):
                 plgpu.barrier_wait(filled.at[slot])
 
                 def scores(s):
-                    plgpu.wgmma(s, q_tile.at[slot], k_tile.at[slot].T)
+                    mosaic.multiply(s, q_tile.at[slot], k_tile.at[slot].T)
                     g = mosaic.load(do_tile.at[slot]).astype(jnp.float32)
                     g = g * mosaic.across(1.0 / plgpu.load(z_tile.at[slot], layout=mosaic.ROWS), g.shape)
                     gz = -(g * mosaic.load(o_tile.at[slot]).astype(jnp.float32)).sum(axis=1)
                     return g.astype(dtype), gz, s[...]
 
-                g, gz, s = lax.optimization_barrier(pl.run_scoped(scores, plgpu.ACC((C, C), jnp.float32)))
-                dp = mosaic.product((C, C), (g, v_tile.at[slot].T))
+                g, gz, s = mosaic.products(scores, (C, C))
+
+                def score_gradients(dp):
+                    mosaic.multiply(dp, g, v_tile.at[slot].T)
+                    return dp[...]
+
+                dp = mosaic.products(score_gradients, (C, C))
                 ds = jnp.where(causal, (dp + mosaic.across(gz, dp.shape)) * (1.0 + s * SCALE), 0.0).astype(dtype)
                 x = mosaic.load(q_tile.at[slot])
                 weights = mosaic.across(gz, x.shape)
                 plgpu.barrier_wait(ready.at[mine])
 
                 def read(u, dq):
-                    plgpu.wgmma(u, g, state_tile.at[mine])
-                    plgpu.wgmma(dq, ds, k_tile.at[slot])
-                    plgpu.wgmma(
+                    mosaic.multiply(u, g, state_tile.at[mine])
+                    mosaic.multiply(dq, ds, k_tile.at[slot])
+                    mosaic.multiply(
                         dq, (x.astype(jnp.float32) * weights).astype(dtype), form_tile.at[mine, pl.ds(0, FEATURE_DIM)]
                     )
-                    plgpu.wgmma(
+                    mosaic.multiply(
                         dq, (unit() * weights).astype(dtype), form_tile.at[mine, pl.ds(FEATURE_DIM, FEATURE_DIM)]
                     )
                     return u[...], dq[...]
 
-                u, dq = lax.optimization_barrier(
-                    pl.run_scoped(
-                        read, plgpu.ACC((C, PACKED_DIM), jnp.float32), plgpu.ACC((C, FEATURE_DIM), jnp.float32)
-                    )
-                )
+                u, dq = mosaic.products(read, (C, PACKED_DIM), (C, FEATURE_DIM))
                 plgpu.barrier_arrive(free.at[mine])
                 dq = SCALE * (dq + pull_back(x, u))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -150,10 +151,10 @@ def key_value_gradients(q, k, v, do, z, gz, state=None, moments=None, *, pieces:
 
         @pl.when(group == 0)
         def keep_state():
-            publish = _publisher(state_tile, form_tile, ready, free)
+            publish = _publisher(state_tile, form_tile, ready)
             factors = row_factors(z_tile, gz_tile)
             State(q_tile, do_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count, factors=factors).run(
-                block, initial_refs, publish
+                block, initial_refs, publish, free
             )
 
         @pl.when(group > 0)
@@ -172,39 +173,36 @@ def key_value_gradients(q, k, v, do, z, gz, state=None, moments=None, *, pieces:
                 keys = k_tile.at[slot]
 
                 def scores(s, dp):
-                    plgpu.wgmma(s, keys, q_tile.at[slot].T)
-                    plgpu.wgmma(dp, v_tile.at[slot], do_tile.at[slot].T)
+                    mosaic.multiply(s, keys, q_tile.at[slot].T)
+                    mosaic.multiply(dp, v_tile.at[slot], do_tile.at[slot].T)
                     x = mosaic.load(keys)
                     z, gz = (plgpu.load(tile.at[slot], layout=mosaic.COLUMNS) for tile in (z_tile, gz_tile))
                     return x, mosaic.down(1.0 / z, (C, C)), mosaic.down(gz, (C, C)), s[...], dp[...]
 
-                x, factors, gz, s, dp = lax.optimization_barrier(
-                    pl.run_scoped(scores, plgpu.ACC((C, C), jnp.float32), plgpu.ACC((C, C), jnp.float32))
-                )
+                x, factors, gz, s, dp = mosaic.products(scores, (C, C), (C, C))
                 p = jnp.where(causal, factors * (1.0 + s * (SCALE + s * (0.5 * SCALE * SCALE))), 0.0).astype(dtype)
                 ds = jnp.where(causal, (dp * factors + gz) * (1.0 + s * SCALE), 0.0).astype(dtype)
                 plgpu.barrier_wait(ready.at[mine])
 
                 def read_values(dv):
-                    plgpu.wgmma(dv, p, do_tile.at[slot])
+                    mosaic.multiply(dv, p, do_tile.at[slot])
                     phi = expand(x, query=True)
                     for e, width in ((0, 64), (64, 64), (128, 32)):
-                        plgpu.wgmma(dv, phi[:, e : e + width], state_tile.at[mine, :, pl.ds(e, width)].T)
+                        mosaic.multiply(dv, phi[:, e : e + width], state_tile.at[mine, :, pl.ds(e, width)].T)
                     return dv[...]
 
-                dv = lax.optimization_barrier(pl.run_scoped(read_values, plgpu.ACC((C, value_dim), jnp.float32)))
+                dv = mosaic.products(read_values, (C, value_dim))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dv_tile.at[mine][...] = dv.astype(dtype)
 
                 def read_keys(u, dk):
-                    plgpu.wgmma(u, v_tile.at[slot], state_tile.at[mine])
-                    plgpu.wgmma(dk, ds, q_tile.at[slot])
-                    plgpu.wgmma(dk, keys, form_tile.at[mine, pl.ds(0, FEATURE_DIM)])
-                    plgpu.wgmma(dk, unit_tile, form_tile.at[mine, pl.ds(FEATURE_DIM, FEATURE_DIM)])
+                    mosaic.multiply(u, v_tile.at[slot], state_tile.at[mine])
+                    mosaic.multiply(dk, ds, q_tile.at[slot])
+                    mosaic.multiply(dk, keys, form_tile.at[mine, pl.ds(0, FEATURE_DIM)])
+                    mosaic.multiply(dk, unit_tile, form_tile.at[mine, pl.ds(FEATURE_DIM, FEATURE_DIM)])
                     return u[...], dk[...]
 
-                results = plgpu.ACC((C, PACKED_DIM), jnp.float32), plgpu.ACC((C, FEATURE_DIM), jnp.float32)
-                u, dk = lax.optimization_barrier(pl.run_scoped(read_keys, *results))
+                u, dk = mosaic.products(read_keys, (C, PACKED_DIM), (C, FEATURE_DIM))
                 plgpu.barrier_arrive(free.at[mine])
                 dk_tile.at[mine][...] = (SCALE * (dk + pull_back(x, u))).astype(dtype)
                 plgpu.commit_smem()
@@ -254,13 +252,12 @@ def _barriers(arrivals: int) -> list:
     ]
 
 
-def _publisher(state_tile, form_tile, ready, free):
+def _publisher(state_tile, form_tile, ready):
     """Return the `publish` of both kernels: bf16 sums, the moments weighted for c (sum x + c sum x x^T y)."""
     weights = moment_weights(SCALE, 1.0)
 
     def publish(n, state, moments):
         turn = lax.rem(n, 2)
-        pl.when(n >= 2)(lambda: plgpu.barrier_wait(free.at[turn]))
         state_tile.at[turn][...] = state.astype(state_tile.dtype)
         form_tile.at[turn][...] = (moments * weights).astype(form_tile.dtype)
         plgpu.commit_smem()

@@ -44,8 +44,11 @@ class State:
         """Return the shared memory of `phi_tile` and `moments_tile`."""
         return [mosaic.swizzled((2, C, PACKED_DIM), mosaic.MEDIUM), mosaic.swizzled((2, C, C), mosaic.NARROW)]
 
-    def run(self, block, initial_refs, publish):
-        """Return the sums over all chunks; `publish(n, state, moments)` shows those before chunk n and commits."""
+    def run(self, block, initial_refs, publish, free=None):
+        """Return the sums over all chunks; `publish(n, state, moments)` shows those before chunk n and commits.
+
+        `free` are two barriers, one per turn, at which what was published two chunks before has been read.
+        """
         for n in range(self.ahead):
             pl.when(n < self.count)(functools.partial(self.fetch, n))
         ones = jnp.where(mosaic.iota((C, C), 1) == FEATURE_DIM, 1.0, 0.0)
@@ -58,10 +61,17 @@ class State:
             carry = mosaic.zeros((self.y_tile.shape[2], PACKED_DIM)), mosaic.zeros(MOMENTS)
 
         def step(n, carry):
+            if free is not None:
+                pl.when(n >= 2)(lambda: plgpu.barrier_wait(free.at[lax.rem(n, 2)]))
             publish(n, *carry)
             return self._add(n, carry)
 
-        return lax.fori_loop(0, self.count, step, carry)
+        carry = lax.fori_loop(0, self.count, step, carry)
+        if free is not None:
+            for back in (2, 1):
+                last = free.at[lax.rem(self.count - back, 2)]
+                pl.when(self.count >= back)(functools.partial(plgpu.barrier_wait, last))
+        return carry
 
     def _add(self, n, carry):
         """Return the sums with chunk n; under its products fetch and expand what follows."""
@@ -69,12 +79,12 @@ class State:
         def issue(accumulators):
             state, moments = accumulators
             slot, turn = lax.rem(n, self.slots), lax.rem(n, 2)
-            plgpu.wgmma(state, self.y_tile.at[slot].T, self.phi_tile.at[turn])
-            plgpu.wgmma(moments, self.moments_tile.at[turn].T, self.x_tile.at[slot])
+            mosaic.multiply(state, self.y_tile.at[slot].T, self.phi_tile.at[turn])
+            mosaic.multiply(moments, self.moments_tile.at[turn].T, self.x_tile.at[slot])
             pl.when(n + self.ahead < self.count)(lambda: self.fetch(n + self.ahead))
             pl.when(n + 1 < self.count)(lambda: self._write(n + 1))
 
-        return lax.optimization_barrier(pl.run_state(issue)(tuple(map(plgpu.ACC.init, carry))))
+        return mosaic.accumulate(issue, carry)
 
     def _write(self, n) -> None:
         slot, turn = lax.rem(n, self.slots), lax.rem(n, 2)

@@ -1,0 +1,106 @@
+"""The Hopper kernels on a CPU: Pallas' interpreter runs their copies, barriers and shared memory, and looks for races.
+
+What the interpreter lacks is replaced: products with an operand in registers, accumulators that start from a value, and
+the two functions written in registers (`taylor_packing.expand` and `pull_back`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from based_jax.ops import taylor, taylor_hopper
+from pallas_kernels import mosaic, taylor_packing, taylor_state
+from pallas_kernels import taylor_hopper as forward
+from pallas_kernels import taylor_hopper_backward as backward
+
+
+class _Accumulator:
+    def __init__(self, value):
+        self.value = value
+
+    def __getitem__(self, index):
+        return self.value
+
+
+def _multiply(accumulator, a, b):
+    a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
+    accumulator.value = accumulator.value + jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
+
+
+def _products(body, *shapes):
+    return body(*(_Accumulator(jnp.zeros(shape, jnp.float32)) for shape in shapes))
+
+
+def _accumulate(body, initial):
+    accumulators = [_Accumulator(x) for x in initial]
+    body(accumulators)
+    return tuple(x.value for x in accumulators)
+
+
+def _expand(x, *, query):
+    scaled = x * taylor_packing.SCALE if query else x
+    values = {
+        taylor_packing.CONSTANT: lambda m, n: jnp.ones_like(scaled[:, :1]),
+        taylor_packing.LINEAR: lambda m, n: scaled[:, m : m + 1],
+        taylor_packing.PRODUCT: lambda m, n: (
+            scaled[:, m : m + 1] * scaled[:, n : n + 1] * (0.5 if query and m == n else 1)
+        ),
+        taylor_packing.EMPTY: lambda m, n: jnp.zeros_like(scaled[:, :1]),
+    }
+    columns = [values[kind](m, n) for kind, m, n in taylor_packing.columns().tolist()]
+    return jnp.concatenate(columns, axis=1).astype(x.dtype)
+
+
+def _pull_back(x, u):
+    return jax.vjp(functools.partial(_expand, query=True), x.astype(jnp.float32))[1](u)[0] / taylor_packing.SCALE
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    for name, function in (("multiply", _multiply), ("products", _products), ("accumulate", _accumulate)):
+        monkeypatch.setattr(mosaic, name, function)
+    for module in (taylor_state, forward, backward):
+        monkeypatch.setattr(module, "expand", _expand)
+    monkeypatch.setattr(backward, "pull_back", _pull_back)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+
+
+def _relative(x, y):
+    x, y = (np.asarray(z, np.float64) for z in (x, y))
+    return np.linalg.norm(x - y) / np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("shape, pieces, with_state", [((1, 261, 1), 2, True), ((2, 15, 2), 1, False)])
+def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, pieces, with_state):
+    monkeypatch.setattr(taylor_hopper, "SHORTEST_PIECE", 2)
+    assert taylor_hopper.number_of_pieces(shape[0] * shape[2], -(-shape[1] // 64)) == pieces
+
+    def arrays(dims):
+        return [jnp.asarray(rng.normal(size=(*shape, dim)), jnp.bfloat16) for dim in dims]
+
+    inputs, do = arrays((16, 16, 64)), jnp.asarray(rng.normal(size=(*shape, 64)), jnp.bfloat16)
+    dstate = jnp.asarray(rng.normal(size=(shape[0], shape[2], 153, 65)) / 100, jnp.float32)
+    if with_state:
+        inputs += [taylor.taylor_attention(*arrays((16, 16, 64)), return_state=True, impl="oracle")[1]]
+
+    def run(impl, inputs):
+        def call(q, k, v, state=None):
+            if impl == "kernels":
+                return taylor_hopper.attention(q, k, v, state, None)
+            return taylor.taylor_attention(q, k, v, state=state, return_state=True, impl=impl)
+
+        (o, after), pull = jax.vjp(call, *inputs)
+        if with_state:
+            return o, after, *pull((do.astype(o.dtype), dstate))
+        return o, *pull((do.astype(o.dtype), jnp.zeros_like(after)))
+
+    wanted = run("oracle", [x.astype(jnp.float32) for x in inputs])
+    for got, right in zip(run("kernels", inputs), wanted, strict=True):
+        assert _relative(got, right) < 5e-3
+    assert not get_races().races_found
