@@ -138,9 +138,9 @@ def _forward(q, k, v, state):
     time, (q, k, v) = v.shape[1], _pad(q, k, v)
     pieces = _pieces(v)
     before = None if state is None else pack_state(state)
-    starts, total = _running(before, v, functools.partial(kernels.sums, k, v), pieces)
+    starts, total = _running(before, v, functools.partial(_call, kernels.sums, k, v), pieces)
     given = _merge(starts) if state is not None or pieces > 1 else ()
-    o, z = kernels.forward(q, k, v, *given, pieces=pieces)
+    o, z = _call(kernels.forward, q, k, v, *given, pieces=pieces)
     after, moments = total()
     return (o[:, :time], unpack_state(after, moments.at[:, :, COUNT_ROW, 0].add(time))), z, given
 
@@ -156,11 +156,11 @@ def _attention_bwd(saved, cotangents):
     do = jnp.zeros_like(v) if do is None else do
     q, k, v, o, do = _pad(q, k, v, o, do)
     pieces = _pieces(v)
-    dq, gz = backward.query_gradient(q, k, v, o, do, z, *given, pieces=pieces)
+    dq, gz = _call(backward.query_gradient, q, k, v, o, do, z, *given, pieces=pieces)
     after = None if dafter is None else pack_state(dafter)
-    ends, total = _running(after, v, functools.partial(kernels.sums, q, do, z, gz), pieces, reverse=True)
+    ends, total = _running(after, v, functools.partial(_call, kernels.sums, q, do, z, gz), pieces, reverse=True)
     given = _merge(ends) if dafter is not None or pieces > 1 else ()
-    dk, dv = backward.key_value_gradients(q, k, v, do, z, gz, *given, pieces=pieces)
+    dk, dv = _call(backward.key_value_gradients, q, k, v, do, z, gz, *given, pieces=pieces)
     gradients = dq[:, :time], dk[:, :time], dv[:, :time]
     if not from_state:
         return *gradients, None
@@ -169,6 +169,17 @@ def _attention_bwd(saved, cotangents):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
+
+
+def _call(kernel: Callable, *arrays: jax.Array, **options) -> list[jax.Array]:
+    """Run a kernel; under `jax.shard_map` its results vary over the mesh axes that an argument varies over."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+
+    def vary(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return [vary(x) for x in kernel(*map(vary, arrays), **options)]
 
 
 def _pad(*arrays: jax.Array) -> list[jax.Array]:

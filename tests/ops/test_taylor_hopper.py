@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
 
 from based_jax.ops import taylor, taylor_hopper
 from pallas_kernels import taylor_packing
@@ -144,3 +144,26 @@ def test_a_piece_starts_from_all_that_lies_before_it(rng, sequences, time, rever
         before = chunks[:, :, end:] if reverse else chunks[:, :, :begin]
         np.testing.assert_allclose(starts[:, :, piece], first + before.sum(axis=2), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(total()[0], first + chunks.sum(axis=2), rtol=1e-4, atol=1e-4)
+
+
+def _gradients(arrays, impl="hopper"):
+    def loss(q, k, v):
+        return taylor.taylor_attention(q, k, v, impl=impl).astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2))(*arrays)
+
+
+def test_lowers_under_vmap():
+    with _device():
+        traced = jax.jit(lambda *arrays: jax.vmap(lambda *xs: _gradients(xs))(*arrays)).trace(*_arrays((3, 2, 256, 4)))
+        assert "taylor_dkv" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_lowers_under_shard_map_over_batch_and_heads():
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((2, 2), ("data", "heads"), (AxisType.Auto,) * 2, abstract_device=device)
+    spec = PartitionSpec("data", None, "heads")
+    with use_abstract_mesh(mesh):
+        sharded = jax.shard_map(lambda *arrays: _gradients(arrays), in_specs=spec, out_specs=spec)
+        text = jax.jit(sharded).trace(*_arrays((4, 256, 4))).lower(lowering_platforms=("cuda",)).as_text()
+    assert "taylor_dkv" in text and "2x256x2x64xbf16" in text
