@@ -225,13 +225,13 @@ def _running(first, v: jax.Array, sums: Callable, pieces: int, *, reverse: bool 
 def _accumulated(start: jax.Array, added: jax.Array, reverse: bool) -> jax.Array:
     """Return running sums (B, H, pieces, ., .) from `start` (B, H, 1, ., .) over the half pieces `added`."""
     added = added.reshape(*added.shape[:2], -1, HALVES, *added.shape[3:]).sum(axis=3)
-    if added.shape[2] > UNROLLED:
-        return lax.cumsum(
-            jnp.concatenate([added, start] if reverse else [start, added], axis=2), axis=2, reverse=reverse
-        )
+    count = added.shape[2]
+    if count > UNROLLED:
+        terms = [added, start] if reverse else [start, added]
+        return lax.cumsum(jnp.concatenate(terms, axis=2), axis=2, reverse=reverse)
     sums = [start]
-    for i in range(added.shape[2]):
-        sums.append(sums[-1] + lax.slice_in_dim(added, *((-i - 1, -i or None) if reverse else (i, i + 1)), axis=2))
+    for i in range(count)[:: -1 if reverse else 1]:
+        sums.append(sums[-1] + added[:, :, i : i + 1])
     return jnp.concatenate(sums[::-1] if reverse else sums, axis=2)
 
 
