@@ -31,6 +31,11 @@ def load(tile) -> jax.Array:
     return plgpu.load(tile, layout=WGMMA)
 
 
+def load_global(ref) -> jax.Array:
+    """Load an array of global memory into registers."""
+    return plgpu.load(ref, layout=WGMMA, optimized=False)
+
+
 def zeros(shape: tuple[int, int]) -> jax.Array:
     """Return an fp32 tile of zeros in registers."""
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
@@ -68,6 +73,11 @@ def products(body, *shapes: tuple[int, int]):
 def accumulate(body, initial: tuple) -> tuple:
     """Return the values of accumulators that start from `initial` after `body(accumulators)`."""
     return _settled(pl.run_state(body)(tuple(map(plgpu.ACC.init, initial))))
+
+
+def wait_for_products() -> None:
+    """Wait for all products that this warpgroup started: their operands may be overwritten."""
+    plgpu.wgmma_wait(0)
 
 
 def _settled(values):

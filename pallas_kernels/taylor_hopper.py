@@ -17,12 +17,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic
 from pallas_kernels.taylor_packing import FEATURE_DIM, PACKED_DIM, SCALE, expand
 from pallas_kernels.taylor_state import (
-    COUNT_ROW,
+    COUNT,
     MOMENTS,
+    PARTS,
+    SUMS,
     C,
+    Documents,
     State,
     copy_chunk,
+    decoded,
     moment_weights,
+    owned_by,
     place,
     row_factors,
     unit,
@@ -31,33 +36,35 @@ from pallas_kernels.taylor_state import (
 SLOTS = 6
 """Chunks in flight; even, so that a slot always meets the same output warpgroup and its phases stay in step."""
 SUMS_SLOTS = 4
-"""Those of `sums`: few enough for two blocks on a multiprocessor."""
+"""Those of `sums`: few enough for three blocks on a multiprocessor."""
 
 
-def forward(q, k, v, state=None, moments=None, *, pieces: int):
-    """Return o (B, T, H, V) and z (B, H, T rounded up to 64).
+def forward(q, k, v, initial=None, *, documents=None, pieces: int):
+    """Return o (B, T, H, V) and z (B, H, T).
 
-    q and k are (B, T, H, 16), v is (B, T, H, 64), all bf16, T >= 64. `state` (B H pieces, 64, 160) and `moments`
-    (B H pieces, 64, 16) are what each piece starts from, fp32, as `sums` returns them, with the number of tokens at
-    (COUNT_ROW, 0); without them `pieces` is 1. Tokens past T are read as zeros and not written.
+    q and k are (B, T, H, 16), v is (B, T, H, 64), all bf16, T a multiple of 64. `initial` (B H pieces, 64, SUMS) is
+    what each piece starts from, fp32, as `sums` returns it, with the number of tokens at COUNT; without it `pieces` is
+    1. `documents` (B, T / 64, Documents.ROW) int32 keeps packed documents apart; padding gets o = 0 and z = 1.
     """
     batch, time, heads, value_dim = v.shape
     chunks = pl.cdiv(time, C)
     dtype = v.dtype
+    given = () if initial is None else (initial,)
+    packed = () if documents is None else (documents,)
 
-    given = () if state is None else (state, moments)
-
-    def body(q_ref, k_ref, v_ref, *refs):
-        initial_refs, (o_ref, z_ref, *rest) = refs[: len(given)], refs[len(given) :]
-        q_tile, k_tile, v_tile, phi_tile, sums_tile, unit_tile, state_tile, form_tile, *rest = rest
-        o_tile, z_tile, filled, ready, free, started = rest
+    def body(*refs):
+        q_ref, sources, refs = refs[0], refs[1 : 3 + len(packed)], refs[3 + len(packed) :]
+        initial_ref, (o_ref, z_ref, *refs) = refs[0] if given else None, refs[len(given) :]
+        tiles, refs = refs[: len(sources)], refs[len(sources) :]
+        phi_tile, sums_tile, unit_tile, state_tile, form_tile, o_tile, z_tile, filled, ready, free, started = refs
+        k_tile, v_tile, *packed_tiles = tiles
+        docs = Documents(*packed_tiles) if packed else None
         group = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
         row, head, begin, count = place(block, heads, chunks, pieces)
 
         def fetch(n):
-            tiles = k_tile, v_tile, q_tile
-            copy_chunk((k_ref, v_ref, q_ref), tiles, filled, lax.rem(n, SLOTS), row, head, begin + n)
+            copy_chunk(sources, tiles, filled, lax.rem(n, SLOTS), row, head, begin + n)
 
         @pl.when(group == 0)
         def keep_state():
@@ -73,8 +80,8 @@ def forward(q, k, v, state=None, moments=None, *, pieces: int):
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[turn])
 
-            sums = State(k_tile, v_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count)
-            sums.run(block, initial_refs, publish, free)
+            options = {"fetch": fetch, "count": count} | owned_by(docs, lambda n: (begin + n) * C)
+            State(k_tile, v_tile, filled, phi_tile, sums_tile, **options).run(block, initial_ref, publish, free)
 
         @pl.when(group > 0)
         def write_outputs():
@@ -84,45 +91,60 @@ def forward(q, k, v, state=None, moments=None, *, pieces: int):
             plgpu.barrier_arrive(started)
             plgpu.barrier_wait(started)
             causal = mosaic.iota((C, C), 0) >= mosaic.iota((C, C), 1)
-            tokens_before = initial_refs[1][block, COUNT_ROW, 0] if given else 0.0
+            tokens_before = initial_ref[block, *COUNT] if given else 0.0
 
-            def step(i, _):
+            def queries(n):
+                tokens = pl.ds((begin + jnp.minimum(n, count - 1)) * C, C)
+                return mosaic.load_global(q_ref.at[row, tokens, head])
+
+            def step(i, x):
                 n = 2 * i + mine
-                slot = lax.rem(n, SLOTS)
+                slot, first = lax.rem(n, SLOTS), (begin + n) * C
+                following = queries(n + 2)
                 plgpu.barrier_wait(filled.at[slot])
-                queries = q_tile.at[slot]
 
                 def scores(accumulator):
-                    mosaic.multiply(accumulator, queries, k_tile.at[slot].T)
-                    x = mosaic.load(queries)
-                    return x, expand(x, query=True), accumulator[...]
+                    mosaic.multiply(accumulator, x, k_tile.at[slot].T)
+                    return expand(x, query=True), accumulator[...]
 
-                x, phi, s = mosaic.products(scores, (C, C))
+                phi, s = mosaic.products(scores, (C, C))
+                seen = causal
+                if packed:
+                    beginnings = docs.begin(slot)
+                    starts, reads = decoded(beginnings), jnp.where(beginnings < first, 1.0, 0.0)
+                    seen &= mosaic.across(starts, s.shape) <= mosaic.iota(s.shape, 1) + first
+                    phi = phi * mosaic.across(reads.astype(dtype), phi.shape)
                 plgpu.barrier_wait(ready.at[mine])
 
                 def read(form, o):
-                    for tile, start in ((queries, 0), (unit_tile, FEATURE_DIM)):
+                    for tile, start in ((x, 0), (unit_tile, FEATURE_DIM)):
                         for part in range(2):
                             mosaic.multiply(form, tile, form_tile.at[mine, part, pl.ds(start, FEATURE_DIM)])
                     for e, width in ((0, 64), (64, 64), (128, 32)):
                         mosaic.multiply(o, phi[:, e : e + width], state_tile.at[mine, :, pl.ds(e, width)].T)
-                    p = jnp.where(causal, 1.0 + s * (SCALE + s * (0.5 * SCALE * SCALE)), 0.0)
+                    p = jnp.where(seen, 1.0 + s * (SCALE + s * (0.5 * SCALE * SCALE)), 0.0)
                     mosaic.multiply(o, p.astype(dtype), v_tile.at[slot])
                     return p.sum(axis=1), form[...], o[...]
 
                 z, form, o = mosaic.products(read, (C, FEATURE_DIM), (C, value_dim))
-                z = z + (form * x.astype(jnp.float32)).sum(axis=1)
-                z = z + (tokens_before + ((begin + n) * C).astype(jnp.float32))
+                form = (form * x.astype(jnp.float32)).sum(axis=1)
+                if packed:
+                    z = z + form * reads + jnp.maximum(first - starts, 0).astype(jnp.float32)
+                    z = z + jnp.where(beginnings < 0, tokens_before, 0.0)
+                    z = jnp.where(z > 0, z, 1.0)
+                else:
+                    z = z + form + (tokens_before + first.astype(jnp.float32))
                 plgpu.barrier_arrive(free.at[mine])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 o_tile.at[mine][...] = (o * mosaic.across(1.0 / z, o.shape)).astype(dtype)
                 z_tile.at[mine][...] = z
                 plgpu.commit_smem()
-                tokens = pl.ds((begin + n) * C, C)
+                tokens = pl.ds(first, C)
                 plgpu.copy_smem_to_gmem(o_tile.at[mine], o_ref.at[row, tokens, head])
                 plgpu.copy_smem_to_gmem(z_tile.at[mine], z_ref.at[row, head, tokens])
+                return following
 
-            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, None)
+            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, queries(mine))
             plgpu.wait_smem_to_gmem(0)
 
     out_type = [
@@ -131,15 +153,15 @@ def forward(q, k, v, state=None, moments=None, *, pieces: int):
     ]
     scratch = [
         mosaic.swizzled((SLOTS, C, FEATURE_DIM), mosaic.NARROW),
-        mosaic.swizzled((SLOTS, C, FEATURE_DIM), mosaic.NARROW),
-        mosaic.swizzled((SLOTS, C, value_dim), mosaic.MEDIUM),
+        mosaic.swizzled((SLOTS, C, value_dim), mosaic.WIDE),
+        *(Documents.scratch(SLOTS) for _ in packed),
         *State.scratch(),
         mosaic.swizzled((C, FEATURE_DIM), mosaic.NARROW),
         mosaic.swizzled((2, value_dim, PACKED_DIM), mosaic.MEDIUM),
         mosaic.swizzled((2, 2, *MOMENTS), mosaic.NARROW),
         mosaic.swizzled((2, C, value_dim), mosaic.WIDE),
         plgpu.SMEM((2, C), jnp.float32),
-        plgpu.Barrier(num_arrivals=3, num_barriers=SLOTS),
+        plgpu.Barrier(num_arrivals=2 + len(packed), num_barriers=SLOTS),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
         plgpu.Barrier(num_arrivals=2),
@@ -154,51 +176,60 @@ def forward(q, k, v, state=None, moments=None, *, pieces: int):
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="taylor_forward",
-    )(q, k, v, *given)
+    )(q, k, v, *packed, *given)
 
 
-def sums(x, y, *factors, pieces: int, taken: range | None = None):
-    """Return what each taken piece adds to S^T (B H taken, 64, 160) and to the moments (B H taken, 64, 16), fp32.
+def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, taken: range | None = None):
+    """Return what each taken piece adds to the sums (B H taken, 64, SUMS), fp32.
 
-    x is (B, T, H, 16), y is (B, T, H, 64), bf16, T >= 64. `factors` are none, or (z, weight), fp32 (B, H, T rounded
-    up to 64): then phi(x) is divided by z and the moments are weighted.
+    x is (B, T, H, 16), y is (B, T, H, 64), bf16, T a multiple of 64. `factors` are none, or (z, weight), fp32
+    (B, H, T): then phi(x) is divided by z and the moments are weighted. With `documents` only the tokens of the
+    document that goes on behind the piece count; `reverse` scans the piece from its end, and goes on before it.
     """
     batch, time, heads, value_dim = y.shape
     chunks = pl.cdiv(time, C)
     taken = taken or range(pieces)
+    packed = () if documents is None else (documents,)
+    count_sources = 2 + len(factors) + len(packed)
 
     def body(*refs):
-        sources, rest = refs[: 2 + len(factors)], refs[2 + len(factors) :]
-        state_ref, moments_ref, *tiles, phi_tile, sums_tile, filled = rest
-        x_tile, y_tile, *factor_tiles = tiles
+        sources, (sums_ref, *refs) = refs[:count_sources], refs[count_sources:]
+        tiles, (phi_tile, sums_tile, filled) = refs[:count_sources], refs[count_sources:]
+        (x_tile, y_tile, *rest), docs = tiles, None
+        if packed:
+            *rest, tile = rest
+            docs = Documents(tile)
         block = lax.axis_index("block")
         row, head, begin, count = place(block, heads, chunks, pieces, taken)
 
-        def fetch(n):
-            copy_chunk(sources, tiles, filled, lax.rem(n, SUMS_SLOTS), row, head, begin + n)
+        def chunk(n):
+            return begin + count - 1 - n if reverse else begin + n
 
-        weights = row_factors(*factor_tiles) if factors else None
-        state = State(x_tile, y_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count, factors=weights)
-        sums = state.run(block, (), lambda n, state, moments: plgpu.commit_smem())
-        for ref, total in zip((state_ref, moments_ref), sums, strict=True):
-            ref.at[block][...] = total
+        def fetch(n):
+            copy_chunk(sources, tiles, filled, lax.rem(n, SUMS_SLOTS), row, head, chunk(n))
+
+        options = owned_by(docs, lambda n: (chunks - 1 - chunk(n) if reverse else chunk(n)) * C)
+        if factors:
+            options["factors"] = row_factors(*rest, owned=docs and docs.owned)
+        state = State(x_tile, y_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count, **options)
+        totals = state.run(block, None, lambda n, state, moments: plgpu.commit_smem())
+        for part, total in zip(PARTS, totals, strict=True):
+            sums_ref.at[block, :, part][...] = total
 
     blocks = batch * heads * len(taken)
     return plgpu.kernel(
         body,
-        out_type=[
-            jax.ShapeDtypeStruct((blocks, value_dim, PACKED_DIM), jnp.float32),
-            jax.ShapeDtypeStruct((blocks, *MOMENTS), jnp.float32),
-        ],
+        out_type=[jax.ShapeDtypeStruct((blocks, value_dim, SUMS), jnp.float32)],
         scratch_types=[
             mosaic.swizzled((SUMS_SLOTS, C, FEATURE_DIM), mosaic.NARROW),
-            mosaic.swizzled((SUMS_SLOTS, C, value_dim), mosaic.MEDIUM),
+            mosaic.swizzled((SUMS_SLOTS, C, value_dim), mosaic.WIDE),
             *(plgpu.SMEM((SUMS_SLOTS, C), jnp.float32) for _ in factors),
-            *State.scratch(),
-            plgpu.Barrier(num_arrivals=2 + len(factors), num_barriers=SUMS_SLOTS),
+            *(Documents.scratch(SUMS_SLOTS) for _ in packed),
+            *State.scratch(turns=1),
+            plgpu.Barrier(num_arrivals=count_sources, num_barriers=SUMS_SLOTS),
         ],
         grid=(blocks,),
         grid_names=("block",),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="taylor_sums",
-    )(x, y, *factors)
+    )(x, y, *factors, *packed)

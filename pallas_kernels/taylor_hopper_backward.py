@@ -24,26 +24,42 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.taylor_packing import FEATURE_DIM, PACKED_DIM, SCALE, expand, pull_back
-from pallas_kernels.taylor_state import MOMENTS, C, State, copy_chunk, moment_weights, place, row_factors, unit
+from pallas_kernels.taylor_state import (
+    MOMENTS,
+    C,
+    Documents,
+    State,
+    copy_chunk,
+    decoded,
+    moment_weights,
+    owned_by,
+    place,
+    row_factors,
+    unit,
+)
 
 SLOTS = 4
 """Chunks in flight; even, so that a slot always meets the same output warpgroup and its phases stay in step."""
 
 
-def query_gradient(q, k, v, o, do, z, state=None, moments=None, *, pieces: int):
-    """Return dq (B, T, H, 16) in bf16 and gz (B, H, T rounded up to 64) in fp32.
+def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: int):
+    """Return dq (B, T, H, 16) in bf16 and gz (B, H, T) in fp32.
 
     The arguments are those of the forward kernel, its results and the gradient of o, bf16 but for z.
     """
     batch, time, heads, value_dim = v.shape
     chunks = pl.cdiv(time, C)
     dtype = v.dtype
-    given = () if state is None else (state, moments)
+    given = () if initial is None else (initial,)
+    packed = () if documents is None else (documents,)
 
     def body(*refs):
-        sources, initial_refs, (dq_ref, gz_ref, *rest) = refs[:6], refs[6 : 6 + len(given)], refs[6 + len(given) :]
-        tiles, (phi_tile, sums_tile, state_tile, form_tile, dq_tile, gz_tile, filled, ready, free) = rest[:6], rest[6:]
-        q_tile, k_tile, v_tile, o_tile, do_tile, z_tile = tiles
+        q_ref, *refs = refs
+        sources, initial_ref, (dq_ref, gz_ref, *refs) = _split(refs, 5 + len(packed), bool(given))
+        tiles, refs = refs[: len(sources)], refs[len(sources) :]
+        phi_tile, sums_tile, state_tile, form_tile, dq_tile, gz_tile, filled, ready, free = refs
+        k_tile, v_tile, o_tile, do_tile, z_tile, *packed_tiles = tiles
+        docs = Documents(*packed_tiles) if packed else None
         group = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
         row, head, begin, count = place(block, heads, chunks, pieces)
@@ -54,22 +70,26 @@ def query_gradient(q, k, v, o, do, z, state=None, moments=None, *, pieces: int):
         @pl.when(group == 0)
         def keep_state():
             publish = _publisher(state_tile, form_tile, ready)
-            State(k_tile, v_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count).run(
-                block, initial_refs, publish, free
-            )
+            options = {"fetch": fetch, "count": count} | owned_by(docs, lambda n: (begin + n) * C)
+            State(k_tile, v_tile, filled, phi_tile, sums_tile, **options).run(block, initial_ref, publish, free)
 
         @pl.when(group > 0)
         def write_gradients():
             mine = group - 1
             causal = mosaic.iota((C, C), 0) >= mosaic.iota((C, C), 1)
 
-            def step(i, _):
+            def queries(n):
+                tokens = pl.ds((begin + jnp.minimum(n, count - 1)) * C, C)
+                return mosaic.load_global(q_ref.at[row, tokens, head])
+
+            def step(i, x):
                 n = 2 * i + mine
                 slot = lax.rem(n, SLOTS)
+                following = queries(n + 2)
                 plgpu.barrier_wait(filled.at[slot])
 
                 def scores(s):
-                    mosaic.multiply(s, q_tile.at[slot], k_tile.at[slot].T)
+                    mosaic.multiply(s, x, k_tile.at[slot].T)
                     g = mosaic.load(do_tile.at[slot]).astype(jnp.float32)
                     g = g * mosaic.across(1.0 / plgpu.load(z_tile.at[slot], layout=mosaic.ROWS), g.shape)
                     gz = -(g * mosaic.load(o_tile.at[slot]).astype(jnp.float32)).sum(axis=1)
@@ -82,9 +102,14 @@ def query_gradient(q, k, v, o, do, z, state=None, moments=None, *, pieces: int):
                     return dp[...]
 
                 dp = mosaic.products(score_gradients, (C, C))
-                ds = jnp.where(causal, (dp + mosaic.across(gz, dp.shape)) * (1.0 + s * SCALE), 0.0).astype(dtype)
-                x = mosaic.load(q_tile.at[slot])
-                weights = mosaic.across(gz, x.shape)
+                seen, gz_before = causal, gz
+                if packed:
+                    beginnings, first = docs.begin(slot), (begin + n) * C
+                    seen &= mosaic.across(decoded(beginnings), s.shape) <= mosaic.iota(s.shape, 1) + first
+                    reads = jnp.where(beginnings < first, 1.0, 0.0)
+                    g, gz_before = g * mosaic.across(reads.astype(dtype), g.shape), gz * reads
+                ds = jnp.where(seen, (dp + mosaic.across(gz, dp.shape)) * (1.0 + s * SCALE), 0.0).astype(dtype)
+                weights = mosaic.across(gz_before, x.shape)
                 plgpu.barrier_wait(ready.at[mine])
 
                 def read(u, dq):
@@ -108,43 +133,51 @@ def query_gradient(q, k, v, o, do, z, state=None, moments=None, *, pieces: int):
                 tokens = pl.ds((begin + n) * C, C)
                 plgpu.copy_smem_to_gmem(dq_tile.at[mine], dq_ref.at[row, tokens, head])
                 plgpu.copy_smem_to_gmem(gz_tile.at[mine], gz_ref.at[row, head, tokens])
+                return following
 
-            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, None)
+            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, queries(mine))
             plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        *_slots(FEATURE_DIM, FEATURE_DIM, value_dim),
-        *(mosaic.swizzled((SLOTS, C, value_dim), mosaic.WIDE) for _ in ("o", "do")),
+        *_slots(FEATURE_DIM, value_dim, value_dim, value_dim),
         _per_token(),
+        *(Documents.scratch(SLOTS) for _ in packed),
         *State.scratch(),
         *_published(value_dim),
         mosaic.swizzled((2, C, FEATURE_DIM), mosaic.NARROW),
         plgpu.SMEM((2, C), jnp.float32),
-        *_barriers(arrivals=6),
+        *_barriers(arrivals=5 + len(packed)),
     ]
     out_type = [jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((batch, heads, chunks * C), jnp.float32)]
-    return _kernel(body, "taylor_dq", batch * heads * pieces, out_type, scratch)(q, k, v, o, do, z, *given)
+    return _kernel(body, "taylor_dq", batch * heads * pieces, out_type, scratch)(q, k, v, o, do, z, *packed, *given)
 
 
-def key_value_gradients(q, k, v, do, z, gz, state=None, moments=None, *, pieces: int):
+def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pieces: int):
     """Return dk (B, T, H, 16) and dv (B, T, H, V) in bf16.
 
-    `state` and `moments` are the sums over the tokens after each piece, as `sums(q, do, z, gz)` returns them.
+    `initial` is the sums over the tokens after each piece, as `sums(q, do, z, gz)` returns them.
+    `documents` counts tokens from the end: where each token's document begins when time is reversed.
     """
     batch, time, heads, value_dim = v.shape
     chunks = pl.cdiv(time, C)
     dtype = v.dtype
-    given = () if state is None else (state, moments)
+    given = () if initial is None else (initial,)
+    packed = () if documents is None else (documents,)
 
     def body(*refs):
-        sources, initial_refs, (dk_ref, dv_ref, *rest) = refs[:6], refs[6 : 6 + len(given)], refs[6 + len(given) :]
-        tiles, (phi_tile, sums_tile, state_tile, form_tile, unit_tile, dk_tile, dv_tile, *barriers) = rest[:6], rest[6:]
-        filled, ready, free, started = barriers
-        q_tile, k_tile, v_tile, do_tile, z_tile, gz_tile = tiles
+        k_ref, *refs = refs
+        sources, initial_ref, (dk_ref, dv_ref, *refs) = _split(refs, 5 + len(packed), bool(given))
+        tiles, refs = refs[: len(sources)], refs[len(sources) :]
+        phi_tile, sums_tile, state_tile, form_tile, unit_tile, dk_tile, dv_tile, filled, ready, free, started = refs
+        q_tile, v_tile, do_tile, z_tile, gz_tile, *packed_tiles = tiles
+        docs = Documents(*packed_tiles) if packed else None
         group = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
         row, head, begin, count = place(block, heads, chunks, pieces)
         last = begin + count - 1
+
+        def first(n):
+            return (chunks - 1 - last + n) * C
 
         def fetch(n):
             copy_chunk(sources, tiles, filled, lax.rem(n, SLOTS), row, head, last - n)
@@ -152,10 +185,9 @@ def key_value_gradients(q, k, v, do, z, gz, state=None, moments=None, *, pieces:
         @pl.when(group == 0)
         def keep_state():
             publish = _publisher(state_tile, form_tile, ready)
-            factors = row_factors(z_tile, gz_tile)
-            State(q_tile, do_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count, factors=factors).run(
-                block, initial_refs, publish, free
-            )
+            options = {"fetch": fetch, "count": count} | owned_by(docs, first)
+            options["factors"] = row_factors(z_tile, gz_tile, docs and docs.owned)
+            State(q_tile, do_tile, filled, phi_tile, sums_tile, **options).run(block, initial_ref, publish, free)
 
         @pl.when(group > 0)
         def write_gradients():
@@ -166,27 +198,38 @@ def key_value_gradients(q, k, v, do, z, gz, state=None, moments=None, *, pieces:
             plgpu.barrier_wait(started)
             causal = mosaic.iota((C, C), 0) <= mosaic.iota((C, C), 1)
 
-            def step(i, _):
+            def keys(n):
+                tokens = pl.ds((last - jnp.minimum(n, count - 1)) * C, C)
+                return mosaic.load_global(k_ref.at[row, tokens, head])
+
+            def step(i, x):
                 n = 2 * i + mine
                 slot = lax.rem(n, SLOTS)
+                following = keys(n + 2)
                 plgpu.barrier_wait(filled.at[slot])
-                keys = k_tile.at[slot]
 
                 def scores(s, dp):
-                    mosaic.multiply(s, keys, q_tile.at[slot].T)
+                    mosaic.multiply(s, x, q_tile.at[slot].T)
                     mosaic.multiply(dp, v_tile.at[slot], do_tile.at[slot].T)
-                    x = mosaic.load(keys)
                     z, gz = (plgpu.load(tile.at[slot], layout=mosaic.COLUMNS) for tile in (z_tile, gz_tile))
-                    return x, mosaic.down(1.0 / z, (C, C)), mosaic.down(gz, (C, C)), s[...], dp[...]
+                    return mosaic.down(1.0 / z, (C, C)), mosaic.down(gz, (C, C)), s[...], dp[...]
 
-                x, factors, gz, s, dp = mosaic.products(scores, (C, C), (C, C))
-                p = jnp.where(causal, factors * (1.0 + s * (SCALE + s * (0.5 * SCALE * SCALE))), 0.0).astype(dtype)
-                ds = jnp.where(causal, (dp * factors + gz) * (1.0 + s * SCALE), 0.0).astype(dtype)
+                factors, gz, s, dp = mosaic.products(scores, (C, C), (C, C))
+                seen, reads = causal, None
+                if packed:
+                    beginnings = docs.begin(slot)
+                    places = first(n) + (C - 1) - mosaic.iota(s.shape, 1)
+                    seen &= mosaic.across(decoded(beginnings), s.shape) <= places
+                    reads = jnp.where(beginnings < first(n), 1.0, 0.0)
+                p = jnp.where(seen, factors * (1.0 + s * (SCALE + s * (0.5 * SCALE * SCALE))), 0.0).astype(dtype)
+                ds = jnp.where(seen, (dp * factors + gz) * (1.0 + s * SCALE), 0.0).astype(dtype)
                 plgpu.barrier_wait(ready.at[mine])
 
                 def read_values(dv):
                     mosaic.multiply(dv, p, do_tile.at[slot])
                     phi = expand(x, query=True)
+                    if packed:
+                        phi = phi * mosaic.across(reads.astype(dtype), phi.shape)
                     for e, width in ((0, 64), (64, 64), (128, 32)):
                         mosaic.multiply(dv, phi[:, e : e + width], state_tile.at[mine, :, pl.ds(e, width)].T)
                     return dv[...]
@@ -195,42 +238,52 @@ def key_value_gradients(q, k, v, do, z, gz, state=None, moments=None, *, pieces:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dv_tile.at[mine][...] = dv.astype(dtype)
 
-                def read_keys(u, dk):
-                    mosaic.multiply(u, v_tile.at[slot], state_tile.at[mine])
+                def read_keys(u, after, dk):
+                    mosaic.multiply(u, mosaic.load(v_tile.at[slot]), state_tile.at[mine])
+                    mosaic.multiply(after, x, form_tile.at[mine, pl.ds(0, FEATURE_DIM)])
+                    mosaic.multiply(after, unit_tile, form_tile.at[mine, pl.ds(FEATURE_DIM, FEATURE_DIM)])
                     mosaic.multiply(dk, ds, q_tile.at[slot])
-                    mosaic.multiply(dk, keys, form_tile.at[mine, pl.ds(0, FEATURE_DIM)])
-                    mosaic.multiply(dk, unit_tile, form_tile.at[mine, pl.ds(FEATURE_DIM, FEATURE_DIM)])
-                    return u[...], dk[...]
+                    return u[...], after[...], dk[...]
 
-                u, dk = mosaic.products(read_keys, (C, PACKED_DIM), (C, FEATURE_DIM))
+                u, after, dk = mosaic.products(read_keys, (C, PACKED_DIM), *((C, FEATURE_DIM),) * 2)
                 plgpu.barrier_arrive(free.at[mine])
-                dk_tile.at[mine][...] = (SCALE * (dk + pull_back(x, u))).astype(dtype)
+                after = after + pull_back(x, u)
+                if packed:
+                    after = after * mosaic.across(reads, after.shape)
+                dk_tile.at[mine][...] = (SCALE * (dk + after)).astype(dtype)
                 plgpu.commit_smem()
                 tokens = pl.ds((last - n) * C, C)
                 plgpu.copy_smem_to_gmem(dk_tile.at[mine], dk_ref.at[row, tokens, head])
                 plgpu.copy_smem_to_gmem(dv_tile.at[mine], dv_ref.at[row, tokens, head])
+                return following
 
-            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, None)
+            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, keys(mine))
             plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        *_slots(FEATURE_DIM, FEATURE_DIM, value_dim, value_dim),
+        *_slots(FEATURE_DIM, value_dim, value_dim),
         *(_per_token() for _ in ("z", "gz")),
+        *(Documents.scratch(SLOTS) for _ in packed),
         *State.scratch(),
         *_published(value_dim),
         mosaic.swizzled((C, FEATURE_DIM), mosaic.NARROW),
         mosaic.swizzled((2, C, FEATURE_DIM), mosaic.NARROW),
         mosaic.swizzled((2, C, value_dim), mosaic.WIDE),
-        *_barriers(arrivals=6),
+        *_barriers(arrivals=5 + len(packed)),
         plgpu.Barrier(num_arrivals=2),
     ]
     out_type = [jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)]
-    return _kernel(body, "taylor_dkv", batch * heads * pieces, out_type, scratch)(q, k, v, do, z, gz, *given)
+    return _kernel(body, "taylor_dkv", batch * heads * pieces, out_type, scratch)(k, q, v, do, z, gz, *packed, *given)
+
+
+def _split(refs, sources: int, initial: bool) -> tuple:
+    """Return the references of sources, of initial sums or None, and the rest."""
+    return refs[:sources], refs[sources] if initial else None, refs[sources + initial :]
 
 
 def _slots(*widths: int) -> list:
     """Return slots for chunks of each width, operands of products."""
-    return [mosaic.swizzled((SLOTS, C, w), mosaic.NARROW if w == FEATURE_DIM else mosaic.MEDIUM) for w in widths]
+    return [mosaic.swizzled((SLOTS, C, w), mosaic.NARROW if w == FEATURE_DIM else mosaic.WIDE) for w in widths]
 
 
 def _per_token() -> plgpu.SMEM:

@@ -1,10 +1,12 @@
 """The running sums of the Taylor kernels on Hopper: one warpgroup keeps them in registers and adds chunk after chunk.
 
 The sums of x (C, 16) and y (C, V) over tokens are S^T (V, 160) = sum y phi(x)^T, of packed features
-(`taylor_packing.py`), and the moments (64, 16) = sum [x, 1] x^T: rows 0 to 15 of products, row 16 the sum of x.
+(`taylor_packing.py`), and the moments (64, 16) = sum [x, 1] x^T: rows 0 to 15 of products, row 16 the sum of x. In
+arrays they stand side by side, (64, SUMS) fp32.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,53 +20,59 @@ from pallas_kernels.taylor_packing import FEATURE_DIM, PACKED_DIM, expand
 
 C = TILE
 MOMENTS = (C, FEATURE_DIM)
-COUNT_ROW = FEATURE_DIM + 1
-"""The row of given moments whose first entry is the number of tokens; the kernels leave it as it is."""
+SUMS = PACKED_DIM + FEATURE_DIM
+"""Columns of an array of sums."""
+COUNT = FEATURE_DIM + 1, PACKED_DIM
+"""The entry of given sums that holds the number of tokens; the kernels leave it as it is."""
 
 
 class State:
     """The sums' warpgroup: its shared memory and what it does.
 
-    Chunk n lies in slot n % slots. The slots of the last two chunks may still be read by others, hence `ahead`.
+    Chunk n lies in slot n % slots; chunks are fetched as far ahead as their slots are free. With one tile for phi
+    instead of two, a chunk's features wait in registers until the products of the chunk before are done.
     """
 
-    def __init__(self, x_tile, y_tile, filled, phi_tile, moments_tile, *, fetch, count, factors=None):
+    def __init__(self, x_tile, y_tile, filled, phi_tile, moments_tile, *, fetch, count, factors=None, keeps=None):
         """Take slots of x and y with their barriers, `scratch`, and the number of chunks.
 
-        `fetch(n)` starts the copies of chunk n; `factors(slot)` returns (C,) factors of phi(x) and of the moments.
+        `fetch(n)` starts the copies of chunk n. `factors(slot)` returns (C,) factors of phi(x) and of the moments,
+        `keeps(n, slot)` 1 or 0 for the sums of the chunks before.
         """
         self.x_tile, self.y_tile, self.filled = x_tile, y_tile, filled
         self.phi_tile, self.moments_tile = phi_tile, moments_tile
-        self.fetch, self.count, self.factors = fetch, count, factors
-        self.slots = x_tile.shape[0]
-        self.ahead = self.slots - 2
+        self.fetch, self.count, self.factors, self.keeps = fetch, count, factors, keeps
+        self.slots, self.turns = x_tile.shape[0], phi_tile.shape[0]
 
     @staticmethod
-    def scratch() -> list:
+    def scratch(turns: int = 2) -> list:
         """Return the shared memory of `phi_tile` and `moments_tile`."""
-        return [mosaic.swizzled((2, C, PACKED_DIM), mosaic.MEDIUM), mosaic.swizzled((2, C, C), mosaic.NARROW)]
+        return [mosaic.swizzled((turns, C, PACKED_DIM), mosaic.MEDIUM), mosaic.swizzled((turns, C, C), mosaic.NARROW)]
 
-    def run(self, block, initial_refs, publish, free=None):
+    def run(self, block, initial, publish, free=None):
         """Return the sums over all chunks; `publish(n, state, moments)` shows those before chunk n and commits.
 
-        `free` are two barriers, one per turn, at which what was published two chunks before has been read.
+        `initial` is an array of sums for each block, or None. `free` are two barriers, one per turn, at which what was
+        published two chunks before has been read, and that chunk's slot; None where nobody else reads.
         """
-        for n in range(self.ahead):
+        ahead = self.slots - (1 if free is None else 2)
+        for n in range(ahead):
             pl.when(n < self.count)(functools.partial(self.fetch, n))
         ones = jnp.where(mosaic.iota((C, C), 1) == FEATURE_DIM, 1.0, 0.0)
-        for turn in range(2):
+        for turn in range(self.turns):
             self.moments_tile.at[turn][...] = ones.astype(self.moments_tile.dtype)
-        self._write(0)
-        if initial_refs:
-            carry = tuple(plgpu.load(ref.at[block], layout=mosaic.WGMMA, optimized=False) for ref in initial_refs)
-        else:
+        plgpu.barrier_wait(self.filled.at[0])
+        self._write(0, *self._features(0))
+        if initial is None:
             carry = mosaic.zeros((self.y_tile.shape[2], PACKED_DIM)), mosaic.zeros(MOMENTS)
+        else:
+            carry = tuple(mosaic.load_global(initial.at[block, :, part]) for part in PARTS)
 
         def step(n, carry):
             if free is not None:
                 pl.when(n >= 2)(lambda: plgpu.barrier_wait(free.at[lax.rem(n, 2)]))
             publish(n, *carry)
-            return self._add(n, carry)
+            return self._add(n, carry, ahead)
 
         carry = lax.fori_loop(0, self.count, step, carry)
         if free is not None:
@@ -73,35 +81,45 @@ class State:
                 pl.when(self.count >= back)(functools.partial(plgpu.barrier_wait, last))
         return carry
 
-    def _add(self, n, carry):
+    def _add(self, n, carry, ahead: int):
         """Return the sums with chunk n; under its products fetch and expand what follows."""
+        slot, turn = lax.rem(n, self.slots), lax.rem(n, self.turns)
+        if self.keeps is not None:
+            carry = tuple(x * self.keeps(n, slot) for x in carry)
 
         def issue(accumulators):
             state, moments = accumulators
-            slot, turn = lax.rem(n, self.slots), lax.rem(n, 2)
-            mosaic.multiply(state, self.y_tile.at[slot].T, self.phi_tile.at[turn])
+            mosaic.multiply(state, mosaic.load(self.y_tile.at[slot].T), self.phi_tile.at[turn])
             mosaic.multiply(moments, self.moments_tile.at[turn].T, self.x_tile.at[slot])
-            pl.when(n + self.ahead < self.count)(lambda: self.fetch(n + self.ahead))
-            pl.when(n + 1 < self.count)(lambda: self._write(n + 1))
+            pl.when(n + ahead < self.count)(lambda: self.fetch(n + ahead))
+            pl.when(n + 1 < self.count)(lambda: plgpu.barrier_wait(self.filled.at[lax.rem(n + 1, self.slots)]))
+            following = self._features(lax.rem(jnp.minimum(n + 1, self.count - 1), self.slots))
+            if self.turns == 1:
+                mosaic.wait_for_products()
+            self._write(lax.rem(n + 1, self.turns), *following)
 
         return mosaic.accumulate(issue, carry)
 
-    def _write(self, n) -> None:
-        slot, turn = lax.rem(n, self.slots), lax.rem(n, 2)
-        plgpu.barrier_wait(self.filled.at[slot])
+    def _features(self, slot) -> tuple[jax.Array, ...]:
+        """Return phi of a slot's x, and what the moments tile gets: x and, where there are factors, ones."""
         x = mosaic.load(self.x_tile.at[slot])
         phi = expand(x, query=False)
-        moments = self.moments_tile.at[turn]
         if self.factors is None:
-            moments.at[:, pl.ds(0, FEATURE_DIM)][...] = x
-        else:
-            scale, weight = self.factors(slot)
-            phi = phi * mosaic.across(scale.astype(phi.dtype), phi.shape)
-            weights = mosaic.across(weight, x.shape)
-            moments.at[:, pl.ds(0, FEATURE_DIM)][...] = (x.astype(jnp.float32) * weights).astype(x.dtype)
-            ones = jnp.where(mosaic.iota(x.shape, 1) == 0, weights, 0.0)
-            moments.at[:, pl.ds(FEATURE_DIM, FEATURE_DIM)][...] = ones.astype(x.dtype)
+            return phi, x
+        scale, weight = self.factors(slot)
+        weights = mosaic.across(weight, x.shape)
+        ones = jnp.where(mosaic.iota(x.shape, 1) == 0, weights, 0.0)
+        phi = phi * mosaic.across(scale.astype(phi.dtype), phi.shape)
+        return phi, (x.astype(jnp.float32) * weights).astype(x.dtype), ones.astype(x.dtype)
+
+    def _write(self, turn, phi, *columns) -> None:
         self.phi_tile.at[turn][...] = phi
+        for i, values in enumerate(columns):
+            self.moments_tile.at[turn, :, pl.ds(i * FEATURE_DIM, FEATURE_DIM)][...] = values
+
+
+PARTS = pl.ds(0, PACKED_DIM), pl.ds(PACKED_DIM, FEATURE_DIM)
+"""Columns of S^T and of the moments in an array of sums."""
 
 
 def place(block, heads: int, chunks: int, pieces: int, taken: range | None = None):
@@ -114,11 +132,63 @@ def place(block, heads: int, chunks: int, pieces: int, taken: range | None = Non
 
 
 def copy_chunk(sources, tiles, filled, slot, row, head, chunk) -> None:
-    """Start the copies of a chunk of (B, T, H, .) and (B, H, T) arrays into a slot."""
+    """Start the copies of a chunk of (B, T, H, .), (B, H, T) and document (B, chunks, .) arrays into a slot."""
     tokens = pl.ds(chunk * C, C)
     for source, tile in zip(sources, tiles, strict=True):
-        part = source.at[row, tokens, head] if len(source.shape) == 4 else source.at[row, head, tokens]
+        if source.dtype == jnp.int32:
+            part = source.at[row, chunk]
+        else:
+            part = source.at[row, tokens, head] if len(source.shape) == 4 else source.at[row, head, tokens]
         plgpu.copy_gmem_to_smem(part, tile.at[slot], filled.at[slot])
+
+
+class Documents:
+    """What a block knows of packed documents: where the document of each token of a slot begins.
+
+    A chunk's row holds C beginnings, in tokens from the sequence's first, and at LAST the one of the document that the
+    state after the chunk belongs to. The document that the initial state belongs to has -1 - beginning, so that what is
+    below a chunk's first token reads the state before the chunk; `NOWHERE` is the beginning of padding.
+    """
+
+    ROW = C + 32
+    LAST = C
+    NOWHERE = 1 << 30
+
+    def __init__(self, tile):
+        """Take the slots (slots, ROW) int32."""
+        self.tile = tile
+
+    @classmethod
+    def scratch(cls, slots: int) -> plgpu.SMEM:
+        """Return the shared memory of `tile`."""
+        return plgpu.SMEM((slots, cls.ROW), jnp.int32)
+
+    def begin(self, slot, layout=mosaic.ROWS) -> jax.Array:
+        """Return the encoded beginning of each token's document."""
+        return plgpu.load(self.tile.at[slot, pl.ds(0, C)], layout=layout)
+
+    def owned(self, slot) -> tuple[jax.Array, jax.Array]:
+        """Return, twice, 1 for each token that the state after the chunk holds, else 0: `State`'s factors."""
+        mask = jnp.where(self.begin(slot) == self.tile[slot, self.LAST], 1.0, 0.0)
+        return mask, mask
+
+    def keeps(self, first) -> Callable:
+        """Return `State`'s `keeps`, given the function from a chunk to its first token."""
+
+        def keep(n, slot):
+            return jnp.where(self.tile[slot, self.LAST] < first(n), 1.0, 0.0)
+
+        return keep
+
+
+def owned_by(documents: Documents | None, first: Callable) -> dict:
+    """Return the options of a `State` that forgets ended documents; `first(n)` is the first token of chunk n."""
+    return {} if documents is None else {"factors": documents.owned, "keeps": documents.keeps(first)}
+
+
+def decoded(begin: jax.Array) -> jax.Array:
+    """Return the beginning of documents whatever state they start from."""
+    return jnp.where(begin < 0, -1 - begin, begin)
 
 
 def unit() -> jax.Array:
@@ -126,12 +196,13 @@ def unit() -> jax.Array:
     return jnp.where(mosaic.iota((C, FEATURE_DIM), 1) == 0, 1.0, 0.0)
 
 
-def row_factors(z_tile, weight_tile):
-    """Return what `State` takes as `factors`: 1/z and the weight of each row of a slot."""
+def row_factors(z_tile, weight_tile, owned=None):
+    """Return what `State` takes as `factors`: 1/z and the weight of each row of a slot, both zero where not owned."""
 
     def factors(slot):
         z, weight = (plgpu.load(tile.at[slot], layout=mosaic.ROWS) for tile in (z_tile, weight_tile))
-        return 1.0 / z, weight
+        pair = 1.0 / z, weight
+        return pair if owned is None else tuple(x * owned(slot)[0] for x in pair)
 
     return factors
 

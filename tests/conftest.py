@@ -3,6 +3,9 @@
 import os
 import zlib
 
+# Pallas' GPU interpreter blocks a thread for each warpgroup that waits: two, on two cores, would leave none to compile.
+os.environ.setdefault("PJRT_NPROC", "16")
+
 import jax
 import jax.numpy as jnp
 import jaxtyping

@@ -1,68 +1,48 @@
-"""Taylor linear attention through the Mosaic GPU kernels: which calls they take, pieces, and the packed state.
+"""Taylor linear attention through the Mosaic GPU kernels: which calls they take, gradients, and the packed state.
 
-A sequence is cut into pieces where batch and heads do not fill the chip: their sums come first, then every piece starts
-from what lies before it. The backward pass saves q, k, v, o, z and those starts. Kernels: `pallas_kernels/taylor_*.py`.
+The backward pass saves q, k, v, o, z and what pieces of sequences start from (`taylor_pieces.py`). Kernels:
+`pallas_kernels/taylor_*.py`.
 """
 
 import functools
 import math
-import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType
+from jaxtyping import Array, Float
 
-from based_jax.dims import BHEV, BTHK, BTHV
-from based_jax.ops.dispatch import target_device_kind
+from based_jax.dims import BHEV, BT, BTHK, BTHV
+from based_jax.ops import hopper
+from based_jax.ops.taylor_pieces import CHUNK, documents, number_of_pieces, running
 
-HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 FEATURE_DIM = 16
+PACKED_DIM = 160
 VALUE_DIM = 64
-CHUNK = 64
-ROWS = 8
-"""Tokens of a copy's smallest tile: other lengths are padded."""
-MULTIPROCESSORS = 132
-SHORTEST_PIECE = 4
-"""Chunks; a shorter piece would cost more to start than it takes."""
-HALVES = 2
-"""Into which a piece is cut again to be summed: two of those blocks fit on a multiprocessor."""
-UNROLLED = 16
-"""Pieces whose running sums XLA gets as one expression, hence one kernel."""
 
 
-def supports(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids) -> str | None:
+def supports(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> str | None:
     """Return why the kernels cannot run this call, or None."""
     if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
         return f"q, k and v must be bfloat16, and are {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[3] > FEATURE_DIM:
         return f"K must be at most {FEATURE_DIM}, and is {q.shape[3]}"
-    if segment_ids is not None:
-        return "segment_ids must be None"
     if 0 in q.shape:
         return "there must be a token"
-    if not HOPPER.search(target_device_kind()):
-        return f"the kernels are for Hopper GPUs, and this is {target_device_kind()}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and any(kind != AxisType.Manual for kind in mesh.axis_types):
-        return f"a mesh of {mesh.size} devices needs jax.shard_map around the call"
-    return None
+    return hopper.refusal()
 
 
-def attention(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids) -> tuple[BTHV, BHEV]:
+def attention(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> tuple[BTHV, BHEV]:
     """Return o and the state after the last token.
 
     The kernels know K = 16 and V = 64. Narrower queries and keys get zeros; wider values become several heads with the
     same queries and keys.
     """
-    del segment_ids
     feature_dim, value_dim = q.shape[3], v.shape[3]
     if (feature_dim, value_dim) == (FEATURE_DIM, VALUE_DIM):
-        return _attention(q, k, v, state)
+        return _attention(q, k, v, state, segment_ids)
     q = (q.astype(jnp.float32) * math.sqrt(FEATURE_DIM / feature_dim)).astype(q.dtype)
     parts = -(-value_dim // VALUE_DIM)
     q, k = (jnp.repeat(_widen(x, FEATURE_DIM), parts, axis=2) for x in (q, k))
@@ -70,7 +50,7 @@ def attention(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids) -> tup
     batch, time, heads, _ = v.shape
     if state is not None:
         state = _split_values(_widen_features(state, feature_dim), parts)
-    o, after = _attention(q, k, v.reshape(batch, time, heads * parts, VALUE_DIM), state)
+    o, after = _attention(q, k, v.reshape(batch, time, heads * parts, VALUE_DIM), state, segment_ids)
     after = _narrow_features(_join_values(after, parts, value_dim), feature_dim)
     return o.reshape(batch, time, heads, -1)[..., :value_dim], after
 
@@ -120,149 +100,95 @@ def _places_of_features(feature_dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @jax.custom_vjp
-def _attention(q, k, v, state):
-    return _forward(q, k, v, state)[0]
+def _attention(q, k, v, state, segment_ids):
+    return _forward(q, k, v, state, segment_ids)[0]
 
 
-def _attention_fwd(q, k, v, state):
-    q, k, v, state = jax.tree.map(lambda x: x.value, (q, k, v, state))
-    (o, after), z, given = _forward(q, k, v, state)
-    return (o, after), (q, k, v, o, z, given, state is not None)
+def _attention_fwd(q, k, v, state, segment_ids):
+    q, k, v, state, segment_ids = jax.tree.map(lambda x: x.value, (q, k, v, state, segment_ids))
+    (o, after), z, given = _forward(q, k, v, state, segment_ids)
+    return (o, after), (q, k, v, o, z, given, segment_ids, state is not None)
 
 
-def _forward(q, k, v, state):
+def _forward(q, k, v, state, segment_ids):
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels import taylor_hopper as kernels
-    from pallas_kernels.taylor_state import COUNT_ROW
 
-    time, (q, k, v) = v.shape[1], _pad(q, k, v)
-    pieces = _pieces(v)
-    before = None if state is None else pack_state(state)
-    starts, total = _running(before, v, functools.partial(_call, kernels.sums, k, v), pieces)
-    given = _merge(starts) if state is not None or pieces > 1 else ()
-    o, z = _call(kernels.forward, q, k, v, *given, pieces=pieces)
-    after, moments = total()
-    return (o[:, :time], unpack_state(after, moments.at[:, :, COUNT_ROW, 0].add(time))), z, given
+    (batch, time, heads), (q, k, v) = v.shape[:3], _pad(q, k, v)
+    cut = _cut(v)
+    docs = documents(segment_ids, cut["chunks"])
+    packed = {"documents": docs and docs.table}
+    sums = functools.partial(hopper.call, kernels.sums, k, v, **packed)
+    starts, total = running(None if state is None else pack_state(state), sums, docs=docs, **cut)
+    o, z = hopper.call(kernels.forward, q, k, v, starts, pieces=cut["pieces"], **packed)
+    count = (
+        jnp.full((batch, 1), time, jnp.float32)
+        if docs is None
+        else docs.states.sum(axis=1, keepdims=True, dtype=jnp.float32)
+    )
+    return (o[:, :time], unpack_state(total(), jnp.broadcast_to(count, (batch, heads)))), z, starts
 
 
 def _attention_bwd(saved, cotangents):
     from pallas_kernels import taylor_hopper as kernels
     from pallas_kernels import taylor_hopper_backward as backward
-    from pallas_kernels.taylor_state import COUNT_ROW
 
-    q, k, v, o, z, given, from_state = saved
+    q, k, v, o, z, starts, segment_ids, from_state = saved
     do, dafter = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     time = v.shape[1]
     do = jnp.zeros_like(v) if do is None else do
     q, k, v, o, do = _pad(q, k, v, o, do)
-    pieces = _pieces(v)
-    dq, gz = _call(backward.query_gradient, q, k, v, o, do, z, *given, pieces=pieces)
-    after = None if dafter is None else pack_state(dafter)
-    ends, total = _running(after, v, functools.partial(_call, kernels.sums, q, do, z, gz), pieces, reverse=True)
-    given = _merge(ends) if dafter is not None or pieces > 1 else ()
-    dk, dv = _call(backward.key_value_gradients, q, k, v, do, z, gz, *given, pieces=pieces)
+    cut = _cut(v)
+    docs, back = (documents(segment_ids, cut["chunks"], reverse=reverse) for reverse in (False, True))
+    options = {"documents": docs and docs.table, "pieces": cut["pieces"]}
+    dq, gz = hopper.call(backward.query_gradient, q, k, v, o, do, z, starts, **options)
+    packed = {"documents": back and back.table}
+    sums = functools.partial(hopper.call, kernels.sums, q, do, z, gz, reverse=True, **packed)
+    ends, total = running(None if dafter is None else pack_state(dafter), sums, docs=back, reverse=True, **cut)
+    dk, dv = hopper.call(backward.key_value_gradients, q, k, v, do, z, gz, ends, pieces=cut["pieces"], **packed)
     gradients = dq[:, :time], dk[:, :time], dv[:, :time]
     if not from_state:
-        return *gradients, None
-    before, moments = total()
-    return *gradients, unpack_state(before, moments.at[:, :, COUNT_ROW, 0].add(gz.sum(axis=2)))
+        return *gradients, None, None
+    read = gz[..., :time] if back is None else gz[..., :time] * back.states[:, None]
+    return *gradients, unpack_state(total(), read.sum(axis=2)), None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 
-def _call(kernel: Callable, *arrays: jax.Array, **options) -> list[jax.Array]:
-    """Run a kernel; under `jax.shard_map` its results vary over the mesh axes that an argument varies over."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
-
-    def vary(x: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return [vary(x) for x in kernel(*map(vary, arrays), **options)]
-
-
 def _pad(*arrays: jax.Array) -> list[jax.Array]:
-    """Return (B, T, H, .) arrays with zeros after the last token, to a length that copies can take."""
-    time = arrays[0].shape[1]
-    filler = max(CHUNK, -(-time // ROWS) * ROWS) - time
-    return [jnp.pad(x, ((0, 0), (0, filler), (0, 0), (0, 0))) for x in arrays]
+    """Return (B, T, H, .) arrays with zeros after the last token, in whole chunks."""
+    return [jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), (0, 0), (0, 0))) for x in arrays]
 
 
-def _pieces(v: jax.Array) -> int:
-    return number_of_pieces(v.shape[0] * v.shape[2], -(-v.shape[1] // CHUNK))
+def _cut(v: jax.Array) -> dict[str, int]:
+    """Return the sizes that `running` takes."""
+    batch, time, heads, _ = v.shape
+    chunks = -(-time // CHUNK)
+    return {"batch": batch, "heads": heads, "chunks": chunks, "pieces": number_of_pieces(batch * heads, chunks)}
 
 
-def _running(first, v: jax.Array, sums: Callable, pieces: int, *, reverse: bool = False):
-    """Return what lies before each piece (B, H, pieces, ., .), and a function that returns the sums over everything.
+def pack_state(state: BHEV) -> Float[Array, "BH V _"]:
+    """Return the kernels' sums (B H, V, SUMS) of a state (B, H, 153, V+1); V is 64.
 
-    `first` lies before the first piece, None for nothing; `reverse` goes from the last piece to the first. A piece's
-    start is summed, not the difference of two sums: large late keys would leave little of it.
-    """
-    batch, time, heads, value_dim = v.shape
-
-    def split(pair) -> list[jax.Array]:
-        return [x.reshape(batch, heads, -1, *x.shape[1:]) for x in pair]
-
-    if first is None:
-        first = pack_state(jnp.zeros((batch, heads, len(_tables().columns), value_dim + 1), jnp.float32))
-    starts = [x[:, :, None] for x in first]
-    if pieces > 1:
-        taken = range(HALVES, HALVES * pieces) if reverse else range(HALVES * (pieces - 1))
-        added = split(sums(pieces=HALVES * pieces, taken=taken))
-        starts = [_accumulated(start, x, reverse) for start, x in zip(starts, added, strict=True)]
-
-    def total() -> list[jax.Array]:
-        # XLA drops this where the caller does not use the state.
-        parts = number_of_pieces(batch * heads, -(-time // CHUNK) // pieces)
-        rest = range(parts) if reverse else range((pieces - 1) * parts, pieces * parts)
-        added = split(sums(pieces=pieces * parts, taken=rest))
-        return [start[:, :, 0 if reverse else -1] + x.sum(axis=2) for start, x in zip(starts, added, strict=True)]
-
-    return starts, total
-
-
-def _accumulated(start: jax.Array, added: jax.Array, reverse: bool) -> jax.Array:
-    """Return running sums (B, H, pieces, ., .) from `start` (B, H, 1, ., .) over the half pieces `added`."""
-    added = added.reshape(*added.shape[:2], -1, HALVES, *added.shape[3:]).sum(axis=3)
-    count = added.shape[2]
-    if count > UNROLLED:
-        terms = [added, start] if reverse else [start, added]
-        return lax.cumsum(jnp.concatenate(terms, axis=2), axis=2, reverse=reverse)
-    sums = [start]
-    for i in range(count)[:: -1 if reverse else 1]:
-        sums.append(sums[-1] + added[:, :, i : i + 1])
-    return jnp.concatenate(sums[::-1] if reverse else sums, axis=2)
-
-
-def _merge(starts) -> list[jax.Array]:
-    """Return the kernels' (B H pieces, ., .) of (B, H, pieces, ., .) arrays."""
-    return [x.reshape(-1, *x.shape[3:]) for x in starts]
-
-
-def number_of_pieces(sequences: int, chunks: int) -> int:
-    """Return into how many pieces each of `sequences` (batch times heads) is cut so that all multiprocessors work."""
-    return max(1, min(MULTIPROCESSORS // sequences, chunks // SHORTEST_PIECE))
-
-
-def pack_state(state: BHEV) -> tuple[jax.Array, jax.Array]:
-    """Return S^T (B, H, V, 160) and the moments (B, H, 64, 16) of a state (B, H, 153, V+1).
-
-    Rows 0 to 15 of the moments hold sum k k^T, row 16 sum k, and row 17 begins with the number of tokens.
+    They are S^T (V, 160) and, beside it, the moments: rows 0 to 15 hold sum k k^T, row 16 sum k, and row 17 begins with
+    the number of tokens.
     """
     table = _tables()
     packed = jnp.swapaxes(state[:, :, table.features, :-1] * table.scales[None, None, :, None], 2, 3)
     moments = state[..., -1][..., table.moment_features] * table.moment_scales[None, None]
-    return packed, jnp.pad(moments, ((0, 0), (0, 0), (0, 64 - moments.shape[2]), (0, 0)))
+    moments = jnp.pad(moments, ((0, 0), (0, 0), (0, packed.shape[2] - moments.shape[2]), (0, 0)))
+    return jnp.concatenate([packed, moments], axis=3).reshape(-1, *packed.shape[2:-1], PACKED_DIM + FEATURE_DIM)
 
 
-def unpack_state(packed: jax.Array, moments: jax.Array) -> BHEV:
-    """Return the state (B, H, 153, V+1) that `pack_state` packs."""
+def unpack_state(sums: Float[Array, "BH V _"], count: Float[Array, "B H"]) -> BHEV:
+    """Return the state (B, H, 153, V+1) that `pack_state` packs, with `count` more tokens."""
     table = _tables()
+    sums = sums.reshape(*count.shape, *sums.shape[1:])
     columns, (rows, cols) = table.columns, table.moment_places
-    values = jnp.swapaxes(packed, 2, 3)[:, :, columns] / table.scales[None, None, columns, None]
-    sums = moments[..., rows, cols] / table.moment_scales[None, None, rows, cols]
-    return jnp.concatenate([values, sums[..., None]], axis=-1)
+    values = jnp.swapaxes(sums, 2, 3)[:, :, columns] / table.scales[None, None, columns, None]
+    moments = sums[..., rows, PACKED_DIM + cols] / table.moment_scales[None, None, rows, cols]
+    return jnp.concatenate([values, moments.at[..., 0].add(count)[..., None]], axis=-1)
 
 
 class _Tables(NamedTuple):

@@ -13,7 +13,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from based_jax.ops import taylor, taylor_hopper
+from based_jax.ops import taylor, taylor_hopper, taylor_pieces
 from pallas_kernels import mosaic, taylor_packing, taylor_state
 from pallas_kernels import taylor_hopper as forward
 from pallas_kernels import taylor_hopper_backward as backward
@@ -64,6 +64,7 @@ def _pull_back(x, u):
 def interpreted(monkeypatch):
     for name, function in (("multiply", _multiply), ("products", _products), ("accumulate", _accumulate)):
         monkeypatch.setattr(mosaic, name, function)
+    monkeypatch.setattr(mosaic, "wait_for_products", lambda: None)
     for module in (taylor_state, forward, backward):
         monkeypatch.setattr(module, "expand", _expand)
     monkeypatch.setattr(backward, "pull_back", _pull_back)
@@ -76,10 +77,17 @@ def _relative(x, y):
     return np.linalg.norm(x - y) / np.linalg.norm(y)
 
 
-@pytest.mark.parametrize("shape, pieces, with_state", [((1, 261, 1), 2, True), ((2, 15, 2), 1, False)])
-def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, pieces, with_state):
-    monkeypatch.setattr(taylor_hopper, "SHORTEST_PIECE", 2)
-    assert taylor_hopper.number_of_pieces(shape[0] * shape[2], -(-shape[1] // 64)) == pieces
+@pytest.mark.parametrize(
+    "shape, pieces, with_state, lengths",
+    [((1, 261, 1), 2, True, (-30, 90, 25, -60, 20, 36)), ((1, 15, 1), 1, False, None)],
+)
+def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, pieces, with_state, lengths):
+    monkeypatch.setattr(taylor_pieces, "SHORTEST_PIECE", 2)
+    assert taylor_pieces.number_of_pieces(shape[0] * shape[2], -(-shape[1] // 64)) == pieces
+    ids = None
+    if lengths:  # of documents, negative for padding
+        ids = np.concatenate([np.full(abs(n), i + 1 if n > 0 else 0) for i, n in enumerate(lengths)])[None]
+        ids = jnp.asarray(ids, jnp.int32)
 
     def arrays(dims):
         return [jnp.asarray(rng.normal(size=(*shape, dim)), jnp.bfloat16) for dim in dims]
@@ -92,8 +100,8 @@ def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, pieces,
     def run(impl, inputs):
         def call(q, k, v, state=None):
             if impl == "kernels":
-                return taylor_hopper.attention(q, k, v, state, None)
-            return taylor.taylor_attention(q, k, v, state=state, return_state=True, impl=impl)
+                return taylor_hopper.attention(q, k, v, state, ids)
+            return taylor.taylor_attention(q, k, v, state=state, segment_ids=ids, return_state=True, impl=impl)
 
         (o, after), pull = jax.vjp(call, *inputs)
         if with_state:
