@@ -31,9 +31,18 @@ def load(tile) -> jax.Array:
     return plgpu.load(tile, layout=WGMMA)
 
 
-def load_global(ref) -> jax.Array:
+def load_global(ref, layout) -> jax.Array:
     """Load an array of global memory into registers."""
-    return plgpu.load(ref, layout=WGMMA, optimized=False)
+    return forget_mesh(plgpu.load(ref, layout=layout, optimized=False), layout)
+
+
+def forget_mesh(x: jax.Array, layout) -> jax.Array:
+    """Return x without the mesh axes that it varies over under `jax.shard_map`: a loop's values must keep their type.
+
+    Constants and accumulators vary over none.
+    """
+    result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout)
+    return plgpu.inline_mgpu(arg_types=(layout,), return_type=result)(lambda _, x: x)(x)
 
 
 def zeros(shape: tuple[int, int]) -> jax.Array:
@@ -73,11 +82,6 @@ def products(body, *shapes: tuple[int, int]):
 def accumulate(body, initial: tuple) -> tuple:
     """Return the values of accumulators that start from `initial` after `body(accumulators)`."""
     return _settled(pl.run_state(body)(tuple(map(plgpu.ACC.init, initial))))
-
-
-def wait_for_products() -> None:
-    """Wait for all products that this warpgroup started: their operands may be overwritten."""
-    plgpu.wgmma_wait(0)
 
 
 def _settled(values):

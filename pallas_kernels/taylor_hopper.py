@@ -5,7 +5,8 @@ in registers, S^T (V, 160) of packed features (`taylor_state.py`), and publishes
 The two others take turns with the chunks: scores straight from q k^T inside the chunk, phi(q) S for what lies before.
 
 The normaliser needs no features: sum_j p_ij over earlier tokens is their number plus a quadratic form of [q, 1] with
-the moments of k, which are kept in fp32 and read as the sum of two bf16 matrices. z is fp32 throughout.
+the moments of k, which are kept in fp32 and read as the sum of two bf16 matrices. z is fp32 throughout; inside a chunk
+it sums the rounded p that o is made of, so that a document's first o is its v, and its gradient vanishes as it should.
 """
 
 import jax
@@ -26,6 +27,7 @@ from pallas_kernels.taylor_state import (
     State,
     copy_chunk,
     decoded,
+    groups,
     moment_weights,
     owned_by,
     place,
@@ -36,15 +38,16 @@ from pallas_kernels.taylor_state import (
 SLOTS = 6
 """Chunks in flight; even, so that a slot always meets the same output warpgroup and its phases stay in step."""
 SUMS_SLOTS = 4
-"""Those of `sums`: few enough for three blocks on a multiprocessor."""
+"""Those of `sums`: few enough for two blocks on a multiprocessor."""
 
 
 def forward(q, k, v, initial=None, *, documents=None, pieces: int):
-    """Return o (B, T, H, V) and z (B, H, T).
+    """Return o (B, T, H, V) and z (B, H, T rounded up to 64).
 
-    q and k are (B, T, H, 16), v is (B, T, H, 64), all bf16, T a multiple of 64. `initial` (B H pieces, 64, SUMS) is
-    what each piece starts from, fp32, as `sums` returns it, with the number of tokens at COUNT; without it `pieces` is
-    1. `documents` (B, T / 64, Documents.ROW) int32 keeps packed documents apart; padding gets o = 0 and z = 1.
+    q and k are (B, T, H, 16), v is (B, T, H, 64), all bf16, T >= 64. `initial` (B H pieces, 64, SUMS) is what each
+    piece starts from, fp32, as `sums` returns it, with the number of tokens at COUNT; without it `pieces` is 1.
+    `documents` (B, T / 64, Documents.ROW) int32 keeps packed documents apart; padding gets o = 0 and z = 1. Tokens past
+    T are read as zeros and not written.
     """
     batch, time, heads, value_dim = v.shape
     chunks = pl.cdiv(time, C)
@@ -53,12 +56,11 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
     packed = () if documents is None else (documents,)
 
     def body(*refs):
-        q_ref, sources, refs = refs[0], refs[1 : 3 + len(packed)], refs[3 + len(packed) :]
-        initial_ref, (o_ref, z_ref, *refs) = refs[0] if given else None, refs[len(given) :]
-        tiles, refs = refs[: len(sources)], refs[len(sources) :]
+        count_sources = 3 + len(packed)
+        sources, initial, (o_ref, z_ref), tiles, refs = groups(refs, count_sources, len(given), 2, count_sources)
         phi_tile, sums_tile, unit_tile, state_tile, form_tile, o_tile, z_tile, filled, ready, free, started = refs
-        k_tile, v_tile, *packed_tiles = tiles
-        docs = Documents(*packed_tiles) if packed else None
+        (q_tile, k_tile, v_tile), packed_tiles = groups(tiles, 3)
+        docs = Documents.of(packed_tiles)
         group = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
         row, head, begin, count = place(block, heads, chunks, pieces)
@@ -81,7 +83,9 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
                 plgpu.barrier_arrive(ready.at[turn])
 
             options = {"fetch": fetch, "count": count} | owned_by(docs, lambda n: (begin + n) * C)
-            State(k_tile, v_tile, filled, phi_tile, sums_tile, **options).run(block, initial_ref, publish, free)
+            State(k_tile, v_tile, filled, phi_tile, sums_tile, **options).run(
+                block, *initial, publish=publish, free=free
+            )
 
         @pl.when(group > 0)
         def write_outputs():
@@ -91,25 +95,22 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
             plgpu.barrier_arrive(started)
             plgpu.barrier_wait(started)
             causal = mosaic.iota((C, C), 0) >= mosaic.iota((C, C), 1)
-            tokens_before = initial_ref[block, *COUNT] if given else 0.0
+            tokens_before = initial[0][block, *COUNT] if given else 0.0
 
-            def queries(n):
-                tokens = pl.ds((begin + jnp.minimum(n, count - 1)) * C, C)
-                return mosaic.load_global(q_ref.at[row, tokens, head])
-
-            def step(i, x):
+            def step(i, _):
                 n = 2 * i + mine
                 slot, first = lax.rem(n, SLOTS), (begin + n) * C
-                following = queries(n + 2)
                 plgpu.barrier_wait(filled.at[slot])
+                queries = q_tile.at[slot]
 
                 def scores(accumulator):
-                    mosaic.multiply(accumulator, x, k_tile.at[slot].T)
-                    return expand(x, query=True), accumulator[...]
+                    mosaic.multiply(accumulator, queries, k_tile.at[slot].T)
+                    x = mosaic.load(queries)
+                    return x, expand(x, query=True), accumulator[...]
 
-                phi, s = mosaic.products(scores, (C, C))
+                x, phi, s = mosaic.products(scores, (C, C))
                 seen = causal
-                if packed:
+                if docs is not None:
                     beginnings = docs.begin(slot)
                     starts, reads = decoded(beginnings), jnp.where(beginnings < first, 1.0, 0.0)
                     seen &= mosaic.across(starts, s.shape) <= mosaic.iota(s.shape, 1) + first
@@ -117,18 +118,18 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
                 plgpu.barrier_wait(ready.at[mine])
 
                 def read(form, o):
-                    for tile, start in ((x, 0), (unit_tile, FEATURE_DIM)):
+                    for tile, start in ((queries, 0), (unit_tile, FEATURE_DIM)):
                         for part in range(2):
                             mosaic.multiply(form, tile, form_tile.at[mine, part, pl.ds(start, FEATURE_DIM)])
                     for e, width in ((0, 64), (64, 64), (128, 32)):
                         mosaic.multiply(o, phi[:, e : e + width], state_tile.at[mine, :, pl.ds(e, width)].T)
-                    p = jnp.where(seen, 1.0 + s * (SCALE + s * (0.5 * SCALE * SCALE)), 0.0)
-                    mosaic.multiply(o, p.astype(dtype), v_tile.at[slot])
-                    return p.sum(axis=1), form[...], o[...]
+                    p = jnp.where(seen, 1.0 + s * (SCALE + s * (0.5 * SCALE * SCALE)), 0.0).astype(dtype)
+                    mosaic.multiply(o, p, v_tile.at[slot])
+                    return p.astype(jnp.float32).sum(axis=1), form[...], o[...]
 
                 z, form, o = mosaic.products(read, (C, FEATURE_DIM), (C, value_dim))
                 form = (form * x.astype(jnp.float32)).sum(axis=1)
-                if packed:
+                if docs is not None:
                     z = z + form * reads + jnp.maximum(first - starts, 0).astype(jnp.float32)
                     z = z + jnp.where(beginnings < 0, tokens_before, 0.0)
                     z = jnp.where(z > 0, z, 1.0)
@@ -142,9 +143,8 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
                 tokens = pl.ds(first, C)
                 plgpu.copy_smem_to_gmem(o_tile.at[mine], o_ref.at[row, tokens, head])
                 plgpu.copy_smem_to_gmem(z_tile.at[mine], z_ref.at[row, head, tokens])
-                return following
 
-            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, queries(mine))
+            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, None)
             plgpu.wait_smem_to_gmem(0)
 
     out_type = [
@@ -153,7 +153,8 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
     ]
     scratch = [
         mosaic.swizzled((SLOTS, C, FEATURE_DIM), mosaic.NARROW),
-        mosaic.swizzled((SLOTS, C, value_dim), mosaic.WIDE),
+        mosaic.swizzled((SLOTS, C, FEATURE_DIM), mosaic.NARROW),
+        mosaic.swizzled((SLOTS, C, value_dim), mosaic.MEDIUM),
         *(Documents.scratch(SLOTS) for _ in packed),
         *State.scratch(),
         mosaic.swizzled((C, FEATURE_DIM), mosaic.NARROW),
@@ -161,7 +162,7 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
         mosaic.swizzled((2, 2, *MOMENTS), mosaic.NARROW),
         mosaic.swizzled((2, C, value_dim), mosaic.WIDE),
         plgpu.SMEM((2, C), jnp.float32),
-        plgpu.Barrier(num_arrivals=2 + len(packed), num_barriers=SLOTS),
+        plgpu.Barrier(num_arrivals=3 + len(packed), num_barriers=SLOTS),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
         plgpu.Barrier(num_arrivals=2),
@@ -182,8 +183,8 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
 def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, taken: range | None = None):
     """Return what each taken piece adds to the sums (B H taken, 64, SUMS), fp32.
 
-    x is (B, T, H, 16), y is (B, T, H, 64), bf16, T a multiple of 64. `factors` are none, or (z, weight), fp32
-    (B, H, T): then phi(x) is divided by z and the moments are weighted. With `documents` only the tokens of the
+    x is (B, T, H, 16), y is (B, T, H, 64), bf16, T >= 64. `factors` are none, or (z, weight), fp32 (B, H, T rounded
+    up to 64): then phi(x) is divided by z and the moments are weighted. With `documents` only the tokens of the
     document that goes on behind the piece count; `reverse` scans the piece from its end, and goes on before it.
     """
     batch, time, heads, value_dim = y.shape
@@ -193,12 +194,9 @@ def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, tak
     count_sources = 2 + len(factors) + len(packed)
 
     def body(*refs):
-        sources, (sums_ref, *refs) = refs[:count_sources], refs[count_sources:]
-        tiles, (phi_tile, sums_tile, filled) = refs[:count_sources], refs[count_sources:]
-        (x_tile, y_tile, *rest), docs = tiles, None
-        if packed:
-            *rest, tile = rest
-            docs = Documents(tile)
+        sources, (sums_ref,), tiles, (phi_tile, sums_tile, filled) = groups(refs, count_sources, 1, count_sources)
+        (x_tile, y_tile), factor_tiles, packed_tiles = groups(tiles, 2, len(factors))
+        docs = Documents.of(packed_tiles)
         block = lax.axis_index("block")
         row, head, begin, count = place(block, heads, chunks, pieces, taken)
 
@@ -210,9 +208,10 @@ def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, tak
 
         options = owned_by(docs, lambda n: (chunks - 1 - chunk(n) if reverse else chunk(n)) * C)
         if factors:
-            options["factors"] = row_factors(*rest, owned=docs and docs.owned)
+            z_tile, weight_tile = factor_tiles
+            options["factors"] = row_factors(z_tile, weight_tile, docs)
         state = State(x_tile, y_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count, **options)
-        totals = state.run(block, None, lambda n, state, moments: plgpu.commit_smem())
+        totals = state.run(block, publish=lambda n, state, moments: plgpu.commit_smem())
         for part, total in zip(PARTS, totals, strict=True):
             sums_ref.at[block, :, part][...] = total
 
@@ -222,10 +221,10 @@ def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, tak
         out_type=[jax.ShapeDtypeStruct((blocks, value_dim, SUMS), jnp.float32)],
         scratch_types=[
             mosaic.swizzled((SUMS_SLOTS, C, FEATURE_DIM), mosaic.NARROW),
-            mosaic.swizzled((SUMS_SLOTS, C, value_dim), mosaic.WIDE),
+            mosaic.swizzled((SUMS_SLOTS, C, value_dim), mosaic.MEDIUM),
             *(plgpu.SMEM((SUMS_SLOTS, C), jnp.float32) for _ in factors),
             *(Documents.scratch(SUMS_SLOTS) for _ in packed),
-            *State.scratch(turns=1),
+            *State.scratch(),
             plgpu.Barrier(num_arrivals=count_sources, num_barriers=SUMS_SLOTS),
         ],
         grid=(blocks,),

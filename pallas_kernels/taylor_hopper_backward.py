@@ -13,7 +13,9 @@ exchanged, p being symmetric in them:
     dv_j = sum_i p_ij g_i + R^T phi(k_j)
     dk_j = c sum_i dS_ij q_i + J(k_j)^T R v_j + c (sum_i gz_i q_i + c sum_i gz_i q_i q_i^T k_j)
 
-In both, one warpgroup keeps the sums and two take turns with the chunks. Nothing is stored per chunk.
+In both, one warpgroup keeps the sums and two take turns with the chunks. Nothing is stored per chunk. The first takes
+g rounded to bf16, and gz from that g; the second takes do and 1/z apart, and the gz that goes with them: where g.v_j
+and gz cancel, as for a document's first token, their errors do too.
 """
 
 import jax
@@ -31,6 +33,7 @@ from pallas_kernels.taylor_state import (
     State,
     copy_chunk,
     decoded,
+    groups,
     moment_weights,
     owned_by,
     place,
@@ -43,7 +46,7 @@ SLOTS = 4
 
 
 def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: int):
-    """Return dq (B, T, H, 16) in bf16 and gz (B, H, T) in fp32.
+    """Return dq (B, T, H, 16) in bf16 and gz (B, H, T rounded up to 64) in fp32.
 
     The arguments are those of the forward kernel, its results and the gradient of o, bf16 but for z.
     """
@@ -54,12 +57,11 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
     packed = () if documents is None else (documents,)
 
     def body(*refs):
-        q_ref, *refs = refs
-        sources, initial_ref, (dq_ref, gz_ref, *refs) = _split(refs, 5 + len(packed), bool(given))
-        tiles, refs = refs[: len(sources)], refs[len(sources) :]
+        count_sources = 6 + len(packed)
+        sources, initial, (dq_ref, gz_ref), tiles, refs = groups(refs, count_sources, len(given), 2, count_sources)
         phi_tile, sums_tile, state_tile, form_tile, dq_tile, gz_tile, filled, ready, free = refs
-        k_tile, v_tile, o_tile, do_tile, z_tile, *packed_tiles = tiles
-        docs = Documents(*packed_tiles) if packed else None
+        (q_tile, k_tile, v_tile, o_tile, do_tile, z_tile), packed_tiles = groups(tiles, 6)
+        docs = Documents.of(packed_tiles)
         group = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
         row, head, begin, count = place(block, heads, chunks, pieces)
@@ -71,31 +73,30 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
         def keep_state():
             publish = _publisher(state_tile, form_tile, ready)
             options = {"fetch": fetch, "count": count} | owned_by(docs, lambda n: (begin + n) * C)
-            State(k_tile, v_tile, filled, phi_tile, sums_tile, **options).run(block, initial_ref, publish, free)
+            State(k_tile, v_tile, filled, phi_tile, sums_tile, **options).run(
+                block, *initial, publish=publish, free=free
+            )
 
         @pl.when(group > 0)
         def write_gradients():
             mine = group - 1
             causal = mosaic.iota((C, C), 0) >= mosaic.iota((C, C), 1)
 
-            def queries(n):
-                tokens = pl.ds((begin + jnp.minimum(n, count - 1)) * C, C)
-                return mosaic.load_global(q_ref.at[row, tokens, head])
-
-            def step(i, x):
+            def step(i, _):
                 n = 2 * i + mine
                 slot = lax.rem(n, SLOTS)
-                following = queries(n + 2)
                 plgpu.barrier_wait(filled.at[slot])
 
                 def scores(s):
-                    mosaic.multiply(s, x, k_tile.at[slot].T)
+                    mosaic.multiply(s, q_tile.at[slot], k_tile.at[slot].T)
                     g = mosaic.load(do_tile.at[slot]).astype(jnp.float32)
-                    g = g * mosaic.across(1.0 / plgpu.load(z_tile.at[slot], layout=mosaic.ROWS), g.shape)
-                    gz = -(g * mosaic.load(o_tile.at[slot]).astype(jnp.float32)).sum(axis=1)
-                    return g.astype(dtype), gz, s[...]
+                    o = mosaic.load(o_tile.at[slot]).astype(jnp.float32)
+                    inverse = 1.0 / plgpu.load(z_tile.at[slot], layout=mosaic.ROWS)
+                    exact = -inverse * (g * o).sum(axis=1)
+                    g = (g * mosaic.across(inverse, g.shape)).astype(dtype)
+                    return g, -(g.astype(jnp.float32) * o).sum(axis=1), exact, s[...]
 
-                g, gz, s = mosaic.products(scores, (C, C))
+                g, gz, exact, s = mosaic.products(scores, (C, C))
 
                 def score_gradients(dp):
                     mosaic.multiply(dp, g, v_tile.at[slot].T)
@@ -103,12 +104,13 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
 
                 dp = mosaic.products(score_gradients, (C, C))
                 seen, gz_before = causal, gz
-                if packed:
+                if docs is not None:
                     beginnings, first = docs.begin(slot), (begin + n) * C
                     seen &= mosaic.across(decoded(beginnings), s.shape) <= mosaic.iota(s.shape, 1) + first
                     reads = jnp.where(beginnings < first, 1.0, 0.0)
                     g, gz_before = g * mosaic.across(reads.astype(dtype), g.shape), gz * reads
                 ds = jnp.where(seen, (dp + mosaic.across(gz, dp.shape)) * (1.0 + s * SCALE), 0.0).astype(dtype)
+                x = mosaic.load(q_tile.at[slot])
                 weights = mosaic.across(gz_before, x.shape)
                 plgpu.barrier_wait(ready.at[mine])
 
@@ -128,25 +130,25 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
                 dq = SCALE * (dq + pull_back(x, u))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dq_tile.at[mine][...] = dq.astype(dtype)
-                gz_tile.at[mine][...] = gz
+                gz_tile.at[mine][...] = exact
                 plgpu.commit_smem()
                 tokens = pl.ds((begin + n) * C, C)
                 plgpu.copy_smem_to_gmem(dq_tile.at[mine], dq_ref.at[row, tokens, head])
                 plgpu.copy_smem_to_gmem(gz_tile.at[mine], gz_ref.at[row, head, tokens])
-                return following
 
-            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, queries(mine))
+            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, None)
             plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        *_slots(FEATURE_DIM, value_dim, value_dim, value_dim),
+        *_slots(FEATURE_DIM, FEATURE_DIM, value_dim),
+        *(mosaic.swizzled((SLOTS, C, value_dim), mosaic.WIDE) for _ in ("o", "do")),
         _per_token(),
         *(Documents.scratch(SLOTS) for _ in packed),
         *State.scratch(),
         *_published(value_dim),
         mosaic.swizzled((2, C, FEATURE_DIM), mosaic.NARROW),
         plgpu.SMEM((2, C), jnp.float32),
-        *_barriers(arrivals=5 + len(packed)),
+        *_barriers(arrivals=6 + len(packed)),
     ]
     out_type = [jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((batch, heads, chunks * C), jnp.float32)]
     return _kernel(body, "taylor_dq", batch * heads * pieces, out_type, scratch)(q, k, v, o, do, z, *packed, *given)
@@ -165,12 +167,11 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
     packed = () if documents is None else (documents,)
 
     def body(*refs):
-        k_ref, *refs = refs
-        sources, initial_ref, (dk_ref, dv_ref, *refs) = _split(refs, 5 + len(packed), bool(given))
-        tiles, refs = refs[: len(sources)], refs[len(sources) :]
+        count_sources = 6 + len(packed)
+        sources, initial, (dk_ref, dv_ref), tiles, refs = groups(refs, count_sources, len(given), 2, count_sources)
         phi_tile, sums_tile, state_tile, form_tile, unit_tile, dk_tile, dv_tile, filled, ready, free, started = refs
-        q_tile, v_tile, do_tile, z_tile, gz_tile, *packed_tiles = tiles
-        docs = Documents(*packed_tiles) if packed else None
+        (q_tile, k_tile, v_tile, do_tile, z_tile, gz_tile), packed_tiles = groups(tiles, 6)
+        docs = Documents.of(packed_tiles)
         group = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
         row, head, begin, count = place(block, heads, chunks, pieces)
@@ -186,8 +187,10 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
         def keep_state():
             publish = _publisher(state_tile, form_tile, ready)
             options = {"fetch": fetch, "count": count} | owned_by(docs, first)
-            options["factors"] = row_factors(z_tile, gz_tile, docs and docs.owned)
-            State(q_tile, do_tile, filled, phi_tile, sums_tile, **options).run(block, initial_ref, publish, free)
+            options["factors"] = row_factors(z_tile, gz_tile, docs)
+            State(q_tile, do_tile, filled, phi_tile, sums_tile, **options).run(
+                block, *initial, publish=publish, free=free
+            )
 
         @pl.when(group > 0)
         def write_gradients():
@@ -198,25 +201,22 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
             plgpu.barrier_wait(started)
             causal = mosaic.iota((C, C), 0) <= mosaic.iota((C, C), 1)
 
-            def keys(n):
-                tokens = pl.ds((last - jnp.minimum(n, count - 1)) * C, C)
-                return mosaic.load_global(k_ref.at[row, tokens, head])
-
-            def step(i, x):
+            def step(i, _):
                 n = 2 * i + mine
                 slot = lax.rem(n, SLOTS)
-                following = keys(n + 2)
                 plgpu.barrier_wait(filled.at[slot])
+                keys = k_tile.at[slot]
 
                 def scores(s, dp):
-                    mosaic.multiply(s, x, q_tile.at[slot].T)
+                    mosaic.multiply(s, keys, q_tile.at[slot].T)
                     mosaic.multiply(dp, v_tile.at[slot], do_tile.at[slot].T)
+                    x = mosaic.load(keys)
                     z, gz = (plgpu.load(tile.at[slot], layout=mosaic.COLUMNS) for tile in (z_tile, gz_tile))
-                    return mosaic.down(1.0 / z, (C, C)), mosaic.down(gz, (C, C)), s[...], dp[...]
+                    return x, mosaic.down(1.0 / z, (C, C)), mosaic.down(gz, (C, C)), s[...], dp[...]
 
-                factors, gz, s, dp = mosaic.products(scores, (C, C), (C, C))
-                seen, reads = causal, None
-                if packed:
+                x, factors, gz, s, dp = mosaic.products(scores, (C, C), (C, C))
+                seen = causal
+                if docs is not None:
                     beginnings = docs.begin(slot)
                     places = first(n) + (C - 1) - mosaic.iota(s.shape, 1)
                     seen &= mosaic.across(decoded(beginnings), s.shape) <= places
@@ -228,7 +228,7 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
                 def read_values(dv):
                     mosaic.multiply(dv, p, do_tile.at[slot])
                     phi = expand(x, query=True)
-                    if packed:
+                    if docs is not None:
                         phi = phi * mosaic.across(reads.astype(dtype), phi.shape)
                     for e, width in ((0, 64), (64, 64), (128, 32)):
                         mosaic.multiply(dv, phi[:, e : e + width], state_tile.at[mine, :, pl.ds(e, width)].T)
@@ -239,8 +239,8 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
                 dv_tile.at[mine][...] = dv.astype(dtype)
 
                 def read_keys(u, after, dk):
-                    mosaic.multiply(u, mosaic.load(v_tile.at[slot]), state_tile.at[mine])
-                    mosaic.multiply(after, x, form_tile.at[mine, pl.ds(0, FEATURE_DIM)])
+                    mosaic.multiply(u, v_tile.at[slot], state_tile.at[mine])
+                    mosaic.multiply(after, keys, form_tile.at[mine, pl.ds(0, FEATURE_DIM)])
                     mosaic.multiply(after, unit_tile, form_tile.at[mine, pl.ds(FEATURE_DIM, FEATURE_DIM)])
                     mosaic.multiply(dk, ds, q_tile.at[slot])
                     return u[...], after[...], dk[...]
@@ -248,20 +248,19 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
                 u, after, dk = mosaic.products(read_keys, (C, PACKED_DIM), *((C, FEATURE_DIM),) * 2)
                 plgpu.barrier_arrive(free.at[mine])
                 after = after + pull_back(x, u)
-                if packed:
+                if docs is not None:
                     after = after * mosaic.across(reads, after.shape)
                 dk_tile.at[mine][...] = (SCALE * (dk + after)).astype(dtype)
                 plgpu.commit_smem()
                 tokens = pl.ds((last - n) * C, C)
                 plgpu.copy_smem_to_gmem(dk_tile.at[mine], dk_ref.at[row, tokens, head])
                 plgpu.copy_smem_to_gmem(dv_tile.at[mine], dv_ref.at[row, tokens, head])
-                return following
 
-            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, keys(mine))
+            lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, None)
             plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        *_slots(FEATURE_DIM, value_dim, value_dim),
+        *_slots(FEATURE_DIM, FEATURE_DIM, value_dim, value_dim),
         *(_per_token() for _ in ("z", "gz")),
         *(Documents.scratch(SLOTS) for _ in packed),
         *State.scratch(),
@@ -269,21 +268,16 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
         mosaic.swizzled((C, FEATURE_DIM), mosaic.NARROW),
         mosaic.swizzled((2, C, FEATURE_DIM), mosaic.NARROW),
         mosaic.swizzled((2, C, value_dim), mosaic.WIDE),
-        *_barriers(arrivals=5 + len(packed)),
+        *_barriers(arrivals=6 + len(packed)),
         plgpu.Barrier(num_arrivals=2),
     ]
     out_type = [jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)]
-    return _kernel(body, "taylor_dkv", batch * heads * pieces, out_type, scratch)(k, q, v, do, z, gz, *packed, *given)
-
-
-def _split(refs, sources: int, initial: bool) -> tuple:
-    """Return the references of sources, of initial sums or None, and the rest."""
-    return refs[:sources], refs[sources] if initial else None, refs[sources + initial :]
+    return _kernel(body, "taylor_dkv", batch * heads * pieces, out_type, scratch)(q, k, v, do, z, gz, *packed, *given)
 
 
 def _slots(*widths: int) -> list:
     """Return slots for chunks of each width, operands of products."""
-    return [mosaic.swizzled((SLOTS, C, w), mosaic.NARROW if w == FEATURE_DIM else mosaic.WIDE) for w in widths]
+    return [mosaic.swizzled((SLOTS, C, w), mosaic.NARROW if w == FEATURE_DIM else mosaic.MEDIUM) for w in widths]
 
 
 def _per_token() -> plgpu.SMEM:

@@ -6,6 +6,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.taylor_state import SUMS, C
 
 ROWS = 8
@@ -34,7 +35,7 @@ def starts(added, first=None, keeps=None, *, heads: int, pieces: int, parts: int
         sequence, rows = lax.div(block, C // ROWS), pl.ds(lax.rem(block, C // ROWS) * ROWS, ROWS)
 
         def load(ref, i):
-            return plgpu.load(ref.at[i, rows], layout=layout, optimized=False)
+            return mosaic.load_global(ref.at[i, rows], layout)
 
         def put(piece, value):
             out_ref.at[sequence * pieces + (pieces - 1 - piece if reverse else piece), rows][...] = value

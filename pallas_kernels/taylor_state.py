@@ -29,8 +29,7 @@ COUNT = FEATURE_DIM + 1, PACKED_DIM
 class State:
     """The sums' warpgroup: its shared memory and what it does.
 
-    Chunk n lies in slot n % slots; chunks are fetched as far ahead as their slots are free. With one tile for phi
-    instead of two, a chunk's features wait in registers until the products of the chunk before are done.
+    Chunk n lies in slot n % slots; chunks are fetched as far ahead as their slots are free.
     """
 
     def __init__(self, x_tile, y_tile, filled, phi_tile, moments_tile, *, fetch, count, factors=None, keeps=None):
@@ -42,14 +41,14 @@ class State:
         self.x_tile, self.y_tile, self.filled = x_tile, y_tile, filled
         self.phi_tile, self.moments_tile = phi_tile, moments_tile
         self.fetch, self.count, self.factors, self.keeps = fetch, count, factors, keeps
-        self.slots, self.turns = x_tile.shape[0], phi_tile.shape[0]
+        self.slots = x_tile.shape[0]
 
     @staticmethod
-    def scratch(turns: int = 2) -> list:
+    def scratch() -> list:
         """Return the shared memory of `phi_tile` and `moments_tile`."""
-        return [mosaic.swizzled((turns, C, PACKED_DIM), mosaic.MEDIUM), mosaic.swizzled((turns, C, C), mosaic.NARROW)]
+        return [mosaic.swizzled((2, C, PACKED_DIM), mosaic.MEDIUM), mosaic.swizzled((2, C, C), mosaic.NARROW)]
 
-    def run(self, block, initial, publish, free=None):
+    def run(self, block, initial=None, *, publish, free=None):
         """Return the sums over all chunks; `publish(n, state, moments)` shows those before chunk n and commits.
 
         `initial` is an array of sums for each block, or None. `free` are two barriers, one per turn, at which what was
@@ -59,14 +58,14 @@ class State:
         for n in range(ahead):
             pl.when(n < self.count)(functools.partial(self.fetch, n))
         ones = jnp.where(mosaic.iota((C, C), 1) == FEATURE_DIM, 1.0, 0.0)
-        for turn in range(self.turns):
+        for turn in range(2):
             self.moments_tile.at[turn][...] = ones.astype(self.moments_tile.dtype)
-        plgpu.barrier_wait(self.filled.at[0])
-        self._write(0, *self._features(0))
+        self._write(0)
         if initial is None:
-            carry = mosaic.zeros((self.y_tile.shape[2], PACKED_DIM)), mosaic.zeros(MOMENTS)
+            sums = mosaic.zeros((self.y_tile.shape[2], PACKED_DIM)), mosaic.zeros(MOMENTS)
         else:
-            carry = tuple(mosaic.load_global(initial.at[block, :, part]) for part in PARTS)
+            state, moments = (mosaic.load_global(initial.at[block, :, part], mosaic.WGMMA) for part in PARTS)
+            sums = state, moments
 
         def step(n, carry):
             if free is not None:
@@ -74,52 +73,55 @@ class State:
             publish(n, *carry)
             return self._add(n, carry, ahead)
 
-        carry = lax.fori_loop(0, self.count, step, carry)
+        sums = lax.fori_loop(0, self.count, step, sums)
         if free is not None:
             for back in (2, 1):
                 last = free.at[lax.rem(self.count - back, 2)]
                 pl.when(self.count >= back)(functools.partial(plgpu.barrier_wait, last))
-        return carry
+        return sums
 
     def _add(self, n, carry, ahead: int):
         """Return the sums with chunk n; under its products fetch and expand what follows."""
-        slot, turn = lax.rem(n, self.slots), lax.rem(n, self.turns)
+        slot, turn = lax.rem(n, self.slots), lax.rem(n, 2)
         if self.keeps is not None:
             carry = tuple(x * self.keeps(n, slot) for x in carry)
 
         def issue(accumulators):
             state, moments = accumulators
-            mosaic.multiply(state, mosaic.load(self.y_tile.at[slot].T), self.phi_tile.at[turn])
+            mosaic.multiply(state, self.y_tile.at[slot].T, self.phi_tile.at[turn])
             mosaic.multiply(moments, self.moments_tile.at[turn].T, self.x_tile.at[slot])
             pl.when(n + ahead < self.count)(lambda: self.fetch(n + ahead))
-            pl.when(n + 1 < self.count)(lambda: plgpu.barrier_wait(self.filled.at[lax.rem(n + 1, self.slots)]))
-            following = self._features(lax.rem(jnp.minimum(n + 1, self.count - 1), self.slots))
-            if self.turns == 1:
-                mosaic.wait_for_products()
-            self._write(lax.rem(n + 1, self.turns), *following)
+            pl.when(n + 1 < self.count)(lambda: self._write(n + 1))
 
         return mosaic.accumulate(issue, carry)
 
-    def _features(self, slot) -> tuple[jax.Array, ...]:
-        """Return phi of a slot's x, and what the moments tile gets: x and, where there are factors, ones."""
+    def _write(self, n) -> None:
+        """Expand chunk n into its turn of phi and moments tiles."""
+        slot, turn = lax.rem(n, self.slots), lax.rem(n, 2)
+        plgpu.barrier_wait(self.filled.at[slot])
         x = mosaic.load(self.x_tile.at[slot])
-        phi = expand(x, query=False)
-        if self.factors is None:
-            return phi, x
-        scale, weight = self.factors(slot)
-        weights = mosaic.across(weight, x.shape)
-        ones = jnp.where(mosaic.iota(x.shape, 1) == 0, weights, 0.0)
-        phi = phi * mosaic.across(scale.astype(phi.dtype), phi.shape)
-        return phi, (x.astype(jnp.float32) * weights).astype(x.dtype), ones.astype(x.dtype)
-
-    def _write(self, turn, phi, *columns) -> None:
-        self.phi_tile.at[turn][...] = phi
+        phi, columns = expand(x, query=False), [x]
+        if self.factors is not None:
+            scale, weight = self.factors(slot)
+            phi, weights = phi * mosaic.across(scale.astype(phi.dtype), phi.shape), mosaic.across(weight, x.shape)
+            ones = jnp.where(mosaic.iota(x.shape, 1) == 0, weights, 0.0)
+            columns = [(x.astype(jnp.float32) * weights).astype(x.dtype), ones.astype(x.dtype)]
         for i, values in enumerate(columns):
             self.moments_tile.at[turn, :, pl.ds(i * FEATURE_DIM, FEATURE_DIM)][...] = values
+        self.phi_tile.at[turn][...] = phi
 
 
 PARTS = pl.ds(0, PACKED_DIM), pl.ds(PACKED_DIM, FEATURE_DIM)
 """Columns of S^T and of the moments in an array of sums."""
+
+
+def groups(refs, *sizes: int) -> list[tuple]:
+    """Cut a kernel's references into groups of these sizes, and the rest."""
+    found, begin = [], 0
+    for size in sizes:
+        found.append(refs[begin : begin + size])
+        begin += size
+    return [*found, refs[begin:]]
 
 
 def place(block, heads: int, chunks: int, pieces: int, taken: range | None = None):
@@ -159,6 +161,11 @@ class Documents:
         self.tile = tile
 
     @classmethod
+    def of(cls, tiles) -> "Documents | None":
+        """Return the documents of a kernel that has been given their slots, or no tiles."""
+        return cls(*tiles) if tiles else None
+
+    @classmethod
     def scratch(cls, slots: int) -> plgpu.SMEM:
         """Return the shared memory of `tile`."""
         return plgpu.SMEM((slots, cls.ROW), jnp.int32)
@@ -196,13 +203,13 @@ def unit() -> jax.Array:
     return jnp.where(mosaic.iota((C, FEATURE_DIM), 1) == 0, 1.0, 0.0)
 
 
-def row_factors(z_tile, weight_tile, owned=None):
+def row_factors(z_tile, weight_tile, documents: Documents | None):
     """Return what `State` takes as `factors`: 1/z and the weight of each row of a slot, both zero where not owned."""
 
     def factors(slot):
         z, weight = (plgpu.load(tile.at[slot], layout=mosaic.ROWS) for tile in (z_tile, weight_tile))
         pair = 1.0 / z, weight
-        return pair if owned is None else tuple(x * owned(slot)[0] for x in pair)
+        return pair if documents is None else tuple(x * documents.owned(slot)[0] for x in pair)
 
     return factors
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
@@ -16,6 +17,10 @@ from based_jax.ops.dispatch import target_device_kind
 DEVICES = re.compile(r"\bG?H(100|200|800|20)\b")
 OFFSETS = 2**31
 """Kernels that read an array other than by tiles count its elements in 32 bits."""
+CHUNK = 64
+"""Tokens that a kernel reads together."""
+ROWS = 8
+"""Tokens of a copy's smallest tile: other lengths are padded."""
 
 
 def refusal() -> str | None:
@@ -48,6 +53,13 @@ def vary_alike(*values: Any, like: Sequence[Any] = ()) -> list[Any]:
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return [vary(x) for x in values]
+
+
+def pad_time(*arrays: jax.Array) -> list[jax.Array]:
+    """Return (B, T, H, .) arrays with zeros after the last token, to a length that copies can take."""
+    time = arrays[0].shape[1]
+    filler = max(CHUNK, -(-time // ROWS) * ROWS) - time
+    return [jnp.pad(x, ((0, 0), (0, filler), (0, 0), (0, 0))) for x in arrays]
 
 
 def _varying(x: Any) -> frozenset:

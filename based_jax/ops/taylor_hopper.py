@@ -6,7 +6,7 @@ The backward pass saves q, k, v, o, z and what pieces of sequences start from (`
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BHEV, BT, BTHK, BTHV
 from based_jax.ops import hopper
-from based_jax.ops.taylor_pieces import CHUNK, documents, number_of_pieces, running
+from based_jax.ops.taylor_pieces import documents, number_of_pieces, running
 
 FEATURE_DIM = 16
 PACKED_DIM = 160
@@ -114,7 +114,7 @@ def _forward(q, k, v, state, segment_ids):
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels import taylor_hopper as kernels
 
-    (batch, time, heads), (q, k, v) = v.shape[:3], _pad(q, k, v)
+    (batch, time, heads), (q, k, v) = v.shape[:3], hopper.pad_time(q, k, v)
     cut = _cut(v)
     docs = documents(segment_ids, cut["chunks"])
     packed = {"documents": docs and docs.table}
@@ -137,7 +137,7 @@ def _attention_bwd(saved, cotangents):
     do, dafter = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     time = v.shape[1]
     do = jnp.zeros_like(v) if do is None else do
-    q, k, v, o, do = _pad(q, k, v, o, do)
+    q, k, v, o, do = hopper.pad_time(q, k, v, o, do)
     cut = _cut(v)
     docs, back = (documents(segment_ids, cut["chunks"], reverse=reverse) for reverse in (False, True))
     options = {"documents": docs and docs.table, "pieces": cut["pieces"]}
@@ -156,15 +156,10 @@ def _attention_bwd(saved, cotangents):
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 
-def _pad(*arrays: jax.Array) -> list[jax.Array]:
-    """Return (B, T, H, .) arrays with zeros after the last token, in whole chunks."""
-    return [jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), (0, 0), (0, 0))) for x in arrays]
-
-
-def _cut(v: jax.Array) -> dict[str, int]:
+def _cut(v: jax.Array) -> dict[str, Any]:
     """Return the sizes that `running` takes."""
     batch, time, heads, _ = v.shape
-    chunks = -(-time // CHUNK)
+    chunks = -(-time // hopper.CHUNK)
     return {"batch": batch, "heads": heads, "chunks": chunks, "pieces": number_of_pieces(batch * heads, chunks)}
 
 

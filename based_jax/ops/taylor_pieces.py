@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from based_jax.dims import BT
 from based_jax.ops import hopper, segments
+from based_jax.ops.hopper import CHUNK
 
-CHUNK = 64
 MULTIPROCESSORS = 132
 SHORTEST_PIECE = 4
 """Chunks; a shorter piece would cost more to start than it takes."""
-RESIDENT = 3
+RESIDENT = 2
 """Blocks of the kernel that sums parts of pieces, on a multiprocessor."""
 
 Sums = Float[Array, "_ 64 _"]

@@ -130,11 +130,22 @@ def test_lowers_under_vmap():
         assert "taylor_dkv" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_lowers_under_shard_map_over_batch_and_heads():
+@pytest.mark.parametrize("time", [256, 4100])
+def test_lowers_under_shard_map_over_batch_and_heads(time):
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     mesh = AbstractMesh((2, 2), ("data", "heads"), (AxisType.Auto,) * 2, abstract_device=device)
-    spec = PartitionSpec("data", None, "heads")
+    spec, state_spec = PartitionSpec("data", None, "heads"), PartitionSpec("data", "heads")
+    arrays, state = _arrays((4, time, 4)), jnp.zeros((4, 4, 153, 65))
+
+    def gradients(q, k, v, state, ids):
+        def call(*x):
+            return taylor.taylor_attention(*x[:3], state=x[3], segment_ids=ids, return_state=True, impl="hopper")
+
+        return jax.vjp(call, q, k, v, state)[1]((v, state))
+
     with use_abstract_mesh(mesh):
-        sharded = jax.shard_map(lambda *arrays: _gradients(arrays), in_specs=spec, out_specs=spec)
-        text = jax.jit(sharded).trace(*_arrays((4, 256, 4))).lower(lowering_platforms=("cuda",)).as_text()
-    assert "taylor_dkv" in text and "2x256x2x64xbf16" in text
+        specs = (*(spec,) * 3, state_spec)
+        sharded = jax.shard_map(gradients, in_specs=(*specs, PartitionSpec("data")), out_specs=specs)
+        traced = jax.jit(sharded).trace(*arrays, state, jnp.ones((4, time), jnp.int32))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "taylor_dkv" in text and f"2x{time}x2x64xbf16" in text

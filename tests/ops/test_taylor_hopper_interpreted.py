@@ -1,7 +1,7 @@
 """The Hopper kernels on a CPU: Pallas' interpreter runs their copies, barriers and shared memory, and looks for races.
 
-What the interpreter lacks is replaced: products with an operand in registers, accumulators that start from a value, and
-the two functions written in registers (`taylor_packing.expand` and `pull_back`).
+What the interpreter lacks is replaced (`interpreted.py`), and so are the two functions written in registers
+(`taylor_packing.expand` and `pull_back`).
 """
 
 import functools
@@ -10,36 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted import replace_products
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from based_jax.ops import taylor, taylor_hopper, taylor_pieces
-from pallas_kernels import mosaic, taylor_packing, taylor_state
 from pallas_kernels import taylor_hopper as forward
 from pallas_kernels import taylor_hopper_backward as backward
-
-
-class _Accumulator:
-    def __init__(self, value):
-        self.value = value
-
-    def __getitem__(self, index):
-        return self.value
-
-
-def _multiply(accumulator, a, b):
-    a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
-    accumulator.value = accumulator.value + jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
-
-
-def _products(body, *shapes):
-    return body(*(_Accumulator(jnp.zeros(shape, jnp.float32)) for shape in shapes))
-
-
-def _accumulate(body, initial):
-    accumulators = [_Accumulator(x) for x in initial]
-    body(accumulators)
-    return tuple(x.value for x in accumulators)
+from pallas_kernels import taylor_packing, taylor_state
 
 
 def _expand(x, *, query):
@@ -62,9 +40,7 @@ def _pull_back(x, u):
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    for name, function in (("multiply", _multiply), ("products", _products), ("accumulate", _accumulate)):
-        monkeypatch.setattr(mosaic, name, function)
-    monkeypatch.setattr(mosaic, "wait_for_products", lambda: None)
+    replace_products(monkeypatch)
     for module in (taylor_state, forward, backward):
         monkeypatch.setattr(module, "expand", _expand)
     monkeypatch.setattr(backward, "pull_back", _pull_back)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted import replace_products
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from based_jax.ops import taylor_pieces
@@ -21,7 +22,10 @@ def test_pieces_fill_the_chip(sequences, chunks, pieces):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("from_state", [False, True])
-def test_a_piece_starts_from_all_that_lies_before_it(rng, batch, heads, chunks, pieces, reverse, packed, from_state):
+def test_a_piece_starts_from_all_that_lies_before_it(
+    rng, monkeypatch, batch, heads, chunks, pieces, reverse, packed, from_state
+):
+    replace_products(monkeypatch)
     time = chunks * 64
     assert taylor_pieces.number_of_pieces(batch * heads, chunks) == pieces
     values, pattern = rng.normal(size=(batch, heads, time)), rng.normal(size=SUMS)
