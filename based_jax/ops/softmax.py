@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Shaped
 
 from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
 from based_jax.errors import UserError
-from based_jax.ops import segments
+from based_jax.ops import segments, window_hopper
 from based_jax.ops.dispatch import Implementation, dispatch
 
 SMALLEST_BAND = 64
@@ -39,8 +39,8 @@ def window_attention(
 
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "oracle" (T x T), "recurrent" (token by token), "xla" (banded), "cudnn" (GPU, bf16 or fp16, no packing)
-        or "auto".
+      impl: "oracle" (T x T), "recurrent" (token by token), "xla" (banded), "hopper" (Hopper GPUs, bf16, windows up to
+        129, some head dims), "cudnn" (GPU, bf16 or fp16, no packing) or "auto".
 
     Raises:
       UserError: `window` is below 1, or `impl` is unknown or cannot run this call.
@@ -162,6 +162,7 @@ ATTENTION = {
 }
 
 WINDOW_ATTENTION = {
+    "hopper": Implementation(window_hopper.attention, window_hopper.supports, platform="cuda"),
     "cudnn": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
     "xla": Implementation(_banded),
     "recurrent": Implementation(_recurrent),

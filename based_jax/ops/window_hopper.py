@@ -1,0 +1,88 @@
+"""Softmax attention to a sliding window through the Mosaic GPU kernels: which calls they take, and gradients.
+
+The backward pass saves q, k and v alone: a kernel that reads them sees all of a query's keys, and makes its softmax
+again. Kernels: `pallas_kernels/window_hopper*.py`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from based_jax.dims import BT, BTHK, BTHV
+from based_jax.ops import hopper
+from based_jax.ops.hopper import CHUNK
+from based_jax.ops.taylor_pieces import MULTIPROCESSORS
+
+HEAD_DIMS = (64, 112, 128)
+LARGEST_WINDOW = 2 * CHUNK + 1
+
+
+def supports(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> str | None:
+    """Return why the kernels cannot run this call, or None."""
+    if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
+        return f"q, k and v must be bfloat16, and are {q.dtype}, {k.dtype} and {v.dtype}"
+    if q.shape[3] not in HEAD_DIMS or v.shape[3] != q.shape[3]:
+        return f"head dims must be equal and one of {HEAD_DIMS}, and are {q.shape[3]} and {v.shape[3]}"
+    if window > LARGEST_WINDOW:
+        return f"the window must be at most {LARGEST_WINDOW} keys, and is {window}"
+    if 0 in q.shape:
+        return "there must be a token"
+    return hopper.refusal()
+
+
+def attention(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> BTHV:
+    """Return o."""
+    return _attention(*hopper.vary_alike(q, k, v, segment_ids), window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q, k, v, segment_ids, window):
+    return _attention_fwd(q, k, v, segment_ids, window)[0]
+
+
+def _attention_fwd(q, k, v, segment_ids, window):
+    # Pallas' GPU modules take half a second to import and are needed only here.
+    from pallas_kernels import window_hopper as kernels
+
+    pieces = number_of_pieces(q, blocks=kernels.resident(q.shape[3]), shared=kernels.reach(window))
+    [o] = hopper.call(kernels.forward, *hopper.pad_time(q, k, v), _pad_ids(segment_ids), window=window, pieces=pieces)
+    return o[:, : q.shape[1]], (q, k, v, segment_ids)
+
+
+def _attention_bwd(window, saved, do):
+    from pallas_kernels import window_hopper as kernels
+    from pallas_kernels import window_hopper_backward as backward
+
+    q, k, v, segment_ids = saved
+    pieces = number_of_pieces(q, blocks=1, shared=2 * kernels.reach(window))
+    arrays = *hopper.pad_time(q, k, v, do), _pad_ids(segment_ids)
+    gradients = hopper.call(backward.gradients, *arrays, window=window, pieces=pieces)
+    return *(x[:, : q.shape[1]] for x in gradients), None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def number_of_pieces(q: BTHK, *, blocks: int, shared: int) -> int:
+    """Return how many pieces of each sequence take the least time.
+
+    A multiprocessor holds so many `blocks`, each with one piece; a piece takes a time for each of its chunks and of
+    those that it has in `shared` with its neighbours.
+    """
+    batch, time, heads, _ = q.shape
+    chunks, resident = -(-time // CHUNK), MULTIPROCESSORS * blocks
+
+    def duration(pieces: int) -> int:
+        waves = -(-batch * heads * pieces // resident)
+        return waves * (-(-chunks // pieces) + shared)
+
+    return min(range(1, min(chunks, resident) + 1), key=duration)
+
+
+def _pad_ids(segment_ids: BT | None) -> Int[Array, "B _"] | None:
+    """Return ids with padding up to whole chunks."""
+    if segment_ids is None:
+        return None
+    return jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, -segment_ids.shape[1] % CHUNK)))
