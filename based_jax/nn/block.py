@@ -1,21 +1,34 @@
 """A residual block, and a repeated pattern of blocks that is stacked and scanned."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BT, BTD
 from based_jax.nn import layers
 from based_jax.nn.mixers import make_mixer
+from based_jax.ops.norm import residual_rms_norm
 
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+class Stream(NamedTuple):
+    """The residual stream r, and the output y of a layer that is still to be added: the norm after it does both."""
+
+    r: Float[Array, "*B D"]
+    y: Float[Array, "*B D"] | None = None
+
+    def total(self) -> Float[Array, "*B D"]:
+        """Return the stream with nothing left to add."""
+        return self.r if self.y is None else self.r + self.y
 
 
 class Block(nnx.Module):
@@ -39,7 +52,11 @@ class Block(nnx.Module):
 
     def __call__(self, r: BTD, segment_ids: BT | None = None) -> BTD:
         """Update the residual stream of a whole sequence."""
-        return self._mlp(r + self.mixer(self._normed(r), segment_ids))
+        return self.extend(Stream(r), segment_ids).total()
+
+    def extend(self, stream: Stream, segment_ids: BT | None = None) -> Stream:
+        """Return the stream after the block, with the last addition left to the next norm."""
+        return self._through(stream, lambda x: (self.mixer(x, segment_ids), None))[0]
 
     def init_cache(self, batch: int, max_len: int):
         """Return the mixer's cache before the first token."""
@@ -47,19 +64,29 @@ class Block(nnx.Module):
 
     def prefill(self, r: BTD, cache, segment_ids: BT | None = None):
         """Update the residual stream of the next tokens; return it and the cache after them."""
-        y, cache = self.mixer.prefill(self._normed(r), cache, segment_ids)
-        return self._mlp(r + y), cache
+        stream, cache = self._through(Stream(r), lambda x: self.mixer.prefill(x, cache, segment_ids))
+        return stream.total(), cache
 
     def step(self, r: BD, cache):
         """Update the residual stream of one token; return it and the cache after it."""
-        y, cache = self.mixer.step(self._normed(r), cache)
-        return self._mlp(r + y), cache
+        stream, cache = self._through(Stream(r), lambda x: self.mixer.step(x, cache))
+        return stream.total(), cache
 
-    def _normed(self, r):
-        return self.norm1(r).astype(self.dtype)
+    def _through(self, stream: Stream, mix: Callable) -> tuple[Stream, Any]:
+        r, x = self._add_norm(self.norm1, stream)
+        y, cache = mix(x)
+        if self.mlp is None:
+            return Stream(r, y), cache
+        r, x = self._add_norm(self.norm2, Stream(r, y))
+        return Stream(r, self.mlp(x)), cache
 
-    def _mlp(self, r):
-        return r if self.mlp is None else r + self.mlp(self.norm2(r).astype(self.dtype))
+    def _add_norm(self, norm: nnx.Module, stream: Stream):
+        """Return the stream with nothing left to add, and its norm."""
+        r, y = stream
+        if isinstance(norm, nnx.RMSNorm) and norm.scale is not None and y is not None:
+            return residual_rms_norm(r, y, norm.scale[...], eps=norm.epsilon, dtype=self.dtype)
+        r = stream.total()
+        return r, norm(r).astype(self.dtype)
 
 
 class Stack(nnx.Module):
@@ -81,9 +108,10 @@ class Stack(nnx.Module):
         """Update the residual stream of a whole sequence."""
 
         def forward(blocks, r, _):
+            stream = Stream(r)
             for block in blocks:
-                r = block(r, segment_ids)
-            return r, None
+                stream = block.extend(stream, segment_ids)
+            return stream.total(), None
 
         return self._run(forward, r, None)[0]
 

@@ -16,6 +16,8 @@ from based_jax.ops import segments
 from based_jax.ops.dispatch import Implementation, dispatch
 
 Past = Float[Array, "B _ D"]
+BSD = Float[Array, "B S D"]
+BS = Int[Array, "B S"]
 
 UNROLLED = 8
 
@@ -44,17 +46,30 @@ def short_conv(
     """
     width = reach(kernel.shape[0], dilation)
     ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    past = jnp.zeros((x.shape[0], width, x.shape[2]), x.dtype) if state is None else state.astype(x.dtype)
-    past_ids = jnp.repeat(segments.first_id(ids)[:, None], width, axis=1)
-    inputs = jnp.concatenate([past, x], axis=1)
-    input_ids = jnp.concatenate([past_ids, ids], axis=1)
-
+    inputs, input_ids = _with_past(x, ids, width, state, segments.first_id(ids))
     y = dispatch("short_conv", IMPLEMENTATIONS, impl, inputs, input_ids, kernel, dilation)
     if not return_state:
         return y
+    return y, last_inputs(x, width, state, segment_ids)
+
+
+def last_inputs(x: BSD, width: int, state: Past | None, segment_ids: BT | None) -> Past:
+    """Return the last `width` inputs, of `state` and x, that belong to the last document; zeros for the others.
+
+    x may be a tail of the inputs: `width` of them, or all.
+    """
+    ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    inputs, input_ids = _with_past(x, ids[:, ids.shape[1] - x.shape[1] :], width, state, segments.first_id(ids))
     last = segments.last_id(ids)
     kept = (input_ids[:, -width:] == last[:, None]) & (last != 0)[:, None]
-    return y, jnp.where(kept[..., None], inputs[:, -width:], 0)
+    return jnp.where(kept[..., None], inputs[:, -width:], 0)
+
+
+def _with_past(x: BSD, ids: BS, width: int, state: Past | None, first: Int[Array, "B"]) -> tuple[Array, Array]:
+    """Return the inputs behind those of `state`, and their ids, given each row's first document."""
+    past = jnp.zeros((x.shape[0], width, x.shape[2]), x.dtype) if state is None else state.astype(x.dtype)
+    past_ids = jnp.repeat(first[:, None], width, axis=1)
+    return jnp.concatenate([past, x], axis=1), jnp.concatenate([past_ids, ids], axis=1)
 
 
 def reach(kernel_size: int, dilation: int) -> int:
@@ -70,8 +85,6 @@ def short_conv_step(x: BD, kernel: WD, state: Past, dilation: int = 1) -> tuple[
 
 
 # Each form takes the past inputs in reach and the T new ones, S together, and returns the T outputs.
-BSD = Float[Array, "B S D"]
-BS = Int[Array, "B S"]
 
 
 def _oracle(inputs: BSD, ids: BS, kernel: WD, dilation: int) -> BTD:

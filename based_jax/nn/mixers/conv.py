@@ -1,7 +1,7 @@
 """The gated short convolution of Based's language models, "BaseConv" (arXiv 2402.18668, section 4.3)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from based_jax.dims import BD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.ops.conv import IMPLEMENTATIONS, short_conv, short_conv_step
+from based_jax.ops.conv import short_conv_step
+from based_jax.ops.gated_conv import IMPLEMENTATIONS, gated_short_conv
 
 Inputs = Float[Array, "B W inner"]
 
@@ -62,9 +63,7 @@ class GatedConv(nnx.Module):
 
     def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
         """Mix a whole sequence."""
-        u, gate = jnp.split(self.in_proj(x), 2, axis=-1)
-        y = short_conv(u, self.conv_kernel[...], segment_ids=segment_ids, impl=self.config.impl)
-        return self.out_proj(jax.nn.silu(y) * gate)
+        return self.out_proj(self._convolve(x, segment_ids=segment_ids))
 
     def init_cache(self, batch: int, max_len: int) -> Inputs:
         """Return the inputs before the first token; their size does not depend on `max_len`."""
@@ -72,16 +71,14 @@ class GatedConv(nnx.Module):
 
     def prefill(self, x: BTD, cache: Inputs, segment_ids: BT | None = None) -> tuple[BTD, Inputs]:
         """Mix the next tokens of a sequence and return the inputs that the token after them needs."""
-        u, gate = jnp.split(self.in_proj(x), 2, axis=-1)
-        y, cache = short_conv(
-            u,
-            self.conv_kernel[...],
-            state=cache,
-            segment_ids=segment_ids,
-            return_state=True,
-            impl=self.config.impl,
-        )
-        return self.out_proj(jax.nn.silu(y) * gate), cache
+        y, cache = self._convolve(x, state=cache, segment_ids=segment_ids, return_state=True)
+        return self.out_proj(y), cache
+
+    def _convolve(self, x: BTD, **options) -> Any:
+        """Project, convolve and gate; the operation adds the projection's bias, where it reads the product anyway."""
+        product = x.astype(self.dtype) @ self.in_proj.kernel[...].astype(self.dtype)
+        bias = None if self.in_proj.bias is None else self.in_proj.bias[...]
+        return gated_short_conv(product, self.conv_kernel[...], bias=bias, impl=self.config.impl, **options)
 
     def step(self, x: BD, cache: Inputs) -> tuple[BD, Inputs]:
         """Mix one token and return the inputs that the next one needs."""
