@@ -3,45 +3,123 @@
 import glob
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 
 REPEATS = 20
+SECONDS = 1.5
+"""Of repeating one call, at most..."""
+FEWEST = 3
+"""...but for this many calls."""
+
+
+class Kernel(NamedTuple):
+    """One launch: its name and when it ran, in nanoseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+class Breakdown(NamedTuple):
+    """Where one call's time on the device goes, in microseconds, medians over calls.
+
+    Attributes:
+      span: from the first kernel's start to the last one's end.
+      idle: the part of it in which no kernel ran.
+      kernels: (name, launches in a call, their time together), in the order in which they first start.
+    """
+
+    span: float
+    idle: float
+    kernels: list[tuple[str, int, float]]
 
 
 def device_microseconds(call: Callable, inputs: Sequence[tuple], repeats: int = REPEATS) -> float:
     """Return the median time of `call(*inputs[i])` in microseconds, from its first kernel's start to its last's end.
 
     `call` is compiled; successive calls take the next inputs, so that several sets keep the caches cold. Gaps between
-    the kernels of a call count, the host's time before it does not.
+    the kernels of a call count, the host's time before it does not. Slow calls are repeated less (`affordable`).
 
     Raises:
       RuntimeError: the profiler recorded no kernels, or not the same number for each call.
     """
-    for arguments in inputs:
-        jax.block_until_ready(call(*arguments))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for i in range(repeats):
-                jax.block_until_ready(call(*inputs[i % len(inputs)]))
-        kernels = _kernels(folder)
-    return span(kernels, repeats)
+    return span(*_traced(call, inputs, repeats))
 
 
-def span(kernels: Sequence[tuple[float, float]], calls: int) -> float:
-    """Return the median over equal calls of the time from first start to last end, given (start, end) in ns, as us."""
+def breakdown(call: Callable, inputs: Sequence[tuple], repeats: int = REPEATS) -> Breakdown:
+    """Return where the time of `call(*inputs[i])` goes; arguments and errors as for `device_microseconds`."""
+    return parts(*_traced(call, inputs, repeats))
+
+
+def affordable(repeats: int, seconds: float) -> int:
+    """Return how often to repeat a call of so many seconds."""
+    return max(min(FEWEST, repeats), min(repeats, int(SECONDS / max(seconds, 1e-9))))
+
+
+def span(kernels: Sequence[Kernel], calls: int) -> float:
+    """Return the median over equal calls of the time from first start to last end, in microseconds."""
+    return statistics.median(_length(group) for group in _groups(kernels, calls)) / 1e3
+
+
+def parts(kernels: Sequence[Kernel], calls: int) -> Breakdown:
+    """Return the breakdown of equal calls."""
+    groups = _groups(kernels, calls)
+    names = dict.fromkeys(kernel.name for group in groups for kernel in group)
+
+    def total(group: Sequence[Kernel], name: str) -> float:
+        return sum(kernel.end - kernel.start for kernel in group if kernel.name == name)
+
+    rows = []
+    for name in names:
+        launches = sum(kernel.name == name for group in groups for kernel in group)
+        rows.append((name, round(launches / calls), statistics.median(total(group, name) for group in groups) / 1e3))
+    idle = statistics.median(_length(group) - _busy(group) for group in groups) / 1e3
+    return Breakdown(span(kernels, calls), idle, rows)
+
+
+def _groups(kernels: Sequence[Kernel], calls: int) -> list[list[Kernel]]:
     each = len(kernels) // calls
     if not each or each * calls != len(kernels):
         raise RuntimeError(f"The profiler recorded {len(kernels)} kernels in {calls} equal calls.")
-    ordered = sorted(kernels)
-    groups = [ordered[i : i + each] for i in range(0, len(ordered), each)]
-    return statistics.median(max(end for _, end in group) - group[0][0] for group in groups) / 1e3
+    ordered = sorted(kernels, key=lambda kernel: kernel[1:])
+    return [ordered[i : i + each] for i in range(0, len(ordered), each)]
 
 
-def _kernels(folder: str) -> list[tuple[float, float]]:
+def _length(group: Sequence[Kernel]) -> float:
+    return max(kernel.end for kernel in group) - group[0].start
+
+
+def _busy(group: Sequence[Kernel]) -> float:
+    """Return the time in which at least one kernel ran, given them in the order of their starts."""
+    busy, until = 0.0, group[0].start
+    for kernel in group:
+        busy += max(0.0, kernel.end - max(kernel.start, until))
+        until = max(until, kernel.end)
+    return busy
+
+
+def _traced(call: Callable, inputs: Sequence[tuple], repeats: int) -> tuple[list[Kernel], int]:
+    """Return the kernels of repeated calls, and how many calls these were."""
+    for arguments in inputs:
+        begin = time.perf_counter()
+        jax.block_until_ready(call(*arguments))
+    calls = affordable(repeats, time.perf_counter() - begin)
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for i in range(calls):
+                jax.block_until_ready(call(*inputs[i % len(inputs)]))
+        return _kernels(folder), calls
+
+
+def _kernels(folder: str) -> list[Kernel]:
     [path] = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
     planes = jax.profiler.ProfileData.from_file(path).planes
     lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
     events = [event for line in lines if line.name.startswith("Stream") for event in line.events]
-    return [(event.start_ns, event.start_ns + event.duration_ns) for event in events]
+    return [Kernel(event.name, event.start_ns, event.start_ns + event.duration_ns) for event in events]

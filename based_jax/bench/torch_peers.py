@@ -9,6 +9,7 @@ import importlib.util
 import statistics
 from collections.abc import Callable
 
+from based_jax.bench.timing import affordable
 from based_jax.errors import UserError
 
 L2_BYTES = 50 << 20
@@ -53,16 +54,18 @@ def _function(peer: str) -> Callable:
 
 
 def microseconds(peer: str, dims: tuple[int, ...], shape: tuple[int, int, int], which: str, repeats: int) -> float:
-    """Return the median device time of a peer, by CUDA events around calls that the GPU was made to wait for."""
+    """Return the median device time of a peer, by CUDA events around calls that the GPU was made to wait for.
+
+    Slow calls are repeated less (`timing.affordable`).
+    """
     import torch
 
     batch, heads, time = shape
     function = _function(peer)
     per_set = 2 * batch * heads * time * sum(dims)
     options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": which != "forward"}
-    sets = [
-        [torch.randn(batch, time, heads, dim, **options) for dim in dims] for _ in range(2 + 2 * L2_BYTES // per_set)
-    ]
+    count = min(max(repeats, 2), 2 + 2 * L2_BYTES // per_set)
+    sets = [[torch.randn(batch, time, heads, dim, **options) for dim in dims] for _ in range(count)]
     cotangent = torch.randn(batch, time, heads, dims[-1], device="cuda", dtype=torch.bfloat16)
 
     def call(arrays) -> None:
@@ -71,9 +74,11 @@ def microseconds(peer: str, dims: tuple[int, ...], shape: tuple[int, int, int], 
         if which != "forward":
             torch.autograd.grad(out, arrays, cotangent)
 
-    for arrays in sets[:3]:
+    for arrays in sets[:2]:
         call(arrays)
-    return statistics.median(_timed(functools.partial(call, sets[i % len(sets)])) for i in range(repeats))
+    runs = [functools.partial(call, sets[i % len(sets)]) for i in range(repeats)]
+    runs = runs[: affordable(repeats, _timed(runs[0]) / 1e6)]
+    return statistics.median(map(_timed, runs))
 
 
 def _timed(call: Callable[[], None]) -> float:

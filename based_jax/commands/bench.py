@@ -18,12 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("what", choices=["kernels"], help="what to measure")
     parser.add_argument("--ops", nargs="+", default=["taylor_attention", "attention"], help="operations, or 'all'")
-    parser.add_argument("--impls", nargs="+", help="implementations (default: the accelerated ones and 'xla')")
     parser.add_argument(
-        "--shapes", nargs="+", default=["table"], help="BxHxT, or a set: table, lengths, batches (default: table)"
+        "--impls", nargs="+", default=[], help="implementations and peers (default: the accelerated ones and 'xla')"
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", default=["table"], help="BxHxT, table, lengths, batches or short (default: table)"
     )
     parser.add_argument("--peers", action="store_true", help="measure PyTorch's libraries in the same run")
-    parser.add_argument("--repeats", type=int, default=20, help="calls of which the median is taken (default: 20)")
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="calls a median is of, if they are not slow (default: 20)"
+    )
     parser.add_argument("--out", type=Path, help="append one JSON row per measurement to this file")
 
 
@@ -35,11 +39,12 @@ def run(args: argparse.Namespace) -> None:
 
         torch_peers.check()
     from based_jax.bench import kernels
+    from based_jax.bench.operations import OPERATIONS
 
-    names = list(kernels.OPERATIONS) if args.ops == ["all"] else args.ops
+    names = list(OPERATIONS) if args.ops == ["all"] else args.ops
     for name in names:
-        if name not in kernels.OPERATIONS:
-            raise unknown("operation", name, [*kernels.OPERATIONS, "all"])
+        if name not in OPERATIONS:
+            raise unknown("operation", name, [*OPERATIONS, "all"])
     if args.repeats < 1:
         raise UserError(f"repeats is {args.repeats}; it is at least 1.")
     shapes = [shape for text in args.shapes for shape in kernels.SETS.get(text) or [parse_shape(text)]]
@@ -75,6 +80,6 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     """
     parts = text.split("x")
     if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
-        raise UserError(f"'{text}' is no shape: give BxHxT, such as 8x16x2048, or table, lengths or batches.")
+        raise UserError(f"'{text}' is no shape: give BxHxT, such as 8x16x2048, or table, lengths, batches or short.")
     batch, heads, time = map(int, parts)
     return batch, heads, time

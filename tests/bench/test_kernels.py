@@ -1,66 +1,131 @@
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from based_jax.__main__ import main
-from based_jax.bench import kernels, timing, torch_peers
+from based_jax.bench import kernels, operations, timing, torch_peers
+from based_jax.bench.operations import OPERATIONS, PASSES
+from based_jax.bench.timing import Kernel
 from based_jax.commands.bench import line, parse_shape
+from based_jax.errors import UserError
+from based_jax.ops.taylor import taylor_attention
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def events(*calls):
+    """Return kernels of (name, start, end) in microseconds, in no order."""
+    return [Kernel(name, 1e3 * start, 1e3 * end) for call in reversed(calls) for name, start, end in call]
 
 
 def test_span_is_the_median_from_first_start_to_last_end():
-    calls = [[(0, 10), (12, 30)], [(100, 120), (110, 115)], [(200, 202), (250, 260)]]
-    events = [event for call in reversed(calls) for event in call]
-    assert timing.span(events, 3) == pytest.approx(30 / 1e3)
+    calls = [[("a", 0, 10), ("b", 12, 30)], [("a", 100, 120), ("b", 110, 115)], [("a", 200, 202), ("b", 250, 260)]]
+    assert timing.span(events(*calls), 3) == pytest.approx(30)
     with pytest.raises(RuntimeError, match="6 kernels in 4"):
-        timing.span(events, 4)
+        timing.span(events(*calls), 4)
     with pytest.raises(RuntimeError, match="0 kernels"):
         timing.span([], 4)
 
 
+def test_parts_are_the_medians_of_each_name_and_the_gaps():
+    calls = [
+        [("sums", t, t + 10), ("forward", t + 12, t + 30), ("sums", t + 25, t + 40), ("copy", t + 45, t + 50)]
+        for t in (0, 100, 200)
+    ]
+    found = timing.parts(events(*calls), 3)
+    assert found.span == pytest.approx(50) and found.idle == pytest.approx(2 + 5)
+    assert found.kernels == [("sums", 2, 25.0), ("forward", 1, 18.0), ("copy", 1, 5.0)]
+
+
+@pytest.mark.parametrize("repeats, seconds, calls", [(20, 1e-4, 20), (20, 0.1, 15), (20, 2.0, 3), (1, 2.0, 1)])
+def test_slow_calls_are_repeated_less(repeats, seconds, calls):
+    assert timing.affordable(repeats, seconds) == calls
+
+
 def test_floors_are_those_of_the_notes():
-    size, flops = kernels.OPERATIONS["taylor_attention"].cost("forward")
+    size, flops = OPERATIONS["taylor_attention"].cost("forward")
     tokens = 8 * 16 * 2048
     assert size == 2 * (16 + 16 + 64 + 64) + 4
-    assert kernels.floor_microseconds(size * tokens, flops * tokens, "NVIDIA H100 80GB HBM3") == pytest.approx(
-        28.8, abs=0.1
-    )
-    both, _ = kernels.OPERATIONS["taylor_attention"].cost("forward+backward")
+    assert kernels.floor_microseconds(size * tokens, flops * tokens, H100) == pytest.approx(28.8, abs=0.1)
+    both, _ = OPERATIONS["taylor_attention"].cost("forward+backward")
     assert both - size == 644
+    assert OPERATIONS["window_attention_64"].cost("forward")[0] == 512
     assert kernels.floor_microseconds(1.0, 1.0, "cpu") is None
 
 
+@pytest.mark.parametrize("name, backward", [("gated_short_conv", 5 * 128), ("residual_rms_norm", 64 * 16)])
+def test_the_forward_floor_is_what_the_call_takes_and_returns(name, backward):
+    operation, (batch, heads, time) = OPERATIONS[name], (2, 2, 4096)
+    arrays = operation.arrays((batch, heads, time))
+    results = jax.eval_shape(operation.call("xla"), *arrays)
+    tokens = [x for x in (*arrays, *jax.tree.leaves(results)) if time in x.shape]
+    size = sum(x.size * x.dtype.itemsize for x in tokens)
+    (forward, _), (both, _) = map(operation.cost, PASSES)
+    assert size == forward * batch * heads * time
+    assert both - forward == backward
+
+
 def test_the_larger_of_memory_and_products_is_the_floor():
-    assert kernels.floor_microseconds(2.95e6, 0.0, "NVIDIA H100 80GB HBM3") == pytest.approx(1.0)
-    assert kernels.floor_microseconds(2.95e6, 989e6 * 3, "NVIDIA H100 80GB HBM3") == pytest.approx(3.0)
+    assert kernels.floor_microseconds(2.95e6, 0.0, H100) == pytest.approx(1.0)
+    assert kernels.floor_microseconds(2.95e6, 989e6 * 3, H100) == pytest.approx(3.0)
 
 
 def test_sets_have_the_same_tokens_until_one_row_is_left():
     assert [b * t for b, _, t in kernels.LENGTHS] == [1 << 14] * 5 + [1 << 15, 1 << 16]
+    assert {b * h * t for b, h, t in kernels.SHORT} == {262_144}
+    assert [t for _, _, t in kernels.SHORT] == [64, 128, 256, 512, 1024]
 
 
 def test_every_peer_has_an_operation():
-    assert set(torch_peers.PEERS) <= set(kernels.OPERATIONS)
+    assert set(torch_peers.PEERS) <= set(OPERATIONS)
+
+
+def test_any_entry_of_a_table_can_be_named():
+    taylor = OPERATIONS["taylor_attention"]
+    assert taylor.usual == ["hopper", "xla"]
+    assert set(taylor.named) >= {"hopper", "xla", "oracle", "recurrent", "quadratic"}
+    assert OPERATIONS["attention"].usual == ["cudnn"]
+    assert "cudnn" in OPERATIONS["window_attention_64"].usual
+
+
+def test_the_quadratic_form_is_taylor_attention(rng, quick_compile):
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 70, 3, dim)), jnp.float32) for dim in (16, 16, 64))
+    got = jax.jit(operations._quadratic)(q, k, v)
+    np.testing.assert_allclose(got, taylor_attention(q, k, v, impl="oracle"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "window_attention_128"])
+def test_both_passes_are_compiled_and_timed(name, monkeypatch, quick_compile):
+    def timed(call, inputs, repeats):
+        assert len(inputs) == repeats == 2
+        jax.block_until_ready([call(*x) for x in inputs])
+        return 40.0
+
+    monkeypatch.setattr(kernels, "device_microseconds", timed)
+    rows = list(kernels._ours(name, (1, 2, 24), ["xla"], 2, H100))
+    assert [(row["impl"], row["pass"], row.get("error")) for row in rows] == [("xla", x, None) for x in PASSES]
+    assert all(row["microseconds"] == 40.0 and row["floor_microseconds"] > 0 for row in rows)
+
+
+def test_what_cannot_run_is_a_row():
+    rows = list(kernels._ours("taylor_attention", (1, 2, 24), ["hopper"], 2, H100))
+    assert len(rows) == 2 and all("it needs cuda" in row["error"] for row in rows)
 
 
 def test_a_failure_is_a_row():
     def fails():
         raise RuntimeError("no memory\nat all")
 
-    row = kernels._row("attention", "cudnn", (1, 2, 3), "forward", kernels.OPERATIONS["attention"], fails, "cpu")
+    row = kernels._row("attention", "cudnn", (1, 2, 3), "forward", fails, "cpu")
     assert row["error"] == "RuntimeError: no memory"
     assert "no memory" in line(row) and "(1,2,3)" in line(row)
 
 
 def test_a_row_prints_its_numbers():
-    measured = kernels._row(
-        "taylor_attention",
-        "hopper",
-        (8, 16, 2048),
-        "forward",
-        kernels.OPERATIONS["taylor_attention"],
-        lambda: 40.0,
-        "NVIDIA H100 80GB HBM3",
-    )
+    measured = kernels._row("taylor_attention", "hopper", (8, 16, 2048), "forward", lambda: 40.0, H100)
     assert json.loads(json.dumps(measured))["ratio_to_floor"] == pytest.approx(40 / 28.79, abs=0.01)
     assert line(measured).split()[-4:] == ["28.79", "1.39", "2.12", "291"]
 
@@ -80,3 +145,12 @@ def test_bad_input_is_one_sentence(capsys):
     ):
         assert main(["bench", "kernels", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_an_implementation_that_nothing_has_is_named(monkeypatch):
+    class Gpu:
+        platform, device_kind = "gpu", H100
+
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
+    with pytest.raises(UserError, match="Unknown implementation 'hoper': did you mean 'hopper'"):
+        next(kernels.measure(["taylor_attention"], [(1, 1, 1)], impls=["hoper"]))

@@ -1,0 +1,188 @@
+"""The operations that are measured: their arrays at a shape, their implementations, and the least that each must do.
+
+A shape is (B, H, T). Costs are the least bytes and the products (FLOPs) of one token and head, 64 channels of it where
+there are no heads: every input read once, every result written once, what the backward pass needs read again.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import ShapeDtypeStruct
+
+from based_jax.ops import gated_conv, norm, softmax, taylor
+from based_jax.ops.dispatch import Implementation
+
+FEATURE_DIM = 16
+HEAD_DIM = 64
+TAPS = 3
+WINDOWS = 64, 128
+CHUNK = 64
+"""Tokens of a chunk, for the count of products only."""
+PASSES = "forward", "forward+backward"
+BF16, FP32 = 2, 4
+"""Bytes."""
+
+Shape = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """What is measured.
+
+    Attributes:
+      table: the operation's own implementations.
+      arrays: function of a shape that returns what the operation takes.
+      run: function of an implementation's name that returns a function of these arrays.
+      cost: function of a pass that returns the least (bytes, FLOPs) of one token and head.
+      others: forms that exist only to be measured, by name.
+      fallback: the plain form is measured along with the accelerated ones.
+    """
+
+    table: Mapping[str, Implementation]
+    arrays: Callable[[Shape], Sequence[ShapeDtypeStruct]]
+    run: Callable[[str], Callable]
+    cost: Callable[[str], tuple[float, float]]
+    others: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
+    fallback: bool = True
+
+    @property
+    def usual(self) -> list[str]:
+        """Return the implementations that are measured where none is named."""
+        accelerated = [name for name, entry in self.table.items() if entry.platform == "cuda"]
+        return accelerated + ["xla"] * self.fallback
+
+    @property
+    def named(self) -> list[str]:
+        """Return all that can be named, the usual ones first."""
+        return list(dict.fromkeys([*self.usual, *self.table, *self.others]))
+
+    def call(self, impl: str) -> Callable:
+        """Return a function of the arrays."""
+        return self.run(impl) if impl in self.table else self.others[impl]
+
+
+def _by_head(*dims: int) -> Callable[[Shape], Sequence[ShapeDtypeStruct]]:
+    def arrays(shape: Shape) -> Sequence[ShapeDtypeStruct]:
+        batch, heads, time = shape
+        return [ShapeDtypeStruct((batch, time, heads, dim), jnp.bfloat16) for dim in dims]
+
+    return arrays
+
+
+def _taylor_cost(which: str) -> tuple[float, float]:
+    """Count q, k, v, o in bf16 and z in fp32; the state is read and added to once per pass over the sequence."""
+    k, v, e, visible = FEATURE_DIM, HEAD_DIM, taylor.expanded_dim(FEATURE_DIM), (CHUNK + 1) / 2
+    forward = BF16 * (2 * k + 2 * v) + FP32, 4 * e * v + 2 * visible * (k + v)
+    if which == "forward":
+        return forward
+    read, written = BF16 * (2 * k + 3 * v) + FP32, BF16 * (2 * k + v)
+    return forward[0] + read + written, forward[1] + 10 * e * v + 2 * visible * (4 * k + 3 * v)
+
+
+def _quadratic(q, k, v):
+    """Score every pair of tokens, in bf16 products: what Taylor attention costs without a state."""
+    s = jnp.einsum("BTHK,BSHK->BHTS", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    p = jnp.where(jnp.tri(q.shape[1], dtype=bool)[None, None], 1 + s + s * s / 2, 0)
+    o = jnp.einsum("BHTS,BSHV->BTHV", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (o / jnp.swapaxes(p.sum(axis=-1), 1, 2)[..., None]).astype(v.dtype)
+
+
+def _attention_cost(which: str) -> tuple[float, float]:
+    """Count q, k, v, o in bf16, the logarithms of the sums in fp32, and no products: they depend on the length."""
+    forward = 4 * BF16 * HEAD_DIM + FP32
+    return (forward if which == "forward" else forward + 8 * BF16 * HEAD_DIM + FP32), 0.0
+
+
+def _window_cost(which: str, window: int) -> tuple[float, float]:
+    """Count q, k, v, o in bf16; the backward pass computes o and its sums again from what it must read anyway."""
+    size, flops = 4 * BF16 * HEAD_DIM, 4.0 * HEAD_DIM * window
+    return (size, flops) if which == "forward" else (size + 7 * BF16 * HEAD_DIM, 3.5 * flops)
+
+
+def _window(window: int) -> Operation:
+    def run(impl: str) -> Callable:
+        return functools.partial(softmax.window_attention, window=window, impl=impl)
+
+    cost = functools.partial(_window_cost, window=window)
+    return Operation(softmax.WINDOW_ATTENTION, _by_head(*(HEAD_DIM,) * 3), run, cost)
+
+
+def _conv_arrays(shape: Shape) -> Sequence[ShapeDtypeStruct]:
+    batch, heads, time = shape
+    channels = heads * HEAD_DIM
+    weights = (ShapeDtypeStruct(x, jnp.float32) for x in ((TAPS, channels), (2 * channels,)))
+    return [ShapeDtypeStruct((batch, time, 2 * channels), jnp.bfloat16), *weights]
+
+
+def _conv(impl: str) -> Callable:
+    return lambda x, kernel, bias: gated_conv.gated_short_conv(x, kernel, bias=bias, impl=impl)
+
+
+def _conv_cost(which: str) -> tuple[float, float]:
+    """Count x twice as wide as y, in bf16: the forward pass moves both, the backward pass x, dy and dx."""
+    return BF16 * HEAD_DIM * (3 if which == "forward" else 8), 0.0
+
+
+def _norm_arrays(shape: Shape) -> Sequence[ShapeDtypeStruct]:
+    batch, heads, time = shape
+    wide = batch, time, heads * HEAD_DIM
+    shapes = (wide, jnp.float32), (wide, jnp.bfloat16), (wide[2:], jnp.float32)
+    return [ShapeDtypeStruct(*x) for x in shapes]
+
+
+def _norm_cost(which: str) -> tuple[float, float]:
+    """Count r and its gradients in fp32, y and the norm and theirs in bf16; the backward pass reads the sum again."""
+    forward = HEAD_DIM * (2 * FP32 + 2 * BF16)
+    return (forward if which == "forward" else forward + HEAD_DIM * (3 * FP32 + 2 * BF16)), 0.0
+
+
+OPERATIONS: dict[str, Operation] = {
+    "taylor_attention": Operation(
+        taylor.IMPLEMENTATIONS,
+        _by_head(FEATURE_DIM, FEATURE_DIM, HEAD_DIM),
+        lambda impl: functools.partial(taylor.taylor_attention, impl=impl),
+        _taylor_cost,
+        others={"quadratic": _quadratic},
+    ),
+    "attention": Operation(
+        softmax.ATTENTION,
+        _by_head(*(HEAD_DIM,) * 3),
+        lambda impl: functools.partial(softmax.attention, impl=impl),
+        _attention_cost,
+        fallback=False,
+    ),
+    **{f"window_attention_{window}": _window(window) for window in WINDOWS},
+    "gated_short_conv": Operation(gated_conv.IMPLEMENTATIONS, _conv_arrays, _conv, _conv_cost),
+    "residual_rms_norm": Operation(
+        norm.IMPLEMENTATIONS,
+        _norm_arrays,
+        lambda impl: functools.partial(norm.residual_rms_norm, impl=impl),
+        _norm_cost,
+    ),
+}
+
+
+def program(operation: Operation, impl: str, which: str) -> Callable:
+    """Return a function of the arrays, or of the results' gradients and the arrays, that runs a pass."""
+    call = operation.call(impl)
+
+    def both(gradients: Any, *arrays: jax.Array) -> Any:
+        out, pull = jax.vjp(call, *arrays)
+        return out, pull(gradients)
+
+    return call if which == "forward" else both
+
+
+def takes(operation: Operation, shape: Shape, which: str) -> list[Any]:
+    """Return the shapes of what `program`'s function takes."""
+    arrays = list(operation.arrays(shape))
+    if which == "forward":
+        return arrays
+    # The plain form stands for all: they return the same, and it can be traced for any device.
+    results = jax.eval_shape(operation.call("xla"), *arrays)
+    return [jax.tree.map(lambda x: ShapeDtypeStruct(x.shape, x.dtype), results), *arrays]

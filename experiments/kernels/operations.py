@@ -1,0 +1,188 @@
+"""The operations that are checked, as functions of dictionaries of arrays, and what one case of them is."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import ShapeDtypeStruct
+
+from based_jax.ops import gated_conv, norm, softmax, taylor
+from experiments.kernels import oracles
+
+SHORTEST = 72
+"""Tokens that an oracle is compiled for, so that one serves many lengths."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call and its gradients.
+
+    Attributes:
+      operation: key of `OPERATIONS`.
+      shape: (B, H, T), or (B, D, T) where there are no heads.
+      dims: (K, V), or (taps,).
+      state: from an initial state, and with a gradient of the final one.
+      documents: packed ones, with padding.
+      window: keys that a query sees.
+      values: "plain", "late" or "large" (`cases.FACTORS`).
+      through: "call", "vmap" or "shard_map".
+      quick: part of the quick set.
+    """
+
+    operation: str
+    shape: tuple[int, int, int]
+    dims: tuple[int, ...] = ()
+    state: bool = False
+    documents: bool = False
+    window: int | None = None
+    values: str = "plain"
+    through: str = "call"
+    quick: bool = False
+
+    def __str__(self) -> str:
+        words = [self.operation, str(self.shape).replace(" ", "")] + ["x".join(map(str, self.dims))] * bool(self.dims)
+        words += [f"window={self.window}"] * (self.window is not None)
+        words += ["state"] * self.state + ["documents"] * self.documents
+        return " ".join(words + [x for x in (self.values, self.through) if x not in ("plain", "call")])
+
+    def rng(self, seed: int) -> np.random.Generator:
+        """Return the case's own source of random numbers."""
+        return np.random.default_rng([seed, zlib.crc32(str(self).encode())])
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operation as functions of (arrays, ids), a dictionary and the documents or None, to a dictionary.
+
+    Attributes:
+      table: its implementations.
+      arrays: function of a case that returns the shapes of the arrays that are differentiated.
+      run: function of a case and an implementation's name.
+      oracle: function of a case; it takes a state and ids always.
+      weights: names of the arrays that belong to no row of a batch.
+    """
+
+    table: Mapping[str, Any]
+    arrays: Callable[[Case], dict[str, ShapeDtypeStruct]]
+    run: Callable[[Case, str], Callable]
+    oracle: Callable[[Case], Callable]
+    weights: frozenset[str] = frozenset()
+
+
+def _heads(case: Case) -> dict[str, ShapeDtypeStruct]:
+    (batch, heads, time), (k, v) = case.shape, case.dims
+    widths = {"q": k, "k": k, "v": v}
+    return {name: ShapeDtypeStruct((batch, time, heads, width), jnp.bfloat16) for name, width in widths.items()}
+
+
+def _taylor_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
+    (batch, heads, _), (k, v) = case.shape, case.dims
+    state = ShapeDtypeStruct((batch, heads, taylor.expanded_dim(k), v + 1), jnp.float32)
+    return _heads(case) | {"state": state}
+
+
+def _taylor(case: Case, impl: str) -> Callable:
+    def call(arrays, ids):
+        q, k, v = (arrays[name] for name in ("q", "k", "v"))
+        options = {"state": arrays.get("state"), "segment_ids": ids, "return_state": True, "impl": impl}
+        return dict(zip(("o", "state"), taylor.taylor_attention(q, k, v, **options), strict=True))
+
+    return call
+
+
+def _window(case: Case, impl: str) -> Callable:
+    def call(arrays, ids):
+        q, k, v = (arrays[name] for name in ("q", "k", "v"))
+        return {"o": softmax.window_attention(q, k, v, window=case.window, segment_ids=ids, impl=impl)}
+
+    return call
+
+
+def _conv_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
+    (batch, channels, time), [taps] = case.shape, case.dims
+    wide = {"x": (batch, time, 2 * channels), "state": (batch, taps, channels)}
+    weights = {"kernel": (taps, channels), "bias": (2 * channels,)}
+    found = {name: ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in wide.items()}
+    return found | {name: ShapeDtypeStruct(shape, jnp.float32) for name, shape in weights.items()}
+
+
+def _conv(case: Case, impl: str) -> Callable:
+    def call(arrays, ids):
+        options = {"bias": arrays["bias"], "state": arrays.get("state"), "segment_ids": ids, "impl": impl}
+        return {"y": gated_conv.gated_short_conv(arrays["x"], arrays["kernel"], **options)}
+
+    return call
+
+
+def _norm_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
+    batch, channels, time = case.shape
+    return {
+        "r": ShapeDtypeStruct((batch, time, channels), jnp.float32),
+        "y": ShapeDtypeStruct((batch, time, channels), jnp.bfloat16),
+        "scale": ShapeDtypeStruct((channels,), jnp.float32),
+    }
+
+
+def _norm(case: Case, impl: str) -> Callable:
+    def call(arrays, ids):
+        r, x = norm.residual_rms_norm(arrays["r"], arrays["y"], arrays["scale"], impl=impl)
+        return {"r": r, "x": x}
+
+    return call
+
+
+OPERATIONS = {
+    "taylor_attention": Operation(
+        taylor.IMPLEMENTATIONS, _taylor_arrays, _taylor, lambda case: oracles.taylor_attention
+    ),
+    "window_attention": Operation(
+        softmax.WINDOW_ATTENTION,
+        _heads,
+        _window,
+        lambda case: functools.partial(oracles.window_attention, window=case.window),
+    ),
+    "gated_short_conv": Operation(
+        gated_conv.IMPLEMENTATIONS,
+        _conv_arrays,
+        _conv,
+        lambda case: oracles.gated_short_conv,
+        weights=frozenset({"kernel", "bias"}),
+    ),
+    "residual_rms_norm": Operation(
+        norm.IMPLEMENTATIONS, _norm_arrays, _norm, lambda case: oracles.residual_rms_norm, weights=frozenset({"scale"})
+    ),
+}
+
+
+def same_program(case: Case) -> Case:
+    """Return what stands for all cases with the same compiled call."""
+    return dataclasses.replace(case, values="plain", quick=False)
+
+
+def basic(case: Case) -> Case:
+    """Return what stands for all cases with the same compiled oracle, which fills up short sequences with padding."""
+    batch, width, time = case.shape
+    shape = batch, width, max(time, SHORTEST)
+    return Case(case.operation, shape, case.dims, state=True, window=case.window)
+
+
+def arrays_of(case: Case) -> dict[str, ShapeDtypeStruct]:
+    """Return the shapes of what a case differentiates."""
+    found = OPERATIONS[case.operation].arrays(case)
+    return {name: x for name, x in found.items() if name != "state" or case.state}
+
+
+def outputs_of(case: Case) -> dict[str, ShapeDtypeStruct]:
+    """Return the shapes of what a case returns."""
+    ids = ShapeDtypeStruct(case.shape[::2], jnp.int32)
+    return jax.eval_shape(OPERATIONS[case.operation].run(case, "xla"), arrays_of(case), ids)
+
+
+def gradients_of(case: Case) -> dict[str, ShapeDtypeStruct]:
+    """Return the shapes of the outputs' gradients that a case is given."""
+    return {name: x for name, x in outputs_of(case).items() if name != "state" or case.state}

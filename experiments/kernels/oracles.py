@@ -1,0 +1,116 @@
+"""What the operations are, in fp64 and in the papers' notation: what the kernels' results are compared with.
+
+Each takes a dictionary of arrays and the ids of the documents (0 is padding), and returns a dictionary. Pairs of tokens
+are scored all, a block of queries at a time, so that a long sequence fits into the memory of a GPU. Nothing is shared
+with the operations themselves. Call them, and compile them, under `jax.enable_x64`.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK_BYTES = 1 << 29
+"""Of the fp64 scores of a block of queries."""
+
+
+def features(x, concatenate: Callable = jnp.concatenate):
+    """Return phi(x) of Taylor attention: 1, x / K^(1/4), and the products x_m x_n / sqrt(K), m >= n, once each."""
+    width = x.shape[-1]
+    rows, columns = np.tril_indices(width)
+    weights = np.where(rows == columns, math.sqrt(0.5), 1.0) / math.sqrt(width)
+    products = x[..., rows] * x[..., columns] * weights.reshape((1,) * (x.ndim - 1) + (-1,))
+    return concatenate([0 * x[..., :1] + 1, x / width**0.25, products], axis=-1)
+
+
+def with_ones(v, concatenate: Callable = jnp.concatenate):
+    """Return [v, 1]."""
+    return concatenate([v, 0 * v[..., :1] + 1], axis=-1)
+
+
+def taylor_attention(arrays: dict, ids: jax.Array) -> dict:
+    """Return o_i = sum_j p_ij v_j / sum_j p_ij with p = 1 + s + s^2/2, and the state of the last document.
+
+    `arrays` are q, k (B, T, H, K), v (B, T, H, V) and the first document's state (B, H, E, V+1) before the first token.
+    """
+    q, k, v, before = (arrays[name] for name in ("q", "k", "v", "state"))
+    v1 = with_ones(v)
+    first, last, present = _first(ids), _first(ids[:, ::-1]), ids != 0
+
+    def weights(s, visible):
+        return jnp.where(visible, 1 + s + s * s / 2, 0)
+
+    sums = _over_queries(q, k, v1, ids, weights)
+    read = jnp.einsum("bthe,bhev->bthv", features(q), before)
+    sums = sums + jnp.where(((ids == first[:, None]) & present)[..., None, None], read, 0)
+    o = sums[..., :-1] / jnp.where(present[..., None, None], sums[..., -1:], 1)
+    owned = ((ids == last[:, None]) & present)[..., None, None]
+    kept = jnp.where((first == last)[:, None, None, None], before, 0)
+    return {"o": o, "state": kept + jnp.einsum("bthe,bthv->bhev", features(k) * owned, v1)}
+
+
+def window_attention(arrays: dict, ids: jax.Array, *, window: int) -> dict:
+    """Return softmax attention to the last `window` keys of the same document, the query's own included."""
+    q, k, v = (arrays[name] for name in ("q", "k", "v"))
+
+    def weights(s, visible):
+        s = jnp.where(visible, s, -jnp.inf)
+        top = jax.lax.stop_gradient(jnp.maximum(s.max(axis=-1, keepdims=True), -1e300))
+        return jnp.exp(s - top)
+
+    sums = _over_queries(q, k, with_ones(v), ids, weights, window)
+    return {"o": sums[..., :-1] / jnp.where((ids != 0)[..., None, None], sums[..., -1:], 1)}
+
+
+def gated_short_conv(arrays: dict, ids: jax.Array) -> dict:
+    """Return silu(sum_w kernel_w u_{t-(W-1-w)}) g with [u, g] = x + bias; `state` is the W inputs u before."""
+    x, kernel, bias, state = (arrays[name] for name in ("x", "kernel", "bias", "state"))
+    taps, channels = kernel.shape
+    u, gate = jnp.split(x + bias[None, None], [channels], axis=-1)
+    inputs = jnp.concatenate([state, u], axis=1)
+    owners = jnp.concatenate([jnp.repeat(_first(ids)[:, None], taps, axis=1), ids], axis=1)
+    c = 0
+    for tap in range(taps):
+        seen = slice(tap + 1, tap + 1 + x.shape[1])
+        same = (owners[:, seen] == ids) & (ids != 0)
+        c = c + jnp.where(same[..., None], inputs[:, seen], 0) * kernel[tap][None, None]
+    return {"y": jnp.where((ids != 0)[..., None], c * jax.nn.sigmoid(c) * gate, 0)}
+
+
+def residual_rms_norm(arrays: dict, ids: jax.Array) -> dict:
+    """Return r + y, and it over the root of its mean square, times `scale`."""
+    total = arrays["r"] + arrays["y"]
+    root = jnp.sqrt(jnp.mean(total**2, axis=-1, keepdims=True) + 1e-5)
+    return {"r": total, "x": total / root * arrays["scale"][None, None]}
+
+
+def _over_queries(q, k, v, ids, weights: Callable, window: int | None = None):
+    """Return sum_j w_ij v_j (B, T, H, .) with w = weights(q.k / sqrt(K), visible), blocks of queries at a time."""
+    batch, time, heads, width = q.shape
+    block = max(1, min(time, BLOCK_BYTES // (8 * batch * heads * time)))
+    blocks, keys = -(-time // block), jnp.arange(time)
+
+    def one(inputs):
+        q, own, places = inputs
+        near = keys[None, :] <= places[:, None]
+        if window is not None:
+            near &= keys[None, :] > places[:, None] - window
+        same = (own[:, :, None] == ids[:, None, :]) & (ids != 0)[:, None, :]
+        s = jnp.einsum("bthk,bshk->bhts", q, k) / math.sqrt(width)
+        return jnp.einsum("bhts,bshv->bthv", weights(s, (near[None] & same)[:, None]), v)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, blocks * block - time)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, blocks, block, *x.shape[2:]), 1, 0)
+
+    # Under jax.checkpoint the backward pass keeps no scores but those of one block.
+    sums = jax.lax.map(jax.checkpoint(one), (cut(q), cut(ids), jnp.arange(blocks * block).reshape(blocks, block)))
+    return jnp.moveaxis(sums, 0, 1).reshape(batch, blocks * block, heads, -1)[:, :time]
+
+
+def _first(ids):
+    """Return the id of each row's first document, 0 where there is none."""
+    place = jnp.argmax(ids != 0, axis=1)
+    return jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0]

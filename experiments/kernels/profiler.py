@@ -1,0 +1,220 @@
+"""Where the time of a call goes: by kernel from JAX's profiler, and within each kernel from Nsight Compute.
+
+What is run for the second, each kernel replayed for every group of its counters:
+
+ncu --clock-control none --section ... -k regex:... -o REPORT python -m experiments.kernels profile --inner FILE
+ncu -i REPORT.ncu-rep --page raw --csv --print-units base
+"""
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+
+from based_jax.bench import kernels
+from based_jax.bench.operations import OPERATIONS, PASSES, Operation, Shape
+from based_jax.bench.timing import breakdown
+from based_jax.commands.bench import parse_shape
+from based_jax.errors import UserError
+from experiments.kernels import check
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = [*kernels.SHAPES, kernels.LENGTHS[-1]]
+NAMES = "taylor_|window_|gated_conv|residual_rms_norm"
+"""What the kernels' names begin with, as a regular expression."""
+SECTIONS = (
+    "SpeedOfLight",
+    "ComputeWorkloadAnalysis",
+    "MemoryWorkloadAnalysis",
+    "SchedulerStats",
+    "WarpStateStats",
+    "LaunchStats",
+    "Occupancy",
+)
+SUSTAINED = r"\.avg\.pct_of_peak_sustained_(active|elapsed)"
+METRICS = {
+    "microseconds": r"gpu__time_duration\.sum",
+    "tensor_percent": r"sm__(inst_executed_)?pipe_tensor.*" + SUSTAINED,
+    "shared_memory_percent": r"l1tex__data_pipe_lsu_wavefronts_mem_shared.*" + SUSTAINED,
+    "l1_percent": r"l1tex__throughput" + SUSTAINED,
+    "l2_percent": r"lts__throughput" + SUSTAINED,
+    "dram_percent": r"(gpu__)?dram__throughput" + SUSTAINED,
+    "issue_percent": r"smsp?__(issue_active|inst_issued)" + SUSTAINED,
+    "warps_percent": r"sm__warps_active" + SUSTAINED,
+    "registers": r"launch__registers_per_thread",
+    "shared_memory_bytes": r"launch__shared_mem_per_block",
+    "blocks": r"launch__grid_size",
+    "threads": r"launch__block_size",
+    "blocks_at_once": r"launch__occupancy_limit_\w+",
+}
+"""Our names, and the profiler's. Of several that match, the largest is taken, but the smallest limit."""
+LEAST_PERCENT = 5.0
+"""Of a unit's peak, to be listed among the units."""
+STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--out", type=Path, default=RESULTS / "profile.jsonl", help="JSON lines; replaced")
+    parser.add_argument("--ops", nargs="+", default=["taylor_attention"], help="operations, or 'all'")
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=SHAPES, help="BxHxT")
+    parser.add_argument("--impl", default="hopper")
+    parser.add_argument("--no-ncu", action="store_true", help="only JAX's profiler")
+    parser.add_argument("--raw", type=Path, help="keep all that Nsight Compute says of each launch in this file (CSV)")
+    parser.add_argument("--inner", type=Path, help="only run each call once, and write to this file what it launches")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print and write a row per call, and one per kernel launch in it."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the profiled process needs memory too
+    if args.ops == ["all"]:
+        args.ops = [name for name, operation in OPERATIONS.items() if args.impl in operation.table]
+    if args.inner:
+        return launch(args.ops, args.shapes, args.impl, args.inner)
+    if shutil.which("ncu") is None and not args.no_ncu:
+        raise UserError("'profile' needs ncu on the PATH, or --no-ncu.")
+    facts = check.facts("profile")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w") as file:
+        for row in itertools.chain(timelines(args), [] if args.no_ncu else counters(args)):
+            print(line(row), flush=True)
+            print(json.dumps(row | facts), file=file, flush=True)
+    return 0
+
+
+def timelines(args: argparse.Namespace) -> Iterator[dict]:
+    """Yield for each call the median time of each of its kernels, and of the gaps between them."""
+    for name, shape, which in itertools.product(args.ops, args.shapes, PASSES):
+        try:
+            yield place(name, args.impl, shape, which) | timeline(OPERATIONS[name], args.impl, shape, which)
+        except Exception as error:  # the others are still worth a look
+            print(f"{name} {shape} {which}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+
+
+def timeline(operation: Operation, impl: str, shape: Shape, which: str) -> dict:
+    """Return where the time of a call goes."""
+    sets = [x[which == "forward" :] for x in kernels.inputs(operation, shape)]
+    found = breakdown(kernels.compiled(operation, impl, which, shape), sets)
+    parts = [
+        {"kernel": kernel, "launches": count, "microseconds": round(time, 2)} for kernel, count, time in found.kernels
+    ]
+    times = {"microseconds": round(found.span, 2), "idle_microseconds": round(found.idle, 2)}
+    return {"view": "call"} | times | {"kernels": parts}
+
+
+def place(name: str, impl: str, shape: Shape, which: str) -> dict:
+    """Return what says which call a row is of."""
+    return {"op": name, "impl": impl, "pass": which} | dict(zip(("batch", "heads", "seq_len"), shape, strict=True))
+
+
+def launch(names: Iterable[str], shapes: Iterable[Shape], impl: str, path: Path) -> int:
+    """Run forward and backward of each call once, and write how many kernels each launches."""
+    calls = []
+    for name in names:
+        for shape in shapes:
+            call = kernels.compiled(OPERATIONS[name], impl, PASSES[1], shape)
+            count = len(re.findall(r"custom_call_target=\"mosaic_gpu", call.as_text()))
+            calls.append(place(name, impl, shape, PASSES[1]) | {"launches": count})
+            jax.block_until_ready(call(*kernels.inputs(OPERATIONS[name], shape, 1)[0]))
+            print(calls[-1], flush=True)
+    path.write_text(json.dumps(calls))
+    return 0
+
+
+def counters(args: argparse.Namespace) -> list[dict]:
+    """Return a row for each launch that Nsight Compute saw, with what `METRICS` names and the stalls."""
+    tool = shutil.which("ncu") or "ncu"
+    with tempfile.TemporaryDirectory() as folder:
+        report, calls = Path(folder) / "report", Path(folder) / "calls.json"
+        shapes = ["x".join(map(str, shape)) for shape in args.shapes]
+        inner = ["--ops", *args.ops, "--impl", args.impl, "--inner", str(calls), "--shapes", *shapes]
+        options = [x for section in SECTIONS for x in ("--section", section)]
+        # Not locked to a base clock: the times are to be those of the other commands.
+        command = [tool, "--clock-control", "none", *options, "-k", f"regex:{NAMES}", "-f", "-o", str(report)]
+        command += [sys.executable, "-m", "experiments.kernels", "profile", *inner]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        )
+        if done.returncode or not calls.exists():
+            print(f"ncu failed:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}", flush=True)
+            return []
+        page = [tool, "-i", f"{report}.ncu-rep", "--page", "raw", "--csv", "--print-units", "base"]
+        raw = subprocess.run(page, capture_output=True, text=True, check=True).stdout
+        if args.raw:
+            args.raw.write_text(raw)
+        return launches(raw, json.loads(calls.read_text()))
+
+
+def launches(raw: str, calls: list[dict]) -> list[dict]:
+    """Return the rows of a report in CSV, each with the call that it belongs to where their numbers agree."""
+    table = [row for row in csv.DictReader(io.StringIO(_from_header(raw))) if row["ID"]]
+    owners = [{k: v for k, v in call.items() if k != "launches"} for call in calls for _ in range(call["launches"])]
+    if len(owners) != len(table):
+        print(f"{len(table)} launches were profiled and {len(owners)} expected: their shapes are unknown.", flush=True)
+        owners = [{}] * len(table)
+    rows = []
+    for row, owner in zip(table, owners, strict=True):
+        numbers = {name: x for name, text in row.items() if (x := _number(text)) is not None}
+        rows.append({"view": "launch", **owner, "kernel": _plain(row["Kernel Name"]), **picked(numbers)})
+    return rows
+
+
+def picked(numbers: dict[str, float]) -> dict:
+    """Return what `METRICS` names of a launch's numbers, the busy units, and the stalls in warps per issue."""
+    found: dict = {}
+    for ours, pattern in METRICS.items():
+        values = [x for name, x in numbers.items() if re.fullmatch(pattern, name)]
+        if values:
+            found[ours] = min(values) if ours == "blocks_at_once" else max(values)
+    if "microseconds" in found:
+        found["microseconds"] = round(found["microseconds"] / 1e3, 2)
+    units = {name: x for name, x in numbers.items() if re.search(SUSTAINED + "$", name) and x >= LEAST_PERCENT}
+    stalls = {match[1]: x for name, x in numbers.items() if (match := STALL.fullmatch(name))}
+    stalls = {name: x for name, x in stalls.items() if not name.endswith("_not_issued")}
+    return found | {"stalls": _descending(stalls), "units_percent": _descending(units)}
+
+
+def _descending(numbers: dict[str, float]) -> dict[str, float]:
+    return {name: round(x, 3) for name, x in sorted(numbers.items(), key=lambda x: -x[1])}
+
+
+def _from_header(raw: str) -> str:
+    """Return the CSV without what the tool says before it."""
+    lines = raw.splitlines(keepends=True)
+    first = next((i for i, text in enumerate(lines) if text.startswith('"ID"')), 0)
+    return "".join(lines[first:])
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float((text or "").replace(",", ""))
+    except ValueError:
+        return None
+
+
+def _plain(kernel: str) -> str:
+    """Return a kernel's name without its arguments."""
+    return kernel.split("(")[0].removeprefix("void ").strip()
+
+
+def line(row: dict) -> str:
+    """Return a row in one line of print."""
+    shape = "({batch},{heads},{seq_len})".format(**row) if "batch" in row else "-"
+    if row["view"] == "call":
+        times = " ".join(f"{x['kernel']}={x['microseconds']:.1f}" for x in row["kernels"])
+        total, idle = (row[name] for name in ("microseconds", "idle_microseconds"))
+        return f"{row['op']} {shape} {row['pass']}: {total:.1f} us, idle {idle:.1f}: {times}"
+    numbers = " ".join(f"{name.removesuffix('_percent')}={row[name]:g}" for name in METRICS if name in row)
+    stalls = " ".join(f"{name}={x:.2f}" for name, x in list(row["stalls"].items())[:5])
+    return f"{shape} {row['kernel']}: {numbers} | stalls {stalls}"

@@ -1,0 +1,213 @@
+"""The README's tables, made from the rows in results/ between their markers."""
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from experiments.kernels import results
+from experiments.kernels.results import FORWARD, PASSES, Shape
+
+README = Path(__file__).parent / "README.md"
+BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NONE = "No rows yet."
+GOALS = {(8, 16, 2048): (45, 260), (2, 16, 8192): (45, 260), (1, 16, 32768): (90, 520)}
+"""Microseconds, forward and forward + backward, that the kernels were set."""
+FLA = "fla_parallel_based", "fla_fused_chunk_based"
+COLUMNS = {
+    "ours": ("taylor_attention", "hopper"),
+    "FLA `parallel_based`": ("taylor_attention", FLA[0]),
+    "FLA `fused_chunk_based`": ("taylor_attention", FLA[1]),
+    "cuDNN attention": ("attention", "cudnn"),
+    "torch attention": ("attention", "torch_sdpa"),
+}
+OTHERS = "window_attention_64", "window_attention_128", "gated_short_conv", "residual_rms_norm"
+STALLS = 4
+"""Reasons named for each kernel."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--results", type=Path, default=results.FOLDER)
+    parser.add_argument("--readme", type=Path, default=README, help="rewritten between its markers")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Rewrite the README's tables, and print them."""
+    text = render(args.readme.read_text(), args.results)
+    args.readme.write_text(text)
+    for block in BLOCK.finditer(text):
+        print(block[0])
+    return 0
+
+
+def render(text: str, folder: Path) -> str:
+    """Return a text with its tables made anew from the rows of a folder."""
+    return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]](folder)}\n{block[3]}", text)
+
+
+def by_length(folder: Path) -> str:
+    """Return times at each length, of the same number of tokens as far as possible."""
+    rows = results.measured(folder)
+    return _compared(rows, [x for x in results.lengths(rows) if x[2] >= results.CROSSOVER])
+
+
+def by_batch(folder: Path) -> str:
+    """Return times at each number of sequences of 2,048 tokens."""
+    rows = results.measured(folder)
+    return _compared(rows, results.batches(rows, 2048))
+
+
+def _compared(rows: dict, shapes: Sequence[Shape]) -> str:
+    """Return a table of Taylor attention beside its floor and its peers."""
+
+    def cells(shape: Shape) -> list[str]:
+        times = [[results.time_of(rows, *x, which, shape) for which in PASSES] for x in COLUMNS.values()]
+        floors = [results.floor_of(rows, "taylor_attention", which, shape) for which in PASSES]
+        fla = [results.best([x[i] for x in times[1:3]]) for i in range(2)]
+        pairs = [_pair(floors), f"**{_pair(times[0])}**", *map(_pair, times[1:]), _ratios(fla, times[0])]
+        return [_shape(shape), *pairs]
+
+    shapes = [x for x in shapes if results.time_of(rows, *COLUMNS["ours"], FORWARD, x)]
+    header = ["(B, H, T)", "floor", *COLUMNS, "FLA's best / ours"]
+    used = [row for key, row in rows.items() if key[3:] in shapes and key[:2] in COLUMNS.values()]
+    return _table(header, map(cells, shapes), used)
+
+
+def goals(folder: Path) -> str:
+    """Return what was set beside what was reached."""
+    rows = results.measured(folder)
+
+    def cells(shape: Shape) -> list[str]:
+        ours = [results.time_of(rows, *COLUMNS["ours"], which, shape) for which in PASSES]
+        return [_shape(shape), _pair(GOALS[shape]), _pair(ours), _ratios(ours, GOALS[shape])]
+
+    shapes = [x for x in GOALS if results.time_of(rows, *COLUMNS["ours"], FORWARD, x)]
+    used = [row for key, row in rows.items() if key[3:] in shapes and key[:2] == COLUMNS["ours"]]
+    return _table(["(B, H, T)", "goal", "ours", "ours / goal"], map(cells, shapes), used)
+
+
+def short(folder: Path) -> str:
+    """Return times of short sequences, where the quadratic form may be faster."""
+    rows = results.measured(folder)
+    forms = {"ours": "hopper", "quadratic, XLA": "quadratic", "chunked, XLA": "xla"}
+
+    def cells(shape: Shape) -> list[str]:
+        times = [
+            [results.time_of(rows, "taylor_attention", impl, which, shape) for which in PASSES]
+            for impl in forms.values()
+        ]
+        return [_shape(shape), *map(_pair, times), _ratios(times[1], times[0])]
+
+    wanted = "taylor_attention", "quadratic", FORWARD
+    shapes = [x for x in results.lengths(rows) if x[2] <= results.CROSSOVER and results.time_of(rows, *wanted, x)]
+    used = [row for key, row in rows.items() if key[3:] in shapes and key[1] in forms.values()]
+    return _table(["(B, H, T)", *forms, "quadratic / ours"], map(cells, shapes), used)
+
+
+def others(folder: Path) -> str:
+    """Return times of the other operations."""
+    rows = results.measured(folder)
+    impls = {"ours": "hopper", "cuDNN": "cudnn", "XLA": "xla"}
+
+    def cells(place: tuple[str, Shape]) -> list[str]:
+        op, shape = place
+        times = [[results.time_of(rows, op, impl, which, shape) for which in PASSES] for impl in impls.values()]
+        floors = [results.floor_of(rows, op, which, shape) for which in PASSES]
+        library = [results.best([x[i] for x in times[1:]]) for i in range(2)]
+        return [
+            f"`{op}`",
+            _shape(shape),
+            _pair(floors),
+            *map(_pair, times),
+            _ratios(times[0], floors),
+            _ratios(library, times[0]),
+        ]
+
+    used = [row for row in rows.values() if row["op"] in OTHERS]
+    places = sorted({(row["op"], results.where(row)) for row in used}, key=lambda x: (OTHERS.index(x[0]), x[1]))
+    header = ["operation", "(B, H, T)", "floor", *impls, "ours / floor", "library / ours"]
+    return _table(header, map(cells, places), used)
+
+
+def calls(folder: Path) -> str:
+    """Return the kernels of each call, with the time in which none runs."""
+    rows = [row for row in results.read(folder, "profile*.jsonl") if row["view"] == "call"]
+
+    def cells(row: dict) -> list[str]:
+        parts = ", ".join(f"{x['kernel']} {_number(x['microseconds'])}" for x in row["kernels"])
+        numbers = (_number(row[name]) for name in ("microseconds", "idle_microseconds"))
+        return [f"`{row['op']}`", _shape(results.where(row)), row["pass"].replace("+", " + "), *numbers, parts]
+
+    return _table(["operation", "(B, H, T)", "pass", "total", "no kernel", "kernels"], map(cells, rows), rows)
+
+
+def launches(folder: Path) -> str:
+    """Return what Nsight Compute saw of each kernel."""
+    rows = [row for row in results.read(folder, "profile*.jsonl") if row["view"] == "launch"]
+    units = ("tensor_percent", "shared_memory_percent", "l2_percent", "dram_percent", "issue_percent")
+
+    def cells(row: dict) -> list[str]:
+        stalls = ", ".join(f"{name} {x:.1f}" for name, x in list(row["stalls"].items())[:STALLS])
+        place = _shape(results.where(row)) if "batch" in row else "-"
+        busy = [f"{row[name]:.0f} %" if name in row else "-" for name in units]
+        sizes = (f"{row[name]:.0f}" if name in row else "-" for name in ("registers", "blocks_at_once"))
+        return [f"`{row['kernel']}`", place, _number(row.get("microseconds")), *busy, *sizes, stalls]
+
+    names = ["tensor cores", "shared memory", "L2", "DRAM", "issue slots", "registers", "blocks per SM"]
+    header = ["kernel", "(B, H, T)", "time", *names, "stalls (warps per issue)"]
+    return _table(header, map(cells, rows), rows)
+
+
+def checks(folder: Path) -> str:
+    """Return how many cases of each operation passed, and the largest error."""
+    rows = results.read(folder, "check*.jsonl")
+    names = dict.fromkeys(row["what"].split()[0] for row in rows)
+
+    def cells(name: str) -> list[str]:
+        mine = [row for row in rows if row["what"].split()[0] == name]
+        largest = max((x for row in mine for x in row.get("errors", {}).values()), default=None)
+        passed = f"{sum(row['passed'] for row in mine)} of {len(mine)}"
+        return [f"`{name}`", passed, "-" if largest is None else f"{largest:.1e}"]
+
+    return _table(["operation", "cases passed", "largest relative error"], map(cells, names), rows)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "lengths": by_length,
+    "batches": by_batch,
+    "goals": goals,
+    "short": short,
+    "others": others,
+    "calls": calls,
+    "launches": launches,
+    "checks": checks,
+}
+
+
+def _table(header: Sequence[str], body: Iterable[Sequence[str]], used: Sequence[dict]) -> str:
+    """Return a Markdown table with what made its rows below."""
+    lines = [f"| {' | '.join(row)} |" for row in (header, *body)]
+    if len(lines) == 1:
+        return NONE
+    lines.insert(1, f"|{'---|' * len(header)}")
+    return "\n".join([*lines, "", f"{results.made_by(used)}."])
+
+
+def _shape(shape: Shape) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def _pair(values: Sequence[float | None]) -> str:
+    """Return "forward / forward + backward"."""
+    return "-" if not any(values) else " / ".join(map(_number, values))
+
+
+def _ratios(above: Sequence[float | None], below: Sequence[float | None]) -> str:
+    """Return both quotients, as far as they are known."""
+    found = [x / y if x and y else None for x, y in zip(above, below, strict=True)]
+    return "-" if not any(found) else " / ".join("-" if x is None else f"{x:.{1 if x < 20 else 0}f}" for x in found)
+
+
+def _number(x: float | None) -> str:
+    return "-" if x is None else f"{x:.{1 if x < 10 else 0}f}"

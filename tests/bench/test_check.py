@@ -1,0 +1,184 @@
+"""The checks of experiments/kernels on a CPU: their oracles, and that what is wrong does not pass."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.kernels import __main__ as command
+from experiments.kernels import cases, check, comparison, huge, sanitizer, workers
+from experiments.kernels.operations import OPERATIONS, Case, basic, same_program
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+BOTH = {"state": True, "documents": True}
+SMALL = [
+    Case("taylor_attention", (2, 2, 65), (8, 12), **BOTH),
+    Case("taylor_attention", (2, 1, 1), (16, 8), **BOTH),
+    Case("taylor_attention", (2, 2, 33), (16, 8), through="vmap", documents=True),
+    Case("taylor_attention", (2, 2, 33), (16, 8), through="shard_map", values="late"),
+    Case("window_attention", (2, 2, 70), (8, 8), window=7, documents=True),
+    Case("window_attention", (2, 2, 70), (8, 8), window=64, values="large"),
+    Case("gated_short_conv", (2, 8, 20), (3,), **BOTH),
+    Case("gated_short_conv", (2, 8, 20), (4,), documents=True, through="vmap"),
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_the_oracles_are_the_operations(case):
+    gradients, arrays, ids = cases.draw(case, case.rng(0))
+    narrow = jax.tree.map(lambda x: x.astype(np.float32), (gradients, arrays))
+    call = cases.through(case, OPERATIONS[case.operation].run(case, "oracle"))
+    got = jax.jit(comparison.both_passes(call))(*narrow, ids)
+    wanted = run_wide(check.compile_oracle(basic(case)), cases.complete(case, gradients, arrays, ids))
+    assert set(got) <= set(wanted)
+    for name, x in got.items():
+        assert comparison.error(x, comparison.cropped(wanted[name], x.shape)) < 2e-5, name
+
+
+def run_wide(oracle, arguments):
+    with jax.enable_x64(True):
+        return jax.device_get(oracle(*arguments))
+
+
+def test_the_norm_s_oracle_is_the_operation():
+    case = Case("residual_rms_norm", (2, 128, 3))
+    [row] = check.rows_of([case], "xla", seed=1)
+    assert row["passed"] and set(row["errors"]) == {"r", "x", "dr", "dy", "dscale"}
+
+
+def test_rows_say_what_was_checked(tmp_path, monkeypatch, capsys):
+    chosen = [dataclasses.replace(SMALL[0], quick=True, values=x) for x in ("plain", "late")]
+    monkeypatch.setattr(cases, "all_cases", lambda: [*chosen, *SMALL])
+    out = tmp_path / "deep" / "check.jsonl"
+    assert command.main(["check", "--quick", "--impl=oracle", "--seed=3", f"--out={out}", "--workers=0"]) == 0
+    rows = [json.loads(text) for text in out.read_text().splitlines()]
+    assert [row["what"] for row in rows] == list(map(str, chosen))
+    assert set(rows[0]["errors"]) == {"o", "state", "dq", "dk", "dv", "dstate"}
+    assert all(row["passed"] and row["seed"] == 3 and row["device"] == "cpu" for row in rows)
+    assert "2 of 2 passed" in capsys.readouterr().out
+
+
+def test_nothing_checked_and_a_refusal_fail(capsys, monkeypatch):
+    assert command.main(["check", "--only", "no such case", "--quick"]) == 1
+    monkeypatch.setattr(cases, "all_cases", lambda: SMALL[1:2])
+    assert command.main(["check", "--only", "state", "--workers", "0"]) == 1
+    assert "it needs cuda" in capsys.readouterr().out
+
+
+RIGHT = OPERATIONS["taylor_attention"].run
+
+
+def wrong(kind):
+    def run(case, impl):
+        right = RIGHT(case, "oracle")
+
+        def call(arrays, ids):
+            out = right(arrays, ids)
+            o = out["o"].astype(jnp.float32)
+            last = jnp.arange(o.shape[1])[None, :, None, None] == o.shape[1] - 1
+            o = {"nan": jnp.where(last, jnp.nan, o), "row": jnp.where(last, 0, o), "scale": 1.01 * o}[kind]
+            return out | {"o": o.astype(out["o"].dtype)}
+
+        return call
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["nan", "row", "scale"])
+def test_what_is_wrong_does_not_pass(kind, monkeypatch):
+    broken = dataclasses.replace(OPERATIONS["taylor_attention"], run=wrong(kind))
+    monkeypatch.setitem(OPERATIONS, "taylor_attention", broken)
+    [row] = check.rows_of([Case("taylor_attention", (1, 1, 40), (8, 8))], "xla", seed=2)
+    assert not row["passed"] and "BAD" in check.line(row)
+    assert row["finite"] == (kind != "nan")
+
+
+def test_one_token_gone_wrong_among_many_shows_in_its_row(rng):
+    wanted = rng.normal(size=(1, 40000, 1, 8))
+    got = wanted.copy()
+    got[0, 31234] = -got[0, 31234]
+    assert comparison.error(got, wanted) < 0.02 and comparison.error_of_rows(got, wanted) > 1
+    assert comparison.error(0 * wanted, 0 * wanted) == comparison.error_of_rows(0 * wanted, 0 * wanted) == 0
+    assert comparison.error(wanted, 0 * wanted) == comparison.error_of_rows(wanted, 0 * wanted) == np.inf
+
+
+def test_bits_and_numbers():
+    x = np.array([0.0, 1.0], jnp.bfloat16)
+    assert comparison.same_bits(x, x.copy()) and not comparison.same_bits(x, -x)
+    assert comparison.finite(x) and not comparison.finite(np.array([0.0, np.nan], jnp.bfloat16))
+
+
+def test_documents_are_whole(rng):
+    ids = cases.packed_ids(rng, 6, 300)
+    assert ids.shape == (6, 300) and ids[0, 0] > 0 and (ids == 0).any()
+    for row in ids:
+        begins = row[1:][np.diff(row) != 0]
+        present = begins[begins != 0]
+        assert len(present) == len(set(present))
+
+
+def test_samples_of_huge_calls():
+    many = huge.many_blocks(3, batch=9, heads=2, time=20, impl="oracle")
+    far = huge.far_offsets(3, heads=2, time=300, tail=65, impl="oracle")
+    assert many["passed"] and far["passed"]
+    assert {"state", "o", "dq0", "dk0", "dv3"} <= set(far["errors"])
+
+
+def test_every_case_has_a_name_of_its_own():
+    names = [*map(str, cases.all_cases()), *huge.CASES]
+    assert len(names) == len(set(names))
+    quick = [case for case in cases.all_cases() if case.quick]
+    assert {case.operation for case in quick} == {case.operation for case in cases.tiny_cases()}
+
+
+TOOL = """#!/bin/sh
+echo "========= COMPUTE-SANITIZER"
+echo "noise"
+echo "ran taylor_attention (1,2,130)"
+echo "========= ERROR SUMMARY: {count} errors"
+exit {code}
+"""
+
+
+@pytest.mark.parametrize("count, code", [(0, 0), (2, 9)])
+def test_the_sanitizer_s_words_are_kept(tmp_path, monkeypatch, count, code):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL.format(count=count, code=code))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    out = tmp_path / "sanitizer.txt"
+    assert command.main(["sanitize", "--tools", "memcheck", "racecheck", f"--out={out}"]) == code
+    text = out.read_text()
+    assert text.count(f"ERROR SUMMARY: {count} errors") == 2 and "noise" not in text and "ran taylor" in text
+    assert str(tmp_path) not in text
+
+
+def test_the_sanitizer_is_asked_for_by_name(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert command.main(["sanitize"]) == 2
+    assert "needs compute-sanitizer" in capsys.readouterr().err
+    assert "..." in sanitizer.summary("\n".join(f"{sanitizer.MARK}{i}" for i in range(99)))
+
+
+def test_workers_share_the_cases(tmp_path, capsys):
+    chosen = cases.all_cases()
+    shared = workers.parts(chosen, 8)
+    assert sorted(str(case) for part in shared for case in part) == sorted(map(str, chosen))
+    homes = {same_program(case): i for i, part in enumerate(shared) for case in part}
+    assert all(homes[same_program(case)] == i for i, part in enumerate(shared) for case in part)
+    loads = [sum(map(workers._seconds, {same_program(case) for case in part})) for part in shared]
+    assert max(loads) < 1.5 * min(loads)
+    out = tmp_path / "check.jsonl"
+    words = ["check", "--impl=oracle", "--only=gated_short_conv (2,384,15)", "--workers=2", f"--out={out}"]
+    assert command.main(words) == 0
+    assert "2 of 2 passed" in capsys.readouterr().out and out.read_text().count("cpu") == 2
+
+
+def test_a_worker_s_end_is_no_success(monkeypatch):
+    monkeypatch.setattr(workers.sys, "executable", "/bin/false")
+    rows = list(workers.rows_of(SMALL[:2], 2, [], limit=20))
+    assert [row["passed"] for row in rows] == [False, False] and "exit codes [1, 1]" in rows[0]["failure"]
