@@ -91,6 +91,13 @@ def _supports(x: Joint, kernel: WD, bias: Bias | None, state: Past | None, segme
 
 
 def _hopper(x: Joint, kernel: WD, bias: Bias | None, state: Past | None, segment_ids: BT | None) -> BTD:
+    """Run the kernels on each device's rows, all channels together."""
+    rows = ("batch",)
+    arguments = x, kernel, bias, state, segment_ids
+    return hopper.per_shard(_any_state, arguments, (rows, (), (), rows, rows), (rows,))
+
+
+def _any_state(x: Joint, kernel: WD, bias: Bias | None, state: Past | None, segment_ids: BT | None) -> BTD:
     """Run the kernels; what an earlier state reaches, the first tokens, is computed again with it."""
     wide = jnp.zeros(x.shape[-1:]) if bias is None else bias.astype(jnp.float32)
     y = _fused(*hopper.vary_alike(x, kernel.astype(jnp.float32), wide, segment_ids))

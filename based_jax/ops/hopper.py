@@ -1,8 +1,10 @@
 """What every operation with a Mosaic GPU kernel asks before it runs one, and how it calls it.
 
-The kernels are for Hopper GPUs alone. To XLA they are opaque: under a mesh they run per shard, in `jax.shard_map`.
+The kernels are for Hopper GPUs alone. To XLA they are opaque: under a mesh (`jax.set_mesh`) they run per shard, rows of
+the batch over the mesh axes "data" and "fsdp", heads over "tensor", as `based_jax.parallel` places them.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,13 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from based_jax.ops.dispatch import target_device_kind
+
+Names = tuple[str | None, ...]
 
 DEVICES = re.compile(r"\bG?H(100|200|800|20)\b")
 OFFSETS = 2**31
 """Kernels that read an array other than by tiles count its elements in 32 bits."""
+MESH_AXES = {"batch": ("data", "fsdp"), "heads": ("tensor",)}
 CHUNK = 64
 """Tokens that a kernel reads together."""
 ROWS = 8
@@ -28,9 +33,51 @@ def refusal() -> str | None:
     if not DEVICES.search(target_device_kind()):
         return f"the kernels are for Hopper GPUs, and this is {target_device_kind()}"
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and any(kind != AxisType.Manual for kind in mesh.axis_types):
-        return f"a mesh of {mesh.size} devices needs jax.shard_map around the call"
+    if mesh.size > 1 and AxisType.Explicit in mesh.axis_types:
+        return f"a mesh of {mesh.size} devices with explicit axes needs jax.shard_map around the call"
     return None
+
+
+def per_shard(
+    function: Callable, arguments: Sequence[jax.Array | None], names: Sequence[Names], results: Sequence[Names]
+) -> Any:
+    """Return `function(*arguments)`, run by every device of the mesh on its part of the arrays.
+
+    Args:
+      arguments: arrays, and None for what is not given.
+      names: for each argument the name of each of its first dimensions, a key of `MESH_AXES` or None; a dimension that
+        its mesh axes do not divide, and one without a name, stays whole.
+      results: the same for the results, one or a tuple.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    if mesh.size == 1 or not free:
+        return function(*arguments)
+    given = [(x, dims) for x, dims in zip(arguments, names, strict=True) if x is not None]
+    sizes: dict[str, list[int]] = {}
+    for x, dims in given:
+        for name, size in zip(dims, x.shape, strict=False):
+            if name is not None:
+                sizes.setdefault(name, []).append(size)
+    axes = {name: _dividing(mesh, free & set(MESH_AXES[name]), found) for name, found in sizes.items()}
+
+    def spec(dims: Names) -> PartitionSpec:
+        return PartitionSpec(*(axes.get(name) if name else None for name in dims))
+
+    def run(*parts: jax.Array) -> Any:
+        rest = iter(parts)
+        return function(*(None if x is None else next(rest) for x in arguments))
+
+    specs = tuple(spec(dims) for _, dims in given)
+    out = tuple(map(spec, results)) if len(results) > 1 else spec(results[0])
+    return jax.shard_map(run, in_specs=specs, out_specs=out, axis_names=free)(*(x for x, _ in given))
+
+
+def _dividing(mesh: AbstractMesh, names: set[str], sizes: Sequence[int]) -> tuple[str, ...] | None:
+    """Return the mesh axes that together divide all sizes, or None."""
+    axes = tuple(name for name in mesh.axis_names if name in names)
+    devices = math.prod(mesh.shape[name] for name in axes)
+    return axes if axes and all(size % devices == 0 for size in sizes) else None
 
 
 def call(kernel: Callable[..., Sequence[jax.Array]], *arguments: Any, **options: Any) -> list[jax.Array]:

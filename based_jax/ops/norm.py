@@ -65,9 +65,14 @@ def _supports(r: Stream, y: Stream, scale: Scale, eps: float, dtype) -> str | No
 
 def _hopper(r: Stream, y: Stream, scale: Scale, eps: float, dtype) -> tuple[Stream, Stream]:
     del dtype  # bf16, as `_supports` demands
-    rows = [x.reshape(-1, scale.size) for x in (r, y)]
-    total, x = _fused(*hopper.vary_alike(*rows, scale.astype(jnp.float32)), eps)
-    return total.reshape(r.shape), x.reshape(r.shape)
+
+    def shard(r, y, scale):
+        rows = [x.reshape(-1, scale.size) for x in (r, y)]
+        total, x = _fused(*hopper.vary_alike(*rows, scale.astype(jnp.float32)), eps)
+        return total.reshape(r.shape), x.reshape(r.shape)
+
+    stream = ("batch",)
+    return hopper.per_shard(shard, (r, y, scale), (stream, stream, ()), (stream, stream))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

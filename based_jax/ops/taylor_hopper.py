@@ -35,7 +35,14 @@ def supports(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | No
 
 
 def attention(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> tuple[BTHV, BHEV]:
-    """Return o and the state after the last token.
+    """Return o and the state after the last token."""
+    tokens, state_dims = ("batch", None, "heads"), ("batch", "heads")
+    arguments = q, k, v, state, segment_ids
+    return hopper.per_shard(_any_widths, arguments, (*(tokens,) * 3, state_dims, ("batch",)), (tokens, state_dims))
+
+
+def _any_widths(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> tuple[BTHV, BHEV]:
+    """Return what `attention` does, of one shard.
 
     The kernels know K = 16 and V = 64. Narrower queries and keys get zeros; wider values become several heads with the
     same queries and keys.

@@ -34,7 +34,12 @@ def supports(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> 
 
 def attention(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> BTHV:
     """Return o."""
-    return _attention(*hopper.vary_alike(q, k, v, segment_ids), window)
+    tokens = "batch", None, "heads"
+
+    def shard(*arrays):
+        return _attention(*hopper.vary_alike(*arrays), window)
+
+    return hopper.per_shard(shard, (q, k, v, segment_ids), (*(tokens,) * 3, ("batch",)), (tokens,))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -46,7 +46,8 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     tx = optim.adamw(config.optim, config.steps)
     graphdef, abstract, where = abstract_state(config, tx, mesh)
     step_fn = jax.jit(make_train_step(graphdef, tx, config.microbatches), donate_argnums=0, out_shardings=(where, None))
-    step_fn.eval_shape(abstract, source.batch(0))  # what no operation can run is refused before anything is written
+    with jax.set_mesh(mesh):  # what no operation can run is refused before anything is written
+        step_fn.eval_shape(abstract, source.batch(0))
     configs.check_same(config, workdir, free=FREE)
     configs.save(config, workdir)
 
@@ -54,7 +55,8 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
 
     def run_eval(params) -> dict[str, float]:
         batches = ((name, batch) for name in source.eval_names for batch in source.eval_batches(name))
-        return evaluate(lambda batch: eval_step(params, parallel.global_batch(batch, mesh)), batches)
+        with jax.set_mesh(mesh):
+            return evaluate(lambda batch: eval_step(params, parallel.global_batch(batch, mesh)), batches)
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
@@ -73,7 +75,8 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
             batch = parallel.global_batch(source.batch(step - 1), mesh)
             timer.done("data")
 
-            state, metrics = step_fn(state, batch)
+            with jax.set_mesh(mesh):  # each device runs kernels on its part
+                state, metrics = step_fn(state, batch)
             report.step(step, metrics, batch["inputs"].size)
             timer.done("step")
 

@@ -94,12 +94,12 @@ def test_refusals_name_the_value(h100, shape, taps, dtype, words):
         gated_short_conv(x, kernel, impl="hopper")
 
 
-def test_a_mesh_of_devices_needs_shard_map(h100):
+def test_a_mesh_with_explicit_axes_needs_shard_map(h100):
     arguments = jnp.zeros((2, 16, 256), jnp.bfloat16), jnp.zeros((3, 128)), None, None, None
     supports = IMPLEMENTATIONS["hopper"].supports
-    with h100(2):
+    with h100(2, AxisType.Explicit):
         assert "shard_map" in supports(*arguments)
-    with h100(2, AxisType.Manual):
+    with h100(2, AxisType.Auto):
         assert supports(*arguments) is None
 
 

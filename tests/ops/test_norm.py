@@ -55,13 +55,13 @@ def test_refusals_name_the_value(h100, shape, dtype, words):
         residual_rms_norm(*arguments, impl="hopper")
 
 
-def test_a_mesh_of_devices_needs_shard_map(h100):
+def test_a_mesh_with_explicit_axes_needs_shard_map(h100):
     r = jnp.zeros((2, 512, 256))
     arguments = r, r.astype(jnp.bfloat16), jnp.zeros(256), 1e-5, jnp.dtype("bfloat16")
     supports = IMPLEMENTATIONS["hopper"].supports
-    with h100(2):
+    with h100(2, AxisType.Explicit):
         assert "shard_map" in supports(*arguments)
-    with h100(2, AxisType.Manual):
+    with h100(2, AxisType.Auto):
         assert supports(*arguments) is None
 
 

@@ -93,11 +93,12 @@ def test_only_hopper_gpus(kind, runs):
     assert reason is None if runs else kind in reason
 
 
-def test_a_mesh_of_devices_needs_shard_map():
-    with _device(size=2):
+def test_a_mesh_with_explicit_axes_needs_shard_map():
+    with _device(size=2, axes=AxisType.Explicit):
         assert "shard_map" in taylor_hopper.supports(*_arrays(), None, None)
-    with _device(size=2, axes=AxisType.Manual):
-        assert taylor_hopper.supports(*_arrays(), None, None) is None
+    for axes in (AxisType.Manual, AxisType.Auto):
+        with _device(size=2, axes=axes):
+            assert taylor_hopper.supports(*_arrays(), None, None) is None
 
 
 @pytest.mark.parametrize("shape, pieces", [((8, 2048, 16), 1), ((1, 4097, 4), 16), ((2, 15, 2), 1)])

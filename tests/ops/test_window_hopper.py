@@ -42,10 +42,8 @@ def test_refusals_name_the_value(arrays, window, words):
 def test_other_devices_and_meshes_are_refused():
     with _device("NVIDIA A100-SXM4-80GB"):
         assert "A100" in window_hopper.supports(*_arrays(), None, 64)
-    with _device(shape=(2,)):
+    with _device(shape=(2,), axes=AxisType.Explicit):
         assert "shard_map" in window_hopper.supports(*_arrays(), None, 64)
-    with _device(shape=(2,), axes=AxisType.Manual):
-        assert window_hopper.supports(*_arrays(), None, 64) is None
 
 
 @pytest.mark.parametrize(
