@@ -20,7 +20,7 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 unit: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 $(VENV)/installed: $(LOCK) pyproject.toml
 	@python=$$(sh ./.ci/find_python) && echo "Creating $(VENV) with $$python" && "$$python" -m venv --clear $(VENV)
