@@ -76,7 +76,7 @@ def taylor_attention(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
       impl: "oracle" (quadratic), "recurrent" (token by token), "xla" (chunked, linear in T), "hopper" (Mosaic
-        GPU kernels; bf16, K <= 16, no documents) or "auto".
+        GPU kernels; bf16, K <= 16) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
