@@ -22,6 +22,8 @@ C = TILE
 MOMENTS = (C, FEATURE_DIM)
 SUMS = PACKED_DIM + FEATURE_DIM
 """Columns of an array of sums."""
+PARTS = pl.ds(0, PACKED_DIM), pl.ds(PACKED_DIM, FEATURE_DIM)
+"""Those of S^T and of the moments."""
 COUNT = FEATURE_DIM + 1, PACKED_DIM
 """The entry of given sums that holds the number of tokens; the kernels leave it as it is."""
 
@@ -111,10 +113,6 @@ class State:
         self.phi_tile.at[turn][...] = phi
 
 
-PARTS = pl.ds(0, PACKED_DIM), pl.ds(PACKED_DIM, FEATURE_DIM)
-"""Columns of S^T and of the moments in an array of sums."""
-
-
 def groups(refs, *sizes: int) -> list[tuple]:
     """Cut a kernel's references into groups of these sizes, and the rest."""
     found, begin = [], 0
@@ -170,9 +168,9 @@ class Documents:
         """Return the shared memory of `tile`."""
         return plgpu.SMEM((slots, cls.ROW), jnp.int32)
 
-    def begin(self, slot, layout=mosaic.ROWS) -> jax.Array:
+    def begin(self, slot) -> jax.Array:
         """Return the encoded beginning of each token's document."""
-        return plgpu.load(self.tile.at[slot, pl.ds(0, C)], layout=layout)
+        return plgpu.load(self.tile.at[slot, pl.ds(0, C)], layout=mosaic.ROWS)
 
     def owned(self, slot) -> tuple[jax.Array, jax.Array]:
         """Return, twice, 1 for each token that the state after the chunk holds, else 0: `State`'s factors."""

@@ -22,6 +22,7 @@ DEVICES = re.compile(r"\bG?H(100|200|800|20)\b")
 OFFSETS = 2**31
 """Kernels that read an array other than by tiles count its elements in 32 bits."""
 MESH_AXES = {"batch": ("data", "fsdp"), "heads": ("tensor",)}
+MULTIPROCESSORS = 132
 CHUNK = 64
 """Tokens that a kernel reads together."""
 ROWS = 8

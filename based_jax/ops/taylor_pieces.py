@@ -14,9 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from based_jax.dims import BT
 from based_jax.ops import hopper, segments
-from based_jax.ops.hopper import CHUNK
+from based_jax.ops.hopper import CHUNK, MULTIPROCESSORS
 
-MULTIPROCESSORS = 132
 SHORTEST_PIECE = 4
 """Chunks; a shorter piece would cost more to start than it takes."""
 RESIDENT = 2

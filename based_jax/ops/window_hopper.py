@@ -12,8 +12,7 @@ from jaxtyping import Array, Int
 
 from based_jax.dims import BT, BTHK, BTHV
 from based_jax.ops import hopper
-from based_jax.ops.hopper import CHUNK
-from based_jax.ops.taylor_pieces import MULTIPROCESSORS
+from based_jax.ops.hopper import CHUNK, MULTIPROCESSORS
 
 HEAD_DIMS = (64, 112, 128)
 LARGEST_WINDOW = 2 * CHUNK + 1

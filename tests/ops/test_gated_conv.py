@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import gpus
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
+from jax.sharding import AxisType, PartitionSpec
 
 from based_jax.errors import UserError
 from based_jax.ops import gated_conv
@@ -69,16 +70,6 @@ def test_pieces_equal_one_call(impl, draw, out_and_grads, close):
     close(out_and_grads(in_pieces, (x, kernel, bias), cotangents), expected)
 
 
-@pytest.fixture
-def h100():
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-
-    def mesh(size=1, axes=AxisType.Auto):
-        return use_abstract_mesh(AbstractMesh((size,), ("data",), (axes,), abstract_device=device))
-
-    return mesh
-
-
 @pytest.mark.parametrize(
     "shape, taps, dtype, words",
     [
@@ -88,23 +79,23 @@ def h100():
         ((2, 0, 256), 3, "bfloat16", "and are 0"),
     ],
 )
-def test_refusals_name_the_value(h100, shape, taps, dtype, words):
+def test_refusals_name_the_value(shape, taps, dtype, words):
     x, kernel = jnp.zeros(shape, dtype), jnp.zeros((taps, shape[2] // 2))
-    with h100(), pytest.raises(UserError, match=words):
+    with gpus(), pytest.raises(UserError, match=words):
         gated_short_conv(x, kernel, impl="hopper")
 
 
-def test_a_mesh_with_explicit_axes_needs_shard_map(h100):
+def test_a_mesh_with_explicit_axes_needs_shard_map():
     arguments = jnp.zeros((2, 16, 256), jnp.bfloat16), jnp.zeros((3, 128)), None, None, None
     supports = IMPLEMENTATIONS["hopper"].supports
-    with h100(2, AxisType.Explicit):
+    with gpus(shape=(2,), axes=AxisType.Explicit):
         assert "shard_map" in supports(*arguments)
-    with h100(2, AxisType.Auto):
+    with gpus(shape=(2,)):
         assert supports(*arguments) is None
 
 
 @pytest.mark.parametrize("time, channels, lanes", [(2048, 2048, None), (13, 384, 2)])
-def test_lowers_for_an_h100(h100, time, channels, lanes):
+def test_lowers_for_an_h100(time, channels, lanes):
     x, kernel, bias = (
         jnp.zeros((2, time, 2 * channels), jnp.bfloat16),
         jnp.zeros((3, channels)),
@@ -118,12 +109,12 @@ def test_lowers_for_an_h100(h100, time, channels, lanes):
     gradients, arguments = jax.grad(loss, argnums=(0, 1, 2)), (x, kernel, bias)
     if lanes:
         gradients, arguments = jax.vmap(gradients), [jnp.stack([y] * lanes) for y in arguments]
-    with h100():
+    with gpus():
         text = jax.jit(gradients).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert [name for name in ("gated_conv", "gated_conv_backward") if name not in text] == []
 
 
-def test_lowers_under_shard_map(h100):
+def test_lowers_under_shard_map():
     """Weights are the same on all devices: their gradients are summed over them."""
 
     def gradients(x, kernel):
@@ -131,7 +122,7 @@ def test_lowers_under_shard_map(h100):
         return call(x, kernel)
 
     data, everywhere = PartitionSpec("data"), PartitionSpec()
-    with h100(2):
+    with gpus(shape=(2,)):
         sharded = jax.shard_map(gradients, in_specs=(data, everywhere), out_specs=(data, everywhere))
         traced = jax.jit(sharded).trace(jnp.zeros((4, 16, 256), jnp.bfloat16), jnp.zeros((3, 128)))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()

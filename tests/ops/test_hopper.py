@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from devices import gpus
 
 from based_jax import parallel
 from based_jax.ops import hopper
@@ -55,8 +55,6 @@ def test_a_device_sees_its_rows_and_heads_alone(normal):
 
 @pytest.mark.parametrize("operation", ["taylor", "window", "conv", "norm"])
 def test_each_operation_lowers_with_its_gradients(operation):
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    mesh = AbstractMesh((2, 1, 2), parallel.AXES, (AxisType.Auto,) * 3, abstract_device=device)
     wide, narrow = jnp.zeros((4, 512, 4, 64), jnp.bfloat16), jnp.zeros((4, 512, 4, 16), jnp.bfloat16)
     flat, ids = jnp.zeros((4, 512, 256), jnp.bfloat16), jnp.ones((4, 512), jnp.int32)
     calls = {
@@ -70,7 +68,7 @@ def test_each_operation_lowers_with_its_gradients(operation):
         ),
     }
     call, arrays, part = calls[operation]
-    with use_abstract_mesh(mesh):
+    with gpus(shape=(2, 1, 2), names=parallel.AXES):
         gradients = jax.grad(lambda *x: call(*x).astype(jnp.float32).sum(), argnums=tuple(range(len(arrays))))
         text = jax.jit(gradients).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     kernels = [line for line in text.splitlines() if "mosaic_gpu" in line]

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import gpus
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
+from jax.sharding import AxisType, PartitionSpec
 
 from based_jax.errors import UserError
 from based_jax.ops import norm
@@ -30,16 +31,6 @@ def test_equals_fp64(shape, dtype, normal, close):
     assert residual_rms_norm(r, y, scale, dtype="float16")[1].dtype == jnp.float16
 
 
-@pytest.fixture
-def h100():
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-
-    def mesh(size=1, axes=AxisType.Auto):
-        return use_abstract_mesh(AbstractMesh((size,), ("data",), (axes,), abstract_device=device))
-
-    return mesh
-
-
 @pytest.mark.parametrize(
     "shape, dtype, words",
     [
@@ -49,24 +40,24 @@ def h100():
         ((2, 128, 256), "bfloat16", "1024 tokens, and are 256"),
     ],
 )
-def test_refusals_name_the_value(h100, shape, dtype, words):
+def test_refusals_name_the_value(shape, dtype, words):
     arguments = jnp.zeros(shape), jnp.zeros(shape, dtype), jnp.zeros(shape[-1])
-    with h100(), pytest.raises(UserError, match=words):
+    with gpus(), pytest.raises(UserError, match=words):
         residual_rms_norm(*arguments, impl="hopper")
 
 
-def test_a_mesh_with_explicit_axes_needs_shard_map(h100):
+def test_a_mesh_with_explicit_axes_needs_shard_map():
     r = jnp.zeros((2, 512, 256))
     arguments = r, r.astype(jnp.bfloat16), jnp.zeros(256), 1e-5, jnp.dtype("bfloat16")
     supports = IMPLEMENTATIONS["hopper"].supports
-    with h100(2, AxisType.Explicit):
+    with gpus(shape=(2,), axes=AxisType.Explicit):
         assert "shard_map" in supports(*arguments)
-    with h100(2, AxisType.Auto):
+    with gpus(shape=(2,)):
         assert supports(*arguments) is None
 
 
 @pytest.mark.parametrize("shape, lanes", [((8, 2048, 1024), None), ((3, 1025, 128), 2), ((2, 512, 4096), None)])
-def test_lowers_for_an_h100(h100, shape, lanes):
+def test_lowers_for_an_h100(shape, lanes):
     def loss(r, y, scale):
         total, x = residual_rms_norm(r, y, scale)
         return total.sum() + x.astype(jnp.float32).sum()
@@ -75,13 +66,13 @@ def test_lowers_for_an_h100(h100, shape, lanes):
     dtypes = ((shape, jnp.float32), (shape, jnp.bfloat16), (shape[-1:], jnp.float32))
     lead = () if lanes is None else (lanes,)
     arguments = [jax.ShapeDtypeStruct((*lead, *size), dtype) for size, dtype in dtypes]
-    with h100():
+    with gpus():
         traced = jax.jit(gradients if lanes is None else jax.vmap(gradients)).trace(*arguments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert [name for name in ("residual_rms_norm", "residual_rms_norm_backward") if name not in text] == []
 
 
-def test_lowers_under_shard_map(h100):
+def test_lowers_under_shard_map():
     """The scale is the same on all devices: its gradients are summed over them."""
 
     def gradients(r, y, scale):
@@ -94,7 +85,7 @@ def test_lowers_under_shard_map(h100):
     data, everywhere = PartitionSpec("data"), PartitionSpec()
     specs = (data, data, everywhere)
     r = jnp.zeros((4, 512, 256))
-    with h100(2):
+    with gpus(shape=(2,)):
         sharded = jax.shard_map(gradients, in_specs=specs, out_specs=specs)
         traced = jax.jit(sharded).trace(r, r.astype(jnp.bfloat16), jnp.zeros(256))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()

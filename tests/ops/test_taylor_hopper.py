@@ -6,15 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
+from devices import gpus
+from jax.sharding import AxisType, PartitionSpec
 
 from based_jax.ops import taylor, taylor_hopper
 from pallas_kernels import taylor_packing
-
-
-def _device(kind: str = "NVIDIA H100 80GB HBM3", size: int = 1, axes: AxisType = AxisType.Auto):
-    device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
-    return use_abstract_mesh(AbstractMesh((size,), ("data",), (axes,), abstract_device=device))
 
 
 def _arrays(shape=(2, 2048, 16), k=16, v=64, dtype=jnp.bfloat16):
@@ -79,7 +75,7 @@ def test_other_widths_are_those_of_the_kernels(rng, monkeypatch, feature_dim, va
     ],
 )
 def test_refusals_name_the_value(arrays, words):
-    with _device():
+    with gpus():
         assert words in taylor_hopper.supports(*arrays, None, None)
         assert taylor_hopper.supports(*_arrays(), None, None) is None
 
@@ -88,17 +84,18 @@ def test_refusals_name_the_value(arrays, words):
     "kind, runs", [("NVIDIA GH200 480GB", True), ("NVIDIA A100-SXM4-80GB", False), ("NVIDIA B200", False)]
 )
 def test_only_hopper_gpus(kind, runs):
-    with _device(kind):
+    with gpus(kind):
         reason = taylor_hopper.supports(*_arrays(), None, None)
     assert reason is None if runs else kind in reason
 
 
 def test_a_mesh_with_explicit_axes_needs_shard_map():
-    with _device(size=2, axes=AxisType.Explicit):
-        assert "shard_map" in taylor_hopper.supports(*_arrays(), None, None)
+    arrays = _arrays()
+    with gpus(shape=(2,), axes=AxisType.Explicit):
+        assert "shard_map" in taylor_hopper.supports(*arrays, None, None)
     for axes in (AxisType.Manual, AxisType.Auto):
-        with _device(size=2, axes=axes):
-            assert taylor_hopper.supports(*_arrays(), None, None) is None
+        with gpus(shape=(2,), axes=axes):
+            assert taylor_hopper.supports(*arrays, None, None) is None
 
 
 @pytest.mark.parametrize("shape, pieces", [((8, 2048, 16), 1), ((1, 4097, 4), 16), ((2, 15, 2), 1)])
@@ -111,7 +108,7 @@ def test_lowers_for_an_h100(shape, pieces, with_state, packed):
         o, after = taylor.taylor_attention(q, k, v, state=state, segment_ids=ids, return_state=True)
         return o.astype(jnp.float32).sum() + after.sum()
 
-    with _device():
+    with gpus():
         gradients = jax.jit(jax.grad(loss, argnums=tuple(range(3 + with_state))))
         text = gradients.trace(*arrays, *state).lower(lowering_platforms=("cuda",)).as_text()
     assert [name for name in ("taylor_forward", "taylor_dq", "taylor_dkv") if name not in text] == []
@@ -126,15 +123,13 @@ def _gradients(arrays, impl="hopper"):
 
 
 def test_lowers_under_vmap():
-    with _device():
+    with gpus():
         traced = jax.jit(lambda *arrays: jax.vmap(lambda *xs: _gradients(xs))(*arrays)).trace(*_arrays((3, 2, 256, 4)))
         assert "taylor_dkv" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("time", [256, 4100])
 def test_lowers_under_shard_map_over_batch_and_heads(time):
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    mesh = AbstractMesh((2, 2), ("data", "heads"), (AxisType.Auto,) * 2, abstract_device=device)
     spec, state_spec = PartitionSpec("data", None, "heads"), PartitionSpec("data", "heads")
     arrays, state = _arrays((4, time, 4)), jnp.zeros((4, 4, 153, 65))
 
@@ -144,7 +139,7 @@ def test_lowers_under_shard_map_over_batch_and_heads(time):
 
         return jax.vjp(call, q, k, v, state)[1]((v, state))
 
-    with use_abstract_mesh(mesh):
+    with gpus(shape=(2, 2)):
         specs = (*(spec,) * 3, state_spec)
         sharded = jax.shard_map(gradients, in_specs=(*specs, PartitionSpec("data")), out_specs=specs)
         traced = jax.jit(sharded).trace(*arrays, state, jnp.ones((4, time), jnp.int32))

@@ -4,19 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import gpus
 from interpreted import replace_products
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
+from jax.sharding import AxisType, PartitionSpec
 
 from based_jax.ops import window_hopper
 from based_jax.ops.softmax import window_attention
-
-
-def _device(kind: str = "NVIDIA H100 80GB HBM3", shape=(1,), axes: AxisType = AxisType.Auto):
-    device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
-    names = ("data", "heads")[: len(shape)]
-    return use_abstract_mesh(AbstractMesh(shape, names, (axes,) * len(shape), abstract_device=device))
 
 
 def _arrays(shape=(2, 2048, 16), k=64, v=64, dtype=jnp.bfloat16):
@@ -34,16 +29,17 @@ def _arrays(shape=(2, 2048, 16), k=64, v=64, dtype=jnp.bfloat16):
     ],
 )
 def test_refusals_name_the_value(arrays, window, words):
-    with _device():
+    with gpus():
         assert words in window_hopper.supports(*arrays, None, window)
         assert window_hopper.supports(*_arrays(), None, 129) is None
 
 
 def test_other_devices_and_meshes_are_refused():
-    with _device("NVIDIA A100-SXM4-80GB"):
+    with gpus("NVIDIA A100-SXM4-80GB"):
         assert "A100" in window_hopper.supports(*_arrays(), None, 64)
-    with _device(shape=(2,), axes=AxisType.Explicit):
-        assert "shard_map" in window_hopper.supports(*_arrays(), None, 64)
+    arrays = _arrays()
+    with gpus(shape=(2,), axes=AxisType.Explicit):
+        assert "shard_map" in window_hopper.supports(*arrays, None, 64)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +80,7 @@ def test_lowers_for_an_h100(shape, head_dim, window, packed):
     ids = jnp.ones(shape[:2], jnp.int32) if packed else None
     arrays = _arrays(shape, head_dim, head_dim)
     texts = []
-    with _device():
+    with gpus():
         for call in (
             lambda *qkv: window_attention(*qkv, window=window, segment_ids=ids),
             lambda *qkv: _gradients(qkv, ids, window),
@@ -98,7 +94,7 @@ def test_lowers_for_an_h100(shape, head_dim, window, packed):
 
 def test_lowers_under_vmap():
     ids = jnp.ones((3, 2, 256), jnp.int32)
-    with _device():
+    with gpus():
         call = jax.jit(jax.vmap(lambda ids, *qkv: _gradients(qkv, ids)))
         text = call.trace(ids, *_arrays((3, 2, 256, 4))).lower(lowering_platforms=("cuda",)).as_text()
     assert "window_backward" in text
@@ -106,7 +102,7 @@ def test_lowers_under_vmap():
 
 def test_lowers_under_shard_map_over_batch_and_heads():
     spec = PartitionSpec("data", None, "heads")
-    with _device(shape=(2, 2)):
+    with gpus(shape=(2, 2)):
         sharded = jax.shard_map(
             lambda ids, *qkv: _gradients(qkv, ids), in_specs=(PartitionSpec("data"), *(spec,) * 3), out_specs=spec
         )
