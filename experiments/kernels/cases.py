@@ -1,6 +1,7 @@
 """What `check` and `sanitize` run: the cases of each operation, their inputs, and the ways of calling it."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -90,7 +91,8 @@ def through(case: Case, call: Callable) -> Callable:
         return {name: x.reshape(-1, *x.shape[2:]) for name, x in out.items()}
 
     def shards(arrays, ids):
-        rows, mesh = PartitionSpec("data"), Mesh(np.array(jax.devices()[:1]), ("data",))
+        devices = jax.devices()[: math.gcd(len(jax.devices()), case.shape[0])]
+        rows, mesh = PartitionSpec("data"), Mesh(np.array(devices), ("data",))
         specs = {name: PartitionSpec() if name in weights else rows for name in arrays}
         if ids is None:
             return jax.shard_map(lambda x: call(x, None), mesh=mesh, in_specs=(specs,), out_specs=rows)(arrays)
