@@ -111,23 +111,20 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
                     g, gz_before = g * mosaic.across(reads.astype(dtype), g.shape), gz * reads
                 ds = jnp.where(seen, (dp + mosaic.across(gz, dp.shape)) * (1.0 + s * SCALE), 0.0).astype(dtype)
                 x = mosaic.load(q_tile.at[slot])
-                weights = mosaic.across(gz_before, x.shape)
                 plgpu.barrier_wait(ready.at[mine])
 
-                def read(u, dq):
+                def read(u, before, dq):
                     mosaic.multiply(u, g, state_tile.at[mine])
+                    mosaic.multiply(before, q_tile.at[slot], form_tile.at[mine, pl.ds(0, FEATURE_DIM)])
+                    mosaic.multiply(before, unit().astype(dtype), form_tile.at[mine, pl.ds(FEATURE_DIM, FEATURE_DIM)])
                     mosaic.multiply(dq, ds, k_tile.at[slot])
-                    mosaic.multiply(
-                        dq, (x.astype(jnp.float32) * weights).astype(dtype), form_tile.at[mine, pl.ds(0, FEATURE_DIM)]
-                    )
-                    mosaic.multiply(
-                        dq, (unit() * weights).astype(dtype), form_tile.at[mine, pl.ds(FEATURE_DIM, FEATURE_DIM)]
-                    )
-                    return u[...], dq[...]
+                    return u[...], before[...], dq[...]
 
-                u, dq = mosaic.products(read, (C, PACKED_DIM), (C, FEATURE_DIM))
+                u, before, dq = mosaic.products(read, (C, PACKED_DIM), *((C, FEATURE_DIM),) * 2)
                 plgpu.barrier_arrive(free.at[mine])
-                dq = SCALE * (dq + pull_back(x, u))
+                # In fp32: where keys or values have a mean, this term and the next cancel more the longer the sequence.
+                before = before * mosaic.across(gz_before, before.shape)
+                dq = SCALE * (dq + before + pull_back(x, u))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dq_tile.at[mine][...] = dq.astype(dtype)
                 gz_tile.at[mine][...] = exact

@@ -46,10 +46,9 @@ SUSTAINED = r"\.avg\.pct_of_peak_sustained_(active|elapsed)"
 METRICS = {
     "microseconds": r"gpu__time_duration\.sum",
     "tensor_percent": r"sm__(inst_executed_)?pipe_tensor.*" + SUSTAINED,
-    "shared_memory_percent": r"l1tex__data_pipe_lsu_wavefronts_mem_shared.*" + SUSTAINED,
     "l1_percent": r"l1tex__throughput" + SUSTAINED,
     "l2_percent": r"lts__throughput" + SUSTAINED,
-    "dram_percent": r"(gpu__)?dram__throughput" + SUSTAINED,
+    "dram_percent": r"gpu__dram_throughput" + SUSTAINED,
     "issue_percent": r"smsp?__(issue_active|inst_issued)" + SUSTAINED,
     "warps_percent": r"sm__warps_active" + SUSTAINED,
     "registers": r"launch__registers_per_thread",
@@ -181,7 +180,7 @@ def picked(numbers: dict[str, float]) -> dict:
         found["microseconds"] = round(found["microseconds"] / 1e3, 2)
     units = {name: x for name, x in numbers.items() if re.search(SUSTAINED + "$", name) and x >= LEAST_PERCENT}
     stalls = {match[1]: x for name, x in numbers.items() if (match := STALL.fullmatch(name))}
-    stalls = {name: x for name, x in stalls.items() if not name.endswith("_not_issued")}
+    stalls = {name: x for name, x in stalls.items() if not name.endswith(("selected", "_not_issued"))}
     return found | {"stalls": _descending(stalls), "units_percent": _descending(units)}
 
 

@@ -135,7 +135,7 @@ def calls(folder: Path) -> str:
     rows = [row for row in results.read(folder, "profile*.jsonl") if row["view"] == "call"]
 
     def cells(row: dict) -> list[str]:
-        parts = ", ".join(f"{x['kernel']} {_number(x['microseconds'])}" for x in row["kernels"])
+        parts = ", ".join(f"{_kernel(x)} {_number(x['microseconds'])}" for x in row["kernels"])
         numbers = (_number(row[name]) for name in ("microseconds", "idle_microseconds"))
         return [f"`{row['op']}`", _shape(results.where(row)), row["pass"].replace("+", " + "), *numbers, parts]
 
@@ -145,18 +145,23 @@ def calls(folder: Path) -> str:
 def launches(folder: Path) -> str:
     """Return what Nsight Compute saw of each kernel."""
     rows = [row for row in results.read(folder, "profile*.jsonl") if row["view"] == "launch"]
-    units = ("tensor_percent", "shared_memory_percent", "l2_percent", "dram_percent", "issue_percent")
+    units = ("tensor_percent", "l1_percent", "l2_percent", "dram_percent", "issue_percent")
 
     def cells(row: dict) -> list[str]:
         stalls = ", ".join(f"{name} {x:.1f}" for name, x in list(row["stalls"].items())[:STALLS])
         place = _shape(results.where(row)) if "batch" in row else "-"
         busy = [f"{row[name]:.0f} %" if name in row else "-" for name in units]
         sizes = (f"{row[name]:.0f}" if name in row else "-" for name in ("registers", "blocks_at_once"))
-        return [f"`{row['kernel']}`", place, _number(row.get("microseconds")), *busy, *sizes, stalls]
+        return [f"`{_kernel(row)}`", place, _number(row.get("microseconds")), *busy, *sizes, stalls]
 
-    names = ["tensor cores", "shared memory", "L2", "DRAM", "issue slots", "registers", "blocks per SM"]
+    names = ["tensor cores", "L1 and shared memory", "L2", "DRAM", "issue slots", "registers", "blocks per SM"]
     header = ["kernel", "(B, H, T)", "time", *names, "stalls (warps per issue)"]
     return _table(header, map(cells, rows), rows)
+
+
+def _kernel(row: dict) -> str:
+    """Return a kernel's own name, without what Mosaic adds."""
+    return row["kernel"].removesuffix("_mosaic_gpu_kernel")
 
 
 def checks(folder: Path) -> str:
