@@ -5,7 +5,7 @@ import logging
 import sys
 from typing import NoReturn
 
-from based_jax.commands import bench, convert, describe, eval, generate, train
+from based_jax.commands import bench, convert, describe, eval, generate, sweep, train
 from based_jax.errors import UserError
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": convert,
     "describe": describe,
     "bench": bench,
+    "sweep": sweep,
 }
 
 

@@ -10,6 +10,7 @@ Defaults live in the dataclasses only. A config file holds what differs from the
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import inspect
@@ -17,7 +18,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,11 +41,42 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
     Raises:
       UserError: the file is missing or fails, has no such variant, or a key leads through a value.
     """
+    config = call(spec, "get_config")
+    if not isinstance(config, Mapping | ConfigDict):
+        raise UserError(f"Config '{spec}' is {config!r:.80}; get_config returns a ConfigDict.")
+    return ConfigDict(overridden(config, {key: _parse(text) for key, text in overrides}))
+
+
+def call(spec: str, function: str) -> Any:
+    """Return what a function of a file returns.
+
+    Args:
+      spec: 'path/to/file.py', or 'path/to/file.py:variant'; the variant is the function's argument.
+      function: its name.
+
+    Raises:
+      UserError: the file is missing or fails, or has no such variant.
+    """
     path, _, variant = spec.partition(":")
-    values = _call(_get_config(path, variant), path, variant)
-    for key, text in overrides:
-        _override(values, key, text)
-    return ConfigDict(values)
+    found = _get_function(path, variant, function)
+    try:
+        return found(variant) if variant else found()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"Config '{spec}' fails with {type(error).__name__}: {error}.") from error
+
+
+def overridden(config: Mapping | ConfigDict, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config as nested dicts with the values of dotted keys replaced, or added.
+
+    Raises:
+      UserError: a key leads through a value.
+    """
+    plain = copy.deepcopy(_plain(config))
+    for key, value in values.items():
+        _override(plain, key, value)
+    return plain
 
 
 def build[T](cls: type[T], mapping: Mapping | ConfigDict, where: str = "") -> T:
@@ -119,8 +151,8 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
         raise UserError(f"Workdir '{workdir}' belongs to another config: {', '.join(shown)}{more}; choose another one.")
 
 
-def _get_config(path: str, variant: str):
-    """Execute a config file and return its `get_config`."""
+def _get_function(path: str, variant: str, name: str) -> Callable:
+    """Execute a file and return its function of that name."""
     namespace: dict[str, Any] = {"__name__": Path(path).stem, "__file__": path}
     try:
         exec(compile(Path(path).read_text(), path, "exec"), namespace)
@@ -128,34 +160,24 @@ def _get_config(path: str, variant: str):
         raise UserError(f"Config file '{path}' cannot be read: {error.strerror}.") from None
     except Exception as error:
         raise UserError(f"Config file '{path}' fails with {type(error).__name__}: {error}.") from error
-    if not callable(namespace.get("get_config")):
-        raise UserError(f"Config file '{path}' has no function get_config(variant).")
+    found = namespace.get(name)
+    if not callable(found):
+        raise UserError(f"Config file '{path}' has no function {name}(variant).")
     if variant and "VARIANTS" in namespace and variant not in namespace["VARIANTS"]:
         raise unknown(f"variant of '{path}'", variant, namespace["VARIANTS"])
-    if variant and not inspect.signature(namespace["get_config"]).parameters:
-        raise UserError(f"Config file '{path}' has no variants, so not '{variant}': its get_config takes no argument.")
-    return namespace["get_config"]
+    if variant and not inspect.signature(found).parameters:
+        raise UserError(f"Config file '{path}' has no variants, so not '{variant}': its {name} takes no argument.")
+    return found
 
 
-def _call(get_config, path: str, variant: str) -> dict[str, Any]:
-    name = f"Config '{path}:{variant}'" if variant else f"Config '{path}'"
-    try:
-        config = get_config(variant) if variant else get_config()
-    except Exception as error:
-        raise UserError(f"{name} fails with {type(error).__name__}: {error}.") from error
-    if not isinstance(config, Mapping | ConfigDict):
-        raise UserError(f"{name} is {config!r:.80}; get_config returns a ConfigDict.")
-    return _plain(config)
-
-
-def _override(values: dict[str, Any], key: str, text: str) -> None:
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key, making the sections on its way."""
     *sections, name = key.split(".")
     for depth, section in enumerate(sections, start=1):
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"Override '{key}': '{'.'.join(sections[:depth])}' is {values!r:.80}, which has no keys.")
-    values[name] = _parse(text)
+    values[name] = value
 
 
 def _parse(text: str) -> Any:

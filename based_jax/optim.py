@@ -13,6 +13,7 @@ import optax
 from based_jax.errors import UserError, unknown
 
 Schedule = Callable[[Any], jax.Array]
+Rate = float | jax.Array
 
 NO_DECAY: dict[str, tuple[str, ...]] = {
     # HazyResearch/based, then what H3 and RWKV exempt: time steps, poles and decays
@@ -70,12 +71,12 @@ class OptimConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it is at least 1, or None.")
 
 
-def constant(config: OptimConfig, steps: int) -> Schedule:
+def constant(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
     """Return the peak for every step."""
-    return lambda step: jnp.float32(config.lr)
+    return lambda step: jnp.asarray(peak, jnp.float32)
 
 
-def warmup_cosine(config: OptimConfig, steps: int) -> Schedule:
+def warmup_cosine(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
     """Return a line up to the peak, then half a cosine down to `final_lr`, whose time starts after the warmup.
 
     Source: timm's CosineLRScheduler with `warmup_prefix`, as HazyResearch/based configures it.
@@ -86,15 +87,15 @@ def warmup_cosine(config: OptimConfig, steps: int) -> Schedule:
         raise UserError(f"warmup_steps is {warmup}, but the run has {steps} steps; the warmup is shorter than the run.")
 
     def lr(step):
-        rising = config.warmup_lr + (config.lr - config.warmup_lr) * step / max(warmup, 1)
+        rising = config.warmup_lr + (peak - config.warmup_lr) * step / max(warmup, 1)
         progress = jnp.clip((step - warmup) / decay_steps, 0, 1)
-        falling = config.final_lr + (config.lr - config.final_lr) * (1 + jnp.cos(math.pi * progress)) / 2
+        falling = config.final_lr + (peak - config.final_lr) * (1 + jnp.cos(math.pi * progress)) / 2
         return jnp.where(step < warmup, rising, falling)
 
     return lr
 
 
-def cosine_per_epoch(config: OptimConfig, steps: int) -> Schedule:
+def cosine_per_epoch(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
     """Return half a cosine from the peak towards 0 that moves once per epoch, as zoology trains MQAR.
 
     Source: torch's CosineAnnealingLR with eta_min 0, stepped after each epoch (HazyResearch/zoology:zoology/train.py).
@@ -103,28 +104,31 @@ def cosine_per_epoch(config: OptimConfig, steps: int) -> Schedule:
         raise UserError("schedule 'cosine_per_epoch' needs steps_per_epoch, which is None; it is at least 1.")
     per_epoch = config.steps_per_epoch
     epochs = math.ceil(steps / per_epoch)
-    return lambda step: config.lr * (1 + jnp.cos(math.pi * (jnp.asarray(step) // per_epoch) / epochs)) / 2
+    return lambda step: peak * (1 + jnp.cos(math.pi * (jnp.asarray(step) // per_epoch) / epochs)) / 2
 
 
 SCHEDULES = {"warmup_cosine": warmup_cosine, "cosine_per_epoch": cosine_per_epoch, "constant": constant}
 
 
-def schedule(config: OptimConfig, steps: int) -> Schedule:
+def schedule(config: OptimConfig, steps: int, peak: Rate | None = None) -> Schedule:
     """Return the learning rate (fp32 scalar) as a function of the step, 0 at the first update.
 
     Args:
       config: names the schedule and its values.
       steps: updates in the whole run.
+      peak: instead of `config.lr`; may be traced.
 
     Raises:
       UserError: the schedule does not fit into that many steps, or misses a value.
     """
     if steps < 1:
         raise UserError(f"steps is {steps}; it is at least 1.")
-    return SCHEDULES[config.schedule](config, steps)
+    return SCHEDULES[config.schedule](config, steps, config.lr if peak is None else peak)
 
 
-def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+def adamw(
+    config: OptimConfig, steps: int, *, lr: Rate | None = None, weight_decay: Rate | None = None
+) -> optax.GradientTransformation:
     """Return clipping, Adam, decoupled weight decay by path and the schedule, in this order.
 
     It acts on an `nnx.State` of parameters or on nested dicts, with stacked layers or without.
@@ -132,16 +136,18 @@ def adamw(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     Args:
       config: see `OptimConfig`.
       steps: updates in the whole run.
+      lr, weight_decay: instead of the config's; may be traced, as lanes of a sweep are.
 
     Raises:
       UserError: as `schedule`.
     """
     b1, b2 = config.betas
+    decay: Any = config.weight_decay if weight_decay is None else weight_decay
     return optax.chain(
         optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1, b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config.decay)),
-        optax.scale_by_learning_rate(schedule(config, steps)),
+        optax.add_decayed_weights(decay, mask=lambda params: decay_mask(params, config.decay)),
+        optax.scale_by_learning_rate(schedule(config, steps, lr)),
     )
 
 

@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 
 from based_jax.data import corpus
 from based_jax.data.hosts import own_rows
-from based_jax.data.mqar import IGNORE, Batch
+from based_jax.data.segments import IGNORE, Batch
 from based_jax.data.tokenizer import Tokenizer, get_tokenizer
 from based_jax.errors import UserError
 

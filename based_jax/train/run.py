@@ -17,7 +17,7 @@ from based_jax.nn.lm import LM, LMConfig
 from based_jax.optim import OptimConfig
 from based_jax.train.checkpoint import CheckpointConfig, Checkpoints
 from based_jax.train.step import TrainState, init_state
-from based_jax.train.tasks import MqarTask, TextTask
+from based_jax.train.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TrainConfig:
     """
 
     model: LMConfig
-    data: MqarTask | TextTask
+    data: Task
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     steps: int = 1000

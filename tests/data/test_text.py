@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from based_jax.data import corpus, text
-from based_jax.data.mqar import IGNORE
+from based_jax.data.segments import IGNORE
 from based_jax.data.tokenizer import ByteTokenizer
 from based_jax.errors import UserError
 

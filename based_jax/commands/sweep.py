@@ -1,0 +1,96 @@
+"""Train the points of a sweep file into a store, list what is missing, or draw the pictures of a store."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from based_jax.errors import UserError, unknown
+
+LAUNCHERS = ("local", "ray", "slurm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommands and their arguments."""
+    commands = parser.add_subparsers(dest="action", required=True, metavar="action")
+    _add_run(commands.add_parser("run", help="train every point that the store has no row of"))
+    missing = commands.add_parser("list", help="print the points that the store has no row of")
+    missing.add_argument("sweep", help="sweep file, optionally with a variant: path/to/sweeps.py:variant")
+    missing.add_argument("--store", required=True, help="folder of the rows")
+    plot = commands.add_parser("plot", help="draw the frontier of a store: PNG, SVG and one interactive HTML page")
+    plot.add_argument("--store", required=True, nargs="+", help="folders of rows, or files")
+    plot.add_argument("--out", required=True, help="folder of the pictures")
+    plot.add_argument("--title", default="Recall against bytes of state", help="of the page")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", help="sweep file, optionally with a variant: path/to/sweeps.py:variant")
+    parser.add_argument("--store", required=True, help="folder of the rows; the same command goes on where it stopped")
+    parser.add_argument("--launcher", default="local", help=f"{', '.join(LAUNCHERS)} (default: local)")
+    parser.add_argument("--lanes", type=int, default=16, help="trials trained together, at most (default: 16)")
+    parser.add_argument("--workers", type=int, help="groups under way on each device (default: by kind of device)")
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th group from the i-th on (default: all)")
+    parser.add_argument(
+        "--tasks", type=int, default=8, help="ray, slurm: parts that the sweep is cut into (default: 8)"
+    )
+    parser.add_argument("--script", help="slurm: write the job here instead of submitting it")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the subcommand says."""
+    {"run": _run, "list": _list, "plot": _plot}[args.action](args)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from based_jax.sweep import launch
+    from based_jax.sweep.run import Options
+
+    for name in ("lanes", "tasks"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it is at least 1.")
+    if args.launcher not in LAUNCHERS:
+        raise unknown("launcher", args.launcher, LAUNCHERS)
+    options = Options(
+        args.lanes, args.workers, part(args.part), shlex.join(["python", "-m", "based_jax", *sys.argv[1:]])
+    )
+    launchers = {"local": launch.local, "ray": launch.on_ray, "slurm": launch.on_slurm}
+    extra = {"slurm": {"tasks": args.tasks, "script": args.script}, "ray": {"tasks": args.tasks}}
+    launchers[args.launcher](args.sweep, args.store, options, **extra.get(args.launcher, {}))
+
+
+def part(text: str) -> tuple[int, int]:
+    """Return (i, n) of "i/n".
+
+    Raises:
+      UserError: it is something else, or i is not in [0, n).
+    """
+    first, slash, number = text.partition("/")
+    if not (slash and first.isdecimal() and number.isdecimal() and int(first) < int(number)):
+        raise UserError(f"--part is '{text}'; it is i/n with 0 <= i < n, such as 0/4.")
+    return int(first), int(number)
+
+
+def _list(args: argparse.Namespace) -> None:
+    from based_jax.store import Store
+    from based_jax.sweep.run import unfinished
+    from based_jax.sweep.trial import load_sweep
+
+    sweep = load_sweep(args.sweep)
+    missing = list(unfinished(sweep, Store(args.store)))
+    for point in missing:
+        print(point)
+    print(f"{len(missing)} of {sum(1 for _ in sweep.trials())} points have no row in '{args.store}'.")
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from based_jax.store import Store
+    from based_jax.sweep import page, picture
+
+    rows = [row for store in args.store for row in Store(store).rows()]
+    if not rows:
+        raise UserError(f"There are no rows in {', '.join(map(repr, args.store))}.")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    picture.frontier(rows, out / "frontier.png")
+    page.write(rows, out / "frontier.html", title=args.title)
+    print(f"The pictures are {out / 'frontier.png'} and {out / 'frontier.html'}.")

@@ -1,0 +1,226 @@
+"""Trains the trials of one signature as lanes: epochs, tests after each, and lanes that leave before the end."""
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from based_jax.data.segments import SegmentSource, Split
+from based_jax.sweep import lanes
+from based_jax.sweep.lanes import Examples, Lanes, Program, Rates
+from based_jax.sweep.trial import Trial
+
+MEMORY = 0.8
+"""Of what is free on the device, for one group."""
+MOST_LANES = 16
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a trial has come to.
+
+    Attributes:
+      status: "running", "finished" (all epochs), "converged" (past the accuracy to stop at) or "diverged" (not finite).
+      curve, losses: accuracy on the tests after each epoch, and mean training loss in it, in nats.
+      segments: accuracy on each test segment after the last epoch.
+      steps: updates.
+      seconds: of the device, its share where lanes are trained together.
+      compile_seconds: likewise, of the host.
+    """
+
+    status: str = "running"
+    curve: list[float] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    segments: dict[str, float] = dataclasses.field(default_factory=dict)
+    steps: int = 0
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+
+class Resident:
+    """The examples of a task on a device, and the batches of an epoch as rows of them."""
+
+    def __init__(self, trial: Trial):
+        self.source: SegmentSource = trial.data.open(trial.batch_size, 0, 1)
+        self.batch_size = trial.batch_size
+        task = self.source.task
+        self.train = [self._place("train", i) for i in range(len(task.train))]
+        self.test = {segment.name: self._place("test", i) for i, segment in enumerate(task.test)}
+        [self.device] = self.train[0].inputs.devices()
+        self.tokens = max(x.inputs.shape[1] for x in self.train) * trial.batch_size
+
+    def dispatches(self, epoch: int) -> Iterator[tuple[Examples, np.ndarray, int]]:
+        """Yield (examples, rows (STEPS, B), number of steps): batches of one segment that follow each other."""
+        rows, current = self._empty(), None
+        count = 0
+        for segment, taken in self.source.order(epoch):
+            if count == lanes.STEPS or (count and segment != current):
+                yield self.train[current], rows, count
+                rows, count = self._empty(), 0
+            current = segment
+            rows[count, : len(taken)] = taken
+            count += 1
+        yield self.train[current], rows, count
+
+    def test_rows(self, name: str) -> int:
+        """Return how many rows of a test segment are read together: as many tokens as the largest training batch."""
+        return max(1, self.tokens // self.test[name].inputs.shape[1])
+
+    def _place(self, split: Split, index: int) -> Examples:
+        return jax.device_put(Examples.of(*self.source.examples(split, index)))
+
+    def _empty(self) -> np.ndarray:
+        return np.full((lanes.STEPS, self.batch_size), -1, np.int32)
+
+
+class Programs:
+    """Everything compiled for a number of lanes."""
+
+    def __init__(self, trial: Trial, data: Resident, number: int):
+        begin = time.perf_counter()
+        self.lanes, self.data = Lanes(trial, number), data
+        self.beginning = self.lanes.beginning()
+        self.train: dict[tuple, Program] = {}
+        for examples in sorted(data.train, key=_size, reverse=True):
+            key = _key(examples)
+            self.train[key] = self.train.get(key) or self.lanes.training(examples)
+            if not self.fits():
+                break
+        self.test: dict[str, Program] = {}
+        if self.fits():
+            self.test = {name: self.lanes.testing(x, data.test_rows(name)) for name, x in data.test.items()}
+        self.seconds = time.perf_counter() - begin
+
+    def fits(self) -> bool:
+        """Return whether the programs' memory is there."""
+        stats = self.data.device.memory_stats()
+        most = max(program.bytes for program in self.train.values())
+        return not stats or most <= MEMORY * (stats["bytes_limit"] - stats["bytes_in_use"])
+
+    def epoch(self, states, rates: Rates, number: int):
+        """Return the states after an epoch, and the mean training loss of each lane."""
+        total, steps = jnp.zeros(self.lanes.number), 0
+        for examples, rows, count in self.data.dispatches(number):
+            states, losses = self.train[_key(examples)].call(states, rates, examples, rows, jnp.int32(count))
+            total, steps = total + losses, steps + count
+        return states, total / steps
+
+    def accuracies(self, params) -> dict[str, jax.Array]:
+        """Return the accuracy of each lane on each test segment."""
+        return {name: program.call(params, self.data.test[name]) for name, program in self.test.items()}
+
+
+def fitting(trial: Trial, data: Resident, number: int) -> Programs:
+    """Return the programs for as many lanes as fit, halving from `number`; for one lane whether it fits or not."""
+    programs = Programs(trial, data, number)
+    while not programs.fits() and number > 1:
+        number = -(-number // 2)
+        programs = Programs(trial, data, number)
+    return programs
+
+
+def train(
+    trials: Sequence[Trial],
+    data: Resident,
+    *,
+    most_lanes: int = MOST_LANES,
+    device: contextlib.AbstractContextManager | None = None,
+) -> Iterator[tuple[Trial, Outcome]]:
+    """Yield each trial with its outcome as soon as it is known.
+
+    Args:
+      trials: of one signature.
+      data: their data.
+      most_lanes: lanes at most; fewer where the device's memory holds fewer.
+      device: held while the device works for these trials; compilation goes on without it.
+    """
+    device = device or threading.Lock()
+    programs = fitting(trials[0], data, min(most_lanes, len(trials)))
+    number = programs.lanes.number
+    for first in range(0, len(trials), number):
+        batch = trials[first : first + number]
+        yield from _Batch(batch, programs, device).run()
+
+
+class _Batch:
+    """Trials in their lanes; a lane without a trial repeats the first one."""
+
+    def __init__(self, trials: Sequence[Trial], programs: Programs, device: contextlib.AbstractContextManager):
+        self.programs, self.device = programs, device
+        self.outcomes = [Outcome(compile_seconds=programs.seconds / len(trials)) for _ in trials]
+        self.trials = list(trials)
+        self.lane_of = {i: i for i in range(len(trials))}
+        filled = [*trials, *[trials[0]] * (programs.lanes.number - len(trials))]
+        self.rates = Rates(
+            *(jnp.asarray([getattr(x.optim, name) for x in filled], jnp.float32) for name in Rates._fields)
+        )
+        self.seeds = jnp.asarray([x.seed for x in filled], jnp.uint32)
+
+    def run(self) -> Iterator[tuple[Trial, Outcome]]:
+        trial = self.trials[0]
+        with self.device:
+            states = self.programs.beginning.call(self.seeds)
+        for epoch in range(trial.epochs):
+            states, seconds = self._epoch(states, epoch)
+            for i in list(self.lane_of):
+                self.outcomes[i].status = self._status(i, epoch)
+                if self.outcomes[i].status != "running":
+                    del self.lane_of[i]
+                    yield self.trials[i], self.outcomes[i]
+            if not self.lane_of:
+                return
+            states = self._shrunk(states, seconds * (trial.epochs - epoch - 1))
+
+    def _epoch(self, states, epoch: int):
+        """Train and test; return the states and the seconds of the device."""
+        with self.device:
+            begin = time.perf_counter()
+            states, losses = self.programs.epoch(states, self.rates, epoch)
+            losses, segments = jax.device_get((losses, self.programs.accuracies(states.params)))
+            seconds = time.perf_counter() - begin
+        weights = {x.name: x.num_examples for x in self.programs.data.source.task.test}
+        for i, lane in self.lane_of.items():
+            outcome = self.outcomes[i]
+            outcome.segments = {name: float(found[lane]) for name, found in segments.items()}
+            outcome.curve.append(float(np.average(list(outcome.segments.values()), weights=list(weights.values()))))
+            outcome.losses.append(float(losses[lane]))
+            outcome.steps += self.trials[i].steps_per_epoch
+            outcome.seconds += seconds / len(self.lane_of)
+        return states, seconds
+
+    def _status(self, i: int, epoch: int) -> str:
+        outcome, trial = self.outcomes[i], self.trials[i]
+        if not np.isfinite(outcome.losses[-1]):
+            return "diverged"
+        if trial.stop_accuracy is not None and outcome.curve[-1] > trial.stop_accuracy:
+            return "converged"
+        return "finished" if epoch + 1 == trial.epochs else "running"
+
+    def _shrunk(self, states, seconds_left: float):
+        """Return the states of the lanes that go on, if compiling for fewer takes less than the others would."""
+        number = len(self.lane_of)
+        saved = seconds_left * (1 - number / self.programs.lanes.number)
+        if saved <= self.programs.seconds:
+            return states
+        kept = list(self.lane_of.values())
+        self.programs = Programs(self.trials[0], self.programs.data, number)
+        for i in self.lane_of:
+            self.outcomes[i].compile_seconds += self.programs.seconds / number
+        self.lane_of = {i: lane for lane, i in enumerate(self.lane_of)}
+        self.rates = lanes.chosen(self.rates, kept)
+        with self.device:
+            return lanes.chosen(states, kept)
+
+
+def _key(examples: Examples) -> tuple:
+    return examples.inputs.shape, examples.where.shape
+
+
+def _size(examples: Examples) -> int:
+    """Return tokens and answers of a row: the most memory is taken where they are most."""
+    return sum(examples.shape)

@@ -1,0 +1,101 @@
+"""What pictures call a model, and how they draw it: by its main mixers."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from based_jax.sweep.accounting import Layers, counted_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """A colour that stands out on white and on black, and a marker of `MARKERS`."""
+
+    colour: str
+    marker: str
+
+
+MARKERS = ("circle", "square", "triangle", "diamond", "down", "plus", "cross")
+
+NAMES = {
+    "taylor": "Based",
+    "window": "Sliding window",
+    "attention": "Attention",
+    "mamba": "Mamba",
+    "mamba2": "Mamba-2",
+    "deltanet": "DeltaNet",
+    "gated_deltanet": "Gated DeltaNet",
+    "kda": "KDA",
+    "gla": "GLA",
+    "rwkv7": "RWKV-7",
+    "h3": "H3",
+    "hyena": "Hyena",
+    "linear": "Linear attention",
+    "retnet": "RetNet",
+    "lightning": "Lightning",
+    "simple_gla": "Simple GLA",
+    "hgrn2": "HGRN2",
+    "gsa": "GSA",
+    "rwkv4": "RWKV-4",
+    "rwkv5": "RWKV-5",
+    "rwkv6": "RWKV-6",
+    "prefix": "Prefix linear attention",
+    "base_conv": "Convolution",
+    "conv": "Gated convolution",
+    "long_conv": "Long convolution",
+    "implicit_conv": "Implicit convolution",
+    "rwkv4_channel_mix": "RWKV-4 channel mix",
+    "rwkv7_channel_mix": "RWKV-7 channel mix",
+}
+COLOURS = (
+    *("#2f7ed8", "#d9730d", "#2f8f4e", "#d03a3a", "#c2558f", "#8456d6", "#b545c6", "#0f8b8d", "#8f6b3d", "#5a7d12"),
+    *("#7a7f87", "#a67c00"),
+)
+LETTERS = {
+    "feature_dim": "K",
+    "window": "w",
+    "d_state": "N",
+    "num_slots": "slots",
+    "expand_ratio": "K",
+    "kernel_size": "taps",
+    "head_dim": "head",
+    "head_size": "head",
+    "feature_map": "",
+}
+"""The options that a label names, and how, unless they are 1; heads come last."""
+
+
+def family(layers: Layers) -> str:
+    """Return the name of a model's main mixers, in their order: "Based", "Sliding window + Based"."""
+    return " + ".join(dict.fromkeys(NAMES[kind] for kind, _ in counted_layers(layers, convolution=False)))
+
+
+def label(layers: Layers, d_model: int) -> str:
+    """Return a model of its family in a few letters: "D 64, K 16"."""
+    parts = [f"D {d_model}"]
+    for _, options in counted_layers(layers, convolution=False):
+        named = {name: letter for name, letter in LETTERS.items() if options.get(name, 1) != 1}
+        parts += [f"{letter} {options[name]}".strip() for name, letter in named.items()]
+        if options.get("num_heads", 1) > 1:
+            parts.append(f"{options['num_heads']} heads")
+    return ", ".join(dict.fromkeys(parts))
+
+
+def architecture(layers: Layers) -> list[str]:
+    """Return one line for each layer: "taylor feature_dim=16 num_heads=1"."""
+    return [" ".join([kind, *(f"{key}={value}" for key, value in _told(options))]) for kind, options in layers]
+
+
+def _told(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    return [(key, value) for key, value in options.items() if key != "impl"]
+
+
+def styles(names: Iterable[str]) -> dict[str, Style]:
+    """Return the style of each family; that of a single mixer is always the same."""
+    known = list(NAMES.values())
+    mixed = sorted(name for name in set(names) if name not in known)
+    return {name: _style([*known, *mixed].index(name)) for name in sorted(names, key=[*known, *mixed].index)}
+
+
+def _style(place: int) -> Style:
+    return Style(COLOURS[place % len(COLOURS)], MARKERS[(place + place // len(COLOURS)) % len(MARKERS)])

@@ -1,0 +1,184 @@
+"""Lanes: trials that differ in traced values alone, trained together by one compiled program.
+
+What keeps a GPU busy with models this small: the examples lie on the device, about a hundred steps are one dispatch,
+and logits exist only where the task asks for an answer.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from based_jax.nn.lm import LM
+from based_jax.optim import adamw
+from based_jax.sweep.trial import Trial
+from based_jax.train.step import IGNORED, TrainState, init_state
+
+STEPS = 100
+"""Of one dispatch, at most."""
+
+
+class Rates(NamedTuple):
+    """The traced values of the optimizer, one per lane."""
+
+    lr: Float[Array, "R"]
+    weight_decay: Float[Array, "R"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Examples with the positions that are asked: P of each, or all T.
+
+    Attributes:
+      inputs: ids.
+      where: distinct positions, in order if they are all.
+      answers: the label there, `IGNORED` where fewer than P positions are asked.
+    """
+
+    inputs: Int[Array, "N T"]
+    where: Int[Array, "N P"]
+    answers: Int[Array, "N P"]
+
+    @classmethod
+    def of(cls, inputs: np.ndarray, labels: np.ndarray) -> "Examples":
+        """Return the examples of (N, T) inputs and labels, `IGNORED` where nothing is asked."""
+        asked = labels != IGNORED
+        most = max(1, asked.sum(axis=1).max())
+        if most == labels.shape[1]:
+            where = np.broadcast_to(np.arange(most, dtype=np.int32), labels.shape)
+        else:
+            where = np.argsort(~asked, axis=1, kind="stable")[:, :most].astype(np.int32)
+        return cls(inputs, where, np.take_along_axis(labels, where, axis=1))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """T and P: with the number of rows, what a program is compiled for."""
+        return self.inputs.shape[1], self.where.shape[1]
+
+    def rows(self, rows: Int[Array, "B"]) -> "Examples":
+        """Return some rows; for -1 one without answers."""
+        taken = jax.tree.map(lambda x: x[jnp.maximum(rows, 0)], self)
+        return dataclasses.replace(taken, answers=jnp.where(rows[:, None] < 0, IGNORED, taken.answers))
+
+
+def answer_sums(model: LM, examples: Examples) -> dict[str, Float[Array, ""]]:
+    """Return sums over a batch: cross-entropy in nats, answers, and accuracies of examples, examples with answers."""
+    hidden, answers = model.hidden(examples.inputs), examples.answers
+    if answers.shape != examples.inputs.shape:
+        rows = jnp.arange(hidden.shape[0])[:, None]
+        hidden = hidden.at[rows, examples.where].get(unique_indices=True, mode="promise_in_bounds")
+    logits = model.logits(hidden)
+    asked = answers != IGNORED
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(asked, answers, 0))
+    correct = jnp.sum(jnp.argmax(logits, axis=-1) == answers, axis=1, where=asked)
+    counts = asked.sum(axis=1)
+    return {
+        "loss": jnp.sum(losses, where=asked),
+        "answers": counts.sum().astype(jnp.float32),
+        "accuracy": jnp.sum(correct / jnp.maximum(counts, 1)),
+        "examples": jnp.sum(counts > 0).astype(jnp.float32),
+    }
+
+
+class Program(NamedTuple):
+    """A compiled call, and the bytes that it needs beside its arguments."""
+
+    call: Callable[..., Any]
+    bytes: int
+
+
+class Lanes:
+    """The programs of trials with one signature, for a number of lanes."""
+
+    def __init__(self, trial: Trial, number: int):
+        self.trial, self.number = trial, number
+        self.graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0))))
+        self.seeds = jax.ShapeDtypeStruct((number,), jnp.uint32)
+        self.states = jax.eval_shape(self._init, self.seeds)
+        rate = jax.ShapeDtypeStruct((number,), jnp.float32)
+        self.rates = Rates(rate, rate)
+
+    def beginning(self) -> Program:
+        """Return `call(seeds) -> states` before the first step, each a function of its seed (R,) alone."""
+        return _compiled(self._init, (), self.seeds)
+
+    def training(self, examples: Examples) -> Program:
+        """Return `call(states, rates, examples, rows, count) -> (states, losses)`.
+
+        It takes `count` of the (STEPS, B) `rows`, -1 for none; `losses` (R,) are sums over steps of a batch's mean.
+        """
+        rows = jax.ShapeDtypeStruct((STEPS, self.trial.batch_size), jnp.int32)
+        count = jax.ShapeDtypeStruct((), jnp.int32)
+        return _compiled(self._train, (0,), self.states, self.rates, _shapes(examples), rows, count)
+
+    def testing(self, examples: Examples, rows: int) -> Program:
+        """Return `call(params, examples) -> accuracies` (R,), means over examples; `rows` of them at a time."""
+
+        def test(params, examples):
+            return self._test(params, examples, rows)
+
+        return _compiled(test, (), self.states.params, _shapes(examples))
+
+    def _init(self, seeds) -> TrainState:
+        tx = adamw(self.trial.optim, self.trial.steps)
+        return jax.vmap(lambda seed: init_state(LM(self.trial.model, rngs=nnx.Rngs(jax.random.key(seed))), tx))(seeds)
+
+    def _train(self, states, rates, examples, rows, count):
+        def step(i, carry):
+            states, losses = carry
+            states, loss = jax.vmap(self.step, (0, 0, None))(states, rates, examples.rows(rows[i]))
+            return states, losses + loss
+
+        return lax.fori_loop(0, count, step, (states, jnp.zeros(self.number, jnp.float32)))
+
+    def step(self, state: TrainState, rates: Rates, batch: Examples) -> tuple[TrainState, Float[Array, ""]]:
+        """Return the state of one lane after a batch, and the mean loss of its answers."""
+
+        def loss(params):
+            sums = answer_sums(nnx.merge(self.graphdef, params), batch)
+            return sums["loss"] / jnp.maximum(sums["answers"], 1)
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        tx = adamw(self.trial.optim, self.trial.steps, lr=rates.lr, weight_decay=rates.weight_decay)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), value
+
+    def _test(self, params, examples: Examples, rows: int):
+        number = examples.inputs.shape[0]
+        order = np.full(-(-number // rows) * rows, -1, np.int32)
+        order[:number] = np.arange(number)
+
+        def test(params, batch):
+            sums = answer_sums(nnx.merge(self.graphdef, params), batch)
+            return sums["accuracy"], sums["examples"]
+
+        def add(totals, rows):
+            found = jax.vmap(test, (0, None))(params, examples.rows(rows))
+            return jax.tree.map(jnp.add, totals, found), None
+
+        zeros = jnp.zeros(self.number, jnp.float32)
+        (correct, count), _ = lax.scan(add, (zeros, zeros), order.reshape(-1, rows))
+        return correct / jnp.maximum(count, 1)
+
+
+def chosen(states, lanes: Sequence[int]):
+    """Return the states, or rates, of some lanes."""
+    return jax.tree.map(lambda x: x[np.asarray(lanes)], states)
+
+
+def _shapes(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _compiled(call: Callable, donated: tuple[int, ...], *shapes) -> Program:
+    compiled = jax.jit(call, donate_argnums=donated).lower(*shapes).compile()
+    memory = compiled.memory_analysis()
+    return Program(compiled, memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0)

@@ -1,0 +1,89 @@
+"""Where a sweep runs: on this machine, over a Ray cluster, or as a SLURM array; all share the store alone."""
+
+import dataclasses
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from based_jax.errors import UserError
+from based_jax.store import Store
+from based_jax.sweep.run import Options, run
+from based_jax.sweep.trial import load_sweep
+
+
+def local(spec: str, store: str, options: Options) -> int:
+    """Run a sweep on the devices of this machine; return how many points were trained."""
+    return run(load_sweep(spec), Store(store), name_of(spec), options)
+
+
+def on_ray(spec: str, store: str, options: Options, *, tasks: int) -> int:
+    """Run a sweep in `tasks` parts on a Ray cluster, one accelerator for each where the cluster has any.
+
+    The store's folder and the sweep file must be there on every machine.
+
+    Raises:
+      UserError: Ray is not installed, or a point is impossible.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--launcher=ray needs Ray; install based-jax[ray].") from None
+    load_sweep(spec)  # what is impossible is refused before anything is started
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True)
+    needs = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
+    remote = ray.remote(**needs)(local)
+    store, spec = os.path.abspath(store), _absolute(spec)
+    parts = [dataclasses.replace(options, part=(i, tasks)) for i in range(tasks)]
+    return sum(ray.get([remote.remote(spec, store, part) for part in parts]))
+
+
+def on_slurm(spec: str, store: str, options: Options, *, tasks: int, script: str | None) -> int:
+    """Write an array job of `tasks` parts, and submit it unless a path for the script is given; return 0.
+
+    Raises:
+      UserError: a point is impossible, or there is no sbatch to submit with.
+    """
+    load_sweep(spec)
+    text = job(_absolute(spec), os.path.abspath(store), options, tasks)
+    if script:
+        Path(script).write_text(text)
+        print(f"Submit it with: sbatch {script}")
+        return 0
+    if shutil.which("sbatch") is None:
+        raise UserError("--launcher=slurm needs sbatch on the PATH; with --script=FILE the job is written instead.")
+    subprocess.run(["sbatch"], input=text, text=True, check=True)
+    return 0
+
+
+def job(spec: str, store: str, options: Options, tasks: int) -> str:
+    """Return the array job; partition, account and time limit are sbatch's own options or variables."""
+    words = [
+        sys.executable,
+        "-m",
+        "based_jax",
+        "sweep",
+        "run",
+        spec,
+        f"--store={store}",
+        f"--lanes={options.most_lanes}",
+    ]
+    words += [f"--workers={options.workers}"] if options.workers else []
+    command = f'{shlex.join(words)} --part="$SLURM_ARRAY_TASK_ID/{tasks}"'
+    head = ["#!/bin/sh", f"#SBATCH --job-name={name_of(spec)}", f"#SBATCH --array=0-{tasks - 1}", "#SBATCH --gpus=1"]
+    # A task that was stopped is queued again and goes on where the store says it was.
+    return "\n".join([*head, "#SBATCH --requeue", f"cd {shlex.quote(os.getcwd())}", command, ""])
+
+
+def name_of(spec: str) -> str:
+    """Return what rows call a sweep: its variant, or its file's name."""
+    path, _, variant = spec.partition(":")
+    return variant or Path(path).stem
+
+
+def _absolute(spec: str) -> str:
+    path, colon, variant = spec.partition(":")
+    return os.path.abspath(path) + colon + variant

@@ -1,0 +1,213 @@
+"""Runs a sweep: unfinished points by signature, several signatures at a time, one row in the store for each point."""
+
+import dataclasses
+import importlib.metadata
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from based_jax import config as configs
+from based_jax.nn.lm import LM
+from based_jax.store import Store
+from based_jax.sweep import engine
+from based_jax.sweep.engine import Outcome, Resident
+from based_jax.sweep.points import Point
+from based_jax.sweep.trial import Sweep, Trial
+
+Work = list[tuple[Point, Trial]]
+"""Points of one signature."""
+
+WORKERS = {"gpu": 6, "tpu": 4}
+"""Groups under way on a device: while one of them trains, the others compile."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a sweep is run; nothing here changes a number of a row but its times.
+
+    Attributes:
+      most_lanes: trials trained together, at most.
+      workers: groups under way on each device; None for what suits its kind.
+      part: (i, n) to take every n-th group from the i-th on.
+      command: what the rows name as their command.
+    """
+
+    most_lanes: int = engine.MOST_LANES
+    workers: int | None = None
+    part: tuple[int, int] = (0, 1)
+    command: str = ""
+
+
+def groups(sweep: Sweep) -> list[Work]:
+    """Return the points by signature, those that take longest first."""
+    found: dict[str, Work] = {}
+    for point, trial in sweep.trials():
+        found.setdefault(trial.signature, []).append((point, trial))
+    return sorted(found.values(), key=_work, reverse=True)
+
+
+def run(sweep: Sweep, store: Store, name: str, options: Options, report: Callable[[str], None] = print) -> int:
+    """Train every point that the store has no row of; return how many were trained.
+
+    A group that fails is reported and leaves the others alone; its points have no row and are tried again next time.
+
+    Raises:
+      UserError: a point is impossible; nothing has been trained then.
+      RuntimeError: groups have failed, after all others have been trained.
+    """
+    first, step = options.part
+    # Cut before anything is left out: parts that start at different times find different rows in the store.
+    mine, finished = groups(sweep)[first::step], store.ids()
+    todo = [left for group in mine if (left := [x for x in group if x[1].id not in finished])]
+    total = sum(map(len, todo))
+    done = _Counter(total, report)
+    errors: list[str] = []
+    devices = jax.local_devices()
+    workers = options.workers or WORKERS.get(devices[0].platform, 1)
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    for group in todo:
+        waiting.put(group)
+    facts = facts_of(name, options.command)
+    shared = [_Data() for _ in devices]
+    with futures.ThreadPoolExecutor(workers * len(devices)) as pool:
+        jobs = [
+            pool.submit(_work_off, waiting, device, data, store, facts, options, done, errors)
+            for device, data in zip(devices, shared, strict=True)
+            for _ in range(workers)
+        ]
+        for job in futures.as_completed(jobs):
+            job.result()
+    if errors:
+        raise RuntimeError(f"{len(errors)} of {len(todo)} groups failed: {errors[0]}")
+    return total
+
+
+def _work_off(waiting, device, data: "_Data", store: Store, facts: dict, options: Options, done, errors) -> None:
+    """Take groups and train them on a device until none is left."""
+    while True:
+        try:
+            group: Work = waiting.get_nowait()
+        except queue.Empty:
+            return
+        points = {trial.id: point for point, trial in group}
+        trials = [trial for _, trial in group]
+        try:
+            with jax.default_device(device):
+                resident = data.of(trials[0])
+                for trial, outcome in engine.train(trials, resident, most_lanes=options.most_lanes, device=data.busy):
+                    row = row_of(points[trial.id], trial, outcome) | facts
+                    with done.lock:
+                        store.append(row)
+                    done.add(line(row))
+        except Exception as error:  # the other groups are still worth their time
+            errors.append(f"{describe(trials[0])}: {type(error).__name__}: {str(error)[:500]}")
+            done.report(f"FAILED {errors[-1]}")
+
+
+class _Data:
+    """The resident data of a device, shared by all groups that train on the same, and who may use the device."""
+
+    def __init__(self):
+        self.busy, self._lock = threading.Lock(), threading.Lock()
+        self._found: dict[str, Resident] = {}
+
+    def of(self, trial: Trial) -> Resident:
+        key = configs.config_id({"data": trial.resolved()["data"], "batch_size": trial.batch_size})
+        with self._lock:
+            if key not in self._found:
+                self._found[key] = Resident(trial)
+            return self._found[key]
+
+
+class _Counter:
+    """Counts what is done, and says so."""
+
+    def __init__(self, total: int, report: Callable[[str], None]):
+        self.total, self.report, self.lock = total, report, threading.Lock()
+        self.done, self.begin = 0, time.perf_counter()
+
+    def add(self, text: str) -> None:
+        with self.lock:
+            self.done += 1
+            self.report(f"[{self.done}/{self.total}, {time.perf_counter() - self.begin:.0f} s] {text}")
+
+
+def row_of(point: Point, trial: Trial, outcome: Outcome) -> dict[str, Any]:
+    """Return the row of a trained point, without what `facts_of` adds."""
+    model = nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0)))
+    longest = max(segment.seq_len for segment in trial.data.resolved().test)
+    elements = model.state_size(longest)
+    return {
+        "id": trial.id,
+        "overrides": configs.to_dict(point),
+        "config": trial.resolved(),
+        "status": outcome.status,
+        "accuracy": outcome.curve[-1],
+        "segments": outcome.segments,
+        "curve": [round(x, 6) for x in outcome.curve],
+        "losses": [round(x, 6) for x in outcome.losses],
+        "state_elements": elements,
+        "state_bytes": 4 * elements,
+        "params": model.num_params(),
+        "steps": outcome.steps,
+        "seconds": round(outcome.seconds, 3),
+        "compile_seconds": round(outcome.compile_seconds, 3),
+    }
+
+
+def facts_of(name: str, command: str) -> dict[str, Any]:
+    """Return what the rows of one run share: sweep, device, versions, revision and command."""
+    versions = {library: importlib.metadata.version(library) for library in ("based-jax", "jax", "jaxlib", "flax")}
+    device = jax.local_devices()[0].device_kind
+    return {"sweep": name, "device": device, "versions": versions, "revision": revision(), "command": command}
+
+
+def revision() -> str | None:
+    """Return the git commit of this code, with "+" where files differ from it; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + "+" * bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    return subprocess.check_output(["git", *words], cwd=folder, text=True, stderr=subprocess.DEVNULL).strip()
+
+
+def describe(trial: Trial) -> str:
+    """Return a trial's architecture in a few words."""
+    kinds = " + ".join(dict.fromkeys(kind for kind, _ in trial.model.layers))
+    options = " ".join(f"{key}={value}" for key, value in trial.model.layers[-1][1].items())
+    return f"{kinds} D={trial.model.d_model} {options}".strip()
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row in one line of print."""
+    values = " ".join(f"{key}={value}" for key, value in row["overrides"].items() if not isinstance(value, list))
+    kinds = " + ".join(dict.fromkeys(kind for kind, _ in row["config"]["model"]["layers"]))
+    epochs = len(row["curve"])
+    return f"{kinds} {values}: {row['accuracy']:.3f}, {row['status']} after {epochs} epochs, {row['seconds']:.1f} s"
+
+
+def _work(group: Sequence[tuple[Point, Trial]]) -> float:
+    """Return about how much a group computes."""
+    trial = group[0][1]
+    model = nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0)))
+    tokens = sum(x.num_examples * x.seq_len for x in trial.data.resolved().train) * trial.epochs
+    return len(group) * tokens * model.flops_per_token(max(x.seq_len for x in trial.data.resolved().train))
+
+
+def unfinished(sweep: Sweep, store: Store) -> Iterator[Point]:
+    """Yield the points that have no row."""
+    finished = store.ids()
+    return (point for point, trial in sweep.trials() if trial.id not in finished)

@@ -1,0 +1,125 @@
+"""A trial: the whole config of one point of a sweep, its id, and which values a compiled program does not fix."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from based_jax import config as configs
+from based_jax.errors import UserError
+from based_jax.nn.lm import LMConfig
+from based_jax.nn.mixers import MIXERS
+from based_jax.optim import OptimConfig
+from based_jax.sweep.points import Point
+from based_jax.train.tasks import SyntheticTask
+
+TRACED = ("seed", "optim.lr", "optim.weight_decay")
+"""Values that enter a program as arrays: trials that differ in them alone are lanes of one program."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What one point trains, in whole epochs; with the code's version it determines every number of its row.
+
+    Attributes:
+      model, optim: see their classes; `optim.steps_per_epoch` is filled in where the schedule needs it.
+      data: a synthetic task.
+      epochs: passes over the training segments at most.
+      batch_size: rows of a batch.
+      seed: of the initial parameters; data has its own.
+      stop_accuracy: accuracy on the tests above which training ends after an epoch; None for never.
+    """
+
+    model: LMConfig
+    data: SyntheticTask
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    epochs: int = 1
+    batch_size: int = 64
+    seed: int = 0
+    stop_accuracy: float | None = None
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it is at least 1.")
+        if self.data.num_tokens > self.model.vocab_size:
+            raise UserError(
+                f"model.vocab_size is {self.model.vocab_size}, but the data has ids up to {self.data.num_tokens - 1}."
+            )
+        if self.optim.schedule == "cosine_per_epoch" and self.optim.steps_per_epoch is None:
+            optim = dataclasses.replace(self.optim, steps_per_epoch=self.steps_per_epoch)
+            object.__setattr__(self, "optim", optim)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one pass over all training segments."""
+        return sum(-(-segment.num_examples // self.batch_size) for segment in self.data.resolved().train)
+
+    @property
+    def steps(self) -> int:
+        """Updates in the whole run, if it does not end early."""
+        return self.epochs * self.steps_per_epoch
+
+    def resolved(self) -> dict[str, Any]:
+        """Return every value, the defaults of mixers and task too, as JSON holds them."""
+        values = configs.to_dict(self)
+        full = [(kind, dataclasses.asdict(MIXERS[kind].Config(**options))) for kind, options in self.model.layers]
+        values["model"]["layers"] = full
+        task = dataclasses.asdict(self.data.resolved())
+        values["data"] = {"kind": self.data.kind, "shuffle": self.data.shuffle, **task}
+        return configs.to_dict(values)
+
+    @property
+    def id(self) -> str:
+        """The name of this trial: 12 hexadecimal digits of its resolved values."""
+        return configs.config_id(self.resolved())
+
+    @property
+    def signature(self) -> str:
+        """The same for all trials that one program can train."""
+        values = self.resolved()
+        for key in TRACED:
+            *sections, name = key.split(".")
+            section = values
+            for part in sections:
+                section = section[part]
+            del section[name]
+        return configs.config_id(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A base config and the points that override it."""
+
+    base: Mapping[str, Any]
+    points: list[Point]
+
+    def trials(self) -> Iterator[tuple[Point, Trial]]:
+        """Yield every point with its trial, each trial once.
+
+        Raises:
+          UserError: a value of a point is impossible, or a key unknown.
+        """
+        seen = set()
+        for point in self.points:
+            trial = make_trial(self.base, point)
+            if trial.id not in seen:
+                seen.add(trial.id)
+                yield point, trial
+
+
+def make_trial(base: Mapping[str, Any], point: Point) -> Trial:
+    """Return the trial of a point over a base config."""
+    values = configs.overridden(base, point)
+    return configs.build(Trial, values)
+
+
+def load_sweep(spec: str) -> Sweep:
+    """Return the sweep of 'path/to/file.py' or 'path/to/file.py:variant', whose `get_sweep` makes it.
+
+    Raises:
+      UserError: the file is missing or fails, has no such variant, or returns something else.
+    """
+    sweep = configs.call(spec, "get_sweep")
+    if not isinstance(sweep, Sweep):
+        raise UserError(f"Sweep '{spec}' is {sweep!r:.80}; get_sweep returns a Sweep.")
+    return sweep

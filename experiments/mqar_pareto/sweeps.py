@@ -1,0 +1,116 @@
+"""MQAR by the recipe of the paper's Figure 2, for every mixer, and Figure 3.
+
+    python -m based_jax sweep run experiments/mqar_pareto/sweeps.py:figure2 --store=runs/figure2
+
+Variants: figure2, one mixer of it (based, window, mamba, ...), figure3, ablation, seeds, tiny.
+Source: HazyResearch/zoology:zoology/experiments/{paper_configs/arxiv24_based_figure2/configs.py,models_repo.py}.
+"""
+
+from based_jax.sweep import Sweep, chain, param, product
+
+SEQ_LEN = 1024
+CONV = ("base_conv", {"kernel_size": 3})
+BASE = {
+    "model": {"vocab_size": 8192, "mlp": "identity", "norm": "layer", "dtype": "float32", "d_model": 64, "layers": ()},
+    "data": {"kind": "mqar", "preset": "figure2"},
+    "optim": {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "weight_decay": 0.1,
+        "decay": "all",
+        "clip_norm": None,
+        "schedule": "cosine_per_epoch",
+    },
+    "epochs": 32,
+    "batch_size": 256,
+    "seed": 123,
+    "stop_accuracy": 0.99,
+}
+RATES = [round(10 ** (-3 + 0.5 * i), 6) for i in range(4)]
+
+
+def hybrid(d_model, kind, **options):
+    """Return a space of one point: a short convolution below a mixer."""
+    return [{"model.d_model": d_model, "model.layers": (CONV, (kind, options))}]
+
+
+def twice(d_model, kind, **options):
+    """Return a space of one point: two layers of a mixer."""
+    return [{"model.d_model": d_model, "model.layers": ((kind, options),) * 2}]
+
+
+def based(d_model, feature_dim):
+    """Return the paper's Based at this width."""
+    return hybrid(d_model, "taylor", num_heads=1, feature_dim=feature_dim)
+
+
+def window(size):
+    """Return a sliding window of so many keys."""
+    return hybrid(128, "window", num_heads=1, rotary_fraction=0.0, bias=True, window=size)
+
+
+WIDTHS = (64, 128, 256)
+STATES = (8, 16, 24)
+FIGURE2 = {
+    "based": chain(*(based(d, k) for d in (48, 64, 128) for k in STATES), based(256, 16)),
+    "attention": chain(*(hybrid(d, "attention", num_heads=1, rotary_fraction=0.0, bias=True) for d in (64, 128))),
+    "window": chain(*(window(2**n) for n in range(3, 11))),
+    "mamba": chain(*(twice(d, "mamba", d_state=n) for d in WIDTHS for n in STATES)),
+    "mamba2": chain(*(twice(d, "mamba2", d_state=n) for d in WIDTHS for n in STATES)),
+    "h3": chain(*(twice(d, "h3", d_state=d // 4, head_dim=2) for d in WIDTHS)),
+    "hyena": chain(*(twice(d, "hyena", l_max=SEQ_LEN) for d in WIDTHS)),
+    "base_conv": chain(*(twice(d, "base_conv", kernel_size=3) for d in WIDTHS)),
+    "gla": chain(*(hybrid(d, "gla", num_heads=2) for d in WIDTHS)),
+    "retnet": chain(*(hybrid(d, "retnet", num_heads=2) for d in WIDTHS)),
+    "rwkv7": chain(*(hybrid(d, "rwkv7", head_dim=64) for d in WIDTHS)),
+    "deltanet": chain(*(hybrid(d, "deltanet", num_heads=2) for d in WIDTHS)),
+    "gated_deltanet": chain(*(hybrid(d, "gated_deltanet", num_heads=2) for d in WIDTHS)),
+    "kda": chain(*(hybrid(d, "kda", num_heads=2, head_dim=d // 2) for d in WIDTHS)),
+}
+HEADLINE = chain(based(64, 16), based(128, 16), based(256, 16), window(64), window(1024), *(FIGURE2["attention"][:1],))
+HEADLINE += chain([FIGURE2["deltanet"][1]], [FIGURE2["gated_deltanet"][1]], twice(128, "mamba", d_state=16))
+
+
+def feature_maps():
+    """Return Figure 3: linear attention with each feature map of 16 dimensions, over the width."""
+    maps = ("identity", "relu", "elu", "squared", "cosformer", "performer")
+    widths = range(64, 513, 64)
+    linear = [hybrid(d, "linear", num_heads=1, feature_dim=16, feature_map=m) for m in maps for d in widths]
+    return chain(*linear, *(based(d, 16) for d in widths))
+
+
+def ablation():
+    """Return Based's parts alone and together at width 128: convolution, window, Taylor attention."""
+    taylor = ("taylor", {"num_heads": 1, "feature_dim": 16})
+    near = ("window", {"num_heads": 1, "rotary_fraction": 0.0, "bias": True, "window": 64})
+    stacks = ((CONV, CONV), (near, near), (taylor, taylor), (CONV, near), (CONV, taylor), (near, taylor))
+    return product(param("model.d_model", [128]), param("model.layers", [*stacks, (CONV, near, taylor)]))
+
+
+def tiny():
+    """Return a sweep that a laptop finishes in a minute: to see whether it runs."""
+    few = {"num_examples": 6400, "seq_len": 32, "num_kv_pairs": 4}
+    task = {
+        "data.preset": "tiny",
+        "data.vocab_size": 64,
+        "data.train": (few,),
+        "data.test": (few | {"num_examples": 320},),
+    }
+    small = {"model.vocab_size": 64, "model.init_std": 0.1, "model.d_model": 32, "epochs": 4, "batch_size": 64}
+    layers = [(CONV, ("taylor", {"num_heads": 1, "feature_dim": 8})), (CONV, CONV)]
+    return product([task | small], param("model.layers", layers), param("optim.lr", [3e-3, 1e-2]))
+
+
+VARIANTS = {
+    "figure2": lambda: product(chain(*FIGURE2.values()), param("optim.lr", RATES)),
+    **{name: (lambda space=space: product(space, param("optim.lr", RATES))) for name, space in FIGURE2.items()},
+    "figure3": lambda: product(feature_maps(), param("optim.lr", RATES)),
+    "ablation": lambda: product(ablation(), param("optim.lr", RATES)),
+    "seeds": lambda: product(HEADLINE, param("optim.lr", RATES), param("seed", [124, 125])),
+    "tiny": tiny,
+}
+
+
+def get_sweep(variant="figure2"):
+    """Return the sweep of that name."""
+    return Sweep(BASE, VARIANTS[variant]())
