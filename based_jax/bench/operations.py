@@ -6,7 +6,6 @@ there are no heads: every input read once, every result written once, what the b
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +38,6 @@ class Operation:
       arrays: function of a shape that returns what the operation takes.
       run: function of an implementation's name that returns a function of these arrays.
       cost: function of a pass that returns the least (bytes, FLOPs) of one token and head.
-      others: forms that exist only to be measured, by name.
       fallback: the plain form is measured along with the accelerated ones.
     """
 
@@ -47,7 +45,6 @@ class Operation:
     arrays: Callable[[Shape], Sequence[ShapeDtypeStruct]]
     run: Callable[[str], Callable]
     cost: Callable[[str], tuple[float, float]]
-    others: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
     fallback: bool = True
 
     @property
@@ -59,11 +56,7 @@ class Operation:
     @property
     def named(self) -> list[str]:
         """Return all that can be named, the usual ones first."""
-        return list(dict.fromkeys([*self.usual, *self.table, *self.others]))
-
-    def call(self, impl: str) -> Callable:
-        """Return a function of the arrays."""
-        return self.run(impl) if impl in self.table else self.others[impl]
+        return list(dict.fromkeys([*self.usual, *self.table]))
 
 
 def _by_head(*dims: int) -> Callable[[Shape], Sequence[ShapeDtypeStruct]]:
@@ -82,14 +75,6 @@ def _taylor_cost(which: str) -> tuple[float, float]:
         return forward
     read, written = BF16 * (2 * k + 3 * v) + FP32, BF16 * (2 * k + v)
     return forward[0] + read + written, forward[1] + 10 * e * v + 2 * visible * (4 * k + 3 * v)
-
-
-def _quadratic(q, k, v):
-    """Score every pair of tokens, in bf16 products: what Taylor attention costs without a state."""
-    s = jnp.einsum("BTHK,BSHK->BHTS", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    p = jnp.where(jnp.tri(q.shape[1], dtype=bool)[None, None], 1 + s + s * s / 2, 0)
-    o = jnp.einsum("BHTS,BSHV->BTHV", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (o / jnp.swapaxes(p.sum(axis=-1), 1, 2)[..., None]).astype(v.dtype)
 
 
 def _attention_cost(which: str) -> tuple[float, float]:
@@ -147,7 +132,6 @@ OPERATIONS: dict[str, Operation] = {
         _by_head(FEATURE_DIM, FEATURE_DIM, HEAD_DIM),
         lambda impl: functools.partial(taylor.taylor_attention, impl=impl),
         _taylor_cost,
-        others={"quadratic": _quadratic},
     ),
     "attention": Operation(
         softmax.ATTENTION,
@@ -169,7 +153,7 @@ OPERATIONS: dict[str, Operation] = {
 
 def program(operation: Operation, impl: str, which: str) -> Callable:
     """Return a function of the arrays, or of the results' gradients and the arrays, that runs a pass."""
-    call = operation.call(impl)
+    call = operation.run(impl)
 
     def both(gradients: Any, *arrays: jax.Array) -> Any:
         out, pull = jax.vjp(call, *arrays)
@@ -184,5 +168,5 @@ def takes(operation: Operation, shape: Shape, which: str) -> list[Any]:
     if which == "forward":
         return arrays
     # The plain form stands for all: they return the same, and it can be traced for any device.
-    results = jax.eval_shape(operation.call("xla"), *arrays)
+    results = jax.eval_shape(operation.run("xla"), *arrays)
     return [jax.tree.map(lambda x: ShapeDtypeStruct(x.shape, x.dtype), results), *arrays]

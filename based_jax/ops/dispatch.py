@@ -29,12 +29,13 @@ class Implementation:
     """One way to compute an operation.
 
     `supports` takes the call's arguments and returns why the call cannot run, or None. `platform` is the only one it
-    runs on ("cuda", "tpu"), or None for any.
+    runs on ("cuda", "tpu"), or None for any; `preferred` is one on which `auto` takes it though it runs on any.
     """
 
     run: Callable[..., Any]
     supports: Callable[..., str | None] = supports_all
     platform: str | None = None
+    preferred: str | None = None
 
 
 def target_platform() -> str:
@@ -74,15 +75,18 @@ def _refusal(implementation: Implementation, *args: Any, **kwargs: Any) -> str |
 
 
 def _automatic(operation: str, table: Mapping[str, Implementation], *args: Any, **kwargs: Any) -> Implementation:
-    platform = target_platform()
+    reasons, chosen = {}, FALLBACK
     for name, candidate in table.items():
-        if candidate.platform != platform:
+        if (candidate.platform or candidate.preferred) != target_platform():
             continue
         reason = candidate.supports(*args, **kwargs)
         if reason is None:
-            return candidate
-        _log_once(f"{operation}: '{FALLBACK}' instead of '{name}': {reason}.")
-    return table[FALLBACK]
+            chosen = name
+            break
+        reasons[name] = reason
+    for name, reason in reasons.items():
+        _log_once(f"{operation}: '{chosen}' instead of '{name}': {reason}.")
+    return table[chosen]
 
 
 @functools.cache

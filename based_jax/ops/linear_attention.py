@@ -92,8 +92,13 @@ def recurrent(q: BTHK, k: BTHK, v: BTHV, state, segment_ids, *, features: Callab
     return scan.over_tokens(step, (q, k, v), _empty(q, v, features), state, segment_ids)
 
 
-def chunked(q: BTHK, k: BTHK, v: BTHV, state, segment_ids, *, features: Callable, scores: Callable) -> tuple[Any, Any]:
-    """Quadratic inside chunks of `CHUNK` tokens, through the state between them; features exist for one at a time."""
+def chunked(
+    q: BTHK, k: BTHK, v: BTHV, state, segment_ids, *, features: Callable, scores: Callable, length: int | None = CHUNK
+) -> tuple[Any, Any]:
+    """Quadratic inside chunks of `length` tokens, through the state between them; features exist for one at a time.
+
+    With a `length` of None the sequence is one chunk.
+    """
 
     def chunk(qkv, state: BHEV, span: scan.Span):
         q, k, v = qkv
@@ -108,7 +113,8 @@ def chunked(q: BTHK, k: BTHK, v: BTHV, state, segment_ids, *, features: Callable
         kept = jnp.where(span.keeps[:, None, None, None], state, 0.0)
         return normalise(sums).astype(v.dtype), kept + einsum("BTHE,BTHV->BHEV", phi_k.astype(dtype), v1, precision)
 
-    return scan.over_chunks(chunk, (q, k, v), _empty(q, v, features), state, segment_ids, CHUNK)
+    length = q.shape[1] if length is None else length
+    return scan.over_chunks(chunk, (q, k, v), _empty(q, v, features), state, segment_ids, length)
 
 
 def with_ones(v: Float[Array, "*B V"]) -> Float[Array, "*B V+1"]:

@@ -24,6 +24,9 @@ from based_jax.ops import linear_attention, taylor_hopper
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.precision import einsum
 
+SHORT = 512
+"""Tokens up to which one chunk is faster in XLA than several, on a GPU, forward and backward (experiments/kernels)."""
+
 
 def expanded_dim(feature_dim: int) -> int:
     """Return E, the number of distinct features of `taylor_features`: 45, 153, 325 for K = 8, 16, 24."""
@@ -75,8 +78,8 @@ def taylor_attention(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
-      impl: "oracle" (quadratic), "recurrent" (token by token), "xla" (chunked, linear in T), "hopper" (Mosaic
-        GPU kernels; bf16, K <= 16) or "auto".
+      impl: "oracle" (every score in fp32), "recurrent" (token by token), "xla" (chunked, linear in T), "quadratic" (one
+        chunk; short sequences on a GPU), "hopper" (Mosaic GPU kernels; bf16, K <= 16) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
@@ -98,10 +101,16 @@ def _kernel(q: BTHK, k: BTHK, precision) -> Float[Array, "B H T S"]:
     return 1.0 + s + 0.5 * s * s
 
 
+def _is_short(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> str | None:
+    """Return why one chunk would not be the faster XLA form, or None."""
+    return None if q.shape[1] <= SHORT else f"T must be at most {SHORT}, and is {q.shape[1]}"
+
+
 _chunked = functools.partial(linear_attention.chunked, features=taylor_features, scores=_kernel)
 
 IMPLEMENTATIONS = {
     "hopper": Implementation(taylor_hopper.attention, taylor_hopper.supports, platform="cuda"),
+    "quadratic": Implementation(functools.partial(_chunked, length=None), _is_short, preferred="cuda"),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(functools.partial(linear_attention.recurrent, features=taylor_features)),
     "oracle": Implementation(functools.partial(linear_attention.oracle, features=taylor_features, scores=_kernel)),

@@ -92,9 +92,9 @@ def _told(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
     """Return the style of each family; that of a single mixer is always the same."""
-    known = list(NAMES.values())
-    mixed = sorted(name for name in set(names) if name not in known)
-    return {name: _style([*known, *mixed].index(name)) for name in sorted(names, key=[*known, *mixed].index)}
+    found, known = set(names), list(NAMES.values())
+    order = known + sorted(found.difference(known))
+    return {name: _style(place) for place, name in enumerate(order) if name in found}
 
 
 def _style(place: int) -> Style:

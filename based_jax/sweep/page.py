@@ -55,7 +55,7 @@ def embedded(value: Any) -> str:
 def data(points: Sequence[Best]) -> dict[str, Any]:
     """Return what the page shows; bytes come in pairs, without and with convolution layers."""
     theirs = published.comparable(x.row for x in points)
-    styles = families.styles(x.family for x in (*points, *theirs))
+    styles = families.styles([*(x.family for x in points), *(x.family for x in theirs)])
     return {
         "families": [{"name": name, **vars(style)} for name, style in styles.items()],
         "points": [_point(point) for point in points],

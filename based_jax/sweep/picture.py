@@ -42,7 +42,7 @@ def frontier(rows: Iterable[Row], path: str | os.PathLike, *, convolution: bool 
     """
     points = _points(rows)
     theirs = published.comparable(x.row for x in points)
-    styles = families.styles(x.family for x in (*points, *theirs))
+    styles = families.styles([*(x.family for x in points), *(x.family for x in theirs)])
     figure, axes = _figure(8.6 if len(styles) < 20 else 11, 5)
     _draw_published(axes, theirs, styles, convolution)
     for name, style in styles.items():

@@ -151,9 +151,9 @@ def _paper() -> list[Published]:
 def _rerun() -> list[Published]:
     hybrids = [("Based", f"D {d}, K {k}", d, *found) for (d, k), found in BASED_RERUN.items()]
     hybrids += [("Sliding window", f"D 128, w {w}", 128, *found) for w, found in WINDOW_RERUN.items()]
-    for family, points in BY_WIDTH_RERUN.items():
+    for family, by_width in BY_WIDTH_RERUN.items():
         heads = "" if family == "RWKV-7" else ", 2 heads"
-        hybrids += [(family, f"D {d}{heads}", d, *found) for d, found in points.items()]
+        hybrids += [(family, f"D {d}{heads}", d, *found) for d, found in by_width.items()]
     points = [Published(f, label, size, y, RERUN, _convolution(d)) for f, label, d, size, y in hybrids]
     return points + [
         Published(family, "", size, y, RERUN) for family, found in BY_BYTES_RERUN.items() for size, y in found.items()

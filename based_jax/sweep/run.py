@@ -165,7 +165,7 @@ def row_of(point: Point, trial: Trial, outcome: Outcome) -> dict[str, Any]:
 
 def facts_of(name: str, command: str) -> dict[str, Any]:
     """Return what the rows of one run share: sweep, device, versions, revision and command."""
-    versions = {library: importlib.metadata.version(library) for library in ("based-jax", "jax", "jaxlib", "flax")}
+    versions = {library: importlib.metadata.version(library) for library in ("jax", "jaxlib", "flax", "optax")}
     device = jax.local_devices()[0].device_kind
     return {"sweep": name, "device": device, "versions": versions, "revision": revision(), "command": command}
 

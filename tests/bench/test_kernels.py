@@ -1,17 +1,14 @@
 import json
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from based_jax.__main__ import main
-from based_jax.bench import kernels, operations, timing, torch_peers
+from based_jax.bench import kernels, timing, torch_peers
 from based_jax.bench.operations import OPERATIONS, PASSES
 from based_jax.bench.timing import Kernel
 from based_jax.commands.bench import line, parse_shape
 from based_jax.errors import UserError
-from based_jax.ops.taylor import taylor_attention
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -60,7 +57,7 @@ def test_floors_are_those_of_the_notes():
 def test_the_forward_floor_is_what_the_call_takes_and_returns(name, backward):
     operation, (batch, heads, time) = OPERATIONS[name], (2, 2, 4096)
     arrays = operation.arrays((batch, heads, time))
-    results = jax.eval_shape(operation.call("xla"), *arrays)
+    results = jax.eval_shape(operation.run("xla"), *arrays)
     tokens = [x for x in (*arrays, *jax.tree.leaves(results)) if time in x.shape]
     size = sum(x.size * x.dtype.itemsize for x in tokens)
     (forward, _), (both, _) = map(operation.cost, PASSES)
@@ -89,12 +86,6 @@ def test_any_entry_of_a_table_can_be_named():
     assert set(taylor.named) >= {"hopper", "xla", "oracle", "recurrent", "quadratic"}
     assert OPERATIONS["attention"].usual == ["cudnn"]
     assert "cudnn" in OPERATIONS["window_attention_64"].usual
-
-
-def test_the_quadratic_form_is_taylor_attention(rng, quick_compile):
-    q, k, v = (jnp.asarray(rng.normal(size=(2, 70, 3, dim)), jnp.float32) for dim in (16, 16, 64))
-    got = jax.jit(operations._quadratic)(q, k, v)
-    np.testing.assert_allclose(got, taylor_attention(q, k, v, impl="oracle"), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "window_attention_128"])

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from based_jax.errors import UserError
+from based_jax.ops import dispatch, taylor_hopper
 from based_jax.ops.linear_attention import CHUNK
 from based_jax.ops.taylor import (
     IMPLEMENTATIONS,
+    SHORT,
     expanded_dim,
     full_taylor_features,
     initial_state,
@@ -208,7 +211,7 @@ def test_large_scores_and_large_late_keys(impl, draw, close):
         close(o, expected, tolerance=1e-3, what=name)
 
 
-@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("impl", [name for name in FAST if name != "quadratic"])
 def test_state_of_bf16_inputs_does_not_drift(impl, draw, close):
     """A state that is summed in bf16 would stop counting at 256 tokens."""
     (q, k, v), _, _ = draw(4096, 8, 5, 1, dtype="bfloat16", batch=1)
@@ -235,3 +238,14 @@ def test_memory_is_linear_and_features_are_never_whole():
         once, four_times = temporary_bytes(f, T), temporary_bytes(f, 4 * T)
         assert four_times < 4.5 * once
         assert four_times < features
+
+
+def test_auto_takes_one_chunk_for_short_sequences_on_a_gpu(draw, monkeypatch):
+    monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
+    monkeypatch.setattr(taylor_hopper.hopper, "refusal", lambda: "this is no Hopper GPU")
+    for length, chosen in ((SHORT, "quadratic"), (SHORT + 1, "xla")):
+        x = jnp.zeros((1, length, 1, 4))
+        taken = dispatch._automatic("taylor_attention", IMPLEMENTATIONS, x, x, x, None, None)
+        assert taken is IMPLEMENTATIONS[chosen]
+    with pytest.raises(UserError, match=f"T must be at most {SHORT}, and is {SHORT + 1}"):
+        taylor_attention(*[jnp.zeros((1, SHORT + 1, 1, 4))] * 3, impl="quadratic")

@@ -40,6 +40,7 @@ def browser():
 def view(browser, path):
     """Yield the open page; whatever the console complains about fails the test, and so does any request."""
     view = browser.new_page(viewport={"width": 1280, "height": 1000})
+    view.set_default_timeout(10_000)
     complaints, requests = [], []
     view.on("console", lambda message: complaints.append(message.text))
     view.on("pageerror", lambda error: complaints.append(str(error)))
