@@ -181,7 +181,8 @@ def test_bf16_stays_close_to_fp32(kind, normal, close):
     exact = call(mixer_of(kind), np.asarray(x, np.float32))
     for y in in_one_pass_and_in_two(mixer_of(kind, dtype=jnp.bfloat16), x):
         assert y.dtype == jnp.bfloat16
-        close(y, exact, "bfloat16")
+        error = np.asarray(y, np.float64) - exact
+        assert np.linalg.norm(error) <= 2e-2 * np.linalg.norm(exact)
 
 
 def test_sharded_equals_unsharded(kind, normal, out_and_grads, close):

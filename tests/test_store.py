@@ -63,7 +63,7 @@ def test_what_a_killed_writer_had_not_finished_is_no_row(tmp_path, end):
 @pytest.mark.parametrize("line", ["{", "[1]", '{"x": 1}', "7"])
 def test_a_damaged_line_is_named(tmp_path, line):
     (tmp_path / "w.jsonl").write_text(f'{{"id": "y"}}\n{line}\n{{"id": "z"}}\n')
-    with pytest.raises(UserError, match="Line 2 of .*w.jsonl"):
+    with pytest.raises(UserError, match=r"Line 2 of .*w\.jsonl"):
         Store(tmp_path).rows()
 
 

@@ -53,9 +53,12 @@ def _run(args: argparse.Namespace) -> None:
     options = Options(
         args.lanes, args.workers, part(args.part), shlex.join(["python", "-m", "based_jax", *sys.argv[1:]])
     )
-    launchers = {"local": launch.local, "ray": launch.on_ray, "slurm": launch.on_slurm}
-    extra = {"slurm": {"tasks": args.tasks, "script": args.script}, "ray": {"tasks": args.tasks}}
-    launchers[args.launcher](args.sweep, args.store, options, **extra.get(args.launcher, {}))
+    if args.launcher == "local":
+        launch.local(args.sweep, args.store, options)
+    elif args.launcher == "ray":
+        launch.on_ray(args.sweep, args.store, options, tasks=args.tasks)
+    else:
+        launch.on_slurm(args.sweep, args.store, options, tasks=args.tasks, script=args.script)
 
 
 def part(text: str) -> tuple[int, int]:

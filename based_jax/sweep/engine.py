@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from based_jax.data.segments import SegmentSource, Split
+from based_jax.data.segments import SegmentSource
 from based_jax.sweep import lanes
 from based_jax.sweep.lanes import Examples, Lanes, Program, Rates
 from based_jax.sweep.trial import Trial
@@ -49,33 +50,25 @@ class Resident:
         self.source: SegmentSource = trial.data.open(trial.batch_size, 0, 1)
         self.batch_size = trial.batch_size
         task = self.source.task
-        self.train = [self._place("train", i) for i in range(len(task.train))]
-        self.test = {segment.name: self._place("test", i) for i, segment in enumerate(task.test)}
+        self.train = [Examples.of(*self.source.examples("train", i)) for i in range(len(task.train))]
+        self.test = {x.name: Examples.of(*self.source.examples("test", i)) for i, x in enumerate(task.test)}
         [self.device] = self.train[0].inputs.devices()
         self.tokens = max(x.inputs.shape[1] for x in self.train) * trial.batch_size
 
     def dispatches(self, epoch: int) -> Iterator[tuple[Examples, np.ndarray, int]]:
         """Yield (examples, rows (STEPS, B), number of steps): batches of one segment that follow each other."""
-        rows, current = self._empty(), None
-        count = 0
-        for segment, taken in self.source.order(epoch):
-            if count == lanes.STEPS or (count and segment != current):
-                yield self.train[current], rows, count
-                rows, count = self._empty(), 0
-            current = segment
-            rows[count, : len(taken)] = taken
-            count += 1
-        yield self.train[current], rows, count
+        for segment, batches in itertools.groupby(self.source.order(epoch), key=lambda batch: batch[0]):
+            taken = [rows for _, rows in batches]
+            for first in range(0, len(taken), lanes.STEPS):
+                part = taken[first : first + lanes.STEPS]
+                rows = np.full((lanes.STEPS, self.batch_size), -1, np.int32)
+                for row, ids in zip(rows, part, strict=False):
+                    row[: len(ids)] = ids
+                yield self.train[segment], rows, len(part)
 
     def test_rows(self, name: str) -> int:
         """Return how many rows of a test segment are read together: as many tokens as the largest training batch."""
         return max(1, self.tokens // self.test[name].inputs.shape[1])
-
-    def _place(self, split: Split, index: int) -> Examples:
-        return jax.device_put(Examples.of(*self.source.examples(split, index)))
-
-    def _empty(self) -> np.ndarray:
-        return np.full((lanes.STEPS, self.batch_size), -1, np.int32)
 
 
 class Programs:

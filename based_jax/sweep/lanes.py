@@ -23,6 +23,8 @@ from based_jax.train.step import IGNORED, TrainState, init_state
 
 STEPS = 100
 """Of one dispatch, at most."""
+ONCE = {"xla_backend_optimization_level": 0}
+"""For a program that is called once: random numbers compile ten times as fast."""
 
 
 class Rates(NamedTuple):
@@ -49,14 +51,14 @@ class Examples:
 
     @classmethod
     def of(cls, inputs: np.ndarray, labels: np.ndarray) -> "Examples":
-        """Return the examples of (N, T) inputs and labels, `IGNORED` where nothing is asked."""
+        """Return the examples of (N, T) inputs and labels, `IGNORED` where nothing is asked, on the default device."""
         asked = labels != IGNORED
         most = max(1, asked.sum(axis=1).max())
         if most == labels.shape[1]:
             where = np.broadcast_to(np.arange(most, dtype=np.int32), labels.shape)
         else:
             where = np.argsort(~asked, axis=1, kind="stable")[:, :most].astype(np.int32)
-        return cls(inputs, where, np.take_along_axis(labels, where, axis=1))
+        return cls(*map(jnp.asarray, (inputs, where, np.take_along_axis(labels, where, axis=1))))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -103,12 +105,11 @@ class Lanes:
         self.graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0))))
         self.seeds = jax.ShapeDtypeStruct((number,), jnp.uint32)
         self.states = jax.eval_shape(self._init, self.seeds)
-        rate = jax.ShapeDtypeStruct((number,), jnp.float32)
-        self.rates = Rates(rate, rate)
+        self.rates = jax.eval_shape(lambda: Rates(jnp.zeros(number), jnp.zeros(number)))
 
     def beginning(self) -> Program:
         """Return `call(seeds) -> states` before the first step, each a function of its seed (R,) alone."""
-        return _compiled(self._init, (), self.seeds)
+        return _compiled(self._init, (), self.seeds, options=ONCE)
 
     def training(self, examples: Examples) -> Program:
         """Return `call(states, rates, examples, rows, count) -> (states, losses)`.
@@ -178,7 +179,7 @@ def _shapes(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _compiled(call: Callable, donated: tuple[int, ...], *shapes) -> Program:
-    compiled = jax.jit(call, donate_argnums=donated).lower(*shapes).compile()
+def _compiled(call: Callable, donated: tuple[int, ...], *shapes, options: dict[str, Any] | None = None) -> Program:
+    compiled = jax.jit(call, donate_argnums=donated).lower(*shapes).compile(options)
     memory = compiled.memory_analysis()
     return Program(compiled, memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0)

@@ -107,7 +107,7 @@ def looped(trial: Trial, examples: list[np.ndarray], way: str) -> Callable[[int]
         batches = [{"inputs": i, "labels": x} for i, x in _batches(trial, inputs, labels)]
     else:
         step = _answers_step(trial)
-        batches = [lanes.Examples.of(*x) for x in _batches(trial, inputs, labels)]
+        batches = [jax.device_get(lanes.Examples.of(*x)) for x in _batches(trial, inputs, labels)]
     compiled = jax.jit(step, donate_argnums=0).lower(state, jax.tree.map(jnp.asarray, batches[0])).compile()
     held = [state]
 
@@ -134,7 +134,7 @@ def _batches(trial: Trial, inputs: np.ndarray, labels: np.ndarray) -> Iterator[t
 def resident(trial: Trial, examples: list[np.ndarray], number: int) -> Callable[[int], object]:
     """Return the sweep's own program for so many lanes."""
     program = lanes.Lanes(trial, number)
-    placed = jax.device_put(lanes.Examples.of(*examples))
+    placed = lanes.Examples.of(*examples)
     train = program.training(placed).call
     states = program.beginning().call(jnp.arange(number, dtype=jnp.uint32))
     rates = lanes.Rates(*(jnp.full(number, x) for x in (trial.optim.lr, trial.optim.weight_decay)))
