@@ -1,11 +1,14 @@
 """Trains the trials of one signature as lanes: epochs, tests after each, and lanes that leave before the end."""
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +18,13 @@ from based_jax.data.segments import SegmentSource
 from based_jax.sweep import lanes
 from based_jax.sweep.lanes import Examples, Lanes, Program, Rates
 from based_jax.sweep.trial import Trial
+from based_jax.train.step import IGNORED
 
 MEMORY = 0.8
 """Of what is free on the device, for one group."""
 MOST_LANES = 16
+COMPILERS = 8
+"""Programs that a group compiles at the same time."""
 
 
 @dataclasses.dataclass
@@ -51,9 +57,17 @@ class Resident:
         self.batch_size = trial.batch_size
         task = self.source.task
         self.train = [Examples.of(*self.source.examples("train", i)) for i in range(len(task.train))]
-        self.test = {x.name: Examples.of(*self.source.examples("test", i)) for i, x in enumerate(task.test)}
+        self.test = dict(zip(self.source.eval_names, self._tests(), strict=True))
         [self.device] = self.train[0].inputs.devices()
         self.tokens = max(x.inputs.shape[1] for x in self.train) * trial.batch_size
+
+    def _tests(self) -> list[Examples]:
+        """Return the test segments; those of one length ask for as many answers, to share a program."""
+        found = [self.source.examples("test", i) for i in range(len(self.source.task.test))]
+        asked: dict[tuple, int] = collections.defaultdict(lambda: 1)
+        for inputs, labels in found:
+            asked[inputs.shape] = max(asked[inputs.shape], (labels != IGNORED).sum(axis=1).max())
+        return [Examples.of(inputs, labels, asked[inputs.shape]) for inputs, labels in found]
 
     def dispatches(self, epoch: int) -> Iterator[tuple[Examples, np.ndarray, int]]:
         """Yield (examples, rows (STEPS, B), number of steps): batches of one segment that follow each other."""
@@ -66,9 +80,9 @@ class Resident:
                     row[: len(ids)] = ids
                 yield self.train[segment], rows, len(part)
 
-    def test_rows(self, name: str) -> int:
-        """Return how many rows of a test segment are read together: as many tokens as the largest training batch."""
-        return max(1, self.tokens // self.test[name].inputs.shape[1])
+    def test_rows(self, examples: Examples) -> int:
+        """Return how many test examples are read together: as many tokens as the largest training batch."""
+        return max(1, self.tokens // examples.inputs.shape[1])
 
 
 class Programs:
@@ -77,35 +91,54 @@ class Programs:
     def __init__(self, trial: Trial, data: Resident, number: int):
         begin = time.perf_counter()
         self.lanes, self.data = Lanes(trial, number), data
-        self.beginning = self.lanes.beginning()
-        self.train: dict[tuple, Program] = {}
-        for examples in sorted(data.train, key=_size, reverse=True):
-            key = _key(examples)
-            self.train[key] = self.train.get(key) or self.lanes.training(examples)
-            if not self.fits():
-                break
-        self.test: dict[str, Program] = {}
+        self.train, self.test = ({_key(x): x for x in examples} for examples in (data.train, data.test.values()))
+        largest = max(self.train, key=lambda key: _size(self.train[key]))
+        self.programs = {("train", largest): self._training(largest)}
         if self.fits():
-            self.test = {name: self.lanes.testing(x, data.test_rows(name)) for name, x in data.test.items()}
+            self._compile_rest(largest)
         self.seconds = time.perf_counter() - begin
 
     def fits(self) -> bool:
-        """Return whether the programs' memory is there."""
+        """Return whether the memory of the training programs is there."""
         stats = self.data.device.memory_stats()
-        most = max(program.bytes for program in self.train.values())
+        most = max(program.bytes for (kind, _), program in self.programs.items() if kind == "train")
         return not stats or most <= MEMORY * (stats["bytes_limit"] - stats["bytes_in_use"])
+
+    def _compile_rest(self, largest: tuple) -> None:
+        """Compile all but the largest training program, several at a time."""
+        calls = {("beginning", ()): self.lanes.beginning}
+        calls |= {("train", key): functools.partial(self._training, key) for key in self.train if key != largest}
+        calls |= {("test", key): functools.partial(self._testing, key) for key in self.test}
+        with futures.ThreadPoolExecutor(COMPILERS) as pool:
+            jobs = {key: pool.submit(self._here, call) for key, call in calls.items()}
+        self.programs |= {key: job.result() for key, job in jobs.items()}
+
+    def _here(self, call: Callable[[], Program]) -> Program:
+        with jax.default_device(self.data.device):  # which each thread has for itself
+            return call()
+
+    def _training(self, key: tuple) -> Program:
+        return self.lanes.training(self.train[key])
+
+    def _testing(self, key: tuple) -> Program:
+        return self.lanes.testing(self.test[key], self.data.test_rows(self.test[key]))
+
+    def beginning(self, seeds: jax.Array):
+        """Return the states before the first step."""
+        return self.programs["beginning", ()].call(seeds)
 
     def epoch(self, states, rates: Rates, number: int):
         """Return the states after an epoch, and the mean training loss of each lane."""
         total, steps = jnp.zeros(self.lanes.number), 0
         for examples, rows, count in self.data.dispatches(number):
-            states, losses = self.train[_key(examples)].call(states, rates, examples, rows, jnp.int32(count))
+            train = self.programs["train", _key(examples)].call
+            states, losses = train(states, rates, examples, rows, jnp.int32(count))
             total, steps = total + losses, steps + count
         return states, total / steps
 
     def accuracies(self, params) -> dict[str, jax.Array]:
         """Return the accuracy of each lane on each test segment."""
-        return {name: program.call(params, self.data.test[name]) for name, program in self.test.items()}
+        return {name: self.programs["test", _key(x)].call(params, x) for name, x in self.data.test.items()}
 
 
 def fitting(trial: Trial, data: Resident, number: int) -> Programs:
@@ -157,7 +190,7 @@ class _Batch:
     def run(self) -> Iterator[tuple[Trial, Outcome]]:
         trial = self.trials[0]
         with self.device:
-            states = self.programs.beginning.call(self.seeds)
+            states = self.programs.beginning(self.seeds)
         for epoch in range(trial.epochs):
             states, seconds = self._epoch(states, epoch)
             for i in list(self.lane_of):

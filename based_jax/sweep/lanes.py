@@ -50,10 +50,13 @@ class Examples:
     answers: Int[Array, "N P"]
 
     @classmethod
-    def of(cls, inputs: np.ndarray, labels: np.ndarray) -> "Examples":
-        """Return the examples of (N, T) inputs and labels, `IGNORED` where nothing is asked, on the default device."""
+    def of(cls, inputs: np.ndarray, labels: np.ndarray, least: int = 1) -> "Examples":
+        """Return the examples of (N, T) inputs and labels, `IGNORED` where nothing is asked, on the default device.
+
+        P is the largest number of answers to an example, but at least `least`.
+        """
         asked = labels != IGNORED
-        most = max(1, asked.sum(axis=1).max())
+        most = max(least, asked.sum(axis=1).max())
         if most == labels.shape[1]:
             where = np.broadcast_to(np.arange(most, dtype=np.int32), labels.shape)
         else:

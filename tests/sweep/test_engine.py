@@ -76,7 +76,7 @@ def test_parameters_of_a_lane_are_those_of_the_ordinary_loop():
     trials = [make_trial(BASE, RECALL | {"seed": s, "optim.lr": lr}) for s, lr in ((3, 1e-3), (4, 1e-2))]
     data = Resident(trials[0])
     programs = engine.fitting(trials[0], data, 2)
-    states = programs.beginning.call(jnp.asarray([3, 4], jnp.uint32))
+    states = programs.beginning(jnp.asarray([3, 4], jnp.uint32))
     rates = Rates(*(jnp.asarray([getattr(x.optim, n) for x in trials], jnp.float32) for n in Rates._fields))
     for epoch in range(2):
         states, _ = programs.epoch(states, rates, epoch)
