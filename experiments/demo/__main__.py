@@ -23,6 +23,9 @@ from based_jax.data.tokenizer import get_tokenizer
 from based_jax.evals.evaluate import evaluate, model_sums
 from based_jax.evals.generate import Sampling, generate
 from based_jax.nn.lm import LM
+from based_jax.store import Store
+from based_jax.sweep import Sweep
+from based_jax.sweep.run import Options, run
 from based_jax.train.loop import train
 from based_jax.train.run import TrainConfig, load_run
 
@@ -41,7 +44,7 @@ def main() -> None:
     shutil.rmtree(workdir, ignore_errors=True)
 
     print("1. Recall (MQAR: 64 tokens, 8 key-value pairs, vocabulary 256; two layers)\n")
-    frontier = recall_frontier(workdir / "mqar")
+    frontier = recall_frontier(workdir / "recall")
     frontier.assign(**versions()).to_csv(workdir / "frontier.csv", index=False)
     draw(frontier, workdir / "frontier.png")
     print("\n" + frontier.to_string(index=False, formatters={"accuracy": "{:.3f}".format}))
@@ -51,17 +54,24 @@ def main() -> None:
     language_model(workdir / "text")
 
 
-def recall_frontier(workdir: Path) -> pd.DataFrame:
+def recall_frontier(store: Path) -> pd.DataFrame:
     """Train every variant of configs/mqar_tiny.py and return (mixer, size, state bytes per sequence, accuracy)."""
+    sweep = recall_sweep()
+    run(sweep, Store(store), "demo", Options(command="make demo"))
+    found = {row["id"]: row for row in Store(store).rows()}
     rows = []
-    for variant in VARIANTS:
-        print(f"-- {variant}")
-        config = configs.build(TrainConfig, configs.load(f"{CONFIGS / 'mqar_tiny.py'}:{variant}"))
-        results = train(config, workdir / variant)
+    for variant, (_, trial) in zip(VARIANTS, sweep.trials(), strict=True):
         mixer, size = variant.split("_")
-        state_bytes = 4 * LM(config.model, rngs=nnx.Rngs(0)).state_size(config.data.resolved().test[0].seq_len)
-        rows.append((NAMES[mixer], int(size), state_bytes, results["accuracy"]))
+        row = found[trial.id]
+        rows.append((NAMES[mixer], int(size), row["state_bytes"], row["accuracy"]))
     return pd.DataFrame(rows, columns=["mixer", "size", "state bytes", "accuracy"])
+
+
+def recall_sweep() -> Sweep:
+    """Return one point for each variant, over what they have in common; a pass over the data is all its steps."""
+    config = {variant: configs.load(f"{CONFIGS / 'mqar_tiny.py'}:{variant}").to_dict() for variant in VARIANTS}
+    base = {key: config[VARIANTS[0]][key] for key in ("model", "data", "optim", "batch_size")}
+    return Sweep(base, [{f"model.{key}": config[x]["model"][key] for key in ("layers", "d_model")} for x in VARIANTS])
 
 
 def versions() -> dict[str, str]:
