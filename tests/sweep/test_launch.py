@@ -1,0 +1,110 @@
+"""A sweep is the same on this machine, on Ray and on SLURM; the command line says what is wrong in one sentence."""
+
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from based_jax.__main__ import main
+from based_jax.store import Store
+from based_jax.sweep import launch
+from based_jax.sweep.run import Options
+from based_jax.sweep.trial import load_sweep
+
+SWEEP = """
+from based_jax.sweep import Sweep, param, product
+SEGMENT = {"num_examples": 40, "seq_len": 16, "num_kv_pairs": 2}
+BASE = {
+    "model": {"layers": (("base_conv", {}),), "d_model": 8, "vocab_size": 40, "mlp": "none", "dtype": "float32"},
+    "data": {"kind": "mqar", "preset": "tiny", "vocab_size": 40, "train": (SEGMENT,), "test": (SEGMENT,)},
+    "batch_size": 20,
+    "optim": {"schedule": "constant"},
+}
+VARIANTS = {"wide": [16], "both": [8, 12]}
+def get_sweep(variant="both"):
+    return Sweep(BASE, product(param("model.d_model", VARIANTS[variant]), param("seed", [0, 1])))
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "sweep.py"
+    path.write_text(SWEEP)
+    return str(path)
+
+
+def test_the_command_runs_lists_and_draws(file, tmp_path, capsys, quick_compile):
+    store, out = str(tmp_path / "store"), tmp_path / "pictures"
+    assert main(["sweep", "list", file, f"--store={store}"]) == 0
+    assert "4 of 4 points have no row" in capsys.readouterr().out
+    assert main(["sweep", "run", file, f"--store={store}", "--part=1/2"]) == 0
+    assert main(["sweep", "list", file, f"--store={store}"]) == 0
+    assert "2 of 4 points have no row" in capsys.readouterr().out
+    assert main(["sweep", "run", file, f"--store={store}", "--lanes=1"]) == 0
+    rows = Store(store).rows()
+    assert len(rows) == 4 and {row["sweep"] for row in rows} == {"sweep"}
+    assert all(row["command"].startswith("python -m based_jax") for row in rows)
+    assert main(["sweep", "plot", f"--store={store}", f"--out={out}"]) == 0
+    assert {path.name for path in out.iterdir()} == {"frontier.png", "frontier.svg", "frontier.html"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--part=2/2"], "--part is '2/2'; it is i/n with 0 <= i < n"),
+        (["--part=1"], "--part is '1'"),
+        (["--lanes=0"], "--lanes is 0; it is at least 1"),
+        (["--launcher=slum"], "Unknown launcher 'slum': did you mean 'slurm'"),
+    ],
+)
+def test_wrong_options_are_one_sentence(words, said, file, tmp_path, capsys):
+    assert main(["sweep", "run", file, f"--store={tmp_path / 'store'}", *words]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "store").exists()
+
+
+def test_wrong_files_are_one_sentence(file, tmp_path, capsys):
+    assert main(["sweep", "run", f"{file}:wid", "--store=x"]) == 2
+    assert "'wid': did you mean 'wide'" in capsys.readouterr().err
+    (tmp_path / "other.py").write_text("def get_sweep():\n    return 3\n")
+    assert main(["sweep", "run", str(tmp_path / "other.py"), "--store=x"]) == 2
+    assert "get_sweep returns a Sweep" in capsys.readouterr().err
+    assert main(["sweep", "plot", f"--store={tmp_path}", "--out=x"]) == 2
+    assert "There are no rows in" in capsys.readouterr().err
+
+
+def test_slurm_gets_an_array_job_whose_tasks_are_the_parts(file, tmp_path, monkeypatch):
+    got = tmp_path / "job.sh"
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f"#!/bin/sh\ncat > {got}\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    assert launch.on_slurm(f"{file}:both", "store", Options(), tasks=2, script=None) == 0
+    text = got.read_text()
+    assert "#SBATCH --array=0-1" in text and "#SBATCH --requeue" in text
+    # What a task of the array would do, with a stand-in for Python.
+    shown = text.splitlines()[-1].replace(shlex.quote(sys.executable), "echo")
+    said = subprocess.check_output(["sh", "-c", shown], env=os.environ | {"SLURM_ARRAY_TASK_ID": "1"}, text=True)
+    assert said.split()[:4] == ["-m", "based_jax", "sweep", "run"] and said.split()[-1] == "--part=1/2"
+
+
+def test_slurm_writes_a_script_where_there_is_no_sbatch(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = ["sweep", "run", file, f"--store={tmp_path / 'store'}", "--launcher=slurm", "--tasks=3"]
+    assert main(words) == 2 and "needs sbatch on the PATH" in capsys.readouterr().err
+    assert main([*words, f"--script={tmp_path / 'job.sh'}"]) == 0
+    assert "--array=0-2" in (tmp_path / "job.sh").read_text()
+
+
+def test_two_ray_workers_share_a_sweep(file, tmp_path):
+    ray = pytest.importorskip("ray", reason="Ray is not installed: the extra 'ray'")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        assert launch.on_ray(file, str(tmp_path / "store"), Options(), tasks=2) == 4
+    finally:
+        ray.shutdown()
+    store = Store(tmp_path / "store")
+    assert store.ids() == {trial.id for _, trial in load_sweep(file).trials()}
+    assert len(list((tmp_path / "store").glob("*.jsonl"))) == 2  # each wrote its own file
