@@ -1,9 +1,12 @@
 """Train the points of a sweep file into a store, list what is missing, or draw the pictures of a store."""
 
 import argparse
+import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from based_jax.errors import UserError, unknown
 
@@ -54,11 +57,20 @@ def _run(args: argparse.Namespace) -> None:
         args.lanes, args.workers, part(args.part), shlex.join(["python", "-m", "based_jax", *sys.argv[1:]])
     )
     if args.launcher == "local":
-        launch.local(args.sweep, args.store, options)
+        _interruptible(launch.local, args.sweep, args.store, options)
     elif args.launcher == "ray":
         launch.on_ray(args.sweep, args.store, options, tasks=args.tasks)
     else:
         launch.on_slurm(args.sweep, args.store, options, tasks=args.tasks, script=args.script)
+
+
+def _interruptible(call: Callable, *arguments: Any) -> None:
+    """Call, and leave at once when interrupted: rows are on the disk, and what compiles cannot be waited for."""
+    try:
+        call(*arguments)
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on where it was.", file=sys.stderr, flush=True)
+        os._exit(130)
 
 
 def part(text: str) -> tuple[int, int]:

@@ -156,6 +156,7 @@ def train(
     *,
     most_lanes: int = MOST_LANES,
     device: contextlib.AbstractContextManager | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Trial, Outcome]]:
     """Yield each trial with its outcome as soon as it is known.
 
@@ -164,13 +165,14 @@ def train(
       data: their data.
       most_lanes: lanes at most; fewer where the device's memory holds fewer.
       device: held while the device works for these trials; compilation goes on without it.
+      stopped: asked before each epoch; trials under way then have no outcome.
     """
     device = device or threading.Lock()
     programs = fitting(trials[0], data, min(most_lanes, len(trials)))
     number = programs.lanes.number
     for first in range(0, len(trials), number):
         batch = trials[first : first + number]
-        yield from _Batch(batch, programs, device).run()
+        yield from _Batch(batch, programs, device).run(stopped)
 
 
 class _Batch:
@@ -187,11 +189,13 @@ class _Batch:
         )
         self.seeds = jnp.asarray([x.seed for x in filled], jnp.uint32)
 
-    def run(self) -> Iterator[tuple[Trial, Outcome]]:
+    def run(self, stopped: Callable[[], bool]) -> Iterator[tuple[Trial, Outcome]]:
         trial = self.trials[0]
         with self.device:
             states = self.programs.beginning(self.seeds)
         for epoch in range(trial.epochs):
+            if stopped():
+                return
             states, seconds = self._epoch(states, epoch)
             for i in list(self.lane_of):
                 self.outcomes[i].status = self._status(i, epoch)

@@ -34,8 +34,7 @@ def on_ray(spec: str, store: str, options: Options, *, tasks: int) -> int:
     load_sweep(spec)  # what is impossible is refused before anything is started
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True)
-    needs = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {"num_cpus": 1}
-    remote = ray.remote(**needs)(local)
+    remote = ray.remote(num_cpus=1, num_gpus=int("GPU" in ray.cluster_resources()))(local)
     store, spec = os.path.abspath(store), _absolute(spec)
     parts = [dataclasses.replace(options, part=(i, tasks)) for i in range(tasks)]
     return sum(ray.get([remote.remote(spec, store, part) for part in parts]))

@@ -76,15 +76,20 @@ def run(sweep: Sweep, store: Store, name: str, options: Options, report: Callabl
     for group in todo:
         waiting.put(group)
     facts = facts_of(name, options.command)
-    shared = [_Data() for _ in devices]
-    with futures.ThreadPoolExecutor(workers * len(devices)) as pool:
+    pool = futures.ThreadPoolExecutor(workers * len(devices))
+    try:
         jobs = [
             pool.submit(_work_off, waiting, device, data, store, facts, options, done, errors)
-            for device, data in zip(devices, shared, strict=True)
+            for device, data in zip(devices, [_Data() for _ in devices], strict=True)
             for _ in range(workers)
         ]
         for job in futures.as_completed(jobs):
             job.result()
+    except BaseException:  # interrupted, or a disk that is full: what is under way ends with its epoch
+        done.stopped = True
+        raise
+    finally:
+        pool.shutdown(wait=not done.stopped, cancel_futures=True)
     if errors:
         raise RuntimeError(f"{len(errors)} of {len(todo)} groups failed: {errors[0]}")
     return total
@@ -92,7 +97,7 @@ def run(sweep: Sweep, store: Store, name: str, options: Options, report: Callabl
 
 def _work_off(waiting, device, data: "_Data", store: Store, facts: dict, options: Options, done, errors) -> None:
     """Take groups and train them on a device until none is left."""
-    while True:
+    while not done.stopped:
         try:
             group: Work = waiting.get_nowait()
         except queue.Empty:
@@ -128,11 +133,11 @@ class _Data:
 
 
 class _Counter:
-    """Counts what is done, and says so."""
+    """Counts what is done, says so, and knows whether to go on."""
 
     def __init__(self, total: int, report: Callable[[str], None]):
         self.total, self.report, self.lock = total, report, threading.Lock()
-        self.done, self.begin = 0, time.perf_counter()
+        self.done, self.begin, self.stopped = 0, time.perf_counter(), False
 
     def add(self, text: str) -> None:
         with self.lock:

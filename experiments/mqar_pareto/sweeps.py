@@ -11,7 +11,7 @@ from based_jax.sweep import Sweep, chain, param, product
 SEQ_LEN = 1024
 CONV = ("base_conv", {"kernel_size": 3})
 BASE = {
-    "model": {"vocab_size": 8192, "mlp": "identity", "norm": "layer", "dtype": "float32", "d_model": 64, "layers": ()},
+    "model": {"vocab_size": 8192, "mlp": "identity", "norm": "layer", "dtype": "bfloat16", "d_model": 64, "layers": ()},
     "data": {"kind": "mqar", "preset": "figure2"},
     "optim": {
         "lr": 1e-3,

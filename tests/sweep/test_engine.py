@@ -213,18 +213,21 @@ def get_sweep():
 """
 
 
-def test_a_killed_sweep_goes_on_without_redoing_or_losing_a_point(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_sweep_goes_on_without_redoing_or_losing_a_point(how, tmp_path):
     file, store = tmp_path / "sweep.py", tmp_path / "store"
     file.write_text(SWEEP.format(base=BASE))
     command = [sys.executable, "-m", "based_jax", "sweep", "run", str(file), f"--store={store}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     before = []
     while len(before) < 2:
         assert process.poll() is None
         before = Store(store).rows()
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(how)
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[how]
+    assert ("the same command goes on" in said) == (how == signal.SIGINT) and "Traceback" not in said
     before = Store(store).rows()
     sweep = load_sweep(str(file))
     assert 2 <= len(before) < 6
