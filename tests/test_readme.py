@@ -32,15 +32,17 @@ def program(marker):
 
 def test_the_commands_in_their_order(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert [command.split()[0] for command in COMMANDS] == ["train", "train", "eval", "generate", "describe"]
+    names = ["train", "train", "eval", "generate", "describe", "sweep", "sweep"]
+    assert [command.split()[0] for command in COMMANDS] == names
     for command in COMMANDS:
-        arguments = shlex.split(command.replace("--workdir=runs", f"--workdir={tmp_path}"))
+        arguments = shlex.split(command.replace("=runs", f"={tmp_path}"))
         if arguments[0] == "train":
             arguments += ["--config.steps=2", "--config.optim.warmup_steps=1"]
             if "text" in command:
                 arguments += [f"--config.data.cache_dir={tmp_path / 'cache'}"]
         assert main(arguments) == 0, command
-    assert "It was a " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "It was a " in said and "[4/4" in said and (tmp_path / "pictures" / "frontier.html").exists()
     targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
     assert targets == ["demo", "test"]
     assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
@@ -58,6 +60,13 @@ def test_the_config():
     exec(program("def get_config"), names)
     config = configs.build(TrainConfig, names["get_config"]())
     assert len(config.model.layers) == 12 and config.mesh == {"fsdp": 4}
+
+
+def test_the_sweep():
+    names = {}
+    exec(program("def get_sweep"), names)
+    trials = [trial for _, trial in names["get_sweep"]().trials()]
+    assert len(trials) == 30 and len({trial.signature for trial in trials}) == 5
 
 
 def test_the_mixer_keeps_the_contract_in_under_60_lines(normal, close):
