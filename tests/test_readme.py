@@ -22,8 +22,6 @@ README = (ROOT / "README.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^python -m based_jax (.*)$", README, re.MULTILINE)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def program(marker):
     (found,) = (text for text in PROGRAMS if marker in text)
@@ -48,6 +46,7 @@ def test_the_commands_in_their_order(capsys, tmp_path, monkeypatch):
     assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
 
 
+@pytest.mark.usefixtures("quick_compile")
 def test_the_library():
     names = {}
     exec(program("from based_jax import"), names)

@@ -89,7 +89,7 @@ def ablation():
 
 def tiny():
     """Return a sweep that a laptop finishes in a minute: to see whether it runs."""
-    few = {"num_examples": 6400, "seq_len": 32, "num_kv_pairs": 4}
+    few = {"num_examples": 3200, "seq_len": 32, "num_kv_pairs": 4}
     task = {
         "data.preset": "tiny",
         "data.vocab_size": 64,
