@@ -1,5 +1,6 @@
 """What all tests share: eight fake devices, strict shapes, inputs of their own, and the tolerances."""
 
+import functools
 import os
 import zlib
 
@@ -11,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1 "
     + os.environ.get("XLA_FLAGS", "")
 )
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import jax.numpy as jnp
@@ -83,20 +85,9 @@ def close():
 def out_and_grads():
     """Return a function of (call, arguments, cotangents) that compiles a call with its pullback and runs both."""
 
+    @functools.partial(jax.jit, static_argnums=0)
     def run(call, args, cotangents):
-        @jax.jit
-        def both(args, cotangents):
-            out, pullback = jax.vjp(call, *args)
-            return out, pullback(cotangents)
-
-        return both(args, cotangents)
+        out, pullback = jax.vjp(call, *args)
+        return out, pullback(cotangents)
 
     return run
-
-
-@pytest.fixture
-def quick_compile():
-    """Compile without costly optimisation, for tests that compile much and compute little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -23,13 +23,6 @@ MQAR = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile_everywhere():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("cli")

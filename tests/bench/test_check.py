@@ -12,8 +12,6 @@ from experiments.kernels import __main__ as command
 from experiments.kernels import cases, check, comparison, huge, sanitizer, workers
 from experiments.kernels.operations import OPERATIONS, Case, basic, same_program
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 BOTH = {"state": True, "documents": True}
 SMALL = [
     Case("taylor_attention", (2, 2, 65), (8, 12), **BOTH),

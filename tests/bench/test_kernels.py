@@ -89,7 +89,7 @@ def test_any_entry_of_a_table_can_be_named():
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "window_attention_128"])
-def test_both_passes_are_compiled_and_timed(name, monkeypatch, quick_compile):
+def test_both_passes_are_compiled_and_timed(name, monkeypatch):
     def timed(call, inputs, repeats):
         assert len(inputs) == repeats == 2
         jax.block_until_ready([call(*x) for x in inputs])

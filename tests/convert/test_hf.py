@@ -16,8 +16,6 @@ from based_jax.convert import load_hf, reference_weights, save_hf
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM, LMConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 PARITY = Path(__file__).parents[1] / "parity"
 D = 16
 BASED = (

@@ -10,8 +10,6 @@ from based_jax.nn.lm import LM, LMConfig
 from based_jax.train.step import IGNORED
 from based_jax.train.tasks import MqarTask
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def model():

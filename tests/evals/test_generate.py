@@ -16,13 +16,6 @@ LOGITS = np.array([2.0, -1.0, 0.5, 1.5, -3.0, 1.0, 0.0, 0.25])
 DRAWS = 20_000
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile_everywhere():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def model():
     config = LMConfig(layers=LAYERS, d_model=16, vocab_size=VOCAB, dtype="float32", init_std=0.5)

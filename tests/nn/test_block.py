@@ -7,8 +7,6 @@ from flax import nnx
 from based_jax.nn.block import REMAT, Block, Stack, repeating_patterns
 from based_jax.nn.lm import LMConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 D, T = 16, 9
 PATTERN = (("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 4}))
 

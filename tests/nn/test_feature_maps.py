@@ -1,6 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding import in_one_pass, prefill_then_step
 from flax import nnx
 
 from based_jax.nn.feature_maps import FEATURE_MAPS, HORIZON, orthogonal_directions
@@ -71,10 +72,5 @@ def test_a_mixer_with_each_map_decodes_what_it_computes_in_parallel(name, normal
     """Relative to the values: identity and polynomial maps have normalisers near zero."""
     mixer = make_mixer("linear", 8, num_heads=2, feature_dim=K, feature_map=name, rngs=nnx.Rngs(1), std=0.5)
     x = normal(2, T, 8)
-    y, cache = mixer.prefill(x[:, :3], mixer.init_cache(2, T))
-    outputs = [y]
-    for t in range(3, T):
-        y, cache = mixer.step(x[:, t], cache)
-        outputs.append(y[:, None])
-    whole = mixer(x)
-    np.testing.assert_allclose(np.concatenate(outputs, axis=1), whole, atol=1e-4 * np.abs(whole).max())
+    whole, (decoded, _, _) = in_one_pass(mixer, x), prefill_then_step(mixer, x, 3)
+    np.testing.assert_allclose(decoded, whole, atol=1e-4 * np.abs(whole).max())

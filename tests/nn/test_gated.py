@@ -24,7 +24,7 @@ def test_decays_equal_the_reference(out_and_grads):
     assert_close(o, case.outputs["o"], FORWARD)
     for name, grad in zip(("g", "A_log", "dt_bias"), grads, strict=True):
         assert_close(grad, case.gradients[name], GRADIENT, name)
-    bounded = flat(bounded_decay, case.meta["lower_bound"])(*args)
+    bounded = jax.jit(flat(bounded_decay, case.meta["lower_bound"]))(*args)
     assert_close(bounded, case.outputs["lower_bound_gate"], FORWARD)
 
 
@@ -37,14 +37,14 @@ def test_slopes_are_those_of_lightning_attention():
 def test_a_bounded_gate_keeps_at_least_its_share(normal):
     mixer = make_mixer("kda", 8, num_heads=1, head_dim=4, lower_bound=-0.5, std=5.0, rngs=nnx.Rngs(0))
     q = k = v = normal(2, 3, 1, 4)
-    *_, log_decay, _ = mixer._gated(normal(2, 3, 8), q, k, v)
+    *_, log_decay, _ = jax.jit(lambda mixer, *xs: mixer._gated(*xs))(mixer, normal(2, 3, 8), q, k, v)
     assert float(log_decay.min()) >= -0.5 and float(log_decay.max()) <= 0
 
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_flops_count_every_weight_of_a_gate(rank):
     kind, options = ("kda", {"head_dim": 3, "num_heads": 2}) if rank else ("retnet", {"num_heads": 2})
-    mixer = make_mixer(kind, 8, rngs=nnx.Rngs(0), **options)
+    mixer = nnx.eval_shape(lambda: make_mixer(kind, 8, rngs=nnx.Rngs(0), **options))
     weights = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)) if leaf.ndim > 1)
     state = mixer.key_dim * mixer.value_dim // mixer.num_heads
     assert mixer.flops_per_token(64) == 2 * weights + 4 * state

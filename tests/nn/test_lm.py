@@ -10,8 +10,6 @@ from flax import nnx
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM, LMConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 D, T, VOCAB = 16, 10, 50
 SMALL = {
     "attention": {"num_heads": 2, "bias": True},

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,10 +8,9 @@ from reference_cases import FORWARD, GRADIENT, assert_close, load
 
 from based_jax.ops.delta_rule import CHUNK, delta_rule, delta_rule_step, dplr, dplr_step
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 H, K, V, B = 2, 5, 3, 6
 IMPLS = ("recurrent", "xla")
+jitted = functools.partial(jax.jit, static_argnames=("impl", "scale", "return_state"))
 
 
 def unit(x):
@@ -32,7 +33,7 @@ def low_rank(normal, T):
 def test_oracle_is_the_delta_rule_in_fp64(normal):
     args = inputs(normal, 8)
     q, k, v, g, beta = (np.asarray(x, np.float64) for x in args)
-    o = delta_rule(*args, impl="oracle", scale=0.5)
+    o = jitted(delta_rule)(*args, impl="oracle", scale=0.5)
     s = np.zeros((B, H, K, V))
     for t in range(8):
         s = np.exp(g[:, t])[..., None] * s
@@ -41,8 +42,7 @@ def test_oracle_is_the_delta_rule_in_fp64(normal):
         np.testing.assert_allclose(o[:, t], 0.5 * np.einsum("bhk,bhkv->bhv", q[:, t], s), atol=1e-5)
 
 
-@pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize("T", [1, 37, 2 * CHUNK + 3])
+@pytest.mark.parametrize("T, per_head", [(1, True), (37, False), (2 * CHUNK + 3, True), (2 * CHUNK + 3, False)])
 def test_chunked_equals_the_oracle(T, per_head, normal, packed_ids, out_and_grads, close):
     q, k, v, g, _ = inputs(normal, T, per_head)
     args, ids = (q, k, v, g, *low_rank(normal, T), normal(B, H, K, V)), packed_ids(T)
@@ -88,25 +88,25 @@ def test_without_decay_a_key_of_length_one_is_overwritten(normal):
     """With beta 1, a repeated key answers with its last value."""
     k, v = unit(normal(1, 1, 1, K)), normal(1, 3, 1, V)
     keys, zeros = jnp.repeat(k, 3, axis=1), jnp.zeros((1, 3, 1, 1))
-    o = delta_rule(keys, keys, v, zeros, jnp.ones((1, 3, 1)), scale=1.0)
+    o = jitted(delta_rule)(keys, keys, v, zeros, jnp.ones((1, 3, 1)), scale=1.0)
     np.testing.assert_allclose(o, v, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bf16_stays_close(impl, normal, close):
     args = inputs(normal, 70, dtype="bfloat16")
-    o = delta_rule(*args, impl=impl)
+    o = jitted(delta_rule)(*args, impl=impl)
     assert o.dtype == jnp.bfloat16
-    close(o, delta_rule(*(x.astype(jnp.float32) for x in args), impl="oracle"), "bfloat16")
+    close(o, jitted(delta_rule)(*(x.astype(jnp.float32) for x in args), impl="oracle"), "bfloat16")
 
 
 def test_steps_equal_one_call(normal, close):
     args, (a, b) = inputs(normal, 6), low_rank(normal, 6)
     for whole_call, step, xs in ((delta_rule, delta_rule_step, args), (dplr, dplr_step, (*args[:4], a, b))):
-        whole, after = whole_call(*xs, return_state=True)
-        state = jnp.zeros((B, H, K, V))
+        whole, after = jitted(whole_call)(*xs, return_state=True)
+        state, step = jnp.zeros((B, H, K, V)), jax.jit(step)
         for t in range(6):
-            o, state = jax.jit(step)(*(x[:, t] for x in xs), state)
+            o, state = step(*(np.asarray(x)[:, t] for x in xs), state)
             close(o, whole[:, t])
         close(state, after)
 

@@ -12,22 +12,21 @@ from based_jax.ops.linear_attention import (
     linear_attention_step,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 FAST = [name for name in IMPLEMENTATIONS if name != "oracle"]
+jitted = jax.jit(linear_attention, static_argnames=("impl", "return_state"))
 
 
 def inputs(normal, T, E=6, V=5, H=2, B=6, dtype="float32"):
     """Return features that are positive, so that no normaliser vanishes, values and a state."""
     phi_q, phi_k = (jnp.abs(normal(B, T, H, E, dtype=dtype)) + 0.1 for _ in "qk")
-    state = initial_state(B, H, E, V) + jnp.abs(normal(B, H, E, V + 1))
+    state = jnp.abs(normal(*initial_state(B, H, E, V).shape))
     return phi_q, phi_k, normal(B, T, H, V, dtype=dtype), state
 
 
 def test_oracle_equals_fp64(normal):
     phi_q, phi_k, v, state = inputs(normal, 9, B=1)
     q, k, v64, s = (np.asarray(x, np.float64) for x in (phi_q, phi_k, v, state))
-    o, after = linear_attention(phi_q, phi_k, v, state=state, return_state=True, impl="oracle")
+    o, after = jitted(phi_q, phi_k, v, state=state, return_state=True, impl="oracle")
     for t in range(9):
         s = s + np.einsum("bhe,bhv->bhev", k[:, t], np.concatenate([v64[:, t], np.ones((1, 2, 1))], axis=-1))
         sums = np.einsum("bhe,bhev->bhv", q[:, t], s)
@@ -53,16 +52,17 @@ def test_every_form_equals_the_oracle(impl, T, normal, packed_ids, out_and_grads
 @pytest.mark.parametrize("impl", FAST)
 def test_bf16_stays_close(impl, normal, close):
     phi_q, phi_k, v, _ = inputs(normal, 70, dtype="bfloat16")
-    o = linear_attention(phi_q, phi_k, v, impl=impl)
+    o = jitted(phi_q, phi_k, v, impl=impl)
     assert o.dtype == jnp.bfloat16
-    close(o, linear_attention(*(x.astype(jnp.float32) for x in (phi_q, phi_k, v)), impl="oracle"), "bfloat16")
+    close(o, jitted(*(x.astype(jnp.float32) for x in (phi_q, phi_k, v)), impl="oracle"), "bfloat16")
 
 
 def test_steps_equal_one_pass(normal, close):
     phi_q, phi_k, v, state = inputs(normal, 5)
-    whole, after = linear_attention(phi_q, phi_k, v, state=state, return_state=True)
+    whole, after = jitted(phi_q, phi_k, v, state=state, return_state=True)
+    step = jax.jit(linear_attention_step)
     for t in range(5):
-        o, state = jax.jit(linear_attention_step)(phi_q[:, t], phi_k[:, t], v[:, t], state)
+        o, state = step(*(np.asarray(x)[:, t] for x in (phi_q, phi_k, v)), state)
         close(o, whole[:, t])
     close(state, after)
 
@@ -70,8 +70,8 @@ def test_steps_equal_one_pass(normal, close):
 def test_an_encoded_prefix_is_a_state_in_no_order(normal, close):
     phi_q, phi_k, v, _ = inputs(normal, 8)
     mask = jnp.asarray([[1, 1, 0, 1, 1, 1, 0, 1]] * 6)
-    _, after = linear_attention(phi_q, phi_k, v, segment_ids=mask, return_state=True, impl="oracle")
-    last = jnp.asarray([[0, 0, 0, 0, 0, 0, 0, 1]] * 6)
-    close(encoder_state(phi_k, v, mask), encoder_state(phi_k[:, ::-1], v[:, ::-1], mask[:, ::-1]))
-    close(encoder_state(phi_k, v, mask) - encoder_state(phi_k, v, mask - last), encoder_state(phi_k, v, last))
-    close(after, encoder_state(phi_k, v, mask))
+    _, after = jitted(phi_q, phi_k, v, segment_ids=mask, return_state=True, impl="oracle")
+    last, encoded = jnp.asarray([[0, 0, 0, 0, 0, 0, 0, 1]] * 6), jax.jit(encoder_state)
+    close(encoded(phi_k, v, mask), encoded(phi_k[:, ::-1], v[:, ::-1], mask[:, ::-1]))
+    close(encoded(phi_k, v, mask) - encoded(phi_k, v, mask - last), encoded(phi_k, v, last))
+    close(after, encoded(phi_k, v, mask))

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +7,6 @@ import pytest
 from reference_cases import FORWARD, GRADIENT, assert_close, load
 
 from based_jax.ops.selective_scan import CHUNK, initial_state, selective_scan, selective_scan_step
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 D, N = 4, 3
 IMPLS = ("recurrent", "xla")
@@ -20,7 +20,7 @@ def inputs(normal, T, dtype="float32"):
 def test_oracle_equals_fp64(normal):
     u, dt, A, B, C = inputs(normal, 6)
     h = np.zeros((6, D, N))
-    y = selective_scan(u, dt, A, B, C, impl="oracle")
+    y = jax.jit(functools.partial(selective_scan, impl="oracle"))(u, dt, A, B, C)
     for t in range(6):
         step = np.asarray(dt[:, t], np.float64)[..., None]
         added = step * np.asarray(B[:, t, None]) * np.asarray(u[:, t, :, None])
@@ -44,11 +44,12 @@ def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
 
 def test_bf16_and_steps(normal, close):
     u, dt, A, B, C = inputs(normal, 9, dtype="bfloat16")
-    y, after = selective_scan(u, dt, A, B, C, return_state=True)
+    y, after = jax.jit(functools.partial(selective_scan, return_state=True))(u, dt, A, B, C)
     assert y.dtype == jnp.bfloat16
-    state = initial_state(6, D, N)
+    state, step = initial_state(6, D, N), jax.jit(selective_scan_step)
+    u, dt, B, C = map(np.asarray, (u, dt, B, C))
     for t in range(9):
-        o, state = jax.jit(selective_scan_step)(u[:, t], dt[:, t], A, B[:, t], C[:, t], state)
+        o, state = step(u[:, t], dt[:, t], A, B[:, t], C[:, t], state)
         close(o, y[:, t], "bfloat16")
     close(state, after)
 

@@ -19,9 +19,13 @@ from based_jax.ops.taylor import (
     taylor_features,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 FAST = [name for name, entry in IMPLEMENTATIONS.items() if entry.platform is None and name != "oracle"]
+
+
+def forms(length):
+    """Return what a case is for: longer than half a chunk, only the chunked form does anything new."""
+    return FAST if length <= CHUNK // 2 + 1 else ["xla"]
+
 
 # (T, K, V, H): both sides of the chunk and of half of it, and the odd sizes.
 CASES = [
@@ -109,11 +113,16 @@ def test_features_have_the_taylor_inner_product(normal, close):
         close(jax.jit(taylor_features)(q), features64(np.asarray(q, np.float64)))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
 def test_oracle_equals_fp64(case, draw, close):
     qkv, state, ids = draw(*case)
-    close(jax.jit(caller("oracle"))(*qkv), exact(*qkv), what="plain")
-    packed = jax.jit(lambda qkv, state, ids: caller("oracle", ids=ids)(*qkv, state))(qkv, state, ids)
+
+    @jax.jit
+    def both(qkv, state, ids):
+        return caller("oracle")(*qkv), caller("oracle", ids=ids)(*qkv, state)
+
+    plain, packed = both(qkv, state, ids)
+    close(plain, exact(*qkv), what="plain")
     close(packed, exact(*qkv, state, ids), what="packed, with a state")
 
 
@@ -138,16 +147,16 @@ def test_every_form_equals_the_oracle(case, draw, cotangents, out_and_grads, clo
     qkv, state, ids = draw(*case)
     args, weights = (*qkv, state), cotangents(qkv)
     expected = out_and_grads(caller("oracle", ids=ids), args, weights)
-    for impl in FAST:
+    for impl in forms(case[0]):
         close(out_and_grads(caller(impl, ids=ids), args, weights), expected, what=impl)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [CASES[3], CASES[7]], ids=str)
 def test_every_form_equals_the_oracle_without_state_and_ids(case, draw, cotangents, out_and_grads, close):
     qkv, _, _ = draw(*case, batch=2)
     weights = cotangents(qkv)
     expected = out_and_grads(caller("oracle"), qkv, weights)
-    for impl in FAST:
+    for impl in forms(case[0]):
         close(out_and_grads(caller(impl), qkv, weights), expected, floor=1e-5, what=impl)
 
 
@@ -156,7 +165,7 @@ def test_every_form_equals_the_oracle_in_bf16(case, draw, cotangents, out_and_gr
     qkv, state, ids = draw(*case, dtype="bfloat16")
     weights = cotangents(qkv, "bfloat16")
     expected = out_and_grads(caller("oracle", ids=ids), (*qkv, state), weights)
-    for impl in FAST:
+    for impl in forms(case[0]):
         (o, after), grads = out_and_grads(caller(impl, ids=ids), (*qkv, state), weights)
         assert (o.dtype, after.dtype) == (jnp.bfloat16, jnp.float32)
         close(((o, after), grads), expected, "bfloat16", what=impl)
@@ -165,13 +174,13 @@ def test_every_form_equals_the_oracle_in_bf16(case, draw, cotangents, out_and_gr
 @pytest.mark.parametrize("impl", FAST)
 def test_pieces_equal_one_call(impl, draw, cotangents, out_and_grads, close):
     """A row of one document and a left-padded one, whose first piece is padding only; gradients cross the state."""
-    qkv, state, _ = draw(300, 8, 5, 2, batch=2)
-    ids = jnp.asarray([np.ones(300), np.arange(300) >= 65], jnp.int32)
+    qkv, state, _ = draw(200, 8, 5, 2, batch=2)
+    ids = jnp.asarray([np.ones(200), np.arange(200) >= 65], jnp.int32)
 
     def in_pieces(*args):
         *qkv, state = args
         outputs = []
-        for start, stop in ((0, 65), (65, 194), (194, 300)):
+        for start, stop in ((0, 65), (65, 194), (194, 200)):
             o, state = caller(impl, ids=ids[:, start:stop])(*(x[:, start:stop] for x in qkv), state)
             outputs.append(o)
         return jnp.concatenate(outputs, axis=1), state

@@ -39,7 +39,7 @@ def _pull_back(x, u):
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch, quick_compile):
+def interpreted(monkeypatch):
     replace_products(monkeypatch)
     for module in (taylor_state, forward, backward):
         monkeypatch.setattr(module, "expand", _expand)

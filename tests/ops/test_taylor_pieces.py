@@ -1,5 +1,7 @@
 """Pieces of sequences: how many, and what each starts from; the kernel that sums them runs in Pallas' interpreter."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,10 +20,14 @@ def test_pieces_fill_the_chip(sequences, chunks, pieces):
     assert taylor_pieces.number_of_pieces(sequences, chunks) == pieces
 
 
-@pytest.mark.parametrize("batch, heads, chunks, pieces", [(2, 3, 9, 2), (1, 1, 44, 11), (2, 66, 9, 1)])
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("from_state", [False, True])
+BOTH = (False, True)
+EACH = [(2, 3, 9, 2, *options) for options in itertools.product(BOTH, BOTH, BOTH)]
+
+
+@pytest.mark.parametrize(
+    "batch, heads, chunks, pieces, reverse, packed, from_state",
+    [*EACH, (1, 1, 44, 11, False, True, False), (1, 1, 44, 11, True, True, True), (2, 66, 9, 1, False, True, True)],
+)
 def test_a_piece_starts_from_all_that_lies_before_it(
     rng, monkeypatch, batch, heads, chunks, pieces, reverse, packed, from_state
 ):

@@ -69,7 +69,6 @@ def _gradients(arrays, ids=None, window=64):
 @pytest.mark.parametrize(
     "shape, head_dim, window, packed",
     [
-        ((8, 2048, 16), 64, 64, False),
         ((2, 15, 2), 64, 65, True),
         ((1, 4097, 4), 64, 1, True),
         ((2, 512, 16), 112, 128, False),
@@ -93,10 +92,9 @@ def test_lowers_for_an_h100(shape, head_dim, window, packed):
 
 
 def test_lowers_under_vmap():
-    ids = jnp.ones((3, 2, 256), jnp.int32)
     with gpus():
-        call = jax.jit(jax.vmap(lambda ids, *qkv: _gradients(qkv, ids)))
-        text = call.trace(ids, *_arrays((3, 2, 256, 4))).lower(lowering_platforms=("cuda",)).as_text()
+        call = jax.jit(jax.vmap(lambda *qkv: _gradients(qkv)))
+        text = call.trace(*_arrays((3, 2, 256, 4))).lower(lowering_platforms=("cuda",)).as_text()
     assert "window_backward" in text
 
 

@@ -5,9 +5,8 @@ import pytest
 
 from based_jax.ops.wkv4 import CHUNK, WkvState, initial_state, wkv4, wkv4_step
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 D = 4
+jitted = jax.jit(wkv4, static_argnames=("impl", "return_state"))
 
 
 def parameters(normal):
@@ -16,7 +15,7 @@ def parameters(normal):
 
 def test_oracle_is_the_average_in_fp64(normal):
     k, v, (decay, bonus) = normal(2, 7, D), normal(2, 7, D), parameters(normal)
-    wkv = wkv4(k, v, decay, bonus, impl="oracle")
+    wkv = jitted(k, v, decay, bonus, impl="oracle")
     k64, v64, d, u = (np.asarray(x, np.float64) for x in (k, v, decay, bonus))
     for t in range(7):
         age = np.arange(t)[::-1, None] * d
@@ -47,17 +46,17 @@ def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
 @pytest.mark.parametrize("impl", ["recurrent", "xla"])
 def test_huge_keys_do_not_overflow(impl, normal):
     k, v, (decay, bonus) = 300 * normal(2, 40, D), normal(2, 40, D), parameters(normal)
-    wkv = wkv4(k, v, decay, bonus, impl=impl)
+    wkv = jitted(k, v, decay, bonus, impl=impl)
     assert np.isfinite(wkv).all()
     assert np.abs(wkv).max() <= np.abs(v).max() + 1e-5
 
 
 def test_steps_and_bf16(normal, close):
     k, v, (decay, bonus) = normal(2, 6, D, dtype="bfloat16"), normal(2, 6, D, dtype="bfloat16"), parameters(normal)
-    whole, after = wkv4(k, v, decay, bonus, return_state=True)
+    whole, after = jitted(k, v, decay, bonus, return_state=True)
     assert whole.dtype == jnp.bfloat16
-    state = initial_state(2, D)
+    state, step = initial_state(2, D), jax.jit(wkv4_step)
     for t in range(6):
-        wkv, state = jax.jit(wkv4_step)(k[:, t], v[:, t], decay, bonus, state)
+        wkv, state = step(np.asarray(k)[:, t], np.asarray(v)[:, t], decay, bonus, state)
         close(wkv, whole[:, t], "bfloat16")
     close(state.num * jnp.exp(state.max), after.num * jnp.exp(after.max))

@@ -35,7 +35,7 @@ def file(tmp_path):
     return str(path)
 
 
-def test_the_command_runs_lists_and_draws(file, tmp_path, capsys, quick_compile):
+def test_the_command_runs_lists_and_draws(file, tmp_path, capsys):
     store, out = str(tmp_path / "store"), tmp_path / "pictures"
     assert main(["sweep", "list", file, f"--store={store}"]) == 0
     assert "4 of 4 points have no row" in capsys.readouterr().out

@@ -15,7 +15,6 @@ from based_jax.train.tasks import MqarTask
 
 VOCAB = 64
 LAYERS = (("attention", {"num_heads": 2}),)
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SGD = optax.sgd(1.0)  # a step moves the parameters by exactly minus the gradient
 
 
