@@ -110,7 +110,7 @@ class GatedLinearMixer(nnx.Module):
         y = self.qkv(x)
         if self.conv_size:
             y = short_conv(y, self.conv_kernel[...], segment_ids=segment_ids)
-        inputs, _ = self._inputs(x, y, jnp.zeros(x.shape[0], jnp.int32), segment_ids)
+        inputs, _ = self._inputs(x, y, jnp.zeros(1, jnp.int32), segment_ids)
         o = self.operation[0](*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(x, o)
 
@@ -181,8 +181,7 @@ class GatedLinearMixer(nnx.Module):
     def _inputs(self, x, y, length, segment_ids):
         q, k, v = self._heads(y)
         if self.rotary:
-            ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-            places, length = segments.positions(ids, length)
+            places, length = segments.positions(segment_ids, length, x.shape[1])
             q, k = (layers.rotary(z, places, z.shape[-1], 10000.0) for z in (q, k))
         return self._gated(x, q, k, v), length
 

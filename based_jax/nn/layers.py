@@ -132,7 +132,7 @@ MLPS = {"swiglu": SwiGLU, "identity": Identity, "none": None}
 
 
 def rotary(
-    x: Float[Array, "B T H K"], positions: Int[Array, "T"] | Int[Array, "B T"], dim: int, base: float
+    x: Float[Array, "B T H K"], positions: Int[Array, "T"] | Int[Array, "#B T"], dim: int, base: float
 ) -> Float[Array, "B T H K"]:
     """Rotate pairs (j, j + R/2) of the first R components by position * base^(-2j/dim); the others pass.
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from based_jax.dims import BD, BT, BTD, Tokens
 from based_jax.errors import UserError, unknown
@@ -16,6 +16,7 @@ from based_jax.nn import layers
 from based_jax.nn.block import REMAT, Stack, repeating_patterns
 from based_jax.nn.layers import INIT_STD
 from based_jax.nn.mixers import Mixer, check_options
+from based_jax.ops.cross_entropy import linear_cross_entropy
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -141,8 +142,21 @@ class LM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
         """Return fp32 logits over the padded vocabulary."""
-        table = self.embed.embedding[...].T if self.config.tie_embeddings else self.head.kernel[...]
-        return jnp.einsum("...D,DV->...V", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        table = self._table().astype(hidden.dtype)
+        return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+
+    def cross_entropy(
+        self, hidden: Float[Array, "*B D"], labels: Int[Array, "*B"]
+    ) -> tuple[Float[Array, "*B"], Bool[Array, "*B"]]:
+        """Return fp32 losses of the logits in nats, and whether no token is likelier than the label.
+
+        Where the label is negative they are 0 and False. The logits need not come to be (`ops/cross_entropy.py`).
+        """
+        return linear_cross_entropy(hidden, self._table(), labels)
+
+    def _table(self) -> Float[Array, "vocab D"]:
+        """Return the head's weights, a row for each token."""
+        return self.embed.embedding[...] if self.config.tie_embeddings else self.head.kernel[...].T
 
     def init_cache(self, batch: int, max_len: int) -> tuple:
         """Return the caches of all layers for `batch` sequences of up to `max_len` tokens."""
@@ -183,7 +197,8 @@ class LM(nnx.Module):
         return sum(mixer.flops_per_token(seq_len) + mlp for mixer in self.mixers()) + head
 
     def _in(self, ids):
-        r = self.embed(ids)
+        # Left to itself XLA reads the table again wherever the embedding is used, and there across its rows.
+        r = jax.lax.optimization_barrier(self.embed(ids))
         return self.embed_norm(r) if self.config.embed_norm else r
 
     def _out(self, r):

@@ -5,6 +5,7 @@
 The state is the last (W-1) d + 1 inputs of each channel, in order.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BT, BTD, WD
-from based_jax.ops import segments
+from based_jax.ops import long_conv, segments
 from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.precision import einsum, product_policy
 
 Past = Float[Array, "B _ D"]
 BSD = Float[Array, "B S D"]
@@ -39,14 +41,14 @@ def short_conv(
       state: last `reach` inputs before x; they belong to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (y, last inputs of the last document) instead of y.
-      impl: "oracle" (window by window), "recurrent" (token by token), "xla" (W shifted products) or "auto".
+      impl: "oracle" (window by window), "recurrent" (token by token), "xla" (W shifted products), "toeplitz"
+        (products in x's dtype; no packing; many taps and short sequences on a GPU) or "auto".
 
     Raises:
-      UserError: `impl` is unknown.
+      UserError: `impl` is unknown or cannot run this call.
     """
     width = reach(kernel.shape[0], dilation)
-    ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    inputs, input_ids = _with_past(x, ids, width, state, segments.first_id(ids))
+    inputs, input_ids = _with_past(x, segment_ids, width, state, segment_ids)
     y = dispatch("short_conv", IMPLEMENTATIONS, impl, inputs, input_ids, kernel, dilation)
     if not return_state:
         return y
@@ -58,18 +60,25 @@ def last_inputs(x: BSD, width: int, state: Past | None, segment_ids: BT | None) 
 
     x may be a tail of the inputs: `width` of them, or all.
     """
-    ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    inputs, input_ids = _with_past(x, ids[:, ids.shape[1] - x.shape[1] :], width, state, segments.first_id(ids))
-    last = segments.last_id(ids)
+    tail = None if segment_ids is None else segment_ids[:, segment_ids.shape[1] - x.shape[1] :]
+    inputs, input_ids = _with_past(x, tail, width, state, segment_ids)
+    if segment_ids is None or input_ids is None:
+        return inputs[:, -width:]
+    last = segments.last_id(segment_ids)
     kept = (input_ids[:, -width:] == last[:, None]) & (last != 0)[:, None]
     return jnp.where(kept[..., None], inputs[:, -width:], 0)
 
 
-def _with_past(x: BSD, ids: BS, width: int, state: Past | None, first: Int[Array, "B"]) -> tuple[Array, Array]:
-    """Return the inputs behind those of `state`, and their ids, given each row's first document."""
+def _with_past(
+    x: BSD, ids: BS | None, width: int, state: Past | None, segment_ids: BT | None
+) -> tuple[Array, Array | None]:
+    """Return the inputs behind those of `state`, and their ids: the state is of each row's first document."""
     past = jnp.zeros((x.shape[0], width, x.shape[2]), x.dtype) if state is None else state.astype(x.dtype)
-    past_ids = jnp.repeat(first[:, None], width, axis=1)
-    return jnp.concatenate([past, x], axis=1), jnp.concatenate([past_ids, ids], axis=1)
+    inputs = jnp.concatenate([past, x], axis=1)
+    if ids is None or segment_ids is None:
+        return inputs, None
+    past_ids = jnp.repeat(segments.first_id(segment_ids)[:, None], width, axis=1)
+    return inputs, jnp.concatenate([past_ids, ids], axis=1)
 
 
 def reach(kernel_size: int, dilation: int) -> int:
@@ -84,23 +93,27 @@ def short_conv_step(x: BD, kernel: WD, state: Past, dilation: int = 1) -> tuple[
     return y.astype(x.dtype), state
 
 
-# Each form takes the past inputs in reach and the T new ones, S together, and returns the T outputs.
+# Each form takes the past inputs in reach and the T new ones, S together, and returns the T outputs; without ids all
+# are of one document.
 
 
-def _oracle(inputs: BSD, ids: BS, kernel: WD, dilation: int) -> BTD:
+def _oracle(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     """Multiply every window of W inputs with the kernel."""
     width = reach(kernel.shape[0], dilation)
     T = inputs.shape[1] - width
     taps = jnp.arange(T)[:, None] + jnp.arange(0, width, dilation)[None, :] + 1
-    same = (ids[:, taps] == ids[:, width:, None]) & (ids[:, width:, None] != 0)
-    windows = jnp.where(same[..., None], inputs[:, taps], 0).astype(jnp.float32)
+    windows = inputs[:, taps].astype(jnp.float32)
+    if ids is not None:
+        same = (ids[:, taps] == ids[:, width:, None]) & (ids[:, width:, None] != 0)
+        windows = jnp.where(same[..., None], windows, 0)
     y = jnp.einsum("BTWD,WD->BTD", windows, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return y.astype(inputs.dtype)
 
 
-def _recurrent(inputs: BSD, ids: BS, kernel: WD, dilation: int) -> BTD:
+def _recurrent(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     """Run `short_conv_step` over the tokens, clearing the state where a document begins."""
     width = reach(kernel.shape[0], dilation)
+    ids = jnp.ones(inputs.shape[:2], jnp.int32) if ids is None else ids
 
     def token(carry, new):
         state, owner = carry
@@ -116,29 +129,89 @@ def _recurrent(inputs: BSD, ids: BS, kernel: WD, dilation: int) -> BTD:
     return jnp.moveaxis(y, 0, 1)
 
 
-def _shifted(inputs: BSD, ids: BS, kernel: WD, dilation: int) -> BTD:
+def _shifted(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     """Add W shifted copies of the inputs, each times its tap: one elementwise pass, or a scan where W is large."""
-    width = reach(kernel.shape[0], dilation)
-    T = inputs.shape[1] - width
-    own = ids[:, width:]
-
-    def add(y, tap_and_weights):
-        tap, weights = tap_and_weights
-        x, x_ids = (jax.lax.dynamic_slice_in_dim(z, tap * dilation + 1, T, axis=1) for z in (inputs, ids))
-        same = (x_ids == own) & (own != 0)
-        term = x.astype(jnp.float32) * weights.astype(jnp.float32)[None, None, :]
-        return y + jnp.where(same[..., None], term, 0.0), None
-
-    y = jnp.zeros((inputs.shape[0], T, inputs.shape[2]), jnp.float32)
     if kernel.shape[0] <= UNROLLED:
-        for tap in range(kernel.shape[0]):
-            y, _ = add(y, (tap, kernel[tap]))
-    else:  # the backward pass of a long sum would keep a term of every tap
-        y, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), y, (jnp.arange(kernel.shape[0]), kernel))
+        return _unrolled(inputs, ids, kernel, dilation)
+    T = inputs.shape[1] - reach(kernel.shape[0], dilation)
+
+    def add(y, tap):
+        return y + _term(inputs, ids, kernel[tap], tap * dilation, T), None
+
+    # The backward pass of a long sum would keep a term of every tap.
+    y = jnp.zeros((inputs.shape[0], T, inputs.shape[2]), jnp.float32)
+    y, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), y, jnp.arange(kernel.shape[0]))
     return y.astype(inputs.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _unrolled(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
+    """Add all terms at once; left to itself XLA makes the gradients a nest of slices and updates, ten times slower."""
+    T = inputs.shape[1] - reach(kernel.shape[0], dilation)
+    terms = (_term(inputs, ids, weights, tap * dilation, T) for tap, weights in enumerate(kernel))
+    return functools.reduce(jnp.add, terms).astype(inputs.dtype)
+
+
+def _unrolled_fwd(inputs, ids, kernel, dilation):
+    return _unrolled(inputs, ids, kernel, dilation), (inputs, ids, kernel)
+
+
+def _unrolled_bwd(dilation, saved, dy):
+    inputs, ids, kernel = saved
+    T, dinputs, dkernel = dy.shape[1], jnp.zeros(inputs.shape, jnp.float32), []
+    for tap, weights in enumerate(kernel):
+        at = tap * dilation
+        given = _of_one_document(dy.astype(jnp.float32), ids, at)
+        dkernel.append(jnp.sum(given * _slice(inputs, at, T).astype(jnp.float32), axis=(0, 1)))
+        after = inputs.shape[1] - T - at - 1
+        dinputs = dinputs + jnp.pad(given * weights[None, None].astype(jnp.float32), ((0, 0), (at + 1, after), (0, 0)))
+    return dinputs.astype(inputs.dtype), None, jnp.stack(dkernel).astype(kernel.dtype)
+
+
+_unrolled.defvjp(_unrolled_fwd, _unrolled_bwd)
+
+
+def _product(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
+    """Multiply with the Toeplitz matrix of each channel."""
+    dtype, precision = product_policy(inputs.dtype)
+    width = reach(kernel.shape[0], dilation)
+    taps = jnp.zeros((kernel.shape[1], inputs.shape[1]), dtype)
+    taps = taps.at[:, :width:dilation].set(kernel[::-1].T.astype(dtype))
+    matrices = long_conv.toeplitz(taps)[..., width:]
+    return einsum("BSD,DST->BTD", inputs.astype(dtype), matrices, precision).astype(inputs.dtype)
+
+
+def _is_long(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> str | None:
+    """Return why the product cannot run, or would not be the faster form, or None."""
+    if ids is not None:
+        return "packed documents need a matrix each"
+    if kernel.shape[0] <= UNROLLED:
+        return f"there must be more than {UNROLLED} taps, and are {kernel.shape[0]}"
+    T = inputs.shape[1] - reach(kernel.shape[0], dilation)
+    return None if T <= long_conv.SHORT else f"T must be at most {long_conv.SHORT}, and is {T}"
+
+
+def _term(inputs: BSD, ids: BS | None, weights: Float[Array, "D"], at, T: int) -> BTD:
+    """Return what the inputs of one tap, `at` behind the first tap's, add to the T outputs."""
+    x = _slice(inputs, at, T).astype(jnp.float32) * weights.astype(jnp.float32)[None, None]
+    return _of_one_document(x, ids, at)
+
+
+def _of_one_document(x: BTD, ids: BS | None, at) -> BTD:
+    """Return x with zeros where the tap's input and the output are not of one document."""
+    if ids is None:
+        return x
+    own = ids[:, ids.shape[1] - x.shape[1] :]
+    same = (_slice(ids, at, x.shape[1]) == own) & (own != 0)
+    return jnp.where(same[..., None], x, 0.0)
+
+
+def _slice(x, at, T: int):
+    return jax.lax.dynamic_slice_in_dim(x, at + 1, T, axis=1)
+
+
 IMPLEMENTATIONS = {
+    "toeplitz": Implementation(_product, _is_long, preferred="cuda"),
     "xla": Implementation(_shifted),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_oracle),

@@ -23,7 +23,7 @@ from based_jax.dims import BHK, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import BHKV, Decay, initial_state, pair_weights
-from based_jax.ops.precision import EXACT, einsum, product_policy
+from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
 
 CHUNK = 64
 
@@ -119,16 +119,17 @@ def _chunked(xs, scale, state, segment_ids) -> tuple[Any, Any]:
     def chunk(xs, state: BHKV, span: scan.Span):
         q, k, v, g, a, b = (x.astype(jnp.float32) for x in xs)
         dtype, precision = product_policy(xs[2].dtype)
+        inner = inner_precision(xs[2].dtype)
         until = jnp.cumsum(g, axis=1)
         before = span.visible & ~jnp.eye(g.shape[1], dtype=bool)[None]
 
         def weights(x, y, mask, seen):
-            return pair_weights(x, y, seen, until, mask, jnp.float32, EXACT)
+            return pair_weights(x, y, seen, until, mask, jnp.float32, inner)
 
-        right = einsum("BHTS,BSHV->BHTV", weights(a, k, before, until - g), v, EXACT)
+        right = einsum("BHTS,BSHV->BHTV", weights(a, k, before, until - g), v, inner)
         if not span.fresh:
             read = a * jnp.exp(until - g) * span.reads[:, :, None, None]
-            right = right + einsum("BTHK,BHKV->BHTV", read, state, EXACT)
+            right = right + einsum("BTHK,BHKV->BHTV", read, state, inner)
         system = jnp.eye(g.shape[1])[None, None] - weights(a, b, before, until - g)
         u = jax.lax.linalg.triangular_solve(system, right, left_side=True, lower=True, unit_diagonal=True)
         u = jnp.moveaxis(u, 1, 2)

@@ -15,7 +15,8 @@ from jaxtyping import Array, Complex, Float, Int
 from based_jax.dims import BT
 from based_jax.ops import scan
 from based_jax.ops.dispatch import Implementation, dispatch
-from based_jax.ops.precision import EXACT
+from based_jax.ops.long_conv import SHORT, toeplitz
+from based_jax.ops.precision import EXACT, einsum, product_policy
 
 CHUNK = 64
 
@@ -47,10 +48,11 @@ def diagonal_ssm(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (y, state after the last token) instead of y.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked convolutions, linear in T) or "auto".
+      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked convolutions, linear in T),
+        "toeplitz" (one convolution, in u's dtype; no packing and no state before; short sequences on a GPU) or "auto".
 
     Raises:
-      UserError: `impl` is unknown.
+      UserError: `impl` is unknown or cannot run this call.
     """
     y, state = dispatch("diagonal_ssm", IMPLEMENTATIONS, impl, u, log_a, b, c, state, segment_ids)
     return (y, state) if return_state else y
@@ -94,6 +96,23 @@ def _chunked(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tuple[An
     return scan.over_chunks(chunk, u, _empty(u, log_a), state, segment_ids, CHUNK)
 
 
+def _convolution(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tuple[Any, Any]:
+    """Convolve the whole sequence by the impulse response as a Toeplitz matrix."""
+    T, (dtype, precision) = u.shape[1], product_policy(u.dtype)
+    matrices = toeplitz(impulse_response(log_a, b, c, T).astype(dtype))
+    y = einsum("BSHP,HST->BTHP", u.astype(dtype), matrices, precision)
+    powers = b[:, None] * jnp.exp(log_a[:, None] * jnp.arange(T - 1, -1, -1)[None, :, None])
+    after = jnp.einsum("BSHP,HSN->BHPN", u.astype(jnp.float32), powers, precision=EXACT)
+    return y.astype(u.dtype), _real(after)
+
+
+def _is_short(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> str | None:
+    """Return why one convolution cannot run, or would not be the faster form, or None."""
+    if state is not None or segment_ids is not None:
+        return "a state before, and packed documents, need chunks"
+    return None if u.shape[1] <= SHORT else f"T must be at most {SHORT}, and is {u.shape[1]}"
+
+
 def _after(u: Inputs, x, span: scan.Span, log_a: HN, b: HN):
     """Return the complex state after a chunk's last token, which padding may follow: inputs are moved to the end."""
     C = u.shape[1]
@@ -105,7 +124,7 @@ def _after(u: Inputs, x, span: scan.Span, log_a: HN, b: HN):
     return jnp.where(span.keeps[:, None, None, None], x * decay[:, :, None], 0.0) + added
 
 
-def _moved(x: Inputs, by: Int[Array, "B"]) -> Inputs:
+def _moved(x: Inputs, by: Int[Array, "#B"]) -> Inputs:
     """Return x at time t + by, each row's own number; zero where there is none, as before and behind padding."""
     time = jnp.arange(x.shape[1])[None] + by[:, None]
     inside = (time >= 0) & (time < x.shape[1])
@@ -131,6 +150,7 @@ def _empty(u: Inputs, log_a: HN) -> State:
 
 
 IMPLEMENTATIONS = {
+    "toeplitz": Implementation(_convolution, _is_short, preferred="cuda"),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),

@@ -83,7 +83,8 @@ def _automatic(operation: str, table: Mapping[str, Implementation], *args: Any, 
         if reason is None:
             chosen = name
             break
-        reasons[name] = reason
+        if candidate.platform is not None:
+            reasons[name] = reason
     for name, reason in reasons.items():
         _log_once(f"{operation}: '{chosen}' instead of '{name}': {reason}.")
     return table[chosen]

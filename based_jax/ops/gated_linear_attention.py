@@ -12,6 +12,7 @@ sum_k q_tk k_sk exp(b_tk - b_sk). No exponent above 0 is ever taken: blocks of `
 the beginning of the later one, and a block meets itself pair by pair.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
 CHUNK, BLOCK = 64, 16
+SHORT = 256
+"""Tokens up to which one chunk is faster in XLA than several, on a GPU, where heads have one decay and large states."""
 
 BHKV = Float[Array, "B H K V"]
 HK = Float[Array, "H K"]
@@ -56,13 +59,14 @@ def gated_linear_attention(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T) or "auto".
+      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "quadratic" (one chunk; one
+        decay a head and short sequences on a GPU) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
 
     Raises:
-      UserError: `impl` is unknown.
+      UserError: `impl` is unknown or cannot run this call.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     xs = (q, k, v, log_decay.astype(jnp.float32))
@@ -97,8 +101,8 @@ def _recurrent(xs, bonus, scale, state, segment_ids) -> tuple[Any, Any]:
     return scan.over_tokens(step, xs, _empty(xs), state, segment_ids)
 
 
-def _chunked(xs, bonus, scale, state, segment_ids) -> tuple[Any, Any]:
-    """Quadratic inside chunks of `CHUNK` tokens, through the state between them."""
+def _chunked(xs, bonus, scale, state, segment_ids, *, length: int | None = CHUNK) -> tuple[Any, Any]:
+    """Quadratic inside chunks of `length` tokens, through the state between them; None makes it one chunk."""
 
     def chunk(xs, state: BHKV, span: scan.Span):
         q, k, v, g = xs
@@ -122,7 +126,17 @@ def _chunked(xs, bonus, scale, state, segment_ids) -> tuple[Any, Any]:
         after = kept + einsum("BTHK,BTHV->BHKV", written.astype(dtype), v.astype(dtype), precision)
         return o.astype(v.dtype), after
 
-    return scan.over_chunks(chunk, xs, _empty(xs), state, segment_ids, CHUNK)
+    return scan.over_chunks(chunk, xs, _empty(xs), state, segment_ids, length or xs[0].shape[1])
+
+
+def _is_short(xs, bonus, scale, state, segment_ids) -> str | None:
+    """Return why one chunk would not be the faster XLA form, or None."""
+    (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
+    if xs[3].shape[-1] > 1:
+        return "each key channel has a decay of its own"
+    if T > CHUNK and T * BLOCK > K * V:
+        return f"states must have {BLOCK} elements a token of the sequence, and have {K * V} for {T}"
+    return None if T <= SHORT else f"T must be at most {SHORT}, and is {T}"
 
 
 def pair_weights(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible, dtype, precision) -> Float[Array, "B H T S"]:
@@ -195,6 +209,7 @@ def _empty(xs) -> BHKV:
 
 
 IMPLEMENTATIONS = {
+    "quadratic": Implementation(functools.partial(_chunked, length=None), _is_short, preferred="cuda"),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),

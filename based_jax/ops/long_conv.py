@@ -1,8 +1,9 @@
-"""Causal depthwise convolution with a kernel as long as the sequence, by FFT (Hyena, arXiv 2302.10866, section 3.3).
+"""Causal depthwise convolution with a kernel as long as the sequence (Hyena, arXiv 2302.10866, section 3.3).
 
     y_t = sum_{s<=t} kernel_{t-s} u_s          s in the document of t
 
-It has no state but its inputs. Time is T log T, for each document of a row where rows are packed.
+It has no state but its inputs. By FFT time is T log T, for each document of a row where rows are packed; a product with
+the Toeplitz matrix of the kernel takes T^2, and less time than that on tensor cores while T is short.
 """
 
 import math
@@ -14,9 +15,12 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BT, BTD
 from based_jax.ops.dispatch import Implementation, dispatch
-from based_jax.ops.precision import EXACT
+from based_jax.ops.precision import EXACT, einsum, product_policy
 
 TD = Float[Array, "T D"]
+
+SHORT = 1024
+"""Tokens up to which the product is the faster form on a GPU; its matrices take D T^2 elements."""
 
 
 def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = "auto") -> BTD:
@@ -24,10 +28,11 @@ def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = 
 
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "oracle" (quadratic), "xla" (FFT in fp32) or "auto".
+      impl: "oracle" (quadratic), "xla" (FFT in fp32), "toeplitz" (products in u's dtype; no packing; short sequences on
+        a GPU) or "auto".
 
     Raises:
-      UserError: `impl` is unknown.
+      UserError: `impl` is unknown or cannot run this call.
     """
     return dispatch("long_conv", IMPLEMENTATIONS, impl, u, kernel, segment_ids)
 
@@ -46,6 +51,33 @@ def _oracle(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:
     same = (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, None, :]
     y = jnp.einsum("BTS,TSD,BSD->BTD", same.astype(jnp.float32), taps, u.astype(jnp.float32), precision=EXACT)
     return y.astype(u.dtype)
+
+
+def toeplitz(taps: Float[Array, "*B T"]) -> Float[Array, "*B S T"]:
+    """Return m with m_st = taps_{t-s} for t >= s and 0 elsewhere: u_s m_st summed over s is the convolution.
+
+    Rows of a circulant matrix follow from each other by one place, so that they are one sequence, repeated and cut
+    anew; gradients are then sums, not scatters.
+    """
+    T = taps.shape[-1]
+    around = jnp.concatenate([taps, jnp.zeros_like(taps)], axis=-1)
+    repeated = jnp.broadcast_to(around[..., None, :], (*taps.shape[:-1], T, 2 * T))
+    repeated = repeated.reshape(*taps.shape[:-1], 2 * T * T)[..., : T * (2 * T - 1)]
+    return repeated.reshape(*taps.shape[:-1], T, 2 * T - 1)[..., :T]
+
+
+def _product(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:
+    """Multiply with the Toeplitz matrix of each channel."""
+    dtype, precision = product_policy(u.dtype)
+    matrices = toeplitz(kernel.T.astype(dtype))
+    return einsum("BSD,DST->BTD", u.astype(dtype), matrices, precision).astype(u.dtype)
+
+
+def _is_short(u: BTD, kernel: TD, segment_ids: BT | None) -> str | None:
+    """Return why the product cannot run, or would not be the faster form, or None."""
+    if segment_ids is not None:
+        return "packed documents need a matrix each"
+    return None if u.shape[1] <= SHORT else f"T must be at most {SHORT}, and is {u.shape[1]}"
 
 
 def _fft(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:
@@ -103,6 +135,7 @@ def _documents(segment_ids: BT) -> tuple[BT, Any]:
 
 
 IMPLEMENTATIONS = {
+    "toeplitz": Implementation(_product, _is_short, preferred="cuda"),
     "xla": Implementation(_fft),
     "oracle": Implementation(_oracle),
 }

@@ -20,6 +20,14 @@ def product_policy(dtype) -> tuple[Any, jax.lax.Precision]:
     return (jnp.float32, EXACT) if exact else (dtype, jax.lax.Precision.DEFAULT)
 
 
+def inner_precision(dtype) -> jax.lax.Precision:
+    """Return the precision of fp32 products inside an operation on inputs of `dtype`.
+
+    Exact for fp32; for less, what has a few more digits than the inputs on tensor cores: TF32, or three bf16 on a TPU.
+    """
+    return EXACT if dtype == jnp.float32 else jax.lax.Precision.HIGH
+
+
 def einsum(spec: str, a: Array, b: Array, precision) -> Array:
     """Contract with sums in fp32."""
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)

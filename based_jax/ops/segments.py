@@ -22,11 +22,16 @@ def last_id(segment_ids: Int[Array, "B T"]) -> Int[Array, "B"]:
     return first_id(segment_ids[:, ::-1])
 
 
-def positions(segment_ids: Int[Array, "B T"], before: Int[Array, "B"]) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-    """Return each token's place in its document, and the tokens that the last document has after them.
+def positions(
+    segment_ids: Int[Array, "B T"] | None, before: Int[Array, "#B"], length: int
+) -> tuple[Int[Array, "#B T"], Int[Array, "#B"]]:
+    """Return the place in its document of each of `length` tokens, and how many the last document has had after them.
 
-    `before` counts the tokens that each row's first document has had already. Padding's place means nothing.
+    `before` counts the tokens that each row's first document has had already, one number where that is the same for
+    all. Padding's place means nothing.
     """
+    if segment_ids is None:
+        return before[:, None] + jnp.arange(length)[None], before + length
     time = jnp.arange(segment_ids.shape[1])[None]
     begins = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
     start = jax.lax.cummax(jnp.where(begins, time, 0), axis=1)

@@ -41,14 +41,11 @@ def loss_sums(model: LM, batch: Batch) -> dict[str, Float[Array, ""]]:
       batch: inputs and labels (B, T), label `IGNORED` where there is none; optionally segment_ids (B, T).
     """
     labels = batch["labels"]
-    labelled = labels != IGNORED
-    logits = model(batch["inputs"], batch.get("segment_ids"))
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(labelled, labels, 0))
-    correct = jnp.argmax(logits, axis=-1) == labels
+    losses, correct = model.cross_entropy(model.hidden(batch["inputs"], batch.get("segment_ids")), labels)
     return {
-        "loss": jnp.sum(losses, where=labelled),
-        "correct": jnp.sum(correct, where=labelled, dtype=jnp.float32),
-        "count": jnp.sum(labelled, dtype=jnp.float32),
+        "loss": jnp.sum(losses),
+        "correct": jnp.sum(correct, dtype=jnp.float32),
+        "count": jnp.sum(labels != IGNORED, dtype=jnp.float32),
     }
 
 

@@ -1,10 +1,10 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from based_jax.errors import UserError
 from based_jax.ops.long_conv import long_conv
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def test_oracle_is_the_convolution_of_numpy(normal):
@@ -27,6 +27,15 @@ def test_fft_equals_the_oracle(T, packed, normal, packed_ids, out_and_grads, clo
     close(ours[0], expected[0], tolerance=2e-5)
 
 
+@pytest.mark.parametrize("T", [1, 2, 37])
+def test_toeplitz_equals_the_oracle(T, normal, out_and_grads, close):
+    args, cotangent = (normal(2, T, 3), normal(T, 3)), normal(2, T, 3)
+    calls = [lambda u, k, impl=impl: long_conv(u, k, impl=impl) for impl in ("toeplitz", "oracle")]
+    close(*(out_and_grads(call, args, cotangent) for call in calls))
+    with pytest.raises(UserError, match="packed documents need a matrix each"):
+        long_conv(*args, segment_ids=jnp.ones((2, T), int), impl="toeplitz")
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_equal_the_oracle_s(packed, normal, packed_ids, out_and_grads, close):
     ids = packed_ids(23) if packed else None
@@ -37,6 +46,6 @@ def test_gradients_equal_the_oracle_s(packed, normal, packed_ids, out_and_grads,
 
 def test_bf16_keeps_its_dtype(normal, close):
     u, kernel = normal(2, 30, 3, dtype="bfloat16"), normal(30, 3)
-    y = long_conv(u, kernel)
+    y = jax.jit(long_conv)(u, kernel)
     assert y.dtype == jnp.bfloat16
     close(y, long_conv(u.astype(jnp.float32), kernel, impl="oracle"), "bfloat16")

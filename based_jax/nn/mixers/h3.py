@@ -93,7 +93,7 @@ class H3(nnx.Module):
     def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
         """Mix a whole sequence."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        k = short_conv(k, self._shift_kernel(), segment_ids=segment_ids, impl=self.config.impl)
+        k = short_conv(k, self._shift_kernel(), segment_ids=segment_ids, impl=self._shift_impl)
         kv = self._cross(k, v)
         y = diagonal_ssm.diagonal_ssm(kv, *self._system(), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(q, kv, y)
@@ -106,11 +106,11 @@ class H3(nnx.Module):
 
     def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
         """Mix the next tokens of a sequence and return the states after them."""
-        options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True, "impl": self.config.impl}
+        options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        k, shift = short_conv(k, self._shift_kernel(), state=cache[0], **options)
+        k, shift = short_conv(k, self._shift_kernel(), state=cache[0], impl=self._shift_impl, **options)
         kv = self._cross(k, v)
-        y, state = diagonal_ssm.diagonal_ssm(kv, *self._system(), state=cache[1], **options)
+        y, state = diagonal_ssm.diagonal_ssm(kv, *self._system(), state=cache[1], impl=self.config.impl, **options)
         return self._out(q, kv, y), (shift, state)
 
     def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
@@ -129,6 +129,10 @@ class H3(nnx.Module):
         """Return forward FLOPs: the projections, the taps, and writing and reading the complex state once."""
         return 8 * self.d_model**2 + 8 * self.state_size(seq_len)
 
+    @property
+    def _shift_impl(self) -> str:
+        return "auto" if self.config.impl == "toeplitz" else self.config.impl
+
     def _shift_kernel(self) -> WD:
         """Return the taps sum_n B_n C_{n+l} of lag l, the newest last, with the skip on the token itself."""
         N = self.config.d_state
@@ -145,7 +149,7 @@ class H3(nnx.Module):
 
     def _cross(self, k, v) -> Float[Array, "*B H P"]:
         """Return the products of each pair of channels of a head."""
-        k, v = (x.reshape(*x.shape[:-1], -1, self.config.head_dim).astype(jnp.float32) for x in (k, v))
+        k, v = (x.reshape(*x.shape[:-1], -1, self.config.head_dim) for x in (k, v))
         kv = k[..., :, None] * v[..., None, :]
         return kv.reshape(*kv.shape[:-2], -1)
 

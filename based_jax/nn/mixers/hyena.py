@@ -156,7 +156,7 @@ class Hyena(nnx.Module):
 
     @property
     def _short_impl(self) -> str:
-        return self.config.impl if self.config.impl in IMPLEMENTATIONS else "auto"
+        return "auto" if self.config.impl == "toeplitz" else self.config.impl
 
     def _gated(self, u):
         bias = self.conv_bias[...].astype(u.dtype).reshape((1,) * (u.ndim - 1) + (-1,))

@@ -62,7 +62,7 @@ class LinearAttention(nnx.Module):
 
     def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
         """Mix a whole sequence."""
-        q, k, v, _ = self._project(x, jnp.zeros(x.shape[0], jnp.int32), segment_ids)
+        q, k, v, _ = self._project(x, jnp.zeros(1, jnp.int32), segment_ids)
         o = linear_attention.linear_attention(q, k, v, segment_ids=segment_ids, impl=self.config.impl)
         return self.out_proj(layers.merge_heads(o))
 
@@ -104,7 +104,6 @@ class LinearAttention(nnx.Module):
 
     def _project(self, x, length, segment_ids):
         """Return the features of queries and keys, the values, and the tokens that the last document has had."""
-        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        places, length = segments.positions(ids, length)
+        places, length = segments.positions(segment_ids, length, x.shape[1])
         q, k, v = self._heads(x)
         return *self.feature_map(q, k, places), v, length

@@ -81,7 +81,7 @@ class PrefixLinearAttention(TaylorAttention):
     def _mix(self, x, cache, segment_ids, encoder_mask):
         state, length = cache
         ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        places, length = segments.positions(ids, length)
+        places, length = segments.positions(ids, length, x.shape[1])
         q, k, v = self._qkv(x)
         if self.enc_length:
             k_enc, v_enc = (layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_k_enc, self.proj_v_enc))
