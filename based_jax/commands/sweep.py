@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--launcher", default="local", help=f"{', '.join(LAUNCHERS)} (default: local)")
     parser.add_argument("--lanes", type=int, default=16, help="trials trained together, at most (default: 16)")
     parser.add_argument("--workers", type=int, help="groups under way on each device (default: by kind of device)")
+    parser.add_argument("--processes", type=int, default=1, help="local: to spread the sweep over (default: 1)")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th group from the i-th on (default: all)")
     parser.add_argument(
         "--tasks", type=int, default=8, help="ray, slurm: parts that the sweep is cut into (default: 8)"
@@ -48,15 +50,16 @@ def _run(args: argparse.Namespace) -> None:
     from based_jax.sweep import launch
     from based_jax.sweep.run import Options
 
-    for name in ("lanes", "tasks"):
+    for name in ("lanes", "tasks", "processes"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it is at least 1.")
     if args.launcher not in LAUNCHERS:
         raise unknown("launcher", args.launcher, LAUNCHERS)
-    options = Options(
-        args.lanes, args.workers, part(args.part), shlex.join(["python", "-m", "based_jax", *sys.argv[1:]])
-    )
-    if args.launcher == "local":
+    command = shlex.join(["python", "-m", "based_jax", *sys.argv[1:]])
+    options = Options(args.lanes, args.workers, part=part(args.part), command=command)
+    if args.launcher == "local" and args.processes > 1:
+        _interruptible(launch.in_processes, args.sweep, args.store, options, processes=args.processes)
+    elif args.launcher == "local":
         _interruptible(launch.local, args.sweep, args.store, options)
     elif args.launcher == "ray":
         launch.on_ray(args.sweep, args.store, options, tasks=args.tasks)
@@ -64,10 +67,11 @@ def _run(args: argparse.Namespace) -> None:
         launch.on_slurm(args.sweep, args.store, options, tasks=args.tasks, script=args.script)
 
 
-def _interruptible(call: Callable, *arguments: Any) -> None:
+def _interruptible(call: Callable, *arguments: Any, **options: Any) -> None:
     """Call, and leave at once when interrupted: rows are on the disk, and what compiles cannot be waited for."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers ask with it
     try:
-        call(*arguments)
+        call(*arguments, **options)
     except KeyboardInterrupt:
         print("Stopped; the same command goes on where it was.", file=sys.stderr, flush=True)
         os._exit(130)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from based_jax.data.segments import SegmentSource
+from based_jax.data.segments import SegmentSource, Split
 from based_jax.sweep import lanes
 from based_jax.sweep.lanes import Examples, Lanes, Program, Rates
 from based_jax.sweep.trial import Trial
@@ -24,7 +24,7 @@ MEMORY = 0.8
 """Of what is free on the device, for one group."""
 MOST_LANES = 16
 COMPILERS = 8
-"""Programs that a group compiles at the same time."""
+"""Programs that a group compiles at the same time, at most."""
 
 
 @dataclasses.dataclass
@@ -52,18 +52,17 @@ class Outcome:
 class Resident:
     """The examples of a task on a device, and the batches of an epoch as rows of them."""
 
-    def __init__(self, trial: Trial):
-        self.source: SegmentSource = trial.data.open(trial.batch_size, 0, 1)
-        self.batch_size = trial.batch_size
+    def __init__(self, trial: Trial, source: SegmentSource):
+        self.source, self.batch_size = source, trial.batch_size
         task = self.source.task
-        self.train = [Examples.of(*self.source.examples("train", i)) for i in range(len(task.train))]
-        self.test = dict(zip(self.source.eval_names, self._tests(), strict=True))
+        self.train = self._examples("train", len(task.train))
+        self.test = dict(zip(self.source.eval_names, self._examples("test", len(task.test)), strict=True))
         [self.device] = self.train[0].inputs.devices()
         self.tokens = max(x.inputs.shape[1] for x in self.train) * trial.batch_size
 
-    def _tests(self) -> list[Examples]:
-        """Return the test segments; those of one length ask for as many answers, to share a program."""
-        found = [self.source.examples("test", i) for i in range(len(self.source.task.test))]
+    def _examples(self, split: Split, number: int) -> list[Examples]:
+        """Return the segments of a split; those of one length ask for as many answers, to share a program."""
+        found = [self.source.examples(split, i) for i in range(number)]
         asked: dict[tuple, int] = collections.defaultdict(lambda: 1)
         for inputs, labels in found:
             asked[inputs.shape] = max(asked[inputs.shape], (labels != IGNORED).sum(axis=1).max())
@@ -88,9 +87,9 @@ class Resident:
 class Programs:
     """Everything compiled for a number of lanes."""
 
-    def __init__(self, trial: Trial, data: Resident, number: int):
+    def __init__(self, trial: Trial, data: Resident, number: int, compilers: int = COMPILERS):
         begin = time.perf_counter()
-        self.lanes, self.data = Lanes(trial, number), data
+        self.lanes, self.data, self.compilers = Lanes(trial, number), data, compilers
         self.train, self.test = ({_key(x): x for x in examples} for examples in (data.train, data.test.values()))
         largest = max(self.train, key=lambda key: _size(self.train[key]))
         self.programs = {("train", largest): self._training(largest)}
@@ -109,7 +108,7 @@ class Programs:
         calls = {("beginning", ()): self.lanes.beginning}
         calls |= {("train", key): functools.partial(self._training, key) for key in self.train if key != largest}
         calls |= {("test", key): functools.partial(self._testing, key) for key in self.test}
-        with futures.ThreadPoolExecutor(COMPILERS) as pool:
+        with futures.ThreadPoolExecutor(self.compilers) as pool:
             jobs = {key: pool.submit(self._here, call) for key, call in calls.items()}
         self.programs |= {key: job.result() for key, job in jobs.items()}
 
@@ -141,12 +140,12 @@ class Programs:
         return {name: self.programs["test", _key(x)].call(params, x) for name, x in self.data.test.items()}
 
 
-def fitting(trial: Trial, data: Resident, number: int) -> Programs:
+def fitting(trial: Trial, data: Resident, number: int, compilers: int = COMPILERS) -> Programs:
     """Return the programs for as many lanes as fit, halving from `number`; for one lane whether it fits or not."""
-    programs = Programs(trial, data, number)
+    programs = Programs(trial, data, number, compilers)
     while not programs.fits() and number > 1:
         number = -(-number // 2)
-        programs = Programs(trial, data, number)
+        programs = Programs(trial, data, number, compilers)
     return programs
 
 
@@ -155,6 +154,7 @@ def train(
     data: Resident,
     *,
     most_lanes: int = MOST_LANES,
+    compilers: int = COMPILERS,
     device: contextlib.AbstractContextManager | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Trial, Outcome]]:
@@ -164,22 +164,24 @@ def train(
       trials: of one signature.
       data: their data.
       most_lanes: lanes at most; fewer where the device's memory holds fewer.
-      device: held while the device works for these trials; compilation goes on without it.
+      compilers: programs to compile at the same time.
+      device: held from the first step of trials that train together to their last; they are compiled without it.
       stopped: asked before each epoch; trials under way then have no outcome.
     """
     device = device or threading.Lock()
-    programs = fitting(trials[0], data, min(most_lanes, len(trials)))
+    programs = fitting(trials[0], data, min(most_lanes, len(trials)), compilers)
     number = programs.lanes.number
     for first in range(0, len(trials), number):
         batch = trials[first : first + number]
-        yield from _Batch(batch, programs, device).run(stopped)
+        with device:
+            yield from _Batch(batch, programs).run(stopped)
 
 
 class _Batch:
     """Trials in their lanes; a lane without a trial repeats the first one."""
 
-    def __init__(self, trials: Sequence[Trial], programs: Programs, device: contextlib.AbstractContextManager):
-        self.programs, self.device = programs, device
+    def __init__(self, trials: Sequence[Trial], programs: Programs):
+        self.programs = programs
         self.outcomes = [Outcome(compile_seconds=programs.seconds / len(trials)) for _ in trials]
         self.trials = list(trials)
         self.lane_of = {i: i for i in range(len(trials))}
@@ -191,8 +193,7 @@ class _Batch:
 
     def run(self, stopped: Callable[[], bool]) -> Iterator[tuple[Trial, Outcome]]:
         trial = self.trials[0]
-        with self.device:
-            states = self.programs.beginning(self.seeds)
+        states = self.programs.beginning(self.seeds)
         for epoch in range(trial.epochs):
             if stopped():
                 return
@@ -208,11 +209,10 @@ class _Batch:
 
     def _epoch(self, states, epoch: int):
         """Train and test; return the states and the seconds of the device."""
-        with self.device:
-            begin = time.perf_counter()
-            states, losses = self.programs.epoch(states, self.rates, epoch)
-            losses, segments = jax.device_get((losses, self.programs.accuracies(states.params)))
-            seconds = time.perf_counter() - begin
+        begin = time.perf_counter()
+        states, losses = self.programs.epoch(states, self.rates, epoch)
+        losses, segments = jax.device_get((losses, self.programs.accuracies(states.params)))
+        seconds = time.perf_counter() - begin
         weights = {x.name: x.num_examples for x in self.programs.data.source.task.test}
         for i, lane in self.lane_of.items():
             outcome = self.outcomes[i]
@@ -238,13 +238,12 @@ class _Batch:
         if saved <= self.programs.seconds:
             return states
         kept = list(self.lane_of.values())
-        self.programs = Programs(self.trials[0], self.programs.data, number)
+        self.programs = Programs(self.trials[0], self.programs.data, number, self.programs.compilers)
         for i in self.lane_of:
             self.outcomes[i].compile_seconds += self.programs.seconds / number
         self.lane_of = {i: lane for lane, i in enumerate(self.lane_of)}
         self.rates = lanes.chosen(self.rates, kept)
-        with self.device:
-            return lanes.chosen(states, kept)
+        return lanes.chosen(states, kept)
 
 
 def _key(examples: Examples) -> tuple:

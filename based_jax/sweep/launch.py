@@ -1,6 +1,8 @@
 """Where a sweep runs: on this machine, over a Ray cluster, or as a SLURM array; all share the store alone."""
 
 import dataclasses
+import functools
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -10,13 +12,69 @@ from pathlib import Path
 
 from based_jax.errors import UserError
 from based_jax.store import Store
-from based_jax.sweep.run import Options, run
+from based_jax.sweep.run import Options, Sources, run
 from based_jax.sweep.trial import load_sweep
 
 
 def local(spec: str, store: str, options: Options) -> int:
     """Run a sweep on the devices of this machine; return how many points were trained."""
-    return run(load_sweep(spec), Store(store), name_of(spec), options)
+    return _run(spec, store, options)
+
+
+def in_processes(spec: str, store: str, options: Options, *, processes: int) -> None:
+    """Run a sweep on the devices of this machine in several processes, each with one GPU where there are any.
+
+    A process traces one program at a time, which takes longer than to train small models. Examples are made once.
+
+    Raises:
+      UserError: a point is impossible.
+      RuntimeError: a process has failed, after all others have ended.
+    """
+    sources = Sources()
+    for _, trial in load_sweep(spec).trials():
+        sources.of(trial)
+    gpus, fork = visible_gpus(), multiprocessing.get_context("fork")
+    compilers = min(options.compilers, max(2, (os.cpu_count() or 1) // processes))
+    (first, step), workers = options.part, []
+    for i in range(processes):
+        part = dataclasses.replace(options, part=(first + step * i, step * processes), compilers=compilers)
+        gpu = gpus[i % len(gpus)] if gpus else None
+        workers.append(fork.Process(target=_work, args=(spec, store, part, sources, gpu)))
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    except BaseException:
+        for worker in workers:
+            worker.kill()  # rows are on the disk
+        raise
+    if failed := sum(bool(worker.exitcode) for worker in workers):
+        raise RuntimeError(f"{failed} of {processes} processes have failed.")
+
+
+def _work(spec: str, store: str, options: Options, sources: Sources, gpu: str | None) -> None:
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    _run(spec, store, options, sources)
+
+
+def _run(spec: str, store: str, options: Options, sources: Sources | None = None) -> int:
+    report = functools.partial(print, flush=True)
+    return run(load_sweep(spec), Store(store), name_of(spec), options, report, sources)
+
+
+def visible_gpus() -> list[str]:
+    """Return what CUDA calls the GPUs that this process may use, without making use of one."""
+    if (names := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in names.split(",") if name]
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True
+        )
+    except OSError:
+        return []
+    return found.stdout.split() if found.returncode == 0 else []
 
 
 def on_ray(spec: str, store: str, options: Options, *, tasks: int) -> int:

@@ -1,9 +1,13 @@
 """Runs a sweep: unfinished points by signature, several signatures at a time, one row in the store for each point."""
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
+import os
 import queue
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +19,7 @@ import jax
 from flax import nnx
 
 from based_jax import config as configs
+from based_jax.data.segments import SegmentSource
 from based_jax.nn.lm import LM
 from based_jax.store import Store
 from based_jax.sweep import engine
@@ -36,12 +41,14 @@ class Options:
     Attributes:
       most_lanes: trials trained together, at most.
       workers: groups under way on each device; None for what suits its kind.
+      compilers: programs that a group compiles at the same time.
       part: (i, n) to take every n-th group from the i-th on.
       command: what the rows name as their command.
     """
 
     most_lanes: int = engine.MOST_LANES
     workers: int | None = None
+    compilers: int = engine.COMPILERS
     part: tuple[int, int] = (0, 1)
     command: str = ""
 
@@ -54,10 +61,18 @@ def groups(sweep: Sweep) -> list[Work]:
     return sorted(found.values(), key=_work, reverse=True)
 
 
-def run(sweep: Sweep, store: Store, name: str, options: Options, report: Callable[[str], None] = print) -> int:
+def run(
+    sweep: Sweep,
+    store: Store,
+    name: str,
+    options: Options,
+    report: Callable[[str], None] = print,
+    sources: "Sources | None" = None,
+) -> int:
     """Train every point that the store has no row of; return how many were trained.
 
-    A group that fails is reported and leaves the others alone; its points have no row and are tried again next time.
+    Examples are those of `sources`, if given. A group that fails is reported and leaves the others alone; its points
+    have no row and are tried again next time.
 
     Raises:
       UserError: a point is impossible; nothing has been trained then.
@@ -75,12 +90,12 @@ def run(sweep: Sweep, store: Store, name: str, options: Options, report: Callabl
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     for group in todo:
         waiting.put(group)
-    facts = facts_of(name, options.command)
+    facts, sources = facts_of(name, options.command), sources or Sources()
     pool = futures.ThreadPoolExecutor(workers * len(devices))
     try:
         jobs = [
             pool.submit(_work_off, waiting, device, data, store, facts, options, done, errors)
-            for device, data in zip(devices, [_Data() for _ in devices], strict=True)
+            for device, data in [(device, _Data(device, sources)) for device in devices]
             for _ in range(workers)
         ]
         for job in futures.as_completed(jobs):
@@ -107,7 +122,10 @@ def _work_off(waiting, device, data: "_Data", store: Store, facts: dict, options
         try:
             with jax.default_device(device):
                 resident = data.of(trials[0])
-                for trial, outcome in engine.train(trials, resident, most_lanes=options.most_lanes, device=data.busy):
+                outcomes = engine.train(
+                    trials, resident, most_lanes=options.most_lanes, compilers=options.compilers, device=data.busy
+                )
+                for trial, outcome in outcomes:
                     row = row_of(points[trial.id], trial, outcome) | facts
                     with done.lock:
                         store.append(row)
@@ -117,19 +135,65 @@ def _work_off(waiting, device, data: "_Data", store: Store, facts: dict, options
             done.report(f"FAILED {errors[-1]}")
 
 
+class Sources:
+    """The examples of every task, made once for all devices, and for all processes that are forked after."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._found: dict[str, SegmentSource] = {}
+
+    def of(self, trial: Trial) -> SegmentSource:
+        """Return a trial's source with all examples made."""
+        key = _data_id(trial)
+        with self._lock:
+            if key not in self._found:
+                source = trial.data.open(trial.batch_size, 0, 1)
+                for i in range(len(source.task.train)):
+                    source.examples("train", i)
+                for i in range(len(source.task.test)):
+                    source.examples("test", i)
+                self._found[key] = source
+            return self._found[key]
+
+
 class _Data:
     """The resident data of a device, shared by all groups that train on the same, and who may use the device."""
 
-    def __init__(self):
-        self.busy, self._lock = threading.Lock(), threading.Lock()
+    def __init__(self, device: jax.Device, sources: Sources):
+        self.busy, self._sources, self._lock = Turns(device), sources, threading.Lock()
         self._found: dict[str, Resident] = {}
 
     def of(self, trial: Trial) -> Resident:
-        key = configs.config_id({"data": trial.resolved()["data"], "batch_size": trial.batch_size})
         with self._lock:
-            if key not in self._found:
-                self._found[key] = Resident(trial)
+            if (key := _data_id(trial)) not in self._found:
+                self._found[key] = Resident(trial, self._sources.of(trial))
             return self._found[key]
+
+
+def _data_id(trial: Trial) -> str:
+    return configs.config_id({"data": trial.resolved()["data"], "batch_size": trial.batch_size})
+
+
+class Turns(contextlib.AbstractContextManager):
+    """Held by who uses a device, among all threads and processes of a user that see the same devices.
+
+    What a row calls its seconds is then its own, whoever else trains on the device.
+    """
+
+    def __init__(self, device: jax.Device):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        name = f"based_jax-{os.getuid()}-{device.platform}-{visible}-{device.id}.lock".replace("/", "_")
+        self._file = (Path(tempfile.gettempdir()) / name).open("a")
+        self._threads = threading.Lock()
+
+    def __enter__(self) -> "Turns":
+        self._threads.acquire()
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._threads.release()
 
 
 class _Counter:

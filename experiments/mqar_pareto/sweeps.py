@@ -67,8 +67,27 @@ FIGURE2 = {
     "gated_deltanet": chain(*(hybrid(d, "gated_deltanet", num_heads=2) for d in WIDTHS)),
     "kda": chain(*(hybrid(d, "kda", num_heads=2, head_dim=d // 2) for d in WIDTHS)),
 }
-HEADLINE = chain(based(64, 16), based(128, 16), based(256, 16), window(64), window(1024), *(FIGURE2["attention"][:1],))
-HEADLINE += chain([FIGURE2["deltanet"][1]], [FIGURE2["gated_deltanet"][1]], twice(128, "mamba", d_state=16))
+HEADLINE = chain(
+    based(64, 16),
+    based(128, 16),
+    based(256, 16),
+    window(64),
+    window(1024),
+    hybrid(64, "attention", num_heads=1, rotary_fraction=0.0, bias=True),
+    twice(256, "mamba", d_state=16),
+    hybrid(128, "deltanet", num_heads=2),
+    hybrid(128, "gated_deltanet", num_heads=2),
+)
+FIRST = chain(
+    *(based(d, 16) for d in (48, 64, 128, 256)),
+    *(based(64, k) for k in (8, 24)),
+    *(based(128, k) for k in (8, 24)),
+    *(window(2**n) for n in (3, 6, 7, 8, 9, 10)),
+    FIGURE2["attention"],
+    *(hybrid(d, kind, num_heads=2) for kind in ("deltanet", "gated_deltanet") for d in (64, 128)),
+    *(FIGURE2[kind][:1] for kind in ("h3", "hyena", "base_conv")),
+    twice(64, "mamba", d_state=16),
+)
 
 
 def feature_maps():
@@ -106,6 +125,7 @@ VARIANTS = {
     **{name: (lambda space=space: product(space, param("optim.lr", RATES))) for name, space in FIGURE2.items()},
     "figure3": lambda: product(feature_maps(), param("optim.lr", RATES)),
     "ablation": lambda: product(ablation(), param("optim.lr", RATES)),
+    "first": lambda: product(FIRST, param("optim.lr", RATES)),
     "seeds": lambda: product(HEADLINE, param("optim.lr", RATES), param("seed", [124, 125])),
     "tiny": tiny,
 }

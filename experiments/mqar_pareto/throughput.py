@@ -1,8 +1,8 @@
 """Steps per second of the Figure 2 recipe, from a plain loop to the sweep's lanes: what each change buys, and where.
 
 One row per model, training segment and way of running: "loop" (a dispatch for each step, batches from the host, logits
-at every position), "answers" (logits at the asked positions alone), "resident" (examples on the device, 100 steps a
-dispatch), and "lanes" (several trials in one program).
+at every position), "answers" (logits at the asked positions alone), "fused" (with their softmax in one operation),
+"resident" (examples on the device, 100 steps a dispatch), "lanes" (several trials in one program).
 """
 
 import argparse
@@ -17,13 +17,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from based_jax.nn.lm import LM
 from based_jax.optim import adamw
 from based_jax.sweep import Trial, lanes
 from based_jax.sweep.trial import make_trial
-from based_jax.train.step import init_state, make_train_step
+from based_jax.train.step import IGNORED, TrainState, init_state
 from experiments.mqar_pareto import sweeps
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,7 +74,7 @@ def measure(trial: Trial, segment: int, numbers: list[int], steps: int) -> Itera
     source = trial.data.open(trial.batch_size, 0, 1)
     examples = [x[:ROWS] for x in source.examples("train", segment)]
     place = {"segment": found.name, "steps_per_epoch": -(-found.num_examples // trial.batch_size)}
-    for way in ("loop", "answers"):
+    for way in LOSSES:
         yield place | {"way": way, "lanes": 1} | timed(lambda way=way: looped(trial, examples, way), steps)
     for number in [1, *numbers]:
         way = "lanes" if number > 1 else "resident"
@@ -102,33 +104,45 @@ def looped(trial: Trial, examples: list[np.ndarray], way: str) -> Callable[[int]
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0))))
     tx = adamw(trial.optim, trial.steps)
     state = jax.jit(lambda key: init_state(LM(trial.model, rngs=nnx.Rngs(key)), tx))(jax.random.key(0))
-    if way == "loop":
-        step = make_train_step(graphdef, tx)
-        batches = [{"inputs": i, "labels": x} for i, x in _batches(trial, inputs, labels)]
-    else:
-        step = _answers_step(trial)
-        batches = [jax.device_get(lanes.Examples.of(*x)) for x in _batches(trial, inputs, labels)]
+    least = labels.shape[1] if way == "loop" else 1
+    ends = range(trial.batch_size, len(inputs) + 1, trial.batch_size)
+    cuts = [slice(end - trial.batch_size, end) for end in ends]
+    batches = [jax.device_get(lanes.Examples.of(inputs[cut], labels[cut], least)) for cut in cuts]
+
+    def step(state: TrainState, batch: lanes.Examples):
+        loss, grads = jax.value_and_grad(lambda params: LOSSES[way](nnx.merge(graphdef, params), batch))(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), loss
+
     compiled = jax.jit(step, donate_argnums=0).lower(state, jax.tree.map(jnp.asarray, batches[0])).compile()
     held = [state]
 
     def take(number: int):
         for i in range(number):
             batch = jax.device_put(batches[i % len(batches)])
-            held[0], metrics = compiled(held[0], batch)
-        return metrics
+            held[0], loss = compiled(held[0], batch)
+        return loss
 
     return take
 
 
-def _answers_step(trial: Trial) -> Callable:
-    program = lanes.Lanes(trial, 1)
-    rates = lanes.Rates(trial.optim.lr, trial.optim.weight_decay)
-    return lambda state, batch: program.step(state, rates, batch)
+def plain_loss(model: LM, batch: lanes.Examples) -> Float[Array, ""]:
+    """Return the mean cross-entropy of the answers as optax takes it from logits."""
+    hidden, answers = model.hidden(batch.inputs), batch.answers
+    if answers.shape != batch.inputs.shape:
+        hidden = jnp.take_along_axis(hidden, batch.where[..., None], axis=1)
+    asked = answers != IGNORED
+    losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), jnp.where(asked, answers, 0))
+    return jnp.mean(losses, where=asked)
 
 
-def _batches(trial: Trial, inputs: np.ndarray, labels: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for i in range(0, len(inputs) - trial.batch_size + 1, trial.batch_size):
-        yield inputs[i : i + trial.batch_size], labels[i : i + trial.batch_size]
+def fused_loss(model: LM, batch: lanes.Examples) -> Float[Array, ""]:
+    """Return the same as the sweep computes it."""
+    sums = lanes.answer_sums(model, batch)
+    return sums["loss"] / sums["answers"]
+
+
+LOSSES = {"loop": plain_loss, "answers": plain_loss, "fused": fused_loss}
 
 
 def resident(trial: Trial, examples: list[np.ndarray], number: int) -> Callable[[int], object]:

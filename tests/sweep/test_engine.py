@@ -1,6 +1,7 @@
 """Lanes train what each trial would train alone, leave when they are done, and a killed sweep goes on."""
 
 import dataclasses
+import functools
 import json
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from based_jax.store import Store
 from based_jax.sweep import Sweep, engine, lanes, param, product
 from based_jax.sweep.engine import Resident
 from based_jax.sweep.lanes import Examples, Rates
-from based_jax.sweep.run import Options, groups, run
+from based_jax.sweep.run import Options, Sources, groups, run
 from based_jax.sweep.trial import load_sweep, make_trial
 from based_jax.train.step import IGNORED, init_state, loss_sums, make_train_step
 
@@ -44,6 +45,11 @@ BASE = {
 }
 
 
+def resident(trial):
+    """Return a trial's data on the device."""
+    return Resident(trial, Sources().of(trial))
+
+
 def alone(trial, data):
     """Train a trial with the ordinary step, batch by batch; return its parameters."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0))))
@@ -58,7 +64,7 @@ def alone(trial, data):
 def test_lanes_train_what_each_trial_trains_alone():
     points = product(param("seed", [0, 5]), param("optim.lr", [1e-3, 1e-2]))
     trials = [make_trial(BASE, point | RECALL) for point in points]
-    data = Resident(trials[0])
+    data = resident(trials[0])
     found = dict(engine.train(trials, data))
     assert list(found) == trials
     for trial in trials[1:3]:
@@ -72,7 +78,7 @@ def test_lanes_train_what_each_trial_trains_alone():
 
 def test_parameters_of_a_lane_are_those_of_the_ordinary_loop():
     trials = [make_trial(BASE, RECALL | {"seed": s, "optim.lr": lr}) for s, lr in ((3, 1e-3), (4, 1e-2))]
-    data = Resident(trials[0])
+    data = resident(trials[0])
     programs = engine.fitting(trials[0], data, 2)
     states = programs.beginning(jnp.asarray([3, 4], jnp.uint32))
     rates = Rates(*(jnp.asarray([getattr(x.optim, n) for x in trials], jnp.float32) for n in Rates._fields))
@@ -110,7 +116,7 @@ def test_converged_and_diverged_lanes_leave_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(engine._Batch, "_shrunk", _always(engine._Batch._shrunk))
     points = product(param("optim.lr", [1e-3, 1e30, 3e-3]))
     trials = [make_trial(BASE, point | {"epochs": 3}) for point in points]
-    data = Resident(trials[0])
+    data = resident(trials[0])
     found = {trial.optim.lr: outcome for trial, outcome in engine.train(trials, data)}
     assert [found[lr].status for lr in (1e-3, 1e30, 3e-3)] == ["finished", "diverged", "finished"]
     assert len(found[1e30].curve) < 3 and found[1e30].steps < found[1e-3].steps
@@ -131,7 +137,7 @@ def _always(shrunk):
 
 def test_fewer_lanes_where_memory_holds_fewer(monkeypatch):
     trials = [make_trial(BASE, {"seed": s, "epochs": 1}) for s in range(5)]
-    data = Resident(trials[0])
+    data = resident(trials[0])
     monkeypatch.setattr(engine.Programs, "fits", lambda self: self.lanes.number <= 2)
     assert engine.fitting(trials[0], data, 5).lanes.number == 2
     assert [trial.seed for trial, _ in engine.train(trials, data)] == [0, 1, 2, 3, 4]
@@ -142,7 +148,7 @@ def test_dispatches_are_the_epoch(monkeypatch):
     segments = [SEGMENT, SEGMENT | {"num_examples": 33}]
     for shuffle in (False, True):
         trial = make_trial(BASE, {"data.train": tuple(segments), "data.shuffle": shuffle, "batch_size": 16})
-        data = Resident(trial)
+        data = resident(trial)
         got = [
             (next(i for i, x in enumerate(data.train) if x is examples), row[row >= 0].tolist())
             for examples, rows, count in data.dispatches(1)
@@ -216,7 +222,10 @@ def test_a_stopped_sweep_goes_on_without_redoing_or_losing_a_point(how, tmp_path
     file, store = tmp_path / "sweep.py", tmp_path / "store"
     file.write_text(SWEEP.format(base=BASE))
     command = [sys.executable, "-m", "based_jax", "sweep", "run", str(file), f"--store={store}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore interrupts, and so would what they start.
+    interruptible = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=interruptible, **pipes)
     before = []
     while len(before) < 2:
         assert process.poll() is None

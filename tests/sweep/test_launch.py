@@ -98,6 +98,32 @@ def test_slurm_writes_a_script_where_there_is_no_sbatch(file, tmp_path, capsys, 
     assert "--array=0-2" in (tmp_path / "job.sh").read_text()
 
 
+def in_two_processes(file, store):
+    """Run the command in a process without threads, which can be forked."""
+    words = ["sweep", "run", file, f"--store={store}", "--processes=2"]
+    return subprocess.run([sys.executable, "-m", "based_jax", *words], capture_output=True, text=True, timeout=100)
+
+
+def test_two_processes_share_a_sweep(file, tmp_path):
+    said = in_two_processes(file, tmp_path / "store")
+    assert said.returncode == 0, said.stderr
+    store = Store(tmp_path / "store")
+    assert store.ids() == {trial.id for _, trial in load_sweep(file).trials()}
+    assert len(list((tmp_path / "store").glob("*.jsonl"))) == 2 and said.stdout.count("[2/2") == 2
+
+
+def test_a_process_that_fails_is_told_after_the_others_have_ended(file, tmp_path):
+    (tmp_path / "store").write_text("not a folder")
+    said = in_two_processes(file, tmp_path / "store")
+    assert said.returncode != 0 and "2 of 2 processes have failed" in said.stderr
+
+
+@pytest.mark.parametrize("names, found", [("0,1", ["0", "1"]), ("", [])])
+def test_gpus_that_a_process_may_use(names, found, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+    assert launch.visible_gpus() == found
+
+
 def test_two_ray_workers_share_a_sweep(file, tmp_path):
     ray = pytest.importorskip("ray", reason="Ray is not installed: the extra 'ray'")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
