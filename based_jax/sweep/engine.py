@@ -25,6 +25,8 @@ MEMORY = 0.8
 MOST_LANES = 16
 COMPILERS = 8
 """Programs that a group compiles at the same time, at most."""
+WORTH = 0.5
+"""Of the seconds that compiling took: what programs for fewer lanes must save to be compiled, beside the training."""
 
 
 @dataclasses.dataclass
@@ -178,10 +180,12 @@ def train(
 
 
 class _Batch:
-    """Trials in their lanes; a lane without a trial repeats the first one."""
+    """Trials in their lanes; a lane without a trial repeats another one's."""
 
     def __init__(self, trials: Sequence[Trial], programs: Programs):
         self.programs = programs
+        self.smaller: futures.Future[Programs] | None = None
+        self.compiler = futures.ThreadPoolExecutor(1)
         self.outcomes = [Outcome(compile_seconds=programs.seconds / len(trials)) for _ in trials]
         self.trials = list(trials)
         self.lane_of = {i: i for i in range(len(trials))}
@@ -232,18 +236,26 @@ class _Batch:
         return "finished" if epoch + 1 == trial.epochs else "running"
 
     def _shrunk(self, states, seconds_left: float):
-        """Return the states of the lanes that go on, if compiling for fewer takes less than the others would."""
+        """Return the states, those of the lanes that go on alone once programs for so many have been compiled."""
         number = len(self.lane_of)
         saved = seconds_left * (1 - number / self.programs.lanes.number)
-        if saved <= self.programs.seconds:
+        if self.smaller is None and saved > WORTH * self.programs.seconds:
+            self.smaller = self.compiler.submit(self._programs, number)
+        if self.smaller is None or not self.smaller.done():
             return states
+        self.programs, self.smaller = self.smaller.result(), None
         kept = list(self.lane_of.values())
-        self.programs = Programs(self.trials[0], self.programs.data, number, self.programs.compilers)
+        kept += kept[:1] * (self.programs.lanes.number - number)
         for i in self.lane_of:
             self.outcomes[i].compile_seconds += self.programs.seconds / number
         self.lane_of = {i: lane for lane, i in enumerate(self.lane_of)}
         self.rates = lanes.chosen(self.rates, kept)
         return lanes.chosen(states, kept)
+
+    def _programs(self, number: int) -> Programs:
+        data = self.programs.data
+        with jax.default_device(data.device):  # which each thread has for itself
+            return Programs(self.trials[0], data, number, self.programs.compilers)
 
 
 def _key(examples: Examples) -> tuple:

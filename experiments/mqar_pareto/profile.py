@@ -1,0 +1,106 @@
+"""Where a step's time goes: milliseconds of a step of the sweep's own program, and the kernels that take most of it.
+
+One row per model, on one training segment, timed alone and then under the profiler.
+"""
+
+import argparse
+import collections
+import importlib.metadata
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from based_jax.sweep import lanes
+from based_jax.sweep.run import revision
+from based_jax.sweep.trial import make_trial
+from experiments.mqar_pareto import sweeps
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = {
+    "based_64": sweeps.based(64, 16),
+    "based_128": sweeps.based(128, 16),
+    "based_256": sweeps.based(256, 16),
+    "window_128": sweeps.window(64),
+    **{f"{name}_128": sweeps.FIGURE2[name][1:2] for name in sweeps.FIGURE2 if name not in ("based", "window", "mamba")},
+    "mamba_128": sweeps.twice(128, "mamba", d_state=16),
+}
+STEPS = 30
+TRACED = 10
+TOP = 10
+"""Kernels of a row."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--out", type=Path, default=RESULTS / "profile.jsonl", help="JSON lines; appended to")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--lanes", type=int, default=1)
+    parser.add_argument("--segment", type=int, default=4, help="training segment, by its place (default: 4, 256x64)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print and write a row per model."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    facts = {"device": jax.devices()[0].device_kind, "versions": versions, "revision": revision()}
+    facts["command"] = f"python -m experiments.mqar_pareto {' '.join(sys.argv[1:])}"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("a") as file:
+        for name in args.models:
+            row = {"model": name} | measure(MODELS[name][0], args.segment, args.lanes) | facts
+            print(f"{name:20} {row['milliseconds']:8.3f} ms, {row['kernels']:.0f} kernels", flush=True)
+            for kernel, milliseconds, calls in row["top"]:
+                print(f"    {milliseconds:8.4f} ms {calls:6.1f} x {kernel[:80]}")
+            print(json.dumps(row), file=file, flush=True)
+    return 0
+
+
+def measure(point: dict, segment: int, number: int) -> dict:
+    """Return a model's row."""
+    trial = make_trial(sweeps.BASE, point)
+    source, program = trial.data.open(trial.batch_size, 0, 1), lanes.Lanes(trial, number)
+    examples = lanes.Examples.of(*source.examples("train", segment))
+    begin = time.perf_counter()
+    train = program.training(examples).call
+    compiled = time.perf_counter() - begin
+    held = [program.beginning().call(jnp.arange(number, dtype=jnp.uint32))]
+    rates = lanes.Rates(*(jnp.full(number, x) for x in (trial.optim.lr, trial.optim.weight_decay)))
+    rows = jnp.arange(lanes.STEPS * trial.batch_size, dtype=jnp.int32).reshape(lanes.STEPS, -1)
+
+    def take(steps: int) -> None:
+        held[0], losses = train(held[0], rates, examples, rows % examples.inputs.shape[0], jnp.int32(steps))
+        jax.block_until_ready(losses)
+
+    take(1)
+    begin = time.perf_counter()
+    take(STEPS)
+    milliseconds = 1e3 * (time.perf_counter() - begin) / STEPS
+    times = kernel_times(lambda: take(TRACED))
+    top = sorted(((name, sum(x) / TRACED, len(x) / TRACED) for name, x in times.items()), key=lambda x: -x[1])
+    return {
+        "segment": trial.data.resolved().train[segment].name,
+        "lanes": number,
+        "milliseconds": round(milliseconds, 4),
+        "kernels": sum(calls for *_, calls in top),
+        "compile_seconds": round(compiled, 2),
+        "top": [(name, round(spent, 4), calls) for name, spent, calls in top[:TOP]],
+    }
+
+
+def kernel_times(call: Callable[[], None]) -> dict[str, list[float]]:
+    """Return the milliseconds of each launch of each kernel of a call, by name; nothing where there is no GPU."""
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            call()
+        [file] = Path(folder).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+                for event in line.events if line.name.startswith("Stream") else ():
+                    times[event.name].append(event.duration_ns / 1e6)
+    return times
