@@ -69,7 +69,8 @@ def _xla_fwd(hidden, table, labels):
     top = logits.max(axis=1)
     # One reduction, that XLA passes over the logits once.
     terms = jnp.exp(logits - top[:, None]), jnp.where(_labelled(logits, labels), logits, 0.0)
-    total, chosen = lax.reduce(terms, (0.0, 0.0), lambda x, y: (x[0] + y[0], x[1] + y[1]), (1,))
+    zero = jnp.float32(0)
+    total, chosen = lax.reduce(terms, (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), (1,))
     # The logits are kept: the backward pass follows at once, and would need as much memory to make them again.
     return _results(top, total, chosen, labels), (hidden, table, labels, logits, top + jnp.log(total))
 

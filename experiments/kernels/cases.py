@@ -149,9 +149,25 @@ def _norm_cases() -> list[Case]:
     return cases + [make((4, 256, 600), through=x) for x in ("vmap", "shard_map")]
 
 
+def _scan_cases() -> list[Case]:
+    make, both = functools.partial(Case, "selective_scan"), {"state": True, "documents": True}
+    cases = [make((2, 128, time), (16,), **x) for time in (1, 15, 65) for x in ({}, both)]
+    cases += [make((3, 256, 130), (states,), **both) for states in (8, 24, 32)]
+    cases += [make((32, 256, 256), (16,), quick=True), make((2, 512, 2049), (16,), **both, quick=True)]
+    return cases + [make((4, 128, 130), (16,), documents=True, through=x) for x in ("vmap", "shard_map")]
+
+
+def _entropy_cases() -> list[Case]:
+    make = functools.partial(Case, "linear_cross_entropy")
+    cases = [make((2, 48, time), (1000,), documents=time > 1) for time in (1, 65)]
+    cases += [make((3, channels, 130), (1001,), documents=True) for channels in (64, 128, 192, 256)]
+    cases += [make((8, 128, 1024), (8192,), quick=True), make((1, 64, 1000), (50257,), quick=True)]
+    return cases + [make((4, 64, 130), (1000,), documents=True, through=x) for x in ("vmap", "shard_map")]
+
+
 def all_cases() -> list[Case]:
     """Return the cases of every operation that has a kernel."""
-    found = [*_taylor_cases(), *_window_cases(), *_conv_cases(), *_norm_cases()]
+    found = [*_taylor_cases(), *_window_cases(), *_conv_cases(), *_norm_cases(), *_scan_cases(), *_entropy_cases()]
     return [case for case in found if "hopper" in OPERATIONS[case.operation].table]
 
 
@@ -162,4 +178,6 @@ def tiny_cases() -> list[Case]:
     cases += [Case("window_attention", shape, (64, 64), window=x, documents=x == 129) for x in (64, 129)]
     cases += [Case("gated_short_conv", (1, 256, 130), (3,), documents=True)]
     cases += [Case("residual_rms_norm", (1, 256, 1030))]
+    cases += [Case("selective_scan", (1, 128, 50), (16,), **both)]
+    cases += [Case("linear_cross_entropy", (1, 64, 130), (300,), documents=True)]
     return [case for case in cases if "hopper" in OPERATIONS[case.operation].table]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
 
-from based_jax.ops import gated_conv, norm, softmax, taylor
+from based_jax.ops import cross_entropy, gated_conv, norm, selective_scan, softmax, taylor
 from experiments.kernels import oracles
 
 SHORTEST = 72
@@ -25,7 +25,7 @@ class Case:
     Attributes:
       operation: key of `OPERATIONS`.
       shape: (B, H, T), or (B, D, T) where there are no heads.
-      dims: (K, V), or (taps,).
+      dims: (K, V), (taps,), (states of a channel,), or (tokens of the vocabulary,).
       state: from an initial state, and with a gradient of the final one.
       documents: packed ones, with padding.
       window: keys that a query sees.
@@ -136,6 +136,41 @@ def _norm(case: Case, impl: str) -> Callable:
     return call
 
 
+def _scan_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
+    (batch, channels, time), [states] = case.shape, case.dims
+    narrow = {"u": (batch, time, channels), "B": (batch, time, states), "C": (batch, time, states)}
+    wide = {"dt": (batch, time, channels), "A": (channels, states), "state": (batch, channels, states)}
+    found = {name: ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in narrow.items()}
+    return found | {name: ShapeDtypeStruct(shape, jnp.float32) for name, shape in wide.items()}
+
+
+def _scan(case: Case, impl: str) -> Callable:
+    def call(arrays, ids):
+        dt, A = oracles.steps_and_rates(arrays["dt"], arrays["A"])
+        options = {"state": arrays.get("state"), "segment_ids": ids, "return_state": True, "impl": impl}
+        y, state = selective_scan.selective_scan(arrays["u"], dt, A, arrays["B"], arrays["C"], **options)
+        return {"y": y, "state": state}
+
+    return call
+
+
+def _entropy_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
+    (batch, channels, time), [vocab] = case.shape, case.dims
+    shapes = {"hidden": (batch, time, channels), "table": (vocab, channels)}
+    return {name: ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+
+
+def _entropy(case: Case, impl: str) -> Callable:
+    def call(arrays, ids):
+        hidden = arrays["hidden"] * jnp.asarray(oracles.SCALE, arrays["hidden"].dtype)
+        ids = jnp.ones(hidden.shape[:2], jnp.int32) if ids is None else ids
+        labels = oracles.labels(ids, case.dims[0])
+        losses, _ = cross_entropy.linear_cross_entropy(hidden, arrays["table"], labels, impl=impl)
+        return {"losses": losses[..., None]}
+
+    return call
+
+
 OPERATIONS = {
     "taylor_attention": Operation(
         taylor.IMPLEMENTATIONS, _taylor_arrays, _taylor, lambda case: oracles.taylor_attention
@@ -155,6 +190,20 @@ OPERATIONS = {
     ),
     "residual_rms_norm": Operation(
         norm.IMPLEMENTATIONS, _norm_arrays, _norm, lambda case: oracles.residual_rms_norm, weights=frozenset({"scale"})
+    ),
+    "selective_scan": Operation(
+        selective_scan.IMPLEMENTATIONS,
+        _scan_arrays,
+        _scan,
+        lambda case: oracles.selective_scan,
+        weights=frozenset({"A"}),
+    ),
+    "linear_cross_entropy": Operation(
+        cross_entropy.IMPLEMENTATIONS,
+        _entropy_arrays,
+        _entropy,
+        lambda case: oracles.linear_cross_entropy,
+        weights=frozenset({"table"}),
     ),
 }
 

@@ -13,7 +13,14 @@ from experiments.kernels.operations import Case, basic, same_program
 
 MEMORY = 0.88
 """Of the GPU, for all workers together."""
-COMPILING = {"taylor_attention": 6.0, "window_attention": 4.0, "gated_short_conv": 3.0, "residual_rms_norm": 1.0}
+COMPILING = {
+    "taylor_attention": 6.0,
+    "window_attention": 4.0,
+    "gated_short_conv": 3.0,
+    "residual_rms_norm": 1.0,
+    "selective_scan": 5.0,
+    "linear_cross_entropy": 3.0,
+}
 ORACLE = 2.0
 """Seconds to compile a call and an oracle, roughly: only their proportions matter."""
 SHOWN = 1500

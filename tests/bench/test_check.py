@@ -22,6 +22,8 @@ SMALL = [
     Case("window_attention", (2, 2, 70), (8, 8), window=64, values="large"),
     Case("gated_short_conv", (2, 8, 20), (3,), **BOTH),
     Case("gated_short_conv", (2, 8, 20), (4,), documents=True, through="vmap"),
+    Case("selective_scan", (2, 8, 20), (3,), **BOTH),
+    Case("linear_cross_entropy", (2, 8, 20), (30,), documents=True, through="vmap"),
 ]
 
 
