@@ -106,8 +106,8 @@ def _empty(xs, A: DN) -> BDN:
     return initial_state(xs[0].shape[0], *A.shape)
 
 
-def _supports(xs, A: DN, state, segment_ids) -> str | None:
-    """Return why the kernels cannot run this call, or None."""
+def supports(xs, A, state, segment_ids) -> str | None:
+    """Return why the kernels cannot run this call, or None; shapes and dtypes are all that they ask for."""
     u, (channels, states) = xs[0], A.shape
     if u.dtype not in (jnp.bfloat16, jnp.float32):
         return f"u must be bfloat16 or float32, and is {u.dtype}"
@@ -175,7 +175,7 @@ def _fused_bwd(saved, gradients):
 _fused.defvjp(_fused_fwd, _fused_bwd)
 
 IMPLEMENTATIONS = {
-    "hopper": Implementation(_hopper, _supports, platform="cuda"),
+    "hopper": Implementation(_hopper, supports, platform="cuda"),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),

@@ -14,13 +14,8 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.ops.conv import short_conv, short_conv_step
-from based_jax.ops.gated_linear_attention import (
-    BHKV,
-    IMPLEMENTATIONS,
-    gated_linear_attention,
-    gated_linear_attention_step,
-    initial_state,
-)
+from based_jax.ops.gated_linear_attention import initial_state
+from based_jax.ops.ssd import BHNP, IMPLEMENTATIONS, ssd, ssd_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +34,12 @@ class Mamba2Cache(NamedTuple):
     """The inputs of the convolution over x, B and C, and the state (B, H, N, P)."""
 
     conv: Float[Array, "B W channels"]
-    state: BHKV
+    state: BHNP
 
 
 class Mamba2(nnx.Module):
     """S_t = exp(dt A) S_{t-1} + B_t (dt x_t)^T, y_t = C_t^T S_t + D x_t, RMSNorm of y SiLU(z) (sections 6 and 7).
 
-    SSD is gated linear attention with queries C, keys B, values dt x and log-decay dt A, without a scale.
     Source: HazyResearch/zoology:zoology/mixers/mamba2.py, `Mamba2`.
     """
 
@@ -99,7 +93,7 @@ class Mamba2(nnx.Module):
         z, u, dt = self._projected(x)
         u = short_conv(u, self.conv_kernel[...], segment_ids=segment_ids)
         inputs, skip = self._inputs(u, dt)
-        y = gated_linear_attention(*inputs, scale=1.0, segment_ids=segment_ids, impl=self.config.impl)
+        y = ssd(*inputs, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(y, skip, z)
 
     def init_cache(self, batch: int, max_len: int) -> Mamba2Cache:
@@ -113,16 +107,15 @@ class Mamba2(nnx.Module):
         z, u, dt = self._projected(x)
         u, conv = short_conv(u, self.conv_kernel[...], state=cache.conv, **options)
         inputs, skip = self._inputs(u, dt)
-        y, state = gated_linear_attention(*inputs, scale=1.0, state=cache.state, impl=self.config.impl, **options)
+        y, state = ssd(*inputs, state=cache.state, impl=self.config.impl, **options)
         return self._out(y, skip, z), Mamba2Cache(conv, state)
 
     def step(self, x: BD, cache: Mamba2Cache) -> tuple[BD, Mamba2Cache]:
         """Mix one token and return the cache after it."""
         z, u, dt = self._projected(x)
         u, conv = short_conv_step(u, self.conv_kernel[...], cache.conv)
-        inputs, skip = self._inputs(u, dt)
-        C, B, v, log_decay = inputs
-        y, state = gated_linear_attention_step(C, B, v, log_decay, cache.state, scale=1.0)
+        (u, dt, A, B, C), skip = self._inputs(u, dt)
+        y, state = ssd_step(u, dt, A, B, C, cache.state)
         return self._out(y, skip, z), Mamba2Cache(conv, state)
 
     def state_size(self, seq_len: int) -> int:
@@ -139,18 +132,17 @@ class Mamba2(nnx.Module):
         return jnp.split(self.in_proj(x), [self.d_inner, self.d_inner + self.channels], axis=-1)
 
     def _inputs(self, u, dt):
-        """Return (queries, keys, values, log-decay) of the scan by head, and the skip."""
+        """Return (x, dt, A, B, C) of the scan by head and by group, and the skip."""
         lead, N = u.shape[:-1], self.config.d_state
         ones = (1,) * len(lead)
         u = jax.nn.silu(u + self.conv_bias[...].astype(u.dtype).reshape(*ones, -1))
         groups = self.config.ngroups * N
         x, B, C = jnp.split(u, [self.d_inner, self.d_inner + groups], axis=-1)
-        B, C = (jnp.repeat(y.reshape(*lead, -1, N), self.num_heads // self.config.ngroups, axis=-2) for y in (B, C))
+        B, C = (y.reshape(*lead, -1, N) for y in (B, C))
         x = x.reshape(*lead, self.num_heads, -1)
-        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].reshape(*ones, -1))[..., None]
-        log_decay = -jnp.exp(self.A_log[...].astype(jnp.float32)).reshape(*ones, -1, 1) * dt
+        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].reshape(*ones, -1))
         skip = self.D[...].reshape(*ones, -1, 1) * x.astype(jnp.float32)
-        return (C, B, (x.astype(jnp.float32) * dt).astype(x.dtype), log_decay), skip
+        return (x, dt, -jnp.exp(self.A_log[...]), B, C), skip
 
     def _out(self, y, skip, z):
         y = layers.merge_heads(y.astype(jnp.float32) + skip)

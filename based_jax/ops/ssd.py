@@ -1,0 +1,111 @@
+"""Mamba-2's state space (SSD): a selective scan whose decay is one number a head (arXiv 2405.21060, section 2).
+
+    S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T          y_t = C_t^T S_t
+
+It is gated linear attention with queries C, keys B, values dt x and log-decay dt A, without a scale; and it is Mamba's
+scan with the head's step and rate in each of its P channels, which is how few states are fastest. B and C are shared by
+the heads of a group. The state is (B, H, N, P) fp32.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax.dims import BT
+from based_jax.ops import selective_scan
+from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
+
+BTHP = Float[Array, "B T H P"]
+BTH = Float[Array, "B T H"]
+BTGN = Float[Array, "B T G N"]
+BHP = Float[Array, "B H P"]
+BGN = Float[Array, "B G N"]
+BHNP = Float[Array, "B H N P"]
+
+
+def ssd(
+    x: BTHP,
+    dt: BTH,
+    A: Float[Array, "H"],
+    B: BTGN,
+    C: BTGN,
+    *,
+    state: BHNP | None = None,
+    segment_ids: BT | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """Scan x (B, T, H, P) with steps dt >= 0 (B, T, H), A < 0 (H,), and B, C (B, T, G, N) of G groups of heads.
+
+    Args:
+      state: state to start from; it belongs to each row's first document.
+      segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
+      return_state: return (y, state after the last token) instead of y.
+      impl: "oracle" and "recurrent" (token by token), "xla" (chunked attention), "hopper" (Mamba's Mosaic GPU kernels;
+        one group, channels a multiple of 128, 8, 16, 24 or 32 states) or "auto".
+
+    Raises:
+      UserError: `impl` is unknown or cannot run this call.
+    """
+    dt, A = dt.astype(jnp.float32), A.astype(jnp.float32)
+    y, state = dispatch("ssd", IMPLEMENTATIONS, impl, x, dt, A, B, C, state, segment_ids)
+    return (y, state) if return_state else y
+
+
+def ssd_step(x: BHP, dt: Float[Array, "B H"], A: Float[Array, "H"], B: BGN, C: BGN, state: BHNP) -> tuple[BHP, BHNP]:
+    """Return one token's output and the state after it."""
+    q, k, v, log_decay = _attention(x, dt, A, B, C)
+    return gated_linear_attention_step(q, k, v, log_decay, state, scale=1.0)
+
+
+def _attention(x, dt, A, B, C):
+    """Return queries, keys, values and log-decays by head."""
+    B, C = (jnp.repeat(y, x.shape[-2] // y.shape[-2], axis=-2) for y in (B, C))
+    dt = dt.astype(jnp.float32)[..., None]
+    rates = A.astype(jnp.float32).reshape(*(1,) * (dt.ndim - 2), -1, 1)
+    return C, B, (x.astype(jnp.float32) * dt).astype(x.dtype), rates * dt
+
+
+def _as_attention(x, dt, A, B, C, state, segment_ids, *, impl: str) -> tuple[BTHP, BHNP]:
+    options = {"scale": 1.0, "state": state, "segment_ids": segment_ids, "return_state": True, "impl": impl}
+    return gated_linear_attention(*_attention(x, dt, A, B, C), **options)
+
+
+def _as_scan(x, dt, A, B, C, state, segment_ids) -> tuple[BTHP, BHNP]:
+    (batch, time, heads, width), states = x.shape, B.shape[-1]
+    dt, A = jnp.repeat(dt, width, axis=-1), jnp.repeat(A, width)
+    if state is not None:
+        state = jnp.swapaxes(state, 2, 3).reshape(batch, -1, states)
+    y, after = selective_scan.selective_scan(
+        x.reshape(batch, time, -1),
+        dt,
+        jnp.broadcast_to(A[:, None], (A.size, states)),
+        B[:, :, 0],
+        C[:, :, 0],
+        state=state,
+        segment_ids=segment_ids,
+        return_state=True,
+        impl="hopper",
+    )
+    return y.reshape(x.shape), jnp.swapaxes(after.reshape(batch, heads, width, states), 2, 3)
+
+
+def _supports(x, dt, A, B, C, state, segment_ids) -> str | None:
+    """Return why Mamba's kernels cannot run this call, or None."""
+    if B.shape[2] > 1:
+        return f"B and C must be of one group, and are of {B.shape[2]}"
+    channels = x.shape[2] * x.shape[3]
+    u = jax.ShapeDtypeStruct((*x.shape[:2], channels), x.dtype)
+    return selective_scan.supports((u,), jax.ShapeDtypeStruct((channels, B.shape[3]), jnp.float32), state, segment_ids)
+
+
+IMPLEMENTATIONS = {
+    "hopper": Implementation(_as_scan, _supports, platform="cuda"),
+    "xla": Implementation(functools.partial(_as_attention, impl="xla")),
+    "recurrent": Implementation(functools.partial(_as_attention, impl="recurrent")),
+    "oracle": Implementation(functools.partial(_as_attention, impl="oracle")),
+}
