@@ -4,7 +4,8 @@ A task is a frozen config with training and test segments (`SegmentedTask`); wha
 In all of them labels are IGNORE where nothing is asked, and a label stands at the position whose output is judged.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -175,6 +176,13 @@ class SegmentSource:
         if (split, index) not in self._examples:
             self._examples[split, index] = self.task.generate(split, index)
         return self._examples[split, index]
+
+    def make_all(self, starmap: Callable[..., Iterable[Examples]] = itertools.starmap) -> None:
+        """Make the examples of all segments at once; `starmap` may be that of a pool of processes."""
+        splits: list[tuple[Split, int]] = [("train", i) for i in range(len(self.task.train))]
+        splits += [("test", i) for i in range(len(self.task.test))]
+        left = [key for key in splits if key not in self._examples]
+        self._examples |= zip(left, starmap(self.task.generate, left), strict=True)
 
     def _rows(self, split: Split, index: int, rows: np.ndarray) -> Batch:
         """Return this host's part of the batch of these rows, filled up to the full batch size."""

@@ -30,10 +30,10 @@ def in_processes(spec: str, store: str, options: Options, *, processes: int) -> 
       UserError: a point is impossible.
       RuntimeError: a process has failed, after all others have ended.
     """
-    sources = Sources()
-    for _, trial in load_sweep(spec).trials():
-        sources.of(trial)
-    gpus, fork = visible_gpus(), multiprocessing.get_context("fork")
+    gpus, fork, sources = visible_gpus(), multiprocessing.get_context("fork"), Sources()
+    with fork.Pool(processes) as pool:
+        for _, trial in load_sweep(spec).trials():
+            sources.of(trial, pool.starmap)
     compilers = min(options.compilers, max(2, (os.cpu_count() or 1) // processes))
     (first, step), workers = options.part, []
     for i in range(processes):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import importlib.metadata
+import itertools
 import os
 import queue
 import subprocess
@@ -142,17 +143,13 @@ class Sources:
         self._lock = threading.Lock()
         self._found: dict[str, SegmentSource] = {}
 
-    def of(self, trial: Trial) -> SegmentSource:
-        """Return a trial's source with all examples made."""
+    def of(self, trial: Trial, starmap: Callable = itertools.starmap) -> SegmentSource:
+        """Return a trial's source with all examples made, by `starmap`."""
         key = _data_id(trial)
         with self._lock:
             if key not in self._found:
-                source = trial.data.open(trial.batch_size, 0, 1)
-                for i in range(len(source.task.train)):
-                    source.examples("train", i)
-                for i in range(len(source.task.test)):
-                    source.examples("test", i)
-                self._found[key] = source
+                self._found[key] = trial.data.open(trial.batch_size, 0, 1)
+                self._found[key].make_all(starmap)
             return self._found[key]
 
 

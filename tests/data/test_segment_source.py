@@ -53,6 +53,21 @@ def test_examples_are_ids_of_the_shape_that_the_segment_says(module):
         assert len(asked) and asked.min() >= 0 and asked.max() < task.vocab_size
 
 
+def test_all_examples_are_made_at_once_and_each_once():
+    asked = []
+
+    def starmap(generate, keys):
+        asked.extend(keys)
+        return [generate(*key) for key in keys]
+
+    source = SegmentSource(TINY, 4)
+    source.examples("train", 1)
+    source.make_all(starmap)
+    assert asked == [("train", 0), ("test", 0), ("test", 1)]
+    made = [source.examples(split, i) for split in ("train", "test") for i in range(2)]
+    assert same(made, all_examples(TINY))
+
+
 @EVERY_TASK
 def test_examples_depend_on_the_task_alone(module):
     task = presets(module)["tiny"]
