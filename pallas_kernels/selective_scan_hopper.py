@@ -26,6 +26,8 @@ from pallas_kernels.mosaic import load_global
 
 TOKENS = 8
 """Of a tile; T is a multiple of them."""
+ALIGNED = 32
+"""Single fp32 values from one tile to the next: copies write to multiples of 128 bytes."""
 SLOTS = 4
 WARPS = 4
 LANES = (4, 8)
@@ -143,16 +145,23 @@ class Plan(NamedTuple):
 
     def scratch(self, sources: list[jax.Array], slots: int) -> list:
         """Return a ring of tiles of each source, and its barriers."""
-        parts = [(WARPS, WIDTH) if x.ndim == 4 else x.shape[2:] for x in sources]
-        rings = [plgpu.SMEM((slots, TOKENS, *part), x.dtype) for part, x in zip(parts, sources, strict=True)]
+        rings = [plgpu.SMEM((slots, *tile_shape(x)), x.dtype) for x in sources]
         return [*rings, plgpu.Barrier(num_arrivals=len(sources), num_barriers=slots)]
+
+
+def tile_shape(source) -> tuple[int, ...]:
+    """Return the shape of a tile of a source, which is (B, T), (B, T, 2 N) or (B, T, D / W, W)."""
+    if len(source.shape) == 2:
+        return (ALIGNED,)
+    return (TOKENS, *((WARPS, WIDTH) if len(source.shape) == 4 else source.shape[2:]))
 
 
 def copy_tokens(at: Place, sources, tiles, filled, n, slot) -> None:
     """Start the copies of tile n of each source into a slot; of (B, T, D / W, W) a block takes its strip."""
     for source, tile in zip(sources, tiles, strict=True):
         strip = [at.strip] if len(source.shape) == 4 else []
-        plgpu.copy_gmem_to_smem(source.at[(at.row, at.tokens(n), *strip)], tile.at[slot], filled.at[slot])
+        target = tile.at[slot] if len(source.shape) > 2 else tile.at[slot, pl.ds(0, TOKENS)]
+        plgpu.copy_gmem_to_smem(source.at[(at.row, at.tokens(n), *strip)], target, filled.at[slot])
 
 
 def like(x) -> jax.ShapeDtypeStruct:
