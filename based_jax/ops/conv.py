@@ -48,7 +48,8 @@ def short_conv(
       UserError: `impl` is unknown or cannot run this call.
     """
     width = reach(kernel.shape[0], dilation)
-    inputs, input_ids = _with_past(x, segment_ids, width, state, segment_ids)
+    inputs = _with_past(x, width, state)
+    input_ids = None if segment_ids is None else _ids_with_past(segment_ids, width)
     y = dispatch("short_conv", IMPLEMENTATIONS, impl, inputs, input_ids, kernel, dilation)
     if not return_state:
         return y
@@ -60,25 +61,23 @@ def last_inputs(x: BSD, width: int, state: Past | None, segment_ids: BT | None) 
 
     x may be a tail of the inputs: `width` of them, or all.
     """
-    tail = None if segment_ids is None else segment_ids[:, segment_ids.shape[1] - x.shape[1] :]
-    inputs, input_ids = _with_past(x, tail, width, state, segment_ids)
-    if segment_ids is None or input_ids is None:
-        return inputs[:, -width:]
+    inputs = _with_past(x, width, state)[:, -width:]
+    if segment_ids is None:
+        return inputs
     last = segments.last_id(segment_ids)
-    kept = (input_ids[:, -width:] == last[:, None]) & (last != 0)[:, None]
-    return jnp.where(kept[..., None], inputs[:, -width:], 0)
+    kept = (_ids_with_past(segment_ids, width)[:, -width:] == last[:, None]) & (last != 0)[:, None]
+    return jnp.where(kept[..., None], inputs, 0)
 
 
-def _with_past(
-    x: BSD, ids: BS | None, width: int, state: Past | None, segment_ids: BT | None
-) -> tuple[Array, Array | None]:
-    """Return the inputs behind those of `state`, and their ids: the state is of each row's first document."""
+def _with_past(x: BSD, width: int, state: Past | None) -> Float[Array, "B _ D"]:
+    """Return the inputs behind those of `state`."""
     past = jnp.zeros((x.shape[0], width, x.shape[2]), x.dtype) if state is None else state.astype(x.dtype)
-    inputs = jnp.concatenate([past, x], axis=1)
-    if ids is None or segment_ids is None:
-        return inputs, None
-    past_ids = jnp.repeat(segments.first_id(segment_ids)[:, None], width, axis=1)
-    return inputs, jnp.concatenate([past_ids, ids], axis=1)
+    return jnp.concatenate([past, x], axis=1)
+
+
+def _ids_with_past(ids: BT, width: int) -> Int[Array, "B _"]:
+    """Return the ids behind those of a state, which is of each row's first document."""
+    return jnp.concatenate([jnp.repeat(segments.first_id(ids)[:, None], width, axis=1), ids], axis=1)
 
 
 def reach(kernel_size: int, dilation: int) -> int:

@@ -20,7 +20,8 @@ from based_jax.ops.precision import EXACT, einsum, product_policy
 TD = Float[Array, "T D"]
 
 SHORT = 1024
-"""Tokens up to which the product is the faster form on a GPU; its matrices take D T^2 elements."""
+"""Tokens up to which `auto` takes the product on a GPU (faster at 256, experiments/mqar_pareto; longer ones are not
+measured); its matrices take D T^2 elements."""
 
 
 def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = "auto") -> BTD:

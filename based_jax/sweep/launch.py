@@ -16,9 +16,9 @@ from based_jax.sweep.run import Options, Sources, run
 from based_jax.sweep.trial import load_sweep
 
 
-def local(spec: str, store: str, options: Options) -> int:
-    """Run a sweep on the devices of this machine; return how many points were trained."""
-    return _run(spec, store, options)
+def local(spec: str, store: str, options: Options, sources: Sources | None = None) -> int:
+    """Run a sweep on the devices of this process, on `sources` if given; return how many points were trained."""
+    return run(load_sweep(spec), Store(store), name_of(spec), options, functools.partial(print, flush=True), sources)
 
 
 def in_processes(spec: str, store: str, options: Options, *, processes: int) -> None:
@@ -56,12 +56,7 @@ def in_processes(spec: str, store: str, options: Options, *, processes: int) -> 
 def _work(spec: str, store: str, options: Options, sources: Sources, gpu: str | None) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    _run(spec, store, options, sources)
-
-
-def _run(spec: str, store: str, options: Options, sources: Sources | None = None) -> int:
-    report = functools.partial(print, flush=True)
-    return run(load_sweep(spec), Store(store), name_of(spec), options, report, sources)
+    local(spec, store, options, sources)
 
 
 def visible_gpus() -> list[str]:

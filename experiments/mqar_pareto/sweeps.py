@@ -73,7 +73,7 @@ HEADLINE = chain(
     based(256, 16),
     window(64),
     window(1024),
-    hybrid(64, "attention", num_heads=1, rotary_fraction=0.0, bias=True),
+    FIGURE2["attention"][:1],
     twice(256, "mamba", d_state=16),
     hybrid(128, "deltanet", num_heads=2),
     hybrid(128, "gated_deltanet", num_heads=2),
