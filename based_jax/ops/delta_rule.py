@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHV, BT, BTHK, BTHV
-from based_jax.ops import scan
+from based_jax.ops import recurrence, scan
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import BHKV, Decay, initial_state, pair_weights
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
@@ -74,7 +74,8 @@ def dplr(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T) or "auto".
+      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "hopper" (Mosaic GPU
+        kernels, token by token; K at most 128) or "auto".
 
     Raises:
       UserError: `impl` is unknown.
@@ -154,7 +155,17 @@ def _empty(xs) -> BHKV:
     return initial_state(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
 
 
+def _hopper(xs, scale, state, segment_ids) -> tuple[Any, Any]:
+    q, k, v, log_decay, a, b = xs
+    return recurrence.recurrence(q, k, v, log_decay, (a, b), scale, state, segment_ids)
+
+
+def _supports(xs, scale, state, segment_ids) -> str | None:
+    return recurrence.supports(xs[0], xs[2])
+
+
 IMPLEMENTATIONS = {
+    "hopper": Implementation(_hopper, _supports, platform="cuda"),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),

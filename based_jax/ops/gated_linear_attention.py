@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from based_jax.dims import BHK, BHV, BT, BTHK, BTHV
-from based_jax.ops import scan
+from based_jax.ops import recurrence, scan
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
@@ -60,7 +60,8 @@ def gated_linear_attention(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
       impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "quadratic" (one chunk; one
-        decay a head and short sequences on a GPU) or "auto".
+        decay a head and short sequences on a GPU), "hopper" (Mosaic GPU kernels, token by token; K at most 128, no
+        bonus) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
@@ -208,7 +209,18 @@ def _empty(xs) -> BHKV:
     return initial_state(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
 
 
+def _hopper(xs, bonus, scale, state, segment_ids) -> tuple[Any, Any]:
+    return recurrence.recurrence(*xs, (), scale, state, segment_ids)
+
+
+def _supports(xs, bonus, scale, state, segment_ids) -> str | None:
+    if bonus is not None:
+        return "the kernels know no bonus"
+    return recurrence.supports(xs[0], xs[2])
+
+
 IMPLEMENTATIONS = {
+    "hopper": Implementation(_hopper, _supports, platform="cuda"),
     "quadratic": Implementation(functools.partial(_chunked, length=None), _is_short, preferred="cuda"),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),

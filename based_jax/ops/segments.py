@@ -22,6 +22,12 @@ def last_id(segment_ids: Int[Array, "B T"]) -> Int[Array, "B"]:
     return first_id(segment_ids[:, ::-1])
 
 
+def begins_later(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Return which tokens are their document's first, but for each row's first document."""
+    later = (segment_ids != 0) & (segment_ids != first_id(segment_ids)[:, None])
+    return later & (jnp.diff(segment_ids, axis=1, prepend=0) != 0)
+
+
 def positions(
     segment_ids: Int[Array, "B T"] | None, before: Int[Array, "#B"], length: int
 ) -> tuple[Int[Array, "#B T"], Int[Array, "#B"]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BT, BTD
 from based_jax.ops import hopper, scan, segments
@@ -131,7 +131,7 @@ def _on_device(u, dt, B, C, A, state, segment_ids) -> tuple[BTD, BDN]:
     state = initial_state(u.shape[0], *A.shape) if state is None else state
     time, offsets, padding = u.shape[1], None, None
     if segment_ids is not None:
-        offsets, padding = jnp.where(_begins(segment_ids), FORGET, 0.0), (segment_ids == 0)[..., None]
+        offsets, padding = jnp.where(segments.begins_later(segment_ids), FORGET, 0.0), (segment_ids == 0)[..., None]
         u, dt = (jnp.where(padding, 0, x) for x in (u, dt))
     tokens = u, dt.astype(jnp.float32), jnp.concatenate([B, C], axis=-1).astype(jnp.float32), offsets
     u, dt, BC, offsets = (None if x is None else _pad(x) for x in tokens)
@@ -142,12 +142,6 @@ def _on_device(u, dt, B, C, A, state, segment_ids) -> tuple[BTD, BDN]:
 
 def _pad(x: Array) -> Array:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE), *((0, 0),) * (x.ndim - 2)))
-
-
-def _begins(segment_ids: BT) -> Bool[Array, "B T"]:
-    """Return which tokens are their document's first, but for each row's first document."""
-    later = (segment_ids != 0) & (segment_ids != segments.first_id(segment_ids)[:, None])
-    return later & (jnp.diff(segment_ids, axis=1, prepend=0) != 0)
 
 
 @jax.custom_vjp

@@ -1,0 +1,132 @@
+"""A matrix state token by token, in Hopper kernels: how gated linear attention and the delta rules run on a GPU.
+
+    u_t = S_{t-1}^T a_t        S_t = diag(w_t) S_{t-1} + b_t u_t^T + k_t v_t^T        o_t = scale S_t^T q_t
+
+A warp keeps a head's state in its registers from the first token to the last (`pallas_kernels/recurrence_hopper.py`).
+All is fp32 but the inputs, and no decay is too strong. Chunked forms do fewer steps one after the other and more work
+for each; they are made for few heads and long sequences.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax.dims import BT, BTHK, BTHV
+from based_jax.ops import hopper, segments
+
+KEYS, VALUES = (32, 64, 128), (32, 64, 128)
+"""Sizes that the kernels take; others are filled up with zeros, and wider values are cut."""
+TILE, HEADS = 8, 4
+"""What the kernels take multiples of: tokens, and heads of all rows together."""
+FORGET = -1e30
+"""Log-decay of a document's first token: nothing is kept of the documents before."""
+
+BHKV = Float[Array, "B H K V"]
+
+
+def supports(q: BTHK, v: BTHV) -> str | None:
+    """Return why the kernels cannot run a call, or None; shapes and dtypes are all that they ask for."""
+    batch, time, heads, keys = q.shape
+    if v.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"v must be bfloat16 or float32, and is {v.dtype}"
+    if keys > KEYS[-1]:
+        return f"K must be at most {KEYS[-1]}, and is {keys}"
+    elements = batch * max(time, keys) * heads * max(KEYS[-1], v.shape[-1])
+    if not 0 < elements < hopper.OFFSETS:
+        return f"B H max(T, K) max(128, V) must be 1 to {hopper.OFFSETS - 1}, and is {elements}"
+    return hopper.refusal()
+
+
+def recurrence(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    log_decay: Float[Array, "B T H #K"],
+    ab: tuple[BTHK, ...],
+    scale: float,
+    state: BHKV | None,
+    segment_ids: BT | None,
+) -> tuple[BTHV, BHKV]:
+    """Return o and the state after the last token, each device for its rows and heads.
+
+    Args:
+      log_decay: log w, (B, T, H, K) or (B, T, H, 1).
+      ab: a and b, or nothing for a state that only decays.
+    """
+    tokens, states = ("batch", None, "heads"), ("batch", "heads")
+    names = (*(tokens,) * (4 + len(ab)), states, ("batch",))
+
+    def on_device(q, k, v, log_decay, *rest) -> tuple[BTHV, BHKV]:
+        *ab, state, segment_ids = rest
+        return _on_device(q, k, v, log_decay, tuple(ab), scale, state, segment_ids)
+
+    return hopper.per_shard(on_device, (q, k, v, log_decay, *ab, state, segment_ids), names, (tokens, states))
+
+
+def _on_device(q, k, v, log_decay, ab, scale, state, segment_ids) -> tuple[BTHV, BHKV]:
+    """Fill all sizes up with zeros, which change no state, and cut them off again."""
+    (batch, time, heads, keys), values = q.shape, v.shape[-1]
+    state = jnp.zeros((batch, heads, keys, values), jnp.float32) if state is None else state
+    padding = None
+    if segment_ids is not None:
+        padding, begins = (x[..., None, None] for x in (segment_ids == 0, segments.begins_later(segment_ids)))
+        q, k, v, log_decay, *ab = (jnp.where(padding, 0, x) for x in (q, k, v, log_decay, *ab))
+        log_decay = jnp.where(begins, FORGET, log_decay)
+        ab = [*(jnp.where(begins, 0, a) for a in ab[:1]), *ab[1:]]
+    log_decay = jnp.broadcast_to(log_decay.astype(jnp.float32), q.shape)
+    ab = [x.astype(jnp.float32) for x in ab]
+
+    wide = next(size for size in KEYS if size >= keys)
+    width = next((size for size in VALUES if size >= max(values, wide // 2)), VALUES[-1])
+    parts = -(-values // width)  # of the values of a head, each with queries and keys of its own
+    v = _fill(v, {1: TILE, 3: width}).reshape(batch, -1, heads * parts, width)
+    state = _fill(state, {2: wide, 3: width}).reshape(batch, heads, wide, parts, width)
+    state = jnp.swapaxes(state, 2, 3).reshape(batch, heads * parts, wide, width)
+    q, k, log_decay, *ab = (
+        jnp.repeat(_fill(x, {1: TILE, 3: wide}), parts, axis=2)
+        for x in (q.astype(v.dtype), k.astype(v.dtype), log_decay, *ab)
+    )
+    rows = HEADS // math.gcd(HEADS, heads * parts)
+    arguments = (_fill(x, {0: rows}) for x in (q, k, v, log_decay, state, *ab))
+    o, state = _fused(scale, *hopper.vary_alike(*arguments))
+
+    o = o[:batch, :time].reshape(batch, time, heads, -1)[..., :values]
+    state = jnp.swapaxes(state[:batch].reshape(batch, heads, parts, wide, width), 2, 3)
+    state = state.reshape(batch, heads, wide, -1)[:, :, :keys, :values]
+    return (o if padding is None else jnp.where(padding, 0, o)), state
+
+
+def _fill(x: Array, multiples: dict[int, int]) -> Array:
+    """Append zeros to dimensions up to a multiple."""
+    return jnp.pad(x, [(0, -size % multiples.get(dimension, 1)) for dimension, size in enumerate(x.shape)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(scale, q, k, v, log_decay, state, *ab):
+    # Pallas' GPU modules take half a second to import and are needed only here.
+    from pallas_kernels import recurrence_hopper as kernels
+
+    options = {"scale": scale, "with_reads": False}
+    return tuple(hopper.call(functools.partial(kernels.forward, **options), q, k, v, jnp.exp(log_decay), state, *ab))
+
+
+def _fused_fwd(scale, q, k, v, log_decay, state, *ab):
+    from pallas_kernels import recurrence_hopper as kernels
+
+    w, options = jnp.exp(log_decay), {"scale": scale, "with_reads": bool(ab)}
+    o, last, *reads = hopper.call(functools.partial(kernels.forward, **options), q, k, v, w, state, *ab)
+    return (o, last), (q, k, v, w, state, ab, reads)
+
+
+def _fused_bwd(scale, saved, gradients):
+    from pallas_kernels import recurrence_hopper_backward as kernels
+
+    q, k, v, w, state, ab, reads = saved
+    call = functools.partial(kernels.backward, scale=scale)
+    return tuple(hopper.call(call, q, k, v, w, state, *gradients, *ab, *reads))
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
