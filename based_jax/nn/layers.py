@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from based_jax.errors import UserError
+from based_jax.ops.projection import project
 
 INIT_STD = 0.02
 
@@ -43,6 +44,7 @@ def linear(
         kernel_metadata=named(*names),
         bias_metadata=named(names[1]),
         dtype=dtype,
+        dot_general=project,
         rngs=rngs,
     )
 

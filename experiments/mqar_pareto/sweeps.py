@@ -2,7 +2,8 @@
 
     python -m based_jax sweep run experiments/mqar_pareto/sweeps.py:figure2 --store=runs/figure2
 
-Variants: figure2, one mixer of it (based, window, mamba, ...), figure3, ablation, seeds, tiny.
+Variants: figure2; its parts headline, narrow and wide, or one mixer of it (based, window, mamba, ...); seeds of the
+headline; figure3; ablation; tiny.
 Source: HazyResearch/zoology:zoology/experiments/{paper_configs/arxiv24_based_figure2/configs.py,models_repo.py}.
 """
 
@@ -56,7 +57,7 @@ FIGURE2 = {
     "attention": chain(*(hybrid(d, "attention", num_heads=1, rotary_fraction=0.0, bias=True) for d in (64, 128))),
     "window": chain(*(window(2**n) for n in range(3, 11))),
     "mamba": chain(*(twice(d, "mamba", d_state=n) for d in WIDTHS for n in STATES)),
-    "mamba2": chain(*(twice(d, "mamba2", d_state=n) for d in WIDTHS for n in STATES)),
+    "mamba2": chain(*(twice(d, "mamba2", d_state=16) for d in WIDTHS)),
     "h3": chain(*(twice(d, "h3", d_state=d // 4, head_dim=2) for d in WIDTHS)),
     "hyena": chain(*(twice(d, "hyena", l_max=SEQ_LEN) for d in WIDTHS)),
     "base_conv": chain(*(twice(d, "base_conv", kernel_size=3) for d in WIDTHS)),
@@ -78,16 +79,14 @@ HEADLINE = chain(
     hybrid(128, "deltanet", num_heads=2),
     hybrid(128, "gated_deltanet", num_heads=2),
 )
-FIRST = chain(
-    *(based(d, 16) for d in (48, 64, 128, 256)),
-    *(based(64, k) for k in (8, 24)),
-    *(based(128, k) for k in (8, 24)),
-    *(window(2**n) for n in (3, 6, 7, 8, 9, 10)),
-    FIGURE2["attention"],
-    *(hybrid(d, kind, num_heads=2) for kind in ("deltanet", "gated_deltanet") for d in (64, 128)),
-    *(FIGURE2[kind][:1] for kind in ("h3", "hyena", "base_conv")),
-    twice(64, "mamba", d_state=16),
-)
+WIDE = 256
+"""Models from this width on take two to three times as long as the next smaller ones."""
+
+
+def rest(wide):
+    """Return Figure 2 without the headline points: those of that width, or the narrower ones."""
+    found = [point for point in chain(*FIGURE2.values()) if point not in HEADLINE]
+    return [point for point in found if (point["model.d_model"] >= WIDE) == wide]
 
 
 def feature_maps():
@@ -125,7 +124,9 @@ VARIANTS = {
     **{name: (lambda space=space: product(space, param("optim.lr", RATES))) for name, space in FIGURE2.items()},
     "figure3": lambda: product(feature_maps(), param("optim.lr", RATES)),
     "ablation": lambda: product(ablation(), param("optim.lr", RATES)),
-    "first": lambda: product(FIRST, param("optim.lr", RATES)),
+    "headline": lambda: product(HEADLINE, param("optim.lr", RATES)),
+    "narrow": lambda: product(rest(wide=False), param("optim.lr", RATES)),
+    "wide": lambda: product(rest(wide=True), param("optim.lr", RATES)),
     "seeds": lambda: product(HEADLINE, param("optim.lr", RATES), param("seed", [124, 125])),
     "tiny": tiny,
 }

@@ -13,6 +13,7 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.ops.conv import short_conv_step
 from based_jax.ops.gated_conv import IMPLEMENTATIONS, gated_short_conv
+from based_jax.ops.projection import multiply
 
 Inputs = Float[Array, "B W inner"]
 
@@ -76,7 +77,7 @@ class GatedConv(nnx.Module):
 
     def _convolve(self, x: BTD, **options) -> Any:
         """Project, convolve and gate; the operation adds the projection's bias, where it reads the product anyway."""
-        product = x.astype(self.dtype) @ self.in_proj.kernel[...].astype(self.dtype)
+        product = multiply(x.astype(self.dtype), self.in_proj.kernel[...].astype(self.dtype))
         bias = None if self.in_proj.bias is None else self.in_proj.bias[...]
         return gated_short_conv(product, self.conv_kernel[...], bias=bias, impl=self.config.impl, **options)
 

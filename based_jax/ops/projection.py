@@ -1,0 +1,50 @@
+"""The product of tokens and a small matrix, such that the matrix's gradient fills a GPU.
+
+That gradient is a sum over all tokens into few elements: (D, E) tiles of 128 by 128 are a handful of blocks for 132
+multiprocessors, each with all tokens to walk. Without a search through algorithms XLA takes such a product as it is
+(0.09 ms for D = E = 128 and 65,536 tokens in bf16, 0.58 ms in fp32, on one H100 80GB). In pieces of the batch, each
+with the matrix as an operand of its own, it is as many products side by side, and their sum.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from based_jax.ops.dispatch import target_platform
+
+BLOCKS, TILE = 128, 128
+"""Blocks that fill a GPU, and the rows and columns that one takes."""
+TOKENS = 256
+"""Least of a piece."""
+
+
+def project(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None, **options: Any) -> jax.Array:
+    """Return x @ kernel for (..., D) tokens and a (D, E) kernel; a `dot_general` for `flax.nnx.Linear`."""
+    number = pieces(x.shape, kernel.shape)
+    if number == 1:
+        return lax.dot_general(x, kernel, dimensions, precision=precision, **options)
+    return in_pieces(x, kernel, number, precision).reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return x @ kernel."""
+    return project(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def pieces(tokens: tuple[int, ...], kernel: tuple[int, ...]) -> int:
+    """Return into how many pieces a batch is cut: 1 on other devices, on a mesh, and where the kernel is large."""
+    if target_platform() != "cuda" or jax.sharding.get_abstract_mesh().size > 1 or len(tokens) != 3:
+        return 1
+    blocks = math.prod(-(-size // TILE) for size in kernel)
+    most = min(BLOCKS // blocks, math.prod(tokens[:-1]) // TOKENS)
+    return math.gcd(tokens[0], 1 << max(most, 1).bit_length() - 1)
+
+
+def in_pieces(x: jax.Array, kernel: jax.Array, number: int, precision: Any = None) -> jax.Array:
+    """Return (number, tokens, E), each piece multiplied by its own copy of the kernel; their gradients add up in fp32."""
+    copies = jnp.broadcast_to(kernel.astype(jnp.float32), (number, *kernel.shape)).astype(kernel.dtype)
+    rows = x.reshape(number, -1, x.shape[-1])
+    return lax.dot_general(rows, copies, (((2,), (1,)), ((0,), (0,))), precision=precision)
