@@ -27,6 +27,9 @@ CHUNK, BLOCK = 64, 16
 SHORT = 256
 """Tokens up to which one chunk is faster in XLA than several, on a GPU, where heads have one decay and large states."""
 
+FEW_STEPS = 1024
+"""Tokens up to which the kernels, token by token, are faster than chunks in XLA where heads have one decay."""
+
 BHKV = Float[Array, "B H K V"]
 HK = Float[Array, "H K"]
 Decay = Float[Array, "B T H #K"]
@@ -61,7 +64,7 @@ def gated_linear_attention(
       return_state: return (o, state after the last token) instead of o.
       impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "quadratic" (one chunk; one
         decay a head and short sequences on a GPU), "hopper" (Mosaic GPU kernels, token by token; K at most 128, no
-        bonus) or "auto".
+        bonus; T at most 1,024 with one decay a head) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
@@ -210,12 +213,15 @@ def _empty(xs) -> BHKV:
 
 
 def _hopper(xs, bonus, scale, state, segment_ids) -> tuple[Any, Any]:
-    return recurrence.recurrence(*xs, (), scale, state, segment_ids)
+    q, k, v, log_decay = xs
+    return recurrence.recurrence(q, k, v, log_decay, (), scale, state, segment_ids)
 
 
 def _supports(xs, bonus, scale, state, segment_ids) -> str | None:
     if bonus is not None:
         return "the kernels know no bonus"
+    if xs[3].shape[-1] == 1 and xs[0].shape[1] > FEW_STEPS:
+        return f"chunks are faster where heads have one decay and T is above {FEW_STEPS}, and it is {xs[0].shape[1]}"
     return recurrence.supports(xs[0], xs[2])
 
 

@@ -44,7 +44,7 @@ def pieces(tokens: tuple[int, ...], kernel: tuple[int, ...]) -> int:
 
 
 def in_pieces(x: jax.Array, kernel: jax.Array, number: int, precision: Any = None) -> jax.Array:
-    """Return (number, tokens, E), each piece multiplied by its own copy of the kernel; their gradients add up in fp32."""
+    """Return (number, tokens, E), each piece times a copy of the kernel; the copies' gradients add up in fp32."""
     copies = jnp.broadcast_to(kernel.astype(jnp.float32), (number, *kernel.shape)).astype(kernel.dtype)
     rows = x.reshape(number, -1, x.shape[-1])
     return lax.dot_general(rows, copies, (((2,), (1,)), ((0,), (0,))), precision=precision)
