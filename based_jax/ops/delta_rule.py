@@ -131,7 +131,7 @@ def _chunked(xs, scale, state, segment_ids) -> tuple[Any, Any]:
         if not span.fresh:
             read = a * jnp.exp(until - g) * span.reads[:, :, None, None]
             right = right + einsum("BTHK,BHKV->BHTV", read, state, inner)
-        system = jnp.eye(g.shape[1])[None, None] - weights(a, b, before, until - g)
+        system = jnp.eye(g.shape[1], dtype=jnp.float32)[None, None] - weights(a, b, before, until - g)
         u = jax.lax.linalg.triangular_solve(system, right, left_side=True, lower=True, unit_diagonal=True)
         u = jnp.moveaxis(u, 1, 2)
 

@@ -188,7 +188,7 @@ def _within_blocks(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible) -> Floa
     mask = pairs_of_blocks(visible[:, None])[:, 0]
     exponent = jnp.where(mask[..., None, None], seen[:, :, :, None] - until[:, :, None], -jnp.inf)
     pairs = jnp.sum(q[:, :, :, None] * k[:, :, None] * jnp.exp(exponent), axis=-1)  # (B, N, C, C, H)
-    weights = jnp.moveaxis(pairs, -1, 1)[:, :, :, :, None] * jnp.eye(N)[None, None, :, None, :, None]
+    weights = jnp.moveaxis(pairs, -1, 1)[:, :, :, :, None] * jnp.eye(N, dtype=pairs.dtype)[None, None, :, None, :, None]
     return weights.reshape(B, H, N * C, N * C)
 
 

@@ -157,6 +157,17 @@ def _scan_cases() -> list[Case]:
     return cases + [make((4, 128, 130), (16,), documents=True, through=x) for x in ("vmap", "shard_map")]
 
 
+def _recurrence_cases() -> list[Case]:
+    both, cases = {"state": True, "documents": True}, []
+    for name in ("delta_rule", "gated_linear_attention"):
+        make = functools.partial(Case, name)
+        cases += [make((2, 2, time), (32, 32), **x) for time in (1, 15, 65) for x in ({}, both)]
+        cases += [make((2, 3, 130), dims, **both) for dims in ((24, 48), (64, 64), (64, 128), (128, 128), (128, 192))]
+        cases += [make((64, 2, 256), (64, 64), quick=True), make((1, 5, 2049), (64, 64), **both)]
+        cases += [make((4, 2, 130), (64, 64), documents=True, through=x) for x in ("vmap", "shard_map")]
+    return cases
+
+
 def _entropy_cases() -> list[Case]:
     make = functools.partial(Case, "linear_cross_entropy")
     cases = [make((2, 48, time), (1000,), documents=time > 1) for time in (1, 65)]
@@ -167,7 +178,8 @@ def _entropy_cases() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """Return the cases of every operation that has a kernel."""
-    found = [*_taylor_cases(), *_window_cases(), *_conv_cases(), *_norm_cases(), *_scan_cases(), *_entropy_cases()]
+    first = [*_taylor_cases(), *_window_cases(), *_conv_cases(), *_norm_cases(), *_scan_cases()]
+    found = [*first, *_recurrence_cases(), *_entropy_cases()]
     return [case for case in found if "hopper" in OPERATIONS[case.operation].table]
 
 
@@ -179,5 +191,6 @@ def tiny_cases() -> list[Case]:
     cases += [Case("gated_short_conv", (1, 256, 130), (3,), documents=True)]
     cases += [Case("residual_rms_norm", (1, 256, 1030))]
     cases += [Case("selective_scan", (1, 128, 50), (16,), **both)]
+    cases += [Case(name, (1, 2, 50), (64, 64), **both) for name in ("delta_rule", "gated_linear_attention")]
     cases += [Case("linear_cross_entropy", (1, 64, 130), (300,), documents=True)]
     return [case for case in cases if "hopper" in OPERATIONS[case.operation].table]

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
 
-from based_jax.ops import cross_entropy, gated_conv, norm, selective_scan, softmax, taylor
+from based_jax.ops import (
+    cross_entropy,
+    delta_rule,
+    gated_conv,
+    gated_linear_attention,
+    norm,
+    selective_scan,
+    softmax,
+    taylor,
+)
 from experiments.kernels import oracles
 
 SHORTEST = 72
@@ -154,6 +163,31 @@ def _scan(case: Case, impl: str) -> Callable:
     return call
 
 
+def _gated_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
+    (batch, heads, time), (k, v) = case.shape, case.dims
+    shapes = {"g": (batch, time, heads, k), "state": (batch, heads, k, v)}
+    return _heads(case) | {name: ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+def _delta_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
+    found = _gated_arrays(case)
+    return found | {"direction": found["g"]}
+
+
+def _gated(case: Case, impl: str) -> Callable:
+    def call(arrays, ids):
+        q, k, v, g = (arrays[name] for name in ("q", "k", "v", "g"))
+        options = {"state": arrays.get("state"), "segment_ids": ids, "return_state": True, "impl": impl}
+        log_decay, a, b = oracles.decays_and_directions(g, arrays.get("direction", g))
+        if "direction" in arrays:
+            o, state = delta_rule.dplr(q, k, v, log_decay, a, b, **options)
+        else:
+            o, state = gated_linear_attention.gated_linear_attention(q, k, v, log_decay, **options)
+        return {"o": o, "state": state}
+
+    return call
+
+
 def _entropy_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
     (batch, channels, time), [vocab] = case.shape, case.dims
     shapes = {"hidden": (batch, time, channels), "table": (vocab, channels)}
@@ -198,6 +232,10 @@ OPERATIONS = {
         lambda case: oracles.selective_scan,
         weights=frozenset({"A"}),
     ),
+    "gated_linear_attention": Operation(
+        gated_linear_attention.IMPLEMENTATIONS, _gated_arrays, _gated, lambda case: oracles.recurrence
+    ),
+    "delta_rule": Operation(delta_rule.IMPLEMENTATIONS, _delta_arrays, _gated, lambda case: oracles.recurrence),
     "linear_cross_entropy": Operation(
         cross_entropy.IMPLEMENTATIONS,
         _entropy_arrays,

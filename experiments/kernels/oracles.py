@@ -114,6 +114,36 @@ def selective_scan(arrays: dict, ids: jax.Array) -> dict:
     return {"y": jnp.moveaxis(y, 0, 1), "state": state}
 
 
+def decays_and_directions(g, direction):
+    """Return log-decays below 0, and what a state loses along a direction: a and b of the recurrence."""
+    unit = direction * jax.lax.rsqrt(jnp.sum(direction * direction, axis=-1, keepdims=True) + 1)
+    return -jax.nn.softplus(2 * g), -unit, 0.5 * unit
+
+
+def recurrence(arrays: dict, ids: jax.Array) -> dict:
+    """Return o_t = S_t^T q_t / sqrt(K) with S_t = diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T, and the last S.
+
+    `arrays` are q, k, `g` and any `direction` (B, T, H, K), v (B, T, H, V) and the first document's `state` before the
+    first token; without a direction a and b are zero.
+    """
+    q, k, v, g = (arrays[name] for name in ("q", "k", "v", "g"))
+    log_decay, a, b = decays_and_directions(g, arrays.get("direction", jnp.zeros_like(g)))
+
+    def token(carry, inputs):
+        (S, owner), (q, k, v, w, a, b, own) = carry, inputs
+        present = own != 0
+        before = jnp.where((own == owner)[:, None, None, None], S, 0)
+        u = jnp.einsum("bhk,bhkv->bhv", a, before)
+        after = w[..., None] * before + b[..., None] * u[..., None, :] + k[..., None] * v[..., None, :]
+        S = jnp.where(present[:, None, None, None], after, S)
+        o = jnp.einsum("bhk,bhkv->bhv", q, S) * q.shape[-1] ** -0.5
+        return (S, jnp.where(present, own, owner)), jnp.where(present[:, None, None], o, 0)
+
+    inputs = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, jnp.exp(log_decay), a, b, ids)]
+    (state, _), o = jax.lax.scan(token, (arrays["state"], _first(ids)), tuple(inputs))
+    return {"o": jnp.moveaxis(o, 0, 1), "state": state}
+
+
 def labels(ids: jax.Array, vocab: int) -> jax.Array:
     """Return a label for each token that depends on its place alone, -1 for padding and for every fifth token."""
     places = jnp.arange(ids.shape[1])

@@ -19,6 +19,8 @@ COMPILING = {
     "gated_short_conv": 3.0,
     "residual_rms_norm": 1.0,
     "selective_scan": 5.0,
+    "delta_rule": 6.0,
+    "gated_linear_attention": 5.0,
     "linear_cross_entropy": 3.0,
 }
 ORACLE = 2.0

@@ -23,6 +23,8 @@ SMALL = [
     Case("gated_short_conv", (2, 8, 20), (3,), **BOTH),
     Case("gated_short_conv", (2, 8, 20), (4,), documents=True, through="vmap"),
     Case("selective_scan", (2, 8, 20), (3,), **BOTH),
+    Case("delta_rule", (2, 2, 20), (6, 5), **BOTH),
+    Case("gated_linear_attention", (2, 2, 20), (6, 5), **BOTH),
     Case("linear_cross_entropy", (2, 8, 20), (30,), documents=True, through="vmap"),
 ]
 
