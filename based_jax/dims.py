@@ -17,6 +17,7 @@ BSHK = Float[Array, "B S H K"]
 BSHV = Float[Array, "B S H V"]
 BHK = Float[Array, "B H K"]
 BHV = Float[Array, "B H V"]
+BHKV = Float[Array, "B H K V"]
 BHEV = Float[Array, "B H E _"]  # the last axis is V+1: values, then the normaliser
 BWD = Float[Array, "B W D"]
 WD = Float[Array, "W D"]

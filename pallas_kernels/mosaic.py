@@ -5,6 +5,8 @@ leave it; `ROWS` and `COLUMNS` hold one value per row or column of such a tile. 
 the same swizzle; a tile is a multiple of it wide, `NARROW` (16 columns of bf16), `MEDIUM` (32) or `WIDE` (64).
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,6 +31,27 @@ def swizzled(shape: tuple[int, ...], swizzle: int) -> plgpu.SMEM:
 def load(tile) -> jax.Array:
     """Load a shared-memory tile into registers."""
     return plgpu.load(tile, layout=WGMMA)
+
+
+def load_shared(ref, layout) -> jax.Array:
+    """Load an array of shared memory in fp32, as it lies."""
+    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+
+
+def save(ref, x) -> None:
+    """Store to shared or global memory in its dtype."""
+    ref[...] = x.astype(ref.dtype)
+
+
+def like(x) -> jax.ShapeDtypeStruct:
+    """Return the shape and the type of an array."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def split(items, *counts: int) -> list:
+    """Return so many of the items, so many of those that follow, and so on, and the rest."""
+    ends = list(itertools.accumulate(counts))
+    return [items[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
 
 
 def load_global(ref, layout) -> jax.Array:

@@ -19,8 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import stream
-from pallas_kernels.mosaic import load_global
-from pallas_kernels.selective_scan_hopper import like, split
+from pallas_kernels.mosaic import like, load_global, load_shared, save, split
 
 TOKENS = 8
 """Of a tile; T is a multiple of them."""
@@ -40,7 +39,7 @@ def forward(q, k, v, w, state, *ab, scale: float, with_reads: bool):
 
     Args:
       q, k: (B, T, H, K) bf16 or fp32; T is a multiple of 8, K is 32, 64 or 128.
-      v: (B, T, H, V) in their dtype; V is 32, 64 or 128; B H is a multiple of `Plan.heads`.
+      v: (B, T, H, V) in their dtype; V is 32, 64 or 128, at least K / 2; B H is a multiple of `Plan.heads`.
       w: (B, T, H, K) fp32.
       state: the state before the first token, (B, H, K, V) fp32.
       ab: a and b like w, or nothing.
@@ -169,7 +168,7 @@ class Plan(NamedTuple):
 
     def rows(self, tile, slot, i) -> jax.Array:
         """Load one value per row of a token, repeated over the columns, in fp32."""
-        x = load(tile.at[slot, :, i], self.layout.reduce((1, 2)))
+        x = load_shared(tile.at[slot, :, i], self.layout.reduce((1, 2)))
         return lax.broadcast_in_dim(x, self.states, [0, 3])
 
     def columns(self, tile, slot, i) -> jax.Array:
@@ -186,16 +185,11 @@ def more_than_one(sizes: dict[int, int]) -> tuple[int, ...]:
     return tuple(dimension for dimension, size in sizes.items() if size > 1)
 
 
-def load(ref, layout) -> jax.Array:
-    """Load from shared memory in fp32."""
-    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
-
-
 def load_columns(ref, shape, layout) -> jax.Array:
     """Load (heads, V) from shared memory as (heads, strips, width) in fp32."""
-    return load(ref.reshape(*shape), layout)
+    return load_shared(ref.reshape(*shape), layout)
 
 
 def save_columns(ref, x) -> None:
     """Store (heads, strips, width) to shared memory, (heads, V)."""
-    ref.reshape(*x.shape)[...] = x.astype(ref.dtype)
+    save(ref.reshape(*x.shape), x)

@@ -7,7 +7,7 @@
     again:    da_t = S_{t-1} du_t      dq_t = S_t do_t
 
 The gradient of log w_t would need both at once, sum_v G_t w_t S_{t-1}. But to scale a row of all states from t on by
-1 + e is to scale q from t on and a from t + 1 on by 1 + e, and k and b from t on by 1 - e. With x^2 for a final state:
+1 + e is to scale q from t on, a from t + 1 on and the last state by 1 + e, and k and b from t on by 1 - e:
 
     dlog w_t = sum_{s >= t} (q_s dq_s - k_s dk_s - b_s db_s) + sum_{s > t} a_s da_s + sum_v S_T dS_T
              = sum_v S_0 dS_0 - sum_{s < t} (q_s dq_s - k_s dk_s - b_s db_s) - sum_{s <= t} a_s da_s
@@ -23,9 +23,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import stream
-from pallas_kernels.mosaic import load_global
-from pallas_kernels.recurrence_hopper import SLOTS, TOKENS, WARPS, Plan, load, more_than_one, save_columns
-from pallas_kernels.selective_scan_hopper import like, split
+from pallas_kernels.mosaic import like, load_global, load_shared, save, split
+from pallas_kernels.recurrence_hopper import SLOTS, TOKENS, WARPS, Plan, more_than_one, save_columns
 
 WARP = 32
 
@@ -68,12 +67,12 @@ def reverse(q, k, v, w, do, dlast, *rest, scale: float):
             i = TOKENS - 1 - back
             k, v = plan.rows(k_tile, slot, i), plan.columns(v_tile, slot, i)
             G = G + plan.rows(q_tile, slot, i) * (scale * plan.columns(do_tile, slot, i))
-            save_partial(partial.at[0, :, :, i], (G * v).sum(axis=2))
+            save(partial.at[0, :, :, i], (G * v).sum(axis=2))
             save_columns(v_tile.at[slot, :, i], (G * k).sum(axis=3))
             after = plan.rows(w_tile, slot, i) * G
             if rest_tiles:
                 a_tile, b_tile, u_tile = rest_tiles
-                save_partial(partial.at[1, :, :, i], (G * plan.columns(u_tile, slot, i)).sum(axis=2))
+                save(partial.at[1, :, :, i], (G * plan.columns(u_tile, slot, i)).sum(axis=2))
                 du = (G * plan.rows(b_tile, slot, i)).sum(axis=3)
                 save_columns(u_tile.at[slot, :, i], du)
                 after = after + plan.rows(a_tile, slot, i) * plan.along(du)
@@ -141,9 +140,9 @@ def again(q, k, v, w, do, e, state, start, *rest, scale: float):
             after = plan.rows(w_tile, slot, i) * S + plan.rows(k_tile, slot, i) * plan.columns(v_tile, slot, i)
             if rest_tiles:
                 _, b_tile, u_tile, du_tile = rest_tiles
-                save_partial(partial.at[1, :, :, i], (S * plan.columns(du_tile, slot, i)).sum(axis=2))
+                save(partial.at[1, :, :, i], (S * plan.columns(du_tile, slot, i)).sum(axis=2))
                 after = after + plan.rows(b_tile, slot, i) * plan.columns(u_tile, slot, i)
-            save_partial(partial.at[0, :, :, i], (after * (scale * plan.columns(do_tile, slot, i))).sum(axis=2))
+            save(partial.at[0, :, :, i], (after * (scale * plan.columns(do_tile, slot, i))).sum(axis=2))
             return after
 
         def total(slot, i, sums):
@@ -194,19 +193,9 @@ def channels(plan: Plan):
 
 def load_channels(ref, plan: Plan) -> jax.Array:
     """Load (heads, K) from shared memory in fp32, by `channels`."""
-    return load(ref, channels(plan))
+    return load_shared(ref, channels(plan))
 
 
 def sum_strips(ref, plan: Plan) -> jax.Array:
     """Return the sum of (heads, strips, K) over the strips."""
     return functools.reduce(jnp.add, (load_channels(ref.at[:, s], plan) for s in range(plan.strips)))
-
-
-def save_partial(ref, x) -> None:
-    """Store (heads, strips, K) to shared memory."""
-    ref[...] = x
-
-
-def save(ref, x) -> None:
-    """Store (heads, K) to shared memory."""
-    ref[...] = x.astype(ref.dtype)

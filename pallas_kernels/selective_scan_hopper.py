@@ -11,7 +11,6 @@ channels over eight: few shuffles sum over either.
 """
 
 import functools
-import itertools
 import math
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import stream
-from pallas_kernels.mosaic import load_global
+from pallas_kernels.mosaic import like, load_global, load_shared, save, split
 
 TOKENS = 8
 """Of a tile; T is a multiple of them."""
@@ -164,11 +163,6 @@ def copy_tokens(at: Place, sources, tiles, filled, n, slot) -> None:
         plgpu.copy_gmem_to_smem(source.at[(at.row, at.tokens(n), *strip)], target, filled.at[slot])
 
 
-def like(x) -> jax.ShapeDtypeStruct:
-    """Return the shape and the type of an array."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
 def scaled(A) -> jax.Array:
     """Return A times log2(e), its channels as those of a state."""
     return states_first(A * math.log2(math.e))
@@ -186,36 +180,20 @@ def states_last(x) -> jax.Array:
     return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
-def split(items, *counts: int) -> list:
-    """Return so many of the items, so many of those that follow, and so on, and the rest."""
-    ends = list(itertools.accumulate(counts))
-    return [items[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
-
-
-def load(ref, layout) -> jax.Array:
-    """Load from shared memory in fp32."""
-    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
-
-
-def save(ref, x) -> None:
-    """Store to shared or global memory."""
-    ref[...] = x
-
-
 def load_coefficients(ref, k: int) -> jax.Array:
     """Load B (k = 0) or C (k = 1) of a token."""
     states = ref.shape[0] // 2
-    return load(ref.at[pl.ds(k * states, states)], COEFFICIENTS)
+    return load_shared(ref.at[pl.ds(k * states, states)], COEFFICIENTS)
 
 
 def load_channels(ref) -> jax.Array:
     """Load (WARPS, W) from shared memory as (WARPS, LANES[1], VECTOR) in fp32."""
-    return load(ref.reshape(WARPS, LANES[1], VECTOR), CHANNELS)
+    return load_shared(ref.reshape(WARPS, LANES[1], VECTOR), CHANNELS)
 
 
 def save_channels(ref, x) -> None:
     """Store what `load_channels` loads."""
-    save(ref.reshape(WARPS, LANES[1], VECTOR), x.astype(ref.dtype))
+    save(ref.reshape(WARPS, LANES[1], VECTOR), x)
 
 
 def across(channels, states) -> jax.Array:

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import stream
-from pallas_kernels.mosaic import load_global
+from pallas_kernels.mosaic import like, load_global, load_shared, save, split
 from pallas_kernels.selective_scan_hopper import (
     LANES,
     STATES,
@@ -33,15 +33,11 @@ from pallas_kernels.selective_scan_hopper import (
     along,
     copy_tokens,
     decay,
-    like,
-    load,
     load_channels,
     load_coefficients,
     offset,
-    save,
     save_channels,
     scaled,
-    split,
     states_first,
     states_last,
 )
@@ -113,7 +109,7 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
             def back(reverse, carry):
                 pair = PAIRS - 1 - reverse
                 first, second = 2 * pair, 2 * pair + 1
-                start = load(h_tile.at[pair], STATES)
+                start = load_shared(h_tile.at[pair], STATES)
                 middle, kept_first = advance(slot, first, start)
                 end, kept_second = advance(slot, second, middle)
                 parts = [parts_tile.at[pair, :, k] for k in range(4)]
@@ -125,7 +121,9 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
             carry = lax.fori_loop(0, PAIRS, back, carry)
             plgpu.commit_smem()
             for pair in range(PAIRS):
-                total = functools.reduce(jnp.add, (load(parts_tile.at[pair, warp], PARTS) for warp in range(WARPS)))
+                total = functools.reduce(
+                    jnp.add, (load_shared(parts_tile.at[pair, warp], PARTS) for warp in range(WARPS))
+                )
                 save_pair(BC_tile.at[slot, pl.ds(2 * pair, 2)], total.sum(axis=2))
             return carry
 

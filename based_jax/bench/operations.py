@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
-from based_jax.ops import gated_conv, norm, softmax, taylor
+from based_jax.ops import delta_rule, gated_conv, gated_linear_attention, norm, softmax, taylor
 from based_jax.ops.dispatch import Implementation
 
 FEATURE_DIM = 16
@@ -126,6 +126,37 @@ def _norm_cost(which: str) -> tuple[float, float]:
     return (forward if which == "forward" else forward + HEAD_DIM * (3 * FP32 + 2 * BF16)), 0.0
 
 
+def _gated_arrays(shape: Shape) -> Sequence[ShapeDtypeStruct]:
+    batch, heads, time = shape
+    return [*_by_head(*(HEAD_DIM,) * 3)(shape), ShapeDtypeStruct((batch, time, heads, HEAD_DIM), jnp.float32)]
+
+
+def _delta_arrays(shape: Shape) -> Sequence[ShapeDtypeStruct]:
+    batch, heads, time = shape
+    return [*_gated_arrays(shape), ShapeDtypeStruct((batch, time, heads), jnp.float32)]
+
+
+def _gated(impl: str) -> Callable:
+    def call(q, k, v, g):
+        return gated_linear_attention.gated_linear_attention(q, k, v, -jax.nn.softplus(g), impl=impl)
+
+    return call
+
+
+def _delta(impl: str) -> Callable:
+    def call(q, k, v, g, beta):
+        k = k * jax.lax.rsqrt(jnp.sum(k.astype(jnp.float32) ** 2, axis=-1, keepdims=True)).astype(k.dtype)
+        return delta_rule.delta_rule(q, k, v, -jax.nn.softplus(g), jax.nn.sigmoid(beta), impl=impl)
+
+    return call
+
+
+def _recurrence_cost(which: str, products: int) -> tuple[float, float]:
+    """Count q, k, v, o in bf16 and a decay for each channel in fp32; the state is read or added to once a product."""
+    size, flops = HEAD_DIM * (4 * BF16 + FP32), 2.0 * products * HEAD_DIM**2
+    return (size, flops) if which == "forward" else (size + HEAD_DIM * (7 * BF16 + 2 * FP32), 3 * flops)
+
+
 OPERATIONS: dict[str, Operation] = {
     "taylor_attention": Operation(
         taylor.IMPLEMENTATIONS,
@@ -141,6 +172,12 @@ OPERATIONS: dict[str, Operation] = {
         fallback=False,
     ),
     **{f"window_attention_{window}": _window(window) for window in WINDOWS},
+    "gated_linear_attention": Operation(
+        gated_linear_attention.IMPLEMENTATIONS, _gated_arrays, _gated, functools.partial(_recurrence_cost, products=2)
+    ),
+    "delta_rule": Operation(
+        delta_rule.IMPLEMENTATIONS, _delta_arrays, _delta, functools.partial(_recurrence_cost, products=4)
+    ),
     "gated_short_conv": Operation(gated_conv.IMPLEMENTATIONS, _conv_arrays, _conv, _conv_cost),
     "residual_rms_norm": Operation(
         norm.IMPLEMENTATIONS,

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.dims import BHK, BHV, BT, BTHK, BTHV
+from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
 from based_jax.ops import recurrence, scan
 from based_jax.ops.dispatch import Implementation, dispatch
-from based_jax.ops.gated_linear_attention import BHKV, Decay, initial_state, pair_weights
+from based_jax.ops.gated_linear_attention import Decay, initial_state, pair_weights
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
 
 CHUNK = 64
@@ -157,6 +157,7 @@ def _empty(xs) -> BHKV:
 
 def _hopper(xs, scale, state, segment_ids) -> tuple[Any, Any]:
     q, k, v, log_decay, a, b = xs
+    state = _empty(xs) if state is None else state
     return recurrence.recurrence(q, k, v, log_decay, (a, b), scale, state, segment_ids)
 
 

@@ -26,7 +26,7 @@ def project(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = N
     number = pieces(x.shape, kernel.shape)
     if number == 1:
         return lax.dot_general(x, kernel, dimensions, precision=precision, **options)
-    return in_pieces(x, kernel, number, precision).reshape(*x.shape[:-1], kernel.shape[1])
+    return in_pieces(x, kernel, number, precision=precision, **options).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -43,8 +43,8 @@ def pieces(tokens: tuple[int, ...], kernel: tuple[int, ...]) -> int:
     return math.gcd(tokens[0], 1 << max(most, 1).bit_length() - 1)
 
 
-def in_pieces(x: jax.Array, kernel: jax.Array, number: int, precision: Any = None) -> jax.Array:
+def in_pieces(x: jax.Array, kernel: jax.Array, number: int, **options: Any) -> jax.Array:
     """Return (number, tokens, E), each piece times a copy of the kernel; the copies' gradients add up in fp32."""
     copies = jnp.broadcast_to(kernel.astype(jnp.float32), (number, *kernel.shape)).astype(kernel.dtype)
     rows = x.reshape(number, -1, x.shape[-1])
-    return lax.dot_general(rows, copies, (((2,), (1,)), ((0,), (0,))), precision=precision)
+    return lax.dot_general(rows, copies, (((2,), (1,)), ((0,), (0,))), **options)

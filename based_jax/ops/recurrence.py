@@ -14,17 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.dims import BT, BTHK, BTHV
+from based_jax.dims import BHKV, BT, BTHK, BTHV
 from based_jax.ops import hopper, segments
 
 KEYS, VALUES = (32, 64, 128), (32, 64, 128)
 """Sizes that the kernels take; others are filled up with zeros, and wider values are cut."""
 TILE, HEADS = 8, 4
 """What the kernels take multiples of: tokens, and heads of all rows together."""
-FORGET = -1e30
-"""Log-decay of a document's first token: nothing is kept of the documents before."""
-
-BHKV = Float[Array, "B H K V"]
 
 
 def supports(q: BTHK, v: BTHV) -> str | None:
@@ -34,9 +30,11 @@ def supports(q: BTHK, v: BTHV) -> str | None:
         return f"v must be bfloat16 or float32, and is {v.dtype}"
     if keys > KEYS[-1]:
         return f"K must be at most {KEYS[-1]}, and is {keys}"
+    if not q.size * v.size:
+        return f"no dimension may be empty, and q is {q.shape}, v {v.shape}"
     elements = batch * max(time, keys) * heads * max(KEYS[-1], v.shape[-1])
-    if not 0 < elements < hopper.OFFSETS:
-        return f"B H max(T, K) max(128, V) must be 1 to {hopper.OFFSETS - 1}, and is {elements}"
+    if elements >= hopper.OFFSETS:
+        return f"B H max(T, K) max({KEYS[-1]}, V) must be below {hopper.OFFSETS}, and is {elements}"
     return hopper.refusal()
 
 
@@ -47,7 +45,7 @@ def recurrence(
     log_decay: Float[Array, "B T H #K"],
     ab: tuple[BTHK, ...],
     scale: float,
-    state: BHKV | None,
+    state: BHKV,
     segment_ids: BT | None,
 ) -> tuple[BTHV, BHKV]:
     """Return o and the state after the last token, each device for its rows and heads.
@@ -69,12 +67,11 @@ def recurrence(
 def _on_device(q, k, v, log_decay, ab, scale, state, segment_ids) -> tuple[BTHV, BHKV]:
     """Fill all sizes up with zeros, which change no state, and cut them off again."""
     (batch, time, heads, keys), values = q.shape, v.shape[-1]
-    state = jnp.zeros((batch, heads, keys, values), jnp.float32) if state is None else state
     padding = None
     if segment_ids is not None:
         padding, begins = (x[..., None, None] for x in (segment_ids == 0, segments.begins_later(segment_ids)))
         q, k, v, log_decay, *ab = (jnp.where(padding, 0, x) for x in (q, k, v, log_decay, *ab))
-        log_decay = jnp.where(begins, FORGET, log_decay)
+        log_decay = jnp.where(begins, segments.FORGET, log_decay)
         ab = [*(jnp.where(begins, 0, a) for a in ab[:1]), *ab[1:]]
     log_decay = jnp.broadcast_to(log_decay.astype(jnp.float32), q.shape)
     ab = [x.astype(jnp.float32) for x in ab]

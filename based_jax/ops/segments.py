@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+FORGET = -1e30
+"""Log-decay with which a document's first token leaves nothing of the documents before, in kernels that know none."""
+
 
 def first_id(segment_ids: Int[Array, "B T"]) -> Int[Array, "B"]:
     """Return the id of each row's first document, 0 where the row is all padding."""

@@ -14,7 +14,7 @@ def test_pieces_change_neither_product_nor_gradients(dtype, normal, out_and_grad
     x, kernel, g = normal(8, 5, 12, dtype=dtype), normal(12, 3, dtype=dtype), normal(8, 5, 3, dtype=dtype)
 
     def cut(x, kernel):
-        return in_pieces(x, kernel, 4, jax.lax.Precision.HIGHEST).reshape(8, 5, 3)
+        return in_pieces(x, kernel, 4, precision=jax.lax.Precision.HIGHEST).reshape(8, 5, 3)
 
     def whole(x, kernel):
         return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
