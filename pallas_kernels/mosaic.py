@@ -17,6 +17,8 @@ WGMMA = plgpu.Layout.WGMMA
 ROWS = WGMMA.reduce(1)
 COLUMNS = WGMMA.reduce(0)
 
+WARPS, WARP = 4, 32
+"""Of a warpgroup, and the lanes of one."""
 NARROW, MEDIUM, WIDE = 32, 64, 128
 TILE = 64
 """Rows of a product on the tensor cores, and the tokens of a chunk."""

@@ -19,12 +19,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import stream
-from pallas_kernels.mosaic import like, load_global, load_shared, save, split
+from pallas_kernels.mosaic import WARPS, like, load_global, load_shared, save, split
 
 TOKENS = 8
 """Of a tile; T is a multiple of them."""
 SLOTS = 2
-WARPS = 4
 ROWS, COLUMNS = 16, 32
 """What a lane's share is taken of: lanes lie 4 by 8."""
 VECTOR = 4

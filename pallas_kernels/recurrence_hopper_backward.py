@@ -23,10 +23,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import stream
-from pallas_kernels.mosaic import like, load_global, load_shared, save, split
-from pallas_kernels.recurrence_hopper import SLOTS, TOKENS, WARPS, Plan, more_than_one, save_columns
-
-WARP = 32
+from pallas_kernels.mosaic import WARP, WARPS, like, load_global, load_shared, save, split
+from pallas_kernels.recurrence_hopper import SLOTS, TOKENS, Plan, more_than_one, save_columns
 
 
 def backward(q, k, v, w, state, do, dlast, *ab_and_u, scale: float):

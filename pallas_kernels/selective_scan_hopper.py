@@ -21,14 +21,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import stream
-from pallas_kernels.mosaic import like, load_global, load_shared, save, split
+from pallas_kernels.mosaic import WARPS, like, load_global, load_shared, save, split
 
 TOKENS = 8
 """Of a tile; T is a multiple of them."""
 ALIGNED = 32
 """Single fp32 values from one tile to the next: copies write to multiples of 128 bytes."""
 SLOTS = 4
-WARPS = 4
 LANES = (4, 8)
 """Of a warp: over the states of a channel, and over the channels."""
 VECTOR = 4

@@ -21,13 +21,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import stream
-from pallas_kernels.mosaic import like, load_global, load_shared, save, split
+from pallas_kernels.mosaic import WARPS, like, load_global, load_shared, save, split
 from pallas_kernels.selective_scan_hopper import (
     LANES,
     STATES,
     TOKENS,
     VECTOR,
-    WARPS,
     Plan,
     across,
     along,

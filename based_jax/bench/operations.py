@@ -113,10 +113,10 @@ def _conv_cost(which: str) -> tuple[float, float]:
     return BF16 * HEAD_DIM * (3 if which == "forward" else 8), 0.0
 
 
-def _norm_arrays(shape: Shape) -> Sequence[ShapeDtypeStruct]:
+def _norm_arrays(shape: Shape, weights: int = 1) -> Sequence[ShapeDtypeStruct]:
     batch, heads, time = shape
     wide = batch, time, heads * HEAD_DIM
-    shapes = (wide, jnp.float32), (wide, jnp.bfloat16), (wide[2:], jnp.float32)
+    shapes = (wide, jnp.float32), (wide, jnp.bfloat16), *((wide[2:], jnp.float32),) * weights
     return [ShapeDtypeStruct(*x) for x in shapes]
 
 
@@ -183,6 +183,12 @@ OPERATIONS: dict[str, Operation] = {
         norm.IMPLEMENTATIONS,
         _norm_arrays,
         lambda impl: functools.partial(norm.residual_rms_norm, impl=impl),
+        _norm_cost,
+    ),
+    "residual_layer_norm": Operation(
+        norm.IMPLEMENTATIONS,
+        functools.partial(_norm_arrays, weights=2),
+        lambda impl: functools.partial(norm.residual_layer_norm, impl=impl),
         _norm_cost,
     ),
 }

@@ -6,18 +6,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BT, BTD
 from based_jax.nn import layers
 from based_jax.nn.mixers import make_mixer
-from based_jax.ops.norm import residual_rms_norm
+from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
 
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+Positions = Int[Array, "B P"]
 
 
 class Stream(NamedTuple):
@@ -29,6 +32,20 @@ class Stream(NamedTuple):
     def total(self) -> Float[Array, "*B D"]:
         """Return the stream with nothing left to add."""
         return self.r if self.y is None else self.r + self.y
+
+    def at(self, positions: Positions | None) -> "Stream":
+        """Return the stream (B, P, D) at distinct positions of each sequence; None for all of them."""
+        if positions is None:
+            return self
+        rows = jnp.arange(positions.shape[0])[:, None]
+        return jax.tree.map(lambda x: x.at[rows, positions].get(unique_indices=True, mode="promise_in_bounds"), self)
+
+    def normed(self, norm: Any, dtype) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
+        """Return the stream with nothing left to add, and its norm by an `nnx.RMSNorm` or `nnx.LayerNorm`."""
+        scale, options = norm.scale[...], {"eps": norm.epsilon, "dtype": dtype}
+        if isinstance(norm, nnx.RMSNorm):
+            return residual_rms_norm(*self, scale, **options)
+        return residual_layer_norm(*self, scale, norm.bias[...], **options)
 
 
 class Block(nnx.Module):
@@ -54,9 +71,12 @@ class Block(nnx.Module):
         """Update the residual stream of a whole sequence."""
         return self.extend(Stream(r), segment_ids).total()
 
-    def extend(self, stream: Stream, segment_ids: BT | None = None) -> Stream:
-        """Return the stream after the block, with the last addition left to the next norm."""
-        return self._through(stream, lambda x: (self.mixer(x, segment_ids), None))[0]
+    def extend(self, stream: Stream, segment_ids: BT | None = None, positions: Positions | None = None) -> Stream:
+        """Return the stream after the block, with the last addition left to the next norm.
+
+        With `positions` it is the stream there alone, and so is what follows the mixer.
+        """
+        return self._through(stream, lambda x: (self.mixer(x, segment_ids), None), positions)[0]
 
     def init_cache(self, batch: int, max_len: int):
         """Return the mixer's cache before the first token."""
@@ -72,21 +92,14 @@ class Block(nnx.Module):
         stream, cache = self._through(Stream(r), lambda x: self.mixer.step(x, cache))
         return stream.total(), cache
 
-    def _through(self, stream: Stream, mix: Callable) -> tuple[Stream, Any]:
-        r, x = self._add_norm(self.norm1, stream)
+    def _through(self, stream: Stream, mix: Callable, positions: Positions | None = None) -> tuple[Stream, Any]:
+        r, x = stream.normed(self.norm1, self.dtype)
         y, cache = mix(x)
+        stream = Stream(r, y).at(positions)
         if self.mlp is None:
-            return Stream(r, y), cache
-        r, x = self._add_norm(self.norm2, Stream(r, y))
+            return stream, cache
+        r, x = stream.normed(self.norm2, self.dtype)
         return Stream(r, self.mlp(x)), cache
-
-    def _add_norm(self, norm: nnx.Module, stream: Stream):
-        """Return the stream with nothing left to add, and its norm."""
-        r, y = stream
-        if isinstance(norm, nnx.RMSNorm) and norm.scale is not None and y is not None:
-            return residual_rms_norm(r, y, norm.scale[...], eps=norm.epsilon, dtype=self.dtype)
-        r = stream.total()
-        return r, norm(r).astype(self.dtype)
 
 
 class Stack(nnx.Module):
@@ -106,14 +119,20 @@ class Stack(nnx.Module):
 
     def __call__(self, r: BTD, segment_ids: BT | None = None) -> BTD:
         """Update the residual stream of a whole sequence."""
+        return self.extend(Stream(r), segment_ids).total()
 
-        def forward(blocks, r, _):
-            stream = Stream(r)
-            for block in blocks:
+    def extend(self, stream: Stream, segment_ids: BT | None = None, positions: Positions | None = None) -> Stream:
+        """Return the stream after all blocks, at all or at some positions; see `Block.extend`."""
+
+        def through(blocks, stream, positions=None):
+            for block in blocks[:-1]:
                 stream = block.extend(stream, segment_ids)
-            return stream.total(), None
+            return blocks[-1].extend(stream, segment_ids, positions)
 
-        return self._run(forward, r, None)[0]
+        if self.repeats == 1:
+            return self._run(lambda blocks, stream, _: (through(blocks, stream, positions), None), stream, None)[0]
+        total, _ = self._run(lambda blocks, r, _: (through(blocks, Stream(r)).total(), None), stream.total(), None)
+        return Stream(total).at(positions)
 
     def init_cache(self, batch: int, max_len: int):
         """Return the caches of all blocks, stacked like the parameters."""

@@ -4,6 +4,7 @@ Parameters are fp32 masters. A layer computes in its `dtype` (bf16 on accelerato
 softmax, recurrent states and the loss are fp32 whatever it is.
 """
 
+import itertools
 import math
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from based_jax.errors import UserError
-from based_jax.ops.projection import project
+from based_jax.ops.projection import multiply, project
 
 INIT_STD = 0.02
 
@@ -66,6 +67,16 @@ def torch_linear(
     if layer.bias is not None:
         layer.bias[...] = jax.random.uniform(rngs.params(), (d_out,), minval=-bound, maxval=bound)
     return layer
+
+
+def parts(layer: nnx.Linear, x: Float[Array, "*B D"], *sizes: int) -> list[Float[Array, "*B _"]]:
+    """Return the output of a linear layer without a bias in parts of these sizes, a product for each.
+
+    To cut activations, and to join their gradients, costs a GPU more than the products do.
+    """
+    ends = itertools.accumulate(sizes)
+    x, kernel = (y.astype(layer.dtype) for y in (x, layer.kernel[...]))
+    return [multiply(x, kernel[:, end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
 def rms_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:

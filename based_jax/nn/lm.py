@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from based_jax.dims import BD, BT, BTD, Tokens
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
-from based_jax.nn.block import REMAT, Stack, repeating_patterns
+from based_jax.nn.block import REMAT, Positions, Stack, Stream, repeating_patterns
 from based_jax.nn.layers import INIT_STD
 from based_jax.nn.mixers import Mixer, check_options
 from based_jax.ops.cross_entropy import linear_cross_entropy
@@ -133,12 +133,17 @@ class LM(nnx.Module):
         """Return fp32 logits of every position."""
         return self.logits(self.hidden(ids, segment_ids))
 
-    def hidden(self, ids: BT, segment_ids: BT | None = None) -> BTD:
-        """Return the final hidden state of every position."""
-        r = self._in(ids)
-        for stack in self.stacks:
-            r = stack(r, segment_ids)
-        return self._out(r)
+    def hidden(
+        self, ids: BT, segment_ids: BT | None = None, positions: Positions | None = None
+    ) -> Float[Array, "B _ D"]:
+        """Return the final hidden state of every position, or of P distinct `positions` (B, P) of each sequence.
+
+        What follows the last mixer is computed at the positions alone.
+        """
+        stream, last = Stream(self._in(ids)), len(self.stacks) - 1
+        for i, stack in enumerate(self.stacks):
+            stream = stack.extend(stream, segment_ids, positions if i == last else None)
+        return self._out(stream)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
         """Return fp32 logits over the padded vocabulary."""
@@ -168,7 +173,7 @@ class LM(nnx.Module):
         for stack, old in zip(self.stacks, cache, strict=True):
             r, new = stack.prefill(r, old, segment_ids)
             after.append(new)
-        return self._out(r), tuple(after)
+        return self._out(Stream(r)), tuple(after)
 
     def step(self, ids: Tokens, cache: tuple) -> tuple[BD, tuple]:
         """Read one token; return its hidden state and the caches after it."""
@@ -176,7 +181,7 @@ class LM(nnx.Module):
         for stack, old in zip(self.stacks, cache, strict=True):
             r, new = stack.step(r, old)
             after.append(new)
-        return self._out(r), tuple(after)
+        return self._out(Stream(r)), tuple(after)
 
     def mixers(self) -> list[Mixer]:
         """Return each layer's mixer in order; the layers of one repeated pattern share a module."""
@@ -201,5 +206,5 @@ class LM(nnx.Module):
         r = jax.lax.optimization_barrier(self.embed(ids))
         return self.embed_norm(r) if self.config.embed_norm else r
 
-    def _out(self, r):
-        return self.norm(r).astype(jnp.dtype(self.config.dtype))
+    def _out(self, stream):
+        return stream.normed(self.norm, jnp.dtype(self.config.dtype))[1]

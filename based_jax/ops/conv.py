@@ -177,7 +177,7 @@ def _product(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     taps = jnp.zeros((kernel.shape[1], inputs.shape[1]), dtype)
     taps = taps.at[:, :width:dilation].set(kernel[::-1].T.astype(dtype))
     matrices = long_conv.toeplitz(taps)[..., width:]
-    return einsum("BSD,DST->BTD", inputs.astype(dtype), matrices, precision).astype(inputs.dtype)
+    return einsum("BSD,DST->BTD", inputs.astype(dtype), matrices, precision, dtype).astype(inputs.dtype)
 
 
 def _is_long(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> str | None:

@@ -100,7 +100,7 @@ def _convolution(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tupl
     """Convolve the whole sequence by the impulse response as a Toeplitz matrix."""
     T, (dtype, precision) = u.shape[1], product_policy(u.dtype)
     matrices = toeplitz(impulse_response(log_a, b, c, T).astype(dtype))
-    y = einsum("BSHP,HST->BTHP", u.astype(dtype), matrices, precision)
+    y = einsum("BSHP,HST->BTHP", u.astype(dtype), matrices, precision, dtype)
     powers = b[:, None] * jnp.exp(log_a[:, None] * jnp.arange(T - 1, -1, -1)[None, :, None])
     after = jnp.einsum("BSHP,HSN->BHPN", u.astype(jnp.float32), powers, precision=EXACT)
     return y.astype(u.dtype), _real(after)

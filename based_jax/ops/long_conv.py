@@ -71,7 +71,7 @@ def _product(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:
     """Multiply with the Toeplitz matrix of each channel."""
     dtype, precision = product_policy(u.dtype)
     matrices = toeplitz(kernel.T.astype(dtype))
-    return einsum("BSD,DST->BTD", u.astype(dtype), matrices, precision).astype(u.dtype)
+    return einsum("BSD,DST->BTD", u.astype(dtype), matrices, precision, dtype).astype(u.dtype)
 
 
 def _is_short(u: BTD, kernel: TD, segment_ids: BT | None) -> str | None:

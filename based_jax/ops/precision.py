@@ -28,6 +28,6 @@ def inner_precision(dtype) -> jax.lax.Precision:
     return EXACT if dtype == jnp.float32 else jax.lax.Precision.HIGH
 
 
-def einsum(spec: str, a: Array, b: Array, precision) -> Array:
-    """Contract with sums in fp32."""
-    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+def einsum(spec: str, a: Array, b: Array, precision, dtype=jnp.float32) -> Array:
+    """Contract with sums in fp32, rounded to `dtype`, which is also that of the product's gradient."""
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=dtype)

@@ -128,21 +128,29 @@ def _conv(case: Case, impl: str) -> Callable:
     return call
 
 
-def _norm_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
-    batch, channels, time = case.shape
-    return {
-        "r": ShapeDtypeStruct((batch, time, channels), jnp.float32),
-        "y": ShapeDtypeStruct((batch, time, channels), jnp.bfloat16),
-        "scale": ShapeDtypeStruct((channels,), jnp.float32),
-    }
+def _norm_of(*names: str) -> Operation:
+    """Return the norm that takes these arrays: RMS norm, or layer norm where there is a bias."""
 
+    def arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
+        batch, channels, time = case.shape
+        tokens, weights = (batch, time, channels), ShapeDtypeStruct((channels,), jnp.float32)
+        found = {"r": ShapeDtypeStruct(tokens, jnp.float32), "y": ShapeDtypeStruct(tokens, jnp.bfloat16)}
+        return {name: found.get(name, weights) for name in names}
 
-def _norm(case: Case, impl: str) -> Callable:
-    def call(arrays, ids):
-        r, x = norm.residual_rms_norm(arrays["r"], arrays["y"], arrays["scale"], impl=impl)
-        return {"r": r, "x": x}
+    def run(case: Case, impl: str) -> Callable:
+        def call(arrays, ids):
+            given = [arrays.get(name) for name in ("r", "y", "scale")]
+            options = {"dtype": jnp.bfloat16, "impl": impl}
+            if "bias" in arrays:
+                r, x = norm.residual_layer_norm(*given, arrays["bias"], **options)
+            else:
+                r, x = norm.residual_rms_norm(*given, **options)
+            return {"r": r, "x": x}
 
-    return call
+        return call
+
+    weights = frozenset({"scale", "bias"} & set(names))
+    return Operation(norm.IMPLEMENTATIONS, arrays, run, lambda case: oracles.residual_norm, weights=weights)
 
 
 def _scan_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
@@ -222,9 +230,9 @@ OPERATIONS = {
         lambda case: oracles.gated_short_conv,
         weights=frozenset({"kernel", "bias"}),
     ),
-    "residual_rms_norm": Operation(
-        norm.IMPLEMENTATIONS, _norm_arrays, _norm, lambda case: oracles.residual_rms_norm, weights=frozenset({"scale"})
-    ),
+    "residual_rms_norm": _norm_of("r", "y", "scale"),
+    "residual_layer_norm": _norm_of("r", "y", "scale", "bias"),
+    "layer_norm": _norm_of("r", "scale", "bias"),
     "selective_scan": Operation(
         selective_scan.IMPLEMENTATIONS,
         _scan_arrays,

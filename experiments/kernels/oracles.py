@@ -81,11 +81,13 @@ def gated_short_conv(arrays: dict, ids: jax.Array) -> dict:
     return {"y": jnp.where((ids != 0)[..., None], c * jax.nn.sigmoid(c) * gate, 0)}
 
 
-def residual_rms_norm(arrays: dict, ids: jax.Array) -> dict:
-    """Return r + y, and it over the root of its mean square, times `scale`."""
-    total = arrays["r"] + arrays["y"]
-    root = jnp.sqrt(jnp.mean(total**2, axis=-1, keepdims=True) + 1e-5)
-    return {"r": total, "x": total / root * arrays["scale"][None, None]}
+def residual_norm(arrays: dict, ids: jax.Array) -> dict:
+    """Return r + y, and it over the root of its mean square, times `scale`; with a `bias` less its mean, plus it."""
+    total = arrays["r"] + arrays.get("y", 0)
+    bias = arrays["bias"][None, None] if "bias" in arrays else 0
+    rows = total - jnp.mean(total, axis=-1, keepdims=True) if "bias" in arrays else total
+    root = jnp.sqrt(jnp.mean(rows**2, axis=-1, keepdims=True) + 1e-5)
+    return {"r": total, "x": rows / root * arrays["scale"][None, None] + bias}
 
 
 def steps_and_rates(dt, A):

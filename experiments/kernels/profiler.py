@@ -31,7 +31,7 @@ from experiments.kernels import check
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = [*kernels.SHAPES, kernels.LENGTHS[-1]]
-NAMES = "taylor_|window_|gated_conv|residual_rms_norm"
+NAMES = "taylor_|window_|gated_conv|residual_norm"
 """What the kernels' names begin with, as a regular expression."""
 SECTIONS = (
     "SpeedOfLight",

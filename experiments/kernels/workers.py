@@ -18,6 +18,8 @@ COMPILING = {
     "window_attention": 4.0,
     "gated_short_conv": 3.0,
     "residual_rms_norm": 1.0,
+    "residual_layer_norm": 1.0,
+    "layer_norm": 1.0,
     "selective_scan": 5.0,
     "delta_rule": 6.0,
     "gated_linear_attention": 5.0,

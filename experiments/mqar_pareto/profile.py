@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from based_jax.sweep import lanes
-from based_jax.sweep.run import revision
+from based_jax.sweep.run import Turns, revision
 from based_jax.sweep.trial import make_trial
 from experiments.mqar_pareto import sweeps
 
@@ -27,8 +27,15 @@ MODELS = {
     "based_128": sweeps.based(128, 16),
     "based_256": sweeps.based(256, 16),
     "window_128": sweeps.window(64),
-    **{f"{name}_128": sweeps.FIGURE2[name][1:2] for name in sweeps.FIGURE2 if name not in ("based", "window", "mamba")},
+    "attention_64": sweeps.FIGURE2["attention"][:1],
     "mamba_128": sweeps.twice(128, "mamba", d_state=16),
+    "mamba_256": sweeps.twice(256, "mamba", d_state=16),
+    **{
+        f"{name}_{point['model.d_model']}": [point]
+        for name, space in sweeps.FIGURE2.items()
+        if name not in ("based", "window", "attention", "mamba")
+        for point in space[1:]
+    },
 }
 STEPS = 30
 TRACED = 10
@@ -53,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     with args.out.open("a") as file:
         for name in args.models:
             row = {"model": name} | measure(MODELS[name][0], args.segment, args.lanes) | facts
-            print(f"{name:20} {row['milliseconds']:8.3f} ms, {row['kernels']:.0f} kernels", flush=True)
+            spent = f"{row['milliseconds']:8.3f} ms, {row['kernel_milliseconds']:.3f} in {row['kernels']:.0f} kernels"
+            print(f"{name:20} {spent}", flush=True)
             for kernel, milliseconds, calls in row["top"]:
                 print(f"    {milliseconds:8.4f} ms {calls:6.1f} x {kernel[:80]}")
             print(json.dumps(row), file=file, flush=True)
@@ -76,16 +84,18 @@ def measure(point: dict, segment: int, number: int) -> dict:
         held[0], losses = train(held[0], rates, examples, rows % examples.inputs.shape[0], jnp.int32(steps))
         jax.block_until_ready(losses)
 
-    take(1)
-    begin = time.perf_counter()
-    take(STEPS)
-    milliseconds = 1e3 * (time.perf_counter() - begin) / STEPS
-    times = kernel_times(lambda: take(TRACED))
+    with Turns(jax.devices()[0]):  # several of these commands may share a GPU
+        take(1)
+        begin = time.perf_counter()
+        take(STEPS)
+        milliseconds = 1e3 * (time.perf_counter() - begin) / STEPS
+        times = kernel_times(lambda: take(TRACED))
     top = sorted(((name, sum(x) / TRACED, len(x) / TRACED) for name, x in times.items()), key=lambda x: -x[1])
     return {
         "segment": trial.data.resolved().train[segment].name,
         "lanes": number,
         "milliseconds": round(milliseconds, 4),
+        "kernel_milliseconds": round(sum(spent for _, spent, _ in top), 4),
         "kernels": sum(calls for *_, calls in top),
         "compile_seconds": round(compiled, 2),
         "top": [(name, round(spent, 4), calls) for name, spent, calls in top[:TOP]],

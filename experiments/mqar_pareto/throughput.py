@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from based_jax.nn.lm import LM
 from based_jax.optim import adamw
 from based_jax.sweep import Trial, lanes
+from based_jax.sweep.run import Turns, revision
 from based_jax.sweep.trial import make_trial
 from based_jax.train.step import IGNORED, TrainState, init_state
 from experiments.mqar_pareto import sweeps
@@ -37,7 +38,7 @@ MODELS = {
     "gated_deltanet_128": sweeps.hybrid(128, "gated_deltanet", num_heads=2),
     "mamba_128": sweeps.twice(128, "mamba", d_state=16),
 }
-LANES = 2, 4, 8
+LANES = 4, 8
 ROWS = 4096
 """Examples of a segment, enough that no cache holds them."""
 
@@ -49,13 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lanes", nargs="+", type=int, default=LANES)
     parser.add_argument("--steps", type=int, default=100, help="timed steps of each measurement")
     parser.add_argument("--segments", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="training segments, by place")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="bfloat16", help="that layers compute in")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print and write a row per measurement."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    facts = {"device": jax.devices()[0].device_kind, "versions": versions}
+    facts = {"device": jax.devices()[0].device_kind, "versions": versions, "revision": revision()}
     facts["command"] = f"python -m experiments.mqar_pareto {' '.join(sys.argv[1:])}"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("a") as file:
@@ -87,14 +88,16 @@ def timed(prepare: Callable[[], Callable[[int], object]], steps: int) -> dict:
     try:
         take = prepare()
         compiled = time.perf_counter() - begin
-        jax.block_until_ready(take(10))
-        begin = time.perf_counter()
-        jax.block_until_ready(take(steps))
+        with Turns(jax.devices()[0]):  # several of these commands may share a GPU
+            jax.block_until_ready(take(10))
+            begin = time.perf_counter()
+            jax.block_until_ready(take(steps))
+            seconds = time.perf_counter() - begin
     except Exception as error:  # too many lanes for the memory: the other rows are still worth measuring
         return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
     return {
         "compile_seconds": round(compiled, 2),
-        "milliseconds": round(1e3 * (time.perf_counter() - begin) / steps, 4),
+        "milliseconds": round(1e3 * seconds / steps, 4),
     }
 
 

@@ -46,10 +46,17 @@ def run_wide(oracle, arguments):
         return jax.device_get(oracle(*arguments))
 
 
-def test_the_norm_s_oracle_is_the_operation():
-    case = Case("residual_rms_norm", (2, 128, 3))
-    [row] = check.rows_of([case], "xla", seed=1)
-    assert row["passed"] and set(row["errors"]) == {"r", "x", "dr", "dy", "dscale"}
+@pytest.mark.parametrize(
+    "name, gradients",
+    [
+        ("residual_rms_norm", {"dr", "dy", "dscale"}),
+        ("residual_layer_norm", {"dr", "dy", "dscale", "dbias"}),
+        ("layer_norm", {"dr", "dscale", "dbias"}),
+    ],
+)
+def test_the_norms_oracle_is_the_operation(name, gradients):
+    [row] = check.rows_of([Case(name, (2, 128, 3))], "xla", seed=1)
+    assert row["passed"] and set(row["errors"]) == {"r", "x"} | gradients
 
 
 def test_rows_say_what_was_checked(tmp_path, monkeypatch, capsys):

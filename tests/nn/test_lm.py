@@ -72,6 +72,26 @@ def test_a_hybrid_of_many_mixers_decodes_what_it_computes_in_parallel(tokens, cl
     close(decoded[1, 3:], hidden[1, 3:])
 
 
+@pytest.mark.parametrize("scan, mlp", [(False, "swiglu"), (False, "none"), (True, "identity")])
+def test_hidden_states_of_some_positions_are_those_of_all(scan, mlp, tokens, close, rng):
+    model = LM(small(PATTERN * 2, scan_layers=scan, mlp=mlp, norm="layer"), rngs=nnx.Rngs(0))
+    places = jnp.asarray([rng.permutation(T)[:5] for _ in range(2)])
+
+    def at_places(model, tokens):
+        return model.hidden(tokens, positions=places)
+
+    def of_all(model, tokens):
+        return jnp.take_along_axis(model.hidden(tokens), places[..., None], axis=1)
+
+    def with_gradients(call):
+        return nnx.jit(nnx.value_and_grad(lambda *x: (call(*x).astype(jnp.float32) ** 3).sum()))(model, tokens)
+
+    close(jax.jit(at_places)(model, tokens), jax.jit(of_all)(model, tokens))
+    (ours, gradients), (right, wanted) = map(with_gradients, (at_places, of_all))
+    close(ours, right)
+    jax.tree.map(close, jax.tree.leaves(gradients), jax.tree.leaves(wanted))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_logits_are_fp32_over_the_padded_vocabulary(dtype, tokens, close):
     model = LM(small(dtype=dtype, pad_vocab_multiple=16), rngs=nnx.Rngs(0))

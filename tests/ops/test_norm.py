@@ -1,41 +1,71 @@
-"""The residual addition with its RMS norm: against fp64, and the Hopper kernels as far as a CPU can tell."""
+"""The residual addition with its norm: against fp64, and the Hopper kernels as far as a CPU can tell."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from devices import gpus
+from flax import nnx
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, PartitionSpec
 
 from based_jax.errors import UserError
+from based_jax.nn.block import Stream
+from based_jax.nn.layers import NORMS
 from based_jax.ops import norm
-from based_jax.ops.norm import IMPLEMENTATIONS, residual_rms_norm
+from based_jax.ops.norm import IMPLEMENTATIONS, residual_layer_norm, residual_rms_norm
 
 
-def exact(r, y, scale, eps):
-    total = np.asarray(r, np.float64) + np.asarray(y, np.float64)
-    return total, total / np.sqrt(np.mean(total**2, axis=-1, keepdims=True) + eps) * np.asarray(scale, np.float64)
+def exact(r, y, scale, bias, eps):
+    total = np.asarray(r, np.float64) + (0 if y is None else np.asarray(y, np.float64))
+    rows = total if bias is None else total - total.mean(axis=-1, keepdims=True)
+    x = rows / np.sqrt(np.mean(rows**2, axis=-1, keepdims=True) + eps) * np.asarray(scale, np.float64)
+    return total, x if bias is None else x + np.asarray(bias, np.float64)
+
+
+def norms(r, y, scale, bias, **options):
+    if bias is None:
+        return residual_rms_norm(r, y, scale, **options)
+    return residual_layer_norm(r, y, scale, bias, **options)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("shape", [(2, 9, 24), (3, 5)])
-def test_equals_fp64(shape, dtype, normal, close):
-    r, y, scale = normal(*shape), normal(*shape, dtype=dtype), normal(shape[-1])
-    total, x = residual_rms_norm(r, y, scale, eps=0.1)
+def test_equals_fp64(shape, centered, adds, dtype, normal, close):
+    r, scale = normal(*shape), normal(shape[-1])
+    y, bias = normal(*shape, dtype=dtype) if adds else None, normal(shape[-1]) if centered else None
+    total, x = norms(r, y, scale, bias, eps=0.1, dtype=dtype)
     assert (total.dtype, x.dtype) == (jnp.float32, dtype)
-    wanted = exact(r, y, scale, 0.1)
+    wanted = exact(r, y, scale, bias, 0.1)
     close(total, wanted[0])
     close(x, wanted[1], dtype)
-    assert residual_rms_norm(r, y, scale, dtype="float16")[1].dtype == jnp.float16
+    assert norms(r, y, scale, bias, dtype="float16")[1].dtype == jnp.float16
+    assert norms(r, y, scale, bias)[1].dtype == (dtype if adds else jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_equals_flax(dtype, normal, close):
+    """The modules hold the parameters; their own norms are the reference."""
+    r, y = 3 + normal(2, 9, 24), normal(2, 9, 24, dtype=dtype)
+    for make in NORMS.values():
+        module = make(24, rngs=nnx.Rngs(0))
+        for param in jax.tree.leaves(nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Variable)):
+            param[...] = normal(24)
+        for stream in (Stream(r), Stream(r, y)):
+            total, x = stream.normed(module, jnp.dtype(dtype))
+            close(total, stream.total())
+            close(x, module(stream.total()), dtype)
 
 
 @pytest.mark.parametrize(
     "shape, dtype, words",
     [
         ((2, 512, 256), "float32", "float32, float32"),
-        ((2, 512, 192), "bfloat16", "multiple of 128 up to 4096, and are 192"),
+        ((2, 513, 192), "bfloat16", "a multiple of 4 tokens, and are 192 for 1026 tokens"),
+        ((2, 512, 48), "bfloat16", "of 32 from 64 to 512 for a multiple of 4 tokens, and are 48 for 1024"),
         ((2, 512, 8192), "bfloat16", "and are 8192"),
         ((2, 128, 256), "bfloat16", "1024 tokens, and are 256"),
     ],
@@ -48,7 +78,7 @@ def test_refusals_name_the_value(shape, dtype, words):
 
 def test_a_mesh_with_explicit_axes_needs_shard_map():
     r = jnp.zeros((2, 512, 256))
-    arguments = r, r.astype(jnp.bfloat16), jnp.zeros(256), 1e-5, jnp.dtype("bfloat16")
+    arguments = r, r.astype(jnp.bfloat16), jnp.zeros(256), None, 1e-5, jnp.dtype("bfloat16")
     supports = IMPLEMENTATIONS["hopper"].supports
     with gpus(shape=(2,), axes=AxisType.Explicit):
         assert "shard_map" in supports(*arguments)
@@ -56,20 +86,25 @@ def test_a_mesh_with_explicit_axes_needs_shard_map():
         assert supports(*arguments) is None
 
 
-@pytest.mark.parametrize("shape, lanes", [((8, 2048, 1024), None), ((3, 1025, 128), 2), ((2, 512, 4096), None)])
-def test_lowers_for_an_h100(shape, lanes):
-    def loss(r, y, scale):
-        total, x = residual_rms_norm(r, y, scale)
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("shape, lanes", [((8, 2048, 1024), None), ((3, 1025, 128), 2), ((4, 512, 64), 2)])
+def test_lowers_for_an_h100(shape, lanes, centered, adds):
+    def loss(r, y, scale, bias):
+        total, x = norms(r, y, scale, bias, dtype=jnp.bfloat16)
         return total.sum() + x.astype(jnp.float32).sum()
 
-    gradients = jax.grad(loss, argnums=(0, 1, 2))
-    dtypes = ((shape, jnp.float32), (shape, jnp.bfloat16), (shape[-1:], jnp.float32))
-    lead = () if lanes is None else (lanes,)
-    arguments = [jax.ShapeDtypeStruct((*lead, *size), dtype) for size, dtype in dtypes]
+    def like(size, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((*(() if lanes is None else (lanes,)), *size), dtype)
+
+    y, bias = like(shape, jnp.bfloat16) if adds else None, like(shape[-1:]) if centered else None
+    gradients = jax.grad(loss, argnums=(0, 1, 2, 3))
     with gpus():
-        traced = jax.jit(gradients if lanes is None else jax.vmap(gradients)).trace(*arguments)
+        traced = jax.jit(gradients if lanes is None else jax.vmap(gradients)).trace(
+            like(shape), y, like(shape[-1:]), bias
+        )
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert [name for name in ("residual_rms_norm", "residual_rms_norm_backward") if name not in text] == []
+    assert [name for name in ("residual_norm", "residual_norm_backward") if name not in text] == []
 
 
 def test_lowers_under_shard_map():
@@ -89,20 +124,23 @@ def test_lowers_under_shard_map():
         sharded = jax.shard_map(gradients, in_specs=specs, out_specs=specs)
         traced = jax.jit(sharded).trace(r, r.astype(jnp.bfloat16), jnp.zeros(256))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "residual_rms_norm_backward" in text and "all_reduce" in text
+    assert "residual_norm_backward" in text and "all_reduce" in text
 
 
-@pytest.mark.parametrize("shape", [(2, 35, 1024), (1, 37, 384), (4, 160, 128)])
-def test_kernels_equal_fp64(normal, out_and_grads, shape):
+@pytest.mark.parametrize("centered, adds", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("shape", [(2, 35, 1024), (1, 37, 384), (4, 160, 128), (2, 66, 64)])
+def test_kernels_equal_fp64(normal, out_and_grads, shape, centered, adds):
     """In Pallas' interpreter, which looks for races."""
-    r, y, scale = normal(*shape), normal(*shape, dtype="bfloat16"), normal(shape[-1])
+    r, scale = 1 + normal(*shape), normal(shape[-1])
+    y, bias = normal(*shape, dtype="bfloat16") if adds else None, normal(shape[-1]) if centered else None
     cotangents = normal(*shape), normal(*shape, dtype="bfloat16")
 
     def run(impl, dtype):
-        def call(r, y, scale):
-            return impl(r, y, scale, 1e-5, jnp.dtype(dtype))
+        def call(r, y, scale, bias):
+            return impl(r, y, scale, bias, 1e-5, jnp.dtype(dtype))
 
-        return out_and_grads(call, (r, y.astype(dtype), scale), (cotangents[0], cotangents[1].astype(dtype)))
+        arrays = r, None if y is None else y.astype(dtype), scale, bias
+        return out_and_grads(call, arrays, (cotangents[0], cotangents[1].astype(dtype)))
 
     expected = run(norm._xla, "float32")
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):

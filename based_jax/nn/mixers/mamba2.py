@@ -129,7 +129,7 @@ class Mamba2(nnx.Module):
         return 2 * (projections + taps) + 4 * self.d_inner * self.config.d_state
 
     def _projected(self, x):
-        return jnp.split(self.in_proj(x), [self.d_inner, self.d_inner + self.channels], axis=-1)
+        return layers.parts(self.in_proj, x, self.d_inner, self.channels, self.num_heads)
 
     def _inputs(self, u, dt):
         """Return (x, dt, A, B, C) of the scan by head and by group, and the skip."""
