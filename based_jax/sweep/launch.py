@@ -12,34 +12,42 @@ from pathlib import Path
 
 from based_jax.errors import UserError
 from based_jax.store import Store
-from based_jax.sweep.run import Options, Sources, run
+from based_jax.sweep.run import Options, Sources, Todo, run, work_off
 from based_jax.sweep.trial import load_sweep
 
+SAY = functools.partial(print, flush=True)
 
-def local(spec: str, store: str, options: Options, sources: Sources | None = None) -> int:
-    """Run a sweep on the devices of this process, on `sources` if given; return how many points were trained."""
-    return run(load_sweep(spec), Store(store), name_of(spec), options, functools.partial(print, flush=True), sources)
+
+def local(spec: str, store: str, options: Options) -> int:
+    """Run a sweep on the devices of this process; return how many points were trained.
+
+    Raises:
+      UserError: a point is impossible; nothing has been trained then.
+      RuntimeError: groups have failed, after all others have been trained.
+    """
+    return run(load_sweep(spec), Store(store), name_of(spec), options, SAY)
 
 
 def in_processes(spec: str, store: str, options: Options, *, processes: int) -> None:
     """Run a sweep on the devices of this machine in several processes, each with one GPU where there are any.
 
-    A process traces one program at a time, which takes longer than to train small models. Examples are made once.
+    A process traces one program at a time, which takes longer than to train small models. Examples are made once, and
+    a process that is done with a group takes the next one.
 
     Raises:
       UserError: a point is impossible.
       RuntimeError: a process has failed, after all others have ended.
     """
-    gpus, fork, sources = visible_gpus(), multiprocessing.get_context("fork"), Sources()
+    gpus, fork, sources, sweep = visible_gpus(), multiprocessing.get_context("fork"), Sources(), load_sweep(spec)
+    todo = Todo(sweep, Store(store), options.part)
     with fork.Pool(processes) as pool:
-        for _, trial in load_sweep(spec).trials():
+        for _, trial in sweep.trials():
             sources.of(trial, pool.starmap)
     compilers = min(options.compilers, max(2, (os.cpu_count() or 1) // processes))
-    (first, step), workers = options.part, []
+    options, workers = dataclasses.replace(options, compilers=compilers), []
     for i in range(processes):
-        part = dataclasses.replace(options, part=(first + step * i, step * processes), compilers=compilers)
         gpu = gpus[i % len(gpus)] if gpus else None
-        workers.append(fork.Process(target=_work, args=(spec, store, part, sources, gpu)))
+        workers.append(fork.Process(target=_work, args=(todo, store, name_of(spec), options, sources, gpu)))
     try:
         for worker in workers:
             worker.start()
@@ -53,10 +61,10 @@ def in_processes(spec: str, store: str, options: Options, *, processes: int) -> 
         raise RuntimeError(f"{failed} of {processes} processes have failed.")
 
 
-def _work(spec: str, store: str, options: Options, sources: Sources, gpu: str | None) -> None:
+def _work(todo: Todo, store: str, name: str, options: Options, sources: Sources, gpu: str | None) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    local(spec, store, options, sources)
+    work_off(todo, Store(store), name, options, sources, SAY)
 
 
 def visible_gpus() -> list[str]:

@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import importlib.metadata
 import itertools
+import multiprocessing
 import os
-import queue
 import subprocess
 import tempfile
 import threading
@@ -43,7 +44,7 @@ class Options:
       most_lanes: trials trained together, at most.
       workers: groups under way on each device; None for what suits its kind.
       compilers: programs that a group compiles at the same time.
-      part: (i, n) to take every n-th group from the i-th on.
+      part: (i, n) to take every n-th group from the i-th on (`Todo`).
       command: what the rows name as their command.
     """
 
@@ -62,62 +63,82 @@ def groups(sweep: Sweep) -> list[Work]:
     return sorted(found.values(), key=_work, reverse=True)
 
 
-def run(
-    sweep: Sweep,
-    store: Store,
-    name: str,
-    options: Options,
-    report: Callable[[str], None] = print,
-    sources: "Sources | None" = None,
-) -> int:
+class Todo:
+    """The groups that have points without a row, each taken once, by whichever thread or process asks first.
+
+    Processes that are forked after share it. It makes no use of a device before groups are asked for.
+    """
+
+    def __init__(self, sweep: Sweep, store: Store, part: tuple[int, int] = (0, 1)):
+        self._sweep, self._part, self._finished = sweep, part, store.ids()
+        self._taken, self._done = (multiprocessing.Value("i", 0) for _ in range(2))
+
+    @functools.cached_property
+    def groups(self) -> list[Work]:
+        """All groups of this part, the longest first."""
+        first, step = self._part
+        # Cut before anything is left out: parts that start at different times find different rows in the store.
+        mine = groups(self._sweep)[first::step]
+        return [left for group in mine if (left := [x for x in group if x[1].id not in self._finished])]
+
+    def take(self) -> Work | None:
+        """Return the first group that nobody has taken, or None."""
+        with self._taken:
+            place, self._taken.value = self._taken.value, self._taken.value + 1
+        return self.groups[place] if place < len(self.groups) else None
+
+    def count(self) -> int:
+        """Count a point that is done; return how many are, in all processes."""
+        with self._done:
+            self._done.value += 1
+            return self._done.value
+
+
+def run(sweep: Sweep, store: Store, name: str, options: Options, report: Callable[[str], None] = print) -> int:
     """Train every point that the store has no row of; return how many were trained.
 
-    Examples are those of `sources`, if given. A group that fails is reported and leaves the others alone; its points
-    have no row and are tried again next time.
+    A group that fails is reported and leaves the others alone; its points have no row and are tried again next time.
 
     Raises:
       UserError: a point is impossible; nothing has been trained then.
       RuntimeError: groups have failed, after all others have been trained.
     """
-    first, step = options.part
-    # Cut before anything is left out: parts that start at different times find different rows in the store.
-    mine, finished = groups(sweep)[first::step], store.ids()
-    todo = [left for group in mine if (left := [x for x in group if x[1].id not in finished])]
-    total = sum(map(len, todo))
-    done = _Counter(total, report)
+    return work_off(Todo(sweep, store, options.part), store, name, options, Sources(), report)
+
+
+def work_off(
+    todo: Todo, store: Store, name: str, options: Options, sources: "Sources", report: Callable[[str], None]
+) -> int:
+    """Train what is to do on the devices of this process; return how many points it has trained; errors as of `run`."""
+    progress = _Progress(todo, report)
     errors: list[str] = []
     devices = jax.local_devices()
     workers = options.workers or WORKERS.get(devices[0].platform, 1)
-    waiting: queue.SimpleQueue = queue.SimpleQueue()
-    for group in todo:
-        waiting.put(group)
-    facts, sources = facts_of(name, options.command), sources or Sources()
+    facts = facts_of(name, options.command)
     pool = futures.ThreadPoolExecutor(workers * len(devices))
     try:
         jobs = [
-            pool.submit(_work_off, waiting, device, data, store, facts, options, done, errors)
+            pool.submit(_train_groups, todo, device, data, store, facts, options, progress, errors)
             for device, data in [(device, _Data(device, sources)) for device in devices]
             for _ in range(workers)
         ]
         for job in futures.as_completed(jobs):
             job.result()
     except BaseException:  # interrupted, or a disk that is full: what is under way ends with its epoch
-        done.stopped = True
+        progress.stopped = True
         raise
     finally:
-        pool.shutdown(wait=not done.stopped, cancel_futures=True)
+        pool.shutdown(wait=not progress.stopped, cancel_futures=True)
     if errors:
-        raise RuntimeError(f"{len(errors)} of {len(todo)} groups failed: {errors[0]}")
-    return total
+        raise RuntimeError(f"{len(errors)} of {len(todo.groups)} groups failed: {errors[0]}")
+    return progress.count
 
 
-def _work_off(waiting, device, data: "_Data", store: Store, facts: dict, options: Options, done, errors) -> None:
+def _train_groups(
+    todo: Todo, device, data: "_Data", store: Store, facts: dict, options: Options, progress, errors
+) -> None:
     """Take groups and train them on a device until none is left."""
-    while not done.stopped:
-        try:
-            group: Work = waiting.get_nowait()
-        except queue.Empty:
-            return
+    while not progress.stopped and (group := todo.take()):
         points = {trial.id: point for point, trial in group}
         trials = [trial for _, trial in group]
         try:
@@ -128,12 +149,12 @@ def _work_off(waiting, device, data: "_Data", store: Store, facts: dict, options
                 )
                 for trial, outcome in outcomes:
                     row = row_of(points[trial.id], trial, outcome) | facts
-                    with done.lock:
+                    with progress.lock:
                         store.append(row)
-                    done.add(line(row))
+                    progress.add(line(row))
         except Exception as error:  # the other groups are still worth their time
             errors.append(f"{describe(trials[0])}: {type(error).__name__}: {str(error)[:500]}")
-            done.report(f"FAILED {errors[-1]}")
+            progress.report(f"FAILED {errors[-1]}")
 
 
 class Sources:
@@ -193,17 +214,19 @@ class Turns(contextlib.AbstractContextManager):
         self._threads.release()
 
 
-class _Counter:
+class _Progress:
     """Counts what is done, says so, and knows whether to go on."""
 
-    def __init__(self, total: int, report: Callable[[str], None]):
-        self.total, self.report, self.lock = total, report, threading.Lock()
-        self.done, self.begin, self.stopped = 0, time.perf_counter(), False
+    def __init__(self, todo: Todo, report: Callable[[str], None]):
+        self.todo, self.report, self.lock = todo, report, threading.Lock()
+        self.total, self.count = sum(map(len, todo.groups)), 0
+        self.begin, self.stopped = time.perf_counter(), False
 
     def add(self, text: str) -> None:
         with self.lock:
-            self.done += 1
-            self.report(f"[{self.done}/{self.total}, {time.perf_counter() - self.begin:.0f} s] {text}")
+            self.count += 1
+            spent = time.perf_counter() - self.begin
+            self.report(f"[{self.todo.count()}/{self.total}, {spent:.0f} s] {text}")
 
 
 def row_of(point: Point, trial: Trial, outcome: Outcome) -> dict[str, Any]:
