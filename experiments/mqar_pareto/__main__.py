@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from based_jax.errors import UserError
-from experiments.mqar_pareto import profile, throughput
+from experiments.mqar_pareto import gains, profile, throughput
 
-COMMANDS = {"throughput": throughput, "profile": profile}
+COMMANDS = {"throughput": throughput, "gains": gains, "profile": profile}
 
 
 def main(argv: list[str] | None = None) -> int:

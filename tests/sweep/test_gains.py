@@ -1,0 +1,42 @@
+"""The tables of what each change to a plain loop brings."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from based_jax.errors import UserError
+from experiments.mqar_pareto import __main__ as command
+from experiments.mqar_pareto import gains
+
+FOLDER = Path(command.__file__).parent
+
+
+def rows(**milliseconds):
+    """Return rows of a model "m": for each way, or lanes2, the milliseconds of its steps on two segments."""
+    for way, times in milliseconds.items():
+        lanes = 2 if way == "lanes" else 1
+        for segment, steps, time in zip("ab", (3000, 1000), times, strict=True):
+            row = {"model": "m", "segment": segment, "steps_per_epoch": steps, "way": way, "lanes": lanes}
+            yield row | {"milliseconds": time}
+
+
+def test_epochs_are_weighed_by_their_steps_and_lanes_share_them():
+    table = gains.render(rows(loop=(4, 8), resident=(1, 4), lanes=(1, 6)))
+    first, second = table.split("\n\n")
+    assert "| m | 20.00 | 7.00 | 4.50 | 4.4 |" in first and "| all of them | 20.00 | 7.00 | 4.50 | 4.4 |" in first
+    assert "| m | 100% | 33% |" in second
+
+
+def test_a_segment_that_is_missing_is_told():
+    found = list(rows(loop=(4, 8), resident=(1, 4), lanes=(1, 6)))
+    with pytest.raises(UserError, match="m has not been measured on every segment: .'lanes', 2"):
+        gains.render([row for row in found if (row["way"], row["segment"]) != ("lanes", "b")])
+
+
+def test_the_readme_has_the_tables_of_the_rows(capsys):
+    assert command.main(["gains"]) == 0
+    readme = (FOLDER / "README.md").read_text()
+    assert all(table in readme for table in capsys.readouterr().out.strip().split("\n\n"))
+    devices = {json.loads(text)["device"] for text in (FOLDER / "results/throughput.jsonl").read_text().splitlines()}
+    assert len(devices) == 1
