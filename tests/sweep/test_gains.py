@@ -30,7 +30,7 @@ def test_epochs_are_weighed_by_their_steps_and_lanes_share_them():
 
 def test_a_segment_that_is_missing_is_told():
     found = list(rows(loop=(4, 8), resident=(1, 4), lanes=(1, 6)))
-    with pytest.raises(UserError, match="m has not been measured on every segment: .'lanes', 2"):
+    with pytest.raises(UserError, match=r"m has not been measured on every segment: .'lanes', 2"):
         gains.render([row for row in found if (row["way"], row["segment"]) != ("lanes", "b")])
 
 
