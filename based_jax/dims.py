@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 BT = Int[Array, "B T"]
 BD = Float[Array, "B D"]
 BTD = Float[Array, "B T D"]
+BP = Int[Array, "B P"]  # distinct positions of each sequence
+BPD = Float[Array, "B _ D"]  # at P positions, or at all T of them
 BTHK = Float[Array, "B T H K"]
 BTHV = Float[Array, "B T H V"]
 BSHK = Float[Array, "B S H K"]

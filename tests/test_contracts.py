@@ -85,6 +85,13 @@ def test_causal(kind, normal):
     assert np.diag(influence).min() > 1e-3 * influence.max()
 
 
+def test_outputs_at_some_positions_are_those_of_all(kind, rng, normal, close):
+    mixer, x = mixer_of(kind), np.asarray(normal(B, T, D))
+    places = np.stack([rng.permutation(T)[:4] for _ in range(B)])
+    some = jax.jit(lambda mixer, x, places: mixer(x, positions=places))(mixer, x, places)
+    close(some, np.take_along_axis(np.asarray(call(mixer, x)), places[..., None], axis=1))
+
+
 def test_prefill_and_steps_equal_one_pass(kind, normal, close):
     """Split after one token, before the window's 4 and after them, and after the last."""
     mixer, x = mixer_of(kind), np.asarray(normal(B, T, D))

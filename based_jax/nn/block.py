@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BP, BT, BTD
 from based_jax.nn import layers
 from based_jax.nn.mixers import make_mixer
 from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
@@ -20,9 +20,6 @@ REMAT = {
 }
 
 
-Positions = Int[Array, "B P"]
-
-
 class Stream(NamedTuple):
     """The residual stream r, and the output y of a layer that is still to be added: the norm after it does both."""
 
@@ -32,13 +29,6 @@ class Stream(NamedTuple):
     def total(self) -> Float[Array, "*B D"]:
         """Return the stream with nothing left to add."""
         return self.r if self.y is None else self.r + self.y
-
-    def at(self, positions: Positions | None) -> "Stream":
-        """Return the stream (B, P, D) at distinct positions of each sequence; None for all of them."""
-        if positions is None:
-            return self
-        rows = jnp.arange(positions.shape[0])[:, None]
-        return jax.tree.map(lambda x: x.at[rows, positions].get(unique_indices=True, mode="promise_in_bounds"), self)
 
     def normed(self, norm: Any, dtype) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
         """Return the stream with nothing left to add, and its norm by an `nnx.RMSNorm` or `nnx.LayerNorm`."""
@@ -67,16 +57,12 @@ class Block(nnx.Module):
             self.norm2 = norm(config.d_model, rngs=rngs)
             self.mlp = mlp(config.d_model, config.hidden_dim, **init)
 
-    def __call__(self, r: BTD, segment_ids: BT | None = None) -> BTD:
-        """Update the residual stream of a whole sequence."""
-        return self.extend(Stream(r), segment_ids).total()
-
-    def extend(self, stream: Stream, segment_ids: BT | None = None, positions: Positions | None = None) -> Stream:
+    def extend(self, stream: Stream, segment_ids: BT | None = None, positions: BP | None = None) -> Stream:
         """Return the stream after the block, with the last addition left to the next norm.
 
         With `positions` it is the stream there alone, and so is what follows the mixer.
         """
-        return self._through(stream, lambda x: (self.mixer(x, segment_ids), None), positions)[0]
+        return self._through(stream, lambda x: (self.mixer(x, segment_ids, positions), None), positions)[0]
 
     def init_cache(self, batch: int, max_len: int):
         """Return the mixer's cache before the first token."""
@@ -92,10 +78,11 @@ class Block(nnx.Module):
         stream, cache = self._through(Stream(r), lambda x: self.mixer.step(x, cache))
         return stream.total(), cache
 
-    def _through(self, stream: Stream, mix: Callable, positions: Positions | None = None) -> tuple[Stream, Any]:
+    def _through(self, stream: Stream, mix: Callable, positions: BP | None = None) -> tuple[Stream, Any]:
         r, x = stream.normed(self.norm1, self.dtype)
         y, cache = mix(x)
-        stream = Stream(r, y).at(positions)
+        [r] = layers.at(positions, r)
+        stream = Stream(r, y)
         if self.mlp is None:
             return stream, cache
         r, x = stream.normed(self.norm2, self.dtype)
@@ -117,22 +104,20 @@ class Stack(nnx.Module):
             stacked = nnx.vmap(build, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
             self.blocks = stacked(rngs.split(repeats))
 
-    def __call__(self, r: BTD, segment_ids: BT | None = None) -> BTD:
-        """Update the residual stream of a whole sequence."""
-        return self.extend(Stream(r), segment_ids).total()
+    def extend(self, stream: Stream, segment_ids: BT | None = None, positions: BP | None = None) -> Stream:
+        """Return the stream after all blocks, or at some positions; see `Block.extend`, if no block is repeated."""
+        early = positions if self.repeats == 1 else None
 
-    def extend(self, stream: Stream, segment_ids: BT | None = None, positions: Positions | None = None) -> Stream:
-        """Return the stream after all blocks, at all or at some positions; see `Block.extend`."""
-
-        def through(blocks, stream, positions=None):
+        def through(blocks, stream: Stream) -> Stream:
             for block in blocks[:-1]:
                 stream = block.extend(stream, segment_ids)
-            return blocks[-1].extend(stream, segment_ids, positions)
+            return blocks[-1].extend(stream, segment_ids, early)
 
-        if self.repeats == 1:
-            return self._run(lambda blocks, stream, _: (through(blocks, stream, positions), None), stream, None)[0]
+        if self.repeats == 1 and self.remat == "none":
+            return self._run(lambda blocks, stream, _: (through(blocks, stream), None), stream, None)[0]
+        # One array for a scan to carry, and for a backward pass that computes the rest again to keep.
         total, _ = self._run(lambda blocks, r, _: (through(blocks, Stream(r)).total(), None), stream.total(), None)
-        return Stream(total).at(positions)
+        return Stream(total if early is positions else layers.at(positions, total)[0])
 
     def init_cache(self, batch: int, max_len: int):
         """Return the caches of all blocks, stacked like the parameters."""

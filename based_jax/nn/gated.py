@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.ops import segments
@@ -105,14 +105,14 @@ class GatedLinearMixer(nnx.Module):
         self.norm = layers.rms_norm(norm_dim or value_dim // num_heads, rngs=rngs)
         self.out_proj = layers.linear(value_dim, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
         y = self.qkv(x)
         if self.conv_size:
             y = short_conv(y, self.conv_kernel[...], segment_ids=segment_ids)
         inputs, _ = self._inputs(x, y, jnp.zeros(1, jnp.int32), segment_ids)
         o = self.operation[0](*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
-        return self._out(x, o)
+        return self._out(*layers.at(positions, x, o))
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
         """Return the cache before the first token; its size does not depend on `max_len`."""

@@ -4,14 +4,14 @@ Parameters are fp32 masters. A layer computes in its `dtype` (bf16 on accelerato
 softmax, recurrent states and the loss are fp32 whatever it is.
 """
 
-import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
+from based_jax.dims import BP
 from based_jax.errors import UserError
 from based_jax.ops.projection import multiply, project
 
@@ -69,14 +69,22 @@ def torch_linear(
     return layer
 
 
-def parts(layer: nnx.Linear, x: Float[Array, "*B D"], *sizes: int) -> list[Float[Array, "*B _"]]:
-    """Return the output of a linear layer without a bias in parts of these sizes, a product for each.
+def part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int) -> Float[Array, "*B _"]:
+    """Return the channels from `begin` to `end` of a linear layer without a bias, as a product of their own.
 
-    To cut activations, and to join their gradients, costs a GPU more than the products do.
+    To cut the output of one product, and to join its gradient, costs a GPU more than several products do, if XLA does
+    not join small ones itself (`xla_gpu_dot_merger_threshold_mb`).
     """
-    ends = itertools.accumulate(sizes)
-    x, kernel = (y.astype(layer.dtype) for y in (x, layer.kernel[...]))
-    return [multiply(x, kernel[:, end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+    assert layer.bias is None and end <= layer.out_features
+    return multiply(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)[:, begin:end])
+
+
+def at(positions: BP | None, *arrays: Shaped[Array, "B T ..."]) -> list[Shaped[Array, "B _ ..."]]:
+    """Return arrays at P distinct positions of each sequence; None for all of them."""
+    if positions is None:
+        return list(arrays)
+    rows = jnp.arange(positions.shape[0])[:, None]
+    return [x.at[rows, positions].get(unique_indices=True, mode="promise_in_bounds") for x in arrays]
 
 
 def rms_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from based_jax.dims import BD, BT, BTD, Tokens
+from based_jax.dims import BD, BP, BPD, BT, BTD, Tokens
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
-from based_jax.nn.block import REMAT, Positions, Stack, Stream, repeating_patterns
+from based_jax.nn.block import REMAT, Stack, Stream, repeating_patterns
 from based_jax.nn.layers import INIT_STD
 from based_jax.nn.mixers import Mixer, check_options
 from based_jax.ops.cross_entropy import linear_cross_entropy
@@ -133,12 +133,11 @@ class LM(nnx.Module):
         """Return fp32 logits of every position."""
         return self.logits(self.hidden(ids, segment_ids))
 
-    def hidden(
-        self, ids: BT, segment_ids: BT | None = None, positions: Positions | None = None
-    ) -> Float[Array, "B _ D"]:
+    def hidden(self, ids: BT, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Return the final hidden state of every position, or of P distinct `positions` (B, P) of each sequence.
 
-        What follows the last mixer is computed at the positions alone.
+        What follows the operation of the last mixer is computed at the positions alone, unless its layer is one of
+        those that are scanned.
         """
         stream, last = Stream(self._in(ids)), len(self.stacks) - 1
         for i, stack in enumerate(self.stacks):

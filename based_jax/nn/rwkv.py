@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.nn import layers
 from based_jax.ops.token_shift import token_shift
 
@@ -32,11 +32,11 @@ class TimeMix(nnx.Module):
     d_model: int
     dtype: Any
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
         inputs, rest = self._project(x, self._shifted(x, segment_ids))
         o = self.operation[0](*inputs, **self._options(), segment_ids=segment_ids, impl=self.config.impl)
-        return self._out(o, *rest)
+        return self._out(*layers.at(positions, o, *rest))
 
     def init_cache(self, batch: int, max_len: int) -> RwkvCache:
         """Return the cache before the first token; its size does not depend on `max_len`."""
@@ -85,9 +85,9 @@ class ChannelMix(nnx.Module):
     d_model: int
     dtype: Any
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
-        return self._mix(x, token_shift(x, segment_ids=segment_ids))
+        return self._mix(*layers.at(positions, x, token_shift(x, segment_ids=segment_ids)))
 
     def init_cache(self, batch: int, max_len: int) -> BD:
         """Return the token before the first one."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from based_jax.ops import hopper
 from based_jax.ops.dispatch import Implementation, dispatch
 
-Stream = Float[Array, "*B D"]
+Rows = Float[Array, "*B D"]
 Channels = Float[Array, "D"]
 
 LANES, WIDEST = 128, 4096
@@ -28,8 +28,8 @@ FEWEST_TOKENS = 1024
 
 
 def residual_rms_norm(
-    r: Stream, y: Stream | None, scale: Channels, *, eps: float = 1e-5, dtype=None, impl: str = "auto"
-) -> tuple[Stream, Stream]:
+    r: Rows, y: Rows | None, scale: Channels, *, eps: float = 1e-5, dtype=None, impl: str = "auto"
+) -> tuple[Rows, Rows]:
     """Return r + y and its RMS norm over the channels.
 
     Args:
@@ -47,19 +47,17 @@ def residual_rms_norm(
 
 
 def residual_layer_norm(
-    r: Stream, y: Stream | None, scale: Channels, bias: Channels, *, eps: float = 1e-5, dtype=None, impl: str = "auto"
-) -> tuple[Stream, Stream]:
+    r: Rows, y: Rows | None, scale: Channels, bias: Channels, *, eps: float = 1e-5, dtype=None, impl: str = "auto"
+) -> tuple[Rows, Rows]:
     """Return r + y and its layer norm over the channels; arguments and errors are those of `residual_rms_norm`."""
     return dispatch("residual_layer_norm", IMPLEMENTATIONS, impl, r, y, scale, bias, eps, _dtype(r, y, dtype))
 
 
-def _dtype(r: Stream, y: Stream | None, dtype) -> jnp.dtype:
+def _dtype(r: Rows, y: Rows | None, dtype) -> jnp.dtype:
     return jnp.dtype(dtype or (r if y is None else y).dtype)
 
 
-def _xla(
-    r: Stream, y: Stream | None, scale: Channels, bias: Channels | None, eps: float, dtype
-) -> tuple[Stream, Stream]:
+def _xla(r: Rows, y: Rows | None, scale: Channels, bias: Channels | None, eps: float, dtype) -> tuple[Rows, Rows]:
     total = r if y is None else r + y
     wide, ones = total.astype(jnp.float32), (1,) * (r.ndim - 1)
     if bias is not None:
@@ -69,18 +67,21 @@ def _xla(
     return total, (x if bias is None else x + bias.reshape(*ones, -1)).astype(dtype)
 
 
-def _supports(r: Stream, y: Stream | None, scale: Channels, bias: Channels | None, eps: float, dtype) -> str | None:
+def _supports(r: Rows, y: Rows | None, scale: Channels, bias: Channels | None, eps: float, dtype) -> str | None:
     """Return why the kernels cannot run this call, or None."""
     channels, tokens = scale.size, r.size // max(scale.size, 1)
-    added = jnp.bfloat16 if y is None else y.dtype
-    if (r.dtype, added, dtype) != (jnp.float32, jnp.bfloat16, jnp.bfloat16):
-        return f"r, y and the norm must be float32, bfloat16 and bfloat16, and are {r.dtype}, {added} and {dtype}"
-    narrow = channels in NARROW and tokens % ROWS == 0
+    given = {"r": r.dtype} | ({} if y is None else {"y": y.dtype}) | {"the norm": dtype}
+    for name, got in given.items():
+        if got != (wanted := jnp.dtype("float32" if name == "r" else "bfloat16")):
+            return f"{name} must be {wanted}, and is {got}"
+    # A mesh may split the batch, whatever its size.
+    together = tokens // max(r.shape[0], 1) if jax.sharding.get_abstract_mesh().size > 1 else tokens
+    narrow = channels in NARROW and together % ROWS == 0
     if not narrow and (channels % LANES or not LANES <= channels <= WIDEST):
         least, most = NARROW[0], NARROW[-1]
         return (
             f"the channels must be a multiple of {LANES} up to {WIDEST}, or of {NARROW.step} from {least} to {most} for"
-            f" a multiple of {ROWS} tokens, and are {channels} for {tokens} tokens"
+            f" a multiple of {ROWS} tokens, and are {channels} for {together} tokens"
         )
     if tokens < FEWEST_TOKENS:
         return f"there must be {FEWEST_TOKENS} tokens, and are {tokens}"
@@ -89,9 +90,7 @@ def _supports(r: Stream, y: Stream | None, scale: Channels, bias: Channels | Non
     return hopper.refusal()
 
 
-def _hopper(
-    r: Stream, y: Stream | None, scale: Channels, bias: Channels | None, eps: float, dtype
-) -> tuple[Stream, Stream]:
+def _hopper(r: Rows, y: Rows | None, scale: Channels, bias: Channels | None, eps: float, dtype) -> tuple[Rows, Rows]:
     del dtype  # bf16, as `_supports` demands
 
     def shard(r, y, *weights):

@@ -31,8 +31,8 @@ def local(spec: str, store: str, options: Options) -> int:
 def in_processes(spec: str, store: str, options: Options, *, processes: int) -> None:
     """Run a sweep on the devices of this machine in several processes, each with one GPU where there are any.
 
-    A process traces one program at a time, which takes longer than to train small models. Examples are made once, and
-    a process that is done with a group takes the next one.
+    A process traces one program at a time, which takes longer than to train small models. Examples are made once. A
+    process has one group under way, unless the options say otherwise, and takes the next one when it is done.
 
     Raises:
       UserError: a point is impossible.
@@ -44,7 +44,7 @@ def in_processes(spec: str, store: str, options: Options, *, processes: int) -> 
         for _, trial in sweep.trials():
             sources.of(trial, pool.starmap)
     compilers = min(options.compilers, max(2, (os.cpu_count() or 1) // processes))
-    options, workers = dataclasses.replace(options, compilers=compilers), []
+    options, workers = dataclasses.replace(options, compilers=compilers, workers=options.workers or 1), []
     for i in range(processes):
         gpu = gpus[i % len(gpus)] if gpus else None
         workers.append(fork.Process(target=_work, args=(todo, store, name_of(spec), options, sources, gpu)))

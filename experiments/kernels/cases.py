@@ -14,6 +14,7 @@ from experiments.kernels.operations import OPERATIONS, Case, arrays_of, basic, g
 
 LANES = 2
 """Of `jax.vmap`."""
+NORMS = "residual_rms_norm", "residual_layer_norm", "rms_norm", "layer_norm"
 FACTORS = {
     "taylor_attention": {"late": {"k": 30, "v": 30}, "large": {"q": 4, "k": 4}},
     "window_attention": {"late": {"v": 30}, "large": {"q": 2, "k": 2}},
@@ -144,7 +145,7 @@ def _conv_cases() -> list[Case]:
 
 def _norm_cases() -> list[Case]:
     shapes, cases = [(1, 128, 1024), (1, 384, 1025), (2, 1792, 2049), (1, 4096, 1030), (4, 64, 2050)], []
-    for name in ("residual_rms_norm", "residual_layer_norm", "layer_norm"):
+    for name in NORMS:
         make = functools.partial(Case, name)
         cases += [*map(make, shapes), make((8, 1024, 2048), quick=True)]
         cases += [make((4, 256, 600), through=x) for x in ("vmap", "shard_map")]
@@ -191,7 +192,7 @@ def tiny_cases() -> list[Case]:
     cases = [Case("taylor_attention", shape, (16, 64)), Case("taylor_attention", (1, 2, 550), (16, 64), **both)]
     cases += [Case("window_attention", shape, (64, 64), window=x, documents=x == 129) for x in (64, 129)]
     cases += [Case("gated_short_conv", (1, 256, 130), (3,), documents=True)]
-    cases += [Case(name, (1, 256, 1030)) for name in ("residual_rms_norm", "residual_layer_norm", "layer_norm")]
+    cases += [Case(name, (1, 256, 1030)) for name in NORMS]
     cases += [Case("selective_scan", (1, 128, 50), (16,), **both)]
     cases += [Case(name, (1, 2, 50), (64, 64), **both) for name in ("delta_rule", "gated_linear_attention")]
     cases += [Case("linear_cross_entropy", (1, 64, 130), (300,), documents=True)]

@@ -232,6 +232,7 @@ OPERATIONS = {
     ),
     "residual_rms_norm": _norm_of("r", "y", "scale"),
     "residual_layer_norm": _norm_of("r", "y", "scale", "bias"),
+    "rms_norm": _norm_of("r", "scale"),
     "layer_norm": _norm_of("r", "scale", "bias"),
     "selective_scan": Operation(
         selective_scan.IMPLEMENTATIONS,

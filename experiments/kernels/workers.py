@@ -19,6 +19,7 @@ COMPILING = {
     "gated_short_conv": 3.0,
     "residual_rms_norm": 1.0,
     "residual_layer_norm": 1.0,
+    "rms_norm": 1.0,
     "layer_norm": 1.0,
     "selective_scan": 5.0,
     "delta_rule": 6.0,

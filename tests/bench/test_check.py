@@ -51,6 +51,7 @@ def run_wide(oracle, arguments):
     [
         ("residual_rms_norm", {"dr", "dy", "dscale"}),
         ("residual_layer_norm", {"dr", "dy", "dscale", "dbias"}),
+        ("rms_norm", {"dr", "dscale"}),
         ("layer_norm", {"dr", "dscale", "dbias"}),
     ],
 )

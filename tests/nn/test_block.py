@@ -1,10 +1,13 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.ad_checkpoint import saved_residuals
 
-from based_jax.nn.block import REMAT, Block, Stack, repeating_patterns
+from based_jax.nn.block import REMAT, Block, Stack, Stream, repeating_patterns
 from based_jax.nn.lm import LMConfig
 
 D, T = 16, 9
@@ -18,7 +21,7 @@ def config(**options):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_residual_stream_is_fp32(dtype, normal):
     block, r = Block(*PATTERN[0], config(dtype=dtype), rngs=nnx.Rngs(0)), normal(2, T, D)
-    out = jax.jit(lambda block, r: block(r))(block, r)
+    out = jax.jit(lambda block, r: block.extend(Stream(r)).total())(block, r)
     prefilled, cache = jax.jit(lambda block, r: block.prefill(r, block.init_cache(2, T)))(block, r)
     stepped, _ = jax.jit(lambda block, r, cache: block.step(r, cache))(block, r[:, 0], cache)
     assert {x.dtype for x in (out, prefilled, stepped)} == {jnp.dtype("float32")}
@@ -38,17 +41,21 @@ def test_block_adds_mixer_and_mlp_of_the_normed_stream(normal, close):
         value, gate = jnp.split(normed(r) @ block.mlp.fc1.kernel[...], 2, axis=-1)
         return r + (value * gate / (1 + jnp.exp(-gate))) @ block.mlp.fc2.kernel[...]
 
-    close(jax.jit(lambda block, r: block(r))(block, r), by_hand(block, r))
+    close(jax.jit(lambda block, r: block.extend(Stream(r)).total())(block, r), by_hand(block, r))
+
+
+def through(graphdef, params, r, y=None):
+    return nnx.merge(graphdef, params).extend(Stream(r, y)).total()
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_remat_changes_neither_values_nor_gradients(repeats, normal, out_and_grads, close):
-    r, cotangent = normal(2, T, D), normal(2, T, D)
+    r, y, cotangent = normal(2, T, D), normal(2, T, D), normal(2, T, D)
     results = {}
     for remat in REMAT:
         stack = Stack(PATTERN, repeats, config(dtype="float32", remat=remat), rngs=nnx.Rngs(0))
         graphdef, params = nnx.split(stack)
-        results[remat] = out_and_grads(lambda p, r, g=graphdef: nnx.merge(g, p)(r), (params, r), cotangent)
+        results[remat] = out_and_grads(functools.partial(through, graphdef), (params, r, y), cotangent)
     for remat in REMAT:
         close(results[remat], results["none"], what=remat)
 
@@ -58,10 +65,18 @@ def test_full_remat_keeps_less_than_none():
         stack = nnx.eval_shape(lambda: Stack(PATTERN[:1], 4, config(dtype="float32", remat=remat), rngs=nnx.Rngs(0)))
         graphdef, params = nnx.split(stack)
         r = jax.ShapeDtypeStruct((8, 256, D), jnp.float32)
-        loss = jax.grad(lambda p, r: jnp.sum(nnx.merge(graphdef, p)(r)))
+        loss = jax.grad(lambda p, r: jnp.sum(through(graphdef, p, r)))
         return jax.jit(loss).lower(params, r).compile().memory_analysis().temp_size_in_bytes
 
     assert residuals("full") < residuals("dots") < residuals("none")
+
+
+def test_full_remat_keeps_the_sum_of_the_stream_alone():
+    stack = nnx.eval_shape(lambda: Stack(PATTERN, 1, config(remat="full"), rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(stack)
+    r, y = (jax.ShapeDtypeStruct((8, 256, D), dtype) for dtype in ("float32", "bfloat16"))
+    kept = saved_residuals(functools.partial(through, graphdef), params, r, y)
+    assert [x.dtype for x, _ in kept if x.shape == r.shape] == [jnp.float32]
 
 
 def test_stacked_blocks_differ_and_carry_the_layer_axis():

@@ -23,7 +23,7 @@ from based_jax.store import Store
 from based_jax.sweep import Sweep, engine, lanes, param, product
 from based_jax.sweep.engine import Resident
 from based_jax.sweep.lanes import Examples, Rates
-from based_jax.sweep.run import Options, Sources, groups, run
+from based_jax.sweep.run import Options, Sources, Todo, groups, run
 from based_jax.sweep.trial import load_sweep, make_trial
 from based_jax.train.step import IGNORED, init_state, loss_sums, make_train_step
 
@@ -183,6 +183,19 @@ def test_ids_tell_trials_apart_and_signatures_programs():
     assert [trial.signature == trials[0].signature for trial in trials] == [True] * 4 + [False] * 2
     spelt = make_trial(BASE, {"model.layers": (("base_conv", {"kernel_size": 3}),)})
     assert spelt.id == trials[0].id  # a default is the same whether it is written or not
+
+
+def test_a_group_is_taken_once(tmp_path):
+    sweep, store = Sweep(BASE, product(param("model.d_model", [8, 12, 16]), param("seed", [0, 1]))), Store(tmp_path)
+    [_, second, last] = groups(sweep)
+    for _, trial in [last[0], *second]:
+        store.append({"id": trial.id})
+    todo = Todo(sweep, store)
+    with futures.ThreadPoolExecutor(4) as pool:
+        taken = list(pool.map(lambda _: todo.take(), range(8)))
+    left = [group for group in taken if group]
+    assert sorted(map(len, left)) == [1, 2] and {group[0][1].model.d_model for group in left} == {8, 16}
+    assert {todo.count(), todo.count()} == {1, 2}
 
 
 def test_parts_are_the_whole_whenever_they_start(tmp_path):

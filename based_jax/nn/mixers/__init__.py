@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import jax.numpy as jnp
 from flax import nnx
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import unknown
 from based_jax.nn.layers import INIT_STD
 from based_jax.nn.mixers.attention import Attention
@@ -60,8 +60,11 @@ class Mixer(Protocol):
 
     def __init__(self, d_model: int, config: Any, *, std: float, out_std: float, dtype: Any, rngs: nnx.Rngs): ...
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
-        """Mix a whole sequence."""
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+        """Mix a whole sequence; with `positions` return the outputs there alone, in their order.
+
+        What follows the operation on the sequence is computed for these tokens alone.
+        """
         ...
 
     def init_cache(self, batch: int, max_len: int) -> Any:

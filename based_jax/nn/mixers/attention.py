@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
@@ -66,11 +66,11 @@ class Attention(nnx.Module):
             d_model, d_model, ("heads", "embed"), bias=bias, std=out_std, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
         q, k, v = self.rotated_qkv(x, 0)
         o = attention(q, self.for_each_query(k), self.for_each_query(v), segment_ids=segment_ids, impl=self.config.impl)
-        return self.out_proj(layers.merge_heads(o))
+        return self._out(*layers.at(positions, o))
 
     def init_cache(self, batch: int, max_len: int) -> KVCache:
         """Return an empty cache for sequences of up to `max_len` tokens."""
@@ -85,14 +85,14 @@ class Attention(nnx.Module):
         within = segments.same_document(ids, ids) & jnp.tri(x.shape[1], dtype=bool)[None]
         keys, values = (self.for_each_query(jnp.concatenate(pair, axis=1)) for pair in ((past.k, k), (past.v, v)))
         o = masked_attention(q, keys, values, jnp.concatenate([earlier, within], axis=2))
-        return self.out_proj(layers.merge_heads(o)), cache.extend(k, v, ids)
+        return self._out(o), cache.extend(k, v, ids)
 
     def step(self, x: BD, cache: KVCache) -> tuple[BD, KVCache]:
         """Mix one token and return the cache after it."""
         q, k, v = (y[:, 0] for y in self.rotated_qkv(x[:, None], cache.length))
         cache = cache.append(k, v)
         o = attention_step(q, self.for_each_query(cache.k), self.for_each_query(cache.v), cache.visible())
-        return self.out_proj(layers.merge_heads(o)), cache
+        return self._out(o), cache
 
     def state_size(self, seq_len: int) -> int:
         """Return a key and a value of each head for each token; equal to the cache's when `max_len` is `seq_len`."""
@@ -117,3 +117,6 @@ class Attention(nnx.Module):
         positions = start + jnp.arange(x.shape[1])
         q, k = (layers.rotary(y, positions, self.rotary_dim, self.config.rotary_base) for y in (q, k))
         return q, k, v
+
+    def _out(self, o):
+        return self.out_proj(layers.merge_heads(o))

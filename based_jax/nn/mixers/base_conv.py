@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.ops.conv import IMPLEMENTATIONS, Past, reach, short_conv, short_conv_step
@@ -49,7 +49,7 @@ class BaseConv(nnx.Module):
         self.conv_kernel = layers.uniform((config.kernel_size, d_model), config.kernel_size, rngs=rngs)
         self.conv_bias = layers.uniform((d_model,), config.kernel_size, rngs=rngs)
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
         y = short_conv(
             x,
@@ -58,7 +58,7 @@ class BaseConv(nnx.Module):
             segment_ids=segment_ids,
             impl=self.config.impl,
         )
-        return self._gate(x, y)
+        return self._gate(*layers.at(positions, x, y))
 
     def init_cache(self, batch: int, max_len: int) -> Past:
         """Return the inputs before the first token; their size does not depend on `max_len`."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.ops.conv import short_conv_step
@@ -62,9 +62,9 @@ class GatedConv(nnx.Module):
             self.d_inner, d_model, ("mlp", "embed"), bias=True, std=out_std, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
-        return self.out_proj(self._convolve(x, segment_ids=segment_ids))
+        return self.out_proj(*layers.at(positions, self._convolve(x, segment_ids=segment_ids)))
 
     def init_cache(self, batch: int, max_len: int) -> Inputs:
         """Return the inputs before the first token; their size does not depend on `max_len`."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BT, BTD, BWD, WD
+from based_jax.dims import BD, BP, BPD, BT, BTD, BWD, WD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.ops import diagonal_ssm
@@ -90,13 +90,13 @@ class H3(nnx.Module):
         self.c = _param(jax.random.normal(rngs.params(), (heads, N // 2, 2)) * math.sqrt(0.5))
         self.skip = _param(jax.random.normal(rngs.params(), (heads,)))
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        k, v = self.k_proj(x), self.v_proj(x)
         k = short_conv(k, self._shift_kernel(), segment_ids=segment_ids, impl=self._shift_impl)
         kv = self._cross(k, v)
         y = diagonal_ssm.diagonal_ssm(kv, *self._system(), segment_ids=segment_ids, impl=self.config.impl)
-        return self._out(q, kv, y)
+        return self._out(*layers.at(positions, x, kv, y))
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
         """Return the states before the first token; their size does not depend on `max_len`."""
@@ -107,19 +107,19 @@ class H3(nnx.Module):
     def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
         """Mix the next tokens of a sequence and return the states after them."""
         options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        k, v = self.k_proj(x), self.v_proj(x)
         k, shift = short_conv(k, self._shift_kernel(), state=cache[0], impl=self._shift_impl, **options)
         kv = self._cross(k, v)
         y, state = diagonal_ssm.diagonal_ssm(kv, *self._system(), state=cache[1], impl=self.config.impl, **options)
-        return self._out(q, kv, y), (shift, state)
+        return self._out(x, kv, y), (shift, state)
 
     def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
         """Mix one token and return the states after it."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        k, v = self.k_proj(x), self.v_proj(x)
         k, shift = short_conv_step(k, self._shift_kernel(), cache[0])
         kv = self._cross(k, v)
         y, state = diagonal_ssm.diagonal_ssm_step(kv, *self._system(), cache[1])
-        return self._out(q, kv, y), (shift, state)
+        return self._out(x, kv, y), (shift, state)
 
     def state_size(self, seq_len: int) -> int:
         """Return D N for the shift and D N head_dim real numbers for the diagonal state space; equal to the cache's."""
@@ -153,7 +153,8 @@ class H3(nnx.Module):
         kv = k[..., :, None] * v[..., None, :]
         return kv.reshape(*kv.shape[:-2], -1)
 
-    def _out(self, q, kv, y):
+    def _out(self, x, kv, y):
+        q = self.q_proj(x)
         y = y + kv * self.skip[...].reshape((1,) * (kv.ndim - 2) + (-1, 1))
         d = self.config.head_dim
         y = y.reshape(*y.shape[:-1], d, d) * q.reshape(*q.shape[:-1], -1, d)[..., None].astype(jnp.float32)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
@@ -108,13 +108,13 @@ class Hyena(nnx.Module):
             d_model, d_model, ("mlp", "embed"), bias=True, std=out_std, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence of at most `l_max` tokens."""
         check_length(x.shape[1], self.config.l_max)
         u = short_conv(self.in_proj(x), self.conv_kernel[...], segment_ids=segment_ids, impl=self._short_impl)
         u, gate = self._gated(u)
         y = long_conv(u, self.filter(x.shape[1]), segment_ids=segment_ids, impl=self.config.impl)
-        return self._out(u, y, gate)
+        return self._out(*layers.at(positions, u, y, gate))
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
         """Return the inputs of both convolutions before the first of up to `max_len` tokens."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from based_jax.dims import BD, BHEV, BT, BTD
+from based_jax.dims import BD, BHEV, BP, BPD, BT, BTD
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
 from based_jax.nn.feature_maps import FEATURE_MAPS
@@ -60,11 +60,11 @@ class LinearAttention(nnx.Module):
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
         self.feature_map = FEATURE_MAPS[config.feature_map](config.num_heads, config.feature_dim, rngs=rngs)
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
         q, k, v, _ = self._project(x, jnp.zeros(1, jnp.int32), segment_ids)
         o = linear_attention.linear_attention(q, k, v, segment_ids=segment_ids, impl=self.config.impl)
-        return self.out_proj(layers.merge_heads(o))
+        return self._out(*layers.at(positions, o))
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
         """Return the cache before the first token; its size does not depend on `max_len`."""
@@ -79,7 +79,7 @@ class LinearAttention(nnx.Module):
         o, state = linear_attention.linear_attention(
             q, k, v, state=state, segment_ids=segment_ids, return_state=True, impl=self.config.impl
         )
-        return self.out_proj(layers.merge_heads(o)), (state, length)
+        return self._out(o), (state, length)
 
     def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
         """Mix one token and return the cache after it."""
@@ -87,7 +87,7 @@ class LinearAttention(nnx.Module):
         q, k, v = self._heads(x)
         q, k = self.feature_map(q, k, length)
         o, state = linear_attention.linear_attention_step(q, k, v, state)
-        return self.out_proj(layers.merge_heads(o)), (state, length + 1)
+        return self._out(o), (state, length + 1)
 
     def state_size(self, seq_len: int) -> int:
         """Return H (V+1) E elements, E of the feature map; equal to the cache's."""
@@ -107,3 +107,6 @@ class LinearAttention(nnx.Module):
         places, length = segments.positions(segment_ids, length, x.shape[1])
         q, k, v = self._heads(x)
         return *self.feature_map(q, k, places), v, length
+
+    def _out(self, o):
+        return self.out_proj(layers.merge_heads(o))

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
@@ -56,11 +56,11 @@ class LongConv(nnx.Module):
         """Return the taps of the first `length` lags."""
         return self.taps[:, :length].T
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence of at most `l_max` tokens."""
         check_length(x.shape[1], self.config.l_max)
         y = long_conv(x, self.filter(x.shape[1]), segment_ids=segment_ids, impl=self.config.impl)
-        return self._gate(x, y)
+        return self._gate(*layers.at(positions, x, y))
 
     def init_cache(self, batch: int, max_len: int) -> KVCache:
         """Return the inputs before the first of up to `max_len` tokens."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import inverse_softplus_dt
@@ -86,13 +86,12 @@ class Mamba(nnx.Module):
             self.d_inner, d_model, False, rngs, names=("mlp", "embed"), dtype=dtype, gain=gain
         )
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
-        u, z = layers.parts(self.in_proj, x, self.d_inner, self.d_inner)
-        u = self._activated(short_conv(u, self.conv_kernel[...], segment_ids=segment_ids))
+        u = self._activated(short_conv(self._inner(x), self.conv_kernel[...], segment_ids=segment_ids))
         dt, B, C = self._selected(u)
         y = selective_scan(u, dt, self._A(), B, C, segment_ids=segment_ids, impl=self.config.impl)
-        return self._out(u, y, z)
+        return self._out(*layers.at(positions, x, u, y))
 
     def init_cache(self, batch: int, max_len: int) -> MambaCache:
         """Return the cache before the first token; its size does not depend on `max_len`."""
@@ -102,21 +101,19 @@ class Mamba(nnx.Module):
     def prefill(self, x: BTD, cache: MambaCache, segment_ids: BT | None = None) -> tuple[BTD, MambaCache]:
         """Mix the next tokens of a sequence and return the cache after them."""
         options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
-        u, z = layers.parts(self.in_proj, x, self.d_inner, self.d_inner)
-        u, conv = short_conv(u, self.conv_kernel[...], state=cache.conv, **options)
+        u, conv = short_conv(self._inner(x), self.conv_kernel[...], state=cache.conv, **options)
         u = self._activated(u)
         dt, B, C = self._selected(u)
         y, state = selective_scan(u, dt, self._A(), B, C, state=cache.state, impl=self.config.impl, **options)
-        return self._out(u, y, z), MambaCache(conv, state)
+        return self._out(x, u, y), MambaCache(conv, state)
 
     def step(self, x: BD, cache: MambaCache) -> tuple[BD, MambaCache]:
         """Mix one token and return the cache after it."""
-        u, z = layers.parts(self.in_proj, x, self.d_inner, self.d_inner)
-        u, conv = short_conv_step(u, self.conv_kernel[...], cache.conv)
+        u, conv = short_conv_step(self._inner(x), self.conv_kernel[...], cache.conv)
         u = self._activated(u)
         dt, B, C = self._selected(u)
         y, state = selective_scan_step(u, dt, self._A(), B, C, cache.state)
-        return self._out(u, y, z), MambaCache(conv, state)
+        return self._out(x, u, y), MambaCache(conv, state)
 
     def state_size(self, seq_len: int) -> int:
         """Return N states and one input per tap for each inner channel; equal to the cache's."""
@@ -141,6 +138,10 @@ class Mamba(nnx.Module):
         dt = jax.lax.optimization_barrier(self.dt_proj(parts[0]))
         return jax.nn.softplus(dt), parts[1], parts[2]
 
-    def _out(self, u, y, z):
+    def _inner(self, x):
+        return layers.part(self.in_proj, x, 0, self.d_inner)
+
+    def _out(self, x, u, y):
+        z = layers.part(self.in_proj, x, self.d_inner, 2 * self.d_inner)
         skip = self.D[...].reshape((1,) * (u.ndim - 1) + (-1,)) * u.astype(jnp.float32)
         return self.out_proj((y.astype(jnp.float32) + skip).astype(self.dtype) * jax.nn.silu(z))

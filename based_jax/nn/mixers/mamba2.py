@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import inverse_softplus_dt
@@ -88,13 +88,13 @@ class Mamba2(nnx.Module):
             self.d_inner, d_model, False, rngs, names=("mlp", "embed"), dtype=dtype, gain=gain
         )
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
-        z, u, dt = self._projected(x)
+        u, dt = self._projected(x)
         u = short_conv(u, self.conv_kernel[...], segment_ids=segment_ids)
-        inputs, skip = self._inputs(u, dt)
+        inputs = self._inputs(u, dt)
         y = ssd(*inputs, segment_ids=segment_ids, impl=self.config.impl)
-        return self._out(y, skip, z)
+        return self._out(*layers.at(positions, x, inputs[0], y))
 
     def init_cache(self, batch: int, max_len: int) -> Mamba2Cache:
         """Return the cache before the first token; its size does not depend on `max_len`."""
@@ -104,19 +104,19 @@ class Mamba2(nnx.Module):
     def prefill(self, x: BTD, cache: Mamba2Cache, segment_ids: BT | None = None) -> tuple[BTD, Mamba2Cache]:
         """Mix the next tokens of a sequence and return the cache after them."""
         options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
-        z, u, dt = self._projected(x)
+        u, dt = self._projected(x)
         u, conv = short_conv(u, self.conv_kernel[...], state=cache.conv, **options)
-        inputs, skip = self._inputs(u, dt)
+        inputs = self._inputs(u, dt)
         y, state = ssd(*inputs, state=cache.state, impl=self.config.impl, **options)
-        return self._out(y, skip, z), Mamba2Cache(conv, state)
+        return self._out(x, inputs[0], y), Mamba2Cache(conv, state)
 
     def step(self, x: BD, cache: Mamba2Cache) -> tuple[BD, Mamba2Cache]:
         """Mix one token and return the cache after it."""
-        z, u, dt = self._projected(x)
+        u, dt = self._projected(x)
         u, conv = short_conv_step(u, self.conv_kernel[...], cache.conv)
-        (u, dt, A, B, C), skip = self._inputs(u, dt)
+        u, dt, A, B, C = self._inputs(u, dt)
         y, state = ssd_step(u, dt, A, B, C, cache.state)
-        return self._out(y, skip, z), Mamba2Cache(conv, state)
+        return self._out(x, u, y), Mamba2Cache(conv, state)
 
     def state_size(self, seq_len: int) -> int:
         """Return N states of each inner channel, and the inputs of the convolution; equal to the cache's."""
@@ -129,10 +129,11 @@ class Mamba2(nnx.Module):
         return 2 * (projections + taps) + 4 * self.d_inner * self.config.d_state
 
     def _projected(self, x):
-        return layers.parts(self.in_proj, x, self.d_inner, self.channels, self.num_heads)
+        ends = self.d_inner, self.d_inner + self.channels, self.d_inner + self.channels + self.num_heads
+        return layers.part(self.in_proj, x, *ends[:2]), layers.part(self.in_proj, x, *ends[1:])
 
     def _inputs(self, u, dt):
-        """Return (x, dt, A, B, C) of the scan by head and by group, and the skip."""
+        """Return (x, dt, A, B, C) of the scan by head and by group."""
         lead, N = u.shape[:-1], self.config.d_state
         ones = (1,) * len(lead)
         u = jax.nn.silu(u + self.conv_bias[...].astype(u.dtype).reshape(*ones, -1))
@@ -141,9 +142,10 @@ class Mamba2(nnx.Module):
         B, C = (y.reshape(*lead, -1, N) for y in (B, C))
         x = x.reshape(*lead, self.num_heads, -1)
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].reshape(*ones, -1))
-        skip = self.D[...].reshape(*ones, -1, 1) * x.astype(jnp.float32)
-        return (x, dt, -jnp.exp(self.A_log[...]), B, C), skip
+        return x, dt, -jnp.exp(self.A_log[...]), B, C
 
-    def _out(self, y, skip, z):
+    def _out(self, x, u, y):
+        z = layers.part(self.in_proj, x, 0, self.d_inner)
+        skip = self.D[...].reshape((1,) * (u.ndim - 2) + (-1, 1)) * u.astype(jnp.float32)
         y = layers.merge_heads(y.astype(jnp.float32) + skip)
         return self.out_proj(self.norm(y * jax.nn.silu(z.astype(jnp.float32))).astype(self.dtype))

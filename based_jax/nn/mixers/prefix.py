@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Shaped
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.mixers.taylor import PROJECTIONS, TaylorAttention, TaylorConfig
@@ -51,13 +51,21 @@ class PrefixLinearAttention(TaylorAttention):
         self.proj_k_enc = layers.linear(d_model, features, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
         self.proj_v_enc = layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None, encoder_mask: Shaped[Array, "B M"] | None = None) -> BTD:
+    def __call__(
+        self,
+        x: BTD,
+        segment_ids: BT | None = None,
+        positions: BP | None = None,
+        *,
+        encoder_mask: Shaped[Array, "B M"] | None = None,
+    ) -> BPD:
         """Mix a whole sequence.
 
         Where `encoder_mask` (B, M) is 0, keys of the prefix become zero vectors before the feature map. As in the
         publication such a token still adds its value under the constant feature; `segment_ids` hide one wholly.
         """
-        return self._mix(x, self.init_cache(*x.shape[:2]), segment_ids, encoder_mask)[0]
+        y, _ = self._mix(x, self.init_cache(*x.shape[:2]), segment_ids, encoder_mask)
+        return layers.at(positions, y)[0]
 
     def init_cache(self, batch: int, max_len: int) -> Any:
         """Return the state and the tokens read before the first one."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from based_jax.dims import BT, BTD
+from based_jax.dims import BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter, per_channel
@@ -83,16 +83,18 @@ class RWKV7(TimeMix):
         self.norm = HeadNorm(d_model, config.head_dim * 1e-5, rngs=rngs)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None, v_first: BTD | None = None) -> BTD:
+    def __call__(
+        self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None, *, v_first: BTD | None = None
+    ) -> BPD:
         """Mix a whole sequence; `v_first` (B, T, D) are the first layer's values, for `value_residual`."""
         if v_first is None:
-            return super().__call__(x, segment_ids)
+            return super().__call__(x, segment_ids, positions)
         if not self.config.value_residual:
             raise UserError("v_first was given, but value_residual is False.")
         previous = self._shifted(x, segment_ids)
         inputs, rest = self._project(x, previous, v_first)
         o = dplr(*inputs, scale=1.0, segment_ids=segment_ids, impl=self.config.impl)
-        return self._out(o, *rest)
+        return self._out(*layers.at(positions, o, *rest))
 
     def state_size(self, seq_len: int) -> int:
         """Return a square of channels a head, and the last token; equal to the cache's."""

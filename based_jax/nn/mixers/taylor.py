@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from flax import nnx
 
-from based_jax.dims import BD, BHEV, BT, BTD
+from based_jax.dims import BD, BHEV, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.ops import taylor
@@ -47,10 +47,10 @@ class TaylorAttention(nnx.Module):
         self.proj_v = layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
         o = taylor.taylor_attention(*self._qkv(x), segment_ids=segment_ids, impl=self.config.impl)
-        return self.out_proj(layers.merge_heads(o))
+        return self._out(*layers.at(positions, o))
 
     def init_cache(self, batch: int, max_len: int) -> BHEV:
         """Return the state before the first token; its size does not depend on `max_len`."""
@@ -61,13 +61,13 @@ class TaylorAttention(nnx.Module):
         o, cache = taylor.taylor_attention(
             *self._qkv(x), state=cache, segment_ids=segment_ids, return_state=True, impl=self.config.impl
         )
-        return self.out_proj(layers.merge_heads(o)), cache
+        return self._out(o), cache
 
     def step(self, x: BD, cache: BHEV) -> tuple[BD, BHEV]:
         """Mix one token and return the state after it."""
         q, k, v = self._qkv(x)
         o, cache = taylor.taylor_attention_step(q, k, v, cache)
-        return self.out_proj(layers.merge_heads(o)), cache
+        return self._out(o), cache
 
     def state_size(self, seq_len: int) -> int:
         """Return H (V+1) E elements, E = 1 + K + K(K+1)/2; equal to the cache's."""
@@ -80,3 +80,6 @@ class TaylorAttention(nnx.Module):
 
     def _qkv(self, x):
         return tuple(layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_q, self.proj_k, self.proj_v))
+
+    def _out(self, o):
+        return self.out_proj(layers.merge_heads(o))

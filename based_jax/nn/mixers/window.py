@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from based_jax.dims import BT, BTD
+from based_jax.dims import BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
@@ -43,12 +43,12 @@ class WindowAttention(attention.Attention):
             raise UserError(f"window is {config.window}; it counts the query's own key, so it is at least 1.")
         super().__init__(d_model, config, std=std, out_std=out_std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: BTD, segment_ids: BT | None = None) -> BTD:
+    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
         q, k, v = self.rotated_qkv(x, 0)
         k, v = self.for_each_query(k), self.for_each_query(v)
         o = window_attention(q, k, v, window=self.config.window, segment_ids=segment_ids, impl=self.config.impl)
-        return self.out_proj(layers.merge_heads(o))
+        return self._out(*layers.at(positions, o))
 
     def init_cache(self, batch: int, max_len: int) -> KVCache:
         """Return an empty ring; its size does not depend on `max_len`."""
@@ -67,7 +67,7 @@ class WindowAttention(attention.Attention):
             segment_ids=jnp.concatenate([cache.past_ids(ids), ids], axis=1),
             impl=self.config.impl,
         )
-        return self.out_proj(layers.merge_heads(o[:, cache.slots :])), cache.extend(k, v, ids)
+        return self._out(o[:, cache.slots :]), cache.extend(k, v, ids)
 
     def state_size(self, seq_len: int) -> int:
         """Return a key and a value of each head for each of `window` tokens; equal to the cache's."""
