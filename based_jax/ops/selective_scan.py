@@ -34,6 +34,34 @@ def initial_state(batch: int, channels: int, state_dim: int) -> BDN:
     return jnp.zeros((batch, channels, state_dim), jnp.float32)
 
 
+@jax.custom_vjp
+def step_sizes(raw: Float[Array, "*T D"], bias: Float[Array, "D"]) -> Float[Array, "*T D"]:
+    """Return the fp32 steps softplus(raw + bias) of channels.
+
+    The gradient of `raw` has its dtype; that of `bias` is the sum of it over the tokens, taken apart: left to itself
+    XLA sums column by column where it computes the other, which takes twice as long.
+    Source: state-spaces/mamba:mamba_ssm/ops/selective_scan_interface.py (`delta_bias`, `delta_softplus`).
+    """
+    return jax.nn.softplus(_biased(raw, bias))
+
+
+def _biased(raw, bias):
+    return raw.astype(jnp.float32) + bias.astype(jnp.float32).reshape((1,) * (raw.ndim - 1) + (-1,))
+
+
+def _step_sizes_fwd(raw, bias):
+    return step_sizes(raw, bias), (raw, bias)
+
+
+def _step_sizes_bwd(saved, grad):
+    raw, bias = saved
+    draw = jax.lax.optimization_barrier((grad * jax.nn.sigmoid(_biased(raw, bias))).astype(raw.dtype))
+    return draw, draw.astype(jnp.float32).sum(axis=tuple(range(raw.ndim - 1))).astype(bias.dtype)
+
+
+step_sizes.defvjp(_step_sizes_fwd, _step_sizes_bwd)
+
+
 def selective_scan(
     u: BTD,
     dt: BTD,

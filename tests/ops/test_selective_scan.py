@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from reference_cases import FORWARD, GRADIENT, assert_close, load
 
-from based_jax.ops.selective_scan import CHUNK, initial_state, selective_scan, selective_scan_step
+from based_jax.ops.selective_scan import CHUNK, initial_state, selective_scan, selective_scan_step, step_sizes
 
 D, N = 4, 3
 IMPLS = ("recurrent", "xla")
@@ -26,6 +26,18 @@ def test_oracle_equals_fp64(normal):
         added = step * np.asarray(B[:, t, None]) * np.asarray(u[:, t, :, None])
         h = np.exp(step * np.asarray(A, np.float64)) * h + added
         np.testing.assert_allclose(y[:, t], (h * np.asarray(C[:, t, None])).sum(axis=-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 5, D), (7, D)])
+def test_step_sizes_are_softplus(shape, dtype, normal, out_and_grads, close):
+    raw, bias, grad = normal(*shape, dtype=dtype, scale=3.0), normal(D), normal(*shape)
+    got = out_and_grads(step_sizes, (raw, bias), grad)
+    x = np.asarray(raw, np.float64) + np.asarray(bias, np.float64)
+    draw = np.asarray(grad, np.float64) / (1 + np.exp(-x))
+    assert (got[0].dtype, got[1][0].dtype, got[1][1].dtype) == (jnp.float32, dtype, jnp.float32)
+    close(got[0], np.logaddexp(x, 0))
+    close(got[1], (draw, draw.reshape(-1, D).sum(axis=0)), dtype)
 
 
 @pytest.mark.parametrize("T", [1, 37, 2 * CHUNK + 3])

@@ -14,7 +14,15 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.ops.conv import short_conv, short_conv_step
-from based_jax.ops.selective_scan import BDN, IMPLEMENTATIONS, initial_state, selective_scan, selective_scan_step
+from based_jax.ops.projection import multiply
+from based_jax.ops.selective_scan import (
+    BDN,
+    IMPLEMENTATIONS,
+    initial_state,
+    selective_scan,
+    selective_scan_step,
+    step_sizes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +141,9 @@ class Mamba(nnx.Module):
 
     def _selected(self, u):
         """Return the steps, and the input and output vectors of the state."""
-        parts = jnp.split(self.x_proj(u), [self.dt_rank, self.dt_rank + self.config.d_state], axis=-1)
-        # Without the barrier XLA sums the bias' gradient where it computes softplus', column by column: twice as slow.
-        dt = jax.lax.optimization_barrier(self.dt_proj(parts[0]))
-        return jax.nn.softplus(dt), parts[1], parts[2]
+        low, B, C = jnp.split(self.x_proj(u), [self.dt_rank, self.dt_rank + self.config.d_state], axis=-1)
+        kernel, bias = (x[...] for x in (self.dt_proj.kernel, self.dt_proj.bias) if x is not None)
+        return step_sizes(multiply(low, kernel.astype(low.dtype)), bias), B, C
 
     def _inner(self, x):
         return layers.part(self.in_proj, x, 0, self.d_inner)
