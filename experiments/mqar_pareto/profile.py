@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--out", type=Path, default=RESULTS / "profile.jsonl", help="JSON lines; appended to")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--impl", default="auto", help="of the last mixer's operation (default: auto)")
     parser.add_argument("--lanes", type=int, default=1)
     parser.add_argument("--segment", type=int, default=4, help="training segment, by its place (default: 4, 256x64)")
 
@@ -59,13 +60,21 @@ def run(args: argparse.Namespace) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("a") as file:
         for name in args.models:
-            row = {"model": name} | measure(MODELS[name][0], args.segment, args.lanes) | facts
+            point = with_impl(MODELS[name][0], args.impl)
+            row = {"model": name, "impl": args.impl} | measure(point, args.segment, args.lanes) | facts
             spent = f"{row['milliseconds']:8.3f} ms, {row['kernel_milliseconds']:.3f} in {row['kernels']:.0f} kernels"
             print(f"{name:20} {spent}", flush=True)
             for kernel, milliseconds, calls in row["top"]:
                 print(f"    {milliseconds:8.4f} ms {calls:6.1f} x {kernel[:80]}")
             print(json.dumps(row), file=file, flush=True)
     return 0
+
+
+def with_impl(point: dict, impl: str) -> dict:
+    """Return the point with an implementation for the operation of its last mixer, in all layers that have it."""
+    last, _ = point["model.layers"][-1]
+    found = [(kind, options | {"impl": impl} if kind == last else options) for kind, options in point["model.layers"]]
+    return point | {"model.layers": tuple(found)}
 
 
 def measure(point: dict, segment: int, number: int) -> dict:
