@@ -26,11 +26,10 @@ LEAST_PART, FORWARD_PART, BACKWARD_PART = 4, 16, 32
 """Tiles of a block, at least and at most; the backward's are more since each block leaves sums of its own."""
 FORWARD_BLOCKS, BACKWARD_BLOCKS = 4, 2
 """Of a multiprocessor at once, as far as its shared memory goes; a block takes fewer tiles to make as many."""
-MULTIPROCESSORS = 132
 
 
-@functools.partial(jax.jit, static_argnames="eps")
-def forward(r, y, scale, bias, *, eps: float):
+@functools.partial(jax.jit, static_argnames=("eps", "multiprocessors"))
+def forward(r, y, scale, bias, *, eps: float, multiprocessors: int):
     """Return r + y (N, D) fp32, unless y is None, and its norm times `scale` (N, D) bf16.
 
     Args:
@@ -38,8 +37,9 @@ def forward(r, y, scale, bias, *, eps: float):
       y: (N, D) bf16, or None.
       scale: (D,) fp32.
       bias: (D,) fp32, added to the norm, which is a layer norm then; None for RMS norm.
+      multiprocessors: of the GPU.
     """
-    plan, dtype = _Plan.of(r, FORWARD_PART, FORWARD_BLOCKS), jnp.bfloat16
+    plan, dtype = _Plan.of(r, FORWARD_PART, FORWARD_BLOCKS * multiprocessors), jnp.bfloat16
     adds, centered = y is not None, bias is not None
 
     def body(*refs):
@@ -63,8 +63,8 @@ def forward(r, y, scale, bias, *, eps: float):
     return plan.kernel(body, "residual_norm", out_type, (r.dtype, dtype), 1 + adds)(*arrays)
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "adds", "centered"))
-def backward(total, scale, dx, dtotal, *, eps: float, adds: bool, centered: bool):
+@functools.partial(jax.jit, static_argnames=("eps", "adds", "centered", "multiprocessors"))
+def backward(total, scale, dx, dtotal, *, eps: float, adds: bool, centered: bool, multiprocessors: int):
     """Return dr (N, D) fp32, dy (N, D) bf16 if there was a y, and sums of parts of dscale and, of a layer norm, dbias.
 
     Args:
@@ -73,8 +73,9 @@ def backward(total, scale, dx, dtotal, *, eps: float, adds: bool, centered: bool
       dx, dtotal: the gradients of the norm, bf16, and of the sum, fp32.
       adds: whether there was a y.
       centered: whether the norm was a layer norm.
+      multiprocessors: of the GPU.
     """
-    plan = _Plan.of(total, BACKWARD_PART, BACKWARD_BLOCKS)
+    plan = _Plan.of(total, BACKWARD_PART, BACKWARD_BLOCKS * multiprocessors)
 
     def body(*refs):
         (total_ref, scale_ref, *given), results, sum_refs, scratch = split(refs, 4, 1 + adds, 1 + centered)
@@ -120,7 +121,7 @@ class _Plan(NamedTuple):
         most_rows = max(1, ELEMENTS // channels)
         rows = math.gcd(tokens, 1 << most_rows.bit_length() - 1)
         tiles = tokens // rows
-        part = min(most_tiles, max(LEAST_PART, pl.cdiv(tiles, MULTIPROCESSORS * blocks)))
+        part = min(most_tiles, max(LEAST_PART, pl.cdiv(tiles, blocks)))
         return cls(rows, channels, tiles, part)
 
     @property

@@ -112,7 +112,7 @@ def _fused_fwd(r, y, scale, bias, eps):
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels import norm_hopper as kernels
 
-    *summed, x = hopper.call(kernels.forward, r, y, scale, bias, eps=eps)
+    *summed, x = hopper.call(kernels.forward, r, y, scale, bias, eps=eps, multiprocessors=hopper.MULTIPROCESSORS)
     [total] = summed or [r]
     return (total, x), (total, y is not None, scale, bias is not None)
 
@@ -122,7 +122,7 @@ def _fused_bwd(eps, saved, cotangents):
 
     total, adds, scale, centered = saved
     dtotal, dx = cotangents
-    options = {"eps": eps, "adds": adds, "centered": centered}
+    options = {"eps": eps, "adds": adds, "centered": centered, "multiprocessors": hopper.MULTIPROCESSORS}
     found = iter(hopper.call(kernels.backward, total, scale, dx, dtotal, **options))
     dr, dy = next(found), next(found) if adds else None
     return dr, dy, next(found).sum(axis=0), next(found).sum(axis=0) if centered else None

@@ -23,9 +23,9 @@ def read(folder: Path, pattern: str) -> list[dict]:
     return [json.loads(text) for path in sorted(folder.glob(pattern)) for text in path.read_text().splitlines()]
 
 
-def measured(folder: Path) -> dict[Place, dict]:
+def measured(folder: Path, pattern: str = "bench*.jsonl") -> dict[Place, dict]:
     """Return the benchmark's rows that have a time, by `KEY`; the last of several."""
-    return {tuple(row[name] for name in KEY): row for row in read(folder, "bench*.jsonl") if "microseconds" in row}
+    return {tuple(row[name] for name in KEY): row for row in read(folder, pattern) if "microseconds" in row}
 
 
 def time_of(rows: dict[Place, dict], op: str, impl: str, which: str, shape: Shape) -> float | None:

@@ -105,9 +105,9 @@ def short(folder: Path) -> str:
     return _table(["(B, H, T)", *forms, "quadratic / ours"], map(cells, shapes), used)
 
 
-def others(folder: Path) -> str:
+def others(folder: Path, operations: Sequence[str] = OTHERS, files: str = "bench*.jsonl") -> str:
     """Return times of the other operations."""
-    rows = results.measured(folder)
+    rows = results.measured(folder, files)
     impls = {"ours": "hopper", "cuDNN": "cudnn", "XLA": "xla"}
 
     def cells(place: tuple[str, Shape]) -> list[str]:
@@ -124,10 +124,16 @@ def others(folder: Path) -> str:
             _ratios(library, times[0]),
         ]
 
-    used = [row for row in rows.values() if row["op"] in OTHERS]
-    places = sorted({(row["op"], results.where(row)) for row in used}, key=lambda x: (OTHERS.index(x[0]), x[1]))
+    used = [row for row in rows.values() if row["op"] in operations]
+    places = sorted({(row["op"], results.where(row)) for row in used}, key=lambda x: (operations.index(x[0]), x[1]))
     header = ["operation", "(B, H, T)", "floor", *impls, "ours / floor", "library / ours"]
     return _table(header, map(cells, places), used)
+
+
+def later(folder: Path) -> str:
+    """Return times of the norms and of the recurrence, which are of another card."""
+    operations = "residual_rms_norm", "residual_layer_norm", "delta_rule", "gated_linear_attention"
+    return others(folder, operations, "norms_and_recurrence.jsonl")
 
 
 def calls(folder: Path) -> str:
@@ -184,6 +190,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "goals": goals,
     "short": short,
     "others": others,
+    "later": later,
     "calls": calls,
     "launches": launches,
     "checks": checks,

@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from based_jax.errors import UserError
-from experiments.mqar_pareto import gains, profile, throughput
+from experiments.mqar_pareto import profile, tables, throughput
 
-COMMANDS = {"throughput": throughput, "gains": gains, "profile": profile}
+COMMANDS = {"throughput": throughput, "profile": profile, "tables": tables}
 
 
 def main(argv: list[str] | None = None) -> int:

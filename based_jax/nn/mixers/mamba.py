@@ -142,8 +142,8 @@ class Mamba(nnx.Module):
     def _selected(self, u):
         """Return the steps, and the input and output vectors of the state."""
         low, B, C = jnp.split(self.x_proj(u), [self.dt_rank, self.dt_rank + self.config.d_state], axis=-1)
-        kernel, bias = (x[...] for x in (self.dt_proj.kernel, self.dt_proj.bias) if x is not None)
-        return step_sizes(multiply(low, kernel.astype(low.dtype)), bias), B, C
+        bias: Any = self.dt_proj.bias
+        return step_sizes(multiply(low, self.dt_proj.kernel[...].astype(low.dtype)), bias[...]), B, C
 
     def _inner(self, x):
         return layers.part(self.in_proj, x, 0, self.d_inner)

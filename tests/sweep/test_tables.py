@@ -1,4 +1,4 @@
-"""The tables of what each change to a plain loop brings."""
+"""The tables of the frontier's README."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from based_jax.errors import UserError
 from experiments.mqar_pareto import __main__ as command
-from experiments.mqar_pareto import gains
+from experiments.mqar_pareto import tables
 
 FOLDER = Path(command.__file__).parent
 
@@ -22,8 +22,7 @@ def rows(**milliseconds):
 
 
 def test_epochs_are_weighed_by_their_steps_and_lanes_share_them():
-    table = gains.render(rows(loop=(4, 8), resident=(1, 4), lanes=(1, 6)))
-    first, second = table.split("\n\n")
+    first, second = tables.gains(rows(loop=(4, 8), resident=(1, 4), lanes=(1, 6)))
     assert "| m | 20.00 | 7.00 | 4.50 | 4.4 |" in first and "| all of them | 20.00 | 7.00 | 4.50 | 4.4 |" in first
     assert "| m | 100% | 33% |" in second
 
@@ -31,11 +30,22 @@ def test_epochs_are_weighed_by_their_steps_and_lanes_share_them():
 def test_a_segment_that_is_missing_is_told():
     found = list(rows(loop=(4, 8), resident=(1, 4), lanes=(1, 6)))
     with pytest.raises(UserError, match=r"m has not been measured on every segment: .'lanes', 2"):
-        gains.render([row for row in found if (row["way"], row["segment"]) != ("lanes", "b")])
+        tables.gains([row for row in found if (row["way"], row["segment"]) != ("lanes", "b")])
+
+
+def test_kernels_of_a_step_are_those_of_the_last_rows():
+    def row(model, time, top):
+        return {"model": model, "kernel_milliseconds": time, "top": top}
+
+    found = [{"model": "gla_128", "top": []}, row("gla_64", 9, []), row("gla_128", 8, []), row("window_128", 1, [])]
+    found += [row("gla_128", 2, [("recurrence_again", 0.5, 1.0), ("gemm", 1, 1.0), ("recurrence", 0.25, 1.0)])]
+    table = tables.kernels([*found, row("gla_256", 4, [("gemm", 1, 1.0)])])
+    assert table.splitlines()[0] == "| model | D=128 | its operation | D=256 | its operation |"
+    assert table.splitlines()[2:] == ["| gla | 2.00 | 0.75 | 4.00 | - |"]
 
 
 def test_the_readme_has_the_tables_of_the_rows(capsys):
-    assert command.main(["gains"]) == 0
+    assert command.main(["tables"]) == 0
     readme = (FOLDER / "README.md").read_text()
     assert all(table in readme for table in capsys.readouterr().out.strip().split("\n\n"))
     devices = {json.loads(text)["device"] for text in (FOLDER / "results/throughput.jsonl").read_text().splitlines()}
