@@ -3,7 +3,7 @@
     python -m based_jax sweep run experiments/mqar_pareto/sweeps.py:figure2 --store=runs/figure2
 
 Variants: figure2; its parts headline, narrow and wide, or one mixer of it (based, window, mamba, ...); seeds of the
-headline; figure3, and its widths up to 256, figure3_narrow; ablation; tiny.
+headline; figure3, or one width of it (figure3_64, figure3_128, ...); ablation; tiny.
 Source: HazyResearch/zoology:zoology/experiments/{paper_configs/arxiv24_based_figure2/configs.py,models_repo.py}.
 """
 
@@ -89,10 +89,12 @@ def rest(wide):
     return [point for point in found if (point["model.d_model"] >= WIDE) == wide]
 
 
-def feature_maps(widest=512):
+FIGURE3_WIDTHS = range(64, 513, 64)
+
+
+def feature_maps(widths=FIGURE3_WIDTHS):
     """Return Figure 3: linear attention with each feature map of 16 dimensions, over the width."""
     maps = ("identity", "relu", "elu", "squared", "cosformer", "performer")
-    widths = range(64, widest + 1, 64)
     linear = [hybrid(d, "linear", num_heads=1, feature_dim=16, feature_map=m) for m in maps for d in widths]
     return chain(*linear, *(based(d, 16) for d in widths))
 
@@ -123,7 +125,7 @@ VARIANTS = {
     "figure2": lambda: product(chain(*FIGURE2.values()), param("optim.lr", RATES)),
     **{name: (lambda space=space: product(space, param("optim.lr", RATES))) for name, space in FIGURE2.items()},
     "figure3": lambda: product(feature_maps(), param("optim.lr", RATES)),
-    "figure3_narrow": lambda: product(feature_maps(widest=256), param("optim.lr", RATES)),
+    **{f"figure3_{d}": (lambda d=d: product(feature_maps([d]), param("optim.lr", RATES))) for d in FIGURE3_WIDTHS},
     "ablation": lambda: product(ablation(), param("optim.lr", RATES)),
     "headline": lambda: product(HEADLINE, param("optim.lr", RATES)),
     "narrow": lambda: product(rest(wide=False), param("optim.lr", RATES)),
