@@ -227,8 +227,8 @@ def _supports(xs, bonus, scale, state, segment_ids) -> str | None:
 
 
 IMPLEMENTATIONS = {
-    "hopper": Implementation(_hopper, _supports, platform="cuda"),
     "quadratic": Implementation(functools.partial(_chunked, length=None), _is_short, preferred="cuda"),
+    "hopper": Implementation(_hopper, _supports, platform="cuda"),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),

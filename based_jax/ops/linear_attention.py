@@ -19,6 +19,8 @@ from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
 CHUNK = 128
+SHORT = 512
+"""Tokens up to which one chunk is faster than several on a GPU, measured with Taylor's map (experiments/kernels)."""
 EPS = 1e-12
 
 
@@ -43,10 +45,11 @@ def linear_attention(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
-      impl: "oracle" (quadratic), "recurrent" (token by token), "xla" (chunked, linear in T) or "auto".
+      impl: "oracle" (quadratic), "recurrent" (token by token), "xla" (chunked, linear in T), "quadratic" (one
+        chunk; short sequences on a GPU) or "auto".
 
     Raises:
-      UserError: `impl` is unknown.
+      UserError: `impl` is unknown or cannot run this call.
     """
     o, state = dispatch("linear_attention", IMPLEMENTATIONS, impl, phi_q, phi_k, v, state, segment_ids)
     return (o, state) if return_state else o
@@ -103,15 +106,18 @@ def chunked(
     def chunk(qkv, state: BHEV, span: scan.Span):
         q, k, v = qkv
         dtype, precision = product_policy(v.dtype)
-        p = jnp.where(span.visible[:, None], scores(q.astype(dtype), k.astype(dtype), precision), 0.0).astype(dtype)
-        v1 = with_ones(v).astype(dtype)
-        sums = einsum("BHTS,BSHV->BTHV", p, v1, precision)
+        p = jnp.where(span.visible[:, None], scores(q.astype(dtype), k.astype(dtype), precision, dtype), 0)
+        # The normaliser apart: products of V + 1 columns are slow, cuBLAS wants multiples of 8 in bf16.
+        sums, total = einsum("BHTS,BSHV->BTHV", p, v.astype(dtype), precision), _sum(p, -1).swapaxes(1, 2)
         if not span.fresh:
-            phi_q = features(q) * span.reads[:, :, None, None]
-            sums += einsum("BTHE,BHEV->BTHV", phi_q.astype(dtype), state.astype(dtype), precision)
-        phi_k = features(k) * span.writes[:, :, None, None]
+            phi_q = (features(q) * span.reads[:, :, None, None]).astype(dtype)
+            read = state.astype(dtype)
+            sums += einsum("BTHE,BHEV->BTHV", phi_q, read[..., :-1], precision)
+            total += einsum("BTHE,BHE->BTH", phi_q, read[..., -1], precision)
+        phi_k = (features(k) * span.writes[:, :, None, None]).astype(dtype)
+        written = einsum("BTHE,BTHV->BHEV", phi_k, v.astype(dtype), precision), _sum(phi_k, 1)[..., None]
         kept = jnp.where(span.keeps[:, None, None, None], state, 0.0)
-        return normalise(sums).astype(v.dtype), kept + einsum("BTHE,BTHV->BHEV", phi_k.astype(dtype), v1, precision)
+        return (sums / (total + EPS)[..., None]).astype(v.dtype), kept + jnp.concatenate(written, axis=-1)
 
     length = q.shape[1] if length is None else length
     return scan.over_chunks(chunk, (q, k, v), _empty(q, v, features), state, segment_ids, length)
@@ -128,8 +134,17 @@ def normalise(sums: Float[Array, "*B _"]) -> Float[Array, "*B V"]:
     return sums[..., :-1] / (sums[..., -1:] + EPS)
 
 
-def _dot(phi_q: BTHK, phi_k: BTHK, precision) -> Float[Array, "B H T S"]:
-    return einsum("BTHE,BSHE->BHTS", phi_q, phi_k, precision)
+def is_short(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> str | None:
+    """Return why one chunk would not be the faster XLA form, or None."""
+    return None if q.shape[1] <= SHORT else f"T must be at most {SHORT}, and is {q.shape[1]}"
+
+
+def _dot(phi_q: BTHK, phi_k: BTHK, precision, dtype=jnp.float32) -> Float[Array, "B H T S"]:
+    return einsum("BTHE,BSHE->BHTS", phi_q, phi_k, precision, dtype)
+
+
+def _sum(x: Array, axis: int) -> Array:
+    return jnp.sum(x, axis, dtype=jnp.float32)
 
 
 def _same(phi: Array) -> Array:
@@ -142,6 +157,9 @@ def _empty(q: BTHK, v: BTHV, features: Callable) -> BHEV:
 
 
 IMPLEMENTATIONS = {
+    "quadratic": Implementation(
+        functools.partial(chunked, features=_same, scores=_dot, length=None), is_short, preferred="cuda"
+    ),
     "xla": Implementation(functools.partial(chunked, features=_same, scores=_dot)),
     "recurrent": Implementation(functools.partial(recurrent, features=_same)),
     "oracle": Implementation(functools.partial(oracle, features=_same, scores=_dot)),

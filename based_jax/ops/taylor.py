@@ -24,9 +24,6 @@ from based_jax.ops import linear_attention, taylor_hopper
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.precision import einsum
 
-SHORT = 512
-"""Tokens up to which one chunk is faster in XLA than several, on a GPU, forward and backward (experiments/kernels)."""
-
 
 def expanded_dim(feature_dim: int) -> int:
     """Return E, the number of distinct features of `taylor_features`: 45, 153, 325 for K = 8, 16, 24."""
@@ -96,21 +93,16 @@ def taylor_attention_step(q: BHK, k: BHK, v: BHV, state: BHEV) -> tuple[BHV, BHE
     return linear_attention.linear_attention_step(taylor_features(q), taylor_features(k), v, state)
 
 
-def _kernel(q: BTHK, k: BTHK, precision) -> Float[Array, "B H T S"]:
+def _kernel(q: BTHK, k: BTHK, precision, dtype=jnp.float32) -> Float[Array, "B H T S"]:
     s = einsum("BTHK,BSHK->BHTS", q, k, precision) / math.sqrt(q.shape[-1])
-    return 1.0 + s + 0.5 * s * s
-
-
-def _is_short(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> str | None:
-    """Return why one chunk would not be the faster XLA form, or None."""
-    return None if q.shape[1] <= SHORT else f"T must be at most {SHORT}, and is {q.shape[1]}"
+    return (1.0 + s + 0.5 * s * s).astype(dtype)
 
 
 _chunked = functools.partial(linear_attention.chunked, features=taylor_features, scores=_kernel)
 
 IMPLEMENTATIONS = {
     "hopper": Implementation(taylor_hopper.attention, taylor_hopper.supports, platform="cuda"),
-    "quadratic": Implementation(functools.partial(_chunked, length=None), _is_short, preferred="cuda"),
+    "quadratic": Implementation(functools.partial(_chunked, length=None), linear_attention.is_short, preferred="cuda"),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(functools.partial(linear_attention.recurrent, features=taylor_features)),
     "oracle": Implementation(functools.partial(linear_attention.oracle, features=taylor_features, scores=_kernel)),

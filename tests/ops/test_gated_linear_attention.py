@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from reference_cases import FORWARD, GRADIENT, assert_close, load
 
+from based_jax.ops import dispatch, recurrence
 from based_jax.ops.gated_linear_attention import (
     CHUNK,
+    FEW_STEPS,
     IMPLEMENTATIONS,
+    SHORT,
     gated_linear_attention,
     gated_linear_attention_step,
     initial_state,
@@ -59,6 +62,33 @@ def test_chunked_equals_the_oracle(T, per_head, with_bonus, normal, packed_ids, 
     expected = out_and_grads(call("oracle"), args, cotangents)
     for impl in ("xla", "quadratic") if per_head and T <= CHUNK else ("xla",):
         close(out_and_grads(call(impl), args, cotangents), expected, what=impl, tolerance=2e-5)
+
+
+def test_one_chunk_of_a_long_sequence(normal, packed_ids, out_and_grads, close):
+    T, K, V = SHORT, 64, 64
+    q, k, v = normal(6, T, 1, K), normal(6, T, 1, K), normal(6, T, 1, V)
+    args, ids = (q, k, v, -(normal(6, T, 1, 1) ** 2), normal(6, 1, K, V)), packed_ids(T)
+
+    def call(impl):
+        return lambda *xs: gated_linear_attention(*xs[:4], state=xs[4], segment_ids=ids, return_state=True, impl=impl)
+
+    cotangents = normal(6, T, 1, V), normal(6, 1, K, V)
+    close(out_and_grads(call("quadratic"), args, cotangents), out_and_grads(call("xla"), args, cotangents))
+
+
+def test_auto_takes_the_fastest_on_a_gpu(monkeypatch):
+    """The pairs of a long chunk cost more than the steps of a small state."""
+    monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
+    monkeypatch.setattr(recurrence.hopper, "refusal", lambda: None)
+
+    def taken(T, K, V, decays=1):
+        q, v, g = jnp.zeros((2, T, 2, K), "bfloat16"), jnp.zeros((2, T, 2, V), "bfloat16"), jnp.zeros((2, T, 2, decays))
+        entry = dispatch._automatic("gated_linear_attention", IMPLEMENTATIONS, (q, q, v, g), None, 1.0, None, None)
+        return next(name for name in IMPLEMENTATIONS if IMPLEMENTATIONS[name] is entry)
+
+    assert [taken(T, 32, 64) for T in (CHUNK, SHORT, FEW_STEPS + 1)] == ["quadratic", "hopper", "xla"]
+    assert [taken(T, 128, 256) for T in (CHUNK, SHORT, SHORT + 1)] == ["quadratic", "quadratic", "hopper"]
+    assert [taken(T, 128, 128, 128) for T in (CHUNK, SHORT)] == ["hopper", "hopper"]
 
 
 @pytest.mark.parametrize("per_head", [False, True])

@@ -3,9 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from based_jax.errors import UserError
+from based_jax.ops import dispatch
 from based_jax.ops.linear_attention import (
     CHUNK,
     IMPLEMENTATIONS,
+    SHORT,
     encoder_state,
     initial_state,
     linear_attention,
@@ -75,3 +78,12 @@ def test_an_encoded_prefix_is_a_state_in_no_order(normal, close):
     close(encoded(phi_k, v, mask), encoded(phi_k[:, ::-1], v[:, ::-1], mask[:, ::-1]))
     close(encoded(phi_k, v, mask) - encoded(phi_k, v, mask - last), encoded(phi_k, v, last))
     close(after, encoded(phi_k, v, mask))
+
+
+def test_auto_takes_one_chunk_for_short_sequences_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
+    for length, chosen in ((SHORT, "quadratic"), (SHORT + 1, "xla")):
+        x = jnp.zeros((1, length, 1, 4))
+        assert dispatch._automatic("linear_attention", IMPLEMENTATIONS, x, x, x, None, None) is IMPLEMENTATIONS[chosen]
+    with pytest.raises(UserError, match=f"T must be at most {SHORT}, and is {SHORT + 1}"):
+        linear_attention(*[jnp.zeros((1, SHORT + 1, 1, 4))] * 3, impl="quadratic")

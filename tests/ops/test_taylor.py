@@ -7,10 +7,9 @@ import pytest
 
 from based_jax.errors import UserError
 from based_jax.ops import dispatch, taylor_hopper
-from based_jax.ops.linear_attention import CHUNK
+from based_jax.ops.linear_attention import CHUNK, SHORT
 from based_jax.ops.taylor import (
     IMPLEMENTATIONS,
-    SHORT,
     expanded_dim,
     full_taylor_features,
     initial_state,
