@@ -1,15 +1,17 @@
-"""The README's last tables in markdown.
+"""The README's tables in markdown, from the rows in results/.
 
-From the rows of `throughput` what each change to a plain loop brings, and from those of `profile` where a step's time
-goes.
+From those of the sweep its agreement with what is published and what each mixer recalls within a budget of bytes, from
+those of `throughput` what each change to a plain loop brings, and from those of `profile` where a step's time goes.
 """
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from based_jax.errors import UserError
+from based_jax.store import Store
+from based_jax.sweep.best import Best, accuracy, best
 from experiments.mqar_pareto.throughput import RESULTS
 
 WAYS = {
@@ -18,6 +20,24 @@ WAYS = {
     "fused": "and loss fused",
     "resident": "on the device",
 }
+ASKED = {
+    ("Based", "D 64, K 16"): (0.88, 1),
+    ("Based", "D 128, K 16"): (0.97, 1),
+    ("Based", "D 256, K 16"): (0.98, 1),
+    ("Sliding window", "D 128, w 64"): (0.45, 0.58),
+    ("Sliding window", "D 128, w 1024"): (0.995, 1),
+    ("Attention", "D 64"): (0.995, 1),
+    ("Attention", "D 128"): (0.995, 1),
+    ("Mamba", "D 256, N 16"): (0.72, 0.83),
+    ("H3", "D 64, N 16, head 2"): (0, 0.4),
+    ("H3", "D 128, N 32, head 2"): (0, 0.4),
+    ("H3", "D 256, N 64, head 2"): (0, 0.4),
+    ("DeltaNet", "D 128, 2 heads"): (0.95, 1),
+    ("Gated DeltaNet", "D 128, 2 heads"): (0.97, 1),
+}
+"""By family and label: the accuracies, at the best of four learning rates, that agree with what is published."""
+BUDGETS = 8, 16, 32, 64, 128, 256, 512, 1024
+"""KiB of state."""
 Way = tuple[str, int]
 """A way of running, and its lanes."""
 OPERATIONS = "recurrence", "selective_scan", "taylor", "window"
@@ -26,7 +46,9 @@ OPERATIONS = "recurrence", "selective_scan", "taylor", "window"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of throughput.jsonl and profile.jsonl")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of figure2/, throughput.jsonl and profile.jsonl"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,8 +57,44 @@ def run(args: argparse.Namespace) -> int:
         [json.loads(text) for text in (args.results / f"{name}.jsonl").read_text().splitlines()]
         for name in ("throughput", "profile")
     )
-    print("\n\n".join([*gains(throughput), kernels(profile)]))
+    points = sorted(best(Store(args.results / "figure2").rows()), key=_bytes)
+    print("\n\n".join([agreement(points), budgets(points), *gains(throughput), kernels(profile)]))
     return 0
+
+
+def agreement(points: Sequence[Best]) -> str:
+    """Return a table of the points that something is asked of; an accuracy outside of it is bold.
+
+    Raises:
+      UserError: a point is not there.
+    """
+    found = {(point.family, point.label): point for point in points}
+    lines = [["mixer", "state, KiB", "accuracy of each seed, at its best rate", "asked"]]
+    for (family, label), (low, high) in ASKED.items():
+        if (family, label) not in found:
+            raise UserError(f"There are no rows of {family} with {label}; run the sweep first.")
+        point = found[family, label]
+        values = ", ".join(_judged(accuracy(row), low, high) for row in point.chosen)
+        lines.append([f"{family}, {label}", f"{_bytes(point) / 1024:.0f}", values, f"{low:g} to {high:g}"])
+    return _table(lines)
+
+
+def _judged(value: float, low: float, high: float) -> str:
+    return f"{value:.3f}" if low <= value <= high else f"**{value:.3f}**"
+
+
+def budgets(points: Sequence[Best]) -> str:
+    """Return a table of the best accuracy of each family with a state of at most so many KiB."""
+    lines = [["mixer", *(f"{size:,} KiB" for size in BUDGETS)]]
+    families = {point.family: [x for x in points if x.family == point.family] for point in points}
+    for name, mine in sorted(families.items(), key=lambda item: -max(x.median for x in item[1])):
+        within = ([x.median for x in mine if _bytes(x) <= 1024 * size] for size in BUDGETS)
+        lines.append([name, *(f"{max(values):.3f}" if values else "-" for values in within)])
+    return _table(lines)
+
+
+def _bytes(point: Best) -> int:
+    return point.state_bytes(convolution=False)
 
 
 def kernels(rows: Iterable[dict]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from based_jax.errors import UserError
+from based_jax.sweep.best import best
 from experiments.mqar_pareto import __main__ as command
 from experiments.mqar_pareto import tables
 
@@ -19,6 +20,36 @@ def rows(**milliseconds):
         for segment, steps, time in zip("ab", (3000, 1000), times, strict=True):
             row = {"model": "m", "segment": segment, "steps_per_epoch": steps, "way": way, "lanes": lanes}
             yield row | {"milliseconds": time}
+
+
+def point(layers, d_model, *accuracies):
+    """Return a configuration with one seed for each accuracy."""
+    data = {"test": [{"seq_len": 1024, "num_examples": 1}]}
+    model = {"layers": layers, "d_model": d_model}
+    return [
+        {"id": "x", "accuracy": x, "segments": {}}
+        | {"config": {"model": model, "data": data, "optim": {"lr": 1e-3}, "seed": seed}}
+        for seed, x in enumerate(accuracies)
+    ]
+
+
+def window(size, *accuracies):
+    return point([["base_conv", {"kernel_size": 3}], ["window", {"num_heads": 1, "window": size}]], 128, *accuracies)
+
+
+def test_a_budget_buys_the_best_that_is_not_larger():
+    found = best([*window(16, 0.2), *window(32, 0.5, 0.3), *window(64, 0.3)])
+    head, _, line = tables.budgets(found).splitlines()
+    assert head.startswith("| mixer | 8 KiB | 16 KiB | 32 KiB | 64 KiB |")
+    assert line.startswith("| Sliding window | - | 0.200 | 0.400 | 0.400 | 0.400 |")
+
+
+def test_an_accuracy_outside_of_what_is_asked_is_bold(monkeypatch):
+    monkeypatch.setattr(tables, "ASKED", {("Sliding window", "D 128, w 64"): (0.45, 0.58)})
+    line = tables.agreement(best(window(64, 0.5, 0.6))).splitlines()[-1]
+    assert line == "| Sliding window, D 128, w 64 | 64 | 0.500, **0.600** | 0.45 to 0.58 |"
+    with pytest.raises(UserError, match="There are no rows of Sliding window with D 128, w 64; run the sweep first"):
+        tables.agreement(best(window(32, 0.5)))
 
 
 def test_epochs_are_weighed_by_their_steps_and_lanes_share_them():
