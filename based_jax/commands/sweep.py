@@ -12,6 +12,7 @@ from typing import Any
 from based_jax.errors import UserError, unknown
 
 LAUNCHERS = ("local", "ray", "slurm")
+PICTURES = ("frontier", "figure3", "ablation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     missing = commands.add_parser("list", help="print the points that the store has no row of")
     missing.add_argument("sweep", help="sweep file, optionally with a variant: path/to/sweeps.py:variant")
     missing.add_argument("--store", required=True, help="folder of the rows")
-    plot = commands.add_parser("plot", help="draw the frontier of a store: PNG, SVG and one interactive HTML page")
+    plot = commands.add_parser(
+        "plot", help="draw a picture of a store: PNG and SVG, of the frontier an HTML page as well"
+    )
     plot.add_argument("--store", required=True, nargs="+", help="folders of rows, or files")
     plot.add_argument("--out", required=True, help="folder of the pictures")
+    plot.add_argument("--picture", default="frontier", help=f"{', '.join(PICTURES)} (default: frontier)")
     plot.add_argument("--title", default="Recall against bytes of state", help="of the page")
 
 
@@ -105,11 +109,15 @@ def _plot(args: argparse.Namespace) -> None:
     from based_jax.store import Store
     from based_jax.sweep import page, picture
 
+    if args.picture not in PICTURES:
+        raise unknown("picture", args.picture, PICTURES)
     rows = [row for store in args.store for row in Store(store).rows()]
     if not rows:
         raise UserError(f"There are no rows in {', '.join(map(repr, args.store))}.")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    picture.frontier(rows, out / "frontier.png")
-    page.write(rows, out / "frontier.html", title=args.title)
-    print(f"The pictures are {out / 'frontier.png'} and {out / 'frontier.html'}.")
+    drawn = getattr(picture, args.picture)(rows, out / args.picture)
+    if args.picture == "frontier":
+        page.write(rows, out / "frontier.html", title=args.title)
+        drawn.append(out / "frontier.html")
+    print(f"Drawn: {', '.join(map(str, drawn))}.")

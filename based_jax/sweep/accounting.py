@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from based_jax.errors import UserError
@@ -114,7 +115,18 @@ def state_elements(layers: Layers, d_model: int, seq_len: int, *, convolution: b
         if value < 1:
             raise UserError(f"{name} is {value}; it is at least 1.")
     counted = counted_layers(layers, convolution=convolution)
-    return sum(ELEMENTS[kind](MIXERS[kind].Config(**options), d_model, seq_len) for kind, options in counted)
+    return sum(_elements(kind, MIXERS[kind].Config(**options), d_model, seq_len) for kind, options in counted)
+
+
+def _elements(kind: str, config: Any, d_model: int, seq_len: int) -> int:
+    """Return what a layer counts; a mixer that nobody has published counts as its cache."""
+    if kind in ELEMENTS:
+        return ELEMENTS[kind](config, d_model, seq_len)
+
+    def make():
+        return MIXERS[kind](d_model, config, std=1.0, out_std=1.0, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+    return nnx.eval_shape(make).state_size(seq_len)
 
 
 def state_bytes(layers: Layers, d_model: int, seq_len: int, *, convolution: bool) -> int:

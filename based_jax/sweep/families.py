@@ -67,7 +67,7 @@ LETTERS = {
 
 def family(layers: Layers) -> str:
     """Return the name of a model's main mixers, in their order: "Based", "Sliding window + Based"."""
-    return " + ".join(dict.fromkeys(NAMES[kind] for kind, _ in counted_layers(layers, convolution=False)))
+    return " + ".join(dict.fromkeys(NAMES.get(kind, kind) for kind, _ in counted_layers(layers, convolution=False)))
 
 
 def label(layers: Layers, d_model: int) -> str:

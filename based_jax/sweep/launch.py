@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,8 @@ def in_processes(spec: str, store: str, options: Options, *, processes: int) -> 
     """
     gpus, fork, sources, sweep = visible_gpus(), multiprocessing.get_context("fork"), Sources(), load_sweep(spec)
     todo = Todo(sweep, Store(store), options.part)
-    with fork.Pool(processes) as pool:
+    # The end of a pool is SIGTERM: as an exception of Python it can come right before a wait, and is then never seen.
+    with fork.Pool(processes, signal.signal, (signal.SIGTERM, signal.SIG_DFL)) as pool:
         for _, trial in sweep.trials():
             sources.of(trial, pool.starmap)
     compilers = min(options.compilers, max(2, (os.cpu_count() or 1) // processes))

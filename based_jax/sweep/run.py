@@ -24,7 +24,7 @@ from based_jax import config as configs
 from based_jax.data.segments import SegmentSource
 from based_jax.nn.lm import LM
 from based_jax.store import Store
-from based_jax.sweep import engine
+from based_jax.sweep import engine, families
 from based_jax.sweep.engine import Outcome, Resident
 from based_jax.sweep.points import Point
 from based_jax.sweep.trial import Sweep, Trial
@@ -151,7 +151,7 @@ def _train_groups(
                     row = row_of(points[trial.id], trial, outcome) | facts
                     with progress.lock:
                         store.append(row)
-                    progress.add(line(row))
+                    progress.add(line(points[trial.id], trial, outcome))
         except Exception as error:  # the other groups are still worth their time
             errors.append(f"{describe(trials[0])}: {type(error).__name__}: {str(error)[:500]}")
             progress.report(f"FAILED {errors[-1]}")
@@ -274,18 +274,16 @@ def _git(folder: Path, *words: str) -> str:
 
 
 def describe(trial: Trial) -> str:
-    """Return a trial's architecture in a few words."""
-    kinds = " + ".join(dict.fromkeys(kind for kind, _ in trial.model.layers))
-    options = " ".join(f"{key}={value}" for key, value in trial.model.layers[-1][1].items())
-    return f"{kinds} D={trial.model.d_model} {options}".strip()
+    """Return a trial's architecture in a few words: "Based, D 64, K 16"."""
+    return f"{families.family(trial.model.layers)}, {families.label(trial.model.layers, trial.model.d_model)}"
 
 
-def line(row: dict[str, Any]) -> str:
-    """Return a row in one line of print."""
-    values = " ".join(f"{key}={value}" for key, value in row["overrides"].items() if not isinstance(value, list))
-    kinds = " + ".join(dict.fromkeys(kind for kind, _ in row["config"]["model"]["layers"]))
-    epochs = len(row["curve"])
-    return f"{kinds} {values}: {row['accuracy']:.3f}, {row['status']} after {epochs} epochs, {row['seconds']:.1f} s"
+def line(point: Point, trial: Trial, outcome: Outcome) -> str:
+    """Return what a trained point has come to, in one line of print."""
+    told = {key: value for key, value in point.items() if key not in ("model.d_model", "model.layers")}
+    values = [f"{key}={value}" for key, value in told.items() if not isinstance(value, list | tuple | dict)]
+    ended = f"{outcome.curve[-1]:.3f}, {outcome.status} after {len(outcome.curve)} epochs, {outcome.seconds:.1f} s"
+    return f"{' '.join([f'{describe(trial)},', *values])}: {ended}"
 
 
 def _work(group: Sequence[tuple[Point, Trial]]) -> float:

@@ -43,12 +43,18 @@ def test_the_command_runs_lists_and_draws(file, tmp_path, capsys):
     assert main(["sweep", "run", file, f"--store={store}", "--part=1/2"]) == 0
     assert main(["sweep", "list", file, f"--store={store}"]) == 0
     assert "2 of 4 points have no row" in capsys.readouterr().out
+    capsys.readouterr()
     assert main(["sweep", "run", file, f"--store={store}", "--lanes=1"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^\[2/2, \d+ s\] Convolution, D \d+, seed=\d: 0\.\d{3}, finished after 1 epochs, ", said, re.M)
     rows = Store(store).rows()
     assert len(rows) == 4 and {row["sweep"] for row in rows} == {"sweep"}
     assert all(row["command"].startswith("python -m based_jax") for row in rows)
     assert main(["sweep", "plot", f"--store={store}", f"--out={out}"]) == 0
     assert {path.name for path in out.iterdir()} == {"frontier.png", "frontier.svg", "frontier.html"}
+    assert main(["sweep", "plot", f"--store={store}", f"--out={out}", "--picture=ablation"]) == 0
+    assert capsys.readouterr().out.endswith(f"Drawn: {out / 'ablation.png'}, {out / 'ablation.svg'}.\n")
+    assert (out / "ablation.svg").exists()
 
 
 @pytest.mark.parametrize(
@@ -73,6 +79,8 @@ def test_wrong_files_are_one_sentence(file, tmp_path, capsys):
     assert "get_sweep returns a Sweep" in capsys.readouterr().err
     assert main(["sweep", "plot", f"--store={tmp_path}", "--out=x"]) == 2
     assert "There are no rows in" in capsys.readouterr().err
+    assert main(["sweep", "plot", f"--store={tmp_path}", "--out=x", "--picture=figure2"]) == 2
+    assert "Unknown picture 'figure2': did you mean 'figure3'" in capsys.readouterr().err
 
 
 def test_slurm_gets_an_array_job_whose_tasks_are_the_parts(file, tmp_path, monkeypatch):

@@ -129,6 +129,14 @@ def test_the_frontier_draws_every_point(tmp_path):
     assert (filled, hollow) == (4, len(theirs))
 
 
+def test_a_mixer_of_ones_own_has_its_own_name_and_its_cache_s_size(tmp_path, monkeypatch):
+    monkeypatch.setitem(MIXERS, "own", MIXERS["retnet"])
+    rows = [synthetic.row([synthetic.CONV, (name, {"num_heads": 1})], 64) for name in ("own", "retnet")]
+    assert [point.family for point in best(rows)] == ["own", "RetNet"]
+    assert len({point.state_bytes(convolution=False) for point in best(rows)}) == 1
+    assert "own" in texts(picture.frontier(rows, tmp_path / "x")[1])
+
+
 def test_maps_and_parts_are_named(tmp_path):
     assert {"Taylor, 2nd order", "relu", "64"} <= set(texts(picture.figure3(synthetic.map_rows(), tmp_path / "m")[1]))
     words = " ".join(texts(picture.ablation(synthetic.part_rows(), tmp_path / "p")[1]))
