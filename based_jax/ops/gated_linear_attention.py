@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Shaped
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
 from based_jax.ops import recurrence, scan
 from based_jax.ops.dispatch import Implementation, dispatch
-from based_jax.ops.precision import EXACT, einsum, product_policy
+from based_jax.ops.precision import EXACT, einsum, narrow_einsum, product_policy
 
 CHUNK, BLOCK = 64, 16
 SHORT = 256
@@ -116,7 +116,7 @@ def _chunked(xs, bonus, scale, state, segment_ids, *, length: int | None = CHUNK
         q = q.astype(jnp.float32) * scale
         visible = span.visible if bonus is None else span.visible & ~jnp.eye(g.shape[1], dtype=bool)[None]
         weights = pair_weights(q, k.astype(jnp.float32), seen, until, visible, dtype, precision)
-        o = einsum("BHTS,BSHV->BTHV", weights.astype(dtype), v.astype(dtype), precision)
+        o = narrow_einsum("BHTS,BSHV->BTHV", weights.astype(dtype), v.astype(dtype), precision)
         if bonus is not None:
             own = jnp.sum(q * bonus[None, None] * k.astype(jnp.float32), axis=-1, keepdims=True)
             o = o + own * v.astype(jnp.float32)
@@ -149,7 +149,7 @@ def pair_weights(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible, dtype, pr
     if seen.shape[-1] == 1:
         difference = jnp.moveaxis(seen[..., 0], 1, 2)[..., :, None] - jnp.moveaxis(until[..., 0], 1, 2)[..., None, :]
         decay = jnp.exp(jnp.where(mask, difference, -jnp.inf))
-        return einsum("BTHK,BSHK->BHTS", q.astype(dtype), k.astype(dtype), precision) * decay
+        return narrow_einsum("BTHK,BSHK->BHTS", q.astype(dtype), k.astype(dtype), precision) * decay
 
     T = q.shape[1]
     q, k, seen, until = (pad_blocks(x) for x in (q, k, seen, until))

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
@@ -107,20 +108,54 @@ def chunked(
         q, k, v = qkv
         dtype, precision = product_policy(v.dtype)
         p = jnp.where(span.visible[:, None], scores(q.astype(dtype), k.astype(dtype), precision, dtype), 0)
-        # The normaliser apart: products of V + 1 columns are slow, cuBLAS wants multiples of 8 in bf16.
-        sums, total = einsum("BHTS,BSHV->BTHV", p, v.astype(dtype), precision), _sum(p, -1).swapaxes(1, 2)
+        v1 = with_ones(v).astype(dtype)
+        far = None
         if not span.fresh:
-            phi_q = (features(q) * span.reads[:, :, None, None]).astype(dtype)
-            read = state.astype(dtype)
-            sums += einsum("BTHE,BHEV->BTHV", phi_q, read[..., :-1], precision)
-            total += einsum("BTHE,BHE->BTH", phi_q, read[..., -1], precision)
-        phi_k = (features(k) * span.writes[:, :, None, None]).astype(dtype)
-        written = einsum("BTHE,BTHV->BHEV", phi_k, v.astype(dtype), precision), _sum(phi_k, 1)[..., None]
+            phi_q = features(q) * span.reads[:, :, None, None]
+            far = einsum("BTHE,BHEV->BTHV", phi_q.astype(dtype), state.astype(dtype), precision)
+        o = _mean(p, v.astype(dtype), far, precision).astype(v.dtype)
+        phi_k = features(k) * span.writes[:, :, None, None]
         kept = jnp.where(span.keeps[:, None, None, None], state, 0.0)
-        return (sums / (total + EPS)[..., None]).astype(v.dtype), kept + jnp.concatenate(written, axis=-1)
+        return o, kept + einsum("BTHE,BTHV->BHEV", phi_k.astype(dtype), v1, precision)
 
     length = q.shape[1] if length is None else length
     return scan.over_chunks(chunk, (q, k, v), _empty(q, v, features), state, segment_ids, length)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _mean(p: Float[Array, "B H T S"], v: BTHV, far: Float[Array, "B T H V+1"] | None, precision) -> BTHV:
+    """Return p [v, 1] + far, its first V channels over the last one, in v's dtype; all products are of that dtype.
+
+    A product with V + 1 columns would leave cuBLAS's fast paths, which want multiples of 8 in bf16. In the gradient
+    dp_ts = (do_t.v_s - do_t.o_t) / z_t, z the last channel, large terms cancel where values have a mean: it is fp32.
+    """
+    return _mean_forward(p, v, far, precision)[0]
+
+
+def _mean_forward(p, v, far, precision):
+    sums = einsum("BHTS,BSHV->BTHV", p, v, precision)
+    z = jnp.sum(p, -1, dtype=jnp.float32).swapaxes(1, 2)
+    if far is not None:
+        sums, z = sums + far[..., :-1], z + far[..., -1]
+    z = z + EPS
+    o = sums / z[..., None]
+    return o.astype(v.dtype), (p, v, o, z, None if far is None else ())
+
+
+def _mean_backward(precision, saved, grad):
+    p, v, o, z, far = saved
+    share = grad.astype(jnp.float32) / z[..., None]
+    last = -jnp.sum(share * o, -1)
+    dp = einsum("BTHV,BSHV->BHTS", grad, v, precision) / _rows(z) + _rows(last)
+    dv = einsum("BHTS,BTHV->BSHV", p, share.astype(v.dtype), precision, v.dtype)
+    return dp.astype(p.dtype), dv, None if far is None else jnp.concatenate([share, last[..., None]], axis=-1)
+
+
+_mean.defvjp(_mean_forward, _mean_backward)
+
+
+def _rows(x: Float[Array, "B T H"]) -> Float[Array, "B H T 1"]:
+    return x.swapaxes(1, 2)[..., None]
 
 
 def with_ones(v: Float[Array, "*B V"]) -> Float[Array, "*B V+1"]:
@@ -141,10 +176,6 @@ def is_short(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | No
 
 def _dot(phi_q: BTHK, phi_k: BTHK, precision, dtype=jnp.float32) -> Float[Array, "B H T S"]:
     return einsum("BTHE,BSHE->BHTS", phi_q, phi_k, precision, dtype)
-
-
-def _sum(x: Array, axis: int) -> Array:
-    return jnp.sum(x, axis, dtype=jnp.float32)
 
 
 def _same(phi: Array) -> Array:

@@ -30,27 +30,27 @@ def inner_precision(dtype) -> jax.lax.Precision:
 
 
 def einsum(spec: str, a: Array, b: Array, precision, dtype=jnp.float32) -> Array:
-    """Contract with sums in fp32, rounded to `dtype`; the products of the gradient take their operands in a's dtype.
-
-    Of its own accord JAX multiplies an fp32 gradient with operands that it converts to fp32.
-    """
-    if a.dtype == dtype:
-        return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=dtype)
-    return _wider(spec, precision, dtype, a, b)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _wider(spec: str, precision, dtype, a: Array, b: Array) -> Array:
+    """Contract with sums in fp32, rounded to `dtype`, which is also that of the product's gradient."""
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=dtype)
 
 
-def _wider_forward(spec, precision, dtype, a, b):
-    return _wider(spec, precision, dtype, a, b), (a, b)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def narrow_einsum(spec: str, a: Array, b: Array, precision) -> Array:
+    """Contract to fp32; the gradient is rounded to the operands' dtype before it is multiplied.
+
+    Not for terms that cancel, such as those of a normaliser. Of its own accord JAX widens both operands of such
+    products to fp32.
+    """
+    return einsum(spec, a, b, precision)
 
 
-def _wider_backward(spec, precision, dtype, operands, grad):
+def _narrow_forward(spec, a, b, precision):
+    return einsum(spec, a, b, precision), (a, b)
+
+
+def _narrow_backward(spec, precision, operands, grad):
     _, pullback = jax.vjp(lambda a, b: einsum(spec, a, b, precision, a.dtype), *operands)
     return pullback(grad.astype(operands[0].dtype))
 
 
-_wider.defvjp(_wider_forward, _wider_backward)
+narrow_einsum.defvjp(_narrow_forward, _narrow_backward)

@@ -5,6 +5,7 @@ import pytest
 
 from based_jax.errors import UserError
 from based_jax.ops import dispatch
+from based_jax.ops import linear_attention as linear_attention_module
 from based_jax.ops.linear_attention import (
     CHUNK,
     IMPLEMENTATIONS,
@@ -14,6 +15,7 @@ from based_jax.ops.linear_attention import (
     linear_attention,
     linear_attention_step,
 )
+from based_jax.ops.precision import EXACT
 
 FAST = [name for name in IMPLEMENTATIONS if name != "oracle"]
 jitted = jax.jit(linear_attention, static_argnames=("impl", "return_state"))
@@ -78,6 +80,20 @@ def test_an_encoded_prefix_is_a_state_in_no_order(normal, close):
     close(encoded(phi_k, v, mask), encoded(phi_k[:, ::-1], v[:, ::-1], mask[:, ::-1]))
     close(encoded(phi_k, v, mask) - encoded(phi_k, v, mask - last), encoded(phi_k, v, last))
     close(after, encoded(phi_k, v, mask))
+
+
+def test_values_with_a_mean_cost_the_gradient_no_digits(normal):
+    """The two terms of a weight's gradient are then much larger than their sum."""
+    p, v, g = (normal(2, 1, 9, 9) ** 2).astype("bfloat16"), normal(2, 9, 1, 64) + 30, normal(2, 9, 1, 64)
+    v, g = v.astype("bfloat16"), g.astype("bfloat16")
+    _, pullback = jax.vjp(lambda p, v: linear_attention_module._mean(p, v, None, EXACT), p, v)
+    p64, v64, g64 = (np.asarray(x, np.float64) for x in (p, v, g))
+    z = p64.sum(-1).swapaxes(1, 2)[..., None]
+    o = np.einsum("bhts,bshv->bthv", p64, v64) / z
+    share = g64 / z
+    expected = np.einsum("bthv,bshv->bhts", share, v64) - np.sum(share * o, -1).swapaxes(1, 2)[..., None]
+    found = np.asarray(pullback(g)[0], np.float64)
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def test_auto_takes_one_chunk_for_short_sequences_on_a_gpu(monkeypatch):
