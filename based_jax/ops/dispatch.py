@@ -21,21 +21,23 @@ FALLBACK = "xla"
 
 
 def supports_all(*_args: Any, **_kwargs: Any) -> None:
-    """Every call is supported."""
+    """Nothing speaks against any call."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute an operation.
 
-    `supports` takes the call's arguments and returns why the call cannot run, or None. `platform` is the only one it
-    runs on ("cuda", "tpu"), or None for any; `preferred` is one on which `auto` takes it though it runs on any.
+    `supports` takes the call's arguments and returns why the call cannot run, or None, `slower` likewise why `auto`
+    leaves a call that can run to another one. `platform` is the only one it runs on ("cuda", "tpu"), or None for any;
+    `preferred` is one on which `auto` takes it though it runs on any.
     """
 
     run: Callable[..., Any]
     supports: Callable[..., str | None] = supports_all
     platform: str | None = None
     preferred: str | None = None
+    slower: Callable[..., str | None] = supports_all
 
 
 def target_platform() -> str:
@@ -79,7 +81,7 @@ def _automatic(operation: str, table: Mapping[str, Implementation], *args: Any, 
     for name, candidate in table.items():
         if (candidate.platform or candidate.preferred) != target_platform():
             continue
-        reason = candidate.supports(*args, **kwargs)
+        reason = candidate.supports(*args, **kwargs) or candidate.slower(*args, **kwargs)
         if reason is None:
             chosen = name
             break

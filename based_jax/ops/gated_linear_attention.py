@@ -27,9 +27,10 @@ CHUNK, BLOCK = 64, 16
 SHORT = 256
 """Tokens up to which one chunk is faster in XLA than several, on a GPU, where heads have one decay and large states."""
 
-FEW_STEPS = 1024
-"""Tokens up to which `auto` takes the kernels, token by token, where heads have one decay: they are faster than XLA's
-chunks at 256 tokens, slower at 2,048."""
+FEW_STEPS, LARGE = 1024, 128 * 256
+"""Where heads have one decay, `auto` takes the kernels, token by token, up to so many tokens (they are faster than
+XLA's chunks at 256, slower at 2,048), but for states of so many elements one chunk up to `SHORT` tokens: it is slower
+with a quarter of that (experiments/kernels), and expected to be faster with it; not timed."""
 
 HK = Float[Array, "H K"]
 Decay = Float[Array, "B T H #K"]
@@ -64,7 +65,7 @@ def gated_linear_attention(
       return_state: return (o, state after the last token) instead of o.
       impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "quadratic" (one chunk; one
         decay a head and short sequences on a GPU), "hopper" (Mosaic GPU kernels, token by token; K at most 128, no
-        bonus; T at most 1,024 with one decay a head) or "auto".
+        bonus) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
@@ -219,16 +220,20 @@ def _hopper(xs, bonus, scale, state, segment_ids) -> tuple[Any, Any]:
 
 
 def _supports(xs, bonus, scale, state, segment_ids) -> str | None:
-    if bonus is not None:
-        return "the kernels know no bonus"
-    if xs[3].shape[-1] == 1 and xs[0].shape[1] > FEW_STEPS:
-        return f"chunks are faster where heads have one decay and T is above {FEW_STEPS}, and it is {xs[0].shape[1]}"
-    return recurrence.supports(xs[0], xs[2])
+    return recurrence.supports(xs[0], xs[2]) if bonus is None else "the kernels know no bonus"
+
+
+def _is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
+    """Return why chunks on tensor cores are faster than the kernels, token by token, or None."""
+    (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
+    if xs[3].shape[-1] == 1 and (T > FEW_STEPS or (T <= SHORT and K * V >= LARGE)):
+        return f"products are faster where heads have one decay, and T is {T}, K {K}, V {V}"
+    return None
 
 
 IMPLEMENTATIONS = {
+    "hopper": Implementation(_hopper, _supports, platform="cuda", slower=_is_slower),
     "quadratic": Implementation(functools.partial(_chunked, length=None), _is_short, preferred="cuda"),
-    "hopper": Implementation(_hopper, _supports, platform="cuda"),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),

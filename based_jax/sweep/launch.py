@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import multiprocessing
+import multiprocessing.pool
 import os
 import shlex
 import shutil
@@ -41,8 +42,7 @@ def in_processes(spec: str, store: str, options: Options, *, processes: int) -> 
     """
     gpus, fork, sources, sweep = visible_gpus(), multiprocessing.get_context("fork"), Sources(), load_sweep(spec)
     todo = Todo(sweep, Store(store), options.part)
-    # The end of a pool is SIGTERM: as an exception of Python it can come right before a wait, and is then never seen.
-    with fork.Pool(processes, signal.signal, (signal.SIGTERM, signal.SIG_DFL)) as pool:
+    with helpers(processes) as pool:
         for _, trial in sweep.trials():
             sources.of(trial, pool.starmap)
     compilers = min(options.compilers, max(2, (os.cpu_count() or 1) // processes))
@@ -61,6 +61,15 @@ def in_processes(spec: str, store: str, options: Options, *, processes: int) -> 
         raise
     if failed := sum(bool(worker.exitcode) for worker in workers):
         raise RuntimeError(f"{failed} of {processes} processes have failed.")
+
+
+def helpers(processes: int) -> multiprocessing.pool.Pool:
+    """Return forked processes that SIGTERM, a pool's end, ends at once.
+
+    As an exception of Python, which the command makes of it, it can come right before a wait and is then never seen.
+    """
+    fork = multiprocessing.get_context("fork")
+    return fork.Pool(processes, signal.signal, (signal.SIGTERM, signal.SIG_DFL))
 
 
 def _work(todo: Todo, store: str, name: str, options: Options, sources: Sources, gpu: str | None) -> None:

@@ -274,8 +274,11 @@ def _git(folder: Path, *words: str) -> str:
 
 
 def describe(trial: Trial) -> str:
-    """Return a trial's architecture in a few words: "Based, D 64, K 16"."""
-    return f"{families.family(trial.model.layers)}, {families.label(trial.model.layers, trial.model.d_model)}"
+    """Return a trial's architecture in a few words: "base_conv + taylor, D 64, K 16"."""
+    layers = trial.resolved()["model"]["layers"]
+    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(kind for kind, _ in layers)]
+    kinds = " + ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in runs)
+    return f"{kinds}, {families.label(layers, trial.model.d_model)}"
 
 
 def line(point: Point, trial: Trial, outcome: Outcome) -> str:
@@ -283,7 +286,7 @@ def line(point: Point, trial: Trial, outcome: Outcome) -> str:
     told = {key: value for key, value in point.items() if key not in ("model.d_model", "model.layers")}
     values = [f"{key}={value}" for key, value in told.items() if not isinstance(value, list | tuple | dict)]
     ended = f"{outcome.curve[-1]:.3f}, {outcome.status} after {len(outcome.curve)} epochs, {outcome.seconds:.1f} s"
-    return f"{' '.join([f'{describe(trial)},', *values])}: {ended}"
+    return f"{', '.join([describe(trial), *values])}: {ended}"
 
 
 def _work(group: Sequence[tuple[Point, Trial]]) -> float:

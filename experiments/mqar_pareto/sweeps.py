@@ -3,7 +3,8 @@
     python -m based_jax sweep run experiments/mqar_pareto/sweeps.py:figure2 --store=runs/figure2
 
 Variants: figure2; its parts headline, narrow and wide, or one mixer of it (based, window, mamba, ...); seeds of the
-headline; figure3, or one width of it (figure3_64, figure3_128, ...); ablation; tiny.
+headline; figure3, or one width of it (figure3_64, figure3_128, ...); ablation; tiny. A command that a row names
+belongs to the revision that it names.
 Source: HazyResearch/zoology:zoology/experiments/{paper_configs/arxiv24_based_figure2/configs.py,models_repo.py}.
 """
 

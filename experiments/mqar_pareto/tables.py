@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         for name in ("throughput", "profile")
     )
     points = sorted(best(Store(args.results / "figure2").rows()), key=_bytes)
-    print("\n\n".join([agreement(points), budgets(points), *gains(throughput), kernels(profile)]))
+    recall = [budgets(points), agreement(points)] if points else []
+    print("\n\n".join([*recall, *gains(throughput), kernels(profile)]))
     return 0
 
 

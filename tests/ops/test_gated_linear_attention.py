@@ -77,18 +77,24 @@ def test_one_chunk_of_a_long_sequence(normal, packed_ids, out_and_grads, close):
 
 
 def test_auto_takes_the_fastest_on_a_gpu(monkeypatch):
-    """The pairs of a long chunk cost more than the steps of a small state."""
+    """Steps of a large state cost more than the pairs of a chunk."""
     monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
     monkeypatch.setattr(recurrence.hopper, "refusal", lambda: None)
 
     def taken(T, K, V, decays=1):
         q, v, g = jnp.zeros((2, T, 2, K), "bfloat16"), jnp.zeros((2, T, 2, V), "bfloat16"), jnp.zeros((2, T, 2, decays))
-        entry = dispatch._automatic("gated_linear_attention", IMPLEMENTATIONS, (q, q, v, g), None, 1.0, None, None)
+        call = (q, q, v, g), None, 1.0, None, None
+        assert IMPLEMENTATIONS["hopper"].supports(*call) is None
+        entry = dispatch._automatic("gated_linear_attention", IMPLEMENTATIONS, *call)
         return next(name for name in IMPLEMENTATIONS if IMPLEMENTATIONS[name] is entry)
 
-    assert [taken(T, 32, 64) for T in (CHUNK, SHORT, FEW_STEPS + 1)] == ["quadratic", "hopper", "xla"]
+    assert [taken(T, 64, 128) for T in (CHUNK, SHORT, FEW_STEPS, FEW_STEPS + 1)] == ["hopper"] * 3 + ["xla"]
     assert [taken(T, 128, 256) for T in (CHUNK, SHORT, SHORT + 1)] == ["quadratic", "quadratic", "hopper"]
-    assert [taken(T, 128, 128, 128) for T in (CHUNK, SHORT)] == ["hopper", "hopper"]
+    assert [taken(T, 128, 256, 128) for T in (CHUNK, SHORT)] == ["hopper", "hopper"]
+    monkeypatch.setattr(recurrence.hopper, "refusal", lambda: "this is no Hopper GPU")
+    call = (*[jnp.zeros((2, SHORT, 2, 64), "bfloat16")] * 3, jnp.zeros((2, SHORT, 2, 1))), None, 1.0, None, None
+    entry = dispatch._automatic("gated_linear_attention", IMPLEMENTATIONS, *call)
+    assert entry is IMPLEMENTATIONS["quadratic"]
 
 
 @pytest.mark.parametrize("per_head", [False, True])

@@ -11,8 +11,9 @@ import pytest
 from based_jax.__main__ import main
 from based_jax.store import Store
 from based_jax.sweep import launch
-from based_jax.sweep.run import Options
-from based_jax.sweep.trial import load_sweep
+from based_jax.sweep.engine import Outcome
+from based_jax.sweep.run import Options, line
+from based_jax.sweep.trial import load_sweep, make_trial
 
 SWEEP = """
 from based_jax.sweep import Sweep, param, product
@@ -29,6 +30,12 @@ def get_sweep(variant="both"):
 """
 
 
+BASE = {
+    "model": {"layers": (("base_conv", {}),), "d_model": 8, "vocab_size": 40},
+    "data": {"kind": "mqar", "preset": "tiny", "vocab_size": 40},
+}
+
+
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "sweep.py"
@@ -43,10 +50,11 @@ def test_the_command_runs_lists_and_draws(file, tmp_path, capsys):
     assert main(["sweep", "run", file, f"--store={store}", "--part=1/2"]) == 0
     assert main(["sweep", "list", file, f"--store={store}"]) == 0
     assert "2 of 4 points have no row" in capsys.readouterr().out
-    capsys.readouterr()
     assert main(["sweep", "run", file, f"--store={store}", "--lanes=1"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"^\[2/2, \d+ s\] Convolution, D \d+, seed=\d: 0\.\d{3}, finished after 1 epochs, ", said, re.M)
+    assert re.search(
+        r"^\[2/2, \d+ s\] base_conv, D \d+, taps 3, seed=\d: 0\.\d{3}, finished after 1 epochs, ", said, re.M
+    )
     rows = Store(store).rows()
     assert len(rows) == 4 and {row["sweep"] for row in rows} == {"sweep"}
     assert all(row["command"].startswith("python -m based_jax") for row in rows)
@@ -111,6 +119,30 @@ def in_two_processes(file, store):
     """Run the command in a process without threads, which can be forked."""
     words = ["sweep", "run", file, f"--store={store}", "--processes=2"]
     return subprocess.run([sys.executable, "-m", "based_jax", *words], capture_output=True, text=True, timeout=100)
+
+
+def test_the_end_of_a_pool_is_no_exception_in_its_processes():
+    code = """
+import signal
+from based_jax.sweep.launch import helpers
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+with helpers(2) as pool:
+    print(pool.apply(signal.getsignal, [signal.SIGTERM]) == signal.SIG_DFL)
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True\n"
+
+
+def test_a_line_tells_stacks_apart_and_names_what_the_point_sets():
+    def told(point):
+        trial = make_trial(BASE, point)
+        return line(point, trial, Outcome("finished", [0.5], seconds=2.0))
+
+    stacks = [(("base_conv", {}), ("retnet", {"num_heads": 2})), (("retnet", {"num_heads": 1}),) * 2]
+    assert [told({"model.layers": stack}) for stack in stacks] == [
+        "base_conv + retnet, D 8, 2 heads: 0.500, finished after 1 epochs, 2.0 s",
+        "retnet x2, D 8: 0.500, finished after 1 epochs, 2.0 s",
+    ]
+    assert told({"optim.lr": 0.1, "seed": 3}).startswith("base_conv, D 8, taps 3, optim.lr=0.1, seed=3: 0.500")
 
 
 def test_two_processes_share_a_sweep(file, tmp_path):
