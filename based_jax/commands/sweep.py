@@ -12,7 +12,6 @@ from typing import Any
 from based_jax.errors import UserError, unknown
 
 LAUNCHERS = ("local", "ray", "slurm")
-PICTURES = ("frontier", "figure3", "ablation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     plot.add_argument("--store", required=True, nargs="+", help="folders of rows, or files")
     plot.add_argument("--out", required=True, help="folder of the pictures")
-    plot.add_argument("--picture", default="frontier", help=f"{', '.join(PICTURES)} (default: frontier)")
+    plot.add_argument("--picture", default="frontier", help="frontier, figure3 or ablation (default: frontier)")
     plot.add_argument("--title", default="Recall against bytes of state", help="of the page")
 
 
@@ -109,14 +108,15 @@ def _plot(args: argparse.Namespace) -> None:
     from based_jax.store import Store
     from based_jax.sweep import page, picture
 
-    if args.picture not in PICTURES:
-        raise unknown("picture", args.picture, PICTURES)
+    pictures = {"frontier": picture.frontier, "figure3": picture.figure3, "ablation": picture.ablation}
+    if args.picture not in pictures:
+        raise unknown("picture", args.picture, pictures)
     rows = [row for store in args.store for row in Store(store).rows()]
     if not rows:
         raise UserError(f"There are no rows in {', '.join(map(repr, args.store))}.")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    drawn = getattr(picture, args.picture)(rows, out / args.picture)
+    drawn = pictures[args.picture](rows, out / args.picture)
     if args.picture == "frontier":
         page.write(rows, out / "frontier.html", title=args.title)
         drawn.append(out / "frontier.html")

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 FALLBACK = "xla"
 
 
-def supports_all(*_args: Any, **_kwargs: Any) -> None:
+def no_objection(*_args: Any, **_kwargs: Any) -> None:
     """Nothing speaks against any call."""
 
 
@@ -34,10 +34,10 @@ class Implementation:
     """
 
     run: Callable[..., Any]
-    supports: Callable[..., str | None] = supports_all
+    supports: Callable[..., str | None] = no_objection
     platform: str | None = None
     preferred: str | None = None
-    slower: Callable[..., str | None] = supports_all
+    slower: Callable[..., str | None] = no_objection
 
 
 def target_platform() -> str:

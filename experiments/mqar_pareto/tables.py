@@ -1,7 +1,8 @@
 """The README's tables in markdown, from the rows in results/.
 
-From those of the sweep its agreement with what is published and what each mixer recalls within a budget of bytes, from
-those of `throughput` what each change to a plain loop brings, and from those of `profile` where a step's time goes.
+From those of the sweep what each mixer recalls within a budget of bytes, the agreement with what is published, and the
+time; from those of `throughput` what each change to a plain loop brings; from those of `profile` where a step's time
+goes.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 from based_jax.errors import UserError
 from based_jax.store import Store
 from based_jax.sweep.best import Best, accuracy, best
+from experiments.mqar_pareto.sweeps import BASE
 from experiments.mqar_pareto.throughput import RESULTS
 
 WAYS = {
@@ -57,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
         [json.loads(text) for text in (args.results / f"{name}.jsonl").read_text().splitlines()]
         for name in ("throughput", "profile")
     )
-    points = sorted(best(Store(args.results / "figure2").rows()), key=_bytes)
-    recall = [budgets(points), agreement(points)] if points else []
+    folder = args.results / "figure2"
+    points = sorted(best(Store(folder).rows()), key=_bytes)
+    recall = [budgets(points), agreement(points), seconds(folder)] if points else []
     print("\n\n".join([*recall, *gains(throughput), kernels(profile)]))
     return 0
 
@@ -92,6 +95,18 @@ def budgets(points: Sequence[Best]) -> str:
         within = ([x.median for x in mine if _bytes(x) <= 1024 * size] for size in BUDGETS)
         lines.append([name, *(f"{max(values):.3f}" if values else "-" for values in within)])
     return _table(lines)
+
+
+def seconds(folder: Path) -> str:
+    """Return a table of the seconds of a GPU that the grid's runs took, without second seeds, a line for each file."""
+    lines, runs, total = [["rows", "device", "runs", "seconds", "longest run"]], 0, 0.0
+    for file in sorted(folder.glob("*.jsonl")):
+        rows = [row for row in Store(file).rows() if row["config"]["seed"] == BASE["seed"]]
+        spent = [row["seconds"] for row in rows]
+        devices = ", ".join(sorted({row["device"] for row in rows}))
+        lines.append([file.name, devices, str(len(rows)), f"{sum(spent):,.0f}", f"{max(spent):.0f}"])
+        runs, total = runs + len(rows), total + sum(spent)
+    return _table([*lines, ["all of them", "", str(runs), f"{total:,.0f}", ""]])
 
 
 def _bytes(point: Best) -> int:

@@ -52,6 +52,19 @@ def test_an_accuracy_outside_of_what_is_asked_is_bold(monkeypatch):
         tables.agreement(best(window(32, 0.5)))
 
 
+def test_seconds_are_the_grid_s_without_second_seeds(tmp_path):
+    def row(name, seed, spent):
+        return json.dumps({"id": name, "config": {"seed": seed}, "device": "a GPU", "seconds": spent})
+
+    (tmp_path / "1.jsonl").write_text("\n".join([row("a", 123, 1000), row("b", 123, 500), row("c", 124, 9000)]) + "\n")
+    (tmp_path / "2.jsonl").write_text(row("d", 123, 7.4) + "\n")
+    assert tables.seconds(tmp_path).splitlines()[2:] == [
+        "| 1.jsonl | a GPU | 2 | 1,500 | 1000 |",
+        "| 2.jsonl | a GPU | 1 | 7 | 7 |",
+        "| all of them |  | 3 | 1,507 |  |",
+    ]
+
+
 def test_epochs_are_weighed_by_their_steps_and_lanes_share_them():
     first, second = tables.gains(rows(loop=(4, 8), resident=(1, 4), lanes=(1, 6)))
     assert "| m | 20.00 | 7.00 | 4.50 | 4.4 |" in first and "| all of them | 20.00 | 7.00 | 4.50 | 4.4 |" in first
