@@ -104,7 +104,7 @@ def seconds(folder: Path) -> str:
         rows = [row for row in Store(file).rows() if row["config"]["seed"] == BASE["seed"]]
         spent = [row["seconds"] for row in rows]
         devices = ", ".join(sorted({row["device"] for row in rows}))
-        lines.append([file.name, devices, str(len(rows)), f"{sum(spent):,.0f}", f"{max(spent):.0f}"])
+        lines.append([file.name, devices, str(len(rows)), f"{sum(spent):,.0f}", f"{max(spent, default=0):.0f}"])
         runs, total = runs + len(rows), total + sum(spent)
     return _table([*lines, ["all of them", "", str(runs), f"{total:,.0f}", ""]])
 
