@@ -3,9 +3,9 @@
     python -m based_jax sweep run experiments/mqar_pareto/sweeps.py:figure2 --store=runs/figure2
 
 Variants: figure2; its parts headline, narrow and wide, or one mixer of it (based, window, mamba, ...); seeds of the
-headline; figure3, or one width of it (figure3_64, figure3_128, ...); ablation; tiny. A command that a row names
-belongs to the revision that it names.
-Source: HazyResearch/zoology:zoology/experiments/{paper_configs/arxiv24_based_figure2/configs.py,models_repo.py}.
+headline, disputed; figure3 and figure3_k16, or one width of them (figure3_64, figure3_k16_128, ...); ablation; tiny. A
+command that a row names belongs to the revision that it names.
+Source: HazyResearch/zoology:zoology/experiments/{paper_configs/arxiv24_based_figure{2,3}/configs.py,models_repo.py}.
 """
 
 from based_jax.sweep import Sweep, chain, param, product
@@ -91,13 +91,22 @@ def rest(wide):
 
 
 FIGURE3_WIDTHS = range(64, 513, 64)
+MAPS = ("elu", "relu", "squared", "cosformer", "performer", "identity", "all_poly")
 
 
-def feature_maps(widths=FIGURE3_WIDTHS):
-    """Return Figure 3: linear attention with each feature map of 16 dimensions, over the width."""
-    maps = ("identity", "relu", "elu", "squared", "cosformer", "performer")
-    linear = [hybrid(d, "linear", num_heads=1, feature_dim=16, feature_map=m) for m in maps for d in widths]
-    return chain(*linear, *(based(d, 16) for d in widths))
+def linear(d_model, feature_map, feature_dim):
+    """Return linear attention with this feature map of so many dimensions of queries and keys."""
+    return hybrid(d_model, "linear", num_heads=1, feature_dim=feature_dim, feature_map=feature_map)
+
+
+def figure3(widths=FIGURE3_WIDTHS):
+    """Return Figure 3 at these widths: maps of as many dimensions as the model has, Taylor's of 16 and 24."""
+    return chain(*(based(d, k) for d in widths for k in (16, 24)), *(linear(d, m, d) for m in MAPS for d in widths))
+
+
+def figure3_k16(widths=FIGURE3_WIDTHS):
+    """Return the feature maps of Figure 3 at these widths, of 16 dimensions all, so that nothing else differs."""
+    return chain(*(based(d, 16) for d in widths), *(linear(d, m, 16) for m in MAPS for d in widths))
 
 
 def ablation():
@@ -106,6 +115,13 @@ def ablation():
     near = ("window", {"num_heads": 1, "rotary_fraction": 0.0, "bias": True, "window": 64})
     stacks = ((CONV, CONV), (near, near), (taylor, taylor), (CONV, near), (CONV, taylor), (near, taylor))
     return product(param("model.d_model", [128]), param("model.layers", [*stacks, (CONV, near, taylor)]))
+
+
+def disputed():
+    """Return what was tried where a headline point falls short: a lower rate, batches in another order."""
+    model = hybrid(128, "gated_deltanet", num_heads=2)
+    lower = product(model, param("optim.lr", [1e-4, round(10**-3.5, 6)]))
+    return chain(lower, product(model, param("optim.lr", [round(10**-3.5, 6), 1e-3]), param("data.shuffle", [True])))
 
 
 def tiny():
@@ -125,13 +141,17 @@ def tiny():
 VARIANTS = {
     "figure2": lambda: product(chain(*FIGURE2.values()), param("optim.lr", RATES)),
     **{name: (lambda space=space: product(space, param("optim.lr", RATES))) for name, space in FIGURE2.items()},
-    "figure3": lambda: product(feature_maps(), param("optim.lr", RATES)),
-    **{f"figure3_{d}": (lambda d=d: product(feature_maps([d]), param("optim.lr", RATES))) for d in FIGURE3_WIDTHS},
+    **{
+        name: (lambda space=space: product(space, param("optim.lr", RATES)))
+        for maps in (figure3, figure3_k16)
+        for name, space in [(maps.__name__, maps()), *((f"{maps.__name__}_{d}", maps([d])) for d in FIGURE3_WIDTHS)]
+    },
     "ablation": lambda: product(ablation(), param("optim.lr", RATES)),
     "headline": lambda: product(HEADLINE, param("optim.lr", RATES)),
     "narrow": lambda: product(rest(wide=False), param("optim.lr", RATES)),
     "wide": lambda: product(rest(wide=True), param("optim.lr", RATES)),
     "seeds": lambda: product(HEADLINE, param("optim.lr", RATES), param("seed", [124])),
+    "disputed": lambda: product(disputed(), param("seed", [123, 124])),
     "tiny": tiny,
 }
 
