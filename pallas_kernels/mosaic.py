@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.utils import warp_barrier
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WGMMA = plgpu.Layout.WGMMA
@@ -43,6 +44,11 @@ def load_shared(ref, layout) -> jax.Array:
 def save(ref, x) -> None:
     """Store to shared or global memory in its dtype."""
     ref[...] = x.astype(ref.dtype)
+
+
+def await_warp() -> None:
+    """Wait for the other lanes of the warp: what any of them has read before, all may overwrite from here on."""
+    plgpu.inline_mgpu()(lambda _: warp_barrier())()
 
 
 def like(x) -> jax.ShapeDtypeStruct:

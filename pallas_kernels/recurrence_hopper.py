@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import stream
-from pallas_kernels.mosaic import WARPS, like, load_global, load_shared, save, split
+from pallas_kernels.mosaic import WARPS, await_warp, like, load_global, load_shared, save, split
 
 TOKENS = 8
 """Of a tile; T is a multiple of them."""
@@ -69,6 +69,7 @@ def forward(q, k, v, w, state, *ab, scale: float, with_reads: bool):
                 for tile in reads_tiles:
                     save_columns(tile.at[slot, :, i], u)
             o = (plan.rows(q_tile, slot, i) * after).sum(axis=3)
+            await_warp()
             save_columns(v_tile.at[slot, :, i], scale * o)
             return after
 

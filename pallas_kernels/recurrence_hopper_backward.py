@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import stream
-from pallas_kernels.mosaic import WARP, WARPS, like, load_global, load_shared, save, split
+from pallas_kernels.mosaic import WARP, WARPS, await_warp, like, load_global, load_shared, save, split
 from pallas_kernels.recurrence_hopper import SLOTS, TOKENS, Plan, more_than_one, save_columns
 
 
@@ -66,14 +66,17 @@ def reverse(q, k, v, w, do, dlast, *rest, scale: float):
             k, v = plan.rows(k_tile, slot, i), plan.columns(v_tile, slot, i)
             G = G + plan.rows(q_tile, slot, i) * (scale * plan.columns(do_tile, slot, i))
             save(partial.at[0, :, :, i], (G * v).sum(axis=2))
-            save_columns(v_tile.at[slot, :, i], (G * k).sum(axis=3))
+            dv = (G * k).sum(axis=3)
             after = plan.rows(w_tile, slot, i) * G
             if rest_tiles:
                 a_tile, b_tile, u_tile = rest_tiles
                 save(partial.at[1, :, :, i], (G * plan.columns(u_tile, slot, i)).sum(axis=2))
                 du = (G * plan.rows(b_tile, slot, i)).sum(axis=3)
-                save_columns(u_tile.at[slot, :, i], du)
                 after = after + plan.rows(a_tile, slot, i) * plan.along(du)
+            await_warp()
+            save_columns(v_tile.at[slot, :, i], dv)
+            if rest_tiles:
+                save_columns(u_tile.at[slot, :, i], du)
             return after
 
         def total(slot, i, carry):

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import stream
-from pallas_kernels.mosaic import WARPS, like, load_global, load_shared, save, split
+from pallas_kernels.mosaic import WARPS, await_warp, like, load_global, load_shared, save, split
 
 TOKENS = 8
 """Of a tile; T is a multiple of them."""
@@ -82,6 +82,7 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
                 u, dt = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile))
                 B, C = (load_coefficients(BC_tile.at[slot, i], k) for k in range(2))
                 h = decay(dt, A, offset(offset_tiles, slot, i)) * h + across(dt * u, h) * along(B, h)
+                await_warp()
                 save_channels(u_tile.at[slot, i], (h * along(C, h)).sum(axis=1))
                 return h
 

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import stream
-from pallas_kernels.mosaic import WARPS, like, load_global, load_shared, save, split
+from pallas_kernels.mosaic import WARPS, await_warp, like, load_global, load_shared, save, split
 from pallas_kernels.selective_scan_hopper import (
     LANES,
     STATES,
@@ -88,6 +88,7 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
             g, dA = carry
             u, dt, dy = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile, dy_tile))
             B, C = (load_coefficients(BC_tile.at[slot, i], k) for k in range(2))
+            await_warp()
             dh = g + across(dy, g) * along(C, g)
             save(parts[0], (dh * across(dt * u, g)).sum(axis=3))
             save(parts[1], (after * across(dy, g)).sum(axis=3))

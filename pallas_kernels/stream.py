@@ -1,7 +1,7 @@
 """What the memory-bound Mosaic GPU kernels share: one warpgroup walks over tiles in a ring, and writes back in place.
 
-A tile's results overwrite its inputs in shared memory, element by element, each by the lane that read it; then they are
-copied out, and the slot is filled again once they have left.
+A tile's results overwrite its inputs in shared memory, element by element, once the lanes that need one have read it
+(`mosaic.await_warp` where these are several); then they are copied out, and once they are gone the slot is filled.
 """
 
 import math

@@ -82,6 +82,7 @@ def interpreted(monkeypatch):
     for module in (recurrence_hopper, recurrence_hopper_backward):
         monkeypatch.setattr(module, "save_columns", save_columns)
         monkeypatch.setattr(module, "load_global", lambda ref, layout: ref[...])
+        monkeypatch.setattr(module, "await_warp", lambda: None)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
 

@@ -93,6 +93,7 @@ def interpreted(monkeypatch):
         monkeypatch.setattr(module, "load_channels", load_channels)
         monkeypatch.setattr(module, "save_channels", save)
         monkeypatch.setattr(module, "load_global", lambda ref, layout: ref[...])
+        monkeypatch.setattr(module, "await_warp", lambda: None)
     monkeypatch.setattr(selective_scan_hopper_backward, "save_pair", save)
     monkeypatch.setattr(plgpu, "RefUnion", lambda *refs: refs)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
