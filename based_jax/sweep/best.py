@@ -67,6 +67,15 @@ def best(rows: Iterable[Row]) -> list[Best]:
     return [_reduced(group) for group in groups.values()]
 
 
+def by_feature_map(points: Iterable[Best]) -> dict[tuple[str, str], list[Best]]:
+    """Return the points of each `families.feature_map`, by width; those of other models are left out."""
+    found: dict[tuple[str, str], list[Best]] = {}
+    for point in sorted(points, key=lambda point: point.d_model):
+        if name := families.feature_map(point.layers, point.d_model):
+            found.setdefault(name, []).append(point)
+    return dict(sorted(found.items()))
+
+
 def accuracy(row: Row) -> float:
     """Return the accuracy of a row, 0 where it is no number."""
     value = row["accuracy"]

@@ -47,6 +47,8 @@ NAMES = {
     "rwkv4_channel_mix": "RWKV-4 channel mix",
     "rwkv7_channel_mix": "RWKV-7 channel mix",
 }
+TAYLOR = "Taylor, 2nd order"
+"""The feature map of Based, among those of linear attention."""
 COLOURS = (
     *("#2f7ed8", "#d9730d", "#2f8f4e", "#d03a3a", "#c2558f", "#8456d6", "#b545c6", "#0f8b8d", "#8f6b3d", "#5a7d12"),
     *("#7a7f87", "#a67c00"),
@@ -68,6 +70,20 @@ LETTERS = {
 def family(layers: Layers) -> str:
     """Return the name of a model's main mixers, in their order: "Based", "Sliding window + Based"."""
     return " + ".join(dict.fromkeys(NAMES.get(kind, kind) for kind, _ in counted_layers(layers, convolution=False)))
+
+
+def feature_map(layers: Layers, d_model: int) -> tuple[str, str] | None:
+    """Return the feature map of a model whose main mixers are one linear attention, and its K: ("relu", "K = 16").
+
+    K are the dimensions of queries and keys that the map takes, "K = D" where they are `d_model`.
+    """
+    found = set()
+    for kind, options in counted_layers(layers, convolution=False):
+        if kind not in ("taylor", "linear"):
+            return None
+        features = options["feature_dim"]
+        found.add((options.get("feature_map", TAYLOR), "K = D" if features == d_model else f"K = {features}"))
+    return found.pop() if len(found) == 1 else None
 
 
 def label(layers: Layers, d_model: int) -> str:

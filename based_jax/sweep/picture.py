@@ -1,4 +1,4 @@
-"""Pictures of a sweep's rows: recall against bytes of state, feature maps against width, and Based's parts.
+"""Pictures of a sweep's rows: recall against bytes of state, feature maps of linear attention, and Based's parts.
 
 Each is saved as PNG and SVG, the same bytes for the same rows.
 """
@@ -15,12 +15,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from based_jax.errors import UserError
 from based_jax.sweep import families, published
-from based_jax.sweep.best import Best, Row, best, front, longest_test
+from based_jax.sweep.best import Best, Row, best, by_feature_map, front, longest_test
 
 MARKERS = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "down": "v", "plus": "P", "cross": "X"}
 SOURCES = {published.PAPER: ("o", "published: paper, Fig. 2"), published.RERUN: ("s", "published: re-run, 2026")}
 PARTS = {"conv": "conv", "base_conv": "conv", "window": "window", "taylor": "Taylor", "linear": "linear"}
-MAPS = {"taylor": "Taylor, 2nd order"}
 Points = Sequence[Best]
 
 
@@ -47,10 +46,8 @@ def frontier(rows: Iterable[Row], path: str | os.PathLike, *, convolution: bool 
     _draw_published(axes, theirs, styles, convolution)
     for name, style in styles.items():
         _draw_family(axes, name, [x for x in points if x.family == name], style, convolution)
-    counted = "with convolution layers" if convolution else "main mixers only"
     axes.set(title="Recall against bytes of state", ylabel="accuracy, mean over all test segments")
-    axes.set_xlabel(f"state of one sequence of {_longest(points)} tokens, fp32, {counted}")
-    axes.set_ylim(-0.03, 1.03)
+    axes.set(xlabel=_state_of(points, convolution=convolution), ylim=(-0.03, 1.03))
     _byte_axis(axes)
     if theirs:
         _sources(axes)
@@ -59,24 +56,36 @@ def frontier(rows: Iterable[Row], path: str | os.PathLike, *, convolution: bool 
 
 
 def figure3(rows: Iterable[Row], path: str | os.PathLike) -> list[Path]:
-    """Draw accuracy against width, a line for each feature map of linear attention; other mixers' rows are left out.
+    """Draw accuracy against bytes of state, and against parameters, for each feature map of linear attention.
 
-    Arguments, returned files and errors are those of `frontier`.
+    A line goes over the widths D of a map of K = D dimensions of queries and keys, dashed over those of one of fewer.
+    Other mixers' rows are left out. Arguments, returned files and errors are those of `frontier`.
     """
-    points = [x for x in _points(rows) if _map(x)]
+    lines = by_feature_map(_points(rows))
+    points = [point for line in lines.values() for point in line]
     if not points:
         raise UserError("No row has a mixer 'linear' or 'taylor'; figure3 compares their feature maps.")
-    figure, axes = _figure(7.4, 4.4)
-    for place, name in enumerate(sorted({_map(x) for x in points}, key=lambda name: (name not in MAPS.values(), name))):
-        mine = sorted((x for x in points if _map(x) == name), key=lambda x: x.d_model)
-        # One of several feature widths, or options, at a model width: the best.
-        tops = [max((x for x in mine if x.d_model == d), key=lambda x: x.median) for d in {x.d_model: 0 for x in mine}]
-        colour, marker = families.COLOURS[place % len(families.COLOURS)], list(MARKERS.values())[place % len(MARKERS)]
-        axes.plot([x.d_model for x in tops], [x.median for x in tops], marker=marker, color=colour, ms=5, label=name)
-        _bars(axes, tops, [x.d_model for x in tops], colour)
-    widths = sorted({x.d_model for x in points})
-    axes.set(xlabel="model width D", ylabel="accuracy", ylim=(-0.03, 1.03), title="Feature maps of linear attention")
-    axes.set_xticks(widths, [str(d) for d in widths])
+    figure, (left, right) = _figure(10, 4.6, panels=2)
+    styles = families.styles(name for name, _ in lines)
+    for (name, dimensions), line in lines.items():
+        form = _line(styles[name], dashed=dimensions != "K = D")
+        for axes, places in (
+            (left, [x.state_bytes(convolution=False) for x in line]),
+            (right, [x.row["params"] for x in line]),
+        ):
+            axes.plot(places, [x.median for x in line], **form)
+            _bars(axes, line, places, styles[name].colour)
+    for name, style in styles.items():
+        left.plot([], [], **_line(style) | {"ls": ""}, label=name)
+    for text in ("K = D", ", ".join(sorted({dimensions for _, dimensions in lines} - {"K = D"}))):
+        left.plot([], [], **_line(families.Style("0.4", "circle"), dashed=text != "K = D"), label=text)
+    for axes in (left, right):
+        axes.set(ylabel="accuracy, mean over all test segments", ylim=(-0.03, 1.03))
+    left.set(xlabel=_state_of(points, convolution=False))
+    right.set(xlabel="parameters")
+    right.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M")
+    figure.suptitle("Feature maps of linear attention")
+    _byte_axis(left)
     _legend(figure)
     return _save(figure, points, path)
 
@@ -110,13 +119,10 @@ def _points(rows: Iterable[Row]) -> list[Best]:
     return points
 
 
-def _map(point: Best) -> str:
-    """Return the feature map of a model whose one main mixer is linear attention, else ""."""
-    found = {options.get("feature_map", MAPS.get(kind, "")) for kind, options in point.layers if kind not in _CONVS}
-    return found.pop() if len(found) == 1 else ""
-
-
-_CONVS = [kind for kind, part in PARTS.items() if part == "conv"]
+def _line(style: families.Style, *, dashed: bool = False) -> dict[str, Any]:
+    """Return how a line is drawn: with filled markers, or dashed with hollow ones."""
+    form = {"ls": "--", "mfc": "white", "ms": 5} if dashed else {"ls": "-", "ms": 6}
+    return form | {"color": style.colour, "marker": MARKERS[style.marker]}
 
 
 def _parts(point: Best) -> tuple[str, ...]:
@@ -125,12 +131,13 @@ def _parts(point: Best) -> tuple[str, ...]:
     return () if kinds - PARTS.keys() else tuple(dict.fromkeys(PARTS[kind] for kind in PARTS if kind in kinds))
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """Return a figure that keeps room for a line below the axes."""
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Any]:
+    """Return a figure that keeps room for a line below, and its axes: one, or as many beside each other."""
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(rect=(0, 0.025, 1, 0.975)))
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    return figure, axes
+    panel = figure.subplots(1, panels)
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    return figure, panel
 
 
 def _draw_published(
@@ -191,8 +198,11 @@ def _legend(figure: Figure) -> None:
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, borderaxespad=1, ncols=columns)
 
 
-def _longest(points: Points) -> str:
-    return " or ".join(f"{x:,}" for x in sorted({longest_test(point.row) for point in points}))
+def _state_of(points: Points, *, convolution: bool) -> str:
+    """Return what an axis of bytes counts."""
+    longest = " or ".join(f"{x:,}" for x in sorted({longest_test(point.row) for point in points}))
+    counted = "with convolution layers" if convolution else "main mixers only"
+    return f"state of one sequence of {longest} tokens, fp32, {counted}"
 
 
 def _save(figure: Figure, points: Points, path: str | os.PathLike) -> list[Path]:

@@ -1,18 +1,19 @@
 """The README's tables in markdown, from the rows in results/.
 
-From those of the sweep what each mixer recalls within a budget of bytes, the agreement with what is published, and the
-time; from those of `throughput` what each change to a plain loop brings; from those of `profile` where a step's time
-goes.
+From those of the sweeps what each mixer recalls within a budget of bytes, the agreement with what is published, the
+time, and what feature maps recall; from those of `throughput` what each change to a plain loop brings; from those of
+`profile` where a step's time goes.
 """
 
 import argparse
+import collections
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from based_jax.errors import UserError
 from based_jax.store import Store
-from based_jax.sweep.best import Best, accuracy, best
+from based_jax.sweep.best import Best, accuracy, best, by_feature_map
 from experiments.mqar_pareto.sweeps import BASE
 from experiments.mqar_pareto.throughput import RESULTS
 
@@ -49,7 +50,7 @@ OPERATIONS = "recurrence", "selective_scan", "taylor", "window"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of figure2/, throughput.jsonl and profile.jsonl"
+        "--results", type=Path, default=RESULTS, help="folder of figure2/, figure3/, throughput.jsonl, profile.jsonl"
     )
 
 
@@ -62,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     folder = args.results / "figure2"
     points = sorted(best(Store(folder).rows()), key=_bytes)
     recall = [budgets(points), agreement(points), seconds(folder)] if points else []
+    if maps := by_feature_map(best(Store(args.results / "figure3").rows())):
+        recall.append(feature_maps(maps))
     print("\n\n".join([*recall, *gains(throughput), kernels(profile)]))
     return 0
 
@@ -95,6 +98,17 @@ def budgets(points: Sequence[Best]) -> str:
         within = ([x.median for x in mine if _bytes(x) <= 1024 * size] for size in BUDGETS)
         lines.append([name, *(f"{max(values):.3f}" if values else "-" for values in within)])
     return _table(lines)
+
+
+def feature_maps(lines: Mapping[tuple[str, str], Sequence[Best]]) -> str:
+    """Return a table of the accuracy and the KiB of state of feature maps at each width at which there are several."""
+    counts = collections.Counter(point.d_model for line in lines.values() for point in line)
+    widths = sorted(width for width, count in counts.items() if count > 1)
+    table = [["feature map", *(f"D={width}" for width in widths)]]
+    for name, line in lines.items():
+        at = {point.d_model: f"{point.median:.3f} ({_bytes(point) / 1024:,.0f})" for point in line}
+        table.append([", ".join(name), *(at.get(width, "-") for width in widths)])
+    return _table(table)
 
 
 def seconds(folder: Path) -> str:

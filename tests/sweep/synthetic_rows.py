@@ -8,6 +8,7 @@ from based_jax.nn.mixers import MIXERS
 from based_jax.sweep.accounting import state_bytes
 
 SEGMENTS = {"64x4": 4, "64x8": 8, "64x16": 16, "128x32": 32, "256x64": 64, "512x128": 128, "1024x256": 256}
+WIDTHS = (64, 128, 256)
 RATES = (1e-3, 3.16e-3, 1e-2, 3.16e-2)
 CONV = ("base_conv", {"kernel_size": 3})
 SKILL = {"taylor": 1.0, "gated_deltanet": 2.5, "deltanet": 1.8, "mamba": 0.7, "window": 0.2, "linear": 0.4}
@@ -54,7 +55,7 @@ def invented(layers, d_model, lr, seed):
 
 def architectures():
     """Yield (layers, d_model) of several families."""
-    for d in (64, 128, 256):
+    for d in WIDTHS:
         for k in (8, 16, 24):
             yield [CONV, ("taylor", {"num_heads": 1, "feature_dim": k})], d
             yield [("mamba", {"d_state": k})] * 2, d
@@ -71,11 +72,13 @@ def rows(seeds=3):
 
 
 def map_rows():
-    """Return rows of feature maps over widths."""
-    maps = [("taylor", {"num_heads": 1})] + [
-        ("linear", {"num_heads": 1, "feature_map": name}) for name in ("relu", "elu", "cosformer", "hedgehog")
-    ]
-    return [row([CONV, mixer], d, lr=lr) for mixer in maps for d in (64, 128, 256) for lr in RATES]
+    """Return rows of feature maps over widths, of as many dimensions as the model has and of 16."""
+    names = ("relu", "elu", "cosformer", "hedgehog")
+    linear = [("linear", {"num_heads": 1, "feature_map": name}) for name in names]
+    fixed = [(d, ("taylor", {"num_heads": 1})) for d in WIDTHS]
+    for kind, options in linear:
+        fixed += [(d, (kind, options | {"feature_dim": k})) for d in WIDTHS for k in (d, 16)]
+    return [row([CONV, mixer], d, lr=lr) for d, mixer in fixed for lr in RATES]
 
 
 def part_rows():

@@ -137,8 +137,15 @@ def test_a_mixer_of_ones_own_has_its_own_name_and_its_cache_s_size(tmp_path, mon
     assert "own" in texts(picture.frontier(rows, tmp_path / "x")[1])
 
 
-def test_maps_and_parts_are_named(tmp_path):
-    assert {"Taylor, 2nd order", "relu", "64"} <= set(texts(picture.figure3(synthetic.map_rows(), tmp_path / "m")[1]))
+def test_feature_maps_are_drawn_against_bytes_and_parameters(tmp_path):
+    drawn = picture.figure3(synthetic.map_rows(), tmp_path / "x")[1]
+    assert {"Taylor, 2nd order", "relu", "K = D", "K = 16", "parameters", "1 M", "64 KiB"} <= set(texts(drawn))
+    colour = families.styles({"Taylor, 2nd order", "relu", "elu", "cosformer", "hedgehog"})["relu"].colour
+    lines = re.findall(rf'<path d="[^"]*" [^>]*style="fill: none; ([^"]*)stroke: {colour}; [^"]*"', drawn.read_text())
+    assert ["dasharray" in line for line in lines] == [True, False] * 2  # in both panels, 16 before D
+
+
+def test_the_parts_of_an_ablation_are_named(tmp_path):
     words = " ".join(texts(picture.ablation(synthetic.part_rows(), tmp_path / "p")[1]))
     assert "conv + window + Taylor" in words
 
