@@ -27,7 +27,7 @@ START = "120"
 ALLOCATOR = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
 MARK = "========= "
 """What the tools' own lines begin with."""
-MOST_LINES = 40
+MOST_LINES = 120
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
