@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ COMPILERS = 8
 """Programs that a group compiles at the same time, at most."""
 WORTH = 0.5
 """Of the seconds that compiling took: what programs for fewer lanes must save to be compiled, beside the training."""
+KINDS = "beginning", "train", "test"
+"""Of programs."""
 
 
 @dataclasses.dataclass
@@ -87,42 +90,42 @@ class Resident:
 
 
 class Programs:
-    """Everything compiled for a number of lanes."""
+    """What is compiled for a number of lanes, and the seconds that it took."""
 
     def __init__(self, trial: Trial, data: Resident, number: int, compilers: int = COMPILERS):
-        begin = time.perf_counter()
         self.lanes, self.data, self.compilers = Lanes(trial, number), data, compilers
-        self.train, self.test = ({_key(x): x for x in examples} for examples in (data.train, data.test.values()))
-        largest = max(self.train, key=lambda key: _size(self.train[key]))
-        self.programs = {("train", largest): self._training(largest)}
-        if self.fits():
-            self._compile_rest(largest)
-        self.seconds = time.perf_counter() - begin
+        self.calls: dict[tuple, Callable[[], Program]] = {("beginning", ()): self.lanes.beginning}
+        for examples in sorted(data.train, key=_size, reverse=True):
+            self.calls["train", _key(examples)] = functools.partial(self.lanes.training, examples)
+        for examples in data.test.values():
+            rows = data.test_rows(examples)
+            self.calls["test", _key(examples)] = functools.partial(self.lanes.testing, examples, rows)
+        self.programs: dict[tuple, Program] = {}
+        self.seconds = 0.0
 
     def fits(self) -> bool:
-        """Return whether the memory of the training programs is there."""
+        """Return whether the memory of the largest training program is there; compile that."""
+        self._compile([next(key for key in self.calls if key[0] == "train")])
         stats = self.data.device.memory_stats()
         most = max(program.bytes for (kind, _), program in self.programs.items() if kind == "train")
         return not stats or most <= MEMORY * (stats["bytes_limit"] - stats["bytes_in_use"])
 
-    def _compile_rest(self, largest: tuple) -> None:
-        """Compile all but the largest training program, several at a time."""
-        calls = {("beginning", ()): self.lanes.beginning}
-        calls |= {("train", key): functools.partial(self._training, key) for key in self.train if key != largest}
-        calls |= {("test", key): functools.partial(self._testing, key) for key in self.test}
+    def compile(self, *kinds: str) -> float:
+        """Compile the programs of these kinds, several at a time; return the seconds."""
+        return self._compile([key for key in self.calls if key[0] in kinds and key not in self.programs])
+
+    def _compile(self, keys: Sequence[tuple]) -> float:
+        begin = time.perf_counter()
         with futures.ThreadPoolExecutor(self.compilers) as pool:
-            jobs = {key: pool.submit(self._here, call) for key, call in calls.items()}
+            jobs = {key: pool.submit(self._here, self.calls[key]) for key in keys}
         self.programs |= {key: job.result() for key, job in jobs.items()}
+        seconds = time.perf_counter() - begin
+        self.seconds += seconds
+        return seconds
 
     def _here(self, call: Callable[[], Program]) -> Program:
         with jax.default_device(self.data.device):  # which each thread has for itself
             return call()
-
-    def _training(self, key: tuple) -> Program:
-        return self.lanes.training(self.train[key])
-
-    def _testing(self, key: tuple) -> Program:
-        return self.lanes.testing(self.test[key], self.data.test_rows(self.test[key]))
 
     def beginning(self, seeds: jax.Array):
         """Return the states before the first step."""
@@ -148,6 +151,7 @@ def fitting(trial: Trial, data: Resident, number: int, compilers: int = COMPILER
     while not programs.fits() and number > 1:
         number = -(-number // 2)
         programs = Programs(trial, data, number, compilers)
+    programs.compile(*KINDS)
     return programs
 
 
@@ -180,11 +184,15 @@ def train(
 
 
 class _Batch:
-    """Trials in their lanes; a lane without a trial repeats another one's."""
+    """Trials in their lanes; a lane without a trial repeats another one's.
+
+    Where lanes have left, programs for fewer of them are compiled beside the training: those that train first. Until
+    those that test are there as well, the tests have more lanes than the training.
+    """
 
     def __init__(self, trials: Sequence[Trial], programs: Programs):
-        self.programs = programs
-        self.smaller: futures.Future[Programs] | None = None
+        self.programs = self.tests = programs
+        self.smaller: _Smaller | None = None
         self.compiler = futures.ThreadPoolExecutor(1)
         self.outcomes = [Outcome(compile_seconds=programs.seconds / len(trials)) for _ in trials]
         self.trials = list(trials)
@@ -196,6 +204,12 @@ class _Batch:
         self.seeds = jnp.asarray([x.seed for x in filled], jnp.uint32)
 
     def run(self, stopped: Callable[[], bool]) -> Iterator[tuple[Trial, Outcome]]:
+        try:
+            yield from self._epochs(stopped)
+        finally:
+            self.compiler.shutdown(wait=False, cancel_futures=True)
+
+    def _epochs(self, stopped: Callable[[], bool]) -> Iterator[tuple[Trial, Outcome]]:
         trial = self.trials[0]
         states = self.programs.beginning(self.seeds)
         for epoch in range(trial.epochs):
@@ -215,7 +229,7 @@ class _Batch:
         """Train and test; return the states and the seconds of the device."""
         begin = time.perf_counter()
         states, losses = self.programs.epoch(states, self.rates, epoch)
-        losses, segments = jax.device_get((losses, self.programs.accuracies(states.params)))
+        losses, segments = jax.device_get((losses, self._accuracies(states.params)))
         seconds = time.perf_counter() - begin
         weights = {x.name: x.num_examples for x in self.programs.data.source.task.test}
         for i, lane in self.lane_of.items():
@@ -226,6 +240,13 @@ class _Batch:
             outcome.steps += self.trials[i].steps_per_epoch
             outcome.seconds += seconds / len(self.lane_of)
         return states, seconds
+
+    def _accuracies(self, params) -> dict[str, jax.Array]:
+        """Return the accuracy of each lane on each test segment, and those of lanes again if the tests have more."""
+        number, tested = self.programs.lanes.number, self.tests.lanes.number
+        if number != tested:
+            params = lanes.chosen(params, np.resize(range(number), tested))
+        return self.tests.accuracies(params)
 
     def _status(self, i: int, epoch: int) -> str:
         outcome, trial = self.outcomes[i], self.trials[i]
@@ -240,22 +261,38 @@ class _Batch:
         number = len(self.lane_of)
         saved = seconds_left * (1 - number / self.programs.lanes.number)
         if self.smaller is None and saved > WORTH * self.programs.seconds:
-            self.smaller = self.compiler.submit(self._programs, number)
-        if self.smaller is None or not self.smaller.done():
+            programs = Programs(self.trials[0], self.programs.data, number, self.programs.compilers)
+            self.smaller = _Smaller(programs, *(self.compiler.submit(programs.compile, x) for x in ("train", "test")))
+        if self.smaller is None:
             return states
-        self.programs, self.smaller = self.smaller.result(), None
-        kept = list(self.lane_of.values())
-        kept += kept[:1] * (self.programs.lanes.number - number)
+        programs, train, test = self.smaller
+        if train.done() and self.programs is not programs:
+            self.programs = programs
+            self._count(train.result())
+            states = self._moved(states)
+        if test.done():
+            self.tests, self.smaller = programs, None
+            self._count(test.result())
+        return states
+
+    def _count(self, compile_seconds: float) -> None:
         for i in self.lane_of:
-            self.outcomes[i].compile_seconds += self.programs.seconds / number
+            self.outcomes[i].compile_seconds += compile_seconds / len(self.lane_of)
+
+    def _moved(self, states):
+        """Return the states of the lanes that go on, and give these the first numbers."""
+        kept = np.resize(list(self.lane_of.values()), self.programs.lanes.number)
         self.lane_of = {i: lane for lane, i in enumerate(self.lane_of)}
         self.rates = lanes.chosen(self.rates, kept)
         return lanes.chosen(states, kept)
 
-    def _programs(self, number: int) -> Programs:
-        data = self.programs.data
-        with jax.default_device(data.device):  # which each thread has for itself
-            return Programs(self.trials[0], data, number, self.programs.compilers)
+
+class _Smaller(NamedTuple):
+    """Programs for fewer lanes, and the seconds that it takes to compile those that train, then those that test."""
+
+    programs: Programs
+    train: futures.Future[float]
+    test: futures.Future[float]
 
 
 def _key(examples: Examples) -> tuple:

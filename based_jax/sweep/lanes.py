@@ -173,7 +173,7 @@ class Lanes:
         return correct / jnp.maximum(count, 1)
 
 
-def chosen(states, lanes: Sequence[int]):
+def chosen(states, lanes: Sequence[int] | np.ndarray):
     """Return the states, or rates, of some lanes."""
     return jax.tree.map(lambda x: x[np.asarray(lanes)], states)
 

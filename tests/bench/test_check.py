@@ -171,7 +171,7 @@ def test_the_sanitizer_is_asked_for_by_name(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     assert command.main(["sanitize"]) == 2
     assert "needs compute-sanitizer" in capsys.readouterr().err
-    assert "..." in sanitizer.summary("\n".join(f"{sanitizer.MARK}{i}" for i in range(99)))
+    assert "..." in sanitizer.summary("\n".join(f"{sanitizer.MARK}{i}" for i in range(sanitizer.MOST_LINES + 1)))
 
 
 def test_workers_share_the_cases(tmp_path, capsys):

@@ -113,27 +113,36 @@ def test_rows_beyond_a_short_batch_have_no_answers():
     assert (taken.answers[1] == IGNORED).all() and (taken.answers[2] == jnp.arange(4)).all()
 
 
-def test_converged_and_diverged_lanes_leave_and_the_others_go_on(monkeypatch):
-    monkeypatch.setattr(engine._Batch, "_shrunk", _always(engine._Batch._shrunk))
+@pytest.mark.parametrize("tests_too", [False, True])
+def test_converged_and_diverged_lanes_leave_and_the_others_go_on(monkeypatch, tests_too):
+    """Of the programs for fewer lanes those that test come later than those that train, if not never."""
+    numbers = []
+    monkeypatch.setattr(engine._Batch, "_shrunk", _always(engine._Batch._shrunk, tests_too, numbers))
     points = product(param("optim.lr", [1e-3, 1e30, 3e-3]))
     trials = [make_trial(BASE, point | {"epochs": 3}) for point in points]
     data = resident(trials[0])
     found = {trial.optim.lr: outcome for trial, outcome in engine.train(trials, data)}
     assert [found[lr].status for lr in (1e-3, 1e30, 3e-3)] == ["finished", "diverged", "finished"]
     assert len(found[1e30].curve) < 3 and found[1e30].steps < found[1e-3].steps
+    assert numbers[-1] == (2, 2 if tests_too else 3)
     unshared = {x.optim.lr: outcome for x, outcome in engine.train([trials[2]], data)}
     np.testing.assert_allclose(found[3e-3].losses, unshared[3e-3].losses, rtol=1e-4)
+    np.testing.assert_allclose(found[3e-3].curve, unshared[3e-3].curve, atol=0.011)
 
     easy = [dataclasses.replace(trial, stop_accuracy=-1.0) for trial in trials[:1]]
     [(_, outcome)] = engine.train(easy, data)
     assert outcome.status == "converged" and len(outcome.curve) == 1
 
 
-def _always(shrunk):
+def _always(shrunk, tests_too, numbers):
     def call(self, states, seconds_left):
         states = shrunk(self, states, 1e9)
-        futures.wait([self.smaller] if self.smaller else [])
-        return shrunk(self, states, 0)
+        if self.smaller:
+            self.smaller = self.smaller if tests_too else self.smaller._replace(test=futures.Future())
+            futures.wait(self.smaller[1 : 2 + tests_too])
+        states = shrunk(self, states, 0)
+        numbers.append((self.programs.lanes.number, self.tests.lanes.number))
+        return states
 
     return call
 
