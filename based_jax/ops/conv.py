@@ -42,7 +42,7 @@ def short_conv(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (y, last inputs of the last document) instead of y.
       impl: "oracle" (window by window), "recurrent" (token by token), "xla" (W shifted products), "toeplitz"
-        (products in x's dtype; no packing; many taps and short sequences on a GPU) or "auto".
+        (products in x's dtype; no packing; auto's for many taps and short sequences on a GPU) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -180,14 +180,16 @@ def _product(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     return einsum("BSD,DST->BTD", inputs.astype(dtype), matrices, precision, dtype).astype(inputs.dtype)
 
 
-def _is_long(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> str | None:
-    """Return why the product cannot run, or would not be the faster form, or None."""
-    if ids is not None:
-        return "packed documents need a matrix each"
+def _supports_product(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> str | None:
+    return None if ids is None else "packed documents need a matrix each"
+
+
+def _product_is_slower(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> str | None:
+    """Return why the shifted products are the faster form, or None."""
     if kernel.shape[0] <= UNROLLED:
-        return f"there must be more than {UNROLLED} taps, and are {kernel.shape[0]}"
+        return f"there are {kernel.shape[0]} taps, no more than {UNROLLED}"
     T = inputs.shape[1] - reach(kernel.shape[0], dilation)
-    return None if T <= long_conv.SHORT else f"T must be at most {long_conv.SHORT}, and is {T}"
+    return None if T <= long_conv.SHORT else f"T is {T}, above {long_conv.SHORT}"
 
 
 def _term(inputs: BSD, ids: BS | None, weights: Float[Array, "D"], at, T: int) -> BTD:
@@ -210,7 +212,7 @@ def _slice(x, at, T: int):
 
 
 IMPLEMENTATIONS = {
-    "toeplitz": Implementation(_product, _is_long, preferred="cuda"),
+    "toeplitz": Implementation(_product, _supports_product, preferred="cuda", slower=_product_is_slower),
     "xla": Implementation(_shifted),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_oracle),

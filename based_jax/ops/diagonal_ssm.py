@@ -49,7 +49,8 @@ def diagonal_ssm(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (y, state after the last token) instead of y.
       impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked convolutions, linear in T),
-        "toeplitz" (one convolution, in u's dtype; no packing and no state before; short sequences on a GPU) or "auto".
+        "toeplitz" (one convolution, in u's dtype; no packing and no state before; auto's for short sequences on a
+        GPU) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -106,11 +107,13 @@ def _convolution(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tupl
     return y.astype(u.dtype), _real(after)
 
 
-def _is_short(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> str | None:
-    """Return why one convolution cannot run, or would not be the faster form, or None."""
-    if state is not None or segment_ids is not None:
-        return "a state before, and packed documents, need chunks"
-    return None if u.shape[1] <= SHORT else f"T must be at most {SHORT}, and is {u.shape[1]}"
+def _supports_convolution(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> str | None:
+    return None if state is None and segment_ids is None else "a state before, and packed documents, need chunks"
+
+
+def _convolution_is_slower(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> str | None:
+    """Return why chunks are the faster form, or None."""
+    return None if u.shape[1] <= SHORT else f"T is {u.shape[1]}, above {SHORT}"
 
 
 def _after(u: Inputs, x, span: scan.Span, log_a: HN, b: HN):
@@ -150,7 +153,7 @@ def _empty(u: Inputs, log_a: HN) -> State:
 
 
 IMPLEMENTATIONS = {
-    "toeplitz": Implementation(_convolution, _is_short, preferred="cuda"),
+    "toeplitz": Implementation(_convolution, _supports_convolution, preferred="cuda", slower=_convolution_is_slower),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),

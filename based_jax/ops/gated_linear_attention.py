@@ -63,9 +63,9 @@ def gated_linear_attention(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "quadratic" (one chunk; one
-        decay a head and short sequences on a GPU), "hopper" (Mosaic GPU kernels, token by token; K at most 128, no
-        bonus) or "auto".
+      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "quadratic" (one chunk;
+        auto's for one decay a head, large states and short sequences on a GPU), "hopper" (Mosaic GPU kernels, token by
+        token; K at most 128, no bonus) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
@@ -134,14 +134,14 @@ def _chunked(xs, bonus, scale, state, segment_ids, *, length: int | None = CHUNK
     return scan.over_chunks(chunk, xs, _empty(xs), state, segment_ids, length or xs[0].shape[1])
 
 
-def _is_short(xs, bonus, scale, state, segment_ids) -> str | None:
-    """Return why one chunk would not be the faster XLA form, or None."""
+def _one_chunk_is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
+    """Return why several chunks are the faster XLA form, or None."""
     (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
     if xs[3].shape[-1] > 1:
         return "each key channel has a decay of its own"
     if T > CHUNK and T * BLOCK > K * V:
-        return f"states must have {BLOCK} elements a token of the sequence, and have {K * V} for {T}"
-    return None if T <= SHORT else f"T must be at most {SHORT}, and is {T}"
+        return f"states have {K * V} elements, fewer than {BLOCK} for each of {T} tokens"
+    return None if T <= SHORT else f"T is {T}, above {SHORT}"
 
 
 def pair_weights(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible, dtype, precision) -> Float[Array, "B H T S"]:
@@ -223,7 +223,7 @@ def _supports(xs, bonus, scale, state, segment_ids) -> str | None:
     return recurrence.supports(xs[0], xs[2]) if bonus is None else "the kernels know no bonus"
 
 
-def _is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
+def _kernels_are_slower(xs, bonus, scale, state, segment_ids) -> str | None:
     """Return why chunks on tensor cores are faster than the kernels, token by token, or None."""
     (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
     if xs[3].shape[-1] == 1 and (T > FEW_STEPS or (T <= SHORT and K * V >= LARGE)):
@@ -232,8 +232,10 @@ def _is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
 
 
 IMPLEMENTATIONS = {
-    "hopper": Implementation(_hopper, _supports, platform="cuda", slower=_is_slower),
-    "quadratic": Implementation(functools.partial(_chunked, length=None), _is_short, preferred="cuda"),
+    "hopper": Implementation(_hopper, _supports, platform="cuda", slower=_kernels_are_slower),
+    "quadratic": Implementation(
+        functools.partial(_chunked, length=None), preferred="cuda", slower=_one_chunk_is_slower
+    ),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),

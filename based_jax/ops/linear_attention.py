@@ -47,7 +47,7 @@ def linear_attention(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
       impl: "oracle" (quadratic), "recurrent" (token by token), "xla" (chunked, linear in T), "quadratic" (one
-        chunk; short sequences on a GPU) or "auto".
+        chunk; auto's for short sequences on a GPU) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -169,9 +169,9 @@ def normalise(sums: Float[Array, "*B _"]) -> Float[Array, "*B V"]:
     return sums[..., :-1] / (sums[..., -1:] + EPS)
 
 
-def is_short(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> str | None:
-    """Return why one chunk would not be the faster XLA form, or None."""
-    return None if q.shape[1] <= SHORT else f"T must be at most {SHORT}, and is {q.shape[1]}"
+def one_chunk_is_slower(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> str | None:
+    """Return why several chunks are the faster XLA form, or None."""
+    return None if q.shape[1] <= SHORT else f"T is {q.shape[1]}, above {SHORT}"
 
 
 def _dot(phi_q: BTHK, phi_k: BTHK, precision, dtype=jnp.float32) -> Float[Array, "B H T S"]:
@@ -189,7 +189,9 @@ def _empty(q: BTHK, v: BTHV, features: Callable) -> BHEV:
 
 IMPLEMENTATIONS = {
     "quadratic": Implementation(
-        functools.partial(chunked, features=_same, scores=_dot, length=None), is_short, preferred="cuda"
+        functools.partial(chunked, features=_same, scores=_dot, length=None),
+        preferred="cuda",
+        slower=one_chunk_is_slower,
     ),
     "xla": Implementation(functools.partial(chunked, features=_same, scores=_dot)),
     "recurrent": Implementation(functools.partial(recurrent, features=_same)),

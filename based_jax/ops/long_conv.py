@@ -29,8 +29,8 @@ def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = 
 
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "oracle" (quadratic), "xla" (FFT in fp32), "toeplitz" (products in u's dtype; no packing; short sequences on
-        a GPU) or "auto".
+      impl: "oracle" (quadratic), "xla" (FFT in fp32), "toeplitz" (products in u's dtype; no packing; auto's for short
+        sequences on a GPU) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -74,11 +74,13 @@ def _product(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:
     return einsum("BSD,DST->BTD", u.astype(dtype), matrices, precision, dtype).astype(u.dtype)
 
 
-def _is_short(u: BTD, kernel: TD, segment_ids: BT | None) -> str | None:
-    """Return why the product cannot run, or would not be the faster form, or None."""
-    if segment_ids is not None:
-        return "packed documents need a matrix each"
-    return None if u.shape[1] <= SHORT else f"T must be at most {SHORT}, and is {u.shape[1]}"
+def _supports_product(u: BTD, kernel: TD, segment_ids: BT | None) -> str | None:
+    return None if segment_ids is None else "packed documents need a matrix each"
+
+
+def _product_is_slower(u: BTD, kernel: TD, segment_ids: BT | None) -> str | None:
+    """Return why the FFT is the faster form, or None."""
+    return None if u.shape[1] <= SHORT else f"T is {u.shape[1]}, above {SHORT}"
 
 
 def _fft(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:
@@ -136,7 +138,7 @@ def _documents(segment_ids: BT) -> tuple[BT, Any]:
 
 
 IMPLEMENTATIONS = {
-    "toeplitz": Implementation(_product, _is_short, preferred="cuda"),
+    "toeplitz": Implementation(_product, _supports_product, preferred="cuda", slower=_product_is_slower),
     "xla": Implementation(_fft),
     "oracle": Implementation(_oracle),
 }

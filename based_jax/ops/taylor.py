@@ -76,7 +76,7 @@ def taylor_attention(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
       impl: "oracle" (every score in fp32), "recurrent" (token by token), "xla" (chunked, linear in T), "quadratic" (one
-        chunk; short sequences on a GPU), "hopper" (Mosaic GPU kernels; bf16, K <= 16) or "auto".
+        chunk; auto's for short sequences on a GPU), "hopper" (Mosaic GPU kernels; bf16, K <= 16) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
@@ -102,7 +102,9 @@ _chunked = functools.partial(linear_attention.chunked, features=taylor_features,
 
 IMPLEMENTATIONS = {
     "hopper": Implementation(taylor_hopper.attention, taylor_hopper.supports, platform="cuda"),
-    "quadratic": Implementation(functools.partial(_chunked, length=None), linear_attention.is_short, preferred="cuda"),
+    "quadratic": Implementation(
+        functools.partial(_chunked, length=None), preferred="cuda", slower=linear_attention.one_chunk_is_slower
+    ),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(functools.partial(linear_attention.recurrent, features=taylor_features)),
     "oracle": Implementation(functools.partial(linear_attention.oracle, features=taylor_features, scores=_kernel)),

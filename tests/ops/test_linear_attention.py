@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from based_jax.errors import UserError
 from based_jax.ops import dispatch
 from based_jax.ops import linear_attention as linear_attention_module
 from based_jax.ops.linear_attention import (
@@ -101,5 +100,8 @@ def test_auto_takes_one_chunk_for_short_sequences_on_a_gpu(monkeypatch):
     for length, chosen in ((SHORT, "quadratic"), (SHORT + 1, "xla")):
         x = jnp.zeros((1, length, 1, 4))
         assert dispatch._automatic("linear_attention", IMPLEMENTATIONS, x, x, x, None, None) is IMPLEMENTATIONS[chosen]
-    with pytest.raises(UserError, match=f"T must be at most {SHORT}, and is {SHORT + 1}"):
-        linear_attention(*[jnp.zeros((1, SHORT + 1, 1, 4))] * 3, impl="quadratic")
+
+
+def test_one_chunk_of_a_sequence_that_auto_would_cut(normal, close):
+    q, k, v = (jnp.abs(normal(1, SHORT + 1, 1, 4)) for _ in range(3))
+    close(*(linear_attention(q, k, v, impl=impl) for impl in ("quadratic", "oracle")))
