@@ -1,8 +1,8 @@
 """How an operation picks its implementation: one literal table each, and `auto` that fails closed.
 
-An operation's table maps a name to an `Implementation`. `auto` takes the first accelerator entry whose platform is
-the one being compiled for and which supports the call; otherwise it runs the XLA form and logs once what it left and
-why. A named implementation that cannot run raises with the reason.
+An operation's table maps a name to an `Implementation`. `auto` takes the first entry that is made for the platform
+being compiled for, or preferred there, supports the call and is not slower; otherwise it runs the XLA form and logs
+once what it left and why. A named implementation that cannot run raises with the reason.
 """
 
 import dataclasses

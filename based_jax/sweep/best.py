@@ -68,12 +68,20 @@ def best(rows: Iterable[Row]) -> list[Best]:
 
 
 def by_feature_map(points: Iterable[Best]) -> dict[tuple[str, str], list[Best]]:
-    """Return the points of each `families.feature_map`, by width; those of other models are left out."""
-    found: dict[tuple[str, str], list[Best]] = {}
-    for point in sorted(points, key=lambda point: point.d_model):
-        if name := families.feature_map(point.layers, point.d_model):
-            found.setdefault(name, []).append(point)
-    return dict(sorted(found.items()))
+    """Return the points of each feature map and its dimensions, ("relu", "K = 16") or ("relu", "K = D"), by width.
+
+    At each width it is the best one; the points of models that are no linear attention are left out.
+    """
+    tops: dict[tuple[str, int, int], Best] = {}
+    for point in points:
+        if found := families.feature_map(point.layers):
+            name, dimensions = found
+            key = name, dimensions if dimensions != point.d_model else 0, point.d_model
+            tops[key] = max(point, tops.get(key, point), key=lambda point: point.median)
+    lines: dict[tuple[str, str], list[Best]] = {}
+    for (name, dimensions, _), point in sorted(tops.items(), key=lambda item: item[0]):
+        lines.setdefault((name, f"K = {dimensions or 'D'}"), []).append(point)
+    return lines
 
 
 def accuracy(row: Row) -> float:

@@ -270,7 +270,7 @@ class _Batch:
             self.programs = programs
             self._count(train.result())
             states = self._moved(states)
-        if test.done():
+        if self.programs is programs and test.done():
             self.tests, self.smaller = programs, None
             self._count(test.result())
         return states

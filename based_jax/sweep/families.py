@@ -72,17 +72,16 @@ def family(layers: Layers) -> str:
     return " + ".join(dict.fromkeys(NAMES.get(kind, kind) for kind, _ in counted_layers(layers, convolution=False)))
 
 
-def feature_map(layers: Layers, d_model: int) -> tuple[str, str] | None:
-    """Return the feature map of a model whose main mixers are one linear attention, and its K: ("relu", "K = 16").
+def feature_map(layers: Layers) -> tuple[str, int] | None:
+    """Return the feature map of a model whose main mixers are one linear attention, and the dimensions K that it takes.
 
-    K are the dimensions of queries and keys that the map takes, "K = D" where they are `d_model`.
+    They are those of queries and keys.
     """
     found = set()
     for kind, options in counted_layers(layers, convolution=False):
         if kind not in ("taylor", "linear"):
             return None
-        features = options["feature_dim"]
-        found.add((options.get("feature_map", TAYLOR), "K = D" if features == d_model else f"K = {features}"))
+        found.add((options.get("feature_map", TAYLOR), options["feature_dim"]))
     return found.pop() if len(found) == 1 else None
 
 

@@ -3,6 +3,7 @@
 Each is saved as PNG and SVG, the same bytes for the same rows.
 """
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from based_jax.sweep.best import Best, Row, best, by_feature_map, front, longest
 MARKERS = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "down": "v", "plus": "P", "cross": "X"}
 SOURCES = {published.PAPER: ("o", "published: paper, Fig. 2"), published.RERUN: ("s", "published: re-run, 2026")}
 PARTS = {"conv": "conv", "base_conv": "conv", "window": "window", "taylor": "Taylor", "linear": "linear"}
+FORMS: tuple[dict[str, Any], ...] = ({"ls": "-"}, {"ls": "--", "mfc": "white"}, {"ls": ":", "mfc": "0.75"})
+"""Of lines, for the dimensions of feature maps: those of the model's width first."""
 Points = Sequence[Best]
 
 
@@ -58,8 +61,8 @@ def frontier(rows: Iterable[Row], path: str | os.PathLike, *, convolution: bool 
 def figure3(rows: Iterable[Row], path: str | os.PathLike) -> list[Path]:
     """Draw accuracy against bytes of state, and against parameters, for each feature map of linear attention.
 
-    A line goes over the widths D of a map of K = D dimensions of queries and keys, dashed over those of one of fewer.
-    Other mixers' rows are left out. Arguments, returned files and errors are those of `frontier`.
+    A line goes over the widths D of a map of K = D dimensions of queries and keys, or of one of fewer. Other mixers'
+    rows are left out. Arguments, returned files and errors are those of `frontier`.
     """
     lines = by_feature_map(_points(rows))
     points = [point for line in lines.values() for point in line]
@@ -67,18 +70,19 @@ def figure3(rows: Iterable[Row], path: str | os.PathLike) -> list[Path]:
         raise UserError("No row has a mixer 'linear' or 'taylor'; figure3 compares their feature maps.")
     figure, (left, right) = _figure(10, 4.6, panels=2)
     styles = families.styles(name for name, _ in lines)
+    fixed = sorted({dimensions for _, dimensions in lines} - {"K = D"}, key=lambda text: (len(text), text))
+    forms = dict(zip(["K = D", *fixed], itertools.cycle(FORMS)))
     for (name, dimensions), line in lines.items():
-        form = _line(styles[name], dashed=dimensions != "K = D")
         for axes, places in (
             (left, [x.state_bytes(convolution=False) for x in line]),
             (right, [x.row["params"] for x in line]),
         ):
-            axes.plot(places, [x.median for x in line], **form)
+            axes.plot(places, [x.median for x in line], **_marked(styles[name]), **forms[dimensions])
             _bars(axes, line, places, styles[name].colour)
     for name, style in styles.items():
-        left.plot([], [], **_line(style) | {"ls": ""}, label=name)
-    for text in ("K = D", ", ".join(sorted({dimensions for _, dimensions in lines} - {"K = D"}))):
-        left.plot([], [], **_line(families.Style("0.4", "circle"), dashed=text != "K = D"), label=text)
+        left.plot([], [], **_marked(style), ls="", label=name)
+    for dimensions in [x for x in forms if x in {dimensions for _, dimensions in lines}]:
+        left.plot([], [], **_marked(families.Style("0.4", "circle")), **forms[dimensions], label=dimensions)
     for axes in (left, right):
         axes.set(ylabel="accuracy, mean over all test segments", ylim=(-0.03, 1.03))
     left.set(xlabel=_state_of(points, convolution=False))
@@ -119,10 +123,8 @@ def _points(rows: Iterable[Row]) -> list[Best]:
     return points
 
 
-def _line(style: families.Style, *, dashed: bool = False) -> dict[str, Any]:
-    """Return how a line is drawn: with filled markers, or dashed with hollow ones."""
-    form = {"ls": "--", "mfc": "white", "ms": 5} if dashed else {"ls": "-", "ms": 6}
-    return form | {"color": style.colour, "marker": MARKERS[style.marker]}
+def _marked(style: families.Style) -> dict[str, Any]:
+    return {"color": style.colour, "marker": MARKERS[style.marker], "ms": 5}
 
 
 def _parts(point: Best) -> tuple[str, ...]:

@@ -119,7 +119,7 @@ def ablation():
 
 
 def disputed():
-    """Return what was tried where a headline point falls short: a lower rate, batches in another order."""
+    """Return what to try where a headline point falls short: lower rates, batches in another order."""
     model = hybrid(128, "gated_deltanet", num_heads=2)
     lower = product(model, param("optim.lr", [1e-4, round(10**-3.5, 6)]))
     return chain(lower, product(model, param("optim.lr", [round(10**-3.5, 6), 1e-3]), param("data.shuffle", [True])))

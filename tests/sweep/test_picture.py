@@ -10,7 +10,7 @@ import synthetic_rows as synthetic
 from based_jax.errors import UserError
 from based_jax.nn.mixers import MIXERS
 from based_jax.sweep import families, picture, published
-from based_jax.sweep.best import best, front
+from based_jax.sweep.best import best, by_feature_map, front
 
 BASED = [synthetic.CONV, ("taylor", {"num_heads": 1, "feature_dim": 16})]
 FORMS = {
@@ -142,7 +142,16 @@ def test_feature_maps_are_drawn_against_bytes_and_parameters(tmp_path):
     assert {"Taylor, 2nd order", "relu", "K = D", "K = 16", "parameters", "1 M", "64 KiB"} <= set(texts(drawn))
     colour = families.styles({"Taylor, 2nd order", "relu", "elu", "cosformer", "hedgehog"})["relu"].colour
     lines = re.findall(rf'<path d="[^"]*" [^>]*style="fill: none; ([^"]*)stroke: {colour}; [^"]*"', drawn.read_text())
-    assert ["dasharray" in line for line in lines] == [True, False] * 2  # in both panels, 16 before D
+    assert ["dasharray" in line for line in lines] == [False, True] * 2  # in both panels, D before 16
+
+
+def test_of_several_models_with_a_map_at_a_width_the_best_counts():
+    taylor = ("taylor", {"num_heads": 1, "feature_dim": 16})
+    stacks = {0.2: [taylor, taylor], 0.9: [synthetic.CONV, taylor], 0.4: [taylor]}
+    points = best([synthetic.row(layers, 64, accuracy=value) for value, layers in stacks.items()])
+    assert {key: [x.median for x in line] for key, line in by_feature_map(points).items()} == {
+        ("Taylor, 2nd order", "K = 16"): [0.9]
+    }
 
 
 def test_the_parts_of_an_ablation_are_named(tmp_path):
