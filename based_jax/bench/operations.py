@@ -143,6 +143,12 @@ def _gated(impl: str) -> Callable:
     return call
 
 
+def _one_decay_arrays(shape: Shape) -> Sequence[ShapeDtypeStruct]:
+    batch, heads, time = shape
+    rates = (batch, time, heads, 1), (batch, time, heads)
+    return [*_by_head(*(HEAD_DIM,) * 3)(shape), *(ShapeDtypeStruct(x, jnp.float32) for x in rates)]
+
+
 def _delta(impl: str) -> Callable:
     def call(q, k, v, g, beta):
         k = k * jax.lax.rsqrt(jnp.sum(k.astype(jnp.float32) ** 2, axis=-1, keepdims=True)).astype(k.dtype)
@@ -151,10 +157,10 @@ def _delta(impl: str) -> Callable:
     return call
 
 
-def _recurrence_cost(which: str, products: int) -> tuple[float, float]:
-    """Count q, k, v, o in bf16 and a decay for each channel in fp32; the state is read or added to once a product."""
-    size, flops = HEAD_DIM * (4 * BF16 + FP32), 2.0 * products * HEAD_DIM**2
-    return (size, flops) if which == "forward" else (size + HEAD_DIM * (7 * BF16 + 2 * FP32), 3 * flops)
+def _recurrence_cost(which: str, products: int, decays: int = HEAD_DIM) -> tuple[float, float]:
+    """Count q, k, v, o in bf16 and so many decays in fp32; the state is read or added to once a product."""
+    size, flops = HEAD_DIM * 4 * BF16 + decays * FP32, 2.0 * products * HEAD_DIM**2
+    return (size, flops) if which == "forward" else (size + HEAD_DIM * 7 * BF16 + 2 * decays * FP32, 3 * flops)
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -177,6 +183,12 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "delta_rule": Operation(
         delta_rule.IMPLEMENTATIONS, _delta_arrays, _delta, functools.partial(_recurrence_cost, products=4)
+    ),
+    "gated_delta_rule": Operation(
+        delta_rule.IMPLEMENTATIONS,
+        _one_decay_arrays,
+        _delta,
+        functools.partial(_recurrence_cost, products=4, decays=1),
     ),
     "gated_short_conv": Operation(gated_conv.IMPLEMENTATIONS, _conv_arrays, _conv, _conv_cost),
     "residual_rms_norm": Operation(

@@ -1,4 +1,4 @@
-"""The same shapes through PyTorch: flash-linear-attention's Based kernels and scaled_dot_product_attention.
+"""The same shapes through PyTorch: flash-linear-attention's kernels and scaled_dot_product_attention.
 
 Torch shares the GPU with JAX here: set XLA_PYTHON_CLIENT_PREALLOCATE=false before JAX starts.
 """
@@ -13,11 +13,12 @@ from based_jax.bench.timing import affordable
 from based_jax.errors import UserError
 
 L2_BYTES = 50 << 20
-PEERS = {
+PEERS: dict[str, dict[str, tuple[int, ...]]] = {
     "taylor_attention": {"fla_parallel_based": (16, 16, 64), "fla_fused_chunk_based": (16, 16, 64)},
     "attention": {"torch_sdpa": (64, 64, 64)},
+    "gated_delta_rule": {"fla_chunk_gated_delta_rule": (64, 64, 64, 1, 1)},
 }
-LIBRARIES = {"fla_parallel_based": "fla", "fla_fused_chunk_based": "fla", "torch_sdpa": "torch"}
+LIBRARIES = {name: name.partition("_")[0] for found in PEERS.values() for name in found}
 
 
 def check() -> None:
@@ -38,16 +39,24 @@ def versions() -> dict[str, str]:
 
 
 def _function(peer: str) -> Callable:
-    """Return a function of q, k, v (B, T, H, .)."""
-    import torch
+    """Return a function of q, k, v and, for the delta rule, what decays and rates are made of, (B, T, H, .)."""
+    import torch.nn.functional as F
 
     if peer == "torch_sdpa":
 
         def attend(q, k, v):
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
         return attend
+    if peer == "fla_chunk_gated_delta_rule":
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        def correct(q, k, v, g, beta):
+            g, beta = -F.softplus(g[..., 0].float()), beta[..., 0].sigmoid()
+            return chunk_gated_delta_rule(q, F.normalize(k, dim=-1), v, g, beta)[0]
+
+        return correct
     from fla.ops import based
 
     return getattr(based, peer.removeprefix("fla_"))
@@ -66,7 +75,7 @@ def microseconds(peer: str, dims: tuple[int, ...], shape: tuple[int, int, int], 
     options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": which != "forward"}
     count = min(max(repeats, 2), 2 + 2 * L2_BYTES // per_set)
     sets = [[torch.randn(batch, time, heads, dim, **options) for dim in dims] for _ in range(count)]
-    cotangent = torch.randn(batch, time, heads, dims[-1], device="cuda", dtype=torch.bfloat16)
+    cotangent = torch.randn(batch, time, heads, dims[2], device="cuda", dtype=torch.bfloat16)
 
     def call(arrays) -> None:
         with torch.set_grad_enabled(which != "forward"):

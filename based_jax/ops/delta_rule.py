@@ -13,6 +13,9 @@ log-decay and [x, y]_ts = sum_k x_tk y_sk exp(c_{t-1,k} - c_sk) for s < t (the W
 after which o and S are those of gated linear attention with keys k, b and values v, u. The state is (B, H, K, V) fp32.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
-from based_jax.ops import recurrence, scan
+from based_jax.ops import delta_chunks, recurrence, scan
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import Decay, initial_state, pair_weights
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
@@ -30,17 +33,35 @@ CHUNK = 64
 Rate = Float[Array, "B T H"]
 
 
-def delta_rule(q: BTHK, k: BTHK, v: BTHV, log_decay: Decay, beta: Rate, **options: Any) -> Any:
-    """Attend with the (gated) delta rule over (B, T, H, .) arrays.
+def delta_rule(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    log_decay: Decay,
+    beta: Rate,
+    *,
+    scale: float | None = None,
+    state: BHKV | None = None,
+    segment_ids: BT | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """Attend with the (gated) delta rule over (B, T, H, .) arrays, for any T.
 
     Args:
       k: keys; the publications normalise them to length 1.
       log_decay: at most 0; (B, T, H, K), or (B, T, H, 1) for one decay a head.
       beta: how far (B, T, H) the value under a key moves, 0 to 1 (2 for negative eigenvalues).
-      options: those of `dplr`.
+      scale, state, segment_ids, return_state: as of `dplr`.
+      impl: one of `dplr`, or "triton" (chunks on tensor cores; bf16, one decay a head, K at most 128).
+
+    Raises:
+      UserError: `impl` is unknown or cannot run this call.
     """
-    k32, rate = k.astype(jnp.float32), beta.astype(jnp.float32)[..., None]
-    return dplr(q, (rate * k32).astype(k.dtype), v, log_decay, jnp.exp(log_decay) * k32, -rate * k32, **options)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    xs = q, k, v, log_decay, beta
+    o, state = dispatch("delta_rule", IMPLEMENTATIONS, impl, xs, scale, state, segment_ids)
+    return (o, state) if return_state else o
 
 
 def delta_rule_step(
@@ -82,7 +103,7 @@ def dplr(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     a, b, log_decay = (x.astype(jnp.float32) for x in (a, b, log_decay))
-    o, state = dispatch("delta_rule", IMPLEMENTATIONS, impl, (q, k, v, log_decay, a, b), scale, state, segment_ids)
+    o, state = dispatch("dplr", DPLR_IMPLEMENTATIONS, impl, (q, k, v, log_decay, a, b), scale, state, segment_ids)
     return (o, state) if return_state else o
 
 
@@ -165,9 +186,34 @@ def _supports(xs, scale, state, segment_ids) -> str | None:
     return recurrence.supports(xs[0], xs[2])
 
 
-IMPLEMENTATIONS = {
+def _triton(xs, scale, state, segment_ids) -> tuple[Any, Any]:
+    q, k, v, log_decay, beta = xs
+    state = _empty(xs) if state is None else state
+    return delta_chunks.delta_chunks(q, k, v, log_decay, beta, scale, state, segment_ids)
+
+
+def _triton_supports(xs, scale, state, segment_ids) -> str | None:
+    q, _, v, log_decay, _ = xs
+    return delta_chunks.supports(q, v, log_decay)
+
+
+def _as_dplr(run: Callable, xs, *rest) -> tuple[Any, Any]:
+    q, k, v, log_decay, beta = xs
+    k32, rate = k.astype(jnp.float32), beta.astype(jnp.float32)[..., None]
+    log_decay = log_decay.astype(jnp.float32)
+    return run((q, (rate * k32).astype(k.dtype), v, log_decay, jnp.exp(log_decay) * k32, -rate * k32), *rest)
+
+
+DPLR_IMPLEMENTATIONS = {
     "hopper": Implementation(_hopper, _supports, platform="cuda"),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
+}
+IMPLEMENTATIONS = {
+    "triton": Implementation(_triton, _triton_supports),  # not for `auto` before it has been timed
+    **{
+        name: dataclasses.replace(entry, run=functools.partial(_as_dplr, entry.run))
+        for name, entry in DPLR_IMPLEMENTATIONS.items()
+    },
 }

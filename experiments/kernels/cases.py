@@ -15,6 +15,7 @@ from experiments.kernels.operations import OPERATIONS, Case, arrays_of, basic, g
 LANES = 2
 """Of `jax.vmap`."""
 NORMS = "residual_rms_norm", "residual_layer_norm", "rms_norm", "layer_norm"
+RECURRENCES = "delta_rule", "gated_linear_attention", "gated_delta_rule"
 FACTORS = {
     "taylor_attention": {"late": {"k": 30, "v": 30}, "large": {"q": 4, "k": 4}},
     "window_attention": {"late": {"v": 30}, "large": {"q": 2, "k": 2}},
@@ -162,7 +163,7 @@ def _scan_cases() -> list[Case]:
 
 def _recurrence_cases() -> list[Case]:
     both, cases = {"state": True, "documents": True}, []
-    for name in ("delta_rule", "gated_linear_attention"):
+    for name in RECURRENCES:
         make = functools.partial(Case, name)
         cases += [make((2, 2, time), (32, 32), **x) for time in (1, 15, 65) for x in ({}, both)]
         cases += [make((2, 3, 130), dims, **both) for dims in ((24, 48), (64, 64), (64, 128), (128, 128), (128, 192))]
@@ -183,7 +184,7 @@ def all_cases() -> list[Case]:
     """Return the cases of every operation that has a kernel."""
     first = [*_taylor_cases(), *_window_cases(), *_conv_cases(), *_norm_cases(), *_scan_cases()]
     found = [*first, *_recurrence_cases(), *_entropy_cases()]
-    return [case for case in found if "hopper" in OPERATIONS[case.operation].table]
+    return [case for case in found if OPERATIONS[case.operation].kernel in OPERATIONS[case.operation].table]
 
 
 def tiny_cases() -> list[Case]:
@@ -194,6 +195,6 @@ def tiny_cases() -> list[Case]:
     cases += [Case("gated_short_conv", (1, 256, 130), (3,), documents=True)]
     cases += [Case(name, (1, 256, 1030)) for name in NORMS]
     cases += [Case("selective_scan", (1, 128, 50), (16,), **both)]
-    cases += [Case(name, (1, 2, 50), (64, 64), **both) for name in ("delta_rule", "gated_linear_attention")]
+    cases += [Case(name, (1, 2, 50), (64, 64), **both) for name in RECURRENCES]
     cases += [Case("linear_cross_entropy", (1, 64, 130), (300,), documents=True)]
-    return [case for case in cases if "hopper" in OPERATIONS[case.operation].table]
+    return [case for case in cases if OPERATIONS[case.operation].kernel in OPERATIONS[case.operation].table]

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="JSON lines; replaced")
     parser.add_argument("--quick", action="store_true", help="a few of the cases, none of the huge ones")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--impl", default="hopper", help="implementation (default: hopper)")
+    parser.add_argument("--impl", default="", help="implementation (default: the kernels of each operation)")
     parser.add_argument("--seed", type=int, help="of the inputs (default: a fresh one)")
     parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes; 0 for none (default: {WORKERS})")
     parser.add_argument("--limit", type=float, default=150, help="seconds to wait for a row (default: 150)")
@@ -77,7 +77,7 @@ def everything(chosen: list[Case], args: argparse.Namespace) -> Iterator[dict]:
     else:
         for row in rows_of(chosen, args.impl, args.seed):
             yield row | facts("check")
-    if args.quick or args.impl != "hopper":
+    if args.quick or args.impl not in ("", "hopper"):
         return
     # Last, and here: they take the GPU's whole memory, which the workers have given back.
     for name in huge.CASES:
@@ -120,8 +120,9 @@ def attempt(what: str, call: Callable[..., dict], *arguments) -> dict:
 
 
 def compile_kernel(case: Case, impl: str) -> Callable:
-    """Return both passes of a case, compiled."""
-    call = cases.through(case, OPERATIONS[case.operation].run(case, impl))
+    """Return both passes of a case, compiled; without an implementation's name by its operation's kernels."""
+    operation = OPERATIONS[case.operation]
+    call = cases.through(case, operation.run(case, impl or operation.kernel))
     ids = jax.ShapeDtypeStruct(case.shape[::2], jnp.int32) if case.documents else None
     return jax.jit(both_passes(call)).lower(gradients_of(case), arrays_of(case), ids).compile()
 

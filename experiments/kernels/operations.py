@@ -74,6 +74,7 @@ class Operation:
       run: function of a case and an implementation's name.
       oracle: function of a case; it takes a state and ids always.
       weights: names of the arrays that belong to no row of a batch.
+      kernel: name of the implementation that is checked where none is named.
     """
 
     table: Mapping[str, Any]
@@ -81,6 +82,7 @@ class Operation:
     run: Callable[[Case, str], Callable]
     oracle: Callable[[Case], Callable]
     weights: frozenset[str] = frozenset()
+    kernel: str = "hopper"
 
 
 def _heads(case: Case) -> dict[str, ShapeDtypeStruct]:
@@ -196,6 +198,22 @@ def _gated(case: Case, impl: str) -> Callable:
     return call
 
 
+def _one_decay_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
+    (batch, heads, time), (k, v) = case.shape, case.dims
+    shapes = {"g": (batch, time, heads, 1), "beta": (batch, time, heads, 1), "state": (batch, heads, k, v)}
+    return _heads(case) | {name: ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+def _gated_delta(case: Case, impl: str) -> Callable:
+    def call(arrays, ids):
+        k, log_decay, rate = oracles.keys_and_rates(*(arrays[name] for name in ("k", "g", "beta")))
+        options = {"state": arrays.get("state"), "segment_ids": ids, "return_state": True, "impl": impl}
+        o, state = delta_rule.delta_rule(arrays["q"], k, arrays["v"], log_decay, rate, **options)
+        return {"o": o, "state": state}
+
+    return call
+
+
 def _entropy_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
     (batch, channels, time), [vocab] = case.shape, case.dims
     shapes = {"hidden": (batch, time, channels), "table": (vocab, channels)}
@@ -244,7 +262,14 @@ OPERATIONS = {
     "gated_linear_attention": Operation(
         gated_linear_attention.IMPLEMENTATIONS, _gated_arrays, _gated, lambda case: oracles.recurrence
     ),
-    "delta_rule": Operation(delta_rule.IMPLEMENTATIONS, _delta_arrays, _gated, lambda case: oracles.recurrence),
+    "delta_rule": Operation(delta_rule.DPLR_IMPLEMENTATIONS, _delta_arrays, _gated, lambda case: oracles.recurrence),
+    "gated_delta_rule": Operation(
+        delta_rule.IMPLEMENTATIONS,
+        _one_decay_arrays,
+        _gated_delta,
+        lambda case: oracles.gated_delta_rule,
+        kernel="triton",
+    ),
     "linear_cross_entropy": Operation(
         cross_entropy.IMPLEMENTATIONS,
         _entropy_arrays,

@@ -128,8 +128,24 @@ def recurrence(arrays: dict, ids: jax.Array) -> dict:
     `arrays` are q, k, `g` and any `direction` (B, T, H, K), v (B, T, H, V) and the first document's `state` before the
     first token; without a direction a and b are zero.
     """
-    q, k, v, g = (arrays[name] for name in ("q", "k", "v", "g"))
-    log_decay, a, b = decays_and_directions(g, arrays.get("direction", jnp.zeros_like(g)))
+    log_decay, a, b = decays_and_directions(arrays["g"], arrays.get("direction", jnp.zeros_like(arrays["g"])))
+    return _recurrence(arrays, arrays["k"], log_decay, a, b, ids)
+
+
+def keys_and_rates(k, g, beta):
+    """Return keys of length 1, about, log-decays below 0, and rates (B, T, H) of a delta rule that stays bounded."""
+    return k / 8, -jax.nn.softplus(2 * g), 0.5 * jax.nn.sigmoid(beta)[..., 0]
+
+
+def gated_delta_rule(arrays: dict, ids: jax.Array) -> dict:
+    """Return `recurrence` with a = w k, b = -beta k and beta k for k; `g` and `beta` are (B, T, H, 1)."""
+    k, log_decay, rate = keys_and_rates(*(arrays[name] for name in ("k", "g", "beta")))
+    written = rate[..., None] * k
+    return _recurrence(arrays, written, log_decay, jnp.exp(log_decay) * k, -written, ids)
+
+
+def _recurrence(arrays: dict, k, log_decay, a, b, ids) -> dict:
+    q, v = arrays["q"], arrays["v"]
 
     def token(carry, inputs):
         (S, owner), (q, k, v, w, a, b, own) = carry, inputs

@@ -24,6 +24,7 @@ COMPILING = {
     "selective_scan": 5.0,
     "delta_rule": 6.0,
     "gated_linear_attention": 5.0,
+    "gated_delta_rule": 6.0,
     "linear_cross_entropy": 3.0,
 }
 ORACLE = 2.0

@@ -106,7 +106,7 @@ def test_kernels_equal_the_oracle(
     direction = direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
     wide = [-(normal(B, T, H, K) ** 2), normal(B, H, K, V)]
     wide += [-direction, direction * jax.nn.sigmoid(normal(B, T, H, 1))] if low_rank else []
-    table = (delta_rule if low_rank else gated_linear_attention).IMPLEMENTATIONS
+    table = delta_rule.DPLR_IMPLEMENTATIONS if low_rank else gated_linear_attention.IMPLEMENTATIONS
     bonus = () if low_rank else (None,)
     do, dlast = normal(B, T, H, V), normal(B, H, K, V)
 

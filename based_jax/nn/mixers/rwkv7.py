@@ -12,7 +12,7 @@ from based_jax.dims import BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter, per_channel
-from based_jax.ops.delta_rule import IMPLEMENTATIONS, dplr, dplr_step
+from based_jax.ops.delta_rule import DPLR_IMPLEMENTATIONS, dplr, dplr_step
 from based_jax.ops.gated_linear_attention import initial_state
 
 RANKS = ("decay_low_rank_dim", "gate_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim")
@@ -41,7 +41,7 @@ class RWKV7(TimeMix):
     """
 
     Config: ClassVar = RWKV7Config
-    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
+    IMPLEMENTATIONS: ClassVar = DPLR_IMPLEMENTATIONS
     operation: ClassVar = (dplr, dplr_step)
     _SHARED: ClassVar = {
         "out_proj/kernel": "o_proj.weight",

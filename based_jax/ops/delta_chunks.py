@@ -1,0 +1,119 @@
+"""The delta rule by chunks on tensor cores, in Triton kernels: how (Gated) DeltaNet runs on a GPU.
+
+For one decay a head, which makes the weights between the tokens of a chunk a matrix that all channels share. The
+kernels and their equations are in `pallas_kernels/delta_triton.py`; products are of bf16, sums and the state fp32.
+"""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax.dims import BHKV, BT, BTHK, BTHV
+from based_jax.ops import hopper, segments
+from based_jax.ops.dispatch import target_platform
+
+CHUNK, WIDTH = 64, 64
+"""Tokens, and columns of a state, that the kernels take multiples of."""
+KEYS = (16, 32, 64, 128)
+"""Sizes of keys; others are filled up with zeros."""
+WEAKEST = -128.0
+"""A log-decay that leaves nothing in fp32. Sums of it over a chunk are still exact to 1e-3."""
+
+
+def supports(q: BTHK, v: BTHV, log_decay) -> str | None:
+    """Return why the kernels cannot run a call, or None; shapes and dtypes are all that they ask for."""
+    if target_platform() != "cuda":
+        return f"it needs cuda, and this is {target_platform()}"
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return f"jax {jax.__version__} has no Triton backend of Pallas"
+    if v.dtype != jnp.bfloat16:
+        return f"v must be bfloat16, and is {v.dtype}"
+    if log_decay.shape[-1] != 1:
+        return f"heads must have one decay, and have {log_decay.shape[-1]}"
+    if q.shape[-1] > KEYS[-1]:
+        return f"K must be at most {KEYS[-1]}, and is {q.shape[-1]}"
+    return None if q.size * v.size else f"no dimension may be empty, and q is {q.shape}, v {v.shape}"
+
+
+def delta_chunks(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    log_decay: Float[Array, "B T H 1"],
+    beta: Float[Array, "B T H"],
+    scale: float,
+    state: BHKV,
+    segment_ids: BT | None,
+) -> tuple[BTHV, BHKV]:
+    """Return o and the state after the last token, each device for its rows and heads."""
+    tokens, states = ("batch", None, "heads"), ("batch", "heads")
+
+    def on_device(*arguments) -> tuple[BTHV, BHKV]:
+        return _on_device(scale, *arguments)
+
+    arguments = q, k, v, log_decay[..., 0], beta, state, segment_ids
+    return hopper.per_shard(on_device, arguments, (*(tokens,) * 5, states, ("batch",)), (tokens, states))
+
+
+def _on_device(scale, q, k, v, log_decay, beta, state, segment_ids) -> tuple[BTHV, BHKV]:
+    """Fill all sizes up with zeros, which change no state, and cut them off again."""
+    time, (*_, keys, values) = q.shape[1], state.shape
+    padding, log_decay = None, jnp.maximum(log_decay.astype(jnp.float32), WEAKEST)
+    if segment_ids is not None:
+        padding, begins = (x[..., None] for x in (segment_ids == 0, segments.begins_later(segment_ids)))
+        q, k, v = (jnp.where(padding[..., None], 0, x) for x in (q, k, v))
+        log_decay = jnp.where(begins, WEAKEST, jnp.where(padding, 0, log_decay))
+        beta = jnp.where(padding, 0, beta)
+    wide = next(size for size in KEYS if size >= keys)
+    q, k = (_fill(x.astype(v.dtype), {1: CHUNK, 3: wide}) for x in (q, k))
+    v, state = _fill(v, {1: CHUNK, 3: WIDTH}), _fill(state.astype(jnp.float32), {2: wide, 3: WIDTH})
+    log_decay, beta = (_fill(x.astype(jnp.float32), {1: CHUNK}) for x in (log_decay, beta))
+    o, state = _fused(scale, *hopper.vary_alike(q, k, v, log_decay, beta, state))
+    o = o[:, :time, :, :values]
+    return (o if padding is None else jnp.where(padding[..., None], 0, o)), state[:, :, :keys, :values]
+
+
+def _fill(x: Array, multiples: dict[int, int]) -> Array:
+    """Append zeros to dimensions up to a multiple."""
+    return jnp.pad(x, [(0, -size % multiples.get(dimension, 1)) for dimension, size in enumerate(x.shape)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(scale, q, k, v, log_decay, beta, state):
+    return _forward(scale, q, k, v, log_decay, beta, state, with_starts=False)[0]
+
+
+def _forward(scale, q, k, v, log_decay, beta, state, *, with_starts: bool):
+    # Pallas' GPU modules take half a second to import and are needed only here.
+    from pallas_kernels import delta_triton as kernels
+
+    log_decay = jax.lax.optimization_barrier(log_decay)  # XLA would fold the sums of a constant, for seconds
+    c = jnp.cumsum(_chunks(log_decay), axis=2).reshape(log_decay.shape)
+    t = kernels.inverses(k, c, beta)
+    o, last, *starts = kernels.forward(q, k, v, c, beta, t, state, scale=scale, with_starts=with_starts)
+    return (o, last), (q, k, v, c, beta, t, *starts)
+
+
+def _chunks(x: Float[Array, "B T H"]) -> Float[Array, "B N C H"]:
+    return x.reshape(x.shape[0], -1, CHUNK, x.shape[2])
+
+
+def _fused_fwd(scale, *arguments):
+    return _forward(scale, *arguments, with_starts=True)
+
+
+def _fused_bwd(scale, saved, gradients):
+    from pallas_kernels import delta_triton as kernels
+
+    q, k, v, c, beta, t, starts = saved
+    do, dlast = gradients
+    y, ends, dstate = kernels.reverse(q, k, c, beta, t, do, dlast, scale=scale)
+    dq, dk, dv, dc, dbeta = kernels.gradients(q, k, v, c, beta, t, starts, do, y, ends, scale=scale)
+    dlog_decay = jax.lax.cumsum(_chunks(dc), axis=2, reverse=True).reshape(dc.shape)
+    return dq, dk, dv, dlog_decay, dbeta, dstate
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)

@@ -1,0 +1,316 @@
+"""The (gated) delta rule by chunks on tensor cores, in Pallas' Triton kernels (see `ops/delta_chunks.py`).
+
+JAX 0.11 calls Pallas' Triton backend deprecated; where it is gone, `ops/delta_chunks.py` refuses.
+
+With the state S before a chunk of C tokens, c_t the sum of its log-decays up to token t, and w_ts = exp(c_t - c_s):
+
+    U = T diag(beta) (V - diag(exp c) K S)            T = (I + L)^-1       L_ts = beta_t (k_t . k_s) w_ts, s < t
+    O = scale (P U + diag(exp c) Q S)                 P_ts = (q_t . k_s) w_ts, s <= t
+    S' = exp(c_C) S + (diag(exp(c_C - c)) K)^T U      (arXiv 2406.06484, section 3.2; 2412.06464, section 3.3)
+
+Four kernels: `inverses` solves every chunk's T, `forward` walks over the chunks with S in registers, `reverse` walks
+back with the gradient of S, and `gradients` takes those of all tokens, again each chunk for itself:
+
+    dU = P^T dO + diag(exp(c_C - c)) K dS'     Y = T^T dU       dV = diag(beta) Y      dL = -Y U^T      dP = dO U^T
+    dS = exp(c_C) dS' + (diag(exp c) Q)^T dO - (diag(exp c) K)^T dV
+
+Arrays are (B, T, H, .), T a multiple of `CHUNK`, K a power of two from 16 to 128, V a multiple of `WIDTH`: a program of
+`forward` and `reverse` takes so many columns of a state. Products are of q's dtype with fp32 sums, T's in TF32 x 3.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+Type = jax.ShapeDtypeStruct
+
+CHUNK, BLOCK, WIDTH = 64, 16, 64
+WARPS = {"inverses": 1, "forward": 4, "reverse": 4, "gradients": 8}
+NEVER = -1e30
+EXACT: Any = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+INTERPRET = False
+"""For tests, where there is no GPU."""
+
+
+def inverses(k, c, beta) -> jax.Array:
+    """Return T of every chunk, (B, T, H, CHUNK) in k's dtype, its rows where their tokens are.
+
+    By forward substitution over blocks of 16 tokens. Those on the diagonal, I + N with N^16 = 0, are inverted as
+    (I - N)(I + N^2)(I + N^4)(I + N^8).
+    """
+
+    def body(k_ref, c_ref, beta_ref, t_ref):
+        at = [pl.ds(i * BLOCK, BLOCK) for i in range(CHUNK // BLOCK)]
+        ks, cs, betas = ([ref[block] for block in at] for ref in (k_ref, c_ref, beta_ref))
+        later, same = _pairs(BLOCK, lax.gt), _pairs(BLOCK, lax.eq)
+
+        def lower(i, j):
+            decay = _decay(cs[i], cs[j], later if i == j else None)
+            return betas[i][:, None] * _dot(ks[i], ks[j], (1, 1)) * decay
+
+        found = {}
+        for i, rows in enumerate(at):
+            power = lower(i, i)
+            inverse = jnp.where(same, 1.0, 0.0) - power
+            for _ in range(3):
+                power = _exact(power, power)
+                inverse = inverse + _exact(inverse, power)
+            found[i, i] = inverse
+            for j in range(i):
+                right = sum(_exact(lower(i, n), found[n, j]) for n in range(j, i))
+                found[i, j] = -_exact(inverse, right)
+            for j, columns in enumerate(at):
+                t_ref[rows, columns] = found.get((i, j), jnp.zeros_like(inverse)).astype(t_ref.dtype)
+
+    [t] = Cut.of(k, k).by_chunk(body, "inverses", [k, c, beta], [Type((*k.shape[:3], CHUNK), k.dtype)])
+    return t
+
+
+def forward(q, k, v, c, beta, t, state, *, scale: float, with_starts: bool) -> list[jax.Array]:
+    """Return o like v, the state after the last token and, where asked for, those before every chunk.
+
+    Args:
+      q, k: (B, T, H, K).
+      v: (B, T, H, V) in their dtype.
+      c, beta: (B, T, H) fp32; c are sums of log-decays since the beginning of the chunk.
+      t: of `inverses`.
+      state: (B, H, K, V) fp32.
+    """
+    cut = Cut.of(k, v)
+
+    def body(q_ref, k_ref, c_ref, beta_ref, t_ref, v_ref, state_ref, o_ref, last_ref, *starts_refs):
+        def step(n, S):
+            here = pl.ds(n * CHUNK, CHUNK)
+            q, k, c = q_ref[here], k_ref[here], c_ref[here]
+            for ref in starts_refs:
+                ref[n] = S.astype(ref.dtype)
+            before, (since, until, all_of_it) = S.astype(q.dtype), _decays(c)
+            right = beta_ref[here][:, None] * (v_ref[here].astype(jnp.float32) - since * _dot(k, before))
+            u = _dot(t_ref[here], right.astype(q.dtype)).astype(q.dtype)
+            p = (_dot(q, k, (1, 1)) * _decay(c, c, _pairs(CHUNK, lax.ge))).astype(q.dtype)
+            o_ref[here] = (scale * (_dot(p, u) + since * _dot(q, before))).astype(o_ref.dtype)
+            return all_of_it * S + _dot((until * k.astype(jnp.float32)).astype(q.dtype), u, (0, 0))
+
+        last_ref[...] = lax.fori_loop(0, cut.chunks, step, state_ref[...])
+
+    states = [Type(state.shape, jnp.float32), *[cut.states(v.dtype)] * with_starts]
+    return cut.by_strip(body, "forward", [q, k, c, beta, t], [v], [state], [Type(v.shape, v.dtype)], states)
+
+
+def reverse(q, k, c, beta, t, do, dlast, *, scale: float) -> list[jax.Array]:
+    """Return Y like do, the gradients of the states after every chunk, and that of the state before the first."""
+    cut = Cut.of(k, do)
+
+    def body(q_ref, k_ref, c_ref, beta_ref, t_ref, do_ref, dlast_ref, y_ref, ends_ref, dstate_ref):
+        def step(back, dS):
+            n = cut.chunks - 1 - back
+            here = pl.ds(n * CHUNK, CHUNK)
+            q, k, c = q_ref[here], k_ref[here], c_ref[here]
+            after, (since, until, all_of_it) = dS.astype(q.dtype), _decays(c)
+            ends_ref[n] = after
+            do = (scale * do_ref[here].astype(jnp.float32)).astype(q.dtype)
+            p = (_dot(q, k, (1, 1)) * _decay(c, c, _pairs(CHUNK, lax.ge))).astype(q.dtype)
+            du = _dot(p, do, (0, 0)) + until * _dot(k, after)
+            y = _dot(t_ref[here], du.astype(q.dtype), (0, 0))
+            y_ref[here] = y.astype(y_ref.dtype)
+            dv = (beta_ref[here][:, None] * y).astype(q.dtype)
+            q, k = ((since * x.astype(jnp.float32)).astype(q.dtype) for x in (q, k))
+            return all_of_it * dS + _dot(q, do, (0, 0)) - _dot(k, dv, (0, 0))
+
+        dstate_ref[...] = lax.fori_loop(0, cut.chunks, step, dlast_ref[...])
+
+    states = [cut.states(do.dtype), Type(dlast.shape, jnp.float32)]
+    return cut.by_strip(body, "reverse", [q, k, c, beta, t], [do], [dlast], [Type(do.shape, do.dtype)], states)
+
+
+def gradients(q, k, v, c, beta, t, starts, do, y, ends, *, scale: float) -> list[jax.Array]:
+    """Return dq, dk, dv, and dc and dbeta in fp32.
+
+    Args:
+      starts: of `forward`.
+      y, ends: of `reverse`.
+    """
+
+    def body(q_ref, k_ref, v_ref, c_ref, beta_ref, t_ref, starts_ref, do_ref, y_ref, ends_ref, *results):
+        dq_ref, dk_ref, dv_ref, dc_ref, dbeta_ref = results
+        q, k, c, beta = q_ref[...], k_ref[...], c_ref[...], beta_ref[...][:, None]
+        since, until, all_of_it = _decays(c)
+        wide_k = k.astype(jnp.float32)
+
+        def strip(n, sums):
+            dp, dl, dq, dk, dbeta, dc, leaving, kept = sums
+            columns = pl.ds(n * WIDTH, WIDTH)
+            S, dS = starts_ref[:, columns], ends_ref[:, columns]
+            read = since * _dot(k, S)
+            error = v_ref[:, columns].astype(jnp.float32) - read
+            u = _dot(t_ref[...], (beta * error).astype(q.dtype)).astype(q.dtype)
+            y = y_ref[:, columns]
+            dv = beta * y.astype(jnp.float32)
+            dv_ref[:, columns] = dv.astype(dv_ref.dtype)
+            written = until * _dot(u, dS, (1, 1))
+            do = (scale * do_ref[:, columns].astype(jnp.float32)).astype(q.dtype)
+            return (
+                dp + _dot(do, u, (1, 1)),
+                dl - _dot(y, u, (1, 1)),
+                dq + _dot(do, S, (1, 1)),
+                dk + written - since * _dot(dv.astype(q.dtype), S, (1, 1)),
+                dbeta + jnp.sum(y.astype(jnp.float32) * error, axis=1),
+                dc - jnp.sum(dv * read, axis=1),
+                leaving + jnp.sum(written * wide_k, axis=1),
+                kept + jnp.sum(S.astype(jnp.float32) * dS.astype(jnp.float32)),
+            )
+
+        sizes = ((CHUNK, CHUNK),) * 2 + (k.shape,) * 2 + ((CHUNK,),) * 3 + ((),)
+        zeros = tuple(jnp.zeros(size, jnp.float32) for size in sizes)
+        dp, dl, dq, dk, dbeta, dc, leaving, kept = lax.fori_loop(0, v_ref.shape[1] // WIDTH, strip, zeros)
+
+        dq = since * dq
+        dc = dc + jnp.sum(dq * q.astype(jnp.float32), axis=1) - leaving
+        dp = dp * _decay(c, c, _pairs(CHUNK, lax.ge))
+        moved = dp * _dot(q, k, (1, 1))
+        dp = dp.astype(q.dtype)
+        dq_ref[...] = (dq + _dot(dp, k)).astype(dq_ref.dtype)
+        dk = dk + _dot(dp, q, (0, 0))
+        dl = dl * _decay(c, c, _pairs(CHUNK, lax.gt))
+        like = _dot(k, k, (1, 1))
+        dbeta_ref[...] = dbeta + jnp.sum(dl * like, axis=1)
+        moved = moved + beta * dl * like
+        dl = (beta * dl).astype(q.dtype)
+        dk_ref[...] = (dk + _dot(dl, k) + _dot(dl, k, (0, 0))).astype(dk_ref.dtype)
+        whole = jnp.sum(leaving) + all_of_it * kept
+        dc_ref[...] = dc + jnp.sum(moved, axis=1) - jnp.sum(moved, axis=0) + jnp.where(_is_last(), whole, 0.0)
+
+    results = [Type(x.shape, x.dtype) for x in (q, k, v, c, beta)]
+    return Cut.of(k, v).by_chunk(body, "gradients", [q, k, v, c, beta, t, starts, do, y, ends], results)
+
+
+class Cut(NamedTuple):
+    """B, T, H, K and V of a call, and the blocks of its arrays that a program is given."""
+
+    batch: int
+    time: int
+    heads: int
+    keys: int
+    values: int
+
+    @classmethod
+    def of(cls, k, v) -> "Cut":
+        """Return that of (B, T, H, K) keys and (B, T, H, V) values."""
+        batch, time, heads, keys = k.shape
+        return cls(batch, time, heads, keys, v.shape[-1])
+
+    @property
+    def chunks(self) -> int:
+        """Of a sequence."""
+        return self.time // CHUNK
+
+    def states(self, dtype) -> Type:
+        """Return the type of a state for every chunk."""
+        return Type((self.batch, self.heads, self.chunks, self.keys, self.values), dtype)
+
+    def by_chunk(self, body: Callable, name: str, arguments: Sequence, results: Sequence[Type]) -> list[jax.Array]:
+        """Run a program for each chunk of each head, with that chunk of (B, T, H, ...) or (B, H, chunks, K, V)."""
+
+        def head(i):
+            return lax.div(i, self.chunks)
+
+        def chunk(i):
+            return lax.rem(i, self.chunks)
+
+        def block(x) -> pl.BlockSpec:
+            if len(x.shape) == 5:
+                return _block((None, None, None, *x.shape[3:]), lambda b, i: (b, head(i), chunk(i)))
+            return _block((None, CHUNK, None, *x.shape[3:]), lambda b, i: (b, chunk(i), head(i)))
+
+        blocks = [*map(block, arguments)], [*map(block, results)]
+        return _call(body, name, (self.batch, self.heads * self.chunks), arguments, results, *blocks)
+
+    def by_strip(
+        self, body: Callable, name: str, whole: Sequence, wide: Sequence, states: Sequence, *results: Sequence[Type]
+    ) -> list[jax.Array]:
+        """Run a program for each strip of `WIDTH` columns of each head's states.
+
+        Args:
+          whole: (B, T, H, ...), of which a program gets all tokens of its head.
+          wide: (B, T, H, V), of which it gets its columns of them.
+          states: (B, H, K, V) or (B, H, chunks, K, V), likewise.
+          results: types like the wide arrays, then types like states.
+        """
+        strips = self.values // WIDTH
+
+        def head(i):
+            return lax.div(i, strips)
+
+        def of_whole(x) -> pl.BlockSpec:
+            return _block((None, self.time, None, *x.shape[3:]), lambda b, i: (b, 0, head(i)))
+
+        def of_wide(x) -> pl.BlockSpec:
+            return pl.BlockSpec((None, self.time, None, WIDTH), lambda b, i: (b, 0, head(i), lax.rem(i, strips)))
+
+        def of_states(x) -> pl.BlockSpec:
+            kept = x.shape[2:-1]
+            zeros = (0,) * len(kept)
+            return pl.BlockSpec((None, None, *kept, WIDTH), lambda b, i: (b, head(i), *zeros, lax.rem(i, strips)))
+
+        made, made_states = results
+        inputs = [*map(of_whole, whole), *map(of_wide, wide), *map(of_states, states)]
+        outputs = [*map(of_wide, made), *map(of_states, made_states)]
+        grid = self.batch, self.heads * strips
+        return _call(body, name, grid, [*whole, *wide, *states], [*made, *made_states], inputs, outputs)
+
+
+def _block(shape: tuple, place: Callable) -> pl.BlockSpec:
+    """Return the block at a place of the first dimensions, and all of the others."""
+    return pl.BlockSpec(shape, lambda *at: (*place(*at), *(0,) * (len(shape) - 3)))
+
+
+def _call(body, name, grid, arguments, results, inputs, outputs) -> list[jax.Array]:
+    axes = jax.typeof(arguments[0]).manual_axis_type  # of `jax.shard_map`; all arguments vary alike
+    results = [Type(x.shape, x.dtype, manual_axis_type=axes) for x in results]
+    return pl.pallas_call(
+        body,
+        grid=grid,
+        in_specs=inputs,
+        out_specs=outputs,
+        out_shape=results,
+        compiler_params=triton.CompilerParams(num_warps=WARPS[name], num_stages=1),
+        interpret=INTERPRET,
+        name=f"delta_{name}",
+    )(*arguments)
+
+
+def _dot(a, b, contracted: tuple[int, int] = (1, 0), precision=None) -> jax.Array:
+    """Return the fp32 product over one dimension of each."""
+    a_dimension, b_dimension = contracted
+    dimensions = ((a_dimension,), (b_dimension,)), ((), ())
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _exact(a, b) -> jax.Array:
+    return _dot(a, b, precision=EXACT)
+
+
+def _pairs(size: int, compare: Callable) -> jax.Array:
+    """Return which pairs of a row and a column compare so."""
+    return compare(*(lax.broadcasted_iota(jnp.int32, (size, size), dimension) for dimension in range(2)))
+
+
+def _decay(seen, until, pairs=None) -> jax.Array:
+    """Return exp(seen_t - until_s) of pairs of tokens, 0 of the others."""
+    difference = seen[:, None] - until[None, :]
+    return jnp.exp(difference if pairs is None else jnp.where(pairs, difference, NEVER))
+
+
+def _decays(c) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what each token sees of the state before the chunk, what is left of each at its end, and of that state."""
+    whole = jnp.sum(jnp.where(_is_last(), c, 0.0))
+    return jnp.exp(c)[:, None], jnp.exp(whole - c)[:, None], jnp.exp(whole)
+
+
+def _is_last() -> jax.Array:
+    return lax.iota(jnp.int32, CHUNK) == CHUNK - 1

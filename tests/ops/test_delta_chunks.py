@@ -1,0 +1,128 @@
+"""The delta rule's Triton kernels as far as a CPU can tell: refusals, lowering for an H100, and the interpreter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from devices import gpus
+
+from based_jax.errors import UserError
+from based_jax.ops import delta_chunks
+from based_jax.ops.delta_rule import delta_rule
+
+
+def inputs(normal, B, T, H, K, V, dtype="float32", correlated=0.0):
+    """Return q, k of length 1, v, log-decays of heads from 0 down, and rates."""
+    k = normal(B, T, H, K) + correlated
+    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    q, k, v = (x.astype(dtype) for x in (normal(B, T, H, K), k, normal(B, T, H, V)))
+    return q, k, v, -(normal(B, T, H, 1) ** 2), jax.nn.sigmoid(normal(B, T, H) + 1)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Run the kernels in Pallas' interpreter, in fp32 too."""
+    from pallas_kernels import delta_triton
+
+    monkeypatch.setattr(delta_triton, "INTERPRET", True)
+    monkeypatch.setattr(delta_triton, "EXACT", jax.lax.Precision.HIGHEST)
+    monkeypatch.setattr(delta_chunks, "supports", lambda *_: None)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(
+    "B, T, H, K, V, packed, with_state, correlated",
+    [
+        (2, 130, 2, 32, 64, False, True, 0.0),
+        (6, 100, 2, 24, 40, True, True, 0.0),
+        (1, 64, 1, 64, 128, False, False, 5.0),
+        (2, 7, 3, 16, 8, False, True, 0.0),
+    ],
+)
+def test_kernels_equal_the_oracle(
+    normal,
+    packed_ids,
+    out_and_grads,
+    interpreted,
+    B,
+    T,
+    H,
+    K,
+    V,
+    packed,
+    with_state,
+    correlated,
+    dtype,
+    tolerance,
+):
+    arguments = (*inputs(normal, B, T, H, K, V, dtype, correlated), normal(B, H, K, V))
+    ids = packed_ids(T) if packed else None
+    do, dlast = normal(B, T, H, V), normal(B, H, K, V)
+
+    def run(impl, *arguments):
+        def call(q, k, v, g, beta, state):
+            state = state if with_state else None
+            return delta_rule(q, k, v, g, beta, scale=0.3, state=state, segment_ids=ids, return_state=True, impl=impl)
+
+        return jax.tree.leaves(out_and_grads(call, arguments, (do.astype(arguments[2].dtype), dlast)))
+
+    exact = run("oracle", *(x.astype(jnp.float32) for x in arguments))
+    for ours, right in zip(run("triton", *arguments), exact, strict=True):
+        ours, right = (np.asarray(x, np.float64) for x in (ours, right))
+        assert np.linalg.norm(ours - right) <= tolerance * np.linalg.norm(right)
+
+
+def test_lanes_are_what_each_is_alone(normal, out_and_grads, interpreted):
+    lanes = [inputs(normal, 2, 70, 2, 16, 64) for _ in range(3)]
+    cotangent = normal(3, 2, 70, 2, 64)
+    call = functools.partial(delta_rule, impl="triton")
+    together = out_and_grads(jax.vmap(call), [jnp.stack(x) for x in zip(*lanes, strict=True)], cotangent)
+    for i, arguments in enumerate(lanes):
+        alone = out_and_grads(call, arguments, cotangent[i])
+        for ours, right in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(ours[i], right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["alone", "lanes", "mesh"])
+@pytest.mark.parametrize("K, V", [(32, 64), (128, 256)])
+def test_lowers_for_an_h100(form, K, V):
+    arguments = [jnp.zeros(x, "bfloat16") for x in ((4, 128, 2, K), (4, 128, 2, K), (4, 128, 2, V))]
+    arguments += [jnp.zeros((4, 128, 2, 1)), jnp.zeros((4, 128, 2))]
+
+    def call(*arguments):
+        def total(*arguments):
+            return delta_rule(*arguments, impl="triton").astype(jnp.float32).sum()
+
+        return jax.grad(total, tuple(range(5)))(*arguments)
+
+    with gpus(shape=(2, 2), names=("data", "tensor")) if form == "mesh" else gpus():
+        if form == "lanes":
+            call, arguments = jax.vmap(call), [jnp.stack([x] * 3) for x in arguments]
+        text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert all(f"delta_{name}" in text for name in ("inverses", "forward", "reverse", "gradients"))
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"dtype": "float32"}, "v must be bfloat16, and is float32"),
+        ({"decays": 32}, "heads must have one decay, and have 32"),
+        ({"K": 160}, "K must be at most 128, and is 160"),
+        ({"T": 0}, "no dimension may be empty"),
+    ],
+)
+def test_says_what_it_does_not_take(changed, reason):
+    sizes = {"dtype": "bfloat16", "decays": 1, "K": 32, "T": 8} | changed
+    q, v = (jnp.zeros((1, sizes["T"], 1, size), sizes["dtype"]) for size in (sizes["K"], 64))
+    with gpus(), pytest.raises(UserError, match=reason):
+        delta_rule(
+            q, q, v, jnp.zeros((1, sizes["T"], 1, sizes["decays"])), jnp.zeros((1, sizes["T"], 1)), impl="triton"
+        )
+
+
+def test_needs_a_gpu():
+    x = jnp.zeros((1, 8, 1, 16), "bfloat16")
+    with pytest.raises(UserError, match="it needs cuda, and this is cpu"):
+        delta_rule(x, x, x, jnp.zeros((1, 8, 1, 1)), jnp.zeros((1, 8, 1)), impl="triton")
