@@ -143,10 +143,14 @@ def _gated(impl: str) -> Callable:
     return call
 
 
-def _one_decay_arrays(shape: Shape) -> Sequence[ShapeDtypeStruct]:
+def _simple_arrays(shape: Shape) -> Sequence[ShapeDtypeStruct]:
     batch, heads, time = shape
-    rates = (batch, time, heads, 1), (batch, time, heads)
-    return [*_by_head(*(HEAD_DIM,) * 3)(shape), *(ShapeDtypeStruct(x, jnp.float32) for x in rates)]
+    return [*_by_head(*(HEAD_DIM,) * 3)(shape), ShapeDtypeStruct((batch, time, heads, 1), jnp.float32)]
+
+
+def _gated_delta_arrays(shape: Shape) -> Sequence[ShapeDtypeStruct]:
+    batch, heads, time = shape
+    return [*_simple_arrays(shape), ShapeDtypeStruct((batch, time, heads), jnp.float32)]
 
 
 def _delta(impl: str) -> Callable:
@@ -184,9 +188,15 @@ OPERATIONS: dict[str, Operation] = {
     "delta_rule": Operation(
         delta_rule.IMPLEMENTATIONS, _delta_arrays, _delta, functools.partial(_recurrence_cost, products=4)
     ),
+    "simple_gla": Operation(
+        gated_linear_attention.IMPLEMENTATIONS,
+        _simple_arrays,
+        _gated,
+        functools.partial(_recurrence_cost, products=2, decays=1),
+    ),
     "gated_delta_rule": Operation(
         delta_rule.IMPLEMENTATIONS,
-        _one_decay_arrays,
+        _gated_delta_arrays,
         _delta,
         functools.partial(_recurrence_cost, products=4, decays=1),
     ),

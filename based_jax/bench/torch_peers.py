@@ -17,6 +17,7 @@ PEERS: dict[str, dict[str, tuple[int, ...]]] = {
     "taylor_attention": {"fla_parallel_based": (16, 16, 64), "fla_fused_chunk_based": (16, 16, 64)},
     "attention": {"torch_sdpa": (64, 64, 64)},
     "gated_delta_rule": {"fla_chunk_gated_delta_rule": (64, 64, 64, 1, 1)},
+    "simple_gla": {"fla_chunk_simple_gla": (64, 64, 64, 1)},
 }
 LIBRARIES = {name: name.partition("_")[0] for found in PEERS.values() for name in found}
 
@@ -39,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def _function(peer: str) -> Callable:
-    """Return a function of q, k, v and, for the delta rule, what decays and rates are made of, (B, T, H, .)."""
+    """Return a function of q, k, v and what any decays and rates are made of, (B, T, H, .)."""
     import torch.nn.functional as F
 
     if peer == "torch_sdpa":
@@ -49,6 +50,10 @@ def _function(peer: str) -> Callable:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
         return attend
+    if peer == "fla_chunk_simple_gla":
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        return lambda q, k, v, g: chunk_simple_gla(q, k, v, -F.softplus(g[..., 0].float()))[0]
     if peer == "fla_chunk_gated_delta_rule":
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
-from based_jax.ops import delta_chunks, recurrence, scan
+from based_jax.ops import one_decay, recurrence, scan
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import Decay, initial_state, pair_weights
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
@@ -189,12 +189,12 @@ def _supports(xs, scale, state, segment_ids) -> str | None:
 def _triton(xs, scale, state, segment_ids) -> tuple[Any, Any]:
     q, k, v, log_decay, beta = xs
     state = _empty(xs) if state is None else state
-    return delta_chunks.delta_chunks(q, k, v, log_decay, beta, scale, state, segment_ids)
+    return one_decay.one_decay(q, k, v, log_decay, beta, scale, state, segment_ids)
 
 
 def _triton_supports(xs, scale, state, segment_ids) -> str | None:
     q, _, v, log_decay, _ = xs
-    return delta_chunks.supports(q, v, log_decay)
+    return one_decay.supports(q, v, log_decay)
 
 
 def _as_dplr(run: Callable, xs, *rest) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
-from based_jax.ops import recurrence, scan
+from based_jax.ops import one_decay, recurrence, scan
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.precision import EXACT, einsum, narrow_einsum, product_policy
 
@@ -65,7 +65,8 @@ def gated_linear_attention(
       return_state: return (o, state after the last token) instead of o.
       impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "quadratic" (one chunk;
         auto's for one decay a head, large states and short sequences on a GPU), "hopper" (Mosaic GPU kernels, token by
-        token; K at most 128, no bonus) or "auto".
+        token; K at most 128, no bonus), "triton" (chunks on tensor cores; bf16, one decay a head, K at most 128, no
+        bonus) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
@@ -231,7 +232,19 @@ def _kernels_are_slower(xs, bonus, scale, state, segment_ids) -> str | None:
     return None
 
 
+def _triton(xs, bonus, scale, state, segment_ids) -> tuple[BTHV, BHKV]:
+    q, k, v, log_decay = xs
+    state = _empty(xs) if state is None else state
+    return one_decay.one_decay(q, k, v, log_decay, None, scale, state, segment_ids)
+
+
+def _triton_supports(xs, bonus, scale, state, segment_ids) -> str | None:
+    q, _, v, log_decay = xs
+    return one_decay.supports(q, v, log_decay) if bonus is None else "it takes no bonus"
+
+
 IMPLEMENTATIONS = {
+    "triton": Implementation(_triton, _triton_supports),  # not for `auto` before it has been timed
     "hopper": Implementation(_hopper, _supports, platform="cuda", slower=_kernels_are_slower),
     "quadratic": Implementation(
         functools.partial(_chunked, length=None), preferred="cuda", slower=_one_chunk_is_slower

@@ -15,7 +15,7 @@ from experiments.kernels.operations import OPERATIONS, Case, arrays_of, basic, g
 LANES = 2
 """Of `jax.vmap`."""
 NORMS = "residual_rms_norm", "residual_layer_norm", "rms_norm", "layer_norm"
-RECURRENCES = "delta_rule", "gated_linear_attention", "gated_delta_rule"
+RECURRENCES = "delta_rule", "gated_linear_attention", "gated_delta_rule", "simple_gla"
 FACTORS = {
     "taylor_attention": {"late": {"k": 30, "v": 30}, "large": {"q": 4, "k": 4}},
     "window_attention": {"late": {"v": 30}, "large": {"q": 2, "k": 2}},

@@ -198,10 +198,14 @@ def _gated(case: Case, impl: str) -> Callable:
     return call
 
 
-def _one_decay_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
-    (batch, heads, time), (k, v) = case.shape, case.dims
-    shapes = {"g": (batch, time, heads, 1), "beta": (batch, time, heads, 1), "state": (batch, heads, k, v)}
-    return _heads(case) | {name: ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+def _simple_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
+    found = _gated_arrays(case)
+    return found | {"g": ShapeDtypeStruct((*found["g"].shape[:3], 1), jnp.float32)}
+
+
+def _gated_delta_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
+    found = _simple_arrays(case)
+    return found | {"beta": found["g"]}
 
 
 def _gated_delta(case: Case, impl: str) -> Callable:
@@ -263,9 +267,16 @@ OPERATIONS = {
         gated_linear_attention.IMPLEMENTATIONS, _gated_arrays, _gated, lambda case: oracles.recurrence
     ),
     "delta_rule": Operation(delta_rule.DPLR_IMPLEMENTATIONS, _delta_arrays, _gated, lambda case: oracles.recurrence),
+    "simple_gla": Operation(
+        gated_linear_attention.IMPLEMENTATIONS,
+        _simple_arrays,
+        _gated,
+        lambda case: oracles.recurrence,
+        kernel="triton",
+    ),
     "gated_delta_rule": Operation(
         delta_rule.IMPLEMENTATIONS,
-        _one_decay_arrays,
+        _gated_delta_arrays,
         _gated_delta,
         lambda case: oracles.gated_delta_rule,
         kernel="triton",

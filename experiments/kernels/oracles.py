@@ -125,10 +125,11 @@ def decays_and_directions(g, direction):
 def recurrence(arrays: dict, ids: jax.Array) -> dict:
     """Return o_t = S_t^T q_t / sqrt(K) with S_t = diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T, and the last S.
 
-    `arrays` are q, k, `g` and any `direction` (B, T, H, K), v (B, T, H, V) and the first document's `state` before the
-    first token; without a direction a and b are zero.
+    `arrays` are q, k, `g` (or of one channel) and any `direction` (B, T, H, K), v (B, T, H, V) and the first document's
+    `state` before the first token; without a direction a and b are zero.
     """
-    log_decay, a, b = decays_and_directions(arrays["g"], arrays.get("direction", jnp.zeros_like(arrays["g"])))
+    g = jnp.broadcast_to(arrays["g"], arrays["k"].shape)
+    log_decay, a, b = decays_and_directions(g, arrays.get("direction", jnp.zeros_like(g)))
     return _recurrence(arrays, arrays["k"], log_decay, a, b, ids)
 
 

@@ -25,6 +25,7 @@ COMPILING = {
     "delta_rule": 6.0,
     "gated_linear_attention": 5.0,
     "gated_delta_rule": 6.0,
+    "simple_gla": 4.0,
     "linear_cross_entropy": 3.0,
 }
 ORACLE = 2.0

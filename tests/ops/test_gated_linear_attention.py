@@ -126,7 +126,7 @@ def test_steps_and_pieces_equal_one_call(normal, close):
         close(o, whole[:, t])
     close(middle, after)
     assert initial_state(6, H, K, V).shape == after.shape
-    assert set(IMPLEMENTATIONS) == {"hopper", "xla", "quadratic", "recurrent", "oracle"}
+    assert set(IMPLEMENTATIONS) == {"triton", "hopper", "xla", "quadratic", "recurrent", "oracle"}
 
 
 def time_first(x):

@@ -1,7 +1,7 @@
-"""The delta rule by chunks on tensor cores, in Triton kernels: how (Gated) DeltaNet runs on a GPU.
+"""Gated linear attention and the delta rule with one decay a head, by chunks on tensor cores, in Triton kernels.
 
-For one decay a head, which makes the weights between the tokens of a chunk a matrix that all channels share. The
-kernels and their equations are in `pallas_kernels/delta_triton.py`; products are of bf16, sums and the state fp32.
+One decay makes the weights between the tokens of a chunk a matrix that all channels share. The kernels and their
+equations are in `pallas_kernels/one_decay_triton.py`; products are of bf16, sums and the state fp32.
 """
 
 import functools
@@ -38,17 +38,21 @@ def supports(q: BTHK, v: BTHV, log_decay) -> str | None:
     return None if q.size * v.size else f"no dimension may be empty, and q is {q.shape}, v {v.shape}"
 
 
-def delta_chunks(
+def one_decay(
     q: BTHK,
     k: BTHK,
     v: BTHV,
     log_decay: Float[Array, "B T H 1"],
-    beta: Float[Array, "B T H"],
+    beta: Float[Array, "B T H"] | None,
     scale: float,
     state: BHKV,
     segment_ids: BT | None,
 ) -> tuple[BTHV, BHKV]:
-    """Return o and the state after the last token, each device for its rows and heads."""
+    """Return o and the state after the last token, each device for its rows and heads.
+
+    Args:
+      beta: the rates of the delta rule, or None for gated linear attention.
+    """
     tokens, states = ("batch", None, "heads"), ("batch", "heads")
 
     def on_device(*arguments) -> tuple[BTHV, BHKV]:
@@ -62,16 +66,17 @@ def _on_device(scale, q, k, v, log_decay, beta, state, segment_ids) -> tuple[BTH
     """Fill all sizes up with zeros, which change no state, and cut them off again."""
     time, (*_, keys, values) = q.shape[1], state.shape
     padding, log_decay = None, jnp.maximum(log_decay.astype(jnp.float32), WEAKEST)
+    rates = [] if beta is None else [beta.astype(jnp.float32)]
     if segment_ids is not None:
         padding, begins = (x[..., None] for x in (segment_ids == 0, segments.begins_later(segment_ids)))
         q, k, v = (jnp.where(padding[..., None], 0, x) for x in (q, k, v))
         log_decay = jnp.where(begins, WEAKEST, jnp.where(padding, 0, log_decay))
-        beta = jnp.where(padding, 0, beta)
+        rates = [jnp.where(padding, 0, x) for x in rates]
     wide = next(size for size in KEYS if size >= keys)
     q, k = (_fill(x.astype(v.dtype), {1: CHUNK, 3: wide}) for x in (q, k))
     v, state = _fill(v, {1: CHUNK, 3: WIDTH}), _fill(state.astype(jnp.float32), {2: wide, 3: WIDTH})
-    log_decay, beta = (_fill(x.astype(jnp.float32), {1: CHUNK}) for x in (log_decay, beta))
-    o, state = _fused(scale, *hopper.vary_alike(q, k, v, log_decay, beta, state))
+    log_decay, *rates = (_fill(x, {1: CHUNK}) for x in (log_decay, *rates))
+    o, state = _fused(scale, *hopper.vary_alike(q, k, v, log_decay, state, *rates))
     o = o[:, :time, :, :values]
     return (o if padding is None else jnp.where(padding[..., None], 0, o)), state[:, :, :keys, :values]
 
@@ -82,19 +87,19 @@ def _fill(x: Array, multiples: dict[int, int]) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(scale, q, k, v, log_decay, beta, state):
-    return _forward(scale, q, k, v, log_decay, beta, state, with_starts=False)[0]
+def _fused(scale, q, k, v, log_decay, state, *beta):
+    return _forward(scale, q, k, v, log_decay, state, *beta, with_starts=False)[0]
 
 
-def _forward(scale, q, k, v, log_decay, beta, state, *, with_starts: bool):
+def _forward(scale, q, k, v, log_decay, state, *beta, with_starts: bool):
     # Pallas' GPU modules take half a second to import and are needed only here.
-    from pallas_kernels import delta_triton as kernels
+    from pallas_kernels import one_decay_triton as kernels
 
     log_decay = jax.lax.optimization_barrier(log_decay)  # XLA would fold the sums of a constant, for seconds
     c = jnp.cumsum(_chunks(log_decay), axis=2).reshape(log_decay.shape)
-    t = kernels.inverses(k, c, beta)
-    o, last, *starts = kernels.forward(q, k, v, c, beta, t, state, scale=scale, with_starts=with_starts)
-    return (o, last), (q, k, v, c, beta, t, *starts)
+    delta = kernels.Delta(beta[0], kernels.inverses(k, c, beta[0])) if beta else ()
+    o, last, *starts = kernels.forward(q, k, v, c, state, delta, scale=scale, with_starts=with_starts)
+    return (o, last), (q, k, v, c, delta, *starts)
 
 
 def _chunks(x: Float[Array, "B T H"]) -> Float[Array, "B N C H"]:
@@ -106,14 +111,15 @@ def _fused_fwd(scale, *arguments):
 
 
 def _fused_bwd(scale, saved, gradients):
-    from pallas_kernels import delta_triton as kernels
+    from pallas_kernels import one_decay_triton as kernels
 
-    q, k, v, c, beta, t, starts = saved
+    q, k, v, c, delta, starts = saved
     do, dlast = gradients
-    y, ends, dstate = kernels.reverse(q, k, c, beta, t, do, dlast, scale=scale)
-    dq, dk, dv, dc, dbeta = kernels.gradients(q, k, v, c, beta, t, starts, do, y, ends, scale=scale)
+    y, ends, dstate = kernels.reverse(q, k, c, do, dlast, delta, scale=scale)
+    dq, dk, dc, *more = kernels.gradients(q, k, v, c, starts, do, y, ends, delta, scale=scale)
+    dv, *dbeta = more or [y]
     dlog_decay = jax.lax.cumsum(_chunks(dc), axis=2, reverse=True).reshape(dc.shape)
-    return dq, dk, dv, dlog_decay, dbeta, dstate
+    return dq, dk, dv, dlog_decay, dstate, *dbeta
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

@@ -1,18 +1,23 @@
-"""The (gated) delta rule by chunks on tensor cores, in Pallas' Triton kernels (see `ops/delta_chunks.py`).
+"""Matrix states with one decay a head, by chunks on tensor cores, in Pallas' Triton kernels (see `ops/one_decay.py`).
 
-JAX 0.11 calls Pallas' Triton backend deprecated; where it is gone, `ops/delta_chunks.py` refuses.
+JAX 0.11 calls Pallas' Triton backend deprecated; where it is gone, `ops/one_decay.py` refuses.
 
 With the state S before a chunk of C tokens, c_t the sum of its log-decays up to token t, and w_ts = exp(c_t - c_s):
 
-    U = T diag(beta) (V - diag(exp c) K S)            T = (I + L)^-1       L_ts = beta_t (k_t . k_s) w_ts, s < t
     O = scale (P U + diag(exp c) Q S)                 P_ts = (q_t . k_s) w_ts, s <= t
-    S' = exp(c_C) S + (diag(exp(c_C - c)) K)^T U      (arXiv 2406.06484, section 3.2; 2412.06464, section 3.3)
+    S' = exp(c_C) S + (diag(exp(c_C - c)) K)^T U
 
-Four kernels: `inverses` solves every chunk's T, `forward` walks over the chunks with S in registers, `reverse` walks
-back with the gradient of S, and `gradients` takes those of all tokens, again each chunk for itself:
+where U are the values V of gated linear attention, or what the delta rule makes of them (arXiv 2406.06484, section
+3.2; 2412.06464, section 3.3):
 
-    dU = P^T dO + diag(exp(c_C - c)) K dS'     Y = T^T dU       dV = diag(beta) Y      dL = -Y U^T      dP = dO U^T
-    dS = exp(c_C) dS' + (diag(exp c) Q)^T dO - (diag(exp c) K)^T dV
+    U = T diag(beta) (V - diag(exp c) K S)            T = (I + L)^-1       L_ts = beta_t (k_t . k_s) w_ts, s < t
+
+`inverses` solves every chunk's T, `forward` walks over the chunks with S in registers, `reverse` walks back with the
+gradient of S, and `gradients` takes those of all tokens, again each chunk for itself:
+
+    dU = P^T dO + diag(exp(c_C - c)) K dS'            dP = dO U^T
+    dS = exp(c_C) dS' + (diag(exp c) Q)^T dO          and, for the delta rule, - (diag(exp c) K)^T dV
+    Y = T^T dU       dV = diag(beta) Y       dL = -Y U^T
 
 Arrays are (B, T, H, .), T a multiple of `CHUNK`, K a power of two from 16 to 128, V a multiple of `WIDTH`: a program of
 `forward` and `reverse` takes so many columns of a state. Products are of q's dtype with fp32 sums, T's in TF32 x 3.
@@ -71,27 +76,37 @@ def inverses(k, c, beta) -> jax.Array:
     return t
 
 
-def forward(q, k, v, c, beta, t, state, *, scale: float, with_starts: bool) -> list[jax.Array]:
+class Delta(NamedTuple):
+    """What the delta rule takes beside the rest: rates (B, T, H) in fp32, and `inverses`."""
+
+    beta: jax.Array
+    t: jax.Array
+
+
+def forward(q, k, v, c, state, delta: Delta | tuple[()] = (), *, scale: float, with_starts: bool) -> list[jax.Array]:
     """Return o like v, the state after the last token and, where asked for, those before every chunk.
 
     Args:
       q, k: (B, T, H, K).
       v: (B, T, H, V) in their dtype.
-      c, beta: (B, T, H) fp32; c are sums of log-decays since the beginning of the chunk.
-      t: of `inverses`.
+      c: (B, T, H) fp32, sums of log-decays since the beginning of the chunk.
       state: (B, H, K, V) fp32.
     """
     cut = Cut.of(k, v)
 
-    def body(q_ref, k_ref, c_ref, beta_ref, t_ref, v_ref, state_ref, o_ref, last_ref, *starts_refs):
+    def body(q_ref, k_ref, c_ref, *refs):
+        delta_refs, (v_ref, state_ref, o_ref, last_ref, *starts_refs) = refs[: len(delta)], refs[len(delta) :]
+
         def step(n, S):
             here = pl.ds(n * CHUNK, CHUNK)
-            q, k, c = q_ref[here], k_ref[here], c_ref[here]
+            q, k, c, u = q_ref[here], k_ref[here], c_ref[here], v_ref[here]
             for ref in starts_refs:
                 ref[n] = S.astype(ref.dtype)
             before, (since, until, all_of_it) = S.astype(q.dtype), _decays(c)
-            right = beta_ref[here][:, None] * (v_ref[here].astype(jnp.float32) - since * _dot(k, before))
-            u = _dot(t_ref[here], right.astype(q.dtype)).astype(q.dtype)
+            if delta_refs:
+                beta_ref, t_ref = delta_refs
+                right = beta_ref[here][:, None] * (u.astype(jnp.float32) - since * _dot(k, before))
+                u = _dot(t_ref[here], right.astype(q.dtype)).astype(q.dtype)
             p = (_dot(q, k, (1, 1)) * _decay(c, c, _pairs(CHUNK, lax.ge))).astype(q.dtype)
             o_ref[here] = (scale * (_dot(p, u) + since * _dot(q, before))).astype(o_ref.dtype)
             return all_of_it * S + _dot((until * k.astype(jnp.float32)).astype(q.dtype), u, (0, 0))
@@ -99,14 +114,19 @@ def forward(q, k, v, c, beta, t, state, *, scale: float, with_starts: bool) -> l
         last_ref[...] = lax.fori_loop(0, cut.chunks, step, state_ref[...])
 
     states = [Type(state.shape, jnp.float32), *[cut.states(v.dtype)] * with_starts]
-    return cut.by_strip(body, "forward", [q, k, c, beta, t], [v], [state], [Type(v.shape, v.dtype)], states)
+    return cut.by_strip(body, "forward", [q, k, c, *delta], [v], [state], [Type(v.shape, v.dtype)], states)
 
 
-def reverse(q, k, c, beta, t, do, dlast, *, scale: float) -> list[jax.Array]:
-    """Return Y like do, the gradients of the states after every chunk, and that of the state before the first."""
+def reverse(q, k, c, do, dlast, delta: Delta | tuple[()] = (), *, scale: float) -> list[jax.Array]:
+    """Return dU, or Y for the delta rule, the gradients of the states after every chunk, and of that before the first.
+
+    The first is like do.
+    """
     cut = Cut.of(k, do)
 
-    def body(q_ref, k_ref, c_ref, beta_ref, t_ref, do_ref, dlast_ref, y_ref, ends_ref, dstate_ref):
+    def body(q_ref, k_ref, c_ref, *refs):
+        delta_refs, (do_ref, dlast_ref, y_ref, ends_ref, dstate_ref) = refs[: len(delta)], refs[len(delta) :]
+
         def step(back, dS):
             n = cut.chunks - 1 - back
             here = pl.ds(n * CHUNK, CHUNK)
@@ -115,78 +135,83 @@ def reverse(q, k, c, beta, t, do, dlast, *, scale: float) -> list[jax.Array]:
             ends_ref[n] = after
             do = (scale * do_ref[here].astype(jnp.float32)).astype(q.dtype)
             p = (_dot(q, k, (1, 1)) * _decay(c, c, _pairs(CHUNK, lax.ge))).astype(q.dtype)
-            du = _dot(p, do, (0, 0)) + until * _dot(k, after)
-            y = _dot(t_ref[here], du.astype(q.dtype), (0, 0))
+            y = _dot(p, do, (0, 0)) + until * _dot(k, after)
+            dS = all_of_it * dS + _dot((since * q.astype(jnp.float32)).astype(q.dtype), do, (0, 0))
+            if delta_refs:
+                beta_ref, t_ref = delta_refs
+                y = _dot(t_ref[here], y.astype(q.dtype), (0, 0))
+                dv = (beta_ref[here][:, None] * y).astype(q.dtype)
+                dS = dS - _dot((since * k.astype(jnp.float32)).astype(q.dtype), dv, (0, 0))
             y_ref[here] = y.astype(y_ref.dtype)
-            dv = (beta_ref[here][:, None] * y).astype(q.dtype)
-            q, k = ((since * x.astype(jnp.float32)).astype(q.dtype) for x in (q, k))
-            return all_of_it * dS + _dot(q, do, (0, 0)) - _dot(k, dv, (0, 0))
+            return dS
 
         dstate_ref[...] = lax.fori_loop(0, cut.chunks, step, dlast_ref[...])
 
     states = [cut.states(do.dtype), Type(dlast.shape, jnp.float32)]
-    return cut.by_strip(body, "reverse", [q, k, c, beta, t], [do], [dlast], [Type(do.shape, do.dtype)], states)
+    return cut.by_strip(body, "reverse", [q, k, c, *delta], [do], [dlast], [Type(do.shape, do.dtype)], states)
 
 
-def gradients(q, k, v, c, beta, t, starts, do, y, ends, *, scale: float) -> list[jax.Array]:
-    """Return dq, dk, dv, and dc and dbeta in fp32.
+def gradients(q, k, v, c, starts, do, y, ends, delta: Delta | tuple[()] = (), *, scale: float) -> list[jax.Array]:
+    """Return dq, dk, dc in fp32 and, for the delta rule, dv, and dbeta in fp32.
 
     Args:
       starts: of `forward`.
       y, ends: of `reverse`.
     """
 
-    def body(q_ref, k_ref, v_ref, c_ref, beta_ref, t_ref, starts_ref, do_ref, y_ref, ends_ref, *results):
-        dq_ref, dk_ref, dv_ref, dc_ref, dbeta_ref = results
-        q, k, c, beta = q_ref[...], k_ref[...], c_ref[...], beta_ref[...][:, None]
+    def body(q_ref, k_ref, v_ref, c_ref, starts_ref, do_ref, y_ref, ends_ref, *refs):
+        delta_refs, (dq_ref, dk_ref, dc_ref, *delta_results) = refs[: len(delta)], refs[len(delta) :]
+        q, k, c = q_ref[...], k_ref[...], c_ref[...]
+        wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
         since, until, all_of_it = _decays(c)
-        wide_k = k.astype(jnp.float32)
 
         def strip(n, sums):
-            dp, dl, dq, dk, dbeta, dc, leaving, kept = sums
+            (dp, dq, dk, leaving, kept), corrections = sums
             columns = pl.ds(n * WIDTH, WIDTH)
-            S, dS = starts_ref[:, columns], ends_ref[:, columns]
-            read = since * _dot(k, S)
-            error = v_ref[:, columns].astype(jnp.float32) - read
-            u = _dot(t_ref[...], (beta * error).astype(q.dtype)).astype(q.dtype)
-            y = y_ref[:, columns]
-            dv = beta * y.astype(jnp.float32)
-            dv_ref[:, columns] = dv.astype(dv_ref.dtype)
+            S, dS, u = starts_ref[:, columns], ends_ref[:, columns], v_ref[:, columns]
+            if delta_refs:
+                beta, y = delta_refs[0][...][:, None], y_ref[:, columns]
+                dl, dbeta, lost = corrections
+                read = since * _dot(k, S)
+                error = u.astype(jnp.float32) - read
+                u = _dot(delta_refs[1][...], (beta * error).astype(q.dtype)).astype(q.dtype)
+                dv = beta * y.astype(jnp.float32)
+                delta_results[0][:, columns] = dv.astype(v_ref.dtype)
+                dk = dk - since * _dot(dv.astype(q.dtype), S, (1, 1))
+                dbeta = dbeta + jnp.sum(y.astype(jnp.float32) * error, axis=1)
+                corrections = dl - _dot(y, u, (1, 1)), dbeta, lost + jnp.sum(dv * read, axis=1)
             written = until * _dot(u, dS, (1, 1))
             do = (scale * do_ref[:, columns].astype(jnp.float32)).astype(q.dtype)
-            return (
-                dp + _dot(do, u, (1, 1)),
-                dl - _dot(y, u, (1, 1)),
-                dq + _dot(do, S, (1, 1)),
-                dk + written - since * _dot(dv.astype(q.dtype), S, (1, 1)),
-                dbeta + jnp.sum(y.astype(jnp.float32) * error, axis=1),
-                dc - jnp.sum(dv * read, axis=1),
-                leaving + jnp.sum(written * wide_k, axis=1),
-                kept + jnp.sum(S.astype(jnp.float32) * dS.astype(jnp.float32)),
-            )
+            leaving = leaving + jnp.sum(written * wide_k, axis=1)
+            kept = kept + jnp.sum(S.astype(jnp.float32) * dS.astype(jnp.float32))
+            return (dp + _dot(do, u, (1, 1)), dq + _dot(do, S, (1, 1)), dk + written, leaving, kept), corrections
 
-        sizes = ((CHUNK, CHUNK),) * 2 + (k.shape,) * 2 + ((CHUNK,),) * 3 + ((),)
-        zeros = tuple(jnp.zeros(size, jnp.float32) for size in sizes)
-        dp, dl, dq, dk, dbeta, dc, leaving, kept = lax.fori_loop(0, v_ref.shape[1] // WIDTH, strip, zeros)
+        square, vector = jnp.zeros((CHUNK, CHUNK), jnp.float32), jnp.zeros(CHUNK, jnp.float32)
+        none = square, jnp.zeros_like(wide_q), jnp.zeros_like(wide_k), vector, jnp.float32(0)
+        zeros = none, (square, vector, vector) if delta_refs else ()
+        (dp, dq, dk, leaving, kept), corrections = lax.fori_loop(0, v_ref.shape[1] // WIDTH, strip, zeros)
 
         dq = since * dq
-        dc = dc + jnp.sum(dq * q.astype(jnp.float32), axis=1) - leaving
+        dc = jnp.sum(dq * wide_q, axis=1) - leaving
         dp = dp * _decay(c, c, _pairs(CHUNK, lax.ge))
         moved = dp * _dot(q, k, (1, 1))
         dp = dp.astype(q.dtype)
         dq_ref[...] = (dq + _dot(dp, k)).astype(dq_ref.dtype)
         dk = dk + _dot(dp, q, (0, 0))
-        dl = dl * _decay(c, c, _pairs(CHUNK, lax.gt))
-        like = _dot(k, k, (1, 1))
-        dbeta_ref[...] = dbeta + jnp.sum(dl * like, axis=1)
-        moved = moved + beta * dl * like
-        dl = (beta * dl).astype(q.dtype)
-        dk_ref[...] = (dk + _dot(dl, k) + _dot(dl, k, (0, 0))).astype(dk_ref.dtype)
+        if delta_refs:
+            dl, dbeta, lost = corrections
+            dl, like = dl * _decay(c, c, _pairs(CHUNK, lax.gt)), _dot(k, k, (1, 1))
+            delta_results[1][...] = dbeta + jnp.sum(dl * like, axis=1)
+            dl = delta_refs[0][...][:, None] * dl
+            moved, dc = moved + dl * like, dc - lost
+            dl = dl.astype(q.dtype)
+            dk = dk + _dot(dl, k) + _dot(dl, k, (0, 0))
+        dk_ref[...] = dk.astype(dk_ref.dtype)
         whole = jnp.sum(leaving) + all_of_it * kept
         dc_ref[...] = dc + jnp.sum(moved, axis=1) - jnp.sum(moved, axis=0) + jnp.where(_is_last(), whole, 0.0)
 
-    results = [Type(x.shape, x.dtype) for x in (q, k, v, c, beta)]
-    return Cut.of(k, v).by_chunk(body, "gradients", [q, k, v, c, beta, t, starts, do, y, ends], results)
+    results = [Type(x.shape, x.dtype) for x in (q, k, c, *((v, c) if delta else ()))]
+    return Cut.of(k, v).by_chunk(body, "gradients", [q, k, v, c, starts, do, y, ends, *delta], results)
 
 
 class Cut(NamedTuple):
@@ -280,7 +305,7 @@ def _call(body, name, grid, arguments, results, inputs, outputs) -> list[jax.Arr
         out_shape=results,
         compiler_params=triton.CompilerParams(num_warps=WARPS[name], num_stages=1),
         interpret=INTERPRET,
-        name=f"delta_{name}",
+        name=f"one_decay_{name}",
     )(*arguments)
 
 
