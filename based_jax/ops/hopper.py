@@ -33,6 +33,11 @@ def refusal() -> str | None:
     """Return why no kernel can run here, whatever its arguments, or None."""
     if not DEVICES.search(target_device_kind()):
         return f"the kernels are for Hopper GPUs, and this is {target_device_kind()}"
+    return mesh_refusal()
+
+
+def mesh_refusal() -> str | None:
+    """Return why `per_shard` cannot call a kernel on this mesh, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1 and AxisType.Explicit in mesh.axis_types:
         return f"a mesh of {mesh.size} devices with explicit axes needs jax.shard_map around the call"

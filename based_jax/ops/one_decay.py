@@ -35,7 +35,13 @@ def supports(q: BTHK, v: BTHV, log_decay) -> str | None:
         return f"heads must have one decay, and have {log_decay.shape[-1]}"
     if q.shape[-1] > KEYS[-1]:
         return f"K must be at most {KEYS[-1]}, and is {q.shape[-1]}"
-    return None if q.size * v.size else f"no dimension may be empty, and q is {q.shape}, v {v.shape}"
+    if not q.size * v.size:
+        return f"no dimension may be empty, and q is {q.shape}, v {v.shape}"
+    batch, time, heads, _ = q.shape
+    elements = batch * heads * -(-time // CHUNK) * KEYS[-1] * max(KEYS[-1], v.shape[-1])
+    if elements >= hopper.OFFSETS:
+        return f"B H (T / {CHUNK}) {KEYS[-1]} max({KEYS[-1]}, V) must be below {hopper.OFFSETS}, and is {elements}"
+    return hopper.mesh_refusal()
 
 
 def one_decay(

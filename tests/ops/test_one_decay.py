@@ -124,6 +124,7 @@ def test_lowers_for_an_h100(form, way, K, V):
         ({"decays": 32}, "heads must have one decay, and have 32"),
         ({"K": 160}, "K must be at most 128, and is 160"),
         ({"T": 0}, "no dimension may be empty"),
+        ({"T": 1 << 23}, f"is {1 << 31}"),
     ],
 )
 def test_says_what_it_does_not_take(changed, reason):
