@@ -45,26 +45,24 @@ INTERPRET = False
 def inverses(k, c, beta) -> jax.Array:
     """Return T of every chunk, (B, T, H, CHUNK) in k's dtype, its rows where their tokens are.
 
-    By forward substitution over blocks of 16 tokens. Those on the diagonal, I + N with N^16 = 0, are inverted as
-    (I - N)(I + N^2)(I + N^4)(I + N^8).
+    By forward substitution over blocks of 16 tokens; in those on the diagonal over halves of 2, 4, 8 and 16.
     """
 
     def body(k_ref, c_ref, beta_ref, t_ref):
         at = [pl.ds(i * BLOCK, BLOCK) for i in range(CHUNK // BLOCK)]
         ks, cs, betas = ([ref[block] for block in at] for ref in (k_ref, c_ref, beta_ref))
-        later, same = _pairs(BLOCK, lax.gt), _pairs(BLOCK, lax.eq)
+        row, column = _places(BLOCK)
 
         def lower(i, j):
-            decay = _decay(cs[i], cs[j], later if i == j else None)
+            decay = _decay(cs[i], cs[j], row > column if i == j else None)
             return betas[i][:, None] * _dot(ks[i], ks[j], (1, 1)) * decay
 
         found = {}
         for i, rows in enumerate(at):
-            power = lower(i, i)
-            inverse = jnp.where(same, 1.0, 0.0) - power
-            for _ in range(3):
-                power = _exact(power, power)
-                inverse = inverse + _exact(inverse, power)
+            near, inverse = lower(i, i), jnp.where(row == column, 1.0, 0.0)
+            for half in (1, 2, 4, 8):
+                below = jnp.where((row // half % 2 == 1) & (column // half == row // half - 1), near, 0.0)
+                inverse = inverse - (below if half == 1 else _exact(_exact(inverse, below), inverse))
             found[i, i] = inverse
             for j in range(i):
                 right = sum(_exact(lower(i, n), found[n, j]) for n in range(j, i))
@@ -109,7 +107,7 @@ def forward(q, k, v, c, state, delta: Delta | tuple[()] = (), *, scale: float, w
                 u = _dot(t_ref[here], right.astype(q.dtype)).astype(q.dtype)
             p = (_dot(q, k, (1, 1)) * _decay(c, c, _pairs(CHUNK, lax.ge))).astype(q.dtype)
             o_ref[here] = (scale * (_dot(p, u) + since * _dot(q, before))).astype(o_ref.dtype)
-            return all_of_it * S + _dot((until * k.astype(jnp.float32)).astype(q.dtype), u, (0, 0))
+            return all_of_it * S + _dot(k, _times(until, u), (0, 0))
 
         last_ref[...] = lax.fori_loop(0, cut.chunks, step, state_ref[...])
 
@@ -133,15 +131,14 @@ def reverse(q, k, c, do, dlast, delta: Delta | tuple[()] = (), *, scale: float) 
             q, k, c = q_ref[here], k_ref[here], c_ref[here]
             after, (since, until, all_of_it) = dS.astype(q.dtype), _decays(c)
             ends_ref[n] = after
-            do = (scale * do_ref[here].astype(jnp.float32)).astype(q.dtype)
-            p = (_dot(q, k, (1, 1)) * _decay(c, c, _pairs(CHUNK, lax.ge))).astype(q.dtype)
-            y = _dot(p, do, (0, 0)) + until * _dot(k, after)
-            dS = all_of_it * dS + _dot((since * q.astype(jnp.float32)).astype(q.dtype), do, (0, 0))
+            do = _times(scale, do_ref[here])
+            p = (_dot(k, q, (1, 1)) * _decay(-c, -c, _pairs(CHUNK, lax.le))).astype(q.dtype)  # transposed
+            y = _dot(p, do) + until * _dot(k, after)
+            dS = all_of_it * dS + _dot(q, _times(since, do), (0, 0))
             if delta_refs:
                 beta_ref, t_ref = delta_refs
                 y = _dot(t_ref[here], y.astype(q.dtype), (0, 0))
-                dv = (beta_ref[here][:, None] * y).astype(q.dtype)
-                dS = dS - _dot((since * k.astype(jnp.float32)).astype(q.dtype), dv, (0, 0))
+                dS = dS - _dot(k, (since * beta_ref[here][:, None] * y).astype(q.dtype), (0, 0))
             y_ref[here] = y.astype(y_ref.dtype)
             return dS
 
@@ -181,7 +178,7 @@ def gradients(q, k, v, c, starts, do, y, ends, delta: Delta | tuple[()] = (), *,
                 dbeta = dbeta + jnp.sum(y.astype(jnp.float32) * error, axis=1)
                 corrections = dl - _dot(y, u, (1, 1)), dbeta, lost + jnp.sum(dv * read, axis=1)
             written = until * _dot(u, dS, (1, 1))
-            do = (scale * do_ref[:, columns].astype(jnp.float32)).astype(q.dtype)
+            do = _times(scale, do_ref[:, columns])
             leaving = leaving + jnp.sum(written * wide_k, axis=1)
             kept = kept + jnp.sum(S.astype(jnp.float32) * dS.astype(jnp.float32))
             return (dp + _dot(do, u, (1, 1)), dq + _dot(do, S, (1, 1)), dk + written, leaving, kept), corrections
@@ -242,10 +239,10 @@ class Cut(NamedTuple):
         """Run a program for each chunk of each head, with that chunk of (B, T, H, ...) or (B, H, chunks, K, V)."""
 
         def head(i):
-            return lax.div(i, self.chunks)
+            return lax.div(i, jnp.int32(self.chunks))
 
         def chunk(i):
-            return lax.rem(i, self.chunks)
+            return lax.rem(i, jnp.int32(self.chunks))
 
         def block(x) -> pl.BlockSpec:
             if len(x.shape) == 5:
@@ -269,18 +266,21 @@ class Cut(NamedTuple):
         strips = self.values // WIDTH
 
         def head(i):
-            return lax.div(i, strips)
+            return lax.div(i, jnp.int32(strips))
+
+        def strip(i):
+            return lax.rem(i, jnp.int32(strips))
 
         def of_whole(x) -> pl.BlockSpec:
             return _block((None, self.time, None, *x.shape[3:]), lambda b, i: (b, 0, head(i)))
 
         def of_wide(x) -> pl.BlockSpec:
-            return pl.BlockSpec((None, self.time, None, WIDTH), lambda b, i: (b, 0, head(i), lax.rem(i, strips)))
+            return pl.BlockSpec((None, self.time, None, WIDTH), lambda b, i: (b, 0, head(i), strip(i)))
 
         def of_states(x) -> pl.BlockSpec:
             kept = x.shape[2:-1]
             zeros = (0,) * len(kept)
-            return pl.BlockSpec((None, None, *kept, WIDTH), lambda b, i: (b, head(i), *zeros, lax.rem(i, strips)))
+            return pl.BlockSpec((None, None, *kept, WIDTH), lambda b, i: (b, head(i), *zeros, strip(i)))
 
         made, made_states = results
         inputs = [*map(of_whole, whole), *map(of_wide, wide), *map(of_states, states)]
@@ -320,9 +320,23 @@ def _exact(a, b) -> jax.Array:
     return _dot(a, b, precision=EXACT)
 
 
+def _times(factor, x) -> jax.Array:
+    """Return the product in x's dtype.
+
+    What is transposed in a product is an array as it was loaded: others Triton has multiplied wrongly on Hopper GPUs
+    (triton-lang/triton#6124).
+    """
+    return (factor * x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _places(size: int) -> list[jax.Array]:
+    """Return the row and the column of every element of a square."""
+    return [lax.broadcasted_iota(jnp.int32, (size, size), dimension) for dimension in range(2)]
+
+
 def _pairs(size: int, compare: Callable) -> jax.Array:
     """Return which pairs of a row and a column compare so."""
-    return compare(*(lax.broadcasted_iota(jnp.int32, (size, size), dimension) for dimension in range(2)))
+    return compare(*_places(size))
 
 
 def _decay(seen, until, pairs=None) -> jax.Array:

@@ -69,6 +69,7 @@ def delta_rule_step(
 ) -> tuple[BHV, BHKV]:
     """Return one token's output and the state after it."""
     k32, rate = k.astype(jnp.float32), beta.astype(jnp.float32)[..., None]
+    log_decay = log_decay.astype(jnp.float32)
     return dplr_step(q, rate * k32, v, log_decay, jnp.exp(log_decay) * k32, -rate * k32, state, **options)
 
 

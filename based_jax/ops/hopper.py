@@ -108,6 +108,11 @@ def vary_alike(*values: Any, like: Sequence[Any] = ()) -> list[Any]:
     return [vary(x) for x in values]
 
 
+def fill(x: jax.Array, multiples: dict[int, int]) -> jax.Array:
+    """Append zeros to dimensions up to a multiple."""
+    return jnp.pad(x, [(0, -size % multiples.get(dimension, 1)) for dimension, size in enumerate(x.shape)])
+
+
 def pad_time(*arrays: jax.Array) -> list[jax.Array]:
     """Return (B, T, H, .) arrays with zeros after the last token, to a length that copies can take."""
     time = arrays[0].shape[1]

@@ -15,8 +15,6 @@ from based_jax.dims import BHKV, BT, BTHK, BTHV
 from based_jax.ops import hopper, segments
 from based_jax.ops.dispatch import target_platform
 
-CHUNK, WIDTH = 64, 64
-"""Tokens, and columns of a state, that the kernels take multiples of."""
 KEYS = (16, 32, 64, 128)
 """Sizes of keys; others are filled up with zeros."""
 WEAKEST = -128.0
@@ -37,10 +35,6 @@ def supports(q: BTHK, v: BTHV, log_decay) -> str | None:
         return f"K must be at most {KEYS[-1]}, and is {q.shape[-1]}"
     if not q.size * v.size:
         return f"no dimension may be empty, and q is {q.shape}, v {v.shape}"
-    batch, time, heads, _ = q.shape
-    elements = batch * heads * -(-time // CHUNK) * KEYS[-1] * max(KEYS[-1], v.shape[-1])
-    if elements >= hopper.OFFSETS:
-        return f"B H (T / {CHUNK}) {KEYS[-1]} max({KEYS[-1]}, V) must be below {hopper.OFFSETS}, and is {elements}"
     return hopper.mesh_refusal()
 
 
@@ -70,6 +64,8 @@ def one_decay(
 
 def _on_device(scale, q, k, v, log_decay, beta, state, segment_ids) -> tuple[BTHV, BHKV]:
     """Fill all sizes up with zeros, which change no state, and cut them off again."""
+    from pallas_kernels.one_decay_triton import CHUNK, WIDTH
+
     time, (*_, keys, values) = q.shape[1], state.shape
     padding, log_decay = None, jnp.maximum(log_decay.astype(jnp.float32), WEAKEST)
     rates = [] if beta is None else [beta.astype(jnp.float32)]
@@ -79,17 +75,12 @@ def _on_device(scale, q, k, v, log_decay, beta, state, segment_ids) -> tuple[BTH
         log_decay = jnp.where(begins, WEAKEST, jnp.where(padding, 0, log_decay))
         rates = [jnp.where(padding, 0, x) for x in rates]
     wide = next(size for size in KEYS if size >= keys)
-    q, k = (_fill(x.astype(v.dtype), {1: CHUNK, 3: wide}) for x in (q, k))
-    v, state = _fill(v, {1: CHUNK, 3: WIDTH}), _fill(state.astype(jnp.float32), {2: wide, 3: WIDTH})
-    log_decay, *rates = (_fill(x, {1: CHUNK}) for x in (log_decay, *rates))
+    q, k = (hopper.fill(x.astype(v.dtype), {1: CHUNK, 3: wide}) for x in (q, k))
+    v, state = hopper.fill(v, {1: CHUNK, 3: WIDTH}), hopper.fill(state.astype(jnp.float32), {2: wide, 3: WIDTH})
+    log_decay, *rates = (hopper.fill(x, {1: CHUNK}) for x in (log_decay, *rates))
     o, state = _fused(scale, *hopper.vary_alike(q, k, v, log_decay, state, *rates))
     o = o[:, :time, :, :values]
     return (o if padding is None else jnp.where(padding[..., None], 0, o)), state[:, :, :keys, :values]
-
-
-def _fill(x: Array, multiples: dict[int, int]) -> Array:
-    """Append zeros to dimensions up to a multiple."""
-    return jnp.pad(x, [(0, -size % multiples.get(dimension, 1)) for dimension, size in enumerate(x.shape)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -102,14 +93,14 @@ def _forward(scale, q, k, v, log_decay, state, *beta, with_starts: bool):
     from pallas_kernels import one_decay_triton as kernels
 
     log_decay = jax.lax.optimization_barrier(log_decay)  # XLA would fold the sums of a constant, for seconds
-    c = jnp.cumsum(_chunks(log_decay), axis=2).reshape(log_decay.shape)
+    c = jnp.cumsum(_chunks(log_decay, kernels.CHUNK), axis=2).reshape(log_decay.shape)
     delta = kernels.Delta(beta[0], kernels.inverses(k, c, beta[0])) if beta else ()
     o, last, *starts = kernels.forward(q, k, v, c, state, delta, scale=scale, with_starts=with_starts)
     return (o, last), (q, k, v, c, delta, *starts)
 
 
-def _chunks(x: Float[Array, "B T H"]) -> Float[Array, "B N C H"]:
-    return x.reshape(x.shape[0], -1, CHUNK, x.shape[2])
+def _chunks(x: Float[Array, "B T H"], size: int) -> Float[Array, "B N C H"]:
+    return x.reshape(x.shape[0], -1, size, x.shape[2])
 
 
 def _fused_fwd(scale, *arguments):
@@ -124,7 +115,7 @@ def _fused_bwd(scale, saved, gradients):
     y, ends, dstate = kernels.reverse(q, k, c, do, dlast, delta, scale=scale)
     dq, dk, dc, *more = kernels.gradients(q, k, v, c, starts, do, y, ends, delta, scale=scale)
     dv, *dbeta = more or [y]
-    dlog_decay = jax.lax.cumsum(_chunks(dc), axis=2, reverse=True).reshape(dc.shape)
+    dlog_decay = jax.lax.cumsum(_chunks(dc, kernels.CHUNK), axis=2, reverse=True).reshape(dc.shape)
     return dq, dk, dv, dlog_decay, dstate, *dbeta
 
 

@@ -79,26 +79,21 @@ def _on_device(q, k, v, log_decay, ab, scale, state, segment_ids) -> tuple[BTHV,
     wide = next(size for size in KEYS if size >= keys)
     width = next((size for size in VALUES if size >= max(values, wide // 2)), VALUES[-1])
     parts = -(-values // width)  # of the values of a head, each with queries and keys of its own
-    v = _fill(v, {1: TILE, 3: width}).reshape(batch, -1, heads * parts, width)
-    state = _fill(state, {2: wide, 3: width}).reshape(batch, heads, wide, parts, width)
+    v = hopper.fill(v, {1: TILE, 3: width}).reshape(batch, -1, heads * parts, width)
+    state = hopper.fill(state, {2: wide, 3: width}).reshape(batch, heads, wide, parts, width)
     state = jnp.swapaxes(state, 2, 3).reshape(batch, heads * parts, wide, width)
     q, k, log_decay, *ab = (
-        jnp.repeat(_fill(x, {1: TILE, 3: wide}), parts, axis=2)
+        jnp.repeat(hopper.fill(x, {1: TILE, 3: wide}), parts, axis=2)
         for x in (q.astype(v.dtype), k.astype(v.dtype), log_decay, *ab)
     )
     rows = HEADS // math.gcd(HEADS, heads * parts)
-    arguments = (_fill(x, {0: rows}) for x in (q, k, v, log_decay, state, *ab))
+    arguments = (hopper.fill(x, {0: rows}) for x in (q, k, v, log_decay, state, *ab))
     o, state = _fused(scale, *hopper.vary_alike(*arguments))
 
     o = o[:batch, :time].reshape(batch, time, heads, -1)[..., :values]
     state = jnp.swapaxes(state[:batch].reshape(batch, heads, parts, wide, width), 2, 3)
     state = state.reshape(batch, heads, wide, -1)[:, :, :keys, :values]
     return (o if padding is None else jnp.where(padding, 0, o)), state
-
-
-def _fill(x: Array, multiples: dict[int, int]) -> Array:
-    """Append zeros to dimensions up to a multiple."""
-    return jnp.pad(x, [(0, -size % multiples.get(dimension, 1)) for dimension, size in enumerate(x.shape)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
