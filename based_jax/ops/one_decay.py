@@ -64,6 +64,7 @@ def one_decay(
 
 def _on_device(scale, q, k, v, log_decay, beta, state, segment_ids) -> tuple[BTHV, BHKV]:
     """Fill all sizes up with zeros, which change no state, and cut them off again."""
+    # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.one_decay_triton import CHUNK, WIDTH
 
     time, (*_, keys, values) = q.shape[1], state.shape
@@ -89,7 +90,6 @@ def _fused(scale, q, k, v, log_decay, state, *beta):
 
 
 def _forward(scale, q, k, v, log_decay, state, *beta, with_starts: bool):
-    # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels import one_decay_triton as kernels
 
     log_decay = jax.lax.optimization_barrier(log_decay)  # XLA would fold the sums of a constant, for seconds

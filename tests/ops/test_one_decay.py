@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from devices import gpus
+from jax.experimental import pallas as pl
 
 from based_jax.errors import UserError
 from based_jax.ops import one_decay
@@ -33,7 +34,7 @@ def interpreted(monkeypatch):
     """Run the kernels in Pallas' interpreter, in fp32 too."""
     from pallas_kernels import one_decay_triton
 
-    monkeypatch.setattr(one_decay_triton, "INTERPRET", True)
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     monkeypatch.setattr(one_decay_triton, "EXACT", jax.lax.Precision.HIGHEST)
     monkeypatch.setattr(one_decay, "supports", lambda *_: None)
 
