@@ -70,7 +70,8 @@ def figure3(rows: Iterable[Row], path: str | os.PathLike) -> list[Path]:
         raise UserError("No row has a mixer 'linear' or 'taylor'; figure3 compares their feature maps.")
     figure, (left, right) = _figure(10, 4.6, panels=2)
     styles = families.styles(name for name, _ in lines)
-    fixed = sorted({dimensions for _, dimensions in lines} - {"K = D"}, key=lambda text: (len(text), text))
+    drawn = {dimensions for _, dimensions in lines}
+    fixed = sorted(drawn - {"K = D"}, key=lambda text: (len(text), text))
     forms = dict(zip(["K = D", *fixed], itertools.cycle(FORMS)))
     for (name, dimensions), line in lines.items():
         for axes, places in (
@@ -81,7 +82,7 @@ def figure3(rows: Iterable[Row], path: str | os.PathLike) -> list[Path]:
             _bars(axes, line, places, styles[name].colour)
     for name, style in styles.items():
         left.plot([], [], **_marked(style), ls="", label=name)
-    for dimensions in [x for x in forms if x in {dimensions for _, dimensions in lines}]:
+    for dimensions in filter(drawn.__contains__, forms):
         left.plot([], [], **_marked(families.Style("0.4", "circle")), **forms[dimensions], label=dimensions)
     for axes in (left, right):
         axes.set(ylabel="accuracy, mean over all test segments", ylim=(-0.03, 1.03))

@@ -1,8 +1,8 @@
 """The README's tables in markdown, from the rows in results/.
 
 From those of the sweeps what each mixer recalls within a budget of bytes, the agreement with what is published, the
-time, and what feature maps recall; from those of `throughput` what each change to a plain loop brings; from those of
-`profile` where a step's time goes.
+time, what feature maps recall, and how far the same run comes to the same; from those of `throughput` what each change
+to a plain loop brings; from those of `profile` where a step's time goes.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from based_jax.errors import UserError
 from based_jax.store import Store
-from based_jax.sweep.best import Best, accuracy, best, by_feature_map
+from based_jax.sweep import families
+from based_jax.sweep.best import Best, accuracy, best, by_feature_map, learning_rate
 from experiments.mqar_pareto.sweeps import BASE
 from experiments.mqar_pareto.throughput import RESULTS
 
@@ -39,6 +40,7 @@ ASKED = {
     ("Gated DeltaNet", "D 128, 2 heads"): (0.97, 1),
 }
 """By family and label: the accuracies, at the best of four learning rates, that agree with what is published."""
+STORES = "figure2", "figure3", "ablation"
 BUDGETS = 8, 16, 32, 64, 128, 256, 512, 1024
 """KiB of state."""
 Way = tuple[str, int]
@@ -50,7 +52,7 @@ OPERATIONS = "recurrence", "selective_scan", "taylor", "window"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of figure2/, figure3/, throughput.jsonl, profile.jsonl"
+        "--results", type=Path, default=RESULTS, help="folder of the stores, throughput.jsonl and profile.jsonl"
     )
 
 
@@ -65,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
     recall = [budgets(points), agreement(points), seconds(folder)] if points else []
     if maps := by_feature_map(best(Store(args.results / "figure3").rows())):
         recall.append(feature_maps(maps))
+    stores = {name: {row["id"]: row for row in Store(args.results / name).rows()} for name in STORES}
+    if shared := set.intersection(*map(set, stores.values())):
+        recall.append(again(stores, shared))
     print("\n\n".join([*recall, *gains(throughput), kernels(profile)]))
     return 0
 
@@ -108,6 +113,18 @@ def feature_maps(lines: Mapping[tuple[str, str], Sequence[Best]]) -> str:
     for name, line in lines.items():
         at = {point.d_model: f"{point.median:.3f} ({_bytes(point) / 1024:,.0f})" for point in line}
         table.append([", ".join(name), *(at.get(width, "-") for width in widths)])
+    return _table(table)
+
+
+def again(stores: Mapping[str, Mapping[str, dict]], shared: Iterable[str]) -> str:
+    """Return a table of the accuracies of the runs that every store has, the same but for device and revision."""
+    table = [["model", "learning rate", *stores]]
+    rows = [[found[run] for found in stores.values()] for run in shared]
+    for first, *others in sorted(rows, key=lambda same: learning_rate(same[0])):
+        model = first["config"]["model"]
+        named = f"{families.family(model['layers'])}, {families.label(model['layers'], model['d_model'])}"
+        values = [f"{accuracy(row):.3f}" for row in (first, *others)]
+        table.append([named, f"{learning_rate(first):g}", *values])
     return _table(table)
 
 

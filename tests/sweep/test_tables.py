@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import synthetic_rows as synthetic
 
 from based_jax.errors import UserError
 from based_jax.sweep.best import best
@@ -75,6 +76,22 @@ def test_a_segment_that_is_missing_is_told():
     found = list(rows(loop=(4, 8), resident=(1, 4), lanes=(1, 6)))
     with pytest.raises(UserError, match=r"m has not been measured on every segment: .'lanes', 2"):
         tables.gains([row for row in found if (row["way"], row["segment"]) != ("lanes", "b")])
+
+
+def test_the_same_run_of_several_stores_is_a_line_by_learning_rate():
+    mixer = [synthetic.CONV, ("window", {"num_heads": 1, "window": 64})]
+    stores = {
+        name: {
+            f"{lr:g}": synthetic.row(mixer, 128, lr=lr, accuracy=value) for lr, value in ((1e-2, high), (1e-3, 0.25))
+        }
+        for name, high in (("a", 0.5), ("b", 0.75))
+    }
+    assert tables.again(stores, {"0.01", "0.001"}).splitlines() == [
+        "| model | learning rate | a | b |",
+        "|---|---|---|---|",
+        "| Sliding window, D 128, w 64 | 0.001 | 0.250 | 0.250 |",
+        "| Sliding window, D 128, w 64 | 0.01 | 0.500 | 0.750 |",
+    ]
 
 
 def test_kernels_of_a_step_are_those_of_the_last_rows():
