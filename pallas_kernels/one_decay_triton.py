@@ -35,7 +35,7 @@ from jax.experimental.pallas import triton
 Type = jax.ShapeDtypeStruct
 
 CHUNK, BLOCK, WIDTH = 64, 16, 64
-WARPS = {"inverses": 1, "forward": 4, "reverse": 4, "gradients": 8}
+STRIP_WARPS = 4
 NEVER = -1e30
 EXACT: Any = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
@@ -69,7 +69,7 @@ def inverses(k, c, beta) -> jax.Array:
             for j, columns in enumerate(at):
                 t_ref[rows, columns] = found.get((i, j), jnp.zeros_like(inverse)).astype(t_ref.dtype)
 
-    [t] = Cut.of(k, k).by_chunk(body, "inverses", [k, c, beta], [Type((*k.shape[:3], CHUNK), k.dtype)])
+    [t] = Cut.of(k, k).by_chunk(body, "inverses", 1, [k, c, beta], [Type((*k.shape[:3], CHUNK), k.dtype)])
     return t
 
 
@@ -157,12 +157,11 @@ def gradients(q, k, v, c, starts, do, y, ends, delta: Delta | tuple[()] = (), *,
 
     def body(q_ref, k_ref, v_ref, c_ref, starts_ref, do_ref, y_ref, ends_ref, *refs):
         delta_refs, (dq_ref, dk_ref, dc_ref, *delta_results) = refs[: len(delta)], refs[len(delta) :]
-        q, k, c = q_ref[...], k_ref[...], c_ref[...]
-        wide_q, wide_k = q.astype(jnp.float32), k.astype(jnp.float32)
+        k, c = k_ref[...], c_ref[...]
         since, until, all_of_it = _decays(c)
 
         def strip(n, sums):
-            (dp, dq, dk, leaving, kept), corrections = sums
+            (dp, dq, dk, kept), corrections = sums
             columns = pl.ds(n * WIDTH, WIDTH)
             S, dS, u = starts_ref[:, columns], ends_ref[:, columns], v_ref[:, columns]
             if delta_refs:
@@ -170,32 +169,34 @@ def gradients(q, k, v, c, starts, do, y, ends, delta: Delta | tuple[()] = (), *,
                 dl, dbeta, lost = corrections
                 read = since * _dot(k, S)
                 error = u.astype(jnp.float32) - read
-                u = _dot(delta_refs[1][...], (beta * error).astype(q.dtype)).astype(q.dtype)
+                u = _dot(delta_refs[1][...], (beta * error).astype(k.dtype)).astype(k.dtype)
                 dv = beta * y.astype(jnp.float32)
                 delta_results[0][:, columns] = dv.astype(v_ref.dtype)
-                dk = dk - since * _dot(dv.astype(q.dtype), S, (1, 1))
+                dk = dk - since * _dot(dv.astype(k.dtype), S, (1, 1))
                 dbeta = dbeta + jnp.sum(y.astype(jnp.float32) * error, axis=1)
                 corrections = dl - _dot(y, u, (1, 1)), dbeta, lost + jnp.sum(dv * read, axis=1)
-            written = until * _dot(u, dS, (1, 1))
+            dk = dk + until * _dot(u, dS, (1, 1))
             do = _times(scale, do_ref[:, columns])
-            leaving = leaving + jnp.sum(written * wide_k, axis=1)
             kept = kept + jnp.sum(S.astype(jnp.float32) * dS.astype(jnp.float32))
-            return (dp + _dot(do, u, (1, 1)), dq + _dot(do, S, (1, 1)), dk + written, leaving, kept), corrections
+            return (dp + _dot(do, u, (1, 1)), dq + _dot(do, S, (1, 1)), dk, kept), corrections
 
         square, vector = jnp.zeros((CHUNK, CHUNK), jnp.float32), jnp.zeros(CHUNK, jnp.float32)
-        none = square, jnp.zeros_like(wide_q), jnp.zeros_like(wide_k), vector, jnp.float32(0)
+        none = square, jnp.zeros(k.shape, jnp.float32), jnp.zeros(k.shape, jnp.float32), jnp.float32(0)
         zeros = none, (square, vector, vector) if delta_refs else ()
-        (dp, dq, dk, leaving, kept), corrections = lax.fori_loop(0, v_ref.shape[1] // WIDTH, strip, zeros)
+        (dp, dq, dk, kept), corrections = lax.fori_loop(0, v_ref.shape[1] // WIDTH, strip, zeros)
 
-        dq = since * dq
-        dc = jnp.sum(dq * wide_q, axis=1) - leaving
+        q, dq = q_ref[...], since * dq  # loaded only here, for the registers
+        leaving = jnp.sum(dk * k.astype(jnp.float32), axis=1)
+        if delta_refs:
+            dl, dbeta, lost = corrections
+            leaving = leaving + lost
+        dc = jnp.sum(dq * q.astype(jnp.float32), axis=1) - leaving
         dp = dp * _decay(c, c, _pairs(CHUNK, lax.ge))
         moved = dp * _dot(q, k, (1, 1))
         dp = dp.astype(q.dtype)
         dq_ref[...] = (dq + _dot(dp, k)).astype(dq_ref.dtype)
         dk = dk + _dot(dp, q, (0, 0))
         if delta_refs:
-            dl, dbeta, lost = corrections
             dl, like = dl * _decay(c, c, _pairs(CHUNK, lax.gt)), _dot(k, k, (1, 1))
             delta_results[1][...] = dbeta + jnp.sum(dl * like, axis=1)
             dl = delta_refs[0][...][:, None] * dl
@@ -206,8 +207,9 @@ def gradients(q, k, v, c, starts, do, y, ends, delta: Delta | tuple[()] = (), *,
         whole = jnp.sum(leaving) + all_of_it * kept
         dc_ref[...] = dc + jnp.sum(moved, axis=1) - jnp.sum(moved, axis=0) + jnp.where(_is_last(), whole, 0.0)
 
+    cut, arguments = Cut.of(k, v), [q, k, v, c, starts, do, y, ends, *delta]
     results = [Type(x.shape, x.dtype) for x in (q, k, c, *((v, c) if delta else ()))]
-    return Cut.of(k, v).by_chunk(body, "gradients", [q, k, v, c, starts, do, y, ends, *delta], results)
+    return cut.by_chunk(body, "gradients", 8 if cut.keys > 64 else 4, arguments, results)  # more keep all in registers
 
 
 class Cut(NamedTuple):
@@ -234,7 +236,9 @@ class Cut(NamedTuple):
         """Return the type of a state for every chunk."""
         return Type((self.batch, self.heads, self.chunks, self.keys, self.values), dtype)
 
-    def by_chunk(self, body: Callable, name: str, arguments: Sequence, results: Sequence[Type]) -> list[jax.Array]:
+    def by_chunk(
+        self, body: Callable, name: str, warps: int, arguments: Sequence, results: Sequence[Type]
+    ) -> list[jax.Array]:
         """Run a program for each chunk of each head, with that chunk of (B, T, H, ...) or (B, H, chunks, K, V)."""
 
         def head(i):
@@ -249,7 +253,7 @@ class Cut(NamedTuple):
             return _block((None, CHUNK, None, *x.shape[3:]), lambda b, i: (b, chunk(i), head(i)))
 
         blocks = [*map(block, arguments)], [*map(block, results)]
-        return _call(body, name, (self.batch, self.heads * self.chunks), arguments, results, *blocks)
+        return _call(body, name, warps, (self.batch, self.heads * self.chunks), arguments, results, *blocks)
 
     def by_strip(
         self, body: Callable, name: str, whole: Sequence, wide: Sequence, states: Sequence, *results: Sequence[Type]
@@ -285,7 +289,7 @@ class Cut(NamedTuple):
         inputs = [*map(of_whole, whole), *map(of_wide, wide), *map(of_states, states)]
         outputs = [*map(of_wide, made), *map(of_states, made_states)]
         grid = self.batch, self.heads * strips
-        return _call(body, name, grid, [*whole, *wide, *states], [*made, *made_states], inputs, outputs)
+        return _call(body, name, STRIP_WARPS, grid, [*whole, *wide, *states], [*made, *made_states], inputs, outputs)
 
 
 def _block(shape: tuple, place: Callable) -> pl.BlockSpec:
@@ -293,7 +297,7 @@ def _block(shape: tuple, place: Callable) -> pl.BlockSpec:
     return pl.BlockSpec(shape, lambda *at: (*place(*at), *(0,) * (len(shape) - 3)))
 
 
-def _call(body, name, grid, arguments, results, inputs, outputs) -> list[jax.Array]:
+def _call(body, name, warps, grid, arguments, results, inputs, outputs) -> list[jax.Array]:
     axes = jax.typeof(arguments[0]).manual_axis_type  # of `jax.shard_map`; all arguments vary alike
     results = [Type(x.shape, x.dtype, manual_axis_type=axes) for x in results]
     return pl.pallas_call(
@@ -302,7 +306,7 @@ def _call(body, name, grid, arguments, results, inputs, outputs) -> list[jax.Arr
         in_specs=inputs,
         out_specs=outputs,
         out_shape=results,
-        compiler_params=triton.CompilerParams(num_warps=WARPS[name], num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
         name=f"one_decay_{name}",
     )(*arguments)
 

@@ -194,7 +194,11 @@ def _triton(xs, scale, state, segment_ids) -> tuple[Any, Any]:
 
 def _triton_supports(xs, scale, state, segment_ids) -> str | None:
     q, _, v, log_decay, _ = xs
-    return one_decay.supports(q, v, log_decay)
+    return one_decay.supports(v, q.shape[-1], log_decay.shape[-1])
+
+
+def _triton_is_slower(xs, scale, state, segment_ids) -> str | None:
+    return one_decay.slower(xs[2])
 
 
 def _as_dplr(q, k, v, log_decay, beta) -> tuple[Any, ...]:
@@ -214,7 +218,7 @@ DPLR_IMPLEMENTATIONS = {
     "oracle": Implementation(_recurrent),
 }
 IMPLEMENTATIONS = {
-    "triton": Implementation(_triton, _triton_supports),  # not for `auto` before it has been timed
+    "triton": Implementation(_triton, _triton_supports, platform="cuda", slower=_triton_is_slower),
     **{
         name: dataclasses.replace(entry, run=functools.partial(_through_dplr, entry.run))
         for name, entry in DPLR_IMPLEMENTATIONS.items()

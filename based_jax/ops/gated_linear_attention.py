@@ -28,9 +28,9 @@ SHORT = 256
 """Tokens up to which one chunk is faster in XLA than several, on a GPU, where heads have one decay and large states."""
 
 FEW_STEPS, LARGE = 1024, 128 * 256
-"""Where heads have one decay, `auto` takes the kernels, token by token, up to so many tokens (they are faster than
-XLA's chunks at 256, slower at 2,048), but for states of so many elements one chunk up to `SHORT` tokens: it is faster,
-and was slower with a quarter of that (experiments/kernels)."""
+"""Where heads have one decay, and the Triton kernels do not run, `auto` takes those that go token by token up to so
+many tokens (they are faster than XLA's chunks at 256, slower at 2,048). Before either, for states of so many elements
+it takes one chunk up to `SHORT` tokens: faster, and slower with a quarter of that (experiments/kernels)."""
 
 HK = Float[Array, "H K"]
 Decay = Float[Array, "B T H #K"]
@@ -225,10 +225,18 @@ def _supports(xs, bonus, scale, state, segment_ids) -> str | None:
 
 
 def _kernels_are_slower(xs, bonus, scale, state, segment_ids) -> str | None:
-    """Return why chunks on tensor cores are faster than the kernels, token by token, or None."""
+    """Return why XLA's products are faster than the kernels, token by token, or None."""
+    T = xs[0].shape[1]
+    if xs[3].shape[-1] == 1 and T > FEW_STEPS:
+        return f"products are faster where heads have one decay, and T is {T}, above {FEW_STEPS}"
+    return _one_chunk_is_fastest(xs)
+
+
+def _one_chunk_is_fastest(xs) -> str | None:
+    """Return why all kernels are slower than one chunk in XLA, or None."""
     (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
-    if xs[3].shape[-1] == 1 and (T > FEW_STEPS or (T <= SHORT and K * V >= LARGE)):
-        return f"products are faster where heads have one decay, and T is {T}, K {K}, V {V}"
+    if xs[3].shape[-1] == 1 and T <= SHORT and K * V >= LARGE:
+        return f"one chunk is faster where heads have one decay, and T is {T}, K {K}, V {V}"
     return None
 
 
@@ -240,11 +248,15 @@ def _triton(xs, bonus, scale, state, segment_ids) -> tuple[BTHV, BHKV]:
 
 def _triton_supports(xs, bonus, scale, state, segment_ids) -> str | None:
     q, _, v, log_decay = xs
-    return one_decay.supports(q, v, log_decay) if bonus is None else "it takes no bonus"
+    return one_decay.supports(v, q.shape[-1], log_decay.shape[-1]) if bonus is None else "it takes no bonus"
+
+
+def _triton_is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
+    return one_decay.slower(xs[2]) or _one_chunk_is_fastest(xs)
 
 
 IMPLEMENTATIONS = {
-    "triton": Implementation(_triton, _triton_supports),  # not for `auto` before it has been timed
+    "triton": Implementation(_triton, _triton_supports, platform="cuda", slower=_triton_is_slower),
     "hopper": Implementation(_hopper, _supports, platform="cuda", slower=_kernels_are_slower),
     "quadratic": Implementation(
         functools.partial(_chunked, length=None), preferred="cuda", slower=_one_chunk_is_slower

@@ -13,29 +13,37 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BHKV, BT, BTHK, BTHV
 from based_jax.ops import hopper, segments
-from based_jax.ops.dispatch import target_platform
+from based_jax.ops.dispatch import target_device_kind
 
 KEYS = (16, 32, 64, 128)
 """Sizes of keys; others are filled up with zeros."""
+FULL = 64
+"""Tokens of a chunk. Fewer take as long; `auto` leaves them to kernels that go token by token."""
 WEAKEST = -128.0
 """A log-decay that leaves nothing in fp32. Sums of it over a chunk are still exact to 1e-3."""
 
 
-def supports(q: BTHK, v: BTHV, log_decay) -> str | None:
-    """Return why the kernels cannot run a call, or None; shapes and dtypes are all that they ask for."""
-    if target_platform() != "cuda":
-        return f"it needs cuda, and this is {target_platform()}"
+def supports(v: BTHV, keys: int, decays: int) -> str | None:
+    """Return why the kernels cannot run a call with keys of that size and so many decays a head, or None."""
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return f"jax {jax.__version__} has no Triton backend of Pallas"
     if v.dtype != jnp.bfloat16:
         return f"v must be bfloat16, and is {v.dtype}"
-    if log_decay.shape[-1] != 1:
-        return f"heads must have one decay, and have {log_decay.shape[-1]}"
-    if q.shape[-1] > KEYS[-1]:
-        return f"K must be at most {KEYS[-1]}, and is {q.shape[-1]}"
-    if not q.size * v.size:
-        return f"no dimension may be empty, and q is {q.shape}, v {v.shape}"
+    if decays != 1:
+        return f"heads must have one decay, and have {decays}"
+    if keys > KEYS[-1]:
+        return f"K must be at most {KEYS[-1]}, and is {keys}"
+    if not v.size * keys:
+        return f"no dimension may be empty, and K is {keys}, v {v.shape}"
     return hopper.mesh_refusal()
+
+
+def slower(v: BTHV) -> str | None:
+    """Return why `auto` leaves a call to others, or None."""
+    kind, time = target_device_kind(), v.shape[1]
+    if not hopper.DEVICES.search(kind):
+        return f"it has been timed on Hopper GPUs alone, and this is {kind}"
+    return None if time >= FULL else f"T is {time}, less than a chunk of {FULL}"
 
 
 def one_decay(

@@ -166,8 +166,8 @@ def _recurrence_cases() -> list[Case]:
     for name in RECURRENCES:
         make = functools.partial(Case, name)
         # A head's one decay has few gradients in a short sequence, and few that cancel are known to no 5e-3.
-        rows = 16 if OPERATIONS[name].kernel == "triton" else 2
-        cases += [make((rows, 2, time), (32, 32), **x) for time in (1, 15, 65) for x in ({}, both)]
+        few, rows = (64, 16) if OPERATIONS[name].kernel == "triton" else (2, 2)
+        cases += [make((few, 2, time), (32, 32), **x) for time in (1, 15, 65) for x in ({}, both)]
         cases += [make((rows, 3, 130), x, **both) for x in ((24, 48), (64, 64), (64, 128), (128, 128), (128, 192))]
         cases += [make((64, 2, 256), (64, 64), quick=True), make((1, 5, 2049), (64, 64), **both)]
         cases += [make((4, 2, 130), (64, 64), documents=True, through=x) for x in ("vmap", "shard_map")]

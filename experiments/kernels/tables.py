@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.kernels import results
@@ -22,6 +22,8 @@ COLUMNS = {
     "torch attention": ("attention", "torch_sdpa"),
 }
 OTHERS = "window_attention_64", "window_attention_128", "gated_short_conv", "residual_rms_norm"
+FORMS = {"ours": "hopper", "cuDNN": "cudnn", "XLA": "xla"}
+"""Columns, and whose times they hold."""
 STALLS = 4
 """Reasons named for each kernel."""
 
@@ -105,28 +107,30 @@ def short(folder: Path) -> str:
     return _table(["(B, H, T)", *forms, "quadratic / ours"], map(cells, shapes), used)
 
 
-def others(folder: Path, operations: Sequence[str] = OTHERS, files: str = "bench*.jsonl") -> str:
-    """Return times of the other operations."""
+def others(
+    folder: Path, operations: Sequence[str] = OTHERS, files: str = "bench*.jsonl", impls: Mapping[str, str] = FORMS
+) -> str:
+    """Return times of the other operations, the first implementation's beside those of others."""
     rows = results.measured(folder, files)
-    impls = {"ours": "hopper", "cuDNN": "cudnn", "XLA": "xla"}
 
     def cells(place: tuple[str, Shape]) -> list[str]:
         op, shape = place
-        times = [[results.time_of(rows, op, impl, which, shape) for which in PASSES] for impl in impls.values()]
+        names = [impl.format(op=op) for impl in impls.values()]
+        times = [[results.time_of(rows, op, impl, which, shape) for which in PASSES] for impl in names]
         floors = [results.floor_of(rows, op, which, shape) for which in PASSES]
-        library = [results.best([x[i] for x in times[1:]]) for i in range(2)]
+        other = [results.best([x[i] for x in times[1:]]) for i in range(2)]
         return [
             f"`{op}`",
             _shape(shape),
             _pair(floors),
             *map(_pair, times),
             _ratios(times[0], floors),
-            _ratios(library, times[0]),
+            _ratios(other, times[0]),
         ]
 
     used = [row for row in rows.values() if row["op"] in operations]
     places = sorted({(row["op"], results.where(row)) for row in used}, key=lambda x: (operations.index(x[0]), x[1]))
-    header = ["operation", "(B, H, T)", "floor", *impls, "ours / floor", "library / ours"]
+    header = ["operation", "(B, H, T)", "floor", *impls, "ours / floor", "best other / ours"]
     return _table(header, map(cells, places), used)
 
 
@@ -134,6 +138,12 @@ def later(folder: Path) -> str:
     """Return times of the norms and of the recurrence, which are of another card."""
     operations = "residual_rms_norm", "residual_layer_norm", "delta_rule", "gated_linear_attention"
     return others(folder, operations, "norms_and_recurrence.jsonl")
+
+
+def one_decay(folder: Path) -> str:
+    """Return times of matrix states with one decay a head: by chunks, and what else there is."""
+    impls = {"ours": "triton", "FLA": "fla_chunk_{op}", "token by token": "hopper", "XLA": "xla"}
+    return others(folder, ("gated_delta_rule", "simple_gla"), "one_decay.jsonl", impls)
 
 
 def calls(folder: Path) -> str:
@@ -191,6 +201,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "short": short,
     "others": others,
     "later": later,
+    "one_decay": one_decay,
     "calls": calls,
     "launches": launches,
     "checks": checks,

@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import H100, gpus
 from reference_cases import FORWARD, GRADIENT, assert_close, load
 
-from based_jax.ops import dispatch, recurrence
+from based_jax.ops import dispatch
 from based_jax.ops.gated_linear_attention import (
     CHUNK,
     FEW_STEPS,
@@ -76,25 +77,22 @@ def test_one_chunk_of_a_long_sequence(normal, packed_ids, out_and_grads, close):
     close(out_and_grads(call("quadratic"), args, cotangents), out_and_grads(call("xla"), args, cotangents))
 
 
-def test_auto_takes_the_fastest_on_a_gpu(monkeypatch):
-    """Steps of a large state cost more than the pairs of a chunk."""
-    monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
-    monkeypatch.setattr(recurrence.hopper, "refusal", lambda: None)
+def taken(kind, T, K=64, V=64, decays=1, dtype="bfloat16"):
+    """Return the name of what `auto` takes on such a GPU."""
+    q, v, g = jnp.zeros((2, T, 2, K), dtype), jnp.zeros((2, T, 2, V), dtype), jnp.zeros((2, T, 2, decays))
+    with gpus(kind):
+        entry = dispatch._automatic("gated_linear_attention", IMPLEMENTATIONS, (q, q, v, g), None, 1.0, None, None)
+    return next(name for name in IMPLEMENTATIONS if IMPLEMENTATIONS[name] is entry)
 
-    def taken(T, K, V, decays=1):
-        q, v, g = jnp.zeros((2, T, 2, K), "bfloat16"), jnp.zeros((2, T, 2, V), "bfloat16"), jnp.zeros((2, T, 2, decays))
-        call = (q, q, v, g), None, 1.0, None, None
-        assert IMPLEMENTATIONS["hopper"].supports(*call) is None
-        entry = dispatch._automatic("gated_linear_attention", IMPLEMENTATIONS, *call)
-        return next(name for name in IMPLEMENTATIONS if IMPLEMENTATIONS[name] is entry)
 
-    assert [taken(T, 64, 128) for T in (CHUNK, SHORT, FEW_STEPS, FEW_STEPS + 1)] == ["hopper"] * 3 + ["xla"]
-    assert [taken(T, 128, 256) for T in (CHUNK, SHORT, SHORT + 1)] == ["quadratic", "quadratic", "hopper"]
-    assert [taken(T, 128, 256, 128) for T in (CHUNK, SHORT)] == ["hopper", "hopper"]
-    monkeypatch.setattr(recurrence.hopper, "refusal", lambda: "this is no Hopper GPU")
-    call = (*[jnp.zeros((2, SHORT, 2, 64), "bfloat16")] * 3, jnp.zeros((2, SHORT, 2, 1))), None, 1.0, None, None
-    entry = dispatch._automatic("gated_linear_attention", IMPLEMENTATIONS, *call)
-    assert entry is IMPLEMENTATIONS["quadratic"]
+def test_auto_takes_the_fastest_on_a_gpu():
+    """Chunks, where they are full; one chunk for large states; steps where products are fp32 or decays many."""
+    short, full = CHUNK - 1, CHUNK
+    assert [taken(H100, T) for T in (short, full, FEW_STEPS + 1)] == ["hopper", "triton", "triton"]
+    assert [taken(H100, T, 128, 256) for T in (full, SHORT, SHORT + 1)] == ["quadratic", "quadratic", "triton"]
+    assert [taken(H100, T, dtype="float32") for T in (SHORT, FEW_STEPS, FEW_STEPS + 1)] == ["hopper", "hopper", "xla"]
+    assert [taken(H100, T, 128, 256, 128) for T in (full, SHORT)] == ["hopper", "hopper"]
+    assert [taken("NVIDIA A100", T) for T in (SHORT, SHORT + 1)] == ["quadratic", "xla"]
 
 
 @pytest.mark.parametrize("per_head", [False, True])

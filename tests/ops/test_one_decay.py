@@ -10,7 +10,7 @@ from devices import gpus
 from jax.experimental import pallas as pl
 
 from based_jax.errors import UserError
-from based_jax.ops import one_decay
+from based_jax.ops import dispatch, one_decay
 from based_jax.ops.delta_rule import delta_rule
 from based_jax.ops.gated_linear_attention import gated_linear_attention
 
@@ -37,6 +37,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     monkeypatch.setattr(one_decay_triton, "EXACT", jax.lax.Precision.HIGHEST)
     monkeypatch.setattr(one_decay, "supports", lambda *_: None)
+    monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
 
 
 @forms

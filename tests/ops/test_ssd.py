@@ -89,5 +89,5 @@ def test_what_the_kernels_take(normal):
         ):
             with pytest.raises(UserError, match=words):
                 ssd(*zeros(**options), impl="hopper")
-        text = jax.jit(ssd).trace(*zeros()).lower(lowering_platforms=("cuda",)).as_text()
-    assert "selective_scan" in text
+        for options, kernel in (({}, "selective_scan"), ({"groups": 2, "states": 128}, "one_decay_forward")):
+            assert kernel in jax.jit(ssd).trace(*zeros(**options)).lower(lowering_platforms=("cuda",)).as_text()
