@@ -119,10 +119,13 @@ def ablation():
 
 
 def disputed():
-    """Return what to try where a headline point falls short: lower rates, batches in another order."""
+    """Return what to try where a headline point falls short: lower rates, another order of batches, other kernels."""
     model = hybrid(128, "gated_deltanet", num_heads=2)
-    lower = product(model, param("optim.lr", [1e-4, round(10**-3.5, 6)]))
-    return chain(lower, product(model, param("optim.lr", [round(10**-3.5, 6), 1e-3]), param("data.shuffle", [True])))
+    low, least = round(10**-3.5, 6), 1e-3
+    lower = product(model, param("optim.lr", [1e-4, low]))
+    shuffled = product(model, param("optim.lr", [low, least]), param("data.shuffle", [True]))
+    by = chain(*(hybrid(128, "gated_deltanet", num_heads=2, impl=impl) for impl in ("hopper", "triton")))
+    return chain(lower, shuffled, product(by, param("optim.lr", [least])))
 
 
 def tiny():

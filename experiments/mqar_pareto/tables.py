@@ -45,7 +45,7 @@ BUDGETS = 8, 16, 32, 64, 128, 256, 512, 1024
 """KiB of state."""
 Way = tuple[str, int]
 """A way of running, and its lanes."""
-OPERATIONS = "recurrence", "selective_scan", "taylor", "window"
+OPERATIONS = "one_decay", "recurrence", "selective_scan", "taylor", "window"
 """What the names of a mixer's own kernels begin with; those that are not among a row's longest are not counted."""
 
 
@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     folder = args.results / "figure2"
     points = sorted(best(Store(folder).rows()), key=_bytes)
     recall = [budgets(points), agreement(points), seconds(folder)] if points else []
+    if disputed := list(Store(args.results / "disputed").rows()):
+        recall.append(tried(Store(folder).rows(), disputed))
     if maps := by_feature_map(best(Store(args.results / "figure3").rows())):
         recall.append(feature_maps(maps))
     stores = {name: {row["id"]: row for row in Store(args.results / name).rows()} for name in STORES}
@@ -95,6 +97,29 @@ def _judged(value: float, low: float, high: float) -> str:
     return f"{value:.3f}" if low <= value <= high else f"**{value:.3f}**"
 
 
+def tried(rows: Iterable[dict], disputed: Sequence[dict]) -> str:
+    """Return a table of the accuracies of disputed models, a line for each way to run them, a column for each seed."""
+    models = {_model(row) for row in disputed}
+    found: dict[tuple, dict[int, float]] = {}
+    for row in [*rows, *disputed]:
+        if _model(row) in models:
+            config = row["config"]
+            order = "in another order" if config["data"]["shuffle"] else "in the reference's"
+            way = _model(row), order, config["model"]["layers"][-1][1]["impl"], learning_rate(row)
+            found.setdefault(way, {})[config["seed"]] = accuracy(row)
+    seeds = sorted({seed for values in found.values() for seed in values})
+    lines = [["model", "batches", "implementation", "learning rate", *(f"seed {seed}" for seed in seeds)]]
+    for way, values in sorted(found.items()):
+        lines.append([*way[:-1], f"{way[-1]:g}", *(f"{values[x]:.3f}" if x in values else "-" for x in seeds)])
+    return _table(lines)
+
+
+def _model(row: dict) -> str:
+    """Return a row's "Gated DeltaNet, D 128, 2 heads"."""
+    model = row["config"]["model"]
+    return f"{families.family(model['layers'])}, {families.label(model['layers'], model['d_model'])}"
+
+
 def budgets(points: Sequence[Best]) -> str:
     """Return a table of the best accuracy of each family with a state of at most so many KiB."""
     lines = [["mixer", *(f"{size:,} KiB" for size in BUDGETS)]]
@@ -121,10 +146,8 @@ def again(stores: Mapping[str, Mapping[str, dict]], shared: Iterable[str]) -> st
     table = [["model", "learning rate", *stores]]
     rows = [[found[run] for found in stores.values()] for run in shared]
     for first, *others in sorted(rows, key=lambda same: learning_rate(same[0])):
-        model = first["config"]["model"]
-        named = f"{families.family(model['layers'])}, {families.label(model['layers'], model['d_model'])}"
         values = [f"{accuracy(row):.3f}" for row in (first, *others)]
-        table.append([named, f"{learning_rate(first):g}", *values])
+        table.append([_model(first), f"{learning_rate(first):g}", *values])
     return _table(table)
 
 

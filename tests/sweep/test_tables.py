@@ -53,6 +53,20 @@ def test_an_accuracy_outside_of_what_is_asked_is_bold(monkeypatch):
         tables.agreement(best(window(32, 0.5)))
 
 
+def test_what_was_tried_stands_beside_the_grid():
+    def run(seed, lr, value, shuffle=False, size=64):
+        [row] = window(size, value)
+        row["config"]["model"]["layers"][-1][1]["impl"] = "auto"
+        return row | {"config": row["config"] | {"seed": seed, "optim": {"lr": lr}, "data": {"shuffle": shuffle}}}
+
+    grid = [run(1, 1e-3, 0.9), run(2, 1e-3, 0.8), run(1, 1e-3, 0.1, size=32)]
+    assert tables.tried(grid, [run(1, 1e-4, 0.7), run(2, 1e-3, 0.6, shuffle=True)]).splitlines()[2:] == [
+        "| Sliding window, D 128, w 64 | in another order | auto | 0.001 | - | 0.600 |",
+        "| Sliding window, D 128, w 64 | in the reference's | auto | 0.0001 | 0.700 | - |",
+        "| Sliding window, D 128, w 64 | in the reference's | auto | 0.001 | 0.900 | 0.800 |",
+    ]
+
+
 def test_seconds_are_the_grid_s_without_second_seeds(tmp_path):
     def row(name, seed, spent):
         return json.dumps({"id": name, "config": {"seed": seed}, "device": "a GPU", "seconds": spent})
