@@ -1,10 +1,14 @@
-"""Gated short convolution on Hopper, forward and backward: y = silu(conv(u)) gate (see `ops/gated_conv.py`).
+"""Short convolutions on Hopper, forward and backward (see `ops/conv.py` and `ops/gated_conv.py`).
 
-u and gate are the halves of a projection x = [u, gate], to which a bias is still to be added. A block takes a strip of
-channels of a part of a sequence and walks over its tokens in tiles of 8 (`stream.py`). A token's row of the strip is
-spread over the lanes, so that the inputs of the tokens before stay in registers: each pass moves every element once.
+    plain   y = f(conv(x) + bias)                                       f is SiLU or nothing
+    gated   y = silu(conv(u)) gate       [u, gate] = x + bias           the halves of a projection
+
+A block takes a strip of channels of a part of a sequence and walks over its tokens in tiles of 8 (`stream.py`). A
+token's row of the strip is spread over the lanes, so that the inputs of the tokens before stay in registers: each pass
+moves every element once.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -25,14 +29,31 @@ FORWARD_PART, BACKWARD_PART = 64, 128
 """Tokens of a block; the backward's are more since each block leaves sums of its own."""
 
 
-@jax.jit
-def forward(x, kernel, bias, reach=None):
-    """Return y (B, T, I) bf16 of x (B, T, 2 I) bf16, kernel (W, I) fp32 and bias (2 I) fp32.
+class Form(NamedTuple):
+    """Which convolution: a plain one with or without SiLU, or a gated one, which has it."""
 
-    `reach` (B, T) int32 counts the earlier tokens that a token sees, at most W-1; it is -1 for padding, which gets 0.
-    T is a multiple of 8, I of 128, W at least 2.
+    gated: bool = False
+    silu: bool = True
+
+    @property
+    def halves(self) -> int:
+        """Rows of channels of x for each of y."""
+        return 1 + self.gated
+
+    @property
+    def name(self) -> str:
+        """What the kernels' names begin with."""
+        return "gated_conv" if self.gated else "short_conv"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(form: Form, x, kernel, bias, reach=None):
+    """Return y (B, T, I) bf16 of x (B, T, I) bf16, kernel (W, I) fp32 and bias (I) fp32.
+
+    If gated, x and bias are twice as wide. `reach` (B, T) int32 counts the earlier tokens that a token sees, at most
+    W-1; it is -1 for padding, which gets 0. T is a multiple of 8, I of 128, W at least 2.
     """
-    plan = _Plan.of(x, kernel, FORWARD_PART)
+    plan = _Plan.of(form, x, kernel, FORWARD_PART)
     packed = plan.windows(reach)
 
     def body(x_ref, kernel_ref, bias_ref, *refs):
@@ -40,52 +61,55 @@ def forward(x, kernel, bias, reach=None):
         at = plan.here()
 
         def fetch(n, slot):
-            for half, channels in enumerate((at.strip, at.gates)):
+            for half, channels in enumerate(at.strips):
                 source = x_ref.at[at.row, at.tokens(n), channels]
                 plgpu.copy_gmem_to_smem(source, tiles.at[half, slot], filled.at[slot])
 
         ring = stream.Ring(at.tiles, SLOTS, filled, fetch)
-        taps, bias_u, bias_gate = _weights(kernel_ref, bias_ref, at)
+        weights = _Weights.of(form, kernel_ref, bias_ref, at)
         reaches = plan.reaches(at, reach_refs, reach_scratch)
+        last = form.halves - 1
 
         def step(n, slot, past):
             for i in range(TOKENS):
-                window = (*past, load(tiles.at[0, slot, i]) + bias_u)
+                window = (*past, _plus(load(tiles.at[0, slot, i]), weights.before))
                 seen = reaches(n * TOKENS + i)
-                c = _convolve(_visible(window, seen), taps)
-                y = c * _sigmoid(c) * (load(tiles.at[1, slot, i]) + bias_gate)
-                tiles.at[1, slot, i][...] = _unless_padding(y, seen, packed).astype(x.dtype)
+                c = _convolve(_visible(window, seen), weights)
+                y = c * _sigmoid(c) if form.silu else c
+                y = y * _plus(load(tiles.at[1, slot, i]), weights.gate) if form.gated else y
+                tiles.at[last, slot, i][...] = _unless_padding(y, seen, packed).astype(x.dtype)
                 past = window[1:]
             return past
 
         def put(n, slot):
-            target = y_ref.at[at.row, at.tokens(n), at.strip]
-            plgpu.copy_smem_to_gmem(tiles.at[1, slot], target, commit_group=False)
+            target = y_ref.at[at.row, at.tokens(n), at.strips[0]]
+            plgpu.copy_smem_to_gmem(tiles.at[last, slot], target, commit_group=False)
 
-        past = tuple(_row(x_ref, at.row, at.first - j, at.strip) + bias_u for j in range(plan.taps - 1, 0, -1))
-        ring.walk(step, put, past)
+        earlier = (_row(x_ref, at.row, at.first - j, at.strips[0]) for j in range(plan.taps - 1, 0, -1))
+        ring.walk(step, put, tuple(_plus(row, weights.before) for row in earlier))
 
     out_type = [jax.ShapeDtypeStruct((*x.shape[:2], plan.width, LANES), x.dtype)]
-    kernel_of = stream.kernel(body, "gated_conv", plan.blocks, out_type, plan.scratch(2, packed))
+    kernel_of = stream.kernel(body, form.name, plan.blocks, out_type, plan.scratch(form.halves, packed))
     [y] = kernel_of(*(_by_lanes(z) for z in (x, kernel, bias)), *packed)
     return [y.reshape(*x.shape[:2], -1)]
 
 
-@jax.jit
-def backward(x, kernel, bias, dy, reach=None):
-    """Return dx (B, T, 2 I) bf16 and sums (parts, W+2, I) fp32: of dkernel, and of the two halves of dbias.
+@functools.partial(jax.jit, static_argnums=0)
+def backward(form: Form, x, kernel, bias, dy, reach=None):
+    """Return dx like x and sums (parts, W+1, I) fp32, W+2 if gated: of dkernel, and of dbias or its halves.
 
     Arguments as of `forward`, and the gradient dy (B, T, I) of its result. Tokens are walked from the last to the
     first: what a token's convolution gives to the tokens before it waits in registers.
     """
-    plan = _Plan.of(x, kernel, BACKWARD_PART)
+    plan = _Plan.of(form, x, kernel, BACKWARD_PART)
     packed = plan.windows(reach)
 
     def body(x_ref, kernel_ref, bias_ref, dy_ref, *refs):
         reach_refs, refs = refs[: len(packed)], refs[len(packed) :]
         dx_ref, sums_ref, tiles, filled, *reach_scratch = refs
         at = plan.here()
-        sources = (x_ref, at.strip), (x_ref, at.gates), (dy_ref, at.strip)
+        sources = *((x_ref, strip) for strip in at.strips), (dy_ref, at.strips[0])
+        given = form.halves  # dy, and du in its place
 
         def tokens(n):
             return at.tokens(at.tiles - 1 - n)
@@ -95,7 +119,7 @@ def backward(x, kernel, bias, dy, reach=None):
                 plgpu.copy_gmem_to_smem(ref.at[at.row, tokens(n), channels], tiles.at[kind, slot], filled.at[slot])
 
         ring = stream.Ring(at.tiles, SLOTS, filled, fetch)
-        taps, bias_u, bias_gate = _weights(kernel_ref, bias_ref, at)
+        weights = _Weights.of(form, kernel_ref, bias_ref, at)
         reaches = plan.reaches(at, reach_refs, reach_scratch)
 
         def token(window, gate, dy, seen, pending):
@@ -104,83 +128,91 @@ def backward(x, kernel, bias, dy, reach=None):
             `pending` is what the tokens after it have given to it and to each of those before it.
             """
             window = _visible(window, seen)
-            c = _convolve(window, taps)
-            s = _sigmoid(c)
-            dc = dy * gate * s * (1.0 + c - c * s)
-            given = [_where(seen >= j, dc, 0.0) * taps[-1 - j] for j in range(1, plan.taps)]
-            later = [p + g for p, g in zip(pending[1:], given[:-1], strict=True)] + given[-1:]
-            return window, dc, pending[0] + dc * taps[-1], dy * c * s, later
+            c = _convolve(window, weights)
+            s = _sigmoid(c) if form.silu else 1.0
+            dc = dy * s * (1.0 + c - c * s) if form.silu else dy
+            dc = dc * gate if form.gated else dc
+            earlier = [_where(seen >= j, dc, 0.0) * weights.taps[-1 - j] for j in range(1, plan.taps)]
+            later = [p + g for p, g in zip(pending[1:], earlier[:-1], strict=True)] + earlier[-1:]
+            return window, dc, pending[0] + dc * weights.taps[-1], dy * c * s, later
 
         def step(n, slot, carry):
-            pending, dtaps, du_sum, dgate_sum = carry
+            pending, dtaps, dbias = carry
             inside, next_slot = n + 1 < at.tiles, lax.rem(n + 1, SLOTS)
             rows = [
-                _where(inside, load(tiles.at[0, next_slot, TOKENS - j]) + bias_u, before)
+                _where(inside, _plus(load(tiles.at[0, next_slot, TOKENS - j]), weights.before), before)
                 for j, before in zip(range(plan.taps - 1, 0, -1), past, strict=True)
             ]
-            rows += [load(tiles.at[0, slot, i]) + bias_u for i in range(TOKENS)]
+            rows += [_plus(load(tiles.at[0, slot, i]), weights.before) for i in range(TOKENS)]
             for i in reversed(range(TOKENS)):
                 seen = reaches((at.tiles - 1 - n) * TOKENS + i)
-                gate, dy = load(tiles.at[1, slot, i]) + bias_gate, load(tiles.at[2, slot, i])
-                dy = _unless_padding(dy, seen, packed)
+                gate = _plus(load(tiles.at[1, slot, i]), weights.gate) if form.gated else None
+                dy = _unless_padding(load(tiles.at[given, slot, i]), seen, packed)
                 window, dc, du, dgate, pending = token(rows[i : i + plan.taps], gate, dy, seen, pending)
-                tiles.at[1, slot, i][...] = dgate.astype(x.dtype)
-                tiles.at[2, slot, i][...] = du.astype(x.dtype)
+                tiles.at[given, slot, i][...] = du.astype(x.dtype)
+                if form.gated:
+                    tiles.at[1, slot, i][...] = dgate.astype(x.dtype)
                 dtaps = [total + dc * u for total, u in zip(dtaps, window, strict=True)]
-                du_sum, dgate_sum = du_sum + du, dgate_sum + dgate
-            return pending, dtaps, du_sum, dgate_sum
+                dbias = [total + z for total, z in zip(dbias, (du, dgate) if form.gated else (dc,), strict=True)]
+            return pending, dtaps, dbias
 
         def put(n, slot):
-            for kind, channels in ((2, at.strip), (1, at.gates)):
+            for kind, channels in zip((given, 1), at.strips, strict=False):
                 target = dx_ref.at[at.row, tokens(n), channels]
                 plgpu.copy_smem_to_gmem(tiles.at[kind, slot], target, commit_group=False)
 
         def row(t):
-            return _row(x_ref, at.row, t, at.strip) + bias_u
+            return _plus(_row(x_ref, at.row, t, at.strips[0]), weights.before)
 
         def beyond(pending):
             """Return what the tokens after the part give to it."""
             for i in reversed(range(plan.taps - 1)):
                 t, seen = at.first + plan.part + i, reaches(plan.part + i)
-                gate, dy = _row(x_ref, at.row, t, at.gates) + bias_gate, _row(dy_ref, at.row, t, at.strip)
-                dy = _unless_padding(_where(t < plan.time, dy, 0.0), seen, packed)
+                gate = _plus(_row(x_ref, at.row, t, at.strips[1]), weights.gate) if form.gated else None
+                dy = _where(t < plan.time, _row(dy_ref, at.row, t, at.strips[0]), 0.0)
+                dy = _unless_padding(dy, seen, packed)
                 window = [row(t - j) for j in range(plan.taps - 1, -1, -1)]
                 *_, pending = token(window, gate, dy, seen, pending)
             return pending
 
         past = [row(at.first - j) for j in range(plan.taps - 1, 0, -1)]
-        zero = jnp.zeros_like(bias_u)
-        carry = beyond([zero] * (plan.taps - 1)), [zero] * plan.taps, zero, zero
-        _, dtaps, *dbias = ring.walk(step, put, carry, ahead=1)
+        zero = jnp.zeros_like(weights.taps[0])
+        carry = beyond([zero] * (plan.taps - 1)), [zero] * plan.taps, [zero] * form.halves
+        _, dtaps, dbias = ring.walk(step, put, carry, ahead=1)
         for w, total in enumerate([*dtaps, *dbias]):
-            sums_ref.at[at.piece, w, at.strip][...] = total
+            sums_ref.at[at.piece, w, at.strips[0]][...] = total
 
+    parts, sums = plan.batch * plan.parts, plan.taps + form.halves
     out_type = [
-        jax.ShapeDtypeStruct((*x.shape[:2], 2 * plan.width, LANES), x.dtype),
-        jax.ShapeDtypeStruct((plan.batch * plan.parts, plan.taps + 2, plan.width, LANES), jnp.float32),
+        jax.ShapeDtypeStruct((*x.shape[:2], form.halves * plan.width, LANES), x.dtype),
+        jax.ShapeDtypeStruct((parts, sums, plan.width, LANES), jnp.float32),
     ]
-    kernel_of = stream.kernel(body, "gated_conv_backward", plan.blocks, out_type, plan.scratch(3, packed))
+    scratch = plan.scratch(form.halves + 1, packed)
+    kernel_of = stream.kernel(body, f"{form.name}_backward", plan.blocks, out_type, scratch)
     dx, sums = kernel_of(*(_by_lanes(z) for z in (x, kernel, bias, dy)), *packed)
     return [dx.reshape(x.shape), sums.reshape(*sums.shape[:2], -1)]
 
 
 class _Place(NamedTuple):
-    """A block's row of the batch, part of all parts, first token, number of tiles, and rows of 128 channels."""
+    """A block's row of the batch, part of all parts, first token, number of tiles, and rows of 128 channels of x.
+
+    The first rows are those of y as well, the second ones those of the gate.
+    """
 
     row: jax.Array
     piece: jax.Array
     first: jax.Array
     tiles: jax.Array
-    strip: pl.Slice
-    gates: pl.Slice
+    strips: tuple[pl.Slice, ...]
 
     def tokens(self, tile) -> pl.Slice:
         return pl.ds(self.first + tile * TOKENS, TOKENS)
 
 
 class _Plan(NamedTuple):
-    """How the work is cut: B, T, I / 128, W and the tokens of a part."""
+    """How the work of a form is cut: B, T, I / 128, W and the tokens of a part."""
 
+    form: Form
     batch: int
     time: int
     width: int
@@ -188,9 +220,9 @@ class _Plan(NamedTuple):
     part: int
 
     @classmethod
-    def of(cls, x, kernel, part: int) -> "_Plan":
+    def of(cls, form: Form, x, kernel, part: int) -> "_Plan":
         batch, time, channels = x.shape
-        return cls(batch, time, channels // (2 * LANES), kernel.shape[0], part)
+        return cls(form, batch, time, channels // (form.halves * LANES), kernel.shape[0], part)
 
     @property
     def rows(self) -> int:
@@ -210,7 +242,8 @@ class _Plan(NamedTuple):
         strip, piece = lax.rem(block, strips) * self.rows, lax.div(block, strips)
         row, first = lax.div(piece, self.parts), lax.rem(piece, self.parts) * self.part
         tiles = lax.div(jnp.minimum(self.part, self.time - first), TOKENS)
-        return _Place(row, piece, first, tiles, pl.ds(strip, self.rows), pl.ds(self.width + strip, self.rows))
+        halves = tuple(pl.ds(half * self.width + strip, self.rows) for half in range(self.form.halves))
+        return _Place(row, piece, first, tiles, halves)
 
     def windows(self, reach) -> list:
         """Return, where there are documents, their reaches up to a tile past the last part."""
@@ -238,10 +271,19 @@ def _by_lanes(x):
     return x.reshape(*x.shape[:-1], -1, LANES)
 
 
-def _weights(kernel_ref, bias_ref, at: _Place):
-    """Return the taps and the biases of u and of the gate."""
-    taps = [load(kernel_ref.at[w, at.strip]) for w in range(kernel_ref.shape[0])]
-    return taps, load(bias_ref.at[at.strip]), load(bias_ref.at[at.gates])
+class _Weights(NamedTuple):
+    """A strip's taps, and what is added before the convolution, after it, and to the gate, or None."""
+
+    taps: list[jax.Array]
+    before: jax.Array | None
+    after: jax.Array | None
+    gate: jax.Array | None
+
+    @classmethod
+    def of(cls, form: Form, kernel_ref, bias_ref, at: _Place) -> "_Weights":
+        taps = [load(kernel_ref.at[w, at.strips[0]]) for w in range(kernel_ref.shape[0])]
+        biases = [load(bias_ref.at[strip]) for strip in at.strips]
+        return cls(taps, biases[0], None, biases[1]) if form.gated else cls(taps, None, biases[0], None)
 
 
 def _row(ref, row, t, channels):
@@ -255,8 +297,13 @@ def _visible(window, seen):
     return [*(_where(seen >= j, u, 0.0) for j, u in zip(reach, window[:-1], strict=True)), window[-1]]
 
 
-def _convolve(window, taps):
-    return sum(u * tap for u, tap in zip(window[1:], taps[1:], strict=True)) + window[0] * taps[0]
+def _convolve(window, weights: _Weights):
+    terms = [u * tap for u, tap in zip(window, weights.taps, strict=True)]
+    return _plus(sum(terms[1:]) + terms[0], weights.after)
+
+
+def _plus(x, bias):
+    return x if bias is None else x + bias
 
 
 def _unless_padding(x, seen, packed: list):

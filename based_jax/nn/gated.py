@@ -109,7 +109,7 @@ class GatedLinearMixer(nnx.Module):
         """Mix a whole sequence."""
         y = self.qkv(x)
         if self.conv_size:
-            y = short_conv(y, self.conv_kernel[...], segment_ids=segment_ids)
+            y = short_conv(y, self.conv_kernel[...], silu=True, segment_ids=segment_ids)
         inputs, _ = self._inputs(x, y, jnp.zeros(1, jnp.int32), segment_ids)
         o = self.operation[0](*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, o))
@@ -125,7 +125,8 @@ class GatedLinearMixer(nnx.Module):
         """Mix the next tokens of a sequence and return the cache after them."""
         y, conv = self.qkv(x), cache.conv
         if self.conv_size:
-            y, conv = short_conv(y, self.conv_kernel[...], state=conv, segment_ids=segment_ids, return_state=True)
+            options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
+            y, conv = short_conv(y, self.conv_kernel[...], silu=True, state=conv, **options)
         inputs, length = self._inputs(x, y, cache.length, segment_ids)
         o, state = self.operation[0](
             *inputs,
@@ -141,7 +142,7 @@ class GatedLinearMixer(nnx.Module):
         """Mix one token and return the cache after it."""
         y, conv = self.qkv(x), cache.conv
         if self.conv_size:
-            y, conv = short_conv_step(y, self.conv_kernel[...], conv)
+            y, conv = short_conv_step(y, self.conv_kernel[...], conv, silu=True)
         q, k, v = self._heads(y)
         if self.rotary:
             q, k = (layers.rotary(z[:, None], cache.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
@@ -173,8 +174,7 @@ class GatedLinearMixer(nnx.Module):
         raise NotImplementedError
 
     def _heads(self, y):
-        """Return queries, keys and values by head, after the convolution's activation."""
-        y = jax.nn.silu(y) if self.conv_size else y
+        """Return queries, keys and values by head."""
         parts = jnp.split(y, [self.key_dim, 2 * self.key_dim], axis=-1)
         return tuple(layers.split_heads(part, self.num_heads) for part in parts)
 

@@ -1,11 +1,12 @@
 """Causal depthwise convolution with a kernel of a few taps.
 
-    y_t = sum_{w<W} kernel_w x_{t-(W-1-w)d}          the last tap multiplies the current token; dilation d
+    y_t = f(sum_{w<W} kernel_w x_{t-(W-1-w)d} + b)          the last tap multiplies the current token; dilation d
 
-The state is the last (W-1) d + 1 inputs of each channel, in order.
+f is SiLU where it is asked for. The state is the last (W-1) d + 1 inputs of each channel, in order.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BT, BTD, WD
-from based_jax.ops import long_conv, segments
+from based_jax.ops import conv_hopper, long_conv, segments
+from based_jax.ops.conv_hopper import Bias
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.precision import einsum, product_policy
 
@@ -28,6 +30,8 @@ def short_conv(
     x: BTD,
     kernel: WD,
     *,
+    bias: Bias | None = None,
+    silu: bool = False,
     dilation: int = 1,
     state: Past | None = None,
     segment_ids: BT | None = None,
@@ -37,23 +41,24 @@ def short_conv(
     """Convolve each channel of x (B, T, D) over time with its column of kernel (W, D).
 
     Args:
+      bias: added to the convolution, (D).
+      silu: return SiLU of the sum.
       dilation: tokens from one tap to the next.
       state: last `reach` inputs before x; they belong to each row's first document.
-      segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
+      segment_ids: ids of packed documents, 0 for padding, whose output is 0 (see `ops/segments.py`).
       return_state: return (y, last inputs of the last document) instead of y.
       impl: "oracle" (window by window), "recurrent" (token by token), "xla" (W shifted products), "toeplitz"
-        (products in x's dtype; no packing; auto's for many taps and short sequences on a GPU) or "auto".
+        (products in x's dtype; no packing; auto's for many taps and short sequences on a GPU), "hopper" (Mosaic GPU
+        kernels; bf16, 2 to 4 taps, no dilation, D a multiple of 128) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    width = reach(kernel.shape[0], dilation)
-    inputs = _with_past(x, width, state)
-    input_ids = None if segment_ids is None else _ids_with_past(segment_ids, width)
-    y = dispatch("short_conv", IMPLEMENTATIONS, impl, inputs, input_ids, kernel, dilation)
+    call = x, kernel, bias, state, segment_ids
+    y = dispatch("short_conv", IMPLEMENTATIONS, impl, *call, silu=silu, dilation=dilation)
     if not return_state:
         return y
-    return y, last_inputs(x, width, state, segment_ids)
+    return y, last_inputs(x, reach(kernel.shape[0], dilation), state, segment_ids)
 
 
 def last_inputs(x: BSD, width: int, state: Past | None, segment_ids: BT | None) -> Past:
@@ -85,15 +90,34 @@ def reach(kernel_size: int, dilation: int) -> int:
     return (kernel_size - 1) * dilation + 1
 
 
-def short_conv_step(x: BD, kernel: WD, state: Past, dilation: int = 1) -> tuple[BD, Past]:
+def short_conv_step(
+    x: BD, kernel: WD, state: Past, *, bias: Bias | None = None, silu: bool = False, dilation: int = 1
+) -> tuple[BD, Past]:
     """Return one token's output and the inputs that the next one needs."""
     state = jnp.concatenate([state[:, 1:], x[:, None].astype(state.dtype)], axis=1)
     y = jnp.einsum("BWD,WD->BD", state[:, ::dilation], kernel, precision=jax.lax.Precision.HIGHEST)
-    return y.astype(x.dtype), state
+    return _finished(y, bias, silu).astype(x.dtype), state
 
 
-# Each form takes the past inputs in reach and the T new ones, S together, and returns the T outputs; without ids all
-# are of one document.
+def _finished(y: Float[Array, "*T D"], bias: Bias | None, silu: bool) -> Float[Array, "*T D"]:
+    """Return f(y + bias) in fp32, or y."""
+    if bias is not None:
+        y = y.astype(jnp.float32) + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
+    return jax.nn.silu(y.astype(jnp.float32)) if silu else y
+
+
+def _composed(
+    form: Callable, x: BTD, kernel: WD, bias: Bias | None, state: Past | None, segment_ids: BT | None, *, silu, dilation
+) -> BTD:
+    """Finish what a form of the convolution makes of all inputs in reach."""
+    width = reach(kernel.shape[0], dilation)
+    ids = None if segment_ids is None else _ids_with_past(segment_ids, width)
+    y = _finished(form(_with_past(x, width, state), ids, kernel, dilation), bias, silu).astype(x.dtype)
+    return y if segment_ids is None or bias is None else jnp.where((segment_ids == 0)[..., None], 0, y)
+
+
+# Each form takes the past inputs in reach and the T new ones, S together, and returns the T convolutions; without ids
+# all are of one document.
 
 
 def _oracle(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
@@ -105,8 +129,7 @@ def _oracle(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     if ids is not None:
         same = (ids[:, taps] == ids[:, width:, None]) & (ids[:, width:, None] != 0)
         windows = jnp.where(same[..., None], windows, 0)
-    y = jnp.einsum("BTWD,WD->BTD", windows, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return y.astype(inputs.dtype)
+    return jnp.einsum("BTWD,WD->BTD", windows, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def _recurrent(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
@@ -118,7 +141,7 @@ def _recurrent(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
         state, owner = carry
         x_BD, id_B = new
         kept = jnp.where((id_B == owner)[:, None, None], state, 0)
-        y, stepped = short_conv_step(x_BD, kernel, kept, dilation)
+        y, stepped = short_conv_step(x_BD, kernel, kept, dilation=dilation)
         padding = (id_B == 0)[:, None]
         carry = (jnp.where(padding[..., None], 0, stepped), id_B)
         return carry, jnp.where(padding, 0, y)
@@ -180,16 +203,15 @@ def _product(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     return einsum("BSD,DST->BTD", inputs.astype(dtype), matrices, precision, dtype).astype(inputs.dtype)
 
 
-def _supports_product(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> str | None:
-    return None if ids is None else "packed documents need a matrix each"
+def _supports_product(x, kernel, bias, state, segment_ids, **_options) -> str | None:
+    return None if segment_ids is None else "packed documents need a matrix each"
 
 
-def _product_is_slower(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> str | None:
+def _product_is_slower(x, kernel, *_rest, **_options) -> str | None:
     """Return why the shifted products are the faster form, or None."""
     if kernel.shape[0] <= UNROLLED:
         return f"there are {kernel.shape[0]} taps, no more than {UNROLLED}"
-    T = inputs.shape[1] - reach(kernel.shape[0], dilation)
-    return None if T <= long_conv.SHORT else f"T is {T}, above {long_conv.SHORT}"
+    return None if x.shape[1] <= long_conv.SHORT else f"T is {x.shape[1]}, above {long_conv.SHORT}"
 
 
 def _term(inputs: BSD, ids: BS | None, weights: Float[Array, "D"], at, T: int) -> BTD:
@@ -211,9 +233,25 @@ def _slice(x, at, T: int):
     return jax.lax.dynamic_slice_in_dim(x, at + 1, T, axis=1)
 
 
+def _hopper(x, kernel, bias, state, segment_ids, *, silu, dilation) -> BTD:
+    def with_state(x, *rest):
+        return _composed(_shifted, x.astype(jnp.float32), *rest, silu=silu, dilation=dilation).astype(x.dtype)
+
+    return conv_hopper.convolve(x, kernel, bias, state, segment_ids, silu=silu, with_state=with_state)
+
+
+def _supports(x: BTD, kernel: WD, *_rest, dilation: int, **_options) -> str | None:
+    return conv_hopper.supports(x, kernel) if dilation == 1 else f"dilation must be 1, and is {dilation}"
+
+
+def _through(form: Callable) -> Callable[..., BTD]:
+    return functools.partial(_composed, form)
+
+
 IMPLEMENTATIONS = {
-    "toeplitz": Implementation(_product, _supports_product, preferred="cuda", slower=_product_is_slower),
-    "xla": Implementation(_shifted),
-    "recurrent": Implementation(_recurrent),
-    "oracle": Implementation(_oracle),
+    "hopper": Implementation(_hopper, _supports, platform="cuda"),
+    "toeplitz": Implementation(_through(_product), _supports_product, preferred="cuda", slower=_product_is_slower),
+    "xla": Implementation(_through(_shifted)),
+    "recurrent": Implementation(_through(_recurrent)),
+    "oracle": Implementation(_through(_oracle)),
 }

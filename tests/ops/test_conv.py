@@ -77,6 +77,18 @@ def test_oracle_gradients_equal_fp64_differences(draw, normal, out_and_grads):
         assert abs(np.sum(grad * direction) - slope) < 1e-5 * np.linalg.norm(grad), f"argument {i}"
 
 
+@pytest.mark.parametrize("impl", [*FAST, "oracle"])
+def test_bias_and_silu_follow_the_convolution(impl, draw, normal, close):
+    (x, kernel, state), _, ids = draw(20, 3, 5)
+    bias = normal(5)
+    bare, after = short_conv(x, kernel, state=state, segment_ids=ids, return_state=True, impl="oracle")
+    wanted = jnp.where((ids == 0)[..., None], 0, jax.nn.silu(bare + bias[None, None]))
+    options = {"bias": bias, "silu": True, "state": state}
+    close(short_conv(x, kernel, **options, segment_ids=ids, return_state=True, impl=impl), (wanted, after))
+    y, _ = short_conv_step(x[:, 0], kernel, **options)
+    close(y, short_conv(x[:, :1], kernel, **options, impl=impl)[:, 0])
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_form_equals_the_oracle(case, draw, out_and_grads, close):
     args, cotangents, ids = draw(*case)
@@ -165,7 +177,7 @@ def test_dilated_taps_are_a_long_kernel_with_zeros_between(impl, normal, packed_
     def both(x, kernel, spread, ids):
         y, state = short_conv(x, kernel, dilation=4, segment_ids=ids, return_state=True, impl=impl)
         long = short_conv(x, spread, segment_ids=ids, return_state=True, impl="oracle")
-        stepped = short_conv_step(x[:, 0], kernel, state, 4), short_conv_step(x[:, 0], spread, state)
+        stepped = short_conv_step(x[:, 0], kernel, state, dilation=4), short_conv_step(x[:, 0], spread, state)
         return ((y, state), stepped[0]), (long, stepped[1])
 
     close(*both(x, kernel, spread, ids))

@@ -54,6 +54,7 @@ class BaseConv(nnx.Module):
         y = short_conv(
             x,
             self.conv_kernel[...],
+            bias=self.conv_bias[...],
             dilation=self.config.dilation,
             segment_ids=segment_ids,
             impl=self.config.impl,
@@ -69,6 +70,7 @@ class BaseConv(nnx.Module):
         y, cache = short_conv(
             x,
             self.conv_kernel[...],
+            bias=self.conv_bias[...],
             dilation=self.config.dilation,
             state=cache,
             segment_ids=segment_ids,
@@ -79,7 +81,9 @@ class BaseConv(nnx.Module):
 
     def step(self, x: BD, cache: Past) -> tuple[BD, Past]:
         """Mix one token and return the inputs that the next one needs."""
-        y, cache = short_conv_step(x, self.conv_kernel[...], cache, self.config.dilation)
+        y, cache = short_conv_step(
+            x, self.conv_kernel[...], cache, bias=self.conv_bias[...], dilation=self.config.dilation
+        )
         return self._gate(x, y), cache
 
     def state_size(self, seq_len: int) -> int:
@@ -91,8 +95,7 @@ class BaseConv(nnx.Module):
         return 2 * self.d_model**2 + 2 * self.config.kernel_size * self.d_model
 
     def _gate(self, x, y):
-        bias = self.conv_bias[...].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return (y + bias) * self.projection(x) + x
+        return y * self.projection(x) + x
 
     @property
     def _reach(self) -> int:

@@ -111,7 +111,13 @@ class Hyena(nnx.Module):
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence of at most `l_max` tokens."""
         check_length(x.shape[1], self.config.l_max)
-        u = short_conv(self.in_proj(x), self.conv_kernel[...], segment_ids=segment_ids, impl=self._short_impl)
+        u = short_conv(
+            self.in_proj(x),
+            self.conv_kernel[...],
+            bias=self.conv_bias[...],
+            segment_ids=segment_ids,
+            impl=self._short_impl,
+        )
         u, gate = self._gated(u)
         y = long_conv(u, self.filter(x.shape[1]), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, u, y, gate))
@@ -127,6 +133,7 @@ class Hyena(nnx.Module):
         u, taps = short_conv(
             self.in_proj(x),
             self.conv_kernel[...],
+            bias=self.conv_bias[...],
             state=cache[0],
             segment_ids=segment_ids,
             return_state=True,
@@ -138,7 +145,7 @@ class Hyena(nnx.Module):
 
     def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
         """Mix one token and return the inputs after it."""
-        u, taps = short_conv_step(self.in_proj(x), self.conv_kernel[...], cache[0])
+        u, taps = short_conv_step(self.in_proj(x), self.conv_kernel[...], cache[0], bias=self.conv_bias[...])
         u, gate = self._gated(u)
         y, history = convolve_step(u, cache[1], self.filter(cache[1].slots))
         return self._out(u, y, gate), (taps, history)
@@ -159,8 +166,7 @@ class Hyena(nnx.Module):
         return "auto" if self.config.impl == "toeplitz" else self.config.impl
 
     def _gated(self, u):
-        bias = self.conv_bias[...].astype(u.dtype).reshape((1,) * (u.ndim - 1) + (-1,))
-        x1, x2, v = jnp.split(u + bias, 3, axis=-1)
+        x1, x2, v = jnp.split(u, 3, axis=-1)
         return v * x1, x2
 
     def _out(self, u, y, gate):

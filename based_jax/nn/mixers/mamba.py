@@ -96,7 +96,7 @@ class Mamba(nnx.Module):
 
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
-        u = self._activated(short_conv(self._inner(x), self.conv_kernel[...], segment_ids=segment_ids))
+        u = short_conv(self._inner(x), **self._conv(), segment_ids=segment_ids)
         dt, B, C = self._selected(u)
         y = selective_scan(u, dt, self._A(), B, C, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, u, y))
@@ -109,16 +109,14 @@ class Mamba(nnx.Module):
     def prefill(self, x: BTD, cache: MambaCache, segment_ids: BT | None = None) -> tuple[BTD, MambaCache]:
         """Mix the next tokens of a sequence and return the cache after them."""
         options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
-        u, conv = short_conv(self._inner(x), self.conv_kernel[...], state=cache.conv, **options)
-        u = self._activated(u)
+        u, conv = short_conv(self._inner(x), **self._conv(), state=cache.conv, **options)
         dt, B, C = self._selected(u)
         y, state = selective_scan(u, dt, self._A(), B, C, state=cache.state, impl=self.config.impl, **options)
         return self._out(x, u, y), MambaCache(conv, state)
 
     def step(self, x: BD, cache: MambaCache) -> tuple[BD, MambaCache]:
         """Mix one token and return the cache after it."""
-        u, conv = short_conv_step(self._inner(x), self.conv_kernel[...], cache.conv)
-        u = self._activated(u)
+        u, conv = short_conv_step(self._inner(x), **self._conv(), state=cache.conv)
         dt, B, C = self._selected(u)
         y, state = selective_scan_step(u, dt, self._A(), B, C, cache.state)
         return self._out(x, u, y), MambaCache(conv, state)
@@ -136,8 +134,8 @@ class Mamba(nnx.Module):
     def _A(self) -> Float[Array, "D N"]:
         return -jnp.exp(self.A_log[...].astype(jnp.float32))
 
-    def _activated(self, u):
-        return jax.nn.silu(u + self.conv_bias[...].astype(u.dtype).reshape((1,) * (u.ndim - 1) + (-1,)))
+    def _conv(self) -> dict[str, Any]:
+        return {"kernel": self.conv_kernel[...], "bias": self.conv_bias[...], "silu": True}
 
     def _selected(self, u):
         """Return the steps, and the input and output vectors of the state."""

@@ -91,7 +91,7 @@ class Mamba2(nnx.Module):
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence."""
         u, dt = self._projected(x)
-        u = short_conv(u, self.conv_kernel[...], segment_ids=segment_ids)
+        u = short_conv(u, **self._conv(), segment_ids=segment_ids)
         inputs = self._inputs(u, dt)
         y = ssd(*inputs, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, inputs[0], y))
@@ -105,7 +105,7 @@ class Mamba2(nnx.Module):
         """Mix the next tokens of a sequence and return the cache after them."""
         options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
         u, dt = self._projected(x)
-        u, conv = short_conv(u, self.conv_kernel[...], state=cache.conv, **options)
+        u, conv = short_conv(u, **self._conv(), state=cache.conv, **options)
         inputs = self._inputs(u, dt)
         y, state = ssd(*inputs, state=cache.state, impl=self.config.impl, **options)
         return self._out(x, inputs[0], y), Mamba2Cache(conv, state)
@@ -113,7 +113,7 @@ class Mamba2(nnx.Module):
     def step(self, x: BD, cache: Mamba2Cache) -> tuple[BD, Mamba2Cache]:
         """Mix one token and return the cache after it."""
         u, dt = self._projected(x)
-        u, conv = short_conv_step(u, self.conv_kernel[...], cache.conv)
+        u, conv = short_conv_step(u, **self._conv(), state=cache.conv)
         u, dt, A, B, C = self._inputs(u, dt)
         y, state = ssd_step(u, dt, A, B, C, cache.state)
         return self._out(x, u, y), Mamba2Cache(conv, state)
@@ -132,11 +132,13 @@ class Mamba2(nnx.Module):
         ends = self.d_inner, self.d_inner + self.channels, self.d_inner + self.channels + self.num_heads
         return layers.part(self.in_proj, x, *ends[:2]), layers.part(self.in_proj, x, *ends[1:])
 
+    def _conv(self) -> dict[str, Any]:
+        return {"kernel": self.conv_kernel[...], "bias": self.conv_bias[...], "silu": True}
+
     def _inputs(self, u, dt):
         """Return (x, dt, A, B, C) of the scan by head and by group."""
         lead, N = u.shape[:-1], self.config.d_state
         ones = (1,) * len(lead)
-        u = jax.nn.silu(u + self.conv_bias[...].astype(u.dtype).reshape(*ones, -1))
         groups = self.config.ngroups * N
         x, B, C = jnp.split(u, [self.d_inner, self.d_inner + groups], axis=-1)
         B, C = (y.reshape(*lead, -1, N) for y in (B, C))

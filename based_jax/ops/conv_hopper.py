@@ -1,0 +1,112 @@
+"""Short convolutions in Hopper kernels, plain ones and gated ones (`pallas_kernels/short_conv_hopper.py`).
+
+They compute in fp32 from the inputs to the output, and keep no state: what an earlier one reaches, the first tokens, is
+computed again with it.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from based_jax.dims import BT, BTD, WD
+from based_jax.ops import hopper
+
+Joint = Float[Array, "B T joint"]
+Bias = Float[Array, "joint"]
+
+TAPS = range(2, 5)
+LANES = 128
+TILE = 8
+"""What the kernels take: taps, a multiple of channels, and a multiple of tokens."""
+
+
+def supports(x: Joint, kernel: WD) -> str | None:
+    """Return why the kernels cannot run this call, or None."""
+    taps, channels = kernel.shape
+    if x.dtype != jnp.bfloat16:
+        return f"x must be bfloat16, and is {x.dtype}"
+    if taps not in TAPS:
+        return f"the kernel must have {TAPS[0]} to {TAPS[-1]} taps, and has {taps}"
+    if channels % LANES:
+        return f"the channels must be a multiple of {LANES}, and are {channels}"
+    if not 0 < x.size < hopper.OFFSETS:
+        return f"there must be 1 to {hopper.OFFSETS - 1} elements, and are {x.size}"
+    return hopper.refusal()
+
+
+def convolve(
+    x: Joint,
+    kernel: WD,
+    bias: Bias | None,
+    state,
+    segment_ids: BT | None,
+    *,
+    gated: bool = False,
+    silu: bool = True,
+    with_state: Callable,
+) -> BTD:
+    """Run the kernels on each device's rows, all channels together.
+
+    Args:
+      with_state: the same function of the arrays by other means, for the first tokens.
+    """
+    rows = ("batch",)
+    on_device = functools.partial(_on_device, (gated, silu), with_state)
+    return hopper.per_shard(on_device, (x, kernel, bias, state, segment_ids), (rows, (), (), rows, rows), (rows,))
+
+
+def _on_device(form: tuple[bool, bool], with_state: Callable, x, kernel, bias, state, segment_ids) -> BTD:
+    wide = jnp.zeros(x.shape[-1:]) if bias is None else bias.astype(jnp.float32)
+    y = _fused(form, *hopper.vary_alike(x, kernel.astype(jnp.float32), wide, segment_ids))
+    if state is None:
+        return y
+    head = slice(0, kernel.shape[0] - 1)
+    ids = None if segment_ids is None else segment_ids[:, head]
+    return y.at[:, head].set(with_state(x[:, head], kernel, bias, state, ids))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(form, x, kernel, bias, segment_ids):
+    return _fused_fwd(form, x, kernel, bias, segment_ids)[0]
+
+
+def _fused_fwd(form, x, kernel, bias, segment_ids):
+    # Pallas' GPU modules take half a second to import and are needed only here.
+    from pallas_kernels import short_conv_hopper as kernels
+
+    run = functools.partial(kernels.forward, kernels.Form(*form))
+    [y] = hopper.call(run, _pad(x), kernel, bias, _reach(segment_ids, kernel.shape[0]))
+    return y[:, : x.shape[1]], (x, kernel, bias, segment_ids)
+
+
+def _fused_bwd(form, saved, dy):
+    from pallas_kernels import short_conv_hopper as kernels
+
+    x, kernel, bias, segment_ids = saved
+    run = functools.partial(kernels.backward, kernels.Form(*form))
+    dx, sums = hopper.call(run, _pad(x), kernel, bias, _pad(dy), _reach(segment_ids, kernel.shape[0]))
+    sums = sums.sum(axis=0)
+    return dx[:, : x.shape[1]], sums[: kernel.shape[0]], sums[kernel.shape[0] :].reshape(-1), None
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+def _pad(x: Array) -> Array:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE), (0, 0)))
+
+
+def _reach(segment_ids: BT | None, taps: int) -> Int[Array, "B _"] | None:
+    """Return how many of the W-1 tokens before each are of its document, -1 for padding, up to a whole tile."""
+    if segment_ids is None:
+        return None
+    ids = jnp.pad(segment_ids, ((0, 0), (taps - 1, -segment_ids.shape[1] % TILE)))
+    own = ids[:, taps - 1 :]
+    reach, joined = jnp.zeros_like(own), jnp.ones_like(own)
+    for distance in range(1, taps):
+        joined = joined * (ids[:, taps - 1 - distance : ids.shape[1] - distance] == own)
+        reach = reach + joined
+    return jnp.where(own == 0, -1, reach).astype(jnp.int32)
