@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
-from based_jax.ops import delta_rule, gated_conv, gated_linear_attention, norm, softmax, taylor
+from based_jax.ops import conv, delta_rule, gated_conv, gated_linear_attention, norm, softmax, taylor
 from based_jax.ops.dispatch import Implementation
 
 FEATURE_DIM = 16
 HEAD_DIM = 64
-TAPS = 3
 WINDOWS = 64, 128
 CHUNK = 64
 """Tokens of a chunk, for the count of products only."""
@@ -97,20 +96,25 @@ def _window(window: int) -> Operation:
     return Operation(softmax.WINDOW_ATTENTION, _by_head(*(HEAD_DIM,) * 3), run, cost)
 
 
-def _conv_arrays(shape: Shape) -> Sequence[ShapeDtypeStruct]:
+def _conv_arrays(shape: Shape, taps: int, halves: int) -> Sequence[ShapeDtypeStruct]:
     batch, heads, time = shape
     channels = heads * HEAD_DIM
-    weights = (ShapeDtypeStruct(x, jnp.float32) for x in ((TAPS, channels), (2 * channels,)))
-    return [ShapeDtypeStruct((batch, time, 2 * channels), jnp.bfloat16), *weights]
+    weights = (ShapeDtypeStruct(x, jnp.float32) for x in ((taps, channels), (halves * channels,)))
+    return [ShapeDtypeStruct((batch, time, halves * channels), jnp.bfloat16), *weights]
 
 
-def _conv(impl: str) -> Callable:
-    return lambda x, kernel, bias: gated_conv.gated_short_conv(x, kernel, bias=bias, impl=impl)
+def _conv(table: Mapping[str, Implementation], function: Callable, taps: int, halves: int) -> Operation:
+    """Return the convolution whose x is so many times as wide as y, in bf16."""
 
+    def run(impl: str) -> Callable:
+        return lambda x, kernel, bias: function(x, kernel, bias=bias, impl=impl)
 
-def _conv_cost(which: str) -> tuple[float, float]:
-    """Count x twice as wide as y, in bf16: the forward pass moves both, the backward pass x, dy and dx."""
-    return BF16 * HEAD_DIM * (3 if which == "forward" else 8), 0.0
+    def cost(which: str) -> tuple[float, float]:
+        """Count x and y forward; backward x, dy and dx."""
+        forward = halves + 1
+        return BF16 * HEAD_DIM * (forward if which == "forward" else forward + 2 * halves + 1), 0.0
+
+    return Operation(table, functools.partial(_conv_arrays, taps=taps, halves=halves), run, cost)
 
 
 def _norm_arrays(shape: Shape, weights: int = 1) -> Sequence[ShapeDtypeStruct]:
@@ -200,7 +204,8 @@ OPERATIONS: dict[str, Operation] = {
         _delta,
         functools.partial(_recurrence_cost, products=4, decays=1),
     ),
-    "gated_short_conv": Operation(gated_conv.IMPLEMENTATIONS, _conv_arrays, _conv, _conv_cost),
+    "gated_short_conv": _conv(gated_conv.IMPLEMENTATIONS, gated_conv.gated_short_conv, taps=3, halves=2),
+    "short_conv": _conv(conv.IMPLEMENTATIONS, functools.partial(conv.short_conv, silu=True), taps=4, halves=1),
     "residual_rms_norm": Operation(
         norm.IMPLEMENTATIONS,
         _norm_arrays,

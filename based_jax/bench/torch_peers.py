@@ -18,6 +18,7 @@ PEERS: dict[str, dict[str, tuple[int, ...]]] = {
     "attention": {"torch_sdpa": (64, 64, 64)},
     "gated_delta_rule": {"fla_chunk_gated_delta_rule": (64, 64, 64, 1, 1)},
     "simple_gla": {"fla_chunk_simple_gla": (64, 64, 64, 1)},
+    "short_conv": {"fla_causal_conv1d": (64,)},
 }
 LIBRARIES = {name: name.partition("_")[0] for found in PEERS.values() for name in found}
 
@@ -40,7 +41,8 @@ def versions() -> dict[str, str]:
 
 
 def _function(peer: str) -> Callable:
-    """Return a function of q, k, v and what any decays and rates are made of, (B, T, H, .)."""
+    """Return a function of (B, T, H, .): of q, k, v and what any decays and rates are made of, or of x."""
+    import torch
     import torch.nn.functional as F
 
     if peer == "torch_sdpa":
@@ -62,6 +64,18 @@ def _function(peer: str) -> Callable:
             return chunk_gated_delta_rule(q, F.normalize(k, dim=-1), v, g, beta)[0]
 
         return correct
+    if peer == "fla_causal_conv1d":
+        from fla.modules.causal_conv1d import causal_conv1d
+
+        @functools.cache
+        def weights(channels: int) -> tuple[torch.Tensor, ...]:
+            return tuple(torch.randn(size, device="cuda", requires_grad=True) for size in ((channels, 4), (channels,)))
+
+        def convolve(x):
+            y, _ = causal_conv1d(x.flatten(2), *weights(x.shape[2] * x.shape[3]), activation="silu")
+            return y.unflatten(2, x.shape[2:])
+
+        return convolve
     from fla.ops import based
 
     return getattr(based, peer.removeprefix("fla_"))
@@ -80,7 +94,7 @@ def microseconds(peer: str, dims: tuple[int, ...], shape: tuple[int, int, int], 
     options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": which != "forward"}
     count = min(max(repeats, 2), 2 + 2 * L2_BYTES // per_set)
     sets = [[torch.randn(batch, time, heads, dim, **options) for dim in dims] for _ in range(count)]
-    cotangent = torch.randn(batch, time, heads, dims[2], device="cuda", dtype=torch.bfloat16)
+    cotangent = torch.randn_like(function(*sets[0]))
 
     def call(arrays) -> None:
         with torch.set_grad_enabled(which != "forward"):

@@ -137,11 +137,14 @@ def _window_cases() -> list[Case]:
 
 
 def _conv_cases() -> list[Case]:
-    make, both = functools.partial(Case, "gated_short_conv"), {"state": True, "documents": True}
-    cases = [make((2, 384, time), (3,), **x) for time in (1, 15, 65) for x in ({}, both)]
-    cases += [make((3, 128, 130), (taps,), **both) for taps in (2, 4)]
-    cases += [make((8, 1024, 2048), (3,), quick=True), make((2, 2048, 2049), (3,), **both, quick=True)]
-    return cases + [make((4, 256, 130), (3,), documents=True, through=x) for x in ("vmap", "shard_map")]
+    cases, both = [], {"state": True, "documents": True}
+    for name, usual, others in (("gated_short_conv", 3, (2, 4)), ("short_conv", 4, (2, 3))):
+        make = functools.partial(Case, name)
+        cases += [make((2, 384, time), (usual,), **x) for time in (1, 15, 65) for x in ({}, both)]
+        cases += [make((3, 128, 130), (taps,), **both) for taps in others]
+        cases += [make((8, 1024, 2048), (usual,), quick=True), make((2, 2048, 2049), (usual,), **both, quick=True)]
+        cases += [make((4, 256, 130), (usual,), documents=True, through=x) for x in ("vmap", "shard_map")]
+    return cases
 
 
 def _norm_cases() -> list[Case]:
@@ -194,7 +197,7 @@ def tiny_cases() -> list[Case]:
     shape, both = (1, 2, 130), {"state": True, "documents": True}
     cases = [Case("taylor_attention", shape, (16, 64)), Case("taylor_attention", (1, 2, 550), (16, 64), **both)]
     cases += [Case("window_attention", shape, (64, 64), window=x, documents=x == 129) for x in (64, 129)]
-    cases += [Case("gated_short_conv", (1, 256, 130), (3,), documents=True)]
+    cases += [Case(name, (1, 256, 130), (3,), documents=True) for name in ("gated_short_conv", "short_conv")]
     cases += [Case(name, (1, 256, 1030)) for name in NORMS]
     cases += [Case("selective_scan", (1, 128, 50), (16,), **both)]
     cases += [Case(name, (1, 2, 50), (64, 64), **both) for name in RECURRENCES]

@@ -12,6 +12,7 @@ import numpy as np
 from jax import ShapeDtypeStruct
 
 from based_jax.ops import (
+    conv,
     cross_entropy,
     delta_rule,
     gated_conv,
@@ -114,18 +115,18 @@ def _window(case: Case, impl: str) -> Callable:
     return call
 
 
-def _conv_arrays(case: Case) -> dict[str, ShapeDtypeStruct]:
+def _conv_arrays(case: Case, halves: int = 1) -> dict[str, ShapeDtypeStruct]:
     (batch, channels, time), [taps] = case.shape, case.dims
-    wide = {"x": (batch, time, 2 * channels), "state": (batch, taps, channels)}
-    weights = {"kernel": (taps, channels), "bias": (2 * channels,)}
+    wide = {"x": (batch, time, halves * channels), "state": (batch, taps, channels)}
+    weights = {"kernel": (taps, channels), "bias": (halves * channels,)}
     found = {name: ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in wide.items()}
     return found | {name: ShapeDtypeStruct(shape, jnp.float32) for name, shape in weights.items()}
 
 
-def _conv(case: Case, impl: str) -> Callable:
+def _conv(case: Case, impl: str, function: Callable) -> Callable:
     def call(arrays, ids):
         options = {"bias": arrays["bias"], "state": arrays.get("state"), "segment_ids": ids, "impl": impl}
-        return {"y": gated_conv.gated_short_conv(arrays["x"], arrays["kernel"], **options)}
+        return {"y": function(arrays["x"], arrays["kernel"], **options)}
 
     return call
 
@@ -247,9 +248,16 @@ OPERATIONS = {
     ),
     "gated_short_conv": Operation(
         gated_conv.IMPLEMENTATIONS,
-        _conv_arrays,
-        _conv,
+        functools.partial(_conv_arrays, halves=2),
+        functools.partial(_conv, function=gated_conv.gated_short_conv),
         lambda case: oracles.gated_short_conv,
+        weights=frozenset({"kernel", "bias"}),
+    ),
+    "short_conv": Operation(
+        conv.IMPLEMENTATIONS,
+        _conv_arrays,
+        functools.partial(_conv, function=functools.partial(conv.short_conv, silu=True)),
+        lambda case: oracles.short_conv,
         weights=frozenset({"kernel", "bias"}),
     ),
     "residual_rms_norm": _norm_of("r", "y", "scale"),

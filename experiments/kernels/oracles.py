@@ -68,17 +68,27 @@ def window_attention(arrays: dict, ids: jax.Array, *, window: int) -> dict:
 
 def gated_short_conv(arrays: dict, ids: jax.Array) -> dict:
     """Return silu(sum_w kernel_w u_{t-(W-1-w)}) g with [u, g] = x + bias; `state` is the W inputs u before."""
-    x, kernel, bias, state = (arrays[name] for name in ("x", "kernel", "bias", "state"))
-    taps, channels = kernel.shape
-    u, gate = jnp.split(x + bias[None, None], [channels], axis=-1)
+    u, gate = jnp.split(arrays["x"] + arrays["bias"][None, None], 2, axis=-1)
+    c = _convolved(u, arrays["kernel"], arrays["state"], ids)
+    return {"y": jnp.where((ids != 0)[..., None], c * jax.nn.sigmoid(c) * gate, 0)}
+
+
+def short_conv(arrays: dict, ids: jax.Array) -> dict:
+    """Return silu(sum_w kernel_w x_{t-(W-1-w)} + bias); `state` is the W inputs before."""
+    c = _convolved(arrays["x"], arrays["kernel"], arrays["state"], ids) + arrays["bias"][None, None]
+    return {"y": jnp.where((ids != 0)[..., None], c * jax.nn.sigmoid(c), 0)}
+
+
+def _convolved(u: jax.Array, kernel: jax.Array, state: jax.Array, ids: jax.Array) -> jax.Array:
+    taps = len(kernel)
     inputs = jnp.concatenate([state, u], axis=1)
     owners = jnp.concatenate([jnp.repeat(_first(ids)[:, None], taps, axis=1), ids], axis=1)
-    c = 0
+    c = jnp.zeros_like(u)
     for tap in range(taps):
-        seen = slice(tap + 1, tap + 1 + x.shape[1])
+        seen = slice(tap + 1, tap + 1 + u.shape[1])
         same = (owners[:, seen] == ids) & (ids != 0)
         c = c + jnp.where(same[..., None], inputs[:, seen], 0) * kernel[tap][None, None]
-    return {"y": jnp.where((ids != 0)[..., None], c * jax.nn.sigmoid(c) * gate, 0)}
+    return c
 
 
 def residual_norm(arrays: dict, ids: jax.Array) -> dict:

@@ -17,6 +17,7 @@ COMPILING = {
     "taylor_attention": 6.0,
     "window_attention": 4.0,
     "gated_short_conv": 3.0,
+    "short_conv": 3.0,
     "residual_rms_norm": 1.0,
     "residual_layer_norm": 1.0,
     "rms_norm": 1.0,

@@ -53,7 +53,7 @@ def test_floors_are_those_of_the_notes():
     assert kernels.floor_microseconds(1.0, 1.0, "cpu") is None
 
 
-@pytest.mark.parametrize("name, backward", [("gated_short_conv", 5 * 128), ("residual_rms_norm", 64 * 16)])
+@pytest.mark.parametrize("name, backward", [("gated_short_conv", 5 * 128), ("short_conv", 3 * 128), ("residual_rms_norm", 64 * 16)])
 def test_the_forward_floor_is_what_the_call_takes_and_returns(name, backward):
     operation, (batch, heads, time) = OPERATIONS[name], (2, 2, 4096)
     arrays = operation.arrays((batch, heads, time))
@@ -96,7 +96,7 @@ def test_both_passes_are_compiled_and_timed(name, monkeypatch):
         return 40.0
 
     monkeypatch.setattr(kernels, "device_microseconds", timed)
-    rows = list(kernels._ours(name, (1, 2, 24), ["xla"], 2, H100))
+    rows = list(kernels._ours(name, (1, 2, 48), ["xla"], 2, H100))
     assert [(row["impl"], row["pass"], row.get("error")) for row in rows] == [("xla", x, None) for x in PASSES]
     assert all(row["microseconds"] == 40.0 and row["floor_microseconds"] > 0 for row in rows)
 
