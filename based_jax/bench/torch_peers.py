@@ -18,6 +18,8 @@ PEERS: dict[str, dict[str, tuple[int, ...]]] = {
     "attention": {"torch_sdpa": (64, 64, 64)},
     "gated_delta_rule": {"fla_chunk_gated_delta_rule": (64, 64, 64, 1, 1)},
     "simple_gla": {"fla_chunk_simple_gla": (64, 64, 64, 1)},
+    "delta_rule": {"fla_chunk_kda": (64, 64, 64, 64, 1)},
+    "gated_linear_attention": {"fla_chunk_gla": (64, 64, 64, 64)},
     "short_conv": {"fla_causal_conv1d": (64,)},
 }
 LIBRARIES = {name: name.partition("_")[0] for found in PEERS.values() for name in found}
@@ -64,6 +66,17 @@ def _function(peer: str) -> Callable:
             return chunk_gated_delta_rule(q, F.normalize(k, dim=-1), v, g, beta)[0]
 
         return correct
+    if peer == "fla_chunk_gla":
+        from fla.ops.gla import chunk_gla
+
+        return lambda q, k, v, g: chunk_gla(q, k, v, -F.softplus(g.float()))[0]
+    if peer == "fla_chunk_kda":
+        from fla.ops.kda import chunk_kda
+
+        def correct_channels(q, k, v, g, beta):
+            return chunk_kda(q, F.normalize(k, dim=-1), v, -F.softplus(g.float()), beta[..., 0].sigmoid())[0]
+
+        return correct_channels
     if peer == "fla_causal_conv1d":
         from fla.modules.causal_conv1d import causal_conv1d
 

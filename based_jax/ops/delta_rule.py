@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
-from based_jax.ops import one_decay, recurrence, scan
+from based_jax.ops import channel_decays, one_decay, recurrence, scan
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import Decay, initial_state, pair_weights
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
@@ -53,7 +53,7 @@ def delta_rule(
       log_decay: at most 0; (B, T, H, K), or (B, T, H, 1) for one decay a head.
       beta: how far (B, T, H) the value under a key moves, 0 to 1 (2 for negative eigenvalues).
       scale, state, segment_ids, return_state: as of `dplr`.
-      impl: one of `dplr`, or "triton" (chunks on tensor cores; bf16, one decay a head, K at most 128).
+      impl: one of `dplr`.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -96,7 +96,7 @@ def dplr(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
       impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "hopper" (Mosaic GPU
-        kernels, token by token; K at most 128) or "auto".
+        kernels, token by token; K at most 128), "triton" (chunks on tensor cores; bf16, K at most 128) or "auto".
 
     Raises:
       UserError: `impl` is unknown.
@@ -186,19 +186,26 @@ def _supports(xs, scale, state, segment_ids) -> str | None:
     return recurrence.supports(xs[0], xs[2])
 
 
-def _triton(xs, scale, state, segment_ids) -> tuple[Any, Any]:
+def _chunks(xs, scale, state, segment_ids) -> tuple[Any, Any]:
+    q, k, v, log_decay, a, b = xs
+    state = _empty(xs) if state is None else state
+    return channel_decays.channel_decays(q, k, v, log_decay, (a, b), scale, state, segment_ids)
+
+
+def _correcting_chunks(xs, scale, state, segment_ids) -> tuple[Any, Any]:
     q, k, v, log_decay, beta = xs
+    if log_decay.shape[-1] > 1:
+        return _chunks(_as_dplr(*xs), scale, state, segment_ids)
     state = _empty(xs) if state is None else state
     return one_decay.one_decay(q, k, v, log_decay, beta, scale, state, segment_ids)
 
 
-def _triton_supports(xs, scale, state, segment_ids) -> str | None:
-    q, _, v, log_decay, _ = xs
-    return one_decay.supports(v, q.shape[-1], log_decay.shape[-1])
+def _chunks_support(xs, scale, state, segment_ids) -> str | None:
+    return one_decay.supports(xs[2], xs[0].shape[-1])
 
 
-def _triton_is_slower(xs, scale, state, segment_ids) -> str | None:
-    return one_decay.slower(xs[2])
+def _chunks_are_slower(xs, scale, state, segment_ids) -> str | None:
+    return one_decay.slower(xs[2], xs[3].shape[-1])
 
 
 def _as_dplr(q, k, v, log_decay, beta) -> tuple[Any, ...]:
@@ -213,14 +220,16 @@ def _through_dplr(run: Callable, xs, *rest) -> tuple[Any, Any]:
 
 DPLR_IMPLEMENTATIONS = {
     "hopper": Implementation(_hopper, _supports, platform="cuda"),
+    "triton": Implementation(_chunks, _chunks_support),  # not for `auto` before it has been timed
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
 }
 IMPLEMENTATIONS = {
-    "triton": Implementation(_triton, _triton_supports, platform="cuda", slower=_triton_is_slower),
+    "triton": Implementation(_correcting_chunks, _chunks_support, platform="cuda", slower=_chunks_are_slower),
     **{
         name: dataclasses.replace(entry, run=functools.partial(_through_dplr, entry.run))
         for name, entry in DPLR_IMPLEMENTATIONS.items()
+        if name != "triton"
     },
 }

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
-from based_jax.ops import one_decay, recurrence, scan
+from based_jax.ops import channel_decays, one_decay, recurrence, scan
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.precision import EXACT, einsum, narrow_einsum, product_policy
 
@@ -65,8 +65,7 @@ def gated_linear_attention(
       return_state: return (o, state after the last token) instead of o.
       impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "quadratic" (one chunk;
         auto's for one decay a head, large states and short sequences on a GPU), "hopper" (Mosaic GPU kernels, token by
-        token; K at most 128, no bonus), "triton" (chunks on tensor cores; bf16, one decay a head, K at most 128, no
-        bonus) or "auto".
+        token; K at most 128, no bonus), "triton" (chunks on tensor cores; bf16, K at most 128, no bonus) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
@@ -243,16 +242,17 @@ def _one_chunk_is_fastest(xs) -> str | None:
 def _triton(xs, bonus, scale, state, segment_ids) -> tuple[BTHV, BHKV]:
     q, k, v, log_decay = xs
     state = _empty(xs) if state is None else state
-    return one_decay.one_decay(q, k, v, log_decay, None, scale, state, segment_ids)
+    if log_decay.shape[-1] == 1:
+        return one_decay.one_decay(q, k, v, log_decay, None, scale, state, segment_ids)
+    return channel_decays.channel_decays(q, k, v, log_decay, (), scale, state, segment_ids)
 
 
 def _triton_supports(xs, bonus, scale, state, segment_ids) -> str | None:
-    q, _, v, log_decay = xs
-    return one_decay.supports(v, q.shape[-1], log_decay.shape[-1]) if bonus is None else "it takes no bonus"
+    return one_decay.supports(xs[2], xs[0].shape[-1]) if bonus is None else "it takes no bonus"
 
 
 def _triton_is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
-    return one_decay.slower(xs[2]) or _one_chunk_is_fastest(xs)
+    return one_decay.slower(xs[2], xs[3].shape[-1]) or _one_chunk_is_fastest(xs)
 
 
 IMPLEMENTATIONS = {

@@ -23,14 +23,12 @@ WEAKEST = -128.0
 """A log-decay that leaves nothing in fp32. Sums of it over a chunk are still exact to 1e-3."""
 
 
-def supports(v: BTHV, keys: int, decays: int) -> str | None:
-    """Return why the kernels cannot run a call with keys of that size and so many decays a head, or None."""
+def supports(v: BTHV, keys: int) -> str | None:
+    """Return why no kernels by chunks can run a call with keys of that size, or None."""
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return f"jax {jax.__version__} has no Triton backend of Pallas"
     if v.dtype != jnp.bfloat16:
         return f"v must be bfloat16, and is {v.dtype}"
-    if decays != 1:
-        return f"heads must have one decay, and have {decays}"
     if keys > KEYS[-1]:
         return f"K must be at most {KEYS[-1]}, and is {keys}"
     if not v.size * keys:
@@ -38,8 +36,10 @@ def supports(v: BTHV, keys: int, decays: int) -> str | None:
     return hopper.mesh_refusal()
 
 
-def slower(v: BTHV) -> str | None:
-    """Return why `auto` leaves a call to others, or None."""
+def slower(v: BTHV, decays: int = 1) -> str | None:
+    """Return why `auto` leaves a call with so many decays a head to others, or None."""
+    if decays > 1:
+        return "it has not been timed with a decay for each channel"
     kind, time = target_device_kind(), v.shape[1]
     if not hopper.DEVICES.search(kind):
         return f"it has been timed on Hopper GPUs alone, and this is {kind}"
@@ -73,7 +73,7 @@ def one_decay(
 def _on_device(scale, q, k, v, log_decay, beta, state, segment_ids) -> tuple[BTHV, BHKV]:
     """Fill all sizes up with zeros, which change no state, and cut them off again."""
     # Pallas' GPU modules take half a second to import and are needed only here.
-    from pallas_kernels.one_decay_triton import CHUNK, WIDTH
+    from pallas_kernels.chunks_triton import CHUNK, WIDTH
 
     time, (*_, keys, values) = q.shape[1], state.shape
     padding, log_decay = None, jnp.maximum(log_decay.astype(jnp.float32), WEAKEST)
@@ -101,14 +101,15 @@ def _forward(scale, q, k, v, log_decay, state, *beta, with_starts: bool):
     from pallas_kernels import one_decay_triton as kernels
 
     log_decay = jax.lax.optimization_barrier(log_decay)  # XLA would fold the sums of a constant, for seconds
-    c = jnp.cumsum(_chunks(log_decay, kernels.CHUNK), axis=2).reshape(log_decay.shape)
+    c = jnp.cumsum(by_chunks(log_decay, kernels.CHUNK), axis=2).reshape(log_decay.shape)
     delta = kernels.Delta(beta[0], kernels.inverses(k, c, beta[0])) if beta else ()
     o, last, *starts = kernels.forward(q, k, v, c, state, delta, scale=scale, with_starts=with_starts)
     return (o, last), (q, k, v, c, delta, *starts)
 
 
-def _chunks(x: Float[Array, "B T H"], size: int) -> Float[Array, "B N C H"]:
-    return x.reshape(x.shape[0], -1, size, x.shape[2])
+def by_chunks(x: Float[Array, "B T *H"], size: int) -> Float[Array, "B N C *H"]:
+    """Cut time into chunks."""
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
 def _fused_fwd(scale, *arguments):
@@ -123,7 +124,7 @@ def _fused_bwd(scale, saved, gradients):
     y, ends, dstate = kernels.reverse(q, k, c, do, dlast, delta, scale=scale)
     dq, dk, dc, *more = kernels.gradients(q, k, v, c, starts, do, y, ends, delta, scale=scale)
     dv, *dbeta = more or [y]
-    dlog_decay = jax.lax.cumsum(_chunks(dc, kernels.CHUNK), axis=2, reverse=True).reshape(dc.shape)
+    dlog_decay = jax.lax.cumsum(by_chunks(dc, kernels.CHUNK), axis=2, reverse=True).reshape(dc.shape)
     return dq, dk, dv, dlog_decay, dstate, *dbeta
 
 

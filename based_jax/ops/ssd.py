@@ -105,7 +105,7 @@ def _supports(x, dt, A, B, C, state, segment_ids) -> str | None:
 
 
 def _triton_supports(x, dt, A, B, C, state, segment_ids) -> str | None:
-    return one_decay.supports(x, B.shape[3], decays=1)
+    return one_decay.supports(x, B.shape[3])
 
 
 def _triton_is_slower(x, *rest) -> str | None:

@@ -275,6 +275,12 @@ OPERATIONS = {
         gated_linear_attention.IMPLEMENTATIONS, _gated_arrays, _gated, lambda case: oracles.recurrence
     ),
     "delta_rule": Operation(delta_rule.DPLR_IMPLEMENTATIONS, _delta_arrays, _gated, lambda case: oracles.recurrence),
+    "delta_rule_by_chunks": Operation(
+        delta_rule.DPLR_IMPLEMENTATIONS, _delta_arrays, _gated, lambda case: oracles.recurrence, kernel="triton"
+    ),
+    "gated_linear_attention_by_chunks": Operation(
+        gated_linear_attention.IMPLEMENTATIONS, _gated_arrays, _gated, lambda case: oracles.recurrence, kernel="triton"
+    ),
     "simple_gla": Operation(
         gated_linear_attention.IMPLEMENTATIONS,
         _simple_arrays,

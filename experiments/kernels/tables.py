@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from based_jax.bench.torch_peers import PEERS
 from experiments.kernels import results
 from experiments.kernels.results import FORWARD, PASSES, Shape
 
@@ -24,6 +25,9 @@ COLUMNS = {
 OTHERS = "window_attention_64", "window_attention_128", "gated_short_conv", "residual_rms_norm"
 FORMS = {"ours": "hopper", "cuDNN": "cudnn", "XLA": "xla"}
 """Columns, and whose times they hold."""
+PEER = "peer"
+"""The operation's own peer."""
+MATRIX_STATES = "gated_delta_rule", "simple_gla", "delta_rule", "gated_linear_attention"
 STALLS = 4
 """Reasons named for each kernel."""
 
@@ -115,7 +119,7 @@ def others(
 
     def cells(place: tuple[str, Shape]) -> list[str]:
         op, shape = place
-        names = [impl.format(op=op) for impl in impls.values()]
+        names = [next(iter(PEERS[op])) if impl == PEER else impl for impl in impls.values()]
         times = [[results.time_of(rows, op, impl, which, shape) for which in PASSES] for impl in names]
         floors = [results.floor_of(rows, op, which, shape) for which in PASSES]
         other = [results.best([x[i] for x in times[1:]]) for i in range(2)]
@@ -140,10 +144,10 @@ def later(folder: Path) -> str:
     return others(folder, operations, "norms_and_recurrence.jsonl")
 
 
-def one_decay(folder: Path) -> str:
-    """Return times of matrix states with one decay a head: by chunks, and what else there is."""
-    impls = {"ours": "triton", "FLA": "fla_chunk_{op}", "token by token": "hopper", "XLA": "xla"}
-    return others(folder, ("gated_delta_rule", "simple_gla"), "one_decay.jsonl", impls)
+def chunks(folder: Path) -> str:
+    """Return times of matrix states by chunks, and of what else there is."""
+    impls = {"ours": "triton", "FLA": PEER, "token by token": "hopper", "XLA": "xla"}
+    return others(folder, MATRIX_STATES, "chunks.jsonl", impls)
 
 
 def calls(folder: Path) -> str:
@@ -201,7 +205,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "short": short,
     "others": others,
     "later": later,
-    "one_decay": one_decay,
+    "chunks": chunks,
     "calls": calls,
     "launches": launches,
     "checks": checks,

@@ -27,6 +27,8 @@ COMPILING = {
     "gated_linear_attention": 5.0,
     "gated_delta_rule": 6.0,
     "simple_gla": 4.0,
+    "delta_rule_by_chunks": 12.0,
+    "gated_linear_attention_by_chunks": 8.0,
     "linear_cross_entropy": 3.0,
 }
 ORACLE = 2.0

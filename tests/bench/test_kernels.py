@@ -53,7 +53,9 @@ def test_floors_are_those_of_the_notes():
     assert kernels.floor_microseconds(1.0, 1.0, "cpu") is None
 
 
-@pytest.mark.parametrize("name, backward", [("gated_short_conv", 5 * 128), ("short_conv", 3 * 128), ("residual_rms_norm", 64 * 16)])
+@pytest.mark.parametrize(
+    "name, backward", [("gated_short_conv", 5 * 128), ("short_conv", 3 * 128), ("residual_rms_norm", 64 * 16)]
+)
 def test_the_forward_floor_is_what_the_call_takes_and_returns(name, backward):
     operation, (batch, heads, time) = OPERATIONS[name], (2, 2, 4096)
     arrays = operation.arrays((batch, heads, time))

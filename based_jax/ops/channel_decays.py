@@ -1,0 +1,105 @@
+"""Gated linear attention and DPLR delta rules with a decay for each key channel, by chunks, in Triton kernels.
+
+The kernels and their equations are in `pallas_kernels/channel_decays_triton.py`; products are of bf16, sums and the
+state fp32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax.dims import BHKV, BT, BTHK, BTHV
+from based_jax.ops import hopper, segments
+from based_jax.ops.one_decay import KEYS, WEAKEST, by_chunks
+
+
+def channel_decays(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    log_decay: Float[Array, "B T H #K"],
+    ab: tuple[BTHK, ...],
+    scale: float,
+    state: BHKV,
+    segment_ids: BT | None,
+) -> tuple[BTHV, BHKV]:
+    """Return o and the state after the last token, each device for its rows and heads.
+
+    Args:
+      ab: a and b, or nothing for a state that only decays.
+    """
+    tokens, states = ("batch", None, "heads"), ("batch", "heads")
+
+    def on_device(q, k, v, log_decay, *rest) -> tuple[BTHV, BHKV]:
+        *ab, state, segment_ids = rest
+        return _on_device(scale, q, k, v, log_decay, ab, state, segment_ids)
+
+    arguments = q, k, v, log_decay, *ab, state, segment_ids
+    return hopper.per_shard(on_device, arguments, (*(tokens,) * (4 + len(ab)), states, ("batch",)), (tokens, states))
+
+
+def _on_device(scale, q, k, v, log_decay, ab, state, segment_ids) -> tuple[BTHV, BHKV]:
+    """Fill all sizes up with zeros, which change no state, and cut them off again."""
+    # Pallas' GPU modules take half a second to import and are needed only here.
+    from pallas_kernels.chunks_triton import CHUNK, WIDTH
+
+    time, (*_, keys, values) = q.shape[1], state.shape
+    padding, log_decay = None, jnp.maximum(log_decay.astype(jnp.float32), WEAKEST)
+    log_decay = jnp.broadcast_to(log_decay, q.shape)
+    if segment_ids is not None:
+        padding, begins = (x[..., None, None] for x in (segment_ids == 0, segments.begins_later(segment_ids)))
+        q, k, v, *ab = (jnp.where(padding, 0, x) for x in (q, k, v, *ab))
+        log_decay = jnp.where(begins, WEAKEST, jnp.where(padding, 0, log_decay))
+        ab = [*(jnp.where(begins, 0, a) for a in ab[:1]), *ab[1:]]
+    wide = next(size for size in KEYS if size >= keys)
+    q, k, *ab = (hopper.fill(x.astype(v.dtype), {1: CHUNK, 3: wide}) for x in (q, k, *ab))
+    v, state = hopper.fill(v, {1: CHUNK, 3: WIDTH}), hopper.fill(state.astype(jnp.float32), {2: wide, 3: WIDTH})
+    log_decay = hopper.fill(log_decay, {1: CHUNK, 3: wide})
+    o, state = _fused(scale, *hopper.vary_alike(q, k, v, log_decay, state, *ab))
+    o = o[:, :time, :, :values]
+    return (o if padding is None else jnp.where(padding, 0, o)), state[:, :, :keys, :values]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(scale, q, k, v, log_decay, state, *ab):
+    return _forward(scale, q, k, v, log_decay, state, *ab, with_starts=False)[0]
+
+
+def _forward(scale, q, k, v, log_decay, state, *ab, with_starts: bool):
+    from pallas_kernels import channel_decays_triton as kernels
+
+    queries, keys = (q, *ab[:1]), (k, *ab[1:])
+    made = kernels.products(queries, keys, log_decay, scale=scale)
+    t = kernels.inverses(made.pairs[3]) if ab else None
+    o, *rest = kernels.forward(made, v, state, t, with_starts=with_starts)
+    u, (last, *starts) = rest[: len(ab) // 2], rest[len(ab) // 2 :]
+    return (o, last), (queries, keys, v, log_decay, made, t, u, *starts)
+
+
+def _fused_fwd(scale, *arguments):
+    return _forward(scale, *arguments, with_starts=True)
+
+
+def _fused_bwd(scale, saved, gradients):
+    from pallas_kernels import channel_decays_triton as kernels
+
+    queries, keys, v, log_decay, made, t, u, starts = saved
+    do, dlast = gradients
+    dv, *y, ends, dstate = kernels.reverse(made, do, dlast, t)
+    read, written = (do, *y), (v, *u)
+    dpairs = kernels.pair_gradients(read, written)
+    found = kernels.state_gradients(made, read, written, starts, ends)
+    dqueries, dkeys, whole = found[: len(read)], found[len(read) : -1], found[-1]
+    *tokens, dc = kernels.token_gradients(queries, keys, log_decay, dpairs, dqueries, dkeys, scale=scale)
+    (dq, *da), (dk, *db) = tokens[: len(read)], tokens[len(read) :]
+
+    sums = jax.lax.cumsum(by_chunks(dc, kernels.CHUNK), axis=2, reverse=True) + whole[:, :, None]
+    dlog_decay = sums.reshape(dc.shape)
+    if da:  # a reads the state before it decays
+        dlog_decay = dlog_decay - (queries[1].astype(jnp.float32) * da[0].astype(jnp.float32))
+    return dq, dk, dv, dlog_decay, dstate, *da, *db
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)

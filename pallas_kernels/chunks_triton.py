@@ -1,0 +1,184 @@
+"""What the Triton kernels share that take a matrix state through a sequence by chunks of tokens.
+
+JAX 0.11 calls Pallas' Triton backend deprecated; where it is gone, `ops/` refuses.
+
+Arrays are (B, T, H, .), T a multiple of `CHUNK`, K a power of two from 16 to 128, V a multiple of `WIDTH`: a program
+that walks over the chunks takes so many columns of a state. Products are of bf16 with fp32 sums, those of `invert` in
+TF32 x 3.
+
+Triton has multiplied wrongly on Hopper GPUs what is transposed in a product but was not loaded so
+(triton-lang/triton#6124): where there is a choice, factors go to the other operand. The checks have found none so far.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+Type = jax.ShapeDtypeStruct
+
+CHUNK, BLOCK, WIDTH = 64, 16, 64
+BLOCKS = CHUNK // BLOCK
+STRIP_WARPS = 4
+NEVER = -1e30
+EXACT: Any = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+
+class Cut(NamedTuple):
+    """B, T, H, K and V of a call, and the blocks of its arrays that a program is given."""
+
+    batch: int
+    time: int
+    heads: int
+    keys: int
+    values: int
+
+    @classmethod
+    def of(cls, k, v) -> "Cut":
+        """Return that of (B, T, H, K) keys and (B, T, H, V) values."""
+        batch, time, heads, keys = k.shape
+        return cls(batch, time, heads, keys, v.shape[-1])
+
+    @property
+    def chunks(self) -> int:
+        """Of a sequence."""
+        return self.time // CHUNK
+
+    def states(self, dtype) -> Type:
+        """Return the type of a state for every chunk."""
+        return Type((self.batch, self.heads, self.chunks, self.keys, self.values), dtype)
+
+    def by_chunk(
+        self, body: Callable, name: str, warps: int, arguments: Sequence, results: Sequence[Type], parts: int = 1
+    ) -> list[jax.Array]:
+        """Run a program for each chunk of each head, or for each part of it (`part`).
+
+        It is given that chunk of (B, T, H, ...), (B, chunks, H, ...) or (B, H, chunks, K, V).
+        """
+
+        def head(i):
+            return lax.div(i, jnp.int32(self.chunks * parts))
+
+        def chunk(i):
+            return lax.rem(lax.div(i, jnp.int32(parts)), jnp.int32(self.chunks))
+
+        def block(x) -> pl.BlockSpec:
+            if len(x.shape) == 5:
+                return _block((None, None, None, *x.shape[3:]), lambda b, i: (b, head(i), chunk(i)))
+            tokens = CHUNK if x.shape[1] == self.time else None
+            return _block((None, tokens, None, *x.shape[3:]), lambda b, i: (b, chunk(i), head(i)))
+
+        blocks = [*map(block, arguments)], [*map(block, results)]
+        grid = self.batch, self.heads * self.chunks * parts
+        return _call(body, name, warps, grid, arguments, results, *blocks)
+
+    def by_strip(
+        self, body: Callable, name: str, whole: Sequence, wide: Sequence, states: Sequence, *results: Sequence[Type]
+    ) -> list[jax.Array]:
+        """Run a program for each strip of `WIDTH` columns of each head's states.
+
+        Args:
+          whole: (B, T, H, ...) or (B, chunks, H, ...), of which a program gets all of its head.
+          wide: (B, T, H, V), of which it gets its columns of them.
+          states: (B, H, K, V) or (B, H, chunks, K, V), likewise.
+          results: types like the wide arrays, then types like states.
+        """
+        strips = self.values // WIDTH
+
+        def head(i):
+            return lax.div(i, jnp.int32(strips))
+
+        def strip(i):
+            return lax.rem(i, jnp.int32(strips))
+
+        def of_whole(x) -> pl.BlockSpec:
+            return _block((None, x.shape[1], None, *x.shape[3:]), lambda b, i: (b, 0, head(i)))
+
+        def of_wide(x) -> pl.BlockSpec:
+            return pl.BlockSpec((None, self.time, None, WIDTH), lambda b, i: (b, 0, head(i), strip(i)))
+
+        def of_states(x) -> pl.BlockSpec:
+            kept = x.shape[2:-1]
+            zeros = (0,) * len(kept)
+            return pl.BlockSpec((None, None, *kept, WIDTH), lambda b, i: (b, head(i), *zeros, strip(i)))
+
+        made, made_states = results
+        inputs = [*map(of_whole, whole), *map(of_wide, wide), *map(of_states, states)]
+        outputs = [*map(of_wide, made), *map(of_states, made_states)]
+        grid = self.batch, self.heads * strips
+        return _call(body, name, STRIP_WARPS, grid, [*whole, *wide, *states], [*made, *made_states], inputs, outputs)
+
+
+def _block(shape: tuple, place: Callable) -> pl.BlockSpec:
+    """Return the block at a place of the first dimensions, and all of the others."""
+    return pl.BlockSpec(shape, lambda *at: (*place(*at), *(0,) * (len(shape) - 3)))
+
+
+def _call(body, name, warps, grid, arguments, results, inputs, outputs) -> list[jax.Array]:
+    axes = jax.typeof(arguments[0]).manual_axis_type  # of `jax.shard_map`; all arguments vary alike
+    results = [Type(x.shape, x.dtype, manual_axis_type=axes) for x in results]
+    return pl.pallas_call(
+        body,
+        grid=grid,
+        in_specs=inputs,
+        out_specs=outputs,
+        out_shape=results,
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+        name=name,
+    )(*arguments)
+
+
+def part(parts: int) -> jax.Array:
+    """Return which of the parts of a chunk a program is for."""
+    return lax.rem(pl.program_id(1), jnp.int32(parts))
+
+
+def dot(a, b, contracted: tuple[int, int] = (1, 0), precision=None) -> jax.Array:
+    """Return the fp32 product over one dimension of each."""
+    a_dimension, b_dimension = contracted
+    dimensions = ((a_dimension,), (b_dimension,)), ((), ())
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def exact(a, b) -> jax.Array:
+    """Return the product of fp32 matrices, in TF32 x 3."""
+    return dot(a, b, precision=EXACT)
+
+
+def places(size: int) -> list[jax.Array]:
+    """Return the row and the column of every element of a square."""
+    return [lax.broadcasted_iota(jnp.int32, (size, size), dimension) for dimension in range(2)]
+
+
+def pairs(size: int, compare: Callable) -> jax.Array:
+    """Return which pairs of a row and a column compare so."""
+    return compare(*places(size))
+
+
+def invert(lower: Callable[[int, int], jax.Array], write: Callable[[int, int, jax.Array], None]) -> None:
+    """Write the blocks of (I + L)^-1, from those of L, which has nothing on its diagonal and above it.
+
+    By forward substitution over blocks of 16 tokens; in those on the diagonal over halves of 2, 4, 8 and 16.
+
+    Args:
+      lower: L's block in block row i and column j <= i.
+      write: takes i, j and a block.
+    """
+    row, column = places(BLOCK)
+    found = {}
+    for i in range(BLOCKS):
+        *left, near = (lower(i, j) for j in range(i + 1))
+        inverse = jnp.where(row == column, 1.0, 0.0)
+        for half in (1, 2, 4, 8):
+            below = jnp.where((row // half % 2 == 1) & (column // half == row // half - 1), near, 0.0)
+            inverse = inverse - (below if half == 1 else exact(exact(inverse, below), inverse))
+        found[i, i] = inverse
+        for j in range(i):
+            right = sum(exact(left[n], found[n, j]) for n in range(j, i))
+            found[i, j] = -exact(inverse, right)
+        for j in range(BLOCKS):
+            write(i, j, found.get((i, j), jnp.zeros_like(inverse)))
