@@ -273,14 +273,16 @@ def state_gradients(made: Products, read: Arrays, written: Arrays, starts, ends)
 def token_gradients(
     queries: Arrays, keys: Arrays, g, dpairs: Arrays, dqueries: Arrays, dkeys: Arrays, *, scale: float
 ) -> list[jax.Array]:
-    """Return the gradients of queries and keys, like them, and q dq + a da - k dk - b db in fp32, like g.
+    """Return the gradients of queries and keys, like them, and q dq - k dk - b db and any a da in fp32, like g.
 
-    That is the gradient of c_t but for c_C's share from `state_gradients`, where a da is due to c_(t-1).
+    The last ones are the gradients of c_t, but for c_C's share from `state_gradients`, and of c_(t-1).
     """
     cut, count, dtype = Cut.of(keys[0], keys[0]), len(queries), keys[0].dtype
 
     def body(g_ref, *refs):
-        q_refs, k_refs, dQ_refs, dK_refs, pair_refs, results = split(refs, count, count, count, count, count**2)
+        q_refs, k_refs, dQ_refs, dK_refs, pair_refs, token_refs, (dc_ref, *before_refs) = split(
+            refs, count, count, count, count, count**2, 2 * count
+        )
         i = part(BLOCKS)
         own = _rows(i)
         block, qs, ks = _Block.of(g_ref[own]), _scaled(scale, _wide(q_refs, own)), _wide(k_refs, own)
@@ -323,11 +325,12 @@ def token_gradients(
             return dqs, _plus(dks, [jnp.where(row == s, x, 0.0) for x in taken]), c
 
         dqs, dks, _ = lax.fori_loop(0, BLOCK, token, (dqs, dks, none))
-        *token_refs, dc_ref = results
         _store(token_refs, own, [*_scaled(scale, dqs), *dks])
-        dc_ref[own] = _dot_each(qs, dqs) - _dot_each(ks, dks)
+        seen, *before = map(jnp.multiply, qs, dqs)
+        dc_ref[own] = functools.reduce(jnp.subtract, map(jnp.multiply, ks, dks), seen)
+        _store(before_refs, own, before)
 
-    results = [Type(x.shape, x.dtype) for x in (*queries, *keys, g)]
+    results = [Type(x.shape, x.dtype) for x in (*queries, *keys, *[g] * count)]
     arguments = [g, *queries, *keys, *dqueries, *dkeys, *dpairs]
     return cut.by_chunk(body, "channel_decays_token_gradients", _warps(cut, count), arguments, results, BLOCKS)
 
@@ -359,11 +362,6 @@ def _scaled(scale: float, queries: Arrays) -> list[jax.Array]:
 
 def _plus(xs: Arrays, ys: Arrays) -> list[jax.Array]:
     return [x + y for x, y in zip(xs, ys, strict=True)]
-
-
-def _dot_each(xs: Arrays, ys: Arrays) -> jax.Array:
-    """Return x y, or x y + x' y'."""
-    return functools.reduce(jnp.add, map(jnp.multiply, xs, ys))
 
 
 def _each(queries: Arrays, keys: Arrays) -> list[tuple]:

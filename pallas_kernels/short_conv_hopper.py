@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import stream
+from pallas_kernels.mosaic import split
 from pallas_kernels.stream import LANES, load
 
 TOKENS = 8
@@ -30,10 +31,11 @@ FORWARD_PART, BACKWARD_PART = 64, 128
 
 
 class Form(NamedTuple):
-    """Which convolution: a plain one with or without SiLU, or a gated one, which has it."""
+    """Which convolution: plain or gated, with SiLU or without, with a bias or without."""
 
-    gated: bool = False
-    silu: bool = True
+    gated: bool
+    silu: bool
+    bias: bool
 
     @property
     def halves(self) -> int:
@@ -47,8 +49,8 @@ class Form(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def forward(form: Form, x, kernel, bias, reach=None):
-    """Return y (B, T, I) bf16 of x (B, T, I) bf16, kernel (W, I) fp32 and bias (I) fp32.
+def forward(form: Form, x, kernel, bias=None, reach=None):
+    """Return y (B, T, I) bf16 of x (B, T, I) bf16, kernel (W, I) fp32 and any bias (I) fp32.
 
     If gated, x and bias are twice as wide. `reach` (B, T) int32 counts the earlier tokens that a token sees, at most
     W-1; it is -1 for padding, which gets 0. T is a multiple of 8, I of 128, W at least 2.
@@ -56,8 +58,8 @@ def forward(form: Form, x, kernel, bias, reach=None):
     plan = _Plan.of(form, x, kernel, FORWARD_PART)
     packed = plan.windows(reach)
 
-    def body(x_ref, kernel_ref, bias_ref, *refs):
-        reach_refs, (y_ref, tiles, filled, *reach_scratch) = refs[: len(packed)], refs[len(packed) :]
+    def body(x_ref, kernel_ref, *refs):
+        bias_refs, reach_refs, (y_ref, tiles, filled, *reach_scratch) = split(refs, form.bias, len(packed))
         at = plan.here()
 
         def fetch(n, slot):
@@ -66,7 +68,7 @@ def forward(form: Form, x, kernel, bias, reach=None):
                 plgpu.copy_gmem_to_smem(source, tiles.at[half, slot], filled.at[slot])
 
         ring = stream.Ring(at.tiles, SLOTS, filled, fetch)
-        weights = _Weights.of(form, kernel_ref, bias_ref, at)
+        weights = _Weights.of(form, kernel_ref, bias_refs, at)
         reaches = plan.reaches(at, reach_refs, reach_scratch)
         last = form.halves - 1
 
@@ -90,13 +92,13 @@ def forward(form: Form, x, kernel, bias, reach=None):
 
     out_type = [jax.ShapeDtypeStruct((*x.shape[:2], plan.width, LANES), x.dtype)]
     kernel_of = stream.kernel(body, form.name, plan.blocks, out_type, plan.scratch(form.halves, packed))
-    [y] = kernel_of(*(_by_lanes(z) for z in (x, kernel, bias)), *packed)
+    [y] = kernel_of(*map(_by_lanes, (x, kernel, *[bias] * form.bias)), *packed)
     return [y.reshape(*x.shape[:2], -1)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def backward(form: Form, x, kernel, bias, dy, reach=None):
-    """Return dx like x and sums (parts, W+1, I) fp32, W+2 if gated: of dkernel, and of dbias or its halves.
+def backward(form: Form, x, kernel, dy, bias=None, reach=None):
+    """Return dx like x and sums (parts, W+1, I) fp32, W+2 if gated: of dkernel, and of any dbias or its halves.
 
     Arguments as of `forward`, and the gradient dy (B, T, I) of its result. Tokens are walked from the last to the
     first: what a token's convolution gives to the tokens before it waits in registers.
@@ -104,8 +106,8 @@ def backward(form: Form, x, kernel, bias, dy, reach=None):
     plan = _Plan.of(form, x, kernel, BACKWARD_PART)
     packed = plan.windows(reach)
 
-    def body(x_ref, kernel_ref, bias_ref, dy_ref, *refs):
-        reach_refs, refs = refs[: len(packed)], refs[len(packed) :]
+    def body(x_ref, kernel_ref, dy_ref, *refs):
+        bias_refs, reach_refs, refs = split(refs, form.bias, len(packed))
         dx_ref, sums_ref, tiles, filled, *reach_scratch = refs
         at = plan.here()
         sources = *((x_ref, strip) for strip in at.strips), (dy_ref, at.strips[0])
@@ -119,7 +121,7 @@ def backward(form: Form, x, kernel, bias, dy, reach=None):
                 plgpu.copy_gmem_to_smem(ref.at[at.row, tokens(n), channels], tiles.at[kind, slot], filled.at[slot])
 
         ring = stream.Ring(at.tiles, SLOTS, filled, fetch)
-        weights = _Weights.of(form, kernel_ref, bias_ref, at)
+        weights = _Weights.of(form, kernel_ref, bias_refs, at)
         reaches = plan.reaches(at, reach_refs, reach_scratch)
 
         def token(window, gate, dy, seen, pending):
@@ -152,8 +154,9 @@ def backward(form: Form, x, kernel, bias, dy, reach=None):
                 tiles.at[given, slot, i][...] = du.astype(x.dtype)
                 if form.gated:
                     tiles.at[1, slot, i][...] = dgate.astype(x.dtype)
-                dtaps = [total + dc * u for total, u in zip(dtaps, window, strict=True)]
-                dbias = [total + z for total, z in zip(dbias, (du, dgate) if form.gated else (dc,), strict=True)]
+                dtaps = _sums(dtaps, [dc * u for u in window])
+                if form.bias:
+                    dbias = _sums(dbias, (du, dgate) if form.gated else (dc,))
             return pending, dtaps, dbias
 
         def put(n, slot):
@@ -177,19 +180,19 @@ def backward(form: Form, x, kernel, bias, dy, reach=None):
 
         past = [row(at.first - j) for j in range(plan.taps - 1, 0, -1)]
         zero = jnp.zeros_like(weights.taps[0])
-        carry = beyond([zero] * (plan.taps - 1)), [zero] * plan.taps, [zero] * form.halves
+        carry = beyond([zero] * (plan.taps - 1)), [zero] * plan.taps, [zero] * (form.bias * form.halves)
         _, dtaps, dbias = ring.walk(step, put, carry, ahead=1)
         for w, total in enumerate([*dtaps, *dbias]):
             sums_ref.at[at.piece, w, at.strips[0]][...] = total
 
-    parts, sums = plan.batch * plan.parts, plan.taps + form.halves
+    parts, sums = plan.batch * plan.parts, plan.taps + form.bias * form.halves
     out_type = [
         jax.ShapeDtypeStruct((*x.shape[:2], form.halves * plan.width, LANES), x.dtype),
         jax.ShapeDtypeStruct((parts, sums, plan.width, LANES), jnp.float32),
     ]
     scratch = plan.scratch(form.halves + 1, packed)
     kernel_of = stream.kernel(body, f"{form.name}_backward", plan.blocks, out_type, scratch)
-    dx, sums = kernel_of(*(_by_lanes(z) for z in (x, kernel, bias, dy)), *packed)
+    dx, sums = kernel_of(*map(_by_lanes, (x, kernel, dy, *[bias] * form.bias)), *packed)
     return [dx.reshape(x.shape), sums.reshape(*sums.shape[:2], -1)]
 
 
@@ -280,9 +283,11 @@ class _Weights(NamedTuple):
     gate: jax.Array | None
 
     @classmethod
-    def of(cls, form: Form, kernel_ref, bias_ref, at: _Place) -> "_Weights":
+    def of(cls, form: Form, kernel_ref, bias_refs, at: _Place) -> "_Weights":
         taps = [load(kernel_ref.at[w, at.strips[0]]) for w in range(kernel_ref.shape[0])]
-        biases = [load(bias_ref.at[strip]) for strip in at.strips]
+        if not form.bias:
+            return cls(taps, None, None, None)
+        biases = [load(bias_refs[0].at[strip]) for strip in at.strips]
         return cls(taps, biases[0], None, biases[1]) if form.gated else cls(taps, None, biases[0], None)
 
 
@@ -304,6 +309,10 @@ def _convolve(window, weights: _Weights):
 
 def _plus(x, bias):
     return x if bias is None else x + bias
+
+
+def _sums(totals, values):
+    return [total + x for total, x in zip(totals, values, strict=True)]
 
 
 def _unless_padding(x, seen, packed: list):

@@ -91,15 +91,14 @@ def _fused_bwd(scale, saved, gradients):
     read, written = (do, *y), (v, *u)
     dpairs = kernels.pair_gradients(read, written)
     found = kernels.state_gradients(made, read, written, starts, ends)
-    dqueries, dkeys, whole = found[: len(read)], found[len(read) : -1], found[-1]
-    *tokens, dc = kernels.token_gradients(queries, keys, log_decay, dpairs, dqueries, dkeys, scale=scale)
-    (dq, *da), (dk, *db) = tokens[: len(read)], tokens[len(read) :]
+    dqueries, dkeys, [whole] = kernels.split(found, len(read), len(read))
+    found = kernels.token_gradients(queries, keys, log_decay, dpairs, dqueries, dkeys, scale=scale)
+    (dq, *da), (dk, *db), (dc, *dbefore) = kernels.split(found, len(read), len(read))
 
-    sums = jax.lax.cumsum(by_chunks(dc, kernels.CHUNK), axis=2, reverse=True) + whole[:, :, None]
-    dlog_decay = sums.reshape(dc.shape)
-    if da:  # a reads the state before it decays
-        dlog_decay = dlog_decay - (queries[1].astype(jnp.float32) * da[0].astype(jnp.float32))
-    return dq, dk, dv, dlog_decay, dstate, *da, *db
+    summed = [by_chunks(x, kernels.CHUNK) for x in (functools.reduce(jnp.add, dbefore, dc), *dbefore)]
+    sums = jax.lax.cumsum(summed[0], axis=2, reverse=True) + whole[:, :, None]
+    dlog_decay = functools.reduce(jnp.subtract, summed[1:], sums)  # a reads the state before it decays
+    return dq, dk, dv, dlog_decay.reshape(dc.shape), dstate, *da, *db
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

@@ -6,6 +6,7 @@ computed again with it.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,18 +49,35 @@ def convolve(
     silu: bool = True,
     with_state: Callable,
 ) -> BTD:
-    """Run the kernels on each device's rows, all channels together.
+    """Run the kernels on each device's rows, of a plain convolution on its channels as well.
 
     Args:
       with_state: the same function of the arrays by other means, for the first tokens.
     """
-    rows = ("batch",)
-    on_device = functools.partial(_on_device, (gated, silu), with_state)
-    return hopper.per_shard(on_device, (x, kernel, bias, state, segment_ids), (rows, (), (), rows, rows), (rows,))
+    channels = None if gated else "heads"  # halves of a projection that is cut lie on different devices
+    wide, rows = ("batch", None, channels), ("batch",)
+    names = wide, (None, channels), (channels,), wide, rows
+
+    def on_device(*arrays: jax.Array | None) -> Array:
+        *grouped, ids = arrays
+        x, kernel, bias, state = map(_joined, grouped)
+        return _grouped(_on_device((gated, silu), with_state, x, kernel, bias, state, ids))
+
+    arguments = *map(_grouped, (x, kernel, bias, state)), segment_ids
+    return _joined(hopper.per_shard(on_device, arguments, names, (wide,)))
+
+
+def _grouped(x: Array | None) -> Any:
+    """Cut channels into groups, of which a device takes whole ones."""
+    return None if x is None else x.reshape(*x.shape[:-1], -1, LANES)
+
+
+def _joined(x: Array | None) -> Any:
+    return None if x is None else x.reshape(*x.shape[:-2], -1)
 
 
 def _on_device(form: tuple[bool, bool], with_state: Callable, x, kernel, bias, state, segment_ids) -> BTD:
-    wide = jnp.zeros(x.shape[-1:]) if bias is None else bias.astype(jnp.float32)
+    wide = None if bias is None else bias.astype(jnp.float32)
     y = _fused(form, *hopper.vary_alike(x, kernel.astype(jnp.float32), wide, segment_ids))
     if state is None:
         return y
@@ -77,7 +95,8 @@ def _fused_fwd(form, x, kernel, bias, segment_ids):
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels import short_conv_hopper as kernels
 
-    run = functools.partial(kernels.forward, kernels.Form(*form))
+    gated, silu = form
+    run = functools.partial(kernels.forward, kernels.Form(gated, silu, bias is not None))
     [y] = hopper.call(run, _pad(x), kernel, bias, _reach(segment_ids, kernel.shape[0]))
     return y[:, : x.shape[1]], (x, kernel, bias, segment_ids)
 
@@ -86,10 +105,11 @@ def _fused_bwd(form, saved, dy):
     from pallas_kernels import short_conv_hopper as kernels
 
     x, kernel, bias, segment_ids = saved
-    run = functools.partial(kernels.backward, kernels.Form(*form))
-    dx, sums = hopper.call(run, _pad(x), kernel, bias, _pad(dy), _reach(segment_ids, kernel.shape[0]))
-    sums = sums.sum(axis=0)
-    return dx[:, : x.shape[1]], sums[: kernel.shape[0]], sums[kernel.shape[0] :].reshape(-1), None
+    gated, silu = form
+    run = functools.partial(kernels.backward, kernels.Form(gated, silu, bias is not None))
+    dx, sums = hopper.call(run, _pad(x), kernel, _pad(dy), bias, _reach(segment_ids, kernel.shape[0]))
+    dkernel, dbias = jnp.split(sums.sum(axis=0), [kernel.shape[0]])
+    return dx[:, : x.shape[1]], dkernel, None if bias is None else dbias.reshape(-1), None
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

@@ -96,7 +96,8 @@ def dplr(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
       impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "hopper" (Mosaic GPU
-        kernels, token by token; K at most 128), "triton" (chunks on tensor cores; bf16, K at most 128) or "auto".
+        kernels, token by token; K at most 128), "triton" (chunks on tensor cores; v in bf16, to which q, k, a and
+        b are rounded; K at most 128) or "auto".
 
     Raises:
       UserError: `impl` is unknown.
@@ -220,7 +221,7 @@ def _through_dplr(run: Callable, xs, *rest) -> tuple[Any, Any]:
 
 DPLR_IMPLEMENTATIONS = {
     "hopper": Implementation(_hopper, _supports, platform="cuda"),
-    "triton": Implementation(_chunks, _chunks_support),  # not for `auto` before it has been timed
+    "triton": Implementation(_chunks, _chunks_support, platform="cuda", slower=lambda *_: one_decay.UNTIMED),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),

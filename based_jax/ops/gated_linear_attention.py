@@ -65,7 +65,8 @@ def gated_linear_attention(
       return_state: return (o, state after the last token) instead of o.
       impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "quadratic" (one chunk;
         auto's for one decay a head, large states and short sequences on a GPU), "hopper" (Mosaic GPU kernels, token by
-        token; K at most 128, no bonus), "triton" (chunks on tensor cores; bf16, K at most 128, no bonus) or "auto".
+        token; K at most 128, no bonus), "triton" (chunks on tensor cores; v in bf16, to which q and k are
+        rounded; K at most 128, no bonus) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
@@ -225,16 +226,17 @@ def _supports(xs, bonus, scale, state, segment_ids) -> str | None:
 
 def _kernels_are_slower(xs, bonus, scale, state, segment_ids) -> str | None:
     """Return why XLA's products are faster than the kernels, token by token, or None."""
-    T = xs[0].shape[1]
-    if xs[3].shape[-1] == 1 and T > FEW_STEPS:
-        return f"products are faster where heads have one decay, and T is {T}, above {FEW_STEPS}"
-    return _one_chunk_is_fastest(xs)
-
-
-def _one_chunk_is_fastest(xs) -> str | None:
-    """Return why all kernels are slower than one chunk in XLA, or None."""
     (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
-    if xs[3].shape[-1] == 1 and T <= SHORT and K * V >= LARGE:
+    if xs[3].shape[-1] > 1:
+        return None
+    if T > FEW_STEPS:
+        return f"products are faster where heads have one decay, and T is {T}, above {FEW_STEPS}"
+    return one_chunk_is_fastest(T, K, V)
+
+
+def one_chunk_is_fastest(T: int, K: int, V: int) -> str | None:
+    """Return why all kernels are slower than one chunk in XLA where heads have one decay, or None."""
+    if T <= SHORT and K * V >= LARGE:
         return f"one chunk is faster where heads have one decay, and T is {T}, K {K}, V {V}"
     return None
 
@@ -252,7 +254,8 @@ def _triton_supports(xs, bonus, scale, state, segment_ids) -> str | None:
 
 
 def _triton_is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
-    return one_decay.slower(xs[2], xs[3].shape[-1]) or _one_chunk_is_fastest(xs)
+    (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
+    return one_decay.slower(xs[2], xs[3].shape[-1]) or one_chunk_is_fastest(T, K, V)
 
 
 IMPLEMENTATIONS = {

@@ -17,6 +17,7 @@ from based_jax.ops.dispatch import target_device_kind
 
 KEYS = (16, 32, 64, 128)
 """Sizes of keys; others are filled up with zeros."""
+UNTIMED = "it has not been timed with a decay for each channel"
 FULL = 64
 """Tokens of a chunk. Fewer take as long; `auto` leaves them to kernels that go token by token."""
 WEAKEST = -128.0
@@ -39,7 +40,7 @@ def supports(v: BTHV, keys: int) -> str | None:
 def slower(v: BTHV, decays: int = 1) -> str | None:
     """Return why `auto` leaves a call with so many decays a head to others, or None."""
     if decays > 1:
-        return "it has not been timed with a decay for each channel"
+        return UNTIMED
     kind, time = target_device_kind(), v.shape[1]
     if not hopper.DEVICES.search(kind):
         return f"it has been timed on Hopper GPUs alone, and this is {kind}"

@@ -1,10 +1,10 @@
-"""A matrix state token by token, in Hopper kernels: how gated linear attention and the delta rules run on a GPU.
+"""A matrix state token by token, in Hopper kernels: with a decay for each channel, in fp32, or of few tokens.
 
     u_t = S_{t-1}^T a_t        S_t = diag(w_t) S_{t-1} + b_t u_t^T + k_t v_t^T        o_t = scale S_t^T q_t
 
 A warp keeps a head's state in its registers from the first token to the last (`pallas_kernels/recurrence_hopper.py`).
-All is fp32 but the inputs, and no decay is too strong. Chunked forms do fewer steps one after the other and more work
-for each; they are made for few heads and long sequences.
+All is fp32 but the inputs, and no decay is too strong. Chunks (`ops/one_decay.py`) do fewer steps one after the other,
+and their work on tensor cores.
 """
 
 import functools

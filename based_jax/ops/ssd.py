@@ -17,7 +17,11 @@ from jaxtyping import Array, Float
 from based_jax.dims import BT
 from based_jax.ops import one_decay, selective_scan
 from based_jax.ops.dispatch import Implementation, dispatch
-from based_jax.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
+from based_jax.ops.gated_linear_attention import (
+    gated_linear_attention,
+    gated_linear_attention_step,
+    one_chunk_is_fastest,
+)
 
 BTHP = Float[Array, "B T H P"]
 BTH = Float[Array, "B T H"]
@@ -46,8 +50,8 @@ def ssd(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (y, state after the last token) instead of y.
       impl: "oracle" and "recurrent" (token by token), "xla" (chunked attention), "hopper" (Mamba's Mosaic GPU kernels;
-        one group, channels a multiple of 128, 8, 16, 24 or 32 states), "triton" (those of gated linear attention; bf16,
-        at most 128 states) or "auto".
+        one group, channels a multiple of 128, 8, 16, 24 or 32 states), "triton" (gated linear attention's chunks, of
+        bf16; at most 128 states) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -104,18 +108,18 @@ def _supports(x, dt, A, B, C, state, segment_ids) -> str | None:
     return selective_scan.supports((u,), jax.ShapeDtypeStruct((channels, B.shape[3]), jnp.float32), state, segment_ids)
 
 
-def _triton_supports(x, dt, A, B, C, state, segment_ids) -> str | None:
+def _chunks_support(x, dt, A, B, C, state, segment_ids) -> str | None:
     return one_decay.supports(x, B.shape[3])
 
 
-def _triton_is_slower(x, *rest) -> str | None:
-    return one_decay.slower(x)
+def _chunks_are_slower(x, dt, A, B, C, state, segment_ids) -> str | None:
+    return one_decay.slower(x) or one_chunk_is_fastest(x.shape[1], B.shape[3], x.shape[3])
 
 
 IMPLEMENTATIONS = {
     "hopper": Implementation(_as_scan, _supports, platform="cuda"),
     "triton": Implementation(
-        functools.partial(_as_attention, impl="triton"), _triton_supports, platform="cuda", slower=_triton_is_slower
+        functools.partial(_as_attention, impl="triton"), _chunks_support, platform="cuda", slower=_chunks_are_slower
     ),
     "xla": Implementation(functools.partial(_as_attention, impl="xla")),
     "recurrent": Implementation(functools.partial(_as_attention, impl="recurrent")),

@@ -9,6 +9,7 @@ import pytest
 from devices import gpus
 from jax.experimental import pallas as pl
 
+from based_jax import parallel
 from based_jax.errors import UserError
 from based_jax.ops import dispatch, one_decay
 from based_jax.ops.delta_rule import delta_rule, dplr
@@ -121,12 +122,18 @@ def test_similar_keys_that_nothing_decays_are_solved_for(normal, out_and_grads, 
 
 
 @forms
-@pytest.mark.parametrize("decay", [-500.0, -np.inf])
-def test_what_decays_at_once_is_forgotten(normal, interpreted, form, decay):
+@pytest.mark.parametrize(
+    "places, decay", [([0, 40, 63], -500.0), ([40], -np.inf), (range(70), -6.0), (range(70), -100.0)]
+)
+def test_what_decays_at_once_is_forgotten(normal, out_and_grads, interpreted, form, places, decay):
     q, k, v, g, beta = inputs(normal, form, 1, 70, 1, 16, 64)
-    call = functools.partial(FORMS[form], q, k, v, jnp.where(jnp.arange(70)[:, None, None] == 40, decay, g), beta)
-    o, exact = (call(impl=impl) for impl in ("triton", "oracle"))
-    np.testing.assert_allclose(o, exact, atol=1e-4)
+    arguments, cotangent = (q, k, v, g.at[:, np.asarray(places)].set(decay), beta), normal(1, 70, 1, 64)
+    found, right = (
+        jax.tree.leaves(out_and_grads(functools.partial(FORMS[form], impl=impl), arguments, cotangent))
+        for impl in ("triton", "oracle")
+    )
+    for ours, exact in zip(found, right, strict=True):
+        np.testing.assert_allclose(ours, exact, atol=1e-5 + 1e-4 * np.abs(exact).max())
 
 
 @forms
@@ -139,6 +146,19 @@ def test_lanes_are_what_each_is_alone(normal, out_and_grads, interpreted, form):
         alone = out_and_grads(call, arguments, cotangent[i])
         for ours, right in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(ours[i], right, rtol=1e-4, atol=1e-5)
+
+
+@forms
+def test_devices_take_their_rows_and_heads(normal, out_and_grads, interpreted, monkeypatch, form):
+    monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))  # for the interpreter
+    arguments, cotangent = inputs(normal, form, 4, 70, 2, 16, 64), normal(4, 70, 2, 64)
+    ids = jnp.asarray(np.sort(np.arange(70) % 3 + np.arange(4)[:, None] % 2, axis=1), jnp.int32)
+    call = functools.partial(FORMS[form], segment_ids=ids, impl="triton")
+    alone = out_and_grads(call, arguments, cotangent)
+    with jax.set_mesh(parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        together = out_and_grads(call, arguments, cotangent)
+    for ours, right in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, right, rtol=1e-4, atol=1e-5)
 
 
 @forms
@@ -181,7 +201,8 @@ def test_says_what_it_does_not_take(changed, reason):
         delta_rule(q, q, v, jnp.zeros((1, sizes["T"], 1, 1)), jnp.zeros((1, sizes["T"], 1)), impl="triton")
 
 
-def test_needs_a_gpu():
+@forms
+def test_needs_a_gpu(form):
     x = jnp.zeros((1, 8, 1, 16), "bfloat16")
     with pytest.raises(UserError, match="it needs cuda, and this is cpu"):
-        delta_rule(x, x, x, jnp.zeros((1, 8, 1, 1)), jnp.zeros((1, 8, 1)), impl="triton")
+        FORMS[form](x, x, x, jnp.zeros((1, 8, 1, decays(form, 16))), jnp.zeros((1, 8, 1)), impl="triton")

@@ -79,7 +79,7 @@ def test_lowers_for_an_h100(form, time, channels, lanes):
     ids = jnp.ones((2, time), jnp.int32)
 
     def loss(x, kernel, bias):
-        return CALLS[form](x, kernel, bias=bias, segment_ids=ids).astype(jnp.float32).sum()
+        return CALLS[form](x, kernel, bias=bias, segment_ids=ids, impl="hopper").astype(jnp.float32).sum()
 
     both, arguments = jax.value_and_grad(loss, argnums=(0, 1, 2)), (x, kernel, bias)
     if lanes:
@@ -106,8 +106,13 @@ def test_lowers_under_shard_map(form):
 
 
 @forms
-@pytest.mark.parametrize("time, channels, taps, packed", [(43, 256, 3, True), (24, 128, 2, False), (20, 128, 4, True)])
-def test_kernels_equal_the_oracle(normal, packed_ids, out_and_grads, monkeypatch, form, time, channels, taps, packed):
+@pytest.mark.parametrize(
+    "time, channels, taps, packed, biased",
+    [(43, 256, 3, True, True), (24, 128, 2, False, False), (20, 128, 4, True, True)],
+)
+def test_kernels_equal_the_oracle(
+    normal, packed_ids, out_and_grads, monkeypatch, form, time, channels, taps, packed, biased
+):
     """In Pallas' interpreter, which looks for races."""
     from pallas_kernels import short_conv_hopper
 
@@ -120,7 +125,7 @@ def test_kernels_equal_the_oracle(normal, packed_ids, out_and_grads, monkeypatch
 
     def run(impl, x):
         def call(x, kernel, bias, state):
-            state = state if packed else None
+            state, bias = (y if wanted else None for y, wanted in ((state, packed), (bias, biased)))
             return CALLS[form](x, kernel, bias=bias, state=state, segment_ids=ids, impl=impl)
 
         return out_and_grads(call, (x, *wide), dy.astype(x.dtype))

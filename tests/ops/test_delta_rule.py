@@ -4,9 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import H100, gpus
 from reference_cases import FORWARD, GRADIENT, assert_close, load
 
-from based_jax.ops.delta_rule import CHUNK, delta_rule, delta_rule_step, dplr, dplr_step
+from based_jax.ops import dispatch
+from based_jax.ops.delta_rule import (
+    CHUNK,
+    DPLR_IMPLEMENTATIONS,
+    IMPLEMENTATIONS,
+    delta_rule,
+    delta_rule_step,
+    dplr,
+    dplr_step,
+)
 
 H, K, V, B = 2, 5, 3, 6
 IMPLS = ("recurrent", "xla")
@@ -98,6 +108,22 @@ def test_bf16_stays_close(impl, normal, close):
     o = jitted(delta_rule)(*args, impl=impl)
     assert o.dtype == jnp.bfloat16
     close(o, jitted(delta_rule)(*(x.astype(jnp.float32) for x in args), impl="oracle"), "bfloat16")
+
+
+def test_auto_takes_what_was_timed_and_is_fastest():
+    """Full chunks with one decay a head go by chunks, all else on a Hopper GPU token by token."""
+
+    def taken(kind, T, decays=1, dtype="bfloat16", table=IMPLEMENTATIONS):
+        x, g, more = jnp.zeros((2, T, 2, 64), dtype), jnp.zeros((2, T, 2, decays)), jnp.zeros((2, T, 2))
+        xs = (x, x, x, g, more) if table is IMPLEMENTATIONS else (x, x, x, g, x, x)
+        with gpus(kind):
+            entry = dispatch._automatic("delta_rule", table, xs, 1.0, None, None)
+        return next(name for name in table if table[name] is entry)
+
+    assert [taken(H100, T) for T in (CHUNK - 1, CHUNK, 4096)] == ["hopper", "triton", "triton"]
+    assert [taken(H100, 256, 64), taken(H100, 256, dtype="float32")] == ["hopper", "hopper"]
+    assert [taken(H100, 256, decays, table=DPLR_IMPLEMENTATIONS) for decays in (1, 64)] == ["hopper", "hopper"]
+    assert taken("NVIDIA A100", 256) == "xla"
 
 
 def test_steps_equal_one_call(normal, close):
