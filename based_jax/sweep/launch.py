@@ -67,9 +67,20 @@ def helpers(processes: int) -> multiprocessing.pool.Pool:
     """Return forked processes that SIGTERM, a pool's end, ends at once.
 
     As an exception of Python, which the command makes of it, it can come right before a wait and is then never seen.
+    One that comes before a process is ready for it waits until then.
     """
     fork = multiprocessing.get_context("fork")
-    return fork.Pool(processes, signal.signal, (signal.SIGTERM, signal.SIG_DFL))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return fork.Pool(processes, _end_at_once)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_at_once() -> None:
+    """Let SIGTERM end this process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _work(todo: Todo, store: str, name: str, options: Options, sources: Sources, gpu: str | None) -> None:
