@@ -1,1 +1,9 @@
 """Accelerator kernels: arrays in, arrays out, one file per (operation, backend)."""
+
+import itertools
+
+
+def split(items, *counts: int) -> list:
+    """Return so many of the items, so many of those that follow, and so on, and the rest."""
+    ends = list(itertools.accumulate(counts))
+    return [items[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]

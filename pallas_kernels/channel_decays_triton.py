@@ -29,8 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import split
 from pallas_kernels.chunks_triton import BLOCK, BLOCKS, CHUNK, NEVER, WIDTH, Cut, Type, dot, invert, part, places
-from pallas_kernels.mosaic import split
 
 Arrays = Sequence[jax.Array]
 

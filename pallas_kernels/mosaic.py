@@ -5,8 +5,6 @@ leave it; `ROWS` and `COLUMNS` hold one value per row or column of such a tile. 
 the same swizzle; a tile is a multiple of it wide, `NARROW` (16 columns of bf16), `MEDIUM` (32) or `WIDE` (64).
 """
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -54,12 +52,6 @@ def await_warp() -> None:
 def like(x) -> jax.ShapeDtypeStruct:
     """Return the shape and the type of an array."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def split(items, *counts: int) -> list:
-    """Return so many of the items, so many of those that follow, and so on, and the rest."""
-    ends = list(itertools.accumulate(counts))
-    return [items[start:end] for start, end in zip([0, *ends], [*ends, None], strict=True)]
 
 
 def load_global(ref, layout) -> jax.Array:

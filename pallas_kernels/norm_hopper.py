@@ -15,8 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import stream
-from pallas_kernels.mosaic import WARP, WARPS, split
+from pallas_kernels import split, stream
+from pallas_kernels.mosaic import WARP, WARPS
 from pallas_kernels.stream import LANES
 
 ELEMENTS = 2048

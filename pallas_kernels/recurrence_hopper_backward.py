@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import stream
-from pallas_kernels.mosaic import WARP, WARPS, await_warp, like, load_global, load_shared, save, split
+from pallas_kernels import split, stream
+from pallas_kernels.mosaic import WARP, WARPS, await_warp, like, load_global, load_shared, save
 from pallas_kernels.recurrence_hopper import SLOTS, TOKENS, Plan, more_than_one, save_columns
 
 

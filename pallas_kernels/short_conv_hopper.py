@@ -17,8 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import stream
-from pallas_kernels.mosaic import split
+from pallas_kernels import split, stream
 from pallas_kernels.stream import LANES, load
 
 TOKENS = 8

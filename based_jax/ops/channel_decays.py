@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHKV, BT, BTHK, BTHV
-from based_jax.ops import hopper, segments
-from based_jax.ops.one_decay import KEYS, WEAKEST, by_chunks
+from based_jax.ops import chunks, hopper, recurrence
 
 
 def channel_decays(
@@ -30,36 +29,16 @@ def channel_decays(
     Args:
       ab: a and b, or nothing for a state that only decays.
     """
-    tokens, states = ("batch", None, "heads"), ("batch", "heads")
 
     def on_device(q, k, v, log_decay, *rest) -> tuple[BTHV, BHKV]:
         *ab, state, segment_ids = rest
-        return _on_device(scale, q, k, v, log_decay, ab, state, segment_ids)
+        q, k, v, log_decay, ab, padding = recurrence.separated(q, k, v, log_decay, ab, segment_ids)
+        log_decay = jnp.broadcast_to(chunks.bounded(log_decay), q.shape)
+        ab = [x.astype(v.dtype) for x in ab]
+        o, state = chunks.run(functools.partial(_fused, scale), q, k, v, log_decay, state, *ab)
+        return (o if padding is None else jnp.where(padding, 0, o)), state
 
-    arguments = q, k, v, log_decay, *ab, state, segment_ids
-    return hopper.per_shard(on_device, arguments, (*(tokens,) * (4 + len(ab)), states, ("batch",)), (tokens, states))
-
-
-def _on_device(scale, q, k, v, log_decay, ab, state, segment_ids) -> tuple[BTHV, BHKV]:
-    """Fill all sizes up with zeros, which change no state, and cut them off again."""
-    # Pallas' GPU modules take half a second to import and are needed only here.
-    from pallas_kernels.chunks_triton import CHUNK, WIDTH
-
-    time, (*_, keys, values) = q.shape[1], state.shape
-    padding, log_decay = None, jnp.maximum(log_decay.astype(jnp.float32), WEAKEST)
-    log_decay = jnp.broadcast_to(log_decay, q.shape)
-    if segment_ids is not None:
-        padding, begins = (x[..., None, None] for x in (segment_ids == 0, segments.begins_later(segment_ids)))
-        q, k, v, *ab = (jnp.where(padding, 0, x) for x in (q, k, v, *ab))
-        log_decay = jnp.where(begins, WEAKEST, jnp.where(padding, 0, log_decay))
-        ab = [*(jnp.where(begins, 0, a) for a in ab[:1]), *ab[1:]]
-    wide = next(size for size in KEYS if size >= keys)
-    q, k, *ab = (hopper.fill(x.astype(v.dtype), {1: CHUNK, 3: wide}) for x in (q, k, *ab))
-    v, state = hopper.fill(v, {1: CHUNK, 3: WIDTH}), hopper.fill(state.astype(jnp.float32), {2: wide, 3: WIDTH})
-    log_decay = hopper.fill(log_decay, {1: CHUNK, 3: wide})
-    o, state = _fused(scale, *hopper.vary_alike(q, k, v, log_decay, state, *ab))
-    o = o[:, :time, :, :values]
-    return (o if padding is None else jnp.where(padding, 0, o)), state[:, :, :keys, :values]
+    return hopper.per_head(on_device, (q, k, v, log_decay, *ab), state, segment_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -84,6 +63,7 @@ def _fused_fwd(scale, *arguments):
 
 def _fused_bwd(scale, saved, gradients):
     from pallas_kernels import channel_decays_triton as kernels
+    from pallas_kernels import split
 
     queries, keys, v, log_decay, made, t, u, starts = saved
     do, dlast = gradients
@@ -91,11 +71,11 @@ def _fused_bwd(scale, saved, gradients):
     read, written = (do, *y), (v, *u)
     dpairs = kernels.pair_gradients(read, written)
     found = kernels.state_gradients(made, read, written, starts, ends)
-    dqueries, dkeys, [whole] = kernels.split(found, len(read), len(read))
+    dqueries, dkeys, [whole] = split(found, len(read), len(read))
     found = kernels.token_gradients(queries, keys, log_decay, dpairs, dqueries, dkeys, scale=scale)
-    (dq, *da), (dk, *db), (dc, *dbefore) = kernels.split(found, len(read), len(read))
+    (dq, *da), (dk, *db), (dc, *dbefore) = split(found, len(read), len(read))
 
-    summed = [by_chunks(x, kernels.CHUNK) for x in (functools.reduce(jnp.add, dbefore, dc), *dbefore)]
+    summed = [chunks.cut(x, kernels.CHUNK) for x in (functools.reduce(jnp.add, dbefore, dc), *dbefore)]
     sums = jax.lax.cumsum(summed[0], axis=2, reverse=True) + whole[:, :, None]
     dlog_decay = functools.reduce(jnp.subtract, summed[1:], sums)  # a reads the state before it decays
     return dq, dk, dv, dlog_decay.reshape(dc.shape), dstate, *da, *db

@@ -237,7 +237,7 @@ def _hopper(x, kernel, bias, state, segment_ids, *, silu, dilation) -> BTD:
     def with_state(x, *rest):
         return _composed(_shifted, x.astype(jnp.float32), *rest, silu=silu, dilation=dilation).astype(x.dtype)
 
-    return conv_hopper.convolve(x, kernel, bias, state, segment_ids, silu=silu, with_state=with_state)
+    return conv_hopper.convolve(x, kernel, bias, state, segment_ids, gated=False, silu=silu, with_state=with_state)
 
 
 def _supports(x: BTD, kernel: WD, *_rest, dilation: int, **_options) -> str | None:

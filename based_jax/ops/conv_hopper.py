@@ -45,8 +45,8 @@ def convolve(
     state,
     segment_ids: BT | None,
     *,
-    gated: bool = False,
-    silu: bool = True,
+    gated: bool,
+    silu: bool,
     with_state: Callable,
 ) -> BTD:
     """Run the kernels on each device's rows, of a plain convolution on its channels as well.
@@ -116,7 +116,7 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
 def _pad(x: Array) -> Array:
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE), (0, 0)))
+    return hopper.fill(x, {1: TILE})
 
 
 def _reach(segment_ids: BT | None, taps: int) -> Int[Array, "B _"] | None:

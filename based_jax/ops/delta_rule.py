@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
-from based_jax.ops import channel_decays, one_decay, recurrence, scan
+from based_jax.ops import channel_decays, chunks, one_decay, recurrence, scan
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import Decay, initial_state, pair_weights
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
@@ -202,11 +202,11 @@ def _correcting_chunks(xs, scale, state, segment_ids) -> tuple[Any, Any]:
 
 
 def _chunks_support(xs, scale, state, segment_ids) -> str | None:
-    return one_decay.supports(xs[2], xs[0].shape[-1])
+    return chunks.supports(xs[2], xs[0].shape[-1])
 
 
 def _chunks_are_slower(xs, scale, state, segment_ids) -> str | None:
-    return one_decay.slower(xs[2], xs[3].shape[-1])
+    return chunks.slower(xs[2], xs[3].shape[-1])
 
 
 def _as_dplr(q, k, v, log_decay, beta) -> tuple[Any, ...]:
@@ -221,7 +221,7 @@ def _through_dplr(run: Callable, xs, *rest) -> tuple[Any, Any]:
 
 DPLR_IMPLEMENTATIONS = {
     "hopper": Implementation(_hopper, _supports, platform="cuda"),
-    "triton": Implementation(_chunks, _chunks_support, platform="cuda", slower=lambda *_: one_decay.UNTIMED),
+    "triton": Implementation(_chunks, _chunks_support, platform="cuda", slower=lambda *_: chunks.UNTIMED),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),

@@ -75,7 +75,7 @@ def _supports(x: Joint, kernel: WD, bias: Bias | None, state: Past | None, segme
 
 IMPLEMENTATIONS = {
     "hopper": Implementation(
-        functools.partial(conv_hopper.convolve, gated=True, with_state=functools.partial(_wide, impl="xla")),
+        functools.partial(conv_hopper.convolve, gated=True, silu=True, with_state=functools.partial(_wide, impl="xla")),
         _supports,
         platform="cuda",
     ),

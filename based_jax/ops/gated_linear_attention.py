@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
-from based_jax.ops import channel_decays, one_decay, recurrence, scan
+from based_jax.ops import channel_decays, chunks, one_decay, recurrence, scan
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.precision import EXACT, einsum, narrow_einsum, product_policy
 
@@ -250,12 +250,12 @@ def _triton(xs, bonus, scale, state, segment_ids) -> tuple[BTHV, BHKV]:
 
 
 def _triton_supports(xs, bonus, scale, state, segment_ids) -> str | None:
-    return one_decay.supports(xs[2], xs[0].shape[-1]) if bonus is None else "it takes no bonus"
+    return chunks.supports(xs[2], xs[0].shape[-1]) if bonus is None else "it takes no bonus"
 
 
 def _triton_is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
     (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
-    return one_decay.slower(xs[2], xs[3].shape[-1]) or one_chunk_is_fastest(T, K, V)
+    return chunks.slower(xs[2], xs[3].shape[-1]) or one_chunk_is_fastest(T, K, V)
 
 
 IMPLEMENTATIONS = {

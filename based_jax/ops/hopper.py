@@ -79,6 +79,13 @@ def per_shard(
     return jax.shard_map(run, in_specs=specs, out_specs=out, axis_names=free)(*(x for x, _ in given))
 
 
+def per_head(function: Callable, tokens: Sequence[jax.Array], state: jax.Array, segment_ids: jax.Array | None) -> Any:
+    """Return o like the tokens, (B, T, H, .), and the state, (B, H, .), of `function(*tokens, state, segment_ids)`."""
+    by_token, by_head = ("batch", None, "heads"), ("batch", "heads")
+    names = *(by_token for _ in tokens), by_head, ("batch",)
+    return per_shard(function, (*tokens, state, segment_ids), names, (by_token, by_head))
+
+
 def _dividing(mesh: AbstractMesh, names: set[str], sizes: Sequence[int]) -> tuple[str, ...] | None:
     """Return the mesh axes that together divide all sizes, or None."""
     axes = tuple(name for name in mesh.axis_names if name in names)

@@ -3,12 +3,13 @@
     u_t = S_{t-1}^T a_t        S_t = diag(w_t) S_{t-1} + b_t u_t^T + k_t v_t^T        o_t = scale S_t^T q_t
 
 A warp keeps a head's state in its registers from the first token to the last (`pallas_kernels/recurrence_hopper.py`).
-All is fp32 but the inputs, and no decay is too strong. Chunks (`ops/one_decay.py`) do fewer steps one after the other,
+All is fp32 but the inputs, and no decay is too strong. Chunks (`ops/chunks.py`) do fewer steps one after the other,
 and their work on tensor cores.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -54,25 +55,31 @@ def recurrence(
       log_decay: log w, (B, T, H, K) or (B, T, H, 1).
       ab: a and b, or nothing for a state that only decays.
     """
-    tokens, states = ("batch", None, "heads"), ("batch", "heads")
-    names = (*(tokens,) * (4 + len(ab)), states, ("batch",))
 
     def on_device(q, k, v, log_decay, *rest) -> tuple[BTHV, BHKV]:
         *ab, state, segment_ids = rest
-        return _on_device(q, k, v, log_decay, tuple(ab), scale, state, segment_ids)
+        return _on_device(q, k, v, log_decay, ab, scale, state, segment_ids)
 
-    return hopper.per_shard(on_device, (q, k, v, log_decay, *ab, state, segment_ids), names, (tokens, states))
+    return hopper.per_head(on_device, (q, k, v, log_decay, *ab), state, segment_ids)
+
+
+def separated(q: BTHK, k: BTHK, v: BTHV, log_decay, ab: Sequence[BTHK], segment_ids: BT | None) -> tuple:
+    """Return q, k, v, log_decay, ab, where padding changes nothing and documents forget the ones before, and padding.
+
+    Padding is (B, T, 1, 1), or None where there are no documents.
+    """
+    if segment_ids is None:
+        return q, k, v, log_decay, ab, None
+    padding, begins = (x[..., None, None] for x in (segment_ids == 0, segments.begins_later(segment_ids)))
+    q, k, v, log_decay, *ab = (jnp.where(padding, 0, x) for x in (q, k, v, log_decay, *ab))
+    ab = [*(jnp.where(begins, 0, a) for a in ab[:1]), *ab[1:]]
+    return q, k, v, jnp.where(begins, segments.FORGET, log_decay), ab, padding
 
 
 def _on_device(q, k, v, log_decay, ab, scale, state, segment_ids) -> tuple[BTHV, BHKV]:
     """Fill all sizes up with zeros, which change no state, and cut them off again."""
     (batch, time, heads, keys), values = q.shape, v.shape[-1]
-    padding = None
-    if segment_ids is not None:
-        padding, begins = (x[..., None, None] for x in (segment_ids == 0, segments.begins_later(segment_ids)))
-        q, k, v, log_decay, *ab = (jnp.where(padding, 0, x) for x in (q, k, v, log_decay, *ab))
-        log_decay = jnp.where(begins, segments.FORGET, log_decay)
-        ab = [*(jnp.where(begins, 0, a) for a in ab[:1]), *ab[1:]]
+    q, k, v, log_decay, ab, padding = separated(q, k, v, log_decay, ab, segment_ids)
     log_decay = jnp.broadcast_to(log_decay.astype(jnp.float32), q.shape)
     ab = [x.astype(jnp.float32) for x in ab]
 

@@ -168,7 +168,7 @@ def _on_device(u, dt, B, C, A, state, segment_ids) -> tuple[BTD, BDN]:
 
 
 def _pad(x: Array) -> Array:
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE), *((0, 0),) * (x.ndim - 2)))
+    return hopper.fill(x, {1: TILE})
 
 
 @jax.custom_vjp

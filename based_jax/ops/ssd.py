@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BT
-from based_jax.ops import one_decay, selective_scan
+from based_jax.ops import chunks, selective_scan
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import (
     gated_linear_attention,
@@ -109,11 +109,11 @@ def _supports(x, dt, A, B, C, state, segment_ids) -> str | None:
 
 
 def _chunks_support(x, dt, A, B, C, state, segment_ids) -> str | None:
-    return one_decay.supports(x, B.shape[3])
+    return chunks.supports(x, B.shape[3])
 
 
 def _chunks_are_slower(x, dt, A, B, C, state, segment_ids) -> str | None:
-    return one_decay.slower(x) or one_chunk_is_fastest(x.shape[1], B.shape[3], x.shape[3])
+    return chunks.slower(x) or one_chunk_is_fastest(x.shape[1], B.shape[3], x.shape[3])
 
 
 IMPLEMENTATIONS = {

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 
 from based_jax import parallel
 from based_jax.errors import UserError
-from based_jax.ops import dispatch, one_decay
+from based_jax.ops import chunks, dispatch
 from based_jax.ops.delta_rule import delta_rule, dplr
 from based_jax.ops.gated_linear_attention import gated_linear_attention
 
@@ -56,7 +56,7 @@ def interpreted(monkeypatch):
 
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     monkeypatch.setattr(chunks_triton, "EXACT", jax.lax.Precision.HIGHEST)
-    monkeypatch.setattr(one_decay, "supports", lambda *_: None)
+    monkeypatch.setattr(chunks, "supports", lambda *_: None)
     monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
 
 
