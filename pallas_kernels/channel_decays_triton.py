@@ -15,13 +15,14 @@ from `pair_gradients` and `state_gradients`, those of q, k, a, b and c from `tok
 
     dU = Pb^T dO + B dS'     Y = T^T dU     dV = Pk^T dO + K dS' + Ak^T Y     dS = exp(c_C) dS' + Q^T dO + A^T Y
 
-No exponent is above 0: blocks of 16 tokens meet through the decays between them, a block meets itself pair by pair.
+No exponent is above 0: the tokens of two neighbouring halves of 2, 4 ... 64 tokens meet through the decays up to the
+border between them, so that the pairs of one such level are a product of weighed queries and keys (`_Level`).
 What arrays may be is said in `chunks_triton.py`; log-decays are fp32.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,9 +31,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import split
-from pallas_kernels.chunks_triton import BLOCK, BLOCKS, CHUNK, NEVER, WIDTH, Cut, Type, dot, invert, part, places
+from pallas_kernels.chunks_triton import BLOCK, BLOCKS, CHUNK, NEVER, WIDTH, Cut, Type, dot, invert, pairs, part, places
 
 Arrays = Sequence[jax.Array]
+
+LEVELS = BLOCK.bit_length() - 1
+"""Of the pairs of a block's tokens."""
 
 
 class Products(NamedTuple):
@@ -57,77 +61,114 @@ def _types(queries: Arrays, keys: Arrays) -> list[Type]:
     return [square] * (len(queries) * len(keys)) + [Type(x.shape, x.dtype) for x in (*queries, *keys)]
 
 
-class _Block(NamedTuple):
-    """A block of tokens: the sums of its log-decays up to each, up to the one before, and from each to its end."""
+class _Sums(NamedTuple):
+    """The sums of log-decays from the beginning of a chunk up to some of its tokens.
 
-    since: jax.Array
-    before: jax.Array
-    until: jax.Array
-    total: jax.Array
+    Attributes:
+      rows: the tokens.
+      keys: up to each token.
+      queries: what queries see: up to each token for q, up to the one before for a.
+    """
+
+    rows: jax.Array
+    keys: jax.Array
+    queries: list[jax.Array]
 
     @classmethod
-    def of(cls, g) -> "_Block":
-        since, total = jnp.cumsum(g, axis=0), jnp.sum(g, axis=0)
-        return cls(since, since - g, total[None] - since, total)
-
-    def seen(self, count: int) -> list[jax.Array]:
-        """Return the exponents of queries: of q, or of q and a."""
-        return [self.since, self.before][:count]
-
-    def weights(self, s, c, count: int) -> list[jax.Array]:
-        """Return how much each query sees of token s, of which c is `since`; each (BLOCK, K)."""
-        row = lax.broadcasted_iota(jnp.int32, self.since.shape, 0)
-        visible = zip((row >= s, row > s), self.seen(count), strict=False)
-        return [jnp.exp(jnp.where(mask, seen - c[None], NEVER)) for mask, seen in visible]
+    def of(cls, c_ref, block, count: int) -> "_Sums":
+        """Return those of a block of tokens."""
+        rows = block * BLOCK + lax.iota(jnp.int32, BLOCK)
+        c = c_ref[_rows(block)]
+        return cls(rows, c, [c, _before(c_ref, rows)][:count])
 
 
-def products(queries: Arrays, keys: Arrays, g, *, scale: float) -> Products:
-    """Return the products of (q,) or (q, a) and (k,) or (k, b), each (B, T, H, K), with log-decays g like them."""
+class _Meeting(NamedTuple):
+    """How much queries and keys weigh that meet through what is left at a border between their tokens.
+
+    Each is (BLOCK, K): the keys', from their tokens to the border, the queries', from there on.
+    """
+
+    queries: list[jax.Array]
+    keys: jax.Array
+
+    @classmethod
+    def at(cls, border, queries: _Sums, keys: _Sums) -> "_Meeting":
+        """Return that of two blocks; `border` is the sum up to the token before the later one."""
+        return cls([jnp.exp(c - border[None]) for c in queries.queries], jnp.exp(border[None] - keys.keys))
+
+    @classmethod
+    def of_level(cls, n, c_ref, sums: _Sums) -> "_Meeting":
+        """Return that of level n in a block: of the second and the first halves of every 2^(n+1) tokens."""
+        half = lax.shift_left(jnp.int32(1), n)
+        border = c_ref[(sums.rows | (2 * half - 1)) - half]
+        second = (sums.rows & half)[:, None] > 0
+        near = jnp.exp(jnp.where(second, sums.keys - border, border - sums.keys))
+        before = [jnp.exp(jnp.where(second, c - border, NEVER)) for c in sums.queries[1:]]
+        return cls([near, *before], near)
+
+
+def _before(c_ref, row) -> jax.Array:
+    """Return the sums up to the tokens before those, nothing before the first one of the chunk."""
+    return jnp.where(row[..., None] > 0, c_ref[jnp.maximum(row - 1, 0)], 0.0)
+
+
+def _meet_at(n) -> jax.Array:
+    """Return which pairs of a query and a key of a block meet at level n."""
+    t, s = places(BLOCK)
+    return (lax.shift_right_logical(t ^ s, n) == 1) & (t > s)
+
+
+def sums(g) -> jax.Array:
+    """Return the sums of log-decays g, (B, T, H, K) fp32, from the beginning of each chunk to each token."""
+
+    def body(g_ref, c_ref):
+        c_ref[...] = jnp.cumsum(g_ref[...], axis=0)
+
+    [c] = Cut.of(g, g).by_chunk(body, "channel_decays_sums", 4, [g], [Type(g.shape, g.dtype)])
+    return c
+
+
+def products(queries: Arrays, keys: Arrays, c, *, scale: float) -> Products:
+    """Return the products of (q,) or (q, a) and (k,) or (k, b), each (B, T, H, K), with `sums` c like them."""
     cut, count, dtype = Cut.of(keys[0], keys[0]), len(queries), keys[0].dtype
 
-    def body(g_ref, *refs):
+    def body(c_ref, *refs):
         q_refs, k_refs, pair_refs, Q_refs, K_refs, [kept_ref] = split(refs, count, count, count**2, count, count)
         i = part(BLOCKS)
-        own = _rows(i)
-        block, qs, ks = _Block.of(g_ref[own]), _wide(q_refs, own), _wide(k_refs, own)
-        qs = _scaled(scale, qs)
-        decayed = [q * jnp.exp(c) for q, c in zip(qs, block.seen(count), strict=True)]
-        narrow = [x.astype(dtype) for x in decayed]
-
-        def earlier(n, gap):
-            j = i - 1 - n
-            other = _Block.of(g_ref[_rows(j)])
-            theirs = [(k * jnp.exp(other.until + gap[None])).astype(dtype) for k in _wide(k_refs, _rows(j))]
-            _store(pair_refs, (own, _rows(j)), [dot(q, k, (1, 1)) for q, k in _each(narrow, theirs)])
-            return gap + other.total
-
-        def later(j, gap):
-            _store(pair_refs, (own, _rows(j)), squares)
-            return gap + jnp.sum(g_ref[_rows(j)], axis=0)
-
-        none, squares = jnp.zeros_like(block.total), [jnp.zeros((BLOCK, BLOCK), jnp.float32)] * count**2
-        past = lax.fori_loop(0, i, earlier, none)
-        future = lax.fori_loop(i + 1, BLOCKS, later, none)
-        _store(Q_refs, own, [q * jnp.exp(past)[None] for q in decayed])
-        _store(K_refs, own, [k * jnp.exp(block.until + future[None]) for k in ks])
+        own, here, whole = _rows(i), _Sums.of(c_ref, i, count), c_ref[CHUNK - 1]
+        qs, ks = _scaled(scale, _wide(q_refs, own)), _wide(k_refs, own)
+        _store(Q_refs, own, map(jnp.multiply, qs, map(jnp.exp, here.queries)))
+        _store(K_refs, own, [k * jnp.exp(whole[None] - here.keys) for k in ks])
 
         @pl.when(i == 0)
         def _():
-            kept_ref[...] = jnp.exp(block.total + future)
+            kept_ref[...] = jnp.exp(whole)
 
-        def column(s, carry):
-            found, c = carry
-            c, given = c + g_ref[i * BLOCK + s], _wide(k_refs, i * BLOCK + s)
-            seen = [q * w for q, w in zip(qs, block.weights(s, c, count), strict=True)]
-            here = places(BLOCK)[1] == s
-            sums = (jnp.sum(q * k[None], axis=1) for q, k in _each(seen, given))
-            return [jnp.where(here, x[:, None], square) for x, square in zip(sums, found, strict=True)], c
+        def level(n, squares):
+            weights = _Meeting.of_level(n, c_ref, here)
+            weighed = _each(_weighed(qs, weights.queries, dtype), _weighed(ks, [weights.keys] * count, dtype))
+            return _plus(squares, [jnp.where(_meet_at(n), dot(q, k, (1, 1)), 0.0) for q, k in weighed])
 
-        near, _ = lax.fori_loop(0, BLOCK, column, (squares, none))
-        _store(pair_refs, (own, own), near)
+        nothing = jnp.zeros((BLOCK, BLOCK), jnp.float32)
+        own_keys = [jnp.where(pairs(BLOCK, lax.eq), jnp.sum(qs[0] * k, axis=1)[:, None], 0.0) for k in ks]
+        squares = [*own_keys, *[nothing] * (count**2 - count)]  # a sees no key of its token
+        _store(pair_refs, (own, own), lax.fori_loop(0, LEVELS, level, squares))
+        border = _before(c_ref, i * BLOCK)
+
+        @pl.loop(0, i)
+        def _(j):
+            weights = _Meeting.at(border, here, _Sums.of(c_ref, j, 1))
+            theirs = _weighed(_wide(k_refs, _rows(j)), [weights.keys] * count, dtype)
+            weighed = _each(_weighed(qs, weights.queries, dtype), theirs)
+            _store(pair_refs, (own, _rows(j)), [dot(q, k, (1, 1)) for q, k in weighed])
+
+        @pl.loop(i + 1, BLOCKS)
+        def _(j):
+            _store(pair_refs, (own, _rows(j)), [nothing] * count**2)
 
     results = [*_types(queries, keys), Type((cut.batch, cut.chunks, cut.heads, cut.keys), jnp.float32)]
-    made = cut.by_chunk(body, "channel_decays_products", _warps(cut, count), [g, *queries, *keys], results, BLOCKS)
+    arguments = [c, *queries, *keys]
+    made = cut.by_chunk(body, "channel_decays_products", _warps(cut), arguments, results, BLOCKS)
     found_pairs, found_queries, found_keys, [kept] = split(made, count**2, count, count)
     return Products(found_pairs, found_queries, found_keys, kept)
 
@@ -135,11 +176,13 @@ def products(queries: Arrays, keys: Arrays, g, *, scale: float) -> Products:
 def inverses(lower) -> jax.Array:
     """Return (I - Ab)^-1 of every chunk, like Ab."""
 
+    at = [pl.ds(i * BLOCK, BLOCK) for i in range(BLOCKS)]
+
     def body(lower_ref, t_ref):
         def write(i: int, j: int, block) -> None:
-            t_ref[_rows(i), _rows(j)] = block.astype(t_ref.dtype)
+            t_ref[at[i], at[j]] = block.astype(t_ref.dtype)
 
-        invert(lambda i, j: -lower_ref[_rows(i), _rows(j)].astype(jnp.float32), write)
+        invert(lambda i, j: -lower_ref[at[i], at[j]].astype(jnp.float32), write)
 
     [t] = Cut.of(lower, lower).by_chunk(body, "channel_decays_inverses", 1, [lower], [Type(lower.shape, lower.dtype)])
     return t
@@ -262,7 +305,7 @@ def state_gradients(made: Products, read: Arrays, written: Arrays, starts, ends)
         _store(result_refs, ..., sums)
         whole = kept_ref[...] * kept
         for K, dK in zip(_wide(K_refs, ...), sums[count:], strict=True):
-            whole = whole + jnp.sum(K * dK, axis=0)
+            whole = whole + jnp.sum(K * dK.astype(made.keys[0].dtype).astype(jnp.float32), axis=0)
         whole_ref[...] = whole
 
     like = [Type(x.shape, x.dtype) for x in (*made.queries, *made.keys, made.kept)]
@@ -271,88 +314,122 @@ def state_gradients(made: Products, read: Arrays, written: Arrays, starts, ends)
 
 
 def token_gradients(
-    queries: Arrays, keys: Arrays, g, dpairs: Arrays, dqueries: Arrays, dkeys: Arrays, *, scale: float
+    queries: Arrays, keys: Arrays, c, made: Products, dpairs: Arrays, dqueries: Arrays, dkeys: Arrays, *, scale: float
 ) -> list[jax.Array]:
-    """Return the gradients of queries and keys, like them, and q dq - k dk - b db and any a da in fp32, like g.
+    """Return the gradients of queries and keys, like them, and of c_t and c_(t-1), fp32.
 
-    The last ones are the gradients of c_t, but for c_C's share from `state_gradients`, and of c_(t-1).
+    The gradient of c_t lacks c_C's share from `state_gradients`; that of c_(t-1) is what a sees, if there is one.
+
+    Args:
+      dpairs: of `pair_gradients`.
+      dqueries, dkeys: of `state_gradients`.
     """
     cut, count, dtype = Cut.of(keys[0], keys[0]), len(queries), keys[0].dtype
 
-    def body(g_ref, *refs):
-        q_refs, k_refs, dQ_refs, dK_refs, pair_refs, token_refs, (dc_ref, *before_refs) = split(
-            refs, count, count, count, count, count**2, 2 * count
+    def body(c_ref, *refs):
+        q_refs, k_refs, Q_refs, K_refs, dQ_refs, dK_refs, pair_refs, token_refs, dc_refs = split(
+            refs, *[count] * 6, count**2, 2 * count
         )
         i = part(BLOCKS)
-        own = _rows(i)
-        block, qs, ks = _Block.of(g_ref[own]), _scaled(scale, _wide(q_refs, own)), _wide(k_refs, own)
-        none, zeros = jnp.zeros_like(block.total), [jnp.zeros_like(qs[0])] * count
+        own, here, whole = _rows(i), _Sums.of(c_ref, i, count), c_ref[CHUNK - 1]
+        qs, ks = _scaled(scale, _wide(q_refs, own)), _wide(k_refs, own)
 
-        def earlier(n, carry):
-            dqs, gap = carry
-            j = i - 1 - n
-            other = _Block.of(g_ref[_rows(j)])
-            theirs = [(k * jnp.exp(other.until + gap[None])).astype(dtype) for k in _wide(k_refs, _rows(j))]
+        def to_queries(found, weights: _Meeting, near_qs, near_ks, squares):
+            """Add what the keys give the own queries, through pairs' gradients; c gets it of the rounded factors.
+
+            So a pair's shares cancel in the sums of dc over tokens that have both of it, or none.
+            """
+            dqs, dks, dcs = found
+            given = _by_query(dot, squares, near_ks)
+            dqs = _plus(dqs, map(jnp.multiply, weights.queries, given))
+            return dqs, dks, _plus(dcs, [q.astype(jnp.float32) * x for q, x in zip(near_qs, given, strict=True)])
+
+        def to_keys(found, weights: _Meeting, near_qs, near_ks, squares):
+            """Add what the queries give the own keys."""
+            dqs, dks, (dc, *dbefore) = found
+            given = _by_key(lambda square, q: dot(square, q, (0, 0)), squares, near_qs)
+            lost = [k.astype(jnp.float32) * x for k, x in zip(near_ks, given, strict=True)]
+            dks = _plus(dks, [weights.keys * x for x in given])
+            return dqs, dks, [functools.reduce(jnp.subtract, lost, dc), *dbefore]
+
+        def level(n, found):
+            weights = _Meeting.of_level(n, c_ref, here)
+            near = _weighed(qs, weights.queries, dtype), _weighed(ks, [weights.keys] * count, dtype)
+            squares = [jnp.where(_meet_at(n), ref[own, own], 0) for ref in pair_refs]
+            return to_keys(to_queries(found, weights, *near, squares), weights, *near, squares)
+
+        def earlier(j, found):
+            weights = _Meeting.at(_before(c_ref, i * BLOCK), here, _Sums.of(c_ref, j, 1))
+            theirs = _weighed(_wide(k_refs, _rows(j)), [weights.keys] * count, dtype)
             squares = [ref[own, _rows(j)] for ref in pair_refs]
-            return _plus(dqs, _by_query(dot, squares, theirs)), gap + other.total
+            return to_queries(found, weights, _weighed(qs, weights.queries, dtype), theirs, squares)
 
-        def later(m, carry):
-            dks, gap = carry
-            other = _Block.of(g_ref[_rows(m)])
-            theirs = _scaled(scale, _wide(q_refs, _rows(m)))
-            seen = [(q * jnp.exp(c + gap[None])).astype(dtype) for q, c in zip(theirs, other.seen(count), strict=True)]
+        def later(m, found):
+            weights = _Meeting.at(_before(c_ref, m * BLOCK), _Sums.of(c_ref, m, count), here)
+            theirs = _weighed(_scaled(scale, _wide(q_refs, _rows(m))), weights.queries, dtype)
             squares = [ref[_rows(m), own] for ref in pair_refs]
-            return _plus(dks, _by_key(lambda square, q: dot(square, q, (0, 0)), squares, seen)), gap + other.total
+            return to_keys(found, weights, theirs, _weighed(ks, [weights.keys] * count, dtype), squares)
 
-        dqs, past = lax.fori_loop(0, i, earlier, (zeros, none))
-        dks, future = lax.fori_loop(i + 1, BLOCKS, later, (zeros, none))
-        dqs = _plus(dqs, [jnp.exp(past)[None] * x for x in _wide(dQ_refs, own)])
-        dks = _plus(dks, [jnp.exp(future)[None] * x for x in _wide(dK_refs, own)])
-        dqs = [jnp.exp(c) * x for c, x in zip(block.seen(count), dqs, strict=True)]
-        dks = [jnp.exp(block.until) * x for x in dks]
-        row = lax.broadcasted_iota(jnp.int32, qs[0].shape, 0)
+        zeros = [jnp.zeros_like(here.keys)] * count
+        found = lax.fori_loop(0, LEVELS, level, (zeros, zeros, zeros))
+        found = lax.fori_loop(0, i, earlier, found)
+        dqs, dks, dcs = lax.fori_loop(i + 1, BLOCKS, later, found)
 
-        def token(s, carry):
-            dqs, dks, c = carry
-            place = i * BLOCK + s
-            c, theirs = c + g_ref[place], [k[None] for k in _wide(k_refs, place)]
-            weights = block.weights(s, c, count)
-            columns = [ref[own, place].astype(jnp.float32)[:, None] for ref in pair_refs]
-            given = _by_query(jnp.multiply, columns, theirs)
-            seen = [w * q for w, q in zip(weights, qs, strict=True)]
-            taken = _by_key(lambda column, q: jnp.sum(column * q, axis=0)[None], columns, seen)
-            dqs = _plus(dqs, [w * x for w, x in zip(weights, given, strict=True)])
-            return dqs, _plus(dks, [jnp.where(row == s, x, 0.0) for x in taken]), c
+        dQs, dKs = _wide(dQ_refs, own), _wide(dK_refs, own)
+        dc, *dbefore = _plus(dcs, map(jnp.multiply, _wide(Q_refs, own), dQs))
+        dc = functools.reduce(jnp.subtract, map(jnp.multiply, _wide(K_refs, own), dKs), dc)
+        _store(dc_refs, own, [dc, *dbefore])
 
-        dqs, dks, _ = lax.fori_loop(0, BLOCK, token, (dqs, dks, none))
-        _store(token_refs, own, [*_scaled(scale, dqs), *dks])
-        seen, *before = map(jnp.multiply, qs, dqs)
-        dc_ref[own] = functools.reduce(jnp.subtract, map(jnp.multiply, ks, dks), seen)
-        _store(before_refs, own, before)
+        diagonal = pairs(BLOCK, lax.eq)
+        seen = [jnp.sum(jnp.where(diagonal, x, 0.0), axis=1)[:, None] for x in _wide(pair_refs[:count], (own, own))]
+        dqs = _plus(dqs, map(jnp.multiply, map(jnp.exp, here.queries), dQs))
+        dks = _plus(dks, [jnp.exp(whole[None] - here.keys) * x for x in dKs])
+        dqs = [functools.reduce(jnp.add, map(jnp.multiply, seen, ks), dqs[0]), *dqs[1:]]
+        _store(token_refs, own, [*_scaled(scale, dqs), *_plus(dks, [x * qs[0] for x in seen])])
 
-    results = [Type(x.shape, x.dtype) for x in (*queries, *keys, *[g] * count)]
-    arguments = [g, *queries, *keys, *dqueries, *dkeys, *dpairs]
-    return cut.by_chunk(body, "channel_decays_token_gradients", _warps(cut, count), arguments, results, BLOCKS)
+    results = [Type(x.shape, x.dtype) for x in (*queries, *keys, *[c] * count)]
+    arguments = [c, *queries, *keys, *made.queries, *made.keys, *dqueries, *dkeys, *dpairs]
+    return cut.by_chunk(body, "channel_decays_token_gradients", _warps(cut, 4 * count), arguments, results, BLOCKS)
 
 
-def _warps(cut: Cut, count: int) -> int:
-    """Return the warps that have the registers for a block's queries and keys."""
-    return max(1, min(8, count * cut.keys // 32))
+def decay_gradients(dc: Arrays, dwhole) -> jax.Array:
+    """Return the gradients of log-decays, of those of c_t, c_(t-1) (`token_gradients`) and c_C (`state_gradients`)."""
+
+    def body(whole_ref, *refs):
+        *dc_refs, dg_ref = refs
+        dc, *dbefore = (ref[...] for ref in dc_refs)
+        total = functools.reduce(jnp.add, dbefore, dc)
+        since = (whole_ref[...] + jnp.sum(total, axis=0))[None] - jnp.cumsum(total, axis=0) + total
+        dg_ref[...] = functools.reduce(jnp.subtract, dbefore, since)
+
+    like = Type(dc[0].shape, dc[0].dtype)
+    [dg] = Cut.of(dc[0], dc[0]).by_chunk(body, "channel_decays_gradients", 4, [dwhole, *dc], [like])
+    return dg
+
+
+def _warps(cut: Cut, most: int = 4) -> int:
+    """Return the warps that are fastest for a block of tokens."""
+    return min(most, cut.keys // BLOCK)
 
 
 def _rows(i) -> pl.Slice:
     return pl.ds(i * BLOCK, BLOCK)
 
 
-def _wide(refs: Sequence, rows) -> list[jax.Array]:
-    """Return those rows of all in fp32."""
-    return [ref[rows].astype(jnp.float32) for ref in refs]
+def _wide(refs: Sequence, here) -> list[jax.Array]:
+    """Return those parts of all in fp32."""
+    return [ref[here].astype(jnp.float32) for ref in refs]
 
 
-def _store(refs: Sequence, rows, values: Arrays) -> None:
-    """Store those rows of all in their dtypes."""
+def _store(refs: Sequence, here, values: Iterable[jax.Array]) -> None:
+    """Store those parts of all in their dtypes."""
     for ref, x in zip(refs, values, strict=True):
-        ref[rows] = x.astype(ref.dtype)
+        ref[here] = x.astype(ref.dtype)
+
+
+def _weighed(xs: Arrays, weights: Arrays, dtype) -> list[jax.Array]:
+    """Return the products in that dtype, for tensor cores."""
+    return [(x * weight).astype(dtype) for x, weight in zip(xs, weights, strict=True)]
 
 
 def _scaled(scale: float, queries: Arrays) -> list[jax.Array]:
@@ -360,7 +437,7 @@ def _scaled(scale: float, queries: Arrays) -> list[jax.Array]:
     return [scale * queries[0], *queries[1:]]
 
 
-def _plus(xs: Arrays, ys: Arrays) -> list[jax.Array]:
+def _plus(xs: Iterable[jax.Array], ys: Iterable[jax.Array]) -> list[jax.Array]:
     return [x + y for x, y in zip(xs, ys, strict=True)]
 
 

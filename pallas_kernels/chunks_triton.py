@@ -10,6 +10,7 @@ Triton has multiplied wrongly on Hopper GPUs what is transposed in a product but
 (triton-lang/triton#6124): where there is a choice, factors go to the other operand. The checks have found none so far.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,12 @@ Type = jax.ShapeDtypeStruct
 CHUNK, BLOCK, WIDTH = 64, 16, 64
 BLOCKS = CHUNK // BLOCK
 STRIP_WARPS = 4
+STAGES = {40 << 10: 3, 80 << 10: 2}
+"""Chunks that a walk has in flight, by the most bytes that one has; fewer than 3 leave room for a second program.
+
+Programs for a single chunk have one stage: with two, sums of products over strips came out wrong, and different each
+time, on one H100 80GB (jax 0.11.2).
+"""
 NEVER = -1e30
 EXACT: Any = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
@@ -74,7 +81,7 @@ class Cut(NamedTuple):
 
         blocks = [*map(block, arguments)], [*map(block, results)]
         grid = self.batch, self.heads * self.chunks * parts
-        return _call(body, name, warps, grid, arguments, results, *blocks)
+        return _call(body, name, warps, 1, grid, arguments, results, *blocks)
 
     def by_strip(
         self, body: Callable, name: str, whole: Sequence, wide: Sequence, states: Sequence, *results: Sequence[Type]
@@ -110,7 +117,11 @@ class Cut(NamedTuple):
         inputs = [*map(of_whole, whole), *map(of_wide, wide), *map(of_states, states)]
         outputs = [*map(of_wide, made), *map(of_states, made_states)]
         grid = self.batch, self.heads * strips
-        return _call(body, name, STRIP_WARPS, grid, [*whole, *wide, *states], [*made, *made_states], inputs, outputs)
+        loaded = sum(math.prod(x.shape[3:]) * CHUNK * x.dtype.itemsize for x in whole if x.shape[1] == self.time)
+        loaded += sum(CHUNK * WIDTH * x.dtype.itemsize for x in wide)
+        stages = next((n for size, n in STAGES.items() if loaded <= size), 1)
+        blocks = [*whole, *wide, *states], [*made, *made_states], inputs, outputs
+        return _call(body, name, STRIP_WARPS, stages, grid, *blocks)
 
 
 def _block(shape: tuple, place: Callable) -> pl.BlockSpec:
@@ -118,7 +129,7 @@ def _block(shape: tuple, place: Callable) -> pl.BlockSpec:
     return pl.BlockSpec(shape, lambda *at: (*place(*at), *(0,) * (len(shape) - 3)))
 
 
-def _call(body, name, warps, grid, arguments, results, inputs, outputs) -> list[jax.Array]:
+def _call(body, name, warps, stages, grid, arguments, results, inputs, outputs) -> list[jax.Array]:
     axes = jax.typeof(arguments[0]).manual_axis_type  # of `jax.shard_map`; all arguments vary alike
     results = [Type(x.shape, x.dtype, manual_axis_type=axes) for x in results]
     return pl.pallas_call(
@@ -127,7 +138,7 @@ def _call(body, name, warps, grid, arguments, results, inputs, outputs) -> list[
         in_specs=inputs,
         out_specs=outputs,
         out_shape=results,
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
         name=name,
     )(*arguments)
 

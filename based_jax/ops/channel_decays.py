@@ -50,11 +50,12 @@ def _forward(scale, q, k, v, log_decay, state, *ab, with_starts: bool):
     from pallas_kernels import channel_decays_triton as kernels
 
     queries, keys = (q, *ab[:1]), (k, *ab[1:])
-    made = kernels.products(queries, keys, log_decay, scale=scale)
+    c = kernels.sums(log_decay)
+    made = kernels.products(queries, keys, c, scale=scale)
     t = kernels.inverses(made.pairs[3]) if ab else None
     o, *rest = kernels.forward(made, v, state, t, with_starts=with_starts)
     u, (last, *starts) = rest[: len(ab) // 2], rest[len(ab) // 2 :]
-    return (o, last), (queries, keys, v, log_decay, made, t, u, *starts)
+    return (o, last), (queries, keys, v, c, made, t, u, *starts)
 
 
 def _fused_fwd(scale, *arguments):
@@ -65,20 +66,16 @@ def _fused_bwd(scale, saved, gradients):
     from pallas_kernels import channel_decays_triton as kernels
     from pallas_kernels import split
 
-    queries, keys, v, log_decay, made, t, u, starts = saved
+    queries, keys, v, c, made, t, u, starts = saved
     do, dlast = gradients
     dv, *y, ends, dstate = kernels.reverse(made, do, dlast, t)
     read, written = (do, *y), (v, *u)
     dpairs = kernels.pair_gradients(read, written)
     found = kernels.state_gradients(made, read, written, starts, ends)
-    dqueries, dkeys, [whole] = split(found, len(read), len(read))
-    found = kernels.token_gradients(queries, keys, log_decay, dpairs, dqueries, dkeys, scale=scale)
-    (dq, *da), (dk, *db), (dc, *dbefore) = split(found, len(read), len(read))
-
-    summed = [chunks.cut(x, kernels.CHUNK) for x in (functools.reduce(jnp.add, dbefore, dc), *dbefore)]
-    sums = jax.lax.cumsum(summed[0], axis=2, reverse=True) + whole[:, :, None]
-    dlog_decay = functools.reduce(jnp.subtract, summed[1:], sums)  # a reads the state before it decays
-    return dq, dk, dv, dlog_decay.reshape(dc.shape), dstate, *da, *db
+    dqueries, dkeys, [dwhole] = split(found, len(read), len(read))
+    found = kernels.token_gradients(queries, keys, c, made, dpairs, dqueries, dkeys, scale=scale)
+    (dq, *da), (dk, *db), dc = split(found, len(read), len(read))
+    return dq, dk, dv, kernels.decay_gradients(dc, dwhole), dstate, *da, *db
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

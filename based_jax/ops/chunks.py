@@ -18,7 +18,6 @@ KEYS = (16, 32, 64, 128)
 """Sizes of keys; others are filled up with zeros."""
 FULL = 64
 """Tokens of a chunk. Fewer take as long; `auto` leaves them to kernels that go token by token."""
-UNTIMED = "it has not been timed with a decay for each channel"
 WEAKEST = -128.0
 """A log-decay that leaves nothing in fp32. Sums of it over a chunk are still exact to 1e-3."""
 
@@ -36,10 +35,8 @@ def supports(v: BTHV, keys: int) -> str | None:
     return hopper.mesh_refusal()
 
 
-def slower(v: BTHV, decays: int = 1) -> str | None:
-    """Return why `auto` leaves a call with so many decays a head to others, or None."""
-    if decays > 1:
-        return UNTIMED
+def slower(v: BTHV) -> str | None:
+    """Return why `auto` leaves a call to others, or None."""
     kind, time = target_device_kind(), v.shape[1]
     if not hopper.DEVICES.search(kind):
         return f"it has been timed on Hopper GPUs alone, and this is {kind}"

@@ -30,6 +30,10 @@ from based_jax.ops.precision import EXACT, einsum, inner_precision, product_poli
 
 CHUNK = 64
 
+FEW_HEADS, LARGE = 256, 128 * 256
+"""Heads of all sequences below which `auto` takes chunks where channels decay each by itself: steps take as long for
+128 of them as for 512 (experiments/kernels). For states of so many elements it takes them always."""
+
 Rate = Float[Array, "B T H"]
 
 
@@ -206,7 +210,15 @@ def _chunks_support(xs, scale, state, segment_ids) -> str | None:
 
 
 def _chunks_are_slower(xs, scale, state, segment_ids) -> str | None:
-    return chunks.slower(xs[2], xs[3].shape[-1])
+    """Return why `auto` leaves a call with a decay for each channel to others, or None."""
+    (rows, _, heads, V), K = xs[2].shape, xs[0].shape[-1]
+    if rows * heads >= FEW_HEADS and K * V < LARGE:
+        return f"steps are faster for {rows * heads} heads with states of {K * V} elements"
+    return chunks.slower(xs[2])
+
+
+def _correcting_chunks_are_slower(xs, *rest) -> str | None:
+    return _chunks_are_slower(xs, *rest) if xs[3].shape[-1] > 1 else chunks.slower(xs[2])
 
 
 def _as_dplr(q, k, v, log_decay, beta) -> tuple[Any, ...]:
@@ -220,14 +232,16 @@ def _through_dplr(run: Callable, xs, *rest) -> tuple[Any, Any]:
 
 
 DPLR_IMPLEMENTATIONS = {
+    "triton": Implementation(_chunks, _chunks_support, platform="cuda", slower=_chunks_are_slower),
     "hopper": Implementation(_hopper, _supports, platform="cuda"),
-    "triton": Implementation(_chunks, _chunks_support, platform="cuda", slower=lambda *_: chunks.UNTIMED),
     "xla": Implementation(_chunked),
     "recurrent": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
 }
 IMPLEMENTATIONS = {
-    "triton": Implementation(_correcting_chunks, _chunks_support, platform="cuda", slower=_chunks_are_slower),
+    "triton": Implementation(
+        _correcting_chunks, _chunks_support, platform="cuda", slower=_correcting_chunks_are_slower
+    ),
     **{
         name: dataclasses.replace(entry, run=functools.partial(_through_dplr, entry.run))
         for name, entry in DPLR_IMPLEMENTATIONS.items()

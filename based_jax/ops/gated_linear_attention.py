@@ -29,8 +29,9 @@ SHORT = 256
 
 FEW_STEPS, LARGE = 1024, 128 * 256
 """Where heads have one decay, and the Triton kernels do not run, `auto` takes those that go token by token up to so
-many tokens (they are faster than XLA's chunks at 256, slower at 2,048). Before either, for states of so many elements
-it takes one chunk up to `SHORT` tokens: faster, and slower with a quarter of that (experiments/kernels)."""
+many tokens (they are faster than XLA's chunks at 256, slower at 2,048). For states of so many elements it takes one
+chunk in XLA before them up to `SHORT` tokens, and before the Triton kernels up to half of that; not so with a quarter
+of that size (experiments/kernels)."""
 
 HK = Float[Array, "H K"]
 Decay = Float[Array, "B T H #K"]
@@ -231,13 +232,13 @@ def _kernels_are_slower(xs, bonus, scale, state, segment_ids) -> str | None:
         return None
     if T > FEW_STEPS:
         return f"products are faster where heads have one decay, and T is {T}, above {FEW_STEPS}"
-    return one_chunk_is_fastest(T, K, V)
+    return _one_chunk_is_faster(T, SHORT, K * V)
 
 
-def one_chunk_is_fastest(T: int, K: int, V: int) -> str | None:
-    """Return why all kernels are slower than one chunk in XLA where heads have one decay, or None."""
-    if T <= SHORT and K * V >= LARGE:
-        return f"one chunk is faster where heads have one decay, and T is {T}, K {K}, V {V}"
+def _one_chunk_is_faster(time: int, most: int, state: int) -> str | None:
+    """Return why kernels are slower than one chunk in XLA of at most so many tokens, where heads have one decay."""
+    if time <= most and state >= LARGE:
+        return f"one chunk is faster where heads have one decay, T is {time} and a state has {state} elements"
     return None
 
 
@@ -254,8 +255,13 @@ def _triton_supports(xs, bonus, scale, state, segment_ids) -> str | None:
 
 
 def _triton_is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
-    (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
-    return chunks.slower(xs[2], xs[3].shape[-1]) or one_chunk_is_fastest(T, K, V)
+    q, _, v, log_decay = xs
+    return chunks.slower(v) if log_decay.shape[-1] > 1 else one_decay_is_slower(v, q.shape[-1])
+
+
+def one_decay_is_slower(v: BTHV, keys: int) -> str | None:
+    """Return why `auto` leaves a call with one decay a head to others than the Triton kernels, or None."""
+    return chunks.slower(v) or _one_chunk_is_faster(v.shape[1], SHORT // 2, keys * v.shape[-1])
 
 
 IMPLEMENTATIONS = {

@@ -20,7 +20,7 @@ from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import (
     gated_linear_attention,
     gated_linear_attention_step,
-    one_chunk_is_fastest,
+    one_decay_is_slower,
 )
 
 BTHP = Float[Array, "B T H P"]
@@ -113,14 +113,14 @@ def _chunks_support(x, dt, A, B, C, state, segment_ids) -> str | None:
 
 
 def _chunks_are_slower(x, dt, A, B, C, state, segment_ids) -> str | None:
-    return chunks.slower(x) or one_chunk_is_fastest(x.shape[1], B.shape[3], x.shape[3])
+    return one_decay_is_slower(x, B.shape[3])
 
 
 IMPLEMENTATIONS = {
-    "hopper": Implementation(_as_scan, _supports, platform="cuda"),
     "triton": Implementation(
         functools.partial(_as_attention, impl="triton"), _chunks_support, platform="cuda", slower=_chunks_are_slower
     ),
+    "hopper": Implementation(_as_scan, _supports, platform="cuda"),
     "xla": Implementation(functools.partial(_as_attention, impl="xla")),
     "recurrent": Implementation(functools.partial(_as_attention, impl="recurrent")),
     "oracle": Implementation(functools.partial(_as_attention, impl="oracle")),

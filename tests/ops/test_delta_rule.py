@@ -11,6 +11,7 @@ from based_jax.ops import dispatch
 from based_jax.ops.delta_rule import (
     CHUNK,
     DPLR_IMPLEMENTATIONS,
+    FEW_HEADS,
     IMPLEMENTATIONS,
     delta_rule,
     delta_rule_step,
@@ -111,18 +112,23 @@ def test_bf16_stays_close(impl, normal, close):
 
 
 def test_auto_takes_what_was_timed_and_is_fastest():
-    """Full chunks with one decay a head go by chunks, all else on a Hopper GPU token by token."""
+    """Full chunks go by chunks, but token by token on a Hopper GPU where channels decay and heads are many."""
 
-    def taken(kind, T, decays=1, dtype="bfloat16", table=IMPLEMENTATIONS):
-        x, g, more = jnp.zeros((2, T, 2, 64), dtype), jnp.zeros((2, T, 2, decays)), jnp.zeros((2, T, 2))
-        xs = (x, x, x, g, more) if table is IMPLEMENTATIONS else (x, x, x, g, x, x)
+    def taken(kind, T, decays=1, dtype="bfloat16", table=IMPLEMENTATIONS, batch=2, K=64, V=64):
+        shapes = (batch, T, 2, K), (batch, T, 2, V), (batch, T, 2, decays), (batch, T, 2)
+        x, v, g, beta = map(jnp.zeros, shapes, (dtype, dtype, "float32", "float32"))
+        xs = (x, x, v, g, beta) if table is IMPLEMENTATIONS else (x, x, v, g, x, x)
         with gpus(kind):
             entry = dispatch._automatic("delta_rule", table, xs, 1.0, None, None)
         return next(name for name in table if table[name] is entry)
 
     assert [taken(H100, T) for T in (CHUNK - 1, CHUNK, 4096)] == ["hopper", "triton", "triton"]
-    assert [taken(H100, 256, 64), taken(H100, 256, dtype="float32")] == ["hopper", "hopper"]
-    assert [taken(H100, 256, decays, table=DPLR_IMPLEMENTATIONS) for decays in (1, 64)] == ["hopper", "hopper"]
+    assert taken(H100, 256, dtype="float32") == "hopper"
+    assert taken(H100, CHUNK, batch=FEW_HEADS // 2) == "triton"
+    for options in ({"decays": 64}, {"table": DPLR_IMPLEMENTATIONS}):
+        assert [taken(H100, T, **options) for T in (CHUNK - 1, CHUNK)] == ["hopper", "triton"]
+        many = options | {"batch": FEW_HEADS // 2}
+        assert [taken(H100, CHUNK, **many, K=K, V=V) for K, V in ((64, 64), (128, 256))] == ["hopper", "triton"]
     assert taken("NVIDIA A100", 256) == "xla"
 
 

@@ -76,9 +76,9 @@ def test_bf16_and_steps(normal, close):
 
 
 def test_what_the_kernels_take(normal):
-    def zeros(groups=1, states=16, heads=4, width=64):
-        x, dt = jnp.zeros((2, 64, heads, width), jnp.bfloat16), jnp.zeros((2, 64, heads))
-        B, C = (jnp.zeros((2, 64, groups, states), jnp.bfloat16) for _ in "BC")
+    def zeros(groups=1, states=16, heads=4, width=64, T=64):
+        x, dt = jnp.zeros((2, T, heads, width), jnp.bfloat16), jnp.zeros((2, T, heads))
+        B, C = (jnp.zeros((2, T, groups, states), jnp.bfloat16) for _ in "BC")
         return x, dt, -jnp.ones(heads), B, C
 
     with gpus():
@@ -89,5 +89,5 @@ def test_what_the_kernels_take(normal):
         ):
             with pytest.raises(UserError, match=words):
                 ssd(*zeros(**options), impl="hopper")
-        for options, kernel in (({}, "selective_scan"), ({"groups": 2, "states": 128}, "one_decay_forward")):
+        for options, kernel in (({"T": 63}, "selective_scan"), ({"groups": 2, "states": 128}, "one_decay_forward")):
             assert kernel in jax.jit(ssd).trace(*zeros(**options)).lower(lowering_platforms=("cuda",)).as_text()
