@@ -150,6 +150,11 @@ def chunks(folder: Path) -> str:
     return others(folder, MATRIX_STATES, "chunks.jsonl", impls)
 
 
+def convolutions(folder: Path) -> str:
+    """Return times of the short convolution, and of FLA's."""
+    return others(folder, ("short_conv",), "convolutions.jsonl", {"ours": "hopper", "FLA": PEER, "XLA": "xla"})
+
+
 def calls(folder: Path) -> str:
     """Return the kernels of each call, with the time in which none runs."""
     rows = [row for row in results.read(folder, "profile*.jsonl") if row["view"] == "call"]
@@ -206,6 +211,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "others": others,
     "later": later,
     "chunks": chunks,
+    "convolutions": convolutions,
     "calls": calls,
     "launches": launches,
     "checks": checks,

@@ -45,7 +45,7 @@ BUDGETS = 8, 16, 32, 64, 128, 256, 512, 1024
 """KiB of state."""
 Way = tuple[str, int]
 """A way of running, and its lanes."""
-OPERATIONS = "one_decay", "recurrence", "selective_scan", "taylor", "window"
+OPERATIONS = "channel_decays", "one_decay", "recurrence", "selective_scan", "taylor", "window"
 """What the names of a mixer's own kernels begin with; those that are not among a row's longest are not counted."""
 
 
