@@ -15,14 +15,15 @@ from `pair_gradients` and `state_gradients`, those of q, k, a, b and c from `tok
 
     dU = Pb^T dO + B dS'     Y = T^T dU     dV = Pk^T dO + K dS' + Ak^T Y     dS = exp(c_C) dS' + Q^T dO + A^T Y
 
-No exponent is above 0: the tokens of two neighbouring halves of 2, 4 ... 64 tokens meet through the decays up to the
-border between them, so that the pairs of one such level are a product of weighed queries and keys (`_Level`).
+No exponent is above 0 (but for rounding): in a block of 16 tokens the halves of every 2, 4, 8 and 16 meet through the
+decays up to the border between them, and two blocks through those up to the beginning of the later one. So the pairs of
+a level, or of two blocks, are one product of weighed queries and keys (`_Meeting`).
 What arrays may be is said in `chunks_triton.py`; log-decays are fp32.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ from pallas_kernels.chunks_triton import BLOCK, BLOCKS, CHUNK, NEVER, WIDTH, Cut
 Arrays = Sequence[jax.Array]
 
 LEVELS = BLOCK.bit_length() - 1
-"""Of the pairs of a block's tokens."""
+"""At which the tokens of a block meet: level n joins halves of 2^n tokens."""
 
 
 class Products(NamedTuple):
@@ -61,50 +62,36 @@ def _types(queries: Arrays, keys: Arrays) -> list[Type]:
     return [square] * (len(queries) * len(keys)) + [Type(x.shape, x.dtype) for x in (*queries, *keys)]
 
 
-class _Sums(NamedTuple):
-    """The sums of log-decays from the beginning of a chunk up to some of its tokens.
+class _Meeting(NamedTuple):
+    """Decays of queries and keys that meet at a border between their tokens, (BLOCK, K) each.
 
     Attributes:
-      rows: the tokens.
-      keys: up to each token.
-      queries: what queries see: up to each token for q, up to the one before for a.
-    """
-
-    rows: jax.Array
-    keys: jax.Array
-    queries: list[jax.Array]
-
-    @classmethod
-    def of(cls, c_ref, block, count: int) -> "_Sums":
-        """Return those of a block of tokens."""
-        rows = block * BLOCK + lax.iota(jnp.int32, BLOCK)
-        c = c_ref[_rows(block)]
-        return cls(rows, c, [c, _before(c_ref, rows)][:count])
-
-
-class _Meeting(NamedTuple):
-    """How much queries and keys weigh that meet through what is left at a border between their tokens.
-
-    Each is (BLOCK, K): the keys', from their tokens to the border, the queries', from there on.
+      queries: from the border to the tokens of q, and to those before them for a.
+      keys: from their tokens to the border.
     """
 
     queries: list[jax.Array]
     keys: jax.Array
 
     @classmethod
-    def at(cls, border, queries: _Sums, keys: _Sums) -> "_Meeting":
-        """Return that of two blocks; `border` is the sum up to the token before the later one."""
-        return cls([jnp.exp(c - border[None]) for c in queries.queries], jnp.exp(border[None] - keys.keys))
+    def at(cls, border, seen: Arrays, written) -> "_Meeting":
+        """Return that of two blocks; the border is the sum of log-decays up to the token before the later one."""
+        return cls([jnp.exp(c - border[None]) for c in seen], jnp.exp(border[None] - written))
 
     @classmethod
-    def of_level(cls, n, c_ref, sums: _Sums) -> "_Meeting":
+    def of_level(cls, n, c_ref, block, seen: Arrays) -> "_Meeting":
         """Return that of level n in a block: of the second and the first halves of every 2^(n+1) tokens."""
-        half = lax.shift_left(jnp.int32(1), n)
-        border = c_ref[(sums.rows | (2 * half - 1)) - half]
-        second = (sums.rows & half)[:, None] > 0
-        near = jnp.exp(jnp.where(second, sums.keys - border, border - sums.keys))
-        before = [jnp.exp(jnp.where(second, c - border, NEVER)) for c in sums.queries[1:]]
+        row = block * BLOCK + lax.iota(jnp.int32, BLOCK)
+        half = lax.shift_left(jnp.int32(1), n.astype(jnp.int32))
+        border, second = c_ref[(row | (2 * half - 1)) - half], (row & half)[:, None] > 0
+        near = jnp.exp(jnp.where(second, seen[0] - border, border - seen[0]))
+        before = [jnp.exp(jnp.where(second, c - border, NEVER)) for c in seen[1:]]
         return cls([near, *before], near)
+
+
+def _seen(c_ref, block, count: int) -> list[jax.Array]:
+    """Return the sums of log-decays up to a block's tokens, for q and keys, and up to those before them, for a."""
+    return [c_ref[_rows(block)], _before(c_ref, block * BLOCK + lax.iota(jnp.int32, BLOCK))][:count]
 
 
 def _before(c_ref, row) -> jax.Array:
@@ -115,10 +102,10 @@ def _before(c_ref, row) -> jax.Array:
 def _meet_at(n) -> jax.Array:
     """Return which pairs of a query and a key of a block meet at level n."""
     t, s = places(BLOCK)
-    return (lax.shift_right_logical(t ^ s, n) == 1) & (t > s)
+    return (lax.shift_right_logical(t ^ s, n.astype(jnp.int32)) == 1) & (t > s)
 
 
-def sums(g) -> jax.Array:
+def decay_sums(g) -> jax.Array:
     """Return the sums of log-decays g, (B, T, H, K) fp32, from the beginning of each chunk to each token."""
 
     def body(g_ref, c_ref):
@@ -129,23 +116,23 @@ def sums(g) -> jax.Array:
 
 
 def products(queries: Arrays, keys: Arrays, c, *, scale: float) -> Products:
-    """Return the products of (q,) or (q, a) and (k,) or (k, b), each (B, T, H, K), with `sums` c like them."""
+    """Return the products of (q,) or (q, a) and (k,) or (k, b), each (B, T, H, K), with `decay_sums` c like them."""
     cut, count, dtype = Cut.of(keys[0], keys[0]), len(queries), keys[0].dtype
 
     def body(c_ref, *refs):
         q_refs, k_refs, pair_refs, Q_refs, K_refs, [kept_ref] = split(refs, count, count, count**2, count, count)
         i = part(BLOCKS)
-        own, here, whole = _rows(i), _Sums.of(c_ref, i, count), c_ref[CHUNK - 1]
+        own, seen, whole = _rows(i), _seen(c_ref, i, count), c_ref[CHUNK - 1]
         qs, ks = _scaled(scale, _wide(q_refs, own)), _wide(k_refs, own)
-        _store(Q_refs, own, map(jnp.multiply, qs, map(jnp.exp, here.queries)))
-        _store(K_refs, own, [k * jnp.exp(whole[None] - here.keys) for k in ks])
+        _store(Q_refs, own, map(jnp.multiply, qs, map(jnp.exp, seen)))
+        _store(K_refs, own, [k * jnp.exp(whole[None] - seen[0]) for k in ks])
 
         @pl.when(i == 0)
         def _():
             kept_ref[...] = jnp.exp(whole)
 
         def level(n, squares):
-            weights = _Meeting.of_level(n, c_ref, here)
+            weights = _Meeting.of_level(n, c_ref, i, seen)
             weighed = _each(_weighed(qs, weights.queries, dtype), _weighed(ks, [weights.keys] * count, dtype))
             return _plus(squares, [jnp.where(_meet_at(n), dot(q, k, (1, 1)), 0.0) for q, k in weighed])
 
@@ -157,7 +144,7 @@ def products(queries: Arrays, keys: Arrays, c, *, scale: float) -> Products:
 
         @pl.loop(0, i)
         def _(j):
-            weights = _Meeting.at(border, here, _Sums.of(c_ref, j, 1))
+            weights = _Meeting.at(border, seen, c_ref[_rows(j)])
             theirs = _weighed(_wide(k_refs, _rows(j)), [weights.keys] * count, dtype)
             weighed = _each(_weighed(qs, weights.queries, dtype), theirs)
             _store(pair_refs, (own, _rows(j)), [dot(q, k, (1, 1)) for q, k in weighed])
@@ -331,46 +318,47 @@ def token_gradients(
             refs, *[count] * 6, count**2, 2 * count
         )
         i = part(BLOCKS)
-        own, here, whole = _rows(i), _Sums.of(c_ref, i, count), c_ref[CHUNK - 1]
+        own, seen, whole = _rows(i), _seen(c_ref, i, count), c_ref[CHUNK - 1]
         qs, ks = _scaled(scale, _wide(q_refs, own)), _wide(k_refs, own)
 
         def to_queries(found, weights: _Meeting, near_qs, near_ks, squares):
-            """Add what the keys give the own queries, through pairs' gradients; c gets it of the rounded factors.
+            """Add what the keys give the own queries, through pairs' gradients.
 
-            So a pair's shares cancel in the sums of dc over tokens that have both of it, or none.
+            dc is made of the factors as they were rounded, as in `to_keys`: what a pair adds at its query it takes away
+            at its key, so that it cancels in a sum over both.
             """
             dqs, dks, dcs = found
-            given = _by_query(dot, squares, near_ks)
+            given = _by_query(squares, near_ks)
             dqs = _plus(dqs, map(jnp.multiply, weights.queries, given))
             return dqs, dks, _plus(dcs, [q.astype(jnp.float32) * x for q, x in zip(near_qs, given, strict=True)])
 
         def to_keys(found, weights: _Meeting, near_qs, near_ks, squares):
             """Add what the queries give the own keys."""
             dqs, dks, (dc, *dbefore) = found
-            given = _by_key(lambda square, q: dot(square, q, (0, 0)), squares, near_qs)
+            given = _by_key(squares, near_qs)
             lost = [k.astype(jnp.float32) * x for k, x in zip(near_ks, given, strict=True)]
             dks = _plus(dks, [weights.keys * x for x in given])
             return dqs, dks, [functools.reduce(jnp.subtract, lost, dc), *dbefore]
 
         def level(n, found):
-            weights = _Meeting.of_level(n, c_ref, here)
+            weights = _Meeting.of_level(n, c_ref, i, seen)
             near = _weighed(qs, weights.queries, dtype), _weighed(ks, [weights.keys] * count, dtype)
             squares = [jnp.where(_meet_at(n), ref[own, own], 0) for ref in pair_refs]
             return to_keys(to_queries(found, weights, *near, squares), weights, *near, squares)
 
         def earlier(j, found):
-            weights = _Meeting.at(_before(c_ref, i * BLOCK), here, _Sums.of(c_ref, j, 1))
+            weights = _Meeting.at(_before(c_ref, i * BLOCK), seen, c_ref[_rows(j)])
             theirs = _weighed(_wide(k_refs, _rows(j)), [weights.keys] * count, dtype)
             squares = [ref[own, _rows(j)] for ref in pair_refs]
             return to_queries(found, weights, _weighed(qs, weights.queries, dtype), theirs, squares)
 
         def later(m, found):
-            weights = _Meeting.at(_before(c_ref, m * BLOCK), _Sums.of(c_ref, m, count), here)
+            weights = _Meeting.at(_before(c_ref, m * BLOCK), _seen(c_ref, m, count), seen[0])
             theirs = _weighed(_scaled(scale, _wide(q_refs, _rows(m))), weights.queries, dtype)
             squares = [ref[_rows(m), own] for ref in pair_refs]
             return to_keys(found, weights, theirs, _weighed(ks, [weights.keys] * count, dtype), squares)
 
-        zeros = [jnp.zeros_like(here.keys)] * count
+        zeros = [jnp.zeros_like(seen[0])] * count
         found = lax.fori_loop(0, LEVELS, level, (zeros, zeros, zeros))
         found = lax.fori_loop(0, i, earlier, found)
         dqs, dks, dcs = lax.fori_loop(i + 1, BLOCKS, later, found)
@@ -381,11 +369,11 @@ def token_gradients(
         _store(dc_refs, own, [dc, *dbefore])
 
         diagonal = pairs(BLOCK, lax.eq)
-        seen = [jnp.sum(jnp.where(diagonal, x, 0.0), axis=1)[:, None] for x in _wide(pair_refs[:count], (own, own))]
-        dqs = _plus(dqs, map(jnp.multiply, map(jnp.exp, here.queries), dQs))
-        dks = _plus(dks, [jnp.exp(whole[None] - here.keys) * x for x in dKs])
-        dqs = [functools.reduce(jnp.add, map(jnp.multiply, seen, ks), dqs[0]), *dqs[1:]]
-        _store(token_refs, own, [*_scaled(scale, dqs), *_plus(dks, [x * qs[0] for x in seen])])
+        same = [jnp.sum(jnp.where(diagonal, x, 0.0), axis=1)[:, None] for x in _wide(pair_refs[:count], (own, own))]
+        dqs = _plus(dqs, map(jnp.multiply, map(jnp.exp, seen), dQs))
+        dks = _plus(dks, [jnp.exp(whole[None] - seen[0]) * x for x in dKs])
+        dqs = [functools.reduce(jnp.add, map(jnp.multiply, same, ks), dqs[0]), *dqs[1:]]
+        _store(token_refs, own, [*_scaled(scale, dqs), *_plus(dks, [x * qs[0] for x in same])])
 
     results = [Type(x.shape, x.dtype) for x in (*queries, *keys, *[c] * count)]
     arguments = [c, *queries, *keys, *made.queries, *made.keys, *dqueries, *dkeys, *dpairs]
@@ -393,14 +381,17 @@ def token_gradients(
 
 
 def decay_gradients(dc: Arrays, dwhole) -> jax.Array:
-    """Return the gradients of log-decays, of those of c_t, c_(t-1) (`token_gradients`) and c_C (`state_gradients`)."""
+    """Return the gradients of log-decays, of those of c_t, c_(t-1) (`token_gradients`) and c_C (`state_gradients`).
+
+    A token's is the sum of all of them from it to the end, but for its own c_(t-1): a reads the state before it decays.
+    """
 
     def body(whole_ref, *refs):
         *dc_refs, dg_ref = refs
         dc, *dbefore = (ref[...] for ref in dc_refs)
         total = functools.reduce(jnp.add, dbefore, dc)
-        since = (whole_ref[...] + jnp.sum(total, axis=0))[None] - jnp.cumsum(total, axis=0) + total
-        dg_ref[...] = functools.reduce(jnp.subtract, dbefore, since)
+        left = jnp.sum(total, axis=0)[None] - jnp.cumsum(total, axis=0) + total  # Triton has no reversed cumsum
+        dg_ref[...] = functools.reduce(jnp.subtract, dbefore, whole_ref[...][None] + left)
 
     like = Type(dc[0].shape, dc[0].dtype)
     [dg] = Cut.of(dc[0], dc[0]).by_chunk(body, "channel_decays_gradients", 4, [dwhole, *dc], [like])
@@ -446,14 +437,15 @@ def _each(queries: Arrays, keys: Arrays) -> list[tuple]:
     return [(q, k) for q in queries for k in keys]
 
 
-def _by_query(product: Callable, pairs: Arrays, keys: Arrays) -> list[jax.Array]:
-    """Return for each query the sum over keys of a pair's product with the key."""
+def _by_query(squares: Arrays, keys: Arrays) -> list[jax.Array]:
+    """Return for each query the sum over keys of their squares' products with them."""
     count = len(keys)
-    rows = [pairs[n * count : (n + 1) * count] for n in range(count)]
-    return [functools.reduce(jnp.add, map(product, row, keys)) for row in rows]
+    rows = [squares[n * count : (n + 1) * count] for n in range(count)]
+    return [functools.reduce(jnp.add, map(dot, row, keys)) for row in rows]
 
 
-def _by_key(product: Callable, pairs: Arrays, queries: Arrays) -> list[jax.Array]:
-    """Return for each key the sum over queries of a pair's product with the query."""
+def _by_key(squares: Arrays, queries: Arrays) -> list[jax.Array]:
+    """Return for each key the sum over queries of their transposed squares' products with them."""
     count = len(queries)
-    return [functools.reduce(jnp.add, map(product, pairs[n::count], queries)) for n in range(count)]
+    columns = [squares[n::count] for n in range(count)]
+    return [functools.reduce(jnp.add, [dot(x, q, (0, 0)) for x, q in zip(c, queries, strict=True)]) for c in columns]

@@ -25,8 +25,8 @@ Type = jax.ShapeDtypeStruct
 CHUNK, BLOCK, WIDTH = 64, 16, 64
 BLOCKS = CHUNK // BLOCK
 STRIP_WARPS = 4
-STAGES = {40 << 10: 3, 80 << 10: 2}
-"""Chunks that a walk has in flight, by the most bytes that one has; fewer than 3 leave room for a second program.
+STAGES = (40 << 10, 3), (80 << 10, 2)
+"""By the most bytes that a chunk's loads take: how many chunks a walk has in flight. With more bytes it is one.
 
 Programs for a single chunk have one stage: with two, sums of products over strips came out wrong, and different each
 time, on one H100 80GB (jax 0.11.2).
@@ -119,9 +119,9 @@ class Cut(NamedTuple):
         grid = self.batch, self.heads * strips
         loaded = sum(math.prod(x.shape[3:]) * CHUNK * x.dtype.itemsize for x in whole if x.shape[1] == self.time)
         loaded += sum(CHUNK * WIDTH * x.dtype.itemsize for x in wide)
-        stages = next((n for size, n in STAGES.items() if loaded <= size), 1)
-        blocks = [*whole, *wide, *states], [*made, *made_states], inputs, outputs
-        return _call(body, name, STRIP_WARPS, stages, grid, *blocks)
+        stages = next((n for most, n in STAGES if loaded <= most), 1)
+        arrays = [*whole, *wide, *states], [*made, *made_states]
+        return _call(body, name, STRIP_WARPS, stages, grid, *arrays, inputs, outputs)
 
 
 def _block(shape: tuple, place: Callable) -> pl.BlockSpec:

@@ -50,7 +50,7 @@ def _forward(scale, q, k, v, log_decay, state, *ab, with_starts: bool):
     from pallas_kernels import channel_decays_triton as kernels
 
     queries, keys = (q, *ab[:1]), (k, *ab[1:])
-    c = kernels.sums(log_decay)
+    c = kernels.decay_sums(log_decay)
     made = kernels.products(queries, keys, c, scale=scale)
     t = kernels.inverses(made.pairs[3]) if ab else None
     o, *rest = kernels.forward(made, v, state, t, with_starts=with_starts)

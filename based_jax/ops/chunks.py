@@ -17,7 +17,7 @@ from based_jax.ops.dispatch import target_device_kind
 KEYS = (16, 32, 64, 128)
 """Sizes of keys; others are filled up with zeros."""
 FULL = 64
-"""Tokens of a chunk. Fewer take as long; `auto` leaves them to kernels that go token by token."""
+"""Tokens of a chunk. Fewer take as long; `auto` leaves them to others."""
 WEAKEST = -128.0
 """A log-decay that leaves nothing in fp32. Sums of it over a chunk are still exact to 1e-3."""
 

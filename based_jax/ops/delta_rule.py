@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
-from based_jax.ops import channel_decays, chunks, one_decay, recurrence, scan
+from based_jax.ops import channel_decays, chunks, hopper, one_decay, recurrence, scan
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import Decay, initial_state, pair_weights
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
@@ -31,8 +31,10 @@ from based_jax.ops.precision import EXACT, einsum, inner_precision, product_poli
 CHUNK = 64
 
 FEW_HEADS, LARGE = 256, 128 * 256
-"""Heads of all sequences below which `auto` takes chunks where channels decay each by itself: steps take as long for
-128 of them as for 512 (experiments/kernels). For states of so many elements it takes them always."""
+"""Where the state is corrected and channels decay each by itself (and in `dplr`), `auto` takes chunks below so many
+heads of all a device's sequences (lanes of `jax.vmap` not counted), and steps from there on: these take as long for 128
+heads, where chunks are three times as fast, as for 512, where they are slower; between was not timed. States of `LARGE`
+elements go by chunks whatever the heads (experiments/kernels)."""
 
 Rate = Float[Array, "B T H"]
 
@@ -104,7 +106,7 @@ def dplr(
         b are rounded; K at most 128) or "auto".
 
     Raises:
-      UserError: `impl` is unknown.
+      UserError: `impl` is unknown or cannot run this call.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     a, b, log_decay = (x.astype(jnp.float32) for x in (a, b, log_decay))
@@ -210,10 +212,11 @@ def _chunks_support(xs, scale, state, segment_ids) -> str | None:
 
 
 def _chunks_are_slower(xs, scale, state, segment_ids) -> str | None:
-    """Return why `auto` leaves a call with a decay for each channel to others, or None."""
+    """Return why `auto` leaves a call of `dplr` to others than the Triton kernels, or None."""
     (rows, _, heads, V), K = xs[2].shape, xs[0].shape[-1]
-    if rows * heads >= FEW_HEADS and K * V < LARGE:
-        return f"steps are faster for {rows * heads} heads with states of {K * V} elements"
+    many = hopper.heads_of_device(rows, heads)
+    if many >= FEW_HEADS and K * V < LARGE and _supports(xs, scale, state, segment_ids) is None:
+        return f"steps are faster for {many} heads with states of {K * V} elements"
     return chunks.slower(xs[2])
 
 

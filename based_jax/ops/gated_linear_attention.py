@@ -27,11 +27,12 @@ CHUNK, BLOCK = 64, 16
 SHORT = 256
 """Tokens up to which one chunk is faster in XLA than several, on a GPU, where heads have one decay and large states."""
 
-FEW_STEPS, LARGE = 1024, 128 * 256
-"""Where heads have one decay, and the Triton kernels do not run, `auto` takes those that go token by token up to so
-many tokens (they are faster than XLA's chunks at 256, slower at 2,048). For states of so many elements it takes one
-chunk in XLA before them up to `SHORT` tokens, and before the Triton kernels up to half of that; not so with a quarter
-of that size (experiments/kernels)."""
+FEW_STEPS = 1024
+"""Where heads have one decay, and the Triton kernels do not run, `auto` goes token by token up to so many tokens: that
+is faster than XLA's chunks at 256 tokens, and slower at 2,048 (experiments/kernels)."""
+LARGE, SHORT_FOR_KERNELS = 128 * 256, 128
+"""Where heads have one decay, states of so many elements go as one chunk in XLA: up to `SHORT` tokens instead of token
+by token, and up to `SHORT_FOR_KERNELS` instead of by chunks in Triton. Those of a quarter do not."""
 
 HK = Float[Array, "H K"]
 Decay = Float[Array, "B T H #K"]
@@ -230,6 +231,8 @@ def _kernels_are_slower(xs, bonus, scale, state, segment_ids) -> str | None:
     (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
     if xs[3].shape[-1] > 1:
         return None
+    if T < chunks.FULL and xs[2].dtype == jnp.bfloat16:
+        return f"one chunk is faster where heads have one decay, and T is {T}, less than {chunks.FULL}"
     if T > FEW_STEPS:
         return f"products are faster where heads have one decay, and T is {T}, above {FEW_STEPS}"
     return _one_chunk_is_faster(T, SHORT, K * V)
@@ -255,13 +258,9 @@ def _triton_supports(xs, bonus, scale, state, segment_ids) -> str | None:
 
 
 def _triton_is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
-    q, _, v, log_decay = xs
-    return chunks.slower(v) if log_decay.shape[-1] > 1 else one_decay_is_slower(v, q.shape[-1])
-
-
-def one_decay_is_slower(v: BTHV, keys: int) -> str | None:
-    """Return why `auto` leaves a call with one decay a head to others than the Triton kernels, or None."""
-    return chunks.slower(v) or _one_chunk_is_faster(v.shape[1], SHORT // 2, keys * v.shape[-1])
+    (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
+    slower = chunks.slower(xs[2])
+    return slower if slower or xs[3].shape[-1] > 1 else _one_chunk_is_faster(T, SHORT_FOR_KERNELS, K * V)
 
 
 IMPLEMENTATIONS = {

@@ -56,7 +56,7 @@ def per_shard(
       results: the same for the results, one or a tuple.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    free = _free(mesh)
     if mesh.size == 1 or not free:
         return function(*arguments)
     given = [(x, dims) for x, dims in zip(arguments, names, strict=True) if x is not None]
@@ -65,7 +65,7 @@ def per_shard(
         for name, size in zip(dims, x.shape, strict=False):
             if name is not None:
                 sizes.setdefault(name, []).append(size)
-    axes = {name: _dividing(mesh, free & set(MESH_AXES[name]), found) for name, found in sizes.items()}
+    axes = {name: _dividing(mesh, name, found) for name, found in sizes.items()}
 
     def spec(dims: Names) -> PartitionSpec:
         return PartitionSpec(*(axes.get(name) if name else None for name in dims))
@@ -86,8 +86,21 @@ def per_head(function: Callable, tokens: Sequence[jax.Array], state: jax.Array, 
     return per_shard(function, (*tokens, state, segment_ids), names, (by_token, by_head))
 
 
-def _dividing(mesh: AbstractMesh, names: set[str], sizes: Sequence[int]) -> tuple[str, ...] | None:
-    """Return the mesh axes that together divide all sizes, or None."""
+def heads_of_device(rows: int, heads: int) -> int:
+    """Return how many heads of all rows each device gets in `per_head`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [*(_dividing(mesh, "batch", [rows]) or ()), *(_dividing(mesh, "heads", [heads]) or ())]
+    return rows * heads // math.prod(mesh.shape[name] for name in axes)
+
+
+def _free(mesh: AbstractMesh) -> set[str]:
+    """Return the axes over which XLA divides arrays."""
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+
+
+def _dividing(mesh: AbstractMesh, dimension: str, sizes: Sequence[int]) -> tuple[str, ...] | None:
+    """Return the free mesh axes for a dimension, of `MESH_AXES`, if together they divide all sizes, or None."""
+    names = _free(mesh) & set(MESH_AXES[dimension])
     axes = tuple(name for name in mesh.axis_names if name in names)
     devices = math.prod(mesh.shape[name] for name in axes)
     return axes if axes and all(size % devices == 0 for size in sizes) else None

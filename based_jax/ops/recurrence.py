@@ -1,4 +1,4 @@
-"""A matrix state token by token, in Hopper kernels: with a decay for each channel, in fp32, or of few tokens.
+"""A matrix state token by token, in Hopper kernels: in fp32, of few tokens, or corrected in many heads at a time.
 
     u_t = S_{t-1}^T a_t        S_t = diag(w_t) S_{t-1} + b_t u_t^T + k_t v_t^T        o_t = scale S_t^T q_t
 

@@ -3,8 +3,8 @@
     S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T          y_t = C_t^T S_t
 
 It is gated linear attention with queries C, keys B, values dt x and log-decay dt A, without a scale; and it is Mamba's
-scan with the head's step and rate in each of its P channels, which is how few states are fastest. B and C are shared by
-the heads of a group. The state is (B, H, N, P) fp32.
+scan with the head's step and rate in each of its P channels, which is how few states run in fp32 and on few tokens. B
+and C are shared by the heads of a group. The state is (B, H, N, P) fp32.
 """
 
 import functools
@@ -20,7 +20,6 @@ from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import (
     gated_linear_attention,
     gated_linear_attention_step,
-    one_decay_is_slower,
 )
 
 BTHP = Float[Array, "B T H P"]
@@ -113,7 +112,7 @@ def _chunks_support(x, dt, A, B, C, state, segment_ids) -> str | None:
 
 
 def _chunks_are_slower(x, dt, A, B, C, state, segment_ids) -> str | None:
-    return one_decay_is_slower(x, B.shape[3])
+    return chunks.slower(x)
 
 
 IMPLEMENTATIONS = {

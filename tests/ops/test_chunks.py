@@ -162,7 +162,7 @@ def test_devices_take_their_rows_and_heads(normal, out_and_grads, interpreted, m
 
 
 @forms
-@pytest.mark.parametrize("way", ["alone", "lanes", "mesh"])
+@pytest.mark.parametrize("way", ["alone", "lanes", "mesh", "x64"])
 @pytest.mark.parametrize("K, V", [(32, 64), (128, 256)])
 def test_lowers_for_an_h100(form, way, K, V):
     arguments = [jnp.zeros(x, "bfloat16") for x in ((4, 128, 2, K), (4, 128, 2, K), (4, 128, 2, V))]
@@ -174,13 +174,15 @@ def test_lowers_for_an_h100(form, way, K, V):
 
         return jax.grad(total, tuple(range(5)))(*arguments)
 
-    with gpus(shape=(2, 2), names=("data", "tensor")) if way == "mesh" else gpus():
+    mesh = {"shape": (2, 2), "names": ("data", "tensor")} if way == "mesh" else {}
+    with gpus(**mesh), jax.enable_x64(way == "x64"):
         if way == "lanes":
             call, arguments = jax.vmap(call), [jnp.stack([x] * 3) for x in arguments]
         text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     names = ["forward", "reverse"] + ["inverses"] * ("linear" not in form)
     if "channels" in form:
-        kernels = "channel_decays", [*names, "products", "pair_gradients", "state_gradients", "token_gradients"]
+        more = "sums", "products", "pair_gradients", "state_gradients", "token_gradients", "gradients"
+        kernels = "channel_decays", [*names, *more]
     else:
         kernels = "one_decay", [*names, "gradients"]
     assert [name for name in kernels[1] if f"{kernels[0]}_{name}" not in text] == []

@@ -70,7 +70,7 @@ def test_a_mesh_with_explicit_axes_needs_shard_map():
 
 @forms
 @pytest.mark.parametrize("time, channels, lanes", [(2048, 2048, None), (13, 384, 2)])
-def test_lowers_for_an_h100(form, time, channels, lanes):
+def test_auto_lowers_for_an_h100(form, time, channels, lanes):
     x, kernel, bias = (
         jnp.zeros((2, time, halves(form) * channels), jnp.bfloat16),
         jnp.zeros((3, channels)),
@@ -79,7 +79,7 @@ def test_lowers_for_an_h100(form, time, channels, lanes):
     ids = jnp.ones((2, time), jnp.int32)
 
     def loss(x, kernel, bias):
-        return CALLS[form](x, kernel, bias=bias, segment_ids=ids, impl="hopper").astype(jnp.float32).sum()
+        return CALLS[form](x, kernel, bias=bias, segment_ids=ids).astype(jnp.float32).sum()
 
     both, arguments = jax.value_and_grad(loss, argnums=(0, 1, 2)), (x, kernel, bias)
     if lanes:

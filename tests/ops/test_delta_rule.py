@@ -112,15 +112,18 @@ def test_bf16_stays_close(impl, normal, close):
 
 
 def test_auto_takes_what_was_timed_and_is_fastest():
-    """Full chunks go by chunks, but token by token on a Hopper GPU where channels decay and heads are many."""
+    """Full chunks go by chunks, but token by token where channels decay, heads are many and states small."""
 
-    def taken(kind, T, decays=1, dtype="bfloat16", table=IMPLEMENTATIONS, batch=2, K=64, V=64):
+    def taken(kind, T, decays=1, dtype="bfloat16", table=IMPLEMENTATIONS, batch=2, K=64, V=64, **mesh):
+        def choose(x, v, g, beta):
+            xs = (x, x, v, g, beta) if table is IMPLEMENTATIONS else (x, x, v, g, x, x)
+            entries.append(dispatch._automatic("delta_rule", table, xs, 1.0, None, None))
+
+        entries = []
         shapes = (batch, T, 2, K), (batch, T, 2, V), (batch, T, 2, decays), (batch, T, 2)
-        x, v, g, beta = map(jnp.zeros, shapes, (dtype, dtype, "float32", "float32"))
-        xs = (x, x, v, g, beta) if table is IMPLEMENTATIONS else (x, x, v, g, x, x)
-        with gpus(kind):
-            entry = dispatch._automatic("delta_rule", table, xs, 1.0, None, None)
-        return next(name for name in table if table[name] is entry)
+        with gpus(kind, **mesh):
+            jax.eval_shape(choose, *map(jax.ShapeDtypeStruct, shapes, (dtype, dtype, "float32", "float32")))
+        return next(name for name in table if table[name] is entries[0])
 
     assert [taken(H100, T) for T in (CHUNK - 1, CHUNK, 4096)] == ["hopper", "triton", "triton"]
     assert taken(H100, 256, dtype="float32") == "hopper"
@@ -129,6 +132,10 @@ def test_auto_takes_what_was_timed_and_is_fastest():
         assert [taken(H100, T, **options) for T in (CHUNK - 1, CHUNK)] == ["hopper", "triton"]
         many = options | {"batch": FEW_HEADS // 2}
         assert [taken(H100, CHUNK, **many, K=K, V=V) for K, V in ((64, 64), (128, 256))] == ["hopper", "triton"]
+        assert taken(H100, CHUNK, **options | {"batch": FEW_HEADS // 2 - 1}) == "triton"
+        assert taken(H100, CHUNK, **many, shape=(2,), names=("data",)) == "triton"  # half of them on a device
+        assert taken(H100, CHUNK, **many, shape=(2,), names=("other",)) == "hopper"
+        assert taken(H100, 2**18, **many) == "triton"  # more elements than steps can count
     assert taken("NVIDIA A100", 256) == "xla"
 
 

@@ -11,6 +11,7 @@ from based_jax.ops.gated_linear_attention import (
     FEW_STEPS,
     IMPLEMENTATIONS,
     SHORT,
+    SHORT_FOR_KERNELS,
     gated_linear_attention,
     gated_linear_attention_step,
     initial_state,
@@ -86,11 +87,13 @@ def taken(kind, T, K=64, V=64, decays=1, dtype="bfloat16"):
 
 
 def test_auto_takes_the_fastest_on_a_gpu():
-    """Chunks, where they are full; one chunk for large states; steps where products are fp32 or tokens few."""
+    """Full chunks; one chunk for few tokens and for large states; steps where products are fp32 or channels decay."""
     short, full = CHUNK - 1, CHUNK
-    assert [taken(H100, T) for T in (short, full, FEW_STEPS + 1)] == ["hopper", "triton", "triton"]
-    assert [taken(H100, T, 128, 256) for T in (full, SHORT // 2, SHORT)] == ["quadratic", "quadratic", "triton"]
-    assert [taken(H100, T, dtype="float32") for T in (SHORT, FEW_STEPS, FEW_STEPS + 1)] == ["hopper", "hopper", "xla"]
+    assert [taken(H100, T) for T in (short, full, FEW_STEPS + 1)] == ["quadratic", "triton", "triton"]
+    large = [taken(H100, T, 128, 256) for T in (full, SHORT_FOR_KERNELS, SHORT_FOR_KERNELS + 1)]
+    assert large == ["quadratic", "quadratic", "triton"]
+    assert [taken(H100, T, 128, 256, dtype="float32") for T in (SHORT, SHORT + 1)] == ["quadratic", "hopper"]
+    assert [taken(H100, T, dtype="float32") for T in (short, FEW_STEPS, FEW_STEPS + 1)] == ["hopper", "hopper", "xla"]
     assert [taken(H100, T, 128, 256, 128) for T in (short, full, SHORT)] == ["hopper", "triton", "triton"]
     assert [taken("NVIDIA A100", T) for T in (SHORT, SHORT + 1)] == ["quadratic", "xla"]
 

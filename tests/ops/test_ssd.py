@@ -89,5 +89,6 @@ def test_what_the_kernels_take(normal):
         ):
             with pytest.raises(UserError, match=words):
                 ssd(*zeros(**options), impl="hopper")
-        for options, kernel in (({"T": 63}, "selective_scan"), ({"groups": 2, "states": 128}, "one_decay_forward")):
+        chunks = {}, {"groups": 2, "states": 128}
+        for options, kernel in (({"T": 63}, "selective_scan"), *((options, "one_decay_forward") for options in chunks)):
             assert kernel in jax.jit(ssd).trace(*zeros(**options)).lower(lowering_platforms=("cuda",)).as_text()
