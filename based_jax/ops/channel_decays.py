@@ -1,6 +1,6 @@
 """Gated linear attention and DPLR delta rules with a decay for each key channel, by chunks, in Triton kernels.
 
-The kernels and their equations are in `pallas_kernels/channel_decays_triton.py`; products are of bf16, sums and the
+The kernels and their equations are in `pallas_kernels/channel_decays_triton*.py`; products are of bf16, sums and the
 state fp32.
 """
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHKV, BT, BTHK, BTHV
-from based_jax.ops import chunks, hopper, recurrence
+from based_jax.ops import chunks
 
 
 def channel_decays(
@@ -29,16 +29,11 @@ def channel_decays(
     Args:
       ab: a and b, or nothing for a state that only decays.
     """
+    return chunks.run(functools.partial(_run, scale), q, k, v, log_decay, ab, (), state, segment_ids)
 
-    def on_device(q, k, v, log_decay, *rest) -> tuple[BTHV, BHKV]:
-        *ab, state, segment_ids = rest
-        q, k, v, log_decay, ab, padding = recurrence.separated(q, k, v, log_decay, ab, segment_ids)
-        log_decay = jnp.broadcast_to(chunks.bounded(log_decay), q.shape)
-        ab = [x.astype(v.dtype) for x in ab]
-        o, state = chunks.run(functools.partial(_fused, scale), q, k, v, log_decay, state, *ab)
-        return (o if padding is None else jnp.where(padding, 0, o)), state
 
-    return hopper.per_head(on_device, (q, k, v, log_decay, *ab), state, segment_ids)
+def _run(scale, q, k, v, log_decay, state, *ab):
+    return _fused(scale, q, k, v, jnp.broadcast_to(log_decay, q.shape), state, *ab)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -63,7 +58,7 @@ def _fused_fwd(scale, *arguments):
 
 
 def _fused_bwd(scale, saved, gradients):
-    from pallas_kernels import channel_decays_triton as kernels
+    from pallas_kernels import channel_decays_triton_backward as kernels
     from pallas_kernels import split
 
     queries, keys, v, c, made, t, u, starts = saved

@@ -4,14 +4,14 @@ Which kernels take a call depends on its decays: `ops/one_decay.py` or `ops/chan
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.dims import BHKV, BTHK, BTHV
-from based_jax.ops import hopper
+from based_jax.dims import BHKV, BT, BTHK, BTHV
+from based_jax.ops import hopper, recurrence
 from based_jax.ops.dispatch import target_device_kind
 
 KEYS = (16, 32, 64, 128)
@@ -43,31 +43,39 @@ def slower(v: BTHV) -> str | None:
     return None if time >= FULL else f"T is {time}, less than a chunk of {FULL}"
 
 
-def bounded(log_decay: Float[Array, "B T H #K"]) -> Float[Array, "B T H #K"]:
-    """Return fp32 log-decays that can be added up."""
-    return jnp.maximum(log_decay.astype(jnp.float32), WEAKEST)
-
-
 def run(
-    fused: Callable, q: BTHK, k: BTHK, v: BTHV, log_decay: Float[Array, "B T H *K"], state: BHKV, *others: Array
+    fused: Callable,
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    log_decay: Float[Array, "B T H #K"],
+    ab: Sequence[BTHK],
+    rates: Sequence[Float[Array, "B T H"]],
+    state: BHKV,
+    segment_ids: BT | None,
 ) -> tuple[BTHV, BHKV]:
-    """Return o and the state of fused(q, k, v, log_decay, state, *others).
+    """Return o and the state of fused(q, k, v, log_decay, state, *ab, *rates), each device for its rows and heads.
 
-    q and k become v's dtype. All sizes are filled up with zeros, which change no state, and cut off again.
+    q, k, a and b become v's dtype, the others fp32, log-decays such that they can be added up. All sizes are filled up
+    with zeros, which change no state, and cut off again.
     """
     # Pallas' GPU modules take half a second to import and are needed only here.
+    from pallas_kernels import split
     from pallas_kernels.chunks_triton import CHUNK, WIDTH
 
     time, (*_, keys, values) = q.shape[1], state.shape
-    wide = next(size for size in KEYS if size >= keys)
-    q, k, log_decay, *rest = (
-        hopper.fill(x, {1: CHUNK, 3: wide}) for x in (q.astype(v.dtype), k.astype(v.dtype), log_decay, *others)
-    )
-    v, state = hopper.fill(v, {1: CHUNK, 3: WIDTH}), hopper.fill(state.astype(jnp.float32), {2: wide, 3: WIDTH})
-    o, state = fused(*hopper.vary_alike(q, k, v, log_decay, state, *rest))
-    return o[:, :time, :, :values], state[:, :, :keys, :values]
+    wide, counts = next(size for size in KEYS if size >= keys), (len(ab), len(rates))
 
+    def on_device(q, k, v, log_decay, *rest) -> tuple[BTHV, BHKV]:
+        ab, rates, [state, segment_ids] = split(rest, *counts)
+        q, k, v, log_decay, ab, padding = recurrence.separated(q, k, v, log_decay, ab, segment_ids)
+        q, k, *ab = (hopper.fill(x.astype(v.dtype), {1: CHUNK, 3: wide}) for x in (q, k, *ab))
+        log_decay = jnp.maximum(log_decay.astype(jnp.float32), WEAKEST)
+        log_decay = hopper.fill(log_decay, {1: CHUNK} | ({3: wide} if log_decay.shape[3] > 1 else {}))
+        rates = [hopper.fill(x.astype(jnp.float32), {1: CHUNK}) for x in rates]
+        v, state = hopper.fill(v, {1: CHUNK, 3: WIDTH}), hopper.fill(state.astype(jnp.float32), {2: wide, 3: WIDTH})
+        o, state = fused(*hopper.vary_alike(q, k, v, log_decay, state, *ab, *rates))
+        o, state = o[:, :time, :, :values], state[:, :, :keys, :values]
+        return (o if padding is None else jnp.where(padding, 0, o)), state
 
-def cut(x: Float[Array, "B T *H"], size: int) -> Float[Array, "B N C *H"]:
-    """Cut time into chunks."""
-    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+    return hopper.per_head(on_device, (q, k, v, log_decay, *ab, *rates), state, segment_ids)

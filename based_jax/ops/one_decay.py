@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHKV, BT, BTHK, BTHV
-from based_jax.ops import chunks, hopper, recurrence
+from based_jax.ops import chunks
 
 
 def one_decay(
@@ -29,16 +29,12 @@ def one_decay(
     Args:
       beta: the rates of the delta rule, or None for gated linear attention.
     """
-    rates = [] if beta is None else [beta.astype(jnp.float32)]
+    rates = [] if beta is None else [beta]
+    return chunks.run(functools.partial(_run, scale), q, k, v, log_decay, (), rates, state, segment_ids)
 
-    def on_device(q, k, v, log_decay, *rest) -> tuple[BTHV, BHKV]:
-        *rates, state, segment_ids = rest
-        q, k, v, log_decay, _, padding = recurrence.separated(q, k, v, log_decay, (), segment_ids)
-        log_decay = chunks.bounded(log_decay)[..., 0]
-        o, state = chunks.run(functools.partial(_fused, scale), q, k, v, log_decay, state, *rates)
-        return (o if padding is None else jnp.where(padding, 0, o)), state
 
-    return hopper.per_head(on_device, (q, k, v, log_decay, *rates), state, segment_ids)
+def _run(scale, q, k, v, log_decay, state, *beta):
+    return _fused(scale, q, k, v, log_decay[..., 0], state, *beta)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -50,7 +46,7 @@ def _forward(scale, q, k, v, log_decay, state, *beta, with_starts: bool):
     from pallas_kernels import one_decay_triton as kernels
 
     log_decay = jax.lax.optimization_barrier(log_decay)  # XLA would fold the sums of a constant, for seconds
-    c = jnp.cumsum(chunks.cut(log_decay, kernels.CHUNK), axis=2).reshape(log_decay.shape)
+    c = jnp.cumsum(_cut(log_decay, kernels.CHUNK), axis=2).reshape(log_decay.shape)
     delta = kernels.Delta(beta[0], kernels.inverses(k, c, beta[0])) if beta else ()
     o, last, *starts = kernels.forward(q, k, v, c, state, delta, scale=scale, with_starts=with_starts)
     return (o, last), (q, k, v, c, delta, *starts)
@@ -68,8 +64,13 @@ def _fused_bwd(scale, saved, gradients):
     y, ends, dstate = kernels.reverse(q, k, c, do, dlast, delta, scale=scale)
     dq, dk, dc, *more = kernels.gradients(q, k, v, c, starts, do, y, ends, delta, scale=scale)
     dv, *dbeta = more or [y]
-    dlog_decay = jax.lax.cumsum(chunks.cut(dc, kernels.CHUNK), axis=2, reverse=True).reshape(dc.shape)
+    dlog_decay = jax.lax.cumsum(_cut(dc, kernels.CHUNK), axis=2, reverse=True).reshape(dc.shape)
     return dq, dk, dv, dlog_decay, dstate, *dbeta
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+def _cut(x: Float[Array, "B T H"], size: int) -> Float[Array, "B N C H"]:
+    """Cut time into chunks."""
+    return x.reshape(x.shape[0], -1, size, x.shape[2])
