@@ -14,6 +14,15 @@ TOKENS = 1 << 14
 CROSSOVER = 1024
 """Tokens up to which the sets of short sequences go, and from which on those of long ones do."""
 
+OLD_CHECKS = {
+    "delta_rule": ("dplr", "hopper"),
+    "delta_rule_by_chunks": ("dplr", "triton"),
+    "gated_linear_attention_by_chunks": ("gated_linear_attention", "triton"),
+    "gated_delta_rule": ("gated_delta_rule", "triton"),
+    "simple_gla": ("simple_gla", "triton"),
+}
+"""What the names of checks stood for that name no implementation; all others are Hopper's."""
+
 Place = tuple[str, str, str, int, int, int]
 Shape = tuple[int, int, int]
 
@@ -38,6 +47,14 @@ def floor_of(rows: dict[Place, dict], op: str, which: str, shape: Shape) -> floa
     """Return the floor of a call, from any implementation's row."""
     found = [row["floor_microseconds"] for row in rows.values() if where(row) == shape and what(row) == (op, which)]
     return found[0] if found else None
+
+
+def checked(row: dict) -> tuple[str, str]:
+    """Return the operation and the implementation of a row of the check, whether it passed or not."""
+    words = row["what"].split()
+    if words[-1].startswith("impl="):
+        return words[0], words[-1].removeprefix("impl=")
+    return OLD_CHECKS.get(words[0], (words[0], "hopper"))
 
 
 def where(row: dict) -> Shape:

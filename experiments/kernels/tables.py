@@ -190,17 +190,17 @@ def _kernel(row: dict) -> str:
 
 
 def checks(folder: Path) -> str:
-    """Return how many cases of each operation passed, and the largest error."""
-    rows = results.read(folder, "check*.jsonl")
-    names = dict.fromkeys(row["what"].split()[0] for row in rows)
+    """Return how many cases of each operation and implementation passed, and the largest error."""
+    rows = [row for row in results.read(folder, "check*.jsonl") if "refused" not in row]
 
-    def cells(name: str) -> list[str]:
-        mine = [row for row in rows if row["what"].split()[0] == name]
+    def cells(call: tuple[str, str]) -> list[str]:
+        mine = [row for row in rows if results.checked(row) == call]
         largest = max((x for row in mine for x in row.get("errors", {}).values()), default=None)
         passed = f"{sum(row['passed'] for row in mine)} of {len(mine)}"
-        return [f"`{name}`", passed, "-" if largest is None else f"{largest:.1e}"]
+        return [*(f"`{name}`" for name in call), passed, "-" if largest is None else f"{largest:.1e}"]
 
-    return _table(["operation", "cases passed", "largest relative error"], map(cells, names), rows)
+    header = ["operation", "implementation", "cases passed", "largest relative error"]
+    return _table(header, map(cells, dict.fromkeys(map(results.checked, rows))), rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
