@@ -2,9 +2,9 @@
 
 import argparse
 
-from based_jax.commands.bench import check, kernels, profile, sanitize
+from based_jax.commands.bench import check, kernels, profile, sanitize, train
 
-TASKS = {"kernels": kernels, "check": check, "sanitize": sanitize, "profile": profile}
+TASKS = {"kernels": kernels, "check": check, "sanitize": sanitize, "profile": profile, "train": train}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
