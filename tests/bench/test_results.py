@@ -25,16 +25,16 @@ def folder(tmp_path):
         rows += bench("taylor_attention", "hopper", shape, (20.0, 50.0))
         rows += bench("taylor_attention", "fla_parallel_based", shape, (200.0, 1500.0))
         rows += bench("attention", "cudnn", shape, (90.4, 300.0))
-    rows += bench("taylor_attention", "quadratic", (64, 16, 256), (15.0, 90.0))
+    rows += bench("taylor_attention", "xla_quadratic", (64, 16, 256), (15.0, 90.0))
     rows += bench("gated_short_conv", "hopper", (8, 16, 2048), (11.0, 22.0))
     rows += bench("gated_short_conv", "xla", (8, 16, 2048), (33.0, 44.0))
     rows += [{"op": "attention", "error": "no memory"}]
     write(tmp_path / "bench_all.jsonl", rows)
     checks = [
         {"what": "window_attention (1)", "passed": True, "errors": {"o": 1e-3, "dq": 2e-3}},
-        {"what": "dplr (1) impl=triton", "passed": False, "failure": "no row came"},
+        {"what": "dplr (1) impl=triton_chunks", "passed": False, "failure": "no row came"},
         {"what": "delta_rule_by_chunks (1)", "passed": True, "errors": {"o": 3e-3}},
-        {"what": "dplr (1) impl=hopper", "passed": False, "refused": "it needs cuda"},
+        {"what": "dplr (1) impl=hopper_steps", "passed": False, "refused": "it needs cuda"},
     ]
     write(tmp_path / "check.jsonl", [row | FACTS for row in checks])
     write(tmp_path / "training.jsonl", [{"impl": "xla", "step": i, "loss": 1 / (i + 1)} | FACTS for i in range(3)])
@@ -61,9 +61,9 @@ def test_tables_hold_the_times(folder):
     assert "| (64, 16, 256) | 20 / 50 | 15 / 90 | - | 0.8 / 1.8 |" in tables.short(folder)
     assert "| (8, 16, 2048) | 45 / 260 | 20 / 50 | 0.4 / 0.2 |" in tables.goals(folder)
     assert "| 10 / 20 | 11 / 22 | - | 33 / 44 | 1.1 / 1.1 | 3.0 / 2.0 |" in tables.others(folder)
-    assert "| `window_attention` | `hopper` | 1 of 1 | 2.0e-03 |" in tables.checks(folder)
-    assert "| `dplr` | `triton` | 1 of 2 | 3.0e-03 |" in tables.checks(folder)
-    assert "`dplr` | `hopper`" not in tables.checks(folder)
+    assert "| `window_attention` | `hopper_tiles` | 1 of 1 | 2.0e-03 |" in tables.checks(folder)
+    assert "| `dplr` | `triton_chunks` | 1 of 2 | 3.0e-03 |" in tables.checks(folder)
+    assert "`dplr` | `hopper_steps`" not in tables.checks(folder)
     assert tables.calls(folder) == tables.launches(folder) == tables.NONE
 
 
