@@ -1,6 +1,6 @@
 """Gated linear attention and DPLR delta rules with a decay for each key channel, by chunks, in Triton kernels.
 
-The kernels and their equations are in `pallas_kernels/channel_decays_triton*.py`; products are of bf16, sums and the
+The kernels and their equations are in `pallas_kernels/triton/channel_decays*.py`; products are of bf16, sums and the
 state fp32.
 """
 
@@ -42,7 +42,7 @@ def _fused(scale, q, k, v, log_decay, state, *ab):
 
 
 def _forward(scale, q, k, v, log_decay, state, *ab, with_starts: bool):
-    from pallas_kernels import channel_decays_triton as kernels
+    from pallas_kernels.triton import channel_decays as kernels
 
     queries, keys = (q, *ab[:1]), (k, *ab[1:])
     c = kernels.decay_sums(log_decay)
@@ -58,8 +58,8 @@ def _fused_fwd(scale, *arguments):
 
 
 def _fused_bwd(scale, saved, gradients):
-    from pallas_kernels import channel_decays_triton_backward as kernels
     from pallas_kernels import split
+    from pallas_kernels.triton import channel_decays_backward as kernels
 
     queries, keys, v, c, made, t, u, starts = saved
     do, dlast = gradients

@@ -61,7 +61,7 @@ def run(
     """
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels import split
-    from pallas_kernels.chunks_triton import CHUNK, WIDTH
+    from pallas_kernels.triton.chunks import CHUNK, WIDTH
 
     time, (*_, keys, values) = q.shape[1], state.shape
     wide, counts = next(size for size in KEYS if size >= keys), (len(ab), len(rates))

@@ -1,4 +1,4 @@
-"""Short convolutions in Hopper kernels, plain ones and gated ones (`pallas_kernels/short_conv_hopper.py`).
+"""Short convolutions in Hopper kernels, plain ones and gated ones (`pallas_kernels/hopper/short_conv.py`).
 
 They compute in fp32 from the inputs to the output, and keep no state: what an earlier one reaches, the first tokens, is
 computed again with it.
@@ -93,7 +93,7 @@ def _fused(form, x, kernel, bias, segment_ids):
 
 def _fused_fwd(form, x, kernel, bias, segment_ids):
     # Pallas' GPU modules take half a second to import and are needed only here.
-    from pallas_kernels import short_conv_hopper as kernels
+    from pallas_kernels.hopper import short_conv as kernels
 
     gated, silu = form
     run = functools.partial(kernels.forward, kernels.Form(gated, silu, bias is not None))
@@ -102,7 +102,7 @@ def _fused_fwd(form, x, kernel, bias, segment_ids):
 
 
 def _fused_bwd(form, saved, dy):
-    from pallas_kernels import short_conv_hopper as kernels
+    from pallas_kernels.hopper import short_conv as kernels
 
     x, kernel, bias, segment_ids = saved
     gated, silu = form

@@ -129,7 +129,7 @@ def _fused(hidden, table, labels):
 
 def _fused_fwd(hidden, table, labels):
     # Pallas' GPU modules take half a second to import and are needed only here.
-    from pallas_kernels import cross_entropy_hopper as kernels
+    from pallas_kernels.hopper import cross_entropy as kernels
 
     h, w, vocab = _pad(hidden), _pad(table.astype(hidden.dtype)), table.shape[0]
     tiling = kernels.forward_tiling(h.shape[1])
@@ -143,7 +143,7 @@ def _fused_fwd(hidden, table, labels):
 
 
 def _fused_bwd(saved, cotangents):
-    from pallas_kernels import cross_entropy_hopper as kernels
+    from pallas_kernels.hopper import cross_entropy as kernels
 
     hidden, table, labels, logarithm = saved
     (count, dim), vocab = hidden.shape, table.shape[0]
@@ -182,7 +182,7 @@ def number_of_pieces(rows: int, length: int, tiling, start: int) -> int:
 
 def _pad(x: Float[Array, "N D"]) -> Float[Array, "_ _"]:
     """Return x with zeros up to what the kernels take."""
-    from pallas_kernels import cross_entropy_hopper as kernels
+    from pallas_kernels.hopper import cross_entropy as kernels
 
     count, dim = x.shape
     rows = max(kernels.LEAST, -(-count // hopper.ROWS) * hopper.ROWS)

@@ -110,7 +110,7 @@ def _fused(r, y, scale, bias, eps):
 
 def _fused_fwd(r, y, scale, bias, eps):
     # Pallas' GPU modules take half a second to import and are needed only here.
-    from pallas_kernels import norm_hopper as kernels
+    from pallas_kernels.hopper import norm as kernels
 
     *summed, x = hopper.call(kernels.forward, r, y, scale, bias, eps=eps, multiprocessors=hopper.MULTIPROCESSORS)
     [total] = summed or [r]
@@ -118,7 +118,7 @@ def _fused_fwd(r, y, scale, bias, eps):
 
 
 def _fused_bwd(eps, saved, cotangents):
-    from pallas_kernels import norm_hopper as kernels
+    from pallas_kernels.hopper import norm as kernels
 
     total, adds, scale, centered = saved
     dtotal, dx = cotangents

@@ -1,7 +1,7 @@
 """Gated linear attention and the delta rule with one decay a head, by chunks on tensor cores, in Triton kernels.
 
 One decay makes the weights between the tokens of a chunk a matrix that all channels share. The kernels and their
-equations are in `pallas_kernels/one_decay_triton.py`; products are of bf16, sums and the state fp32.
+equations are in `pallas_kernels/triton/one_decay.py`; products are of bf16, sums and the state fp32.
 """
 
 import functools
@@ -43,7 +43,7 @@ def _fused(scale, q, k, v, log_decay, state, *beta):
 
 
 def _forward(scale, q, k, v, log_decay, state, *beta, with_starts: bool):
-    from pallas_kernels import one_decay_triton as kernels
+    from pallas_kernels.triton import one_decay as kernels
 
     log_decay = jax.lax.optimization_barrier(log_decay)  # XLA would fold the sums of a constant, for seconds
     c = jnp.cumsum(_cut(log_decay, kernels.CHUNK), axis=2).reshape(log_decay.shape)
@@ -57,7 +57,7 @@ def _fused_fwd(scale, *arguments):
 
 
 def _fused_bwd(scale, saved, gradients):
-    from pallas_kernels import one_decay_triton as kernels
+    from pallas_kernels.triton import one_decay as kernels
 
     q, k, v, c, delta, starts = saved
     do, dlast = gradients

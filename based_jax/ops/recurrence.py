@@ -2,7 +2,7 @@
 
     u_t = S_{t-1}^T a_t        S_t = diag(w_t) S_{t-1} + b_t u_t^T + k_t v_t^T        o_t = scale S_t^T q_t
 
-A warp keeps a head's state in its registers from the first token to the last (`pallas_kernels/recurrence_hopper.py`).
+A warp keeps a head's state in its registers from the first token to the last (`pallas_kernels/hopper/recurrence.py`).
 All is fp32 but the inputs, and no decay is too strong. Chunks (`ops/chunks.py`) do fewer steps one after the other,
 and their work on tensor cores.
 """
@@ -106,14 +106,14 @@ def _on_device(q, k, v, log_decay, ab, scale, state, segment_ids) -> tuple[BTHV,
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(scale, q, k, v, log_decay, state, *ab):
     # Pallas' GPU modules take half a second to import and are needed only here.
-    from pallas_kernels import recurrence_hopper as kernels
+    from pallas_kernels.hopper import recurrence as kernels
 
     options = {"scale": scale, "with_reads": False}
     return tuple(hopper.call(functools.partial(kernels.forward, **options), q, k, v, jnp.exp(log_decay), state, *ab))
 
 
 def _fused_fwd(scale, q, k, v, log_decay, state, *ab):
-    from pallas_kernels import recurrence_hopper as kernels
+    from pallas_kernels.hopper import recurrence as kernels
 
     w, options = jnp.exp(log_decay), {"scale": scale, "with_reads": bool(ab)}
     o, last, *reads = hopper.call(functools.partial(kernels.forward, **options), q, k, v, w, state, *ab)
@@ -121,7 +121,7 @@ def _fused_fwd(scale, q, k, v, log_decay, state, *ab):
 
 
 def _fused_bwd(scale, saved, gradients):
-    from pallas_kernels import recurrence_hopper_backward as kernels
+    from pallas_kernels.hopper import recurrence_backward as kernels
 
     q, k, v, w, state, ab, reads = saved
     call = functools.partial(kernels.backward, scale=scale)

@@ -174,20 +174,20 @@ def _pad(x: Array) -> Array:
 @jax.custom_vjp
 def _fused(u, dt, A, BC, state, offsets):
     # Pallas' GPU modules take half a second to import and are needed only here.
-    from pallas_kernels import selective_scan_hopper as kernels
+    from pallas_kernels.hopper import selective_scan as kernels
 
     return tuple(hopper.call(kernels.forward, u, dt, A, BC, state, offsets, with_starts=False))
 
 
 def _fused_fwd(u, dt, A, BC, state, offsets):
-    from pallas_kernels import selective_scan_hopper as kernels
+    from pallas_kernels.hopper import selective_scan as kernels
 
     y, last, starts = hopper.call(kernels.forward, u, dt, A, BC, state, offsets, with_starts=True)
     return (y, last), (u, dt, A, BC, starts, offsets)
 
 
 def _fused_bwd(saved, gradients):
-    from pallas_kernels import selective_scan_hopper_backward as kernels
+    from pallas_kernels.hopper import selective_scan_backward as kernels
 
     u, dt, A, BC, starts, offsets = saved
     return *hopper.call(kernels.backward, u, dt, A, BC, starts, *gradients, offsets), None

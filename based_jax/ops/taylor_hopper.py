@@ -1,7 +1,7 @@
 """Taylor linear attention through the Mosaic GPU kernels: which calls they take, gradients, and the packed state.
 
 The backward pass saves q, k, v, o, z and what pieces of sequences start from (`taylor_pieces.py`). Kernels:
-`pallas_kernels/taylor_*.py`.
+`pallas_kernels/hopper/taylor*.py`.
 """
 
 import functools
@@ -119,7 +119,7 @@ def _attention_fwd(q, k, v, state, segment_ids):
 
 def _forward(q, k, v, state, segment_ids):
     # Pallas' GPU modules take half a second to import and are needed only here.
-    from pallas_kernels import taylor_hopper as kernels
+    from pallas_kernels.hopper import taylor as kernels
 
     (batch, time, heads), (q, k, v) = v.shape[:3], hopper.pad_time(q, k, v)
     cut = _cut(v)
@@ -137,8 +137,8 @@ def _forward(q, k, v, state, segment_ids):
 
 
 def _attention_bwd(saved, cotangents):
-    from pallas_kernels import taylor_hopper as kernels
-    from pallas_kernels import taylor_hopper_backward as backward
+    from pallas_kernels.hopper import taylor as kernels
+    from pallas_kernels.hopper import taylor_backward as backward
 
     q, k, v, o, z, starts, segment_ids, from_state = saved
     do, dafter = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
@@ -206,7 +206,7 @@ class _Tables(NamedTuple):
 
 @functools.cache
 def _tables() -> _Tables:
-    from pallas_kernels import taylor_packing as packing
+    from pallas_kernels.hopper import taylor_packing as packing
 
     scale = math.sqrt(FEATURE_DIM)
     rows, cols = np.tril_indices(FEATURE_DIM)

@@ -26,7 +26,7 @@ Sums = Float[Array, "_ 64 _"]
 
 
 class Documents(NamedTuple):
-    """Packed documents as the kernels read them (`pallas_kernels.taylor_state.Documents`).
+    """Packed documents as the kernels read them (`pallas_kernels.hopper.taylor_state.Documents`).
 
     Attributes:
       table: (B, chunks, Documents.ROW) int32, chunks in the sequence's order.
@@ -45,7 +45,7 @@ class Documents(NamedTuple):
 
 def documents(segment_ids: BT | None, chunks: int, *, reverse: bool = False) -> Documents | None:
     """Return the documents of a scan over `chunks`, from the last token to the first where `reverse`."""
-    from pallas_kernels.taylor_state import Documents as Kernel
+    from pallas_kernels.hopper.taylor_state import Documents as Kernel
 
     if segment_ids is None:
         return None
@@ -108,7 +108,7 @@ def running(
       docs: the documents of the scan.
       reverse: the scan goes from the last piece to the first.
     """
-    from pallas_kernels.taylor_starts import starts
+    from pallas_kernels.hopper.taylor_starts import starts
 
     def keeps(pieces: int, taken: range) -> Float[Array, "B N"] | None:
         """Return what each taken piece keeps, in the order of the scan."""

@@ -1,7 +1,7 @@
 """Softmax attention to a sliding window through the Mosaic GPU kernels: which calls they take, and gradients.
 
 The backward pass saves q, k and v alone: a kernel that reads them sees all of a query's keys, and makes its softmax
-again. Kernels: `pallas_kernels/window_hopper*.py`.
+again. Kernels: `pallas_kernels/hopper/window*.py`.
 """
 
 import functools
@@ -48,7 +48,7 @@ def _attention(q, k, v, segment_ids, window):
 
 def _attention_fwd(q, k, v, segment_ids, window):
     # Pallas' GPU modules take half a second to import and are needed only here.
-    from pallas_kernels import window_hopper as kernels
+    from pallas_kernels.hopper import window as kernels
 
     pieces = number_of_pieces(q, blocks=kernels.resident(q.shape[3]), shared=kernels.reach(window))
     [o] = hopper.call(kernels.forward, *hopper.pad_time(q, k, v), _pad_ids(segment_ids), window=window, pieces=pieces)
@@ -56,8 +56,8 @@ def _attention_fwd(q, k, v, segment_ids, window):
 
 
 def _attention_bwd(window, saved, do):
-    from pallas_kernels import window_hopper as kernels
-    from pallas_kernels import window_hopper_backward as backward
+    from pallas_kernels.hopper import window as kernels
+    from pallas_kernels.hopper import window_backward as backward
 
     q, k, v, segment_ids = saved
     pieces = number_of_pieces(q, blocks=1, shared=2 * kernels.reach(window))

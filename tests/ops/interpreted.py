@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic
+from pallas_kernels.hopper import mosaic
 
 
 class _Accumulator:
@@ -30,7 +30,7 @@ def _accumulate(body, initial):
 
 
 def replace_products(monkeypatch) -> None:
-    """Let kernels that multiply through `pallas_kernels.mosaic` run in the interpreter."""
+    """Let kernels that multiply through `pallas_kernels.hopper.mosaic` run in the interpreter."""
     replacements = {"multiply": _multiply, "products": _products, "accumulate": _accumulate}
     for name, function in (replacements | {"forget_mesh": lambda x, layout: x}).items():
         monkeypatch.setattr(mosaic, name, function)

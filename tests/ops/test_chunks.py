@@ -52,10 +52,10 @@ def decays(form, K):
 @pytest.fixture
 def interpreted(monkeypatch):
     """Run the kernels in Pallas' interpreter, in fp32 too."""
-    from pallas_kernels import chunks_triton
+    from pallas_kernels.triton import chunks as kernels
 
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr(chunks_triton, "EXACT", jax.lax.Precision.HIGHEST)
+    monkeypatch.setattr(kernels, "EXACT", jax.lax.Precision.HIGHEST)
     monkeypatch.setattr(chunks, "supports", lambda *_: None)
     monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
 

@@ -114,10 +114,10 @@ def test_kernels_equal_the_oracle(
     normal, packed_ids, out_and_grads, monkeypatch, form, time, channels, taps, packed, biased
 ):
     """In Pallas' interpreter, which looks for races."""
-    from pallas_kernels import short_conv_hopper
+    from pallas_kernels.hopper import short_conv as kernels
 
     for part in ("FORWARD_PART", "BACKWARD_PART"):
-        monkeypatch.setattr(short_conv_hopper, part, 16)
+        monkeypatch.setattr(kernels, part, 16)
     rows = slice(1, 3)  # of the packed ones
     ids = packed_ids(time)[rows] if packed else None
     x, dy = (normal(2, time, k * channels, dtype="bfloat16") for k in (halves(form), 1))

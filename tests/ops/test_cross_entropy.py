@@ -15,7 +15,7 @@ from jax.sharding import AxisType, PartitionSpec
 from based_jax.errors import UserError
 from based_jax.ops import cross_entropy
 from based_jax.ops.cross_entropy import linear_cross_entropy
-from pallas_kernels import cross_entropy_hopper as kernels
+from pallas_kernels.hopper import cross_entropy as kernels
 
 IGNORED = -1
 

@@ -70,7 +70,8 @@ def test_lowers_in_lanes_and_on_a_mesh(lanes):
 @pytest.fixture
 def interpreted(monkeypatch):
     """Run kernels in Pallas' interpreter, which looks for races; it knows no reshaped memory."""
-    from pallas_kernels import recurrence_hopper, recurrence_hopper_backward
+    from pallas_kernels.hopper import recurrence as forward
+    from pallas_kernels.hopper import recurrence_backward as backward
 
     def load_columns(ref, shape, layout):
         return ref[...].astype(jnp.float32).reshape(shape)
@@ -78,8 +79,8 @@ def interpreted(monkeypatch):
     def save_columns(ref, x):
         ref[...] = x.reshape(ref.shape).astype(ref.dtype)
 
-    monkeypatch.setattr(recurrence_hopper, "load_columns", load_columns)
-    for module in (recurrence_hopper, recurrence_hopper_backward):
+    monkeypatch.setattr(forward, "load_columns", load_columns)
+    for module in (forward, backward):
         monkeypatch.setattr(module, "save_columns", save_columns)
         monkeypatch.setattr(module, "load_global", lambda ref, layout: ref[...])
         monkeypatch.setattr(module, "await_warp", lambda: None)

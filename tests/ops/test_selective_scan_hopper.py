@@ -81,20 +81,21 @@ def test_lowers_under_shard_map():
 @pytest.fixture
 def interpreted(monkeypatch):
     """Run kernels in Pallas' interpreter, which looks for races; it knows neither reshaped nor overlapping memory."""
-    from pallas_kernels import selective_scan_hopper, selective_scan_hopper_backward
+    from pallas_kernels.hopper import selective_scan as forward
+    from pallas_kernels.hopper import selective_scan_backward as backward
 
     def load_channels(ref):
-        return ref[...].astype(jnp.float32).reshape(selective_scan_hopper.WARPS, -1, selective_scan_hopper.VECTOR)
+        return ref[...].astype(jnp.float32).reshape(forward.WARPS, -1, forward.VECTOR)
 
     def save(ref, x):
         ref[...] = x.reshape(ref.shape).astype(ref.dtype)
 
-    for module in (selective_scan_hopper, selective_scan_hopper_backward):
+    for module in (forward, backward):
         monkeypatch.setattr(module, "load_channels", load_channels)
         monkeypatch.setattr(module, "save_channels", save)
         monkeypatch.setattr(module, "load_global", lambda ref, layout: ref[...])
         monkeypatch.setattr(module, "await_warp", lambda: None)
-    monkeypatch.setattr(selective_scan_hopper_backward, "save_pair", save)
+    monkeypatch.setattr(backward, "save_pair", save)
     monkeypatch.setattr(plgpu, "RefUnion", lambda *refs: refs)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield

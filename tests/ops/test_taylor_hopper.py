@@ -10,7 +10,7 @@ from devices import gpus
 from jax.sharding import AxisType, PartitionSpec
 
 from based_jax.ops import taylor, taylor_hopper, taylor_pieces
-from pallas_kernels import taylor_packing
+from pallas_kernels.hopper import taylor_packing
 
 
 def _arrays(shape=(2, 2048, 16), k=16, v=64, dtype=jnp.bfloat16):

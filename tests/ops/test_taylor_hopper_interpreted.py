@@ -15,9 +15,9 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from based_jax.ops import taylor, taylor_hopper, taylor_pieces
-from pallas_kernels import taylor_hopper as forward
-from pallas_kernels import taylor_hopper_backward as backward
-from pallas_kernels import taylor_packing, taylor_state
+from pallas_kernels.hopper import taylor as forward
+from pallas_kernels.hopper import taylor_backward as backward
+from pallas_kernels.hopper import taylor_packing, taylor_state
 
 
 def _expand(x, *, query):

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, nvvm
 
-from pallas_kernels.mosaic import TILE, WGMMA
+from pallas_kernels.hopper.mosaic import TILE, WGMMA
 
 FEATURE_DIM = 16
 PACKED_DIM = 160

@@ -17,7 +17,7 @@ gradient of S, and `gradients` takes those of all tokens, again each chunk for i
     dS = exp(c_C) dS' + (diag(exp c) Q)^T dO          and, for the delta rule, - (diag(exp c) K)^T dV
     Y = T^T dU       dV = diag(beta) Y       dL = -Y U^T
 
-What arrays may be is said in `chunks_triton.py`.
+What arrays may be is said in `chunks.py`.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.chunks_triton import BLOCK, BLOCKS, CHUNK, NEVER, WIDTH, Cut, Type, dot, invert, pairs
+from pallas_kernels.triton.chunks import BLOCK, BLOCKS, CHUNK, NEVER, WIDTH, Cut, Type, dot, invert, pairs
 
 
 def inverses(k, c, beta) -> jax.Array:

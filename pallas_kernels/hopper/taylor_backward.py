@@ -24,9 +24,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
-from pallas_kernels.taylor_packing import FEATURE_DIM, PACKED_DIM, SCALE, expand, pull_back
-from pallas_kernels.taylor_state import (
+from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper.taylor_packing import FEATURE_DIM, PACKED_DIM, SCALE, expand, pull_back
+from pallas_kernels.hopper.taylor_state import (
     MOMENTS,
     C,
     Documents,

@@ -17,8 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
-from pallas_kernels.mosaic import TILE
+from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper.mosaic import TILE
 
 C = TILE
 NOBODY = -(2**31)

@@ -1,4 +1,4 @@
-"""The matrix recurrence token by token on Hopper: the backward pass (see `recurrence_hopper.py`).
+"""The matrix recurrence token by token on Hopper: the backward pass (see `recurrence.py`).
 
 `reverse` walks from the last token to the first with G = dL/dS in registers, `again` from the first to the last with S:
 
@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import split, stream
-from pallas_kernels.mosaic import WARP, WARPS, await_warp, like, load_global, load_shared, save
-from pallas_kernels.recurrence_hopper import SLOTS, TOKENS, Plan, more_than_one, save_columns
+from pallas_kernels import split
+from pallas_kernels.hopper import stream
+from pallas_kernels.hopper.mosaic import WARP, WARPS, await_warp, like, load_global, load_shared, save
+from pallas_kernels.hopper.recurrence import SLOTS, TOKENS, Plan, more_than_one, save_columns
 
 
 def backward(q, k, v, w, state, do, dlast, *ab_and_u, scale: float):

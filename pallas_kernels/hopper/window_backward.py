@@ -23,8 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
-from pallas_kernels.window_hopper import (
+from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper.window import (
     Band,
     C,
     copy_chunk,

@@ -10,12 +10,12 @@ section 4; 2510.26692, section 3), and without a, b and U for gated linear atten
     S' = exp(c_C) S + K^T V + B^T U         K_t = k_t exp(c_C - c_t)
 
 Ab, Pb and B are Ak, Pk and K of b, and T = (I - Ab)^-1. `products` makes all that has no state in it, `inverses` T;
-`forward` walks over the chunks with S in registers. The gradients are in `channel_decays_triton_backward.py`.
+`forward` walks over the chunks with S in registers. The gradients are in `channel_decays_backward.py`.
 
 No exponent is above 0 (but for rounding): in a block of 16 tokens the halves of every 2, 4, 8 and 16 meet through the
 decays up to the border between them, and two blocks through those up to the beginning of the later one. So the pairs of
 a level, or of two blocks, are one product of weighed queries and keys (`Meeting`).
-What arrays may be is said in `chunks_triton.py`; log-decays are fp32.
+What arrays may be is said in `chunks.py`; log-decays are fp32.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import split
-from pallas_kernels.chunks_triton import BLOCK, BLOCKS, CHUNK, NEVER, Cut, Type, dot, invert, pairs, part, places
+from pallas_kernels.triton.chunks import BLOCK, BLOCKS, CHUNK, NEVER, Cut, Type, dot, invert, pairs, part, places
 
 Arrays = Sequence[jax.Array]
 LEVELS = BLOCK.bit_length() - 1

@@ -17,8 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import split, stream
-from pallas_kernels.stream import LANES, load
+from pallas_kernels import split
+from pallas_kernels.hopper import stream
+from pallas_kernels.hopper.stream import LANES, load
 
 TOKENS = 8
 """Of a tile; T is a multiple of them."""

@@ -18,8 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import split, stream
-from pallas_kernels.mosaic import WARPS, await_warp, like, load_global, load_shared, save
+from pallas_kernels import split
+from pallas_kernels.hopper import stream
+from pallas_kernels.hopper.mosaic import WARPS, await_warp, like, load_global, load_shared, save
 
 TOKENS = 8
 """Of a tile; T is a multiple of them."""

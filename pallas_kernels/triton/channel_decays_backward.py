@@ -1,4 +1,4 @@
-"""The gradients of `channel_decays_triton.py`, in its notation.
+"""The gradients of `channel_decays.py`, in its notation.
 
 `reverse` walks back over the chunks with the gradient of S in registers:
 
@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import split
-from pallas_kernels.channel_decays_triton import (
+from pallas_kernels.triton.channel_decays import (
     LEVELS,
     Arrays,
     Meeting,
@@ -35,7 +35,7 @@ from pallas_kernels.channel_decays_triton import (
     walk_inputs,
     weigh,
 )
-from pallas_kernels.chunks_triton import BLOCK, BLOCKS, CHUNK, WIDTH, Cut, Type, dot, pairs, part
+from pallas_kernels.triton.chunks import BLOCK, BLOCKS, CHUNK, WIDTH, Cut, Type, dot, pairs, part
 
 
 def reverse(made: Products, do, dlast, t=None) -> list[jax.Array]:

@@ -1,4 +1,4 @@
-"""Mamba's selective scan on Hopper: the backward pass (see `selective_scan_hopper.py`).
+"""Mamba's selective scan on Hopper: the backward pass (see `selective_scan.py`).
 
 Tiles are walked from the last to the first. The forward pass has saved the state before each: from it those of the tile
 are computed again, and every second one waits in shared memory. Then the tokens are walked backwards, with g = dL/dh of
@@ -20,9 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import split, stream
-from pallas_kernels.mosaic import WARPS, await_warp, like, load_global, load_shared, save
-from pallas_kernels.selective_scan_hopper import (
+from pallas_kernels import split
+from pallas_kernels.hopper import stream
+from pallas_kernels.hopper.mosaic import WARPS, await_warp, like, load_global, load_shared, save
+from pallas_kernels.hopper.selective_scan import (
     LANES,
     STATES,
     TOKENS,

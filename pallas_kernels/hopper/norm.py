@@ -15,9 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import split, stream
-from pallas_kernels.mosaic import WARP, WARPS
-from pallas_kernels.stream import LANES
+from pallas_kernels import split
+from pallas_kernels.hopper import stream
+from pallas_kernels.hopper.mosaic import WARP, WARPS
+from pallas_kernels.hopper.stream import LANES
 
 ELEMENTS = 2048
 """Of a tile, where a row is not longer."""

@@ -14,9 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
-from pallas_kernels.mosaic import TILE
-from pallas_kernels.taylor_packing import FEATURE_DIM, PACKED_DIM, expand
+from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper.mosaic import TILE
+from pallas_kernels.hopper.taylor_packing import FEATURE_DIM, PACKED_DIM, expand
 
 C = TILE
 MOMENTS = (C, FEATURE_DIM)

@@ -24,8 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
-from pallas_kernels.mosaic import TILE
+from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper.mosaic import TILE
 
 LEAST = 256
 """Rows that hidden and table have at least, in multiples of 8: what copies can take."""

@@ -1,4 +1,4 @@
-"""What each piece of a sequence starts from: running sums over the sums of its parts (`taylor_hopper.sums`)."""
+"""What each piece of a sequence starts from: running sums over the sums of its parts (`taylor.sums`)."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
-from pallas_kernels.taylor_state import SUMS, C
+from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper.taylor_state import SUMS, C
 
 ROWS = 8
 """Of the sums, for one block."""
