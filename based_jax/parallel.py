@@ -11,6 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from based_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # over which the rows of a batch lie
+HEAD_AXES = ("tensor",)  # over which heads lie
 
 RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Complex, Float, Int
 from based_jax.dims import BT
 from based_jax.ops import scan
 from based_jax.ops.dispatch import Implementation, dispatch
-from based_jax.ops.long_conv import SHORT, toeplitz
+from based_jax.ops.long_conv import product_is_slower, toeplitz
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
 CHUNK = 64
@@ -113,7 +113,7 @@ def _supports_convolution(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids
 
 def _convolution_is_slower(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> str | None:
     """Return why chunks are the faster form, or None."""
-    return None if u.shape[1] <= SHORT else f"T is {u.shape[1]}, above {SHORT}"
+    return product_is_slower(u.shape[1])
 
 
 def _after(u: Inputs, x, span: scan.Span, log_a: HN, b: HN):

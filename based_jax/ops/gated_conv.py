@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BT, BTD, WD
-from based_jax.ops import conv_hopper
 from based_jax.ops.conv import Past, last_inputs, short_conv
-from based_jax.ops.conv_hopper import Bias, Joint
 from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.hopper import gated_short_conv as hopper_gated_short_conv
+
+Joint = Float[Array, "B T joint"]
+Bias = Float[Array, "joint"]
 
 
 def gated_short_conv(
@@ -69,14 +71,10 @@ def _wide(x: Joint, kernel: WD, bias: Bias | None, state: Past | None, segment_i
     return _composed(wide, kernel, bias, state, segment_ids, impl=impl).astype(x.dtype)
 
 
-def _supports(x: Joint, kernel: WD, bias: Bias | None, state: Past | None, segment_ids: BT | None) -> str | None:
-    return conv_hopper.supports(x, kernel)
-
-
 IMPLEMENTATIONS = {
     "hopper": Implementation(
-        functools.partial(conv_hopper.convolve, gated=True, silu=True, with_state=functools.partial(_wide, impl="xla")),
-        _supports,
+        functools.partial(hopper_gated_short_conv.compute, with_state=functools.partial(_wide, impl="xla")),
+        hopper_gated_short_conv.supports,
         platform="cuda",
     ),
     "xla": Implementation(functools.partial(_composed, impl="xla")),

@@ -13,15 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from based_jax import devices
 from based_jax.dims import BT, BTD
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
 TD = Float[Array, "T D"]
-
-SHORT = 1024
-"""Tokens up to which `auto` takes the product on a GPU (faster at 256, experiments/mqar_pareto; longer ones are not
-measured); its matrices take D T^2 elements."""
 
 
 def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = "auto") -> BTD:
@@ -80,7 +77,13 @@ def _supports_product(u: BTD, kernel: TD, segment_ids: BT | None) -> str | None:
 
 def _product_is_slower(u: BTD, kernel: TD, segment_ids: BT | None) -> str | None:
     """Return why the FFT is the faster form, or None."""
-    return None if u.shape[1] <= SHORT else f"T is {u.shape[1]}, above {SHORT}"
+    return product_is_slower(u.shape[1])
+
+
+def product_is_slower(time: int) -> str | None:
+    """Return why a product with a Toeplitz matrix is slower than other forms of a convolution, or None."""
+    most = devices.crossovers(target_device_kind()).toeplitz_tokens
+    return None if time <= most else f"T is {time}, above {most}"
 
 
 def _fft(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Shaped
 
 from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
 from based_jax.errors import UserError
-from based_jax.ops import segments, window_hopper
+from based_jax.ops import segments
 from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.hopper import window as hopper_window
 
 SMALLEST_BAND = 64
 
@@ -162,7 +163,7 @@ ATTENTION = {
 }
 
 WINDOW_ATTENTION = {
-    "hopper": Implementation(window_hopper.attention, window_hopper.supports, platform="cuda"),
+    "hopper": Implementation(hopper_window.compute, hopper_window.supports, platform="cuda"),
     "cudnn": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
     "xla": Implementation(_banded),
     "recurrent": Implementation(_recurrent),

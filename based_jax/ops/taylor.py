@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
-from based_jax.ops import linear_attention, taylor_hopper
+from based_jax.ops import linear_attention
 from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.hopper import taylor as hopper_taylor
 from based_jax.ops.precision import einsum
 
 
@@ -101,7 +102,7 @@ def _kernel(q: BTHK, k: BTHK, precision, dtype=jnp.float32) -> Float[Array, "B H
 _chunked = functools.partial(linear_attention.chunked, features=taylor_features, scores=_kernel)
 
 IMPLEMENTATIONS = {
-    "hopper": Implementation(taylor_hopper.attention, taylor_hopper.supports, platform="cuda"),
+    "hopper": Implementation(hopper_taylor.compute, hopper_taylor.supports, platform="cuda"),
     "quadratic": Implementation(
         functools.partial(_chunked, length=None), preferred="cuda", slower=linear_attention.one_chunk_is_slower
     ),

@@ -1,4 +1,4 @@
-"""The matrix recurrence token by token on Hopper: the forward pass (see `ops/recurrence.py`).
+"""The matrix recurrence token by token on Hopper: the forward pass (see `ops/hopper/recurrence.py`).
 
     u_t = S_{t-1}^T a_t        S_t = diag(w_t) S_{t-1} + b_t u_t^T + k_t v_t^T        o_t = scale S_t^T q_t
 

@@ -1,4 +1,4 @@
-"""Matrix states with one decay a head, by chunks on tensor cores, in Pallas' Triton kernels (see `ops/one_decay.py`).
+"""Matrix states with one decay a head, by chunks on tensor cores, in Triton kernels (see `ops/triton/one_decay.py`).
 
 With the state S before a chunk of C tokens, c_t the sum of its log-decays up to token t, and w_ts = exp(c_t - c_s):
 

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices import H100, gpus
+from helpers.devices import H100, gpus
 from reference_cases import FORWARD, GRADIENT, assert_close, load
 
+from based_jax.devices import H100_CROSSOVERS
 from based_jax.ops import dispatch
 from based_jax.ops.delta_rule import (
     CHUNK,
     DPLR_IMPLEMENTATIONS,
-    FEW_HEADS,
     IMPLEMENTATIONS,
     delta_rule,
     delta_rule_step,
@@ -125,14 +125,15 @@ def test_auto_takes_what_was_timed_and_is_fastest():
             jax.eval_shape(choose, *map(jax.ShapeDtypeStruct, shapes, (dtype, dtype, "float32", "float32")))
         return next(name for name in table if table[name] is entries[0])
 
+    few = H100_CROSSOVERS.dplr_steps_heads
     assert [taken(H100, T) for T in (CHUNK - 1, CHUNK, 4096)] == ["hopper", "triton", "triton"]
     assert taken(H100, 256, dtype="float32") == "hopper"
-    assert taken(H100, CHUNK, batch=FEW_HEADS // 2) == "triton"
+    assert taken(H100, CHUNK, batch=few // 2) == "triton"
     for options in ({"decays": 64}, {"table": DPLR_IMPLEMENTATIONS}):
         assert [taken(H100, T, **options) for T in (CHUNK - 1, CHUNK)] == ["hopper", "triton"]
-        many = options | {"batch": FEW_HEADS // 2}
+        many = options | {"batch": few // 2}
         assert [taken(H100, CHUNK, **many, K=K, V=V) for K, V in ((64, 64), (128, 256))] == ["hopper", "triton"]
-        assert taken(H100, CHUNK, **options | {"batch": FEW_HEADS // 2 - 1}) == "triton"
+        assert taken(H100, CHUNK, **options | {"batch": few // 2 - 1}) == "triton"
         assert taken(H100, CHUNK, **many, shape=(2,), names=("data",)) == "triton"  # half of them on a device
         assert taken(H100, CHUNK, **many, shape=(2,), names=("other",)) == "hopper"
         assert taken(H100, 2**18, **many) == "triton"  # more elements than steps can count

@@ -2,19 +2,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices import H100, gpus
+from helpers.devices import H100, gpus
 from reference_cases import FORWARD, GRADIENT, assert_close, load
 
+from based_jax.devices import H100_CROSSOVERS
 from based_jax.ops import dispatch
+from based_jax.ops.decays import initial_state
 from based_jax.ops.gated_linear_attention import (
     CHUNK,
-    FEW_STEPS,
     IMPLEMENTATIONS,
-    SHORT,
-    SHORT_FOR_KERNELS,
     gated_linear_attention,
     gated_linear_attention_step,
-    initial_state,
 )
 
 H, K, V = 2, 5, 3
@@ -67,7 +65,7 @@ def test_chunked_equals_the_oracle(T, per_head, with_bonus, normal, packed_ids, 
 
 
 def test_one_chunk_of_a_long_sequence(normal, packed_ids, out_and_grads, close):
-    T, K, V = SHORT, 64, 64
+    T, K, V = H100_CROSSOVERS.one_decay_one_chunk_tokens, 64, 64
     q, k, v = normal(6, T, 1, K), normal(6, T, 1, K), normal(6, T, 1, V)
     args, ids = (q, k, v, -(normal(6, T, 1, 1) ** 2), normal(6, 1, K, V)), packed_ids(T)
 
@@ -88,14 +86,19 @@ def taken(kind, T, K=64, V=64, decays=1, dtype="bfloat16"):
 
 def test_auto_takes_the_fastest_on_a_gpu():
     """Full chunks; one chunk for few tokens and for large states; steps where products are fp32 or channels decay."""
-    short, full = CHUNK - 1, CHUNK
-    assert [taken(H100, T) for T in (short, full, FEW_STEPS + 1)] == ["quadratic", "triton", "triton"]
-    large = [taken(H100, T, 128, 256) for T in (full, SHORT_FOR_KERNELS, SHORT_FOR_KERNELS + 1)]
+    short, full, known = CHUNK - 1, CHUNK, H100_CROSSOVERS
+    few, one, beside = (
+        known.one_decay_steps_tokens,
+        known.one_decay_one_chunk_tokens,
+        known.one_decay_one_chunk_tokens_beside_chunks,
+    )
+    assert [taken(H100, T) for T in (short, full, few + 1)] == ["quadratic", "triton", "triton"]
+    large = [taken(H100, T, 128, 256) for T in (full, beside, beside + 1)]
     assert large == ["quadratic", "quadratic", "triton"]
-    assert [taken(H100, T, 128, 256, dtype="float32") for T in (SHORT, SHORT + 1)] == ["quadratic", "hopper"]
-    assert [taken(H100, T, dtype="float32") for T in (short, FEW_STEPS, FEW_STEPS + 1)] == ["hopper", "hopper", "xla"]
-    assert [taken(H100, T, 128, 256, 128) for T in (short, full, SHORT)] == ["hopper", "triton", "triton"]
-    assert [taken("NVIDIA A100", T) for T in (SHORT, SHORT + 1)] == ["quadratic", "xla"]
+    assert [taken(H100, T, 128, 256, dtype="float32") for T in (one, one + 1)] == ["quadratic", "hopper"]
+    assert [taken(H100, T, dtype="float32") for T in (short, few, few + 1)] == ["hopper", "hopper", "xla"]
+    assert [taken(H100, T, 128, 256, 128) for T in (short, full, one)] == ["hopper", "triton", "triton"]
+    assert [taken("NVIDIA A100", T) for T in (one, one + 1)] == ["quadratic", "xla"]
 
 
 @pytest.mark.parametrize("per_head", [False, True])

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from based_jax.ops import dispatch, taylor_hopper
-from based_jax.ops.linear_attention import CHUNK, SHORT
+from based_jax.devices import H100_CROSSOVERS
+from based_jax.ops import dispatch
+from based_jax.ops.hopper import limits
+from based_jax.ops.linear_attention import CHUNK
 from based_jax.ops.taylor import (
     IMPLEMENTATIONS,
     expanded_dim,
@@ -249,8 +251,9 @@ def test_memory_is_linear_and_features_are_never_whole():
 
 def test_auto_takes_one_chunk_for_short_sequences_on_a_gpu(draw, monkeypatch):
     monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
-    monkeypatch.setattr(taylor_hopper.hopper, "refusal", lambda: "this is no Hopper GPU")
-    for length, chosen in ((SHORT, "quadratic"), (SHORT + 1, "xla")):
+    monkeypatch.setattr(limits, "refusal", lambda: "this is no Hopper GPU")
+    most = H100_CROSSOVERS.linear_attention_one_chunk_tokens
+    for length, chosen in ((most, "quadratic"), (most + 1, "xla")):
         x = jnp.zeros((1, length, 1, 4))
         taken = dispatch._automatic("taylor_attention", IMPLEMENTATIONS, x, x, x, None, None)
         assert taken is IMPLEMENTATIONS[chosen]

@@ -13,12 +13,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from based_jax.dims import BT
-from based_jax.ops import hopper, segments
-from based_jax.ops.hopper import CHUNK, MULTIPROCESSORS
+from based_jax.ops import segments, sharded
+from based_jax.ops.hopper.limits import CHUNK_TOKENS, multiprocessors
 
-SHORTEST_PIECE = 4
-"""Chunks; a shorter piece would cost more to start than it takes."""
-RESIDENT = 2
+MIN_CHUNKS_PER_PIECE = 4
+"""A shorter piece would cost more to start than it takes."""
+RESIDENT_BLOCKS = 2
 """Blocks of the kernel that sums parts of pieces, on a multiprocessor."""
 
 Sums = Float[Array, "_ 64 _"]
@@ -40,7 +40,7 @@ class Documents(NamedTuple):
 
     def keeps(self, first: int, last: int) -> Float[Array, "B"]:
         """Return 1 where the state before chunk `first` of the scan is part of that before chunk `last`, else 0."""
-        return (self.ends[:, last - 1] < first * CHUNK).astype(jnp.float32)
+        return (self.ends[:, last - 1] < first * CHUNK_TOKENS).astype(jnp.float32)
 
 
 def documents(segment_ids: BT | None, chunks: int, *, reverse: bool = False) -> Documents | None:
@@ -50,28 +50,28 @@ def documents(segment_ids: BT | None, chunks: int, *, reverse: bool = False) -> 
     if segment_ids is None:
         return None
     batch, time = segment_ids.shape
-    ids = jnp.pad(segment_ids, ((0, 0), (0, chunks * CHUNK - time)))
+    ids = jnp.pad(segment_ids, ((0, 0), (0, chunks * CHUNK_TOKENS - time)))
     ids = ids[:, ::-1] if reverse else ids
     places = jnp.arange(ids.shape[1])[None]
     present = ids != 0
     start = lax.cummax(jnp.where(jnp.diff(ids, axis=1, prepend=-1) != 0, places, 0), axis=1)
     from_state = present & (ids == segments.first_id(ids)[:, None])
     begin = jnp.where(present, jnp.where(from_state, -1 - start, start), Kernel.NOWHERE)
-    latest = lax.cummax(jnp.where(present, places, -1), axis=1)[:, CHUNK - 1 :: CHUNK]
+    latest = lax.cummax(jnp.where(present, places, -1), axis=1)[:, CHUNK_TOKENS - 1 :: CHUNK_TOKENS]
     ends = jnp.take_along_axis(begin, jnp.maximum(latest, 0), axis=1)
     ends = jnp.where(latest < 0, -2 - Kernel.NOWHERE, ends).astype(jnp.int32)
-    table = begin.astype(jnp.int32).reshape(batch, chunks, CHUNK)
+    table = begin.astype(jnp.int32).reshape(batch, chunks, CHUNK_TOKENS)
     states = present & (ids == segments.last_id(ids)[:, None])
     if reverse:
         table, states = table[:, ::-1, ::-1], states[:, ::-1]
     last = ends[:, ::-1] if reverse else ends
-    table = jnp.concatenate([table, jnp.repeat(last[..., None], Kernel.ROW - CHUNK, axis=2)], axis=2)
+    table = jnp.concatenate([table, jnp.repeat(last[..., None], Kernel.ROW - CHUNK_TOKENS, axis=2)], axis=2)
     return Documents(table, ends, states[:, :time])
 
 
 def number_of_pieces(sequences: int, chunks: int) -> int:
     """Return into how many pieces each of `sequences` (batch times heads) is cut so that all multiprocessors work."""
-    return max(1, min(MULTIPROCESSORS // sequences, chunks // SHORTEST_PIECE))
+    return max(1, min(multiprocessors() // sequences, chunks // MIN_CHUNKS_PER_PIECE))
 
 
 def number_of_parts(pieces: int) -> int:
@@ -82,9 +82,11 @@ def number_of_parts(pieces: int) -> int:
 
     def busy(parts: int) -> float:
         blocks = pieces * parts
-        return blocks / (-(-blocks // MULTIPROCESSORS) * MULTIPROCESSORS)
+        return blocks / (-(-blocks // multiprocessors()) * multiprocessors())
 
-    return max(range(1, max(1, RESIDENT * MULTIPROCESSORS // pieces) + 1), key=lambda parts: (busy(parts), parts))
+    return max(
+        range(1, max(1, RESIDENT_BLOCKS * multiprocessors() // pieces) + 1), key=lambda parts: (busy(parts), parts)
+    )
 
 
 def running(
@@ -124,7 +126,7 @@ def running(
         taken = range(parts, parts * pieces) if reverse else range(parts * (pieces - 1))
         [added] = sums(pieces=parts * pieces, taken=taken)
         options = {"keeps": keeps(parts * pieces, taken), "heads": heads, "pieces": pieces, "parts": parts}
-        [before] = hopper.call(starts, added, first, **options, reverse=reverse)
+        [before] = sharded.call(starts, added, first, **options, reverse=reverse)
 
     def total() -> Sums:
         # XLA drops this where the caller does not use the state.

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpreted import replace_products
+from helpers.interpreted import replace_products
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from based_jax.ops import taylor, taylor_hopper, taylor_pieces
+from based_jax.ops import taylor
+from based_jax.ops.hopper import taylor as hopper_taylor
+from based_jax.ops.hopper import taylor_pieces
 from pallas_kernels.hopper import taylor as forward
 from pallas_kernels.hopper import taylor_backward as backward
 from pallas_kernels.hopper import taylor_packing, taylor_state
@@ -58,7 +60,7 @@ def _relative(x, y):
     [((1, 261, 1), 2, True, (-30, 90, 25, -60, 20, 36))],
 )
 def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, pieces, with_state, lengths):
-    monkeypatch.setattr(taylor_pieces, "SHORTEST_PIECE", 2)
+    monkeypatch.setattr(taylor_pieces, "MIN_CHUNKS_PER_PIECE", 2)
     assert taylor_pieces.number_of_pieces(shape[0] * shape[2], -(-shape[1] // 64)) == pieces
     ids = None
     if lengths:  # of documents, negative for padding
@@ -76,7 +78,7 @@ def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, pieces,
     def run(impl, inputs):
         def call(q, k, v, state=None):
             if impl == "kernels":
-                return taylor_hopper.attention(q, k, v, state, ids)
+                return hopper_taylor.compute(q, k, v, state, ids)
             return taylor.taylor_attention(q, k, v, state=state, segment_ids=ids, return_state=True, impl=impl)
 
         (o, after), pull = jax.vjp(call, *inputs)

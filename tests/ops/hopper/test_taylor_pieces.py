@@ -5,10 +5,10 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interpreted import replace_products
+from helpers.interpreted import replace_products
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from based_jax.ops import taylor_pieces
+from based_jax.ops.hopper import taylor_pieces
 
 SUMS = 64, 176
 

@@ -15,8 +15,9 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHEV, BT, BTHK, BTHV
-from based_jax.ops import hopper
-from based_jax.ops.taylor_pieces import documents, number_of_pieces, running
+from based_jax.ops import sharded
+from based_jax.ops.hopper import limits
+from based_jax.ops.hopper.taylor_pieces import documents, number_of_pieces, running
 
 FEATURE_DIM = 16
 PACKED_DIM = 160
@@ -31,18 +32,18 @@ def supports(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | No
         return f"K must be at most {FEATURE_DIM}, and is {q.shape[3]}"
     if 0 in q.shape:
         return "there must be a token"
-    return hopper.refusal()
+    return limits.refusal()
 
 
-def attention(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> tuple[BTHV, BHEV]:
-    """Return o and the state after the last token."""
+def compute(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> tuple[BTHV, BHEV]:
+    """Return o and the state after the last token, each device for its rows and heads."""
     tokens, state_dims = ("batch", None, "heads"), ("batch", "heads")
     arguments = q, k, v, state, segment_ids
-    return hopper.per_shard(_any_widths, arguments, (*(tokens,) * 3, state_dims, ("batch",)), (tokens, state_dims))
+    return sharded.per_shard(_any_widths, arguments, (*(tokens,) * 3, state_dims, ("batch",)), (tokens, state_dims))
 
 
 def _any_widths(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> tuple[BTHV, BHEV]:
-    """Return what `attention` does, of one shard.
+    """Return what `compute` does, of one shard.
 
     The kernels know K = 16 and V = 64. Narrower queries and keys get zeros; wider values become several heads with the
     same queries and keys.
@@ -84,7 +85,7 @@ def _join_values(state: jax.Array, parts: int, value_dim: int) -> jax.Array:
 
 
 def _widen_features(state: jax.Array, feature_dim: int) -> jax.Array:
-    """Return the state of the same keys with zeros up to K = 16, of queries that `attention` has scaled."""
+    """Return the state of the same keys with zeros up to K = 16, of queries that `compute` has scaled."""
     places, scales = _places_of_features(feature_dim)
     wide = jnp.zeros((*state.shape[:2], len(_tables().columns), state.shape[3]), state.dtype)
     return wide.at[:, :, places].set(state * scales[None, None, :, None])
@@ -121,13 +122,13 @@ def _forward(q, k, v, state, segment_ids):
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper import taylor as kernels
 
-    (batch, time, heads), (q, k, v) = v.shape[:3], hopper.pad_time(q, k, v)
+    (batch, time, heads), (q, k, v) = v.shape[:3], limits.pad_time(q, k, v)
     cut = _cut(v)
     docs = documents(segment_ids, cut["chunks"])
     packed = {"documents": docs and docs.table}
-    sums = functools.partial(hopper.call, kernels.sums, k, v, **packed)
+    sums = functools.partial(sharded.call, kernels.sums, k, v, **packed)
     starts, total = running(None if state is None else pack_state(state), sums, docs=docs, **cut)
-    o, z = hopper.call(kernels.forward, q, k, v, starts, pieces=cut["pieces"], **packed)
+    o, z = sharded.call(kernels.forward, q, k, v, starts, pieces=cut["pieces"], **packed)
     count = (
         jnp.full((batch, 1), time, jnp.float32)
         if docs is None
@@ -144,15 +145,15 @@ def _attention_bwd(saved, cotangents):
     do, dafter = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     time = v.shape[1]
     do = jnp.zeros_like(v) if do is None else do
-    q, k, v, o, do = hopper.pad_time(q, k, v, o, do)
+    q, k, v, o, do = limits.pad_time(q, k, v, o, do)
     cut = _cut(v)
     docs, back = (documents(segment_ids, cut["chunks"], reverse=reverse) for reverse in (False, True))
     options = {"documents": docs and docs.table, "pieces": cut["pieces"]}
-    dq, gz = hopper.call(backward.query_gradient, q, k, v, o, do, z, starts, **options)
+    dq, gz = sharded.call(backward.query_gradient, q, k, v, o, do, z, starts, **options)
     packed = {"documents": back and back.table}
-    sums = functools.partial(hopper.call, kernels.sums, q, do, z, gz, reverse=True, **packed)
+    sums = functools.partial(sharded.call, kernels.sums, q, do, z, gz, reverse=True, **packed)
     ends, total = running(None if dafter is None else pack_state(dafter), sums, docs=back, reverse=True, **cut)
-    dk, dv = hopper.call(backward.key_value_gradients, q, k, v, do, z, gz, ends, pieces=cut["pieces"], **packed)
+    dk, dv = sharded.call(backward.key_value_gradients, q, k, v, do, z, gz, ends, pieces=cut["pieces"], **packed)
     gradients = dq[:, :time], dk[:, :time], dv[:, :time]
     if not from_state:
         return *gradients, None, None
@@ -166,7 +167,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 def _cut(v: jax.Array) -> dict[str, Any]:
     """Return the sizes that `running` takes."""
     batch, time, heads, _ = v.shape
-    chunks = -(-time // hopper.CHUNK)
+    chunks = -(-time // limits.CHUNK_TOKENS)
     return {"batch": batch, "heads": heads, "chunks": chunks, "pieces": number_of_pieces(batch * heads, chunks)}
 
 

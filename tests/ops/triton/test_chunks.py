@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices import gpus
+from helpers.devices import gpus
 from jax.experimental import pallas as pl
 
 from based_jax import parallel
 from based_jax.errors import UserError
-from based_jax.ops import chunks, dispatch
+from based_jax.ops import dispatch
 from based_jax.ops.delta_rule import delta_rule, dplr
 from based_jax.ops.gated_linear_attention import gated_linear_attention
+from based_jax.ops.triton import chunks
 
 
 def linear(q, k, v, g, beta, **options):

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from based_jax.dims import BT, BTHK, BTHV
-from based_jax.ops import hopper
-from based_jax.ops.hopper import CHUNK, MULTIPROCESSORS
+from based_jax.ops import sharded
+from based_jax.ops.hopper import limits
+from based_jax.ops.hopper.limits import CHUNK_TOKENS
 
 HEAD_DIMS = (64, 112, 128)
-LARGEST_WINDOW = 2 * CHUNK + 1
+MAX_WINDOW = 2 * CHUNK_TOKENS + 1
 
 
 def supports(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> str | None:
@@ -24,21 +25,21 @@ def supports(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> 
         return f"q, k and v must be bfloat16, and are {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[3] not in HEAD_DIMS or v.shape[3] != q.shape[3]:
         return f"head dims must be equal and one of {HEAD_DIMS}, and are {q.shape[3]} and {v.shape[3]}"
-    if window > LARGEST_WINDOW:
-        return f"the window must be at most {LARGEST_WINDOW} keys, and is {window}"
+    if window > MAX_WINDOW:
+        return f"the window must be at most {MAX_WINDOW} keys, and is {window}"
     if 0 in q.shape:
         return "there must be a token"
-    return hopper.refusal()
+    return limits.refusal()
 
 
-def attention(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> BTHV:
-    """Return o."""
+def compute(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> BTHV:
+    """Return o, each device for its rows and heads."""
     tokens = "batch", None, "heads"
 
     def shard(*arrays):
-        return _attention(*hopper.vary_alike(*arrays), window)
+        return _attention(*sharded.vary_alike(*arrays), window)
 
-    return hopper.per_shard(shard, (q, k, v, segment_ids), (*(tokens,) * 3, ("batch",)), (tokens,))
+    return sharded.per_shard(shard, (q, k, v, segment_ids), (*(tokens,) * 3, ("batch",)), (tokens,))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -51,7 +52,7 @@ def _attention_fwd(q, k, v, segment_ids, window):
     from pallas_kernels.hopper import window as kernels
 
     pieces = number_of_pieces(q, blocks=kernels.resident(q.shape[3]), shared=kernels.reach(window))
-    [o] = hopper.call(kernels.forward, *hopper.pad_time(q, k, v), _pad_ids(segment_ids), window=window, pieces=pieces)
+    [o] = sharded.call(kernels.forward, *limits.pad_time(q, k, v), _pad_ids(segment_ids), window=window, pieces=pieces)
     return o[:, : q.shape[1]], (q, k, v, segment_ids)
 
 
@@ -61,8 +62,8 @@ def _attention_bwd(window, saved, do):
 
     q, k, v, segment_ids = saved
     pieces = number_of_pieces(q, blocks=1, shared=2 * kernels.reach(window))
-    arrays = *hopper.pad_time(q, k, v, do), _pad_ids(segment_ids)
-    gradients = hopper.call(backward.gradients, *arrays, window=window, pieces=pieces)
+    arrays = *limits.pad_time(q, k, v, do), _pad_ids(segment_ids)
+    gradients = sharded.call(backward.gradients, *arrays, window=window, pieces=pieces)
     return *(x[:, : q.shape[1]] for x in gradients), None
 
 
@@ -76,7 +77,7 @@ def number_of_pieces(q: BTHK, *, blocks: int, shared: int) -> int:
     those that it has in `shared` with its neighbours.
     """
     batch, time, heads, _ = q.shape
-    chunks, resident = -(-time // CHUNK), MULTIPROCESSORS * blocks
+    chunks, resident = -(-time // CHUNK_TOKENS), limits.multiprocessors() * blocks
 
     def duration(pieces: int) -> int:
         waves = -(-batch * heads * pieces // resident)
@@ -89,4 +90,4 @@ def _pad_ids(segment_ids: BT | None) -> Int[Array, "B _"] | None:
     """Return ids with padding up to whole chunks."""
     if segment_ids is None:
         return None
-    return jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, -segment_ids.shape[1] % CHUNK)))
+    return jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, -segment_ids.shape[1] % CHUNK_TOKENS)))

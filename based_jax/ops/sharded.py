@@ -1,11 +1,10 @@
-"""What every operation with a Mosaic GPU kernel asks before it runs one, and how it calls it.
+"""How a kernel is called under a mesh (`jax.set_mesh`): every device runs it on its part of the arrays.
 
-The kernels are for Hopper GPUs alone. To XLA they are opaque: under a mesh (`jax.set_mesh`) they run per shard, rows of
-the batch over the mesh axes "data" and "fsdp", heads over "tensor", as `based_jax.parallel` places them.
+To XLA kernels are opaque. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, heads over
+`parallel.HEAD_AXES`, as `based_jax.parallel` places them.
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,26 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from based_jax.ops.dispatch import target_device_kind
+from based_jax.parallel import BATCH_AXES, HEAD_AXES
 
 Names = tuple[str | None, ...]
 
-DEVICES = re.compile(r"\bG?H(100|200|800|20)\b")
-OFFSETS = 2**31
-"""Kernels that read an array other than by tiles count its elements in 32 bits."""
-MESH_AXES = {"batch": ("data", "fsdp"), "heads": ("tensor",)}
-MULTIPROCESSORS = 132
-CHUNK = 64
-"""Tokens that a kernel reads together."""
-ROWS = 8
-"""Tokens of a copy's smallest tile: other lengths are padded."""
-
-
-def refusal() -> str | None:
-    """Return why no kernel can run here, whatever its arguments, or None."""
-    if not DEVICES.search(target_device_kind()):
-        return f"the kernels are for Hopper GPUs, and this is {target_device_kind()}"
-    return mesh_refusal()
+MESH_AXES = {"batch": BATCH_AXES, "heads": HEAD_AXES}
 
 
 def mesh_refusal() -> str | None:
@@ -131,13 +115,6 @@ def vary_alike(*values: Any, like: Sequence[Any] = ()) -> list[Any]:
 def fill(x: jax.Array, multiples: dict[int, int]) -> jax.Array:
     """Append zeros to dimensions up to a multiple."""
     return jnp.pad(x, [(0, -size % multiples.get(dimension, 1)) for dimension, size in enumerate(x.shape)])
-
-
-def pad_time(*arrays: jax.Array) -> list[jax.Array]:
-    """Return (B, T, H, .) arrays with zeros after the last token, to a length that copies can take."""
-    time = arrays[0].shape[1]
-    filler = max(CHUNK, -(-time // ROWS) * ROWS) - time
-    return [jnp.pad(x, ((0, 0), (0, filler), (0, 0), (0, 0))) for x in arrays]
 
 
 def _varying(x: Any) -> frozenset:

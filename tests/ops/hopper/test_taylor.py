@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices import gpus
+from helpers.devices import gpus
 from jax.sharding import AxisType, PartitionSpec
 
-from based_jax.ops import taylor, taylor_hopper, taylor_pieces
+from based_jax.ops import taylor
+from based_jax.ops.hopper import taylor as hopper_taylor
+from based_jax.ops.hopper import taylor_pieces
 from pallas_kernels.hopper import taylor_packing
 
 
@@ -39,7 +41,7 @@ def test_packed_state_is_the_sum_of_packed_features(rng):
     state = jnp.einsum(
         "bthe,bthv->bhev", taylor.taylor_features(jnp.asarray(k)), np.append(v, np.ones_like(v[..., :1]), -1)
     )
-    sums = taylor_hopper.pack_state(state)
+    sums = hopper_taylor.pack_state(state)
     packed, moments = (x.reshape(2, 3, 64, -1) for x in np.split(sums, [160], axis=2))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     close(packed, np.einsum("bthv,bthe->bhve", v, _packed(k)))
@@ -47,7 +49,7 @@ def test_packed_state_is_the_sum_of_packed_features(rng):
     close(moments[:, :, 16], k.sum(axis=1))
     close(moments[:, :, 17, 0], k.shape[1])
     assert not moments[:, :, 18:].any() and not moments[:, :, 17, 1:].any()
-    close(taylor_hopper.unpack_state(sums, jnp.zeros((2, 3))), state, rtol=1e-5, atol=1e-5)
+    close(hopper_taylor.unpack_state(sums, jnp.zeros((2, 3))), state, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("feature_dim, value_dim", [(8, 64), (16, 112), (5, 200)])
@@ -56,12 +58,12 @@ def test_other_widths_are_those_of_the_kernels(rng, monkeypatch, feature_dim, va
         assert (q.shape[3], v.shape[3]) == (16, 64)
         return taylor.taylor_attention(q, k, v, state=state, return_state=True, impl="oracle")
 
-    monkeypatch.setattr(taylor_hopper, "_attention", kernels)
+    monkeypatch.setattr(hopper_taylor, "_attention", kernels)
     shapes = (2, 7, 3, feature_dim), (2, 7, 3, feature_dim), (2, 7, 3, value_dim)
     first, second = ([jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes] for _ in range(2))
     oracle = jax.jit(functools.partial(taylor.taylor_attention, return_state=True, impl="oracle"))
     for state in (None, oracle(*first)[1]):
-        got = jax.jit(taylor_hopper.attention)(*second, state, None)
+        got = jax.jit(hopper_taylor.compute)(*second, state, None)
         wanted = oracle(*second, state=state)
         for x, y in zip(got, wanted, strict=True):
             np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4)
@@ -77,8 +79,8 @@ def test_other_widths_are_those_of_the_kernels(rng, monkeypatch, feature_dim, va
 )
 def test_refusals_name_the_value(arrays, words):
     with gpus():
-        assert words in taylor_hopper.supports(*arrays, None, None)
-        assert taylor_hopper.supports(*_arrays(), None, None) is None
+        assert words in hopper_taylor.supports(*arrays, None, None)
+        assert hopper_taylor.supports(*_arrays(), None, None) is None
 
 
 @pytest.mark.parametrize(
@@ -86,17 +88,17 @@ def test_refusals_name_the_value(arrays, words):
 )
 def test_only_hopper_gpus(kind, runs):
     with gpus(kind):
-        reason = taylor_hopper.supports(*_arrays(), None, None)
+        reason = hopper_taylor.supports(*_arrays(), None, None)
     assert reason is None if runs else kind in reason
 
 
 def test_a_mesh_with_explicit_axes_needs_shard_map():
     arrays = _arrays()
     with gpus(shape=(2,), axes=AxisType.Explicit):
-        assert "shard_map" in taylor_hopper.supports(*arrays, None, None)
+        assert "shard_map" in hopper_taylor.supports(*arrays, None, None)
     for axes in (AxisType.Manual, AxisType.Auto):
         with gpus(shape=(2,), axes=axes):
-            assert taylor_hopper.supports(*arrays, None, None) is None
+            assert hopper_taylor.supports(*arrays, None, None) is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHKV, BT, BTHK, BTHV
-from based_jax.ops import chunks
+from based_jax.ops.triton import chunks
 
 
 def channel_decays(
@@ -21,7 +21,7 @@ def channel_decays(
     log_decay: Float[Array, "B T H #K"],
     ab: tuple[BTHK, ...],
     scale: float,
-    state: BHKV,
+    state: BHKV | None,
     segment_ids: BT | None,
 ) -> tuple[BTHV, BHKV]:
     """Return o and the state after the last token, each device for its rows and heads.
