@@ -23,6 +23,7 @@ from based_jax.nn import layers
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS as KINDS
 from based_jax.ops import taylor
+from based_jax.ops.dispatch import named
 from based_jax.ops.wkv4 import wkv4
 from based_jax.optim import decay_groups
 from based_jax.train.step import IGNORED, loss_sums
@@ -30,7 +31,7 @@ from based_jax.train.step import IGNORED, loss_sums
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 FC = ("fc1", "fc2")
-IMPLS = ("oracle", "recurrent", "xla")
+IMPLS = ("oracle", "xla_steps", "xla")
 RWKV7 = {"decay_low_rank_dim": 6, "gate_low_rank_dim": 8, "a_low_rank_dim": 5, "v_low_rank_dim": 4}
 BASED, ZOOLOGY = convert.window_from_based, convert.window_from_zoology
 NO_ROTARY = {"rotary_fraction": 0.0, "bias": True}
@@ -160,7 +161,7 @@ def test_mixer(name, out_and_grads):
     case = load(name)
     graphdefs = {}
     for impl in IMPLS:
-        if impl in KINDS[kind].IMPLEMENTATIONS:
+        if named(KINDS[kind].IMPLEMENTATIONS, impl):
             graphdefs[impl], params = nnx.split(convert.mixer_from_reference(kind, case.weights, impl=impl, **options))
 
     def call(params, x, impl="xla"):

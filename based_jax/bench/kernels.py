@@ -12,6 +12,7 @@ from based_jax.bench import torch_peers
 from based_jax.bench.operations import OPERATIONS, PASSES, Operation, Shape, program, takes
 from based_jax.bench.timing import REPEATS, device_microseconds
 from based_jax.errors import UserError, unknown
+from based_jax.ops.dispatch import backend_of, named
 
 L2_BYTES = 50 << 20
 COMPILERS = 6
@@ -45,6 +46,7 @@ def measure(
     if device.platform != "gpu":
         raise UserError(f"'bench' measures GPU kernels, and the device here is {device.device_kind}.")
     known = {x for name in names for x in (*OPERATIONS[name].named, *torch_peers.PEERS.get(name, {}))}
+    known |= {backend_of(x) for name in names for x in OPERATIONS[name].table}
     for impl in impls:
         if impl not in known:
             raise unknown("implementation", impl, known)
@@ -60,7 +62,8 @@ def measure(
 
 def _ours(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
     operation = OPERATIONS[name]
-    chosen = [x for x in operation.named if x in impls] if impls else operation.usual
+    given = {named(operation.table, impl) for impl in impls}
+    chosen = [x for x in operation.named if x in given] if impls else operation.usual
     wanted = [(impl, which) for impl in chosen for which in PASSES]
     with futures.ThreadPoolExecutor(COMPILERS) as pool:
         programs = [pool.submit(compiled, operation, *pair, shape) for pair in wanted]

@@ -48,9 +48,9 @@ def short_conv(
       state: last `reach` inputs before x; they belong to each row's first document.
       segment_ids: ids of packed documents, 0 for padding, whose output is 0 (see `ops/segments.py`).
       return_state: return (y, last inputs of the last document) instead of y.
-      impl: "oracle" (window by window), "recurrent" (token by token), "xla" (W shifted products), "toeplitz"
-        (products in x's dtype; no packing; auto's for many taps and short sequences on a GPU), "hopper" (Mosaic GPU
-        kernels; bf16, 2 to 4 taps, no dilation, D a multiple of 128) or "auto".
+      impl: "oracle" (window by window), "xla_steps" (token by token), "xla_taps" (W shifted products), "xla_toeplitz"
+        (products in x's dtype; no packing; auto's for many taps and short sequences on a GPU), "hopper_taps" (Mosaic
+        GPU kernels; bf16, 2 to 4 taps, no dilation, D a multiple of 128) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -244,11 +244,11 @@ def _through(form: Callable) -> Callable[..., BTD]:
 
 
 IMPLEMENTATIONS = {
-    "hopper": Implementation(
+    "hopper_taps": Implementation(
         functools.partial(hopper_short_conv.compute, with_state=_wide), hopper_short_conv.supports, platform="cuda"
     ),
-    "toeplitz": Implementation(_through(_product), _supports_product, preferred="cuda", slower=_product_is_slower),
-    "xla": Implementation(_through(_shifted)),
-    "recurrent": Implementation(_through(_recurrent)),
+    "xla_taps": Implementation(_through(_shifted)),
+    "xla_toeplitz": Implementation(_through(_product), _supports_product, preferred="cuda", slower=_product_is_slower),
+    "xla_steps": Implementation(_through(_recurrent)),
     "oracle": Implementation(_through(_oracle)),
 }

@@ -32,8 +32,8 @@ def linear_cross_entropy(
       hidden: (..., D); its dtype is what products are made in.
       table: a row for each token, (V, D), rounded to hidden's dtype; its gradient is summed in fp32.
       vocab_size: rows of the table that count, all by default.
-      impl: "oracle", "xla" (which keeps the logits for the backward pass), "hopper" (Mosaic GPU kernels; bf16, D up to
-        256) or "auto".
+      impl: "oracle", "xla_logits" (which keeps the logits for the backward pass), "hopper_tiles" (Mosaic GPU kernels,
+        in which logits exist by tiles; bf16, D up to 256) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -94,7 +94,7 @@ def _labelled(logits: Float[Array, "N V"], labels: Int[Array, "N"]) -> Bool[Arra
 
 
 IMPLEMENTATIONS = {
-    "hopper": Implementation(hopper_cross_entropy.compute, hopper_cross_entropy.supports, platform="cuda"),
-    "xla": Implementation(_xla),
+    "hopper_tiles": Implementation(hopper_cross_entropy.compute, hopper_cross_entropy.supports, platform="cuda"),
+    "xla_logits": Implementation(_xla),
     "oracle": Implementation(_oracle),
 }

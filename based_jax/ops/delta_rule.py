@@ -97,9 +97,9 @@ def dplr(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "hopper" (Mosaic GPU
-        kernels, token by token; K at most 128), "triton" (chunks on tensor cores; v in bf16, to which q, k, a and
-        b are rounded; K at most 128) or "auto".
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "hopper_steps" (Mosaic GPU
+        kernels, token by token; K at most 128), "triton_chunks" (on tensor cores; v in bf16, to which q, k, a and b are
+        rounded; K at most 128) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -184,28 +184,28 @@ def _through_dplr(run: Callable, xs, *rest) -> tuple[Any, Any]:
 
 
 DPLR_IMPLEMENTATIONS = {
-    "triton": Implementation(
+    "triton_chunks": Implementation(
         triton_dplr.compute,
         triton_dplr.supports,
         platform="cuda",
         slower=functools.partial(triton_dplr.slower, steps_support=hopper_dplr.supports),
     ),
-    "hopper": Implementation(hopper_dplr.compute, hopper_dplr.supports, platform="cuda"),
-    "xla": Implementation(_chunked),
-    "recurrent": Implementation(_recurrent),
+    "hopper_steps": Implementation(hopper_dplr.compute, hopper_dplr.supports, platform="cuda"),
+    "xla_chunks": Implementation(_chunked),
+    "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
 }
 IMPLEMENTATIONS = {
-    "triton": Implementation(
+    "triton_chunks": Implementation(
         triton_delta_rule.compute,
         triton_dplr.supports,
         platform="cuda",
         slower=functools.partial(triton_delta_rule.slower, steps_support=hopper_dplr.supports),
     ),
-    "hopper": Implementation(
+    "hopper_steps": Implementation(
         functools.partial(_through_dplr, hopper_dplr.compute), hopper_dplr.supports, platform="cuda"
     ),
-    "xla": Implementation(functools.partial(_through_dplr, _chunked)),
-    "recurrent": Implementation(functools.partial(_through_dplr, _recurrent)),
+    "xla_chunks": Implementation(functools.partial(_through_dplr, _chunked)),
+    "xla_steps": Implementation(functools.partial(_through_dplr, _recurrent)),
     "oracle": Implementation(functools.partial(_through_dplr, _recurrent)),
 }

@@ -39,8 +39,8 @@ def gated_short_conv(
       state: last W inputs before x, their bias included; they belong to each row's first document.
       segment_ids: ids of packed documents, 0 for padding, whose output is 0 (see `ops/segments.py`).
       return_state: return (y, last inputs of the last document) instead of y.
-      impl: "oracle" (window by window), "recurrent" (token by token), "xla" (W shifted products), "hopper" (Mosaic GPU
-        kernels; bf16, 2 to 4 taps, D a multiple of 128) or "auto".
+      impl: "oracle" (window by window), "xla_steps" (token by token), "xla_taps" (W shifted products), "hopper_taps"
+        (Mosaic GPU kernels; bf16, 2 to 4 taps, D a multiple of 128) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -72,12 +72,12 @@ def _wide(x: Joint, kernel: WD, bias: Bias | None, state: Past | None, segment_i
 
 
 IMPLEMENTATIONS = {
-    "hopper": Implementation(
-        functools.partial(hopper_gated_short_conv.compute, with_state=functools.partial(_wide, impl="xla")),
+    "hopper_taps": Implementation(
+        functools.partial(hopper_gated_short_conv.compute, with_state=functools.partial(_wide, impl="xla_taps")),
         hopper_gated_short_conv.supports,
         platform="cuda",
     ),
-    "xla": Implementation(functools.partial(_composed, impl="xla")),
-    "recurrent": Implementation(functools.partial(_composed, impl="recurrent")),
+    "xla_taps": Implementation(functools.partial(_composed, impl="xla_taps")),
+    "xla_steps": Implementation(functools.partial(_composed, impl="xla_steps")),
     "oracle": Implementation(functools.partial(_wide, impl="oracle")),
 }

@@ -53,9 +53,9 @@ def gated_linear_attention(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "quadratic" (one chunk;
-        auto's for one decay a head, large states and short sequences on a GPU), "hopper" (Mosaic GPU kernels, token by
-        token; K at most 128, no bonus), "triton" (chunks on tensor cores; v in bf16, to which q and k are
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "xla_quadratic" (one chunk;
+        auto's for one decay a head, large states and short sequences on a GPU), "hopper_steps" (Mosaic GPU kernels,
+        token by token; K at most 128, no bonus), "triton_chunks" (on tensor cores; v in bf16, to which q and k are
         rounded; K at most 128, no bonus) or "auto".
 
     Returns:
@@ -142,22 +142,22 @@ def _empty(xs) -> BHKV:
 
 
 IMPLEMENTATIONS = {
-    "triton": Implementation(
+    "triton_chunks": Implementation(
         triton_gated_linear_attention.compute,
         triton_gated_linear_attention.supports,
         platform="cuda",
         slower=triton_gated_linear_attention.slower,
     ),
-    "hopper": Implementation(
+    "hopper_steps": Implementation(
         hopper_gated_linear_attention.compute,
         hopper_gated_linear_attention.supports,
         platform="cuda",
         slower=hopper_gated_linear_attention.slower,
     ),
-    "quadratic": Implementation(
+    "xla_chunks": Implementation(_chunked),
+    "xla_quadratic": Implementation(
         functools.partial(_chunked, length=None), preferred="cuda", slower=_one_chunk_is_slower
     ),
-    "xla": Implementation(_chunked),
-    "recurrent": Implementation(_recurrent),
+    "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
 }

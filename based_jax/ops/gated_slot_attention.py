@@ -56,7 +56,7 @@ def gated_slot_attention(
       state: slots to start from; they belong to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, slots after the last token) instead of o.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (two chunked passes, linear in T) or "auto".
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (two passes, linear in T) or "auto".
 
     Raises:
       UserError: `impl` is unknown.
@@ -94,7 +94,7 @@ def _two_passes(xs, scale, state, segment_ids) -> tuple[Any, Any]:
     logits, keys = scan.over_chunks(_read_slots, (q, k, s, g), empty.keys, keys, segment_ids, CHUNK)
     p = jax.nn.softmax(scale * logits)
     o, values = gated_linear_attention(
-        p, s, v, g, scale=1.0, state=values, segment_ids=segment_ids, return_state=True, impl="xla"
+        p, s, v, g, scale=1.0, state=values, segment_ids=segment_ids, return_state=True, impl="xla_chunks"
     )
     return o, SlotState(keys, values)
 
@@ -119,7 +119,7 @@ def _empty(xs) -> SlotState:
 
 
 IMPLEMENTATIONS = {
-    "xla": Implementation(_two_passes),
-    "recurrent": Implementation(_recurrent),
+    "xla_chunks": Implementation(_two_passes),
+    "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
 }

@@ -45,8 +45,8 @@ def linear_attention(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
-      impl: "oracle" (quadratic), "recurrent" (token by token), "xla" (chunked, linear in T), "quadratic" (one
-        chunk; auto's for short sequences on a GPU) or "auto".
+      impl: "oracle" (every score in fp32), "xla_steps" (token by token), "xla_chunks" (linear in T), "xla_quadratic"
+        (one chunk; auto's for short sequences on a GPU) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -188,12 +188,12 @@ def _empty(q: BTHK, v: BTHV, features: Callable) -> BHEV:
 
 
 IMPLEMENTATIONS = {
-    "quadratic": Implementation(
+    "xla_chunks": Implementation(functools.partial(chunked, features=_same, scores=_dot)),
+    "xla_quadratic": Implementation(
         functools.partial(chunked, features=_same, scores=_dot, length=None),
         preferred="cuda",
         slower=one_chunk_is_slower,
     ),
-    "xla": Implementation(functools.partial(chunked, features=_same, scores=_dot)),
-    "recurrent": Implementation(functools.partial(recurrent, features=_same)),
+    "xla_steps": Implementation(functools.partial(recurrent, features=_same)),
     "oracle": Implementation(functools.partial(oracle, features=_same, scores=_dot)),
 }

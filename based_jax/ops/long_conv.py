@@ -26,8 +26,8 @@ def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = 
 
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "oracle" (quadratic), "xla" (FFT in fp32), "toeplitz" (products in u's dtype; no packing; auto's for short
-        sequences on a GPU) or "auto".
+      impl: "oracle" (quadratic), "xla_fft" (in fp32), "xla_toeplitz" (products in u's dtype; no packing; auto's for
+        short sequences on a GPU) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -141,7 +141,7 @@ def _documents(segment_ids: BT) -> tuple[BT, Any]:
 
 
 IMPLEMENTATIONS = {
-    "toeplitz": Implementation(_product, _supports_product, preferred="cuda", slower=_product_is_slower),
-    "xla": Implementation(_fft),
+    "xla_fft": Implementation(_fft),
+    "xla_toeplitz": Implementation(_product, _supports_product, preferred="cuda", slower=_product_is_slower),
     "oracle": Implementation(_oracle),
 }

@@ -27,8 +27,8 @@ def residual_rms_norm(
       y: what a layer adds to it, if anything.
       scale: (D,).
       dtype: of the norm; y's, or r's without y, by default.
-      impl: "xla", "hopper" (Mosaic GPU kernels; bf16 y and norm, 1,024 tokens, D a multiple of 128 up to 4096, or for
-        a multiple of 4 tokens of 32 from 64 to 512) or "auto".
+      impl: "xla_rows", "hopper_rows" (Mosaic GPU kernels; bf16 y and norm, 1,024 tokens, D a multiple of 128 up to
+        4096, or for a multiple of 4 tokens of 32 from 64 to 512) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -58,6 +58,6 @@ def _xla(r: Rows, y: Rows | None, scale: Channels, bias: Channels | None, eps: f
 
 
 IMPLEMENTATIONS = {
-    "hopper": Implementation(hopper_norm.compute, hopper_norm.supports, platform="cuda"),
-    "xla": Implementation(_xla),
+    "hopper_rows": Implementation(hopper_norm.compute, hopper_norm.supports, platform="cuda"),
+    "xla_rows": Implementation(_xla),
 }

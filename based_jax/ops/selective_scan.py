@@ -77,8 +77,8 @@ def selective_scan(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (y, state after the last token) instead of y.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (associative scans of chunks), "hopper"
-        (Mosaic GPU kernels; D a multiple of 128; N 8, 16, 24 or 32) or "auto".
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (associative scans), "hopper_steps" (Mosaic
+        GPU kernels; D a multiple of 128; N 8, 16, 24 or 32) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -130,8 +130,8 @@ def _empty(xs, A: DN) -> BDN:
 
 
 IMPLEMENTATIONS = {
-    "hopper": Implementation(hopper_selective_scan.compute, hopper_selective_scan.supports, platform="cuda"),
-    "xla": Implementation(_chunked),
-    "recurrent": Implementation(_recurrent),
+    "hopper_steps": Implementation(hopper_selective_scan.compute, hopper_selective_scan.supports, platform="cuda"),
+    "xla_chunks": Implementation(_chunked),
+    "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
 }

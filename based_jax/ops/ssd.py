@@ -45,9 +45,9 @@ def ssd(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (y, state after the last token) instead of y.
-      impl: "oracle" and "recurrent" (token by token), "xla" (chunked attention), "hopper" (Mamba's Mosaic GPU kernels;
-        one group, channels a multiple of 128, 8, 16, 24 or 32 states), "triton" (gated linear attention's chunks, of
-        bf16; at most 128 states) or "auto".
+      impl: "oracle" and "xla_steps" (token by token), "xla_chunks" (gated linear attention's), "hopper_steps" (Mamba's
+        Mosaic GPU kernels; one group, channels a multiple of 128, 8, 16, 24 or 32 states), "triton_chunks" (gated
+        linear attention's, of bf16; at most 128 states) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -77,14 +77,14 @@ def _as_attention(x, dt, A, B, C, state, segment_ids, *, impl: str) -> tuple[BTH
 
 
 IMPLEMENTATIONS = {
-    "triton": Implementation(
-        functools.partial(_as_attention, impl="triton"),
+    "triton_chunks": Implementation(
+        functools.partial(_as_attention, impl="triton_chunks"),
         triton_ssd.supports,
         platform="cuda",
         slower=triton_ssd.slower,
     ),
-    "hopper": Implementation(hopper_ssd.compute, hopper_ssd.supports, platform="cuda"),
-    "xla": Implementation(functools.partial(_as_attention, impl="xla")),
-    "recurrent": Implementation(functools.partial(_as_attention, impl="recurrent")),
+    "hopper_steps": Implementation(hopper_ssd.compute, hopper_ssd.supports, platform="cuda"),
+    "xla_chunks": Implementation(functools.partial(_as_attention, impl="xla_chunks")),
+    "xla_steps": Implementation(functools.partial(_as_attention, impl="xla_steps")),
     "oracle": Implementation(functools.partial(_as_attention, impl="oracle")),
 }

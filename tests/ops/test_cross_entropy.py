@@ -25,7 +25,7 @@ def _by(impl):
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_xla_is_the_oracle(inputs, close, dtype, scale):
     given = inputs(dtype=dtype, scale=scale)
-    losses, correct, dhidden, dtable = jax.jit(_by("xla"))(*given)
+    losses, correct, dhidden, dtable = jax.jit(_by("xla_logits"))(*given)
     wanted = jax.jit(_by("oracle"))(*given)
     assert losses.dtype == jnp.float32 and dhidden.dtype == dtype and dtable.dtype == jnp.float32
     assert np.isfinite(losses).all()
@@ -35,7 +35,7 @@ def test_xla_is_the_oracle(inputs, close, dtype, scale):
 
 def test_lanes_are_the_runs_one_by_one(inputs, close):
     runs = [inputs(count=9, vocab=20) for _ in range(3)]
-    found = jax.vmap(_by("xla"))(*(jnp.stack(x) for x in zip(*runs, strict=True)))
+    found = jax.vmap(_by("xla_logits"))(*(jnp.stack(x) for x in zip(*runs, strict=True)))
     wanted = [jnp.stack(x) for x in zip(*(_by("oracle")(*run) for run in runs), strict=True)]
     close(found, wanted)
 
@@ -49,7 +49,7 @@ def test_the_oracle_is_the_definition(inputs):
         assert right == (label == logit.argmax())
 
 
-@pytest.mark.parametrize("impl", ["oracle", "xla"])
+@pytest.mark.parametrize("impl", ["oracle", "xla_logits"])
 def test_a_label_with_the_largest_logit_is_correct(inputs, impl):
     hidden, table, *_ = inputs(count=8)
     best = jnp.argmax(hidden @ table.T, axis=1)
@@ -60,11 +60,11 @@ def test_a_label_with_the_largest_logit_is_correct(inputs, impl):
 def test_a_tie_is_correct():
     for label in range(3):
         labels = jnp.array([label])
-        _, correct = linear_cross_entropy(jnp.ones((1, 4)), jnp.ones((3, 4)), labels, impl="xla")
+        _, correct = linear_cross_entropy(jnp.ones((1, 4)), jnp.ones((3, 4)), labels, impl="xla_logits")
         assert correct.all()
 
 
-@pytest.mark.parametrize("impl", ["oracle", "xla"])
+@pytest.mark.parametrize("impl", ["oracle", "xla_logits"])
 def test_ignored_labels_give_nothing(inputs, impl):
     hidden, table, labels, gradients = inputs()
     losses, correct, *rest = _by(impl)(hidden, table, jnp.full_like(labels, -100), gradients)
@@ -92,4 +92,4 @@ def test_unknown_names_and_other_platforms_are_refused(inputs):
     with pytest.raises(UserError, match="linear_cross_entropy implementation"):
         linear_cross_entropy(*given, impl="xal")
     with pytest.raises(UserError, match="needs cuda"):
-        linear_cross_entropy(*given, impl="hopper")
+        linear_cross_entropy(*given, impl="hopper_tiles")

@@ -46,12 +46,12 @@ def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
         )
 
     cotangents = normal(6, T, H, P), normal(6, H, N, P)
-    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla", "oracle")), tolerance=2e-5)
+    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla_chunks", "oracle")), tolerance=2e-5)
 
 
 def test_it_is_mamba_s_scan_with_one_rate_a_head(normal, packed_ids, close, monkeypatch):
     """The kernels' way, with the scan's oracle in their place."""
-    monkeypatch.setattr(hopper_selective_scan, "compute", selective_scan.IMPLEMENTATIONS["oracle"].run)
+    monkeypatch.setattr(hopper_selective_scan, "compute", selective_scan.IMPLEMENTATIONS["oracle"].compute)
     args, state, ids = inputs(normal, 20, groups=1), normal(6, H, N, P), packed_ids(20)
     wanted = jitted(ssd)(*args, state=state, segment_ids=ids, return_state=True, impl="oracle")
     close(jax.jit(hopper_ssd.compute)(*args, state, ids), wanted, tolerance=2e-5)
@@ -84,7 +84,7 @@ def test_what_the_kernels_take(normal):
             ({"heads": 3}, "multiple of 128, and are 192"),
         ):
             with pytest.raises(UserError, match=words):
-                ssd(*zeros(**options), impl="hopper")
+                ssd(*zeros(**options), impl="hopper_steps")
         chunks = {}, {"groups": 2, "states": 128}
         for options, kernel in (({"T": 63}, "selective_scan"), *((options, "one_decay_forward") for options in chunks)):
             assert kernel in jax.jit(ssd).trace(*zeros(**options)).lower(lowering_platforms=("cuda",)).as_text()

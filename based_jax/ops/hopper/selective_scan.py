@@ -28,8 +28,9 @@ def supports(xs, A, state, segment_ids) -> str | None:
         return f"the channels must be a multiple of {CHANNEL_MULTIPLE}, and are {channels}"
     if states not in STATE_DIMS:
         return f"a channel must have {', '.join(map(str, STATE_DIMS))} states, and has {states}"
-    if not 0 < u.size * states < (most := TOKEN_MULTIPLE * limits.MAX_ELEMENTS):
-        return f"there must be 1 to {most - 1} states of all tokens, and are {u.size * states}"
+    given, most = u.size * states, TOKEN_MULTIPLE * limits.MAX_ELEMENTS
+    if not 0 < given < most:
+        return f"there must be 1 to {most - 1} states of all tokens, and are {given}"
     return limits.refusal()
 
 

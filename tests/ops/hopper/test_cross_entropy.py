@@ -95,7 +95,7 @@ def test_lowers_under_shard_map_over_the_batch():
 @pytest.mark.parametrize("count, vocab, dim, scale, lanes", [(37, 1000, 48, 1.0, 1), (200, 130, 128, 100.0, 2)])
 def test_interpreted_kernels_are_the_oracle(rng, normal, close, monkeypatch, count, vocab, dim, scale, lanes):
     monkeypatch.setattr(hopper_cross_entropy, "number_of_pieces", lambda *args: 2)
-    monkeypatch.setitem(IMPLEMENTATIONS, "hopper", Implementation(hopper_cross_entropy.compute))
+    monkeypatch.setitem(IMPLEMENTATIONS, "hopper_tiles", Implementation(hopper_cross_entropy.compute))
     replace_products(monkeypatch)
     inputs = entropy.inputs_of(rng, normal)
     given = jax.tree.map(lambda *x: jnp.stack(x), *(inputs(count, vocab, dim, "bfloat16", scale) for _ in range(lanes)))
@@ -104,7 +104,7 @@ def test_interpreted_kernels_are_the_oracle(rng, normal, close, monkeypatch, cou
         return functools.partial(entropy.run, functools.partial(linear_cross_entropy, impl=impl))
 
     wanted = jax.jit(jax.vmap(by("oracle")))(*given)
-    run = by("hopper")
+    run = by("hopper_tiles")
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         found = jax.vmap(run)(*given) if lanes > 1 else run(*(x[0] for x in given))
     assert not get_races().races_found

@@ -30,7 +30,7 @@ from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
 def test_refusals_name_the_value(shape, dtype, words):
     arguments = jnp.zeros(shape), jnp.zeros(shape, dtype), jnp.zeros(shape[-1])
     with gpus(), pytest.raises(UserError, match=words):
-        residual_rms_norm(*arguments, impl="hopper")
+        residual_rms_norm(*arguments, impl="hopper_rows")
 
 
 def test_a_mesh_with_explicit_axes_needs_shard_map():
@@ -78,7 +78,7 @@ def test_lowers_under_shard_map():
 
     def gradients(r, y, scale):
         def loss(*args):
-            total, x = residual_rms_norm(*args, impl="hopper")
+            total, x = residual_rms_norm(*args, impl="hopper_rows")
             return total.sum() + x.astype(jnp.float32).sum()
 
         return jax.grad(loss, argnums=(0, 1, 2))(r, y, scale)

@@ -28,18 +28,18 @@ def _zeros(B=2, T=64, H=2, K=64, V=64, dtype="bfloat16"):
 )
 def test_refusals_name_the_value(options, words):
     with gpus(), pytest.raises(UserError, match=words):
-        dplr(*_zeros(**options), impl="hopper")
+        dplr(*_zeros(**options), impl="hopper_steps")
 
 
 def test_a_bonus_is_refused():
     q, k, v, g, *_ = _zeros()
     with gpus(), pytest.raises(UserError, match="bonus"):
-        gated_linear_attention.gated_linear_attention(q, k, v, g, bonus=jnp.zeros((2, 64)), impl="hopper")
+        gated_linear_attention.gated_linear_attention(q, k, v, g, bonus=jnp.zeros((2, 64)), impl="hopper_steps")
 
 
 def _gradients(*args, ids=None):
     def loss(*args):
-        o, last = dplr(*args, segment_ids=ids, return_state=True, impl="hopper")
+        o, last = dplr(*args, segment_ids=ids, return_state=True, impl="hopper_steps")
         return o.astype(jnp.float32).sum() + last.sum()
 
     return jax.grad(loss, argnums=range(6))(*args)
@@ -113,12 +113,12 @@ def test_kernels_equal_the_oracle(
 
     def run(impl, q, k, v):
         def call(q, k, v, g, state, *ab):
-            return table[impl].run((q, k, v, g, *ab), *bonus, 0.3, state if packed else None, ids)
+            return table[impl].compute((q, k, v, g, *ab), *bonus, 0.3, state if packed else None, ids)
 
         return out_and_grads(call, (q, k, v, *wide), (do.astype(v.dtype), dlast))
 
     expected = run("oracle", *(x.astype(jnp.float32) for x in (q, k, v)))
-    for ours, right in zip(jax.tree.leaves(run("hopper", q, k, v)), jax.tree.leaves(expected), strict=True):
+    for ours, right in zip(jax.tree.leaves(run("hopper_steps", q, k, v)), jax.tree.leaves(expected), strict=True):
         ours, right = (np.asarray(y, np.float64) for y in (ours, right))
         assert np.linalg.norm(ours - right) <= tolerance * np.linalg.norm(right)
     assert not get_races().races_found

@@ -30,12 +30,12 @@ def _zeros(B=2, T=64, D=256, N=16, dtype="bfloat16"):
 )
 def test_refusals_name_the_value(options, words):
     with gpus(), pytest.raises(UserError, match=words):
-        selective_scan(*_zeros(**options), impl="hopper")
+        selective_scan(*_zeros(**options), impl="hopper_steps")
 
 
 def test_a_mesh_with_explicit_axes_needs_shard_map():
     u, dt, A, B, C = _zeros()
-    supports = op.IMPLEMENTATIONS["hopper"].supports
+    supports = op.IMPLEMENTATIONS["hopper_steps"].supports
     with gpus(shape=(2,), axes=AxisType.Explicit):
         assert "shard_map" in supports((u, dt, B, C), A, None, None)
     with gpus(shape=(2,)):
@@ -116,12 +116,12 @@ def test_kernels_equal_the_oracle(
 
     def run(impl, u, B, C):
         def call(u, B, C, dt, A, state):
-            return op.IMPLEMENTATIONS[impl].run((u, dt, B, C), A, state if packed else None, ids)
+            return op.IMPLEMENTATIONS[impl].compute((u, dt, B, C), A, state if packed else None, ids)
 
         return out_and_grads(call, (u, B, C, *wide, state), (dy.astype(u.dtype), dlast))
 
     expected = run("oracle", *(x.astype(jnp.float32) for x in (u, B, C)))
-    for ours, right in zip(jax.tree.leaves(run("hopper", u, B, C)), jax.tree.leaves(expected), strict=True):
+    for ours, right in zip(jax.tree.leaves(run("hopper_steps", u, B, C)), jax.tree.leaves(expected), strict=True):
         ours, right = (np.asarray(y, np.float64) for y in (ours, right))
         assert np.linalg.norm(ours - right) <= tolerance * np.linalg.norm(right)
     assert not get_races().races_found

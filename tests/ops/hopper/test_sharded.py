@@ -21,7 +21,7 @@ def test_each_operation_lowers_with_its_gradients(operation):
         "taylor": (lambda *x: taylor_attention(*x, segment_ids=ids), (narrow, narrow, wide), "2x512x2x64xbf16"),
         "window": (lambda *x: window_attention(*x, window=64, segment_ids=ids), (wide,) * 3, "2x512x2x64xbf16"),
         "conv": (
-            lambda *x: short_conv(*x, segment_ids=ids, impl="hopper"),
+            lambda *x: short_conv(*x, segment_ids=ids, impl="hopper_taps"),
             (flat, jnp.zeros((3, 256))),
             "2x512x1x128xbf16",
         ),

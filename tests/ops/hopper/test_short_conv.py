@@ -48,20 +48,20 @@ def kernels(form):
 def test_refusals_name_the_value(form, shape, taps, dtype, words):
     x, kernel = jnp.zeros((*shape[:2], halves(form) * shape[2]), dtype), jnp.zeros((taps, shape[2]))
     with gpus(), pytest.raises(UserError, match=words):
-        CALLS[form](x, kernel, impl="hopper")
+        CALLS[form](x, kernel, impl="hopper_taps")
 
 
 def test_taps_apart_are_refused():
     x, kernel = jnp.zeros((2, 16, 128), jnp.bfloat16), jnp.zeros((3, 128))
     with gpus(), pytest.raises(UserError, match="dilation must be 1, and is 2"):
-        short_conv(x, kernel, dilation=2, impl="hopper")
+        short_conv(x, kernel, dilation=2, impl="hopper_taps")
 
 
 def test_a_mesh_with_explicit_axes_needs_shard_map():
     x, kernel = jnp.zeros((2, 16, 256), jnp.bfloat16), jnp.zeros((3, 128))
     tables = (conv.IMPLEMENTATIONS, {"silu": True, "dilation": 1}, x[..., :128]), (gated_conv.IMPLEMENTATIONS, {}, x)
     for table, options, given in tables:
-        refusal = functools.partial(table["hopper"].supports, given, kernel, None, None, None, **options)
+        refusal = functools.partial(table["hopper_taps"].supports, given, kernel, None, None, None, **options)
         with gpus(shape=(2,), axes=AxisType.Explicit):
             assert "shard_map" in refusal()
         with gpus(shape=(2,)):
@@ -94,7 +94,7 @@ def test_lowers_under_shard_map(form):
     """Weights are the same on all devices: their gradients are summed over them."""
 
     def gradients(x, kernel):
-        call = jax.grad(lambda *args: CALLS[form](*args, impl="hopper").astype(jnp.float32).sum(), argnums=(0, 1))
+        call = jax.grad(lambda *args: CALLS[form](*args, impl="hopper_taps").astype(jnp.float32).sum(), argnums=(0, 1))
         return call(x, kernel)
 
     data, everywhere = PartitionSpec("data"), PartitionSpec()
@@ -132,10 +132,10 @@ def test_kernels_equal_the_oracle(
 
     expected = run("oracle", x.astype(jnp.float32))
     for module in (conv, gated_conv):
-        hopper = module.IMPLEMENTATIONS["hopper"]
-        monkeypatch.setitem(module.IMPLEMENTATIONS, "hopper", type(hopper)(hopper.run))
+        hopper = module.IMPLEMENTATIONS["hopper_taps"]
+        monkeypatch.setitem(module.IMPLEMENTATIONS, "hopper_taps", type(hopper)(hopper.compute))
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        got = run("hopper", x)
+        got = run("hopper_taps", x)
     for ours, right in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         ours, right = (np.asarray(y, np.float64) for y in (ours, right))
         assert np.linalg.norm(ours - right) <= 5e-3 * np.linalg.norm(right)

@@ -120,7 +120,7 @@ def test_lowers_for_an_h100(shape, pieces, with_state, packed):
     assert ("taylor_sums" in text) == (with_state or pieces > 1)
 
 
-def _gradients(arrays, impl="hopper"):
+def _gradients(arrays, impl="hopper_chunks"):
     def loss(q, k, v):
         return taylor.taylor_attention(q, k, v, impl=impl).astype(jnp.float32).sum()
 
@@ -143,7 +143,7 @@ def test_lowers_under_shard_map_over_batch_and_heads():
 
     def gradients(q, k, v, state, ids):
         def call(*x):
-            return taylor.taylor_attention(*x[:3], state=x[3], segment_ids=ids, return_state=True, impl="hopper")
+            return taylor.taylor_attention(*x[:3], state=x[3], segment_ids=ids, return_state=True, impl="hopper_chunks")
 
         return jax.vjp(call, q, k, v, state)[1]((v, state))
 

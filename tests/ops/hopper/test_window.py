@@ -60,7 +60,7 @@ def test_pieces_fill_the_chip(shape, blocks, shared, pieces):
 
 def _gradients(arrays, ids=None, window=64):
     def loss(q, k, v):
-        o = window_attention(q, k, v, window=window, segment_ids=ids, impl="hopper")
+        o = window_attention(q, k, v, window=window, segment_ids=ids, impl="hopper_tiles")
         return o.astype(jnp.float32).sum()
 
     return jax.grad(loss, argnums=(0, 1, 2))(*arrays)

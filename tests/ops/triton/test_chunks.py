@@ -104,7 +104,7 @@ def test_kernels_equal_the_oracle(
     if correlated:  # gradients of alike keys cancel
         tolerance = 2 * tolerance
     exact = run("oracle", *(x.astype(jnp.float32) for x in arguments))
-    for ours, right in zip(run("triton", *arguments), exact, strict=True):
+    for ours, right in zip(run("triton_chunks", *arguments), exact, strict=True):
         ours, right = (np.asarray(x, np.float64) for x in (ours, right))
         assert np.linalg.norm(ours - right) <= tolerance * np.linalg.norm(right)
 
@@ -116,7 +116,7 @@ def test_similar_keys_that_nothing_decays_are_solved_for(normal, out_and_grads, 
     arguments, cotangent = (q, k, v, 0 * g, jnp.full_like(beta, rate)), normal(1, 200, 2, 64)
     found, right = (
         jax.tree.leaves(out_and_grads(functools.partial(delta_rule, impl=impl), arguments, cotangent))
-        for impl in ("triton", "oracle")
+        for impl in ("triton_chunks", "oracle")
     )
     for ours, exact in zip(found, right, strict=True):
         assert np.linalg.norm(ours - exact) <= 1e-4 * np.linalg.norm(exact)
@@ -131,7 +131,7 @@ def test_what_decays_at_once_is_forgotten(normal, out_and_grads, interpreted, fo
     arguments, cotangent = (q, k, v, g.at[:, np.asarray(places)].set(decay), beta), normal(1, 70, 1, 64)
     found, right = (
         jax.tree.leaves(out_and_grads(functools.partial(FORMS[form], impl=impl), arguments, cotangent))
-        for impl in ("triton", "oracle")
+        for impl in ("triton_chunks", "oracle")
     )
     for ours, exact in zip(found, right, strict=True):
         np.testing.assert_allclose(ours, exact, atol=1e-5 + 1e-4 * np.abs(exact).max())
@@ -141,7 +141,7 @@ def test_what_decays_at_once_is_forgotten(normal, out_and_grads, interpreted, fo
 def test_lanes_are_what_each_is_alone(normal, out_and_grads, interpreted, form):
     lanes = [inputs(normal, form, 2, 70, 2, 16, 64) for _ in range(3)]
     cotangent = normal(3, 2, 70, 2, 64)
-    call = functools.partial(FORMS[form], impl="triton")
+    call = functools.partial(FORMS[form], impl="triton_chunks")
     together = out_and_grads(jax.vmap(call), [jnp.stack(x) for x in zip(*lanes, strict=True)], cotangent)
     for i, arguments in enumerate(lanes):
         alone = out_and_grads(call, arguments, cotangent[i])
@@ -154,7 +154,7 @@ def test_devices_take_their_rows_and_heads(normal, out_and_grads, interpreted, m
     monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))  # for the interpreter
     arguments, cotangent = inputs(normal, form, 4, 70, 2, 16, 64), normal(4, 70, 2, 64)
     ids = jnp.asarray(np.sort(np.arange(70) % 3 + np.arange(4)[:, None] % 2, axis=1), jnp.int32)
-    call = functools.partial(FORMS[form], segment_ids=ids, impl="triton")
+    call = functools.partial(FORMS[form], segment_ids=ids, impl="triton_chunks")
     alone = out_and_grads(call, arguments, cotangent)
     with jax.set_mesh(parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
         together = out_and_grads(call, arguments, cotangent)
@@ -171,7 +171,7 @@ def test_lowers_for_an_h100(form, way, K, V):
 
     def call(*arguments):
         def total(*arguments):
-            return FORMS[form](*arguments, impl="triton").astype(jnp.float32).sum()
+            return FORMS[form](*arguments, impl="triton_chunks").astype(jnp.float32).sum()
 
         return jax.grad(total, tuple(range(5)))(*arguments)
 
@@ -201,11 +201,11 @@ def test_says_what_it_does_not_take(changed, reason):
     sizes = {"dtype": "bfloat16", "K": 32, "T": 8} | changed
     q, v = (jnp.zeros((1, sizes["T"], 1, size), sizes["dtype"]) for size in (sizes["K"], 64))
     with gpus(), pytest.raises(UserError, match=reason):
-        delta_rule(q, q, v, jnp.zeros((1, sizes["T"], 1, 1)), jnp.zeros((1, sizes["T"], 1)), impl="triton")
+        delta_rule(q, q, v, jnp.zeros((1, sizes["T"], 1, 1)), jnp.zeros((1, sizes["T"], 1)), impl="triton_chunks")
 
 
 @forms
 def test_needs_a_gpu(form):
     x = jnp.zeros((1, 8, 1, 16), "bfloat16")
     with pytest.raises(UserError, match="it needs cuda, and this is cpu"):
-        FORMS[form](x, x, x, jnp.zeros((1, 8, 1, decays(form, 16))), jnp.zeros((1, 8, 1)), impl="triton")
+        FORMS[form](x, x, x, jnp.zeros((1, 8, 1, decays(form, 16))), jnp.zeros((1, 8, 1)), impl="triton_chunks")
