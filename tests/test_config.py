@@ -243,7 +243,7 @@ def test_a_required_value_that_is_not_given_is_named(tmp_path):
         "    return ml_collections.ConfigDict({'model': {'d_model': 8}, 'data': {'kind': 'text', 'path': path}})\n"
     )
     assert config.build(Run, config.load(str(path), [("data.path", "a")])).data.path == "a"
-    with pytest.raises(UserError, match="Config key 'data.path' is a reference that fails with RequiredValueError"):
+    with pytest.raises(UserError, match=r"Config key 'data.path' is a reference that fails with RequiredValueError"):
         config.build(Run, config.load(str(path)))
 
 
