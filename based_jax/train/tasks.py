@@ -118,10 +118,21 @@ def preset_task(kind: str, presets: Mapping[str, SegmentedTask], default: str = 
 
 @dataclasses.dataclass(frozen=True)
 class TextTask:
-    """Language modelling on a folder of text files (`data/text.py`); the shipped prose where `path` is None."""
+    """Language modelling on documents (`data/text.py`).
+
+    Attributes:
+      kind: the key that chooses the task in a config.
+      path: a folder of text files, or "tfds:NAME" for a dataset of tensorflow-datasets; None for the shipped prose.
+      text_feature: of "tfds:NAME", the feature that holds a document; None if it is "text" or the only one.
+      tokenizer: a name of `data/tokenizer.py`.
+      seq_len: tokens of a row.
+      seed: of the order of rows.
+      cache_dir: where the packed windows are kept; None for the user's cache folder.
+    """
 
     kind: Literal["text"] = "text"
     path: str | None = None
+    text_feature: str | None = None
     tokenizer: str = "gpt2"
     seq_len: int = 2048
     seed: int = 0
@@ -141,6 +152,7 @@ class TextTask:
             self.tokenizer,
             self.seq_len,
             batch_size,
+            text_feature=self.text_feature,
             seed=self.seed,
             cache_dir=self.cache_dir,
             process_index=process_index,
