@@ -7,7 +7,7 @@ import pytest
 
 from based_jax import config
 from based_jax.data.in_context_ngram import InContextNgramConfig
-from based_jax.data.in_context_ngram import Segment as NgramSegment
+from based_jax.data.segments import LengthSegment
 from based_jax.errors import UserError
 from based_jax.train.run import TrainConfig
 from based_jax.train.tasks import SYNTHETIC_TASKS as KINDS
@@ -70,7 +70,7 @@ def test_fields_of_one_kind_reach_its_preset():
     task = build(kind="in_context_ngram", order=3, concentration=0.5, test=[{"num_examples": 4, "seq_len": 40}])
     preset = KINDS["in_context_ngram"].presets["default"]
     assert task.resolved == InContextNgramConfig(
-        train=preset.train, test=(NgramSegment(4, 40),), vocab_size=8, order=3, concentration=0.5
+        train=preset.train, test=(LengthSegment(4, 40),), vocab_size=8, order=3, concentration=0.5
     )
     assert build(kind="state_tracking", group="parity").num_tokens == 2
     assert build(kind="compression", alphabet=3).num_tokens == 3 + 1 + 31
