@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import io
 import logging
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,8 @@ class TfdsCorpus:
         Raises:
           UserError: the dataset is unknown or not prepared, or has no such text feature.
         """
-        info = next(iter(self._sources.values())).dataset_info
         with self._reading():
-            files = {Path(path) for split in self._sources for path in info.splits[split].filepaths}
+            files = {Path(path) for split in self._sources for path in self._info.splits[split].filepaths}
             return hash_files(sorted(files), also=self._feature)
 
     def split_documents(self) -> dict[str, list[str]]:
@@ -67,14 +65,18 @@ class TfdsCorpus:
         return {"train": train, "validation": validation}
 
     @functools.cached_property
-    def _sources(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-        """The examples of each split, at random access."""
+    def _sources(self) -> dict[str, Any]:
+        """The data source of each split."""
         with self._reading(), quiet_tfds():
             return tfds.data_source(self.name, data_dir=get_default_data_dir(), download=False)
 
+    @property
+    def _info(self) -> tfds.core.DatasetInfo:
+        return next(iter(self._sources.values())).dataset_info
+
     @functools.cached_property
     def _feature(self) -> str:
-        features = next(iter(self._sources.values())).dataset_info.features
+        features = self._info.features
         texts = [name for name, feature in features.items() if isinstance(feature, tfds.features.Text)]
         if not texts:
             raise UserError(f"Dataset '{self.name}' has no text feature; it has {', '.join(features)}.")
