@@ -81,7 +81,7 @@ def test_imports_come_from_lower_floors(module):
         ("based_jax.ops", "from based_jax.nn import layers"),
         ("based_jax.ops", "def f():\n    from based_jax import nn"),
         ("based_jax.optim", "import based_jax.parallel"),
-        ("based_jax.nn", "from based_jax.data.mqar import Segment"),
+        ("based_jax.nn", "from based_jax.data.mqar import MqarSegment"),
         ("based_jax.data", "import jax.numpy as jnp"),
         ("based_jax.train", "from based_jax.commands import train"),
         ("based_jax.evals", "from . import generate"),

@@ -11,7 +11,7 @@ from based_jax import optim, parallel
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.train.run import TrainConfig, abstract_state, initial_state
 from based_jax.train.step import IGNORED, init_state, loss_sums, make_train_step
-from based_jax.train.tasks import MqarTask
+from based_jax.train.tasks import TASKS
 
 VOCAB = 64
 LAYERS = (("attention", {"num_heads": 2}),)
@@ -122,7 +122,7 @@ def uses_bf16(dtype, batch):
 def test_the_loss_falls_on_mqar_and_the_step_compiles_once():
     model = make_model()
     tx = optim.adamw(optim.OptimConfig(lr=1e-2, schedule="constant"), 100)
-    source = MqarTask(preset="tiny").open(8, 0, 1)
+    source = TASKS["mqar"](preset="tiny").open(8, 0, 1)
     step = jax.jit(make_train_step(nnx.graphdef(model), tx), donate_argnums=0)
     state, losses = init_state(model, tx), []
     for i in range(40):
@@ -135,7 +135,7 @@ def test_the_loss_falls_on_mqar_and_the_step_compiles_once():
 def train_config(mesh):
     return TrainConfig(
         model_config(layers=(("conv", {}), *LAYERS)),
-        MqarTask(preset="tiny"),
+        TASKS["mqar"](preset="tiny"),
         optim.OptimConfig(warmup_steps=0, lr=1e-2),
         steps=4,
         mesh=mesh,
