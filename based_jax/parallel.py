@@ -1,5 +1,6 @@
 """The device mesh, and shardings derived from the logical axis names that parameters carry."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from based_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # over which the rows of a batch lie
+HEAD_AXES = ("tensor",)  # over which heads lie
 
 RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
 
@@ -30,12 +33,12 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
             raise UserError(f"Mesh axis '{axis}' does not exist; the axes are {', '.join(AXES)}.")
         if sizes[axis] < 1:
             raise UserError(f"Mesh axis '{axis}' has {sizes[axis]} devices; it is at least 1.")
-    others = int(np.prod([size for axis, size in sizes.items() if axis != "data"]))
+    others = math.prod(size for axis, size in sizes.items() if axis != "data")
     sizes.setdefault("data", max(devices // others, 1))
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    if np.prod(shape) != devices:
+    if math.prod(shape) != devices:
         raise UserError(
-            f"Mesh {dict(zip(AXES, shape, strict=True))} needs {np.prod(shape)} devices; there are {devices}."
+            f"Mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices; there are {devices}."
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -63,8 +66,8 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return how a batch lies on the mesh: its first axis over data and fsdp."""
-    return NamedSharding(mesh, jax.P(("data", "fsdp")))
+    """Return how a batch lies on the mesh: its rows over `BATCH_AXES`."""
+    return NamedSharding(mesh, jax.P(BATCH_AXES))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
@@ -73,10 +76,10 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     Raises:
       UserError: they cannot.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % ways:
         raise UserError(
-            f"batch_size {batch_size} cannot be divided over {ways} devices of the mesh axes data and fsdp."
+            f"batch_size {batch_size} cannot be divided over {ways} devices of the mesh axes {' and '.join(BATCH_AXES)}."
         )
 
 
