@@ -78,9 +78,8 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % ways:
-        raise UserError(
-            f"batch_size {batch_size} cannot be divided over {ways} devices of the mesh axes {' and '.join(BATCH_AXES)}."
-        )
+        axes = " and ".join(BATCH_AXES)
+        raise UserError(f"batch_size {batch_size} cannot be divided over {ways} devices of the mesh axes {axes}.")
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
