@@ -8,9 +8,11 @@ import pytest
 from flax import nnx
 
 from based_jax import optim, parallel
+from based_jax.labels import NO_LABEL
 from based_jax.nn.lm import LM, LMConfig
+from based_jax.nn.loss import loss_sums
 from based_jax.train.run import TrainConfig, abstract_state, initial_state
-from based_jax.train.step import IGNORED, init_state, loss_sums, make_train_step
+from based_jax.train.step import init_state, make_train_step
 from based_jax.train.tasks import MqarTask
 
 VOCAB = 64
@@ -51,7 +53,7 @@ def batch(rng):
     """Return 8 rows that have 8, 5, 1, 0, 0, 0, 3 and 8 labels."""
     inputs, labels = rng.integers(VOCAB, size=(2, 8, 8), dtype=np.int32)
     counts = np.array([8, 5, 1, 0, 0, 0, 3, 8])
-    labels = np.where(np.arange(8) < counts[:, None], labels, IGNORED)
+    labels = np.where(np.arange(8) < counts[:, None], labels, NO_LABEL)
     return {"inputs": jnp.asarray(inputs), "labels": jnp.asarray(labels)}
 
 
@@ -59,7 +61,7 @@ def by_hand(batch):
     """Return loss, accuracy and labels of the initial model, from its logits."""
     logits = np.asarray(nnx.jit(make_model())(batch["inputs"]), np.float64)
     labels = np.asarray(batch["labels"])
-    picked, labels = logits[labels != IGNORED], labels[labels != IGNORED]
+    picked, labels = logits[labels != NO_LABEL], labels[labels != NO_LABEL]
     losses = np.log(np.exp(picked).sum(-1)) - picked[np.arange(len(labels)), labels]
     return losses.mean(), (picked.argmax(-1) == labels).mean(), len(labels)
 
@@ -88,7 +90,7 @@ def test_accumulated_gradients_are_those_of_one_batch(batch, microbatches, close
 def test_positions_without_a_label_count_for_nothing(batch, close):
     """Labels come first in each row here, so the inputs where there is none cannot matter to a causal model."""
     _, after, metrics = first_step(batch)
-    other_inputs = jnp.where(batch["labels"] == IGNORED, 7, batch["inputs"])
+    other_inputs = jnp.where(batch["labels"] == NO_LABEL, 7, batch["inputs"])
     assert (other_inputs != batch["inputs"]).any()
     _, same, again = first_step(batch | {"inputs": other_inputs})
     close(same.params, after.params)
@@ -97,7 +99,7 @@ def test_positions_without_a_label_count_for_nothing(batch, close):
 
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_a_batch_without_labels_changes_nothing(batch, microbatches):
-    none = batch | {"labels": jnp.full_like(batch["labels"], IGNORED)}
+    none = batch | {"labels": jnp.full_like(batch["labels"], NO_LABEL)}
     before, after, metrics = first_step(none, microbatches)
     assert {name: float(value) for name, value in metrics.items()} == {"loss": 0, "accuracy": 0, "grad_norm": 0}
     assert largest(difference(after, before)) == 0
