@@ -11,6 +11,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from based_jax.errors import UserError
 
+HostBatch = Mapping[str, np.ndarray]
+GlobalBatch = Mapping[str, jax.Array]
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # over which the rows of a batch lie
 HEAD_AXES = ("tensor",)  # over which heads lie
@@ -69,10 +72,16 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def placed(shapes: Any, mesh: Mesh) -> Any:
+    """Return a tree of shapes, variables among them, with their `shardings`: the target of a restore, say."""
+    where = shardings(shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+
 def constrain_parameters(tree: Any) -> Any:
     """Return a tree like the parameters, gradients say, that lies on the mesh of `jax.set_mesh` as they do."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tree if mesh.size == 1 else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+    return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh)) if mesh.size > 1 else tree
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -90,9 +99,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         found = tuple(axis for axis in ACTIVATION_RULES.get(name or "", ()) if axis in free)
         return found if size % math.prod(mesh.shape[axis] for axis in found) == 0 else None
 
-    if mesh.size == 1 or not free:
-        return x
-    return jax.lax.with_sharding_constraint(x, jax.P(*map(axes, names, x.shape)))
+    return jax.lax.with_sharding_constraint(x, jax.P(*map(axes, names, x.shape))) if mesh.size > 1 and free else x
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -100,8 +107,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, jax.P(BATCH_AXES))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Check that the rows of a global batch can be divided over the mesh.
+def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """Check that the rows of a global batch, and of each of its microbatches, can be divided over the mesh.
 
     Raises:
       UserError: they cannot.
@@ -110,9 +117,15 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     if batch_size % ways:
         axes = " and ".join(BATCH_AXES)
         raise UserError(f"batch_size {batch_size} cannot be divided over {ways} devices of the mesh axes {axes}.")
+    if batch_size // microbatches % ways:
+        most = math.gcd(batch_size // ways, microbatches)
+        raise UserError(
+            f"batch_size {batch_size} in {microbatches} microbatches leaves {batch_size // microbatches} rows for "
+            f"{ways} devices of the mesh axes {axes}, which cannot be divided: microbatches can be {most}."
+        )
 
 
-def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def global_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
     """Return this host's rows of a batch as its part of global arrays.
 
     Raises:

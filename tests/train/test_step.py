@@ -11,7 +11,8 @@ from based_jax import optim, parallel
 from based_jax.labels import NO_LABEL
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.loss import loss_sums
-from based_jax.train.run import TrainConfig, abstract_state, initial_state
+from based_jax.train.compile import train_program
+from based_jax.train.run import TrainConfig
 from based_jax.train.step import init_state, make_train_step
 from based_jax.train.tasks import MqarTask
 
@@ -140,20 +141,18 @@ def train_config(mesh):
         MqarTask(preset="tiny"),
         optim.OptimConfig(warmup_steps=0, lr=1e-2),
         steps=4,
+        batch_size=8,
         mesh=mesh,
     )
 
 
 def sharded_steps(config):
-    mesh = parallel.make_mesh(config.mesh)
-    tx = optim.adamw(config.optim, config.steps)
-    graphdef, _, where = abstract_state(config, tx, mesh)
-    step = jax.jit(make_train_step(graphdef, tx), donate_argnums=0, out_shardings=(where, None))
-    state = jax.jit(lambda key: initial_state(config, tx, key), out_shardings=where)(jax.random.key(0))
-    metrics = {}
+    program = train_program(config, parallel.make_mesh(config.mesh))
+    state, metrics = program.initial_state(), {}
     for i in range(config.steps):
-        state, metrics = step(state, parallel.global_batch(config.data.open(8, 0, 1).batch(i), mesh))
-    assert step._cache_size() == 1
+        batch = config.data.open(8, 0, 1).batch(i)
+        state, metrics = program.step(state, parallel.global_batch(batch, program.mesh))
+    assert program.jitted_step._cache_size() == 1
     return state, metrics
 
 
