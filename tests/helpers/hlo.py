@@ -10,15 +10,24 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast"
-SHAPE = re.compile(r"\b(?:pred|[suf]\d+|bf16|c64)\[([\d,]*)\]")
+ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|c64)\[([\d,]*)\]")
 LINE = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<result>\(.*?\)|\S+) (?P<kind>[a-z][\w-]*)\((?P<rest>.*)$")
 CALLED = re.compile(r"\b(?:body|condition|calls|to_apply)=%([\w.-]+)|\bbranch_computations=\{([^}]*)\}")
 
 Shape = tuple[int, ...]
+
+
+class Exchange(NamedTuple):
+    """An array that a collective operation returns on each device."""
+
+    kind: str
+    dtype: str
+    shape: Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +36,14 @@ class Instruction:
 
     name: str
     kind: str
-    shapes: tuple[Shape, ...]
+    results: tuple[tuple[str, Shape], ...]
     rest: str
     times: int = 1
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes of its results."""
+        return tuple(shape for _, shape in self.results)
 
     @property
     def operands(self) -> list[str]:
@@ -60,8 +74,8 @@ class Program:
                 if head[1]:
                     self.entry = current
             elif found := LINE.match(line):
-                shapes = tuple(_numbers(shape) for shape in SHAPE.findall(found["result"]))
-                self.computations[current].append(Instruction(found["name"], found["kind"], shapes, found["rest"]))
+                results = tuple((dtype, _numbers(shape)) for dtype, shape in ARRAY.findall(found["result"]))
+                self.computations[current].append(Instruction(found["name"], found["kind"], results, found["rest"]))
         self.shapes = {x.name: x.shapes for lines in self.computations.values() for x in lines}
 
     @functools.cached_property
@@ -77,10 +91,11 @@ class Program:
         """Return the shapes of the arrays that loops carry on one device."""
         return [shape for x in self.instructions if x.kind == "while" for shape in x.shapes if shape]
 
-    def exchanged(self, sizes: Shape, axis: int) -> list[tuple[str, Shape]]:
-        """Return (kind, shape of the result) of each exchange between devices that differ in one axis of a mesh."""
+    def exchanged(self, sizes: Shape, axis: int) -> list[Exchange]:
+        """Return each exchange between devices that differ in one axis, by its place, of a mesh with these sizes."""
         found = [x for x in self.instructions if x.kind.removesuffix("-start") in COLLECTIVES]
-        return [(x.kind, shape) for x in found if _differ(_groups(x.rest), sizes, axis) for shape in x.shapes]
+        between = [x for x in found if _differ(_groups(x.rest), sizes, axis)]
+        return [Exchange(x.kind.removesuffix("-start"), *result) for x in between for result in x.results]
 
     def _run(self, computation: str, times: int) -> Iterator[Instruction]:
         for x in self.computations[computation]:
