@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding import in_one_pass, prefill_then_step
 from flax import nnx
-from reference_cases import FOLDER, FORWARD, GRADIENT, LOGITS, POINTWISE, assert_close, load
+from helpers.decoding import in_one_pass, prefill_then_step
+from helpers.reference_cases import FOLDER, FORWARD, GRADIENT, LOGITS, POINTWISE, assert_close, load
 
 from based_jax import config as configs
 from based_jax import convert
 from based_jax.convert.reference import SKELETONS, reference_keys, reference_shapes
-from based_jax.evals.generate import generate
+from based_jax.generate import generate
 from based_jax.labels import NO_LABEL
 from based_jax.nn import layers
 from based_jax.nn.lm import LM, LMConfig
