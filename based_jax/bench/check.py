@@ -21,6 +21,7 @@ from based_jax.bench.catalogue import OPERATIONS
 from based_jax.bench.catalogue.operation import Case
 from based_jax.bench.comparison import both_passes, judged
 from based_jax.errors import UserError, unknown
+from based_jax.ops.dispatch import backend_of
 
 COMPILERS = 2
 """Programs that a process compiles at the same time; Python works at one of them at a time."""
@@ -35,7 +36,8 @@ class Selection:
     Attributes:
       only: a part of their names.
       quick: those of the quick set, and no huge ones.
-      impl: by which implementation, of the operations that have it; without one by all that run kernels of our own.
+      impl: by which implementation or backend's first, of the operations that have it; without one by all that run
+        kernels of our own.
 
     Raises:
       UserError: no operation has that implementation.
@@ -46,7 +48,8 @@ class Selection:
     impl: str = ""
 
     def __post_init__(self):
-        known = {name for operation in OPERATIONS.values() for name in operation.table}
+        tables = [operation.table for operation in OPERATIONS.values()]
+        known = {x for table in tables for key in table for x in (key, backend_of(key))}
         if self.impl and self.impl not in known:
             raise unknown("implementation", self.impl, known)
 
@@ -54,13 +57,14 @@ class Selection:
         """Return the cases, the huge ones apart."""
         found = calls.all_cases()
         if self.impl:
-            found = [case.by(self.impl) for case in found if self.impl in OPERATIONS[case.operation].table]
+            found = [case.by(x) for case in found for x in OPERATIONS[case.operation].impls([self.impl])]
         return [x for x in dict.fromkeys(found) if self.only in str(x) and (x.quick or not self.quick)]
 
     def huge_cases(self) -> list[tuple[str, Callable[[int], dict]]]:
         """Return names and functions of a seed."""
-        kernels = OPERATIONS["taylor_attention"].kernels
-        impls = [x for x in kernels if self.impl in ("", x)] if not self.quick else []
+        operation = OPERATIONS["taylor_attention"]
+        chosen = operation.impls([self.impl]) if self.impl else operation.kernels
+        impls = [x for x in operation.kernels if x in chosen and not self.quick]
         found = [(f"{name} impl={impl}", impl, call) for impl in impls for name, call in huge.CASES.items()]
         return [(name, functools.partial(call, impl=impl)) for name, impl, call in found if self.only in name]
 

@@ -7,15 +7,15 @@ from concurrent import futures
 
 import jax
 
+from based_jax import devices
 from based_jax.bench import rows, torch_peers
 from based_jax.bench.calls import arrays_of, results_of
 from based_jax.bench.catalogue import OPERATIONS, timed_case, timed_operation
 from based_jax.bench.catalogue.operation import FORWARD, PASSES, Arrays, Case, Shape
-from based_jax.bench.timing import REPEATS, device_microseconds
+from based_jax.bench.timing import REPEATS, device_microseconds, sets_past_cache
 from based_jax.errors import UserError, unknown
-from based_jax.flops import peak_flops
+from based_jax.ops.dispatch import backend_of
 
-L2_BYTES = 50 << 20
 COMPILERS = 6
 """Programs that are compiled at the same time, none of them while something is timed."""
 BATCH_TOKENS = 1 << 14
@@ -26,9 +26,6 @@ LENGTHS = tuple((max(1, BATCH_TOKENS // 2**n), 16, 2**n) for n in range(10, 17))
 BATCHES = tuple((batch, 16, 2048) for batch in (1, 2, 4, 8, 16, 32))
 SHORT = tuple((BATCH_TOKENS // 2**n, 16, 2**n) for n in range(6, 11))
 SETS = {"table": SHAPES, "lengths": LENGTHS, "batches": BATCHES, "short": SHORT}
-
-COPY_BYTES_PER_SECOND = {"NVIDIA H100": 2.95e12, "NVIDIA H200": 4.3e12}
-"""Measured rate of a large copy, read and written bytes together."""
 
 
 def measure(
@@ -49,7 +46,9 @@ def measure(
     device = jax.devices()[0]
     if device.platform != "gpu":
         raise UserError(f"'bench' measures GPU kernels, and the device here is {device.device_kind}.")
-    known = {x for name in names for x in (*timed_operation(name).named, *torch_peers.PEERS.get(name, {}))}
+    tables = [timed_operation(name).table for name in names]
+    known = {x for table in tables for key in table for x in (key, backend_of(key))}
+    known |= {peer for name in names for peer in torch_peers.PEERS.get(name, {})}
     for impl in impls:
         if impl not in known:
             raise unknown("implementation", impl, known)
@@ -65,7 +64,7 @@ def measure(
 
 def _ours(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
     operation = timed_operation(name)
-    chosen = [x for x in operation.named if x in impls] if impls else operation.usual
+    chosen = operation.impls(impls) if impls else operation.usual_impls
     wanted = [(timed_case(name, shape, impl), which) for impl in chosen for which in PASSES]
     with futures.ThreadPoolExecutor(COMPILERS) as pool:
         programs = [pool.submit(compiled, *pair) for pair in wanted]
@@ -117,7 +116,7 @@ def inputs(case: Case, repeats: int = REPEATS) -> list[tuple[Arrays, Arrays]]:
     """Return sets of random (gradients of the results, arrays), more than the L2 cache holds; gradients are shared."""
     arrays, scales = arrays_of(case), OPERATIONS[case.operation].scales
     size = sum(x.size * x.dtype.itemsize for x in arrays.values())
-    count = min(max(repeats, 2), 2 + 2 * L2_BYTES // size)
+    count = sets_past_cache(size, repeats, jax.devices()[0].device_kind)
     draw = jax.jit(lambda key: _normal(key, arrays, scales))
     shared = _normal(jax.random.key(1), results_of(case), {})
     return [(shared, draw(key)) for key in jax.random.split(jax.random.key(0), count)]
@@ -150,8 +149,8 @@ def _row(name: str, impl: str, shape: Shape, which: str, timed: Callable[[], flo
 
 def floor_microseconds(size: float, flops: float, device_kind: str) -> float | None:
     """Return the larger of the time to move `size` bytes and to do `flops`; None for a device of unknown speed."""
-    rate = next((x for name, x in COPY_BYTES_PER_SECOND.items() if device_kind.startswith(name)), None)
-    peak = peak_flops(device_kind)
+    device = devices.find(device_kind)
+    rate, peak = (device.copy_bytes_per_second, device.peak_bf16_flops) if device else (None, None)
     return 1e6 * max(size / rate, flops / peak) if rate and peak else None
 
 

@@ -81,7 +81,7 @@ class Selection:
         """Yield (name, shape, implementation) of each call."""
         for name in self.names:
             operation = timed_operation(name)
-            impls = [x for x in operation.table if x in (self.impls or operation.kernels)]
+            impls = operation.impls(self.impls) if self.impls else list(operation.kernels)
             yield from ((name, shape, impl) for shape in self.shapes for impl in impls)
 
     def kernels(self) -> str:

@@ -7,6 +7,7 @@ import pkgutil
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.devices import gpus
 from jax.extend.core import jaxprs_in_params
 
 import based_jax.ops
@@ -14,9 +15,8 @@ from based_jax.bench import calls
 from based_jax.bench.catalogue import OPERATIONS
 from based_jax.errors import UserError
 from based_jax.ops.dispatch import Implementation
-from tests.ops.devices import gpus
 
-LIBRARIES = {"cudnn"}
+LIBRARIES = {"cudnn_flash"}
 """Implementations that run nobody's kernels but a library's."""
 
 
@@ -53,7 +53,7 @@ def launched(jaxpr):
             yield from launched(inner)
 
 
-REFUSED = {"ssd": {("hopper", (64, 64))}}
+REFUSED = {"ssd": {("hopper_steps", (64, 64))}}
 """By which implementations, and at which dims: Mamba's kernels take at most 32 states."""
 
 

@@ -81,13 +81,13 @@ def test_rows_say_what_was_checked(tmp_path, monkeypatch, capsys):
 
 def test_nothing_checked_and_a_refusal_fail(capsys, monkeypatch):
     assert main(["bench", "check", "--only", "no such case", "--quick"]) == 1
-    monkeypatch.setattr(calls, "all_cases", lambda: [case.by("hopper") for case in SMALL[1:2]])
+    monkeypatch.setattr(calls, "all_cases", lambda: [case.by("hopper_chunks") for case in SMALL[1:2]])
     assert main(["bench", "check", "--only", "state", "--workers", "0"]) == 1
     assert "it needs cuda" in capsys.readouterr().out
 
 
 def test_a_refusal_among_others_is_no_failure_unless_it_was_asked_for(capsys, monkeypatch):
-    monkeypatch.setattr(calls, "all_cases", lambda: [SMALL[1].by(impl) for impl in ("hopper", "oracle")])
+    monkeypatch.setattr(calls, "all_cases", lambda: [SMALL[1].by(impl) for impl in ("hopper_chunks", "oracle")])
     words = ["bench", "check", "--only", "taylor_attention (2,1,1)", "--workers", "0"]
     assert main(words) == 0
     assert "1 of 1 passed, 1 left by their implementations" in capsys.readouterr().out

@@ -121,10 +121,10 @@ def test_every_peer_has_an_operation():
 
 def test_any_entry_of_a_table_can_be_named():
     taylor = OPERATIONS["taylor_attention"]
-    assert taylor.usual == ["hopper", "xla"]
-    assert set(taylor.named) >= {"hopper", "xla", "oracle", "recurrent", "quadratic"}
-    assert OPERATIONS["attention"].usual == ["cudnn"]
-    assert "cudnn" in timed_operation("window_attention_64").usual
+    assert taylor.usual_impls == ["hopper_chunks", "xla_chunks"]
+    assert taylor.impls(["quadratic", "oracle", "xla", "hopper_chunks"]) == ["oracle", "xla_chunks", "hopper_chunks"]
+    assert OPERATIONS["attention"].usual_impls == ["cudnn_flash"]
+    assert "cudnn_flash" in timed_operation("window_attention_64").usual_impls
 
 
 @pytest.mark.parametrize("name", [name for name in TIMED if name != "window_attention_128"])
@@ -136,7 +136,8 @@ def test_both_passes_are_compiled_and_timed(name, monkeypatch):
 
     monkeypatch.setattr(kernels, "device_microseconds", timed)
     rows = list(kernels._ours(name, (1, 2, 48), ["xla"], 2, H100))
-    assert [(row["impl"], row["pass"], row.get("error")) for row in rows] == [("xla", x, None) for x in PASSES]
+    [impl] = timed_operation(name).impls(["xla"])
+    assert [(row["impl"], row["pass"], row.get("error")) for row in rows] == [(impl, x, None) for x in PASSES]
     assert all(row["microseconds"] == 40.0 and row["floor_microseconds"] > 0 for row in rows)
 
 
@@ -149,13 +150,13 @@ def test_a_failure_is_a_row():
     def fails():
         raise RuntimeError("no memory\nat all")
 
-    row = kernels._row("attention", "cudnn", (1, 2, 3), "forward", fails, "cpu")
+    row = kernels._row("attention", "cudnn_flash", (1, 2, 3), "forward", fails, "cpu")
     assert row["error"] == "RuntimeError: no memory"
     assert "no memory" in line(row) and "(1,2,3)" in line(row)
 
 
 def test_a_row_prints_its_numbers():
-    measured = kernels._row("taylor_attention", "hopper", (8, 16, 2048), "forward", lambda: 40.0, H100)
+    measured = kernels._row("taylor_attention", "hopper_chunks", (8, 16, 2048), "forward", lambda: 40.0, H100)
     assert json.loads(json.dumps(measured))["ratio_to_floor"] == pytest.approx(40 / 28.79, abs=0.01)
     assert line(measured).split()[-4:] == ["28.79", "1.39", "2.12", "291"]
 

@@ -73,7 +73,7 @@ LINEAR_CROSS_ENTROPY = Operation(
     call=_call,
     oracle=lambda case: definition,
     cost=_cost,
-    kernels={"hopper": ("cross_entropy_",)},
+    kernels={"hopper_tiles": ("cross_entropy_",)},
     cases=_cases(),
     small_cases=(Case("linear_cross_entropy", (1, 64, 130), (300,), documents=True),),
     timed={"linear_cross_entropy": by_channel("linear_cross_entropy", (VOCAB,))},

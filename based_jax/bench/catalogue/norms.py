@@ -77,7 +77,7 @@ def _norm(name: str, *arrays: str) -> Operation:
         call=_call,
         oracle=lambda case: definition,
         cost=functools.partial(_cost, adds=adds),
-        kernels={"hopper": ("residual_norm",)},
+        kernels={"hopper_rows": ("residual_norm",)},
         cases=_cases(name),
         small_cases=(Case(name, (1, 256, 1030)),),
         timed={name: by_channel(name)} if adds else {},

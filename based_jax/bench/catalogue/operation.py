@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
 
-from based_jax.ops.dispatch import Implementation
+from based_jax.ops.dispatch import Implementation, named
 
 PASSES = FORWARD, BOTH = "forward", "forward+backward"
 BF16, FP32 = 2, 4
@@ -108,15 +108,14 @@ class Operation:
     compile_seconds: float = 3.0
 
     @property
-    def usual(self) -> list[str]:
+    def usual_impls(self) -> list[str]:
         """Return the implementations that are timed where none is named."""
         accelerated = [name for name, entry in self.table.items() if entry.platform == "cuda"]
-        return accelerated + ["xla"] * self.plain_timed
+        return accelerated + self.impls(["xla"]) * self.plain_timed
 
-    @property
-    def named(self) -> list[str]:
-        """Return all implementations that can be timed, the usual ones first."""
-        return list(dict.fromkeys([*self.usual, *self.table]))
+    def impls(self, names: Iterable[str]) -> list[str]:
+        """Return those of the implementations named, or of the first ones of backends named, that the table has."""
+        return list(dict.fromkeys(found for name in names if (found := named(self.table, name))))
 
 
 def by_head(operation: str, dims: tuple[int, ...], **options: Any) -> Callable[[Shape], Case]:

@@ -95,7 +95,7 @@ WINDOW_ATTENTION = Operation(
     call=lambda case: _call(case, functools.partial(softmax.window_attention, window=case.window)),
     oracle=_oracle,
     cost=_window_cost,
-    kernels={"hopper": ("window_",)},
+    kernels={"hopper_tiles": ("window_",)},
     cases=_cases(),
     small_cases=tuple(
         Case("window_attention", (1, 2, 130), DIMS, window=x, documents=x == 129) for x in (WINDOWS[0], 129)

@@ -121,7 +121,7 @@ TAYLOR_ATTENTION = Operation(
     call=_call,
     oracle=lambda case: definition,
     cost=_cost,
-    kernels={"hopper": ("taylor_",)},
+    kernels={"hopper_chunks": ("taylor_",)},
     cases=_cases(),
     # 550 tokens are two pieces.
     small_cases=(

@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from based_jax import config as configs
 from based_jax.commands.train import parse_overrides
 
 
@@ -17,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the row, and append it."""
+    from based_jax import config as configs
     from based_jax.bench import rows, train
     from based_jax.train.run import TrainConfig
 
