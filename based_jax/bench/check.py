@@ -6,7 +6,6 @@ held NaN before, and a second run gives the same bits.
 """
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,13 +59,13 @@ class Selection:
             found = [case.by(x) for case in found for x in OPERATIONS[case.operation].impls([self.impl])]
         return [x for x in dict.fromkeys(found) if self.only in str(x) and (x.quick or not self.quick)]
 
-    def huge_cases(self) -> list[tuple[str, Callable[[int], dict]]]:
-        """Return names and functions of a seed."""
+    def huge_cases(self) -> list[tuple[str, Callable[[int, str], dict], str]]:
+        """Return names, functions of a seed and an implementation, and these."""
         operation = OPERATIONS["taylor_attention"]
         chosen = operation.impls([self.impl]) if self.impl else operation.kernels
         impls = [x for x in operation.kernels if x in chosen and not self.quick]
-        found = [(f"{name} impl={impl}", impl, call) for impl in impls for name, call in huge.CASES.items()]
-        return [(name, functools.partial(call, impl=impl)) for name, impl, call in found if self.only in name]
+        found = [(f"{name} impl={impl}", call, impl) for impl in impls for name, call in huge.CASES.items()]
+        return [x for x in found if self.only in x[0]]
 
     def words(self) -> list[str]:
         """Return the selection as arguments of the command."""
@@ -81,8 +80,8 @@ def checked(selection: Selection, seed: int, processes: int, limit: float) -> It
     else:
         yield from (row | rows.facts() for row in rows_of(chosen, seed))
     # Last, and here: they take the GPU's whole memory, which the other processes have given back.
-    for name, call in selection.huge_cases():
-        yield attempt(name, call, seed) | rows.facts()
+    for name, call, impl in selection.huge_cases():
+        yield attempt(name, call, seed, impl) | rows.facts()
 
 
 def print_part(selection: Selection, seed: int, processes: int, number: int) -> None:
@@ -121,14 +120,14 @@ def attempt(what: str, call: Callable[..., dict], *arguments) -> dict:
     return {"what": what} | row | {"seconds": round(time.perf_counter() - begin, 2)}
 
 
-def compile_call(case: Case) -> Callable:
+def compile_call(case: Case) -> jax.stages.Compiled:
     """Return both passes of a case, compiled."""
     ids = jax.ShapeDtypeStruct(case.shape[::2], jnp.int32) if case.documents else None
     both = jax.jit(both_passes(calls.call_of(case)))
     return both.lower(calls.results_of(case), calls.arrays_of(case), ids).compile()
 
 
-def compile_oracle(case: Case) -> Callable:
+def compile_oracle(case: Case) -> jax.stages.Compiled:
     """Return both passes of a case's oracle, compiled; the case is a `same_oracle` one."""
     with jax.enable_x64(True):
         wide = [
@@ -142,15 +141,15 @@ def compile_oracle(case: Case) -> Callable:
 
 def check(case: Case, kernel: futures.Future, oracle: futures.Future, seed: int) -> dict:
     """Return the row of a case, given its programs."""
-    kernel, oracle = kernel.result(), oracle.result()
+    run, define = kernel.result(), oracle.result()
     inputs = calls.draw(case, case.rng(seed))
     given = jax.block_until_ready(jax.device_put(inputs))
-    poison(kernel)
-    first = jax.device_get(kernel(*given))
-    poison(kernel)
-    second = jax.device_get(kernel(*given))
+    poison(run)
+    first = jax.device_get(run(*given))
+    poison(run)
+    second = jax.device_get(run(*given))
     with jax.enable_x64(True):
-        filled = jax.device_get(oracle(*calls.complete(case, *inputs)))
+        filled = jax.device_get(define(*calls.complete(case, *inputs)))
     wanted = {name: comparison.cropped(filled[name], x.shape) for name, x in first.items()}
     by_token = {name: x for name, x in first.items() if x.shape[:2] == case.shape[::2]}
     least = comparison.floors(inputs[1])
@@ -163,7 +162,7 @@ def check(case: Case, kernel: futures.Future, oracle: futures.Future, seed: int)
     return {"seed": seed} | dataclasses.asdict(case) | judged(found)
 
 
-def poison(kernel: Callable) -> None:
+def poison(kernel: jax.stages.Compiled) -> None:
     """Fill the memory that a call is about to be given with NaN: the allocator hands out what it got back last."""
     memory = kernel.memory_analysis()
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(kernel.out_info)]

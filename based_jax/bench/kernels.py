@@ -4,6 +4,7 @@ import functools
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
+from typing import Any
 
 import jax
 
@@ -102,12 +103,12 @@ def program(case: Case, which: str) -> Callable:
     return forward if which == FORWARD else both
 
 
-def given(inputs: tuple[Arrays, Arrays], which: str) -> tuple[Arrays, ...]:
+def given(inputs: tuple[Any, Any], which: str) -> tuple:
     """Return what a pass takes of (gradients of the results, arrays)."""
     return inputs[which == FORWARD :]
 
 
-def compiled(case: Case, which: str) -> Callable:
+def compiled(case: Case, which: str) -> jax.stages.Compiled:
     """Return a pass compiled for the first device."""
     return jax.jit(program(case, which)).lower(*given((results_of(case), arrays_of(case)), which)).compile()
 

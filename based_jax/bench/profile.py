@@ -132,7 +132,7 @@ def launch(selection: Selection, path: Path) -> None:
     for name, shape, impl in selection.calls():
         case = timed_case(name, shape, impl)
         call = kernels.compiled(case, BOTH)
-        count = len(CUSTOM_CALL.findall(call.as_text()))
+        count = len(CUSTOM_CALL.findall(call.as_text() or ""))
         found.append(place(name, impl, shape, BOTH) | {"launches": count})
         jax.block_until_ready(call(*kernels.inputs(case, 1)[0]))
         print(found[-1], flush=True)
@@ -151,8 +151,18 @@ def counters(selection: Selection, keep: Path | None = None) -> list[dict]:
         report, calls = Path(folder) / "report", Path(folder) / "calls.json"
         options = [x for section in SECTIONS for x in ("--section", section)]
         # Not locked to a base clock: the times are to be those of the other commands.
-        command = [tool, "--clock-control", "none", *options, "-k", f"regex:{selection.kernels()}", "-f", "-o", report]
-        command += [sys.executable, "-m", "based_jax", "bench", "profile", *selection.words(), "--inner", calls]
+        command = [
+            tool,
+            "--clock-control",
+            "none",
+            *options,
+            "-k",
+            f"regex:{selection.kernels()}",
+            "-f",
+            "-o",
+            str(report),
+        ]
+        command += [sys.executable, "-m", "based_jax", "bench", "profile", *selection.words(), "--inner", str(calls)]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ALLOCATOR)
         if done.returncode or not calls.exists():
             print(f"ncu failed:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}", flush=True)

@@ -160,7 +160,7 @@ def test_samples_of_huge_calls():
 
 
 def test_every_case_has_a_name_of_its_own():
-    names = [*map(str, calls.all_cases()), *(name for name, _ in check.Selection().huge_cases())]
+    names = [*map(str, calls.all_cases()), *(name for name, *_ in check.Selection().huge_cases())]
     assert len(names) == len(set(names))
     quick = [case for case in calls.all_cases() if case.quick]
     assert {(x.operation, x.impl) for x in quick} == {(x.operation, x.impl) for x in calls.small_cases()}

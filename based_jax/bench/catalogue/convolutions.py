@@ -7,7 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from based_jax.bench.catalogue.definitions import first_document
-from based_jax.bench.catalogue.operation import BF16, FORWARD, Call, Case, Operation, bf16, by_channel, fp32, tokens
+from based_jax.bench.catalogue.operation import (
+    BF16,
+    FORWARD,
+    PACKED,
+    Arrays,
+    Call,
+    Case,
+    Definition,
+    Operation,
+    bf16,
+    by_channel,
+    fp32,
+    tokens,
+)
 from based_jax.ops import conv, gated_conv
 from based_jax.ops.dispatch import Implementation
 
@@ -27,14 +40,14 @@ def _call(case: Case, function: Callable) -> Call:
     return call
 
 
-def gated_definition(arrays: dict, ids: jax.Array) -> dict:
+def gated_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return silu(sum_w kernel_w u_{t-(W-1-w)}) g with [u, g] = x + bias; `state` is the W inputs u before."""
     u, gate = jnp.split(arrays["x"] + arrays["bias"][None, None], 2, axis=-1)
     c = _convolved(u, arrays["kernel"], arrays["state"], ids)
     return {"y": jnp.where((ids != 0)[..., None], c * jax.nn.sigmoid(c) * gate, 0)}
 
 
-def plain_definition(arrays: dict, ids: jax.Array) -> dict:
+def plain_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return silu(sum_w kernel_w x_{t-(W-1-w)} + bias); `state` is the W inputs before."""
     c = _convolved(arrays["x"], arrays["kernel"], arrays["state"], ids) + arrays["bias"][None, None]
     return {"y": jnp.where((ids != 0)[..., None], c * jax.nn.sigmoid(c), 0)}
@@ -59,10 +72,10 @@ def _cost(case: Case, which: str, halves: int) -> tuple[float, float]:
 
 
 def _cases(name: str, usual: int, others: tuple[int, ...]) -> tuple[Case, ...]:
-    make, both = functools.partial(Case, name), {"state": True, "documents": True}
-    cases = [make((2, 384, time), (usual,), **x) for time in (1, 15, 65) for x in ({}, both)]
-    cases += [make((3, 128, 130), (taps,), **both) for taps in others]
-    cases += [make((8, 1024, 2048), (usual,), quick=True), make((2, 2048, 2049), (usual,), **both, quick=True)]
+    make = functools.partial(Case, name)
+    cases = [make((2, 384, time), (usual,), **x) for time in (1, 15, 65) for x in ({}, PACKED)]
+    cases += [make((3, 128, 130), (taps,), **PACKED) for taps in others]
+    cases += [make((8, 1024, 2048), (usual,), quick=True), make((2, 2048, 2049), (usual,), **PACKED, quick=True)]
     return (*cases, *(make((4, 256, 130), (usual,), documents=True, through=x) for x in ("vmap", "shard_map")))
 
 
@@ -70,7 +83,7 @@ def _convolution(
     name: str,
     table: Mapping[str, Implementation],
     function: Callable,
-    definition: Call,
+    definition: Definition,
     kernels: Mapping[str, tuple[str, ...]],
     *,
     halves: int,

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from based_jax.bench.catalogue.operation import BF16, FORWARD, FP32, Call, Case, Operation, bf16, by_channel
+from based_jax.bench.catalogue.operation import BF16, FORWARD, FP32, Arrays, Call, Case, Operation, bf16, by_channel
 from based_jax.ops import cross_entropy
 
 VOCAB = 8192
@@ -37,7 +37,7 @@ def labels(ids: jax.Array, vocab: int) -> jax.Array:
     return jnp.where(ids == 0, -1, spread).astype(jnp.int32)
 
 
-def definition(arrays: dict, ids: jax.Array) -> dict:
+def definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return log sum_v exp(h . table_v) - h . table_label, 0 without a label."""
     logits = jnp.einsum("btd,vd->btv", arrays["hidden"], arrays["table"])
     chosen = labels(ids, logits.shape[-1])

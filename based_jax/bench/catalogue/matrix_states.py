@@ -16,8 +16,11 @@ from based_jax.bench.catalogue.operation import (
     FORWARD,
     FP32,
     HEAD_DIM,
+    PACKED,
+    Arrays,
     Call,
     Case,
+    Definition,
     Operation,
     by_head,
     fp32,
@@ -99,7 +102,7 @@ def _low_rank(case: Case) -> Call:
     return call
 
 
-def attention_definition(arrays: dict, ids: jax.Array) -> dict:
+def attention_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return o_t = S_t^T q_t / sqrt(K) with S_t = diag(w_t) S_{t-1} + k_t v_t^T, and the last document's S.
 
     `arrays` are q, k (B, T, H, K), g like them or (B, T, H, 1), v (B, T, H, V) and the first document's `state` before
@@ -109,22 +112,23 @@ def attention_definition(arrays: dict, ids: jax.Array) -> dict:
     return _recurrence(arrays, arrays["k"], nothing, nothing, ids)
 
 
-def correction_definition(arrays: dict, ids: jax.Array) -> dict:
+def correction_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return `low_rank_definition` with a = w k, b = -beta k and beta k for k, of keys of length 1."""
     k = unit_keys(arrays["k"])
     written = rates(arrays["beta"])[..., None] * k
     return _recurrence(arrays, written, jnp.exp(log_decays(arrays["g"])) * k, -written, ids)
 
 
-def low_rank_definition(arrays: dict, ids: jax.Array) -> dict:
+def low_rank_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return o_t = S_t^T q_t / sqrt(K) with S_t = diag(w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T, and the last S.
 
     `arrays` are those of `attention_definition` and the `direction` (B, T, H, K) of a and b.
     """
-    return _recurrence(arrays, arrays["k"], *read_and_written(arrays["direction"]), ids)
+    a, b = read_and_written(arrays["direction"])
+    return _recurrence(arrays, arrays["k"], a, b, ids)
 
 
-def _recurrence(arrays: dict, k, a, b, ids) -> dict:
+def _recurrence(arrays: Arrays, k, a, b, ids) -> Arrays:
     def token(S, q, k, v, w, a, b):
         u = jnp.einsum("bhk,bhkv->bhv", a, S)
         S = w[..., None] * S + b[..., None] * u[..., None, :] + k[..., None] * v[..., None, :]
@@ -150,14 +154,14 @@ def _cost(case: Case, which: str, decays: int | None, products: int, low_rank: b
 
 
 def _cases(name: str) -> tuple[Case, ...]:
-    make, both = functools.partial(Case, name), {"state": True, "documents": True}
+    make = functools.partial(Case, name)
     widths = (24, 48), (64, 64), (64, 128), (128, 128), (128, 192)
     return (
         # Of few gradients of a short sequence some cancel, and products of bf16 give those to no 5e-3.
-        *(make((64, 2, time), (32, 32), **x) for time in (1, 15, 65) for x in ({}, both)),
-        *(make((16, 3, 130), x, **both) for x in widths),
+        *(make((64, 2, time), (32, 32), **x) for time in (1, 15, 65) for x in ({}, PACKED)),
+        *(make((16, 3, 130), x, **PACKED) for x in widths),
         make((64, 2, 256), (64, 64), quick=True),
-        make((1, 5, 2049), (64, 64), **both),
+        make((1, 5, 2049), (64, 64), **PACKED),
         *(make((4, 2, 130), (64, 64), documents=True, through=x) for x in ("vmap", "shard_map")),
     )
 
@@ -166,7 +170,7 @@ def _matrix_states(
     name: str,
     table: Mapping[str, Implementation],
     call: Callable[[Case], Call],
-    definition: Call,
+    definition: Definition,
     kernels: Mapping[str, tuple[str, ...]],
     *,
     decays: int | None,
@@ -182,7 +186,7 @@ def _matrix_states(
         cost=functools.partial(_cost, decays=decays, products=products, low_rank=extra == "direction"),
         kernels=kernels,
         cases=_cases(name),
-        small_cases=(Case(name, (1, 2, 50), (64, 64), state=True, documents=True),),
+        small_cases=(Case(name, (1, 2, 50), (64, 64), **PACKED),),
         timed={name: by_head(name, DIMS)},
         compile_seconds=compile_seconds,
     )

@@ -9,6 +9,7 @@ from based_jax.bench.catalogue.operation import (
     BF16,
     FORWARD,
     FP32,
+    Arrays,
     Call,
     Case,
     Operation,
@@ -29,18 +30,18 @@ def _arrays(case: Case, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruc
 
 def _call(case: Case) -> Call:
     def call(arrays, ids):
-        given = [arrays.get(name) for name in ("r", "y", "scale")]
+        r, y, scale, bias = (arrays.get(name) for name in ("r", "y", "scale", "bias"))
         options = {"dtype": jnp.bfloat16, "impl": case.impl}
-        if "bias" in arrays:
-            r, x = norm.residual_layer_norm(*given, arrays["bias"], **options)
+        if bias is None:
+            r, x = norm.residual_rms_norm(r, y, scale, **options)
         else:
-            r, x = norm.residual_rms_norm(*given, **options)
+            r, x = norm.residual_layer_norm(r, y, scale, bias, **options)
         return {"r": r, "x": x}
 
     return call
 
 
-def definition(arrays: dict, ids: jax.Array) -> dict:
+def definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return r + y, and it over the root of its mean square, times `scale`; with a `bias` less its mean, plus it."""
     total = arrays["r"] + arrays.get("y", 0)
     bias = arrays["bias"][None, None] if "bias" in arrays else 0

@@ -22,6 +22,10 @@ Shape = tuple[int, int, int]
 Arrays = dict[str, jax.Array]
 Call = Callable[[Arrays, jax.Array | None], Arrays]
 """Of the arrays by name and the ids of the documents (B, T), 0 for padding, or None."""
+Definition = Callable[[Arrays, jax.Array], Arrays]
+"""The same in fp64, in the paper's notation; the ids are given always, and so is a state."""
+PACKED: dict[str, Any] = {"state": True, "documents": True}
+"""A case's options for documents that go on from a state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Operation:
       table: its implementations.
       arrays: function of a case that returns the arrays that are differentiated, by name; "state" only some calls get.
       call: function of a case that returns the operation as a `Call`, by the case's implementation.
-      oracle: function of a case that returns the definition as a `Call` in fp64; it is given a state and ids always.
+      oracle: function of a case that returns its definition.
       cost: function of a case and a pass that returns the least (bytes, FLOPs) of a call without state or documents:
         every input read once, every result written once, what the backward pass needs read again.
       kernels: for each implementation that runs kernels of our own, what their names begin with. These are checked.
@@ -94,7 +98,7 @@ class Operation:
     table: Mapping[str, Implementation]
     arrays: Callable[[Case], dict[str, ShapeDtypeStruct]]
     call: Callable[[Case], Call]
-    oracle: Callable[[Case], Call]
+    oracle: Callable[[Case], Definition]
     cost: Callable[[Case, str], tuple[float, float]]
     kernels: Mapping[str, tuple[str, ...]]
     cases: tuple[Case, ...]

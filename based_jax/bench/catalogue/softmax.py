@@ -12,8 +12,10 @@ from based_jax.bench.catalogue.operation import (
     FORWARD,
     FP32,
     HEAD_DIM,
+    Arrays,
     Call,
     Case,
+    Definition,
     Operation,
     by_head,
     queries_keys_values,
@@ -33,7 +35,7 @@ def _call(case: Case, function: Callable) -> Call:
     return call
 
 
-def definition(arrays: dict, ids: jax.Array, *, window: int | None) -> dict:
+def definition(arrays: Arrays, ids: jax.Array, *, window: int | None) -> Arrays:
     """Return softmax attention to the last `window` keys of the same document, the query's own included."""
     q, k, v = (arrays[name] for name in ("q", "k", "v"))
 
@@ -46,7 +48,7 @@ def definition(arrays: dict, ids: jax.Array, *, window: int | None) -> dict:
     return {"o": sums[..., :-1] / jnp.where((ids != 0)[..., None, None], sums[..., -1:], 1)}
 
 
-def _oracle(case: Case) -> Call:
+def _oracle(case: Case) -> Definition:
     return functools.partial(definition, window=case.window)
 
 
@@ -92,7 +94,7 @@ ATTENTION = Operation(
 WINDOW_ATTENTION = Operation(
     table=softmax.WINDOW_ATTENTION,
     arrays=queries_keys_values,
-    call=lambda case: _call(case, functools.partial(softmax.window_attention, window=case.window)),
+    call=lambda case: _call(case, functools.partial(softmax.window_attention, window=case.window or case.shape[2])),
     oracle=_oracle,
     cost=_window_cost,
     kernels={"hopper_tiles": ("window_",)},

@@ -11,6 +11,8 @@ from based_jax.bench.catalogue.operation import (
     FORWARD,
     FP32,
     HEAD_DIM,
+    PACKED,
+    Arrays,
     Call,
     Case,
     Operation,
@@ -48,7 +50,7 @@ def _scan(case: Case) -> Call:
     return call
 
 
-def scan_definition(arrays: dict, ids: jax.Array) -> dict:
+def scan_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return y_t = C_t . h_t with h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, and the last document's h.
 
     `arrays` are u and dt (B, T, D), A (D, N), B, C (B, T, N) and the first document's `state` before the first token.
@@ -75,12 +77,12 @@ def _scan_cost(case: Case, which: str) -> tuple[float, float]:
 
 
 def _scan_cases() -> tuple[Case, ...]:
-    make, both = functools.partial(Case, "selective_scan"), {"state": True, "documents": True}
+    make = functools.partial(Case, "selective_scan")
     return (
-        *(make((2, 128, time), (16,), **x) for time in (1, 15, 65) for x in ({}, both)),
-        *(make((3, 256, 130), (states,), **both) for states in (8, 24, 32)),
+        *(make((2, 128, time), (16,), **x) for time in (1, 15, 65) for x in ({}, PACKED)),
+        *(make((3, 256, 130), (states,), **PACKED) for states in (8, 24, 32)),
         make((32, 256, 256), (16,), quick=True),
-        make((2, 512, 2049), (16,), **both, quick=True),
+        make((2, 512, 2049), (16,), **PACKED, quick=True),
         *(make((4, 128, 130), (16,), documents=True, through=x) for x in ("vmap", "shard_map")),
     )
 
@@ -102,7 +104,7 @@ def _ssd(case: Case) -> Call:
     return call
 
 
-def ssd_definition(arrays: dict, ids: jax.Array) -> dict:
+def ssd_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return y_t = C_t^T S_t with S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T, and the last document's S.
 
     `arrays` are x (B, T, H, P), dt (B, T, H), A (H,), B, C (B, T, 1, N) and the first document's `state` (B, H, N, P).
@@ -129,11 +131,11 @@ def _ssd_cost(case: Case, which: str) -> tuple[float, float]:
 
 
 def _ssd_cases() -> tuple[Case, ...]:
-    make, both = functools.partial(Case, "ssd"), {"state": True, "documents": True}
+    make = functools.partial(Case, "ssd")
     return (
         # Of few gradients of a short sequence some cancel, and products of bf16 give those to no 5e-3.
-        *(make((64, 2, time), (16, 64), **x) for time in (1, 65) for x in ({}, both)),
-        make((16, 2, 130), (64, 64), **both),
+        *(make((64, 2, time), (16, 64), **x) for time in (1, 65) for x in ({}, PACKED)),
+        make((16, 2, 130), (64, 64), **PACKED),
         make((64, 2, 256), (64, 64), quick=True),
         *(make((4, 2, 130), (16, 64), documents=True, through=x) for x in ("vmap", "shard_map")),
     )
@@ -147,7 +149,7 @@ SELECTIVE_SCAN = Operation(
     cost=_scan_cost,
     kernels={"hopper_steps": ("selective_scan",)},
     cases=_scan_cases(),
-    small_cases=(Case("selective_scan", (1, 128, 50), (STATES,), state=True, documents=True),),
+    small_cases=(Case("selective_scan", (1, 128, 50), (STATES,), **PACKED),),
     timed={"selective_scan": by_channel("selective_scan", (STATES,))},
     weights=frozenset({"A"}),
     compile_seconds=5.0,
@@ -161,7 +163,7 @@ SSD = Operation(
     cost=_ssd_cost,
     kernels={"triton_chunks": ("one_decay_",), "hopper_steps": ("selective_scan",)},
     cases=_ssd_cases(),
-    small_cases=(Case("ssd", (1, 2, 50), (16, 64), state=True, documents=True),),
+    small_cases=(Case("ssd", (1, 2, 50), (16, 64), **PACKED),),
     timed={"ssd": by_head("ssd", SSD_DIMS)},
     weights=frozenset({"A"}),
     compile_seconds=5.0,

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from based_jax.bench.catalogue.operation import (
     FORWARD,
     FP32,
     HEAD_DIM,
+    PACKED,
+    Arrays,
     Call,
     Case,
     Operation,
@@ -54,7 +57,7 @@ def features(x, concatenate: Callable = jnp.concatenate):
     return concatenate([0 * x[..., :1] + 1, x / width**0.25, products], axis=-1)
 
 
-def definition(arrays: dict, ids: jax.Array) -> dict:
+def definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return o_i = sum_j p_ij v_j / sum_j p_ij with p = 1 + s + s^2/2, and the state of the last document.
 
     `arrays` are q, k (B, T, H, K), v (B, T, H, V) and the first document's state (B, H, E, V+1) before the first token.
@@ -96,23 +99,23 @@ def _cost(case: Case, which: str) -> tuple[float, float]:
 
 def _cases() -> tuple[Case, ...]:
     make = functools.partial(Case, "taylor_attention", dims=DIMS)
-    both = ({}, {"state": True, "documents": True})
+    both: tuple[dict[str, Any], ...] = ({}, PACKED)
     cases = []
     for time in (1, 15, 16, 63, 64, 65):
         quick = time in (1, 65)
         cases += [make((2, 3, time), quick=quick and bool(x), **x) for x in both]
-    cases += [make((2, 3, 65), **{name: True}) for name in ("state", "documents")]
+    cases += [make((2, 3, 65), state=True), make((2, 3, 65), documents=True)]
     cases += [make((8, 16, 2048), quick=not x, **x) for x in both]
     cases += [make((2, 4, 2048), values=x, quick=x == "late") for x in ("plain", "late", "large")]
     cases += [make((1, 1, 4097), values=x, **y) for x in ("plain", "late") for y in both]
     cases += [make((1, 2, 2049), quick=bool(x), **x) for x in both]
-    cases += [make((1, 2, 2049), **{name: True}) for name in ("state", "documents")]
+    cases += [make((1, 2, 2049), state=True), make((1, 2, 2049), documents=True)]
     cases += [make((3, 50, 130), **x) for x in both]
-    cases += [make((1, 16, 32768), quick=True), make((2, 4, 32768), **both[1])]
+    cases += [make((1, 16, 32768), quick=True), make((2, 4, 32768), **PACKED)]
     for dims in ((8, 64), (16, 112), (16, 128), (8, 112)):
         wide = functools.partial(Case, "taylor_attention", dims=dims)
-        cases += [wide((2, 3, 65), quick=dims == (8, 112), **both[1]), wide((1, 2, 2049))]
-    return (*cases, *(make((4, 3, 130), through=x, **both[1], quick=True) for x in ("vmap", "shard_map")))
+        cases += [wide((2, 3, 65), quick=dims == (8, 112), **PACKED), wide((1, 2, 2049))]
+    return (*cases, *(make((4, 3, 130), through=x, **PACKED, quick=True) for x in ("vmap", "shard_map")))
 
 
 TAYLOR_ATTENTION = Operation(
@@ -126,7 +129,7 @@ TAYLOR_ATTENTION = Operation(
     # 550 tokens are two pieces.
     small_cases=(
         Case("taylor_attention", (1, 2, 130), DIMS),
-        Case("taylor_attention", (1, 2, 550), DIMS, state=True, documents=True),
+        Case("taylor_attention", (1, 2, 550), DIMS, **PACKED),
     ),
     timed={"taylor_attention": by_head("taylor_attention", DIMS)},
     factors={"late": {"k": 30, "v": 30}, "large": {"q": 4, "k": 4}},
