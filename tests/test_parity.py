@@ -22,6 +22,7 @@ from based_jax.evals.generate import generate
 from based_jax.nn import layers
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS as KINDS
+from based_jax.nn.mixers import make_mixer
 from based_jax.ops import taylor
 from based_jax.ops.wkv4 import wkv4
 from based_jax.optim import decay_groups
@@ -219,9 +220,7 @@ def test_rwkv7_leans_on_the_first_layer_s_values(out_and_grads):
 def test_rwkv7_channel_mix():
     """The file is of an operation: its matrices multiply from the right, and it starts from a token before."""
     case = load("fla_rwkv7_channel_mix_a")
-    mixer = KINDS["rwkv7_channel_mix"](
-        32, KINDS["rwkv7_channel_mix"].Config(expand=2.0), std=1.0, out_std=1.0, dtype=jnp.float32, rngs=nnx.Rngs(0)
-    )
+    mixer = make_mixer("rwkv7_channel_mix", 32, expand=2.0, rngs=nnx.Rngs(0))
     mixer.key.kernel[...], mixer.value.kernel[...] = (jnp.asarray(case.inputs[f"{n}_weight"]) for n in ("key", "value"))
     mixer.mix[...] = jnp.asarray(case.inputs["x_k"])[None]
     y, last = jax.jit(lambda mixer, *xs: mixer.prefill(*xs))(mixer, case.inputs["x"], case.inputs["x_prev"])
@@ -327,7 +326,7 @@ def test_fla(size, norm, impl, out_and_grads):
 def test_mlp(out_and_grads):
     case = load("gated_mlp_base_default")
     width, hidden = case.weights["fc2.weight"].shape
-    mlp = layers.SwiGLU(width, hidden, std=0.02, out_std=0.02, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    mlp = layers.SwiGLU(width, hidden, layers.Init(0.02, 0.02, jnp.float32, nnx.Rngs(0)))
     mlp.fc1.kernel[...], mlp.fc2.kernel[...] = (jnp.asarray(case.weights[f"{name}.weight"].T) for name in FC)
     y, (grads, grad_x) = out_and_grads(lambda mlp, x: mlp(x), (mlp, case.inputs["x"]), case.inputs["r"])
     assert_close(y, case.outputs["y"], FORWARD, "y")

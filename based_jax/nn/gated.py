@@ -4,9 +4,10 @@ A mixer gives its sizes and `_gated(x, q, k, v)`, which returns what its operati
 head; x may hold one token or many.
 """
 
+import abc
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, override
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.mixer import Mixer
 from based_jax.ops import segments
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.gated_linear_attention import (
@@ -48,7 +50,7 @@ def expanded(name: str, d_model: int, factor: float, num_heads: int) -> int:
     return width
 
 
-class GatedLinearMixer(nnx.Module):
+class GatedLinearMixer(Mixer):
     """Projections to queries, keys and values, an optional short convolution, a decaying state, a norm and a gate.
 
     Args:
@@ -71,6 +73,7 @@ class GatedLinearMixer(nnx.Module):
         self,
         d_model: int,
         config: Any,
+        init: layers.Init,
         *,
         num_heads: int,
         key_dim: int,
@@ -81,32 +84,26 @@ class GatedLinearMixer(nnx.Module):
         gate_rank: int = 0,
         norm_dim: int | None = None,
         scale: float | None = None,
-        std: float,
-        out_std: float,
-        dtype: Any,
-        rngs: nnx.Rngs,
     ):
         if conv_size < 0:
             raise UserError(f"conv_size is {conv_size}; it is at least 0.")
-        self.config, self.d_model, self.dtype = config, d_model, dtype
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.gate_rank = gate_rank
         self.conv_size, self.rotary, self.scale, self.activation = conv_size, rotary, scale, gate
-        self.qkv = layers.linear(d_model, 2 * key_dim + value_dim, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+        self.qkv = layers.linear(d_model, 2 * key_dim + value_dim, ("embed", "heads"), init)
         if conv_size:
-            self.conv_kernel = layers.uniform((conv_size, 2 * key_dim + value_dim), conv_size, rngs=rngs)
+            self.conv_kernel = layers.conv_parameter((conv_size, 2 * key_dim + value_dim), conv_size, rngs=init.rngs)
         if gate is not None and gate_rank == 0:
-            self.gate = layers.linear(d_model, value_dim, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+            self.gate = layers.linear(d_model, value_dim, ("embed", "heads"), init)
         if gate is not None and gate_rank:
-            self.gate_down = layers.linear(d_model, gate_rank, ("embed", None), std=std, dtype=dtype, rngs=rngs)
-            self.gate_up = layers.linear(
-                gate_rank, value_dim, (None, "heads"), bias=True, std=std, dtype=dtype, rngs=rngs
-            )
-        self.norm = layers.rms_norm(norm_dim or value_dim // num_heads, rngs=rngs)
-        self.out_proj = layers.linear(value_dim, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+            self.gate_down = layers.linear(d_model, gate_rank, ("embed", None), init)
+            self.gate_up = layers.linear(gate_rank, value_dim, (None, "heads"), init, bias=True)
+        self.norm = layers.rms_norm(norm_dim or value_dim // num_heads, rngs=init.rngs)
+        self.out_proj = layers.linear(value_dim, d_model, ("heads", "embed"), init.out)
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        """Mix a whole sequence."""
         y = self.qkv(x)
         if self.conv_size:
             y = short_conv(y, self.conv_kernel[...], silu=True, segment_ids=segment_ids)
@@ -114,15 +111,15 @@ class GatedLinearMixer(nnx.Module):
         o = self.operation[0](*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, o))
 
+    @override
     def init_cache(self, batch: int, max_len: int) -> Cache:
-        """Return the cache before the first token; its size does not depend on `max_len`."""
         H = self.num_heads
         conv = jnp.zeros((batch, self.conv_size, 2 * self.key_dim + self.value_dim), self.dtype)
         state = initial_state(batch, H, self.key_dim // H, self.value_dim // H)
         return Cache(state, conv, jnp.zeros(batch, jnp.int32))
 
+    @override
     def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
-        """Mix the next tokens of a sequence and return the cache after them."""
         y, conv = self.qkv(x), cache.conv
         if self.conv_size:
             options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
@@ -138,8 +135,8 @@ class GatedLinearMixer(nnx.Module):
         )
         return self._out(x, o), Cache(state, conv, length)
 
+    @override
     def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
-        """Mix one token and return the cache after it."""
         y, conv = self.qkv(x), cache.conv
         if self.conv_size:
             y, conv = short_conv_step(y, self.conv_kernel[...], conv, silu=True)
@@ -170,8 +167,9 @@ class GatedLinearMixer(nnx.Module):
     def _gate(self, x):
         return self.gate_up(self.gate_down(x)) if self.gate_rank else self.gate(x)
 
+    @abc.abstractmethod
     def _gated(self, x, q, k, v) -> tuple[Array, ...]:
-        raise NotImplementedError
+        """Return what the operation takes, by head."""
 
     def _heads(self, y):
         """Return queries, keys and values by head."""

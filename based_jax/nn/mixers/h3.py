@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from based_jax.dims import BD, BP, BPD, BT, BTD, BWD, WD
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.mixer import Mixer
 from based_jax.ops import diagonal_ssm
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.diagonal_ssm import IMPLEMENTATIONS
@@ -29,7 +30,7 @@ class H3Config:
     impl: str = "auto"
 
 
-class H3(nnx.Module):
+class H3(Mixer):
     """o = W_o (q * SSM_diag(SSM_shift(k) * v)), heads multiplied crosswise (algorithm 1 of the paper).
 
     The shift state space is a convolution with N taps, computed from its B and C; the diagonal one is S4D-Lin with
@@ -62,50 +63,45 @@ class H3(nnx.Module):
         }
     }
 
-    def __init__(self, d_model: int, config: H3Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: H3Config, init: layers.Init):
         if config.d_state < 2 or config.d_state % 2:
             raise UserError(f"d_state is {config.d_state}; states come in conjugate pairs, so it is even.")
         if config.head_dim < 1 or d_model % config.head_dim:
             raise UserError(f"head_dim {config.head_dim} does not divide d_model {d_model}.")
-        self.config = config
-        self.d_model = d_model
-        self.dtype = dtype
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         heads, N = d_model // config.head_dim, config.d_state
         self.q_proj, self.k_proj, self.v_proj = (
-            layers.linear(d_model, d_model, ("embed", "heads"), bias=True, std=std, dtype=dtype, rngs=rngs)
-            for _ in "qkv"
+            layers.linear(d_model, d_model, ("embed", "heads"), init, bias=True) for _ in "qkv"
         )
-        self.out_proj = layers.linear(
-            d_model, d_model, ("heads", "embed"), bias=True, std=out_std, dtype=dtype, rngs=rngs
-        )
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out, bias=True)
         self.shift_b = _param(jnp.zeros((d_model, N)).at[:, 0].set(1.0))
         bound = 1 / math.sqrt(N)
-        self.shift_c = _param(jax.random.uniform(rngs.params(), (d_model, N), minval=-bound, maxval=bound))
-        self.shift_skip = _param(jax.random.normal(rngs.params(), (d_model,)))
-        log_dt = jax.random.uniform(rngs.params(), (heads,), minval=math.log(MIN_DT), maxval=math.log(MAX_DT))
+        self.shift_c = _param(jax.random.uniform(init.rngs.params(), (d_model, N), minval=-bound, maxval=bound))
+        self.shift_skip = _param(jax.random.normal(init.rngs.params(), (d_model,)))
+        log_dt = jax.random.uniform(init.rngs.params(), (heads,), minval=math.log(MIN_DT), maxval=math.log(MAX_DT))
         self.log_dt = _param(log_dt)
         self.log_a_real = _param(jnp.full((heads, N // 2), math.log(0.5)))
         self.a_imag = _param(jnp.broadcast_to(math.pi * jnp.arange(N // 2), (heads, N // 2)))
         self.b = _param(jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (heads, N // 2, 2)))
-        self.c = _param(jax.random.normal(rngs.params(), (heads, N // 2, 2)) * math.sqrt(0.5))
-        self.skip = _param(jax.random.normal(rngs.params(), (heads,)))
+        self.c = _param(jax.random.normal(init.rngs.params(), (heads, N // 2, 2)) * math.sqrt(0.5))
+        self.skip = _param(jax.random.normal(init.rngs.params(), (heads,)))
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        """Mix a whole sequence."""
         k, v = self.k_proj(x), self.v_proj(x)
         k = short_conv(k, self._shift_kernel(), segment_ids=segment_ids, impl=self._shift_impl)
         kv = self._cross(k, v)
         y = diagonal_ssm.diagonal_ssm(kv, *self._system(), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, kv, y))
 
+    @override
     def init_cache(self, batch: int, max_len: int) -> Cache:
-        """Return the states before the first token; their size does not depend on `max_len`."""
         heads, P = self.d_model // self.config.head_dim, self.config.head_dim**2
         shift = jnp.zeros((batch, self.config.d_state, self.d_model), self.dtype)
         return shift, diagonal_ssm.initial_state(batch, heads, P, self.config.d_state // 2)
 
+    @override
     def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
-        """Mix the next tokens of a sequence and return the states after them."""
         options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
         k, v = self.k_proj(x), self.v_proj(x)
         k, shift = short_conv(k, self._shift_kernel(), state=cache[0], impl=self._shift_impl, **options)
@@ -113,8 +109,8 @@ class H3(nnx.Module):
         y, state = diagonal_ssm.diagonal_ssm(kv, *self._system(), state=cache[1], impl=self.config.impl, **options)
         return self._out(x, kv, y), (shift, state)
 
+    @override
     def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
-        """Mix one token and return the states after it."""
         k, v = self.k_proj(x), self.v_proj(x)
         k, shift = short_conv_step(k, self._shift_kernel(), cache[0])
         kv = self._cross(k, v)
@@ -164,4 +160,4 @@ class H3(nnx.Module):
 
 def _param(values: Array) -> nnx.Param:
     """Return a parameter whose first axis counts channels or heads."""
-    return nnx.Param(jnp.array(values), **layers.named("heads", *(None,) * (values.ndim - 1)))
+    return nnx.Param(jnp.array(values), **layers.logical_axes("heads", *(None,) * (values.ndim - 1)))

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
 from based_jax.nn.history import check_length, convolve_on, convolve_step, empty_history, time_embedding
+from based_jax.nn.mixer import Mixer
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.long_conv import IMPLEMENTATIONS, fft_flops, long_conv
 
@@ -41,12 +42,14 @@ class Filter(nnx.Module):
     Source: HazyResearch/zoology:zoology/mixers/hyena.py, `Filter`; section 3.3 and appendix D.3 of the paper.
     """
 
-    def __init__(self, d_model: int, config: HyenaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: HyenaConfig, init: layers.Init):
         widths = (EMB_DIM, *(config.filter_order,) * (1 + config.num_inner_mlps))
-        self.pos_emb = nnx.Param(time_embedding(config.l_max), **layers.named(None, None))
-        self.hidden = nnx.List([layers.torch_linear(a, b, True, rngs) for a, b in itertools.pairwise(widths)])
-        self.frequency = nnx.Param(jnp.ones(config.filter_order), **layers.named(None))
-        self.out = layers.torch_linear(config.filter_order, d_model, False, rngs)
+        self.pos_emb = nnx.Param(time_embedding(config.l_max), **layers.logical_axes(None, None))
+        self.hidden = nnx.List(
+            [layers.torch_linear(a, b, (None, None), init.fp32, bias=True) for a, b in itertools.pairwise(widths)]
+        )
+        self.frequency = nnx.Param(jnp.ones(config.filter_order), **layers.logical_axes(None))
+        self.out = layers.torch_linear(config.filter_order, d_model, (None, None), init.fp32)
 
     def __call__(self, length: int) -> Float[Array, "_ D"]:
         """Return the taps of the first `length` lags."""
@@ -59,7 +62,7 @@ class Filter(nnx.Module):
         return h * np.exp(-time * decay).astype(np.float32)
 
 
-class Hyena(nnx.Module):
+class Hyena(Mixer):
     """y = W_o (x2 * (h conv (v * x1) + bias (v * x1))), (x1, x2, v) short-convolved projections of x.
 
     Decoding keeps every input of the long convolution, D elements a token, and sums over them at each step.
@@ -92,22 +95,19 @@ class Hyena(nnx.Module):
         "filter_fn.pos_emb.t",
     )
 
-    def __init__(self, d_model: int, config: HyenaConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: HyenaConfig, init: layers.Init):
         for name, least in (("l_max", 2), ("filter_order", 1), ("num_inner_mlps", 0)):
             if getattr(config, name) < least:
                 raise UserError(f"{name} is {getattr(config, name)}; it is at least {least}.")
-        self.config = config
-        self.d_model = d_model
-        self.dtype = dtype
-        self.in_proj = layers.linear(d_model, 3 * d_model, ("embed", "mlp"), bias=True, std=std, dtype=dtype, rngs=rngs)
-        self.conv_kernel = layers.uniform((TAPS, 3 * d_model), TAPS, rngs=rngs)
-        self.conv_bias = layers.uniform((3 * d_model,), TAPS, rngs=rngs)
-        self.filter = Filter(d_model, config, rngs=rngs)
-        self.skip = nnx.Param(jax.random.normal(rngs.params(), (d_model,)), **layers.named("embed"))
-        self.out_proj = layers.linear(
-            d_model, d_model, ("mlp", "embed"), bias=True, std=out_std, dtype=dtype, rngs=rngs
-        )
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
+        self.in_proj = layers.linear(d_model, 3 * d_model, ("embed", "mlp"), init, bias=True)
+        self.conv_kernel = layers.conv_parameter((TAPS, 3 * d_model), TAPS, rngs=init.rngs)
+        self.conv_bias = layers.conv_parameter((3 * d_model,), TAPS, rngs=init.rngs)
+        self.filter = Filter(d_model, config, init)
+        self.skip = nnx.Param(jax.random.normal(init.rngs.params(), (d_model,)), **layers.logical_axes("embed"))
+        self.out_proj = layers.linear(d_model, d_model, ("mlp", "embed"), init.out, bias=True)
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence of at most `l_max` tokens."""
         check_length(x.shape[1], self.config.l_max)
@@ -122,14 +122,15 @@ class Hyena(nnx.Module):
         y = long_conv(u, self.filter(x.shape[1]), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, u, y, gate))
 
+    @override
     def init_cache(self, batch: int, max_len: int) -> Cache:
         """Return the inputs of both convolutions before the first of up to `max_len` tokens."""
         check_length(max_len, self.config.l_max)
         taps = jnp.zeros((batch, TAPS, 3 * self.d_model), self.dtype)
         return taps, empty_history(batch, max_len, self.d_model)
 
+    @override
     def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
-        """Mix the next tokens of a sequence and return the inputs after them."""
         u, taps = short_conv(
             self.in_proj(x),
             self.conv_kernel[...],
@@ -143,8 +144,8 @@ class Hyena(nnx.Module):
         y, history = convolve_on(u, cache[1], self.filter(cache[1].slots), segment_ids, self.config.impl)
         return self._out(u, y, gate), (taps, history)
 
+    @override
     def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
-        """Mix one token and return the inputs after it."""
         u, taps = short_conv_step(self.in_proj(x), self.conv_kernel[...], cache[0], bias=self.conv_bias[...])
         u, gate = self._gated(u)
         y, history = convolve_step(u, cache[1], self.filter(cache[1].slots))

@@ -41,15 +41,15 @@ class RWKV4(TimeMix):
         }
     }
 
-    def __init__(self, d_model: int, config: RWKV4Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
-        self.config, self.d_model, self.dtype = config, d_model, dtype
+    def __init__(self, d_model: int, config: RWKV4Config, init: layers.Init):
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.key, self.value, self.receptance = (
-            layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs) for _ in "kvr"
+            layers.linear(d_model, d_model, ("embed", "heads"), init) for _ in "kvr"
         )
         self.mix = mix_parameter(3, d_model)
-        self.time_decay = nnx.Param(jnp.linspace(-5.0, 3.0, d_model), **layers.named("heads"))
-        self.time_first = nnx.Param(jnp.full(d_model, jnp.log(0.3)), **layers.named("heads"))
-        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+        self.time_decay = nnx.Param(jnp.linspace(-5.0, 3.0, d_model), **layers.logical_axes("heads"))
+        self.time_first = nnx.Param(jnp.full(d_model, jnp.log(0.3)), **layers.logical_axes("heads"))
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
     def state_size(self, seq_len: int) -> int:
         """Return numerator, denominator, maximum and last token of each channel; equal to the cache's."""

@@ -52,20 +52,22 @@ class RWKV5(TimeMix):
         }
     }
 
-    def __init__(self, d_model: int, config: RWKV5Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: RWKV5Config, init: layers.Init):
         if config.head_size < 1 or d_model % config.head_size:
             raise UserError(f"head_size {config.head_size} does not divide d_model {d_model}.")
-        self.config, self.d_model, self.dtype = config, d_model, dtype
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.num_heads = d_model // config.head_size
         self.receptance, self.key, self.value, self.gate = (
-            layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs) for _ in "rkvg"
+            layers.linear(d_model, d_model, ("embed", "heads"), init) for _ in "rkvg"
         )
         self.mix = mix_parameter(4, d_model)
         shape = (self.num_heads, config.head_size)
-        self.time_decay = nnx.Param(jnp.linspace(-6.0, -1.0, d_model).reshape(shape), **layers.named("heads", None))
-        self.bonus = nnx.Param(jnp.linspace(0.0, 0.5, d_model).reshape(shape), **layers.named("heads", None))
-        self.norm = HeadNorm(d_model, 1e-5, rngs=rngs)
-        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+        self.time_decay = nnx.Param(
+            jnp.linspace(-6.0, -1.0, d_model).reshape(shape), **layers.logical_axes("heads", None)
+        )
+        self.bonus = nnx.Param(jnp.linspace(0.0, 0.5, d_model).reshape(shape), **layers.logical_axes("heads", None))
+        self.norm = HeadNorm(d_model, 1e-5, rngs=init.rngs)
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
     def state_size(self, seq_len: int) -> int:
         """Return a square of channels a head, and the last token; equal to the cache's."""

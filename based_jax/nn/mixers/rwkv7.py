@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -58,31 +58,31 @@ class RWKV7(TimeMix):
         "zoology": {**_SHARED, "mix": "x_x"},
     }
 
-    def __init__(self, d_model: int, config: RWKV7Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: RWKV7Config, init: layers.Init):
         if config.head_dim < 1 or d_model % config.head_dim:
             raise UserError(f"head_dim {config.head_dim} does not divide d_model {d_model}.")
         for name in RANKS:
             if getattr(config, name) < 1:
                 raise UserError(f"{name} is {getattr(config, name)}; it is at least 1.")
-        self.config, self.d_model, self.dtype = config, d_model, dtype
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.num_heads = d_model // config.head_dim
         self.r_proj, self.k_proj, self.v_proj = (
-            layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs) for _ in "rkv"
+            layers.linear(d_model, d_model, ("embed", "heads"), init) for _ in "rkv"
         )
         self.mix = mix_parameter(6, d_model)
         decay, gate, rate, value = (getattr(config, name) for name in RANKS)
-        options: dict[str, Any] = {"std": std, "rngs": rngs}
-        self.w_lora = LoRA(d_model, decay, d_model, jnp.tanh, bias=True, **options)
-        self.a_lora = LoRA(d_model, rate, d_model, _same, bias=True, **options)
-        self.g_lora = LoRA(d_model, gate, d_model, jax.nn.sigmoid, bias=False, **options)
+        self.w_lora = LoRA(d_model, decay, d_model, jnp.tanh, init, bias=True)
+        self.a_lora = LoRA(d_model, rate, d_model, jax.nn.identity, init, bias=True)
+        self.g_lora = LoRA(d_model, gate, d_model, jax.nn.sigmoid, init, bias=False)
         if config.value_residual:
-            self.v_lora = LoRA(d_model, value, d_model, _same, bias=True, **options)
-        self.k_k = nnx.Param(jnp.full(d_model, 0.85), **layers.named("heads"))
-        self.k_a = nnx.Param(jnp.ones(d_model), **layers.named("heads"))
-        self.r_k = nnx.Param(jnp.zeros((self.num_heads, config.head_dim)), **layers.named("heads", None))
-        self.norm = HeadNorm(d_model, config.head_dim * 1e-5, rngs=rngs)
-        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+            self.v_lora = LoRA(d_model, value, d_model, jax.nn.identity, init, bias=True)
+        self.k_k = nnx.Param(jnp.full(d_model, 0.85), **layers.logical_axes("heads"))
+        self.k_a = nnx.Param(jnp.ones(d_model), **layers.logical_axes("heads"))
+        self.r_k = nnx.Param(jnp.zeros((self.num_heads, config.head_dim)), **layers.logical_axes("heads", None))
+        self.norm = HeadNorm(d_model, config.head_dim * 1e-5, rngs=init.rngs)
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
+    @override
     def __call__(
         self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None, *, v_first: BTD | None = None
     ) -> BPD:
@@ -137,7 +137,3 @@ class RWKV7(TimeMix):
 
     def _out(self, o, bonus, gate):
         return self.out_proj(((self.norm(o) + bonus) * gate).astype(self.dtype))
-
-
-def _same(x):
-    return x
