@@ -20,8 +20,8 @@ Heads = Float[Array, "*T H K"]
 Places = Int[Array, "*T"]
 Features = tuple[Float[Array, "*T H E"], Float[Array, "*T H E"]]
 
-EPS = 1e-12
-HORIZON = 2048
+RELU_FLOOR = 1e-12
+COSFORMER_HORIZON = 2048
 
 
 class Elementwise(nnx.Module):
@@ -48,7 +48,7 @@ class CosFormer(nnx.Module):
 
     def __call__(self, q: Heads, k: Heads, places: Places) -> Features:
         """Map queries and keys alike."""
-        angle = (math.pi / 2 / HORIZON) * (places + 1).astype(jnp.float32)[..., None, None]
+        angle = (math.pi / 2 / COSFORMER_HORIZON) * (places + 1).astype(jnp.float32)[..., None, None]
 
         def features(x):
             x = jax.nn.relu(x.astype(jnp.float32))
@@ -128,7 +128,7 @@ def orthogonal_directions(count: int, dim: int) -> np.ndarray:
 
 
 FEATURE_MAPS: dict[str, Callable] = {
-    "relu": functools.partial(Elementwise, lambda x: jnp.maximum(x, EPS)),
+    "relu": functools.partial(Elementwise, lambda x: jnp.maximum(x, RELU_FLOOR)),
     "squared": functools.partial(Elementwise, jnp.square),
     "elu": functools.partial(Elementwise, lambda x: jax.nn.elu(x) + 1),
     "identity": functools.partial(Elementwise, lambda x: x),

@@ -30,7 +30,7 @@ from based_jax.ops.gated_linear_attention import (
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
-class Cache(NamedTuple):
+class GatedCache(NamedTuple):
     """The state, the inputs of the short convolution, and the tokens that the document has had."""
 
     state: Any
@@ -112,14 +112,14 @@ class GatedLinearMixer(Mixer):
         return self._out(*layers.at(positions, x, o))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> Cache:
+    def init_cache(self, batch: int, max_len: int) -> GatedCache:
         H = self.num_heads
         conv = jnp.zeros((batch, self.conv_size, 2 * self.key_dim + self.value_dim), self.dtype)
         state = initial_state(batch, H, self.key_dim // H, self.value_dim // H)
-        return Cache(state, conv, jnp.zeros(batch, jnp.int32))
+        return GatedCache(state, conv, jnp.zeros(batch, jnp.int32))
 
     @override
-    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
+    def prefill(self, x: BTD, cache: GatedCache, segment_ids: BT | None = None) -> tuple[BTD, GatedCache]:
         y, conv = self.qkv(x), cache.conv
         if self.conv_size:
             options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
@@ -133,10 +133,10 @@ class GatedLinearMixer(Mixer):
             return_state=True,
             impl=self.config.impl,
         )
-        return self._out(x, o), Cache(state, conv, length)
+        return self._out(x, o), GatedCache(state, conv, length)
 
     @override
-    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
+    def step(self, x: BD, cache: GatedCache) -> tuple[BD, GatedCache]:
         y, conv = self.qkv(x), cache.conv
         if self.conv_size:
             y, conv = short_conv_step(y, self.conv_kernel[...], conv, silu=True)
@@ -144,7 +144,7 @@ class GatedLinearMixer(Mixer):
         if self.rotary:
             q, k = (layers.rotary(z[:, None], cache.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
         o, state = self.operation[1](*self._gated(x, q, k, v), cache.state, scale=self.scale)
-        return self._out(x, o), Cache(state, conv, cache.length + 1)
+        return self._out(x, o), GatedCache(state, conv, cache.length + 1)
 
     def state_size(self, seq_len: int) -> int:
         """Return K V elements a head, and the inputs of the short convolution; equal to the cache's."""
@@ -195,7 +195,7 @@ class GatedLinearMixer(Mixer):
 
 def constant_decay(x: Float[Array, "*T D"], log_decay: Float[Array, "H"]) -> Float[Array, "*T H 1"]:
     """Return each head's log-decay for every token of x."""
-    return jnp.broadcast_to(log_decay.reshape((1,) * (x.ndim - 1) + (-1, 1)), (*x.shape[:-1], log_decay.size, 1))
+    return jnp.broadcast_to(log_decay[:, None], (*x.shape[:-1], log_decay.size, 1))
 
 
 def head_slopes(num_heads: int) -> list[float]:
@@ -214,22 +214,26 @@ def unit(x: Float[Array, "*T H K"]) -> Float[Array, "*T H K"]:
 
 def softplus_decay(logits: Float[Array, "*T _"], A_log: Float[Array, "_"], dt_bias: Float[Array, "_"]) -> Array:
     """Return -exp(A_log) softplus(logits + dt_bias), the log-decay of Mamba-2, Gated DeltaNet and KDA."""
-    ones = (1,) * (logits.ndim - 1)
-    step = jax.nn.softplus(logits.astype(jnp.float32) + dt_bias.reshape(*ones, -1))
-    return -jnp.exp(A_log.astype(jnp.float32)).reshape(*ones, -1) * step
+    logits = logits.astype(jnp.float32)
+    step = jax.nn.softplus(logits + layers.per_channel(dt_bias, logits))
+    return -jnp.exp(layers.per_channel(A_log, logits)) * step
 
 
 def bounded_decay(
     logits: Float[Array, "*T _"], A_log: Float[Array, "_"], dt_bias: Float[Array, "_"], lower_bound: float
 ) -> Array:
     """Return lower_bound sigmoid(exp(A_log) (logits + dt_bias)), KDA's log-decay that never falls below the bound."""
-    ones = (1,) * (logits.ndim - 1)
-    slope = jnp.exp(A_log.astype(jnp.float32)).reshape(*ones, -1)
-    return lower_bound * jax.nn.sigmoid(slope * (logits.astype(jnp.float32) + dt_bias.reshape(*ones, -1)))
+    logits = logits.astype(jnp.float32)
+    slope = jnp.exp(layers.per_channel(A_log, logits))
+    return lower_bound * jax.nn.sigmoid(slope * (logits + layers.per_channel(dt_bias, logits)))
+
+
+def log_uniform_dt(count: int, rngs: nnx.Rngs) -> Float[Array, "_"]:
+    """Return logarithms of steps between 0.001 and 0.1, uniform (S4, Mamba)."""
+    return jax.random.uniform(rngs.params(), (count,), minval=math.log(DT_MIN), maxval=math.log(DT_MAX))
 
 
 def inverse_softplus_dt(count: int, rngs: nnx.Rngs) -> Float[Array, "_"]:
-    """Return biases whose softplus is a step between 0.001 and 0.1, log-uniform (Mamba)."""
-    dt = jnp.exp(jax.random.uniform(rngs.params(), (count,), minval=math.log(DT_MIN), maxval=math.log(DT_MAX)))
-    dt = jnp.maximum(dt, DT_FLOOR)
+    """Return biases whose softplus is a step of `log_uniform_dt` (Mamba)."""
+    dt = jnp.maximum(jnp.exp(log_uniform_dt(count, rngs)), DT_FLOOR)
     return dt + jnp.log(-jnp.expm1(-dt))

@@ -47,7 +47,10 @@ class Init(NamedTuple):
 
     @property
     def depth_gain(self) -> float:
-        """1 / sqrt(L) for L layers, as `out_std` is `std` / sqrt(2 L); at most 1."""
+        """1 / sqrt(L) for L layers, by which Mamba's reference shrinks torch's default on the way out; at most 1.
+
+        `out_std` is `std` / sqrt(2 L).
+        """
         return min(1.0, math.sqrt(2) * self.out_std / self.std)
 
 

@@ -1,6 +1,7 @@
 """The contract of a sequence mixer, which `tests/test_contracts.py` holds each of `MIXERS` to."""
 
 import abc
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from flax import nnx
@@ -23,7 +24,7 @@ class Mixer(nnx.Module):
 
     Config: ClassVar[Any]
     IMPLEMENTATIONS: ClassVar[Any] = {}  # the table of the operation that the option `impl` chooses from
-    REFERENCE: ClassVar[dict[str, dict[str, str | tuple[str, ...]]]] = {}
+    REFERENCE: ClassVar[Mapping[str, Mapping[str, str | tuple[str, ...]]]] = {}
     REFERENCE_BUFFERS: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod

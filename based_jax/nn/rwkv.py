@@ -8,6 +8,7 @@ import abc
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, override
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -114,19 +115,22 @@ class ChannelMix(Mixer):
 
 
 class HeadNorm(nnx.Module):
-    """LayerNorm of each head with a scale and a bias of their own for every channel (group norm)."""
+    """LayerNorm of each head with a scale and a bias of their own for every channel.
 
-    def __init__(self, width: int, eps: float, *, rngs: nnx.Rngs):
-        self.eps = eps
+    This is a group norm of every token; `nnx.GroupNorm` takes its statistics over the tokens of a sequence as well.
+    """
+
+    def __init__(self, width: int, epsilon: float, *, rngs: nnx.Rngs):
+        self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones(width), **layers.logical_axes("heads"))
         self.bias = nnx.Param(jnp.zeros(width), **layers.logical_axes("heads"))
 
     def __call__(self, o: Float[Array, "*T H V"]) -> Float[Array, "*T D"]:
         """Normalise and join the heads, in fp32."""
         o = o.astype(jnp.float32)
-        o = o - o.mean(axis=-1, keepdims=True)
-        o = layers.merge_heads(o / jnp.sqrt((o * o).mean(axis=-1, keepdims=True) + self.eps))
-        return o * per_channel(self.scale[...], o) + per_channel(self.bias[...], o)
+        variance = jnp.var(o, axis=-1, keepdims=True)  # the difference of means that JAX takes by default cancels
+        o = layers.merge_heads(jax.nn.standardize(o, axis=-1, variance=variance, epsilon=self.epsilon))
+        return o * layers.per_channel(self.scale[...], o) + layers.per_channel(self.bias[...], o)
 
 
 class LoRA(nnx.Module):
@@ -142,11 +146,12 @@ class LoRA(nnx.Module):
         return self.up(self.activation(self.down(x)))
 
 
-def per_channel(parameter: Float[Array, "D"], x: Array) -> Array:
-    """Return a parameter over channels with axes of size 1 for the others of x, in its dtype."""
-    return parameter.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-
-
 def mix_parameter(count: int, d_model: int, value: float = 0.5) -> nnx.Param:
-    """Return (count, D) shares of the token before."""
+    """Return (count, D) shares of a token and the one before."""
     return nnx.Param(jnp.full((count, d_model), value), **layers.logical_axes(None, "embed"))
+
+
+def mixed(x: Float[Array, "*T D"], previous: Float[Array, "*T D"], shares: Float[Array, "_ D"]) -> list[Array]:
+    """Return share x + (1 - share) previous for each row of shares."""
+    weights = [layers.per_channel(share, x) for share in shares]
+    return [x * weight + previous * (1 - weight) for weight in weights]

@@ -115,7 +115,7 @@ class Attention(Mixer):
 
     def rotated_qkv(self, x: BTD, start):
         """Return queries and keys rotated by their position, counted from `start`, and values: (B, T, heads, D/H)."""
-        y = self.qkv(x).reshape(*x.shape[:-1], -1, self.head_dim)
+        y = layers.split_heads(self.qkv(x), self.config.num_heads + 2 * self.kv_heads)
         q, k, v = jnp.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
         positions = start + jnp.arange(x.shape[1])
         q, k = (layers.rotary(y, positions, self.rotary_dim, self.config.rotary_base) for y in (q, k))

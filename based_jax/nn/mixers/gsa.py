@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.gated import Cache, GatedLinearMixer, expanded
+from based_jax.nn.gated import GatedCache, GatedLinearMixer, expanded
 from based_jax.ops import gated_slot_attention as slots
 
 
@@ -65,7 +65,7 @@ class GSA(GatedLinearMixer):
         self.decay = layers.linear(d_model, config.num_heads * config.num_slots, ("embed", "heads"), init.fp32)
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> Cache:
+    def init_cache(self, batch: int, max_len: int) -> GatedCache:
         """Return the cache with empty slots."""
         H = self.num_heads
         state = slots.initial_state(batch, H, self.key_dim // H, self.config.num_slots, self.value_dim // H)

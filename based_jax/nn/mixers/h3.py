@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar, override
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,13 +13,13 @@ from jaxtyping import Array, Float
 from based_jax.dims import BD, BP, BPD, BT, BTD, BWD, WD
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.gated import log_uniform_dt
 from based_jax.nn.mixer import Mixer
 from based_jax.ops import diagonal_ssm
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.diagonal_ssm import IMPLEMENTATIONS
 
-Cache = tuple[BWD, diagonal_ssm.State]
-MIN_DT, MAX_DT = 1e-3, 1e-1
+H3Cache = tuple[BWD, diagonal_ssm.State]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,8 @@ class H3(Mixer):
         if config.head_dim < 1 or d_model % config.head_dim:
             raise UserError(f"head_dim {config.head_dim} does not divide d_model {d_model}.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
-        heads, N = d_model // config.head_dim, config.d_state
+        self.num_heads = d_model // config.head_dim
+        H, N = self.num_heads, config.d_state
         self.q_proj, self.k_proj, self.v_proj = (
             layers.linear(d_model, d_model, ("embed", "heads"), init, bias=True) for _ in "qkv"
         )
@@ -78,13 +80,12 @@ class H3(Mixer):
         bound = 1 / math.sqrt(N)
         self.shift_c = _param(jax.random.uniform(init.rngs.params(), (d_model, N), minval=-bound, maxval=bound))
         self.shift_skip = _param(jax.random.normal(init.rngs.params(), (d_model,)))
-        log_dt = jax.random.uniform(init.rngs.params(), (heads,), minval=math.log(MIN_DT), maxval=math.log(MAX_DT))
-        self.log_dt = _param(log_dt)
-        self.log_a_real = _param(jnp.full((heads, N // 2), math.log(0.5)))
-        self.a_imag = _param(jnp.broadcast_to(math.pi * jnp.arange(N // 2), (heads, N // 2)))
-        self.b = _param(jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (heads, N // 2, 2)))
-        self.c = _param(jax.random.normal(init.rngs.params(), (heads, N // 2, 2)) * math.sqrt(0.5))
-        self.skip = _param(jax.random.normal(init.rngs.params(), (heads,)))
+        self.log_dt = _param(log_uniform_dt(H, init.rngs))
+        self.log_a_real = _param(jnp.full((H, N // 2), math.log(0.5)))
+        self.a_imag = _param(jnp.broadcast_to(math.pi * jnp.arange(N // 2), (H, N // 2)))
+        self.b = _param(jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (H, N // 2, 2)))
+        self.c = _param(jax.random.normal(init.rngs.params(), (H, N // 2, 2)) * math.sqrt(0.5))
+        self.skip = _param(jax.random.normal(init.rngs.params(), (H,)))
 
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
@@ -95,13 +96,14 @@ class H3(Mixer):
         return self._out(*layers.at(positions, x, kv, y))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> Cache:
-        heads, P = self.d_model // self.config.head_dim, self.config.head_dim**2
+    def init_cache(self, batch: int, max_len: int) -> H3Cache:
         shift = jnp.zeros((batch, self.config.d_state, self.d_model), self.dtype)
-        return shift, diagonal_ssm.initial_state(batch, heads, P, self.config.d_state // 2)
+        return shift, diagonal_ssm.initial_state(
+            batch, self.num_heads, self.config.head_dim**2, self.config.d_state // 2
+        )
 
     @override
-    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
+    def prefill(self, x: BTD, cache: H3Cache, segment_ids: BT | None = None) -> tuple[BTD, H3Cache]:
         options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
         k, v = self.k_proj(x), self.v_proj(x)
         k, shift = short_conv(k, self._shift_kernel(), state=cache[0], impl=self._shift_impl, **options)
@@ -110,7 +112,7 @@ class H3(Mixer):
         return self._out(x, kv, y), (shift, state)
 
     @override
-    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
+    def step(self, x: BD, cache: H3Cache) -> tuple[BD, H3Cache]:
         k, v = self.k_proj(x), self.v_proj(x)
         k, shift = short_conv_step(k, self._shift_kernel(), cache[0])
         kv = self._cross(k, v)
@@ -145,17 +147,15 @@ class H3(Mixer):
 
     def _cross(self, k, v) -> Float[Array, "*B H P"]:
         """Return the products of each pair of channels of a head."""
-        k, v = (x.reshape(*x.shape[:-1], -1, self.config.head_dim) for x in (k, v))
-        kv = k[..., :, None] * v[..., None, :]
-        return kv.reshape(*kv.shape[:-2], -1)
+        k, v = (layers.split_heads(x, self.num_heads) for x in (k, v))
+        return einops.rearrange(k[..., :, None] * v[..., None, :], "... H i j -> ... H (i j)")
 
     def _out(self, x, kv, y):
-        q = self.q_proj(x)
-        y = y + kv * self.skip[...].reshape((1,) * (kv.ndim - 2) + (-1, 1))
-        d = self.config.head_dim
-        y = y.reshape(*y.shape[:-1], d, d) * q.reshape(*q.shape[:-1], -1, d)[..., None].astype(jnp.float32)
-        y = jnp.swapaxes(y.sum(axis=-2), -1, -2)  # (..., place in the head, head)
-        return self.out_proj(y.reshape(q.shape).astype(self.dtype))
+        q = layers.split_heads(self.q_proj(x), self.num_heads).astype(jnp.float32)
+        kv = kv.astype(jnp.float32)
+        y = y + kv * layers.per_channel(self.skip[...][:, None], kv)
+        y = einops.rearrange(y, "... H (i j) -> ... H i j", i=self.config.head_dim) * q[..., None]
+        return self.out_proj(einops.reduce(y, "... H i j -> ... (j H)", "sum").astype(self.dtype))
 
 
 def _param(values: Array) -> nnx.Param:

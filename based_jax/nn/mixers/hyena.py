@@ -20,10 +20,10 @@ from based_jax.nn.mixer import Mixer
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.long_conv import IMPLEMENTATIONS, fft_flops, long_conv
 
-Cache = tuple[Float[Array, "B W inner"], KVCache]
+HyenaCache = tuple[Float[Array, "B W inner"], KVCache]
 
-EMB_DIM, TAPS = 3, 3
-FAST_DECAY, SLOW_DECAY, TARGET = 0.3, 1.5, 1e-2  # parts of l_max in which the window falls to the target
+TIME_FEATURES, SHORT_TAPS = 3, 3
+FAST_DECAY, SLOW_DECAY, DECAY_TARGET = 0.3, 1.5, 1e-2  # parts of l_max in which the window falls to the target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Filter(nnx.Module):
     """
 
     def __init__(self, d_model: int, config: HyenaConfig, init: layers.Init):
-        widths = (EMB_DIM, *(config.filter_order,) * (1 + config.num_inner_mlps))
+        widths = (TIME_FEATURES, *(config.filter_order,) * (1 + config.num_inner_mlps))
         self.pos_emb = nnx.Param(time_embedding(config.l_max), **layers.logical_axes(None, None))
         self.hidden = nnx.List(
             [layers.torch_linear(a, b, (None, None), init.fp32, bias=True) for a, b in itertools.pairwise(widths)]
@@ -58,7 +58,8 @@ class Filter(nnx.Module):
             h = jnp.sin(layer(h) * self.frequency[...][None])
         h = self.out(h)
         time = np.linspace(0, 1, self.pos_emb.shape[0])[:length, None]
-        decay = np.abs(np.linspace(math.log(TARGET) / SLOW_DECAY, math.log(TARGET) / FAST_DECAY, h.shape[1]))[None]
+        slowest, fastest = (math.log(DECAY_TARGET) / part for part in (SLOW_DECAY, FAST_DECAY))
+        decay = np.abs(np.linspace(slowest, fastest, h.shape[1]))[None]
         return h * np.exp(-time * decay).astype(np.float32)
 
 
@@ -101,8 +102,8 @@ class Hyena(Mixer):
                 raise UserError(f"{name} is {getattr(config, name)}; it is at least {least}.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.in_proj = layers.linear(d_model, 3 * d_model, ("embed", "mlp"), init, bias=True)
-        self.conv_kernel = layers.conv_parameter((TAPS, 3 * d_model), TAPS, rngs=init.rngs)
-        self.conv_bias = layers.conv_parameter((3 * d_model,), TAPS, rngs=init.rngs)
+        self.conv_kernel = layers.conv_parameter((SHORT_TAPS, 3 * d_model), SHORT_TAPS, rngs=init.rngs)
+        self.conv_bias = layers.conv_parameter((3 * d_model,), SHORT_TAPS, rngs=init.rngs)
         self.filter = Filter(d_model, config, init)
         self.skip = nnx.Param(jax.random.normal(init.rngs.params(), (d_model,)), **layers.logical_axes("embed"))
         self.out_proj = layers.linear(d_model, d_model, ("mlp", "embed"), init.out, bias=True)
@@ -123,14 +124,14 @@ class Hyena(Mixer):
         return self._out(*layers.at(positions, u, y, gate))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> Cache:
+    def init_cache(self, batch: int, max_len: int) -> HyenaCache:
         """Return the inputs of both convolutions before the first of up to `max_len` tokens."""
         check_length(max_len, self.config.l_max)
-        taps = jnp.zeros((batch, TAPS, 3 * self.d_model), self.dtype)
+        taps = jnp.zeros((batch, SHORT_TAPS, 3 * self.d_model), self.dtype)
         return taps, empty_history(batch, max_len, self.d_model)
 
     @override
-    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
+    def prefill(self, x: BTD, cache: HyenaCache, segment_ids: BT | None = None) -> tuple[BTD, HyenaCache]:
         u, taps = short_conv(
             self.in_proj(x),
             self.conv_kernel[...],
@@ -145,7 +146,7 @@ class Hyena(Mixer):
         return self._out(u, y, gate), (taps, history)
 
     @override
-    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
+    def step(self, x: BD, cache: HyenaCache) -> tuple[BD, HyenaCache]:
         u, taps = short_conv_step(self.in_proj(x), self.conv_kernel[...], cache[0], bias=self.conv_bias[...])
         u, gate = self._gated(u)
         y, history = convolve_step(u, cache[1], self.filter(cache[1].slots))
@@ -153,13 +154,13 @@ class Hyena(Mixer):
 
     def state_size(self, seq_len: int) -> int:
         """Return D elements a token, and the inputs of the short convolution; equal to the cache's."""
-        return self.d_model * (seq_len + 3 * TAPS)
+        return self.d_model * (seq_len + 3 * SHORT_TAPS)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: projections, the filter's MLP at one lag, and three FFTs of twice the length."""
-        hidden = self.config.filter_order * (EMB_DIM + self.config.num_inner_mlps * self.config.filter_order)
-        filter_flops = 2 * (EMB_DIM * seq_len + hidden + self.config.filter_order * self.d_model)
-        convolutions = (6 * TAPS + fft_flops(seq_len)) * self.d_model
+        hidden = self.config.filter_order * (TIME_FEATURES + self.config.num_inner_mlps * self.config.filter_order)
+        filter_flops = 2 * (TIME_FEATURES * seq_len + hidden + self.config.filter_order * self.d_model)
+        convolutions = (6 * SHORT_TAPS + fft_flops(seq_len)) * self.d_model
         return 8 * self.d_model**2 + convolutions + filter_flops
 
     @property
@@ -171,5 +172,5 @@ class Hyena(Mixer):
         return v * x1, x2
 
     def _out(self, u, y, gate):
-        y = y + u * self.skip[...].astype(u.dtype).reshape((1,) * (u.ndim - 1) + (-1,))
+        y = y + u * layers.per_channel(self.skip[...], u)
         return self.out_proj(y * gate)

@@ -15,7 +15,7 @@ from based_jax.nn.mixers.taylor import PROJECTIONS
 from based_jax.ops import linear_attention, segments
 from based_jax.ops.linear_attention import IMPLEMENTATIONS
 
-Cache = tuple[BHEV, Int[Array, "B"]]
+LinearCache = tuple[BHEV, Int[Array, "B"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +66,13 @@ class LinearAttention(Mixer):
         return self._out(*layers.at(positions, o))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> Cache:
+    def init_cache(self, batch: int, max_len: int) -> LinearCache:
         E = self.feature_map.expanded_dim
         state = linear_attention.initial_state(batch, self.config.num_heads, E, self.value_dim)
         return state, jnp.zeros(batch, jnp.int32)
 
     @override
-    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
+    def prefill(self, x: BTD, cache: LinearCache, segment_ids: BT | None = None) -> tuple[BTD, LinearCache]:
         state, length = cache
         q, k, v, length = self._project(x, length, segment_ids)
         o, state = linear_attention.linear_attention(
@@ -81,7 +81,7 @@ class LinearAttention(Mixer):
         return self._out(o), (state, length)
 
     @override
-    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
+    def step(self, x: BD, cache: LinearCache) -> tuple[BD, LinearCache]:
         state, length = cache
         q, k, v = self._heads(x)
         q, k = self.feature_map(q, k, length)

@@ -140,5 +140,6 @@ class Mamba(Mixer):
 
     def _out(self, x, u, y):
         z = layers.linear_part(self.in_proj, x, self.d_inner, 2 * self.d_inner)
-        skip = self.D[...].reshape((1,) * (u.ndim - 1) + (-1,)) * u.astype(jnp.float32)
+        u = u.astype(jnp.float32)
+        skip = layers.per_channel(self.D[...], u) * u
         return self.out_proj((y.astype(jnp.float32) + skip).astype(self.dtype) * jax.nn.silu(z))

@@ -132,17 +132,16 @@ class Mamba2(Mixer):
 
     def _inputs(self, u, dt):
         """Return (x, dt, A, B, C) of the scan by head and by group."""
-        lead, N = u.shape[:-1], self.config.d_state
-        ones = (1,) * len(lead)
-        groups = self.config.ngroups * N
-        x, B, C = jnp.split(u, [self.d_inner, self.d_inner + groups], axis=-1)
-        B, C = (y.reshape(*lead, -1, N) for y in (B, C))
-        x = x.reshape(*lead, self.num_heads, -1)
-        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].reshape(*ones, -1))
+        groups = self.config.ngroups
+        x, B, C = jnp.split(u, [self.d_inner, self.d_inner + groups * self.config.d_state], axis=-1)
+        x, B, C = (layers.split_heads(y, count) for y, count in ((x, self.num_heads), (B, groups), (C, groups)))
+        dt = dt.astype(jnp.float32)
+        dt = jax.nn.softplus(dt + layers.per_channel(self.dt_bias[...], dt))
         return x, dt, -jnp.exp(self.A_log[...]), B, C
 
     def _out(self, x, u, y):
         z = layers.linear_part(self.in_proj, x, 0, self.d_inner)
-        skip = self.D[...].reshape((1,) * (u.ndim - 2) + (-1, 1)) * u.astype(jnp.float32)
+        u = u.astype(jnp.float32)
+        skip = layers.per_channel(self.D[...][:, None], u) * u
         y = layers.merge_heads(y.astype(jnp.float32) + skip)
         return self.out_proj(self.norm(y * jax.nn.silu(z.astype(jnp.float32))).astype(self.dtype))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from based_jax.nn import layers
-from based_jax.nn.rwkv import TimeMix, mix_parameter, per_channel
+from based_jax.nn.rwkv import TimeMix, mix_parameter, mixed
 from based_jax.ops.wkv4 import IMPLEMENTATIONS, initial_state, wkv4, wkv4_step
 
 
@@ -63,7 +63,7 @@ class RWKV4(TimeMix):
         return initial_state(batch, self.d_model)
 
     def _project(self, x, previous):
-        k, v, r = (x * per_channel(m, x) + previous * (1 - per_channel(m, x)) for m in self.mix[...])
+        k, v, r = mixed(x, previous, self.mix[...])
         decay = -jnp.exp(self.time_decay[...].astype(jnp.float32))
         return (self.key(k), self.value(v), decay, self.time_first[...]), (self.receptance(r),)
 

@@ -7,7 +7,7 @@ import jax
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.rwkv import ChannelMix, mix_parameter, per_channel
+from based_jax.nn.rwkv import ChannelMix, mix_parameter, mixed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,5 +49,5 @@ class RWKV4ChannelMix(ChannelMix):
         return 2 * self.d_model * (2 * self.hidden + self.d_model + 2)
 
     def _mix(self, x, previous):
-        k, r = (x * per_channel(m, x) + previous * (1 - per_channel(m, x)) for m in self.mix[...])
+        k, r = mixed(x, previous, self.mix[...])
         return jax.nn.sigmoid(self.receptance(r)) * self.value(jax.nn.relu(self.key(k)) ** 2)

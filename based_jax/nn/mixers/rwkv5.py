@@ -9,7 +9,7 @@ from flax import nnx
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.rwkv import HeadNorm, TimeMix, mix_parameter, per_channel
+from based_jax.nn.rwkv import HeadNorm, TimeMix, mix_parameter, mixed
 from based_jax.ops.gated_linear_attention import (
     IMPLEMENTATIONS,
     gated_linear_attention,
@@ -17,7 +17,7 @@ from based_jax.ops.gated_linear_attention import (
     initial_state,
 )
 
-DIVISOR = 8  # of the head's output, before its norm
+OUTPUT_DIVISOR = 8  # of the head's output, before its norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +61,10 @@ class RWKV5(TimeMix):
             layers.linear(d_model, d_model, ("embed", "heads"), init) for _ in "rkvg"
         )
         self.mix = mix_parameter(4, d_model)
-        shape = (self.num_heads, config.head_size)
-        self.time_decay = nnx.Param(
-            jnp.linspace(-6.0, -1.0, d_model).reshape(shape), **layers.logical_axes("heads", None)
+        self.time_decay, self.bonus = (
+            nnx.Param(layers.split_heads(even, self.num_heads), **layers.logical_axes("heads", None))
+            for even in (jnp.linspace(-6.0, -1.0, d_model), jnp.linspace(0.0, 0.5, d_model))
         )
-        self.bonus = nnx.Param(jnp.linspace(0.0, 0.5, d_model).reshape(shape), **layers.logical_axes("heads", None))
         self.norm = HeadNorm(d_model, 1e-5, rngs=init.rngs)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
@@ -84,14 +83,13 @@ class RWKV5(TimeMix):
         return {"bonus": self.bonus[...], "scale": 1.0}
 
     def _project(self, x, previous):
-        r, k, v, g = (x * per_channel(m, x) + previous * (1 - per_channel(m, x)) for m in self.mix[...])
+        r, k, v, g = mixed(x, previous, self.mix[...])
         r, k, v = (
             layers.split_heads(f(y), self.num_heads) for f, y in ((self.receptance, r), (self.key, k), (self.value, v))
         )
         decay = -jnp.exp(self.time_decay[...].astype(jnp.float32))
-        decay = jnp.broadcast_to(decay.reshape((1,) * (k.ndim - 2) + decay.shape), k.shape)
-        return (r, k, v, decay), (self.gate(g),)
+        return (r, k, v, jnp.broadcast_to(decay, k.shape)), (self.gate(g),)
 
     def _out(self, o, gate):
-        o = self.norm(o.astype(jnp.float32) / DIVISOR) * jax.nn.silu(gate.astype(jnp.float32))
+        o = self.norm(o.astype(jnp.float32) / OUTPUT_DIVISOR) * jax.nn.silu(gate.astype(jnp.float32))
         return self.out_proj(o.astype(self.dtype))

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +11,7 @@ from flax import nnx
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import expanded
-from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter, per_channel
+from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
 from based_jax.ops.gated_linear_attention import (
     IMPLEMENTATIONS,
     gated_linear_attention,
@@ -76,7 +77,8 @@ class RWKV6(TimeMix):
         self.r_proj, self.k_proj = (layers.linear(d_model, self.key_dim, ("embed", "heads"), init) for _ in "rk")
         self.v_proj, self.gate = (layers.linear(d_model, self.value_dim, ("embed", "heads"), init) for _ in "vg")
         self.decay = LoRA(d_model, config.gate_low_rank_dim, self.key_dim, jnp.tanh, init, bias=True)
-        bonus = jnp.linspace(0.0, 0.5, self.key_dim).reshape(H, -1)  # as RWKV-5's; at 0 a first token has no output
+        # as RWKV-5's; at 0 a first token has no output
+        bonus = layers.split_heads(jnp.linspace(0.0, 0.5, self.key_dim), H)
         self.bonus = nnx.Param(bonus, **layers.logical_axes("heads", None))
         self.norm = HeadNorm(self.value_dim, 1e-5, rngs=init.rngs)
         self.out_proj = layers.linear(self.value_dim, d_model, ("heads", "embed"), init.out)
@@ -102,12 +104,12 @@ class RWKV6(TimeMix):
     def _project(self, x, previous):
         x, previous = x.astype(jnp.float32), previous.astype(jnp.float32)
         delta = previous - x
-        ranks = jnp.tanh(self.shift_down(x + delta * per_channel(self.shift_mix[...], x)))
-        ranks = ranks.reshape(*ranks.shape[:-1], 5, -1)
-        up = self.shift_up.kernel[...].reshape(5, -1, x.shape[-1])
-        shares = jnp.moveaxis(jnp.einsum("...NR,NRD->...ND", ranks, up, precision=EXACT), -2, 0)
+        ranks = jnp.tanh(self.shift_down(x + delta * layers.per_channel(self.shift_mix[...], x)))
+        ranks = einops.rearrange(ranks, "... (N R) -> ... N R", N=5)
+        up = einops.rearrange(self.shift_up.kernel[...], "(N R) D -> N R D", N=5)
+        shares = jnp.einsum("...NR,NRD->N...D", ranks, up, precision=EXACT)
         r, w, k, v, g = (
-            x + delta * (share + per_channel(bias, x)) for share, bias in zip(shares, self.mix[...], strict=True)
+            x + delta * (share + layers.per_channel(bias, x)) for share, bias in zip(shares, self.mix[...], strict=True)
         )
         r, k, v, decay = (
             layers.split_heads(y, self.config.num_heads)

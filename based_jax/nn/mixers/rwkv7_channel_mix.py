@@ -7,7 +7,7 @@ import jax
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.rwkv import ChannelMix, mix_parameter, per_channel
+from based_jax.nn.rwkv import ChannelMix, mix_parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,5 +40,5 @@ class RWKV7ChannelMix(ChannelMix):
         return 2 * self.d_model * (2 * self.hidden + 1)
 
     def _mix(self, x, previous):
-        k = x + (previous - x) * per_channel(self.mix[0], x)
+        k = x + (previous - x) * layers.per_channel(self.mix[0], x)
         return self.value(jax.nn.relu(self.key(k)) ** 2)
