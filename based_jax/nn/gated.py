@@ -6,7 +6,6 @@ head; x may hold one token or many.
 
 import abc
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, override
 
 import jax
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.mixer import Mixer, Operation
 from based_jax.ops import segments
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.gated_linear_attention import (
@@ -64,10 +63,7 @@ class GatedLinearMixer(Mixer):
     """
 
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar[tuple[Callable[..., Any], Callable[..., Any]]] = (
-        gated_linear_attention,
-        gated_linear_attention_step,
-    )
+    operation: ClassVar[Operation] = Operation(gated_linear_attention, gated_linear_attention_step)
 
     def __init__(
         self,
@@ -108,7 +104,7 @@ class GatedLinearMixer(Mixer):
         if self.conv_size:
             y = short_conv(y, self.conv_kernel[...], silu=True, segment_ids=segment_ids)
         inputs, _ = self._inputs(x, y, jnp.zeros(1, jnp.int32), segment_ids)
-        o = self.operation[0](*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
+        o = self.operation.sequence(*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, o))
 
     @override
@@ -125,7 +121,7 @@ class GatedLinearMixer(Mixer):
             options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
             y, conv = short_conv(y, self.conv_kernel[...], silu=True, state=conv, **options)
         inputs, length = self._inputs(x, y, cache.length, segment_ids)
-        o, state = self.operation[0](
+        o, state = self.operation.sequence(
             *inputs,
             scale=self.scale,
             state=cache.state,
@@ -143,7 +139,7 @@ class GatedLinearMixer(Mixer):
         q, k, v = self._heads(y)
         if self.rotary:
             q, k = (layers.rotary(z[:, None], cache.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
-        o, state = self.operation[1](*self._gated(x, q, k, v), cache.state, scale=self.scale)
+        o, state = self.operation.step(*self._gated(x, q, k, v), cache.state, scale=self.scale)
         return self._out(x, o), GatedCache(state, conv, cache.length + 1)
 
     def state_size(self, seq_len: int) -> int:

@@ -1,13 +1,20 @@
 """The contract of a sequence mixer, which `tests/test_contracts.py` holds each of `MIXERS` to."""
 
 import abc
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from flax import nnx
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.nn.layers import Init
+
+
+class Operation(NamedTuple):
+    """What a family of mixers shares its passes for: an operation on whole sequences, and on one token."""
+
+    sequence: Callable[..., Any]
+    step: Callable[..., Any]
 
 
 class Mixer(nnx.Module):

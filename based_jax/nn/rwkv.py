@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.nn import layers
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.mixer import Mixer, Operation
 from based_jax.ops.token_shift import token_shift
 
 
@@ -29,8 +29,7 @@ class RwkvCache(NamedTuple):
 class TimeMix(Mixer):
     """Token shift, an operation with a state, and an output."""
 
-    IMPLEMENTATIONS: ClassVar[Any] = {}
-    operation: ClassVar[tuple[Callable[..., Any], Callable[..., Any]]]
+    operation: ClassVar[Operation]
     config: Any
     d_model: int
     dtype: Any
@@ -38,7 +37,7 @@ class TimeMix(Mixer):
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         inputs, rest = self._project(x, self._shifted(x, segment_ids))
-        o = self.operation[0](*inputs, **self._options(), segment_ids=segment_ids, impl=self.config.impl)
+        o = self.operation.sequence(*inputs, **self._options(), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o, *rest))
 
     @override
@@ -49,7 +48,7 @@ class TimeMix(Mixer):
     def prefill(self, x: BTD, cache: RwkvCache, segment_ids: BT | None = None) -> tuple[BTD, RwkvCache]:
         previous, shift = token_shift(x, state=cache.shift, segment_ids=segment_ids, return_state=True)
         inputs, rest = self._project(x, previous)
-        o, state = self.operation[0](
+        o, state = self.operation.sequence(
             *inputs,
             **self._options(),
             state=cache.state,
@@ -62,7 +61,7 @@ class TimeMix(Mixer):
     @override
     def step(self, x: BD, cache: RwkvCache) -> tuple[BD, RwkvCache]:
         inputs, rest = self._project(x, cache.shift.astype(x.dtype))
-        o, state = self.operation[1](*inputs, state=cache.state, **self._options())
+        o, state = self.operation.step(*inputs, state=cache.state, **self._options())
         return self._out(o, *rest), RwkvCache(state, x.astype(self.dtype))
 
     def _shifted(self, x, segment_ids):
@@ -84,7 +83,6 @@ class TimeMix(Mixer):
 class ChannelMix(Mixer):
     """A feed-forward layer that sees the token before: its whole cache is that token."""
 
-    IMPLEMENTATIONS: ClassVar[Any] = {}
     d_model: int
     dtype: Any
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, expanded, unit
+from based_jax.nn.mixer import Operation
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
 
 
@@ -30,7 +31,7 @@ class DeltaNet(GatedLinearMixer):
 
     Config: ClassVar = DeltaNetConfig
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = (delta_rule, delta_rule_step)
+    operation: ClassVar = Operation(delta_rule, delta_rule_step)
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "o_proj.weight",

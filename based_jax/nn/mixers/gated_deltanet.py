@@ -9,6 +9,7 @@ from flax import nnx
 
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, expanded, inverse_softplus_dt, softplus_decay, unit
+from based_jax.nn.mixer import Operation
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
 
 
@@ -31,7 +32,7 @@ class GatedDeltaNet(GatedLinearMixer):
 
     Config: ClassVar = GatedDeltaNetConfig
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = (delta_rule, delta_rule_step)
+    operation: ClassVar = Operation(delta_rule, delta_rule_step)
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "o_proj.weight",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedCache, GatedLinearMixer, expanded
+from based_jax.nn.mixer import Operation
 from based_jax.ops import gated_slot_attention as slots
 
 
@@ -33,7 +34,7 @@ class GSA(GatedLinearMixer):
 
     Config: ClassVar = GSAConfig
     IMPLEMENTATIONS: ClassVar = slots.IMPLEMENTATIONS
-    operation: ClassVar = (slots.gated_slot_attention, slots.gated_slot_attention_step)
+    operation: ClassVar = Operation(slots.gated_slot_attention, slots.gated_slot_attention_step)
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",

@@ -10,6 +10,7 @@ from flax import nnx
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, bounded_decay, inverse_softplus_dt, softplus_decay, unit
+from based_jax.nn.mixer import Operation
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
 
 
@@ -35,7 +36,7 @@ class KDA(GatedLinearMixer):
 
     Config: ClassVar = KDAConfig
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = (delta_rule, delta_rule_step)
+    operation: ClassVar = Operation(delta_rule, delta_rule_step)
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",

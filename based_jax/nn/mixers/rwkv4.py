@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from based_jax.nn import layers
+from based_jax.nn.mixer import Operation
 from based_jax.nn.rwkv import TimeMix, mix_parameter, mixed
 from based_jax.ops.wkv4 import IMPLEMENTATIONS, initial_state, wkv4, wkv4_step
 
@@ -28,7 +29,7 @@ class RWKV4(TimeMix):
 
     Config: ClassVar = RWKV4Config
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = (wkv4, wkv4_step)
+    operation: ClassVar = Operation(wkv4, wkv4_step)
     REFERENCE: ClassVar = {
         "rwkv4": {
             "out_proj/kernel": "output.weight",

@@ -9,6 +9,7 @@ from flax import nnx
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.mixer import Operation
 from based_jax.nn.rwkv import HeadNorm, TimeMix, mix_parameter, mixed
 from based_jax.ops.gated_linear_attention import (
     IMPLEMENTATIONS,
@@ -36,7 +37,7 @@ class RWKV5(TimeMix):
 
     Config: ClassVar = RWKV5Config
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = (gated_linear_attention, gated_linear_attention_step)
+    operation: ClassVar = Operation(gated_linear_attention, gated_linear_attention_step)
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "output.weight",

@@ -11,6 +11,7 @@ from flax import nnx
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import expanded
+from based_jax.nn.mixer import Operation
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
 from based_jax.ops.gated_linear_attention import (
     IMPLEMENTATIONS,
@@ -41,7 +42,7 @@ class RWKV6(TimeMix):
 
     Config: ClassVar = RWKV6Config
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = (gated_linear_attention, gated_linear_attention_step)
+    operation: ClassVar = Operation(gated_linear_attention, gated_linear_attention_step)
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",

@@ -11,6 +11,7 @@ from flax import nnx
 from based_jax.dims import BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.mixer import Operation
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
 from based_jax.ops.delta_rule import DPLR_IMPLEMENTATIONS, dplr, dplr_step
 from based_jax.ops.gated_linear_attention import initial_state
@@ -42,7 +43,7 @@ class RWKV7(TimeMix):
 
     Config: ClassVar = RWKV7Config
     IMPLEMENTATIONS: ClassVar = DPLR_IMPLEMENTATIONS
-    operation: ClassVar = (dplr, dplr_step)
+    operation: ClassVar = Operation(dplr, dplr_step)
     _SHARED: ClassVar = {
         "out_proj/kernel": "o_proj.weight",
         **{f"{n}_proj/kernel": f"{n}_proj.weight" for n in "rkv"},
