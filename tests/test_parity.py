@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from decoding import in_one_pass, prefill_then_step
 from flax import nnx
-from reference_cases import FOLDER, FORWARD, GRADIENT, assert_close, assert_gradients, assert_taylor_state, load
+from helpers.decoding import in_one_pass, prefill_then_step
+from helpers.reference_cases import FOLDER, FORWARD, GRADIENT, assert_close, assert_gradients, assert_taylor_state, load
 
 from based_jax import convert
 from based_jax.nn.mixers import MIXERS, make_mixer

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding import prefill_then_step
 from flax import nnx
-from reference_cases import FOLDER, FORWARD, LOGITS, assert_close, assert_gradients, load
+from helpers.decoding import prefill_then_step
+from helpers.reference_cases import FOLDER, FORWARD, LOGITS, assert_close, assert_gradients, load
 
 from based_jax import config as configs
 from based_jax import convert

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference_cases import FORWARD, GRADIENT, POINTWISE, assert_close, load
+from helpers.reference_cases import FORWARD, GRADIENT, POINTWISE, assert_close, load
 
 from based_jax.nn import layers
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference_cases import FORWARD, GRADIENT, POINTWISE, assert_close, assert_taylor_state, load
+from helpers.reference_cases import FORWARD, GRADIENT, POINTWISE, assert_close, assert_taylor_state, load
 
 from based_jax.ops import taylor
 

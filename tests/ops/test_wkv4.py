@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference_cases import FORWARD, assert_close, load
+from helpers.reference_cases import FORWARD, assert_close, load
 
 from based_jax.ops.wkv4 import CHUNK, WkvState, initial_state, wkv4, wkv4_step
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-FOLDER = Path(__file__).parent / "parity"
+FOLDER = Path(__file__).parents[1] / "parity"
 POINTWISE, FORWARD, GRADIENT, LOGITS = 1e-6, 1e-5, 1e-4, 5e-5
 
 
