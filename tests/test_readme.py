@@ -9,8 +9,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decoding import in_one_pass
 from flax import nnx
+from helpers.decoding import in_one_pass
 
 from based_jax import config as configs
 from based_jax.__main__ import main

@@ -1,7 +1,7 @@
 """MQAR with forgetting: keys are written again with other values, and a query asks for the latest one.
 
     inputs   k1 v1 k2 v2 k1 v3 k3 v4 | k2  ~  ~  ~ k1  ~ k3  ~      ~ is filler
-    labels    .  .  .  .  .  .  .  . | v2  .  .  . v3  . v4  .      . is IGNORE
+    labels    .  .  .  .  .  .  .  . | v2  .  .  . v3  . v4  .      . is NO_LABEL
 
 As in `mqar.py` but for the context: among its num_kv_pairs + num_updates pairs each key stands once as a new one, and
 an update repeats a uniformly chosen key that stands before it, so one key may be written many times. All values of a
@@ -31,7 +31,7 @@ def forgetting_mqar(
     power_a: float = 0.01,
     random_non_queries: bool = True,
 ) -> Examples:
-    """Return (inputs, labels), int32 arrays of shape (num_examples, seq_len); labels are IGNORE except at queries.
+    """Return (inputs, labels), int32 arrays of shape (num_examples, seq_len); labels are NO_LABEL except at queries.
 
     Raises UserError unless seq_len is even, 4 * num_kv_pairs + 2 * num_updates <= seq_len < vocab_size.
     """

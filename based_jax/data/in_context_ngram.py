@@ -1,7 +1,7 @@
 """In-context n-grams: every row has a random language of its own, which only the row itself tells.
 
     inputs   2  0  1  2  0  1  1  0      a bigram: the distribution of the next token depends on the last one
-    labels   .  .  .  0  1  2  0  1      . is IGNORE: asked is the next token where this context stood before
+    labels   .  .  .  0  1  2  0  1      . is NO_LABEL: asked is the next token where this context stood before
 
 Each row draws, for every context of order - 1 tokens, a distribution over the vocabulary from a symmetric Dirichlet,
 and then its tokens from these: in-context Markov chains (Edelman et al. 2024, arXiv 2402.11004), the n-gram case of
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from based_jax.data.segments import IGNORE, Examples, LengthSegment, Split, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, LengthSegment, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL, is_labelled
 
 LARGEST_TABLE = 2**20
 BLOCK = 2**22  # probabilities held at once, over the rows that are drawn together
@@ -36,7 +37,7 @@ def in_context_ngram(
     for block in _blocks(tokens, vocab_size, order):
         _draw(rng, block, vocab_size, order, concentration)
     inputs = tokens[:, :-1].copy()
-    return inputs, np.where(_seen(inputs, vocab_size, order), tokens[:, 1:], np.int32(IGNORE))
+    return inputs, np.where(_seen(inputs, vocab_size, order), tokens[:, 1:], np.int32(NO_LABEL))
 
 
 def contexts(inputs: np.ndarray, vocab_size: int, order: int) -> np.ndarray:
@@ -72,7 +73,7 @@ def best_accuracy(examples: Examples, vocab_size: int, order: int = 2, concentra
     """
     inputs, labels = examples
     _, probability = best_predictions(inputs, vocab_size, order, concentration)
-    return float(probability[labels != IGNORE].mean())
+    return float(probability[is_labelled(labels)].mean())
 
 
 def _blocks(tokens: np.ndarray, vocab_size: int, order: int) -> list[np.ndarray]:

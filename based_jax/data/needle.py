@@ -1,7 +1,7 @@
 """A needle in a haystack: key-value pairs at one depth of a long filler, their keys asked again at the end.
 
     inputs   ~  ~  ~ k1 v1 k2 v2  ~  ~  ~  ~  ~ k2 k1      ~ is filler
-    labels   .  .  .  .  .  .  .  .  .  .  .  . v2 v1      . is IGNORE
+    labels   .  .  .  .  .  .  .  .  .  .  .  . v2 v1      . is NO_LABEL
 
 The form of Kamradt's test (2023) and of RULER's retrieval tasks (Hsieh et al. 2024) without their English: accuracy
 over length and depth shows where a mixer loses what it read. As in MQAR a label stands at its query's own position.
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from based_jax.data.draws import distinct
-from based_jax.data.segments import IGNORE, Examples, Split, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 def needle(
@@ -41,7 +42,7 @@ def needle(
     place = any_place if depth is None else np.full(num_examples, round(depth * last_place))
 
     inputs = rng.integers(first_value, vocab_size, size=(num_examples, seq_len), dtype=np.int32)
-    labels = np.full_like(inputs, IGNORE)
+    labels = np.full_like(inputs, NO_LABEL)
     pairs = np.stack([keys, values], axis=-1).reshape(num_examples, -1).astype(np.int32)
     np.put_along_axis(inputs, place[:, None] + np.arange(2 * num_needles), pairs, axis=1)
     inputs[:, -num_needles:] = np.take_along_axis(keys, order, axis=1)

@@ -1,7 +1,7 @@
 """Batches of a synthetic task: segments of examples of one length each, made once, learned in order, tested by name.
 
 A task is a frozen config with training and test segments (`SegmentedTask`); what it asks is its own module's matter.
-In all of them labels are IGNORE where nothing is asked, and a label stands at the position whose output is judged.
+In all of them labels are NO_LABEL where nothing is asked, and a label stands at the position whose output is judged.
 """
 
 import dataclasses
@@ -13,8 +13,7 @@ import numpy as np
 
 from based_jax.data.hosts import own_rows
 from based_jax.errors import UserError, unknown
-
-IGNORE = -100
+from based_jax.labels import NO_LABEL
 
 Examples = tuple[np.ndarray, np.ndarray]
 Batch = dict[str, np.ndarray]
@@ -128,7 +127,7 @@ class SegmentSource:
     Batch t is a pure function of (task, batch_size, shuffle, t). Segments are never mixed, so the length differs from
     batch to batch. Without `shuffle` an epoch reads the segments in their order, as zoology does; with it every epoch
     permutes the examples of each segment and the order of the batches. A segment's short last batch is filled up with
-    rows whose labels are all IGNORE, which leaves a mean over the labelled positions unchanged.
+    rows whose labels are all NO_LABEL, which leaves a mean over the labelled positions unchanged.
     Host p of n gets the p-th of n equal blocks of rows: concatenated in order they are the batch of a single host.
     """
 
@@ -203,4 +202,4 @@ class SegmentSource:
         inputs, labels = self.examples(split, index)
         own = np.pad(rows, (0, self.batch_size - len(rows)), constant_values=-1)[self._own]
         filled = own[:, None] < 0
-        return {"inputs": np.where(filled, 0, inputs[own]), "labels": np.where(filled, IGNORE, labels[own])}
+        return {"inputs": np.where(filled, 0, inputs[own]), "labels": np.where(filled, NO_LABEL, labels[own])}

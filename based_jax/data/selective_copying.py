@@ -1,7 +1,7 @@
 """Selective copying: tokens scattered among blanks, then copied in their order, the blanks left out.
 
     inputs   ~  3  ~  ~  7  ~  5  ~  c  ~  ~  ~      ~ is the blank, c the copy token
-    labels   .  .  .  .  .  .  .  .  .  3  7  5      . is IGNORE
+    labels   .  .  .  .  .  .  .  .  .  3  7  5      . is NO_LABEL
 
 Gaps differ from row to row, so a mixer whose weights do not depend on the input cannot know what to keep (Mamba, Gu and
 Dao 2023, section 3.1). Rows are laid out as in the MAD benchmark (Poli et al. 2024; athms/mad-lab
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from based_jax.data.draws import distinct
-from based_jax.data.segments import IGNORE, Examples, Split, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 def selective_copying(vocab_size: int, num_examples: int, seq_len: int, num_tokens: int, seed: int) -> Examples:
@@ -30,7 +31,7 @@ def selective_copying(vocab_size: int, num_examples: int, seq_len: int, num_toke
     places = np.sort(distinct(rng, context, num_tokens, num_examples), axis=1)
 
     inputs = np.full((num_examples, seq_len), blank, np.int32)
-    labels = np.full_like(inputs, IGNORE)
+    labels = np.full_like(inputs, NO_LABEL)
     np.put_along_axis(inputs, places, tokens, axis=1)
     inputs[:, context] = copy
     labels[:, context + 1 :] = tokens

@@ -20,10 +20,11 @@ import tensorflow_datasets as tfds
 
 from based_jax.data.corpus import Corpus, FolderCorpus, default_corpus
 from based_jax.data.hosts import own_rows
-from based_jax.data.segments import IGNORE, Batch
+from based_jax.data.segments import Batch
 from based_jax.data.tfds_corpus import PREFIX, TfdsCorpus, quiet_tfds
 from based_jax.data.tokenizer import Tokenizer, get_tokenizer
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 CACHE_VARIABLE = "BASED_JAX_CACHE"
 
@@ -192,6 +193,6 @@ def _batch(windows: list[dict[str, np.ndarray]]) -> Batch:
     labelled = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0)
     return {
         "inputs": tokens[:, :-1],
-        "labels": np.where(labelled, tokens[:, 1:], IGNORE).astype(np.int32),
+        "labels": np.where(labelled, tokens[:, 1:], NO_LABEL).astype(np.int32),
         "segment_ids": ids[:, :-1],
     }

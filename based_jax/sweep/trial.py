@@ -9,10 +9,9 @@ from flax.traverse_util import flatten_dict
 
 from based_jax import config as configs
 from based_jax.errors import UserError
-from based_jax.nn.lm import LMConfig
 from based_jax.nn.mixers import MIXERS
-from based_jax.optim import OptimConfig
 from based_jax.sweep.points import Point
+from based_jax.train.run import RunConfig
 from based_jax.train.tasks import SyntheticTask
 
 TRACED = ("seed", "optim.lr", "optim.weight_decay")
@@ -20,34 +19,25 @@ TRACED = ("seed", "optim.lr", "optim.weight_decay")
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class Trial(RunConfig):
     """What one point trains, in whole epochs; with the code's version it determines every number of its row.
 
+    `optim.steps_per_epoch` is filled in where the schedule needs it.
+
     Attributes:
-      model, optim: see their classes; `optim.steps_per_epoch` is filled in where the schedule needs it.
-      data: a synthetic task.
+      data: a synthetic task; the others without a word here are those of `RunConfig`.
       epochs: passes over the training segments at most.
-      batch_size: rows of a batch.
-      seed: of the initial parameters; data has its own.
       stop_accuracy: accuracy on the tests above which training ends after an epoch; None for never.
     """
 
-    model: LMConfig
+    counts = ("epochs", "batch_size")
+
     data: SyntheticTask
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     epochs: int = 1
-    batch_size: int = 64
-    seed: int = 0
     stop_accuracy: float | None = None
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it is at least 1.")
-        if self.data.num_tokens > self.model.vocab_size:
-            raise UserError(
-                f"model.vocab_size is {self.model.vocab_size}, but the data has ids up to {self.data.num_tokens - 1}."
-            )
+        super().__post_init__()
         if self.optim.schedule == "cosine_per_epoch" and self.optim.steps_per_epoch is None:
             optim = dataclasses.replace(self.optim, steps_per_epoch=self.steps_per_epoch)
             object.__setattr__(self, "optim", optim)

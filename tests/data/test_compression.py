@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 
 from based_jax.data.compression import PRESETS, CompressionConfig, CompressionSegment, compression
-from based_jax.data.segments import IGNORE
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 def answered(row, alphabet):
     stored, labels = [], []
     for token in row:
-        labels.append(stored[token - alphabet - 1] if token > alphabet else IGNORE)
+        labels.append(stored[token - alphabet - 1] if token > alphabet else NO_LABEL)
         if token < alphabet:
             stored.append(token)
     return labels

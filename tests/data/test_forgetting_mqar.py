@@ -3,8 +3,8 @@ import pytest
 
 from based_jax.data.forgetting_mqar import PRESETS, ForgettingMqarConfig, ForgettingMqarSegment, forgetting_mqar, owners
 from based_jax.data.mqar import mqar
-from based_jax.data.segments import IGNORE
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 @pytest.mark.parametrize("random_non_queries", [False, True])
@@ -21,7 +21,7 @@ def test_labels_are_the_latest_values(vocab_size, seq_len, num_kv_pairs, num_upd
         for position in range(0, context, 2):
             memory[row[position]] = row[position + 1]
         for position, label in enumerate(expected):
-            if label != IGNORE:
+            if label != NO_LABEL:
                 assert position >= context and memory[row[position]] == label
                 asked.append(row[position])
         assert len(memory) == num_kv_pairs and sorted(asked) == sorted(memory)
@@ -36,7 +36,7 @@ def test_stale_values_are_wrong_where_keys_were_rewritten():
         first = {}
         for position in range(0, 32, 2):
             first.setdefault(row[position], row[position + 1])
-        wrong += sum(label not in (IGNORE, first.get(token)) for token, label in zip(row, expected, strict=True))
+        wrong += sum(label not in (NO_LABEL, first.get(token)) for token, label in zip(row, expected, strict=True))
     assert wrong > 0.6 * 4 * 300
 
 

@@ -1,8 +1,8 @@
 import pytest
 
 from based_jax.data.needle import PRESETS, NeedleConfig, NeedleSegment, grid, needle
-from based_jax.data.segments import IGNORE
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 @pytest.mark.parametrize("depth", [None, 0.0, 0.3, 1.0])
@@ -13,12 +13,12 @@ def test_labels_are_what_a_reader_answers(vocab_size, seq_len, num_needles, dept
         memory, answers = {}, []
         for position, token in enumerate(row):
             is_key = token < vocab_size // 2
-            answers.append(memory.get(token, IGNORE) if is_key else IGNORE)
+            answers.append(memory.get(token, NO_LABEL) if is_key else NO_LABEL)
             if is_key and token not in memory:
                 memory[token] = row[position + 1]
         assert answers == expected
         assert len(memory) == num_needles == len(set(memory.values()))
-        assert IGNORE not in expected[-num_needles:]
+        assert NO_LABEL not in expected[-num_needles:]
 
 
 @pytest.mark.parametrize("depth, place", [(0.0, 0), (0.25, 22), (0.5, 44), (1.0, 88)])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from based_jax.data import corpus, text
-from based_jax.data.segments import IGNORE
 from based_jax.data.tokenizer import ByteTokenizer
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 DOCUMENTS = [f"Document {i}: " + "abc " * (i % 7 + 1) for i in range(40)]
 
@@ -55,7 +55,7 @@ def test_labels_are_the_next_token_of_the_same_document():
     tokens, ids = text.pack(["ab", "c"], ByteTokenizer(), 6)
     batch = text._batch([{"tokens": tokens[0], "segment_ids": ids[0]}])
     np.testing.assert_array_equal(batch["inputs"], [[97, 98, 256, 99, 256, 0]])
-    np.testing.assert_array_equal(batch["labels"], [[98, 256, IGNORE, 256, IGNORE, IGNORE]])
+    np.testing.assert_array_equal(batch["labels"], [[98, 256, NO_LABEL, 256, NO_LABEL, NO_LABEL]])
     np.testing.assert_array_equal(batch["segment_ids"], [[1, 1, 1, 2, 2, 0]])
 
 
@@ -85,7 +85,7 @@ def test_hosts_share_a_batch(folder, tmp_path):
 def test_validation_is_read_once_and_filled_up(folder, tmp_path):
     batches = list(source(folder, tmp_path, batch_size=4).eval_batches("validation"))
     assert all(batch["inputs"].shape == (4, 16) for batch in batches)
-    labelled = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
+    labelled = sum(int((batch["labels"] != NO_LABEL).sum()) for batch in batches)
     assert labelled == len(DOCUMENTS[39].encode())  # every byte but the first, and the end of text
 
 
