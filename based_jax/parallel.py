@@ -114,15 +114,12 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
       UserError: they cannot.
     """
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    over = f"over {ways} devices of the mesh axes {' and '.join(BATCH_AXES)}"
     if batch_size % ways:
-        axes = " and ".join(BATCH_AXES)
-        raise UserError(f"batch_size {batch_size} cannot be divided over {ways} devices of the mesh axes {axes}.")
+        raise UserError(f"batch_size {batch_size} cannot be divided {over}.")
     if batch_size // microbatches % ways:
-        most = math.gcd(batch_size // ways, microbatches)
-        raise UserError(
-            f"batch_size {batch_size} in {microbatches} microbatches leaves {batch_size // microbatches} rows for "
-            f"{ways} devices of the mesh axes {axes}, which cannot be divided: microbatches can be {most}."
-        )
+        rows, most = batch_size // microbatches, math.gcd(batch_size // ways, microbatches)
+        raise UserError(f"{rows} rows of a microbatch cannot be divided {over}: microbatches can be {most}.")
 
 
 def global_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:

@@ -256,7 +256,7 @@ def test_impossible_runs_are_refused_before_anything_is_written(tmp_path):
         ({"microbatches": 3}, "batch_size 8 cannot be divided into 3 microbatches"),
         (
             {"batch_size": 32, "microbatches": 8},
-            "leaves 4 rows for 8 devices .*: microbatches can be 4",
+            "4 rows of a microbatch cannot be divided over 8 devices",
         ),
         ({"model": {"vocab_size": 32}}, "vocab_size is 32, but the data has ids up to 63"),
         ({"mesh": {"tensr": 2}}, "Mesh axis 'tensr' does not exist"),

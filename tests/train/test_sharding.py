@@ -8,6 +8,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -71,6 +72,16 @@ def shape_of(sizes):
 def rows_of(sizes):
     """Return over how many devices the rows lie."""
     return math.prod(sizes.get(axis, 1) for axis in parallel.BATCH_AXES)
+
+
+def test_products_in_loops_count_as_often_as_they_run():
+    """Loops in loops too, where XLA's own count takes each body once."""
+
+    def call(x, w):
+        return jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], x)
+
+    found = jax.jit(call).lower(jnp.zeros((6, 16)), jnp.zeros((5, 16, 16))).compile()
+    assert Program(found.as_text()).flops() == 3 * 5 * 2 * 6 * 16 * 16
 
 
 def test_microbatches_make_the_same_products():
