@@ -45,7 +45,7 @@ def time_first(x):
     return jnp.asarray(x, jnp.float32).swapaxes(1, 2)
 
 
-@pytest.mark.parametrize("impl", ["oracle", "recurrent", "xla"])
+@pytest.mark.parametrize("impl", ["oracle", "xla_steps", "xla"])
 def test_core(impl):
     """The operation in fp32 against arrays in fp64; FLA's eps of 1e-6 shows nowhere."""
     case = load("based_core_fp64")

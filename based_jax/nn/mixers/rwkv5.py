@@ -11,11 +11,11 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.mixer import Operation
 from based_jax.nn.rwkv import HeadNorm, TimeMix, mix_parameter, mixed
+from based_jax.ops.decays import initial_state
 from based_jax.ops.gated_linear_attention import (
     IMPLEMENTATIONS,
     gated_linear_attention,
     gated_linear_attention_step,
-    initial_state,
 )
 
 OUTPUT_DIVISOR = 8  # of the head's output, before its norm

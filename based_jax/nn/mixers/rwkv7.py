@@ -13,8 +13,8 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.mixer import Operation
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
+from based_jax.ops.decays import initial_state
 from based_jax.ops.delta_rule import DPLR_IMPLEMENTATIONS, dplr, dplr_step
-from based_jax.ops.gated_linear_attention import initial_state
 
 RANK_OPTIONS = ("decay_low_rank_dim", "gate_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim")
 
