@@ -69,8 +69,8 @@ def test_the_library():
 def test_the_config():
     names = {}
     exec(program("def get_config"), names)
-    config = configs.build(TrainConfig, names["get_config"]())
-    assert len(config.model.layers) == 12 and config.mesh == {"fsdp": 4}
+    config = configs.build(TrainConfig, configs.overridden(names["get_config"](), {"steps": 1000}))
+    assert len(config.model.layers) == 12 and config.mesh == {"fsdp": 4} and config.optim.warmup_steps == 10
 
 
 def test_the_sweep():

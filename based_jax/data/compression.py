@@ -46,7 +46,7 @@ def _check(alphabet: int, max_symbols: int, num_symbols: int) -> None:
 
 
 @dataclass(frozen=True)
-class Segment:
+class CompressionSegment:
     """Examples of one number of symbols."""
 
     num_examples: int
@@ -67,8 +67,8 @@ class Segment:
 class CompressionConfig:
     """A whole compression task."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[CompressionSegment, ...]
+    test: tuple[CompressionSegment, ...]
     alphabet: int = 15
     max_symbols: int = 31
     seed: int = 123
@@ -91,8 +91,11 @@ class CompressionConfig:
 
 PRESETS = {
     # MAD's baseline (athms/mad-lab configs/tasks/compression.yml): 16 ids and length 32, with the compression token
-    "default": CompressionConfig(train=(Segment(12_800, 31),), test=(Segment(1_280, 31),)),
+    "default": CompressionConfig(train=(CompressionSegment(12_800, 31),), test=(CompressionSegment(1_280, 31),)),
     "tiny": CompressionConfig(
-        train=(Segment(50, 7), Segment(21, 15)), test=(Segment(10, 7), Segment(11, 15)), alphabet=4, max_symbols=15
+        train=(CompressionSegment(50, 7), CompressionSegment(21, 15)),
+        test=(CompressionSegment(10, 7), CompressionSegment(11, 15)),
+        alphabet=4,
+        max_symbols=15,
     ),
 }

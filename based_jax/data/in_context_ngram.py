@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, LengthSegment, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL, is_labelled
 
@@ -135,24 +135,11 @@ def _check(vocab_size: int, seq_len: int, order: int, concentration: float) -> N
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Examples of one length."""
-
-    num_examples: int
-    seq_len: int
-
-    @property
-    def name(self) -> str:
-        """The length, such as "128"."""
-        return str(self.seq_len)
-
-
-@dataclass(frozen=True)
 class InContextNgramConfig:
     """A whole in-context n-gram task; a smaller concentration makes the languages more predictable."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[LengthSegment, ...]
+    test: tuple[LengthSegment, ...]
     vocab_size: int = 8
     seed: int = 123
     order: int = 2
@@ -178,9 +165,12 @@ class InContextNgramConfig:
 PRESETS = {
     # sizes of our own
     "default": InContextNgramConfig(
-        train=(Segment(25_600, 128),), test=(Segment(1_280, 64), Segment(1_280, 128), Segment(1_280, 256))
+        train=(LengthSegment(25_600, 128),),
+        test=(LengthSegment(1_280, 64), LengthSegment(1_280, 128), LengthSegment(1_280, 256)),
     ),
     "tiny": InContextNgramConfig(
-        train=(Segment(50, 16), Segment(21, 32)), test=(Segment(10, 16), Segment(11, 32)), vocab_size=4
+        train=(LengthSegment(50, 16), LengthSegment(21, 32)),
+        test=(LengthSegment(10, 16), LengthSegment(11, 32)),
+        vocab_size=4,
     ),
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, LengthSegment, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
 
@@ -42,24 +42,11 @@ def _check(vocab_size: int, seq_len: int) -> None:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Examples of one length."""
-
-    num_examples: int
-    seq_len: int
-
-    @property
-    def name(self) -> str:
-        """The length, such as "256"."""
-        return str(self.seq_len)
-
-
-@dataclass(frozen=True)
 class InductionHeadsConfig:
     """A whole induction heads task."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[LengthSegment, ...]
+    test: tuple[LengthSegment, ...]
     vocab_size: int = 16
     seed: int = 123
 
@@ -77,7 +64,9 @@ class InductionHeadsConfig:
 PRESETS = {
     # Mamba's training length and vocabulary; it draws new data at every step, and tests up to 2**20
     "default": InductionHeadsConfig(
-        train=(Segment(25_600, 256),), test=tuple(Segment(256, 2**power) for power in range(6, 13))
+        train=(LengthSegment(25_600, 256),), test=tuple(LengthSegment(256, 2**power) for power in range(6, 13))
     ),
-    "tiny": InductionHeadsConfig(train=(Segment(50, 16), Segment(21, 32)), test=(Segment(10, 16), Segment(11, 32))),
+    "tiny": InductionHeadsConfig(
+        train=(LengthSegment(50, 16), LengthSegment(21, 32)), test=(LengthSegment(10, 16), LengthSegment(11, 32))
+    ),
 }

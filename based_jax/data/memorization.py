@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from based_jax.data.segments import Examples, Split, check_seed, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, LengthSegment, Split, check_seed, check_segments, segment_and_seed
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
 
@@ -49,24 +49,11 @@ def _check(vocab_size: int, seq_len: int) -> None:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Examples of one length."""
-
-    num_examples: int
-    seq_len: int
-
-    @property
-    def name(self) -> str:
-        """The length, such as "32"."""
-        return str(self.seq_len)
-
-
-@dataclass(frozen=True)
 class MemorizationConfig:
     """A whole memorization task; the vocabulary sets how many facts there are to learn."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[LengthSegment, ...]
+    test: tuple[LengthSegment, ...]
     vocab_size: int = 256
     seed: int = 123
 
@@ -83,8 +70,10 @@ class MemorizationConfig:
 
 PRESETS = {
     # MAD's baseline (athms/mad-lab configs/tasks/memorization.yml, mad/configs.py)
-    "default": MemorizationConfig(train=(Segment(256, 32),), test=(Segment(1_280, 32),)),
+    "default": MemorizationConfig(train=(LengthSegment(256, 32),), test=(LengthSegment(1_280, 32),)),
     "tiny": MemorizationConfig(
-        train=(Segment(50, 16), Segment(21, 32)), test=(Segment(10, 16), Segment(11, 32)), vocab_size=16
+        train=(LengthSegment(50, 16), LengthSegment(21, 32)),
+        test=(LengthSegment(10, 16), LengthSegment(11, 32)),
+        vocab_size=16,
     ),
 }

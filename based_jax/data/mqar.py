@@ -92,7 +92,7 @@ def _check(vocab_size: int, num_examples: int, seq_len: int, num_kv_pairs: int, 
 
 
 @dataclass(frozen=True)
-class Segment:
+class MqarSegment:
     """Examples of one length and one number of pairs."""
 
     num_examples: int
@@ -109,8 +109,8 @@ class Segment:
 class MqarConfig:
     """A whole MQAR task: training segments in the order that they are learned in, and one test set per segment."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[MqarSegment, ...]
+    test: tuple[MqarSegment, ...]
     vocab_size: int = 8192
     seed: int = 123
     power_a: float = 0.01
@@ -139,26 +139,26 @@ PRESETS = {
     # Based, Figure 2 (zoology/experiments/paper_configs/arxiv24_based_figure2); batch size 256, 32 for tests, 32 epochs
     "figure2": MqarConfig(
         train=(
-            Segment(100_000, 64, 4),
-            Segment(20_000, 128, 8),
-            Segment(20_000, 256, 16),
-            Segment(20_000, 256, 32),
-            Segment(20_000, 256, 64),
+            MqarSegment(100_000, 64, 4),
+            MqarSegment(20_000, 128, 8),
+            MqarSegment(20_000, 256, 16),
+            MqarSegment(20_000, 256, 32),
+            MqarSegment(20_000, 256, 64),
         ),
         test=(
-            Segment(1_000, 64, 4),
-            Segment(1_000, 64, 8),
-            Segment(1_000, 64, 16),
-            Segment(1_000, 128, 32),
-            Segment(1_000, 256, 64),
-            Segment(1_000, 512, 128),
-            Segment(1_000, 1024, 256),
+            MqarSegment(1_000, 64, 4),
+            MqarSegment(1_000, 64, 8),
+            MqarSegment(1_000, 64, 16),
+            MqarSegment(1_000, 128, 32),
+            MqarSegment(1_000, 256, 64),
+            MqarSegment(1_000, 512, 128),
+            MqarSegment(1_000, 1024, 256),
         ),
     ),
     # for tests: two lengths, a short last batch at any batch size above 2
     "tiny": MqarConfig(
-        train=(Segment(50, 16, 2), Segment(21, 32, 4)),
-        test=(Segment(10, 16, 2), Segment(11, 32, 4)),
+        train=(MqarSegment(50, 16, 2), MqarSegment(21, 32, 4)),
+        test=(MqarSegment(10, 16, 2), MqarSegment(11, 32, 4)),
         vocab_size=64,
     ),
 }

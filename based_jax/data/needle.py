@@ -60,7 +60,7 @@ def _check(vocab_size: int, seq_len: int, depth: float | None, num_needles: int)
 
 
 @dataclass(frozen=True)
-class Segment:
+class NeedleSegment:
     """Examples of one length, one depth (None for any) and one number of needles."""
 
     num_examples: int
@@ -79,8 +79,8 @@ class Segment:
 class NeedleConfig:
     """A whole needle task."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[NeedleSegment, ...]
+    test: tuple[NeedleSegment, ...]
     vocab_size: int = 8192
     seed: int = 123
 
@@ -97,20 +97,20 @@ class NeedleConfig:
 
 def grid(
     num_examples: int, lengths: Sequence[int], depths: Sequence[float], num_needles: int = 1
-) -> tuple[Segment, ...]:
+) -> tuple[NeedleSegment, ...]:
     """Return a segment for each length and depth, depths of one length together."""
-    return tuple(Segment(num_examples, length, depth, num_needles) for length in lengths for depth in depths)
+    return tuple(NeedleSegment(num_examples, length, depth, num_needles) for length in lengths for depth in depths)
 
 
 PRESETS = {
     # sizes of our own: the longest test is twice the longest training row
     "default": NeedleConfig(
-        train=(Segment(20_000, 256), Segment(20_000, 512), Segment(20_000, 1024)),
+        train=(NeedleSegment(20_000, 256), NeedleSegment(20_000, 512), NeedleSegment(20_000, 1024)),
         test=grid(250, (256, 512, 1024, 2048), (0.0, 0.25, 0.5, 0.75, 1.0)),
     ),
     "tiny": NeedleConfig(
-        train=(Segment(50, 16), Segment(21, 32, None, 2)),
-        test=(*grid(10, (16, 32), (0.0, 0.5, 1.0)), Segment(11, 32, None, 2)),
+        train=(NeedleSegment(50, 16), NeedleSegment(21, 32, None, 2)),
+        test=(*grid(10, (16, 32), (0.0, 0.5, 1.0)), NeedleSegment(11, 32, None, 2)),
         vocab_size=64,
     ),
 }

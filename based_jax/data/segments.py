@@ -4,6 +4,7 @@ A task is a frozen config with training and test segments (`SegmentedTask`); wha
 In all of them labels are NO_LABEL where nothing is asked, and a label stands at the position whose output is judged.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, Protocol
@@ -19,7 +20,7 @@ Batch = dict[str, np.ndarray]
 Split = Literal["train", "test"]
 
 
-class Segment(Protocol):
+class TaskSegment(Protocol):
     """Examples of one length and one difficulty."""
 
     @property
@@ -38,18 +39,31 @@ class Segment(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class LengthSegment:
+    """Examples of one length, in tasks where nothing else makes an example easy or hard."""
+
+    num_examples: int
+    seq_len: int
+
+    @property
+    def name(self) -> str:
+        """The length, such as "128"."""
+        return str(self.seq_len)
+
+
 class SegmentedTask(Protocol):
     """A whole synthetic task, a frozen dataclass: training segments in the order of learning, and test segments."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def train(self) -> Sequence[Segment]:
+    def train(self) -> Sequence[TaskSegment]:
         """At least one segment."""
         ...
 
     @property
-    def test(self) -> Sequence[Segment]:
+    def test(self) -> Sequence[TaskSegment]:
         """Segments of distinct names."""
         ...
 
@@ -76,7 +90,7 @@ def segment_seeds(seed: int, num_train: int, num_test: int) -> tuple[list[int], 
     return train.tolist(), test.tolist()
 
 
-def segment_and_seed[S: Segment](
+def segment_and_seed[S: TaskSegment](
     train: tuple[S, ...], test: tuple[S, ...], seed: int, split: Split, index: int
 ) -> tuple[S, int]:
     """Return a task's segment and the seed of its examples; UserError for an unknown split."""
@@ -86,7 +100,7 @@ def segment_and_seed[S: Segment](
     return (train[index], train_seeds[index]) if split == "train" else (test[index], test_seeds[index])
 
 
-def check_segments(what: str, train: Sequence[Segment], test: Sequence[Segment], seed: int) -> None:
+def check_segments(what: str, train: Sequence[TaskSegment], test: Sequence[TaskSegment], seed: int) -> None:
     """Check what all tasks ask of their segments and of their seed.
 
     Raises:

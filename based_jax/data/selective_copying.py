@@ -46,7 +46,7 @@ def _check(vocab_size: int, seq_len: int, num_tokens: int) -> None:
 
 
 @dataclass(frozen=True)
-class Segment:
+class CopyingSegment:
     """Examples of one length and one number of tokens to copy."""
 
     num_examples: int
@@ -63,8 +63,8 @@ class Segment:
 class SelectiveCopyingConfig:
     """A whole selective copying task."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[CopyingSegment, ...]
+    test: tuple[CopyingSegment, ...]
     vocab_size: int = 16
     seed: int = 123
 
@@ -81,10 +81,13 @@ class SelectiveCopyingConfig:
 
 PRESETS = {
     # MAD's baseline (athms/mad-lab configs/tasks/selective-copying.yml, mad/configs.py)
-    "default": SelectiveCopyingConfig(train=(Segment(12_800, 256, 16),), test=(Segment(1_280, 256, 16),)),
+    "default": SelectiveCopyingConfig(train=(CopyingSegment(12_800, 256, 16),), test=(CopyingSegment(1_280, 256, 16),)),
     # Mamba, appendix E.1: 16 ids with the blank, but without our copy token; it trains on new data at every step
-    "mamba": SelectiveCopyingConfig(train=(Segment(12_800, 4096, 16),), test=(Segment(640, 4096, 16),), vocab_size=17),
+    "mamba": SelectiveCopyingConfig(
+        train=(CopyingSegment(12_800, 4096, 16),), test=(CopyingSegment(640, 4096, 16),), vocab_size=17
+    ),
     "tiny": SelectiveCopyingConfig(
-        train=(Segment(50, 16, 3), Segment(21, 32, 4)), test=(Segment(10, 16, 3), Segment(11, 32, 4))
+        train=(CopyingSegment(50, 16, 3), CopyingSegment(21, 32, 4)),
+        test=(CopyingSegment(10, 16, 3), CopyingSegment(11, 32, 4)),
     ),
 }

@@ -1,8 +1,11 @@
 """A trial: the whole config of one point of a sweep, its id, and which values a compiled program does not fix."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from flax.traverse_util import flatten_dict
 
 from based_jax import config as configs
 from based_jax.errors import UserError
@@ -42,37 +45,33 @@ class Trial(RunConfig):
     @property
     def steps_per_epoch(self) -> int:
         """Batches in one pass over all training segments."""
-        return sum(-(-segment.num_examples // self.batch_size) for segment in self.data.resolved().train)
+        return sum(-(-segment.num_examples // self.batch_size) for segment in self.data.resolved.train)
 
     @property
     def steps(self) -> int:
         """Updates in the whole run, if it does not end early."""
         return self.epochs * self.steps_per_epoch
 
+    @functools.cached_property
     def resolved(self) -> dict[str, Any]:
-        """Return every value, the defaults of mixers and task too, as JSON holds them."""
+        """Every value, the defaults of mixers and task too, as JSON holds them."""
         values = configs.to_dict(self)
         full = [(kind, dataclasses.asdict(MIXERS[kind].Config(**options))) for kind, options in self.model.layers]
         values["model"]["layers"] = full
-        task = dataclasses.asdict(self.data.resolved())
+        task = dataclasses.asdict(self.data.resolved)
         values["data"] = {"kind": self.data.kind, "shuffle": self.data.shuffle, **task}
         return configs.to_dict(values)
 
     @property
     def id(self) -> str:
         """The name of this trial: 12 hexadecimal digits of its resolved values."""
-        return configs.config_id(self.resolved())
+        return configs.config_id(self.resolved)
 
     @property
     def signature(self) -> str:
         """The same for all trials that one program can train."""
-        values = self.resolved()
-        for key in TRACED:
-            *sections, name = key.split(".")
-            section = values
-            for part in sections:
-                section = section[part]
-            del section[name]
+        flat = flatten_dict(self.resolved, sep=".")
+        values = {key: value for key, value in flat.items() if key not in TRACED}
         return configs.config_id(values)
 
 

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(trial: Trial, segment: int, numbers: list[int], steps: int) -> Iterator[dict]:
     """Yield a row for each way of training on a segment."""
-    found = trial.data.resolved().train[segment]
+    found = trial.data.resolved.train[segment]
     source = trial.data.open(trial.batch_size, 0, 1)
     examples = [x[:ROWS] for x in source.examples("train", segment)]
     place = {"segment": found.name, "steps_per_epoch": -(-found.num_examples // trial.batch_size)}

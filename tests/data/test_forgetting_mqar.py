@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from based_jax.data.forgetting_mqar import PRESETS, ForgettingMqarConfig, Segment, forgetting_mqar, owners
+from based_jax.data.forgetting_mqar import PRESETS, ForgettingMqarConfig, ForgettingMqarSegment, forgetting_mqar, owners
 from based_jax.data.mqar import mqar
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
@@ -62,10 +62,10 @@ def test_updates_come_after_their_key_and_all_over_the_context():
     "changes, message",
     [
         ({"vocab_size": 32}, "vocab_size 32"),
-        ({"test": (Segment(1, 16, 2, 5),)}, "seq_len 16"),
-        ({"test": (Segment(1, 17, 2, 2),)}, "seq_len 17"),
-        ({"test": (Segment(1, 16, 0, 2),)}, "num_kv_pairs 0"),
-        ({"test": (Segment(1, 16, 2, -1),)}, "num_updates -1"),
+        ({"test": (ForgettingMqarSegment(1, 16, 2, 5),)}, "seq_len 16"),
+        ({"test": (ForgettingMqarSegment(1, 17, 2, 2),)}, "seq_len 17"),
+        ({"test": (ForgettingMqarSegment(1, 16, 0, 2),)}, "num_kv_pairs 0"),
+        ({"test": (ForgettingMqarSegment(1, 16, 2, -1),)}, "num_updates -1"),
     ],
 )
 def test_bad_values_are_named(changes, message):

@@ -7,11 +7,11 @@ from based_jax.data import in_context_ngram as module
 from based_jax.data.in_context_ngram import (
     PRESETS,
     InContextNgramConfig,
-    Segment,
     best_accuracy,
     best_predictions,
     in_context_ngram,
 )
+from based_jax.data.segments import LengthSegment
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
 
@@ -108,7 +108,7 @@ def test_a_config_tells_the_best_accuracy_of_a_segment():
         ({"order": 16}, "order 16 must be at least 1 and below seq_len 16"),
         ({"vocab_size": 1000, "order": 3}, "vocab_size 1000 to the power of order 3 must be at most 1048576"),
         ({"concentration": 0.0}, "concentration 0.0"),
-        ({"test": (Segment(1, 2),)}, "seq_len 2"),
+        ({"test": (LengthSegment(1, 2),)}, "seq_len 2"),
     ],
 )
 def test_bad_values_are_named(changes, message):

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from based_jax.data.induction_heads import PRESETS, InductionHeadsConfig, Segment, induction_heads
+from based_jax.data.induction_heads import PRESETS, InductionHeadsConfig, induction_heads
+from based_jax.data.segments import LengthSegment
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
 
@@ -30,7 +31,7 @@ def test_the_special_token_stands_everywhere():
 
 
 @pytest.mark.parametrize(
-    "changes, message", [({"vocab_size": 2}, "vocab_size 2"), ({"test": (Segment(1, 2),)}, "seq_len 2")]
+    "changes, message", [({"vocab_size": 2}, "vocab_size 2"), ({"test": (LengthSegment(1, 2),)}, "seq_len 2")]
 )
 def test_bad_values_are_named(changes, message):
     with pytest.raises(UserError, match=message):

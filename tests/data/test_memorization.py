@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from based_jax.data.memorization import PRESETS, MemorizationConfig, Segment, dictionary, memorization
+from based_jax.data.memorization import PRESETS, MemorizationConfig, dictionary, memorization
+from based_jax.data.segments import LengthSegment
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
 
@@ -40,8 +41,8 @@ def test_training_and_test_share_the_dictionary_of_the_task_seed():
     "changes, message",
     [
         ({"vocab_size": 2}, "vocab_size 2"),
-        ({"test": (Segment(1, 7),)}, "seq_len 7"),
-        ({"test": (Segment(1, 0),)}, "seq_len 0"),
+        ({"test": (LengthSegment(1, 7),)}, "seq_len 7"),
+        ({"test": (LengthSegment(1, 0),)}, "seq_len 0"),
     ],
 )
 def test_bad_values_are_named(changes, message):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from based_jax.data.mqar import PRESETS, MqarConfig, Segment, mqar
+from based_jax.data.mqar import PRESETS, MqarConfig, MqarSegment, mqar
 from based_jax.data.segments import SegmentSource, segment_seeds
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
@@ -118,4 +118,4 @@ def test_a_segment_is_generated_from_its_seed():
 
 def test_a_config_checks_every_segment():
     with pytest.raises(UserError, match="seq_len 15"):
-        MqarConfig(train=(Segment(1, 16, 2),), test=(Segment(1, 15, 2),))
+        MqarConfig(train=(MqarSegment(1, 16, 2),), test=(MqarSegment(1, 15, 2),))

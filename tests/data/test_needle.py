@@ -1,6 +1,6 @@
 import pytest
 
-from based_jax.data.needle import PRESETS, NeedleConfig, Segment, grid, needle
+from based_jax.data.needle import PRESETS, NeedleConfig, NeedleSegment, grid, needle
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
 
@@ -36,17 +36,17 @@ def test_any_depth_reaches_both_ends():
 def test_names_tell_length_needles_and_depth():
     names = [segment.name for segment in grid(1, (1024, 2048), (0.0, 0.25, 1.0))]
     assert names == ["1024@0", "1024@0.25", "1024@1", "2048@0", "2048@0.25", "2048@1"]
-    assert Segment(1, 64).name == "64@any" and Segment(1, 64, 0.5, 4).name == "64x4@0.5"
+    assert NeedleSegment(1, 64).name == "64@any" and NeedleSegment(1, 64, 0.5, 4).name == "64x4@0.5"
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"vocab_size": 3}, "vocab_size 3"),
-        ({"test": (Segment(1, 8, 0.5, 3),)}, "num_needles 3"),
-        ({"test": (Segment(1, 8, 0.5, 0),)}, "num_needles 0"),
-        ({"test": (Segment(1, 8, 1.5),)}, "depth 1.5"),
-        ({"test": (Segment(1, 8, float("nan")),)}, "depth nan"),
+        ({"test": (NeedleSegment(1, 8, 0.5, 3),)}, "num_needles 3"),
+        ({"test": (NeedleSegment(1, 8, 0.5, 0),)}, "num_needles 0"),
+        ({"test": (NeedleSegment(1, 8, 1.5),)}, "depth 1.5"),
+        ({"test": (NeedleSegment(1, 8, float("nan")),)}, "depth nan"),
     ],
 )
 def test_bad_values_are_named(changes, message):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from based_jax.data.selective_copying import PRESETS, Segment, SelectiveCopyingConfig, selective_copying
+from based_jax.data.selective_copying import PRESETS, CopyingSegment, SelectiveCopyingConfig, selective_copying
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
 
@@ -38,8 +38,8 @@ def test_tokens_stand_everywhere_before_the_copy_token():
     "changes, message",
     [
         ({"vocab_size": 2}, "vocab_size 2"),
-        ({"test": (Segment(1, 8, 4),)}, "num_tokens 4 must be at least 1 and at most 3 of 8"),
-        ({"test": (Segment(1, 8, 0),)}, "num_tokens 0"),
+        ({"test": (CopyingSegment(1, 8, 4),)}, "num_tokens 4 must be at least 1 and at most 3 of 8"),
+        ({"test": (CopyingSegment(1, 8, 0),)}, "num_tokens 0"),
     ],
 )
 def test_bad_values_are_named(changes, message):

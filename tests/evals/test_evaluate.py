@@ -8,7 +8,7 @@ from flax import nnx
 from based_jax.evals.evaluate import evaluate, make_eval_step, model_sums
 from based_jax.labels import NO_LABEL
 from based_jax.nn.lm import LM, LMConfig
-from based_jax.train.tasks import MqarTask
+from based_jax.train.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def answered(model, batches, every):
 @pytest.fixture(scope="module")
 def segments(model):
     """Return test batches per segment, of different lengths, label counts and accuracies."""
-    source = MqarTask(preset="tiny").open(8, 0, 1)
+    source = TASKS["mqar"](preset="tiny").open(8, 0, 1)
     steps = zip(source.eval_names, (2, 4), strict=True)
     return {name: list(answered(model, source.eval_batches(name), every)) for name, every in steps}
 

@@ -21,7 +21,7 @@ from based_jax.optim import OptimConfig
 from based_jax.train.compile import TrainProgram, train_program
 from based_jax.train.run import TrainConfig
 from based_jax.train.step import TrainState, make_train_step
-from based_jax.train.tasks import MqarTask
+from based_jax.train.tasks import TASKS
 
 B, T, D, VOCAB = 128, 28, 32, 512
 FACTOR_OF_T = 7
@@ -41,7 +41,7 @@ with_microbatches = pytest.mark.parametrize("microbatches", [1, 8])
 def config(microbatches):
     """Return the run: two updates at a rate that moves every parameter."""
     optim = OptimConfig(lr=1e-2, schedule="constant")
-    return TrainConfig(MODEL, MqarTask(preset="tiny"), optim, batch_size=B, steps=2, microbatches=microbatches)
+    return TrainConfig(MODEL, TASKS["mqar"](preset="tiny"), optim, batch_size=B, steps=2, microbatches=microbatches)
 
 
 def batch(seed=0):

@@ -14,7 +14,7 @@ from based_jax.nn.loss import loss_sums
 from based_jax.train.compile import train_program
 from based_jax.train.run import TrainConfig
 from based_jax.train.step import init_state, make_train_step
-from based_jax.train.tasks import MqarTask
+from based_jax.train.tasks import TASKS
 
 VOCAB = 64
 LAYERS = (("attention", {"num_heads": 2}),)
@@ -125,7 +125,7 @@ def uses_bf16(dtype, batch):
 def test_the_loss_falls_on_mqar_and_the_step_compiles_once():
     model = make_model()
     tx = optim.adamw(optim.OptimConfig(lr=1e-2, schedule="constant"), 100)
-    source = MqarTask(preset="tiny").open(8, 0, 1)
+    source = TASKS["mqar"](preset="tiny").open(8, 0, 1)
     step = jax.jit(make_train_step(nnx.graphdef(model), tx), donate_argnums=0)
     state, losses = init_state(model, tx), []
     for i in range(40):
@@ -138,7 +138,7 @@ def test_the_loss_falls_on_mqar_and_the_step_compiles_once():
 def train_config(mesh):
     return TrainConfig(
         model_config(layers=(("conv", {}), *LAYERS)),
-        MqarTask(preset="tiny"),
+        TASKS["mqar"](preset="tiny"),
         optim.OptimConfig(warmup_steps=0, lr=1e-2),
         steps=4,
         batch_size=8,
