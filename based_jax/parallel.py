@@ -1,5 +1,7 @@
 """The device mesh, and how arrays lie on it: by the logical names of their axes, parameters and activations alike."""
 
+import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +12,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from based_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 HostBatch = Mapping[str, np.ndarray]
 GlobalBatch = Mapping[str, jax.Array]
@@ -54,12 +58,15 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Return a NamedSharding per leaf of a tree of arrays and nnx variables, by `PARAMETER_RULES`.
 
     Parameters and the optimizer state made from them share their logical names, so one rule places both. An axis that
-    the mesh does not divide evenly stays whole.
+    the mesh does not divide evenly stays whole, and a warning says so.
     """
 
     def axis(name: str | None, size: int) -> str | None:
         rule = PARAMETER_RULES.get(name or "")
-        return rule if rule and size % mesh.shape[rule] == 0 else None
+        if rule and size % mesh.shape[rule]:
+            _warn_once(f"'{name}' of {size} cannot be divided over {rule}: {mesh.shape[rule]}; all hold it whole.")
+            return None
+        return rule
 
     def place(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
@@ -70,6 +77,11 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
         return leaf.replace(NamedSharding(mesh, jax.P(*map(axis, names, leaf.get_value().shape))))
 
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 def placed(shapes: Any, mesh: Mesh) -> Any:
