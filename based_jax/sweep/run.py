@@ -189,7 +189,7 @@ class _Data:
 
 
 def _data_id(trial: Trial) -> str:
-    return configs.config_id({"data": trial.resolved()["data"], "batch_size": trial.batch_size})
+    return configs.config_id({"data": trial.resolved["data"], "batch_size": trial.batch_size})
 
 
 class Turns(contextlib.AbstractContextManager):
@@ -232,12 +232,12 @@ class _Progress:
 def row_of(point: Point, trial: Trial, outcome: Outcome) -> dict[str, Any]:
     """Return the row of a trained point, without what `facts_of` adds."""
     model = nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0)))
-    longest = max(segment.seq_len for segment in trial.data.resolved().test)
+    longest = max(segment.seq_len for segment in trial.data.resolved.test)
     elements = model.state_size(longest)
     return {
         "id": trial.id,
         "overrides": configs.to_dict(point),
-        "config": trial.resolved(),
+        "config": trial.resolved,
         "status": outcome.status,
         "accuracy": outcome.curve[-1],
         "segments": outcome.segments,
@@ -275,7 +275,7 @@ def _git(folder: Path, *words: str) -> str:
 
 def describe(trial: Trial) -> str:
     """Return a trial's architecture in a few words: "base_conv + taylor, D 64, K 16"."""
-    layers = trial.resolved()["model"]["layers"]
+    layers = trial.resolved["model"]["layers"]
     runs = [(kind, len(list(run))) for kind, run in itertools.groupby(kind for kind, _ in layers)]
     kinds = " + ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in runs)
     return f"{kinds}, {families.label(layers, trial.model.d_model)}"
@@ -293,8 +293,8 @@ def _work(group: Sequence[tuple[Point, Trial]]) -> float:
     """Return about how much a group computes."""
     trial = group[0][1]
     model = nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0)))
-    tokens = sum(x.num_examples * x.seq_len for x in trial.data.resolved().train) * trial.epochs
-    return len(group) * tokens * model.flops_per_token(max(x.seq_len for x in trial.data.resolved().train))
+    tokens = sum(x.num_examples * x.seq_len for x in trial.data.resolved.train) * trial.epochs
+    return len(group) * tokens * model.flops_per_token(max(x.seq_len for x in trial.data.resolved.train))
 
 
 def unfinished(sweep: Sweep, store: Store) -> Iterator[Point]:

@@ -101,7 +101,7 @@ def measure(point: dict, segment: int, number: int) -> dict:
         times = kernel_times(lambda: take(TRACED))
     top = sorted(((name, sum(x) / TRACED, len(x) / TRACED) for name, x in times.items()), key=lambda x: -x[1])
     return {
-        "segment": trial.data.resolved().train[segment].name,
+        "segment": trial.data.resolved.train[segment].name,
         "lanes": number,
         "milliseconds": round(milliseconds, 4),
         "kernel_milliseconds": round(sum(spent for _, spent, _ in top), 4),

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.devices import H100, gpus
-from reference_cases import FORWARD, GRADIENT, assert_close, load
+from helpers.reference_cases import FORWARD, GRADIENT, assert_close, load
 
 from based_jax.devices import H100_CROSSOVERS
 from based_jax.ops.decays import initial_state

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference_cases import FORWARD, GRADIENT, assert_close, load
+from helpers.reference_cases import FORWARD, GRADIENT, assert_close, load
 
 from based_jax.ops.selective_scan import CHUNK_TOKENS, initial_state, selective_scan, selective_scan_step, step_sizes
 

@@ -5,7 +5,9 @@ import pytest
 from flax import nnx
 
 from based_jax.errors import UserError
-from based_jax.evals.generate import GREEDY, PROMPT_BUCKET, Sampling, generate, sample
+from based_jax.generate import Sampling, generate
+from based_jax.generate.engine import PROMPT_BUCKET
+from based_jax.generate.sampling import GREEDY, sample
 from based_jax.nn.lm import LM, LMConfig
 
 VOCAB = 50
