@@ -12,7 +12,7 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def parameter(names, *shape):
-    return nnx.Param(jnp.zeros(shape), **layers.named(*names))
+    return nnx.Param(jnp.zeros(shape), **layers.logical_axes(*names))
 
 
 def spec(leaf):

@@ -8,6 +8,7 @@ from concurrent import futures
 
 import jax
 
+from based_jax import devices
 from based_jax.bench import torch_peers
 from based_jax.bench.operations import OPERATIONS, PASSES, Operation, Shape, program, takes
 from based_jax.bench.timing import REPEATS, device_microseconds

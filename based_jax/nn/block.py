@@ -50,17 +50,16 @@ class Block(nnx.Module):
     """
 
     def __init__(self, kind: str, options: dict, config, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
-        init = {"std": config.init_std, "out_std": config.residual_init_std, "dtype": dtype, "rngs": rngs}
+        init = config.init(rngs)
         norm, mlp = layers.NORMS[config.norm], layers.MLPS[config.mlp]
-        self.dtype, self.kind = dtype, kind
+        self.dtype, self.kind = init.dtype, kind
         self.norm1 = norm(config.d_model, rngs=rngs)
-        self.mixer = make_mixer(kind, config.d_model, **init, **options)
+        self.mixer = make_mixer(kind, config.d_model, **init._asdict(), **options)
         if mlp is None:
             self.mlp = None
         else:
             self.norm2 = norm(config.d_model, rngs=rngs)
-            self.mlp = mlp(config.d_model, config.hidden_dim, **init)
+            self.mlp = mlp(config.d_model, config.hidden_dim, init)
 
     def extend(self, stream: Stream, segment_ids: BT | None = None, positions: BP | None = None) -> Stream:
         """Return the stream after the block, with the last addition left to the next norm.

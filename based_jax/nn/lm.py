@@ -89,6 +89,10 @@ class LMConfig:
         """Deviation of the initial projections back into the residual stream."""
         return self.init_std / math.sqrt(2 * len(self.layers))
 
+    def init(self, rngs: nnx.Rngs) -> layers.Init:
+        """Return how the model's modules start and what they compute in."""
+        return layers.Init(self.init_std, self.residual_init_std, jnp.dtype(self.dtype), rngs)
+
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding."""
@@ -113,7 +117,7 @@ class LM(nnx.Module):
             config.padded_vocab_size,
             config.d_model,
             embedding_init=nnx.initializers.normal(config.init_std),
-            embedding_metadata=layers.named("vocab", "embed"),
+            embedding_metadata=layers.logical_axes("vocab", "embed"),
             rngs=rngs,
         )
         self.stacks = nnx.List([Stack(pattern, repeats, config, rngs=rngs) for pattern, repeats in patterns])
@@ -121,14 +125,7 @@ class LM(nnx.Module):
         if config.embed_norm:
             self.embed_norm = layers.NORMS[config.norm](config.d_model, rngs=rngs)
         if not config.tie_embeddings:
-            self.head = layers.linear(
-                config.d_model,
-                config.padded_vocab_size,
-                ("embed", "vocab"),
-                std=config.init_std,
-                dtype=jnp.dtype(config.dtype),
-                rngs=rngs,
-            )
+            self.head = layers.linear(config.d_model, config.padded_vocab_size, ("embed", "vocab"), config.init(rngs))
 
     def __call__(self, ids: BT, segment_ids: BT | None = None) -> Float[Array, "B T vocab"]:
         """Return fp32 logits of every position."""

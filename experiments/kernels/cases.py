@@ -9,6 +9,7 @@ import numpy as np
 from jax import ShapeDtypeStruct
 from jax.sharding import Mesh, PartitionSpec
 
+from based_jax.ops.dispatch import named
 from experiments.kernels import oracles
 from experiments.kernels.operations import OPERATIONS, Case, arrays_of, basic, gradients_of
 
@@ -190,7 +191,7 @@ def all_cases() -> list[Case]:
     """Return the cases of every operation that has a kernel."""
     first = [*_taylor_cases(), *_window_cases(), *_conv_cases(), *_norm_cases(), *_scan_cases()]
     found = [*first, *_recurrence_cases(), *_entropy_cases()]
-    return [case for case in found if OPERATIONS[case.operation].kernel in OPERATIONS[case.operation].table]
+    return [case for case in found if named(OPERATIONS[case.operation].table, OPERATIONS[case.operation].kernel)]
 
 
 def tiny_cases() -> list[Case]:
@@ -203,4 +204,4 @@ def tiny_cases() -> list[Case]:
     cases += [Case("selective_scan", (1, 128, 50), (16,), **both)]
     cases += [Case(name, (1, 2, 50), (64, 64), **both) for name in RECURRENCES]
     cases += [Case("linear_cross_entropy", (1, 64, 130), (300,), documents=True)]
-    return [case for case in cases if OPERATIONS[case.operation].kernel in OPERATIONS[case.operation].table]
+    return [case for case in cases if named(OPERATIONS[case.operation].table, OPERATIONS[case.operation].kernel)]
