@@ -9,7 +9,7 @@ from based_jax.errors import UserError
 from based_jax.nn.lm import LMConfig
 from based_jax.sweep.trial import Trial, make_trial
 from based_jax.train.run import TrainConfig
-from based_jax.train.tasks import MqarTask
+from based_jax.train.tasks import TASKS
 from experiments.mqar_pareto import sweeps
 
 RESULTS = Path(sweeps.__file__).parent / "results"
@@ -39,7 +39,7 @@ def model(vocab_size):
     ],
 )
 def test_runs_and_trials_refuse_the_same(config, changes, message):
-    given = {"model": model(64), "data": MqarTask(preset="tiny")}
+    given = {"model": model(64), "data": TASKS["mqar"](preset="tiny")}
     assert config(**given).batch_size == 64
     with pytest.raises(UserError, match=message):
         config(**given | changes)
