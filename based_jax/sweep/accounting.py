@@ -15,7 +15,7 @@ from flax import nnx
 from based_jax.errors import UserError
 from based_jax.nn.feature_maps import FEATURE_MAPS
 from based_jax.nn.gated import expanded
-from based_jax.nn.layers import head_dim
+from based_jax.nn.layers import Init, head_dim
 from based_jax.nn.mixers import MIXERS, check_options
 from based_jax.ops.taylor import expanded_dim
 
@@ -124,7 +124,7 @@ def _elements(kind: str, config: Any, d_model: int, seq_len: int) -> int:
         return ELEMENTS[kind](config, d_model, seq_len)
 
     def make():
-        return MIXERS[kind](d_model, config, std=1.0, out_std=1.0, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        return MIXERS[kind](d_model, config, Init(1.0, 1.0, jnp.float32, nnx.Rngs(0)))
 
     return nnx.eval_shape(make).state_size(seq_len)
 

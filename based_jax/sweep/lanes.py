@@ -29,7 +29,7 @@ ONCE = {"xla_backend_optimization_level": 0}
 QUICK = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 """For all others: trying each product in many ways takes a hundred seconds of CPU to make a small model 5 % faster.
 
-Products that share an operand stay apart (`layers.part`).
+Products that share an operand stay apart (`layers.linear_part`).
 """
 
 
