@@ -105,18 +105,18 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
+    from based_jax.pictures import figures, page
     from based_jax.store import Store
-    from based_jax.sweep import page, picture
 
-    pictures = {"frontier": picture.frontier, "figure3": picture.figure3, "ablation": picture.ablation}
-    if args.picture not in pictures:
-        raise unknown("picture", args.picture, pictures)
+    draw = {"frontier": figures.frontier, "figure3": figures.figure3, "ablation": figures.ablation}
+    if args.picture not in draw:
+        raise unknown("picture", args.picture, draw)
     rows = [row for store in args.store for row in Store(store).rows()]
     if not rows:
         raise UserError(f"There are no rows in {', '.join(map(repr, args.store))}.")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    drawn = pictures[args.picture](rows, out / args.picture)
+    drawn = draw[args.picture](rows, out / args.picture)
     if args.picture == "frontier":
         page.write(rows, out / "frontier.html", title=args.title)
         drawn.append(out / "frontier.html")

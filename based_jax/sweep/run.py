@@ -22,9 +22,10 @@ from flax import nnx
 
 from based_jax import config as configs
 from based_jax.data.segments import SegmentSource
+from based_jax.nn import names
 from based_jax.nn.lm import LM
 from based_jax.store import Store
-from based_jax.sweep import engine, families
+from based_jax.sweep import engine
 from based_jax.sweep.engine import Outcome, Resident
 from based_jax.sweep.points import Point
 from based_jax.sweep.trial import Sweep, Trial
@@ -278,7 +279,7 @@ def describe(trial: Trial) -> str:
     layers = trial.resolved()["model"]["layers"]
     runs = [(kind, len(list(run))) for kind, run in itertools.groupby(kind for kind, _ in layers)]
     kinds = " + ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in runs)
-    return f"{kinds}, {families.label(layers, trial.model.d_model)}"
+    return f"{kinds}, {names.label(layers, trial.model.d_model)}"
 
 
 def line(point: Point, trial: Trial, outcome: Outcome) -> str:

@@ -154,6 +154,10 @@ class Hyena(nnx.Module):
         """Return D elements a token, and the inputs of the short convolution; equal to the cache's."""
         return self.d_model * (seq_len + 3 * TAPS)
 
+    def published_state_size(self, seq_len: int) -> int:
+        """Return D elements a token, as publications count: without the inputs of the short convolution."""
+        return self.d_model * seq_len
+
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: projections, the filter's MLP at one lag, and three FFTs of twice the length."""
         hidden = self.config.filter_order * (EMB_DIM + self.config.num_inner_mlps * self.config.filter_order)
