@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from based_jax.sweep import launch
-    from based_jax.sweep.run import Options
+    from based_jax.sweep.schedule import SweepOptions
 
     for name in ("lanes", "tasks", "processes"):
         if getattr(args, name) < 1:
@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.launcher not in LAUNCHERS:
         raise unknown("launcher", args.launcher, LAUNCHERS)
     command = shlex.join(["python", "-m", "based_jax", *sys.argv[1:]])
-    options = Options(args.lanes, args.workers, part=part(args.part), command=command)
+    options = SweepOptions(args.lanes, args.workers, part=part(args.part), command=command)
     if args.launcher == "local" and args.processes > 1:
         _interruptible(launch.in_processes, args.sweep, args.store, options, processes=args.processes)
     elif args.launcher == "local":
@@ -94,7 +94,7 @@ def part(text: str) -> tuple[int, int]:
 
 def _list(args: argparse.Namespace) -> None:
     from based_jax.store import Store
-    from based_jax.sweep.run import unfinished
+    from based_jax.sweep.schedule import unfinished
     from based_jax.sweep.trial import load_sweep
 
     sweep = load_sweep(args.sweep)
