@@ -1,14 +1,18 @@
 """Configs: a Python file returns a ConfigDict, overrides change it, and frozen dataclasses check and complete it.
 
-Defaults live in the dataclasses only. A config file holds what differs from them and imports nothing from the package:
+Defaults live in the dataclasses only. A config file holds what differs from them and imports nothing from the package,
+but may import files of its own folder. A value that follows another is a reference:
 
     VARIANTS = {"small": {"d_model": 64}, "large": {"d_model": 512}}      # optional: the names after the colon
 
     def get_config(variant="small"):
-        return ml_collections.ConfigDict({"model": VARIANTS[variant], "steps": 1000})
+        config = ml_collections.ConfigDict({"model": VARIANTS[variant], "optim": {}, "steps": 1000})
+        config.optim.warmup_steps = config.get_ref("steps") // 100
+        return config
 """
 
 import ast
+import builtins
 import contextlib
 import copy
 import dataclasses
@@ -20,9 +24,10 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from ml_collections import ConfigDict
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict, FieldReference
 
 from based_jax.errors import UserError, unknown
 
@@ -39,12 +44,13 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
         A key that the file leaves out is fine here: `build` knows which keys exist.
 
     Raises:
-      UserError: the file is missing or fails, has no such variant, or a key leads through a value.
+      UserError: the file is missing or fails, has no such variant, a key leads through a value, or a value that others
+        follow would change its type.
     """
     config = call(spec, "get_config")
     if not isinstance(config, Mapping | ConfigDict):
         raise UserError(f"Config '{spec}' is {config!r:.80}; get_config returns a ConfigDict.")
-    return ConfigDict(overridden(config, {key: _parse(text) for key, text in overrides}))
+    return overridden(config, {key: _parse(text) for key, text in overrides})
 
 
 def call(spec: str, function: str) -> Any:
@@ -67,35 +73,36 @@ def call(spec: str, function: str) -> Any:
         raise UserError(f"Config '{spec}' fails with {type(error).__name__}: {error}.") from error
 
 
-def overridden(config: Mapping | ConfigDict, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config as nested dicts with the values of dotted keys replaced, or added.
+def overridden(config: Mapping | ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """Return a copy of a config with the values of dotted keys replaced, or added; references to them follow.
 
     Raises:
-      UserError: a key leads through a value.
+      UserError: a key leads through a value, or a value that others follow would change its type.
     """
-    plain = copy.deepcopy(_plain(config))
+    changed = copy.deepcopy(_sections(config)).unlock()
     for key, value in values.items():
-        _override(plain, key, value)
-    return plain
+        _override(changed, key, value)
+    return changed
 
 
 def build[T](cls: type[T], mapping: Mapping | ConfigDict, where: str = "") -> T:
     """Return the frozen dataclass `cls` with the values of `mapping`, its own defaults elsewhere.
 
     Values are checked against the annotations: an int passes for a float, a list for a tuple, a mapping for a
-    dataclass. A union of dataclasses is chosen by the key `kind`, which each of them has as a field with a default.
+    dataclass. `Annotated[Base, TABLE]` is the dataclass that the mapping's key `kind` chooses from TABLE, a dict.
 
     Args:
-      cls: a dataclass, its fields plain types, Literal, Optional, tuple, dict, dataclasses or unions of these.
+      cls: a dataclass, its fields plain types, Literal, Optional, tuple, dict, dataclasses, `Annotated` or unions of
+        these.
       mapping: values by field name, nested.
       where: dotted key of `mapping` in the whole config, for messages.
 
     Raises:
       UserError: a key is unknown or missing, or a value has another type; from the dataclasses: a value is impossible.
     """
-    values = _plain(mapping)
+    values = _plain(mapping, where)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    annotations = typing.get_type_hints(cls)
+    annotations = typing.get_type_hints(cls, include_extras=True)
     for name in values:
         if name not in fields:
             raise unknown("config key", _join(where, name), [_join(where, field) for field in fields])
@@ -140,10 +147,10 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
     if not path.exists():
         return
     try:
-        old = _flatten(json.loads(path.read_text()))
-    except (ValueError, AttributeError) as error:
+        old = flatten_dict(dict(json.loads(path.read_text())), sep=".")
+    except (ValueError, TypeError) as error:
         raise UserError(f"'{path}' is no config ({error}); choose an empty workdir, or restore this file.") from None
-    new = _flatten(to_dict(config))
+    new = flatten_dict(to_dict(config), sep=".")
     keys = [key for key in sorted(old | new) if _shown(old, key) != _shown(new, key) and not _under(key, free)]
     if keys:
         shown = [f"{key} is {_shown(old, key)} there and {_shown(new, key)} here" for key in keys[:SHOWN]]
@@ -153,9 +160,8 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
 
 def _get_function(path: str, variant: str, name: str) -> Callable:
     """Execute a file and return its function of that name."""
-    namespace: dict[str, Any] = {"__name__": Path(path).stem, "__file__": path}
     try:
-        exec(compile(Path(path).read_text(), path, "exec"), namespace)
+        namespace = vars(_execute(Path(path), {}))
     except OSError as error:
         raise UserError(f"Config file '{path}' cannot be read: {error.strerror}.") from None
     except Exception as error:
@@ -170,14 +176,57 @@ def _get_function(path: str, variant: str, name: str) -> Callable:
     return found
 
 
-def _override(values: dict[str, Any], key: str, value: Any) -> None:
+def _execute(path: Path, siblings: dict[str, types.ModuleType]) -> types.ModuleType:
+    """Execute a file as a module whose imports find the files of its own folder first.
+
+    Only its own `import` statements are told of the folder: `sys.path` and `sys.modules` stay as they are, so no
+    library takes such a file for a module of its own, nor a folder's file for another folder's of the same name.
+    """
+    module = siblings[path.stem] = types.ModuleType(path.stem)
+
+    def import_(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        sibling = path.with_name(f"{name}.py")
+        if level == 0 and sibling.is_file():
+            return siblings.get(name) or _execute(sibling, siblings)
+        return builtins.__import__(name, globals, locals, fromlist, level)
+
+    vars(module).update(__file__=str(path), __builtins__=vars(builtins) | {"__import__": import_})
+    exec(compile(path.read_text(), str(path), "exec"), vars(module))
+    return module
+
+
+def _sections(config: Mapping | ConfigDict) -> ConfigDict:
+    """Return a ConfigDict; of a mapping, each section is one of its own, even where two are the same object."""
+    if isinstance(config, ConfigDict):
+        return ConfigDict(config)
+    items = {key: _sections(item) if isinstance(item, Mapping) else item for key, item in config.items()}
+    return ConfigDict(items, allow_dotted_keys=True)  # such a key is for `build` to name
+
+
+def _override(section: ConfigDict, key: str, value: Any) -> None:
     """Set a dotted key, making the sections on its way."""
-    *sections, name = key.split(".")
-    for depth, section in enumerate(sections, start=1):
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise UserError(f"Override '{key}': '{'.'.join(sections[:depth])}' is {values!r:.80}, which has no keys.")
-    values[name] = value
+    *names, last = key.split(".")
+    for depth, name in enumerate(names, start=1):
+        if name not in section:
+            section[name] = ConfigDict()
+        section = section[name]
+        if not isinstance(section, ConfigDict):
+            raise UserError(f"Override '{key}': '{'.'.join(names[:depth])}' is {section!r:.80}, which has no keys.")
+    reference = dict(section.items(preserve_field_references=True)).get(last)
+    if isinstance(reference, FieldReference):
+        _set_reference(reference, key, value)
+        return
+    if last in section:
+        del section[last]  # a value of another type may take its place: `build` knows which types are allowed
+    section[last] = value
+
+
+def _set_reference(reference: FieldReference, key: str, value: Any) -> None:
+    """Set a value that others follow, and that keeps its type for their sake."""
+    try:
+        reference.set(value)
+    except TypeError:
+        raise UserError(f"Config key '{key}' is {value!r}; it is {_describe(reference.get_type())}.") from None
 
 
 def _parse(text: str) -> Any:
@@ -187,11 +236,24 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _plain(value: Any) -> Any:
-    """Return ConfigDicts as dicts, inside lists and tuples too."""
-    if isinstance(value, Mapping | ConfigDict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value
+def _plain(value: Any, where: str = "") -> Any:
+    """Return ConfigDicts as dicts, inside lists and tuples too, and references as what they come to."""
+    if isinstance(value, FieldReference):
+        value = _referred(value, where)
+    if isinstance(value, ConfigDict):
+        value = dict(value.items(preserve_field_references=True))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, _join(where, str(key))) for key, item in value.items()}
+    return type(value)(_plain(item, where) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _referred(reference: FieldReference, where: str) -> Any:
+    try:
+        return reference.get()
+    except Exception as error:
+        raise UserError(
+            f"Config key '{where}' is a reference that fails with {type(error).__name__}: {error}."
+        ) from error
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -199,6 +261,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
+    if origin is Annotated:
+        return _build_kind(args[1], value, where)
     if origin in (types.UnionType, typing.Union):
         return _convert_union(args, value, where)
     if origin is Literal and value in args:
@@ -217,27 +281,31 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     raise UserError(f"Config key '{where}' is {value!r}; it is {_describe(kind)}.")
 
 
+def _build_kind(classes: Mapping[str, type], value: Any, where: str) -> Any:
+    """Return the dataclass of a table that the key `kind` of `value` chooses."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"Config key '{where}' is {value!r}; it is a section of keys.")
+    if "kind" not in value:
+        raise UserError(f"Config key '{where}.kind' is missing; it is one of {', '.join(sorted(classes))}.")
+    kind = str(value["kind"])
+    if kind not in classes:
+        raise unknown(f"{where}.kind", kind, classes)
+    return build(classes[kind], value, where)
+
+
 def _convert_union(members: tuple, value: Any, where: str) -> Any:
-    """Return `value` as the dataclass among `members` that it names, or as the first member that takes it."""
-    sections = [member for member in members if dataclasses.is_dataclass(member)]
-    if sections and isinstance(value, Mapping):
-        return build(_chosen(sections, value, where), value, where)
+    """Return `value` as the section among `members` if it is a mapping, or as the first member that takes it."""
+    for member in members:
+        if isinstance(value, Mapping) and _is_section(member):
+            return _convert(member, value, where)
     for member in members:
         with contextlib.suppress(UserError):
             return _convert(member, value, where)
     raise UserError(f"Config key '{where}' is {value!r}; it is {' or '.join(map(_describe, members))}.")
 
 
-def _chosen(sections: list, value: Mapping, where: str) -> type:
-    """Return the dataclass that the key `kind` names; a single one needs no name."""
-    if len(sections) == 1:
-        return sections[0]
-    kinds = {section.kind: section for section in sections}
-    if "kind" not in value:
-        raise UserError(f"Config key '{where}.kind' is missing; it is one of {', '.join(sorted(kinds))}.")
-    if value["kind"] not in kinds:
-        raise unknown(f"{where}.kind", str(value["kind"]), kinds)
-    return kinds[value["kind"]]
+def _is_section(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or typing.get_origin(kind) is Annotated
 
 
 def _describe(kind: Any) -> str:
@@ -247,19 +315,11 @@ def _describe(kind: Any) -> str:
         return "one of " + ", ".join(map(repr, args))
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return " or ".join(map(_describe, args))
-    if dataclasses.is_dataclass(kind):
+    if _is_section(kind):
         return "a section of keys"
     if kind is type(None):
         return "None"
     return getattr(kind, "__name__", str(kind)) if not args else str(kind)
-
-
-def _flatten(values: Mapping, where: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        key = _join(where, name)
-        flat |= _flatten(value, key) if isinstance(value, Mapping) else {key: value}
-    return flat
 
 
 def _shown(flat: Mapping, key: str) -> str:

@@ -3,29 +3,17 @@
     MFU = tokens/s * training FLOPs per token / (devices * peak FLOP/s of one device)
 
 Training FLOPs are three times the forward pass of `LM.flops_per_token` (backward does twice the forward's products;
-recomputation by remat is not counted). A multiply-add is 2 FLOPs. The peak is the vendor's dense bf16 number.
+recomputation by remat is not counted). A multiply-add is 2 FLOPs. The peak is the vendor's dense bf16 number of
+`devices.py`.
 """
 
-PEAK_BF16_FLOPS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153e12,
-}
+from based_jax import devices
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Return the peak of a device by the longest name that its kind starts with; None where none is known."""
-    names = [name for name in PEAK_BF16_FLOPS if device_kind.startswith(name)]
-    return PEAK_BF16_FLOPS[max(names, key=len)] if names else None
+    """Return the peak of a kind of device; None where none is known."""
+    device = devices.find(device_kind)
+    return device.peak_bf16_flops if device else None
 
 
 def train_flops_per_token(forward_flops: float) -> float:

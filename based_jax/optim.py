@@ -73,7 +73,7 @@ class OptimConfig:
 
 def constant(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
     """Return the peak for every step."""
-    return lambda step: jnp.asarray(peak, jnp.float32)
+    return optax.constant_schedule(peak)
 
 
 def warmup_cosine(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
@@ -85,14 +85,9 @@ def warmup_cosine(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
     decay_steps = steps - warmup if config.t_initial is None else config.t_initial
     if decay_steps < 1:
         raise UserError(f"warmup_steps is {warmup}, but the run has {steps} steps; the warmup is shorter than the run.")
-
-    def lr(step):
-        rising = config.warmup_lr + (peak - config.warmup_lr) * step / max(warmup, 1)
-        progress = jnp.clip((step - warmup) / decay_steps, 0, 1)
-        falling = config.final_lr + (peak - config.final_lr) * (1 + jnp.cos(math.pi * progress)) / 2
-        return jnp.where(step < warmup, rising, falling)
-
-    return lr
+    rising = optax.linear_schedule(config.warmup_lr, peak, warmup)
+    above_final = optax.cosine_decay_schedule(peak - config.final_lr, decay_steps)  # its alpha would divide by the peak
+    return optax.join_schedules([rising, lambda step: config.final_lr + above_final(step)], [warmup])
 
 
 def cosine_per_epoch(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
@@ -103,15 +98,15 @@ def cosine_per_epoch(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
     if config.steps_per_epoch is None:
         raise UserError("schedule 'cosine_per_epoch' needs steps_per_epoch, which is None; it is at least 1.")
     per_epoch = config.steps_per_epoch
-    epochs = math.ceil(steps / per_epoch)
-    return lambda step: peak * (1 + jnp.cos(math.pi * (jnp.asarray(step) // per_epoch) / epochs)) / 2
+    by_epoch = optax.cosine_decay_schedule(peak, math.ceil(steps / per_epoch))
+    return lambda step: by_epoch(jnp.asarray(step) // per_epoch)
 
 
 SCHEDULES = {"warmup_cosine": warmup_cosine, "cosine_per_epoch": cosine_per_epoch, "constant": constant}
 
 
 def schedule(config: OptimConfig, steps: int, peak: Rate | None = None) -> Schedule:
-    """Return the learning rate (fp32 scalar) as a function of the step, 0 at the first update.
+    """Return the learning rate (a scalar) as a function of the step, 0 at the first update.
 
     Args:
       config: names the schedule and its values.

@@ -1,54 +1,64 @@
-"""The device mesh, and shardings derived from the logical axis names that parameters carry."""
+"""The device mesh, and how arrays lie on it: by the logical names of their axes, parameters and activations alike."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from based_jax.errors import UserError
 
+HostBatch = Mapping[str, np.ndarray]
+GlobalBatch = Mapping[str, jax.Array]
+
 AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # over which the rows of a batch lie
+HEAD_AXES = ("tensor",)  # over which heads lie
 
-RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
+PARAMETER_RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
+
+# Rows of activations lie over fsdp too: a layer gathers its weights there, which are smaller.
+ACTIVATION_RULES = {"batch": BATCH_AXES}
 
 
-def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
-    """Return a mesh over all devices with the axes `AXES`.
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh with the axes `AXES`.
 
     Args:
       sizes: devices per axis; an axis left out has 1, and "data" takes what is left where it is not given.
+      devices: those of the mesh, of a topology without hardware too; None for all that there are.
 
     Raises:
       UserError: an axis is unknown or below 1, or the sizes do not multiply to the number of devices.
     """
-    sizes, devices = dict(sizes or {}), jax.device_count()
+    sizes, devices = dict(sizes or {}), list(jax.devices() if devices is None else devices)
     for axis in sizes:
         if axis not in AXES:
             raise UserError(f"Mesh axis '{axis}' does not exist; the axes are {', '.join(AXES)}.")
         if sizes[axis] < 1:
             raise UserError(f"Mesh axis '{axis}' has {sizes[axis]} devices; it is at least 1.")
-    others = int(np.prod([size for axis, size in sizes.items() if axis != "data"]))
-    sizes.setdefault("data", max(devices // others, 1))
+    others = math.prod(size for axis, size in sizes.items() if axis != "data")
+    sizes.setdefault("data", max(len(devices) // others, 1))
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    if np.prod(shape) != devices:
+    if math.prod(shape) != len(devices):
         raise UserError(
-            f"Mesh {dict(zip(AXES, shape, strict=True))} needs {np.prod(shape)} devices; there are {devices}."
+            f"Mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices; there are {len(devices)}."
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """Return a NamedSharding per leaf of a tree of arrays and nnx variables, by `RULES`.
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Return a NamedSharding per leaf of a tree of arrays and nnx variables, by `PARAMETER_RULES`.
 
     Parameters and the optimizer state made from them share their logical names, so one rule places both. An axis that
     the mesh does not divide evenly stays whole.
     """
 
     def axis(name: str | None, size: int) -> str | None:
-        rule = RULES.get(name or "")
+        rule = PARAMETER_RULES.get(name or "")
         return rule if rule and size % mesh.shape[rule] == 0 else None
 
     def place(leaf: Any) -> Any:
@@ -62,25 +72,60 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def placed(shapes: Any, mesh: Mesh) -> Any:
+    """Return a tree of shapes, variables among them, with their `shardings`: the target of a restore, say."""
+    where = shardings(shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+
+
+def constrain_parameters(tree: Any) -> Any:
+    """Return a tree like the parameters, gradients say, that lies on the mesh of `jax.set_mesh` as they do."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh)) if mesh.size > 1 else tree
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Return an activation that lies on the mesh of `jax.set_mesh` by `ACTIVATION_RULES`; without a mesh, itself.
+
+    Args:
+      x: any array.
+      names: of its first dimensions, a key of the rules or None; one that its mesh axes do not divide evenly, and one
+        without a name, is whole on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+
+    def axes(name: str | None, size: int) -> tuple[str, ...] | None:
+        found = tuple(axis for axis in ACTIVATION_RULES.get(name or "", ()) if axis in free)
+        return found if size % math.prod(mesh.shape[axis] for axis in found) == 0 else None
+
+    return jax.lax.with_sharding_constraint(x, jax.P(*map(axes, names, x.shape))) if mesh.size > 1 and free else x
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return how a batch lies on the mesh: its first axis over data and fsdp."""
-    return NamedSharding(mesh, jax.P(("data", "fsdp")))
+    """Return how a batch lies on the mesh: its rows over `BATCH_AXES`."""
+    return NamedSharding(mesh, jax.P(BATCH_AXES))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Check that the rows of a global batch can be divided over the mesh.
+def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """Check that the rows of a global batch, and of each of its microbatches, can be divided over the mesh.
 
     Raises:
       UserError: they cannot.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % ways:
+        axes = " and ".join(BATCH_AXES)
+        raise UserError(f"batch_size {batch_size} cannot be divided over {ways} devices of the mesh axes {axes}.")
+    if batch_size // microbatches % ways:
+        most = math.gcd(batch_size // ways, microbatches)
         raise UserError(
-            f"batch_size {batch_size} cannot be divided over {ways} devices of the mesh axes data and fsdp."
+            f"batch_size {batch_size} in {microbatches} microbatches leaves {batch_size // microbatches} rows for "
+            f"{ways} devices of the mesh axes {axes}, which cannot be divided: microbatches can be {most}."
         )
 
 
-def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def global_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
     """Return this host's rows of a batch as its part of global arrays.
 
     Raises:

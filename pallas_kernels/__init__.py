@@ -1,4 +1,4 @@
-"""Accelerator kernels: arrays in, arrays out, one file per (operation, backend)."""
+"""Accelerator kernels: arrays in, arrays out; a folder a backend, and no file of one imports another's."""
 
 import itertools
 

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -44,6 +45,28 @@ def mqar_run(folder, mqar_config):
     """Return the workdir of a finished run on MQAR."""
     assert main(["train", f"--config={mqar_config}", f"--workdir={folder / 'mqar'}", "--config.log_every=1"]) == 0
     return folder / "mqar"
+
+
+def test_overrides_reach_what_follows_them_from_any_folder(capsys, tmp_path, monkeypatch):
+    """The recipe of a family, imported from its folder, with a model and a text that fit here."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("The cat sat on the mat. " * 60)
+    monkeypatch.chdir(tmp_path)
+    family = Path(__file__).parents[1] / "configs" / "based.py"
+    small = [
+        "model.layers=(('conv',{}),)",
+        "model.d_model=16",
+        "model.vocab_size=257",
+        "batch_size=8",
+        "microbatches=1",
+    ]
+    data = ["data.path=texts", "data.cache_dir=cache", "data.tokenizer=bytes", "data.seq_len=16"]
+    overrides = [f"--config.{override}" for override in (*small, *data, "steps=100")]
+    printed(capsys, "train", f"--config={family}:360m", "--workdir=run", *overrides)
+    written = json.loads(Path("run/config.json").read_text())
+    assert (written["steps"], written["optim"]["warmup_steps"]) == (100, 1)
+    refusal = refused(capsys, "train", f"--config={family}:360m", "--workdir=new", "--config.steps=1e3")
+    assert refusal == "Config key 'steps' is 1000.0; it is int."
 
 
 @pytest.fixture(scope="module")

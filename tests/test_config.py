@@ -1,6 +1,7 @@
 import dataclasses
 import json
-from typing import Any, Literal
+import sys
+from typing import Annotated, Any, Literal
 
 import pytest
 from ml_collections import ConfigDict
@@ -36,7 +37,7 @@ class Text:
 @dataclasses.dataclass(frozen=True)
 class Run:
     model: Model
-    data: Pairs | Text = Pairs()
+    data: Annotated[Pairs | Text, {"pairs": Pairs, "text": Text}] = Pairs()
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
     scan: bool = False
@@ -154,6 +155,154 @@ def test_a_missing_file_is_named(tmp_path):
 def test_an_override_through_a_value_is_named(file):
     with pytest.raises(UserError, match=r"Override 'model.d_model.x': 'model.d_model' is 8, which has no keys"):
         config.load(file, [("model.d_model.x", "1")])
+
+
+FOLLOWING = """
+import ml_collections
+
+
+def get_config():
+    config = ml_collections.ConfigDict({"model": {"d_model": 8}, "data": {"kind": "pairs"}, "steps": 400})
+    config.data.num_pairs = config.get_ref("steps") // 100
+    config.model.layers = (("conv", {"width": config.get_ref("steps") // 50}),)
+    config.lr = 1 / config.data.get_ref("num_pairs").to_float()
+    return config
+"""
+
+
+@pytest.fixture
+def following(tmp_path):
+    path = tmp_path / "following.py"
+    path.write_text(FOLLOWING)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "pairs", "width", "lr"),
+    [
+        ([], 400, 4, 8, 0.25),
+        ([("steps", "1000")], 1000, 10, 20, 0.1),
+        ([("data.num_pairs", "5")], 400, 5, 8, 0.2),
+        ([("data.num_pairs", "5"), ("steps", "1000")], 1000, 5, 20, 0.2),
+    ],
+)
+def test_references_follow_overrides(following, overrides, steps, pairs, width, lr):
+    run = config.build(Run, config.load(following, overrides))
+    assert (run.steps, run.data.num_pairs, run.model.layers, run.lr) == (
+        steps,
+        pairs,
+        (("conv", {"width": width}),),
+        lr,
+    )
+
+
+def test_an_override_leaves_the_config_alone_that_it_is_made_from(following):
+    base = config.load(following)
+    assert config.build(Run, config.overridden(base, {"steps": 800})).data.num_pairs == 8
+    assert config.build(Run, base).data.num_pairs == 4
+
+
+def test_values_that_nothing_follows_may_change_their_type():
+    base = {"model": {"d_model": 8}, "lr": 1, "betas": (0, 0), "data": {"kind": "pairs"}}
+    values = {"lr": 1e-3, "betas": [0.5, 0.5], "data": {"kind": "text", "path": "a"}, "model.mlp_dim": 3}
+    run = config.build(Run, config.overridden(base, values))
+    assert run == Run(model=Model(d_model=8, mlp_dim=3), lr=1e-3, betas=(0.5, 0.5), data=Text(path="a"))
+    with pytest.raises(UserError, match="Config key 'lr' is True; it is float"):
+        config.build(Run, config.overridden(base | {"lr": 0.1}, {"lr": True}))
+
+
+def test_one_object_in_two_sections_is_two_sections():
+    shared = {"path": "a", "kind": "text"}
+    base = {"model": {"d_model": 8}, "data": shared, "eval_data": shared}
+    run = config.build(Run, config.overridden(base, {"eval_data.path": "b"}))
+    assert (run.data.path, run.eval_data.path) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([("steps", "many")], "Config key 'steps' is 'many'; it is int."),
+        ([("steps", "2.5")], "Config key 'steps' is 2.5; it is int."),
+        ([("steps", "None")], "Config key 'data.num_pairs' is None; it is int."),
+        ([("steps", "0")], "Config key 'lr' is a reference that fails with ZeroDivisionError"),
+        ([("stepz", "1")], "Unknown config key 'stepz': did you mean 'steps'?"),
+        ([("steps.x", "1")], "Override 'steps.x': 'steps' is 400, which has no keys."),
+    ],
+)
+def test_a_reference_that_cannot_be_set_or_followed_is_named(following, overrides, message):
+    with pytest.raises(UserError) as error:
+        config.build(Run, config.load(following, overrides))
+    assert str(error.value).startswith(message)
+
+
+def test_a_required_value_that_is_not_given_is_named(tmp_path):
+    path = tmp_path / "required.py"
+    path.write_text(
+        "import ml_collections\n\ndef get_config():\n"
+        "    path = ml_collections.config_dict.required_placeholder(str)\n"
+        "    return ml_collections.ConfigDict({'model': {'d_model': 8}, 'data': {'kind': 'text', 'path': path}})\n"
+    )
+    assert config.build(Run, config.load(str(path), [("data.path", "a")])).data.path == "a"
+    with pytest.raises(UserError, match=r"Config key 'data.path' is a reference that fails with RequiredValueError"):
+        config.build(Run, config.load(str(path)))
+
+
+def write_family(folder, width):
+    folder.mkdir()
+    (folder / "family.py").write_text(
+        "from recipe import model\n\ndef get_config():\n    import recipe\n    assert recipe.model is model\n"
+        "    return {'model': model()}\n"
+    )
+    (folder / "recipe.py").write_text("from widths import WIDTH\n\ndef model():\n    return {'d_model': WIDTH}\n")
+    (folder / "widths.py").write_text(f"WIDTH = {width}\n")
+    return folder / "family.py"
+
+
+def test_a_file_imports_the_files_of_its_own_folder_and_nobody_else_does(tmp_path, monkeypatch):
+    first, second = write_family(tmp_path / "first", 8), write_family(tmp_path / "second", 16)
+    elsewhere = write_family(tmp_path / "elsewhere", 32).parent
+    paths, modules = list(sys.path), set(sys.modules)
+    assert config.load(str(first)).model.d_model == 8
+    assert config.load(str(second)).model.d_model == 16
+    monkeypatch.chdir(elsewhere)
+    assert config.load(str(first)).model.d_model == 8
+    assert config.load("../second/family.py").model.d_model == 16
+    assert config.load("family.py").model.d_model == 32
+    assert sys.path == paths and not {"family", "recipe", "widths"} & set(sys.modules) - modules
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["family.py", "recipe.py", "widths.py"]
+    (first.parent / "widths.py").write_text("WIDTH = 9")
+    assert config.load(str(first)).model.d_model == 9
+
+
+def test_a_library_does_not_import_a_file_beside_the_config(tmp_path, monkeypatch):
+    library, family = tmp_path / "library", tmp_path / "family"
+    for folder, own in ((library, "the library's"), (family, "the family's")):
+        folder.mkdir()
+        (folder / "of_that_name.py").write_text(f"OWNER = {own!r}")
+    (library / "some_library.py").write_text("import of_that_name\nOWNER = of_that_name.OWNER")
+    (family / "family.py").write_text(
+        "import of_that_name\nimport some_library\n\n"
+        "def get_config():\n    return {'own': of_that_name.OWNER, 'library': some_library.OWNER}\n"
+    )
+    monkeypatch.syspath_prepend(library)
+    assert config.load(str(family / "family.py")).to_dict() == {"own": "the family's", "library": "the library's"}
+    assert sys.modules.pop("some_library") and sys.modules.pop("of_that_name").OWNER == "the library's"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("other.py", "", "fails with ModuleNotFoundError: No module named 'recipe'"),
+        ("recipe.py", "def f(: pass", "fails with SyntaxError: invalid syntax (recipe.py, line 1)"),
+        ("recipe.py", "x = 1", "fails with AttributeError: module 'recipe' has no attribute 'MODEL'"),
+    ],
+)
+def test_a_bad_file_beside_the_config_is_named(tmp_path, name, text, message):
+    (tmp_path / "family.py").write_text("import recipe\nMODEL = recipe.MODEL\n")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        config.load(str(tmp_path / "family.py"))
+    assert message in str(error.value).replace(str(tmp_path) + "/", "")
 
 
 def test_the_id_depends_on_resolved_values_only():

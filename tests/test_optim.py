@@ -14,10 +14,16 @@ from based_jax.optim import OptimConfig
 RUNS = {"10b": (20_000, 200), "30b": (60_000, 600), "50b": (100_000, 1_000)}
 
 
-def timm(step, steps, warmup):
+def timm(step, steps, warmup, peak=8e-4):
+    """CosineLRScheduler with warmup_prefix, as HazyResearch/based calls it."""
     if step < warmup:
-        return 1e-6 + step * (8e-4 - 1e-6) / warmup
-    return 8e-5 + (8e-4 - 8e-5) / 2 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        return 1e-6 + step * (peak - 1e-6) / warmup
+    return 8e-5 + (peak - 8e-5) / 2 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def torch_cosine(step, epochs, per_epoch, peak):
+    """CosineAnnealingLR with eta_min 0, stepped after each epoch, as zoology calls it."""
+    return peak * (1 + math.cos(math.pi * (step // per_epoch) / epochs)) / 2
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -47,8 +53,31 @@ def test_no_warmup_starts_at_the_peak():
 
 def test_cosine_per_epoch_is_constant_inside_an_epoch():
     lr = optim.schedule(OptimConfig(lr=1e-3, schedule="cosine_per_epoch", steps_per_epoch=5), 40)
-    expected = [1e-3 * (1 + math.cos(math.pi * (step // 5) / 8)) / 2 for step in range(40)]
+    expected = [torch_cosine(step, 8, 5, 1e-3) for step in range(40)]
     np.testing.assert_allclose([lr(step) for step in range(40)], expected, atol=1e-9)
+
+
+PEAKS = [0.0, 1e-4, 8e-4, 2e-3]
+FORMULAS = {
+    "warmup_cosine": (OptimConfig(warmup_steps=7), lambda step, peak: timm(step, 40, 7, peak)),
+    "cosine_per_epoch": (
+        OptimConfig(schedule="cosine_per_epoch", steps_per_epoch=5),
+        lambda step, peak: torch_cosine(step, 8, 5, peak),
+    ),
+    "constant": (OptimConfig(schedule="constant"), lambda step, peak: peak),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize(("x64", "rtol", "atol"), [(True, 1e-9, 0), (False, 0, 1e-9)])
+def test_a_traced_peak_gives_the_formula(name, x64, rtol, atol):
+    """To nine digits in double precision; in single precision the rest is rounding."""
+    config, formula = FORMULAS[name]
+    with jax.enable_x64(x64):
+        rates = jax.jit(jax.vmap(lambda peak: jax.vmap(optim.schedule(config, 40, peak))(jnp.arange(40))))
+        found = np.asarray(rates(jnp.asarray(PEAKS)))
+    expected = [[formula(step, peak) for step in range(40)] for peak in PEAKS]
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
 
 
 def test_constant():

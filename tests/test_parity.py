@@ -11,26 +11,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding import in_one_pass, prefill_then_step
 from flax import nnx
-from reference_cases import FOLDER, FORWARD, GRADIENT, LOGITS, POINTWISE, assert_close, load
+from helpers.decoding import in_one_pass, prefill_then_step
+from helpers.reference_cases import FOLDER, FORWARD, GRADIENT, LOGITS, POINTWISE, assert_close, load
 
 from based_jax import config as configs
 from based_jax import convert
 from based_jax.convert.reference import SKELETONS, reference_keys, reference_shapes
-from based_jax.evals.generate import generate
+from based_jax.generate import generate
+from based_jax.labels import NO_LABEL
 from based_jax.nn import layers
 from based_jax.nn.lm import LM, LMConfig
+from based_jax.nn.loss import loss_sums
 from based_jax.nn.mixers import MIXERS as KINDS
 from based_jax.ops import taylor
+from based_jax.ops.dispatch import named
 from based_jax.ops.wkv4 import wkv4
 from based_jax.optim import decay_groups
-from based_jax.train.step import IGNORED, loss_sums
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 FC = ("fc1", "fc2")
-IMPLS = ("oracle", "recurrent", "xla")
+IMPLS = ("oracle", "xla_steps", "xla")
 RWKV7 = {"decay_low_rank_dim": 6, "gate_low_rank_dim": 8, "a_low_rank_dim": 5, "v_low_rank_dim": 4}
 BASED, ZOOLOGY = convert.window_from_based, convert.window_from_zoology
 NO_ROTARY = {"rotary_fraction": 0.0, "bias": True}
@@ -127,14 +129,14 @@ LMS = {
 STACKED = [("tiny_based_lm", False), ("tiny_based_lm", True), ("tiny_attn_lm_even", True), ("zoology_lm_based", False)]
 STACKED += [("hf_llama_a", True), ("tiny_mamba_lm", False), ("hf_mamba_a", True), ("hf_rwkv4_lm_a", True)]
 CHECKPOINTS = {
-    "based-360m": ("based_360m", {}),
-    "based-1b-50b": ("based_1b", {}),
-    "based-1b": ("based_1b", {}),
-    "attn-360m": ("attn_360m", {}),
-    "attn-1b(multiple_of=256)": ("attn_1b", {}),
-    "attn-1b(multiple_of=128)": ("attn_1b", {"mlp_dim": 4480}),
-    "mamba-360m": ("mamba_360m", {}),
-    "mamba-1b": ("mamba_1b", {}),
+    "based-360m": ("based.py:360m", {}),
+    "based-1b-50b": ("based.py:1b_50b", {}),
+    "based-1b": ("based.py:1b", {}),
+    "attn-360m": ("attention.py:360m", {}),
+    "attn-1b(multiple_of=256)": ("attention.py:1b", {}),
+    "attn-1b(multiple_of=128)": ("attention.py:1b", {"mlp_dim": 4480}),
+    "mamba-360m": ("mamba.py:360m", {}),
+    "mamba-1b": ("mamba.py:1b", {}),
 }
 
 
@@ -160,7 +162,7 @@ def test_mixer(name, out_and_grads):
     case = load(name)
     graphdefs = {}
     for impl in IMPLS:
-        if impl in KINDS[kind].IMPLEMENTATIONS:
+        if named(KINDS[kind].IMPLEMENTATIONS, impl):
             graphdefs[impl], params = nnx.split(convert.mixer_from_reference(kind, case.weights, impl=impl, **options))
 
     def call(params, x, impl="xla"):
@@ -354,7 +356,7 @@ def language_model(name, weights, scan_layers):
 def batch_of(case):
     """Return a batch with the file's labels, or with each token's successor as its label."""
     ids = case.inputs["ids"]
-    after = np.pad(ids[:, 1:], [(0, 0), (0, 1)], constant_values=IGNORED)
+    after = np.pad(ids[:, 1:], [(0, 0), (0, 1)], constant_values=NO_LABEL)
     return {"inputs": jnp.asarray(ids), "labels": jnp.asarray(case.inputs.get("labels", after))}
 
 
@@ -460,8 +462,8 @@ def test_state_sizes():
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_released_shapes(name):
     """The reference configs under the released keys, as `save_hf` writes and `load_hf` expects them."""
-    file, changes = CHECKPOINTS[name]
-    fields = configs.load(str(CONFIGS / f"{file}.py")).model.to_dict()
+    spec, changes = CHECKPOINTS[name]
+    fields = configs.load(str(CONFIGS / spec)).model.to_dict()
     model = nnx.eval_shape(lambda: LM(configs.build(LMConfig, fields | changes), rngs=nnx.Rngs(0)))
     released = json.loads((FOLDER / "checkpoint_shapes.json").read_text())[name]
     skeleton = "mamba" if name.startswith("mamba") else "based"

@@ -9,8 +9,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decoding import in_one_pass
 from flax import nnx
+from helpers.decoding import in_one_pass
 
 from based_jax import config as configs
 from based_jax.__main__ import main
@@ -69,8 +69,8 @@ def test_the_library():
 def test_the_config():
     names = {}
     exec(program("def get_config"), names)
-    config = configs.build(TrainConfig, names["get_config"]())
-    assert len(config.model.layers) == 12 and config.mesh == {"fsdp": 4}
+    config = configs.build(TrainConfig, configs.overridden(names["get_config"](), {"steps": 1000}))
+    assert len(config.model.layers) == 12 and config.mesh == {"fsdp": 4} and config.optim.warmup_steps == 10
 
 
 def test_the_sweep():

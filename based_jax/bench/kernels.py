@@ -12,7 +12,7 @@ from based_jax.bench import torch_peers
 from based_jax.bench.operations import OPERATIONS, PASSES, Operation, Shape, program, takes
 from based_jax.bench.timing import REPEATS, device_microseconds
 from based_jax.errors import UserError, unknown
-from based_jax.flops import peak_flops
+from based_jax.ops.dispatch import backend_of, named
 
 L2_BYTES = 50 << 20
 COMPILERS = 6
@@ -25,9 +25,6 @@ LENGTHS = tuple((max(1, TOKENS // 2**n), 16, 2**n) for n in range(10, 17))
 BATCHES = tuple((batch, 16, 2048) for batch in (1, 2, 4, 8, 16, 32))
 SHORT = tuple((TOKENS // 2**n, 16, 2**n) for n in range(6, 11))
 SETS = {"table": SHAPES, "lengths": LENGTHS, "batches": BATCHES, "short": SHORT}
-
-COPY_BYTES_PER_SECOND = {"NVIDIA H100": 2.95e12, "NVIDIA H200": 4.3e12}
-"""Measured rate of a large copy, read and written bytes together."""
 
 
 def measure(
@@ -49,6 +46,7 @@ def measure(
     if device.platform != "gpu":
         raise UserError(f"'bench' measures GPU kernels, and the device here is {device.device_kind}.")
     known = {x for name in names for x in (*OPERATIONS[name].named, *torch_peers.PEERS.get(name, {}))}
+    known |= {backend_of(x) for name in names for x in OPERATIONS[name].table}
     for impl in impls:
         if impl not in known:
             raise unknown("implementation", impl, known)
@@ -64,7 +62,8 @@ def measure(
 
 def _ours(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
     operation = OPERATIONS[name]
-    chosen = [x for x in operation.named if x in impls] if impls else operation.usual
+    given = {named(operation.table, impl) for impl in impls}
+    chosen = [x for x in operation.named if x in given] if impls else operation.usual
     wanted = [(impl, which) for impl in chosen for which in PASSES]
     with futures.ThreadPoolExecutor(COMPILERS) as pool:
         programs = [pool.submit(compiled, operation, *pair, shape) for pair in wanted]
@@ -128,8 +127,8 @@ def _row(name: str, impl: str, shape: Shape, which: str, timed: Callable[[], flo
 
 def floor_microseconds(size: float, flops: float, device_kind: str) -> float | None:
     """Return the larger of the time to move `size` bytes and to do `flops`; None for a device of unknown speed."""
-    rate = next((x for name, x in COPY_BYTES_PER_SECOND.items() if device_kind.startswith(name)), None)
-    peak = peak_flops(device_kind)
+    device = devices.find(device_kind)
+    rate, peak = (device.copy_bytes_per_second, device.peak_bf16_flops) if device else (None, None)
     return 1e6 * max(size / rate, flops / peak) if rate and peak else None
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import ShapeDtypeStruct
 
 from based_jax.ops import conv, delta_rule, gated_conv, gated_linear_attention, norm, softmax, taylor
-from based_jax.ops.dispatch import Implementation
+from based_jax.ops.dispatch import Implementation, named
 
 FEATURE_DIM = 16
 HEAD_DIM = 64
@@ -50,7 +50,7 @@ class Operation:
     def usual(self) -> list[str]:
         """Return the implementations that are measured where none is named."""
         accelerated = [name for name, entry in self.table.items() if entry.platform == "cuda"]
-        return accelerated + ["xla"] * self.fallback
+        return accelerated + [named(self.table, "xla")] * self.fallback
 
     @property
     def named(self) -> list[str]:

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print each prompt with its continuation."""
-    from based_jax.evals.generate import Sampling, generate
+    from based_jax.generate import Sampling, generate
 
     model, tokenizer = _from_run(args.workdir, args.step) if args.workdir else _from_hf(args.hf)
     prompts = [tokenizer.encode(prompt) for prompt in args.prompt]

@@ -2,7 +2,6 @@
 
 import argparse
 
-from based_jax import config as configs
 from based_jax.errors import UserError
 
 PREFIX = "--config."
@@ -17,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train to the end and print the final evaluation."""
+    from based_jax import config as configs
     from based_jax.train.loop import train
     from based_jax.train.run import TrainConfig
 

@@ -1,7 +1,7 @@
 """Compression: a row of random symbols, a compression token, and then each position asked for its symbol.
 
     inputs   3  0  2  c p1 p3 p2      c is the compression token, p1 the query of the first position
-    labels   .  .  .  .  3  2  0      . is IGNORE
+    labels   .  .  .  .  3  2  0      . is NO_LABEL
 
 After the compression task of the MAD benchmark (Poli et al. 2024; athms/mad-lab mad/data/instances.py), in a causal
 form. There an encoder's output at the compression token alone goes, with a position's embedding, through an MLP that
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from based_jax.data.segments import IGNORE, Examples, Split, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 def compression(alphabet: int, max_symbols: int, num_examples: int, num_symbols: int, seed: int) -> Examples:
@@ -32,7 +33,7 @@ def compression(alphabet: int, max_symbols: int, num_examples: int, num_symbols:
     order = rng.permuted(np.tile(np.arange(num_symbols, dtype=np.int32), (num_examples, 1)), axis=1)
     token = np.full((num_examples, 1), alphabet, np.int32)
     inputs = np.concatenate([symbols, token, alphabet + 1 + order], axis=1)
-    labels = np.full_like(inputs, IGNORE)
+    labels = np.full_like(inputs, NO_LABEL)
     labels[:, num_symbols + 1 :] = np.take_along_axis(symbols, order, axis=1)
     return inputs, labels
 
@@ -45,7 +46,7 @@ def _check(alphabet: int, max_symbols: int, num_symbols: int) -> None:
 
 
 @dataclass(frozen=True)
-class Segment:
+class CompressionSegment:
     """Examples of one number of symbols."""
 
     num_examples: int
@@ -66,8 +67,8 @@ class Segment:
 class CompressionConfig:
     """A whole compression task."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[CompressionSegment, ...]
+    test: tuple[CompressionSegment, ...]
     alphabet: int = 15
     max_symbols: int = 31
     seed: int = 123
@@ -90,8 +91,11 @@ class CompressionConfig:
 
 PRESETS = {
     # MAD's baseline (athms/mad-lab configs/tasks/compression.yml): 16 ids and length 32, with the compression token
-    "default": CompressionConfig(train=(Segment(12_800, 31),), test=(Segment(1_280, 31),)),
+    "default": CompressionConfig(train=(CompressionSegment(12_800, 31),), test=(CompressionSegment(1_280, 31),)),
     "tiny": CompressionConfig(
-        train=(Segment(50, 7), Segment(21, 15)), test=(Segment(10, 7), Segment(11, 15)), alphabet=4, max_symbols=15
+        train=(CompressionSegment(50, 7), CompressionSegment(21, 15)),
+        test=(CompressionSegment(10, 7), CompressionSegment(11, 15)),
+        alphabet=4,
+        max_symbols=15,
     ),
 }

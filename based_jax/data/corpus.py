@@ -4,14 +4,15 @@ Files whose names begin with `val` or `test` are the validation split. Where the
 hash of their text, about one in a hundred and at least one; of a single document it is the last twentieth.
 """
 
+import dataclasses
 import gzip
 import hashlib
 import json
 import lzma
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from based_jax.errors import UserError
 
@@ -24,6 +25,52 @@ VALIDATION_SHARE = 100
 def default_corpus() -> Path:
     """Return the folder of the shipped public-domain prose (see its SOURCE.md)."""
     return Path(__file__).parent / "assets" / "corpus"
+
+
+class Corpus(Protocol):
+    """Documents to train on and to validate with."""
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that change with any name or content."""
+        ...
+
+    def split_documents(self) -> dict[str, list[str]]:
+        """Return {"train": documents, "validation": documents}, neither empty."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderCorpus:
+    """The text files of a folder."""
+
+    folder: str | os.PathLike
+
+    def __str__(self):
+        return str(self.folder)
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that change with any name or content.
+
+        Raises:
+          UserError: the folder does not exist or holds no text file.
+        """
+        return hash_files(corpus_files(self.folder))
+
+    def split_documents(self) -> dict[str, list[str]]:
+        """Return {"train": documents, "validation": documents}.
+
+        Raises:
+          UserError: a file is empty, is not UTF-8 text or holds a broken line, or there is nothing to train on.
+        """
+        train: list[str] = []
+        validation: list[str] = []
+        for path in corpus_files(self.folder):
+            (validation if path.name.startswith(VALIDATION_NAMES) else train).extend(read_documents(path))
+        if not train:
+            raise UserError(f"Corpus '{self.folder}' has validation files only; it needs one to train on.")
+        if not validation:
+            train, validation = hold_out(train)
+        return {"train": train, "validation": validation}
 
 
 def corpus_files(folder: str | os.PathLike) -> list[Path]:
@@ -41,36 +88,21 @@ def corpus_files(folder: str | os.PathLike) -> list[Path]:
     return files
 
 
-def fingerprint(folder: str | os.PathLike) -> str:
-    """Return 16 hexadecimal digits that change with any name or content of the corpus."""
+def hash_files(paths: Iterable[Path], also: str = "") -> str:
+    """Return 16 hexadecimal digits that change with any file's name or content, and with `also`."""
     digest = hashlib.sha256()
-    for path in corpus_files(folder):
-        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    digest.update(also.encode())
     return digest.hexdigest()[:16]
-
-
-def split_documents(folder: str | os.PathLike) -> dict[str, list[str]]:
-    """Return {"train": documents, "validation": documents} of a corpus.
-
-    Raises:
-      UserError: a file is empty, is not UTF-8 text or holds a broken line, or there is nothing to train on.
-    """
-    train: list[str] = []
-    validation: list[str] = []
-    for path in corpus_files(folder):
-        (validation if path.name.startswith(VALIDATION_NAMES) else train).extend(read_documents(path))
-    if not train:
-        raise UserError(f"Corpus '{folder}' has validation files only; it needs one to train on.")
-    if not validation:
-        train, validation = _hold_out(train)
-    return {"train": train, "validation": validation}
 
 
 def read_documents(path: Path) -> Iterator[str]:
     """Yield the documents of one file.
 
     Raises:
-      UserError: as `split_documents`.
+      UserError: as `FolderCorpus.split_documents`.
     """
     count = 0
     try:
@@ -106,7 +138,7 @@ def _text_of(line: str, path: Path, number: int) -> str:
     return text
 
 
-def _hold_out(documents: list[str]) -> tuple[list[str], list[str]]:
+def hold_out(documents: list[str]) -> tuple[list[str], list[str]]:
     """Return (train, validation) by the hash of each text, so that neither order nor additions move a document."""
     if len(documents) == 1:
         cut = len(documents[0]) * 19 // 20

@@ -1,7 +1,7 @@
 """MQAR with forgetting: keys are written again with other values, and a query asks for the latest one.
 
     inputs   k1 v1 k2 v2 k1 v3 k3 v4 | k2  ~  ~  ~ k1  ~ k3  ~      ~ is filler
-    labels    .  .  .  .  .  .  .  . | v2  .  .  . v3  . v4  .      . is IGNORE
+    labels    .  .  .  .  .  .  .  . | v2  .  .  . v3  . v4  .      . is NO_LABEL
 
 As in `mqar.py` but for the context: among its num_kv_pairs + num_updates pairs each key stands once as a new one, and
 an update repeats a uniformly chosen key that stands before it, so one key may be written many times. All values of a
@@ -31,7 +31,7 @@ def forgetting_mqar(
     power_a: float = 0.01,
     random_non_queries: bool = True,
 ) -> Examples:
-    """Return (inputs, labels), int32 arrays of shape (num_examples, seq_len); labels are IGNORE except at queries.
+    """Return (inputs, labels), int32 arrays of shape (num_examples, seq_len); labels are NO_LABEL except at queries.
 
     Raises UserError unless seq_len is even, 4 * num_kv_pairs + 2 * num_updates <= seq_len < vocab_size.
     """
@@ -84,7 +84,7 @@ def _check(vocab_size: int, seq_len: int, num_kv_pairs: int, num_updates: int) -
 
 
 @dataclass(frozen=True)
-class Segment:
+class ForgettingMqarSegment:
     """Examples of one length, one number of keys and one number of updates."""
 
     num_examples: int
@@ -102,8 +102,8 @@ class Segment:
 class ForgettingMqarConfig:
     """A whole task of MQAR with forgetting."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[ForgettingMqarSegment, ...]
+    test: tuple[ForgettingMqarSegment, ...]
     vocab_size: int = 8192
     seed: int = 123
     power_a: float = 0.01
@@ -133,25 +133,25 @@ PRESETS = {
     # lengths and keys of MQAR's "figure2" as far as updates leave room; numbers of updates of our own
     "default": ForgettingMqarConfig(
         train=(
-            Segment(100_000, 64, 4, 4),
-            Segment(20_000, 128, 8, 8),
-            Segment(20_000, 256, 16, 16),
-            Segment(20_000, 256, 32, 32),
+            ForgettingMqarSegment(100_000, 64, 4, 4),
+            ForgettingMqarSegment(20_000, 128, 8, 8),
+            ForgettingMqarSegment(20_000, 256, 16, 16),
+            ForgettingMqarSegment(20_000, 256, 32, 32),
         ),
         test=(
-            Segment(1_000, 64, 4, 0),
-            Segment(1_000, 64, 4, 4),
-            Segment(1_000, 64, 4, 16),
-            Segment(1_000, 64, 8, 8),
-            Segment(1_000, 128, 16, 16),
-            Segment(1_000, 256, 32, 32),
-            Segment(1_000, 512, 64, 64),
-            Segment(1_000, 1024, 128, 128),
+            ForgettingMqarSegment(1_000, 64, 4, 0),
+            ForgettingMqarSegment(1_000, 64, 4, 4),
+            ForgettingMqarSegment(1_000, 64, 4, 16),
+            ForgettingMqarSegment(1_000, 64, 8, 8),
+            ForgettingMqarSegment(1_000, 128, 16, 16),
+            ForgettingMqarSegment(1_000, 256, 32, 32),
+            ForgettingMqarSegment(1_000, 512, 64, 64),
+            ForgettingMqarSegment(1_000, 1024, 128, 128),
         ),
     ),
     "tiny": ForgettingMqarConfig(
-        train=(Segment(50, 16, 2, 2), Segment(21, 32, 4, 4)),
-        test=(Segment(10, 16, 2, 2), Segment(11, 32, 4, 8)),
+        train=(ForgettingMqarSegment(50, 16, 2, 2), ForgettingMqarSegment(21, 32, 4, 4)),
+        test=(ForgettingMqarSegment(10, 16, 2, 2), ForgettingMqarSegment(11, 32, 4, 8)),
         vocab_size=64,
     ),
 }

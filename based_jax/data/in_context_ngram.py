@@ -1,7 +1,7 @@
 """In-context n-grams: every row has a random language of its own, which only the row itself tells.
 
     inputs   2  0  1  2  0  1  1  0      a bigram: the distribution of the next token depends on the last one
-    labels   .  .  .  0  1  2  0  1      . is IGNORE: asked is the next token where this context stood before
+    labels   .  .  .  0  1  2  0  1      . is NO_LABEL: asked is the next token where this context stood before
 
 Each row draws, for every context of order - 1 tokens, a distribution over the vocabulary from a symmetric Dirichlet,
 and then its tokens from these: in-context Markov chains (Edelman et al. 2024, arXiv 2402.11004), the n-gram case of
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from based_jax.data.segments import IGNORE, Examples, Split, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, LengthSegment, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL, is_labelled
 
 LARGEST_TABLE = 2**20
 BLOCK = 2**22  # probabilities held at once, over the rows that are drawn together
@@ -36,7 +37,7 @@ def in_context_ngram(
     for block in _blocks(tokens, vocab_size, order):
         _draw(rng, block, vocab_size, order, concentration)
     inputs = tokens[:, :-1].copy()
-    return inputs, np.where(_seen(inputs, vocab_size, order), tokens[:, 1:], np.int32(IGNORE))
+    return inputs, np.where(_seen(inputs, vocab_size, order), tokens[:, 1:], np.int32(NO_LABEL))
 
 
 def contexts(inputs: np.ndarray, vocab_size: int, order: int) -> np.ndarray:
@@ -72,7 +73,7 @@ def best_accuracy(examples: Examples, vocab_size: int, order: int = 2, concentra
     """
     inputs, labels = examples
     _, probability = best_predictions(inputs, vocab_size, order, concentration)
-    return float(probability[labels != IGNORE].mean())
+    return float(probability[is_labelled(labels)].mean())
 
 
 def _blocks(tokens: np.ndarray, vocab_size: int, order: int) -> list[np.ndarray]:
@@ -134,24 +135,11 @@ def _check(vocab_size: int, seq_len: int, order: int, concentration: float) -> N
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Examples of one length."""
-
-    num_examples: int
-    seq_len: int
-
-    @property
-    def name(self) -> str:
-        """The length, such as "128"."""
-        return str(self.seq_len)
-
-
-@dataclass(frozen=True)
 class InContextNgramConfig:
     """A whole in-context n-gram task; a smaller concentration makes the languages more predictable."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[LengthSegment, ...]
+    test: tuple[LengthSegment, ...]
     vocab_size: int = 8
     seed: int = 123
     order: int = 2
@@ -177,9 +165,12 @@ class InContextNgramConfig:
 PRESETS = {
     # sizes of our own
     "default": InContextNgramConfig(
-        train=(Segment(25_600, 128),), test=(Segment(1_280, 64), Segment(1_280, 128), Segment(1_280, 256))
+        train=(LengthSegment(25_600, 128),),
+        test=(LengthSegment(1_280, 64), LengthSegment(1_280, 128), LengthSegment(1_280, 256)),
     ),
     "tiny": InContextNgramConfig(
-        train=(Segment(50, 16), Segment(21, 32)), test=(Segment(10, 16), Segment(11, 32)), vocab_size=4
+        train=(LengthSegment(50, 16), LengthSegment(21, 32)),
+        test=(LengthSegment(10, 16), LengthSegment(11, 32)),
+        vocab_size=4,
     ),
 }

@@ -1,7 +1,7 @@
 """Induction heads: what followed the special token the first time has to follow it the second time.
 
     inputs   4  1  s  7  0  1  3  s      s is the special token, which stands nowhere else
-    labels   .  .  .  .  .  .  .  7      . is IGNORE
+    labels   .  .  .  .  .  .  .  7      . is NO_LABEL
 
 From H3 (Fu et al. 2023, section 3.1); Mamba (Gu and Dao 2023, section 4.1.2 and appendix E.1) trains at length 256 and
 tests lengths from 2**6 to 2**20. The special token is vocab_size - 1; all others are uniform.
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from based_jax.data.segments import IGNORE, Examples, Split, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, LengthSegment, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 def induction_heads(vocab_size: int, num_examples: int, seq_len: int, seed: int) -> Examples:
@@ -28,7 +29,7 @@ def induction_heads(vocab_size: int, num_examples: int, seq_len: int, seed: int)
     inputs = rng.integers(special, size=(num_examples, seq_len), dtype=np.int32)
     inputs[rows, place] = special
     inputs[:, -1] = special
-    labels = np.full_like(inputs, IGNORE)
+    labels = np.full_like(inputs, NO_LABEL)
     labels[:, -1] = inputs[rows, place + 1]
     return inputs, labels
 
@@ -41,24 +42,11 @@ def _check(vocab_size: int, seq_len: int) -> None:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Examples of one length."""
-
-    num_examples: int
-    seq_len: int
-
-    @property
-    def name(self) -> str:
-        """The length, such as "256"."""
-        return str(self.seq_len)
-
-
-@dataclass(frozen=True)
 class InductionHeadsConfig:
     """A whole induction heads task."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[LengthSegment, ...]
+    test: tuple[LengthSegment, ...]
     vocab_size: int = 16
     seed: int = 123
 
@@ -76,7 +64,9 @@ class InductionHeadsConfig:
 PRESETS = {
     # Mamba's training length and vocabulary; it draws new data at every step, and tests up to 2**20
     "default": InductionHeadsConfig(
-        train=(Segment(25_600, 256),), test=tuple(Segment(256, 2**power) for power in range(6, 13))
+        train=(LengthSegment(25_600, 256),), test=tuple(LengthSegment(256, 2**power) for power in range(6, 13))
     ),
-    "tiny": InductionHeadsConfig(train=(Segment(50, 16), Segment(21, 32)), test=(Segment(10, 16), Segment(11, 32))),
+    "tiny": InductionHeadsConfig(
+        train=(LengthSegment(50, 16), LengthSegment(21, 32)), test=(LengthSegment(10, 16), LengthSegment(11, 32))
+    ),
 }

@@ -1,7 +1,7 @@
 """Memorization: a fixed dictionary that is nowhere in the context and has to be learned in the weights.
 
     inputs  k7  ~ k2  ~ k9  ~ k2  ~      ~ is the insert token
-    labels   . v7  . v2  . v9  . v2      . is IGNORE
+    labels   . v7  . v2  . v9  . v2      . is NO_LABEL
 
 From the MAD benchmark (Poli et al. 2024; athms/mad-lab mad/data/instances.py): with n = (vocab_size - 1) // 2 the ids
 are n keys, the values, and the insert token, where the value is asked. The dictionary is drawn from the task's seed, so
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from based_jax.data.segments import IGNORE, Examples, Split, check_seed, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, LengthSegment, Split, check_seed, check_segments, segment_and_seed
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 def dictionary(vocab_size: int, seed: int) -> np.ndarray:
@@ -34,7 +35,7 @@ def memorization(vocab_size: int, num_examples: int, seq_len: int, seed: int, di
     values = dictionary(vocab_size, dictionary_seed)
     keys = np.random.default_rng(seed).integers(len(values), size=(num_examples, seq_len // 2), dtype=np.int32)
     inputs = np.full((num_examples, seq_len), vocab_size - 1, np.int32)
-    labels = np.full_like(inputs, IGNORE)
+    labels = np.full_like(inputs, NO_LABEL)
     inputs[:, 0::2] = keys
     labels[:, 1::2] = values[keys]
     return inputs, labels
@@ -48,24 +49,11 @@ def _check(vocab_size: int, seq_len: int) -> None:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Examples of one length."""
-
-    num_examples: int
-    seq_len: int
-
-    @property
-    def name(self) -> str:
-        """The length, such as "32"."""
-        return str(self.seq_len)
-
-
-@dataclass(frozen=True)
 class MemorizationConfig:
     """A whole memorization task; the vocabulary sets how many facts there are to learn."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[LengthSegment, ...]
+    test: tuple[LengthSegment, ...]
     vocab_size: int = 256
     seed: int = 123
 
@@ -82,8 +70,10 @@ class MemorizationConfig:
 
 PRESETS = {
     # MAD's baseline (athms/mad-lab configs/tasks/memorization.yml, mad/configs.py)
-    "default": MemorizationConfig(train=(Segment(256, 32),), test=(Segment(1_280, 32),)),
+    "default": MemorizationConfig(train=(LengthSegment(256, 32),), test=(LengthSegment(1_280, 32),)),
     "tiny": MemorizationConfig(
-        train=(Segment(50, 16), Segment(21, 32)), test=(Segment(10, 16), Segment(11, 32)), vocab_size=16
+        train=(LengthSegment(50, 16), LengthSegment(21, 32)),
+        test=(LengthSegment(10, 16), LengthSegment(11, 32)),
+        vocab_size=16,
     ),
 }

@@ -1,7 +1,7 @@
 """Multi-query associative recall (MQAR): key-value pairs, then each key once more, to be answered with its value.
 
     inputs   k1 v1 k2 v2 k3 v3 | k2  ~  ~  ~ k1  ~ k3  ~  ~  ~      ~ is filler
-    labels    .  .  .  .  .  . | v2  .  .  . v1  . v3  .  .  .      . is IGNORE
+    labels    .  .  .  .  .  . | v2  .  .  . v1  . v3  .  .  .      . is NO_LABEL
 
 A label stands at its query's own position: the model is asked for the value right where it reads the key again.
 Keys come from [1, vocab/2), values from [vocab/2, vocab). The gap before a query follows a power law: most are short.
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from based_jax.data.legacy_random import uniform_choices, weighted_choices
-from based_jax.data.segments import IGNORE, Examples, Split, check_seed, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, Split, check_seed, check_segments, segment_and_seed
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 def mqar(
@@ -27,7 +28,7 @@ def mqar(
     power_a: float = 0.01,
     random_non_queries: bool = True,
 ) -> Examples:
-    """Return (inputs, labels), int32 arrays of shape (num_examples, seq_len); labels are IGNORE except at queries.
+    """Return (inputs, labels), int32 arrays of shape (num_examples, seq_len); labels are NO_LABEL except at queries.
 
     A gap of i pairs of positions has a probability proportional to (i + 1) ** (power_a - 1). `random_non_queries`
     replaces the zeros between queries by uniform tokens, which may coincide with keys (in zoology too).
@@ -59,7 +60,7 @@ def lay_out(
     """
     context = 2 * keys.shape[1]
     inputs = np.zeros((len(keys), seq_len), np.int32)
-    labels = np.full_like(inputs, IGNORE)
+    labels = np.full_like(inputs, NO_LABEL)
     inputs[:, 0:context:2] = keys
     inputs[:, 1:context:2] = values
     np.put_along_axis(inputs, context + 2 * gaps, queries.astype(np.int32), axis=1)
@@ -91,7 +92,7 @@ def _check(vocab_size: int, num_examples: int, seq_len: int, num_kv_pairs: int, 
 
 
 @dataclass(frozen=True)
-class Segment:
+class MqarSegment:
     """Examples of one length and one number of pairs."""
 
     num_examples: int
@@ -108,8 +109,8 @@ class Segment:
 class MqarConfig:
     """A whole MQAR task: training segments in the order that they are learned in, and one test set per segment."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[MqarSegment, ...]
+    test: tuple[MqarSegment, ...]
     vocab_size: int = 8192
     seed: int = 123
     power_a: float = 0.01
@@ -138,26 +139,26 @@ PRESETS = {
     # Based, Figure 2 (zoology/experiments/paper_configs/arxiv24_based_figure2); batch size 256, 32 for tests, 32 epochs
     "figure2": MqarConfig(
         train=(
-            Segment(100_000, 64, 4),
-            Segment(20_000, 128, 8),
-            Segment(20_000, 256, 16),
-            Segment(20_000, 256, 32),
-            Segment(20_000, 256, 64),
+            MqarSegment(100_000, 64, 4),
+            MqarSegment(20_000, 128, 8),
+            MqarSegment(20_000, 256, 16),
+            MqarSegment(20_000, 256, 32),
+            MqarSegment(20_000, 256, 64),
         ),
         test=(
-            Segment(1_000, 64, 4),
-            Segment(1_000, 64, 8),
-            Segment(1_000, 64, 16),
-            Segment(1_000, 128, 32),
-            Segment(1_000, 256, 64),
-            Segment(1_000, 512, 128),
-            Segment(1_000, 1024, 256),
+            MqarSegment(1_000, 64, 4),
+            MqarSegment(1_000, 64, 8),
+            MqarSegment(1_000, 64, 16),
+            MqarSegment(1_000, 128, 32),
+            MqarSegment(1_000, 256, 64),
+            MqarSegment(1_000, 512, 128),
+            MqarSegment(1_000, 1024, 256),
         ),
     ),
     # for tests: two lengths, a short last batch at any batch size above 2
     "tiny": MqarConfig(
-        train=(Segment(50, 16, 2), Segment(21, 32, 4)),
-        test=(Segment(10, 16, 2), Segment(11, 32, 4)),
+        train=(MqarSegment(50, 16, 2), MqarSegment(21, 32, 4)),
+        test=(MqarSegment(10, 16, 2), MqarSegment(11, 32, 4)),
         vocab_size=64,
     ),
 }

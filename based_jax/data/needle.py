@@ -1,7 +1,7 @@
 """A needle in a haystack: key-value pairs at one depth of a long filler, their keys asked again at the end.
 
     inputs   ~  ~  ~ k1 v1 k2 v2  ~  ~  ~  ~  ~ k2 k1      ~ is filler
-    labels   .  .  .  .  .  .  .  .  .  .  .  . v2 v1      . is IGNORE
+    labels   .  .  .  .  .  .  .  .  .  .  .  . v2 v1      . is NO_LABEL
 
 The form of Kamradt's test (2023) and of RULER's retrieval tasks (Hsieh et al. 2024) without their English: accuracy
 over length and depth shows where a mixer loses what it read. As in MQAR a label stands at its query's own position.
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from based_jax.data.draws import distinct
-from based_jax.data.segments import IGNORE, Examples, Split, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 def needle(
@@ -41,7 +42,7 @@ def needle(
     place = any_place if depth is None else np.full(num_examples, round(depth * last_place))
 
     inputs = rng.integers(first_value, vocab_size, size=(num_examples, seq_len), dtype=np.int32)
-    labels = np.full_like(inputs, IGNORE)
+    labels = np.full_like(inputs, NO_LABEL)
     pairs = np.stack([keys, values], axis=-1).reshape(num_examples, -1).astype(np.int32)
     np.put_along_axis(inputs, place[:, None] + np.arange(2 * num_needles), pairs, axis=1)
     inputs[:, -num_needles:] = np.take_along_axis(keys, order, axis=1)
@@ -59,7 +60,7 @@ def _check(vocab_size: int, seq_len: int, depth: float | None, num_needles: int)
 
 
 @dataclass(frozen=True)
-class Segment:
+class NeedleSegment:
     """Examples of one length, one depth (None for any) and one number of needles."""
 
     num_examples: int
@@ -78,8 +79,8 @@ class Segment:
 class NeedleConfig:
     """A whole needle task."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[NeedleSegment, ...]
+    test: tuple[NeedleSegment, ...]
     vocab_size: int = 8192
     seed: int = 123
 
@@ -96,20 +97,20 @@ class NeedleConfig:
 
 def grid(
     num_examples: int, lengths: Sequence[int], depths: Sequence[float], num_needles: int = 1
-) -> tuple[Segment, ...]:
+) -> tuple[NeedleSegment, ...]:
     """Return a segment for each length and depth, depths of one length together."""
-    return tuple(Segment(num_examples, length, depth, num_needles) for length in lengths for depth in depths)
+    return tuple(NeedleSegment(num_examples, length, depth, num_needles) for length in lengths for depth in depths)
 
 
 PRESETS = {
     # sizes of our own: the longest test is twice the longest training row
     "default": NeedleConfig(
-        train=(Segment(20_000, 256), Segment(20_000, 512), Segment(20_000, 1024)),
+        train=(NeedleSegment(20_000, 256), NeedleSegment(20_000, 512), NeedleSegment(20_000, 1024)),
         test=grid(250, (256, 512, 1024, 2048), (0.0, 0.25, 0.5, 0.75, 1.0)),
     ),
     "tiny": NeedleConfig(
-        train=(Segment(50, 16), Segment(21, 32, None, 2)),
-        test=(*grid(10, (16, 32), (0.0, 0.5, 1.0)), Segment(11, 32, None, 2)),
+        train=(NeedleSegment(50, 16), NeedleSegment(21, 32, None, 2)),
+        test=(*grid(10, (16, 32), (0.0, 0.5, 1.0)), NeedleSegment(11, 32, None, 2)),
         vocab_size=64,
     ),
 }

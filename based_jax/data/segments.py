@@ -1,9 +1,10 @@
 """Batches of a synthetic task: segments of examples of one length each, made once, learned in order, tested by name.
 
 A task is a frozen config with training and test segments (`SegmentedTask`); what it asks is its own module's matter.
-In all of them labels are IGNORE where nothing is asked, and a label stands at the position whose output is judged.
+In all of them labels are NO_LABEL where nothing is asked, and a label stands at the position whose output is judged.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, Protocol
@@ -12,15 +13,14 @@ import numpy as np
 
 from based_jax.data.hosts import own_rows
 from based_jax.errors import UserError, unknown
-
-IGNORE = -100
+from based_jax.labels import NO_LABEL
 
 Examples = tuple[np.ndarray, np.ndarray]
 Batch = dict[str, np.ndarray]
 Split = Literal["train", "test"]
 
 
-class Segment(Protocol):
+class TaskSegment(Protocol):
     """Examples of one length and one difficulty."""
 
     @property
@@ -39,18 +39,31 @@ class Segment(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class LengthSegment:
+    """Examples of one length, in tasks where nothing else makes an example easy or hard."""
+
+    num_examples: int
+    seq_len: int
+
+    @property
+    def name(self) -> str:
+        """The length, such as "128"."""
+        return str(self.seq_len)
+
+
 class SegmentedTask(Protocol):
     """A whole synthetic task, a frozen dataclass: training segments in the order of learning, and test segments."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def train(self) -> Sequence[Segment]:
+    def train(self) -> Sequence[TaskSegment]:
         """At least one segment."""
         ...
 
     @property
-    def test(self) -> Sequence[Segment]:
+    def test(self) -> Sequence[TaskSegment]:
         """Segments of distinct names."""
         ...
 
@@ -77,7 +90,7 @@ def segment_seeds(seed: int, num_train: int, num_test: int) -> tuple[list[int], 
     return train.tolist(), test.tolist()
 
 
-def segment_and_seed[S: Segment](
+def segment_and_seed[S: TaskSegment](
     train: tuple[S, ...], test: tuple[S, ...], seed: int, split: Split, index: int
 ) -> tuple[S, int]:
     """Return a task's segment and the seed of its examples; UserError for an unknown split."""
@@ -87,7 +100,7 @@ def segment_and_seed[S: Segment](
     return (train[index], train_seeds[index]) if split == "train" else (test[index], test_seeds[index])
 
 
-def check_segments(what: str, train: Sequence[Segment], test: Sequence[Segment], seed: int) -> None:
+def check_segments(what: str, train: Sequence[TaskSegment], test: Sequence[TaskSegment], seed: int) -> None:
     """Check what all tasks ask of their segments and of their seed.
 
     Raises:
@@ -114,7 +127,7 @@ class SegmentSource:
     Batch t is a pure function of (task, batch_size, shuffle, t). Segments are never mixed, so the length differs from
     batch to batch. Without `shuffle` an epoch reads the segments in their order, as zoology does; with it every epoch
     permutes the examples of each segment and the order of the batches. A segment's short last batch is filled up with
-    rows whose labels are all IGNORE, which leaves a mean over the labelled positions unchanged.
+    rows whose labels are all NO_LABEL, which leaves a mean over the labelled positions unchanged.
     Host p of n gets the p-th of n equal blocks of rows: concatenated in order they are the batch of a single host.
     """
 
@@ -189,4 +202,4 @@ class SegmentSource:
         inputs, labels = self.examples(split, index)
         own = np.pad(rows, (0, self.batch_size - len(rows)), constant_values=-1)[self._own]
         filled = own[:, None] < 0
-        return {"inputs": np.where(filled, 0, inputs[own]), "labels": np.where(filled, IGNORE, labels[own])}
+        return {"inputs": np.where(filled, 0, inputs[own]), "labels": np.where(filled, NO_LABEL, labels[own])}

@@ -1,7 +1,7 @@
 """Selective copying: tokens scattered among blanks, then copied in their order, the blanks left out.
 
     inputs   ~  3  ~  ~  7  ~  5  ~  c  ~  ~  ~      ~ is the blank, c the copy token
-    labels   .  .  .  .  .  .  .  .  .  3  7  5      . is IGNORE
+    labels   .  .  .  .  .  .  .  .  .  3  7  5      . is NO_LABEL
 
 Gaps differ from row to row, so a mixer whose weights do not depend on the input cannot know what to keep (Mamba, Gu and
 Dao 2023, section 3.1). Rows are laid out as in the MAD benchmark (Poli et al. 2024; athms/mad-lab
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from based_jax.data.draws import distinct
-from based_jax.data.segments import IGNORE, Examples, Split, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 def selective_copying(vocab_size: int, num_examples: int, seq_len: int, num_tokens: int, seed: int) -> Examples:
@@ -30,7 +31,7 @@ def selective_copying(vocab_size: int, num_examples: int, seq_len: int, num_toke
     places = np.sort(distinct(rng, context, num_tokens, num_examples), axis=1)
 
     inputs = np.full((num_examples, seq_len), blank, np.int32)
-    labels = np.full_like(inputs, IGNORE)
+    labels = np.full_like(inputs, NO_LABEL)
     np.put_along_axis(inputs, places, tokens, axis=1)
     inputs[:, context] = copy
     labels[:, context + 1 :] = tokens
@@ -45,7 +46,7 @@ def _check(vocab_size: int, seq_len: int, num_tokens: int) -> None:
 
 
 @dataclass(frozen=True)
-class Segment:
+class CopyingSegment:
     """Examples of one length and one number of tokens to copy."""
 
     num_examples: int
@@ -62,8 +63,8 @@ class Segment:
 class SelectiveCopyingConfig:
     """A whole selective copying task."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[CopyingSegment, ...]
+    test: tuple[CopyingSegment, ...]
     vocab_size: int = 16
     seed: int = 123
 
@@ -80,10 +81,13 @@ class SelectiveCopyingConfig:
 
 PRESETS = {
     # MAD's baseline (athms/mad-lab configs/tasks/selective-copying.yml, mad/configs.py)
-    "default": SelectiveCopyingConfig(train=(Segment(12_800, 256, 16),), test=(Segment(1_280, 256, 16),)),
+    "default": SelectiveCopyingConfig(train=(CopyingSegment(12_800, 256, 16),), test=(CopyingSegment(1_280, 256, 16),)),
     # Mamba, appendix E.1: 16 ids with the blank, but without our copy token; it trains on new data at every step
-    "mamba": SelectiveCopyingConfig(train=(Segment(12_800, 4096, 16),), test=(Segment(640, 4096, 16),), vocab_size=17),
+    "mamba": SelectiveCopyingConfig(
+        train=(CopyingSegment(12_800, 4096, 16),), test=(CopyingSegment(640, 4096, 16),), vocab_size=17
+    ),
     "tiny": SelectiveCopyingConfig(
-        train=(Segment(50, 16, 3), Segment(21, 32, 4)), test=(Segment(10, 16, 3), Segment(11, 32, 4))
+        train=(CopyingSegment(50, 16, 3), CopyingSegment(21, 32, 4)),
+        test=(CopyingSegment(10, 16, 3), CopyingSegment(11, 32, 4)),
     ),
 }

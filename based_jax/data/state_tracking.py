@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, LengthSegment, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError, unknown
 
 Permutation = tuple[int, ...]
@@ -70,24 +70,11 @@ def _check(group: str, seq_len: int) -> None:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Examples of one length."""
-
-    num_examples: int
-    seq_len: int
-
-    @property
-    def name(self) -> str:
-        """The length, such as "32"."""
-        return str(self.seq_len)
-
-
-@dataclass(frozen=True)
 class StateTrackingConfig:
     """A whole state tracking task over one of `GROUPS`."""
 
-    train: tuple[Segment, ...]
-    test: tuple[Segment, ...]
+    train: tuple[LengthSegment, ...]
+    test: tuple[LengthSegment, ...]
     group: str = "s5"
     seed: int = 123
 
@@ -107,13 +94,15 @@ class StateTrackingConfig:
         return state_tracking(self.group, segment.num_examples, segment.seq_len, seed)
 
 
-_LENGTHS = tuple(Segment(1_000, seq_len) for seq_len in (32, 64, 128, 256))
+_LENGTHS = tuple(LengthSegment(1_000, seq_len) for seq_len in (32, 64, 128, 256))
 
 PRESETS = {
     # lengths and numbers of examples of our own
-    "default": StateTrackingConfig(train=(Segment(100_000, 32),), test=_LENGTHS),
-    "parity": StateTrackingConfig(train=(Segment(100_000, 32),), test=_LENGTHS, group="parity"),
+    "default": StateTrackingConfig(train=(LengthSegment(100_000, 32),), test=_LENGTHS),
+    "parity": StateTrackingConfig(train=(LengthSegment(100_000, 32),), test=_LENGTHS, group="parity"),
     "tiny": StateTrackingConfig(
-        train=(Segment(50, 8), Segment(21, 16)), test=(Segment(10, 16), Segment(11, 32)), group="s3"
+        train=(LengthSegment(50, 8), LengthSegment(21, 16)),
+        test=(LengthSegment(10, 16), LengthSegment(11, 32)),
+        group="s3",
     ),
 }

@@ -9,8 +9,6 @@ tokens; neighbours share one token, so every token is a target once:
 
 import contextlib
 import hashlib
-import io
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +18,13 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-from based_jax.data import corpus
+from based_jax.data.corpus import Corpus, FolderCorpus, default_corpus
 from based_jax.data.hosts import own_rows
-from based_jax.data.segments import IGNORE, Batch
+from based_jax.data.segments import Batch
+from based_jax.data.tfds_corpus import PREFIX, TfdsCorpus, quiet_tfds
 from based_jax.data.tokenizer import Tokenizer, get_tokenizer
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 CACHE_VARIABLE = "BASED_JAX_CACHE"
 
@@ -35,16 +35,32 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path(user_cache) / "based_jax")
 
 
+def open_corpus(path: str | os.PathLike | None, text_feature: str | None = None) -> Corpus:
+    """Return the corpus of 'tfds:NAME' or of a folder; the shipped prose if the path is None.
+
+    Raises:
+      UserError: a text feature is asked of a folder.
+    """
+    name = str(path or default_corpus())
+    if name.startswith(PREFIX):
+        return TfdsCorpus(name.removeprefix(PREFIX), text_feature)
+    if text_feature is not None:
+        raise UserError(
+            f"text_feature is '{text_feature}', but the path '{name}' is not {PREFIX}NAME; it is None there."
+        )
+    return FolderCorpus(name)
+
+
 class PackedText(tfds.core.GeneratorBasedBuilder):
     """Windows of a corpus: tokens and segment_ids (seq_len + 1,), id 0 for the padding of a split's last window."""
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, seq_len: int, cache_dir: Path):
-        self._folder, self._tokenizer, self._seq_len = folder, tokenizer, seq_len
-        key = f"{corpus.fingerprint(folder)} {tokenizer.fingerprint} {seq_len}"
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, cache_dir: Path):
+        self._corpus, self._tokenizer, self._seq_len = corpus, tokenizer, seq_len
+        key = f"{corpus.fingerprint()} {tokenizer.fingerprint} {seq_len}"
         config = tfds.core.BuilderConfig(name=hashlib.sha256(key.encode()).hexdigest()[:16])
-        with _quiet():
+        with quiet_tfds():
             super().__init__(data_dir=cache_dir, config=config, file_format="array_record")
 
     def build(self) -> None:
@@ -57,18 +73,18 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
         with filelock.FileLock(str(self.data_path) + ".lock"):
             if not (self.data_path / "dataset_info.json").exists():
                 self._windows = self._packed_splits()
-                with _quiet():
+                with quiet_tfds():
                     self.download_and_prepare()
                 del self._windows
 
     def _packed_splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         splits = {}
-        for split, documents in corpus.split_documents(self._folder).items():
+        for split, documents in self._corpus.split_documents().items():
             tokens, segment_ids = pack(documents, self._tokenizer, self._seq_len)
             if split == "train" and not segment_ids[0].all():
                 count = int(np.count_nonzero(segment_ids))
                 raise UserError(
-                    f"seq_len {self._seq_len} is longer than the data: '{self._folder}' has {count} tokens to train on."
+                    f"seq_len {self._seq_len} is longer than the data: '{self._corpus}' has {count} tokens to train on."
                 )
             splits[split] = tokens, segment_ids
         return splits
@@ -107,7 +123,7 @@ class TextSource:
     epoch, and a batch is the next `batch_size` of them. Host p of n gets the p-th of n equal blocks of its rows.
 
     Args:
-      folder: the corpus; the shipped prose if None.
+      path, text_feature: the corpus, see `open_corpus`.
       tokenizer: a name of `data/tokenizer.py`.
       seq_len: tokens per row.
       seed: of the shuffle.
@@ -121,11 +137,12 @@ class TextSource:
 
     def __init__(
         self,
-        folder: str | os.PathLike | None,
+        path: str | os.PathLike | None,
         tokenizer: str,
         seq_len: int,
         batch_size: int,
         *,
+        text_feature: str | None = None,
         seed: int = 0,
         cache_dir: str | os.PathLike | None = None,
         process_index: int = 0,
@@ -136,7 +153,7 @@ class TextSource:
         self._batch_size = batch_size
         self._own = own_rows(batch_size, process_index, process_count)
         cache = Path(cache_dir or default_cache_dir()).resolve()
-        builder = PackedText(Path(folder or corpus.default_corpus()), get_tokenizer(tokenizer), seq_len, cache)
+        builder = PackedText(open_corpus(path, text_feature), get_tokenizer(tokenizer), seq_len, cache)
         builder.build()
         self._path = builder.data_path
         with self._reading():
@@ -171,24 +188,11 @@ class TextSource:
             ) from error
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Keep the progress bars and notices of tensorflow-datasets off the terminal."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 def _batch(windows: list[dict[str, np.ndarray]]) -> Batch:
     tokens, ids = (np.stack([window[name] for window in windows]) for name in ("tokens", "segment_ids"))
     labelled = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] != 0)
     return {
         "inputs": tokens[:, :-1],
-        "labels": np.where(labelled, tokens[:, 1:], IGNORE).astype(np.int32),
+        "labels": np.where(labelled, tokens[:, 1:], NO_LABEL).astype(np.int32),
         "segment_ids": ids[:, :-1],
     }

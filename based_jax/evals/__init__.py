@@ -1,1 +1,1 @@
-"""What a trained model can do: perplexity, recall, generation."""
+"""What a trained model can do: perplexity, recall."""

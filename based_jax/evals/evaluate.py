@@ -9,11 +9,11 @@ import numpy as np
 from flax import nnx
 
 from based_jax.nn.lm import LM
-from based_jax.train.step import loss_sums
+from based_jax.nn.loss import loss_sums
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Mapping], dict[str, jax.Array]]:
-    """Return `eval_step(params, batch)`, the jitted sums of `train.step.loss_sums`."""
+    """Return `eval_step(params, batch)`, the jitted sums of `nn.loss.loss_sums`."""
 
     @jax.jit
     def eval_step(params, batch):
@@ -26,7 +26,7 @@ def evaluate(sums_of: Callable[[Mapping], Mapping], batches: Iterable[tuple[str,
     """Return metrics over all batches, and per segment where there are several.
 
     Args:
-      sums_of: sums of one batch; see `train.step.loss_sums`.
+      sums_of: sums of one batch; see `nn.loss.loss_sums`.
       batches: (segment name, batch) pairs.
 
     Returns:

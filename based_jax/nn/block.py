@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from based_jax import parallel
 from based_jax.dims import BD, BP, BT, BTD
 from based_jax.nn import layers
 from based_jax.nn.mixers import make_mixer
@@ -29,6 +30,10 @@ class Stream(NamedTuple):
     def total(self) -> Float[Array, "*B D"]:
         """Return the stream with nothing left to add."""
         return self.r if self.y is None else self.r + self.y
+
+    def constrained(self) -> "Stream":
+        """Return the stream with its rows over the mesh, lest XLA gathers activations instead of weights."""
+        return jax.tree.map(lambda x: parallel.constrain(x, "batch"), self)
 
     def normed(self, norm: Any, dtype) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
         """Return the stream with nothing left to add, and its norm by an `nnx.RMSNorm` or `nnx.LayerNorm`."""
@@ -84,9 +89,9 @@ class Block(nnx.Module):
         [r] = layers.at(positions, r)
         stream = Stream(r, y)
         if self.mlp is None:
-            return stream, cache
+            return stream.constrained(), cache
         r, x = stream.normed(self.norm2, self.dtype)
-        return Stream(r, self.mlp(x)), cache
+        return Stream(r, self.mlp(x)).constrained(), cache
 
 
 class Stack(nnx.Module):

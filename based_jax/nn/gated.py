@@ -18,11 +18,11 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.ops import segments
 from based_jax.ops.conv import short_conv, short_conv_step
+from based_jax.ops.decays import initial_state
 from based_jax.ops.gated_linear_attention import (
     IMPLEMENTATIONS,
     gated_linear_attention,
     gated_linear_attention_step,
-    initial_state,
 )
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from based_jax import parallel
 from based_jax.dims import BD, BP, BPD, BT, BTD, Tokens
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
@@ -202,7 +203,7 @@ class LM(nnx.Module):
 
     def _in(self, ids):
         # Left to itself XLA reads the table again wherever the embedding is used, and there across its rows.
-        r = jax.lax.optimization_barrier(self.embed(ids))
+        r = jax.lax.optimization_barrier(parallel.constrain(self.embed(ids), "batch"))
         return self.embed_norm(r) if self.config.embed_norm else r
 
     def _out(self, stream):

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BT, BTD, WD
-from based_jax.ops import conv_hopper, long_conv, segments
-from based_jax.ops.conv_hopper import Bias
+from based_jax.ops import long_conv, segments
 from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.hopper import short_conv as hopper_short_conv
 from based_jax.ops.precision import einsum, product_policy
 
 Past = Float[Array, "B _ D"]
 BSD = Float[Array, "B S D"]
 BS = Int[Array, "B S"]
+Bias = Float[Array, "D"]
 
 UNROLLED = 8
 
@@ -47,9 +48,9 @@ def short_conv(
       state: last `reach` inputs before x; they belong to each row's first document.
       segment_ids: ids of packed documents, 0 for padding, whose output is 0 (see `ops/segments.py`).
       return_state: return (y, last inputs of the last document) instead of y.
-      impl: "oracle" (window by window), "recurrent" (token by token), "xla" (W shifted products), "toeplitz"
-        (products in x's dtype; no packing; auto's for many taps and short sequences on a GPU), "hopper" (Mosaic GPU
-        kernels; bf16, 2 to 4 taps, no dilation, D a multiple of 128) or "auto".
+      impl: "oracle" (window by window), "xla_steps" (token by token), "xla_taps" (W shifted products), "xla_toeplitz"
+        (products in x's dtype; no packing; auto's for many taps and short sequences on a GPU), "hopper_taps" (Mosaic
+        GPU kernels; bf16, 2 to 4 taps, no dilation, D a multiple of 128) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -211,7 +212,7 @@ def _product_is_slower(x, kernel, *_rest, **_options) -> str | None:
     """Return why the shifted products are the faster form, or None."""
     if kernel.shape[0] <= UNROLLED:
         return f"there are {kernel.shape[0]} taps, no more than {UNROLLED}"
-    return None if x.shape[1] <= long_conv.SHORT else f"T is {x.shape[1]}, above {long_conv.SHORT}"
+    return long_conv.product_is_slower(x.shape[1])
 
 
 def _term(inputs: BSD, ids: BS | None, weights: Float[Array, "D"], at, T: int) -> BTD:
@@ -233,15 +234,9 @@ def _slice(x, at, T: int):
     return jax.lax.dynamic_slice_in_dim(x, at + 1, T, axis=1)
 
 
-def _hopper(x, kernel, bias, state, segment_ids, *, silu, dilation) -> BTD:
-    def with_state(x, *rest):
-        return _composed(_shifted, x.astype(jnp.float32), *rest, silu=silu, dilation=dilation).astype(x.dtype)
-
-    return conv_hopper.convolve(x, kernel, bias, state, segment_ids, gated=False, silu=silu, with_state=with_state)
-
-
-def _supports(x: BTD, kernel: WD, *_rest, dilation: int, **_options) -> str | None:
-    return conv_hopper.supports(x, kernel) if dilation == 1 else f"dilation must be 1, and is {dilation}"
+def _wide(x: BTD, *rest, **options) -> BTD:
+    """Add up the shifted products in fp32 from the inputs to the output."""
+    return _composed(_shifted, x.astype(jnp.float32), *rest, **options).astype(x.dtype)
 
 
 def _through(form: Callable) -> Callable[..., BTD]:
@@ -249,9 +244,11 @@ def _through(form: Callable) -> Callable[..., BTD]:
 
 
 IMPLEMENTATIONS = {
-    "hopper": Implementation(_hopper, _supports, platform="cuda"),
-    "toeplitz": Implementation(_through(_product), _supports_product, preferred="cuda", slower=_product_is_slower),
-    "xla": Implementation(_through(_shifted)),
-    "recurrent": Implementation(_through(_recurrent)),
+    "hopper_taps": Implementation(
+        functools.partial(hopper_short_conv.compute, with_state=_wide), hopper_short_conv.supports, platform="cuda"
+    ),
+    "xla_taps": Implementation(_through(_shifted)),
+    "xla_toeplitz": Implementation(_through(_product), _supports_product, preferred="cuda", slower=_product_is_slower),
+    "xla_steps": Implementation(_through(_recurrent)),
     "oracle": Implementation(_through(_oracle)),
 }

@@ -13,7 +13,6 @@ log-decay and [x, y]_ts = sum_k x_tk y_sk exp(c_{t-1,k} - c_sk) for s < t (the W
 after which o and S are those of gated linear attention with keys k, b and values v, u. The state is (B, H, K, V) fp32.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -23,18 +22,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
-from based_jax.ops import channel_decays, chunks, hopper, one_decay, recurrence, scan
+from based_jax.ops import scan
+from based_jax.ops.decays import Decay, as_dplr, empty_state, pair_weights
 from based_jax.ops.dispatch import Implementation, dispatch
-from based_jax.ops.gated_linear_attention import Decay, initial_state, pair_weights
+from based_jax.ops.hopper import dplr as hopper_dplr
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
+from based_jax.ops.triton import delta_rule as triton_delta_rule
+from based_jax.ops.triton import dplr as triton_dplr
 
 CHUNK = 64
-
-FEW_HEADS, LARGE = 256, 128 * 256
-"""Where the state is corrected and channels decay each by itself (and in `dplr`), `auto` takes chunks below so many
-heads of all a device's sequences (lanes of `jax.vmap` not counted), and steps from there on: these take as long for 128
-heads, where chunks are three times as fast, as for 512, where they are slower; between was not timed. States of `LARGE`
-elements go by chunks whatever the heads (experiments/kernels)."""
 
 Rate = Float[Array, "B T H"]
 
@@ -74,7 +70,7 @@ def delta_rule_step(
     q: BHK, k: BHK, v: BHV, log_decay: Float[Array, "B H #K"], beta: Float[Array, "B H"], state: BHKV, **options: Any
 ) -> tuple[BHV, BHKV]:
     """Return one token's output and the state after it."""
-    q, k, v, log_decay, a, b = _as_dplr(q, k, v, log_decay, beta)
+    q, k, v, log_decay, a, b = as_dplr(q, k, v, log_decay, beta)
     return dplr_step(q, k, v, log_decay, a, b, state, **options)
 
 
@@ -101,9 +97,9 @@ def dplr(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "hopper" (Mosaic GPU
-        kernels, token by token; K at most 128), "triton" (chunks on tensor cores; v in bf16, to which q, k, a and
-        b are rounded; K at most 128) or "auto".
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "hopper_steps" (Mosaic GPU
+        kernels, token by token; K at most 128), "triton_chunks" (on tensor cores; v in bf16, to which q, k, a and b are
+        rounded; K at most 128) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -179,75 +175,37 @@ def _chunked(xs, scale, state, segment_ids) -> tuple[Any, Any]:
 
 
 def _empty(xs) -> BHKV:
-    q, v = xs[0], xs[2]
-    return initial_state(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-
-
-def _hopper(xs, scale, state, segment_ids) -> tuple[Any, Any]:
-    q, k, v, log_decay, a, b = xs
-    state = _empty(xs) if state is None else state
-    return recurrence.recurrence(q, k, v, log_decay, (a, b), scale, state, segment_ids)
-
-
-def _supports(xs, scale, state, segment_ids) -> str | None:
-    return recurrence.supports(xs[0], xs[2])
-
-
-def _chunks(xs, scale, state, segment_ids) -> tuple[Any, Any]:
-    q, k, v, log_decay, a, b = xs
-    state = _empty(xs) if state is None else state
-    return channel_decays.channel_decays(q, k, v, log_decay, (a, b), scale, state, segment_ids)
-
-
-def _correcting_chunks(xs, scale, state, segment_ids) -> tuple[Any, Any]:
-    q, k, v, log_decay, beta = xs
-    if log_decay.shape[-1] > 1:
-        return _chunks(_as_dplr(*xs), scale, state, segment_ids)
-    state = _empty(xs) if state is None else state
-    return one_decay.one_decay(q, k, v, log_decay, beta, scale, state, segment_ids)
-
-
-def _chunks_support(xs, scale, state, segment_ids) -> str | None:
-    return chunks.supports(xs[2], xs[0].shape[-1])
-
-
-def _chunks_are_slower(xs, scale, state, segment_ids) -> str | None:
-    """Return why `auto` leaves a call of `dplr` to others than the Triton kernels, or None."""
-    (rows, _, heads, V), K = xs[2].shape, xs[0].shape[-1]
-    many = hopper.heads_of_device(rows, heads)
-    if many >= FEW_HEADS and K * V < LARGE and _supports(xs, scale, state, segment_ids) is None:
-        return f"steps are faster for {many} heads with states of {K * V} elements"
-    return chunks.slower(xs[2])
-
-
-def _correcting_chunks_are_slower(xs, *rest) -> str | None:
-    return _chunks_are_slower(xs, *rest) if xs[3].shape[-1] > 1 else chunks.slower(xs[2])
-
-
-def _as_dplr(q, k, v, log_decay, beta) -> tuple[Any, ...]:
-    """Return what `dplr` takes for the same."""
-    k32, rate, log_decay = (x.astype(jnp.float32) for x in (k, beta[..., None], log_decay))
-    return q, (rate * k32).astype(k.dtype), v, log_decay, jnp.exp(log_decay) * k32, -rate * k32
+    q, _, v, *_ = xs
+    return empty_state(q, v)
 
 
 def _through_dplr(run: Callable, xs, *rest) -> tuple[Any, Any]:
-    return run(_as_dplr(*xs), *rest)
+    return run(as_dplr(*xs), *rest)
 
 
 DPLR_IMPLEMENTATIONS = {
-    "triton": Implementation(_chunks, _chunks_support, platform="cuda", slower=_chunks_are_slower),
-    "hopper": Implementation(_hopper, _supports, platform="cuda"),
-    "xla": Implementation(_chunked),
-    "recurrent": Implementation(_recurrent),
+    "triton_chunks": Implementation(
+        triton_dplr.compute,
+        triton_dplr.supports,
+        platform="cuda",
+        slower=functools.partial(triton_dplr.slower, steps_support=hopper_dplr.supports),
+    ),
+    "hopper_steps": Implementation(hopper_dplr.compute, hopper_dplr.supports, platform="cuda"),
+    "xla_chunks": Implementation(_chunked),
+    "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
 }
 IMPLEMENTATIONS = {
-    "triton": Implementation(
-        _correcting_chunks, _chunks_support, platform="cuda", slower=_correcting_chunks_are_slower
+    "triton_chunks": Implementation(
+        triton_delta_rule.compute,
+        triton_dplr.supports,
+        platform="cuda",
+        slower=functools.partial(triton_delta_rule.slower, steps_support=hopper_dplr.supports),
     ),
-    **{
-        name: dataclasses.replace(entry, run=functools.partial(_through_dplr, entry.run))
-        for name, entry in DPLR_IMPLEMENTATIONS.items()
-        if name != "triton"
-    },
+    "hopper_steps": Implementation(
+        functools.partial(_through_dplr, hopper_dplr.compute), hopper_dplr.supports, platform="cuda"
+    ),
+    "xla_chunks": Implementation(functools.partial(_through_dplr, _chunked)),
+    "xla_steps": Implementation(functools.partial(_through_dplr, _recurrent)),
+    "oracle": Implementation(functools.partial(_through_dplr, _recurrent)),
 }

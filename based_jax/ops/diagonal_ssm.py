@@ -15,7 +15,7 @@ from jaxtyping import Array, Complex, Float, Int
 from based_jax.dims import BT
 from based_jax.ops import scan
 from based_jax.ops.dispatch import Implementation, dispatch
-from based_jax.ops.long_conv import SHORT, toeplitz
+from based_jax.ops.long_conv import product_is_slower, toeplitz
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
 CHUNK = 64
@@ -48,9 +48,8 @@ def diagonal_ssm(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (y, state after the last token) instead of y.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked convolutions, linear in T),
-        "toeplitz" (one convolution, in u's dtype; no packing and no state before; auto's for short sequences on a
-        GPU) or "auto".
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (convolutions, linear in T), "xla_toeplitz"
+        (one convolution, in u's dtype; no packing and no state before; auto's for short sequences on a GPU) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -113,7 +112,7 @@ def _supports_convolution(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids
 
 def _convolution_is_slower(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> str | None:
     """Return why chunks are the faster form, or None."""
-    return None if u.shape[1] <= SHORT else f"T is {u.shape[1]}, above {SHORT}"
+    return product_is_slower(u.shape[1])
 
 
 def _after(u: Inputs, x, span: scan.Span, log_a: HN, b: HN):
@@ -153,8 +152,10 @@ def _empty(u: Inputs, log_a: HN) -> State:
 
 
 IMPLEMENTATIONS = {
-    "toeplitz": Implementation(_convolution, _supports_convolution, preferred="cuda", slower=_convolution_is_slower),
-    "xla": Implementation(_chunked),
-    "recurrent": Implementation(_recurrent),
+    "xla_chunks": Implementation(_chunked),
+    "xla_toeplitz": Implementation(
+        _convolution, _supports_convolution, preferred="cuda", slower=_convolution_is_slower
+    ),
+    "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
 }

@@ -1,8 +1,9 @@
 """How an operation picks its implementation: one literal table each, and `auto` that fails closed.
 
-An operation's table maps a name to an `Implementation`. `auto` takes the first entry that is made for the platform
-being compiled for, or preferred there, supports the call and is not slower; otherwise it runs the XLA form and logs
-once what it left and why. A named implementation that cannot run raises with the reason.
+An operation's table maps a name, of a backend and a form as in "hopper_chunks", to an `Implementation`. A backend's
+bare name stands for its first entry. `auto` takes the first entry that is made for the platform being compiled for, or
+preferred there, supports the call and is not slower; otherwise it runs the first XLA form and logs once what it left
+and why. A named implementation that cannot run raises with the reason.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from based_jax.errors import UserError, unknown
 log = logging.getLogger(__name__)
 
 FALLBACK = "xla"
+"""The backend that runs everywhere."""
 
 
 def no_objection(*_args: Any, **_kwargs: Any) -> None:
@@ -28,12 +30,12 @@ def no_objection(*_args: Any, **_kwargs: Any) -> None:
 class Implementation:
     """One way to compute an operation.
 
-    `supports` takes the call's arguments and returns why the call cannot run, or None, `slower` likewise why `auto`
-    leaves a call that can run to another one. `platform` is the only one it runs on ("cuda", "tpu"), or None for any;
-    `preferred` is one on which `auto` takes it though it runs on any.
+    `compute` takes the call's arguments and returns its results. `supports` takes the same and returns why the call
+    cannot run, or None, `slower` likewise why `auto` leaves a call that can run to another one. `platform` is the only
+    one it runs on ("cuda", "tpu"), or None for any; `preferred` is one on which `auto` takes it though it runs on any.
     """
 
-    run: Callable[..., Any]
+    compute: Callable[..., Any]
     supports: Callable[..., str | None] = no_objection
     platform: str | None = None
     preferred: str | None = None
@@ -53,20 +55,39 @@ def target_device_kind() -> str:
     return (device if device is not None else jax.devices()[0]).device_kind
 
 
+def named(table: Mapping[str, Implementation], impl: str) -> str | None:
+    """Return the key of a table that `impl` names: itself, or the first of a backend; None where there is none."""
+    if impl in table:
+        return impl
+    return next((name for name in table if backend_of(name) == impl), None)
+
+
+def backend_of(name: str) -> str:
+    """Return the backend of an implementation's name."""
+    return name.partition("_")[0]
+
+
 def dispatch(operation: str, table: Mapping[str, Implementation], impl: str, *args: Any, **kwargs: Any) -> Any:
-    """Run `operation` with the implementation named `impl`, or with the one that `auto` picks.
+    """Compute `operation`, in a scope of that name, with the implementation that `choose` returns for `impl`."""
+    chosen = table[choose(operation, table, impl, *args, **kwargs)]
+    with jax.named_scope(operation):
+        return chosen.compute(*args, **kwargs)
+
+
+def choose(operation: str, table: Mapping[str, Implementation], impl: str, *args: Any, **kwargs: Any) -> str:
+    """Return the key of the table that `impl` names, or that `auto` picks for a call.
 
     Raises:
       UserError: `impl` is not in the table, or cannot run this call here.
     """
     if impl == "auto":
-        return _automatic(operation, table, *args, **kwargs).run(*args, **kwargs)
-    if impl not in table:
-        raise unknown(f"{operation} implementation", impl, [*table, "auto"])
-    chosen = table[impl]
-    if reason := _refusal(chosen, *args, **kwargs):
+        return _automatic(operation, table, *args, **kwargs)
+    name = named(table, impl)
+    if name is None:
+        raise unknown(f"{operation} implementation", impl, {*table, *map(backend_of, table), "auto"})
+    if reason := _refusal(table[name], *args, **kwargs):
         raise UserError(f"{operation}: impl='{impl}' cannot run this call: {reason}.")
-    return chosen.run(*args, **kwargs)
+    return name
 
 
 def _refusal(implementation: Implementation, *args: Any, **kwargs: Any) -> str | None:
@@ -76,8 +97,8 @@ def _refusal(implementation: Implementation, *args: Any, **kwargs: Any) -> str |
     return implementation.supports(*args, **kwargs)
 
 
-def _automatic(operation: str, table: Mapping[str, Implementation], *args: Any, **kwargs: Any) -> Implementation:
-    reasons, chosen = {}, FALLBACK
+def _automatic(operation: str, table: Mapping[str, Implementation], *args: Any, **kwargs: Any) -> str:
+    reasons, chosen = {}, next(name for name in table if backend_of(name) == FALLBACK)
     for name, candidate in table.items():
         if (candidate.platform or candidate.preferred) != target_platform():
             continue
@@ -89,7 +110,7 @@ def _automatic(operation: str, table: Mapping[str, Implementation], *args: Any, 
             reasons[name] = reason
     for name, reason in reasons.items():
         _log_once(f"{operation}: '{chosen}' instead of '{name}': {reason}.")
-    return table[chosen]
+    return chosen
 
 
 @functools.cache

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BT, BTD, WD
-from based_jax.ops import conv_hopper
 from based_jax.ops.conv import Past, last_inputs, short_conv
-from based_jax.ops.conv_hopper import Bias, Joint
 from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.hopper import gated_short_conv as hopper_gated_short_conv
+
+Joint = Float[Array, "B T joint"]
+Bias = Float[Array, "joint"]
 
 
 def gated_short_conv(
@@ -37,8 +39,8 @@ def gated_short_conv(
       state: last W inputs before x, their bias included; they belong to each row's first document.
       segment_ids: ids of packed documents, 0 for padding, whose output is 0 (see `ops/segments.py`).
       return_state: return (y, last inputs of the last document) instead of y.
-      impl: "oracle" (window by window), "recurrent" (token by token), "xla" (W shifted products), "hopper" (Mosaic GPU
-        kernels; bf16, 2 to 4 taps, D a multiple of 128) or "auto".
+      impl: "oracle" (window by window), "xla_steps" (token by token), "xla_taps" (W shifted products), "hopper_taps"
+        (Mosaic GPU kernels; bf16, 2 to 4 taps, D a multiple of 128) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -69,17 +71,13 @@ def _wide(x: Joint, kernel: WD, bias: Bias | None, state: Past | None, segment_i
     return _composed(wide, kernel, bias, state, segment_ids, impl=impl).astype(x.dtype)
 
 
-def _supports(x: Joint, kernel: WD, bias: Bias | None, state: Past | None, segment_ids: BT | None) -> str | None:
-    return conv_hopper.supports(x, kernel)
-
-
 IMPLEMENTATIONS = {
-    "hopper": Implementation(
-        functools.partial(conv_hopper.convolve, gated=True, silu=True, with_state=functools.partial(_wide, impl="xla")),
-        _supports,
+    "hopper_taps": Implementation(
+        functools.partial(hopper_gated_short_conv.compute, with_state=functools.partial(_wide, impl="xla_taps")),
+        hopper_gated_short_conv.supports,
         platform="cuda",
     ),
-    "xla": Implementation(functools.partial(_composed, impl="xla")),
-    "recurrent": Implementation(functools.partial(_composed, impl="recurrent")),
+    "xla_taps": Implementation(functools.partial(_composed, impl="xla_taps")),
+    "xla_steps": Implementation(functools.partial(_composed, impl="xla_steps")),
     "oracle": Implementation(functools.partial(_wide, impl="oracle")),
 }

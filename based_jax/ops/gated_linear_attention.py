@@ -8,39 +8,27 @@ read before it is written, and the token itself counts by u instead (RWKV-5/6, a
     o_t = scale q_t^T (S_{t-1} + diag(u) k_t v_t^T)
 
 The state is (B, H, K, V) fp32. Inside a chunk with cumulative log-decays b_t the pair t >= s has the weight
-sum_k q_tk k_sk exp(b_tk - b_sk). No exponent above 0 is ever taken: blocks of `BLOCK` tokens meet through the decay at
-the beginning of the later one, and a block meets itself pair by pair.
+sum_k q_tk k_sk exp(b_tk - b_sk) (`ops/decays.py`).
 """
 
 import functools
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
+from based_jax import devices
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
-from based_jax.ops import channel_decays, chunks, one_decay, recurrence, scan
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops import scan
+from based_jax.ops.decays import BLOCK_TOKENS, Decay, empty_state, pair_weights
+from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
+from based_jax.ops.hopper import gated_linear_attention as hopper_gated_linear_attention
 from based_jax.ops.precision import EXACT, einsum, narrow_einsum, product_policy
+from based_jax.ops.triton import gated_linear_attention as triton_gated_linear_attention
 
-CHUNK, BLOCK = 64, 16
-SHORT = 256
-"""Tokens up to which one chunk is faster in XLA than several, on a GPU, where heads have one decay and large states."""
-
-FEW_STEPS = 1024
-"""Where heads have one decay, and the Triton kernels do not run, `auto` goes token by token up to so many tokens: that
-is faster than XLA's chunks at 256 tokens, and slower at 2,048 (experiments/kernels)."""
-LARGE, SHORT_FOR_KERNELS = 128 * 256, 128
-"""Where heads have one decay, states of so many elements go as one chunk in XLA: up to `SHORT` tokens instead of token
-by token, and up to `SHORT_FOR_KERNELS` instead of by chunks in Triton. Those of a quarter do not."""
+CHUNK = 64
 
 HK = Float[Array, "H K"]
-Decay = Float[Array, "B T H #K"]
-
-
-def initial_state(batch: int, heads: int, key_dim: int, value_dim: int) -> BHKV:
-    """Return the state before the first token."""
-    return jnp.zeros((batch, heads, key_dim, value_dim), jnp.float32)
 
 
 def gated_linear_attention(
@@ -65,9 +53,9 @@ def gated_linear_attention(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (chunked, linear in T), "quadratic" (one chunk;
-        auto's for one decay a head, large states and short sequences on a GPU), "hopper" (Mosaic GPU kernels, token by
-        token; K at most 128, no bonus), "triton" (chunks on tensor cores; v in bf16, to which q and k are
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "xla_quadratic" (one chunk;
+        auto's for one decay a head, large states and short sequences on a GPU), "hopper_steps" (Mosaic GPU kernels,
+        token by token; K at most 128, no bonus), "triton_chunks" (on tensor cores; v in bf16, to which q and k are
         rounded; K at most 128, no bonus) or "auto".
 
     Returns:
@@ -142,134 +130,34 @@ def _one_chunk_is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
     (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
     if xs[3].shape[-1] > 1:
         return "each key channel has a decay of its own"
-    if T > CHUNK and T * BLOCK > K * V:
-        return f"states have {K * V} elements, fewer than {BLOCK} for each of {T} tokens"
-    return None if T <= SHORT else f"T is {T}, above {SHORT}"
-
-
-def pair_weights(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible, dtype, precision) -> Float[Array, "B H T S"]:
-    """Return sum_k q_tk k_sk exp(seen_tk - until_sk) of the visible pairs of a chunk, 0 elsewhere."""
-    mask = visible[:, None]
-    if seen.shape[-1] == 1:
-        difference = jnp.moveaxis(seen[..., 0], 1, 2)[..., :, None] - jnp.moveaxis(until[..., 0], 1, 2)[..., None, :]
-        decay = jnp.exp(jnp.where(mask, difference, -jnp.inf))
-        return narrow_einsum("BTHK,BSHK->BHTS", q.astype(dtype), k.astype(dtype), precision) * decay
-
-    T = q.shape[1]
-    q, k, seen, until = (pad_blocks(x) for x in (q, k, seen, until))
-    near = _within_blocks(q, k, seen, until, _pad_pairs(visible))
-    far = _between_blocks(q, k, seen, until, dtype, precision)
-    return jnp.where(mask, far[:, :, :T, :T], 0.0) + near[:, :, :T, :T]
-
-
-def _between_blocks(q: BTHK, k: BTHK, seen: Decay, until: Decay, dtype, precision) -> Float[Array, "B H T S"]:
-    """Weigh pairs of different blocks: both decay towards the beginning of the query's block."""
-    q_blocks, seen_blocks = blocks(q), blocks(seen)
-    before, exponent = block_starts(until)
-    keys = k[:, None] * jnp.exp(exponent)
-    queries = q_blocks * jnp.exp(seen_blocks - before[:, :, None])
-    weights = einsum("BNCHK,BNSHK->BHNCS", queries.astype(dtype), keys.astype(dtype), precision)
-    return weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
-
-
-def block_starts(until: Decay) -> tuple[Float[Array, "B N H #K"], Float[Array, "B N S H #K"]]:
-    """Return the log-decay up to each block, and from every token of an earlier block to it (-inf from others)."""
-    before = jnp.pad(until, [(0, 0), (1, 0), (0, 0), (0, 0)])[:, :-1][:, ::BLOCK]
-    earlier = jnp.arange(until.shape[1])[None, :] < BLOCK * jnp.arange(before.shape[1])[:, None]
-    return before, jnp.where(earlier[None, :, :, None, None], before[:, :, None] - until[:, None], -jnp.inf)
-
-
-def pairs_of_blocks(x: Shaped[Array, "B H T S"]) -> Shaped[Array, "B H N C C"]:
-    """Return the pairs of the same block."""
-    N = x.shape[2] // BLOCK
-    return jnp.moveaxis(jnp.diagonal(x.reshape(*x.shape[:2], N, BLOCK, N, BLOCK), axis1=2, axis2=4), -1, 2)
-
-
-def _within_blocks(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible) -> Float[Array, "B H T S"]:
-    """Weigh pairs of the same block one by one, in fp32."""
-    q, k, seen, until = (blocks(x) for x in (q, k, seen, until))
-    B, N, C, H, _ = q.shape
-    mask = pairs_of_blocks(visible[:, None])[:, 0]
-    exponent = jnp.where(mask[..., None, None], seen[:, :, :, None] - until[:, :, None], -jnp.inf)
-    pairs = jnp.sum(q[:, :, :, None] * k[:, :, None] * jnp.exp(exponent), axis=-1)  # (B, N, C, C, H)
-    weights = jnp.moveaxis(pairs, -1, 1)[:, :, :, :, None] * jnp.eye(N, dtype=pairs.dtype)[None, None, :, None, :, None]
-    return weights.reshape(B, H, N * C, N * C)
-
-
-def pad_blocks(x: Array) -> Array:
-    """Fill time up to whole blocks with copies of the last token."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, 0)], mode="edge")
-
-
-def _pad_pairs(visible):
-    padding = (0, -visible.shape[1] % BLOCK)
-    return jnp.pad(visible, [(0, 0), padding, padding])
-
-
-def blocks(x: BTHK) -> Float[Array, "B N C H K"]:
-    """Cut time, filled up, into blocks."""
-    return x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:])
+    if T > CHUNK and T * BLOCK_TOKENS > K * V:
+        return f"states have {K * V} elements, fewer than {BLOCK_TOKENS} for each of {T} tokens"
+    most = devices.crossovers(target_device_kind()).one_decay_one_chunk_tokens
+    return None if most >= T else f"T is {T}, above {most}"
 
 
 def _empty(xs) -> BHKV:
     q, _, v, _ = xs
-    return initial_state(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-
-
-def _hopper(xs, bonus, scale, state, segment_ids) -> tuple[Any, Any]:
-    q, k, v, log_decay = xs
-    state = _empty(xs) if state is None else state
-    return recurrence.recurrence(q, k, v, log_decay, (), scale, state, segment_ids)
-
-
-def _supports(xs, bonus, scale, state, segment_ids) -> str | None:
-    return recurrence.supports(xs[0], xs[2]) if bonus is None else "the kernels know no bonus"
-
-
-def _kernels_are_slower(xs, bonus, scale, state, segment_ids) -> str | None:
-    """Return why XLA's products are faster than the kernels, token by token, or None."""
-    (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
-    if xs[3].shape[-1] > 1:
-        return None
-    if T < chunks.FULL and xs[2].dtype == jnp.bfloat16:
-        return f"one chunk is faster where heads have one decay, and T is {T}, less than {chunks.FULL}"
-    if T > FEW_STEPS:
-        return f"products are faster where heads have one decay, and T is {T}, above {FEW_STEPS}"
-    return _one_chunk_is_faster(T, SHORT, K * V)
-
-
-def _one_chunk_is_faster(time: int, most: int, state: int) -> str | None:
-    """Return why kernels are slower than one chunk in XLA of at most so many tokens, where heads have one decay."""
-    if time <= most and state >= LARGE:
-        return f"one chunk is faster where heads have one decay, T is {time} and a state has {state} elements"
-    return None
-
-
-def _triton(xs, bonus, scale, state, segment_ids) -> tuple[BTHV, BHKV]:
-    q, k, v, log_decay = xs
-    state = _empty(xs) if state is None else state
-    if log_decay.shape[-1] == 1:
-        return one_decay.one_decay(q, k, v, log_decay, None, scale, state, segment_ids)
-    return channel_decays.channel_decays(q, k, v, log_decay, (), scale, state, segment_ids)
-
-
-def _triton_supports(xs, bonus, scale, state, segment_ids) -> str | None:
-    return chunks.supports(xs[2], xs[0].shape[-1]) if bonus is None else "it takes no bonus"
-
-
-def _triton_is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
-    (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
-    slower = chunks.slower(xs[2])
-    return slower if slower or xs[3].shape[-1] > 1 else _one_chunk_is_faster(T, SHORT_FOR_KERNELS, K * V)
+    return empty_state(q, v)
 
 
 IMPLEMENTATIONS = {
-    "triton": Implementation(_triton, _triton_supports, platform="cuda", slower=_triton_is_slower),
-    "hopper": Implementation(_hopper, _supports, platform="cuda", slower=_kernels_are_slower),
-    "quadratic": Implementation(
+    "triton_chunks": Implementation(
+        triton_gated_linear_attention.compute,
+        triton_gated_linear_attention.supports,
+        platform="cuda",
+        slower=triton_gated_linear_attention.slower,
+    ),
+    "hopper_steps": Implementation(
+        hopper_gated_linear_attention.compute,
+        hopper_gated_linear_attention.supports,
+        platform="cuda",
+        slower=hopper_gated_linear_attention.slower,
+    ),
+    "xla_chunks": Implementation(_chunked),
+    "xla_quadratic": Implementation(
         functools.partial(_chunked, length=None), preferred="cuda", slower=_one_chunk_is_slower
     ),
-    "xla": Implementation(_chunked),
-    "recurrent": Implementation(_recurrent),
+    "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
 }

@@ -15,17 +15,9 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
+from based_jax.ops.decays import weighted_sums
 from based_jax.ops.dispatch import Implementation, dispatch
-from based_jax.ops.gated_linear_attention import (
-    BLOCK,
-    CHUNK,
-    block_starts,
-    blocks,
-    gated_linear_attention,
-    gated_linear_attention_step,
-    pad_blocks,
-    pairs_of_blocks,
-)
+from based_jax.ops.gated_linear_attention import CHUNK, gated_linear_attention, gated_linear_attention_step
 from based_jax.ops.precision import EXACT, einsum
 
 BTHM = Float[Array, "B T H M"]
@@ -64,7 +56,7 @@ def gated_slot_attention(
       state: slots to start from; they belong to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, slots after the last token) instead of o.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (two chunked passes, linear in T) or "auto".
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (two passes, linear in T) or "auto".
 
     Raises:
       UserError: `impl` is unknown.
@@ -102,30 +94,17 @@ def _two_passes(xs, scale, state, segment_ids) -> tuple[Any, Any]:
     logits, keys = scan.over_chunks(_read_slots, (q, k, s, g), empty.keys, keys, segment_ids, CHUNK)
     p = jax.nn.softmax(scale * logits)
     o, values = gated_linear_attention(
-        p, s, v, g, scale=1.0, state=values, segment_ids=segment_ids, return_state=True, impl="xla"
+        p, s, v, g, scale=1.0, state=values, segment_ids=segment_ids, return_state=True, impl="xla_chunks"
     )
     return o, SlotState(keys, values)
 
 
 def _read_slots(xs, keys: BHKV, span: scan.Span):
-    """Return q_t^T K_t of a chunk: sum_s (q_t.k_s) exp(b_t - b_s) s_s, by blocks as gated linear attention does."""
+    """Return q_t^T K_t of a chunk, sum_s (q_t.k_s) exp(b_t - b_s) s_s, and K after it."""
     q, k, s, g = (x.astype(jnp.float32) for x in xs)
-    T, until = g.shape[1], jnp.cumsum(g, axis=1)
+    until = jnp.cumsum(g, axis=1)
     scores = einsum("BTHK,BSHK->BHTS", q, k, EXACT) * span.visible[:, None]
-    padding = (0, -T % BLOCK)
-    scores = jnp.pad(scores, [(0, 0), (0, 0), padding, padding])
-    s_padded, until_padded = pad_blocks(s), pad_blocks(until)
-
-    before, exponent = block_starts(until_padded)
-    earlier = s_padded[:, None] * jnp.exp(exponent)
-    rows = scores.reshape(*scores.shape[:2], -1, BLOCK, scores.shape[3])
-    far = einsum("BHNCS,BNSHM->BNCHM", rows, earlier, EXACT) * jnp.exp(blocks(until_padded) - before[:, :, None])
-    near = jnp.moveaxis(pairs_of_blocks(scores), 1, -1)[..., None]  # (B, N, C, C, H, 1)
-    causal = jnp.tri(BLOCK, dtype=bool)[None, None, :, :, None, None]
-    decay = jnp.where(causal, blocks(until_padded)[:, :, :, None] - blocks(until_padded)[:, :, None], -jnp.inf)
-    own = jnp.sum(near * jnp.exp(decay) * blocks(s_padded)[:, :, None], axis=3)
-    logits = (far + own).reshape(far.shape[0], -1, *far.shape[3:])[:, :T]
-
+    logits = weighted_sums(scores, s, until)
     if not span.fresh:
         read = einsum("BTHK,BHKM->BTHM", q, keys, EXACT) * jnp.exp(until)
         logits = logits + read * span.reads[:, :, None, None]
@@ -140,7 +119,7 @@ def _empty(xs) -> SlotState:
 
 
 IMPLEMENTATIONS = {
-    "xla": Implementation(_two_passes),
-    "recurrent": Implementation(_recurrent),
+    "xla_chunks": Implementation(_two_passes),
+    "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
 }

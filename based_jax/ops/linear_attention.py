@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from based_jax import devices
 from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan, segments
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
 CHUNK = 128
-SHORT = 512
-"""Tokens up to which one chunk is faster than several on a GPU, measured with Taylor's map (experiments/kernels)."""
 EPS = 1e-12
 
 
@@ -46,8 +45,8 @@ def linear_attention(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
-      impl: "oracle" (quadratic), "recurrent" (token by token), "xla" (chunked, linear in T), "quadratic" (one
-        chunk; auto's for short sequences on a GPU) or "auto".
+      impl: "oracle" (every score in fp32), "xla_steps" (token by token), "xla_chunks" (linear in T), "xla_quadratic"
+        (one chunk; auto's for short sequences on a GPU) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -171,7 +170,8 @@ def normalise(sums: Float[Array, "*B _"]) -> Float[Array, "*B V"]:
 
 def one_chunk_is_slower(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> str | None:
     """Return why several chunks are the faster XLA form, or None."""
-    return None if q.shape[1] <= SHORT else f"T is {q.shape[1]}, above {SHORT}"
+    most = devices.crossovers(target_device_kind()).linear_attention_one_chunk_tokens
+    return None if q.shape[1] <= most else f"T is {q.shape[1]}, above {most}"
 
 
 def _dot(phi_q: BTHK, phi_k: BTHK, precision, dtype=jnp.float32) -> Float[Array, "B H T S"]:
@@ -188,12 +188,12 @@ def _empty(q: BTHK, v: BTHV, features: Callable) -> BHEV:
 
 
 IMPLEMENTATIONS = {
-    "quadratic": Implementation(
+    "xla_chunks": Implementation(functools.partial(chunked, features=_same, scores=_dot)),
+    "xla_quadratic": Implementation(
         functools.partial(chunked, features=_same, scores=_dot, length=None),
         preferred="cuda",
         slower=one_chunk_is_slower,
     ),
-    "xla": Implementation(functools.partial(chunked, features=_same, scores=_dot)),
-    "recurrent": Implementation(functools.partial(recurrent, features=_same)),
+    "xla_steps": Implementation(functools.partial(recurrent, features=_same)),
     "oracle": Implementation(functools.partial(oracle, features=_same, scores=_dot)),
 }

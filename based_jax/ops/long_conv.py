@@ -13,15 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from based_jax import devices
 from based_jax.dims import BT, BTD
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
 TD = Float[Array, "T D"]
-
-SHORT = 1024
-"""Tokens up to which `auto` takes the product on a GPU (faster at 256, experiments/mqar_pareto; longer ones are not
-measured); its matrices take D T^2 elements."""
 
 
 def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = "auto") -> BTD:
@@ -29,8 +26,8 @@ def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = 
 
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "oracle" (quadratic), "xla" (FFT in fp32), "toeplitz" (products in u's dtype; no packing; auto's for short
-        sequences on a GPU) or "auto".
+      impl: "oracle" (quadratic), "xla_fft" (in fp32), "xla_toeplitz" (products in u's dtype; no packing; auto's for
+        short sequences on a GPU) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -80,7 +77,13 @@ def _supports_product(u: BTD, kernel: TD, segment_ids: BT | None) -> str | None:
 
 def _product_is_slower(u: BTD, kernel: TD, segment_ids: BT | None) -> str | None:
     """Return why the FFT is the faster form, or None."""
-    return None if u.shape[1] <= SHORT else f"T is {u.shape[1]}, above {SHORT}"
+    return product_is_slower(u.shape[1])
+
+
+def product_is_slower(time: int) -> str | None:
+    """Return why a product with a Toeplitz matrix is slower than other forms of a convolution, or None."""
+    most = devices.crossovers(target_device_kind()).toeplitz_tokens
+    return None if time <= most else f"T is {time}, above {most}"
 
 
 def _fft(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:
@@ -138,7 +141,7 @@ def _documents(segment_ids: BT) -> tuple[BT, Any]:
 
 
 IMPLEMENTATIONS = {
-    "toeplitz": Implementation(_product, _supports_product, preferred="cuda", slower=_product_is_slower),
-    "xla": Implementation(_fft),
+    "xla_fft": Implementation(_fft),
+    "xla_toeplitz": Implementation(_product, _supports_product, preferred="cuda", slower=_product_is_slower),
     "oracle": Implementation(_oracle),
 }

@@ -1,9 +1,9 @@
 """The product of tokens and a small matrix, such that the matrix's gradient fills a GPU.
 
-That gradient is a sum over all tokens into few elements: (D, E) tiles of 128 by 128 are a handful of blocks for 132
-multiprocessors, each with all tokens to walk. Without a search through algorithms XLA takes such a product as it is
-(0.09 ms for D = E = 128 and 65,536 tokens in bf16, 0.58 ms in fp32, on one H100 80GB). In pieces of the batch, each
-with the matrix as an operand of its own, it is as many products side by side, and their sum.
+That gradient is a sum over all tokens into few elements: (D, E) tiles of 128 by 128 are a handful of blocks for the 132
+multiprocessors of an H100, each with all tokens to walk. Without a search through algorithms XLA takes such a product
+as it is (0.09 ms for D = E = 128 and 65,536 tokens in bf16, 0.58 ms in fp32, on one H100 80GB). In pieces of the batch,
+each with the matrix as an operand of its own, it is as many products side by side, and their sum.
 """
 
 import math
@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from based_jax.devices import H100_CORES
 from based_jax.ops.dispatch import target_platform
 
-BLOCKS, TILE = 128, 128
-"""Blocks that fill a GPU, and the rows and columns that one takes."""
-TOKENS = 256
-"""Least of a piece."""
+BLOCK_ROWS = 128
+"""Rows and columns of the matrix that a block takes."""
+MIN_TOKENS_PER_PIECE = 256
 
 
 def project(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None, **options: Any) -> jax.Array:
@@ -38,9 +38,13 @@ def pieces(tokens: tuple[int, ...], kernel: tuple[int, ...]) -> int:
     """Return into how many pieces a batch is cut: 1 on other devices, on a mesh, and where the kernel is large."""
     if target_platform() != "cuda" or jax.sharding.get_abstract_mesh().size > 1 or len(tokens) != 3:
         return 1
-    blocks = math.prod(-(-size // TILE) for size in kernel)
-    most = min(BLOCKS // blocks, math.prod(tokens[:-1]) // TOKENS)
-    return math.gcd(tokens[0], 1 << max(most, 1).bit_length() - 1)
+    blocks = math.prod(-(-size // BLOCK_ROWS) for size in kernel)
+    most = min(_power_of_two(H100_CORES) // blocks, math.prod(tokens[:-1]) // MIN_TOKENS_PER_PIECE)
+    return math.gcd(tokens[0], _power_of_two(max(most, 1)))
+
+
+def _power_of_two(most: int) -> int:
+    return 1 << most.bit_length() - 1
 
 
 def in_pieces(x: jax.Array, kernel: jax.Array, number: int, **options: Any) -> jax.Array:

@@ -6,9 +6,13 @@ row, a state that is handed out to the last one. Padding stands before, between 
 whether the tokens behind such a hole still see those before it differs from mixer to mixer.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+from based_jax.dims import BTHK, BTHV
 
 FORGET = -1e30
 """Log-decay with which a document's first token leaves nothing of the documents before, in kernels that know none."""
@@ -54,3 +58,18 @@ def positions(
 def same_document(query_ids: Int[Array, "*B T"], key_ids: Int[Array, "*B S"]) -> Bool[Array, "*B T S"]:
     """Return whether query t and key s stand in the same document."""
     return (query_ids[..., :, None] == key_ids[..., None, :]) & (key_ids != 0)[..., None, :]
+
+
+def separated(
+    q: BTHK, k: BTHK, v: BTHV, log_decay: Array, ab: Sequence[BTHK], segment_ids: Int[Array, "B T"] | None
+) -> tuple:
+    """Return q, k, v, log_decay, ab, where padding changes nothing and documents forget the ones before, and padding.
+
+    Padding is (B, T, 1, 1), or None where there are no documents.
+    """
+    if segment_ids is None:
+        return q, k, v, log_decay, ab, None
+    padding, begins = (x[..., None, None] for x in (segment_ids == 0, begins_later(segment_ids)))
+    q, k, v, log_decay, *ab = (jnp.where(padding, 0, x) for x in (q, k, v, log_decay, *ab))
+    ab = [*(jnp.where(begins, 0, a) for a in ab[:1]), *ab[1:]]
+    return q, k, v, jnp.where(begins, FORGET, log_decay), ab, padding

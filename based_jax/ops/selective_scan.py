@@ -13,15 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BT, BTD
-from based_jax.ops import hopper, scan, segments
+from based_jax.ops import scan
 from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.hopper import selective_scan as hopper_selective_scan
 from based_jax.ops.precision import EXACT
 
 CHUNK = 64
-LANES = 128
-STATES = range(8, 33, 8)
-TILE = 8
-"""What the kernels take: a multiple of channels, states of a channel, and a multiple of tokens."""
 
 BTN = Float[Array, "B T N"]
 BN = Float[Array, "B N"]
@@ -80,8 +77,8 @@ def selective_scan(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (y, state after the last token) instead of y.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (associative scans of chunks), "hopper"
-        (Mosaic GPU kernels; D a multiple of 128; N 8, 16, 24 or 32) or "auto".
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (associative scans), "hopper_steps" (Mosaic
+        GPU kernels; D a multiple of 128; N 8, 16, 24 or 32) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -132,72 +129,9 @@ def _empty(xs, A: DN) -> BDN:
     return initial_state(xs[0].shape[0], *A.shape)
 
 
-def supports(xs, A, state, segment_ids) -> str | None:
-    """Return why the kernels cannot run this call, or None; shapes and dtypes are all that they ask for."""
-    u, (channels, states) = xs[0], A.shape
-    if u.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"u must be bfloat16 or float32, and is {u.dtype}"
-    if channels % LANES:
-        return f"the channels must be a multiple of {LANES}, and are {channels}"
-    if states not in STATES:
-        return f"a channel must have {', '.join(map(str, STATES))} states, and has {states}"
-    if not 0 < u.size * states < TILE * hopper.OFFSETS:
-        return f"there must be 1 to {TILE * hopper.OFFSETS - 1} states of all tokens, and are {u.size * states}"
-    return hopper.refusal()
-
-
-def _hopper(xs, A: DN, state, segment_ids) -> tuple[BTD, BDN]:
-    """Run the kernels on each device's rows, all channels together."""
-    rows, arguments = ("batch",), (*xs, A, state, segment_ids)
-    return hopper.per_shard(_on_device, arguments, (*(rows,) * 4, (), rows, rows), (rows, rows))
-
-
-def _on_device(u, dt, B, C, A, state, segment_ids) -> tuple[BTD, BDN]:
-    """Run the kernels on a whole number of tiles; tokens of padding have no step, and so change no state."""
-    state = initial_state(u.shape[0], *A.shape) if state is None else state
-    time, offsets, padding = u.shape[1], None, None
-    if segment_ids is not None:
-        offsets = jnp.where(segments.begins_later(segment_ids), segments.FORGET, 0.0)
-        padding = (segment_ids == 0)[..., None]
-        u, dt = (jnp.where(padding, 0, x) for x in (u, dt))
-    tokens = u, dt.astype(jnp.float32), jnp.concatenate([B, C], axis=-1).astype(jnp.float32), offsets
-    u, dt, BC, offsets = (None if x is None else _pad(x) for x in tokens)
-    y, state = _fused(*hopper.vary_alike(u, dt, A.astype(jnp.float32), BC, state, offsets))
-    y = y[:, :time]
-    return y if padding is None else jnp.where(padding, 0, y), state
-
-
-def _pad(x: Array) -> Array:
-    return hopper.fill(x, {1: TILE})
-
-
-@jax.custom_vjp
-def _fused(u, dt, A, BC, state, offsets):
-    # Pallas' GPU modules take half a second to import and are needed only here.
-    from pallas_kernels import selective_scan_hopper as kernels
-
-    return tuple(hopper.call(kernels.forward, u, dt, A, BC, state, offsets, with_starts=False))
-
-
-def _fused_fwd(u, dt, A, BC, state, offsets):
-    from pallas_kernels import selective_scan_hopper as kernels
-
-    y, last, starts = hopper.call(kernels.forward, u, dt, A, BC, state, offsets, with_starts=True)
-    return (y, last), (u, dt, A, BC, starts, offsets)
-
-
-def _fused_bwd(saved, gradients):
-    from pallas_kernels import selective_scan_hopper_backward as kernels
-
-    u, dt, A, BC, starts, offsets = saved
-    return *hopper.call(kernels.backward, u, dt, A, BC, starts, *gradients, offsets), None
-
-
-_fused.defvjp(_fused_fwd, _fused_bwd)
-
 IMPLEMENTATIONS = {
-    "hopper": Implementation(_hopper, supports, platform="cuda"),
-    "xla": Implementation(_chunked),
-    "recurrent": Implementation(_recurrent),
+    "hopper_steps": Implementation(hopper_selective_scan.compute, hopper_selective_scan.supports, platform="cuda"),
+    "xla_chunks": Implementation(_chunked),
+    "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
 }

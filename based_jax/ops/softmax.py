@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool, Shaped
 
 from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
 from based_jax.errors import UserError
-from based_jax.ops import segments, window_hopper
+from based_jax.ops import segments
 from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.hopper import window as hopper_window
 
 SMALLEST_BAND = 64
 
@@ -24,7 +25,7 @@ def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl:
 
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "oracle", "xla", "cudnn" (GPU, bf16 or fp16, no packing) or "auto".
+      impl: "oracle", "xla_quadratic" (every score), "cudnn_flash" (GPU, bf16 or fp16, no packing) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -39,8 +40,8 @@ def window_attention(
 
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "oracle" (T x T), "recurrent" (token by token), "xla" (banded), "hopper" (Hopper GPUs, bf16, windows up to
-        129, some head dims), "cudnn" (GPU, bf16 or fp16, no packing) or "auto".
+      impl: "oracle" (T x T), "xla_steps" (token by token), "xla_bands", "hopper_tiles" (Mosaic GPU kernels; bf16,
+        windows up to 129, some head dims), "cudnn_flash" (GPU, bf16 or fp16, no packing) or "auto".
 
     Raises:
       UserError: `window` is below 1, or `impl` is unknown or cannot run this call.
@@ -156,15 +157,15 @@ def _cudnn_supports(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: i
 
 
 ATTENTION = {
-    "cudnn": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
-    "xla": Implementation(_dense),
+    "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
+    "xla_quadratic": Implementation(_dense),
     "oracle": Implementation(_oracle),
 }
 
 WINDOW_ATTENTION = {
-    "hopper": Implementation(window_hopper.attention, window_hopper.supports, platform="cuda"),
-    "cudnn": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
-    "xla": Implementation(_banded),
-    "recurrent": Implementation(_recurrent),
+    "hopper_tiles": Implementation(hopper_window.compute, hopper_window.supports, platform="cuda"),
+    "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
+    "xla_bands": Implementation(_banded),
+    "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_oracle),
 }

@@ -10,17 +10,14 @@ and C are shared by the heads of a group. The state is (B, H, N, P) fp32.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BT
-from based_jax.ops import chunks, selective_scan
 from based_jax.ops.dispatch import Implementation, dispatch
-from based_jax.ops.gated_linear_attention import (
-    gated_linear_attention,
-    gated_linear_attention_step,
-)
+from based_jax.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
+from based_jax.ops.hopper import ssd as hopper_ssd
+from based_jax.ops.triton import ssd as triton_ssd
 
 BTHP = Float[Array, "B T H P"]
 BTH = Float[Array, "B T H"]
@@ -48,9 +45,9 @@ def ssd(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (y, state after the last token) instead of y.
-      impl: "oracle" and "recurrent" (token by token), "xla" (chunked attention), "hopper" (Mamba's Mosaic GPU kernels;
-        one group, channels a multiple of 128, 8, 16, 24 or 32 states), "triton" (gated linear attention's chunks, of
-        bf16; at most 128 states) or "auto".
+      impl: "oracle" and "xla_steps" (token by token), "xla_chunks" (gated linear attention's), "hopper_steps" (Mamba's
+        Mosaic GPU kernels; one group, channels a multiple of 128, 8, 16, 24 or 32 states), "triton_chunks" (gated
+        linear attention's, of bf16; at most 128 states) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -79,48 +76,15 @@ def _as_attention(x, dt, A, B, C, state, segment_ids, *, impl: str) -> tuple[BTH
     return gated_linear_attention(*_attention(x, dt, A, B, C), **options)
 
 
-def _as_scan(x, dt, A, B, C, state, segment_ids) -> tuple[BTHP, BHNP]:
-    (batch, time, heads, width), states = x.shape, B.shape[-1]
-    dt, A = jnp.repeat(dt, width, axis=-1), jnp.repeat(A, width)
-    if state is not None:
-        state = jnp.swapaxes(state, 2, 3).reshape(batch, -1, states)
-    y, after = selective_scan.selective_scan(
-        x.reshape(batch, time, -1),
-        dt,
-        jnp.broadcast_to(A[:, None], (A.size, states)),
-        B[:, :, 0],
-        C[:, :, 0],
-        state=state,
-        segment_ids=segment_ids,
-        return_state=True,
-        impl="hopper",
-    )
-    return y.reshape(x.shape), jnp.swapaxes(after.reshape(batch, heads, width, states), 2, 3)
-
-
-def _supports(x, dt, A, B, C, state, segment_ids) -> str | None:
-    """Return why Mamba's kernels cannot run this call, or None."""
-    if B.shape[2] > 1:
-        return f"B and C must be of one group, and are of {B.shape[2]}"
-    channels = x.shape[2] * x.shape[3]
-    u = jax.ShapeDtypeStruct((*x.shape[:2], channels), x.dtype)
-    return selective_scan.supports((u,), jax.ShapeDtypeStruct((channels, B.shape[3]), jnp.float32), state, segment_ids)
-
-
-def _chunks_support(x, dt, A, B, C, state, segment_ids) -> str | None:
-    return chunks.supports(x, B.shape[3])
-
-
-def _chunks_are_slower(x, dt, A, B, C, state, segment_ids) -> str | None:
-    return chunks.slower(x)
-
-
 IMPLEMENTATIONS = {
-    "triton": Implementation(
-        functools.partial(_as_attention, impl="triton"), _chunks_support, platform="cuda", slower=_chunks_are_slower
+    "triton_chunks": Implementation(
+        functools.partial(_as_attention, impl="triton_chunks"),
+        triton_ssd.supports,
+        platform="cuda",
+        slower=triton_ssd.slower,
     ),
-    "hopper": Implementation(_as_scan, _supports, platform="cuda"),
-    "xla": Implementation(functools.partial(_as_attention, impl="xla")),
-    "recurrent": Implementation(functools.partial(_as_attention, impl="recurrent")),
+    "hopper_steps": Implementation(hopper_ssd.compute, hopper_ssd.supports, platform="cuda"),
+    "xla_chunks": Implementation(functools.partial(_as_attention, impl="xla_chunks")),
+    "xla_steps": Implementation(functools.partial(_as_attention, impl="xla_steps")),
     "oracle": Implementation(functools.partial(_as_attention, impl="oracle")),
 }

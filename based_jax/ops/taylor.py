@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
-from based_jax.ops import linear_attention, taylor_hopper
+from based_jax.ops import linear_attention
 from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.hopper import taylor as hopper_taylor
 from based_jax.ops.precision import einsum
 
 
@@ -75,8 +76,8 @@ def taylor_attention(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (o, state after the last token) instead of o.
-      impl: "oracle" (every score in fp32), "recurrent" (token by token), "xla" (chunked, linear in T), "quadratic" (one
-        chunk; auto's for short sequences on a GPU), "hopper" (Mosaic GPU kernels; bf16, K <= 16) or "auto".
+      impl: "oracle" (every score in fp32), "xla_steps" (token by token), "xla_chunks" (linear in T), "xla_quadratic"
+        (one chunk; auto's for short sequences on a GPU), "hopper_chunks" (Mosaic GPU kernels; bf16, K <= 16) or "auto".
 
     Returns:
       o in v's dtype, or (o, state); the state is fp32.
@@ -101,11 +102,11 @@ def _kernel(q: BTHK, k: BTHK, precision, dtype=jnp.float32) -> Float[Array, "B H
 _chunked = functools.partial(linear_attention.chunked, features=taylor_features, scores=_kernel)
 
 IMPLEMENTATIONS = {
-    "hopper": Implementation(taylor_hopper.attention, taylor_hopper.supports, platform="cuda"),
-    "quadratic": Implementation(
+    "hopper_chunks": Implementation(hopper_taylor.compute, hopper_taylor.supports, platform="cuda"),
+    "xla_chunks": Implementation(_chunked),
+    "xla_quadratic": Implementation(
         functools.partial(_chunked, length=None), preferred="cuda", slower=linear_attention.one_chunk_is_slower
     ),
-    "xla": Implementation(_chunked),
-    "recurrent": Implementation(functools.partial(linear_attention.recurrent, features=taylor_features)),
+    "xla_steps": Implementation(functools.partial(linear_attention.recurrent, features=taylor_features)),
     "oracle": Implementation(functools.partial(linear_attention.oracle, features=taylor_features, scores=_kernel)),
 }

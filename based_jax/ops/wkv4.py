@@ -53,7 +53,7 @@ def wkv4(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       return_state: return (wkv, state after the last token) instead of wkv.
-      impl: "recurrent" (token by token), "oracle" (the same), "xla" (associative scans of chunks) or "auto".
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (associative scans) or "auto".
 
     Raises:
       UserError: `impl` is unknown.
@@ -120,7 +120,7 @@ def _compose(first, second):
 
 
 IMPLEMENTATIONS = {
-    "xla": Implementation(_chunked),
-    "recurrent": Implementation(_recurrent),
+    "xla_chunks": Implementation(_chunked),
+    "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
 }

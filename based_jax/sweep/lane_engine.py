@@ -54,8 +54,8 @@ def _flops(group: Group) -> float:
     """Return about how much a group computes."""
     trial = group[0][1]
     model = nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0)))
-    tokens = sum(x.num_examples * x.seq_len for x in trial.data.resolved().train) * trial.epochs
-    return len(group) * tokens * model.flops_per_token(max(x.seq_len for x in trial.data.resolved().train))
+    tokens = sum(x.num_examples * x.seq_len for x in trial.data.resolved.train) * trial.epochs
+    return len(group) * tokens * model.flops_per_token(max(x.seq_len for x in trial.data.resolved.train))
 
 
 def _train_group(
@@ -111,4 +111,4 @@ class DeviceExamples:
 
 
 def _data_id(trial: Trial) -> str:
-    return configs.config_id({"data": trial.resolved()["data"], "batch_size": trial.batch_size})
+    return configs.config_id({"data": trial.resolved["data"], "batch_size": trial.batch_size})

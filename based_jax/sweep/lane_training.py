@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from based_jax.data.segments import SegmentSource, Split
+from based_jax.labels import is_labelled
 from based_jax.sweep import lanes
 from based_jax.sweep.lanes import Examples, Lanes, Program, Rates
 from based_jax.sweep.trial import Trial
-from based_jax.train.step import IGNORED
 
 GROUP_MEMORY_FRACTION = 0.8
 """Of what is free on the device, for one group."""
@@ -69,7 +69,7 @@ class Resident:
         found = [self.source.examples(split, i) for i in range(number)]
         asked: dict[tuple, int] = collections.defaultdict(lambda: 1)
         for inputs, labels in found:
-            asked[inputs.shape] = max(asked[inputs.shape], (labels != IGNORED).sum(axis=1).max())
+            asked[inputs.shape] = max(asked[inputs.shape], is_labelled(labels).sum(axis=1).max())
         return [Examples.of(inputs, labels, asked[inputs.shape]) for inputs, labels in found]
 
     def dispatches(self, epoch: int) -> Iterator[tuple[Examples, np.ndarray, int]]:

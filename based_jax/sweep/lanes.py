@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from based_jax.labels import NO_LABEL, is_labelled
 from based_jax.nn.lm import LM
+from based_jax.nn.loss import Sums, position_sums
 from based_jax.optim import adamw
 from based_jax.sweep.trial import Trial
-from based_jax.train.step import IGNORED, TrainState, init_state
+from based_jax.train.step import TrainState, init_state, make_train_step
 
 MAX_STEPS_PER_DISPATCH = 100
 INIT_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
@@ -50,7 +51,7 @@ class Examples:
     Attributes:
       inputs: ids.
       where: distinct positions, in order if they are all.
-      answers: the label there, `IGNORED` where fewer than P positions are asked.
+      answers: the label there, `NO_LABEL` where fewer than P positions are asked.
     """
 
     inputs: Int[Array, "N T"]
@@ -59,11 +60,11 @@ class Examples:
 
     @classmethod
     def of(cls, inputs: np.ndarray, labels: np.ndarray, least: int = 1) -> "Examples":
-        """Return the examples of (N, T) inputs and labels, `IGNORED` where nothing is asked, on the default device.
+        """Return the examples of (N, T) inputs and labels, `NO_LABEL` where nothing is asked, on the default device.
 
         P is the largest number of answers to an example, but at least `least`.
         """
-        asked = labels != IGNORED
+        asked = is_labelled(labels)
         most = max(least, asked.sum(axis=1).max())
         if most == labels.shape[1]:
             where = np.broadcast_to(np.arange(most, dtype=np.int32), labels.shape)
@@ -79,19 +80,17 @@ class Examples:
     def rows(self, rows: Int[Array, "B"]) -> "Examples":
         """Return some rows; for -1 one without answers."""
         taken = jax.tree.map(lambda x: x[jnp.maximum(rows, 0)], self)
-        return dataclasses.replace(taken, answers=jnp.where(rows[:, None] < 0, IGNORED, taken.answers))
+        return dataclasses.replace(taken, answers=jnp.where(rows[:, None] < 0, NO_LABEL, taken.answers))
 
 
-def answer_sums(model: LM, examples: Examples) -> dict[str, Float[Array, ""]]:
-    """Return sums over a batch: cross-entropy in nats, answers, and accuracies of examples, examples with answers."""
+def answer_sums(model: LM, examples: Examples) -> Sums:
+    """Return `position_sums` of the answers; of examples with answers the "accuracies" and the number, "examples"."""
     answers = examples.answers
     hidden = model.hidden(examples.inputs, positions=None if answers.shape == examples.inputs.shape else examples.where)
     losses, correct = model.cross_entropy(hidden, answers)
-    counts = (answers != IGNORED).sum(axis=1)
-    return {
-        "loss": jnp.sum(losses),
-        "answers": counts.sum().astype(jnp.float32),
-        "accuracy": jnp.sum(correct.sum(axis=1) / jnp.maximum(counts, 1)),
+    counts = is_labelled(answers).sum(axis=1)
+    return position_sums(losses, correct, answers) | {
+        "accuracies": jnp.sum(correct.sum(axis=1) / jnp.maximum(counts, 1)),
         "examples": jnp.sum(counts > 0).astype(jnp.float32),
     }
 
@@ -149,15 +148,9 @@ class Lanes:
 
     def step(self, state: TrainState, rates: Rates, batch: Examples) -> tuple[TrainState, Float[Array, ""]]:
         """Return the state of one lane after a batch, and the mean loss of its answers."""
-
-        def loss(params):
-            sums = answer_sums(nnx.merge(self.graphdef, params), batch)
-            return sums["loss"] / jnp.maximum(sums["answers"], 1)
-
-        value, grads = jax.value_and_grad(loss)(state.params)
         tx = adamw(self.trial.optim, self.trial.steps, lr=rates.lr, weight_decay=rates.weight_decay)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), value
+        state, metrics = make_train_step(self.graphdef, tx, sums_of=answer_sums)(state, batch)
+        return state, metrics["loss"]
 
     def _test(self, params, examples: Examples, rows: int):
         number = examples.inputs.shape[0]
@@ -166,7 +159,7 @@ class Lanes:
 
         def test(params, batch):
             sums = answer_sums(nnx.merge(self.graphdef, params), batch)
-            return sums["accuracy"], sums["examples"]
+            return sums["accuracies"], sums["examples"]
 
         def add(totals, rows):
             found = jax.vmap(test, (0, None))(params, examples.rows(rows))

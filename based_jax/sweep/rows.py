@@ -20,12 +20,12 @@ from based_jax.sweep.trial import Trial
 def lane_row(point: Point, trial: Trial, outcome: Outcome) -> dict[str, Any]:
     """Return the row of a trained point, without what `facts_of` adds."""
     model = nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0)))
-    longest = max(segment.seq_len for segment in trial.data.resolved().test)
+    longest = max(segment.seq_len for segment in trial.data.resolved.test)
     elements = model.state_size(longest)
     return {
         "id": trial.id,
         "overrides": configs.to_dict(point),
-        "config": trial.resolved(),
+        "config": trial.resolved,
         "status": outcome.status,
         "accuracy": outcome.curve[-1],
         "segments": outcome.segments,
@@ -63,7 +63,7 @@ def _git(folder: Path, *words: str) -> str:
 
 def describe(trial: Trial) -> str:
     """Return a trial's architecture in a few words: "base_conv + taylor, D 64, K 16"."""
-    layers = trial.resolved()["model"]["layers"]
+    layers = trial.resolved["model"]["layers"]
     runs = [(kind, len(list(run))) for kind, run in itertools.groupby(kind for kind, _ in layers)]
     kinds = " + ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in runs)
     return f"{kinds}, {names.label(layers, trial.model.d_model)}"

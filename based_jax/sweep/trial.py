@@ -1,15 +1,17 @@
 """A trial: the whole config of one point of a sweep, its id, and which values a compiled program does not fix."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from based_jax import config as configs
 from based_jax.errors import UserError
-from based_jax.nn.lm import LMConfig
 from based_jax.nn.mixers import MIXERS
-from based_jax.optim import OptimConfig
 from based_jax.sweep.points import Point
+from based_jax.train.run import RunConfig
 from based_jax.train.tasks import SyntheticTask
 
 TRACED = ("seed", "optim.lr", "optim.weight_decay")
@@ -17,34 +19,25 @@ TRACED = ("seed", "optim.lr", "optim.weight_decay")
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class Trial(RunConfig):
     """What one point trains, in whole epochs; with the code's version it determines every number of its row.
 
+    `optim.steps_per_epoch` is filled in where the schedule needs it.
+
     Attributes:
-      model, optim: see their classes; `optim.steps_per_epoch` is filled in where the schedule needs it.
-      data: a synthetic task.
+      data: a synthetic task; the others without a word here are those of `RunConfig`.
       epochs: passes over the training segments at most.
-      batch_size: rows of a batch.
-      seed: of the initial parameters; data has its own.
       stop_accuracy: accuracy on the tests above which training ends after an epoch; None for never.
     """
 
-    model: LMConfig
+    counts = ("epochs", "batch_size")
+
     data: SyntheticTask
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     epochs: int = 1
-    batch_size: int = 64
-    seed: int = 0
     stop_accuracy: float | None = None
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it is at least 1.")
-        if self.data.num_tokens > self.model.vocab_size:
-            raise UserError(
-                f"model.vocab_size is {self.model.vocab_size}, but the data has ids up to {self.data.num_tokens - 1}."
-            )
+        super().__post_init__()
         if self.optim.schedule == "cosine_per_epoch" and self.optim.steps_per_epoch is None:
             optim = dataclasses.replace(self.optim, steps_per_epoch=self.steps_per_epoch)
             object.__setattr__(self, "optim", optim)
@@ -52,37 +45,33 @@ class Trial:
     @property
     def steps_per_epoch(self) -> int:
         """Batches in one pass over all training segments."""
-        return sum(-(-segment.num_examples // self.batch_size) for segment in self.data.resolved().train)
+        return sum(-(-segment.num_examples // self.batch_size) for segment in self.data.resolved.train)
 
     @property
     def steps(self) -> int:
         """Updates in the whole run, if it does not end early."""
         return self.epochs * self.steps_per_epoch
 
+    @functools.cached_property
     def resolved(self) -> dict[str, Any]:
-        """Return every value, the defaults of mixers and task too, as JSON holds them."""
+        """Every value, the defaults of mixers and task too, as JSON holds them."""
         values = configs.to_dict(self)
         full = [(kind, dataclasses.asdict(MIXERS[kind].Config(**options))) for kind, options in self.model.layers]
         values["model"]["layers"] = full
-        task = dataclasses.asdict(self.data.resolved())
+        task = dataclasses.asdict(self.data.resolved)
         values["data"] = {"kind": self.data.kind, "shuffle": self.data.shuffle, **task}
         return configs.to_dict(values)
 
     @property
     def id(self) -> str:
         """The name of this trial: 12 hexadecimal digits of its resolved values."""
-        return configs.config_id(self.resolved())
+        return configs.config_id(self.resolved)
 
     @property
     def signature(self) -> str:
         """The same for all trials that one program can train."""
-        values = self.resolved()
-        for key in TRACED:
-            *sections, name = key.split(".")
-            section = values
-            for part in sections:
-                section = section[part]
-            del section[name]
+        flat = flatten_dict(self.resolved, sep=".")
+        values = {key: value for key, value in flat.items() if key not in TRACED}
         return configs.config_id(values)
 
 

@@ -14,14 +14,14 @@ from based_jax import optim, parallel
 from based_jax.errors import UserError
 from based_jax.evals.evaluate import evaluate, make_eval_step
 from based_jax.train.checkpoint import Checkpoints
+from based_jax.train.compile import train_program
 from based_jax.train.metrics import MetricWriter, Timer, progress
 from based_jax.train.preemption import Preemption
-from based_jax.train.run import Facts, TrainConfig, abstract_state, initial_state
-from based_jax.train.step import make_train_step
+from based_jax.train.run import Facts, TrainConfig
 
-# What may differ when a run is continued: nothing that its numbers depend on (another mesh sums in another order, which
-# may change their last bits).
-FREE = ("log_every", "eval_every", "checkpoint", "mesh")
+# What may differ when a run is continued: nothing that its numbers depend on (another mesh, and the microbatches that
+# it can divide, sum in another order, which may change their last bits).
+KEYS_FREE_ON_RESUME = ("log_every", "eval_every", "checkpoint", "mesh", "microbatches")
 
 
 def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
@@ -41,17 +41,13 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     timer = Timer()
     workdir = Path(workdir)
     mesh = parallel.make_mesh(config.mesh)
-    parallel.check_batch_size(config.batch_size, mesh)
+    program = train_program(config, mesh)
     source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
-    tx = optim.adamw(config.optim, config.steps)
-    graphdef, abstract, where = abstract_state(config, tx, mesh)
-    step_fn = jax.jit(make_train_step(graphdef, tx, config.microbatches), donate_argnums=0, out_shardings=(where, None))
-    with jax.set_mesh(mesh):  # what no operation can run is refused before anything is written
-        step_fn.eval_shape(abstract, source.batch(0))
-    configs.check_same(config, workdir, free=FREE)
+    program.check_step(source.batch(0))  # what no operation can run is refused before anything is written
+    configs.check_same(config, workdir, free=KEYS_FREE_ON_RESUME)
     configs.save(config, workdir)
 
-    eval_step = make_eval_step(graphdef)
+    eval_step = make_eval_step(program.graphdef)
 
     def run_eval(params) -> dict[str, float]:
         batches = ((name, batch) for name in source.eval_names for batch in source.eval_batches(name))
@@ -61,11 +57,9 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
         if checkpoints.latest() is None:
-            start = 0
-            init = jax.jit(lambda key: initial_state(config, tx, key), out_shardings=where)
-            state = init(jax.random.key(config.seed))
+            start, state = 0, program.initial_state()
         else:
-            start, state = checkpoints.restore(abstract)
+            start, state = checkpoints.restore(program.abstract_state)
         report = stack.enter_context(contextlib.closing(Report(config, workdir, start, checkpoints)))
         preemption = stack.enter_context(Preemption())
         timer.done("init")
@@ -75,8 +69,7 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
             batch = parallel.global_batch(source.batch(step - 1), mesh)
             timer.done("data")
 
-            with jax.set_mesh(mesh):  # each device runs kernels on its part
-                state, metrics = step_fn(state, batch)
+            state, metrics = program.step(state, batch)
             report.step(step, metrics, batch["inputs"].size)
             timer.done("step")
 

@@ -1,14 +1,12 @@
-"""A run: its config, the state it starts from, and the model of a run that was trained."""
+"""A run: its config, the model of a run that was trained, and what stands in every row of its metrics."""
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
-import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 from based_jax import config as configs
 from based_jax import flops, parallel
@@ -16,67 +14,64 @@ from based_jax.errors import UserError
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.optim import OptimConfig
 from based_jax.train.checkpoint import CheckpointConfig, Checkpoints
-from based_jax.train.step import TrainState, init_state
 from based_jax.train.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """A whole run; with the code's version it determines every number of it.
+class RunConfig:
+    """What whole runs and a sweep's trials have in common: a model that learns from batches of a task.
 
     Attributes:
-      model, data, optim, checkpoint: see their classes.
-      steps: updates in the run.
+      model, data, optim: see their classes.
       batch_size: rows of a global batch.
-      microbatches: parts that a batch is cut into for gradient accumulation.
       seed: of the initial parameters; data has its own.
-      log_every: steps between rows of metrics.jsonl.
-      eval_every: steps between evaluations; one more ends the run, and is the only one where this is None.
-      mesh: devices per mesh axis (`parallel.AXES`); "data" takes those that are left.
     """
+
+    counts: ClassVar[tuple[str, ...]] = ("batch_size",)
+    """The values that are at least 1."""
 
     model: LMConfig
     data: Task
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    steps: int = 1000
     batch_size: int = 64
-    microbatches: int = 1
     seed: int = 0
-    log_every: int = 10
-    eval_every: int | None = None
-    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "microbatches", "log_every"):
+        for name in self.counts:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it is at least 1.")
-        if self.batch_size % self.microbatches:
-            raise UserError(f"batch_size {self.batch_size} cannot be divided into {self.microbatches} microbatches.")
         if self.data.num_tokens > self.model.vocab_size:
             raise UserError(
                 f"model.vocab_size is {self.model.vocab_size}, but the data has ids up to {self.data.num_tokens - 1}."
             )
 
 
-def initial_state(config: TrainConfig, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """Return the state before the first step; parameters are a function of the key alone."""
-    return init_state(LM(config.model, rngs=nnx.Rngs(key)), tx)
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """A whole run; with the code's version it determines every number of it.
 
-
-def abstract_state(
-    config: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh
-) -> tuple[nnx.GraphDef, TrainState, TrainState]:
-    """Return the model's structure, the state's shapes with their shardings, and the shardings alone.
-
-    Shapes, shardings and names come from one abstract construction: initialisation, the step and the restore of a
-    checkpoint all place the state by them, so nothing is ever whole on one device that does not fit there.
+    Attributes:
+      checkpoint: see its class; the others without a word here are those of `RunConfig`.
+      steps: updates in the run.
+      microbatches: parts that a batch is cut into for gradient accumulation.
+      log_every: steps between rows of metrics.jsonl.
+      eval_every: steps between evaluations; one more ends the run, and is the only one where this is None.
+      mesh: devices per mesh axis (`parallel.AXES`); "data" takes those that are left.
     """
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(0))))
-    shapes = jax.eval_shape(lambda: initial_state(config, tx, jax.random.key(0)))
-    where = parallel.shardings(shapes, mesh)
-    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
-    return graphdef, placed, where
+
+    counts = ("steps", "batch_size", "microbatches", "log_every")
+
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    steps: int = 1000
+    microbatches: int = 1
+    log_every: int = 10
+    eval_every: int | None = None
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size % self.microbatches:
+            raise UserError(f"batch_size {self.batch_size} cannot be divided into {self.microbatches} microbatches.")
 
 
 def load_run(workdir: str | Path, step: int | None = None) -> tuple[TrainConfig, int, LM]:
@@ -93,8 +88,7 @@ def load_run(workdir: str | Path, step: int | None = None) -> tuple[TrainConfig,
     except json.JSONDecodeError as error:
         raise UserError(f"'{path}' is no config: {error}.") from None
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(config.seed))))
-    where = parallel.shardings(shapes, parallel.make_mesh())
-    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+    params = parallel.placed(shapes, parallel.make_mesh())
     with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
         step, fields = checkpoints.restore({"params": params}, step)
     return config, step, nnx.merge(graphdef, fields["params"])

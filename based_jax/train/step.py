@@ -1,7 +1,7 @@
-"""The training step: one pure function of (state, batch) on the split NNX state."""
+"""The training step: one pure function of (state, batch) on the split NNX state, for runs, lanes and benchmarks."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,11 +10,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from based_jax import parallel
 from based_jax.nn.lm import LM
+from based_jax.nn.loss import loss_sums
 
-IGNORED = -100
-
-Batch = Mapping[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+Step = Callable[["TrainState", Any], tuple["TrainState", Metrics]]
 
 
 @jax.tree_util.register_dataclass
@@ -33,57 +34,47 @@ def init_state(model: LM, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
 
 
-def loss_sums(model: LM, batch: Batch) -> dict[str, Float[Array, ""]]:
-    """Return sums over the labelled positions of a batch: cross-entropy in nats, correct predictions, positions.
-
-    Args:
-      model: the language model.
-      batch: inputs and labels (B, T), label `IGNORED` where there is none; optionally segment_ids (B, T).
-    """
-    labels = batch["labels"]
-    losses, correct = model.cross_entropy(model.hidden(batch["inputs"], batch.get("segment_ids")), labels)
-    return {
-        "loss": jnp.sum(losses),
-        "correct": jnp.sum(correct, dtype=jnp.float32),
-        "count": jnp.sum(labels != IGNORED, dtype=jnp.float32),
-    }
-
-
 def make_train_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, microbatches: int = 1
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """Return `step(state, batch) -> (state, metrics)`.
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    microbatches: int = 1,
+    sums_of: Callable[[LM, Any], dict[str, Float[Array, ""]]] = loss_sums,
+) -> Step:
+    """Return `step(state, batch) -> (state, metrics)`, metrics "loss", "accuracy" and "grad_norm".
 
     The loss is the mean over all labelled positions of the batch, whatever the number of microbatches: each adds its
-    sum and the gradient of its sum, and one division ends the scan.
+    sum and the gradient of its sum, and one division ends the scan. Under a mesh (`jax.set_mesh`) each device has the
+    same share of every microbatch, and gradients lie like their parameters.
 
     Args:
       graphdef: the model's structure, from `nnx.split`.
-      tx: the optimizer.
-      microbatches: parts that the batch is cut into along its first axis, which they divide.
+      tx: the optimizer; its values may be traced, as those of a sweep's lanes are.
+      microbatches: parts that the batch is cut into along its first axis, which they divide: of `microbatches` rows
+        that follow each other each goes into another one.
+      sums_of: sums over the labelled positions of a batch, whatever a batch is; "loss", "correct" and "count" are used.
     """
 
-    def sums_and_grads(params: nnx.State, batch: Batch):
+    def sums_and_grads(params: nnx.State, batch: Any):
         def loss(params):
-            sums = loss_sums(nnx.merge(graphdef, params), batch)
+            sums = sums_of(nnx.merge(graphdef, params), batch)
             return sums["loss"], sums
 
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return sums, grads
+        return sums, parallel.constrain_parameters(grads)
 
-    def accumulate(params: nnx.State, batch: Batch):
+    def accumulate(params: nnx.State, batch: Any):
         if microbatches == 1:
             return sums_and_grads(params, batch)
-        parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), dict(batch))
+        parts = jax.tree.map(lambda x: _cut(x, microbatches), batch)
         shapes = jax.eval_shape(sums_and_grads, params, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        sums, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def add(total, part):
             return jax.tree.map(jnp.add, total, sums_and_grads(params, part)), None
 
-        return jax.lax.scan(add, zeros, parts)[0]
+        return jax.lax.scan(add, (sums, parallel.constrain_parameters(grads)), parts)[0]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         sums, grads = accumulate(state.params, batch)
         count = jnp.maximum(sums["count"], 1)
         grads = jax.tree.map(lambda g: g / count, grads)
@@ -97,3 +88,12 @@ def make_train_step(
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return step
+
+
+def _cut(x: Array, microbatches: int) -> Array:
+    """Return (B, ...) as (microbatches, B / microbatches, ...), the rows of each microbatch over all devices.
+
+    A device holds rows that follow each other: those of one microbatch must come from every device, or the scan over
+    microbatches would have one device's rows at a time, for all to compute.
+    """
+    return parallel.constrain(x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), None, "batch")

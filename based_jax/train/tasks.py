@@ -1,11 +1,13 @@
 """What can be trained on: a task is a frozen config that opens a source of batches.
 
-A new task is one dataclass here: its data, since the loss and the metrics of all of them are those of `train/step.py`.
+A new task is one line of `TASKS`: its data, since the loss and the metrics of all of them are those of `train/step.py`.
 """
 
 import dataclasses
+import functools
+import typing
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -42,45 +44,62 @@ class Source(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class PresetTask:
-    """A synthetic task: one of its module's presets, with those of its values replaced that are not None here.
+class TaskConfig(Protocol):
+    """The section `data` of a config, a frozen dataclass: what `TASKS` holds."""
 
-    A subclass adds the fields that can be replaced, under the names that they have in the preset's class.
-
-    Attributes:
-      kind: the key that chooses the task in a config.
-      preset: a key of `presets`.
-      seed: of the examples and of their order.
-      shuffle: whether an epoch permutes examples and batches, rather than reads the segments in their order.
-    """
-
-    presets: ClassVar[Mapping[str, SegmentedTask]]
-    kind: str = ""
-    preset: str = "default"
-    seed: int | None = None
-    shuffle: bool = False
-
-    def __post_init__(self):
-        self.resolved()
-
-    def resolved(self) -> SegmentedTask:
-        """Return the preset with this task's replacements; UserError for an unknown preset or an impossible value."""
-        if self.preset not in self.presets:
-            raise unknown(f"{self.kind} preset", self.preset, self.presets)
-        names = [field.name for field in dataclasses.fields(self) if field.name not in ("kind", "preset", "shuffle")]
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(self.presets[self.preset], **given)
+    @property
+    def kind(self) -> str:
+        """The key of the task in `TASKS`."""
+        ...
 
     @property
     def num_tokens(self) -> int:
         """Ids that the task uses."""
-        return self.resolved().vocab_size
+        ...
+
+    def open(self, batch_size: int, process_index: int, process_count: int) -> Source:
+        """Return the source of one host's batches."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PresetTask:
+    """A synthetic task: one of its module's presets, with those of its values replaced that are not None here.
+
+    `preset_task` adds the values that can be replaced, under the names that they have in the preset's class.
+
+    Attributes:
+      kind: the key that chooses the task in a config.
+      preset: a key of `presets`.
+      shuffle: whether an epoch permutes examples and batches, rather than reads the segments in their order.
+    """
+
+    presets: ClassVar[Mapping[str, SegmentedTask]]
+    kind: str
+    preset: str
+    shuffle: bool = False
+
+    def __post_init__(self):
+        _ = self.resolved  # an impossible value is named here
+
+    @functools.cached_property
+    def resolved(self) -> SegmentedTask:
+        """The preset with this task's replacements; UserError for an unknown preset or an impossible value."""
+        if self.preset not in self.presets:
+            raise unknown(f"{self.kind} preset", self.preset, self.presets)
+        preset = self.presets[self.preset]
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(preset)}
+        return dataclasses.replace(preset, **{name: value for name, value in values.items() if value is not None})
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids that the task uses."""
+        return self.resolved.vocab_size
 
     def open(self, batch_size: int, process_index: int, process_count: int) -> SegmentSource:
         """Return the source of one host's batches."""
         return SegmentSource(
-            self.resolved(),
+            self.resolved,
             batch_size,
             shuffle=self.shuffle,
             process_index=process_index,
@@ -88,117 +107,32 @@ class PresetTask:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class MqarTask(PresetTask):
-    """Multi-query associative recall (`data/mqar.py`)."""
-
-    presets = mqar.PRESETS
-    kind: Literal["mqar"] = "mqar"
-    preset: str = "figure2"
-    train: tuple[mqar.Segment, ...] | None = None
-    test: tuple[mqar.Segment, ...] | None = None
-    vocab_size: int | None = None
-    random_non_queries: bool | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class SelectiveCopyingTask(PresetTask):
-    """Selective copying (`data/selective_copying.py`)."""
-
-    presets = selective_copying.PRESETS
-    kind: Literal["selective_copying"] = "selective_copying"
-    train: tuple[selective_copying.Segment, ...] | None = None
-    test: tuple[selective_copying.Segment, ...] | None = None
-    vocab_size: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class InductionHeadsTask(PresetTask):
-    """Induction heads (`data/induction_heads.py`)."""
-
-    presets = induction_heads.PRESETS
-    kind: Literal["induction_heads"] = "induction_heads"
-    train: tuple[induction_heads.Segment, ...] | None = None
-    test: tuple[induction_heads.Segment, ...] | None = None
-    vocab_size: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class InContextNgramTask(PresetTask):
-    """In-context n-grams (`data/in_context_ngram.py`)."""
-
-    presets = in_context_ngram.PRESETS
-    kind: Literal["in_context_ngram"] = "in_context_ngram"
-    train: tuple[in_context_ngram.Segment, ...] | None = None
-    test: tuple[in_context_ngram.Segment, ...] | None = None
-    vocab_size: int | None = None
-    order: int | None = None
-    concentration: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class MemorizationTask(PresetTask):
-    """Memorization of a dictionary (`data/memorization.py`)."""
-
-    presets = memorization.PRESETS
-    kind: Literal["memorization"] = "memorization"
-    train: tuple[memorization.Segment, ...] | None = None
-    test: tuple[memorization.Segment, ...] | None = None
-    vocab_size: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class CompressionTask(PresetTask):
-    """Compression (`data/compression.py`)."""
-
-    presets = compression.PRESETS
-    kind: Literal["compression"] = "compression"
-    train: tuple[compression.Segment, ...] | None = None
-    test: tuple[compression.Segment, ...] | None = None
-    alphabet: int | None = None
-    max_symbols: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class StateTrackingTask(PresetTask):
-    """State tracking (`data/state_tracking.py`)."""
-
-    presets = state_tracking.PRESETS
-    kind: Literal["state_tracking"] = "state_tracking"
-    train: tuple[state_tracking.Segment, ...] | None = None
-    test: tuple[state_tracking.Segment, ...] | None = None
-    group: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ForgettingMqarTask(PresetTask):
-    """MQAR with forgetting (`data/forgetting_mqar.py`)."""
-
-    presets = forgetting_mqar.PRESETS
-    kind: Literal["forgetting_mqar"] = "forgetting_mqar"
-    train: tuple[forgetting_mqar.Segment, ...] | None = None
-    test: tuple[forgetting_mqar.Segment, ...] | None = None
-    vocab_size: int | None = None
-    random_non_queries: bool | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class NeedleTask(PresetTask):
-    """A needle in a haystack (`data/needle.py`)."""
-
-    presets = needle.PRESETS
-    kind: Literal["needle"] = "needle"
-    train: tuple[needle.Segment, ...] | None = None
-    test: tuple[needle.Segment, ...] | None = None
-    vocab_size: int | None = None
+def preset_task(kind: str, presets: Mapping[str, SegmentedTask], default: str = "default") -> type[PresetTask]:
+    """Return the `PresetTask` of one module: a dataclass with each value of its presets as an optional field."""
+    preset = type(presets[default])
+    values = [(name, annotation | None, None) for name, annotation in typing.get_type_hints(preset).items()]
+    fields = [("kind", Literal[kind], kind), ("preset", str, default), *values]
+    name = preset.__name__.replace("Config", "Task")
+    return dataclasses.make_dataclass(name, fields, bases=(PresetTask,), namespace={"presets": presets}, frozen=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTask:
-    """Language modelling on a folder of text files (`data/text.py`); the shipped prose where `path` is None."""
+    """Language modelling on documents (`data/text.py`).
+
+    Attributes:
+      kind: the key that chooses the task in a config.
+      path: a folder of text files, or "tfds:NAME" for a dataset of tensorflow-datasets; None for the shipped prose.
+      text_feature: of "tfds:NAME", the feature that holds a document; None if it is "text" or the only one.
+      tokenizer: a name of `data/tokenizer.py`.
+      seq_len: tokens of a row.
+      seed: of the order of rows.
+      cache_dir: where the packed windows are kept; None for the user's cache folder.
+    """
 
     kind: Literal["text"] = "text"
     path: str | None = None
+    text_feature: str | None = None
     tokenizer: str = "gpt2"
     seq_len: int = 2048
     seed: int = 0
@@ -218,6 +152,7 @@ class TextTask:
             self.tokenizer,
             self.seq_len,
             batch_size,
+            text_feature=self.text_feature,
             seed=self.seed,
             cache_dir=self.cache_dir,
             process_index=process_index,
@@ -225,15 +160,18 @@ class TextTask:
         )
 
 
-SyntheticTask = (
-    MqarTask
-    | SelectiveCopyingTask
-    | InductionHeadsTask
-    | InContextNgramTask
-    | MemorizationTask
-    | CompressionTask
-    | StateTrackingTask
-    | ForgettingMqarTask
-    | NeedleTask
-)
-Task = SyntheticTask | TextTask
+SYNTHETIC_TASKS: dict[str, type[PresetTask]] = {
+    "mqar": preset_task("mqar", mqar.PRESETS, "figure2"),
+    "selective_copying": preset_task("selective_copying", selective_copying.PRESETS),
+    "induction_heads": preset_task("induction_heads", induction_heads.PRESETS),
+    "in_context_ngram": preset_task("in_context_ngram", in_context_ngram.PRESETS),
+    "memorization": preset_task("memorization", memorization.PRESETS),
+    "compression": preset_task("compression", compression.PRESETS),
+    "state_tracking": preset_task("state_tracking", state_tracking.PRESETS),
+    "forgetting_mqar": preset_task("forgetting_mqar", forgetting_mqar.PRESETS),
+    "needle": preset_task("needle", needle.PRESETS),
+}
+TASKS: dict[str, type[TaskConfig]] = {**SYNTHETIC_TASKS, "text": TextTask}
+
+SyntheticTask = Annotated[PresetTask, SYNTHETIC_TASKS]
+Task = Annotated[TaskConfig, TASKS]

@@ -21,7 +21,7 @@ from flax import nnx
 from based_jax import config as configs
 from based_jax.data.tokenizer import get_tokenizer
 from based_jax.evals.evaluate import evaluate, model_sums
-from based_jax.evals.generate import Sampling, generate
+from based_jax.generate import Sampling, generate
 from based_jax.nn.lm import LM
 from based_jax.store import Store
 from based_jax.sweep import Sweep

@@ -276,24 +276,28 @@ OPERATIONS = {
     ),
     "delta_rule": Operation(delta_rule.DPLR_IMPLEMENTATIONS, _delta_arrays, _gated, lambda case: oracles.recurrence),
     "delta_rule_by_chunks": Operation(
-        delta_rule.DPLR_IMPLEMENTATIONS, _delta_arrays, _gated, lambda case: oracles.recurrence, kernel="triton"
+        delta_rule.DPLR_IMPLEMENTATIONS, _delta_arrays, _gated, lambda case: oracles.recurrence, kernel="triton_chunks"
     ),
     "gated_linear_attention_by_chunks": Operation(
-        gated_linear_attention.IMPLEMENTATIONS, _gated_arrays, _gated, lambda case: oracles.recurrence, kernel="triton"
+        gated_linear_attention.IMPLEMENTATIONS,
+        _gated_arrays,
+        _gated,
+        lambda case: oracles.recurrence,
+        kernel="triton_chunks",
     ),
     "simple_gla": Operation(
         gated_linear_attention.IMPLEMENTATIONS,
         _simple_arrays,
         _gated,
         lambda case: oracles.recurrence,
-        kernel="triton",
+        kernel="triton_chunks",
     ),
     "gated_delta_rule": Operation(
         delta_rule.IMPLEMENTATIONS,
         _gated_delta_arrays,
         _gated_delta,
         lambda case: oracles.gated_delta_rule,
-        kernel="triton",
+        kernel="triton_chunks",
     ),
     "linear_cross_entropy": Operation(
         cross_entropy.IMPLEMENTATIONS,

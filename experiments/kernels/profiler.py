@@ -27,6 +27,7 @@ from based_jax.bench.operations import OPERATIONS, PASSES, Operation, Shape
 from based_jax.bench.timing import breakdown
 from based_jax.commands.bench import parse_shape
 from based_jax.errors import UserError
+from based_jax.ops.dispatch import named
 from experiments.kernels import check
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     """Print and write a row per call, and one per kernel launch in it."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the profiled process needs memory too
     if args.ops == ["all"]:
-        args.ops = [name for name, operation in OPERATIONS.items() if args.impl in operation.table]
+        args.ops = [name for name, operation in OPERATIONS.items() if named(operation.table, args.impl)]
     if args.inner:
         return launch(args.ops, args.shapes, args.impl, args.inner)
     if shutil.which("ncu") is None and not args.no_ncu:

@@ -103,7 +103,7 @@ def measure(point: dict, segment: int, number: int) -> dict:
     per_step = ((name, sum(x) / TRACED_STEPS, len(x) / TRACED_STEPS) for name, x in times.items())
     top = sorted(per_step, key=lambda x: -x[1])
     return {
-        "segment": trial.data.resolved().train[segment].name,
+        "segment": trial.data.resolved.train[segment].name,
         "lanes": number,
         "milliseconds": round(milliseconds, 4),
         "kernel_milliseconds": round(sum(spent for _, spent, _ in top), 4),

@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
 
+from based_jax.labels import is_labelled
 from based_jax.nn.lm import LM
+from based_jax.nn.loss import Sums, position_sums
 from based_jax.optim import adamw
 from based_jax.sweep import Trial, lanes
 from based_jax.sweep.device_lock import DeviceLock
 from based_jax.sweep.rows import revision
 from based_jax.sweep.trial import make_trial
-from based_jax.train.step import IGNORED, TrainState, init_state
+from based_jax.train.step import TrainState, init_state, make_train_step
 from experiments.mqar_pareto import sweeps
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(trial: Trial, segment: int, numbers: list[int], steps: int) -> Iterator[dict]:
     """Yield a row for each way of training on a segment."""
-    found = trial.data.resolved().train[segment]
+    found = trial.data.resolved.train[segment]
     source = trial.data.open(trial.batch_size, 0, 1)
     examples = [x[:EXAMPLES_PER_SEGMENT] for x in source.examples("train", segment)]
     place = {"segment": found.name, "steps_per_epoch": -(-found.num_examples // trial.batch_size)}
-    for way in LOSSES:
+    for way in LOSS_SUMS:
         yield place | {"way": way, "lanes": 1} | timed(lambda way=way: looped(trial, examples, way), steps)
     for number in [1, *numbers]:
         way = "lanes" if number > 1 else "resident"
@@ -114,9 +115,8 @@ def looped(trial: Trial, examples: list[np.ndarray], way: str) -> Callable[[int]
     batches = [jax.device_get(lanes.Examples.of(inputs[cut], labels[cut], least)) for cut in cuts]
 
     def step(state: TrainState, batch: lanes.Examples):
-        loss, grads = jax.value_and_grad(lambda params: LOSSES[way](nnx.merge(graphdef, params), batch))(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), loss
+        state, metrics = make_train_step(graphdef, tx, sums_of=LOSS_SUMS[way])(state, batch)
+        return state, metrics["loss"]
 
     compiled = jax.jit(step, donate_argnums=0).lower(state, jax.tree.map(jnp.asarray, batches[0])).compile()
     held = [state]
@@ -130,23 +130,17 @@ def looped(trial: Trial, examples: list[np.ndarray], way: str) -> Callable[[int]
     return take
 
 
-def plain_loss(model: LM, batch: lanes.Examples) -> Float[Array, ""]:
-    """Return the mean cross-entropy of the answers as optax takes it from logits."""
+def plain_sums(model: LM, batch: lanes.Examples) -> Sums:
+    """Return the sums of the answers, their cross-entropy as optax takes it from logits."""
     hidden, answers = model.hidden(batch.inputs), batch.answers
     if answers.shape != batch.inputs.shape:
         hidden = jnp.take_along_axis(hidden, batch.where[..., None], axis=1)
-    asked = answers != IGNORED
-    losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), jnp.where(asked, answers, 0))
-    return jnp.mean(losses, where=asked)
+    logits, asked = model.logits(hidden), is_labelled(answers)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(asked, answers, 0))
+    return position_sums(jnp.where(asked, losses, 0.0), jnp.argmax(logits, axis=-1) == answers, answers)
 
 
-def fused_loss(model: LM, batch: lanes.Examples) -> Float[Array, ""]:
-    """Return the same as the sweep computes it."""
-    sums = lanes.answer_sums(model, batch)
-    return sums["loss"] / sums["answers"]
-
-
-LOSSES = {"loop": plain_loss, "answers": plain_loss, "fused": fused_loss}
+LOSS_SUMS = {"loop": plain_sums, "answers": plain_sums, "fused": lanes.answer_sums}
 
 
 def resident(trial: Trial, examples: list[np.ndarray], number: int) -> Callable[[int], object]:

@@ -9,6 +9,7 @@ from based_jax.bench.operations import OPERATIONS, PASSES
 from based_jax.bench.timing import Kernel
 from based_jax.commands.bench import line, parse_shape
 from based_jax.errors import UserError
+from based_jax.ops.dispatch import named
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -84,10 +85,10 @@ def test_every_peer_has_an_operation():
 
 def test_any_entry_of_a_table_can_be_named():
     taylor = OPERATIONS["taylor_attention"]
-    assert taylor.usual == ["hopper", "xla"]
-    assert set(taylor.named) >= {"hopper", "xla", "oracle", "recurrent", "quadratic"}
-    assert OPERATIONS["attention"].usual == ["cudnn"]
-    assert "cudnn" in OPERATIONS["window_attention_64"].usual
+    assert taylor.usual == ["hopper_chunks", "xla_chunks"]
+    assert set(taylor.named) >= {"hopper_chunks", "xla_chunks", "oracle", "xla_steps", "xla_quadratic"}
+    assert OPERATIONS["attention"].usual == ["cudnn_flash"]
+    assert "cudnn_flash" in OPERATIONS["window_attention_64"].usual
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "window_attention_128"])
@@ -99,7 +100,8 @@ def test_both_passes_are_compiled_and_timed(name, monkeypatch):
 
     monkeypatch.setattr(kernels, "device_microseconds", timed)
     rows = list(kernels._ours(name, (1, 2, 48), ["xla"], 2, H100))
-    assert [(row["impl"], row["pass"], row.get("error")) for row in rows] == [("xla", x, None) for x in PASSES]
+    impl = named(OPERATIONS[name].table, "xla")
+    assert [(row["impl"], row["pass"], row.get("error")) for row in rows] == [(impl, x, None) for x in PASSES]
     assert all(row["microseconds"] == 40.0 and row["floor_microseconds"] > 0 for row in rows)
 
 

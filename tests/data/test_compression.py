@@ -1,15 +1,15 @@
 import numpy as np
 import pytest
 
-from based_jax.data.compression import PRESETS, CompressionConfig, Segment, compression
-from based_jax.data.segments import IGNORE
+from based_jax.data.compression import PRESETS, CompressionConfig, CompressionSegment, compression
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 def answered(row, alphabet):
     stored, labels = [], []
     for token in row:
-        labels.append(stored[token - alphabet - 1] if token > alphabet else IGNORE)
+        labels.append(stored[token - alphabet - 1] if token > alphabet else NO_LABEL)
         if token < alphabet:
             stored.append(token)
     return labels
@@ -38,8 +38,8 @@ def test_the_queries_are_part_of_the_vocabulary():
     "changes, message",
     [
         ({"alphabet": 1}, "alphabet 1"),
-        ({"test": (Segment(1, 32),)}, "num_symbols 32 must be at least 1 and at most max_symbols 31"),
-        ({"test": (Segment(1, 0),)}, "num_symbols 0"),
+        ({"test": (CompressionSegment(1, 32),)}, "num_symbols 32 must be at least 1 and at most max_symbols 31"),
+        ({"test": (CompressionSegment(1, 0),)}, "num_symbols 0"),
     ],
 )
 def test_bad_values_are_named(changes, message):

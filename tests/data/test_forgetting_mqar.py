@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from based_jax.data.forgetting_mqar import PRESETS, ForgettingMqarConfig, Segment, forgetting_mqar, owners
+from based_jax.data.forgetting_mqar import PRESETS, ForgettingMqarConfig, ForgettingMqarSegment, forgetting_mqar, owners
 from based_jax.data.mqar import mqar
-from based_jax.data.segments import IGNORE
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 @pytest.mark.parametrize("random_non_queries", [False, True])
@@ -21,7 +21,7 @@ def test_labels_are_the_latest_values(vocab_size, seq_len, num_kv_pairs, num_upd
         for position in range(0, context, 2):
             memory[row[position]] = row[position + 1]
         for position, label in enumerate(expected):
-            if label != IGNORE:
+            if label != NO_LABEL:
                 assert position >= context and memory[row[position]] == label
                 asked.append(row[position])
         assert len(memory) == num_kv_pairs and sorted(asked) == sorted(memory)
@@ -36,7 +36,7 @@ def test_stale_values_are_wrong_where_keys_were_rewritten():
         first = {}
         for position in range(0, 32, 2):
             first.setdefault(row[position], row[position + 1])
-        wrong += sum(label not in (IGNORE, first.get(token)) for token, label in zip(row, expected, strict=True))
+        wrong += sum(label not in (NO_LABEL, first.get(token)) for token, label in zip(row, expected, strict=True))
     assert wrong > 0.6 * 4 * 300
 
 
@@ -62,10 +62,10 @@ def test_updates_come_after_their_key_and_all_over_the_context():
     "changes, message",
     [
         ({"vocab_size": 32}, "vocab_size 32"),
-        ({"test": (Segment(1, 16, 2, 5),)}, "seq_len 16"),
-        ({"test": (Segment(1, 17, 2, 2),)}, "seq_len 17"),
-        ({"test": (Segment(1, 16, 0, 2),)}, "num_kv_pairs 0"),
-        ({"test": (Segment(1, 16, 2, -1),)}, "num_updates -1"),
+        ({"test": (ForgettingMqarSegment(1, 16, 2, 5),)}, "seq_len 16"),
+        ({"test": (ForgettingMqarSegment(1, 17, 2, 2),)}, "seq_len 17"),
+        ({"test": (ForgettingMqarSegment(1, 16, 0, 2),)}, "num_kv_pairs 0"),
+        ({"test": (ForgettingMqarSegment(1, 16, 2, -1),)}, "num_updates -1"),
     ],
 )
 def test_bad_values_are_named(changes, message):

@@ -7,13 +7,13 @@ from based_jax.data import in_context_ngram as module
 from based_jax.data.in_context_ngram import (
     PRESETS,
     InContextNgramConfig,
-    Segment,
     best_accuracy,
     best_predictions,
     in_context_ngram,
 )
-from based_jax.data.segments import IGNORE
+from based_jax.data.segments import LengthSegment
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 SIZES = pytest.mark.parametrize(
     "vocab_size, seq_len, order", [(8, 60, 2), (3, 50, 3), (2, 40, 4), (5, 30, 1), (2, 2, 1)]
@@ -39,9 +39,9 @@ def test_asked_is_the_next_token_where_its_context_stood_before(vocab_size, seq_
     inputs, labels = in_context_ngram(vocab_size, 40, seq_len, 4, order)
     for row, expected in zip(inputs.tolist(), labels.tolist(), strict=True):
         asked = [seen for seen, _ in read(row, vocab_size, order)]
-        assert [label != IGNORE for label in expected] == asked
+        assert [label != NO_LABEL for label in expected] == asked
         known = zip(row[1:], expected[:-1], strict=True)
-        assert all(label in (IGNORE, following) for following, label in known)
+        assert all(label in (NO_LABEL, following) for following, label in known)
 
 
 @SIZES
@@ -58,7 +58,7 @@ def test_best_predictions_equal_counting_by_hand(vocab_size, seq_len, order):
 def test_the_best_accuracy_is_reached_and_not_passed(order, concentration):
     examples = in_context_ngram(4, 2000, 64, 7, order, concentration)
     expected = best_accuracy(examples, 4, order, concentration)
-    asked = examples[1] != IGNORE
+    asked = examples[1] != NO_LABEL
 
     def accuracy(predictions):
         return (predictions == examples[1])[asked].mean()
@@ -92,7 +92,7 @@ def test_blocks_of_rows_change_the_draws_but_not_the_answers(monkeypatch):
     cut, labels = in_context_ngram(4, 30, 20, 0)
     assert cut.shape == (30, 20) and len(np.unique(cut, axis=0)) > 20
     for row, expected in zip(cut.tolist(), labels.tolist(), strict=True):
-        assert [seen for seen, _ in read(row, 4, 2)] == [label != IGNORE for label in expected]
+        assert [seen for seen, _ in read(row, 4, 2)] == [label != NO_LABEL for label in expected]
 
 
 def test_a_config_tells_the_best_accuracy_of_a_segment():
@@ -108,7 +108,7 @@ def test_a_config_tells_the_best_accuracy_of_a_segment():
         ({"order": 16}, "order 16 must be at least 1 and below seq_len 16"),
         ({"vocab_size": 1000, "order": 3}, "vocab_size 1000 to the power of order 3 must be at most 1048576"),
         ({"concentration": 0.0}, "concentration 0.0"),
-        ({"test": (Segment(1, 2),)}, "seq_len 2"),
+        ({"test": (LengthSegment(1, 2),)}, "seq_len 2"),
     ],
 )
 def test_bad_values_are_named(changes, message):

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from based_jax.data.memorization import PRESETS, MemorizationConfig, Segment, dictionary, memorization
-from based_jax.data.segments import IGNORE
+from based_jax.data.memorization import PRESETS, MemorizationConfig, dictionary, memorization
+from based_jax.data.segments import LengthSegment
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 @pytest.mark.parametrize("vocab_size, num_keys", [(3, 1), (4, 1), (16, 7), (255, 127), (256, 127)])
@@ -21,7 +22,7 @@ def test_labels_are_what_a_reader_with_the_dictionary_answers(vocab_size, seq_le
     for row, expected in zip(inputs.tolist(), labels.tolist(), strict=True):
         answers, key = [], None
         for token in row:
-            answers.append(facts[key] if token == vocab_size - 1 else IGNORE)
+            answers.append(facts[key] if token == vocab_size - 1 else NO_LABEL)
             key = token
         assert answers == expected
         assert row[1::2] == [vocab_size - 1] * (seq_len // 2)
@@ -40,8 +41,8 @@ def test_training_and_test_share_the_dictionary_of_the_task_seed():
     "changes, message",
     [
         ({"vocab_size": 2}, "vocab_size 2"),
-        ({"test": (Segment(1, 7),)}, "seq_len 7"),
-        ({"test": (Segment(1, 0),)}, "seq_len 0"),
+        ({"test": (LengthSegment(1, 7),)}, "seq_len 7"),
+        ({"test": (LengthSegment(1, 0),)}, "seq_len 0"),
     ],
 )
 def test_bad_values_are_named(changes, message):

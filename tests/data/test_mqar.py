@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from based_jax.data.mqar import PRESETS, MqarConfig, Segment, mqar
-from based_jax.data.segments import IGNORE, SegmentSource, segment_seeds
+from based_jax.data.mqar import PRESETS, MqarConfig, MqarSegment, mqar
+from based_jax.data.segments import SegmentSource, segment_seeds
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 PARITY = Path(__file__).parent.parent / "parity"
 
@@ -36,7 +37,7 @@ def oracle(vocab_size, num_examples, seq_len, num_kv_pairs, seed, power_a):
     values = [rng.choice(np.arange(half, vocab_size), size=num_kv_pairs, replace=False) for _ in rows]
     p = power_a * np.arange(1, space + 1) ** (power_a - 1)
     gaps = [rng.choice(space, size=num_kv_pairs, replace=False, p=p / p.sum()) for _ in rows]
-    inputs, labels = np.zeros((num_examples, seq_len), int), np.full((num_examples, seq_len), IGNORE)
+    inputs, labels = np.zeros((num_examples, seq_len), int), np.full((num_examples, seq_len), NO_LABEL)
     for row in rows:
         for pair in range(num_kv_pairs):
             inputs[row, 2 * pair : 2 * pair + 2] = keys[row][pair], values[row][pair]
@@ -72,7 +73,7 @@ def test_every_query_asks_for_its_own_value():
     assert (inputs >= 0).all() and (inputs < 128).all() and (inputs[:, 16:] != 0).mean() > 0.9
     for row, targets in zip(inputs, labels, strict=True):
         pairs = dict(zip(row[0:16:2], row[1:16:2], strict=True))
-        queries = np.flatnonzero(targets != IGNORE)
+        queries = np.flatnonzero(targets != NO_LABEL)
         assert len(pairs) == len(queries) == 8
         assert [pairs[row[q]] for q in queries] == targets[queries].tolist()
 
@@ -117,4 +118,4 @@ def test_a_segment_is_generated_from_its_seed():
 
 def test_a_config_checks_every_segment():
     with pytest.raises(UserError, match="seq_len 15"):
-        MqarConfig(train=(Segment(1, 16, 2),), test=(Segment(1, 15, 2),))
+        MqarConfig(train=(MqarSegment(1, 16, 2),), test=(MqarSegment(1, 15, 2),))

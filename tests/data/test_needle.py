@@ -1,8 +1,8 @@
 import pytest
 
-from based_jax.data.needle import PRESETS, NeedleConfig, Segment, grid, needle
-from based_jax.data.segments import IGNORE
+from based_jax.data.needle import PRESETS, NeedleConfig, NeedleSegment, grid, needle
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 
 @pytest.mark.parametrize("depth", [None, 0.0, 0.3, 1.0])
@@ -13,12 +13,12 @@ def test_labels_are_what_a_reader_answers(vocab_size, seq_len, num_needles, dept
         memory, answers = {}, []
         for position, token in enumerate(row):
             is_key = token < vocab_size // 2
-            answers.append(memory.get(token, IGNORE) if is_key else IGNORE)
+            answers.append(memory.get(token, NO_LABEL) if is_key else NO_LABEL)
             if is_key and token not in memory:
                 memory[token] = row[position + 1]
         assert answers == expected
         assert len(memory) == num_needles == len(set(memory.values()))
-        assert IGNORE not in expected[-num_needles:]
+        assert NO_LABEL not in expected[-num_needles:]
 
 
 @pytest.mark.parametrize("depth, place", [(0.0, 0), (0.25, 22), (0.5, 44), (1.0, 88)])
@@ -36,17 +36,17 @@ def test_any_depth_reaches_both_ends():
 def test_names_tell_length_needles_and_depth():
     names = [segment.name for segment in grid(1, (1024, 2048), (0.0, 0.25, 1.0))]
     assert names == ["1024@0", "1024@0.25", "1024@1", "2048@0", "2048@0.25", "2048@1"]
-    assert Segment(1, 64).name == "64@any" and Segment(1, 64, 0.5, 4).name == "64x4@0.5"
+    assert NeedleSegment(1, 64).name == "64@any" and NeedleSegment(1, 64, 0.5, 4).name == "64x4@0.5"
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"vocab_size": 3}, "vocab_size 3"),
-        ({"test": (Segment(1, 8, 0.5, 3),)}, "num_needles 3"),
-        ({"test": (Segment(1, 8, 0.5, 0),)}, "num_needles 0"),
-        ({"test": (Segment(1, 8, 1.5),)}, "depth 1.5"),
-        ({"test": (Segment(1, 8, float("nan")),)}, "depth nan"),
+        ({"test": (NeedleSegment(1, 8, 0.5, 3),)}, "num_needles 3"),
+        ({"test": (NeedleSegment(1, 8, 0.5, 0),)}, "num_needles 0"),
+        ({"test": (NeedleSegment(1, 8, 1.5),)}, "depth 1.5"),
+        ({"test": (NeedleSegment(1, 8, float("nan")),)}, "depth nan"),
     ],
 )
 def test_bad_values_are_named(changes, message):

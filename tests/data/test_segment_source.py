@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from based_jax.data import mqar
-from based_jax.data.segments import IGNORE, SegmentSource, segment_seeds
+from based_jax.data.segments import SegmentSource, segment_seeds
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 PARITY = Path(__file__).parent.parent / "parity"
 TINY = mqar.PRESETS["tiny"]
@@ -49,7 +50,7 @@ def test_examples_are_ids_of_the_shape_that_the_segment_says(module):
         assert inputs.shape == labels.shape == (segment.num_examples, segment.seq_len)
         assert inputs.dtype == labels.dtype == np.int32
         assert inputs.min() >= 0 and inputs.max() < task.vocab_size
-        asked = labels[labels != IGNORE]
+        asked = labels[labels != NO_LABEL]
         assert len(asked) and asked.min() >= 0 and asked.max() < task.vocab_size
 
 
@@ -129,7 +130,7 @@ def test_an_epoch_reads_the_segments_in_order():
     inputs, labels = mqar.mqar(64, 50, 16, 2, seed)
     np.testing.assert_array_equal(np.concatenate([batch["inputs"] for batch in short])[:50], inputs)
     np.testing.assert_array_equal(np.concatenate([batch["labels"] for batch in short])[:50], labels)
-    assert (short[-1]["labels"][2:] == IGNORE).all() and (short[-1]["labels"][:2] != IGNORE).any()
+    assert (short[-1]["labels"][2:] == NO_LABEL).all() and (short[-1]["labels"][:2] != NO_LABEL).any()
     np.testing.assert_array_equal(source.batch(source.steps_per_epoch)["inputs"], batches[0]["inputs"])
 
 
@@ -177,7 +178,7 @@ def test_eval_reads_each_test_segment_once():
     assert [batch["inputs"].shape for batch in batches] == 3 * [(4, 32)]
     labels = mqar.mqar(64, 11, 32, 4, segment_seeds(TINY.seed, 2, 2)[1][1])[1]
     np.testing.assert_array_equal(np.concatenate([batch["labels"] for batch in batches])[:11], labels)
-    assert (batches[-1]["labels"][3:] == IGNORE).all()
+    assert (batches[-1]["labels"][3:] == NO_LABEL).all()
     with pytest.raises(UserError, match="did you mean '32x4'"):
         next(source.eval_batches("32x8"))
 

@@ -3,7 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from based_jax.data.state_tracking import GROUPS, PRESETS, Segment, StateTrackingConfig, products, state_tracking
+from based_jax.data.segments import LengthSegment
+from based_jax.data.state_tracking import GROUPS, PRESETS, StateTrackingConfig, products, state_tracking
 from based_jax.errors import UserError
 
 
@@ -50,7 +51,7 @@ def test_tests_are_longer_than_training():
 
 
 @pytest.mark.parametrize(
-    "changes, message", [({"group": "s55"}, "did you mean 's5'"), ({"test": (Segment(1, 0),)}, "seq_len 0")]
+    "changes, message", [({"group": "s55"}, "did you mean 's5'"), ({"test": (LengthSegment(1, 0),)}, "seq_len 0")]
 )
 def test_bad_values_are_named(changes, message):
     with pytest.raises(UserError, match=message):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from based_jax.data import corpus, text
-from based_jax.data.segments import IGNORE
 from based_jax.data.tokenizer import ByteTokenizer
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 
 DOCUMENTS = [f"Document {i}: " + "abc " * (i % 7 + 1) for i in range(40)]
 
@@ -33,15 +33,15 @@ def source(folder, tmp_path, seq_len=16, batch_size=8, **kwargs):
 
 
 def test_every_file_kind_is_read_and_split(folder):
-    splits = corpus.split_documents(folder)
+    splits = corpus.FolderCorpus(folder).split_documents()
     assert splits == {"train": DOCUMENTS[:39], "validation": DOCUMENTS[39:]}
 
 
 def test_held_out_documents_do_not_depend_on_the_order(folder):
     (folder / "val.txt").unlink()
-    held = corpus.split_documents(folder)["validation"]
+    held = corpus.FolderCorpus(folder).split_documents()["validation"]
     (folder / "a.txt").rename(folder / "z.txt")
-    assert held and corpus.split_documents(folder)["validation"] == held
+    assert held and corpus.FolderCorpus(folder).split_documents()["validation"] == held
 
 
 def test_windows_hold_every_token_and_mark_documents():
@@ -55,7 +55,7 @@ def test_labels_are_the_next_token_of_the_same_document():
     tokens, ids = text.pack(["ab", "c"], ByteTokenizer(), 6)
     batch = text._batch([{"tokens": tokens[0], "segment_ids": ids[0]}])
     np.testing.assert_array_equal(batch["inputs"], [[97, 98, 256, 99, 256, 0]])
-    np.testing.assert_array_equal(batch["labels"], [[98, 256, IGNORE, 256, IGNORE, IGNORE]])
+    np.testing.assert_array_equal(batch["labels"], [[98, 256, NO_LABEL, 256, NO_LABEL, NO_LABEL]])
     np.testing.assert_array_equal(batch["segment_ids"], [[1, 1, 1, 2, 2, 0]])
 
 
@@ -71,7 +71,7 @@ def test_a_batch_is_a_function_of_the_step(folder, tmp_path):
 def test_an_epoch_reads_every_window_once(folder, tmp_path):
     whole = source(folder, tmp_path, batch_size=1)
     rows = {whole.batch(step)["inputs"].tobytes() for step in range(whole.windows)}
-    tokens, _ = text.pack(corpus.split_documents(folder)["train"], ByteTokenizer(), 16)
+    tokens, _ = text.pack(corpus.FolderCorpus(folder).split_documents()["train"], ByteTokenizer(), 16)
     assert rows == {row.tobytes() for row in tokens[:, :-1]}
 
 
@@ -85,7 +85,7 @@ def test_hosts_share_a_batch(folder, tmp_path):
 def test_validation_is_read_once_and_filled_up(folder, tmp_path):
     batches = list(source(folder, tmp_path, batch_size=4).eval_batches("validation"))
     assert all(batch["inputs"].shape == (4, 16) for batch in batches)
-    labelled = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
+    labelled = sum(int((batch["labels"] != NO_LABEL).sum()) for batch in batches)
     assert labelled == len(DOCUMENTS[39].encode())  # every byte but the first, and the end of text
 
 
@@ -132,6 +132,6 @@ def test_a_damaged_dataset_is_named(folder, tmp_path):
 
 
 def test_the_shipped_prose():
-    splits = corpus.split_documents(corpus.default_corpus())
+    splits = corpus.FolderCorpus(corpus.default_corpus()).split_documents()
     assert len(splits["train"]) == 393 and len(splits["validation"]) == 11
     assert sum(file.stat().st_size for file in corpus.corpus_files(corpus.default_corpus())) < 2_000_000

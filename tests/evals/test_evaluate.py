@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 from based_jax.evals.evaluate import evaluate, make_eval_step, model_sums
+from based_jax.labels import NO_LABEL
 from based_jax.nn.lm import LM, LMConfig
-from based_jax.train.step import IGNORED
-from based_jax.train.tasks import MqarTask
+from based_jax.train.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def by_hand(model, batches):
     losses, correct = [], []
     for batch in batches:
         logits = np.asarray(nnx.jit(model)(jax.numpy.asarray(batch["inputs"])), np.float64)
-        labelled = batch["labels"] != IGNORED
+        labelled = batch["labels"] != NO_LABEL
         picked, labels = logits[labelled], batch["labels"][labelled]
         losses.append(np.log(np.exp(picked).sum(-1)) - picked[np.arange(len(labels)), labels])
         correct.append(picked.argmax(-1) == labels)
@@ -35,13 +35,13 @@ def answered(model, batches, every):
     for batch in batches:
         answers = np.asarray(nnx.jit(model)(jax.numpy.asarray(batch["inputs"])).argmax(-1))
         rows = np.arange(len(answers))[:, None] % every == 0
-        yield batch | {"labels": np.where(rows & (batch["labels"] != IGNORED), answers, batch["labels"])}
+        yield batch | {"labels": np.where(rows & (batch["labels"] != NO_LABEL), answers, batch["labels"])}
 
 
 @pytest.fixture(scope="module")
 def segments(model):
     """Return test batches per segment, of different lengths, label counts and accuracies."""
-    source = MqarTask(preset="tiny").open(8, 0, 1)
+    source = TASKS["mqar"](preset="tiny").open(8, 0, 1)
     steps = zip(source.eval_names, (2, 4), strict=True)
     return {name: list(answered(model, source.eval_batches(name), every)) for name, every in steps}
 

@@ -1,8 +1,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding import in_one_pass, prefill_then_step
 from flax import nnx
+from helpers.decoding import in_one_pass, prefill_then_step
 
 from based_jax.nn.feature_maps import FEATURE_MAPS, HORIZON, orthogonal_directions
 from based_jax.nn.mixers import make_mixer

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from reference_cases import FORWARD, GRADIENT, assert_close, load
+from helpers.reference_cases import FORWARD, GRADIENT, assert_close, load
 
 from based_jax.nn.gated import bounded_decay, head_slopes, softplus_decay
 from based_jax.nn.mixers import make_mixer

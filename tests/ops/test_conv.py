@@ -6,7 +6,7 @@ import pytest
 from based_jax.errors import UserError
 from based_jax.ops.conv import UNROLLED, short_conv, short_conv_step
 
-FAST = ["recurrent", "xla"]
+FAST = ["xla_steps", "xla_taps"]
 
 # (T, W, D): kernels of one tap, and longer than the sequence.
 CASES = [(1, 3, 64), (2, 4, 7), (63, 1, 5), (65, 3, 1), (64, 7, 24)]
@@ -148,13 +148,13 @@ def test_toeplitz_equals_the_oracle(W, dilation, normal, out_and_grads, close):
     def call(impl):
         return lambda x, kernel, state: short_conv(x, kernel, state=state, dilation=dilation, impl=impl)
 
-    close(*(out_and_grads(call(impl), args, cotangent) for impl in ("toeplitz", "oracle")))
+    close(*(out_and_grads(call(impl), args, cotangent) for impl in ("xla_toeplitz", "oracle")))
 
 
 def test_toeplitz_says_what_it_does_not_take(normal):
     x = normal(1, 4, 2)
     with pytest.raises(UserError, match="packed documents"):
-        short_conv(x, normal(9, 2), segment_ids=jnp.ones((1, 4), int), impl="toeplitz")
+        short_conv(x, normal(9, 2), segment_ids=jnp.ones((1, 4), int), impl="xla_toeplitz")
 
 
 @pytest.mark.parametrize("impl", [*FAST, "oracle"])
@@ -186,5 +186,5 @@ def test_dilated_taps_are_a_long_kernel_with_zeros_between(impl, normal, packed_
 def test_a_wide_kernel_equals_the_oracle(normal, packed_ids, out_and_grads, close):
     """More taps than are unrolled."""
     args, ids, cotangent = (normal(6, 30, 4), normal(UNROLLED + 5, 4)), packed_ids(30), normal(6, 30, 4)
-    calls = [lambda x, k, impl=impl: short_conv(x, k, segment_ids=ids, impl=impl) for impl in ("xla", "oracle")]
+    calls = [lambda x, k, impl=impl: short_conv(x, k, segment_ids=ids, impl=impl) for impl in ("xla_taps", "oracle")]
     close(*(out_and_grads(call, args, cotangent) for call in calls))

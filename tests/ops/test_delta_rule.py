@@ -4,23 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices import H100, gpus
-from reference_cases import FORWARD, GRADIENT, assert_close, load
+from helpers.devices import H100, gpus
+from helpers.reference_cases import FORWARD, GRADIENT, assert_close, load
 
-from based_jax.ops import dispatch
+from based_jax.devices import H100_CROSSOVERS
 from based_jax.ops.delta_rule import (
     CHUNK,
     DPLR_IMPLEMENTATIONS,
-    FEW_HEADS,
     IMPLEMENTATIONS,
     delta_rule,
     delta_rule_step,
     dplr,
     dplr_step,
 )
+from based_jax.ops.dispatch import choose
 
 H, K, V, B = 2, 5, 3, 6
-IMPLS = ("recurrent", "xla")
+IMPLS = ("xla_steps", "xla_chunks")
 jitted = functools.partial(jax.jit, static_argnames=("impl", "scale", "return_state"))
 
 
@@ -65,7 +65,7 @@ def test_chunked_equals_the_oracle(T, per_head, normal, packed_ids, out_and_grad
         return run
 
     cotangents = normal(B, T, H, V), normal(B, H, K, V)
-    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla", "oracle")), tolerance=5e-5)
+    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla_chunks", "oracle")), tolerance=5e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -115,28 +115,30 @@ def test_auto_takes_what_was_timed_and_is_fastest():
     """Full chunks go by chunks, but token by token where channels decay, heads are many and states small."""
 
     def taken(kind, T, decays=1, dtype="bfloat16", table=IMPLEMENTATIONS, batch=2, K=64, V=64, **mesh):
-        def choose(x, v, g, beta):
+        def note(x, v, g, beta):
             xs = (x, x, v, g, beta) if table is IMPLEMENTATIONS else (x, x, v, g, x, x)
-            entries.append(dispatch._automatic("delta_rule", table, xs, 1.0, None, None))
+            names.append(choose("delta_rule", table, "auto", xs, 1.0, None, None))
 
-        entries = []
+        names = []
         shapes = (batch, T, 2, K), (batch, T, 2, V), (batch, T, 2, decays), (batch, T, 2)
         with gpus(kind, **mesh):
-            jax.eval_shape(choose, *map(jax.ShapeDtypeStruct, shapes, (dtype, dtype, "float32", "float32")))
-        return next(name for name in table if table[name] is entries[0])
+            jax.eval_shape(note, *map(jax.ShapeDtypeStruct, shapes, (dtype, dtype, "float32", "float32")))
+        return names[0]
 
-    assert [taken(H100, T) for T in (CHUNK - 1, CHUNK, 4096)] == ["hopper", "triton", "triton"]
-    assert taken(H100, 256, dtype="float32") == "hopper"
-    assert taken(H100, CHUNK, batch=FEW_HEADS // 2) == "triton"
+    few = H100_CROSSOVERS.dplr_steps_heads
+    assert [taken(H100, T) for T in (CHUNK - 1, CHUNK, 4096)] == ["hopper_steps", "triton_chunks", "triton_chunks"]
+    assert taken(H100, 256, dtype="float32") == "hopper_steps"
+    assert taken(H100, CHUNK, batch=few // 2) == "triton_chunks"
     for options in ({"decays": 64}, {"table": DPLR_IMPLEMENTATIONS}):
-        assert [taken(H100, T, **options) for T in (CHUNK - 1, CHUNK)] == ["hopper", "triton"]
-        many = options | {"batch": FEW_HEADS // 2}
-        assert [taken(H100, CHUNK, **many, K=K, V=V) for K, V in ((64, 64), (128, 256))] == ["hopper", "triton"]
-        assert taken(H100, CHUNK, **options | {"batch": FEW_HEADS // 2 - 1}) == "triton"
-        assert taken(H100, CHUNK, **many, shape=(2,), names=("data",)) == "triton"  # half of them on a device
-        assert taken(H100, CHUNK, **many, shape=(2,), names=("other",)) == "hopper"
-        assert taken(H100, 2**18, **many) == "triton"  # more elements than steps can count
-    assert taken("NVIDIA A100", 256) == "xla"
+        assert [taken(H100, T, **options) for T in (CHUNK - 1, CHUNK)] == ["hopper_steps", "triton_chunks"]
+        many = options | {"batch": few // 2}
+        sizes = [taken(H100, CHUNK, **many, K=K, V=V) for K, V in ((64, 64), (128, 256))]
+        assert sizes == ["hopper_steps", "triton_chunks"]
+        assert taken(H100, CHUNK, **options | {"batch": few // 2 - 1}) == "triton_chunks"
+        assert taken(H100, CHUNK, **many, shape=(2,), names=("data",)) == "triton_chunks"  # half of them on a device
+        assert taken(H100, CHUNK, **many, shape=(2,), names=("other",)) == "hopper_steps"
+        assert taken(H100, 2**18, **many) == "triton_chunks"  # more elements than steps can count
+    assert taken("NVIDIA A100", 256) == "xla_chunks"
 
 
 def test_steps_equal_one_call(normal, close):

@@ -6,9 +6,26 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from based_jax.errors import UserError
-from based_jax.ops import attention, short_conv, taylor_attention, window_attention
-from based_jax.ops.dispatch import Implementation, dispatch, target_platform
-from based_jax.ops.softmax import WINDOW_ATTENTION
+from based_jax.ops import (
+    attention,
+    conv,
+    cross_entropy,
+    delta_rule,
+    diagonal_ssm,
+    gated_conv,
+    gated_linear_attention,
+    linear_attention,
+    long_conv,
+    norm,
+    selective_scan,
+    short_conv,
+    ssd,
+    taylor,
+    taylor_attention,
+    window_attention,
+)
+from based_jax.ops.dispatch import Implementation, dispatch, named, target_platform
+from based_jax.ops.softmax import ATTENTION, WINDOW_ATTENTION
 
 
 def only_even(x):
@@ -16,9 +33,11 @@ def only_even(x):
 
 
 TABLE = {
-    "elsewhere": Implementation(lambda x: "elsewhere", platform="tpu"),
-    "even": Implementation(lambda x: "even", only_even, platform="cpu"),
-    "xla": Implementation(lambda x: "xla"),
+    "elsewhere_chunks": Implementation(lambda x: "elsewhere_chunks", platform="tpu"),
+    "even_chunks": Implementation(lambda x: "even_chunks", only_even, platform="cpu"),
+    "xla_chunks": Implementation(lambda x: "xla_chunks"),
+    "xla_steps": Implementation(lambda x: "xla_steps"),
+    "even_halves": Implementation(lambda x: "even_halves"),
 }
 
 
@@ -27,26 +46,64 @@ def gpu_mesh():
 
 
 def test_auto_takes_what_runs_here_and_supports_the_call():
-    assert dispatch("auto_takes", TABLE, "auto", 2) == "even"
+    assert dispatch("auto_takes", TABLE, "auto", 2) == "even_chunks"
 
 
 def test_auto_falls_back_and_says_once_why(caplog):
     with caplog.at_level(logging.INFO, logger="based_jax.ops.dispatch"):
         for x in (3, 3, 5, 2, 3):
             dispatch("falls_back", TABLE, "auto", x)
-    reasons = ["falls_back: 'xla' instead of 'even': 3 is odd.", "falls_back: 'xla' instead of 'even': 5 is odd."]
+    reasons = [f"falls_back: 'xla_chunks' instead of 'even_chunks': {x} is odd." for x in (3, 5)]
     assert caplog.messages == reasons
 
 
 def test_auto_on_another_platform_is_silent(caplog):
     with caplog.at_level(logging.INFO), jax.sharding.use_abstract_mesh(gpu_mesh()):
-        assert dispatch("silent", TABLE, "auto", 3) == "xla"
+        assert dispatch("silent", TABLE, "auto", 3) == "xla_chunks"
     assert not caplog.messages
 
 
 def test_unknown_name_suggests_the_nearest():
-    with pytest.raises(UserError, match=r"Unknown op implementation 'evn': did you mean 'even'\? Allowed: auto, else"):
+    names = "auto, elsewhere, elsewhere_chunks, even, even_chunks, even_halves, xla, xla_chunks, xla_steps"
+    with pytest.raises(
+        UserError, match=rf"^Unknown op implementation 'evn': did you mean 'even'\? Allowed: {names}\.$"
+    ):
         dispatch("op", TABLE, "evn", 2)
+
+
+def test_a_backend_s_name_is_its_first_entry():
+    for impl, name in (("even", "even_chunks"), ("xla", "xla_chunks"), ("xla_steps", "xla_steps"), ("oracle", None)):
+        assert named(TABLE, impl) == name
+    assert dispatch("bare", TABLE, "even", 2) == "even_chunks"
+    with pytest.raises(UserError, match="bare: impl='even' cannot run this call: 3 is odd"):
+        dispatch("bare", TABLE, "even", 3)
+
+
+def test_what_bare_names_meant_before_there_were_forms_they_still_mean():
+    tables = (
+        (conv, {"hopper": "hopper_taps", "xla": "xla_taps"}),
+        (cross_entropy, {"hopper": "hopper_tiles", "xla": "xla_logits"}),
+        (delta_rule, {"triton": "triton_chunks", "hopper": "hopper_steps", "xla": "xla_chunks"}),
+        (diagonal_ssm, {"xla": "xla_chunks"}),
+        (gated_conv, {"hopper": "hopper_taps", "xla": "xla_taps"}),
+        (gated_linear_attention, {"triton": "triton_chunks", "hopper": "hopper_steps", "xla": "xla_chunks"}),
+        (linear_attention, {"xla": "xla_chunks"}),
+        (long_conv, {"xla": "xla_fft"}),
+        (norm, {"hopper": "hopper_rows", "xla": "xla_rows"}),
+        (selective_scan, {"hopper": "hopper_steps", "xla": "xla_chunks"}),
+        (ssd, {"triton": "triton_chunks", "hopper": "hopper_steps", "xla": "xla_chunks"}),
+        (taylor, {"hopper": "hopper_chunks", "xla": "xla_chunks"}),
+    )
+    for module, names in tables:
+        assert {impl: named(module.IMPLEMENTATIONS, impl) for impl in names} == names, module.__name__
+    assert named(ATTENTION, "xla") == "xla_quadratic" and named(ATTENTION, "cudnn") == "cudnn_flash"
+    assert named(WINDOW_ATTENTION, "xla") == "xla_bands" and named(WINDOW_ATTENTION, "hopper") == "hopper_tiles"
+
+
+def test_an_operation_is_a_scope_of_its_name():
+    q = jnp.ones((1, 4, 1, 8))
+    text = jax.jit(lambda q: taylor_attention(q, q, q, impl="xla")).lower(q).as_text(debug_info=True)
+    assert "/taylor_attention/" in text
 
 
 def test_named_implementation_that_cannot_run_says_why():
@@ -99,5 +156,5 @@ def test_window_below_one_is_refused(window):
 )
 def test_cudnn_predicate(dtype, head_dims, packed, reason):
     q, v = (jnp.ones((1, 4, 1, size), dtype) for size in head_dims)
-    answer = WINDOW_ATTENTION["cudnn"].supports(q, q, v, jnp.ones((1, 4), jnp.int32) if packed else None, 2)
+    answer = WINDOW_ATTENTION["cudnn_flash"].supports(q, q, v, jnp.ones((1, 4), jnp.int32) if packed else None, 2)
     assert answer is None if reason is None else reason in answer

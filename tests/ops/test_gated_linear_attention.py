@@ -2,23 +2,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices import H100, gpus
-from reference_cases import FORWARD, GRADIENT, assert_close, load
+from helpers.devices import H100, gpus
+from helpers.reference_cases import FORWARD, GRADIENT, assert_close, load
 
-from based_jax.ops import dispatch
+from based_jax.devices import H100_CROSSOVERS
+from based_jax.ops.decays import initial_state
+from based_jax.ops.dispatch import choose
 from based_jax.ops.gated_linear_attention import (
     CHUNK,
-    FEW_STEPS,
     IMPLEMENTATIONS,
-    SHORT,
-    SHORT_FOR_KERNELS,
     gated_linear_attention,
     gated_linear_attention_step,
-    initial_state,
 )
 
 H, K, V = 2, 5, 3
-IMPLS = ("recurrent", "xla")
+IMPLS = ("xla_steps", "xla_chunks")
 jitted = jax.jit(gated_linear_attention, static_argnames=("impl", "scale", "return_state"))
 
 
@@ -62,12 +60,12 @@ def test_chunked_equals_the_oracle(T, per_head, with_bonus, normal, packed_ids, 
 
     cotangents = normal(6, T, H, V), normal(6, H, K, V)
     expected = out_and_grads(call("oracle"), args, cotangents)
-    for impl in ("xla", "quadratic"):
+    for impl in ("xla_chunks", "xla_quadratic"):
         close(out_and_grads(call(impl), args, cotangents), expected, what=impl, tolerance=2e-5)
 
 
 def test_one_chunk_of_a_long_sequence(normal, packed_ids, out_and_grads, close):
-    T, K, V = SHORT, 64, 64
+    T, K, V = H100_CROSSOVERS.one_decay_one_chunk_tokens, 64, 64
     q, k, v = normal(6, T, 1, K), normal(6, T, 1, K), normal(6, T, 1, V)
     args, ids = (q, k, v, -(normal(6, T, 1, 1) ** 2), normal(6, 1, K, V)), packed_ids(T)
 
@@ -75,27 +73,28 @@ def test_one_chunk_of_a_long_sequence(normal, packed_ids, out_and_grads, close):
         return lambda *xs: gated_linear_attention(*xs[:4], state=xs[4], segment_ids=ids, return_state=True, impl=impl)
 
     cotangents = normal(6, T, 1, V), normal(6, 1, K, V)
-    close(out_and_grads(call("quadratic"), args, cotangents), out_and_grads(call("xla"), args, cotangents))
+    close(out_and_grads(call("xla_quadratic"), args, cotangents), out_and_grads(call("xla_chunks"), args, cotangents))
 
 
 def taken(kind, T, K=64, V=64, decays=1, dtype="bfloat16"):
     """Return the name of what `auto` takes on such a GPU."""
     q, v, g = jnp.zeros((2, T, 2, K), dtype), jnp.zeros((2, T, 2, V), dtype), jnp.zeros((2, T, 2, decays))
     with gpus(kind):
-        entry = dispatch._automatic("gated_linear_attention", IMPLEMENTATIONS, (q, q, v, g), None, 1.0, None, None)
-    return next(name for name in IMPLEMENTATIONS if IMPLEMENTATIONS[name] is entry)
+        return choose("gated_linear_attention", IMPLEMENTATIONS, "auto", (q, q, v, g), None, 1.0, None, None)
 
 
 def test_auto_takes_the_fastest_on_a_gpu():
     """Full chunks; one chunk for few tokens and for large states; steps where products are fp32 or channels decay."""
-    short, full = CHUNK - 1, CHUNK
-    assert [taken(H100, T) for T in (short, full, FEW_STEPS + 1)] == ["quadratic", "triton", "triton"]
-    large = [taken(H100, T, 128, 256) for T in (full, SHORT_FOR_KERNELS, SHORT_FOR_KERNELS + 1)]
-    assert large == ["quadratic", "quadratic", "triton"]
-    assert [taken(H100, T, 128, 256, dtype="float32") for T in (SHORT, SHORT + 1)] == ["quadratic", "hopper"]
-    assert [taken(H100, T, dtype="float32") for T in (short, FEW_STEPS, FEW_STEPS + 1)] == ["hopper", "hopper", "xla"]
-    assert [taken(H100, T, 128, 256, 128) for T in (short, full, SHORT)] == ["hopper", "triton", "triton"]
-    assert [taken("NVIDIA A100", T) for T in (SHORT, SHORT + 1)] == ["quadratic", "xla"]
+    short, full, known = CHUNK - 1, CHUNK, H100_CROSSOVERS
+    few, one = known.one_decay_steps_tokens, known.one_decay_one_chunk_tokens
+    beside = known.one_decay_one_chunk_tokens_beside_chunks
+    triton, hopper, quadratic = "triton_chunks", "hopper_steps", "xla_quadratic"
+    assert [taken(H100, T) for T in (short, full, few + 1)] == [quadratic, triton, triton]
+    assert [taken(H100, T, 128, 256) for T in (full, beside, beside + 1)] == [quadratic, quadratic, triton]
+    assert [taken(H100, T, 128, 256, dtype="float32") for T in (one, one + 1)] == [quadratic, hopper]
+    assert [taken(H100, T, dtype="float32") for T in (short, few, few + 1)] == [hopper, hopper, "xla_chunks"]
+    assert [taken(H100, T, 128, 256, 128) for T in (short, full, one)] == [hopper, triton, triton]
+    assert [taken("NVIDIA A100", T) for T in (one, one + 1)] == [quadratic, "xla_chunks"]
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -127,7 +126,8 @@ def test_steps_and_pieces_equal_one_call(normal, close):
         close(o, whole[:, t])
     close(middle, after)
     assert initial_state(6, H, K, V).shape == after.shape
-    assert set(IMPLEMENTATIONS) == {"triton", "hopper", "xla", "quadratic", "recurrent", "oracle"}
+    forms = {"triton_chunks", "hopper_steps", "xla_chunks", "xla_quadratic", "xla_steps", "oracle"}
+    assert set(IMPLEMENTATIONS) == forms
 
 
 def time_first(x):

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference_cases import FORWARD, GRADIENT, assert_close, load
+from helpers.reference_cases import FORWARD, GRADIENT, assert_close, load
 
 from based_jax.ops.gated_slot_attention import SlotState, gated_slot_attention, gated_slot_attention_step
 
 B, H, K, V, M = 6, 2, 4, 3, 5
-IMPLS = ("recurrent", "xla")
+IMPLS = ("xla_steps", "xla_chunks")
 
 
 def inputs(normal, T, dtype="float32"):
@@ -29,7 +29,7 @@ def test_two_passes_equal_the_oracle(T, normal, packed_ids, out_and_grads, close
         return run
 
     cotangents = normal(B, T, H, V), SlotState(normal(B, H, K, M), normal(B, H, M, V))
-    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla", "oracle")), tolerance=3e-5)
+    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla_chunks", "oracle")), tolerance=3e-5)
 
 
 def test_steps_and_bf16(normal, close):

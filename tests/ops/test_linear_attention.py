@@ -3,12 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from based_jax.devices import H100_CROSSOVERS
 from based_jax.ops import dispatch
 from based_jax.ops import linear_attention as linear_attention_module
 from based_jax.ops.linear_attention import (
     CHUNK,
     IMPLEMENTATIONS,
-    SHORT,
     encoder_state,
     initial_state,
     linear_attention,
@@ -97,11 +97,12 @@ def test_values_with_a_mean_cost_the_gradient_no_digits(normal):
 
 def test_auto_takes_one_chunk_for_short_sequences_on_a_gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
-    for length, chosen in ((SHORT, "quadratic"), (SHORT + 1, "xla")):
+    most = H100_CROSSOVERS.linear_attention_one_chunk_tokens
+    for length, chosen in ((most, "xla_quadratic"), (most + 1, "xla_chunks")):
         x = jnp.zeros((1, length, 1, 4))
-        assert dispatch._automatic("linear_attention", IMPLEMENTATIONS, x, x, x, None, None) is IMPLEMENTATIONS[chosen]
+        assert dispatch.choose("linear_attention", IMPLEMENTATIONS, "auto", x, x, x, None, None) == chosen
 
 
 def test_one_chunk_of_a_sequence_that_auto_would_cut(normal, close):
-    q, k, v = (jnp.abs(normal(1, SHORT + 1, 1, 4)) for _ in range(3))
-    close(*(linear_attention(q, k, v, impl=impl) for impl in ("quadratic", "oracle")))
+    q, k, v = (jnp.abs(normal(1, H100_CROSSOVERS.linear_attention_one_chunk_tokens + 1, 1, 4)) for _ in range(3))
+    close(*(linear_attention(q, k, v, impl=impl) for impl in ("xla_quadratic", "oracle")))

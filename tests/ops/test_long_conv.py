@@ -22,7 +22,7 @@ def test_fft_equals_the_oracle(T, packed, normal, packed_ids, out_and_grads, clo
     args = normal(6, T, 3), normal(T, 3)
     ours, expected = (
         out_and_grads(lambda u, k, impl=impl: long_conv(u, k, segment_ids=ids, impl=impl), args, normal(6, T, 3))
-        for impl in ("xla", "oracle")
+        for impl in ("xla_fft", "oracle")
     )
     close(ours[0], expected[0], tolerance=2e-5)
 
@@ -30,17 +30,17 @@ def test_fft_equals_the_oracle(T, packed, normal, packed_ids, out_and_grads, clo
 @pytest.mark.parametrize("T", [1, 2, 37])
 def test_toeplitz_equals_the_oracle(T, normal, out_and_grads, close):
     args, cotangent = (normal(2, T, 3), normal(T, 3)), normal(2, T, 3)
-    calls = [lambda u, k, impl=impl: long_conv(u, k, impl=impl) for impl in ("toeplitz", "oracle")]
+    calls = [lambda u, k, impl=impl: long_conv(u, k, impl=impl) for impl in ("xla_toeplitz", "oracle")]
     close(*(out_and_grads(call, args, cotangent) for call in calls))
     with pytest.raises(UserError, match="packed documents need a matrix each"):
-        long_conv(*args, segment_ids=jnp.ones((2, T), int), impl="toeplitz")
+        long_conv(*args, segment_ids=jnp.ones((2, T), int), impl="xla_toeplitz")
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_equal_the_oracle_s(packed, normal, packed_ids, out_and_grads, close):
     ids = packed_ids(23) if packed else None
     args, cotangent = (normal(6, 23, 3), normal(23, 3)), normal(6, 23, 3)
-    calls = [lambda u, k, impl=impl: long_conv(u, k, segment_ids=ids, impl=impl) for impl in ("xla", "oracle")]
+    calls = [lambda u, k, impl=impl: long_conv(u, k, segment_ids=ids, impl=impl) for impl in ("xla_fft", "oracle")]
     close(*(out_and_grads(call, args, cotangent) for call in calls), tolerance=2e-5)
 
 

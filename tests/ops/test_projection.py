@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from devices import gpus
+from helpers.devices import gpus
 from jax.sharding import AxisType
 
 from based_jax.ops.projection import in_pieces, multiply, pieces

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference_cases import FORWARD, GRADIENT, assert_close, load
+from helpers.reference_cases import FORWARD, GRADIENT, assert_close, load
 
 from based_jax.ops.selective_scan import CHUNK, initial_state, selective_scan, selective_scan_step, step_sizes
 
 D, N = 4, 3
-IMPLS = ("recurrent", "xla")
+IMPLS = ("xla_steps", "xla_chunks")
 
 
 def inputs(normal, T, dtype="float32"):
@@ -51,7 +51,7 @@ def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
         return run
 
     args, cotangents = (*inputs(normal, T), state), (normal(6, T, D), normal(6, D, N))
-    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla", "oracle")), tolerance=2e-5)
+    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla_chunks", "oracle")), tolerance=2e-5)
 
 
 def test_bf16_and_steps(normal, close):

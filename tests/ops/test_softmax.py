@@ -11,7 +11,7 @@ from based_jax.ops.softmax import ATTENTION, WINDOW_ATTENTION, attention, attent
 def fast(table, length=1):
     """Return a table's forms, of which the recurrent one does nothing new in a sequence longer than a band."""
     names = [name for name, entry in table.items() if entry.platform is None and name != "oracle"]
-    return [name for name in names if name != "recurrent" or length <= 65]
+    return [name for name in names if name != "xla_steps" or length <= 65]
 
 
 # (T, K, V, H, window): windows of one key, below, at and above a band, and longer than the sequence.
@@ -149,7 +149,7 @@ def test_very_large_scores_stay_finite(draw, close):
     (q, k, v), _, ids = draw(130, 16, 16, 2)
     q, k = jnp.round(q * 8) * 64, jnp.round(k * 8) * 64
     for window in (None, 66):
-        o = jax.jit(lambda q, k, v, ids, w=window: caller("xla", w, ids)(q, k, v))(q, k, v, ids)
+        o = jax.jit(lambda q, k, v, ids, w=window: caller("xla_bands", w, ids)(q, k, v))(q, k, v, ids)
         close(o, exact(q, k, v, window, ids))
 
 
@@ -159,7 +159,7 @@ def temporary_bytes(f, T):
 
 
 def test_window_memory_is_linear_and_below_one_score_matrix():
-    forward = caller("xla", 64)
+    forward = caller("xla_bands", 64)
     backward = jax.grad(lambda *qkv: jnp.sum(forward(*qkv) ** 2), argnums=(0, 1, 2))
     for f in (forward, backward):
         once, four_times = temporary_bytes(f, 2048), temporary_bytes(f, 8192)

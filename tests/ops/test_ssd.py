@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from devices import gpus
+from helpers.devices import gpus
 
 from based_jax.errors import UserError
-from based_jax.ops.selective_scan import selective_scan
+from based_jax.ops import selective_scan
+from based_jax.ops.hopper import selective_scan as hopper_selective_scan
+from based_jax.ops.hopper import ssd as hopper_ssd
 from based_jax.ops.ssd import ssd, ssd_step
 
 H, P, N = 4, 3, 5
@@ -44,22 +46,16 @@ def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
         )
 
     cotangents = normal(6, T, H, P), normal(6, H, N, P)
-    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla", "oracle")), tolerance=2e-5)
+    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla_chunks", "oracle")), tolerance=2e-5)
 
 
 def test_it_is_mamba_s_scan_with_one_rate_a_head(normal, packed_ids, close, monkeypatch):
     """The kernels' way, with the scan's oracle in their place."""
-    from based_jax.ops import ssd as module
-
-    def stand_in(*args, impl, **options):
-        assert impl == "hopper"
-        return selective_scan(*args, impl="oracle", **options)
-
+    monkeypatch.setattr(hopper_selective_scan, "compute", selective_scan.IMPLEMENTATIONS["oracle"].compute)
     args, state, ids = inputs(normal, 20, groups=1), normal(6, H, N, P), packed_ids(20)
     wanted = jitted(ssd)(*args, state=state, segment_ids=ids, return_state=True, impl="oracle")
-    monkeypatch.setattr(module.selective_scan, "selective_scan", stand_in)
-    close(jax.jit(module._as_scan)(*args, state, ids), wanted, tolerance=2e-5)
-    bare = jax.jit(module._as_scan)(*args, None, None)
+    close(jax.jit(hopper_ssd.compute)(*args, state, ids), wanted, tolerance=2e-5)
+    bare = jax.jit(hopper_ssd.compute)(*args, None, None)
     close(bare, jitted(ssd)(*args, return_state=True, impl="oracle"), tolerance=2e-5)
 
 
@@ -88,7 +84,7 @@ def test_what_the_kernels_take(normal):
             ({"heads": 3}, "multiple of 128, and are 192"),
         ):
             with pytest.raises(UserError, match=words):
-                ssd(*zeros(**options), impl="hopper")
+                ssd(*zeros(**options), impl="hopper_steps")
         chunks = {}, {"groups": 2, "states": 128}
         for options, kernel in (({"T": 63}, "selective_scan"), *((options, "one_decay_forward") for options in chunks)):
             assert kernel in jax.jit(ssd).trace(*zeros(**options)).lower(lowering_platforms=("cuda",)).as_text()

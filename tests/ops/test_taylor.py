@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from based_jax.ops import dispatch, taylor_hopper
-from based_jax.ops.linear_attention import CHUNK, SHORT
+from based_jax.devices import H100_CROSSOVERS
+from based_jax.ops import dispatch
+from based_jax.ops.hopper import limits
+from based_jax.ops.linear_attention import CHUNK
 from based_jax.ops.taylor import (
     IMPLEMENTATIONS,
     expanded_dim,
@@ -22,7 +24,7 @@ FAST = [name for name, entry in IMPLEMENTATIONS.items() if entry.platform is Non
 
 def forms(length):
     """Return what a case is for: longer than half a chunk, only the chunked form does anything new."""
-    return FAST if length <= CHUNK // 2 + 1 else ["xla"]
+    return FAST if length <= CHUNK // 2 + 1 else ["xla_chunks"]
 
 
 # (T, K, V, H): both sides of the chunk and of half of it, and the odd sizes.
@@ -218,7 +220,7 @@ def test_large_scores_and_large_late_keys(impl, draw, close):
         close(o, expected, tolerance=1e-3, what=name)
 
 
-@pytest.mark.parametrize("impl", [name for name in FAST if name != "quadratic"])
+@pytest.mark.parametrize("impl", [name for name in FAST if name != "xla_quadratic"])
 def test_state_of_bf16_inputs_does_not_drift(impl, draw, close):
     """A state that is summed in bf16 would stop counting at 256 tokens."""
     (q, k, v), _, _ = draw(4096, 8, 5, 1, dtype="bfloat16", batch=1)
@@ -236,7 +238,7 @@ def temporary_bytes(f, T, K=16, V=16):
 
 def test_memory_is_linear_and_features_are_never_whole():
     def forward(q, k, v):
-        return taylor_attention(q, k, v, impl="xla")
+        return taylor_attention(q, k, v, impl="xla_chunks")
 
     backward = jax.grad(lambda *qkv: jnp.sum(forward(*qkv) ** 2), argnums=(0, 1, 2))
     T = 16 * CHUNK
@@ -249,8 +251,8 @@ def test_memory_is_linear_and_features_are_never_whole():
 
 def test_auto_takes_one_chunk_for_short_sequences_on_a_gpu(draw, monkeypatch):
     monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
-    monkeypatch.setattr(taylor_hopper.hopper, "refusal", lambda: "this is no Hopper GPU")
-    for length, chosen in ((SHORT, "quadratic"), (SHORT + 1, "xla")):
+    monkeypatch.setattr(limits, "refusal", lambda: "this is no Hopper GPU")
+    most = H100_CROSSOVERS.linear_attention_one_chunk_tokens
+    for length, chosen in ((most, "xla_quadratic"), (most + 1, "xla_chunks")):
         x = jnp.zeros((1, length, 1, 4))
-        taken = dispatch._automatic("taylor_attention", IMPLEMENTATIONS, x, x, x, None, None)
-        assert taken is IMPLEMENTATIONS[chosen]
+        assert dispatch.choose("taylor_attention", IMPLEMENTATIONS, "auto", x, x, x, None, None) == chosen

@@ -40,10 +40,10 @@ def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
 
     args = normal(6, T, D), normal(6, T, D), decay, bonus, state
     cotangents = normal(6, T, D), normal(6, D), normal(6, D)
-    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla", "oracle")), tolerance=5e-5)
+    close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla_chunks", "oracle")), tolerance=5e-5)
 
 
-@pytest.mark.parametrize("impl", ["recurrent", "xla"])
+@pytest.mark.parametrize("impl", ["xla_steps", "xla_chunks"])
 def test_huge_keys_do_not_overflow(impl, normal):
     k, v, (decay, bonus) = 300 * normal(2, 40, D), normal(2, 40, D), parameters(normal)
     wkv = jitted(k, v, decay, bonus, impl=impl)

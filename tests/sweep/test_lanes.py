@@ -17,7 +17,9 @@ import pytest
 from flax import nnx
 
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 from based_jax.nn.lm import LM
+from based_jax.nn.loss import loss_sums
 from based_jax.optim import adamw
 from based_jax.store import Store
 from based_jax.sweep import Sweep, lane_training, lanes, param, product
@@ -27,7 +29,7 @@ from based_jax.sweep.lanes import Examples, Rates
 from based_jax.sweep.launch import run_sweep
 from based_jax.sweep.schedule import SweepOptions, Todo
 from based_jax.sweep.trial import load_sweep, make_trial
-from based_jax.train.step import IGNORED, init_state, loss_sums, make_train_step
+from based_jax.train.step import init_state, make_train_step
 
 ROOT = Path(__file__).parents[2]
 SEGMENT = {"num_examples": 100, "seq_len": 16, "num_kv_pairs": 2}
@@ -95,24 +97,24 @@ def test_parameters_of_a_lane_are_those_of_the_ordinary_loop():
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_answers_are_the_labels_and_their_loss_is_that_of_all_logits(rng, everywhere):
     inputs = rng.integers(0, 40, (6, 12)).astype(np.int32)
-    labels = np.where(rng.random((6, 12)) < (1.1 if everywhere else 0.3), inputs, IGNORED)
-    labels[0] = IGNORED if not everywhere else labels[0]
+    labels = np.where(rng.random((6, 12)) < (1.1 if everywhere else 0.3), inputs, NO_LABEL)
+    labels[0] = NO_LABEL if not everywhere else labels[0]
     examples = Examples.of(inputs, labels)
-    assert examples.shape == (12, 12 if everywhere else max(1, (labels != IGNORED).sum(axis=1).max()))
+    assert examples.shape == (12, 12 if everywhere else max(1, (labels != NO_LABEL).sum(axis=1).max()))
     model = LM(make_trial(BASE, {}).model, rngs=nnx.Rngs(1))
     got = lanes.answer_sums(model, examples)
     want = loss_sums(model, {"inputs": jnp.asarray(inputs), "labels": jnp.asarray(labels)})
     np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-5)
-    assert got["answers"] == want["count"] and got["examples"] == (labels != IGNORED).any(axis=1).sum()
-    hits = (np.argmax(model(jnp.asarray(inputs)), axis=-1) == labels) & (labels != IGNORED)
-    counts = np.maximum((labels != IGNORED).sum(axis=1), 1)
-    np.testing.assert_allclose(got["accuracy"], (hits.sum(axis=1) / counts).sum(), rtol=1e-5)
+    assert got["count"] == want["count"] and got["examples"] == (labels != NO_LABEL).any(axis=1).sum()
+    hits = (np.argmax(model(jnp.asarray(inputs)), axis=-1) == labels) & (labels != NO_LABEL)
+    counts = np.maximum((labels != NO_LABEL).sum(axis=1), 1)
+    np.testing.assert_allclose(got["accuracies"], (hits.sum(axis=1) / counts).sum(), rtol=1e-5)
 
 
 def test_rows_beyond_a_short_batch_have_no_answers():
     examples = Examples.of(np.arange(8).reshape(2, 4), np.arange(8).reshape(2, 4))
     taken = examples.rows(jnp.array([1, -1, 0]))
-    assert (taken.answers[1] == IGNORED).all() and (taken.answers[2] == jnp.arange(4)).all()
+    assert (taken.answers[1] == NO_LABEL).all() and (taken.answers[2] == jnp.arange(4)).all()
 
 
 @pytest.mark.parametrize("tests_too", [False, True])

@@ -241,7 +241,7 @@ def test_a_corrupt_last_checkpoint_is_named_and_the_one_before_taken(whole, tmp_
 
 
 def test_accumulated_steps_resume_too(tmp_path):
-    config = make_config(microbatches=2, steps=4, checkpoint={"every": 2})
+    config = make_config(batch_size=16, microbatches=2, steps=4, checkpoint={"every": 2})
     train(config, tmp_path / "whole")
     part = shutil.copytree(tmp_path / "whole", tmp_path / "part")
     shutil.rmtree(part / "checkpoints" / "4")
@@ -254,6 +254,10 @@ def test_impossible_runs_are_refused_before_anything_is_written(tmp_path):
     for changes, message in [
         ({"batch_size": 12}, "batch_size 12 cannot be divided over 8 devices"),
         ({"microbatches": 3}, "batch_size 8 cannot be divided into 3 microbatches"),
+        (
+            {"batch_size": 32, "microbatches": 8},
+            "leaves 4 rows for 8 devices .*: microbatches can be 4",
+        ),
         ({"model": {"vocab_size": 32}}, "vocab_size is 32, but the data has ids up to 63"),
         ({"mesh": {"tensr": 2}}, "Mesh axis 'tensr' does not exist"),
         ({"model": {"layers": [["taylor", {"num_heads": 3}]]}}, "d_model 16 cannot be divided into 3 heads"),

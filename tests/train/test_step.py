@@ -8,10 +8,13 @@ import pytest
 from flax import nnx
 
 from based_jax import optim, parallel
+from based_jax.labels import NO_LABEL
 from based_jax.nn.lm import LM, LMConfig
-from based_jax.train.run import TrainConfig, abstract_state, initial_state
-from based_jax.train.step import IGNORED, init_state, loss_sums, make_train_step
-from based_jax.train.tasks import MqarTask
+from based_jax.nn.loss import loss_sums
+from based_jax.train.compile import train_program
+from based_jax.train.run import TrainConfig
+from based_jax.train.step import init_state, make_train_step
+from based_jax.train.tasks import TASKS
 
 VOCAB = 64
 LAYERS = (("attention", {"num_heads": 2}),)
@@ -51,7 +54,7 @@ def batch(rng):
     """Return 8 rows that have 8, 5, 1, 0, 0, 0, 3 and 8 labels."""
     inputs, labels = rng.integers(VOCAB, size=(2, 8, 8), dtype=np.int32)
     counts = np.array([8, 5, 1, 0, 0, 0, 3, 8])
-    labels = np.where(np.arange(8) < counts[:, None], labels, IGNORED)
+    labels = np.where(np.arange(8) < counts[:, None], labels, NO_LABEL)
     return {"inputs": jnp.asarray(inputs), "labels": jnp.asarray(labels)}
 
 
@@ -59,7 +62,7 @@ def by_hand(batch):
     """Return loss, accuracy and labels of the initial model, from its logits."""
     logits = np.asarray(nnx.jit(make_model())(batch["inputs"]), np.float64)
     labels = np.asarray(batch["labels"])
-    picked, labels = logits[labels != IGNORED], labels[labels != IGNORED]
+    picked, labels = logits[labels != NO_LABEL], labels[labels != NO_LABEL]
     losses = np.log(np.exp(picked).sum(-1)) - picked[np.arange(len(labels)), labels]
     return losses.mean(), (picked.argmax(-1) == labels).mean(), len(labels)
 
@@ -88,7 +91,7 @@ def test_accumulated_gradients_are_those_of_one_batch(batch, microbatches, close
 def test_positions_without_a_label_count_for_nothing(batch, close):
     """Labels come first in each row here, so the inputs where there is none cannot matter to a causal model."""
     _, after, metrics = first_step(batch)
-    other_inputs = jnp.where(batch["labels"] == IGNORED, 7, batch["inputs"])
+    other_inputs = jnp.where(batch["labels"] == NO_LABEL, 7, batch["inputs"])
     assert (other_inputs != batch["inputs"]).any()
     _, same, again = first_step(batch | {"inputs": other_inputs})
     close(same.params, after.params)
@@ -97,7 +100,7 @@ def test_positions_without_a_label_count_for_nothing(batch, close):
 
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_a_batch_without_labels_changes_nothing(batch, microbatches):
-    none = batch | {"labels": jnp.full_like(batch["labels"], IGNORED)}
+    none = batch | {"labels": jnp.full_like(batch["labels"], NO_LABEL)}
     before, after, metrics = first_step(none, microbatches)
     assert {name: float(value) for name, value in metrics.items()} == {"loss": 0, "accuracy": 0, "grad_norm": 0}
     assert largest(difference(after, before)) == 0
@@ -122,7 +125,7 @@ def uses_bf16(dtype, batch):
 def test_the_loss_falls_on_mqar_and_the_step_compiles_once():
     model = make_model()
     tx = optim.adamw(optim.OptimConfig(lr=1e-2, schedule="constant"), 100)
-    source = MqarTask(preset="tiny").open(8, 0, 1)
+    source = TASKS["mqar"](preset="tiny").open(8, 0, 1)
     step = jax.jit(make_train_step(nnx.graphdef(model), tx), donate_argnums=0)
     state, losses = init_state(model, tx), []
     for i in range(40):
@@ -135,23 +138,21 @@ def test_the_loss_falls_on_mqar_and_the_step_compiles_once():
 def train_config(mesh):
     return TrainConfig(
         model_config(layers=(("conv", {}), *LAYERS)),
-        MqarTask(preset="tiny"),
+        TASKS["mqar"](preset="tiny"),
         optim.OptimConfig(warmup_steps=0, lr=1e-2),
         steps=4,
+        batch_size=8,
         mesh=mesh,
     )
 
 
 def sharded_steps(config):
-    mesh = parallel.make_mesh(config.mesh)
-    tx = optim.adamw(config.optim, config.steps)
-    graphdef, _, where = abstract_state(config, tx, mesh)
-    step = jax.jit(make_train_step(graphdef, tx), donate_argnums=0, out_shardings=(where, None))
-    state = jax.jit(lambda key: initial_state(config, tx, key), out_shardings=where)(jax.random.key(0))
-    metrics = {}
+    program = train_program(config, parallel.make_mesh(config.mesh))
+    state, metrics = program.initial_state(), {}
     for i in range(config.steps):
-        state, metrics = step(state, parallel.global_batch(config.data.open(8, 0, 1).batch(i), mesh))
-    assert step._cache_size() == 1
+        batch = config.data.open(8, 0, 1).batch(i)
+        state, metrics = program.step(state, parallel.global_batch(batch, program.mesh))
+    assert program.jitted_step._cache_size() == 1
     return state, metrics
 
 

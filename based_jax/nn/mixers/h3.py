@@ -135,7 +135,7 @@ class H3(nnx.Module):
 
     @property
     def _shift_impl(self) -> str:
-        return "auto" if self.config.impl == "toeplitz" else self.config.impl
+        return {"xla_toeplitz": "auto", "xla_chunks": "xla"}.get(self.config.impl, self.config.impl)
 
     def _shift_kernel(self) -> WD:
         """Return the taps sum_n B_n C_{n+l} of lag l, the newest last, with the skip on the token itself."""

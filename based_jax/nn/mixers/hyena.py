@@ -167,7 +167,7 @@ class Hyena(nnx.Module):
 
     @property
     def _short_impl(self) -> str:
-        return "auto" if self.config.impl == "toeplitz" else self.config.impl
+        return {"xla_toeplitz": "auto", "xla_fft": "xla"}.get(self.config.impl, self.config.impl)
 
     def _gated(self, u):
         x1, x2, v = jnp.split(u, 3, axis=-1)

@@ -14,7 +14,7 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.ops.conv import short_conv, short_conv_step
-from based_jax.ops.gated_linear_attention import initial_state
+from based_jax.ops.decays import initial_state
 from based_jax.ops.ssd import BHNP, IMPLEMENTATIONS, ssd, ssd_step
 
 

@@ -10,11 +10,11 @@ from flax import nnx
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.rwkv import HeadNorm, TimeMix, mix_parameter, per_channel
+from based_jax.ops.decays import initial_state
 from based_jax.ops.gated_linear_attention import (
     IMPLEMENTATIONS,
     gated_linear_attention,
     gated_linear_attention_step,
-    initial_state,
 )
 
 DIVISOR = 8  # of the head's output, before its norm

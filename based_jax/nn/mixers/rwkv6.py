@@ -11,11 +11,11 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import expanded
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter, per_channel
+from based_jax.ops.decays import initial_state
 from based_jax.ops.gated_linear_attention import (
     IMPLEMENTATIONS,
     gated_linear_attention,
     gated_linear_attention_step,
-    initial_state,
 )
 from based_jax.ops.precision import EXACT
 

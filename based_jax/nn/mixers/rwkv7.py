@@ -12,8 +12,8 @@ from based_jax.dims import BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter, per_channel
+from based_jax.ops.decays import initial_state
 from based_jax.ops.delta_rule import DPLR_IMPLEMENTATIONS, dplr, dplr_step
-from based_jax.ops.gated_linear_attention import initial_state
 
 RANKS = ("decay_low_rank_dim", "gate_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim")
 

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding import in_one_pass
 from flax import nnx
+from helpers.decoding import in_one_pass
 
 from based_jax.nn.mixers import make_mixer
 

@@ -1,0 +1,56 @@
+"""How the next token is drawn from logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from based_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: temperature 0 is greedy; `top_k` and `top_p` cut the distribution before the draw.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: keep that many of the most likely tokens; 0 keeps all.
+      top_p: keep the fewest most likely tokens whose probabilities sum to at least this; 1 keeps all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise UserError(f"temperature is {self.temperature}; it is 0 for greedy, or above.")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; it is 0 for all tokens, or the number kept.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it is above 0 and at most 1.")
+
+
+GREEDY = Sampling()
+
+
+def sample(logits: Float[Array, "B vocab"], sampling: Sampling, key: Array) -> Int[Array, "B"]:
+    """Draw one token per row."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        kept, _ = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))
+        logits = jnp.where(logits < kept[:, -1:], -jnp.inf, logits)
+    if sampling.top_p < 1:
+        logits = jnp.where(logits < _nucleus_threshold(logits, sampling.top_p), -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1)
+
+
+def _nucleus_threshold(logits: Float[Array, "B vocab"], top_p: float) -> Float[Array, "B 1"]:
+    """Return the smallest logit of the nucleus: the tokens before which less than `top_p` has been collected."""
+    descending = jnp.sort(logits, axis=-1, descending=True)
+    p = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(p, axis=-1) - p
+    return jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)

@@ -1,0 +1,88 @@
+"""Residual additions with their norm in a Hopper kernel: which calls it takes, and gradients.
+
+Kernels: `pallas_kernels/hopper/norm.py`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax.ops import sharded
+from based_jax.ops.hopper import limits
+
+Rows = Float[Array, "*B D"]
+Channels = Float[Array, "D"]
+
+CHANNEL_MULTIPLE, MAX_CHANNELS = 128, 4096
+NARROW_CHANNELS = range(64, 513, 32)
+"""Channels that are taken as well where tokens come in `TOKEN_MULTIPLE`: each warp has a row then."""
+TOKEN_MULTIPLE = 4
+MIN_TOKENS = 1024
+"""With fewer, as in decoding, most of the chip would idle, and XLA's fusions are as good."""
+
+
+def supports(r: Rows, y: Rows | None, scale: Channels, bias: Channels | None, eps: float, dtype) -> str | None:
+    """Return why the kernels cannot run this call, or None."""
+    channels, tokens = scale.size, r.size // max(scale.size, 1)
+    given = {"r": r.dtype} | ({} if y is None else {"y": y.dtype}) | {"the norm": dtype}
+    for name, got in given.items():
+        if got != (wanted := jnp.dtype("float32" if name == "r" else "bfloat16")):
+            return f"{name} must be {wanted}, and is {got}"
+    # A mesh may split the batch, whatever its size.
+    together = tokens // max(r.shape[0], 1) if jax.sharding.get_abstract_mesh().size > 1 else tokens
+    is_narrow = channels in NARROW_CHANNELS and together % TOKEN_MULTIPLE == 0
+    if not is_narrow and (channels % CHANNEL_MULTIPLE or not CHANNEL_MULTIPLE <= channels <= MAX_CHANNELS):
+        narrow, few = NARROW_CHANNELS, TOKEN_MULTIPLE
+        return (
+            f"the channels must be a multiple of {CHANNEL_MULTIPLE} up to {MAX_CHANNELS}, or of {narrow.step} from"
+            f" {narrow[0]} to {narrow[-1]} for a multiple of {few} tokens, and are {channels} for {together} tokens"
+        )
+    if tokens < MIN_TOKENS:
+        return f"there must be {MIN_TOKENS} tokens, and are {tokens}"
+    if r.size >= limits.MAX_ELEMENTS:
+        return f"there must be fewer than {limits.MAX_ELEMENTS} elements, and are {r.size}"
+    return limits.refusal()
+
+
+def compute(r: Rows, y: Rows | None, scale: Channels, bias: Channels | None, eps: float, dtype) -> tuple[Rows, Rows]:
+    """Return the sum and its norm, each device for its rows."""
+    del dtype  # bf16, as `supports` demands
+
+    def shard(r, y, *weights):
+        rows = [None if x is None else x.reshape(-1, scale.size) for x in (r, y)]
+        wide = [None if x is None else x.astype(jnp.float32) for x in weights]
+        total, x = _fused(*sharded.vary_alike(*rows, *wide), eps)
+        return total.reshape(r.shape), x.reshape(r.shape)
+
+    stream = ("batch",)
+    return sharded.per_shard(shard, (r, y, scale, bias), (stream, stream, (), ()), (stream, stream))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _fused(r, y, scale, bias, eps):
+    return _fused_fwd(r, y, scale, bias, eps)[0]
+
+
+def _fused_fwd(r, y, scale, bias, eps):
+    # Pallas' GPU modules take half a second to import and are needed only here.
+    from pallas_kernels.hopper import norm as kernels
+
+    *summed, x = sharded.call(kernels.forward, r, y, scale, bias, eps=eps, multiprocessors=limits.multiprocessors())
+    [total] = summed or [r]
+    return (total, x), (total, y is not None, scale, bias is not None)
+
+
+def _fused_bwd(eps, saved, cotangents):
+    from pallas_kernels.hopper import norm as kernels
+
+    total, adds, scale, centered = saved
+    dtotal, dx = cotangents
+    options = {"eps": eps, "adds": adds, "centered": centered, "multiprocessors": limits.multiprocessors()}
+    found = iter(sharded.call(kernels.backward, total, scale, dx, dtotal, **options))
+    dr, dy = next(found), next(found) if adds else None
+    return dr, dy, next(found).sum(axis=0), next(found).sum(axis=0) if centered else None
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)

@@ -1,0 +1,120 @@
+"""A matrix state token by token, in Hopper kernels: in fp32, of few tokens, or corrected in many heads at a time.
+
+    u_t = S_{t-1}^T a_t        S_t = diag(w_t) S_{t-1} + b_t u_t^T + k_t v_t^T        o_t = scale S_t^T q_t
+
+A warp keeps a head's state in its registers from the first token to the last (`pallas_kernels/hopper/recurrence.py`).
+All is fp32 but the inputs, and no decay is too strong. Chunks, which other kernels go by, take fewer steps one after
+the other, and work on tensor cores.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax.dims import BHKV, BT, BTHK, BTHV
+from based_jax.ops import segments, sharded
+from based_jax.ops.decays import empty_state
+from based_jax.ops.hopper import limits
+
+KEY_DIMS, VALUE_DIMS = (32, 64, 128), (32, 64, 128)
+"""Sizes that the kernels take; others are filled up with zeros, and wider values are cut."""
+TOKEN_MULTIPLE, HEAD_MULTIPLE = 8, 4
+"""Of the tokens, and of the heads of all rows together."""
+
+
+def supports(q: BTHK, v: BTHV) -> str | None:
+    """Return why the kernels cannot run a call, or None; shapes and dtypes are all that they ask for."""
+    batch, time, heads, keys = q.shape
+    if v.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"v must be bfloat16 or float32, and is {v.dtype}"
+    if keys > KEY_DIMS[-1]:
+        return f"K must be at most {KEY_DIMS[-1]}, and is {keys}"
+    if not q.size * v.size:
+        return f"no dimension may be empty, and q is {q.shape}, v {v.shape}"
+    elements = batch * max(time, keys) * heads * max(KEY_DIMS[-1], v.shape[-1])
+    if elements >= limits.MAX_ELEMENTS:
+        return f"B H max(T, K) max({KEY_DIMS[-1]}, V) must be below {limits.MAX_ELEMENTS}, and is {elements}"
+    return limits.refusal()
+
+
+def recurrence(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    log_decay: Float[Array, "B T H #K"],
+    ab: tuple[BTHK, ...],
+    scale: float,
+    state: BHKV | None,
+    segment_ids: BT | None,
+) -> tuple[BTHV, BHKV]:
+    """Return o and the state after the last token, each device for its rows and heads.
+
+    Args:
+      log_decay: log w, (B, T, H, K) or (B, T, H, 1).
+      ab: a and b, or nothing for a state that only decays.
+    """
+
+    def on_device(q, k, v, log_decay, *rest) -> tuple[BTHV, BHKV]:
+        *ab, state, segment_ids = rest
+        return _on_device(q, k, v, log_decay, ab, scale, state, segment_ids)
+
+    state = empty_state(q, v) if state is None else state
+    return sharded.per_head(on_device, (q, k, v, log_decay, *ab), state, segment_ids)
+
+
+def _on_device(q, k, v, log_decay, ab, scale, state, segment_ids) -> tuple[BTHV, BHKV]:
+    """Fill all sizes up with zeros, which change no state, and cut them off again."""
+    (batch, time, heads, keys), values = q.shape, v.shape[-1]
+    q, k, v, log_decay, ab, padding = segments.separated(q, k, v, log_decay, ab, segment_ids)
+    log_decay = jnp.broadcast_to(log_decay.astype(jnp.float32), q.shape)
+    ab = [x.astype(jnp.float32) for x in ab]
+
+    wide = next(size for size in KEY_DIMS if size >= keys)
+    width = next((size for size in VALUE_DIMS if size >= max(values, wide // 2)), VALUE_DIMS[-1])
+    parts = -(-values // width)  # of the values of a head, each with queries and keys of its own
+    v = sharded.fill(v, {1: TOKEN_MULTIPLE, 3: width}).reshape(batch, -1, heads * parts, width)
+    state = sharded.fill(state, {2: wide, 3: width}).reshape(batch, heads, wide, parts, width)
+    state = jnp.swapaxes(state, 2, 3).reshape(batch, heads * parts, wide, width)
+    q, k, log_decay, *ab = (
+        jnp.repeat(sharded.fill(x, {1: TOKEN_MULTIPLE, 3: wide}), parts, axis=2)
+        for x in (q.astype(v.dtype), k.astype(v.dtype), log_decay, *ab)
+    )
+    rows = HEAD_MULTIPLE // math.gcd(HEAD_MULTIPLE, heads * parts)
+    arguments = (sharded.fill(x, {0: rows}) for x in (q, k, v, log_decay, state, *ab))
+    o, state = _fused(scale, *sharded.vary_alike(*arguments))
+
+    o = o[:batch, :time].reshape(batch, time, heads, -1)[..., :values]
+    state = jnp.swapaxes(state[:batch].reshape(batch, heads, parts, wide, width), 2, 3)
+    state = state.reshape(batch, heads, wide, -1)[:, :, :keys, :values]
+    return (o if padding is None else jnp.where(padding, 0, o)), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(scale, q, k, v, log_decay, state, *ab):
+    # Pallas' GPU modules take half a second to import and are needed only here.
+    from pallas_kernels.hopper import recurrence as kernels
+
+    options = {"scale": scale, "with_reads": False}
+    return tuple(sharded.call(functools.partial(kernels.forward, **options), q, k, v, jnp.exp(log_decay), state, *ab))
+
+
+def _fused_fwd(scale, q, k, v, log_decay, state, *ab):
+    from pallas_kernels.hopper import recurrence as kernels
+
+    w, options = jnp.exp(log_decay), {"scale": scale, "with_reads": bool(ab)}
+    o, last, *reads = sharded.call(functools.partial(kernels.forward, **options), q, k, v, w, state, *ab)
+    return (o, last), (q, k, v, w, state, ab, reads)
+
+
+def _fused_bwd(scale, saved, gradients):
+    from pallas_kernels.hopper import recurrence_backward as kernels
+
+    q, k, v, w, state, ab, reads = saved
+    call = functools.partial(kernels.backward, scale=scale)
+    return tuple(sharded.call(call, q, k, v, w, state, *gradients, *ab, *reads))
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)

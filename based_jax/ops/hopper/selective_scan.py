@@ -1,0 +1,84 @@
+"""The selective scan in Hopper kernels, token by token: which calls they take, padding, and gradients.
+
+Kernels: `pallas_kernels/hopper/selective_scan*.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax.dims import BTD
+from based_jax.ops import segments, sharded
+from based_jax.ops.hopper import limits
+
+BDN = Float[Array, "B D N"]
+DN = Float[Array, "D N"]
+
+CHANNEL_MULTIPLE = 128
+STATE_DIMS = range(8, 33, 8)
+TOKEN_MULTIPLE = 8
+
+
+def supports(xs, A, state, segment_ids) -> str | None:
+    """Return why the kernels cannot run this call, or None; shapes and dtypes are all that they ask for."""
+    u, (channels, states) = xs[0], A.shape
+    if u.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"u must be bfloat16 or float32, and is {u.dtype}"
+    if channels % CHANNEL_MULTIPLE:
+        return f"the channels must be a multiple of {CHANNEL_MULTIPLE}, and are {channels}"
+    if states not in STATE_DIMS:
+        return f"a channel must have {', '.join(map(str, STATE_DIMS))} states, and has {states}"
+    given, most = u.size * states, TOKEN_MULTIPLE * limits.MAX_ELEMENTS
+    if not 0 < given < most:
+        return f"there must be 1 to {most - 1} states of all tokens, and are {given}"
+    return limits.refusal()
+
+
+def compute(xs, A: DN, state, segment_ids) -> tuple[BTD, BDN]:
+    """Return y and the state after the last token, each device for its rows and all channels."""
+    rows, arguments = ("batch",), (*xs, A, state, segment_ids)
+    return sharded.per_shard(_on_device, arguments, (*(rows,) * 4, (), rows, rows), (rows, rows))
+
+
+def _on_device(u, dt, B, C, A, state, segment_ids) -> tuple[BTD, BDN]:
+    """Run the kernels on a whole number of tiles; tokens of padding have no step, and so change no state."""
+    state = jnp.zeros((u.shape[0], *A.shape), jnp.float32) if state is None else state
+    time, offsets, padding = u.shape[1], None, None
+    if segment_ids is not None:
+        offsets = jnp.where(segments.begins_later(segment_ids), segments.FORGET, 0.0)
+        padding = (segment_ids == 0)[..., None]
+        u, dt = (jnp.where(padding, 0, x) for x in (u, dt))
+    tokens = u, dt.astype(jnp.float32), jnp.concatenate([B, C], axis=-1).astype(jnp.float32), offsets
+    u, dt, BC, offsets = (None if x is None else _pad(x) for x in tokens)
+    y, state = _fused(*sharded.vary_alike(u, dt, A.astype(jnp.float32), BC, state, offsets))
+    y = y[:, :time]
+    return y if padding is None else jnp.where(padding, 0, y), state
+
+
+def _pad(x: Array) -> Array:
+    return sharded.fill(x, {1: TOKEN_MULTIPLE})
+
+
+@jax.custom_vjp
+def _fused(u, dt, A, BC, state, offsets):
+    # Pallas' GPU modules take half a second to import and are needed only here.
+    from pallas_kernels.hopper import selective_scan as kernels
+
+    return tuple(sharded.call(kernels.forward, u, dt, A, BC, state, offsets, with_starts=False))
+
+
+def _fused_fwd(u, dt, A, BC, state, offsets):
+    from pallas_kernels.hopper import selective_scan as kernels
+
+    y, last, starts = sharded.call(kernels.forward, u, dt, A, BC, state, offsets, with_starts=True)
+    return (y, last), (u, dt, A, BC, starts, offsets)
+
+
+def _fused_bwd(saved, gradients):
+    from pallas_kernels.hopper import selective_scan_backward as kernels
+
+    u, dt, A, BC, starts, offsets = saved
+    return *sharded.call(kernels.backward, u, dt, A, BC, starts, *gradients, offsets), None
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)

@@ -1,0 +1,121 @@
+"""How a kernel is called under a mesh (`jax.set_mesh`): every device runs it on its part of the arrays.
+
+To XLA kernels are opaque. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, heads over
+`parallel.HEAD_AXES`, as `based_jax.parallel` places them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from based_jax.parallel import BATCH_AXES, HEAD_AXES
+
+Names = tuple[str | None, ...]
+
+MESH_AXES = {"batch": BATCH_AXES, "heads": HEAD_AXES}
+
+
+def mesh_refusal() -> str | None:
+    """Return why `per_shard` cannot call a kernel on this mesh, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and AxisType.Explicit in mesh.axis_types:
+        return f"a mesh of {mesh.size} devices with explicit axes needs jax.shard_map around the call"
+    return None
+
+
+def per_shard(
+    function: Callable, arguments: Sequence[jax.Array | None], names: Sequence[Names], results: Sequence[Names]
+) -> Any:
+    """Return `function(*arguments)`, run by every device of the mesh on its part of the arrays.
+
+    Args:
+      arguments: arrays, and None for what is not given.
+      names: for each argument the name of each of its first dimensions, a key of `MESH_AXES` or None; a dimension that
+        its mesh axes do not divide, and one without a name, stays whole.
+      results: the same for the results, one or a tuple.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = _free(mesh)
+    if mesh.size == 1 or not free:
+        return function(*arguments)
+    given = [(x, dims) for x, dims in zip(arguments, names, strict=True) if x is not None]
+    sizes: dict[str, list[int]] = {}
+    for x, dims in given:
+        for name, size in zip(dims, x.shape, strict=False):
+            if name is not None:
+                sizes.setdefault(name, []).append(size)
+    axes = {name: _dividing(mesh, name, found) for name, found in sizes.items()}
+
+    def spec(dims: Names) -> PartitionSpec:
+        return PartitionSpec(*(axes.get(name) if name else None for name in dims))
+
+    def run(*parts: jax.Array) -> Any:
+        rest = iter(parts)
+        return function(*(None if x is None else next(rest) for x in arguments))
+
+    specs = tuple(spec(dims) for _, dims in given)
+    out = tuple(map(spec, results)) if len(results) > 1 else spec(results[0])
+    return jax.shard_map(run, in_specs=specs, out_specs=out, axis_names=free)(*(x for x, _ in given))
+
+
+def per_head(function: Callable, tokens: Sequence[jax.Array], state: jax.Array, segment_ids: jax.Array | None) -> Any:
+    """Return o like the tokens, (B, T, H, .), and the state, (B, H, .), of `function(*tokens, state, segment_ids)`."""
+    by_token, by_head = ("batch", None, "heads"), ("batch", "heads")
+    names = *(by_token for _ in tokens), by_head, ("batch",)
+    return per_shard(function, (*tokens, state, segment_ids), names, (by_token, by_head))
+
+
+def heads_of_device(rows: int, heads: int) -> int:
+    """Return how many heads of all rows each device gets in `per_head`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [*(_dividing(mesh, "batch", [rows]) or ()), *(_dividing(mesh, "heads", [heads]) or ())]
+    return rows * heads // math.prod(mesh.shape[name] for name in axes)
+
+
+def _free(mesh: AbstractMesh) -> set[str]:
+    """Return the axes over which XLA divides arrays."""
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+
+
+def _dividing(mesh: AbstractMesh, dimension: str, sizes: Sequence[int]) -> tuple[str, ...] | None:
+    """Return the free mesh axes for a dimension, of `MESH_AXES`, if together they divide all sizes, or None."""
+    names = _free(mesh) & set(MESH_AXES[dimension])
+    axes = tuple(name for name in mesh.axis_names if name in names)
+    devices = math.prod(mesh.shape[name] for name in axes)
+    return axes if axes and all(size % devices == 0 for size in sizes) else None
+
+
+def call(kernel: Callable[..., Sequence[jax.Array]], *arguments: Any, **options: Any) -> list[jax.Array]:
+    """Return a kernel's results; under `jax.shard_map` they vary over the mesh axes that an array given varies over."""
+    given = vary_alike(*arguments, *options.values())
+    options = dict(zip(options, given[len(arguments) :], strict=True))
+    results = kernel(*given[: len(arguments)], **options)
+    return vary_alike(*results, like=given)
+
+
+def vary_alike(*values: Any, like: Sequence[Any] = ()) -> list[Any]:
+    """Return the values with the arrays among them varying over all mesh axes that one of them, or of `like`, does.
+
+    Arguments of a `jax.custom_vjp` need it: the gradient of one that varies less must be summed over the devices.
+    """
+    axes = frozenset().union(*(_varying(x) for x in (*values, *like)))
+
+    def vary(x: Any) -> Any:
+        missing = tuple(sorted(axes - _varying(x))) if isinstance(x, jax.Array) else ()
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return [vary(x) for x in values]
+
+
+def fill(x: jax.Array, multiples: dict[int, int]) -> jax.Array:
+    """Append zeros to dimensions up to a multiple."""
+    return jnp.pad(x, [(0, -size % multiples.get(dimension, 1)) for dimension, size in enumerate(x.shape)])
+
+
+def _varying(x: Any) -> frozenset:
+    return jax.typeof(x).manual_axis_type.varying if isinstance(x, jax.Array) else frozenset()

@@ -1,0 +1,76 @@
+"""Gated linear attention and DPLR delta rules with a decay for each key channel, by chunks, in Triton kernels.
+
+The kernels and their equations are in `pallas_kernels/triton/channel_decays*.py`; products are of bf16, sums and the
+state fp32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax.dims import BHKV, BT, BTHK, BTHV
+from based_jax.ops.triton import chunks
+
+
+def channel_decays(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    log_decay: Float[Array, "B T H #K"],
+    ab: tuple[BTHK, ...],
+    scale: float,
+    state: BHKV | None,
+    segment_ids: BT | None,
+) -> tuple[BTHV, BHKV]:
+    """Return o and the state after the last token, each device for its rows and heads.
+
+    Args:
+      ab: a and b, or nothing for a state that only decays.
+    """
+    return chunks.run(functools.partial(_run, scale), q, k, v, log_decay, ab, (), state, segment_ids)
+
+
+def _run(scale, q, k, v, log_decay, state, *ab):
+    return _fused(scale, q, k, v, jnp.broadcast_to(log_decay, q.shape), state, *ab)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(scale, q, k, v, log_decay, state, *ab):
+    return _forward(scale, q, k, v, log_decay, state, *ab, with_starts=False)[0]
+
+
+def _forward(scale, q, k, v, log_decay, state, *ab, with_starts: bool):
+    from pallas_kernels.triton import channel_decays as kernels
+
+    queries, keys = (q, *ab[:1]), (k, *ab[1:])
+    c = kernels.decay_sums(log_decay)
+    made = kernels.products(queries, keys, c, scale=scale)
+    t = kernels.inverses(made.pairs[3]) if ab else None
+    o, *rest = kernels.forward(made, v, state, t, with_starts=with_starts)
+    u, (last, *starts) = rest[: len(ab) // 2], rest[len(ab) // 2 :]
+    return (o, last), (queries, keys, v, c, made, t, u, *starts)
+
+
+def _fused_fwd(scale, *arguments):
+    return _forward(scale, *arguments, with_starts=True)
+
+
+def _fused_bwd(scale, saved, gradients):
+    from pallas_kernels import split
+    from pallas_kernels.triton import channel_decays_backward as kernels
+
+    queries, keys, v, c, made, t, u, starts = saved
+    do, dlast = gradients
+    dv, *y, ends, dstate = kernels.reverse(made, do, dlast, t)
+    read, written = (do, *y), (v, *u)
+    dpairs = kernels.pair_gradients(read, written)
+    found = kernels.state_gradients(made, read, written, starts, ends)
+    dqueries, dkeys, [dwhole] = split(found, len(read), len(read))
+    found = kernels.token_gradients(queries, keys, c, made, dpairs, dqueries, dkeys, scale=scale)
+    (dq, *da), (dk, *db), dc = split(found, len(read), len(read))
+    return dq, dk, dv, kernels.decay_gradients(dc, dwhole), dstate, *da, *db
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)

@@ -1,0 +1,83 @@
+"""Matrix states by chunks of tokens, in Triton kernels: what they ask for, and how arrays are filled up for them.
+
+Which kernels take a call depends on its decays: `one_decay.py` or `channel_decays.py`.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax import devices
+from based_jax.dims import BHKV, BT, BTHK, BTHV
+from based_jax.ops import segments, sharded
+from based_jax.ops.decays import empty_state
+from based_jax.ops.dispatch import target_device_kind
+
+KEY_DIMS = (16, 32, 64, 128)
+"""Sizes of keys; others are filled up with zeros."""
+MIN_LOG_DECAY = -128.0
+"""A log-decay that leaves nothing in fp32. Sums of it over a chunk are still exact to 1e-3."""
+
+
+def supports(v: BTHV, keys: int) -> str | None:
+    """Return why no kernels can run a call with keys of that size, or None."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return f"jax {jax.__version__} has no Triton backend of Pallas"
+    if v.dtype != jnp.bfloat16:
+        return f"v must be bfloat16, and is {v.dtype}"
+    if keys > KEY_DIMS[-1]:
+        return f"K must be at most {KEY_DIMS[-1]}, and is {keys}"
+    if not v.size * keys:
+        return f"no dimension may be empty, and K is {keys}, v {v.shape}"
+    return sharded.mesh_refusal()
+
+
+def slower(v: BTHV) -> str | None:
+    """Return why `auto` leaves a call to others, or None."""
+    kind, time = target_device_kind(), v.shape[1]
+    if (device := devices.find(kind)) is None or device.architecture != "hopper":
+        return f"it has been timed on Hopper GPUs alone, and this is {kind}"
+    full = devices.crossovers(kind).chunk_tokens
+    return None if time >= full else f"T is {time}, less than a chunk of {full}"
+
+
+def run(
+    fused: Callable,
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    log_decay: Float[Array, "B T H #K"],
+    ab: Sequence[BTHK],
+    rates: Sequence[Float[Array, "B T H"]],
+    state: BHKV | None,
+    segment_ids: BT | None,
+) -> tuple[BTHV, BHKV]:
+    """Return o and the state of fused(q, k, v, log_decay, state, *ab, *rates), each device for its rows and heads.
+
+    q, k, a and b become v's dtype, the others fp32, log-decays such that they can be added up. All sizes are filled up
+    with zeros, which change no state, and cut off again.
+    """
+    # Pallas' GPU modules take half a second to import and are needed only here.
+    from pallas_kernels import split
+    from pallas_kernels.triton.chunks import CHUNK, WIDTH
+
+    state = empty_state(q, v) if state is None else state
+    time, (*_, keys, values) = q.shape[1], state.shape
+    wide, counts = next(size for size in KEY_DIMS if size >= keys), (len(ab), len(rates))
+
+    def on_device(q, k, v, log_decay, *rest) -> tuple[BTHV, BHKV]:
+        ab, rates, [state, segment_ids] = split(rest, *counts)
+        q, k, v, log_decay, ab, padding = segments.separated(q, k, v, log_decay, ab, segment_ids)
+        q, k, *ab = (sharded.fill(x.astype(v.dtype), {1: CHUNK, 3: wide}) for x in (q, k, *ab))
+        log_decay = jnp.maximum(log_decay.astype(jnp.float32), MIN_LOG_DECAY)
+        log_decay = sharded.fill(log_decay, {1: CHUNK} | ({3: wide} if log_decay.shape[3] > 1 else {}))
+        rates = [sharded.fill(x.astype(jnp.float32), {1: CHUNK}) for x in rates]
+        v, state = sharded.fill(v, {1: CHUNK, 3: WIDTH}), sharded.fill(state.astype(jnp.float32), {2: wide, 3: WIDTH})
+        o, state = fused(*sharded.vary_alike(q, k, v, log_decay, state, *ab, *rates))
+        o, state = o[:, :time, :, :values], state[:, :, :keys, :values]
+        return (o if padding is None else jnp.where(padding, 0, o)), state
+
+    return sharded.per_head(on_device, (q, k, v, log_decay, *ab, *rates), state, segment_ids)

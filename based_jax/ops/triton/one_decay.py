@@ -1,0 +1,76 @@
+"""Gated linear attention and the delta rule with one decay a head, by chunks on tensor cores, in Triton kernels.
+
+One decay makes the weights between the tokens of a chunk a matrix that all channels share. The kernels and their
+equations are in `pallas_kernels/triton/one_decay.py`; products are of bf16, sums and the state fp32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from based_jax.dims import BHKV, BT, BTHK, BTHV
+from based_jax.ops.triton import chunks
+
+
+def one_decay(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    log_decay: Float[Array, "B T H 1"],
+    beta: Float[Array, "B T H"] | None,
+    scale: float,
+    state: BHKV | None,
+    segment_ids: BT | None,
+) -> tuple[BTHV, BHKV]:
+    """Return o and the state after the last token, each device for its rows and heads.
+
+    Args:
+      beta: the rates of the delta rule, or None for gated linear attention.
+    """
+    rates = [] if beta is None else [beta]
+    return chunks.run(functools.partial(_run, scale), q, k, v, log_decay, (), rates, state, segment_ids)
+
+
+def _run(scale, q, k, v, log_decay, state, *beta):
+    return _fused(scale, q, k, v, log_decay[..., 0], state, *beta)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(scale, q, k, v, log_decay, state, *beta):
+    return _forward(scale, q, k, v, log_decay, state, *beta, with_starts=False)[0]
+
+
+def _forward(scale, q, k, v, log_decay, state, *beta, with_starts: bool):
+    from pallas_kernels.triton import one_decay as kernels
+
+    log_decay = jax.lax.optimization_barrier(log_decay)  # XLA would fold the sums of a constant, for seconds
+    c = jnp.cumsum(_cut(log_decay, kernels.CHUNK), axis=2).reshape(log_decay.shape)
+    delta = kernels.Delta(beta[0], kernels.inverses(k, c, beta[0])) if beta else ()
+    o, last, *starts = kernels.forward(q, k, v, c, state, delta, scale=scale, with_starts=with_starts)
+    return (o, last), (q, k, v, c, delta, *starts)
+
+
+def _fused_fwd(scale, *arguments):
+    return _forward(scale, *arguments, with_starts=True)
+
+
+def _fused_bwd(scale, saved, gradients):
+    from pallas_kernels.triton import one_decay as kernels
+
+    q, k, v, c, delta, starts = saved
+    do, dlast = gradients
+    y, ends, dstate = kernels.reverse(q, k, c, do, dlast, delta, scale=scale)
+    dq, dk, dc, *more = kernels.gradients(q, k, v, c, starts, do, y, ends, delta, scale=scale)
+    dv, *dbeta = more or [y]
+    dlog_decay = jax.lax.cumsum(_cut(dc, kernels.CHUNK), axis=2, reverse=True).reshape(dc.shape)
+    return dq, dk, dv, dlog_decay, dstate, *dbeta
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+def _cut(x: Float[Array, "B T H"], size: int) -> Float[Array, "B N C H"]:
+    """Cut time into chunks."""
+    return x.reshape(x.shape[0], -1, size, x.shape[2])

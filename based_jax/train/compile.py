@@ -1,0 +1,108 @@
+"""From (config, mesh) to what is compiled: the step, the state that it changes, and how that lies on the mesh.
+
+The loop, benchmarks and compilation for devices that are not here share it: nothing below asks for a device, so the
+mesh may be of a topology without hardware.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from based_jax import optim, parallel
+from based_jax.nn.lm import LM, LMConfig
+from based_jax.train.run import TrainConfig
+from based_jax.train.step import Metrics, TrainState, init_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainProgram:
+    """What a config trains on a mesh; its calls set the mesh, so that each device runs kernels on its part.
+
+    Attributes:
+      config, mesh: what it was made from.
+      graphdef: the model's structure.
+      abstract_state: shapes of the state with their shardings, the target of a restore too.
+      jitted_init: `(key) -> state`.
+      jitted_step: `(state, batch) -> (state, metrics)`; the state is donated.
+    """
+
+    config: TrainConfig
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    abstract_state: TrainState
+    jitted_init: Any
+    jitted_step: Any
+
+    @property
+    def shardings(self) -> TrainState:
+        """How the state lies on the mesh."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state)
+
+    def initial_state(self) -> TrainState:
+        """Return the state before the first step, a function of the config alone."""
+        return self.jitted_init(jax.random.key(self.config.seed))
+
+    def step(self, state: TrainState, batch: parallel.GlobalBatch) -> tuple[TrainState, Metrics]:
+        """Return the state after a global batch, and its metrics; see `step.make_train_step`."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted_step(state, batch)
+
+    def check_step(self, batch: parallel.HostBatch) -> None:
+        """Trace a step over batches like this one, of any host, without compiling it.
+
+        Raises:
+          UserError: an operation of the model cannot run.
+        """
+        with jax.set_mesh(self.mesh):
+            self.jitted_step.eval_shape(self.abstract_state, self.abstract_batch(batch))
+
+    def lower_step(self, batch: parallel.HostBatch) -> jax.stages.Lowered:
+        """Return the step over batches like this one, of any host, to be compiled ahead of time."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted_step.lower(self.abstract_state, self.abstract_batch(batch))
+
+    def abstract_batch(self, batch: parallel.HostBatch) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes of the global batch that a batch of some host is part of, and how it lies on the mesh."""
+        where, rows = parallel.batch_sharding(self.mesh), self.config.batch_size
+        return {
+            name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=where)
+            for name, x in batch.items()
+        }
+
+
+def train_program(config: TrainConfig, mesh: Mesh) -> TrainProgram:
+    """Return what a config trains on a mesh.
+
+    Shapes, shardings and names come from one abstract construction: initialisation, the step and the restore of a
+    checkpoint all place the state by them, so nothing is ever whole on one device that does not fit there.
+
+    Raises:
+      UserError: rows cannot be divided over the mesh, or the schedule does not fit the steps.
+    """
+    parallel.check_batch_size(config.batch_size, mesh, config.microbatches)
+    tx = optim.adamw(config.optim, config.steps)
+
+    def init(key: jax.Array) -> TrainState:
+        return initial_state(config.model, tx, key)
+
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(0))))
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
+    where = parallel.shardings(shapes, mesh)
+    step = make_train_step(graphdef, tx, config.microbatches)
+    return TrainProgram(
+        config=config,
+        mesh=mesh,
+        graphdef=graphdef,
+        abstract_state=parallel.placed(shapes, mesh),
+        jitted_init=jax.jit(init, out_shardings=where),
+        jitted_step=jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
+    )
+
+
+def initial_state(model: LMConfig, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """Return the state before the first step; parameters are a function of the key alone."""
+    return init_state(LM(model, rngs=nnx.Rngs(key)), tx)

@@ -1,0 +1,170 @@
+"""Mamba's selective scan on Hopper: the backward pass (see `selective_scan.py`).
+
+Tiles are walked from the last to the first. The forward pass has saved the state before each: from it those of the tile
+are computed again, and every second one waits in shared memory. Then the tokens are walked backwards, with g = dL/dh of
+what has still to come in registers:
+
+    dh_t = C_t dy_t + g_{t+1}        g_t = exp(dt_t A) dh_t        q_t = g_t h_{t-1}
+    du_t = dt_t s_t                  s_t = sum_n dh_t B_t          ddt_t = u_t s_t + sum_n q_t A
+    dB_t = sum_d dh_t dt_t u_t       dC_t = sum_d h_t dy_t         dA = sum_t q_t dt_t
+
+Sums over d are taken over a lane's channels at once, over the lanes and warps a tile at a time, and over blocks by XLA.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import split
+from pallas_kernels.hopper import stream
+from pallas_kernels.hopper.mosaic import WARPS, await_warp, like, load_global, load_shared, save
+from pallas_kernels.hopper.selective_scan import (
+    LANES,
+    STATES,
+    TOKENS,
+    VECTOR,
+    Plan,
+    across,
+    along,
+    copy_tokens,
+    decay,
+    load_channels,
+    load_coefficients,
+    offset,
+    save_channels,
+    scaled,
+    states_first,
+    states_last,
+)
+
+SLOTS = 3
+PAIRS = TOKENS // 2
+"""Of tokens in a tile: the state between those of a pair stays in registers."""
+PARTS = plgpu.Layout.TILED(plgpu.Tiling(((4, 8, LANES[1]), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+"""The layout of a pair's dB and dC, (4, N, LANES[1])."""
+
+
+@jax.jit
+def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
+    """Return du, ddt, dA, dBC and the gradient of the state before the first token.
+
+    Args:
+      starts: the states before every tile, as `forward` returns them.
+      dy: (B, T, D), like u.
+      dlast: the gradient of the state after the last token, (B, D, N) fp32.
+      u, dt, A, BC, offsets: as of `forward`.
+    """
+    plan = Plan.of(u)
+    sources = plan.sources(u, dt, BC, offsets, dy)
+    A, dlast = scaled(A), states_first(dlast)
+
+    def body(*refs):
+        source_refs, given, results, tiles, scratch = split(refs, len(sources), 3, 5, len(sources))
+        u_tile, dt_tile, BC_tile, dy_tile, *offset_tiles = tiles
+        filled, (h_tile, parts_tile) = scratch
+        A_ref, starts_ref, dlast_ref = given
+        du_ref, ddt_ref, dBC_ref, dA_ref, dstate_ref = results
+        at = plan.here()
+
+        def fetch(n, slot):
+            copy_tokens(at, source_refs, tiles, filled, plan.tiles - 1 - n, slot)
+
+        ring = stream.Ring(plan.tiles, SLOTS, filled, fetch)
+        A = load_global(A_ref.at[at.strip], STATES)
+
+        def advance(slot, i, h):
+            """Return the state after a token, and how much is kept of the one before."""
+            u, dt = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile))
+            kept = decay(dt, A, offset(offset_tiles, slot, i))
+            B = load_coefficients(BC_tile.at[slot, i], 0)
+            return kept * h + across(dt * u, h) * along(B, h), kept
+
+        def retreat(slot, i, parts, before, kept, after, carry):
+            """Return g before a token, and dA with it; du and ddt replace u and dt, dB and dC go to the two parts."""
+            g, dA = carry
+            u, dt, dy = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile, dy_tile))
+            B, C = (load_coefficients(BC_tile.at[slot, i], k) for k in range(2))
+            await_warp()
+            dh = g + across(dy, g) * along(C, g)
+            save(parts[0], (dh * across(dt * u, g)).sum(axis=3))
+            save(parts[1], (after * across(dy, g)).sum(axis=3))
+            s = (dh * along(B, g)).sum(axis=1)
+            g = dh * kept
+            q = g * before
+            save_channels(u_tile.at[slot, i], dt * s)
+            save_channels(dt_tile.at[slot, i], u * s + (q * A).sum(axis=1) * math.log(2))
+            return g, dA + q * across(dt, g)
+
+        def step(n, slot, carry):
+            def again(pair, h):
+                save(h_tile.at[pair], h)
+                for i in range(2):
+                    h, _ = advance(slot, 2 * pair + i, h)
+                return h
+
+            def back(reverse, carry):
+                pair = PAIRS - 1 - reverse
+                first, second = 2 * pair, 2 * pair + 1
+                start = load_shared(h_tile.at[pair], STATES)
+                middle, kept_first = advance(slot, first, start)
+                end, kept_second = advance(slot, second, middle)
+                parts = [parts_tile.at[pair, :, k] for k in range(4)]
+                carry = retreat(slot, second, parts[2:], middle, kept_second, end, carry)
+                return retreat(slot, first, parts[:2], start, kept_first, middle, carry)
+
+            h = load_global(starts_ref.at[at.row, plan.tiles - 1 - n, at.strip], STATES)
+            save(h_tile.at[PAIRS - 1], lax.fori_loop(0, PAIRS - 1, again, h))
+            carry = lax.fori_loop(0, PAIRS, back, carry)
+            plgpu.commit_smem()
+            for pair in range(PAIRS):
+                total = functools.reduce(
+                    jnp.add, (load_shared(parts_tile.at[pair, warp], PARTS) for warp in range(WARPS))
+                )
+                save_pair(BC_tile.at[slot, pl.ds(2 * pair, 2)], total.sum(axis=2))
+            return carry
+
+        def put(n, slot):
+            tokens = at.tokens(plan.tiles - 1 - n)
+            for tile, target in (
+                (u_tile, du_ref.at[at.row, tokens, at.strip]),
+                (dt_tile, ddt_ref.at[at.row, tokens, at.strip]),
+                (BC_tile, dBC_ref.at[at.number, at.row, tokens]),
+            ):
+                plgpu.copy_smem_to_gmem(tile.at[slot], target, commit_group=False)
+
+        g = load_global(dlast_ref.at[at.row, at.strip], STATES)
+        g, dA = ring.walk(step, put, (g, jnp.zeros_like(g)))
+        save(dA_ref.at[at.row, at.strip], dA)
+        save(dstate_ref.at[at.row, at.strip], g)
+
+    dBC_type = jax.ShapeDtypeStruct((plan.strips, *BC.shape), jnp.float32)
+    out_type = [*map(like, sources[:2]), dBC_type, like(dlast), like(dlast)]
+    scratch = [*plan.scratch(sources, SLOTS), _states_or_parts(A.shape[1])]
+    kernel = stream.kernel(body, "selective_scan_backward", plan.blocks, out_type, scratch)
+    du, ddt, dBC, dA, dstate = kernel(*sources, A, starts, dlast)
+    return [
+        du.reshape(u.shape),
+        ddt.reshape(u.shape),
+        states_last(dA.sum(axis=0)),
+        dBC.sum(axis=0),
+        states_last(dstate),
+    ]
+
+
+def _states_or_parts(states: int):
+    """Return the memory of the states before every pair, which give way to the pair's dB and dC.
+
+    Both take 32 N values of each pair and warp: what a warp writes replaces what it has read itself.
+    """
+    shapes = (PAIRS, WARPS, states, LANES[1], VECTOR), (PAIRS, WARPS, 4, states, LANES[1])
+    return plgpu.RefUnion(*(plgpu.SMEM(shape, jnp.float32) for shape in shapes))
+
+
+def save_pair(ref, x) -> None:
+    """Store (4, N) to shared memory, (2, 2 N)."""
+    save(ref.reshape(*x.shape), x)

@@ -1,0 +1,29 @@
+"""Inputs of the cross-entropy of a linear layer, and its call with gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+IGNORED = -1
+
+
+def inputs_of(rng, normal):
+    """Return a source of hidden states, a table, labels of which a third is ignored, and gradients of the losses."""
+
+    def draw(count=37, vocab=1000, dim=48, dtype="float32", scale=1.0):
+        labels = np.where(rng.random(count) < 0.3, IGNORED, rng.integers(0, vocab, count))
+        labels[:2] = IGNORED, vocab - 1
+        return (
+            normal(count, dim, dtype=dtype, scale=scale),
+            normal(vocab, dim),
+            jnp.asarray(labels, jnp.int32),
+            normal(count),
+        )
+
+    return draw
+
+
+def run(call, hidden, table, labels, gradients):
+    """Return losses, correct, and the gradients of hidden and table."""
+    losses, pull, correct = jax.vjp(lambda h, w: call(h, w, labels), hidden, table, has_aux=True)
+    return losses, correct, *pull(gradients)

@@ -1,0 +1,127 @@
+"""The selective scan's Hopper kernels as far as a CPU can tell: refusals, lowering for an H100, and the interpreter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.devices import gpus
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AxisType, PartitionSpec
+
+from based_jax.errors import UserError
+from based_jax.ops import selective_scan as op
+from based_jax.ops.selective_scan import selective_scan
+
+
+def _zeros(B=2, T=64, D=256, N=16, dtype="bfloat16"):
+    u, steps = jnp.zeros((B, T, D), dtype), jnp.zeros((B, T, D))
+    return u, steps, -jnp.ones((D, N)), *(jnp.zeros((B, T, N), dtype) for _ in "BC")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"dtype": "float16"}, "bfloat16 or float32, and is float16"),
+        ({"D": 192}, "multiple of 128, and are 192"),
+        ({"N": 12}, "8, 16, 24, 32 states, and has 12"),
+        ({"T": 0}, "and are 0"),
+    ],
+)
+def test_refusals_name_the_value(options, words):
+    with gpus(), pytest.raises(UserError, match=words):
+        selective_scan(*_zeros(**options), impl="hopper_steps")
+
+
+def test_a_mesh_with_explicit_axes_needs_shard_map():
+    u, dt, A, B, C = _zeros()
+    supports = op.IMPLEMENTATIONS["hopper_steps"].supports
+    with gpus(shape=(2,), axes=AxisType.Explicit):
+        assert "shard_map" in supports((u, dt, B, C), A, None, None)
+    with gpus(shape=(2,)):
+        assert supports((u, dt, B, C), A, None, None) is None
+
+
+def _gradients(u, dt, A, B, C, ids=None, state=None):
+    def loss(*args):
+        y, last = selective_scan(*args, state=state, segment_ids=ids, return_state=True)
+        return y.astype(jnp.float32).sum() + last.sum()
+
+    return jax.grad(loss, argnums=range(5))(u, dt, A, B, C)
+
+
+@pytest.mark.parametrize(
+    "options, packed, lanes",
+    [
+        ({"T": 61, "D": 128, "N": 32, "dtype": "float32"}, True, None),
+        ({}, False, 3),
+    ],
+)
+def test_lowers_for_an_h100(options, packed, lanes):
+    ids = jnp.ones((2, 61), jnp.int32) if packed else None
+    arguments = _zeros(**options)
+    call = lambda *args: _gradients(*args, ids)  # noqa: E731
+    if lanes:
+        call, arguments = jax.vmap(call), [jnp.stack([x] * lanes) for x in arguments]
+    with gpus():
+        text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "selective_scan_backward" in text
+
+
+def test_lowers_under_shard_map():
+    """A is the same on all devices: its gradient is summed over them."""
+    data, everywhere = PartitionSpec("data"), PartitionSpec()
+    specs = data, data, everywhere, data, data
+    with gpus(shape=(2,)):
+        sharded = jax.shard_map(_gradients, in_specs=specs, out_specs=specs)
+        text = jax.jit(sharded).trace(*_zeros()).lower(lowering_platforms=("cuda",)).as_text()
+    assert "selective_scan_backward" in text and "all_reduce" in text
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Run kernels in Pallas' interpreter, which looks for races; it knows neither reshaped nor overlapping memory."""
+    from pallas_kernels.hopper import selective_scan as forward
+    from pallas_kernels.hopper import selective_scan_backward as backward
+
+    def load_channels(ref):
+        return ref[...].astype(jnp.float32).reshape(forward.WARPS, -1, forward.VECTOR)
+
+    def save(ref, x):
+        ref[...] = x.reshape(ref.shape).astype(ref.dtype)
+
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "load_channels", load_channels)
+        monkeypatch.setattr(module, "save_channels", save)
+        monkeypatch.setattr(module, "load_global", lambda ref, layout: ref[...])
+        monkeypatch.setattr(module, "await_warp", lambda: None)
+    monkeypatch.setattr(backward, "save_pair", save)
+    monkeypatch.setattr(plgpu, "RefUnion", lambda *refs: refs)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+
+
+@pytest.mark.parametrize(
+    "time, channels, states, dtype, packed, tolerance",
+    [(43, 128, 16, "float32", True, 2e-6), (16, 256, 8, "bfloat16", False, 5e-3)],
+)
+def test_kernels_equal_the_oracle(
+    normal, packed_ids, out_and_grads, interpreted, time, channels, states, dtype, packed, tolerance
+):
+    rows = slice(1, 3)  # of the packed ones
+    ids = packed_ids(time)[rows] if packed else None
+    u, B, C = (normal(2, time, size, dtype=dtype) for size in (channels, states, states))
+    wide = jax.nn.softplus(2 * normal(2, time, channels)), -jnp.exp(normal(channels, states))
+    state, dy, dlast = normal(2, channels, states), normal(2, time, channels), normal(2, channels, states)
+
+    def run(impl, u, B, C):
+        def call(u, B, C, dt, A, state):
+            return op.IMPLEMENTATIONS[impl].compute((u, dt, B, C), A, state if packed else None, ids)
+
+        return out_and_grads(call, (u, B, C, *wide, state), (dy.astype(u.dtype), dlast))
+
+    expected = run("oracle", *(x.astype(jnp.float32) for x in (u, B, C)))
+    for ours, right in zip(jax.tree.leaves(run("hopper_steps", u, B, C)), jax.tree.leaves(expected), strict=True):
+        ours, right = (np.asarray(y, np.float64) for y in (ours, right))
+        assert np.linalg.norm(ours - right) <= tolerance * np.linalg.norm(right)
+    assert not get_races().races_found

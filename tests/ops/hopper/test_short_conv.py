@@ -1,0 +1,142 @@
+"""The short convolutions' Hopper kernels, plain and gated, as far as a CPU can tell."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.devices import gpus
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AxisType, PartitionSpec
+
+from based_jax.errors import UserError
+from based_jax.ops import conv, gated_conv
+from based_jax.ops.conv import short_conv
+from based_jax.ops.gated_conv import gated_short_conv
+
+CALLS = {
+    "plain": short_conv,
+    "silu": functools.partial(short_conv, silu=True),
+    "gated": gated_short_conv,
+}
+forms = pytest.mark.parametrize("form", CALLS)
+
+
+def halves(form):
+    """Return the channels of x for each of y."""
+    return 1 + (form == "gated")
+
+
+def kernels(form):
+    """Return the names of a form's kernels."""
+    name = "gated_conv" if form == "gated" else "short_conv"
+    return f"{name}_mosaic_gpu", f"{name}_backward_mosaic_gpu"
+
+
+@forms
+@pytest.mark.parametrize(
+    "shape, taps, dtype, words",
+    [
+        ((2, 16, 128), 3, "float32", "bfloat16"),
+        ((2, 16, 128), 5, "bfloat16", "2 to 4 taps, and has 5"),
+        ((2, 16, 96), 3, "bfloat16", "multiple of 128, and are 96"),
+        ((2, 0, 128), 3, "bfloat16", "and are 0"),
+    ],
+)
+def test_refusals_name_the_value(form, shape, taps, dtype, words):
+    x, kernel = jnp.zeros((*shape[:2], halves(form) * shape[2]), dtype), jnp.zeros((taps, shape[2]))
+    with gpus(), pytest.raises(UserError, match=words):
+        CALLS[form](x, kernel, impl="hopper_taps")
+
+
+def test_taps_apart_are_refused():
+    x, kernel = jnp.zeros((2, 16, 128), jnp.bfloat16), jnp.zeros((3, 128))
+    with gpus(), pytest.raises(UserError, match="dilation must be 1, and is 2"):
+        short_conv(x, kernel, dilation=2, impl="hopper_taps")
+
+
+def test_a_mesh_with_explicit_axes_needs_shard_map():
+    x, kernel = jnp.zeros((2, 16, 256), jnp.bfloat16), jnp.zeros((3, 128))
+    tables = (conv.IMPLEMENTATIONS, {"silu": True, "dilation": 1}, x[..., :128]), (gated_conv.IMPLEMENTATIONS, {}, x)
+    for table, options, given in tables:
+        refusal = functools.partial(table["hopper_taps"].supports, given, kernel, None, None, None, **options)
+        with gpus(shape=(2,), axes=AxisType.Explicit):
+            assert "shard_map" in refusal()
+        with gpus(shape=(2,)):
+            assert refusal() is None
+
+
+@forms
+@pytest.mark.parametrize("time, channels, lanes", [(2048, 2048, None), (13, 384, 2)])
+def test_auto_lowers_for_an_h100(form, time, channels, lanes):
+    x, kernel, bias = (
+        jnp.zeros((2, time, halves(form) * channels), jnp.bfloat16),
+        jnp.zeros((3, channels)),
+        jnp.zeros(halves(form) * channels),
+    )
+    ids = jnp.ones((2, time), jnp.int32)
+
+    def loss(x, kernel, bias):
+        return CALLS[form](x, kernel, bias=bias, segment_ids=ids).astype(jnp.float32).sum()
+
+    both, arguments = jax.value_and_grad(loss, argnums=(0, 1, 2)), (x, kernel, bias)
+    if lanes:
+        both, arguments = jax.vmap(both), [jnp.stack([y] * lanes) for y in arguments]
+    with gpus():
+        text = jax.jit(both).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert [name for name in kernels(form) if name not in text] == []
+
+
+@forms
+def test_lowers_under_shard_map(form):
+    """Weights are the same on all devices: their gradients are summed over them."""
+
+    def gradients(x, kernel):
+        call = jax.grad(lambda *args: CALLS[form](*args, impl="hopper_taps").astype(jnp.float32).sum(), argnums=(0, 1))
+        return call(x, kernel)
+
+    data, everywhere = PartitionSpec("data"), PartitionSpec()
+    with gpus(shape=(2,)):
+        sharded = jax.shard_map(gradients, in_specs=(data, everywhere), out_specs=(data, everywhere))
+        traced = jax.jit(sharded).trace(jnp.zeros((4, 16, halves(form) * 128), jnp.bfloat16), jnp.zeros((3, 128)))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert kernels(form)[1] in text and "all_reduce" in text
+
+
+@forms
+@pytest.mark.parametrize(
+    "time, channels, taps, packed, biased",
+    [(43, 256, 3, True, True), (24, 128, 2, False, False), (20, 128, 4, True, True)],
+)
+def test_kernels_equal_the_oracle(
+    normal, packed_ids, out_and_grads, monkeypatch, form, time, channels, taps, packed, biased
+):
+    """In Pallas' interpreter, which looks for races."""
+    from pallas_kernels.hopper import short_conv as kernels
+
+    for part in ("FORWARD_PART", "BACKWARD_PART"):
+        monkeypatch.setattr(kernels, part, 16)
+    rows = slice(1, 3)  # of the packed ones
+    ids = packed_ids(time)[rows] if packed else None
+    x, dy = (normal(2, time, k * channels, dtype="bfloat16") for k in (halves(form), 1))
+    wide = normal(taps, channels), normal(halves(form) * channels), normal(2, taps, channels)
+
+    def run(impl, x):
+        def call(x, kernel, bias, state):
+            state, bias = (y if wanted else None for y, wanted in ((state, packed), (bias, biased)))
+            return CALLS[form](x, kernel, bias=bias, state=state, segment_ids=ids, impl=impl)
+
+        return out_and_grads(call, (x, *wide), dy.astype(x.dtype))
+
+    expected = run("oracle", x.astype(jnp.float32))
+    for module in (conv, gated_conv):
+        hopper = module.IMPLEMENTATIONS["hopper_taps"]
+        monkeypatch.setitem(module.IMPLEMENTATIONS, "hopper_taps", type(hopper)(hopper.compute))
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        got = run("hopper_taps", x)
+    for ours, right in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        ours, right = (np.asarray(y, np.float64) for y in (ours, right))
+        assert np.linalg.norm(ours - right) <= 5e-3 * np.linalg.norm(right)
+    assert not get_races().races_found

@@ -1,0 +1,92 @@
+"""The Hopper kernels on a CPU: Pallas' interpreter runs their copies, barriers and shared memory, and looks for races.
+
+What the interpreter lacks is replaced (`interpreted.py`), and so are the two functions written in registers
+(`taylor_packing.expand` and `pull_back`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.interpreted import replace_products
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from based_jax.ops import taylor
+from based_jax.ops.hopper import taylor as hopper_taylor
+from based_jax.ops.hopper import taylor_pieces
+from pallas_kernels.hopper import taylor as forward
+from pallas_kernels.hopper import taylor_backward as backward
+from pallas_kernels.hopper import taylor_packing, taylor_state
+
+
+def _expand(x, *, query):
+    scaled = x * taylor_packing.SCALE if query else x
+    values = {
+        taylor_packing.CONSTANT: lambda m, n: jnp.ones_like(scaled[:, :1]),
+        taylor_packing.LINEAR: lambda m, n: scaled[:, m : m + 1],
+        taylor_packing.PRODUCT: lambda m, n: (
+            scaled[:, m : m + 1] * scaled[:, n : n + 1] * (0.5 if query and m == n else 1)
+        ),
+        taylor_packing.EMPTY: lambda m, n: jnp.zeros_like(scaled[:, :1]),
+    }
+    columns = [values[kind](m, n) for kind, m, n in taylor_packing.columns().tolist()]
+    return jnp.concatenate(columns, axis=1).astype(x.dtype)
+
+
+def _pull_back(x, u):
+    return jax.vjp(functools.partial(_expand, query=True), x.astype(jnp.float32))[1](u)[0] / taylor_packing.SCALE
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    replace_products(monkeypatch)
+    for module in (taylor_state, forward, backward):
+        monkeypatch.setattr(module, "expand", _expand)
+    monkeypatch.setattr(backward, "pull_back", _pull_back)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+
+
+def _relative(x, y):
+    x, y = (np.asarray(z, np.float64) for z in (x, y))
+    return np.linalg.norm(x - y) / np.linalg.norm(y)
+
+
+@pytest.mark.parametrize(
+    "shape, pieces, with_state, lengths",
+    [((1, 261, 1), 2, True, (-30, 90, 25, -60, 20, 36))],
+)
+def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, pieces, with_state, lengths):
+    monkeypatch.setattr(taylor_pieces, "MIN_CHUNKS_PER_PIECE", 2)
+    assert taylor_pieces.number_of_pieces(shape[0] * shape[2], -(-shape[1] // 64)) == pieces
+    ids = None
+    if lengths:  # of documents, negative for padding
+        ids = np.concatenate([np.full(abs(n), i + 1 if n > 0 else 0) for i, n in enumerate(lengths)])[None]
+        ids = jnp.asarray(ids, jnp.int32)
+
+    def arrays(dims):
+        return [jnp.asarray(rng.normal(size=(*shape, dim)), jnp.bfloat16) for dim in dims]
+
+    inputs, do = arrays((16, 16, 64)), jnp.asarray(rng.normal(size=(*shape, 64)), jnp.bfloat16)
+    dstate = jnp.asarray(rng.normal(size=(shape[0], shape[2], 153, 65)) / 100, jnp.float32)
+    if with_state:
+        inputs += [taylor.taylor_attention(*arrays((16, 16, 64)), return_state=True, impl="oracle")[1]]
+
+    def run(impl, inputs):
+        def call(q, k, v, state=None):
+            if impl == "kernels":
+                return hopper_taylor.compute(q, k, v, state, ids)
+            return taylor.taylor_attention(q, k, v, state=state, segment_ids=ids, return_state=True, impl=impl)
+
+        (o, after), pull = jax.vjp(call, *inputs)
+        if with_state:
+            return o, after, *pull((do.astype(o.dtype), dstate))
+        return o, *pull((do.astype(o.dtype), jnp.zeros_like(after)))
+
+    wanted = run("oracle", [x.astype(jnp.float32) for x in inputs])
+    for got, right in zip(run("kernels", inputs), wanted, strict=True):
+        assert _relative(got, right) < 5e-3
+    assert not get_races().races_found

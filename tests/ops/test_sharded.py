@@ -1,0 +1,48 @@
+"""Functions under a mesh: each device runs them on its part of the arrays."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from based_jax import parallel
+from based_jax.ops import sharded
+
+TOKENS = "batch", None, "heads"
+
+
+def _scaled(x, scale, ids):
+    return x * scale[None, None, None] * (1 if ids is None else ids[:, :, None, None])
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}, {"tensor": 8}])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_shards_are_parts_of_the_whole(normal, close, sizes, with_ids):
+    x, scale, ids = normal(8, 3, 8, 5), normal(5), jnp.ones((8, 3), jnp.int32) if with_ids else None
+
+    def call(x, scale):
+        return sharded.per_shard(_scaled, (x, scale, ids), (TOKENS, (), ("batch",)), (TOKENS,))
+
+    def both(x, scale):
+        y, pull = jax.vjp(call, x, scale)
+        return y, pull(x)
+
+    expected = both(x, scale)
+    with jax.set_mesh(parallel.make_mesh(sizes)):
+        close(jax.jit(both)(x, scale), expected)
+
+
+def test_a_device_sees_its_rows_and_heads_alone(normal):
+    shapes = []
+
+    def note(x):
+        shapes.append(x.shape)
+        return x
+
+    for shape, sizes, seen in (
+        ((4, 3, 6, 5), {"data": 2, "fsdp": 2, "tensor": 2}, (1, 3, 3, 5)),
+        ((3, 3, 6, 5), {"data": 2, "fsdp": 2, "tensor": 2}, (3, 3, 3, 5)),  # what does not divide stays whole
+        ((4, 3, 5, 5), {"data": 4, "tensor": 2}, (1, 3, 5, 5)),
+    ):
+        with jax.set_mesh(parallel.make_mesh(sizes)):
+            out = jax.jit(lambda x: sharded.per_shard(note, (x,), (TOKENS,), (TOKENS,)))(normal(*shape))
+        assert out.shape == shape and shapes.pop() == seen

@@ -1,0 +1,211 @@
+"""Triton kernels by chunks of tokens as far as a CPU can tell: refusals, lowering for an H100, the interpreter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.devices import gpus
+from jax.experimental import pallas as pl
+
+from based_jax import parallel
+from based_jax.errors import UserError
+from based_jax.ops import dispatch
+from based_jax.ops.delta_rule import delta_rule, dplr
+from based_jax.ops.gated_linear_attention import gated_linear_attention
+from based_jax.ops.triton import chunks
+
+
+def linear(q, k, v, g, beta, **options):
+    return gated_linear_attention(q, k, v, g, **options)
+
+
+def low_rank(q, k, v, g, beta, **options):
+    """Read and write in other directions than the keys'."""
+    direction, rate = jnp.roll(k, 1, axis=-1).astype(jnp.float32), beta[..., None]
+    return dplr(q, k, v, g, direction * jnp.exp(g / 2), -rate * direction, **options)
+
+
+FORMS = {
+    "delta rule": delta_rule,
+    "linear attention": linear,
+    "delta rule, decays of channels": delta_rule,
+    "linear attention, decays of channels": linear,
+    "low rank, decays of channels": low_rank,
+}
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def inputs(normal, form, B, T, H, K, V, dtype="float32", correlated=0.0):
+    """Return q, k of length 1, v, log-decays from 0 down, and rates."""
+    k = normal(B, T, H, K) + correlated
+    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    q, k, v = (x.astype(dtype) for x in (normal(B, T, H, K), k, normal(B, T, H, V)))
+    return q, k, v, -(normal(B, T, H, decays(form, K)) ** 2), jax.nn.sigmoid(normal(B, T, H) + 1)
+
+
+def decays(form, K):
+    """Return the decays of a head."""
+    return K if "channels" in form else 1
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Run the kernels in Pallas' interpreter, in fp32 too."""
+    from pallas_kernels.triton import chunks as kernels
+
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr(kernels, "EXACT", jax.lax.Precision.HIGHEST)
+    monkeypatch.setattr(chunks, "supports", lambda *_: None)
+    monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
+
+
+@forms
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(
+    "B, T, H, K, V, packed, with_state, correlated",
+    [
+        (2, 130, 2, 32, 64, False, True, 0.0),
+        (6, 100, 2, 24, 40, True, True, 0.0),
+        (1, 64, 1, 64, 128, False, False, 5.0),
+        (2, 7, 3, 16, 8, False, True, 0.0),
+    ],
+)
+def test_kernels_equal_the_oracle(
+    normal,
+    packed_ids,
+    out_and_grads,
+    interpreted,
+    form,
+    B,
+    T,
+    H,
+    K,
+    V,
+    packed,
+    with_state,
+    correlated,
+    dtype,
+    tolerance,
+):
+    arguments = (*inputs(normal, form, B, T, H, K, V, dtype, correlated), normal(B, H, K, V))
+    ids = packed_ids(T) if packed else None
+    do, dlast = normal(B, T, H, V), normal(B, H, K, V)
+
+    def run(impl, *arguments):
+        def call(q, k, v, g, beta, state):
+            state = state if with_state else None
+            options = {"scale": 0.3, "state": state, "segment_ids": ids, "return_state": True, "impl": impl}
+            return FORMS[form](q, k, v, g, beta, **options)
+
+        return jax.tree.leaves(out_and_grads(call, arguments, (do.astype(arguments[2].dtype), dlast)))
+
+    if correlated:  # gradients of alike keys cancel
+        tolerance = 2 * tolerance
+    exact = run("oracle", *(x.astype(jnp.float32) for x in arguments))
+    for ours, right in zip(run("triton_chunks", *arguments), exact, strict=True):
+        ours, right = (np.asarray(x, np.float64) for x in (ours, right))
+        assert np.linalg.norm(ours - right) <= tolerance * np.linalg.norm(right)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("delta")])
+@pytest.mark.parametrize("rate", [0.0, 1.0, 2.0])
+def test_similar_keys_that_nothing_decays_are_solved_for(normal, out_and_grads, interpreted, form, rate):
+    q, k, v, g, beta = inputs(normal, form, 1, 200, 2, 32, 64, correlated=5.0)
+    arguments, cotangent = (q, k, v, 0 * g, jnp.full_like(beta, rate)), normal(1, 200, 2, 64)
+    found, right = (
+        jax.tree.leaves(out_and_grads(functools.partial(delta_rule, impl=impl), arguments, cotangent))
+        for impl in ("triton_chunks", "oracle")
+    )
+    for ours, exact in zip(found, right, strict=True):
+        assert np.linalg.norm(ours - exact) <= 1e-4 * np.linalg.norm(exact)
+
+
+@forms
+@pytest.mark.parametrize(
+    "places, decay", [([0, 40, 63], -500.0), ([40], -np.inf), (range(70), -6.0), (range(70), -100.0)]
+)
+def test_what_decays_at_once_is_forgotten(normal, out_and_grads, interpreted, form, places, decay):
+    q, k, v, g, beta = inputs(normal, form, 1, 70, 1, 16, 64)
+    arguments, cotangent = (q, k, v, g.at[:, np.asarray(places)].set(decay), beta), normal(1, 70, 1, 64)
+    found, right = (
+        jax.tree.leaves(out_and_grads(functools.partial(FORMS[form], impl=impl), arguments, cotangent))
+        for impl in ("triton_chunks", "oracle")
+    )
+    for ours, exact in zip(found, right, strict=True):
+        np.testing.assert_allclose(ours, exact, atol=1e-5 + 1e-4 * np.abs(exact).max())
+
+
+@forms
+def test_lanes_are_what_each_is_alone(normal, out_and_grads, interpreted, form):
+    lanes = [inputs(normal, form, 2, 70, 2, 16, 64) for _ in range(3)]
+    cotangent = normal(3, 2, 70, 2, 64)
+    call = functools.partial(FORMS[form], impl="triton_chunks")
+    together = out_and_grads(jax.vmap(call), [jnp.stack(x) for x in zip(*lanes, strict=True)], cotangent)
+    for i, arguments in enumerate(lanes):
+        alone = out_and_grads(call, arguments, cotangent[i])
+        for ours, right in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(ours[i], right, rtol=1e-4, atol=1e-5)
+
+
+@forms
+def test_devices_take_their_rows_and_heads(normal, out_and_grads, interpreted, monkeypatch, form):
+    monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))  # for the interpreter
+    arguments, cotangent = inputs(normal, form, 4, 70, 2, 16, 64), normal(4, 70, 2, 64)
+    ids = jnp.asarray(np.sort(np.arange(70) % 3 + np.arange(4)[:, None] % 2, axis=1), jnp.int32)
+    call = functools.partial(FORMS[form], segment_ids=ids, impl="triton_chunks")
+    alone = out_and_grads(call, arguments, cotangent)
+    with jax.set_mesh(parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        together = out_and_grads(call, arguments, cotangent)
+    for ours, right in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, right, rtol=1e-4, atol=1e-5)
+
+
+@forms
+@pytest.mark.parametrize("way", ["alone", "lanes", "mesh", "x64"])
+@pytest.mark.parametrize("K, V", [(32, 64), (128, 256)])
+def test_lowers_for_an_h100(form, way, K, V):
+    arguments = [jnp.zeros(x, "bfloat16") for x in ((4, 128, 2, K), (4, 128, 2, K), (4, 128, 2, V))]
+    arguments += [jnp.zeros((4, 128, 2, decays(form, K))), jnp.zeros((4, 128, 2))]
+
+    def call(*arguments):
+        def total(*arguments):
+            return FORMS[form](*arguments, impl="triton_chunks").astype(jnp.float32).sum()
+
+        return jax.grad(total, tuple(range(5)))(*arguments)
+
+    mesh = {"shape": (2, 2), "names": ("data", "tensor")} if way == "mesh" else {}
+    with gpus(**mesh), jax.enable_x64(way == "x64"):
+        if way == "lanes":
+            call, arguments = jax.vmap(call), [jnp.stack([x] * 3) for x in arguments]
+        text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    names = ["forward", "reverse"] + ["inverses"] * ("linear" not in form)
+    if "channels" in form:
+        more = "sums", "products", "pair_gradients", "state_gradients", "token_gradients", "gradients"
+        kernels = "channel_decays", [*names, *more]
+    else:
+        kernels = "one_decay", [*names, "gradients"]
+    assert [name for name in kernels[1] if f"{kernels[0]}_{name}" not in text] == []
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"dtype": "float32"}, "v must be bfloat16, and is float32"),
+        ({"K": 160}, "K must be at most 128, and is 160"),
+        ({"T": 0}, "no dimension may be empty"),
+    ],
+)
+def test_says_what_it_does_not_take(changed, reason):
+    sizes = {"dtype": "bfloat16", "K": 32, "T": 8} | changed
+    q, v = (jnp.zeros((1, sizes["T"], 1, size), sizes["dtype"]) for size in (sizes["K"], 64))
+    with gpus(), pytest.raises(UserError, match=reason):
+        delta_rule(q, q, v, jnp.zeros((1, sizes["T"], 1, 1)), jnp.zeros((1, sizes["T"], 1)), impl="triton_chunks")
+
+
+@forms
+def test_needs_a_gpu(form):
+    x = jnp.zeros((1, 8, 1, 16), "bfloat16")
+    with pytest.raises(UserError, match="it needs cuda, and this is cpu"):
+        FORMS[form](x, x, x, jnp.zeros((1, 8, 1, decays(form, 16))), jnp.zeros((1, 8, 1)), impl="triton_chunks")

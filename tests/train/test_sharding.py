@@ -1,0 +1,151 @@
+"""What each of eight devices computes, carries and exchanges in a training step, read from the compiled program.
+
+No matter how a mesh is cut, a device has an eighth of the work, holds the rows of its own, and gathers weights over
+fsdp, never activations.
+"""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+from helpers.hlo import Program
+
+from based_jax import parallel
+from based_jax.labels import NO_LABEL
+from based_jax.nn.lm import LMConfig
+from based_jax.optim import OptimConfig
+from based_jax.train.compile import TrainProgram, train_program
+from based_jax.train.run import TrainConfig
+from based_jax.train.step import TrainState, make_train_step
+from based_jax.train.tasks import TASKS
+
+B, T, D, VOCAB = 128, 28, 32, 512
+FACTOR_OF_T = 7
+LAYERS = ("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 4}), ("window", {"num_heads": 2, "window": 5})
+MODEL = LMConfig(
+    LAYERS * 2, D, vocab_size=VOCAB, mlp_dim=80, dtype="float32", init_std=0.2, scan_layers=True, remat="dots"
+)
+MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
+IDEAL, LARGEST_SHARE = 1 / 8, 0.14
+
+on_all_meshes = pytest.mark.parametrize(
+    "sizes", MESHES, ids=lambda sizes: "-".join(f"{k}{n}" for k, n in sizes.items())
+)
+with_microbatches = pytest.mark.parametrize("microbatches", [1, 8])
+
+
+def config(microbatches):
+    """Return the run: two updates at a rate that moves every parameter."""
+    optim = OptimConfig(lr=1e-2, schedule="constant")
+    return TrainConfig(MODEL, TASKS["mqar"](preset="tiny"), optim, batch_size=B, steps=2, microbatches=microbatches)
+
+
+def batch(seed=0):
+    """Return rows with 0 to T labels."""
+    rng = np.random.default_rng(seed)
+    inputs, labels = rng.integers(VOCAB, size=(2, B, T), dtype=np.int32)
+    labels[np.arange(T) >= rng.integers(T + 1, size=(B, 1))] = NO_LABEL
+    return {"inputs": inputs, "labels": labels}
+
+
+@functools.cache
+def compiled(microbatches, **sizes) -> tuple[TrainProgram, jax.stages.Compiled]:
+    """Return a run on a mesh of as many devices as the sizes say, and its compiled step."""
+    mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    program = train_program(config(microbatches), mesh)
+    return program, program.lower_step(batch()).compile()
+
+
+@functools.cache
+def hlo(microbatches, **sizes) -> Program:
+    return Program(compiled(microbatches, **sizes)[1].as_text())
+
+
+def shape_of(sizes):
+    return tuple(sizes.get(axis, 1) for axis in parallel.AXES)
+
+
+def rows_of(sizes):
+    """Return over how many devices the rows lie."""
+    return math.prod(sizes.get(axis, 1) for axis in parallel.BATCH_AXES)
+
+
+def test_microbatches_make_the_same_products():
+    assert hlo(1).flops() == hlo(8).flops() > 6 * B * T * sum(2 * 3 * D * 80 for _ in MODEL.layers)
+
+
+@on_all_meshes
+@with_microbatches
+def test_each_device_makes_its_share_of_the_products(sizes, microbatches):
+    share = hlo(microbatches, **sizes).flops() / hlo(1).flops()
+    assert IDEAL <= share <= LARGEST_SHARE
+
+
+@on_all_meshes
+@with_microbatches
+def test_scans_carry_the_rows_of_the_device(sizes, microbatches):
+    """Whatever part of the width a stream that is cut the wrong way would have."""
+    widths = {(T, D // cut) for cut in (1, 2, 4, 8)}
+    carried = hlo(microbatches, **sizes).carried()
+    assert {shape[-3] for shape in carried if shape[-2:] in widths} == {B // microbatches // rows_of(sizes)}
+
+
+@on_all_meshes
+@with_microbatches
+def test_no_activation_is_summed_or_gathered_over_fsdp(sizes, microbatches):
+    """Activations and logits are those with a multiple of T elements, which no parameter has."""
+    params = jax.tree.leaves(compiled(microbatches, **sizes)[0].abstract_state.params)
+    assert all(leaf.size % FACTOR_OF_T for leaf in params)
+    exchanged = hlo(microbatches, **sizes).exchanged(shape_of(sizes), parallel.AXES.index("fsdp"))
+    found = [x for x in exchanged if x.kind in ("all-reduce", "reduce-scatter", "all-gather") and x.dtype == "f32"]
+    assert bool(found) == ("fsdp" in sizes)
+    assert [x for x in found if math.prod(x.shape) % FACTOR_OF_T == 0] == []
+
+
+@on_all_meshes
+@with_microbatches
+def test_values_are_those_of_one_device(sizes, microbatches, close):
+    state, metrics = two_steps(microbatches, **sizes)
+    expected, expected_metrics = two_steps(1)
+    close(metrics, expected_metrics, tolerance=1e-4)
+    close(state.params, expected.params, tolerance=1e-3)  # Adam divides by gradients as small as rounding errors
+
+
+@functools.cache
+def first_state():
+    return jax.device_get(compiled(1)[0].initial_state())
+
+
+@functools.cache
+def two_steps(microbatches, **sizes):
+    program, step = compiled(microbatches, **sizes)
+    state, metrics = jax.device_put(first_state(), program.shardings), {}
+    for i in range(2):
+        state, metrics = step(state, parallel.global_batch(batch(i), program.mesh))
+    return jax.device_get((state, metrics))
+
+
+@on_all_meshes
+def test_gradients_lie_like_their_parameters(sizes, microbatches=8):
+    """Seen through an optimizer that keeps them as its state, which nothing else places."""
+    keep = optax.GradientTransformation(lambda params: params, lambda grads, _, params: (grads, grads))
+    program, _ = compiled(microbatches, **sizes)
+    step = make_train_step(program.graphdef, keep, microbatches)
+    params = program.abstract_state.params
+    state = TrainState(params, params, program.abstract_state.step)
+    with jax.set_mesh(program.mesh):
+        after, _ = jax.jit(step).lower(state, program.abstract_batch(batch())).compile().output_shardings
+    for grads, leaf in zip(jax.tree.leaves(after.opt_state), jax.tree.leaves(params), strict=True):
+        assert grads.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+def test_the_optimizer_state_lies_like_the_parameters():
+    program, _ = compiled(1, data=2, fsdp=2, tensor=2)
+    state = program.shardings
+    adam = state.opt_state[1]
+    leaves = list(zip(*map(jax.tree.leaves, (state.params, adam.mu, adam.nu)), strict=True))
+    assert all(p == mu == nu for p, mu, nu in leaves)
+    assert jax.P("tensor", "fsdp") in {p.spec for p, _, _ in leaves}
