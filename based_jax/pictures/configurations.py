@@ -95,11 +95,13 @@ def learning_rate(row: Row) -> float:
 
 
 def longest_test(row: Row) -> int:
-    """Return the tokens of the longest test segment."""
-    tests = row["config"].get("data", {}).get("test", [])
-    lengths = [int(segment["seq_len"]) for segment in tests] or _lengths_in_names(row)
-    if not lengths:
-        raise UserError(f"Row '{row['id']}' tells no length of a test segment; it is in config.data.test.")
+    """Return the tokens of the longest test segment, those of a row where the data has none."""
+    data = row["config"].get("data", {})
+    lengths = [int(segment["seq_len"]) for segment in data.get("test", [data] if "seq_len" in data else [])]
+    if not (lengths := lengths or _lengths_in_names(row)):
+        raise UserError(
+            f"Row '{row['id']}' tells no length of a test segment; it is in config.data, as test or seq_len."
+        )
     return max(lengths)
 
 

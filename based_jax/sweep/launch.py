@@ -16,9 +16,12 @@ from pathlib import Path
 from based_jax.errors import UserError
 from based_jax.store import Store
 from based_jax.sweep.lane_engine import LaneEngine
+from based_jax.sweep.runs import RunEngine
 from based_jax.sweep.schedule import Engine, Progress, SweepOptions, Todo
-from based_jax.sweep.trial import Sweep, load_sweep
+from based_jax.sweep.trial import Sweep, Trial, load_sweep
+from based_jax.train.run import RunConfig, TrainConfig
 
+ENGINES: dict[type[RunConfig], type[Engine]] = {Trial: LaneEngine, TrainConfig: RunEngine}
 PRINT = functools.partial(print, flush=True)
 
 
@@ -33,7 +36,7 @@ def run_sweep(
       UserError: a point is impossible; nothing has been trained then.
       RuntimeError: groups have failed, after all others have been trained.
     """
-    engine = LaneEngine()
+    engine = ENGINES[sweep.config_class]()
     progress = Progress(Todo(functools.partial(engine.groups, sweep), store, options.part), store, report)
     engine.train(progress, name, options)
     return progress.count
@@ -59,7 +62,8 @@ def in_processes(spec: str, store: str, options: SweepOptions, *, processes: int
       UserError: a point is impossible.
       RuntimeError: a process has failed, after all others have ended.
     """
-    gpus, fork, engine, sweep = visible_gpus(), multiprocessing.get_context("fork"), LaneEngine(), load_sweep(spec)
+    gpus, fork, sweep = visible_gpus(), multiprocessing.get_context("fork"), load_sweep(spec)
+    engine = ENGINES[sweep.config_class]()
     todo = Todo(functools.partial(engine.groups, sweep), Store(store), options.part)
     with forked_pool(processes) as pool:
         engine.prepare(sweep, pool.starmap)

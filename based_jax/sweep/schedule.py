@@ -13,10 +13,10 @@ from based_jax.store import Store
 from based_jax.sweep.lane_training import MAX_COMPILER_THREADS, MAX_LANES
 from based_jax.sweep.points import Point
 from based_jax.sweep.rows import describe
-from based_jax.sweep.trial import Sweep, Trial
+from based_jax.sweep.trial import Sweep
 
-Group = list[tuple[Point, Trial]]
-"""Points that train together."""
+Group = list[tuple[Point, Any]]
+"""Points that train together, with their `Sweep.config_class`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SweepOptions:
 
     Attributes:
       max_lanes: trials trained together, at most.
-      workers: groups under way on each device; None for what suits its kind.
+      workers: groups under way on each device, or whole runs under way; None for what suits the engine.
       compiler_threads: programs that a group compiles at the same time.
       part: (i, n) to take every n-th group from the i-th on (`Todo`).
       command: what the rows name as their command.
