@@ -35,7 +35,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", required=True, help="folder of the rows; the same command goes on where it stopped")
     parser.add_argument("--launcher", default="local", help=f"{', '.join(LAUNCHERS)} (default: local)")
     parser.add_argument("--lanes", type=int, default=16, help="trials trained together, at most (default: 16)")
-    parser.add_argument("--workers", type=int, help="groups under way on each device (default: by kind of device)")
+    parser.add_argument(
+        "--workers", type=int, help="groups under way on each device (default: by its kind), or whole runs (default: 1)"
+    )
     parser.add_argument("--processes", type=int, default=1, help="local: to spread the sweep over (default: 1)")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th group from the i-th on (default: all)")
     parser.add_argument(

@@ -78,7 +78,7 @@ class RunEngine:
         process.join()
         self._processes.discard(process)
         if not isinstance(found, dict):
-            raise RuntimeError(found or f"the process ended with {process.exitcode}")
+            raise RuntimeError(found or f"the process ended with exit code {process.exitcode}")
         return found
 
 

@@ -117,7 +117,7 @@ def test_a_run_that_fails_leaves_the_others_alone_and_one_that_diverges_has_a_ro
 
 def test_a_run_whose_process_dies_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_of_no_such_flag=1")  # which ends a process on the spot
-    with pytest.raises(RuntimeError, match=r"1 of 1 groups failed: .*the process ended with -"):
+    with pytest.raises(RuntimeError, match=r"1 of 1 groups failed: .*the process ended with exit code [-1]"):
         run_sweep(Sweep(RECALL, [{}]), Store(tmp_path), "test", SweepOptions(), lambda _: None)
 
 

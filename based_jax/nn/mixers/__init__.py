@@ -47,7 +47,8 @@ from based_jax.nn.mixers.window import WindowAttention
 class Mixer(Protocol):
     """What a mixer is; a cache is any pytree with leading batch axes.
 
-    `state_size` counts elements per sequence in the paper's accounting, `flops_per_token` the forward pass.
+    `state_size` counts elements per sequence in the paper's accounting, `flops_per_token` the forward pass. A mixer of
+    which publications count less has `published_state_size(seq_len)` too (`nn/accounting.py`).
 
     Where a publication's weights can be read, `REFERENCE` says for each publication under which state_dict key a
     parameter stands there, the output projection, whose rows are D, first; a tuple of keys is concatenated. `convert`
