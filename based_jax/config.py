@@ -77,7 +77,8 @@ def overridden(config: Mapping | ConfigDict, values: Mapping[str, Any]) -> Confi
     """Return a copy of a config with the values of dotted keys replaced, or added; references to them follow.
 
     Raises:
-      UserError: a key leads through a value, or a value that others follow would change its type.
+      UserError: a key leads through a value, a value that others follow would change its type, or the config itself has
+        dotted keys.
     """
     changed = copy.deepcopy(_sections(config)).unlock()
     for key, value in values.items():
@@ -199,8 +200,10 @@ def _sections(config: Mapping | ConfigDict) -> ConfigDict:
     """Return a ConfigDict; of a mapping, each section is one of its own, even where two are the same object."""
     if isinstance(config, ConfigDict):
         return ConfigDict(config)
-    items = {key: _sections(item) if isinstance(item, Mapping) else item for key, item in config.items()}
-    return ConfigDict(items, allow_dotted_keys=True)  # such a key is for `build` to name
+    for key in config:
+        if "." in str(key):
+            raise UserError(f"Config key '{key}' has a dot; in a mapping a section is a mapping of its own.")
+    return ConfigDict({key: _sections(item) if isinstance(item, Mapping) else item for key, item in config.items()})
 
 
 def _override(section: ConfigDict, key: str, value: Any) -> None:

@@ -1,5 +1,7 @@
 """The device mesh, and how arrays lie on it: by the logical names of their axes, parameters and activations alike."""
 
+import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,9 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from based_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 HostBatch = Mapping[str, np.ndarray]
 GlobalBatch = Mapping[str, jax.Array]
@@ -50,16 +54,19 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def shardings(tree: Any, mesh: Mesh) -> Any:
     """Return a NamedSharding per leaf of a tree of arrays and nnx variables, by `PARAMETER_RULES`.
 
     Parameters and the optimizer state made from them share their logical names, so one rule places both. An axis that
-    the mesh does not divide evenly stays whole.
+    the mesh does not divide evenly stays whole, and a warning says so.
     """
 
     def axis(name: str | None, size: int) -> str | None:
         rule = PARAMETER_RULES.get(name or "")
-        return rule if rule and size % mesh.shape[rule] == 0 else None
+        if rule and size % mesh.shape[rule]:
+            _warn_once(f"'{name}' of {size} cannot be divided over {rule}: {mesh.shape[rule]}; all hold it whole.")
+            return None
+        return rule
 
     def place(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
@@ -72,16 +79,15 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
 def placed(shapes: Any, mesh: Mesh) -> Any:
     """Return a tree of shapes, variables among them, with their `shardings`: the target of a restore, say."""
     where = shardings(shapes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
-
-
-def constrain_parameters(tree: Any) -> Any:
-    """Return a tree like the parameters, gradients say, that lies on the mesh of `jax.set_mesh` as they do."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh)) if mesh.size > 1 else tree
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -114,15 +120,12 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
       UserError: they cannot.
     """
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    over = f"over {ways} devices of the mesh axes {' and '.join(BATCH_AXES)}"
     if batch_size % ways:
-        axes = " and ".join(BATCH_AXES)
-        raise UserError(f"batch_size {batch_size} cannot be divided over {ways} devices of the mesh axes {axes}.")
+        raise UserError(f"batch_size {batch_size} cannot be divided {over}.")
     if batch_size // microbatches % ways:
-        most = math.gcd(batch_size // ways, microbatches)
-        raise UserError(
-            f"batch_size {batch_size} in {microbatches} microbatches leaves {batch_size // microbatches} rows for "
-            f"{ways} devices of the mesh axes {axes}, which cannot be divided: microbatches can be {most}."
-        )
+        rows, most = batch_size // microbatches, math.gcd(batch_size // ways, microbatches)
+        raise UserError(f"{rows} rows of a microbatch cannot be divided {over}: microbatches can be {most}.")
 
 
 def global_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:

@@ -211,6 +211,11 @@ def test_values_that_nothing_follows_may_change_their_type():
         config.build(Run, config.overridden(base | {"lr": 0.1}, {"lr": True}))
 
 
+def test_a_dotted_key_of_a_plain_base_is_named():
+    with pytest.raises(UserError, match=r"Config key 'model.norm' has a dot; in a mapping a section is a mapping"):
+        config.build(Run, config.overridden({"model": {"d_model": 8}, "model.norm": "rms"}, {"steps": 3}))
+
+
 def test_one_object_in_two_sections_is_two_sections():
     shared = {"path": "a", "kind": "text"}
     base = {"model": {"d_model": 8}, "data": shared, "eval_data": shared}

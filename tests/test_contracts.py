@@ -11,7 +11,8 @@ from flax import nnx
 
 from based_jax import parallel
 from based_jax.errors import UserError
-from based_jax.nn.mixers import MIXERS, Mixer, make_mixer
+from based_jax.nn.mixer import Mixer
+from based_jax.nn.mixers import MIXERS, make_mixer
 
 # All tests of a mixer after each other: they share what is compiled.
 pytestmark = pytest.mark.parametrize("kind", MIXERS, scope="module")

@@ -152,7 +152,7 @@ def test_no_wing_leans_on_another(module):
         ("pallas_kernels.hopper.taylor", "def f():\n    from pallas_kernels.triton import chunks"),
         ("pallas_kernels.hopper.taylor", "from based_jax.ops import segments"),
         ("based_jax.ops.triton.dplr", "from based_jax.ops.hopper import recurrence"),
-        ("based_jax.ops.triton.dplr", "from based_jax.ops import hopper"),
+        ("based_jax.ops.triton.dplr", "from based_jax.ops import (hopper)"),
         ("based_jax.ops.hopper.dplr", "import pallas_kernels.triton.one_decay"),
         ("based_jax.ops.hopper.taylor", "from based_jax.ops import taylor"),
         ("based_jax.ops.hopper.taylor", "from based_jax.parallel import AXES"),

@@ -12,7 +12,7 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def parameter(names, *shape):
-    return nnx.Param(jnp.zeros(shape), **layers.named(*names))
+    return nnx.Param(jnp.zeros(shape), **layers.logical_axes(*names))
 
 
 def spec(leaf):
@@ -72,8 +72,25 @@ def test_logical_names_become_mesh_axes(leaf, expected):
     ("shape", "expected"),
     [((3, 8), jax.P(None, "tensor")), ((8, 5), jax.P("fsdp", None)), ((3, 5), jax.P(None, None))],
 )
-def test_an_axis_that_the_mesh_does_not_divide_stays_whole(shape, expected):
+def test_an_axis_that_the_mesh_does_not_divide_stays_whole(shape, expected, caplog):
+    parallel._warn_once.cache_clear()
     assert spec(parameter(("embed", "mlp"), *shape)) == expected
+    axes = zip(("embed", "mlp"), shape, ("fsdp", "tensor"), strict=True)
+    odd = [f"'{name}' of {size} cannot be divided over {axis}: 2" for name, size, axis in axes if size % 2]
+    assert caplog.messages == [f"{said}; all hold it whole." for said in odd]
+
+
+def test_rows_of_activations_lie_over_data_and_fsdp():
+    """Those of a named dimension that the mesh divides, wherever it stands; without a mesh nothing changes."""
+    x = jnp.zeros((3, 8, 4))
+
+    def constrained(*names):
+        return jax.jit(lambda x: parallel.constrain(x, *names))(x).sharding
+
+    assert constrained("batch").num_devices == 1
+    with jax.set_mesh(parallel.make_mesh(MESH)):
+        assert constrained(None, "batch").spec == jax.P(None, parallel.BATCH_AXES)
+        assert constrained("batch").is_fully_replicated
 
 
 def test_a_batch_lies_over_data_and_fsdp():
@@ -84,6 +101,14 @@ def test_a_batch_lies_over_data_and_fsdp():
     assert {shard.data.shape for shard in placed["inputs"].addressable_shards} == {(2, 2)}
     np.testing.assert_array_equal(placed["inputs"], inputs)
     np.testing.assert_array_equal(placed["labels"], -inputs)
+
+
+def test_a_mesh_may_be_of_some_devices():
+    mesh = parallel.make_mesh({"fsdp": 2}, jax.devices()[2:6])
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert set(mesh.devices.flat) == set(jax.devices()[2:6])
+    with pytest.raises(UserError, match=r"^Mesh .* needs 3 devices; there are 4\.$"):
+        parallel.make_mesh({"data": 1, "fsdp": 3}, jax.devices()[:4])
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():

@@ -18,12 +18,13 @@ from based_jax.nn.mixers import MIXERS
 
 Fields = dict[str, Any]
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-FC1 = "transformer.layers.0.mlp.fc1.weight"
-ROUNDINGS = (256, 128, 1)  # the reference rounds F up to 256; some attn-1b weights to 128; our own files are exact
+WEIGHTS_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
+FIRST_MLP_KEY = "transformer.layers.0.mlp.fc1.weight"
+# the reference rounds F up to 256; some attn-1b weights to 128; our own files are exact
+HIDDEN_DIM_MULTIPLES = (256, 128, 1)
 
 # what weights cannot tell: a file that says otherwise describes another function
-REQUIRED = {
+REQUIRED_FIELDS = {
     "activation_function": "swiglu",
     "rms_norm": True,
     "layer_norm_epsilon": 1e-5,
@@ -32,7 +33,7 @@ REQUIRED = {
     "rotary_emb_interleaved": False,
 }
 # what else the reference needs to be told to build the same model
-WRITTEN = {
+WRITTEN_FIELDS = {
     "residual_in_fp32": True,
     "max_position_embeddings": 0,
     "qkv_proj_bias": False,
@@ -40,14 +41,14 @@ WRITTEN = {
     "mlp_fc1_bias": False,
     "mlp_fc2_bias": False,
 }
-MODULES = "based.models.mixers"
-L_MAX = 2048  # the reference's convolution must be given one, and uses none
+MIXER_MODULES = "based.models.mixers"
+CONV_L_MAX = 2048  # the reference's convolution must be given one, and uses none
 FEATURE_MAP = "TaylorExp"
 
 # option of our mixer -> field
-TAYLOR = {"num_heads": "num_heads", "feature_dim": "feature_dim"}
-CONV = {"expand": "expand_proj", "kernel_size": "kernel_size"}
-ROTARY = {"rotary_fraction": "rotary_emb_fraction", "rotary_base": "rotary_emb_base"}
+TAYLOR_FIELDS = {"num_heads": "num_heads", "feature_dim": "feature_dim"}
+CONV_FIELDS = {"expand": "expand_proj", "kernel_size": "kernel_size"}
+ROTARY_FIELDS = {"rotary_fraction": "rotary_emb_fraction", "rotary_base": "rotary_emb_base"}
 
 
 def load_hf(folder: str | os.PathLike, *, dtype: str = "bfloat16", scan_layers: bool = True) -> LM:
@@ -63,14 +64,14 @@ def load_hf(folder: str | os.PathLike, *, dtype: str = "bfloat16", scan_layers: 
         fit it.
     """
     folder = Path(folder)
-    fields, weights = _read_json(folder / CONFIG), unwrapped(_read_weights(folder))
+    fields, weights = _read_json(folder / CONFIG_FILE), unwrapped(_read_weights(folder))
     try:
         _check_required(fields)
         config = _lm_config(fields, _hidden_dim(fields, weights), dtype=dtype, scan_layers=scan_layers)
     except KeyError as error:
-        raise UserError(f"'{folder / CONFIG}' lacks {error} of a Based or attention language model.") from None
+        raise UserError(f"'{folder / CONFIG_FILE}' lacks {error} of a Based or attention language model.") from None
     except (TypeError, AttributeError) as error:
-        raise UserError(f"'{folder / CONFIG}' has a value of the wrong type: {error}.") from None
+        raise UserError(f"'{folder / CONFIG_FILE}' has a value of the wrong type: {error}.") from None
     return lm_from_reference(weights, config)
 
 
@@ -83,13 +84,13 @@ def save_hf(model: LM, folder: str | os.PathLike) -> None:
       UserError: the layout has no place for a part of the model, or the folder is not empty or cannot be written.
     """
     folder = Path(folder)
-    fields = _fields(model.config)
+    fields = _config_json(model.config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"'{folder}' is not empty; name a new folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(reference_weights(model), folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+        save_file(reference_weights(model), folder / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(f"'{folder}' cannot be written: {error}.") from None
 
@@ -115,32 +116,34 @@ def _read_weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _shards(folder: Path) -> list[str]:
-    if not (folder / INDEX).exists():
-        return [WEIGHTS]
-    files = _read_json(folder / INDEX).get("weight_map")
+    if not (folder / INDEX_FILE).exists():
+        return [WEIGHTS_FILE]
+    files = _read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(files, dict):
-        raise UserError(f"'{folder / INDEX}' has no weight_map, which names the file of each array.")
+        raise UserError(f"'{folder / INDEX_FILE}' has no weight_map, which names the file of each array.")
     return sorted(set(files.values()))
 
 
 def _check_required(fields: Fields) -> None:
-    for name, value in REQUIRED.items():
+    for name, value in REQUIRED_FIELDS.items():
         if fields.get(name, value) != value:
-            raise UserError(f"{name} is {fields[name]!r} in {CONFIG}; only {value!r} is supported.")
+            raise UserError(f"{name} is {fields[name]!r} in {CONFIG_FILE}; only {value!r} is supported.")
     linear = fields.get("alt_mixer") or {}
     feature_map = linear.get("feature_map", {})
     if not feature_map.get("_target_", FEATURE_MAP).endswith(FEATURE_MAP):
-        raise UserError(f"The feature map is {feature_map['_target_']!r} in {CONFIG}; only {FEATURE_MAP} is supported.")
+        raise UserError(
+            f"The feature map is {feature_map['_target_']!r} in {CONFIG_FILE}; only {FEATURE_MAP} is supported."
+        )
     if feature_map.get("input_dim", linear.get("feature_dim")) != linear.get("feature_dim"):
-        raise UserError(f"input_dim is {feature_map['input_dim']} in {CONFIG}; it is feature_dim.")
+        raise UserError(f"input_dim is {feature_map['input_dim']} in {CONFIG_FILE}; it is feature_dim.")
 
 
 def _hidden_dim(fields: Fields, weights: Mapping[str, np.ndarray]) -> int:
     """Return F: n_inner, or 8D/3 where it is null, rounded up as the weights of the first layer say."""
     d_model = fields["n_embd"]
     inner = fields.get("n_inner") or int(8 * d_model / 3)
-    rounded = [-(-inner // multiple) * multiple for multiple in ROUNDINGS]
-    stored = weights[FC1].shape if FC1 in weights else ()
+    rounded = [-(-inner // multiple) * multiple for multiple in HIDDEN_DIM_MULTIPLES]
+    stored = weights[FIRST_MLP_KEY].shape if FIRST_MLP_KEY in weights else ()
     return next((F for F in rounded if stored == (2 * F, d_model)), rounded[0])
 
 
@@ -152,29 +155,29 @@ def _lm_config(fields: Fields, hidden_dim: int, dtype: str, scan_layers: bool) -
         mlp_dim=hidden_dim,
         dtype=dtype,
         scan_layers=scan_layers,
-        **_renamed(fields, {"pad_vocab_multiple": "pad_vocab_size_multiple"}),
+        **_options_of(fields, {"pad_vocab_multiple": "pad_vocab_size_multiple"}),
     )
 
 
 def _layer(fields: Fields, index: int) -> tuple[str, dict[str, Any]]:
     """Return the mixer of a layer: Taylor attention and windows are listed, the rest are convolutions or attention."""
-    rotary = {option: float(value) for option, value in _renamed(fields, ROTARY).items()}
+    rotary = {option: float(value) for option, value in _options_of(fields, ROTARY_FIELDS).items()}
     if fields.get("alt_mixer") is None:
         return "attention", {"num_heads": fields["n_head"], **rotary}
     if index in fields["alt_mixer_layers"]:
-        return "taylor", _renamed(fields["alt_mixer"], TAYLOR)
+        return "taylor", _options_of(fields["alt_mixer"], TAYLOR_FIELDS)
     if index in fields["alt_mixer_2_layers"]:
         own = fields["alt_mixer_2"]
         return "window", {"num_heads": own["num_heads"], "window": window_from_based(own["window_size"]), **rotary}
-    return "conv", _renamed(fields.get("mixer", {}), CONV)
+    return "conv", _options_of(fields.get("mixer", {}), CONV_FIELDS)
 
 
-def _renamed(fields: Fields, names: Mapping[str, str]) -> dict[str, Any]:
+def _options_of(fields: Fields, names: Mapping[str, str]) -> dict[str, Any]:
     """Return the options whose fields are there; the others keep our defaults, which are the released values."""
     return {ours: fields[theirs] for ours, theirs in names.items() if theirs in fields}
 
 
-def _fields(config: LMConfig) -> Fields:
+def _config_json(config: LMConfig) -> Fields:
     """Return config.json of a model, checked by reading it back."""
     fields = {
         "vocab_size": config.vocab_size,
@@ -182,8 +185,8 @@ def _fields(config: LMConfig) -> Fields:
         "n_embd": config.d_model,
         "n_layer": len(config.layers),
         "n_inner": config.hidden_dim,
-        **REQUIRED,
-        **WRITTEN,
+        **REQUIRED_FIELDS,
+        **WRITTEN_FIELDS,
         **_mixer_fields(config),
     }
     if config.norm != "rms" or config.mlp != "swiglu" or not _reads_back(fields, config):
@@ -201,21 +204,26 @@ def _mixer_fields(config: LMConfig) -> Fields:
         MIXERS[kind].Config(**found.get(kind, {})) for kind in ("attention", "conv", "taylor", "window")
     )
     if "attention" in kinds:
-        return {"n_head": attention.num_heads, **_back(attention, ROTARY)}
-    feature_map = {"_target_": f"{MODULES}.linear_attention.{FEATURE_MAP}", "input_dim": linear.feature_dim}
+        return {"n_head": attention.num_heads, **_fields_of(attention, ROTARY_FIELDS)}
+    feature_map = {"_target_": f"{MIXER_MODULES}.linear_attention.{FEATURE_MAP}", "input_dim": linear.feature_dim}
     return {
         "n_head": (window if "window" in kinds else linear).num_heads,  # the reference takes a window's heads from here
-        **_back(window, ROTARY),
+        **_fields_of(window, ROTARY_FIELDS),
         "alt_mixer_layers": [index for index, kind in enumerate(kinds) if kind == "taylor"],
         "alt_mixer_2_layers": [index for index, kind in enumerate(kinds) if kind == "window"],
-        "mixer": {"_target_": f"{MODULES}.convolution.BaseConv", "l_max": L_MAX, "use_bias": True, **_back(conv, CONV)},
+        "mixer": {
+            "_target_": f"{MIXER_MODULES}.convolution.BaseConv",
+            "l_max": CONV_L_MAX,
+            "use_bias": True,
+            **_fields_of(conv, CONV_FIELDS),
+        },
         "alt_mixer": {
-            "_target_": f"{MODULES}.linear_attention.LinearAttention",
+            "_target_": f"{MIXER_MODULES}.linear_attention.LinearAttention",
             "feature_map": feature_map,
-            **_back(linear, TAYLOR),
+            **_fields_of(linear, TAYLOR_FIELDS),
         },
         "alt_mixer_2": {
-            "_target_": f"{MODULES}.slide_attention.SlidingAttention",
+            "_target_": f"{MIXER_MODULES}.slide_attention.SlidingAttention",
             "num_heads": window.num_heads,
             "window_size": 2 * (window.window - 1),
             "causal": True,
@@ -223,7 +231,7 @@ def _mixer_fields(config: LMConfig) -> Fields:
     }
 
 
-def _back(options: Any, names: Mapping[str, str]) -> Fields:
+def _fields_of(options: Any, names: Mapping[str, str]) -> Fields:
     return {theirs: getattr(options, ours) for ours, theirs in names.items()}
 
 

@@ -1,13 +1,13 @@
 """Weights under the state_dict keys of the publications, as numpy arrays.
 
-A mixer's class holds the keys of its parameters (`REFERENCE`); here are those of whole models, and the layouts. Two of
-our parameters have another layout there: a linear kernel (in, out) is [out, in], and the kernel of a depthwise
-convolution (W, C) is [C, 1, W]. Axes of size 1 come and go.
+A mixer's class holds the keys of its parameters (`REFERENCE`); here are those of whole models, and the layouts. Axes of
+size 1 come and go.
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import einops
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,11 +15,12 @@ from flax import nnx
 from based_jax.errors import UserError, unknown
 from based_jax.nn.block import Block
 from based_jax.nn.lm import LM, LMConfig
+from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers import MIXERS, make_mixer
 
 Weights = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
-Group = tuple[str, ...]  # reference keys whose arrays, concatenated, are one of our parameters
+KeyGroup = tuple[str, ...]  # reference keys whose arrays, concatenated, are one of our parameters
 
 
 class Layer(NamedTuple):
@@ -28,8 +29,8 @@ class Layer(NamedTuple):
     norm1: str
     mixer: str
     norm2: str = ""
-    fc1: Group = ()
-    fc2: Group = ()
+    fc1: KeyGroup = ()
+    fc2: KeyGroup = ()
 
 
 class Skeleton(NamedTuple):
@@ -55,7 +56,7 @@ def _mamba(embedding: str) -> Skeleton:
     return Skeleton("mamba", f"backbone.{embedding}.weight", "backbone.norm_f", (names,))
 
 
-LLAMA = "model.layers.{}"
+LLAMA_LAYER = "model.layers.{}"
 SKELETONS = {
     "based": _gpt("based", "transformer", "mixer"),
     "zoology": _gpt("zoology", "backbone", "sequence_mixer.mixer"),
@@ -67,11 +68,11 @@ SKELETONS = {
         "model.norm",
         (
             Layer(
-                f"{LLAMA}.input_layernorm",
-                f"{LLAMA}.self_attn",
-                f"{LLAMA}.post_attention_layernorm",
-                (f"{LLAMA}.mlp.up_proj.weight", f"{LLAMA}.mlp.gate_proj.weight"),
-                (f"{LLAMA}.mlp.down_proj.weight",),
+                f"{LLAMA_LAYER}.input_layernorm",
+                f"{LLAMA_LAYER}.self_attn",
+                f"{LLAMA_LAYER}.post_attention_layernorm",
+                (f"{LLAMA_LAYER}.mlp.up_proj.weight", f"{LLAMA_LAYER}.mlp.gate_proj.weight"),
+                (f"{LLAMA_LAYER}.mlp.down_proj.weight",),
             ),
         ),
     ),
@@ -88,8 +89,10 @@ SKELETONS = {
     ),
 }
 NORM_KEYS = {"scale": "weight", "bias": "bias"}
-WRAPPER = "model.transformer."  # a released checkpoint keeps its training wrapper's prefix on every key
-DEAD = ("transformer.decay.decay",)  # a buffer of based-1b that no layer reads
+LAYOUTS = {"conv_kernel": ("W C", "C 1 W"), "/kernel": ("D_in D_out", "D_out D_in")}
+"""By the end of a parameter's path: our axes, and the reference's."""
+WRAPPER_PREFIX = "model.transformer."  # a released checkpoint keeps its training wrapper's prefix on every key
+DEAD_BUFFERS = ("transformer.decay.decay",)  # a buffer of based-1b that no layer reads
 
 
 def window_from_based(window_size: int) -> int:
@@ -102,7 +105,7 @@ def window_from_zoology(block_size: int) -> int:
     return block_size + 1
 
 
-def mixer_from_reference(kind: str, weights: Weights, **config) -> nnx.Module:
+def mixer_from_reference(kind: str, weights: Weights, **config) -> Mixer:
     """Return the mixer `kind` with the parameters of a reference layer; its width is read off the arrays.
 
     Args:
@@ -115,16 +118,16 @@ def mixer_from_reference(kind: str, weights: Weights, **config) -> nnx.Module:
     """
     if kind not in MIXERS:
         raise unknown("mixer", kind, MIXERS)
-    reference = getattr(MIXERS[kind], "REFERENCE", {})
+    reference = MIXERS[kind].REFERENCE
     if not reference:
         raise UserError(f"No publication of mixer '{kind}' has a known layout of its weights.")
-    table = max((_groups(keys) for keys in reference.values()), key=lambda keys: _shared(keys, weights))
+    table = max((_groups(keys) for keys in reference.values()), key=lambda keys: _shared_keys(keys, weights))
     output = next(iter(table.values()))
     if any(key not in weights for key in output):
         raise UserError(f"The weights lack the output projection '{output[0]}' of mixer '{kind}'.")
     mixer = nnx.eval_shape(lambda: make_mixer(kind, weights[output[0]].shape[0], rngs=nnx.Rngs(0), **config))
-    own = {path: [keys] for path, keys in _own(mixer, table).items()}
-    _fill(mixer, own, _without_buffers(weights, mixer))
+    own = {path: [keys] for path, keys in _of_parameters(mixer, table).items()}
+    _fill(mixer, own, {key: value for key, value in weights.items() if key not in mixer.REFERENCE_BUFFERS})
     return mixer
 
 
@@ -171,10 +174,10 @@ def reference_weights(model: LM) -> dict[str, np.ndarray]:
     return weights | {skeleton.head: weights[skeleton.embedding]}
 
 
-def reference_keys(model: LM, skeleton: str = "based") -> dict[str, list[Group]]:
+def reference_keys(model: LM, skeleton: str = "based") -> dict[str, list[KeyGroup]]:
     """Return for each parameter's path its reference keys, or those of each copy where a pattern is stacked."""
     names = SKELETONS[skeleton]
-    keys: dict[str, list[Group]] = {"embed/embedding": [(names.embedding,)], "head/kernel": [(names.head,)]}
+    keys: dict[str, list[KeyGroup]] = {"embed/embedding": [(names.embedding,)], "head/kernel": [(names.head,)]}
     for ours, theirs in (("norm", names.norm), ("embed_norm", names.embed_norm)):
         keys |= {f"{ours}/{p}": [(f"{theirs}.{key}",)] for p, key in NORM_KEYS.items()}
     first, period = 0, len(names.layers)
@@ -186,12 +189,12 @@ def reference_keys(model: LM, skeleton: str = "based") -> dict[str, list[Group]]
                     tuple(key.format(index // period) for key in group) for index in copies
                 ]
         first += len(stack.blocks) * stack.repeats
-    return _own(model, keys)
+    return _of_parameters(model, keys)
 
 
-def reference_shapes(module: nnx.Module, keys: Mapping[str, list[Group]]) -> dict[Group, Shape]:
+def reference_shapes(module: nnx.Module, keys: Mapping[str, list[KeyGroup]]) -> dict[KeyGroup, Shape]:
     """Return the shape of each group of keys in the reference's layout; the module's arrays may be abstract."""
-    shapes: dict[Group, Shape] = {}
+    shapes: dict[KeyGroup, Shape] = {}
     for path, variable in _parameters(module).items():
         shape = variable.shape[1:] if len(keys[path]) > 1 else variable.shape
         layout = _to_reference(path, np.broadcast_to(np.float32(0), shape)).shape
@@ -202,16 +205,16 @@ def reference_shapes(module: nnx.Module, keys: Mapping[str, list[Group]]) -> dic
 def unwrapped(weights: Weights) -> dict[str, np.ndarray]:
     """Return a model's own arrays: without the training wrapper's prefix and metrics, and without dead buffers."""
     own = {key: value for key, value in weights.items() if "metrics" not in key}
-    if any(key.startswith(WRAPPER) for key in own):
+    if any(key.startswith(WRAPPER_PREFIX) for key in own):
         own = {key.removeprefix("model."): value for key, value in own.items()}
-    return {key: value for key, value in own.items() if key not in DEAD}
+    return {key: value for key, value in own.items() if key not in DEAD_BUFFERS}
 
 
-def _block_keys(block: Block, names: Layer, publication: str) -> dict[str, Group]:
+def _block_keys(block: Block, names: Layer, publication: str) -> dict[str, KeyGroup]:
     keys = {"mlp/fc1/kernel": names.fc1, "mlp/fc2/kernel": names.fc2}
     for ours, theirs in (("norm1", names.norm1), ("norm2", names.norm2)):
         keys |= {f"{ours}/{p}": (f"{theirs}.{key}",) for p, key in NORM_KEYS.items()}
-    reference = getattr(block.mixer, "REFERENCE", {})
+    reference = block.mixer.REFERENCE
     if publication not in reference:
         raise UserError(f"The layout of '{publication}' has no place for {type(block.mixer).__name__}.")
     for path, group in _groups(reference[publication]).items():
@@ -219,20 +222,15 @@ def _block_keys(block: Block, names: Layer, publication: str) -> dict[str, Group
     return keys
 
 
-def _groups(keys: Mapping[str, str | Group]) -> dict[str, Group]:
+def _groups(keys: Mapping[str, str | KeyGroup]) -> dict[str, KeyGroup]:
     return {path: (group,) if isinstance(group, str) else group for path, group in keys.items()}
 
 
-def _shared(keys: Mapping[str, Group], weights: Weights) -> int:
+def _shared_keys(keys: Mapping[str, KeyGroup], weights: Weights) -> int:
     return sum(key in weights for group in keys.values() for key in group)
 
 
-def _without_buffers(weights: Weights, mixer: nnx.Module) -> dict[str, np.ndarray]:
-    """Leave out what a publication stores but computes from nothing: position tables and the like."""
-    return {key: value for key, value in weights.items() if key not in getattr(mixer, "REFERENCE_BUFFERS", ())}
-
-
-def _own[T](module: nnx.Module, keys: Mapping[str, T]) -> dict[str, T]:
+def _of_parameters[T](module: nnx.Module, keys: Mapping[str, T]) -> dict[str, T]:
     """Return the part of a table that a module has parameters for: biases, norms and MLPs differ between models."""
     return {path: keys[path] for path in _parameters(module)}
 
@@ -245,24 +243,24 @@ def _path(keys: tuple) -> str:
     return "/".join(map(str, keys))
 
 
-def _fill(module: nnx.Module, keys: Mapping[str, list[Group]], weights: Weights) -> None:
+def _fill(module: nnx.Module, keys: Mapping[str, list[KeyGroup]], weights: Weights) -> None:
     """Give an abstract module its parameters in fp32, after a check that the weights are exactly these."""
     shapes = reference_shapes(module, keys)
-    _check(weights, shapes)
+    _check_weights(weights, shapes)
     values = []
     for parts, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         path = _path(parts)
-        arrays = [_from_reference(path, _joined(weights, group).reshape(shapes[group])) for group in keys[path]]
+        arrays = [_from_reference(path, _joined_array(weights, group).reshape(shapes[group])) for group in keys[path]]
         values.append((parts, variable.replace(jnp.asarray(np.stack(arrays) if len(arrays) > 1 else arrays[0]))))
     nnx.update(module, nnx.from_flat_state(values))
 
 
-def _joined(weights: Weights, group: Group) -> np.ndarray:
+def _joined_array(weights: Weights, group: KeyGroup) -> np.ndarray:
     arrays = [np.asarray(weights[key], np.float32) for key in group]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _check(weights: Weights, shapes: Mapping[Group, Shape]) -> None:
+def _check_weights(weights: Weights, shapes: Mapping[KeyGroup, Shape]) -> None:
     missing = sorted((key, shape) for group, shape in shapes.items() for key in group if key not in weights)
     surplus = sorted(weights.keys() - {key for group in shapes for key in group})
     if missing:
@@ -279,7 +277,7 @@ def _check(weights: Weights, shapes: Mapping[Group, Shape]) -> None:
             raise UserError(f"'{' + '.join(group)}' has shape {found}; the model's is {shape}.")
 
 
-def _joined_shape(weights: Weights, group: Group) -> Shape:
+def _joined_shape(weights: Weights, group: KeyGroup) -> Shape:
     first = weights[group[0]].shape
     return first if len(group) == 1 else (sum(weights[key].shape[0] for key in group), *first[1:])
 
@@ -289,10 +287,14 @@ def _squeezed(shape: Shape) -> Shape:
 
 
 def _from_reference(path: str, array: np.ndarray) -> np.ndarray:
-    name = path.split("/")[-1]
-    return array.T if name == "kernel" else array[:, 0].T if name.endswith("conv_kernel") else array
+    ours, theirs = _layout(path)
+    return einops.rearrange(array, f"{theirs} -> {ours}")
 
 
 def _to_reference(path: str, array: np.ndarray) -> np.ndarray:
-    name = path.split("/")[-1]
-    return array.T if name == "kernel" else array.T[:, None] if name.endswith("conv_kernel") else array
+    ours, theirs = _layout(path)
+    return einops.rearrange(array, f"{ours} -> {theirs}")
+
+
+def _layout(path: str) -> tuple[str, str]:
+    return next((layout for ending, layout in LAYOUTS.items() if path.endswith(ending)), ("...", "..."))

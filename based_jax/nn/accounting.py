@@ -42,12 +42,7 @@ def state_elements(layers: Layers, d_model: int, seq_len: int, *, convolution: b
             raise UserError(f"{name} is {value}; it is at least 1.")
     counted = counted_layers(layers, convolution=convolution)
     mixers = (_abstract_mixer(kind, d_model, json.dumps(options, sort_keys=True)) for kind, options in counted)
-    return sum(published_state_size(mixer, seq_len) for mixer in mixers)
-
-
-def published_state_size(mixer: Mixer, seq_len: int) -> int:
-    """Return the elements that publications count: the mixer's own `published_state_size`, its cache's without one."""
-    return getattr(mixer, "published_state_size", mixer.state_size)(seq_len)
+    return sum(mixer.published_state_size(seq_len) for mixer in mixers)
 
 
 @functools.cache

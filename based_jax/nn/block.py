@@ -14,7 +14,7 @@ from based_jax.nn import layers
 from based_jax.nn.mixers import make_mixer
 from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
 
-REMAT = {
+REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -50,17 +50,16 @@ class Block(nnx.Module):
     """
 
     def __init__(self, kind: str, options: dict, config, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
-        init = {"std": config.init_std, "out_std": config.residual_init_std, "dtype": dtype, "rngs": rngs}
+        init = config.init(rngs)
         norm, mlp = layers.NORMS[config.norm], layers.MLPS[config.mlp]
-        self.dtype = dtype
+        self.dtype, self.kind = init.dtype, kind
         self.norm1 = norm(config.d_model, rngs=rngs)
-        self.mixer = make_mixer(kind, config.d_model, **init, **options)
+        self.mixer = make_mixer(kind, config.d_model, **init._asdict(), **options)
         if mlp is None:
             self.mlp = None
         else:
             self.norm2 = norm(config.d_model, rngs=rngs)
-            self.mlp = mlp(config.d_model, config.hidden_dim, **init)
+            self.mlp = mlp(config.d_model, config.hidden_dim, init)
 
     def extend(self, stream: Stream, segment_ids: BT | None = None, positions: BP | None = None) -> Stream:
         """Return the stream after the block, with the last addition left to the next norm.
@@ -84,14 +83,16 @@ class Block(nnx.Module):
         return stream.total(), cache
 
     def _through(self, stream: Stream, mix: Callable, positions: BP | None = None) -> tuple[Stream, Any]:
-        r, x = stream.normed(self.norm1, self.dtype)
-        y, cache = mix(x)
-        [r] = layers.at(positions, r)
+        with jax.named_scope(self.kind):
+            r, x = stream.normed(self.norm1, self.dtype)
+            y, cache = mix(x)
+            [r] = layers.at(positions, r)
         stream = Stream(r, y)
         if self.mlp is None:
             return stream.constrained(), cache
-        r, x = stream.normed(self.norm2, self.dtype)
-        return Stream(r, self.mlp(x)).constrained(), cache
+        with jax.named_scope("mlp"):
+            r, x = stream.normed(self.norm2, self.dtype)
+            return Stream(r, self.mlp(x)).constrained(), cache
 
 
 class Stack(nnx.Module):
@@ -114,9 +115,10 @@ class Stack(nnx.Module):
         early = positions if self.repeats == 1 else None
 
         def through(blocks, stream: Stream) -> Stream:
-            for block in blocks[:-1]:
-                stream = block.extend(stream, segment_ids)
-            return blocks[-1].extend(stream, segment_ids, early)
+            for i, block in enumerate(blocks):
+                with jax.named_scope(f"block_{i}"):
+                    stream = block.extend(stream, segment_ids, early if i == len(blocks) - 1 else None)
+            return stream
 
         if self.repeats == 1 and self.remat == "none":
             return self._run(lambda blocks, stream, _: (through(blocks, stream), None), stream, None)[0]
@@ -148,7 +150,7 @@ class Stack(nnx.Module):
             return forward(nnx.merge(graphdef, params), r, caches)
 
         if self.remat != "none":
-            body = jax.checkpoint(body, prevent_cse=self.repeats == 1, policy=REMAT[self.remat])
+            body = jax.checkpoint(body, prevent_cse=self.repeats == 1, policy=REMAT_POLICIES[self.remat])
         return body(r, (params, caches)) if self.repeats == 1 else jax.lax.scan(body, r, (params, caches))
 
 
@@ -157,8 +159,9 @@ def _through(call: Callable) -> Callable:
 
     def forward(blocks, r, caches):
         after = []
-        for block, cache in zip(blocks, caches, strict=True):
-            r, cache = call(block, r, cache)
+        for i, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
+            with jax.named_scope(f"block_{i}"):
+                r, cache = call(block, r, cache)
             after.append(cache)
         return r, tuple(after)
 

@@ -7,7 +7,6 @@ documents, into features (..., H, E). Source: HazyResearch/zoology:zoology/mixer
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +20,8 @@ Heads = Float[Array, "*T H K"]
 Places = Int[Array, "*T"]
 Features = tuple[Float[Array, "*T H E"], Float[Array, "*T H E"]]
 
-EPS = 1e-12
-HORIZON = 2048
+RELU_FLOOR = 1e-12
+COSFORMER_HORIZON = 2048
 
 
 class Elementwise(nnx.Module):
@@ -49,7 +48,7 @@ class CosFormer(nnx.Module):
 
     def __call__(self, q: Heads, k: Heads, places: Places) -> Features:
         """Map queries and keys alike."""
-        angle = (math.pi / 2 / HORIZON) * (places + 1).astype(jnp.float32)[..., None, None]
+        angle = (math.pi / 2 / COSFORMER_HORIZON) * (places + 1).astype(jnp.float32)[..., None, None]
 
         def features(x):
             x = jax.nn.relu(x.astype(jnp.float32))
@@ -85,10 +84,8 @@ class AllPoly(nnx.Module):
     def __init__(self, num_heads: int, feature_dim: int, *, rngs: nnx.Rngs):
         self.expanded_dim = feature_dim
         std = 1 / math.sqrt(3 * feature_dim)  # the deviation of torch's default for a linear layer
-        make: Any = functools.partial(
-            layers.linear, feature_dim, feature_dim, (None, None), std=std, dtype=jnp.float32, rngs=rngs
-        )
-        self.proj_1, self.proj_2 = make(), make()
+        init = layers.Init(std, std, jnp.float32, rngs)
+        self.proj_1, self.proj_2 = (layers.linear(feature_dim, feature_dim, (None, None), init) for _ in range(2))
 
     def __call__(self, q: Heads, k: Heads, places: Places) -> Features:
         """Map queries and keys alike."""
@@ -109,7 +106,7 @@ class Hedgehog(nnx.Module):
     def __init__(self, num_heads: int, feature_dim: int, *, rngs: nnx.Rngs):
         self.expanded_dim = 2 * feature_dim
         identity = jnp.broadcast_to(jnp.eye(feature_dim), (2, num_heads, feature_dim, feature_dim))
-        self.maps = nnx.Param(jnp.array(identity), **layers.named(None, "heads", None, None))
+        self.maps = nnx.Param(jnp.array(identity), **layers.logical_axes(None, "heads", None, None))
 
     def __call__(self, q: Heads, k: Heads, places: Places) -> Features:
         """Map queries by the first maps, keys by the second."""
@@ -131,7 +128,7 @@ def orthogonal_directions(count: int, dim: int) -> np.ndarray:
 
 
 FEATURE_MAPS: dict[str, Callable] = {
-    "relu": functools.partial(Elementwise, lambda x: jnp.maximum(x, EPS)),
+    "relu": functools.partial(Elementwise, lambda x: jnp.maximum(x, RELU_FLOOR)),
     "squared": functools.partial(Elementwise, jnp.square),
     "elu": functools.partial(Elementwise, lambda x: jax.nn.elu(x) + 1),
     "identity": functools.partial(Elementwise, lambda x: x),

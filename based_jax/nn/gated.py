@@ -4,9 +4,9 @@ A mixer gives its sizes and `_gated(x, q, k, v)`, which returns what its operati
 head; x may hold one token or many.
 """
 
+import abc
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, override
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.mixer import Mixer, Operation
 from based_jax.ops import segments
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.decays import initial_state
@@ -28,7 +29,7 @@ from based_jax.ops.gated_linear_attention import (
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
-class Cache(NamedTuple):
+class GatedCache(NamedTuple):
     """The state, the inputs of the short convolution, and the tokens that the document has had."""
 
     state: Any
@@ -48,7 +49,7 @@ def expanded(name: str, d_model: int, factor: float, num_heads: int) -> int:
     return width
 
 
-class GatedLinearMixer(nnx.Module):
+class GatedLinearMixer(Mixer):
     """Projections to queries, keys and values, an optional short convolution, a decaying state, a norm and a gate.
 
     Args:
@@ -62,15 +63,13 @@ class GatedLinearMixer(nnx.Module):
     """
 
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar[tuple[Callable[..., Any], Callable[..., Any]]] = (
-        gated_linear_attention,
-        gated_linear_attention_step,
-    )
+    operation: ClassVar[Operation] = Operation(gated_linear_attention, gated_linear_attention_step)
 
     def __init__(
         self,
         d_model: int,
         config: Any,
+        init: layers.Init,
         *,
         num_heads: int,
         key_dim: int,
@@ -81,54 +80,48 @@ class GatedLinearMixer(nnx.Module):
         gate_rank: int = 0,
         norm_dim: int | None = None,
         scale: float | None = None,
-        std: float,
-        out_std: float,
-        dtype: Any,
-        rngs: nnx.Rngs,
     ):
         if conv_size < 0:
             raise UserError(f"conv_size is {conv_size}; it is at least 0.")
-        self.config, self.d_model, self.dtype = config, d_model, dtype
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.gate_rank = gate_rank
         self.conv_size, self.rotary, self.scale, self.activation = conv_size, rotary, scale, gate
-        self.qkv = layers.linear(d_model, 2 * key_dim + value_dim, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+        self.qkv = layers.linear(d_model, 2 * key_dim + value_dim, ("embed", "heads"), init)
         if conv_size:
-            self.conv_kernel = layers.uniform((conv_size, 2 * key_dim + value_dim), conv_size, rngs=rngs)
+            self.conv_kernel = layers.conv_parameter((conv_size, 2 * key_dim + value_dim), conv_size, rngs=init.rngs)
         if gate is not None and gate_rank == 0:
-            self.gate = layers.linear(d_model, value_dim, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+            self.gate = layers.linear(d_model, value_dim, ("embed", "heads"), init)
         if gate is not None and gate_rank:
-            self.gate_down = layers.linear(d_model, gate_rank, ("embed", None), std=std, dtype=dtype, rngs=rngs)
-            self.gate_up = layers.linear(
-                gate_rank, value_dim, (None, "heads"), bias=True, std=std, dtype=dtype, rngs=rngs
-            )
-        self.norm = layers.rms_norm(norm_dim or value_dim // num_heads, rngs=rngs)
-        self.out_proj = layers.linear(value_dim, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+            self.gate_down = layers.linear(d_model, gate_rank, ("embed", None), init)
+            self.gate_up = layers.linear(gate_rank, value_dim, (None, "heads"), init, bias=True)
+        self.norm = layers.rms_norm(norm_dim or value_dim // num_heads, rngs=init.rngs)
+        self.out_proj = layers.linear(value_dim, d_model, ("heads", "embed"), init.out)
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        """Mix a whole sequence."""
         y = self.qkv(x)
         if self.conv_size:
             y = short_conv(y, self.conv_kernel[...], silu=True, segment_ids=segment_ids)
         inputs, _ = self._inputs(x, y, jnp.zeros(1, jnp.int32), segment_ids)
-        o = self.operation[0](*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
+        o = self.operation.sequence(*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, o))
 
-    def init_cache(self, batch: int, max_len: int) -> Cache:
-        """Return the cache before the first token; its size does not depend on `max_len`."""
+    @override
+    def init_cache(self, batch: int, max_len: int) -> GatedCache:
         H = self.num_heads
         conv = jnp.zeros((batch, self.conv_size, 2 * self.key_dim + self.value_dim), self.dtype)
         state = initial_state(batch, H, self.key_dim // H, self.value_dim // H)
-        return Cache(state, conv, jnp.zeros(batch, jnp.int32))
+        return GatedCache(state, conv, jnp.zeros(batch, jnp.int32))
 
-    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
-        """Mix the next tokens of a sequence and return the cache after them."""
+    @override
+    def prefill(self, x: BTD, cache: GatedCache, segment_ids: BT | None = None) -> tuple[BTD, GatedCache]:
         y, conv = self.qkv(x), cache.conv
         if self.conv_size:
             options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
             y, conv = short_conv(y, self.conv_kernel[...], silu=True, state=conv, **options)
         inputs, length = self._inputs(x, y, cache.length, segment_ids)
-        o, state = self.operation[0](
+        o, state = self.operation.sequence(
             *inputs,
             scale=self.scale,
             state=cache.state,
@@ -136,18 +129,18 @@ class GatedLinearMixer(nnx.Module):
             return_state=True,
             impl=self.config.impl,
         )
-        return self._out(x, o), Cache(state, conv, length)
+        return self._out(x, o), GatedCache(state, conv, length)
 
-    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
-        """Mix one token and return the cache after it."""
+    @override
+    def step(self, x: BD, cache: GatedCache) -> tuple[BD, GatedCache]:
         y, conv = self.qkv(x), cache.conv
         if self.conv_size:
             y, conv = short_conv_step(y, self.conv_kernel[...], conv, silu=True)
         q, k, v = self._heads(y)
         if self.rotary:
             q, k = (layers.rotary(z[:, None], cache.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
-        o, state = self.operation[1](*self._gated(x, q, k, v), cache.state, scale=self.scale)
-        return self._out(x, o), Cache(state, conv, cache.length + 1)
+        o, state = self.operation.step(*self._gated(x, q, k, v), cache.state, scale=self.scale)
+        return self._out(x, o), GatedCache(state, conv, cache.length + 1)
 
     def state_size(self, seq_len: int) -> int:
         """Return K V elements a head, and the inputs of the short convolution; equal to the cache's."""
@@ -174,8 +167,9 @@ class GatedLinearMixer(nnx.Module):
     def _gate(self, x):
         return self.gate_up(self.gate_down(x)) if self.gate_rank else self.gate(x)
 
+    @abc.abstractmethod
     def _gated(self, x, q, k, v) -> tuple[Array, ...]:
-        raise NotImplementedError
+        """Return what the operation takes, by head."""
 
     def _heads(self, y):
         """Return queries, keys and values by head."""
@@ -201,7 +195,7 @@ class GatedLinearMixer(nnx.Module):
 
 def constant_decay(x: Float[Array, "*T D"], log_decay: Float[Array, "H"]) -> Float[Array, "*T H 1"]:
     """Return each head's log-decay for every token of x."""
-    return jnp.broadcast_to(log_decay.reshape((1,) * (x.ndim - 1) + (-1, 1)), (*x.shape[:-1], log_decay.size, 1))
+    return jnp.broadcast_to(log_decay[:, None], (*x.shape[:-1], log_decay.size, 1))
 
 
 def head_slopes(num_heads: int) -> list[float]:
@@ -220,22 +214,26 @@ def unit(x: Float[Array, "*T H K"]) -> Float[Array, "*T H K"]:
 
 def softplus_decay(logits: Float[Array, "*T _"], A_log: Float[Array, "_"], dt_bias: Float[Array, "_"]) -> Array:
     """Return -exp(A_log) softplus(logits + dt_bias), the log-decay of Mamba-2, Gated DeltaNet and KDA."""
-    ones = (1,) * (logits.ndim - 1)
-    step = jax.nn.softplus(logits.astype(jnp.float32) + dt_bias.reshape(*ones, -1))
-    return -jnp.exp(A_log.astype(jnp.float32)).reshape(*ones, -1) * step
+    logits = logits.astype(jnp.float32)
+    step = jax.nn.softplus(logits + layers.per_channel(dt_bias, logits))
+    return -jnp.exp(layers.per_channel(A_log, logits)) * step
 
 
 def bounded_decay(
     logits: Float[Array, "*T _"], A_log: Float[Array, "_"], dt_bias: Float[Array, "_"], lower_bound: float
 ) -> Array:
     """Return lower_bound sigmoid(exp(A_log) (logits + dt_bias)), KDA's log-decay that never falls below the bound."""
-    ones = (1,) * (logits.ndim - 1)
-    slope = jnp.exp(A_log.astype(jnp.float32)).reshape(*ones, -1)
-    return lower_bound * jax.nn.sigmoid(slope * (logits.astype(jnp.float32) + dt_bias.reshape(*ones, -1)))
+    logits = logits.astype(jnp.float32)
+    slope = jnp.exp(layers.per_channel(A_log, logits))
+    return lower_bound * jax.nn.sigmoid(slope * (logits + layers.per_channel(dt_bias, logits)))
+
+
+def log_uniform_dt(count: int, rngs: nnx.Rngs) -> Float[Array, "_"]:
+    """Return logarithms of steps between 0.001 and 0.1, uniform (S4, Mamba)."""
+    return jax.random.uniform(rngs.params(), (count,), minval=math.log(DT_MIN), maxval=math.log(DT_MAX))
 
 
 def inverse_softplus_dt(count: int, rngs: nnx.Rngs) -> Float[Array, "_"]:
-    """Return biases whose softplus is a step between 0.001 and 0.1, log-uniform (Mamba)."""
-    dt = jnp.exp(jax.random.uniform(rngs.params(), (count,), minval=math.log(DT_MIN), maxval=math.log(DT_MAX)))
-    dt = jnp.maximum(dt, DT_FLOOR)
+    """Return biases whose softplus is a step of `log_uniform_dt` (Mamba)."""
+    dt = jnp.maximum(jnp.exp(log_uniform_dt(count, rngs)), DT_FLOOR)
     return dt + jnp.log(-jnp.expm1(-dt))

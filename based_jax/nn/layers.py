@@ -5,7 +5,9 @@ softmax, recurrent states and the loss are fp32 whatever it is.
 """
 
 import math
+from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,8 +20,42 @@ from based_jax.ops.projection import multiply, project
 INIT_STD = 0.02
 
 
-def named(*names: str | None) -> dict:
-    """Return variable metadata with logical axis names.
+class Init(NamedTuple):
+    """How a module starts and what it computes in: the one argument of mixers, MLPs and linear layers besides sizes.
+
+    Attributes:
+      std: deviation of the initial kernels.
+      out_std: that of projections back into the residual stream.
+      dtype: what the module computes in.
+      rngs: where the initial values are drawn from.
+    """
+
+    std: float
+    out_std: float
+    dtype: Any
+    rngs: nnx.Rngs
+
+    @property
+    def out(self) -> "Init":
+        """That of a projection back into the residual stream."""
+        return self._replace(std=self.out_std)
+
+    @property
+    def fp32(self) -> "Init":
+        """The same for a module that computes in fp32."""
+        return self._replace(dtype=jnp.float32)
+
+    @property
+    def depth_gain(self) -> float:
+        """1 / sqrt(L) for L layers, by which Mamba's reference shrinks torch's default on the way out; at most 1.
+
+        `out_std` is `std` / sqrt(2 L).
+        """
+        return min(1.0, math.sqrt(2) * self.out_std / self.std)
+
+
+def logical_axes(*names: str | None) -> dict:
+    """Return variable metadata with a logical name for each axis.
 
     `based_jax.parallel.shardings` turns names into shardings once a mesh is known; models need no mesh to be built.
     """
@@ -27,49 +63,41 @@ def named(*names: str | None) -> dict:
 
 
 def linear(
-    d_in: int,
-    d_out: int,
-    names: tuple[str | None, str | None],
-    *,
-    bias: bool = False,
-    std: float,
-    dtype,
-    rngs: nnx.Rngs,
+    d_in: int, d_out: int, names: tuple[str | None, str | None], init: Init, *, bias: bool = False
 ) -> nnx.Linear:
     """Return a linear layer with kernel N(0, std^2), zero bias and the logical axis names of its kernel."""
     return nnx.Linear(
         d_in,
         d_out,
         use_bias=bias,
-        kernel_init=nnx.initializers.normal(std),
-        kernel_metadata=named(*names),
-        bias_metadata=named(names[1]),
-        dtype=dtype,
+        kernel_init=nnx.initializers.normal(init.std),
+        kernel_metadata=logical_axes(*names),
+        bias_metadata=logical_axes(names[1]),
+        dtype=init.dtype,
         dot_general=project,
-        rngs=rngs,
+        rngs=init.rngs,
     )
 
 
 def torch_linear(
     d_in: int,
     d_out: int,
-    bias: bool,
-    rngs: nnx.Rngs,
+    names: tuple[str | None, str | None],
+    init: Init,
     *,
-    names: tuple[str | None, str | None] = (None, None),
-    dtype=jnp.float32,
+    bias: bool = False,
     gain: float = 1.0,
 ) -> nnx.Linear:
     """Return a linear layer with torch's default initial values, U(-1/sqrt(d_in), 1/sqrt(d_in)), times a gain."""
-    layer = linear(d_in, d_out, names, bias=bias, std=1.0, dtype=dtype, rngs=rngs)
+    layer = linear(d_in, d_out, names, init, bias=bias)
     bound = gain / math.sqrt(d_in)
-    layer.kernel[...] = jax.random.uniform(rngs.params(), (d_in, d_out), minval=-bound, maxval=bound)
+    layer.kernel[...] = jax.random.uniform(init.rngs.params(), (d_in, d_out), minval=-bound, maxval=bound)
     if layer.bias is not None:
-        layer.bias[...] = jax.random.uniform(rngs.params(), (d_out,), minval=-bound, maxval=bound)
+        layer.bias[...] = jax.random.uniform(init.rngs.params(), (d_out,), minval=-bound, maxval=bound)
     return layer
 
 
-def part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int) -> Float[Array, "*B _"]:
+def linear_part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int) -> Float[Array, "*B _"]:
     """Return the channels from `begin` to `end` of a linear layer without a bias, as a product of their own.
 
     To cut the output of one product, and to join its gradient, costs a GPU more than several products do, if XLA does
@@ -77,6 +105,11 @@ def part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int) -> Fl
     """
     assert layer.bias is None and end <= layer.out_features
     return multiply(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)[:, begin:end])
+
+
+def per_channel(parameter: Float[Array, "..."], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """Return a parameter over the last axes of x, with axes of size 1 for those before, in the dtype of x."""
+    return jax.lax.expand_dims(parameter.astype(x.dtype), range(x.ndim - parameter.ndim))
 
 
 def at(positions: BP | None, *arrays: Shaped[Array, "B T ..."]) -> list[Shaped[Array, "B _ ..."]]:
@@ -89,7 +122,7 @@ def at(positions: BP | None, *arrays: Shaped[Array, "B T ..."]) -> list[Shaped[A
 
 def rms_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """Return RMSNorm with eps 1e-5 in fp32 (HazyResearch/based:based/ops/triton/layer_norm.py)."""
-    return nnx.RMSNorm(d_model, epsilon=1e-5, scale_metadata=named("embed"), rngs=rngs)
+    return nnx.RMSNorm(d_model, epsilon=1e-5, scale_metadata=logical_axes("embed"), rngs=rngs)
 
 
 def layer_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -98,8 +131,8 @@ def layer_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
         d_model,
         epsilon=1e-5,
         use_fast_variance=False,
-        scale_metadata=named("embed"),
-        bias_metadata=named("embed"),
+        scale_metadata=logical_axes("embed"),
+        bias_metadata=logical_axes("embed"),
         rngs=rngs,
     )
 
@@ -107,19 +140,11 @@ def layer_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
 NORMS = {"rms": rms_norm, "layer": layer_norm}
 
 
-def uniform(shape: tuple[int, ...], fan_in: int, *, rngs: nnx.Rngs) -> nnx.Param:
+def conv_parameter(shape: tuple[int, ...], fan_in: int, *, rngs: nnx.Rngs) -> nnx.Param:
     """Return a parameter over channels, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for a depthwise conv."""
     bound = 1 / math.sqrt(fan_in)
     values = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
-    return nnx.Param(values, **named(*(None,) * (len(shape) - 1), "mlp"))
-
-
-QKV_KEYS = {
-    "out_proj/kernel": "out_proj.weight",
-    "out_proj/bias": "out_proj.bias",
-    "qkv/kernel": "Wqkv.weight",
-    "qkv/bias": "Wqkv.bias",
-}
+    return nnx.Param(values, **logical_axes(*(None,) * (len(shape) - 1), "mlp"))
 
 
 class SwiGLU(nnx.Module):
@@ -128,9 +153,9 @@ class SwiGLU(nnx.Module):
     Source: HazyResearch/based:based/models/mlp.py, `GatedMlp`.
     """
 
-    def __init__(self, d_model: int, d_hidden: int, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
-        self.fc1 = linear(d_model, 2 * d_hidden, ("embed", "mlp"), std=std, dtype=dtype, rngs=rngs)
-        self.fc2 = linear(d_hidden, d_model, ("mlp", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+    def __init__(self, d_model: int, d_hidden: int, init: Init):
+        self.fc1 = linear(d_model, 2 * d_hidden, ("embed", "mlp"), init)
+        self.fc2 = linear(d_hidden, d_model, ("mlp", "embed"), init.out)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Apply to each token."""
@@ -141,7 +166,7 @@ class SwiGLU(nnx.Module):
 class Identity(nnx.Module):
     """No MLP, as in zoology's MQAR models: the block then adds its second norm's output to the residual."""
 
-    def __init__(self, d_model: int, d_hidden: int, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, d_hidden: int, init: Init):
         pass
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -161,8 +186,7 @@ def rotary(
     """
     frequencies = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1))
     half = frequencies.shape[0]
-    angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
-    angles = angles.reshape(positions.size // x.shape[1], x.shape[1], 1, half)
+    angles = jnp.multiply.outer(jnp.atleast_2d(positions).astype(jnp.float32), frequencies)[:, :, None]
     cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
@@ -181,9 +205,9 @@ def head_dim(d_model: int, num_heads: int) -> int:
 
 def split_heads(x: Float[Array, "*B D"], num_heads: int) -> Float[Array, "*B H K"]:
     """Cut the last axis into heads."""
-    return x.reshape(*x.shape[:-1], num_heads, -1)
+    return einops.rearrange(x, "... (H K) -> ... H K", H=num_heads)
 
 
 def merge_heads(x: Float[Array, "*B H V"]) -> Float[Array, "*B D"]:
     """Join the heads into the last axis."""
-    return x.reshape(*x.shape[:-2], -1)
+    return einops.rearrange(x, "... H V -> ... (H V)")

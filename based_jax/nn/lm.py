@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -14,14 +14,14 @@ from based_jax import parallel
 from based_jax.dims import BD, BP, BPD, BT, BTD, Tokens
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
-from based_jax.nn.block import REMAT, Stack, Stream, repeating_patterns
+from based_jax.nn.block import REMAT_POLICIES, Stack, Stream, repeating_patterns
 from based_jax.nn.layers import INIT_STD
 from based_jax.nn.mixers import Mixer, check_options
 from based_jax.ops.cross_entropy import linear_cross_entropy
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-LEAST = {"d_model": 1, "vocab_size": 1, "pad_vocab_multiple": 1, "mlp_dim": 0, "init_std": 0}
+LEAST_VALUES = {"d_model": 1, "vocab_size": 1, "pad_vocab_multiple": 1, "mlp_dim": 0, "init_std": 0}
 
 
 class Options(dict):
@@ -68,7 +68,7 @@ class LMConfig:
     def __post_init__(self):
         if not self.layers:
             raise UserError("layers is empty; name at least one mixer.")
-        for name, least in LEAST.items():
+        for name, least in LEAST_VALUES.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it is at least {least}.")
         object.__setattr__(self, "layers", tuple((kind, Options(options)) for kind, options in self.layers))
@@ -77,7 +77,7 @@ class LMConfig:
         _check("norm", self.norm, layers.NORMS)
         _check("mlp", self.mlp, layers.MLPS)
         _check("dtype", self.dtype, DTYPES)
-        _check("remat", self.remat, REMAT)
+        _check("remat", self.remat, REMAT_POLICIES)
 
     @property
     def hidden_dim(self) -> int:
@@ -88,6 +88,10 @@ class LMConfig:
     def residual_init_std(self) -> float:
         """Deviation of the initial projections back into the residual stream."""
         return self.init_std / math.sqrt(2 * len(self.layers))
+
+    def init(self, rngs: nnx.Rngs) -> layers.Init:
+        """Return how the model's modules start and what they compute in."""
+        return layers.Init(self.init_std, self.residual_init_std, jnp.dtype(self.dtype), rngs)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -113,7 +117,7 @@ class LM(nnx.Module):
             config.padded_vocab_size,
             config.d_model,
             embedding_init=nnx.initializers.normal(config.init_std),
-            embedding_metadata=layers.named("vocab", "embed"),
+            embedding_metadata=layers.logical_axes("vocab", "embed"),
             rngs=rngs,
         )
         self.stacks = nnx.List([Stack(pattern, repeats, config, rngs=rngs) for pattern, repeats in patterns])
@@ -121,14 +125,7 @@ class LM(nnx.Module):
         if config.embed_norm:
             self.embed_norm = layers.NORMS[config.norm](config.d_model, rngs=rngs)
         if not config.tie_embeddings:
-            self.head = layers.linear(
-                config.d_model,
-                config.padded_vocab_size,
-                ("embed", "vocab"),
-                std=config.init_std,
-                dtype=jnp.dtype(config.dtype),
-                rngs=rngs,
-            )
+            self.head = layers.linear(config.d_model, config.padded_vocab_size, ("embed", "vocab"), config.init(rngs))
 
     def __call__(self, ids: BT, segment_ids: BT | None = None) -> Float[Array, "B T vocab"]:
         """Return fp32 logits of every position."""
@@ -142,14 +139,17 @@ class LM(nnx.Module):
         """
         stream, last = Stream(self._in(ids)), len(self.stacks) - 1
         for i, stack in enumerate(self.stacks):
-            stream = stack.extend(stream, segment_ids, positions if i == last else None)
+            with jax.named_scope(f"stack_{i}"):
+                stream = stack.extend(stream, segment_ids, positions if i == last else None)
         return self._out(stream)
 
+    @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
         """Return fp32 logits over the padded vocabulary."""
         table = self._table().astype(hidden.dtype)
         return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
 
+    @jax.named_scope("head")
     def cross_entropy(
         self, hidden: Float[Array, "*B D"], labels: Int[Array, "*B"]
     ) -> tuple[Float[Array, "*B"], Bool[Array, "*B"]]:
@@ -169,19 +169,11 @@ class LM(nnx.Module):
 
     def prefill(self, ids: BT, cache: tuple, segment_ids: BT | None = None) -> tuple[BTD, tuple]:
         """Read the next tokens of a sequence; return their hidden states and the caches after them."""
-        r, after = self._in(ids), []
-        for stack, old in zip(self.stacks, cache, strict=True):
-            r, new = stack.prefill(r, old, segment_ids)
-            after.append(new)
-        return self._out(Stream(r)), tuple(after)
+        return self._decode(ids, cache, lambda stack, r, old: stack.prefill(r, old, segment_ids))
 
     def step(self, ids: Tokens, cache: tuple) -> tuple[BD, tuple]:
         """Read one token; return its hidden state and the caches after it."""
-        r, after = self._in(ids), []
-        for stack, old in zip(self.stacks, cache, strict=True):
-            r, new = stack.step(r, old)
-            after.append(new)
-        return self._out(Stream(r)), tuple(after)
+        return self._decode(ids, cache, lambda stack, r, old: stack.step(r, old))
 
     def mixers(self) -> list[Mixer]:
         """Return each layer's mixer in order; the layers of one repeated pattern share a module."""
@@ -201,10 +193,20 @@ class LM(nnx.Module):
         head = 2 * self.config.d_model * self.config.padded_vocab_size
         return sum(mixer.flops_per_token(seq_len) + mlp for mixer in self.mixers()) + head
 
+    def _decode(self, ids, cache: tuple, read: Callable) -> tuple[Array, tuple]:
+        r, after = self._in(ids), []
+        for i, (stack, old) in enumerate(zip(self.stacks, cache, strict=True)):
+            with jax.named_scope(f"stack_{i}"):
+                r, new = read(stack, r, old)
+            after.append(new)
+        return self._out(Stream(r)), tuple(after)
+
+    @jax.named_scope("embed")
     def _in(self, ids):
         # Left to itself XLA reads the table again wherever the embedding is used, and there across its rows.
         r = jax.lax.optimization_barrier(parallel.constrain(self.embed(ids), "batch"))
         return self.embed_norm(r) if self.config.embed_norm else r
 
+    @jax.named_scope("norm")
     def _out(self, stream):
         return stream.normed(self.norm, jnp.dtype(self.config.dtype))[1]

@@ -24,7 +24,7 @@ BSD = Float[Array, "B S D"]
 BS = Int[Array, "B S"]
 Bias = Float[Array, "D"]
 
-UNROLLED = 8
+MAX_UNROLLED_TAPS = 8
 
 
 def short_conv(
@@ -154,7 +154,7 @@ def _recurrent(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
 
 def _shifted(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     """Add W shifted copies of the inputs, each times its tap: one elementwise pass, or a scan where W is large."""
-    if kernel.shape[0] <= UNROLLED:
+    if kernel.shape[0] <= MAX_UNROLLED_TAPS:
         return _unrolled(inputs, ids, kernel, dilation)
     T = inputs.shape[1] - reach(kernel.shape[0], dilation)
 
@@ -210,8 +210,8 @@ def _supports_product(x, kernel, bias, state, segment_ids, **_options) -> str | 
 
 def _product_is_slower(x, kernel, *_rest, **_options) -> str | None:
     """Return why the shifted products are the faster form, or None."""
-    if kernel.shape[0] <= UNROLLED:
-        return f"there are {kernel.shape[0]} taps, no more than {UNROLLED}"
+    if kernel.shape[0] <= MAX_UNROLLED_TAPS:
+        return f"there are {kernel.shape[0]} taps, no more than {MAX_UNROLLED_TAPS}"
     return long_conv.product_is_slower(x.shape[1])
 
 

@@ -30,7 +30,7 @@ from based_jax.ops.precision import EXACT, einsum, inner_precision, product_poli
 from based_jax.ops.triton import delta_rule as triton_delta_rule
 from based_jax.ops.triton import dplr as triton_dplr
 
-CHUNK = 64
+CHUNK_TOKENS = 64
 
 Rate = Float[Array, "B T H"]
 
@@ -171,7 +171,7 @@ def _chunked(xs, scale, state, segment_ids) -> tuple[Any, Any]:
             o = o + einsum("BTHK,BHKV->BTHV", read.astype(dtype), state.astype(dtype), precision)
         return (scale * o).astype(xs[2].dtype), after
 
-    return scan.over_chunks(chunk, xs, _empty(xs), state, segment_ids, CHUNK)
+    return scan.over_chunks(chunk, xs, _empty(xs), state, segment_ids, CHUNK_TOKENS)
 
 
 def _empty(xs) -> BHKV:

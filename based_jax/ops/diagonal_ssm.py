@@ -18,7 +18,7 @@ from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.long_conv import product_is_slower, toeplitz
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
-CHUNK = 64
+CHUNK_TOKENS = 64
 
 Inputs = Float[Array, "B T H P"]
 Token = Float[Array, "B H P"]
@@ -78,7 +78,7 @@ def _recurrent(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tuple[
 
 
 def _chunked(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tuple[Any, Any]:
-    """Convolve chunks of `CHUNK` tokens by the impulse response as a Toeplitz matrix; carry the state between."""
+    """Convolve chunks of `CHUNK_TOKENS` by the impulse response as a Toeplitz matrix; carry the state between."""
 
     def chunk(u, state: State, span: scan.Span):
         C, x, inputs = u.shape[1], _complex(state), u.astype(jnp.float32)
@@ -93,7 +93,7 @@ def _chunked(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tuple[An
             y = y + jnp.where(span.reads[:, :, None, None], _moved(read, -jnp.argmax(span.reads, axis=1)), 0.0)
         return y.astype(u.dtype), _real(_after(inputs, x, span, log_a, b))
 
-    return scan.over_chunks(chunk, u, _empty(u, log_a), state, segment_ids, CHUNK)
+    return scan.over_chunks(chunk, u, _empty(u, log_a), state, segment_ids, CHUNK_TOKENS)
 
 
 def _convolution(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tuple[Any, Any]:

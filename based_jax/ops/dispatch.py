@@ -18,7 +18,7 @@ from based_jax.errors import UserError, unknown
 
 log = logging.getLogger(__name__)
 
-FALLBACK = "xla"
+FALLBACK_BACKEND = "xla"
 """The backend that runs everywhere."""
 
 
@@ -98,7 +98,7 @@ def _refusal(implementation: Implementation, *args: Any, **kwargs: Any) -> str |
 
 
 def _automatic(operation: str, table: Mapping[str, Implementation], *args: Any, **kwargs: Any) -> str:
-    reasons, chosen = {}, next(name for name in table if backend_of(name) == FALLBACK)
+    reasons, chosen = {}, next(name for name in table if backend_of(name) == FALLBACK_BACKEND)
     for name, candidate in table.items():
         if (candidate.platform or candidate.preferred) != target_platform():
             continue

@@ -26,7 +26,7 @@ from based_jax.ops.hopper import gated_linear_attention as hopper_gated_linear_a
 from based_jax.ops.precision import EXACT, einsum, narrow_einsum, product_policy
 from based_jax.ops.triton import gated_linear_attention as triton_gated_linear_attention
 
-CHUNK = 64
+CHUNK_TOKENS = 64
 
 HK = Float[Array, "H K"]
 
@@ -97,7 +97,7 @@ def _recurrent(xs, bonus, scale, state, segment_ids) -> tuple[Any, Any]:
     return scan.over_tokens(step, xs, _empty(xs), state, segment_ids)
 
 
-def _chunked(xs, bonus, scale, state, segment_ids, *, length: int | None = CHUNK) -> tuple[Any, Any]:
+def _chunked(xs, bonus, scale, state, segment_ids, *, length: int | None = CHUNK_TOKENS) -> tuple[Any, Any]:
     """Quadratic inside chunks of `length` tokens, through the state between them; None makes it one chunk."""
 
     def chunk(xs, state: BHKV, span: scan.Span):
@@ -130,7 +130,7 @@ def _one_chunk_is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
     (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
     if xs[3].shape[-1] > 1:
         return "each key channel has a decay of its own"
-    if T > CHUNK and T * BLOCK_TOKENS > K * V:
+    if T > CHUNK_TOKENS and T * BLOCK_TOKENS > K * V:
         return f"states have {K * V} elements, fewer than {BLOCK_TOKENS} for each of {T} tokens"
     most = devices.crossovers(target_device_kind()).one_decay_one_chunk_tokens
     return None if most >= T else f"T is {T}, above {most}"

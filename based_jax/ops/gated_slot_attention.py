@@ -17,7 +17,7 @@ from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
 from based_jax.ops.decays import weighted_sums
 from based_jax.ops.dispatch import Implementation, dispatch
-from based_jax.ops.gated_linear_attention import CHUNK, gated_linear_attention, gated_linear_attention_step
+from based_jax.ops.gated_linear_attention import CHUNK_TOKENS, gated_linear_attention, gated_linear_attention_step
 from based_jax.ops.precision import EXACT, einsum
 
 BTHM = Float[Array, "B T H M"]
@@ -91,7 +91,7 @@ def _two_passes(xs, scale, state, segment_ids) -> tuple[Any, Any]:
     q, k, v, s, g = xs
     empty = _empty(xs)
     keys, values = (None, None) if state is None else state
-    logits, keys = scan.over_chunks(_read_slots, (q, k, s, g), empty.keys, keys, segment_ids, CHUNK)
+    logits, keys = scan.over_chunks(_read_slots, (q, k, s, g), empty.keys, keys, segment_ids, CHUNK_TOKENS)
     p = jax.nn.softmax(scale * logits)
     o, values = gated_linear_attention(
         p, s, v, g, scale=1.0, state=values, segment_ids=segment_ids, return_state=True, impl="xla_chunks"

@@ -20,8 +20,8 @@ from based_jax.ops import scan, segments
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
-CHUNK = 128
-EPS = 1e-12
+CHUNK_TOKENS = 128
+NORMALISER_EPS = 1e-12
 
 
 def initial_state(batch: int, heads: int, expanded_dim: int, value_dim: int) -> BHEV:
@@ -96,7 +96,15 @@ def recurrent(q: BTHK, k: BTHK, v: BTHV, state, segment_ids, *, features: Callab
 
 
 def chunked(
-    q: BTHK, k: BTHK, v: BTHV, state, segment_ids, *, features: Callable, scores: Callable, length: int | None = CHUNK
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    state,
+    segment_ids,
+    *,
+    features: Callable,
+    scores: Callable,
+    length: int | None = CHUNK_TOKENS,
 ) -> tuple[Any, Any]:
     """Quadratic inside chunks of `length` tokens, through the state between them; features exist for one at a time.
 
@@ -136,7 +144,7 @@ def _mean_forward(p, v, far, precision):
     z = jnp.sum(p, -1, dtype=jnp.float32).swapaxes(1, 2)
     if far is not None:
         sums, z = sums + far[..., :-1], z + far[..., -1]
-    z = z + EPS
+    z = z + NORMALISER_EPS
     o = sums / z[..., None]
     return o.astype(v.dtype), (p, v, o, z, None if far is None else ())
 
@@ -165,7 +173,7 @@ def with_ones(v: Float[Array, "*B V"]) -> Float[Array, "*B V+1"]:
 
 def normalise(sums: Float[Array, "*B _"]) -> Float[Array, "*B V"]:
     """Divide the value channels by the last one."""
-    return sums[..., :-1] / (sums[..., -1:] + EPS)
+    return sums[..., :-1] / (sums[..., -1:] + NORMALISER_EPS)
 
 
 def one_chunk_is_slower(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> str | None:

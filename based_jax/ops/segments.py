@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 
 from based_jax.dims import BTHK, BTHV
 
-FORGET = -1e30
+FORGET_LOG_DECAY = -1e30
 """Log-decay with which a document's first token leaves nothing of the documents before, in kernels that know none."""
 
 
@@ -72,4 +72,4 @@ def separated(
     padding, begins = (x[..., None, None] for x in (segment_ids == 0, begins_later(segment_ids)))
     q, k, v, log_decay, *ab = (jnp.where(padding, 0, x) for x in (q, k, v, log_decay, *ab))
     ab = [*(jnp.where(begins, 0, a) for a in ab[:1]), *ab[1:]]
-    return q, k, v, jnp.where(begins, FORGET, log_decay), ab, padding
+    return q, k, v, jnp.where(begins, FORGET_LOG_DECAY, log_decay), ab, padding

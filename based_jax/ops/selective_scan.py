@@ -18,7 +18,7 @@ from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import selective_scan as hopper_selective_scan
 from based_jax.ops.precision import EXACT
 
-CHUNK = 64
+CHUNK_TOKENS = 64
 
 BTN = Float[Array, "B T N"]
 BN = Float[Array, "B N"]
@@ -104,7 +104,7 @@ def _recurrent(xs, A: DN, state, segment_ids) -> tuple[Any, Any]:
 
 
 def _chunked(xs, A: DN, state, segment_ids) -> tuple[Any, Any]:
-    """Compose the affine maps of `CHUNK` tokens by an associative scan; apply them to the state before."""
+    """Compose the affine maps of `CHUNK_TOKENS` tokens by an associative scan; apply them to the state before."""
 
     def chunk(xs, state: BDN, span: scan.Span):
         u, dt, B, C = (x.astype(jnp.float32) for x in xs)
@@ -116,7 +116,7 @@ def _chunked(xs, A: DN, state, segment_ids) -> tuple[Any, Any]:
         y = jnp.einsum("BTDN,BTN->BTD", h, C, precision=EXACT)
         return y.astype(xs[0].dtype), h[:, -1]
 
-    return scan.over_chunks(chunk, xs, _empty(xs, A), state, segment_ids, CHUNK)
+    return scan.over_chunks(chunk, xs, _empty(xs, A), state, segment_ids, CHUNK_TOKENS)
 
 
 def _compose(first, second):

@@ -17,7 +17,7 @@ from based_jax.ops import segments
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import window as hopper_window
 
-SMALLEST_BAND = 64
+MIN_BAND_TOKENS = 64
 
 
 def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl: str = "auto") -> BTHV:
@@ -107,7 +107,7 @@ def _banded(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> B
     """Cut time into bands no shorter than the window: a band's queries see keys of their own and the band before."""
     T = q.shape[1]
     ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    C = min(T, max(window - 1, SMALLEST_BAND))
+    C = min(T, max(window - 1, MIN_BAND_TOKENS))
     q, k, v, ids = (_bands(x, C) for x in (q, k, v, ids))
     k, v, key_ids = (_with_previous(x) for x in (k, v, ids))
 

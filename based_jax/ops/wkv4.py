@@ -16,8 +16,8 @@ from based_jax.dims import BD, BT, BTD
 from based_jax.ops import scan
 from based_jax.ops.dispatch import Implementation, dispatch
 
-CHUNK = 128
-NOTHING = -1e38  # the logarithm of an empty sum
+CHUNK_TOKENS = 128
+LOG_OF_NOTHING = -1e38  # the logarithm of an empty sum
 
 Channels = Float[Array, "D"]
 
@@ -33,7 +33,7 @@ class WkvState(NamedTuple):
 def initial_state(batch: int, channels: int) -> WkvState:
     """Return the state before the first token."""
     zeros = jnp.zeros((batch, channels), jnp.float32)
-    return WkvState(zeros, zeros, jnp.full((batch, channels), NOTHING, jnp.float32))
+    return WkvState(zeros, zeros, jnp.full((batch, channels), LOG_OF_NOTHING, jnp.float32))
 
 
 def wkv4(
@@ -88,8 +88,8 @@ def _chunked(xs, log_decay, bonus, state, segment_ids) -> tuple[Any, Any]:
     def chunk(xs, state: WkvState, span: scan.Span):
         k, v, present = xs
         empty = initial_state(k.shape[0], k.shape[2])
-        decay = jnp.where(span.begins[..., None], NOTHING, log_decay[None, None] * present)
-        written = WkvState(v, jnp.ones_like(k), jnp.where(present > 0, k, NOTHING))
+        decay = jnp.where(span.begins[..., None], LOG_OF_NOTHING, log_decay[None, None] * present)
+        written = WkvState(v, jnp.ones_like(k), jnp.where(present > 0, k, LOG_OF_NOTHING))
         first = (jnp.zeros_like(k[:, :1]), jax.tree.map(lambda x: x[:, None], state))
         elements = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, (decay, written))
         _, after = jax.lax.associative_scan(_compose, elements, axis=1)
@@ -99,7 +99,7 @@ def _chunked(xs, log_decay, bonus, state, segment_ids) -> tuple[Any, Any]:
         return _read(k, v, bonus, before), jax.tree.map(lambda x: x[:, -1], after)
 
     k = xs[0]
-    return scan.over_chunks(chunk, xs, initial_state(k.shape[0], k.shape[2]), state, segment_ids, CHUNK)
+    return scan.over_chunks(chunk, xs, initial_state(k.shape[0], k.shape[2]), state, segment_ids, CHUNK_TOKENS)
 
 
 def _read(k, v, bonus: Channels, state: WkvState):
@@ -113,7 +113,7 @@ def _read(k, v, bonus: Channels, state: WkvState):
 def _compose(first, second):
     """Return the sums over both spans, the first one decayed by the second."""
     (d1, s1), (d2, s2) = first, second
-    decayed = jnp.maximum(s1.max + d2, NOTHING)
+    decayed = jnp.maximum(s1.max + d2, LOG_OF_NOTHING)
     top = jnp.maximum(decayed, s2.max)
     early, late = jnp.exp(decayed - top), jnp.exp(s2.max - top)
     return d1 + d2, WkvState(early * s1.num + late * s2.num, early * s1.den + late * s2.den, top)

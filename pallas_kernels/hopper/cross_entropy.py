@@ -25,20 +25,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
-from pallas_kernels.hopper.mosaic import TILE
+from pallas_kernels.hopper.mosaic import TILE_ROWS
 
-LEAST = 256
+MIN_ROWS = 256
 """Rows that hidden and table have at least, in multiples of 8: what copies can take."""
-MASKED = -1e30
+MASKED_LOGIT = -1e30
 """The logit of what the vocabulary lacks; finite, so that differences are."""
 LOG2E = math.log2(math.e)
 TOP, TOTAL, CHOSEN = range(3)
 """The rows of what `forward` returns."""
 LOGARITHM, FACTOR, LABEL = range(3)
 """The rows of what `table_gradient` takes of each token."""
-COLUMNS = 128
+TILE_COLUMNS = 128
 """Rows of a streamed tile: columns of scores."""
-MEMORY = 224 * 1024
+SHARED_MEMORY_BYTES = 224 * 1024
 """Of a multiprocessor, in bytes, less what barriers and single values take."""
 FETCHER_REGISTERS = 24
 
@@ -53,7 +53,7 @@ class Tiling(NamedTuple):
     @property
     def rows(self) -> int:
         """Return how many a block keeps."""
-        return self.groups * TILE
+        return self.groups * TILE_ROWS
 
     @property
     def registers(self) -> int:
@@ -74,7 +74,9 @@ def backward_tiling(dim: int) -> Tiling:
 def _tiling(groups: int, dim: int) -> Tiling:
     """Return the tiling with as many tiles in flight as shared memory holds, at most 4."""
     row = 2 * dim
-    return Tiling(groups, COLUMNS, min(4, (MEMORY - groups * TILE * row) // (COLUMNS * row)))
+    return Tiling(
+        groups, TILE_COLUMNS, min(4, (SHARED_MEMORY_BYTES - groups * TILE_ROWS * row) // (TILE_COLUMNS * row))
+    )
 
 
 def forward(hidden, table, labels, *, vocab: int, pieces: int):
@@ -86,7 +88,7 @@ def forward(hidden, table, labels, *, vocab: int, pieces: int):
     tiling = forward_tiling(hidden.shape[1])
 
     def compute(walk, hidden_tile, labels_ref, statistics_ref):
-        labels = mosaic.load_global(labels_ref.at[walk.mine], mosaic.ROWS)
+        labels = mosaic.load_global(labels_ref.at[walk.mine], mosaic.ROW_LAYOUT)
 
         def step(first, tiles, freed, carry):
             top, total, chosen = carry
@@ -95,14 +97,14 @@ def forward(hidden, table, labels, *, vocab: int, pieces: int):
             freed()
             column = mosaic.iota(s.shape, 1)
             if vocab % tiling.columns:
-                s = jnp.where(column < vocab - first, s, MASKED)
+                s = jnp.where(column < vocab - first, s, MASKED_LOGIT)
             before, top = top, jnp.maximum(top, s.max(axis=1))
             p = jnp.exp2(s * LOG2E - mosaic.across(top * LOG2E, s.shape))
             total = total * jnp.exp2((before - top) * LOG2E) + p.sum(axis=1)
             labelled = column == mosaic.across(labels - first, s.shape)
             return top, total, chosen + jnp.where(labelled, s, 0.0).sum(axis=1)
 
-        for row, values in enumerate(walk.over(step, (_rows(MASKED), _rows(0.0), _rows(0.0)))):
+        for row, values in enumerate(walk.over(step, (_rows(MASKED_LOGIT), _rows(0.0), _rows(0.0)))):
             statistics_ref.at[walk.piece, row, walk.mine][...] = values
 
     rows = pl.cdiv(hidden.shape[0], tiling.rows) * tiling.rows
@@ -118,7 +120,9 @@ def hidden_gradient(hidden, table, labels, logarithm, *, vocab: int, pieces: int
     tiling = backward_tiling(hidden.shape[1])
 
     def compute(walk, hidden_tile, labels_ref, logarithm_ref, sums_ref):
-        labels, logarithm = (mosaic.load_global(x.at[walk.mine], mosaic.ROWS) for x in (labels_ref, logarithm_ref))
+        labels, logarithm = (
+            mosaic.load_global(x.at[walk.mine], mosaic.ROW_LAYOUT) for x in (labels_ref, logarithm_ref)
+        )
 
         def step(first, tiles, freed, sums):
             [table_tile] = tiles
@@ -133,7 +137,7 @@ def hidden_gradient(hidden, table, labels, logarithm, *, vocab: int, pieces: int
             freed()
             return sums
 
-        sums_ref.at[walk.piece, walk.mine][...] = walk.over(step, mosaic.zeros((TILE, hidden.shape[1])))
+        sums_ref.at[walk.piece, walk.mine][...] = walk.over(step, mosaic.zeros((TILE_ROWS, hidden.shape[1])))
 
     rows = pl.cdiv(hidden.shape[0], tiling.rows) * tiling.rows
     out_type = jax.ShapeDtypeStruct((pieces, rows, hidden.shape[1]), jnp.float32)
@@ -150,7 +154,7 @@ def table_gradient(table, hidden, tokens, *, pieces: int):
     tiling = backward_tiling(hidden.shape[1])
 
     def compute(walk, table_tile, sums_ref):
-        row = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=mosaic.ROWS) + walk.mine.start
+        row = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS,), 0, layout=mosaic.ROW_LAYOUT) + walk.mine.start
         row = row.astype(jnp.float32)
 
         def step(first, tiles, freed, sums):
@@ -158,7 +162,7 @@ def table_gradient(table, hidden, tokens, *, pieces: int):
             s = _scores(table_tile, hidden_tile)
 
             def token(kind):
-                return mosaic.down(plgpu.load(tokens_tile.at[kind], layout=mosaic.COLUMNS), s.shape)
+                return mosaic.down(plgpu.load(tokens_tile.at[kind], layout=mosaic.COLUMN_LAYOUT), s.shape)
 
             p = jnp.exp2(s * LOG2E - token(LOGARITHM))
             p = jnp.where(mosaic.across(row, s.shape) == token(LABEL), p - 1.0, p) * token(FACTOR)
@@ -166,7 +170,7 @@ def table_gradient(table, hidden, tokens, *, pieces: int):
             freed()
             return sums
 
-        sums_ref.at[walk.piece, walk.mine][...] = walk.over(step, mosaic.zeros((TILE, table.shape[1])))
+        sums_ref.at[walk.piece, walk.mine][...] = walk.over(step, mosaic.zeros((TILE_ROWS, table.shape[1])))
 
     rows = pl.cdiv(table.shape[0], tiling.rows) * tiling.rows
     out_type = jax.ShapeDtypeStruct((pieces, rows, table.shape[1]), jnp.float32)
@@ -237,10 +241,10 @@ def _kernel(compute, name: str, tiling: Tiling, pieces: int, x, streamed, whole,
         @pl.when(group < groups)
         def use():
             plgpu.set_max_registers(tiling.registers, action="increase")
-            mine = pl.ds(first_row + group * TILE, TILE)
+            mine = pl.ds(first_row + group * TILE_ROWS, TILE_ROWS)
             walk = _Walk(piece, mine, tiling, begin, count, stream, filled, freed)
             plgpu.barrier_wait(given)
-            compute(walk, x_tile.at[pl.ds(group * TILE, TILE)], *refs[1 + len(streamed) : -5 - len(streamed)])
+            compute(walk, x_tile.at[pl.ds(group * TILE_ROWS, TILE_ROWS)], *refs[1 + len(streamed) : -5 - len(streamed)])
 
         plgpu.barrier_arrive(finished)
         plgpu.barrier_wait(finished)
@@ -249,8 +253,8 @@ def _kernel(compute, name: str, tiling: Tiling, pieces: int, x, streamed, whole,
         body,
         out_type=[out_type],
         scratch_types=[
-            mosaic.swizzled((tiling.rows, dim), mosaic.WIDE),
-            mosaic.swizzled((slots, columns, dim), mosaic.WIDE),
+            mosaic.swizzled((tiling.rows, dim), mosaic.WIDE_SWIZZLE),
+            mosaic.swizzled((slots, columns, dim), mosaic.WIDE_SWIZZLE),
             *(plgpu.SMEM((slots, other.shape[0], columns), other.dtype) for other in streamed[1:]),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=len(streamed), num_barriers=slots),
@@ -268,7 +272,7 @@ def _kernel(compute, name: str, tiling: Tiling, pieces: int, x, streamed, whole,
 
 def _rows(value: float) -> jax.Array:
     """Return a value for each row of a tile."""
-    return plgpu.layout_cast(jnp.full((TILE,), value, jnp.float32), mosaic.ROWS)
+    return plgpu.layout_cast(jnp.full((TILE_ROWS,), value, jnp.float32), mosaic.ROW_LAYOUT)
 
 
 def _scores(x, y) -> jax.Array:

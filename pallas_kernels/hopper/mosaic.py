@@ -1,8 +1,9 @@
 """What the Mosaic GPU kernels share: layouts, shared-memory tiles, products. The one place that meets Pallas' names.
 
 A Pallas "thread" is a warpgroup of 128 lanes. A tile in the WGMMA layout lies in its registers as the tensor cores
-leave it; `ROWS` and `COLUMNS` hold one value per row or column of such a tile. Both shared operands of a product have
-the same swizzle; a tile is a multiple of it wide, `NARROW` (16 columns of bf16), `MEDIUM` (32) or `WIDE` (64).
+leave it; `ROW_LAYOUT` and `COLUMN_LAYOUT` hold one value per row or column of such a tile. Both shared operands of a
+product have the same swizzle; a tile is a multiple of it wide, `NARROW_SWIZZLE` (16 columns of bf16), `MEDIUM_SWIZZLE`
+(32) or `WIDE_SWIZZLE` (64).
 """
 
 import jax
@@ -13,13 +14,13 @@ from jax.experimental.mosaic.gpu.utils import warp_barrier
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 WGMMA = plgpu.Layout.WGMMA
-ROWS = WGMMA.reduce(1)
-COLUMNS = WGMMA.reduce(0)
+ROW_LAYOUT = WGMMA.reduce(1)
+COLUMN_LAYOUT = WGMMA.reduce(0)
 
-WARPS, WARP = 4, 32
+WARPS, WARP_LANES = 4, 32
 """Of a warpgroup, and the lanes of one."""
-NARROW, MEDIUM, WIDE = 32, 64, 128
-TILE = 64
+NARROW_SWIZZLE, MEDIUM_SWIZZLE, WIDE_SWIZZLE = 32, 64, 128
+TILE_ROWS = 64
 """Rows of a product on the tensor cores, and the tokens of a chunk."""
 
 

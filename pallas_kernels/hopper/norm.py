@@ -17,15 +17,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import split
 from pallas_kernels.hopper import stream
-from pallas_kernels.hopper.mosaic import WARP, WARPS
-from pallas_kernels.hopper.stream import LANES
+from pallas_kernels.hopper.mosaic import WARP_LANES, WARPS
+from pallas_kernels.hopper.stream import WARPGROUP_LANES
 
-ELEMENTS = 2048
+TILE_ELEMENTS = 2048
 """Of a tile, where a row is not longer."""
-SLOTS = 4
-LEAST_PART, FORWARD_PART, BACKWARD_PART = 4, 16, 32
+RING_SLOTS = 4
+MIN_BLOCK_TILES, MAX_FORWARD_TILES, MAX_BACKWARD_TILES = 4, 16, 32
 """Tiles of a block, at least and at most; the backward's are more since each block leaves sums of its own."""
-FORWARD_BLOCKS, BACKWARD_BLOCKS = 4, 2
+RESIDENT_FORWARD_BLOCKS, RESIDENT_BACKWARD_BLOCKS = 4, 2
 """Of a multiprocessor at once, as far as its shared memory goes; a block takes fewer tiles to make as many."""
 
 
@@ -40,7 +40,7 @@ def forward(r, y, scale, bias, *, eps: float, multiprocessors: int):
       bias: (D,) fp32, added to the norm, which is a layer norm then; None for RMS norm.
       multiprocessors: of the GPU.
     """
-    plan, dtype = _Plan.of(r, FORWARD_PART, FORWARD_BLOCKS * multiprocessors), jnp.bfloat16
+    plan, dtype = _Plan.of(r, MAX_FORWARD_TILES, RESIDENT_FORWARD_BLOCKS * multiprocessors), jnp.bfloat16
     adds, centered = y is not None, bias is not None
 
     def body(*refs):
@@ -61,7 +61,7 @@ def forward(r, y, scale, bias, *, eps: float, multiprocessors: int):
 
     arrays = [x for x in (r, y, scale, bias) if x is not None]
     out_type = [jax.ShapeDtypeStruct(r.shape, x) for x in ((r.dtype, dtype) if adds else (dtype,))]
-    return plan.kernel(body, "residual_norm", out_type, (r.dtype, dtype), 1 + adds)(*arrays)
+    return plan.kernel(body, "residual_norm_forward", out_type, (r.dtype, dtype), 1 + adds)(*arrays)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "adds", "centered", "multiprocessors"))
@@ -76,7 +76,7 @@ def backward(total, scale, dx, dtotal, *, eps: float, adds: bool, centered: bool
       centered: whether the norm was a layer norm.
       multiprocessors: of the GPU.
     """
-    plan = _Plan.of(total, BACKWARD_PART, BACKWARD_BLOCKS * multiprocessors)
+    plan = _Plan.of(total, MAX_BACKWARD_TILES, RESIDENT_BACKWARD_BLOCKS * multiprocessors)
 
     def body(*refs):
         (total_ref, scale_ref, *given), results, sum_refs, scratch = split(refs, 4, 1 + adds, 1 + centered)
@@ -119,10 +119,10 @@ class _Plan(NamedTuple):
     @classmethod
     def of(cls, x, most_tiles: int, blocks: int) -> "_Plan":
         tokens, channels = x.shape
-        most_rows = max(1, ELEMENTS // channels)
+        most_rows = max(1, TILE_ELEMENTS // channels)
         rows = math.gcd(tokens, 1 << most_rows.bit_length() - 1)
         tiles = tokens // rows
-        part = min(most_tiles, max(LEAST_PART, pl.cdiv(tiles, blocks)))
+        part = min(most_tiles, max(MIN_BLOCK_TILES, pl.cdiv(tiles, blocks)))
         return cls(rows, channels, tiles, part)
 
     @property
@@ -137,11 +137,11 @@ class _Plan(NamedTuple):
     def layout(self):
         """The layout of a tile: warps over rows or columns, lanes over columns, in pieces of up to 16 bytes of fp32."""
         if self.rows % WARPS == 0:
-            width = math.gcd(self.channels // WARP, 4)
-            tiling = plgpu.Tiling(((WARPS, WARP * width), (width,)))
+            width = math.gcd(self.channels // WARP_LANES, 4)
+            tiling = plgpu.Tiling(((WARPS, WARP_LANES * width), (width,)))
         else:
             width = stream.rows_per_lane(self.channels, 4)
-            tiling = plgpu.Tiling(((1, LANES * width), (WARP * width,), (width,)))
+            tiling = plgpu.Tiling(((1, WARPGROUP_LANES * width), (WARP_LANES * width,), (width,)))
         return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
     def load(self, ref) -> jax.Array:
@@ -181,7 +181,7 @@ class _Plan(NamedTuple):
                 plgpu.copy_gmem_to_smem(ref.at[self.tokens(n)], tile.at[slot], filled.at[slot], oob_mode=inside)
 
         count = jnp.minimum(self.part, self.tiles - lax.axis_index("block") * self.part)
-        return stream.Ring(count, SLOTS, filled, fetch)
+        return stream.Ring(count, RING_SLOTS, filled, fetch)
 
     def put(self, results, tiles):
         """Return what copies a tile of each result out of its slot."""
@@ -194,6 +194,6 @@ class _Plan(NamedTuple):
 
     def kernel(self, body, name: str, out_type: list, dtypes: tuple, copies: int):
         """Return a kernel with slots for a tile of each dtype, and the barriers of so many copies into them."""
-        slots = [plgpu.SMEM((SLOTS, *self.shape), dtype) for dtype in dtypes]
-        barriers = plgpu.Barrier(num_arrivals=copies, num_barriers=SLOTS)
+        slots = [plgpu.SMEM((RING_SLOTS, *self.shape), dtype) for dtype in dtypes]
+        barriers = plgpu.Barrier(num_arrivals=copies, num_barriers=RING_SLOTS)
         return stream.kernel(body, name, self.blocks, out_type, [*slots, barriers])

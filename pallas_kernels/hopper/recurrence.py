@@ -22,14 +22,14 @@ from pallas_kernels import split
 from pallas_kernels.hopper import stream
 from pallas_kernels.hopper.mosaic import WARPS, await_warp, like, load_global, load_shared, save
 
-TOKENS = 8
+TILE_TOKENS = 8
 """Of a tile; T is a multiple of them."""
-SLOTS = 2
-ROWS, COLUMNS = 16, 32
+RING_SLOTS = 2
+SHARE_ROWS, SHARE_COLUMNS = 16, 32
 """What a lane's share is taken of: lanes lie 4 by 8."""
-VECTOR = 4
+LANE_VECTOR = 4
 """Rows, and columns, that lie beside each other in a lane."""
-STATE = 4096
+MAX_WARP_ELEMENTS = 4096
 """Most elements of a warp, 128 of a lane."""
 
 
@@ -58,7 +58,7 @@ def forward(q, k, v, w, state, *ab, scale: float, with_reads: bool):
         def fetch(n, slot):
             plan.copy_in(at, source_refs, tiles, filled, n, slot)
 
-        ring = stream.Ring(plan.tiles, SLOTS, filled, fetch)
+        ring = stream.Ring(plan.tiles, RING_SLOTS, filled, fetch)
 
         def token(slot, i, S):
             k, w = (plan.rows(tile, slot, i) for tile in (k_tile, w_tile))
@@ -75,7 +75,7 @@ def forward(q, k, v, w, state, *ab, scale: float, with_reads: bool):
             return after
 
         def step(n, slot, S):
-            return lax.fori_loop(0, TOKENS, functools.partial(token, slot), S)
+            return lax.fori_loop(0, TILE_TOKENS, functools.partial(token, slot), S)
 
         def put(n, slot):
             plan.copy_out(at, [v_tile, *reads_tiles], [o_ref, *reads_refs], n, slot)
@@ -86,7 +86,7 @@ def forward(q, k, v, w, state, *ab, scale: float, with_reads: bool):
 
     out_type = [like(v), like(state), *reads]
     scratch = [*plan.tiles_of([*sources, *reads]), plan.barrier(sources)]
-    kernel = stream.kernel(body, "recurrence", plan.blocks, out_type, scratch)
+    kernel = stream.kernel(body, "recurrence_forward", plan.blocks, out_type, scratch)
     o, last, *u = kernel(*sources, state)
     return [o, plan.by_head(last), *u]
 
@@ -110,9 +110,9 @@ class Plan(NamedTuple):
         """Return the plan for (B, T, H, K) keys and (B, T, H, V) values."""
         batch, time, heads, keys = k.shape
         values = v.shape[-1]
-        width = min(values, STATE // keys)
+        width = min(values, MAX_WARP_ELEMENTS // keys)
         strips = values // width
-        return cls((batch, heads, keys, values), time // TOKENS, WARPS // strips, strips, width)
+        return cls((batch, heads, keys, values), time // TILE_TOKENS, WARPS // strips, strips, width)
 
     @property
     def blocks(self) -> int:
@@ -127,7 +127,7 @@ class Plan(NamedTuple):
     @property
     def layout(self):
         """The layout of a block's states."""
-        tiling = plgpu.Tiling(((self.heads, self.strips, COLUMNS, ROWS), (VECTOR, VECTOR)))
+        tiling = plgpu.Tiling(((self.heads, self.strips, SHARE_COLUMNS, SHARE_ROWS), (LANE_VECTOR, LANE_VECTOR)))
         warps = {-6: self.heads, -5: self.strips}
         return plgpu.Layout.TILED(tiling, warp_dims=more_than_one(warps), lane_dims=(-4, -3), vector_dim=-1)
 
@@ -147,24 +147,24 @@ class Plan(NamedTuple):
 
     def tiles_of(self, arrays) -> list:
         """Return a ring of tiles (heads, TOKENS, .) of each array (B, T, H, .)."""
-        return [plgpu.SMEM((SLOTS, self.heads, TOKENS, x.shape[-1]), x.dtype) for x in arrays]
+        return [plgpu.SMEM((RING_SLOTS, self.heads, TILE_TOKENS, x.shape[-1]), x.dtype) for x in arrays]
 
     def barrier(self, sources):
         """Return the barriers of a ring."""
-        return plgpu.Barrier(num_arrivals=len(sources) * self.heads, num_barriers=SLOTS)
+        return plgpu.Barrier(num_arrivals=len(sources) * self.heads, num_barriers=RING_SLOTS)
 
     def copy_in(self, at, sources, tiles, filled, n, slot) -> None:
         """Start the copies of tile n of each source into a slot."""
         for source, tile in zip(sources, tiles, strict=True):
             for number, (row, head) in enumerate(at):
-                tokens = source.at[row, pl.ds(n * TOKENS, TOKENS), head]
+                tokens = source.at[row, pl.ds(n * TILE_TOKENS, TILE_TOKENS), head]
                 plgpu.copy_gmem_to_smem(tokens, tile.at[slot, number], filled.at[slot])
 
     def copy_out(self, at, tiles, targets, n, slot) -> None:
         """Start the copies of a slot to tile n of each target."""
         for target, tile in zip(targets, tiles, strict=True):
             for number, (row, head) in enumerate(at):
-                tokens = target.at[row, pl.ds(n * TOKENS, TOKENS), head]
+                tokens = target.at[row, pl.ds(n * TILE_TOKENS, TILE_TOKENS), head]
                 plgpu.copy_smem_to_gmem(tile.at[slot, number], tokens, commit_group=False)
 
     def rows(self, tile, slot, i) -> jax.Array:

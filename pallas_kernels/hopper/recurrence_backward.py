@@ -24,8 +24,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import split
 from pallas_kernels.hopper import stream
-from pallas_kernels.hopper.mosaic import WARP, WARPS, await_warp, like, load_global, load_shared, save
-from pallas_kernels.hopper.recurrence import SLOTS, TOKENS, Plan, more_than_one, save_columns
+from pallas_kernels.hopper.mosaic import WARP_LANES, WARPS, await_warp, like, load_global, load_shared, save
+from pallas_kernels.hopper.recurrence import RING_SLOTS, TILE_TOKENS, Plan, more_than_one, save_columns
 
 
 def backward(q, k, v, w, state, do, dlast, *ab_and_u, scale: float):
@@ -60,10 +60,10 @@ def reverse(q, k, v, w, do, dlast, *rest, scale: float):
         def fetch(n, slot):
             plan.copy_in(at, source_refs, tiles, filled, plan.tiles - 1 - n, slot)
 
-        ring = stream.Ring(plan.tiles, SLOTS, filled, fetch)
+        ring = stream.Ring(plan.tiles, RING_SLOTS, filled, fetch)
 
         def token(slot, back, G):
-            i = TOKENS - 1 - back
+            i = TILE_TOKENS - 1 - back
             k, v = plan.rows(k_tile, slot, i), plan.columns(v_tile, slot, i)
             G = G + plan.rows(q_tile, slot, i) * (scale * plan.columns(do_tile, slot, i))
             save(partial.at[0, :, :, i], (G * v).sum(axis=2))
@@ -94,9 +94,9 @@ def reverse(q, k, v, w, do, dlast, *rest, scale: float):
             return carry
 
         def step(n, slot, G):
-            G = lax.fori_loop(0, TOKENS, functools.partial(token, slot), G)
+            G = lax.fori_loop(0, TILE_TOKENS, functools.partial(token, slot), G)
             plgpu.commit_smem()
-            lax.fori_loop(0, TOKENS, functools.partial(total, slot), 0)
+            lax.fori_loop(0, TILE_TOKENS, functools.partial(total, slot), 0)
             return G
 
         def put(n, slot):
@@ -136,7 +136,7 @@ def again(q, k, v, w, do, e, state, start, *rest, scale: float):
         def fetch(n, slot):
             plan.copy_in(at, source_refs, tiles, filled, n, slot)
 
-        ring = stream.Ring(plan.tiles, SLOTS, filled, fetch)
+        ring = stream.Ring(plan.tiles, RING_SLOTS, filled, fetch)
 
         def token(slot, i, S):
             after = plan.rows(w_tile, slot, i) * S + plan.rows(k_tile, slot, i) * plan.columns(v_tile, slot, i)
@@ -162,9 +162,9 @@ def again(q, k, v, w, do, e, state, start, *rest, scale: float):
 
         def step(n, slot, carry):
             S, sums = carry
-            S = lax.fori_loop(0, TOKENS, functools.partial(token, slot), S)
+            S = lax.fori_loop(0, TILE_TOKENS, functools.partial(token, slot), S)
             plgpu.commit_smem()
-            return S, lax.fori_loop(0, TOKENS, functools.partial(total, slot), sums)
+            return S, lax.fori_loop(0, TILE_TOKENS, functools.partial(total, slot), sums)
 
         def put(n, slot):
             plan.copy_out(at, [q_tile, w_tile, *rest_tiles[:1]], results, n, slot)
@@ -180,14 +180,14 @@ def again(q, k, v, w, do, e, state, start, *rest, scale: float):
 
 def partials(plan: Plan, number: int):
     """Return shared memory for so many vectors of each token, a row of each strip's columns."""
-    return plgpu.SMEM((number, plan.heads, plan.strips, TOKENS, plan.shape[2]), jnp.float32)
+    return plgpu.SMEM((number, plan.heads, plan.strips, TILE_TOKENS, plan.shape[2]), jnp.float32)
 
 
 def channels(plan: Plan):
     """Return the layout in which each of a block's lanes has one, two or four of its (heads, K) rows."""
     heads, rows = plan.heads, plan.shape[2]
-    each = heads * rows // (WARPS * WARP)
-    parts = [(WARP * each,)] if plan.strips > 1 else []
+    each = heads * rows // (WARPS * WARP_LANES)
+    parts = [(WARP_LANES * each,)] if plan.strips > 1 else []
     tiling = plgpu.Tiling(((heads, rows), *parts, (each,)))
     warps = {-3 - len(parts): heads, -3: plan.strips} if parts else {-3: heads}
     return plgpu.Layout.TILED(tiling, warp_dims=more_than_one(warps), lane_dims=(-2,), vector_dim=-1)

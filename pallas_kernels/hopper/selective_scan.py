@@ -24,25 +24,25 @@ from pallas_kernels import split
 from pallas_kernels.hopper import stream
 from pallas_kernels.hopper.mosaic import WARPS, await_warp, like, load_global, load_shared, save
 
-TOKENS = 8
+TILE_TOKENS = 8
 """Of a tile; T is a multiple of them."""
-ALIGNED = 32
+ALIGNED_VALUES = 32
 """Single fp32 values from one tile to the next: copies write to multiples of 128 bytes."""
-SLOTS = 4
-LANES = (4, 8)
+RING_SLOTS = 4
+WARP_LANE_GRID = (4, 8)
 """Of a warp: over the states of a channel, and over the channels."""
-VECTOR = 4
+LANE_CHANNELS = 4
 """Channels that lie beside each other in a lane."""
-WIDTH = LANES[1] * VECTOR
+WARP_CHANNELS = WARP_LANE_GRID[1] * LANE_CHANNELS
 """Channels of a warp, W."""
 
-STATES = plgpu.Layout.TILED(
-    plgpu.Tiling(((WARPS, *LANES, VECTOR),)), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
+STATE_LAYOUT = plgpu.Layout.TILED(
+    plgpu.Tiling(((WARPS, *WARP_LANE_GRID, LANE_CHANNELS),)), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
 )
 """The layout of a block's states, (WARPS, N, LANES[1], VECTOR)."""
-CHANNELS = STATES.reduce(1)
+CHANNEL_LAYOUT = STATE_LAYOUT.reduce(1)
 """Of one value per channel."""
-COEFFICIENTS = STATES.reduce((0, 2, 3))
+COEFFICIENT_LAYOUT = STATE_LAYOUT.reduce((0, 2, 3))
 """Of one value per state of a channel, (N)."""
 
 
@@ -72,8 +72,8 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
         def fetch(n, slot):
             copy_tokens(at, source_refs, tiles, filled, n, slot)
 
-        ring = stream.Ring(plan.tiles, SLOTS, filled, fetch)
-        A = load_global(A_ref.at[at.strip], STATES)
+        ring = stream.Ring(plan.tiles, RING_SLOTS, filled, fetch)
+        A = load_global(A_ref.at[at.strip], STATE_LAYOUT)
 
         def step(n, slot, h):
             for ref in starts_refs:
@@ -87,17 +87,17 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
                 save_channels(u_tile.at[slot, i], (h * along(C, h)).sum(axis=1))
                 return h
 
-            return lax.fori_loop(0, TOKENS, token, h)
+            return lax.fori_loop(0, TILE_TOKENS, token, h)
 
         def put(n, slot):
             target = y_ref.at[at.row, at.tokens(n), at.strip]
             plgpu.copy_smem_to_gmem(u_tile.at[slot], target, commit_group=False)
 
-        state = load_global(state_ref.at[at.row, at.strip], STATES)
+        state = load_global(state_ref.at[at.row, at.strip], STATE_LAYOUT)
         save(last_ref.at[at.row, at.strip], ring.walk(step, put, state))
 
     out_type = [like(sources[0]), like(state), *(jax.ShapeDtypeStruct(x, jnp.float32) for x in starts)]
-    kernel = stream.kernel(body, "selective_scan", plan.blocks, out_type, plan.scratch(sources, SLOTS))
+    kernel = stream.kernel(body, "selective_scan_forward", plan.blocks, out_type, plan.scratch(sources, RING_SLOTS))
     y, last, *starts = kernel(*sources, A, state)
     return [y.reshape(u.shape), states_last(last), *starts]
 
@@ -111,7 +111,7 @@ class Place(NamedTuple):
 
     def tokens(self, tile) -> pl.Slice:
         """Return the tokens of a tile."""
-        return pl.ds(tile * TOKENS, TOKENS)
+        return pl.ds(tile * TILE_TOKENS, TILE_TOKENS)
 
 
 class Plan(NamedTuple):
@@ -125,7 +125,7 @@ class Plan(NamedTuple):
     def of(cls, u) -> "Plan":
         """Return the plan for (B, T, D)."""
         batch, time, channels = u.shape
-        return cls(batch, time // TOKENS, channels // (WARPS * WIDTH))
+        return cls(batch, time // TILE_TOKENS, channels // (WARPS * WARP_CHANNELS))
 
     @property
     def blocks(self) -> int:
@@ -140,7 +140,7 @@ class Plan(NamedTuple):
 
     def sources(self, u, dt, BC, offsets, *others) -> list[jax.Array]:
         """Return what is copied by tiles, (B, T, D) as (B, T, D / W, W): u, dt, BC, the others, and any offsets."""
-        u, dt, *rest = (x.reshape(*x.shape[:-1], -1, WIDTH) for x in (u, dt, *others))
+        u, dt, *rest = (x.reshape(*x.shape[:-1], -1, WARP_CHANNELS) for x in (u, dt, *others))
         return [u, dt, BC, *rest, *([] if offsets is None else [offsets])]
 
     def scratch(self, sources: list[jax.Array], slots: int) -> list:
@@ -152,15 +152,15 @@ class Plan(NamedTuple):
 def tile_shape(source) -> tuple[int, ...]:
     """Return the shape of a tile of a source, which is (B, T), (B, T, 2 N) or (B, T, D / W, W)."""
     if len(source.shape) == 2:
-        return (ALIGNED,)
-    return (TOKENS, *((WARPS, WIDTH) if len(source.shape) == 4 else source.shape[2:]))
+        return (ALIGNED_VALUES,)
+    return (TILE_TOKENS, *((WARPS, WARP_CHANNELS) if len(source.shape) == 4 else source.shape[2:]))
 
 
 def copy_tokens(at: Place, sources, tiles, filled, n, slot) -> None:
     """Start the copies of tile n of each source into a slot; of (B, T, D / W, W) a block takes its strip."""
     for source, tile in zip(sources, tiles, strict=True):
         strip = [at.strip] if len(source.shape) == 4 else []
-        target = tile.at[slot] if len(source.shape) > 2 else tile.at[slot, pl.ds(0, TOKENS)]
+        target = tile.at[slot] if len(source.shape) > 2 else tile.at[slot, pl.ds(0, TILE_TOKENS)]
         plgpu.copy_gmem_to_smem(source.at[(at.row, at.tokens(n), *strip)], target, filled.at[slot])
 
 
@@ -171,30 +171,30 @@ def scaled(A) -> jax.Array:
 
 def states_first(x) -> jax.Array:
     """Return (..., D, N) as (..., D / W, N, LANES[1], VECTOR)."""
-    x = x.reshape(*x.shape[:-2], -1, WIDTH, x.shape[-1]).swapaxes(-1, -2)
-    return x.reshape(*x.shape[:-1], LANES[1], VECTOR)
+    x = x.reshape(*x.shape[:-2], -1, WARP_CHANNELS, x.shape[-1]).swapaxes(-1, -2)
+    return x.reshape(*x.shape[:-1], WARP_LANE_GRID[1], LANE_CHANNELS)
 
 
 def states_last(x) -> jax.Array:
     """Undo `states_first`."""
-    x = x.reshape(*x.shape[:-2], WIDTH).swapaxes(-1, -2)
+    x = x.reshape(*x.shape[:-2], WARP_CHANNELS).swapaxes(-1, -2)
     return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
 def load_coefficients(ref, k: int) -> jax.Array:
     """Load B (k = 0) or C (k = 1) of a token."""
     states = ref.shape[0] // 2
-    return load_shared(ref.at[pl.ds(k * states, states)], COEFFICIENTS)
+    return load_shared(ref.at[pl.ds(k * states, states)], COEFFICIENT_LAYOUT)
 
 
 def load_channels(ref) -> jax.Array:
     """Load (WARPS, W) from shared memory as (WARPS, LANES[1], VECTOR) in fp32."""
-    return load_shared(ref.reshape(WARPS, LANES[1], VECTOR), CHANNELS)
+    return load_shared(ref.reshape(WARPS, WARP_LANE_GRID[1], LANE_CHANNELS), CHANNEL_LAYOUT)
 
 
 def save_channels(ref, x) -> None:
     """Store what `load_channels` loads."""
-    save(ref.reshape(WARPS, LANES[1], VECTOR), x)
+    save(ref.reshape(WARPS, WARP_LANE_GRID[1], LANE_CHANNELS), x)
 
 
 def across(channels, states) -> jax.Array:

@@ -24,10 +24,10 @@ from pallas_kernels import split
 from pallas_kernels.hopper import stream
 from pallas_kernels.hopper.mosaic import WARPS, await_warp, like, load_global, load_shared, save
 from pallas_kernels.hopper.selective_scan import (
-    LANES,
-    STATES,
-    TOKENS,
-    VECTOR,
+    LANE_CHANNELS,
+    STATE_LAYOUT,
+    TILE_TOKENS,
+    WARP_LANE_GRID,
     Plan,
     across,
     along,
@@ -42,10 +42,12 @@ from pallas_kernels.hopper.selective_scan import (
     states_last,
 )
 
-SLOTS = 3
-PAIRS = TOKENS // 2
+RING_SLOTS = 3
+TILE_PAIRS = TILE_TOKENS // 2
 """Of tokens in a tile: the state between those of a pair stays in registers."""
-PARTS = plgpu.Layout.TILED(plgpu.Tiling(((4, 8, LANES[1]), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+PAIR_LAYOUT = plgpu.Layout.TILED(
+    plgpu.Tiling(((4, 8, WARP_LANE_GRID[1]), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
+)
 """The layout of a pair's dB and dC, (4, N, LANES[1])."""
 
 
@@ -74,8 +76,8 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
         def fetch(n, slot):
             copy_tokens(at, source_refs, tiles, filled, plan.tiles - 1 - n, slot)
 
-        ring = stream.Ring(plan.tiles, SLOTS, filled, fetch)
-        A = load_global(A_ref.at[at.strip], STATES)
+        ring = stream.Ring(plan.tiles, RING_SLOTS, filled, fetch)
+        A = load_global(A_ref.at[at.strip], STATE_LAYOUT)
 
         def advance(slot, i, h):
             """Return the state after a token, and how much is kept of the one before."""
@@ -108,22 +110,22 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
                 return h
 
             def back(reverse, carry):
-                pair = PAIRS - 1 - reverse
+                pair = TILE_PAIRS - 1 - reverse
                 first, second = 2 * pair, 2 * pair + 1
-                start = load_shared(h_tile.at[pair], STATES)
+                start = load_shared(h_tile.at[pair], STATE_LAYOUT)
                 middle, kept_first = advance(slot, first, start)
                 end, kept_second = advance(slot, second, middle)
                 parts = [parts_tile.at[pair, :, k] for k in range(4)]
                 carry = retreat(slot, second, parts[2:], middle, kept_second, end, carry)
                 return retreat(slot, first, parts[:2], start, kept_first, middle, carry)
 
-            h = load_global(starts_ref.at[at.row, plan.tiles - 1 - n, at.strip], STATES)
-            save(h_tile.at[PAIRS - 1], lax.fori_loop(0, PAIRS - 1, again, h))
-            carry = lax.fori_loop(0, PAIRS, back, carry)
+            h = load_global(starts_ref.at[at.row, plan.tiles - 1 - n, at.strip], STATE_LAYOUT)
+            save(h_tile.at[TILE_PAIRS - 1], lax.fori_loop(0, TILE_PAIRS - 1, again, h))
+            carry = lax.fori_loop(0, TILE_PAIRS, back, carry)
             plgpu.commit_smem()
-            for pair in range(PAIRS):
+            for pair in range(TILE_PAIRS):
                 total = functools.reduce(
-                    jnp.add, (load_shared(parts_tile.at[pair, warp], PARTS) for warp in range(WARPS))
+                    jnp.add, (load_shared(parts_tile.at[pair, warp], PAIR_LAYOUT) for warp in range(WARPS))
                 )
                 save_pair(BC_tile.at[slot, pl.ds(2 * pair, 2)], total.sum(axis=2))
             return carry
@@ -137,14 +139,14 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
             ):
                 plgpu.copy_smem_to_gmem(tile.at[slot], target, commit_group=False)
 
-        g = load_global(dlast_ref.at[at.row, at.strip], STATES)
+        g = load_global(dlast_ref.at[at.row, at.strip], STATE_LAYOUT)
         g, dA = ring.walk(step, put, (g, jnp.zeros_like(g)))
         save(dA_ref.at[at.row, at.strip], dA)
         save(dstate_ref.at[at.row, at.strip], g)
 
     dBC_type = jax.ShapeDtypeStruct((plan.strips, *BC.shape), jnp.float32)
     out_type = [*map(like, sources[:2]), dBC_type, like(dlast), like(dlast)]
-    scratch = [*plan.scratch(sources, SLOTS), _states_or_parts(A.shape[1])]
+    scratch = [*plan.scratch(sources, RING_SLOTS), _states_or_parts(A.shape[1])]
     kernel = stream.kernel(body, "selective_scan_backward", plan.blocks, out_type, scratch)
     du, ddt, dBC, dA, dstate = kernel(*sources, A, starts, dlast)
     return [
@@ -161,7 +163,10 @@ def _states_or_parts(states: int):
 
     Both take 32 N values of each pair and warp: what a warp writes replaces what it has read itself.
     """
-    shapes = (PAIRS, WARPS, states, LANES[1], VECTOR), (PAIRS, WARPS, 4, states, LANES[1])
+    shapes = (
+        (TILE_PAIRS, WARPS, states, WARP_LANE_GRID[1], LANE_CHANNELS),
+        (TILE_PAIRS, WARPS, 4, states, WARP_LANE_GRID[1]),
+    )
     return plgpu.RefUnion(*(plgpu.SMEM(shape, jnp.float32) for shape in shapes))
 
 

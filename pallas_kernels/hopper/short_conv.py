@@ -19,14 +19,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import split
 from pallas_kernels.hopper import stream
-from pallas_kernels.hopper.stream import LANES, load
+from pallas_kernels.hopper.stream import WARPGROUP_LANES, load
 
-TOKENS = 8
+TILE_TOKENS = 8
 """Of a tile; T is a multiple of them."""
-SLOTS = 4
-WIDEST = 4
+RING_SLOTS = 4
+MAX_STRIP_ROWS = 4
 """Rows of 128 channels in a strip, at most."""
-FORWARD_PART, BACKWARD_PART = 64, 128
+FORWARD_BLOCK_TOKENS, BACKWARD_BLOCK_TOKENS = 64, 128
 """Tokens of a block; the backward's are more since each block leaves sums of its own."""
 
 
@@ -55,7 +55,7 @@ def forward(form: Form, x, kernel, bias=None, reach=None):
     If gated, x and bias are twice as wide. `reach` (B, T) int32 counts the earlier tokens that a token sees, at most
     W-1; it is -1 for padding, which gets 0. T is a multiple of 8, I of 128, W at least 2.
     """
-    plan = _Plan.of(form, x, kernel, FORWARD_PART)
+    plan = _Plan.of(form, x, kernel, FORWARD_BLOCK_TOKENS)
     packed = plan.windows(reach)
 
     def body(x_ref, kernel_ref, *refs):
@@ -67,15 +67,15 @@ def forward(form: Form, x, kernel, bias=None, reach=None):
                 source = x_ref.at[at.row, at.tokens(n), channels]
                 plgpu.copy_gmem_to_smem(source, tiles.at[half, slot], filled.at[slot])
 
-        ring = stream.Ring(at.tiles, SLOTS, filled, fetch)
+        ring = stream.Ring(at.tiles, RING_SLOTS, filled, fetch)
         weights = _Weights.of(form, kernel_ref, bias_refs, at)
         reaches = plan.reaches(at, reach_refs, reach_scratch)
         last = form.halves - 1
 
         def step(n, slot, past):
-            for i in range(TOKENS):
+            for i in range(TILE_TOKENS):
                 window = (*past, _plus(load(tiles.at[0, slot, i]), weights.before))
-                seen = reaches(n * TOKENS + i)
+                seen = reaches(n * TILE_TOKENS + i)
                 c = _convolve(_visible(window, seen), weights)
                 y = c * _sigmoid(c) if form.silu else c
                 y = y * _plus(load(tiles.at[1, slot, i]), weights.gate) if form.gated else y
@@ -90,8 +90,8 @@ def forward(form: Form, x, kernel, bias=None, reach=None):
         earlier = (_row(x_ref, at.row, at.first - j, at.strips[0]) for j in range(plan.taps - 1, 0, -1))
         ring.walk(step, put, tuple(_plus(row, weights.before) for row in earlier))
 
-    out_type = [jax.ShapeDtypeStruct((*x.shape[:2], plan.width, LANES), x.dtype)]
-    kernel_of = stream.kernel(body, form.name, plan.blocks, out_type, plan.scratch(form.halves, packed))
+    out_type = [jax.ShapeDtypeStruct((*x.shape[:2], plan.width, WARPGROUP_LANES), x.dtype)]
+    kernel_of = stream.kernel(body, f"{form.name}_forward", plan.blocks, out_type, plan.scratch(form.halves, packed))
     [y] = kernel_of(*map(_by_lanes, (x, kernel, *[bias] * form.bias)), *packed)
     return [y.reshape(*x.shape[:2], -1)]
 
@@ -103,7 +103,7 @@ def backward(form: Form, x, kernel, dy, bias=None, reach=None):
     Arguments as of `forward`, and the gradient dy (B, T, I) of its result. Tokens are walked from the last to the
     first: what a token's convolution gives to the tokens before it waits in registers.
     """
-    plan = _Plan.of(form, x, kernel, BACKWARD_PART)
+    plan = _Plan.of(form, x, kernel, BACKWARD_BLOCK_TOKENS)
     packed = plan.windows(reach)
 
     def body(x_ref, kernel_ref, dy_ref, *refs):
@@ -120,7 +120,7 @@ def backward(form: Form, x, kernel, dy, bias=None, reach=None):
             for kind, (ref, channels) in enumerate(sources):
                 plgpu.copy_gmem_to_smem(ref.at[at.row, tokens(n), channels], tiles.at[kind, slot], filled.at[slot])
 
-        ring = stream.Ring(at.tiles, SLOTS, filled, fetch)
+        ring = stream.Ring(at.tiles, RING_SLOTS, filled, fetch)
         weights = _Weights.of(form, kernel_ref, bias_refs, at)
         reaches = plan.reaches(at, reach_refs, reach_scratch)
 
@@ -140,14 +140,14 @@ def backward(form: Form, x, kernel, dy, bias=None, reach=None):
 
         def step(n, slot, carry):
             pending, dtaps, dbias = carry
-            inside, next_slot = n + 1 < at.tiles, lax.rem(n + 1, SLOTS)
+            inside, next_slot = n + 1 < at.tiles, lax.rem(n + 1, RING_SLOTS)
             rows = [
-                _where(inside, _plus(load(tiles.at[0, next_slot, TOKENS - j]), weights.before), before)
+                _where(inside, _plus(load(tiles.at[0, next_slot, TILE_TOKENS - j]), weights.before), before)
                 for j, before in zip(range(plan.taps - 1, 0, -1), past, strict=True)
             ]
-            rows += [_plus(load(tiles.at[0, slot, i]), weights.before) for i in range(TOKENS)]
-            for i in reversed(range(TOKENS)):
-                seen = reaches((at.tiles - 1 - n) * TOKENS + i)
+            rows += [_plus(load(tiles.at[0, slot, i]), weights.before) for i in range(TILE_TOKENS)]
+            for i in reversed(range(TILE_TOKENS)):
+                seen = reaches((at.tiles - 1 - n) * TILE_TOKENS + i)
                 gate = _plus(load(tiles.at[1, slot, i]), weights.gate) if form.gated else None
                 dy = _unless_padding(load(tiles.at[given, slot, i]), seen, packed)
                 window, dc, du, dgate, pending = token(rows[i : i + plan.taps], gate, dy, seen, pending)
@@ -187,8 +187,8 @@ def backward(form: Form, x, kernel, dy, bias=None, reach=None):
 
     parts, sums = plan.batch * plan.parts, plan.taps + form.bias * form.halves
     out_type = [
-        jax.ShapeDtypeStruct((*x.shape[:2], form.halves * plan.width, LANES), x.dtype),
-        jax.ShapeDtypeStruct((parts, sums, plan.width, LANES), jnp.float32),
+        jax.ShapeDtypeStruct((*x.shape[:2], form.halves * plan.width, WARPGROUP_LANES), x.dtype),
+        jax.ShapeDtypeStruct((parts, sums, plan.width, WARPGROUP_LANES), jnp.float32),
     ]
     scratch = plan.scratch(form.halves + 1, packed)
     kernel_of = stream.kernel(body, f"{form.name}_backward", plan.blocks, out_type, scratch)
@@ -209,7 +209,7 @@ class _Place(NamedTuple):
     strips: tuple[pl.Slice, ...]
 
     def tokens(self, tile) -> pl.Slice:
-        return pl.ds(self.first + tile * TOKENS, TOKENS)
+        return pl.ds(self.first + tile * TILE_TOKENS, TILE_TOKENS)
 
 
 class _Plan(NamedTuple):
@@ -225,11 +225,11 @@ class _Plan(NamedTuple):
     @classmethod
     def of(cls, form: Form, x, kernel, part: int) -> "_Plan":
         batch, time, channels = x.shape
-        return cls(form, batch, time, channels // (form.halves * LANES), kernel.shape[0], part)
+        return cls(form, batch, time, channels // (form.halves * WARPGROUP_LANES), kernel.shape[0], part)
 
     @property
     def rows(self) -> int:
-        return stream.rows_per_lane(self.width * LANES, WIDEST)
+        return stream.rows_per_lane(self.width * WARPGROUP_LANES, MAX_STRIP_ROWS)
 
     @property
     def parts(self) -> int:
@@ -244,7 +244,7 @@ class _Plan(NamedTuple):
         block, strips = lax.axis_index("block"), self.width // self.rows
         strip, piece = lax.rem(block, strips) * self.rows, lax.div(block, strips)
         row, first = lax.div(piece, self.parts), lax.rem(piece, self.parts) * self.part
-        tiles = lax.div(jnp.minimum(self.part, self.time - first), TOKENS)
+        tiles = lax.div(jnp.minimum(self.part, self.time - first), TILE_TOKENS)
         halves = tuple(pl.ds(half * self.width + strip, self.rows) for half in range(self.form.halves))
         return _Place(row, piece, first, tiles, halves)
 
@@ -252,26 +252,26 @@ class _Plan(NamedTuple):
         """Return, where there are documents, their reaches up to a tile past the last part."""
         if reach is None:
             return []
-        return [jnp.pad(reach, ((0, 0), (0, self.parts * self.part + TOKENS - self.time)), constant_values=-1)]
+        return [jnp.pad(reach, ((0, 0), (0, self.parts * self.part + TILE_TOKENS - self.time)), constant_values=-1)]
 
     def reaches(self, at: _Place, reach_refs, scratch):
         """Return the function from a token of the part, or one after it, to how many before it it sees."""
         if not scratch:
             return lambda i: jnp.minimum(at.first + i, self.taps - 1)
         [reach_ref], (tile, filled) = reach_refs, scratch
-        plgpu.copy_gmem_to_smem(reach_ref.at[at.row, pl.ds(at.first, self.part + TOKENS)], tile, filled)
+        plgpu.copy_gmem_to_smem(reach_ref.at[at.row, pl.ds(at.first, self.part + TILE_TOKENS)], tile, filled)
         plgpu.barrier_wait(filled)
         return lambda i: tile[i]
 
     def scratch(self, kinds: int, packed: list) -> list:
         """Return a ring of tiles of each kind of array, its barriers, and the reaches with theirs."""
-        reach = [plgpu.SMEM((self.part + TOKENS,), jnp.int32), plgpu.Barrier()] if packed else []
-        ring = plgpu.SMEM((kinds, SLOTS, TOKENS, self.rows, LANES), jnp.bfloat16)
-        return [ring, plgpu.Barrier(num_arrivals=kinds, num_barriers=SLOTS), *reach]
+        reach = [plgpu.SMEM((self.part + TILE_TOKENS,), jnp.int32), plgpu.Barrier()] if packed else []
+        ring = plgpu.SMEM((kinds, RING_SLOTS, TILE_TOKENS, self.rows, WARPGROUP_LANES), jnp.bfloat16)
+        return [ring, plgpu.Barrier(num_arrivals=kinds, num_barriers=RING_SLOTS), *reach]
 
 
 def _by_lanes(x):
-    return x.reshape(*x.shape[:-1], -1, LANES)
+    return x.reshape(*x.shape[:-1], -1, WARPGROUP_LANES)
 
 
 class _Weights(NamedTuple):

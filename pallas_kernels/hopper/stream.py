@@ -13,13 +13,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-LANES = 128
+WARPGROUP_LANES = 128
 """Of a warpgroup; the channels of the arrays that the kernels copy come in rows of as many."""
 
 
 def row_layout(rows: int):
     """Return the layout of an array (rows, LANES) whose elements lie in the order of the lanes, `rows` to a lane."""
-    return plgpu.Layout.WG_STRIDED((rows, LANES), vec_size=rows)
+    return plgpu.Layout.WG_STRIDED((rows, WARPGROUP_LANES), vec_size=rows)
 
 
 def load(ref) -> jax.Array:
@@ -29,7 +29,7 @@ def load(ref) -> jax.Array:
 
 def rows_per_lane(channels: int, most: int) -> int:
     """Return how many elements of a row each lane takes: a power of two that divides the channels."""
-    return math.gcd(channels // LANES, most)
+    return math.gcd(channels // WARPGROUP_LANES, most)
 
 
 class Ring:

@@ -18,10 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper import mosaic
 from pallas_kernels.hopper.taylor_packing import FEATURE_DIM, PACKED_DIM, SCALE, expand
 from pallas_kernels.hopper.taylor_state import (
-    COUNT,
-    MOMENTS,
-    PARTS,
-    SUMS,
+    COUNT_ENTRY,
+    MOMENTS_SHAPE,
+    SUMS_COLUMNS,
+    SUMS_PARTS,
     C,
     Documents,
     State,
@@ -35,7 +35,7 @@ from pallas_kernels.hopper.taylor_state import (
     unit,
 )
 
-SLOTS = 6
+CHUNK_SLOTS = 6
 """Chunks in flight; even, so that a slot always meets the same output warpgroup and its phases stay in step."""
 SUMS_SLOTS = 4
 """Those of `sums`: few enough for two blocks on a multiprocessor."""
@@ -44,8 +44,9 @@ SUMS_SLOTS = 4
 def forward(q, k, v, initial=None, *, documents=None, pieces: int):
     """Return o (B, T, H, V) and z (B, H, T rounded up to 64).
 
-    q and k are (B, T, H, 16), v is (B, T, H, 64), all bf16, T >= 64. `initial` (B H pieces, 64, SUMS) is what each
-    piece starts from, fp32, as `sums` returns it, with the number of tokens at COUNT; without it `pieces` is 1.
+    q and k are (B, T, H, 16), v is (B, T, H, 64), all bf16, T >= 64. `initial` (B H pieces, 64, SUMS_COLUMNS) is what
+    each piece starts from, fp32, as `sums` returns it, with the number of tokens at COUNT_ENTRY; without it `pieces`
+    is 1.
     `documents` (B, T / 64, Documents.ROW) int32 keeps packed documents apart; padding gets o = 0 and z = 1. Tokens past
     T are read as zeros and not written.
     """
@@ -66,7 +67,7 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
         row, head, begin, count = place(block, heads, chunks, pieces)
 
         def fetch(n):
-            copy_chunk(sources, tiles, filled, lax.rem(n, SLOTS), row, head, begin + n)
+            copy_chunk(sources, tiles, filled, lax.rem(n, CHUNK_SLOTS), row, head, begin + n)
 
         @pl.when(group == 0)
         def keep_state():
@@ -95,11 +96,11 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
             plgpu.barrier_arrive(started)
             plgpu.barrier_wait(started)
             causal = mosaic.iota((C, C), 0) >= mosaic.iota((C, C), 1)
-            tokens_before = initial[0][block, *COUNT] if given else 0.0
+            tokens_before = initial[0][block, *COUNT_ENTRY] if given else 0.0
 
             def step(i, _):
                 n = 2 * i + mine
-                slot, first = lax.rem(n, SLOTS), (begin + n) * C
+                slot, first = lax.rem(n, CHUNK_SLOTS), (begin + n) * C
                 plgpu.barrier_wait(filled.at[slot])
                 queries = q_tile.at[slot]
 
@@ -152,17 +153,17 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
         jax.ShapeDtypeStruct((batch, heads, chunks * C), jnp.float32),
     ]
     scratch = [
-        mosaic.swizzled((SLOTS, C, FEATURE_DIM), mosaic.NARROW),
-        mosaic.swizzled((SLOTS, C, FEATURE_DIM), mosaic.NARROW),
-        mosaic.swizzled((SLOTS, C, value_dim), mosaic.MEDIUM),
-        *(Documents.scratch(SLOTS) for _ in packed),
+        mosaic.swizzled((CHUNK_SLOTS, C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
+        mosaic.swizzled((CHUNK_SLOTS, C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
+        mosaic.swizzled((CHUNK_SLOTS, C, value_dim), mosaic.MEDIUM_SWIZZLE),
+        *(Documents.scratch(CHUNK_SLOTS) for _ in packed),
         *State.scratch(),
-        mosaic.swizzled((C, FEATURE_DIM), mosaic.NARROW),
-        mosaic.swizzled((2, value_dim, PACKED_DIM), mosaic.MEDIUM),
-        mosaic.swizzled((2, 2, *MOMENTS), mosaic.NARROW),
-        mosaic.swizzled((2, C, value_dim), mosaic.WIDE),
+        mosaic.swizzled((C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
+        mosaic.swizzled((2, value_dim, PACKED_DIM), mosaic.MEDIUM_SWIZZLE),
+        mosaic.swizzled((2, 2, *MOMENTS_SHAPE), mosaic.NARROW_SWIZZLE),
+        mosaic.swizzled((2, C, value_dim), mosaic.WIDE_SWIZZLE),
         plgpu.SMEM((2, C), jnp.float32),
-        plgpu.Barrier(num_arrivals=3 + len(packed), num_barriers=SLOTS),
+        plgpu.Barrier(num_arrivals=3 + len(packed), num_barriers=CHUNK_SLOTS),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
         plgpu.Barrier(num_arrivals=2),
@@ -181,7 +182,7 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
 
 
 def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, taken: range | None = None):
-    """Return what each taken piece adds to the sums (B H taken, 64, SUMS), fp32.
+    """Return what each taken piece adds to the sums (B H taken, 64, SUMS_COLUMNS), fp32.
 
     x is (B, T, H, 16), y is (B, T, H, 64), bf16, T >= 64. `factors` are none, or (z, weight), fp32 (B, H, T rounded
     up to 64): then phi(x) is divided by z and the moments are weighted. With `documents` only the tokens of the
@@ -212,16 +213,16 @@ def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, tak
             options["factors"] = row_factors(z_tile, weight_tile, docs)
         state = State(x_tile, y_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count, **options)
         totals = state.run(block, publish=lambda n, state, moments: plgpu.commit_smem())
-        for part, total in zip(PARTS, totals, strict=True):
+        for part, total in zip(SUMS_PARTS, totals, strict=True):
             sums_ref.at[block, :, part][...] = total
 
     blocks = batch * heads * len(taken)
     return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct((blocks, value_dim, SUMS), jnp.float32)],
+        out_type=[jax.ShapeDtypeStruct((blocks, value_dim, SUMS_COLUMNS), jnp.float32)],
         scratch_types=[
-            mosaic.swizzled((SUMS_SLOTS, C, FEATURE_DIM), mosaic.NARROW),
-            mosaic.swizzled((SUMS_SLOTS, C, value_dim), mosaic.MEDIUM),
+            mosaic.swizzled((SUMS_SLOTS, C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
+            mosaic.swizzled((SUMS_SLOTS, C, value_dim), mosaic.MEDIUM_SWIZZLE),
             *(plgpu.SMEM((SUMS_SLOTS, C), jnp.float32) for _ in factors),
             *(Documents.scratch(SUMS_SLOTS) for _ in packed),
             *State.scratch(),

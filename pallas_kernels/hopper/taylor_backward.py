@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper import mosaic
 from pallas_kernels.hopper.taylor_packing import FEATURE_DIM, PACKED_DIM, SCALE, expand, pull_back
 from pallas_kernels.hopper.taylor_state import (
-    MOMENTS,
+    MOMENTS_SHAPE,
     C,
     Documents,
     State,
@@ -41,7 +41,7 @@ from pallas_kernels.hopper.taylor_state import (
     unit,
 )
 
-SLOTS = 4
+CHUNK_SLOTS = 4
 """Chunks in flight; even, so that a slot always meets the same output warpgroup and its phases stay in step."""
 
 
@@ -67,7 +67,7 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
         row, head, begin, count = place(block, heads, chunks, pieces)
 
         def fetch(n):
-            copy_chunk(sources, tiles, filled, lax.rem(n, SLOTS), row, head, begin + n)
+            copy_chunk(sources, tiles, filled, lax.rem(n, CHUNK_SLOTS), row, head, begin + n)
 
         @pl.when(group == 0)
         def keep_state():
@@ -84,14 +84,14 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
 
             def step(i, _):
                 n = 2 * i + mine
-                slot = lax.rem(n, SLOTS)
+                slot = lax.rem(n, CHUNK_SLOTS)
                 plgpu.barrier_wait(filled.at[slot])
 
                 def scores(s):
                     mosaic.multiply(s, q_tile.at[slot], k_tile.at[slot].T)
                     g = mosaic.load(do_tile.at[slot]).astype(jnp.float32)
                     o = mosaic.load(o_tile.at[slot]).astype(jnp.float32)
-                    inverse = 1.0 / plgpu.load(z_tile.at[slot], layout=mosaic.ROWS)
+                    inverse = 1.0 / plgpu.load(z_tile.at[slot], layout=mosaic.ROW_LAYOUT)
                     exact = -inverse * (g * o).sum(axis=1)
                     g = (g * mosaic.across(inverse, g.shape)).astype(dtype)
                     return g, -(g.astype(jnp.float32) * o).sum(axis=1), exact, s[...]
@@ -138,12 +138,12 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
 
     scratch = [
         *_slots(FEATURE_DIM, FEATURE_DIM, value_dim),
-        *(mosaic.swizzled((SLOTS, C, value_dim), mosaic.WIDE) for _ in ("o", "do")),
+        *(mosaic.swizzled((CHUNK_SLOTS, C, value_dim), mosaic.WIDE_SWIZZLE) for _ in ("o", "do")),
         _per_token(),
-        *(Documents.scratch(SLOTS) for _ in packed),
+        *(Documents.scratch(CHUNK_SLOTS) for _ in packed),
         *State.scratch(),
         *_published(value_dim),
-        mosaic.swizzled((2, C, FEATURE_DIM), mosaic.NARROW),
+        mosaic.swizzled((2, C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
         plgpu.SMEM((2, C), jnp.float32),
         *_barriers(arrivals=6 + len(packed)),
     ]
@@ -178,7 +178,7 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
             return (chunks - 1 - last + n) * C
 
         def fetch(n):
-            copy_chunk(sources, tiles, filled, lax.rem(n, SLOTS), row, head, last - n)
+            copy_chunk(sources, tiles, filled, lax.rem(n, CHUNK_SLOTS), row, head, last - n)
 
         @pl.when(group == 0)
         def keep_state():
@@ -200,7 +200,7 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
 
             def step(i, _):
                 n = 2 * i + mine
-                slot = lax.rem(n, SLOTS)
+                slot = lax.rem(n, CHUNK_SLOTS)
                 plgpu.barrier_wait(filled.at[slot])
                 keys = k_tile.at[slot]
 
@@ -208,7 +208,7 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
                     mosaic.multiply(s, keys, q_tile.at[slot].T)
                     mosaic.multiply(dp, v_tile.at[slot], do_tile.at[slot].T)
                     x = mosaic.load(keys)
-                    z, gz = (plgpu.load(tile.at[slot], layout=mosaic.COLUMNS) for tile in (z_tile, gz_tile))
+                    z, gz = (plgpu.load(tile.at[slot], layout=mosaic.COLUMN_LAYOUT) for tile in (z_tile, gz_tile))
                     return x, mosaic.down(1.0 / z, (C, C)), mosaic.down(gz, (C, C)), s[...], dp[...]
 
                 x, factors, gz, s, dp = mosaic.products(scores, (C, C), (C, C))
@@ -259,12 +259,12 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
     scratch = [
         *_slots(FEATURE_DIM, FEATURE_DIM, value_dim, value_dim),
         *(_per_token() for _ in ("z", "gz")),
-        *(Documents.scratch(SLOTS) for _ in packed),
+        *(Documents.scratch(CHUNK_SLOTS) for _ in packed),
         *State.scratch(),
         *_published(value_dim),
-        mosaic.swizzled((C, FEATURE_DIM), mosaic.NARROW),
-        mosaic.swizzled((2, C, FEATURE_DIM), mosaic.NARROW),
-        mosaic.swizzled((2, C, value_dim), mosaic.WIDE),
+        mosaic.swizzled((C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
+        mosaic.swizzled((2, C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
+        mosaic.swizzled((2, C, value_dim), mosaic.WIDE_SWIZZLE),
         *_barriers(arrivals=6 + len(packed)),
         plgpu.Barrier(num_arrivals=2),
     ]
@@ -274,23 +274,29 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
 
 def _slots(*widths: int) -> list:
     """Return slots for chunks of each width, operands of products."""
-    return [mosaic.swizzled((SLOTS, C, w), mosaic.NARROW if w == FEATURE_DIM else mosaic.MEDIUM) for w in widths]
+    return [
+        mosaic.swizzled((CHUNK_SLOTS, C, w), mosaic.NARROW_SWIZZLE if w == FEATURE_DIM else mosaic.MEDIUM_SWIZZLE)
+        for w in widths
+    ]
 
 
 def _per_token() -> plgpu.SMEM:
     """Return slots for one fp32 value per token."""
-    return plgpu.SMEM((SLOTS, C), jnp.float32)
+    return plgpu.SMEM((CHUNK_SLOTS, C), jnp.float32)
 
 
 def _published(value_dim: int) -> list:
     """Return two turns of what the output warpgroups read: the state and the moments, in bf16."""
-    return [mosaic.swizzled((2, value_dim, PACKED_DIM), mosaic.MEDIUM), mosaic.swizzled((2, *MOMENTS), mosaic.NARROW)]
+    return [
+        mosaic.swizzled((2, value_dim, PACKED_DIM), mosaic.MEDIUM_SWIZZLE),
+        mosaic.swizzled((2, *MOMENTS_SHAPE), mosaic.NARROW_SWIZZLE),
+    ]
 
 
 def _barriers(arrivals: int) -> list:
     """Return the barriers of filled slots, and of sums ready to be read and free to be written."""
     return [
-        plgpu.Barrier(num_arrivals=arrivals, num_barriers=SLOTS),
+        plgpu.Barrier(num_arrivals=arrivals, num_barriers=CHUNK_SLOTS),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
     ]

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, nvvm
 
-from pallas_kernels.hopper.mosaic import TILE, WGMMA
+from pallas_kernels.hopper.mosaic import TILE_ROWS, WGMMA
 
 FEATURE_DIM = 16
 PACKED_DIM = 160
@@ -143,7 +143,7 @@ def expand(x: jax.Array, *, query: bool) -> jax.Array:
     """Return the packed features (64, 160) of a bf16 tile (64, 16), both in registers in the WGMMA layout."""
 
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct((TILE, PACKED_DIM), jnp.bfloat16, layout=WGMMA)
+        arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct((TILE_ROWS, PACKED_DIM), jnp.bfloat16, layout=WGMMA)
     )
     def body(_, x):
         quad = _Quad()
@@ -155,7 +155,7 @@ def expand(x: jax.Array, *, query: bool) -> jax.Array:
                 a, b = (quad.multiply(y, quad.const(QUARTERS)) for y in (a, b))
             out[:, row] = _features(quad, a, b, query)
         registers = np.vectorize(lambda bits: mgpu.utils.bitcast(bits, quad.pair), otypes=[object])(out)
-        shape = mgpu.WGMMA_LAYOUT.registers_shape((TILE, PACKED_DIM))
+        shape = mgpu.WGMMA_LAYOUT.registers_shape((TILE_ROWS, PACKED_DIM))
         return mgpu.FragmentedArray(_registers=registers.reshape(shape), _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
     return body(x)
@@ -188,7 +188,8 @@ def pull_back(x: jax.Array, u: jax.Array) -> jax.Array:
     """
 
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA, WGMMA), return_type=plgpu.ShapeDtypeStruct((TILE, FEATURE_DIM), jnp.float32, layout=WGMMA)
+        arg_types=(WGMMA, WGMMA),
+        return_type=plgpu.ShapeDtypeStruct((TILE_ROWS, FEATURE_DIM), jnp.float32, layout=WGMMA),
     )
     def body(_, x, u):
         quad = _Quad()
@@ -198,7 +199,7 @@ def pull_back(x: jax.Array, u: jax.Array) -> jax.Array:
         for row in range(2):
             a, b = (quad.multiply(quad.bits(tiles[tile, row]), quad.const(QUARTERS)) for tile in range(2))
             out[:, row] = _gradients(quad, a, b, [[quad.halves(y) for y in slab] for slab in slabs[:, :, row]])
-        shape = mgpu.WGMMA_LAYOUT.registers_shape((TILE, FEATURE_DIM))
+        shape = mgpu.WGMMA_LAYOUT.registers_shape((TILE_ROWS, FEATURE_DIM))
         return mgpu.FragmentedArray(_registers=out.reshape(shape), _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
     return body(x, u)

@@ -7,32 +7,36 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
-from pallas_kernels.hopper.taylor_state import SUMS, C
+from pallas_kernels.hopper.taylor_state import SUMS_COLUMNS, C
 
-ROWS = 8
+BLOCK_ROWS = 8
 """Of the sums, for one block."""
-AT_ONCE = 8
+PARTS_IN_FLIGHT = 8
 """Parts whose sums a block has on their way."""
 
 
 def starts(added, first=None, keeps=None, *, heads: int, pieces: int, parts: int, reverse: bool = False):
-    """Return the sums before each piece (B H pieces, 64, SUMS), fp32.
+    """Return the sums before each piece (B H pieces, 64, SUMS_COLUMNS), fp32.
 
-    `added` (B H parts (pieces - 1), 64, SUMS) are the sums of the parts of all pieces but the last, in the sequence's
-    order; with `reverse` of all but the first, and the sums run backward. `first` (B H, 64, SUMS) lies before all.
+    `added` (B H parts (pieces - 1), 64, SUMS_COLUMNS) are the sums of the parts of all pieces but the last, in the
+    sequence's order; with `reverse` of all but the first, and the sums run backward. `first` (B H, 64, SUMS_COLUMNS)
+    lies before all.
     Where `keeps` (B, parts (pieces - 1)), in the order of the running sums, is 0, a part forgets what lies before it.
     """
     count = parts * (pieces - 1)
     sequences = added.shape[0] // count
     given = [x for x in (first, keeps) if x is not None]
-    together = max(1, AT_ONCE // parts)
-    layout = plgpu.Layout.WG_STRIDED((ROWS, SUMS), vec_size=1)
+    together = max(1, PARTS_IN_FLIGHT // parts)
+    layout = plgpu.Layout.WG_STRIDED((BLOCK_ROWS, SUMS_COLUMNS), vec_size=1)
 
     def body(added_ref, *refs):
         given_refs, out_ref = list(refs[:-1]), refs[-1]
         first_ref = None if first is None else given_refs.pop(0)
         block = lax.axis_index("block")
-        sequence, rows = lax.div(block, C // ROWS), pl.ds(lax.rem(block, C // ROWS) * ROWS, ROWS)
+        sequence, rows = (
+            lax.div(block, C // BLOCK_ROWS),
+            pl.ds(lax.rem(block, C // BLOCK_ROWS) * BLOCK_ROWS, BLOCK_ROWS),
+        )
 
         def load(ref, i):
             return mosaic.load_global(ref.at[i, rows], layout)
@@ -52,7 +56,7 @@ def starts(added, first=None, keeps=None, *, heads: int, pieces: int, parts: int
                     put(piece + (i + 1) // parts, value)
             return value
 
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS, SUMS), jnp.float32), layout)
+        zeros = plgpu.layout_cast(jnp.zeros((BLOCK_ROWS, SUMS_COLUMNS), jnp.float32), layout)
         value = zeros if first is None else load(first_ref, sequence)
         put(0, value)
         whole, rest = divmod(pieces - 1, together)
@@ -61,8 +65,8 @@ def starts(added, first=None, keeps=None, *, heads: int, pieces: int, parts: int
 
     return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct((sequences * pieces, C, SUMS), jnp.float32)],
-        grid=(sequences * (C // ROWS),),
+        out_type=[jax.ShapeDtypeStruct((sequences * pieces, C, SUMS_COLUMNS), jnp.float32)],
+        grid=(sequences * (C // BLOCK_ROWS),),
         grid_names=("block",),
         kernel_name="taylor_starts",
     )(added, *given)

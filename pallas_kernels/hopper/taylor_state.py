@@ -2,7 +2,7 @@
 
 The sums of x (C, 16) and y (C, V) over tokens are S^T (V, 160) = sum y phi(x)^T, of packed features
 (`taylor_packing.py`), and the moments (64, 16) = sum [x, 1] x^T: rows 0 to 15 of products, row 16 the sum of x. In
-arrays they stand side by side, (64, SUMS) fp32.
+arrays they stand side by side, (64, SUMS_COLUMNS) fp32.
 """
 
 import functools
@@ -15,16 +15,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
-from pallas_kernels.hopper.mosaic import TILE
+from pallas_kernels.hopper.mosaic import TILE_ROWS
 from pallas_kernels.hopper.taylor_packing import FEATURE_DIM, PACKED_DIM, expand
 
-C = TILE
-MOMENTS = (C, FEATURE_DIM)
-SUMS = PACKED_DIM + FEATURE_DIM
+C = TILE_ROWS
+MOMENTS_SHAPE = (C, FEATURE_DIM)
+SUMS_COLUMNS = PACKED_DIM + FEATURE_DIM
 """Columns of an array of sums."""
-PARTS = pl.ds(0, PACKED_DIM), pl.ds(PACKED_DIM, FEATURE_DIM)
+SUMS_PARTS = pl.ds(0, PACKED_DIM), pl.ds(PACKED_DIM, FEATURE_DIM)
 """Those of S^T and of the moments."""
-COUNT = FEATURE_DIM + 1, PACKED_DIM
+COUNT_ENTRY = FEATURE_DIM + 1, PACKED_DIM
 """The entry of given sums that holds the number of tokens; the kernels leave it as it is."""
 
 
@@ -48,7 +48,10 @@ class State:
     @staticmethod
     def scratch() -> list:
         """Return the shared memory of `phi_tile` and `moments_tile`."""
-        return [mosaic.swizzled((2, C, PACKED_DIM), mosaic.MEDIUM), mosaic.swizzled((2, C, C), mosaic.NARROW)]
+        return [
+            mosaic.swizzled((2, C, PACKED_DIM), mosaic.MEDIUM_SWIZZLE),
+            mosaic.swizzled((2, C, C), mosaic.NARROW_SWIZZLE),
+        ]
 
     def run(self, block, initial=None, *, publish, free=None):
         """Return the sums over all chunks; `publish(n, state, moments)` shows those before chunk n and commits.
@@ -64,9 +67,9 @@ class State:
             self.moments_tile.at[turn][...] = ones.astype(self.moments_tile.dtype)
         self._write(0)
         if initial is None:
-            sums = mosaic.zeros((self.y_tile.shape[2], PACKED_DIM)), mosaic.zeros(MOMENTS)
+            sums = mosaic.zeros((self.y_tile.shape[2], PACKED_DIM)), mosaic.zeros(MOMENTS_SHAPE)
         else:
-            state, moments = (mosaic.load_global(initial.at[block, :, part], mosaic.WGMMA) for part in PARTS)
+            state, moments = (mosaic.load_global(initial.at[block, :, part], mosaic.WGMMA) for part in SUMS_PARTS)
             sums = state, moments
 
         def step(n, carry):
@@ -170,7 +173,7 @@ class Documents:
 
     def begin(self, slot) -> jax.Array:
         """Return the encoded beginning of each token's document."""
-        return plgpu.load(self.tile.at[slot, pl.ds(0, C)], layout=mosaic.ROWS)
+        return plgpu.load(self.tile.at[slot, pl.ds(0, C)], layout=mosaic.ROW_LAYOUT)
 
     def owned(self, slot) -> tuple[jax.Array, jax.Array]:
         """Return, twice, 1 for each token that the state after the chunk holds, else 0: `State`'s factors."""
@@ -205,7 +208,7 @@ def row_factors(z_tile, weight_tile, documents: Documents | None):
     """Return what `State` takes as `factors`: 1/z and the weight of each row of a slot, both zero where not owned."""
 
     def factors(slot):
-        z, weight = (plgpu.load(tile.at[slot], layout=mosaic.ROWS) for tile in (z_tile, weight_tile))
+        z, weight = (plgpu.load(tile.at[slot], layout=mosaic.ROW_LAYOUT) for tile in (z_tile, weight_tile))
         pair = 1.0 / z, weight
         return pair if documents is None else tuple(x * documents.owned(slot)[0] for x in pair)
 
@@ -214,5 +217,5 @@ def row_factors(z_tile, weight_tile, documents: Documents | None):
 
 def moment_weights(products: float, linear: float) -> jax.Array:
     """Return factors (64, 16) of the moments: `products` in rows 0 to 15, `linear` in row 16, zeros below."""
-    rows = mosaic.iota(MOMENTS, 0)
+    rows = mosaic.iota(MOMENTS_SHAPE, 0)
     return jnp.where(rows < FEATURE_DIM, products, jnp.where(rows == FEATURE_DIM, linear, 0.0))

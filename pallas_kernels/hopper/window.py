@@ -18,12 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
-from pallas_kernels.hopper.mosaic import TILE
+from pallas_kernels.hopper.mosaic import TILE_ROWS
 
-C = TILE
-NOBODY = -(2**31)
+C = TILE_ROWS
+NOBODY_ID = -(2**31)
 """The document that queries of padding look for."""
-HIDDEN = -1e30
+HIDDEN_SCORE = -1e30
 """The score of a key that a query does not see."""
 
 
@@ -44,7 +44,7 @@ def ahead(window: int) -> int:
 
 def swizzle(head_dim: int) -> int:
     """Return the widest swizzle of tiles with so many columns."""
-    return mosaic.WIDE if head_dim % (mosaic.WIDE // 2) == 0 else mosaic.NARROW
+    return mosaic.WIDE_SWIZZLE if head_dim % (mosaic.WIDE_SWIZZLE // 2) == 0 else mosaic.NARROW_SWIZZLE
 
 
 class Band:
@@ -58,7 +58,7 @@ class Band:
     def __init__(self, window: int, keys_first: bool = False):
         """Take rows of queries and columns of keys, or rows of keys where `keys_first`."""
         self.window, self.reach, self.keys_first = window, reach(window), keys_first
-        self.rows = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=mosaic.ROWS)
+        self.rows = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=mosaic.ROW_LAYOUT)
         self.column = mosaic.iota((C, C), 1)
         self.step = C if keys_first else -C
         self.overlaps = window == self.reach * C + 1
@@ -114,7 +114,7 @@ class Band:
         if ids is None:
             return parts, extra
         own, others, opposite = ids
-        own = jnp.where(own == 0, NOBODY, own)
+        own = jnp.where(own == 0, NOBODY_ID, own)
         others = self.fold([spread(mosaic.down(x, (C, C))) for x in others])
         same = spread(mosaic.across(own, (C, C)))
         parts = [part & (x == same) for part, x in zip(parts, others, strict=True)]
@@ -132,8 +132,8 @@ def load_ids(tiles, slots, overlaps: bool):
     The two `tiles` hold the same: layout inference finds no layouts for a tile that is loaded as rows and as columns.
     """
     as_rows, as_columns = tiles
-    columns = [plgpu.load(as_columns.at[slot], layout=mosaic.COLUMNS) for slot in slots]
-    rows = [plgpu.load(as_rows.at[slot], layout=mosaic.ROWS) for slot in (slots if overlaps else slots[:1])]
+    columns = [plgpu.load(as_columns.at[slot], layout=mosaic.COLUMN_LAYOUT) for slot in slots]
+    rows = [plgpu.load(as_rows.at[slot], layout=mosaic.ROW_LAYOUT) for slot in (slots if overlaps else slots[:1])]
     return rows[0], columns, rows[-1]
 
 
@@ -143,14 +143,14 @@ def softmax(parts, extra, seen, factor: float):
     Top is the largest visible s of each row. A row that sees nothing has zeros and the sum zero.
     """
     seen, extra_seen = seen
-    parts = [jnp.where(mask, s, HIDDEN) for mask, s in zip(seen, parts, strict=True)]
+    parts = [jnp.where(mask, s, HIDDEN_SCORE) for mask, s in zip(seen, parts, strict=True)]
     tops = [s.max(axis=1) for s in parts]
     if extra is not None:
-        extra = jnp.where(extra_seen, extra, HIDDEN)
+        extra = jnp.where(extra_seen, extra, HIDDEN_SCORE)
         tops.append(extra)
     top = functools.reduce(jnp.maximum, tops)
     # From zero where nothing is visible: there exp2 must give zero, not one.
-    top = jnp.where(top > 0.5 * HIDDEN, top, 0.0) * factor
+    top = jnp.where(top > 0.5 * HIDDEN_SCORE, top, 0.0) * factor
     parts = [jnp.exp2(s * factor - mosaic.across(top, s.shape)) for s in parts]
     total = sum_rows(parts)
     if extra is not None:

@@ -166,7 +166,7 @@ def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
                 parts = [jnp.where(mask, jnp.exp2(x * factor - y), 0.0) for x, y, mask in folded]
                 extra = None
                 if band.overlaps:
-                    logarithm = plgpu.load(logarithm_tile.at[last], layout=mosaic.ROWS)
+                    logarithm = plgpu.load(logarithm_tile.at[last], layout=mosaic.ROW_LAYOUT)
                     extra = jnp.where(extra_seen, jnp.exp2(band.extra(s) * factor - logarithm), 0.0)
 
                 def score_gradients(accumulators):
@@ -218,4 +218,4 @@ def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
 
 def down(values) -> jax.Array:
     """Load one value per column and repeat it over the rows."""
-    return mosaic.down(plgpu.load(values, layout=mosaic.COLUMNS), (C, C))
+    return mosaic.down(plgpu.load(values, layout=mosaic.COLUMN_LAYOUT), (C, C))

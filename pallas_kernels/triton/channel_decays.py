@@ -28,10 +28,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import split
-from pallas_kernels.triton.chunks import BLOCK, BLOCKS, CHUNK, NEVER, Cut, Type, dot, invert, pairs, part, places
+from pallas_kernels.triton.chunks import (
+    BLOCK_TOKENS,
+    BLOCKS_PER_CHUNK,
+    CHUNK_TOKENS,
+    HIDDEN_EXPONENT,
+    Cut,
+    Type,
+    dot,
+    invert,
+    pairs,
+    part,
+    places,
+)
 
 Arrays = Sequence[jax.Array]
-LEVELS = BLOCK.bit_length() - 1
+BLOCK_LEVELS = BLOCK_TOKENS.bit_length() - 1
 """At which the tokens of a block meet: level n joins halves of 2^n tokens."""
 
 
@@ -39,7 +51,7 @@ class Products(NamedTuple):
     """What a call's keys make of the tokens: of (k,), or of (k, b) with the queries (q, a).
 
     Attributes:
-      pairs: Pk, or Pk, Pb, Ak, Ab; (B, T, H, CHUNK).
+      pairs: Pk, or Pk, Pb, Ak, Ab; (B, T, H, CHUNK_TOKENS).
       queries: Q, or Q, A; (B, T, H, K).
       keys: K, or K, B; (B, T, H, K).
       kept: exp(c_C), (B, chunks, H, K) fp32.
@@ -53,7 +65,7 @@ class Products(NamedTuple):
 
 def _types(queries: Arrays, keys: Arrays) -> list[Type]:
     """Return the types of (pairs, queries, keys)."""
-    square = Type((*keys[0].shape[:3], CHUNK), keys[0].dtype)
+    square = Type((*keys[0].shape[:3], CHUNK_TOKENS), keys[0].dtype)
     return [square] * (len(queries) * len(keys)) + [Type(x.shape, x.dtype) for x in (*queries, *keys)]
 
 
@@ -76,17 +88,19 @@ class Meeting(NamedTuple):
     @classmethod
     def of_level(cls, n, c_ref, block, seen: Arrays) -> "Meeting":
         """Return that of level n in a block: of the second and the first halves of every 2^(n+1) tokens."""
-        row = block * BLOCK + lax.iota(jnp.int32, BLOCK)
+        row = block * BLOCK_TOKENS + lax.iota(jnp.int32, BLOCK_TOKENS)
         half = lax.shift_left(jnp.int32(1), n.astype(jnp.int32))
         border, second = c_ref[(row | (2 * half - 1)) - half], (row & half)[:, None] > 0
         near = jnp.exp(jnp.where(second, seen[0] - border, border - seen[0]))
-        before = [jnp.exp(jnp.where(second, c - border, NEVER)) for c in seen[1:]]
+        before = [jnp.exp(jnp.where(second, c - border, HIDDEN_EXPONENT)) for c in seen[1:]]
         return cls([near, *before], near)
 
 
 def sums_seen(c_ref, block, count: int) -> list[jax.Array]:
     """Return the sums of log-decays up to a block's tokens, for q and keys, and up to those before them, for a."""
-    return [c_ref[block_rows(block)], sum_before(c_ref, block * BLOCK + lax.iota(jnp.int32, BLOCK))][:count]
+    return [c_ref[block_rows(block)], sum_before(c_ref, block * BLOCK_TOKENS + lax.iota(jnp.int32, BLOCK_TOKENS))][
+        :count
+    ]
 
 
 def sum_before(c_ref, row) -> jax.Array:
@@ -96,7 +110,7 @@ def sum_before(c_ref, row) -> jax.Array:
 
 def meet_at(n) -> jax.Array:
     """Return which pairs of a query and a key of a block meet at level n."""
-    t, s = places(BLOCK)
+    t, s = places(BLOCK_TOKENS)
     return (lax.shift_right_logical(t ^ s, n.astype(jnp.int32)) == 1) & (t > s)
 
 
@@ -116,8 +130,8 @@ def products(queries: Arrays, keys: Arrays, c, *, scale: float) -> Products:
 
     def body(c_ref, *refs):
         q_refs, k_refs, pair_refs, Q_refs, K_refs, [kept_ref] = split(refs, count, count, count**2, count, count)
-        i = part(BLOCKS)
-        own, seen, whole = block_rows(i), sums_seen(c_ref, i, count), c_ref[CHUNK - 1]
+        i = part(BLOCKS_PER_CHUNK)
+        own, seen, whole = block_rows(i), sums_seen(c_ref, i, count), c_ref[CHUNK_TOKENS - 1]
         qs, ks = scaled(scale, load(q_refs, own)), load(k_refs, own)
         store(Q_refs, own, map(jnp.multiply, qs, map(jnp.exp, seen)))
         store(K_refs, own, [k * jnp.exp(whole[None] - seen[0]) for k in ks])
@@ -131,11 +145,11 @@ def products(queries: Arrays, keys: Arrays, c, *, scale: float) -> Products:
             weighed = each_pair(weigh(qs, weights.queries, dtype), weigh(ks, [weights.keys] * count, dtype))
             return add(squares, [jnp.where(meet_at(n), dot(q, k, (1, 1)), 0.0) for q, k in weighed])
 
-        nothing = jnp.zeros((BLOCK, BLOCK), jnp.float32)
-        own_keys = [jnp.where(pairs(BLOCK, lax.eq), jnp.sum(qs[0] * k, axis=1)[:, None], 0.0) for k in ks]
+        nothing = jnp.zeros((BLOCK_TOKENS, BLOCK_TOKENS), jnp.float32)
+        own_keys = [jnp.where(pairs(BLOCK_TOKENS, lax.eq), jnp.sum(qs[0] * k, axis=1)[:, None], 0.0) for k in ks]
         squares = [*own_keys, *[nothing] * (count**2 - count)]  # a sees no key of its token
-        store(pair_refs, (own, own), lax.fori_loop(0, LEVELS, level, squares))
-        border = sum_before(c_ref, i * BLOCK)
+        store(pair_refs, (own, own), lax.fori_loop(0, BLOCK_LEVELS, level, squares))
+        border = sum_before(c_ref, i * BLOCK_TOKENS)
 
         @pl.loop(0, i)
         def _(j):
@@ -144,20 +158,20 @@ def products(queries: Arrays, keys: Arrays, c, *, scale: float) -> Products:
             weighed = each_pair(weigh(qs, weights.queries, dtype), theirs)
             store(pair_refs, (own, block_rows(j)), [dot(q, k, (1, 1)) for q, k in weighed])
 
-        @pl.loop(i + 1, BLOCKS)
+        @pl.loop(i + 1, BLOCKS_PER_CHUNK)
         def _(j):
             store(pair_refs, (own, block_rows(j)), [nothing] * count**2)
 
     results = [*_types(queries, keys), Type((cut.batch, cut.chunks, cut.heads, cut.keys), jnp.float32)]
     arguments = [c, *queries, *keys]
-    made = cut.by_chunk(body, "channel_decays_products", block_warps(cut), arguments, results, BLOCKS)
+    made = cut.by_chunk(body, "channel_decays_products", block_warps(cut), arguments, results, BLOCKS_PER_CHUNK)
     found_pairs, found_queries, found_keys, [kept] = split(made, count**2, count, count)
     return Products(found_pairs, found_queries, found_keys, kept)
 
 
 def inverses(lower) -> jax.Array:
     """Return (I - Ab)^-1 of every chunk, like Ab."""
-    at = [pl.ds(i * BLOCK, BLOCK) for i in range(BLOCKS)]
+    at = [pl.ds(i * BLOCK_TOKENS, BLOCK_TOKENS) for i in range(BLOCKS_PER_CHUNK)]
 
     def body(lower_ref, t_ref):
         def write(i: int, j: int, block) -> None:
@@ -184,7 +198,7 @@ def forward(made: Products, v, state, t=None, *, with_starts: bool) -> list[jax.
         *walked, [v_ref, state_ref], result_refs, [last_ref], starts_refs = split(refs, *map(len, given), 2, count, 1)
 
         def step(n, S):
-            here = pl.ds(n * CHUNK, CHUNK)
+            here = pl.ds(n * CHUNK_TOKENS, CHUNK_TOKENS)
             (Q, *A), (K, *B), (Pk, *corrections) = ([ref[here] for ref in some] for some in walked)
             v, before = v_ref[here], S.astype(v_ref.dtype)
             for ref in starts_refs:
@@ -213,12 +227,12 @@ def walk_inputs(made: Products, t) -> list[list[jax.Array]]:
 
 def block_warps(cut: Cut, most: int = 4) -> int:
     """Return the warps that are fastest for a block of tokens."""
-    return min(most, cut.keys // BLOCK)
+    return min(most, cut.keys // BLOCK_TOKENS)
 
 
 def block_rows(i) -> pl.Slice:
     """Return the rows of a block of tokens."""
-    return pl.ds(i * BLOCK, BLOCK)
+    return pl.ds(i * BLOCK_TOKENS, BLOCK_TOKENS)
 
 
 def load(refs: Sequence, here) -> list[jax.Array]:

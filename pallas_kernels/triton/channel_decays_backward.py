@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import split
 from pallas_kernels.triton.channel_decays import (
-    LEVELS,
+    BLOCK_LEVELS,
     Arrays,
     Meeting,
     Products,
@@ -35,7 +35,17 @@ from pallas_kernels.triton.channel_decays import (
     walk_inputs,
     weigh,
 )
-from pallas_kernels.triton.chunks import BLOCK, BLOCKS, CHUNK, WIDTH, Cut, Type, dot, pairs, part
+from pallas_kernels.triton.chunks import (
+    BLOCK_TOKENS,
+    BLOCKS_PER_CHUNK,
+    CHUNK_TOKENS,
+    STRIP_WIDTH,
+    Cut,
+    Type,
+    dot,
+    pairs,
+    part,
+)
 
 
 def reverse(made: Products, do, dlast, t=None) -> list[jax.Array]:
@@ -48,7 +58,7 @@ def reverse(made: Products, do, dlast, t=None) -> list[jax.Array]:
 
         def step(back, dS):
             n = cut.chunks - 1 - back
-            here = pl.ds(n * CHUNK, CHUNK)
+            here = pl.ds(n * CHUNK_TOKENS, CHUNK_TOKENS)
             (Q, *A), (K, *B), (Pk, *corrections) = ([ref[here] for ref in some] for some in walked)
             do, after = do_ref[here], dS.astype(do_ref.dtype)
             ends_ref[n] = after
@@ -78,15 +88,15 @@ def pair_gradients(read: Arrays, written: Arrays) -> list[jax.Array]:
         read_refs, written_refs, result_refs = split(refs, count, count)
 
         def strip(n, sums):
-            columns = pl.ds(n * WIDTH, WIDTH)
+            columns = pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
             found = each_pair(*([ref[:, columns] for ref in some] for some in (read_refs, written_refs)))
             return add(sums, [dot(x, y, (1, 1)) for x, y in found])
 
-        zeros = [jnp.zeros((CHUNK, CHUNK), jnp.float32)] * count**2
-        store(result_refs, ..., lax.fori_loop(0, written_refs[0].shape[1] // WIDTH, strip, zeros))
+        zeros = [jnp.zeros((CHUNK_TOKENS, CHUNK_TOKENS), jnp.float32)] * count**2
+        store(result_refs, ..., lax.fori_loop(0, written_refs[0].shape[1] // STRIP_WIDTH, strip, zeros))
 
     v = written[0]
-    results = [Type((*v.shape[:3], CHUNK), v.dtype)] * count**2
+    results = [Type((*v.shape[:3], CHUNK_TOKENS), v.dtype)] * count**2
     return Cut.of(v, v).by_chunk(body, "channel_decays_pair_gradients", 4, [*read, *written], results)
 
 
@@ -102,14 +112,14 @@ def state_gradients(made: Products, read: Arrays, written: Arrays, starts, ends)
 
         def strip(n, carry):
             sums, kept = carry
-            columns = pl.ds(n * WIDTH, WIDTH)
+            columns = pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
             S, dS = starts_ref[:, columns], ends_ref[:, columns]
             found = [dot(ref[:, columns], S, (1, 1)) for ref in read_refs]
             found += [dot(ref[:, columns], dS, (1, 1)) for ref in written_refs]
             return add(sums, found), kept + jnp.sum(S.astype(jnp.float32) * dS.astype(jnp.float32), axis=1)
 
-        zeros = [jnp.zeros((CHUNK, cut.keys), jnp.float32)] * (2 * count)
-        sums, kept = lax.fori_loop(0, cut.values // WIDTH, strip, (zeros, jnp.zeros(cut.keys, jnp.float32)))
+        zeros = [jnp.zeros((CHUNK_TOKENS, cut.keys), jnp.float32)] * (2 * count)
+        sums, kept = lax.fori_loop(0, cut.values // STRIP_WIDTH, strip, (zeros, jnp.zeros(cut.keys, jnp.float32)))
         store(result_refs, ..., sums)
         whole = kept_ref[...] * kept
         for K, dK in zip(load(K_refs, ...), sums[count:], strict=True):
@@ -138,8 +148,8 @@ def token_gradients(
         q_refs, k_refs, Q_refs, K_refs, dQ_refs, dK_refs, pair_refs, token_refs, dc_refs = split(
             refs, *[count] * 6, count**2, 2 * count
         )
-        i = part(BLOCKS)
-        own, seen, whole = block_rows(i), sums_seen(c_ref, i, count), c_ref[CHUNK - 1]
+        i = part(BLOCKS_PER_CHUNK)
+        own, seen, whole = block_rows(i), sums_seen(c_ref, i, count), c_ref[CHUNK_TOKENS - 1]
         qs, ks = scaled(scale, load(q_refs, own)), load(k_refs, own)
 
         def to_queries(found, weights: Meeting, near_qs, near_ks, squares):
@@ -168,28 +178,28 @@ def token_gradients(
             return to_keys(to_queries(found, weights, *near, squares), weights, *near, squares)
 
         def earlier(j, found):
-            weights = Meeting.at(sum_before(c_ref, i * BLOCK), seen, c_ref[block_rows(j)])
+            weights = Meeting.at(sum_before(c_ref, i * BLOCK_TOKENS), seen, c_ref[block_rows(j)])
             theirs = weigh(load(k_refs, block_rows(j)), [weights.keys] * count, dtype)
             squares = [ref[own, block_rows(j)] for ref in pair_refs]
             return to_queries(found, weights, weigh(qs, weights.queries, dtype), theirs, squares)
 
         def later(m, found):
-            weights = Meeting.at(sum_before(c_ref, m * BLOCK), sums_seen(c_ref, m, count), seen[0])
+            weights = Meeting.at(sum_before(c_ref, m * BLOCK_TOKENS), sums_seen(c_ref, m, count), seen[0])
             theirs = weigh(scaled(scale, load(q_refs, block_rows(m))), weights.queries, dtype)
             squares = [ref[block_rows(m), own] for ref in pair_refs]
             return to_keys(found, weights, theirs, weigh(ks, [weights.keys] * count, dtype), squares)
 
         zeros = [jnp.zeros_like(seen[0])] * count
-        found = lax.fori_loop(0, LEVELS, level, (zeros, zeros, zeros))
+        found = lax.fori_loop(0, BLOCK_LEVELS, level, (zeros, zeros, zeros))
         found = lax.fori_loop(0, i, earlier, found)
-        dqs, dks, dcs = lax.fori_loop(i + 1, BLOCKS, later, found)
+        dqs, dks, dcs = lax.fori_loop(i + 1, BLOCKS_PER_CHUNK, later, found)
 
         dQs, dKs = load(dQ_refs, own), load(dK_refs, own)
         dc, *dbefore = add(dcs, map(jnp.multiply, load(Q_refs, own), dQs))
         dc = functools.reduce(jnp.subtract, map(jnp.multiply, load(K_refs, own), dKs), dc)
         store(dc_refs, own, [dc, *dbefore])
 
-        diagonal = pairs(BLOCK, lax.eq)
+        diagonal = pairs(BLOCK_TOKENS, lax.eq)
         same = [jnp.sum(jnp.where(diagonal, x, 0.0), axis=1)[:, None] for x in load(pair_refs[:count], (own, own))]
         dqs = add(dqs, map(jnp.multiply, map(jnp.exp, seen), dQs))
         dks = add(dks, [jnp.exp(whole[None] - seen[0]) * x for x in dKs])
@@ -198,7 +208,9 @@ def token_gradients(
 
     results = [Type(x.shape, x.dtype) for x in (*queries, *keys, *[c] * count)]
     arguments = [c, *queries, *keys, *made.queries, *made.keys, *dqueries, *dkeys, *dpairs]
-    return cut.by_chunk(body, "channel_decays_token_gradients", block_warps(cut, 4 * count), arguments, results, BLOCKS)
+    return cut.by_chunk(
+        body, "channel_decays_token_gradients", block_warps(cut, 4 * count), arguments, results, BLOCKS_PER_CHUNK
+    )
 
 
 def decay_gradients(dc: Arrays, dwhole) -> jax.Array:

@@ -2,9 +2,9 @@
 
 JAX 0.11 calls Pallas' Triton backend deprecated; where it is gone, `ops/` refuses.
 
-Arrays are (B, T, H, .), T a multiple of `CHUNK`, K a power of two from 16 to 128, V a multiple of `WIDTH`: a program
-that walks over the chunks takes so many columns of a state. Products are of bf16 with fp32 sums, those of `invert` in
-TF32 x 3.
+Arrays are (B, T, H, .), T a multiple of `CHUNK_TOKENS`, K a power of two from 16 to 128, V a multiple of `STRIP_WIDTH`:
+a program that walks over the chunks takes so many columns of a state. Products are of bf16 with fp32 sums, those of
+`invert` in TF32 x 3.
 
 Triton has multiplied wrongly on Hopper GPUs what is transposed in a product but was not loaded so
 (triton-lang/triton#6124): where there is a choice, factors go to the other operand. The checks have found none so far.
@@ -22,17 +22,17 @@ from jax.experimental.pallas import triton
 
 Type = jax.ShapeDtypeStruct
 
-CHUNK, BLOCK, WIDTH = 64, 16, 64
-BLOCKS = CHUNK // BLOCK
+CHUNK_TOKENS, BLOCK_TOKENS, STRIP_WIDTH = 64, 16, 64
+BLOCKS_PER_CHUNK = CHUNK_TOKENS // BLOCK_TOKENS
 STRIP_WARPS = 4
-STAGES = (40 << 10, 3), (80 << 10, 2)
+STAGES_BY_BYTES = (40 << 10, 3), (80 << 10, 2)
 """By the most bytes that a chunk's loads take: how many chunks a walk has in flight. With more bytes it is one.
 
 Programs for a single chunk have one stage: with two, sums of products over strips came out wrong, and different each
 time, on one H100 80GB (jax 0.11.2).
 """
-NEVER = -1e30
-EXACT: Any = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+HIDDEN_EXPONENT = -1e30
+EXACT_PRODUCT: Any = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
 class Cut(NamedTuple):
@@ -53,7 +53,7 @@ class Cut(NamedTuple):
     @property
     def chunks(self) -> int:
         """Of a sequence."""
-        return self.time // CHUNK
+        return self.time // CHUNK_TOKENS
 
     def states(self, dtype) -> Type:
         """Return the type of a state for every chunk."""
@@ -76,7 +76,7 @@ class Cut(NamedTuple):
         def block(x) -> pl.BlockSpec:
             if len(x.shape) == 5:
                 return _block((None, None, None, *x.shape[3:]), lambda b, i: (b, head(i), chunk(i)))
-            tokens = CHUNK if x.shape[1] == self.time else None
+            tokens = CHUNK_TOKENS if x.shape[1] == self.time else None
             return _block((None, tokens, None, *x.shape[3:]), lambda b, i: (b, chunk(i), head(i)))
 
         blocks = [*map(block, arguments)], [*map(block, results)]
@@ -86,7 +86,7 @@ class Cut(NamedTuple):
     def by_strip(
         self, body: Callable, name: str, whole: Sequence, wide: Sequence, states: Sequence, *results: Sequence[Type]
     ) -> list[jax.Array]:
-        """Run a program for each strip of `WIDTH` columns of each head's states.
+        """Run a program for each strip of `STRIP_WIDTH` columns of each head's states.
 
         Args:
           whole: (B, T, H, ...) or (B, chunks, H, ...), of which a program gets all of its head.
@@ -94,7 +94,7 @@ class Cut(NamedTuple):
           states: (B, H, K, V) or (B, H, chunks, K, V), likewise.
           results: types like the wide arrays, then types like states.
         """
-        strips = self.values // WIDTH
+        strips = self.values // STRIP_WIDTH
 
         def head(i):
             return lax.div(i, jnp.int32(strips))
@@ -106,20 +106,20 @@ class Cut(NamedTuple):
             return _block((None, x.shape[1], None, *x.shape[3:]), lambda b, i: (b, 0, head(i)))
 
         def of_wide(x) -> pl.BlockSpec:
-            return pl.BlockSpec((None, self.time, None, WIDTH), lambda b, i: (b, 0, head(i), strip(i)))
+            return pl.BlockSpec((None, self.time, None, STRIP_WIDTH), lambda b, i: (b, 0, head(i), strip(i)))
 
         def of_states(x) -> pl.BlockSpec:
             kept = x.shape[2:-1]
             zeros = (0,) * len(kept)
-            return pl.BlockSpec((None, None, *kept, WIDTH), lambda b, i: (b, head(i), *zeros, strip(i)))
+            return pl.BlockSpec((None, None, *kept, STRIP_WIDTH), lambda b, i: (b, head(i), *zeros, strip(i)))
 
         made, made_states = results
         inputs = [*map(of_whole, whole), *map(of_wide, wide), *map(of_states, states)]
         outputs = [*map(of_wide, made), *map(of_states, made_states)]
         grid = self.batch, self.heads * strips
-        loaded = sum(math.prod(x.shape[3:]) * CHUNK * x.dtype.itemsize for x in whole if x.shape[1] == self.time)
-        loaded += sum(CHUNK * WIDTH * x.dtype.itemsize for x in wide)
-        stages = next((n for most, n in STAGES if loaded <= most), 1)
+        loaded = sum(math.prod(x.shape[3:]) * CHUNK_TOKENS * x.dtype.itemsize for x in whole if x.shape[1] == self.time)
+        loaded += sum(CHUNK_TOKENS * STRIP_WIDTH * x.dtype.itemsize for x in wide)
+        stages = next((n for most, n in STAGES_BY_BYTES if loaded <= most), 1)
         arrays = [*whole, *wide, *states], [*made, *made_states]
         return _call(body, name, STRIP_WARPS, stages, grid, *arrays, inputs, outputs)
 
@@ -157,7 +157,7 @@ def dot(a, b, contracted: tuple[int, int] = (1, 0), precision=None) -> jax.Array
 
 def exact(a, b) -> jax.Array:
     """Return the product of fp32 matrices, in TF32 x 3."""
-    return dot(a, b, precision=EXACT)
+    return dot(a, b, precision=EXACT_PRODUCT)
 
 
 def places(size: int) -> list[jax.Array]:
@@ -179,9 +179,9 @@ def invert(lower: Callable[[int, int], jax.Array], write: Callable[[int, int, ja
       lower: L's block in block row i and column j <= i.
       write: takes i, j and a block.
     """
-    row, column = places(BLOCK)
+    row, column = places(BLOCK_TOKENS)
     found = {}
-    for i in range(BLOCKS):
+    for i in range(BLOCKS_PER_CHUNK):
         *left, near = (lower(i, j) for j in range(i + 1))
         inverse = jnp.where(row == column, 1.0, 0.0)
         for half in (1, 2, 4, 8):
@@ -191,5 +191,5 @@ def invert(lower: Callable[[int, int], jax.Array], write: Callable[[int, int, ja
         for j in range(i):
             right = sum(exact(left[n], found[n, j]) for n in range(j, i))
             found[i, j] = -exact(inverse, right)
-        for j in range(BLOCKS):
+        for j in range(BLOCKS_PER_CHUNK):
             write(i, j, found.get((i, j), jnp.zeros_like(inverse)))

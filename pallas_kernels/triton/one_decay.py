@@ -27,18 +27,29 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.triton.chunks import BLOCK, BLOCKS, CHUNK, NEVER, WIDTH, Cut, Type, dot, invert, pairs
+from pallas_kernels.triton.chunks import (
+    BLOCK_TOKENS,
+    BLOCKS_PER_CHUNK,
+    CHUNK_TOKENS,
+    HIDDEN_EXPONENT,
+    STRIP_WIDTH,
+    Cut,
+    Type,
+    dot,
+    invert,
+    pairs,
+)
 
 
 def inverses(k, c, beta) -> jax.Array:
-    """Return T of every chunk, (B, T, H, CHUNK) in k's dtype, its rows where their tokens are."""
+    """Return T of every chunk, (B, T, H, CHUNK_TOKENS) in k's dtype, its rows where their tokens are."""
 
     def body(k_ref, c_ref, beta_ref, t_ref):
-        at = [pl.ds(i * BLOCK, BLOCK) for i in range(BLOCKS)]
+        at = [pl.ds(i * BLOCK_TOKENS, BLOCK_TOKENS) for i in range(BLOCKS_PER_CHUNK)]
         ks, cs, betas = ([ref[rows] for rows in at] for ref in (k_ref, c_ref, beta_ref))
 
         def lower(i: int, j: int) -> jax.Array:
-            decay = _decay(cs[i], cs[j], pairs(BLOCK, lax.gt) if i == j else None)
+            decay = _decay(cs[i], cs[j], pairs(BLOCK_TOKENS, lax.gt) if i == j else None)
             return betas[i][:, None] * dot(ks[i], ks[j], (1, 1)) * decay
 
         def write(i: int, j: int, block) -> None:
@@ -46,7 +57,9 @@ def inverses(k, c, beta) -> jax.Array:
 
         invert(lower, write)
 
-    [t] = Cut.of(k, k).by_chunk(body, "one_decay_inverses", 1, [k, c, beta], [Type((*k.shape[:3], CHUNK), k.dtype)])
+    [t] = Cut.of(k, k).by_chunk(
+        body, "one_decay_inverses", 1, [k, c, beta], [Type((*k.shape[:3], CHUNK_TOKENS), k.dtype)]
+    )
     return t
 
 
@@ -72,7 +85,7 @@ def forward(q, k, v, c, state, delta: Delta | tuple[()] = (), *, scale: float, w
         delta_refs, (v_ref, state_ref, o_ref, last_ref, *starts_refs) = refs[: len(delta)], refs[len(delta) :]
 
         def step(n, S):
-            here = pl.ds(n * CHUNK, CHUNK)
+            here = pl.ds(n * CHUNK_TOKENS, CHUNK_TOKENS)
             q, k, c, u = q_ref[here], k_ref[here], c_ref[here], v_ref[here]
             for ref in starts_refs:
                 ref[n] = S.astype(ref.dtype)
@@ -81,7 +94,7 @@ def forward(q, k, v, c, state, delta: Delta | tuple[()] = (), *, scale: float, w
                 beta_ref, t_ref = delta_refs
                 right = beta_ref[here][:, None] * (u.astype(jnp.float32) - since * dot(k, before))
                 u = dot(t_ref[here], right.astype(q.dtype)).astype(q.dtype)
-            p = (dot(q, k, (1, 1)) * _decay(c, c, pairs(CHUNK, lax.ge))).astype(q.dtype)
+            p = (dot(q, k, (1, 1)) * _decay(c, c, pairs(CHUNK_TOKENS, lax.ge))).astype(q.dtype)
             o_ref[here] = (scale * (dot(p, u) + since * dot(q, before))).astype(o_ref.dtype)
             return all_of_it * S + dot(k, _times(until, u), (0, 0))
 
@@ -103,12 +116,12 @@ def reverse(q, k, c, do, dlast, delta: Delta | tuple[()] = (), *, scale: float) 
 
         def step(back, dS):
             n = cut.chunks - 1 - back
-            here = pl.ds(n * CHUNK, CHUNK)
+            here = pl.ds(n * CHUNK_TOKENS, CHUNK_TOKENS)
             q, k, c = q_ref[here], k_ref[here], c_ref[here]
             after, (since, until, all_of_it) = dS.astype(q.dtype), _decays(c)
             ends_ref[n] = after
             do = _times(scale, do_ref[here])
-            p = (dot(k, q, (1, 1)) * _decay(-c, -c, pairs(CHUNK, lax.le))).astype(q.dtype)  # transposed
+            p = (dot(k, q, (1, 1)) * _decay(-c, -c, pairs(CHUNK_TOKENS, lax.le))).astype(q.dtype)  # transposed
             y = dot(p, do) + until * dot(k, after)
             dS = all_of_it * dS + dot(q, _times(since, do), (0, 0))
             if delta_refs:
@@ -139,7 +152,7 @@ def gradients(q, k, v, c, starts, do, y, ends, delta: Delta | tuple[()] = (), *,
 
         def strip(n, sums):
             (dp, dq, dk, kept), corrections = sums
-            columns = pl.ds(n * WIDTH, WIDTH)
+            columns = pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
             S, dS, u = starts_ref[:, columns], ends_ref[:, columns], v_ref[:, columns]
             if delta_refs:
                 beta, y = delta_refs[0][...][:, None], y_ref[:, columns]
@@ -157,10 +170,10 @@ def gradients(q, k, v, c, starts, do, y, ends, delta: Delta | tuple[()] = (), *,
             kept = kept + jnp.sum(S.astype(jnp.float32) * dS.astype(jnp.float32))
             return (dp + dot(do, u, (1, 1)), dq + dot(do, S, (1, 1)), dk, kept), corrections
 
-        square, vector = jnp.zeros((CHUNK, CHUNK), jnp.float32), jnp.zeros(CHUNK, jnp.float32)
+        square, vector = jnp.zeros((CHUNK_TOKENS, CHUNK_TOKENS), jnp.float32), jnp.zeros(CHUNK_TOKENS, jnp.float32)
         none = square, jnp.zeros(k.shape, jnp.float32), jnp.zeros(k.shape, jnp.float32), jnp.float32(0)
         zeros = none, (square, vector, vector) if delta_refs else ()
-        (dp, dq, dk, kept), corrections = lax.fori_loop(0, v_ref.shape[1] // WIDTH, strip, zeros)
+        (dp, dq, dk, kept), corrections = lax.fori_loop(0, v_ref.shape[1] // STRIP_WIDTH, strip, zeros)
 
         q, dq = q_ref[...], since * dq  # loaded only here, for the registers
         leaving = jnp.sum(dk * k.astype(jnp.float32), axis=1)
@@ -168,13 +181,13 @@ def gradients(q, k, v, c, starts, do, y, ends, delta: Delta | tuple[()] = (), *,
             dl, dbeta, lost = corrections
             leaving = leaving + lost
         dc = jnp.sum(dq * q.astype(jnp.float32), axis=1) - leaving
-        dp = dp * _decay(c, c, pairs(CHUNK, lax.ge))
+        dp = dp * _decay(c, c, pairs(CHUNK_TOKENS, lax.ge))
         moved = dp * dot(q, k, (1, 1))
         dp = dp.astype(q.dtype)
         dq_ref[...] = (dq + dot(dp, k)).astype(dq_ref.dtype)
         dk = dk + dot(dp, q, (0, 0))
         if delta_refs:
-            dl, like = dl * _decay(c, c, pairs(CHUNK, lax.gt)), dot(k, k, (1, 1))
+            dl, like = dl * _decay(c, c, pairs(CHUNK_TOKENS, lax.gt)), dot(k, k, (1, 1))
             delta_results[1][...] = dbeta + jnp.sum(dl * like, axis=1)
             dl = delta_refs[0][...][:, None] * dl
             moved, dc = moved + dl * like, dc - lost
@@ -198,7 +211,7 @@ def _times(factor, x) -> jax.Array:
 def _decay(seen, until, pairs=None) -> jax.Array:
     """Return exp(seen_t - until_s) of pairs of tokens, 0 of the others."""
     difference = seen[:, None] - until[None, :]
-    return jnp.exp(difference if pairs is None else jnp.where(pairs, difference, NEVER))
+    return jnp.exp(difference if pairs is None else jnp.where(pairs, difference, HIDDEN_EXPONENT))
 
 
 def _decays(c) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -208,4 +221,4 @@ def _decays(c) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _is_last() -> jax.Array:
-    return lax.iota(jnp.int32, CHUNK) == CHUNK - 1
+    return lax.iota(jnp.int32, CHUNK_TOKENS) == CHUNK_TOKENS - 1

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import nnx
 
 FOLDER = Path(__file__).parents[1] / "parity"
 POINTWISE, FORWARD, GRADIENT, LOGITS = 1e-6, 1e-5, 1e-4, 5e-5
@@ -36,3 +37,28 @@ def assert_close(ours, reference, tolerance, what=""):
     assert ours.shape == reference.shape, what
     error = np.abs(np.asarray(ours, np.float64) - reference).max() / max(1.0, np.abs(reference).max())
     assert error <= tolerance, f"{what}: relative error {error:.2e} is above {tolerance:.0e}"
+
+
+def assert_gradients(ours, reference):
+    """Compare parameters' gradients with the reference's, which a module holds as if they were its weights."""
+    wanted = dict(nnx.to_flat_state(nnx.state(reference, nnx.Param)))
+    ours = dict(nnx.to_flat_state(ours))
+    assert ours.keys() == wanted.keys()
+    for path, leaf in ours.items():
+        assert_close(leaf[...], np.asarray(wanted[path][...]), GRADIENT, f"gradient of {path}")
+
+
+def assert_taylor_state(state, kv, k):
+    """Compare our state (B, H, E, V+1) with kv (B, H, 1, V, E') and k (B, H, 1, 1, E') over all 1 + K + K^2 features.
+
+    The reference's x_m x_n and x_n x_m carry 1/sqrt(2) each, our one product of two components the whole.
+    """
+    feature_dim = int(np.sqrt(k.shape[-1] - 1))
+    m, n = np.tril_indices(feature_dim)
+    shares = np.where(m == n, 1.0, np.sqrt(0.5))
+    linear, quadratic = np.split(np.moveaxis(np.asarray(state), 2, 3), [1 + feature_dim], axis=-1)
+    products = np.zeros((*linear.shape[:-1], feature_dim, feature_dim))
+    products[..., m, n] = products[..., n, m] = quadratic * shares
+    full = np.concatenate([linear, products.reshape(*linear.shape[:-1], -1)], axis=-1)[:, :, None]
+    assert_close(full[..., :-1, :], kv, FORWARD, "kv_state")
+    assert_close(full[..., -1:, :], k, FORWARD, "k_state")

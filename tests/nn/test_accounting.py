@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from based_jax.errors import UserError
-from based_jax.nn.accounting import published_state_size, state_bytes, state_elements
+from based_jax.nn.accounting import state_bytes, state_elements
 from based_jax.nn.mixers import MIXERS, make_mixer
 from based_jax.nn.names import FAMILY_NAMES
 
@@ -97,7 +97,7 @@ def test_a_mixer_counts_its_cache_but_for_what_stands_here(kind):
     mixer = nnx.eval_shape(lambda: make_mixer(kind, D, rngs=nnx.Rngs(0), **options))
     cache = mixer.state_size(T)
     assert state_elements([(kind, options)], D, T, convolution=False) == cache - BESIDE.get(kind, 0) * D
-    assert published_state_size(mixer, T) == cache - BESIDE.get(kind, 0) * D
+    assert mixer.published_state_size(T) == cache - BESIDE.get(kind, 0) * D
 
 
 def test_gla_counts_its_own_convolution_as_zoology_does():

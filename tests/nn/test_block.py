@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax._src.ad_checkpoint import saved_residuals
 
-from based_jax.nn.block import REMAT, Block, Stack, Stream, repeating_patterns
+from based_jax.nn.block import REMAT_POLICIES, Block, Stack, Stream, repeating_patterns
 from based_jax.nn.lm import LMConfig
 
 D, T = 16, 9
@@ -52,11 +52,11 @@ def through(graphdef, params, r, y=None):
 def test_remat_changes_neither_values_nor_gradients(repeats, normal, out_and_grads, close):
     r, y, cotangent = normal(2, T, D), normal(2, T, D), normal(2, T, D)
     results = {}
-    for remat in REMAT:
+    for remat in REMAT_POLICIES:
         stack = Stack(PATTERN, repeats, config(dtype="float32", remat=remat), rngs=nnx.Rngs(0))
         graphdef, params = nnx.split(stack)
         results[remat] = out_and_grads(functools.partial(through, graphdef), (params, r, y), cotangent)
-    for remat in REMAT:
+    for remat in REMAT_POLICIES:
         close(results[remat], results["none"], what=remat)
 
 

@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 from helpers.decoding import in_one_pass, prefill_then_step
 
-from based_jax.nn.feature_maps import FEATURE_MAPS, HORIZON, orthogonal_directions
+from based_jax.nn.feature_maps import COSFORMER_HORIZON, FEATURE_MAPS, orthogonal_directions
 from based_jax.nn.mixers import make_mixer
 
 K, H, T = 4, 2, 7
@@ -40,7 +40,7 @@ def test_cosformer_weighs_by_distance(normal):
     scores = np.einsum("bthe,bshe->bhts", phi_q, phi_k)
     distance = np.arange(T)[:, None] - np.arange(T)
     plain = np.einsum("bthe,bshe->bhts", np.maximum(q, 0), np.maximum(k, 0))
-    np.testing.assert_allclose(scores, plain * np.cos(np.pi / 2 * distance / HORIZON), atol=1e-5)
+    np.testing.assert_allclose(scores, plain * np.cos(np.pi / 2 * distance / COSFORMER_HORIZON), atol=1e-5)
 
 
 def test_performer_estimates_the_softmax_kernel(normal):

@@ -186,3 +186,23 @@ def test_initial_values_have_the_reference_statistics(scan_layers):
 def test_bad_config(options, message):
     with pytest.raises(UserError, match=re.escape(message)):
         nnx.eval_shape(lambda: LM(small(**options), rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_trace_reads_like_the_model(tokens, scan_layers):
+    """Each operation of a compiled program is named by where it stands: stack, block, and mixer or MLP."""
+    model = LM(small(PATTERN * 2, scan_layers=scan_layers), rngs=nnx.Rngs(0))
+
+    def passes(model, tokens):
+        hidden, cache = model.prefill(tokens, model.init_cache(2, T))
+        return model.cross_entropy(model.hidden(tokens), tokens), model.logits(hidden), model.step(tokens[:, 0], cache)
+
+    names = set(re.findall(r'op_name="([^"]*)"', jax.jit(passes).lower(model, tokens).compile().as_text()))
+    kinds = [kind for kind, _ in PATTERN]
+    places = (
+        [(0, i, kind) for i, kind in enumerate(kinds)] if scan_layers else [(i, 0, k) for i, k in enumerate(kinds * 2)]
+    )
+    for stack, block, kind in places:
+        for layer in (kind, "mlp"):
+            assert any(re.search(rf"/stack_{stack}/(.*/)?block_{block}/(.*/)?{layer}/", name) for name in names)
+    assert all(any(f"/{scope}/" in name for name in names) for scope in ("embed", "norm", "head"))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from based_jax.errors import UserError
-from based_jax.ops.conv import UNROLLED, short_conv, short_conv_step
+from based_jax.ops.conv import MAX_UNROLLED_TAPS, short_conv, short_conv_step
 
 FAST = ["xla_steps", "xla_taps"]
 
@@ -185,6 +185,6 @@ def test_dilated_taps_are_a_long_kernel_with_zeros_between(impl, normal, packed_
 
 def test_a_wide_kernel_equals_the_oracle(normal, packed_ids, out_and_grads, close):
     """More taps than are unrolled."""
-    args, ids, cotangent = (normal(6, 30, 4), normal(UNROLLED + 5, 4)), packed_ids(30), normal(6, 30, 4)
+    args, ids, cotangent = (normal(6, 30, 4), normal(MAX_UNROLLED_TAPS + 5, 4)), packed_ids(30), normal(6, 30, 4)
     calls = [lambda x, k, impl=impl: short_conv(x, k, segment_ids=ids, impl=impl) for impl in ("xla_taps", "oracle")]
     close(*(out_and_grads(call, args, cotangent) for call in calls))

@@ -9,7 +9,7 @@ from helpers.reference_cases import FORWARD, GRADIENT, assert_close, load
 
 from based_jax.devices import H100_CROSSOVERS
 from based_jax.ops.delta_rule import (
-    CHUNK,
+    CHUNK_TOKENS,
     DPLR_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
     delta_rule,
@@ -53,7 +53,9 @@ def test_oracle_is_the_delta_rule_in_fp64(normal):
         np.testing.assert_allclose(o[:, t], 0.5 * np.einsum("bhk,bhkv->bhv", q[:, t], s), atol=1e-5)
 
 
-@pytest.mark.parametrize("T, per_head", [(1, True), (37, False), (2 * CHUNK + 3, True), (2 * CHUNK + 3, False)])
+@pytest.mark.parametrize(
+    "T, per_head", [(1, True), (37, False), (2 * CHUNK_TOKENS + 3, True), (2 * CHUNK_TOKENS + 3, False)]
+)
 def test_chunked_equals_the_oracle(T, per_head, normal, packed_ids, out_and_grads, close):
     q, k, v, g, _ = inputs(normal, T, per_head)
     args, ids = (q, k, v, g, *low_rank(normal, T), normal(B, H, K, V)), packed_ids(T)
@@ -71,7 +73,7 @@ def test_chunked_equals_the_oracle(T, per_head, normal, packed_ids, out_and_grad
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_decay_per_head_is_one_for_all_its_channels(impl, normal, out_and_grads, close):
     """Gated DeltaNet's gate, whose layer has no published arrays, is KDA's with equal channels."""
-    q, k, v, g, beta = inputs(normal, CHUNK + 5, per_head=True)
+    q, k, v, g, beta = inputs(normal, CHUNK_TOKENS + 5, per_head=True)
 
     def call(widen):
         return lambda q, k, v, g, beta: delta_rule(q, k, v, widen(g), beta, return_state=True, impl=impl)
@@ -87,8 +89,8 @@ def test_a_decay_per_head_is_one_for_all_its_channels(impl, normal, out_and_grad
 @pytest.mark.parametrize("per_head", [False, True])
 def test_strong_decays_neither_overflow_nor_lose_the_gradient(per_head, normal, out_and_grads, close):
     """Log-decays of some thousands beside zeros: a difference of sums that large is known to some 1e-4."""
-    q, k, v, g, beta = inputs(normal, CHUNK + 9, per_head)
-    g = jnp.where(jnp.arange(CHUNK + 9)[None, :, None, None] % 5 == 0, 1000 * g, 0.0)
+    q, k, v, g, beta = inputs(normal, CHUNK_TOKENS + 9, per_head)
+    g = jnp.where(jnp.arange(CHUNK_TOKENS + 9)[None, :, None, None] % 5 == 0, 1000 * g, 0.0)
     calls = [lambda *xs, impl=impl: delta_rule(*xs, impl=impl) for impl in IMPLS]
     ours = [out_and_grads(call, (q, k, v, g, beta), v) for call in calls]
     close(ours[1], ours[0], tolerance=1e-3)
@@ -126,17 +128,26 @@ def test_auto_takes_what_was_timed_and_is_fastest():
         return names[0]
 
     few = H100_CROSSOVERS.dplr_steps_heads
-    assert [taken(H100, T) for T in (CHUNK - 1, CHUNK, 4096)] == ["hopper_steps", "triton_chunks", "triton_chunks"]
+    assert [taken(H100, T) for T in (CHUNK_TOKENS - 1, CHUNK_TOKENS, 4096)] == [
+        "hopper_steps",
+        "triton_chunks",
+        "triton_chunks",
+    ]
     assert taken(H100, 256, dtype="float32") == "hopper_steps"
-    assert taken(H100, CHUNK, batch=few // 2) == "triton_chunks"
+    assert taken(H100, CHUNK_TOKENS, batch=few // 2) == "triton_chunks"
     for options in ({"decays": 64}, {"table": DPLR_IMPLEMENTATIONS}):
-        assert [taken(H100, T, **options) for T in (CHUNK - 1, CHUNK)] == ["hopper_steps", "triton_chunks"]
+        assert [taken(H100, T, **options) for T in (CHUNK_TOKENS - 1, CHUNK_TOKENS)] == [
+            "hopper_steps",
+            "triton_chunks",
+        ]
         many = options | {"batch": few // 2}
-        sizes = [taken(H100, CHUNK, **many, K=K, V=V) for K, V in ((64, 64), (128, 256))]
+        sizes = [taken(H100, CHUNK_TOKENS, **many, K=K, V=V) for K, V in ((64, 64), (128, 256))]
         assert sizes == ["hopper_steps", "triton_chunks"]
-        assert taken(H100, CHUNK, **options | {"batch": few // 2 - 1}) == "triton_chunks"
-        assert taken(H100, CHUNK, **many, shape=(2,), names=("data",)) == "triton_chunks"  # half of them on a device
-        assert taken(H100, CHUNK, **many, shape=(2,), names=("other",)) == "hopper_steps"
+        assert taken(H100, CHUNK_TOKENS, **options | {"batch": few // 2 - 1}) == "triton_chunks"
+        assert (
+            taken(H100, CHUNK_TOKENS, **many, shape=(2,), names=("data",)) == "triton_chunks"
+        )  # half of them on a device
+        assert taken(H100, CHUNK_TOKENS, **many, shape=(2,), names=("other",)) == "hopper_steps"
         assert taken(H100, 2**18, **many) == "triton_chunks"  # more elements than steps can count
     assert taken("NVIDIA A100", 256) == "xla_chunks"
 

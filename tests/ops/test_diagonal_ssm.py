@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from based_jax.ops.diagonal_ssm import CHUNK, diagonal_ssm, impulse_response, initial_state
+from based_jax.ops.diagonal_ssm import CHUNK_TOKENS, diagonal_ssm, impulse_response, initial_state
 
 H, P, N = 2, 3, 4
 
@@ -26,7 +26,7 @@ def test_oracle_is_a_convolution_with_the_impulse_response(normal):
     np.testing.assert_allclose(y, np.stack(expected, axis=1), atol=2e-4)
 
 
-@pytest.mark.parametrize("T", [1, 33, 2 * CHUNK + 1])
+@pytest.mark.parametrize("T", [1, 33, 2 * CHUNK_TOKENS + 1])
 def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
     ids, state = packed_ids(T), normal(6, H, P, N, 2)
     args = normal(6, T, H, P), state, *parameters(normal)

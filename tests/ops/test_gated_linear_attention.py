@@ -9,7 +9,7 @@ from based_jax.devices import H100_CROSSOVERS
 from based_jax.ops.decays import initial_state
 from based_jax.ops.dispatch import choose
 from based_jax.ops.gated_linear_attention import (
-    CHUNK,
+    CHUNK_TOKENS,
     IMPLEMENTATIONS,
     gated_linear_attention,
     gated_linear_attention_step,
@@ -44,7 +44,7 @@ def test_oracle_equals_fp64(with_bonus, normal):
 @pytest.mark.parametrize(
     "T, per_head, with_bonus",
     [(1, False, True), (1, True, False), (37, False, False), (37, True, True)]
-    + [(2 * CHUNK + 3, per_head, with_bonus) for per_head in (False, True) for with_bonus in (False, True)],
+    + [(2 * CHUNK_TOKENS + 3, per_head, with_bonus) for per_head in (False, True) for with_bonus in (False, True)],
 )
 def test_chunked_equals_the_oracle(T, per_head, with_bonus, normal, packed_ids, out_and_grads, close):
     args, ids = inputs(normal, T, per_head), packed_ids(T)
@@ -85,7 +85,7 @@ def taken(kind, T, K=64, V=64, decays=1, dtype="bfloat16"):
 
 def test_auto_takes_the_fastest_on_a_gpu():
     """Full chunks; one chunk for few tokens and for large states; steps where products are fp32 or channels decay."""
-    short, full, known = CHUNK - 1, CHUNK, H100_CROSSOVERS
+    short, full, known = CHUNK_TOKENS - 1, CHUNK_TOKENS, H100_CROSSOVERS
     few, one = known.one_decay_steps_tokens, known.one_decay_one_chunk_tokens
     beside = known.one_decay_one_chunk_tokens_beside_chunks
     triton, hopper, quadratic = "triton_chunks", "hopper_steps", "xla_quadratic"
@@ -100,8 +100,8 @@ def test_auto_takes_the_fastest_on_a_gpu():
 @pytest.mark.parametrize("per_head", [False, True])
 def test_strong_decays_neither_overflow_nor_lose_the_gradient(per_head, normal, out_and_grads, close):
     """Log-decays of some thousands beside zeros: a difference of sums that large is known to some 1e-4."""
-    q, k, v, g, state = inputs(normal, CHUNK + 9, per_head, strength=1000.0)
-    g = jnp.where(jnp.arange(CHUNK + 9)[None, :, None, None] % 5 == 0, g, 0.0)
+    q, k, v, g, state = inputs(normal, CHUNK_TOKENS + 9, per_head, strength=1000.0)
+    g = jnp.where(jnp.arange(CHUNK_TOKENS + 9)[None, :, None, None] % 5 == 0, g, 0.0)
     calls = [lambda *xs, impl=impl: gated_linear_attention(*xs[:4], state=xs[4], impl=impl) for impl in IMPLS]
     ours = [out_and_grads(call, (q, k, v, g, state), v) for call in calls]
     close(ours[1], ours[0], tolerance=1e-3)

@@ -7,7 +7,7 @@ from based_jax.devices import H100_CROSSOVERS
 from based_jax.ops import dispatch
 from based_jax.ops import linear_attention as linear_attention_module
 from based_jax.ops.linear_attention import (
-    CHUNK,
+    CHUNK_TOKENS,
     IMPLEMENTATIONS,
     encoder_state,
     initial_state,
@@ -39,7 +39,7 @@ def test_oracle_equals_fp64(normal):
 
 
 @pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("T", [1, 33, CHUNK + 1])
+@pytest.mark.parametrize("T", [1, 33, CHUNK_TOKENS + 1])
 def test_every_form_equals_the_oracle(impl, T, normal, packed_ids, out_and_grads, close):
     args, ids = inputs(normal, T), packed_ids(T)
 

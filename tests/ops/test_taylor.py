@@ -8,7 +8,7 @@ import pytest
 from based_jax.devices import H100_CROSSOVERS
 from based_jax.ops import dispatch
 from based_jax.ops.hopper import limits
-from based_jax.ops.linear_attention import CHUNK
+from based_jax.ops.linear_attention import CHUNK_TOKENS
 from based_jax.ops.taylor import (
     IMPLEMENTATIONS,
     expanded_dim,
@@ -24,7 +24,7 @@ FAST = [name for name, entry in IMPLEMENTATIONS.items() if entry.platform is Non
 
 def forms(length):
     """Return what a case is for: longer than half a chunk, only the chunked form does anything new."""
-    return FAST if length <= CHUNK // 2 + 1 else ["xla_chunks"]
+    return FAST if length <= CHUNK_TOKENS // 2 + 1 else ["xla_chunks"]
 
 
 # (T, K, V, H): both sides of the chunk and of half of it, and the odd sizes.
@@ -241,7 +241,7 @@ def test_memory_is_linear_and_features_are_never_whole():
         return taylor_attention(q, k, v, impl="xla_chunks")
 
     backward = jax.grad(lambda *qkv: jnp.sum(forward(*qkv) ** 2), argnums=(0, 1, 2))
-    T = 16 * CHUNK
+    T = 16 * CHUNK_TOKENS
     features = 4 * T * 2 * expanded_dim(16) * 4
     for f in (forward, backward):
         once, four_times = temporary_bytes(f, T), temporary_bytes(f, 4 * T)

@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.reference_cases import FORWARD, assert_close, load
 
-from based_jax.ops.wkv4 import CHUNK, WkvState, initial_state, wkv4, wkv4_step
+from based_jax.ops.wkv4 import CHUNK_TOKENS, WkvState, initial_state, wkv4, wkv4_step
 
 D = 4
 jitted = jax.jit(wkv4, static_argnames=("impl", "return_state"))
@@ -24,7 +25,7 @@ def test_oracle_is_the_average_in_fp64(normal):
         np.testing.assert_allclose(wkv[:, t], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("T", [1, 37, CHUNK + 3])
+@pytest.mark.parametrize("T", [1, 37, CHUNK_TOKENS + 3])
 def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
     """The maximum is a means: what counts is the sums that it scales."""
     ids, (decay, bonus) = packed_ids(T), parameters(normal)
@@ -60,3 +61,13 @@ def test_steps_and_bf16(normal, close):
         wkv, state = step(np.asarray(k)[:, t], np.asarray(v)[:, t], decay, bonus, state)
         close(wkv, whole[:, t], "bfloat16")
     close(state.num * jnp.exp(state.max), after.num * jnp.exp(after.max))
+
+
+def test_reference_and_its_state():
+    case = load("hf_rwkv4_time_mix_a")
+    key, value = (jnp.asarray(case.outputs[name]) for name in ("key", "value"))
+    decay, bonus = -np.exp(case.weights["time_decay"]), case.weights["time_first"]
+    wkv, state = jitted(key, value, decay, bonus, return_state=True)
+    assert_close(wkv, case.outputs["wkv"], FORWARD)
+    for name in ("num", "den", "max"):
+        assert_close(getattr(state, name), case.outputs[f"state_{name}"], FORWARD, name)

@@ -122,7 +122,7 @@ def test_a_run_whose_process_dies_is_told(tmp_path, monkeypatch):
 
 
 def test_two_processes_share_the_runs(sweep_file, tmp_path):
-    file, store = sweep_file([1e-3, 1e-2], steps=2), tmp_path / "store"
+    file, store = sweep_file([1e-3, 1e-2], steps=3), tmp_path / "store"
     words = ["sweep", "run", file, f"--store={store}", "--processes=2"]
     said = subprocess.run([sys.executable, "-m", "based_jax", *words], capture_output=True, text=True, timeout=200)
     assert said.returncode == 0, said.stderr

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import os
@@ -245,8 +246,11 @@ def test_accumulated_steps_resume_too(tmp_path):
     train(config, tmp_path / "whole")
     part = shutil.copytree(tmp_path / "whole", tmp_path / "part")
     shutil.rmtree(part / "checkpoints" / "4")
+    other = shutil.copytree(part, tmp_path / "other")
     train(config, part)
     assert_same_run(part, tmp_path / "whole")
+    train(dataclasses.replace(config, mesh={"tensor": 2}, microbatches=4), other)  # sums in another order
+    assert losses(other) == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in losses(part)]
 
 
 def test_impossible_runs_are_refused_before_anything_is_written(tmp_path):
@@ -256,7 +260,7 @@ def test_impossible_runs_are_refused_before_anything_is_written(tmp_path):
         ({"microbatches": 3}, "batch_size 8 cannot be divided into 3 microbatches"),
         (
             {"batch_size": 32, "microbatches": 8},
-            "leaves 4 rows for 8 devices .*: microbatches can be 4",
+            "4 rows of a microbatch cannot be divided over 8 devices",
         ),
         ({"model": {"vocab_size": 32}}, "vocab_size is 32, but the data has ids up to 63"),
         ({"mesh": {"tensr": 2}}, "Mesh axis 'tensr' does not exist"),

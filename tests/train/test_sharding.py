@@ -8,6 +8,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -73,6 +74,16 @@ def rows_of(sizes):
     return math.prod(sizes.get(axis, 1) for axis in parallel.BATCH_AXES)
 
 
+def test_products_in_loops_count_as_often_as_they_run():
+    """Loops in loops too, where XLA's own count takes each body once."""
+
+    def call(x, w):
+        return jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], x)
+
+    found = jax.jit(call).lower(jnp.zeros((6, 16)), jnp.zeros((5, 16, 16))).compile()
+    assert Program(found.as_text()).flops() == 3 * 5 * 2 * 6 * 16 * 16
+
+
 def test_microbatches_make_the_same_products():
     assert hlo(1).flops() == hlo(8).flops() > 6 * B * T * sum(2 * 3 * D * 80 for _ in MODEL.layers)
 
@@ -129,7 +140,8 @@ def two_steps(microbatches, **sizes):
 
 
 @on_all_meshes
-def test_gradients_lie_like_their_parameters(sizes, microbatches=8):
+@with_microbatches
+def test_gradients_lie_like_their_parameters(sizes, microbatches):
     """Seen through an optimizer that keeps them as its state, which nothing else places."""
     keep = optax.GradientTransformation(lambda params: params, lambda grads, _, params: (grads, grads))
     program, _ = compiled(microbatches, **sizes)

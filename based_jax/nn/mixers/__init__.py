@@ -1,18 +1,17 @@
-"""Every sequence mixer, one file each, under the contract that `tests/test_contracts.py` holds them to.
+"""Every sequence mixer, one file each, under the contract of `based_jax/nn/mixer.py`.
 
 A new mixer is one new file and one line in `MIXERS`.
 """
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
 
-from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import unknown
-from based_jax.nn.layers import INIT_STD
+from based_jax.nn.layers import INIT_STD, Init
+from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers.attention import Attention
 from based_jax.nn.mixers.base_conv import BaseConv
 from based_jax.nn.mixers.conv import GatedConv
@@ -41,53 +40,6 @@ from based_jax.nn.mixers.rwkv7_channel_mix import RWKV7ChannelMix
 from based_jax.nn.mixers.simple_gla import SimpleGLA
 from based_jax.nn.mixers.taylor import TaylorAttention
 from based_jax.nn.mixers.window import WindowAttention
-
-
-@runtime_checkable
-class Mixer(Protocol):
-    """What a mixer is; a cache is any pytree with leading batch axes.
-
-    `state_size` counts elements per sequence in the paper's accounting, `flops_per_token` the forward pass. A mixer of
-    which publications count less has `published_state_size(seq_len)` too (`nn/accounting.py`).
-
-    Where a publication's weights can be read, `REFERENCE` says for each publication under which state_dict key a
-    parameter stands there, the output projection, whose rows are D, first; a tuple of keys is concatenated. `convert`
-    turns layouts: a linear kernel is transposed, a parameter named *conv_kernel goes from [C, 1, W] to (W, C), axes of
-    size 1 come and go, the rest is as it is.
-    """
-
-    Config: ClassVar[Any]
-    IMPLEMENTATIONS: ClassVar[Any]  # the table of the operation that the option `impl` chooses from
-
-    def __init__(self, d_model: int, config: Any, *, std: float, out_std: float, dtype: Any, rngs: nnx.Rngs): ...
-
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        """Mix a whole sequence; with `positions` return the outputs there alone, in their order.
-
-        What follows the operation on the sequence is computed for these tokens alone.
-        """
-        ...
-
-    def init_cache(self, batch: int, max_len: int) -> Any:
-        """Return the cache before the first token of sequences of up to `max_len` tokens."""
-        ...
-
-    def prefill(self, x: BTD, cache: Any, segment_ids: BT | None = None) -> tuple[BTD, Any]:
-        """Mix the next tokens of a sequence and return the cache after them."""
-        ...
-
-    def step(self, x: BD, cache: Any) -> tuple[BD, Any]:
-        """Mix one token and return the cache after it."""
-        ...
-
-    def state_size(self, seq_len: int) -> int:
-        """Return the elements of decode state after `seq_len` tokens."""
-        ...
-
-    def flops_per_token(self, seq_len: int) -> int:
-        """Return the mean forward FLOPs of one token of a sequence of `seq_len`."""
-        ...
-
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
@@ -130,7 +82,7 @@ def make_mixer(
     dtype=jnp.float32,
     rngs: nnx.Rngs,
     **options,
-):
+) -> Mixer:
     """Return the mixer named `kind` at width D, with `options` for its Config.
 
     Raises:
@@ -138,7 +90,7 @@ def make_mixer(
     """
     check_options(kind, options)
     mixer = MIXERS[kind]
-    return mixer(d_model, mixer.Config(**options), std=std, out_std=out_std, dtype=dtype, rngs=rngs)
+    return mixer(d_model, mixer.Config(**options), Init(std, out_std, dtype, rngs))
 
 
 def check_options(kind: str, options: Iterable[str]) -> None:

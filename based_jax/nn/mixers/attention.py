@@ -1,17 +1,24 @@
 """Softmax attention with rotary positions: the mixer of Transformer++ (arXiv 2402.18668, section 5)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax.numpy as jnp
-from flax import nnx
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
+from based_jax.nn.mixer import Mixer
 from based_jax.ops import segments
 from based_jax.ops.softmax import ATTENTION, attention, attention_step, masked_attention
+
+QKV_KEYS = {
+    "out_proj/kernel": "out_proj.weight",
+    "out_proj/bias": "out_proj.bias",
+    "qkv/kernel": "Wqkv.weight",
+    "qkv/bias": "Wqkv.bias",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +36,7 @@ class AttentionConfig:
     impl: str = "auto"
 
 
-class Attention(nnx.Module):
+class Attention(Mixer):
     """Causal multi-head attention; the cache holds every key and value.
 
     Source: HazyResearch/based:based/models/transformer/mha.py; zoology:zoology/mixers/attention.py with bias and
@@ -39,45 +46,41 @@ class Attention(nnx.Module):
     Config: ClassVar = AttentionConfig
     IMPLEMENTATIONS: ClassVar = ATTENTION
     REFERENCE: ClassVar = {
-        "based": layers.QKV_KEYS,
-        "zoology": layers.QKV_KEYS,
+        "based": QKV_KEYS,
+        "zoology": QKV_KEYS,
         "llama": {
             "out_proj/kernel": "o_proj.weight",
             "qkv/kernel": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
         },
     }
 
-    def __init__(self, d_model: int, config: AttentionConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: AttentionConfig, init: layers.Init):
         if not 0 <= config.rotary_fraction <= 1:
             raise UserError(f"rotary_fraction is {config.rotary_fraction}; it is between 0 and 1.")
         if config.rotary_base <= 0:
             raise UserError(f"rotary_base is {config.rotary_base}; it is above 0.")
-        self.config = config
-        self.d_model = d_model
-        self.dtype = dtype
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.head_dim = layers.head_dim(d_model, config.num_heads)
         self.kv_heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
         if self.kv_heads < 1 or config.num_heads % self.kv_heads:
             raise UserError(f"num_kv_heads is {self.kv_heads}; it divides num_heads, which is {config.num_heads}.")
         self.rotary_dim = int(config.rotary_fraction * self.head_dim)
         bias, width = config.bias, d_model + 2 * self.kv_heads * self.head_dim
-        self.qkv = layers.linear(d_model, width, ("embed", "heads"), bias=bias, std=std, dtype=dtype, rngs=rngs)
-        self.out_proj = layers.linear(
-            d_model, d_model, ("heads", "embed"), bias=bias, std=out_std, dtype=dtype, rngs=rngs
-        )
+        self.qkv = layers.linear(d_model, width, ("embed", "heads"), init, bias=bias)
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out, bias=bias)
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        """Mix a whole sequence."""
         q, k, v = self.rotated_qkv(x, 0)
         o = attention(q, self.for_each_query(k), self.for_each_query(v), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o))
 
+    @override
     def init_cache(self, batch: int, max_len: int) -> KVCache:
-        """Return an empty cache for sequences of up to `max_len` tokens."""
         return KVCache.empty(batch, max_len, self.kv_heads, self.head_dim, self.dtype)
 
+    @override
     def prefill(self, x: BTD, cache: KVCache, segment_ids: BT | None = None) -> tuple[BTD, KVCache]:
-        """Mix the next tokens of a sequence and return the cache after them."""
         ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         q, k, v = self.rotated_qkv(x, cache.length)
         past = cache.in_order()
@@ -87,8 +90,8 @@ class Attention(nnx.Module):
         o = masked_attention(q, keys, values, jnp.concatenate([earlier, within], axis=2))
         return self._out(o), cache.extend(k, v, ids)
 
+    @override
     def step(self, x: BD, cache: KVCache) -> tuple[BD, KVCache]:
-        """Mix one token and return the cache after it."""
         q, k, v = (y[:, 0] for y in self.rotated_qkv(x[:, None], cache.length))
         cache = cache.append(k, v)
         o = attention_step(q, self.for_each_query(cache.k), self.for_each_query(cache.v), cache.visible())
@@ -112,7 +115,7 @@ class Attention(nnx.Module):
 
     def rotated_qkv(self, x: BTD, start):
         """Return queries and keys rotated by their position, counted from `start`, and values: (B, T, heads, D/H)."""
-        y = self.qkv(x).reshape(*x.shape[:-1], -1, self.head_dim)
+        y = layers.split_heads(self.qkv(x), self.config.num_heads + 2 * self.kv_heads)
         q, k, v = jnp.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
         positions = start + jnp.arange(x.shape[1])
         q, k = (layers.rotary(y, positions, self.rotary_dim, self.config.rotary_base) for y in (q, k))

@@ -1,14 +1,14 @@
 """The gated convolution of the MQAR models, zoology's "BaseConv" (arXiv 2312.04927, section 4)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax.numpy as jnp
-from flax import nnx
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.mixer import Mixer
 from based_jax.ops.conv import IMPLEMENTATIONS, Past, reach, short_conv, short_conv_step
 
 
@@ -21,7 +21,7 @@ class BaseConvConfig:
     impl: str = "auto"
 
 
-class BaseConv(nnx.Module):
+class BaseConv(Mixer):
     """y = (conv(x) + bias) * projection(x) + x, the residual inside; the state is the last taps' inputs.
 
     Source: HazyResearch/zoology:zoology/mixers/base_conv.py, `BaseConv` with a short kernel and no activation.
@@ -38,19 +38,17 @@ class BaseConv(nnx.Module):
         }
     }
 
-    def __init__(self, d_model: int, config: BaseConvConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: BaseConvConfig, init: layers.Init):
         for name in ("kernel_size", "dilation"):
             if getattr(config, name) < 1:
                 raise UserError(f"{name} is {getattr(config, name)}; it is at least 1.")
-        self.config = config
-        self.d_model = d_model
-        self.dtype = dtype
-        self.projection = layers.linear(d_model, d_model, ("embed", "mlp"), bias=True, std=std, dtype=dtype, rngs=rngs)
-        self.conv_kernel = layers.uniform((config.kernel_size, d_model), config.kernel_size, rngs=rngs)
-        self.conv_bias = layers.uniform((d_model,), config.kernel_size, rngs=rngs)
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
+        self.projection = layers.linear(d_model, d_model, ("embed", "mlp"), init, bias=True)
+        self.conv_kernel = layers.conv_parameter((config.kernel_size, d_model), config.kernel_size, rngs=init.rngs)
+        self.conv_bias = layers.conv_parameter((d_model,), config.kernel_size, rngs=init.rngs)
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        """Mix a whole sequence."""
         y = short_conv(
             x,
             self.conv_kernel[...],
@@ -61,12 +59,13 @@ class BaseConv(nnx.Module):
         )
         return self._gate(*layers.at(positions, x, y))
 
+    @override
     def init_cache(self, batch: int, max_len: int) -> Past:
-        """Return the inputs before the first token; their size does not depend on `max_len`."""
+        """Return the inputs before the first token."""
         return jnp.zeros((batch, self._reach, self.d_model), self.dtype)
 
+    @override
     def prefill(self, x: BTD, cache: Past, segment_ids: BT | None = None) -> tuple[BTD, Past]:
-        """Mix the next tokens of a sequence and return the inputs that the token after them needs."""
         y, cache = short_conv(
             x,
             self.conv_kernel[...],
@@ -79,8 +78,8 @@ class BaseConv(nnx.Module):
         )
         return self._gate(x, y), cache
 
+    @override
     def step(self, x: BD, cache: Past) -> tuple[BD, Past]:
-        """Mix one token and return the inputs that the next one needs."""
         y, cache = short_conv_step(
             x, self.conv_kernel[...], cache, bias=self.conv_bias[...], dilation=self.config.dilation
         )

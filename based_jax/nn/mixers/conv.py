@@ -1,16 +1,16 @@
 """The gated short convolution of Based's language models, "BaseConv" (arXiv 2402.18668, section 4.3)."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.mixer import Mixer
 from based_jax.ops.conv import short_conv_step
 from based_jax.ops.gated_conv import IMPLEMENTATIONS, gated_short_conv
 from based_jax.ops.projection import multiply
@@ -27,7 +27,7 @@ class GatedConvConfig:
     impl: str = "auto"
 
 
-class GatedConv(nnx.Module):
+class GatedConv(Mixer):
     """y = out_proj(SiLU(conv(u1)) * u2) with (u1, u2) = in_proj(x); the state is the last taps' inputs.
 
     Source: HazyResearch/based:based/models/mixers/convolution.py, `BaseConv`.
@@ -45,33 +45,28 @@ class GatedConv(nnx.Module):
         }
     }
 
-    def __init__(self, d_model: int, config: GatedConvConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: GatedConvConfig, init: layers.Init):
         if config.expand < 2 or config.expand % 2:
             raise UserError(f"expand is {config.expand}; half of the projection gates the other, so it is even.")
         if config.kernel_size < 1:
             raise UserError(f"kernel_size is {config.kernel_size}; it is at least 1.")
-        self.config = config
-        self.d_model = d_model
-        self.dtype = dtype
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.d_inner = config.expand * d_model // 2
-        self.in_proj = layers.linear(
-            d_model, 2 * self.d_inner, ("embed", "mlp"), bias=True, std=std, dtype=dtype, rngs=rngs
-        )
-        self.conv_kernel = layers.uniform((config.kernel_size, self.d_inner), config.kernel_size, rngs=rngs)
-        self.out_proj = layers.linear(
-            self.d_inner, d_model, ("mlp", "embed"), bias=True, std=out_std, dtype=dtype, rngs=rngs
-        )
+        self.in_proj = layers.linear(d_model, 2 * self.d_inner, ("embed", "mlp"), init, bias=True)
+        self.conv_kernel = layers.conv_parameter((config.kernel_size, self.d_inner), config.kernel_size, rngs=init.rngs)
+        self.out_proj = layers.linear(self.d_inner, d_model, ("mlp", "embed"), init.out, bias=True)
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        """Mix a whole sequence."""
         return self.out_proj(*layers.at(positions, self._convolve(x, segment_ids=segment_ids)))
 
+    @override
     def init_cache(self, batch: int, max_len: int) -> Inputs:
-        """Return the inputs before the first token; their size does not depend on `max_len`."""
+        """Return the inputs before the first token."""
         return jnp.zeros((batch, self.config.kernel_size, self.d_inner), self.dtype)
 
+    @override
     def prefill(self, x: BTD, cache: Inputs, segment_ids: BT | None = None) -> tuple[BTD, Inputs]:
-        """Mix the next tokens of a sequence and return the inputs that the token after them needs."""
         y, cache = self._convolve(x, state=cache, segment_ids=segment_ids, return_state=True)
         return self.out_proj(y), cache
 
@@ -81,8 +76,8 @@ class GatedConv(nnx.Module):
         bias = None if self.in_proj.bias is None else self.in_proj.bias[...]
         return gated_short_conv(product, self.conv_kernel[...], bias=bias, impl=self.config.impl, **options)
 
+    @override
     def step(self, x: BD, cache: Inputs) -> tuple[BD, Inputs]:
-        """Mix one token and return the inputs that the next one needs."""
         u, gate = jnp.split(self.in_proj(x), 2, axis=-1)
         y, cache = short_conv_step(u, self.conv_kernel[...], cache)
         return self.out_proj(jax.nn.silu(y) * gate), cache

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, expanded, unit
+from based_jax.nn.mixer import Operation
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
 
 
@@ -31,7 +31,7 @@ class DeltaNet(GatedLinearMixer):
 
     Config: ClassVar = DeltaNetConfig
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = (delta_rule, delta_rule_step)
+    operation: ClassVar = Operation(delta_rule, delta_rule_step)
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "o_proj.weight",
@@ -42,21 +42,18 @@ class DeltaNet(GatedLinearMixer):
         }
     }
 
-    def __init__(self, d_model: int, config: DeltaNetConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: DeltaNetConfig, init: layers.Init):
         super().__init__(
             d_model,
             config,
+            init,
             num_heads=config.num_heads,
             key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
             value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
             conv_size=config.conv_size,
             gate=None,
-            std=std,
-            out_std=out_std,
-            dtype=dtype,
-            rngs=rngs,
         )
-        self.rate = layers.linear(d_model, config.num_heads, ("embed", "heads"), std=std, dtype=jnp.float32, rngs=rngs)
+        self.rate = layers.linear(d_model, config.num_heads, ("embed", "heads"), init.fp32)
 
     def _gated(self, x, q, k, v):
         beta = jax.nn.sigmoid(self.rate(x))

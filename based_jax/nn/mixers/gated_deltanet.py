@@ -9,6 +9,7 @@ from flax import nnx
 
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, expanded, inverse_softplus_dt, softplus_decay, unit
+from based_jax.nn.mixer import Operation
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
 
 
@@ -31,7 +32,7 @@ class GatedDeltaNet(GatedLinearMixer):
 
     Config: ClassVar = GatedDeltaNetConfig
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = (delta_rule, delta_rule_step)
+    operation: ClassVar = Operation(delta_rule, delta_rule_step)
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "o_proj.weight",
@@ -46,26 +47,21 @@ class GatedDeltaNet(GatedLinearMixer):
         }
     }
 
-    def __init__(self, d_model: int, config: GatedDeltaNetConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: GatedDeltaNetConfig, init: layers.Init):
         super().__init__(
             d_model,
             config,
+            init,
             num_heads=config.num_heads,
             key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
             value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
             conv_size=config.conv_size,
-            std=std,
-            out_std=out_std,
-            dtype=dtype,
-            rngs=rngs,
         )
         H = config.num_heads
-        self.rate, self.decay = (
-            layers.linear(d_model, H, ("embed", "heads"), std=std, dtype=jnp.float32, rngs=rngs) for _ in range(2)
-        )
-        A = jax.random.uniform(rngs.params(), (H,), minval=1.0, maxval=16.0)
-        self.A_log = nnx.Param(jnp.log(A), **layers.named("heads"))
-        self.dt_bias = nnx.Param(inverse_softplus_dt(H, rngs), **layers.named("heads"))
+        self.rate, self.decay = (layers.linear(d_model, H, ("embed", "heads"), init.fp32) for _ in range(2))
+        A = jax.random.uniform(init.rngs.params(), (H,), minval=1.0, maxval=16.0)
+        self.A_log = nnx.Param(jnp.log(A), **layers.logical_axes("heads"))
+        self.dt_bias = nnx.Param(inverse_softplus_dt(H, init.rngs), **layers.logical_axes("heads"))
 
     def _gated(self, x, q, k, v):
         log_decay = softplus_decay(self.decay(x), self.A_log[...], self.dt_bias[...])

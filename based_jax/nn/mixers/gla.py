@@ -4,8 +4,6 @@ import dataclasses
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
@@ -45,7 +43,7 @@ class GLA(GatedLinearMixer):
         }
     }
 
-    def __init__(self, d_model: int, config: GLAConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: GLAConfig, init: layers.Init):
         if config.gate_low_rank_dim < 1:
             raise UserError(f"gate_low_rank_dim is {config.gate_low_rank_dim}; it is at least 1.")
         if config.gate_logit_normalizer <= 0:
@@ -53,20 +51,15 @@ class GLA(GatedLinearMixer):
         super().__init__(
             d_model,
             config,
+            init,
             num_heads=config.num_heads,
             key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
             value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
             conv_size=config.conv_size,
-            std=std,
-            out_std=out_std,
-            dtype=dtype,
-            rngs=rngs,
         )
         rank = config.gate_low_rank_dim
-        self.decay_down = layers.linear(d_model, rank, ("embed", None), std=std, dtype=jnp.float32, rngs=rngs)
-        self.decay_up = layers.linear(
-            rank, self.key_dim, (None, "heads"), bias=True, std=std, dtype=jnp.float32, rngs=rngs
-        )
+        self.decay_down = layers.linear(d_model, rank, ("embed", None), init.fp32)
+        self.decay_up = layers.linear(rank, self.key_dim, (None, "heads"), init.fp32, bias=True)
 
     def published_state_size(self, seq_len: int) -> int:
         """Return `state_size`: in zoology, GLA alone counts the inputs of its short convolution."""

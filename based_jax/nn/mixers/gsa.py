@@ -1,15 +1,15 @@
 """Gated slot attention: a softmax over slots of bounded memory (arXiv 2409.07146)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.gated import Cache, GatedLinearMixer, expanded
+from based_jax.nn.gated import GatedCache, GatedLinearMixer, expanded
+from based_jax.nn.mixer import Operation
 from based_jax.ops import gated_slot_attention as slots
 
 
@@ -34,7 +34,7 @@ class GSA(GatedLinearMixer):
 
     Config: ClassVar = GSAConfig
     IMPLEMENTATIONS: ClassVar = slots.IMPLEMENTATIONS
-    operation: ClassVar = (slots.gated_slot_attention, slots.gated_slot_attention_step)
+    operation: ClassVar = Operation(slots.gated_slot_attention, slots.gated_slot_attention_step)
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",
@@ -45,7 +45,7 @@ class GSA(GatedLinearMixer):
         }
     }
 
-    def __init__(self, d_model: int, config: GSAConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: GSAConfig, init: layers.Init):
         if config.num_slots < 1:
             raise UserError(f"num_slots is {config.num_slots}; it is at least 1.")
         if config.gate_logit_normalizer <= 0:
@@ -54,6 +54,7 @@ class GSA(GatedLinearMixer):
         super().__init__(
             d_model,
             config,
+            init,
             num_heads=config.num_heads,
             key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
             value_dim=value_dim,
@@ -61,17 +62,12 @@ class GSA(GatedLinearMixer):
             gate=None,
             norm_dim=value_dim,
             scale=1.0,
-            std=std,
-            out_std=out_std,
-            dtype=dtype,
-            rngs=rngs,
         )
-        self.decay = layers.linear(
-            d_model, config.num_heads * config.num_slots, ("embed", "heads"), std=std, dtype=jnp.float32, rngs=rngs
-        )
+        self.decay = layers.linear(d_model, config.num_heads * config.num_slots, ("embed", "heads"), init.fp32)
 
-    def init_cache(self, batch: int, max_len: int) -> Cache:
-        """Return the cache with empty slots; its size does not depend on `max_len`."""
+    @override
+    def init_cache(self, batch: int, max_len: int) -> GatedCache:
+        """Return the cache with empty slots."""
         H = self.num_heads
         state = slots.initial_state(batch, H, self.key_dim // H, self.config.num_slots, self.value_dim // H)
         return super().init_cache(batch, max_len)._replace(state=state)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,12 +13,13 @@ from jaxtyping import Array, Float
 from based_jax.dims import BD, BP, BPD, BT, BTD, BWD, WD
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.gated import log_uniform_dt
+from based_jax.nn.mixer import Mixer
 from based_jax.ops import diagonal_ssm
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.diagonal_ssm import IMPLEMENTATIONS
 
-Cache = tuple[BWD, diagonal_ssm.State]
-MIN_DT, MAX_DT = 1e-3, 1e-1
+H3Cache = tuple[BWD, diagonal_ssm.State]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class H3Config:
     impl: str = "auto"
 
 
-class H3(nnx.Module):
+class H3(Mixer):
     """o = W_o (q * SSM_diag(SSM_shift(k) * v)), heads multiplied crosswise (algorithm 1 of the paper).
 
     The shift state space is a convolution with N taps, computed from its B and C; the diagonal one is S4D-Lin with
@@ -62,50 +64,46 @@ class H3(nnx.Module):
         }
     }
 
-    def __init__(self, d_model: int, config: H3Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: H3Config, init: layers.Init):
         if config.d_state < 2 or config.d_state % 2:
             raise UserError(f"d_state is {config.d_state}; states come in conjugate pairs, so it is even.")
         if config.head_dim < 1 or d_model % config.head_dim:
             raise UserError(f"head_dim {config.head_dim} does not divide d_model {d_model}.")
-        self.config = config
-        self.d_model = d_model
-        self.dtype = dtype
-        heads, N = d_model // config.head_dim, config.d_state
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
+        self.num_heads = d_model // config.head_dim
+        H, N = self.num_heads, config.d_state
         self.q_proj, self.k_proj, self.v_proj = (
-            layers.linear(d_model, d_model, ("embed", "heads"), bias=True, std=std, dtype=dtype, rngs=rngs)
-            for _ in "qkv"
+            layers.linear(d_model, d_model, ("embed", "heads"), init, bias=True) for _ in "qkv"
         )
-        self.out_proj = layers.linear(
-            d_model, d_model, ("heads", "embed"), bias=True, std=out_std, dtype=dtype, rngs=rngs
-        )
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out, bias=True)
         self.shift_b = _param(jnp.zeros((d_model, N)).at[:, 0].set(1.0))
         bound = 1 / math.sqrt(N)
-        self.shift_c = _param(jax.random.uniform(rngs.params(), (d_model, N), minval=-bound, maxval=bound))
-        self.shift_skip = _param(jax.random.normal(rngs.params(), (d_model,)))
-        log_dt = jax.random.uniform(rngs.params(), (heads,), minval=math.log(MIN_DT), maxval=math.log(MAX_DT))
-        self.log_dt = _param(log_dt)
-        self.log_a_real = _param(jnp.full((heads, N // 2), math.log(0.5)))
-        self.a_imag = _param(jnp.broadcast_to(math.pi * jnp.arange(N // 2), (heads, N // 2)))
-        self.b = _param(jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (heads, N // 2, 2)))
-        self.c = _param(jax.random.normal(rngs.params(), (heads, N // 2, 2)) * math.sqrt(0.5))
-        self.skip = _param(jax.random.normal(rngs.params(), (heads,)))
+        self.shift_c = _param(jax.random.uniform(init.rngs.params(), (d_model, N), minval=-bound, maxval=bound))
+        self.shift_skip = _param(jax.random.normal(init.rngs.params(), (d_model,)))
+        self.log_dt = _param(log_uniform_dt(H, init.rngs))
+        self.log_a_real = _param(jnp.full((H, N // 2), math.log(0.5)))
+        self.a_imag = _param(jnp.broadcast_to(math.pi * jnp.arange(N // 2), (H, N // 2)))
+        self.b = _param(jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (H, N // 2, 2)))
+        self.c = _param(jax.random.normal(init.rngs.params(), (H, N // 2, 2)) * math.sqrt(0.5))
+        self.skip = _param(jax.random.normal(init.rngs.params(), (H,)))
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        """Mix a whole sequence."""
         k, v = self.k_proj(x), self.v_proj(x)
         k = short_conv(k, self._shift_kernel(), segment_ids=segment_ids, impl=self._shift_impl)
         kv = self._cross(k, v)
         y = diagonal_ssm.diagonal_ssm(kv, *self._system(), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, kv, y))
 
-    def init_cache(self, batch: int, max_len: int) -> Cache:
-        """Return the states before the first token; their size does not depend on `max_len`."""
-        heads, P = self.d_model // self.config.head_dim, self.config.head_dim**2
+    @override
+    def init_cache(self, batch: int, max_len: int) -> H3Cache:
         shift = jnp.zeros((batch, self.config.d_state, self.d_model), self.dtype)
-        return shift, diagonal_ssm.initial_state(batch, heads, P, self.config.d_state // 2)
+        return shift, diagonal_ssm.initial_state(
+            batch, self.num_heads, self.config.head_dim**2, self.config.d_state // 2
+        )
 
-    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
-        """Mix the next tokens of a sequence and return the states after them."""
+    @override
+    def prefill(self, x: BTD, cache: H3Cache, segment_ids: BT | None = None) -> tuple[BTD, H3Cache]:
         options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
         k, v = self.k_proj(x), self.v_proj(x)
         k, shift = short_conv(k, self._shift_kernel(), state=cache[0], impl=self._shift_impl, **options)
@@ -113,8 +111,8 @@ class H3(nnx.Module):
         y, state = diagonal_ssm.diagonal_ssm(kv, *self._system(), state=cache[1], impl=self.config.impl, **options)
         return self._out(x, kv, y), (shift, state)
 
-    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
-        """Mix one token and return the states after it."""
+    @override
+    def step(self, x: BD, cache: H3Cache) -> tuple[BD, H3Cache]:
         k, v = self.k_proj(x), self.v_proj(x)
         k, shift = short_conv_step(k, self._shift_kernel(), cache[0])
         kv = self._cross(k, v)
@@ -153,19 +151,17 @@ class H3(nnx.Module):
 
     def _cross(self, k, v) -> Float[Array, "*B H P"]:
         """Return the products of each pair of channels of a head."""
-        k, v = (x.reshape(*x.shape[:-1], -1, self.config.head_dim) for x in (k, v))
-        kv = k[..., :, None] * v[..., None, :]
-        return kv.reshape(*kv.shape[:-2], -1)
+        k, v = (layers.split_heads(x, self.num_heads) for x in (k, v))
+        return einops.rearrange(k[..., :, None] * v[..., None, :], "... H i j -> ... H (i j)")
 
     def _out(self, x, kv, y):
-        q = self.q_proj(x)
-        y = y + kv * self.skip[...].reshape((1,) * (kv.ndim - 2) + (-1, 1))
-        d = self.config.head_dim
-        y = y.reshape(*y.shape[:-1], d, d) * q.reshape(*q.shape[:-1], -1, d)[..., None].astype(jnp.float32)
-        y = jnp.swapaxes(y.sum(axis=-2), -1, -2)  # (..., place in the head, head)
-        return self.out_proj(y.reshape(q.shape).astype(self.dtype))
+        q = layers.split_heads(self.q_proj(x), self.num_heads).astype(jnp.float32)
+        kv = kv.astype(jnp.float32)
+        y = y + kv * layers.per_channel(self.skip[...][:, None], kv)
+        y = einops.rearrange(y, "... H (i j) -> ... H i j", i=self.config.head_dim) * q[..., None]
+        return self.out_proj(einops.reduce(y, "... H i j -> ... (j H)", "sum").astype(self.dtype))
 
 
 def _param(values: Array) -> nnx.Param:
     """Return a parameter whose first axis counts channels or heads."""
-    return nnx.Param(jnp.array(values), **layers.named("heads", *(None,) * (values.ndim - 1)))
+    return nnx.Param(jnp.array(values), **layers.logical_axes("heads", *(None,) * (values.ndim - 1)))

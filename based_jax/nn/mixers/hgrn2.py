@@ -4,9 +4,9 @@ import dataclasses
 from typing import ClassVar
 
 import jax
-from flax import nnx
 
 from based_jax.errors import UserError
+from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer
 
 
@@ -35,7 +35,7 @@ class HGRN2(GatedLinearMixer):
         }
     }
 
-    def __init__(self, d_model: int, config: HGRN2Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: HGRN2Config, init: layers.Init):
         if config.expand_ratio < 1 or d_model % config.expand_ratio:
             raise UserError(f"expand_ratio {config.expand_ratio} does not divide d_model {d_model}.")
         if not 0 <= config.lower_bound < 1:
@@ -43,15 +43,12 @@ class HGRN2(GatedLinearMixer):
         super().__init__(
             d_model,
             config,
+            init,
             num_heads=d_model // config.expand_ratio,
             key_dim=d_model,
             value_dim=d_model,
             gate=None,
             norm_dim=d_model,
-            std=std,
-            out_std=out_std,
-            dtype=dtype,
-            rngs=rngs,
         )
 
     def _gated(self, x, q, k, v):

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,14 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
 from based_jax.nn.history import check_length, convolve_on, convolve_step, empty_history, time_embedding
+from based_jax.nn.mixer import Mixer
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.long_conv import IMPLEMENTATIONS, fft_flops, long_conv
 
-Cache = tuple[Float[Array, "B W inner"], KVCache]
+HyenaCache = tuple[Float[Array, "B W inner"], KVCache]
 
-EMB_DIM, TAPS = 3, 3
-FAST_DECAY, SLOW_DECAY, TARGET = 0.3, 1.5, 1e-2  # parts of l_max in which the window falls to the target
+TIME_FEATURES, SHORT_TAPS = 3, 3
+FAST_DECAY, SLOW_DECAY, DECAY_TARGET = 0.3, 1.5, 1e-2  # parts of l_max in which the window falls to the target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Filter(nnx.Module):
     Source: HazyResearch/zoology:zoology/mixers/hyena.py, `Filter`; section 3.3 and appendix D.3 of the paper.
     """
 
-    def __init__(self, d_model: int, config: HyenaConfig, *, rngs: nnx.Rngs):
-        widths = (EMB_DIM, *(config.filter_order,) * (1 + config.num_inner_mlps))
-        self.pos_emb = nnx.Param(time_embedding(config.l_max), **layers.named(None, None))
-        self.hidden = nnx.List([layers.torch_linear(a, b, True, rngs) for a, b in itertools.pairwise(widths)])
-        self.frequency = nnx.Param(jnp.ones(config.filter_order), **layers.named(None))
-        self.out = layers.torch_linear(config.filter_order, d_model, False, rngs)
+    def __init__(self, d_model: int, config: HyenaConfig, init: layers.Init):
+        widths = (TIME_FEATURES, *(config.filter_order,) * (1 + config.num_inner_mlps))
+        self.pos_emb = nnx.Param(time_embedding(config.l_max), **layers.logical_axes(None, None))
+        self.hidden = nnx.List(
+            [layers.torch_linear(a, b, (None, None), init.fp32, bias=True) for a, b in itertools.pairwise(widths)]
+        )
+        self.frequency = nnx.Param(jnp.ones(config.filter_order), **layers.logical_axes(None))
+        self.out = layers.torch_linear(config.filter_order, d_model, (None, None), init.fp32)
 
     def __call__(self, length: int) -> Float[Array, "_ D"]:
         """Return the taps of the first `length` lags."""
@@ -55,11 +58,12 @@ class Filter(nnx.Module):
             h = jnp.sin(layer(h) * self.frequency[...][None])
         h = self.out(h)
         time = np.linspace(0, 1, self.pos_emb.shape[0])[:length, None]
-        decay = np.abs(np.linspace(math.log(TARGET) / SLOW_DECAY, math.log(TARGET) / FAST_DECAY, h.shape[1]))[None]
+        slowest, fastest = (math.log(DECAY_TARGET) / part for part in (SLOW_DECAY, FAST_DECAY))
+        decay = np.abs(np.linspace(slowest, fastest, h.shape[1]))[None]
         return h * np.exp(-time * decay).astype(np.float32)
 
 
-class Hyena(nnx.Module):
+class Hyena(Mixer):
     """y = W_o (x2 * (h conv (v * x1) + bias (v * x1))), (x1, x2, v) short-convolved projections of x.
 
     Decoding keeps every input of the long convolution, D elements a token, and sums over them at each step.
@@ -92,22 +96,19 @@ class Hyena(nnx.Module):
         "filter_fn.pos_emb.t",
     )
 
-    def __init__(self, d_model: int, config: HyenaConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: HyenaConfig, init: layers.Init):
         for name, least in (("l_max", 2), ("filter_order", 1), ("num_inner_mlps", 0)):
             if getattr(config, name) < least:
                 raise UserError(f"{name} is {getattr(config, name)}; it is at least {least}.")
-        self.config = config
-        self.d_model = d_model
-        self.dtype = dtype
-        self.in_proj = layers.linear(d_model, 3 * d_model, ("embed", "mlp"), bias=True, std=std, dtype=dtype, rngs=rngs)
-        self.conv_kernel = layers.uniform((TAPS, 3 * d_model), TAPS, rngs=rngs)
-        self.conv_bias = layers.uniform((3 * d_model,), TAPS, rngs=rngs)
-        self.filter = Filter(d_model, config, rngs=rngs)
-        self.skip = nnx.Param(jax.random.normal(rngs.params(), (d_model,)), **layers.named("embed"))
-        self.out_proj = layers.linear(
-            d_model, d_model, ("mlp", "embed"), bias=True, std=out_std, dtype=dtype, rngs=rngs
-        )
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
+        self.in_proj = layers.linear(d_model, 3 * d_model, ("embed", "mlp"), init, bias=True)
+        self.conv_kernel = layers.conv_parameter((SHORT_TAPS, 3 * d_model), SHORT_TAPS, rngs=init.rngs)
+        self.conv_bias = layers.conv_parameter((3 * d_model,), SHORT_TAPS, rngs=init.rngs)
+        self.filter = Filter(d_model, config, init)
+        self.skip = nnx.Param(jax.random.normal(init.rngs.params(), (d_model,)), **layers.logical_axes("embed"))
+        self.out_proj = layers.linear(d_model, d_model, ("mlp", "embed"), init.out, bias=True)
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence of at most `l_max` tokens."""
         check_length(x.shape[1], self.config.l_max)
@@ -122,14 +123,15 @@ class Hyena(nnx.Module):
         y = long_conv(u, self.filter(x.shape[1]), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, u, y, gate))
 
-    def init_cache(self, batch: int, max_len: int) -> Cache:
+    @override
+    def init_cache(self, batch: int, max_len: int) -> HyenaCache:
         """Return the inputs of both convolutions before the first of up to `max_len` tokens."""
         check_length(max_len, self.config.l_max)
-        taps = jnp.zeros((batch, TAPS, 3 * self.d_model), self.dtype)
+        taps = jnp.zeros((batch, SHORT_TAPS, 3 * self.d_model), self.dtype)
         return taps, empty_history(batch, max_len, self.d_model)
 
-    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
-        """Mix the next tokens of a sequence and return the inputs after them."""
+    @override
+    def prefill(self, x: BTD, cache: HyenaCache, segment_ids: BT | None = None) -> tuple[BTD, HyenaCache]:
         u, taps = short_conv(
             self.in_proj(x),
             self.conv_kernel[...],
@@ -143,8 +145,8 @@ class Hyena(nnx.Module):
         y, history = convolve_on(u, cache[1], self.filter(cache[1].slots), segment_ids, self.config.impl)
         return self._out(u, y, gate), (taps, history)
 
-    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
-        """Mix one token and return the inputs after it."""
+    @override
+    def step(self, x: BD, cache: HyenaCache) -> tuple[BD, HyenaCache]:
         u, taps = short_conv_step(self.in_proj(x), self.conv_kernel[...], cache[0], bias=self.conv_bias[...])
         u, gate = self._gated(u)
         y, history = convolve_step(u, cache[1], self.filter(cache[1].slots))
@@ -152,7 +154,7 @@ class Hyena(nnx.Module):
 
     def state_size(self, seq_len: int) -> int:
         """Return D elements a token, and the inputs of the short convolution; equal to the cache's."""
-        return self.d_model * (seq_len + 3 * TAPS)
+        return self.d_model * (seq_len + 3 * SHORT_TAPS)
 
     def published_state_size(self, seq_len: int) -> int:
         """Return D elements a token, as publications count: without the inputs of the short convolution."""
@@ -160,9 +162,9 @@ class Hyena(nnx.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: projections, the filter's MLP at one lag, and three FFTs of twice the length."""
-        hidden = self.config.filter_order * (EMB_DIM + self.config.num_inner_mlps * self.config.filter_order)
-        filter_flops = 2 * (EMB_DIM * seq_len + hidden + self.config.filter_order * self.d_model)
-        convolutions = (6 * TAPS + fft_flops(seq_len)) * self.d_model
+        hidden = self.config.filter_order * (TIME_FEATURES + self.config.num_inner_mlps * self.config.filter_order)
+        filter_flops = 2 * (TIME_FEATURES * seq_len + hidden + self.config.filter_order * self.d_model)
+        convolutions = (6 * SHORT_TAPS + fft_flops(seq_len)) * self.d_model
         return 8 * self.d_model**2 + convolutions + filter_flops
 
     @property
@@ -174,5 +176,5 @@ class Hyena(nnx.Module):
         return v * x1, x2
 
     def _out(self, u, y, gate):
-        y = y + u * self.skip[...].astype(u.dtype).reshape((1,) * (u.ndim - 1) + (-1,))
+        y = y + u * layers.per_channel(self.skip[...], u)
         return self.out_proj(y * gate)

@@ -4,7 +4,6 @@ import dataclasses
 from typing import ClassVar
 
 import jax
-from flax import nnx
 from jaxtyping import Array, Float
 
 from based_jax.errors import UserError
@@ -39,15 +38,15 @@ class ImplicitConv(LongConv):
     }
     REFERENCE_BUFFERS: ClassVar = ("conv.pos_emb.z",)
 
-    def __init__(self, d_model: int, config: ImplicitConvConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: ImplicitConvConfig, init: layers.Init):
         if config.hidden_dim < 1:
             raise UserError(f"hidden_dim is {config.hidden_dim}; it is at least 1.")
         self.hidden_dim = config.hidden_dim
-        super().__init__(d_model, config, std=std, out_std=out_std, dtype=dtype, rngs=rngs)
+        super().__init__(d_model, config, init)
 
-    def _init_filter(self, rngs: nnx.Rngs) -> None:
-        self.hidden = layers.torch_linear(3, self.hidden_dim, True, rngs)
-        self.out = layers.torch_linear(self.hidden_dim, self.d_model, True, rngs)
+    def _init_filter(self, init: layers.Init) -> None:
+        self.hidden = layers.torch_linear(3, self.hidden_dim, (None, None), init.fp32, bias=True)
+        self.out = layers.torch_linear(self.hidden_dim, self.d_model, (None, None), init.fp32, bias=True)
 
     def filter(self, length: int) -> Float[Array, "_ D"]:
         """Return the taps of the first `length` lags."""

@@ -10,6 +10,7 @@ from flax import nnx
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, bounded_decay, inverse_softplus_dt, softplus_decay, unit
+from based_jax.nn.mixer import Operation
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
 
 
@@ -35,7 +36,7 @@ class KDA(GatedLinearMixer):
 
     Config: ClassVar = KDAConfig
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = (delta_rule, delta_rule_step)
+    operation: ClassVar = Operation(delta_rule, delta_rule_step)
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",
@@ -53,7 +54,7 @@ class KDA(GatedLinearMixer):
         }
     }
 
-    def __init__(self, d_model: int, config: KDAConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: KDAConfig, init: layers.Init):
         for name in ("num_heads", "head_dim", "conv_size"):
             if getattr(config, name) < 1:
                 raise UserError(f"{name} is {getattr(config, name)}; it is at least 1.")
@@ -65,23 +66,20 @@ class KDA(GatedLinearMixer):
         super().__init__(
             d_model,
             config,
+            init,
             num_heads=H,
             key_dim=H * K,
             value_dim=H * V,
             conv_size=config.conv_size,
             gate=jax.nn.sigmoid,
             gate_rank=V,
-            std=std,
-            out_std=out_std,
-            dtype=dtype,
-            rngs=rngs,
         )
-        self.decay_down = layers.linear(d_model, V, ("embed", None), std=std, dtype=jnp.float32, rngs=rngs)
-        self.decay_up = layers.linear(V, H * K, (None, "heads"), std=std, dtype=jnp.float32, rngs=rngs)
-        self.rate = layers.linear(d_model, H, ("embed", "heads"), std=std, dtype=jnp.float32, rngs=rngs)
-        A = jax.random.uniform(rngs.params(), (H,), minval=1.0, maxval=16.0)
-        self.A_log = nnx.Param(jnp.log(A), **layers.named("heads"))
-        self.dt_bias = nnx.Param(inverse_softplus_dt(H * K, rngs), **layers.named("heads"))
+        self.decay_down = layers.linear(d_model, V, ("embed", None), init.fp32)
+        self.decay_up = layers.linear(V, H * K, (None, "heads"), init.fp32)
+        self.rate = layers.linear(d_model, H, ("embed", "heads"), init.fp32)
+        A = jax.random.uniform(init.rngs.params(), (H,), minval=1.0, maxval=16.0)
+        self.A_log = nnx.Param(jnp.log(A), **layers.logical_axes("heads"))
+        self.dt_bias = nnx.Param(inverse_softplus_dt(H * K, init.rngs), **layers.logical_axes("heads"))
 
     def _gated(self, x, q, k, v):
         logits, A_log = self.decay_up(self.decay_down(x)), jnp.repeat(self.A_log[...], self.config.head_dim)

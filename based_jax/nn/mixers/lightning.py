@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, constant_decay, head_slopes
@@ -29,21 +28,18 @@ class LightningAttention(GatedLinearMixer):
 
     Config: ClassVar = LightningConfig
 
-    def __init__(self, d_model: int, config: LightningConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: LightningConfig, init: layers.Init):
         layers.head_dim(d_model, config.num_heads)
         super().__init__(
             d_model,
             config,
+            init,
             num_heads=config.num_heads,
             key_dim=d_model,
             value_dim=d_model,
             gate=jax.nn.sigmoid,
             norm_dim=d_model,
             scale=1.0,
-            std=std,
-            out_std=out_std,
-            dtype=dtype,
-            rngs=rngs,
         )
 
     def _gated(self, x, q, k, v):

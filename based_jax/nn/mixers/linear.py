@@ -1,21 +1,21 @@
 """Linear attention with one of the feature maps that Based was compared with (arXiv 2402.18668, figure 3)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Int
 
 from based_jax.dims import BD, BHEV, BP, BPD, BT, BTD
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
 from based_jax.nn.feature_maps import FEATURE_MAPS
+from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers.taylor import PROJECTIONS
 from based_jax.ops import linear_attention, segments
 from based_jax.ops.linear_attention import IMPLEMENTATIONS
 
-Cache = tuple[BHEV, Int[Array, "B"]]
+LinearCache = tuple[BHEV, Int[Array, "B"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LinearConfig:
     impl: str = "auto"
 
 
-class LinearAttention(nnx.Module):
+class LinearAttention(Mixer):
     """phi(q)^T sum_j phi(k_j) v_j over phi(q)^T sum_j phi(k_j); the cache is the state and the tokens read.
 
     Source: HazyResearch/zoology:zoology/mixers/based.py, `Based`; arXiv 2006.16236, equation 9.
@@ -45,35 +45,34 @@ class LinearAttention(nnx.Module):
         }
     }
 
-    def __init__(self, d_model: int, config: LinearConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: LinearConfig, init: layers.Init):
         if config.feature_dim < 1:
             raise UserError(f"feature_dim is {config.feature_dim}; it is at least 1.")
         if config.feature_map not in FEATURE_MAPS:
             raise unknown("feature map", config.feature_map, FEATURE_MAPS)
-        self.config = config
-        self.d_model = d_model
+        self.config, self.d_model = config, d_model
         self.value_dim = layers.head_dim(d_model, config.num_heads)
         features = config.num_heads * config.feature_dim
-        self.proj_q = layers.linear(d_model, features, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
-        self.proj_k = layers.linear(d_model, features, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
-        self.proj_v = layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
-        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
-        self.feature_map = FEATURE_MAPS[config.feature_map](config.num_heads, config.feature_dim, rngs=rngs)
+        self.proj_q = layers.linear(d_model, features, ("embed", "heads"), init)
+        self.proj_k = layers.linear(d_model, features, ("embed", "heads"), init)
+        self.proj_v = layers.linear(d_model, d_model, ("embed", "heads"), init)
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
+        self.feature_map = FEATURE_MAPS[config.feature_map](config.num_heads, config.feature_dim, rngs=init.rngs)
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        """Mix a whole sequence."""
         q, k, v, _ = self._project(x, jnp.zeros(1, jnp.int32), segment_ids)
         o = linear_attention.linear_attention(q, k, v, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o))
 
-    def init_cache(self, batch: int, max_len: int) -> Cache:
-        """Return the cache before the first token; its size does not depend on `max_len`."""
+    @override
+    def init_cache(self, batch: int, max_len: int) -> LinearCache:
         E = self.feature_map.expanded_dim
         state = linear_attention.initial_state(batch, self.config.num_heads, E, self.value_dim)
         return state, jnp.zeros(batch, jnp.int32)
 
-    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
-        """Mix the next tokens of a sequence and return the cache after them."""
+    @override
+    def prefill(self, x: BTD, cache: LinearCache, segment_ids: BT | None = None) -> tuple[BTD, LinearCache]:
         state, length = cache
         q, k, v, length = self._project(x, length, segment_ids)
         o, state = linear_attention.linear_attention(
@@ -81,8 +80,8 @@ class LinearAttention(nnx.Module):
         )
         return self._out(o), (state, length)
 
-    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
-        """Mix one token and return the cache after it."""
+    @override
+    def step(self, x: BD, cache: LinearCache) -> tuple[BD, LinearCache]:
         state, length = cache
         q, k, v = self._heads(x)
         q, k = self.feature_map(q, k, length)

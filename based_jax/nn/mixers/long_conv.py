@@ -1,7 +1,7 @@
 """BaseConv with a convolution as long as the sequence, every tap a parameter (arXiv 2312.04927, section 4)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 from flax import nnx
@@ -12,6 +12,7 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
 from based_jax.nn.history import check_length, convolve_on, convolve_step, empty_history
+from based_jax.nn.mixer import Mixer
 from based_jax.ops.long_conv import IMPLEMENTATIONS, fft_flops, long_conv
 
 
@@ -23,7 +24,7 @@ class LongConvConfig:
     impl: str = "auto"
 
 
-class LongConv(nnx.Module):
+class LongConv(Mixer):
     """y = (conv(x) + x) * projection(x) + x; decoding keeps every input and sums over them at each step.
 
     Source: HazyResearch/zoology:zoology/mixers/base_conv.py with kernel_size -1 and
@@ -40,40 +41,41 @@ class LongConv(nnx.Module):
         }
     }
 
-    def __init__(self, d_model: int, config: LongConvConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: LongConvConfig, init: layers.Init):
         if config.l_max < 1:
             raise UserError(f"l_max is {config.l_max}; it is at least 1.")
-        self.config = config
-        self.d_model = d_model
-        self.projection = layers.linear(d_model, d_model, ("embed", "mlp"), bias=True, std=std, dtype=dtype, rngs=rngs)
-        self._init_filter(rngs)
+        self.config, self.d_model = config, d_model
+        self.projection = layers.linear(d_model, d_model, ("embed", "mlp"), init, bias=True)
+        self._init_filter(init)
 
-    def _init_filter(self, rngs: nnx.Rngs) -> None:
+    def _init_filter(self, init: layers.Init) -> None:
         shape = (self.d_model, self.config.l_max)
-        self.taps = nnx.Param(jax.random.normal(rngs.params(), shape), **layers.named("mlp", None))
+        self.taps = nnx.Param(jax.random.normal(init.rngs.params(), shape), **layers.logical_axes("mlp", None))
 
     def filter(self, length: int) -> Float[Array, "_ D"]:
         """Return the taps of the first `length` lags."""
         return self.taps[:, :length].T
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence of at most `l_max` tokens."""
         check_length(x.shape[1], self.config.l_max)
         y = long_conv(x, self.filter(x.shape[1]), segment_ids=segment_ids, impl=self.config.impl)
         return self._gate(*layers.at(positions, x, y))
 
+    @override
     def init_cache(self, batch: int, max_len: int) -> KVCache:
         """Return the inputs before the first of up to `max_len` tokens."""
         check_length(max_len, self.config.l_max)
         return empty_history(batch, max_len, self.d_model)
 
+    @override
     def prefill(self, x: BTD, cache: KVCache, segment_ids: BT | None = None) -> tuple[BTD, KVCache]:
-        """Mix the next tokens of a sequence and return the inputs after them."""
         y, cache = convolve_on(x, cache, self.filter(cache.slots), segment_ids, self.config.impl)
         return self._gate(x, y), cache
 
+    @override
     def step(self, x: BD, cache: KVCache) -> tuple[BD, KVCache]:
-        """Mix one token and return the inputs after it."""
         y, cache = convolve_step(x, cache, self.filter(cache.slots))
         return self._gate(x, y), cache
 

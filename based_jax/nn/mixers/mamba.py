@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, override
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import inverse_softplus_dt
+from based_jax.nn.mixer import Mixer
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.projection import multiply
 from based_jax.ops.selective_scan import (
@@ -43,7 +44,7 @@ class MambaCache(NamedTuple):
     state: BDN
 
 
-class Mamba(nnx.Module):
+class Mamba(Mixer):
     """y = W_o (scan(SiLU(conv(u))) + skip) * SiLU(z), (u, z) = W_i x; dt, B and C from the convolved u.
 
     `state_size` counts the convolution's inputs too, which the paper's figures leave out.
@@ -66,56 +67,47 @@ class Mamba(nnx.Module):
         }
     }
 
-    def __init__(self, d_model: int, config: MambaConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: MambaConfig, init: layers.Init):
         for name, least in (("d_state", 1), ("d_conv", 1), ("expand", 1), ("dt_rank", 0)):
             if getattr(config, name) < least:
                 raise UserError(f"{name} is {getattr(config, name)}; it is at least {least}.")
-        self.config = config
-        self.d_model = d_model
-        self.dtype = dtype
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.d_inner, self.dt_rank = config.expand * d_model, config.dt_rank or math.ceil(d_model / 16)
-        inner = {"names": ("embed", "mlp"), "dtype": dtype}
-        self.in_proj = layers.torch_linear(d_model, 2 * self.d_inner, False, rngs, **inner)
-        self.conv_kernel = layers.uniform((config.d_conv, self.d_inner), config.d_conv, rngs=rngs)
-        self.conv_bias = layers.uniform((self.d_inner,), config.d_conv, rngs=rngs)
-        self.x_proj = layers.torch_linear(
-            self.d_inner, self.dt_rank + 2 * config.d_state, False, rngs, names=("mlp", None), dtype=dtype
-        )
-        self.dt_proj = layers.torch_linear(self.dt_rank, self.d_inner, True, rngs, names=(None, "mlp"))
-        self.dt_proj.bias = nnx.Param(inverse_softplus_dt(self.d_inner, rngs), **layers.named("mlp"))
+        self.in_proj = layers.torch_linear(d_model, 2 * self.d_inner, ("embed", "mlp"), init)
+        self.conv_kernel = layers.conv_parameter((config.d_conv, self.d_inner), config.d_conv, rngs=init.rngs)
+        self.conv_bias = layers.conv_parameter((self.d_inner,), config.d_conv, rngs=init.rngs)
+        self.x_proj = layers.torch_linear(self.d_inner, self.dt_rank + 2 * config.d_state, ("mlp", None), init)
+        self.dt_proj = layers.torch_linear(self.dt_rank, self.d_inner, (None, "mlp"), init.fp32, bias=True)
+        self.dt_proj.bias = nnx.Param(inverse_softplus_dt(self.d_inner, init.rngs), **layers.logical_axes("mlp"))
         states = jnp.log(jnp.arange(1, config.d_state + 1, dtype=jnp.float32))
         self.A_log = nnx.Param(
-            jnp.array(jnp.broadcast_to(states, (self.d_inner, config.d_state))), **layers.named("mlp", None)
+            jnp.array(jnp.broadcast_to(states, (self.d_inner, config.d_state))), **layers.logical_axes("mlp", None)
         )
-        self.D = nnx.Param(jnp.ones(self.d_inner), **layers.named("mlp"))
-        # the reference divides torch's default by sqrt(L); out_std / std is 1 / sqrt(2 L)
-        gain = min(1.0, math.sqrt(2) * out_std / std)
-        self.out_proj = layers.torch_linear(
-            self.d_inner, d_model, False, rngs, names=("mlp", "embed"), dtype=dtype, gain=gain
-        )
+        self.D = nnx.Param(jnp.ones(self.d_inner), **layers.logical_axes("mlp"))
+        self.out_proj = layers.torch_linear(self.d_inner, d_model, ("mlp", "embed"), init, gain=init.depth_gain)
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        """Mix a whole sequence."""
         u = short_conv(self._inner(x), **self._conv(), segment_ids=segment_ids)
         dt, B, C = self._selected(u)
         y = selective_scan(u, dt, self._A(), B, C, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, u, y))
 
+    @override
     def init_cache(self, batch: int, max_len: int) -> MambaCache:
-        """Return the cache before the first token; its size does not depend on `max_len`."""
         conv = jnp.zeros((batch, self.config.d_conv, self.d_inner), self.dtype)
         return MambaCache(conv, initial_state(batch, self.d_inner, self.config.d_state))
 
+    @override
     def prefill(self, x: BTD, cache: MambaCache, segment_ids: BT | None = None) -> tuple[BTD, MambaCache]:
-        """Mix the next tokens of a sequence and return the cache after them."""
         options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
         u, conv = short_conv(self._inner(x), **self._conv(), state=cache.conv, **options)
         dt, B, C = self._selected(u)
         y, state = selective_scan(u, dt, self._A(), B, C, state=cache.state, impl=self.config.impl, **options)
         return self._out(x, u, y), MambaCache(conv, state)
 
+    @override
     def step(self, x: BD, cache: MambaCache) -> tuple[BD, MambaCache]:
-        """Mix one token and return the cache after it."""
         u, conv = short_conv_step(self._inner(x), **self._conv(), state=cache.conv)
         dt, B, C = self._selected(u)
         y, state = selective_scan_step(u, dt, self._A(), B, C, cache.state)
@@ -148,9 +140,10 @@ class Mamba(nnx.Module):
         return step_sizes(multiply(low, self.dt_proj.kernel[...].astype(low.dtype)), bias[...]), B, C
 
     def _inner(self, x):
-        return layers.part(self.in_proj, x, 0, self.d_inner)
+        return layers.linear_part(self.in_proj, x, 0, self.d_inner)
 
     def _out(self, x, u, y):
-        z = layers.part(self.in_proj, x, self.d_inner, 2 * self.d_inner)
-        skip = self.D[...].reshape((1,) * (u.ndim - 1) + (-1,)) * u.astype(jnp.float32)
+        z = layers.linear_part(self.in_proj, x, self.d_inner, 2 * self.d_inner)
+        u = u.astype(jnp.float32)
+        skip = layers.per_channel(self.D[...], u) * u
         return self.out_proj((y.astype(jnp.float32) + skip).astype(self.dtype) * jax.nn.silu(z))

@@ -1,8 +1,7 @@
 """Mamba-2: Mamba's layer with one decay a head, so that its scan is linear attention (SSD, arXiv 2405.21060)."""
 
 import dataclasses
-import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, override
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import inverse_softplus_dt
+from based_jax.nn.mixer import Mixer
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.decays import initial_state
 from based_jax.ops.ssd import BHNP, IMPLEMENTATIONS, ssd, ssd_step
@@ -37,7 +37,7 @@ class Mamba2Cache(NamedTuple):
     state: BHNP
 
 
-class Mamba2(nnx.Module):
+class Mamba2(Mixer):
     """S_t = exp(dt A) S_{t-1} + B_t (dt x_t)^T, y_t = C_t^T S_t + D x_t, RMSNorm of y SiLU(z) (sections 6 and 7).
 
     Source: HazyResearch/zoology:zoology/mixers/mamba2.py, `Mamba2`.
@@ -58,13 +58,11 @@ class Mamba2(nnx.Module):
         }
     }
 
-    def __init__(self, d_model: int, config: Mamba2Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: Mamba2Config, init: layers.Init):
         for name in ("d_state", "d_conv", "expand", "headdim", "ngroups"):
             if getattr(config, name) < 1:
                 raise UserError(f"{name} is {getattr(config, name)}; it is at least 1.")
-        self.config = config
-        self.d_model = d_model
-        self.dtype = dtype
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.d_inner = config.expand * d_model
         if self.d_inner % config.headdim or (self.d_inner // config.headdim) % config.ngroups:
             raise UserError(
@@ -74,35 +72,32 @@ class Mamba2(nnx.Module):
         self.num_heads = self.d_inner // config.headdim
         self.channels = self.d_inner + 2 * config.ngroups * config.d_state
         self.in_proj = layers.torch_linear(
-            d_model, self.d_inner + self.channels + self.num_heads, False, rngs, names=("embed", "mlp"), dtype=dtype
+            d_model, self.d_inner + self.channels + self.num_heads, ("embed", "mlp"), init
         )
-        self.conv_kernel = layers.uniform((config.d_conv, self.channels), config.d_conv, rngs=rngs)
-        self.conv_bias = layers.uniform((self.channels,), config.d_conv, rngs=rngs)
-        self.dt_bias = nnx.Param(inverse_softplus_dt(self.num_heads, rngs), **layers.named("heads"))
-        A = jax.random.uniform(rngs.params(), (self.num_heads,), minval=1.0, maxval=16.0)
-        self.A_log = nnx.Param(jnp.log(A), **layers.named("heads"))
-        self.D = nnx.Param(jnp.ones(self.num_heads), **layers.named("heads"))
-        self.norm = layers.rms_norm(self.d_inner, rngs=rngs)
-        gain = min(1.0, math.sqrt(2) * out_std / std)
-        self.out_proj = layers.torch_linear(
-            self.d_inner, d_model, False, rngs, names=("mlp", "embed"), dtype=dtype, gain=gain
-        )
+        self.conv_kernel = layers.conv_parameter((config.d_conv, self.channels), config.d_conv, rngs=init.rngs)
+        self.conv_bias = layers.conv_parameter((self.channels,), config.d_conv, rngs=init.rngs)
+        self.dt_bias = nnx.Param(inverse_softplus_dt(self.num_heads, init.rngs), **layers.logical_axes("heads"))
+        A = jax.random.uniform(init.rngs.params(), (self.num_heads,), minval=1.0, maxval=16.0)
+        self.A_log = nnx.Param(jnp.log(A), **layers.logical_axes("heads"))
+        self.D = nnx.Param(jnp.ones(self.num_heads), **layers.logical_axes("heads"))
+        self.norm = layers.rms_norm(self.d_inner, rngs=init.rngs)
+        self.out_proj = layers.torch_linear(self.d_inner, d_model, ("mlp", "embed"), init, gain=init.depth_gain)
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        """Mix a whole sequence."""
         u, dt = self._projected(x)
         u = short_conv(u, **self._conv(), segment_ids=segment_ids)
         inputs = self._inputs(u, dt)
         y = ssd(*inputs, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, inputs[0], y))
 
+    @override
     def init_cache(self, batch: int, max_len: int) -> Mamba2Cache:
-        """Return the cache before the first token; its size does not depend on `max_len`."""
         conv = jnp.zeros((batch, self.config.d_conv, self.channels), self.dtype)
         return Mamba2Cache(conv, initial_state(batch, self.num_heads, self.config.d_state, self.config.headdim))
 
+    @override
     def prefill(self, x: BTD, cache: Mamba2Cache, segment_ids: BT | None = None) -> tuple[BTD, Mamba2Cache]:
-        """Mix the next tokens of a sequence and return the cache after them."""
         options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
         u, dt = self._projected(x)
         u, conv = short_conv(u, **self._conv(), state=cache.conv, **options)
@@ -110,8 +105,8 @@ class Mamba2(nnx.Module):
         y, state = ssd(*inputs, state=cache.state, impl=self.config.impl, **options)
         return self._out(x, inputs[0], y), Mamba2Cache(conv, state)
 
+    @override
     def step(self, x: BD, cache: Mamba2Cache) -> tuple[BD, Mamba2Cache]:
-        """Mix one token and return the cache after it."""
         u, dt = self._projected(x)
         u, conv = short_conv_step(u, **self._conv(), state=cache.conv)
         u, dt, A, B, C = self._inputs(u, dt)
@@ -134,24 +129,23 @@ class Mamba2(nnx.Module):
 
     def _projected(self, x):
         ends = self.d_inner, self.d_inner + self.channels, self.d_inner + self.channels + self.num_heads
-        return layers.part(self.in_proj, x, *ends[:2]), layers.part(self.in_proj, x, *ends[1:])
+        return layers.linear_part(self.in_proj, x, *ends[:2]), layers.linear_part(self.in_proj, x, *ends[1:])
 
     def _conv(self) -> dict[str, Any]:
         return {"kernel": self.conv_kernel[...], "bias": self.conv_bias[...], "silu": True}
 
     def _inputs(self, u, dt):
         """Return (x, dt, A, B, C) of the scan by head and by group."""
-        lead, N = u.shape[:-1], self.config.d_state
-        ones = (1,) * len(lead)
-        groups = self.config.ngroups * N
-        x, B, C = jnp.split(u, [self.d_inner, self.d_inner + groups], axis=-1)
-        B, C = (y.reshape(*lead, -1, N) for y in (B, C))
-        x = x.reshape(*lead, self.num_heads, -1)
-        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...].reshape(*ones, -1))
+        groups = self.config.ngroups
+        x, B, C = jnp.split(u, [self.d_inner, self.d_inner + groups * self.config.d_state], axis=-1)
+        x, B, C = (layers.split_heads(y, count) for y, count in ((x, self.num_heads), (B, groups), (C, groups)))
+        dt = dt.astype(jnp.float32)
+        dt = jax.nn.softplus(dt + layers.per_channel(self.dt_bias[...], dt))
         return x, dt, -jnp.exp(self.A_log[...]), B, C
 
     def _out(self, x, u, y):
-        z = layers.part(self.in_proj, x, 0, self.d_inner)
-        skip = self.D[...].reshape((1,) * (u.ndim - 2) + (-1, 1)) * u.astype(jnp.float32)
+        z = layers.linear_part(self.in_proj, x, 0, self.d_inner)
+        u = u.astype(jnp.float32)
+        skip = layers.per_channel(self.D[...][:, None], u) * u
         y = layers.merge_heads(y.astype(jnp.float32) + skip)
         return self.out_proj(self.norm(y * jax.nn.silu(z.astype(jnp.float32))).astype(self.dtype))

@@ -1,10 +1,9 @@
 """Prefix linear attention: the beginning of a sequence is read in no order, the rest causally (arXiv 2407.05483)."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Shaped
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
@@ -42,15 +41,16 @@ class PrefixLinearAttention(TaylorAttention):
         }
     }
 
-    def __init__(self, d_model: int, config: PrefixConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: PrefixConfig, init: layers.Init):
         if config.enc_length < 0:
             raise UserError(f"enc_length is {config.enc_length}; it is at least 0.")
-        super().__init__(d_model, config, std=std, out_std=out_std, dtype=dtype, rngs=rngs)
+        super().__init__(d_model, config, init)
         self.enc_length = config.enc_length
         features = config.num_heads * config.feature_dim
-        self.proj_k_enc = layers.linear(d_model, features, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
-        self.proj_v_enc = layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
+        self.proj_k_enc = layers.linear(d_model, features, ("embed", "heads"), init)
+        self.proj_v_enc = layers.linear(d_model, d_model, ("embed", "heads"), init)
 
+    @override
     def __call__(
         self,
         x: BTD,
@@ -67,14 +67,17 @@ class PrefixLinearAttention(TaylorAttention):
         y, _ = self._mix(x, self.init_cache(*x.shape[:2]), segment_ids, encoder_mask)
         return layers.at(positions, y)[0]
 
+    @override
     def init_cache(self, batch: int, max_len: int) -> Any:
         """Return the state and the tokens read before the first one."""
         return super().init_cache(batch, max_len), jnp.zeros(batch, jnp.int32)
 
+    @override
     def prefill(self, x: BTD, cache: Any, segment_ids: BT | None = None) -> tuple[BTD, Any]:
         """Mix the next tokens of a sequence, those of the prefix at once, and return the cache after them."""
         return self._mix(x, cache, segment_ids, None)
 
+    @override
     def step(self, x: BD, cache: Any) -> tuple[BD, Any]:
         """Mix one token behind the prefix and return the cache after it."""
         state, length = cache

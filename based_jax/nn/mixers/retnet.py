@@ -4,8 +4,8 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-from flax import nnx
 
+from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, constant_decay, expanded
 
 
@@ -36,18 +36,15 @@ class RetNet(GatedLinearMixer):
         }
     }
 
-    def __init__(self, d_model: int, config: RetNetConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: RetNetConfig, init: layers.Init):
         super().__init__(
             d_model,
             config,
+            init,
             num_heads=config.num_heads,
             key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
             value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
             rotary=True,
-            std=std,
-            out_std=out_std,
-            dtype=dtype,
-            rngs=rngs,
         )
 
     def _gated(self, x, q, k, v):

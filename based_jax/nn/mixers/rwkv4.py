@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from based_jax.nn import layers
-from based_jax.nn.rwkv import TimeMix, mix_parameter, per_channel
+from based_jax.nn.mixer import Operation
+from based_jax.nn.rwkv import TimeMix, mix_parameter, mixed
 from based_jax.ops.wkv4 import IMPLEMENTATIONS, initial_state, wkv4, wkv4_step
 
 
@@ -28,7 +29,7 @@ class RWKV4(TimeMix):
 
     Config: ClassVar = RWKV4Config
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = (wkv4, wkv4_step)
+    operation: ClassVar = Operation(wkv4, wkv4_step)
     REFERENCE: ClassVar = {
         "rwkv4": {
             "out_proj/kernel": "output.weight",
@@ -41,15 +42,15 @@ class RWKV4(TimeMix):
         }
     }
 
-    def __init__(self, d_model: int, config: RWKV4Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
-        self.config, self.d_model, self.dtype = config, d_model, dtype
+    def __init__(self, d_model: int, config: RWKV4Config, init: layers.Init):
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.key, self.value, self.receptance = (
-            layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs) for _ in "kvr"
+            layers.linear(d_model, d_model, ("embed", "heads"), init) for _ in "kvr"
         )
         self.mix = mix_parameter(3, d_model)
-        self.time_decay = nnx.Param(jnp.linspace(-5.0, 3.0, d_model), **layers.named("heads"))
-        self.time_first = nnx.Param(jnp.full(d_model, jnp.log(0.3)), **layers.named("heads"))
-        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+        self.time_decay = nnx.Param(jnp.linspace(-5.0, 3.0, d_model), **layers.logical_axes("heads"))
+        self.time_first = nnx.Param(jnp.full(d_model, jnp.log(0.3)), **layers.logical_axes("heads"))
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
     def state_size(self, seq_len: int) -> int:
         """Return numerator, denominator, maximum and last token of each channel; equal to the cache's."""
@@ -67,7 +68,7 @@ class RWKV4(TimeMix):
         return initial_state(batch, self.d_model)
 
     def _project(self, x, previous):
-        k, v, r = (x * per_channel(m, x) + previous * (1 - per_channel(m, x)) for m in self.mix[...])
+        k, v, r = mixed(x, previous, self.mix[...])
         decay = -jnp.exp(self.time_decay[...].astype(jnp.float32))
         return (self.key(k), self.value(v), decay, self.time_first[...]), (self.receptance(r),)
 

@@ -9,7 +9,8 @@ from flax import nnx
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.rwkv import HeadNorm, TimeMix, mix_parameter, per_channel
+from based_jax.nn.mixer import Operation
+from based_jax.nn.rwkv import HeadNorm, TimeMix, mix_parameter, mixed
 from based_jax.ops.decays import initial_state
 from based_jax.ops.gated_linear_attention import (
     IMPLEMENTATIONS,
@@ -17,7 +18,7 @@ from based_jax.ops.gated_linear_attention import (
     gated_linear_attention_step,
 )
 
-DIVISOR = 8  # of the head's output, before its norm
+OUTPUT_DIVISOR = 8  # of the head's output, before its norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class RWKV5(TimeMix):
 
     Config: ClassVar = RWKV5Config
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = (gated_linear_attention, gated_linear_attention_step)
+    operation: ClassVar = Operation(gated_linear_attention, gated_linear_attention_step)
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "output.weight",
@@ -52,20 +53,21 @@ class RWKV5(TimeMix):
         }
     }
 
-    def __init__(self, d_model: int, config: RWKV5Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: RWKV5Config, init: layers.Init):
         if config.head_size < 1 or d_model % config.head_size:
             raise UserError(f"head_size {config.head_size} does not divide d_model {d_model}.")
-        self.config, self.d_model, self.dtype = config, d_model, dtype
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.num_heads = d_model // config.head_size
         self.receptance, self.key, self.value, self.gate = (
-            layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs) for _ in "rkvg"
+            layers.linear(d_model, d_model, ("embed", "heads"), init) for _ in "rkvg"
         )
         self.mix = mix_parameter(4, d_model)
-        shape = (self.num_heads, config.head_size)
-        self.time_decay = nnx.Param(jnp.linspace(-6.0, -1.0, d_model).reshape(shape), **layers.named("heads", None))
-        self.bonus = nnx.Param(jnp.linspace(0.0, 0.5, d_model).reshape(shape), **layers.named("heads", None))
-        self.norm = HeadNorm(d_model, 1e-5, rngs=rngs)
-        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+        self.time_decay, self.bonus = (
+            nnx.Param(layers.split_heads(even, self.num_heads), **layers.logical_axes("heads", None))
+            for even in (jnp.linspace(-6.0, -1.0, d_model), jnp.linspace(0.0, 0.5, d_model))
+        )
+        self.norm = HeadNorm(d_model, 1e-5, rngs=init.rngs)
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
     def state_size(self, seq_len: int) -> int:
         """Return a square of channels a head, and the last token; equal to the cache's."""
@@ -86,14 +88,13 @@ class RWKV5(TimeMix):
         return {"bonus": self.bonus[...], "scale": 1.0}
 
     def _project(self, x, previous):
-        r, k, v, g = (x * per_channel(m, x) + previous * (1 - per_channel(m, x)) for m in self.mix[...])
+        r, k, v, g = mixed(x, previous, self.mix[...])
         r, k, v = (
             layers.split_heads(f(y), self.num_heads) for f, y in ((self.receptance, r), (self.key, k), (self.value, v))
         )
         decay = -jnp.exp(self.time_decay[...].astype(jnp.float32))
-        decay = jnp.broadcast_to(decay.reshape((1,) * (k.ndim - 2) + decay.shape), k.shape)
-        return (r, k, v, decay), (self.gate(g),)
+        return (r, k, v, jnp.broadcast_to(decay, k.shape)), (self.gate(g),)
 
     def _out(self, o, gate):
-        o = self.norm(o.astype(jnp.float32) / DIVISOR) * jax.nn.silu(gate.astype(jnp.float32))
+        o = self.norm(o.astype(jnp.float32) / OUTPUT_DIVISOR) * jax.nn.silu(gate.astype(jnp.float32))
         return self.out_proj(o.astype(self.dtype))

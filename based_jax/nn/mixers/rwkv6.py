@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +11,8 @@ from flax import nnx
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import expanded
-from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter, per_channel
+from based_jax.nn.mixer import Operation
+from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
 from based_jax.ops.decays import initial_state
 from based_jax.ops.gated_linear_attention import (
     IMPLEMENTATIONS,
@@ -40,7 +42,7 @@ class RWKV6(TimeMix):
 
     Config: ClassVar = RWKV6Config
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = (gated_linear_attention, gated_linear_attention_step)
+    operation: ClassVar = Operation(gated_linear_attention, gated_linear_attention_step)
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",
@@ -61,27 +63,26 @@ class RWKV6(TimeMix):
         }
     }
 
-    def __init__(self, d_model: int, config: RWKV6Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: RWKV6Config, init: layers.Init):
         for name in ("proj_low_rank_dim", "gate_low_rank_dim"):
             if getattr(config, name) < 1:
                 raise UserError(f"{name} is {getattr(config, name)}; it is at least 1.")
-        self.config, self.d_model, self.dtype = config, d_model, dtype
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         H, rank = config.num_heads, 5 * config.proj_low_rank_dim
         self.key_dim = expanded("expand_k", d_model, config.expand_k, H)
         self.value_dim = expanded("expand_v", d_model, config.expand_v, H)
-        options: dict[str, Any] = {"std": std, "dtype": dtype, "rngs": rngs}
-        self.shift_mix = nnx.Param(jnp.zeros(d_model), **layers.named("embed"))
-        exact = options | {"dtype": jnp.float32}
-        self.shift_down = layers.linear(d_model, rank, ("embed", None), **exact)
-        self.shift_up = layers.linear(rank, d_model, (None, "embed"), **exact)
+        self.shift_mix = nnx.Param(jnp.zeros(d_model), **layers.logical_axes("embed"))
+        self.shift_down = layers.linear(d_model, rank, ("embed", None), init.fp32)
+        self.shift_up = layers.linear(rank, d_model, (None, "embed"), init.fp32)
         self.mix = mix_parameter(5, d_model, 0.0)
-        self.r_proj, self.k_proj = (layers.linear(d_model, self.key_dim, ("embed", "heads"), **options) for _ in "rk")
-        self.v_proj, self.gate = (layers.linear(d_model, self.value_dim, ("embed", "heads"), **options) for _ in "vg")
-        self.decay = LoRA(d_model, config.gate_low_rank_dim, self.key_dim, jnp.tanh, bias=True, std=std, rngs=rngs)
-        bonus = jnp.linspace(0.0, 0.5, self.key_dim).reshape(H, -1)  # as RWKV-5's; at 0 a first token has no output
-        self.bonus = nnx.Param(bonus, **layers.named("heads", None))
-        self.norm = HeadNorm(self.value_dim, 1e-5, rngs=rngs)
-        self.out_proj = layers.linear(self.value_dim, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+        self.r_proj, self.k_proj = (layers.linear(d_model, self.key_dim, ("embed", "heads"), init) for _ in "rk")
+        self.v_proj, self.gate = (layers.linear(d_model, self.value_dim, ("embed", "heads"), init) for _ in "vg")
+        self.decay = LoRA(d_model, config.gate_low_rank_dim, self.key_dim, jnp.tanh, init, bias=True)
+        # as RWKV-5's; at 0 a first token has no output
+        bonus = layers.split_heads(jnp.linspace(0.0, 0.5, self.key_dim), H)
+        self.bonus = nnx.Param(bonus, **layers.logical_axes("heads", None))
+        self.norm = HeadNorm(self.value_dim, 1e-5, rngs=init.rngs)
+        self.out_proj = layers.linear(self.value_dim, d_model, ("heads", "embed"), init.out)
 
     def state_size(self, seq_len: int) -> int:
         """Return K V elements a head, and the last token; equal to the cache's."""
@@ -108,12 +109,12 @@ class RWKV6(TimeMix):
     def _project(self, x, previous):
         x, previous = x.astype(jnp.float32), previous.astype(jnp.float32)
         delta = previous - x
-        ranks = jnp.tanh(self.shift_down(x + delta * per_channel(self.shift_mix[...], x)))
-        ranks = ranks.reshape(*ranks.shape[:-1], 5, -1)
-        up = self.shift_up.kernel[...].reshape(5, -1, x.shape[-1])
-        shares = jnp.moveaxis(jnp.einsum("...NR,NRD->...ND", ranks, up, precision=EXACT), -2, 0)
+        ranks = jnp.tanh(self.shift_down(x + delta * layers.per_channel(self.shift_mix[...], x)))
+        ranks = einops.rearrange(ranks, "... (N R) -> ... N R", N=5)
+        up = einops.rearrange(self.shift_up.kernel[...], "(N R) D -> N R D", N=5)
+        shares = jnp.einsum("...NR,NRD->N...D", ranks, up, precision=EXACT)
         r, w, k, v, g = (
-            x + delta * (share + per_channel(bias, x)) for share, bias in zip(shares, self.mix[...], strict=True)
+            x + delta * (share + layers.per_channel(bias, x)) for share, bias in zip(shares, self.mix[...], strict=True)
         )
         r, k, v, decay = (
             layers.split_heads(y, self.config.num_heads)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,12 @@ from flax import nnx
 from based_jax.dims import BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter, per_channel
+from based_jax.nn.mixer import Operation
+from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
 from based_jax.ops.decays import initial_state
 from based_jax.ops.delta_rule import DPLR_IMPLEMENTATIONS, dplr, dplr_step
 
-RANKS = ("decay_low_rank_dim", "gate_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim")
+RANK_OPTIONS = ("decay_low_rank_dim", "gate_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class RWKV7(TimeMix):
 
     Config: ClassVar = RWKV7Config
     IMPLEMENTATIONS: ClassVar = DPLR_IMPLEMENTATIONS
-    operation: ClassVar = (dplr, dplr_step)
+    operation: ClassVar = Operation(dplr, dplr_step)
     _SHARED: ClassVar = {
         "out_proj/kernel": "o_proj.weight",
         **{f"{n}_proj/kernel": f"{n}_proj.weight" for n in "rkv"},
@@ -58,31 +59,31 @@ class RWKV7(TimeMix):
         "zoology": {**_SHARED, "mix": "x_x"},
     }
 
-    def __init__(self, d_model: int, config: RWKV7Config, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: RWKV7Config, init: layers.Init):
         if config.head_dim < 1 or d_model % config.head_dim:
             raise UserError(f"head_dim {config.head_dim} does not divide d_model {d_model}.")
-        for name in RANKS:
+        for name in RANK_OPTIONS:
             if getattr(config, name) < 1:
                 raise UserError(f"{name} is {getattr(config, name)}; it is at least 1.")
-        self.config, self.d_model, self.dtype = config, d_model, dtype
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.num_heads = d_model // config.head_dim
         self.r_proj, self.k_proj, self.v_proj = (
-            layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs) for _ in "rkv"
+            layers.linear(d_model, d_model, ("embed", "heads"), init) for _ in "rkv"
         )
         self.mix = mix_parameter(6, d_model)
-        decay, gate, rate, value = (getattr(config, name) for name in RANKS)
-        options: dict[str, Any] = {"std": std, "rngs": rngs}
-        self.w_lora = LoRA(d_model, decay, d_model, jnp.tanh, bias=True, **options)
-        self.a_lora = LoRA(d_model, rate, d_model, _same, bias=True, **options)
-        self.g_lora = LoRA(d_model, gate, d_model, jax.nn.sigmoid, bias=False, **options)
+        decay, gate, rate, value = (getattr(config, name) for name in RANK_OPTIONS)
+        self.w_lora = LoRA(d_model, decay, d_model, jnp.tanh, init, bias=True)
+        self.a_lora = LoRA(d_model, rate, d_model, jax.nn.identity, init, bias=True)
+        self.g_lora = LoRA(d_model, gate, d_model, jax.nn.sigmoid, init, bias=False)
         if config.value_residual:
-            self.v_lora = LoRA(d_model, value, d_model, _same, bias=True, **options)
-        self.k_k = nnx.Param(jnp.full(d_model, 0.85), **layers.named("heads"))
-        self.k_a = nnx.Param(jnp.ones(d_model), **layers.named("heads"))
-        self.r_k = nnx.Param(jnp.zeros((self.num_heads, config.head_dim)), **layers.named("heads", None))
-        self.norm = HeadNorm(d_model, config.head_dim * 1e-5, rngs=rngs)
-        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+            self.v_lora = LoRA(d_model, value, d_model, jax.nn.identity, init, bias=True)
+        self.k_k = nnx.Param(jnp.full(d_model, 0.85), **layers.logical_axes("heads"))
+        self.k_a = nnx.Param(jnp.ones(d_model), **layers.logical_axes("heads"))
+        self.r_k = nnx.Param(jnp.zeros((self.num_heads, config.head_dim)), **layers.logical_axes("heads", None))
+        self.norm = HeadNorm(d_model, config.head_dim * 1e-5, rngs=init.rngs)
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
+    @override
     def __call__(
         self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None, *, v_first: BTD | None = None
     ) -> BPD:
@@ -106,7 +107,7 @@ class RWKV7(TimeMix):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the mixes, and writing the state twice and reading it twice."""
-        ranks = sum(getattr(self.config, name) for name in RANKS[:3])
+        ranks = sum(getattr(self.config, name) for name in RANK_OPTIONS[:3])
         ranks += self.config.v_low_rank_dim if self.config.value_residual else 0
         weights = self.d_model * (4 * self.d_model + 2 * ranks + 7)
         return 2 * weights + 8 * self.d_model * self.config.head_dim
@@ -119,29 +120,23 @@ class RWKV7(TimeMix):
 
     def _project(self, x, previous, v_first=None):
         delta = previous - x
-        r, w, k, v, a, g = (x + delta * per_channel(m, x) for m in self.mix[...])
+        r, w, k, v, a, g = (x + delta * layers.per_channel(m, x) for m in self.mix[...])
         values = self.v_proj(v)
         if v_first is not None:
             values = values + (v_first - values) * jax.nn.sigmoid(self.v_lora(v)).astype(values.dtype)
         log_decay = -math.exp(-0.5) * jax.nn.sigmoid(self.w_lora(w))
         rate = jax.nn.sigmoid(self.a_lora(a))
         keys = self.k_proj(k).astype(jnp.float32)
-        removal = layers.split_heads(keys * per_channel(self.k_k[...], keys), self.num_heads)
+        removal = layers.split_heads(keys * layers.per_channel(self.k_k[...], keys), self.num_heads)
         removal = removal / jnp.sqrt(jnp.maximum(jnp.sum(removal * removal, axis=-1, keepdims=True), 1e-24))
-        keys = keys + keys * (rate - 1) * per_channel(self.k_a[...], keys)
+        keys = keys + keys * (rate - 1) * layers.per_channel(self.k_a[...], keys)
         r, keys, values, log_decay, rate = (
             layers.split_heads(y, self.num_heads) for y in (self.r_proj(r), keys, values, log_decay, rate)
         )
         inputs = (r, keys.astype(values.dtype), values, log_decay, -removal, removal * rate)
-        bonus = jnp.sum(r.astype(jnp.float32) * keys * self._by_head(keys), axis=-1, keepdims=True) * values
-        return inputs, (layers.merge_heads(bonus.astype(jnp.float32)), self.g_lora(g))
-
-    def _by_head(self, keys):
-        return self.r_k[...].reshape((1,) * (keys.ndim - 2) + self.r_k.shape)
+        similarity = jnp.sum(r.astype(jnp.float32) * keys * layers.per_channel(self.r_k[...], keys), axis=-1)
+        bonus = layers.merge_heads((similarity[..., None] * values).astype(jnp.float32))
+        return inputs, (bonus, self.g_lora(g))
 
     def _out(self, o, bonus, gate):
         return self.out_proj(((self.norm(o) + bonus) * gate).astype(self.dtype))
-
-
-def _same(x):
-    return x

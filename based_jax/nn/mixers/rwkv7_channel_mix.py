@@ -4,11 +4,10 @@ import dataclasses
 from typing import ClassVar
 
 import jax
-from flax import nnx
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.rwkv import ChannelMix, mix_parameter, per_channel
+from based_jax.nn.rwkv import ChannelMix, mix_parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +26,13 @@ class RWKV7ChannelMix(ChannelMix):
 
     Config: ClassVar = RWKV7ChannelMixConfig
 
-    def __init__(
-        self, d_model: int, config: RWKV7ChannelMixConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, d_model: int, config: RWKV7ChannelMixConfig, init: layers.Init):
         if config.expand <= 0:
             raise UserError(f"expand is {config.expand}; it is above 0.")
-        self.config, self.d_model, self.dtype = config, d_model, dtype
+        self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.hidden = int(config.expand * d_model)
-        self.key = layers.linear(d_model, self.hidden, ("embed", "mlp"), std=std, dtype=dtype, rngs=rngs)
-        self.value = layers.linear(self.hidden, d_model, ("mlp", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+        self.key = layers.linear(d_model, self.hidden, ("embed", "mlp"), init)
+        self.value = layers.linear(self.hidden, d_model, ("mlp", "embed"), init.out)
         self.mix = mix_parameter(1, d_model)
 
     def flops_per_token(self, seq_len: int) -> int:
@@ -43,5 +40,5 @@ class RWKV7ChannelMix(ChannelMix):
         return 2 * self.d_model * (2 * self.hidden + 1)
 
     def _mix(self, x, previous):
-        k = x + (previous - x) * per_channel(self.mix[0], x)
+        k = x + (previous - x) * layers.per_channel(self.mix[0], x)
         return self.value(jax.nn.relu(self.key(k)) ** 2)

@@ -4,8 +4,6 @@ import dataclasses
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
@@ -43,24 +41,19 @@ class SimpleGLA(GatedLinearMixer):
         }
     }
 
-    def __init__(self, d_model: int, config: SimpleGLAConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: SimpleGLAConfig, init: layers.Init):
         if config.gate_logit_normalizer <= 0:
             raise UserError(f"gate_logit_normalizer is {config.gate_logit_normalizer}; it is above 0.")
         super().__init__(
             d_model,
             config,
+            init,
             num_heads=config.num_heads,
             key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
             value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
             conv_size=config.conv_size,
-            std=std,
-            out_std=out_std,
-            dtype=dtype,
-            rngs=rngs,
         )
-        self.decay = layers.linear(
-            d_model, config.num_heads, ("embed", "heads"), bias=True, std=std, dtype=jnp.float32, rngs=rngs
-        )
+        self.decay = layers.linear(d_model, config.num_heads, ("embed", "heads"), init.fp32, bias=True)
 
     def _gated(self, x, q, k, v):
         log_decay = jax.nn.log_sigmoid(self.decay(x)) / self.config.gate_logit_normalizer

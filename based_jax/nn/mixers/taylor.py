@@ -1,13 +1,12 @@
 """Based's global mixer: Taylor linear attention (arXiv 2402.18668, section 4.1)."""
 
 import dataclasses
-from typing import ClassVar
-
-from flax import nnx
+from typing import ClassVar, override
 
 from based_jax.dims import BD, BHEV, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.mixer import Mixer
 from based_jax.ops import taylor
 
 PROJECTIONS = {f"proj_{name}/kernel": f"proj_{name}.weight" for name in "qkv"}
@@ -22,7 +21,7 @@ class TaylorConfig:
     impl: str = "auto"
 
 
-class TaylorAttention(nnx.Module):
+class TaylorAttention(Mixer):
     """Queries and keys of K components a head, values of D/H; the state is (H, E, V+1) fp32 a sequence.
 
     Source: HazyResearch/based:based/models/mixers/linear_attention.py, `LinearAttention`.
@@ -35,36 +34,35 @@ class TaylorAttention(nnx.Module):
         "zoology": {"out_proj/kernel": "proj_o.weight", **PROJECTIONS},
     }
 
-    def __init__(self, d_model: int, config: TaylorConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: TaylorConfig, init: layers.Init):
         if not 1 <= config.feature_dim <= 32:
             raise UserError(f"feature_dim is {config.feature_dim}; Taylor attention takes 1 to 32.")
-        self.config = config
-        self.d_model = d_model
+        self.config, self.d_model = config, d_model
         self.value_dim = layers.head_dim(d_model, config.num_heads)
         features = config.num_heads * config.feature_dim
-        self.proj_q = layers.linear(d_model, features, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
-        self.proj_k = layers.linear(d_model, features, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
-        self.proj_v = layers.linear(d_model, d_model, ("embed", "heads"), std=std, dtype=dtype, rngs=rngs)
-        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), std=out_std, dtype=dtype, rngs=rngs)
+        self.proj_q = layers.linear(d_model, features, ("embed", "heads"), init)
+        self.proj_k = layers.linear(d_model, features, ("embed", "heads"), init)
+        self.proj_v = layers.linear(d_model, d_model, ("embed", "heads"), init)
+        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        """Mix a whole sequence."""
         o = taylor.taylor_attention(*self._qkv(x), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o))
 
+    @override
     def init_cache(self, batch: int, max_len: int) -> BHEV:
-        """Return the state before the first token; its size does not depend on `max_len`."""
         return taylor.initial_state(batch, self.config.num_heads, self.config.feature_dim, self.value_dim)
 
+    @override
     def prefill(self, x: BTD, cache: BHEV, segment_ids: BT | None = None) -> tuple[BTD, BHEV]:
-        """Mix the next tokens of a sequence and return the state after them."""
         o, cache = taylor.taylor_attention(
             *self._qkv(x), state=cache, segment_ids=segment_ids, return_state=True, impl=self.config.impl
         )
         return self._out(o), cache
 
+    @override
     def step(self, x: BD, cache: BHEV) -> tuple[BD, BHEV]:
-        """Mix one token and return the state after it."""
         q, k, v = self._qkv(x)
         o, cache = taylor.taylor_attention_step(q, k, v, cache)
         return self._out(o), cache

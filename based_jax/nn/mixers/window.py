@@ -1,10 +1,9 @@
 """Based's local mixer: exact softmax attention over a short sliding window (arXiv 2402.18668, section 4.2)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax.numpy as jnp
-from flax import nnx
 
 from based_jax.dims import BP, BPD, BT, BTD
 from based_jax.errors import UserError
@@ -35,27 +34,28 @@ class WindowAttention(attention.Attention):
 
     Config: ClassVar = WindowConfig
     IMPLEMENTATIONS: ClassVar = WINDOW_ATTENTION
-    REFERENCE: ClassVar = dict.fromkeys(("based", "zoology"), layers.QKV_KEYS)
+    REFERENCE: ClassVar = dict.fromkeys(("based", "zoology"), attention.QKV_KEYS)
     config: WindowConfig
 
-    def __init__(self, d_model: int, config: WindowConfig, *, std: float, out_std: float, dtype, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, config: WindowConfig, init: layers.Init):
         if config.window < 1:
             raise UserError(f"window is {config.window}; it counts the query's own key, so it is at least 1.")
-        super().__init__(d_model, config, std=std, out_std=out_std, dtype=dtype, rngs=rngs)
+        super().__init__(d_model, config, init)
 
+    @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        """Mix a whole sequence."""
         q, k, v = self.rotated_qkv(x, 0)
         k, v = self.for_each_query(k), self.for_each_query(v)
         o = window_attention(q, k, v, window=self.config.window, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o))
 
+    @override
     def init_cache(self, batch: int, max_len: int) -> KVCache:
-        """Return an empty ring; its size does not depend on `max_len`."""
+        """Return an empty ring of `window` slots."""
         return KVCache.empty(batch, self.config.window, self.kv_heads, self.head_dim, self.dtype)
 
+    @override
     def prefill(self, x: BTD, cache: KVCache, segment_ids: BT | None = None) -> tuple[BTD, KVCache]:
-        """Mix the next tokens of a sequence and return the ring after them."""
         ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         q, k, v = self.rotated_qkv(x, cache.length)
         past = cache.in_order()

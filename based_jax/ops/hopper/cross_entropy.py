@@ -107,7 +107,7 @@ def _pad(x: Float[Array, "N D"]) -> Float[Array, "_ _"]:
     from pallas_kernels.hopper import cross_entropy as kernels
 
     count, dim = x.shape
-    rows = max(kernels.LEAST, -(-count // limits.COPY_ROWS) * limits.COPY_ROWS)
+    rows = max(kernels.MIN_ROWS, -(-count // limits.COPY_ROWS) * limits.COPY_ROWS)
     return jnp.pad(x, ((0, rows - count), (0, -dim % limits.CHUNK_TOKENS)))
 
 

@@ -45,7 +45,7 @@ def _on_device(u, dt, B, C, A, state, segment_ids) -> tuple[BTD, BDN]:
     state = jnp.zeros((u.shape[0], *A.shape), jnp.float32) if state is None else state
     time, offsets, padding = u.shape[1], None, None
     if segment_ids is not None:
-        offsets = jnp.where(segments.begins_later(segment_ids), segments.FORGET, 0.0)
+        offsets = jnp.where(segments.begins_later(segment_ids), segments.FORGET_LOG_DECAY, 0.0)
         padding = (segment_ids == 0)[..., None]
         u, dt = (jnp.where(padding, 0, x) for x in (u, dt))
     tokens = u, dt.astype(jnp.float32), jnp.concatenate([B, C], axis=-1).astype(jnp.float32), offsets

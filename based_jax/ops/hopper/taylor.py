@@ -172,7 +172,7 @@ def _cut(v: jax.Array) -> dict[str, Any]:
 
 
 def pack_state(state: BHEV) -> Float[Array, "BH V _"]:
-    """Return the kernels' sums (B H, V, SUMS) of a state (B, H, 153, V+1); V is 64.
+    """Return the kernels' sums (B H, V, SUMS_COLUMNS) of a state (B, H, 153, V+1); V is 64.
 
     They are S^T (V, 160) and, beside it, the moments: rows 0 to 15 hold sum k k^T, row 16 sum k, and row 17 begins with
     the number of tokens.

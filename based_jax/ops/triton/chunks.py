@@ -62,7 +62,7 @@ def run(
     """
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels import split
-    from pallas_kernels.triton.chunks import CHUNK, WIDTH
+    from pallas_kernels.triton.chunks import CHUNK_TOKENS, STRIP_WIDTH
 
     state = empty_state(q, v) if state is None else state
     time, (*_, keys, values) = q.shape[1], state.shape
@@ -71,11 +71,14 @@ def run(
     def on_device(q, k, v, log_decay, *rest) -> tuple[BTHV, BHKV]:
         ab, rates, [state, segment_ids] = split(rest, *counts)
         q, k, v, log_decay, ab, padding = segments.separated(q, k, v, log_decay, ab, segment_ids)
-        q, k, *ab = (sharded.fill(x.astype(v.dtype), {1: CHUNK, 3: wide}) for x in (q, k, *ab))
+        q, k, *ab = (sharded.fill(x.astype(v.dtype), {1: CHUNK_TOKENS, 3: wide}) for x in (q, k, *ab))
         log_decay = jnp.maximum(log_decay.astype(jnp.float32), MIN_LOG_DECAY)
-        log_decay = sharded.fill(log_decay, {1: CHUNK} | ({3: wide} if log_decay.shape[3] > 1 else {}))
-        rates = [sharded.fill(x.astype(jnp.float32), {1: CHUNK}) for x in rates]
-        v, state = sharded.fill(v, {1: CHUNK, 3: WIDTH}), sharded.fill(state.astype(jnp.float32), {2: wide, 3: WIDTH})
+        log_decay = sharded.fill(log_decay, {1: CHUNK_TOKENS} | ({3: wide} if log_decay.shape[3] > 1 else {}))
+        rates = [sharded.fill(x.astype(jnp.float32), {1: CHUNK_TOKENS}) for x in rates]
+        v, state = (
+            sharded.fill(v, {1: CHUNK_TOKENS, 3: STRIP_WIDTH}),
+            sharded.fill(state.astype(jnp.float32), {2: wide, 3: STRIP_WIDTH}),
+        )
         o, state = fused(*sharded.vary_alike(q, k, v, log_decay, state, *ab, *rates))
         o, state = o[:, :time, :, :values], state[:, :, :keys, :values]
         return (o if padding is None else jnp.where(padding, 0, o)), state

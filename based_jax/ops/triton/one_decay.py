@@ -46,7 +46,7 @@ def _forward(scale, q, k, v, log_decay, state, *beta, with_starts: bool):
     from pallas_kernels.triton import one_decay as kernels
 
     log_decay = jax.lax.optimization_barrier(log_decay)  # XLA would fold the sums of a constant, for seconds
-    c = jnp.cumsum(_cut(log_decay, kernels.CHUNK), axis=2).reshape(log_decay.shape)
+    c = jnp.cumsum(_cut(log_decay, kernels.CHUNK_TOKENS), axis=2).reshape(log_decay.shape)
     delta = kernels.Delta(beta[0], kernels.inverses(k, c, beta[0])) if beta else ()
     o, last, *starts = kernels.forward(q, k, v, c, state, delta, scale=scale, with_starts=with_starts)
     return (o, last), (q, k, v, c, delta, *starts)
@@ -64,7 +64,7 @@ def _fused_bwd(scale, saved, gradients):
     y, ends, dstate = kernels.reverse(q, k, c, do, dlast, delta, scale=scale)
     dq, dk, dc, *more = kernels.gradients(q, k, v, c, starts, do, y, ends, delta, scale=scale)
     dv, *dbeta = more or [y]
-    dlog_decay = jax.lax.cumsum(_cut(dc, kernels.CHUNK), axis=2, reverse=True).reshape(dc.shape)
+    dlog_decay = jax.lax.cumsum(_cut(dc, kernels.CHUNK_TOKENS), axis=2, reverse=True).reshape(dc.shape)
     return dq, dk, dv, dlog_decay, dstate, *dbeta
 
 

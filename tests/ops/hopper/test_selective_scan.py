@@ -85,7 +85,7 @@ def interpreted(monkeypatch):
     from pallas_kernels.hopper import selective_scan_backward as backward
 
     def load_channels(ref):
-        return ref[...].astype(jnp.float32).reshape(forward.WARPS, -1, forward.VECTOR)
+        return ref[...].astype(jnp.float32).reshape(forward.WARPS, -1, forward.LANE_CHANNELS)
 
     def save(ref, x):
         ref[...] = x.reshape(ref.shape).astype(ref.dtype)

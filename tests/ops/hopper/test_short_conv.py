@@ -32,7 +32,7 @@ def halves(form):
 def kernels(form):
     """Return the names of a form's kernels."""
     name = "gated_conv" if form == "gated" else "short_conv"
-    return f"{name}_mosaic_gpu", f"{name}_backward_mosaic_gpu"
+    return f"{name}_forward_mosaic_gpu", f"{name}_backward_mosaic_gpu"
 
 
 @forms
@@ -116,7 +116,7 @@ def test_kernels_equal_the_oracle(
     """In Pallas' interpreter, which looks for races."""
     from pallas_kernels.hopper import short_conv as kernels
 
-    for part in ("FORWARD_PART", "BACKWARD_PART"):
+    for part in ("FORWARD_BLOCK_TOKENS", "BACKWARD_BLOCK_TOKENS"):
         monkeypatch.setattr(kernels, part, 16)
     rows = slice(1, 3)  # of the packed ones
     ids = packed_ids(time)[rows] if packed else None

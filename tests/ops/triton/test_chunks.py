@@ -56,7 +56,7 @@ def interpreted(monkeypatch):
     from pallas_kernels.triton import chunks as kernels
 
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr(kernels, "EXACT", jax.lax.Precision.HIGHEST)
+    monkeypatch.setattr(kernels, "EXACT_PRODUCT", jax.lax.Precision.HIGHEST)
     monkeypatch.setattr(chunks, "supports", lambda *_: None)
     monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
 

@@ -7,18 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from based_jax.ops.taylor import taylor_attention
-from experiments.kernels import comparison, oracles
+from based_jax.bench import comparison
+from based_jax.bench.catalogue.definitions import with_ones
+from based_jax.bench.catalogue.operation import Call, Case, Shape
+from based_jax.bench.catalogue.taylor import DIMS, TAYLOR_ATTENTION, definition, features
 
-K, V = 16, 64
+K, V = DIMS
 WIDTHS = {"q": K, "k": K, "v": V}
-BLOCK = 1 << 13
+TOKENS_AT_ONCE = 1 << 13
 """Tokens whose features are in memory together, and that are drawn together."""
-SPAN = 64
+SAMPLE_TOKENS = 64
 """Tokens of a sample."""
 
 
-def many_blocks(seed: int, batch: int = 4375, heads: int = 16, time: int = 100, impl: str = "hopper") -> dict:
+def many_blocks(seed: int, impl: str, *, batch: int = 4375, heads: int = 16, time: int = 100) -> dict:
     """Return the errors of 70,000 short sequences: of the first, the last, and those about block 65,535."""
     arrays, do = jax.jit(lambda key: _random(key, batch, time, heads))(jax.random.key(seed))
     run = jax.jit(comparison.both_passes(_call(impl)))
@@ -27,15 +29,15 @@ def many_blocks(seed: int, batch: int = 4375, heads: int = 16, time: int = 100, 
     rows = np.unique(np.clip([0, 1, middle - 1, middle, middle + 1, middle + 2, batch - 2, batch - 1], 0, batch - 1))
     got, some, some_do = jax.device_get(jax.jit(lambda *x: jax.tree.map(lambda y: y[rows], x))(found, arrays, do))
     with jax.enable_x64(True):
-        oracle = jax.jit(comparison.both_passes(oracles.taylor_attention))
+        oracle = jax.jit(comparison.both_passes(definition))
         gradients = {"o": some_do, "state": np.zeros_like(got["state"])}
         wanted = oracle(*_wide((gradients, some | {"state": gradients["state"]})), np.ones((len(rows), time), np.int32))
         wanted = jax.device_get(wanted)
-    return _found(seed, (batch, heads, time), got, wanted, bits, finite)
+    return _found(seed, impl, (batch, heads, time), got, wanted, bits, finite)
 
 
 def far_offsets(
-    seed: int, heads: int = 16, time: int = (1 << 21) + (1 << 14) + 1, tail: int = 2049, impl: str = "hopper"
+    seed: int, impl: str, *, heads: int = 16, time: int = (1 << 21) + (1 << 14) + 1, tail: int = 2049
 ) -> dict:
     """Return the errors of one sequence whose values are more than 2^31 elements.
 
@@ -46,14 +48,14 @@ def far_offsets(
     arrays, do = jax.jit(lambda key: _random(key, 1, time, heads, first))(jax.random.key(seed))
     run = jax.jit(comparison.both_passes(_call(impl)))
     found, bits, finite = _twice(lambda: run({"o": do}, arrays, None))
-    far = min(first - SPAN, (1 << 31) // (heads * V) - SPAN // 2)
-    spans = [0, first // 2, far, first - SPAN]
+    far = min(first - SAMPLE_TOKENS, (1 << 31) // (heads * V) - SAMPLE_TOKENS // 2)
+    spans = [0, first // 2, far, first - SAMPLE_TOKENS]
 
     def cut(*trees):
         def span(begin, size):
             return jax.tree.map(lambda x: x[:, begin : begin + size], trees)
 
-        return [*(span(begin, SPAN) for begin in spans), span(first, tail)]
+        return [*(span(begin, SAMPLE_TOKENS) for begin in spans), span(first, tail)]
 
     by_token = {name: found[name] for name in ("o", "dq", "dk", "dv")}
     *samples, (got, end, do) = jax.device_get(jax.jit(cut)(by_token, arrays, do))
@@ -61,28 +63,25 @@ def far_offsets(
     with jax.enable_x64(True):
         before = jax.device_get(jax.jit(lambda k, v: state_of(k, v, first))(arrays["k"], arrays["v"]))
         gradients, end = _wide(({"o": do, "state": np.zeros_like(before)}, end | {"state": before}))
-        oracle = jax.jit(comparison.both_passes(oracles.taylor_attention))
+        oracle = jax.jit(comparison.both_passes(definition))
         wanted = jax.device_get(oracle(gradients, end, np.ones((1, tail), np.int32)))
         pull = jax.jit(lambda k, v, ds: jax.vjp(_state, k, v)[1](ds))
         for i, (sample, x, _) in enumerate(samples):
             dk, dv = jax.device_get(pull(*_wide((x["k"], x["v"])), wanted["dstate"]))
             got |= {f"dk{i}": sample["dk"], f"dv{i}": sample["dv"], f"dq{i}": sample["dq"]}
             wanted |= {f"dk{i}": dk, f"dv{i}": dv, f"dq{i}": np.zeros_like(dk)}
-    return _found(seed, (1, heads, time), got, wanted, bits, finite)
+    return _found(seed, impl, (1, heads, time), got, wanted, bits, finite)
 
 
-CASES: dict[str, Callable[[int], dict]] = {
+CASES: dict[str, Callable[[int, str], dict]] = {
     "taylor_attention (4375,16,100) 70,000 blocks": many_blocks,
     "taylor_attention (1,16,2113537) past 2^31 elements": far_offsets,
 }
+"""Functions of a seed and an implementation of Taylor attention."""
 
 
-def _call(impl: str) -> Callable:
-    def call(arrays, ids):
-        q, k, v = (arrays[name] for name in ("q", "k", "v"))
-        return dict(zip(("o", "state"), taylor_attention(q, k, v, return_state=True, impl=impl), strict=True))
-
-    return call
+def _call(impl: str) -> Call:
+    return TAYLOR_ATTENTION.call(Case("taylor_attention", (1, 1, 1), DIMS, impl))
 
 
 def _random(key: jax.Array, batch: int, time: int, heads: int, first: int = 0) -> tuple[dict, jax.Array]:
@@ -91,10 +90,10 @@ def _random(key: jax.Array, batch: int, time: int, heads: int, first: int = 0) -
     def normal(key, width):
         def block(key):
             # Rounded afterwards: drawn in bf16 they would have a mean of -0.012.
-            return jax.random.normal(key, (batch, min(BLOCK, time), heads, width)).astype(jnp.bfloat16)
+            return jax.random.normal(key, (batch, min(TOKENS_AT_ONCE, time), heads, width)).astype(jnp.bfloat16)
 
         # In pieces: the generator's own numbers are 32 bits wide.
-        blocks = jax.lax.map(block, jax.random.split(key, math.ceil(time / BLOCK)))
+        blocks = jax.lax.map(block, jax.random.split(key, math.ceil(time / TOKENS_AT_ONCE)))
         return jnp.moveaxis(blocks, 0, 1).reshape(batch, -1, heads, width)[:, :time]
 
     keys = jax.random.split(key, 4)
@@ -136,26 +135,27 @@ def state_of(k: jax.Array, v: jax.Array, tokens: int) -> jax.Array:
     """Return the state (1, H, E, V+1) after so many tokens, in fp64."""
 
     def add(state, block):
-        places = block * BLOCK + jnp.arange(BLOCK)
+        places = block * TOKENS_AT_ONCE + jnp.arange(TOKENS_AT_ONCE)
         taken = jnp.minimum(places, tokens - 1)
         some = [x[:, taken].astype(jnp.float64) for x in (k, v)]
         mask = (places < tokens)[None, :, None, None]
-        return state + jnp.einsum("bthe,bthv->bhev", oracles.features(some[0]) * mask, oracles.with_ones(some[1])), None
+        return state + jnp.einsum("bthe,bthv->bhev", features(some[0]) * mask, with_ones(some[1])), None
 
     empty = jnp.zeros((1, k.shape[2], 1 + K + K * (K + 1) // 2, V + 1), jnp.float64)
-    return jax.lax.scan(add, empty, jnp.arange(math.ceil(tokens / BLOCK)))[0]
+    return jax.lax.scan(add, empty, jnp.arange(math.ceil(tokens / TOKENS_AT_ONCE)))[0]
 
 
 def _state(k: jax.Array, v: jax.Array) -> jax.Array:
-    return jnp.einsum("bthe,bthv->bhev", oracles.features(k), oracles.with_ones(v))
+    return jnp.einsum("bthe,bthv->bhev", features(k), with_ones(v))
 
 
 def _wide(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
-def _found(seed: int, shape: tuple[int, int, int], got: dict, wanted: dict, bits: bool, finite: bool) -> dict:
+def _found(seed: int, impl: str, shape: Shape, got: dict, wanted: dict, bits: bool, finite: bool) -> dict:
     rows = {name: comparison.error_of_rows(x, wanted[name]) for name, x in got.items() if name != "state"}
     errors = {name: comparison.error(x, wanted[name]) for name, x in got.items()}
     found = {"errors": errors, "rows": rows, "finite": finite, "same_bits": bool(bits)}
-    return {"seed": seed, "operation": "taylor_attention", "shape": shape} | comparison.judged(found)
+    place = {"seed": seed, "operation": "taylor_attention", "impl": impl, "shape": shape}
+    return place | comparison.judged(found)

@@ -2,12 +2,12 @@
 
 What is run for the second, each kernel replayed for every group of its counters:
 
-ncu --clock-control none --section ... -k regex:... -o REPORT python -m experiments.kernels profile --inner FILE
+ncu --clock-control none --section ... -k regex:... -o REPORT python -m based_jax bench profile --inner FILE
 ncu -i REPORT.ncu-rep --page raw --csv --print-units base
 """
 
-import argparse
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -17,23 +17,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 
 from based_jax.bench import kernels
-from based_jax.bench.operations import OPERATIONS, PASSES, Operation, Shape
+from based_jax.bench.catalogue import timed_case, timed_operation
+from based_jax.bench.catalogue.operation import BOTH, PASSES, Case, Shape
 from based_jax.bench.timing import breakdown
-from based_jax.commands.bench import parse_shape
 from based_jax.errors import UserError
-from based_jax.ops.dispatch import named
-from experiments.kernels import check
 
-RESULTS = Path(__file__).parent / "results"
-SHAPES = [*kernels.SHAPES, kernels.LENGTHS[-1]]
-NAMES = "taylor_|window_|gated_conv|residual_norm"
-"""What the kernels' names begin with, as a regular expression."""
+SHAPES = (*kernels.SHAPES, kernels.LENGTHS[-1])
+ALLOCATOR = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+"""The profiled process needs memory beside this one."""
+CUSTOM_CALL = re.compile(r'custom_call_target="(mosaic_gpu|__gpu\$xla\.gpu\.triton)')
+"""A kernel of our own in a compiled program."""
 SECTIONS = (
     "SpeedOfLight",
     "ComputeWorkloadAnalysis",
@@ -64,48 +63,57 @@ LEAST_PERCENT = 5.0
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("--out", type=Path, default=RESULTS / "profile.jsonl", help="JSON lines; replaced")
-    parser.add_argument("--ops", nargs="+", default=["taylor_attention"], help="operations, or 'all'")
-    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=SHAPES, help="BxHxT")
-    parser.add_argument("--impl", default="hopper")
-    parser.add_argument("--no-ncu", action="store_true", help="only JAX's profiler")
-    parser.add_argument("--raw", type=Path, help="keep all that Nsight Compute says of each launch in this file (CSV)")
-    parser.add_argument("--inner", type=Path, help="only run each call once, and write to this file what it launches")
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What is profiled.
+
+    Attributes:
+      names: of the benchmark.
+      shapes: (B, H, T).
+      impls: implementations; none for those that run kernels of our own.
+    """
+
+    names: Sequence[str]
+    shapes: Sequence[Shape]
+    impls: Sequence[str] = ()
+
+    def calls(self) -> Iterator[tuple[str, Shape, str]]:
+        """Yield (name, shape, implementation) of each call."""
+        for name in self.names:
+            operation = timed_operation(name)
+            impls = operation.impls(self.impls) if self.impls else list(operation.kernels)
+            yield from ((name, shape, impl) for shape in self.shapes for impl in impls)
+
+    def kernels(self) -> str:
+        """Return what the kernels' names begin with, as a regular expression."""
+        tables = [timed_operation(name).kernels for name in self.names]
+        return "|".join(dict.fromkeys(x for table in tables for names in table.values() for x in names))
+
+    def words(self) -> list[str]:
+        """Return the selection as arguments of the command."""
+        shapes = ["x".join(map(str, shape)) for shape in self.shapes]
+        return ["--ops", *self.names, "--shapes", *shapes, *(["--impls", *self.impls] if self.impls else [])]
 
 
-def run(args: argparse.Namespace) -> int:
-    """Print and write a row per call, and one per kernel launch in it."""
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the profiled process needs memory too
-    if args.ops == ["all"]:
-        args.ops = [name for name, operation in OPERATIONS.items() if named(operation.table, args.impl)]
-    if args.inner:
-        return launch(args.ops, args.shapes, args.impl, args.inner)
-    if shutil.which("ncu") is None and not args.no_ncu:
+def check_tool() -> None:
+    """Raise a UserError where Nsight Compute is missing."""
+    if shutil.which("ncu") is None:
         raise UserError("'profile' needs ncu on the PATH, or --no-ncu.")
-    facts = check.facts("profile")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w") as file:
-        for row in itertools.chain(timelines(args), [] if args.no_ncu else counters(args)):
-            print(line(row), flush=True)
-            print(json.dumps(row | facts), file=file, flush=True)
-    return 0
 
 
-def timelines(args: argparse.Namespace) -> Iterator[dict]:
+def timelines(selection: Selection) -> Iterator[dict]:
     """Yield for each call the median time of each of its kernels, and of the gaps between them."""
-    for name, shape, which in itertools.product(args.ops, args.shapes, PASSES):
+    for (name, shape, impl), which in itertools.product(selection.calls(), PASSES):
         try:
-            yield place(name, args.impl, shape, which) | timeline(OPERATIONS[name], args.impl, shape, which)
+            yield place(name, impl, shape, which) | timeline(timed_case(name, shape, impl), which)
         except Exception as error:  # the others are still worth a look
-            print(f"{name} {shape} {which}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            print(f"{name} {shape} {impl} {which}: {type(error).__name__}: {str(error)[:300]}", flush=True)
 
 
-def timeline(operation: Operation, impl: str, shape: Shape, which: str) -> dict:
+def timeline(case: Case, which: str) -> dict:
     """Return where the time of a call goes."""
-    sets = [x[which == "forward" :] for x in kernels.inputs(operation, shape)]
-    found = breakdown(kernels.compiled(operation, impl, which, shape), sets)
+    sets = [kernels.given(x, which) for x in kernels.inputs(case)]
+    found = breakdown(kernels.compiled(case, which), sets)
     parts = [
         {"kernel": kernel, "launches": count, "microseconds": round(time, 2)} for kernel, count, time in found.kernels
     ]
@@ -118,41 +126,51 @@ def place(name: str, impl: str, shape: Shape, which: str) -> dict:
     return {"op": name, "impl": impl, "pass": which} | dict(zip(("batch", "heads", "seq_len"), shape, strict=True))
 
 
-def launch(names: Iterable[str], shapes: Iterable[Shape], impl: str, path: Path) -> int:
+def launch(selection: Selection, path: Path) -> None:
     """Run forward and backward of each call once, and write how many kernels each launches."""
-    calls = []
-    for name in names:
-        for shape in shapes:
-            call = kernels.compiled(OPERATIONS[name], impl, PASSES[1], shape)
-            count = len(re.findall(r"custom_call_target=\"mosaic_gpu", call.as_text()))
-            calls.append(place(name, impl, shape, PASSES[1]) | {"launches": count})
-            jax.block_until_ready(call(*kernels.inputs(OPERATIONS[name], shape, 1)[0]))
-            print(calls[-1], flush=True)
-    path.write_text(json.dumps(calls))
-    return 0
+    found = []
+    for name, shape, impl in selection.calls():
+        case = timed_case(name, shape, impl)
+        call = kernels.compiled(case, BOTH)
+        count = len(CUSTOM_CALL.findall(call.as_text() or ""))
+        found.append(place(name, impl, shape, BOTH) | {"launches": count})
+        jax.block_until_ready(call(*kernels.inputs(case, 1)[0]))
+        print(found[-1], flush=True)
+    path.write_text(json.dumps(found))
 
 
-def counters(args: argparse.Namespace) -> list[dict]:
-    """Return a row for each launch that Nsight Compute saw, with what `METRICS` names and the stalls."""
+def counters(selection: Selection, keep: Path | None = None) -> list[dict]:
+    """Return a row for each launch that Nsight Compute saw, with what `METRICS` names and the stalls.
+
+    Args:
+      selection: the calls.
+      keep: a file for all that it says of each launch (CSV).
+    """
     tool = shutil.which("ncu") or "ncu"
     with tempfile.TemporaryDirectory() as folder:
         report, calls = Path(folder) / "report", Path(folder) / "calls.json"
-        shapes = ["x".join(map(str, shape)) for shape in args.shapes]
-        inner = ["--ops", *args.ops, "--impl", args.impl, "--inner", str(calls), "--shapes", *shapes]
         options = [x for section in SECTIONS for x in ("--section", section)]
         # Not locked to a base clock: the times are to be those of the other commands.
-        command = [tool, "--clock-control", "none", *options, "-k", f"regex:{NAMES}", "-f", "-o", str(report)]
-        command += [sys.executable, "-m", "experiments.kernels", "profile", *inner]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        )
+        command = [
+            tool,
+            "--clock-control",
+            "none",
+            *options,
+            "-k",
+            f"regex:{selection.kernels()}",
+            "-f",
+            "-o",
+            str(report),
+        ]
+        command += [sys.executable, "-m", "based_jax", "bench", "profile", *selection.words(), "--inner", str(calls)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ALLOCATOR)
         if done.returncode or not calls.exists():
             print(f"ncu failed:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}", flush=True)
             return []
         page = [tool, "-i", f"{report}.ncu-rep", "--page", "raw", "--csv", "--print-units", "base"]
         raw = subprocess.run(page, capture_output=True, text=True, check=True).stdout
-        if args.raw:
-            args.raw.write_text(raw)
+        if keep:
+            keep.write_text(raw)
         return launches(raw, json.loads(calls.read_text()))
 
 

@@ -9,32 +9,16 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 
-from experiments.kernels.operations import Case, basic, same_program
+from based_jax.bench.calls import same_oracle, same_program
+from based_jax.bench.catalogue import OPERATIONS
+from based_jax.bench.catalogue.operation import Case
 
-MEMORY = 0.88
+MEMORY_FRACTION = 0.88
 """Of the GPU, for all workers together."""
-COMPILING = {
-    "taylor_attention": 6.0,
-    "window_attention": 4.0,
-    "gated_short_conv": 3.0,
-    "short_conv": 3.0,
-    "residual_rms_norm": 1.0,
-    "residual_layer_norm": 1.0,
-    "rms_norm": 1.0,
-    "layer_norm": 1.0,
-    "selective_scan": 5.0,
-    "delta_rule": 6.0,
-    "gated_linear_attention": 5.0,
-    "gated_delta_rule": 6.0,
-    "simple_gla": 4.0,
-    "delta_rule_by_chunks": 12.0,
-    "gated_linear_attention_by_chunks": 8.0,
-    "linear_cross_entropy": 3.0,
-}
-ORACLE = 2.0
-"""Seconds to compile a call and an oracle, roughly: only their proportions matter."""
-SHOWN = 1500
-"""Characters of what a worker that failed said last."""
+ORACLE_SECONDS = 2.0
+"""To compile a definition, as `Operation.compile_seconds`."""
+SHOWN_CHARACTERS = 1500
+"""Of what a worker that failed said last."""
 
 
 def parts(chosen: Sequence[Case], workers: int) -> list[list[Case]]:
@@ -47,9 +31,9 @@ def parts(chosen: Sequence[Case], workers: int) -> list[list[Case]]:
     for case in sorted(groups, key=_seconds, reverse=True):
         # Nearly the same load, and an oracle that is there already: better than the least load.
         least = min(loads)
-        near = [i for i, load in enumerate(loads) if load <= least + ORACLE]
-        mine = next((i for i in near if basic(case) in map(basic, found[i])), loads.index(least))
-        loads[mine] += _seconds(case) + ORACLE * (basic(case) not in map(basic, found[mine]))
+        near = [i for i, load in enumerate(loads) if load <= least + ORACLE_SECONDS]
+        mine = next((i for i in near if same_oracle(case) in map(same_oracle, found[i])), loads.index(least))
+        loads[mine] += _seconds(case) + ORACLE_SECONDS * (same_oracle(case) not in map(same_oracle, found[mine]))
         found[mine].extend(groups[case])
     return found
 
@@ -58,7 +42,7 @@ def _seconds(case: Case) -> float:
     """Return about how long a call takes to compile."""
     packed = 1.5 if case.state or case.documents else 1.0
     pieces = 1.5 if case.shape[0] * case.shape[1] < 132 and case.shape[2] > 512 else 1.0
-    return COMPILING[case.operation] * packed * pieces
+    return OPERATIONS[case.operation].compile_seconds * packed * pieces
 
 
 def rows_of(chosen: Sequence[Case], workers: int, options: Sequence[str], limit: float) -> Iterator[dict]:
@@ -70,8 +54,8 @@ def rows_of(chosen: Sequence[Case], workers: int, options: Sequence[str], limit:
     """
     lines: queue.Queue = queue.Queue()
     work = [(i, part) for i, part in enumerate(parts(chosen, workers)) if part]
-    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(round(MEMORY / workers, 3))}
-    command = [sys.executable, "-m", "experiments.kernels", "check", *options, f"--workers={workers}"]
+    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(round(MEMORY_FRACTION / workers, 3))}
+    command = [sys.executable, "-m", "based_jax", "bench", "check", *options, f"--workers={workers}"]
     with tempfile.TemporaryFile("w+") as errors:
         started = [
             subprocess.Popen(
@@ -121,4 +105,4 @@ def _rows(lines: queue.Queue, readers: int, limit: float) -> Iterator[dict]:
 
 def _end(errors) -> str:
     errors.seek(0)
-    return errors.read()[-SHOWN:]
+    return errors.read()[-SHOWN_CHARACTERS:]

@@ -1,9 +1,8 @@
 """Time the accelerator kernels, beside their floors and, with --peers, the same shapes through PyTorch's libraries."""
 
 import argparse
-import json
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from based_jax.errors import UserError, unknown
@@ -15,8 +14,7 @@ HEADER = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("what", choices=["kernels"], help="what to measure")
+    """Declare the task's arguments."""
     parser.add_argument("--ops", nargs="+", default=["taylor_attention", "attention"], help="operations, or 'all'")
     parser.add_argument(
         "--impls", nargs="+", default=[], help="implementations and peers (default: the accelerated ones and 'xla')"
@@ -38,27 +36,33 @@ def run(args: argparse.Namespace) -> None:
         from based_jax.bench import torch_peers
 
         torch_peers.check()
-    from based_jax.bench import kernels
-    from based_jax.bench.operations import OPERATIONS
+    from based_jax.bench import kernels, rows
 
-    names = list(OPERATIONS) if args.ops == ["all"] else args.ops
-    for name in names:
-        if name not in OPERATIONS:
-            raise unknown("operation", name, [*OPERATIONS, "all"])
+    names = parse_names(args.ops)
     if args.repeats < 1:
         raise UserError(f"repeats is {args.repeats}; it is at least 1.")
     shapes = [shape for text in args.shapes for shape in kernels.SETS.get(text) or [parse_shape(text)]]
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    command = "python -m based_jax " + " ".join(sys.argv[1:])
-    rows = kernels.measure(names, shapes, impls=args.impls, peers=args.peers, repeats=args.repeats)
-    for i, row in enumerate(rows):
-        if i == 0:
-            print(HEADER)
-        print(line(row), flush=True)
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps(row | {"command": command}) + "\n")
+    measured = kernels.measure(names, shapes, impls=args.impls, peers=args.peers, repeats=args.repeats)
+    with rows.appended(args.out) as write:
+        for i, row in enumerate(measured):
+            if i == 0:
+                print(HEADER)
+            print(line(row), flush=True)
+            write(row)
+
+
+def parse_names(ops: Sequence[str]) -> list[str]:
+    """Return the names of the benchmark, of "all" all.
+
+    Raises:
+      UserError: there is no such operation.
+    """
+    from based_jax.bench.catalogue import TIMED
+
+    for name in ops:
+        if name not in (*TIMED, "all"):
+            raise unknown("operation", name, [*TIMED, "all"])
+    return list(TIMED) if "all" in ops else list(ops)
 
 
 def line(row: dict) -> str:

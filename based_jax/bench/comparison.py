@@ -91,4 +91,5 @@ def finite(x: np.ndarray) -> bool:
 
 def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
     """Return whether two arrays are the same, byte by byte."""
-    return np.array_equal(*(np.ascontiguousarray(z).view(np.uint8) for z in (x, y)))
+    first, second = (np.ascontiguousarray(z).view(np.uint8) for z in (x, y))
+    return np.array_equal(first, second)
