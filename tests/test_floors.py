@@ -86,6 +86,8 @@ def test_imports_come_from_lower_floors(module):
         ("based_jax.evals", "from based_jax.train.step import make_train_step"),
         ("based_jax.generate", "from based_jax.evals.evaluate import evaluate"),
         ("based_jax.evals", "from . import evaluate"),
+        ("based_jax.sweep", "from based_jax.pictures import figures"),
+        ("based_jax.pictures", "from based_jax.sweep import Sweep"),
         ("pallas_kernels", "from flax import nnx"),
         ("configs", "from based_jax.nn.lm import LMConfig"),
         ("experiments", "from based_jax.ops.taylor import _chunked"),
