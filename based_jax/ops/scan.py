@@ -69,7 +69,7 @@ def over_tokens(step: Callable, tokens: Any, empty: Any, state: Any | None, segm
 def over_chunks(
     chunk: Callable, tokens: Any, empty: Any, state: Any | None, segment_ids: BT | None, length: int
 ) -> tuple[Any, Any]:
-    """Run `chunk(tokens, state, span) -> (y, state)` over pieces of `length` tokens, a last short one filled with padding.
+    """Run `chunk(tokens, state, span) -> (y, state)` over pieces of `length` tokens, the last one filled up.
 
     Each chunk is rematerialised in the backward pass from its inputs and the state before it, so what it expands
     exists for one chunk at a time: on a GPU that is faster, too, than to keep it. `keeps` is the chunk's to honour: a
