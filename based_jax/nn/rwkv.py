@@ -37,7 +37,7 @@ class TimeMix(Mixer):
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         inputs, rest = self._project(x, self._shifted(x, segment_ids))
-        o = self.operation.sequence(*inputs, **self._options(), segment_ids=segment_ids, impl=self.config.impl)
+        o, _ = self.operation.sequence(*inputs, **self._options(), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o, *rest))
 
     @override
@@ -53,7 +53,6 @@ class TimeMix(Mixer):
             **self._options(),
             state=cache.state,
             segment_ids=segment_ids,
-            return_state=True,
             impl=self.config.impl,
         )
         return self._out(o, *rest), RwkvCache(state, shift)
