@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return 0, or 2 after one sentence on what was wrong with the input."""
+    """Run one command; return its exit code, or 2 after one sentence on what was wrong with the input."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("based_jax").setLevel(logging.INFO)
     try:
@@ -28,11 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         if overrides and not getattr(args, "takes_overrides", False):
             raise UserError(f"Unknown argument '{overrides[0]}' for '{args.command}'; see --help.")
         args.overrides = overrides
-        COMMANDS[args.command].run(args)
+        return COMMANDS[args.command].run(args) or 0
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):

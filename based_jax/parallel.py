@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from based_jax.errors import UserError
 
@@ -54,7 +54,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def shardings(tree: Any, mesh: Mesh) -> Any:
     """Return a NamedSharding per leaf of a tree of arrays and nnx variables, by `PARAMETER_RULES`.
 
     Parameters and the optimizer state made from them share their logical names, so one rule places both. An axis that
@@ -88,12 +88,6 @@ def placed(shapes: Any, mesh: Mesh) -> Any:
     """Return a tree of shapes, variables among them, with their `shardings`: the target of a restore, say."""
     where = shardings(shapes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
-
-
-def constrain_parameters(tree: Any) -> Any:
-    """Return a tree like the parameters, gradients say, that lies on the mesh of `jax.set_mesh` as they do."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh)) if mesh.size > 1 else tree
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

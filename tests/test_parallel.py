@@ -75,16 +75,9 @@ def test_logical_names_become_mesh_axes(leaf, expected):
 def test_an_axis_that_the_mesh_does_not_divide_stays_whole(shape, expected, caplog):
     parallel._warn_once.cache_clear()
     assert spec(parameter(("embed", "mlp"), *shape)) == expected
-    said = [
-        f"'{name}' of {size} cannot be divided over {axis}: 2; all hold it whole." for name, size, axis in whole(shape)
-    ]
-    assert caplog.messages == said
-
-
-def whole(shape):
-    """Return what of a parameter stays whole."""
-    names = zip(("embed", "mlp"), shape, ("fsdp", "tensor"), strict=True)
-    return [(name, size, axis) for name, size, axis in names if size % 2]
+    axes = zip(("embed", "mlp"), shape, ("fsdp", "tensor"), strict=True)
+    odd = [f"'{name}' of {size} cannot be divided over {axis}: 2" for name, size, axis in axes if size % 2]
+    assert caplog.messages == [f"{said}; all hold it whole." for said in odd]
 
 
 def test_rows_of_activations_lie_over_data_and_fsdp():

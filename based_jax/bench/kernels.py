@@ -1,30 +1,31 @@
 """One row per measurement: an operation, a shape, an implementation and a pass, beside its floor and its peers."""
 
 import functools
-import importlib.metadata
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
+from typing import Any
 
 import jax
 
 from based_jax import devices
-from based_jax.bench import torch_peers
-from based_jax.bench.operations import OPERATIONS, PASSES, Operation, Shape, program, takes
-from based_jax.bench.timing import REPEATS, device_microseconds
+from based_jax.bench import rows, torch_peers
+from based_jax.bench.calls import arrays_of, results_of
+from based_jax.bench.catalogue import OPERATIONS, timed_case, timed_operation
+from based_jax.bench.catalogue.operation import FORWARD, PASSES, Arrays, Case, Shape
+from based_jax.bench.timing import REPEATS, device_microseconds, sets_past_cache
 from based_jax.errors import UserError, unknown
-from based_jax.ops.dispatch import backend_of, named
+from based_jax.ops.dispatch import backend_of
 
-L2_BYTES = 50 << 20
 COMPILERS = 6
 """Programs that are compiled at the same time, none of them while something is timed."""
-TOKENS = 1 << 14
-"""Of a batch in the sets; times 16 heads."""
+BATCH_TOKENS = 1 << 14
+"""In the sets; times 16 heads."""
 
 SHAPES = (8, 16, 2048), (2, 16, 8192), (1, 16, 32768)
-LENGTHS = tuple((max(1, TOKENS // 2**n), 16, 2**n) for n in range(10, 17))
+LENGTHS = tuple((max(1, BATCH_TOKENS // 2**n), 16, 2**n) for n in range(10, 17))
 BATCHES = tuple((batch, 16, 2048) for batch in (1, 2, 4, 8, 16, 32))
-SHORT = tuple((TOKENS // 2**n, 16, 2**n) for n in range(6, 11))
+SHORT = tuple((BATCH_TOKENS // 2**n, 16, 2**n) for n in range(6, 11))
 SETS = {"table": SHAPES, "lengths": LENGTHS, "batches": BATCHES, "short": SHORT}
 
 
@@ -46,12 +47,13 @@ def measure(
     device = jax.devices()[0]
     if device.platform != "gpu":
         raise UserError(f"'bench' measures GPU kernels, and the device here is {device.device_kind}.")
-    known = {x for name in names for x in (*OPERATIONS[name].named, *torch_peers.PEERS.get(name, {}))}
-    known |= {backend_of(x) for name in names for x in OPERATIONS[name].table}
+    tables = [timed_operation(name).table for name in names]
+    known = {x for table in tables for key in table for x in (key, backend_of(key))}
+    known |= {peer for name in names for peer in torch_peers.PEERS.get(name, {})}
     for impl in impls:
         if impl not in known:
             raise unknown("implementation", impl, known)
-    facts = device_facts(device.device_kind)
+    facts = {"clocks_mhz": clocks_mhz()} | rows.facts()
     for name in names:
         for shape in dict.fromkeys(shapes):
             for row in _ours(name, shape, impls, repeats, device.device_kind):
@@ -62,19 +64,18 @@ def measure(
 
 
 def _ours(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
-    operation = OPERATIONS[name]
-    given = {named(operation.table, impl) for impl in impls}
-    chosen = [x for x in operation.named if x in given] if impls else operation.usual
-    wanted = [(impl, which) for impl in chosen for which in PASSES]
+    operation = timed_operation(name)
+    chosen = operation.impls(impls) if impls else operation.usual_impls
+    wanted = [(timed_case(name, shape, impl), which) for impl in chosen for which in PASSES]
     with futures.ThreadPoolExecutor(COMPILERS) as pool:
-        programs = [pool.submit(compiled, operation, *pair, shape) for pair in wanted]
-    sets = inputs(operation, shape, repeats) if wanted else []
-    for (impl, which), ready in zip(wanted, programs, strict=True):
-        yield _row(name, impl, shape, which, functools.partial(_timed, ready, sets, which, repeats), kind)
+        programs = [pool.submit(compiled, *pair) for pair in wanted]
+    sets = inputs(wanted[0][0], repeats) if wanted else []
+    for (case, which), ready in zip(wanted, programs, strict=True):
+        yield _row(name, case.impl, shape, which, functools.partial(_timed, ready, sets, which, repeats), kind)
 
 
 def _timed(ready: futures.Future, sets: Sequence[tuple], which: str, repeats: int) -> float:
-    return device_microseconds(ready.result(), [x[which == "forward" :] for x in sets], repeats)
+    return device_microseconds(ready.result(), [given(x, which) for x in sets], repeats)
 
 
 def _theirs(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
@@ -86,32 +87,53 @@ def _theirs(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: s
             yield _row(name, peer, shape, which, timed, kind)
 
 
-def compiled(operation: Operation, impl: str, which: str, shape: Shape) -> Callable:
+def program(case: Case, which: str) -> Callable:
+    """Return a function of the arrays, or of the results' gradients and the arrays, that runs a pass."""
+    call, names = OPERATIONS[case.operation].call(case), results_of(case)
+
+    def forward(arrays: Arrays) -> Arrays:
+        found = call(arrays, None)
+        return {name: found[name] for name in names}
+
+    def both(gradients: Arrays, arrays: Arrays) -> tuple[Arrays, Arrays]:
+        out, pull = jax.vjp(forward, arrays)
+        [found] = pull(gradients)
+        return out, found
+
+    return forward if which == FORWARD else both
+
+
+def given(inputs: tuple[Any, Any], which: str) -> tuple:
+    """Return what a pass takes of (gradients of the results, arrays)."""
+    return inputs[which == FORWARD :]
+
+
+def compiled(case: Case, which: str) -> jax.stages.Compiled:
     """Return a pass compiled for the first device."""
-    return jax.jit(program(operation, impl, which)).lower(*takes(operation, shape, which)).compile()
+    return jax.jit(program(case, which)).lower(*given((results_of(case), arrays_of(case)), which)).compile()
 
 
-def inputs(operation: Operation, shape: Shape, repeats: int = REPEATS) -> list[tuple]:
-    """Return sets of random (gradients of the results, *arrays), more than the L2 cache holds; gradients are shared."""
-    gradients, *arrays = takes(operation, shape, "forward+backward")
-    size = sum(x.size * x.dtype.itemsize for x in arrays)
-    count = min(max(repeats, 2), 2 + 2 * L2_BYTES // size)
-    draw = jax.jit(lambda key: _normal(key, arrays))
-    shared = _normal(jax.random.key(1), gradients)
-    return [(shared, *draw(key)) for key in jax.random.split(jax.random.key(0), count)]
+def inputs(case: Case, repeats: int = REPEATS) -> list[tuple[Arrays, Arrays]]:
+    """Return sets of random (gradients of the results, arrays), more than the L2 cache holds; gradients are shared."""
+    arrays, scales = arrays_of(case), OPERATIONS[case.operation].scales
+    size = sum(x.size * x.dtype.itemsize for x in arrays.values())
+    count = sets_past_cache(size, repeats, jax.devices()[0].device_kind)
+    draw = jax.jit(lambda key: _normal(key, arrays, scales))
+    shared = _normal(jax.random.key(1), results_of(case), {})
+    return [(shared, draw(key)) for key in jax.random.split(jax.random.key(0), count)]
 
 
-def _normal(key: jax.Array, shapes):
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, drawn)
+def _normal(key: jax.Array, shapes: Mapping[str, jax.ShapeDtypeStruct], scales: Mapping[str, float]) -> Arrays:
+    keys = jax.random.split(key, len(shapes))
+    drawn = {name: jax.random.normal(k, x.shape, x.dtype) for k, (name, x) in zip(keys, shapes.items(), strict=True)}
+    return {name: x * scales[name] if name in scales else x for name, x in drawn.items()}
 
 
 def _row(name: str, impl: str, shape: Shape, which: str, timed: Callable[[], float], kind: str) -> dict:
     batch, heads, time = shape
     row = {"op": name, "impl": impl, "pass": which, "batch": batch, "heads": heads, "seq_len": time}
-    size, flops = (x * batch * heads * time for x in OPERATIONS[name].cost(which))
+    case = timed_case(name, shape, impl)
+    size, flops = OPERATIONS[case.operation].cost(case, which)
     floor = floor_microseconds(size, flops, kind)
     row["floor_microseconds"] = floor and round(floor, 2)
     try:
@@ -133,15 +155,11 @@ def floor_microseconds(size: float, flops: float, device_kind: str) -> float | N
     return 1e6 * max(size / rate, flops / peak) if rate and peak else None
 
 
-def device_facts(kind: str) -> dict:
-    """Return what every row names: device, driver's clocks and versions."""
+def clocks_mhz() -> dict[str, int]:
+    """Return the clocks that the driver tells."""
     query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem", "--format=csv,noheader,nounits"]
     try:
         clocks = [int(x) for x in subprocess.check_output(query, text=True).splitlines()[0].split(",")]
     except (OSError, subprocess.CalledProcessError, ValueError):
         clocks = []
-    return {
-        "device": kind,
-        "clocks_mhz": dict(zip(("sm", "sm_max", "memory"), clocks, strict=False)),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
-    }
+    return dict(zip(("sm", "sm_max", "memory"), clocks, strict=False))

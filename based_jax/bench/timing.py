@@ -9,11 +9,15 @@ from typing import NamedTuple
 
 import jax
 
+from based_jax import devices
+
 REPEATS = 20
-SECONDS = 1.5
-"""Of repeating one call, at most..."""
-FEWEST = 3
-"""...but for this many calls."""
+MOST_SECONDS = 1.5
+"""Of repeating one call..."""
+FEWEST_CALLS = 3
+"""...but for this many."""
+UNKNOWN_L2_BYTES = 50 << 20
+"""Taken for a device of which it is not known: as much as the largest has."""
 
 
 class Kernel(NamedTuple):
@@ -57,7 +61,14 @@ def breakdown(call: Callable, inputs: Sequence[tuple], repeats: int = REPEATS) -
 
 def affordable(repeats: int, seconds: float) -> int:
     """Return how often to repeat a call of so many seconds."""
-    return max(min(FEWEST, repeats), min(repeats, int(SECONDS / max(seconds, 1e-9))))
+    return max(min(FEWEST_CALLS, repeats), min(repeats, int(MOST_SECONDS / max(seconds, 1e-9))))
+
+
+def sets_past_cache(size: int, repeats: int, device_kind: str) -> int:
+    """Return how many sets of inputs of so many bytes to rotate, so that each call finds the L2 cache cold."""
+    device = devices.find(device_kind)
+    cache = device.l2_bytes if device and device.l2_bytes else UNKNOWN_L2_BYTES
+    return min(max(repeats, 2), 2 + 2 * cache // size)
 
 
 def span(kernels: Sequence[Kernel], calls: int) -> float:

@@ -9,10 +9,9 @@ import importlib.util
 import statistics
 from collections.abc import Callable
 
-from based_jax.bench.timing import affordable
+from based_jax.bench.timing import affordable, sets_past_cache
 from based_jax.errors import UserError
 
-L2_BYTES = 50 << 20
 PEERS: dict[str, dict[str, tuple[int, ...]]] = {
     "taylor_attention": {"fla_parallel_based": (16, 16, 64), "fla_fused_chunk_based": (16, 16, 64)},
     "attention": {"torch_sdpa": (64, 64, 64)},
@@ -105,7 +104,7 @@ def microseconds(peer: str, dims: tuple[int, ...], shape: tuple[int, int, int], 
     function = _function(peer)
     per_set = 2 * batch * heads * time * sum(dims)
     options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": which != "forward"}
-    count = min(max(repeats, 2), 2 + 2 * L2_BYTES // per_set)
+    count = sets_past_cache(per_set, repeats, torch.cuda.get_device_name())
     sets = [[torch.randn(batch, time, heads, dim, **options) for dim in dims] for _ in range(count)]
     cotangent = torch.randn_like(function(*sets[0]))
 

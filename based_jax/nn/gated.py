@@ -146,6 +146,10 @@ class GatedLinearMixer(Mixer):
         channels = 2 * self.key_dim + self.value_dim
         return self.key_dim * self.value_dim // self.num_heads + self.conv_size * channels
 
+    def published_state_size(self, seq_len: int) -> int:
+        """Return K V elements a head, as publications count: without the inputs of the short convolution."""
+        return self.key_dim * self.value_dim // self.num_heads
+
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the taps, and writing and reading the state once."""
         qkv = 2 * self.key_dim + self.value_dim

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from based_jax.errors import UserError
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 PHASES = ("init", "data", "step", "eval", "checkpoint")
 
 
@@ -36,7 +36,7 @@ class MetricWriter:
 
     def __init__(self, workdir: str | os.PathLike, first_step: int = 0):
         Path(workdir).mkdir(parents=True, exist_ok=True)
-        path = Path(workdir) / FILE
+        path = Path(workdir) / METRICS_FILE
         _keep_rows_before(first_step, path)
         self._rows = path.open("a")
         self._events = SummaryWriter(str(workdir), purge_step=first_step or None)

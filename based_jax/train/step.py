@@ -44,7 +44,7 @@ def make_train_step(
 
     The loss is the mean over all labelled positions of the batch, whatever the number of microbatches: each adds its
     sum and the gradient of its sum, and one division ends the scan. Under a mesh (`jax.set_mesh`) each device has the
-    same share of every microbatch, and gradients lie like their parameters.
+    same share of every microbatch.
 
     Args:
       graphdef: the model's structure, from `nnx.split`.
@@ -60,19 +60,19 @@ def make_train_step(
             return sums["loss"], sums
 
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return sums, parallel.constrain_parameters(grads)
+        return sums, grads
 
     def accumulate(params: nnx.State, batch: Any):
         if microbatches == 1:
             return sums_and_grads(params, batch)
         parts = jax.tree.map(lambda x: _cut(x, microbatches), batch)
         shapes = jax.eval_shape(sums_and_grads, params, jax.tree.map(lambda x: x[0], parts))
-        sums, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def add(total, part):
             return jax.tree.map(jnp.add, total, sums_and_grads(params, part)), None
 
-        return jax.lax.scan(add, (sums, parallel.constrain_parameters(grads)), parts)[0]
+        return jax.lax.scan(add, zeros, parts)[0]
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         sums, grads = accumulate(state.params, batch)

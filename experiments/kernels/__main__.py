@@ -1,19 +1,15 @@
-"""Checks, times and pictures of the kernels; `python -m based_jax bench kernels` writes the times.
+"""Tables and pictures of the rows in results/, and the training run; `python -m based_jax bench` makes the others.
 
-On a GPU: check, sanitize, profile, train. From the rows in results/: plot, table.
+On a GPU: train. Anywhere: plot, table.
 """
 
 import argparse
-import os
 import sys
 
 from based_jax.errors import UserError
-from experiments.kernels import check, plots, profiler, sanitizer, tables, training
+from experiments.kernels import plots, tables, training
 
 COMMANDS = {
-    "check": check,
-    "sanitize": sanitizer,
-    "profile": profiler,
     "train": training,
     "plot": plots,
     "table": tables,
@@ -22,8 +18,6 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    # JAX reads it when it first meets the GPU: calls past 2^31 elements need more than the usual three quarters.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     parser = argparse.ArgumentParser(prog="python -m experiments.kernels", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
     for name, module in COMMANDS.items():

@@ -10,12 +10,12 @@ from experiments.kernels.results import BOTH, FORWARD, PASSES, Shape
 
 TITLES = {FORWARD: "forward", BOTH: "forward + backward"}
 LINES = {
-    ("taylor_attention", "hopper"): ("Taylor, ours", "tab:blue", "o"),
-    ("taylor_attention", "xla"): ("Taylor, chunked, XLA", "tab:gray", "s"),
-    ("taylor_attention", "quadratic"): ("Taylor, quadratic, XLA", "tab:purple", "D"),
+    ("taylor_attention", "hopper_chunks"): ("Taylor, ours", "tab:blue", "o"),
+    ("taylor_attention", "xla_chunks"): ("Taylor, chunked, XLA", "tab:gray", "s"),
+    ("taylor_attention", "xla_quadratic"): ("Taylor, quadratic, XLA", "tab:purple", "D"),
     ("taylor_attention", "fla_parallel_based"): ("Taylor, FLA parallel_based", "tab:red", "^"),
     ("taylor_attention", "fla_fused_chunk_based"): ("Taylor, FLA fused_chunk_based", "tab:orange", "v"),
-    ("attention", "cudnn"): ("attention d=64, cuDNN", "tab:green", "P"),
+    ("attention", "cudnn_flash"): ("attention d=64, cuDNN", "tab:green", "P"),
     ("attention", "torch_sdpa"): ("attention d=64, torch", "tab:olive", "X"),
 }
 BARS = {"hopper": ("ours", "tab:blue"), "cudnn": ("cuDNN", "tab:green"), "xla": ("XLA", "tab:gray")}
@@ -98,11 +98,8 @@ def draw_bars(rows: dict, path: Path) -> None:
     width = 0.8 / len(BARS)
     for axis, which in zip(axes, PASSES, strict=True):
         for i, (impl, (name, colour)) in enumerate(BARS.items()):
-            found = {
-                place: rows[op, impl, which, *SHAPE]
-                for place, op in enumerate(ops)
-                if (op, impl, which, *SHAPE) in rows
-            }
+            rows_of_ops = ((place, results.row_of(rows, op, impl, which, SHAPE)) for place, op in enumerate(ops))
+            found = {place: row for place, row in rows_of_ops if row}
             places = [place + (i - (len(BARS) - 1) / 2) * width for place in found]
             bars = axis.bar(places, [row["ratio_to_floor"] for row in found.values()], width, color=colour, label=name)
             axis.bar_label(bars, [f"{row['microseconds']:.0f}" for row in found.values()], fontsize=8)

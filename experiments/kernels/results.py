@@ -14,6 +14,45 @@ TOKENS = 1 << 14
 CROSSOVER = 1024
 """Tokens up to which the sets of short sequences go, and from which on those of long ones do."""
 
+WINDOWED = {"hopper": "hopper_tiles", "cudnn": "cudnn_flash", "xla": "xla_bands"}
+CONVOLVED = {"hopper": "hopper_taps", "xla": "xla_taps"}
+NORMED = {"hopper": "hopper_rows", "xla": "xla_rows"}
+MATRIX_STATES = {"hopper": "hopper_steps", "triton": "triton_chunks", "xla": "xla_chunks"}
+OLD_IMPLS: dict[str, dict[str, str]] = {
+    "taylor_attention": {"hopper": "hopper_chunks", "xla": "xla_chunks", "quadratic": "xla_quadratic"},
+    "attention": {"cudnn": "cudnn_flash"},
+    "window_attention_64": WINDOWED,
+    "window_attention_128": WINDOWED,
+    "gated_short_conv": CONVOLVED,
+    "short_conv": CONVOLVED,
+    "residual_rms_norm": NORMED,
+    "residual_layer_norm": NORMED,
+    "gated_linear_attention": MATRIX_STATES,
+    "simple_gla": MATRIX_STATES,
+    "delta_rule": MATRIX_STATES,
+    "gated_delta_rule": MATRIX_STATES,
+}
+"""What implementations are called that the first rows name by their backend alone."""
+OLD_CHECKS = {
+    "taylor_attention": ("taylor_attention", "hopper_chunks"),
+    "window_attention": ("window_attention", "hopper_tiles"),
+    "gated_short_conv": ("gated_short_conv", "hopper_taps"),
+    "short_conv": ("short_conv", "hopper_taps"),
+    "residual_rms_norm": ("residual_rms_norm", "hopper_rows"),
+    "residual_layer_norm": ("residual_layer_norm", "hopper_rows"),
+    "rms_norm": ("rms_norm", "hopper_rows"),
+    "layer_norm": ("layer_norm", "hopper_rows"),
+    "selective_scan": ("selective_scan", "hopper_steps"),
+    "linear_cross_entropy": ("linear_cross_entropy", "hopper_tiles"),
+    "gated_linear_attention": ("gated_linear_attention", "hopper_steps"),
+    "gated_linear_attention_by_chunks": ("gated_linear_attention", "triton_chunks"),
+    "simple_gla": ("simple_gla", "triton_chunks"),
+    "gated_delta_rule": ("gated_delta_rule", "triton_chunks"),
+    "delta_rule": ("dplr", "hopper_steps"),
+    "delta_rule_by_chunks": ("dplr", "triton_chunks"),
+}
+"""Operation and implementation of the first checks, whose names name no implementation."""
+
 Place = tuple[str, str, str, int, int, int]
 Shape = tuple[int, int, int]
 
@@ -25,12 +64,22 @@ def read(folder: Path, pattern: str) -> list[dict]:
 
 def measured(folder: Path, pattern: str = "bench*.jsonl") -> dict[Place, dict]:
     """Return the benchmark's rows that have a time, by `KEY`; the last of several."""
-    return {tuple(row[name] for name in KEY): row for row in read(folder, pattern) if "microseconds" in row}
+    rows = [row for row in read(folder, pattern) if "microseconds" in row]
+    rows = [row | {"impl": OLD_IMPLS.get(row["op"], {}).get(row["impl"], row["impl"])} for row in rows]
+    return {tuple(row[name] for name in KEY): row for row in rows}
+
+
+def row_of(rows: dict[Place, dict], op: str, impl: str, which: str, shape: Shape) -> dict | None:
+    """Return the row of a call, if it was measured; a backend's name stands for its first form that was."""
+    if (op, impl, which, *shape) in rows:
+        return rows[op, impl, which, *shape]
+    found = (row for row in rows.values() if what(row) == (op, which) and where(row) == shape)
+    return next((row for row in found if row["impl"].partition("_")[0] == impl), None)
 
 
 def time_of(rows: dict[Place, dict], op: str, impl: str, which: str, shape: Shape) -> float | None:
-    """Return the microseconds of a call, if it was measured."""
-    row = rows.get((op, impl, which, *shape))
+    """Return the microseconds of a call, if it was measured; `impl` is as in `row_of`."""
+    row = row_of(rows, op, impl, which, shape)
     return row and row["microseconds"]
 
 
@@ -38,6 +87,14 @@ def floor_of(rows: dict[Place, dict], op: str, which: str, shape: Shape) -> floa
     """Return the floor of a call, from any implementation's row."""
     found = [row["floor_microseconds"] for row in rows.values() if where(row) == shape and what(row) == (op, which)]
     return found[0] if found else None
+
+
+def checked(row: dict) -> tuple[str, str]:
+    """Return the operation and the implementation of a row of the check, whether it passed or not."""
+    words = row["what"].split()
+    if words[-1].startswith("impl="):
+        return words[0], words[-1].removeprefix("impl=")
+    return OLD_CHECKS[words[0]]
 
 
 def where(row: dict) -> Shape:

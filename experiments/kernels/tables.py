@@ -16,15 +16,15 @@ GOALS = {(8, 16, 2048): (45, 260), (2, 16, 8192): (45, 260), (1, 16, 32768): (90
 """Microseconds, forward and forward + backward, that the kernels were set."""
 FLA = "fla_parallel_based", "fla_fused_chunk_based"
 COLUMNS = {
-    "ours": ("taylor_attention", "hopper"),
+    "ours": ("taylor_attention", "hopper_chunks"),
     "FLA `parallel_based`": ("taylor_attention", FLA[0]),
     "FLA `fused_chunk_based`": ("taylor_attention", FLA[1]),
-    "cuDNN attention": ("attention", "cudnn"),
+    "cuDNN attention": ("attention", "cudnn_flash"),
     "torch attention": ("attention", "torch_sdpa"),
 }
 OTHERS = "window_attention_64", "window_attention_128", "gated_short_conv", "residual_rms_norm"
 FORMS = {"ours": "hopper", "cuDNN": "cudnn", "XLA": "xla"}
-"""Columns, and whose times they hold."""
+"""Columns, and whose times they hold: a form's, or a backend's."""
 PEER = "peer"
 """The operation's own peer."""
 MATRIX_STATES = "gated_delta_rule", "simple_gla", "delta_rule", "gated_linear_attention"
@@ -96,7 +96,7 @@ def goals(folder: Path) -> str:
 def short(folder: Path) -> str:
     """Return times of short sequences, where the quadratic form may be faster."""
     rows = results.measured(folder)
-    forms = {"ours": "hopper", "quadratic, XLA": "quadratic", "chunked, XLA": "xla"}
+    forms = {"ours": "hopper_chunks", "quadratic, XLA": "xla_quadratic", "chunked, XLA": "xla_chunks"}
 
     def cells(shape: Shape) -> list[str]:
         times = [
@@ -105,7 +105,7 @@ def short(folder: Path) -> str:
         ]
         return [_shape(shape), *map(_pair, times), _ratios(times[1], times[0])]
 
-    wanted = "taylor_attention", "quadratic", FORWARD
+    wanted = "taylor_attention", "xla_quadratic", FORWARD
     shapes = [x for x in results.lengths(rows) if x[2] <= results.CROSSOVER and results.time_of(rows, *wanted, x)]
     used = [row for key, row in rows.items() if key[3:] in shapes and key[1] in forms.values()]
     return _table(["(B, H, T)", *forms, "quadratic / ours"], map(cells, shapes), used)
@@ -146,7 +146,7 @@ def later(folder: Path) -> str:
 
 def chunks(folder: Path) -> str:
     """Return times of matrix states by chunks, and of what else there is."""
-    impls = {"ours": "triton", "FLA": PEER, "token by token": "hopper", "XLA": "xla"}
+    impls = {"ours": "triton_chunks", "FLA": PEER, "token by token": "hopper_steps", "XLA": "xla_chunks"}
     return others(folder, MATRIX_STATES, "chunks.jsonl", impls)
 
 
@@ -190,17 +190,17 @@ def _kernel(row: dict) -> str:
 
 
 def checks(folder: Path) -> str:
-    """Return how many cases of each operation passed, and the largest error."""
-    rows = results.read(folder, "check*.jsonl")
-    names = dict.fromkeys(row["what"].split()[0] for row in rows)
+    """Return how many cases of each operation and implementation passed, and the largest error."""
+    rows = [row for row in results.read(folder, "check*.jsonl") if "refused" not in row]
 
-    def cells(name: str) -> list[str]:
-        mine = [row for row in rows if row["what"].split()[0] == name]
+    def cells(call: tuple[str, str]) -> list[str]:
+        mine = [row for row in rows if results.checked(row) == call]
         largest = max((x for row in mine for x in row.get("errors", {}).values()), default=None)
         passed = f"{sum(row['passed'] for row in mine)} of {len(mine)}"
-        return [f"`{name}`", passed, "-" if largest is None else f"{largest:.1e}"]
+        return [*(f"`{name}`" for name in call), passed, "-" if largest is None else f"{largest:.1e}"]
 
-    return _table(["operation", "cases passed", "largest relative error"], map(cells, names), rows)
+    header = ["operation", "implementation", "cases passed", "largest relative error"]
+    return _table(header, map(cells, dict.fromkeys(map(results.checked, rows))), rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

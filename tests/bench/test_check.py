@@ -1,4 +1,4 @@
-"""The checks of experiments/kernels on a CPU: their oracles, and that what is wrong does not pass."""
+"""`bench check` on a CPU: its oracles, and that what is wrong does not pass; `bench sanitize` with a tool made here."""
 
 import dataclasses
 import json
@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.kernels import __main__ as command
-from experiments.kernels import cases, check, comparison, huge, sanitizer, workers
-from experiments.kernels.operations import OPERATIONS, Case, basic, same_program
+from based_jax.__main__ import main
+from based_jax.bench import calls, check, comparison, huge, sanitize, workers
+from based_jax.bench.calls import same_oracle, same_program
+from based_jax.bench.catalogue import OPERATIONS
+from based_jax.bench.catalogue.operation import Case
 
 BOTH = {"state": True, "documents": True}
 SMALL = [
@@ -23,19 +25,24 @@ SMALL = [
     Case("gated_short_conv", (2, 8, 20), (3,), **BOTH),
     Case("gated_short_conv", (2, 8, 20), (4,), documents=True, through="vmap"),
     Case("selective_scan", (2, 8, 20), (3,), **BOTH),
-    Case("delta_rule", (2, 2, 20), (6, 5), **BOTH),
+    Case("short_conv", (2, 8, 20), (4,), **BOTH),
+    Case("ssd", (2, 2, 20), (6, 5), **BOTH),
     Case("gated_linear_attention", (2, 2, 20), (6, 5), **BOTH),
+    Case("simple_gla", (2, 2, 20), (6, 5), **BOTH),
+    Case("delta_rule", (2, 2, 20), (6, 5), **BOTH),
+    Case("gated_delta_rule", (2, 2, 20), (6, 5), **BOTH),
+    Case("dplr", (2, 2, 20), (6, 5), **BOTH),
     Case("linear_cross_entropy", (2, 8, 20), (30,), documents=True, through="vmap"),
 ]
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_the_oracles_are_the_operations(case):
-    gradients, arrays, ids = cases.draw(case, case.rng(0))
+    gradients, arrays, ids = calls.draw(case, case.rng(0))
     narrow = jax.tree.map(lambda x: x.astype(np.float32), (gradients, arrays))
-    call = cases.through(case, OPERATIONS[case.operation].run(case, "oracle"))
+    call = calls.call_of(case.by("oracle"))
     got = jax.jit(comparison.both_passes(call))(*narrow, ids)
-    wanted = run_wide(check.compile_oracle(basic(case)), cases.complete(case, gradients, arrays, ids))
+    wanted = run_wide(check.compile_oracle(same_oracle(case)), calls.complete(case, gradients, arrays, ids))
     assert set(got) <= set(wanted)
     for name, x in got.items():
         assert comparison.error(x, comparison.cropped(wanted[name], x.shape)) < 2e-5, name
@@ -56,35 +63,49 @@ def run_wide(oracle, arguments):
     ],
 )
 def test_the_norms_oracle_is_the_operation(name, gradients):
-    [row] = check.rows_of([Case(name, (2, 128, 3))], "xla", seed=1)
+    [row] = check.rows_of([Case(name, (2, 128, 3), impl="xla")], seed=1)
     assert row["passed"] and set(row["errors"]) == {"r", "x"} | gradients
 
 
 def test_rows_say_what_was_checked(tmp_path, monkeypatch, capsys):
     chosen = [dataclasses.replace(SMALL[0], quick=True, values=x) for x in ("plain", "late")]
-    monkeypatch.setattr(cases, "all_cases", lambda: [*chosen, *SMALL])
+    monkeypatch.setattr(calls, "all_cases", lambda: [*chosen, *SMALL])
     out = tmp_path / "deep" / "check.jsonl"
-    assert command.main(["check", "--quick", "--impl=oracle", "--seed=3", f"--out={out}", "--workers=0"]) == 0
+    assert main(["bench", "check", "--quick", "--impl=oracle", "--seed=3", f"--out={out}", "--workers=0"]) == 0
     rows = [json.loads(text) for text in out.read_text().splitlines()]
-    assert [row["what"] for row in rows] == list(map(str, chosen))
+    assert [row["what"] for row in rows] == [str(case.by("oracle")) for case in chosen]
     assert set(rows[0]["errors"]) == {"o", "state", "dq", "dk", "dv", "dstate"}
     assert all(row["passed"] and row["seed"] == 3 and row["device"] == "cpu" for row in rows)
     assert "2 of 2 passed" in capsys.readouterr().out
 
 
 def test_nothing_checked_and_a_refusal_fail(capsys, monkeypatch):
-    assert command.main(["check", "--only", "no such case", "--quick"]) == 1
-    monkeypatch.setattr(cases, "all_cases", lambda: SMALL[1:2])
-    assert command.main(["check", "--only", "state", "--workers", "0"]) == 1
+    assert main(["bench", "check", "--only", "no such case", "--quick"]) == 1
+    monkeypatch.setattr(calls, "all_cases", lambda: [case.by("hopper_chunks") for case in SMALL[1:2]])
+    assert main(["bench", "check", "--only", "state", "--workers", "0"]) == 1
     assert "it needs cuda" in capsys.readouterr().out
 
 
-RIGHT = OPERATIONS["taylor_attention"].run
+def test_a_refusal_among_others_is_no_failure_unless_it_was_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr(calls, "all_cases", lambda: [SMALL[1].by(impl) for impl in ("hopper_chunks", "oracle")])
+    words = ["bench", "check", "--only", "taylor_attention (2,1,1)", "--workers", "0"]
+    assert main(words) == 0
+    assert "1 of 1 passed, 1 left by their implementations" in capsys.readouterr().out
+    assert main([*words, "--impl=hopper"]) == 1
+    assert "FAILED taylor_attention (2,1,1)" in capsys.readouterr().out
+
+
+def test_an_implementation_that_nothing_has_is_named(capsys):
+    assert main(["bench", "check", "--impl=hoper"]) == 2
+    assert "Unknown implementation 'hoper': did you mean 'hopper" in capsys.readouterr().err
+
+
+RIGHT = OPERATIONS["taylor_attention"].call
 
 
 def wrong(kind):
-    def run(case, impl):
-        right = RIGHT(case, "oracle")
+    def of(case):
+        right = RIGHT(case.by("oracle"))
 
         def call(arrays, ids):
             out = right(arrays, ids)
@@ -95,14 +116,14 @@ def wrong(kind):
 
         return call
 
-    return run
+    return of
 
 
 @pytest.mark.parametrize("kind", ["nan", "row", "scale"])
 def test_what_is_wrong_does_not_pass(kind, monkeypatch):
-    broken = dataclasses.replace(OPERATIONS["taylor_attention"], run=wrong(kind))
+    broken = dataclasses.replace(OPERATIONS["taylor_attention"], call=wrong(kind))
     monkeypatch.setitem(OPERATIONS, "taylor_attention", broken)
-    [row] = check.rows_of([Case("taylor_attention", (1, 1, 40), (8, 8))], "xla", seed=2)
+    [row] = check.rows_of([Case("taylor_attention", (1, 1, 40), (8, 8), "xla")], seed=2)
     assert not row["passed"] and "BAD" in check.line(row)
     assert row["finite"] == (kind != "nan")
 
@@ -123,7 +144,7 @@ def test_bits_and_numbers():
 
 
 def test_documents_are_whole(rng):
-    ids = cases.packed_ids(rng, 6, 300)
+    ids = calls.packed_ids(rng, 6, 300)
     assert ids.shape == (6, 300) and ids[0, 0] > 0 and (ids == 0).any()
     for row in ids:
         begins = row[1:][np.diff(row) != 0]
@@ -132,17 +153,17 @@ def test_documents_are_whole(rng):
 
 
 def test_samples_of_huge_calls():
-    many = huge.many_blocks(3, batch=9, heads=2, time=20, impl="oracle")
-    far = huge.far_offsets(3, heads=2, time=300, tail=65, impl="oracle")
+    many = huge.many_blocks(3, "oracle", batch=9, heads=2, time=20)
+    far = huge.far_offsets(3, "oracle", heads=2, time=300, tail=65)
     assert many["passed"] and far["passed"]
     assert {"state", "o", "dq0", "dk0", "dv3"} <= set(far["errors"])
 
 
 def test_every_case_has_a_name_of_its_own():
-    names = [*map(str, cases.all_cases()), *huge.CASES]
+    names = [*map(str, calls.all_cases()), *(name for name, *_ in check.Selection().huge_cases())]
     assert len(names) == len(set(names))
-    quick = [case for case in cases.all_cases() if case.quick]
-    assert {case.operation for case in quick} == {case.operation for case in cases.tiny_cases()}
+    quick = [case for case in calls.all_cases() if case.quick]
+    assert {(x.operation, x.impl) for x in quick} == {(x.operation, x.impl) for x in calls.small_cases()}
 
 
 TOOL = """#!/bin/sh
@@ -161,21 +182,37 @@ def test_the_sanitizer_s_words_are_kept(tmp_path, monkeypatch, count, code):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     out = tmp_path / "sanitizer.txt"
-    assert command.main(["sanitize", "--tools", "memcheck", "racecheck", f"--out={out}"]) == code
+    assert main(["bench", "sanitize", "--tools", "memcheck", "racecheck", f"--out={out}"]) == code
     text = out.read_text()
     assert text.count(f"ERROR SUMMARY: {count} errors") == 2 and "noise" not in text and "ran taylor" in text
     assert str(tmp_path) not in text
 
 
+def test_the_small_calls_are_run_without_documents_where_these_are_refused(monkeypatch, capsys):
+    def supports(x, kernel, bias, state, segment_ids, **_options):
+        return None if segment_ids is None else "it takes no documents"
+
+    table = OPERATIONS["short_conv"].table
+    monkeypatch.setitem(table, "xla_steps", dataclasses.replace(table["xla_steps"], supports=supports))
+    packed = Case("short_conv", (1, 8, 20), (3,), documents=True)
+    monkeypatch.setattr(calls, "small_cases", lambda: [packed.by(x) for x in ("xla_steps", "oracle", "hopper_taps")])
+    assert main(["bench", "sanitize", "--inner"]) == 0
+    out = capsys.readouterr().out
+    assert "left short_conv (1,8,20) 3 documents impl=xla_steps" in out and "ran short_conv (1,8,20) 3 impl=x" in out
+    assert "ran short_conv (1,8,20) 3 documents impl=oracle" in out and "ran short_conv (1,8,20) 3 impl=h" not in out
+    monkeypatch.setattr(calls, "small_cases", lambda: [packed.by("hopper_taps")])
+    assert main(["bench", "sanitize", "--inner"]) == 1
+
+
 def test_the_sanitizer_is_asked_for_by_name(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
-    assert command.main(["sanitize"]) == 2
+    assert main(["bench", "sanitize"]) == 2
     assert "needs compute-sanitizer" in capsys.readouterr().err
-    assert "..." in sanitizer.summary("\n".join(f"{sanitizer.MARK}{i}" for i in range(sanitizer.MOST_LINES + 1)))
+    assert "..." in sanitize.summary("\n".join(f"{sanitize.MARK}{i}" for i in range(sanitize.MOST_LINES + 1)))
 
 
 def test_workers_share_the_cases(tmp_path, capsys):
-    chosen = cases.all_cases()
+    chosen = calls.all_cases()
     shared = workers.parts(chosen, 8)
     assert sorted(str(case) for part in shared for case in part) == sorted(map(str, chosen))
     homes = {same_program(case): i for i, part in enumerate(shared) for case in part}
@@ -183,8 +220,8 @@ def test_workers_share_the_cases(tmp_path, capsys):
     loads = [sum(map(workers._seconds, {same_program(case) for case in part})) for part in shared]
     assert max(loads) < 1.5 * min(loads)
     out = tmp_path / "check.jsonl"
-    words = ["check", "--impl=oracle", "--only=gated_short_conv (2,384,15)", "--workers=2", f"--out={out}"]
-    assert command.main(words) == 0
+    words = ["bench", "check", "--impl=oracle", "--only=gated_short_conv (2,384,15)", "--workers=2", f"--out={out}"]
+    assert main(words) == 0
     assert "2 of 2 passed" in capsys.readouterr().out and out.read_text().count("cpu") == 2
 
 

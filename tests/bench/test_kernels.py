@@ -5,11 +5,12 @@ import pytest
 
 from based_jax.__main__ import main
 from based_jax.bench import kernels, timing, torch_peers
-from based_jax.bench.operations import OPERATIONS, PASSES
+from based_jax.bench.calls import arrays_of, results_of
+from based_jax.bench.catalogue import OPERATIONS, TIMED, timed_case, timed_operation
+from based_jax.bench.catalogue.operation import PASSES
 from based_jax.bench.timing import Kernel
-from based_jax.commands.bench import line, parse_shape
+from based_jax.commands.bench.kernels import line, parse_shape
 from based_jax.errors import UserError
-from based_jax.ops.dispatch import named
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -43,14 +44,22 @@ def test_slow_calls_are_repeated_less(repeats, seconds, calls):
     assert timing.affordable(repeats, seconds) == calls
 
 
+def cost(name, shape, which):
+    """Return the least (bytes, FLOPs) of a token and head."""
+    batch, heads, time = shape
+    found = timed_operation(name).cost(timed_case(name, shape, "xla"), which)
+    return tuple(x / (batch * heads * time) for x in found)
+
+
 def test_floors_are_those_of_the_notes():
-    size, flops = OPERATIONS["taylor_attention"].cost("forward")
+    shape = 8, 16, 2048
+    size, flops = cost("taylor_attention", shape, "forward")
     tokens = 8 * 16 * 2048
     assert size == 2 * (16 + 16 + 64 + 64) + 4
     assert kernels.floor_microseconds(size * tokens, flops * tokens, H100) == pytest.approx(28.8, abs=0.1)
-    both, _ = OPERATIONS["taylor_attention"].cost("forward+backward")
+    both, _ = cost("taylor_attention", shape, "forward+backward")
     assert both - size == 644
-    assert OPERATIONS["window_attention_64"].cost("forward")[0] == 512
+    assert cost("window_attention_64", shape, "forward")[0] == 512
     assert kernels.floor_microseconds(1.0, 1.0, "cpu") is None
 
 
@@ -58,14 +67,41 @@ def test_floors_are_those_of_the_notes():
     "name, backward", [("gated_short_conv", 5 * 128), ("short_conv", 3 * 128), ("residual_rms_norm", 64 * 16)]
 )
 def test_the_forward_floor_is_what_the_call_takes_and_returns(name, backward):
-    operation, (batch, heads, time) = OPERATIONS[name], (2, 2, 4096)
-    arrays = operation.arrays((batch, heads, time))
-    results = jax.eval_shape(operation.run("xla"), *arrays)
-    tokens = [x for x in (*arrays, *jax.tree.leaves(results)) if time in x.shape]
-    size = sum(x.size * x.dtype.itemsize for x in tokens)
-    (forward, _), (both, _) = map(operation.cost, PASSES)
+    shape = batch, heads, time = (2, 2, 4096)
+    case = timed_case(name, shape, "xla")
+    arrays = [*arrays_of(case).values(), *results_of(case).values()]
+    size = sum(x.size * x.dtype.itemsize for x in arrays if time in x.shape)
+    (forward, _), (both, _) = (cost(name, shape, which) for which in PASSES)
     assert size == forward * batch * heads * time
     assert both - forward == backward
+
+
+@pytest.mark.parametrize(
+    "name, forward, backward",
+    [
+        ("taylor_attention", 324, 644),
+        ("attention", 516, 1028),
+        ("window_attention_128", 512, 896),
+        ("gated_linear_attention", 768, 1408),
+        ("simple_gla", 516, 904),
+        ("delta_rule", 768, 1408),
+        ("gated_delta_rule", 516, 904),
+        ("dplr", 1280, 2432),
+    ],
+)
+def test_the_bytes_of_a_token_and_head(name, forward, backward):
+    (first, _), (both, _) = (cost(name, (1, 2, 64), which) for which in PASSES)
+    assert (first, both - first) == (forward, backward)
+
+
+# The a and b that `dplr` is given are made of one array.
+@pytest.mark.parametrize("name", [name for name in TIMED if name != "dplr"])
+def test_no_call_takes_fewer_bytes_than_its_cost_and_gradients_cost_more(name):
+    case = timed_case(name, (2, 2, 4096), "xla")
+    arrays = [*arrays_of(case).values(), *results_of(case).values()]
+    costs = [OPERATIONS[case.operation].cost(case, which) for which in PASSES]
+    assert costs[0][0] == pytest.approx(sum(x.size * x.dtype.itemsize for x in arrays), rel=0.02)
+    assert costs[1][0] > 2 * costs[0][0] and costs[1][1] >= costs[0][1]
 
 
 def test_the_larger_of_memory_and_products_is_the_floor():
@@ -80,18 +116,18 @@ def test_sets_have_the_same_tokens_until_one_row_is_left():
 
 
 def test_every_peer_has_an_operation():
-    assert set(torch_peers.PEERS) <= set(OPERATIONS)
+    assert set(torch_peers.PEERS) <= set(TIMED)
 
 
 def test_any_entry_of_a_table_can_be_named():
     taylor = OPERATIONS["taylor_attention"]
-    assert taylor.usual == ["hopper_chunks", "xla_chunks"]
-    assert set(taylor.named) >= {"hopper_chunks", "xla_chunks", "oracle", "xla_steps", "xla_quadratic"}
-    assert OPERATIONS["attention"].usual == ["cudnn_flash"]
-    assert "cudnn_flash" in OPERATIONS["window_attention_64"].usual
+    assert taylor.usual_impls == ["hopper_chunks", "xla_chunks"]
+    assert taylor.impls(["quadratic", "oracle", "xla", "hopper_chunks"]) == ["oracle", "xla_chunks", "hopper_chunks"]
+    assert OPERATIONS["attention"].usual_impls == ["cudnn_flash"]
+    assert "cudnn_flash" in timed_operation("window_attention_64").usual_impls
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "window_attention_128"])
+@pytest.mark.parametrize("name", [name for name in TIMED if name != "window_attention_128"])
 def test_both_passes_are_compiled_and_timed(name, monkeypatch):
     def timed(call, inputs, repeats):
         assert len(inputs) == repeats == 2
@@ -100,7 +136,7 @@ def test_both_passes_are_compiled_and_timed(name, monkeypatch):
 
     monkeypatch.setattr(kernels, "device_microseconds", timed)
     rows = list(kernels._ours(name, (1, 2, 48), ["xla"], 2, H100))
-    impl = named(OPERATIONS[name].table, "xla")
+    [impl] = timed_operation(name).impls(["xla"])
     assert [(row["impl"], row["pass"], row.get("error")) for row in rows] == [(impl, x, None) for x in PASSES]
     assert all(row["microseconds"] == 40.0 and row["floor_microseconds"] > 0 for row in rows)
 
@@ -114,13 +150,13 @@ def test_a_failure_is_a_row():
     def fails():
         raise RuntimeError("no memory\nat all")
 
-    row = kernels._row("attention", "cudnn", (1, 2, 3), "forward", fails, "cpu")
+    row = kernels._row("attention", "cudnn_flash", (1, 2, 3), "forward", fails, "cpu")
     assert row["error"] == "RuntimeError: no memory"
     assert "no memory" in line(row) and "(1,2,3)" in line(row)
 
 
 def test_a_row_prints_its_numbers():
-    measured = kernels._row("taylor_attention", "hopper", (8, 16, 2048), "forward", lambda: 40.0, H100)
+    measured = kernels._row("taylor_attention", "hopper_chunks", (8, 16, 2048), "forward", lambda: 40.0, H100)
     assert json.loads(json.dumps(measured))["ratio_to_floor"] == pytest.approx(40 / 28.79, abs=0.01)
     assert line(measured).split()[-4:] == ["28.79", "1.39", "2.12", "291"]
 

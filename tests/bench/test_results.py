@@ -1,11 +1,11 @@
-"""The README of experiments/kernels and its rows agree; tables, pictures and profiles on rows made here."""
+"""The README of experiments/kernels and its rows agree; tables and pictures on rows made here."""
 
 import json
 
 import pytest
 
 from experiments.kernels import __main__ as command
-from experiments.kernels import profiler, results, tables
+from experiments.kernels import results, tables
 
 FACTS = {"device": "NVIDIA H100 80GB HBM3", "versions": {"jax": "0.11.2"}, "command": "none"}
 
@@ -25,12 +25,18 @@ def folder(tmp_path):
         rows += bench("taylor_attention", "hopper", shape, (20.0, 50.0))
         rows += bench("taylor_attention", "fla_parallel_based", shape, (200.0, 1500.0))
         rows += bench("attention", "cudnn", shape, (90.4, 300.0))
-    rows += bench("taylor_attention", "quadratic", (64, 16, 256), (15.0, 90.0))
+    rows += bench("taylor_attention", "xla_quadratic", (64, 16, 256), (15.0, 90.0))
     rows += bench("gated_short_conv", "hopper", (8, 16, 2048), (11.0, 22.0))
     rows += bench("gated_short_conv", "xla", (8, 16, 2048), (33.0, 44.0))
     rows += [{"op": "attention", "error": "no memory"}]
     write(tmp_path / "bench_all.jsonl", rows)
-    write(tmp_path / "check.jsonl", [{"what": "window (1)", "passed": True, "errors": {"o": 1e-3, "dq": 2e-3}} | FACTS])
+    checks = [
+        {"what": "window_attention (1)", "passed": True, "errors": {"o": 1e-3, "dq": 2e-3}},
+        {"what": "dplr (1) impl=triton_chunks", "passed": False, "failure": "no row came"},
+        {"what": "delta_rule_by_chunks (1)", "passed": True, "errors": {"o": 3e-3}},
+        {"what": "dplr (1) impl=hopper_steps", "passed": False, "refused": "it needs cuda"},
+    ]
+    write(tmp_path / "check.jsonl", [row | FACTS for row in checks])
     write(tmp_path / "training.jsonl", [{"impl": "xla", "step": i, "loss": 1 / (i + 1)} | FACTS for i in range(3)])
     return tmp_path
 
@@ -55,7 +61,9 @@ def test_tables_hold_the_times(folder):
     assert "| (64, 16, 256) | 20 / 50 | 15 / 90 | - | 0.8 / 1.8 |" in tables.short(folder)
     assert "| (8, 16, 2048) | 45 / 260 | 20 / 50 | 0.4 / 0.2 |" in tables.goals(folder)
     assert "| 10 / 20 | 11 / 22 | - | 33 / 44 | 1.1 / 1.1 | 3.0 / 2.0 |" in tables.others(folder)
-    assert "| `window` | 1 of 1 | 2.0e-03 |" in tables.checks(folder)
+    assert "| `window_attention` | `hopper_tiles` | 1 of 1 | 2.0e-03 |" in tables.checks(folder)
+    assert "| `dplr` | `triton_chunks` | 1 of 2 | 3.0e-03 |" in tables.checks(folder)
+    assert "`dplr` | `hopper_steps`" not in tables.checks(folder)
     assert tables.calls(folder) == tables.launches(folder) == tables.NONE
 
 
@@ -74,35 +82,11 @@ def test_pictures_are_drawn(folder):
     assert drawn == {"length.png", "batch.png", "short.png", "others.png", "training.png"}
 
 
-RAW = """==PROF== Connected
-"ID","Kernel Name","gpu__time_duration.sum","sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",\
-"launch__occupancy_limit_registers","launch__occupancy_limit_warps","launch__registers_per_thread",\
-"smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",\
-"smsp__average_warps_issue_stalled_wait_per_issue_active.ratio",\
-"smsp__average_warps_issue_stalled_wait_not_issued_per_issue_active.ratio"
-"","","ns","%","block","block","register/thread","inst","inst","inst"
-"0","taylor_sums","12,345","20.5","2","8","168","0.5","1.25","1"
-"1","taylor_forward(void *)","40000","41","1","8","168","2.5","0.25","1"
-"""
-
-
-def test_launches_are_those_of_their_calls(folder, capsys):
-    call = profiler.place("taylor_attention", "hopper", (8, 16, 2048), "forward+backward")
-    rows = profiler.launches(RAW, [call | {"launches": 2}])
-    assert [row["kernel"] for row in rows] == ["taylor_sums", "taylor_forward"]
-    first = rows[0]
-    assert first["microseconds"] == 12.35 and first["tensor_percent"] == 20.5 and first["blocks_at_once"] == 2
-    assert list(first["stalls"].items()) == [("wait", 1.25), ("barrier", 0.5)] and first["seq_len"] == 2048
-    write(folder / "profile.jsonl", [row | FACTS for row in rows])
+def test_tables_hold_launches_and_calls(folder):
+    place = dict(zip(results.KEY, ("taylor_attention", "hopper", "forward", 8, 16, 2048), strict=True))
+    launch = {"view": "launch", "kernel": "taylor_forward", "microseconds": 40.0, "tensor_percent": 41.0, "stalls": {}}
+    parts = [{"kernel": "taylor_forward_mosaic_gpu_kernel", "launches": 1, "microseconds": 30.0}]
+    call = {"view": "call", "microseconds": 31.5, "idle_microseconds": 1.5, "kernels": parts}
+    write(folder / "profile.jsonl", [place | row | FACTS for row in (launch, call)])
     assert "| `taylor_forward` | (8, 16, 2048) | 40 | 41 % |" in tables.launches(folder)
-    assert "taylor_sums: microseconds=12.35 tensor=20.5" in profiler.line(first)
-    assert "batch" not in profiler.launches(RAW, [])[0] and "0 expected" in capsys.readouterr().out
-
-
-def test_a_call_is_printed_with_its_kernels(folder):
-    parts = [{"kernel": "taylor_forward", "launches": 1, "microseconds": 30.0}]
-    call = profiler.place("taylor_attention", "hopper", (8, 16, 2048), "forward")
-    row = {"view": "call", **call, "microseconds": 31.5, "idle_microseconds": 1.5, "kernels": parts}
-    assert profiler.line(row) == "taylor_attention (8,16,2048) forward: 31.5 us, idle 1.5: taylor_forward=30.0"
-    write(folder / "profile.jsonl", [row | FACTS])
     assert "| forward | 32 | 1.5 | taylor_forward 30 |" in tables.calls(folder)

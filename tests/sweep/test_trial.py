@@ -9,7 +9,7 @@ from based_jax.errors import UserError
 from based_jax.nn.lm import LMConfig
 from based_jax.sweep.trial import Trial, make_trial
 from based_jax.train.run import TrainConfig
-from based_jax.train.tasks import MqarTask
+from based_jax.train.tasks import TASKS
 from experiments.mqar_pareto import sweeps
 
 RESULTS = Path(sweeps.__file__).parent / "results"
@@ -20,7 +20,7 @@ def test_every_committed_row_has_the_name_and_the_values_of_its_point():
     assert len(rows) >= 558
     for row in rows:
         trial = make_trial(sweeps.BASE, row["overrides"])
-        assert (trial.id, trial.resolved()) == (row["id"], row["config"])
+        assert (trial.id, trial.resolved) == (row["id"], row["config"])
 
 
 def model(vocab_size):
@@ -39,7 +39,7 @@ def model(vocab_size):
     ],
 )
 def test_runs_and_trials_refuse_the_same(config, changes, message):
-    given = {"model": model(64), "data": MqarTask(preset="tiny")}
+    given = {"model": model(64), "data": TASKS["mqar"](preset="tiny")}
     assert config(**given).batch_size == 64
     with pytest.raises(UserError, match=message):
         config(**given | changes)

@@ -11,14 +11,14 @@ from based_jax.nn.lm import LMConfig
 from based_jax.optim import OptimConfig
 from based_jax.train.compile import train_program
 from based_jax.train.run import TrainConfig
-from based_jax.train.tasks import MqarTask
+from based_jax.train.tasks import TASKS
 
 LAYERS = (("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 4}))
 
 
 def config(**changes):
     model = LMConfig(LAYERS, 16, vocab_size=64, dtype="float32")
-    return TrainConfig(model, MqarTask(preset="tiny"), OptimConfig(warmup_steps=0), **{"batch_size": 8, **changes})
+    return TrainConfig(model, TASKS["mqar"](preset="tiny"), OptimConfig(warmup_steps=0), **{"batch_size": 8, **changes})
 
 
 def batch(rows):

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import os
@@ -245,8 +246,11 @@ def test_accumulated_steps_resume_too(tmp_path):
     train(config, tmp_path / "whole")
     part = shutil.copytree(tmp_path / "whole", tmp_path / "part")
     shutil.rmtree(part / "checkpoints" / "4")
+    other = shutil.copytree(part, tmp_path / "other")
     train(config, part)
     assert_same_run(part, tmp_path / "whole")
+    train(dataclasses.replace(config, mesh={"tensor": 2}, microbatches=4), other)  # sums in another order
+    assert losses(other) == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in losses(part)]
 
 
 def test_impossible_runs_are_refused_before_anything_is_written(tmp_path):

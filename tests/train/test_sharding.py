@@ -140,7 +140,8 @@ def two_steps(microbatches, **sizes):
 
 
 @on_all_meshes
-def test_gradients_lie_like_their_parameters(sizes, microbatches=8):
+@with_microbatches
+def test_gradients_lie_like_their_parameters(sizes, microbatches):
     """Seen through an optimizer that keeps them as its state, which nothing else places."""
     keep = optax.GradientTransformation(lambda params: params, lambda grads, _, params: (grads, grads))
     program, _ = compiled(microbatches, **sizes)

@@ -102,6 +102,10 @@ class RWKV7(TimeMix):
         """Return a square of channels a head, and the last token; equal to the cache's."""
         return self.d_model * (self.config.head_dim + 1)
 
+    def published_state_size(self, seq_len: int) -> int:
+        """Return a square of channels a head, as publications count: without the last token."""
+        return self.d_model * self.config.head_dim
+
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the mixes, and writing the state twice and reading it twice."""
         ranks = sum(getattr(self.config, name) for name in RANK_OPTIONS[:3])

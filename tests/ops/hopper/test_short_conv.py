@@ -33,7 +33,7 @@ def halves(form):
 def kernels(form):
     """Return the names of a form's kernels."""
     name = "gated_conv" if form == "gated" else "short_conv"
-    return f"{name}_mosaic_gpu", f"{name}_backward_mosaic_gpu"
+    return f"{name}_forward_mosaic_gpu", f"{name}_backward_mosaic_gpu"
 
 
 @forms

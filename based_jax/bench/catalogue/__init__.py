@@ -1,0 +1,52 @@
+"""The catalogue of operations: what checks, times and profiles know of each, one file a family."""
+
+from based_jax.bench.catalogue import (
+    convolutions,
+    cross_entropy,
+    matrix_states,
+    norms,
+    softmax,
+    state_spaces,
+    taylor,
+)
+from based_jax.bench.catalogue.operation import Case, Operation, Shape
+from based_jax.errors import unknown
+
+OPERATIONS: dict[str, Operation] = {
+    "taylor_attention": taylor.TAYLOR_ATTENTION,
+    "attention": softmax.ATTENTION,
+    "window_attention": softmax.WINDOW_ATTENTION,
+    "gated_short_conv": convolutions.GATED_SHORT_CONV,
+    "short_conv": convolutions.SHORT_CONV,
+    "residual_rms_norm": norms.RESIDUAL_RMS_NORM,
+    "residual_layer_norm": norms.RESIDUAL_LAYER_NORM,
+    "rms_norm": norms.RMS_NORM,
+    "layer_norm": norms.LAYER_NORM,
+    "selective_scan": state_spaces.SELECTIVE_SCAN,
+    "ssd": state_spaces.SSD,
+    "gated_linear_attention": matrix_states.GATED_LINEAR_ATTENTION,
+    "simple_gla": matrix_states.SIMPLE_GLA,
+    "delta_rule": matrix_states.DELTA_RULE,
+    "gated_delta_rule": matrix_states.GATED_DELTA_RULE,
+    "dplr": matrix_states.DPLR,
+    "linear_cross_entropy": cross_entropy.LINEAR_CROSS_ENTROPY,
+}
+
+TIMED = {name: key for key, operation in OPERATIONS.items() for name in operation.timed}
+"""The benchmark's names, and whose each is."""
+
+
+def timed_operation(name: str) -> Operation:
+    """Return the operation of a name in the benchmark.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name not in TIMED:
+        raise unknown("operation", name, TIMED)
+    return OPERATIONS[TIMED[name]]
+
+
+def timed_case(name: str, shape: Shape, impl: str) -> Case:
+    """Return the call that a name in the benchmark stands for, of (B, H, T)."""
+    return timed_operation(name).timed[name](shape).by(impl)

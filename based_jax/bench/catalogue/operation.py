@@ -1,0 +1,159 @@
+"""What the catalogue says of an operation, and what a call of one is."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import ShapeDtypeStruct
+
+from based_jax.ops.dispatch import Implementation, named
+
+PASSES = FORWARD, BOTH = "forward", "forward+backward"
+BF16, FP32 = 2, 4
+"""Bytes."""
+HEAD_DIM = 64
+"""Of what is timed: values of a head, and channels for each head where an operation has none."""
+
+Shape = tuple[int, int, int]
+Arrays = dict[str, jax.Array]
+Call = Callable[[Arrays, jax.Array | None], Arrays]
+"""Of the arrays by name and the ids of the documents (B, T), 0 for padding, or None."""
+Definition = Callable[[Arrays, jax.Array], Arrays]
+"""The same in fp64, in the paper's notation; the ids are given always, and so is a state."""
+PACKED: dict[str, Any] = {"state": True, "documents": True}
+"""A case's options for documents that go on from a state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of an operation and its gradients.
+
+    Attributes:
+      operation: key of the catalogue.
+      shape: (B, H, T), or (B, D, T) where there are no heads.
+      dims: (K, V), (taps,), (states of a channel,), or (tokens of the vocabulary,).
+      impl: implementation.
+      state: from an initial state, and with a gradient of the final one.
+      documents: packed ones, with padding.
+      window: keys that a query sees.
+      values: "plain", or a key of the operation's `factors`.
+      through: "call", "vmap" or "shard_map".
+      quick: part of the quick set.
+    """
+
+    operation: str
+    shape: Shape
+    dims: tuple[int, ...] = ()
+    impl: str = "auto"
+    state: bool = False
+    documents: bool = False
+    window: int | None = None
+    values: str = "plain"
+    through: str = "call"
+    quick: bool = False
+
+    def __str__(self) -> str:
+        words = [self.operation, str(self.shape).replace(" ", "")] + ["x".join(map(str, self.dims))] * bool(self.dims)
+        words += [f"window={self.window}"] * (self.window is not None)
+        words += ["state"] * self.state + ["documents"] * self.documents
+        words += [x for x in (self.values, self.through) if x not in ("plain", "call")]
+        return " ".join(words + [f"impl={self.impl}"] * (self.impl != "auto"))
+
+    def by(self, impl: str) -> "Case":
+        """Return the call by another implementation."""
+        return dataclasses.replace(self, impl=impl)
+
+    def rng(self, seed: int) -> np.random.Generator:
+        """Return the case's own source of random numbers, the same for every implementation."""
+        return np.random.default_rng([seed, zlib.crc32(str(self.by("auto")).encode())])
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """All that checks, times and profiles ask of an operation.
+
+    Attributes:
+      table: its implementations.
+      arrays: function of a case that returns the arrays that are differentiated, by name; "state" only some calls get.
+      call: function of a case that returns the operation as a `Call`, by the case's implementation.
+      oracle: function of a case that returns its definition.
+      cost: function of a case and a pass that returns the least (bytes, FLOPs) of a call without state or documents:
+        every input read once, every result written once, what the backward pass needs read again.
+      kernels: for each implementation that runs kernels of our own, what their names begin with. These are checked.
+      cases: what `bench check` calls.
+      small_cases: for tools that slow a kernel down.
+      timed: for each name in the benchmark's rows a function of (B, H, T) that returns the case.
+      plain_timed: the plain form is timed along with the accelerated ones.
+      weights: names of the arrays that belong to no row of a batch.
+      scales: standard deviations of the arrays, where these are not 1.
+      factors: by kind of values, by which some arrays are larger; of "late" ones the last quarter of the tokens alone.
+      state: function of a case and a generator that returns its initial state, where that is not normal.
+      compile_seconds: of a call, roughly; only proportions matter.
+    """
+
+    table: Mapping[str, Implementation]
+    arrays: Callable[[Case], dict[str, ShapeDtypeStruct]]
+    call: Callable[[Case], Call]
+    oracle: Callable[[Case], Definition]
+    cost: Callable[[Case, str], tuple[float, float]]
+    kernels: Mapping[str, tuple[str, ...]]
+    cases: tuple[Case, ...]
+    small_cases: tuple[Case, ...]
+    timed: Mapping[str, Callable[[Shape], Case]]
+    plain_timed: bool = True
+    weights: frozenset[str] = frozenset()
+    scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    factors: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    state: Callable[[Case, np.random.Generator], np.ndarray] | None = None
+    compile_seconds: float = 3.0
+
+    @property
+    def usual_impls(self) -> list[str]:
+        """Return the implementations that are timed where none is named."""
+        accelerated = [name for name, entry in self.table.items() if entry.platform == "cuda"]
+        return accelerated + self.impls(["xla"]) * self.plain_timed
+
+    def impls(self, names: Iterable[str]) -> list[str]:
+        """Return those of the implementations named, or of the first ones of backends named, that the table has."""
+        return list(dict.fromkeys(found for name in names if (found := named(self.table, name))))
+
+
+def by_head(operation: str, dims: tuple[int, ...], **options: Any) -> Callable[[Shape], Case]:
+    """Return the function of (B, H, T) that returns an operation's case."""
+    return lambda shape: Case(operation, shape, dims, **options)
+
+
+def by_channel(operation: str, dims: tuple[int, ...] = ()) -> Callable[[Shape], Case]:
+    """Return the same for an operation without heads, with `HEAD_DIM` channels for each."""
+
+    def case(shape: Shape) -> Case:
+        batch, heads, time = shape
+        return Case(operation, (batch, heads * HEAD_DIM, time), dims)
+
+    return case
+
+
+def tokens(case: Case) -> int:
+    """Return the tokens of all heads, or of all channels."""
+    batch, width, time = case.shape
+    return batch * width * time
+
+
+def queries_keys_values(case: Case) -> dict[str, ShapeDtypeStruct]:
+    """Return the shapes of q and k (B, T, H, K) and v (B, T, H, V)."""
+    (batch, heads, time), (k, v) = case.shape, case.dims
+    return bf16({name: (batch, time, heads, width) for name, width in (("q", k), ("k", k), ("v", v))})
+
+
+def bf16(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ShapeDtypeStruct]:
+    """Return the arrays of these shapes."""
+    return {name: ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+
+
+def fp32(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ShapeDtypeStruct]:
+    """Return the arrays of these shapes."""
+    return {name: ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}

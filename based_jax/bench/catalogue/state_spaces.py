@@ -1,0 +1,170 @@
+"""Mamba's selective scan, and Mamba-2's with one decay a head (SSD)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from based_jax.bench.catalogue.definitions import scan_tokens
+from based_jax.bench.catalogue.operation import (
+    BF16,
+    FORWARD,
+    FP32,
+    HEAD_DIM,
+    PACKED,
+    Arrays,
+    Call,
+    Case,
+    Operation,
+    bf16,
+    by_channel,
+    by_head,
+    fp32,
+    tokens,
+)
+from based_jax.ops import selective_scan, ssd
+
+STATES, SSD_DIMS = 16, (HEAD_DIM, HEAD_DIM)
+"""Of what is timed: states of a channel, and (N, P)."""
+
+
+def steps_and_rates(dt, A):
+    """Return steps above 0 and rates below it, of arrays of any sign: softplus(dt - 2) and -exp(A)."""
+    return jax.nn.softplus(dt - 2), -jnp.exp(A)
+
+
+def _scan_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
+    (batch, channels, time), [states] = case.shape, case.dims
+    narrow = {"u": (batch, time, channels), "B": (batch, time, states), "C": (batch, time, states)}
+    wide = {"dt": (batch, time, channels), "A": (channels, states), "state": (batch, channels, states)}
+    return bf16(narrow) | fp32(wide)
+
+
+def _scan(case: Case) -> Call:
+    def call(arrays, ids):
+        dt, A = steps_and_rates(arrays["dt"], arrays["A"])
+        options = {"state": arrays.get("state"), "segment_ids": ids, "return_state": True, "impl": case.impl}
+        y, state = selective_scan.selective_scan(arrays["u"], dt, A, arrays["B"], arrays["C"], **options)
+        return {"y": y, "state": state}
+
+    return call
+
+
+def scan_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
+    """Return y_t = C_t . h_t with h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, and the last document's h.
+
+    `arrays` are u and dt (B, T, D), A (D, N), B, C (B, T, N) and the first document's `state` before the first token.
+    """
+    dt, A = steps_and_rates(arrays["dt"], arrays["A"])
+
+    def token(h, u, dt, B, C):
+        h = jnp.exp(dt[..., None] * A[None]) * h + (dt * u)[..., None] * B[:, None]
+        return h, jnp.einsum("bdn,bn->bd", h, C)
+
+    y, state = scan_tokens(token, arrays["state"], (arrays["u"], dt, arrays["B"], arrays["C"]), ids)
+    return {"y": y, "state": state}
+
+
+def _scan_cost(case: Case, which: str) -> tuple[float, float]:
+    """Count u and y in bf16, steps in fp32, B and C in bf16; a state decays, is added to and read, in each channel."""
+    (batch, _, time), [states] = case.shape, case.dims
+    narrow = 2 * BF16 * states * batch * time
+    size, flops = tokens(case) * (2 * BF16 + FP32) + narrow, 6.0 * tokens(case) * states
+    if which == FORWARD:
+        return size, flops
+    # u, dt, B, C and y's gradient are read, the four's own written.
+    return size + tokens(case) * (3 * BF16 + 2 * FP32) + 2 * narrow, 3 * flops
+
+
+def _scan_cases() -> tuple[Case, ...]:
+    make = functools.partial(Case, "selective_scan")
+    return (
+        *(make((2, 128, time), (16,), **x) for time in (1, 15, 65) for x in ({}, PACKED)),
+        *(make((3, 256, 130), (states,), **PACKED) for states in (8, 24, 32)),
+        make((32, 256, 256), (16,), quick=True),
+        make((2, 512, 2049), (16,), **PACKED, quick=True),
+        *(make((4, 128, 130), (16,), documents=True, through=x) for x in ("vmap", "shard_map")),
+    )
+
+
+def _ssd_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
+    (batch, heads, time), (states, width) = case.shape, case.dims
+    narrow = {"x": (batch, time, heads, width), "B": (batch, time, 1, states), "C": (batch, time, 1, states)}
+    wide = {"dt": (batch, time, heads), "A": (heads,), "state": (batch, heads, states, width)}
+    return bf16(narrow) | fp32(wide)
+
+
+def _ssd(case: Case) -> Call:
+    def call(arrays, ids):
+        dt, A = steps_and_rates(arrays["dt"], arrays["A"])
+        options = {"state": arrays.get("state"), "segment_ids": ids, "return_state": True, "impl": case.impl}
+        y, state = ssd.ssd(arrays["x"], dt, A, arrays["B"], arrays["C"], **options)
+        return {"y": y, "state": state}
+
+    return call
+
+
+def ssd_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
+    """Return y_t = C_t^T S_t with S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T, and the last document's S.
+
+    `arrays` are x (B, T, H, P), dt (B, T, H), A (H,), B, C (B, T, 1, N) and the first document's `state` (B, H, N, P).
+    """
+    dt, A = steps_and_rates(arrays["dt"], arrays["A"])
+
+    def token(S, x, dt, B, C):
+        written = jnp.einsum("bn,bhp->bhnp", B[:, 0], dt[..., None] * x)
+        S = jnp.exp(dt * A[None])[..., None, None] * S + written
+        return S, jnp.einsum("bn,bhnp->bhp", C[:, 0], S)
+
+    y, state = scan_tokens(token, arrays["state"], (arrays["x"], dt, arrays["B"], arrays["C"]), ids)
+    return {"y": y, "state": state}
+
+
+def _ssd_cost(case: Case, which: str) -> tuple[float, float]:
+    """Count x and y in bf16, a step in fp32, B and C in bf16 once for all heads; a state is added to and read."""
+    (batch, _, time), (states, width) = case.shape, case.dims
+    narrow = 2 * BF16 * states * batch * time
+    size, flops = tokens(case) * (2 * BF16 * width + FP32) + narrow, 4.0 * tokens(case) * states * width
+    if which == FORWARD:
+        return size, flops
+    return size + tokens(case) * (3 * BF16 * width + 2 * FP32) + 2 * narrow, 3 * flops
+
+
+def _ssd_cases() -> tuple[Case, ...]:
+    make = functools.partial(Case, "ssd")
+    return (
+        # Of few gradients of a short sequence some cancel, and products of bf16 give those to no 5e-3.
+        *(make((64, 2, time), (16, 64), **x) for time in (1, 65) for x in ({}, PACKED)),
+        make((16, 2, 130), (64, 64), **PACKED),
+        make((64, 2, 256), (64, 64), quick=True),
+        *(make((4, 2, 130), (16, 64), documents=True, through=x) for x in ("vmap", "shard_map")),
+    )
+
+
+SELECTIVE_SCAN = Operation(
+    table=selective_scan.IMPLEMENTATIONS,
+    arrays=_scan_arrays,
+    call=_scan,
+    oracle=lambda case: scan_definition,
+    cost=_scan_cost,
+    kernels={"hopper_steps": ("selective_scan",)},
+    cases=_scan_cases(),
+    small_cases=(Case("selective_scan", (1, 128, 50), (STATES,), **PACKED),),
+    timed={"selective_scan": by_channel("selective_scan", (STATES,))},
+    weights=frozenset({"A"}),
+    compile_seconds=5.0,
+)
+
+SSD = Operation(
+    table=ssd.IMPLEMENTATIONS,
+    arrays=_ssd_arrays,
+    call=_ssd,
+    oracle=lambda case: ssd_definition,
+    cost=_ssd_cost,
+    kernels={"triton_chunks": ("one_decay_",), "hopper_steps": ("selective_scan",)},
+    cases=_ssd_cases(),
+    small_cases=(Case("ssd", (1, 2, 50), (16, 64), **PACKED),),
+    timed={"ssd": by_head("ssd", SSD_DIMS)},
+    weights=frozenset({"A"}),
+    compile_seconds=5.0,
+)

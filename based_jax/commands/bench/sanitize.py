@@ -1,0 +1,29 @@
+"""Run a small call of every kernel under compute-sanitizer."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the task's arguments."""
+    parser.add_argument("--tools", nargs="+", default=["memcheck", "racecheck", "synccheck"], help="default: all three")
+    parser.add_argument("--out", type=Path, help="the tools' words; replaced")
+    parser.add_argument("--limit", type=float, default=200, help="seconds for each tool (default: 200)")
+    parser.add_argument("--inner", action="store_true", help="only run the calls: what the tools are given")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the calls under each tool, or alone; return 0 if no tool found anything."""
+    from based_jax.bench import sanitize
+
+    if args.inner:
+        return 0 if sanitize.call_kernels() else 1
+    codes, texts = [], []
+    for code, text in sanitize.reports(args.tools, args.limit):
+        print(text, flush=True)
+        codes.append(code)
+        texts.append(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n".join(texts))
+    return max(codes)

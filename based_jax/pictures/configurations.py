@@ -1,0 +1,146 @@
+"""From rows of a store to configurations: the best learning rate of each seed, then the median over seeds."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from based_jax.errors import UserError
+from based_jax.nn import names
+from based_jax.nn.accounting import state_bytes
+
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """What the learning rates and seeds of one configuration came to: a point of a picture.
+
+    Attributes:
+      layers, d_model: its architecture.
+      median, low, high: over seeds, of the accuracy at a seed's best learning rate.
+      chosen: for each seed the row of its best learning rate, the worst seed first.
+      rows: all of them, by learning rate and seed.
+    """
+
+    layers: list[tuple[str, dict[str, Any]]]
+    d_model: int
+    median: float
+    low: float
+    high: float
+    chosen: Sequence[Row]
+    rows: Sequence[Row]
+
+    @property
+    def family(self) -> str:
+        """The main mixers' name."""
+        return names.family(self.layers)
+
+    @property
+    def label(self) -> str:
+        """The configuration in a few letters."""
+        return names.label(self.layers, self.d_model)
+
+    @property
+    def row(self) -> Row:
+        """The row at the median, or right below."""
+        return self.chosen[(len(self.chosen) - 1) // 2]
+
+    def state_bytes(self, *, convolution: bool) -> int:
+        """Return bytes of state after the longest test; see `nn.accounting`."""
+        return state_bytes(self.layers, self.d_model, longest_test(self.row), convolution=convolution)
+
+
+def configurations(rows: Iterable[Row]) -> list[Configuration]:
+    """Return the configurations: rows of one differ in no more than learning rate and seed.
+
+    A run that diverged counts with the accuracy that it has, 0 where that is no number.
+
+    Raises:
+      UserError: a row lacks something that the reduction needs.
+    """
+    rows = list(rows)
+    columns = {"configuration": _shared, "learning_rate": learning_rate, "seed": _seed, "accuracy": accuracy}
+    runs = pd.DataFrame({name: [value(row) for row in rows] for name, value in columns.items()} | {"row": rows})
+    return [_reduced(group) for _, group in runs.groupby("configuration", sort=False)]
+
+
+def by_feature_map(points: Iterable[Configuration]) -> dict[tuple[str, str], list[Configuration]]:
+    """Return the points of each feature map and its dimensions, ("relu", "K = 16") or ("relu", "K = D"), by width.
+
+    At each width it is the best one; the points of models that are no linear attention are left out.
+    """
+    found = [(*feature_map, point) for point in points if (feature_map := names.feature_map(point.layers))]
+    table = pd.DataFrame(
+        [(name, dim if dim != point.d_model else 0, point.d_model, point.median, point) for name, dim, point in found],
+        columns=["name", "dimensions", "width", "median", "point"],
+    )
+    best = table.loc[table.groupby(["name", "dimensions", "width"])["median"].idxmax()]
+    lines = best.groupby(["name", "dimensions"])["point"]
+    return {(name, f"K = {dimensions or 'D'}"): list(line) for (name, dimensions), line in lines}
+
+
+def accuracy(row: Row) -> float:
+    """Return the accuracy of a row, 0 where it is no number."""
+    value = row["accuracy"]
+    return float(value) if value is not None and math.isfinite(value) else 0.0
+
+
+def learning_rate(row: Row) -> float:
+    """Return the peak learning rate of a row."""
+    return float(row["config"]["optim"]["lr"])
+
+
+def longest_test(row: Row) -> int:
+    """Return the tokens of the longest test segment, those of a row where the data has none."""
+    data = row["config"].get("data", {})
+    lengths = [int(segment["seq_len"]) for segment in data.get("test", [data] if "seq_len" in data else [])]
+    if not (lengths := lengths or _lengths_in_names(row)):
+        raise UserError(
+            f"Row '{row['id']}' tells no length of a test segment; it is in config.data, as test or seq_len."
+        )
+    return max(lengths)
+
+
+def _lengths_in_names(row: Row) -> list[int]:
+    """Return the tokens that names such as "1024x256" start with."""
+    starts = [name.partition("x")[0] for name in row["segments"]]
+    return [int(start) for start in starts if start.isdecimal()]
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the (bytes, accuracy) that no point with as few bytes or fewer beats, by bytes."""
+    found: list[tuple[float, float]] = []
+    for size, value in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not found or value > found[-1][1]:
+            found.append((size, value))
+    return found
+
+
+def _seed(row: Row) -> int:
+    return row["config"]["seed"]
+
+
+def _shared(row: Row) -> str:
+    """Return what rows of one configuration share."""
+    try:
+        config = json.loads(json.dumps(row["config"]))
+        del config["optim"]["lr"], config["seed"]
+        _ = row["accuracy"], row["segments"], config["model"]["layers"], config["model"]["d_model"]
+    except (KeyError, TypeError):
+        name = row.get("id", "?")
+        raise UserError(f"Row '{name}' is not of a sweep: it needs config, accuracy and segments.") from None
+    return json.dumps(config, sort_keys=True)
+
+
+def _reduced(runs: pd.DataFrame) -> Configuration:
+    """Return a configuration of its runs: for each seed the best learning rate, then the median over seeds."""
+    runs = runs.sort_values(["learning_rate", "seed"])
+    best = runs.loc[runs.groupby("seed", sort=False)["accuracy"].idxmax()].sort_values("accuracy", kind="stable")
+    model = runs["row"].iloc[0]["config"]["model"]
+    layers = [(kind, dict(options)) for kind, options in model["layers"]]
+    low, median, high = best["accuracy"].agg(["min", "median", "max"])
+    return Configuration(layers, model["d_model"], median, low, high, list(best["row"]), list(runs["row"]))

@@ -1,0 +1,93 @@
+"""The catalogue knows every operation with an accelerator's kernels, and every kernel that these run."""
+
+import dataclasses
+import importlib
+import pkgutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers.devices import gpus
+from jax.extend.core import jaxprs_in_params
+
+import based_jax.ops
+from based_jax.bench import calls
+from based_jax.bench.catalogue import OPERATIONS
+from based_jax.bench.comparison import both_passes
+from based_jax.errors import UserError
+from based_jax.ops.dispatch import Implementation
+
+LIBRARIES = {"cudnn_flash"}
+"""Implementations that run nobody's kernels but a library's."""
+
+
+def tables():
+    """Return all tables of implementations of `based_jax.ops`."""
+    names = [module.name for module in pkgutil.walk_packages(based_jax.ops.__path__, "based_jax.ops.")]
+    found = [x for name in names for x in vars(importlib.import_module(name)).values() if isinstance(x, dict)]
+    return [x for x in found if x and all(isinstance(entry, Implementation) for entry in x.values())]
+
+
+def accelerated(table):
+    return {name for name, entry in table.items() if entry.platform is not None}
+
+
+def test_every_table_with_an_accelerator_s_implementation_is_in_the_catalogue():
+    known = [operation.table for operation in OPERATIONS.values()]
+    assert len(tables()) >= 10
+    assert all(any(table is other for other in known) for table in tables() if accelerated(table))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_kernels_are_named_for_every_accelerated_implementation(name):
+    operation = OPERATIONS[name]
+    assert set(operation.kernels) == accelerated(operation.table) - LIBRARIES
+    assert bool(operation.kernels) == bool(operation.cases) == bool(operation.small_cases)
+
+
+def launched(jaxpr):
+    """Return the names of the kernels that a program launches."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("pallas_call", "mpmd_map"):
+            yield equation.params["name"]
+        for inner in jaxprs_in_params(equation.params):
+            yield from launched(inner)
+
+
+REFUSED = {"ssd": {("hopper_steps", (64, 64))}}
+"""By which implementations, and at which dims: Mamba's kernels take at most 32 states."""
+
+
+@pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.kernels])
+def test_hopper_gpus_refuse_no_other_case(name):
+    chosen = {
+        dataclasses.replace(calls.same_program(case), state=False, documents=False, through="call")
+        for case in calls.all_cases()
+        if case.operation == name
+    }
+    refused = set()
+    with gpus():
+        for case in chosen:
+            try:
+                jax.eval_shape(calls.call_of(case), calls.arrays_of(case), None)
+            except UserError:
+                refused.add((case.impl, case.dims))
+    assert refused == REFUSED.get(name, set())
+
+
+def kernels_of(case):
+    """Return the names of the kernels of both passes of a call on a Hopper GPU."""
+    arrays, gradients = calls.arrays_of(case), calls.results_of(case)
+    ids = jax.ShapeDtypeStruct(case.shape[::2], jnp.int32) if case.documents else None
+    with gpus():
+        return {*launched(jax.make_jaxpr(both_passes(calls.call_of(case)))(gradients, arrays, ids).jaxpr)}
+
+
+@pytest.mark.parametrize("case", calls.small_cases(), ids=str)
+def test_every_kernel_has_one_of_its_implementation_s_names(case):
+    try:
+        names = kernels_of(case)
+    except UserError:
+        names = kernels_of(calls.plain(case))
+    begins = OPERATIONS[case.operation].kernels[case.impl]
+    assert names and all(name.startswith(begins) for name in names), names
