@@ -62,9 +62,8 @@ def _composed(call: GatedConvCall, *, impl: str) -> BTD:
 
 def _wide(call: GatedConvCall, *, impl: str) -> BTD:
     """Compute in fp32 from the inputs to the output."""
-    given = call.x, call.kernel, call.bias, call.state
-    x, kernel, bias, state = (None if y is None else y.astype(jnp.float32) for y in given)
-    return _composed(GatedConvCall(x, kernel, bias, state, call.segment_ids), impl=impl).astype(call.x.dtype)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), call._replace(segment_ids=None))
+    return _composed(wide._replace(segment_ids=call.segment_ids), impl=impl).astype(call.x.dtype)
 
 
 IMPLEMENTATIONS = {
