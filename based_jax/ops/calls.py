@@ -6,22 +6,36 @@ the empty one; `segment_ids` are those of packed documents (see `ops/segments.py
 
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Complex, Float, Int
 
-from based_jax.dims import BHEV, BHKV, BT, BTHK, BTHV
+from based_jax.dims import BD, BHEV, BHKV, BT, BTD, BTHK, BTHV, WD
 
 HK = Float[Array, "H K"]
 Decay = Float[Array, "B T H #K"]
 Rate = Float[Array, "B T H"]
-
 BTHM = Float[Array, "B T H M"]
 BHKM = Float[Array, "B H K M"]
 BHMV = Float[Array, "B H M V"]
-
 BTHP = Float[Array, "B T H P"]
 BTH = Float[Array, "B T H"]
 BTGN = Float[Array, "B T G N"]
 BHNP = Float[Array, "B H N P"]
+Channels = Float[Array, "D"]
+Past = Float[Array, "B _ D"]
+Joint = Float[Array, "B T joint"]
+JointBias = Float[Array, "joint"]
+TD = Float[Array, "T D"]
+BHPN2 = Float[Array, "B H P N 2"]
+HN = Complex[Array, "H N"]
+BTN = Float[Array, "B T N"]
+BDN = Float[Array, "B D N"]
+DN = Float[Array, "D N"]
+Rows = Float[Array, "*B D"]
+Table = Float[Array, "V D"]
+Labels = Int[Array, "*B"]
+Losses = Float[Array, "*B"]
+Correct = Bool[Array, "*B"]
 
 
 class LinearAttentionCall(NamedTuple):
@@ -102,6 +116,117 @@ class SSDCall(NamedTuple):
     C: BTGN
     state: BHNP | None = None
     segment_ids: BT | None = None
+
+
+class AttentionCall(NamedTuple):
+    """Softmax attention: q, k (B, T, H, K), v (B, T, H, V); a query sees `window` keys, T are all up to its own."""
+
+    q: BTHK
+    k: BTHK
+    v: BTHV
+    window: int
+    segment_ids: BT | None = None
+
+
+class ShortConvCall(NamedTuple):
+    """A convolution of x (B, T, D) with kernel (W, D); bias (D), SiLU of the sum or not, state (B, reach, D)."""
+
+    x: BTD
+    kernel: WD
+    bias: Channels | None = None
+    state: Past | None = None
+    segment_ids: BT | None = None
+    silu: bool = False
+    dilation: int = 1
+
+
+class GatedConvCall(NamedTuple):
+    """A convolution of one half of x (B, T, 2 D), gated by the other: kernel (W, D), bias (2 D), state (B, W, D)."""
+
+    x: Joint
+    kernel: WD
+    bias: JointBias | None = None
+    state: Past | None = None
+    segment_ids: BT | None = None
+
+
+class LongConvCall(NamedTuple):
+    """A convolution of u (B, T, D) with a kernel (T, D), whose row l is the tap of lag l."""
+
+    u: BTD
+    kernel: TD
+    segment_ids: BT | None = None
+
+
+class DiagonalSsmCall(NamedTuple):
+    """A state space a head: u (B, T, H, P), complex log_a, b, c (H, N), state (B, H, P, N, 2)."""
+
+    u: BTHP
+    log_a: HN
+    b: HN
+    c: HN
+    state: BHPN2 | None = None
+    segment_ids: BT | None = None
+
+
+class SelectiveScanCall(NamedTuple):
+    """A scan with a token's own step, input and output: u, dt (B, T, D), A (D, N), B, C (B, T, N), state (B, D, N)."""
+
+    u: BTD
+    dt: BTD
+    A: DN
+    B: BTN
+    C: BTN
+    state: BDN | None = None
+    segment_ids: BT | None = None
+
+    @property
+    def tokens(self) -> Any:
+        """The arrays over time alone."""
+        return _only(self, "u", "dt", "B", "C")
+
+
+class WkvState(NamedTuple):
+    """RWKV-4's numerator and denominator over e^max, and max, each (B, D) fp32."""
+
+    num: BD
+    den: BD
+    max: BD
+
+
+class Wkv4Call(NamedTuple):
+    """RWKV-4's average of v by k, both (B, T, D) fp32; log_decay and bonus of each channel, (D)."""
+
+    k: BTD
+    v: BTD
+    log_decay: Channels
+    bonus: Channels
+    state: WkvState | None = None
+    segment_ids: BT | None = None
+
+    @property
+    def tokens(self) -> Any:
+        """The arrays over time alone."""
+        return _only(self, "k", "v")
+
+
+class NormCall(NamedTuple):
+    """An addition of y to the stream r, both (..., D), and the sum's norm, a layer norm where there is a bias (D)."""
+
+    r: Rows
+    y: Rows | None
+    scale: Channels
+    bias: Channels | None
+    eps: float
+    dtype: jnp.dtype
+
+
+class CrossEntropyCall(NamedTuple):
+    """Losses of hidden rows (N, D) through a table (V, D); labels (N), where a negative one counts nowhere."""
+
+    hidden: Rows
+    table: Table
+    labels: Labels
 
 
 def _only(call: Any, *names: str) -> Any:

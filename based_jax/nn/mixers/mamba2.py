@@ -86,7 +86,7 @@ class Mamba2(Mixer):
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         u, dt = self._projected(x)
-        u = short_conv(u, **self._conv(), segment_ids=segment_ids)
+        u, _ = short_conv(u, **self._conv(), segment_ids=segment_ids)
         inputs = self._inputs(u, dt)
         y, _ = ssd(*inputs, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, inputs[0], y))
@@ -99,7 +99,7 @@ class Mamba2(Mixer):
     @override
     def prefill(self, x: BTD, cache: Mamba2Cache, segment_ids: BT | None = None) -> tuple[BTD, Mamba2Cache]:
         u, dt = self._projected(x)
-        u, conv = short_conv(u, **self._conv(), state=cache.conv, segment_ids=segment_ids, return_state=True)
+        u, conv = short_conv(u, **self._conv(), state=cache.conv, segment_ids=segment_ids)
         inputs = self._inputs(u, dt)
         y, state = ssd(*inputs, state=cache.state, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(x, inputs[0], y), Mamba2Cache(conv, state)
