@@ -35,7 +35,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", required=True, help="folder of the rows; the same command goes on where it stopped")
     parser.add_argument("--launcher", default="local", help=f"{', '.join(LAUNCHERS)} (default: local)")
     parser.add_argument("--lanes", type=int, default=16, help="trials trained together, at most (default: 16)")
-    parser.add_argument("--workers", type=int, help="groups under way on each device (default: by kind of device)")
+    parser.add_argument(
+        "--workers", type=int, help="groups under way on each device (default: by its kind), or whole runs (default: 1)"
+    )
     parser.add_argument("--processes", type=int, default=1, help="local: to spread the sweep over (default: 1)")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th group from the i-th on (default: all)")
     parser.add_argument(
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from based_jax.sweep import launch
-    from based_jax.sweep.run import Options
+    from based_jax.sweep.schedule import SweepOptions
 
     for name in ("lanes", "tasks", "processes"):
         if getattr(args, name) < 1:
@@ -59,7 +61,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.launcher not in LAUNCHERS:
         raise unknown("launcher", args.launcher, LAUNCHERS)
     command = shlex.join(["python", "-m", "based_jax", *sys.argv[1:]])
-    options = Options(args.lanes, args.workers, part=part(args.part), command=command)
+    options = SweepOptions(args.lanes, args.workers, part=part(args.part), command=command)
     if args.launcher == "local" and args.processes > 1:
         _interruptible(launch.in_processes, args.sweep, args.store, options, processes=args.processes)
     elif args.launcher == "local":
@@ -94,7 +96,7 @@ def part(text: str) -> tuple[int, int]:
 
 def _list(args: argparse.Namespace) -> None:
     from based_jax.store import Store
-    from based_jax.sweep.run import unfinished
+    from based_jax.sweep.schedule import unfinished
     from based_jax.sweep.trial import load_sweep
 
     sweep = load_sweep(args.sweep)
@@ -105,18 +107,18 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
+    from based_jax.pictures import figures, page
     from based_jax.store import Store
-    from based_jax.sweep import page, picture
 
-    pictures = {"frontier": picture.frontier, "figure3": picture.figure3, "ablation": picture.ablation}
-    if args.picture not in pictures:
-        raise unknown("picture", args.picture, pictures)
+    draw = {"frontier": figures.frontier, "figure3": figures.figure3, "ablation": figures.ablation}
+    if args.picture not in draw:
+        raise unknown("picture", args.picture, draw)
     rows = [row for store in args.store for row in Store(store).rows()]
     if not rows:
         raise UserError(f"There are no rows in {', '.join(map(repr, args.store))}.")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    drawn = pictures[args.picture](rows, out / args.picture)
+    drawn = draw[args.picture](rows, out / args.picture)
     if args.picture == "frontier":
         page.write(rows, out / "frontier.html", title=args.title)
         drawn.append(out / "frontier.html")

@@ -76,6 +76,8 @@ class PackedText(tfds.core.GeneratorBasedBuilder):
                 with quiet_tfds():
                     self.download_and_prepare()
                 del self._windows
+            elif not self.info.splits:  # written since this builder looked
+                self.info.read_from_directory(self.data_path)
 
     def _packed_splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         splits = {}

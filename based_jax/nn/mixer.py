@@ -63,6 +63,10 @@ class Mixer(nnx.Module):
     def state_size(self, seq_len: int) -> int:
         """Return the elements of decode state after `seq_len` tokens."""
 
+    def published_state_size(self, seq_len: int) -> int:
+        """Return the elements that publications count (`nn/accounting.py`): those of the cache, unless overridden."""
+        return self.state_size(seq_len)
+
     @abc.abstractmethod
     def flops_per_token(self, seq_len: int) -> int:
         """Return the mean forward FLOPs of one token of a sequence of `seq_len`."""

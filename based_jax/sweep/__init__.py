@@ -1,4 +1,4 @@
-"""Sweeps: points of a space of configs, trained as lanes of one program, one row each in a store.
+"""Sweeps: points of a space of configs, trained as lanes of one program or as whole runs, one row each in a store.
 
 A sweep file has a function `get_sweep(variant)` that returns a `Sweep`:
 

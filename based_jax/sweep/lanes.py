@@ -22,11 +22,14 @@ from based_jax.optim import adamw
 from based_jax.sweep.trial import Trial
 from based_jax.train.step import TrainState, init_state, make_train_step
 
-STEPS = 100
-"""Of one dispatch, at most."""
-ONCE = {"xla_backend_optimization_level": 0}
+MAX_STEPS_PER_DISPATCH = 100
+INIT_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 """For a program that is called once: random numbers compile ten times as fast."""
-QUICK = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+COMPILER_OPTIONS = {
+    "xla_gpu_autotune_level": 0,
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
 """For all others: trying each product in many ways takes a hundred seconds of CPU to make a small model 5 % faster.
 
 Products that share an operand stay apart (`layers.linear_part`).
@@ -111,14 +114,15 @@ class Lanes:
 
     def beginning(self) -> Program:
         """Return `call(seeds) -> states` before the first step, each a function of its seed (R,) alone."""
-        return _compiled(self._init, (), self.seeds, options=ONCE)
+        return _compiled(self._init, (), self.seeds, options=INIT_COMPILER_OPTIONS)
 
     def training(self, examples: Examples) -> Program:
         """Return `call(states, rates, examples, rows, count) -> (states, losses)`.
 
-        It takes `count` of the (STEPS, B) `rows`, -1 for none; `losses` (R,) are sums over steps of a batch's mean.
+        It takes `count` of the (`MAX_STEPS_PER_DISPATCH`, B) `rows`, -1 for none; `losses` (R,) are sums over steps of
+        a batch's mean.
         """
-        rows = jax.ShapeDtypeStruct((STEPS, self.trial.batch_size), jnp.int32)
+        rows = jax.ShapeDtypeStruct((MAX_STEPS_PER_DISPATCH, self.trial.batch_size), jnp.int32)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         return _compiled(self._train, (0,), self.states, self.rates, _shapes(examples), rows, count)
 
@@ -175,7 +179,7 @@ def _shapes(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _compiled(call: Callable, donated: tuple[int, ...], *shapes, options: dict[str, Any] = QUICK) -> Program:
+def _compiled(call: Callable, donated: tuple[int, ...], *shapes, options: dict[str, Any] = COMPILER_OPTIONS) -> Program:
     compiled = jax.jit(call, donate_argnums=donated).lower(*shapes).compile(options)
     memory = compiled.memory_analysis()
     return Program(compiled, memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0)

@@ -10,27 +10,49 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from based_jax.errors import UserError
 from based_jax.store import Store
-from based_jax.sweep.run import Options, Sources, Todo, run, work_off
-from based_jax.sweep.trial import load_sweep
+from based_jax.sweep.lane_engine import LaneEngine
+from based_jax.sweep.runs import RunEngine
+from based_jax.sweep.schedule import Engine, Progress, SweepOptions, Todo
+from based_jax.sweep.trial import Sweep, Trial, load_sweep
+from based_jax.train.run import RunConfig, TrainConfig
 
-SAY = functools.partial(print, flush=True)
+ENGINES: dict[type[RunConfig], type[Engine]] = {Trial: LaneEngine, TrainConfig: RunEngine}
+PRINT = functools.partial(print, flush=True)
 
 
-def local(spec: str, store: str, options: Options) -> int:
+def run_sweep(
+    sweep: Sweep, store: Store, name: str, options: SweepOptions, report: Callable[[str], None] = print
+) -> int:
+    """Train every point that the store has no row of on the devices of this process; return how many were trained.
+
+    A group that fails is reported and leaves the others alone; its points have no row and are tried again next time.
+
+    Raises:
+      UserError: a point is impossible; nothing has been trained then.
+      RuntimeError: groups have failed, after all others have been trained.
+    """
+    engine = ENGINES[sweep.config_class]()
+    progress = Progress(Todo(functools.partial(engine.groups, sweep), store, options.part), store, report)
+    engine.train(progress, name, options)
+    return progress.count
+
+
+def local(spec: str, store: str, options: SweepOptions) -> int:
     """Run a sweep on the devices of this process; return how many points were trained.
 
     Raises:
       UserError: a point is impossible; nothing has been trained then.
       RuntimeError: groups have failed, after all others have been trained.
     """
-    return run(load_sweep(spec), Store(store), name_of(spec), options, SAY)
+    return run_sweep(load_sweep(spec), Store(store), name_of(spec), options, PRINT)
 
 
-def in_processes(spec: str, store: str, options: Options, *, processes: int) -> None:
+def in_processes(spec: str, store: str, options: SweepOptions, *, processes: int) -> None:
     """Run a sweep on the devices of this machine in several processes, each with one GPU where there are any.
 
     A process traces one program at a time, which takes longer than to train small models. Examples are made once. A
@@ -40,16 +62,16 @@ def in_processes(spec: str, store: str, options: Options, *, processes: int) -> 
       UserError: a point is impossible.
       RuntimeError: a process has failed, after all others have ended.
     """
-    gpus, fork, sources, sweep = visible_gpus(), multiprocessing.get_context("fork"), Sources(), load_sweep(spec)
-    todo = Todo(sweep, Store(store), options.part)
-    with helpers(processes) as pool:
-        for _, trial in sweep.trials():
-            sources.of(trial, pool.starmap)
-    compilers = min(options.compilers, max(2, (os.cpu_count() or 1) // processes))
-    options, workers = dataclasses.replace(options, compilers=compilers, workers=options.workers or 1), []
+    gpus, fork, sweep = visible_gpus(), multiprocessing.get_context("fork"), load_sweep(spec)
+    engine = ENGINES[sweep.config_class]()
+    todo = Todo(functools.partial(engine.groups, sweep), Store(store), options.part)
+    with forked_pool(processes) as pool:
+        engine.prepare(sweep, pool.starmap)
+    threads = min(options.compiler_threads, max(2, (os.cpu_count() or 1) // processes))
+    options, workers = dataclasses.replace(options, compiler_threads=threads, workers=options.workers or 1), []
     for i in range(processes):
         gpu = gpus[i % len(gpus)] if gpus else None
-        workers.append(fork.Process(target=_work, args=(todo, store, name_of(spec), options, sources, gpu)))
+        workers.append(fork.Process(target=_work, args=(engine, todo, store, name_of(spec), options, gpu)))
     try:
         for worker in workers:
             worker.start()
@@ -63,7 +85,7 @@ def in_processes(spec: str, store: str, options: Options, *, processes: int) -> 
         raise RuntimeError(f"{failed} of {processes} processes have failed.")
 
 
-def helpers(processes: int) -> multiprocessing.pool.Pool:
+def forked_pool(processes: int) -> multiprocessing.pool.Pool:
     """Return forked processes that SIGTERM, a pool's end, ends at once.
 
     As an exception of Python, which the command makes of it, it can come right before a wait and is then never seen.
@@ -83,10 +105,10 @@ def _end_at_once() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-def _work(todo: Todo, store: str, name: str, options: Options, sources: Sources, gpu: str | None) -> None:
+def _work(engine: Engine, todo: Todo, store: str, name: str, options: SweepOptions, gpu: str | None) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    work_off(todo, Store(store), name, options, sources, SAY)
+    engine.train(Progress(todo, Store(store), PRINT), name, options)
 
 
 def visible_gpus() -> list[str]:
@@ -102,7 +124,7 @@ def visible_gpus() -> list[str]:
     return found.stdout.split() if found.returncode == 0 else []
 
 
-def on_ray(spec: str, store: str, options: Options, *, tasks: int) -> int:
+def on_ray(spec: str, store: str, options: SweepOptions, *, tasks: int) -> int:
     """Run a sweep in `tasks` parts on a Ray cluster, one accelerator for each where the cluster has any.
 
     The store's folder and the sweep file must be there on every machine.
@@ -123,7 +145,7 @@ def on_ray(spec: str, store: str, options: Options, *, tasks: int) -> int:
     return sum(ray.get([remote.remote(spec, store, part) for part in parts]))
 
 
-def on_slurm(spec: str, store: str, options: Options, *, tasks: int, script: str | None) -> int:
+def on_slurm(spec: str, store: str, options: SweepOptions, *, tasks: int, script: str | None) -> int:
     """Write an array job of `tasks` parts, and submit it unless a path for the script is given; return 0.
 
     Raises:
@@ -141,7 +163,7 @@ def on_slurm(spec: str, store: str, options: Options, *, tasks: int, script: str
     return 0
 
 
-def job(spec: str, store: str, options: Options, tasks: int) -> str:
+def job(spec: str, store: str, options: SweepOptions, tasks: int) -> str:
     """Return the array job; partition, account and time limit are sbatch's own options or variables."""
     words = [
         sys.executable,
@@ -151,7 +173,7 @@ def job(spec: str, store: str, options: Options, tasks: int) -> str:
         "run",
         spec,
         f"--store={store}",
-        f"--lanes={options.most_lanes}",
+        f"--lanes={options.max_lanes}",
     ]
     words += [f"--workers={options.workers}"] if options.workers else []
     command = f'{shlex.join(words)} --part="$SLURM_ARRAY_TASK_ID/{tasks}"'

@@ -1,17 +1,16 @@
 """A trial: the whole config of one point of a sweep, its id, and which values a compiled program does not fix."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 from based_jax import config as configs
 from based_jax.errors import UserError
-from based_jax.nn.mixers import MIXERS
 from based_jax.sweep.points import Point
-from based_jax.train.run import RunConfig
+from based_jax.train.run import RunConfig, TrainConfig
 from based_jax.train.tasks import SyntheticTask
 
 TRACED = ("seed", "optim.lr", "optim.weight_decay")
@@ -52,21 +51,6 @@ class Trial(RunConfig):
         """Updates in the whole run, if it does not end early."""
         return self.epochs * self.steps_per_epoch
 
-    @functools.cached_property
-    def resolved(self) -> dict[str, Any]:
-        """Every value, the defaults of mixers and task too, as JSON holds them."""
-        values = configs.to_dict(self)
-        full = [(kind, dataclasses.asdict(MIXERS[kind].Config(**options))) for kind, options in self.model.layers]
-        values["model"]["layers"] = full
-        task = dataclasses.asdict(self.data.resolved)
-        values["data"] = {"kind": self.data.kind, "shuffle": self.data.shuffle, **task}
-        return configs.to_dict(values)
-
-    @property
-    def id(self) -> str:
-        """The name of this trial: 12 hexadecimal digits of its resolved values."""
-        return configs.config_id(self.resolved)
-
     @property
     def signature(self) -> str:
         """The same for all trials that one program can train."""
@@ -77,20 +61,29 @@ class Trial(RunConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A base config and the points that override it."""
+    """A base config and the points that override it: trials in epochs, or whole runs in steps.
 
-    base: Mapping[str, Any]
+    Whole runs are `TrainConfig`s, as of the command `train`: a base that has "steps" or whose data is text is of them.
+    """
+
+    base: Mapping[str, Any] | ConfigDict
     points: list[Point]
 
-    def trials(self) -> Iterator[tuple[Point, Trial]]:
-        """Yield every point with its trial, each trial once.
+    @property
+    def config_class(self) -> type[RunConfig]:
+        """What a point is: `Trial` or `TrainConfig`."""
+        of_runs = "steps" in self.base or self.base.get("data", {}).get("kind") == "text"
+        return TrainConfig if of_runs else Trial
+
+    def trials(self) -> Iterator[tuple[Point, Any]]:
+        """Yield every point with its `config_class`, each config once.
 
         Raises:
           UserError: a value of a point is impossible, or a key unknown.
         """
         seen = set()
         for point in self.points:
-            trial = make_trial(self.base, point)
+            trial = configs.build(self.config_class, configs.overridden(self.base, point))
             if trial.id not in seen:
                 seen.add(trial.id)
                 yield point, trial
@@ -98,8 +91,7 @@ class Sweep:
 
 def make_trial(base: Mapping[str, Any], point: Point) -> Trial:
     """Return the trial of a point over a base config."""
-    values = configs.overridden(base, point)
-    return configs.build(Trial, values)
+    return configs.build(Trial, configs.overridden(base, point))
 
 
 def load_sweep(spec: str) -> Sweep:

@@ -24,6 +24,10 @@ from based_jax.train.run import Facts, TrainConfig
 KEYS_FREE_ON_RESUME = ("log_every", "eval_every", "checkpoint", "mesh", "microbatches")
 
 
+class DivergedError(UserError):
+    """The loss or the gradient of a step was not finite."""
+
+
 def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     """Train to `config.steps`, continuing from the workdir's last good checkpoint, and return the final evaluation.
 
@@ -36,7 +40,8 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
       workdir: a new folder, or one that this config made.
 
     Raises:
-      UserError: bad input, a full disk, or a loss that is not finite (its state is not saved).
+      UserError: bad input or a full disk.
+      DivergedError: a loss that is not finite; its state is not saved.
     """
     timer = Timer()
     workdir = Path(workdir)
@@ -173,7 +178,7 @@ class Report:
         self._write(step, metrics)
         last = self._checkpoints.latest()
         good = "there is no checkpoint yet" if last is None else f"the last good checkpoint is step {last}"
-        raise UserError(
+        raise DivergedError(
             f"The loss of step {step} is {metrics['loss']} and its gradient norm {metrics['grad_norm']}: the run stops,"
             f" nothing of it was saved, and {good}."
         )

@@ -1,6 +1,7 @@
 """A run: its config, the model of a run that was trained, and what stands in every row of its metrics."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from based_jax import config as configs
 from based_jax import flops, parallel
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM, LMConfig
+from based_jax.nn.mixers import MIXERS
 from based_jax.optim import OptimConfig
 from based_jax.train.checkpoint import CheckpointConfig, Checkpoints
 from based_jax.train.tasks import Task
@@ -44,6 +46,19 @@ class RunConfig:
             raise UserError(
                 f"model.vocab_size is {self.model.vocab_size}, but the data has ids up to {self.data.num_tokens - 1}."
             )
+
+    @functools.cached_property
+    def resolved(self) -> dict[str, Any]:
+        """Every value, the defaults of mixers and task too, as JSON holds them."""
+        values = configs.to_dict(self)
+        full = [(kind, dataclasses.asdict(MIXERS[kind].Config(**options))) for kind, options in self.model.layers]
+        values["model"]["layers"], values["data"] = full, self.data.resolved_values
+        return configs.to_dict(values)
+
+    @property
+    def id(self) -> str:
+        """The name of what this config trains: 12 hexadecimal digits of its resolved values."""
+        return configs.config_id(self.resolved)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -57,6 +57,16 @@ class TaskConfig(Protocol):
         """Ids that the task uses."""
         ...
 
+    @property
+    def resolved_values(self) -> dict[str, Any]:
+        """Every value by its key, those of a preset too."""
+        ...
+
+    @property
+    def longest_test(self) -> int:
+        """Tokens of the longest row that is evaluated."""
+        ...
+
     def open(self, batch_size: int, process_index: int, process_count: int) -> Source:
         """Return the source of one host's batches."""
         ...
@@ -95,6 +105,16 @@ class PresetTask:
     def num_tokens(self) -> int:
         """Ids that the task uses."""
         return self.resolved.vocab_size
+
+    @property
+    def resolved_values(self) -> dict[str, Any]:
+        """Every value by its key; the preset's name, which stands for values, is none."""
+        return {"kind": self.kind, "shuffle": self.shuffle, **dataclasses.asdict(self.resolved)}
+
+    @property
+    def longest_test(self) -> int:
+        """Tokens of the longest test segment."""
+        return max(segment.seq_len for segment in self.resolved.test)
 
     def open(self, batch_size: int, process_index: int, process_count: int) -> SegmentSource:
         """Return the source of one host's batches."""
@@ -142,6 +162,16 @@ class TextTask:
     def num_tokens(self) -> int:
         """Ids that the task uses."""
         return get_tokenizer(self.tokenizer).vocab_size
+
+    @property
+    def resolved_values(self) -> dict[str, Any]:
+        """Every value by its key."""
+        return dataclasses.asdict(self)
+
+    @property
+    def longest_test(self) -> int:
+        """Tokens of a row."""
+        return self.seq_len
 
     def open(self, batch_size: int, process_index: int, process_count: int) -> Source:
         """Build the dataset if it is not cached, and return the source of one host's batches."""

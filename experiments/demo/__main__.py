@@ -25,7 +25,8 @@ from based_jax.generate import Sampling, generate
 from based_jax.nn.lm import LM
 from based_jax.store import Store
 from based_jax.sweep import Sweep
-from based_jax.sweep.run import Options, run
+from based_jax.sweep.launch import run_sweep
+from based_jax.sweep.schedule import SweepOptions
 from based_jax.train.loop import train
 from based_jax.train.run import TrainConfig, load_run
 
@@ -57,7 +58,7 @@ def main() -> None:
 def recall_frontier(store: Path) -> pd.DataFrame:
     """Train every variant of configs/mqar_tiny.py and return (mixer, size, state bytes per sequence, accuracy)."""
     sweep = recall_sweep()
-    run(sweep, Store(store), "demo", Options(command="make demo"))
+    run_sweep(sweep, Store(store), "demo", SweepOptions(command="make demo"))
     found = {row["id"]: row for row in Store(store).rows()}
     rows = []
     for variant, (_, trial) in zip(VARIANTS, sweep.trials(), strict=True):

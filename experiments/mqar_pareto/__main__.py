@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from based_jax.errors import UserError
-from experiments.mqar_pareto import profile, tables, throughput
+from experiments.mqar_pareto import pictures, profile, tables, throughput
 
-COMMANDS = {"throughput": throughput, "profile": profile, "tables": tables}
+COMMANDS = {"throughput": throughput, "profile": profile, "tables": tables, "pictures": pictures}
 
 
 def main(argv: list[str] | None = None) -> int:

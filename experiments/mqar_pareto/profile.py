@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from based_jax.sweep import lanes
-from based_jax.sweep.run import Turns, revision
+from based_jax.sweep.device_lock import DeviceLock
+from based_jax.sweep.rows import revision
 from based_jax.sweep.trial import make_trial
 from experiments.mqar_pareto import sweeps
 
@@ -37,10 +38,9 @@ MODELS = {
         for point in space[1:]
     },
 }
-STEPS = 30
-TRACED = 10
-TOP = 10
-"""Kernels of a row."""
+TIMED_STEPS = 30
+TRACED_STEPS = 10
+KERNELS_PER_ROW = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,19 +87,21 @@ def measure(point: dict, segment: int, number: int) -> dict:
     compiled = time.perf_counter() - begin
     held = [program.beginning().call(jnp.arange(number, dtype=jnp.uint32))]
     rates = lanes.Rates(*(jnp.full(number, x) for x in (trial.optim.lr, trial.optim.weight_decay)))
-    rows = jnp.arange(lanes.STEPS * trial.batch_size, dtype=jnp.int32).reshape(lanes.STEPS, -1)
+    most = lanes.MAX_STEPS_PER_DISPATCH
+    rows = jnp.arange(most * trial.batch_size, dtype=jnp.int32).reshape(most, -1)
 
     def take(steps: int) -> None:
         held[0], losses = train(held[0], rates, examples, rows % examples.inputs.shape[0], jnp.int32(steps))
         jax.block_until_ready(losses)
 
-    with Turns(jax.devices()[0]):  # several of these commands may share a GPU
+    with DeviceLock(jax.devices()[0]):  # several of these commands may share a GPU
         take(1)
         begin = time.perf_counter()
-        take(STEPS)
-        milliseconds = 1e3 * (time.perf_counter() - begin) / STEPS
-        times = kernel_times(lambda: take(TRACED))
-    top = sorted(((name, sum(x) / TRACED, len(x) / TRACED) for name, x in times.items()), key=lambda x: -x[1])
+        take(TIMED_STEPS)
+        milliseconds = 1e3 * (time.perf_counter() - begin) / TIMED_STEPS
+        times = kernel_times(lambda: take(TRACED_STEPS))
+    per_step = ((name, sum(x) / TRACED_STEPS, len(x) / TRACED_STEPS) for name, x in times.items())
+    top = sorted(per_step, key=lambda x: -x[1])
     return {
         "segment": trial.data.resolved.train[segment].name,
         "lanes": number,
@@ -107,7 +109,7 @@ def measure(point: dict, segment: int, number: int) -> dict:
         "kernel_milliseconds": round(sum(spent for _, spent, _ in top), 4),
         "kernels": sum(calls for *_, calls in top),
         "compile_seconds": round(compiled, 2),
-        "top": [(name, round(spent, 4), calls) for name, spent, calls in top[:TOP]],
+        "top": [(name, round(spent, 4), calls) for name, spent, calls in top[:KERNELS_PER_ROW]],
     }
 
 

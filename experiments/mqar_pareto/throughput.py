@@ -25,7 +25,8 @@ from based_jax.nn.lm import LM
 from based_jax.nn.loss import Sums, position_sums
 from based_jax.optim import adamw
 from based_jax.sweep import Trial, lanes
-from based_jax.sweep.run import Turns, revision
+from based_jax.sweep.device_lock import DeviceLock
+from based_jax.sweep.rows import revision
 from based_jax.sweep.trial import make_trial
 from based_jax.train.step import TrainState, init_state, make_train_step
 from experiments.mqar_pareto import sweeps
@@ -39,16 +40,16 @@ MODELS = {
     "gated_deltanet_128": sweeps.hybrid(128, "gated_deltanet", num_heads=2),
     "mamba_128": sweeps.twice(128, "mamba", d_state=16),
 }
-LANES = 4, 8
-ROWS = 4096
-"""Examples of a segment, enough that no cache holds them."""
+LANE_COUNTS = 4, 8
+EXAMPLES_PER_SEGMENT = 4096
+"""Enough that no cache holds them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--out", type=Path, default=RESULTS / "throughput.jsonl", help="JSON lines; appended to")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--lanes", nargs="+", type=int, default=LANES)
+    parser.add_argument("--lanes", nargs="+", type=int, default=LANE_COUNTS)
     parser.add_argument("--steps", type=int, default=100, help="timed steps of each measurement")
     parser.add_argument("--segments", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="training segments, by place")
     parser.add_argument("--dtype", default="bfloat16", help="that layers compute in")
@@ -74,7 +75,7 @@ def measure(trial: Trial, segment: int, numbers: list[int], steps: int) -> Itera
     """Yield a row for each way of training on a segment."""
     found = trial.data.resolved.train[segment]
     source = trial.data.open(trial.batch_size, 0, 1)
-    examples = [x[:ROWS] for x in source.examples("train", segment)]
+    examples = [x[:EXAMPLES_PER_SEGMENT] for x in source.examples("train", segment)]
     place = {"segment": found.name, "steps_per_epoch": -(-found.num_examples // trial.batch_size)}
     for way in LOSS_SUMS:
         yield place | {"way": way, "lanes": 1} | timed(lambda way=way: looped(trial, examples, way), steps)
@@ -89,7 +90,7 @@ def timed(prepare: Callable[[], Callable[[int], object]], steps: int) -> dict:
     try:
         take = prepare()
         compiled = time.perf_counter() - begin
-        with Turns(jax.devices()[0]):  # several of these commands may share a GPU
+        with DeviceLock(jax.devices()[0]):  # several of these commands may share a GPU
             jax.block_until_ready(take(10))
             begin = time.perf_counter()
             jax.block_until_ready(take(steps))
@@ -149,12 +150,13 @@ def resident(trial: Trial, examples: list[np.ndarray], number: int) -> Callable[
     train = program.training(placed).call
     states = program.beginning().call(jnp.arange(number, dtype=jnp.uint32))
     rates = lanes.Rates(*(jnp.full(number, x) for x in (trial.optim.lr, trial.optim.weight_decay)))
-    rows = jnp.arange(lanes.STEPS * trial.batch_size, dtype=jnp.int32).reshape(lanes.STEPS, -1) % len(examples[0])
+    most = lanes.MAX_STEPS_PER_DISPATCH
+    rows = jnp.arange(most * trial.batch_size, dtype=jnp.int32).reshape(most, -1) % len(examples[0])
     held = [states]
 
     def take(steps: int):
-        for first in range(0, steps, lanes.STEPS):
-            count = jnp.int32(min(lanes.STEPS, steps - first))
+        for first in range(0, steps, most):
+            count = jnp.int32(min(most, steps - first))
             held[0], losses = train(held[0], rates, placed, rows, count)
         return losses
 

@@ -112,6 +112,13 @@ def test_a_bad_file_is_named_and_nothing_is_written(folder, tmp_path, name, cont
     assert not list((tmp_path / "cache").rglob("*.array_record*"))
 
 
+def test_a_dataset_that_another_process_has_written_meanwhile_is_read(folder, tmp_path):
+    first, second = (text.PackedText(corpus.FolderCorpus(folder), ByteTokenizer(), 16, tmp_path) for _ in range(2))
+    first.build()
+    second.build()
+    assert second.info.splits["train"].num_examples == first.info.splits["train"].num_examples > 0
+
+
 def test_a_sequence_longer_than_the_data(folder, tmp_path):
     with pytest.raises(UserError, match="seq_len 100000 is longer than the data"):
         source(folder, tmp_path, seq_len=100_000)

@@ -11,8 +11,9 @@ import pytest
 from based_jax.__main__ import main
 from based_jax.store import Store
 from based_jax.sweep import launch
-from based_jax.sweep.engine import Outcome
-from based_jax.sweep.run import Options, line
+from based_jax.sweep.lane_training import Outcome
+from based_jax.sweep.rows import lane_line
+from based_jax.sweep.schedule import SweepOptions
 from based_jax.sweep.trial import load_sweep, make_trial
 
 SWEEP = """
@@ -98,7 +99,7 @@ def test_slurm_gets_an_array_job_whose_tasks_are_the_parts(file, tmp_path, monke
     sbatch.write_text(f"#!/bin/sh\ncat > {got}\n")
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
-    assert launch.on_slurm(f"{file}:both", "store", Options(), tasks=2, script=None) == 0
+    assert launch.on_slurm(f"{file}:both", "store", SweepOptions(), tasks=2, script=None) == 0
     text = got.read_text()
     assert "#SBATCH --array=0-1" in text and "#SBATCH --requeue" in text
     # What a task of the array would do, with a stand-in for Python.
@@ -124,12 +125,12 @@ def in_two_processes(file, store):
 def test_the_end_of_a_pool_is_no_exception_in_its_processes():
     code = """
 import signal
-from based_jax.sweep.launch import helpers
+from based_jax.sweep.launch import forked_pool
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-with helpers(2) as pool:
+with forked_pool(2) as pool:
     print(pool.apply(signal.getsignal, [signal.SIGTERM]) == signal.SIG_DFL)
 for _ in range(100):
-    helpers(2).terminate()  # before its processes are ready for it
+    forked_pool(2).terminate()  # before its processes are ready for it
 """
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=100) == "True\n"
 
@@ -137,7 +138,7 @@ for _ in range(100):
 def test_a_line_tells_stacks_apart_and_names_what_the_point_sets():
     def told(point):
         trial = make_trial(BASE, point)
-        return line(point, trial, Outcome("finished", [0.5], seconds=2.0))
+        return lane_line(point, trial, Outcome("finished", [0.5], seconds=2.0))
 
     stacks = [(("base_conv", {}), ("retnet", {"num_heads": 2})), (("retnet", {"num_heads": 1}),) * 2]
     assert [told({"model.layers": stack}) for stack in stacks] == [
@@ -171,7 +172,7 @@ def test_two_ray_workers_share_a_sweep(file, tmp_path):
     ray = pytest.importorskip("ray", reason="Ray is not installed: the extra 'ray'")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        assert launch.on_ray(file, str(tmp_path / "store"), Options(), tasks=2) == 4
+        assert launch.on_ray(file, str(tmp_path / "store"), SweepOptions(), tasks=2) == 4
     finally:
         ray.shutdown()
     store = Store(tmp_path / "store")

@@ -61,6 +61,10 @@ class GLA(GatedLinearMixer):
         self.decay_down = layers.linear(d_model, rank, ("embed", None), init.fp32)
         self.decay_up = layers.linear(rank, self.key_dim, (None, "heads"), init.fp32, bias=True)
 
+    def published_state_size(self, seq_len: int) -> int:
+        """Return `state_size`: in zoology, GLA alone counts the inputs of its short convolution."""
+        return self.state_size(seq_len)
+
     def _gated(self, x, q, k, v):
         logits = self.decay_up(self.decay_down(x))
         log_decay = jax.nn.log_sigmoid(logits) / self.config.gate_logit_normalizer

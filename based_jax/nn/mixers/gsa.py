@@ -77,6 +77,10 @@ class GSA(GatedLinearMixer):
         width = self.key_dim + self.value_dim
         return self.config.num_slots * width + self.conv_size * (width + self.key_dim)
 
+    def published_state_size(self, seq_len: int) -> int:
+        """Return a key and a value for each slot of each head, as publications count: without the convolution."""
+        return self.config.num_slots * (self.key_dim + self.value_dim)
+
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the taps, and writing and reading the slots once."""
         own = 4 * self.key_dim * self.value_dim // self.num_heads

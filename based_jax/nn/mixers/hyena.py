@@ -112,7 +112,7 @@ class Hyena(Mixer):
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence of at most `l_max` tokens."""
         check_length(x.shape[1], self.config.l_max)
-        u = short_conv(
+        u, _ = short_conv(
             self.in_proj(x),
             self.conv_kernel[...],
             bias=self.conv_bias[...],
@@ -138,7 +138,6 @@ class Hyena(Mixer):
             bias=self.conv_bias[...],
             state=cache[0],
             segment_ids=segment_ids,
-            return_state=True,
             impl=self._short_impl,
         )
         u, gate = self._gated(u)
@@ -155,6 +154,10 @@ class Hyena(Mixer):
     def state_size(self, seq_len: int) -> int:
         """Return D elements a token, and the inputs of the short convolution; equal to the cache's."""
         return self.d_model * (seq_len + 3 * SHORT_TAPS)
+
+    def published_state_size(self, seq_len: int) -> int:
+        """Return D elements a token, as publications count: without the inputs of the short convolution."""
+        return self.d_model * seq_len
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: projections, the filter's MLP at one lag, and three FFTs of twice the length."""

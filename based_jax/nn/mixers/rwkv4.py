@@ -56,6 +56,10 @@ class RWKV4(TimeMix):
         """Return numerator, denominator, maximum and last token of each channel; equal to the cache's."""
         return 4 * self.d_model
 
+    def published_state_size(self, seq_len: int) -> int:
+        """Return numerator, denominator and maximum of each channel, as publications count: without the last token."""
+        return 3 * self.d_model
+
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the mixes, and about 10 operations a channel."""
         return 8 * self.d_model**2 + 6 * self.d_model + 10 * self.d_model

@@ -73,6 +73,10 @@ class RWKV5(TimeMix):
         """Return a square of channels a head, and the last token; equal to the cache's."""
         return self.d_model * (self.config.head_size + 1)
 
+    def published_state_size(self, seq_len: int) -> int:
+        """Return a square of channels a head, as publications count: without the last token."""
+        return self.d_model * self.config.head_size
+
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the mixes, and writing and reading the state once."""
         return 10 * self.d_model**2 + 12 * self.d_model + 4 * self.d_model * self.config.head_size

@@ -88,6 +88,10 @@ class RWKV6(TimeMix):
         """Return K V elements a head, and the last token; equal to the cache's."""
         return self.key_dim * self.value_dim // self.config.num_heads + self.d_model
 
+    def published_state_size(self, seq_len: int) -> int:
+        """Return K V elements a head, as publications count: without the last token."""
+        return self.key_dim * self.value_dim // self.config.num_heads
+
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the mixes, and writing and reading the state once."""
         ranks = 10 * self.config.proj_low_rank_dim + self.config.gate_low_rank_dim

@@ -5,39 +5,51 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from based_jax.errors import UserError
-from based_jax.sweep import families, published
-from based_jax.sweep.best import Best, Row, accuracy, best, learning_rate, longest_test
+from based_jax.nn import names
+from based_jax.pictures import references, styles
+from based_jax.pictures.configurations import (
+    Configuration,
+    Row,
+    accuracy,
+    configurations,
+    learning_rate,
+    longest_test,
+)
+from based_jax.pictures.references import ReferencePoint, ReferenceSource
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("figures.js", "page.js")
-TOLD = ("seed", "optim.lr", "model.d_model", "model.layers")
+TOLD_OVERRIDES = ("seed", "optim.lr", "model.d_model", "model.layers")
 """Overrides that a point's other values tell."""
 
 
-def write(rows: Iterable[Row], path: str | os.PathLike, *, title: str) -> Path:
+def write(
+    rows: Iterable[Row], path: str | os.PathLike, *, title: str, published: Sequence[ReferencePoint] = ()
+) -> Path:
     """Write the page and return its path.
 
     Args:
-      rows: of a store; reduced by `best`.
+      rows: of a store; reduced to `configurations`.
       path: of the HTML file.
       title: its heading.
+      published: points of other sources, shown hollow.
 
     Raises:
       UserError: there are no rows, or one is not of a sweep.
     """
-    points = best(rows)
+    points = configurations(rows)
     if not points:
         raise UserError("There are no rows to show; run the sweep first.")
     parts = {
         "title": html.escape(title),
         "style": (ASSETS / "page.css").read_text(),
         "script": "\n".join((ASSETS / name).read_text() for name in SCRIPTS),
-        "data": embedded(data(points)),
+        "data": embedded(data(points, published)),
     }
     # In one pass: braces in a title or in the data are text.
     text = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], (ASSETS / "page.html").read_text())
@@ -52,20 +64,21 @@ def embedded(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def data(points: Sequence[Best]) -> dict[str, Any]:
+def data(points: Sequence[Configuration], published: Sequence[ReferencePoint] = ()) -> dict[str, Any]:
     """Return what the page shows; bytes come in pairs, without and with convolution layers."""
-    theirs = published.comparable(x.row for x in points)
-    styles = families.styles([*(x.family for x in points), *(x.family for x in theirs)])
+    style_of = styles.styles([*(x.family for x in points), *(x.family for x in published)])
+    markers = references.source_markers(published)
     return {
-        "families": [{"name": name, **vars(style)} for name, style in styles.items()],
+        "families": [{"name": name, **vars(style)} for name, style in style_of.items()],
         "points": [_point(point) for point in points],
-        "published": [_published(point) for point in theirs],
+        "published": [_published(point, markers) for point in published],
+        "sources": [{"name": source.name, "marker": marker} for source, marker in markers.items()],
         "tokens": sorted({longest_test(point.row) for point in points}),
         "made": _made([row for point in points for row in point.rows]),
     }
 
 
-def _point(point: Best) -> dict[str, Any]:
+def _point(point: Configuration) -> dict[str, Any]:
     row = point.row
     return {
         "family": point.family,
@@ -77,8 +90,8 @@ def _point(point: Best) -> dict[str, Any]:
         "seeds": len(point.chosen),
         "lr": learning_rate(row),
         "id": row["id"],
-        "layers": families.architecture(point.layers),
-        "settings": [f"{key}={value}" for key, value in row.get("overrides", {}).items() if key not in TOLD],
+        "layers": names.architecture(point.layers),
+        "settings": [f"{key}={value}" for key, value in row.get("overrides", {}).items() if key not in TOLD_OVERRIDES],
         "segments": {name: _number(value) for name, value in row["segments"].items()},
         "runs": [[learning_rate(x), accuracy(x), x["config"]["seed"], str(x.get("status", ""))] for x in point.rows],
         **{name: row.get(name) for name in ("params", "state_bytes", "steps", "status", "sweep")},
@@ -86,14 +99,15 @@ def _point(point: Best) -> dict[str, Any]:
     }
 
 
-def _published(point: published.Published) -> dict[str, Any]:
+def _published(point: ReferencePoint, markers: Mapping[ReferenceSource, str]) -> dict[str, Any]:
     sizes = [point.state_bytes(convolution=counted) for counted in (False, True)]
     return {
         "family": point.family,
         "label": point.label,
         "bytes": sizes,
         "accuracy": point.accuracy,
-        "source": point.source,
+        "source": point.source.citation,
+        "marker": markers[point.source],
     }
 
 

@@ -1,4 +1,4 @@
-"""Bytes of state, against every value that the publications' points are drawn at."""
+"""Bytes of state as publications count them, and every mixer's beside those of its cache."""
 
 import re
 
@@ -7,10 +7,9 @@ import pytest
 from flax import nnx
 
 from based_jax.errors import UserError
+from based_jax.nn.accounting import state_bytes, state_elements
 from based_jax.nn.mixers import MIXERS, make_mixer
-from based_jax.sweep import published
-from based_jax.sweep.accounting import ELEMENTS, state_bytes, state_elements
-from based_jax.sweep.families import NAMES
+from based_jax.nn.names import FAMILY_NAMES
 
 CONV = ("base_conv", {})
 D, T = 128, 64
@@ -31,10 +30,6 @@ BESIDE = {
     "rwkv7": 1,
     "simple_gla": 4 * 3,
 }
-HYBRIDS = {"Based": "taylor", "Sliding window": "window"} | {
-    name: kind for kind, name in NAMES.items() if name in published.BY_WIDTH_RERUN
-}
-LETTERS = {"K": "feature_dim", "w": "window"}
 
 
 def both(layers, d_model):
@@ -92,19 +87,8 @@ def test_two_layers_of_one_mixer_both_count(kind, options, d_model, size):
     assert both([(kind, options)] * 2, d_model) == (size, size)
 
 
-@pytest.mark.parametrize("point", [x for x in published.POINTS if x.label], ids=lambda x: f"{x.family} {x.label}")
-def test_published_points_stand_where_their_architecture_does(point):
-    d_model = int(re.search(r"D (\d+)", point.label)[1])
-    options = {LETTERS[letter]: int(value) for letter, value in re.findall(r"([Kw]) (\d+)", point.label)}
-    if point.family != "RWKV-7":
-        options["num_heads"] = 2 if "2 heads" in point.label else 1
-    found = both([CONV, (HYBRIDS[point.family], options)], d_model)
-    assert found == (point.state_bytes(convolution=False), point.state_bytes(convolution=True))
-    assert point.bytes == found[point.source == published.RERUN]
-
-
-def test_every_mixer_is_counted():
-    assert ELEMENTS.keys() == MIXERS.keys() == NAMES.keys()
+def test_every_mixer_has_a_name():
+    assert FAMILY_NAMES.keys() == MIXERS.keys()
 
 
 @pytest.mark.parametrize("kind", MIXERS)
@@ -113,6 +97,7 @@ def test_a_mixer_counts_its_cache_but_for_what_stands_here(kind):
     mixer = nnx.eval_shape(lambda: make_mixer(kind, D, rngs=nnx.Rngs(0), **options))
     cache = mixer.state_size(T)
     assert state_elements([(kind, options)], D, T, convolution=False) == cache - BESIDE.get(kind, 0) * D
+    assert mixer.published_state_size(T) == cache - BESIDE.get(kind, 0) * D
 
 
 def test_gla_counts_its_own_convolution_as_zoology_does():

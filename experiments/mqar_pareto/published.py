@@ -1,44 +1,20 @@
-"""Published points of MQAR accuracy against bytes of state: what ours are drawn before.
+"""Published points of MQAR accuracy against bytes of state: what ours are drawn over.
 
 Protocol of both: two layers, vocabulary 8192, tests of 64 tokens with 4 pairs to 1,024 with 256, the best learning
 rate. Accuracies were read off the pictures; bytes are calculated (fp32, one sequence, 1,024 tokens).
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-PAPER = "arXiv 2402.18668 v2, Figure 2 left (read off the picture)"
-RERUN = "HazyResearch/zoology@4293e43, README picture of January 2026 (read off the picture)"
+from based_jax.pictures.references import ReferencePoint, ReferenceSource
 
-TESTS = {"64x4", "64x8", "64x16", "128x32", "256x64", "512x128", "1024x256"}
+PAPER = ReferenceSource("paper, Fig. 2", "arXiv 2402.18668 v2, Figure 2 left (read off the picture)")
+RERUN = ReferenceSource(
+    "re-run, 2026", "HazyResearch/zoology@4293e43, README picture of January 2026 (read off the picture)"
+)
 
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A point.
-
-    Attributes:
-      family: as `families` names it.
-      label: the configuration, "" where the source does not tell.
-      bytes: of state, as the source counts them.
-      accuracy: share of queries answered.
-      source: where it stands.
-      short_conv: bytes of the model's convolution layer; `RERUN` counts them in `bytes`, `PAPER` does not.
-    """
-
-    family: str
-    label: str
-    bytes: int
-    accuracy: float
-    source: str
-    short_conv: int = 0
-
-    def state_bytes(self, *, convolution: bool) -> int:
-        """Return the bytes with or without the convolution layer, whichever the source counts."""
-        main = self.bytes - self.short_conv * (self.source == RERUN)
-        return main + self.short_conv * convolution
-
+TEST_SEGMENTS = {"64x4", "64x8", "64x16", "128x32", "256x64", "512x128", "1024x256"}
 
 # (D, K or w): bytes of the main mixer, accuracy
 BASED = {
@@ -130,42 +106,49 @@ BY_BYTES_RERUN = {
 }
 
 
-def _convolution(d_model: int) -> int:
+def _convolution_bytes(d_model: int) -> int:
     """Return the bytes of a layer of three taps."""
     return 4 * 3 * d_model
 
 
-def _paper() -> list[Published]:
+def _paper() -> list[ReferencePoint]:
+    """Return the paper's points; their bytes are those of the main mixer."""
     hybrids = [("Based", f"D {d}, K {k}", d, *found) for (d, k), found in BASED.items()]
     hybrids += [("Sliding window", f"D 128, w {w}", 128, *found) for w, found in WINDOW.items()]
     hybrids += [("Attention", f"D {d}", d, *found) for d, found in ATTENTION.items()]
-    points = [Published(f, label, size, y, PAPER, _convolution(d)) for f, label, d, size, y in hybrids]
-    points += [Published("Mamba", "", size, y, PAPER) for size, found in MAMBA.items() for y in found]
+    points = [ReferencePoint(f, label, size, y, PAPER, _convolution_bytes(d)) for f, label, d, size, y in hybrids]
+    points += [ReferencePoint("Mamba", "", size, y, PAPER) for size, found in MAMBA.items() for y in found]
     return points + [
-        Published(family, "", size, y, PAPER)
+        ReferencePoint(family, "", size, y, PAPER)
         for family, found in (("H3", H3), ("Hyena", HYENA))
         for size, y in found.items()
     ]
 
 
-def _rerun() -> list[Published]:
+def _rerun() -> list[ReferencePoint]:
+    """Return the re-run's points; their bytes have the convolution layer in them."""
     hybrids = [("Based", f"D {d}, K {k}", d, *found) for (d, k), found in BASED_RERUN.items()]
     hybrids += [("Sliding window", f"D 128, w {w}", 128, *found) for w, found in WINDOW_RERUN.items()]
     for family, by_width in BY_WIDTH_RERUN.items():
         heads = "" if family == "RWKV-7" else ", 2 heads"
         hybrids += [(family, f"D {d}{heads}", d, *found) for d, found in by_width.items()]
-    points = [Published(f, label, size, y, RERUN, _convolution(d)) for f, label, d, size, y in hybrids]
+    points = []
+    for family, label, d_model, whole, y in hybrids:
+        convolution = _convolution_bytes(d_model)
+        points.append(ReferencePoint(family, label, whole - convolution, y, RERUN, convolution))
     return points + [
-        Published(family, "", size, y, RERUN) for family, found in BY_BYTES_RERUN.items() for size, y in found.items()
+        ReferencePoint(family, "", size, y, RERUN)
+        for family, found in BY_BYTES_RERUN.items()
+        for size, y in found.items()
     ]
 
 
 POINTS = (*_paper(), *_rerun())
 
 
-def comparable(rows: Iterable[Mapping[str, Any]]) -> tuple[Published, ...]:
+def comparable(rows: Iterable[Mapping[str, Any]]) -> tuple[ReferencePoint, ...]:
     """Return the published points, or none where a row was tested on something else: they belong to one protocol."""
-    same = all(row["segments"].keys() == TESTS and _task(row) == "mqar" for row in rows)
+    same = all(row["segments"].keys() == TEST_SEGMENTS and _task(row) == "mqar" for row in rows)
     return POINTS if same else ()
 
 

@@ -4,8 +4,8 @@ import hashlib
 import json
 import math
 
+from based_jax.nn.accounting import state_bytes
 from based_jax.nn.mixers import MIXERS
-from based_jax.sweep.accounting import state_bytes
 
 SEGMENTS = {"64x4": 4, "64x8": 8, "64x16": 16, "128x32": 32, "256x64": 64, "512x128": 128, "1024x256": 256}
 WIDTHS = (64, 128, 256)

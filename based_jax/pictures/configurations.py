@@ -1,22 +1,23 @@
-"""From rows of a store to points of a picture: the best learning rate of each seed, then the median over seeds."""
+"""From rows of a store to configurations: the best learning rate of each seed, then the median over seeds."""
 
 import dataclasses
 import json
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
+
 from based_jax.errors import UserError
-from based_jax.sweep import families
-from based_jax.sweep.accounting import state_bytes
+from based_jax.nn import names
+from based_jax.nn.accounting import state_bytes
 
 Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Best:
-    """One configuration, with what its learning rates and seeds came to.
+class Configuration:
+    """What the learning rates and seeds of one configuration came to: a point of a picture.
 
     Attributes:
       layers, d_model: its architecture.
@@ -36,12 +37,12 @@ class Best:
     @property
     def family(self) -> str:
         """The main mixers' name."""
-        return families.family(self.layers)
+        return names.family(self.layers)
 
     @property
     def label(self) -> str:
         """The configuration in a few letters."""
-        return families.label(self.layers, self.d_model)
+        return names.label(self.layers, self.d_model)
 
     @property
     def row(self) -> Row:
@@ -49,39 +50,37 @@ class Best:
         return self.chosen[(len(self.chosen) - 1) // 2]
 
     def state_bytes(self, *, convolution: bool) -> int:
-        """Return bytes of state after the longest test; see `accounting`."""
+        """Return bytes of state after the longest test; see `nn.accounting`."""
         return state_bytes(self.layers, self.d_model, longest_test(self.row), convolution=convolution)
 
 
-def best(rows: Iterable[Row]) -> list[Best]:
-    """Return one point for each configuration, that is: for rows that differ in no more than learning rate and seed.
+def configurations(rows: Iterable[Row]) -> list[Configuration]:
+    """Return the configurations: rows of one differ in no more than learning rate and seed.
 
     A run that diverged counts with the accuracy that it has, 0 where that is no number.
 
     Raises:
       UserError: a row lacks something that the reduction needs.
     """
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(_configuration(row), []).append(row)
-    return [_reduced(group) for group in groups.values()]
+    rows = list(rows)
+    columns = {"configuration": _shared, "learning_rate": learning_rate, "seed": _seed, "accuracy": accuracy}
+    runs = pd.DataFrame({name: [value(row) for row in rows] for name, value in columns.items()} | {"row": rows})
+    return [_reduced(group) for _, group in runs.groupby("configuration", sort=False)]
 
 
-def by_feature_map(points: Iterable[Best]) -> dict[tuple[str, str], list[Best]]:
+def by_feature_map(points: Iterable[Configuration]) -> dict[tuple[str, str], list[Configuration]]:
     """Return the points of each feature map and its dimensions, ("relu", "K = 16") or ("relu", "K = D"), by width.
 
     At each width it is the best one; the points of models that are no linear attention are left out.
     """
-    tops: dict[tuple[str, int, int], Best] = {}
-    for point in points:
-        if found := families.feature_map(point.layers):
-            name, dimensions = found
-            key = name, dimensions if dimensions != point.d_model else 0, point.d_model
-            tops[key] = max(point, tops.get(key, point), key=lambda point: point.median)
-    lines: dict[tuple[str, str], list[Best]] = {}
-    for (name, dimensions, _), point in sorted(tops.items(), key=lambda item: item[0]):
-        lines.setdefault((name, f"K = {dimensions or 'D'}"), []).append(point)
-    return lines
+    found = [(*feature_map, point) for point in points if (feature_map := names.feature_map(point.layers))]
+    table = pd.DataFrame(
+        [(name, dim if dim != point.d_model else 0, point.d_model, point.median, point) for name, dim, point in found],
+        columns=["name", "dimensions", "width", "median", "point"],
+    )
+    best = table.loc[table.groupby(["name", "dimensions", "width"])["median"].idxmax()]
+    lines = best.groupby(["name", "dimensions"])["point"]
+    return {(name, f"K = {dimensions or 'D'}"): list(line) for (name, dimensions), line in lines}
 
 
 def accuracy(row: Row) -> float:
@@ -96,11 +95,13 @@ def learning_rate(row: Row) -> float:
 
 
 def longest_test(row: Row) -> int:
-    """Return the tokens of the longest test segment."""
-    tests = row["config"].get("data", {}).get("test", [])
-    lengths = [int(segment["seq_len"]) for segment in tests] or _lengths_in_names(row)
-    if not lengths:
-        raise UserError(f"Row '{row['id']}' tells no length of a test segment; it is in config.data.test.")
+    """Return the tokens of the longest test segment, those of a row where the data has none."""
+    data = row["config"].get("data", {})
+    lengths = [int(segment["seq_len"]) for segment in data.get("test", [data] if "seq_len" in data else [])]
+    if not (lengths := lengths or _lengths_in_names(row)):
+        raise UserError(
+            f"Row '{row['id']}' tells no length of a test segment; it is in config.data, as test or seq_len."
+        )
     return max(lengths)
 
 
@@ -119,7 +120,11 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
-def _configuration(row: Row) -> str:
+def _seed(row: Row) -> int:
+    return row["config"]["seed"]
+
+
+def _shared(row: Row) -> str:
     """Return what rows of one configuration share."""
     try:
         config = json.loads(json.dumps(row["config"]))
@@ -131,12 +136,11 @@ def _configuration(row: Row) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def _reduced(rows: Sequence[Row]) -> Best:
-    ordered = sorted(rows, key=lambda row: (learning_rate(row), row["config"]["seed"]))
-    seeds = dict.fromkeys(row["config"]["seed"] for row in ordered)
-    chosen = [max((x for x in ordered if x["config"]["seed"] == seed), key=accuracy) for seed in seeds]
-    chosen.sort(key=accuracy)
-    values = [accuracy(row) for row in chosen]
-    model = rows[0]["config"]["model"]
+def _reduced(runs: pd.DataFrame) -> Configuration:
+    """Return a configuration of its runs: for each seed the best learning rate, then the median over seeds."""
+    runs = runs.sort_values(["learning_rate", "seed"])
+    best = runs.loc[runs.groupby("seed", sort=False)["accuracy"].idxmax()].sort_values("accuracy", kind="stable")
+    model = runs["row"].iloc[0]["config"]["model"]
     layers = [(kind, dict(options)) for kind, options in model["layers"]]
-    return Best(layers, model["d_model"], statistics.median(values), values[0], values[-1], chosen, ordered)
+    low, median, high = best["accuracy"].agg(["min", "median", "max"])
+    return Configuration(layers, model["d_model"], median, low, high, list(best["row"]), list(runs["row"]))

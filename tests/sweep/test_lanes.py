@@ -22,10 +22,12 @@ from based_jax.nn.lm import LM
 from based_jax.nn.loss import loss_sums
 from based_jax.optim import adamw
 from based_jax.store import Store
-from based_jax.sweep import Sweep, engine, lanes, param, product
-from based_jax.sweep.engine import Resident
+from based_jax.sweep import Sweep, lane_training, lanes, param, product
+from based_jax.sweep.lane_engine import LaneEngine, Sources
+from based_jax.sweep.lane_training import Resident, _LaneGroup
 from based_jax.sweep.lanes import Examples, Rates
-from based_jax.sweep.run import Options, Sources, Todo, groups, run
+from based_jax.sweep.launch import run_sweep
+from based_jax.sweep.schedule import SweepOptions, Todo
 from based_jax.sweep.trial import load_sweep, make_trial
 from based_jax.train.step import init_state, make_train_step
 
@@ -68,7 +70,7 @@ def test_lanes_train_what_each_trial_trains_alone():
     points = product(param("seed", [0, 5]), param("optim.lr", [1e-3, 1e-2]))
     trials = [make_trial(BASE, point | RECALL) for point in points]
     data = resident(trials[0])
-    found = dict(engine.train(trials, data))
+    found = dict(lane_training.train_lanes(trials, data))
     assert list(found) == trials
     for trial in trials[1:3]:
         model = alone(trial, data)
@@ -82,7 +84,7 @@ def test_lanes_train_what_each_trial_trains_alone():
 def test_parameters_of_a_lane_are_those_of_the_ordinary_loop():
     trials = [make_trial(BASE, RECALL | {"seed": s, "optim.lr": lr}) for s, lr in ((3, 1e-3), (4, 1e-2))]
     data = resident(trials[0])
-    programs = engine.fitting(trials[0], data, 2)
+    programs = lane_training.fitting_programs(trials[0], data, 2)
     states = programs.beginning(jnp.asarray([3, 4], jnp.uint32))
     rates = Rates(*(jnp.asarray([getattr(x.optim, n) for x in trials], jnp.float32) for n in Rates._fields))
     for epoch in range(2):
@@ -119,22 +121,22 @@ def test_rows_beyond_a_short_batch_have_no_answers():
 def test_converged_and_diverged_lanes_leave_and_the_others_go_on(monkeypatch, tests_too):
     """Of the programs for fewer lanes those that test come later than those that train, if not never."""
     numbers = []
-    monkeypatch.setattr(engine._Batch, "_shrunk", _always(engine._Batch._shrunk, tests_too, numbers))
+    monkeypatch.setattr(_LaneGroup, "_shrunk", _always(_LaneGroup._shrunk, tests_too, numbers))
     monkeypatch.setattr(lanes.Lanes, "_test", _sizes)
     points = product(param("optim.lr", [1e-3, 1e30, 3e-3]))
     trials = [make_trial(BASE, point | {"epochs": 3}) for point in points]
     data = resident(trials[0])
-    found = {trial.optim.lr: outcome for trial, outcome in engine.train(trials, data)}
+    found = {trial.optim.lr: outcome for trial, outcome in lane_training.train_lanes(trials, data)}
     assert [found[lr].status for lr in (1e-3, 1e30, 3e-3)] == ["finished", "diverged", "finished"]
     assert len(found[1e30].curve) < 3 and found[1e30].steps < found[1e-3].steps
     assert numbers[-1] == (2, 2 if tests_too else 3)
-    unshared = {x.optim.lr: outcome for x, outcome in engine.train([trials[2]], data)}
+    unshared = {x.optim.lr: outcome for x, outcome in lane_training.train_lanes([trials[2]], data)}
     np.testing.assert_allclose(found[3e-3].losses, unshared[3e-3].losses, rtol=1e-4)
     np.testing.assert_allclose(found[3e-3].curve, unshared[3e-3].curve, rtol=1e-4)
     assert abs(found[1e-3].curve[-1] / found[3e-3].curve[-1] - 1) > 1e-3
 
     easy = [dataclasses.replace(trial, stop_accuracy=-1.0) for trial in trials[:1]]
-    [(_, outcome)] = engine.train(easy, data)
+    [(_, outcome)] = lane_training.train_lanes(easy, data)
     assert outcome.status == "converged" and len(outcome.curve) == 1
 
 
@@ -143,10 +145,10 @@ def test_lanes_that_leave_one_after_another_leave_the_others_as_they_are(monkeyp
     monkeypatch.setattr(lanes.Lanes, "_test", _sizes)
     trials = [make_trial(BASE, {"seed": seed, "epochs": 4}) for seed in range(5)]
     data = resident(trials[0])
-    alone = [outcome for trial in trials for _, outcome in engine.train([trial], data)]
-    monkeypatch.setattr(engine._Batch, "_shrunk", _always(engine._Batch._shrunk, True, numbers))
-    monkeypatch.setattr(engine._Batch, "_status", lambda _, i, epoch: "converged" if epoch == ends[i] else "running")
-    found = dict(engine.train(trials, data))
+    alone = [outcome for trial in trials for _, outcome in lane_training.train_lanes([trial], data)]
+    monkeypatch.setattr(_LaneGroup, "_shrunk", _always(_LaneGroup._shrunk, True, numbers))
+    monkeypatch.setattr(_LaneGroup, "_status", lambda _, i, epoch: "converged" if epoch == ends[i] else "running")
+    found = dict(lane_training.train_lanes(trials, data))
     assert numbers == [(3, 3), (3, 3), (2, 2)] and [trial.seed for trial in found] == [1, 3, 2, 0, 4]
     for trial, end, unshared in zip(trials, ends, alone, strict=True):
         np.testing.assert_allclose(found[trial].curve, unshared.curve[: end + 1], rtol=1e-4)
@@ -173,13 +175,13 @@ def _always(shrunk, tests_too, numbers):
 def test_fewer_lanes_where_memory_holds_fewer(monkeypatch):
     trials = [make_trial(BASE, {"seed": s, "epochs": 1}) for s in range(5)]
     data = resident(trials[0])
-    monkeypatch.setattr(engine.Programs, "fits", lambda self: self.lanes.number <= 2)
-    assert engine.fitting(trials[0], data, 5).lanes.number == 2
-    assert [trial.seed for trial, _ in engine.train(trials, data)] == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(lane_training.Programs, "fits", lambda self: self.lanes.number <= 2)
+    assert lane_training.fitting_programs(trials[0], data, 5).lanes.number == 2
+    assert [trial.seed for trial, _ in lane_training.train_lanes(trials, data)] == [0, 1, 2, 3, 4]
 
 
 def test_dispatches_are_the_epoch(monkeypatch):
-    monkeypatch.setattr(lanes, "STEPS", 3)
+    monkeypatch.setattr(lanes, "MAX_STEPS_PER_DISPATCH", 3)
     segments = [SEGMENT, SEGMENT | {"num_examples": 33}]
     for shuffle in (False, True):
         trial = make_trial(BASE, {"data.train": tuple(segments), "data.shuffle": shuffle, "batch_size": 16})
@@ -194,18 +196,18 @@ def test_dispatches_are_the_epoch(monkeypatch):
 
 def test_a_sweep_fills_the_store_once(tmp_path):
     sweep = Sweep(BASE, product(param("model.d_model", [8, 16]), param("optim.lr", [1e-3, 1e-2])))
-    assert [len(group) for group in groups(sweep)] == [2, 2]
+    assert [len(group) for group in LaneEngine().groups(sweep)] == [2, 2]
     said = []
-    assert run(sweep, Store(tmp_path), "test", Options(command="here"), said.append) == 4
+    assert run_sweep(sweep, Store(tmp_path), "test", SweepOptions(command="here"), said.append) == 4
     rows = Store(tmp_path).rows()
     assert len(rows) == len(said) == 4 and {row["id"] for row in rows} == {trial.id for _, trial in sweep.trials()}
     row = rows[0]
     assert row["sweep"] == "test" and row["command"] == "here" and row["device"] and row["versions"]["jax"]
     assert row["config"]["model"]["layers"][0][1]["impl"] == "auto"  # the mixers' defaults are part of the config
     assert row["accuracy"] == row["curve"][-1] == row["segments"]["16x2"] and row["state_bytes"] > 0
-    assert run(sweep, Store(tmp_path), "test", Options(), said.append) == 0 and len(said) == 4
+    assert run_sweep(sweep, Store(tmp_path), "test", SweepOptions(), said.append) == 0 and len(said) == 4
     more = Sweep(BASE, [*sweep.points, {"seed": 9}])
-    assert run(more, Store(tmp_path), "test", Options(), said.append) == 1
+    assert run_sweep(more, Store(tmp_path), "test", SweepOptions(), said.append) == 1
 
 
 def test_ids_tell_trials_apart_and_signatures_programs():
@@ -219,10 +221,10 @@ def test_ids_tell_trials_apart_and_signatures_programs():
 
 def test_a_group_is_taken_once(tmp_path):
     sweep, store = Sweep(BASE, product(param("model.d_model", [8, 12, 16]), param("seed", [0, 1]))), Store(tmp_path)
-    [_, second, last] = groups(sweep)
+    [_, second, last] = LaneEngine().groups(sweep)
     for _, trial in [last[0], *second]:
         store.append({"id": trial.id})
-    todo = Todo(sweep, store)
+    todo = Todo(functools.partial(LaneEngine().groups, sweep), store)
     with futures.ThreadPoolExecutor(4) as pool:
         taken = list(pool.map(lambda _: todo.take(), range(8)))
     left = [group for group in taken if group]
@@ -232,28 +234,28 @@ def test_a_group_is_taken_once(tmp_path):
 
 def test_parts_are_the_whole_whenever_they_start(tmp_path):
     sweep = Sweep(BASE, product(param("model.d_model", [8, 12, 16]), param("epochs", [1])))
-    counts = [run(sweep, Store(tmp_path), "test", Options(part=(i, 2)), lambda _: None) for i in range(2)]
+    counts = [run_sweep(sweep, Store(tmp_path), "test", SweepOptions(part=(i, 2)), lambda _: None) for i in range(2)]
     assert sum(counts) == 3 and min(counts) == 1
 
 
 def test_a_group_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
     sweep = Sweep(BASE, product(param("model.d_model", [8, 16]), param("epochs", [1])))
-    train = engine.train
+    train = lane_training.train_lanes
 
     def broken(trials, *arguments, **options):
         if trials[0].model.d_model == 16:
             raise MemoryError("no room")
         return train(trials, *arguments, **options)
 
-    monkeypatch.setattr(engine, "train", broken)
+    monkeypatch.setattr(lane_training, "train_lanes", broken)
     with pytest.raises(RuntimeError, match=r"1 of 2 groups failed: .*D 16, .*no room"):
-        run(sweep, Store(tmp_path), "test", Options(), lambda _: None)
+        run_sweep(sweep, Store(tmp_path), "test", SweepOptions(), lambda _: None)
     assert len(Store(tmp_path).rows()) == 1
 
 
 def test_an_impossible_point_stops_a_sweep_before_it_starts(tmp_path):
     with pytest.raises(UserError, match=r"optim\.lrr"):
-        run(Sweep(BASE, [{"optim.lrr": 1}]), Store(tmp_path), "test", Options())
+        run_sweep(Sweep(BASE, [{"optim.lrr": 1}]), Store(tmp_path), "test", SweepOptions())
     assert not list(tmp_path.iterdir())
 
 
@@ -286,7 +288,7 @@ def test_a_stopped_sweep_goes_on_without_redoing_or_losing_a_point(how, tmp_path
     before = Store(store).rows()
     sweep = load_sweep(str(file))
     assert 2 <= len(before) < 10
-    left = run(sweep, Store(store), "sweep", Options(), lambda _: None)
+    left = run_sweep(sweep, Store(store), "sweep", SweepOptions(), lambda _: None)
     after = Store(store).rows()
     assert left == 10 - len(before) and len(after) == 10
     assert all(row in after for row in before)

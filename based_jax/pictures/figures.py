@@ -15,26 +15,42 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from based_jax.errors import UserError
-from based_jax.sweep import families, published
-from based_jax.sweep.best import Best, Row, best, by_feature_map, front, longest_test
+from based_jax.pictures import references, styles
+from based_jax.pictures.configurations import Configuration, Row, by_feature_map, configurations, front, longest_test
+from based_jax.pictures.references import ReferencePoint
+from based_jax.pictures.styles import Style
 
-MARKERS = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "down": "v", "plus": "P", "cross": "X"}
-SOURCES = {published.PAPER: ("o", "published: paper, Fig. 2"), published.RERUN: ("s", "published: re-run, 2026")}
-PARTS = {"conv": "conv", "base_conv": "conv", "window": "window", "taylor": "Taylor", "linear": "linear"}
-FORMS: tuple[dict[str, Any], ...] = ({"ls": "-"}, {"ls": "--", "mfc": "white"}, {"ls": ":", "mfc": "0.75"})
+TITLE = "Recall against bytes of state"
+"""Of the frontier."""
+MATPLOTLIB_MARKERS = {
+    "circle": "o",
+    "square": "s",
+    "triangle": "^",
+    "diamond": "D",
+    "down": "v",
+    "plus": "P",
+    "cross": "X",
+}
+BASED_PARTS = {"conv": "conv", "base_conv": "conv", "window": "window", "taylor": "Taylor", "linear": "linear"}
+LINE_FORMS: tuple[dict[str, Any], ...] = ({"ls": "-"}, {"ls": "--", "mfc": "white"}, {"ls": ":", "mfc": "0.75"})
 """Of lines, for the dimensions of feature maps: those of the model's width first."""
-Points = Sequence[Best]
+Points = Sequence[Configuration]
 
 
-def frontier(rows: Iterable[Row], path: str | os.PathLike, *, convolution: bool = False) -> list[Path]:
+def frontier(
+    rows: Iterable[Row],
+    path: str | os.PathLike,
+    *,
+    published: Sequence[ReferencePoint] = (),
+    convolution: bool = False,
+) -> list[Path]:
     """Draw accuracy against bytes of state, a line along the front of each family, and published points behind.
-
-    The published points are there where all rows have the tests of their protocol.
 
     Args:
       rows: of a store.
       path: of the picture; its ending is replaced by .png and .svg.
-      convolution: count short-convolution layers; see `accounting.state_elements`.
+      published: points of other sources.
+      convolution: count short-convolution layers; see `nn.accounting.state_elements`.
 
     Returns:
       the two files.
@@ -43,17 +59,15 @@ def frontier(rows: Iterable[Row], path: str | os.PathLike, *, convolution: bool 
       UserError: there are no rows, or one is not of a sweep.
     """
     points = _points(rows)
-    theirs = published.comparable(x.row for x in points)
-    styles = families.styles([*(x.family for x in points), *(x.family for x in theirs)])
-    figure, axes = _figure(8.6 if len(styles) < 20 else 11, 5)
-    _draw_published(axes, theirs, styles, convolution)
-    for name, style in styles.items():
+    style_of = styles.styles([*(x.family for x in points), *(x.family for x in published)])
+    figure, axes = _figure(8.6 if len(style_of) < 20 else 11, 5)
+    _draw_published(axes, published, style_of, convolution)
+    for name, style in style_of.items():
         _draw_family(axes, name, [x for x in points if x.family == name], style, convolution)
-    axes.set(title="Recall against bytes of state", ylabel="accuracy, mean over all test segments")
+    axes.set(title=TITLE, ylabel="accuracy, mean over all test segments")
     axes.set(xlabel=_state_of(points, convolution=convolution), ylim=(-0.03, 1.03))
     _byte_axis(axes)
-    if theirs:
-        _sources(axes)
+    _name_sources(axes, published)
     _legend(figure)
     return _save(figure, points, path)
 
@@ -69,21 +83,21 @@ def figure3(rows: Iterable[Row], path: str | os.PathLike) -> list[Path]:
     if not points:
         raise UserError("No row has a mixer 'linear' or 'taylor'; figure3 compares their feature maps.")
     figure, (left, right) = _figure(10, 4.6, panels=2)
-    styles = families.styles(name for name, _ in lines)
+    style_of = styles.styles(name for name, _ in lines)
     drawn = {dimensions for _, dimensions in lines}
     fixed = sorted(drawn - {"K = D"}, key=lambda text: (len(text), text))
-    forms = dict(zip(["K = D", *fixed], itertools.cycle(FORMS)))
+    forms = dict(zip(["K = D", *fixed], itertools.cycle(LINE_FORMS)))
     for (name, dimensions), line in lines.items():
         for axes, places in (
             (left, [x.state_bytes(convolution=False) for x in line]),
             (right, [x.row["params"] for x in line]),
         ):
-            axes.plot(places, [x.median for x in line], **_marked(styles[name]), **forms[dimensions])
-            _bars(axes, line, places, styles[name].colour)
-    for name, style in styles.items():
+            axes.plot(places, [x.median for x in line], **_marked(style_of[name]), **forms[dimensions])
+            _bars(axes, line, places, style_of[name].colour)
+    for name, style in style_of.items():
         left.plot([], [], **_marked(style), ls="", label=name)
     for dimensions in filter(drawn.__contains__, forms):
-        left.plot([], [], **_marked(families.Style("0.4", "circle")), **forms[dimensions], label=dimensions)
+        left.plot([], [], **_marked(Style("0.4", "circle")), **forms[dimensions], label=dimensions)
     for axes in (left, right):
         axes.set(ylabel="accuracy, mean over all test segments", ylim=(-0.03, 1.03))
     left.set(xlabel=_state_of(points, convolution=False))
@@ -102,12 +116,12 @@ def ablation(rows: Iterable[Row], path: str | os.PathLike) -> list[Path]:
     """
     points = [x for x in _points(rows) if _parts(x)]
     if not points:
-        raise UserError(f"No row is of {', '.join(PARTS)} alone; ablation compares them.")
-    order = list(dict.fromkeys(PARTS.values()))
+        raise UserError(f"No row is of {', '.join(BASED_PARTS)} alone; ablation compares them.")
+    order = list(dict.fromkeys(BASED_PARTS.values()))
     combinations = sorted({_parts(x) for x in points}, key=lambda parts: (len(parts), [order.index(x) for x in parts]))
     tops = [max((x for x in points if _parts(x) == parts), key=lambda x: x.median) for parts in combinations]
     figure, axes = _figure(1.6 + 1.15 * max(3, len(tops)), 4.2)
-    axes.bar(range(len(tops)), [x.median for x in tops], 0.65, color=families.COLOURS[0])
+    axes.bar(range(len(tops)), [x.median for x in tops], 0.65, color=styles.COLOURS[0])
     _bars(axes, tops, range(len(tops)), "0.2")
     for place, point in enumerate(tops):
         axes.annotate(f"{point.median:.3f}", (place, point.high), (0, 4), textcoords="offset points", ha="center")
@@ -117,21 +131,25 @@ def ablation(rows: Iterable[Row], path: str | os.PathLike) -> list[Path]:
     return _save(figure, tops, path)
 
 
-def _points(rows: Iterable[Row]) -> list[Best]:
-    points = best(rows)
+def _points(rows: Iterable[Row]) -> list[Configuration]:
+    points = configurations(rows)
     if not points:
         raise UserError("There are no rows to draw; run the sweep first.")
     return points
 
 
-def _marked(style: families.Style) -> dict[str, Any]:
-    return {"color": style.colour, "marker": MARKERS[style.marker], "ms": 5}
+def _marked(style: Style) -> dict[str, Any]:
+    return {"color": style.colour, "marker": MATPLOTLIB_MARKERS[style.marker], "ms": 5}
 
 
-def _parts(point: Best) -> tuple[str, ...]:
+def _parts(point: Configuration) -> tuple[str, ...]:
     """Return the parts of Based that a model consists of, () where there are others in it."""
     kinds = {kind for kind, _ in point.layers}
-    return () if kinds - PARTS.keys() else tuple(dict.fromkeys(PARTS[kind] for kind in PARTS if kind in kinds))
+    return (
+        ()
+        if kinds - BASED_PARTS.keys()
+        else tuple(dict.fromkeys(BASED_PARTS[kind] for kind in BASED_PARTS if kind in kinds))
+    )
 
 
 def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Any]:
@@ -144,15 +162,16 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Any]:
 
 
 def _draw_published(
-    axes: Axes, points: Sequence[published.Published], styles: dict[str, families.Style], convolution: bool
+    axes: Axes, points: Sequence[ReferencePoint], style_of: dict[str, Style], convolution: bool
 ) -> None:
+    markers = references.source_markers(points)
     for point in points:
-        colour, (marker, _) = styles[point.family].colour, SOURCES[point.source]
+        colour, marker = style_of[point.family].colour, MATPLOTLIB_MARKERS[markers[point.source]]
         place = point.state_bytes(convolution=convolution), point.accuracy
         axes.plot(*place, marker, color=colour, mfc="none", ms=6, alpha=0.4, zorder=1)
 
 
-def _draw_family(axes: Axes, name: str, points: Points, style: families.Style, convolution: bool) -> None:
+def _draw_family(axes: Axes, name: str, points: Points, style: Style, convolution: bool) -> None:
     """Draw our points and their front; for a family without any, the colour that its published points have."""
     if not points:
         axes.plot([], [], "s", color=style.colour, alpha=0.4, ms=6, label=name)
@@ -160,7 +179,7 @@ def _draw_family(axes: Axes, name: str, points: Points, style: families.Style, c
     places = [x.state_bytes(convolution=convolution) for x in points]
     line = front(zip(places, [x.median for x in points], strict=True))
     axes.plot(*zip(*line, strict=True), color=style.colour, lw=1.5, zorder=2)
-    options: dict[str, Any] = {"color": style.colour, "ls": "", "marker": MARKERS[style.marker]}
+    options: dict[str, Any] = {"color": style.colour, "ls": "", "marker": MATPLOTLIB_MARKERS[style.marker]}
     axes.plot(places, [x.median for x in points], **options, ms=6, mec="white", mew=0.6, label=name, zorder=3)
     _bars(axes, points, places, style.colour)
 
@@ -190,10 +209,11 @@ def byte_text(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def _sources(axes: Axes) -> None:
+def _name_sources(axes: Axes, points: Sequence[ReferencePoint]) -> None:
     """Put the published points' markers into the legend."""
-    for marker, name in SOURCES.values():
-        axes.plot([], [], marker, color="0.4", mfc="none", alpha=0.6, label=name)
+    for source, marker in references.source_markers(points).items():
+        options: dict[str, Any] = {"color": "0.4", "mfc": "none", "alpha": 0.6}
+        axes.plot([], [], MATPLOTLIB_MARKERS[marker], **options, label=f"published: {source.name}")
 
 
 def _legend(figure: Figure) -> None:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import synthetic_rows as synthetic
+from helpers import synthetic_rows as synthetic
 
 from based_jax.errors import UserError
-from based_jax.sweep.best import best
+from based_jax.pictures.configurations import configurations
 from experiments.mqar_pareto import __main__ as command
 from experiments.mqar_pareto import tables
 
@@ -39,18 +39,18 @@ def window(size, *accuracies):
 
 
 def test_a_budget_buys_the_best_that_is_not_larger():
-    found = best([*window(16, 0.2), *window(32, 0.5, 0.3), *window(64, 0.3)])
+    found = configurations([*window(16, 0.2), *window(32, 0.5, 0.3), *window(64, 0.3)])
     head, _, line = tables.budgets(found).splitlines()
     assert head.startswith("| mixer | 8 KiB | 16 KiB | 32 KiB | 64 KiB |")
     assert line.startswith("| Sliding window | - | 0.200 | 0.400 | 0.400 | 0.400 |")
 
 
 def test_an_accuracy_outside_of_what_is_asked_is_bold(monkeypatch):
-    monkeypatch.setattr(tables, "ASKED", {("Sliding window", "D 128, w 64"): (0.45, 0.58)})
-    line = tables.agreement(best(window(64, 0.5, 0.6))).splitlines()[-1]
+    monkeypatch.setattr(tables, "ASKED_ACCURACIES", {("Sliding window", "D 128, w 64"): (0.45, 0.58)})
+    line = tables.agreement(configurations(window(64, 0.5, 0.6))).splitlines()[-1]
     assert line == "| Sliding window, D 128, w 64 | 64 | 0.500, **0.600** | 0.45 to 0.58 |"
     with pytest.raises(UserError, match="There are no rows of Sliding window with D 128, w 64; run the sweep first"):
-        tables.agreement(best(window(32, 0.5)))
+        tables.agreement(configurations(window(32, 0.5)))
 
 
 def test_what_was_tried_stands_beside_the_grid():
@@ -88,7 +88,7 @@ def test_epochs_are_weighed_by_their_steps_and_lanes_share_them():
 
 def test_a_segment_that_is_missing_is_told():
     found = list(rows(loop=(4, 8), resident=(1, 4), lanes=(1, 6)))
-    with pytest.raises(UserError, match=r"m has not been measured on every segment: .'lanes', 2"):
+    with pytest.raises(UserError, match=r"m has not been measured on every segment: .'lanes', 2. lacks b"):
         tables.gains([row for row in found if (row["way"], row["segment"]) != ("lanes", "b")])
 
 

@@ -86,9 +86,8 @@ function drawAxes(svg, x, y, { left, right, top, bottom, height }) {
 }
 
 function drawPublished(svg, point, x, y) {
-  const shape = point.source.startsWith("arXiv") ? "circle" : "square";
   const group = drawGroup(svg, point, x, y, "published");
-  mark(group, shape, x, y, 4.5, { class: "hollow", stroke: familyOf[point.family].colour });
+  mark(group, point.marker, x, y, 4.5, { class: "hollow", stroke: familyOf[point.family].colour });
 }
 
 /** Draw what marks and tells a point, and let pointer and keys choose it. */
@@ -245,12 +244,13 @@ function tableRow(point) {
 function describe() {
   const { runs, device, versions, revision, command } = data.made;
   const tokens = data.tokens.map((count) => count.toLocaleString("en")).join(" or ");
+  const sources = data.sources.map((source) => `${source.marker}: ${source.name}`);
   at("summary").textContent =
     `${data.points.length} configurations from ${runs} runs: the best learning rate of each seed, then the median over seeds.`;
   at("caption").textContent =
     `Accuracy, mean over all test segments, against bytes of state after ${tokens} tokens; lines: no smaller state does ` +
     "better; bars: lowest to highest seed" +
-    (data.published.length ? "; hollow: published (circles: Based paper, squares: re-run of January 2026)." : ".");
+    (sources.length ? `; hollow: published (${sources.join("; ")}).` : ".");
   const made = { Device: device, Versions: versions, Revision: revision, Command: command };
   for (const [name, values] of Object.entries(made)) {
     if (values.length) put(at("made"), "div", `${name}: ${values.join(", ")}`);

@@ -1,23 +1,11 @@
-"""What pictures call a model, and how they draw it: by its main mixers."""
+"""What models are called: by their main mixers, and by the options that tell them apart."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from based_jax.sweep.accounting import Layers, counted_layers
+from based_jax.nn.accounting import Layers, counted_layers
 
-
-@dataclasses.dataclass(frozen=True)
-class Style:
-    """A colour that stands out on white and on black, and a marker of `MARKERS`."""
-
-    colour: str
-    marker: str
-
-
-MARKERS = ("circle", "square", "triangle", "diamond", "down", "plus", "cross")
-
-NAMES = {
+FAMILY_NAMES = {
     "taylor": "Based",
     "window": "Sliding window",
     "attention": "Attention",
@@ -47,13 +35,9 @@ NAMES = {
     "rwkv4_channel_mix": "RWKV-4 channel mix",
     "rwkv7_channel_mix": "RWKV-7 channel mix",
 }
-TAYLOR = "Taylor, 2nd order"
+TAYLOR_FEATURE_MAP = "Taylor, 2nd order"
 """The feature map of Based, among those of linear attention."""
-COLOURS = (
-    *("#2f7ed8", "#d9730d", "#2f8f4e", "#d03a3a", "#c2558f", "#8456d6", "#b545c6", "#0f8b8d", "#8f6b3d", "#5a7d12"),
-    *("#7a7f87", "#a67c00"),
-)
-LETTERS = {
+OPTION_LETTERS = {
     "feature_dim": "K",
     "window": "w",
     "d_state": "N",
@@ -69,7 +53,9 @@ LETTERS = {
 
 def family(layers: Layers) -> str:
     """Return the name of a model's main mixers, in their order: "Based", "Sliding window + Based"."""
-    return " + ".join(dict.fromkeys(NAMES.get(kind, kind) for kind, _ in counted_layers(layers, convolution=False)))
+    return " + ".join(
+        dict.fromkeys(FAMILY_NAMES.get(kind, kind) for kind, _ in counted_layers(layers, convolution=False))
+    )
 
 
 def feature_map(layers: Layers) -> tuple[str, int] | None:
@@ -81,7 +67,7 @@ def feature_map(layers: Layers) -> tuple[str, int] | None:
     for kind, options in counted_layers(layers, convolution=False):
         if kind not in ("taylor", "linear"):
             return None
-        found.add((options.get("feature_map", TAYLOR), options["feature_dim"]))
+        found.add((options.get("feature_map", TAYLOR_FEATURE_MAP), options["feature_dim"]))
     return found.pop() if len(found) == 1 else None
 
 
@@ -89,7 +75,7 @@ def label(layers: Layers, d_model: int) -> str:
     """Return a model of its family in a few letters: "D 64, K 16"."""
     parts = [f"D {d_model}"]
     for _, options in counted_layers(layers, convolution=False):
-        named = {name: letter for name, letter in LETTERS.items() if options.get(name, 1) != 1}
+        named = {name: letter for name, letter in OPTION_LETTERS.items() if options.get(name, 1) != 1}
         parts += [f"{letter} {options[name]}".strip() for name, letter in named.items()]
         if options.get("num_heads", 1) > 1:
             parts.append(f"{options['num_heads']} heads")
@@ -103,14 +89,3 @@ def architecture(layers: Layers) -> list[str]:
 
 def _told(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     return [(key, value) for key, value in options.items() if key != "impl"]
-
-
-def styles(names: Iterable[str]) -> dict[str, Style]:
-    """Return the style of each family; that of a single mixer is always the same."""
-    found, known = set(names), list(NAMES.values())
-    order = known + sorted(found.difference(known))
-    return {name: _style(place) for place, name in enumerate(order) if name in found}
-
-
-def _style(place: int) -> Style:
-    return Style(COLOURS[place % len(COLOURS)], MARKERS[(place + place // len(COLOURS)) % len(MARKERS)])

@@ -6,11 +6,12 @@ import re
 import shutil
 
 import pytest
-import synthetic_rows as synthetic
+from helpers import synthetic_rows as synthetic
 
 from based_jax.errors import UserError
-from based_jax.sweep import page, published
-from based_jax.sweep.best import best
+from based_jax.pictures import page
+from based_jax.pictures.configurations import configurations
+from experiments.mqar_pareto import published
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -23,7 +24,12 @@ BASED = [synthetic.CONV, ("taylor", {"num_heads": 1, "feature_dim": 16})]
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     hostile = ROWS[0] | {"command": "</script><script>throw 1</script><!--", "sweep": "<i>&amp;\u2028"}
-    return page.write([hostile, *ROWS[1:]], tmp_path_factory.mktemp("page") / "new" / "index.html", title=TITLE)
+    return page.write(
+        [hostile, *ROWS[1:]],
+        tmp_path_factory.mktemp("page") / "new" / "index.html",
+        title=TITLE,
+        published=published.POINTS,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +69,13 @@ def test_the_file_fetches_nothing_and_no_string_leaves_the_data(path):
     embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
     data = json.loads(embedded)
     assert "</script><script>throw 1</script><!--" in data["made"]["command"]
-    assert len(data["points"]) == len(best(ROWS)) and len(data["published"]) == len(published.POINTS)
+    assert len(data["points"]) == len(configurations(ROWS)) and len(data["published"]) == len(published.POINTS)
     assert "&lt;/script&gt;&lt;b&gt;{{data}}&lt;/b&gt; &amp; state" in text
 
 
 def test_numbers_that_json_lacks_are_none():
     lost = synthetic.row(BASED, 64, accuracy=0.5, segments={"64x4": float("nan")}) | {"accuracy": float("nan")}
-    [point] = page.data(best([lost]))["points"]
+    [point] = page.data(configurations([lost]))["points"]
     assert (point["accuracy"], point["segments"]) == (0, {"64x4": None})
     page.embedded(point)
 
@@ -82,7 +88,7 @@ def test_no_rows_make_no_page(tmp_path):
 
 @needs_browser
 def test_all_points_are_drawn_and_listed(view):
-    number = len(best(ROWS))
+    number = len(configurations(ROWS))
     assert view.locator("h1").inner_text() == TITLE
     assert view.locator(".point").count() == view.locator("tbody tr").count() == number
     assert view.locator(".published").count() == len(published.POINTS)

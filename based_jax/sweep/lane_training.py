@@ -1,4 +1,4 @@
-"""Trains the trials of one signature as lanes: epochs, tests after each, and lanes that leave before the end."""
+"""The training of one signature's trials as lanes: epochs, tests after each, and lanes that leave before the end."""
 
 import collections
 import contextlib
@@ -21,15 +21,14 @@ from based_jax.sweep import lanes
 from based_jax.sweep.lanes import Examples, Lanes, Program, Rates
 from based_jax.sweep.trial import Trial
 
-MEMORY = 0.8
+GROUP_MEMORY_FRACTION = 0.8
 """Of what is free on the device, for one group."""
-MOST_LANES = 16
-COMPILERS = 8
+MAX_LANES = 16
+MAX_COMPILER_THREADS = 8
 """Programs that a group compiles at the same time, at most."""
-WORTH = 0.5
+MIN_SAVED_FRACTION = 0.5
 """Of the seconds that compiling took: what programs for fewer lanes must save to be compiled, beside the training."""
-KINDS = "beginning", "train", "test"
-"""Of programs."""
+PROGRAM_KINDS = "beginning", "train", "test"
 
 
 @dataclasses.dataclass
@@ -74,12 +73,12 @@ class Resident:
         return [Examples.of(inputs, labels, asked[inputs.shape]) for inputs, labels in found]
 
     def dispatches(self, epoch: int) -> Iterator[tuple[Examples, np.ndarray, int]]:
-        """Yield (examples, rows (STEPS, B), number of steps): batches of one segment that follow each other."""
+        """Yield (examples, rows of `Lanes.training`, number of steps): successive batches of one segment."""
         for segment, batches in itertools.groupby(self.source.order(epoch), key=lambda batch: batch[0]):
             taken = [rows for _, rows in batches]
-            for first in range(0, len(taken), lanes.STEPS):
-                part = taken[first : first + lanes.STEPS]
-                rows = np.full((lanes.STEPS, self.batch_size), -1, np.int32)
+            for first in range(0, len(taken), lanes.MAX_STEPS_PER_DISPATCH):
+                part = taken[first : first + lanes.MAX_STEPS_PER_DISPATCH]
+                rows = np.full((lanes.MAX_STEPS_PER_DISPATCH, self.batch_size), -1, np.int32)
                 for row, ids in zip(rows, part, strict=False):
                     row[: len(ids)] = ids
                 yield self.train[segment], rows, len(part)
@@ -92,8 +91,8 @@ class Resident:
 class Programs:
     """What is compiled for a number of lanes, and the seconds that it took."""
 
-    def __init__(self, trial: Trial, data: Resident, number: int, compilers: int = COMPILERS):
-        self.lanes, self.data, self.compilers = Lanes(trial, number), data, compilers
+    def __init__(self, trial: Trial, data: Resident, number: int, compiler_threads: int = MAX_COMPILER_THREADS):
+        self.lanes, self.data, self.compiler_threads = Lanes(trial, number), data, compiler_threads
         self.calls: dict[tuple, Callable[[], Program]] = {("beginning", ()): self.lanes.beginning}
         for examples in sorted(data.train, key=_size, reverse=True):
             self.calls["train", _key(examples)] = functools.partial(self.lanes.training, examples)
@@ -108,7 +107,7 @@ class Programs:
         self._compile([next(key for key in self.calls if key[0] == "train")])
         stats = self.data.device.memory_stats()
         most = max(program.bytes for (kind, _), program in self.programs.items() if kind == "train")
-        return not stats or most <= MEMORY * (stats["bytes_limit"] - stats["bytes_in_use"])
+        return not stats or most <= GROUP_MEMORY_FRACTION * (stats["bytes_limit"] - stats["bytes_in_use"])
 
     def compile(self, *kinds: str) -> float:
         """Compile the programs of these kinds, several at a time; return the seconds."""
@@ -116,7 +115,7 @@ class Programs:
 
     def _compile(self, keys: Sequence[tuple]) -> float:
         begin = time.perf_counter()
-        with futures.ThreadPoolExecutor(self.compilers) as pool:
+        with futures.ThreadPoolExecutor(self.compiler_threads) as pool:
             jobs = {key: pool.submit(self._here, self.calls[key]) for key in keys}
         self.programs |= {key: job.result() for key, job in jobs.items()}
         seconds = time.perf_counter() - begin
@@ -145,22 +144,24 @@ class Programs:
         return {name: self.programs["test", _key(x)].call(params, x) for name, x in self.data.test.items()}
 
 
-def fitting(trial: Trial, data: Resident, number: int, compilers: int = COMPILERS) -> Programs:
+def fitting_programs(
+    trial: Trial, data: Resident, number: int, compiler_threads: int = MAX_COMPILER_THREADS
+) -> Programs:
     """Return the programs for as many lanes as fit, halving from `number`; for one lane whether it fits or not."""
-    programs = Programs(trial, data, number, compilers)
+    programs = Programs(trial, data, number, compiler_threads)
     while not programs.fits() and number > 1:
         number = -(-number // 2)
-        programs = Programs(trial, data, number, compilers)
-    programs.compile(*KINDS)
+        programs = Programs(trial, data, number, compiler_threads)
+    programs.compile(*PROGRAM_KINDS)
     return programs
 
 
-def train(
+def train_lanes(
     trials: Sequence[Trial],
     data: Resident,
     *,
-    most_lanes: int = MOST_LANES,
-    compilers: int = COMPILERS,
+    max_lanes: int = MAX_LANES,
+    compiler_threads: int = MAX_COMPILER_THREADS,
     device: contextlib.AbstractContextManager | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Trial, Outcome]]:
@@ -169,21 +170,21 @@ def train(
     Args:
       trials: of one signature.
       data: their data.
-      most_lanes: lanes at most; fewer where the device's memory holds fewer.
-      compilers: programs to compile at the same time.
+      max_lanes: lanes at most; fewer where the device's memory holds fewer.
+      compiler_threads: programs to compile at the same time.
       device: held from the first step of trials that train together to their last; they are compiled without it.
       stopped: asked before each epoch; trials under way then have no outcome.
     """
     device = device or threading.Lock()
-    programs = fitting(trials[0], data, min(most_lanes, len(trials)), compilers)
+    programs = fitting_programs(trials[0], data, min(max_lanes, len(trials)), compiler_threads)
     number = programs.lanes.number
     for first in range(0, len(trials), number):
         batch = trials[first : first + number]
         with device:
-            yield from _Batch(batch, programs).run(stopped)
+            yield from _LaneGroup(batch, programs).train(stopped)
 
 
-class _Batch:
+class _LaneGroup:
     """Trials in their lanes; a lane without a trial repeats another one's.
 
     Where lanes have left, programs for fewer of them are compiled beside the training: those that train first. Until
@@ -203,7 +204,7 @@ class _Batch:
         )
         self.seeds = jnp.asarray([x.seed for x in filled], jnp.uint32)
 
-    def run(self, stopped: Callable[[], bool]) -> Iterator[tuple[Trial, Outcome]]:
+    def train(self, stopped: Callable[[], bool]) -> Iterator[tuple[Trial, Outcome]]:
         try:
             yield from self._epochs(stopped)
         finally:
@@ -260,8 +261,8 @@ class _Batch:
         """Return the states, those of the lanes that go on alone once programs for so many have been compiled."""
         number = len(self.lane_of)
         saved = seconds_left * (1 - number / self.programs.lanes.number)
-        if self.smaller is None and saved > WORTH * self.programs.seconds:
-            programs = Programs(self.trials[0], self.programs.data, number, self.programs.compilers)
+        if self.smaller is None and saved > MIN_SAVED_FRACTION * self.programs.seconds:
+            programs = Programs(self.trials[0], self.programs.data, number, self.programs.compiler_threads)
             self.smaller = _Smaller(programs, *(self.compiler.submit(programs.compile, x) for x in ("train", "test")))
         if self.smaller is None:
             return states

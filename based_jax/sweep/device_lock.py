@@ -1,0 +1,32 @@
+"""One user of a device at a time, among all threads and processes of a user."""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import threading
+from pathlib import Path
+
+import jax
+
+
+class DeviceLock(contextlib.AbstractContextManager):
+    """Held by who uses a device, among all threads and processes of a user that see the same devices.
+
+    What a row calls its seconds is then its own, whoever else trains on the device.
+    """
+
+    def __init__(self, device: jax.Device):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        name = f"based_jax-{os.getuid()}-{device.platform}-{visible}-{device.id}.lock".replace("/", "_")
+        self._file = (Path(tempfile.gettempdir()) / name).open("a")
+        self._threads = threading.Lock()
+
+    def __enter__(self) -> "DeviceLock":
+        self._threads.acquire()
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._threads.release()

@@ -1,0 +1,114 @@
+"""Rows of a store: what a trained point has come to, and what made it."""
+
+import importlib.metadata
+import itertools
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from based_jax import config as configs
+from based_jax.nn import names
+from based_jax.nn.lm import LM
+from based_jax.sweep.lane_training import Outcome
+from based_jax.sweep.points import Point
+from based_jax.sweep.trial import Trial
+from based_jax.train.run import RunConfig, TrainConfig
+
+
+def lane_row(point: Point, trial: Trial, outcome: Outcome) -> dict[str, Any]:
+    """Return the row of a point that was trained as a lane, without what `facts_of` adds."""
+    return _point_and_size(point, trial) | {
+        "status": outcome.status,
+        "accuracy": outcome.curve[-1],
+        "segments": outcome.segments,
+        "curve": [round(x, 6) for x in outcome.curve],
+        "losses": [round(x, 6) for x in outcome.losses],
+        "steps": outcome.steps,
+        "seconds": round(outcome.seconds, 3),
+        "compile_seconds": round(outcome.compile_seconds, 3),
+    }
+
+
+def run_row(point: Point, config: TrainConfig, results: Mapping[str, float] | None, seconds: float) -> dict[str, Any]:
+    """Return the row of a point that was a whole run, without what `facts_of` adds.
+
+    Args:
+      point, config: what was trained.
+      results: its final evaluation (`evals.evaluate`); None if it diverged, which is no accuracy and no loss.
+      seconds: of the process that ended it.
+    """
+    found = results or {}
+    accuracies = {name: value for name, value in found.items() if name.endswith("/accuracy")}
+    return _point_and_size(point, config) | {
+        "status": "diverged" if results is None else "finished",
+        **{name: found.get(name) for name in ("accuracy", "loss", "perplexity")},
+        "segments": {name.removesuffix("/accuracy"): value for name, value in accuracies.items()},
+        "steps": config.steps,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _point_and_size(point: Point, config: RunConfig) -> dict[str, Any]:
+    model = nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(0)))
+    elements = model.state_size(config.data.longest_test)
+    return {
+        "id": config.id,
+        "overrides": configs.to_dict(point),
+        "config": config.resolved,
+        "state_elements": elements,
+        "state_bytes": 4 * elements,
+        "params": model.num_params(),
+    }
+
+
+def facts_of(name: str, command: str) -> dict[str, Any]:
+    """Return what the rows of one sweep share: its name, device, versions, revision and command."""
+    versions = {library: importlib.metadata.version(library) for library in ("jax", "jaxlib", "flax", "optax")}
+    device = jax.local_devices()[0].device_kind
+    return {"sweep": name, "device": device, "versions": versions, "revision": revision(), "command": command}
+
+
+def revision() -> str | None:
+    """Return the git commit of this code, with "+" where files differ from it; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + "+" * bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    return subprocess.check_output(["git", *words], cwd=folder, text=True, stderr=subprocess.DEVNULL).strip()
+
+
+def describe(config: RunConfig) -> str:
+    """Return an architecture in a few words: "base_conv + taylor, D 64, K 16"."""
+    layers = config.resolved["model"]["layers"]
+    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(kind for kind, _ in layers)]
+    kinds = " + ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in runs)
+    return f"{kinds}, {names.label(layers, config.model.d_model)}"
+
+
+def lane_line(point: Point, trial: Trial, outcome: Outcome) -> str:
+    """Return what a lane has come to, in one line of print."""
+    ended = f"{outcome.curve[-1]:.3f}, {outcome.status} after {len(outcome.curve)} epochs, {outcome.seconds:.1f} s"
+    return f"{_told(point, trial)}: {ended}"
+
+
+def run_line(point: Point, config: TrainConfig, row: Mapping[str, Any]) -> str:
+    """Return what a whole run has come to, in one line of print."""
+    found = {name: row[name] for name in ("loss", "perplexity", "accuracy") if row[name] is not None}
+    values = "".join(f"{name} {value:.4g}, " for name, value in found.items())
+    return f"{_told(point, config)}: {values}{row['status']} after {row['steps']} steps, {row['seconds']:.1f} s"
+
+
+def _told(point: Point, config: RunConfig) -> str:
+    """Return an architecture, and what else a point sets."""
+    told = {key: value for key, value in point.items() if key not in ("model.d_model", "model.layers")}
+    values = [f"{key}={value}" for key, value in told.items() if not isinstance(value, list | tuple | dict)]
+    return ", ".join([describe(config), *values])

@@ -1,0 +1,154 @@
+"""Points that are whole runs: one process and one workdir each, in the same store, by the same commands."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from based_jax import config as configs
+from based_jax.__main__ import main
+from based_jax.errors import UserError
+from based_jax.store import Store
+from based_jax.sweep import Sweep, Trial, param
+from based_jax.sweep.launch import run_sweep
+from based_jax.sweep.schedule import SweepOptions
+from based_jax.sweep.trial import load_sweep
+from based_jax.train.run import TrainConfig, load_run
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"model.d_model": 16, "data.seq_len": 32, "batch_size": 4, "steps": 6, "optim.warmup_steps": 2, "log_every": 1}
+SWEEP = """
+from based_jax import config as configs
+from based_jax.sweep import Sweep, param
+def get_sweep():
+    base = configs.overridden(configs.load({config!r}), {overrides!r})
+    return Sweep(base, param("optim.lr", {rates!r}))
+"""
+RECALL = {
+    "model": {"layers": (("base_conv", {}),), "d_model": 8, "vocab_size": 40, "dtype": "float32"},
+    "data": {"kind": "mqar", "preset": "tiny", "vocab_size": 40},
+    "optim": {"warmup_steps": 1},
+    "steps": 2,
+    "batch_size": 8,
+}
+
+
+@pytest.fixture
+def sweep_file(tmp_path):
+    """Return a function that writes a sweep over learning rates of text_tiny, shrunk to seconds."""
+    (tmp_path / "texts").mkdir()
+    for name in ("README.md", "CONTRIBUTING.md"):
+        (tmp_path / "texts" / f"{name}.txt").write_text((ROOT / name).read_text())
+    paths = {"data.path": str(tmp_path / "texts"), "data.cache_dir": str(tmp_path / "cache")}
+
+    def write(rates, **overrides):
+        values = SMALL | paths | overrides
+        text = SWEEP.format(config=str(ROOT / "configs/text_tiny.py"), overrides=values, rates=rates)
+        (tmp_path / "sweep.py").write_text(text)
+        return str(tmp_path / "sweep.py")
+
+    return write
+
+
+def test_a_sweep_of_text_models_runs_lists_and_draws(sweep_file, tmp_path, capsys):
+    file, store = sweep_file([1e-3, 1e-2]), tmp_path / "store"
+    assert main(["sweep", "run", file, f"--store={store}", "--workers=2"]) == 0
+    said = capsys.readouterr().out
+    assert "[2/2, " in said and "conv + taylor + window, D 16" in said
+    assert "optim.lr=0.01: loss " in said and "finished after 6 steps" in said
+    rows = {row["id"]: row for row in Store(store).rows()}
+    sweep = load_sweep(file)
+    assert sweep.config_class is TrainConfig and rows.keys() == {config.id for _, config in sweep.trials()}
+    for point, config in sweep.trials():
+        row = rows[config.id]
+        trained, step, model = load_run(store / "runs" / config.id)
+        assert trained == config and step == row["steps"] == 6 and row["overrides"] == point
+        assert row["state_elements"] == model.state_size(32) and row["params"] == model.num_params()
+        assert row["status"] == "finished" and 0 < row["loss"] < 6 and 0 <= row["accuracy"] < 1
+        assert row["sweep"] == "sweep" and row["device"] == "cpu" and row["versions"]["jax"]
+        assert row["command"].startswith("python -m based_jax")
+        assert row["config"]["model"]["layers"][0][1]["impl"] == "auto"  # mixers' defaults are part of it
+        last = (store / "runs" / config.id / "metrics.jsonl").read_text().splitlines()
+        assert row["loss"] in [json.loads(line).get("eval/loss") for line in last]
+    assert main(["sweep", "list", file, f"--store={store}"]) == 0
+    assert "0 of 2 points have no row" in capsys.readouterr().out
+    assert main(["sweep", "run", file, f"--store={store}"]) == 0 and "[" not in capsys.readouterr().out
+    assert main(["sweep", "plot", f"--store={store}", f"--out={tmp_path / 'pictures'}"]) == 0
+    assert "of 32 tokens" in (tmp_path / "pictures" / "frontier.svg").read_text()
+
+
+def test_a_stopped_run_goes_on_from_where_it_was(sweep_file, tmp_path):
+    file, store = sweep_file([1e-3], steps=300), tmp_path / "store"
+    command = [sys.executable, "-m", "based_jax", "sweep", "run", file, f"--store={store}"]
+    [(_, config)] = load_sweep(file).trials()
+    workdir = store / "runs" / config.id
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    while not ((workdir / "metrics.jsonl").exists() and (workdir / "metrics.jsonl").read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)  # of which nothing is told to the run, which has yet to save
+    process.wait()
+    assert run_sweep(load_sweep(file), Store(store), "test", SweepOptions()) == 1
+    steps = [
+        row["step"] for row in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()) if "loss" in row
+    ]
+    assert steps == list(range(1, 301))
+    assert "Stopped by a signal; step" in (workdir / "log.txt").read_text()
+    unbroken = Store(tmp_path / "unbroken")
+    run_sweep(load_sweep(file), unbroken, "test", SweepOptions())
+    [row], [other] = Store(store).rows(), unbroken.rows()
+    assert row["loss"] == other["loss"] and row["accuracy"] == other["accuracy"]
+
+
+def test_a_run_that_fails_leaves_the_others_alone_and_one_that_diverges_has_a_row(tmp_path):
+    points = [{"mesh": {"data": 64}}, {"optim.lr": 1e30, "steps": 4}, {}]
+    said, store = [], Store(tmp_path)
+    with pytest.raises(RuntimeError, match="1 of 3 groups failed: base_conv, D 8, taps 3: RuntimeError: UserError"):
+        run_sweep(Sweep(RECALL, points), store, "test", SweepOptions(), said.append)
+    assert {row["status"] for row in store.rows()} == {"diverged", "finished"} and len(store.rows()) == 2
+    [diverged] = [row for row in store.rows() if row["status"] == "diverged"]
+    assert diverged["accuracy"] is diverged["loss"] is None
+    assert sum(text.startswith("FAILED") for text in said) == 1 and any("diverged after" in text for text in said)
+
+
+def test_a_run_whose_process_dies_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_of_no_such_flag=1")  # which ends a process on the spot
+    with pytest.raises(RuntimeError, match=r"1 of 1 groups failed: .*the process ended with exit code [-1]"):
+        run_sweep(Sweep(RECALL, [{}]), Store(tmp_path), "test", SweepOptions(), lambda _: None)
+
+
+def test_two_processes_share_the_runs(sweep_file, tmp_path):
+    file, store = sweep_file([1e-3, 1e-2], steps=3), tmp_path / "store"
+    words = ["sweep", "run", file, f"--store={store}", "--processes=2"]
+    said = subprocess.run([sys.executable, "-m", "based_jax", *words], capture_output=True, text=True, timeout=200)
+    assert said.returncode == 0, said.stderr
+    assert Store(store).ids() == {config.id for _, config in load_sweep(file).trials()}
+
+
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [
+        (RECALL, TrainConfig),
+        ({"model": {}, "data": {"kind": "text"}}, TrainConfig),
+        ({"model": {}, "data": {"kind": "mqar"}, "epochs": 2}, Trial),
+        (configs.load(str(ROOT / "configs/text_tiny.py")), TrainConfig),
+    ],
+)
+def test_a_base_tells_what_its_points_are(base, kind):
+    assert Sweep(base, []).config_class is kind
+
+
+def test_a_value_of_the_other_kind_is_refused(tmp_path):
+    with pytest.raises(UserError, match="'epochs'"):
+        run_sweep(Sweep(RECALL, param("epochs", [1])), Store(tmp_path), "test", SweepOptions())
+    assert not list(tmp_path.iterdir())
+
+
+def test_references_of_a_base_follow_its_points():
+    base = configs.load(str(ROOT / "configs/based.py"))
+    [(_, config)] = Sweep(base, [{"steps": 1000}]).trials()
+    assert config.optim.warmup_steps == 10
