@@ -27,6 +27,11 @@ def small_cases() -> list[Case]:
     return [case.by(impl) for x in OPERATIONS.values() for impl in x.kernels for case in x.small_cases]
 
 
+def plain(case: Case) -> Case:
+    """Return the call without a state and documents, which some kernels know nothing of."""
+    return dataclasses.replace(case, state=False, documents=False)
+
+
 def same_program(case: Case) -> Case:
     """Return what stands for all cases with the same compiled call."""
     return dataclasses.replace(case, values="plain", quick=False)

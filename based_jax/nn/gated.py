@@ -102,9 +102,9 @@ class GatedLinearMixer(Mixer):
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         y = self.qkv(x)
         if self.conv_size:
-            y = short_conv(y, self.conv_kernel[...], silu=True, segment_ids=segment_ids)
+            y, _ = short_conv(y, self.conv_kernel[...], silu=True, segment_ids=segment_ids)
         inputs, _ = self._inputs(x, y, jnp.zeros(1, jnp.int32), segment_ids)
-        o = self.operation.sequence(*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
+        o, _ = self.operation.sequence(*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, o))
 
     @override
@@ -118,15 +118,13 @@ class GatedLinearMixer(Mixer):
     def prefill(self, x: BTD, cache: GatedCache, segment_ids: BT | None = None) -> tuple[BTD, GatedCache]:
         y, conv = self.qkv(x), cache.conv
         if self.conv_size:
-            options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
-            y, conv = short_conv(y, self.conv_kernel[...], silu=True, state=conv, **options)
+            y, conv = short_conv(y, self.conv_kernel[...], silu=True, state=conv, segment_ids=segment_ids)
         inputs, length = self._inputs(x, y, cache.length, segment_ids)
         o, state = self.operation.sequence(
             *inputs,
             scale=self.scale,
             state=cache.state,
             segment_ids=segment_ids,
-            return_state=True,
             impl=self.config.impl,
         )
         return self._out(x, o), GatedCache(state, conv, length)

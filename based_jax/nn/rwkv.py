@@ -36,8 +36,9 @@ class TimeMix(Mixer):
 
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        inputs, rest = self._project(x, self._shifted(x, segment_ids))
-        o = self.operation.sequence(*inputs, **self._options(), segment_ids=segment_ids, impl=self.config.impl)
+        previous, _ = token_shift(x, segment_ids=segment_ids)
+        inputs, rest = self._project(x, previous)
+        o, _ = self.operation.sequence(*inputs, **self._options(), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o, *rest))
 
     @override
@@ -46,15 +47,10 @@ class TimeMix(Mixer):
 
     @override
     def prefill(self, x: BTD, cache: RwkvCache, segment_ids: BT | None = None) -> tuple[BTD, RwkvCache]:
-        previous, shift = token_shift(x, state=cache.shift, segment_ids=segment_ids, return_state=True)
+        previous, shift = token_shift(x, state=cache.shift, segment_ids=segment_ids)
         inputs, rest = self._project(x, previous)
         o, state = self.operation.sequence(
-            *inputs,
-            **self._options(),
-            state=cache.state,
-            segment_ids=segment_ids,
-            return_state=True,
-            impl=self.config.impl,
+            *inputs, **self._options(), state=cache.state, segment_ids=segment_ids, impl=self.config.impl
         )
         return self._out(o, *rest), RwkvCache(state, shift)
 
@@ -63,9 +59,6 @@ class TimeMix(Mixer):
         inputs, rest = self._project(x, cache.shift.astype(x.dtype))
         o, state = self.operation.step(*inputs, state=cache.state, **self._options())
         return self._out(o, *rest), RwkvCache(state, x.astype(self.dtype))
-
-    def _shifted(self, x, segment_ids):
-        return token_shift(x, segment_ids=segment_ids)
 
     @abc.abstractmethod
     def _initial_state(self, batch: int) -> Any: ...
@@ -88,7 +81,8 @@ class ChannelMix(Mixer):
 
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        return self._mix(*layers.at(positions, x, token_shift(x, segment_ids=segment_ids)))
+        previous, _ = token_shift(x, segment_ids=segment_ids)
+        return self._mix(*layers.at(positions, x, previous))
 
     @override
     def init_cache(self, batch: int, max_len: int) -> BD:
@@ -97,7 +91,7 @@ class ChannelMix(Mixer):
 
     @override
     def prefill(self, x: BTD, cache: BD, segment_ids: BT | None = None) -> tuple[BTD, BD]:
-        previous, cache = token_shift(x, state=cache, segment_ids=segment_ids, return_state=True)
+        previous, cache = token_shift(x, state=cache, segment_ids=segment_ids)
         return self._mix(x, previous), cache
 
     @override

@@ -7,7 +7,6 @@ f is SiLU where it is asked for. The state is the last (W-1) d + 1 inputs of eac
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BT, BTD, WD
 from based_jax.ops import long_conv, segments
+from based_jax.ops.calls import Channels, Past, ShortConvCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import short_conv as hopper_short_conv
 from based_jax.ops.precision import einsum, product_policy
 
-Past = Float[Array, "B _ D"]
 BSD = Float[Array, "B S D"]
 BS = Int[Array, "B S"]
-Bias = Float[Array, "D"]
 
 MAX_UNROLLED_TAPS = 8
 
@@ -31,14 +29,13 @@ def short_conv(
     x: BTD,
     kernel: WD,
     *,
-    bias: Bias | None = None,
+    bias: Channels | None = None,
     silu: bool = False,
     dilation: int = 1,
     state: Past | None = None,
     segment_ids: BT | None = None,
-    return_state: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> tuple[BTD, Past]:
     """Convolve each channel of x (B, T, D) over time with its column of kernel (W, D).
 
     Args:
@@ -47,18 +44,18 @@ def short_conv(
       dilation: tokens from one tap to the next.
       state: last `reach` inputs before x; they belong to each row's first document.
       segment_ids: ids of packed documents, 0 for padding, whose output is 0 (see `ops/segments.py`).
-      return_state: return (y, last inputs of the last document) instead of y.
       impl: "oracle" (window by window), "xla_steps" (token by token), "xla_taps" (W shifted products), "xla_toeplitz"
         (products in x's dtype; no packing; auto's for many taps and short sequences on a GPU), "hopper_taps" (Mosaic
         GPU kernels; bf16, 2 to 4 taps, no dilation, D a multiple of 128) or "auto".
 
+    Returns:
+      y in x's dtype, and the last `reach` inputs of each row's last document.
+
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    call = x, kernel, bias, state, segment_ids
-    y = dispatch("short_conv", IMPLEMENTATIONS, impl, *call, silu=silu, dilation=dilation)
-    if not return_state:
-        return y
+    call = ShortConvCall(x, kernel, bias, state, segment_ids, silu, dilation)
+    y = dispatch("short_conv", IMPLEMENTATIONS, impl, call)
     return y, last_inputs(x, reach(kernel.shape[0], dilation), state, segment_ids)
 
 
@@ -92,7 +89,7 @@ def reach(kernel_size: int, dilation: int) -> int:
 
 
 def short_conv_step(
-    x: BD, kernel: WD, state: Past, *, bias: Bias | None = None, silu: bool = False, dilation: int = 1
+    x: BD, kernel: WD, state: Past, *, bias: Channels | None = None, silu: bool = False, dilation: int = 1
 ) -> tuple[BD, Past]:
     """Return one token's output and the inputs that the next one needs."""
     state = jnp.concatenate([state[:, 1:], x[:, None].astype(state.dtype)], axis=1)
@@ -100,21 +97,20 @@ def short_conv_step(
     return _finished(y, bias, silu).astype(x.dtype), state
 
 
-def _finished(y: Float[Array, "*T D"], bias: Bias | None, silu: bool) -> Float[Array, "*T D"]:
+def _finished(y: Float[Array, "*T D"], bias: Channels | None, silu: bool) -> Float[Array, "*T D"]:
     """Return f(y + bias) in fp32, or y."""
     if bias is not None:
         y = y.astype(jnp.float32) + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
     return jax.nn.silu(y.astype(jnp.float32)) if silu else y
 
 
-def _composed(
-    form: Callable, x: BTD, kernel: WD, bias: Bias | None, state: Past | None, segment_ids: BT | None, *, silu, dilation
-) -> BTD:
+def _composed(form: Callable, call: ShortConvCall) -> BTD:
     """Finish what a form of the convolution makes of all inputs in reach."""
-    width = reach(kernel.shape[0], dilation)
+    x, segment_ids, width = call.x, call.segment_ids, reach(call.kernel.shape[0], call.dilation)
     ids = None if segment_ids is None else _ids_with_past(segment_ids, width)
-    y = _finished(form(_with_past(x, width, state), ids, kernel, dilation), bias, silu).astype(x.dtype)
-    return y if segment_ids is None or bias is None else jnp.where((segment_ids == 0)[..., None], 0, y)
+    y = form(_with_past(x, width, call.state), ids, call.kernel, call.dilation)
+    y = _finished(y, call.bias, call.silu).astype(x.dtype)
+    return y if segment_ids is None or call.bias is None else jnp.where((segment_ids == 0)[..., None], 0, y)
 
 
 # Each form takes the past inputs in reach and the T new ones, S together, and returns the T convolutions; without ids
@@ -204,18 +200,18 @@ def _product(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     return einsum("BSD,DST->BTD", inputs.astype(dtype), matrices, precision, dtype).astype(inputs.dtype)
 
 
-def _supports_product(x, kernel, bias, state, segment_ids, **_options) -> str | None:
-    return None if segment_ids is None else "packed documents need a matrix each"
+def _supports_product(call: ShortConvCall) -> str | None:
+    return None if call.segment_ids is None else "packed documents need a matrix each"
 
 
-def _product_is_slower(x, kernel, *_rest, **_options) -> str | None:
+def _product_is_slower(call: ShortConvCall) -> str | None:
     """Return why the shifted products are the faster form, or None."""
-    if kernel.shape[0] <= MAX_UNROLLED_TAPS:
-        return f"there are {kernel.shape[0]} taps, no more than {MAX_UNROLLED_TAPS}"
-    return long_conv.product_is_slower(x.shape[1])
+    if (taps := call.kernel.shape[0]) <= MAX_UNROLLED_TAPS:
+        return f"there are {taps} taps, no more than {MAX_UNROLLED_TAPS}"
+    return long_conv.product_is_slower(call.x.shape[1])
 
 
-def _term(inputs: BSD, ids: BS | None, weights: Float[Array, "D"], at, T: int) -> BTD:
+def _term(inputs: BSD, ids: BS | None, weights: Channels, at, T: int) -> BTD:
     """Return what the inputs of one tap, `at` behind the first tap's, add to the T outputs."""
     x = _slice(inputs, at, T).astype(jnp.float32) * weights.astype(jnp.float32)[None, None]
     return _of_one_document(x, ids, at)
@@ -234,12 +230,12 @@ def _slice(x, at, T: int):
     return jax.lax.dynamic_slice_in_dim(x, at + 1, T, axis=1)
 
 
-def _wide(x: BTD, *rest, **options) -> BTD:
+def _wide(call: ShortConvCall) -> BTD:
     """Add up the shifted products in fp32 from the inputs to the output."""
-    return _composed(_shifted, x.astype(jnp.float32), *rest, **options).astype(x.dtype)
+    return _composed(_shifted, call._replace(x=call.x.astype(jnp.float32))).astype(call.x.dtype)
 
 
-def _through(form: Callable) -> Callable[..., BTD]:
+def _through(form: Callable) -> Callable[[ShortConvCall], BTD]:
     return functools.partial(_composed, form)
 
 

@@ -10,19 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from based_jax.ops.calls import Correct, CrossEntropyCall, Labels, Losses, Rows, Table
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import cross_entropy as hopper_cross_entropy
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
-Hidden = Float[Array, "*B D"]
-Table = Float[Array, "V D"]
-Labels = Int[Array, "*B"]
-Losses = Float[Array, "*B"]
-Correct = Bool[Array, "*B"]
-
 
 def linear_cross_entropy(
-    hidden: Hidden, table: Table, labels: Labels, *, vocab_size: int | None = None, impl: str = "auto"
+    hidden: Rows, table: Table, labels: Labels, *, vocab_size: int | None = None, impl: str = "auto"
 ) -> tuple[Losses, Correct]:
     """Return losses of the logits hidden @ table.T, fp32 in nats, and whether no token has a larger one than the label.
 
@@ -38,8 +33,8 @@ def linear_cross_entropy(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    rows, table = hidden.reshape(-1, hidden.shape[-1]), table[:vocab_size]
-    losses, correct = dispatch("linear_cross_entropy", IMPLEMENTATIONS, impl, rows, table, labels.reshape(-1))
+    call = CrossEntropyCall(hidden.reshape(-1, hidden.shape[-1]), table[:vocab_size], labels.reshape(-1))
+    losses, correct = dispatch("linear_cross_entropy", IMPLEMENTATIONS, impl, call)
     asked = labels >= 0
     return jnp.where(asked, losses.reshape(labels.shape), 0.0), asked & correct.reshape(labels.shape)
 
@@ -47,21 +42,24 @@ def linear_cross_entropy(
 # What an implementation returns for a negative label counts nowhere, and gets no gradient.
 
 
-def _oracle(hidden: Hidden, table: Table, labels: Labels) -> tuple[Losses, Correct]:
+def _oracle(call: CrossEntropyCall) -> tuple[Losses, Correct]:
     # XLA would leave out a rounding that is followed by its reverse.
-    table = jax.lax.optimization_barrier(table.astype(hidden.dtype)).astype(jnp.float32)
-    hidden = hidden.astype(jnp.float32)
-    logits = einsum("nd,vd->nv", hidden, table, EXACT)
-    chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
+    table = jax.lax.optimization_barrier(call.table.astype(call.hidden.dtype)).astype(jnp.float32)
+    logits = einsum("nd,vd->nv", call.hidden.astype(jnp.float32), table, EXACT)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(call.labels, 0)[:, None], axis=1)[:, 0]
     return jax.nn.logsumexp(logits, axis=1) - chosen, chosen >= logits.max(axis=1)
 
 
+def _xla(call: CrossEntropyCall) -> tuple[Losses, Correct]:
+    return _keeping_logits(call.hidden, call.table, call.labels)
+
+
 @jax.custom_vjp
-def _xla(hidden: Hidden, table: Table, labels: Labels) -> tuple[Losses, Correct]:
-    return _xla_fwd(hidden, table, labels)[0]
+def _keeping_logits(hidden: Rows, table: Table, labels: Labels) -> tuple[Losses, Correct]:
+    return _keeping_logits_fwd(hidden, table, labels)[0]
 
 
-def _xla_fwd(hidden, table, labels):
+def _keeping_logits_fwd(hidden, table, labels):
     dtype, precision = product_policy(hidden.dtype)
     logits = einsum("nd,vd->nv", hidden.astype(dtype), table.astype(hidden.dtype).astype(dtype), precision)
     top = logits.max(axis=1)
@@ -74,7 +72,7 @@ def _xla_fwd(hidden, table, labels):
     return (logarithm - chosen, chosen >= top), (hidden, table, labels, logits, logarithm)
 
 
-def _xla_bwd(saved, cotangents):
+def _keeping_logits_bwd(saved, cotangents):
     hidden, table, labels, logits, logarithm = saved
     dtype, precision = product_policy(hidden.dtype)
     p = jnp.exp(logits - logarithm[:, None])
@@ -85,7 +83,7 @@ def _xla_bwd(saved, cotangents):
     return dhidden.astype(hidden.dtype), dtable.astype(table.dtype), None
 
 
-_xla.defvjp(_xla_fwd, _xla_bwd)
+_keeping_logits.defvjp(_keeping_logits_fwd, _keeping_logits_bwd)
 
 
 def _labelled(logits: Float[Array, "N V"], labels: Int[Array, "N"]) -> Bool[Array, "N V"]:

@@ -6,59 +6,55 @@ Each of H heads runs over P channels of its own. The other conjugate half of the
 state is (B, H, P, N, 2) fp32, real and imaginary part.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Complex, Float, Int
+from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BT
 from based_jax.ops import scan
+from based_jax.ops.calls import BHPN2, BTHP, HN, DiagonalSsmCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.long_conv import product_is_slower, toeplitz
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
 CHUNK_TOKENS = 64
 
-Inputs = Float[Array, "B T H P"]
-Token = Float[Array, "B H P"]
-State = Float[Array, "B H P N 2"]
-HN = Complex[Array, "H N"]
+BHP = Float[Array, "B H P"]
 
 
-def initial_state(batch: int, heads: int, channels: int, state_dim: int) -> State:
+def initial_state(batch: int, heads: int, channels: int, state_dim: int) -> BHPN2:
     """Return the state before the first token."""
     return jnp.zeros((batch, heads, channels, state_dim, 2), jnp.float32)
 
 
 def diagonal_ssm(
-    u: Inputs,
+    u: BTHP,
     log_a: HN,
     b: HN,
     c: HN,
     *,
-    state: State | None = None,
+    state: BHPN2 | None = None,
     segment_ids: BT | None = None,
-    return_state: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> tuple[BTHP, BHPN2]:
     """Filter each channel of u (B, T, H, P) by its head's state space, log_a with a negative real part.
 
     Args:
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      return_state: return (y, state after the last token) instead of y.
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (convolutions, linear in T), "xla_toeplitz"
         (one convolution, in u's dtype; no packing and no state before; auto's for short sequences on a GPU) or "auto".
+
+    Returns:
+      y in u's dtype, and the state (B, H, P, N, 2) after the last token, fp32.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    y, state = dispatch("diagonal_ssm", IMPLEMENTATIONS, impl, u, log_a, b, c, state, segment_ids)
-    return (y, state) if return_state else y
+    return dispatch("diagonal_ssm", IMPLEMENTATIONS, impl, DiagonalSsmCall(u, log_a, b, c, state, segment_ids))
 
 
-def diagonal_ssm_step(u: Token, log_a: HN, b: HN, c: HN, state: State) -> tuple[Token, State]:
+def diagonal_ssm_step(u: BHP, log_a: HN, b: HN, c: HN, state: BHPN2) -> tuple[BHP, BHPN2]:
     """Return one token's output and the state after it."""
     x = _complex(state) * jnp.exp(log_a)[None, :, None] + b[None, :, None] * u.astype(jnp.float32)[..., None]
     return _read(x, c).astype(u.dtype), _real(x)
@@ -70,17 +66,18 @@ def impulse_response(log_a: HN, b: HN, c: HN, length: int) -> Float[Array, "H L"
     return 2 * jnp.einsum("HN,HLN->HL", c * b, powers, precision=EXACT).real
 
 
-def _recurrent(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tuple[Any, Any]:
+def _recurrent(call: DiagonalSsmCall) -> tuple[BTHP, BHPN2]:
     def step(u, state):
-        return diagonal_ssm_step(u, log_a, b, c, state)
+        return diagonal_ssm_step(u, call.log_a, call.b, call.c, state)
 
-    return scan.over_tokens(step, u, _empty(u, log_a), state, segment_ids)
+    return scan.over_tokens(step, call.u, _empty(call), call.state, call.segment_ids)
 
 
-def _chunked(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tuple[Any, Any]:
+def _chunked(call: DiagonalSsmCall) -> tuple[BTHP, BHPN2]:
     """Convolve chunks of `CHUNK_TOKENS` by the impulse response as a Toeplitz matrix; carry the state between."""
+    log_a, b, c = call.log_a, call.b, call.c
 
-    def chunk(u, state: State, span: scan.Span):
+    def chunk(u, state: BHPN2, span: scan.Span):
         C, x, inputs = u.shape[1], _complex(state), u.astype(jnp.float32)
         time = jnp.arange(C)
         response = impulse_response(log_a, b, c, C)[:, jnp.maximum(time[:, None] - time[None, :], 0)]
@@ -93,11 +90,12 @@ def _chunked(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tuple[An
             y = y + jnp.where(span.reads[:, :, None, None], _moved(read, -jnp.argmax(span.reads, axis=1)), 0.0)
         return y.astype(u.dtype), _real(_after(inputs, x, span, log_a, b))
 
-    return scan.over_chunks(chunk, u, _empty(u, log_a), state, segment_ids, CHUNK_TOKENS)
+    return scan.over_chunks(chunk, call.u, _empty(call), call.state, call.segment_ids, CHUNK_TOKENS)
 
 
-def _convolution(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tuple[Any, Any]:
+def _convolution(call: DiagonalSsmCall) -> tuple[BTHP, BHPN2]:
     """Convolve the whole sequence by the impulse response as a Toeplitz matrix."""
+    u, log_a, b, c = call.u, call.log_a, call.b, call.c
     T, (dtype, precision) = u.shape[1], product_policy(u.dtype)
     matrices = toeplitz(impulse_response(log_a, b, c, T).astype(dtype))
     y = einsum("BSHP,HST->BTHP", u.astype(dtype), matrices, precision, dtype)
@@ -106,16 +104,17 @@ def _convolution(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> tupl
     return y.astype(u.dtype), _real(after)
 
 
-def _supports_convolution(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> str | None:
-    return None if state is None and segment_ids is None else "a state before, and packed documents, need chunks"
+def _supports_convolution(call: DiagonalSsmCall) -> str | None:
+    alone = call.state is None and call.segment_ids is None
+    return None if alone else "a state before, and packed documents, need chunks"
 
 
-def _convolution_is_slower(u: Inputs, log_a: HN, b: HN, c: HN, state, segment_ids) -> str | None:
+def _convolution_is_slower(call: DiagonalSsmCall) -> str | None:
     """Return why chunks are the faster form, or None."""
-    return product_is_slower(u.shape[1])
+    return product_is_slower(call.u.shape[1])
 
 
-def _after(u: Inputs, x, span: scan.Span, log_a: HN, b: HN):
+def _after(u: BTHP, x, span: scan.Span, log_a: HN, b: HN):
     """Return the complex state after a chunk's last token, which padding may follow: inputs are moved to the end."""
     C = u.shape[1]
     tokens = jnp.max(jnp.where(span.writes, 1 + jnp.arange(C)[None], 0), axis=1)  # up to and with the last one
@@ -126,7 +125,7 @@ def _after(u: Inputs, x, span: scan.Span, log_a: HN, b: HN):
     return jnp.where(span.keeps[:, None, None, None], x * decay[:, :, None], 0.0) + added
 
 
-def _moved(x: Inputs, by: Int[Array, "#B"]) -> Inputs:
+def _moved(x: BTHP, by: Int[Array, "#B"]) -> BTHP:
     """Return x at time t + by, each row's own number; zero where there is none, as before and behind padding."""
     time = jnp.arange(x.shape[1])[None] + by[:, None]
     inside = (time >= 0) & (time < x.shape[1])
@@ -139,16 +138,17 @@ def _read(x, c: HN):
     return 2 * jnp.sum(x * c[None, :, None], axis=-1).real
 
 
-def _complex(state: State):
+def _complex(state: BHPN2):
     return jax.lax.complex(state[..., 0], state[..., 1])
 
 
-def _real(x) -> State:
+def _real(x) -> BHPN2:
     return jnp.stack([x.real, x.imag], axis=-1)
 
 
-def _empty(u: Inputs, log_a: HN) -> State:
-    return initial_state(u.shape[0], u.shape[2], u.shape[3], log_a.shape[1])
+def _empty(call: DiagonalSsmCall) -> BHPN2:
+    batch, _, heads, channels = call.u.shape
+    return initial_state(batch, heads, channels, call.log_a.shape[1])
 
 
 IMPLEMENTATIONS = {

@@ -7,47 +7,43 @@ the last W inputs u of each channel, as in `ops/conv.py`.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BT, BTD, WD
-from based_jax.ops.conv import Past, last_inputs, short_conv
+from based_jax.ops.calls import GatedConvCall, Joint, JointBias, Past
+from based_jax.ops.conv import last_inputs, short_conv
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import gated_short_conv as hopper_gated_short_conv
-
-Joint = Float[Array, "B T joint"]
-Bias = Float[Array, "joint"]
 
 
 def gated_short_conv(
     x: Joint,
     kernel: WD,
     *,
-    bias: Bias | None = None,
+    bias: JointBias | None = None,
     state: Past | None = None,
     segment_ids: BT | None = None,
-    return_state: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> tuple[BTD, Past]:
     """Convolve the first half of x (B, T, 2 D) over time with kernel (W, D), and gate silu of it with the second half.
 
     Args:
       bias: added to x, (2 D).
       state: last W inputs before x, their bias included; they belong to each row's first document.
       segment_ids: ids of packed documents, 0 for padding, whose output is 0 (see `ops/segments.py`).
-      return_state: return (y, last inputs of the last document) instead of y.
       impl: "oracle" (window by window), "xla_steps" (token by token), "xla_taps" (W shifted products), "hopper_taps"
         (Mosaic GPU kernels; bf16, 2 to 4 taps, D a multiple of 128) or "auto".
+
+    Returns:
+      y (B, T, D) in x's dtype, and the last W inputs u of each row's last document.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    y = dispatch("gated_short_conv", IMPLEMENTATIONS, impl, x, kernel, bias, state, segment_ids)
-    if not return_state:
-        return y
+    y = dispatch("gated_short_conv", IMPLEMENTATIONS, impl, GatedConvCall(x, kernel, bias, state, segment_ids))
     width, channels = kernel.shape
     u = _biased(x[:, -width:, :channels], None if bias is None else bias[:channels])
     return y, last_inputs(u, width, state, segment_ids)
@@ -58,17 +54,16 @@ def _biased(x: Array, bias: Float[Array, "_"] | None) -> Array:
     return x if bias is None else (x.astype(jnp.float32) + bias.astype(jnp.float32)[None, None]).astype(x.dtype)
 
 
-def _composed(x: Joint, kernel: WD, bias: Bias | None, state: Past | None, segment_ids: BT | None, *, impl: str) -> BTD:
-    u, gate = jnp.split(_biased(x, bias), 2, axis=-1)
-    y = short_conv(u, kernel, state=state, segment_ids=segment_ids, impl=impl)
+def _composed(call: GatedConvCall, *, impl: str) -> BTD:
+    u, gate = jnp.split(_biased(call.x, call.bias), 2, axis=-1)
+    y, _ = short_conv(u, call.kernel, state=call.state, segment_ids=call.segment_ids, impl=impl)
     return jax.nn.silu(y) * gate
 
 
-def _wide(x: Joint, kernel: WD, bias: Bias | None, state: Past | None, segment_ids: BT | None, *, impl: str) -> BTD:
+def _wide(call: GatedConvCall, *, impl: str) -> BTD:
     """Compute in fp32 from the inputs to the output."""
-    bias, state = (None if y is None else y.astype(jnp.float32) for y in (bias, state))
-    wide, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
-    return _composed(wide, kernel, bias, state, segment_ids, impl=impl).astype(x.dtype)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), call._replace(segment_ids=None))
+    return _composed(wide._replace(segment_ids=call.segment_ids), impl=impl).astype(call.x.dtype)
 
 
 IMPLEMENTATIONS = {

@@ -7,18 +7,16 @@ the Toeplitz matrix of the kernel takes T^2, and less time than that on tensor c
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from based_jax import devices
 from based_jax.dims import BT, BTD
+from based_jax.ops.calls import TD, LongConvCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.precision import EXACT, einsum, product_policy
-
-TD = Float[Array, "T D"]
 
 
 def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = "auto") -> BTD:
@@ -32,7 +30,7 @@ def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    return dispatch("long_conv", IMPLEMENTATIONS, impl, u, kernel, segment_ids)
+    return dispatch("long_conv", IMPLEMENTATIONS, impl, LongConvCall(u, kernel, segment_ids))
 
 
 def fft_flops(length: int) -> int:
@@ -40,9 +38,10 @@ def fft_flops(length: int) -> int:
     return 3 * 5 * 2 * math.ceil(math.log2(2 * length))
 
 
-def _oracle(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:
+def _oracle(call: LongConvCall) -> BTD:
     """Multiply with the whole Toeplitz matrix of each channel."""
-    ids = jnp.ones(u.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    u, kernel = call.u, call.kernel
+    ids = jnp.ones(u.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
     time = jnp.arange(u.shape[1])
     lag = time[:, None] - time[None, :]
     taps = jnp.where((lag >= 0)[..., None], kernel.astype(jnp.float32)[jnp.maximum(lag, 0)], 0.0)
@@ -64,20 +63,20 @@ def toeplitz(taps: Float[Array, "*B T"]) -> Float[Array, "*B S T"]:
     return repeated.reshape(*taps.shape[:-1], T, 2 * T - 1)[..., :T]
 
 
-def _product(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:
+def _product(call: LongConvCall) -> BTD:
     """Multiply with the Toeplitz matrix of each channel."""
-    dtype, precision = product_policy(u.dtype)
-    matrices = toeplitz(kernel.T.astype(dtype))
-    return einsum("BSD,DST->BTD", u.astype(dtype), matrices, precision, dtype).astype(u.dtype)
+    dtype, precision = product_policy(call.u.dtype)
+    matrices = toeplitz(call.kernel.T.astype(dtype))
+    return einsum("BSD,DST->BTD", call.u.astype(dtype), matrices, precision, dtype).astype(call.u.dtype)
 
 
-def _supports_product(u: BTD, kernel: TD, segment_ids: BT | None) -> str | None:
-    return None if segment_ids is None else "packed documents need a matrix each"
+def _supports_product(call: LongConvCall) -> str | None:
+    return None if call.segment_ids is None else "packed documents need a matrix each"
 
 
-def _product_is_slower(u: BTD, kernel: TD, segment_ids: BT | None) -> str | None:
+def _product_is_slower(call: LongConvCall) -> str | None:
     """Return why the FFT is the faster form, or None."""
-    return product_is_slower(u.shape[1])
+    return product_is_slower(call.u.shape[1])
 
 
 def product_is_slower(time: int) -> str | None:
@@ -86,10 +85,10 @@ def product_is_slower(time: int) -> str | None:
     return None if time <= most else f"T is {time}, above {most}"
 
 
-def _fft(u: BTD, kernel: TD, segment_ids: BT | None) -> BTD:
-    u32, kernel = u.astype(jnp.float32), kernel.astype(jnp.float32)
-    y = _convolve(u32, kernel) if segment_ids is None else _packed(u32, kernel, segment_ids)
-    return y.astype(u.dtype)
+def _fft(call: LongConvCall) -> BTD:
+    u, kernel = call.u.astype(jnp.float32), call.kernel.astype(jnp.float32)
+    y = _convolve(u, kernel) if call.segment_ids is None else _packed(u, kernel, call.segment_ids)
+    return y.astype(call.u.dtype)
 
 
 def _convolve(u: BTD, kernel: TD) -> BTD:
@@ -133,7 +132,7 @@ def _packed_backward(saved, grad):
 _packed.defvjp(_packed_forward, _packed_backward)
 
 
-def _documents(segment_ids: BT) -> tuple[BT, Any]:
+def _documents(segment_ids: BT) -> tuple[BT, Int[Array, ""]]:
     """Return the number of each token's document in its row, -1 at padding, and the most that a row has."""
     begins = (jnp.diff(segment_ids, axis=1, prepend=0) != 0) & (segment_ids != 0)
     places = jnp.where(segment_ids != 0, jnp.cumsum(begins, axis=1) - 1, -1)

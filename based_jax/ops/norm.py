@@ -8,13 +8,10 @@ The stream r and its sum r' are fp32, and so is the arithmetic; y and x are what
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from based_jax.ops.calls import Channels, NormCall, Rows
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import norm as hopper_norm
-
-Rows = Float[Array, "*B D"]
-Channels = Float[Array, "D"]
 
 
 def residual_rms_norm(
@@ -33,28 +30,29 @@ def residual_rms_norm(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    return dispatch("residual_rms_norm", IMPLEMENTATIONS, impl, r, y, scale, None, eps, _dtype(r, y, dtype))
+    return dispatch("residual_rms_norm", IMPLEMENTATIONS, impl, NormCall(r, y, scale, None, eps, _dtype(r, y, dtype)))
 
 
 def residual_layer_norm(
     r: Rows, y: Rows | None, scale: Channels, bias: Channels, *, eps: float = 1e-5, dtype=None, impl: str = "auto"
 ) -> tuple[Rows, Rows]:
     """Return r + y and its layer norm over the channels; arguments and errors are those of `residual_rms_norm`."""
-    return dispatch("residual_layer_norm", IMPLEMENTATIONS, impl, r, y, scale, bias, eps, _dtype(r, y, dtype))
+    call = NormCall(r, y, scale, bias, eps, _dtype(r, y, dtype))
+    return dispatch("residual_layer_norm", IMPLEMENTATIONS, impl, call)
 
 
 def _dtype(r: Rows, y: Rows | None, dtype) -> jnp.dtype:
     return jnp.dtype(dtype or (r if y is None else y).dtype)
 
 
-def _xla(r: Rows, y: Rows | None, scale: Channels, bias: Channels | None, eps: float, dtype) -> tuple[Rows, Rows]:
-    total = r if y is None else r + y
-    wide, ones = total.astype(jnp.float32), (1,) * (r.ndim - 1)
-    if bias is not None:
+def _xla(call: NormCall) -> tuple[Rows, Rows]:
+    total = call.r if call.y is None else call.r + call.y
+    wide, ones = total.astype(jnp.float32), (1,) * (total.ndim - 1)
+    if call.bias is not None:
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    x = wide * (inverse * scale.reshape(*ones, -1))
-    return total, (x if bias is None else x + bias.reshape(*ones, -1)).astype(dtype)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + call.eps)
+    x = wide * (inverse * call.scale.reshape(*ones, -1))
+    return total, (x if call.bias is None else x + call.bias.reshape(*ones, -1)).astype(call.dtype)
 
 
 IMPLEMENTATIONS = {

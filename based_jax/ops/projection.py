@@ -12,16 +12,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from based_jax.devices import H100_CORES
 from based_jax.ops.dispatch import target_platform
+
+Tokens = Float[Array, "*T D"]
+DE = Float[Array, "D E"]
+Projected = Float[Array, "*T E"]
 
 BLOCK_ROWS = 128
 """Rows and columns of the matrix that a block takes."""
 MIN_TOKENS_PER_PIECE = 256
 
 
-def project(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None, **options: Any) -> jax.Array:
+def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **options: Any) -> Projected:
     """Return x @ kernel for (..., D) tokens and a (D, E) kernel; a `dot_general` for `flax.nnx.Linear`."""
     number = pieces(x.shape, kernel.shape)
     if number == 1:
@@ -29,7 +34,7 @@ def project(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = N
     return in_pieces(x, kernel, number, precision=precision, **options).reshape(*x.shape[:-1], kernel.shape[1])
 
 
-def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def multiply(x: Tokens, kernel: DE) -> Projected:
     """Return x @ kernel."""
     return project(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
@@ -47,8 +52,8 @@ def _power_of_two(most: int) -> int:
     return 1 << most.bit_length() - 1
 
 
-def in_pieces(x: jax.Array, kernel: jax.Array, number: int, **options: Any) -> jax.Array:
-    """Return (number, tokens, E), each piece times a copy of the kernel; the copies' gradients add up in fp32."""
+def in_pieces(x: Tokens, kernel: DE, number: int, **options: Any) -> Float[Array, "P _ E"]:
+    """Return (P pieces, tokens, E), each piece times a copy of the kernel; the copies' gradients add up in fp32."""
     copies = jnp.broadcast_to(kernel.astype(jnp.float32), (number, *kernel.shape)).astype(kernel.dtype)
     rows = x.reshape(number, -1, x.shape[-1])
     return lax.dot_general(rows, copies, (((2,), (1,)), ((0,), (0,))), **options)

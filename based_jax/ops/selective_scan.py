@@ -6,24 +6,20 @@ Each of D channels has N states of its own. The state is (B, D, N) fp32. What th
 exp(dt A) and h for every token, exists here for one chunk at a time, in the backward pass too.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BT, BTD
 from based_jax.ops import scan
+from based_jax.ops.calls import BDN, BTN, DN, Channels, SelectiveScanCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import selective_scan as hopper_selective_scan
 from based_jax.ops.precision import EXACT
 
 CHUNK_TOKENS = 64
 
-BTN = Float[Array, "B T N"]
 BN = Float[Array, "B N"]
-BDN = Float[Array, "B D N"]
-DN = Float[Array, "D N"]
 
 
 def initial_state(batch: int, channels: int, state_dim: int) -> BDN:
@@ -32,7 +28,7 @@ def initial_state(batch: int, channels: int, state_dim: int) -> BDN:
 
 
 @jax.custom_vjp
-def step_sizes(raw: Float[Array, "*T D"], bias: Float[Array, "D"]) -> Float[Array, "*T D"]:
+def step_sizes(raw: Float[Array, "*T D"], bias: Channels) -> Float[Array, "*T D"]:
     """Return the fp32 steps softplus(raw + bias) of channels.
 
     The gradient of `raw` has its dtype; that of `bias` is the sum of it over the tokens, taken apart: left to itself
@@ -68,23 +64,24 @@ def selective_scan(
     *,
     state: BDN | None = None,
     segment_ids: BT | None = None,
-    return_state: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> tuple[BTD, BDN]:
     """Scan u (B, T, D) with steps dt >= 0 (B, T, D), A < 0 (D, N), and B, C (B, T, N).
 
     Args:
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      return_state: return (y, state after the last token) instead of y.
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (associative scans), "hopper_steps" (Mosaic
         GPU kernels; D a multiple of 128; N 8, 16, 24 or 32) or "auto".
+
+    Returns:
+      y in u's dtype, and the state (B, D, N) after the last token, fp32.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    y, state = dispatch("selective_scan", IMPLEMENTATIONS, impl, (u, dt, B, C), A, state, segment_ids)
-    return (y, state) if return_state else y
+    call = SelectiveScanCall(u, dt, A, B, C, state, segment_ids)
+    return dispatch("selective_scan", IMPLEMENTATIONS, impl, call)
 
 
 def selective_scan_step(u: BD, dt: BD, A: DN, B: BN, C: BN, state: BDN) -> tuple[BD, BDN]:
@@ -95,28 +92,27 @@ def selective_scan_step(u: BD, dt: BD, A: DN, B: BN, C: BN, state: BDN) -> tuple
     return y.astype(u.dtype), state
 
 
-def _recurrent(xs, A: DN, state, segment_ids) -> tuple[Any, Any]:
-    def step(x, state):
-        u, dt, B, C = x
-        return selective_scan_step(u, dt, A, B, C, state)
+def _recurrent(call: SelectiveScanCall) -> tuple[BTD, BDN]:
+    def step(token, state):
+        return selective_scan_step(token.u, token.dt, call.A, token.B, token.C, state)
 
-    return scan.over_tokens(step, xs, _empty(xs, A), state, segment_ids)
+    return scan.over_tokens(step, call.tokens, _empty(call), call.state, call.segment_ids)
 
 
-def _chunked(xs, A: DN, state, segment_ids) -> tuple[Any, Any]:
+def _chunked(call: SelectiveScanCall) -> tuple[BTD, BDN]:
     """Compose the affine maps of `CHUNK_TOKENS` tokens by an associative scan; apply them to the state before."""
 
-    def chunk(xs, state: BDN, span: scan.Span):
-        u, dt, B, C = (x.astype(jnp.float32) for x in xs)
-        kept = jnp.exp(dt[..., None] * A[None, None])
+    def chunk(tokens, state: BDN, span: scan.Span):
+        u, dt, B, C = (x.astype(jnp.float32) for x in (tokens.u, tokens.dt, tokens.B, tokens.C))
+        kept = jnp.exp(dt[..., None] * call.A[None, None])
         kept = jnp.where(span.begins[:, :, None, None], 0.0, kept)  # a new document forgets the one before
         added = (dt * u)[..., None] * B[:, :, None]
         kept, added = jax.lax.associative_scan(_compose, (kept, added), axis=1)
         h = added if span.fresh else kept * state[:, None] + added
         y = jnp.einsum("BTDN,BTN->BTD", h, C, precision=EXACT)
-        return y.astype(xs[0].dtype), h[:, -1]
+        return y.astype(call.u.dtype), h[:, -1]
 
-    return scan.over_chunks(chunk, xs, _empty(xs, A), state, segment_ids, CHUNK_TOKENS)
+    return scan.over_chunks(chunk, call.tokens, _empty(call), call.state, call.segment_ids, CHUNK_TOKENS)
 
 
 def _compose(first, second):
@@ -125,8 +121,8 @@ def _compose(first, second):
     return a1 * a2, a2 * b1 + b2
 
 
-def _empty(xs, A: DN) -> BDN:
-    return initial_state(xs[0].shape[0], *A.shape)
+def _empty(call: SelectiveScanCall) -> BDN:
+    return initial_state(call.u.shape[0], *call.A.shape)
 
 
 IMPLEMENTATIONS = {

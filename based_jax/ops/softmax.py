@@ -7,6 +7,7 @@ The window counts visible keys, the query's own included. Softmax is fp32.
 
 import math
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Shaped
 from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
 from based_jax.errors import UserError
 from based_jax.ops import segments
+from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import window as hopper_window
 
@@ -30,7 +32,7 @@ def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl:
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    return dispatch("attention", ATTENTION, impl, q, k, v, segment_ids, None)
+    return dispatch("attention", ATTENTION, impl, AttentionCall(q, k, v, q.shape[1], segment_ids))
 
 
 def window_attention(
@@ -48,7 +50,7 @@ def window_attention(
     """
     if window < 1:
         raise UserError(f"window is {window}; it counts the keys that a query sees, its own included, so at least 1.")
-    return dispatch("window_attention", WINDOW_ATTENTION, impl, q, k, v, segment_ids, window)
+    return dispatch("window_attention", WINDOW_ATTENTION, impl, AttentionCall(q, k, v, window, segment_ids))
 
 
 def attention_step(q: BHK, k: BSHK, v: BSHV, visible: BS_mask) -> BHV:
@@ -65,57 +67,60 @@ def masked_attention(q: BTHK, k: BSHK, v: BSHV, visible: Bool[Array, "B T S"]) -
     return _weigh("BHTS,BSHV->BTHV", p, v)
 
 
-def _oracle(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int | None) -> BTHV:
+def _oracle(call: AttentionCall) -> BTHV:
     """Score every pair of the sequence in fp32."""
-    i, j = jnp.arange(q.shape[1])[:, None], jnp.arange(q.shape[1])[None, :]
-    near = (j <= i) & (j > i - (window or q.shape[1]))
-    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    time, ids = jnp.arange(call.q.shape[1]), _ids(call)
+    i, j = time[:, None], time[None, :]
+    near = (j <= i) & (j > i - call.window)
     visible = near[None] & segments.same_document(ids, ids)
-    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-    return masked_attention(q32, k32, v32, visible).astype(v.dtype)
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (call.q, call.k, call.v))
+    return masked_attention(q32, k32, v32, visible).astype(call.v.dtype)
 
 
-def _dense(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int | None) -> BTHV:
+def _dense(call: AttentionCall) -> BTHV:
     """Full attention as XLA fuses it best."""
-    if segment_ids is None and q.shape == v.shape:
+    q, k, v, ids = call.q, call.k, call.v, _ids(call)
+    if call.segment_ids is None and q.shape == v.shape:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
     causal = jnp.tri(q.shape[1], dtype=bool)[None]
-    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
     return masked_attention(q, k, v, causal & segments.same_document(ids, ids))
 
 
-def _recurrent(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> BTHV:
+def _recurrent(call: AttentionCall) -> BTHV:
     """Run `attention_step` over the tokens with a buffer of the last `window` keys and values."""
-    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
 
     def push(buffer, new):
         return jnp.concatenate([buffer[:, 1:], new[:, None]], axis=1)
 
     def token(buffers, inputs):
-        q_BHK, *new = inputs
-        buffers = jax.tree.map(push, buffers, tuple(new))
-        keys, values, key_ids = buffers
-        visible = (key_ids == new[2][:, None]) & (key_ids != 0)
+        q_BHK, new = inputs
+        keys, values, key_ids = buffers = jax.tree.map(push, buffers, new)
+        visible = (key_ids == key_ids[:, -1:]) & (key_ids != 0)
         return buffers, attention_step(q_BHK, keys, values, visible)
 
-    empty = jax.tree.map(lambda x: jnp.zeros((x.shape[0], window, *x.shape[2:]), x.dtype), (k, v, ids))
-    _, o = jax.lax.scan(token, empty, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, ids)))
+    kept = call.k, call.v, _ids(call)
+    empty = jax.tree.map(lambda x: jnp.zeros((x.shape[0], call.window, *x.shape[2:]), x.dtype), kept)
+    _, o = jax.lax.scan(token, empty, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (call.q, kept)))
     return jnp.moveaxis(o, 0, 1)
 
 
-def _banded(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> BTHV:
+def _banded(call: AttentionCall) -> BTHV:
     """Cut time into bands no shorter than the window: a band's queries see keys of their own and the band before."""
-    T = q.shape[1]
-    ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    C = min(T, max(window - 1, MIN_BAND_TOKENS))
-    q, k, v, ids = (_bands(x, C) for x in (q, k, v, ids))
+    T = call.q.shape[1]
+    C = min(T, max(call.window - 1, MIN_BAND_TOKENS))
+    q, k, v, ids = (_bands(x, C) for x in (call.q, call.k, call.v, _ids(call)))
     k, v, key_ids = (_with_previous(x) for x in (k, v, ids))
 
     i, j = jnp.arange(C)[:, None] + C, jnp.arange(2 * C)[None, :]
-    near = (j <= i) & (j > i - window)
+    near = (j <= i) & (j > i - call.window)
     visible = near[None, None] & segments.same_document(ids, key_ids)
     o = jax.vmap(masked_attention, in_axes=1, out_axes=1)(q, k, v, visible)
-    return o.reshape(o.shape[0], -1, *o.shape[3:])[:, :T]
+    return einops.rearrange(o, "B N C H V -> B (N C) H V")[:, :T]
+
+
+def _ids(call: AttentionCall) -> BT:
+    """Return ids, those of one document where there are none."""
+    return jnp.ones(call.q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
 
 
 def _bands(x: Shaped[Array, "B T ..."], length: int) -> Shaped[Array, "B N C ..."]:
@@ -141,13 +146,16 @@ def _weigh(spec: str, p: Array, v: Array) -> Array:
     return o.astype(v.dtype)
 
 
-def _cudnn(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int | None) -> BTHV:
-    local = None if window is None else (window - 1, 0)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
+def _cudnn(call: AttentionCall) -> BTHV:
+    local = None if call.window >= call.q.shape[1] else (call.window - 1, 0)
+    return jax.nn.dot_product_attention(
+        call.q, call.k, call.v, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
 
 
-def _cudnn_supports(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int | None) -> str | None:
-    if segment_ids is not None:
+def _cudnn_supports(call: AttentionCall) -> str | None:
+    q, v = call.q, call.v
+    if call.segment_ids is not None:
         return "packed documents need a mask"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"its inputs are bfloat16 or float16, these are {q.dtype}"

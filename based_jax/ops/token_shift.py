@@ -1,19 +1,19 @@
 """Token shift: the token before each one, which RWKV mixes with it (arXiv 2305.13048, section 3.1.1)."""
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from based_jax.dims import BD, BT, BTD
 
 
-def token_shift(x: BTD, *, state: BD | None = None, segment_ids: BT | None = None, return_state: bool = False) -> Any:
+def token_shift(x: BTD, *, state: BD | None = None, segment_ids: BT | None = None) -> tuple[BTD, BD]:
     """Return for each token of x (B, T, D) the one before it in its document, zero for a document's first.
 
     Args:
       state: last token before x, of each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      return_state: return (shifted, last token of each row's last document) instead of shifted.
+
+    Returns:
+      These (B, T, D), and the last token (B, D) of each row's last document.
     """
     ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
     before = jnp.zeros_like(x[:, 0]) if state is None else state.astype(x.dtype)
@@ -23,8 +23,6 @@ def token_shift(x: BTD, *, state: BD | None = None, segment_ids: BT | None = Non
     first = present & (jnp.cumsum(present, axis=1) == 1)
     shifted = jnp.where((begins | ~present)[..., None], 0, earlier)
     shifted = jnp.where(first[..., None], before[:, None], shifted)
-    if not return_state:
-        return shifted
     last = x.shape[1] - 1 - jnp.argmax(present[:, ::-1], axis=1)
     newest = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     return shifted, jnp.where(present.any(axis=1)[:, None], newest, before)

@@ -6,28 +6,16 @@ Each channel has a log-decay d < 0 and a bonus u. The state holds numerator and 
 so that no exponent is above 0.
 """
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BT, BTD
 from based_jax.ops import scan
+from based_jax.ops.calls import Channels, Wkv4Call, WkvState
 from based_jax.ops.dispatch import Implementation, dispatch
 
 CHUNK_TOKENS = 128
 LOG_OF_NOTHING = -1e38  # the logarithm of an empty sum
-
-Channels = Float[Array, "D"]
-
-
-class WkvState(NamedTuple):
-    """Numerator and denominator over e^max, and max, fp32."""
-
-    num: BD
-    den: BD
-    max: BD
 
 
 def initial_state(batch: int, channels: int) -> WkvState:
@@ -44,25 +32,24 @@ def wkv4(
     *,
     state: WkvState | None = None,
     segment_ids: BT | None = None,
-    return_state: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> tuple[BTD, WkvState]:
     """Average values v by the weights of keys k, both (B, T, D).
 
     Args:
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      return_state: return (wkv, state after the last token) instead of wkv.
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (associative scans) or "auto".
+
+    Returns:
+      wkv in v's dtype, and the state after the last token, fp32.
 
     Raises:
       UserError: `impl` is unknown.
     """
-    k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
-    xs = (k32, v32, jnp.ones_like(k32[..., :1]))  # the last one tells tokens from padding
-    wkv, state = dispatch("wkv4", IMPLEMENTATIONS, impl, xs, log_decay, bonus, state, segment_ids)
-    wkv = wkv.astype(v.dtype)
-    return (wkv, state) if return_state else wkv
+    call = Wkv4Call(k.astype(jnp.float32), v.astype(jnp.float32), log_decay, bonus, state, segment_ids)
+    wkv, state = dispatch("wkv4", IMPLEMENTATIONS, impl, call)
+    return wkv.astype(v.dtype), state
 
 
 def wkv4_step(k: BD, v: BD, log_decay: Channels, bonus: Channels, state: WkvState) -> tuple[BD, WkvState]:
@@ -73,22 +60,21 @@ def wkv4_step(k: BD, v: BD, log_decay: Channels, bonus: Channels, state: WkvStat
     return wkv.astype(v.dtype), after
 
 
-def _recurrent(xs, log_decay, bonus, state, segment_ids) -> tuple[Any, Any]:
-    def step(x, state):
-        k, v, _ = x
-        return wkv4_step(k, v, log_decay, bonus, state)
+def _recurrent(call: Wkv4Call) -> tuple[BTD, WkvState]:
+    def step(token, state):
+        return wkv4_step(token.k, token.v, call.log_decay, call.bonus, state)
 
-    k = xs[0]
-    return scan.over_tokens(step, xs, initial_state(k.shape[0], k.shape[2]), state, segment_ids)
+    return scan.over_tokens(step, call.tokens, _empty(call), call.state, call.segment_ids)
 
 
-def _chunked(xs, log_decay, bonus, state, segment_ids) -> tuple[Any, Any]:
+def _chunked(call: Wkv4Call) -> tuple[BTD, WkvState]:
     """Compose the tokens of a chunk by an associative scan, the state before as the first of them."""
+    empty = _empty(call)
 
-    def chunk(xs, state: WkvState, span: scan.Span):
-        k, v, present = xs
-        empty = initial_state(k.shape[0], k.shape[2])
-        decay = jnp.where(span.begins[..., None], LOG_OF_NOTHING, log_decay[None, None] * present)
+    def chunk(inputs, state: WkvState, span: scan.Span):
+        tokens, present = inputs
+        k, v = tokens.k, tokens.v
+        decay = jnp.where(span.begins[..., None], LOG_OF_NOTHING, call.log_decay[None, None] * present)
         written = WkvState(v, jnp.ones_like(k), jnp.where(present > 0, k, LOG_OF_NOTHING))
         first = (jnp.zeros_like(k[:, :1]), jax.tree.map(lambda x: x[:, None], state))
         elements = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, (decay, written))
@@ -96,10 +82,15 @@ def _chunked(xs, log_decay, bonus, state, segment_ids) -> tuple[Any, Any]:
         before = jax.tree.map(
             lambda x, nothing: jnp.where(span.begins[..., None], nothing[:, None], x[:, :-1]), after, empty
         )
-        return _read(k, v, bonus, before), jax.tree.map(lambda x: x[:, -1], after)
+        return _read(k, v, call.bonus, before), jax.tree.map(lambda x: x[:, -1], after)
 
-    k = xs[0]
-    return scan.over_chunks(chunk, xs, initial_state(k.shape[0], k.shape[2]), state, segment_ids, CHUNK_TOKENS)
+    present = jnp.ones_like(call.k[..., :1])  # which the scan makes 0 at padding
+    return scan.over_chunks(chunk, (call.tokens, present), empty, call.state, call.segment_ids, CHUNK_TOKENS)
+
+
+def _empty(call: Wkv4Call) -> WkvState:
+    batch, _, channels = call.k.shape
+    return initial_state(batch, channels)
 
 
 def _read(k, v, bonus: Channels, state: WkvState):

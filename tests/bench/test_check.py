@@ -188,6 +188,22 @@ def test_the_sanitizer_s_words_are_kept(tmp_path, monkeypatch, count, code):
     assert str(tmp_path) not in text
 
 
+def test_the_small_calls_are_run_without_documents_where_these_are_refused(monkeypatch, capsys):
+    def supports(x, kernel, bias, state, segment_ids, **_options):
+        return None if segment_ids is None else "it takes no documents"
+
+    table = OPERATIONS["short_conv"].table
+    monkeypatch.setitem(table, "xla_steps", dataclasses.replace(table["xla_steps"], supports=supports))
+    packed = Case("short_conv", (1, 8, 20), (3,), documents=True)
+    monkeypatch.setattr(calls, "small_cases", lambda: [packed.by(x) for x in ("xla_steps", "oracle", "hopper_taps")])
+    assert main(["bench", "sanitize", "--inner"]) == 0
+    out = capsys.readouterr().out
+    assert "left short_conv (1,8,20) 3 documents impl=xla_steps" in out and "ran short_conv (1,8,20) 3 impl=x" in out
+    assert "ran short_conv (1,8,20) 3 documents impl=oracle" in out and "ran short_conv (1,8,20) 3 impl=h" not in out
+    monkeypatch.setattr(calls, "small_cases", lambda: [packed.by("hopper_taps")])
+    assert main(["bench", "sanitize", "--inner"]) == 1
+
+
 def test_the_sanitizer_is_asked_for_by_name(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     assert main(["bench", "sanitize"]) == 2

@@ -33,7 +33,7 @@ def exact(x, kernel, state=None, ids=None):
 
 def caller(impl, *, ids=None):
     def call(x, kernel, state=None):
-        return short_conv(x, kernel, state=state, segment_ids=ids, return_state=True, impl=impl)
+        return short_conv(x, kernel, state=state, segment_ids=ids, impl=impl)
 
     return call
 
@@ -81,12 +81,12 @@ def test_oracle_gradients_equal_fp64_differences(draw, normal, out_and_grads):
 def test_bias_and_silu_follow_the_convolution(impl, draw, normal, close):
     (x, kernel, state), _, ids = draw(20, 3, 5)
     bias = normal(5)
-    bare, after = short_conv(x, kernel, state=state, segment_ids=ids, return_state=True, impl="oracle")
+    bare, after = short_conv(x, kernel, state=state, segment_ids=ids, impl="oracle")
     wanted = jnp.where((ids == 0)[..., None], 0, jax.nn.silu(bare + bias[None, None]))
     options = {"bias": bias, "silu": True, "state": state}
-    close(short_conv(x, kernel, **options, segment_ids=ids, return_state=True, impl=impl), (wanted, after))
+    close(short_conv(x, kernel, **options, segment_ids=ids, impl=impl), (wanted, after))
     y, _ = short_conv_step(x[:, 0], kernel, **options)
-    close(y, short_conv(x[:, :1], kernel, **options, impl=impl)[:, 0])
+    close(y, short_conv(x[:, :1], kernel, **options, impl=impl)[0][:, 0])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -146,7 +146,7 @@ def test_toeplitz_equals_the_oracle(W, dilation, normal, out_and_grads, close):
     cotangent = normal(2, 37, 5)
 
     def call(impl):
-        return lambda x, kernel, state: short_conv(x, kernel, state=state, dilation=dilation, impl=impl)
+        return lambda x, kernel, state: short_conv(x, kernel, state=state, dilation=dilation, impl=impl)[0]
 
     close(*(out_and_grads(call(impl), args, cotangent) for impl in ("xla_toeplitz", "oracle")))
 
@@ -175,8 +175,8 @@ def test_dilated_taps_are_a_long_kernel_with_zeros_between(impl, normal, packed_
 
     @jax.jit
     def both(x, kernel, spread, ids):
-        y, state = short_conv(x, kernel, dilation=4, segment_ids=ids, return_state=True, impl=impl)
-        long = short_conv(x, spread, segment_ids=ids, return_state=True, impl="oracle")
+        y, state = short_conv(x, kernel, dilation=4, segment_ids=ids, impl=impl)
+        long = short_conv(x, spread, segment_ids=ids, impl="oracle")
         stepped = short_conv_step(x[:, 0], kernel, state, dilation=4), short_conv_step(x[:, 0], spread, state)
         return ((y, state), stepped[0]), (long, stepped[1])
 
@@ -186,5 +186,5 @@ def test_dilated_taps_are_a_long_kernel_with_zeros_between(impl, normal, packed_
 def test_a_wide_kernel_equals_the_oracle(normal, packed_ids, out_and_grads, close):
     """More taps than are unrolled."""
     args, ids, cotangent = (normal(6, 30, 4), normal(MAX_UNROLLED_TAPS + 5, 4)), packed_ids(30), normal(6, 30, 4)
-    calls = [lambda x, k, impl=impl: short_conv(x, k, segment_ids=ids, impl=impl) for impl in ("xla_taps", "oracle")]
+    calls = [lambda x, k, impl=impl: short_conv(x, k, segment_ids=ids, impl=impl)[0] for impl in ("xla_taps", "oracle")]
     close(*(out_and_grads(call, args, cotangent) for call in calls))

@@ -22,7 +22,7 @@ def test_oracle_is_a_convolution_with_the_impulse_response(normal):
     response = 2 * np.stack([(c64 * b64 * a**t).sum(axis=-1).real for t in range(20)], axis=1)
     np.testing.assert_allclose(impulse_response(log_a, b, c, 20), response, atol=1e-4)
     expected = [sum(response[:, t - s, None] * np.asarray(u[:, s]) for s in range(t + 1)) for t in range(20)]
-    y = jax.jit(functools.partial(diagonal_ssm, impl="oracle"))(u, log_a, b, c)
+    y, _ = jax.jit(functools.partial(diagonal_ssm, impl="oracle"))(u, log_a, b, c)
     np.testing.assert_allclose(y, np.stack(expected, axis=1), atol=2e-4)
 
 
@@ -33,7 +33,7 @@ def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
 
     def call(impl):
         def run(u, state, log_a, b, c):
-            return diagonal_ssm(u, log_a, b, c, state=state, segment_ids=ids, return_state=True, impl=impl)
+            return diagonal_ssm(u, log_a, b, c, state=state, segment_ids=ids, impl=impl)
 
         return run
 
@@ -47,15 +47,14 @@ def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
 def test_toeplitz_equals_the_oracle(T, normal, out_and_grads, close):
     args, cotangents = (normal(2, T, H, P), *parameters(normal)), (normal(2, T, H, P), normal(2, H, P, N, 2))
     impls = "xla_toeplitz", "oracle"
-    calls = [lambda *xs, impl=impl: diagonal_ssm(*xs, return_state=True, impl=impl) for impl in impls]
+    calls = [lambda *xs, impl=impl: diagonal_ssm(*xs, impl=impl) for impl in impls]
     found = (out_and_grads(call, args, cotangents) for call in calls)
     close(*(jax.tree.map(lambda x: (x.real, x.imag), tree) for tree in found), tolerance=2e-5)
 
 
 def test_a_row_of_padding_keeps_the_state_and_bf16_its_dtype(normal):
     u, state = normal(1, 5, H, P, dtype="bfloat16"), normal(1, H, P, N, 2)
-    call = jax.jit(functools.partial(diagonal_ssm, return_state=True))
-    y, after = call(u, *parameters(normal), state=state, segment_ids=jnp.zeros((1, 5), int))
+    y, after = jax.jit(diagonal_ssm)(u, *parameters(normal), state=state, segment_ids=jnp.zeros((1, 5), int))
     assert y.dtype == jnp.bfloat16 and not np.any(np.asarray(y, np.float32))
     np.testing.assert_array_equal(after, state)
     assert initial_state(1, H, P, N).shape == state.shape

@@ -24,6 +24,7 @@ from based_jax.ops import (
     taylor_attention,
     window_attention,
 )
+from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch, named, target_platform
 from based_jax.ops.softmax import ATTENTION, WINDOW_ATTENTION
 
@@ -156,5 +157,6 @@ def test_window_below_one_is_refused(window):
 )
 def test_cudnn_predicate(dtype, head_dims, packed, reason):
     q, v = (jnp.ones((1, 4, 1, size), dtype) for size in head_dims)
-    answer = WINDOW_ATTENTION["cudnn_flash"].supports(q, q, v, jnp.ones((1, 4), jnp.int32) if packed else None, 2)
+    call = AttentionCall(q, q, v, 2, jnp.ones((1, 4), jnp.int32) if packed else None)
+    answer = WINDOW_ATTENTION["cudnn_flash"].supports(call)
     assert answer is None if reason is None else reason in answer

@@ -13,7 +13,7 @@ FAST = [name for name, entry in IMPLEMENTATIONS.items() if entry.platform is Non
 
 def caller(impl, ids=None, run=gated_short_conv):
     def call(x, kernel, bias=None, state=None):
-        return run(x, kernel, bias=bias, state=state, segment_ids=ids, return_state=True, impl=impl)
+        return run(x, kernel, bias=bias, state=state, segment_ids=ids, impl=impl)
 
     return call
 
@@ -32,7 +32,7 @@ def draw(normal, packed_ids):
 def test_oracle_is_the_formula(draw, close):
     (x, kernel, bias, state), _, ids = draw(20, 3, 5)
     u, gate = jnp.split(x + bias[None, None], 2, axis=-1)
-    c, after = short_conv(u, kernel, state=state, segment_ids=ids, return_state=True, impl="oracle")
+    c, after = short_conv(u, kernel, state=state, segment_ids=ids, impl="oracle")
     got = jax.jit(caller("oracle", ids))(x, kernel, bias, state)
     close(got, (c / (1 + np.exp(-c)) * gate, after))
 

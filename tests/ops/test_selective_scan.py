@@ -20,7 +20,7 @@ def inputs(normal, T, dtype="float32"):
 def test_oracle_equals_fp64(normal):
     u, dt, A, B, C = inputs(normal, 6)
     h = np.zeros((6, D, N))
-    y = jax.jit(functools.partial(selective_scan, impl="oracle"))(u, dt, A, B, C)
+    y, _ = jax.jit(functools.partial(selective_scan, impl="oracle"))(u, dt, A, B, C)
     for t in range(6):
         step = np.asarray(dt[:, t], np.float64)[..., None]
         added = step * np.asarray(B[:, t, None]) * np.asarray(u[:, t, :, None])
@@ -46,7 +46,7 @@ def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
 
     def call(impl):
         def run(u, dt, A, B, C, state):
-            return selective_scan(u, dt, A, B, C, state=state, segment_ids=ids, return_state=True, impl=impl)
+            return selective_scan(u, dt, A, B, C, state=state, segment_ids=ids, impl=impl)
 
         return run
 
@@ -56,7 +56,7 @@ def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
 
 def test_bf16_and_steps(normal, close):
     u, dt, A, B, C = inputs(normal, 9, dtype="bfloat16")
-    y, after = jax.jit(functools.partial(selective_scan, return_state=True))(u, dt, A, B, C)
+    y, after = jax.jit(selective_scan)(u, dt, A, B, C)
     assert y.dtype == jnp.bfloat16
     state, step = initial_state(6, D, N), jax.jit(selective_scan_step)
     u, dt, B, C = map(np.asarray, (u, dt, B, C))
@@ -74,7 +74,7 @@ def test_reference(impl, out_and_grads):
     def call(u, delta, A, B, C, D, z, delta_bias):
         u, delta, B, C, z = (x.swapaxes(1, 2) for x in (u, delta, B, C, z))
         dt = jax.nn.softplus(delta + delta_bias[None, None])
-        y, state = selective_scan(u, dt, A, B, C, return_state=True, impl=impl)
+        y, state = selective_scan(u, dt, A, B, C, impl=impl)
         return ((y + D[None, None] * u) * jax.nn.silu(z)).swapaxes(1, 2), state
 
     args = tuple(jnp.asarray(case.inputs[name]) for name in names)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from helpers.reference_cases import FORWARD, assert_close, load
 
-from based_jax.ops.wkv4 import CHUNK_TOKENS, WkvState, initial_state, wkv4, wkv4_step
+from based_jax.ops.calls import WkvState
+from based_jax.ops.wkv4 import CHUNK_TOKENS, initial_state, wkv4, wkv4_step
 
 D = 4
-jitted = jax.jit(wkv4, static_argnames=("impl", "return_state"))
+jitted = jax.jit(wkv4, static_argnames="impl")
 
 
 def parameters(normal):
@@ -16,7 +17,7 @@ def parameters(normal):
 
 def test_oracle_is_the_average_in_fp64(normal):
     k, v, (decay, bonus) = normal(2, 7, D), normal(2, 7, D), parameters(normal)
-    wkv = jitted(k, v, decay, bonus, impl="oracle")
+    wkv, _ = jitted(k, v, decay, bonus, impl="oracle")
     k64, v64, d, u = (np.asarray(x, np.float64) for x in (k, v, decay, bonus))
     for t in range(7):
         age = np.arange(t)[::-1, None] * d
@@ -33,7 +34,7 @@ def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
 
     def call(impl):
         def run(k, v, decay, bonus, state):
-            wkv, after = wkv4(k, v, decay, bonus, state=state, segment_ids=ids, return_state=True, impl=impl)
+            wkv, after = wkv4(k, v, decay, bonus, state=state, segment_ids=ids, impl=impl)
             scale = jnp.exp(after.max)
             return wkv, after.num * scale, after.den * scale
 
@@ -47,14 +48,14 @@ def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
 @pytest.mark.parametrize("impl", ["xla_steps", "xla_chunks"])
 def test_huge_keys_do_not_overflow(impl, normal):
     k, v, (decay, bonus) = 300 * normal(2, 40, D), normal(2, 40, D), parameters(normal)
-    wkv = jitted(k, v, decay, bonus, impl=impl)
+    wkv, _ = jitted(k, v, decay, bonus, impl=impl)
     assert np.isfinite(wkv).all()
     assert np.abs(wkv).max() <= np.abs(v).max() + 1e-5
 
 
 def test_steps_and_bf16(normal, close):
     k, v, (decay, bonus) = normal(2, 6, D, dtype="bfloat16"), normal(2, 6, D, dtype="bfloat16"), parameters(normal)
-    whole, after = jitted(k, v, decay, bonus, return_state=True)
+    whole, after = jitted(k, v, decay, bonus)
     assert whole.dtype == jnp.bfloat16
     state, step = initial_state(2, D), jax.jit(wkv4_step)
     for t in range(6):
@@ -67,7 +68,7 @@ def test_reference_and_its_state():
     case = load("hf_rwkv4_time_mix_a")
     key, value = (jnp.asarray(case.outputs[name]) for name in ("key", "value"))
     decay, bonus = -np.exp(case.weights["time_decay"]), case.weights["time_first"]
-    wkv, state = jitted(key, value, decay, bonus, return_state=True)
+    wkv, state = jitted(key, value, decay, bonus)
     assert_close(wkv, case.outputs["wkv"], FORWARD)
     for name in ("num", "den", "max"):
         assert_close(getattr(state, name), case.outputs[f"state_{name}"], FORWARD, name)

@@ -20,7 +20,7 @@ def test_every_committed_row_has_the_name_and_the_values_of_its_point():
     assert len(rows) >= 558
     for row in rows:
         trial = make_trial(sweeps.BASE, row["overrides"])
-        assert (trial.id, trial.resolved()) == (row["id"], row["config"])
+        assert (trial.id, trial.resolved) == (row["id"], row["config"])
 
 
 def model(vocab_size):

@@ -35,7 +35,8 @@ def _arrays(case: Case, halves: int) -> dict[str, jax.ShapeDtypeStruct]:
 def _call(case: Case, function: Callable) -> Call:
     def call(arrays, ids):
         options = {"bias": arrays["bias"], "state": arrays.get("state"), "segment_ids": ids, "impl": case.impl}
-        return {"y": function(arrays["x"], arrays["kernel"], **options)}
+        y, _ = function(arrays["x"], arrays["kernel"], **options)
+        return {"y": y}
 
     return call
 

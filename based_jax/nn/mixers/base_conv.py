@@ -9,7 +9,8 @@ from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer
-from based_jax.ops.conv import IMPLEMENTATIONS, Past, reach, short_conv, short_conv_step
+from based_jax.ops.calls import Past
+from based_jax.ops.conv import IMPLEMENTATIONS, reach, short_conv, short_conv_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class BaseConv(Mixer):
 
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        y = short_conv(
+        y, _ = short_conv(
             x,
             self.conv_kernel[...],
             bias=self.conv_bias[...],
@@ -73,7 +74,6 @@ class BaseConv(Mixer):
             dilation=self.config.dilation,
             state=cache,
             segment_ids=segment_ids,
-            return_state=True,
             impl=self.config.impl,
         )
         return self._gate(x, y), cache

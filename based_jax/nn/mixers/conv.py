@@ -1,7 +1,7 @@
 """The gated short convolution of Based's language models, "BaseConv" (arXiv 2402.18668, section 4.3)."""
 
 import dataclasses
-from typing import Any, ClassVar, override
+from typing import ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,8 @@ class GatedConv(Mixer):
 
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        return self.out_proj(*layers.at(positions, self._convolve(x, segment_ids=segment_ids)))
+        y, _ = self._convolve(x, segment_ids=segment_ids)
+        return self.out_proj(*layers.at(positions, y))
 
     @override
     def init_cache(self, batch: int, max_len: int) -> Inputs:
@@ -67,10 +68,10 @@ class GatedConv(Mixer):
 
     @override
     def prefill(self, x: BTD, cache: Inputs, segment_ids: BT | None = None) -> tuple[BTD, Inputs]:
-        y, cache = self._convolve(x, state=cache, segment_ids=segment_ids, return_state=True)
+        y, cache = self._convolve(x, state=cache, segment_ids=segment_ids)
         return self.out_proj(y), cache
 
-    def _convolve(self, x: BTD, **options) -> Any:
+    def _convolve(self, x: BTD, **options) -> tuple[BTD, Inputs]:
         """Project, convolve and gate; the operation adds the projection's bias, where it reads the product anyway."""
         product = multiply(x.astype(self.dtype), self.in_proj.kernel[...].astype(self.dtype))
         bias = None if self.in_proj.bias is None else self.in_proj.bias[...]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, override
+from typing import ClassVar, override
 
 import einops
 import jax
@@ -16,10 +16,11 @@ from based_jax.nn import layers
 from based_jax.nn.gated import log_uniform_dt
 from based_jax.nn.mixer import Mixer
 from based_jax.ops import diagonal_ssm
+from based_jax.ops.calls import BHPN2
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.diagonal_ssm import IMPLEMENTATIONS
 
-H3Cache = tuple[BWD, diagonal_ssm.State]
+H3Cache = tuple[BWD, BHPN2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +91,9 @@ class H3(Mixer):
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         k, v = self.k_proj(x), self.v_proj(x)
-        k = short_conv(k, self._shift_kernel(), segment_ids=segment_ids, impl=self._shift_impl)
+        k, _ = short_conv(k, self._shift_kernel(), segment_ids=segment_ids, impl=self._shift_impl)
         kv = self._cross(k, v)
-        y = diagonal_ssm.diagonal_ssm(kv, *self._system(), segment_ids=segment_ids, impl=self.config.impl)
+        y, _ = diagonal_ssm.diagonal_ssm(kv, *self._system(), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, kv, y))
 
     @override
@@ -104,11 +105,12 @@ class H3(Mixer):
 
     @override
     def prefill(self, x: BTD, cache: H3Cache, segment_ids: BT | None = None) -> tuple[BTD, H3Cache]:
-        options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
         k, v = self.k_proj(x), self.v_proj(x)
-        k, shift = short_conv(k, self._shift_kernel(), state=cache[0], impl=self._shift_impl, **options)
+        k, shift = short_conv(k, self._shift_kernel(), state=cache[0], segment_ids=segment_ids, impl=self._shift_impl)
         kv = self._cross(k, v)
-        y, state = diagonal_ssm.diagonal_ssm(kv, *self._system(), state=cache[1], impl=self.config.impl, **options)
+        y, state = diagonal_ssm.diagonal_ssm(
+            kv, *self._system(), state=cache[1], segment_ids=segment_ids, impl=self.config.impl
+        )
         return self._out(x, kv, y), (shift, state)
 
     @override

@@ -112,7 +112,7 @@ class Hyena(Mixer):
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence of at most `l_max` tokens."""
         check_length(x.shape[1], self.config.l_max)
-        u = short_conv(
+        u, _ = short_conv(
             self.in_proj(x),
             self.conv_kernel[...],
             bias=self.conv_bias[...],
@@ -138,7 +138,6 @@ class Hyena(Mixer):
             bias=self.conv_bias[...],
             state=cache[0],
             segment_ids=segment_ids,
-            return_state=True,
             impl=self._short_impl,
         )
         u, gate = self._gated(u)

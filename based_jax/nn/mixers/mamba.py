@@ -14,10 +14,10 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.nn.mixer import Mixer
+from based_jax.ops.calls import BDN
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.projection import multiply
 from based_jax.ops.selective_scan import (
-    BDN,
     IMPLEMENTATIONS,
     initial_state,
     selective_scan,
@@ -88,9 +88,9 @@ class Mamba(Mixer):
 
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        u = short_conv(self._inner(x), **self._conv(), segment_ids=segment_ids)
+        u, _ = short_conv(self._inner(x), **self._conv(), segment_ids=segment_ids)
         dt, B, C = self._selected(u)
-        y = selective_scan(u, dt, self._A(), B, C, segment_ids=segment_ids, impl=self.config.impl)
+        y, _ = selective_scan(u, dt, self._A(), B, C, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, u, y))
 
     @override
@@ -100,10 +100,11 @@ class Mamba(Mixer):
 
     @override
     def prefill(self, x: BTD, cache: MambaCache, segment_ids: BT | None = None) -> tuple[BTD, MambaCache]:
-        options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
-        u, conv = short_conv(self._inner(x), **self._conv(), state=cache.conv, **options)
+        u, conv = short_conv(self._inner(x), **self._conv(), state=cache.conv, segment_ids=segment_ids)
         dt, B, C = self._selected(u)
-        y, state = selective_scan(u, dt, self._A(), B, C, state=cache.state, impl=self.config.impl, **options)
+        y, state = selective_scan(
+            u, dt, self._A(), B, C, state=cache.state, segment_ids=segment_ids, impl=self.config.impl
+        )
         return self._out(x, u, y), MambaCache(conv, state)
 
     @override

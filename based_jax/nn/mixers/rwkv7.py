@@ -15,6 +15,7 @@ from based_jax.nn.mixer import Operation
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
 from based_jax.ops.decays import initial_state
 from based_jax.ops.delta_rule import DPLR_IMPLEMENTATIONS, dplr, dplr_step
+from based_jax.ops.token_shift import token_shift
 
 RANK_OPTIONS = ("decay_low_rank_dim", "gate_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim")
 
@@ -92,9 +93,9 @@ class RWKV7(TimeMix):
             return super().__call__(x, segment_ids, positions)
         if not self.config.value_residual:
             raise UserError("v_first was given, but value_residual is False.")
-        previous = self._shifted(x, segment_ids)
+        previous, _ = token_shift(x, segment_ids=segment_ids)
         inputs, rest = self._project(x, previous, v_first)
-        o = dplr(*inputs, scale=1.0, segment_ids=segment_ids, impl=self.config.impl)
+        o, _ = dplr(*inputs, scale=1.0, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o, *rest))
 
     def state_size(self, seq_len: int) -> int:

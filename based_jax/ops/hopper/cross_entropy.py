@@ -5,43 +5,39 @@ Logits are made anew wherever they are needed, on the chip. Kernels: `pallas_ker
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from based_jax.ops import sharded
+from based_jax.ops.calls import Correct, CrossEntropyCall, Losses
 from based_jax.ops.hopper import limits
-
-Hidden = Float[Array, "N D"]
-Table = Float[Array, "V D"]
-Labels = Int[Array, "N"]
-Losses = Float[Array, "N"]
-Correct = Bool[Array, "N"]
 
 MAX_CHANNELS = 256
 FORWARD_START_TILES, BACKWARD_START_TILES = 2, 6
 """What a block of a kernel takes beside its walk, in tiles of it; the backward's leave more results, to be added up."""
 
 
-def supports(hidden: Hidden, table: Table, labels: Labels) -> str | None:
+def supports(call: CrossEntropyCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
+    hidden, table = call.hidden, call.table
     if hidden.dtype != jnp.bfloat16:
         return f"hidden must be bfloat16, and is {hidden.dtype}"
     if not 0 < hidden.shape[1] <= MAX_CHANNELS:
         return f"hidden must have 1 to {MAX_CHANNELS} channels, and has {hidden.shape[1]}"
-    if 0 in (labels.size, table.size):
+    if 0 in (call.labels.size, table.size):
         return "there must be a label and a token"
     if max(hidden.size, table.size) >= limits.MAX_ELEMENTS:
         return f"there must be fewer than {limits.MAX_ELEMENTS} elements, and are {max(hidden.size, table.size)}"
     return limits.refusal()
 
 
-def compute(hidden: Hidden, table: Table, labels: Labels) -> tuple[Losses, Correct]:
+def compute(call: CrossEntropyCall) -> tuple[Losses, Correct]:
     """Return losses, and whether no token has a larger logit than the label, each device for its rows."""
 
     def shard(hidden, table, labels):
         return _fused(*sharded.vary_alike(hidden, table, labels))
 
     rows = ("batch",)
-    return sharded.per_shard(shard, (hidden, table, labels), (rows, (), rows), (rows, rows))
+    return sharded.per_shard(shard, call, (rows, (), rows), (rows, rows))
 
 
 @jax.custom_vjp

@@ -5,15 +5,16 @@ The kernels and the plain form are those of `short_conv.py`.
 
 from collections.abc import Callable
 
-from based_jax.dims import BT, BTD, WD
-from based_jax.ops.hopper.short_conv import Bias, Joint, convolve, kernels_support
+from based_jax.dims import BTD
+from based_jax.ops.calls import GatedConvCall
+from based_jax.ops.hopper.short_conv import convolve, kernels_support
 
 
-def supports(x: Joint, kernel: WD, *_rest) -> str | None:
+def supports(call: GatedConvCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
-    return kernels_support(x, kernel)
+    return kernels_support(call)
 
 
-def compute(x: Joint, kernel: WD, bias: Bias | None, state, segment_ids: BT | None, *, with_state: Callable) -> BTD:
+def compute(call: GatedConvCall, *, with_state: Callable[[GatedConvCall], BTD]) -> BTD:
     """Return y, each device for its rows; `with_state` as of `convolve`."""
-    return convolve(x, kernel, bias, state, segment_ids, gated=True, silu=True, with_state=with_state)
+    return convolve(call, gated=True, silu=True, with_state=with_state)

@@ -7,13 +7,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from based_jax.ops import sharded
+from based_jax.ops.calls import NormCall, Rows
 from based_jax.ops.hopper import limits
-
-Rows = Float[Array, "*B D"]
-Channels = Float[Array, "D"]
 
 CHANNEL_MULTIPLE, MAX_CHANNELS = 128, 4096
 NARROW_CHANNELS = range(64, 513, 32)
@@ -23,10 +20,11 @@ MIN_TOKENS = 1024
 """With fewer, as in decoding, most of the chip would idle, and XLA's fusions are as good."""
 
 
-def supports(r: Rows, y: Rows | None, scale: Channels, bias: Channels | None, eps: float, dtype) -> str | None:
+def supports(call: NormCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
-    channels, tokens = scale.size, r.size // max(scale.size, 1)
-    given = {"r": r.dtype} | ({} if y is None else {"y": y.dtype}) | {"the norm": dtype}
+    r, y, channels = call.r, call.y, call.scale.size
+    tokens = r.size // max(channels, 1)
+    given = {"r": r.dtype} | ({} if y is None else {"y": y.dtype}) | {"the norm": call.dtype}
     for name, got in given.items():
         if got != (wanted := jnp.dtype("float32" if name == "r" else "bfloat16")):
             return f"{name} must be {wanted}, and is {got}"
@@ -46,18 +44,17 @@ def supports(r: Rows, y: Rows | None, scale: Channels, bias: Channels | None, ep
     return limits.refusal()
 
 
-def compute(r: Rows, y: Rows | None, scale: Channels, bias: Channels | None, eps: float, dtype) -> tuple[Rows, Rows]:
-    """Return the sum and its norm, each device for its rows."""
-    del dtype  # bf16, as `supports` demands
+def compute(call: NormCall) -> tuple[Rows, Rows]:
+    """Return the sum and its norm, in bf16 as `supports` demands, each device for its rows."""
 
     def shard(r, y, *weights):
-        rows = [None if x is None else x.reshape(-1, scale.size) for x in (r, y)]
+        rows = [None if x is None else x.reshape(-1, call.scale.size) for x in (r, y)]
         wide = [None if x is None else x.astype(jnp.float32) for x in weights]
-        total, x = _fused(*sharded.vary_alike(*rows, *wide), eps)
+        total, x = _fused(*sharded.vary_alike(*rows, *wide), call.eps)
         return total.reshape(r.shape), x.reshape(r.shape)
 
-    stream = ("batch",)
-    return sharded.per_shard(shard, (r, y, scale, bias), (stream, stream, (), ()), (stream, stream))
+    stream, arguments = ("batch",), (call.r, call.y, call.scale, call.bias)
+    return sharded.per_shard(shard, arguments, (stream, stream, (), ()), (stream, stream))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -5,23 +5,21 @@ Kernels: `pallas_kernels/hopper/selective_scan*.py`.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from based_jax.dims import BTD
 from based_jax.ops import segments, sharded
+from based_jax.ops.calls import BDN, SelectiveScanCall
 from based_jax.ops.hopper import limits
-
-BDN = Float[Array, "B D N"]
-DN = Float[Array, "D N"]
 
 CHANNEL_MULTIPLE = 128
 STATE_DIMS = range(8, 33, 8)
 TOKEN_MULTIPLE = 8
 
 
-def supports(xs, A, state, segment_ids) -> str | None:
+def supports(call: SelectiveScanCall) -> str | None:
     """Return why the kernels cannot run this call, or None; shapes and dtypes are all that they ask for."""
-    u, (channels, states) = xs[0], A.shape
+    u, (channels, states) = call.u, call.A.shape
     if u.dtype not in (jnp.bfloat16, jnp.float32):
         return f"u must be bfloat16 or float32, and is {u.dtype}"
     if channels % CHANNEL_MULTIPLE:
@@ -34,13 +32,14 @@ def supports(xs, A, state, segment_ids) -> str | None:
     return limits.refusal()
 
 
-def compute(xs, A: DN, state, segment_ids) -> tuple[BTD, BDN]:
+def compute(call: SelectiveScanCall) -> tuple[BTD, BDN]:
     """Return y and the state after the last token, each device for its rows and all channels."""
-    rows, arguments = ("batch",), (*xs, A, state, segment_ids)
-    return sharded.per_shard(_on_device, arguments, (*(rows,) * 4, (), rows, rows), (rows, rows))
+    rows = ("batch",)
+    names = [() if name == "A" else rows for name in call._fields]
+    return sharded.per_shard(_on_device, call, names, (rows, rows))
 
 
-def _on_device(u, dt, B, C, A, state, segment_ids) -> tuple[BTD, BDN]:
+def _on_device(u, dt, A, B, C, state, segment_ids) -> tuple[BTD, BDN]:
     """Run the kernels on a whole number of tiles; tokens of padding have no step, and so change no state."""
     state = jnp.zeros((u.shape[0], *A.shape), jnp.float32) if state is None else state
     time, offsets, padding = u.shape[1], None, None

@@ -10,44 +10,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from based_jax.dims import BT, BTD, WD
+from based_jax.dims import BT, BTD
 from based_jax.ops import sharded
+from based_jax.ops.calls import GatedConvCall, ShortConvCall
 from based_jax.ops.hopper import limits
-
-Joint = Float[Array, "B T joint"]
-Bias = Float[Array, "joint"]
 
 TAP_COUNTS = range(2, 5)
 CHANNEL_MULTIPLE = 128
 TOKEN_MULTIPLE = 8
 
 
-def supports(x: BTD, kernel: WD, *_rest, dilation: int, **_options) -> str | None:
+def supports(call: ShortConvCall) -> str | None:
     """Return why the kernels cannot run this call of `short_conv`, or None."""
-    return kernels_support(x, kernel) if dilation == 1 else f"dilation must be 1, and is {dilation}"
+    return kernels_support(call) if call.dilation == 1 else f"dilation must be 1, and is {call.dilation}"
 
 
-def compute(
-    x: BTD,
-    kernel: WD,
-    bias: Bias | None,
-    state,
-    segment_ids: BT | None,
-    *,
-    silu: bool,
-    dilation: int,
-    with_state: Callable,
-) -> BTD:
+def compute(call: ShortConvCall, *, with_state: Callable[[ShortConvCall], BTD]) -> BTD:
     """Return y, each device for its rows and channels; `with_state` as of `convolve`."""
-    first = functools.partial(with_state, silu=silu, dilation=dilation)
-    return convolve(x, kernel, bias, state, segment_ids, gated=False, silu=silu, with_state=first)
+    return convolve(call, gated=False, silu=call.silu, with_state=with_state)
 
 
-def kernels_support(x: Joint, kernel: WD) -> str | None:
+def kernels_support(call: ShortConvCall | GatedConvCall) -> str | None:
     """Return why the kernels cannot convolve x, plain or halved, or None."""
-    taps, channels = kernel.shape
+    x, (taps, channels) = call.x, call.kernel.shape
     if x.dtype != jnp.bfloat16:
         return f"x must be bfloat16, and is {x.dtype}"
     if taps not in TAP_COUNTS:
@@ -59,21 +46,11 @@ def kernels_support(x: Joint, kernel: WD) -> str | None:
     return limits.refusal()
 
 
-def convolve(
-    x: Joint,
-    kernel: WD,
-    bias: Bias | None,
-    state,
-    segment_ids: BT | None,
-    *,
-    gated: bool,
-    silu: bool,
-    with_state: Callable,
-) -> BTD:
+def convolve(call: ShortConvCall | GatedConvCall, *, gated: bool, silu: bool, with_state: Callable[..., BTD]) -> BTD:
     """Run the kernels on each device's rows, of a plain convolution on its channels as well.
 
     Args:
-      with_state: the same function of the arrays by other means, for the first tokens.
+      with_state: the same function of a call by other means, for the first tokens.
     """
     channels = None if gated else "heads"  # halves of a projection that is cut lie on different devices
     wide, rows = ("batch", None, channels), ("batch",)
@@ -82,9 +59,10 @@ def convolve(
     def on_device(*arrays: jax.Array | None) -> Array:
         *grouped, ids = arrays
         x, kernel, bias, state = map(_joined, grouped)
-        return _grouped(_on_device((gated, silu), with_state, x, kernel, bias, state, ids))
+        part = call._replace(x=x, kernel=kernel, bias=bias, state=state, segment_ids=ids)
+        return _grouped(_on_device((gated, silu), with_state, part))
 
-    arguments = *map(_grouped, (x, kernel, bias, state)), segment_ids
+    arguments = *map(_grouped, (call.x, call.kernel, call.bias, call.state)), call.segment_ids
     return _joined(sharded.per_shard(on_device, arguments, names, (wide,)))
 
 
@@ -97,14 +75,14 @@ def _joined(x: Array | None) -> Any:
     return None if x is None else x.reshape(*x.shape[:-2], -1)
 
 
-def _on_device(form: tuple[bool, bool], with_state: Callable, x, kernel, bias, state, segment_ids) -> BTD:
-    wide = None if bias is None else bias.astype(jnp.float32)
-    y = _fused(form, *sharded.vary_alike(x, kernel.astype(jnp.float32), wide, segment_ids))
-    if state is None:
+def _on_device(form: tuple[bool, bool], with_state: Callable[..., BTD], call: ShortConvCall | GatedConvCall) -> BTD:
+    bias, ids = None if call.bias is None else call.bias.astype(jnp.float32), call.segment_ids
+    y = _fused(form, *sharded.vary_alike(call.x, call.kernel.astype(jnp.float32), bias, ids))
+    if call.state is None:
         return y
-    head = slice(0, kernel.shape[0] - 1)
-    ids = None if segment_ids is None else segment_ids[:, head]
-    return y.at[:, head].set(with_state(x[:, head], kernel, bias, state, ids))
+    head = slice(0, call.kernel.shape[0] - 1)
+    first = call._replace(x=call.x[:, head], segment_ids=None if ids is None else ids[:, head])
+    return y.at[:, head].set(with_state(first))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

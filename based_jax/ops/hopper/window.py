@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from based_jax.dims import BT, BTHK, BTHV
 from based_jax.ops import sharded
+from based_jax.ops.calls import AttentionCall
 from based_jax.ops.hopper import limits
 from based_jax.ops.hopper.limits import CHUNK_TOKENS
 
@@ -19,27 +20,28 @@ HEAD_DIMS = (64, 112, 128)
 MAX_WINDOW = 2 * CHUNK_TOKENS + 1
 
 
-def supports(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> str | None:
+def supports(call: AttentionCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
+    q, k, v = call.q, call.k, call.v
     if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
         return f"q, k and v must be bfloat16, and are {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[3] not in HEAD_DIMS or v.shape[3] != q.shape[3]:
         return f"head dims must be equal and one of {HEAD_DIMS}, and are {q.shape[3]} and {v.shape[3]}"
-    if window > MAX_WINDOW:
-        return f"the window must be at most {MAX_WINDOW} keys, and is {window}"
+    if call.window > MAX_WINDOW:
+        return f"the window must be at most {MAX_WINDOW} keys, and is {call.window}"
     if 0 in q.shape:
         return "there must be a token"
     return limits.refusal()
 
 
-def compute(q: BTHK, k: BTHK, v: BTHV, segment_ids: BT | None, window: int) -> BTHV:
+def compute(call: AttentionCall) -> BTHV:
     """Return o, each device for its rows and heads."""
     tokens = "batch", None, "heads"
 
     def shard(*arrays):
-        return _attention(*sharded.vary_alike(*arrays), window)
+        return _attention(*sharded.vary_alike(*arrays), call.window)
 
-    return sharded.per_shard(shard, (q, k, v, segment_ids), (*(tokens,) * 3, ("batch",)), (tokens,))
+    return sharded.per_shard(shard, (call.q, call.k, call.v, call.segment_ids), (*(tokens,) * 3, ("batch",)), (tokens,))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

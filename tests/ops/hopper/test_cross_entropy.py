@@ -13,6 +13,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, PartitionSpec
 
+from based_jax.ops.calls import CrossEntropyCall
 from based_jax.ops.cross_entropy import IMPLEMENTATIONS, linear_cross_entropy
 from based_jax.ops.dispatch import Implementation
 from based_jax.ops.hopper import cross_entropy as hopper_cross_entropy
@@ -35,13 +36,13 @@ def _arrays(count=1024, vocab=8192, dim=128, dtype=jnp.bfloat16, lanes=()):
 )
 def test_refusals_name_the_value(arrays, words):
     with gpus():
-        assert words in hopper_cross_entropy.supports(*arrays)
-        assert hopper_cross_entropy.supports(*_arrays(dim=256)) is None
+        assert words in hopper_cross_entropy.supports(CrossEntropyCall(*arrays))
+        assert hopper_cross_entropy.supports(CrossEntropyCall(*_arrays(dim=256))) is None
     with gpus("NVIDIA A100-SXM4-80GB"):
-        assert "A100" in hopper_cross_entropy.supports(*_arrays())
+        assert "A100" in hopper_cross_entropy.supports(CrossEntropyCall(*_arrays()))
     arrays = _arrays()
     with gpus(shape=(2,), axes=AxisType.Explicit):
-        assert "shard_map" in hopper_cross_entropy.supports(*arrays)
+        assert "shard_map" in hopper_cross_entropy.supports(CrossEntropyCall(*arrays))
 
 
 @pytest.mark.parametrize(

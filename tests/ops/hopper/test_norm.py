@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from based_jax.errors import UserError
 from based_jax.ops import norm
+from based_jax.ops.calls import NormCall
 from based_jax.ops.hopper import norm as hopper_norm
 from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
 
@@ -33,12 +34,11 @@ def test_refusals_name_the_value(shape, dtype, words):
 
 def test_a_mesh_with_explicit_axes_needs_shard_map():
     r = jnp.zeros((2, 512, 256))
-    arguments = r, r.astype(jnp.bfloat16), jnp.zeros(256), None, 1e-5, jnp.dtype("bfloat16")
-    supports = hopper_norm.supports
+    call = NormCall(r, r.astype(jnp.bfloat16), jnp.zeros(256), None, 1e-5, jnp.dtype("bfloat16"))
     with gpus(shape=(2,), axes=AxisType.Explicit):
-        assert "shard_map" in supports(*arguments)
+        assert "shard_map" in hopper_norm.supports(call)
     with gpus(shape=(2,)):
-        assert supports(*arguments) is None
+        assert hopper_norm.supports(call) is None
 
 
 @pytest.mark.parametrize("adds", [False, True])
@@ -65,7 +65,7 @@ def test_lowers_for_an_h100(shape, lanes, centered, adds):
 def test_a_shard_has_the_rows_that_a_tile_takes(time, devices, taken):
     r, weights = jnp.zeros((8, time, 64)), jnp.zeros(64)
     with gpus(shape=(devices,)):
-        reason = hopper_norm.supports(r, None, weights, weights, 1e-5, jnp.dtype("bfloat16"))
+        reason = hopper_norm.supports(NormCall(r, None, weights, weights, 1e-5, jnp.dtype("bfloat16")))
         assert (reason is None) == taken
         call = jax.jit(lambda r: residual_layer_norm(r, None, weights, weights, dtype=jnp.bfloat16)[1])
         assert ("residual_norm" in call.trace(r).lower(lowering_platforms=("cuda",)).as_text()) == taken
@@ -101,7 +101,7 @@ def test_kernels_equal_fp64(normal, out_and_grads, shape, centered, adds):
 
     def run(impl, dtype):
         def call(r, y, scale, bias):
-            return impl(r, y, scale, bias, 1e-5, jnp.dtype(dtype))
+            return impl(NormCall(r, y, scale, bias, 1e-5, jnp.dtype(dtype)))
 
         arrays = r, None if y is None else y.astype(dtype), scale, bias
         return out_and_grads(call, arrays, (cotangents[0], cotangents[1].astype(dtype)))

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from based_jax.errors import UserError
 from based_jax.ops import selective_scan as op
+from based_jax.ops.calls import SelectiveScanCall
 from based_jax.ops.selective_scan import selective_scan
 
 
@@ -34,17 +35,16 @@ def test_refusals_name_the_value(options, words):
 
 
 def test_a_mesh_with_explicit_axes_needs_shard_map():
-    u, dt, A, B, C = _zeros()
-    supports = op.IMPLEMENTATIONS["hopper_steps"].supports
+    call, supports = SelectiveScanCall(*_zeros()), op.IMPLEMENTATIONS["hopper_steps"].supports
     with gpus(shape=(2,), axes=AxisType.Explicit):
-        assert "shard_map" in supports((u, dt, B, C), A, None, None)
+        assert "shard_map" in supports(call)
     with gpus(shape=(2,)):
-        assert supports((u, dt, B, C), A, None, None) is None
+        assert supports(call) is None
 
 
 def _gradients(u, dt, A, B, C, ids=None, state=None):
     def loss(*args):
-        y, last = selective_scan(*args, state=state, segment_ids=ids, return_state=True)
+        y, last = selective_scan(*args, state=state, segment_ids=ids)
         return y.astype(jnp.float32).sum() + last.sum()
 
     return jax.grad(loss, argnums=range(5))(u, dt, A, B, C)
@@ -116,7 +116,7 @@ def test_kernels_equal_the_oracle(
 
     def run(impl, u, B, C):
         def call(u, B, C, dt, A, state):
-            return op.IMPLEMENTATIONS[impl].compute((u, dt, B, C), A, state if packed else None, ids)
+            return op.IMPLEMENTATIONS[impl].compute(SelectiveScanCall(u, dt, A, B, C, state if packed else None, ids))
 
         return out_and_grads(call, (u, B, C, *wide, state), (dy.astype(u.dtype), dlast))
 

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from based_jax.errors import UserError
 from based_jax.ops import conv, gated_conv
+from based_jax.ops.calls import GatedConvCall, ShortConvCall
 from based_jax.ops.conv import short_conv
 from based_jax.ops.gated_conv import gated_short_conv
 
@@ -59,13 +60,13 @@ def test_taps_apart_are_refused():
 
 def test_a_mesh_with_explicit_axes_needs_shard_map():
     x, kernel = jnp.zeros((2, 16, 256), jnp.bfloat16), jnp.zeros((3, 128))
-    tables = (conv.IMPLEMENTATIONS, {"silu": True, "dilation": 1}, x[..., :128]), (gated_conv.IMPLEMENTATIONS, {}, x)
-    for table, options, given in tables:
-        refusal = functools.partial(table["hopper_taps"].supports, given, kernel, None, None, None, **options)
+    calls = (conv, ShortConvCall(x[..., :128], kernel, silu=True)), (gated_conv, GatedConvCall(x, kernel))
+    for module, call in calls:
+        supports = module.IMPLEMENTATIONS["hopper_taps"].supports
         with gpus(shape=(2,), axes=AxisType.Explicit):
-            assert "shard_map" in refusal()
+            assert "shard_map" in supports(call)
         with gpus(shape=(2,)):
-            assert refusal() is None
+            assert supports(call) is None
 
 
 @forms
@@ -79,7 +80,7 @@ def test_auto_lowers_for_an_h100(form, time, channels, lanes):
     ids = jnp.ones((2, time), jnp.int32)
 
     def loss(x, kernel, bias):
-        return CALLS[form](x, kernel, bias=bias, segment_ids=ids).astype(jnp.float32).sum()
+        return CALLS[form](x, kernel, bias=bias, segment_ids=ids)[0].astype(jnp.float32).sum()
 
     both, arguments = jax.value_and_grad(loss, argnums=(0, 1, 2)), (x, kernel, bias)
     if lanes:
@@ -94,8 +95,11 @@ def test_lowers_under_shard_map(form):
     """Weights are the same on all devices: their gradients are summed over them."""
 
     def gradients(x, kernel):
-        call = jax.grad(lambda *args: CALLS[form](*args, impl="hopper_taps").astype(jnp.float32).sum(), argnums=(0, 1))
-        return call(x, kernel)
+        def loss(*args):
+            y, _ = CALLS[form](*args, impl="hopper_taps")
+            return y.astype(jnp.float32).sum()
+
+        return jax.grad(loss, argnums=(0, 1))(x, kernel)
 
     data, everywhere = PartitionSpec("data"), PartitionSpec()
     with gpus(shape=(2,)):
@@ -126,7 +130,7 @@ def test_kernels_equal_the_oracle(
     def run(impl, x):
         def call(x, kernel, bias, state):
             state, bias = (y if wanted else None for y, wanted in ((state, packed), (bias, biased)))
-            return CALLS[form](x, kernel, bias=bias, state=state, segment_ids=ids, impl=impl)
+            return CALLS[form](x, kernel, bias=bias, state=state, segment_ids=ids, impl=impl)[0]
 
         return out_and_grads(call, (x, *wide), dy.astype(x.dtype))
 

@@ -10,6 +10,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, PartitionSpec
 
+from based_jax.ops.calls import AttentionCall
 from based_jax.ops.hopper import window as hopper_window
 from based_jax.ops.softmax import window_attention
 
@@ -30,16 +31,16 @@ def _arrays(shape=(2, 2048, 16), k=64, v=64, dtype=jnp.bfloat16):
 )
 def test_refusals_name_the_value(arrays, window, words):
     with gpus():
-        assert words in hopper_window.supports(*arrays, None, window)
-        assert hopper_window.supports(*_arrays(), None, 129) is None
+        assert words in hopper_window.supports(AttentionCall(*arrays, window))
+        assert hopper_window.supports(AttentionCall(*_arrays(), 129)) is None
 
 
 def test_other_devices_and_meshes_are_refused():
     with gpus("NVIDIA A100-SXM4-80GB"):
-        assert "A100" in hopper_window.supports(*_arrays(), None, 64)
+        assert "A100" in hopper_window.supports(AttentionCall(*_arrays(), 64))
     arrays = _arrays()
     with gpus(shape=(2,), axes=AxisType.Explicit):
-        assert "shard_map" in hopper_window.supports(*arrays, None, 64)
+        assert "shard_map" in hopper_window.supports(AttentionCall(*arrays, 64))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_interpreted_kernels_equal_the_oracle(rng, monkeypatch, time, head_dim, 
 
     wanted = run(oracle, [x.astype(jnp.float32) for x in inputs])
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        found = run(lambda *qkv: hopper_window.compute(*qkv, ids, window), inputs)
+        found = run(lambda *qkv: hopper_window.compute(AttentionCall(*qkv, window, ids)), inputs)
     for got, right in zip(found, wanted, strict=True):
         assert _relative(got, right) < 5e-3
         if ids is not None:

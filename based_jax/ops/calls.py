@@ -1,0 +1,234 @@
+"""What each family's implementations take: one call, read by name, the same for every backend.
+
+A table's `compute`, `supports` and `slower` take a call alone. `state` is that of each row's first document, None for
+the empty one; `segment_ids` are those of packed documents (see `ops/segments.py`), None for one document a row.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Complex, Float, Int
+
+from based_jax.dims import BD, BHEV, BHKV, BT, BTD, BTHK, BTHV, WD
+
+HK = Float[Array, "H K"]
+Decay = Float[Array, "B T H #K"]
+Rate = Float[Array, "B T H"]
+BTHM = Float[Array, "B T H M"]
+BHKM = Float[Array, "B H K M"]
+BHMV = Float[Array, "B H M V"]
+BTHP = Float[Array, "B T H P"]
+BTH = Float[Array, "B T H"]
+BTGN = Float[Array, "B T G N"]
+BHNP = Float[Array, "B H N P"]
+Channels = Float[Array, "D"]
+Past = Float[Array, "B _ D"]
+Joint = Float[Array, "B T joint"]
+JointBias = Float[Array, "joint"]
+TD = Float[Array, "T D"]
+BHPN2 = Float[Array, "B H P N 2"]
+HN = Complex[Array, "H N"]
+BTN = Float[Array, "B T N"]
+BDN = Float[Array, "B D N"]
+DN = Float[Array, "D N"]
+Rows = Float[Array, "*B D"]
+Table = Float[Array, "V D"]
+Labels = Int[Array, "*B"]
+Losses = Float[Array, "*B"]
+Correct = Bool[Array, "*B"]
+
+
+class LinearAttentionCall(NamedTuple):
+    """Normalised attention by features: q, k (B, T, H, K), v (B, T, H, V), state (B, H, E, V+1).
+
+    q and k are the features themselves, E = K, or what an operation's own map expands to E of them.
+    """
+
+    q: BTHK
+    k: BTHK
+    v: BTHV
+    state: BHEV | None = None
+    segment_ids: BT | None = None
+
+    @property
+    def tokens(self) -> Any:
+        """The arrays over time alone."""
+        return _only(self, "q", "k", "v")
+
+
+class MatrixStateCall(NamedTuple):
+    """A matrix state that decays: q, k (B, T, H, K), v (B, T, H, V), log_decay (B, T, H, K or 1), state (B, H, K, V).
+
+    What an operation has beyond it: gated linear attention a bonus (H, K) or none, the delta rule its rate beta
+    (B, T, H), the diagonal plus low rank form a and b (B, T, H, K).
+    """
+
+    q: BTHK
+    k: BTHK
+    v: BTHV
+    log_decay: Decay
+    bonus: HK | None = None
+    beta: Rate | None = None
+    a: BTHK | None = None
+    b: BTHK | None = None
+    scale: float = 1.0
+    state: BHKV | None = None
+    segment_ids: BT | None = None
+
+    @property
+    def tokens(self) -> Any:
+        """The arrays over time alone."""
+        return _only(self, "q", "k", "v", "log_decay", "beta", "a", "b")
+
+
+class SlotState(NamedTuple):
+    """Keys (B, H, K, M) and values (B, H, M, V) of M slots, fp32."""
+
+    keys: BHKM
+    values: BHMV
+
+
+class SlotAttentionCall(NamedTuple):
+    """Attention through M slots: q, k (B, T, H, K), v (B, T, H, V), s and log_decay (B, T, H, M)."""
+
+    q: BTHK
+    k: BTHK
+    v: BTHV
+    s: BTHM
+    log_decay: BTHM
+    scale: float = 1.0
+    state: SlotState | None = None
+    segment_ids: BT | None = None
+
+    @property
+    def tokens(self) -> Any:
+        """The arrays over time alone."""
+        return _only(self, "q", "k", "v", "s", "log_decay")
+
+
+class SSDCall(NamedTuple):
+    """A scan with one rate a head: x (B, T, H, P), dt (B, T, H), A (H), B, C (B, T, G, N), state (B, H, N, P)."""
+
+    x: BTHP
+    dt: BTH
+    A: Float[Array, "H"]
+    B: BTGN
+    C: BTGN
+    state: BHNP | None = None
+    segment_ids: BT | None = None
+
+
+class AttentionCall(NamedTuple):
+    """Softmax attention: q, k (B, T, H, K), v (B, T, H, V); a query sees `window` keys, T are all up to its own."""
+
+    q: BTHK
+    k: BTHK
+    v: BTHV
+    window: int
+    segment_ids: BT | None = None
+
+
+class ShortConvCall(NamedTuple):
+    """A convolution of x (B, T, D) with kernel (W, D); bias (D), SiLU of the sum or not, state (B, reach, D)."""
+
+    x: BTD
+    kernel: WD
+    bias: Channels | None = None
+    state: Past | None = None
+    segment_ids: BT | None = None
+    silu: bool = False
+    dilation: int = 1
+
+
+class GatedConvCall(NamedTuple):
+    """A convolution of one half of x (B, T, 2 D), gated by the other: kernel (W, D), bias (2 D), state (B, W, D)."""
+
+    x: Joint
+    kernel: WD
+    bias: JointBias | None = None
+    state: Past | None = None
+    segment_ids: BT | None = None
+
+
+class LongConvCall(NamedTuple):
+    """A convolution of u (B, T, D) with a kernel (T, D), whose row l is the tap of lag l."""
+
+    u: BTD
+    kernel: TD
+    segment_ids: BT | None = None
+
+
+class DiagonalSsmCall(NamedTuple):
+    """A state space a head: u (B, T, H, P), complex log_a, b, c (H, N), state (B, H, P, N, 2)."""
+
+    u: BTHP
+    log_a: HN
+    b: HN
+    c: HN
+    state: BHPN2 | None = None
+    segment_ids: BT | None = None
+
+
+class SelectiveScanCall(NamedTuple):
+    """A scan with a token's own step, input and output: u, dt (B, T, D), A (D, N), B, C (B, T, N), state (B, D, N)."""
+
+    u: BTD
+    dt: BTD
+    A: DN
+    B: BTN
+    C: BTN
+    state: BDN | None = None
+    segment_ids: BT | None = None
+
+    @property
+    def tokens(self) -> Any:
+        """The arrays over time alone."""
+        return _only(self, "u", "dt", "B", "C")
+
+
+class WkvState(NamedTuple):
+    """RWKV-4's numerator and denominator over e^max, and max, each (B, D) fp32."""
+
+    num: BD
+    den: BD
+    max: BD
+
+
+class Wkv4Call(NamedTuple):
+    """RWKV-4's average of v by k, both (B, T, D) fp32; log_decay and bonus of each channel, (D)."""
+
+    k: BTD
+    v: BTD
+    log_decay: Channels
+    bonus: Channels
+    state: WkvState | None = None
+    segment_ids: BT | None = None
+
+    @property
+    def tokens(self) -> Any:
+        """The arrays over time alone."""
+        return _only(self, "k", "v")
+
+
+class NormCall(NamedTuple):
+    """An addition of y to the stream r, both (..., D), and the sum's norm, a layer norm where there is a bias (D)."""
+
+    r: Rows
+    y: Rows | None
+    scale: Channels
+    bias: Channels | None
+    eps: float
+    dtype: jnp.dtype
+
+
+class CrossEntropyCall(NamedTuple):
+    """Losses of hidden rows (N, D) through a table (V, D); labels (N), where a negative one counts nowhere."""
+
+    hidden: Rows
+    table: Table
+    labels: Labels
+
+
+def _only(call: Any, *names: str) -> Any:
+    """Return the call with these fields alone; the others are None, which trees leave out."""
+    return call._replace(**{name: None for name in call._fields if name not in names})
