@@ -153,7 +153,7 @@ def test_no_wing_leans_on_another(module):
         ("pallas_kernels.hopper.taylor", "from based_jax.ops import segments"),
         ("based_jax.ops.triton.dplr", "from based_jax.ops.hopper import recurrence"),
         ("based_jax.ops.triton.dplr", "from based_jax.ops import (hopper)"),
-        ("based_jax.ops.hopper.dplr", "import pallas_kernels.triton.one_decay"),
+        ("based_jax.ops.hopper.recurrence", "import pallas_kernels.triton.one_decay"),
         ("based_jax.ops.hopper.taylor", "from based_jax.ops import taylor"),
         ("based_jax.ops.hopper.taylor", "from based_jax.parallel import AXES"),
         ("based_jax.ops.taylor", "from pallas_kernels.hopper import taylor"),

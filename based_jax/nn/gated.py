@@ -104,7 +104,7 @@ class GatedLinearMixer(Mixer):
         if self.conv_size:
             y, _ = short_conv(y, self.conv_kernel[...], silu=True, segment_ids=segment_ids)
         inputs, _ = self._inputs(x, y, jnp.zeros(1, jnp.int32), segment_ids)
-        o = self.operation.sequence(*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
+        o, _ = self.operation.sequence(*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, o))
 
     @override
@@ -125,7 +125,6 @@ class GatedLinearMixer(Mixer):
             scale=self.scale,
             state=cache.state,
             segment_ids=segment_ids,
-            return_state=True,
             impl=self.config.impl,
         )
         return self._out(x, o), GatedCache(state, conv, length)

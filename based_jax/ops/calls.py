@@ -9,9 +9,17 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float, Int
 
-from based_jax.dims import BD, BT, BTD, BTHK, BTHV, WD
+from based_jax.dims import BD, BHEV, BHKV, BT, BTD, BTHK, BTHV, WD
 
 Channels = Float[Array, "D"]
+
+HK = Float[Array, "H K"]
+Decay = Float[Array, "B T H #K"]
+Rate = Float[Array, "B T H"]
+
+BTHM = Float[Array, "B T H M"]
+BHKM = Float[Array, "B H K M"]
+BHMV = Float[Array, "B H M V"]
 
 Past = Float[Array, "B _ D"]
 Joint = Float[Array, "B T joint"]
@@ -25,6 +33,10 @@ HN = Complex[Array, "H N"]
 BTN = Float[Array, "B T N"]
 BDN = Float[Array, "B D N"]
 DN = Float[Array, "D N"]
+
+BTH = Float[Array, "B T H"]
+BTGN = Float[Array, "B T G N"]
+BHNP = Float[Array, "B H N P"]
 
 Rows = Float[Array, "*B D"]
 Table = Float[Array, "V D"]
@@ -41,6 +53,74 @@ class AttentionCall(NamedTuple):
     v: BTHV
     window: int
     segment_ids: BT | None = None
+
+
+class LinearAttentionCall(NamedTuple):
+    """Normalised attention by features: q, k (B, T, H, K), v (B, T, H, V), state (B, H, E, V+1).
+
+    q and k are the features themselves, E = K, or what an operation's own map expands to E of them.
+    """
+
+    q: BTHK
+    k: BTHK
+    v: BTHV
+    state: BHEV | None = None
+    segment_ids: BT | None = None
+
+    @property
+    def tokens(self) -> Any:
+        """The arrays over time alone."""
+        return _only(self, "q", "k", "v")
+
+
+class MatrixStateCall(NamedTuple):
+    """A matrix state that decays: q, k (B, T, H, K), v (B, T, H, V), log_decay (B, T, H, K or 1), state (B, H, K, V).
+
+    What an operation has beyond it: gated linear attention a bonus (H, K) or none, the delta rule its rate beta
+    (B, T, H), the diagonal plus low rank form a and b (B, T, H, K).
+    """
+
+    q: BTHK
+    k: BTHK
+    v: BTHV
+    log_decay: Decay
+    bonus: HK | None = None
+    beta: Rate | None = None
+    a: BTHK | None = None
+    b: BTHK | None = None
+    scale: float = 1.0
+    state: BHKV | None = None
+    segment_ids: BT | None = None
+
+    @property
+    def tokens(self) -> Any:
+        """The arrays over time alone."""
+        return _only(self, "q", "k", "v", "log_decay", "beta", "a", "b")
+
+
+class SlotState(NamedTuple):
+    """Keys (B, H, K, M) and values (B, H, M, V) of M slots, fp32."""
+
+    keys: BHKM
+    values: BHMV
+
+
+class SlotAttentionCall(NamedTuple):
+    """Attention through M slots: q, k (B, T, H, K), v (B, T, H, V), s and log_decay (B, T, H, M)."""
+
+    q: BTHK
+    k: BTHK
+    v: BTHV
+    s: BTHM
+    log_decay: BTHM
+    scale: float = 1.0
+    state: SlotState | None = None
+    segment_ids: BT | None = None
+
+    @property
+    def tokens(self) -> Any:
+        """The arrays over time alone."""
+        return _only(self, "q", "k", "v", "s", "log_decay")
 
 
 class ShortConvCall(NamedTuple):
@@ -73,7 +153,7 @@ class LongConvCall(NamedTuple):
     segment_ids: BT | None = None
 
 
-class DiagonalSsmCall(NamedTuple):
+class DiagonalSSMCall(NamedTuple):
     """A state space a head: u (B, T, H, P), complex log_a, b, c (H, N), state (B, H, P, N, 2)."""
 
     u: BTHP
@@ -99,6 +179,18 @@ class SelectiveScanCall(NamedTuple):
     def tokens(self) -> Any:
         """The arrays over time alone."""
         return _only(self, "u", "dt", "B", "C")
+
+
+class SSDCall(NamedTuple):
+    """A scan with one rate a head: x (B, T, H, P), dt (B, T, H), A (H), B, C (B, T, G, N), state (B, H, N, P)."""
+
+    x: BTHP
+    dt: BTH
+    A: Float[Array, "H"]
+    B: BTGN
+    C: BTGN
+    state: BHNP | None = None
+    segment_ids: BT | None = None
 
 
 class WkvState(NamedTuple):

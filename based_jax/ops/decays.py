@@ -5,17 +5,17 @@ the pair t >= s decays by exp(seen_t - until_s). No exponent above 0 is ever tak
 through the decay at the beginning of the later one, and a block meets itself pair by pair.
 """
 
+import einops
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from based_jax import devices
-from based_jax.dims import BHKV, BTHK, BTHV
+from based_jax.dims import BHKV, BTHK
+from based_jax.ops.calls import Decay, MatrixStateCall
 from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.precision import EXACT, einsum, narrow_einsum
 
 BLOCK_TOKENS = 16
-
-Decay = Float[Array, "B T H #K"]
 
 
 def initial_state(batch: int, heads: int, key_dim: int, value_dim: int) -> BHKV:
@@ -23,9 +23,10 @@ def initial_state(batch: int, heads: int, key_dim: int, value_dim: int) -> BHKV:
     return jnp.zeros((batch, heads, key_dim, value_dim), jnp.float32)
 
 
-def empty_state(q: BTHK, v: BTHV) -> BHKV:
+def empty_state(call: MatrixStateCall) -> BHKV:
     """Return the state before the first token of a call."""
-    return initial_state(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    batch, _, heads, key_dim = call.q.shape
+    return initial_state(batch, heads, key_dim, call.v.shape[3])
 
 
 def pair_weights(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible, dtype, precision) -> Float[Array, "B H T S"]:
@@ -50,13 +51,13 @@ def weighted_sums(pairs: Float[Array, "B H T T"], x: BTHK, until: Decay) -> BTHK
     x, until = _pad_blocks(x), _pad_blocks(until)
 
     before, earlier = _towards_blocks(x, until)
-    rows = pairs.reshape(*pairs.shape[:2], -1, BLOCK_TOKENS, pairs.shape[3])
+    rows = einops.rearrange(pairs, "B H (N C) S -> B H N C S", C=BLOCK_TOKENS)
     far = einsum("BHNCS,BNSHK->BNCHK", rows, earlier, EXACT) * jnp.exp(_blocks(until) - before[:, :, None])
     own = jnp.moveaxis(_pairs_of_blocks(pairs), 1, -1)[..., None]  # (B, N, C, C, H, 1)
     causal = jnp.tri(BLOCK_TOKENS, dtype=bool)[None, None]
     decay = jnp.exp(_exponents(_blocks(until), _blocks(until), causal))
     near = jnp.sum(own * decay * _blocks(x)[:, :, None], axis=3)
-    return (far + near).reshape(far.shape[0], -1, *far.shape[3:])[:, :T]
+    return einops.rearrange(far + near, "B N C H K -> B (N C) H K")[:, :T]
 
 
 def _between_blocks(q: BTHK, k: BTHK, seen: Decay, until: Decay, dtype, precision) -> Float[Array, "B H T S"]:
@@ -64,17 +65,17 @@ def _between_blocks(q: BTHK, k: BTHK, seen: Decay, until: Decay, dtype, precisio
     before, keys = _towards_blocks(k, until)
     queries = _blocks(q) * jnp.exp(_blocks(seen) - before[:, :, None])
     weights = einsum("BNCHK,BNSHK->BHNCS", queries.astype(dtype), keys.astype(dtype), precision)
-    return weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
+    return einops.rearrange(weights, "B H N C S -> B H (N C) S")
 
 
 def _within_blocks(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible) -> Float[Array, "B H T S"]:
     """Weigh pairs of the same block one by one, in fp32."""
     q, k, seen, until = (_blocks(x) for x in (q, k, seen, until))
-    B, N, C, H, _ = q.shape
     decay = jnp.exp(_exponents(seen, until, _pairs_of_blocks(visible[:, None])[:, 0]))
     pairs = jnp.sum(q[:, :, :, None] * k[:, :, None] * decay, axis=-1)  # (B, N, C, C, H)
-    weights = jnp.moveaxis(pairs, -1, 1)[:, :, :, :, None] * jnp.eye(N, dtype=pairs.dtype)[None, None, :, None, :, None]
-    return weights.reshape(B, H, N * C, N * C)
+    same = jnp.eye(pairs.shape[1], dtype=pairs.dtype)[None, None, :, None, :, None]
+    weights = einops.rearrange(pairs, "B N C S H -> B H N C 1 S") * same
+    return einops.rearrange(weights, "B H N C M S -> B H (N C) (M S)")
 
 
 def _towards_blocks(k: BTHK, until: Decay) -> tuple[Float[Array, "B N H #K"], Float[Array, "B N S H K"]]:
@@ -92,15 +93,13 @@ def _exponents(seen: Array, until: Array, mask: Bool[Array, "_ _ C C"]) -> Float
 
 def _pairs_of_blocks(x: Shaped[Array, "B H T S"]) -> Shaped[Array, "B H N C C"]:
     """Return the pairs of the same block."""
-    N = x.shape[2] // BLOCK_TOKENS
-    return jnp.moveaxis(
-        jnp.diagonal(x.reshape(*x.shape[:2], N, BLOCK_TOKENS, N, BLOCK_TOKENS), axis1=2, axis2=4), -1, 2
-    )
+    blocks = einops.rearrange(x, "B H (N C) (M S) -> B H N C M S", C=BLOCK_TOKENS, S=BLOCK_TOKENS)
+    return einops.rearrange(jnp.diagonal(blocks, axis1=2, axis2=4), "B H C S N -> B H N C S")
 
 
 def _blocks(x: BTHK) -> Float[Array, "B N C H K"]:
     """Cut time, filled up, into blocks."""
-    return x.reshape(x.shape[0], -1, BLOCK_TOKENS, *x.shape[2:])
+    return einops.rearrange(x, "B (N C) H K -> B N C H K", C=BLOCK_TOKENS)
 
 
 def _pad_blocks(x: Array) -> Array:
@@ -113,10 +112,12 @@ def _pad_pairs(visible):
     return jnp.pad(visible, [(0, 0), padding, padding])
 
 
-def as_dplr(q, k, v, log_decay, beta) -> tuple[Array, ...]:
-    """Return q, k, v, log_decay, a, b of the diagonal plus low rank form that equals the delta rule."""
-    k32, rate, log_decay = (x.astype(jnp.float32) for x in (k, beta[..., None], log_decay))
-    return q, (rate * k32).astype(k.dtype), v, log_decay, jnp.exp(log_decay) * k32, -rate * k32
+def as_dplr(call: MatrixStateCall) -> MatrixStateCall:
+    """Return the call of the diagonal plus low rank form that equals one of the delta rule, of one token or of many."""
+    assert call.beta is not None
+    k, rate, log_decay = (x.astype(jnp.float32) for x in (call.k, call.beta[..., None], call.log_decay))
+    written = (rate * k).astype(call.k.dtype)
+    return call._replace(k=written, log_decay=log_decay, beta=None, a=jnp.exp(log_decay) * k, b=-rate * k)
 
 
 def one_chunk_is_faster(time: int, most: int, state_elements: int) -> str | None:

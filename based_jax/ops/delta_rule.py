@@ -23,16 +23,15 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
-from based_jax.ops.decays import Decay, as_dplr, empty_state, pair_weights
+from based_jax.ops.calls import Decay, MatrixStateCall, Rate
+from based_jax.ops.decays import as_dplr, empty_state, pair_weights
 from based_jax.ops.dispatch import Implementation, dispatch
-from based_jax.ops.hopper import dplr as hopper_dplr
+from based_jax.ops.hopper import recurrence as hopper_recurrence
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
 from based_jax.ops.triton import delta_rule as triton_delta_rule
 from based_jax.ops.triton import dplr as triton_dplr
 
 CHUNK_TOKENS = 64
-
-Rate = Float[Array, "B T H"]
 
 
 def delta_rule(
@@ -45,33 +44,34 @@ def delta_rule(
     scale: float | None = None,
     state: BHKV | None = None,
     segment_ids: BT | None = None,
-    return_state: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> tuple[BTHV, BHKV]:
     """Attend with the (gated) delta rule over (B, T, H, .) arrays, for any T.
 
     Args:
       k: keys; the publications normalise them to length 1.
       log_decay: at most 0; (B, T, H, K), or (B, T, H, 1) for one decay a head.
       beta: how far (B, T, H) the value under a key moves, 0 to 1 (2 for negative eigenvalues).
-      scale, state, segment_ids, return_state: as of `dplr`.
+      scale, state, segment_ids: as of `dplr`.
       impl: one of `dplr`.
+
+    Returns:
+      As `dplr`.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    xs = q, k, v, log_decay, beta
-    o, state = dispatch("delta_rule", IMPLEMENTATIONS, impl, xs, scale, state, segment_ids)
-    return (o, state) if return_state else o
+    call = MatrixStateCall(q, k, v, log_decay, beta=beta, scale=scale, state=state, segment_ids=segment_ids)
+    return dispatch("delta_rule", IMPLEMENTATIONS, impl, call)
 
 
 def delta_rule_step(
     q: BHK, k: BHK, v: BHV, log_decay: Float[Array, "B H #K"], beta: Float[Array, "B H"], state: BHKV, **options: Any
 ) -> tuple[BHV, BHKV]:
     """Return one token's output and the state after it."""
-    q, k, v, log_decay, a, b = as_dplr(q, k, v, log_decay, beta)
-    return dplr_step(q, k, v, log_decay, a, b, state, **options)
+    token = as_dplr(MatrixStateCall(q, k, v, log_decay, beta=beta))
+    return dplr_step(*_operands(token), state, **options)
 
 
 def dplr(
@@ -85,9 +85,8 @@ def dplr(
     scale: float | None = None,
     state: BHKV | None = None,
     segment_ids: BT | None = None,
-    return_state: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> tuple[BTHV, BHKV]:
     """Attend with a transition that is diagonal plus a b^T, for any T.
 
     Args:
@@ -96,18 +95,20 @@ def dplr(
       scale: of the output; 1 / sqrt(K) where None.
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      return_state: return (o, state after the last token) instead of o.
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "hopper_steps" (Mosaic GPU
         kernels, token by token; K at most 128), "triton_chunks" (on tensor cores; v in bf16, to which q, k, a and b are
         rounded; K at most 128) or "auto".
+
+    Returns:
+      o in v's dtype, and the state (B, H, K, V) after the last token, fp32.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     a, b, log_decay = (x.astype(jnp.float32) for x in (a, b, log_decay))
-    o, state = dispatch("dplr", DPLR_IMPLEMENTATIONS, impl, (q, k, v, log_decay, a, b), scale, state, segment_ids)
-    return (o, state) if return_state else o
+    call = MatrixStateCall(q, k, v, log_decay, a=a, b=b, scale=scale, state=state, segment_ids=segment_ids)
+    return dispatch("dplr", DPLR_IMPLEMENTATIONS, impl, call)
 
 
 def dplr_step(
@@ -130,21 +131,20 @@ def dplr_step(
     return (scale * jnp.einsum("BHK,BHKV->BHV", q, state, precision=EXACT)).astype(v.dtype), state
 
 
-def _recurrent(xs, scale, state, segment_ids) -> tuple[Any, Any]:
-    def step(x, state):
-        q, k, v, log_decay, a, b = x
-        return dplr_step(q, k, v, log_decay, a, b, state, scale=scale)
+def _recurrent(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
+    def step(token, state):
+        return dplr_step(*_operands(token), state, scale=call.scale)
 
-    return scan.over_tokens(step, xs, _empty(xs), state, segment_ids)
+    return scan.over_tokens(step, call.tokens, empty_state(call), call.state, call.segment_ids)
 
 
-def _chunked(xs, scale, state, segment_ids) -> tuple[Any, Any]:
+def _chunked(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     """Solve for what every token of a chunk reads, then attend; the solve is fp32."""
+    dtype, precision = product_policy(call.v.dtype)
+    inner = inner_precision(call.v.dtype)
 
-    def chunk(xs, state: BHKV, span: scan.Span):
-        q, k, v, g, a, b = (x.astype(jnp.float32) for x in xs)
-        dtype, precision = product_policy(xs[2].dtype)
-        inner = inner_precision(xs[2].dtype)
+    def chunk(tokens, state: BHKV, span: scan.Span):
+        q, k, v, g, a, b = (x.astype(jnp.float32) for x in _operands(tokens))
         until = jnp.cumsum(g, axis=1)
         before = span.visible & ~jnp.eye(g.shape[1], dtype=bool)[None]
 
@@ -169,18 +169,18 @@ def _chunked(xs, scale, state, segment_ids) -> tuple[Any, Any]:
         if not span.fresh:
             read = q * jnp.exp(until) * span.reads[:, :, None, None]
             o = o + einsum("BTHK,BHKV->BTHV", read.astype(dtype), state.astype(dtype), precision)
-        return (scale * o).astype(xs[2].dtype), after
+        return (call.scale * o).astype(call.v.dtype), after
 
-    return scan.over_chunks(chunk, xs, _empty(xs), state, segment_ids, CHUNK_TOKENS)
-
-
-def _empty(xs) -> BHKV:
-    q, _, v, *_ = xs
-    return empty_state(q, v)
+    return scan.over_chunks(chunk, call.tokens, empty_state(call), call.state, call.segment_ids, CHUNK_TOKENS)
 
 
-def _through_dplr(run: Callable, xs, *rest) -> tuple[Any, Any]:
-    return run(as_dplr(*xs), *rest)
+def _operands(tokens: MatrixStateCall) -> tuple[Any, ...]:
+    """Return q, k, v, log_decay, a and b, of one token or of many."""
+    return tokens.q, tokens.k, tokens.v, tokens.log_decay, tokens.a, tokens.b
+
+
+def _through_dplr(compute: Callable, call: MatrixStateCall) -> tuple[BTHV, BHKV]:
+    return compute(as_dplr(call))
 
 
 DPLR_IMPLEMENTATIONS = {
@@ -188,9 +188,9 @@ DPLR_IMPLEMENTATIONS = {
         triton_dplr.compute,
         triton_dplr.supports,
         platform="cuda",
-        slower=functools.partial(triton_dplr.slower, steps_support=hopper_dplr.supports),
+        slower=functools.partial(triton_dplr.slower, steps_support=hopper_recurrence.supports),
     ),
-    "hopper_steps": Implementation(hopper_dplr.compute, hopper_dplr.supports, platform="cuda"),
+    "hopper_steps": Implementation(hopper_recurrence.compute, hopper_recurrence.supports, platform="cuda"),
     "xla_chunks": Implementation(_chunked),
     "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),
@@ -200,10 +200,10 @@ IMPLEMENTATIONS = {
         triton_delta_rule.compute,
         triton_dplr.supports,
         platform="cuda",
-        slower=functools.partial(triton_delta_rule.slower, steps_support=hopper_dplr.supports),
+        slower=functools.partial(triton_delta_rule.slower, steps_support=hopper_recurrence.supports),
     ),
     "hopper_steps": Implementation(
-        functools.partial(_through_dplr, hopper_dplr.compute), hopper_dplr.supports, platform="cuda"
+        functools.partial(_through_dplr, hopper_recurrence.compute), hopper_recurrence.supports, platform="cuda"
     ),
     "xla_chunks": Implementation(functools.partial(_through_dplr, _chunked)),
     "xla_steps": Implementation(functools.partial(_through_dplr, _recurrent)),

@@ -12,7 +12,6 @@ sum_k q_tk k_sk exp(b_tk - b_sk) (`ops/decays.py`).
 """
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -20,15 +19,14 @@ from jaxtyping import Array, Float
 from based_jax import devices
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
-from based_jax.ops.decays import BLOCK_TOKENS, Decay, empty_state, pair_weights
+from based_jax.ops.calls import HK, Decay, MatrixStateCall
+from based_jax.ops.decays import BLOCK_TOKENS, empty_state, pair_weights
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.hopper import gated_linear_attention as hopper_gated_linear_attention
 from based_jax.ops.precision import EXACT, einsum, narrow_einsum, product_policy
 from based_jax.ops.triton import gated_linear_attention as triton_gated_linear_attention
 
 CHUNK_TOKENS = 64
-
-HK = Float[Array, "H K"]
 
 
 def gated_linear_attention(
@@ -41,9 +39,8 @@ def gated_linear_attention(
     scale: float | None = None,
     state: BHKV | None = None,
     segment_ids: BT | None = None,
-    return_state: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> tuple[BTHV, BHKV]:
     """Attend over (B, T, H, .) arrays with a decaying state, for any T.
 
     Args:
@@ -52,22 +49,21 @@ def gated_linear_attention(
       scale: of the output; 1 / sqrt(K) where None.
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      return_state: return (o, state after the last token) instead of o.
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "xla_quadratic" (one chunk;
         auto's for one decay a head, large states and short sequences on a GPU), "hopper_steps" (Mosaic GPU kernels,
         token by token; K at most 128, no bonus), "triton_chunks" (on tensor cores; v in bf16, to which q and k are
         rounded; K at most 128, no bonus) or "auto".
 
     Returns:
-      o in v's dtype, or (o, state); the state is fp32.
+      o in v's dtype, and the state (B, H, K, V) after the last token, fp32.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    xs = (q, k, v, log_decay.astype(jnp.float32))
-    o, state = dispatch("gated_linear_attention", IMPLEMENTATIONS, impl, xs, bonus, scale, state, segment_ids)
-    return (o, state) if return_state else o
+    log_decay = log_decay.astype(jnp.float32)
+    call = MatrixStateCall(q, k, v, log_decay, bonus, scale=scale, state=state, segment_ids=segment_ids)
+    return dispatch("gated_linear_attention", IMPLEMENTATIONS, impl, call)
 
 
 def gated_linear_attention_step(
@@ -89,19 +85,20 @@ def gated_linear_attention_step(
     return o.astype(v.dtype), after
 
 
-def _recurrent(xs, bonus, scale, state, segment_ids) -> tuple[Any, Any]:
-    def step(x, state):
-        q, k, v, g = x
-        return gated_linear_attention_step(q, k, v, g, state, bonus=bonus, scale=scale)
+def _recurrent(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
+    def step(token, state):
+        q, k, v, log_decay = token.q, token.k, token.v, token.log_decay
+        return gated_linear_attention_step(q, k, v, log_decay, state, bonus=call.bonus, scale=call.scale)
 
-    return scan.over_tokens(step, xs, _empty(xs), state, segment_ids)
+    return scan.over_tokens(step, call.tokens, empty_state(call), call.state, call.segment_ids)
 
 
-def _chunked(xs, bonus, scale, state, segment_ids, *, length: int | None = CHUNK_TOKENS) -> tuple[Any, Any]:
+def _chunked(call: MatrixStateCall, *, length: int | None = CHUNK_TOKENS) -> tuple[BTHV, BHKV]:
     """Quadratic inside chunks of `length` tokens, through the state between them; None makes it one chunk."""
+    bonus, scale = call.bonus, call.scale
 
-    def chunk(xs, state: BHKV, span: scan.Span):
-        q, k, v, g = xs
+    def chunk(tokens, state: BHKV, span: scan.Span):
+        q, k, v, g = tokens.q, tokens.k, tokens.v, tokens.log_decay
         dtype, precision = product_policy(v.dtype)
         until = jnp.cumsum(g, axis=1)  # decay from the chunk's beginning to the state after each token
         seen = until if bonus is None else until - g  # and to the state that each token reads
@@ -122,23 +119,19 @@ def _chunked(xs, bonus, scale, state, segment_ids, *, length: int | None = CHUNK
         after = kept + einsum("BTHK,BTHV->BHKV", written.astype(dtype), v.astype(dtype), precision)
         return o.astype(v.dtype), after
 
-    return scan.over_chunks(chunk, xs, _empty(xs), state, segment_ids, length or xs[0].shape[1])
+    length = length or call.q.shape[1]
+    return scan.over_chunks(chunk, call.tokens, empty_state(call), call.state, call.segment_ids, length)
 
 
-def _one_chunk_is_slower(xs, bonus, scale, state, segment_ids) -> str | None:
+def _one_chunk_is_slower(call: MatrixStateCall) -> str | None:
     """Return why several chunks are the faster XLA form, or None."""
-    (_, T, _, K), V = xs[0].shape, xs[2].shape[-1]
-    if xs[3].shape[-1] > 1:
+    (_, T, _, K), V = call.q.shape, call.v.shape[-1]
+    if call.log_decay.shape[-1] > 1:
         return "each key channel has a decay of its own"
     if T > CHUNK_TOKENS and T * BLOCK_TOKENS > K * V:
         return f"states have {K * V} elements, fewer than {BLOCK_TOKENS} for each of {T} tokens"
     most = devices.crossovers(target_device_kind()).one_decay_one_chunk_tokens
     return None if most >= T else f"T is {T}, above {most}"
-
-
-def _empty(xs) -> BHKV:
-    q, _, v, _ = xs
-    return empty_state(q, v)
 
 
 IMPLEMENTATIONS = {

@@ -7,28 +7,19 @@ Two passes of gated linear attention. The second is the operation of that name w
 it is the values s that decay, each slot by itself, since what is read are the slots: its chunks are here.
 """
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
+from based_jax.dims import BHK, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
+from based_jax.ops.calls import BHKM, BHMV, BTHM, SlotAttentionCall, SlotState
 from based_jax.ops.decays import weighted_sums
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import CHUNK_TOKENS, gated_linear_attention, gated_linear_attention_step
 from based_jax.ops.precision import EXACT, einsum
 
-BTHM = Float[Array, "B T H M"]
 BHM = Float[Array, "B H M"]
-
-
-class SlotState(NamedTuple):
-    """Keys (B, H, K, M) and values (B, H, M, V) of the slots, fp32."""
-
-    keys: Float[Array, "B H K M"]
-    values: Float[Array, "B H M V"]
 
 
 def initial_state(batch: int, heads: int, key_dim: int, slots: int, value_dim: int) -> SlotState:
@@ -46,25 +37,26 @@ def gated_slot_attention(
     scale: float | None = 1.0,
     state: SlotState | None = None,
     segment_ids: BT | None = None,
-    return_state: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> tuple[BTHV, tuple[BHKM, BHMV]]:
     """Attend over (B, T, H, .) arrays through M slots, s (B, T, H, M) saying how much of a token goes into each.
 
     Args:
       log_decay: at most 0, for each slot.
       state: slots to start from; they belong to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      return_state: return (o, slots after the last token) instead of o.
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (two passes, linear in T) or "auto".
+
+    Returns:
+      o in v's dtype, and the slots after the last token, a `SlotState`.
 
     Raises:
       UserError: `impl` is unknown.
     """
-    xs = (q, k, v, s.astype(jnp.float32), log_decay.astype(jnp.float32))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, state = dispatch("gated_slot_attention", IMPLEMENTATIONS, impl, xs, scale, state, segment_ids)
-    return (o, state) if return_state else o
+    s, log_decay = s.astype(jnp.float32), log_decay.astype(jnp.float32)
+    call = SlotAttentionCall(q, k, v, s, log_decay, scale, state, segment_ids)
+    return dispatch("gated_slot_attention", IMPLEMENTATIONS, impl, call)
 
 
 def gated_slot_attention_step(
@@ -79,29 +71,28 @@ def gated_slot_attention_step(
     return o, SlotState(keys, values)
 
 
-def _recurrent(xs, scale, state, segment_ids) -> tuple[Any, Any]:
-    def step(x, state):
-        q, k, v, s, g = x
-        return gated_slot_attention_step(q, k, v, s, g, state, scale=scale)
+def _recurrent(call: SlotAttentionCall) -> tuple[BTHV, SlotState]:
+    def step(token, state):
+        q, k, v, s, log_decay = token.q, token.k, token.v, token.s, token.log_decay
+        return gated_slot_attention_step(q, k, v, s, log_decay, state, scale=call.scale)
 
-    return scan.over_tokens(step, xs, _empty(xs), state, segment_ids)
+    return scan.over_tokens(step, call.tokens, _empty(call), call.state, call.segment_ids)
 
 
-def _two_passes(xs, scale, state, segment_ids) -> tuple[Any, Any]:
-    q, k, v, s, g = xs
-    empty = _empty(xs)
-    keys, values = (None, None) if state is None else state
-    logits, keys = scan.over_chunks(_read_slots, (q, k, s, g), empty.keys, keys, segment_ids, CHUNK_TOKENS)
-    p = jax.nn.softmax(scale * logits)
+def _two_passes(call: SlotAttentionCall) -> tuple[BTHV, SlotState]:
+    keys, values = (None, None) if call.state is None else call.state
+    slots, ids = call.tokens._replace(v=None), call.segment_ids
+    logits, keys = scan.over_chunks(_read_slots, slots, _empty(call).keys, keys, ids, CHUNK_TOKENS)
+    p = jax.nn.softmax(call.scale * logits)
     o, values = gated_linear_attention(
-        p, s, v, g, scale=1.0, state=values, segment_ids=segment_ids, return_state=True, impl="xla_chunks"
+        p, call.s, call.v, call.log_decay, scale=1.0, state=values, segment_ids=ids, impl="xla_chunks"
     )
     return o, SlotState(keys, values)
 
 
-def _read_slots(xs, keys: BHKV, span: scan.Span):
+def _read_slots(tokens, keys: BHKM, span: scan.Span):
     """Return q_t^T K_t of a chunk, sum_s (q_t.k_s) exp(b_t - b_s) s_s, and K after it."""
-    q, k, s, g = (x.astype(jnp.float32) for x in xs)
+    q, k, s, g = (x.astype(jnp.float32) for x in (tokens.q, tokens.k, tokens.s, tokens.log_decay))
     until = jnp.cumsum(g, axis=1)
     scores = einsum("BTHK,BSHK->BHTS", q, k, EXACT) * span.visible[:, None]
     logits = weighted_sums(scores, s, until)
@@ -113,9 +104,10 @@ def _read_slots(xs, keys: BHKV, span: scan.Span):
     return logits, kept + einsum("BTHK,BTHM->BHKM", k, written, EXACT)
 
 
-def _empty(xs) -> SlotState:
-    q, _, v, s, _ = xs
-    return initial_state(q.shape[0], q.shape[2], q.shape[3], s.shape[3], v.shape[3])
+def _empty(call: SlotAttentionCall) -> SlotState:
+    """Return the slots before the first token of a call."""
+    batch, _, heads, key_dim = call.q.shape
+    return initial_state(batch, heads, key_dim, call.s.shape[3], call.v.shape[3])
 
 
 IMPLEMENTATIONS = {

@@ -8,7 +8,6 @@ near zero. What is specific to one feature map is its own operation's: here phi 
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, Shaped
 from based_jax import devices
 from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan, segments
+from based_jax.ops.calls import LinearAttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
@@ -36,23 +36,24 @@ def linear_attention(
     *,
     state: BHEV | None = None,
     segment_ids: BT | None = None,
-    return_state: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> tuple[BTHV, BHEV]:
     """Attend with the features of queries and keys (B, T, H, E) over values (B, T, H, V).
 
     Args:
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      return_state: return (o, state after the last token) instead of o.
       impl: "oracle" (every score in fp32), "xla_steps" (token by token), "xla_chunks" (linear in T), "xla_quadratic"
         (one chunk; auto's for short sequences on a GPU) or "auto".
+
+    Returns:
+      o in v's dtype, and the state (B, H, E, V+1) after the last token, fp32.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    o, state = dispatch("linear_attention", IMPLEMENTATIONS, impl, phi_q, phi_k, v, state, segment_ids)
-    return (o, state) if return_state else o
+    call = LinearAttentionCall(phi_q, phi_k, v, state, segment_ids)
+    return dispatch("linear_attention", IMPLEMENTATIONS, impl, call)
 
 
 def linear_attention_step(phi_q: BHK, phi_k: BHK, v: BHV, state: BHEV) -> tuple[BHV, BHEV]:
@@ -68,15 +69,16 @@ def encoder_state(phi_k: BTHK, v: BTHV, mask: Shaped[Array, "B T"]) -> BHEV:
     return jnp.einsum("BTHE,BTHV->BHEV", phi_k.astype(jnp.float32), written, precision=EXACT)
 
 
-def oracle(q: BTHK, k: BTHK, v: BTHV, state, segment_ids, *, features: Callable, scores: Callable) -> tuple[Any, Any]:
+def oracle(call: LinearAttentionCall, *, features: Callable, scores: Callable) -> tuple[BTHV, BHEV]:
     """Compute every score of the sequence in fp32."""
+    q, k, v, state, segment_ids = call
     ids = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
     visible = segments.same_document(ids, ids) & jnp.tri(q.shape[1], dtype=bool)[None]
     p = jnp.where(visible[:, None], scores(q, k, EXACT), 0.0)
     sums = jnp.einsum("BHTS,BSHV->BTHV", p, with_ones(v), precision=EXACT)
     phi_q, phi_k = features(q), features(k)
     first, last, present = segments.first_id(ids), segments.last_id(ids), ids != 0
-    before = initial_state(q.shape[0], q.shape[2], phi_q.shape[3], v.shape[3]) if state is None else state
+    before = _empty(call, features) if state is None else state
     continues = (ids == first[:, None]) & present
     read = jnp.einsum("BTHE,BHEV->BTHV", phi_q.astype(jnp.float32), before, precision=EXACT)
     sums = sums + jnp.where(continues[:, :, None, None], read, 0.0)
@@ -85,34 +87,25 @@ def oracle(q: BTHK, k: BTHK, v: BTHV, state, segment_ids, *, features: Callable,
     return normalise(sums).astype(v.dtype), after
 
 
-def recurrent(q: BTHK, k: BTHK, v: BTHV, state, segment_ids, *, features: Callable) -> tuple[Any, Any]:
+def recurrent(call: LinearAttentionCall, *, features: Callable) -> tuple[BTHV, BHEV]:
     """Run `linear_attention_step` over the tokens."""
 
-    def step(qkv, state):
-        q, k, v = qkv
-        return linear_attention_step(features(q), features(k), v, state)
+    def step(token, state):
+        return linear_attention_step(features(token.q), features(token.k), token.v, state)
 
-    return scan.over_tokens(step, (q, k, v), _empty(q, v, features), state, segment_ids)
+    return scan.over_tokens(step, call.tokens, _empty(call, features), call.state, call.segment_ids)
 
 
 def chunked(
-    q: BTHK,
-    k: BTHK,
-    v: BTHV,
-    state,
-    segment_ids,
-    *,
-    features: Callable,
-    scores: Callable,
-    length: int | None = CHUNK_TOKENS,
-) -> tuple[Any, Any]:
+    call: LinearAttentionCall, *, features: Callable, scores: Callable, length: int | None = CHUNK_TOKENS
+) -> tuple[BTHV, BHEV]:
     """Quadratic inside chunks of `length` tokens, through the state between them; features exist for one at a time.
 
     With a `length` of None the sequence is one chunk.
     """
 
-    def chunk(qkv, state: BHEV, span: scan.Span):
-        q, k, v = qkv
+    def chunk(tokens, state: BHEV, span: scan.Span):
+        q, k, v = tokens.q, tokens.k, tokens.v
         dtype, precision = product_policy(v.dtype)
         p = jnp.where(span.visible[:, None], scores(q.astype(dtype), k.astype(dtype), precision, dtype), 0)
         v1 = with_ones(v).astype(dtype)
@@ -125,8 +118,8 @@ def chunked(
         kept = jnp.where(span.keeps[:, None, None, None], state, 0.0)
         return o, kept + einsum("BTHE,BTHV->BHEV", phi_k.astype(dtype), v1, precision)
 
-    length = q.shape[1] if length is None else length
-    return scan.over_chunks(chunk, (q, k, v), _empty(q, v, features), state, segment_ids, length)
+    length = call.q.shape[1] if length is None else length
+    return scan.over_chunks(chunk, call.tokens, _empty(call, features), call.state, call.segment_ids, length)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -176,10 +169,10 @@ def normalise(sums: Float[Array, "*B _"]) -> Float[Array, "*B V"]:
     return sums[..., :-1] / (sums[..., -1:] + NORMALISER_EPS)
 
 
-def one_chunk_is_slower(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> str | None:
+def one_chunk_is_slower(call: LinearAttentionCall) -> str | None:
     """Return why several chunks are the faster XLA form, or None."""
-    most = devices.crossovers(target_device_kind()).linear_attention_one_chunk_tokens
-    return None if q.shape[1] <= most else f"T is {q.shape[1]}, above {most}"
+    T, most = call.q.shape[1], devices.crossovers(target_device_kind()).linear_attention_one_chunk_tokens
+    return None if most >= T else f"T is {T}, above {most}"
 
 
 def _dot(phi_q: BTHK, phi_k: BTHK, precision, dtype=jnp.float32) -> Float[Array, "B H T S"]:
@@ -190,9 +183,11 @@ def _same(phi: Array) -> Array:
     return phi
 
 
-def _empty(q: BTHK, v: BTHV, features: Callable) -> BHEV:
-    expanded = features(jnp.zeros_like(q[:1, :1])).shape[-1]
-    return initial_state(q.shape[0], q.shape[2], expanded, v.shape[3])
+def _empty(call: LinearAttentionCall, features: Callable) -> BHEV:
+    """Return the state before the first token of a call."""
+    batch, _, heads, value_dim = call.v.shape
+    expanded_dim = features(jnp.zeros_like(call.q[:1, :1])).shape[-1]
+    return initial_state(batch, heads, expanded_dim, value_dim)
 
 
 IMPLEMENTATIONS = {

@@ -9,6 +9,7 @@ An operation gives the mathematics of one token or of one chunk. What it relies 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
@@ -37,12 +38,12 @@ class Span(NamedTuple):
     fresh: bool
 
 
-def over_tokens(step: Callable, xs: Any, empty: Any, state: Any | None, segment_ids: BT | None) -> tuple[Any, Any]:
-    """Run `step(x, state) -> (y, state)` over time.
+def over_tokens(step: Callable, tokens: Any, empty: Any, state: Any | None, segment_ids: BT | None) -> tuple[Any, Any]:
+    """Run `step(token, state) -> (y, state)` over time.
 
     Args:
-      step: one token; x holds (B, ...) slices of `xs`.
-      xs: tree of (B, T, ...) arrays.
+      step: one token, a tree like `tokens` of (B, ...) slices.
+      tokens: tree of (B, T, ...) arrays: one array, or a call's `tokens`, by name.
       empty: tree of the state before a document's first token, batch first.
       state: the state to start from, of each row's first document; `empty` where None.
       segment_ids: as in `ops/segments.py`; one document where None.
@@ -50,25 +51,25 @@ def over_tokens(step: Callable, xs: Any, empty: Any, state: Any | None, segment_
     Returns:
       (y, state): a tree of (B, T, ...), zero at padding, and the state after each row's last document.
     """
-    ids = _ids(xs, segment_ids)
+    ids = _ids(tokens, segment_ids)
 
-    def token(carry, inputs):
-        (state, owner), (x, id) = carry, inputs
+    def advance(carry, inputs):
+        (state, owner), (token, id) = carry, inputs
         padding = id == 0
-        y, stepped = step(x, _select(id == owner, state, empty))
+        y, stepped = step(token, _select(id == owner, state, empty))
         state = _select(padding, state, stepped)
         return (state, jnp.where(padding, owner, id)), _select(padding, _zeros(y), y)
 
     start = (empty if state is None else state, segments.first_id(ids))
-    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (_without_padding(xs, ids), ids))
-    (state, _), y = jax.lax.scan(token, start, inputs)
+    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (_without_padding(tokens, ids), ids))
+    (state, _), y = jax.lax.scan(advance, start, inputs)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), y), state
 
 
 def over_chunks(
-    chunk: Callable, xs: Any, empty: Any, state: Any | None, segment_ids: BT | None, length: int
+    chunk: Callable, tokens: Any, empty: Any, state: Any | None, segment_ids: BT | None, length: int
 ) -> tuple[Any, Any]:
-    """Run `chunk(xs, state, span) -> (y, state)` over pieces of `length` tokens, a last short one filled with padding.
+    """Run `chunk(tokens, state, span) -> (y, state)` over pieces of `length` tokens, the last one filled up.
 
     Each chunk is rematerialised in the backward pass from its inputs and the state before it, so what it expands
     exists for one chunk at a time: on a GPU that is faster, too, than to keep it. `keeps` is the chunk's to honour: a
@@ -76,22 +77,22 @@ def over_chunks(
 
     Args, returns: as `over_tokens`.
     """
-    ids = _ids(xs, segment_ids)
+    ids = _ids(tokens, segment_ids)
     T, fresh = ids.shape[1], state is None
     carry = (empty if state is None else state, segments.first_id(ids))
-    xs = _without_padding(xs, ids)
+    tokens = _without_padding(tokens, ids)
     if length >= T:
-        (state, _), y = _chunk(chunk, carry, (xs, ids), fresh)
+        (state, _), y = _chunk(chunk, carry, (tokens, ids), fresh)
         return y, state
 
-    inputs = jax.tree.map(lambda x: split_time(x, length), (xs, ids))
+    inputs = jax.tree.map(lambda x: split_time(x, length), (tokens, ids))
     body = jax.checkpoint(lambda carry, inputs: _chunk(chunk, carry, inputs, fresh=False), prevent_cse=False)
     (state, _), y = jax.lax.scan(body, carry, inputs)
     return jax.tree.map(lambda x: join_time(x)[:, :T], y), state
 
 
 def _chunk(chunk: Callable, carry: Any, inputs: Any, fresh: bool):
-    (state, owner), (xs, ids) = carry, inputs
+    (state, owner), (tokens, ids) = carry, inputs
     present = ids != 0
     last = jnp.where(present.any(axis=1), segments.last_id(ids), owner)
     reads = (ids == owner[:, None]) & present
@@ -103,21 +104,19 @@ def _chunk(chunk: Callable, carry: Any, inputs: Any, fresh: bool):
         begins=present & ~reads & (jnp.diff(ids, axis=1, prepend=0) != 0),
         fresh=fresh,
     )
-    y, state = chunk(xs, state, span)
+    y, state = chunk(tokens, state, span)
     return (state, last), _select(~present, _zeros(y), y)
 
 
 def split_time(x: Shaped[Array, "B T ..."], length: int) -> Shaped[Array, "N B C ..."]:
     """Cut time into pieces of `length`, the last one padded with zeros (id 0, so it is inert)."""
-    padding = -x.shape[1] % length
-    x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % length)] + [(0, 0)] * (x.ndim - 2))
+    return einops.rearrange(x, "B (N C) ... -> N B C ...", C=length)
 
 
 def join_time(x: Shaped[Array, "N B C ..."]) -> Shaped[Array, "B T ..."]:
     """Put pieces of time together again."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+    return einops.rearrange(x, "N B C ... -> B (N C) ...")
 
 
 def expand(mask: Array, ndim: int) -> Array:
@@ -129,14 +128,14 @@ def _select(mask: Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(expand(mask, a.ndim), a, b), yes, no)
 
 
-def _without_padding(xs: Any, ids: BT) -> Any:
-    return _select(ids != 0, xs, _zeros(xs))
+def _without_padding(tokens: Any, ids: BT) -> Any:
+    return _select(ids != 0, tokens, _zeros(tokens))
 
 
 def _zeros(tree: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def _ids(xs: Any, segment_ids: BT | None) -> BT:
+def _ids(tokens: Any, segment_ids: BT | None) -> BT:
     """Return ids; those of one document are the same for all rows, which makes every mask small."""
-    return jnp.ones((1, jax.tree.leaves(xs)[0].shape[1]), jnp.int32) if segment_ids is None else segment_ids
+    return jnp.ones((1, jax.tree.leaves(tokens)[0].shape[1]), jnp.int32) if segment_ids is None else segment_ids

@@ -6,13 +6,11 @@ row, a state that is handed out to the last one. Padding stands before, between 
 whether the tokens behind such a hole still see those before it differs from mixer to mixer.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from based_jax.dims import BTHK, BTHV
+from based_jax.ops.calls import MatrixStateCall
 
 FORGET_LOG_DECAY = -1e30
 """Log-decay with which a document's first token leaves nothing of the documents before, in kernels that know none."""
@@ -60,16 +58,16 @@ def same_document(query_ids: Int[Array, "*B T"], key_ids: Int[Array, "*B S"]) ->
     return (query_ids[..., :, None] == key_ids[..., None, :]) & (key_ids != 0)[..., None, :]
 
 
-def separated(
-    q: BTHK, k: BTHK, v: BTHV, log_decay: Array, ab: Sequence[BTHK], segment_ids: Int[Array, "B T"] | None
-) -> tuple:
-    """Return q, k, v, log_decay, ab, where padding changes nothing and documents forget the ones before, and padding.
+def separated(call: MatrixStateCall) -> tuple[MatrixStateCall, Bool[Array, "B T 1 1"] | None]:
+    """Return a call where padding changes nothing and documents forget the ones before, and which tokens are padding.
 
-    Padding is (B, T, 1, 1), or None where there are no documents.
+    The second is None where there are no documents.
     """
-    if segment_ids is None:
-        return q, k, v, log_decay, ab, None
-    padding, begins = (x[..., None, None] for x in (segment_ids == 0, begins_later(segment_ids)))
-    q, k, v, log_decay, *ab = (jnp.where(padding, 0, x) for x in (q, k, v, log_decay, *ab))
-    ab = [*(jnp.where(begins, 0, a) for a in ab[:1]), *ab[1:]]
-    return q, k, v, jnp.where(begins, FORGET_LOG_DECAY, log_decay), ab, padding
+    if call.segment_ids is None:
+        return call, None
+    padding, begins = (x[..., None, None] for x in (call.segment_ids == 0, begins_later(call.segment_ids)))
+    tokens = call.q, call.k, call.v, call.log_decay, call.a, call.b
+    q, k, v, log_decay, a, b = jax.tree.map(lambda x: jnp.where(padding, 0, x), tokens)
+    log_decay = jnp.where(begins, FORGET_LOG_DECAY, log_decay)
+    a = None if a is None else jnp.where(begins, 0, a)
+    return call._replace(q=q, k=k, v=v, log_decay=log_decay, a=a, b=b), padding

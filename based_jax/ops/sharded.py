@@ -63,11 +63,20 @@ def per_shard(
     return jax.shard_map(run, in_specs=specs, out_specs=out, axis_names=free)(*(x for x, _ in given))
 
 
-def per_head(function: Callable, tokens: Sequence[jax.Array], state: jax.Array, segment_ids: jax.Array | None) -> Any:
-    """Return o like the tokens, (B, T, H, .), and the state, (B, H, .), of `function(*tokens, state, segment_ids)`."""
+def per_head(function: Callable, call: Any) -> Any:
+    """Return o (B, T, H, .) and the state (B, H, .) of `function(call)`, run by every device for its rows and heads.
+
+    A call's `tokens` are (B, T, H, ...); what else it has but a state and ids is the same for all devices.
+    """
     by_token, by_head = ("batch", None, "heads"), ("batch", "heads")
-    names = *(by_token for _ in tokens), by_head, ("batch",)
-    return per_shard(function, (*tokens, state, segment_ids), names, (by_token, by_head))
+    names = dict.fromkeys(call.tokens._fields, by_token) | {"state": by_head, "segment_ids": ("batch",)}
+    arrays = call.tokens._replace(state=call.state, segment_ids=call.segment_ids)
+
+    def on_device(*parts: jax.Array | None) -> Any:
+        given = {name: part for name, part in zip(call._fields, parts, strict=True) if part is not None}
+        return function(call._replace(**given))
+
+    return per_shard(on_device, arrays, list(names.values()), (by_token, by_head))
 
 
 def heads_of_device(rows: int, heads: int) -> int:

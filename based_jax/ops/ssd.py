@@ -8,23 +8,19 @@ and C are shared by the heads of a group. The state is (B, H, N, P) fp32.
 """
 
 import functools
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BT
+from based_jax.ops.calls import BHNP, BTGN, BTH, BTHP, SSDCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from based_jax.ops.hopper import ssd as hopper_ssd
 from based_jax.ops.triton import ssd as triton_ssd
 
-BTHP = Float[Array, "B T H P"]
-BTH = Float[Array, "B T H"]
-BTGN = Float[Array, "B T G N"]
 BHP = Float[Array, "B H P"]
 BGN = Float[Array, "B G N"]
-BHNP = Float[Array, "B H N P"]
 
 
 def ssd(
@@ -36,25 +32,25 @@ def ssd(
     *,
     state: BHNP | None = None,
     segment_ids: BT | None = None,
-    return_state: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> tuple[BTHP, BHNP]:
     """Scan x (B, T, H, P) with steps dt >= 0 (B, T, H), A < 0 (H,), and B, C (B, T, G, N) of G groups of heads.
 
     Args:
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      return_state: return (y, state after the last token) instead of y.
       impl: "oracle" and "xla_steps" (token by token), "xla_chunks" (gated linear attention's), "hopper_steps" (Mamba's
         Mosaic GPU kernels; one group, channels a multiple of 128, 8, 16, 24 or 32 states), "triton_chunks" (gated
         linear attention's, of bf16; at most 128 states) or "auto".
 
+    Returns:
+      y in x's dtype, and the state (B, H, N, P) after the last token, fp32.
+
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    dt, A = dt.astype(jnp.float32), A.astype(jnp.float32)
-    y, state = dispatch("ssd", IMPLEMENTATIONS, impl, x, dt, A, B, C, state, segment_ids)
-    return (y, state) if return_state else y
+    call = SSDCall(x, dt.astype(jnp.float32), A.astype(jnp.float32), B, C, state, segment_ids)
+    return dispatch("ssd", IMPLEMENTATIONS, impl, call)
 
 
 def ssd_step(x: BHP, dt: Float[Array, "B H"], A: Float[Array, "H"], B: BGN, C: BGN, state: BHNP) -> tuple[BHP, BHNP]:
@@ -71,9 +67,10 @@ def _attention(x, dt, A, B, C):
     return C, B, (x.astype(jnp.float32) * dt).astype(x.dtype), rates * dt
 
 
-def _as_attention(x, dt, A, B, C, state, segment_ids, *, impl: str) -> tuple[BTHP, BHNP]:
-    options = {"scale": 1.0, "state": state, "segment_ids": segment_ids, "return_state": True, "impl": impl}
-    return gated_linear_attention(*_attention(x, dt, A, B, C), **options)
+def _as_attention(call: SSDCall, *, impl: str) -> tuple[BTHP, BHNP]:
+    q, k, v, log_decay = _attention(call.x, call.dt, call.A, call.B, call.C)
+    options = {"state": call.state, "segment_ids": call.segment_ids, "impl": impl}
+    return gated_linear_attention(q, k, v, log_decay, scale=1.0, **options)
 
 
 IMPLEMENTATIONS = {

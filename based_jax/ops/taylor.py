@@ -13,7 +13,6 @@ those of `ops/linear_attention.py`; inside a chunk p comes from s, so features a
 
 import functools
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +20,7 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
 from based_jax.ops import linear_attention
+from based_jax.ops.calls import LinearAttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import taylor as hopper_taylor
 from based_jax.ops.precision import einsum
@@ -67,26 +67,23 @@ def taylor_attention(
     *,
     state: BHEV | None = None,
     segment_ids: BT | None = None,
-    return_state: bool = False,
     impl: str = "auto",
-) -> Any:
+) -> tuple[BTHV, BHEV]:
     """Causal, normalised Taylor linear attention over (B, T, H, .) arrays, for any T, K and V.
 
     Args:
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      return_state: return (o, state after the last token) instead of o.
       impl: "oracle" (every score in fp32), "xla_steps" (token by token), "xla_chunks" (linear in T), "xla_quadratic"
         (one chunk; auto's for short sequences on a GPU), "hopper_chunks" (Mosaic GPU kernels; bf16, K <= 16) or "auto".
 
     Returns:
-      o in v's dtype, or (o, state); the state is fp32.
+      o in v's dtype, and the state after the last token, fp32. XLA drops a state that nobody reads.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    o, state = dispatch("taylor_attention", IMPLEMENTATIONS, impl, q, k, v, state, segment_ids)
-    return (o, state) if return_state else o
+    return dispatch("taylor_attention", IMPLEMENTATIONS, impl, LinearAttentionCall(q, k, v, state, segment_ids))
 
 
 def taylor_attention_step(q: BHK, k: BHK, v: BHV, state: BHEV) -> tuple[BHV, BHEV]:

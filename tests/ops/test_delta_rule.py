@@ -8,6 +8,7 @@ from helpers.devices import H100, gpus
 from helpers.reference_cases import FORWARD, GRADIENT, assert_close, load
 
 from based_jax.devices import H100_CROSSOVERS
+from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.delta_rule import (
     CHUNK_TOKENS,
     DPLR_IMPLEMENTATIONS,
@@ -21,7 +22,7 @@ from based_jax.ops.dispatch import choose
 
 H, K, V, B = 2, 5, 3, 6
 IMPLS = ("xla_steps", "xla_chunks")
-jitted = functools.partial(jax.jit, static_argnames=("impl", "scale", "return_state"))
+jitted = functools.partial(jax.jit, static_argnames=("impl", "scale"))
 
 
 def unit(x):
@@ -44,7 +45,7 @@ def low_rank(normal, T):
 def test_oracle_is_the_delta_rule_in_fp64(normal):
     args = inputs(normal, 8)
     q, k, v, g, beta = (np.asarray(x, np.float64) for x in args)
-    o = jitted(delta_rule)(*args, impl="oracle", scale=0.5)
+    o, _ = jitted(delta_rule)(*args, impl="oracle", scale=0.5)
     s = np.zeros((B, H, K, V))
     for t in range(8):
         s = np.exp(g[:, t])[..., None] * s
@@ -62,7 +63,7 @@ def test_chunked_equals_the_oracle(T, per_head, normal, packed_ids, out_and_grad
 
     def call(impl):
         def run(q, k, v, g, a, b, state):
-            return dplr(q, k, v, g, a, b, state=state, segment_ids=ids, return_state=True, impl=impl)
+            return dplr(q, k, v, g, a, b, state=state, segment_ids=ids, impl=impl)
 
         return run
 
@@ -76,7 +77,7 @@ def test_a_decay_per_head_is_one_for_all_its_channels(impl, normal, out_and_grad
     q, k, v, g, beta = inputs(normal, CHUNK_TOKENS + 5, per_head=True)
 
     def call(widen):
-        return lambda q, k, v, g, beta: delta_rule(q, k, v, widen(g), beta, return_state=True, impl=impl)
+        return lambda q, k, v, g, beta: delta_rule(q, k, v, widen(g), beta, impl=impl)
 
     cotangents = normal(*v.shape), normal(B, H, K, V)
     per_head, per_channel = (
@@ -91,7 +92,7 @@ def test_strong_decays_neither_overflow_nor_lose_the_gradient(per_head, normal, 
     """Log-decays of some thousands beside zeros: a difference of sums that large is known to some 1e-4."""
     q, k, v, g, beta = inputs(normal, CHUNK_TOKENS + 9, per_head)
     g = jnp.where(jnp.arange(CHUNK_TOKENS + 9)[None, :, None, None] % 5 == 0, 1000 * g, 0.0)
-    calls = [lambda *xs, impl=impl: delta_rule(*xs, impl=impl) for impl in IMPLS]
+    calls = [lambda *xs, impl=impl: delta_rule(*xs, impl=impl)[0] for impl in IMPLS]
     ours = [out_and_grads(call, (q, k, v, g, beta), v) for call in calls]
     close(ours[1], ours[0], tolerance=1e-3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ours))
@@ -101,16 +102,17 @@ def test_without_decay_a_key_of_length_one_is_overwritten(normal):
     """With beta 1, a repeated key answers with its last value."""
     k, v = unit(normal(1, 1, 1, K)), normal(1, 3, 1, V)
     keys, zeros = jnp.repeat(k, 3, axis=1), jnp.zeros((1, 3, 1, 1))
-    o = jitted(delta_rule)(keys, keys, v, zeros, jnp.ones((1, 3, 1)), scale=1.0)
+    o, _ = jitted(delta_rule)(keys, keys, v, zeros, jnp.ones((1, 3, 1)), scale=1.0)
     np.testing.assert_allclose(o, v, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bf16_stays_close(impl, normal, close):
     args = inputs(normal, 70, dtype="bfloat16")
-    o = jitted(delta_rule)(*args, impl=impl)
+    o, _ = jitted(delta_rule)(*args, impl=impl)
     assert o.dtype == jnp.bfloat16
-    close(o, jitted(delta_rule)(*(x.astype(jnp.float32) for x in args), impl="oracle"), "bfloat16")
+    exact, _ = jitted(delta_rule)(*(x.astype(jnp.float32) for x in args), impl="oracle")
+    close(o, exact, "bfloat16")
 
 
 def test_auto_takes_what_was_timed_and_is_fastest():
@@ -118,8 +120,8 @@ def test_auto_takes_what_was_timed_and_is_fastest():
 
     def taken(kind, T, decays=1, dtype="bfloat16", table=IMPLEMENTATIONS, batch=2, K=64, V=64, **mesh):
         def note(x, v, g, beta):
-            xs = (x, x, v, g, beta) if table is IMPLEMENTATIONS else (x, x, v, g, x, x)
-            names.append(choose("delta_rule", table, "auto", xs, 1.0, None, None))
+            rest = {"beta": beta} if table is IMPLEMENTATIONS else {"a": x, "b": x}
+            names.append(choose("delta_rule", table, "auto", MatrixStateCall(x, x, v, g, **rest)))
 
         names = []
         shapes = (batch, T, 2, K), (batch, T, 2, V), (batch, T, 2, decays), (batch, T, 2)
@@ -155,7 +157,7 @@ def test_auto_takes_what_was_timed_and_is_fastest():
 def test_steps_equal_one_call(normal, close):
     args, (a, b) = inputs(normal, 6), low_rank(normal, 6)
     for whole_call, step, xs in ((delta_rule, delta_rule_step, args), (dplr, dplr_step, (*args[:4], a, b))):
-        whole, after = jitted(whole_call)(*xs, return_state=True)
+        whole, after = jitted(whole_call)(*xs)
         state, step = jnp.zeros((B, H, K, V)), jax.jit(step)
         for t in range(6):
             o, state = step(*(np.asarray(x)[:, t] for x in xs), state)
@@ -165,14 +167,14 @@ def test_steps_equal_one_call(normal, close):
 
 def kda(impl):
     def call(q, k, v, g, beta):
-        return delta_rule(q, k, v, g, beta, return_state=True, impl=impl)
+        return delta_rule(q, k, v, g, beta, impl=impl)
 
     return call
 
 
 def rwkv7(impl):
     def call(receptance, k, v, w, a, b, initial_state):
-        return dplr(receptance, k, v, w, a, b, scale=1.0, state=initial_state, return_state=True, impl=impl)
+        return dplr(receptance, k, v, w, a, b, scale=1.0, state=initial_state, impl=impl)
 
     return call
 

@@ -6,6 +6,7 @@ from helpers.devices import H100, gpus
 from helpers.reference_cases import FORWARD, GRADIENT, assert_close, load
 
 from based_jax.devices import H100_CROSSOVERS
+from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.decays import initial_state
 from based_jax.ops.dispatch import choose
 from based_jax.ops.gated_linear_attention import (
@@ -17,7 +18,7 @@ from based_jax.ops.gated_linear_attention import (
 
 H, K, V = 2, 5, 3
 IMPLS = ("xla_steps", "xla_chunks")
-jitted = jax.jit(gated_linear_attention, static_argnames=("impl", "scale", "return_state"))
+jitted = jax.jit(gated_linear_attention, static_argnames=("impl", "scale"))
 
 
 def inputs(normal, T, per_head=False, strength=1.0, B=6, dtype="float32"):
@@ -31,7 +32,7 @@ def test_oracle_equals_fp64(with_bonus, normal):
     *xs, s = inputs(normal, 7, B=1)
     q, k, v, g, s = (np.asarray(x, np.float64) for x in (*xs, s))
     bonus = normal(H, K) if with_bonus else None
-    o, after = jitted(*xs, bonus=bonus, state=jnp.asarray(s), return_state=True, impl="oracle", scale=0.7)
+    o, after = jitted(*xs, bonus=bonus, state=jnp.asarray(s), impl="oracle", scale=0.7)
     for t in range(7):
         kv = np.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
         read = s + np.asarray(bonus)[None, ..., None] * kv if with_bonus else None
@@ -52,9 +53,7 @@ def test_chunked_equals_the_oracle(T, per_head, with_bonus, normal, packed_ids, 
 
     def call(impl):
         def run(q, k, v, g, state, bonus=None):
-            return gated_linear_attention(
-                q, k, v, g, bonus=bonus, state=state, segment_ids=ids, return_state=True, impl=impl
-            )
+            return gated_linear_attention(q, k, v, g, bonus=bonus, state=state, segment_ids=ids, impl=impl)
 
         return run
 
@@ -70,7 +69,7 @@ def test_one_chunk_of_a_long_sequence(normal, packed_ids, out_and_grads, close):
     args, ids = (q, k, v, -(normal(6, T, 1, 1) ** 2), normal(6, 1, K, V)), packed_ids(T)
 
     def call(impl):
-        return lambda *xs: gated_linear_attention(*xs[:4], state=xs[4], segment_ids=ids, return_state=True, impl=impl)
+        return lambda q, k, v, g, state: gated_linear_attention(q, k, v, g, state=state, segment_ids=ids, impl=impl)
 
     cotangents = normal(6, T, 1, V), normal(6, 1, K, V)
     close(out_and_grads(call("xla_quadratic"), args, cotangents), out_and_grads(call("xla_chunks"), args, cotangents))
@@ -80,7 +79,7 @@ def taken(kind, T, K=64, V=64, decays=1, dtype="bfloat16"):
     """Return the name of what `auto` takes on such a GPU."""
     q, v, g = jnp.zeros((2, T, 2, K), dtype), jnp.zeros((2, T, 2, V), dtype), jnp.zeros((2, T, 2, decays))
     with gpus(kind):
-        return choose("gated_linear_attention", IMPLEMENTATIONS, "auto", (q, q, v, g), None, 1.0, None, None)
+        return choose("gated_linear_attention", IMPLEMENTATIONS, "auto", MatrixStateCall(q, q, v, g))
 
 
 def test_auto_takes_the_fastest_on_a_gpu():
@@ -102,7 +101,11 @@ def test_strong_decays_neither_overflow_nor_lose_the_gradient(per_head, normal, 
     """Log-decays of some thousands beside zeros: a difference of sums that large is known to some 1e-4."""
     q, k, v, g, state = inputs(normal, CHUNK_TOKENS + 9, per_head, strength=1000.0)
     g = jnp.where(jnp.arange(CHUNK_TOKENS + 9)[None, :, None, None] % 5 == 0, g, 0.0)
-    calls = [lambda *xs, impl=impl: gated_linear_attention(*xs[:4], state=xs[4], impl=impl) for impl in IMPLS]
+
+    def call(impl):
+        return lambda q, k, v, g, state: gated_linear_attention(q, k, v, g, state=state, impl=impl)[0]
+
+    calls = [call(impl) for impl in IMPLS]
     ours = [out_and_grads(call, (q, k, v, g, state), v) for call in calls]
     close(ours[1], ours[0], tolerance=1e-3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ours))
@@ -111,15 +114,16 @@ def test_strong_decays_neither_overflow_nor_lose_the_gradient(per_head, normal, 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bf16_stays_close(impl, normal, close):
     *xs, _ = inputs(normal, 70, dtype="bfloat16")
-    o = jitted(*xs, impl=impl)
+    o, _ = jitted(*xs, impl=impl)
     assert o.dtype == jnp.bfloat16
-    close(o, jitted(*(x.astype(jnp.float32) for x in xs), impl="oracle"), "bfloat16")
+    exact, _ = jitted(*(x.astype(jnp.float32) for x in xs), impl="oracle")
+    close(o, exact, "bfloat16")
 
 
 def test_steps_and_pieces_equal_one_call(normal, close):
     *xs, state = inputs(normal, 9)
-    whole, after = jitted(*xs, state=state, return_state=True)
-    _, middle = jitted(*(x[:, :4] for x in xs), state=state, return_state=True)
+    whole, after = jitted(*xs, state=state)
+    _, middle = jitted(*(x[:, :4] for x in xs), state=state)
     step = jax.jit(gated_linear_attention_step)
     for t in range(4, 9):
         o, middle = step(*(np.asarray(x)[:, t] for x in xs), middle)
@@ -139,7 +143,7 @@ def retention(impl, log_decay, scale=None):
 
     def call(q, k, v):
         g = jnp.broadcast_to(jnp.asarray(log_decay)[None, None, :, None], (*q.shape[:3], 1))
-        return gated_linear_attention(q, k, v, g, scale=scale, return_state=True, impl=impl)
+        return gated_linear_attention(q, k, v, g, scale=scale, impl=impl)
 
     return call
 
@@ -158,7 +162,7 @@ def wkv(impl):
     def call(r, k, v, w, u, state=None):
         w = jnp.broadcast_to(-jnp.exp(w)[None, :, None], k.shape) if w.ndim == 2 else w
         r, k, v, w = map(time_first, (r, k, v, w))
-        o, state = gated_linear_attention(r, k, v, w, bonus=u, scale=1.0, state=state, return_state=True, impl=impl)
+        o, state = gated_linear_attention(r, k, v, w, bonus=u, scale=1.0, state=state, impl=impl)
         return time_first(o), state
 
     return call
@@ -167,7 +171,7 @@ def wkv(impl):
 def hgrn2(impl):
     def call(q, f, i):
         g = jax.nn.log_sigmoid(f)
-        return gated_linear_attention(q, 1 - jnp.exp(g), i, g, return_state=True, impl=impl)
+        return gated_linear_attention(q, 1 - jnp.exp(g), i, g, impl=impl)
 
     return call
 
@@ -177,7 +181,7 @@ def hgrn(impl):
 
     def call(x, g):
         one = jnp.ones_like(x)[..., None]
-        o, state = gated_linear_attention(one, one, x[..., None], g[..., None], return_state=True, impl=impl)
+        o, state = gated_linear_attention(one, one, x[..., None], g[..., None], impl=impl)
         return o[..., 0], state[..., 0, 0]
 
     return call
@@ -189,7 +193,7 @@ def given(*names):
     def make(impl):
         def call(q, k, v, g):
             g = g[..., None] if g.ndim == 3 else g
-            return gated_linear_attention(q, k, v, g, return_state=True, impl=impl)
+            return gated_linear_attention(q, k, v, g, impl=impl)
 
         return call
 
@@ -201,7 +205,7 @@ def ssd_minimal(impl):
 
     def call(X, A, B, C, initial_states):
         state = initial_states[:, 0].swapaxes(2, 3)
-        o, state = gated_linear_attention(C, B, X, A[..., None], scale=1.0, state=state, return_state=True, impl=impl)
+        o, state = gated_linear_attention(C, B, X, A[..., None], scale=1.0, state=state, impl=impl)
         return o, state.swapaxes(2, 3)
 
     return call
@@ -213,9 +217,7 @@ def ssd(impl):
     def call(x, dt, A, B, C, D, z, dt_bias):
         dt = jax.nn.softplus(dt + dt_bias[None, None])[..., None]
         B, C = (jnp.repeat(y, x.shape[2], axis=2) for y in (B, C))
-        o, state = gated_linear_attention(
-            C, B, dt * x, dt * A[None, None, :, None], scale=1.0, return_state=True, impl=impl
-        )
+        o, state = gated_linear_attention(C, B, dt * x, dt * A[None, None, :, None], scale=1.0, impl=impl)
         return (o + D[None, None, :, None] * x) * jax.nn.silu(z), state.swapaxes(2, 3)
 
     return call

@@ -24,7 +24,7 @@ def test_two_passes_equal_the_oracle(T, normal, packed_ids, out_and_grads, close
 
     def call(impl):
         def run(q, k, v, s, g, state):
-            return gated_slot_attention(q, k, v, s, g, state=state, segment_ids=ids, return_state=True, impl=impl)
+            return gated_slot_attention(q, k, v, s, g, state=state, segment_ids=ids, impl=impl)
 
         return run
 
@@ -34,7 +34,7 @@ def test_two_passes_equal_the_oracle(T, normal, packed_ids, out_and_grads, close
 
 def test_steps_and_bf16(normal, close):
     args = inputs(normal, 5, "bfloat16")
-    whole, after = jax.jit(functools.partial(gated_slot_attention, return_state=True))(*args)
+    whole, after = jax.jit(gated_slot_attention)(*args)
     assert whole.dtype == jnp.bfloat16
     state, step = jax.tree.map(np.zeros_like, after), jax.jit(gated_slot_attention_step)
     for t in range(5):
@@ -48,8 +48,7 @@ def test_reference(impl, out_and_grads):
     case, names = load("fla_gsa_op_a"), ("q", "k", "v", "s", "g")
     args = tuple(jnp.asarray(case.inputs[n]) for n in names)
     r = jnp.asarray(case.inputs["r"]), SlotState(*(jnp.asarray(case.inputs[f"r_state_{i}"]) for i in (0, 1)))
-    call = lambda *xs: gated_slot_attention(*xs, return_state=True, impl=impl)  # noqa: E731
-    (o, state), grads = out_and_grads(call, args, r)
+    (o, state), grads = out_and_grads(functools.partial(gated_slot_attention, impl=impl), args, r)
     assert_close(o, case.outputs["o"], FORWARD, "o")
     for i, leaf in enumerate(state):
         assert_close(leaf, case.outputs[f"final_state_{i}"], FORWARD, f"state {i}")

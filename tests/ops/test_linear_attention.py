@@ -6,6 +6,7 @@ import pytest
 from based_jax.devices import H100_CROSSOVERS
 from based_jax.ops import dispatch
 from based_jax.ops import linear_attention as linear_attention_module
+from based_jax.ops.calls import LinearAttentionCall
 from based_jax.ops.linear_attention import (
     CHUNK_TOKENS,
     IMPLEMENTATIONS,
@@ -17,7 +18,7 @@ from based_jax.ops.linear_attention import (
 from based_jax.ops.precision import EXACT
 
 FAST = [name for name in IMPLEMENTATIONS if name != "oracle"]
-jitted = jax.jit(linear_attention, static_argnames=("impl", "return_state"))
+jitted = jax.jit(linear_attention, static_argnames="impl")
 
 
 def inputs(normal, T, E=6, V=5, H=2, B=6, dtype="float32"):
@@ -30,7 +31,7 @@ def inputs(normal, T, E=6, V=5, H=2, B=6, dtype="float32"):
 def test_oracle_equals_fp64(normal):
     phi_q, phi_k, v, state = inputs(normal, 9, B=1)
     q, k, v64, s = (np.asarray(x, np.float64) for x in (phi_q, phi_k, v, state))
-    o, after = jitted(phi_q, phi_k, v, state=state, return_state=True, impl="oracle")
+    o, after = jitted(phi_q, phi_k, v, state=state, impl="oracle")
     for t in range(9):
         s = s + np.einsum("bhe,bhv->bhev", k[:, t], np.concatenate([v64[:, t], np.ones((1, 2, 1))], axis=-1))
         sums = np.einsum("bhe,bhev->bhv", q[:, t], s)
@@ -45,7 +46,7 @@ def test_every_form_equals_the_oracle(impl, T, normal, packed_ids, out_and_grads
 
     def call(impl):
         def run(phi_q, phi_k, v, state):
-            return linear_attention(phi_q, phi_k, v, state=state, segment_ids=ids, return_state=True, impl=impl)
+            return linear_attention(phi_q, phi_k, v, state=state, segment_ids=ids, impl=impl)
 
         return run
 
@@ -56,14 +57,15 @@ def test_every_form_equals_the_oracle(impl, T, normal, packed_ids, out_and_grads
 @pytest.mark.parametrize("impl", FAST)
 def test_bf16_stays_close(impl, normal, close):
     phi_q, phi_k, v, _ = inputs(normal, 70, dtype="bfloat16")
-    o = jitted(phi_q, phi_k, v, impl=impl)
+    o, _ = jitted(phi_q, phi_k, v, impl=impl)
     assert o.dtype == jnp.bfloat16
-    close(o, jitted(*(x.astype(jnp.float32) for x in (phi_q, phi_k, v)), impl="oracle"), "bfloat16")
+    exact, _ = jitted(*(x.astype(jnp.float32) for x in (phi_q, phi_k, v)), impl="oracle")
+    close(o, exact, "bfloat16")
 
 
 def test_steps_equal_one_pass(normal, close):
     phi_q, phi_k, v, state = inputs(normal, 5)
-    whole, after = jitted(phi_q, phi_k, v, state=state, return_state=True)
+    whole, after = jitted(phi_q, phi_k, v, state=state)
     step = jax.jit(linear_attention_step)
     for t in range(5):
         o, state = step(*(np.asarray(x)[:, t] for x in (phi_q, phi_k, v)), state)
@@ -74,7 +76,7 @@ def test_steps_equal_one_pass(normal, close):
 def test_an_encoded_prefix_is_a_state_in_no_order(normal, close):
     phi_q, phi_k, v, _ = inputs(normal, 8)
     mask = jnp.asarray([[1, 1, 0, 1, 1, 1, 0, 1]] * 6)
-    _, after = jitted(phi_q, phi_k, v, segment_ids=mask, return_state=True, impl="oracle")
+    _, after = jitted(phi_q, phi_k, v, segment_ids=mask, impl="oracle")
     last, encoded = jnp.asarray([[0, 0, 0, 0, 0, 0, 0, 1]] * 6), jax.jit(encoder_state)
     close(encoded(phi_k, v, mask), encoded(phi_k[:, ::-1], v[:, ::-1], mask[:, ::-1]))
     close(encoded(phi_k, v, mask) - encoded(phi_k, v, mask - last), encoded(phi_k, v, last))
@@ -100,7 +102,8 @@ def test_auto_takes_one_chunk_for_short_sequences_on_a_gpu(monkeypatch):
     most = H100_CROSSOVERS.linear_attention_one_chunk_tokens
     for length, chosen in ((most, "xla_quadratic"), (most + 1, "xla_chunks")):
         x = jnp.zeros((1, length, 1, 4))
-        assert dispatch.choose("linear_attention", IMPLEMENTATIONS, "auto", x, x, x, None, None) == chosen
+        call = LinearAttentionCall(x, x, x)
+        assert dispatch.choose("linear_attention", IMPLEMENTATIONS, "auto", call) == chosen
 
 
 def test_one_chunk_of_a_sequence_that_auto_would_cut(normal, close):

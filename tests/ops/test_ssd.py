@@ -8,12 +8,13 @@ from helpers.devices import gpus
 
 from based_jax.errors import UserError
 from based_jax.ops import selective_scan
+from based_jax.ops.calls import SSDCall
 from based_jax.ops.hopper import selective_scan as hopper_selective_scan
 from based_jax.ops.hopper import ssd as hopper_ssd
 from based_jax.ops.ssd import ssd, ssd_step
 
 H, P, N = 4, 3, 5
-jitted = functools.partial(jax.jit, static_argnames=("impl", "return_state"))
+jitted = functools.partial(jax.jit, static_argnames="impl")
 
 
 def inputs(normal, T, groups=2, dtype="float32", batch=6):
@@ -26,7 +27,7 @@ def inputs(normal, T, groups=2, dtype="float32", batch=6):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_oracle_equals_fp64(groups, normal):
     x, dt, A, B, C = inputs(normal, 6, groups)
-    y = jitted(ssd)(x, dt, A, B, C, impl="oracle")
+    y, _ = jitted(ssd)(x, dt, A, B, C, impl="oracle")
     x, dt, A, B, C = (np.asarray(z, np.float64) for z in (x, dt, A, B, C))
     B, C = (np.repeat(z, H // groups, axis=2) for z in (B, C))
     s = np.zeros((6, H, N, P))
@@ -41,9 +42,7 @@ def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
     args, ids = (*inputs(normal, T), normal(6, H, N, P)), packed_ids(T)
 
     def call(impl):
-        return lambda x, dt, A, B, C, state: ssd(
-            x, dt, A, B, C, state=state, segment_ids=ids, return_state=True, impl=impl
-        )
+        return lambda x, dt, A, B, C, state: ssd(x, dt, A, B, C, state=state, segment_ids=ids, impl=impl)
 
     cotangents = normal(6, T, H, P), normal(6, H, N, P)
     close(*(out_and_grads(call(impl), args, cotangents) for impl in ("xla_chunks", "oracle")), tolerance=2e-5)
@@ -53,15 +52,15 @@ def test_it_is_mamba_s_scan_with_one_rate_a_head(normal, packed_ids, close, monk
     """The kernels' way, with the scan's oracle in their place."""
     monkeypatch.setattr(hopper_selective_scan, "compute", selective_scan.IMPLEMENTATIONS["oracle"].compute)
     args, state, ids = inputs(normal, 20, groups=1), normal(6, H, N, P), packed_ids(20)
-    wanted = jitted(ssd)(*args, state=state, segment_ids=ids, return_state=True, impl="oracle")
-    close(jax.jit(hopper_ssd.compute)(*args, state, ids), wanted, tolerance=2e-5)
-    bare = jax.jit(hopper_ssd.compute)(*args, None, None)
-    close(bare, jitted(ssd)(*args, return_state=True, impl="oracle"), tolerance=2e-5)
+    wanted = jitted(ssd)(*args, state=state, segment_ids=ids, impl="oracle")
+    close(jax.jit(hopper_ssd.compute)(SSDCall(*args, state, ids)), wanted, tolerance=2e-5)
+    bare = jax.jit(hopper_ssd.compute)(SSDCall(*args))
+    close(bare, jitted(ssd)(*args, impl="oracle"), tolerance=2e-5)
 
 
 def test_bf16_and_steps(normal, close):
     args = inputs(normal, 9, dtype="bfloat16")
-    y, after = jitted(ssd)(*args, return_state=True)
+    y, after = jitted(ssd)(*args)
     assert y.dtype == jnp.bfloat16
     state, step = jnp.zeros((6, H, N, P)), jax.jit(ssd_step)
     for t in range(9):

@@ -7,6 +7,7 @@ import pytest
 
 from based_jax.devices import H100_CROSSOVERS
 from based_jax.ops import dispatch
+from based_jax.ops.calls import LinearAttentionCall
 from based_jax.ops.hopper import limits
 from based_jax.ops.linear_attention import CHUNK_TOKENS
 from based_jax.ops.taylor import (
@@ -72,7 +73,7 @@ def exact(q, k, v, state=None, ids=None):
 
 def caller(impl, *, ids=None):
     def call(q, k, v, state=None):
-        return taylor_attention(q, k, v, state=state, segment_ids=ids, return_state=True, impl=impl)
+        return taylor_attention(q, k, v, state=state, segment_ids=ids, impl=impl)
 
     return call
 
@@ -238,7 +239,7 @@ def temporary_bytes(f, T, K=16, V=16):
 
 def test_memory_is_linear_and_features_are_never_whole():
     def forward(q, k, v):
-        return taylor_attention(q, k, v, impl="xla_chunks")
+        return taylor_attention(q, k, v, impl="xla_chunks")[0]
 
     backward = jax.grad(lambda *qkv: jnp.sum(forward(*qkv) ** 2), argnums=(0, 1, 2))
     T = 16 * CHUNK_TOKENS
@@ -255,4 +256,5 @@ def test_auto_takes_one_chunk_for_short_sequences_on_a_gpu(draw, monkeypatch):
     most = H100_CROSSOVERS.linear_attention_one_chunk_tokens
     for length, chosen in ((most, "xla_quadratic"), (most + 1, "xla_chunks")):
         x = jnp.zeros((1, length, 1, 4))
-        assert dispatch.choose("taylor_attention", IMPLEMENTATIONS, "auto", x, x, x, None, None) == chosen
+        call = LinearAttentionCall(x, x, x)
+        assert dispatch.choose("taylor_attention", IMPLEMENTATIONS, "auto", call) == chosen

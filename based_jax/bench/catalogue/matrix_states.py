@@ -69,7 +69,7 @@ def _arrays(case: Case, decays: int | None, extra: str | None = None) -> dict[st
 
 
 def _options(arrays, ids, case: Case) -> dict:
-    return {"state": arrays.get("state"), "segment_ids": ids, "return_state": True, "impl": case.impl}
+    return {"state": arrays.get("state"), "segment_ids": ids, "impl": case.impl}
 
 
 def _attention(case: Case) -> Call:

@@ -97,7 +97,7 @@ def _ssd_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
 def _ssd(case: Case) -> Call:
     def call(arrays, ids):
         dt, A = steps_and_rates(arrays["dt"], arrays["A"])
-        options = {"state": arrays.get("state"), "segment_ids": ids, "return_state": True, "impl": case.impl}
+        options = {"state": arrays.get("state"), "segment_ids": ids, "impl": case.impl}
         y, state = ssd.ssd(arrays["x"], dt, A, arrays["B"], arrays["C"], **options)
         return {"y": y, "state": state}
 

@@ -42,7 +42,7 @@ def _arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
 def _call(case: Case) -> Call:
     def call(arrays, ids):
         q, k, v = (arrays[name] for name in ("q", "k", "v"))
-        options = {"state": arrays.get("state"), "segment_ids": ids, "return_state": True, "impl": case.impl}
+        options = {"state": arrays.get("state"), "segment_ids": ids, "impl": case.impl}
         return dict(zip(("o", "state"), taylor.taylor_attention(q, k, v, **options), strict=True))
 
     return call

@@ -62,7 +62,7 @@ class LinearAttention(Mixer):
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
         q, k, v, _ = self._project(x, jnp.zeros(1, jnp.int32), segment_ids)
-        o = linear_attention.linear_attention(q, k, v, segment_ids=segment_ids, impl=self.config.impl)
+        o, _ = linear_attention.linear_attention(q, k, v, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o))
 
     @override
@@ -76,7 +76,7 @@ class LinearAttention(Mixer):
         state, length = cache
         q, k, v, length = self._project(x, length, segment_ids)
         o, state = linear_attention.linear_attention(
-            q, k, v, state=state, segment_ids=segment_ids, return_state=True, impl=self.config.impl
+            q, k, v, state=state, segment_ids=segment_ids, impl=self.config.impl
         )
         return self._out(o), (state, length)
 

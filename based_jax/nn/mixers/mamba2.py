@@ -88,7 +88,7 @@ class Mamba2(Mixer):
         u, dt = self._projected(x)
         u, _ = short_conv(u, **self._conv(), segment_ids=segment_ids)
         inputs = self._inputs(u, dt)
-        y = ssd(*inputs, segment_ids=segment_ids, impl=self.config.impl)
+        y, _ = ssd(*inputs, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, inputs[0], y))
 
     @override
@@ -98,11 +98,10 @@ class Mamba2(Mixer):
 
     @override
     def prefill(self, x: BTD, cache: Mamba2Cache, segment_ids: BT | None = None) -> tuple[BTD, Mamba2Cache]:
-        options: dict[str, Any] = {"segment_ids": segment_ids, "return_state": True}
         u, dt = self._projected(x)
         u, conv = short_conv(u, **self._conv(), state=cache.conv, segment_ids=segment_ids)
         inputs = self._inputs(u, dt)
-        y, state = ssd(*inputs, state=cache.state, impl=self.config.impl, **options)
+        y, state = ssd(*inputs, state=cache.state, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(x, inputs[0], y), Mamba2Cache(conv, state)
 
     @override

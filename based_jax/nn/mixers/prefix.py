@@ -101,7 +101,5 @@ class PrefixLinearAttention(TaylorAttention):
                 k, k_enc = (key * shown[:, :, None, None].astype(key.dtype) for key in (k, k_enc))
             prefix = (places < self.enc_length) & (ids == segments.first_id(ids)[:, None]) & (ids != 0)
             state = state + encoder_state(taylor.taylor_features(k_enc), v_enc, prefix)
-        o, state = taylor.taylor_attention(
-            q, k, v, state=state, segment_ids=segment_ids, return_state=True, impl=self.config.impl
-        )
+        o, state = taylor.taylor_attention(q, k, v, state=state, segment_ids=segment_ids, impl=self.config.impl)
         return self.out_proj(layers.merge_heads(o)), (state, length)

@@ -95,7 +95,7 @@ class RWKV7(TimeMix):
             raise UserError("v_first was given, but value_residual is False.")
         previous, _ = token_shift(x, segment_ids=segment_ids)
         inputs, rest = self._project(x, previous, v_first)
-        o = dplr(*inputs, scale=1.0, segment_ids=segment_ids, impl=self.config.impl)
+        o, _ = dplr(*inputs, scale=1.0, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o, *rest))
 
     def state_size(self, seq_len: int) -> int:

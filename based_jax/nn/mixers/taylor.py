@@ -47,7 +47,7 @@ class TaylorAttention(Mixer):
 
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        o = taylor.taylor_attention(*self._qkv(x), segment_ids=segment_ids, impl=self.config.impl)
+        o, _ = taylor.taylor_attention(*self._qkv(x), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o))
 
     @override
@@ -56,9 +56,7 @@ class TaylorAttention(Mixer):
 
     @override
     def prefill(self, x: BTD, cache: BHEV, segment_ids: BT | None = None) -> tuple[BTD, BHEV]:
-        o, cache = taylor.taylor_attention(
-            *self._qkv(x), state=cache, segment_ids=segment_ids, return_state=True, impl=self.config.impl
-        )
+        o, cache = taylor.taylor_attention(*self._qkv(x), state=cache, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(o), cache
 
     @override

@@ -4,32 +4,30 @@ import jax.numpy as jnp
 
 from based_jax import devices
 from based_jax.dims import BHKV, BTHV
+from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.decays import one_chunk_is_faster
 from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.hopper import recurrence
 
 
-def supports(xs, bonus, scale, state, segment_ids) -> str | None:
+def supports(call: MatrixStateCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
-    q, _, v, _ = xs
-    return recurrence.supports(q, v) if bonus is None else "the kernels know no bonus"
+    return recurrence.supports(call) if call.bonus is None else "the kernels know no bonus"
 
 
-def slower(xs, bonus, scale, state, segment_ids) -> str | None:
+def slower(call: MatrixStateCall) -> str | None:
     """Return why XLA's products are faster than the kernels, token by token, or None."""
-    _, k, v, log_decay = xs
-    T, K, V = k.shape[1], k.shape[-1], v.shape[-1]
+    (_, T, _, K), V = call.k.shape, call.v.shape[-1]
     known = devices.crossovers(target_device_kind())
-    if log_decay.shape[-1] > 1:
+    if call.log_decay.shape[-1] > 1:
         return None
-    if known.chunk_tokens > T and v.dtype == jnp.bfloat16:
+    if known.chunk_tokens > T and call.v.dtype == jnp.bfloat16:
         return f"one chunk is faster where heads have one decay, and T is {T}, less than {known.chunk_tokens}"
     if known.one_decay_steps_tokens < T:
         return f"products are faster where heads have one decay, and T is {T}, above {known.one_decay_steps_tokens}"
     return one_chunk_is_faster(T, known.one_decay_one_chunk_tokens, K * V)
 
 
-def compute(xs, bonus, scale, state, segment_ids) -> tuple[BTHV, BHKV]:
+def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     """Return o and the state after the last token, each device for its rows and heads."""
-    q, k, v, log_decay = xs
-    return recurrence.recurrence(q, k, v, log_decay, (), scale, state, segment_ids)
+    return recurrence.compute(call)

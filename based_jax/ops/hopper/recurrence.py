@@ -10,12 +10,13 @@ the other, and work on tensor cores.
 import functools
 import math
 
+import einops
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from based_jax.dims import BHKV, BT, BTHK, BTHV
+from based_jax.dims import BHKV, BTHV
 from based_jax.ops import segments, sharded
+from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.decays import empty_state
 from based_jax.ops.hopper import limits
 
@@ -25,8 +26,9 @@ TOKEN_MULTIPLE, HEAD_MULTIPLE = 8, 4
 """Of the tokens, and of the heads of all rows together."""
 
 
-def supports(q: BTHK, v: BTHV) -> str | None:
+def supports(call: MatrixStateCall) -> str | None:
     """Return why the kernels cannot run a call, or None; shapes and dtypes are all that they ask for."""
+    q, v = call.q, call.v
     batch, time, heads, keys = q.shape
     if v.dtype not in (jnp.bfloat16, jnp.float32):
         return f"v must be bfloat16 or float32, and is {v.dtype}"
@@ -40,55 +42,38 @@ def supports(q: BTHK, v: BTHV) -> str | None:
     return limits.refusal()
 
 
-def recurrence(
-    q: BTHK,
-    k: BTHK,
-    v: BTHV,
-    log_decay: Float[Array, "B T H #K"],
-    ab: tuple[BTHK, ...],
-    scale: float,
-    state: BHKV | None,
-    segment_ids: BT | None,
-) -> tuple[BTHV, BHKV]:
+def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     """Return o and the state after the last token, each device for its rows and heads.
 
-    Args:
-      log_decay: log w, (B, T, H, K) or (B, T, H, 1).
-      ab: a and b, or nothing for a state that only decays.
+    Without a and b the state only decays.
     """
-
-    def on_device(q, k, v, log_decay, *rest) -> tuple[BTHV, BHKV]:
-        *ab, state, segment_ids = rest
-        return _on_device(q, k, v, log_decay, ab, scale, state, segment_ids)
-
-    state = empty_state(q, v) if state is None else state
-    return sharded.per_head(on_device, (q, k, v, log_decay, *ab), state, segment_ids)
+    state = empty_state(call) if call.state is None else call.state
+    return sharded.per_head(_on_device, call._replace(state=state))
 
 
-def _on_device(q, k, v, log_decay, ab, scale, state, segment_ids) -> tuple[BTHV, BHKV]:
+def _on_device(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     """Fill all sizes up with zeros, which change no state, and cut them off again."""
-    (batch, time, heads, keys), values = q.shape, v.shape[-1]
-    q, k, v, log_decay, ab, padding = segments.separated(q, k, v, log_decay, ab, segment_ids)
-    log_decay = jnp.broadcast_to(log_decay.astype(jnp.float32), q.shape)
-    ab = [x.astype(jnp.float32) for x in ab]
-
+    (batch, time, heads, keys), values = call.q.shape, call.v.shape[-1]
     wide = next(size for size in KEY_DIMS if size >= keys)
     width = next((size for size in VALUE_DIMS if size >= max(values, wide // 2)), VALUE_DIMS[-1])
     parts = -(-values // width)  # of the values of a head, each with queries and keys of its own
-    v = sharded.fill(v, {1: TOKEN_MULTIPLE, 3: width}).reshape(batch, -1, heads * parts, width)
-    state = sharded.fill(state, {2: wide, 3: width}).reshape(batch, heads, wide, parts, width)
-    state = jnp.swapaxes(state, 2, 3).reshape(batch, heads * parts, wide, width)
+
+    call, padding = segments.separated(call)
+    state = sharded.fill(call.state, {2: wide, 3: width})
+    state = einops.rearrange(state, "B H K (P V) -> B (H P) K V", P=parts)
+    v = einops.rearrange(sharded.fill(call.v, {1: TOKEN_MULTIPLE, 3: width}), "B T H (P V) -> B T (H P) V", P=parts)
+    ab = () if call.a is None else (call.a.astype(jnp.float32), call.b.astype(jnp.float32))
+    log_decay = jnp.broadcast_to(call.log_decay.astype(jnp.float32), call.q.shape)
     q, k, log_decay, *ab = (
         jnp.repeat(sharded.fill(x, {1: TOKEN_MULTIPLE, 3: wide}), parts, axis=2)
-        for x in (q.astype(v.dtype), k.astype(v.dtype), log_decay, *ab)
+        for x in (call.q.astype(v.dtype), call.k.astype(v.dtype), log_decay, *ab)
     )
     rows = HEAD_MULTIPLE // math.gcd(HEAD_MULTIPLE, heads * parts)
     arguments = (sharded.fill(x, {0: rows}) for x in (q, k, v, log_decay, state, *ab))
-    o, state = _fused(scale, *sharded.vary_alike(*arguments))
+    o, state = _fused(call.scale, *sharded.vary_alike(*arguments))
 
-    o = o[:batch, :time].reshape(batch, time, heads, -1)[..., :values]
-    state = jnp.swapaxes(state[:batch].reshape(batch, heads, parts, wide, width), 2, 3)
-    state = state.reshape(batch, heads, wide, -1)[:, :, :keys, :values]
+    o = einops.rearrange(o[:batch, :time], "B T (H P) V -> B T H (P V)", P=parts)[..., :values]
+    state = einops.rearrange(state[:batch], "B (H P) K V -> B H K (P V)", P=parts)[:, :, :keys, :values]
     return (o if padding is None else jnp.where(padding, 0, o)), state
 
 

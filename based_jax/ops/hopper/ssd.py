@@ -1,30 +1,36 @@
 """Mamba-2's state space in Mamba's Hopper kernels, with the head's step and rate in each of its channels."""
 
+import einops
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from based_jax.ops.calls import BHNP, BTHP, SelectiveScanCall, SSDCall
 from based_jax.ops.hopper import selective_scan
 
-BTHP = Float[Array, "B T H P"]
-BHNP = Float[Array, "B H N P"]
 
-
-def supports(x, dt, A, B, C, state, segment_ids) -> str | None:
+def supports(call: SSDCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
-    if B.shape[2] > 1:
-        return f"B and C must be of one group, and are of {B.shape[2]}"
-    channels = x.shape[2] * x.shape[3]
-    u = jax.ShapeDtypeStruct((*x.shape[:2], channels), x.dtype)
-    return selective_scan.supports((u,), jax.ShapeDtypeStruct((channels, B.shape[3]), jnp.float32), state, segment_ids)
+    if (groups := call.B.shape[2]) > 1:
+        return f"B and C must be of one group, and are of {groups}"
+    return selective_scan.supports(jax.eval_shape(_by_channel, call))
 
 
-def compute(x, dt, A, B, C, state, segment_ids) -> tuple[BTHP, BHNP]:
+def compute(call: SSDCall) -> tuple[BTHP, BHNP]:
     """Return y and the state after the last token, each device for its rows and all heads."""
-    (batch, time, heads, width), states = x.shape, B.shape[-1]
-    dt, A = jnp.repeat(dt, width, axis=-1), jnp.repeat(A, width)
-    if state is not None:
-        state = jnp.swapaxes(state, 2, 3).reshape(batch, -1, states)
-    xs = x.reshape(batch, time, -1), dt, B[:, :, 0], C[:, :, 0]
-    y, after = selective_scan.compute(xs, jnp.broadcast_to(A[:, None], (A.size, states)), state, segment_ids)
-    return y.reshape(x.shape), jnp.swapaxes(after.reshape(batch, heads, width, states), 2, 3)
+    y, state = selective_scan.compute(_by_channel(call))
+    heads = call.x.shape[2]
+    y = einops.rearrange(y, "B T (H P) -> B T H P", H=heads)
+    return y, einops.rearrange(state, "B (H P) N -> B H N P", H=heads)
+
+
+def _by_channel(call: SSDCall) -> SelectiveScanCall:
+    """Return the same call with each head's step and rate in all of its channels."""
+    width, states = call.x.shape[3], call.B.shape[3]
+    return SelectiveScanCall(
+        u=einops.rearrange(call.x, "B T H P -> B T (H P)"),
+        dt=einops.repeat(call.dt, "B T H -> B T (H P)", P=width),
+        A=einops.repeat(call.A, "H -> (H P) N", P=width, N=states),
+        B=call.B[:, :, 0],
+        C=call.C[:, :, 0],
+        state=None if call.state is None else einops.rearrange(call.state, "B H N P -> B (H P) N"),
+        segment_ids=call.segment_ids,
+    )

@@ -8,14 +8,16 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from based_jax.dims import BHEV, BT, BTHK, BTHV
+from based_jax.dims import BHEV, BTHV
 from based_jax.ops import sharded
+from based_jax.ops.calls import LinearAttentionCall
 from based_jax.ops.hopper import limits
 from based_jax.ops.hopper.taylor_pieces import documents, number_of_pieces, running
 
@@ -24,8 +26,9 @@ PACKED_DIM = 160
 VALUE_DIM = 64
 
 
-def supports(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> str | None:
+def supports(call: LinearAttentionCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
+    q, k, v = call.q, call.k, call.v
     if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
         return f"q, k and v must be bfloat16, and are {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[3] > FEATURE_DIM:
@@ -35,32 +38,30 @@ def supports(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | No
     return limits.refusal()
 
 
-def compute(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> tuple[BTHV, BHEV]:
+def compute(call: LinearAttentionCall) -> tuple[BTHV, BHEV]:
     """Return o and the state after the last token, each device for its rows and heads."""
-    tokens, state_dims = ("batch", None, "heads"), ("batch", "heads")
-    arguments = q, k, v, state, segment_ids
-    return sharded.per_shard(_any_widths, arguments, (*(tokens,) * 3, state_dims, ("batch",)), (tokens, state_dims))
+    return sharded.per_head(_any_widths, call)
 
 
-def _any_widths(q: BTHK, k: BTHK, v: BTHV, state: BHEV | None, segment_ids: BT | None) -> tuple[BTHV, BHEV]:
+def _any_widths(call: LinearAttentionCall) -> tuple[BTHV, BHEV]:
     """Return what `compute` does, of one shard.
 
     The kernels know K = 16 and V = 64. Narrower queries and keys get zeros; wider values become several heads with the
     same queries and keys.
     """
+    q, k, v, state, segment_ids = call
     feature_dim, value_dim = q.shape[3], v.shape[3]
     if (feature_dim, value_dim) == (FEATURE_DIM, VALUE_DIM):
-        return _attention(q, k, v, state, segment_ids)
+        return _attention(*call)
     q = (q.astype(jnp.float32) * math.sqrt(FEATURE_DIM / feature_dim)).astype(q.dtype)
     parts = -(-value_dim // VALUE_DIM)
     q, k = (jnp.repeat(_widen(x, FEATURE_DIM), parts, axis=2) for x in (q, k))
-    v = _widen(v, parts * VALUE_DIM)
-    batch, time, heads, _ = v.shape
+    v = einops.rearrange(_widen(v, parts * VALUE_DIM), "B T H (P V) -> B T (H P) V", P=parts)
     if state is not None:
         state = _split_values(_widen_features(state, feature_dim), parts)
-    o, after = _attention(q, k, v.reshape(batch, time, heads * parts, VALUE_DIM), state, segment_ids)
+    o, after = _attention(q, k, v, state, segment_ids)
     after = _narrow_features(_join_values(after, parts, value_dim), feature_dim)
-    return o.reshape(batch, time, heads, -1)[..., :value_dim], after
+    return einops.rearrange(o, "B T (H P) V -> B T H (P V)", P=parts)[..., :value_dim], after
 
 
 def _widen(x: jax.Array, width: int) -> jax.Array:
@@ -69,19 +70,14 @@ def _widen(x: jax.Array, width: int) -> jax.Array:
 
 def _split_values(state: jax.Array, parts: int) -> jax.Array:
     """Return the state (B, H parts, E, 65) of heads that share the values of one (B, H, E, V+1)."""
-    batch, heads, features, _ = state.shape
-    values = _widen(state[..., :-1], parts * VALUE_DIM).reshape(batch, heads, features, parts, VALUE_DIM)
-    sums = jnp.broadcast_to(state[..., None, -1:], (*values.shape[:-1], 1))
-    joined = jnp.moveaxis(jnp.concatenate([values, sums], axis=-1), 3, 2)
-    return joined.reshape(batch, heads * parts, features, VALUE_DIM + 1)
+    values = einops.rearrange(_widen(state[..., :-1], parts * VALUE_DIM), "B H E (P V) -> B (H P) E V", P=parts)
+    return jnp.concatenate([values, jnp.repeat(state[..., -1:], parts, axis=1)], axis=-1)
 
 
 def _join_values(state: jax.Array, parts: int, value_dim: int) -> jax.Array:
     """Undo `_split_values`; the parts' normalisers are the same."""
-    batch, _, features, _ = state.shape
-    state = jnp.moveaxis(state.reshape(batch, -1, parts, features, VALUE_DIM + 1), 2, 3)
-    values = state[..., :-1].reshape(*state.shape[:3], parts * VALUE_DIM)[..., :value_dim]
-    return jnp.concatenate([values, state[..., 0, -1:]], axis=-1)
+    values = einops.rearrange(state[..., :-1], "B (H P) E V -> B H E (P V)", P=parts)[..., :value_dim]
+    return jnp.concatenate([values, state[:, ::parts, :, -1:]], axis=-1)
 
 
 def _widen_features(state: jax.Array, feature_dim: int) -> jax.Array:

@@ -8,32 +8,24 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from based_jax.dims import BHKV, BT, BTHK, BTHV
+from based_jax.dims import BHKV, BTHV
+from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.triton import chunks
 
 
-def channel_decays(
-    q: BTHK,
-    k: BTHK,
-    v: BTHV,
-    log_decay: Float[Array, "B T H #K"],
-    ab: tuple[BTHK, ...],
-    scale: float,
-    state: BHKV | None,
-    segment_ids: BT | None,
-) -> tuple[BTHV, BHKV]:
+def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     """Return o and the state after the last token, each device for its rows and heads.
 
-    Args:
-      ab: a and b, or nothing for a state that only decays.
+    Without a and b the state only decays.
     """
-    return chunks.run(functools.partial(_run, scale), q, k, v, log_decay, ab, (), state, segment_ids)
+    return chunks.run(_on_chunks, call)
 
 
-def _run(scale, q, k, v, log_decay, state, *ab):
-    return _fused(scale, q, k, v, jnp.broadcast_to(log_decay, q.shape), state, *ab)
+def _on_chunks(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
+    ab = () if call.a is None else (call.a, call.b)
+    log_decay = jnp.broadcast_to(call.log_decay, call.q.shape)
+    return _fused(call.scale, call.q, call.k, call.v, log_decay, call.state, *ab)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

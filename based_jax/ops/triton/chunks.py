@@ -4,15 +4,15 @@ Which kernels take a call depends on its decays: `one_decay.py` or `channel_deca
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from based_jax import devices
-from based_jax.dims import BHKV, BT, BTHK, BTHV
+from based_jax.dims import BHKV, BTHV
 from based_jax.ops import segments, sharded
+from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.decays import empty_state
 from based_jax.ops.dispatch import target_device_kind
 
@@ -44,43 +44,41 @@ def slower(v: BTHV) -> str | None:
     return None if time >= full else f"T is {time}, less than a chunk of {full}"
 
 
-def run(
-    fused: Callable,
-    q: BTHK,
-    k: BTHK,
-    v: BTHV,
-    log_decay: Float[Array, "B T H #K"],
-    ab: Sequence[BTHK],
-    rates: Sequence[Float[Array, "B T H"]],
-    state: BHKV | None,
-    segment_ids: BT | None,
-) -> tuple[BTHV, BHKV]:
-    """Return o and the state of fused(q, k, v, log_decay, state, *ab, *rates), each device for its rows and heads.
+def run(fused: Callable, call: MatrixStateCall) -> tuple[BTHV, BHKV]:
+    """Return o and the state of fused(call), each device for its rows and heads.
 
     q, k, a and b become v's dtype, the others fp32, log-decays such that they can be added up. All sizes are filled up
     with zeros, which change no state, and cut off again.
     """
-    # Pallas' GPU modules take half a second to import and are needed only here.
-    from pallas_kernels import split
-    from pallas_kernels.triton.chunks import CHUNK_TOKENS, STRIP_WIDTH
 
-    state = empty_state(q, v) if state is None else state
-    time, (*_, keys, values) = q.shape[1], state.shape
-    wide, counts = next(size for size in KEY_DIMS if size >= keys), (len(ab), len(rates))
-
-    def on_device(q, k, v, log_decay, *rest) -> tuple[BTHV, BHKV]:
-        ab, rates, [state, segment_ids] = split(rest, *counts)
-        q, k, v, log_decay, ab, padding = segments.separated(q, k, v, log_decay, ab, segment_ids)
-        q, k, *ab = (sharded.fill(x.astype(v.dtype), {1: CHUNK_TOKENS, 3: wide}) for x in (q, k, *ab))
-        log_decay = jnp.maximum(log_decay.astype(jnp.float32), MIN_LOG_DECAY)
-        log_decay = sharded.fill(log_decay, {1: CHUNK_TOKENS} | ({3: wide} if log_decay.shape[3] > 1 else {}))
-        rates = [sharded.fill(x.astype(jnp.float32), {1: CHUNK_TOKENS}) for x in rates]
-        v, state = (
-            sharded.fill(v, {1: CHUNK_TOKENS, 3: STRIP_WIDTH}),
-            sharded.fill(state.astype(jnp.float32), {2: wide, 3: STRIP_WIDTH}),
-        )
-        o, state = fused(*sharded.vary_alike(q, k, v, log_decay, state, *ab, *rates))
+    def on_device(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
+        (_, time, _, keys), values = call.q.shape, call.v.shape[-1]
+        call, padding = segments.separated(call)
+        o, state = fused(MatrixStateCall(*sharded.vary_alike(*_filled(call))))
         o, state = o[:, :time, :, :values], state[:, :, :keys, :values]
         return (o if padding is None else jnp.where(padding, 0, o)), state
 
-    return sharded.per_head(on_device, (q, k, v, log_decay, *ab, *rates), state, segment_ids)
+    state = empty_state(call) if call.state is None else call.state
+    return sharded.per_head(on_device, call._replace(state=state))
+
+
+def _filled(call: MatrixStateCall) -> MatrixStateCall:
+    """Return the call in the kernels' dtypes and sizes."""
+    # Pallas' GPU modules take half a second to import and are needed only here.
+    from pallas_kernels.triton.chunks import CHUNK_TOKENS, STRIP_WIDTH
+
+    wide = next(size for size in KEY_DIMS if size >= call.q.shape[-1])
+    keys, values = {1: CHUNK_TOKENS, 3: wide}, {1: CHUNK_TOKENS, 3: STRIP_WIDTH}
+    decays = keys if call.log_decay.shape[3] > 1 else {1: CHUNK_TOKENS}
+    log_decay = jnp.maximum(call.log_decay.astype(jnp.float32), MIN_LOG_DECAY)
+    q, k, a, b = jax.tree.map(lambda x: sharded.fill(x.astype(call.v.dtype), keys), (call.q, call.k, call.a, call.b))
+    return call._replace(
+        q=q,
+        k=k,
+        v=sharded.fill(call.v, values),
+        log_decay=sharded.fill(log_decay, decays),
+        beta=None if call.beta is None else sharded.fill(call.beta.astype(jnp.float32), {1: CHUNK_TOKENS}),
+        a=a,
+        b=b,
+        state=sharded.fill(call.state.astype(jnp.float32), {2: wide, 3: STRIP_WIDTH}),
+    )

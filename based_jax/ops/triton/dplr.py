@@ -4,29 +4,27 @@ from collections.abc import Callable
 
 from based_jax import devices
 from based_jax.dims import BHKV, BTHV
+from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.sharded import heads_of_device
 from based_jax.ops.triton import channel_decays, chunks
 
 
-def supports(xs, scale, state, segment_ids) -> str | None:
+def supports(call: MatrixStateCall) -> str | None:
     """Return why the kernels cannot run this call, or None; of `delta_rule` as well."""
-    _, k, v, *_ = xs
-    return chunks.supports(v, k.shape[-1])
+    return chunks.supports(call.v, call.k.shape[-1])
 
 
-def slower(xs, scale, state, segment_ids, *, steps_support: Callable) -> str | None:
+def slower(call: MatrixStateCall, *, steps_support: Callable) -> str | None:
     """Return why `auto` leaves a call to others, or None; `steps_support` tells whether kernels run it by steps."""
-    _, k, v, *_ = xs
-    (rows, _, heads, V), K = v.shape, k.shape[-1]
+    (rows, _, heads, V), K = call.v.shape, call.k.shape[-1]
     known, heads = devices.crossovers(target_device_kind()), heads_of_device(rows, heads)
     many, large = heads >= known.dplr_steps_heads, known.large_state_elements <= K * V
-    if many and not large and steps_support(xs, scale, state, segment_ids) is None:
+    if many and not large and steps_support(call) is None:
         return f"steps are faster for {heads} heads with states of {K * V} elements"
-    return chunks.slower(v)
+    return chunks.slower(call.v)
 
 
-def compute(xs, scale, state, segment_ids) -> tuple[BTHV, BHKV]:
+def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     """Return o and the state after the last token, each device for its rows and heads."""
-    q, k, v, log_decay, a, b = xs
-    return channel_decays.channel_decays(q, k, v, log_decay, (a, b), scale, state, segment_ids)
+    return channel_decays.compute(call)

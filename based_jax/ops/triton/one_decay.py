@@ -10,31 +10,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.dims import BHKV, BT, BTHK, BTHV
+from based_jax.dims import BHKV, BTHV
+from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.triton import chunks
 
 
-def one_decay(
-    q: BTHK,
-    k: BTHK,
-    v: BTHV,
-    log_decay: Float[Array, "B T H 1"],
-    beta: Float[Array, "B T H"] | None,
-    scale: float,
-    state: BHKV | None,
-    segment_ids: BT | None,
-) -> tuple[BTHV, BHKV]:
+def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     """Return o and the state after the last token, each device for its rows and heads.
 
-    Args:
-      beta: the rates of the delta rule, or None for gated linear attention.
+    With beta, the rates of the delta rule, it is that; without them gated linear attention.
     """
-    rates = [] if beta is None else [beta]
-    return chunks.run(functools.partial(_run, scale), q, k, v, log_decay, (), rates, state, segment_ids)
+    return chunks.run(_on_chunks, call)
 
 
-def _run(scale, q, k, v, log_decay, state, *beta):
-    return _fused(scale, q, k, v, log_decay[..., 0], state, *beta)
+def _on_chunks(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
+    beta = () if call.beta is None else (call.beta,)
+    return _fused(call.scale, call.q, call.k, call.v, call.log_decay[..., 0], call.state, *beta)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from based_jax.errors import UserError
 from based_jax.ops import delta_rule, gated_linear_attention
+from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.delta_rule import dplr
 
 
@@ -39,7 +40,7 @@ def test_a_bonus_is_refused():
 
 def _gradients(*args, ids=None):
     def loss(*args):
-        o, last = dplr(*args, segment_ids=ids, return_state=True, impl="hopper_steps")
+        o, last = dplr(*args, segment_ids=ids, impl="hopper_steps")
         return o.astype(jnp.float32).sum() + last.sum()
 
     return jax.grad(loss, argnums=range(6))(*args)
@@ -108,14 +109,15 @@ def test_kernels_equal_the_oracle(
     wide = [-(normal(B, T, H, K) ** 2), normal(B, H, K, V)]
     wide += [-direction, direction * jax.nn.sigmoid(normal(B, T, H, 1))] if low_rank else []
     table = delta_rule.DPLR_IMPLEMENTATIONS if low_rank else gated_linear_attention.IMPLEMENTATIONS
-    bonus = () if low_rank else (None,)
     do, dlast = normal(B, T, H, V), normal(B, H, K, V)
 
     def run(impl, q, k, v):
-        def call(q, k, v, g, state, *ab):
-            return table[impl].compute((q, k, v, g, *ab), *bonus, 0.3, state if packed else None, ids)
+        def compute(q, k, v, g, state, a=None, b=None):
+            state = state if packed else None
+            call = MatrixStateCall(q, k, v, g, a=a, b=b, scale=0.3, state=state, segment_ids=ids)
+            return table[impl].compute(call)
 
-        return out_and_grads(call, (q, k, v, *wide), (do.astype(v.dtype), dlast))
+        return out_and_grads(compute, (q, k, v, *wide), (do.astype(v.dtype), dlast))
 
     expected = run("oracle", *(x.astype(jnp.float32) for x in (q, k, v)))
     for ours, right in zip(jax.tree.leaves(run("hopper_steps", q, k, v)), jax.tree.leaves(expected), strict=True):

@@ -18,7 +18,7 @@ def test_each_operation_lowers_with_its_gradients(operation):
     wide, narrow = jnp.zeros((4, 512, 4, 64), jnp.bfloat16), jnp.zeros((4, 512, 4, 16), jnp.bfloat16)
     flat, ids = jnp.zeros((4, 512, 256), jnp.bfloat16), jnp.ones((4, 512), jnp.int32)
     calls = {
-        "taylor": (lambda *x: taylor_attention(*x, segment_ids=ids), (narrow, narrow, wide), "2x512x2x64xbf16"),
+        "taylor": (lambda *x: taylor_attention(*x, segment_ids=ids)[0], (narrow, narrow, wide), "2x512x2x64xbf16"),
         "window": (lambda *x: window_attention(*x, window=64, segment_ids=ids), (wide,) * 3, "2x512x2x64xbf16"),
         "conv": (
             lambda *x: short_conv(*x, segment_ids=ids, impl="hopper_taps")[0],

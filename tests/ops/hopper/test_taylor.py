@@ -10,6 +10,7 @@ from helpers.devices import gpus
 from jax.sharding import AxisType, PartitionSpec
 
 from based_jax.ops import taylor
+from based_jax.ops.calls import LinearAttentionCall
 from based_jax.ops.hopper import taylor as hopper_taylor
 from based_jax.ops.hopper import taylor_pieces
 from pallas_kernels.hopper import taylor_packing
@@ -17,6 +18,10 @@ from pallas_kernels.hopper import taylor_packing
 
 def _arrays(shape=(2, 2048, 16), k=16, v=64, dtype=jnp.bfloat16):
     return tuple(jnp.zeros((*shape, dim), dtype) for dim in (k, k, v))
+
+
+def _call(*args, **options):
+    return LinearAttentionCall(*_arrays(*args, **options))
 
 
 def _packed(x: np.ndarray) -> np.ndarray:
@@ -56,31 +61,31 @@ def test_packed_state_is_the_sum_of_packed_features(rng):
 def test_other_widths_are_those_of_the_kernels(rng, monkeypatch, feature_dim, value_dim):
     def kernels(q, k, v, state, segment_ids):
         assert (q.shape[3], v.shape[3]) == (16, 64)
-        return taylor.taylor_attention(q, k, v, state=state, return_state=True, impl="oracle")
+        return taylor.taylor_attention(q, k, v, state=state, impl="oracle")
 
     monkeypatch.setattr(hopper_taylor, "_attention", kernels)
     shapes = (2, 7, 3, feature_dim), (2, 7, 3, feature_dim), (2, 7, 3, value_dim)
     first, second = ([jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes] for _ in range(2))
-    oracle = jax.jit(functools.partial(taylor.taylor_attention, return_state=True, impl="oracle"))
+    oracle = jax.jit(functools.partial(taylor.taylor_attention, impl="oracle"))
     for state in (None, oracle(*first)[1]):
-        got = jax.jit(hopper_taylor.compute)(*second, state, None)
+        got = jax.jit(hopper_taylor.compute)(LinearAttentionCall(*second, state))
         wanted = oracle(*second, state=state)
         for x, y in zip(got, wanted, strict=True):
             np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize(
-    "arrays, words",
+    "call, words",
     [
-        (_arrays(dtype=jnp.float32), "bfloat16"),
-        (_arrays(k=24), "K must be at most 16, and is 24"),
-        (_arrays((2, 0, 16)), "a token"),
+        (_call(dtype=jnp.float32), "bfloat16"),
+        (_call(k=24), "K must be at most 16, and is 24"),
+        (_call((2, 0, 16)), "a token"),
     ],
 )
-def test_refusals_name_the_value(arrays, words):
+def test_refusals_name_the_value(call, words):
     with gpus():
-        assert words in hopper_taylor.supports(*arrays, None, None)
-        assert hopper_taylor.supports(*_arrays(), None, None) is None
+        assert words in hopper_taylor.supports(call)
+        assert hopper_taylor.supports(_call()) is None
 
 
 @pytest.mark.parametrize(
@@ -88,17 +93,17 @@ def test_refusals_name_the_value(arrays, words):
 )
 def test_only_hopper_gpus(kind, runs):
     with gpus(kind):
-        reason = hopper_taylor.supports(*_arrays(), None, None)
+        reason = hopper_taylor.supports(_call())
     assert reason is None if runs else kind in reason
 
 
 def test_a_mesh_with_explicit_axes_needs_shard_map():
-    arrays = _arrays()
+    call = _call()
     with gpus(shape=(2,), axes=AxisType.Explicit):
-        assert "shard_map" in hopper_taylor.supports(*arrays, None, None)
+        assert "shard_map" in hopper_taylor.supports(call)
     for axes in (AxisType.Manual, AxisType.Auto):
         with gpus(shape=(2,), axes=axes):
-            assert hopper_taylor.supports(*arrays, None, None) is None
+            assert hopper_taylor.supports(call) is None
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,7 @@ def test_lowers_for_an_h100(shape, pieces, with_state, packed):
     state = (jnp.zeros((shape[0], shape[2], 153, 65)),) if with_state else ()
 
     def loss(q, k, v, state=None):
-        o, after = taylor.taylor_attention(q, k, v, state=state, segment_ids=ids, return_state=True)
+        o, after = taylor.taylor_attention(q, k, v, state=state, segment_ids=ids)
         return o.astype(jnp.float32).sum() + after.sum()
 
     with gpus():
@@ -122,7 +127,8 @@ def test_lowers_for_an_h100(shape, pieces, with_state, packed):
 
 def _gradients(arrays, impl="hopper_chunks"):
     def loss(q, k, v):
-        return taylor.taylor_attention(q, k, v, impl=impl).astype(jnp.float32).sum()
+        o, _ = taylor.taylor_attention(q, k, v, impl=impl)
+        return o.astype(jnp.float32).sum()
 
     return jax.grad(loss, argnums=(0, 1, 2))(*arrays)
 
@@ -143,7 +149,7 @@ def test_lowers_under_shard_map_over_batch_and_heads():
 
     def gradients(q, k, v, state, ids):
         def call(*x):
-            return taylor.taylor_attention(*x[:3], state=x[3], segment_ids=ids, return_state=True, impl="hopper_chunks")
+            return taylor.taylor_attention(*x[:3], state=x[3], segment_ids=ids, impl="hopper_chunks")
 
         return jax.vjp(call, q, k, v, state)[1]((v, state))
 

@@ -15,6 +15,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from based_jax.ops import taylor
+from based_jax.ops.calls import LinearAttentionCall
 from based_jax.ops.hopper import taylor as hopper_taylor
 from based_jax.ops.hopper import taylor_pieces
 from pallas_kernels.hopper import taylor as forward
@@ -73,13 +74,13 @@ def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, pieces,
     inputs, do = arrays((16, 16, 64)), jnp.asarray(rng.normal(size=(*shape, 64)), jnp.bfloat16)
     dstate = jnp.asarray(rng.normal(size=(shape[0], shape[2], 153, 65)) / 100, jnp.float32)
     if with_state:
-        inputs += [taylor.taylor_attention(*arrays((16, 16, 64)), return_state=True, impl="oracle")[1]]
+        inputs += [taylor.taylor_attention(*arrays((16, 16, 64)), impl="oracle")[1]]
 
     def run(impl, inputs):
         def call(q, k, v, state=None):
             if impl == "kernels":
-                return hopper_taylor.compute(q, k, v, state, ids)
-            return taylor.taylor_attention(q, k, v, state=state, segment_ids=ids, return_state=True, impl=impl)
+                return hopper_taylor.compute(LinearAttentionCall(q, k, v, state, ids))
+            return taylor.taylor_attention(q, k, v, state=state, segment_ids=ids, impl=impl)
 
         (o, after), pull = jax.vjp(call, *inputs)
         if with_state:

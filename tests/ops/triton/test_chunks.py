@@ -45,6 +45,11 @@ def inputs(normal, form, B, T, H, K, V, dtype="float32", correlated=0.0):
     return q, k, v, -(normal(B, T, H, decays(form, K)) ** 2), jax.nn.sigmoid(normal(B, T, H) + 1)
 
 
+def outputs(form, impl="triton_chunks", **options):
+    """Return a form as a function of its inputs to its outputs alone."""
+    return lambda *arguments: FORMS[form](*arguments, impl=impl, **options)[0]
+
+
 def decays(form, K):
     """Return the decays of a head."""
     return K if "channels" in form else 1
@@ -96,7 +101,7 @@ def test_kernels_equal_the_oracle(
     def run(impl, *arguments):
         def call(q, k, v, g, beta, state):
             state = state if with_state else None
-            options = {"scale": 0.3, "state": state, "segment_ids": ids, "return_state": True, "impl": impl}
+            options = {"scale": 0.3, "state": state, "segment_ids": ids, "impl": impl}
             return FORMS[form](q, k, v, g, beta, **options)
 
         return jax.tree.leaves(out_and_grads(call, arguments, (do.astype(arguments[2].dtype), dlast)))
@@ -115,7 +120,7 @@ def test_similar_keys_that_nothing_decays_are_solved_for(normal, out_and_grads, 
     q, k, v, g, beta = inputs(normal, form, 1, 200, 2, 32, 64, correlated=5.0)
     arguments, cotangent = (q, k, v, 0 * g, jnp.full_like(beta, rate)), normal(1, 200, 2, 64)
     found, right = (
-        jax.tree.leaves(out_and_grads(functools.partial(delta_rule, impl=impl), arguments, cotangent))
+        jax.tree.leaves(out_and_grads(outputs(form, impl), arguments, cotangent))
         for impl in ("triton_chunks", "oracle")
     )
     for ours, exact in zip(found, right, strict=True):
@@ -130,7 +135,7 @@ def test_what_decays_at_once_is_forgotten(normal, out_and_grads, interpreted, fo
     q, k, v, g, beta = inputs(normal, form, 1, 70, 1, 16, 64)
     arguments, cotangent = (q, k, v, g.at[:, np.asarray(places)].set(decay), beta), normal(1, 70, 1, 64)
     found, right = (
-        jax.tree.leaves(out_and_grads(functools.partial(FORMS[form], impl=impl), arguments, cotangent))
+        jax.tree.leaves(out_and_grads(outputs(form, impl), arguments, cotangent))
         for impl in ("triton_chunks", "oracle")
     )
     for ours, exact in zip(found, right, strict=True):
@@ -141,7 +146,7 @@ def test_what_decays_at_once_is_forgotten(normal, out_and_grads, interpreted, fo
 def test_lanes_are_what_each_is_alone(normal, out_and_grads, interpreted, form):
     lanes = [inputs(normal, form, 2, 70, 2, 16, 64) for _ in range(3)]
     cotangent = normal(3, 2, 70, 2, 64)
-    call = functools.partial(FORMS[form], impl="triton_chunks")
+    call = outputs(form)
     together = out_and_grads(jax.vmap(call), [jnp.stack(x) for x in zip(*lanes, strict=True)], cotangent)
     for i, arguments in enumerate(lanes):
         alone = out_and_grads(call, arguments, cotangent[i])
@@ -154,7 +159,7 @@ def test_devices_take_their_rows_and_heads(normal, out_and_grads, interpreted, m
     monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))  # for the interpreter
     arguments, cotangent = inputs(normal, form, 4, 70, 2, 16, 64), normal(4, 70, 2, 64)
     ids = jnp.asarray(np.sort(np.arange(70) % 3 + np.arange(4)[:, None] % 2, axis=1), jnp.int32)
-    call = functools.partial(FORMS[form], segment_ids=ids, impl="triton_chunks")
+    call = outputs(form, segment_ids=ids)
     alone = out_and_grads(call, arguments, cotangent)
     with jax.set_mesh(parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
         together = out_and_grads(call, arguments, cotangent)
@@ -171,7 +176,7 @@ def test_lowers_for_an_h100(form, way, K, V):
 
     def call(*arguments):
         def total(*arguments):
-            return FORMS[form](*arguments, impl="triton_chunks").astype(jnp.float32).sum()
+            return outputs(form)(*arguments).astype(jnp.float32).sum()
 
         return jax.grad(total, tuple(range(5)))(*arguments)
 
