@@ -11,31 +11,48 @@ from jaxtyping import Array, Bool, Complex, Float, Int
 
 from based_jax.dims import BD, BHEV, BHKV, BT, BTD, BTHK, BTHV, WD
 
+Channels = Float[Array, "D"]
+
 HK = Float[Array, "H K"]
 Decay = Float[Array, "B T H #K"]
 Rate = Float[Array, "B T H"]
+
 BTHM = Float[Array, "B T H M"]
 BHKM = Float[Array, "B H K M"]
 BHMV = Float[Array, "B H M V"]
-BTHP = Float[Array, "B T H P"]
-BTH = Float[Array, "B T H"]
-BTGN = Float[Array, "B T G N"]
-BHNP = Float[Array, "B H N P"]
-Channels = Float[Array, "D"]
+
 Past = Float[Array, "B _ D"]
 Joint = Float[Array, "B T joint"]
 JointBias = Float[Array, "joint"]
 TD = Float[Array, "T D"]
+
+BTHP = Float[Array, "B T H P"]
 BHPN2 = Float[Array, "B H P N 2"]
 HN = Complex[Array, "H N"]
+
 BTN = Float[Array, "B T N"]
 BDN = Float[Array, "B D N"]
 DN = Float[Array, "D N"]
+
+BTH = Float[Array, "B T H"]
+BTGN = Float[Array, "B T G N"]
+BHNP = Float[Array, "B H N P"]
+
 Rows = Float[Array, "*B D"]
 Table = Float[Array, "V D"]
 Labels = Int[Array, "*B"]
 Losses = Float[Array, "*B"]
 Correct = Bool[Array, "*B"]
+
+
+class AttentionCall(NamedTuple):
+    """Softmax attention: q, k (B, T, H, K), v (B, T, H, V); a query sees `window` keys, T are all up to its own."""
+
+    q: BTHK
+    k: BTHK
+    v: BTHV
+    window: int
+    segment_ids: BT | None = None
 
 
 class LinearAttentionCall(NamedTuple):
@@ -106,28 +123,6 @@ class SlotAttentionCall(NamedTuple):
         return _only(self, "q", "k", "v", "s", "log_decay")
 
 
-class SSDCall(NamedTuple):
-    """A scan with one rate a head: x (B, T, H, P), dt (B, T, H), A (H), B, C (B, T, G, N), state (B, H, N, P)."""
-
-    x: BTHP
-    dt: BTH
-    A: Float[Array, "H"]
-    B: BTGN
-    C: BTGN
-    state: BHNP | None = None
-    segment_ids: BT | None = None
-
-
-class AttentionCall(NamedTuple):
-    """Softmax attention: q, k (B, T, H, K), v (B, T, H, V); a query sees `window` keys, T are all up to its own."""
-
-    q: BTHK
-    k: BTHK
-    v: BTHV
-    window: int
-    segment_ids: BT | None = None
-
-
 class ShortConvCall(NamedTuple):
     """A convolution of x (B, T, D) with kernel (W, D); bias (D), SiLU of the sum or not, state (B, reach, D)."""
 
@@ -158,7 +153,7 @@ class LongConvCall(NamedTuple):
     segment_ids: BT | None = None
 
 
-class DiagonalSsmCall(NamedTuple):
+class DiagonalSSMCall(NamedTuple):
     """A state space a head: u (B, T, H, P), complex log_a, b, c (H, N), state (B, H, P, N, 2)."""
 
     u: BTHP
@@ -184,6 +179,18 @@ class SelectiveScanCall(NamedTuple):
     def tokens(self) -> Any:
         """The arrays over time alone."""
         return _only(self, "u", "dt", "B", "C")
+
+
+class SSDCall(NamedTuple):
+    """A scan with one rate a head: x (B, T, H, P), dt (B, T, H), A (H), B, C (B, T, G, N), state (B, H, N, P)."""
+
+    x: BTHP
+    dt: BTH
+    A: Float[Array, "H"]
+    B: BTGN
+    C: BTGN
+    state: BHNP | None = None
+    segment_ids: BT | None = None
 
 
 class WkvState(NamedTuple):

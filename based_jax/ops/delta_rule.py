@@ -174,7 +174,7 @@ def _chunked(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     return scan.over_chunks(chunk, call.tokens, empty_state(call), call.state, call.segment_ids, CHUNK_TOKENS)
 
 
-def _operands(tokens: MatrixStateCall) -> tuple[Any, ...]:
+def _operands(tokens: Any) -> tuple[Array, Array, Array, Array, Array, Array]:
     """Return q, k, v, log_decay, a and b, of one token or of many."""
     return tokens.q, tokens.k, tokens.v, tokens.log_decay, tokens.a, tokens.b
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BT
 from based_jax.ops import scan
-from based_jax.ops.calls import BHPN2, BTHP, HN, DiagonalSsmCall
+from based_jax.ops.calls import BHPN2, BTHP, HN, DiagonalSSMCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.long_conv import product_is_slower, toeplitz
 from based_jax.ops.precision import EXACT, einsum, product_policy
@@ -51,7 +51,7 @@ def diagonal_ssm(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    return dispatch("diagonal_ssm", IMPLEMENTATIONS, impl, DiagonalSsmCall(u, log_a, b, c, state, segment_ids))
+    return dispatch("diagonal_ssm", IMPLEMENTATIONS, impl, DiagonalSSMCall(u, log_a, b, c, state, segment_ids))
 
 
 def diagonal_ssm_step(u: BHP, log_a: HN, b: HN, c: HN, state: BHPN2) -> tuple[BHP, BHPN2]:
@@ -66,14 +66,14 @@ def impulse_response(log_a: HN, b: HN, c: HN, length: int) -> Float[Array, "H L"
     return 2 * jnp.einsum("HN,HLN->HL", c * b, powers, precision=EXACT).real
 
 
-def _recurrent(call: DiagonalSsmCall) -> tuple[BTHP, BHPN2]:
+def _recurrent(call: DiagonalSSMCall) -> tuple[BTHP, BHPN2]:
     def step(u, state):
         return diagonal_ssm_step(u, call.log_a, call.b, call.c, state)
 
     return scan.over_tokens(step, call.u, _empty(call), call.state, call.segment_ids)
 
 
-def _chunked(call: DiagonalSsmCall) -> tuple[BTHP, BHPN2]:
+def _chunked(call: DiagonalSSMCall) -> tuple[BTHP, BHPN2]:
     """Convolve chunks of `CHUNK_TOKENS` by the impulse response as a Toeplitz matrix; carry the state between."""
     log_a, b, c = call.log_a, call.b, call.c
 
@@ -93,7 +93,7 @@ def _chunked(call: DiagonalSsmCall) -> tuple[BTHP, BHPN2]:
     return scan.over_chunks(chunk, call.u, _empty(call), call.state, call.segment_ids, CHUNK_TOKENS)
 
 
-def _convolution(call: DiagonalSsmCall) -> tuple[BTHP, BHPN2]:
+def _convolution(call: DiagonalSSMCall) -> tuple[BTHP, BHPN2]:
     """Convolve the whole sequence by the impulse response as a Toeplitz matrix."""
     u, log_a, b, c = call.u, call.log_a, call.b, call.c
     T, (dtype, precision) = u.shape[1], product_policy(u.dtype)
@@ -104,12 +104,12 @@ def _convolution(call: DiagonalSsmCall) -> tuple[BTHP, BHPN2]:
     return y.astype(u.dtype), _real(after)
 
 
-def _supports_convolution(call: DiagonalSsmCall) -> str | None:
+def _supports_convolution(call: DiagonalSSMCall) -> str | None:
     alone = call.state is None and call.segment_ids is None
     return None if alone else "a state before, and packed documents, need chunks"
 
 
-def _convolution_is_slower(call: DiagonalSsmCall) -> str | None:
+def _convolution_is_slower(call: DiagonalSSMCall) -> str | None:
     """Return why chunks are the faster form, or None."""
     return product_is_slower(call.u.shape[1])
 
@@ -146,7 +146,7 @@ def _real(x) -> BHPN2:
     return jnp.stack([x.real, x.imag], axis=-1)
 
 
-def _empty(call: DiagonalSsmCall) -> BHPN2:
+def _empty(call: DiagonalSSMCall) -> BHPN2:
     batch, _, heads, channels = call.u.shape
     return initial_state(batch, heads, channels, call.log_a.shape[1])
 

@@ -22,7 +22,7 @@ FALLBACK_BACKEND = "xla"
 """The backend that runs everywhere."""
 
 
-def no_objection(*_args: Any, **_kwargs: Any) -> None:
+def no_objection(_call: Any) -> None:
     """Nothing speaks against any call."""
 
 
@@ -30,16 +30,16 @@ def no_objection(*_args: Any, **_kwargs: Any) -> None:
 class Implementation:
     """One way to compute an operation.
 
-    `compute` takes the call's arguments and returns its results. `supports` takes the same and returns why the call
-    cannot run, or None, `slower` likewise why `auto` leaves a call that can run to another one. `platform` is the only
-    one it runs on ("cuda", "tpu"), or None for any; `preferred` is one on which `auto` takes it though it runs on any.
+    `compute` takes a call, one of `ops/calls.py`, and returns its results. `supports` returns why a call cannot run, or
+    None, `slower` likewise why `auto` leaves a call that can run to another one. `platform` is the only one it runs on
+    ("cuda", "tpu"), or None for any; `preferred` is one on which `auto` takes it though it runs on any.
     """
 
-    compute: Callable[..., Any]
-    supports: Callable[..., str | None] = no_objection
+    compute: Callable[[Any], Any]
+    supports: Callable[[Any], str | None] = no_objection
     platform: str | None = None
     preferred: str | None = None
-    slower: Callable[..., str | None] = no_objection
+    slower: Callable[[Any], str | None] = no_objection
 
 
 def target_platform() -> str:
@@ -67,42 +67,42 @@ def backend_of(name: str) -> str:
     return name.partition("_")[0]
 
 
-def dispatch(operation: str, table: Mapping[str, Implementation], impl: str, *args: Any, **kwargs: Any) -> Any:
-    """Compute `operation`, in a scope of that name, with the implementation that `choose` returns for `impl`."""
-    chosen = table[choose(operation, table, impl, *args, **kwargs)]
+def dispatch(operation: str, table: Mapping[str, Implementation], impl: str, call: Any) -> Any:
+    """Compute a call of `operation`, in a scope of that name, with the implementation that `choose` returns."""
+    chosen = table[choose(operation, table, impl, call)]
     with jax.named_scope(operation):
-        return chosen.compute(*args, **kwargs)
+        return chosen.compute(call)
 
 
-def choose(operation: str, table: Mapping[str, Implementation], impl: str, *args: Any, **kwargs: Any) -> str:
+def choose(operation: str, table: Mapping[str, Implementation], impl: str, call: Any) -> str:
     """Return the key of the table that `impl` names, or that `auto` picks for a call.
 
     Raises:
       UserError: `impl` is not in the table, or cannot run this call here.
     """
     if impl == "auto":
-        return _automatic(operation, table, *args, **kwargs)
+        return _automatic(operation, table, call)
     name = named(table, impl)
     if name is None:
         raise unknown(f"{operation} implementation", impl, {*table, *map(backend_of, table), "auto"})
-    if reason := _refusal(table[name], *args, **kwargs):
+    if reason := _refusal(table[name], call):
         raise UserError(f"{operation}: impl='{impl}' cannot run this call: {reason}.")
     return name
 
 
-def _refusal(implementation: Implementation, *args: Any, **kwargs: Any) -> str | None:
+def _refusal(implementation: Implementation, call: Any) -> str | None:
     platform = target_platform()
     if implementation.platform not in (None, platform):
         return f"it needs {implementation.platform}, and this is {platform}"
-    return implementation.supports(*args, **kwargs)
+    return implementation.supports(call)
 
 
-def _automatic(operation: str, table: Mapping[str, Implementation], *args: Any, **kwargs: Any) -> str:
+def _automatic(operation: str, table: Mapping[str, Implementation], call: Any) -> str:
     reasons, chosen = {}, next(name for name in table if backend_of(name) == FALLBACK_BACKEND)
     for name, candidate in table.items():
         if (candidate.platform or candidate.preferred) != target_platform():
             continue
-        reason = candidate.supports(*args, **kwargs) or candidate.slower(*args, **kwargs)
+        reason = candidate.supports(call) or candidate.slower(call)
         if reason is None:
             chosen = name
             break

@@ -69,8 +69,9 @@ def _attention(x, dt, A, B, C):
 
 def _as_attention(call: SSDCall, *, impl: str) -> tuple[BTHP, BHNP]:
     q, k, v, log_decay = _attention(call.x, call.dt, call.A, call.B, call.C)
-    options = {"state": call.state, "segment_ids": call.segment_ids, "impl": impl}
-    return gated_linear_attention(q, k, v, log_decay, scale=1.0, **options)
+    return gated_linear_attention(
+        q, k, v, log_decay, scale=1.0, state=call.state, segment_ids=call.segment_ids, impl=impl
+    )
 
 
 IMPLEMENTATIONS = {

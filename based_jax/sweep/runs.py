@@ -34,9 +34,6 @@ SPAWN = multiprocessing.get_context("spawn")  # a process that was forked cannot
 class RunEngine:
     """Trains each point as a whole run on all devices that are visible."""
 
-    def __init__(self):
-        self._processes: set = set()
-
     def groups(self, sweep: Sweep) -> list[Group]:
         """Return each point alone, in their order."""
         return [[found] for found in sweep.trials()]
@@ -46,40 +43,34 @@ class RunEngine:
 
     def train(self, progress: Progress, name: str, options: SweepOptions) -> None:
         """Train points until none is left, `options.workers` of them at a time, one by default."""
-        train_point = functools.partial(self._train_point, progress, name, options.command)
-        try:
-            work_off(progress, [train_point] * (options.workers or 1))
-        except KeyboardInterrupt:
-            for process in list(self._processes):
-                process.terminate()  # which it takes as `train` does: it saves, and the next one goes on from there
-            raise
+        train_point = functools.partial(_train_point, progress, name, options.command)
+        work_off(progress, [train_point] * (options.workers or 1))
 
-    def _train_point(self, progress: Progress, name: str, command: str, group: Group) -> None:
-        [(point, config)] = group
-        workdir = progress.store.path / "runs" / config.id
-        row = self._row_of_process(_train_and_send, point, configs.to_dict(config), workdir, name, command)
-        progress.finish(row, rows.run_line(point, config, row))
 
-    def _row_of_process(self, target: Callable, *arguments: Any) -> dict[str, Any]:
-        """Return what a process sends.
+def _train_point(progress: Progress, name: str, command: str, group: Group) -> None:
+    [(point, config)] = group
+    workdir = progress.store.path / "runs" / config.id
+    row = _sent_by_process(_train_and_send, point, configs.to_dict(config), workdir, name, command)
+    progress.finish(row, rows.run_line(point, config, row))
 
-        Raises:
-          RuntimeError: it sends why it failed, or ends without a word.
-        """
-        receiver, sender = SPAWN.Pipe(duplex=False)
-        process = SPAWN.Process(target=target, args=(sender, *arguments))
-        process.start()
-        self._processes.add(process)
-        sender.close()  # the other end is the process's alone: its end is the end of the file
-        try:
-            found = receiver.recv()
-        except EOFError:
-            found = None
-        process.join()
-        self._processes.discard(process)
-        if not isinstance(found, dict):
-            raise RuntimeError(found or f"the process ended with exit code {process.exitcode}")
-        return found
+
+def _sent_by_process(target: Callable, *arguments: Any) -> dict[str, Any]:
+    """Return what a process sends.
+
+    Raises:
+      RuntimeError: it sends why it failed, or ends without a word.
+    """
+    receiver, sender = SPAWN.Pipe(duplex=False)
+    process = SPAWN.Process(target=target, args=(sender, *arguments))
+    process.start()
+    sender.close()  # the other end is the process's alone: its end is the end of the file
+    found = None
+    with contextlib.suppress(EOFError):
+        found = receiver.recv()
+    process.join()
+    if not isinstance(found, dict):
+        raise RuntimeError(found or f"the process ended with exit code {process.exitcode}")
+    return found
 
 
 def _train_and_send(
@@ -88,7 +79,7 @@ def _train_and_send(
     """Train a point in this process, and send its row, or why there is none."""
     workdir.mkdir(parents=True, exist_ok=True)
     _print_into(workdir / LOG_FILE)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the parent decides what becomes of this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; the parent ends of it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with _held(workdir / "lock"):
@@ -96,7 +87,8 @@ def _train_and_send(
             sender.send(_trained(point, config, workdir) | rows.facts_of(name, command))
     except Exception as error:
         traceback.print_exc()
-        sender.send(f"{type(error).__name__}: {error} ({workdir / LOG_FILE})")
+        with contextlib.suppress(BrokenPipeError):  # nobody is left to be told
+            sender.send(f"{type(error).__name__}: {error} ({workdir / LOG_FILE})")
 
 
 def _trained(point: Point, config: TrainConfig, workdir: Path) -> dict[str, Any]:
@@ -119,7 +111,7 @@ def _print_into(path: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ask this process to save and stop when the one that started it has ended, however it did."""
+    """Ask this process to save and stop, once, when the one that started it has ended, however it did."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

@@ -4,17 +4,24 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import pytest
+from helpers.devices import gpus
 
 from based_jax.ops import (
     attention,
     conv,
+    delta_rule,
     diagonal_ssm,
     gated_conv,
+    gated_linear_attention,
+    gated_slot_attention,
+    linear_attention,
     long_conv,
     norm,
     selective_scan,
     short_conv,
     softmax,
+    ssd,
+    taylor,
     window_attention,
     wkv4,
 )
@@ -25,6 +32,22 @@ from based_jax.ops.token_shift import token_shift
 TOKENS, KERNEL, IDS = jnp.zeros((2, 16, 8)), jnp.zeros((3, 8)), jnp.ones((2, 16), jnp.int32)
 MODES, HEADS = jnp.zeros((2, 3), jnp.complex64), jnp.zeros((2, 16, 2, 4))
 RATES, STATES, CHANNELS = -jnp.ones((8, 3)), jnp.zeros((2, 16, 3)), jnp.zeros(8)
+
+DECAY = HEADS[..., :1]
+MATRIX_STATES = {
+    "taylor_attention": lambda v, **options: taylor.taylor_attention(HEADS, HEADS, v, **options),
+    "linear_attention": lambda v, **options: linear_attention.linear_attention(HEADS, HEADS, v, **options),
+    "gated_linear_attention": lambda v, **options: gated_linear_attention.gated_linear_attention(
+        HEADS, HEADS, v, DECAY, **options
+    ),
+    "delta_rule": lambda v, **options: delta_rule.delta_rule(HEADS, HEADS, v, DECAY, DECAY[..., 0], **options),
+    "dplr": lambda v, **options: delta_rule.dplr(HEADS, HEADS, v, DECAY, HEADS, HEADS, **options),
+    "gated_slot_attention": lambda v, **options: gated_slot_attention.gated_slot_attention(
+        HEADS, HEADS, v, HEADS, HEADS, **options
+    ),
+    "ssd": lambda x, **options: ssd.ssd(x, DECAY[..., 0], -jnp.ones(2), HEADS[:, :, :1], HEADS[:, :, :1], **options),
+}
+"""Operations of one array of HEADS' shape, of values; 16 tokens are one chunk of each."""
 
 
 def program(call, *arrays):
@@ -70,6 +93,72 @@ def test_a_convolution_s_program_is_that_of_its_output_alone(impl):
         assert program(gradient(operation), TOKENS) == program(gradient(output), TOKENS)
 
 
+def flops(call, *arrays):
+    return jax.jit(call).lower(*arrays).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("operation", MATRIX_STATES)
+def test_a_matrix_state_that_nobody_reads_is_not_computed(operation):
+    """At least the product that writes the tokens into it goes, 2 K V FLOPs of a token and head."""
+
+    def call(v):
+        return MATRIX_STATES[operation](v, impl="xla_chunks")
+
+    assert flops(call, HEADS) - flops(lambda v: call(v)[0], HEADS) >= 2 * HEADS.size * HEADS.shape[-1]
+
+
+def kernels(call, *arrays):
+    """Return how many kernels a call is on an H100."""
+    with gpus():
+        text = jax.jit(call).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    return sum(text.count(f"custom_call @{name}") for name in ("mosaic_gpu", "__gpu$xla.gpu.triton"))
+
+
+def heads(time=64, key_dim=64, batch=2):
+    """Return q, k, v, decays of channels, decays of heads and rates."""
+    q, v = (jnp.zeros((batch, time, 2, width), "bfloat16") for width in (key_dim, 64))
+    decays = jnp.zeros((batch, time, 2, key_dim))
+    return q, q, v, decays, decays[..., :1], decays[..., 0]
+
+
+def by_kernels(operation, *names, impl, **sizes):
+    """Return a case: an operation through its kernels, and what it takes of `heads`."""
+    given = dict(zip(("q", "k", "v", "decays", "decay", "rates"), heads(**sizes), strict=True))
+    return lambda *arrays: operation(*arrays, impl=impl), [given[name] for name in names]
+
+
+QKV = "q", "k", "v"
+CHANNEL_DECAYS, ONE_DECAY, LOW_RANK = (*QKV, "decays"), (*QKV, "decay"), (*QKV, "decays", "decays", "decays")
+KERNELS = {
+    "taylor, one piece": (by_kernels(taylor.taylor_attention, *QKV, impl="hopper", key_dim=16, batch=66), 1, 3),
+    "taylor, pieces": (by_kernels(taylor.taylor_attention, *QKV, impl="hopper", key_dim=16, time=1024), 3, 7),
+    "gla, steps": (by_kernels(gated_linear_attention.gated_linear_attention, *CHANNEL_DECAYS, impl="hopper"), 1, 2),
+    "gla, chunks": (by_kernels(gated_linear_attention.gated_linear_attention, *CHANNEL_DECAYS, impl="triton"), 3, 8),
+    "simple gla, chunks": (by_kernels(gated_linear_attention.gated_linear_attention, *ONE_DECAY, impl="triton"), 1, 3),
+    "delta rule, chunks": (by_kernels(delta_rule.delta_rule, *ONE_DECAY, "rates", impl="triton"), 2, 4),
+    "dplr, steps": (by_kernels(delta_rule.dplr, *LOW_RANK, impl="hopper"), 1, 3),
+    "dplr, chunks": (by_kernels(delta_rule.dplr, *LOW_RANK, impl="triton"), 4, 9),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_state_that_nobody_reads_takes_no_kernels(name):
+    """Those of a forward pass, and of one with its gradients, are as many as the output needs."""
+    (operation, arrays), forward, with_gradients = KERNELS[name]
+
+    def gradients(*arrays):
+        return jax.grad(lambda *xs: operation(*xs)[0].astype(jnp.float32).sum(), argnums=(0, 1, 2))(*arrays)
+
+    assert kernels(lambda *xs: operation(*xs)[0], *arrays) == forward
+    assert kernels(gradients, *arrays) == with_gradients
+    assert kernels(operation, *arrays) == forward + name.startswith("taylor")
+
+
+def planted(name):
+    """Return a call of one of `MATRIX_STATES` that takes the implementation a test has planted."""
+    return lambda: MATRIX_STATES[name](HEADS, impl="planted")
+
+
 CALLS = {
     "attention": (softmax.ATTENTION, lambda: attention(HEADS, HEADS, HEADS, impl="planted")),
     "window_attention": (
@@ -91,6 +180,13 @@ CALLS = {
         lambda: selective_scan.selective_scan(TOKENS, TOKENS, RATES, STATES, STATES, impl="planted"),
     ),
     "wkv4": (wkv4.IMPLEMENTATIONS, lambda: wkv4.wkv4(TOKENS, TOKENS, CHANNELS, CHANNELS, impl="planted")),
+    "taylor_attention": (taylor.IMPLEMENTATIONS, planted("taylor_attention")),
+    "linear_attention": (linear_attention.IMPLEMENTATIONS, planted("linear_attention")),
+    "gated_linear_attention": (gated_linear_attention.IMPLEMENTATIONS, planted("gated_linear_attention")),
+    "delta_rule": (delta_rule.IMPLEMENTATIONS, planted("delta_rule")),
+    "dplr": (delta_rule.DPLR_IMPLEMENTATIONS, planted("dplr")),
+    "gated_slot_attention": (gated_slot_attention.IMPLEMENTATIONS, planted("gated_slot_attention")),
+    "ssd": (ssd.IMPLEMENTATIONS, planted("ssd")),
     "residual_rms_norm": (norm.IMPLEMENTATIONS, lambda: norm.residual_rms_norm(TOKENS, None, CHANNELS, impl="planted")),
 }
 
@@ -116,13 +212,13 @@ def test_a_wrong_shape_of_a_result_is_refused(name, monkeypatch):
         call()
 
 
-@pytest.mark.parametrize("name", ["diagonal_ssm", "selective_scan"])
+@pytest.mark.parametrize("name", ["diagonal_ssm", "selective_scan", *MATRIX_STATES])
 def test_a_wrong_shape_of_a_state_is_refused(name, monkeypatch):
     table, call = CALLS[name]
 
     def planted(call):
         y, state = table["xla_chunks"].compute(call)
-        return y, state[:, :1]
+        return y, jax.tree.map(lambda x: x[:, :1], state)
 
     monkeypatch.setitem(table, "planted", Implementation(planted))
     with pytest.raises(jaxtyping.TypeCheckError):

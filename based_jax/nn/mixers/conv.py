@@ -71,7 +71,7 @@ class GatedConv(Mixer):
         y, cache = self._convolve(x, state=cache, segment_ids=segment_ids)
         return self.out_proj(y), cache
 
-    def _convolve(self, x: BTD, **options) -> tuple[BTD, Inputs]:
+    def _convolve(self, x: BTD, **options) -> tuple[Float[Array, "B T inner"], Inputs]:
         """Project, convolve and gate; the operation adds the projection's bias, where it reads the product anyway."""
         product = multiply(x.astype(self.dtype), self.in_proj.kernel[...].astype(self.dtype))
         bias = None if self.in_proj.bias is None else self.in_proj.bias[...]

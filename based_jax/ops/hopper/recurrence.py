@@ -47,8 +47,7 @@ def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
 
     Without a and b the state only decays.
     """
-    state = empty_state(call) if call.state is None else call.state
-    return sharded.per_head(_on_device, call._replace(state=state))
+    return sharded.per_head(_on_device, call)
 
 
 def _on_device(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
@@ -59,15 +58,16 @@ def _on_device(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     parts = -(-values // width)  # of the values of a head, each with queries and keys of its own
 
     call, padding = segments.separated(call)
-    state = sharded.fill(call.state, {2: wide, 3: width})
+    state = sharded.fill(empty_state(call) if call.state is None else call.state, {2: wide, 3: width})
     state = einops.rearrange(state, "B H K (P V) -> B (H P) K V", P=parts)
     v = einops.rearrange(sharded.fill(call.v, {1: TOKEN_MULTIPLE, 3: width}), "B T H (P V) -> B T (H P) V", P=parts)
-    ab = () if call.a is None else (call.a.astype(jnp.float32), call.b.astype(jnp.float32))
-    log_decay = jnp.broadcast_to(call.log_decay.astype(jnp.float32), call.q.shape)
-    q, k, log_decay, *ab = (
-        jnp.repeat(sharded.fill(x, {1: TOKEN_MULTIPLE, 3: wide}), parts, axis=2)
-        for x in (call.q.astype(v.dtype), call.k.astype(v.dtype), log_decay, *ab)
-    )
+
+    def widened(x):
+        return jnp.repeat(sharded.fill(x, {1: TOKEN_MULTIPLE, 3: wide}), parts, axis=2)
+
+    log_decay = jnp.broadcast_to(call.log_decay, call.q.shape)
+    q, k = (widened(x.astype(v.dtype)) for x in (call.q, call.k))
+    log_decay, *ab = (widened(x.astype(jnp.float32)) for x in (log_decay, call.a, call.b) if x is not None)
     rows = HEAD_MULTIPLE // math.gcd(HEAD_MULTIPLE, heads * parts)
     arguments = (sharded.fill(x, {0: rows}) for x in (q, k, v, log_decay, state, *ab))
     o, state = _fused(call.scale, *sharded.vary_alike(*arguments))

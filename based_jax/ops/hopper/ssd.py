@@ -9,20 +9,21 @@ from based_jax.ops.hopper import selective_scan
 
 def supports(call: SSDCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
-    if call.B.shape[2] > 1:
-        return f"B and C must be of one group, and are of {call.B.shape[2]}"
-    return selective_scan.supports(jax.eval_shape(_as_scan, call))
+    if (groups := call.B.shape[2]) > 1:
+        return f"B and C must be of one group, and are of {groups}"
+    return selective_scan.supports(jax.eval_shape(_by_channel, call))
 
 
 def compute(call: SSDCall) -> tuple[BTHP, BHNP]:
     """Return y and the state after the last token, each device for its rows and all heads."""
-    y, state = selective_scan.compute(_as_scan(call))
-    y = einops.rearrange(y, "B T (H P) -> B T H P", H=call.x.shape[2])
-    return y, einops.rearrange(state, "B (H P) N -> B H N P", H=call.x.shape[2])
+    y, state = selective_scan.compute(_by_channel(call))
+    heads = call.x.shape[2]
+    y = einops.rearrange(y, "B T (H P) -> B T H P", H=heads)
+    return y, einops.rearrange(state, "B (H P) N -> B H N P", H=heads)
 
 
-def _as_scan(call: SSDCall) -> SelectiveScanCall:
-    """Return the scan of all heads' channels, each with its head's step and rate."""
+def _by_channel(call: SSDCall) -> SelectiveScanCall:
+    """Return the same call with each head's step and rate in all of its channels."""
     width, states = call.x.shape[3], call.B.shape[3]
     return SelectiveScanCall(
         u=einops.rearrange(call.x, "B T H P -> B T (H P)"),

@@ -58,8 +58,7 @@ def run(fused: Callable, call: MatrixStateCall) -> tuple[BTHV, BHKV]:
         o, state = o[:, :time, :, :values], state[:, :, :keys, :values]
         return (o if padding is None else jnp.where(padding, 0, o)), state
 
-    state = empty_state(call) if call.state is None else call.state
-    return sharded.per_head(on_device, call._replace(state=state))
+    return sharded.per_head(on_device, call)
 
 
 def _filled(call: MatrixStateCall) -> MatrixStateCall:
@@ -68,6 +67,7 @@ def _filled(call: MatrixStateCall) -> MatrixStateCall:
     from pallas_kernels.triton.chunks import CHUNK_TOKENS, STRIP_WIDTH
 
     wide = next(size for size in KEY_DIMS if size >= call.q.shape[-1])
+    state = empty_state(call) if call.state is None else call.state.astype(jnp.float32)
     keys, values = {1: CHUNK_TOKENS, 3: wide}, {1: CHUNK_TOKENS, 3: STRIP_WIDTH}
     decays = keys if call.log_decay.shape[3] > 1 else {1: CHUNK_TOKENS}
     log_decay = jnp.maximum(call.log_decay.astype(jnp.float32), MIN_LOG_DECAY)
@@ -80,5 +80,5 @@ def _filled(call: MatrixStateCall) -> MatrixStateCall:
         beta=None if call.beta is None else sharded.fill(call.beta.astype(jnp.float32), {1: CHUNK_TOKENS}),
         a=a,
         b=b,
-        state=sharded.fill(call.state.astype(jnp.float32), {2: wide, 3: STRIP_WIDTH}),
+        state=sharded.fill(state, {2: wide, 3: STRIP_WIDTH}),
     )
