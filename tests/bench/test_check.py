@@ -189,7 +189,7 @@ def test_the_sanitizer_s_words_are_kept(tmp_path, monkeypatch, count, code):
 
 
 def test_the_small_calls_are_run_without_documents_where_these_are_refused(monkeypatch, capsys):
-    def supports(call, **_options):
+    def supports(call):
         return None if call.segment_ids is None else "it takes no documents"
 
     table = OPERATIONS["short_conv"].table
