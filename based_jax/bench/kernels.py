@@ -80,12 +80,12 @@ def _timed(ready: futures.Future, sets: Sequence[tuple], which: str, repeats: in
 
 
 def _theirs(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
-    for peer, dims in torch_peers.PEERS.get(name, {}).items():
-        if impls and peer not in impls:
+    for impl, peer in torch_peers.PEERS.get(name, {}).items():
+        if impls and impl not in impls:
             continue
         for which in PASSES:
-            timed = functools.partial(torch_peers.microseconds, peer, dims, shape, which, repeats)
-            yield _row(name, peer, shape, which, timed, kind)
+            timed = functools.partial(torch_peers.microseconds, peer, shape, which, repeats)
+            yield _row(name, impl, shape, which, timed, kind)
 
 
 def program(case: Case, which: str) -> Callable:
