@@ -24,11 +24,6 @@ Function = Callable[[Arrays, jax.Array | None], Arrays]
 """Of the arrays by name and the ids of the documents (B, T), 0 for padding, or None."""
 Definition = Callable[[Arrays, jax.Array], Arrays]
 """The same in fp64, in the paper's notation; the ids are given always, and so is a state."""
-CASE_ROWS = {"triton_chunks": (64, 16), "hopper_steps": (2, 2)}
-"""Rows of a recurrence's short cases (up to 65 tokens), and of its wide ones.
-
-Of few gradients of a short sequence some cancel, and products of bf16 give those to no 5e-3: chunks take many rows.
-"""
 PACKED: dict[str, Any] = {"state": True, "documents": True}
 """A case's options for documents that go on from a state."""
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from based_jax.bench.catalogue.definitions import scan_tokens
 from based_jax.bench.catalogue.operation import (
     BF16,
-    CASE_ROWS,
     FORWARD,
     FP32,
     HEAD_DIM,
@@ -132,10 +131,11 @@ def _ssd_cost(case: Case, which: str) -> tuple[float, float]:
 
 
 def _ssd_cases() -> tuple[Case, ...]:
-    make, short, both = functools.partial(Case, "ssd"), CASE_ROWS.items(), ({}, PACKED)
+    make = functools.partial(Case, "ssd")
     return (
-        *(make((rows, 2, time), (16, 64), impl, **x) for impl, (rows, _) in short for time in (1, 65) for x in both),
-        *(make((rows, 2, 130), (64, 64), impl, **PACKED) for impl, (_, rows) in short),
+        # Of few gradients of a short sequence some cancel, and products of bf16 give those to no 5e-3.
+        *(make((64, 2, time), (16, 64), **x) for time in (1, 65) for x in ({}, PACKED)),
+        make((16, 2, 130), (64, 64), **PACKED),
         make((64, 2, 256), (64, 64), quick=True),
         *(make((4, 2, 130), (16, 64), documents=True, through=x) for x in ("vmap", "shard_map")),
     )
