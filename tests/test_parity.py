@@ -33,6 +33,7 @@ CASES = {
     "fla_retention_layer_a": ("retnet", {"num_heads": 4}),
     "fla_kda_layer_a": ("kda", {"num_heads": 2, "head_dim": 8}),
     "zoology_delta_net": ("deltanet", {"num_heads": 2}),
+    "zoology_gated_delta_net": ("gated_deltanet", {"num_heads": 2, "use_gate": False}),
     "fla_rwkv6_layer_a": ("rwkv6", {"num_heads": 2, "proj_low_rank_dim": 4, "gate_low_rank_dim": 8}),
     "fla_rwkv7_layer_l0_a": ("rwkv7", {"head_dim": 16, **RWKV7}),
     "zoology_rwkv7_a": ("rwkv7", {"head_dim": 16, **RWKV7}),

@@ -40,6 +40,8 @@ class LMConfig:
       d_model: width D of the residual stream.
       vocab_size: tokens of the tokenizer; the embedding is padded to a multiple of `pad_vocab_multiple`.
       mlp, norm: "swiglu", "identity" or "none" (layers are mixers alone); "rms" or "layer".
+      final_norm: the norm after the last layer; None for that of the layers. zoology's Mamba models have "rms" in the
+        layers, "none" behind the mixers and "layer" at the end.
       mlp_dim: hidden width F of the MLP; 0 for 2 D.
       init_std: deviation of the initial kernels and embedding; projections back into the residual stream get it
         divided by sqrt(2 L). Narrow models learn recall much sooner with about 1 / sqrt(D).
@@ -58,6 +60,7 @@ class LMConfig:
     mlp: str = "swiglu"
     mlp_dim: int = 0
     norm: str = "rms"
+    final_norm: str | None = None
     init_std: float = INIT_STD
     tie_embeddings: bool = True
     embed_norm: bool = False
@@ -75,6 +78,7 @@ class LMConfig:
         for kind, options in self.layers:
             check_options(kind, options)
         _check("norm", self.norm, layers.NORMS)
+        _check("final_norm", self.last_norm, layers.NORMS)
         _check("mlp", self.mlp, layers.MLPS)
         _check("dtype", self.dtype, DTYPES)
         _check("remat", self.remat, REMAT_POLICIES)
@@ -83,6 +87,11 @@ class LMConfig:
     def hidden_dim(self) -> int:
         """Width F of the MLP."""
         return self.mlp_dim or 2 * self.d_model
+
+    @property
+    def last_norm(self) -> str:
+        """Norm after the last layer."""
+        return self.norm if self.final_norm is None else self.final_norm
 
     @property
     def residual_init_std(self) -> float:
@@ -121,7 +130,7 @@ class LM(nnx.Module):
             rngs=rngs,
         )
         self.stacks = nnx.List([Stack(pattern, repeats, config, rngs=rngs) for pattern, repeats in patterns])
-        self.norm = layers.NORMS[config.norm](config.d_model, rngs=rngs)
+        self.norm = layers.NORMS[config.last_norm](config.d_model, rngs=rngs)
         if config.embed_norm:
             self.embed_norm = layers.NORMS[config.norm](config.d_model, rngs=rngs)
         if not config.tie_embeddings:

@@ -178,6 +178,7 @@ def test_initial_values_have_the_reference_statistics(scan_layers):
         ({"mlp_dim": -1}, "mlp_dim is -1; it is at least 0"),
         ({"init_std": -0.1}, "init_std is -0.1; it is at least 0"),
         ({"norm": "rmss"}, "Unknown norm 'rmss': did you mean 'rms'?"),
+        ({"final_norm": "rmss"}, "Unknown final_norm 'rmss': did you mean 'rms'?"),
         ({"mlp": "swigloo"}, "Unknown mlp 'swigloo': did you mean 'swiglu'?"),
         ({"dtype": "bf16"}, "Unknown dtype 'bf16'"),
         ({"remat": "all"}, "Unknown remat 'all'"),

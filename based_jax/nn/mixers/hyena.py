@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 from typing import ClassVar, override
 
 import jax
@@ -16,7 +17,7 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
 from based_jax.nn.history import check_length, convolve_on, convolve_step, empty_history, time_embedding
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.mixer import Buffer, Mixer
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.long_conv import IMPLEMENTATIONS, fft_flops, long_conv
 
@@ -57,10 +58,16 @@ class Filter(nnx.Module):
         for layer in self.hidden:
             h = jnp.sin(layer(h) * self.frequency[...][None])
         h = self.out(h)
-        time = np.linspace(0, 1, self.pos_emb.shape[0])[:length, None]
+        return h * np.exp(-self.time()[:length, None] * np.abs(self.slopes())).astype(np.float32)
+
+    def time(self) -> np.ndarray:
+        """Return the place of each lag between 0 and 1 (l_max)."""
+        return np.linspace(0, 1, self.pos_emb.shape[-2])
+
+    def slopes(self) -> np.ndarray:
+        """Return the exponent by which each channel's window falls over the whole time (D), negative."""
         slowest, fastest = (math.log(DECAY_TARGET) / part for part in (SLOW_DECAY, FAST_DECAY))
-        decay = np.abs(np.linspace(slowest, fastest, h.shape[1]))[None]
-        return h * np.exp(-time * decay).astype(np.float32)
+        return np.linspace(slowest, fastest, self.out.out_features)
 
 
 class Hyena(Mixer):
@@ -89,12 +96,6 @@ class Hyena(Mixer):
             "filter/out/kernel": "filter_fn.implicit_filter.6.weight",
         }
     }
-    REFERENCE_BUFFERS: ClassVar = (
-        "filter_fn.implicit_filter.3.freq",
-        "filter_fn.implicit_filter.5.freq",
-        "filter_fn.modulation.deltas",
-        "filter_fn.pos_emb.t",
-    )
 
     def __init__(self, d_model: int, config: HyenaConfig, init: layers.Init):
         for name, least in (("l_max", 2), ("filter_order", 1), ("num_inner_mlps", 0)):
@@ -165,6 +166,13 @@ class Hyena(Mixer):
         filter_flops = 2 * (TIME_FEATURES * seq_len + hidden + self.config.filter_order * self.d_model)
         convolutions = (6 * SHORT_TAPS + fft_flops(seq_len)) * self.d_model
         return 8 * self.d_model**2 + convolutions + filter_flops
+
+    @override
+    def reference_buffers(self) -> Mapping[str, Buffer]:
+        frequency = self.REFERENCE["zoology"]["filter/frequency"]
+        repeated = (f"filter_fn.implicit_filter.{2 * i + 3}.freq" for i in range(self.config.num_inner_mlps))
+        constant = {"filter_fn.modulation.deltas": self.filter.slopes(), "filter_fn.pos_emb.t": self.filter.time()}
+        return dict.fromkeys(repeated, frequency) | constant
 
     @property
     def _short_impl(self) -> str:

@@ -1,14 +1,17 @@
 """BaseConv with a convolution as long as the sequence, its taps an MLP of time (arXiv 2312.04927, section 4)."""
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, override
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.history import time_embedding
+from based_jax.nn.mixer import Buffer
 from based_jax.nn.mixers.long_conv import LongConv, LongConvConfig
 
 
@@ -36,7 +39,6 @@ class ImplicitConv(LongConv):
             "out/bias": "conv.mlp.2.bias",
         }
     }
-    REFERENCE_BUFFERS: ClassVar = ("conv.pos_emb.z",)
 
     def __init__(self, d_model: int, config: ImplicitConvConfig, init: layers.Init):
         if config.hidden_dim < 1:
@@ -51,6 +53,10 @@ class ImplicitConv(LongConv):
     def filter(self, length: int) -> Float[Array, "_ D"]:
         """Return the taps of the first `length` lags."""
         return self.out(jax.nn.relu(self.hidden(time_embedding(self.config.l_max)[:length])))
+
+    @override
+    def reference_buffers(self) -> Mapping[str, Buffer]:
+        return {"conv.pos_emb.z": np.asarray(time_embedding(self.config.l_max))}
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: those of `LongConv`, and the filter's MLP at one lag."""

@@ -25,6 +25,18 @@ from based_jax.ops.selective_scan import (
     step_sizes,
 )
 
+KEYS = {
+    "out_proj/kernel": "out_proj.weight",
+    "in_proj/kernel": "in_proj.weight",
+    "conv_kernel": "conv1d.weight",
+    "conv_bias": "conv1d.bias",
+    "x_proj/kernel": "x_proj.weight",
+    "dt_proj/kernel": "dt_proj.weight",
+    "dt_proj/bias": "dt_proj.bias",
+    "A_log": "A_log",
+    "D": "D",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class MambaConfig:
@@ -53,19 +65,7 @@ class Mamba(Mixer):
 
     Config: ClassVar = MambaConfig
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    REFERENCE: ClassVar = {
-        "mamba": {
-            "out_proj/kernel": "out_proj.weight",
-            "in_proj/kernel": "in_proj.weight",
-            "conv_kernel": "conv1d.weight",
-            "conv_bias": "conv1d.bias",
-            "x_proj/kernel": "x_proj.weight",
-            "dt_proj/kernel": "dt_proj.weight",
-            "dt_proj/bias": "dt_proj.bias",
-            "A_log": "A_log",
-            "D": "D",
-        }
-    }
+    REFERENCE: ClassVar = dict.fromkeys(("mamba", "zoology"), KEYS)
 
     def __init__(self, d_model: int, config: MambaConfig, init: layers.Init):
         for name, least in (("d_state", 1), ("d_conv", 1), ("expand", 1), ("dt_rank", 0)):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, override
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from based_jax.dims import BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.mixer import Operation
+from based_jax.nn.mixer import Buffer, Operation
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
 from based_jax.ops.decays import initial_state
 from based_jax.ops.delta_rule import DPLR_IMPLEMENTATIONS, dplr, dplr_step
@@ -112,6 +113,13 @@ class RWKV7(TimeMix):
         ranks += self.config.v_low_rank_dim if self.config.value_residual else 0
         weights = self.d_model * (4 * self.d_model + 2 * ranks + 7)
         return 2 * weights + 8 * self.d_model * self.config.head_dim
+
+    @override
+    def reference_buffers(self) -> Mapping[str, Buffer]:
+        """Return the projection that zoology and fla build in all layers but the first, whose values none may read."""
+        D, rank = self.d_model, self.config.v_low_rank_dim
+        unread = {"v_lora.lora.0.weight": (rank, D), "v_lora.lora.2.weight": (D, rank), "v_lora.lora.2.bias": (D,)}
+        return {} if self.config.value_residual else unread
 
     def _initial_state(self, batch):
         return initial_state(batch, self.num_heads, self.config.head_dim, self.config.head_dim)
