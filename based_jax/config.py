@@ -33,6 +33,8 @@ from based_jax.errors import UserError, unknown
 
 FILE = "config.json"
 SHOWN = 3
+ADDED_LATER = "added later"
+"""Marks a dataclass field that `to_dict` leaves out while it has its default."""
 
 
 def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
@@ -113,9 +115,21 @@ def build[T](cls: type[T], mapping: Mapping | ConfigDict, where: str = "") -> T:
     return cls(**{name: _convert(annotations[name], value, _join(where, name)) for name, value in values.items()})
 
 
+def added_later[T](default: T) -> T:
+    """Return the field of a dataclass that has been written into rows and runs without it, with this default.
+
+    `to_dict` leaves it out while it has the default, and so do `config_id` and config.json: what was written before
+    keeps its name and its values. All fields that are added to a config or to a mixer's options are of this kind.
+    """
+    return dataclasses.field(default=default, metadata={ADDED_LATER: True})
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return a dataclass with all its values, or a mapping, as nested dicts and lists that JSON can hold."""
-    values = _plain(config) if isinstance(config, Mapping | ConfigDict) else dataclasses.asdict(config)
+    """Return a dataclass, or a mapping, as nested dicts and lists that JSON can hold.
+
+    All values of a dataclass are there but those of fields that were `added_later` and have their default.
+    """
+    values = _plain(config) if isinstance(config, Mapping | ConfigDict) else _written(config)
     return json.loads(json.dumps(values))
 
 
@@ -157,6 +171,20 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
         shown = [f"{key} is {_shown(old, key)} there and {_shown(new, key)} here" for key in keys[:SHOWN]]
         more = f", and {len(keys) - SHOWN} more keys differ" if len(keys) > SHOWN else ""
         raise UserError(f"Workdir '{workdir}' belongs to another config: {', '.join(shown)}{more}; choose another one.")
+
+
+def _written(value: Any) -> Any:
+    """Return dataclasses as dicts, inside dicts, lists and tuples too, without what `added_later` leaves out."""
+    if dataclasses.is_dataclass(value):
+        fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return {
+            field.name: _written(item)
+            for field, item in fields
+            if not (ADDED_LATER in field.metadata and item == field.default)
+        }
+    if isinstance(value, Mapping):
+        return {key: _written(item) for key, item in value.items()}
+    return [_written(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _get_function(path: str, variant: str, name: str) -> Callable:

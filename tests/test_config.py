@@ -316,6 +316,23 @@ def test_the_id_depends_on_resolved_values_only():
     assert config.config_id(Run(model=Model(d_model=8), steps=11)) != config.config_id(Run(model=Model(d_model=8)))
 
 
+def test_a_field_that_was_added_later_is_written_where_it_says_something():
+    @dataclasses.dataclass(frozen=True)
+    class LaterModel(Model):
+        init_recipe: str = config.added_later("reference")
+
+    @dataclasses.dataclass(frozen=True)
+    class LaterRun(Run):
+        model: LaterModel
+
+    before, same = Run(Model(8)), LaterRun(LaterModel(8))
+    assert (config.to_dict(same), config.config_id(same)) == (config.to_dict(before), config.config_id(before))
+    other = LaterRun(LaterModel(8, init_recipe="torch"))
+    assert config.to_dict(other)["model"] == config.to_dict(before)["model"] | {"init_recipe": "torch"}
+    assert config.config_id(other) != config.config_id(before)
+    assert [config.build(LaterRun, config.to_dict(run)) for run in (same, other)] == [same, other]
+
+
 def test_to_dict_goes_through_json_and_back(file):
     run = config.build(Run, config.load(file))
     assert config.build(Run, json.loads(json.dumps(config.to_dict(run)))) == run

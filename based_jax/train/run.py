@@ -49,9 +49,9 @@ class RunConfig:
 
     @functools.cached_property
     def resolved(self) -> dict[str, Any]:
-        """Every value, the defaults of mixers and task too, as JSON holds them."""
+        """Every value, the defaults of mixers and task too, as JSON holds them; see `config.to_dict`."""
         values = configs.to_dict(self)
-        full = [(kind, dataclasses.asdict(MIXERS[kind].Config(**options))) for kind, options in self.model.layers]
+        full = [(kind, configs.to_dict(MIXERS[kind].Config(**options))) for kind, options in self.model.layers]
         values["model"]["layers"], values["data"] = full, self.data.resolved_values
         return configs.to_dict(values)
 
