@@ -237,11 +237,11 @@ def _without_buffers(weights: Weights, buffers: Mapping[str, Buffer]) -> Weights
     """Return the weights that are parameters, after a check that buffers among the others are what they are here."""
     found = {key: buffer for key, buffer in buffers.items() if key in weights}
     for key, buffer in found.items():
-        shape = buffer if isinstance(buffer, tuple) else weights[key].shape
-        values = weights.get(buffer, weights[key]) if isinstance(buffer, str) else buffer
+        wanted = weights.get(buffer, weights[key]) if isinstance(buffer, str) else buffer
+        shape = wanted if isinstance(wanted, tuple) else wanted.shape
         if _squeezed(shape) != _squeezed(weights[key].shape):
             raise UserError(f"'{key}' has shape {weights[key].shape}; the model's is {shape}.")
-        if isinstance(values, np.ndarray) and not _equal(weights[key], values):
+        if not isinstance(wanted, tuple) and not _equal(weights[key], wanted):
             raise UserError(f"'{key}' is no parameter here, and its values are not those that the model computes.")
     return {key: value for key, value in weights.items() if key not in found}
 
@@ -250,7 +250,7 @@ def _equal(array: np.ndarray, wanted: np.ndarray) -> bool:
     """Return whether two arrays are the same but for axes of size 1 and the rounding of the first one's dtype."""
     array, wanted = np.squeeze(array), np.squeeze(wanted)
     error = max(1e-5, float(jnp.finfo(array.dtype).eps))
-    return array.shape == wanted.shape and np.allclose(array.astype(np.float64), wanted, rtol=error, atol=error)
+    return np.allclose(array.astype(np.float64), wanted.astype(np.float64), rtol=error, atol=error)
 
 
 def _block_keys(block: Block, names: Layer, publication: str) -> dict[str, KeyGroup]:

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from based_jax import parallel
+from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BT, BTD, Tokens
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
@@ -60,7 +61,7 @@ class LMConfig:
     mlp: str = "swiglu"
     mlp_dim: int = 0
     norm: str = "rms"
-    final_norm: str | None = None
+    final_norm: str | None = added_later(None)
     init_std: float = INIT_STD
     tie_embeddings: bool = True
     embed_norm: bool = False

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from based_jax.config import added_later
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, expanded, inverse_softplus_dt, softplus_decay, unit
 from based_jax.nn.mixer import Buffer, Operation
@@ -22,7 +23,7 @@ class GatedDeltaNetConfig:
     expand_k: float = 1.0
     expand_v: float = 2.0
     conv_size: int = 4
-    use_gate: bool = True
+    use_gate: bool = added_later(True)
     impl: str = "auto"
 
 
