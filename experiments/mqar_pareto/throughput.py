@@ -37,8 +37,8 @@ MODELS = {
     "based_128": sweeps.based(128, 16),
     "based_256": sweeps.based(256, 16),
     "window_128": sweeps.window(64),
-    "gated_deltanet_128": sweeps.hybrid(128, "gated_deltanet", num_heads=2),
-    "mamba_128": sweeps.twice(128, "mamba", d_state=16),
+    "gated_deltanet_128": sweeps.gated_deltanet(128),
+    "mamba_128": sweeps.mamba(128, "mamba", 16),
 }
 LANE_COUNTS = 4, 8
 EXAMPLES_PER_SEGMENT = 4096
