@@ -16,6 +16,7 @@ from based_jax.dims import BD, BP, BPD, BT, BTD, Tokens
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
 from based_jax.nn.block import REMAT_POLICIES, Stack, Stream, repeating_patterns
+from based_jax.nn.init_recipes import INIT_RECIPES, initialise
 from based_jax.nn.layers import INIT_STD
 from based_jax.nn.mixers import Mixer, check_options
 from based_jax.ops.cross_entropy import linear_cross_entropy
@@ -46,6 +47,8 @@ class LMConfig:
       mlp_dim: hidden width F of the MLP; 0 for 2 D.
       init_std: deviation of the initial kernels and embedding; projections back into the residual stream get it
         divided by sqrt(2 L). Narrow models learn recall much sooner with about 1 / sqrt(D).
+      init_recipe: what initial values are drawn by, a table of `nn/init_recipes.py`: "reference" as HazyResearch/based,
+        "zoology", or "torch", which takes no init_std.
       tie_embeddings: whether the head is the embedding.
       embed_norm: a norm right after the embedding (RWKV).
       dtype: what layers compute in; parameters, norms, the residual, states and logits are fp32.
@@ -63,6 +66,7 @@ class LMConfig:
     norm: str = "rms"
     final_norm: str | None = added_later(None)
     init_std: float = INIT_STD
+    init_recipe: str = added_later("reference")
     tie_embeddings: bool = True
     embed_norm: bool = False
     dtype: str = "bfloat16"
@@ -81,6 +85,9 @@ class LMConfig:
         _check("norm", self.norm, layers.NORMS)
         _check("final_norm", self.last_norm, layers.NORMS)
         _check("mlp", self.mlp, layers.MLPS)
+        _check("init_recipe", self.init_recipe, INIT_RECIPES)
+        if self.init_recipe == "torch" and self.init_std != INIT_STD:
+            raise UserError(f"init_std is {self.init_std}, but init_recipe 'torch' takes none; leave it out.")
         _check("dtype", self.dtype, DTYPES)
         _check("remat", self.remat, REMAT_POLICIES)
 
@@ -130,12 +137,14 @@ class LM(nnx.Module):
             embedding_metadata=layers.logical_axes("vocab", "embed"),
             rngs=rngs,
         )
+        initialise(self.embed, "embed", config.init_recipe, config.init(rngs))
         self.stacks = nnx.List([Stack(pattern, repeats, config, rngs=rngs) for pattern, repeats in patterns])
         self.norm = layers.NORMS[config.last_norm](config.d_model, rngs=rngs)
         if config.embed_norm:
             self.embed_norm = layers.NORMS[config.norm](config.d_model, rngs=rngs)
         if not config.tie_embeddings:
             self.head = layers.linear(config.d_model, config.padded_vocab_size, ("embed", "vocab"), config.init(rngs))
+            initialise(self.head, "head", config.init_recipe, config.init(rngs))
 
     def __call__(self, ids: BT, segment_ids: BT | None = None) -> Float[Array, "B T vocab"]:
         """Return fp32 logits of every position."""
