@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from based_jax import parallel
 from based_jax.config import added_later
-from based_jax.dims import BD, BP, BPD, BT, BTD, Tokens
+from based_jax.dims import BD, BP, BPD, BT, BTD, DropoutKey, Tokens
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
 from based_jax.nn.block import REMAT_POLICIES, Stack, Stream, repeating_patterns
@@ -50,6 +50,7 @@ class LMConfig:
       init_recipe: what initial values are drawn by, a table of `nn/init_recipes.py`: "reference" as HazyResearch/based,
         "zoology", or "torch", which takes no init_std.
       tie_embeddings: whether the head is the embedding.
+      embed_dropout: share of the embedding's components that training sets to 0, the others growing to make up for it.
       embed_norm: a norm right after the embedding (RWKV).
       dtype: what layers compute in; parameters, norms, the residual, states and logits are fp32.
       scan_layers: stack and scan repeated patterns of layers, which compiles faster and shards the same.
@@ -68,6 +69,7 @@ class LMConfig:
     init_std: float = INIT_STD
     init_recipe: str = added_later("reference")
     tie_embeddings: bool = True
+    embed_dropout: float = added_later(0.0)
     embed_norm: bool = False
     dtype: str = "bfloat16"
     scan_layers: bool = False
@@ -79,6 +81,8 @@ class LMConfig:
         for name, least in LEAST_VALUES.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it is at least {least}.")
+        if not 0 <= self.embed_dropout < 1:
+            raise UserError(f"embed_dropout is {self.embed_dropout}; it is at least 0 and below 1.")
         object.__setattr__(self, "layers", tuple((kind, Options(options)) for kind, options in self.layers))
         for kind, options in self.layers:
             check_options(kind, options)
@@ -124,7 +128,8 @@ def _check(what: str, name: str, allowed: Collection[str]) -> None:
 class LM(nnx.Module):
     """A causal language model over the mixers of `config.layers`.
 
-    Every pass returns hidden states; `logits` maps them to the padded vocabulary. Keys enter only at construction.
+    Every pass returns hidden states; `logits` maps them to the padded vocabulary. Keys enter
+    at construction, and a pass of training gets that of dropout.
     """
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
@@ -150,13 +155,22 @@ class LM(nnx.Module):
         """Return fp32 logits of every position."""
         return self.logits(self.hidden(ids, segment_ids))
 
-    def hidden(self, ids: BT, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def hidden(
+        self,
+        ids: BT,
+        segment_ids: BT | None = None,
+        positions: BP | None = None,
+        *,
+        dropout_key: DropoutKey | None = None,
+    ) -> BPD:
         """Return the final hidden state of every position, or of P distinct `positions` (B, P) of each sequence.
+
+        A pass of training has the `dropout_key`; without it nothing is dropped.
 
         What follows the operation of the last mixer is computed at the positions alone, unless its layer is one of
         those that are scanned.
         """
-        stream, last = Stream(self._in(ids)), len(self.stacks) - 1
+        stream, last = Stream(self._in(ids, dropout_key)), len(self.stacks) - 1
         for i, stack in enumerate(self.stacks):
             with jax.named_scope(f"stack_{i}"):
                 stream = stack.extend(stream, segment_ids, positions if i == last else None)
@@ -221,9 +235,11 @@ class LM(nnx.Module):
         return self._out(Stream(r)), tuple(after)
 
     @jax.named_scope("embed")
-    def _in(self, ids):
+    def _in(self, ids, dropout_key=None):
         # Left to itself XLA reads the table again wherever the embedding is used, and there across its rows.
         r = jax.lax.optimization_barrier(parallel.constrain(self.embed(ids), "batch"))
+        if dropout_key is not None:
+            r = layers.dropout(r, self.config.embed_dropout, dropout_key)
         return self.embed_norm(r) if self.config.embed_norm else r
 
     @jax.named_scope("norm")

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from based_jax.dims import DropoutKey
 from based_jax.labels import NO_LABEL, is_labelled
 from based_jax.nn.lm import LM
 from based_jax.nn.loss import Sums, position_sums
@@ -83,10 +84,11 @@ class Examples:
         return dataclasses.replace(taken, answers=jnp.where(rows[:, None] < 0, NO_LABEL, taken.answers))
 
 
-def answer_sums(model: LM, examples: Examples) -> Sums:
+def answer_sums(model: LM, examples: Examples, dropout_key: DropoutKey | None = None) -> Sums:
     """Return `position_sums` of the answers; of examples with answers the "accuracies" and the number, "examples"."""
     answers = examples.answers
-    hidden = model.hidden(examples.inputs, positions=None if answers.shape == examples.inputs.shape else examples.where)
+    where = None if answers.shape == examples.inputs.shape else examples.where
+    hidden = model.hidden(examples.inputs, positions=where, dropout_key=dropout_key)
     losses, correct = model.cross_entropy(hidden, answers)
     counts = is_labelled(answers).sum(axis=1)
     return position_sums(losses, correct, answers) | {
@@ -136,7 +138,11 @@ class Lanes:
 
     def _init(self, seeds) -> TrainState:
         tx = adamw(self.trial.optim, self.trial.steps)
-        return jax.vmap(lambda seed: init_state(LM(self.trial.model, rngs=nnx.Rngs(jax.random.key(seed))), tx))(seeds)
+
+        def init(key):
+            return init_state(LM(self.trial.model, rngs=nnx.Rngs(key)), tx, key)
+
+        return jax.vmap(lambda seed: init(jax.random.key(seed)))(seeds)
 
     def _train(self, states, rates, examples, rows, count):
         def step(i, carry):

@@ -105,4 +105,4 @@ def train_program(config: TrainConfig, mesh: Mesh) -> TrainProgram:
 
 def initial_state(model: LMConfig, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """Return the state before the first step; parameters are a function of the key alone."""
-    return init_state(LM(model, rngs=nnx.Rngs(key)), tx)
+    return init_state(LM(model, rngs=nnx.Rngs(key)), tx, key)

@@ -12,6 +12,9 @@ from based_jax.sweep import Sweep, chain, param, product
 
 SEQ_LEN = 1024
 CONV = ("base_conv", {"kernel_size": 3})
+TRANSFORMER_BLOCKS = {"model.embed_dropout": 0.1}
+MAMBA_BLOCKS = {"model.mlp": "none", "model.norm": "rms", "model.final_norm": "layer"}
+"""What zoology's two kinds of blocks have beside the base: the second ones no dropout, one norm each, another last."""
 BASE = {
     "model": {"vocab_size": 8192, "mlp": "identity", "norm": "layer", "dtype": "bfloat16", "d_model": 64, "layers": ()},
     "data": {"kind": "mqar", "preset": "figure2"},
@@ -33,12 +36,12 @@ RATES = [round(10 ** (-3 + 0.5 * i), 6) for i in range(4)]
 
 def hybrid(d_model, kind, **options):
     """Return a space of one point: a short convolution below a mixer."""
-    return [{"model.d_model": d_model, "model.layers": (CONV, (kind, options))}]
+    return [{"model.d_model": d_model, "model.layers": (CONV, (kind, options)), **TRANSFORMER_BLOCKS}]
 
 
 def twice(d_model, kind, **options):
     """Return a space of one point: two layers of a mixer."""
-    return [{"model.d_model": d_model, "model.layers": ((kind, options),) * 2}]
+    return [{"model.d_model": d_model, "model.layers": ((kind, options),) * 2, **TRANSFORMER_BLOCKS}]
 
 
 def based(d_model, feature_dim):
@@ -57,9 +60,8 @@ def gated_deltanet(d_model, **options):
 
 
 def mamba(d_model, kind, d_state):
-    """Return Mamba or Mamba-2 in zoology's blocks of their own: RMSNorm and mixer alone, LayerNorm at the end."""
-    blocks = {"model.mlp": "none", "model.norm": "rms", "model.final_norm": "layer"}
-    return product(twice(d_model, kind, d_state=d_state), [blocks])
+    """Return a space of one point: two layers of Mamba or Mamba-2, in blocks of their own."""
+    return [{"model.d_model": d_model, "model.layers": ((kind, {"d_state": d_state}),) * 2, **MAMBA_BLOCKS}]
 
 
 WIDTHS = (64, 128, 256)
@@ -127,7 +129,8 @@ def ablation():
     taylor = ("taylor", {"num_heads": 1, "feature_dim": 16})
     near = ("window", {"num_heads": 1, "rotary_fraction": 0.0, "bias": True, "window": 64})
     stacks = ((CONV, CONV), (near, near), (taylor, taylor), (CONV, near), (CONV, taylor), (near, taylor))
-    return product(param("model.d_model", [128]), param("model.layers", [*stacks, (CONV, near, taylor)]))
+    layers = param("model.layers", [*stacks, (CONV, near, taylor)])
+    return product([{"model.d_model": 128, **TRANSFORMER_BLOCKS}], layers)
 
 
 def disputed():

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from based_jax.dims import DropoutKey
 from based_jax.labels import is_labelled
 from based_jax.nn.lm import LM
 from based_jax.nn.loss import Sums, position_sums
@@ -108,7 +109,7 @@ def looped(trial: Trial, examples: list[np.ndarray], way: str) -> Callable[[int]
     inputs, labels = examples
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0))))
     tx = adamw(trial.optim, trial.steps)
-    state = jax.jit(lambda key: init_state(LM(trial.model, rngs=nnx.Rngs(key)), tx))(jax.random.key(0))
+    state = jax.jit(lambda key: init_state(LM(trial.model, rngs=nnx.Rngs(key)), tx, key))(jax.random.key(0))
     least = labels.shape[1] if way == "loop" else 1
     ends = range(trial.batch_size, len(inputs) + 1, trial.batch_size)
     cuts = [slice(end - trial.batch_size, end) for end in ends]
@@ -130,9 +131,9 @@ def looped(trial: Trial, examples: list[np.ndarray], way: str) -> Callable[[int]
     return take
 
 
-def plain_sums(model: LM, batch: lanes.Examples) -> Sums:
+def plain_sums(model: LM, batch: lanes.Examples, dropout_key: DropoutKey | None = None) -> Sums:
     """Return the sums of the answers, their cross-entropy as optax takes it from logits."""
-    hidden, answers = model.hidden(batch.inputs), batch.answers
+    hidden, answers = model.hidden(batch.inputs, dropout_key=dropout_key), batch.answers
     if answers.shape != batch.inputs.shape:
         hidden = jnp.take_along_axis(hidden, batch.where[..., None], axis=1)
     logits, asked = model.logits(hidden), is_labelled(answers)

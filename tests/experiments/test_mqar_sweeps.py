@@ -23,6 +23,7 @@ def test_mamba_has_the_parameters_of_its_own_blocks(kind, parameters):
     [config] = [x for x in configs if x.d_model == 64 and x.layers[0][1]["d_state"] == 16]
     model = nnx.eval_shape(lambda: LM(dataclasses.replace(config, vocab_size=256), rngs=nnx.Rngs(0)))
     assert model.num_params() == parameters
+    assert (config.mlp, config.embed_dropout) == ("none", 0.0)
     assert (type(model.stacks[0].blocks[0].norm1), type(model.norm)) == (nnx.RMSNorm, nnx.LayerNorm)
 
 
@@ -37,6 +38,13 @@ def test_options_of_the_reference(family, options):
     for point in sweeps.FIGURE2[family]:
         (_, _), (kind, found) = model_of(point).layers
         assert (kind, found) == (family, options)
+
+
+@pytest.mark.parametrize("variant", ["figure2", "figure3", "figure3_k16", "ablation", "disputed"])
+def test_all_but_mamba_drop_a_tenth_of_the_embedding(variant):
+    for point in sweeps.get_sweep(variant).points:
+        config = model_of(point)
+        assert config.embed_dropout == (0.0 if config.layers[0][0] in ("mamba", "mamba2") else 0.1)
 
 
 def test_a_window_sees_its_width_and_the_query_s_own_key():

@@ -59,7 +59,8 @@ def alone(trial, data):
     """Train a trial with the ordinary step, batch by batch; return its parameters."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0))))
     tx = adamw(trial.optim, trial.steps)
-    state = init_state(LM(trial.model, rngs=nnx.Rngs(jax.random.key(trial.seed))), tx)
+    key = jax.random.key(trial.seed)
+    state = init_state(LM(trial.model, rngs=nnx.Rngs(key)), tx, key)
     step = jax.jit(make_train_step(graphdef, tx))
     for i in range(trial.steps):
         state, _ = step(state, jax.tree.map(jnp.asarray, data.source.batch(i)))
@@ -81,8 +82,10 @@ def test_lanes_train_what_each_trial_trains_alone():
     assert len({found[trial].losses[-1] for trial in trials}) == 4
 
 
-def test_parameters_of_a_lane_are_those_of_the_ordinary_loop():
-    trials = [make_trial(BASE, RECALL | {"seed": s, "optim.lr": lr}) for s, lr in ((3, 1e-3), (4, 1e-2))]
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_parameters_of_a_lane_are_those_of_the_ordinary_loop(dropout):
+    same = RECALL | {"model.embed_dropout": dropout}
+    trials = [make_trial(BASE, same | {"seed": s, "optim.lr": lr}) for s, lr in ((3, 1e-3), (4, 1e-2))]
     data = resident(trials[0])
     programs = lane_training.fitting_programs(trials[0], data, 2)
     states = programs.beginning(jnp.asarray([3, 4], jnp.uint32))

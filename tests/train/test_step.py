@@ -183,3 +183,22 @@ def assert_sharded_alike(state):
     assert table.sharding.spec == jax.P("tensor", "fsdp")
     assert kernel.sharding.spec == jax.P("tensor", "fsdp")
     assert kernel.addressable_shards[0].data.shape == (8, 8)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_each_step_and_each_key_drops_something_else(microbatches, batch):
+    """The rate is 0: from one step to the next nothing else changes."""
+    model, tx = make_model(embed_dropout=0.5), optax.sgd(0.0)
+    step = jax.jit(make_train_step(nnx.graphdef(model), tx, microbatches))
+
+    def losses(seed):
+        state, found = init_state(model, tx, jax.random.key(seed)), []
+        for _ in range(3):
+            state, metrics = step(state, batch)
+            found.append(float(metrics["loss"]))
+        return found
+
+    assert losses(0) == losses(0)
+    assert len({*losses(0), *losses(1)}) == 6
+    with pytest.raises(AssertionError, match="needs a key"):
+        init_state(model, tx)
