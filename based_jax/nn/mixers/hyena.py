@@ -169,10 +169,12 @@ class Hyena(Mixer):
 
     @override
     def reference_buffers(self) -> Mapping[str, Buffer]:
-        frequency = self.REFERENCE["zoology"]["filter/frequency"]
-        repeated = (f"filter_fn.implicit_filter.{2 * i + 3}.freq" for i in range(self.config.num_inner_mlps))
-        constant = {"filter_fn.modulation.deltas": self.filter.slopes(), "filter_fn.pos_emb.t": self.filter.time()}
-        return dict.fromkeys(repeated, frequency) | constant
+        first, *others = (f"filter_fn.implicit_filter.{2 * i + 1}.freq" for i in range(1 + self.config.num_inner_mlps))
+        return {
+            **dict.fromkeys(others, first),
+            "filter_fn.modulation.deltas": self.filter.slopes(),
+            "filter_fn.pos_emb.t": self.filter.time(),
+        }
 
     @property
     def _short_impl(self) -> str:
