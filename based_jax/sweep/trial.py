@@ -100,7 +100,7 @@ def load_sweep(spec: str) -> Sweep:
     Raises:
       UserError: the file is missing or fails, has no such variant, or returns something else.
     """
-    sweep = configs.call(spec, "get_sweep")
+    sweep = configs.call_in_file(spec, "get_sweep")
     if not isinstance(sweep, Sweep):
         raise UserError(f"Sweep '{spec}' is {sweep!r:.80}; get_sweep returns a Sweep.")
     return sweep

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,15 +92,9 @@ def load_run(workdir: str | Path, step: int | None = None) -> tuple[TrainConfig,
     """Return (config, step, model) of a trained run, from its last good checkpoint or from that of `step`.
 
     Raises:
-      UserError: the folder is no run's, its config.json is damaged, or it has no good checkpoint.
+      UserError: the folder is no run's, its config.json is damaged or of another version, or it has no good checkpoint.
     """
-    path = Path(workdir) / configs.FILE
-    if not path.exists():
-        raise UserError(f"'{workdir}' is no run: it has no {configs.FILE}.")
-    try:
-        config = configs.build(TrainConfig, json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f"'{path}' is no config: {error}.") from None
+    config = configs.read(TrainConfig, workdir)
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(config.seed))))
     params = parallel.placed(shapes, parallel.make_mesh())
     with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
