@@ -1,7 +1,7 @@
 """Gated DeltaNet: the delta rule on a state that each head forgets at its own rate (arXiv 2412.06464)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +63,11 @@ class GatedDeltaNet(GatedLinearMixer):
         self.A_log = nnx.Param(jnp.log(A), **layers.logical_axes("heads"))
         self.dt_bias = nnx.Param(inverse_softplus_dt(H, init.rngs), **layers.logical_axes("heads"))
 
+    @override
     def _gated(self, x, q, k, v):
         log_decay = softplus_decay(self.decay(x), self.A_log[...], self.dt_bias[...])
         return unit(q), unit(k), v, log_decay[..., None], jax.nn.sigmoid(self.rate(x))
 
+    @override
     def _gate_weights(self) -> int:
         return 2 * self.d_model * self.num_heads

@@ -121,14 +121,17 @@ class H3(Mixer):
         y, state = diagonal_ssm.diagonal_ssm_step(kv, *self._system(), cache[1])
         return self._out(x, kv, y), (shift, state)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return D N for the shift and D N head_dim real numbers for the diagonal state space; equal to the cache's."""
         return self.d_model * self.config.d_state * (1 + self.config.head_dim)
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return D N, as the publication counts it."""
         return self.d_model * self.config.d_state
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the taps, and writing and reading the complex state once."""
         return 8 * self.d_model**2 + 8 * self.state_size(seq_len)

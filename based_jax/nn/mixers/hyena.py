@@ -151,14 +151,17 @@ class Hyena(Mixer):
         y, history = convolve_step(u, cache[1], self.filter(cache[1].slots))
         return self._out(u, y, gate), (taps, history)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return D elements a token, and the inputs of the short convolution; equal to the cache's."""
         return self.d_model * (seq_len + 3 * SHORT_TAPS)
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return D elements a token, as publications count: without the inputs of the short convolution."""
         return self.d_model * seq_len
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: projections, the filter's MLP at one lag, and three FFTs of twice the length."""
         hidden = self.config.filter_order * (TIME_FEATURES + self.config.num_inner_mlps * self.config.filter_order)
