@@ -168,7 +168,9 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
     old, new = (flatten_dict(to_dict(x), sep=".") for x in (read(type(config), workdir), config))
     keys = [key for key in sorted(old | new) if _shown(old, key) != _shown(new, key) and not _under(key, free)]
     if keys:
-        shown = [f"{key} is {_shown(old, key)} there and {_shown(new, key)} here" for key in keys[:MAX_DIFFERENCES_SHOWN]]
+        shown = [
+            f"{key} is {_shown(old, key)} there and {_shown(new, key)} here" for key in keys[:MAX_DIFFERENCES_SHOWN]
+        ]
         hidden = len(keys) - len(shown)
         more = f", and {hidden} more keys differ" if hidden else ""
         raise UserError(f"Workdir '{workdir}' belongs to another config: {', '.join(shown)}{more}; choose another one.")

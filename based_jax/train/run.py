@@ -11,6 +11,7 @@ from flax import nnx
 from based_jax import config as configs
 from based_jax import flops, parallel
 from based_jax.errors import UserError
+from based_jax.nn.accounting import ELEMENT_BYTES
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS
 from based_jax.optim import OptimConfig
@@ -54,7 +55,7 @@ class RunConfig:
         values["model"]["layers"], values["data"] = full, self.data.resolved_values
         return configs.to_dict(values)
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """The name of what this config trains: 12 hexadecimal digits of its resolved values."""
         return configs.config_id(self.resolved)
@@ -117,7 +118,7 @@ class Facts:
         model = nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(0)))
         return cls(
             forward_flops=model.flops_per_token(seq_len),
-            state_bytes=4 * model.state_size(seq_len),
+            state_bytes=ELEMENT_BYTES * model.state_size(seq_len),
             device_kind=jax.devices()[0].device_kind,
             devices=jax.device_count(),
         )

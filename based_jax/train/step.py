@@ -28,8 +28,8 @@ class TrainState:
     step: Int[Array, ""]
 
 
-def init_state(model: LM, tx: optax.GradientTransformation) -> TrainState:
-    """Return the state before the first step."""
+def initial_state(model: LM, tx: optax.GradientTransformation) -> TrainState:
+    """Return the state of a model before the first step."""
     params = nnx.state(model, nnx.Param)
     return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
 
