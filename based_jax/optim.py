@@ -106,7 +106,7 @@ SCHEDULES = {"warmup_cosine": warmup_cosine, "cosine_per_epoch": cosine_per_epoc
 
 
 def schedule(config: OptimConfig, steps: int, peak: Rate | None = None) -> Schedule:
-    """Return the learning rate (a scalar array, fp32 unless x64 is on) as a function of the step, 0 at the first update.
+    """Return the learning rate (a scalar, fp32 unless x64 is on) as a function of the step, 0 at the first update.
 
     Args:
       config: names the schedule and its values.

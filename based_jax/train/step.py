@@ -1,6 +1,7 @@
 """The training step: one pure function of (state, batch) on the split NNX state, for runs, lanes and benchmarks."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,9 +43,7 @@ def make_train_step(
 ) -> Step:
     """Return `step(state, batch) -> (state, metrics)`, metrics "loss", "accuracy" and "grad_norm".
 
-    The loss is the mean over all labelled positions of the batch, whatever the number of microbatches: each adds its
-    sum and the gradient of its sum, and one division ends the scan. Under a mesh (`jax.set_mesh`) each device has the
-    same share of every microbatch.
+    The loss is the mean over all labelled positions of the batch, whatever the number of microbatches.
 
     Args:
       graphdef: the model's structure, from `nnx.split`.
@@ -62,20 +61,8 @@ def make_train_step(
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return sums, grads
 
-    def accumulate(params: nnx.State, batch: Any):
-        if microbatches == 1:
-            return sums_and_grads(params, batch)
-        parts = jax.tree.map(lambda x: _cut(x, microbatches), batch)
-        shapes = jax.eval_shape(sums_and_grads, params, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, sums_and_grads(params, part)), None
-
-        return jax.lax.scan(add, zeros, parts)[0]
-
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        sums, grads = accumulate(state.params, batch)
+        sums, grads = _added(functools.partial(sums_and_grads, state.params), batch, microbatches)
         count = jnp.maximum(sums["count"], 1)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -88,6 +75,19 @@ def make_train_step(
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return step
+
+
+def _added(call: Callable[[Any], Any], batch: Any, microbatches: int) -> Any:
+    """Return what a call returns for a batch whose sums it takes: those of its microbatches, added up in a scan.
+
+    Under a mesh (`jax.set_mesh`) each device has the same share of every microbatch.
+    """
+    if microbatches == 1:
+        return call(batch)
+    parts = jax.tree.map(lambda x: _cut(x, microbatches), batch)
+    shapes = jax.eval_shape(call, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, call(part)), None), zeros, parts)[0]
 
 
 def _cut(x: Array, microbatches: int) -> Array:
