@@ -134,7 +134,7 @@ def on_ray(spec: str, store: str, options: SweepOptions, *, tasks: int) -> int:
       UserError: Ray is not installed, or a point is impossible.
     """
     try:
-        import ray
+        import ray  # optional
     except ImportError:
         raise UserError("--launcher=ray needs Ray; install based-jax[ray].") from None
     load_sweep(spec)  # what is impossible is refused before anything is started
