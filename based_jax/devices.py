@@ -75,7 +75,7 @@ H100_CROSSOVERS = Crossovers(
 )
 """Measured on one H100 80GB HBM3 in experiments/kernels; the Toeplitz product in experiments/mqar_pareto, at 256 tokens
 (longer ones are not measured)."""
-H100_CORES = 132
+H100_CORES, H100_L2_BYTES = 132, 50 << 20
 
 DEVICES = (
     Device(
@@ -129,3 +129,9 @@ def cores(device_kind: str) -> int:
     """Return the multiprocessors that work is cut for: those of the H100 where they are not known."""
     device = find(device_kind)
     return device.cores if device and device.cores else H100_CORES
+
+
+def l2_bytes(device_kind: str) -> int:
+    """Return the bytes of the L2 cache: those of the H100's where they are not known."""
+    device = find(device_kind)
+    return device.l2_bytes if device and device.l2_bytes else H100_L2_BYTES
