@@ -23,6 +23,7 @@ BSD = Float[Array, "B S D"]
 BS = Int[Array, "B S"]
 
 MAX_UNROLLED_TAPS = 8
+"""More shifted products are a scan, which is what a Toeplitz product can be faster than."""
 
 
 def short_conv(

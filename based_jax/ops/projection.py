@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from based_jax.devices import H100_CORES
-from based_jax.ops.dispatch import target_platform
+from based_jax import devices
+from based_jax.ops.dispatch import target_device_kind, target_platform
 
 Tokens = Float[Array, "*T D"]
 DE = Float[Array, "D E"]
@@ -40,11 +40,12 @@ def multiply(x: Tokens, kernel: DE) -> Projected:
 
 
 def pieces(tokens: tuple[int, ...], kernel: tuple[int, ...]) -> int:
-    """Return into how many pieces a batch is cut: 1 on other devices, on a mesh, and where the kernel is large."""
+    """Return into how many pieces a batch is cut: 1 on what is no GPU, on a mesh, and where the kernel is large."""
     if target_platform() != "cuda" or jax.sharding.get_abstract_mesh().size > 1 or len(tokens) != 3:
         return 1
     blocks = math.prod(-(-size // BLOCK_ROWS) for size in kernel)
-    most = min(_power_of_two(H100_CORES) // blocks, math.prod(tokens[:-1]) // MIN_TOKENS_PER_PIECE)
+    cores = _power_of_two(devices.cores(target_device_kind()))
+    most = min(cores // blocks, math.prod(tokens[:-1]) // MIN_TOKENS_PER_PIECE)
     return math.gcd(tokens[0], _power_of_two(max(most, 1)))
 
 
