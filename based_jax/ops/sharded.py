@@ -54,13 +54,13 @@ def per_shard(
     def spec(dims: Names) -> PartitionSpec:
         return PartitionSpec(*(axes.get(name) if name else None for name in dims))
 
-    def run(*parts: jax.Array) -> Any:
+    def on_device(*parts: jax.Array) -> Any:
         rest = iter(parts)
         return function(*(None if x is None else next(rest) for x in arguments))
 
     specs = tuple(spec(dims) for _, dims in given)
     out = tuple(map(spec, results)) if len(results) > 1 else spec(results[0])
-    return jax.shard_map(run, in_specs=specs, out_specs=out, axis_names=free)(*(x for x, _ in given))
+    return jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names=free)(*(x for x, _ in given))
 
 
 def per_head(function: Callable, call: Any) -> Any:
@@ -99,8 +99,8 @@ def _dividing(mesh: AbstractMesh, dimension: str, sizes: Sequence[int]) -> tuple
     return axes if axes and all(size % devices == 0 for size in sizes) else None
 
 
-def call(kernel: Callable[..., Sequence[jax.Array]], *arguments: Any, **options: Any) -> list[jax.Array]:
-    """Return a kernel's results; under `jax.shard_map` they vary over the mesh axes that an array given varies over."""
+def launch(kernel: Callable[..., Sequence[jax.Array]], *arguments: Any, **options: Any) -> list[jax.Array]:
+    """Run a kernel; under `jax.shard_map` its results vary over the mesh axes that an array given varies over."""
     given = vary_alike(*arguments, *options.values())
     options = dict(zip(options, given[len(arguments) :], strict=True))
     results = kernel(*given[: len(arguments)], **options)

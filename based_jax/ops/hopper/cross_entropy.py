@@ -52,7 +52,7 @@ def _fused_fwd(hidden, table, labels):
     h, w, vocab = _pad(hidden), _pad(table.astype(hidden.dtype)), table.shape[0]
     tiling = kernels.forward_tiling(h.shape[1])
     pieces = number_of_pieces(hidden.shape[0], vocab, tiling, FORWARD_START_TILES)
-    [statistics] = sharded.call(kernels.forward, h, w, _fill(labels, h, tiling.rows, -1), vocab=vocab, pieces=pieces)
+    [statistics] = sharded.launch(kernels.forward, h, w, _fill(labels, h, tiling.rows, -1), vocab=vocab, pieces=pieces)
     statistics = statistics[:, :, : hidden.shape[0]]
     tops, totals, chosen = (statistics[:, i] for i in (kernels.TOP, kernels.TOTAL, kernels.CHOSEN))
     top = tops.max(axis=0)
@@ -72,13 +72,13 @@ def _fused_bwd(saved, cotangents):
 
     pieces = number_of_pieces(count, vocab, tiling, BACKWARD_START_TILES)
     whole = _fill(labels, h, tiling.rows, -1), _fill(logarithm, h, tiling.rows, 0)
-    [sums] = sharded.call(kernels.hidden_gradient, h, w, *whole, vocab=vocab, pieces=pieces)
+    [sums] = sharded.launch(kernels.hidden_gradient, h, w, *whole, vocab=vocab, pieces=pieces)
     dhidden = (sums.sum(axis=0)[:count, :dim] * factor[:, None]).astype(hidden.dtype)
 
     pieces = number_of_pieces(vocab, count, tiling, BACKWARD_START_TILES)
     tokens = jnp.stack([logarithm, factor, labels.astype(jnp.float32)])
     tokens = jnp.pad(tokens, ((0, 0), (0, -count % tiling.columns)))
-    [sums] = sharded.call(kernels.table_gradient, w, h, tokens, pieces=pieces)
+    [sums] = sharded.launch(kernels.table_gradient, w, h, tokens, pieces=pieces)
     return dhidden, sums.sum(axis=0)[:vocab, :dim].astype(table.dtype), None
 
 

@@ -126,7 +126,7 @@ def running(
         taken = range(parts, parts * pieces) if reverse else range(parts * (pieces - 1))
         [added] = sums(pieces=parts * pieces, taken=taken)
         options = {"keeps": keeps(parts * pieces, taken), "heads": heads, "pieces": pieces, "parts": parts}
-        [before] = sharded.call(starts, added, first, **options, reverse=reverse)
+        [before] = sharded.launch(starts, added, first, **options, reverse=reverse)
 
     def total() -> Sums:
         # XLA drops this where the caller does not use the state.
