@@ -13,6 +13,7 @@ sum_k q_tk k_sk exp(b_tk - b_sk) (`ops/decays.py`).
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -66,6 +67,7 @@ def gated_linear_attention(
     return dispatch("gated_linear_attention", IMPLEMENTATIONS, impl, call)
 
 
+@jax.named_scope("gated_linear_attention_step")
 def gated_linear_attention_step(
     q: BHK,
     k: BHK,

@@ -26,6 +26,7 @@ BLOCK_ROWS = 128
 MIN_TOKENS_PER_PIECE = 256
 
 
+@jax.named_scope("project")
 def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **options: Any) -> Projected:
     """Return x @ kernel for (..., D) tokens and a (D, E) kernel; a `dot_general` for `flax.nnx.Linear`."""
     number = pieces(x.shape, kernel.shape)
@@ -34,6 +35,7 @@ def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **opt
     return in_pieces(x, kernel, number, precision=precision, **options).reshape(*x.shape[:-1], kernel.shape[1])
 
 
+@jax.named_scope("multiply")
 def multiply(x: Tokens, kernel: DE) -> Projected:
     """Return x @ kernel."""
     return project(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
