@@ -15,10 +15,11 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import log_uniform_dt
 from based_jax.nn.mixer import Mixer
-from based_jax.ops import diagonal_ssm
+from based_jax.ops import conv, diagonal_ssm
 from based_jax.ops.calls import BHPN2
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.diagonal_ssm import IMPLEMENTATIONS
+from based_jax.ops.dispatch import beside
 
 H3Cache = tuple[BWD, BHPN2]
 
@@ -138,7 +139,7 @@ class H3(Mixer):
 
     @property
     def _shift_impl(self) -> str:
-        return {"xla_toeplitz": "auto", "xla_chunks": "xla"}.get(self.config.impl, self.config.impl)
+        return beside(self.config.impl, conv.IMPLEMENTATIONS)
 
     def _shift_kernel(self) -> WD:
         """Return the taps sum_n B_n C_{n+l} of lag l, the newest last, with the skip on the token itself."""

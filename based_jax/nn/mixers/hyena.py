@@ -17,7 +17,9 @@ from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
 from based_jax.nn.history import check_length, convolve_on, convolve_step, empty_history, time_embedding
 from based_jax.nn.mixer import Mixer
+from based_jax.ops import conv
 from based_jax.ops.conv import short_conv, short_conv_step
+from based_jax.ops.dispatch import beside
 from based_jax.ops.long_conv import IMPLEMENTATIONS, fft_flops, long_conv
 
 HyenaCache = tuple[Float[Array, "B W inner"], KVCache]
@@ -171,7 +173,7 @@ class Hyena(Mixer):
 
     @property
     def _short_impl(self) -> str:
-        return {"xla_toeplitz": "auto", "xla_fft": "xla"}.get(self.config.impl, self.config.impl)
+        return beside(self.config.impl, conv.IMPLEMENTATIONS)
 
     def _gated(self, u):
         x1, x2, v = jnp.split(u, 3, axis=-1)
