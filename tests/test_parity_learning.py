@@ -15,7 +15,7 @@ from based_jax import convert
 from based_jax.errors import UserError
 from based_jax.nn.lm import LMConfig
 from based_jax.optim import OptimConfig, adamw
-from based_jax.train.step import init_state, make_train_step
+from based_jax.train.step import initial_state, make_train_step
 
 TRAINED, POLES = 2e-5, 5e-5
 STEPS = 20
@@ -55,7 +55,7 @@ def test_twenty_steps(name):
         "inputs": case.inputs["ids"].astype(np.int32).reshape(STEPS, -1, 64),
         "labels": case.inputs["labels"].astype(np.int32).reshape(STEPS, -1, 64),
     }
-    state, metrics = jax.jit(lambda state: jax.lax.scan(step, state, batches))(init_state(model, tx))
+    state, metrics = jax.jit(lambda state: jax.lax.scan(step, state, batches))(initial_state(model, tx))
     assert_close(metrics["loss"], case.outputs["losses"], FORWARD, "losses")
     trained = convert.lm_from_reference(case.trained, config(name))
     assert_parameters(state.params, trained, lambda path: POLES if path[-1] == "a_imag" else TRAINED)

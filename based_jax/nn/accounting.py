@@ -21,6 +21,7 @@ Layers = Iterable[tuple[str, Mapping[str, Any]]]
 CONVOLUTIONS = ("base_conv", "conv", "rwkv4_channel_mix", "rwkv7_channel_mix")
 """Layers that see a few tokens: not the main mixer of a model that has others."""
 ELEMENT_BYTES = 4
+"""Of an element of state, which is fp32."""
 
 
 def state_elements(layers: Layers, d_model: int, seq_len: int, *, convolution: bool) -> int:

@@ -1,6 +1,7 @@
 """The training step: one pure function of (state, batch) on the split NNX state, for runs, lanes and benchmarks."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +35,8 @@ class TrainState:
     dropout_key: UInt32[Array, "_"] | None = None
 
 
-def init_state(model: LM, tx: optax.GradientTransformation, key: DropoutKey | None = None) -> TrainState:
-    """Return the state before the first step; `key` is needed, and used, by a model with dropout alone."""
+def initial_state(model: LM, tx: optax.GradientTransformation, key: DropoutKey | None = None) -> TrainState:
+    """Return the state of a model before the first step; `key` is needed, and used, by one with dropout alone."""
     params = nnx.state(model, nnx.Param)
     dropout_key = None
     if model.config.embed_dropout:
@@ -52,9 +53,7 @@ def make_train_step(
 ) -> Step:
     """Return `step(state, batch) -> (state, metrics)`, metrics "loss", "accuracy" and "grad_norm".
 
-    The loss is the mean over all labelled positions of the batch, whatever the number of microbatches: each adds its
-    sum and the gradient of its sum, and one division ends the scan. Under a mesh (`jax.set_mesh`) each device has the
-    same share of every microbatch.
+    The loss is the mean over all labelled positions of the batch, whatever the number of microbatches.
 
     Args:
       graphdef: the model's structure, from `nnx.split`.
@@ -73,20 +72,9 @@ def make_train_step(
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return sums, grads
 
-    def accumulate(params: nnx.State, batch: Any, *keys: DropoutKey):
-        if microbatches == 1:
-            return sums_and_grads(params, batch, *keys)
-        parts = jax.tree.map(lambda x: _cut(x, microbatches), batch), *(jax.random.split(k, microbatches) for k in keys)
-        shapes = jax.eval_shape(sums_and_grads, params, *jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, sums_and_grads(params, *part)), None
-
-        return jax.lax.scan(add, zeros, parts)[0]
-
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        sums, grads = accumulate(state.params, batch, *_dropout_keys(state))
+        call = functools.partial(sums_and_grads, state.params)
+        sums, grads = _added(call, batch, microbatches, *_dropout_keys(state))
         count = jnp.maximum(sums["count"], 1)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -106,6 +94,19 @@ def _dropout_keys(state: TrainState) -> list[DropoutKey]:
     if state.dropout_key is None:
         return []
     return [jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key), state.step)]
+
+
+def _added(call: Callable[..., Any], batch: Any, microbatches: int, *keys: DropoutKey) -> Any:
+    """Return what a call returns for a batch whose sums it takes: those of its microbatches, added up in a scan.
+
+    Under a mesh (`jax.set_mesh`) each device has the same share of every microbatch. Each gets keys of its own.
+    """
+    if microbatches == 1:
+        return call(batch, *keys)
+    parts = jax.tree.map(lambda x: _cut(x, microbatches), batch), *(jax.random.split(k, microbatches) for k in keys)
+    shapes = jax.eval_shape(call, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, call(*part)), None), zeros, parts)[0]
 
 
 def _cut(x: Array, microbatches: int) -> Array:

@@ -29,7 +29,7 @@ from based_jax.sweep import Trial, lanes
 from based_jax.sweep.device_lock import DeviceLock
 from based_jax.sweep.rows import revision
 from based_jax.sweep.trial import make_trial
-from based_jax.train.step import TrainState, init_state, make_train_step
+from based_jax.train.step import TrainState, initial_state, make_train_step
 from experiments.mqar_pareto import sweeps
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,13 +109,13 @@ def looped(trial: Trial, examples: list[np.ndarray], way: str) -> Callable[[int]
     inputs, labels = examples
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0))))
     tx = adamw(trial.optim, trial.steps)
-    state = jax.jit(lambda key: init_state(LM(trial.model, rngs=nnx.Rngs(key)), tx, key))(jax.random.key(0))
+    state = jax.jit(lambda key: initial_state(LM(trial.model, rngs=nnx.Rngs(key)), tx, key))(jax.random.key(0))
     least = labels.shape[1] if way == "loop" else 1
     ends = range(trial.batch_size, len(inputs) + 1, trial.batch_size)
     cuts = [slice(end - trial.batch_size, end) for end in ends]
-    batches = [jax.device_get(lanes.Examples.of(inputs[cut], labels[cut], least)) for cut in cuts]
+    batches = [jax.device_get(lanes.PlacedExamples.of(inputs[cut], labels[cut], least)) for cut in cuts]
 
-    def step(state: TrainState, batch: lanes.Examples):
+    def step(state: TrainState, batch: lanes.PlacedExamples):
         state, metrics = make_train_step(graphdef, tx, sums_of=LOSS_SUMS[way])(state, batch)
         return state, metrics["loss"]
 
@@ -131,7 +131,7 @@ def looped(trial: Trial, examples: list[np.ndarray], way: str) -> Callable[[int]
     return take
 
 
-def plain_sums(model: LM, batch: lanes.Examples, dropout_key: DropoutKey | None = None) -> Sums:
+def plain_sums(model: LM, batch: lanes.PlacedExamples, dropout_key: DropoutKey | None = None) -> Sums:
     """Return the sums of the answers, their cross-entropy as optax takes it from logits."""
     hidden, answers = model.hidden(batch.inputs, dropout_key=dropout_key), batch.answers
     if answers.shape != batch.inputs.shape:
@@ -147,7 +147,7 @@ LOSS_SUMS = {"loop": plain_sums, "answers": plain_sums, "fused": lanes.answer_su
 def resident(trial: Trial, examples: list[np.ndarray], number: int) -> Callable[[int], object]:
     """Return the sweep's own program for so many lanes."""
     program = lanes.Lanes(trial, number)
-    placed = lanes.Examples.of(*examples)
+    placed = lanes.PlacedExamples.of(*examples)
     train = program.training(placed).call
     states = program.beginning().call(jnp.arange(number, dtype=jnp.uint32))
     rates = lanes.Rates(*(jnp.full(number, x) for x in (trial.optim.lr, trial.optim.weight_decay)))

@@ -61,7 +61,7 @@ class GatedDeltaNet(GatedLinearMixer):
             key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
             value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
             conv_size=config.conv_size,
-            gate=jax.nn.silu if config.use_gate else None,
+            use_gate=config.use_gate,
         )
         H = config.num_heads
         self.rate, self.decay = (layers.linear(d_model, H, ("embed", "heads"), init.fp32) for _ in range(2))
@@ -73,9 +73,11 @@ class GatedDeltaNet(GatedLinearMixer):
     def reference_buffers(self) -> Mapping[str, Buffer]:
         return {"D": (self.num_heads,)}
 
+    @override
     def _gated(self, x, q, k, v):
         log_decay = softplus_decay(self.decay(x), self.A_log[...], self.dt_bias[...])
         return unit(q), unit(k), v, log_decay[..., None], jax.nn.sigmoid(self.rate(x))
 
+    @override
     def _gate_weights(self) -> int:
         return 2 * self.d_model * self.num_heads

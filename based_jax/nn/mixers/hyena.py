@@ -18,7 +18,9 @@ from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
 from based_jax.nn.history import check_length, convolve_on, convolve_step, empty_history, time_embedding
 from based_jax.nn.mixer import Buffer, Mixer
+from based_jax.ops import conv
 from based_jax.ops.conv import short_conv, short_conv_step
+from based_jax.ops.dispatch import beside
 from based_jax.ops.long_conv import IMPLEMENTATIONS, fft_flops, long_conv
 
 HyenaCache = tuple[Float[Array, "B W inner"], KVCache]
@@ -152,14 +154,17 @@ class Hyena(Mixer):
         y, history = convolve_step(u, cache[1], self.filter(cache[1].slots))
         return self._out(u, y, gate), (taps, history)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return D elements a token, and the inputs of the short convolution; equal to the cache's."""
         return self.d_model * (seq_len + 3 * SHORT_TAPS)
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return D elements a token, as publications count: without the inputs of the short convolution."""
         return self.d_model * seq_len
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: projections, the filter's MLP at one lag, and three FFTs of twice the length."""
         hidden = self.config.filter_order * (TIME_FEATURES + self.config.num_inner_mlps * self.config.filter_order)
@@ -178,7 +183,7 @@ class Hyena(Mixer):
 
     @property
     def _short_impl(self) -> str:
-        return {"xla_toeplitz": "auto", "xla_fft": "xla"}.get(self.config.impl, self.config.impl)
+        return beside(self.config.impl, conv.IMPLEMENTATIONS)
 
     def _gated(self, u):
         x1, x2, v = jnp.split(u, 3, axis=-1)

@@ -46,10 +46,12 @@ class ImplicitConv(LongConv):
         self.hidden_dim = config.hidden_dim
         super().__init__(d_model, config, init)
 
+    @override
     def _init_filter(self, init: layers.Init) -> None:
         self.hidden = layers.torch_linear(3, self.hidden_dim, (None, None), init.fp32, bias=True)
         self.out = layers.torch_linear(self.hidden_dim, self.d_model, (None, None), init.fp32, bias=True)
 
+    @override
     def filter(self, length: int) -> Float[Array, "_ D"]:
         """Return the taps of the first `length` lags."""
         return self.out(jax.nn.relu(self.hidden(time_embedding(self.config.l_max)[:length])))
@@ -58,6 +60,7 @@ class ImplicitConv(LongConv):
     def reference_buffers(self) -> Mapping[str, Buffer]:
         return {"conv.pos_emb.z": np.asarray(time_embedding(self.config.l_max))}
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: those of `LongConv`, and the filter's MLP at one lag."""
         return super().flops_per_token(seq_len) + 2 * self.hidden_dim * (3 + self.d_model)

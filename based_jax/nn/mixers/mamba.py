@@ -114,14 +114,17 @@ class Mamba(Mixer):
         y, state = selective_scan_step(u, dt, self._A(), B, C, cache.state)
         return self._out(x, u, y), MambaCache(conv, state)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return N states and one input per tap for each inner channel; equal to the cache's."""
         return self.d_inner * (self.config.d_state + self.config.d_conv)
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return N states for each inner channel, as publications count: without the inputs of the convolution."""
         return self.d_inner * self.config.d_state
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the taps, and three operations to write and two to read a state."""
         selection = (self.dt_rank + 2 * self.config.d_state) + self.dt_rank
