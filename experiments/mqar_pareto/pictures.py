@@ -8,20 +8,21 @@ import argparse
 from pathlib import Path
 
 from based_jax.pictures import figures, page
-from based_jax.store import Store
+from experiments.mqar_pareto import rows
 from experiments.mqar_pareto.published import comparable
 from experiments.mqar_pareto.throughput import RESULTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the stores (default: the committed)")
+    rows.add_arguments(parser)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the pictures (default: the committed)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw the pictures of the stores that are there."""
-    frontier, maps, parts = (Store(args.results / name).rows() for name in ("figure2", "figure3", "ablation"))
+    stores = (args.results / name for name in ("figure2", "figure3", "ablation"))
+    frontier, maps, parts = (rows.of_recipe(store, args.init_recipe) for store in stores)
     drawn: list[Path] = []
     if frontier:
         published = comparable(frontier)

@@ -17,9 +17,9 @@ from based_jax.errors import UserError
 from based_jax.nn import names
 from based_jax.pictures.configurations import Configuration, accuracy, by_feature_map, configurations, learning_rate
 from based_jax.pictures.tables import markdown
-from based_jax.store import Store
+from experiments.mqar_pareto import rows as sweep_rows
+from experiments.mqar_pareto.rows import of_recipe
 from experiments.mqar_pareto.sweeps import BASE
-from experiments.mqar_pareto.throughput import RESULTS
 
 WAY_NAMES = {
     "loop": "plain loop",
@@ -68,9 +68,7 @@ OPERATION_KERNELS = tuple(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="folder of the stores, throughput.jsonl and profile.jsonl"
-    )
+    sweep_rows.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,13 +78,14 @@ def run(args: argparse.Namespace) -> int:
         for name in ("throughput", "profile")
     )
     folder = args.results / "figure2"
-    points = sorted(configurations(Store(folder).rows()), key=_bytes)
-    recall = [budgets(points), agreement(points), seconds(folder)] if points else []
-    if disputed := list(Store(args.results / "disputed").rows()):
-        recall.append(tried(Store(folder).rows(), disputed))
-    if maps := by_feature_map(configurations(Store(args.results / "figure3").rows())):
+    found = {name: of_recipe(args.results / name, args.init_recipe) for name in (*STORES, "disputed")}
+    points = sorted(configurations(found["figure2"]), key=_bytes)
+    recall = [budgets(points), agreement(points), seconds(folder, args.init_recipe)] if points else []
+    if found["disputed"]:
+        recall.append(tried(found["figure2"], found["disputed"]))
+    if maps := by_feature_map(configurations(found["figure3"])):
         recall.append(feature_maps(maps))
-    stores = {name: {row["id"]: row for row in Store(args.results / name).rows()} for name in STORES}
+    stores = {name: {row["id"]: row for row in found[name]} for name in STORES}
     if shared := set.intersection(*map(set, stores.values())):
         recall.append(again(stores, shared))
     print("\n\n".join([*recall, *gains(throughput), kernels(profile)]))
@@ -178,9 +177,9 @@ def again(stores: Mapping[str, Mapping[str, dict]], shared: Iterable[str]) -> st
     return markdown(pd.DataFrame(table))
 
 
-def seconds(folder: Path) -> str:
+def seconds(folder: Path, init_recipe: str) -> str:
     """Return a table of the seconds of a GPU that the grid's runs took, without second seeds, a line for each file."""
-    rows = [(file.name, row) for file in sorted(folder.glob("*.jsonl")) for row in Store(file).rows()]
+    rows = [(file.name, row) for file in sorted(folder.glob("*.jsonl")) for row in of_recipe(file, init_recipe)]
     runs = pd.DataFrame(
         [(name, row["device"], row["seconds"]) for name, row in rows if row["config"]["seed"] == BASE["seed"]],
         columns=["rows", "device", "seconds"],

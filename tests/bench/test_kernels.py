@@ -124,7 +124,8 @@ def test_every_peer_has_an_operation():
 def test_any_entry_of_a_table_can_be_named():
     taylor = OPERATIONS["taylor_attention"]
     assert taylor.usual_impls == ["hopper_chunks", "xla_chunks"]
-    assert taylor.impls(["quadratic", "oracle", "xla", "hopper_chunks"]) == ["oracle", "xla_chunks", "hopper_chunks"]
+    names = ["hopper_chunks", "xla_chunks", "xla_quadratic", "xla_steps", "oracle"]
+    assert taylor.impls(names) == taylor.impls(["hopper", "xla", "quadratic", "recurrent", "oracle"]) == names
     assert OPERATIONS["attention"].usual_impls == ["cudnn_flash"]
     assert "cudnn_flash" in timed_operation("window_attention_64").usual_impls
 

@@ -23,6 +23,16 @@ def test_every_committed_row_has_the_name_and_the_values_of_its_point():
         assert (trial.id, trial.resolved) == (row["id"], row["config"])
 
 
+@pytest.mark.parametrize("variant", sweeps.VARIANTS)
+def test_the_figure_s_models_start_as_zoology_s(variant):
+    sweep = sweeps.get_sweep(variant)
+    assert {point["model.init_recipe"] for point in sweep.points} == {"zoology"}
+    trial = make_trial(sweep.base, sweep.points[0])
+    before = make_trial(sweep.base, {**sweep.points[0], "model.init_recipe": "reference"})
+    assert trial.resolved["model"] == before.resolved["model"] | {"init_recipe": "zoology"}
+    assert trial.id != before.id and trial.signature != before.signature
+
+
 def model(vocab_size):
     return LMConfig((("conv", {}),), 16, vocab_size=vocab_size)
 
