@@ -31,8 +31,8 @@ from ml_collections import ConfigDict, FieldReference
 
 from based_jax.errors import UserError, unknown
 
-FILE = "config.json"
-SHOWN = 3
+CONFIG_FILE = "config.json"
+MAX_DIFFERENCES_SHOWN = 3
 ADDED_LATER = "added later"
 """Marks a dataclass field that `to_dict` leaves out while it has its default."""
 
@@ -49,13 +49,13 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
       UserError: the file is missing or fails, has no such variant, a key leads through a value, or a value that others
         follow would change its type.
     """
-    config = call(spec, "get_config")
+    config = call_in_file(spec, "get_config")
     if not isinstance(config, Mapping | ConfigDict):
         raise UserError(f"Config '{spec}' is {config!r:.80}; get_config returns a ConfigDict.")
     return overridden(config, {key: _parse(text) for key, text in overrides})
 
 
-def call(spec: str, function: str) -> Any:
+def call_in_file(spec: str, function: str) -> Any:
     """Return what a function of a file returns.
 
     Args:
@@ -140,36 +140,53 @@ def config_id(config: Any) -> str:
 
 def save(config: Any, workdir: str | os.PathLike) -> None:
     """Write the resolved config as config.json into a workdir, whole or not at all."""
-    path = Path(workdir) / FILE
+    path = Path(workdir) / CONFIG_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".json.part")
     part.write_text(json.dumps(to_dict(config), indent=2) + "\n")
     part.replace(path)
 
 
+def read[T](cls: type[T], workdir: str | os.PathLike) -> T:
+    """Return the config that `save` wrote, of the dataclass `cls`; a key that is newer than the file has its default.
+
+    Raises:
+      UserError: there is no config.json, it is damaged, or it holds a key or a value that no longer exists.
+    """
+    path = Path(workdir) / CONFIG_FILE
+    try:
+        values = dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"'{workdir}' is no run: it has no {CONFIG_FILE}.") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"'{path}' is no config ({error}); choose another workdir, or restore this file.") from None
+    try:
+        return build(cls, values)
+    except UserError as error:
+        raise UserError(f"'{path}' does not fit this version of based_jax: {error}") from None
+
+
 def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = ()) -> None:
-    """Check that a workdir is new, or that its config.json equals the resolved config.
+    """Check that a workdir is new, or that its config.json comes to the resolved config.
 
     Args:
-      config: the resolved config of this run.
+      config: the resolved config of this run, a dataclass.
       workdir: where the run writes.
       free: dotted keys, or sections, that may differ.
 
     Raises:
-      UserError: another config made the workdir, or its config.json cannot be read.
+      UserError: another config made the workdir, or as `read`.
     """
-    path = Path(workdir) / FILE
-    if not path.exists():
+    if not (Path(workdir) / CONFIG_FILE).exists():
         return
-    try:
-        old = flatten_dict(dict(json.loads(path.read_text())), sep=".")
-    except (ValueError, TypeError) as error:
-        raise UserError(f"'{path}' is no config ({error}); choose an empty workdir, or restore this file.") from None
-    new = flatten_dict(to_dict(config), sep=".")
+    old, new = (flatten_dict(to_dict(x), sep=".") for x in (read(type(config), workdir), config))
     keys = [key for key in sorted(old | new) if _shown(old, key) != _shown(new, key) and not _under(key, free)]
     if keys:
-        shown = [f"{key} is {_shown(old, key)} there and {_shown(new, key)} here" for key in keys[:SHOWN]]
-        more = f", and {len(keys) - SHOWN} more keys differ" if len(keys) > SHOWN else ""
+        shown = [
+            f"{key} is {_shown(old, key)} there and {_shown(new, key)} here" for key in keys[:MAX_DIFFERENCES_SHOWN]
+        ]
+        hidden = len(keys) - len(shown)
+        more = f", and {hidden} more keys differ" if hidden else ""
         raise UserError(f"Workdir '{workdir}' belongs to another config: {', '.join(shown)}{more}; choose another one.")
 
 

@@ -1,9 +1,11 @@
 """What is known of each kind of device: the vendor's numbers, and what was measured on it.
 
-A kind is what JAX calls `device_kind`; it belongs to the entry of `DEVICES` with the longest name that it starts with.
+A kind is what JAX calls `device_kind`. Its numbers are those of the entry of `DEVICES` with the longest name that it
+starts with; whether it is a Hopper GPU is told by the model among its words ("NVIDIA DGX H100").
 """
 
 import dataclasses
+import re
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Crossovers:
     one_decay_steps_tokens: int
     large_state_elements: int
     dplr_steps_heads: int
+    one_decay_one_chunk_state_elements_per_token: int
+    norm_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,24 +48,23 @@ class Device:
 
     Attributes:
       name: what its kind starts with.
-      architecture: what kernels are written for.
       peak_bf16_flops: the vendor's dense FLOP/s.
-      copy_bytes_per_second: measured rate of a large copy, read and written bytes together.
-      memory_bytes: of its HBM.
-      cores: its streaming multiprocessors.
-      l2_bytes: of its L2 cache.
+      copy_bytes_per_second: measured rate of a large copy, read and written bytes together; of all H100s that of the
+        80GB HBM3.
+      cores: its streaming multiprocessors, as its driver says.
+      l2_bytes: of its L2 cache, as its driver says.
       crossovers: those measured on it.
     """
 
     name: str
-    architecture: str
     peak_bf16_flops: float | None = None
     copy_bytes_per_second: float | None = None
-    memory_bytes: int | None = None
     cores: int | None = None
     l2_bytes: int | None = None
     crossovers: Crossovers | None = None
 
+
+HOPPER_MODEL = re.compile(r"\bG?H(100|200|800|20)\b")
 
 H100_CROSSOVERS = Crossovers(
     linear_attention_one_chunk_tokens=512,
@@ -72,51 +75,46 @@ H100_CROSSOVERS = Crossovers(
     one_decay_steps_tokens=1024,
     large_state_elements=128 * 256,
     dplr_steps_heads=256,
+    one_decay_one_chunk_state_elements_per_token=16,
+    norm_tokens=1024,
 )
 """Measured on one H100 80GB HBM3 in experiments/kernels; the Toeplitz product in experiments/mqar_pareto, at 256 tokens
 (longer ones are not measured)."""
-H100_CORES = 132
+H100_CORES, H100_L2_BYTES = 132, 50 << 20
+H100_COPY_BYTES_PER_SECOND = 2.95e12
 
 DEVICES = (
     Device(
         "NVIDIA H100 80GB HBM3",
-        "hopper",
         peak_bf16_flops=989e12,
-        copy_bytes_per_second=2.95e12,
-        memory_bytes=85_017_493_504,
+        copy_bytes_per_second=H100_COPY_BYTES_PER_SECOND,
         cores=H100_CORES,
-        l2_bytes=52_428_800,
+        l2_bytes=H100_L2_BYTES,
         crossovers=H100_CROSSOVERS,
     ),
-    Device("NVIDIA H100 PCIe", "hopper", peak_bf16_flops=756e12, cores=114, l2_bytes=52_428_800),
-    Device("NVIDIA H100", "hopper"),
-    Device(
-        "NVIDIA H200",
-        "hopper",
-        peak_bf16_flops=989e12,
-        copy_bytes_per_second=4.3e12,
-        memory_bytes=141_000_000_000,
-        cores=132,
-        l2_bytes=52_428_800,
-    ),
-    Device("NVIDIA GH200", "hopper", cores=132),
-    Device("NVIDIA H800", "hopper", cores=132),
-    Device("NVIDIA H20", "hopper", cores=78),
-    Device("NVIDIA A100", "ampere", peak_bf16_flops=312e12, cores=108, l2_bytes=41_943_040),
-    Device("TPU v4", "tpu", peak_bf16_flops=275e12, memory_bytes=32 << 30),
-    Device("TPU v5 lite", "tpu", peak_bf16_flops=197e12, memory_bytes=16 << 30),
-    Device("TPU v5e", "tpu", peak_bf16_flops=197e12, memory_bytes=16 << 30),
-    Device("TPU v5", "tpu", peak_bf16_flops=459e12, memory_bytes=95 << 30),
-    Device("TPU v6 lite", "tpu", peak_bf16_flops=918e12, memory_bytes=32 << 30),
-    Device("TPU v6e", "tpu", peak_bf16_flops=918e12, memory_bytes=32 << 30),
-    Device("TPU7x", "tpu", peak_bf16_flops=1153e12),
+    Device("NVIDIA H100 PCIe", peak_bf16_flops=756e12, copy_bytes_per_second=H100_COPY_BYTES_PER_SECOND),
+    Device("NVIDIA H100", copy_bytes_per_second=H100_COPY_BYTES_PER_SECOND),
+    Device("NVIDIA H200", peak_bf16_flops=989e12, copy_bytes_per_second=4.3e12, cores=132, l2_bytes=62_914_560),
+    Device("NVIDIA A100", peak_bf16_flops=312e12),
+    Device("TPU v4", peak_bf16_flops=275e12),
+    Device("TPU v5 lite", peak_bf16_flops=197e12),
+    Device("TPU v5e", peak_bf16_flops=197e12),
+    Device("TPU v5", peak_bf16_flops=459e12),
+    Device("TPU v6 lite", peak_bf16_flops=918e12),
+    Device("TPU v6e", peak_bf16_flops=918e12),
+    Device("TPU7x", peak_bf16_flops=1153e12),
 )
 
 
 def find(device_kind: str) -> Device | None:
-    """Return what is known of a kind of device, or None."""
+    """Return the numbers of a kind of device, or None."""
     found = [device for device in DEVICES if device_kind.startswith(device.name)]
     return max(found, key=lambda device: len(device.name), default=None)
+
+
+def is_hopper(device_kind: str) -> bool:
+    """Return whether a kind of device is a Hopper GPU, for which `pallas_kernels.hopper` is written."""
+    return HOPPER_MODEL.search(device_kind) is not None
 
 
 def crossovers(device_kind: str) -> Crossovers:
@@ -129,3 +127,9 @@ def cores(device_kind: str) -> int:
     """Return the multiprocessors that work is cut for: those of the H100 where they are not known."""
     device = find(device_kind)
     return device.cores if device and device.cores else H100_CORES
+
+
+def l2_bytes(device_kind: str) -> int:
+    """Return the bytes of the L2 cache: those of the H100's where they are not known."""
+    device = find(device_kind)
+    return device.l2_bytes if device and device.l2_bytes else H100_L2_BYTES

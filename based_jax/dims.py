@@ -6,7 +6,7 @@ E expanded features · C chunk · N state dim of an SSM · F MLP hidden · W win
 A name carries a shape suffix (`q_BTHK`) where the rank or the order of dimensions changes, and nowhere else.
 """
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 BT = Int[Array, "B T"]
 BD = Float[Array, "B D"]
@@ -25,3 +25,4 @@ BWD = Float[Array, "B W D"]
 WD = Float[Array, "W D"]
 BS_mask = Bool[Array, "B S"]
 Tokens = Int[Array, "B"]
+DropoutKey = Key[Array, ""]

@@ -73,7 +73,7 @@ class OptimConfig:
 
 def constant(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
     """Return the peak for every step."""
-    return optax.constant_schedule(peak)
+    return lambda step: jnp.asarray(peak)
 
 
 def warmup_cosine(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
@@ -91,7 +91,7 @@ def warmup_cosine(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
 
 
 def cosine_per_epoch(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
-    """Return half a cosine from the peak towards 0 that moves once per epoch, as zoology trains MQAR.
+    """Return half a cosine from the peak to 0 that moves once per epoch, as zoology trains MQAR; 0 after the run.
 
     Source: torch's CosineAnnealingLR with eta_min 0, stepped after each epoch (HazyResearch/zoology:zoology/train.py).
     """
@@ -106,7 +106,7 @@ SCHEDULES = {"warmup_cosine": warmup_cosine, "cosine_per_epoch": cosine_per_epoc
 
 
 def schedule(config: OptimConfig, steps: int, peak: Rate | None = None) -> Schedule:
-    """Return the learning rate (a scalar) as a function of the step, 0 at the first update.
+    """Return the learning rate (a scalar, fp32 unless x64 is on) as a function of the step, 0 at the first update.
 
     Args:
       config: names the schedule and its values.

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from based_jax.errors import UserError
 
@@ -90,6 +90,11 @@ def placed(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
+def free_axes(mesh: AbstractMesh) -> set[str]:
+    """Return the axes over which XLA divides arrays."""
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Return an activation that lies on the mesh of `jax.set_mesh` by `ACTIVATION_RULES`; without a mesh, itself.
 
@@ -99,7 +104,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         without a name, is whole on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    free = free_axes(mesh)
 
     def axes(name: str | None, size: int) -> tuple[str, ...] | None:
         found = tuple(axis for axis in ACTIVATION_RULES.get(name or "", ()) if axis in free)

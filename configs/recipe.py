@@ -7,12 +7,12 @@ up for 10. Source: HazyResearch/based:train/configs/experiment/reference.
 
 from ml_collections import ConfigDict
 
-STEPS = {"10b": 20_000, "30b": 60_000, "50b": 100_000}
+STEPS_BY_TOKENS = {"10b": 20_000, "30b": 60_000, "50b": 100_000}
 
 
 def variants(models):
     """Return the names of a family's variants: 360m, 360m_10b, 360m_30b, 360m_50b, and so on for each size."""
-    return tuple(name for size in models for name in (size, *(f"{size}_{tokens}" for tokens in STEPS)))
+    return tuple(name for size in models for name in (size, *(f"{size}_{tokens}" for tokens in STEPS_BY_TOKENS)))
 
 
 def config(models, variant):
@@ -23,7 +23,7 @@ def config(models, variant):
             "model": {"scan_layers": True, **models[size]},
             "data": {"kind": "text"},
             "optim": {},
-            "steps": STEPS[tokens or "10b"],
+            "steps": STEPS_BY_TOKENS[tokens or "10b"],
             "batch_size": 256,
             "microbatches": 32,
         }

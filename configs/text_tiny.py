@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """Return two patterns of convolution, Taylor attention and a window of 64 keys."""
+    """Return one pattern of convolution, Taylor attention and a window of 32 keys."""
     pattern = (
         ("conv", {"expand": 2}),
         ("taylor", {"num_heads": 4, "feature_dim": 8}),

@@ -367,3 +367,36 @@ def test_a_garbled_workdir_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model": ')
     with pytest.raises(UserError, match=r"config.json' is no config"):
         config.check_same(Run(model=Model(d_model=8)), tmp_path)
+
+
+def rewritten(workdir, change):
+    """Change the values of a workdir's config.json, as another version of the code would have written them."""
+    values = json.loads((workdir / "config.json").read_text())
+    change(values)
+    (workdir / "config.json").write_text(json.dumps(values))
+
+
+def test_a_key_that_is_newer_than_the_workdir_has_its_default_there(tmp_path):
+    run = Run(model=Model(d_model=8), data=Pairs(num_pairs=4))
+    config.save(run, tmp_path)
+    rewritten(tmp_path, lambda values: (values.pop("lr"), values["data"].pop("num_pairs")))
+    config.check_same(run, tmp_path)
+    assert config.read(Run, tmp_path) == run
+    with pytest.raises(UserError, match=r"another config: data.num_pairs is 4 there and 5 here, lr is 0.001 there"):
+        config.check_same(dataclasses.replace(run, data=Pairs(num_pairs=5), lr=0.1), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "message"),
+    [
+        ("data", "pairs_num", "Unknown config key 'data.pairs_num': did you mean 'data.num_pairs'?"),
+        ("model", "norm", "Config key 'model.norm' is 'old'; it is one of 'rms', 'layer'."),
+    ],
+)
+def test_what_no_longer_exists_is_named(tmp_path, section, key, message):
+    run = Run(model=Model(d_model=8))
+    config.save(run, tmp_path)
+    rewritten(tmp_path, lambda values: values[section].update({key: "old"}))
+    with pytest.raises(UserError, match=r"config.json' does not fit this version of based_jax: ") as error:
+        config.check_same(run, tmp_path)
+    assert message in str(error.value)

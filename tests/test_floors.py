@@ -111,7 +111,7 @@ WINGS = sorted({path.parent.name for root in WING_ROOTS for path in ROOT.glob(f"
 BARE_PACKAGES = {"pallas_kernels", "based_jax", "based_jax.ops"}
 OPEN_TO_KERNELS = ("pallas_kernels.split",)
 OPEN_TO_GLUE = (
-    *(f"based_jax.{name}" for name in ("devices", "dims", "errors")),
+    *(f"based_jax.{name}" for name in ("devices", "dims", "errors", "labels")),
     *(f"based_jax.ops.{name}" for name in ("calls", "decays", "dispatch", "precision", "segments", "sharded")),
 )
 

@@ -51,10 +51,13 @@ def test_no_warmup_starts_at_the_peak():
     assert float(optim.schedule(OptimConfig(warmup_steps=0), 10)(0)) == pytest.approx(8e-4, abs=1e-9)
 
 
-def test_cosine_per_epoch_is_constant_inside_an_epoch():
-    lr = optim.schedule(OptimConfig(lr=1e-3, schedule="cosine_per_epoch", steps_per_epoch=5), 40)
-    expected = [torch_cosine(step, 8, 5, 1e-3) for step in range(40)]
-    np.testing.assert_allclose([lr(step) for step in range(40)], expected, atol=1e-9)
+@pytest.mark.parametrize("steps", [36, 40])
+def test_cosine_per_epoch_is_constant_inside_an_epoch(steps):
+    """A last epoch that is cut short counts as one; the rate is 0 after it, where torch's rises again."""
+    lr = optim.schedule(OptimConfig(lr=1e-3, schedule="cosine_per_epoch", steps_per_epoch=5), steps)
+    expected = [torch_cosine(step, 8, 5, 1e-3) for step in range(steps)]
+    np.testing.assert_allclose([lr(step) for step in range(steps)], expected, rtol=0, atol=1e-9)
+    assert [float(lr(step)) for step in (40, 44, 45, 80)] == [0] * 4
 
 
 PEAKS = [0.0, 1e-4, 8e-4, 2e-3]
@@ -78,6 +81,13 @@ def test_a_traced_peak_gives_the_formula(name, x64, rtol, atol):
         found = np.asarray(rates(jnp.asarray(PEAKS)))
     expected = [[formula(step, peak) for step in range(40)] for peak in PEAKS]
     np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_rate_is_a_scalar_array(name):
+    for step in (0, jnp.int32(12)):
+        rate = optim.schedule(FORMULAS[name][0], 40)(step)
+        assert isinstance(rate, jax.Array) and (rate.shape, rate.dtype) == ((), jnp.float32)
 
 
 def test_constant():

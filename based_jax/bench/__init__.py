@@ -1,1 +1,1 @@
-"""Times of single operations on the accelerator at hand, beside their floors and their peers."""
+"""Checks and times of single operations and of whole steps on the accelerator at hand, beside floors and peers."""

@@ -15,21 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from based_jax.bench import calls, comparison, huge, rows, workers
+from based_jax.bench import cases, comparison, huge, rows, subprocesses
 from based_jax.bench.catalogue import OPERATIONS
 from based_jax.bench.catalogue.operation import Case
 from based_jax.bench.comparison import both_passes, judged
 from based_jax.errors import UserError, unknown
 from based_jax.ops.dispatch import backend_of
 
-COMPILERS = 2
+CHECKED_COMPILE_THREADS = 2
 """Programs that a process compiles at the same time; Python works at one of them at a time."""
 NAN_BUFFERS = 3
 """Of each size that a call will ask for."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
+class CaseSelection:
     """Which calls are checked.
 
     Attributes:
@@ -54,7 +54,7 @@ class Selection:
 
     def cases(self) -> list[Case]:
         """Return the cases, the huge ones apart."""
-        found = calls.all_cases()
+        found = cases.all_cases()
         if self.impl:
             found = [case.by(x) for case in found for x in OPERATIONS[case.operation].impls([self.impl])]
         return [x for x in dict.fromkeys(found) if self.only in str(x) and (x.quick or not self.quick)]
@@ -72,11 +72,11 @@ class Selection:
         return [f"--impl={self.impl}", f"--only={self.only}"] + ["--quick"] * self.quick
 
 
-def checked(selection: Selection, seed: int, processes: int, limit: float) -> Iterator[dict]:
+def checked(selection: CaseSelection, seed: int, processes: int, limit: float) -> Iterator[dict]:
     """Yield the rows of the selected cases, from processes or, where there are 0, from here, and of the huge ones."""
     chosen = selection.cases()
     if processes:
-        yield from workers.rows_of(chosen, processes, [*selection.words(), f"--seed={seed}"], limit)
+        yield from subprocesses.rows_of(chosen, processes, [*selection.words(), f"--seed={seed}"], limit)
     else:
         yield from (row | rows.facts() for row in rows_of(chosen, seed))
     # Last, and here: they take the GPU's whole memory, which the other processes have given back.
@@ -84,15 +84,15 @@ def checked(selection: Selection, seed: int, processes: int, limit: float) -> It
         yield attempt(name, call, seed, impl) | rows.facts()
 
 
-def print_part(selection: Selection, seed: int, processes: int, number: int) -> None:
+def print_part(selection: CaseSelection, seed: int, processes: int, number: int) -> None:
     """Print the rows of the cases that one of the processes checks, for the one that started it."""
-    for row in rows_of(workers.parts(selection.cases(), processes)[number], seed):
+    for row in rows_of(subprocesses.parts(selection.cases(), processes)[number], seed):
         print(json.dumps(row | rows.facts()), flush=True)
 
 
 def rows_of(chosen: Iterable[Case], seed: int) -> Iterator[dict]:
     """Yield the row of each case; what fails in any way is a row, and does not end the others."""
-    with futures.ThreadPoolExecutor(COMPILERS) as pool:
+    with futures.ThreadPoolExecutor(CHECKED_COMPILE_THREADS) as pool:
         programs: dict[tuple, futures.Future] = {}
 
         def ready(kind: str, compile: Callable, case: Case) -> futures.Future:
@@ -102,8 +102,8 @@ def rows_of(chosen: Iterable[Case], seed: int) -> Iterator[dict]:
 
         work = []
         for case in chosen:
-            kernel = ready("kernel", compile_call, calls.same_program(case))
-            work.append((case, kernel, ready("oracle", compile_oracle, calls.same_oracle(case))))
+            kernel = ready("kernel", compile_case, cases.same_program(case))
+            work.append((case, kernel, ready("oracle", compile_oracle, cases.same_oracle(case))))
         for case, kernel, oracle in work:
             yield attempt(str(case), check, case, kernel, oracle, seed)
 
@@ -120,11 +120,11 @@ def attempt(what: str, call: Callable[..., dict], *arguments) -> dict:
     return {"what": what} | row | {"seconds": round(time.perf_counter() - begin, 2)}
 
 
-def compile_call(case: Case) -> jax.stages.Compiled:
+def compile_case(case: Case) -> jax.stages.Compiled:
     """Return both passes of a case, compiled."""
     ids = jax.ShapeDtypeStruct(case.shape[::2], jnp.int32) if case.documents else None
-    both = jax.jit(both_passes(calls.call_of(case)))
-    return both.lower(calls.results_of(case), calls.arrays_of(case), ids).compile()
+    both = jax.jit(both_passes(cases.function_of(case)))
+    return both.lower(cases.results_of(case), cases.arrays_of(case), ids).compile()
 
 
 def compile_oracle(case: Case) -> jax.stages.Compiled:
@@ -132,7 +132,7 @@ def compile_oracle(case: Case) -> jax.stages.Compiled:
     with jax.enable_x64(True):
         wide = [
             {name: jax.ShapeDtypeStruct(x.shape, jnp.float64) for name, x in shapes(case).items()}
-            for shapes in (calls.results_of, calls.arrays_of)
+            for shapes in (cases.results_of, cases.arrays_of)
         ]
         ids = jax.ShapeDtypeStruct(case.shape[::2], jnp.int32)
         oracle = both_passes(OPERATIONS[case.operation].oracle(case))
@@ -142,14 +142,14 @@ def compile_oracle(case: Case) -> jax.stages.Compiled:
 def check(case: Case, kernel: futures.Future, oracle: futures.Future, seed: int) -> dict:
     """Return the row of a case, given its programs."""
     run, define = kernel.result(), oracle.result()
-    inputs = calls.draw(case, case.rng(seed))
+    inputs = cases.draw(case, case.rng(seed))
     given = jax.block_until_ready(jax.device_put(inputs))
     poison(run)
     first = jax.device_get(run(*given))
     poison(run)
     second = jax.device_get(run(*given))
     with jax.enable_x64(True):
-        filled = jax.device_get(define(*calls.complete(case, *inputs)))
+        filled = jax.device_get(define(*cases.complete(case, *inputs)))
     wanted = {name: comparison.cropped(filled[name], x.shape) for name, x in first.items()}
     by_token = {name: x for name, x in first.items() if x.shape[:2] == case.shape[::2]}
     least = comparison.floors(inputs[1])

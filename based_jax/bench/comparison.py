@@ -1,4 +1,4 @@
-"""How far results are from the oracle's, and both passes of a call as one function."""
+"""How far results are from the oracle's, and both passes of a function as one."""
 
 import math
 from collections.abc import Callable
@@ -8,13 +8,13 @@ import numpy as np
 
 TOLERANCE = 5e-3
 ROW_TOLERANCE = 0.25
-NEAR = 16
+NEARBY_TOKENS = 16
 """Tokens on either side whose rows tell how large a row might be."""
-FLOOR = 1e-3
+GRADIENT_FLOOR = 1e-3
 """Of an input's root mean square: a gradient that vanishes, as of a document's only token, may be off by so much."""
 
 
-def both_passes(call: Callable) -> Callable:
+def both_passes(function: Callable) -> Callable:
     """Return a function of (outputs' gradients, arrays, ids) that returns all outputs, and `d...` for each array.
 
     Outputs whose gradients are not given have none: they are not taken to be zero.
@@ -22,7 +22,7 @@ def both_passes(call: Callable) -> Callable:
 
     def run(gradients, arrays, ids):
         def chosen(arrays):
-            out = call(arrays, ids)
+            out = function(arrays, ids)
             return {name: out[name] for name in gradients}, out
 
         _, pull, out = jax.vjp(chosen, arrays, has_aux=True)
@@ -45,7 +45,8 @@ def cropped(wanted: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def floors(arrays: dict[str, np.ndarray]) -> dict[str, float]:
     """Return the least size of an element of each array's gradient that errors are measured against."""
-    return {f"d{name}": FLOOR * float(np.sqrt(np.mean(np.asarray(x, np.float64) ** 2))) for name, x in arrays.items()}
+    squares = {name: float(np.mean(np.asarray(x, np.float64) ** 2)) for name, x in arrays.items()}
+    return {f"d{name}": GRADIENT_FLOOR * math.sqrt(x) for name, x in squares.items()}
 
 
 def error(got: np.ndarray, wanted: np.ndarray, floor: float = 0.0) -> float:
@@ -68,7 +69,7 @@ def error_of_rows(got: np.ndarray, wanted: np.ndarray, floor: float = 0.0) -> fl
     squares = np.cumsum((norms**2).reshape(*norms.shape[:2], -1).mean(axis=2), axis=1)
     squares = np.pad(squares, ((0, 0), (1, 0)))
     places = np.arange(norms.shape[1])
-    begin, end = np.maximum(places - NEAR, 0), np.minimum(places + NEAR + 1, len(places))
+    begin, end = np.maximum(places - NEARBY_TOKENS, 0), np.minimum(places + NEARBY_TOKENS + 1, len(places))
     near = np.sqrt(np.maximum(squares[:, end] - squares[:, begin], 0) / (end - begin))
     scale = np.maximum(norms, near.reshape(*near.shape, *(1,) * (norms.ndim - 2)))
     scale = np.maximum(scale, floor * np.sqrt(wanted.shape[-1]))

@@ -9,7 +9,7 @@ import numpy as np
 
 from based_jax.bench import comparison
 from based_jax.bench.catalogue.definitions import with_ones
-from based_jax.bench.catalogue.operation import Call, Case, Shape
+from based_jax.bench.catalogue.operation import Case, Function, Shape
 from based_jax.bench.catalogue.taylor import DIMS, TAYLOR_ATTENTION, definition, features
 
 K, V = DIMS
@@ -23,7 +23,7 @@ SAMPLE_TOKENS = 64
 def many_blocks(seed: int, impl: str, *, batch: int = 4375, heads: int = 16, time: int = 100) -> dict:
     """Return the errors of 70,000 short sequences: of the first, the last, and those about block 65,535."""
     arrays, do = jax.jit(lambda key: _random(key, batch, time, heads))(jax.random.key(seed))
-    run = jax.jit(comparison.both_passes(_call(impl)))
+    run = jax.jit(comparison.both_passes(_function(impl)))
     found, bits, finite = _twice(lambda: run({"o": do}, arrays, None))
     middle = min(batch - 1, 65535 // heads)
     rows = np.unique(np.clip([0, 1, middle - 1, middle, middle + 1, middle + 2, batch - 2, batch - 1], 0, batch - 1))
@@ -46,7 +46,7 @@ def far_offsets(
     """
     first = time - tail
     arrays, do = jax.jit(lambda key: _random(key, 1, time, heads, first))(jax.random.key(seed))
-    run = jax.jit(comparison.both_passes(_call(impl)))
+    run = jax.jit(comparison.both_passes(_function(impl)))
     found, bits, finite = _twice(lambda: run({"o": do}, arrays, None))
     far = min(first - SAMPLE_TOKENS, (1 << 31) // (heads * V) - SAMPLE_TOKENS // 2)
     spans = [0, first // 2, far, first - SAMPLE_TOKENS]
@@ -80,8 +80,8 @@ CASES: dict[str, Callable[[int, str], dict]] = {
 """Functions of a seed and an implementation of Taylor attention."""
 
 
-def _call(impl: str) -> Call:
-    return TAYLOR_ATTENTION.call(Case("taylor_attention", (1, 1, 1), DIMS, impl))
+def _function(impl: str) -> Function:
+    return TAYLOR_ATTENTION.function(Case("taylor_attention", (1, 1, 1), DIMS, impl))
 
 
 def _random(key: jax.Array, batch: int, time: int, heads: int, first: int = 0) -> tuple[dict, jax.Array]:

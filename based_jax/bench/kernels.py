@@ -10,23 +10,24 @@ import jax
 
 from based_jax import devices
 from based_jax.bench import rows, torch_peers
-from based_jax.bench.calls import arrays_of, results_of
+from based_jax.bench.cases import arrays_of, results_of
 from based_jax.bench.catalogue import OPERATIONS, timed_case, timed_operation
 from based_jax.bench.catalogue.operation import FORWARD, PASSES, Arrays, Case, Shape
-from based_jax.bench.timing import REPEATS, device_microseconds, sets_past_cache
+from based_jax.bench.defaults import REPEATS
+from based_jax.bench.timing import device_microseconds, sets_past_cache
 from based_jax.errors import UserError, unknown
 from based_jax.ops.dispatch import backend_of
 
-COMPILERS = 6
+TIMED_COMPILE_THREADS = 6
 """Programs that are compiled at the same time, none of them while something is timed."""
 BATCH_TOKENS = 1 << 14
 """In the sets; times 16 heads."""
 
-SHAPES = (8, 16, 2048), (2, 16, 8192), (1, 16, 32768)
-LENGTHS = tuple((max(1, BATCH_TOKENS // 2**n), 16, 2**n) for n in range(10, 17))
-BATCHES = tuple((batch, 16, 2048) for batch in (1, 2, 4, 8, 16, 32))
-SHORT = tuple((BATCH_TOKENS // 2**n, 16, 2**n) for n in range(6, 11))
-SETS = {"table": SHAPES, "lengths": LENGTHS, "batches": BATCHES, "short": SHORT}
+TABLE_SHAPES = (8, 16, 2048), (2, 16, 8192), (1, 16, 32768)
+LENGTH_SHAPES = tuple((max(1, BATCH_TOKENS // 2**n), 16, 2**n) for n in range(10, 17))
+BATCH_SHAPES = tuple((batch, 16, 2048) for batch in (1, 2, 4, 8, 16, 32))
+SHORT_SHAPES = tuple((BATCH_TOKENS // 2**n, 16, 2**n) for n in range(6, 11))
+SHAPE_SETS = {"table": TABLE_SHAPES, "lengths": LENGTH_SHAPES, "batches": BATCH_SHAPES, "short": SHORT_SHAPES}
 
 
 def measure(
@@ -67,7 +68,7 @@ def _ours(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: str
     operation = timed_operation(name)
     chosen = operation.impls(impls) if impls else operation.usual_impls
     wanted = [(timed_case(name, shape, impl), which) for impl in chosen for which in PASSES]
-    with futures.ThreadPoolExecutor(COMPILERS) as pool:
+    with futures.ThreadPoolExecutor(TIMED_COMPILE_THREADS) as pool:
         programs = [pool.submit(compiled, *pair) for pair in wanted]
     sets = inputs(wanted[0][0], repeats) if wanted else []
     for (case, which), ready in zip(wanted, programs, strict=True):
@@ -79,20 +80,21 @@ def _timed(ready: futures.Future, sets: Sequence[tuple], which: str, repeats: in
 
 
 def _theirs(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
-    for peer, dims in torch_peers.PEERS.get(name, {}).items():
-        if impls and peer not in impls:
+    for impl, peer in torch_peers.PEERS.get(name, {}).items():
+        if impls and impl not in impls:
             continue
         for which in PASSES:
-            timed = functools.partial(torch_peers.microseconds, peer, dims, shape, which, repeats)
-            yield _row(name, peer, shape, which, timed, kind)
+            timed = functools.partial(torch_peers.microseconds, peer, shape, which, repeats)
+            yield _row(name, impl, shape, which, timed, kind)
 
 
 def program(case: Case, which: str) -> Callable:
     """Return a function of the arrays, or of the results' gradients and the arrays, that runs a pass."""
-    call, names = OPERATIONS[case.operation].call(case), results_of(case)
+    operation, names = OPERATIONS[case.operation], results_of(case)
+    function = (operation.timed_function or operation.function)(case)
 
     def forward(arrays: Arrays) -> Arrays:
-        found = call(arrays, None)
+        found = function(arrays, None)
         return {name: found[name] for name in names}
 
     def both(gradients: Arrays, arrays: Arrays) -> tuple[Arrays, Arrays]:

@@ -28,8 +28,8 @@ from based_jax.bench.catalogue.operation import BOTH, PASSES, Case, Shape
 from based_jax.bench.timing import breakdown
 from based_jax.errors import UserError
 
-SHAPES = (*kernels.SHAPES, kernels.LENGTHS[-1])
-ALLOCATOR = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+PROFILED_SHAPES = (*kernels.TABLE_SHAPES, kernels.LENGTH_SHAPES[-1])
+NO_PREALLOCATION = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 """The profiled process needs memory beside this one."""
 CUSTOM_CALL = re.compile(r'custom_call_target="(mosaic_gpu|__gpu\$xla\.gpu\.triton)')
 """A kernel of our own in a compiled program."""
@@ -64,7 +64,7 @@ STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.r
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
+class TimedSelection:
     """What is profiled.
 
     Attributes:
@@ -101,7 +101,7 @@ def check_tool() -> None:
         raise UserError("'profile' needs ncu on the PATH, or --no-ncu.")
 
 
-def timelines(selection: Selection) -> Iterator[dict]:
+def timelines(selection: TimedSelection) -> Iterator[dict]:
     """Yield for each call the median time of each of its kernels, and of the gaps between them."""
     for (name, shape, impl), which in itertools.product(selection.calls(), PASSES):
         try:
@@ -126,7 +126,7 @@ def place(name: str, impl: str, shape: Shape, which: str) -> dict:
     return {"op": name, "impl": impl, "pass": which} | dict(zip(("batch", "heads", "seq_len"), shape, strict=True))
 
 
-def launch(selection: Selection, path: Path) -> None:
+def launch(selection: TimedSelection, path: Path) -> None:
     """Run forward and backward of each call once, and write how many kernels each launches."""
     found = []
     for name, shape, impl in selection.calls():
@@ -139,7 +139,7 @@ def launch(selection: Selection, path: Path) -> None:
     path.write_text(json.dumps(found))
 
 
-def counters(selection: Selection, keep: Path | None = None) -> list[dict]:
+def counters(selection: TimedSelection, keep: Path | None = None) -> list[dict]:
     """Return a row for each launch that Nsight Compute saw, with what `METRICS` names and the stalls.
 
     Args:
@@ -163,7 +163,7 @@ def counters(selection: Selection, keep: Path | None = None) -> list[dict]:
             str(report),
         ]
         command += [sys.executable, "-m", "based_jax", "bench", "profile", *selection.words(), "--inner", str(calls)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ALLOCATOR)
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | NO_PREALLOCATION)
         if done.returncode or not calls.exists():
             print(f"ncu failed:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}", flush=True)
             return []

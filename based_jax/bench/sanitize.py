@@ -14,19 +14,18 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from based_jax.bench import calls, check, comparison, rows
+from based_jax.bench import cases, check, comparison, rows
 from based_jax.bench.catalogue.operation import Case
 from based_jax.errors import UserError
 
-TOOLS = "memcheck", "racecheck", "synccheck"
-OPTIONS = {"memcheck": ["--report-api-errors", "no"]}
+TOOL_OPTIONS = {"memcheck": ["--report-api-errors", "no"]}
 """What libraries ask the driver for in vain is not ours."""
 LAUNCH_TIMEOUT = "120"
 """Seconds until the calls must have reached the tool."""
-ALLOCATOR = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
-MARK = "========= "
+DRIVER_ALLOCATOR = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
+TOOL_LINE_MARK = "========= "
 """What the tools' own lines begin with."""
-MOST_LINES = 120
+MOST_SUMMARY_LINES = 120
 
 
 def reports(tools: Sequence[str], limit: float) -> Iterator[tuple[int, str]]:
@@ -52,7 +51,7 @@ def call_kernels() -> bool:
     print(rows.facts(), flush=True)
     for case, kernel in _accepted():
         # No seed of its own: the tools look at addresses and orders, and a finding can be seen again.
-        found = jax.device_get(kernel(*jax.device_put(calls.draw(case, case.rng(0)))))
+        found = jax.device_get(kernel(*jax.device_put(cases.draw(case, case.rng(0)))))
         fine.append(all(map(comparison.finite, found.values())))
         print(f"{'ran' if fine[-1] else 'NOT FINITE'} {case}", flush=True)
     return bool(fine) and all(fine)
@@ -60,10 +59,10 @@ def call_kernels() -> bool:
 
 def _accepted() -> Iterator[tuple[Case, jax.stages.Compiled]]:
     """Yield the small cases and their programs; in place of one that is refused the plain call, if that is taken."""
-    for small in calls.small_cases():
-        for case in dict.fromkeys((small, calls.plain(small))):
+    for small in cases.small_cases():
+        for case in dict.fromkeys((small, cases.plain(small))):
             try:
-                compiled = check.compile_call(case)
+                compiled = check.compile_case(case)
             except UserError as error:
                 print(f"left {case}: {error}", flush=True)
                 continue
@@ -73,7 +72,7 @@ def _accepted() -> Iterator[tuple[Case, jax.stages.Compiled]]:
 
 def report(tool: str, name: str, limit: float) -> tuple[int, str]:
     """Return the exit code of the calls under a tool, and what it and they said in short."""
-    options = ["--tool", name, *OPTIONS.get(name, []), "--launch-timeout", LAUNCH_TIMEOUT, "--error-exitcode", "9"]
+    options = ["--tool", name, *TOOL_OPTIONS.get(name, []), "--launch-timeout", LAUNCH_TIMEOUT, "--error-exitcode", "9"]
     inner = ["-m", "based_jax", "bench", "sanitize", "--inner"]
     begin = time.perf_counter()
     try:
@@ -83,12 +82,12 @@ def report(tool: str, name: str, limit: float) -> tuple[int, str]:
             stderr=subprocess.STDOUT,
             text=True,
             timeout=limit,
-            env=os.environ | ALLOCATOR,
+            env=os.environ | DRIVER_ALLOCATOR,
         )
         code, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as error:
         code, output = 1, f"{_text(error.stdout)}\nstopped after {limit:.0f} s"
-    shown = " ".join([*(f"{name}={value}" for name, value in ALLOCATOR.items()), "compute-sanitizer", *options])
+    shown = " ".join([*(f"{name}={value}" for name, value in DRIVER_ALLOCATOR.items()), "compute-sanitizer", *options])
     ended = f"exit code {code} after {time.perf_counter() - begin:.0f} s"
     text = f"$ {shown} python {' '.join(inner)}\n{summary(output)}\n{ended}\n"
     return code, text
@@ -97,9 +96,9 @@ def report(tool: str, name: str, limit: float) -> tuple[int, str]:
 def summary(output: str) -> str:
     """Return the calls' lines and the tool's, the first of many."""
     ours = ("ran ", "left ", "NOT FINITE ", "{'device'", "stopped ")
-    lines = [line for line in output.splitlines() if line.startswith((MARK, *ours))]
-    kept = lines[:MOST_LINES] + ["..."] * (len(lines) > MOST_LINES)
-    last = [line for line in lines[MOST_LINES:] if "SUMMARY" in line]
+    lines = [line for line in output.splitlines() if line.startswith((TOOL_LINE_MARK, *ours))]
+    kept = lines[:MOST_SUMMARY_LINES] + ["..."] * (len(lines) > MOST_SUMMARY_LINES)
+    last = [line for line in lines[MOST_SUMMARY_LINES:] if "SUMMARY" in line]
     return "\n".join(kept + last) if lines else output[-2000:]
 
 

@@ -10,14 +10,12 @@ from typing import NamedTuple
 import jax
 
 from based_jax import devices
+from based_jax.bench.defaults import REPEATS
 
-REPEATS = 20
 MOST_SECONDS = 1.5
 """Of repeating one call..."""
 FEWEST_CALLS = 3
 """...but for this many."""
-UNKNOWN_L2_BYTES = 50 << 20
-"""Taken for a device of which it is not known: as much as the largest has."""
 
 
 class Kernel(NamedTuple):
@@ -66,9 +64,7 @@ def affordable(repeats: int, seconds: float) -> int:
 
 def sets_past_cache(size: int, repeats: int, device_kind: str) -> int:
     """Return how many sets of inputs of so many bytes to rotate, so that each call finds the L2 cache cold."""
-    device = devices.find(device_kind)
-    cache = device.l2_bytes if device and device.l2_bytes else UNKNOWN_L2_BYTES
-    return min(max(repeats, 2), 2 + 2 * cache // size)
+    return min(max(repeats, 2), 2 + 2 * devices.l2_bytes(device_kind) // size)
 
 
 def span(kernels: Sequence[Kernel], calls: int) -> float:

@@ -1,6 +1,7 @@
 """Whole training steps of a config on the devices at hand: how fast they are, and how much memory they take."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,9 +35,18 @@ def measure(config: TrainConfig, steps: int) -> dict[str, Any]:
     begin = time.perf_counter()
     step = program.lower_step(found[0]).compile()
     compile_seconds = time.perf_counter() - begin
-
     batches = [parallel.global_batch(batch, program.mesh) for batch in found]
-    state = program.initial_state()
+    seconds = seconds_of_a_step(step, program.initial_state(), batches, steps)
+    memory = {"program_bytes": program_bytes(step), "peak_bytes": peak_bytes()}
+    speed = _speed(config, batches[0]["inputs"].size, seconds)
+    counts = {"devices": program.mesh.size, "steps": steps}
+    return counts | speed | {"compile_seconds": round(compile_seconds, 2)} | memory | rows.facts()
+
+
+def seconds_of_a_step(
+    step: jax.stages.Compiled, state: Any, batches: Sequence[parallel.GlobalBatch], steps: int
+) -> float:
+    """Return the mean time of so many steps, after some that are not timed."""
 
     def take(state, count: int):
         for i in range(count):
@@ -47,22 +57,14 @@ def measure(config: TrainConfig, steps: int) -> dict[str, Any]:
     state = take(state, UNTIMED_STEPS)
     begin = time.perf_counter()
     take(state, steps)
-    seconds = (time.perf_counter() - begin) / steps
+    return (time.perf_counter() - begin) / steps
 
-    tokens = batches[0]["inputs"].size
-    facts = Facts.of(config, seq_len=tokens // config.batch_size)
-    return {
-        "batch_size": config.batch_size,
-        "seq_len": tokens // config.batch_size,
-        "devices": program.mesh.size,
-        "steps": steps,
-        "milliseconds": round(1e3 * seconds, 3),
-        **facts.row(tokens / seconds),
-        "compile_seconds": round(compile_seconds, 2),
-        "program_bytes": program_bytes(step),
-        "peak_bytes": peak_bytes(),
-        **rows.facts(),
-    }
+
+def _speed(config: TrainConfig, tokens: int, seconds: float) -> dict[str, Any]:
+    """Return the row's sizes and how fast steps of so many tokens and seconds are."""
+    seq_len = tokens // config.batch_size
+    sizes = {"batch_size": config.batch_size, "seq_len": seq_len, "milliseconds": round(1e3 * seconds, 3)}
+    return sizes | Facts.of(config, seq_len=seq_len).row(tokens / seconds)
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int | None:

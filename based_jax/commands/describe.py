@@ -2,6 +2,8 @@
 
 import argparse
 
+from based_jax.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -13,7 +15,6 @@ def run(args: argparse.Namespace) -> None:
     """Print the table, and what its columns mean."""
     import pandas as pd
 
-    from based_jax.errors import UserError
     from based_jax.nn.describe import describe
 
     for name in ("d_model", "seq_len"):

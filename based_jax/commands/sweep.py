@@ -36,7 +36,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--launcher", default="local", help=f"{', '.join(LAUNCHERS)} (default: local)")
     parser.add_argument("--lanes", type=int, default=16, help="trials trained together, at most (default: 16)")
     parser.add_argument(
-        "--workers", type=int, help="groups under way on each device (default: by its kind), or whole runs (default: 1)"
+        "--workers",
+        type=int,
+        help="groups trained at a time on each device (default: by its kind), or runs (default: 1)",
     )
     parser.add_argument("--processes", type=int, default=1, help="local: to spread the sweep over (default: 1)")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th group from the i-th on (default: all)")

@@ -4,7 +4,7 @@ import argparse
 
 from based_jax.errors import UserError
 
-PREFIX = "--config."
+OVERRIDE_PREFIX = "--config."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +33,8 @@ def parse_overrides(words: list[str]) -> list[tuple[str, str]]:
     """
     pairs = []
     for word in words:
-        key, equals, text = word.removeprefix(PREFIX).partition("=")
-        if not word.startswith(PREFIX) or not equals or not key:
-            raise UserError(f"Unknown argument '{word}'; overrides look like {PREFIX}model.d_model=128.")
+        key, equals, text = word.removeprefix(OVERRIDE_PREFIX).partition("=")
+        if not word.startswith(OVERRIDE_PREFIX) or not equals or not key:
+            raise UserError(f"Unknown argument '{word}'; overrides look like {OVERRIDE_PREFIX}model.d_model=128.")
         pairs.append((key, text))
     return pairs

@@ -189,7 +189,7 @@ def _config_json(config: LMConfig) -> Fields:
         **WRITTEN_FIELDS,
         **_mixer_fields(config),
     }
-    if config.norm != "rms" or config.mlp != "swiglu" or not _reads_back(fields, config):
+    if (config.norm, config.last_norm, config.mlp) != ("rms", "rms", "swiglu") or not _reads_back(fields, config):
         raise UserError(
             "The released layout holds models of 'conv', 'taylor' and 'window', or of 'attention' alone, with RMSNorm,"
             f" SwiGLU, no biases, and the same options in all layers of a kind; this one is {config}."

@@ -15,7 +15,7 @@ from flax import nnx
 from based_jax.errors import UserError, unknown
 from based_jax.nn.block import Block
 from based_jax.nn.lm import LM, LMConfig
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.mixer import Buffer, Mixer
 from based_jax.nn.mixers import MIXERS, make_mixer
 
 Weights = Mapping[str, np.ndarray]
@@ -34,7 +34,10 @@ class Layer(NamedTuple):
 
 
 class Skeleton(NamedTuple):
-    """Names of a publication's language model. Its layer i holds our layers i * len(layers) and following."""
+    """Names of a publication's language model. Its layer i holds our layers i * len(layers) and following.
+
+    Of several with one embedding it is that whose first mixer the weights have.
+    """
 
     publication: str
     embedding: str
@@ -51,17 +54,19 @@ def _gpt(publication: str, root: str, mixer: str) -> Skeleton:
     return Skeleton(publication, f"{root}.embeddings.word_embeddings.weight", f"{root}.ln_f", (names,))
 
 
-def _mamba(embedding: str) -> Skeleton:
+def _mamba(publication: str, embedding: str, norm: str) -> Skeleton:
     names = Layer("backbone.layers.{}.norm", "backbone.layers.{}.mixer")
-    return Skeleton("mamba", f"backbone.{embedding}.weight", "backbone.norm_f", (names,))
+    return Skeleton(publication, f"backbone.{embedding}.weight", f"backbone.{norm}", (names,))
 
 
 LLAMA_LAYER = "model.layers.{}"
 SKELETONS = {
     "based": _gpt("based", "transformer", "mixer"),
     "zoology": _gpt("zoology", "backbone", "sequence_mixer.mixer"),
-    "mamba": _mamba("embedding"),
-    "mamba_hf": _mamba("embeddings"),
+    "zoology_alike": _gpt("zoology", "backbone", "sequence_mixer"),
+    "zoology_mamba": _mamba("zoology", "embeddings.word_embeddings", "ln_f"),
+    "mamba": _mamba("mamba", "embedding", "norm_f"),
+    "mamba_hf": _mamba("mamba", "embeddings", "norm_f"),
     "llama": Skeleton(
         "llama",
         "model.embed_tokens.weight",
@@ -88,6 +93,7 @@ SKELETONS = {
         embed_norm="rwkv.blocks.0.pre_ln",
     ),
 }
+"""By name; "zoology" has `Hybrid` between a layer and its mixer, "zoology_alike" one mixer in all layers without it."""
 NORM_KEYS = {"scale": "weight", "bias": "bias"}
 LAYOUTS = {"conv_kernel": ("W C", "C 1 W"), "/kernel": ("D_in D_out", "D_out D_in")}
 """By the end of a parameter's path: our axes, and the reference's."""
@@ -114,7 +120,8 @@ def mixer_from_reference(kind: str, weights: Weights, **config) -> Mixer:
       config: options of the mixer's Config; `window_from_based` and `window_from_zoology` translate the window.
 
     Raises:
-      UserError: a key is missing or left over, or an array has another shape than the options say.
+      UserError: a key is missing or left over, an array has another shape than the options say, or a buffer other
+        values.
     """
     if kind not in MIXERS:
         raise unknown("mixer", kind, MIXERS)
@@ -127,23 +134,25 @@ def mixer_from_reference(kind: str, weights: Weights, **config) -> Mixer:
         raise UserError(f"The weights lack the output projection '{output[0]}' of mixer '{kind}'.")
     mixer = nnx.eval_shape(lambda: make_mixer(kind, weights[output[0]].shape[0], rngs=nnx.Rngs(0), **config))
     own = {path: [keys] for path, keys in _of_parameters(mixer, table).items()}
-    _fill(mixer, own, {key: value for key, value in weights.items() if key not in mixer.REFERENCE_BUFFERS})
+    _fill(mixer, own, _without_buffers(weights, mixer.reference_buffers()))
     return mixer
 
 
 def lm_from_reference(weights: Weights, config: LMConfig) -> LM:
     """Return the language model of a config with the parameters of a reference model.
 
-    Based, attention, zoology, Mamba, RWKV-4 and Llama layouts are told apart by the embedding's name. As in the
-    reference's own loader, a prefix `model.` is stripped and keys that contain `metrics` are dropped. A tied head may
-    be absent. `transformer.decay.decay` is ignored: a buffer of based-1b that no layer reads.
+    Based, attention, zoology, Mamba, RWKV-4 and Llama layouts are told apart by the embedding's name, zoology's own by
+    that of the first mixer. As in the reference's own loader, a prefix `model.` is stripped and keys that contain
+    `metrics` are dropped. A tied head may be absent, and so may buffers, which are compared with what is computed here.
+    `transformer.decay.decay` is ignored: a buffer of based-1b that no layer reads.
 
     Args:
       weights: arrays of any float dtype under state_dict keys; parameters become fp32.
       config: the model; `scan_layers` is free, since copies of a repeated pattern are stacked here.
 
     Raises:
-      UserError: a key is missing or left over, an array has another shape, or the head is not the embedding.
+      UserError: a key is missing or left over, an array has another shape, a buffer other values, or the head is not
+        the embedding.
     """
     weights = unwrapped(weights)
     name = skeleton_of(weights)
@@ -154,13 +163,16 @@ def lm_from_reference(weights: Weights, config: LMConfig) -> LM:
             raise UserError(f"'{skeleton.head}' differs from the embedding; set tie_embeddings to False.")
         weights.pop(skeleton.head)
     model = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
-    _fill(model, reference_keys(model, name), weights)
+    _fill(model, reference_keys(model, name), _without_buffers(weights, _model_buffers(model, skeleton)))
     return model
 
 
 def skeleton_of(weights: Weights) -> str:
-    """Return the key of `SKELETONS` whose embedding the weights have, "based" where there is none."""
-    return next((name for name, skeleton in SKELETONS.items() if skeleton.embedding in weights), "based")
+    """Return the key of `SKELETONS` whose embedding, and if possible first mixer, the weights have; else "based"."""
+    found = [name for name, skeleton in SKELETONS.items() if skeleton.embedding in weights]
+    mixers = {name: f"{SKELETONS[name].layers[0].mixer.format(0)}." for name in found}
+    whole = [name for name in found if any(key.startswith(mixers[name]) for key in weights)]
+    return next(iter(whole + found), "based")
 
 
 def reference_weights(model: LM) -> dict[str, np.ndarray]:
@@ -208,6 +220,37 @@ def unwrapped(weights: Weights) -> dict[str, np.ndarray]:
     if any(key.startswith(WRAPPER_PREFIX) for key in own):
         own = {key.removeprefix("model."): value for key, value in own.items()}
     return {key: value for key, value in own.items() if key not in DEAD_BUFFERS}
+
+
+def _model_buffers(model: LM, names: Skeleton) -> dict[str, Buffer]:
+    """Return what each layer may store beside its parameters, under the keys of the whole model."""
+    buffers: dict[str, Buffer] = {}
+    for i, mixer in enumerate(model.mixers()):
+        layer, period = names.layers[i % len(names.layers)], len(names.layers)
+        prefix = f"{layer.mixer.format(i // period)}."
+        for key, buffer in mixer.reference_buffers().items():
+            buffers[prefix + key] = prefix + buffer if isinstance(buffer, str) else buffer
+    return buffers
+
+
+def _without_buffers(weights: Weights, buffers: Mapping[str, Buffer]) -> Weights:
+    """Return the weights that are parameters, after a check that buffers among the others are what they are here."""
+    found = {key: buffer for key, buffer in buffers.items() if key in weights}
+    for key, buffer in found.items():
+        wanted = weights.get(buffer, weights[key]) if isinstance(buffer, str) else buffer
+        shape = wanted if isinstance(wanted, tuple) else wanted.shape
+        if _squeezed(shape) != _squeezed(weights[key].shape):
+            raise UserError(f"'{key}' has shape {weights[key].shape}; the model's is {shape}.")
+        if not isinstance(wanted, tuple) and not _equal(weights[key], wanted):
+            raise UserError(f"'{key}' is no parameter here, and its values are not those that the model computes.")
+    return {key: value for key, value in weights.items() if key not in found}
+
+
+def _equal(array: np.ndarray, wanted: np.ndarray) -> bool:
+    """Return whether two arrays are the same but for axes of size 1 and the rounding of the first one's dtype."""
+    array, wanted = np.squeeze(array), np.squeeze(wanted)
+    error = max(1e-5, float(jnp.finfo(array.dtype).eps))
+    return np.allclose(array.astype(np.float64), wanted.astype(np.float64), rtol=error, atol=error)
 
 
 def _block_keys(block: Block, names: Layer, publication: str) -> dict[str, KeyGroup]:

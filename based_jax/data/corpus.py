@@ -16,8 +16,8 @@ from typing import Any, Protocol, TextIO
 
 from based_jax.errors import UserError
 
-SUFFIXES = (".txt", ".jsonl", ".txt.xz", ".jsonl.xz", ".txt.gz", ".jsonl.gz")
-OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+TEXT_SUFFIXES = (".txt", ".jsonl", ".txt.xz", ".jsonl.xz", ".txt.gz", ".jsonl.gz")
+OPENERS_BY_SUFFIX: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 VALIDATION_NAMES = ("val", "test")
 VALIDATION_SHARE = 100
 
@@ -81,10 +81,10 @@ def corpus_files(folder: str | os.PathLike) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"Corpus '{folder}' is no folder; it holds files ending in {', '.join(SUFFIXES)}.")
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+        raise UserError(f"Corpus '{folder}' is no folder; it holds files ending in {', '.join(TEXT_SUFFIXES)}.")
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(TEXT_SUFFIXES))
     if not files:
-        raise UserError(f"Corpus '{folder}' has no text file; it holds files ending in {', '.join(SUFFIXES)}.")
+        raise UserError(f"Corpus '{folder}' has no text file; it holds files ending in {', '.join(TEXT_SUFFIXES)}.")
     return files
 
 
@@ -106,7 +106,7 @@ def read_documents(path: Path) -> Iterator[str]:
     """
     count = 0
     try:
-        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+        with OPENERS_BY_SUFFIX.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             for text in _documents(file, path):
                 count += 1
                 yield text

@@ -17,8 +17,8 @@ from based_jax.data.segments import Examples, LengthSegment, Split, check_segmen
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL, is_labelled
 
-LARGEST_TABLE = 2**20
-BLOCK = 2**22  # probabilities held at once, over the rows that are drawn together
+MAX_TABLE_SIZE = 2**20
+MAX_PROBABILITIES_PER_BLOCK = 2**22  # held at once, over the rows that are drawn together
 
 
 def in_context_ngram(
@@ -77,8 +77,8 @@ def best_accuracy(examples: Examples, vocab_size: int, order: int = 2, concentra
 
 
 def _blocks(tokens: np.ndarray, vocab_size: int, order: int) -> list[np.ndarray]:
-    """Return views of consecutive rows, so few that their tables fit into `BLOCK` together."""
-    rows = max(1, BLOCK // vocab_size**order)
+    """Return views of consecutive rows, so few that their tables fit into `MAX_PROBABILITIES_PER_BLOCK` together."""
+    rows = max(1, MAX_PROBABILITIES_PER_BLOCK // vocab_size**order)
     return [tokens[i : i + rows] for i in range(0, len(tokens), rows)]
 
 
@@ -128,8 +128,8 @@ def _check(vocab_size: int, seq_len: int, order: int, concentration: float) -> N
         raise UserError(f"vocab_size {vocab_size} must be at least 2.")
     if not 1 <= order < seq_len:
         raise UserError(f"order {order} must be at least 1 and below seq_len {seq_len}.")
-    if vocab_size**order > LARGEST_TABLE:
-        raise UserError(f"vocab_size {vocab_size} to the power of order {order} must be at most {LARGEST_TABLE}.")
+    if vocab_size**order > MAX_TABLE_SIZE:
+        raise UserError(f"vocab_size {vocab_size} to the power of order {order} must be at most {MAX_TABLE_SIZE}.")
     if not concentration > 0:
         raise UserError(f"concentration {concentration} must be above 0.")
 

@@ -29,22 +29,22 @@ def weighted_choices(rng: np.random.RandomState, weights: np.ndarray, size: int,
     stream, doubles_per_row = np.empty(0), 2.0 * size
     while left > 0:
         stream = np.concatenate([stream, rng.random_sample(int(1.1 * doubles_per_row * (left + 8)))])
-        block, end = consecutive_choices(stream, weights, size, lanes=1 + left // 512)
+        block, end = consecutive_choices(stream, weights, size, chains=1 + left // 512)
         chosen.append(block[:left])
         left, stream = left - len(block), stream[end:]
         doubles_per_row = end / len(block) if len(block) else 2 * doubles_per_row
     return np.concatenate(chosen)
 
 
-def consecutive_choices(stream: np.ndarray, weights: np.ndarray, size: int, lanes: int) -> tuple[np.ndarray, int]:
+def consecutive_choices(stream: np.ndarray, weights: np.ndarray, size: int, chains: int) -> tuple[np.ndarray, int]:
     """Return the rows of choices that `stream` holds one after the other from offset 0, and the offset behind the last.
 
-    A row is a pure function of the offset where it starts, and it ends where the next one starts. `lanes` chains set
+    A row is a pure function of the offset where it starts, and it ends where the next one starts. `chains` of them set
     out together from evenly spaced guesses and stop at the first offset that any chain has visited, because from there
     on the two are the same. The row at every offset on the true chain is then known, and the chain itself is read off.
     """
     row_at = np.full(len(stream) + 1, -1)
-    starts = np.linspace(0, len(stream), lanes, endpoint=False).astype(int)
+    starts = np.linspace(0, len(stream), chains, endpoint=False).astype(int)
     rows, ends, known = [np.empty((0, size), np.int64)], [np.empty(0, int)], 0
     while starts.size:
         chosen, after = choose_at(stream, starts, weights, size)
@@ -81,18 +81,18 @@ def choose_at(stream: np.ndarray, starts: np.ndarray, weights: np.ndarray, size:
     chosen, count, ends = np.empty((len(starts), size), np.int64), np.zeros(len(starts), int), starts.copy()
     while (active := np.flatnonzero(count < size)).size:
         missing = size - count[active]
-        lane, place = ragged(missing)
-        doubles = stream[np.minimum(ends[active][lane] + place, len(stream) - 1)]
+        row, place = ragged(missing)
+        doubles = stream[np.minimum(ends[active][row] + place, len(stream) - 1)]
         cumulative = np.cumsum(remaining[active], axis=1)
         cumulative /= cumulative[:, -1:]
-        # Complex numbers sort by real, then imaginary part: one search finds each double in the row of its own lane.
+        # Complex numbers sort by real, then imaginary part: one search finds each double in its own row of the table.
         table = np.arange(active.size)[:, None] + 1j * cumulative
-        key = np.searchsorted(table.ravel(), lane + 1j * doubles, side="right")
+        key = np.searchsorted(table.ravel(), row + 1j * doubles, side="right")
         new = key[first_appearances(key, table.size)]
-        lane, value = np.divmod(new, space)
-        found = np.bincount(lane, minlength=active.size)
-        chosen[active[lane], count[active][lane] + ragged(found)[1]] = value
-        remaining[active[lane], value] = 0
+        row, value = np.divmod(new, space)
+        found = np.bincount(row, minlength=active.size)
+        chosen[active[row], count[active][row] + ragged(found)[1]] = value
+        remaining[active[row], value] = 0
         count[active] += found
         ends[active] += missing
     return chosen, ends

@@ -4,7 +4,7 @@ Documents follow one another, each closed by the end-of-text token, and the stre
 tokens; neighbours share one token, so every token is a target once:
 
     tokens       t h e   e n d <eot> a n d        inputs  = tokens[:-1]
-    segment_ids  1 1 1 1 1 1 1   1   2 2 2        labels  = tokens[1:], ignored where the next document begins
+    segment_ids  1 1 1 1 1 1 1   1   2 2 2        labels  = tokens[1:], NO_LABEL where the next document begins
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from based_jax.data.corpus import Corpus, FolderCorpus, default_corpus
 from based_jax.data.hosts import own_rows
 from based_jax.data.segments import Batch
-from based_jax.data.tfds_corpus import PREFIX, TfdsCorpus, quiet_tfds
+from based_jax.data.tfds_corpus import TFDS_PREFIX, TfdsCorpus, quiet_tfds
 from based_jax.data.tokenizer import Tokenizer, get_tokenizer
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
@@ -42,11 +42,11 @@ def open_corpus(path: str | os.PathLike | None, text_feature: str | None = None)
       UserError: a text feature is asked of a folder.
     """
     name = str(path or default_corpus())
-    if name.startswith(PREFIX):
-        return TfdsCorpus(name.removeprefix(PREFIX), text_feature)
+    if name.startswith(TFDS_PREFIX):
+        return TfdsCorpus(name.removeprefix(TFDS_PREFIX), text_feature)
     if text_feature is not None:
         raise UserError(
-            f"text_feature is '{text_feature}', but the path '{name}' is not {PREFIX}NAME; it is None there."
+            f"text_feature is '{text_feature}', but the path '{name}' is not {TFDS_PREFIX}NAME; it is None there."
         )
     return FolderCorpus(name)
 
@@ -171,7 +171,7 @@ class TextSource:
             return _batch([self._train[row] for row in rows])
 
     def eval_batches(self, name: str) -> Iterator[Batch]:
-        """Yield this host's rows of the validation windows, once, the last batch filled up with ignored rows."""
+        """Yield this host's rows of the validation windows, once, the last batch filled up with unlabelled rows."""
         empty = {name: np.zeros_like(window) for name, window in self._validation[0].items()}
         for start in range(0, len(self._validation), self._batch_size):
             rows = range(start, start + self._batch_size)[self._own]

@@ -18,7 +18,7 @@ from tensorflow_datasets.core.constants import get_default_data_dir
 from based_jax.data.corpus import hash_files, hold_out
 from based_jax.errors import UserError, unknown
 
-PREFIX = "tfds:"
+TFDS_PREFIX = "tfds:"
 VALIDATION_SPLITS = ("validation", "test")
 
 
@@ -35,7 +35,7 @@ class TfdsCorpus:
     text_feature: str | None = None
 
     def __str__(self):
-        return PREFIX + self.name
+        return TFDS_PREFIX + self.name
 
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that change with any file of the dataset, and with the feature.

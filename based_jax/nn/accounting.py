@@ -1,8 +1,9 @@
 """Bytes of state as the publications count them, so that our points stand where theirs do.
 
 They count what a mixer remembers of a sequence, in fp32: the recurrent matrix, or the keys and values. What decoding
-keeps beside it, a short convolution's last inputs or the token before, is left out, except in GLA. A mixer's
-`state_size` counts that too: it is the cache. Where the two differ, its `published_state_size` stands beside it.
+keeps beside it, a short convolution's last inputs, the token before or the query's own key in a window, is left out,
+except in GLA. A mixer's `state_size` counts that too: it is the cache. Where the two differ, its
+`published_state_size` stands beside it.
 """
 
 import functools
@@ -20,6 +21,7 @@ Layers = Iterable[tuple[str, Mapping[str, Any]]]
 CONVOLUTIONS = ("base_conv", "conv", "rwkv4_channel_mix", "rwkv7_channel_mix")
 """Layers that see a few tokens: not the main mixer of a model that has others."""
 ELEMENT_BYTES = 4
+"""Of an element of state, which is fp32."""
 
 
 def state_elements(layers: Layers, d_model: int, seq_len: int, *, convolution: bool) -> int:

@@ -12,7 +12,7 @@ from based_jax import parallel
 from based_jax.dims import BD, BP, BT, BTD
 from based_jax.nn import layers
 from based_jax.nn.init_recipes import initialise
-from based_jax.nn.mixers import make_mixer
+from based_jax.nn.mixers import build_mixer
 from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
 
 REMAT_POLICIES = {
@@ -55,7 +55,7 @@ class Block(nnx.Module):
         norm, mlp = layers.NORMS[config.norm], layers.MLPS[config.mlp]
         self.dtype, self.kind = init.dtype, kind
         self.norm1 = norm(config.d_model, rngs=rngs)
-        self.mixer = make_mixer(kind, config.d_model, **init._asdict(), **options)
+        self.mixer = build_mixer(kind, config.d_model, options, init)
         initialise(self.mixer, kind, config.init_recipe, init)
         if mlp is None:
             self.mlp = None

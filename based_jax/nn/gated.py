@@ -52,18 +52,20 @@ def expanded(name: str, d_model: int, factor: float, num_heads: int) -> int:
 class GatedLinearMixer(Mixer):
     """Projections to queries, keys and values, an optional short convolution, a decaying state, a norm and a gate.
 
-    Args:
-      key_dim, value_dim: widths of all heads together.
-      conv_size: taps of the convolution over queries, keys and values, with SiLU; 0 for none.
+    Attributes:
+      operation: what makes the output from what `_gated` returns.
       rotary: whether queries and keys turn with their place.
-      gate: activation of the gate on the output; None for no gate.
-      gate_rank: of the gate's projection, with a bias; 0 for a full one.
-      norm_dim: width of the RMSNorm of the output; that of a head where None.
       scale: of the output; 1 / sqrt(K) where None.
+      gate_activation: of the gate on the output; None for no gate.
+      norm_over_heads: whether the RMSNorm of the output is one over all heads, rather than one for each.
     """
 
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
     operation: ClassVar[Operation] = Operation(gated_linear_attention, gated_linear_attention_step)
+    rotary: ClassVar[bool] = False
+    scale: ClassVar[float | None] = None
+    gate_activation: ClassVar[Any] = staticmethod(jax.nn.silu)
+    norm_over_heads: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -75,27 +77,34 @@ class GatedLinearMixer(Mixer):
         key_dim: int,
         value_dim: int,
         conv_size: int = 0,
-        rotary: bool = False,
-        gate: Any = jax.nn.silu,
         gate_rank: int = 0,
-        norm_dim: int | None = None,
-        scale: float | None = None,
+        use_gate: bool = True,
     ):
+        """Make the projections, the taps, the norm and the gate.
+
+        Args:
+          d_model, config, init: as of `Mixer`.
+          num_heads: H.
+          key_dim, value_dim: widths of all heads together.
+          conv_size: taps of the convolution over queries, keys and values, with SiLU; 0 for none.
+          gate_rank: of the gate's projection, with a bias; 0 for a full one.
+          use_gate: whether there is a gate, if the class has an activation for it.
+        """
         if conv_size < 0:
             raise UserError(f"conv_size is {conv_size}; it is at least 0.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
-        self.gate_rank = gate_rank
-        self.conv_size, self.rotary, self.scale, self.activation = conv_size, rotary, scale, gate
+        self.conv_size, self.gate_rank = conv_size, gate_rank
+        self.has_gate = use_gate and self.gate_activation is not None
         self.qkv = layers.linear(d_model, 2 * key_dim + value_dim, ("embed", "heads"), init)
         if conv_size:
             self.conv_kernel = layers.conv_parameter((conv_size, 2 * key_dim + value_dim), conv_size, rngs=init.rngs)
-        if gate is not None and gate_rank == 0:
+        if self.has_gate and gate_rank == 0:
             self.gate = layers.linear(d_model, value_dim, ("embed", "heads"), init)
-        if gate is not None and gate_rank:
+        if self.has_gate and gate_rank:
             self.gate_down = layers.linear(d_model, gate_rank, ("embed", None), init)
             self.gate_up = layers.linear(gate_rank, value_dim, (None, "heads"), init, bias=True)
-        self.norm = layers.rms_norm(norm_dim or value_dim // num_heads, rngs=init.rngs)
+        self.norm = layers.rms_norm(value_dim if self.norm_over_heads else value_dim // num_heads, rngs=init.rngs)
         self.out_proj = layers.linear(value_dim, d_model, ("heads", "embed"), init.out)
 
     @override
@@ -140,19 +149,22 @@ class GatedLinearMixer(Mixer):
         o, state = self.operation.step(*self._gated(x, q, k, v), cache.state, scale=self.scale)
         return self._out(x, o), GatedCache(state, conv, cache.length + 1)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return K V elements a head, and the inputs of the short convolution; equal to the cache's."""
         channels = 2 * self.key_dim + self.value_dim
         return self.key_dim * self.value_dim // self.num_heads + self.conv_size * channels
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return K V elements a head, as publications count: without the inputs of the short convolution."""
         return self.key_dim * self.value_dim // self.num_heads
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the taps, and writing and reading the state once."""
         qkv = 2 * self.key_dim + self.value_dim
-        gate = 0 if self.activation is None else self.d_model * self.value_dim
+        gate = self.d_model * self.value_dim if self.has_gate else 0
         if self.gate_rank:
             gate = self.gate_rank * (self.d_model + self.value_dim)
         weights = self.d_model * (qkv + self.value_dim) + self.conv_size * qkv + gate + self._gate_weights()
@@ -182,12 +194,9 @@ class GatedLinearMixer(Mixer):
         return self._gated(x, q, k, v), length
 
     def _out(self, x, o):
-        if self.norm.num_features == self.value_dim:
-            o = self.norm(layers.merge_heads(o))
-        else:
-            o = layers.merge_heads(self.norm(o))
-        if self.activation is not None:
-            o = o * self.activation(self._gate(x).astype(jnp.float32))
+        o = self.norm(layers.merge_heads(o)) if self.norm_over_heads else layers.merge_heads(self.norm(o))
+        if self.has_gate:
+            o = o * self.gate_activation(self._gate(x).astype(jnp.float32))
         return self.out_proj(o.astype(self.dtype))
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
-from based_jax.dims import BP
+from based_jax.dims import BP, DropoutKey
 from based_jax.errors import UserError
 from based_jax.ops.projection import multiply, project
 
@@ -118,6 +118,12 @@ def at(positions: BP | None, *arrays: Shaped[Array, "B T ..."]) -> list[Shaped[A
         return list(arrays)
     rows = jnp.arange(positions.shape[0])[:, None]
     return [x.at[rows, positions].get(unique_indices=True, mode="promise_in_bounds") for x in arrays]
+
+
+def dropout(x: Float[Array, "*B D"], rate: float, key: DropoutKey) -> Float[Array, "*B D"]:
+    """Return x with a share of its components at 0, and the others over 1 - rate."""
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
 
 
 def rms_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from based_jax import parallel
 from based_jax.config import added_later
-from based_jax.dims import BD, BP, BPD, BT, BTD, Tokens
+from based_jax.dims import BD, BP, BPD, BT, BTD, DropoutKey, Tokens
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
 from based_jax.nn.block import REMAT_POLICIES, Stack, Stream, repeating_patterns
@@ -42,12 +42,15 @@ class LMConfig:
       d_model: width D of the residual stream.
       vocab_size: tokens of the tokenizer; the embedding is padded to a multiple of `pad_vocab_multiple`.
       mlp, norm: "swiglu", "identity" or "none" (layers are mixers alone); "rms" or "layer".
+      final_norm: the norm after the last layer; None for that of the layers. zoology's Mamba models have "rms" in the
+        layers, "none" behind the mixers and "layer" at the end.
       mlp_dim: hidden width F of the MLP; 0 for 2 D.
       init_std: deviation of the initial kernels and embedding; projections back into the residual stream get it
         divided by sqrt(2 L). Narrow models learn recall much sooner with about 1 / sqrt(D).
       init_recipe: what initial values are drawn by, a table of `nn/init_recipes.py`: "reference" as HazyResearch/based,
         "zoology", or "torch", which takes no init_std.
       tie_embeddings: whether the head is the embedding.
+      embed_dropout: share of the embedding's components that training sets to 0, the others growing to make up for it.
       embed_norm: a norm right after the embedding (RWKV).
       dtype: what layers compute in; parameters, norms, the residual, states and logits are fp32.
       scan_layers: stack and scan repeated patterns of layers, which compiles faster and shards the same.
@@ -62,9 +65,11 @@ class LMConfig:
     mlp: str = "swiglu"
     mlp_dim: int = 0
     norm: str = "rms"
+    final_norm: str | None = added_later(None)
     init_std: float = INIT_STD
     init_recipe: str = added_later("reference")
     tie_embeddings: bool = True
+    embed_dropout: float = added_later(0.0)
     embed_norm: bool = False
     dtype: str = "bfloat16"
     scan_layers: bool = False
@@ -76,10 +81,13 @@ class LMConfig:
         for name, least in LEAST_VALUES.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it is at least {least}.")
+        if not 0 <= self.embed_dropout < 1:
+            raise UserError(f"embed_dropout is {self.embed_dropout}; it is at least 0 and below 1.")
         object.__setattr__(self, "layers", tuple((kind, Options(options)) for kind, options in self.layers))
         for kind, options in self.layers:
             check_options(kind, options)
         _check("norm", self.norm, layers.NORMS)
+        _check("final_norm", self.last_norm, layers.NORMS)
         _check("mlp", self.mlp, layers.MLPS)
         _check("init_recipe", self.init_recipe, INIT_RECIPES)
         if self.init_recipe == "torch" and self.init_std != INIT_STD:
@@ -91,6 +99,11 @@ class LMConfig:
     def hidden_dim(self) -> int:
         """Width F of the MLP."""
         return self.mlp_dim or 2 * self.d_model
+
+    @property
+    def last_norm(self) -> str:
+        """Norm after the last layer."""
+        return self.norm if self.final_norm is None else self.final_norm
 
     @property
     def residual_init_std(self) -> float:
@@ -115,7 +128,8 @@ def _check(what: str, name: str, allowed: Collection[str]) -> None:
 class LM(nnx.Module):
     """A causal language model over the mixers of `config.layers`.
 
-    Every pass returns hidden states; `logits` maps them to the padded vocabulary. Keys enter only at construction.
+    Every pass returns hidden states; `logits` maps them to the padded vocabulary. Keys enter
+    at construction, and a pass of training gets that of dropout.
     """
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
@@ -130,7 +144,7 @@ class LM(nnx.Module):
         )
         initialise(self.embed, "embed", config.init_recipe, config.init(rngs))
         self.stacks = nnx.List([Stack(pattern, repeats, config, rngs=rngs) for pattern, repeats in patterns])
-        self.norm = layers.NORMS[config.norm](config.d_model, rngs=rngs)
+        self.norm = layers.NORMS[config.last_norm](config.d_model, rngs=rngs)
         if config.embed_norm:
             self.embed_norm = layers.NORMS[config.norm](config.d_model, rngs=rngs)
         if not config.tie_embeddings:
@@ -141,13 +155,22 @@ class LM(nnx.Module):
         """Return fp32 logits of every position."""
         return self.logits(self.hidden(ids, segment_ids))
 
-    def hidden(self, ids: BT, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def hidden(
+        self,
+        ids: BT,
+        segment_ids: BT | None = None,
+        positions: BP | None = None,
+        *,
+        dropout_key: DropoutKey | None = None,
+    ) -> BPD:
         """Return the final hidden state of every position, or of P distinct `positions` (B, P) of each sequence.
+
+        A pass of training has the `dropout_key`; without it nothing is dropped.
 
         What follows the operation of the last mixer is computed at the positions alone, unless its layer is one of
         those that are scanned.
         """
-        stream, last = Stream(self._in(ids)), len(self.stacks) - 1
+        stream, last = Stream(self._in(ids, dropout_key)), len(self.stacks) - 1
         for i, stack in enumerate(self.stacks):
             with jax.named_scope(f"stack_{i}"):
                 stream = stack.extend(stream, segment_ids, positions if i == last else None)
@@ -212,9 +235,11 @@ class LM(nnx.Module):
         return self._out(Stream(r)), tuple(after)
 
     @jax.named_scope("embed")
-    def _in(self, ids):
+    def _in(self, ids, dropout_key=None):
         # Left to itself XLA reads the table again wherever the embedding is used, and there across its rows.
         r = jax.lax.optimization_barrier(parallel.constrain(self.embed(ids), "batch"))
+        if dropout_key is not None:
+            r = layers.dropout(r, self.config.embed_dropout, dropout_key)
         return self.embed_norm(r) if self.config.embed_norm else r
 
     @jax.named_scope("norm")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from based_jax.dims import DropoutKey
 from based_jax.labels import is_labelled
 from based_jax.nn.lm import LM
 
@@ -15,15 +16,16 @@ Batch = Mapping[str, Array]
 Sums = dict[str, Float[Array, ""]]
 
 
-def loss_sums(model: LM, batch: Batch) -> Sums:
+def loss_sums(model: LM, batch: Batch, dropout_key: DropoutKey | None = None) -> Sums:
     """Return the `position_sums` of a batch.
 
     Args:
       model: the language model.
       batch: inputs and labels (B, T), a label negative where there is none; optionally segment_ids (B, T).
+      dropout_key: of training; without it nothing is dropped.
     """
     labels = batch["labels"]
-    hidden = model.hidden(batch["inputs"], batch.get("segment_ids"))
+    hidden = model.hidden(batch["inputs"], batch.get("segment_ids"), dropout_key=dropout_key)
     return position_sums(*model.cross_entropy(hidden, labels), labels)
 
 

@@ -4,10 +4,14 @@ import abc
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from flax import nnx
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.nn.layers import Init
+
+Buffer = str | np.ndarray | tuple[int, ...]
+"""The key of the parameter that it repeats, its values where it is constant, or its shape where nothing reads it."""
 
 
 class Operation(NamedTuple):
@@ -25,14 +29,12 @@ class Mixer(nnx.Module):
     Where a publication's weights can be read, `REFERENCE` says for each publication under which state_dict key a
     parameter stands there, the output projection, whose rows are D, first; a tuple of keys is concatenated. `convert`
     turns layouts: a linear kernel is transposed, a parameter named *conv_kernel goes from [C, 1, W] to (W, C), axes of
-    size 1 come and go, the rest is as it is. `REFERENCE_BUFFERS` are keys that a publication stores, but computes from
-    nothing.
+    size 1 come and go, the rest is as it is. What a publication stores beside the parameters is in `reference_buffers`.
     """
 
     Config: ClassVar[Any]
     IMPLEMENTATIONS: ClassVar[Any] = {}  # the table of the operation that the option `impl` chooses from
     REFERENCE: ClassVar[Mapping[str, Mapping[str, str | tuple[str, ...]]]] = {}
-    REFERENCE_BUFFERS: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def __init__(self, d_model: int, config: Any, init: Init): ...
@@ -58,6 +60,10 @@ class Mixer(nnx.Module):
     @abc.abstractmethod
     def step(self, x: BD, cache: Any) -> tuple[BD, Any]:
         """Mix one token and return the cache after it."""
+
+    def reference_buffers(self) -> Mapping[str, Buffer]:
+        """Return what a publication may store beside the parameters, by its key there."""
+        return {}
 
     @abc.abstractmethod
     def state_size(self, seq_len: int) -> int:

@@ -86,7 +86,6 @@ class ChannelMix(Mixer):
 
     @override
     def init_cache(self, batch: int, max_len: int) -> BD:
-        """Return the token before the first one."""
         return jnp.zeros((batch, self.d_model), self.dtype)
 
     @override
@@ -98,6 +97,7 @@ class ChannelMix(Mixer):
     def step(self, x: BD, cache: BD) -> tuple[BD, BD]:
         return self._mix(x, cache.astype(x.dtype)), x.astype(self.dtype)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return the D elements of a token; equal to the cache's."""
         return self.d_model

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float, Int
 
-from based_jax.dims import BD, BHEV, BHKV, BT, BTD, BTHK, BTHV, WD
+from based_jax.dims import BD, BHEV, BHKV, BT, BTD, BTHK, BTHV, BWD, WD
 
 Channels = Float[Array, "D"]
 
 HK = Float[Array, "H K"]
 Decay = Float[Array, "B T H #K"]
-Rate = Float[Array, "B T H"]
+BTH = Float[Array, "B T H"]
 
 BTHM = Float[Array, "B T H M"]
 BHKM = Float[Array, "B H K M"]
@@ -34,7 +34,6 @@ BTN = Float[Array, "B T N"]
 BDN = Float[Array, "B D N"]
 DN = Float[Array, "D N"]
 
-BTH = Float[Array, "B T H"]
 BTGN = Float[Array, "B T G N"]
 BHNP = Float[Array, "B H N P"]
 
@@ -68,7 +67,7 @@ class LinearAttentionCall(NamedTuple):
     segment_ids: BT | None = None
 
     @property
-    def tokens(self) -> Any:
+    def tokens(self) -> "LinearAttentionCall":
         """The arrays over time alone."""
         return _only(self, "q", "k", "v")
 
@@ -85,7 +84,7 @@ class MatrixStateCall(NamedTuple):
     v: BTHV
     log_decay: Decay
     bonus: HK | None = None
-    beta: Rate | None = None
+    beta: BTH | None = None
     a: BTHK | None = None
     b: BTHK | None = None
     scale: float = 1.0
@@ -93,7 +92,7 @@ class MatrixStateCall(NamedTuple):
     segment_ids: BT | None = None
 
     @property
-    def tokens(self) -> Any:
+    def tokens(self) -> "MatrixStateCall":
         """The arrays over time alone."""
         return _only(self, "q", "k", "v", "log_decay", "beta", "a", "b")
 
@@ -118,9 +117,14 @@ class SlotAttentionCall(NamedTuple):
     segment_ids: BT | None = None
 
     @property
-    def tokens(self) -> Any:
+    def tokens(self) -> "SlotAttentionCall":
         """The arrays over time alone."""
         return _only(self, "q", "k", "v", "s", "log_decay")
+
+    @property
+    def keyed_tokens(self) -> "SlotAttentionCall":
+        """Those arrays but the values: what is written into the slots' keys and reads them."""
+        return _only(self, "q", "k", "s", "log_decay")
 
 
 class ShortConvCall(NamedTuple):
@@ -141,7 +145,7 @@ class GatedConvCall(NamedTuple):
     x: Joint
     kernel: WD
     bias: JointBias | None = None
-    state: Past | None = None
+    state: BWD | None = None
     segment_ids: BT | None = None
 
 
@@ -176,7 +180,7 @@ class SelectiveScanCall(NamedTuple):
     segment_ids: BT | None = None
 
     @property
-    def tokens(self) -> Any:
+    def tokens(self) -> "SelectiveScanCall":
         """The arrays over time alone."""
         return _only(self, "u", "dt", "B", "C")
 
@@ -212,7 +216,7 @@ class Wkv4Call(NamedTuple):
     segment_ids: BT | None = None
 
     @property
-    def tokens(self) -> Any:
+    def tokens(self) -> "Wkv4Call":
         """The arrays over time alone."""
         return _only(self, "k", "v")
 
@@ -229,13 +233,13 @@ class NormCall(NamedTuple):
 
 
 class CrossEntropyCall(NamedTuple):
-    """Losses of hidden rows (N, D) through a table (V, D); labels (N), where a negative one counts nowhere."""
+    """Losses of hidden rows (N, D) through a table (V, D); labels (N), as in `based_jax/labels.py`."""
 
     hidden: Rows
     table: Table
     labels: Labels
 
 
-def _only(call: Any, *names: str) -> Any:
+def _only[Call: Any](call: Call, *names: str) -> Call:
     """Return the call with these fields alone; the others are None, which trees leave out."""
     return call._replace(**{name: None for name in call._fields if name not in names})

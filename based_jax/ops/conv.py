@@ -14,15 +14,18 @@ from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BT, BTD, WD
 from based_jax.ops import long_conv, segments
-from based_jax.ops.calls import Channels, Past, ShortConvCall
+from based_jax.ops.calls import Channels, ShortConvCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import short_conv as hopper_short_conv
 from based_jax.ops.precision import einsum, product_policy
 
 BSD = Float[Array, "B S D"]
 BS = Int[Array, "B S"]
+Reached = Float[Array, "B (W-1)*{dilation}+1 D"]
+LastInputs = Float[Array, "B {width} D"]
 
 MAX_UNROLLED_TAPS = 8
+"""More shifted products are a scan, which is what a Toeplitz product can be faster than."""
 
 
 def short_conv(
@@ -32,10 +35,10 @@ def short_conv(
     bias: Channels | None = None,
     silu: bool = False,
     dilation: int = 1,
-    state: Past | None = None,
+    state: Reached | None = None,
     segment_ids: BT | None = None,
     impl: str = "auto",
-) -> tuple[BTD, Past]:
+) -> tuple[BTD, Reached]:
     """Convolve each channel of x (B, T, D) over time with its column of kernel (W, D).
 
     Args:
@@ -59,7 +62,8 @@ def short_conv(
     return y, last_inputs(x, reach(kernel.shape[0], dilation), state, segment_ids)
 
 
-def last_inputs(x: BSD, width: int, state: Past | None, segment_ids: BT | None) -> Past:
+@jax.named_scope("last_inputs")
+def last_inputs(x: BSD, width: int, state: LastInputs | None, segment_ids: BT | None) -> LastInputs:
     """Return the last `width` inputs, of `state` and x, that belong to the last document; zeros for the others.
 
     x may be a tail of the inputs: `width` of them, or all.
@@ -72,7 +76,7 @@ def last_inputs(x: BSD, width: int, state: Past | None, segment_ids: BT | None) 
     return jnp.where(kept[..., None], inputs, 0)
 
 
-def _with_past(x: BSD, width: int, state: Past | None) -> Float[Array, "B _ D"]:
+def _with_past(x: BSD, width: int, state: LastInputs | None) -> Float[Array, "B _ D"]:
     """Return the inputs behind those of `state`."""
     past = jnp.zeros((x.shape[0], width, x.shape[2]), x.dtype) if state is None else state.astype(x.dtype)
     return jnp.concatenate([past, x], axis=1)
@@ -88,9 +92,10 @@ def reach(kernel_size: int, dilation: int) -> int:
     return (kernel_size - 1) * dilation + 1
 
 
+@jax.named_scope("short_conv_step")
 def short_conv_step(
-    x: BD, kernel: WD, state: Past, *, bias: Channels | None = None, silu: bool = False, dilation: int = 1
-) -> tuple[BD, Past]:
+    x: BD, kernel: WD, state: Reached, *, bias: Channels | None = None, silu: bool = False, dilation: int = 1
+) -> tuple[BD, Reached]:
     """Return one token's output and the inputs that the next one needs."""
     state = jnp.concatenate([state[:, 1:], x[:, None].astype(state.dtype)], axis=1)
     y = jnp.einsum("BWD,WD->BD", state[:, ::dilation], kernel, precision=jax.lax.Precision.HIGHEST)

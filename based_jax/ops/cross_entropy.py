@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from based_jax.labels import is_labelled
 from based_jax.ops.calls import Correct, CrossEntropyCall, Labels, Losses, Rows, Table
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import cross_entropy as hopper_cross_entropy
@@ -21,7 +22,7 @@ def linear_cross_entropy(
 ) -> tuple[Losses, Correct]:
     """Return losses of the logits hidden @ table.T, fp32 in nats, and whether no token has a larger one than the label.
 
-    Where the label is negative, the loss is 0, correct is False, and there is no gradient.
+    Where nothing is asked for (`labels.is_labelled`), the loss is 0, correct is False, and there is no gradient.
 
     Args:
       hidden: (..., D); its dtype is what products are made in.
@@ -33,13 +34,18 @@ def linear_cross_entropy(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    call = CrossEntropyCall(hidden.reshape(-1, hidden.shape[-1]), table[:vocab_size], labels.reshape(-1))
-    losses, correct = dispatch("linear_cross_entropy", IMPLEMENTATIONS, impl, call)
-    asked = labels >= 0
+    losses, correct = _of_rows(hidden.reshape(-1, hidden.shape[-1]), table[:vocab_size], labels.reshape(-1), impl)
+    asked = is_labelled(labels)
     return jnp.where(asked, losses.reshape(labels.shape), 0.0), asked & correct.reshape(labels.shape)
 
 
-# What an implementation returns for a negative label counts nowhere, and gets no gradient.
+def _of_rows(
+    hidden: Float[Array, "N D"], table: Table, labels: Int[Array, "N"], impl: str
+) -> tuple[Float[Array, "N"], Bool[Array, "N"]]:
+    return dispatch("linear_cross_entropy", IMPLEMENTATIONS, impl, CrossEntropyCall(hidden, table, labels))
+
+
+# What an implementation returns for a label that asks for nothing counts nowhere, and gets no gradient.
 
 
 def _oracle(call: CrossEntropyCall) -> tuple[Losses, Correct]:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
-from based_jax.ops.calls import Decay, MatrixStateCall, Rate
+from based_jax.ops.calls import BTH, Decay, MatrixStateCall
 from based_jax.ops.decays import as_dplr, empty_state, pair_weights
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import recurrence as hopper_recurrence
@@ -39,7 +39,7 @@ def delta_rule(
     k: BTHK,
     v: BTHV,
     log_decay: Decay,
-    beta: Rate,
+    beta: BTH,
     *,
     scale: float | None = None,
     state: BHKV | None = None,
@@ -66,6 +66,7 @@ def delta_rule(
     return dispatch("delta_rule", IMPLEMENTATIONS, impl, call)
 
 
+@jax.named_scope("delta_rule_step")
 def delta_rule_step(
     q: BHK, k: BHK, v: BHV, log_decay: Float[Array, "B H #K"], beta: Float[Array, "B H"], state: BHKV, **options: Any
 ) -> tuple[BHV, BHKV]:
@@ -111,6 +112,7 @@ def dplr(
     return dispatch("dplr", DPLR_IMPLEMENTATIONS, impl, call)
 
 
+@jax.named_scope("dplr_step")
 def dplr_step(
     q: BHK,
     k: BHK,

@@ -54,6 +54,7 @@ def diagonal_ssm(
     return dispatch("diagonal_ssm", IMPLEMENTATIONS, impl, DiagonalSSMCall(u, log_a, b, c, state, segment_ids))
 
 
+@jax.named_scope("diagonal_ssm_step")
 def diagonal_ssm_step(u: BHP, log_a: HN, b: HN, c: HN, state: BHPN2) -> tuple[BHP, BHPN2]:
     """Return one token's output and the state after it."""
     x = _complex(state) * jnp.exp(log_a)[None, :, None] + b[None, :, None] * u.astype(jnp.float32)[..., None]

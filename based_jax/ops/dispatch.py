@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 FALLBACK_BACKEND = "xla"
 """The backend that runs everywhere."""
 
+FORMER_NAMES = {"recurrent": "xla_steps", "quadratic": "xla_quadratic", "toeplitz": "xla_toeplitz"}
+"""What forms were called before their names began with a backend: configs of that time still run."""
+
 
 def no_objection(_call: Any) -> None:
     """Nothing speaks against any call."""
@@ -56,7 +59,8 @@ def target_device_kind() -> str:
 
 
 def named(table: Mapping[str, Implementation], impl: str) -> str | None:
-    """Return the key of a table that `impl` names: itself, or the first of a backend; None where there is none."""
+    """Return the key of a table that `impl` names: itself or by `FORMER_NAMES`, or the first of a backend, or None."""
+    impl = FORMER_NAMES.get(impl, impl)
     if impl in table:
         return impl
     return next((name for name in table if backend_of(name) == impl), None)
@@ -65,6 +69,18 @@ def named(table: Mapping[str, Implementation], impl: str) -> str | None:
 def backend_of(name: str) -> str:
     """Return the backend of an implementation's name."""
     return name.partition("_")[0]
+
+
+def beside(impl: str, table: Mapping[str, Implementation]) -> str:
+    """Return the `impl` of an operation with this table that a mixer calls beside its main one, which runs by `impl`.
+
+    A form that the table has is taken over, but for one that `auto` prefers by size, which differs; of others the
+    backend.
+    """
+    if (name := named(table, impl)) is not None:
+        return "auto" if table[name].preferred else impl
+    backend = backend_of(impl)
+    return impl if named(table, backend) is None else backend
 
 
 def dispatch(operation: str, table: Mapping[str, Implementation], impl: str, call: Any) -> Any:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.dims import BT, BTD, WD
-from based_jax.ops.calls import GatedConvCall, Joint, JointBias, Past
+from based_jax.dims import BT, BTD, BWD, WD
+from based_jax.ops.calls import GatedConvCall, Joint, JointBias
 from based_jax.ops.conv import last_inputs, short_conv
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import gated_short_conv as hopper_gated_short_conv
@@ -24,10 +24,10 @@ def gated_short_conv(
     kernel: WD,
     *,
     bias: JointBias | None = None,
-    state: Past | None = None,
+    state: BWD | None = None,
     segment_ids: BT | None = None,
     impl: str = "auto",
-) -> tuple[BTD, Past]:
+) -> tuple[BTD, BWD]:
     """Convolve the first half of x (B, T, 2 D) over time with kernel (W, D), and gate silu of it with the second half.
 
     Args:

@@ -13,6 +13,7 @@ sum_k q_tk k_sk exp(b_tk - b_sk) (`ops/decays.py`).
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,7 +21,7 @@ from based_jax import devices
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
 from based_jax.ops.calls import HK, Decay, MatrixStateCall
-from based_jax.ops.decays import BLOCK_TOKENS, empty_state, pair_weights
+from based_jax.ops.decays import empty_state, pair_weights
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.hopper import gated_linear_attention as hopper_gated_linear_attention
 from based_jax.ops.precision import EXACT, einsum, narrow_einsum, product_policy
@@ -66,6 +67,7 @@ def gated_linear_attention(
     return dispatch("gated_linear_attention", IMPLEMENTATIONS, impl, call)
 
 
+@jax.named_scope("gated_linear_attention_step")
 def gated_linear_attention_step(
     q: BHK,
     k: BHK,
@@ -128,9 +130,10 @@ def _one_chunk_is_slower(call: MatrixStateCall) -> str | None:
     (_, T, _, K), V = call.q.shape, call.v.shape[-1]
     if call.log_decay.shape[-1] > 1:
         return "each key channel has a decay of its own"
-    if T > CHUNK_TOKENS and T * BLOCK_TOKENS > K * V:
-        return f"states have {K * V} elements, fewer than {BLOCK_TOKENS} for each of {T} tokens"
-    most = devices.crossovers(target_device_kind()).one_decay_one_chunk_tokens
+    known = devices.crossovers(target_device_kind())
+    most, least = known.one_decay_one_chunk_tokens, known.one_decay_one_chunk_state_elements_per_token
+    if T > CHUNK_TOKENS and T * least > K * V:
+        return f"states have {K * V} elements, fewer than {least} for each of {T} tokens"
     return None if most >= T else f"T is {T}, above {most}"
 
 

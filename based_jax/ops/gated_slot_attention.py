@@ -59,6 +59,7 @@ def gated_slot_attention(
     return dispatch("gated_slot_attention", IMPLEMENTATIONS, impl, call)
 
 
+@jax.named_scope("gated_slot_attention_step")
 def gated_slot_attention_step(
     q: BHK, k: BHK, v: BHV, s: BHM, log_decay: BHM, state: SlotState, *, scale: float | None = 1.0
 ) -> tuple[BHV, SlotState]:
@@ -81,8 +82,8 @@ def _recurrent(call: SlotAttentionCall) -> tuple[BTHV, SlotState]:
 
 def _two_passes(call: SlotAttentionCall) -> tuple[BTHV, SlotState]:
     keys, values = (None, None) if call.state is None else call.state
-    slots, ids = call.tokens._replace(v=None), call.segment_ids
-    logits, keys = scan.over_chunks(_read_slots, slots, _empty(call).keys, keys, ids, CHUNK_TOKENS)
+    tokens, ids = call.keyed_tokens, call.segment_ids
+    logits, keys = scan.over_chunks(_read_slots, tokens, _empty(call).keys, keys, ids, CHUNK_TOKENS)
     p = jax.nn.softmax(call.scale * logits)
     o, values = gated_linear_attention(
         p, call.s, call.v, call.log_decay, scale=1.0, state=values, segment_ids=ids, impl="xla_chunks"

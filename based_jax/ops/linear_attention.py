@@ -56,6 +56,7 @@ def linear_attention(
     return dispatch("linear_attention", IMPLEMENTATIONS, impl, call)
 
 
+@jax.named_scope("linear_attention_step")
 def linear_attention_step(phi_q: BHK, phi_k: BHK, v: BHV, state: BHEV) -> tuple[BHV, BHEV]:
     """Return one token's output and the state after it."""
     state = state + phi_k.astype(jnp.float32)[..., :, None] * with_ones(v)[..., None, :]
@@ -63,6 +64,7 @@ def linear_attention_step(phi_q: BHK, phi_k: BHK, v: BHV, state: BHEV) -> tuple[
     return normalise(sums).astype(v.dtype), state
 
 
+@jax.named_scope("encoder_state")
 def encoder_state(phi_k: BTHK, v: BTHV, mask: Shaped[Array, "B T"]) -> BHEV:
     """Return the state that tokens under a mask (B, T) of 0 and 1 leave, in no order."""
     written = with_ones(v) * mask[:, :, None, None]

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from based_jax.devices import H100_CORES
-from based_jax.ops.dispatch import target_platform
+from based_jax import devices
+from based_jax.ops.dispatch import target_device_kind, target_platform
 
 Tokens = Float[Array, "*T D"]
 DE = Float[Array, "D E"]
@@ -26,6 +26,7 @@ BLOCK_ROWS = 128
 MIN_TOKENS_PER_PIECE = 256
 
 
+@jax.named_scope("project")
 def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **options: Any) -> Projected:
     """Return x @ kernel for (..., D) tokens and a (D, E) kernel; a `dot_general` for `flax.nnx.Linear`."""
     number = pieces(x.shape, kernel.shape)
@@ -34,17 +35,19 @@ def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **opt
     return in_pieces(x, kernel, number, precision=precision, **options).reshape(*x.shape[:-1], kernel.shape[1])
 
 
+@jax.named_scope("multiply")
 def multiply(x: Tokens, kernel: DE) -> Projected:
     """Return x @ kernel."""
     return project(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def pieces(tokens: tuple[int, ...], kernel: tuple[int, ...]) -> int:
-    """Return into how many pieces a batch is cut: 1 on other devices, on a mesh, and where the kernel is large."""
+    """Return into how many pieces a batch is cut: 1 on what is no GPU, on a mesh, and where the kernel is large."""
     if target_platform() != "cuda" or jax.sharding.get_abstract_mesh().size > 1 or len(tokens) != 3:
         return 1
     blocks = math.prod(-(-size // BLOCK_ROWS) for size in kernel)
-    most = min(_power_of_two(H100_CORES) // blocks, math.prod(tokens[:-1]) // MIN_TOKENS_PER_PIECE)
+    cores = _power_of_two(devices.cores(target_device_kind()))
+    most = min(cores // blocks, math.prod(tokens[:-1]) // MIN_TOKENS_PER_PIECE)
     return math.gcd(tokens[0], _power_of_two(max(most, 1)))
 
 

@@ -84,6 +84,7 @@ def selective_scan(
     return dispatch("selective_scan", IMPLEMENTATIONS, impl, call)
 
 
+@jax.named_scope("selective_scan_step")
 def selective_scan_step(u: BD, dt: BD, A: DN, B: BN, C: BN, state: BDN) -> tuple[BD, BDN]:
     """Return one token's output and the state after it."""
     u32, dt = u.astype(jnp.float32), dt.astype(jnp.float32)

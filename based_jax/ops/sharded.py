@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from based_jax.parallel import BATCH_AXES, HEAD_AXES
+from based_jax.parallel import BATCH_AXES, HEAD_AXES, free_axes
 
 Names = tuple[str | None, ...]
 
@@ -40,7 +40,7 @@ def per_shard(
       results: the same for the results, one or a tuple.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = _free(mesh)
+    free = free_axes(mesh)
     if mesh.size == 1 or not free:
         return function(*arguments)
     given = [(x, dims) for x, dims in zip(arguments, names, strict=True) if x is not None]
@@ -54,23 +54,25 @@ def per_shard(
     def spec(dims: Names) -> PartitionSpec:
         return PartitionSpec(*(axes.get(name) if name else None for name in dims))
 
-    def run(*parts: jax.Array) -> Any:
+    def on_device(*parts: jax.Array) -> Any:
         rest = iter(parts)
         return function(*(None if x is None else next(rest) for x in arguments))
 
     specs = tuple(spec(dims) for _, dims in given)
     out = tuple(map(spec, results)) if len(results) > 1 else spec(results[0])
-    return jax.shard_map(run, in_specs=specs, out_specs=out, axis_names=free)(*(x for x, _ in given))
+    return jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names=free)(*(x for x, _ in given))
 
 
 def per_head(function: Callable, call: Any) -> Any:
     """Return o (B, T, H, .) and the state (B, H, .) of `function(call)`, run by every device for its rows and heads.
 
-    A call's `tokens` are (B, T, H, ...); what else it has but a state and ids is the same for all devices.
+    A call's `tokens` are (B, T, H, ...); what else it has but a state and ids is no array.
     """
     by_token, by_head = ("batch", None, "heads"), ("batch", "heads")
     names = dict.fromkeys(call.tokens._fields, by_token) | {"state": by_head, "segment_ids": ("batch",)}
     arrays = call.tokens._replace(state=call.state, segment_ids=call.segment_ids)
+    whole = [name for name, x, part in zip(call._fields, call, arrays, strict=True) if part is None and _is_array(x)]
+    assert not whole, f"{whole} would not be divided by heads"
 
     def on_device(*parts: jax.Array | None) -> Any:
         given = {name: part for name, part in zip(call._fields, parts, strict=True) if part is not None}
@@ -86,21 +88,16 @@ def heads_of_device(rows: int, heads: int) -> int:
     return rows * heads // math.prod(mesh.shape[name] for name in axes)
 
 
-def _free(mesh: AbstractMesh) -> set[str]:
-    """Return the axes over which XLA divides arrays."""
-    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
-
-
 def _dividing(mesh: AbstractMesh, dimension: str, sizes: Sequence[int]) -> tuple[str, ...] | None:
     """Return the free mesh axes for a dimension, of `MESH_AXES`, if together they divide all sizes, or None."""
-    names = _free(mesh) & set(MESH_AXES[dimension])
+    names = free_axes(mesh) & set(MESH_AXES[dimension])
     axes = tuple(name for name in mesh.axis_names if name in names)
     devices = math.prod(mesh.shape[name] for name in axes)
     return axes if axes and all(size % devices == 0 for size in sizes) else None
 
 
-def call(kernel: Callable[..., Sequence[jax.Array]], *arguments: Any, **options: Any) -> list[jax.Array]:
-    """Return a kernel's results; under `jax.shard_map` they vary over the mesh axes that an array given varies over."""
+def launch(kernel: Callable[..., Sequence[jax.Array]], *arguments: Any, **options: Any) -> list[jax.Array]:
+    """Run a kernel; under `jax.shard_map` its results vary over the mesh axes that an array given varies over."""
     given = vary_alike(*arguments, *options.values())
     options = dict(zip(options, given[len(arguments) :], strict=True))
     results = kernel(*given[: len(arguments)], **options)
@@ -124,6 +121,10 @@ def vary_alike(*values: Any, like: Sequence[Any] = ()) -> list[Any]:
 def fill(x: jax.Array, multiples: dict[int, int]) -> jax.Array:
     """Append zeros to dimensions up to a multiple."""
     return jnp.pad(x, [(0, -size % multiples.get(dimension, 1)) for dimension, size in enumerate(x.shape)])
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array)
 
 
 def _varying(x: Any) -> frozenset:

@@ -53,6 +53,7 @@ def window_attention(
     return dispatch("window_attention", WINDOW_ATTENTION, impl, AttentionCall(q, k, v, window, segment_ids))
 
 
+@jax.named_scope("attention_step")
 def attention_step(q: BHK, k: BSHK, v: BSHV, visible: BS_mask) -> BHV:
     """Return one query's output over the cached keys that are visible to it."""
     s = _scores("BHK,BSHK->BHS", q, k)
@@ -60,6 +61,7 @@ def attention_step(q: BHK, k: BSHK, v: BSHV, visible: BS_mask) -> BHV:
     return _weigh("BHS,BSHV->BHV", p, v)
 
 
+@jax.named_scope("masked_attention")
 def masked_attention(q: BTHK, k: BSHK, v: BSHV, visible: Bool[Array, "B T S"]) -> BTHV:
     """Return attention under an explicit mask; a query that sees no key gets zero."""
     s = _scores("BTHK,BSHK->BHTS", q, k)

@@ -9,6 +9,7 @@ and C are shared by the heads of a group. The state is (B, H, N, P) fp32.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -53,6 +54,7 @@ def ssd(
     return dispatch("ssd", IMPLEMENTATIONS, impl, call)
 
 
+@jax.named_scope("ssd_step")
 def ssd_step(x: BHP, dt: Float[Array, "B H"], A: Float[Array, "H"], B: BGN, C: BGN, state: BHNP) -> tuple[BHP, BHNP]:
     """Return one token's output and the state after it."""
     q, k, v, log_decay = _attention(x, dt, A, B, C)

@@ -14,6 +14,7 @@ those of `ops/linear_attention.py`; inside a chunk p comes from s, so features a
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -86,6 +87,7 @@ def taylor_attention(
     return dispatch("taylor_attention", IMPLEMENTATIONS, impl, LinearAttentionCall(q, k, v, state, segment_ids))
 
 
+@jax.named_scope("taylor_attention_step")
 def taylor_attention_step(q: BHK, k: BHK, v: BHV, state: BHEV) -> tuple[BHV, BHEV]:
     """Return one token's output and the state after it."""
     return linear_attention.linear_attention_step(taylor_features(q), taylor_features(k), v, state)

@@ -1,10 +1,12 @@
 """Token shift: the token before each one, which RWKV mixes with it (arXiv 2305.13048, section 3.1.1)."""
 
+import jax
 import jax.numpy as jnp
 
 from based_jax.dims import BD, BT, BTD
 
 
+@jax.named_scope("token_shift")
 def token_shift(x: BTD, *, state: BD | None = None, segment_ids: BT | None = None) -> tuple[BTD, BD]:
     """Return for each token of x (B, T, D) the one before it in its document, zero for a document's first.
 

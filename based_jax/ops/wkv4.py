@@ -33,7 +33,7 @@ def wkv4(
     state: WkvState | None = None,
     segment_ids: BT | None = None,
     impl: str = "auto",
-) -> tuple[BTD, WkvState]:
+) -> tuple[BTD, tuple[BD, BD, BD]]:
     """Average values v by the weights of keys k, both (B, T, D).
 
     Args:
@@ -42,7 +42,7 @@ def wkv4(
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (associative scans) or "auto".
 
     Returns:
-      wkv in v's dtype, and the state after the last token, fp32.
+      wkv in v's dtype, and the state after the last token, a `WkvState`, fp32.
 
     Raises:
       UserError: `impl` is unknown.
@@ -52,6 +52,7 @@ def wkv4(
     return wkv.astype(v.dtype), state
 
 
+@jax.named_scope("wkv4_step")
 def wkv4_step(k: BD, v: BD, log_decay: Channels, bonus: Channels, state: WkvState) -> tuple[BD, WkvState]:
     """Return one token's average and the state after it."""
     k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)

@@ -20,7 +20,7 @@ from based_jax.pictures.configurations import Configuration, Row, by_feature_map
 from based_jax.pictures.references import ReferencePoint
 from based_jax.pictures.styles import Style
 
-TITLE = "Recall against bytes of state"
+FRONTIER_TITLE = "Recall against bytes of state"
 """Of the frontier."""
 MATPLOTLIB_MARKERS = {
     "circle": "o",
@@ -64,7 +64,7 @@ def frontier(
     _draw_published(axes, published, style_of, convolution)
     for name, style in style_of.items():
         _draw_family(axes, name, [x for x in points if x.family == name], style, convolution)
-    axes.set(title=TITLE, ylabel="accuracy, mean over all test segments")
+    axes.set(title=FRONTIER_TITLE, ylabel="accuracy, mean over all test segments")
     axes.set(xlabel=_state_of(points, convolution=convolution), ylim=(-0.03, 1.03))
     _byte_axis(axes)
     _name_sources(axes, published)

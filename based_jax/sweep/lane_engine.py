@@ -19,7 +19,7 @@ from based_jax.sweep.schedule import Group, Progress, SweepOptions, work_off
 from based_jax.sweep.trial import Sweep, Trial
 
 WORKERS_BY_PLATFORM = {"gpu": 6, "tpu": 4}
-"""Groups under way on a device: while one of them trains, the others compile."""
+"""Threads that train groups on a device: while one of them trains, the others compile."""
 
 
 class LaneEngine:

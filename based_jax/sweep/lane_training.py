@@ -18,7 +18,7 @@ import numpy as np
 from based_jax.data.segments import SegmentSource, Split
 from based_jax.labels import is_labelled
 from based_jax.sweep import lanes
-from based_jax.sweep.lanes import Examples, Lanes, Program, Rates
+from based_jax.sweep.lanes import Lanes, PlacedExamples, Program, Rates
 from based_jax.sweep.trial import Trial
 
 GROUP_MEMORY_FRACTION = 0.8
@@ -64,15 +64,15 @@ class Resident:
         [self.device] = self.train[0].inputs.devices()
         self.tokens = max(x.inputs.shape[1] for x in self.train) * trial.batch_size
 
-    def _examples(self, split: Split, number: int) -> list[Examples]:
+    def _examples(self, split: Split, number: int) -> list[PlacedExamples]:
         """Return the segments of a split; those of one length ask for as many answers, to share a program."""
         found = [self.source.examples(split, i) for i in range(number)]
         asked: dict[tuple, int] = collections.defaultdict(lambda: 1)
         for inputs, labels in found:
             asked[inputs.shape] = max(asked[inputs.shape], is_labelled(labels).sum(axis=1).max())
-        return [Examples.of(inputs, labels, asked[inputs.shape]) for inputs, labels in found]
+        return [PlacedExamples.of(inputs, labels, asked[inputs.shape]) for inputs, labels in found]
 
-    def dispatches(self, epoch: int) -> Iterator[tuple[Examples, np.ndarray, int]]:
+    def dispatches(self, epoch: int) -> Iterator[tuple[PlacedExamples, np.ndarray, int]]:
         """Yield (examples, rows of `Lanes.training`, number of steps): successive batches of one segment."""
         for segment, batches in itertools.groupby(self.source.order(epoch), key=lambda batch: batch[0]):
             taken = [rows for _, rows in batches]
@@ -83,7 +83,7 @@ class Resident:
                     row[: len(ids)] = ids
                 yield self.train[segment], rows, len(part)
 
-    def test_rows(self, examples: Examples) -> int:
+    def test_rows(self, examples: PlacedExamples) -> int:
         """Return how many test examples are read together: as many tokens as the largest training batch."""
         return max(1, self.tokens // examples.inputs.shape[1])
 
@@ -296,10 +296,10 @@ class _Smaller(NamedTuple):
     test: futures.Future[float]
 
 
-def _key(examples: Examples) -> tuple:
+def _key(examples: PlacedExamples) -> tuple:
     return examples.inputs.shape, examples.where.shape
 
 
-def _size(examples: Examples) -> int:
+def _size(examples: PlacedExamples) -> int:
     """Return tokens and answers of a row: the most memory is taken where they are most."""
     return sum(examples.shape)

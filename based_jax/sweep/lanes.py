@@ -15,12 +15,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from based_jax.dims import DropoutKey
 from based_jax.labels import NO_LABEL, is_labelled
 from based_jax.nn.lm import LM
 from based_jax.nn.loss import Sums, position_sums
 from based_jax.optim import adamw
 from based_jax.sweep.trial import Trial
-from based_jax.train.step import TrainState, init_state, make_train_step
+from based_jax.train.step import TrainState, initial_state, make_train_step
 
 MAX_STEPS_PER_DISPATCH = 100
 INIT_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
@@ -45,8 +46,8 @@ class Rates(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Examples:
-    """Examples with the positions that are asked: P of each, or all T.
+class PlacedExamples:
+    """Examples on a device, with the positions that are asked: P of each, or all T.
 
     Attributes:
       inputs: ids.
@@ -59,7 +60,7 @@ class Examples:
     answers: Int[Array, "N P"]
 
     @classmethod
-    def of(cls, inputs: np.ndarray, labels: np.ndarray, least: int = 1) -> "Examples":
+    def of(cls, inputs: np.ndarray, labels: np.ndarray, least: int = 1) -> "PlacedExamples":
         """Return the examples of (N, T) inputs and labels, `NO_LABEL` where nothing is asked, on the default device.
 
         P is the largest number of answers to an example, but at least `least`.
@@ -77,16 +78,17 @@ class Examples:
         """T and P: with the number of rows, what a program is compiled for."""
         return self.inputs.shape[1], self.where.shape[1]
 
-    def rows(self, rows: Int[Array, "B"]) -> "Examples":
+    def rows(self, rows: Int[Array, "B"]) -> "PlacedExamples":
         """Return some rows; for -1 one without answers."""
         taken = jax.tree.map(lambda x: x[jnp.maximum(rows, 0)], self)
         return dataclasses.replace(taken, answers=jnp.where(rows[:, None] < 0, NO_LABEL, taken.answers))
 
 
-def answer_sums(model: LM, examples: Examples) -> Sums:
+def answer_sums(model: LM, examples: PlacedExamples, dropout_key: DropoutKey | None = None) -> Sums:
     """Return `position_sums` of the answers; of examples with answers the "accuracies" and the number, "examples"."""
     answers = examples.answers
-    hidden = model.hidden(examples.inputs, positions=None if answers.shape == examples.inputs.shape else examples.where)
+    where = None if answers.shape == examples.inputs.shape else examples.where
+    hidden = model.hidden(examples.inputs, positions=where, dropout_key=dropout_key)
     losses, correct = model.cross_entropy(hidden, answers)
     counts = is_labelled(answers).sum(axis=1)
     return position_sums(losses, correct, answers) | {
@@ -116,7 +118,7 @@ class Lanes:
         """Return `call(seeds) -> states` before the first step, each a function of its seed (R,) alone."""
         return _compiled(self._init, (), self.seeds, options=INIT_COMPILER_OPTIONS)
 
-    def training(self, examples: Examples) -> Program:
+    def training(self, examples: PlacedExamples) -> Program:
         """Return `call(states, rates, examples, rows, count) -> (states, losses)`.
 
         It takes `count` of the (`MAX_STEPS_PER_DISPATCH`, B) `rows`, -1 for none; `losses` (R,) are sums over steps of
@@ -126,7 +128,7 @@ class Lanes:
         count = jax.ShapeDtypeStruct((), jnp.int32)
         return _compiled(self._train, (0,), self.states, self.rates, _shapes(examples), rows, count)
 
-    def testing(self, examples: Examples, rows: int) -> Program:
+    def testing(self, examples: PlacedExamples, rows: int) -> Program:
         """Return `call(params, examples) -> accuracies` (R,), means over examples; `rows` of them at a time."""
 
         def test(params, examples):
@@ -136,7 +138,11 @@ class Lanes:
 
     def _init(self, seeds) -> TrainState:
         tx = adamw(self.trial.optim, self.trial.steps)
-        return jax.vmap(lambda seed: init_state(LM(self.trial.model, rngs=nnx.Rngs(jax.random.key(seed))), tx))(seeds)
+
+        def init(key):
+            return initial_state(LM(self.trial.model, rngs=nnx.Rngs(key)), tx, key)
+
+        return jax.vmap(lambda seed: init(jax.random.key(seed)))(seeds)
 
     def _train(self, states, rates, examples, rows, count):
         def step(i, carry):
@@ -146,13 +152,13 @@ class Lanes:
 
         return lax.fori_loop(0, count, step, (states, jnp.zeros(self.number, jnp.float32)))
 
-    def step(self, state: TrainState, rates: Rates, batch: Examples) -> tuple[TrainState, Float[Array, ""]]:
+    def step(self, state: TrainState, rates: Rates, batch: PlacedExamples) -> tuple[TrainState, Float[Array, ""]]:
         """Return the state of one lane after a batch, and the mean loss of its answers."""
         tx = adamw(self.trial.optim, self.trial.steps, lr=rates.lr, weight_decay=rates.weight_decay)
         state, metrics = make_train_step(self.graphdef, tx, sums_of=answer_sums)(state, batch)
         return state, metrics["loss"]
 
-    def _test(self, params, examples: Examples, rows: int):
+    def _test(self, params, examples: PlacedExamples, rows: int):
         number = examples.inputs.shape[0]
         order = np.full(-(-number // rows) * rows, -1, np.int32)
         order[:number] = np.arange(number)

@@ -22,7 +22,7 @@ from based_jax.sweep.trial import Sweep, Trial, load_sweep
 from based_jax.train.run import RunConfig, TrainConfig
 
 ENGINES: dict[type[RunConfig], type[Engine]] = {Trial: LaneEngine, TrainConfig: RunEngine}
-PRINT = functools.partial(print, flush=True)
+print_at_once = functools.partial(print, flush=True)
 
 
 def run_sweep(
@@ -49,7 +49,7 @@ def local(spec: str, store: str, options: SweepOptions) -> int:
       UserError: a point is impossible; nothing has been trained then.
       RuntimeError: groups have failed, after all others have been trained.
     """
-    return run_sweep(load_sweep(spec), Store(store), name_of(spec), options, PRINT)
+    return run_sweep(load_sweep(spec), Store(store), name_of(spec), options, print_at_once)
 
 
 def in_processes(spec: str, store: str, options: SweepOptions, *, processes: int) -> None:
@@ -68,20 +68,21 @@ def in_processes(spec: str, store: str, options: SweepOptions, *, processes: int
     with forked_pool(processes) as pool:
         engine.prepare(sweep, pool.starmap)
     threads = min(options.compiler_threads, max(2, (os.cpu_count() or 1) // processes))
-    options, workers = dataclasses.replace(options, compiler_threads=threads, workers=options.workers or 1), []
+    options = dataclasses.replace(options, compiler_threads=threads, workers=options.workers or 1)
+    children = []
     for i in range(processes):
         gpu = gpus[i % len(gpus)] if gpus else None
-        workers.append(fork.Process(target=_work, args=(engine, todo, store, name_of(spec), options, gpu)))
+        children.append(fork.Process(target=_work, args=(engine, todo, store, name_of(spec), options, gpu)))
     try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        for process in children:
+            process.start()
+        for process in children:
+            process.join()
     except BaseException:
-        for worker in workers:
-            worker.kill()  # rows are on the disk
+        for process in children:
+            process.kill()  # rows are on the disk
         raise
-    if failed := sum(bool(worker.exitcode) for worker in workers):
+    if failed := sum(bool(process.exitcode) for process in children):
         raise RuntimeError(f"{failed} of {processes} processes have failed.")
 
 
@@ -108,7 +109,7 @@ def _end_at_once() -> None:
 def _work(engine: Engine, todo: Todo, store: str, name: str, options: SweepOptions, gpu: str | None) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    engine.train(Progress(todo, Store(store), PRINT), name, options)
+    engine.train(Progress(todo, Store(store), print_at_once), name, options)
 
 
 def visible_gpus() -> list[str]:
@@ -133,7 +134,7 @@ def on_ray(spec: str, store: str, options: SweepOptions, *, tasks: int) -> int:
       UserError: Ray is not installed, or a point is impossible.
     """
     try:
-        import ray
+        import ray  # optional
     except ImportError:
         raise UserError("--launcher=ray needs Ray; install based-jax[ray].") from None
     load_sweep(spec)  # what is impossible is refused before anything is started

@@ -12,6 +12,7 @@ from flax import nnx
 
 from based_jax import config as configs
 from based_jax.nn import names
+from based_jax.nn.accounting import ELEMENT_BYTES
 from based_jax.nn.lm import LM
 from based_jax.sweep.lane_training import Outcome
 from based_jax.sweep.points import Point
@@ -60,7 +61,7 @@ def _point_and_size(point: Point, config: RunConfig) -> dict[str, Any]:
         "overrides": configs.to_dict(point),
         "config": config.resolved,
         "state_elements": elements,
-        "state_bytes": 4 * elements,
+        "state_bytes": ELEMENT_BYTES * elements,
         "params": model.num_params(),
     }
 

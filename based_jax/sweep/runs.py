@@ -28,7 +28,7 @@ from based_jax.train.run import TrainConfig
 
 LOG_FILE = "log.txt"
 """Of a workdir: what its run printed."""
-SPAWN = multiprocessing.get_context("spawn")  # a process that was forked cannot use a device
+SPAWN_CONTEXT = multiprocessing.get_context("spawn")  # a process that was forked cannot use a device
 
 
 class RunEngine:
@@ -60,8 +60,8 @@ def _sent_by_process(target: Callable, *arguments: Any) -> dict[str, Any]:
     Raises:
       RuntimeError: it sends why it failed, or ends without a word.
     """
-    receiver, sender = SPAWN.Pipe(duplex=False)
-    process = SPAWN.Process(target=target, args=(sender, *arguments))
+    receiver, sender = SPAWN_CONTEXT.Pipe(duplex=False)
+    process = SPAWN_CONTEXT.Process(target=target, args=(sender, *arguments))
     process.start()
     sender.close()  # the other end is the process's alone: its end is the end of the file
     found = None

@@ -25,7 +25,7 @@ class SweepOptions:
 
     Attributes:
       max_lanes: trials trained together, at most.
-      workers: groups under way on each device, or whole runs under way; None for what suits the engine.
+      workers: threads that train groups on each device, or whole runs, at a time; None for what suits the engine.
       compiler_threads: programs that a group compiles at the same time.
       part: (i, n) to take every n-th group from the i-th on (`Todo`).
       command: what the rows name as their command.

@@ -1,6 +1,7 @@
 """A trial: the whole config of one point of a sweep, its id, and which values a compiled program does not fix."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from based_jax.sweep.points import Point
 from based_jax.train.run import RunConfig, TrainConfig
 from based_jax.train.tasks import SyntheticTask
 
-TRACED = ("seed", "optim.lr", "optim.weight_decay")
+TRACED_KEYS = ("seed", "optim.lr", "optim.weight_decay")
 """Values that enter a program as arrays: trials that differ in them alone are lanes of one program."""
 
 
@@ -51,11 +52,11 @@ class Trial(RunConfig):
         """Updates in the whole run, if it does not end early."""
         return self.epochs * self.steps_per_epoch
 
-    @property
+    @functools.cached_property
     def signature(self) -> str:
         """The same for all trials that one program can train."""
         flat = flatten_dict(self.resolved, sep=".")
-        values = {key: value for key, value in flat.items() if key not in TRACED}
+        values = {key: value for key, value in flat.items() if key not in TRACED_KEYS}
         return configs.config_id(values)
 
 
@@ -100,7 +101,7 @@ def load_sweep(spec: str) -> Sweep:
     Raises:
       UserError: the file is missing or fails, has no such variant, or returns something else.
     """
-    sweep = configs.call(spec, "get_sweep")
+    sweep = configs.call_in_file(spec, "get_sweep")
     if not isinstance(sweep, Sweep):
         raise UserError(f"Sweep '{spec}' is {sweep!r:.80}; get_sweep returns a Sweep.")
     return sweep

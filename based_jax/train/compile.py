@@ -8,14 +8,13 @@ import dataclasses
 from typing import Any
 
 import jax
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from based_jax import optim, parallel
-from based_jax.nn.lm import LM, LMConfig
+from based_jax.nn.lm import LM
 from based_jax.train.run import TrainConfig
-from based_jax.train.step import Metrics, TrainState, init_state, make_train_step
+from based_jax.train.step import Metrics, TrainState, initial_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ def train_program(config: TrainConfig, mesh: Mesh) -> TrainProgram:
     tx = optim.adamw(config.optim, config.steps)
 
     def init(key: jax.Array) -> TrainState:
-        return initial_state(config.model, tx, key)
+        return initial_state(LM(config.model, rngs=nnx.Rngs(key)), tx, key)
 
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(0))))
     shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
@@ -101,8 +100,3 @@ def train_program(config: TrainConfig, mesh: Mesh) -> TrainProgram:
         jitted_init=jax.jit(init, out_shardings=where),
         jitted_step=jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
     )
-
-
-def initial_state(model: LMConfig, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """Return the state before the first step; parameters are a function of the key alone."""
-    return init_state(LM(model, rngs=nnx.Rngs(key)), tx)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from flax import nnx
 from based_jax import config as configs
 from based_jax import flops, parallel
 from based_jax.errors import UserError
+from based_jax.nn.accounting import ELEMENT_BYTES
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS
 from based_jax.optim import OptimConfig
@@ -55,7 +55,7 @@ class RunConfig:
         values["model"]["layers"], values["data"] = full, self.data.resolved_values
         return configs.to_dict(values)
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """The name of what this config trains: 12 hexadecimal digits of its resolved values."""
         return configs.config_id(self.resolved)
@@ -93,15 +93,9 @@ def load_run(workdir: str | Path, step: int | None = None) -> tuple[TrainConfig,
     """Return (config, step, model) of a trained run, from its last good checkpoint or from that of `step`.
 
     Raises:
-      UserError: the folder is no run's, its config.json is damaged, or it has no good checkpoint.
+      UserError: the folder is no run's, its config.json is damaged or of another version, or it has no good checkpoint.
     """
-    path = Path(workdir) / configs.FILE
-    if not path.exists():
-        raise UserError(f"'{workdir}' is no run: it has no {configs.FILE}.")
-    try:
-        config = configs.build(TrainConfig, json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f"'{path}' is no config: {error}.") from None
+    config = configs.read(TrainConfig, workdir)
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(config.seed))))
     params = parallel.placed(shapes, parallel.make_mesh())
     with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
@@ -124,7 +118,7 @@ class Facts:
         model = nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(0)))
         return cls(
             forward_flops=model.flops_per_token(seq_len),
-            state_bytes=4 * model.state_size(seq_len),
+            state_bytes=ELEMENT_BYTES * model.state_size(seq_len),
             device_kind=jax.devices()[0].device_kind,
             devices=jax.device_count(),
         )

@@ -4,33 +4,34 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "results"
-KEY = "op", "impl", "pass", "batch", "heads", "seq_len"
-FORWARD, BOTH = PASSES = "forward", "forward+backward"
+from based_jax.bench.catalogue.operation import Shape
+from based_jax.bench.kernels import BATCH_TOKENS
 
-HEADS = 16
-TOKENS = 1 << 14
-"""Of a batch, in the benchmark's sets."""
-CROSSOVER = 1024
+FOLDER = Path(__file__).parent / "results"
+ROW_KEY = "op", "impl", "pass", "batch", "heads", "seq_len"
+
+TIMED_HEADS = 16
+"""Of the benchmark's sets."""
+LONGEST_SHORT_TOKENS = 1024
 """Tokens up to which the sets of short sequences go, and from which on those of long ones do."""
 
-WINDOWED = {"hopper": "hopper_tiles", "cudnn": "cudnn_flash", "xla": "xla_bands"}
-CONVOLVED = {"hopper": "hopper_taps", "xla": "xla_taps"}
-NORMED = {"hopper": "hopper_rows", "xla": "xla_rows"}
-MATRIX_STATES = {"hopper": "hopper_steps", "triton": "triton_chunks", "xla": "xla_chunks"}
+WINDOW_IMPLS = {"hopper": "hopper_tiles", "cudnn": "cudnn_flash", "xla": "xla_bands"}
+CONVOLUTION_IMPLS = {"hopper": "hopper_taps", "xla": "xla_taps"}
+NORM_IMPLS = {"hopper": "hopper_rows", "xla": "xla_rows"}
+MATRIX_STATE_IMPLS = {"hopper": "hopper_steps", "triton": "triton_chunks", "xla": "xla_chunks"}
 OLD_IMPLS: dict[str, dict[str, str]] = {
     "taylor_attention": {"hopper": "hopper_chunks", "xla": "xla_chunks", "quadratic": "xla_quadratic"},
     "attention": {"cudnn": "cudnn_flash"},
-    "window_attention_64": WINDOWED,
-    "window_attention_128": WINDOWED,
-    "gated_short_conv": CONVOLVED,
-    "short_conv": CONVOLVED,
-    "residual_rms_norm": NORMED,
-    "residual_layer_norm": NORMED,
-    "gated_linear_attention": MATRIX_STATES,
-    "simple_gla": MATRIX_STATES,
-    "delta_rule": MATRIX_STATES,
-    "gated_delta_rule": MATRIX_STATES,
+    "window_attention_64": WINDOW_IMPLS,
+    "window_attention_128": WINDOW_IMPLS,
+    "gated_short_conv": CONVOLUTION_IMPLS,
+    "short_conv": CONVOLUTION_IMPLS,
+    "residual_rms_norm": NORM_IMPLS,
+    "residual_layer_norm": NORM_IMPLS,
+    "gated_linear_attention": MATRIX_STATE_IMPLS,
+    "simple_gla": MATRIX_STATE_IMPLS,
+    "delta_rule": MATRIX_STATE_IMPLS,
+    "gated_delta_rule": MATRIX_STATE_IMPLS,
 }
 """What implementations are called that the first rows name by their backend alone."""
 OLD_CHECKS = {
@@ -54,7 +55,6 @@ OLD_CHECKS = {
 """Operation and implementation of the first checks, whose names name no implementation."""
 
 Place = tuple[str, str, str, int, int, int]
-Shape = tuple[int, int, int]
 
 
 def read(folder: Path, pattern: str) -> list[dict]:
@@ -63,10 +63,10 @@ def read(folder: Path, pattern: str) -> list[dict]:
 
 
 def measured(folder: Path, pattern: str = "bench*.jsonl") -> dict[Place, dict]:
-    """Return the benchmark's rows that have a time, by `KEY`; the last of several."""
+    """Return the benchmark's rows that have a time, by `ROW_KEY`; the last of several."""
     rows = [row for row in read(folder, pattern) if "microseconds" in row]
     rows = [row | {"impl": OLD_IMPLS.get(row["op"], {}).get(row["impl"], row["impl"])} for row in rows]
-    return {tuple(row[name] for name in KEY): row for row in rows}
+    return {tuple(row[name] for name in ROW_KEY): row for row in rows}
 
 
 def row_of(rows: dict[Place, dict], op: str, impl: str, which: str, shape: Shape) -> dict | None:
@@ -116,9 +116,10 @@ def made_by(rows: Iterable[dict]) -> str:
 
 
 def lengths(rows: dict[Place, dict]) -> list[Shape]:
-    """Return the shapes of Taylor attention with TOKENS in a batch, or one row that is longer, by T."""
-    found = {where(row) for row in rows.values() if row["op"] == "taylor_attention" and row["heads"] == HEADS}
-    return sorted((x for x in found if x[0] * x[2] == TOKENS or (x[0] == 1 and x[2] > TOKENS)), key=lambda x: x[2])
+    """Return the shapes of Taylor attention with the sets' tokens in a batch, or one row that is longer, by T."""
+    found = {where(row) for row in rows.values() if row["op"] == "taylor_attention" and row["heads"] == TIMED_HEADS}
+    full = (x for x in found if x[0] * x[2] == BATCH_TOKENS or (x[0] == 1 and x[2] > BATCH_TOKENS))
+    return sorted(full, key=lambda x: x[2])
 
 
 def batches(rows: dict[Place, dict], time: int) -> list[Shape]:

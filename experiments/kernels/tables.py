@@ -5,30 +5,33 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
+
+from based_jax.bench.catalogue.operation import FORWARD, PASSES, Shape
 from based_jax.bench.torch_peers import PEERS
+from based_jax.pictures.tables import markdown
 from experiments.kernels import results
-from experiments.kernels.results import FORWARD, PASSES, Shape
 
 README = Path(__file__).parent / "README.md"
-BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-NONE = "No rows yet."
+README_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NO_ROWS = "No rows yet."
 GOALS = {(8, 16, 2048): (45, 260), (2, 16, 8192): (45, 260), (1, 16, 32768): (90, 520)}
 """Microseconds, forward and forward + backward, that the kernels were set."""
 FLA = "fla_parallel_based", "fla_fused_chunk_based"
-COLUMNS = {
+TAYLOR_COLUMNS = {
     "ours": ("taylor_attention", "hopper_chunks"),
     "FLA `parallel_based`": ("taylor_attention", FLA[0]),
     "FLA `fused_chunk_based`": ("taylor_attention", FLA[1]),
     "cuDNN attention": ("attention", "cudnn_flash"),
     "torch attention": ("attention", "torch_sdpa"),
 }
-OTHERS = "window_attention_64", "window_attention_128", "gated_short_conv", "residual_rms_norm"
-FORMS = {"ours": "hopper", "cuDNN": "cudnn", "XLA": "xla"}
+OTHER_OPERATIONS = "window_attention_64", "window_attention_128", "gated_short_conv", "residual_rms_norm"
+OTHER_COLUMNS = {"ours": "hopper", "cuDNN": "cudnn", "XLA": "xla"}
 """Columns, and whose times they hold: a form's, or a backend's."""
 PEER = "peer"
 """The operation's own peer."""
-MATRIX_STATES = "gated_delta_rule", "simple_gla", "delta_rule", "gated_linear_attention"
-STALLS = 4
+MATRIX_STATE_OPERATIONS = "gated_delta_rule", "simple_gla", "delta_rule", "gated_linear_attention"
+SHOWN_STALLS = 4
 """Reasons named for each kernel."""
 
 
@@ -42,20 +45,20 @@ def run(args: argparse.Namespace) -> int:
     """Rewrite the README's tables, and print them."""
     text = render(args.readme.read_text(), args.results)
     args.readme.write_text(text)
-    for block in BLOCK.finditer(text):
+    for block in README_TABLE.finditer(text):
         print(block[0])
     return 0
 
 
 def render(text: str, folder: Path) -> str:
     """Return a text with its tables made anew from the rows of a folder."""
-    return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]](folder)}\n{block[3]}", text)
+    return README_TABLE.sub(lambda block: f"{block[1]}{TABLES[block[2]](folder)}\n{block[3]}", text)
 
 
 def by_length(folder: Path) -> str:
     """Return times at each length, of the same number of tokens as far as possible."""
     rows = results.measured(folder)
-    return _compared(rows, [x for x in results.lengths(rows) if x[2] >= results.CROSSOVER])
+    return _compared(rows, [x for x in results.lengths(rows) if x[2] >= results.LONGEST_SHORT_TOKENS])
 
 
 def by_batch(folder: Path) -> str:
@@ -68,15 +71,15 @@ def _compared(rows: dict, shapes: Sequence[Shape]) -> str:
     """Return a table of Taylor attention beside its floor and its peers."""
 
     def cells(shape: Shape) -> list[str]:
-        times = [[results.time_of(rows, *x, which, shape) for which in PASSES] for x in COLUMNS.values()]
+        times = [[results.time_of(rows, *x, which, shape) for which in PASSES] for x in TAYLOR_COLUMNS.values()]
         floors = [results.floor_of(rows, "taylor_attention", which, shape) for which in PASSES]
         fla = [results.best([x[i] for x in times[1:3]]) for i in range(2)]
         pairs = [_pair(floors), f"**{_pair(times[0])}**", *map(_pair, times[1:]), _ratios(fla, times[0])]
         return [_shape(shape), *pairs]
 
-    shapes = [x for x in shapes if results.time_of(rows, *COLUMNS["ours"], FORWARD, x)]
-    header = ["(B, H, T)", "floor", *COLUMNS, "FLA's best / ours"]
-    used = [row for key, row in rows.items() if key[3:] in shapes and key[:2] in COLUMNS.values()]
+    shapes = [x for x in shapes if results.time_of(rows, *TAYLOR_COLUMNS["ours"], FORWARD, x)]
+    header = ["(B, H, T)", "floor", *TAYLOR_COLUMNS, "FLA's best / ours"]
+    used = [row for key, row in rows.items() if key[3:] in shapes and key[:2] in TAYLOR_COLUMNS.values()]
     return _table(header, map(cells, shapes), used)
 
 
@@ -85,11 +88,11 @@ def goals(folder: Path) -> str:
     rows = results.measured(folder)
 
     def cells(shape: Shape) -> list[str]:
-        ours = [results.time_of(rows, *COLUMNS["ours"], which, shape) for which in PASSES]
+        ours = [results.time_of(rows, *TAYLOR_COLUMNS["ours"], which, shape) for which in PASSES]
         return [_shape(shape), _pair(GOALS[shape]), _pair(ours), _ratios(ours, GOALS[shape])]
 
-    shapes = [x for x in GOALS if results.time_of(rows, *COLUMNS["ours"], FORWARD, x)]
-    used = [row for key, row in rows.items() if key[3:] in shapes and key[:2] == COLUMNS["ours"]]
+    shapes = [x for x in GOALS if results.time_of(rows, *TAYLOR_COLUMNS["ours"], FORWARD, x)]
+    used = [row for key, row in rows.items() if key[3:] in shapes and key[:2] == TAYLOR_COLUMNS["ours"]]
     return _table(["(B, H, T)", "goal", "ours", "ours / goal"], map(cells, shapes), used)
 
 
@@ -106,13 +109,17 @@ def short(folder: Path) -> str:
         return [_shape(shape), *map(_pair, times), _ratios(times[1], times[0])]
 
     wanted = "taylor_attention", "xla_quadratic", FORWARD
-    shapes = [x for x in results.lengths(rows) if x[2] <= results.CROSSOVER and results.time_of(rows, *wanted, x)]
+    brief = [x for x in results.lengths(rows) if x[2] <= results.LONGEST_SHORT_TOKENS]
+    shapes = [x for x in brief if results.time_of(rows, *wanted, x)]
     used = [row for key, row in rows.items() if key[3:] in shapes and key[1] in forms.values()]
     return _table(["(B, H, T)", *forms, "quadratic / ours"], map(cells, shapes), used)
 
 
 def others(
-    folder: Path, operations: Sequence[str] = OTHERS, files: str = "bench*.jsonl", impls: Mapping[str, str] = FORMS
+    folder: Path,
+    operations: Sequence[str] = OTHER_OPERATIONS,
+    files: str = "bench*.jsonl",
+    impls: Mapping[str, str] = OTHER_COLUMNS,
 ) -> str:
     """Return times of the other operations, the first implementation's beside those of others."""
     rows = results.measured(folder, files)
@@ -147,7 +154,7 @@ def later(folder: Path) -> str:
 def chunks(folder: Path) -> str:
     """Return times of matrix states by chunks, and of what else there is."""
     impls = {"ours": "triton_chunks", "FLA": PEER, "token by token": "hopper_steps", "XLA": "xla_chunks"}
-    return others(folder, MATRIX_STATES, "chunks.jsonl", impls)
+    return others(folder, MATRIX_STATE_OPERATIONS, "chunks.jsonl", impls)
 
 
 def convolutions(folder: Path) -> str:
@@ -173,7 +180,7 @@ def launches(folder: Path) -> str:
     units = ("tensor_percent", "l1_percent", "l2_percent", "dram_percent", "issue_percent")
 
     def cells(row: dict) -> list[str]:
-        stalls = ", ".join(f"{name} {x:.1f}" for name, x in list(row["stalls"].items())[:STALLS])
+        stalls = ", ".join(f"{name} {x:.1f}" for name, x in list(row["stalls"].items())[:SHOWN_STALLS])
         place = _shape(results.where(row)) if "batch" in row else "-"
         busy = [f"{row[name]:.0f} %" if name in row else "-" for name in units]
         sizes = (f"{row[name]:.0f}" if name in row else "-" for name in ("registers", "blocks_at_once"))
@@ -192,15 +199,32 @@ def _kernel(row: dict) -> str:
 def checks(folder: Path) -> str:
     """Return how many cases of each operation and implementation passed, and the largest error."""
     rows = [row for row in results.read(folder, "check*.jsonl") if "refused" not in row]
+    cases = [(*results.checked(row), row["passed"], max(row.get("errors", {}).values(), default=None)) for row in rows]
+    found = pd.DataFrame(cases, columns=["operation", "implementation", "passed", "error"])
+    body = [
+        [f"`{operation}`", f"`{impl}`", f"{mine['passed'].sum()} of {len(mine)}", _error(mine["error"].max())]
+        for (operation, impl), mine in found.groupby(["operation", "implementation"], sort=False)
+    ]
+    return _table(["operation", "implementation", "cases passed", "largest relative error"], body, rows)
 
-    def cells(call: tuple[str, str]) -> list[str]:
-        mine = [row for row in rows if results.checked(row) == call]
-        largest = max((x for row in mine for x in row.get("errors", {}).values()), default=None)
-        passed = f"{sum(row['passed'] for row in mine)} of {len(mine)}"
-        return [*(f"`{name}`" for name in call), passed, "-" if largest is None else f"{largest:.1e}"]
 
-    header = ["operation", "implementation", "cases passed", "largest relative error"]
-    return _table(header, map(cells, dict.fromkeys(map(results.checked, rows))), rows)
+def _error(x: float) -> str:
+    return "-" if pd.isna(x) else f"{x:.1e}"
+
+
+def revisions(folder: Path) -> str:
+    """Return how much longer a revision's calls take than another's, each the better of its repeats."""
+    rows = results.read(folder, "revisions.jsonl")
+    if not rows:
+        return NO_ROWS
+    found = pd.DataFrame(rows)
+    found["shape"] = found["shape"].map(_shape)
+    best = found.pivot_table("microseconds", ["op", "shape"], ["revision", "pass"], aggfunc="min", sort=False)
+    before, after = (best[revision][list(PASSES)] for revision in found["revision"].unique())
+    longer = (after / before - 1).groupby("op", sort=False)
+    spans = longer.agg(lambda x: f"{x.min():+.1%} to {x.max():+.1%}")
+    body = [[f"`{op}`", str(count), *spans.loc[op]] for op, count in longer.size().items()]
+    return _table(["operation", "shapes", *(name.replace("+", " + ") for name in PASSES)], body, rows)
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -215,16 +239,14 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "calls": calls,
     "launches": launches,
     "checks": checks,
+    "revisions": revisions,
 }
 
 
 def _table(header: Sequence[str], body: Iterable[Sequence[str]], used: Sequence[dict]) -> str:
     """Return a Markdown table with what made its rows below."""
-    lines = [f"| {' | '.join(row)} |" for row in (header, *body)]
-    if len(lines) == 1:
-        return NONE
-    lines.insert(1, f"|{'---|' * len(header)}")
-    return "\n".join([*lines, "", f"{results.made_by(used)}."])
+    table = pd.DataFrame(list(body), columns=list(header))
+    return NO_ROWS if table.empty else f"{markdown(table)}\n\n{results.made_by(used)}."
 
 
 def _shape(shape: Shape) -> str:

@@ -7,15 +7,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-IMPLS = "hopper", "xla", "oracle"
+import jax
+import numpy as np
+
+from based_jax import config as configs
+from based_jax.train import loop
+from based_jax.train.run import TrainConfig
+from experiments.kernels import results
+
+TRAINED_IMPLS = "hopper", "xla", "oracle"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--out", type=Path, default=RESULTS / "training.jsonl", help="JSON lines; replaced")
+    parser.add_argument("--out", type=Path, default=results.FOLDER / "training.jsonl", help="JSON lines; replaced")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--impls", nargs="+", default=IMPLS)
+    parser.add_argument("--impls", nargs="+", default=TRAINED_IMPLS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,13 +33,6 @@ def run(args: argparse.Namespace) -> int:
 
 def train(out: Path, steps: int, impls) -> None:
     """Write the loss of every step of each run, and print how far the runs are from the XLA one."""
-    import jax
-    import numpy as np
-
-    from based_jax import config as configs
-    from based_jax.train import loop
-    from based_jax.train.run import TrainConfig
-
     facts = {"device": jax.devices()[0].device_kind, "versions": {"jax": importlib.metadata.version("jax")}}
     facts["command"] = "python -m experiments.kernels " + " ".join(sys.argv[1:])
     losses, rows = {}, []

@@ -29,8 +29,8 @@ MODELS = {
     "based_256": sweeps.based(256, 16),
     "window_128": sweeps.window(64),
     "attention_64": sweeps.FIGURE2["attention"][:1],
-    "mamba_128": sweeps.twice(128, "mamba", d_state=16),
-    "mamba_256": sweeps.twice(256, "mamba", d_state=16),
+    "mamba_128": sweeps.mamba(128, "mamba", 16),
+    "mamba_256": sweeps.mamba(256, "mamba", 16),
     **{
         f"{name}_{point['model.d_model']}": [point]
         for name, space in sweeps.FIGURE2.items()
@@ -81,7 +81,7 @@ def measure(point: dict, segment: int, number: int) -> dict:
     """Return a model's row."""
     trial = make_trial(sweeps.BASE, point)
     source, program = trial.data.open(trial.batch_size, 0, 1), lanes.Lanes(trial, number)
-    examples = lanes.Examples.of(*source.examples("train", segment))
+    examples = lanes.PlacedExamples.of(*source.examples("train", segment))
     begin = time.perf_counter()
     train = program.training(examples).call
     compiled = time.perf_counter() - begin

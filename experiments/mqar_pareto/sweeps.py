@@ -12,6 +12,9 @@ from based_jax.sweep import Sweep, chain, param, product
 
 SEQ_LEN = 1024
 CONV = ("base_conv", {"kernel_size": 3})
+TRANSFORMER_BLOCKS = {"model.embed_dropout": 0.1}
+MAMBA_BLOCKS = {"model.mlp": "none", "model.norm": "rms", "model.final_norm": "layer"}
+"""What zoology's two kinds of blocks have beside the base: the second ones no dropout, one norm each, another last."""
 BASE = {
     "model": {"vocab_size": 8192, "mlp": "identity", "norm": "layer", "dtype": "bfloat16", "d_model": 64, "layers": ()},
     "data": {"kind": "mqar", "preset": "figure2"},
@@ -33,12 +36,12 @@ RATES = [round(10 ** (-3 + 0.5 * i), 6) for i in range(4)]
 
 def hybrid(d_model, kind, **options):
     """Return a space of one point: a short convolution below a mixer."""
-    return [{"model.d_model": d_model, "model.layers": (CONV, (kind, options))}]
+    return [{"model.d_model": d_model, "model.layers": (CONV, (kind, options)), **TRANSFORMER_BLOCKS}]
 
 
 def twice(d_model, kind, **options):
     """Return a space of one point: two layers of a mixer."""
-    return [{"model.d_model": d_model, "model.layers": ((kind, options),) * 2}]
+    return [{"model.d_model": d_model, "model.layers": ((kind, options),) * 2, **TRANSFORMER_BLOCKS}]
 
 
 def based(d_model, feature_dim):
@@ -47,26 +50,37 @@ def based(d_model, feature_dim):
 
 
 def window(size):
-    """Return a sliding window of so many keys."""
-    return hybrid(128, "window", num_heads=1, rotary_fraction=0.0, bias=True, window=size)
+    """Return a sliding window over so many tokens and the query's own, as zoology's `block_size` counts."""
+    return hybrid(128, "window", num_heads=1, rotary_fraction=0.0, bias=True, window=size + 1)
+
+
+def gated_deltanet(d_model, **options):
+    """Return Gated DeltaNet without its output gate, as zoology's points are."""
+    return hybrid(d_model, "gated_deltanet", num_heads=2, use_gate=False, **options)
+
+
+def mamba(d_model, kind, d_state):
+    """Return a space of one point: two layers of Mamba or Mamba-2, in blocks of their own."""
+    return [{"model.d_model": d_model, "model.layers": ((kind, {"d_state": d_state}),) * 2, **MAMBA_BLOCKS}]
 
 
 WIDTHS = (64, 128, 256)
 STATES = (8, 16, 24)
+RWKV7_RANKS = {"decay_low_rank_dim": 16, "gate_low_rank_dim": 64, "a_low_rank_dim": 16, "v_low_rank_dim": 16}
 FIGURE2 = {
     "based": chain(*(based(d, k) for d in (48, 64, 128) for k in STATES), based(256, 16)),
     "attention": chain(*(hybrid(d, "attention", num_heads=1, rotary_fraction=0.0, bias=True) for d in (64, 128))),
     "window": chain(*(window(2**n) for n in range(3, 11))),
-    "mamba": chain(*(twice(d, "mamba", d_state=n) for d in WIDTHS for n in STATES)),
-    "mamba2": chain(*(twice(d, "mamba2", d_state=16) for d in WIDTHS)),
+    "mamba": chain(*(mamba(d, "mamba", n) for d in WIDTHS for n in STATES)),
+    "mamba2": chain(*(mamba(d, "mamba2", 16) for d in WIDTHS)),
     "h3": chain(*(twice(d, "h3", d_state=d // 4, head_dim=2) for d in WIDTHS)),
     "hyena": chain(*(twice(d, "hyena", l_max=SEQ_LEN) for d in WIDTHS)),
     "base_conv": chain(*(twice(d, "base_conv", kernel_size=3) for d in WIDTHS)),
     "gla": chain(*(hybrid(d, "gla", num_heads=2) for d in WIDTHS)),
     "retnet": chain(*(hybrid(d, "retnet", num_heads=2) for d in WIDTHS)),
-    "rwkv7": chain(*(hybrid(d, "rwkv7", head_dim=64) for d in WIDTHS)),
+    "rwkv7": chain(*(hybrid(d, "rwkv7", head_dim=64, **RWKV7_RANKS) for d in WIDTHS)),
     "deltanet": chain(*(hybrid(d, "deltanet", num_heads=2) for d in WIDTHS)),
-    "gated_deltanet": chain(*(hybrid(d, "gated_deltanet", num_heads=2) for d in WIDTHS)),
+    "gated_deltanet": chain(*(gated_deltanet(d) for d in WIDTHS)),
     "kda": chain(*(hybrid(d, "kda", num_heads=2, head_dim=d // 2) for d in WIDTHS)),
 }
 HEADLINE = chain(
@@ -76,9 +90,9 @@ HEADLINE = chain(
     window(64),
     window(1024),
     FIGURE2["attention"][:1],
-    twice(256, "mamba", d_state=16),
+    mamba(256, "mamba", 16),
     hybrid(128, "deltanet", num_heads=2),
-    hybrid(128, "gated_deltanet", num_heads=2),
+    gated_deltanet(128),
 )
 WIDE = 256
 """Models from this width on take two to three times as long as the next smaller ones."""
@@ -115,16 +129,17 @@ def ablation():
     taylor = ("taylor", {"num_heads": 1, "feature_dim": 16})
     near = ("window", {"num_heads": 1, "rotary_fraction": 0.0, "bias": True, "window": 64})
     stacks = ((CONV, CONV), (near, near), (taylor, taylor), (CONV, near), (CONV, taylor), (near, taylor))
-    return product(param("model.d_model", [128]), param("model.layers", [*stacks, (CONV, near, taylor)]))
+    layers = param("model.layers", [*stacks, (CONV, near, taylor)])
+    return product([{"model.d_model": 128, **TRANSFORMER_BLOCKS}], layers)
 
 
 def disputed():
     """Return what to try where a headline point falls short: lower rates, another order of batches, other kernels."""
-    model = hybrid(128, "gated_deltanet", num_heads=2)
+    model = gated_deltanet(128)
     low, least = round(10**-3.5, 6), 1e-3
     lower = product(model, param("optim.lr", [1e-4, low]))
     shuffled = product(model, param("optim.lr", [low, least]), param("data.shuffle", [True]))
-    by = chain(*(hybrid(128, "gated_deltanet", num_heads=2, impl=impl) for impl in ("hopper", "triton")))
+    by = chain(*(gated_deltanet(128, impl=impl) for impl in ("hopper", "triton")))
     return chain(lower, shuffled, product(by, param("optim.lr", [least])))
 
 

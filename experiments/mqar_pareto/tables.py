@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from based_jax.bench.catalogue import OPERATIONS
 from based_jax.errors import UserError
 from based_jax.nn import names
 from based_jax.pictures.configurations import Configuration, accuracy, by_feature_map, configurations, learning_rate
@@ -45,7 +46,23 @@ ASKED_ACCURACIES = {
 STORES = "figure2", "figure3", "ablation"
 BUDGETS_KIB = 8, 16, 32, 64, 128, 256, 512, 1024
 """Of state."""
-OPERATION_KERNELS = "channel_decays", "one_decay", "recurrence", "selective_scan", "taylor", "window"
+SHARED_OPERATIONS = {
+    "gated_short_conv",
+    "short_conv",
+    "residual_rms_norm",
+    "residual_layer_norm",
+    "rms_norm",
+    "layer_norm",
+    "linear_cross_entropy",
+}
+"""Models have them about any mixer, or, short convolutions, within it: none is what a mixer is named for."""
+OPERATION_KERNELS = tuple(
+    prefix
+    for name, operation in OPERATIONS.items()
+    if name not in SHARED_OPERATIONS
+    for prefixes in operation.kernels.values()
+    for prefix in prefixes
+)
 """What the names of a mixer's own kernels begin with; those that are not among a row's longest are not counted."""
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from based_jax.dims import DropoutKey
 from based_jax.labels import is_labelled
 from based_jax.nn.lm import LM
 from based_jax.nn.loss import Sums, position_sums
@@ -28,7 +29,7 @@ from based_jax.sweep import Trial, lanes
 from based_jax.sweep.device_lock import DeviceLock
 from based_jax.sweep.rows import revision
 from based_jax.sweep.trial import make_trial
-from based_jax.train.step import TrainState, init_state, make_train_step
+from based_jax.train.step import TrainState, initial_state, make_train_step
 from experiments.mqar_pareto import sweeps
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,8 +38,8 @@ MODELS = {
     "based_128": sweeps.based(128, 16),
     "based_256": sweeps.based(256, 16),
     "window_128": sweeps.window(64),
-    "gated_deltanet_128": sweeps.hybrid(128, "gated_deltanet", num_heads=2),
-    "mamba_128": sweeps.twice(128, "mamba", d_state=16),
+    "gated_deltanet_128": sweeps.gated_deltanet(128),
+    "mamba_128": sweeps.mamba(128, "mamba", 16),
 }
 LANE_COUNTS = 4, 8
 EXAMPLES_PER_SEGMENT = 4096
@@ -108,13 +109,13 @@ def looped(trial: Trial, examples: list[np.ndarray], way: str) -> Callable[[int]
     inputs, labels = examples
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0))))
     tx = adamw(trial.optim, trial.steps)
-    state = jax.jit(lambda key: init_state(LM(trial.model, rngs=nnx.Rngs(key)), tx))(jax.random.key(0))
+    state = jax.jit(lambda key: initial_state(LM(trial.model, rngs=nnx.Rngs(key)), tx, key))(jax.random.key(0))
     least = labels.shape[1] if way == "loop" else 1
     ends = range(trial.batch_size, len(inputs) + 1, trial.batch_size)
     cuts = [slice(end - trial.batch_size, end) for end in ends]
-    batches = [jax.device_get(lanes.Examples.of(inputs[cut], labels[cut], least)) for cut in cuts]
+    batches = [jax.device_get(lanes.PlacedExamples.of(inputs[cut], labels[cut], least)) for cut in cuts]
 
-    def step(state: TrainState, batch: lanes.Examples):
+    def step(state: TrainState, batch: lanes.PlacedExamples):
         state, metrics = make_train_step(graphdef, tx, sums_of=LOSS_SUMS[way])(state, batch)
         return state, metrics["loss"]
 
@@ -130,9 +131,9 @@ def looped(trial: Trial, examples: list[np.ndarray], way: str) -> Callable[[int]
     return take
 
 
-def plain_sums(model: LM, batch: lanes.Examples) -> Sums:
+def plain_sums(model: LM, batch: lanes.PlacedExamples, dropout_key: DropoutKey | None = None) -> Sums:
     """Return the sums of the answers, their cross-entropy as optax takes it from logits."""
-    hidden, answers = model.hidden(batch.inputs), batch.answers
+    hidden, answers = model.hidden(batch.inputs, dropout_key=dropout_key), batch.answers
     if answers.shape != batch.inputs.shape:
         hidden = jnp.take_along_axis(hidden, batch.where[..., None], axis=1)
     logits, asked = model.logits(hidden), is_labelled(answers)
@@ -146,7 +147,7 @@ LOSS_SUMS = {"loop": plain_sums, "answers": plain_sums, "fused": lanes.answer_su
 def resident(trial: Trial, examples: list[np.ndarray], number: int) -> Callable[[int], object]:
     """Return the sweep's own program for so many lanes."""
     program = lanes.Lanes(trial, number)
-    placed = lanes.Examples.of(*examples)
+    placed = lanes.PlacedExamples.of(*examples)
     train = program.training(placed).call
     states = program.beginning().call(jnp.arange(number, dtype=jnp.uint32))
     rates = lanes.Rates(*(jnp.full(number, x) for x in (trial.optim.lr, trial.optim.weight_decay)))

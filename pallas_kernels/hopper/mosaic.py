@@ -21,7 +21,10 @@ WARPS, WARP_LANES = 4, 32
 """Of a warpgroup, and the lanes of one."""
 NARROW_SWIZZLE, MEDIUM_SWIZZLE, WIDE_SWIZZLE = 32, 64, 128
 TILE_ROWS = 64
-"""Rows of a product on the tensor cores, and the tokens of a chunk."""
+"""Rows of a product on the tensor cores."""
+CHUNK_TOKENS = TILE_ROWS
+"""Tokens that a kernel by chunks takes together."""
+PAIRS_SHAPE = (CHUNK_TOKENS, CHUNK_TOKENS)
 
 
 def swizzled(shape: tuple[int, ...], swizzle: int) -> plgpu.SMEM:

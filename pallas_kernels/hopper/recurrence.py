@@ -146,7 +146,7 @@ class Plan(NamedTuple):
         return [(lax.div(n, self.shape[1]), lax.rem(n, self.shape[1])) for n in numbers]
 
     def tiles_of(self, arrays) -> list:
-        """Return a ring of tiles (heads, TOKENS, .) of each array (B, T, H, .)."""
+        """Return a ring of tiles (heads, TILE_TOKENS, .) of each array (B, T, H, .)."""
         return [plgpu.SMEM((RING_SLOTS, self.heads, TILE_TOKENS, x.shape[-1]), x.dtype) for x in arrays]
 
     def barrier(self, sources):

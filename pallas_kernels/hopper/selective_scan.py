@@ -39,7 +39,7 @@ WARP_CHANNELS = WARP_LANE_GRID[1] * LANE_CHANNELS
 STATE_LAYOUT = plgpu.Layout.TILED(
     plgpu.Tiling(((WARPS, *WARP_LANE_GRID, LANE_CHANNELS),)), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
 )
-"""The layout of a block's states, (WARPS, N, LANES[1], VECTOR)."""
+"""The layout of a block's states, (WARPS, N, WARP_LANE_GRID[1], LANE_CHANNELS)."""
 CHANNEL_LAYOUT = STATE_LAYOUT.reduce(1)
 """Of one value per channel."""
 COEFFICIENT_LAYOUT = STATE_LAYOUT.reduce((0, 2, 3))
@@ -170,7 +170,7 @@ def scaled(A) -> jax.Array:
 
 
 def states_first(x) -> jax.Array:
-    """Return (..., D, N) as (..., D / W, N, LANES[1], VECTOR)."""
+    """Return (..., D, N) as (..., D / W, N, WARP_LANE_GRID[1], LANE_CHANNELS)."""
     x = x.reshape(*x.shape[:-2], -1, WARP_CHANNELS, x.shape[-1]).swapaxes(-1, -2)
     return x.reshape(*x.shape[:-1], WARP_LANE_GRID[1], LANE_CHANNELS)
 
@@ -188,7 +188,7 @@ def load_coefficients(ref, k: int) -> jax.Array:
 
 
 def load_channels(ref) -> jax.Array:
-    """Load (WARPS, W) from shared memory as (WARPS, LANES[1], VECTOR) in fp32."""
+    """Load (WARPS, W) from shared memory as (WARPS, WARP_LANE_GRID[1], LANE_CHANNELS) in fp32."""
     return load_shared(ref.reshape(WARPS, WARP_LANE_GRID[1], LANE_CHANNELS), CHANNEL_LAYOUT)
 
 

@@ -48,7 +48,7 @@ TILE_PAIRS = TILE_TOKENS // 2
 PAIR_LAYOUT = plgpu.Layout.TILED(
     plgpu.Tiling(((4, 8, WARP_LANE_GRID[1]), (2,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
 )
-"""The layout of a pair's dB and dC, (4, N, LANES[1])."""
+"""The layout of a pair's dB and dC, (4, N, WARP_LANE_GRID[1])."""
 
 
 @jax.jit

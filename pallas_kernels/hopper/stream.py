@@ -18,12 +18,12 @@ WARPGROUP_LANES = 128
 
 
 def row_layout(rows: int):
-    """Return the layout of an array (rows, LANES) whose elements lie in the order of the lanes, `rows` to a lane."""
+    """Return the layout of an array (rows, WARPGROUP_LANES) in the order of the lanes, `rows` elements to a lane."""
     return plgpu.Layout.WG_STRIDED((rows, WARPGROUP_LANES), vec_size=rows)
 
 
 def load(ref) -> jax.Array:
-    """Return a row (rows, LANES) of shared or global memory in fp32."""
+    """Return a row (rows, WARPGROUP_LANES) of shared or global memory in fp32."""
     return plgpu.load(ref, layout=row_layout(ref.shape[0]), optimized=False).astype(jnp.float32)
 
 

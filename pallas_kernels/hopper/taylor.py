@@ -16,13 +16,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper.mosaic import CHUNK_TOKENS
 from pallas_kernels.hopper.taylor_packing import FEATURE_DIM, PACKED_DIM, SCALE, expand
 from pallas_kernels.hopper.taylor_state import (
     COUNT_ENTRY,
     MOMENTS_SHAPE,
     SUMS_COLUMNS,
     SUMS_PARTS,
-    C,
     Documents,
     State,
     copy_chunk,
@@ -51,7 +51,7 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
     T are read as zeros and not written.
     """
     batch, time, heads, value_dim = v.shape
-    chunks = pl.cdiv(time, C)
+    chunks = pl.cdiv(time, CHUNK_TOKENS)
     dtype = v.dtype
     given = () if initial is None else (initial,)
     packed = () if documents is None else (documents,)
@@ -83,8 +83,8 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[turn])
 
-            options = {"fetch": fetch, "count": count} | owned_by(docs, lambda n: (begin + n) * C)
-            State(k_tile, v_tile, filled, phi_tile, sums_tile, **options).run(
+            options = {"fetch": fetch, "count": count} | owned_by(docs, lambda n: (begin + n) * CHUNK_TOKENS)
+            State(k_tile, v_tile, filled, phi_tile, sums_tile, **options).accumulate(
                 block, *initial, publish=publish, free=free
             )
 
@@ -95,12 +95,12 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
             plgpu.commit_smem()
             plgpu.barrier_arrive(started)
             plgpu.barrier_wait(started)
-            causal = mosaic.iota((C, C), 0) >= mosaic.iota((C, C), 1)
+            causal = mosaic.iota(mosaic.PAIRS_SHAPE, 0) >= mosaic.iota(mosaic.PAIRS_SHAPE, 1)
             tokens_before = initial[0][block, *COUNT_ENTRY] if given else 0.0
 
             def step(i, _):
                 n = 2 * i + mine
-                slot, first = lax.rem(n, CHUNK_SLOTS), (begin + n) * C
+                slot, first = lax.rem(n, CHUNK_SLOTS), (begin + n) * CHUNK_TOKENS
                 plgpu.barrier_wait(filled.at[slot])
                 queries = q_tile.at[slot]
 
@@ -109,7 +109,7 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
                     x = mosaic.load(queries)
                     return x, expand(x, query=True), accumulator[...]
 
-                x, phi, s = mosaic.products(scores, (C, C))
+                x, phi, s = mosaic.products(scores, mosaic.PAIRS_SHAPE)
                 seen = causal
                 if docs is not None:
                     beginnings = docs.begin(slot)
@@ -128,7 +128,7 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
                     mosaic.multiply(o, p, v_tile.at[slot])
                     return p.astype(jnp.float32).sum(axis=1), form[...], o[...]
 
-                z, form, o = mosaic.products(read, (C, FEATURE_DIM), (C, value_dim))
+                z, form, o = mosaic.products(read, (CHUNK_TOKENS, FEATURE_DIM), (CHUNK_TOKENS, value_dim))
                 form = (form * x.astype(jnp.float32)).sum(axis=1)
                 if docs is not None:
                     z = z + form * reads + jnp.maximum(first - starts, 0).astype(jnp.float32)
@@ -141,7 +141,7 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
                 o_tile.at[mine][...] = (o * mosaic.across(1.0 / z, o.shape)).astype(dtype)
                 z_tile.at[mine][...] = z
                 plgpu.commit_smem()
-                tokens = pl.ds(first, C)
+                tokens = pl.ds(first, CHUNK_TOKENS)
                 plgpu.copy_smem_to_gmem(o_tile.at[mine], o_ref.at[row, tokens, head])
                 plgpu.copy_smem_to_gmem(z_tile.at[mine], z_ref.at[row, head, tokens])
 
@@ -150,19 +150,19 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
 
     out_type = [
         jax.ShapeDtypeStruct(v.shape, dtype),
-        jax.ShapeDtypeStruct((batch, heads, chunks * C), jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads, chunks * CHUNK_TOKENS), jnp.float32),
     ]
     scratch = [
-        mosaic.swizzled((CHUNK_SLOTS, C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
-        mosaic.swizzled((CHUNK_SLOTS, C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
-        mosaic.swizzled((CHUNK_SLOTS, C, value_dim), mosaic.MEDIUM_SWIZZLE),
+        mosaic.swizzled((CHUNK_SLOTS, CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
+        mosaic.swizzled((CHUNK_SLOTS, CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
+        mosaic.swizzled((CHUNK_SLOTS, CHUNK_TOKENS, value_dim), mosaic.MEDIUM_SWIZZLE),
         *(Documents.scratch(CHUNK_SLOTS) for _ in packed),
         *State.scratch(),
-        mosaic.swizzled((C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
+        mosaic.swizzled((CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
         mosaic.swizzled((2, value_dim, PACKED_DIM), mosaic.MEDIUM_SWIZZLE),
         mosaic.swizzled((2, 2, *MOMENTS_SHAPE), mosaic.NARROW_SWIZZLE),
-        mosaic.swizzled((2, C, value_dim), mosaic.WIDE_SWIZZLE),
-        plgpu.SMEM((2, C), jnp.float32),
+        mosaic.swizzled((2, CHUNK_TOKENS, value_dim), mosaic.WIDE_SWIZZLE),
+        plgpu.SMEM((2, CHUNK_TOKENS), jnp.float32),
         plgpu.Barrier(num_arrivals=3 + len(packed), num_barriers=CHUNK_SLOTS),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
@@ -189,7 +189,7 @@ def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, tak
     document that goes on behind the piece count; `reverse` scans the piece from its end, and goes on before it.
     """
     batch, time, heads, value_dim = y.shape
-    chunks = pl.cdiv(time, C)
+    chunks = pl.cdiv(time, CHUNK_TOKENS)
     taken = taken or range(pieces)
     packed = () if documents is None else (documents,)
     count_sources = 2 + len(factors) + len(packed)
@@ -207,12 +207,12 @@ def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, tak
         def fetch(n):
             copy_chunk(sources, tiles, filled, lax.rem(n, SUMS_SLOTS), row, head, chunk(n))
 
-        options = owned_by(docs, lambda n: (chunks - 1 - chunk(n) if reverse else chunk(n)) * C)
+        options = owned_by(docs, lambda n: (chunks - 1 - chunk(n) if reverse else chunk(n)) * CHUNK_TOKENS)
         if factors:
             z_tile, weight_tile = factor_tiles
             options["factors"] = row_factors(z_tile, weight_tile, docs)
         state = State(x_tile, y_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count, **options)
-        totals = state.run(block, publish=lambda n, state, moments: plgpu.commit_smem())
+        totals = state.accumulate(block, publish=lambda n, state, moments: plgpu.commit_smem())
         for part, total in zip(SUMS_PARTS, totals, strict=True):
             sums_ref.at[block, :, part][...] = total
 
@@ -221,9 +221,9 @@ def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, tak
         body,
         out_type=[jax.ShapeDtypeStruct((blocks, value_dim, SUMS_COLUMNS), jnp.float32)],
         scratch_types=[
-            mosaic.swizzled((SUMS_SLOTS, C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
-            mosaic.swizzled((SUMS_SLOTS, C, value_dim), mosaic.MEDIUM_SWIZZLE),
-            *(plgpu.SMEM((SUMS_SLOTS, C), jnp.float32) for _ in factors),
+            mosaic.swizzled((SUMS_SLOTS, CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
+            mosaic.swizzled((SUMS_SLOTS, CHUNK_TOKENS, value_dim), mosaic.MEDIUM_SWIZZLE),
+            *(plgpu.SMEM((SUMS_SLOTS, CHUNK_TOKENS), jnp.float32) for _ in factors),
             *(Documents.scratch(SUMS_SLOTS) for _ in packed),
             *State.scratch(),
             plgpu.Barrier(num_arrivals=count_sources, num_barriers=SUMS_SLOTS),

@@ -25,10 +25,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper.mosaic import CHUNK_TOKENS
 from pallas_kernels.hopper.taylor_packing import FEATURE_DIM, PACKED_DIM, SCALE, expand, pull_back
 from pallas_kernels.hopper.taylor_state import (
     MOMENTS_SHAPE,
-    C,
     Documents,
     State,
     copy_chunk,
@@ -51,7 +51,7 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
     The arguments are those of the forward kernel, its results and the gradient of o, bf16 but for z.
     """
     batch, time, heads, value_dim = v.shape
-    chunks = pl.cdiv(time, C)
+    chunks = pl.cdiv(time, CHUNK_TOKENS)
     dtype = v.dtype
     given = () if initial is None else (initial,)
     packed = () if documents is None else (documents,)
@@ -72,15 +72,15 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
         @pl.when(group == 0)
         def keep_state():
             publish = _publisher(state_tile, form_tile, ready)
-            options = {"fetch": fetch, "count": count} | owned_by(docs, lambda n: (begin + n) * C)
-            State(k_tile, v_tile, filled, phi_tile, sums_tile, **options).run(
+            options = {"fetch": fetch, "count": count} | owned_by(docs, lambda n: (begin + n) * CHUNK_TOKENS)
+            State(k_tile, v_tile, filled, phi_tile, sums_tile, **options).accumulate(
                 block, *initial, publish=publish, free=free
             )
 
         @pl.when(group > 0)
         def write_gradients():
             mine = group - 1
-            causal = mosaic.iota((C, C), 0) >= mosaic.iota((C, C), 1)
+            causal = mosaic.iota(mosaic.PAIRS_SHAPE, 0) >= mosaic.iota(mosaic.PAIRS_SHAPE, 1)
 
             def step(i, _):
                 n = 2 * i + mine
@@ -96,16 +96,16 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
                     g = (g * mosaic.across(inverse, g.shape)).astype(dtype)
                     return g, -(g.astype(jnp.float32) * o).sum(axis=1), exact, s[...]
 
-                g, gz, exact, s = mosaic.products(scores, (C, C))
+                g, gz, exact, s = mosaic.products(scores, mosaic.PAIRS_SHAPE)
 
                 def score_gradients(dp):
                     mosaic.multiply(dp, g, v_tile.at[slot].T)
                     return dp[...]
 
-                dp = mosaic.products(score_gradients, (C, C))
+                dp = mosaic.products(score_gradients, mosaic.PAIRS_SHAPE)
                 seen, gz_before = causal, gz
                 if docs is not None:
-                    beginnings, first = docs.begin(slot), (begin + n) * C
+                    beginnings, first = docs.begin(slot), (begin + n) * CHUNK_TOKENS
                     seen &= mosaic.across(decoded(beginnings), s.shape) <= mosaic.iota(s.shape, 1) + first
                     reads = jnp.where(beginnings < first, 1.0, 0.0)
                     g, gz_before = g * mosaic.across(reads.astype(dtype), g.shape), gz * reads
@@ -120,7 +120,7 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
                     mosaic.multiply(dq, ds, k_tile.at[slot])
                     return u[...], before[...], dq[...]
 
-                u, before, dq = mosaic.products(read, (C, PACKED_DIM), *((C, FEATURE_DIM),) * 2)
+                u, before, dq = mosaic.products(read, (CHUNK_TOKENS, PACKED_DIM), *((CHUNK_TOKENS, FEATURE_DIM),) * 2)
                 plgpu.barrier_arrive(free.at[mine])
                 # In fp32: where keys or values have a mean, this term and the next cancel more the longer the sequence.
                 before = before * mosaic.across(gz_before, before.shape)
@@ -129,7 +129,7 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
                 dq_tile.at[mine][...] = dq.astype(dtype)
                 gz_tile.at[mine][...] = exact
                 plgpu.commit_smem()
-                tokens = pl.ds((begin + n) * C, C)
+                tokens = pl.ds((begin + n) * CHUNK_TOKENS, CHUNK_TOKENS)
                 plgpu.copy_smem_to_gmem(dq_tile.at[mine], dq_ref.at[row, tokens, head])
                 plgpu.copy_smem_to_gmem(gz_tile.at[mine], gz_ref.at[row, head, tokens])
 
@@ -138,16 +138,17 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
 
     scratch = [
         *_slots(FEATURE_DIM, FEATURE_DIM, value_dim),
-        *(mosaic.swizzled((CHUNK_SLOTS, C, value_dim), mosaic.WIDE_SWIZZLE) for _ in ("o", "do")),
+        *(mosaic.swizzled((CHUNK_SLOTS, CHUNK_TOKENS, value_dim), mosaic.WIDE_SWIZZLE) for _ in ("o", "do")),
         _per_token(),
         *(Documents.scratch(CHUNK_SLOTS) for _ in packed),
         *State.scratch(),
         *_published(value_dim),
-        mosaic.swizzled((2, C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
-        plgpu.SMEM((2, C), jnp.float32),
+        mosaic.swizzled((2, CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
+        plgpu.SMEM((2, CHUNK_TOKENS), jnp.float32),
         *_barriers(arrivals=6 + len(packed)),
     ]
-    out_type = [jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((batch, heads, chunks * C), jnp.float32)]
+    rows = batch, heads, chunks * CHUNK_TOKENS
+    out_type = [jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(rows, jnp.float32)]
     return _kernel(body, "taylor_dq", batch * heads * pieces, out_type, scratch)(q, k, v, o, do, z, *packed, *given)
 
 
@@ -158,7 +159,7 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
     `documents` counts tokens from the end: where each token's document begins when time is reversed.
     """
     batch, time, heads, value_dim = v.shape
-    chunks = pl.cdiv(time, C)
+    chunks = pl.cdiv(time, CHUNK_TOKENS)
     dtype = v.dtype
     given = () if initial is None else (initial,)
     packed = () if documents is None else (documents,)
@@ -175,7 +176,7 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
         last = begin + count - 1
 
         def first(n):
-            return (chunks - 1 - last + n) * C
+            return (chunks - 1 - last + n) * CHUNK_TOKENS
 
         def fetch(n):
             copy_chunk(sources, tiles, filled, lax.rem(n, CHUNK_SLOTS), row, head, last - n)
@@ -185,7 +186,7 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
             publish = _publisher(state_tile, form_tile, ready)
             options = {"fetch": fetch, "count": count} | owned_by(docs, first)
             options["factors"] = row_factors(z_tile, gz_tile, docs)
-            State(q_tile, do_tile, filled, phi_tile, sums_tile, **options).run(
+            State(q_tile, do_tile, filled, phi_tile, sums_tile, **options).accumulate(
                 block, *initial, publish=publish, free=free
             )
 
@@ -196,7 +197,7 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
             plgpu.commit_smem()
             plgpu.barrier_arrive(started)
             plgpu.barrier_wait(started)
-            causal = mosaic.iota((C, C), 0) <= mosaic.iota((C, C), 1)
+            causal = mosaic.iota(mosaic.PAIRS_SHAPE, 0) <= mosaic.iota(mosaic.PAIRS_SHAPE, 1)
 
             def step(i, _):
                 n = 2 * i + mine
@@ -209,13 +210,14 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
                     mosaic.multiply(dp, v_tile.at[slot], do_tile.at[slot].T)
                     x = mosaic.load(keys)
                     z, gz = (plgpu.load(tile.at[slot], layout=mosaic.COLUMN_LAYOUT) for tile in (z_tile, gz_tile))
-                    return x, mosaic.down(1.0 / z, (C, C)), mosaic.down(gz, (C, C)), s[...], dp[...]
+                    factors, gz = (mosaic.down(row, mosaic.PAIRS_SHAPE) for row in (1.0 / z, gz))
+                    return x, factors, gz, s[...], dp[...]
 
-                x, factors, gz, s, dp = mosaic.products(scores, (C, C), (C, C))
+                x, factors, gz, s, dp = mosaic.products(scores, mosaic.PAIRS_SHAPE, mosaic.PAIRS_SHAPE)
                 seen = causal
                 if docs is not None:
                     beginnings = docs.begin(slot)
-                    places = first(n) + (C - 1) - mosaic.iota(s.shape, 1)
+                    places = first(n) + (CHUNK_TOKENS - 1) - mosaic.iota(s.shape, 1)
                     seen &= mosaic.across(decoded(beginnings), s.shape) <= places
                     reads = jnp.where(beginnings < first(n), 1.0, 0.0)
                 p = jnp.where(seen, factors * (1.0 + s * (SCALE + s * (0.5 * SCALE * SCALE))), 0.0).astype(dtype)
@@ -231,7 +233,7 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
                         mosaic.multiply(dv, phi[:, e : e + width], state_tile.at[mine, :, pl.ds(e, width)].T)
                     return dv[...]
 
-                dv = mosaic.products(read_values, (C, value_dim))
+                dv = mosaic.products(read_values, (CHUNK_TOKENS, value_dim))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dv_tile.at[mine][...] = dv.astype(dtype)
 
@@ -242,14 +244,16 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
                     mosaic.multiply(dk, ds, q_tile.at[slot])
                     return u[...], after[...], dk[...]
 
-                u, after, dk = mosaic.products(read_keys, (C, PACKED_DIM), *((C, FEATURE_DIM),) * 2)
+                u, after, dk = mosaic.products(
+                    read_keys, (CHUNK_TOKENS, PACKED_DIM), *((CHUNK_TOKENS, FEATURE_DIM),) * 2
+                )
                 plgpu.barrier_arrive(free.at[mine])
                 after = after + pull_back(x, u)
                 if docs is not None:
                     after = after * mosaic.across(reads, after.shape)
                 dk_tile.at[mine][...] = (SCALE * (dk + after)).astype(dtype)
                 plgpu.commit_smem()
-                tokens = pl.ds((last - n) * C, C)
+                tokens = pl.ds((last - n) * CHUNK_TOKENS, CHUNK_TOKENS)
                 plgpu.copy_smem_to_gmem(dk_tile.at[mine], dk_ref.at[row, tokens, head])
                 plgpu.copy_smem_to_gmem(dv_tile.at[mine], dv_ref.at[row, tokens, head])
 
@@ -262,9 +266,9 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
         *(Documents.scratch(CHUNK_SLOTS) for _ in packed),
         *State.scratch(),
         *_published(value_dim),
-        mosaic.swizzled((C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
-        mosaic.swizzled((2, C, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
-        mosaic.swizzled((2, C, value_dim), mosaic.WIDE_SWIZZLE),
+        mosaic.swizzled((CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
+        mosaic.swizzled((2, CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
+        mosaic.swizzled((2, CHUNK_TOKENS, value_dim), mosaic.WIDE_SWIZZLE),
         *_barriers(arrivals=6 + len(packed)),
         plgpu.Barrier(num_arrivals=2),
     ]
@@ -275,14 +279,16 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
 def _slots(*widths: int) -> list:
     """Return slots for chunks of each width, operands of products."""
     return [
-        mosaic.swizzled((CHUNK_SLOTS, C, w), mosaic.NARROW_SWIZZLE if w == FEATURE_DIM else mosaic.MEDIUM_SWIZZLE)
+        mosaic.swizzled(
+            (CHUNK_SLOTS, CHUNK_TOKENS, w), mosaic.NARROW_SWIZZLE if w == FEATURE_DIM else mosaic.MEDIUM_SWIZZLE
+        )
         for w in widths
     ]
 
 
 def _per_token() -> plgpu.SMEM:
     """Return slots for one fp32 value per token."""
-    return plgpu.SMEM((CHUNK_SLOTS, C), jnp.float32)
+    return plgpu.SMEM((CHUNK_SLOTS, CHUNK_TOKENS), jnp.float32)
 
 
 def _published(value_dim: int) -> list:

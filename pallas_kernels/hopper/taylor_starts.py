@@ -7,7 +7,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
-from pallas_kernels.hopper.taylor_state import SUMS_COLUMNS, C
+from pallas_kernels.hopper.mosaic import TILE_ROWS
+from pallas_kernels.hopper.taylor_state import SUMS_COLUMNS
 
 BLOCK_ROWS = 8
 """Of the sums, for one block."""
@@ -34,8 +35,8 @@ def starts(added, first=None, keeps=None, *, heads: int, pieces: int, parts: int
         first_ref = None if first is None else given_refs.pop(0)
         block = lax.axis_index("block")
         sequence, rows = (
-            lax.div(block, C // BLOCK_ROWS),
-            pl.ds(lax.rem(block, C // BLOCK_ROWS) * BLOCK_ROWS, BLOCK_ROWS),
+            lax.div(block, TILE_ROWS // BLOCK_ROWS),
+            pl.ds(lax.rem(block, TILE_ROWS // BLOCK_ROWS) * BLOCK_ROWS, BLOCK_ROWS),
         )
 
         def load(ref, i):
@@ -65,8 +66,8 @@ def starts(added, first=None, keeps=None, *, heads: int, pieces: int, parts: int
 
     return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct((sequences * pieces, C, SUMS_COLUMNS), jnp.float32)],
-        grid=(sequences * (C // BLOCK_ROWS),),
+        out_type=[jax.ShapeDtypeStruct((sequences * pieces, TILE_ROWS, SUMS_COLUMNS), jnp.float32)],
+        grid=(sequences * (TILE_ROWS // BLOCK_ROWS),),
         grid_names=("block",),
         kernel_name="taylor_starts",
     )(added, *given)

@@ -15,11 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
-from pallas_kernels.hopper.mosaic import TILE_ROWS
+from pallas_kernels.hopper.mosaic import CHUNK_TOKENS, TILE_ROWS
 from pallas_kernels.hopper.taylor_packing import FEATURE_DIM, PACKED_DIM, expand
 
-C = TILE_ROWS
-MOMENTS_SHAPE = (C, FEATURE_DIM)
+MOMENTS_SHAPE = (TILE_ROWS, FEATURE_DIM)
 SUMS_COLUMNS = PACKED_DIM + FEATURE_DIM
 """Columns of an array of sums."""
 SUMS_PARTS = pl.ds(0, PACKED_DIM), pl.ds(PACKED_DIM, FEATURE_DIM)
@@ -49,11 +48,11 @@ class State:
     def scratch() -> list:
         """Return the shared memory of `phi_tile` and `moments_tile`."""
         return [
-            mosaic.swizzled((2, C, PACKED_DIM), mosaic.MEDIUM_SWIZZLE),
-            mosaic.swizzled((2, C, C), mosaic.NARROW_SWIZZLE),
+            mosaic.swizzled((2, CHUNK_TOKENS, PACKED_DIM), mosaic.MEDIUM_SWIZZLE),
+            mosaic.swizzled((2, CHUNK_TOKENS, CHUNK_TOKENS), mosaic.NARROW_SWIZZLE),
         ]
 
-    def run(self, block, initial=None, *, publish, free=None):
+    def accumulate(self, block, initial=None, *, publish, free=None):
         """Return the sums over all chunks; `publish(n, state, moments)` shows those before chunk n and commits.
 
         `initial` is an array of sums for each block, or None. `free` are two barriers, one per turn, at which what was
@@ -62,7 +61,7 @@ class State:
         ahead = self.slots - (1 if free is None else 2)
         for n in range(ahead):
             pl.when(n < self.count)(functools.partial(self.fetch, n))
-        ones = jnp.where(mosaic.iota((C, C), 1) == FEATURE_DIM, 1.0, 0.0)
+        ones = jnp.where(mosaic.iota(mosaic.PAIRS_SHAPE, 1) == FEATURE_DIM, 1.0, 0.0)
         for turn in range(2):
             self.moments_tile.at[turn][...] = ones.astype(self.moments_tile.dtype)
         self._write(0)
@@ -136,7 +135,7 @@ def place(block, heads: int, chunks: int, pieces: int, taken: range | None = Non
 
 def copy_chunk(sources, tiles, filled, slot, row, head, chunk) -> None:
     """Start the copies of a chunk of (B, T, H, .), (B, H, T) and document (B, chunks, .) arrays into a slot."""
-    tokens = pl.ds(chunk * C, C)
+    tokens = pl.ds(chunk * CHUNK_TOKENS, CHUNK_TOKENS)
     for source, tile in zip(sources, tiles, strict=True):
         if source.dtype == jnp.int32:
             part = source.at[row, chunk]
@@ -153,8 +152,8 @@ class Documents:
     below a chunk's first token reads the state before the chunk; `NOWHERE` is the beginning of padding.
     """
 
-    ROW = C + 32
-    LAST = C
+    ROW = CHUNK_TOKENS + 32
+    LAST = CHUNK_TOKENS
     NOWHERE = 1 << 30
 
     def __init__(self, tile):
@@ -173,7 +172,7 @@ class Documents:
 
     def begin(self, slot) -> jax.Array:
         """Return the encoded beginning of each token's document."""
-        return plgpu.load(self.tile.at[slot, pl.ds(0, C)], layout=mosaic.ROW_LAYOUT)
+        return plgpu.load(self.tile.at[slot, pl.ds(0, CHUNK_TOKENS)], layout=mosaic.ROW_LAYOUT)
 
     def owned(self, slot) -> tuple[jax.Array, jax.Array]:
         """Return, twice, 1 for each token that the state after the chunk holds, else 0: `State`'s factors."""
@@ -201,7 +200,7 @@ def decoded(begin: jax.Array) -> jax.Array:
 
 def unit() -> jax.Array:
     """Return a (C, 16) tile whose first column is one and the others zero: what reads row 16 of the moments."""
-    return jnp.where(mosaic.iota((C, FEATURE_DIM), 1) == 0, 1.0, 0.0)
+    return jnp.where(mosaic.iota((CHUNK_TOKENS, FEATURE_DIM), 1) == 0, 1.0, 0.0)
 
 
 def row_factors(z_tile, weight_tile, documents: Documents | None):

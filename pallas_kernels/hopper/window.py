@@ -18,9 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
-from pallas_kernels.hopper.mosaic import TILE_ROWS
+from pallas_kernels.hopper.mosaic import CHUNK_TOKENS
 
-C = TILE_ROWS
 NOBODY_ID = -(2**31)
 """The document that queries of padding look for."""
 HIDDEN_SCORE = -1e30
@@ -29,7 +28,7 @@ HIDDEN_SCORE = -1e30
 
 def reach(window: int) -> int:
     """Return how many tiles of earlier keys a tile of queries sees, at least one."""
-    return max(1, -(-(window - 1) // C))
+    return max(1, -(-(window - 1) // CHUNK_TOKENS))
 
 
 def resident(head_dim: int) -> int:
@@ -58,15 +57,15 @@ class Band:
     def __init__(self, window: int, keys_first: bool = False):
         """Take rows of queries and columns of keys, or rows of keys where `keys_first`."""
         self.window, self.reach, self.keys_first = window, reach(window), keys_first
-        self.rows = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=mosaic.ROW_LAYOUT)
-        self.column = mosaic.iota((C, C), 1)
-        self.step = C if keys_first else -C
-        self.overlaps = window == self.reach * C + 1
+        self.rows = plgpu.broadcasted_iota(jnp.int32, (CHUNK_TOKENS,), 0, layout=mosaic.ROW_LAYOUT)
+        self.column = mosaic.iota(mosaic.PAIRS_SHAPE, 1)
+        self.step = CHUNK_TOKENS if keys_first else -CHUNK_TOKENS
+        self.overlaps = window == self.reach * CHUNK_TOKENS + 1
 
     @property
     def row(self):
         """The row of every element, behind a barrier: to make masks of it anew is cheaper than to keep them."""
-        return mosaic.across(lax.optimization_barrier(self.rows), (C, C))
+        return mosaic.across(lax.optimization_barrier(self.rows), mosaic.PAIRS_SHAPE)
 
     @property
     def near(self):
@@ -105,18 +104,18 @@ class Band:
             return place <= bound if self.keys_first else place >= bound
 
         def columns(distance, bound):
-            return within(self.column, mosaic.across(bound - self.step * distance, (C, C)))
+            return within(self.column, mosaic.across(bound - self.step * distance, mosaic.PAIRS_SHAPE))
 
         far = columns(self.reach, bound)
-        nearest = self.near | far if self.window >= C else jnp.where(self.near, columns(0, end), far)
+        nearest = self.near | far if self.window >= CHUNK_TOKENS else jnp.where(self.near, columns(0, end), far)
         parts = [nearest, *(columns(d, bound) for d in range(1, self.reach))]
         extra = within(self.rows + self.step * self.reach, bound) if self.overlaps else None
         if ids is None:
             return parts, extra
         own, others, opposite = ids
         own = jnp.where(own == 0, NOBODY_ID, own)
-        others = self.fold([spread(mosaic.down(x, (C, C))) for x in others])
-        same = spread(mosaic.across(own, (C, C)))
+        others = self.fold([spread(mosaic.down(x, mosaic.PAIRS_SHAPE)) for x in others])
+        same = spread(mosaic.across(own, mosaic.PAIRS_SHAPE))
         parts = [part & (x == same) for part, x in zip(parts, others, strict=True)]
         return parts, (extra & (own == opposite)) if self.overlaps else None
 
@@ -192,7 +191,7 @@ def forward(q, k, v, ids=None, *, window: int, pieces: int):
     and not written.
     """
     batch, time, heads, head_dim = q.shape
-    chunks, far = pl.cdiv(time, C), reach(window)
+    chunks, far = pl.cdiv(time, CHUNK_TOKENS), reach(window)
     packed = () if ids is None else (ids, ids)
     query_slots = 1 + ahead(window)
     slots = far + query_slots
@@ -231,9 +230,9 @@ def forward(q, k, v, ids=None, *, window: int, pieces: int):
                     mosaic.multiply(s, q_tile.at[mine], k_tile.at[slot].T)
                 return tuple(s[...] for s in accumulators)
 
-            tiles = mosaic.products(score, *((C, C),) * (far + 1))
+            tiles = mosaic.products(score, *(mosaic.PAIRS_SHAPE,) * (far + 1))
             documents = load_ids(id_tiles, near_to_far, band.overlaps) if packed else None
-            seen = band.seen(-(begin + n) * C, documents)
+            seen = band.seen(-(begin + n) * CHUNK_TOKENS, documents)
             parts, extra, total, _ = softmax(band.fold(tiles), band.extra(tiles), seen, exponent(head_dim))
             weights = band.unfold(parts, extra, q.dtype)
 
@@ -242,12 +241,12 @@ def forward(q, k, v, ids=None, *, window: int, pieces: int):
                     mosaic.multiply(o, p, v_tile.at[slot])
                 return o[...]
 
-            o = mosaic.products(weigh, (C, head_dim))
+            o = mosaic.products(weigh, (CHUNK_TOKENS, head_dim))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             o_tile[...] = (o * mosaic.across(inverse(total), o.shape)).astype(o_tile.dtype)
             # Also what lets the next step overwrite slots: every warp has read them.
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_tile, o_ref.at[row, pl.ds((begin + n) * C, C), head])
+            plgpu.copy_smem_to_gmem(o_tile, o_ref.at[row, pl.ds((begin + n) * CHUNK_TOKENS, CHUNK_TOKENS), head])
 
         lax.fori_loop(0, count, step, None)
         plgpu.wait_smem_to_gmem(0)
@@ -256,10 +255,10 @@ def forward(q, k, v, ids=None, *, window: int, pieces: int):
         body,
         out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
         scratch_types=[
-            mosaic.swizzled((query_slots, C, head_dim), swizzle(head_dim)),
-            *(mosaic.swizzled((slots, C, head_dim), swizzle(head_dim)) for _ in ("k", "v")),
-            *(plgpu.SMEM((slots, C), jnp.int32) for _ in packed),
-            mosaic.swizzled((C, head_dim), swizzle(head_dim)),
+            mosaic.swizzled((query_slots, CHUNK_TOKENS, head_dim), swizzle(head_dim)),
+            *(mosaic.swizzled((slots, CHUNK_TOKENS, head_dim), swizzle(head_dim)) for _ in ("k", "v")),
+            *(plgpu.SMEM((slots, CHUNK_TOKENS), jnp.int32) for _ in packed),
+            mosaic.swizzled((CHUNK_TOKENS, head_dim), swizzle(head_dim)),
             plgpu.Barrier(num_arrivals=1, num_barriers=query_slots),
             plgpu.Barrier(num_arrivals=2 + len(packed), num_barriers=slots),
         ],
@@ -272,7 +271,7 @@ def forward(q, k, v, ids=None, *, window: int, pieces: int):
 
 def copy_chunk(sources, tiles, filled, slot, row, head, chunk) -> None:
     """Start the copies of a chunk of (B, T, H, .) and (B, T) arrays into a slot."""
-    tokens = pl.ds(chunk * C, C)
+    tokens = pl.ds(chunk * CHUNK_TOKENS, CHUNK_TOKENS)
     for source, tile in zip(sources, tiles, strict=True):
         part = source.at[row, tokens, head] if len(source.shape) == 4 else source.at[row, tokens]
         plgpu.copy_gmem_to_smem(part, tile.at[slot], filled.at[slot])

@@ -24,9 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper.mosaic import CHUNK_TOKENS
 from pallas_kernels.hopper.window import (
     Band,
-    C,
     copy_chunk,
     exponent,
     inverse,
@@ -54,7 +54,7 @@ def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
     as zeros and not written.
     """
     batch, time, heads, head_dim = q.shape
-    chunks, far = pl.cdiv(time, C), reach(window)
+    chunks, far = pl.cdiv(time, CHUNK_TOKENS), reach(window)
     packed = () if ids is None else (ids, ids)
     slots, factor, scale = number_of_slots(window, head_dim), exponent(head_dim), 1.0 / math.sqrt(head_dim)
 
@@ -79,7 +79,7 @@ def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
                     mosaic.multiply(s, a, b.at[slot].T)
                 return tuple(s[...] for s in accumulators)
 
-            return mosaic.products(multiply, *((C, C),) * len(places))
+            return mosaic.products(multiply, *(mosaic.PAIRS_SHAPE,) * len(places))
 
         def weigh(places, *terms):
             """Return, for each of several terms, the sum of the products of tiles in registers with those of b."""
@@ -90,7 +90,7 @@ def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
                         mosaic.multiply(total, p, b.at[slot])
                 return tuple(total[...] for total in sums)
 
-            return mosaic.products(multiply, *((C, head_dim),) * len(terms))
+            return mosaic.products(multiply, *((CHUNK_TOKENS, head_dim),) * len(terms))
 
         @pl.when(group == 0)
         def queries():
@@ -104,7 +104,7 @@ def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
                 plgpu.barrier_wait(filled.at[mine])
                 s = score(q_tile.at[mine], k_tile, places)
                 documents = load_ids(id_tiles, places, band.overlaps) if packed else None
-                seen = band.seen(-(begin + n) * C, documents)
+                seen = band.seen(-(begin + n) * CHUNK_TOKENS, documents)
                 parts, extra, sums, top = softmax(band.fold(s), band.extra(s), seen, factor)
                 inverted = inverse(sums)
                 parts = [p * mosaic.across(inverted, p.shape) for p in parts]
@@ -129,7 +129,9 @@ def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
 
                 @pl.when(n < count)
                 def write():
-                    plgpu.copy_smem_to_gmem(dq_tile, dq_ref.at[row, pl.ds((begin + n) * C, C), head])
+                    plgpu.copy_smem_to_gmem(
+                        dq_tile, dq_ref.at[row, pl.ds((begin + n) * CHUNK_TOKENS, CHUNK_TOKENS), head]
+                    )
 
             lax.fori_loop(0, count + far, step, None)
             plgpu.wait_smem_to_gmem(0)
@@ -159,7 +161,7 @@ def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
                 s = score(k_tile.at[mine], q_tile, places)
                 plgpu.barrier_wait(passed.at[last])
                 documents = load_ids(id_tiles, places, band.overlaps) if packed else None
-                seen, extra_seen = band.seen((chunks - begin - n) * C - 1, documents)
+                seen, extra_seen = band.seen((chunks - begin - n) * CHUNK_TOKENS - 1, documents)
 
                 logarithms = band.fold([down(sums_tile.at[slot, LOGARITHM]) for slot in places])
                 folded = zip(band.fold(s), logarithms, seen, strict=True)
@@ -184,7 +186,7 @@ def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
                 v_tile.at[mine][...] = dv.astype(v_tile.dtype)
                 k_tile.at[mine][...] = (dk * scale).astype(k_tile.dtype)
                 plgpu.commit_smem()
-                tokens = pl.ds((begin + n) * C, C)
+                tokens = pl.ds((begin + n) * CHUNK_TOKENS, CHUNK_TOKENS)
                 plgpu.copy_smem_to_gmem(v_tile.at[mine], dv_ref.at[row, tokens, head])
                 plgpu.copy_smem_to_gmem(k_tile.at[mine], dk_ref.at[row, tokens, head])
 
@@ -198,11 +200,11 @@ def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
         body,
         out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype)] * 3,
         scratch_types=[
-            *(mosaic.swizzled((slots, C, head_dim), swizzle(head_dim)) for _ in ("q", "k", "v", "do")),
-            *(plgpu.SMEM((slots, C), jnp.int32) for _ in packed),
-            mosaic.swizzled((C, head_dim), swizzle(head_dim)),
-            plgpu.SMEM((slots, 2, C), jnp.float32),
-            plgpu.SMEM((slots, C), jnp.float32),
+            *(mosaic.swizzled((slots, CHUNK_TOKENS, head_dim), swizzle(head_dim)) for _ in ("q", "k", "v", "do")),
+            *(plgpu.SMEM((slots, CHUNK_TOKENS), jnp.int32) for _ in packed),
+            mosaic.swizzled((CHUNK_TOKENS, head_dim), swizzle(head_dim)),
+            plgpu.SMEM((slots, 2, CHUNK_TOKENS), jnp.float32),
+            plgpu.SMEM((slots, CHUNK_TOKENS), jnp.float32),
             plgpu.Barrier(num_arrivals=4 + len(packed), num_barriers=slots),
             plgpu.Barrier(num_arrivals=1, num_barriers=slots),
             plgpu.Barrier(num_arrivals=2),
@@ -218,4 +220,4 @@ def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
 
 def down(values) -> jax.Array:
     """Load one value per column and repeat it over the rows."""
-    return mosaic.down(plgpu.load(values, layout=mosaic.COLUMN_LAYOUT), (C, C))
+    return mosaic.down(plgpu.load(values, layout=mosaic.COLUMN_LAYOUT), mosaic.PAIRS_SHAPE)

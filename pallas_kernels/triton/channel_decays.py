@@ -70,7 +70,7 @@ def _types(queries: Arrays, keys: Arrays) -> list[Type]:
 
 
 class Meeting(NamedTuple):
-    """Decays of queries and keys that meet at a border between their tokens, (BLOCK, K) each.
+    """Decays of queries and keys that meet at a border between their tokens, (BLOCK_TOKENS, K) each.
 
     Attributes:
       queries: from the border to the tokens of q, and to those before them for a.

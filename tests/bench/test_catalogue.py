@@ -11,7 +11,7 @@ from helpers.devices import gpus
 from jax.extend.core import jaxprs_in_params
 
 import based_jax.ops
-from based_jax.bench import calls
+from based_jax.bench import cases
 from based_jax.bench.catalogue import OPERATIONS
 from based_jax.bench.comparison import both_passes
 from based_jax.errors import UserError
@@ -61,15 +61,15 @@ REFUSED = {"ssd": {("hopper_steps", (64, 64))}}
 @pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.kernels])
 def test_hopper_gpus_refuse_no_other_case(name):
     chosen = {
-        dataclasses.replace(calls.same_program(case), state=False, documents=False, through="call")
-        for case in calls.all_cases()
+        dataclasses.replace(cases.same_program(case), state=False, documents=False, through="call")
+        for case in cases.all_cases()
         if case.operation == name
     }
     refused = set()
     with gpus():
         for case in chosen:
             try:
-                jax.eval_shape(calls.call_of(case), calls.arrays_of(case), None)
+                jax.eval_shape(cases.function_of(case), cases.arrays_of(case), None)
             except UserError:
                 refused.add((case.impl, case.dims))
     assert refused == REFUSED.get(name, set())
@@ -77,17 +77,17 @@ def test_hopper_gpus_refuse_no_other_case(name):
 
 def kernels_of(case):
     """Return the names of the kernels of both passes of a call on a Hopper GPU."""
-    arrays, gradients = calls.arrays_of(case), calls.results_of(case)
+    arrays, gradients = cases.arrays_of(case), cases.results_of(case)
     ids = jax.ShapeDtypeStruct(case.shape[::2], jnp.int32) if case.documents else None
     with gpus():
-        return {*launched(jax.make_jaxpr(both_passes(calls.call_of(case)))(gradients, arrays, ids).jaxpr)}
+        return {*launched(jax.make_jaxpr(both_passes(cases.function_of(case)))(gradients, arrays, ids).jaxpr)}
 
 
-@pytest.mark.parametrize("case", calls.small_cases(), ids=str)
+@pytest.mark.parametrize("case", cases.small_cases(), ids=str)
 def test_every_kernel_has_one_of_its_implementation_s_names(case):
     try:
         names = kernels_of(case)
     except UserError:
-        names = kernels_of(calls.plain(case))
+        names = kernels_of(cases.plain(case))
     begins = OPERATIONS[case.operation].kernels[case.impl]
     assert names and all(name.startswith(begins) for name in names), names

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from based_jax.__main__ import main
-from based_jax.bench import calls, check, comparison, huge, sanitize, workers
-from based_jax.bench.calls import same_oracle, same_program
+from based_jax.bench import cases, check, comparison, huge, sanitize, subprocesses
+from based_jax.bench.cases import same_oracle, same_program
 from based_jax.bench.catalogue import OPERATIONS
 from based_jax.bench.catalogue.operation import Case
 
@@ -38,11 +38,11 @@ SMALL = [
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_the_oracles_are_the_operations(case):
-    gradients, arrays, ids = calls.draw(case, case.rng(0))
+    gradients, arrays, ids = cases.draw(case, case.rng(0))
     narrow = jax.tree.map(lambda x: x.astype(np.float32), (gradients, arrays))
-    call = calls.call_of(case.by("oracle"))
-    got = jax.jit(comparison.both_passes(call))(*narrow, ids)
-    wanted = run_wide(check.compile_oracle(same_oracle(case)), calls.complete(case, gradients, arrays, ids))
+    function = cases.function_of(case.by("oracle"))
+    got = jax.jit(comparison.both_passes(function))(*narrow, ids)
+    wanted = run_wide(check.compile_oracle(same_oracle(case)), cases.complete(case, gradients, arrays, ids))
     assert set(got) <= set(wanted)
     for name, x in got.items():
         assert comparison.error(x, comparison.cropped(wanted[name], x.shape)) < 2e-5, name
@@ -69,9 +69,9 @@ def test_the_norms_oracle_is_the_operation(name, gradients):
 
 def test_rows_say_what_was_checked(tmp_path, monkeypatch, capsys):
     chosen = [dataclasses.replace(SMALL[0], quick=True, values=x) for x in ("plain", "late")]
-    monkeypatch.setattr(calls, "all_cases", lambda: [*chosen, *SMALL])
+    monkeypatch.setattr(cases, "all_cases", lambda: [*chosen, *SMALL])
     out = tmp_path / "deep" / "check.jsonl"
-    assert main(["bench", "check", "--quick", "--impl=oracle", "--seed=3", f"--out={out}", "--workers=0"]) == 0
+    assert main(["bench", "check", "--quick", "--impl=oracle", "--seed=3", f"--out={out}", "--processes=0"]) == 0
     rows = [json.loads(text) for text in out.read_text().splitlines()]
     assert [row["what"] for row in rows] == [str(case.by("oracle")) for case in chosen]
     assert set(rows[0]["errors"]) == {"o", "state", "dq", "dk", "dv", "dstate"}
@@ -81,14 +81,14 @@ def test_rows_say_what_was_checked(tmp_path, monkeypatch, capsys):
 
 def test_nothing_checked_and_a_refusal_fail(capsys, monkeypatch):
     assert main(["bench", "check", "--only", "no such case", "--quick"]) == 1
-    monkeypatch.setattr(calls, "all_cases", lambda: [case.by("hopper_chunks") for case in SMALL[1:2]])
-    assert main(["bench", "check", "--only", "state", "--workers", "0"]) == 1
+    monkeypatch.setattr(cases, "all_cases", lambda: [case.by("hopper_chunks") for case in SMALL[1:2]])
+    assert main(["bench", "check", "--only", "state", "--processes", "0"]) == 1
     assert "it needs cuda" in capsys.readouterr().out
 
 
 def test_a_refusal_among_others_is_no_failure_unless_it_was_asked_for(capsys, monkeypatch):
-    monkeypatch.setattr(calls, "all_cases", lambda: [SMALL[1].by(impl) for impl in ("hopper_chunks", "oracle")])
-    words = ["bench", "check", "--only", "taylor_attention (2,1,1)", "--workers", "0"]
+    monkeypatch.setattr(cases, "all_cases", lambda: [SMALL[1].by(impl) for impl in ("hopper_chunks", "oracle")])
+    words = ["bench", "check", "--only", "taylor_attention (2,1,1)", "--processes", "0"]
     assert main(words) == 0
     assert "1 of 1 passed, 1 left by their implementations" in capsys.readouterr().out
     assert main([*words, "--impl=hopper"]) == 1
@@ -100,28 +100,28 @@ def test_an_implementation_that_nothing_has_is_named(capsys):
     assert "Unknown implementation 'hoper': did you mean 'hopper" in capsys.readouterr().err
 
 
-RIGHT = OPERATIONS["taylor_attention"].call
+RIGHT = OPERATIONS["taylor_attention"].function
 
 
 def wrong(kind):
     def of(case):
         right = RIGHT(case.by("oracle"))
 
-        def call(arrays, ids):
+        def run(arrays, ids):
             out = right(arrays, ids)
             o = out["o"].astype(jnp.float32)
             last = jnp.arange(o.shape[1])[None, :, None, None] == o.shape[1] - 1
             o = {"nan": jnp.where(last, jnp.nan, o), "row": jnp.where(last, 0, o), "scale": 1.01 * o}[kind]
             return out | {"o": o.astype(out["o"].dtype)}
 
-        return call
+        return run
 
     return of
 
 
 @pytest.mark.parametrize("kind", ["nan", "row", "scale"])
 def test_what_is_wrong_does_not_pass(kind, monkeypatch):
-    broken = dataclasses.replace(OPERATIONS["taylor_attention"], call=wrong(kind))
+    broken = dataclasses.replace(OPERATIONS["taylor_attention"], function=wrong(kind))
     monkeypatch.setitem(OPERATIONS, "taylor_attention", broken)
     [row] = check.rows_of([Case("taylor_attention", (1, 1, 40), (8, 8), "xla")], seed=2)
     assert not row["passed"] and "BAD" in check.line(row)
@@ -144,7 +144,7 @@ def test_bits_and_numbers():
 
 
 def test_documents_are_whole(rng):
-    ids = calls.packed_ids(rng, 6, 300)
+    ids = cases.packed_ids(rng, 6, 300)
     assert ids.shape == (6, 300) and ids[0, 0] > 0 and (ids == 0).any()
     for row in ids:
         begins = row[1:][np.diff(row) != 0]
@@ -160,10 +160,19 @@ def test_samples_of_huge_calls():
 
 
 def test_every_case_has_a_name_of_its_own():
-    names = [*map(str, calls.all_cases()), *(name for name, *_ in check.Selection().huge_cases())]
+    names = [*map(str, cases.all_cases()), *(name for name, *_ in check.CaseSelection().huge_cases())]
     assert len(names) == len(set(names))
-    quick = [case for case in calls.all_cases() if case.quick]
-    assert {(x.operation, x.impl) for x in quick} == {(x.operation, x.impl) for x in calls.small_cases()}
+    quick = [case for case in cases.all_cases() if case.quick]
+    assert {(x.operation, x.impl) for x in quick} == {(x.operation, x.impl) for x in cases.small_cases()}
+
+
+@pytest.mark.parametrize("name", ["gated_linear_attention", "simple_gla", "delta_rule", "gated_delta_rule", "dplr"])
+@pytest.mark.parametrize("impl, rows", [("hopper_steps", (2, 2)), ("triton_chunks", (64, 16))])
+def test_chunks_alone_are_checked_on_many_rows(name, impl, rows):
+    found = [case for case in cases.all_cases() if (case.operation, case.impl) == (name, impl)]
+    short = [case.shape[0] for case in found if case.shape[2] in (1, 15, 65)]
+    wide = [case.shape[0] for case in found if case.shape[2] == 130 and case.through == "call"]
+    assert (short, wide) == ([rows[0]] * 6, [rows[1]] * 5)
 
 
 TOOL = """#!/bin/sh
@@ -195,12 +204,12 @@ def test_the_small_calls_are_run_without_documents_where_these_are_refused(monke
     table = OPERATIONS["short_conv"].table
     monkeypatch.setitem(table, "xla_steps", dataclasses.replace(table["xla_steps"], supports=supports))
     packed = Case("short_conv", (1, 8, 20), (3,), documents=True)
-    monkeypatch.setattr(calls, "small_cases", lambda: [packed.by(x) for x in ("xla_steps", "oracle", "hopper_taps")])
+    monkeypatch.setattr(cases, "small_cases", lambda: [packed.by(x) for x in ("xla_steps", "oracle", "hopper_taps")])
     assert main(["bench", "sanitize", "--inner"]) == 0
     out = capsys.readouterr().out
     assert "left short_conv (1,8,20) 3 documents impl=xla_steps" in out and "ran short_conv (1,8,20) 3 impl=x" in out
     assert "ran short_conv (1,8,20) 3 documents impl=oracle" in out and "ran short_conv (1,8,20) 3 impl=h" not in out
-    monkeypatch.setattr(calls, "small_cases", lambda: [packed.by("hopper_taps")])
+    monkeypatch.setattr(cases, "small_cases", lambda: [packed.by("hopper_taps")])
     assert main(["bench", "sanitize", "--inner"]) == 1
 
 
@@ -208,24 +217,25 @@ def test_the_sanitizer_is_asked_for_by_name(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     assert main(["bench", "sanitize"]) == 2
     assert "needs compute-sanitizer" in capsys.readouterr().err
-    assert "..." in sanitize.summary("\n".join(f"{sanitize.MARK}{i}" for i in range(sanitize.MOST_LINES + 1)))
+    lines = [f"{sanitize.TOOL_LINE_MARK}{i}" for i in range(sanitize.MOST_SUMMARY_LINES + 1)]
+    assert "..." in sanitize.summary("\n".join(lines))
 
 
-def test_workers_share_the_cases(tmp_path, capsys):
-    chosen = calls.all_cases()
-    shared = workers.parts(chosen, 8)
+def test_processes_share_the_cases(tmp_path, capsys):
+    chosen = cases.all_cases()
+    shared = subprocesses.parts(chosen, 8)
     assert sorted(str(case) for part in shared for case in part) == sorted(map(str, chosen))
     homes = {same_program(case): i for i, part in enumerate(shared) for case in part}
     assert all(homes[same_program(case)] == i for i, part in enumerate(shared) for case in part)
-    loads = [sum(map(workers._seconds, {same_program(case) for case in part})) for part in shared]
+    loads = [sum(map(subprocesses._seconds, {same_program(case) for case in part})) for part in shared]
     assert max(loads) < 1.5 * min(loads)
     out = tmp_path / "check.jsonl"
-    words = ["bench", "check", "--impl=oracle", "--only=gated_short_conv (2,384,15)", "--workers=2", f"--out={out}"]
+    words = ["bench", "check", "--impl=oracle", "--only=gated_short_conv (2,384,15)", "--processes=2", f"--out={out}"]
     assert main(words) == 0
     assert "2 of 2 passed" in capsys.readouterr().out and out.read_text().count("cpu") == 2
 
 
-def test_a_worker_s_end_is_no_success(monkeypatch):
-    monkeypatch.setattr(workers.sys, "executable", "/bin/false")
-    rows = list(workers.rows_of(SMALL[:2], 2, [], limit=20))
+def test_a_process_s_end_is_no_success(monkeypatch):
+    monkeypatch.setattr(subprocesses.sys, "executable", "/bin/false")
+    rows = list(subprocesses.rows_of(SMALL[:2], 2, [], limit=20))
     assert [row["passed"] for row in rows] == [False, False] and "exit codes [1, 1]" in rows[0]["failure"]

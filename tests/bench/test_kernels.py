@@ -1,16 +1,18 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from based_jax.__main__ import main
 from based_jax.bench import kernels, timing, torch_peers
-from based_jax.bench.calls import arrays_of, results_of
+from based_jax.bench.cases import arrays_of, results_of
 from based_jax.bench.catalogue import OPERATIONS, TIMED, timed_case, timed_operation
-from based_jax.bench.catalogue.operation import PASSES
+from based_jax.bench.catalogue.operation import BOTH, FORWARD, PASSES
 from based_jax.bench.timing import Kernel
 from based_jax.commands.bench.kernels import line, parse_shape
 from based_jax.errors import UserError
+from based_jax.ops import delta_rule, gated_linear_attention
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -110,9 +112,9 @@ def test_the_larger_of_memory_and_products_is_the_floor():
 
 
 def test_sets_have_the_same_tokens_until_one_row_is_left():
-    assert [b * t for b, _, t in kernels.LENGTHS] == [1 << 14] * 5 + [1 << 15, 1 << 16]
-    assert {b * h * t for b, h, t in kernels.SHORT} == {262_144}
-    assert [t for _, _, t in kernels.SHORT] == [64, 128, 256, 512, 1024]
+    assert [b * t for b, _, t in kernels.LENGTH_SHAPES] == [1 << 14] * 5 + [1 << 15, 1 << 16]
+    assert {b * h * t for b, h, t in kernels.SHORT_SHAPES} == {262_144}
+    assert [t for _, _, t in kernels.SHORT_SHAPES] == [64, 128, 256, 512, 1024]
 
 
 def test_every_peer_has_an_operation():
@@ -122,7 +124,8 @@ def test_every_peer_has_an_operation():
 def test_any_entry_of_a_table_can_be_named():
     taylor = OPERATIONS["taylor_attention"]
     assert taylor.usual_impls == ["hopper_chunks", "xla_chunks"]
-    assert taylor.impls(["quadratic", "oracle", "xla", "hopper_chunks"]) == ["oracle", "xla_chunks", "hopper_chunks"]
+    names = ["hopper_chunks", "xla_chunks", "xla_quadratic", "xla_steps", "oracle"]
+    assert taylor.impls(names) == taylor.impls(["hopper", "xla", "quadratic", "recurrent", "oracle"]) == names
     assert OPERATIONS["attention"].usual_impls == ["cudnn_flash"]
     assert "cudnn_flash" in timed_operation("window_attention_64").usual_impls
 
@@ -139,6 +142,41 @@ def test_both_passes_are_compiled_and_timed(name, monkeypatch):
     [impl] = timed_operation(name).impls(["xla"])
     assert [(row["impl"], row["pass"], row.get("error")) for row in rows] == [(impl, x, None) for x in PASSES]
     assert all(row["microseconds"] == 40.0 and row["floor_microseconds"] > 0 for row in rows)
+
+
+def unit_keys(k):
+    return k * jax.lax.rsqrt(jnp.sum(k.astype(jnp.float32) ** 2, axis=-1, keepdims=True)).astype(k.dtype)
+
+
+def gated(arrays):
+    given = *(arrays[name] for name in ("q", "k", "v")), -jax.nn.softplus(arrays["g"])
+    return gated_linear_attention.gated_linear_attention(*given, impl="xla")[0]
+
+
+def corrected(arrays):
+    given = arrays["q"], unit_keys(arrays["k"]), arrays["v"], -jax.nn.softplus(arrays["g"])
+    return delta_rule.delta_rule(*given, jax.nn.sigmoid(arrays["beta"][..., 0]), impl="xla")[0]
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("gated_linear_attention", gated),
+        ("simple_gla", gated),
+        ("delta_rule", corrected),
+        ("gated_delta_rule", corrected),
+    ],
+)
+def test_what_is_timed_makes_of_the_arrays_what_the_peers_make(name, wanted):
+    """The committed rows are of these programs, and `torch_peers` computes the same."""
+    case = timed_case(name, (1, 2, 48), "xla_chunks")
+    (gradients, arrays), *_ = kernels.inputs(case, 1)
+    out, found = jax.jit(kernels.program(case, BOTH))(gradients, arrays)
+    o, pull = jax.jit(lambda x: jax.vjp(wanted, x))(arrays)
+    assert jnp.array_equal(out["o"], o)
+    [slopes] = pull(gradients["o"])
+    assert all(jnp.allclose(x, slopes[key], rtol=1e-2, atol=1e-2) for key, x in found.items())
+    assert jnp.array_equal(jax.jit(kernels.program(case, FORWARD))(arrays)["o"], o)
 
 
 def test_what_cannot_run_is_a_row():

@@ -37,8 +37,8 @@ def test_a_call_is_printed_with_its_kernels():
 
 
 def test_every_kernel_of_a_call_is_looked_for():
-    assert profile.Selection(["taylor_attention"], [(1, 2, 3)]).kernels() == "taylor_"
-    wanted = profile.Selection(list(TIMED), [(1, 2, 3)])
+    assert profile.TimedSelection(["taylor_attention"], [(1, 2, 3)]).kernels() == "taylor_"
+    wanted = profile.TimedSelection(list(TIMED), [(1, 2, 3)])
     assert {"short_conv", "recurrence", "selective_scan", "one_decay_", "channel_decays_"} <= {
         *wanted.kernels().split("|")
     }
@@ -46,9 +46,9 @@ def test_every_kernel_of_a_call_is_looked_for():
 
 
 def test_the_implementations_are_those_that_run_our_kernels_or_those_named():
-    wanted = profile.Selection(["simple_gla", "attention"], [(1, 2, 3)])
+    wanted = profile.TimedSelection(["simple_gla", "attention"], [(1, 2, 3)])
     assert [*wanted.calls()] == [("simple_gla", (1, 2, 3), impl) for impl in ("triton_chunks", "hopper_steps")]
-    named = profile.Selection(["simple_gla", "attention"], [(1, 2, 3)], ["cudnn"])
+    named = profile.TimedSelection(["simple_gla", "attention"], [(1, 2, 3)], ["cudnn"])
     assert [*named.calls()] == [("attention", (1, 2, 3), "cudnn_flash")]
 
 

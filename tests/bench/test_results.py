@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from based_jax.bench.catalogue.operation import PASSES
 from experiments.kernels import __main__ as command
 from experiments.kernels import results, tables
 
@@ -12,8 +13,8 @@ FACTS = {"device": "NVIDIA H100 80GB HBM3", "versions": {"jax": "0.11.2"}, "comm
 
 def bench(op, impl, shape, times, floors=(10.0, 20.0)):
     rows = []
-    for which, time, floor in zip(results.PASSES, times, floors, strict=True):
-        place = dict(zip(results.KEY, (op, impl, which, *shape), strict=True))
+    for which, time, floor in zip(PASSES, times, floors, strict=True):
+        place = dict(zip(results.ROW_KEY, (op, impl, which, *shape), strict=True))
         rows.append(place | {"microseconds": time, "floor_microseconds": floor, "ratio_to_floor": time / floor} | FACTS)
     return rows
 
@@ -48,8 +49,8 @@ def write(path, rows):
 def test_the_readme_has_the_rows_it_was_made_from():
     text = tables.README.read_text()
     assert tables.render(text, results.FOLDER) == text, "run: python -m experiments.kernels table"
-    assert [block[2] for block in tables.BLOCK.finditer(text)] and set(tables.TABLES) == {
-        block[2] for block in tables.BLOCK.finditer(text)
+    assert [block[2] for block in tables.README_TABLE.finditer(text)] and set(tables.TABLES) == {
+        block[2] for block in tables.README_TABLE.finditer(text)
     }
 
 
@@ -64,7 +65,7 @@ def test_tables_hold_the_times(folder):
     assert "| `window_attention` | `hopper_tiles` | 1 of 1 | 2.0e-03 |" in tables.checks(folder)
     assert "| `dplr` | `triton_chunks` | 1 of 2 | 3.0e-03 |" in tables.checks(folder)
     assert "`dplr` | `hopper_steps`" not in tables.checks(folder)
-    assert tables.calls(folder) == tables.launches(folder) == tables.NONE
+    assert tables.calls(folder) == tables.launches(folder) == tables.NO_ROWS
 
 
 def test_a_readme_is_rewritten_between_its_markers(folder, capsys):
@@ -83,10 +84,27 @@ def test_pictures_are_drawn(folder):
 
 
 def test_tables_hold_launches_and_calls(folder):
-    place = dict(zip(results.KEY, ("taylor_attention", "hopper", "forward", 8, 16, 2048), strict=True))
+    place = dict(zip(results.ROW_KEY, ("taylor_attention", "hopper", "forward", 8, 16, 2048), strict=True))
     launch = {"view": "launch", "kernel": "taylor_forward", "microseconds": 40.0, "tensor_percent": 41.0, "stalls": {}}
     parts = [{"kernel": "taylor_forward_mosaic_gpu_kernel", "launches": 1, "microseconds": 30.0}]
     call = {"view": "call", "microseconds": 31.5, "idle_microseconds": 1.5, "kernels": parts}
     write(folder / "profile.jsonl", [place | row | FACTS for row in (launch, call)])
     assert "| `taylor_forward` | (8, 16, 2048) | 40 | 41 % |" in tables.launches(folder)
     assert "| forward | 32 | 1.5 | taylor_forward 30 |" in tables.calls(folder)
+
+
+def test_revisions_are_compared_by_the_better_of_their_repeats(tmp_path):
+    times = {("a", 1): (100.0, 50.0), ("a", 2): (110.0, 40.0), ("b", 1): (103.0, 41.0), ("b", 2): (99.0, 60.0)}
+    place = {"op": "window_attention"}
+    write(
+        tmp_path / "revisions.jsonl",
+        [
+            place
+            | {"pass": which, "revision": name, "repeat": repeat, "shape": [1, 2, size], "microseconds": x}
+            | FACTS
+            for (name, repeat), both in times.items()
+            for size, x in enumerate(both)
+            for which in PASSES
+        ],
+    )
+    assert "| `window_attention` | 2 | -1.0% to +2.5% | -1.0% to +2.5% |" in tables.revisions(tmp_path)

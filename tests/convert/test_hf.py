@@ -36,6 +36,7 @@ MODELS = {
 }
 REFUSED = {
     "zoology's norm": LMConfig(BASED, d_model=D, norm="layer"),
+    "zoology's last norm": LMConfig(BASED, d_model=D, final_norm="layer"),
     "no MLP": LMConfig(BASED, d_model=D, mlp="identity"),
     "another mixer": LMConfig((("base_conv", {}),), d_model=D),
     "attention and others": LMConfig((*BASED, ("attention", {"num_heads": 2})), d_model=D),

@@ -86,7 +86,7 @@ def test_every_row_has_a_language_of_its_own():
 def test_blocks_of_rows_change_the_draws_but_not_the_answers(monkeypatch):
     inputs, _ = in_context_ngram(4, 30, 20, 0)
     whole = best_predictions(inputs, 4)
-    monkeypatch.setattr(module, "BLOCK", 7 * 16)
+    monkeypatch.setattr(module, "MAX_PROBABILITIES_PER_BLOCK", 7 * 16)
     for own, expected in zip(best_predictions(inputs, 4), whole, strict=True):
         np.testing.assert_array_equal(own, expected)
     cut, labels = in_context_ngram(4, 30, 20, 0)

@@ -48,7 +48,7 @@ def test_a_budget_buys_the_best_that_is_not_larger():
 def test_an_accuracy_outside_of_what_is_asked_is_bold(monkeypatch):
     monkeypatch.setattr(tables, "ASKED_ACCURACIES", {("Sliding window", "D 128, w 64"): (0.45, 0.58)})
     line = tables.agreement(configurations(window(64, 0.5, 0.6))).splitlines()[-1]
-    assert line == "| Sliding window, D 128, w 64 | 64 | 0.500, **0.600** | 0.45 to 0.58 |"
+    assert line == "| Sliding window, D 128, w 64 | 63 | 0.500, **0.600** | 0.45 to 0.58 |"
     with pytest.raises(UserError, match="There are no rows of Sliding window with D 128, w 64; run the sweep first"):
         tables.agreement(configurations(window(32, 0.5)))
 

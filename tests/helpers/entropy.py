@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-IGNORED = -1
+from based_jax.labels import NO_LABEL
 
 
 def inputs_of(rng, normal):
-    """Return a source of hidden states, a table, labels of which a third is ignored, and gradients of the losses."""
+    """Return a source of hidden states, a table, labels of which a third asks for nothing, and losses' gradients."""
 
     def draw(count=37, vocab=1000, dim=48, dtype="float32", scale=1.0):
-        labels = np.where(rng.random(count) < 0.3, IGNORED, rng.integers(0, vocab, count))
-        labels[:2] = IGNORED, vocab - 1
+        labels = np.where(rng.random(count) < 0.3, NO_LABEL, rng.integers(0, vocab, count))
+        labels[:2] = NO_LABEL, vocab - 1
         return (
             normal(count, dim, dtype=dtype, scale=scale),
             normal(vocab, dim),

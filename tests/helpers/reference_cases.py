@@ -12,12 +12,13 @@ POINTWISE, FORWARD, GRADIENT, LOGITS = 1e-6, 1e-5, 1e-4, 5e-5
 
 
 class Case(NamedTuple):
-    """The arrays of a file by group, and its description."""
+    """The arrays of a file by group, `trained` the weights after twenty steps of training, and its description."""
 
     inputs: dict[str, Any]
     weights: dict[str, Any]
     outputs: dict[str, Any]
     gradients: dict[str, Any]
+    trained: dict[str, Any]
     meta: dict[str, Any]
 
 
@@ -27,7 +28,7 @@ def load(*names):
     for name in names:
         with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
             arrays |= dict(file)
-    groups = ("in.", "w.", "out.", "grad.")
+    groups = ("in.", "w.", "out.", "grad.", "after20.")
     split = [{k.removeprefix(group): v for k, v in arrays.items() if k.startswith(group)} for group in groups]
     return Case(*split, json.loads(str(arrays["meta"])))
 
@@ -41,11 +42,16 @@ def assert_close(ours, reference, tolerance, what=""):
 
 def assert_gradients(ours, reference):
     """Compare parameters' gradients with the reference's, which a module holds as if they were its weights."""
+    assert_parameters(ours, reference, lambda path: GRADIENT)
+
+
+def assert_parameters(ours, reference, tolerance):
+    """Compare a state, parameter by parameter, with what a module holds; the tolerance follows from the path."""
     wanted = dict(nnx.to_flat_state(nnx.state(reference, nnx.Param)))
     ours = dict(nnx.to_flat_state(ours))
     assert ours.keys() == wanted.keys()
     for path, leaf in ours.items():
-        assert_close(leaf[...], np.asarray(wanted[path][...]), GRADIENT, f"gradient of {path}")
+        assert_close(leaf[...], np.asarray(wanted[path][...]), tolerance(path), f"{path}")
 
 
 def assert_taylor_state(state, kv, k):

@@ -29,6 +29,7 @@ BESIDE = {
     "rwkv6": 1,
     "rwkv7": 1,
     "simple_gla": 4 * 3,
+    "window": 2,
 }
 
 
@@ -62,7 +63,7 @@ def test_based_has_the_bytes_of_the_reference(d_model, feature_dim, main, whole)
         ("deltanet", {"num_heads": 2}, 128, 32_768, 34_304),
         ("gla", {"num_heads": 2}, 64, 4_096, 4_864),
         ("rwkv7", {}, 256, 65_536, 68_608),
-        ("window", {"window": 8}, 128, 8_192, 9_728),
+        ("window", {"window": 9}, 128, 8_192, 9_728),
         ("attention", {"num_heads": 2}, 64, 524_288, 525_056),
     ],
 )

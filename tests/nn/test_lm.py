@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from based_jax.errors import UserError
+from based_jax.nn import layers
 from based_jax.nn.lm import LM, LMConfig
 
 D, T, VOCAB = 16, 10, 50
@@ -90,6 +91,21 @@ def test_hidden_states_of_some_positions_are_those_of_all(scan, mlp, tokens, clo
     (ours, gradients), (right, wanted) = map(with_gradients, (at_places, of_all))
     close(ours, right)
     jax.tree.map(close, jax.tree.leaves(gradients), jax.tree.leaves(wanted))
+
+
+def test_dropout_is_of_passes_that_have_a_key(tokens):
+    model = LM(small(embed_dropout=0.5), rngs=nnx.Rngs(0))
+    hidden = jax.jit(lambda model, key: model.hidden(tokens, dropout_key=key))
+    whole, first, again, other = (np.asarray(hidden(model, key)) for key in (None, *map(jax.random.key, (1, 1, 2))))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other) and not np.allclose(first, whole)
+    np.testing.assert_array_equal(whole, nnx.jit(lambda model: model.hidden(tokens))(model))
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share():
+    y = np.asarray(layers.dropout(jnp.full((200, 500), 2.0), 0.1, jax.random.key(0)))
+    assert set(np.unique(y)) == {np.float32(0), np.float32(2 / 0.9)}
+    assert abs((y == 0).mean() - 0.1) <= 3 * math.sqrt(0.1 * 0.9 / y.size)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -176,8 +192,10 @@ def test_initial_values_have_the_reference_statistics(scan_layers):
         ({"vocab_size": 0}, "vocab_size is 0; it is at least 1"),
         ({"pad_vocab_multiple": 0}, "pad_vocab_multiple is 0; it is at least 1"),
         ({"mlp_dim": -1}, "mlp_dim is -1; it is at least 0"),
+        ({"embed_dropout": 1.0}, "embed_dropout is 1.0; it is at least 0 and below 1"),
         ({"init_std": -0.1}, "init_std is -0.1; it is at least 0"),
         ({"norm": "rmss"}, "Unknown norm 'rmss': did you mean 'rms'?"),
+        ({"final_norm": "rmss"}, "Unknown final_norm 'rmss': did you mean 'rms'?"),
         ({"mlp": "swigloo"}, "Unknown mlp 'swigloo': did you mean 'swiglu'?"),
         ({"dtype": "bf16"}, "Unknown dtype 'bf16'"),
         ({"remat": "all"}, "Unknown remat 'all'"),

@@ -10,7 +10,7 @@ from flax import nnx
 from based_jax.labels import NO_LABEL, is_labelled
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.loss import loss_sums
-from based_jax.train.step import init_state, make_train_step
+from based_jax.train.step import initial_state, make_train_step
 
 VOCAB = 32
 
@@ -43,6 +43,6 @@ def test_any_negative_label_is_none(model, batch, none, close):
     other = batch | {"labels": jnp.where(batch["labels"] == NO_LABEL, none, batch["labels"])}
     close(nnx.jit(loss_sums)(model, other), nnx.jit(loss_sums)(model, batch))
     tx = optax.sgd(1.0)
-    step, state = jax.jit(make_train_step(nnx.graphdef(model), tx)), init_state(model, tx)
+    step, state = jax.jit(make_train_step(nnx.graphdef(model), tx)), initial_state(model, tx)
     (after, metrics), (wanted, expected) = step(state, other), step(state, batch)
     close((after.params, metrics), (wanted.params, expected))

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.entropy import IGNORED, inputs_of, run
+from helpers.entropy import inputs_of, run
 
 from based_jax.errors import UserError
+from based_jax.labels import NO_LABEL
 from based_jax.ops.cross_entropy import linear_cross_entropy
 
 
@@ -53,7 +54,7 @@ def test_the_oracle_is_the_definition(inputs):
 def test_a_label_with_the_largest_logit_is_correct(inputs, impl):
     hidden, table, *_ = inputs(count=8)
     best = jnp.argmax(hidden @ table.T, axis=1)
-    labels = best.at[0].set(IGNORED).at[1].add(-1)
+    labels = best.at[0].set(NO_LABEL).at[1].add(-1)
     assert linear_cross_entropy(hidden, table, labels, impl=impl)[1].tolist() == [False, False, *[True] * 6]
 
 
@@ -65,7 +66,7 @@ def test_a_tie_is_correct():
 
 
 @pytest.mark.parametrize("impl", ["oracle", "xla_logits"])
-def test_ignored_labels_give_nothing(inputs, impl):
+def test_labels_that_ask_for_nothing_give_nothing(inputs, impl):
     hidden, table, labels, gradients = inputs()
     losses, correct, *rest = _by(impl)(hidden, table, jnp.full_like(labels, -100), gradients)
     assert not correct.any()

@@ -14,19 +14,24 @@ from based_jax.ops import (
     diagonal_ssm,
     gated_conv,
     gated_linear_attention,
+    gated_slot_attention,
     linear_attention,
     long_conv,
     norm,
+    projection,
     selective_scan,
     short_conv,
+    softmax,
     ssd,
     taylor,
     taylor_attention,
     window_attention,
+    wkv4,
 )
 from based_jax.ops.calls import AttentionCall
-from based_jax.ops.dispatch import Implementation, dispatch, named, target_platform
+from based_jax.ops.dispatch import Implementation, beside, dispatch, named, target_platform
 from based_jax.ops.softmax import ATTENTION, WINDOW_ATTENTION
+from based_jax.ops.token_shift import token_shift
 
 
 def only_even(x):
@@ -99,6 +104,99 @@ def test_what_bare_names_meant_before_there_were_forms_they_still_mean():
         assert {impl: named(module.IMPLEMENTATIONS, impl) for impl in names} == names, module.__name__
     assert named(ATTENTION, "xla") == "xla_quadratic" and named(ATTENTION, "cudnn") == "cudnn_flash"
     assert named(WINDOW_ATTENTION, "xla") == "xla_bands" and named(WINDOW_ATTENTION, "hopper") == "hopper_tiles"
+
+
+@pytest.mark.parametrize(
+    ("impl", "name", "tables"),
+    [
+        (
+            "recurrent",
+            "xla_steps",
+            [
+                conv.IMPLEMENTATIONS,
+                delta_rule.IMPLEMENTATIONS,
+                delta_rule.DPLR_IMPLEMENTATIONS,
+                diagonal_ssm.IMPLEMENTATIONS,
+                gated_conv.IMPLEMENTATIONS,
+                gated_linear_attention.IMPLEMENTATIONS,
+                gated_slot_attention.IMPLEMENTATIONS,
+                linear_attention.IMPLEMENTATIONS,
+                selective_scan.IMPLEMENTATIONS,
+                ssd.IMPLEMENTATIONS,
+                taylor.IMPLEMENTATIONS,
+                wkv4.IMPLEMENTATIONS,
+                WINDOW_ATTENTION,
+            ],
+        ),
+        (
+            "quadratic",
+            "xla_quadratic",
+            [gated_linear_attention.IMPLEMENTATIONS, linear_attention.IMPLEMENTATIONS, taylor.IMPLEMENTATIONS],
+        ),
+        (
+            "toeplitz",
+            "xla_toeplitz",
+            [conv.IMPLEMENTATIONS, diagonal_ssm.IMPLEMENTATIONS, long_conv.IMPLEMENTATIONS],
+        ),
+        ("cudnn", "cudnn_flash", [ATTENTION, WINDOW_ATTENTION]),
+    ],
+)
+def test_names_of_forms_without_a_backend_still_run(impl, name, tables):
+    for table in tables:
+        assert named(table, impl) == name
+
+
+def test_a_former_name_is_none_where_the_form_is_missing():
+    assert named(long_conv.IMPLEMENTATIONS, "recurrent") is None
+    with pytest.raises(UserError, match=r"^Unknown long_conv implementation 'recurrent': "):
+        long_conv.long_conv(jnp.ones((1, 4, 8)), jnp.ones((4, 8)), impl="recurrent")
+
+
+@pytest.mark.parametrize(
+    ("impl", "beside_it"),
+    [
+        *((name, name) for name in ("auto", "xla", "xla_steps", "oracle", "recurrent", "elsewhere")),
+        ("xla_chunks", "xla"),
+        ("xla_fft", "xla"),
+        ("xla_toeplitz", "auto"),
+        ("toeplitz", "auto"),
+    ],
+)
+def test_what_runs_beside_a_mixer_s_main_operation(impl, beside_it):
+    assert beside(impl, conv.IMPLEMENTATIONS) == beside_it
+
+
+X, HEADS_X, GATES = jnp.ones((2, 4)), jnp.ones((2, 2, 4)), jnp.ones((2, 2, 1))
+MODES, MATRIX = jnp.ones((2, 3), jnp.complex64), jnp.zeros((2, 2, 4, 4))
+SCOPES = {
+    "short_conv_step": lambda: conv.short_conv_step(X, jnp.ones((3, 4)), jnp.zeros((2, 3, 4))),
+    "last_inputs": lambda: conv.last_inputs(X[:, None], 3, None, None),
+    "delta_rule_step": lambda: delta_rule.delta_rule_step(*(HEADS_X,) * 3, GATES, GATES[..., 0], MATRIX),
+    "dplr_step": lambda: delta_rule.dplr_step(*(HEADS_X,) * 6, MATRIX),
+    "diagonal_ssm_step": lambda: diagonal_ssm.diagonal_ssm_step(HEADS_X, *(MODES,) * 3, jnp.zeros((2, 2, 4, 3, 2))),
+    "gated_linear_attention_step": lambda: gated_linear_attention.gated_linear_attention_step(*(HEADS_X,) * 4, MATRIX),
+    "gated_slot_attention_step": lambda: gated_slot_attention.gated_slot_attention_step(
+        *(HEADS_X,) * 5, gated_slot_attention.SlotState(MATRIX, MATRIX)
+    ),
+    "linear_attention_step": lambda: linear_attention.linear_attention_step(*(HEADS_X,) * 3, jnp.zeros((2, 2, 4, 5))),
+    "encoder_state": lambda: linear_attention.encoder_state(*(HEADS_X[:, None],) * 2, jnp.ones((2, 1))),
+    "selective_scan_step": lambda: selective_scan.selective_scan_step(
+        X, X, jnp.ones((4, 3)), *(jnp.ones((2, 3)),) * 2, jnp.zeros((2, 4, 3))
+    ),
+    "attention_step": lambda: softmax.attention_step(HEADS_X, *(HEADS_X[:, None],) * 2, jnp.ones((2, 1), bool)),
+    "masked_attention": lambda: softmax.masked_attention(*(HEADS_X[:, None],) * 3, jnp.ones((2, 1, 1), bool)),
+    "ssd_step": lambda: ssd.ssd_step(HEADS_X, GATES[..., 0], jnp.ones(2), HEADS_X, HEADS_X, MATRIX),
+    "taylor_attention_step": lambda: taylor.taylor_attention_step(*(HEADS_X,) * 3, taylor.initial_state(2, 2, 4, 4)),
+    "wkv4_step": lambda: wkv4.wkv4_step(X, X, X[0], X[0], wkv4.initial_state(2, 4)),
+    "token_shift": lambda: token_shift(X[:, None]),
+    "multiply": lambda: projection.multiply(X, jnp.ones((4, 3))),
+    "project": lambda: projection.project(X, jnp.ones((4, 3)), (((1,), (0,)), ((), ()))),
+}
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_what_is_not_dispatched_is_a_scope_of_its_name(name):
+    assert f"/{name}/" in jax.jit(SCOPES[name]).lower().as_text(debug_info=True)
 
 
 def test_an_operation_is_a_scope_of_its_name():

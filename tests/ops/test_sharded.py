@@ -6,6 +6,7 @@ import pytest
 
 from based_jax import parallel
 from based_jax.ops import sharded
+from based_jax.ops.calls import MatrixStateCall
 
 TOKENS = "batch", None, "heads"
 
@@ -46,3 +47,11 @@ def test_a_device_sees_its_rows_and_heads_alone(normal):
         with jax.set_mesh(parallel.make_mesh(sizes)):
             out = jax.jit(lambda x: sharded.per_shard(note, (x,), (TOKENS,), (TOKENS,)))(normal(*shape))
         assert out.shape == shape and shapes.pop() == seen
+
+
+def test_an_array_that_would_not_be_divided_by_heads_is_no_part_of_a_call(normal):
+    q, bonus = normal(2, 3, 4, 5), normal(4, 5)
+    call = MatrixStateCall(q, q, q, q)
+    sharded.per_head(lambda call: (call.v, call.q[:, 0]), call)
+    with pytest.raises(AssertionError, match="'bonus'"):
+        sharded.per_head(lambda call: (call.v, call.q[:, 0]), call._replace(bonus=bonus))

@@ -9,6 +9,7 @@ from helpers.devices import gpus
 from based_jax.ops import (
     attention,
     conv,
+    cross_entropy,
     delta_rule,
     diagonal_ssm,
     gated_conv,
@@ -17,6 +18,7 @@ from based_jax.ops import (
     linear_attention,
     long_conv,
     norm,
+    projection,
     selective_scan,
     short_conv,
     softmax,
@@ -188,6 +190,14 @@ CALLS = {
     "gated_slot_attention": (gated_slot_attention.IMPLEMENTATIONS, planted("gated_slot_attention")),
     "ssd": (ssd.IMPLEMENTATIONS, planted("ssd")),
     "residual_rms_norm": (norm.IMPLEMENTATIONS, lambda: norm.residual_rms_norm(TOKENS, None, CHANNELS, impl="planted")),
+    "residual_layer_norm": (
+        norm.IMPLEMENTATIONS,
+        lambda: norm.residual_layer_norm(TOKENS, None, CHANNELS, CHANNELS, impl="planted"),
+    ),
+    "linear_cross_entropy": (
+        cross_entropy.IMPLEMENTATIONS,
+        lambda: cross_entropy.linear_cross_entropy(TOKENS, KERNEL, jnp.zeros((2, 16), jnp.int32), impl="planted"),
+    ),
 }
 
 
@@ -212,7 +222,7 @@ def test_a_wrong_shape_of_a_result_is_refused(name, monkeypatch):
         call()
 
 
-@pytest.mark.parametrize("name", ["diagonal_ssm", "selective_scan", *MATRIX_STATES])
+@pytest.mark.parametrize("name", ["diagonal_ssm", "selective_scan", "wkv4", *MATRIX_STATES])
 def test_a_wrong_shape_of_a_state_is_refused(name, monkeypatch):
     table, call = CALLS[name]
 
@@ -223,3 +233,68 @@ def test_a_wrong_shape_of_a_state_is_refused(name, monkeypatch):
     monkeypatch.setitem(table, "planted", Implementation(planted))
     with pytest.raises(jaxtyping.TypeCheckError):
         call()
+
+
+def narrower_product(x, kernel, *_, **__):
+    return jnp.zeros((*x.shape[:-1], kernel.shape[1] - 1))
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda: projection.multiply(TOKENS, KERNEL.T),
+        lambda: projection.project(TOKENS, KERNEL.T, (((2,), (0,)), ((), ()))),
+    ],
+)
+def test_a_wrong_shape_of_a_product_is_refused(product, monkeypatch):
+    product()
+    monkeypatch.setattr(projection.lax, "dot_general", narrower_product)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        product()
+
+
+def convolved_on(length):
+    return short_conv(TOKENS, KERNEL, state=jnp.zeros((2, length, 8)), dilation=2)
+
+
+def stepped_on(length):
+    return conv.short_conv_step(TOKENS[:, 0], KERNEL, jnp.zeros((2, length, 8)), dilation=2)
+
+
+def convolved_and_gated_on(length):
+    return gated_conv.gated_short_conv(TOKENS, KERNEL[:, :4], state=jnp.zeros((2, length, 4)))
+
+
+@pytest.mark.parametrize(("operation", "length"), [(convolved_on, 5), (stepped_on, 5), (convolved_and_gated_on, 3)])
+def test_a_convolution_s_state_has_the_inputs_in_reach_and_no_others(operation, length):
+    assert operation(length)[1].shape[1] == length
+    for wrong in (length - 1, length + 1):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            operation(wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "operation"),
+    [
+        (conv, lambda: short_conv(TOKENS, KERNEL)),
+        (gated_conv, lambda: gated_conv.gated_short_conv(TOKENS, KERNEL[:, :4])),
+    ],
+)
+def test_a_convolution_s_wrong_state_is_refused(module, operation, monkeypatch):
+    monkeypatch.setattr(module, "last_inputs", lambda x, width, *_: jnp.zeros((2, width + 1, x.shape[2])))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        operation()
+
+
+@pytest.mark.parametrize("state", [jnp.zeros((2, 7)), jnp.zeros((1, 8)), jnp.zeros((2, 1, 8))])
+def test_a_wrong_shape_of_the_token_before_is_refused(state):
+    with pytest.raises(jaxtyping.TypeCheckError):
+        token_shift(TOKENS, state=state)
+
+
+def test_a_wrong_shape_of_a_shift_is_refused(monkeypatch):
+    token_shift(TOKENS)
+    where = jnp.where
+    monkeypatch.setattr(jnp, "where", lambda *choice: where(*choice)[..., :1])
+    with pytest.raises(jaxtyping.TypeCheckError):
+        token_shift(TOKENS)

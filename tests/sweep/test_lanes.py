@@ -25,11 +25,11 @@ from based_jax.store import Store
 from based_jax.sweep import Sweep, lane_training, lanes, param, product
 from based_jax.sweep.lane_engine import LaneEngine, Sources
 from based_jax.sweep.lane_training import Resident, _LaneGroup
-from based_jax.sweep.lanes import Examples, Rates
+from based_jax.sweep.lanes import PlacedExamples, Rates
 from based_jax.sweep.launch import run_sweep
 from based_jax.sweep.schedule import SweepOptions, Todo
 from based_jax.sweep.trial import load_sweep, make_trial
-from based_jax.train.step import init_state, make_train_step
+from based_jax.train.step import initial_state, make_train_step
 
 ROOT = Path(__file__).parents[2]
 SEGMENT = {"num_examples": 100, "seq_len": 16, "num_kv_pairs": 2}
@@ -59,7 +59,8 @@ def alone(trial, data):
     """Train a trial with the ordinary step, batch by batch; return its parameters."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0))))
     tx = adamw(trial.optim, trial.steps)
-    state = init_state(LM(trial.model, rngs=nnx.Rngs(jax.random.key(trial.seed))), tx)
+    key = jax.random.key(trial.seed)
+    state = initial_state(LM(trial.model, rngs=nnx.Rngs(key)), tx, key)
     step = jax.jit(make_train_step(graphdef, tx))
     for i in range(trial.steps):
         state, _ = step(state, jax.tree.map(jnp.asarray, data.source.batch(i)))
@@ -81,8 +82,10 @@ def test_lanes_train_what_each_trial_trains_alone():
     assert len({found[trial].losses[-1] for trial in trials}) == 4
 
 
-def test_parameters_of_a_lane_are_those_of_the_ordinary_loop():
-    trials = [make_trial(BASE, RECALL | {"seed": s, "optim.lr": lr}) for s, lr in ((3, 1e-3), (4, 1e-2))]
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_parameters_of_a_lane_are_those_of_the_ordinary_loop(dropout):
+    same = RECALL | {"model.embed_dropout": dropout}
+    trials = [make_trial(BASE, same | {"seed": s, "optim.lr": lr}) for s, lr in ((3, 1e-3), (4, 1e-2))]
     data = resident(trials[0])
     programs = lane_training.fitting_programs(trials[0], data, 2)
     states = programs.beginning(jnp.asarray([3, 4], jnp.uint32))
@@ -99,7 +102,7 @@ def test_answers_are_the_labels_and_their_loss_is_that_of_all_logits(rng, everyw
     inputs = rng.integers(0, 40, (6, 12)).astype(np.int32)
     labels = np.where(rng.random((6, 12)) < (1.1 if everywhere else 0.3), inputs, NO_LABEL)
     labels[0] = NO_LABEL if not everywhere else labels[0]
-    examples = Examples.of(inputs, labels)
+    examples = PlacedExamples.of(inputs, labels)
     assert examples.shape == (12, 12 if everywhere else max(1, (labels != NO_LABEL).sum(axis=1).max()))
     model = LM(make_trial(BASE, {}).model, rngs=nnx.Rngs(1))
     got = lanes.answer_sums(model, examples)
@@ -112,7 +115,7 @@ def test_answers_are_the_labels_and_their_loss_is_that_of_all_logits(rng, everyw
 
 
 def test_rows_beyond_a_short_batch_have_no_answers():
-    examples = Examples.of(np.arange(8).reshape(2, 4), np.arange(8).reshape(2, 4))
+    examples = PlacedExamples.of(np.arange(8).reshape(2, 4), np.arange(8).reshape(2, 4))
     taken = examples.rows(jnp.array([1, -1, 0]))
     assert (taken.answers[1] == NO_LABEL).all() and (taken.answers[2] == jnp.arange(4)).all()
 

@@ -168,7 +168,7 @@ def test_gpus_that_a_process_may_use(names, found, monkeypatch):
     assert launch.visible_gpus() == found
 
 
-def test_two_ray_workers_share_a_sweep(file, tmp_path):
+def test_two_ray_tasks_share_a_sweep(file, tmp_path):
     ray = pytest.importorskip("ray", reason="Ray is not installed: the extra 'ray'")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:

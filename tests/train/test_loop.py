@@ -217,6 +217,17 @@ def test_what_changes_no_number_may_differ_in_a_run_that_goes_on(whole, tmp_path
     assert json.loads((workdir / "config.json").read_text())["log_every"] == 3
 
 
+def test_a_run_that_is_older_than_a_key_goes_on(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    values = json.loads((workdir / "config.json").read_text())
+    assert values["data"].pop("power_a", "absent") is None
+    (workdir / "config.json").write_text(json.dumps(values))
+    train(make_config(), workdir)
+    assert "power_a" in json.loads((workdir / "config.json").read_text())["data"]
+    assert_same_run(workdir, whole)
+
+
 def test_a_checkpoint_for_other_shapes_is_named_and_kept(whole, tmp_path):
     config = make_config(model={"d_model": 32})
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")

@@ -4,6 +4,7 @@ No matter how a mesh is cut, a device has an eighth of the work, holds the rows 
 fsdp, never activations.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -32,16 +33,24 @@ MODEL = LMConfig(
 MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
 IDEAL, LARGEST_SHARE = 1 / 8, 0.14
 
-on_all_meshes = pytest.mark.parametrize(
-    "sizes", MESHES, ids=lambda sizes: "-".join(f"{k}{n}" for k, n in sizes.items())
+FLOATS = "f32", "bf16", "f16"
+
+
+def name_of(value):
+    return value if isinstance(value, str) else "-".join(f"{k}{n}" for k, n in value.items())
+
+
+on_all_meshes = pytest.mark.parametrize("sizes", MESHES, ids=name_of)
+on_all_meshes_and_in_bf16 = pytest.mark.parametrize(
+    ("sizes", "dtype"), [*((sizes, "float32") for sizes in MESHES), (MESHES[2], "bfloat16")], ids=name_of
 )
 with_microbatches = pytest.mark.parametrize("microbatches", [1, 8])
 
 
-def config(microbatches):
+def config(microbatches, dtype):
     """Return the run: two updates at a rate that moves every parameter."""
-    optim = OptimConfig(lr=1e-2, schedule="constant")
-    return TrainConfig(MODEL, TASKS["mqar"](preset="tiny"), optim, batch_size=B, steps=2, microbatches=microbatches)
+    model, optim = dataclasses.replace(MODEL, dtype=dtype), OptimConfig(lr=1e-2, schedule="constant")
+    return TrainConfig(model, TASKS["mqar"](preset="tiny"), optim, batch_size=B, steps=2, microbatches=microbatches)
 
 
 def batch(seed=0):
@@ -53,16 +62,16 @@ def batch(seed=0):
 
 
 @functools.cache
-def compiled(microbatches, **sizes) -> tuple[TrainProgram, jax.stages.Compiled]:
+def compiled(microbatches, dtype="float32", **sizes) -> tuple[TrainProgram, jax.stages.Compiled]:
     """Return a run on a mesh of as many devices as the sizes say, and its compiled step."""
     mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-    program = train_program(config(microbatches), mesh)
+    program = train_program(config(microbatches, dtype), mesh)
     return program, program.lower_step(batch()).compile()
 
 
 @functools.cache
-def hlo(microbatches, **sizes) -> Program:
-    return Program(compiled(microbatches, **sizes)[1].as_text())
+def hlo(microbatches, dtype="float32", **sizes) -> Program:
+    return Program(compiled(microbatches, dtype, **sizes)[1].as_text())
 
 
 def shape_of(sizes):
@@ -104,14 +113,14 @@ def test_scans_carry_the_rows_of_the_device(sizes, microbatches):
     assert {shape[-3] for shape in carried if shape[-2:] in widths} == {B // microbatches // rows_of(sizes)}
 
 
-@on_all_meshes
+@on_all_meshes_and_in_bf16
 @with_microbatches
-def test_no_activation_is_summed_or_gathered_over_fsdp(sizes, microbatches):
+def test_no_activation_is_summed_or_gathered_over_fsdp(sizes, dtype, microbatches):
     """Activations and logits are those with a multiple of T elements, which no parameter has."""
-    params = jax.tree.leaves(compiled(microbatches, **sizes)[0].abstract_state.params)
+    params = jax.tree.leaves(compiled(microbatches, dtype, **sizes)[0].abstract_state.params)
     assert all(leaf.size % FACTOR_OF_T for leaf in params)
-    exchanged = hlo(microbatches, **sizes).exchanged(shape_of(sizes), parallel.AXES.index("fsdp"))
-    found = [x for x in exchanged if x.kind in ("all-reduce", "reduce-scatter", "all-gather") and x.dtype == "f32"]
+    exchanged = hlo(microbatches, dtype, **sizes).exchanged(shape_of(sizes), parallel.AXES.index("fsdp"))
+    found = [x for x in exchanged if x.kind in ("all-reduce", "reduce-scatter", "all-gather") and x.dtype in FLOATS]
     assert bool(found) == ("fsdp" in sizes)
     assert [x for x in found if math.prod(x.shape) % FACTOR_OF_T == 0] == []
 

@@ -13,7 +13,7 @@ from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.loss import loss_sums
 from based_jax.train.compile import train_program
 from based_jax.train.run import TrainConfig
-from based_jax.train.step import init_state, make_train_step
+from based_jax.train.step import initial_state, make_train_step
 from based_jax.train.tasks import TASKS
 
 VOCAB = 64
@@ -32,7 +32,7 @@ def make_model(**changes):
 
 def first_step(batch, microbatches=1, tx=SGD, **changes):
     """Return the state before a step, the one after it, and the metrics."""
-    state = init_state(make_model(**changes), tx)
+    state = initial_state(make_model(**changes), tx)
     return state, *compiled(microbatches, tx, **changes)(state, batch)
 
 
@@ -127,7 +127,7 @@ def test_the_loss_falls_on_mqar_and_the_step_compiles_once():
     tx = optim.adamw(optim.OptimConfig(lr=1e-2, schedule="constant"), 100)
     source = TASKS["mqar"](preset="tiny").open(8, 0, 1)
     step = jax.jit(make_train_step(nnx.graphdef(model), tx), donate_argnums=0)
-    state, losses = init_state(model, tx), []
+    state, losses = initial_state(model, tx), []
     for i in range(40):
         state, metrics = step(state, source.batch(i % 2))
         losses.append(float(metrics["loss"]))
@@ -159,7 +159,7 @@ def sharded_steps(config):
 def unsharded_steps(config):
     tx = optim.adamw(config.optim, config.steps)
     model = LM(config.model, rngs=nnx.Rngs(jax.random.key(0)))
-    step, state, metrics = jax.jit(make_train_step(nnx.graphdef(model), tx)), init_state(model, tx), {}
+    step, state, metrics = jax.jit(make_train_step(nnx.graphdef(model), tx)), initial_state(model, tx), {}
     for i in range(config.steps):
         state, metrics = step(state, config.data.open(8, 0, 1).batch(i))
     return state, metrics
@@ -183,3 +183,22 @@ def assert_sharded_alike(state):
     assert table.sharding.spec == jax.P("tensor", "fsdp")
     assert kernel.sharding.spec == jax.P("tensor", "fsdp")
     assert kernel.addressable_shards[0].data.shape == (8, 8)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_each_step_and_each_key_drops_something_else(microbatches, batch):
+    """The rate is 0: from one step to the next nothing else changes."""
+    model, tx = make_model(embed_dropout=0.5), optax.sgd(0.0)
+    step = jax.jit(make_train_step(nnx.graphdef(model), tx, microbatches))
+
+    def losses(seed):
+        state, found = initial_state(model, tx, jax.random.key(seed)), []
+        for _ in range(3):
+            state, metrics = step(state, batch)
+            found.append(float(metrics["loss"]))
+        return found
+
+    assert losses(0) == losses(0)
+    assert len({*losses(0), *losses(1)}) == 6
+    with pytest.raises(AssertionError, match="needs a key"):
+        initial_state(model, tx)

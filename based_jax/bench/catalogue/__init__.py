@@ -48,5 +48,5 @@ def timed_operation(name: str) -> Operation:
 
 
 def timed_case(name: str, shape: Shape, impl: str) -> Case:
-    """Return the call that a name in the benchmark stands for, of (B, H, T)."""
+    """Return the case that a name in the benchmark stands for, of (B, H, T)."""
     return timed_operation(name).timed[name](shape).by(impl)

@@ -12,9 +12,9 @@ from based_jax.bench.catalogue.operation import (
     FORWARD,
     PACKED,
     Arrays,
-    Call,
     Case,
     Definition,
+    Function,
     Operation,
     bf16,
     by_channel,
@@ -32,13 +32,13 @@ def _arrays(case: Case, halves: int) -> dict[str, jax.ShapeDtypeStruct]:
     return bf16(wide) | fp32({"kernel": (taps, channels), "bias": (halves * channels,)})
 
 
-def _call(case: Case, function: Callable) -> Call:
-    def call(arrays, ids):
+def _function(case: Case, convolve: Callable) -> Function:
+    def run(arrays, ids):
         options = {"bias": arrays["bias"], "state": arrays.get("state"), "segment_ids": ids, "impl": case.impl}
-        y, _ = function(arrays["x"], arrays["kernel"], **options)
+        y, _ = convolve(arrays["x"], arrays["kernel"], **options)
         return {"y": y}
 
-    return call
+    return run
 
 
 def gated_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
@@ -83,7 +83,7 @@ def _cases(name: str, usual: int, others: tuple[int, ...]) -> tuple[Case, ...]:
 def _convolution(
     name: str,
     table: Mapping[str, Implementation],
-    function: Callable,
+    convolve: Callable,
     definition: Definition,
     kernels: Mapping[str, tuple[str, ...]],
     *,
@@ -94,7 +94,7 @@ def _convolution(
     return Operation(
         table=table,
         arrays=functools.partial(_arrays, halves=halves),
-        call=functools.partial(_call, function=function),
+        function=functools.partial(_function, convolve=convolve),
         oracle=lambda case: definition,
         cost=functools.partial(_cost, halves=halves),
         kernels=kernels,

@@ -5,10 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from based_jax.bench.catalogue.operation import BF16, FORWARD, FP32, Arrays, Call, Case, Operation, bf16, by_channel
+from based_jax.bench.catalogue.operation import BF16, FORWARD, FP32, Arrays, Case, Function, Operation, bf16, by_channel
+from based_jax.labels import NO_LABEL, is_labelled
 from based_jax.ops import cross_entropy
 
-VOCAB = 8192
+TIMED_VOCAB = 8192
 """Of what is timed: that of the recall tasks."""
 HIDDEN_SCALE = 0.125
 """Of hidden states: logits of normal ones are then a few units large. A power of two, which no dtype rounds."""
@@ -19,22 +20,22 @@ def _arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
     return bf16({"hidden": (batch, time, channels), "table": (vocab, channels)})
 
 
-def _call(case: Case) -> Call:
-    def call(arrays, ids):
+def _function(case: Case) -> Function:
+    def run(arrays, ids):
         hidden = arrays["hidden"]
         ids = jnp.ones(hidden.shape[:2], jnp.int32) if ids is None else ids
         given = hidden, arrays["table"], labels(ids, case.dims[0])
         losses, _ = cross_entropy.linear_cross_entropy(*given, impl=case.impl)
         return {"losses": losses[..., None]}
 
-    return call
+    return run
 
 
 def labels(ids: jax.Array, vocab: int) -> jax.Array:
-    """Return a label for each token that depends on its place alone, -1 for padding and for every fifth token."""
+    """Return a label for each token that depends on its place alone, none for padding and every fifth token."""
     places = jnp.arange(ids.shape[1])
-    spread = jnp.where(places % 5 == 4, -1, places * 104729 % vocab)[None]
-    return jnp.where(ids == 0, -1, spread).astype(jnp.int32)
+    spread = jnp.where(places % 5 == 4, NO_LABEL, places * 104729 % vocab)[None]
+    return jnp.where(ids == 0, NO_LABEL, spread).astype(jnp.int32)
 
 
 def definition(arrays: Arrays, ids: jax.Array) -> Arrays:
@@ -43,7 +44,7 @@ def definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     chosen = labels(ids, logits.shape[-1])
     own = jnp.take_along_axis(logits, jnp.maximum(chosen, 0)[..., None], axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1, keepdims=True) - own
-    return {"losses": jnp.where((chosen >= 0)[..., None], losses, 0)}
+    return {"losses": jnp.where(is_labelled(chosen)[..., None], losses, 0)}
 
 
 def _cost(case: Case, which: str) -> tuple[float, float]:
@@ -70,13 +71,13 @@ def _cases() -> tuple[Case, ...]:
 LINEAR_CROSS_ENTROPY = Operation(
     table=cross_entropy.IMPLEMENTATIONS,
     arrays=_arrays,
-    call=_call,
+    function=_function,
     oracle=lambda case: definition,
     cost=_cost,
     kernels={"hopper_tiles": ("cross_entropy_",)},
     cases=_cases(),
     small_cases=(Case("linear_cross_entropy", (1, 64, 130), (300,), documents=True),),
-    timed={"linear_cross_entropy": by_channel("linear_cross_entropy", (VOCAB,))},
+    timed={"linear_cross_entropy": by_channel("linear_cross_entropy", (TIMED_VOCAB,))},
     weights=frozenset({"table"}),
     scales={"hidden": HIDDEN_SCALE},
 )

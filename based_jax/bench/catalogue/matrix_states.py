@@ -6,6 +6,7 @@ A name says what decays: in `gated_linear_attention`, `delta_rule` (KDA) and `dp
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,15 @@ import jax.numpy as jnp
 from based_jax.bench.catalogue.definitions import scan_tokens
 from based_jax.bench.catalogue.operation import (
     BF16,
+    CASE_ROWS,
     FORWARD,
     FP32,
     HEAD_DIM,
     PACKED,
     Arrays,
-    Call,
     Case,
     Definition,
+    Function,
     Operation,
     by_head,
     fp32,
@@ -33,25 +35,40 @@ from based_jax.ops.dispatch import Implementation
 DIMS = HEAD_DIM, HEAD_DIM
 LEAST_NORM = 1e-3
 """Added to the length of a key, which padding has none of."""
-STEPS = ("recurrence",)
-ONE_DECAY, CHANNEL_DECAYS = ("one_decay_",), ("channel_decays_",)
+STEP_KERNELS = ("recurrence",)
+ONE_DECAY_KERNELS, CHANNEL_DECAY_KERNELS = ("one_decay_",), ("channel_decays_",)
 """What the kernels' names begin with: token by token, and by chunks."""
 
 
-def log_decays(g):
-    """Return log-decays below 0, of numbers of any sign."""
-    return -jax.nn.softplus(2 * g)
+class Preparation(NamedTuple):
+    """What an operation is given, made of numbers of any sign.
+
+    Attributes:
+      log_decays: function of g that returns log-decays below 0.
+      keys: function of k that returns a delta rule's keys of length 1, in their own dtype.
+      rates: function of beta (B, T, H, 1) that returns a delta rule's rates (B, T, H).
+    """
+
+    log_decays: Callable[[jax.Array], jax.Array]
+    keys: Callable[[jax.Array], jax.Array]
+    rates: Callable[[jax.Array], jax.Array]
 
 
-def unit_keys(k):
-    """Return keys of length 1, in their own dtype."""
+def _unit_keys(k):
+    return k * jax.lax.rsqrt(jnp.sum(k.astype(jnp.float32) ** 2, axis=-1, keepdims=True)).astype(k.dtype)
+
+
+def _padded_unit_keys(k):
     wide = k.astype(jnp.promote_types(k.dtype, jnp.float32))
     return (wide * jax.lax.rsqrt(jnp.sum(wide**2, axis=-1, keepdims=True) + LEAST_NORM**2)).astype(k.dtype)
 
 
-def rates(beta):
-    """Return rates (B, T, H) of a delta rule that stays bounded, of numbers (B, T, H, 1) of any sign."""
-    return 0.5 * jax.nn.sigmoid(beta)[..., 0]
+TIMED = Preparation(lambda g: -jax.nn.softplus(g), _unit_keys, lambda beta: jax.nn.sigmoid(beta)[..., 0])
+"""What the peers in `torch_peers` make of the same arrays."""
+CHECKED = Preparation(
+    lambda g: -jax.nn.softplus(2 * g), _padded_unit_keys, lambda beta: 0.5 * jax.nn.sigmoid(beta)[..., 0]
+)
+"""Decays that forget sooner, smaller rates, and keys that are finite of padding too: definitions are given that."""
 
 
 def read_and_written(direction):
@@ -72,34 +89,34 @@ def _options(arrays, ids, case: Case) -> dict:
     return {"state": arrays.get("state"), "segment_ids": ids, "impl": case.impl}
 
 
-def _attention(case: Case) -> Call:
-    def call(arrays, ids):
+def _attention(case: Case, prepare: Preparation = CHECKED) -> Function:
+    def run(arrays, ids):
         q, k, v, g = (arrays[name] for name in ("q", "k", "v", "g"))
-        given = q, k, v, log_decays(g)
+        given = q, k, v, prepare.log_decays(g)
         o, state = gated_linear_attention.gated_linear_attention(*given, **_options(arrays, ids, case))
         return {"o": o, "state": state}
 
-    return call
+    return run
 
 
-def _correction(case: Case) -> Call:
-    def call(arrays, ids):
+def _correction(case: Case, prepare: Preparation = CHECKED) -> Function:
+    def run(arrays, ids):
         q, k, v, g = (arrays[name] for name in ("q", "k", "v", "g"))
-        given = q, unit_keys(k), v, log_decays(g), rates(arrays["beta"])
+        given = q, prepare.keys(k), v, prepare.log_decays(g), prepare.rates(arrays["beta"])
         o, state = delta_rule.delta_rule(*given, **_options(arrays, ids, case))
         return {"o": o, "state": state}
 
-    return call
+    return run
 
 
-def _low_rank(case: Case) -> Call:
-    def call(arrays, ids):
+def _low_rank(case: Case, prepare: Preparation = CHECKED) -> Function:
+    def run(arrays, ids):
         q, k, v, g = (arrays[name] for name in ("q", "k", "v", "g"))
-        given = q, k, v, log_decays(g), *read_and_written(arrays["direction"])
+        given = q, k, v, prepare.log_decays(g), *read_and_written(arrays["direction"])
         o, state = delta_rule.dplr(*given, **_options(arrays, ids, case))
         return {"o": o, "state": state}
 
-    return call
+    return run
 
 
 def attention_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
@@ -114,9 +131,9 @@ def attention_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
 
 def correction_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return `low_rank_definition` with a = w k, b = -beta k and beta k for k, of keys of length 1."""
-    k = unit_keys(arrays["k"])
-    written = rates(arrays["beta"])[..., None] * k
-    return _recurrence(arrays, written, jnp.exp(log_decays(arrays["g"])) * k, -written, ids)
+    k = CHECKED.keys(arrays["k"])
+    written = CHECKED.rates(arrays["beta"])[..., None] * k
+    return _recurrence(arrays, written, jnp.exp(CHECKED.log_decays(arrays["g"])) * k, -written, ids)
 
 
 def low_rank_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
@@ -134,7 +151,7 @@ def _recurrence(arrays: Arrays, k, a, b, ids) -> Arrays:
         S = w[..., None] * S + b[..., None] * u[..., None, :] + k[..., None] * v[..., None, :]
         return S, jnp.einsum("bhk,bhkv->bhv", q, S) * q.shape[-1] ** -0.5
 
-    w = jnp.exp(jnp.broadcast_to(log_decays(arrays["g"]), k.shape))
+    w = jnp.exp(jnp.broadcast_to(CHECKED.log_decays(arrays["g"]), k.shape))
     o, state = scan_tokens(token, arrays["state"], (arrays["q"], k, arrays["v"], w, a, b), ids)
     return {"o": o, "state": state}
 
@@ -156,10 +173,12 @@ def _cost(case: Case, which: str, decays: int | None, products: int, low_rank: b
 def _cases(name: str) -> tuple[Case, ...]:
     make = functools.partial(Case, name)
     widths = (24, 48), (64, 64), (64, 128), (128, 128), (128, 192)
+    cases = []
+    for impl, (short, wide) in CASE_ROWS.items():
+        cases += [make((short, 2, time), (32, 32), impl, **x) for time in (1, 15, 65) for x in ({}, PACKED)]
+        cases += [make((wide, 3, 130), x, impl, **PACKED) for x in widths]
     return (
-        # Of few gradients of a short sequence some cancel, and products of bf16 give those to no 5e-3.
-        *(make((64, 2, time), (32, 32), **x) for time in (1, 15, 65) for x in ({}, PACKED)),
-        *(make((16, 3, 130), x, **PACKED) for x in widths),
+        *cases,
         make((64, 2, 256), (64, 64), quick=True),
         make((1, 5, 2049), (64, 64), **PACKED),
         *(make((4, 2, 130), (64, 64), documents=True, through=x) for x in ("vmap", "shard_map")),
@@ -169,7 +188,7 @@ def _cases(name: str) -> tuple[Case, ...]:
 def _matrix_states(
     name: str,
     table: Mapping[str, Implementation],
-    call: Callable[[Case], Call],
+    function: Callable[..., Function],
     definition: Definition,
     kernels: Mapping[str, tuple[str, ...]],
     *,
@@ -181,13 +200,14 @@ def _matrix_states(
     return Operation(
         table=table,
         arrays=functools.partial(_arrays, decays=decays, extra=extra),
-        call=call,
+        function=function,
         oracle=lambda case: definition,
         cost=functools.partial(_cost, decays=decays, products=products, low_rank=extra == "direction"),
         kernels=kernels,
         cases=_cases(name),
         small_cases=(Case(name, (1, 2, 50), (64, 64), **PACKED),),
         timed={name: by_head(name, DIMS)},
+        timed_function=functools.partial(function, prepare=TIMED),
         compile_seconds=compile_seconds,
     )
 
@@ -197,7 +217,7 @@ GATED_LINEAR_ATTENTION = _matrix_states(
     gated_linear_attention.IMPLEMENTATIONS,
     _attention,
     attention_definition,
-    {"triton_chunks": CHANNEL_DECAYS, "hopper_steps": STEPS},
+    {"triton_chunks": CHANNEL_DECAY_KERNELS, "hopper_steps": STEP_KERNELS},
     decays=None,
     products=2,
     compile_seconds=7.0,
@@ -208,7 +228,7 @@ SIMPLE_GLA = _matrix_states(
     gated_linear_attention.IMPLEMENTATIONS,
     _attention,
     attention_definition,
-    {"triton_chunks": ONE_DECAY, "hopper_steps": STEPS},
+    {"triton_chunks": ONE_DECAY_KERNELS, "hopper_steps": STEP_KERNELS},
     decays=1,
     products=2,
     compile_seconds=4.0,
@@ -219,7 +239,7 @@ DELTA_RULE = _matrix_states(
     delta_rule.IMPLEMENTATIONS,
     _correction,
     correction_definition,
-    {"triton_chunks": CHANNEL_DECAYS, "hopper_steps": STEPS},
+    {"triton_chunks": CHANNEL_DECAY_KERNELS, "hopper_steps": STEP_KERNELS},
     decays=None,
     extra="beta",
     products=4,
@@ -231,7 +251,7 @@ GATED_DELTA_RULE = _matrix_states(
     delta_rule.IMPLEMENTATIONS,
     _correction,
     correction_definition,
-    {"triton_chunks": ONE_DECAY, "hopper_steps": STEPS},
+    {"triton_chunks": ONE_DECAY_KERNELS, "hopper_steps": STEP_KERNELS},
     decays=1,
     extra="beta",
     products=4,
@@ -243,7 +263,7 @@ DPLR = _matrix_states(
     delta_rule.DPLR_IMPLEMENTATIONS,
     _low_rank,
     low_rank_definition,
-    {"triton_chunks": CHANNEL_DECAYS, "hopper_steps": STEPS},
+    {"triton_chunks": CHANNEL_DECAY_KERNELS, "hopper_steps": STEP_KERNELS},
     decays=None,
     extra="direction",
     products=4,

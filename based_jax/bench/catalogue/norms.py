@@ -10,8 +10,8 @@ from based_jax.bench.catalogue.operation import (
     FORWARD,
     FP32,
     Arrays,
-    Call,
     Case,
+    Function,
     Operation,
     bf16,
     by_channel,
@@ -28,8 +28,8 @@ def _arrays(case: Case, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruc
     return {name: found[name] for name in names}
 
 
-def _call(case: Case) -> Call:
-    def call(arrays, ids):
+def _function(case: Case) -> Function:
+    def run(arrays, ids):
         r, y, scale, bias = (arrays.get(name) for name in ("r", "y", "scale", "bias"))
         options = {"dtype": jnp.bfloat16, "impl": case.impl}
         if bias is None:
@@ -38,7 +38,7 @@ def _call(case: Case) -> Call:
             r, x = norm.residual_layer_norm(r, y, scale, bias, **options)
         return {"r": r, "x": x}
 
-    return call
+    return run
 
 
 def definition(arrays: Arrays, ids: jax.Array) -> Arrays:
@@ -75,7 +75,7 @@ def _norm(name: str, *arrays: str) -> Operation:
     return Operation(
         table=norm.IMPLEMENTATIONS,
         arrays=functools.partial(_arrays, names=arrays),
-        call=_call,
+        function=_function,
         oracle=lambda case: definition,
         cost=functools.partial(_cost, adds=adds),
         kernels={"hopper_rows": ("residual_norm",)},

@@ -20,10 +20,15 @@ HEAD_DIM = 64
 
 Shape = tuple[int, int, int]
 Arrays = dict[str, jax.Array]
-Call = Callable[[Arrays, jax.Array | None], Arrays]
+Function = Callable[[Arrays, jax.Array | None], Arrays]
 """Of the arrays by name and the ids of the documents (B, T), 0 for padding, or None."""
 Definition = Callable[[Arrays, jax.Array], Arrays]
 """The same in fp64, in the paper's notation; the ids are given always, and so is a state."""
+CASE_ROWS = {"triton_chunks": (64, 16), "hopper_steps": (2, 2)}
+"""Rows of a recurrence's short cases (up to 65 tokens), and of its wide ones.
+
+Of few gradients of a short sequence some cancel, and products of bf16 give those to no 5e-3: chunks take many rows.
+"""
 PACKED: dict[str, Any] = {"state": True, "documents": True}
 """A case's options for documents that go on from a state."""
 
@@ -79,14 +84,15 @@ class Operation:
     Attributes:
       table: its implementations.
       arrays: function of a case that returns the arrays that are differentiated, by name; "state" only some calls get.
-      call: function of a case that returns the operation as a `Call`, by the case's implementation.
+      function: function of a case that returns the operation as a `Function`, by the case's implementation.
       oracle: function of a case that returns its definition.
       cost: function of a case and a pass that returns the least (bytes, FLOPs) of a call without state or documents:
         every input read once, every result written once, what the backward pass needs read again.
       kernels: for each implementation that runs kernels of our own, what their names begin with. These are checked.
-      cases: what `bench check` calls.
+      cases: what `bench check` calls; one that names an implementation is for that one alone.
       small_cases: for tools that slow a kernel down.
       timed: for each name in the benchmark's rows a function of (B, H, T) that returns the case.
+      timed_function: as `function`, where what is timed makes other inputs of the arrays than what is checked.
       plain_timed: the plain form is timed along with the accelerated ones.
       weights: names of the arrays that belong to no row of a batch.
       scales: standard deviations of the arrays, where these are not 1.
@@ -97,13 +103,14 @@ class Operation:
 
     table: Mapping[str, Implementation]
     arrays: Callable[[Case], dict[str, ShapeDtypeStruct]]
-    call: Callable[[Case], Call]
+    function: Callable[[Case], Function]
     oracle: Callable[[Case], Definition]
     cost: Callable[[Case, str], tuple[float, float]]
     kernels: Mapping[str, tuple[str, ...]]
     cases: tuple[Case, ...]
     small_cases: tuple[Case, ...]
     timed: Mapping[str, Callable[[Shape], Case]]
+    timed_function: Callable[[Case], Function] | None = None
     plain_timed: bool = True
     weights: frozenset[str] = frozenset()
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -116,6 +123,10 @@ class Operation:
         """Return the implementations that are timed where none is named."""
         accelerated = [name for name, entry in self.table.items() if entry.platform == "cuda"]
         return accelerated + self.impls(["xla"]) * self.plain_timed
+
+    def cases_of(self, impl: str) -> list[Case]:
+        """Return the cases that are checked by an implementation."""
+        return [case.by(impl) for case in self.cases if case.impl in ("auto", impl)]
 
     def impls(self, names: Iterable[str]) -> list[str]:
         """Return those of the implementations named, or of the first ones of backends named, that the table has."""

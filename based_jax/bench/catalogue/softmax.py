@@ -13,9 +13,9 @@ from based_jax.bench.catalogue.operation import (
     FP32,
     HEAD_DIM,
     Arrays,
-    Call,
     Case,
     Definition,
+    Function,
     Operation,
     by_head,
     queries_keys_values,
@@ -27,12 +27,17 @@ DIMS = HEAD_DIM, HEAD_DIM
 WINDOWS = 64, 128
 
 
-def _call(case: Case, function: Callable) -> Call:
-    def call(arrays, ids):
+def _function(case: Case, attend: Callable) -> Function:
+    def run(arrays, ids):
         q, k, v = (arrays[name] for name in ("q", "k", "v"))
-        return {"o": function(q, k, v, segment_ids=ids, impl=case.impl)}
+        return {"o": attend(q, k, v, segment_ids=ids, impl=case.impl)}
 
-    return call
+    return run
+
+
+def _window_function(case: Case) -> Function:
+    window = case.window or case.shape[2]
+    return _function(case, functools.partial(softmax.window_attention, window=window))
 
 
 def definition(arrays: Arrays, ids: jax.Array, *, window: int | None) -> Arrays:
@@ -81,7 +86,7 @@ def _cases() -> tuple[Case, ...]:
 ATTENTION = Operation(
     table=softmax.ATTENTION,
     arrays=queries_keys_values,
-    call=functools.partial(_call, function=softmax.attention),
+    function=functools.partial(_function, attend=softmax.attention),
     oracle=_oracle,
     cost=_attention_cost,
     kernels={},
@@ -94,7 +99,7 @@ ATTENTION = Operation(
 WINDOW_ATTENTION = Operation(
     table=softmax.WINDOW_ATTENTION,
     arrays=queries_keys_values,
-    call=lambda case: _call(case, functools.partial(softmax.window_attention, window=case.window or case.shape[2])),
+    function=_window_function,
     oracle=_oracle,
     cost=_window_cost,
     kernels={"hopper_tiles": ("window_",)},

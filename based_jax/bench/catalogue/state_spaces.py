@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from based_jax.bench.catalogue.definitions import scan_tokens
 from based_jax.bench.catalogue.operation import (
     BF16,
+    CASE_ROWS,
     FORWARD,
     FP32,
     HEAD_DIM,
     PACKED,
     Arrays,
-    Call,
     Case,
+    Function,
     Operation,
     bf16,
     by_channel,
@@ -24,7 +25,7 @@ from based_jax.bench.catalogue.operation import (
 )
 from based_jax.ops import selective_scan, ssd
 
-STATES, SSD_DIMS = 16, (HEAD_DIM, HEAD_DIM)
+TIMED_STATES, SSD_DIMS = 16, (HEAD_DIM, HEAD_DIM)
 """Of what is timed: states of a channel, and (N, P)."""
 
 
@@ -40,14 +41,14 @@ def _scan_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
     return bf16(narrow) | fp32(wide)
 
 
-def _scan(case: Case) -> Call:
-    def call(arrays, ids):
+def _scan(case: Case) -> Function:
+    def run(arrays, ids):
         dt, A = steps_and_rates(arrays["dt"], arrays["A"])
         options = {"state": arrays.get("state"), "segment_ids": ids, "impl": case.impl}
         y, state = selective_scan.selective_scan(arrays["u"], dt, A, arrays["B"], arrays["C"], **options)
         return {"y": y, "state": state}
 
-    return call
+    return run
 
 
 def scan_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
@@ -94,14 +95,14 @@ def _ssd_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
     return bf16(narrow) | fp32(wide)
 
 
-def _ssd(case: Case) -> Call:
-    def call(arrays, ids):
+def _ssd(case: Case) -> Function:
+    def run(arrays, ids):
         dt, A = steps_and_rates(arrays["dt"], arrays["A"])
         options = {"state": arrays.get("state"), "segment_ids": ids, "impl": case.impl}
         y, state = ssd.ssd(arrays["x"], dt, A, arrays["B"], arrays["C"], **options)
         return {"y": y, "state": state}
 
-    return call
+    return run
 
 
 def ssd_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
@@ -131,11 +132,10 @@ def _ssd_cost(case: Case, which: str) -> tuple[float, float]:
 
 
 def _ssd_cases() -> tuple[Case, ...]:
-    make = functools.partial(Case, "ssd")
+    make, short, both = functools.partial(Case, "ssd"), CASE_ROWS.items(), ({}, PACKED)
     return (
-        # Of few gradients of a short sequence some cancel, and products of bf16 give those to no 5e-3.
-        *(make((64, 2, time), (16, 64), **x) for time in (1, 65) for x in ({}, PACKED)),
-        make((16, 2, 130), (64, 64), **PACKED),
+        *(make((rows, 2, time), (16, 64), impl, **x) for impl, (rows, _) in short for time in (1, 65) for x in both),
+        *(make((rows, 2, 130), (64, 64), impl, **PACKED) for impl, (_, rows) in short),
         make((64, 2, 256), (64, 64), quick=True),
         *(make((4, 2, 130), (16, 64), documents=True, through=x) for x in ("vmap", "shard_map")),
     )
@@ -144,13 +144,13 @@ def _ssd_cases() -> tuple[Case, ...]:
 SELECTIVE_SCAN = Operation(
     table=selective_scan.IMPLEMENTATIONS,
     arrays=_scan_arrays,
-    call=_scan,
+    function=_scan,
     oracle=lambda case: scan_definition,
     cost=_scan_cost,
     kernels={"hopper_steps": ("selective_scan",)},
     cases=_scan_cases(),
-    small_cases=(Case("selective_scan", (1, 128, 50), (STATES,), **PACKED),),
-    timed={"selective_scan": by_channel("selective_scan", (STATES,))},
+    small_cases=(Case("selective_scan", (1, 128, 50), (TIMED_STATES,), **PACKED),),
+    timed={"selective_scan": by_channel("selective_scan", (TIMED_STATES,))},
     weights=frozenset({"A"}),
     compile_seconds=5.0,
 )
@@ -158,7 +158,7 @@ SELECTIVE_SCAN = Operation(
 SSD = Operation(
     table=ssd.IMPLEMENTATIONS,
     arrays=_ssd_arrays,
-    call=_ssd,
+    function=_ssd,
     oracle=lambda case: ssd_definition,
     cost=_ssd_cost,
     kernels={"triton_chunks": ("one_decay_",), "hopper_steps": ("selective_scan",)},

@@ -17,8 +17,8 @@ from based_jax.bench.catalogue.operation import (
     HEAD_DIM,
     PACKED,
     Arrays,
-    Call,
     Case,
+    Function,
     Operation,
     by_head,
     fp32,
@@ -28,8 +28,8 @@ from based_jax.bench.catalogue.operation import (
 from based_jax.ops import taylor
 
 DIMS = 16, HEAD_DIM
-CHUNK = 64
-"""Tokens of a chunk, for the count of products only."""
+COUNTED_CHUNK_TOKENS = 64
+"""Of a chunk, for the count of products only."""
 STATE_TOKENS = 50
 """That an initial state remembers."""
 
@@ -39,13 +39,13 @@ def _arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
     return queries_keys_values(case) | fp32({"state": (batch, heads, taylor.expanded_dim(k), v + 1)})
 
 
-def _call(case: Case) -> Call:
-    def call(arrays, ids):
+def _function(case: Case) -> Function:
+    def run(arrays, ids):
         q, k, v = (arrays[name] for name in ("q", "k", "v"))
         options = {"state": arrays.get("state"), "segment_ids": ids, "impl": case.impl}
         return dict(zip(("o", "state"), taylor.taylor_attention(q, k, v, **options), strict=True))
 
-    return call
+    return run
 
 
 def features(x, concatenate: Callable = jnp.concatenate):
@@ -88,7 +88,7 @@ def _state(case: Case, rng: np.random.Generator) -> np.ndarray:
 
 def _cost(case: Case, which: str) -> tuple[float, float]:
     """Count q, k, v, o in bf16 and z in fp32; the state is read and added to once per pass over the sequence."""
-    (k, v), visible = case.dims, (CHUNK + 1) / 2
+    (k, v), visible = case.dims, (COUNTED_CHUNK_TOKENS + 1) / 2
     e, count = taylor.expanded_dim(k), tokens(case)
     size, flops = BF16 * (2 * k + 2 * v) + FP32, 4 * e * v + 2 * visible * (k + v)
     if which != FORWARD:
@@ -121,7 +121,7 @@ def _cases() -> tuple[Case, ...]:
 TAYLOR_ATTENTION = Operation(
     table=taylor.IMPLEMENTATIONS,
     arrays=_arrays,
-    call=_call,
+    function=_function,
     oracle=lambda case: definition,
     cost=_cost,
     kernels={"hopper_chunks": ("taylor_",)},

@@ -6,9 +6,10 @@ import secrets
 import time
 from pathlib import Path
 
+from based_jax.bench.defaults import CHECK_PROCESSES
 from based_jax.errors import UserError
 
-MEMORY_FRACTION = "0.92"
+HUGE_CASES_MEMORY_FRACTION = "0.92"
 """Of the GPU: calls past 2^31 elements need more than JAX's usual three quarters."""
 
 
@@ -19,27 +20,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--impl", default="", help="implementation (default: all that run kernels of our own)")
     parser.add_argument("--seed", type=int, help="of the inputs (default: a fresh one)")
-    parser.add_argument("--workers", type=int, default=8, help="processes; 0 for none (default: 8)")
+    parser.add_argument(
+        "--processes", type=int, default=CHECK_PROCESSES, help="that share the cases; 0 for none (default: %(default)s)"
+    )
     parser.add_argument("--limit", type=float, default=150, help="seconds to wait for a row (default: 150)")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a line per case as it is checked; return 0 if all passed."""
-    if args.workers < 0:
-        raise UserError(f"workers is {args.workers}; it is at least 0.")
+    if args.processes < 0:
+        raise UserError(f"processes is {args.processes}; it is at least 0.")
     # JAX reads it when it first meets the GPU.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", HUGE_CASES_MEMORY_FRACTION)
     from based_jax.bench import check, rows
 
-    selection = check.Selection(args.only, args.quick, args.impl)
-    if args.worker is not None:
-        check.print_part(selection, args.seed, args.workers, args.worker)
+    selection = check.CaseSelection(args.only, args.quick, args.impl)
+    if args.part is not None:
+        check.print_part(selection, args.seed, args.processes, args.part)
         return 0
     seed = secrets.randbits(32) if args.seed is None else args.seed
     begin, found = time.perf_counter(), []
     with rows.replaced(args.out) as write:
-        for row in check.checked(selection, seed, args.workers, args.limit):
+        for row in check.checked(selection, seed, args.processes, args.limit):
             found.append(row)
             print(check.line(row), flush=True)
             write(row | {"command": rows.command_line()})

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from based_jax.bench.defaults import REPEATS
 from based_jax.errors import UserError, unknown
 
 HEADER = (
@@ -24,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--peers", action="store_true", help="measure PyTorch's libraries in the same run")
     parser.add_argument(
-        "--repeats", type=int, default=20, help="calls a median is of, if they are not slow (default: 20)"
+        "--repeats",
+        type=int,
+        default=REPEATS,
+        help="calls a median is of, if they are not slow (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, help="append one JSON row per measurement to this file")
 
@@ -41,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     names = parse_names(args.ops)
     if args.repeats < 1:
         raise UserError(f"repeats is {args.repeats}; it is at least 1.")
-    shapes = [shape for text in args.shapes for shape in kernels.SETS.get(text) or [parse_shape(text)]]
+    shapes = [shape for text in args.shapes for shape in kernels.SHAPE_SETS.get(text) or [parse_shape(text)]]
     measured = kernels.measure(names, shapes, impls=args.impls, peers=args.peers, repeats=args.repeats)
     with rows.appended(args.out) as write:
         for i, row in enumerate(measured):

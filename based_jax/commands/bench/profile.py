@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> None:
     """Print and write a row per call, and one per kernel launch in it."""
     from based_jax.bench import profile, rows
 
-    os.environ |= profile.ALLOCATOR
-    shapes = [parse_shape(text) for text in args.shapes] or profile.SHAPES
-    selection = profile.Selection(parse_names(args.ops), shapes, args.impls)
+    os.environ |= profile.NO_PREALLOCATION
+    shapes = [parse_shape(text) for text in args.shapes] or profile.PROFILED_SHAPES
+    selection = profile.TimedSelection(parse_names(args.ops), shapes, args.impls)
     if args.inner:
         profile.launch(selection, args.inner)
         return

@@ -3,10 +3,12 @@
 import argparse
 from pathlib import Path
 
+from based_jax.bench.defaults import SANITIZER_TOOLS
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the task's arguments."""
-    parser.add_argument("--tools", nargs="+", default=["memcheck", "racecheck", "synccheck"], help="default: all three")
+    parser.add_argument("--tools", nargs="+", default=SANITIZER_TOOLS, help="default: all three")
     parser.add_argument("--out", type=Path, help="the tools' words; replaced")
     parser.add_argument("--limit", type=float, default=200, help="seconds for each tool (default: 200)")
     parser.add_argument("--inner", action="store_true", help="only run the calls: what the tools are given")

@@ -4,7 +4,8 @@ A new mixer is one new file and one line in `MIXERS`.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -88,9 +89,14 @@ def make_mixer(
     Raises:
       UserError: the kind or an option is unknown, or a value is impossible.
     """
+    return build_mixer(kind, d_model, options, Init(std, out_std, dtype, rngs))
+
+
+def build_mixer(kind: str, d_model: int, options: Mapping[str, Any], init: Init) -> Mixer:
+    """Return the mixer named `kind`, which starts as `init` says; otherwise as `make_mixer`, for a model's blocks."""
     check_options(kind, options)
     mixer = MIXERS[kind]
-    return mixer(d_model, mixer.Config(**options), Init(std, out_std, dtype, rngs))
+    return mixer(d_model, mixer.Config(**options), init)
 
 
 def check_options(kind: str, options: Iterable[str]) -> None:

@@ -97,10 +97,12 @@ class Attention(Mixer):
         o = attention_step(q, self.for_each_query(cache.k), self.for_each_query(cache.v), cache.visible())
         return self._out(o), cache
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return a key and a value of each head for each token; equal to the cache's when `max_len` is `seq_len`."""
         return 2 * self.kv_heads * self.head_dim * seq_len
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, and scores and sums over half of `seq_len` keys on average."""
         return self.projection_flops() + 2 * self.d_model * seq_len

@@ -62,7 +62,6 @@ class BaseConv(Mixer):
 
     @override
     def init_cache(self, batch: int, max_len: int) -> Past:
-        """Return the inputs before the first token."""
         return jnp.zeros((batch, self._reach, self.d_model), self.dtype)
 
     @override
@@ -85,10 +84,12 @@ class BaseConv(Mixer):
         )
         return self._gate(x, y), cache
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return each channel's inputs from the first tap to the last; equal to the cache's."""
         return self._reach * self.d_model
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projection and the taps."""
         return 2 * self.d_model**2 + 2 * self.config.kernel_size * self.d_model

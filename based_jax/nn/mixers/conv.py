@@ -63,7 +63,6 @@ class GatedConv(Mixer):
 
     @override
     def init_cache(self, batch: int, max_len: int) -> Inputs:
-        """Return the inputs before the first token."""
         return jnp.zeros((batch, self.config.kernel_size, self.d_inner), self.dtype)
 
     @override
@@ -83,10 +82,12 @@ class GatedConv(Mixer):
         y, cache = short_conv_step(u, self.conv_kernel[...], cache)
         return self.out_proj(jax.nn.silu(y) * gate), cache
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return one input per tap and inner channel; equal to the cache's."""
         return self.config.kernel_size * self.d_inner
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections and the taps."""
         return 6 * self.d_model * self.d_inner + 2 * self.config.kernel_size * self.d_inner

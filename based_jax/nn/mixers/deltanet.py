@@ -1,7 +1,7 @@
 """DeltaNet: linear attention that overwrites what its state holds under a key (arXiv 2406.06484)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ class DeltaNet(GatedLinearMixer):
     Config: ClassVar = DeltaNetConfig
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
     operation: ClassVar = Operation(delta_rule, delta_rule_step)
+    gate_activation: ClassVar = None
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "o_proj.weight",
@@ -51,13 +52,14 @@ class DeltaNet(GatedLinearMixer):
             key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
             value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
             conv_size=config.conv_size,
-            gate=None,
         )
         self.rate = layers.linear(d_model, config.num_heads, ("embed", "heads"), init.fp32)
 
+    @override
     def _gated(self, x, q, k, v):
         beta = jax.nn.sigmoid(self.rate(x))
         return unit(q), unit(k), v, jnp.zeros((*beta.shape, 1)), beta
 
+    @override
     def _gate_weights(self) -> int:
         return self.d_model * self.num_heads

@@ -1,31 +1,36 @@
 """Gated DeltaNet: the delta rule on a state that each head forgets at its own rate (arXiv 2412.06464)."""
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, override
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from based_jax.config import added_later
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, expanded, inverse_softplus_dt, softplus_decay, unit
-from based_jax.nn.mixer import Operation
+from based_jax.nn.mixer import Buffer, Operation
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
 
 
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaNetConfig:
-    """Heads, widths of queries and values as multiples of D, and taps of the short convolution (0: none)."""
+    """Heads, widths of queries and values as multiples of D, taps of the short convolution (0: none), and the gate."""
 
     num_heads: int = 4
     expand_k: float = 1.0
     expand_v: float = 2.0
     conv_size: int = 4
+    use_gate: bool = added_later(True)
     impl: str = "auto"
 
 
 class GatedDeltaNet(GatedLinearMixer):
     """S = a S, then the delta rule; log a = -exp(A_log) softplus(W x + dt_bias), SiLU gate (equation 10, section 3.4).
+
+    Without `use_gate` the output is normed alone, as in zoology's MQAR models.
 
     Source: HazyResearch/zoology:zoology/mixers/gated_delta_net.py, `GatedDeltaNet`, without its casts to bf16.
     """
@@ -56,6 +61,7 @@ class GatedDeltaNet(GatedLinearMixer):
             key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
             value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
             conv_size=config.conv_size,
+            use_gate=config.use_gate,
         )
         H = config.num_heads
         self.rate, self.decay = (layers.linear(d_model, H, ("embed", "heads"), init.fp32) for _ in range(2))
@@ -63,9 +69,15 @@ class GatedDeltaNet(GatedLinearMixer):
         self.A_log = nnx.Param(jnp.log(A), **layers.logical_axes("heads"))
         self.dt_bias = nnx.Param(inverse_softplus_dt(H, init.rngs), **layers.logical_axes("heads"))
 
+    @override
+    def reference_buffers(self) -> Mapping[str, Buffer]:
+        return {"D": (self.num_heads,)}
+
+    @override
     def _gated(self, x, q, k, v):
         log_decay = softplus_decay(self.decay(x), self.A_log[...], self.dt_bias[...])
         return unit(q), unit(k), v, log_decay[..., None], jax.nn.sigmoid(self.rate(x))
 
+    @override
     def _gate_weights(self) -> int:
         return 2 * self.d_model * self.num_heads

@@ -1,7 +1,7 @@
 """Gated linear attention: a decay for each key channel, from the input through a low rank (arXiv 2312.06635)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 
@@ -61,14 +61,17 @@ class GLA(GatedLinearMixer):
         self.decay_down = layers.linear(d_model, rank, ("embed", None), init.fp32)
         self.decay_up = layers.linear(rank, self.key_dim, (None, "heads"), init.fp32, bias=True)
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return `state_size`: in zoology, GLA alone counts the inputs of its short convolution."""
         return self.state_size(seq_len)
 
+    @override
     def _gated(self, x, q, k, v):
         logits = self.decay_up(self.decay_down(x))
         log_decay = jax.nn.log_sigmoid(logits) / self.config.gate_logit_normalizer
         return q, k, v, layers.split_heads(log_decay, self.num_heads)
 
+    @override
     def _gate_weights(self) -> int:
         return self.config.gate_low_rank_dim * (self.d_model + self.key_dim)

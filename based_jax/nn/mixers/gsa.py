@@ -35,6 +35,9 @@ class GSA(GatedLinearMixer):
     Config: ClassVar = GSAConfig
     IMPLEMENTATIONS: ClassVar = slots.IMPLEMENTATIONS
     operation: ClassVar = Operation(slots.gated_slot_attention, slots.gated_slot_attention_step)
+    scale: ClassVar = 1.0
+    gate_activation: ClassVar = None
+    norm_over_heads: ClassVar = True
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",
@@ -59,9 +62,6 @@ class GSA(GatedLinearMixer):
             key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
             value_dim=value_dim,
             conv_size=config.conv_size,
-            gate=None,
-            norm_dim=value_dim,
-            scale=1.0,
         )
         self.decay = layers.linear(d_model, config.num_heads * config.num_slots, ("embed", "heads"), init.fp32)
 
@@ -72,21 +72,25 @@ class GSA(GatedLinearMixer):
         state = slots.initial_state(batch, H, self.key_dim // H, self.config.num_slots, self.value_dim // H)
         return super().init_cache(batch, max_len)._replace(state=state)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return a key and a value for each slot of each head, and the convolution's inputs; equal to the cache's."""
         width = self.key_dim + self.value_dim
         return self.config.num_slots * width + self.conv_size * (width + self.key_dim)
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return a key and a value for each slot of each head, as publications count: without the convolution."""
         return self.config.num_slots * (self.key_dim + self.value_dim)
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the taps, and writing and reading the slots once."""
         own = 4 * self.key_dim * self.value_dim // self.num_heads
         slot_flops = 4 * self.config.num_slots * (self.key_dim + self.value_dim)
         return super().flops_per_token(seq_len) - own + slot_flops
 
+    @override
     def _gated(self, x, q, k, v):
         log_decay = layers.split_heads(
             jax.nn.log_sigmoid(self.decay(x)) / self.config.gate_logit_normalizer, self.num_heads
@@ -95,8 +99,10 @@ class GSA(GatedLinearMixer):
             q, k, v = (jax.nn.silu(y) for y in (q, k, v))
         return q, k, v, -jnp.expm1(log_decay), log_decay
 
+    @override
     def _gate_weights(self) -> int:
         return self.d_model * self.num_heads * self.config.num_slots
 
+    @override
     def _out(self, x, o):
         return super()._out(x, jax.nn.silu(o))

@@ -15,10 +15,11 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import log_uniform_dt
 from based_jax.nn.mixer import Mixer
-from based_jax.ops import diagonal_ssm
+from based_jax.ops import conv, diagonal_ssm
 from based_jax.ops.calls import BHPN2
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.diagonal_ssm import IMPLEMENTATIONS
+from based_jax.ops.dispatch import beside
 
 H3Cache = tuple[BWD, BHPN2]
 
@@ -121,21 +122,24 @@ class H3(Mixer):
         y, state = diagonal_ssm.diagonal_ssm_step(kv, *self._system(), cache[1])
         return self._out(x, kv, y), (shift, state)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return D N for the shift and D N head_dim real numbers for the diagonal state space; equal to the cache's."""
         return self.d_model * self.config.d_state * (1 + self.config.head_dim)
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return D N, as the publication counts it."""
         return self.d_model * self.config.d_state
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the taps, and writing and reading the complex state once."""
         return 8 * self.d_model**2 + 8 * self.state_size(seq_len)
 
     @property
     def _shift_impl(self) -> str:
-        return {"xla_toeplitz": "auto", "xla_chunks": "xla"}.get(self.config.impl, self.config.impl)
+        return beside(self.config.impl, conv.IMPLEMENTATIONS)
 
     def _shift_kernel(self) -> WD:
         """Return the taps sum_n B_n C_{n+l} of lag l, the newest last, with the skip on the token itself."""

@@ -1,7 +1,7 @@
 """HGRN2: gated linear attention whose keys are what the gates forget (arXiv 2404.07904, section 3)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 
@@ -27,6 +27,8 @@ class HGRN2(GatedLinearMixer):
     """
 
     Config: ClassVar = HGRN2Config
+    gate_activation: ClassVar = None
+    norm_over_heads: ClassVar = True
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",
@@ -47,10 +49,9 @@ class HGRN2(GatedLinearMixer):
             num_heads=d_model // config.expand_ratio,
             key_dim=d_model,
             value_dim=d_model,
-            gate=None,
-            norm_dim=d_model,
         )
 
+    @override
     def _gated(self, x, q, k, v):
         f, bound = k.astype("float32"), self.config.lower_bound
         if bound:

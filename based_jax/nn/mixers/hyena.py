@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 from typing import ClassVar, override
 
 import jax
@@ -16,8 +17,10 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import KVCache
 from based_jax.nn.history import check_length, convolve_on, convolve_step, empty_history, time_embedding
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.mixer import Buffer, Mixer
+from based_jax.ops import conv
 from based_jax.ops.conv import short_conv, short_conv_step
+from based_jax.ops.dispatch import beside
 from based_jax.ops.long_conv import IMPLEMENTATIONS, fft_flops, long_conv
 
 HyenaCache = tuple[Float[Array, "B W inner"], KVCache]
@@ -57,10 +60,16 @@ class Filter(nnx.Module):
         for layer in self.hidden:
             h = jnp.sin(layer(h) * self.frequency[...][None])
         h = self.out(h)
-        time = np.linspace(0, 1, self.pos_emb.shape[0])[:length, None]
+        return h * np.exp(-self.time()[:length, None] * np.abs(self.slopes())).astype(np.float32)
+
+    def time(self) -> np.ndarray:
+        """Return the place of each lag between 0 and 1 (l_max)."""
+        return np.linspace(0, 1, self.pos_emb.shape[-2])
+
+    def slopes(self) -> np.ndarray:
+        """Return the exponent by which each channel's window falls over the whole time (D), negative."""
         slowest, fastest = (math.log(DECAY_TARGET) / part for part in (SLOW_DECAY, FAST_DECAY))
-        decay = np.abs(np.linspace(slowest, fastest, h.shape[1]))[None]
-        return h * np.exp(-time * decay).astype(np.float32)
+        return np.linspace(slowest, fastest, self.out.out_features)
 
 
 class Hyena(Mixer):
@@ -89,12 +98,6 @@ class Hyena(Mixer):
             "filter/out/kernel": "filter_fn.implicit_filter.6.weight",
         }
     }
-    REFERENCE_BUFFERS: ClassVar = (
-        "filter_fn.implicit_filter.3.freq",
-        "filter_fn.implicit_filter.5.freq",
-        "filter_fn.modulation.deltas",
-        "filter_fn.pos_emb.t",
-    )
 
     def __init__(self, d_model: int, config: HyenaConfig, init: layers.Init):
         for name, least in (("l_max", 2), ("filter_order", 1), ("num_inner_mlps", 0)):
@@ -151,14 +154,17 @@ class Hyena(Mixer):
         y, history = convolve_step(u, cache[1], self.filter(cache[1].slots))
         return self._out(u, y, gate), (taps, history)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return D elements a token, and the inputs of the short convolution; equal to the cache's."""
         return self.d_model * (seq_len + 3 * SHORT_TAPS)
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return D elements a token, as publications count: without the inputs of the short convolution."""
         return self.d_model * seq_len
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: projections, the filter's MLP at one lag, and three FFTs of twice the length."""
         hidden = self.config.filter_order * (TIME_FEATURES + self.config.num_inner_mlps * self.config.filter_order)
@@ -166,9 +172,18 @@ class Hyena(Mixer):
         convolutions = (6 * SHORT_TAPS + fft_flops(seq_len)) * self.d_model
         return 8 * self.d_model**2 + convolutions + filter_flops
 
+    @override
+    def reference_buffers(self) -> Mapping[str, Buffer]:
+        first, *others = (f"filter_fn.implicit_filter.{2 * i + 1}.freq" for i in range(1 + self.config.num_inner_mlps))
+        return {
+            **dict.fromkeys(others, first),
+            "filter_fn.modulation.deltas": self.filter.slopes(),
+            "filter_fn.pos_emb.t": self.filter.time(),
+        }
+
     @property
     def _short_impl(self) -> str:
-        return {"xla_toeplitz": "auto", "xla_fft": "xla"}.get(self.config.impl, self.config.impl)
+        return beside(self.config.impl, conv.IMPLEMENTATIONS)
 
     def _gated(self, u):
         x1, x2, v = jnp.split(u, 3, axis=-1)

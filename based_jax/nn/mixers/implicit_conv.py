@@ -1,14 +1,17 @@
 """BaseConv with a convolution as long as the sequence, its taps an MLP of time (arXiv 2312.04927, section 4)."""
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, override
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.history import time_embedding
+from based_jax.nn.mixer import Buffer
 from based_jax.nn.mixers.long_conv import LongConv, LongConvConfig
 
 
@@ -36,7 +39,6 @@ class ImplicitConv(LongConv):
             "out/bias": "conv.mlp.2.bias",
         }
     }
-    REFERENCE_BUFFERS: ClassVar = ("conv.pos_emb.z",)
 
     def __init__(self, d_model: int, config: ImplicitConvConfig, init: layers.Init):
         if config.hidden_dim < 1:
@@ -44,14 +46,21 @@ class ImplicitConv(LongConv):
         self.hidden_dim = config.hidden_dim
         super().__init__(d_model, config, init)
 
+    @override
     def _init_filter(self, init: layers.Init) -> None:
         self.hidden = layers.torch_linear(3, self.hidden_dim, (None, None), init.fp32, bias=True)
         self.out = layers.torch_linear(self.hidden_dim, self.d_model, (None, None), init.fp32, bias=True)
 
+    @override
     def filter(self, length: int) -> Float[Array, "_ D"]:
         """Return the taps of the first `length` lags."""
         return self.out(jax.nn.relu(self.hidden(time_embedding(self.config.l_max)[:length])))
 
+    @override
+    def reference_buffers(self) -> Mapping[str, Buffer]:
+        return {"conv.pos_emb.z": np.asarray(time_embedding(self.config.l_max))}
+
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: those of `LongConv`, and the filter's MLP at one lag."""
         return super().flops_per_token(seq_len) + 2 * self.hidden_dim * (3 + self.d_model)

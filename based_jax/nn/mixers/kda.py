@@ -1,7 +1,7 @@
 """Kimi delta attention: the delta rule on a state that each key channel forgets at its own rate (arXiv 2510.26692)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class KDA(GatedLinearMixer):
     Config: ClassVar = KDAConfig
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
     operation: ClassVar = Operation(delta_rule, delta_rule_step)
+    gate_activation: ClassVar = staticmethod(jax.nn.sigmoid)
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",
@@ -71,7 +72,6 @@ class KDA(GatedLinearMixer):
             key_dim=H * K,
             value_dim=H * V,
             conv_size=config.conv_size,
-            gate=jax.nn.sigmoid,
             gate_rank=V,
         )
         self.decay_down = layers.linear(d_model, V, ("embed", None), init.fp32)
@@ -81,6 +81,7 @@ class KDA(GatedLinearMixer):
         self.A_log = nnx.Param(jnp.log(A), **layers.logical_axes("heads"))
         self.dt_bias = nnx.Param(inverse_softplus_dt(H * K, init.rngs), **layers.logical_axes("heads"))
 
+    @override
     def _gated(self, x, q, k, v):
         logits, A_log = self.decay_up(self.decay_down(x)), jnp.repeat(self.A_log[...], self.config.head_dim)
         if self.config.lower_bound is None:
@@ -89,6 +90,7 @@ class KDA(GatedLinearMixer):
             log_decay = bounded_decay(logits, A_log, self.dt_bias[...], self.config.lower_bound)
         return unit(q), unit(k), v, layers.split_heads(log_decay, self.num_heads), jax.nn.sigmoid(self.rate(x))
 
+    @override
     def _gate_weights(self) -> int:
         rank = self.value_dim // self.num_heads
         return self.d_model * (rank + self.num_heads) + rank * self.key_dim

@@ -1,7 +1,7 @@
 """Lightning attention: linear attention whose heads forget at fixed rates (arXiv 2401.04658; MiniMax-01)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ class LightningAttention(GatedLinearMixer):
     """
 
     Config: ClassVar = LightningConfig
+    scale: ClassVar = 1.0
+    gate_activation: ClassVar = staticmethod(jax.nn.sigmoid)
+    norm_over_heads: ClassVar = True
 
     def __init__(self, d_model: int, config: LightningConfig, init: layers.Init):
         layers.head_dim(d_model, config.num_heads)
@@ -37,11 +40,9 @@ class LightningAttention(GatedLinearMixer):
             num_heads=config.num_heads,
             key_dim=d_model,
             value_dim=d_model,
-            gate=jax.nn.sigmoid,
-            norm_dim=d_model,
-            scale=1.0,
         )
 
+    @override
     def _gated(self, x, q, k, v):
         q, k, v = (jax.nn.silu(y) for y in (q, k, v))
         return q, k, v, constant_decay(x, -jnp.asarray(head_slopes(self.num_heads), jnp.float32))

@@ -88,10 +88,12 @@ class LinearAttention(Mixer):
         o, state = linear_attention.linear_attention_step(q, k, v, state)
         return self._out(o), (state, length + 1)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return H (V+1) E elements, E of the feature map; equal to the cache's."""
         return self.config.num_heads * (self.value_dim + 1) * self.feature_map.expanded_dim
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, learned maps, and writing and reading the state once."""
         projections = 2 * self.d_model * (2 * self.config.num_heads * self.config.feature_dim + 2 * self.d_model)

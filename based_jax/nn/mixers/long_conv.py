@@ -79,10 +79,12 @@ class LongConv(Mixer):
         y, cache = convolve_step(x, cache, self.filter(cache.slots))
         return self._gate(x, y), cache
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return D elements a token; equal to the cache's."""
         return self.d_model * seq_len
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projection, and three FFTs of twice the length."""
         return 2 * self.d_model**2 + fft_flops(seq_len) * self.d_model

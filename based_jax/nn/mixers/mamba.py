@@ -25,6 +25,18 @@ from based_jax.ops.selective_scan import (
     step_sizes,
 )
 
+KEYS = {
+    "out_proj/kernel": "out_proj.weight",
+    "in_proj/kernel": "in_proj.weight",
+    "conv_kernel": "conv1d.weight",
+    "conv_bias": "conv1d.bias",
+    "x_proj/kernel": "x_proj.weight",
+    "dt_proj/kernel": "dt_proj.weight",
+    "dt_proj/bias": "dt_proj.bias",
+    "A_log": "A_log",
+    "D": "D",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class MambaConfig:
@@ -53,19 +65,7 @@ class Mamba(Mixer):
 
     Config: ClassVar = MambaConfig
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    REFERENCE: ClassVar = {
-        "mamba": {
-            "out_proj/kernel": "out_proj.weight",
-            "in_proj/kernel": "in_proj.weight",
-            "conv_kernel": "conv1d.weight",
-            "conv_bias": "conv1d.bias",
-            "x_proj/kernel": "x_proj.weight",
-            "dt_proj/kernel": "dt_proj.weight",
-            "dt_proj/bias": "dt_proj.bias",
-            "A_log": "A_log",
-            "D": "D",
-        }
-    }
+    REFERENCE: ClassVar = dict.fromkeys(("mamba", "zoology"), KEYS)
 
     def __init__(self, d_model: int, config: MambaConfig, init: layers.Init):
         for name, least in (("d_state", 1), ("d_conv", 1), ("expand", 1), ("dt_rank", 0)):
@@ -114,14 +114,17 @@ class Mamba(Mixer):
         y, state = selective_scan_step(u, dt, self._A(), B, C, cache.state)
         return self._out(x, u, y), MambaCache(conv, state)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return N states and one input per tap for each inner channel; equal to the cache's."""
         return self.d_inner * (self.config.d_state + self.config.d_conv)
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return N states for each inner channel, as publications count: without the inputs of the convolution."""
         return self.d_inner * self.config.d_state
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the taps, and three operations to write and two to read a state."""
         selection = (self.dt_rank + 2 * self.config.d_state) + self.dt_rank

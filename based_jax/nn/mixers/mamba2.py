@@ -112,14 +112,17 @@ class Mamba2(Mixer):
         y, state = ssd_step(u, dt, A, B, C, cache.state)
         return self._out(x, u, y), Mamba2Cache(conv, state)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return N states of each inner channel, and the inputs of the convolution; equal to the cache's."""
         return self.d_inner * self.config.d_state + self.config.d_conv * self.channels
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return N states of each inner channel, as publications count: without the inputs of the convolution."""
         return self.d_inner * self.config.d_state
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the taps, and writing and reading the state once."""
         projections = self.d_model * (2 * self.d_inner + self.channels + self.num_heads)

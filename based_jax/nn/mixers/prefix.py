@@ -84,6 +84,7 @@ class PrefixLinearAttention(TaylorAttention):
         y, state = super().step(x, state)
         return y, (state, length + 1)
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: those of Taylor attention, and the prefix's projections and state as if all were it."""
         weights = self.d_model * (self.config.num_heads * self.config.feature_dim + self.d_model)

@@ -1,7 +1,7 @@
 """Multi-scale retention: linear attention with one constant decay a head (RetNet, arXiv 2307.08621, section 2)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax.numpy as jnp
 
@@ -27,6 +27,7 @@ class RetNet(GatedLinearMixer):
     """
 
     Config: ClassVar = RetNetConfig
+    rotary: ClassVar = True
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",
@@ -44,8 +45,8 @@ class RetNet(GatedLinearMixer):
             num_heads=config.num_heads,
             key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
             value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
-            rotary=True,
         )
 
+    @override
     def _gated(self, x, q, k, v):
         return q, k, v, constant_decay(x, jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.num_heads)))))

@@ -1,7 +1,7 @@
 """RWKV-4's time mixing: an average of values by keys and their age (arXiv 2305.13048)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -52,25 +52,31 @@ class RWKV4(TimeMix):
         self.time_first = nnx.Param(jnp.full(d_model, jnp.log(0.3)), **layers.logical_axes("heads"))
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return numerator, denominator, maximum and last token of each channel; equal to the cache's."""
         return 4 * self.d_model
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return numerator, denominator and maximum of each channel, as publications count: without the last token."""
         return 3 * self.d_model
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the mixes, and about 10 operations a channel."""
         return 8 * self.d_model**2 + 6 * self.d_model + 10 * self.d_model
 
+    @override
     def _initial_state(self, batch):
         return initial_state(batch, self.d_model)
 
+    @override
     def _project(self, x, previous):
         k, v, r = mixed(x, previous, self.mix[...])
         decay = -jnp.exp(self.time_decay[...].astype(jnp.float32))
         return (self.key(k), self.value(v), decay, self.time_first[...]), (self.receptance(r),)
 
+    @override
     def _out(self, o, receptance):
         return self.out_proj(jax.nn.sigmoid(receptance) * o)

@@ -1,7 +1,7 @@
 """RWKV-4's channel mixing, which stands where other models have an MLP (arXiv 2305.13048, equations 17 and 18)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 
@@ -44,10 +44,12 @@ class RWKV4ChannelMix(ChannelMix):
         self.value = layers.linear(self.hidden, d_model, ("mlp", "embed"), init.out)
         self.mix = mix_parameter(2, d_model)
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections and the mixes."""
         return 2 * self.d_model * (2 * self.hidden + self.d_model + 2)
 
+    @override
     def _mix(self, x, previous):
         k, r = mixed(x, previous, self.mix[...])
         return jax.nn.sigmoid(self.receptance(r)) * self.value(jax.nn.relu(self.key(k)) ** 2)

@@ -1,7 +1,7 @@
 """RWKV-5 (Eagle): a matrix state for each head, decays that do not depend on the input (arXiv 2404.05892)."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -69,24 +69,30 @@ class RWKV5(TimeMix):
         self.norm = HeadNorm(d_model, 1e-5, rngs=init.rngs)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return a square of channels a head, and the last token; equal to the cache's."""
         return self.d_model * (self.config.head_size + 1)
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return a square of channels a head, as publications count: without the last token."""
         return self.d_model * self.config.head_size
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the mixes, and writing and reading the state once."""
         return 10 * self.d_model**2 + 12 * self.d_model + 4 * self.d_model * self.config.head_size
 
+    @override
     def _initial_state(self, batch):
         return initial_state(batch, self.num_heads, self.config.head_size, self.config.head_size)
 
+    @override
     def _options(self) -> dict[str, Any]:
         return {"bonus": self.bonus[...], "scale": 1.0}
 
+    @override
     def _project(self, x, previous):
         r, k, v, g = mixed(x, previous, self.mix[...])
         r, k, v = (
@@ -95,6 +101,7 @@ class RWKV5(TimeMix):
         decay = -jnp.exp(self.time_decay[...].astype(jnp.float32))
         return (r, k, v, jnp.broadcast_to(decay, k.shape)), (self.gate(g),)
 
+    @override
     def _out(self, o, gate):
         o = self.norm(o.astype(jnp.float32) / OUTPUT_DIVISOR) * jax.nn.silu(gate.astype(jnp.float32))
         return self.out_proj(o.astype(self.dtype))

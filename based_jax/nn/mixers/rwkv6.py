@@ -1,7 +1,7 @@
 """RWKV-6 (Finch): RWKV-5 with decays and token shifts that depend on the input (arXiv 2404.05892)."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, override
 
 import einops
 import jax
@@ -84,14 +84,17 @@ class RWKV6(TimeMix):
         self.norm = HeadNorm(self.value_dim, 1e-5, rngs=init.rngs)
         self.out_proj = layers.linear(self.value_dim, d_model, ("heads", "embed"), init.out)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return K V elements a head, and the last token; equal to the cache's."""
         return self.key_dim * self.value_dim // self.config.num_heads + self.d_model
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return K V elements a head, as publications count: without the last token."""
         return self.key_dim * self.value_dim // self.config.num_heads
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the mixes, and writing and reading the state once."""
         ranks = 10 * self.config.proj_low_rank_dim + self.config.gate_low_rank_dim
@@ -99,13 +102,16 @@ class RWKV6(TimeMix):
         weights += self.key_dim * (self.config.gate_low_rank_dim + 1)
         return 2 * weights + 4 * self.key_dim * self.value_dim // self.config.num_heads
 
+    @override
     def _initial_state(self, batch):
         H = self.config.num_heads
         return initial_state(batch, H, self.key_dim // H, self.value_dim // H)
 
+    @override
     def _options(self) -> dict[str, Any]:
         return {"bonus": self.bonus[...], "scale": 1.0}
 
+    @override
     def _project(self, x, previous):
         x, previous = x.astype(jnp.float32), previous.astype(jnp.float32)
         delta = previous - x
@@ -122,5 +128,6 @@ class RWKV6(TimeMix):
         )
         return (r, k, v, decay), (self.gate(g),)
 
+    @override
     def _out(self, o, gate):
         return self.out_proj((self.norm(o) * jax.nn.silu(gate.astype(jnp.float32))).astype(self.dtype))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, override
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from based_jax.dims import BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.mixer import Operation
+from based_jax.nn.mixer import Buffer, Operation
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
 from based_jax.ops.decays import initial_state
 from based_jax.ops.delta_rule import DPLR_IMPLEMENTATIONS, dplr, dplr_step
@@ -98,14 +99,17 @@ class RWKV7(TimeMix):
         o, _ = dplr(*inputs, scale=1.0, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o, *rest))
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return a square of channels a head, and the last token; equal to the cache's."""
         return self.d_model * (self.config.head_dim + 1)
 
+    @override
     def published_state_size(self, seq_len: int) -> int:
         """Return a square of channels a head, as publications count: without the last token."""
         return self.d_model * self.config.head_dim
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the mixes, and writing the state twice and reading it twice."""
         ranks = sum(getattr(self.config, name) for name in RANK_OPTIONS[:3])
@@ -113,12 +117,22 @@ class RWKV7(TimeMix):
         weights = self.d_model * (4 * self.d_model + 2 * ranks + 7)
         return 2 * weights + 8 * self.d_model * self.config.head_dim
 
+    @override
+    def reference_buffers(self) -> Mapping[str, Buffer]:
+        """Return the projection that zoology and fla build in all layers but the first, whose values none may read."""
+        D, rank = self.d_model, self.config.v_low_rank_dim
+        unread = {"v_lora.lora.0.weight": (rank, D), "v_lora.lora.2.weight": (D, rank), "v_lora.lora.2.bias": (D,)}
+        return {} if self.config.value_residual else unread
+
+    @override
     def _initial_state(self, batch):
         return initial_state(batch, self.num_heads, self.config.head_dim, self.config.head_dim)
 
+    @override
     def _options(self) -> dict[str, Any]:
         return {"scale": 1.0}
 
+    @override
     def _project(self, x, previous, v_first=None):
         delta = previous - x
         r, w, k, v, a, g = (x + delta * layers.per_channel(m, x) for m in self.mix[...])
@@ -139,5 +153,6 @@ class RWKV7(TimeMix):
         bonus = layers.merge_heads((similarity[..., None] * values).astype(jnp.float32))
         return inputs, (bonus, self.g_lora(g))
 
+    @override
     def _out(self, o, bonus, gate):
         return self.out_proj(((self.norm(o) + bonus) * gate).astype(self.dtype))

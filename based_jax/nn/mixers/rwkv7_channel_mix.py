@@ -1,7 +1,7 @@
 """RWKV-7's channel mixing, which stands where other models have an MLP (arXiv 2503.14456, equation 22)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 
@@ -35,10 +35,12 @@ class RWKV7ChannelMix(ChannelMix):
         self.value = layers.linear(self.hidden, d_model, ("mlp", "embed"), init.out)
         self.mix = mix_parameter(1, d_model)
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections and the mix."""
         return 2 * self.d_model * (2 * self.hidden + 1)
 
+    @override
     def _mix(self, x, previous):
         k = x + (previous - x) * layers.per_channel(self.mix[0], x)
         return self.value(jax.nn.relu(self.key(k)) ** 2)

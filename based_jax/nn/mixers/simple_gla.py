@@ -1,7 +1,7 @@
 """Gated linear attention with one data-dependent decay a head (as in arXiv 2405.21060 and 2103.02143)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, override
 
 import jax
 
@@ -55,9 +55,11 @@ class SimpleGLA(GatedLinearMixer):
         )
         self.decay = layers.linear(d_model, config.num_heads, ("embed", "heads"), init.fp32, bias=True)
 
+    @override
     def _gated(self, x, q, k, v):
         log_decay = jax.nn.log_sigmoid(self.decay(x)) / self.config.gate_logit_normalizer
         return q, k, v, log_decay[..., None]
 
+    @override
     def _gate_weights(self) -> int:
         return self.d_model * self.num_heads

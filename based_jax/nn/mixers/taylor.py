@@ -65,10 +65,12 @@ class TaylorAttention(Mixer):
         o, cache = taylor.taylor_attention_step(q, k, v, cache)
         return self._out(o), cache
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return H (V+1) E elements, E = 1 + K + K(K+1)/2; equal to the cache's."""
         return self.config.num_heads * (self.value_dim + 1) * taylor.expanded_dim(self.config.feature_dim)
 
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, and writing and reading the state once (chunked forms do more)."""
         projections = 2 * self.d_model * (2 * self.config.num_heads * self.config.feature_dim + 2 * self.d_model)

@@ -69,10 +69,17 @@ class WindowAttention(attention.Attention):
         )
         return self._out(o[:, cache.slots :]), cache.extend(k, v, ids)
 
+    @override
     def state_size(self, seq_len: int) -> int:
         """Return a key and a value of each head for each of `window` tokens; equal to the cache's."""
         return 2 * self.kv_heads * self.head_dim * self.config.window
 
+    @override
+    def published_state_size(self, seq_len: int) -> int:
+        """Return the keys and values of the tokens before the query, as zoology counts: without its own."""
+        return 2 * self.kv_heads * self.head_dim * (self.config.window - 1)
+
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, and scores and sums over the window."""
         return self.projection_flops() + 4 * self.d_model * min(self.config.window, seq_len)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from based_jax.labels import NO_LABEL
 from based_jax.ops import sharded
 from based_jax.ops.calls import Correct, CrossEntropyCall, Losses
 from based_jax.ops.hopper import limits
@@ -52,7 +53,8 @@ def _fused_fwd(hidden, table, labels):
     h, w, vocab = _pad(hidden), _pad(table.astype(hidden.dtype)), table.shape[0]
     tiling = kernels.forward_tiling(h.shape[1])
     pieces = number_of_pieces(hidden.shape[0], vocab, tiling, FORWARD_START_TILES)
-    [statistics] = sharded.call(kernels.forward, h, w, _fill(labels, h, tiling.rows, -1), vocab=vocab, pieces=pieces)
+    whole = _fill(labels, h, tiling.rows, NO_LABEL)
+    [statistics] = sharded.launch(kernels.forward, h, w, whole, vocab=vocab, pieces=pieces)
     statistics = statistics[:, :, : hidden.shape[0]]
     tops, totals, chosen = (statistics[:, i] for i in (kernels.TOP, kernels.TOTAL, kernels.CHOSEN))
     top = tops.max(axis=0)
@@ -71,14 +73,14 @@ def _fused_bwd(saved, cotangents):
     factor, logarithm = cotangents[0], logarithm * kernels.LOG2E
 
     pieces = number_of_pieces(count, vocab, tiling, BACKWARD_START_TILES)
-    whole = _fill(labels, h, tiling.rows, -1), _fill(logarithm, h, tiling.rows, 0)
-    [sums] = sharded.call(kernels.hidden_gradient, h, w, *whole, vocab=vocab, pieces=pieces)
+    whole = _fill(labels, h, tiling.rows, NO_LABEL), _fill(logarithm, h, tiling.rows, 0)
+    [sums] = sharded.launch(kernels.hidden_gradient, h, w, *whole, vocab=vocab, pieces=pieces)
     dhidden = (sums.sum(axis=0)[:count, :dim] * factor[:, None]).astype(hidden.dtype)
 
     pieces = number_of_pieces(vocab, count, tiling, BACKWARD_START_TILES)
     tokens = jnp.stack([logarithm, factor, labels.astype(jnp.float32)])
     tokens = jnp.pad(tokens, ((0, 0), (0, -count % tiling.columns)))
-    [sums] = sharded.call(kernels.table_gradient, w, h, tokens, pieces=pieces)
+    [sums] = sharded.launch(kernels.table_gradient, w, h, tokens, pieces=pieces)
     return dhidden, sums.sum(axis=0)[:vocab, :dim].astype(table.dtype), None
 
 

@@ -20,9 +20,8 @@ COPY_ROWS = 8
 
 def refusal() -> str | None:
     """Return why no kernel can run here, whatever its arguments, or None."""
-    device = devices.find(target_device_kind())
-    if device is None or device.architecture != "hopper":
-        return f"the kernels are for Hopper GPUs, and this is {target_device_kind()}"
+    if not devices.is_hopper(kind := target_device_kind()):
+        return f"the kernels are for Hopper GPUs, and this is {kind}"
     return mesh_refusal()
 
 

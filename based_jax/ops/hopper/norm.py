@@ -8,16 +8,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from based_jax import devices
 from based_jax.ops import sharded
 from based_jax.ops.calls import NormCall, Rows
+from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.hopper import limits
 
 CHANNEL_MULTIPLE, MAX_CHANNELS = 128, 4096
 NARROW_CHANNELS = range(64, 513, 32)
 """Channels that are taken as well where tokens come in `TOKEN_MULTIPLE`: each warp has a row then."""
 TOKEN_MULTIPLE = 4
-MIN_TOKENS = 1024
-"""With fewer, as in decoding, most of the chip would idle, and XLA's fusions are as good."""
 
 
 def supports(call: NormCall) -> str | None:
@@ -37,8 +37,8 @@ def supports(call: NormCall) -> str | None:
             f"the channels must be a multiple of {CHANNEL_MULTIPLE} up to {MAX_CHANNELS}, or of {narrow.step} from"
             f" {narrow[0]} to {narrow[-1]} for a multiple of {few} tokens, and are {channels} for {together} tokens"
         )
-    if tokens < MIN_TOKENS:
-        return f"there must be {MIN_TOKENS} tokens, and are {tokens}"
+    if tokens < (least := devices.crossovers(target_device_kind()).norm_tokens):
+        return f"there must be {least} tokens, and are {tokens}"
     if r.size >= limits.MAX_ELEMENTS:
         return f"there must be fewer than {limits.MAX_ELEMENTS} elements, and are {r.size}"
     return limits.refusal()
@@ -66,7 +66,7 @@ def _fused_fwd(r, y, scale, bias, eps):
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper import norm as kernels
 
-    *summed, x = sharded.call(kernels.forward, r, y, scale, bias, eps=eps, multiprocessors=limits.multiprocessors())
+    *summed, x = sharded.launch(kernels.forward, r, y, scale, bias, eps=eps, multiprocessors=limits.multiprocessors())
     [total] = summed or [r]
     return (total, x), (total, y is not None, scale, bias is not None)
 
@@ -77,7 +77,7 @@ def _fused_bwd(eps, saved, cotangents):
     total, adds, scale, centered = saved
     dtotal, dx = cotangents
     options = {"eps": eps, "adds": adds, "centered": centered, "multiprocessors": limits.multiprocessors()}
-    found = iter(sharded.call(kernels.backward, total, scale, dx, dtotal, **options))
+    found = iter(sharded.launch(kernels.backward, total, scale, dx, dtotal, **options))
     dr, dy = next(found), next(found) if adds else None
     return dr, dy, next(found).sum(axis=0), next(found).sum(axis=0) if centered else None
 

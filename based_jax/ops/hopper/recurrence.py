@@ -83,14 +83,14 @@ def _fused(scale, q, k, v, log_decay, state, *ab):
     from pallas_kernels.hopper import recurrence as kernels
 
     options = {"scale": scale, "with_reads": False}
-    return tuple(sharded.call(functools.partial(kernels.forward, **options), q, k, v, jnp.exp(log_decay), state, *ab))
+    return tuple(sharded.launch(functools.partial(kernels.forward, **options), q, k, v, jnp.exp(log_decay), state, *ab))
 
 
 def _fused_fwd(scale, q, k, v, log_decay, state, *ab):
     from pallas_kernels.hopper import recurrence as kernels
 
     w, options = jnp.exp(log_decay), {"scale": scale, "with_reads": bool(ab)}
-    o, last, *reads = sharded.call(functools.partial(kernels.forward, **options), q, k, v, w, state, *ab)
+    o, last, *reads = sharded.launch(functools.partial(kernels.forward, **options), q, k, v, w, state, *ab)
     return (o, last), (q, k, v, w, state, ab, reads)
 
 
@@ -98,8 +98,8 @@ def _fused_bwd(scale, saved, gradients):
     from pallas_kernels.hopper import recurrence_backward as kernels
 
     q, k, v, w, state, ab, reads = saved
-    call = functools.partial(kernels.backward, scale=scale)
-    return tuple(sharded.call(call, q, k, v, w, state, *gradients, *ab, *reads))
+    backward = functools.partial(kernels.backward, scale=scale)
+    return tuple(sharded.launch(backward, q, k, v, w, state, *gradients, *ab, *reads))
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

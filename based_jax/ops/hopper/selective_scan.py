@@ -63,13 +63,13 @@ def _fused(u, dt, A, BC, state, offsets):
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper import selective_scan as kernels
 
-    return tuple(sharded.call(kernels.forward, u, dt, A, BC, state, offsets, with_starts=False))
+    return tuple(sharded.launch(kernels.forward, u, dt, A, BC, state, offsets, with_starts=False))
 
 
 def _fused_fwd(u, dt, A, BC, state, offsets):
     from pallas_kernels.hopper import selective_scan as kernels
 
-    y, last, starts = sharded.call(kernels.forward, u, dt, A, BC, state, offsets, with_starts=True)
+    y, last, starts = sharded.launch(kernels.forward, u, dt, A, BC, state, offsets, with_starts=True)
     return (y, last), (u, dt, A, BC, starts, offsets)
 
 
@@ -77,7 +77,7 @@ def _fused_bwd(saved, gradients):
     from pallas_kernels.hopper import selective_scan_backward as kernels
 
     u, dt, A, BC, starts, offsets = saved
-    return *sharded.call(kernels.backward, u, dt, A, BC, starts, *gradients, offsets), None
+    return *sharded.launch(kernels.backward, u, dt, A, BC, starts, *gradients, offsets), None
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

@@ -95,8 +95,8 @@ def _fused_fwd(form, x, kernel, bias, segment_ids):
     from pallas_kernels.hopper import short_conv as kernels
 
     gated, silu = form
-    run = functools.partial(kernels.forward, kernels.Form(gated, silu, bias is not None))
-    [y] = sharded.call(run, _pad(x), kernel, bias, _reach(segment_ids, kernel.shape[0]))
+    forward = functools.partial(kernels.forward, kernels.Form(gated, silu, bias is not None))
+    [y] = sharded.launch(forward, _pad(x), kernel, bias, _reach(segment_ids, kernel.shape[0]))
     return y[:, : x.shape[1]], (x, kernel, bias, segment_ids)
 
 
@@ -105,8 +105,8 @@ def _fused_bwd(form, saved, dy):
 
     x, kernel, bias, segment_ids = saved
     gated, silu = form
-    run = functools.partial(kernels.backward, kernels.Form(gated, silu, bias is not None))
-    dx, sums = sharded.call(run, _pad(x), kernel, _pad(dy), bias, _reach(segment_ids, kernel.shape[0]))
+    backward = functools.partial(kernels.backward, kernels.Form(gated, silu, bias is not None))
+    dx, sums = sharded.launch(backward, _pad(x), kernel, _pad(dy), bias, _reach(segment_ids, kernel.shape[0]))
     dkernel, dbias = jnp.split(sums.sum(axis=0), [kernel.shape[0]])
     return dx[:, : x.shape[1]], dkernel, None if bias is None else dbias.reshape(-1), None
 

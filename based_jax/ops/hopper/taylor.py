@@ -122,9 +122,9 @@ def _forward(q, k, v, state, segment_ids):
     cut = _cut(v)
     docs = documents(segment_ids, cut["chunks"])
     packed = {"documents": docs and docs.table}
-    sums = functools.partial(sharded.call, kernels.sums, k, v, **packed)
+    sums = functools.partial(sharded.launch, kernels.sums, k, v, **packed)
     starts, total = running(None if state is None else pack_state(state), sums, docs=docs, **cut)
-    o, z = sharded.call(kernels.forward, q, k, v, starts, pieces=cut["pieces"], **packed)
+    o, z = sharded.launch(kernels.forward, q, k, v, starts, pieces=cut["pieces"], **packed)
     count = (
         jnp.full((batch, 1), time, jnp.float32)
         if docs is None
@@ -145,11 +145,11 @@ def _attention_bwd(saved, cotangents):
     cut = _cut(v)
     docs, back = (documents(segment_ids, cut["chunks"], reverse=reverse) for reverse in (False, True))
     options = {"documents": docs and docs.table, "pieces": cut["pieces"]}
-    dq, gz = sharded.call(backward.query_gradient, q, k, v, o, do, z, starts, **options)
+    dq, gz = sharded.launch(backward.query_gradient, q, k, v, o, do, z, starts, **options)
     packed = {"documents": back and back.table}
-    sums = functools.partial(sharded.call, kernels.sums, q, do, z, gz, reverse=True, **packed)
+    sums = functools.partial(sharded.launch, kernels.sums, q, do, z, gz, reverse=True, **packed)
     ends, total = running(None if dafter is None else pack_state(dafter), sums, docs=back, reverse=True, **cut)
-    dk, dv = sharded.call(backward.key_value_gradients, q, k, v, do, z, gz, ends, pieces=cut["pieces"], **packed)
+    dk, dv = sharded.launch(backward.key_value_gradients, q, k, v, do, z, gz, ends, pieces=cut["pieces"], **packed)
     gradients = dq[:, :time], dk[:, :time], dv[:, :time]
     if not from_state:
         return *gradients, None, None

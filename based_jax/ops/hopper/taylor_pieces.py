@@ -5,6 +5,7 @@ from all that lies before it. A piece's start is summed, not the difference of t
 little of it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ class Documents(NamedTuple):
 
 def documents(segment_ids: BT | None, chunks: int, *, reverse: bool = False) -> Documents | None:
     """Return the documents of a scan over `chunks`, from the last token to the first where `reverse`."""
+    # Pallas' GPU modules take half a second to import and are needed only here and below.
     from pallas_kernels.hopper.taylor_state import Documents as Kernel
 
     if segment_ids is None:
@@ -110,37 +112,53 @@ def running(
       docs: the documents of the scan.
       reverse: the scan goes from the last piece to the first.
     """
-    from pallas_kernels.hopper.taylor_starts import starts
+    scan = _Scan(sums, batch, heads, chunks, docs, reverse)
+    before = scan.starts(first, pieces) if pieces > 1 else first
+    # XLA drops the total where the caller does not use the state.
+    return before, functools.partial(scan.total, before, pieces)
 
-    def keeps(pieces: int, taken: range) -> Float[Array, "B N"] | None:
-        """Return what each taken piece keeps, in the order of the scan."""
-        if docs is None:
-            return None
-        bounds = [(piece * chunks // pieces, (piece + 1) * chunks // pieces) for piece in taken]
-        bounds = [(chunks - end, chunks - begin) for begin, end in bounds[::-1]] if reverse else bounds
-        return jnp.stack([docs.keeps(*bound) for bound in bounds], axis=1)
 
-    before = first
-    if pieces > 1:
-        parts = min(number_of_parts(batch * heads * (pieces - 1)), chunks // pieces)
-        taken = range(parts, parts * pieces) if reverse else range(parts * (pieces - 1))
-        [added] = sums(pieces=parts * pieces, taken=taken)
-        options = {"keeps": keeps(parts * pieces, taken), "heads": heads, "pieces": pieces, "parts": parts}
-        [before] = sharded.call(starts, added, first, **options, reverse=reverse)
+class _Scan(NamedTuple):
+    """A scan of `running`."""
 
-    def total() -> Sums:
-        # XLA drops this where the caller does not use the state.
-        parts = min(number_of_parts(batch * heads), chunks // pieces)
-        taken = range(parts) if reverse else range((pieces - 1) * parts, pieces * parts)
-        [added] = sums(pieces=pieces * parts, taken=taken)
-        kept = keeps(pieces * parts, taken)
-        added = added.reshape(batch, heads, parts, *added.shape[1:])
+    sums: Callable
+    batch: int
+    heads: int
+    chunks: int
+    docs: Documents | None
+    reverse: bool
+
+    def starts(self, first: Sums | None, pieces: int) -> Sums:
+        """Return what lies before each of several pieces."""
+        from pallas_kernels.hopper.taylor_starts import starts
+
+        parts = min(number_of_parts(self.batch * self.heads * (pieces - 1)), self.chunks // pieces)
+        taken = range(parts, parts * pieces) if self.reverse else range(parts * (pieces - 1))
+        [added] = self.sums(pieces=parts * pieces, taken=taken)
+        options = {"heads": self.heads, "pieces": pieces, "parts": parts, "reverse": self.reverse}
+        [before] = sharded.launch(starts, added, first, keeps=self.keeps(parts * pieces, taken), **options)
+        return before
+
+    def total(self, before: Sums | None, pieces: int) -> Sums:
+        """Return what lies before the end, from what lies before each piece."""
+        parts = min(number_of_parts(self.batch * self.heads), self.chunks // pieces)
+        taken = range(parts) if self.reverse else range((pieces - 1) * parts, pieces * parts)
+        [added] = self.sums(pieces=pieces * parts, taken=taken)
+        kept = self.keeps(pieces * parts, taken)
+        added = added.reshape(self.batch, self.heads, parts, *added.shape[1:])
         last = None
         if before is not None:
-            last = before.reshape(batch, heads, pieces, *before.shape[1:])[:, :, 0 if reverse else -1]
-        return _after(last, added[:, :, ::-1] if reverse else added, kept).reshape(-1, *added.shape[3:])
+            last = before.reshape(self.batch, self.heads, pieces, *before.shape[1:])[:, :, 0 if self.reverse else -1]
+        return _after(last, added[:, :, ::-1] if self.reverse else added, kept).reshape(-1, *added.shape[3:])
 
-    return before, total
+    def keeps(self, pieces: int, taken: range) -> Float[Array, "B N"] | None:
+        """Return what each taken piece keeps, in the order of the scan."""
+        if self.docs is None:
+            return None
+        chunks = self.chunks
+        bounds = [(piece * chunks // pieces, (piece + 1) * chunks // pieces) for piece in taken]
+        bounds = [(chunks - end, chunks - begin) for begin, end in bounds[::-1]] if self.reverse else bounds
+        return jnp.stack([self.docs.keeps(*bound) for bound in bounds], axis=1)
 
 
 def _after(before: Array | None, added: Array, keeps: Float[Array, "B N"] | None) -> Array:

@@ -54,7 +54,9 @@ def _attention_fwd(q, k, v, segment_ids, window):
     from pallas_kernels.hopper import window as kernels
 
     pieces = number_of_pieces(q, blocks=kernels.resident(q.shape[3]), shared=kernels.reach(window))
-    [o] = sharded.call(kernels.forward, *limits.pad_time(q, k, v), _pad_ids(segment_ids), window=window, pieces=pieces)
+    [o] = sharded.launch(
+        kernels.forward, *limits.pad_time(q, k, v), _pad_ids(segment_ids), window=window, pieces=pieces
+    )
     return o[:, : q.shape[1]], (q, k, v, segment_ids)
 
 
@@ -65,7 +67,7 @@ def _attention_bwd(window, saved, do):
     q, k, v, segment_ids = saved
     pieces = number_of_pieces(q, blocks=1, shared=2 * kernels.reach(window))
     arrays = *limits.pad_time(q, k, v, do), _pad_ids(segment_ids)
-    gradients = sharded.call(backward.gradients, *arrays, window=window, pieces=pieces)
+    gradients = sharded.launch(backward.gradients, *arrays, window=window, pieces=pieces)
     return *(x[:, : q.shape[1]] for x in gradients), None
 
 

@@ -19,7 +19,7 @@ def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
 
     Without a and b the state only decays.
     """
-    return chunks.run(_on_chunks, call)
+    return chunks.compute(_on_chunks, call)
 
 
 def _on_chunks(call: MatrixStateCall) -> tuple[BTHV, BHKV]:

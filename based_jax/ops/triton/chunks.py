@@ -38,13 +38,13 @@ def supports(v: BTHV, keys: int) -> str | None:
 def slower(v: BTHV) -> str | None:
     """Return why `auto` leaves a call to others, or None."""
     kind, time = target_device_kind(), v.shape[1]
-    if (device := devices.find(kind)) is None or device.architecture != "hopper":
+    if not devices.is_hopper(kind):
         return f"it has been timed on Hopper GPUs alone, and this is {kind}"
     full = devices.crossovers(kind).chunk_tokens
     return None if time >= full else f"T is {time}, less than a chunk of {full}"
 
 
-def run(fused: Callable, call: MatrixStateCall) -> tuple[BTHV, BHKV]:
+def compute(fused: Callable, call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     """Return o and the state of fused(call), each device for its rows and heads.
 
     q, k, a and b become v's dtype, the others fp32, log-decays such that they can be added up. All sizes are filled up

@@ -20,7 +20,7 @@ def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
 
     With beta, the rates of the delta rule, it is that; without them gated linear attention.
     """
-    return chunks.run(_on_chunks, call)
+    return chunks.compute(_on_chunks, call)
 
 
 def _on_chunks(call: MatrixStateCall) -> tuple[BTHV, BHKV]:

@@ -9,25 +9,26 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 
-from based_jax.bench.calls import same_oracle, same_program
+from based_jax import devices
+from based_jax.bench.cases import same_oracle, same_program
 from based_jax.bench.catalogue import OPERATIONS
 from based_jax.bench.catalogue.operation import Case
 
-MEMORY_FRACTION = 0.88
-"""Of the GPU, for all workers together."""
+SHARED_MEMORY_FRACTION = 0.88
+"""Of the GPU, for all processes together."""
 ORACLE_SECONDS = 2.0
 """To compile a definition, as `Operation.compile_seconds`."""
 SHOWN_CHARACTERS = 1500
-"""Of what a worker that failed said last."""
+"""Of what a process that failed said last."""
 
 
-def parts(chosen: Sequence[Case], workers: int) -> list[list[Case]]:
-    """Return the cases of each worker, of about the same work; those with the same program stay together."""
+def parts(chosen: Sequence[Case], processes: int) -> list[list[Case]]:
+    """Return the cases of each process, of about the same work; those with the same program stay together."""
     groups: dict[Case, list[Case]] = {}
     for case in chosen:
         groups.setdefault(same_program(case), []).append(case)
-    found: list[list[Case]] = [[] for _ in range(workers)]
-    loads = [0.0] * workers
+    found: list[list[Case]] = [[] for _ in range(processes)]
+    loads = [0.0] * processes
     for case in sorted(groups, key=_seconds, reverse=True):
         # Nearly the same load, and an oracle that is there already: better than the least load.
         least = min(loads)
@@ -41,25 +42,26 @@ def parts(chosen: Sequence[Case], workers: int) -> list[list[Case]]:
 def _seconds(case: Case) -> float:
     """Return about how long a call takes to compile."""
     packed = 1.5 if case.state or case.documents else 1.0
-    pieces = 1.5 if case.shape[0] * case.shape[1] < 132 and case.shape[2] > 512 else 1.0
+    # The GPU at hand is not asked what it is: its memory is the processes'.
+    pieces = 1.5 if case.shape[0] * case.shape[1] < devices.H100_CORES and case.shape[2] > 512 else 1.0
     return OPERATIONS[case.operation].compile_seconds * packed * pieces
 
 
-def rows_of(chosen: Sequence[Case], workers: int, options: Sequence[str], limit: float) -> Iterator[dict]:
-    """Yield the rows that workers print, as they come, and one for each case of which none came.
+def rows_of(chosen: Sequence[Case], processes: int, options: Sequence[str], limit: float) -> Iterator[dict]:
+    """Yield the rows that processes print, as they come, and one for each case of which none came.
 
     Args:
-      options: of `check`, the same for all workers.
-      limit: seconds without any row after which all workers are ended: a kernel may wait for ever.
+      options: of `check`, the same for all processes.
+      limit: seconds without any row after which all processes are ended: a kernel may wait for ever.
     """
     lines: queue.Queue = queue.Queue()
-    work = [(i, part) for i, part in enumerate(parts(chosen, workers)) if part]
-    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(round(MEMORY_FRACTION / workers, 3))}
-    command = [sys.executable, "-m", "based_jax", "bench", "check", *options, f"--workers={workers}"]
+    work = [(i, part) for i, part in enumerate(parts(chosen, processes)) if part]
+    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(round(SHARED_MEMORY_FRACTION / processes, 3))}
+    command = [sys.executable, "-m", "based_jax", "bench", "check", *options, f"--processes={processes}"]
     with tempfile.TemporaryFile("w+") as errors:
         started = [
             subprocess.Popen(
-                [*command, f"--worker={i}"],
+                [*command, f"--part={i}"],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,

@@ -1,4 +1,4 @@
-"""The calls of a check: what each is given, how it is made, and what stands for several of them."""
+"""The cases of a check: what each is given, the function that is called, and what stands for several of them."""
 
 import dataclasses
 import math
@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import ShapeDtypeStruct
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
+from based_jax import parallel
 from based_jax.bench.catalogue import OPERATIONS
-from based_jax.bench.catalogue.operation import Call, Case
+from based_jax.bench.catalogue.operation import Case, Function
 
 VMAP_LANES = 2
 SHORTEST_ORACLE = 72
@@ -19,7 +20,7 @@ SHORTEST_ORACLE = 72
 
 def all_cases() -> list[Case]:
     """Return the cases of every operation, by each implementation that runs kernels of our own."""
-    return [case.by(impl) for x in OPERATIONS.values() for impl in x.kernels for case in x.cases]
+    return [case for x in OPERATIONS.values() for impl in x.kernels for case in x.cases_of(impl)]
 
 
 def small_cases() -> list[Case]:
@@ -54,7 +55,7 @@ def results_of(case: Case) -> dict[str, ShapeDtypeStruct]:
     """Return the shapes of what a case returns, but of a final state only with an initial one."""
     # The plain form stands for all: they return the same, and it can be traced for any device.
     ids = ShapeDtypeStruct(case.shape[::2], jnp.int32) if case.documents else None
-    found = jax.eval_shape(OPERATIONS[case.operation].call(case.by("xla")), arrays_of(case), ids)
+    found = jax.eval_shape(OPERATIONS[case.operation].function(case.by("xla")), arrays_of(case), ids)
     return {name: x for name, x in found.items() if name != "state" or case.state}
 
 
@@ -105,10 +106,10 @@ def packed_ids(rng: np.random.Generator, batch: int, time: int) -> np.ndarray:
     return np.array(rows, np.int32)
 
 
-def call_of(case: Case) -> Call:
-    """Return the call as the case makes it: as it is, in lanes of jax.vmap, or in jax.shard_map over the batch."""
+def function_of(case: Case) -> Function:
+    """Return the function as the case calls it: as it is, in lanes of jax.vmap, or in jax.shard_map over the batch."""
     operation = OPERATIONS[case.operation]
-    call, weights = operation.call(case), operation.weights
+    function, weights = operation.function(case), operation.weights
 
     def lanes(arrays, ids):
         def split(x):
@@ -117,17 +118,17 @@ def call_of(case: Case) -> Call:
         axes = {name: None if name in weights else 0 for name in arrays}
         arrays = {name: x if name in weights else split(x) for name, x in arrays.items()}
         if ids is None:
-            out = jax.vmap(lambda arrays: call(arrays, None), (axes,))(arrays)
+            out = jax.vmap(lambda arrays: function(arrays, None), (axes,))(arrays)
         else:
-            out = jax.vmap(call, (axes, 0))(arrays, split(ids))
+            out = jax.vmap(function, (axes, 0))(arrays, split(ids))
         return {name: x.reshape(-1, *x.shape[2:]) for name, x in out.items()}
 
     def shards(arrays, ids):
         devices = jax.devices()[: math.gcd(len(jax.devices()), case.shape[0])]
-        rows, mesh = PartitionSpec("data"), Mesh(np.array(devices), ("data",))
+        rows, mesh = PartitionSpec(parallel.BATCH_AXES), parallel.make_mesh(devices=devices)
         specs = {name: PartitionSpec() if name in weights else rows for name in arrays}
         if ids is None:
-            return jax.shard_map(lambda x: call(x, None), mesh=mesh, in_specs=(specs,), out_specs=rows)(arrays)
-        return jax.shard_map(call, mesh=mesh, in_specs=(specs, rows), out_specs=rows)(arrays, ids)
+            return jax.shard_map(lambda x: function(x, None), mesh=mesh, in_specs=(specs,), out_specs=rows)(arrays)
+        return jax.shard_map(function, mesh=mesh, in_specs=(specs, rows), out_specs=rows)(arrays, ids)
 
-    return {"call": call, "vmap": lanes, "shard_map": shards}[case.through]
+    return {"call": function, "vmap": lanes, "shard_map": shards}[case.through]
