@@ -7,6 +7,7 @@ model again, fla is fla-org/flash-linear-attention@bc3b101, based is HazyResearc
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -416,6 +417,16 @@ def test_every_rule_says_where_it_comes_from_and_is_followed_by_something():
     for recipe, rules in INIT_RECIPES.items():
         assert all(rule.source for rule in rules)
         assert {rule(recipe, name) for name in names} == set(rules)
+
+
+def test_zoology_s_rwkv7_never_learns_to_remove():
+    """Its removal keys start at 0, and where they are 0 nothing has a gradient to them."""
+    model = LM(model_config("rwkv7", "zoology"), rngs=nnx.Rngs(0))
+    ids = jax.random.randint(jax.random.key(0), (2, 16), 0, 512)
+    gradients = nnx.jit(nnx.grad(lambda model: jnp.sum(model.hidden(ids) ** 3)))(model)
+    found = parameters(gradients.stacks[0].blocks[0].mixer)
+    assert not np.any(found["k_k"])
+    assert all(np.any(found[name]) for name in ("k_a", "r_k", "mix"))
 
 
 def test_torch_takes_no_deviation():
