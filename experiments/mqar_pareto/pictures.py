@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     if frontier:
         published = comparable(frontier)
         drawn += figures.frontier(frontier, args.out / "frontier", published=published)
-        drawn.append(page.write(frontier, args.out / "frontier.html", title=figures.FRONTIER_TITLE, published=published))
+        path = args.out / "frontier.html"
+        drawn.append(page.write(frontier, path, title=figures.FRONTIER_TITLE, published=published))
     if maps:
         drawn += figures.figure3(maps, args.out / "figure3")
     if parts:
