@@ -37,6 +37,8 @@ MODELS = {
     "zoology_learning_mamba": ((("mamba", {}),) * 2, MAMBA_BLOCKS),
 }
 HYENA = "backbone.layers.1.sequence_mixer.filter_fn"
+QUICK_TO_RUN = {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}
+"""Twenty steps of Mamba take longer than to compile them, unlike most that is compiled for a test."""
 GATED_DELTANET = "backbone.layers.1.sequence_mixer.mixer"
 
 
@@ -55,7 +57,8 @@ def test_twenty_steps(name):
         "inputs": case.inputs["ids"].astype(np.int32).reshape(STEPS, -1, 64),
         "labels": case.inputs["labels"].astype(np.int32).reshape(STEPS, -1, 64),
     }
-    state, metrics = jax.jit(lambda state: jax.lax.scan(step, state, batches))(initial_state(model, tx))
+    train = jax.jit(lambda state: jax.lax.scan(step, state, batches), compiler_options=QUICK_TO_RUN)
+    state, metrics = train(initial_state(model, tx))
     assert_close(metrics["loss"], case.outputs["losses"], FORWARD, "losses")
     trained = convert.lm_from_reference(case.trained, config(name))
     assert_parameters(state.params, trained, lambda path: POLES if path[-1] == "a_imag" else TRAINED)
