@@ -128,8 +128,8 @@ def _check(what: str, name: str, allowed: Collection[str]) -> None:
 class LM(nnx.Module):
     """A causal language model over the mixers of `config.layers`.
 
-    Every pass returns hidden states; `logits` maps them to the padded vocabulary. Keys enter
-    at construction, and a pass of training gets that of dropout.
+    Every pass returns hidden states; `logits` maps them to the padded vocabulary. Keys enter at construction, and a
+    pass of training gets that of dropout.
     """
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
 from based_jax.dims import BT
-from based_jax.ops import segments
+from based_jax.ops import segments, sharded
 
 
 class Span(NamedTuple):
@@ -52,6 +52,7 @@ def over_tokens(step: Callable, tokens: Any, empty: Any, state: Any | None, segm
       (y, state): a tree of (B, T, ...), zero at padding, and the state after each row's last document.
     """
     ids = _ids(tokens, segment_ids)
+    empty, state = _vary_alike(empty, tokens), _vary_alike(state, tokens)
 
     def advance(carry, inputs):
         (state, owner), (token, id) = carry, inputs
@@ -79,6 +80,7 @@ def over_chunks(
     """
     ids = _ids(tokens, segment_ids)
     T, fresh = ids.shape[1], state is None
+    empty, state = _vary_alike(empty, tokens), _vary_alike(state, tokens)
     carry = (empty if state is None else state, segments.first_id(ids))
     tokens = _without_padding(tokens, ids)
     if length >= T:
@@ -122,6 +124,12 @@ def join_time(x: Shaped[Array, "N B C ..."]) -> Shaped[Array, "B T ..."]:
 def expand(mask: Array, ndim: int) -> Array:
     """Append axes of size 1 up to `ndim`, so that a mask over leading axes selects whole slices."""
     return mask.reshape(*mask.shape, *(1,) * (ndim - mask.ndim))
+
+
+def _vary_alike(state: Any, tokens: Any) -> Any:
+    """Return a state that varies over the devices of `jax.shard_map` as the tokens do: what a scan carries must."""
+    leaves, tree = jax.tree.flatten(state)
+    return tree.unflatten(sharded.vary_alike(*leaves, like=jax.tree.leaves(tokens)))
 
 
 def _select(mask: Array, yes: Any, no: Any) -> Any:

@@ -5,7 +5,6 @@ of a device, which would leave none of it to its runs.
 """
 
 import contextlib
-import fcntl
 import functools
 import multiprocessing
 import os
@@ -18,6 +17,8 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from based_jax import config as configs
 from based_jax.sweep import rows
 from based_jax.sweep.points import Point
@@ -26,8 +27,8 @@ from based_jax.sweep.trial import Sweep
 from based_jax.train.loop import DivergedError, train
 from based_jax.train.run import TrainConfig
 
-LOG_FILE = "log.txt"
-"""Of a workdir: what its run printed."""
+LOG_FILE, LOCK_FILE = "log.txt", "lock"
+"""Of a workdir: what its run printed, and held by it: one that is stopped saves first, and the next one waits."""
 SPAWN_CONTEXT = multiprocessing.get_context("spawn")  # a process that was forked cannot use a device
 
 
@@ -82,7 +83,7 @@ def _train_and_send(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; the parent ends of it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        with _held(workdir / "lock"):
+        with filelock.FileLock(workdir / LOCK_FILE):
             config = configs.build(TrainConfig, values)
             sender.send(_trained(point, config, workdir) | rows.facts_of(name, command))
     except Exception as error:
@@ -116,11 +117,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     connection.wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _held(path: Path):
-    """Hold a file: a run that is being stopped saves first, and the next one of its workdir waits for it."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

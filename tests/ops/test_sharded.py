@@ -5,10 +5,41 @@ import jax.numpy as jnp
 import pytest
 
 from based_jax import parallel
-from based_jax.ops import sharded
+from based_jax.ops import (
+    delta_rule,
+    diagonal_ssm,
+    gated_linear_attention,
+    gated_slot_attention,
+    linear_attention,
+    selective_scan,
+    sharded,
+    ssd,
+    taylor,
+    wkv4,
+)
 from based_jax.ops.calls import MatrixStateCall
 
 TOKENS = "batch", None, "heads"
+MODES, RATES, CHANNELS = jnp.full((2, 3), -0.5 + 1j), -jnp.ones((4, 3)), -jnp.ones(4)
+SCANS = {
+    "taylor_attention": lambda x, **options: taylor.taylor_attention(x, x, x, **options),
+    "linear_attention": lambda x, **options: linear_attention.linear_attention(x * x, x * x, x, **options),
+    "gated_linear_attention": lambda x, **options: gated_linear_attention.gated_linear_attention(
+        x, x, x, -x * x, **options
+    ),
+    "delta_rule": lambda x, **options: delta_rule.delta_rule(x, x, x, -x * x, x[..., 0], **options),
+    "dplr": lambda x, **options: delta_rule.dplr(x, x, x, -x * x, x, -x, **options),
+    "gated_slot_attention": lambda x, **options: gated_slot_attention.gated_slot_attention(
+        x, x, x, x, -x * x, **options
+    ),
+    "ssd": lambda x, **options: ssd.ssd(x, x[..., 0] ** 2, CHANNELS[:2], x[:, :, :1], x[:, :, :1], **options),
+    "selective_scan": lambda x, **options: selective_scan.selective_scan(
+        x[:, :, 0], x[:, :, 0] ** 2, RATES, x[:, :, 0, :3], x[:, :, 1, :3], **options
+    ),
+    "diagonal_ssm": lambda x, **options: diagonal_ssm.diagonal_ssm(x, MODES, MODES, MODES, **options),
+    "wkv4": lambda x, **options: wkv4.wkv4(x[:, :, 0], x[:, :, 1], CHANNELS, CHANNELS, **options),
+}
+"""Operations that scan, of one array (B, T, 2, 4)."""
 
 
 def _scaled(x, scale, ids):
@@ -55,3 +86,32 @@ def test_an_array_that_would_not_be_divided_by_heads_is_no_part_of_a_call(normal
     sharded.per_head(lambda call: (call.v, call.q[:, 0]), call)
     with pytest.raises(AssertionError, match="'bonus'"):
         sharded.per_head(lambda call: (call.v, call.q[:, 0]), call._replace(bonus=bonus))
+
+
+def within_shard_map(call):
+    """Return a call that each of two devices runs on its rows, by hand and not by `per_shard`."""
+    mesh = parallel.make_mesh({"data": 2}, jax.devices()[:2])
+    return jax.shard_map(call, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
+
+
+@pytest.mark.parametrize("impl", ["xla_steps", "xla_chunks"])
+@pytest.mark.parametrize("name", SCANS)
+def test_a_scan_can_be_called_within_shard_map(name, impl):
+    """Over several chunks, from no state and from one, without documents and with: what it carries varies as tokens do."""
+    x, ids = jnp.zeros((2, 150, 2, 4)), jnp.ones((2, 150), jnp.int32)
+
+    def call(x, ids):
+        _, state = SCANS[name](x, impl=impl)
+        return SCANS[name](x, state=state, segment_ids=ids, impl=impl)
+
+    jax.eval_shape(lambda x, ids: within_shard_map(lambda given: call(*given))((x, ids)), x, ids)
+
+
+def test_a_scan_within_shard_map_is_that_of_the_whole(normal, close):
+    x, call = normal(4, 80, 2, 4), SCANS["gated_linear_attention"]
+
+    def both(run, x):
+        y, pull = jax.vjp(run, x)
+        return y, pull(y)
+
+    close(jax.jit(lambda x: both(within_shard_map(call), x))(x), jax.jit(lambda x: both(call, x))(x))
