@@ -97,7 +97,7 @@ def within_shard_map(call):
 @pytest.mark.parametrize("impl", ["xla_steps", "xla_chunks"])
 @pytest.mark.parametrize("name", SCANS)
 def test_a_scan_can_be_called_within_shard_map(name, impl):
-    """Over several chunks, from no state and from one, without documents and with: what it carries varies as tokens do."""
+    """Over several chunks, from no state and from one, with documents and without: the carry varies as tokens do."""
     x, ids = jnp.zeros((2, 150, 2, 4)), jnp.ones((2, 150), jnp.int32)
 
     def call(x, ids):
