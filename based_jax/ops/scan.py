@@ -129,7 +129,7 @@ def expand(mask: Array, ndim: int) -> Array:
 def _vary_alike(state: Any, tokens: Any) -> Any:
     """Return a state that varies over the devices of `jax.shard_map` as the tokens do: what a scan carries must."""
     leaves, tree = jax.tree.flatten(state)
-    return tree.unflatten(sharded.vary_alike(*leaves, like=jax.tree.leaves(tokens)))
+    return jax.tree.unflatten(tree, sharded.vary_alike(*leaves, like=jax.tree.leaves(tokens)))
 
 
 def _select(mask: Array, yes: Any, no: Any) -> Any:
