@@ -1,0 +1,5 @@
+"""Text, tokenizers and synthetic tasks."""
+
+from tests.bad_inputs.cases import Call, Command
+
+CASES: tuple[Command | Call, ...] = ()

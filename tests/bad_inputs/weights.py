@@ -1,0 +1,5 @@
+"""Weights in and out."""
+
+from tests.bad_inputs.cases import Call, Command
+
+CASES: tuple[Command | Call, ...] = ()
