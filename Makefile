@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 LOCK := requirements.lock
 JOBS ?= 2
 
-.PHONY: demo test lint types unit lock clean
+.PHONY: demo test test-all lint types unit unit-all lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo --workdir=demo_out
 
 test: lint types unit
+
+test-all: lint types unit-all
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -20,6 +22,9 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 unit: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not long"
+
+unit-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 $(VENV)/installed: $(LOCK) pyproject.toml
