@@ -5,7 +5,7 @@ import logging
 import sys
 from typing import NoReturn
 
-from based_jax.commands import bench, convert, describe, eval, generate, sweep, train
+from based_jax.commands import bench, convert, describe, eval, generate, interrupts, sweep, train
 from based_jax.errors import UserError
 
 COMMANDS = {
@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return its exit code, or 2 after one sentence on what was wrong with the input."""
+    """Run one command; return its exit code, or after one sentence 2 for wrong input and 130 for Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("based_jax").setLevel(logging.INFO)
     try:
@@ -28,10 +28,14 @@ def main(argv: list[str] | None = None) -> int:
         if overrides and not getattr(args, "takes_overrides", False):
             raise UserError(f"Unknown argument '{overrides[0]}' for '{args.command}'; see --help.")
         args.overrides = overrides
-        return COMMANDS[args.command].run(args) or 0
+        with interrupts.second_one_leaves():
+            return COMMANDS[args.command].run(args) or 0
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print(str(error) or "Stopped by Ctrl-C.", file=sys.stderr)
+        return interrupts.EXIT_CODE
 
 
 class _Parser(argparse.ArgumentParser):

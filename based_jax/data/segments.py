@@ -150,6 +150,15 @@ class SegmentSource:
         """Batches in one pass over all training segments."""
         return sum(-(-segment.num_examples // self.batch_size) for segment in self.task.train)
 
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Rows and tokens of each split."""
+        splits = {"train": self.task.train, "test": self.task.test}
+        return {
+            split: (sum(s.num_examples for s in segments), sum(s.num_examples * s.seq_len for s in segments))
+            for split, segments in splits.items()
+        }
+
     def batch(self, step: int) -> Batch:
         """Return this host's rows of training batch `step`, counted from 0 through all epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)

@@ -152,7 +152,7 @@ class TextSource:
     ):
         if seq_len < 1:
             raise UserError(f"seq_len is {seq_len}; it is at least 1.")
-        self._batch_size = batch_size
+        self._batch_size, self._seq_len = batch_size, seq_len
         self._own = own_rows(batch_size, process_index, process_count)
         cache = Path(cache_dir or default_cache_dir()).resolve()
         builder = PackedText(open_corpus(path, text_feature), get_tokenizer(tokenizer), seq_len, cache)
@@ -163,6 +163,12 @@ class TextSource:
             train = builder.as_data_source(split="train")
             self.windows = len(train)
             self._train = grain.MapDataset.source(train).seed(seed).shuffle().repeat()
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Windows and tokens of each split; the padding that fills the last window counts as tokens."""
+        windows = {"train": self.windows, "validation": len(self._validation)}
+        return {split: (count, count * self._seq_len) for split, count in windows.items()}
 
     def batch(self, step: int) -> Batch:
         """Return this host's rows of training batch `step`, counted from 0 through all epochs."""

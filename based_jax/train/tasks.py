@@ -39,6 +39,11 @@ class Source(Protocol):
         """The evaluation segments."""
         ...
 
+    @property
+    def sizes(self) -> Mapping[str, tuple[int, int]]:
+        """Rows and tokens of each split, all hosts together."""
+        ...
+
     def eval_batches(self, name: str) -> Iterator[dict[str, np.ndarray]]:
         """Yield this host's rows of an evaluation segment, once, in order."""
         ...
