@@ -1,12 +1,6 @@
 import dataclasses
-import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import jax
@@ -21,115 +15,8 @@ from based_jax.nn.lm import LM
 from based_jax.train import loop
 from based_jax.train.checkpoint import CheckpointConfig
 from based_jax.train.loop import train
-from based_jax.train.run import TrainConfig, load_run
-
-VALUES = {
-    "model": {"layers": [["conv", {}]], "d_model": 16, "vocab_size": 64, "dtype": "float32"},
-    "data": {
-        "kind": "mqar",
-        "preset": "tiny",
-        "train": [{"num_examples": 50, "seq_len": 16, "num_kv_pairs": 2}],
-        "test": [{"num_examples": 8, "seq_len": 16, "num_kv_pairs": 2}],
-        "shuffle": True,
-    },
-    "optim": {"lr": 1e-2, "warmup_steps": 2},
-    "checkpoint": {"every": 4},
-    "steps": 8,
-    "batch_size": 8,
-    "log_every": 1,
-}
-
-
-def make_config(**changes):
-    """Return the tiny config; a change to a section replaces keys of it."""
-    sections = {k: VALUES[k] | v if isinstance(v, dict) else v for k, v in changes.items() if k in VALUES}
-    return configs.build(TrainConfig, VALUES | changes | sections)
-
-
-def rows(workdir):
-    """Return the whole lines of metrics.jsonl, also while a run writes it."""
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def losses(workdir):
-    return [(row["step"], row["loss"]) for row in rows(workdir) if "loss" in row]
-
-
-def saved_steps(workdir):
-    return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir() if folder.name.isdigit())
-
-
-def contents(folder):
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def assert_same_run(workdir, expected):
-    """Check that two runs ended in bitwise the same parameters, over the same losses."""
-    assert losses(workdir) == losses(expected)
-    (_, step, model), (_, expected_step, expected_model) = load_run(workdir), load_run(expected)
-    assert step == expected_step
-    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, expected_model)), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Return the workdir of an unbroken run of the tiny config."""
-    workdir = tmp_path_factory.mktemp("whole")
-    train(make_config(), workdir)
-    return workdir
-
-
-class Command:
-    """`python -m based_jax train` in a process of its own, with as many devices as this one."""
-
-    def __init__(self, values, workdir):
-        file = workdir.parent / "config.py"
-        file.write_text(f"def get_config():\n    return {values!r}\n")
-        self.workdir = workdir
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "based_jax", "train", f"--config={file}", f"--workdir={workdir}"],
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(jax.device_count())},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def stop_at(self, step, signum):
-        """Send a signal once this step has been logged, and return what `end` does."""
-        while self.process.poll() is None and max((s for s, _ in losses(self.workdir)), default=0) < step:
-            time.sleep(0.01)
-        self.process.send_signal(signum)
-        return self.end()
-
-    def end(self):
-        """Return exit code, standard output and standard error."""
-        out, error = self.process.communicate(timeout=120)
-        return self.process.returncode, out, error
-
-
-def test_a_run_that_was_killed_and_then_stopped_ends_like_an_unbroken_one(tmp_path):
-    values = VALUES | {"steps": 160, "checkpoint": {"every": 20}}
-    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-
-    # the save after step 40 waits until that after step 20 is complete
-    assert Command(values, broken).stop_at(45, signal.SIGKILL)[0] == -signal.SIGKILL
-    killed = losses(broken)[-1][0]
-    assert 0 < max(saved_steps(broken)) <= killed < 160
-
-    code, out, error = Command(values, broken).stop_at(killed + 20, signal.SIGTERM)
-    stopped = losses(broken)[-1][0]
-    assert (code, error) == (0, "")
-    assert f"Stopped by a signal; step {stopped} is saved" in out
-    assert saved_steps(broken)[-1] == stopped < 160
-
-    train(configs.build(TrainConfig, values), broken)
-    assert [step for step, _ in losses(broken)] == list(range(1, 161))
-    train(configs.build(TrainConfig, values | {"checkpoint": {"every": None}}), unbroken)
-    assert_same_run(broken, unbroken)
+from based_jax.train.run import load_run
+from tests.helpers.tiny_runs import assert_same_run, contents, losses, make_config, rows, saved_steps
 
 
 def test_each_row_says_what_was_learned_how_fast_and_on_what(whole):
