@@ -92,6 +92,21 @@ class EventFile(contextlib.AbstractContextManager):
         return writing(f"{self._path}.out.tfevents")
 
 
+def read_lines(path: Path) -> list[tuple[int, bytes]]:
+    """Return the step and the text of each whole line of a file of rows; none where there is no file.
+
+    Raises:
+      UserError: a line is no row, or the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {reason(error)}.") from error
+    return [(_step_of(line, path), line) for line in lines if line.endswith(b"\n")]
+
+
 def set_rows_aside(step: int, path: Path) -> Path | None:
     """Move the rows of this step and later ones, which no checkpoint holds, from a file into one beside it.
 
@@ -103,20 +118,16 @@ def set_rows_aside(step: int, path: Path) -> Path | None:
     Raises:
       UserError: the file holds something else, or cannot be read, or the file system refuses.
     """
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {reason(error)}.") from error
-    whole = [line for line in lines if line.endswith(b"\n")]
-    later = next((i for i, line in enumerate(whole) if _step_of(line, path) >= step), len(whole))
-    aside = path.with_name(f"{path.stem}_set_aside_from_step_{step}{path.suffix}") if whole[later:] else None
+    rows = read_lines(path)
+    later = next((i for i, (row_step, _) in enumerate(rows) if row_step >= step), len(rows))
+    kept, moved = ([line for _, line in part] for part in (rows[:later], rows[later:]))
+    aside = path.with_name(f"{path.stem}_set_aside_from_step_{step}{path.suffix}") if moved else None
     if aside:
         with writing(aside), aside.open("ab") as file:
-            file.writelines(whole[later:])
-    with writing(path):
-        os.truncate(path, sum(map(len, whole[:later])))
+            file.writelines(moved)
+    if path.exists():
+        with writing(path):
+            os.truncate(path, sum(map(len, kept)))
     return aside
 
 

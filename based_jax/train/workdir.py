@@ -13,6 +13,7 @@ import filelock
 from based_jax.config import CONFIG_FILE
 from based_jax.errors import UserError
 from based_jax.folders import local_folder, make_folder, reason, writing
+from based_jax.train.files import read_lines
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +25,8 @@ def checked_workdir(workdir: str | os.PathLike) -> Path:
     """Return the path of a workdir, new or old, in which nothing is in a run's way; nothing is written.
 
     Raises:
-      UserError: it is no folder of this machine, or cannot be written, or holds a file in place of a folder or the
-        other way round.
+      UserError: it is no folder of this machine, or cannot be written, or holds something else where a run has its
+        files and its folder.
     """
     path = local_folder(workdir)
     with writing(path):
@@ -40,6 +41,7 @@ def checked_workdir(workdir: str | os.PathLike) -> Path:
         checkpoints = path / CHECKPOINTS_FOLDER
         if os.path.lexists(checkpoints) and not checkpoints.is_dir():
             raise UserError(f"'{checkpoints}' is a file, where a run has a folder; choose another workdir.")
+        read_lines(path / METRICS_FILE)
     return path
 
 
