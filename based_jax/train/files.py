@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from based_jax.errors import UserError
-from based_jax.folders import reason, writing
+from based_jax.folders import UnwritableError, reason, writing
 
 EVENTS_FLUSH_SECONDS = 30.0
 
@@ -62,9 +62,13 @@ class EventFile(contextlib.AbstractContextManager):
             if first_step:
                 self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def __exit__(self, *exc_info):
-        with self._writing():
-            self._file.close()
+    def __exit__(self, error, *_):
+        try:
+            with self._writing():
+                self._file.close()
+        except UnwritableError:
+            if error is None:  # else it is told already what is wrong
+                raise
 
     def add(self, scalars: Mapping[str, Any], step: int) -> None:
         """Write numbers by their names.

@@ -75,7 +75,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
             start, state = 0, program.initial_state(taken)
         else:
             start, state = checkpoints.restore(program.abstract_state)
-        report = stack.enter_context(contextlib.closing(Report(config, workdir, start, checkpoints)))
+        report = stack.enter_context(Report(config, workdir, start, checkpoints))
         preemption = stack.enter_context(Preemption())
         for line in (*opening_lines(program, source, choices), *origin, *changed):
             report.say(line)
@@ -106,7 +106,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
 
                 if last or stop or checkpoints.due(step):
                     report.flush()  # a state is saved only after its own step has been seen to be finite
-                    checkpoints.save(step, state, wait=stop)
+                    if last or stop or not report.skipping:
+                        checkpoints.save(step, state, wait=stop)
                     timer.done("checkpoint")
                 if stop and not last:
                     return _stopped(step, preemption, report)
@@ -156,7 +157,7 @@ def _saved_in_spite_of(error: UnwritableError, checkpoints: Checkpoints, step: i
     return UserError(f"{told}; step {step} is saved, and the same command continues from it.")
 
 
-class Report:
+class Report(contextlib.AbstractContextManager):
     """Writes what the loop tells, one step late: the host reads a step's metrics while the next one runs.
 
     Only process 0 writes; every process stops at a loss that is not finite, or after `config.max_skipped_steps` of them
@@ -175,6 +176,11 @@ class Report:
             self._writer = MetricWriter(workdir, first_step=start + 1)
             self._progress = progress(config.steps, start)
 
+    def __exit__(self, *exc_info):
+        if self._writer and self._progress:
+            self._progress.close()
+            self._writer.__exit__(*exc_info)
+
     def begin(self) -> None:
         """Say where the run starts, and which of its rows no checkpoint holds."""
         if self._writer and self._writer.set_aside:
@@ -184,6 +190,11 @@ class Report:
             return
         self.say(f"continuing from step {self._start}" if self._start else "starting at step 0")
         self.say("compiling; the first step follows")
+
+    @property
+    def skipping(self) -> bool:
+        """Whether the last step that was read was skipped: no loss of the state has been seen to be finite."""
+        return self._skipped_in_a_row > 0
 
     def step(self, step: int, metrics: Mapping[str, jax.Array], tokens: int) -> None:
         """Take the metrics of a step that was dispatched, and write those of the one before.
@@ -214,10 +225,10 @@ class Report:
         step, on_device, tokens = pending
         metrics = self._read(step, on_device)
         self._tokens += tokens
-        if step % self._config.log_every == 0 or step == self._config.steps:
-            self._write_step(step, metrics, tokens)
         if step == self._start + 1 and self._progress:
             self._progress.begin(step)
+        if step % self._config.log_every == 0 or step == self._config.steps:
+            self._write_step(step, metrics, tokens)
 
     def _read(self, step: int, on_device: Mapping[str, jax.Array]) -> dict[str, float]:
         """Return the metrics of a step on the host; raise if they are not finite and no more may be skipped."""
@@ -258,12 +269,6 @@ class Report:
         if self._progress:
             self._progress.say(message)
 
-    def close(self) -> None:
-        """Close the files."""
-        if self._writer and self._progress:
-            self._progress.close()
-            self._writer.close()
-
     def _write_step(self, step: int, metrics: Mapping[str, float], tokens: int) -> None:
         now = time.monotonic()
         seq_len = tokens // self._config.batch_size
@@ -271,7 +276,7 @@ class Report:
             self._facts[seq_len] = Facts.of(self._config, seq_len)
         throughput = self._facts[seq_len].row(self._tokens / max(now - self._since, 1e-9))
         self._tokens, self._since = 0, now
-        taken = step - 1 - int(metrics.get("skipped_steps", 0)) + (self._skipped_in_a_row > 0)
+        taken = step - 1 - int(metrics.get("skipped_steps", 0)) + self.skipping
         self._write(step, {**metrics, "lr": float(self._lr(taken)), **throughput})
         if self._progress:
             shown = {name: metrics[name] for name in ("loss", "accuracy")}

@@ -47,7 +47,7 @@ class MetricWriter:
         return self
 
     def __exit__(self, *exc_info):
-        self.close()
+        self._files.__exit__(*exc_info)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one row.
@@ -70,7 +70,7 @@ class MetricWriter:
         self._events.add_text(f"sample {prompt!r}", prompt + text, step)
 
     def close(self) -> None:
-        """Flush and close both files."""
+        """Flush and close both files; raises as `write`."""
         self._files.close()
 
 

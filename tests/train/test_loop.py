@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import based_jax
 from based_jax import config as configs
 from based_jax import optim
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM
-from based_jax.train import loop
+from based_jax.train import files, loop
 from based_jax.train.checkpoint import CheckpointConfig
+from based_jax.train.compile import train_program
 from based_jax.train.loop import train
 from based_jax.train.run import load_run
-from tests.helpers.tiny_runs import assert_same_run, contents, losses, make_config, rows, saved_steps
+from tests.helpers.tiny_runs import assert_same_run, contents, losses, make_config, parameters, rows, saved_steps
 
 
 def test_each_row_says_what_was_learned_how_fast_and_on_what(whole):
@@ -43,19 +45,79 @@ def test_a_finished_run_is_only_evaluated_again(whole, tmp_path):
     assert_same_run(workdir, whole)
 
 
+def test_before_the_first_step_a_run_says_what_it_trains_on_what(whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "train_program", train_program)  # tracing says which implementations are taken
+    config = make_config(steps=9, checkpoint={"every": None})
+    based_jax.train(config, shutil.copytree(whole, tmp_path / "run"))  # as from a notebook
+    said = capsys.readouterr().out.splitlines()
+    params = LM(config.model, rngs=nnx.Rngs(0)).num_params()
+    assert said[:6] == [
+        f"devices: 8 x {jax.devices()[0].device_kind}",
+        "mesh: data 8, fsdp 1, tensor 1",
+        f"parameters: {params:,}",
+        "data: train 800 tokens in 50 windows, test 128 tokens in 8 windows",
+        "residual_rms_norm: xla_rows",
+        "gated_short_conv: xla_taps",
+    ]
+    begun = said.index("continuing from step 8")
+    assert said[begun + 1] == "compiling; the first step follows"
+    assert said[begun + 2].startswith("step 9/9 loss ")
+
+
+def refuse_rows_from(monkeypatch, step):
+    """Let the disk be full from the row of this step on."""
+    append = files.RowFile.append
+
+    def refuse(self, row):
+        with files.writing(self.path):
+            if row["step"] >= step:
+                raise OSError(28, "No space left on device")
+        append(self, row)
+
+    monkeypatch.setattr(files.RowFile, "append", refuse)
+
+
+def test_a_run_whose_rows_the_disk_refuses_saves_its_state(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        refuse_rows_from(patch, step=5)
+        with pytest.raises(UserError) as error:
+            train(make_config(), tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    assert str(error.value) == (
+        f"'{path}' cannot be written: No space left on device; step 6 is saved, and the same command continues from it."
+    )
+    assert losses(tmp_path) == losses(whole)[:4]
+    train(make_config(), tmp_path)
+    assert losses(tmp_path) == losses(whole)[:4] + losses(whole)[6:]
+    assert parameters(tmp_path) == parameters(whole)
+
+
+def test_a_state_that_the_disk_refuses_too_is_the_same_sentence(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    refuse_rows_from(monkeypatch, step=1)
+    monkeypatch.setattr(loop.Checkpoints, "_start", refuse)
+    with pytest.raises(UserError) as error:
+        train(make_config(), tmp_path)
+    assert str(error.value) == (
+        f"'{tmp_path / 'metrics.jsonl'}' cannot be written: No space left on device, and the state neither: Cannot save"
+        f" step 2 in '{tmp_path / 'checkpoints'}': No space left on device; there is no good checkpoint yet."
+    )
+
+
 def test_throughput_counts_only_the_steps_since_the_last_row_or_evaluation(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    report = loop.Report(make_config(log_every=4), tmp_path, 0, checkpoints=None)
-    for step in range(1, 5):
-        clock.now += 1.0
-        report.step(step, {"loss": np.float32(1), "accuracy": np.float32(0)}, tokens=128)
-        if step == 2:
-            report.flush()
-            clock.now += 100.0
-            report.evaluation(step, {"loss": 1.0, "perplexity": 2.0, "accuracy": 0.0})
-    report.flush()
-    report.close()
+    with loop.Report(make_config(log_every=4), tmp_path, 0, checkpoints=None) as report:
+        for step in range(1, 5):
+            clock.now += 1.0
+            report.step(step, {"loss": np.float32(1), "accuracy": np.float32(0)}, tokens=128)
+            if step == 2:
+                report.flush()
+                clock.now += 100.0
+                report.evaluation(step, {"loss": 1.0, "perplexity": 2.0, "accuracy": 0.0})
+        report.flush()
     assert rows(tmp_path)[-1]["tokens_per_second"] == pytest.approx(128)
 
 
