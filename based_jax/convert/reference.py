@@ -117,7 +117,8 @@ def mixer_from_reference(kind: str, weights: Weights, **config) -> Mixer:
     Args:
       kind: a key of `MIXERS`.
       weights: arrays of any float dtype under the layer's state_dict keys, in any layout of its `REFERENCE`.
-      config: options of the mixer's Config; `window_from_based` and `window_from_zoology` translate the window.
+      config: options of the mixer's Config, and `norm_eps` of its norms; `window_from_based` and `window_from_zoology`
+        translate the window. Where a publication takes another value than our default, that is the default here.
 
     Raises:
       UserError: a key is missing or left over, an array has another shape than the options say, or a buffer other
@@ -128,11 +129,13 @@ def mixer_from_reference(kind: str, weights: Weights, **config) -> Mixer:
     reference = MIXERS[kind].REFERENCE
     if not reference:
         raise UserError(f"No publication of mixer '{kind}' has a known layout of its weights.")
-    table = max((_groups(keys) for keys in reference.values()), key=lambda keys: _shared_keys(keys, weights))
+    publication = max(reference, key=lambda name: _shared_keys(_groups(reference[name]), weights))
+    table, options = _groups(reference[publication]), MIXERS[kind].REFERENCE_OPTIONS.get(publication, {})
     output = next(iter(table.values()))
     if any(key not in weights for key in output):
         raise UserError(f"The weights lack the output projection '{output[0]}' of mixer '{kind}'.")
-    mixer = nnx.eval_shape(lambda: make_mixer(kind, weights[output[0]].shape[0], rngs=nnx.Rngs(0), **config))
+    width = weights[output[0]].shape[0]
+    mixer = nnx.eval_shape(lambda: make_mixer(kind, width, rngs=nnx.Rngs(0), **{**options, **config}))
     own = {path: [keys] for path, keys in _of_parameters(mixer, table).items()}
     _fill(mixer, own, _without_buffers(weights, mixer.reference_buffers()))
     return mixer

@@ -6,10 +6,11 @@ from typing import ClassVar, override
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from based_jax.config import added_later
 from based_jax.dims import BD, BHEV, BP, BPD, BT, BTD
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
-from based_jax.nn.feature_maps import FEATURE_MAPS
+from based_jax.nn.feature_maps import COSFORMER_HORIZON, FEATURE_MAPS
 from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers.taylor import PROJECTIONS
 from based_jax.ops import linear_attention, segments
@@ -20,12 +21,16 @@ LinearCache = tuple[BHEV, Int[Array, "B"]]
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfig:
-    """Heads, the query/key width K, and the map of `nn/feature_maps.py`; the Taylor map is mixer `taylor`."""
+    """Heads, the query/key width K, and the map of `nn/feature_maps.py`; the Taylor map is mixer `taylor`.
+
+    `horizon` is that of "cosformer": a number of tokens, or None as in zoology, the length of the sequence at hand.
+    """
 
     num_heads: int = 16
     feature_dim: int = 16
     feature_map: str = "elu"
     impl: str = "auto"
+    horizon: int | None = added_later(COSFORMER_HORIZON)
 
 
 class LinearAttention(Mixer):
@@ -45,9 +50,13 @@ class LinearAttention(Mixer):
         }
     }
 
+    REFERENCE_OPTIONS: ClassVar = {"zoology": {"horizon": None}}
+
     def __init__(self, d_model: int, config: LinearConfig, init: layers.Init):
         if config.feature_dim < 1:
             raise UserError(f"feature_dim is {config.feature_dim}; it is at least 1.")
+        if config.horizon is not None and config.horizon < 1:
+            raise UserError(f"horizon is {config.horizon}; it is at least 1, or None for the length at hand.")
         if config.feature_map not in FEATURE_MAPS:
             raise unknown("feature map", config.feature_map, FEATURE_MAPS)
         self.config, self.d_model = config, d_model
@@ -57,7 +66,9 @@ class LinearAttention(Mixer):
         self.proj_k = layers.linear(d_model, features, ("embed", "heads"), init)
         self.proj_v = layers.linear(d_model, d_model, ("embed", "heads"), init)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
-        self.feature_map = FEATURE_MAPS[config.feature_map](config.num_heads, config.feature_dim, rngs=init.rngs)
+        options = {"horizon": config.horizon} if config.feature_map == "cosformer" else {}
+        make_map = FEATURE_MAPS[config.feature_map]
+        self.feature_map = make_map(config.num_heads, config.feature_dim, **options, rngs=init.rngs)
 
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
@@ -67,6 +78,8 @@ class LinearAttention(Mixer):
 
     @override
     def init_cache(self, batch: int, max_len: int) -> LinearCache:
+        if self.config.feature_map == "cosformer" and self.config.horizon is None:
+            raise UserError("horizon is None, the length at hand, which decoding cannot know; make it a number.")
         E = self.feature_map.expanded_dim
         state = linear_attention.initial_state(batch, self.config.num_heads, E, self.value_dim)
         return state, jnp.zeros(batch, jnp.int32)
