@@ -18,6 +18,7 @@ from based_jax.errors import UserError
 from based_jax.ops.projection import multiply, project
 
 INIT_STD = 0.02
+LARGEST_SIZE = 2**31 - 1  # that an index can count
 
 
 class Init(NamedTuple):
@@ -196,6 +197,31 @@ def rotary(
     cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def scaled(name: str, width: int, factor: float) -> int:
+    """Return width * factor, rounded down.
+
+    Raises:
+      UserError: nothing is left, or more than an index can count; `name` is that of the factor.
+    """
+    if not 1 <= width * factor <= LARGEST_SIZE:
+        raise UserError(f"{name} is {factor}; times {width} it is a width between 1 and {LARGEST_SIZE}.")
+    return int(width * factor)
+
+
+def rotary_dim(head_dim: int, fraction: float) -> int:
+    """Return the `dim` of `rotary` that turns a share of a head's components.
+
+    Raises:
+      UserError: these come in pairs, and the head has no other component for the last one.
+    """
+    dim = int(fraction * head_dim)
+    if dim + dim % 2 > head_dim:
+        raise UserError(
+            f"A head has {head_dim} components; rotary turns pairs of them, so that {dim} cannot be turned."
+        )
+    return dim
 
 
 def head_dim(d_model: int, num_heads: int) -> int:
