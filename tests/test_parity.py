@@ -129,9 +129,10 @@ def test_rwkv7_channel_mix():
     mixer = make_mixer("rwkv7_channel_mix", 32, expand=2.0, rngs=nnx.Rngs(0))
     mixer.key.kernel[...], mixer.value.kernel[...] = (jnp.asarray(case.inputs[f"{n}_weight"]) for n in ("key", "value"))
     mixer.mix[...] = jnp.asarray(case.inputs["x_k"])[None]
-    y, last = jax.jit(lambda mixer, *xs: mixer.prefill(*xs))(mixer, case.inputs["x"], case.inputs["x_prev"])
+    cache = mixer.init_cache(*case.inputs["x"].shape[:2])._replace(state=case.inputs["x_prev"])
+    y, cache = jax.jit(lambda mixer, *xs: mixer.prefill(*xs))(mixer, case.inputs["x"], cache)
     assert_close(y, case.outputs["o"], FORWARD)
-    assert_close(last, case.inputs["x"][:, -1], 0.0)
+    assert_close(cache.state, case.inputs["x"][:, -1], 0.0)
 
 
 def test_prefix_with_a_mask():

@@ -84,7 +84,7 @@ def test_the_sweep():
 def test_the_mixer_keeps_the_contract_in_under_60_lines(normal, close):
     text = program("class Ema")
     assert text.count("\n") < 60
-    names = {"dataclasses": dataclasses, "ClassVar": ClassVar, "jax": jax, "jnp": jnp, "layers": layers, "Mixer": Mixer}
+    names = {"dataclasses": dataclasses, "ClassVar": ClassVar, "jax": jax, "jnp": jnp, "layers": layers, "Mixer": Mixer, "scan": scan}
     exec(text, names)
     mixer = names["Ema"](8, names["EmaConfig"](), layers.Init(1.0, 1.0, jnp.float32, nnx.Rngs(0)))
     x, ids = normal(2, 9, 8), jnp.asarray([[1] * 9, [0, 2, 2, 2, 3, 3, 3, 3, 3]])

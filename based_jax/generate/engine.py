@@ -42,9 +42,11 @@ def generate(
       The new ids of each prompt, without the prompt.
 
     Raises:
-      UserError: no prompt or an empty one, an id that the model does not have, or no tokens to add.
+      UserError: no prompt or an empty one, an id that the model does not have, no tokens to add, or more than the model
+        reads.
     """
     _check(prompts, max_new_tokens, model.config.vocab_size)
+    _check_room(prompts, max_new_tokens, model.max_len)
     ids, segment_ids = _pad_left(prompts)
     graphdef, params = nnx.split(model)
     new = _generate(graphdef, sampling, max_new_tokens, params, ids, segment_ids, jax.random.key(seed))
@@ -54,7 +56,8 @@ def generate(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(graphdef, sampling: Sampling, steps: int, params, ids, segment_ids, key) -> Int[Array, "B steps"]:
     model = nnx.merge(graphdef, params)
-    cache = model.init_cache(ids.shape[0], ids.shape[1] + steps)
+    room = ids.shape[1] + steps  # padding takes none
+    cache = model.init_cache(ids.shape[0], room if model.max_len is None else min(room, model.max_len))
     hidden, cache = model.prefill(ids, cache, segment_ids)
 
     def draw(hidden, key):
@@ -98,6 +101,15 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: in
         unknown = [token for token in prompt if not 0 <= token < vocab_size]
         if unknown:
             raise UserError(f"Prompt {row} has id {unknown[0]}; the model knows ids 0 to {vocab_size - 1}.")
+
+
+def _check_room(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_len: int | None) -> None:
+    longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
+    if max_len is not None and len(prompts[longest]) + max_new_tokens > max_len:
+        raise UserError(
+            f"Prompt {longest} has {len(prompts[longest])} tokens and max_new_tokens is {max_new_tokens}; the model"
+            f" reads {max_len} in all."
+        )
 
 
 def _until(row: np.ndarray, stop: int | None) -> np.ndarray:

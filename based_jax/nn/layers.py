@@ -4,6 +4,7 @@ Parameters are fp32 masters. A layer computes in its `dtype` (bf16 on accelerato
 softmax, recurrent states and the loss are fp32 whatever it is.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -92,9 +93,10 @@ def torch_linear(
     """Return a linear layer with torch's default initial values, U(-1/sqrt(d_in), 1/sqrt(d_in)), times a gain."""
     layer = linear(d_in, d_out, names, init, bias=bias)
     bound = gain / math.sqrt(d_in)
-    layer.kernel[...] = jax.random.uniform(init.rngs.params(), (d_in, d_out), minval=-bound, maxval=bound)
+    uniform = functools.partial(jax.random.uniform, dtype=jnp.float32, minval=-bound, maxval=bound)
+    layer.kernel[...] = uniform(init.rngs.params(), (d_in, d_out))
     if layer.bias is not None:
-        layer.bias[...] = jax.random.uniform(init.rngs.params(), (d_out,), minval=-bound, maxval=bound)
+        layer.bias[...] = uniform(init.rngs.params(), (d_out,))
     return layer
 
 

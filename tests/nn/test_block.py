@@ -25,7 +25,7 @@ def test_residual_stream_is_fp32(dtype, normal):
     prefilled, cache = jax.jit(lambda block, r: block.prefill(r, block.init_cache(2, T)))(block, r)
     stepped, _ = jax.jit(lambda block, r, cache: block.step(r, cache))(block, r[:, 0], cache)
     assert {x.dtype for x in (out, prefilled, stepped)} == {jnp.dtype("float32")}
-    assert cache.dtype == dtype
+    assert cache.state.dtype == dtype
     assert not np.array_equal(out, out.astype(jnp.bfloat16))
 
 

@@ -173,4 +173,4 @@ class H3(Mixer):
 
 def _param(values: Array) -> nnx.Param:
     """Return a parameter whose first axis counts channels or heads."""
-    return nnx.Param(jnp.array(values), **layers.logical_axes("heads", *(None,) * (values.ndim - 1)))
+    return nnx.Param(jnp.array(values, jnp.float32), **layers.logical_axes("heads", *(None,) * (values.ndim - 1)))
