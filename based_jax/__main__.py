@@ -5,14 +5,14 @@ import logging
 import sys
 from typing import NoReturn
 
-from based_jax.commands import bench, convert, describe, eval, generate, sweep, train
+from based_jax.commands import bench, describe, eval, export, generate, sweep, train
 from based_jax.errors import UserError
 
 COMMANDS = {
     "train": train,
     "eval": eval,
     "generate": generate,
-    "convert": convert,
+    "export": export,
     "describe": describe,
     "bench": bench,
     "sweep": sweep,

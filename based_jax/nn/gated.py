@@ -104,7 +104,8 @@ class GatedLinearMixer(Mixer):
         if self.has_gate and gate_rank:
             self.gate_down = layers.linear(d_model, gate_rank, ("embed", None), init)
             self.gate_up = layers.linear(gate_rank, value_dim, (None, "heads"), init, bias=True)
-        self.norm = layers.rms_norm(value_dim if self.norm_over_heads else value_dim // num_heads, rngs=init.rngs)
+        norm_width = value_dim if self.norm_over_heads else value_dim // num_heads
+        self.norm = layers.rms_norm(norm_width, init.norm_eps, rngs=init.rngs)
         self.out_proj = layers.linear(value_dim, d_model, ("heads", "embed"), init.out)
 
     @override

@@ -19,6 +19,7 @@ from based_jax.errors import UserError
 from based_jax.ops.projection import multiply, project
 
 INIT_STD = 0.02
+NORM_EPS = 1e-5
 LARGEST_SIZE = 2**31 - 1  # that an index can count
 
 
@@ -30,12 +31,14 @@ class Init(NamedTuple):
       out_std: that of projections back into the residual stream.
       dtype: what the module computes in.
       rngs: where the initial values are drawn from.
+      norm_eps: what the norms add to the variance.
     """
 
     std: float
     out_std: float
     dtype: Any
     rngs: nnx.Rngs
+    norm_eps: float = NORM_EPS
 
     @property
     def out(self) -> "Init":
@@ -129,16 +132,16 @@ def dropout(x: Float[Array, "*B D"], rate: float, key: DropoutKey) -> Float[Arra
     return jnp.where(kept, x / (1 - rate), 0)
 
 
-def rms_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Return RMSNorm with eps 1e-5 in fp32 (HazyResearch/based:based/ops/triton/layer_norm.py)."""
-    return nnx.RMSNorm(d_model, epsilon=1e-5, scale_metadata=logical_axes("embed"), rngs=rngs)
+def rms_norm(d_model: int, eps: float, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Return RMSNorm in fp32 (HazyResearch/based:based/ops/triton/layer_norm.py)."""
+    return nnx.RMSNorm(d_model, epsilon=eps, scale_metadata=logical_axes("embed"), rngs=rngs)
 
 
-def layer_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Return LayerNorm with bias and eps 1e-5 in fp32."""
+def layer_norm(d_model: int, eps: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Return LayerNorm with bias in fp32."""
     return nnx.LayerNorm(
         d_model,
-        epsilon=1e-5,
+        epsilon=eps,
         use_fast_variance=False,
         scale_metadata=logical_axes("embed"),
         bias_metadata=logical_axes("embed"),

@@ -47,12 +47,15 @@ class Mixer(nnx.Module):
     Where a publication's weights can be read, `REFERENCE` says for each publication under which state_dict key a
     parameter stands there, the output projection, whose rows are D, first; a tuple of keys is concatenated. `convert`
     turns layouts: a linear kernel is transposed, a parameter named *conv_kernel goes from [C, 1, W] to (W, C), axes of
-    size 1 come and go, the rest is as it is. What a publication stores beside the parameters is in `reference_buffers`.
+    size 1 come and go, the rest is as it is. What a publication stores beside the parameters is in `reference_buffers`,
+    and options that it takes where ours have other defaults are in `REFERENCE_OPTIONS`.
     """
 
     Config: ClassVar[Any]
     IMPLEMENTATIONS: ClassVar[Any] = {}  # the table of the operation that the option `impl` chooses from
     REFERENCE: ClassVar[Mapping[str, Mapping[str, str | tuple[str, ...]]]] = {}
+
+    REFERENCE_OPTIONS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abc.abstractmethod
     def __init__(self, d_model: int, config: Any, init: Init): ...

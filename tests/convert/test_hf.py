@@ -165,7 +165,7 @@ def test_save_overwrites_nothing(folder, tmp_path):
     ("fields", "message"),
     [
         ({"activation_function": "gelu"}, "activation_function is 'gelu' in config.json; only 'swiglu' is supported."),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
+        ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon is '1e-6', which is no float"),
         ({"alt_mixer": {"feature_map": {"_target_": "x.ReLU"}}}, "The feature map is 'x.ReLU'"),
         ({"alt_mixer": {"feature_dim": 4, "feature_map": {"input_dim": 8}}}, "input_dim is 8"),
         ({"alt_mixer": {"num_heads": 2, "feature_dim": 2}}, r"proj_k.weight' has shape \(8, 16\); the model's is \(4,"),

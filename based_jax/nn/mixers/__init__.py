@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from based_jax.errors import UserError, unknown
-from based_jax.nn.layers import INIT_STD, Init
+from based_jax.nn.layers import INIT_STD, NORM_EPS, Init
 from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers.attention import Attention
 from based_jax.nn.mixers.base_conv import BaseConv
@@ -82,6 +82,7 @@ def make_mixer(
     out_std: float = INIT_STD,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
+    norm_eps: float = NORM_EPS,
     **options,
 ) -> Mixer:
     """Return the mixer named `kind` at width D, with `options` for its Config.
@@ -89,7 +90,7 @@ def make_mixer(
     Raises:
       UserError: the kind or an option is unknown, or a value is impossible.
     """
-    return build_mixer(kind, d_model, options, Init(std, out_std, dtype, rngs))
+    return build_mixer(kind, d_model, options, Init(std, out_std, dtype, rngs, norm_eps))
 
 
 def build_mixer(kind: str, d_model: int, options: Mapping[str, Any], init: Init) -> Mixer:

@@ -1,16 +1,18 @@
 """Softmax attention with rotary positions: the mixer of Transformer++ (arXiv 2402.18668, section 5)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, override
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
-from based_jax.nn.mixer import Mixer, check_positive, check_sizes
+from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
 from based_jax.ops import segments
 from based_jax.ops.softmax import ATTENTION, attention, attention_step, masked_attention
 
@@ -102,6 +104,12 @@ class Attention(Mixer):
     def _step(self, x: BD, state: TokenCache) -> tuple[BD, TokenCache]:
         o, after = self.read_token(x, state)
         return self._out(state.held(o, state.length)), after
+
+    @override
+    def reference_buffers(self) -> Mapping[str, Buffer]:
+        """Return the table of rotary's frequencies."""
+        exponents = np.arange(0, self.rotary_dim, 2) / max(self.rotary_dim, 1)
+        return {"rotary_emb.inv_freq": self.config.rotary_base**-exponents}
 
     @override
     def state_size(self, seq_len: int) -> int:

@@ -80,7 +80,7 @@ class Mamba2(Mixer):
         A = jax.random.uniform(init.rngs.params(), (self.num_heads,), minval=1.0, maxval=16.0)
         self.A_log = nnx.Param(jnp.log(A), **layers.logical_axes("heads"))
         self.D = nnx.Param(jnp.ones(self.num_heads), **layers.logical_axes("heads"))
-        self.norm = layers.rms_norm(self.d_inner, rngs=init.rngs)
+        self.norm = layers.rms_norm(self.d_inner, init.norm_eps, rngs=init.rngs)
         self.out_proj = layers.torch_linear(self.d_inner, d_model, ("mlp", "embed"), init, gain=init.depth_gain)
 
     @override

@@ -69,7 +69,7 @@ class RWKV5(TimeMix):
             nnx.Param(layers.split_heads(even, self.num_heads), **layers.logical_axes("heads", None))
             for even in (jnp.linspace(-6.0, -1.0, d_model), jnp.linspace(0.0, 0.5, d_model))
         )
-        self.norm = HeadNorm(d_model, 1e-5, rngs=init.rngs)
+        self.norm = HeadNorm(d_model, init.norm_eps, rngs=init.rngs)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
     @override

@@ -81,7 +81,7 @@ class RWKV6(TimeMix):
         # as RWKV-5's; at 0 a first token has no output
         bonus = layers.split_heads(jnp.linspace(0.0, 0.5, self.key_dim), H)
         self.bonus = nnx.Param(bonus, **layers.logical_axes("heads", None))
-        self.norm = HeadNorm(self.value_dim, 1e-5, rngs=init.rngs)
+        self.norm = HeadNorm(self.value_dim, init.norm_eps, rngs=init.rngs)
         self.out_proj = layers.linear(self.value_dim, d_model, ("heads", "embed"), init.out)
 
     @override

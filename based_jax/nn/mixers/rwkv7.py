@@ -82,7 +82,7 @@ class RWKV7(TimeMix):
         self.k_k = nnx.Param(jnp.full(d_model, 0.85), **layers.logical_axes("heads"))
         self.k_a = nnx.Param(jnp.ones(d_model), **layers.logical_axes("heads"))
         self.r_k = nnx.Param(jnp.zeros((self.num_heads, config.head_dim)), **layers.logical_axes("heads", None))
-        self.norm = HeadNorm(d_model, config.head_dim * 1e-5, rngs=init.rngs)
+        self.norm = HeadNorm(d_model, config.head_dim * init.norm_eps, rngs=init.rngs)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
     @override
