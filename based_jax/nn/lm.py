@@ -200,6 +200,11 @@ class LM(nnx.Module):
         """Return the head's weights, a row for each token."""
         return self.embed.embedding[...] if self.config.tie_embeddings else self.head.kernel[...].T
 
+    @property
+    def max_len(self) -> int | None:
+        """The most tokens that a document may have, or None."""
+        return min((mixer.max_len for mixer in self.mixers() if mixer.max_len is not None), default=None)
+
     def init_cache(self, batch: int, max_len: int) -> tuple:
         """Return the caches of all layers for `batch` sequences of up to `max_len` tokens."""
         return tuple(stack.init_cache(batch, max_len) for stack in self.stacks)

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from based_jax.errors import unknown
+from based_jax.errors import UserError, unknown
 from based_jax.nn.layers import INIT_STD, NORM_EPS, Init
 from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers.attention import Attention
@@ -96,6 +96,8 @@ def make_mixer(
 def build_mixer(kind: str, d_model: int, options: Mapping[str, Any], init: Init) -> Mixer:
     """Return the mixer named `kind`, which starts as `init` says; otherwise as `make_mixer`, for a model's blocks."""
     check_options(kind, options)
+    if d_model < 1:
+        raise UserError(f"d_model is {d_model}; it is at least 1.")
     mixer = MIXERS[kind]
     return mixer(d_model, mixer.Config(**options), init)
 
