@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from based_jax.config import check_types
 from based_jax.errors import UserError, unknown
 
 Schedule = Callable[[Any], jax.Array]
@@ -78,6 +79,7 @@ class OptimConfig:
     steps_per_epoch: int | None = None
 
     def __post_init__(self):
+        check_types(self)
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
         if self.decay not in NO_DECAY:

@@ -66,7 +66,7 @@ def test_overrides_reach_what_follows_them_from_any_folder(capsys, tmp_path, mon
     written = json.loads(Path("run/config.json").read_text())
     assert (written["steps"], written["optim"]["warmup_steps"]) == (100, 1)
     refusal = refused(capsys, "train", f"--config={family}:360m", "--workdir=new", "--config.steps=1e3")
-    assert refusal == "Config key 'steps' is 1000.0; it is int."
+    assert refusal == "Config key 'steps' is 1000.0; it is an int, such as 128."
 
 
 @pytest.fixture(scope="module")
