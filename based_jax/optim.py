@@ -55,9 +55,9 @@ class OptimConfig:
       betas: decay of the first and the second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled decay; a step shrinks a decayed parameter by lr * weight_decay of itself.
-      decay: which parameters decay, a key of `NO_DECAY`: "reference" as HazyResearch/based, "kernels" alone, or "all".
+      decay: which parameters decay: those of "reference", HazyResearch/based, "kernels" alone, or "all".
       clip_norm: global norm that gradients are clipped to; None leaves them as they are.
-      schedule: a key of `SCHEDULES`.
+      schedule: "warmup_cosine", "cosine_per_epoch" or "constant".
       warmup_steps: steps of "warmup_cosine" before the peak.
       warmup_lr: where "warmup_cosine" starts.
       final_lr: where "warmup_cosine" ends.

@@ -1,4 +1,8 @@
-"""Export a trained run to safetensors and config.json in the layout of the released checkpoints."""
+"""Export a trained run to safetensors and config.json in the layout of the released checkpoints.
+
+examples:
+  python -m based_jax convert --workdir=runs/text --hf=released/text
+"""
 
 import argparse
 

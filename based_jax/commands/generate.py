@@ -1,4 +1,9 @@
-"""Continue prompts with a trained language model."""
+"""Continue prompts with a trained language model.
+
+examples:
+  python -m based_jax generate --workdir=runs/text --prompt="It was a " --temperature=0.6
+  python -m based_jax generate --hf=released/based-360m --prompt="The capital of France is" --max-new-tokens=8
+"""
 
 import argparse
 

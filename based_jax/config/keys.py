@@ -143,8 +143,10 @@ def keys_of(cls: type, where: str = "", condition: str = "") -> Iterator[Key]:
             for choice, member in typing.get_args(kind)[1].items():
                 yield from keys_of(member, name, f"{name}.kind={choice}")
         elif dataclasses.is_dataclass(kind):
-            yield from keys_of(typing.cast(type, kind), name, condition)
+            yield from keys_of(kind, name, condition)
         else:
+            for section in filter(dataclasses.is_dataclass, typing.get_args(kind)):
+                yield from keys_of(section, name, condition)
             made = field.default_factory is not dataclasses.MISSING
             default = field.default_factory() if made else field.default  # type: ignore[misc]
             yield Key(name, kind, default, meanings.get(field.name, ""), condition)

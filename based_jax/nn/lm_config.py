@@ -35,8 +35,10 @@ class LMConfig:
     Attributes:
       layers: one (mixer name, options of its Config) per layer, in order.
       d_model: width D of the residual stream.
-      vocab_size: tokens of the tokenizer; the embedding is padded to a multiple of `pad_vocab_multiple`.
-      mlp, norm: "swiglu", "identity" or "none" (layers are mixers alone); "rms" or "layer".
+      vocab_size: tokens of the tokenizer.
+      pad_vocab_multiple: what the rows of the embedding are a multiple of.
+      mlp: "swiglu", "identity" or "none" (layers are mixers alone).
+      norm: "rms" or "layer".
       final_norm: the norm after the last layer; None for that of the layers. zoology's Mamba models have "rms" in the
         layers, "none" behind the mixers and "layer" at the end.
       mlp_dim: hidden width F of the MLP; 0 for 2 D.
@@ -47,7 +49,8 @@ class LMConfig:
       tie_embeddings: whether the head is the embedding.
       embed_dropout: share of the embedding's components that training sets to 0, the others growing to make up for it.
       embed_norm: a norm right after the embedding (RWKV).
-      dtype: what layers compute in; parameters, norms, the residual, states and logits are fp32.
+      dtype: what layers compute in, "bfloat16", "float16" or "float32"; parameters, norms, the residual,
+        states and logits are fp32.
       scan_layers: stack and scan repeated patterns of layers, which compiles faster and shards the same.
       remat: what a layer keeps for its backward pass: "none" recomputes nothing, "dots" keeps projections only,
         "full" keeps nothing.
