@@ -1,4 +1,10 @@
-"""Train the points of a sweep file into a store, list what is missing, or draw the pictures of a store."""
+"""Train the points of a sweep file into a store, list what is missing, or draw the pictures of a store.
+
+examples:
+  python -m based_jax sweep run experiments/mqar_pareto/sweeps.py:tiny --store=runs/tiny
+  python -m based_jax sweep list experiments/mqar_pareto/sweeps.py:tiny --store=runs/tiny
+  python -m based_jax sweep plot --store=runs/tiny --out=runs/pictures
+"""
 
 import argparse
 import os
@@ -9,21 +15,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from based_jax.commands.parser import add_command
 from based_jax.errors import UserError, unknown
 
+RUN = """Train every point that the store has no row of.
+
+examples:
+  python -m based_jax sweep run experiments/mqar_pareto/sweeps.py:tiny --store=runs/tiny
+  python -m based_jax sweep run sweeps.py --store=runs/rows --processes=8
+  python -m based_jax sweep run sweeps.py --store=runs/rows --launcher=slurm --tasks=16 --script=job.sh
+"""
+LIST = """Print the points that the store has no row of.
+
+examples:
+  python -m based_jax sweep list experiments/mqar_pareto/sweeps.py:tiny --store=runs/tiny
+"""
+PLOT = """Draw a picture of a store: PNG and SVG, of the frontier an HTML page as well.
+
+examples:
+  python -m based_jax sweep plot --store=runs/tiny --out=runs/pictures
+  python -m based_jax sweep plot --store runs/one runs/two --out=runs/pictures --picture=ablation
+"""
 LAUNCHERS = ("local", "ray", "slurm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommands and their arguments."""
     commands = parser.add_subparsers(dest="action", required=True, metavar="action")
-    _add_run(commands.add_parser("run", help="train every point that the store has no row of"))
-    missing = commands.add_parser("list", help="print the points that the store has no row of")
+    _add_run(add_command(commands, "run", RUN))
+    missing = add_command(commands, "list", LIST)
     missing.add_argument("sweep", help="sweep file, optionally with a variant: path/to/sweeps.py:variant")
     missing.add_argument("--store", required=True, help="folder of the rows")
-    plot = commands.add_parser(
-        "plot", help="draw a picture of a store: PNG and SVG, of the frontier an HTML page as well"
-    )
+    plot = add_command(commands, "plot", PLOT)
     plot.add_argument("--store", required=True, nargs="+", help="folders of rows, or files")
     plot.add_argument("--out", required=True, help="folder of the pictures")
     plot.add_argument("--picture", default="frontier", help="frontier, figure3 or ablation (default: frontier)")
