@@ -84,6 +84,12 @@ def test_overrides_reach_what_follows_them_from_any_folder(capsys, tmp_path, mon
     printed(capsys, "train", f"--config={family}:360m", "--workdir=run", *overrides)
     written = json.loads(Path("run/config.json").read_text())
     assert (written["steps"], written["optim"]["warmup_steps"]) == (100, 1)
+    places = (
+        written["data"]["path"],
+        written["data"]["cache_dir"],
+        json.loads(Path("run/data.json").read_text())["path"],
+    )
+    assert places == (str(tmp_path / "texts"), str(tmp_path / "cache"), str(tmp_path / "texts"))
     refusal = refused(capsys, "train", f"--config={family}:360m", "--workdir=new", "--config.steps=1e3")
     assert refusal == "Config key 'steps' is 1000.0; it is an int, such as 128."
 
@@ -140,6 +146,22 @@ def test_eval_prints_the_last_evaluation_of_the_run_or_that_of_a_step(capsys, mq
     assert found.keys() >= {"loss", "perplexity", "accuracy", "16x2/accuracy", "32x4/loss"}
     earlier = table(printed(capsys, "eval", f"--workdir={mqar_run}", "--step=1"))
     assert earlier["step"] == 1 and earlier["loss"] != found["loss"]
+
+
+def test_changed_text_is_warned_of_by_eval_and_refused_by_train(capsys, folder, text_run):
+    text = folder / "corpus" / "cats.txt"
+    before = text.read_text()
+    text.write_text(before + "The cow jumped over the moon.")
+    try:
+        capsys.readouterr()
+        assert main(["eval", f"--workdir={text_run}"]) == 0
+        out, error = capsys.readouterr()
+        assert out.startswith("step 2\n") and error.startswith("Warning: The text at ")
+        assert error.endswith(" began with: cats.txt has changed.\n")
+        refusal = refused(capsys, "train", f"--config={folder / 'text.py'}", f"--workdir={text_run}")
+        assert refusal.endswith("cats.txt has changed; bring the text back, or choose another workdir.")
+    finally:
+        text.write_text(before)
 
 
 def test_generate_continues_each_prompt_the_same_way_twice(capsys, text_run):
