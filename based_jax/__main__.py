@@ -5,12 +5,13 @@ import logging
 import sys
 from typing import NoReturn
 
-from based_jax.commands import bench, convert, describe, eval, generate, sweep, train
+from based_jax.commands import bench, convert, describe, eval, generate, plot, sweep, train
 from based_jax.errors import UserError
 
 COMMANDS = {
     "train": train,
     "eval": eval,
+    "plot": plot,
     "generate": generate,
     "convert": convert,
     "describe": describe,

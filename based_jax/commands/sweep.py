@@ -6,11 +6,11 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from based_jax.errors import UserError, unknown
 
+PAGE_TITLE = "Recall against bytes of state"
 LAUNCHERS = ("local", "ray", "slurm")
 
 
@@ -22,12 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     missing.add_argument("sweep", help="sweep file, optionally with a variant: path/to/sweeps.py:variant")
     missing.add_argument("--store", required=True, help="folder of the rows")
     plot = commands.add_parser(
-        "plot", help="draw a picture of a store: PNG and SVG, of the frontier an HTML page as well"
+        "plot", help="draw a picture of a store: PNG, SVG and PDF, of the frontier an HTML page as well"
     )
     plot.add_argument("--store", required=True, nargs="+", help="folders of rows, or files")
     plot.add_argument("--out", required=True, help="folder of the pictures")
     plot.add_argument("--picture", default="frontier", help="frontier, figure3 or ablation (default: frontier)")
-    plot.add_argument("--title", default="Recall against bytes of state", help="of the page")
+    plot.add_argument("--title", default=PAGE_TITLE, help="of the page")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -109,19 +109,18 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
+    from based_jax.folders import local_folder
     from based_jax.pictures import figures, page
     from based_jax.store import Store
 
     draw = {"frontier": figures.frontier, "figure3": figures.figure3, "ablation": figures.ablation}
     if args.picture not in draw:
         raise unknown("picture", args.picture, draw)
+    out = local_folder(args.out, "--out")
     rows = [row for store in args.store for row in Store(store).rows()]
     if not rows:
         raise UserError(f"There are no rows in {', '.join(map(repr, args.store))}.")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     drawn = draw[args.picture](rows, out / args.picture)
     if args.picture == "frontier":
-        page.write(rows, out / "frontier.html", title=args.title)
-        drawn.append(out / "frontier.html")
+        drawn.append(page.write(rows, out / "frontier.html", title=args.title))
     print(f"Drawn: {', '.join(map(str, drawn))}.")
