@@ -12,13 +12,14 @@ import select
 import sys
 
 from based_jax import __version__
-from based_jax.commands import bench, describe, eval, export, generate, sweep, train
+from based_jax.commands import bench, describe, eval, export, generate, plot, sweep, train
 from based_jax.commands.parser import MODULE_CALL, CommandParser, add_command, program_name
 from based_jax.errors import UserError
 
 COMMANDS = {
     "train": train,
     "eval": eval,
+    "plot": plot,
     "generate": generate,
     "export": export,
     "describe": describe,
