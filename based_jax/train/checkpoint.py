@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from based_jax.config import added_later
+from based_jax.config import added_later, check_types
 from based_jax.errors import UserError
 from based_jax.folders import reason, writing
 from based_jax.optim import path_of
@@ -58,12 +58,13 @@ class CheckpointConfig:
     every_minutes: float | None = added_later(10.0)
 
     def __post_init__(self):
+        check_types(self)
         for name in ("every", "keep", "keep_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"checkpoint {name} is {value}; it is at least 1.")
+                raise UserError(f"{name} is {value}; it is at least 1.")
         if self.every_minutes is not None and not 0 < self.every_minutes < math.inf:
-            raise UserError(f"checkpoint every_minutes is {self.every_minutes}; it is above 0, or None.")
+            raise UserError(f"every_minutes is {self.every_minutes}; it is above 0, or None.")
 
 
 class SavedCheckpoints:

@@ -20,6 +20,7 @@ MAY_CHANGE = {
     "eval_every": "no number depends on it",
     "sample_every": "no number depends on it",
     "samples": "no number depends on it",
+    "data.path": "the text is the same (`data_record`)",
     "data.cache_dir": "no number depends on it",
 }
 """Keys, or whole sections, that may differ, and why. All others name another run: its model, data, batches and seed."""

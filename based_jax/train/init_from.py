@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from based_jax.config import check_types
 from based_jax.errors import UserError
 from based_jax.folders import local_folder
 from based_jax.nn.lm import LMConfig
@@ -40,6 +41,9 @@ class InitFrom:
     step: int | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_types(self)
 
     def takes(self, name: str) -> bool:
         """Return whether the patterns choose the parameter of this path."""

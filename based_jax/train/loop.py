@@ -1,6 +1,7 @@
 """The training loop, in reading order: set up, resume, step, evaluate, save, stop."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import time
@@ -16,7 +17,7 @@ from based_jax.errors import UserError
 from based_jax.evals.evaluate import evaluate, make_eval_step
 from based_jax.folders import UnwritableError
 from based_jax.ops import dispatch
-from based_jax.train import continuation
+from based_jax.train import continuation, data_record
 from based_jax.train.checkpoint import Checkpoints, SavedCheckpoints
 from based_jax.train.compile import TrainProgram, train_program
 from based_jax.train.init_from import read_parameters
@@ -51,12 +52,14 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     """
     timer = Timer()
     workdir = checked_workdir(workdir)
+    config = dataclasses.replace(config, data=config.data.located)
     changed = continuation.changes(config, workdir)
     mesh = parallel.make_mesh(config.mesh)
     program = train_program(config, mesh)
     source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
     with dispatch.recorded_choices() as choices:
         program.check_step(source.batch(0))  # what no operation can run is refused before anything is written
+    data_record.check_same(source, workdir)
     taken, origin = _parameters_to_begin_with(config, workdir, program)
     sample = _sampler(config, program)
     eval_step = make_eval_step(program.graphdef)
@@ -70,6 +73,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
         if jax.process_index() == 0:
             stack.enter_context(held(workdir))
             configs.save(config, workdir)
+            data_record.save(source, workdir)
         checkpoints = stack.enter_context(Checkpoints(workdir / CHECKPOINTS_FOLDER, config.checkpoint))
         if checkpoints.latest() is None:
             start, state = 0, program.initial_state(taken)

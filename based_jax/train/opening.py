@@ -19,11 +19,10 @@ def opening_lines(program: TrainProgram, source: Source, choices: Mapping[str, I
     """
     devices = program.mesh.devices
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_state.params))
-    sizes = [f"{split} {tokens:,} tokens in {rows:,} windows" for split, (rows, tokens) in source.sizes.items()]
     return [
         f"devices: {devices.size} x {devices.flat[0].device_kind}",
         f"mesh: {', '.join(f'{axis} {size}' for axis, size in program.mesh.shape.items())}",
         f"parameters: {params:,}",
-        f"data: {', '.join(sizes)}",
+        *source.summary,
         *(f"{operation}: {', '.join(names)}" for operation, names in choices.items()),
     ]

@@ -38,6 +38,7 @@ class RunConfig:
     """The values that are at least 1."""
     counts_or_none: ClassVar[tuple[str, ...]] = ()
     """The values that are at least 1, or None."""
+    max_seed: ClassVar[int] = 2**63 - 1
 
     model: LMConfig
     data: Task
@@ -46,12 +47,15 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self):
+        configs.check_types(self)
         for name in self.counts:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it is at least 1.")
         for name in self.counts_or_none:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it is at least 1, or None.")
+        if not 0 <= self.seed <= self.max_seed:
+            raise UserError(f"seed is {self.seed}; it is between 0 and {self.max_seed}.")
         if self.data.num_tokens > self.model.vocab_size:
             raise UserError(
                 f"model.vocab_size is {self.model.vocab_size}, but the data has ids up to {self.data.num_tokens - 1}."

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from based_jax.config import check_types
 from based_jax.data.tokenizer import get_tokenizer
 from based_jax.errors import UserError
 from based_jax.generate import Sampling, generate
@@ -32,6 +33,7 @@ class SampleConfig:
     top_p: float = 1.0
 
     def __post_init__(self):
+        check_types(self)
         if not self.prompts:
             raise UserError("samples.prompts is empty; it has at least one prompt, '' to begin a document.")
         if self.max_new_tokens < 1:

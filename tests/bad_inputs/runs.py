@@ -36,8 +36,8 @@ OTHER_CONFIG = "Workdir '<mqar_run>' belongs to another config: "
 CASES: tuple[Command | Call, ...] = (
     Command("eval of no run", ("eval", "--workdir=<new>"), "'<new>' is no run: it has no config.json."),
     Command("generate of no run", ("generate", "--workdir=<new>", "--prompt=a"), "'<new>' is no run"),
-    Command("convert of no run", ("convert", "--workdir=<new>", "--hf=<tmp>/hf"), "'<new>' is no run"),
     Command("eval of a file", ("eval", "--workdir=<mqar.py>"), "'<mqar.py>' is no run: it has no config.json."),
+    Command("export of no run", ("export", "<new>", "--hf=<tmp>/hf"), "'<new>' is no run"),
     Command("eval of no such step", ("eval", "--workdir=<mqar_run>", "--step=7"), "has no checkpoint of step 7"),
     config_json("half a config.json", '{"model": ', "config.json' is no config"),
     config_json("a list as config.json", "[1]", "config.json' is no config (it is [1]);"),
@@ -69,7 +69,7 @@ CASES: tuple[Command | Call, ...] = (
     Command("eval of nothing", ("eval", "--workdir="), "workdir is ''; name a folder"),
     Command("eval of a bucket", ("eval", "--workdir=gs://bucket/run"), BUCKET),
     Command("generate from a bucket", ("generate", "--workdir=gs://bucket/run", "--prompt=a"), BUCKET),
-    Command("convert from a bucket", ("convert", "--workdir=gs://bucket/run", "--hf=<new>"), BUCKET),
+    Command("export from a bucket", ("export", "gs://bucket/run", "--hf=<new>"), BUCKET),
     Command("a file as workdir", train("<mqar.py>"), "'<mqar.py>' cannot be a workdir: '<mqar.py>' is no folder."),
     Command("a workdir in a file", train("<mqar.py>/run"), "cannot be a workdir: '<mqar.py>' is no folder."),
     Command("a workdir in /proc", train("/proc/run"), "'/proc/run' cannot be written: "),
@@ -80,7 +80,9 @@ CASES: tuple[Command | Call, ...] = (
     in_the_way("metrics of something else", file("metrics.jsonl", "loss\n1\n"), sentence="a line that is no row"),
     # how a run goes on
     Command("another seed", train("<mqar_run>", "--config.seed=1"), OTHER_CONFIG + "seed is 0 there and 1 here"),
-    Command("another width", train("<mqar_run>", "--config.model.d_model=32"), OTHER_CONFIG + "model.d_model is 16"),
+    Command(
+        "a run of another width", train("<mqar_run>", "--config.model.d_model=32"), OTHER_CONFIG + "model.d_model is 16"
+    ),
     Command("other batches", train("<mqar_run>", "--config.batch_size=16"), OTHER_CONFIG + "batch_size is 8 there"),
     Command("other data", train("<mqar_run>", "--config.data.shuffle=True"), OTHER_CONFIG + "data.shuffle is False"),
     Command(

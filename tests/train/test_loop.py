@@ -51,11 +51,12 @@ def test_before_the_first_step_a_run_says_what_it_trains_on_what(whole, tmp_path
     based_jax.train(config, shutil.copytree(whole, tmp_path / "run"))  # as from a notebook
     said = capsys.readouterr().out.splitlines()
     params = LM(config.model, rngs=nnx.Rngs(0)).num_params()
-    assert said[:6] == [
+    assert said[:7] == [
         f"devices: 8 x {jax.devices()[0].device_kind}",
         "mesh: data 8, fsdp 1, tensor 1",
         f"parameters: {params:,}",
-        "data: train 800 tokens in 50 windows, test 128 tokens in 8 windows",
+        "train: 800 tokens, 50 examples of 16",
+        "test: 128 tokens, 8 examples of 16",
         "residual_rms_norm: xla_rows",
         "gated_short_conv: xla_taps",
     ]
