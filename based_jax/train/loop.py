@@ -20,13 +20,14 @@ from based_jax.ops import dispatch
 from based_jax.train import continuation, data_record
 from based_jax.train.checkpoint import Checkpoints, SavedCheckpoints
 from based_jax.train.compile import TrainProgram, train_program
-from based_jax.train.init_from import read_parameters
+from based_jax.train.init_from import InitFrom, read_parameters
 from based_jax.train.metrics import MetricWriter, Timer, progress
 from based_jax.train.opening import opening_lines
 from based_jax.train.preemption import Preemption
 from based_jax.train.run import Facts, TrainConfig
 from based_jax.train.samples import Sampler, sampler
 from based_jax.train.step import TrainState
+from based_jax.train.tasks import TextTask
 from based_jax.train.workdir import CHECKPOINTS_FOLDER, checked_workdir, held
 
 
@@ -128,15 +129,18 @@ def _parameters_to_begin_with(
     config: TrainConfig, workdir: Path, program: TrainProgram
 ) -> tuple[Mapping[str, jax.Array], list[str]]:
     """Return the parameters that a new run takes from `config.init_from`, and what to say of them."""
-    if config.init_from is None or SavedCheckpoints(workdir / CHECKPOINTS_FOLDER).latest() is not None:
+    if (
+        not isinstance(config.init_from, InitFrom)
+        or SavedCheckpoints(workdir / CHECKPOINTS_FOLDER).latest() is not None
+    ):
         return {}, []
     taken, line = read_parameters(config.init_from, config.model, program.abstract_state.params)
     return taken, [line]
 
 
-def _sampler(config: TrainConfig, program: TrainProgram) -> Sampler | None:
-    if config.sample_every is None:
-        return None
+def _sampler(config: TrainConfig, program: TrainProgram) -> Sampler:
+    if config.sample_every is None or not isinstance(config.data, TextTask):
+        return lambda params, step: []
     if jax.process_count() > 1:
         raise UserError(f"sample_every is {config.sample_every}, but the run has several processes; it is None there.")
     return sampler(config.samples, config.data.tokenizer, program.graphdef, program.mesh)
