@@ -9,7 +9,8 @@ from typing import Protocol
 
 import tokenizers
 
-from based_jax.errors import UserError, unknown
+from based_jax.data.checks import check_choice
+from based_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_ASSETS = Path(__file__).parent / "assets" / "gpt2"
@@ -115,8 +116,7 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 def tokenizer_class(name: str) -> type[Tokenizer]:
     """Return the class of the tokenizer of that name, which knows its sizes; UserError for an unknown name."""
-    if name not in TOKENIZERS:
-        raise unknown("tokenizer", name, TOKENIZERS)
+    check_choice("tokenizer", name, TOKENIZERS)
     return TOKENIZERS[name]
 
 
