@@ -1,4 +1,9 @@
-"""Evaluate a trained run: perplexity and accuracy, per segment where the task has several."""
+"""Evaluate a trained run: perplexity and accuracy, per segment where the task has several.
+
+examples:
+  python -m based_jax eval --workdir=runs/text
+  python -m based_jax eval --workdir=runs/text --step=1000
+"""
 
 import argparse
 import sys

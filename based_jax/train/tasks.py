@@ -97,8 +97,18 @@ class PresetTask:
 
     Attributes:
       kind: the key that chooses the task in a config.
-      preset: a key of `presets`.
+      preset: values by a name, which None stands for in the other keys.
       shuffle: whether an epoch permutes examples and batches, rather than reads the segments in their order.
+      train, test: segments, each with its number of examples and their length, in the order that they are read in.
+      vocab_size: ids.
+      seed: of the draws.
+      power_a: a gap of i pairs of positions is as likely as (i + 1) ** (power_a - 1).
+      random_non_queries: whether tokens between the queries are drawn, rather than 0.
+      order: tokens that the next one depends on.
+      concentration: of the languages that are drawn; smaller ones are more predictable.
+      alphabet: symbols that there are.
+      max_symbols: symbols of a row at most.
+      group: "parity", "s3", "a5" or "s5".
     """
 
     presets: ClassVar[Mapping[str, SegmentedTask]]
@@ -167,7 +177,7 @@ class TextTask:
       kind: the key that chooses the task in a config.
       path: a folder of text files, or "tfds:NAME" for a dataset of tensorflow-datasets; None for the shipped prose.
       text_feature: of "tfds:NAME", the feature that holds a document; None if it is "text" or the only one.
-      tokenizer: a name of `data/tokenizer.py`.
+      tokenizer: "bytes", "gpt2" or what else `data/tokenizer.py` names.
       seq_len: tokens of a row.
       seed: of the order of rows.
       cache_dir: where the packed windows are kept; None for the user's cache folder.
