@@ -24,7 +24,7 @@ from based_jax.data import (
 )
 from based_jax.data.checks import check_bools, check_choice
 from based_jax.data.segments import SegmentedTask, SegmentSource
-from based_jax.data.text_checks import check_text, is_tfds, local_folder
+from based_jax.data.text_checks import check_text, located
 from based_jax.data.tokenizer import tokenizer_class
 from based_jax.errors import UserError
 
@@ -213,9 +213,7 @@ class TextTask:
     @property
     def located(self) -> "TextTask":
         """The same task with absolute paths."""
-        places = {name: value for name in ("path", "cache_dir") if (value := getattr(self, name)) is not None}
-        absolute = {name: value if is_tfds(value) else str(local_folder(value)) for name, value in places.items()}
-        return dataclasses.replace(self, **absolute)
+        return dataclasses.replace(self, path=located(self.path), cache_dir=located(self.cache_dir))
 
     def open(self, batch_size: int, process_index: int, process_count: int) -> Source:
         """Build the dataset if it is not cached, and return the source of one host's batches."""

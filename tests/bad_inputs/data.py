@@ -77,7 +77,7 @@ TWO_LINES = b'{"text": "a"}\n'
 
 CASES: tuple[Command | Call, ...] = (
     text("seed=-1", sentence="seed -1 must be at least 0 and below 2**64."),
-    text("seed=18446744073709551616", sentence="seed 18446744073709551616 must be at least 0 and below 2**64."),
+    text("seed=18446744073709551616", sentence="'data.seed' is 18446744073709551616"),
     text("seed=1.5", sentence="'data.seed' is 1.5"),
     text("seq_len=0", sentence="seq_len is 0; it is at least 1."),
     text("tokenizer=gpt-2", sentence="did you mean 'gpt2'?"),
@@ -140,7 +140,7 @@ CASES: tuple[Command | Call, ...] = (
     corpus("numbers.parquet", parquet(text=[1, 2]), "has a column 'text' of int64; it is string."),
     corpus("latin.parquet", broken_utf8(), "latin.parquet' "),
     synthetic("mqar", "seed=-1", "seed -1 must be at least 0 and below 2**32."),
-    synthetic("mqar", "seed=9223372036854775809", "seed 9223372036854775809 must be at least 0"),
+    synthetic("mqar", "seed=9223372036854775809", "'data.seed' is 9223372036854775809"),
     synthetic("mqar", "test=()", "mqar has no test segment; it needs one to evaluate."),
     synthetic("mqar", "vocab_size=32", "vocab_size 32 must be larger than seq_len 32."),
     synthetic("mqar", "power_a=0", "power_a 0.0 must be a number above 0 and at most 10; 1 is uniform."),
@@ -169,6 +169,7 @@ CASES: tuple[Command | Call, ...] = (
     ),
     synthetic("needle", "test=[{'num_examples': 4, 'seq_len': 8, 'depth': 2.0}]", "depth 2.0 must be from 0 to 1"),
     Call("a seed that is true", lambda _: TASKS["mqar"](preset="tiny", seed=True), "seed is True; it is an integer."),
+    Call("a seed beyond 64 bits", lambda _: TASKS["text"](seed=2**64), "must be at least 0 and below 2**64."),
     Call("a seed of a text that is a float", lambda _: TASKS["text"](seed=1.0), "seed is 1.0; it is an integer."),
     Call("a length that is a float", lambda _: mqar.mqar(64, 4, 16.0, 2, 0), "seq_len is 16.0; it is an integer."),
     Call("a negative seed of examples", lambda _: needle.needle(64, 4, 16, -1), "seed -1 must be at least 0"),
