@@ -126,7 +126,9 @@ FAMILY = Family("a Based or attention language model", KEYS, "n_layer", _values)
 def _hidden_dim(fields: Fields, weights: Mapping[str, np.ndarray]) -> int:
     """Return F: n_inner, or 8D/3 where it is null, rounded up as the weights of the first layer say."""
     d_model = fields["n_embd"]
-    inner = fields.get("n_inner") or int(8 * d_model / 3)
+    inner = int(8 * d_model / 3) if fields.get("n_inner") is None else fields["n_inner"]
+    if inner < 1:
+        raise UserError(f"n_inner is {inner} in {CONFIG_FILE}; it is at least 1, or null.")
     rounded = [-(-inner // multiple) * multiple for multiple in HIDDEN_DIM_MULTIPLES]
     stored = weights[FIRST_MLP_KEY].shape if FIRST_MLP_KEY in weights else ()
     return next((F for F in rounded if stored == (2 * F, d_model)), rounded[0])

@@ -1,6 +1,7 @@
 """Keys of a published config.json: each is read, has one value here, or has no part in what a model computes."""
 
 import logging
+import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ from based_jax.convert.folders import CONFIG_FILE, Fields
 from based_jax.errors import UserError
 
 log = logging.getLogger(__name__)
+
+LARGEST_SIZE = 2**24
+"""Above what any model has of anything: shapes of such sizes cannot even be spoken of."""
 
 
 def key_names(text: str) -> frozenset[str]:
@@ -54,7 +58,7 @@ class Keys(NamedTuple):
                 raise UserError(f"{where}{key} is {value!r:.60} in {CONFIG_FILE}; only {allowed!r} is supported.")
             if key in self.read and not _has_type(value, self.read[key]):
                 kind = getattr(self.read[key], "__name__", str(self.read[key]))
-                raise TypeError(f"{where}{key} is {value!r:.60}, which is no {kind}")
+                raise TypeError(f"{where}{key} is {value!r:.60}, which is no {kind} of a model")
         known = self.read.keys() | self.fixed.keys() | self.harmless | HARMLESS
         if unknown := sorted(where + key for key in fields.keys() - known):
             log.warning("%s has keys that are not known here and are left out: %s.", CONFIG_FILE, ", ".join(unknown))
@@ -89,4 +93,6 @@ def options_of(fields: Fields, names: Mapping[str, str]) -> dict[str, Any]:
 def _has_type(value: Any, kind: type | types.UnionType) -> bool:
     if isinstance(value, bool):
         return kind is bool
+    if isinstance(value, int | float) and not abs(value) < (LARGEST_SIZE if kind is not float else math.inf):
+        return False
     return isinstance(value, kind) or (kind is float and isinstance(value, int))

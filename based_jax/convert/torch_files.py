@@ -68,10 +68,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         for a function that makes none; nothing of it has been called.
     """
     if not zipfile.is_zipfile(path):
-        open(path, "rb").close()  # a missing file is told as such
-        raise UserError(
-            f"'{path}' is no zip file, as torch has written them since 1.6; with torch, {AS_SAFETENSORS} rewrites it."
-        )
+        raise UserError(_no_zip(path))
     try:
         with zipfile.ZipFile(path) as archive:
             return _arrays(archive)
@@ -82,6 +79,14 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     except Exception as error:  # a pickle or a zip that is damaged fails in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
         raise UserError(f"'{path}' is damaged: {reason}.") from None
+
+
+def _no_zip(path: str | os.PathLike) -> str:
+    """Return what a file is that is no zip; a missing one raises its OSError."""
+    with open(path, "rb") as file:
+        if file.read(2) == b"PK":
+            return f"'{path}' is damaged: the end of the zip is missing."
+    return f"'{path}' is no zip file, as torch has written them since 1.6; with torch, {AS_SAFETENSORS} rewrites it."
 
 
 def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:

@@ -10,8 +10,8 @@ from based_jax.convert.folders import CONFIG_FILE, Fields
 from based_jax.errors import UserError
 
 # what a config.json without the key means, where it is not what `LMConfig` means
-LLAMA_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
-RWKV_DEFAULTS = {"tie_word_embeddings": False}
+LLAMA_DEFAULTS: Fields = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
+RWKV_DEFAULTS: Fields = {"tie_word_embeddings": False}
 
 # option of our mixer -> key
 MAMBA_KEYS = {"d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand"}
@@ -25,11 +25,11 @@ def _one_of(name: str, value: Any, wanted: Any, what: str) -> None:
 
 
 def _llama(fields: Fields, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    fields = LLAMA_DEFAULTS | fields
+    fields = {**LLAMA_DEFAULTS, **fields}
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     if fields.get("head_dim") is not None and fields["head_dim"] * heads != width:
         raise UserError(f"head_dim is {fields['head_dim']} in {CONFIG_FILE}; it is hidden_size / num_attention_heads.")
-    options = {
+    options: dict[str, Any] = {
         "num_heads": heads,
         "num_kv_heads": fields.get("num_key_value_heads"),
         "rotary_fraction": fields.get("partial_rotary_factor", 1.0),
@@ -48,12 +48,14 @@ def _llama(fields: Fields, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def _rotary_base(fields: Fields) -> float:
     """Return rotary's base, which newer files have in a section; a section may also scale the frequencies."""
+    base = fields["rope_theta"]
     for name in ("rope_scaling", "rope_parameters"):
-        section = fields.get(name) or {}
+        section = ROPE_SECTION.checked(fields.get(name) or {}, f"{name}.")
         kind = section.get("rope_type", section.get("type", "default"))
         if kind != "default":
             raise UserError(f"{name} is of type {kind!r:.60} in {CONFIG_FILE}; only 'default' is supported.")
-    return float((fields.get("rope_parameters") or {}).get("rope_theta", fields["rope_theta"]))
+        base = section.get("rope_theta", base)
+    return base
 
 
 def _mamba(fields: Fields, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def _mamba_ssm(fields: Fields, weights: Mapping[str, np.ndarray]) -> dict[str, A
 
 
 def _rwkv(fields: Fields, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    fields = RWKV_DEFAULTS | fields
+    fields = {**RWKV_DEFAULTS, **fields}
     width = fields["hidden_size"]
     if fields.get("attention_hidden_size") is not None:
         _one_of("attention_hidden_size", fields["attention_hidden_size"], width, "hidden_size")
@@ -108,6 +110,10 @@ def _rwkv(fields: Fields, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
+ROPE_SECTION = Keys(
+    {"rope_theta": float, "rope_type": str, "type": str},
+    harmless=key_names("factor low_freq_factor high_freq_factor original_max_position_embeddings"),
+)
 SIZES: dict[str, Any] = {"vocab_size": int, "hidden_size": int, "num_hidden_layers": int, "tie_word_embeddings": bool}
 LLAMA = Family(
     "a Llama",

@@ -81,7 +81,7 @@ def draw_words(seed: int | Sequence[int], row_ids: Sequence[int] | None, num_row
     Raises:
       UserError: there are not as many seeds or ids as rows, or one is out of range.
     """
-    seeds = [seed] * num_rows if is_integer(seed) else _per_row("seed", seed, num_rows)
+    seeds: Any = [seed] * num_rows if is_integer(seed) else _per_row("seed", seed, num_rows)
     ids = range(num_rows) if row_ids is None else _per_row("row_ids", row_ids, num_rows)
     for name, values, limit in (("seed", seeds, SEED_LIMIT), ("row id", ids, ROW_ID_LIMIT)):
         for value in values:
