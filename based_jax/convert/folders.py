@@ -32,9 +32,9 @@ def local(path: str | os.PathLike) -> Path:
     Raises:
       UserError: it is empty, or a URL.
     """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UserError(f"The path is {'empty' if path == '' else repr(path)}; name a file or a folder.")
     text = os.fspath(path)
-    if not text:
-        raise UserError("The path is empty; name a file or a folder.")
     if "://" in text:
         raise UserError(f"'{text}' is a URL; weights are read from and written to local files.")
     return Path(text)
