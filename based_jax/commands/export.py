@@ -1,4 +1,9 @@
-"""Write the trained parameters of a run for other programs: safetensors, Orbax, or the released layout."""
+"""Write the trained parameters of a run for other programs: safetensors, Orbax, or the released layout.
+
+examples:
+  python -m based_jax export runs/text --hf=released/text
+  python -m based_jax export runs/text --orbax=exported/text --safetensors=exported/text.safetensors --step=1000
+"""
 
 import argparse
 

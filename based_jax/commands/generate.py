@@ -1,6 +1,10 @@
 """Continue prompts with a trained language model.
 
 The draws of a prompt depend on the seed and on its number among the prompts, not on the others.
+
+examples:
+  python -m based_jax generate --workdir=runs/text --prompt="It was a " --temperature=0.6
+  python -m based_jax generate --hf=released/based-360m --prompt="The capital of France is" --max-new-tokens=8
 """
 
 import argparse

@@ -46,15 +46,15 @@ def generate(
       The new ids of each prompt, without the prompt.
 
     Raises:
-      UserError: no prompt or an empty one, an id that the model does not have, no tokens to add, or a value of
-        another type or range.
+      UserError: no prompt or an empty one, an id that the model does not have, no tokens to add, more than the
+        model reads, or a value of another type or range.
     """
     if not isinstance(sampling, Sampling):
         raise UserError(f"sampling is {sampling!r:.40}; it is a Sampling, as in Sampling(temperature=0.6).")
     if stop is not None and not is_integer(stop):
         raise UserError(f"stop is {stop!r:.40}; it is a token id, or None.")
     token_ids = checked_prompts(prompts, model.config.vocab_size)
-    check_length(token_ids, max_new_tokens)
+    check_length(token_ids, max_new_tokens, model.max_len)
     words = draw_words(seed, row_ids, len(token_ids))
     ids, segment_ids = _pad_left(token_ids)
     graphdef, params = nnx.split(model)
@@ -65,7 +65,8 @@ def generate(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(graphdef, sampling: Sampling, steps: int, params, ids, segment_ids, words) -> Int[Array, "B steps"]:
     model = nnx.merge(graphdef, params)
-    cache = model.init_cache(ids.shape[0], ids.shape[1] + steps)
+    room = ids.shape[1] + steps  # padding takes none
+    cache = model.init_cache(ids.shape[0], room if model.max_len is None else min(room, model.max_len))
     hidden, cache = model.prefill(ids, cache, segment_ids)
     keys, places = row_keys(words), jnp.sum(segment_ids, axis=1)
 

@@ -61,13 +61,18 @@ def _checked_ids(name: str, prompt: Any, vocab_size: int) -> Int[np.ndarray, "_"
     return np.asarray(ids, np.int32)
 
 
-def check_length(prompts: Sequence[np.ndarray], max_new_tokens: int) -> None:
-    """Raise UserError for a number of new tokens that is none, or that no model could count."""
+def check_length(prompts: Sequence[np.ndarray], max_new_tokens: int, max_len: int | None) -> None:
+    """Raise UserError for a number of new tokens that is none, or that the model does not read: `max_len` in all."""
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens!r:.40}; it is at least 1.")
-    room = MAX_TOKENS - max(map(len, prompts))
-    if max_new_tokens > room:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; with these prompts it is at most {room}.")
+    longest, most = max(map(len, prompts)), MAX_TOKENS if max_len is None else min(max_len, MAX_TOKENS)
+    if longest >= most:
+        raise UserError(f"A prompt has {longest} tokens; with one more it is at most the {most} that the model reads.")
+    if max_new_tokens > most - longest:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens}; the model reads {most} tokens, so that behind {longest} of a prompt"
+            f" it is at most {most - longest}."
+        )
 
 
 def draw_words(seed: int | Sequence[int], row_ids: Sequence[int] | None, num_rows: int) -> UInt32[np.ndarray, "B 3"]:

@@ -56,7 +56,8 @@ class Block(nnx.Module):
         norm, mlp = layers.NORMS[config.norm], layers.MLPS[config.mlp]
         self.dtype, self.kind = init.dtype, kind
         self.norm1 = norm(config.d_model, config.norm_eps, rngs=rngs)
-        self.mixer = build_mixer(kind, config.d_model, options, init)
+        first = config.layers.index((kind, options))  # layers that are equal are wrong alike
+        self.mixer = build_mixer(kind, config.d_model, options, init, where=f"model.layers[{first}]")
         initialise(self.mixer, kind, config.init_recipe, init)
         if mlp is None:
             self.mlp = None

@@ -26,7 +26,7 @@ def test_residual_stream_is_fp32(dtype, normal):
     prefilled, cache = jax.jit(lambda block, r: block.prefill(r, block.init_cache(2, T)))(block, r)
     stepped, _ = jax.jit(lambda block, r, cache: block.step(r, cache))(block, r[:, 0], cache)
     assert {x.dtype for x in (out, prefilled, stepped)} == {jnp.dtype("float32")}
-    assert cache.dtype == dtype
+    assert cache.state.dtype == dtype
     assert not np.array_equal(out, out.astype(jnp.bfloat16))
 
 
@@ -93,7 +93,7 @@ def test_arrays_of_another_number_of_repeats_are_refused():
     """Parameters that `nnx.update` put in, and caches."""
     stack, other = (Stack(PATTERN, repeats, config(), rngs=nnx.Rngs(0)) for repeats in (2, 3))
     r, cache = jnp.zeros((1, T, D)), stack.init_cache(1, T)
-    with pytest.raises(UserError, match=r"cache '0' .* repeated 2 times has shape \(3, .*its first axis is 2\.$"):
+    with pytest.raises(UserError, match=r"cache '0/state' .* repeated 2 times has shape \(3, .*its first axis is 2\.$"):
         stack.step(r[:, 0], other.init_cache(1, T))
     nnx.update(stack, nnx.state(other))
     for call in (lambda: stack.extend(Stream(r)), lambda: stack.prefill(r, cache)):
