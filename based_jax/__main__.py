@@ -12,15 +12,16 @@ import select
 import sys
 
 from based_jax import __version__
-from based_jax.commands import bench, convert, describe, eval, generate, sweep, train
+from based_jax.commands import bench, describe, eval, export, generate, plot, sweep, train
 from based_jax.commands.parser import MODULE_CALL, CommandParser, add_command, program_name
 from based_jax.errors import UserError
 
 COMMANDS = {
     "train": train,
     "eval": eval,
+    "plot": plot,
     "generate": generate,
-    "convert": convert,
+    "export": export,
     "describe": describe,
     "bench": bench,
     "sweep": sweep,

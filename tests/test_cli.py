@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -10,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import load_file
 
 import based_jax
 from based_jax import config as configs
@@ -81,6 +84,12 @@ def test_overrides_reach_what_follows_them_from_any_folder(capsys, tmp_path, mon
     printed(capsys, "train", f"--config={family}:360m", "--workdir=run", *overrides)
     written = json.loads(Path("run/config.json").read_text())
     assert (written["steps"], written["optim"]["warmup_steps"]) == (100, 1)
+    places = (
+        written["data"]["path"],
+        written["data"]["cache_dir"],
+        json.loads(Path("run/data.json").read_text())["path"],
+    )
+    assert places == (str(tmp_path / "texts"), str(tmp_path / "cache"), str(tmp_path / "texts"))
     refusal = refused(capsys, "train", f"--config={family}:360m", "--workdir=new", "--config.steps=1e3")
     assert refusal == "Config key 'steps' is 1000.0; it is an int, such as 128."
 
@@ -139,6 +148,22 @@ def test_eval_prints_the_last_evaluation_of_the_run_or_that_of_a_step(capsys, mq
     assert earlier["step"] == 1 and earlier["loss"] != found["loss"]
 
 
+def test_changed_text_is_warned_of_by_eval_and_refused_by_train(capsys, folder, text_run):
+    text = folder / "corpus" / "cats.txt"
+    before = text.read_text()
+    text.write_text(before + "The cow jumped over the moon.")
+    try:
+        capsys.readouterr()
+        assert main(["eval", f"--workdir={text_run}"]) == 0
+        out, error = capsys.readouterr()
+        assert out.startswith("step 2\n") and error.startswith("Warning: The text at ")
+        assert error.endswith(" began with: cats.txt has changed.\n")
+        refusal = refused(capsys, "train", f"--config={folder / 'text.py'}", f"--workdir={text_run}")
+        assert refusal.endswith("cats.txt has changed; bring the text back, or choose another workdir.")
+    finally:
+        text.write_text(before)
+
+
 def test_generate_continues_each_prompt_the_same_way_twice(capsys, text_run):
     command = ["generate", f"--workdir={text_run}", "--prompt=The cat", "--prompt=A", "--max-new-tokens=5"]
     greedy = printed(capsys, *command)
@@ -148,16 +173,42 @@ def test_generate_continues_each_prompt_the_same_way_twice(capsys, text_run):
     assert sampled != greedy
 
 
-def test_convert_writes_the_model_of_the_run(capsys, text_run, tmp_path):
-    out = printed(capsys, "convert", f"--workdir={text_run}", f"--hf={tmp_path / 'hf'}")
+def test_export_writes_the_model_of_the_run(capsys, text_run, tmp_path):
+    targets = {"hf": "hf", "orbax": "new/orbax", "safetensors": "model.safetensors"}
+    words = [f"--{name}={tmp_path / path}" for name, path in targets.items()]
+    out = printed(capsys, "export", text_run, *words)
     config, step, model = load_run(text_run)
-    assert out == f"Wrote {model.num_params():,} parameters of step {step} to '{tmp_path / 'hf'}'.\n"
+    written = f"Wrote {model.num_params():,} parameters of step {step} to "
+    assert out == "".join(f"{written}'{tmp_path / path}'.\n" for path in targets.values())
     loaded = load_hf(tmp_path / "hf", dtype="float32", scan_layers=False)
-    assert loaded.config.layers[0][0] == "attention"
+    assert loaded.config == dataclasses.replace(config.model, mlp_dim=32, layers=loaded.config.layers)
     ids = jax.numpy.arange(12, dtype="int32")[None]
     logits = [np.asarray(nnx.jit(m)(ids))[..., : config.model.vocab_size] for m in (model, loaded)]
     np.testing.assert_allclose(*logits, atol=1e-5)
-    assert "not empty" in refused(capsys, "convert", f"--workdir={text_run}", f"--hf={tmp_path / 'hf'}")
+    flat = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    for read in (load_file(tmp_path / "model.safetensors"), ocp.load(tmp_path / "new" / "orbax")):
+        assert read.keys() == flat.keys()
+        for name, array in read.items():
+            np.testing.assert_array_equal(array, flat[name][...])
+    for word in words:
+        assert "not empty" in refused(capsys, "export", text_run, word)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "model.safetensors", "new"]
+
+
+def test_generate_takes_the_tokenizer_that_the_folder_names(capsys, text_run, tmp_path):
+    printed(capsys, "export", text_run, f"--hf={tmp_path / 'hf'}")
+    words = ("--prompt=The cat", "--max-new-tokens=5")
+    continued = printed(capsys, "generate", f"--hf={tmp_path / 'hf'}", *words)
+    assert continued.startswith("The cat") and len(continued) > len("The cat\n")
+    assert "the model knows ids 0 to 256" in refused(
+        capsys, "generate", f"--hf={tmp_path / 'hf'}", "--tokenizer=gpt2", *words
+    )
+    path = tmp_path / "hf" / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["based_jax"]["tokenizer"]
+    path.write_text(json.dumps(fields))
+    assert "names no tokenizer; give --tokenizer=bytes" in refused(capsys, "generate", f"--hf={path.parent}", *words)
+    assert printed(capsys, "generate", f"--hf={path.parent}", "--tokenizer=bytes", *words) == continued
 
 
 def test_a_refusal_in_a_process_of_its_own(mqar_config, tmp_path):

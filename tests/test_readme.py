@@ -16,6 +16,7 @@ from based_jax import config as configs
 from based_jax.__main__ import main
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer
+from based_jax.ops import scan
 from based_jax.train.run import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +85,15 @@ def test_the_sweep():
 def test_the_mixer_keeps_the_contract_in_under_60_lines(normal, close):
     text = program("class Ema")
     assert text.count("\n") < 60
-    names = {"dataclasses": dataclasses, "ClassVar": ClassVar, "jax": jax, "jnp": jnp, "layers": layers, "Mixer": Mixer}
+    names = {
+        "dataclasses": dataclasses,
+        "ClassVar": ClassVar,
+        "jax": jax,
+        "jnp": jnp,
+        "layers": layers,
+        "Mixer": Mixer,
+        "scan": scan,
+    }
     exec(text, names)
     mixer = names["Ema"](8, names["EmaConfig"](), layers.Init(1.0, 1.0, jnp.float32, nnx.Rngs(0)))
     x, ids = normal(2, 9, 8), jnp.asarray([[1] * 9, [0, 2, 2, 2, 3, 3, 3, 3, 3]])

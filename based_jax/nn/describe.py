@@ -48,7 +48,7 @@ def _describe(kind: str, d_model: int, seq_len: int) -> Description:
     except UserError as error:
         return Description(kind, does_not_fit=f"does not fit: {error}")
     params = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)))
-    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.state))
     return Description(
         mixer=kind,
         params=params,

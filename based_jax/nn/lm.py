@@ -36,9 +36,9 @@ class LM(nnx.Module):
         )
         initialise(self.embed, "embed", config.init_recipe, config.init(rngs))
         self.stacks = nnx.List([Stack(pattern, repeats, config, rngs=rngs) for pattern, repeats in patterns])
-        self.norm = layers.NORMS[config.last_norm](config.d_model, rngs=rngs)
+        self.norm = layers.NORMS[config.last_norm](config.d_model, config.norm_eps, rngs=rngs)
         if config.embed_norm:
-            self.embed_norm = layers.NORMS[config.norm](config.d_model, rngs=rngs)
+            self.embed_norm = layers.NORMS[config.norm](config.d_model, config.norm_eps, rngs=rngs)
         if not config.tie_embeddings:
             self.head = layers.linear(config.d_model, config.padded_vocab_size, ("embed", "vocab"), config.init(rngs))
             initialise(self.head, "head", config.init_recipe, config.init(rngs))
@@ -87,6 +87,11 @@ class LM(nnx.Module):
     def _table(self) -> Float[Array, "vocab D"]:
         """Return the head's weights, a row for each token."""
         return self.embed.embedding[...] if self.config.tie_embeddings else self.head.kernel[...].T
+
+    @property
+    def max_len(self) -> int | None:
+        """The most tokens that a document may have, or None."""
+        return min((mixer.max_len for mixer in self.mixers() if mixer.max_len is not None), default=None)
 
     def init_cache(self, batch: int, max_len: int) -> tuple:
         """Return the caches of all layers for `batch` sequences of up to `max_len` tokens."""

@@ -13,7 +13,7 @@ from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
 from based_jax.nn.block import REMAT_POLICIES
 from based_jax.nn.init_recipes import INIT_RECIPES
-from based_jax.nn.layers import INIT_STD
+from based_jax.nn.layers import INIT_STD, NORM_EPS
 from based_jax.nn.mixers import checked_options
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -42,6 +42,7 @@ class LMConfig:
       final_norm: the norm after the last layer; None for that of the layers. zoology's Mamba models have "rms" in the
         layers, "none" behind the mixers and "layer" at the end.
       mlp_dim: hidden width F of the MLP; 0 for 2 D.
+      norm_eps: what all norms add to the variance, those of the mixers too.
       init_std: deviation of the initial kernels and embedding; projections back into the residual stream get it
         divided by sqrt(2 L). Narrow models learn recall much sooner with about 1 / sqrt(D).
       init_recipe: what initial values are drawn by, a table of `nn/init_recipes.py`: "reference" as HazyResearch/based,
@@ -64,6 +65,7 @@ class LMConfig:
     mlp_dim: int = 0
     norm: str = "rms"
     final_norm: str | None = added_later(None)
+    norm_eps: float = added_later(NORM_EPS)
     init_std: float = INIT_STD
     init_recipe: str = added_later("reference")
     tie_embeddings: bool = True
@@ -80,6 +82,8 @@ class LMConfig:
         for name, least in LEAST_VALUES.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it is at least {least}.")
+        if not 0 < self.norm_eps < math.inf:
+            raise UserError(f"norm_eps is {self.norm_eps}; it is above 0.")
         if not 0 <= self.embed_dropout < 1:
             raise UserError(f"embed_dropout is {self.embed_dropout}; it is at least 0 and below 1.")
         checked = [(kind, checked_options(kind, o, f"layers[{i}]")) for i, (kind, o) in enumerate(self.layers)]
@@ -110,7 +114,7 @@ class LMConfig:
 
     def init(self, rngs: nnx.Rngs) -> layers.Init:
         """Return how the model's modules start and what they compute in."""
-        return layers.Init(self.init_std, self.residual_init_std, jnp.dtype(self.dtype), rngs)
+        return layers.Init(self.init_std, self.residual_init_std, jnp.dtype(self.dtype), rngs, self.norm_eps)
 
     @property
     def padded_vocab_size(self) -> int:

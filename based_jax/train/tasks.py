@@ -6,7 +6,7 @@ A new task is one line of `TASKS`: its data, since the loss and the metrics of a
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -23,8 +23,9 @@ from based_jax.data import (
     state_tracking,
 )
 from based_jax.data.segments import SegmentedTask, SegmentSource
-from based_jax.data.tokenizer import get_tokenizer
-from based_jax.errors import unknown
+from based_jax.data.text_checks import check_text, is_tfds, local_folder
+from based_jax.data.tokenizer import tokenizer_class
+from based_jax.errors import UserError, unknown
 
 
 class Source(Protocol):
@@ -41,6 +42,16 @@ class Source(Protocol):
 
     def eval_batches(self, name: str) -> Iterator[dict[str, np.ndarray]]:
         """Yield this host's rows of an evaluation segment, once, in order."""
+        ...
+
+    @property
+    def summary(self) -> Sequence[str]:
+        """What a run says of its data before the first step, a line each: the splits and their sizes."""
+        ...
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What the batches depend on beside the config, as JSON: a "fingerprint" and more, or nothing."""
         ...
 
 
@@ -65,6 +76,11 @@ class TaskConfig(Protocol):
     @property
     def longest_test(self) -> int:
         """Tokens of the longest row that is evaluated."""
+        ...
+
+    @property
+    def located(self) -> "TaskConfig":
+        """The same task, whatever the current folder is."""
         ...
 
     def open(self, batch_size: int, process_index: int, process_count: int) -> Source:
@@ -100,7 +116,8 @@ class PresetTask:
     shuffle: bool = False
 
     def __post_init__(self):
-        _ = self.resolved  # an impossible value is named here
+        if not self.resolved.test:  # an impossible value is named here
+            raise UserError(f"{self.kind} has no test segment; it needs one to evaluate.")
 
     @functools.cached_property
     def resolved(self) -> SegmentedTask:
@@ -125,6 +142,11 @@ class PresetTask:
     def longest_test(self) -> int:
         """Tokens of the longest test segment."""
         return max(segment.seq_len for segment in self.resolved.test)
+
+    @property
+    def located(self) -> "PresetTask":
+        """The task itself, which reads no file."""
+        return self
 
     def open(self, batch_size: int, process_index: int, process_count: int) -> SegmentSource:
         """Return the source of one host's batches."""
@@ -168,10 +190,14 @@ class TextTask:
     seed: int = 0
     cache_dir: str | None = None
 
+    def __post_init__(self):
+        check_text(self.path, self.text_feature, self.seq_len, self.seed, self.cache_dir)
+        _ = self.num_tokens  # an unknown tokenizer is named here
+
     @property
     def num_tokens(self) -> int:
         """Ids that the task uses."""
-        return get_tokenizer(self.tokenizer).vocab_size
+        return tokenizer_class(self.tokenizer).vocab_size
 
     @property
     def resolved_values(self) -> dict[str, Any]:
@@ -183,9 +209,16 @@ class TextTask:
         """Tokens of a row."""
         return self.seq_len
 
+    @property
+    def located(self) -> "TextTask":
+        """The same task with absolute paths."""
+        places = {name: value for name in ("path", "cache_dir") if (value := getattr(self, name)) is not None}
+        absolute = {name: value if is_tfds(value) else str(local_folder(value)) for name, value in places.items()}
+        return dataclasses.replace(self, **absolute)
+
     def open(self, batch_size: int, process_index: int, process_count: int) -> Source:
         """Build the dataset if it is not cached, and return the source of one host's batches."""
-        from based_jax.data.text import TextSource  # imports tensorflow-datasets, which no other task needs
+        from based_jax.data.text import TextSource  # imports grain, which no other task needs
 
         return TextSource(
             self.path,

@@ -70,6 +70,29 @@ def test_the_seed_determines_the_text(model):
     assert np.max(first) < VOCAB  # not from the padding of the vocabulary
 
 
+def test_a_row_draws_the_same_in_any_company(model):
+    """By its id and its place in its own text: alone, in another row, beside longer prompts, and continued."""
+    hot = Sampling(temperature=2.0, top_p=0.9)
+    alone = generate(model, [[3, 1, 4]], 8, hot, seed=2**40 + 5, row_ids=[7])[0].tolist()
+    company = generate(
+        model, [[9], list(range(20)), [3, 1, 4], [3, 1, 4]], 8, hot, seed=[1, 2, 2**40 + 5, 5], row_ids=[0, 1, 7, 7]
+    )
+    assert company[2].tolist() == alone != company[3].tolist()
+    first = generate(model, [[3, 1, 4]], 3, hot, seed=2**40 + 5, row_ids=[7])[0].tolist()
+    (rest,) = generate(model, [[3, 1, 4, *first]], 5, hot, seed=2**40 + 5, row_ids=[7])
+    assert first + rest.tolist() == alone
+
+
+def test_arrays_are_prompts(model, greedy):
+    expected = [greedy[1].tolist()] * 2
+    for prompts in (
+        np.asarray([PROMPTS[1]] * 2),
+        jnp.asarray([PROMPTS[1]] * 2),
+        [np.asarray(PROMPTS[1], np.uint8)] * 2,
+    ):
+        assert [new.tolist() for new in generate(model, prompts, np.int64(8))] == expected
+
+
 def softmax(logits):
     p = np.exp(logits - logits.max())
     return p / p.sum()
@@ -109,7 +132,7 @@ HOT, COLD = softmax(LOGITS / 2), softmax(LOGITS / 0.5)
 )
 def test_draws_follow_the_distribution(sampling, expected):
     logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (DRAWS, len(LOGITS)))
-    drawn = np.asarray(sample(logits, sampling, jax.random.key(0)))
+    drawn = np.asarray(sample(logits, sampling, jax.random.split(jax.random.key(0), DRAWS)))
     frequency = np.bincount(drawn, minlength=len(LOGITS)) / DRAWS
     assert not frequency[expected == 0].any()
     deviation = np.sqrt(expected * (1 - expected) / DRAWS)
@@ -119,7 +142,7 @@ def test_draws_follow_the_distribution(sampling, expected):
 def test_cuts_differ_from_row_to_row():
     logits = jnp.asarray([[0.0, 5.0, 1.0], [5.0, 0.0, 1.0]])
     for sampling in (Sampling(1.0, top_k=1), Sampling(1.0, top_p=0.5), GREEDY):
-        assert sample(logits, sampling, jax.random.key(3)).tolist() == [1, 0]
+        assert sample(logits, sampling, jax.random.split(jax.random.key(3))).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from based_jax import config as configs
-from based_jax.errors import unknown
-from based_jax.nn.layers import INIT_STD, Init
+from based_jax.errors import UserError, unknown
+from based_jax.nn.layers import INIT_STD, NORM_EPS, Init
 from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers.attention import Attention
 from based_jax.nn.mixers.base_conv import BaseConv
@@ -83,6 +83,7 @@ def make_mixer(
     out_std: float = INIT_STD,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
+    norm_eps: float = NORM_EPS,
     **options,
 ) -> Mixer:
     """Return the mixer named `kind` at width D, with `options` for its Config.
@@ -90,7 +91,7 @@ def make_mixer(
     Raises:
       UserError: the kind or an option is unknown, or a value is impossible.
     """
-    return build_mixer(kind, d_model, options, Init(std, out_std, dtype, rngs))
+    return build_mixer(kind, d_model, options, Init(std, out_std, dtype, rngs, norm_eps))
 
 
 def build_mixer(kind: str, d_model: int, options: Mapping[str, Any], init: Init, where: str = "") -> Mixer:
@@ -99,6 +100,8 @@ def build_mixer(kind: str, d_model: int, options: Mapping[str, Any], init: Init,
     `where` is the dotted key of the options in a whole config, for messages.
     """
     options = checked_options(kind, options, where)
+    if d_model < 1:
+        raise UserError(f"d_model is {d_model}; it is at least 1.")
     mixer = MIXERS[kind]
     with configs.errors_within(where, [field.name for field in dataclasses.fields(mixer.Config)]):
         return mixer(d_model, mixer.Config(**options), init)
