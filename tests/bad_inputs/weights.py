@@ -82,7 +82,7 @@ CASES: tuple[Command | Call, ...] = (
     hf("a true width", "n_embd is True, which is no int of a model.", released(n_embd=True)),
     hf("another width", "has shape (264, 8); the model's is (264, 16).", released(n_embd=16)),
     hf("heads that do not divide", "d_model 8 cannot be divided into 3 heads", released(n_head=3)),
-    hf("no heads", "d_model 8 cannot be divided into 0 heads", released(n_head=0)),
+    hf("no heads", "num_heads is 0; it is at least 1.", released(n_head=0)),
     hf("a hidden width of half", "n_inner is 16.5, which is no int", released(n_inner=16.5)),
     hf(
         "an infinite base",
