@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> None:
 
     for number, prompt in enumerate(args.prompt):
         _check_text(number, prompt)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
     model, tokenizer = _from_hf(args) if args.workdir is None else _from_run(args)
     prompts = [tokenizer.encode(prompt) for prompt in args.prompt]
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
     new = generate(model, prompts, args.max_new_tokens, sampling, stop=tokenizer.end_of_text, seed=args.seed)
     for prompt, ids in zip(args.prompt, new, strict=True):
         print(prompt + tokenizer.decode(ids))

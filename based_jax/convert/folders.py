@@ -32,9 +32,9 @@ def local(path: str | os.PathLike) -> Path:
     Raises:
       UserError: it is empty, or a URL.
     """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UserError(f"The path is {'empty' if path == '' else repr(path)}; name a file or a folder.")
     text = os.fspath(path)
-    if not text:
-        raise UserError("The path is empty; name a file or a folder.")
     if "://" in text:
         raise UserError(f"'{text}' is a URL; weights are read from and written to local files.")
     return Path(text)
@@ -97,7 +97,11 @@ def _read_arrays(path: Path, read: Callable[[Path], dict[str, np.ndarray]]) -> d
 
 def check_free(path: Path) -> None:
     """Raise UserError for a target that is there, unless it is an empty folder."""
-    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+    try:
+        free = not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {_reason(error)}.") from None
+    if not free:
         raise UserError(f"'{path}' is not empty; name a new one.")
 
 
@@ -115,7 +119,9 @@ def written_whole(path: Path) -> Iterator[Path]:
         _remove(part)
         yield part
         os.replace(part, path)
-    except (OSError, SafetensorError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: TensorStore's for errors of the file system
         raise UserError(f"'{path}' cannot be written: {_reason(error)}.") from None
     finally:
         with contextlib.suppress(OSError):

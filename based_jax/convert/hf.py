@@ -88,14 +88,15 @@ def save_hf(model: LM, folder: str | os.PathLike, *, tokenizer: str | None = Non
     fields = based.config_json(model.config) | {
         based.OWN_SECTION: own if tokenizer is None else own | {TOKENIZER_KEY: tokenizer}
     }
-    config = _read_back_config(fields, model.config)
+    text = json.dumps(fields, indent=2, default=np.generic.item) + "\n"
+    config = _read_back_config(json.loads(text), model.config)
     check_free(target)
     weights = reference_weights(model)
     _check_same_arrays(model, lm_from_reference(weights, config))
     with written_whole(target) as part:
         part.mkdir()
         save_file(weights, part / WEIGHTS_FILE)
-        (part / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        (part / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def family_of(fields: Fields) -> Family:
@@ -123,9 +124,10 @@ def _read_back_config(fields: Fields, config: LMConfig) -> LMConfig:
     """Return what config.json is read as, after a check that it is the model's config."""
     width = np.broadcast_to(np.float32(0), (2 * config.hidden_dim, config.d_model))  # the MLP's, of no memory
     try:
-        read = _lm_config(based.FAMILY, fields, {based.FIRST_MLP_KEY: width}, config.dtype, config.scan_layers)
-    except UserError as error:
-        raise UserError(f"{LAYOUT}; this one cannot be read back: {error}") from None
+        known = based.FAMILY.keys.checked(fields)
+        read = _lm_config(based.FAMILY, known, {based.FIRST_MLP_KEY: width}, config.dtype, config.scan_layers)
+    except (UserError, TypeError) as error:
+        raise UserError(f"{LAYOUT}; this one cannot be read back: {str(error).rstrip('.')}.") from None
     ours, theirs = _resolved(config), _resolved(read)
     for name, value in ours.items():
         if value != theirs.get(name):

@@ -29,7 +29,7 @@ def compression(alphabet: int, max_symbols: int, num_examples: int, num_symbols:
     Raises UserError unless alphabet >= 2 and 1 <= num_symbols <= max_symbols.
     """
     _check(alphabet, max_symbols, num_symbols)
-    check_examples(num_examples, alphabet + 1 + max_symbols, seed)
+    check_examples(num_examples, 2 * num_symbols + 1, alphabet + 1 + max_symbols, seed)
     rng = np.random.default_rng(seed)
     symbols = rng.integers(alphabet, size=(num_examples, num_symbols), dtype=np.int32)
     order = rng.permuted(np.tile(np.arange(num_symbols, dtype=np.int32), (num_examples, 1)), axis=1)
@@ -80,7 +80,7 @@ class CompressionConfig:
         check_segments("Compression", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.alphabet, self.max_symbols, segment.num_symbols)
-            check_examples(segment.num_examples, self.vocab_size, self.seed)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
 
     @property
     def vocab_size(self) -> int:

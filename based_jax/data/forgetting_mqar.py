@@ -17,7 +17,7 @@ import numpy as np
 
 from based_jax.data.checks import check_examples, check_ints
 from based_jax.data.legacy_random import uniform_choices, weighted_choices
-from based_jax.data.mqar import check_power, fill, gap_weights, lay_out
+from based_jax.data.mqar import check_gaps, fill, gap_weights, lay_out
 from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
 
@@ -37,8 +37,8 @@ def forgetting_mqar(
     Raises UserError unless seq_len is even, 4 * num_kv_pairs + 2 * num_updates <= seq_len < vocab_size.
     """
     _check(vocab_size, seq_len, num_kv_pairs, num_updates)
-    check_examples(num_examples, vocab_size, seed)
-    check_power(power_a)
+    check_examples(num_examples, seq_len, vocab_size, seed)
+    check_gaps(power_a, random_non_queries)
     rng, pairs = np.random.RandomState(seed), num_kv_pairs + num_updates
     first_value = vocab_size // 2
     keys = uniform_choices(rng, first_value - 1, num_kv_pairs, num_examples) + 1
@@ -117,8 +117,8 @@ class ForgettingMqarConfig:
         check_segments("MQAR with forgetting", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.vocab_size, segment.seq_len, segment.num_kv_pairs, segment.num_updates)
-            check_examples(segment.num_examples, self.vocab_size, self.seed)
-            check_power(self.power_a)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
+        check_gaps(self.power_a, self.random_non_queries)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""

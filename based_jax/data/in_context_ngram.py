@@ -9,7 +9,6 @@ in-context language learning (Akyürek et al. 2024, arXiv 2401.12973). Tokens ar
 `best_accuracy` is what the best possible one gets.
 """
 
-import math
 import numbers
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL, is_labelled
 
 MAX_TABLE_SIZE = 2**20
+MAX_CONCENTRATION = 1e9  # all tokens are about as probable then
 MAX_PROBABILITIES_PER_BLOCK = 2**22  # held at once, over the rows that are drawn together
 
 
@@ -35,7 +35,7 @@ def in_context_ngram(
     Raises UserError unless vocab_size >= 2, seq_len > order >= 1, vocab_size**order <= 2**20 and concentration > 0.
     """
     _check(vocab_size, seq_len, order, concentration)
-    check_examples(num_examples, vocab_size, seed)
+    check_examples(num_examples, seq_len, vocab_size, seed)
     rng = np.random.default_rng(seed)
     tokens = np.empty((num_examples, seq_len + 1), np.int32)
     for block in _blocks(tokens, vocab_size, order):
@@ -135,8 +135,8 @@ def _check(vocab_size: int, seq_len: int, order: int, concentration: float) -> N
         raise UserError(f"order {order} must be at least 1 and below seq_len {seq_len}.")
     if order > MAX_TABLE_SIZE.bit_length() or vocab_size**order > MAX_TABLE_SIZE:
         raise UserError(f"vocab_size {vocab_size} to the power of order {order} must be at most {MAX_TABLE_SIZE}.")
-    if not (isinstance(concentration, numbers.Real) and 0 < concentration < math.inf):
-        raise UserError(f"concentration {concentration!r} must be a number above 0.")
+    if not (isinstance(concentration, numbers.Real) and 0 < concentration <= MAX_CONCENTRATION):
+        raise UserError(f"concentration {concentration!r} must be above 0 and at most {MAX_CONCENTRATION:g}.")
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class InContextNgramConfig:
         check_segments("In-context n-gram", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.vocab_size, segment.seq_len, self.order, self.concentration)
-            check_examples(segment.num_examples, self.vocab_size, self.seed)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""

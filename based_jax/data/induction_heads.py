@@ -24,7 +24,7 @@ def induction_heads(vocab_size: int, num_examples: int, seq_len: int, seed: int)
     Raises UserError unless vocab_size >= 3 and seq_len >= 3.
     """
     _check(vocab_size, seq_len)
-    check_examples(num_examples, vocab_size, seed)
+    check_examples(num_examples, seq_len, vocab_size, seed)
     rng = np.random.default_rng(seed)
     special = vocab_size - 1
     rows, place = np.arange(num_examples), rng.integers(seq_len - 2, size=num_examples)
@@ -57,7 +57,7 @@ class InductionHeadsConfig:
         check_segments("Induction heads", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.vocab_size, segment.seq_len)
-            check_examples(segment.num_examples, self.vocab_size, self.seed)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""

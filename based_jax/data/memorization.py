@@ -33,7 +33,7 @@ def memorization(vocab_size: int, num_examples: int, seq_len: int, seed: int, di
     Raises UserError unless vocab_size >= 3 and seq_len is even.
     """
     _check(vocab_size, seq_len)
-    check_examples(num_examples, vocab_size, seed)
+    check_examples(num_examples, seq_len, vocab_size, seed)
     values = dictionary(vocab_size, dictionary_seed)
     keys = np.random.default_rng(seed).integers(len(values), size=(num_examples, seq_len // 2), dtype=np.int32)
     inputs = np.full((num_examples, seq_len), vocab_size - 1, np.int32)
@@ -64,7 +64,7 @@ class MemorizationConfig:
         check_segments("Memorization", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.vocab_size, segment.seq_len)
-            check_examples(segment.num_examples, self.vocab_size, self.seed)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""

@@ -35,7 +35,7 @@ def needle(
     Raises UserError unless 3 * num_needles <= seq_len, 2 * num_needles <= vocab_size and 0 <= depth <= 1.
     """
     _check(vocab_size, seq_len, depth, num_needles)
-    check_examples(num_examples, vocab_size, seed)
+    check_examples(num_examples, seq_len, vocab_size, seed)
     rng = np.random.default_rng(seed)
     first_value, last_place = vocab_size // 2, seq_len - 3 * num_needles
     keys = distinct(rng, first_value, num_needles, num_examples)
@@ -92,7 +92,7 @@ class NeedleConfig:
         check_segments("Needle", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.vocab_size, segment.seq_len, segment.depth, segment.num_needles)
-            check_examples(segment.num_examples, self.vocab_size, self.seed)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""

@@ -7,6 +7,7 @@ is whole or absent: it is written beside its place and renamed.
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -20,8 +21,8 @@ from based_jax.data.corpus import Corpus, TextSplit, combined_hash
 from based_jax.data.documents import Chunk, Reading
 from based_jax.data.holdout import split_chunks
 from based_jax.data.progress import Progress
-from based_jax.data.tokenizer import Tokenizer
-from based_jax.data.tokens import TokenStream, TokenWriter, damaged, facts, token_dtype
+from based_jax.data.tokenizer import TextTokenizer
+from based_jax.data.tokens import FACTS, TokenStream, TokenWriter, damaged, facts, token_dtype
 from based_jax.errors import UserError
 
 CACHE_VARIABLE = "BASED_JAX_CACHE"
@@ -60,7 +61,7 @@ class PackedText:
     index: dict[str, Any]
 
     @classmethod
-    def open(cls, corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> "PackedText":
+    def open(cls, corpus: Corpus, tokenizer: TextTokenizer, cache_dir: Path) -> "PackedText":
         """Return the packed text of a corpus, built unless it is there; reading it neither writes nor locks.
 
         Raises:
@@ -97,12 +98,13 @@ class PackedText:
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / INDEX).read_text())
-        return {name: index[name] for name in ("vocab_size", "splits", "blank", "mended")}
+        splits = {split: {name: index["splits"][split][name] for name in FACTS} for split in SPLITS}
+        return {"splits": splits} | {name: index[name] for name in ("vocab_size", "blank", "mended")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, f"{INDEX}: {type(error).__name__}") from None
 
 
-def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
+def _build(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> None:
     """Write the packed text into `folder` unless another process does so first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -128,13 +130,15 @@ def _locked(folder: Path) -> Iterator[None]:
     except filelock.Timeout:
         print("Another process packs the same text: waiting for it.", flush=True)
         lock.acquire()
+    except NotImplementedError as error:
+        raise OSError(errno.ENOLCK, f"it cannot be locked ({error})") from None
     try:
         yield
     finally:
         lock.release()
 
 
-def _pack(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
+def _pack(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> dict[str, Any]:
     """Write the tokens of both splits into a folder and return its index."""
     dtype, reading = token_dtype(tokenizer.vocab_size), Reading()
     with contextlib.ExitStack() as stack:
@@ -163,7 +167,7 @@ class Piece(NamedTuple):
     last: bool
 
 
-def cut_into_pieces(chunks: Iterable[tuple[TextSplit, Chunk]], tokenizer: Tokenizer) -> Iterator[Piece]:
+def cut_into_pieces(chunks: Iterable[tuple[TextSplit, Chunk]], tokenizer: TextTokenizer) -> Iterator[Piece]:
     """Yield documents in pieces of about `PIECE_CHARACTERS`, larger ones where the tokenizer finds no place to cut."""
     rest = ""
     for split, (text, last) in chunks:
@@ -177,7 +181,7 @@ def cut_into_pieces(chunks: Iterable[tuple[TextSplit, Chunk]], tokenizer: Tokeni
             rest = ""
 
 
-def _end_of_piece(text: str, start: int, tokenizer: Tokenizer) -> int:
+def _end_of_piece(text: str, start: int, tokenizer: TextTokenizer) -> int:
     """Return where the piece that begins at `start` ends, or `start` where all that is left is one piece."""
     size = PIECE_CHARACTERS
     while start + size < len(text):
@@ -187,7 +191,7 @@ def _end_of_piece(text: str, start: int, tokenizer: Tokenizer) -> int:
     return start
 
 
-def encoded_batches(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[list[Piece], list[list[int]]]]:
+def encoded_batches(pieces: Iterable[Piece], tokenizer: TextTokenizer) -> Iterator[tuple[list[Piece], list[list[int]]]]:
     """Yield batches of pieces with their ids; the next batch is read while one is encoded."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         waiting: tuple[list[Piece], concurrent.futures.Future] | None = None

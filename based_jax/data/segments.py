@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from based_jax.data.checks import check_ints, check_seed
+from based_jax.data.checks import check_choice, check_ints, check_seed
 from based_jax.data.hosts import own_rows
 from based_jax.errors import UserError, unknown
 from based_jax.labels import NO_LABEL
@@ -95,8 +95,7 @@ def segment_and_seed[S: TaskSegment](
     train: tuple[S, ...], test: tuple[S, ...], seed: int, split: Split, index: int
 ) -> tuple[S, int]:
     """Return a task's segment and the seed of its examples; UserError for an unknown split."""
-    if split not in ("train", "test"):
-        raise unknown("split", split, ("train", "test"))
+    check_choice("split", split, ("train", "test"))
     train_seeds, test_seeds = segment_seeds(seed, len(train), len(test))
     return (train[index], train_seeds[index]) if split == "train" else (test[index], test_seeds[index])
 
@@ -107,6 +106,9 @@ def check_segments(what: str, train: Sequence[TaskSegment], test: Sequence[TaskS
     Raises:
       UserError: no training segment, two test segments of one name, an empty segment, or a seed outside [0, 2**32).
     """
+    for name, segments in {"train": train, "test": test}.items():
+        if not isinstance(segments, tuple) or not all(hasattr(segment, "num_examples") for segment in segments):
+            raise UserError(f"{what}: {name} is {segments!r:.80}; it is a tuple of segments.")
     for segment in (*train, *test):
         check_ints(num_examples=segment.num_examples)
         if segment.num_examples < 1:

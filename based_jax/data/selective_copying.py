@@ -26,7 +26,7 @@ def selective_copying(vocab_size: int, num_examples: int, seq_len: int, num_toke
     Raises UserError unless vocab_size >= 3 and 2 * num_tokens + 1 <= seq_len.
     """
     _check(vocab_size, seq_len, num_tokens)
-    check_examples(num_examples, vocab_size, seed)
+    check_examples(num_examples, seq_len, vocab_size, seed)
     rng = np.random.default_rng(seed)
     blank, copy, context = vocab_size - 2, vocab_size - 1, seq_len - num_tokens - 1
     tokens = rng.integers(blank, size=(num_examples, num_tokens), dtype=np.int32)
@@ -75,7 +75,7 @@ class SelectiveCopyingConfig:
         check_segments("Selective copying", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.vocab_size, segment.seq_len, segment.num_tokens)
-            check_examples(segment.num_examples, self.vocab_size, self.seed)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""

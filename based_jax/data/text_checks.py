@@ -8,7 +8,13 @@ from based_jax.data.corpus import TFDS_PREFIX
 from based_jax.errors import UserError
 
 
-def check_text(path: str | None, text_feature: str | None, seq_len: int, seed: int, cache_dir: str | None) -> None:
+def check_text(
+    path: str | os.PathLike | None,
+    text_feature: str | None,
+    seq_len: int,
+    seed: int,
+    cache_dir: str | os.PathLike | None,
+) -> None:
     """Check what can be known of a text task before its corpus is read.
 
     Raises:
@@ -30,6 +36,11 @@ def check_text(path: str | None, text_feature: str | None, seq_len: int, seed: i
 def is_tfds(path: object) -> bool:
     """Return whether a corpus' path names a dataset of tensorflow-datasets."""
     return str(path).startswith(TFDS_PREFIX)
+
+
+def located(path: str | None) -> str | None:
+    """Return the absolute path of a folder; what names none stays."""
+    return path if path is None or is_tfds(path) else str(local_folder(path))
 
 
 def local_folder(path: str | os.PathLike) -> Path:

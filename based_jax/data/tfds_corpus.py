@@ -70,7 +70,7 @@ class TfdsCorpus:
             raise UserError(f"Dataset '{self.name}' has no split 'train'; it has {', '.join(self._sources)}.")
         name = self._validation if split == "validation" else split
         with self._reading():
-            for example in self._sources.get(name, ()):
+            for example in self._sources[name] if name else ():
                 reading.position += 1
                 yield from reading.document(example[self._feature].decode())
 

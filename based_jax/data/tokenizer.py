@@ -9,7 +9,8 @@ from typing import Protocol
 
 import tokenizers
 
-from based_jax.errors import UserError, unknown
+from based_jax.data.checks import check_choice
+from based_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_ASSETS = Path(__file__).parent / "assets" / "gpt2"
@@ -21,7 +22,7 @@ GPT2_SHA256 = {
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline and generation ask of a tokenizer."""
+    """What generation asks of a tokenizer."""
 
     vocab_size: int
     end_of_text: int
@@ -37,11 +38,15 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text; raises as `encode`."""
 
-    def last_cut(self, text: str, start: int, stop: int) -> int:
-        """Return the last place of (start, stop] where a cut changes no id of `text`, or `start` if there is none."""
-
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of any ids: broken UTF-8 becomes U+FFFD, ids outside the vocabulary are left out."""
+
+
+class TextTokenizer(Tokenizer, Protocol):
+    """A tokenizer of texts of any size, a part at a time."""
+
+    def last_cut(self, text: str, start: int, stop: int) -> int:
+        """Return the last place of (start, stop] where a cut changes no id of `text`, or `start` if there is none."""
 
 
 class ByteTokenizer:
@@ -105,18 +110,17 @@ class Gpt2Tokenizer:
         return self._bpe.decode(known, skip_special_tokens=False)
 
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "gpt2": Gpt2Tokenizer}
+TOKENIZERS: dict[str, type[TextTokenizer]] = {"bytes": ByteTokenizer, "gpt2": Gpt2Tokenizer}
 
 
-def get_tokenizer(name: str) -> Tokenizer:
+def get_tokenizer(name: str) -> TextTokenizer:
     """Return the tokenizer of that name, loaded; UserError for an unknown name."""
     return tokenizer_class(name)()
 
 
-def tokenizer_class(name: str) -> type[Tokenizer]:
+def tokenizer_class(name: str) -> type[TextTokenizer]:
     """Return the class of the tokenizer of that name, which knows its sizes; UserError for an unknown name."""
-    if name not in TOKENIZERS:
-        raise unknown("tokenizer", name, TOKENIZERS)
+    check_choice("tokenizer", name, TOKENIZERS)
     return TOKENIZERS[name]
 
 

@@ -38,6 +38,10 @@ class FileTokenizer:
         """Return the ids of each text, encoded in parallel."""
         return [found.ids for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
+    def last_cut(self, text: str, start: int, stop: int) -> int:
+        """Return `start`: where a file's tokenizer may be cut is not known."""
+        return start
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of any ids; those outside the vocabulary are left out."""
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]

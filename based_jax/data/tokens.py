@@ -16,6 +16,7 @@ import numpy as np
 from based_jax.errors import UserError
 
 TOKENS_PER_CHECKSUM = 2**18
+FACTS = ("tokens", "documents", "sha256", "checksums")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -40,15 +41,16 @@ class TokenWriter:
 
 def facts(path: Path, writer: TokenWriter, dtype: np.dtype) -> dict[str, Any]:
     """Return what `TokenStream` has to know of a file that was written, as JSON."""
-    tokens = np.memmap(path, dtype, mode="r") if writer.tokens else np.empty(0, dtype)
-    starts = range(0, len(tokens), TOKENS_PER_CHECKSUM)
+    digest, checksums = hashlib.sha256(), []
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(TOKENS_PER_CHECKSUM * dtype.itemsize):
+            digest.update(block)
+            checksums.append(zlib.crc32(block))
     return {
         "tokens": writer.tokens,
         "documents": writer.documents,
-        "sha256": digest,
-        "checksums": [zlib.crc32(tokens[start : start + TOKENS_PER_CHECKSUM]) for start in starts],
+        "sha256": digest.hexdigest(),
+        "checksums": checksums,
     }
 
 

@@ -157,10 +157,17 @@ class Stack(nnx.Module):
         if self.remat != "none":
             body = jax.checkpoint(body, prevent_cse=self.repeats == 1, policy=REMAT_POLICIES[self.remat])
         if self.repeats == 1:
+            self._check_single()
             return body(r, (params, caches))
         self._check_repeats("parameter", params)
         self._check_repeats("cache", caches)
         return jax.lax.scan(body, r, (params, caches), length=self.repeats)
+
+    def _check_single(self) -> None:
+        """Check that the arrays are not stacked, by that of the first norm."""
+        scale = self.blocks[0].norm1.scale[...]
+        if scale.ndim != 1:
+            raise UserError(f"A layer that is not repeated has stacked arrays: its norm's scale is {scale.shape}.")
 
     def _check_repeats(self, what: str, tree: Any) -> None:
         """Check that arrays, which may come from another model, are stacked as often as the pattern is repeated."""

@@ -37,7 +37,7 @@ def convolve_on(
     """
     history.check_room(u.shape[1], segment_ids)
     past, there = history.in_order()
-    ids, present = None, True
+    ids, present = None, jnp.ones(u.shape[:2], bool)
     if segment_ids is not None:
         numbers = segments.numbered(segment_ids)
         ids, present = jnp.concatenate([there.astype(numbers.dtype), numbers], axis=1), numbers != 0

@@ -5,7 +5,10 @@ another host once it was seen to be left alone for `CLAIM_SECONDS`; both are tak
 """
 
 import contextlib
+import os
 import threading
+import time
+import uuid
 from pathlib import Path
 
 import filelock
@@ -15,6 +18,10 @@ from based_jax.store import Store, StoreError
 CLAIMS_FOLDER = "claims"
 CLAIM_SECONDS = 300.0
 """For which a claim may be left alone; a third of it is between two refreshes. All who share a store have the same."""
+UNWRITTEN_SECONDS = 2.0
+"""For which a claim may be empty."""
+TRIES = 100
+"""To write a claim into a folder that others make and remove."""
 
 
 class Claims(contextlib.AbstractContextManager):
@@ -26,13 +33,14 @@ class Claims(contextlib.AbstractContextManager):
     def __init__(self, store: Store):
         self._folder = store.path / CLAIMS_FOLDER
         self._leases: dict[str, filelock.SoftFileLease] = {}
+        self._unwritten: dict[str, _UnwrittenClaim] = {}
         self._lock, self._ended = threading.Lock(), False
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._ended = True
-            for lease in self._leases.values():
-                self._release(lease)
+            for name in list(self._leases):
+                self._release(name)
             with contextlib.suppress(OSError):
                 self._folder.rmdir()  # where others have no claim
 
@@ -48,29 +56,75 @@ class Claims(contextlib.AbstractContextManager):
             if self._ended or lease.is_locked:
                 return False
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                lease.acquire(blocking=False)
-            except filelock.Timeout:
-                return False
+                if self._acquire(lease):
+                    return True
+                self._discard_unwritten(name, Path(lease.lock_file))
             except OSError as error:
                 raise StoreError(f"Claim '{lease.lock_file}' cannot be written: {error.strerror or error}.") from error
-            return True
+            return False
 
     def give_back(self, name: str) -> None:
         """End a claim, if this process has it."""
         with self._lock:
-            if name in self._leases:
-                self._release(self._leases.pop(name))
+            self._release(name)
 
     def clear(self) -> None:
         """Remove the claims of processes of this host that have ended."""
-        for path in self._folder.glob("*.lock"):
-            if self.take(path.stem):
-                self.give_back(path.stem)
+        with self:
+            for path in self._folder.glob("*.lock"):
+                if self.take(path.stem):
+                    self.give_back(path.stem)
 
-    def _release(self, lease: filelock.SoftFileLease) -> None:
-        with contextlib.suppress(OSError):  # of a store that is gone, or cannot be written any more
-            lease.release()
+    def _acquire(self, lease: filelock.SoftFileLease) -> bool:
+        for _ in range(TRIES):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lease.acquire(blocking=False)
+            except filelock.Timeout:
+                return False
+            except FileNotFoundError:  # a command that has ended took the folder with it
+                continue
+            return True
+        return False
+
+    def _discard_unwritten(self, name: str, path: Path) -> None:
+        """Remove a claim whose owner was killed before it wrote who it is: a lease waits for such an owner for ever."""
+        with contextlib.suppress(FileNotFoundError):
+            before = self._unwritten.get(name)
+            if before is None or not before.is_at(path):
+                self._unwritten.pop(name, None)
+                if path.stat().st_size == 0:
+                    self._unwritten[name] = _UnwrittenClaim(path)
+            elif time.monotonic() - before.since > UNWRITTEN_SECONDS:
+                before.remove(path)
+                del self._unwritten[name]
+
+    def _release(self, name: str) -> None:
+        if lease := self._leases.pop(name, None):
+            with contextlib.suppress(OSError):  # of a store that is gone, or cannot be written any more
+                lease.release()
+
+
+class _UnwrittenClaim:
+    """An empty claim, and since when it was seen; open, so that no other file gets its number."""
+
+    def __init__(self, path: Path):
+        self.since = time.monotonic()
+        self._file = path.open("rb")
+
+    def is_at(self, path: Path) -> bool:
+        """Return whether a path still is this claim, and still is empty."""
+        found = path.stat()
+        return found.st_size == 0 and os.path.samestat(found, os.fstat(self._file.fileno()))
+
+    def remove(self, path: Path) -> None:
+        """Remove the file at a path if it still is this claim: two who see it may be at it, and one claims it anew."""
+        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        path.rename(aside)
+        if not self.is_at(aside):
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
 
 
 def _lease(path: Path) -> filelock.SoftFileLease:

@@ -19,7 +19,15 @@ from based_jax.sweep.claims import Claims
 from based_jax.sweep.lane_engine import LaneEngine
 from based_jax.sweep.processes import FORK_CONTEXT, checked_apart, forked_pool
 from based_jax.sweep.runs import RunEngine
-from based_jax.sweep.schedule import Engine, Progress, SweepFailedError, SweepOptions, Todo, unfinished
+from based_jax.sweep.schedule import (
+    SECONDS_BETWEEN_SIGNALS,
+    Engine,
+    Progress,
+    SweepFailedError,
+    SweepOptions,
+    Todo,
+    unfinished,
+)
 from based_jax.sweep.trial import Sweep, Trial, load_sweep
 from based_jax.train.run import RunConfig, TrainConfig
 
@@ -94,8 +102,9 @@ def _run_in_processes(store: Store, calls: list[tuple]) -> None:
     try:
         for process in children:
             process.start()
-        for process in children:
-            process.join()
+        while any(process.is_alive() for process in children):  # in short waits: see `work_off`
+            for process in children:
+                process.join(SECONDS_BETWEEN_SIGNALS)
     finally:
         for process in children:
             if process.is_alive():

@@ -19,6 +19,8 @@ Group = list[tuple[Point, Any]]
 """Points that train together, with their `Sweep.config_class`."""
 SECONDS_BETWEEN_LOOKS = 2.0
 """At groups that others have claimed, when nothing else is left."""
+SECONDS_BETWEEN_SIGNALS = 0.5
+"""For which a signal may go unseen."""
 OPEN, TAKEN, CLOSED = range(3)
 """States of a group: to be claimed, claimed by a process of this command, or done, or failed."""
 
@@ -228,8 +230,11 @@ def work_off(progress: Progress, trainers: Sequence[Callable[[Group], None]], pa
     pool = futures.ThreadPoolExecutor(len(trainers))
     with progress.claims:
         try:
-            for job in futures.as_completed([pool.submit(_train_groups, progress, train) for train in trainers]):
-                job.result()
+            jobs = {pool.submit(_train_groups, progress, train) for train in trainers}
+            while jobs:  # in short waits: a signal that comes right before one is seen after it
+                done, jobs = futures.wait(jobs, SECONDS_BETWEEN_SIGNALS, futures.FIRST_COMPLETED)
+                for job in done:
+                    job.result()
         except BaseException:  # interrupted: what is under way ends as soon as it can
             progress.stop()
             raise

@@ -22,10 +22,11 @@ from based_jax.data import (
     selective_copying,
     state_tracking,
 )
+from based_jax.data.checks import check_bools, check_choice
 from based_jax.data.segments import SegmentedTask, SegmentSource
-from based_jax.data.text_checks import check_text, is_tfds, local_folder
+from based_jax.data.text_checks import check_text, located
 from based_jax.data.tokenizer import tokenizer_class
-from based_jax.errors import UserError, unknown
+from based_jax.errors import UserError
 
 
 class Source(Protocol):
@@ -116,14 +117,14 @@ class PresetTask:
     shuffle: bool = False
 
     def __post_init__(self):
+        check_bools(shuffle=self.shuffle)
         if not self.resolved.test:  # an impossible value is named here
             raise UserError(f"{self.kind} has no test segment; it needs one to evaluate.")
 
     @functools.cached_property
     def resolved(self) -> SegmentedTask:
         """The preset with this task's replacements; UserError for an unknown preset or an impossible value."""
-        if self.preset not in self.presets:
-            raise unknown(f"{self.kind} preset", self.preset, self.presets)
+        check_choice(f"{self.kind} preset", self.preset, self.presets)
         preset = self.presets[self.preset]
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(preset)}
         return dataclasses.replace(preset, **{name: value for name, value in values.items() if value is not None})
@@ -212,9 +213,7 @@ class TextTask:
     @property
     def located(self) -> "TextTask":
         """The same task with absolute paths."""
-        places = {name: value for name in ("path", "cache_dir") if (value := getattr(self, name)) is not None}
-        absolute = {name: value if is_tfds(value) else str(local_folder(value)) for name, value in places.items()}
-        return dataclasses.replace(self, **absolute)
+        return dataclasses.replace(self, path=located(self.path), cache_dir=located(self.cache_dir))
 
     def open(self, batch_size: int, process_index: int, process_count: int) -> Source:
         """Build the dataset if it is not cached, and return the source of one host's batches."""

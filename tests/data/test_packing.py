@@ -183,7 +183,7 @@ def test_an_index_that_is_gone_is_built_again_and_a_broken_one_is_named(folder, 
     (index,) = [path for path in left(packed(folder, tmp_path).folder) if path.name == packing.INDEX]
     index.unlink()
     assert packed(folder, tmp_path).count("validation", "documents") == 1
-    for content in ("", "[]", json.dumps({"splits": {}}), "\xff"):
+    for content in ("", "[]", json.dumps({"splits": {"train": 1}}), "\xff"):
         index.write_text(content, encoding="latin-1")
         with pytest.raises(UserError, match="is damaged"):
             packed(folder, tmp_path)

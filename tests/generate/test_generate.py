@@ -47,6 +47,34 @@ def test_prompts_of_a_batch_do_not_see_each_other(model, greedy):
     assert other_company[1].tolist() == greedy[1].tolist()
 
 
+@pytest.fixture(scope="module")
+def bounded_model():
+    """Return a model whose mixers keep every token, 40 at most."""
+    layers = (("hyena", {"l_max": 40, "filter_order": 4}), ("attention", {"num_heads": 2}), ("mamba", {"d_state": 4}))
+    config = LMConfig(layers=layers, d_model=16, vocab_size=VOCAB, dtype="float32", init_std=0.5)
+    return nnx.jit(lambda: LM(config, rngs=nnx.Rngs(1)))()
+
+
+def test_a_model_that_reads_less_than_a_bucket_continues_each_prompt_as_alone(bounded_model):
+    """The longest prompt leaves no room beside its continuation."""
+    prompts = [[i * 7 % VOCAB for i in range(length)] for length in (36, 1, 9)]
+    together = generate(bounded_model, prompts, 4)
+    text = jnp.asarray([prompts[0] + together[0].tolist()], jnp.int32)
+    best = nnx.jit(bounded_model)(text)[0, 35:39, :VOCAB].argmax(-1)
+    assert together[0].tolist() == best.tolist()
+    for prompt, new in zip(prompts[1:], together[1:], strict=True):
+        assert generate(bounded_model, [prompt] * 3, 4)[0].tolist() == new.tolist()
+
+
+def test_more_tokens_than_the_model_reads_are_refused(bounded_model):
+    with pytest.raises(
+        UserError, match=r"^max_new_tokens is 5; the model reads 40 tokens, so that behind 36 .* at most 4"
+    ):
+        generate(bounded_model, [[1], [2] * 36], 5)
+    with pytest.raises(UserError, match=r"^A prompt has 40 tokens; with one more it is at most the 40 that"):
+        generate(bounded_model, [[2] * 40], 1)
+
+
 def test_a_prompt_longer_than_a_bucket_is_read_whole(model):
     prompt = [i * 7 % VOCAB for i in range(PROMPT_BUCKET + 3)]
     (new,) = generate(model, [prompt], 1)

@@ -99,6 +99,10 @@ def test_arrays_of_another_number_of_repeats_are_refused():
     for call in (lambda: stack.extend(Stream(r)), lambda: stack.prefill(r, cache)):
         with pytest.raises(UserError, match=r"parameter '0/.*' of a pattern .* 2 times has shape \(3,"):
             call()
+    single = Stack(PATTERN, 1, config(), rngs=nnx.Rngs(0))
+    nnx.update(single, nnx.state(other))
+    with pytest.raises(UserError, match=r"not repeated has stacked arrays: its norm's scale is \(3, 16\)\.$"):
+        single.extend(Stream(r))
 
 
 def based(layers, taylor):

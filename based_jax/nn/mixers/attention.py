@@ -144,7 +144,8 @@ class Attention(Mixer):
         """Return what a token's queries read (B, H, D/H), and the state after it."""
         q, k, v = (y[:, 0] for y in self.rotated_qkv(x[:, None], state.length, None))
         state = state.append((k, v))
-        return attention_step(q, *map(self.for_each_query, state.tokens), state.visible()), state
+        keys, values = map(self.for_each_query, state.tokens)
+        return attention_step(q, keys, values, state.visible()), state
 
     def _out(self, o):
         return self.out_proj(layers.merge_heads(o))
