@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         return WRONG_INPUT
     except KeyboardInterrupt as error:
         print(str(error) or "Stopped by Ctrl-C.", file=sys.stderr)
+        interrupts.clean_up_after(error)
         return INTERRUPTED
     except BrokenPipeError:
         if not _nobody_reads():

@@ -1,13 +1,14 @@
 """Ctrl-C on the command line: the first one asks a command to stop, a second signal leaves at once."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 
-EXIT_CODE = 130
+LEFT_EXIT_CODE = 130
 """What shells report of a program that Ctrl-C ended."""
 
 
@@ -32,6 +33,16 @@ def second_one_leaves() -> Iterator[None]:
         os.close(writer)  # the end of what the thread reads
 
 
+def clean_up_after(error: KeyboardInterrupt) -> None:
+    """Let go of what an interruption left half done, an event loop say, without a word of it."""
+    error.__traceback__ = error.__context__ = None
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+
+
 def _leave_at_second(reader: int) -> None:
     signals = 0
     with os.fdopen(reader, "rb", buffering=0) as file:
@@ -42,4 +53,4 @@ def _leave_at_second(reader: int) -> None:
             signals += number[0] in (signal.SIGINT, signal.SIGTERM)
     sys.stderr.write("Left at the second signal; what was saved before it is whole.\n")
     sys.stderr.flush()
-    os._exit(EXIT_CODE)
+    os._exit(LEFT_EXIT_CODE)

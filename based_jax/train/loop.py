@@ -75,18 +75,20 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
             stack.enter_context(held(workdir))
             configs.save(config, workdir)
             data_record.save(source, workdir)
+        preemption = stack.enter_context(Preemption())
         checkpoints = stack.enter_context(Checkpoints(workdir / CHECKPOINTS_FOLDER, config.checkpoint))
         if checkpoints.latest() is None:
             start, state = 0, program.initial_state(taken)
         else:
             start, state = checkpoints.restore(program.abstract_state)
         report = stack.enter_context(Report(config, workdir, start, checkpoints))
-        preemption = stack.enter_context(Preemption())
         for line in (*opening_lines(program, source, choices), *origin, *changed):
             report.say(line)
         report.begin()
         timer.done("init")
         step, results = start, {}
+        if start < config.steps and preemption.reached(start):
+            return _stopped(start, preemption, report)
 
         try:
             for step in range(start + 1, config.steps + 1):
@@ -148,7 +150,8 @@ def _sampler(config: TrainConfig, program: TrainProgram) -> Sampler:
 
 def _stopped(step: int, preemption: Preemption, report: "Report") -> dict[str, float]:
     """Say that the run was stopped, and return no evaluation; raise KeyboardInterrupt if Ctrl-C asked for it."""
-    saved = f"step {step} is saved, and the same command continues from it."
+    saved = f"step {step} is saved" if step else "no step was taken"
+    saved += ", and the same command continues from it."
     if preemption.interrupted:
         raise KeyboardInterrupt(f"Stopped by Ctrl-C; {saved}")
     report.say(f"Stopped by a signal; {saved}")
