@@ -19,6 +19,7 @@ from based_jax.ops import (
     long_conv,
     norm,
     projection,
+    segments,
     selective_scan,
     short_conv,
     softmax,
@@ -83,11 +84,13 @@ def test_a_convolution_s_program_is_that_of_its_output_alone(impl):
     pairs = (
         (
             lambda x: short_conv(x, KERNEL, segment_ids=IDS, impl=impl)[0],
-            lambda x: conv.IMPLEMENTATIONS[impl].compute(ShortConvCall(x, KERNEL, segment_ids=IDS)),
+            lambda x: conv.IMPLEMENTATIONS[impl].compute(ShortConvCall(x, KERNEL, segment_ids=segments.numbered(IDS))),
         ),
         (
             lambda x: gated_conv.gated_short_conv(x, KERNEL[:, :4], segment_ids=IDS, impl=impl)[0],
-            lambda x: gated_conv.IMPLEMENTATIONS[impl].compute(GatedConvCall(x, KERNEL[:, :4], segment_ids=IDS)),
+            lambda x: gated_conv.IMPLEMENTATIONS[impl].compute(
+                GatedConvCall(x, KERNEL[:, :4], segment_ids=segments.numbered(IDS))
+            ),
         ),
     )
     for operation, output in pairs:
@@ -294,7 +297,7 @@ def test_a_wrong_shape_of_the_token_before_is_refused(state):
 
 def test_a_wrong_shape_of_a_shift_is_refused(monkeypatch):
     token_shift(TOKENS)
-    where = jnp.where
-    monkeypatch.setattr(jnp, "where", lambda *choice: where(*choice)[..., :1])
+    join = jnp.concatenate
+    monkeypatch.setattr(jnp, "concatenate", lambda *arrays, **options: join(*arrays, **options)[..., :1])
     with pytest.raises(jaxtyping.TypeCheckError):
         token_shift(TOKENS)
