@@ -1,33 +1,64 @@
-"""Train the points of a sweep file into a store, list what is missing, or draw the pictures of a store."""
+"""Train the points of a sweep file into a store, list what is missing, or draw the pictures of a store.
+
+examples:
+  python -m based_jax sweep run experiments/mqar_pareto/sweeps.py:tiny --store=runs/tiny
+  python -m based_jax sweep list experiments/mqar_pareto/sweeps.py:tiny --store=runs/tiny
+  python -m based_jax sweep plot --store=runs/tiny --out=runs/pictures
+"""
 
 import argparse
+import functools
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from based_jax.commands.parser import add_command
 from based_jax.errors import UserError, unknown
 
+RUN = """Train every point that the store has no row of.
+
+examples:
+  python -m based_jax sweep run experiments/mqar_pareto/sweeps.py:tiny --store=runs/tiny
+  python -m based_jax sweep run sweeps.py --store=runs/rows --processes=8
+  python -m based_jax sweep run sweeps.py --store=runs/rows --launcher=slurm --tasks=16 --script=job.sh
+"""
+LIST = """Print the points that the store has no row of.
+
+examples:
+  python -m based_jax sweep list experiments/mqar_pareto/sweeps.py:tiny --store=runs/tiny
+"""
+PLOT = """Draw a picture of a store: PNG, SVG and PDF, of the frontier an HTML page as well.
+
+examples:
+  python -m based_jax sweep plot --store=runs/tiny --out=runs/pictures
+  python -m based_jax sweep plot --store runs/one runs/two --out=runs/pictures --picture=ablation
+"""
+PAGE_TITLE = "Recall against bytes of state"
 LAUNCHERS = ("local", "ray", "slurm")
+LAUNCHERS_OF_OPTIONS = {
+    "processes": (("local",), 1),
+    "part": (("local",), "0/1"),
+    "tasks": (("ray", "slurm"), 8),
+    "script": (("slurm",), None),
+}
+"""Of an option that not all launchers know: those that do, and its default."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommands and their arguments."""
     commands = parser.add_subparsers(dest="action", required=True, metavar="action")
-    _add_run(commands.add_parser("run", help="train every point that the store has no row of"))
-    missing = commands.add_parser("list", help="print the points that the store has no row of")
+    _add_run(add_command(commands, "run", RUN))
+    missing = add_command(commands, "list", LIST)
     missing.add_argument("sweep", help="sweep file, optionally with a variant: path/to/sweeps.py:variant")
     missing.add_argument("--store", required=True, help="folder of the rows")
-    plot = commands.add_parser(
-        "plot", help="draw a picture of a store: PNG and SVG, of the frontier an HTML page as well"
-    )
+    plot = add_command(commands, "plot", PLOT)
     plot.add_argument("--store", required=True, nargs="+", help="folders of rows, or files")
     plot.add_argument("--out", required=True, help="folder of the pictures")
     plot.add_argument("--picture", default="frontier", help="frontier, figure3 or ablation (default: frontier)")
-    plot.add_argument("--title", default="Recall against bytes of state", help="of the page")
+    plot.add_argument("--title", default=PAGE_TITLE, help="of the page")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -48,37 +79,51 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--script", help="slurm: write the job here instead of submitting it")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Do what the subcommand says."""
-    {"run": _run, "list": _list, "plot": _plot}[args.action](args)
+def run(args: argparse.Namespace) -> int | None:
+    """Do what the subcommand says; return 1 if a part of a sweep has failed."""
+    actions: dict[str, Callable[[argparse.Namespace], int | None]] = {"run": _run, "list": _list, "plot": _plot}
+    return actions[args.action](args)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
     from based_jax.sweep import launch
-    from based_jax.sweep.schedule import SweepOptions
+    from based_jax.sweep.schedule import SweepFailedError, SweepOptions
 
-    for name in ("lanes", "tasks", "processes"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it is at least 1.")
-    if args.launcher not in LAUNCHERS:
-        raise unknown("launcher", args.launcher, LAUNCHERS)
+    _check_options(args)
     command = shlex.join(["python", "-m", "based_jax", *sys.argv[1:]])
     options = SweepOptions(args.lanes, args.workers, part=part(args.part), command=command)
-    if args.launcher == "local" and args.processes > 1:
-        _interruptible(launch.in_processes, args.sweep, args.store, options, processes=args.processes)
-    elif args.launcher == "local":
-        _interruptible(launch.local, args.sweep, args.store, options)
-    elif args.launcher == "ray":
-        launch.on_ray(args.sweep, args.store, options, tasks=args.tasks)
-    else:
-        launch.on_slurm(args.sweep, args.store, options, tasks=args.tasks, script=args.script)
+    calls: dict[str, Callable] = {
+        "local": launch.local,
+        "ray": functools.partial(launch.on_ray, tasks=args.tasks),
+        "slurm": functools.partial(launch.on_slurm, tasks=args.tasks, script=args.script),
+    }
+    if args.processes > 1:
+        calls["local"] = functools.partial(launch.in_processes, processes=args.processes)
+    try:
+        _interruptible(calls[args.launcher], args.sweep, args.store, options)
+    except SweepFailedError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
-def _interruptible(call: Callable, *arguments: Any, **options: Any) -> None:
+def _check_options(args: argparse.Namespace) -> None:
+    """Check numbers, and that no option is given which the launcher would pass over."""
+    for name in ("lanes", "workers", "tasks", "processes"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it is at least 1.")
+    if args.launcher not in LAUNCHERS:
+        raise unknown("launcher", args.launcher, LAUNCHERS)
+    for name, (launchers, default) in LAUNCHERS_OF_OPTIONS.items():
+        if args.launcher not in launchers and getattr(args, name) != default:
+            raise UserError(f"--{name} is for --launcher={' or '.join(launchers)}, not for {args.launcher}.")
+
+
+def _interruptible(call: Callable, *arguments: Any) -> None:
     """Call, and leave at once when interrupted: rows are on the disk, and what compiles cannot be waited for."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers ask with it
     try:
-        call(*arguments, **options)
+        call(*arguments)
     except KeyboardInterrupt:
         print("Stopped; the same command goes on where it was.", file=sys.stderr, flush=True)
         os._exit(130)
@@ -101,27 +146,36 @@ def _list(args: argparse.Namespace) -> None:
     from based_jax.sweep.schedule import unfinished
     from based_jax.sweep.trial import load_sweep
 
-    sweep = load_sweep(args.sweep)
-    missing = list(unfinished(sweep, Store(args.store)))
-    for point in missing:
+    sweep, store = load_sweep(args.sweep), Store(args.store)
+    missing = unfinished(sweep, store)
+    for point, _ in missing:
         print(point)
-    print(f"{len(missing)} of {sum(1 for _ in sweep.trials())} points have no row in '{args.store}'.")
+    there = "" if store.path.exists() else ", which does not exist yet"
+    print(f"{len(missing)} of {len(sweep.trials())} points have no row in '{args.store}'{there}.")
 
 
 def _plot(args: argparse.Namespace) -> None:
+    from based_jax.folders import local_folder, make_folder
     from based_jax.pictures import figures, page
-    from based_jax.store import Store
 
     draw = {"frontier": figures.frontier, "figure3": figures.figure3, "ablation": figures.ablation}
     if args.picture not in draw:
         raise unknown("picture", args.picture, draw)
-    rows = [row for store in args.store for row in Store(store).rows()]
+    out = local_folder(args.out, "--out")
+    rows = [row for store in args.store for row in _rows(store)]
     if not rows:
         raise UserError(f"There are no rows in {', '.join(map(repr, args.store))}.")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     drawn = draw[args.picture](rows, out / args.picture)
     if args.picture == "frontier":
-        page.write(rows, out / "frontier.html", title=args.title)
-        drawn.append(out / "frontier.html")
+        drawn.append(page.write(rows, out / "frontier.html", title=args.title))
     print(f"Drawn: {', '.join(map(str, drawn))}.")
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+    from based_jax.store import Store
+
+    store = Store(path)
+    if not store.path.exists():
+        raise UserError(f"Store '{path}' does not exist; name a folder of rows, or a file.")
+    return store.rows()

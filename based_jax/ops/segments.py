@@ -75,7 +75,8 @@ def positions(
     start = jax.lax.cummax(jnp.where(begins_later(numbers), count, 0), axis=1)
     place = count - start + jnp.where(numbers == 1, before[:, None], 0)
     last = present & (numbers == last_id(numbers)[:, None])
-    return place, jnp.where(last.any(axis=1), jnp.max(jnp.where(last, place + 1, 0), axis=1), before)
+    after = jnp.max(jnp.where(last, place + 1, 0), axis=1).astype(before.dtype)
+    return place, jnp.where(last.any(axis=1), after, before)
 
 
 def same_document(query_ids: Int[Array, "*B T"], key_ids: Int[Array, "*B S"]) -> Bool[Array, "*B T S"]:

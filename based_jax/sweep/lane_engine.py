@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx
 
 from based_jax import config as configs
 from based_jax.data.segments import SegmentSource
-from based_jax.nn.lm import LM
 from based_jax.sweep import lane_training, rows
+from based_jax.sweep.checks import abstract_model, check_groups, check_pass
 from based_jax.sweep.device_lock import DeviceLock
 from based_jax.sweep.lane_training import Resident
 from based_jax.sweep.schedule import Group, Progress, SweepOptions, work_off
@@ -30,30 +29,52 @@ class LaneEngine:
 
     def groups(self, sweep: Sweep) -> list[Group]:
         """Return the points by signature, those that take longest first."""
-        found: dict[str, Group] = {}
-        for point, trial in sweep.trials():
-            found.setdefault(trial.signature, []).append((point, trial))
-        return sorted(found.values(), key=_flops, reverse=True)
+        return sorted(_by_signature(sweep.trials()), key=_flops, reverse=True)
 
-    def prepare(self, sweep: Sweep, starmap: Callable) -> None:
+    def check(self, points: Group) -> None:
+        """Raise UserError if a point cannot be trained on this device."""
+        check_groups(_by_signature(points), _check_trial)
+
+    def place(self, options: SweepOptions) -> str:
+        """Return where groups are trained, in words."""
+        devices = jax.local_devices()
+        return f"on {len(devices)} x {devices[0].device_kind}, up to {_workers(options)} at a time on each"
+
+    def prepare(self, points: Group, starmap: Callable) -> None:
         """Make all examples, by `starmap`."""
-        for _, trial in sweep.trials():
+        for _, trial in points:
             self._sources.of(trial, starmap)
 
     def train(self, progress: Progress, name: str, options: SweepOptions) -> None:
         """Train groups on the devices of this process until none is left."""
         devices = jax.local_devices()
-        workers = options.workers or WORKERS_BY_PLATFORM.get(devices[0].platform, 1)
         facts = rows.facts_of(name, options.command)
         examples = [DeviceExamples(device, self._sources) for device in devices]
         train_group = functools.partial(_train_group, progress, facts, options)
-        work_off(progress, [functools.partial(train_group, found) for found in examples for _ in range(workers)])
+        trainers = [functools.partial(train_group, found) for found in examples for _ in range(_workers(options))]
+        work_off(progress, trainers, parallel=len(devices))
+
+
+def _workers(options: SweepOptions) -> int:
+    return options.workers or WORKERS_BY_PLATFORM.get(jax.local_devices()[0].platform, 1)
+
+
+def _by_signature(points: Group) -> list[Group]:
+    found: dict[str, Group] = {}
+    for point, trial in points:
+        found.setdefault(trial.signature, []).append((point, trial))
+    return list(found.values())
+
+
+def _check_trial(trial: Trial) -> None:
+    segments = (*trial.data.resolved.train, *trial.data.resolved.test)
+    check_pass(trial, trial.steps, max(segment.seq_len for segment in segments))
 
 
 def _flops(group: Group) -> float:
     """Return about how much a group computes."""
     trial = group[0][1]
-    model = nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0)))
+    model = abstract_model(trial.model)
     tokens = sum(x.num_examples * x.seq_len for x in trial.data.resolved.train) * trial.epochs
     return len(group) * tokens * model.flops_per_token(max(x.seq_len for x in trial.data.resolved.train))
 

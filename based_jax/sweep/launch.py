@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import multiprocessing
-import multiprocessing.pool
 import os
 import shlex
 import shutil
@@ -12,12 +10,24 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from based_jax.errors import UserError
 from based_jax.store import Store
+from based_jax.sweep.checks import reason
+from based_jax.sweep.claims import Claims
 from based_jax.sweep.lane_engine import LaneEngine
+from based_jax.sweep.processes import FORK_CONTEXT, checked_apart, forked_pool
 from based_jax.sweep.runs import RunEngine
-from based_jax.sweep.schedule import Engine, Progress, SweepOptions, Todo
+from based_jax.sweep.schedule import (
+    SECONDS_BETWEEN_SIGNALS,
+    Engine,
+    Progress,
+    SweepFailedError,
+    SweepOptions,
+    Todo,
+    unfinished,
+)
 from based_jax.sweep.trial import Sweep, Trial, load_sweep
 from based_jax.train.run import RunConfig, TrainConfig
 
@@ -30,25 +40,29 @@ def run_sweep(
 ) -> int:
     """Train every point that the store has no row of on the devices of this process; return how many were trained.
 
-    A group that fails is reported and leaves the others alone; its points have no row and are tried again next time.
+    Other commands may fill the same store: each group is trained by one of them, and this returns when all points have
+    rows. A group that fails is reported and leaves the others alone; its points have no row and are tried again next
+    time.
 
     Raises:
-      UserError: a point is impossible; nothing has been trained then.
-      RuntimeError: groups have failed, after all others have been trained.
+      UserError: a point is impossible, or the store cannot be written; nothing has been trained then.
+      StoreError: a row cannot be written.
+      SweepFailedError: groups have failed, after all others have been trained.
     """
     engine = ENGINES[sweep.config_class]()
-    progress = Progress(Todo(functools.partial(engine.groups, sweep), store, options.part), store, report)
-    engine.train(progress, name, options)
+    if left := _left(sweep, store, report):
+        engine.check(left)
+    todo = Todo(engine.groups(sweep), store, options.part)
+    _tell(todo, options, report, lambda: engine.place(options))
+    progress = Progress(todo, store, report)
+    if todo.groups:
+        engine.train(progress, name, options)
+        _tell_end(sweep, store, report)
     return progress.count
 
 
 def local(spec: str, store: str, options: SweepOptions) -> int:
-    """Run a sweep on the devices of this process; return how many points were trained.
-
-    Raises:
-      UserError: a point is impossible; nothing has been trained then.
-      RuntimeError: groups have failed, after all others have been trained.
-    """
+    """Run a sweep on the devices of this process; return how many points were trained; errors as of `run_sweep`."""
     return run_sweep(load_sweep(spec), Store(store), name_of(spec), options, print_at_once)
 
 
@@ -59,57 +73,95 @@ def in_processes(spec: str, store: str, options: SweepOptions, *, processes: int
     process has one group under way, unless the options say otherwise, and takes the next one when it is done.
 
     Raises:
-      UserError: a point is impossible.
-      RuntimeError: a process has failed, after all others have ended.
+      UserError, StoreError: as `run_sweep`.
+      SweepFailedError: a process has failed, after all others have ended.
     """
-    gpus, fork, sweep = visible_gpus(), multiprocessing.get_context("fork"), load_sweep(spec)
+    gpus, sweep, rows = visible_gpus(), load_sweep(spec), Store(store)
     engine = ENGINES[sweep.config_class]()
-    todo = Todo(functools.partial(engine.groups, sweep), Store(store), options.part)
-    with forked_pool(processes) as pool:
-        engine.prepare(sweep, pool.starmap)
-    threads = min(options.compiler_threads, max(2, (os.cpu_count() or 1) // processes))
-    options = dataclasses.replace(options, compiler_threads=threads, workers=options.workers or 1)
-    children = []
-    for i in range(processes):
-        gpu = gpus[i % len(gpus)] if gpus else None
-        children.append(fork.Process(target=_work, args=(engine, todo, store, name_of(spec), options, gpu)))
+    left = _left(sweep, rows, print_at_once)
+    if left:
+        checked_apart(FORK_CONTEXT, engine.check, left)  # the devices are for the processes
+    todo = Todo(engine.groups(sweep), rows, options.part)
+    places = [gpus[i % len(gpus)] if gpus else None for i in range(processes)]
+    on = f"on {len(set(places))} GPUs" if gpus else "without a GPU"
+    _tell(todo, options, print_at_once, lambda: f"in {processes} processes {on}")
+    if todo.groups:
+        with forked_pool(processes) as pool:
+            engine.prepare(left, pool.starmap)
+        threads = min(options.compiler_threads, max(2, (os.cpu_count() or 1) // processes))
+        options = dataclasses.replace(options, compiler_threads=threads, workers=options.workers or 1)
+        todo.sharers = len(set(places)) if sweep.config_class is Trial else processes
+        _run_in_processes(rows, [(engine, todo, store, name_of(spec), options, gpu) for gpu in places])
+        _tell_end(sweep, rows, print_at_once)
+
+
+def _run_in_processes(store: Store, calls: list[tuple]) -> None:
+    """Call `_work` in forked processes, and leave none of them nor of their claims when interrupted."""
+    told = FORK_CONTEXT.SimpleQueue()
+    children = [FORK_CONTEXT.Process(target=_work, args=(told.put, *call)) for call in calls]
     try:
         for process in children:
             process.start()
-        for process in children:
-            process.join()
-    except BaseException:
-        for process in children:
-            process.kill()  # rows are on the disk
-        raise
-    if failed := sum(bool(process.exitcode) for process in children):
-        raise RuntimeError(f"{failed} of {processes} processes have failed.")
-
-
-def forked_pool(processes: int) -> multiprocessing.pool.Pool:
-    """Return forked processes that SIGTERM, a pool's end, ends at once.
-
-    As an exception of Python, which the command makes of it, it can come right before a wait and is then never seen.
-    One that comes before a process is ready for it waits until then.
-    """
-    fork = multiprocessing.get_context("fork")
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        return fork.Pool(processes, _end_at_once)
+        while any(process.is_alive() for process in children):  # in short waits: see `work_off`
+            for process in children:
+                process.join(SECONDS_BETWEEN_SIGNALS)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for process in children:
+            if process.is_alive():
+                process.kill()  # rows are on the disk
+        for process in children:
+            if process.pid is not None:
+                process.join()
+        Claims(store).clear()
+    if failed := sum(bool(process.exitcode) for process in children):
+        error, text = (SweepFailedError, "") if told.empty() else told.get()
+        if issubclass(error, UserError):
+            raise error(text)
+        raise SweepFailedError(f"{failed} of {len(children)} processes have failed{text and ': '}{text or '.'}")
 
 
-def _end_at_once() -> None:
-    """Let SIGTERM end this process."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+def _left(sweep: Sweep, store: Store, report: Callable[[str], None]) -> list[tuple[Any, RunConfig]]:
+    """Return the points that have no row, after a word on those that are given twice and a look at the store."""
+    points = sweep.trials()
+    if twice := len(sweep.points) - len(points):
+        report(f"{twice} of {len(sweep.points)} points come to the same config as another one, and are trained once.")
+    store.check_writable()
+    return unfinished(sweep, store)
 
 
-def _work(engine: Engine, todo: Todo, store: str, name: str, options: SweepOptions, gpu: str | None) -> None:
+def _tell(todo: Todo, options: SweepOptions, report: Callable[[str], None], place: Callable[[], str]) -> None:
+    """Say what is there and what is to be done."""
+    part, parts = options.part
+    of = f" of part {part}/{parts}" if parts > 1 else ""
+    left = f"; {todo.total} are left, in {len(todo.groups)} groups, {place()}" if todo.groups else ""
+    report(f"{todo.finished} of {todo.finished + todo.total} points{of} have rows{left}.")
+
+
+def _tell_end(sweep: Sweep, store: Store, report: Callable[[str], None]) -> None:
+    """Say after training what the store has."""
+    points = sweep.trials()
+    report(f"{len(points) - len(unfinished(sweep, store))} of {len(points)} points have rows.")
+
+
+def _work(
+    tell: Callable[[tuple[type[Exception], str]], None],
+    engine: Engine,
+    todo: Todo,
+    store: str,
+    name: str,
+    options: SweepOptions,
+    gpu: str | None,
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends this one
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    engine.train(Progress(todo, Store(store), print_at_once), name, options)
+    try:
+        engine.train(Progress(todo, Store(store), print_at_once), name, options)
+    except (UserError, SweepFailedError) as error:
+        tell((type(error), str(error)))
+        sys.exit(1)
+    except KeyboardInterrupt:  # a scheduler asks all processes
+        os._exit(130)
 
 
 def visible_gpus() -> list[str]:
@@ -137,30 +189,42 @@ def on_ray(spec: str, store: str, options: SweepOptions, *, tasks: int) -> int:
         import ray  # optional
     except ImportError:
         raise UserError("--launcher=ray needs Ray; install based-jax[ray].") from None
-    load_sweep(spec)  # what is impossible is refused before anything is started
+    _left(load_sweep(spec), Store(store), print_at_once)  # what is impossible is refused before anything is started
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True)
+        address = os.environ.get("RAY_ADDRESS")
+        try:
+            ray.init(address=address, log_to_driver=True)
+        except ConnectionError as error:
+            raise UserError(f"There is no Ray cluster at '{address}', of RAY_ADDRESS: {reason(error)}") from error
     remote = ray.remote(num_cpus=1, num_gpus=int("GPU" in ray.cluster_resources()))(local)
     store, spec = os.path.abspath(store), _absolute(spec)
     parts = [dataclasses.replace(options, part=(i, tasks)) for i in range(tasks)]
-    return sum(ray.get([remote.remote(spec, store, part) for part in parts]))
+    try:
+        return sum(ray.get([remote.remote(spec, store, part) for part in parts]))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
 
 
 def on_slurm(spec: str, store: str, options: SweepOptions, *, tasks: int, script: str | None) -> int:
     """Write an array job of `tasks` parts, and submit it unless a path for the script is given; return 0.
 
     Raises:
-      UserError: a point is impossible, or there is no sbatch to submit with.
+      UserError: a point is impossible, the store or the script cannot be written, or sbatch is not there or refuses.
     """
-    load_sweep(spec)
+    _left(load_sweep(spec), Store(store), print_at_once)
     text = job(_absolute(spec), os.path.abspath(store), options, tasks)
     if script:
-        Path(script).write_text(text)
+        try:
+            Path(script).write_text(text)
+        except OSError as error:
+            raise UserError(f"--script='{script}' cannot be written: {error.strerror}.") from error
         print(f"Submit it with: sbatch {script}")
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("--launcher=slurm needs sbatch on the PATH; with --script=FILE the job is written instead.")
-    subprocess.run(["sbatch"], input=text, text=True, check=True)
+    done = subprocess.run(["sbatch"], input=text, text=True, stderr=subprocess.PIPE)
+    if done.returncode:
+        raise UserError(f"sbatch refuses the job: {' '.join(done.stderr.split()).rstrip('.')}.")
     return 0
 
 

@@ -1,10 +1,16 @@
 """Spaces of points: a point is a flat dict from dotted config keys to values, a space a list of points."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from ml_collections import ConfigDict
+
 from based_jax.errors import UserError
+
+MAX_CHARACTERS_SHOWN = 200
 
 Point = dict[str, Any]
 Space = list[Point]
@@ -34,6 +40,39 @@ def zipped(*spaces: Space) -> Space:
     if len(set(lengths)) > 1:
         raise UserError(f"zipped takes spaces of one length, not of {', '.join(map(str, lengths))}.")
     return [_merged(points) for points in zip(*spaces, strict=True)]
+
+
+def checked_point(point: Any) -> Point:
+    """Return a point with its arrays and numbers of numpy as lists and numbers of Python.
+
+    Raises:
+      UserError: it is no dict from config keys to values that JSON can hold, or a section comes after a key inside it.
+    """
+    if not isinstance(point, Mapping) or not all(key and isinstance(key, str) for key in point):
+        raise UserError(f"A point of a sweep is {shown(point)}; it is a dict from config keys to values.")
+    for first, second in itertools.combinations(point, 2):
+        if first.startswith(f"{second}."):
+            raise UserError(f"Config key '{first}' of a point is overwritten by its '{second}'; set it in one of them.")
+    values = {key: _plain(value) for key, value in point.items()}
+    try:
+        json.dumps(values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"A point of a sweep is {shown(point)}, which JSON cannot hold: {error}.") from None
+    return values
+
+
+def shown(value: Any) -> str:
+    """Return a value in one line of print that is not too long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= MAX_CHARACTERS_SHOWN else f"{text[:MAX_CHARACTERS_SHOWN]}..."
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping | ConfigDict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(_plain, value)] if isinstance(value, list) else (*map(_plain, value),)
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _merged(points: Sequence[Point]) -> Point:

@@ -1,19 +1,23 @@
-"""Rows of a store: what a trained point has come to, and what made it."""
+"""Rows of a store: what a trained point has come to, and what made it.
+
+A point that diverged has "status": "diverged", an "accuracy" of None and no "segments": it has come to nothing, which
+is not the accuracy 0. Numbers that are not finite are None, which JSON can hold.
+"""
 
 import importlib.metadata
 import itertools
+import math
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 
 from based_jax import config as configs
 from based_jax.nn import names
 from based_jax.nn.accounting import ELEMENT_BYTES
-from based_jax.nn.lm import LM
+from based_jax.sweep.checks import abstract_model
 from based_jax.sweep.lane_training import Outcome
 from based_jax.sweep.points import Point
 from based_jax.sweep.trial import Trial
@@ -22,12 +26,13 @@ from based_jax.train.run import RunConfig, TrainConfig
 
 def lane_row(point: Point, trial: Trial, outcome: Outcome) -> dict[str, Any]:
     """Return the row of a point that was trained as a lane, without what `facts_of` adds."""
+    diverged = outcome.status == "diverged"
     return _point_and_size(point, trial) | {
         "status": outcome.status,
-        "accuracy": outcome.curve[-1],
-        "segments": outcome.segments,
-        "curve": [round(x, 6) for x in outcome.curve],
-        "losses": [round(x, 6) for x in outcome.losses],
+        "accuracy": None if diverged else outcome.curve[-1],
+        "segments": {} if diverged else outcome.segments,
+        "curve": [_written(x) for x in outcome.curve],
+        "losses": [_written(x) for x in outcome.losses],
         "steps": outcome.steps,
         "seconds": round(outcome.seconds, 3),
         "compile_seconds": round(outcome.compile_seconds, 3),
@@ -53,8 +58,12 @@ def run_row(point: Point, config: TrainConfig, results: Mapping[str, float] | No
     }
 
 
+def _written(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
+
+
 def _point_and_size(point: Point, config: RunConfig) -> dict[str, Any]:
-    model = nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(0)))
+    model = abstract_model(config.model)
     elements = model.state_size(config.data.longest_test)
     return {
         "id": config.id,
@@ -97,7 +106,8 @@ def describe(config: RunConfig) -> str:
 
 def lane_line(point: Point, trial: Trial, outcome: Outcome) -> str:
     """Return what a lane has come to, in one line of print."""
-    ended = f"{outcome.curve[-1]:.3f}, {outcome.status} after {len(outcome.curve)} epochs, {outcome.seconds:.1f} s"
+    value = "" if outcome.status == "diverged" else f"{outcome.curve[-1]:.3f}, "
+    ended = f"{value}{outcome.status} after {len(outcome.curve)} epochs, {outcome.seconds:.1f} s"
     return f"{_told(point, trial)}: {ended}"
 
 

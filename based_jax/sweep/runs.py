@@ -18,18 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+from flax.traverse_util import flatten_dict
 
 from based_jax import config as configs
+from based_jax import parallel
+from based_jax.store import StoreError
 from based_jax.sweep import rows
+from based_jax.sweep.checks import check_groups, check_pass
 from based_jax.sweep.points import Point
+from based_jax.sweep.processes import SPAWN_CONTEXT, checked_apart, sent_by_process
 from based_jax.sweep.schedule import Group, Progress, SweepOptions, work_off
-from based_jax.sweep.trial import Sweep
+from based_jax.sweep.trial import TRACED_KEYS, Sweep
 from based_jax.train.loop import DivergedError, train
 from based_jax.train.run import TrainConfig
 
 LOG_FILE, LOCK_FILE = "log.txt", "lock"
 """Of a workdir: what its run printed, and held by it: one that is stopped saves first, and the next one waits."""
-SPAWN_CONTEXT = multiprocessing.get_context("spawn")  # a process that was forked cannot use a device
+RUN_PROCESS_NAME = "run of a sweep"
 
 
 class RunEngine:
@@ -39,39 +44,59 @@ class RunEngine:
         """Return each point alone, in their order."""
         return [[found] for found in sweep.trials()]
 
-    def prepare(self, sweep: Sweep, starmap: Callable) -> None:
+    def check(self, points: Group) -> None:
+        """Raise UserError if a run cannot be trained on the devices."""
+        checked_apart(SPAWN_CONTEXT, _check_runs, [(point, configs.to_dict(config)) for point, config in points])
+
+    def place(self, options: SweepOptions) -> str:
+        """Return where runs are trained, in words."""
+        return f"each a run in a process of its own, {options.workers or 1} at a time"
+
+    def prepare(self, points: Group, starmap: Callable) -> None:
         """Do nothing: what runs share, their data, is kept on the disk by the first one."""
 
     def train(self, progress: Progress, name: str, options: SweepOptions) -> None:
         """Train points until none is left, `options.workers` of them at a time, one by default."""
         train_point = functools.partial(_train_point, progress, name, options.command)
-        work_off(progress, [train_point] * (options.workers or 1))
+        number = options.workers or 1
+        try:
+            work_off(progress, [train_point] * number, parallel=number)
+        except StoreError:
+            _ask_runs_to_stop()
+            raise
+
+
+def _check_runs(points: list[tuple[Point, dict[str, Any]]]) -> None:
+    """Check what runs need before their first step, once for all that differ in traced values alone."""
+    found: dict[str, Group] = {}
+    for point, values in points:
+        flat = {key: value for key, value in flatten_dict(values, sep=".").items() if key not in TRACED_KEYS}
+        found.setdefault(configs.config_id(flat), []).append((point, configs.build(TrainConfig, values)))
+    check_groups(list(found.values()), _check_run)
+
+
+def _check_run(config: TrainConfig) -> None:
+    mesh = parallel.make_mesh(config.mesh)
+    parallel.check_batch_size(config.batch_size, mesh, config.microbatches)
+    check_pass(config, config.steps, config.data.longest_test, mesh)
+    config.data.open(config.batch_size, 0, 1)  # says what it has too little of; text is packed here, for all runs
+
+
+def _ask_runs_to_stop() -> None:
+    """Let the runs of this process save and stop, as a signal does."""
+    for process in multiprocessing.active_children():
+        if process.name == RUN_PROCESS_NAME:
+            process.terminate()
 
 
 def _train_point(progress: Progress, name: str, command: str, group: Group) -> None:
     [(point, config)] = group
     workdir = progress.store.path / "runs" / config.id
-    row = _sent_by_process(_train_and_send, point, configs.to_dict(config), workdir, name, command)
+    run = point, configs.to_dict(config), workdir, name, command
+    row = sent_by_process(SPAWN_CONTEXT, _train_and_send, *run, process_name=RUN_PROCESS_NAME)
+    if not isinstance(row, dict):
+        raise RuntimeError(row)
     progress.finish(row, rows.run_line(point, config, row))
-
-
-def _sent_by_process(target: Callable, *arguments: Any) -> dict[str, Any]:
-    """Return what a process sends.
-
-    Raises:
-      RuntimeError: it sends why it failed, or ends without a word.
-    """
-    receiver, sender = SPAWN_CONTEXT.Pipe(duplex=False)
-    process = SPAWN_CONTEXT.Process(target=target, args=(sender, *arguments))
-    process.start()
-    sender.close()  # the other end is the process's alone: its end is the end of the file
-    found = None
-    with contextlib.suppress(EOFError):
-        found = receiver.recv()
-    process.join()
-    if not isinstance(found, dict):
-        raise RuntimeError(found or f"the process ended with exit code {process.exitcode}")
-    return found
 
 
 def _train_and_send(

@@ -1,7 +1,6 @@
-"""What of a sweep is left to do: groups of points, each taken once by whoever asks first."""
+"""What of a sweep is left to do: groups of points, each claimed once by whoever asks first, on this host or another."""
 
 import dataclasses
-import functools
 import multiprocessing
 import threading
 import time
@@ -9,14 +8,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
-from based_jax.store import Store
+from based_jax.store import Store, StoreError
+from based_jax.sweep.claims import Claims
 from based_jax.sweep.lane_training import MAX_COMPILER_THREADS, MAX_LANES
 from based_jax.sweep.points import Point
 from based_jax.sweep.rows import describe
-from based_jax.sweep.trial import Sweep
+from based_jax.sweep.trial import Sweep, Trial
 
 Group = list[tuple[Point, Any]]
 """Points that train together, with their `Sweep.config_class`."""
+SECONDS_BETWEEN_LOOKS = 2.0
+"""At groups that others have claimed, when nothing else is left."""
+SECONDS_BETWEEN_SIGNALS = 0.5
+"""For which a signal may go unseen."""
+OPEN, TAKEN, CLOSED = range(3)
+"""States of a group: to be claimed, claimed by a process of this command, or done, or failed."""
+
+
+class SweepFailedError(RuntimeError):
+    """Groups, or processes, have failed, after all others have been trained."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +37,7 @@ class SweepOptions:
       max_lanes: trials trained together, at most.
       workers: threads that train groups on each device, or whole runs, at a time; None for what suits the engine.
       compiler_threads: programs that a group compiles at the same time.
-      part: (i, n) to take every n-th group from the i-th on (`Todo`).
+      part: (i, n) to take every n-th group from the i-th on (`part_of`).
       command: what the rows name as their command.
     """
 
@@ -41,37 +51,77 @@ class SweepOptions:
 class Todo:
     """The groups that have points without a row, each taken once, by whichever thread or process asks first.
 
-    Processes that are forked after share it. It makes no use of a device before groups are asked for.
+    Processes that are forked after share it.
+
+    Attributes:
+      groups: what is left of this part.
+      total, finished: points without a row, and with one, at the start.
+      sharers: processes of this command that train at the same time.
 
     Args:
-      all_groups: returns the groups of the whole sweep, the same and in the same order in every process.
+      groups: of the whole sweep, the same and in the same order in every process.
       store: of the rows.
       part: (i, n) to take every n-th group from the i-th on.
     """
 
-    def __init__(self, all_groups: Callable[[], list[Group]], store: Store, part: tuple[int, int] = (0, 1)):
-        self._all_groups, self._part, self._finished = all_groups, part, store.ids()
-        self._taken, self._done = (multiprocessing.Value("i", 0) for _ in range(2))
-
-    @functools.cached_property
-    def groups(self) -> list[Group]:
-        """All groups of this part."""
-        first, step = self._part
+    def __init__(self, groups: Sequence[Group], store: Store, part: tuple[int, int] = (0, 1)):
+        first, step = part
+        finished = store.ids()
         # Cut before anything is left out: parts that start at different times find different rows in the store.
-        mine = self._all_groups()[first::step]
-        return [left for group in mine if (left := [x for x in group if x[1].id not in self._finished])]
+        mine = groups[first::step]
+        self.groups = [left for group in mine if (left := _without(group, finished))]
+        self.total = sum(map(len, self.groups))
+        self.finished = sum(map(len, mine)) - self.total
+        self.sharers = 1
+        self._store = store
+        self._places = {claim_name(group): place for place, group in enumerate(self.groups)}
+        # Without a lock, which a killed process would keep: who writes a group's state has its claim.
+        self._states = multiprocessing.RawArray("b", [OPEN] * len(self.groups) or [CLOSED])
+        self._done = multiprocessing.Value("i", 0)
 
-    def take(self) -> Group | None:
-        """Return the first group that nobody has taken, or None."""
-        with self._taken:
-            place, self._taken.value = self._taken.value, self._taken.value + 1
-        return self.groups[place] if place < len(self.groups) else None
+    @property
+    def is_open(self) -> bool:
+        """Whether a group is left that this command has neither trained nor under way."""
+        return OPEN in list(self._states)
 
-    def count(self) -> int:
-        """Count a point that is done; return how many are, in all processes."""
+    def take(self, claims: Claims) -> Group | None:
+        """Claim the first group that can be had, and return its points without a row; None if there is none now.
+
+        Whoever had a claim has written its rows before giving it back, so rows are looked for after it was obtained.
+        """
+        for place, group in enumerate(self.groups):
+            if self._states[place] == OPEN and claims.take(claim_name(group)):
+                was_open, self._states[place] = self._states[place] == OPEN, TAKEN
+                left = _without(group, self._store.ids()) if was_open else []
+                self.count(len(group) - len(left) if was_open else 0)
+                if left:
+                    return left
+                self._close(place, claims)
+        return None
+
+    def give_back(self, group: Group, claims: Claims) -> None:
+        """End the claim of a group that has been trained, or that failed."""
+        self._close(self._places[claim_name(group)], claims)
+
+    def count(self, number: int = 1) -> int:
+        """Count points that are done; return how many are, whoever has trained them."""
         with self._done:
-            self._done.value += 1
+            self._done.value += number
             return self._done.value
+
+    def _close(self, place: int, claims: Claims) -> None:
+        self._states[place] = CLOSED
+        claims.give_back(claim_name(self.groups[place]))
+
+
+def claim_name(group: Group) -> str:
+    """Return the same for any two groups, of whatever sweeps, that may share a point."""
+    config = group[0][1]
+    return config.signature if isinstance(config, Trial) else config.id
+
+
+def _without(group: Group, finished: set[str]) -> Group:
+    return [found for found in group if found[1].id not in finished]
 
 
 class Engine(Protocol):
@@ -81,7 +131,15 @@ class Engine(Protocol):
         """Return all points in groups, the same in every process."""
         ...
 
-    def prepare(self, sweep: Sweep, starmap: Callable) -> None:
+    def check(self, points: Group) -> None:
+        """Raise UserError if a point cannot be trained here; it may make use of the devices."""
+        ...
+
+    def place(self, options: SweepOptions) -> str:
+        """Return where groups are trained in this process, in words."""
+        ...
+
+    def prepare(self, points: Group, starmap: Callable) -> None:
         """Make what all processes share that are forked after, by `starmap`."""
         ...
 
@@ -91,22 +149,44 @@ class Engine(Protocol):
 
 
 class Progress:
-    """Keeps the rows of what is done, counts it and what failed, says so, and knows whether to go on."""
+    """What a process does for a sweep: claims, keeps the rows of what is done, says so, and knows whether to go on."""
 
     def __init__(self, todo: Todo, store: Store, report: Callable[[str], None]):
-        self.todo, self.store = todo, store
+        self.todo, self.store, self.claims = todo, store, Claims(store)
         self.count, self.stopped = 0, False
+        self.parallel = todo.sharers
         self.errors: list[str] = []
         self._report, self._lock = report, threading.Lock()
-        self._total, self._begin = sum(map(len, todo.groups)), time.perf_counter()
+        self._seconds, self._begin, self._has_waited = 0.0, time.perf_counter(), False
+
+    def groups(self) -> Iterator[Group]:
+        """Yield groups to train until none is left, waiting for those that others have claimed.
+
+        What they finish needs no training any more; what they leave behind is taken over.
+        """
+        looks = 0
+        while not self.stopped:
+            if group := self.todo.take(self.claims):
+                try:
+                    yield group
+                finally:
+                    self.todo.give_back(group, self.claims)
+            elif self.todo.is_open:
+                looks += 1
+                self._wait(looks)
+            else:
+                return
 
     def finish(self, row: Mapping[str, Any], text: str) -> None:
-        """Store the row of a point, then count and report it."""
+        """Store the row of a point, then count and report it; after `stop` the point is no longer this process's."""
         with self._lock:
+            if self.stopped:
+                return
             self.store.append(row)
             self.count += 1
-            spent = time.perf_counter() - self._begin
-            self._report(f"[{self.todo.count()}/{self._total}, {spent:.0f} s] {text}")
+            self._seconds += row["seconds"]
+            done, spent = self.todo.count(), time.perf_counter() - self._begin
+            self._report(f"[{done}/{self.todo.total}, {spent:.0f} s{self._time_left(self.todo.total - done)}] {text}")
 
     def fail(self, text: str) -> None:
         """Note and report a group that failed."""
@@ -114,38 +194,67 @@ class Progress:
             self.errors.append(text)
             self._report(f"FAILED {text}")
 
+    def stop(self) -> None:
+        """Train no further group, and store no further row."""
+        with self._lock:
+            self.stopped = True
 
-def work_off(progress: Progress, trainers: Sequence[Callable[[Group], None]]) -> None:
+    def _time_left(self, points: int) -> str:
+        """Return about how long so many points take to train, in words: a row's seconds are those without compiling."""
+        return f", about {points * self._seconds / self.count / self.parallel:.0f} s left" if points > 0 else ""
+
+    def _wait(self, looks: int) -> None:
+        with self._lock:
+            # At the first look a claim may be of this command, and about to be told as such.
+            if looks == 2 and not self._has_waited:
+                self._has_waited = True
+                self._report("All that is left is claimed by other commands on this store; waiting for them.")
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def work_off(progress: Progress, trainers: Sequence[Callable[[Group], None]], parallel: int = 1) -> None:
     """Let each trainer, in a thread of its own, train groups until none is left.
 
     A group that fails is reported and leaves the others alone; its points have no row and are tried again next time.
 
+    Args:
+      progress: of this process; its claims end here.
+      trainers: one for each thread.
+      parallel: groups whose seconds pass at the same time.
+
     Raises:
-      RuntimeError: groups have failed, after all others have been trained.
+      StoreError: a row or a claim cannot be written; nothing goes on then.
+      SweepFailedError: groups have failed, after all others have been trained.
     """
+    progress.parallel = parallel * progress.todo.sharers
     pool = futures.ThreadPoolExecutor(len(trainers))
-    try:
-        for job in futures.as_completed([pool.submit(_train_groups, progress, train) for train in trainers]):
-            job.result()
-    except BaseException:  # interrupted: what is under way ends as soon as it can
-        progress.stopped = True
-        raise
-    finally:
-        pool.shutdown(wait=not progress.stopped, cancel_futures=True)
+    with progress.claims:
+        try:
+            jobs = {pool.submit(_train_groups, progress, train) for train in trainers}
+            while jobs:  # in short waits: a signal that comes right before one is seen after it
+                done, jobs = futures.wait(jobs, SECONDS_BETWEEN_SIGNALS, futures.FIRST_COMPLETED)
+                for job in done:
+                    job.result()
+        except BaseException:  # interrupted: what is under way ends as soon as it can
+            progress.stop()
+            raise
+        finally:
+            pool.shutdown(wait=not progress.stopped, cancel_futures=True)
     if progress.errors:
         failed, number = len(progress.errors), len(progress.todo.groups)
-        raise RuntimeError(f"{failed} of {number} groups failed: {progress.errors[0]}")
+        raise SweepFailedError(f"{failed} of {number} groups failed: {progress.errors[0]}")
 
 
 def _train_groups(progress: Progress, train: Callable[[Group], None]) -> None:
-    while not progress.stopped and (group := progress.todo.take()):
+    for group in progress.groups():
         try:
             train(group)
+        except StoreError:  # there is no place for any other group's rows either
+            raise
         except Exception as error:  # the other groups are still worth their time
             progress.fail(f"{describe(group[0][1])}: {type(error).__name__}: {str(error)[:500]}")
 
 
-def unfinished(sweep: Sweep, store: Store) -> Iterator[Point]:
-    """Yield the points that have no row."""
-    finished = store.ids()
-    return (point for point, trial in sweep.trials() if trial.id not in finished)
+def unfinished(sweep: Sweep, store: Store) -> list[tuple[Point, Any]]:
+    """Return the points that have no row, with their configs."""
+    return _without(sweep.trials(), store.ids())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from based_jax import config as configs
 from based_jax.errors import UserError
-from based_jax.sweep.points import Point
+from based_jax.sweep.checks import impossible
+from based_jax.sweep.points import Point, checked_point, shown
 from based_jax.train.run import RunConfig, TrainConfig
 from based_jax.train.tasks import SyntheticTask
 
@@ -31,6 +32,7 @@ class Trial(RunConfig):
     """
 
     counts = ("epochs", "batch_size")
+    max_seed = 2**32 - 1  # lanes hold them as an array
 
     data: SyntheticTask
     epochs: int = 1
@@ -65,34 +67,72 @@ class Sweep:
     """A base config and the points that override it: trials in epochs, or whole runs in steps.
 
     Whole runs are `TrainConfig`s, as of the command `train`: a base that has "steps" or whose data is text is of them.
+
+    Raises:
+      UserError: the base is no mapping, or the points are not flat dicts.
     """
 
     base: Mapping[str, Any] | ConfigDict
     points: list[Point]
 
+    def __post_init__(self):
+        if not isinstance(self.base, Mapping | ConfigDict):
+            raise UserError(f"The base of a sweep is {shown(self.base)}; it is a mapping, as of a config file.")
+        if isinstance(self.points, Mapping | str) or not isinstance(self.points, Iterable):
+            raise UserError(f"The points of a sweep are {shown(self.points)}; they are a list of dicts.")
+        object.__setattr__(self, "points", [checked_point(point) for point in self.points])
+
     @property
     def config_class(self) -> type[RunConfig]:
         """What a point is: `Trial` or `TrainConfig`."""
-        of_runs = "steps" in self.base or self.base.get("data", {}).get("kind") == "text"
-        return TrainConfig if of_runs else Trial
+        data = self.base.get("data")
+        kind = data.get("kind") if isinstance(data, Mapping | ConfigDict) else None
+        return TrainConfig if "steps" in self.base or kind == "text" else Trial
 
-    def trials(self) -> Iterator[tuple[Point, Any]]:
-        """Yield every point with its `config_class`, each config once.
+    def trials(self) -> list[tuple[Point, Any]]:
+        """Return every point with its `config_class`, each config once.
 
         Raises:
-          UserError: a value of a point is impossible, or a key unknown.
+          UserError: there are no points, a value of a point is impossible, or a key unknown.
         """
-        seen = set()
+        return list(self._trials.values())
+
+    @functools.cached_property
+    def _trials(self) -> dict[str, tuple[Point, Any]]:
+        if not self.points:
+            raise UserError("The sweep has no points; give at least one, which may be {}.")
+        found: dict[str, tuple[Point, Any]] = {}
+        wrong = []
         for point in self.points:
-            trial = configs.build(self.config_class, configs.overridden(self.base, point))
-            if trial.id not in seen:
-                seen.add(trial.id)
-                yield point, trial
+            try:
+                config = self._config(point)
+            except UserError as error:
+                wrong.append((point, str(error)))
+            else:
+                found.setdefault(config.id, (point, config))
+        if wrong:
+            raise impossible(wrong, len(self.points))
+        return found
+
+    def _config(self, point: Point) -> RunConfig:
+        if self.config_class is Trial:
+            return make_trial(self.base, point)
+        return configs.build(TrainConfig, configs.overridden(self.base, point))
 
 
-def make_trial(base: Mapping[str, Any], point: Point) -> Trial:
-    """Return the trial of a point over a base config."""
-    return configs.build(Trial, configs.overridden(base, point))
+def make_trial(base: Mapping[str, Any] | ConfigDict, point: Point) -> Trial:
+    """Return the trial of a point over a base config.
+
+    The default warmup is made for long runs: where none is given and the default leaves no step after it, a tenth of
+    the steps warms up.
+    """
+    values = configs.overridden(base, point)
+    trial = configs.build(Trial, values)
+    optim = trial.optim
+    fits = optim.schedule != "warmup_cosine" or optim.t_initial is not None or optim.warmup_steps < trial.steps
+    if fits or "warmup_steps" in values.get("optim", {}):
+        return trial
+    return dataclasses.replace(trial, optim=dataclasses.replace(optim, warmup_steps=trial.steps // 10))
 
 
 def load_sweep(spec: str) -> Sweep:
@@ -103,5 +143,5 @@ def load_sweep(spec: str) -> Sweep:
     """
     sweep = configs.call_in_file(spec, "get_sweep")
     if not isinstance(sweep, Sweep):
-        raise UserError(f"Sweep '{spec}' is {sweep!r:.80}; get_sweep returns a Sweep.")
+        raise UserError(f"Sweep '{spec}' is {shown(sweep)}; get_sweep returns a Sweep.")
     return sweep

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from based_jax.nn.loss import loss_sums
 from based_jax.optim import adamw
 from based_jax.store import Store
 from based_jax.sweep import Sweep, lane_training, lanes, param, product
+from based_jax.sweep.claims import Claims
 from based_jax.sweep.lane_engine import LaneEngine, Sources
 from based_jax.sweep.lane_training import Resident, _LaneGroup
 from based_jax.sweep.lanes import PlacedExamples, Rates
@@ -202,13 +204,17 @@ def test_a_sweep_fills_the_store_once(tmp_path):
     assert [len(group) for group in LaneEngine().groups(sweep)] == [2, 2]
     said = []
     assert run_sweep(sweep, Store(tmp_path), "test", SweepOptions(command="here"), said.append) == 4
+    assert re.match(r"0 of 4 points have rows; 4 are left, in 2 groups, on \d+ x cpu, up to 1 at a time", said[0])
+    assert re.match(r"\[1/4, \d+ s, about \d+ s left\] ", said[1]) and re.match(r"\[4/4, \d+ s\] ", said[4])
+    assert said.pop() == "4 of 4 points have rows." and said.pop(0)
     rows = Store(tmp_path).rows()
     assert len(rows) == len(said) == 4 and {row["id"] for row in rows} == {trial.id for _, trial in sweep.trials()}
     row = rows[0]
     assert row["sweep"] == "test" and row["command"] == "here" and row["device"] and row["versions"]["jax"]
     assert row["config"]["model"]["layers"][0][1]["impl"] == "auto"  # the mixers' defaults are part of the config
     assert row["accuracy"] == row["curve"][-1] == row["segments"]["16x2"] and row["state_bytes"] > 0
-    assert run_sweep(sweep, Store(tmp_path), "test", SweepOptions(), said.append) == 0 and len(said) == 4
+    assert run_sweep(sweep, Store(tmp_path), "test", SweepOptions(), said.append) == 0
+    assert said[4:] == ["4 of 4 points have rows."]
     more = Sweep(BASE, [*sweep.points, {"seed": 9}])
     assert run_sweep(more, Store(tmp_path), "test", SweepOptions(), said.append) == 1
 
@@ -227,9 +233,9 @@ def test_a_group_is_taken_once(tmp_path):
     [_, second, last] = LaneEngine().groups(sweep)
     for _, trial in [last[0], *second]:
         store.append({"id": trial.id})
-    todo = Todo(functools.partial(LaneEngine().groups, sweep), store)
-    with futures.ThreadPoolExecutor(4) as pool:
-        taken = list(pool.map(lambda _: todo.take(), range(8)))
+    todo = Todo(LaneEngine().groups(sweep), store)
+    with futures.ThreadPoolExecutor(4) as pool, Claims(store) as claims:
+        taken = list(pool.map(lambda _: todo.take(claims), range(8)))
     left = [group for group in taken if group]
     assert sorted(map(len, left)) == [1, 2] and {group[0][1].model.d_model for group in left} == {8, 16}
     assert {todo.count(), todo.count()} == {1, 2}

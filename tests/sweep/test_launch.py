@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -156,10 +157,24 @@ def test_two_processes_share_a_sweep(file, tmp_path):
     assert sorted(re.findall(r"\[(\d)/4", said.stdout)) == list("1234")
 
 
+FAILING = """
+import sys
+from based_jax.__main__ import main
+from based_jax.sweep import lane_engine
+def fail(*_, **__):
+    raise MemoryError("no room")
+lane_engine.lane_training.train_lanes = fail
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_a_process_that_fails_is_told_after_the_others_have_ended(file, tmp_path):
-    (tmp_path / "store").write_text("not a folder")
-    said = in_two_processes(file, tmp_path / "store")
-    assert said.returncode != 0 and "2 of 2 processes have failed" in said.stderr
+    Path(file).write_text(SWEEP.replace("[8, 12]", "[8, 12, 16, 20, 24, 28]"))
+    words = ["sweep", "run", file, f"--store={tmp_path / 'store'}", "--processes=2"]
+    said = subprocess.run([sys.executable, "-c", FAILING, *words], capture_output=True, text=True, timeout=100)
+    assert said.returncode == 1 and said.stderr.startswith("Error: 2 of 2 processes have failed: ")
+    assert "groups failed: base_conv, D " in said.stderr and said.stderr.endswith("MemoryError: no room\n")
+    assert said.stdout.count("FAILED") == 6 and not (tmp_path / "store" / "claims").exists()
 
 
 @pytest.mark.parametrize("names, found", [("0,1", ["0", "1"]), ("", [])])

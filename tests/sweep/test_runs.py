@@ -76,7 +76,8 @@ def test_a_sweep_of_text_models_runs_lists_and_draws(sweep_file, tmp_path, capsy
         assert row["loss"] in [json.loads(line).get("eval/loss") for line in last]
     assert main(["sweep", "list", file, f"--store={store}"]) == 0
     assert "0 of 2 points have no row" in capsys.readouterr().out
-    assert main(["sweep", "run", file, f"--store={store}"]) == 0 and "[" not in capsys.readouterr().out
+    assert main(["sweep", "run", file, f"--store={store}"]) == 0
+    assert capsys.readouterr().out == "2 of 2 points have rows.\n"
     assert main(["sweep", "plot", f"--store={store}", f"--out={tmp_path / 'pictures'}"]) == 0
     assert "of 32 tokens" in (tmp_path / "pictures" / "frontier.svg").read_text()
 
@@ -105,10 +106,12 @@ def test_a_stopped_run_goes_on_from_where_it_was(sweep_file, tmp_path):
 
 
 def test_a_run_that_fails_leaves_the_others_alone_and_one_that_diverges_has_a_row(tmp_path):
-    points = [{"mesh": {"data": 64}}, {"optim.lr": 1e30, "steps": 4}, {}]
+    sweep = Sweep(RECALL, [{"seed": 1}, {"optim.lr": 1e30, "steps": 4}, {}])
     said, store = [], Store(tmp_path)
+    other = configs.build(TrainConfig, configs.overridden(RECALL, {"batch_size": 16}))
+    configs.save(other, store.path / "runs" / sweep.trials()[0][1].id)  # another run has the workdir of the first one
     with pytest.raises(RuntimeError, match="1 of 3 groups failed: base_conv, D 8, taps 3: RuntimeError: UserError"):
-        run_sweep(Sweep(RECALL, points), store, "test", SweepOptions(), said.append)
+        run_sweep(sweep, store, "test", SweepOptions(), said.append)
     assert {row["status"] for row in store.rows()} == {"diverged", "finished"} and len(store.rows()) == 2
     [diverged] = [row for row in store.rows() if row["status"] == "diverged"]
     assert diverged["accuracy"] is diverged["loss"] is None
