@@ -155,7 +155,7 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    from based_jax.folders import local_folder, make_folder
+    from based_jax.folders import local_folder
     from based_jax.pictures import figures, page
 
     draw = {"frontier": figures.frontier, "figure3": figures.figure3, "ablation": figures.ablation}
@@ -165,7 +165,6 @@ def _plot(args: argparse.Namespace) -> None:
     rows = [row for store in args.store for row in _rows(store)]
     if not rows:
         raise UserError(f"There are no rows in {', '.join(map(repr, args.store))}.")
-    make_folder(out)
     drawn = draw[args.picture](rows, out / args.picture)
     if args.picture == "frontier":
         drawn.append(page.write(rows, out / "frontier.html", title=args.title))

@@ -28,12 +28,13 @@ def groups_of_equal_size(points: Iterable[Configuration]) -> list[tuple[str, lis
     everything = set().union(*map(parts_of, found))
     whole = {(x.d_model, _sizes(x)): x for x in found if set(parts_of(x)) == everything}
     groups = [
-        (_title(x), [y for y in found if y.d_model == x.d_model and _sizes(y) <= _sizes(x)]) for x in whole.values()
+        (_title(x), [y for y in found if y.d_model == x.d_model and _sizes(y) <= _sizes(x)])
+        for x in sorted(whole.values(), key=lambda x: (x.d_model, x.state_bytes(convolution=True)))
     ]
     groups = [(title, group) for title, group in groups if len({parts_of(x) for x in group}) > 1]
     if not groups:
         raise UserError(_refusal(found, everything))
-    return sorted(groups, key=lambda group: (group[1][0].d_model, group[0]))
+    return groups
 
 
 def _refusal(found: Group, everything: set[str]) -> str:
@@ -41,9 +42,7 @@ def _refusal(found: Group, everything: set[str]) -> str:
     there = list(dict.fromkeys(f"{' + '.join(parts_of(x))} ({x.label})" for x in found))
     told = ", ".join(there[:TOLD_MODELS]) + f" and {len(there) - TOLD_MODELS} more" * (len(there) > TOLD_MODELS)
     parts = " + ".join(x for x in dict.fromkeys(PARTS.values()) if x in everything)
-    return (
-        f"An ablation compares a model of {parts} with models of fewer of these parts, of its sizes; there are {told}."
-    )
+    return f"An ablation compares a model of {parts} with those of fewer of its parts, at its sizes; there are {told}."
 
 
 def parts_of(point: Configuration) -> tuple[str, ...]:
