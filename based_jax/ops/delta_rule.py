@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BTH, Decay, MatrixStateCall
 from based_jax.ops.decays import LogDecays, as_dplr, empty_state, pair_weights
 from based_jax.ops.dispatch import Implementation, dispatch
@@ -34,6 +35,7 @@ from based_jax.ops.triton import dplr as triton_dplr
 CHUNK_TOKENS = 64
 
 
+@checked
 def delta_rule(
     q: BTHK,
     k: BTHK,
@@ -66,6 +68,7 @@ def delta_rule(
     return dispatch("delta_rule", IMPLEMENTATIONS, impl, call)
 
 
+@checked
 @jax.named_scope("delta_rule_step")
 def delta_rule_step(
     q: BHK, k: BHK, v: BHV, log_decay: Float[Array, "B H #K"], beta: Float[Array, "B H"], state: BHKV, **options: Any
@@ -75,6 +78,7 @@ def delta_rule_step(
     return dplr_step(*_operands(token), state, **options)
 
 
+@checked
 def dplr(
     q: BTHK,
     k: BTHK,
@@ -112,6 +116,7 @@ def dplr(
     return dispatch("dplr", DPLR_IMPLEMENTATIONS, impl, call)
 
 
+@checked
 @jax.named_scope("dplr_step")
 def dplr_step(
     q: BHK,

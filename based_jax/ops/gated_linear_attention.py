@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from based_jax import devices
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import HK, Decay, MatrixStateCall
 from based_jax.ops.decays import LogDecays, empty_state, pair_weights
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
@@ -30,6 +31,7 @@ from based_jax.ops.triton import gated_linear_attention as triton_gated_linear_a
 CHUNK_TOKENS = 64
 
 
+@checked
 def gated_linear_attention(
     q: BTHK,
     k: BTHK,
@@ -67,6 +69,7 @@ def gated_linear_attention(
     return dispatch("gated_linear_attention", IMPLEMENTATIONS, impl, call)
 
 
+@checked
 @jax.named_scope("gated_linear_attention_step")
 def gated_linear_attention_step(
     q: BHK,

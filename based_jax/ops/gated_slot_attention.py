@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHKM, BHMV, BTHM, SlotAttentionCall, SlotState
 from based_jax.ops.decays import LogDecays, weighted_sums
 from based_jax.ops.dispatch import Implementation, dispatch
@@ -29,6 +30,7 @@ def initial_state(batch: int, heads: int, key_dim: int, slots: int, value_dim: i
     )
 
 
+@checked
 def gated_slot_attention(
     q: BTHK,
     k: BTHK,
@@ -61,6 +63,7 @@ def gated_slot_attention(
     return dispatch("gated_slot_attention", IMPLEMENTATIONS, impl, call)
 
 
+@checked
 @jax.named_scope("gated_slot_attention_step")
 def gated_slot_attention_step(
     q: BHK, k: BHK, v: BHV, s: BHM, log_decay: BHM, state: SlotState, *, scale: float | None = 1.0
