@@ -94,14 +94,14 @@ def test_states_of_whole_models():
     model = language_model("hf_mamba_a", case.weights, False)
     _, _, end = prefill_then_step(model, case.inputs["ids"], case.meta["n_prefill"])
     for i, (cache,) in enumerate(end):
-        assert_close(jnp.moveaxis(cache.conv, 1, 2), case.outputs["conv_state"][i], FORWARD, f"conv {i}")
-        assert_close(cache.state, case.outputs["ssm_state"][i], FORWARD, f"state {i}")
+        assert_close(jnp.moveaxis(cache.state.conv, 1, 2), case.outputs["conv_state"][i], FORWARD, f"conv {i}")
+        assert_close(cache.state.memory, case.outputs["ssm_state"][i], FORWARD, f"state {i}")
 
     case = load("hf_rwkv4_lm_a")
     model = language_model("hf_rwkv4_lm_a", case.weights, False)
     _, _, end = prefill_then_step(model, case.inputs["ids"], case.meta["n_prefill"])
     for i, ((time,), (channel,)) in enumerate(zip(end[::2], end[1::2], strict=True)):
-        ours = {"ffn_x": channel, "att_x": time.shift, **time.state._asdict()}
+        ours = {"ffn_x": channel.state, "att_x": time.state.shift, **time.state.memory._asdict()}
         for name, value in ours.items():
             assert_close(value, case.outputs[f"state_{name}"][..., i], FORWARD, f"{name} {i}")
 

@@ -32,7 +32,7 @@ def program(marker):
 
 def run(command, folder):
     """Run a command with what it writes in this folder, on a text of its own: a run ends with all that is held out."""
-    arguments = shlex.split(command.replace("=runs", f"={folder}").replace(" runs/", f" {folder}/"))
+    arguments = shlex.split(re.sub(r"(?<=[= ])runs", str(folder), command))
     if arguments[0] == "train":
         arguments += ["--config.steps=2", "--config.optim.warmup_steps=1"]
         if "text" in command:
@@ -44,9 +44,9 @@ def run(command, folder):
 
 def test_the_commands_in_their_order(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    names = ["train", "train", "eval", "generate", "export", "describe", "sweep", "sweep"]
+    names = ["train", "train", "plot", "eval", "generate", "export", "describe", "sweep", "sweep"]
     assert [command.split()[0] for command in COMMANDS] == names
-    for command in COMMANDS[:6]:
+    for command in COMMANDS[:7]:
         run(command, tmp_path)
     names = {}
     exec(program("ocp.load").replace("runs/", f"{tmp_path}/"), names)
@@ -59,7 +59,7 @@ def test_the_commands_in_their_order(capsys, tmp_path, monkeypatch):
 
 def test_the_sweep_s_commands(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for command in COMMANDS[6:]:
+    for command in COMMANDS[7:]:
         run(command, tmp_path)
     assert "[4/4" in capsys.readouterr().out and (tmp_path / "pictures" / "frontier.html").exists()
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import re
 import sys
 import types
@@ -175,7 +174,6 @@ def _build[T](cls: type[T], mapping: Mapping | ConfigDict, where: str) -> T:
         return cls(**found)
 
 
-@functools.cache
 def _annotations(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 

@@ -142,13 +142,12 @@ def keys_of(cls: type, where: str = "", condition: str = "") -> Iterator[Key]:
         if typing.get_origin(kind) is Annotated:
             for choice, member in typing.get_args(kind)[1].items():
                 yield from keys_of(member, name, f"{name}.kind={choice}")
-        elif dataclasses.is_dataclass(kind):
+        elif _is_dataclass(kind):
             yield from keys_of(kind, name, condition)
         else:
-            for section in filter(dataclasses.is_dataclass, typing.get_args(kind)):
+            for section in filter(_is_dataclass, typing.get_args(kind)):
                 yield from keys_of(section, name, condition)
-            made = field.default_factory is not dataclasses.MISSING
-            default = field.default_factory() if made else field.default  # type: ignore[misc]
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             yield Key(name, kind, default, meanings.get(field.name, ""), condition)
 
 
@@ -180,6 +179,10 @@ def meant_key(key: str, names: Collection[str]) -> str | None:
 
 def _likeness(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _is_dataclass(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind)
 
 
 def _meanings(cls: type) -> dict[str, str]:

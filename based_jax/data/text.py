@@ -80,7 +80,7 @@ class TextSource:
         count = self._packed.count("train", "tokens")
         if count <= seq_len:
             raise UserError(
-                f"seq_len {seq_len} is longer than the data: '{self._corpus}' has {count} tokens to train on."
+                f"data.seq_len {seq_len} is longer than the data: '{self._corpus}' has {count} tokens to train on."
             )
         train, self._validation = (
             Windows(self._packed.stream(split), ids.end_of_text, seq_len, name=split) for split in SPLITS

@@ -73,7 +73,8 @@ def frontier_figure(
     for name, marker in sources.items():
         panel.axes.plot([], [], ls="", **marked(QUIET, marker), mfc="none", mew=0.75, label=name)
     _name_diverged(panel.axes, points)
-    sizes = [x.state_bytes(convolution=convolution) for x in (*points, *published)]
+    sizes = [x.state_bytes(convolution=convolution) for x in points]
+    sizes += [x.state_bytes(convolution=convolution) for x in published]
     byte_axis(panel.axes, sizes, COLUMN_INCHES - AXIS_INCHES)
     panel.axes.set_xlabel(_state_of(points, convolution=convolution))
     paper.add_legend(figure, panel.axes)

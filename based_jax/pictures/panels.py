@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,15 +40,17 @@ class AccuracyPanel:
 
     def span(self, place: float, low: float, high: float, colour: str) -> None:
         """Draw a range at a place."""
-        form = {"fmt": "none", "color": colour, "capsize": 1.5, "lw": 0.75, "capthick": 0.75}
-        self.axes.errorbar([place], [low], [[0], [high - low]], **form)
+        form: dict[str, Any] = {"fmt": "none", "color": colour, "capsize": 1.5, "lw": 0.75, "capthick": 0.75}
+        span = [[0.0], [high - low]]
+        self.axes.errorbar([place], [low], span, **form)
         if self.magnifier and high >= MAGNIFIED_FROM:
-            low, high = _capped((low, high))
-            self.magnifier.errorbar([place], [low], [[0], [high - low]], **form)
+            [low, high] = _capped((low, high))
+            span = [[0.0], [high - low]]
+            self.magnifier.errorbar([place], [low], span, **form)
 
     def diverged(self, places: Sequence[float], colour: str) -> None:
         """Mark, at the lower edge, places where nothing but divergence came out."""
-        edge = {"transform": self.axes.get_xaxis_transform(), "clip_on": False, "zorder": 5}
+        edge: dict[str, Any] = {"transform": self.axes.get_xaxis_transform(), "clip_on": False, "zorder": 5}
         if places:
             self.axes.plot(places, [0.0] * len(places), "x", color=colour, mew=1.2, **edge)
 
@@ -73,7 +75,8 @@ def accuracy_panels(
     for panel in panels:
         panel.axes.set(ylim=(-0.12 if diverged else -0.03, 1.03), yticks=np.linspace(0, 1, 6))
         if panel.magnifier:
-            _magnify(panel)
+            _magnify(panel.magnifier)
+            panel.axes.axhspan(MAGNIFIED_FROM, 1.03, color=MAGNIFIED_SHADE, lw=0, zorder=0)
     panels[0].axes.set_ylabel("accuracy")
     if panels[0].magnifier:
         panels[0].magnifier.set_ylabel("log of error")
@@ -91,18 +94,16 @@ def is_magnified(accuracies: Sequence[float]) -> bool:
     return any(MAGNIFIED_FROM < y < 1 - LEAST_ERROR for y in accuracies)
 
 
-def _magnify(panel: AccuracyPanel) -> None:
-    """Scale the upper axes by the logarithm of the error, and shade in the lower ones what they magnify."""
-    axes = panel.magnifier
+def _magnify(axes: Axes) -> None:
+    """Scale axes by the logarithm of the error, and shade them as what they magnify."""
     axes.set_yscale("function", functions=(lambda y: -np.log10(np.clip(1 - y, 1e-9, None)), lambda z: 1 - 10.0**-z))
     axes.set(ylim=(MAGNIFIED_FROM, 1 - 0.75 * LEAST_ERROR), facecolor=MAGNIFIED_SHADE)
     axes.set_yticks(list(MAGNIFIED_TICKS), list(MAGNIFIED_TICKS.values()))
     axes.tick_params(axis="x", length=0, labelbottom=False)
     axes.grid(color="white")
-    panel.axes.axhspan(MAGNIFIED_FROM, 1.03, color=MAGNIFIED_SHADE, lw=0, zorder=0)
 
 
-def _capped(accuracies: Sequence[float]) -> list[float]:
+def _capped(accuracies: Iterable[float]) -> list[float]:
     return [min(y, 1 - LEAST_ERROR) if y == y else y for y in accuracies]
 
 

@@ -44,8 +44,8 @@ def sheet(width: float, height: float, entries: Iterable[str] = (), notes: Itera
     engine = ConstrainedLayoutEngine(rect=panels, w_pad=MARGIN_INCHES, h_pad=MARGIN_INCHES, hspace=0, wspace=0)
     figure = Figure(figsize=(width, whole), layout=engine)
     if lines:
-        place = {"x": MARGIN_INCHES / width, "y": MARGIN_INCHES / whole}
-        text = figure.text(**place, s="\n".join(lines), color=styles.QUIET, va="bottom", linespacing=1.2)
+        place = MARGIN_INCHES / width, MARGIN_INCHES / whole
+        text = figure.text(*place, "\n".join(lines), color=styles.QUIET, va="bottom", linespacing=1.2)
         text.set_in_layout(False)
     return figure
 
@@ -54,7 +54,8 @@ def add_legend(figure: Figure, axes: Axes) -> None:
     """Name what these axes have labels for, right below the panels, in the room that `sheet` kept."""
     handles, names = axes.get_legend_handles_labels()
     columns = legend_columns(names, figure.get_figwidth() - 2 * MARGIN_INCHES)
-    top = figure.get_layout_engine().get()["rect"][1]
+    engine = figure.get_layout_engine()
+    top = engine.get()["rect"][1] if engine else 0.0
     legend = figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, top), ncols=columns)
     legend.set_in_layout(False)
 

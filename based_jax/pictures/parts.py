@@ -31,10 +31,10 @@ def groups_of_equal_size(points: Iterable[Configuration]) -> list[tuple[str, lis
         (_title(x), [y for y in found if y.d_model == x.d_model and _sizes(y) <= _sizes(x)])
         for x in sorted(whole.values(), key=lambda x: (x.d_model, x.state_bytes(convolution=True)))
     ]
-    groups = [(title, group) for title, group in groups if len({parts_of(x) for x in group}) > 1]
-    if not groups:
+    compared = [(title, group) for title, group in groups if len({parts_of(x) for x in group}) > 1]
+    if not compared and len({parts_of(x) for x in found}) > 1:
         raise UserError(_refusal(found, everything))
-    return groups
+    return compared or groups
 
 
 def _refusal(found: Group, everything: set[str]) -> str:

@@ -113,7 +113,7 @@ def _points(curve: Curve) -> dict[str, Any]:
 
 def _draw_curve(axes: Axes, key: str, curve: Curve, form: dict[str, Any]) -> None:
     """Draw a line, its points where they are few, and at the upper edge where it ceased to be finite."""
-    marker = {"marker": "o", "ms": 2} if len(curve.steps) <= FEW_POINTS else {}
+    marker: dict[str, Any] = {"marker": "o", "ms": 2} if len(curve.steps) <= FEW_POINTS else {}
     line = curve
     if key in NOISY and len(curve.steps) >= MANY_POINTS:
         pale = curve.thinned()
@@ -122,7 +122,7 @@ def _draw_curve(axes: Axes, key: str, curve: Curve, form: dict[str, Any]) -> Non
     line = line.thinned()
     axes.plot(line.steps, line.values, **form, **marker)
     if len(lost := curve.lost_from):
-        edge = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 5}
+        edge: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 5}
         axes.plot(lost, [1.0] * len(lost), "x", color=form["color"], **edge)
 
 

@@ -62,7 +62,7 @@ FAMILY_STYLES = {
 COLUMN_INCHES, PAGE_INCHES = 3.3, 6.9
 """The width of a column of a paper, and of its page."""
 TEXT_POINTS = 7
-PAPER: dict[str, Any] = {
+PAPER: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize"), TEXT_POINTS),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "figure.titlesize"), TEXT_POINTS),

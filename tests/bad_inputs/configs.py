@@ -8,6 +8,7 @@ from based_jax import config as configs
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import make_mixer
 from based_jax.optim import OptimConfig
+from based_jax.sweep.trial import make_trial
 from based_jax.train.checkpoint import CheckpointConfig
 from based_jax.train.run import TrainConfig
 from tests.bad_inputs.cases import Call, Command
@@ -197,6 +198,13 @@ CASES: tuple[Command | Call, ...] = (
     ),
     Call(
         "a config that holds itself", lambda folder: configs.overridden(holding_itself(), {}), "The config has no end"
+    ),
+    Call(
+        "a seed that lanes cannot hold",
+        lambda folder: make_trial(
+            {"model": {"layers": [["conv", {}]], "d_model": 8}, "data": {"kind": "mqar"}}, {"seed": 2**32}
+        ),
+        "seed is 4294967296; it is between 0 and 4294967295.",
     ),
     Call("a null byte", lambda folder: configs.load("a\0b"), "cannot be read: embedded null byte."),
     Call(

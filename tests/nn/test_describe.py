@@ -10,7 +10,7 @@ from based_jax.nn.mixers import MIXERS, make_mixer
 
 def test_each_mixer_has_a_row_that_its_arrays_confirm():
     rows = {row.mixer: row for row in describe(256, 64)}
-    assert list(rows) == list(MIXERS)
+    assert list(rows) == list(MIXERS) and not any(row.does_not_fit for row in rows.values())
     mixer = make_mixer("taylor", 256, rngs=nnx.Rngs(0))
     params = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)))
     assert rows["taylor"].params == params == 4 * 256**2
@@ -25,9 +25,6 @@ def make_mixer_flops(kind):
 
 
 def test_the_command_prints_the_table_with_why_a_mixer_does_not_fit(capsys):
-    assert main(["describe", "--d-model=512", "--seq-len=128"]) == 0
-    out = capsys.readouterr().out
-    assert all(f"{kind} " in out for kind in MIXERS)
     assert main(["describe", "--d-model=100", "--seq-len=16"]) == 0
     out = capsys.readouterr().out
     rows = {line.split()[0]: line for line in out.splitlines()[1 : len(MIXERS) + 1]}
