@@ -6,6 +6,8 @@ The names below are imported when they are first used, so that importing the pac
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"
+
 _EXPORTS = {
     "LM": "based_jax.nn.lm",
     "LMConfig": "based_jax.nn.lm",

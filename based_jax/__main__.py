@@ -1,54 +1,107 @@
-"""The command line: `python -m based_jax <command> --help`."""
+"""Based and the sequence mixers it is compared with: train, evaluate, generate, measure, sweep.
 
-import argparse
+examples:
+  python -m based_jax train --help
+  python -m based_jax train --config=configs/mqar_tiny.py:taylor_8 --workdir=runs/mqar
+  python -m based_jax describe --d-model=512
+"""
+
 import logging
+import os
+import select
 import sys
-from typing import NoReturn
 
-from based_jax.commands import bench, convert, describe, eval, generate, sweep, train
+from based_jax import __version__
+from based_jax.commands import bench, describe, eval, export, generate, plot, sweep, train
+from based_jax.commands.parser import MODULE_CALL, CommandParser, add_command, program_name
 from based_jax.errors import UserError
 
 COMMANDS = {
     "train": train,
     "eval": eval,
+    "plot": plot,
     "generate": generate,
-    "convert": convert,
+    "export": export,
     "describe": describe,
     "bench": bench,
     "sweep": sweep,
 }
+WRONG_INPUT, OUT_OF_MEMORY, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
+"""Exit codes; the last two are what shells report of a program that SIGINT or SIGPIPE ended."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return its exit code, or 2 after one sentence on what was wrong with the input."""
+    """Run one command; return its exit code, or another one after one sentence on what was wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("based_jax").setLevel(logging.INFO)
     try:
-        args, overrides = _parser().parse_known_args(argv)
-        if overrides and not getattr(args, "takes_overrides", False):
-            raise UserError(f"Unknown argument '{overrides[0]}' for '{args.command}'; see --help.")
-        args.overrides = overrides
-        return COMMANDS[args.command].run(args) or 0
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
-        return 2
+        return WRONG_INPUT
+    except KeyboardInterrupt as error:
+        print(str(error) or "Stopped by Ctrl-C.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return BROKEN_PIPE
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            "Error: There is not enough memory; lower 'batch_size' or the lengths of 'data', raise 'microbatches', or"
+            " set 'model.remat' to 'full'.",
+            file=sys.stderr,
+        )
+        return OUT_OF_MEMORY
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports wrong arguments as all other bad input: one sentence."""
+def _run(argv: list[str]) -> int:
+    parser = command_line()
+    if not argv:
+        parser.print_help(sys.stderr)
+        return WRONG_INPUT
+    if argv[0] == "help":
+        argv = [*argv[1:], "--help"]
+    args, overrides = parser.parse_known_args(argv)
+    if overrides and not getattr(args, "takes_overrides", False):
+        raise UserError(f"Unknown argument '{overrides[0]}' for '{args.command}'; see --help.")
+    args.overrides = overrides
+    return COMMANDS[args.command].run(args) or 0
 
-    def error(self, message: str) -> NoReturn:
-        """Raise what is wrong."""
-        raise UserError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m based_jax", description=__doc__, allow_abbrev=False)
+def command_line() -> CommandParser:
+    """Return the parser of all commands."""
+    description, _, examples = (__doc__ or "").partition("\n\n")
+    program = program_name()
+    parser = CommandParser(prog=program, description=description, epilog=examples.replace(MODULE_CALL, program))
+    parser.add_argument("--version", action="version", version=f"based_jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").strip()
-        module.add_arguments(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False))
+        module.add_arguments(add_command(commands, name, module.__doc__))
     return parser
+
+
+def _nobody_reads() -> bool:
+    """Return whether standard output is a pipe that was closed, and let what is left to print go nowhere."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # a notebook's, or a test's
+        return False
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return closed
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out, of the machine or, as XLA says it, of a device."""
+    return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
 
 
 if __name__ == "__main__":

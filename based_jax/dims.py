@@ -6,9 +6,9 @@ E expanded features · C chunk · N state dim of an SSM · F MLP hidden · W win
 A name carries a shape suffix (`q_BTHK`) where the rank or the order of dimensions changes, and nowhere else.
 """
 
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
-BT = Int[Array, "B T"]
+BT = Integer[Array, "B T"]
 BD = Float[Array, "B D"]
 BTD = Float[Array, "B T D"]
 BP = Int[Array, "B P"]  # distinct positions of each sequence
@@ -24,5 +24,5 @@ BHEV = Float[Array, "B H E _"]  # the last axis is V+1: values, then the normali
 BWD = Float[Array, "B W D"]
 WD = Float[Array, "W D"]
 BS_mask = Bool[Array, "B S"]
-Tokens = Int[Array, "B"]
+Tokens = Integer[Array, "B"]
 DropoutKey = Key[Array, ""]

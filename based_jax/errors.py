@@ -8,9 +8,11 @@ class UserError(ValueError):
     """Bad input: the message is one sentence that names the value and what is allowed."""
 
 
-def unknown(what: str, name: str, allowed: Iterable[str]) -> UserError:
-    """Return the error for `name` not being among `allowed`, with the nearest allowed name as a suggestion."""
-    allowed = sorted(allowed)
+def unknown(what: str, name: str, allowed: Iterable[str], meant: str | None = None) -> UserError:
+    """Return the error for `name` not being among `allowed`, with what was `meant` or the nearest allowed name."""
+    allowed = sorted(map(str, allowed))
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
+    if meant is None and near:
+        meant = f"'{near[0]}'"
+    hint = f"did you mean {meant}? " if meant else ""
     return UserError(f"Unknown {what} '{name}': {hint}Allowed: {', '.join(allowed)}.")

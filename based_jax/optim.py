@@ -3,23 +3,47 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import PurePosixPath
+from pathlib import PurePosixPath as PurePath
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from based_jax.config import check_types
 from based_jax.errors import UserError, unknown
 
 Schedule = Callable[[Any], jax.Array]
 Rate = float | jax.Array
 
-NO_DECAY: dict[str, tuple[str, ...]] = {
-    # HazyResearch/based, then what H3 and RWKV exempt: time steps, poles and decays
-    "reference": ("*bias", "embedding", "A_log", "D", "log_dt", "log_a_real", "a_imag", "time_decay", "time_first"),
-    "all": (),
+PARAMETER_GROUPS: dict[str, tuple[str, ...]] = {
+    "kernel": ("kernel",),
+    "short filter": ("conv_kernel",),
+    "long filter": ("taps", "pos_emb", "frequency"),
+    "embedding": ("embedding",),
+    "bias": ("bias", "conv_bias"),
+    "norm scale": ("scale",),
+    "decay": ("A_log", "dt_bias", "log_dt", "log_a_real", "a_imag", "time_decay"),
+    "bonus": ("time_first", "bonus"),
+    "skip": ("D",),
+    "long skip": ("skip", "shift_skip"),
+    "state matrix": ("b", "c", "shift_b", "shift_c"),
+    "token shift": ("mix", "shift_mix"),
+    "key gain": ("k_k", "k_a", "r_k"),
+    "feature map": ("maps",),
 }
+"""What a parameter is, by the end of its path: each pattern of `PurePath.match` in one group alone.
+
+A scale with a bias beside it is of a LayerNorm or GroupNorm, "centred norm scale"; RMSNorm has none.
+"""
+CENTRED_NORM_SCALE = "centred norm scale"
+NO_DECAY: dict[str, frozenset[str]] = {
+    # HazyResearch/based, with Mamba's and the delta rules' `_no_weight_decay`, then what H3 and RWKV exempt
+    "reference": frozenset({"embedding", "bias", CENTRED_NORM_SCALE, "decay", "bonus", "skip"}),
+    "kernels": frozenset({*PARAMETER_GROUPS, CENTRED_NORM_SCALE} - {"kernel", "short filter"}),
+    "all": frozenset(),
+}
+"""Which groups of parameters do not decay."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +55,9 @@ class OptimConfig:
       betas: decay of the first and the second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled decay; a step shrinks a decayed parameter by lr * weight_decay of itself.
-      decay: which parameters decay, a key of `NO_DECAY`.
+      decay: which parameters decay: those of "reference", HazyResearch/based, "kernels" alone, or "all".
       clip_norm: global norm that gradients are clipped to; None leaves them as they are.
-      schedule: a key of `SCHEDULES`.
+      schedule: "warmup_cosine", "cosine_per_epoch" or "constant".
       warmup_steps: steps of "warmup_cosine" before the peak.
       warmup_lr: where "warmup_cosine" starts.
       final_lr: where "warmup_cosine" ends.
@@ -55,6 +79,7 @@ class OptimConfig:
     steps_per_epoch: int | None = None
 
     def __post_init__(self):
+        check_types(self)
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
         if self.decay not in NO_DECAY:
@@ -64,8 +89,8 @@ class OptimConfig:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise UserError(f"clip_norm is {self.clip_norm}; it is above 0, or None for no clipping.")
         for name in ("lr", "eps", "weight_decay", "warmup_lr", "final_lr", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it is at least 0.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it is at least 0, and finite.")
         for name in ("t_initial", "steps_per_epoch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it is at least 1, or None.")
@@ -84,7 +109,9 @@ def warmup_cosine(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
     warmup = config.warmup_steps
     decay_steps = steps - warmup if config.t_initial is None else config.t_initial
     if decay_steps < 1:
-        raise UserError(f"warmup_steps is {warmup}, but the run has {steps} steps; the warmup is shorter than the run.")
+        raise UserError(
+            f"optim.warmup_steps is {warmup}, but the run has {steps} steps; the warmup is shorter than the run."
+        )
     rising = optax.linear_schedule(config.warmup_lr, peak, warmup)
     above_final = optax.cosine_decay_schedule(peak - config.final_lr, decay_steps)  # its alpha would divide by the peak
     return optax.join_schedules([rising, lambda step: config.final_lr + above_final(step)], [warmup])
@@ -96,7 +123,7 @@ def cosine_per_epoch(config: OptimConfig, steps: int, peak: Rate) -> Schedule:
     Source: torch's CosineAnnealingLR with eta_min 0, stepped after each epoch (HazyResearch/zoology:zoology/train.py).
     """
     if config.steps_per_epoch is None:
-        raise UserError("schedule 'cosine_per_epoch' needs steps_per_epoch, which is None; it is at least 1.")
+        raise UserError("optim.schedule 'cosine_per_epoch' needs steps_per_epoch, which is None; it is at least 1.")
     per_epoch = config.steps_per_epoch
     by_epoch = optax.cosine_decay_schedule(peak, math.ceil(steps / per_epoch))
     return lambda step: by_epoch(jnp.asarray(step) // per_epoch)
@@ -149,16 +176,42 @@ def adamw(
 def decay_mask(params, decay: str):
     """Return a tree like `params` with True where weight decay applies.
 
-    A parameter is exempt if its path ends in a pattern of `NO_DECAY[decay]`; ranks play no part, since stacking
-    layers changes them. Source: HazyResearch/based:train/optim/param_grouping.py.
+    Ranks play no part, since stacking layers changes them. Source: HazyResearch/based:train/optim/param_grouping.py.
+
+    Raises:
+      UserError: a parameter is of no group.
     """
-    return jax.tree_util.tree_map_with_path(lambda keys, _: _decays(path_of(keys), decay), params)
+    groups = parameter_groups(params)
+    return jax.tree_util.tree_map_with_path(lambda keys, _: groups[path_of(keys)] not in NO_DECAY[decay], params)
 
 
 def decay_groups(params, decay: str) -> tuple[list[str], list[str]]:
-    """Return the sorted paths of the parameters that decay, and of those that do not."""
-    paths = sorted(path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params))
-    return [p for p in paths if _decays(p, decay)], [p for p in paths if not _decays(p, decay)]
+    """Return the sorted paths of the parameters that decay, and of those that do not; errors as `decay_mask`."""
+    groups = sorted(parameter_groups(params).items())
+    exempt = NO_DECAY[decay]
+    return [path for path, group in groups if group not in exempt], [p for p, group in groups if group in exempt]
+
+
+def parameter_groups(params) -> dict[str, str]:
+    """Return the group of each parameter by its path: a key of `PARAMETER_GROUPS`, or `CENTRED_NORM_SCALE`.
+
+    Raises:
+      UserError: a parameter is of no group.
+    """
+    paths = {path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)}
+    groups = {path: _group(path) for path in paths}
+    centred = {
+        path for path in paths if groups[path] == "norm scale" and str(PurePath(path).with_name("bias")) in paths
+    }
+    return groups | dict.fromkeys(centred, CENTRED_NORM_SCALE)
+
+
+def _group(path: str) -> str:
+    for group, patterns in PARAMETER_GROUPS.items():
+        if any(PurePath(path).match(pattern) for pattern in patterns):
+            return group
+    known = ", ".join(pattern for patterns in PARAMETER_GROUPS.values() for pattern in patterns)
+    raise UserError(f"Parameter '{path}' is in none of optim.PARAMETER_GROUPS, which ends of paths are in: {known}.")
 
 
 def path_of(keys: tuple) -> str:
@@ -166,7 +219,3 @@ def path_of(keys: tuple) -> str:
     if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
         keys = keys[:-1]
     return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-
-def _decays(path: str, decay: str) -> bool:
-    return not any(PurePosixPath(path).match(pattern) for pattern in NO_DECAY[decay])

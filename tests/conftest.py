@@ -54,8 +54,8 @@ def packed_ids(rng):
     def draw(T):
         begins = rng.random(T) < 0.2
         begins[:2] = True
-        packed, position = np.cumsum(begins), np.arange(T)
-        between = np.where(packed % 3 == 2, 0, packed)
+        packed, position = 1 + np.cumsum(begins) % 3, np.arange(T)  # ids return
+        between = np.where(packed == 3, 0, packed)
         left, right = position >= T // 3, packed * (position < T - T // 3)
         return jnp.asarray([np.ones(T), packed, left, right, between, np.zeros(T)], jnp.int32)
 

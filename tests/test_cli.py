@@ -1,5 +1,8 @@
+import argparse
+import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +11,27 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import load_file
 
-from based_jax.__main__ import main
+import based_jax
+from based_jax import config as configs
+from based_jax.__main__ import command_line, main
+from based_jax.commands import describe
 from based_jax.convert import load_hf
-from based_jax.train.run import load_run
+from based_jax.nn.lm import LMConfig
+from based_jax.nn.mixers import MIXERS
+from based_jax.optim import OptimConfig
+from based_jax.train.checkpoint import CheckpointConfig
+from based_jax.train.run import TrainConfig, load_run
 
+PRINTS_MUCH = """
+import sys
+from based_jax.__main__ import main
+from based_jax.commands import describe
+describe.run = lambda args: print("much\\n" * 100_000)
+sys.exit(main())
+"""
 ATTENTION = [["attention", {"num_heads": 2}]]
 MQAR = {
     "model": {"layers": [["conv", {}]], "d_model": 16, "vocab_size": 64, "dtype": "float32"},
@@ -65,8 +84,14 @@ def test_overrides_reach_what_follows_them_from_any_folder(capsys, tmp_path, mon
     printed(capsys, "train", f"--config={family}:360m", "--workdir=run", *overrides)
     written = json.loads(Path("run/config.json").read_text())
     assert (written["steps"], written["optim"]["warmup_steps"]) == (100, 1)
+    places = (
+        written["data"]["path"],
+        written["data"]["cache_dir"],
+        json.loads(Path("run/data.json").read_text())["path"],
+    )
+    assert places == (str(tmp_path / "texts"), str(tmp_path / "cache"), str(tmp_path / "texts"))
     refusal = refused(capsys, "train", f"--config={family}:360m", "--workdir=new", "--config.steps=1e3")
-    assert refusal == "Config key 'steps' is 1000.0; it is int."
+    assert refusal == "Config key 'steps' is 1000.0; it is an int, such as 128."
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +148,22 @@ def test_eval_prints_the_last_evaluation_of_the_run_or_that_of_a_step(capsys, mq
     assert earlier["step"] == 1 and earlier["loss"] != found["loss"]
 
 
+def test_changed_text_is_warned_of_by_eval_and_refused_by_train(capsys, folder, text_run):
+    text = folder / "corpus" / "cats.txt"
+    before = text.read_text()
+    text.write_text(before + "The cow jumped over the moon.")
+    try:
+        capsys.readouterr()
+        assert main(["eval", f"--workdir={text_run}"]) == 0
+        out, error = capsys.readouterr()
+        assert out.startswith("step 2\n") and error.startswith("Warning: The text at ")
+        assert error.endswith(" began with: cats.txt has changed.\n")
+        refusal = refused(capsys, "train", f"--config={folder / 'text.py'}", f"--workdir={text_run}")
+        assert refusal.endswith("cats.txt has changed; bring the text back, or choose another workdir.")
+    finally:
+        text.write_text(before)
+
+
 def test_generate_continues_each_prompt_the_same_way_twice(capsys, text_run):
     command = ["generate", f"--workdir={text_run}", "--prompt=The cat", "--prompt=A", "--max-new-tokens=5"]
     greedy = printed(capsys, *command)
@@ -132,16 +173,42 @@ def test_generate_continues_each_prompt_the_same_way_twice(capsys, text_run):
     assert sampled != greedy
 
 
-def test_convert_writes_the_model_of_the_run(capsys, text_run, tmp_path):
-    out = printed(capsys, "convert", f"--workdir={text_run}", f"--hf={tmp_path / 'hf'}")
+def test_export_writes_the_model_of_the_run(capsys, text_run, tmp_path):
+    targets = {"hf": "hf", "orbax": "new/orbax", "safetensors": "model.safetensors"}
+    words = [f"--{name}={tmp_path / path}" for name, path in targets.items()]
+    out = printed(capsys, "export", text_run, *words)
     config, step, model = load_run(text_run)
-    assert out == f"Wrote {model.num_params():,} parameters of step {step} to '{tmp_path / 'hf'}'.\n"
+    written = f"Wrote {model.num_params():,} parameters of step {step} to "
+    assert out == "".join(f"{written}'{tmp_path / path}'.\n" for path in targets.values())
     loaded = load_hf(tmp_path / "hf", dtype="float32", scan_layers=False)
-    assert loaded.config.layers[0][0] == "attention"
+    assert loaded.config == dataclasses.replace(config.model, mlp_dim=32, layers=loaded.config.layers)
     ids = jax.numpy.arange(12, dtype="int32")[None]
     logits = [np.asarray(nnx.jit(m)(ids))[..., : config.model.vocab_size] for m in (model, loaded)]
     np.testing.assert_allclose(*logits, atol=1e-5)
-    assert "not empty" in refused(capsys, "convert", f"--workdir={text_run}", f"--hf={tmp_path / 'hf'}")
+    flat = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    for read in (load_file(tmp_path / "model.safetensors"), ocp.load(tmp_path / "new" / "orbax")):
+        assert read.keys() == flat.keys()
+        for name, array in read.items():
+            np.testing.assert_array_equal(array, flat[name][...])
+    for word in words:
+        assert "not empty" in refused(capsys, "export", text_run, word)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "model.safetensors", "new"]
+
+
+def test_generate_takes_the_tokenizer_that_the_folder_names(capsys, text_run, tmp_path):
+    printed(capsys, "export", text_run, f"--hf={tmp_path / 'hf'}")
+    words = ("--prompt=The cat", "--max-new-tokens=5")
+    continued = printed(capsys, "generate", f"--hf={tmp_path / 'hf'}", *words)
+    assert continued.startswith("The cat") and len(continued) > len("The cat\n")
+    assert "the model knows ids 0 to 256" in refused(
+        capsys, "generate", f"--hf={tmp_path / 'hf'}", "--tokenizer=gpt2", *words
+    )
+    path = tmp_path / "hf" / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["based_jax"]["tokenizer"]
+    path.write_text(json.dumps(fields))
+    assert "names no tokenizer; give --tokenizer=bytes" in refused(capsys, "generate", f"--hf={path.parent}", *words)
+    assert printed(capsys, "generate", f"--hf={path.parent}", "--tokenizer=bytes", *words) == continued
 
 
 def test_a_refusal_in_a_process_of_its_own(mqar_config, tmp_path):
@@ -153,3 +220,99 @@ def test_a_refusal_in_a_process_of_its_own(mqar_config, tmp_path):
     assert done.stderr.startswith("Error: Unknown mixer 'tailor': did you mean 'taylor'?")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def parsers(parser, words=()):
+    """Yield the words and the parser of a command line's every command."""
+    yield words, parser
+    for action in parser._actions:
+        for name, command in (action.choices or {}).items() if isinstance(action, argparse._SubParsersAction) else ():
+            yield from parsers(command, (*words, name))
+
+
+PARSERS = dict(parsers(command_line()))
+
+
+@pytest.mark.parametrize("words", PARSERS, ids=" ".join)
+def test_every_help_has_examples_that_parse(words, monkeypatch):
+    monkeypatch.setattr(PARSERS[words], "details", None)
+    _, _, examples = PARSERS[words].format_help().partition("examples:\n")
+    lines = examples.splitlines()
+    assert lines and all(line.startswith(f"  {' '.join(['python -m based_jax', *words])}") for line in lines)
+    for line in lines:
+        arguments = shlex.split(line)[3:]
+        if "--help" not in arguments:
+            _, others = command_line().parse_known_args(arguments)
+            assert all(word.startswith("--config.") for word in others)
+
+
+def test_help_of_train_explains_overrides_and_lists_every_key_and_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["help", "train"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "--config.KEY=VALUE" in out
+    for key in configs.keys_of(TrainConfig):
+        assert f"  {key.name}: " in out
+    assert "  optim.lr: float = 0.0008\n      peak learning rate.\n" in out
+    assert all(f"  ('{kind}', {{" in out for kind in MIXERS)
+
+
+@pytest.mark.parametrize("cls", [LMConfig, OptimConfig, CheckpointConfig, TrainConfig])
+def test_every_key_has_a_meaning(cls):
+    assert not [key.name for key in configs.keys_of(cls) if not key.meaning]
+
+
+def test_the_version_and_no_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"based_jax {based_jax.__version__}\n"
+    assert main([]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("usage: python -m based_jax") and "describe" in error
+
+
+def test_the_script_speaks_of_itself(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/based_jax", "eval", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    out = capsys.readouterr().out
+    assert out.startswith("usage: based_jax eval") and "\n  based_jax eval --workdir" in out
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (KeyboardInterrupt(), 130, "Stopped by Ctrl-C.\n"),
+        (MemoryError(), 1, "Error: There is not enough memory; lower 'batch_size'"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), 1, "Error: There is not enough memory"),
+    ],
+    ids=["interrupt", "memory", "memory of a device"],
+)
+def test_what_ends_a_command_is_one_sentence(error, code, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(describe, "run", raising(error))
+    assert main(["describe"]) == code
+    out, said = capsys.readouterr()
+    assert out == "" and said.startswith(sentence) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), BrokenPipeError("of a socket")])
+def test_a_defect_keeps_its_traceback(error, monkeypatch):
+    monkeypatch.setattr(describe, "run", raising(error))
+    with pytest.raises(type(error)):
+        main(["describe"])
+
+
+def test_a_pipe_that_closes_is_no_error():
+    command = (
+        f"{shlex.quote(sys.executable)} -c {shlex.quote(PRINTS_MUCH)} describe | head -n 1; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], env=os.environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "much\n", "")

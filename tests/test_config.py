@@ -3,6 +3,8 @@ import json
 import sys
 from typing import Annotated, Any, Literal
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -104,22 +106,31 @@ def test_kind_chooses_the_dataclass():
     [
         ({"model": {"d_modle": 8}}, "Unknown config key 'model.d_modle': did you mean 'model.d_model'?"),
         ({"modle": {}}, "Unknown config key 'modle': did you mean 'model'?"),
-        ({"model": {}}, "Config key 'model.d_model' is missing; it is int."),
+        ({"model": {}}, "Config key 'model.d_model' is missing; it is an int, such as 128."),
         ({"model": 3}, "Config key 'model' is 3; it is a section of keys."),
-        ({"model": {"d_model": 8.0}}, "Config key 'model.d_model' is 8.0; it is int."),
-        ({"model": {"d_model": True}}, "Config key 'model.d_model' is True; it is int."),
+        ({"model": {"d_model": 8.0}}, "Config key 'model.d_model' is 8.0; it is an int, such as 128."),
+        ({"model": {"d_model": True}}, "Config key 'model.d_model' is True; it is an int, such as 128."),
         ({"model": {"d_model": 8, "norm": "l2"}}, "Config key 'model.norm' is 'l2'; it is one of 'rms', 'layer'."),
-        ({"model": {"d_model": 8, "mlp_dim": "x"}}, "Config key 'model.mlp_dim' is 'x'; it is int or None."),
-        ({"model": {"d_model": 8, "layers": [["conv"]]}}, "Config key 'model.layers[0]' is ['conv']; it is tuple["),
-        ({"model": {"d_model": 8}, "lr": "fast"}, "Config key 'lr' is 'fast'; it is float."),
-        ({"model": {"d_model": 8}, "lr": True}, "Config key 'lr' is True; it is float."),
-        ({"model": {"d_model": 8}, "scan": 1}, "Config key 'scan' is 1; it is bool."),
-        ({"model": {"d_model": 8}, "betas": [0.9]}, "Config key 'betas' is [0.9]; it is tuple[float, float]."),
+        (
+            {"model": {"d_model": 8, "mlp_dim": "x"}},
+            "Config key 'model.mlp_dim' is 'x'; it is an int, such as 128, or None.",
+        ),
+        (
+            {"model": {"d_model": 8, "layers": [["conv"]]}},
+            "Config key 'model.layers[0]' is ['conv']; it is a tuple, such as ('conv', {'kernel_size': 3}).",
+        ),
+        ({"model": {"d_model": 8}, "lr": "fast"}, "Config key 'lr' is 'fast'; it is a float, such as 0.1."),
+        ({"model": {"d_model": 8}, "lr": True}, "Config key 'lr' is True; it is a float, such as 0.1."),
+        ({"model": {"d_model": 8}, "scan": 1}, "Config key 'scan' is 1; it is True or False."),
+        ({"model": {"d_model": 8}, "betas": [0.9]}, "Config key 'betas' is [0.9]; it is a tuple, such as (0.1, 0.1)."),
         ({"model": {"d_model": 8}, "data": {"kind": "txt"}}, "Unknown data.kind 'txt': did you mean 'text'?"),
         ({"model": {"d_model": 8}, "data": {}}, "Config key 'data.kind' is missing; it is one of pairs, text."),
-        ({"model": {"d_model": 8}, "data": {"kind": "text"}}, "Config key 'data.path' is missing; it is str."),
+        (
+            {"model": {"d_model": 8}, "data": {"kind": "text"}},
+            "Config key 'data.path' is missing; it is a str, such as 'name'.",
+        ),
         ({"model": {"d_model": 8}, "eval_data": {"p": 1}}, "Unknown config key 'eval_data.p': did you mean"),
-        ({"model": {"d_model": 0}}, "d_model is 0; it is at least 1."),
+        ({"model": {"d_model": 0}}, "model.d_model is 0; it is at least 1."),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(values, message):
@@ -207,7 +218,7 @@ def test_values_that_nothing_follows_may_change_their_type():
     values = {"lr": 1e-3, "betas": [0.5, 0.5], "data": {"kind": "text", "path": "a"}, "model.mlp_dim": 3}
     run = config.build(Run, config.overridden(base, values))
     assert run == Run(model=Model(d_model=8, mlp_dim=3), lr=1e-3, betas=(0.5, 0.5), data=Text(path="a"))
-    with pytest.raises(UserError, match="Config key 'lr' is True; it is float"):
+    with pytest.raises(UserError, match="Config key 'lr' is True; it is a float"):
         config.build(Run, config.overridden(base | {"lr": 0.1}, {"lr": True}))
 
 
@@ -226,9 +237,9 @@ def test_one_object_in_two_sections_is_two_sections():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([("steps", "many")], "Config key 'steps' is 'many'; it is int."),
-        ([("steps", "2.5")], "Config key 'steps' is 2.5; it is int."),
-        ([("steps", "None")], "Config key 'data.num_pairs' is None; it is int."),
+        ([("steps", "many")], "Config key 'steps' is 'many'; it is an int, such as 128."),
+        ([("steps", "2.5")], "Config key 'steps' is 2.5; it is an int, such as 128."),
+        ([("steps", "None")], "Config key 'data.num_pairs' is None; it is an int, such as 128."),
         ([("steps", "0")], "Config key 'lr' is a reference that fails with ZeroDivisionError"),
         ([("stepz", "1")], "Unknown config key 'stepz': did you mean 'steps'?"),
         ([("steps.x", "1")], "Override 'steps.x': 'steps' is 400, which has no keys."),
@@ -308,6 +319,85 @@ def test_a_bad_file_beside_the_config_is_named(tmp_path, name, text, message):
     with pytest.raises(UserError) as error:
         config.load(str(tmp_path / "family.py"))
     assert message in str(error.value).replace(str(tmp_path) + "/", "")
+
+
+def test_a_file_s_dataclasses_may_have_postponed_annotations(tmp_path):
+    (tmp_path / "sizes.py").write_text(
+        "from __future__ import annotations\nimport dataclasses, typing\n\n@dataclasses.dataclass\nclass Sizes:\n"
+        "    d_model: int = 8\n    next: Sizes | None = None\n\nassert typing.get_type_hints(Sizes)['d_model'] is int\n"
+    )
+    (tmp_path / "family.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\nfrom sizes import Sizes\n\n"
+        "@dataclasses.dataclass\nclass Config:\n    model: Sizes\n\n"
+        "def get_config():\n    return Config(Sizes(d_model=16))\n"
+    )
+    assert config.load(str(tmp_path / "family.py")).to_dict() == {"model": {"d_model": 16, "next": None}}
+    assert not {"family", "sizes"} & set(sys.modules)
+
+
+def test_what_numpy_and_jax_hold_is_python_s_and_has_the_same_id():
+    values = {"model": {"d_model": np.int64(8), "layers": [("conv", {"width": np.int32(3)})]}, "lr": jnp.float32(0.5)}
+    run = config.build(Run, values | {"betas": np.array([0.5, 0.25]), "scan": np.bool_(True)})
+    assert run == Run(Model(8, (("conv", {"width": 3}),)), lr=0.5, betas=(0.5, 0.25), scan=True)
+    assert [type(x) for x in (run.model.d_model, run.model.layers[0][1]["width"], run.lr)] == [int, int, float]
+    model = config.build(Model, {"d_model": 8, "norm": np.str_("layer")})
+    assert model.norm == "layer" and type(model.norm) is str
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.dtype("bfloat16"), "bfloat16"])
+def test_a_dtype_is_its_name(dtype):
+    assert config.plain({"dtype": dtype}) == {"dtype": "bfloat16"}
+    assert config.plain(np.float32) == "float32"
+
+
+def test_a_dataclass_that_is_made_is_checked_as_one_that_is_built():
+    @dataclasses.dataclass(frozen=True)
+    class Checked:
+        rate: float = 0.1
+        sizes: tuple[int, ...] = ()
+
+        def __post_init__(self):
+            config.check_types(self)
+
+    assert Checked(rate=np.int64(1), sizes=[np.int8(2)]) == Checked(1.0, (2,))
+    with pytest.raises(UserError, match=r"Config key 'sizes\[1\]' is 2.5; it is an int, such as 128."):
+        Checked(sizes=(1, 2.5))
+
+
+def test_every_key_has_its_type_default_and_meaning():
+    @dataclasses.dataclass(frozen=True)
+    class Base:
+        """Of both.
+
+        Attributes:
+          steps: how many,
+            in all.
+        """
+
+        steps: int
+
+    @dataclasses.dataclass(frozen=True)
+    class Whole(Base):
+        """A whole.
+
+        Attributes:
+          data, other: see there.
+        """
+
+        data: Annotated[Pairs | Text, {"pairs": Pairs, "text": Text}] = Pairs()
+        other: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    keys = {(key.name, key.condition): key for key in config.keys_of(Whole)}
+    assert list(keys) == [
+        ("steps", ""),
+        ("data.kind", "data.kind=pairs"),
+        ("data.num_pairs", "data.kind=pairs"),
+        ("data.path", "data.kind=text"),
+        ("data.kind", "data.kind=text"),
+        ("other", ""),
+    ]
+    assert (keys["steps", ""].meaning, keys["steps", ""].default) == ("how many, in all.", dataclasses.MISSING)
+    assert (keys["other", ""].meaning, keys["other", ""].default) == ("see there.", {})
 
 
 def test_the_id_depends_on_resolved_values_only():

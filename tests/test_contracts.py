@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
+import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +20,19 @@ from based_jax.nn.mixers import MIXERS, make_mixer
 # All tests of a mixer after each other: they share what is compiled.
 pytestmark = pytest.mark.parametrize("kind", MIXERS, scope="module")
 
-B, D, T = 3, 16, 9
+B, D, T = 9, 16, 9
 LONGEST = 40  # the sequence that every cache has room for, so that one step is compiled for all
+
+# Ids of rows that are read in two halves: what any document and any padding may do at their ends and at the cut.
+PATTERNS = """
+    1 1 1 0 0 0   1 1 1 1 0 0
+    0 0 0 1 1 1   0 0 1 1 1 1
+    1 0 0 1 0 1   1 0 1 1 0 1
+    0 0 0 0 0 0   0 1 1 0 1 2
+    1 1 1 1 1 1   0 0 0 0 0 0
+    3 3 3 3 3 1   2 2 2 2 2 2
+    1 2 1 0 1 1   0 1 2 2 0 1
+"""
 
 SMALL = {
     "attention": {"num_heads": 4, "num_kv_heads": 2, "bias": True},
@@ -48,7 +62,9 @@ SMALL = {
     "window": {"num_heads": 2, "window": 4},
 }
 
-IMPOSSIBLE = {int: -1, float: -1.0, str: "no such thing"}
+HUGE = 10**18
+IMPOSSIBLE = {int: (-1,), float: (-1.0, math.nan, math.inf), str: ("no such thing",)}
+DOUBTFUL = {int: (0, HUGE), float: (0.0, -0.5, 1e-30, 1e30), str: ()}  # refused, or right
 
 
 @functools.cache
@@ -58,8 +74,8 @@ def mixer_of(kind, seed=0, dtype=jnp.float32):
 
 
 call = jax.jit(lambda mixer, x, ids=None: mixer(x, ids))
-prefill = jax.jit(lambda mixer, x, cache, ids=None: mixer.prefill(x, cache, ids))
-step = jax.jit(lambda mixer, x, cache: mixer.step(x, cache))
+prefill = jax.jit(lambda mixer, x, cache, ids=None: mixer.prefill(x, cache, ids), donate_argnames="cache")
+step = jax.jit(lambda mixer, x, cache: mixer.step(x, cache), donate_argnames="cache")
 
 
 def empty(mixer):
@@ -73,6 +89,27 @@ def read(mixer, x, cache):
         y, cache = step(mixer, x[:, t], cache)
         outputs.append(y)
     return np.stack(outputs, axis=1)
+
+
+def documents(ids):
+    """Return (row, times) of each document of rows of ids: the times of a longest run of equal ids, without padding."""
+    for row, of_row in enumerate(ids):
+        times = np.flatnonzero(of_row)
+        begins = 1 + np.flatnonzero(np.diff(of_row[times]))
+        yield from ((row, document) for document in np.split(times, begins))
+
+
+def read_alone(mixer, x, ids):
+    """Return the outputs of x where each document is read by itself, token by token; 0 at padding."""
+    outputs = np.zeros_like(x)
+    for some in itertools.batched(documents(ids), B):
+        alone = np.zeros((B, max(times.size for _, times in some), D), np.float32)
+        for i, (row, times) in enumerate(some):
+            alone[i, : times.size] = x[row, times]
+        y = read(mixer, alone, empty(mixer))
+        for i, (row, times) in enumerate(some):
+            outputs[row, times] = y[i, : times.size]
+    return outputs
 
 
 def test_causal(kind, normal):
@@ -94,18 +131,18 @@ def test_outputs_at_some_positions_are_those_of_all(kind, rng, normal, close):
 
 
 def test_prefill_and_steps_equal_one_pass(kind, normal, close):
-    """Split after one token, before the window's 4 and after them, and after the last."""
+    """Split after one token, after the window's 4, and after the last."""
     mixer, x = mixer_of(kind), np.asarray(normal(B, T, D))
     whole = call(mixer, x)
     close(read(mixer, x, empty(mixer)), whole, what="steps only")
-    for split in (1, 3, 4, T):
+    for split in (1, 4, T):
         y, cache = prefill(mixer, x[:, :split], empty(mixer))
         close(y, whole[:, :split], what=f"prefill of {split}")
         if split < T:
             close(read(mixer, x[:, split:], cache), whole[:, split:], what=f"steps after {split}")
 
 
-@pytest.mark.parametrize("pieces", [(4, 1, 4), (3, 3, 3)], ids=str)
+@pytest.mark.parametrize("pieces", [(4, 1, 4), (1, 4, 4)], ids=str)
 def test_chunked_prefill_equals_one_prefill(kind, pieces, normal, close):
     mixer, x = mixer_of(kind), np.asarray(normal(B, T + 2, D))
     cache, start = empty(mixer), 0
@@ -117,35 +154,69 @@ def test_chunked_prefill_equals_one_prefill(kind, pieces, normal, close):
     close(read(mixer, x[:, T:], cache), read(mixer, x, empty(mixer))[:, T:])
 
 
-def test_packed_documents_equal_separate_ones(kind, normal, close):
-    """Three documents, one of one token, in three orders; the last goes on after the row, and a prefill cuts one."""
-    mixer, x, lengths = mixer_of(kind), np.asarray(normal(B, T, D)), (5, 1, 3)
-    alone = read(mixer, x, empty(mixer))
-    orders = ((0, 1, 2), (1, 2, 0), (2, 0, 1))
-    packed, expected = (
-        np.stack([np.concatenate([of[i, : lengths[i]] for i in order]) for order in orders]) for of in (x, alone)
-    )
-    ids = np.stack([np.concatenate([[(3, 1, 2)[i]] * lengths[i] for i in order]) for order in orders])
-    close(call(mixer, packed, ids), expected)
-    first, cache = prefill(mixer, packed[:, :7], empty(mixer), ids[:, :7])
-    second, cache = prefill(mixer, packed[:, 7:], cache, ids[:, 7:])
-    close(np.concatenate([first, second], axis=1), expected)
-    further, expected = (np.stack([of[order[-1]][lengths[order[-1]] :][:3] for order in orders]) for of in (x, alone))
-    close(read(mixer, further, cache), expected)
+@pytest.mark.parametrize("before", [0, 2], ids="{} tokens before".format)
+def test_padding_is_inert_and_documents_do_not_see_each_other(kind, before, rng, normal, close):
+    """Two prefills and steps, after tokens without an id, which the first document goes on with."""
+    halves = np.asarray([row.split() for row in PATTERNS.strip().splitlines()], np.int32)
+    halves = np.concatenate([halves, rng.integers(0, 3, (B - len(halves), halves.shape[1]))]).astype(np.int32)
+    n, C, after = before, halves.shape[1] // 2, 4
+    last = [row[row != 0][-1] for row in halves]
+    ids = np.concatenate([np.zeros((B, n), np.int32), halves, np.stack([last] * after, axis=1)], axis=1)
+    ids[:, :n] = [[row[row != 0][0]] * n for row in halves]
+    mixer, x = mixer_of(kind), np.asarray(normal(B, ids.shape[1], D))
+    expected, real = read_alone(mixer, x, ids), (ids != 0)[..., None]
+
+    cache, parts = empty(mixer), [np.zeros((B, 0, D))]
+    for t in range(n):
+        y, cache = step(mixer, x[:, t], cache)
+        parts.append(y[:, None])
+    for start in (n, n + C):
+        y, cache = prefill(mixer, x[:, start : start + C], cache, ids[:, start : start + C])
+        parts.append(y)
+    parts.append(read(mixer, x[:, n + 2 * C :], cache))
+    continued = np.concatenate(parts, axis=1)
+    close(np.where(real, continued, 0), expected, what="prefills and steps")
+    if not before:
+        whole = call(mixer, x[:, : 2 * C], ids[:, : 2 * C])
+        close(np.where(real[:, : 2 * C], whole, 0), expected[:, : 2 * C], what="one pass")
 
 
-def test_left_padding_changes_nothing(kind, normal, close):
-    """Rows without padding, with some, and with a first chunk that is padding only."""
-    mixer, x, pads, chunk = mixer_of(kind), np.asarray(normal(B, T + 4, D)), (0, 2, 7), 7
-    ids = (np.arange(T) >= np.asarray(pads)[:, None]).astype(np.int32)
-    alone = read(mixer, np.stack([np.roll(row, -pad, axis=0) for row, pad in zip(x, pads, strict=True)]), empty(mixer))
-    whole = call(mixer, x[:, :T], ids)
-    first, cache = prefill(mixer, x[:, :chunk], empty(mixer), ids[:, :chunk])
-    second, cache = prefill(mixer, x[:, chunk:T], cache, ids[:, chunk:])
-    continued = np.concatenate([first, second, read(mixer, x[:, T:], cache)], axis=1)
-    for row, pad in enumerate(pads):
-        close(whole[row, pad:], alone[row, : T - pad], what=f"one pass, padded by {pad}")
-        close(continued[row, pad:], alone[row, : T + 4 - pad], what=f"prefill and steps, padded by {pad}")
+def test_tokens_beyond_a_cache_are_refused_or_nan(kind, normal, close):
+    """A cache that grows gives NaN to each token that it has no room for, and what is right to those before."""
+    mixer, x, room = mixer_of(kind), np.asarray(normal(B, 7, D)), 4
+    grows = mixer.state_size(room) < mixer.state_size(room + 1)
+    expected = read(mixer, x, empty(mixer))
+    if grows:
+        expected[:, room:] = np.nan
+        with pytest.raises(UserError, match=f"room for {room} tokens, and {room + 1} are to be read"):
+            jax.eval_shape(mixer.prefill, x[:, : room + 1], mixer.init_cache(B, room))
+    first, cache = prefill(mixer, x[:, :6], mixer.init_cache(B, room), np.asarray([[0, 1, 1, 1, 1, 1]] * B, np.int32))
+    first_alone = read(mixer, x[:, 1:6], mixer.init_cache(B, room))
+    close(np.isnan(first_alone), np.isnan(expected[:, :5]))
+    close(np.nan_to_num(first[:, 1:]), np.nan_to_num(first_alone))
+    later = np.asarray(read(mixer, x[:, 6:], cache))
+    assert np.isnan(later).all() == grows and np.isnan(later).any() == grows
+    close(np.nan_to_num(read(mixer, x, mixer.init_cache(B, room))), np.nan_to_num(expected))
+
+
+def test_impossible_caches_are_refused(kind):
+    for sizes, message in (((B, 0), "max_len of a cache is 0"), ((0, T), "batch of a cache is 0")):
+        with pytest.raises(UserError, match=message):
+            mixer_of(kind).init_cache(*sizes)
+
+
+def test_decodes_with_64_bit_types_enabled(kind):
+    """What a scan carries keeps its types, as the prefill's results do."""
+
+    def decode(x, ids):
+        mixer = make_mixer(kind, D, rngs=nnx.Rngs(0), **SMALL.get(kind, {}))
+        _, cache = mixer.prefill(x, mixer.init_cache(B, LONGEST), ids)
+        return jax.lax.scan(lambda cache, x: mixer.step(x, cache)[::-1], cache, jnp.moveaxis(x, 1, 0))
+
+    with jax.enable_x64(True):
+        cache, y = jax.eval_shape(decode, jnp.ones((B, 4, D), jnp.float32), jnp.ones((B, 4), jnp.int64))
+    assert y.dtype == jnp.float32
+    assert not any(leaf.dtype in (jnp.float64, jnp.int64) for leaf in jax.tree.leaves(cache))
 
 
 def test_many_steps_equal_one_pass(kind, normal, close):
@@ -209,11 +280,21 @@ def test_sharded_equals_unsharded(kind, normal, out_and_grads, close):
 
 
 def test_impossible_options_are_refused(kind):
+    """A value that is not refused gives outputs of the right shape."""
+
+    def mixed(options):
+        return make_mixer(kind, D, rngs=nnx.Rngs(0), **options)(jnp.ones((1, 4, D)))
+
     for field in dataclasses.fields(MIXERS[kind].Config):
-        if type(field.default) in IMPOSSIBLE:
-            options = {**SMALL.get(kind, {}), field.name: IMPOSSIBLE[type(field.default)]}
-            with pytest.raises(UserError, match=str(options[field.name])):
-                make_mixer(kind, D, rngs=nnx.Rngs(0), **options)(jnp.ones((1, 4, D)))
+        (type_,) = {int, float, str} & {field.type, *typing.get_args(field.type)} or {None}
+        for value in (*IMPOSSIBLE.get(type_, ()), *DOUBTFUL.get(type_, ())):
+            options = {**SMALL.get(kind, {}), field.name: value}
+            possible = value in DOUBTFUL[type_] or field.default is None
+            try:
+                y = nnx.eval_shape(functools.partial(mixed, options))
+                assert possible and y.shape == (1, 4, D), field.name
+            except UserError as error:
+                assert str(value) in str(error) and str(error).endswith(".")
     name = dataclasses.fields(MIXERS[kind].Config)[0].name
     with pytest.raises(UserError, match=f"Unknown option of mixer '{kind}' '{name}l': did you mean '{name}'"):
         make_mixer(kind, D, rngs=nnx.Rngs(0), **{f"{name}l": 1})

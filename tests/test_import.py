@@ -2,8 +2,15 @@
 
 import json
 import os
+import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+
+import based_jax
+from based_jax.__main__ import main
 
 IMPORT = """
 import json, sys, time
@@ -59,3 +66,15 @@ def test_help_needs_no_jax():
     out = run(HELP)
     assert "train" in out and "generate" in out
     assert out.splitlines()[-1] == "0 False"
+
+
+def test_the_script_the_version_and_the_systems_are_what_the_package_says():
+    root = Path(__file__).parents[1]
+    whole = tomllib.loads((root / "pyproject.toml").read_text())
+    project = whole["project"]
+    assert pkgutil.resolve_name(project["scripts"]["based_jax"]) is main
+    assert "version" in project["dynamic"] and whole["tool"]["hatch"]["version"]["path"] == "based_jax/__init__.py"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", based_jax.__version__)
+    systems = {name.split(" :: ")[1] for name in project["classifiers"] if name.startswith("Operating System")}
+    assert systems == {"POSIX", "MacOS"}
+    assert "Linux (x86-64 and aarch64" in (root / "README.md").read_text()

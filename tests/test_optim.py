@@ -9,6 +9,9 @@ from flax import nnx
 
 from based_jax import optim
 from based_jax.errors import UserError
+from based_jax.nn.layers import NORMS
+from based_jax.nn.lm import LM, LMConfig
+from based_jax.nn.mixers import MIXERS
 from based_jax.optim import OptimConfig
 
 RUNS = {"10b": (20_000, 200), "30b": (60_000, 600), "50b": (100_000, 1_000)}
@@ -99,10 +102,11 @@ class Model(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(8, 4, rngs=rngs)
         self.norm = nnx.RMSNorm(4, rngs=rngs)
+        self.centred = nnx.LayerNorm(4, rngs=rngs)
         self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
         self.A_log = nnx.Param(jnp.ones(3))
         self.D = nnx.Param(jnp.ones(3))
-        self.Delta = nnx.Param(jnp.ones(3))
+        self.conv_kernel = nnx.Param(jnp.ones(3))
 
 
 def params_of(kind):
@@ -110,12 +114,51 @@ def params_of(kind):
     return {"state": state, "dict": nnx.to_pure_dict(state)}[kind]
 
 
+GROUP_NORMED = ("rwkv5", "rwkv6", "rwkv7")
+KERNELS = ["conv_kernel", "layers/0/kernel", "layers/1/kernel"]
+
+
 @pytest.mark.parametrize("kind", ["state", "dict"])
 def test_decay_groups_by_path(kind):
     decayed, others = optim.decay_groups(params_of(kind), "reference")
-    assert decayed == ["Delta", "layers/0/kernel", "layers/1/kernel", "norm/scale"]
-    assert others == ["A_log", "D", "embed/embedding", "layers/0/bias", "layers/1/bias"]
+    biases = ["centred/bias", "layers/0/bias", "layers/1/bias"]
+    assert decayed == [*KERNELS, "norm/scale"]
+    assert others == sorted(["A_log", "D", "embed/embedding", "centred/scale", *biases])
+    assert optim.decay_groups(params_of(kind), "kernels") == (KERNELS, sorted([*others, "norm/scale"]))
     assert optim.decay_groups(params_of(kind), "all") == (sorted(decayed + others), [])
+
+
+def test_a_parameter_of_no_group_is_named():
+    params = params_of("dict") | {"layer": {"Delta": jnp.ones(3)}}
+    with pytest.raises(UserError, match=r"Parameter 'layer/Delta' is in none of optim.PARAMETER_GROUPS"):
+        optim.adamw(OptimConfig(decay="all"), 300).init(params)
+
+
+def model_params(layers, norm):
+    config = LMConfig(layers=layers, d_model=256, norm=norm, embed_norm=True, tie_embeddings=False)
+    return nnx.state(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+def test_every_mixer_s_parameters_are_of_a_group_and_group_norms_do_not_decay():
+    options = {"attention": {"bias": True}, "gla": {"conv_size": 4}, "linear": {"feature_map": "hedgehog"}}
+    params = model_params(tuple((kind, options.get(kind, {})) for kind in MIXERS), "layer")
+    decayed, exempt = optim.decay_groups(params, "reference")
+    group_norms = {f"stacks/{list(MIXERS).index(kind)}/blocks/0/mixer/norm/scale" for kind in GROUP_NORMED}
+    assert {path for path in exempt if "mixer" in path and path.endswith("/scale")} == group_norms
+    kernels, _ = optim.decay_groups(params, "kernels")
+    assert kernels == sorted(path for path in [*decayed, *exempt] if path.endswith("kernel"))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_layer_norms_do_not_decay_and_rms_norms_do(norm):
+    decayed, exempt = optim.decay_groups(model_params((("rwkv4", {}),), norm), "reference")
+    scales = ["embed_norm/scale", "norm/scale", *(f"stacks/0/blocks/0/norm{i}/scale" for i in (1, 2))]
+    assert set(scales) <= set(decayed if norm == "rms" else exempt)
+
+
+def test_no_two_groups_have_a_pattern_in_common():
+    patterns = [pattern for group in optim.PARAMETER_GROUPS.values() for pattern in group]
+    assert len(patterns) == len(set(patterns)) and not any("*" in pattern for pattern in patterns)
 
 
 def test_stacking_layers_changes_no_group():
@@ -184,6 +227,7 @@ def test_clip_norm_none_leaves_gradients_alone():
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
         ({"lr": -1.0}, "lr is -1.0"),
         ({"lr": float("nan")}, "lr is nan"),
+        ({"weight_decay": math.inf}, "weight_decay is inf; it is at least 0, and finite."),
         ({"t_initial": 0}, "t_initial is 0"),
     ],
 )
@@ -196,8 +240,8 @@ def test_bad_values_are_named_at_construction(bad, message):
 @pytest.mark.parametrize(
     ("config", "steps", "message"),
     [
-        (OptimConfig(), 100, "warmup_steps is 200, but the run has 100 steps"),
-        (OptimConfig(schedule="cosine_per_epoch"), 100, "needs steps_per_epoch"),
+        (OptimConfig(), 100, "optim.warmup_steps is 200, but the run has 100 steps"),
+        (OptimConfig(schedule="cosine_per_epoch"), 100, "optim.schedule 'cosine_per_epoch' needs steps_per_epoch"),
         (OptimConfig(), 0, "steps is 0"),
     ],
 )

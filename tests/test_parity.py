@@ -91,12 +91,12 @@ def test_prefill_then_decode(name):
     y, after_prefill, end = prefill_then_step(mixer, case.inputs["x"], prefilled)
     assert_close(y, case.outputs["y_prefill_then_decode"], FORWARD, "y")
     if kind == "taylor":
-        for state, when in ((after_prefill, "after_prefill"), (end, "end")):
-            assert_taylor_state(state, case.outputs[f"kv_state_{when}"], case.outputs[f"k_state_{when}"])
+        for cache, when in ((after_prefill, "after_prefill"), (end, "end")):
+            assert_taylor_state(cache.state, case.outputs[f"kv_state_{when}"], case.outputs[f"k_state_{when}"])
     if "final_state" in case.outputs:
-        assert_close(end.state, case.outputs["final_state"], FORWARD, "state")
+        assert_close(end.state.memory, case.outputs["final_state"], FORWARD, "state")
     if kind == "conv":
-        assert_close(jnp.moveaxis(end, 1, 2), case.outputs["conv_state_end"], FORWARD, "state")
+        assert_close(jnp.moveaxis(end.state, 1, 2), case.outputs["conv_state_end"], FORWARD, "state")
 
 
 def test_mamba_and_its_states():
@@ -106,8 +106,8 @@ def test_mamba_and_its_states():
     y, _, end = prefill_then_step(mixer, case.inputs["x"], 1)
     assert_close(y, case.outputs["y"], FORWARD, "y")
     assert_close(in_one_pass(mixer, case.inputs["x"]), case.outputs["y"], FORWARD, "y")
-    assert_close(jnp.moveaxis(end.conv, 1, 2), case.outputs["conv_state_end"], FORWARD, "conv")
-    assert_close(end.state, case.outputs["ssm_state_end"], FORWARD, "state")
+    assert_close(jnp.moveaxis(end.state.conv, 1, 2), case.outputs["conv_state_end"], FORWARD, "conv")
+    assert_close(end.state.memory, case.outputs["ssm_state_end"], FORWARD, "state")
 
 
 def test_rwkv7_leans_on_the_first_layer_s_values(out_and_grads):
@@ -129,9 +129,10 @@ def test_rwkv7_channel_mix():
     mixer = make_mixer("rwkv7_channel_mix", 32, expand=2.0, rngs=nnx.Rngs(0))
     mixer.key.kernel[...], mixer.value.kernel[...] = (jnp.asarray(case.inputs[f"{n}_weight"]) for n in ("key", "value"))
     mixer.mix[...] = jnp.asarray(case.inputs["x_k"])[None]
-    y, last = jax.jit(lambda mixer, *xs: mixer.prefill(*xs))(mixer, case.inputs["x"], case.inputs["x_prev"])
+    cache = mixer.init_cache(*case.inputs["x"].shape[:2])._replace(state=case.inputs["x_prev"])
+    y, cache = jax.jit(lambda mixer, *xs: mixer.prefill(*xs))(mixer, case.inputs["x"], cache)
     assert_close(y, case.outputs["o"], FORWARD)
-    assert_close(last, case.inputs["x"][:, -1], 0.0)
+    assert_close(cache.state, case.inputs["x"][:, -1], 0.0)
 
 
 def test_prefix_with_a_mask():

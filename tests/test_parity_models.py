@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.decoding import prefill_then_step
-from helpers.reference_cases import FOLDER, FORWARD, LOGITS, assert_close, assert_gradients, load
+from helpers.reference_cases import FOLDER, FORWARD, LMS, LOGITS, assert_close, assert_gradients, load
 
 from based_jax import config as configs
 from based_jax import convert
@@ -23,67 +23,6 @@ from based_jax.optim import decay_groups
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-LMS = {
-    "tiny_based_lm": LMConfig(
-        (
-            ("conv", {}),
-            ("taylor", {"num_heads": 4, "feature_dim": 16}),
-            ("window", {"num_heads": 4, "window": convert.window_from_based(16)}),
-        )
-        * 2,
-        d_model=64,
-        vocab_size=97,
-        mlp_dim=256,
-        dtype="float32",
-    ),
-    "tiny_attn_lm_even": LMConfig(
-        (("attention", {"num_heads": 4}),) * 3,
-        d_model=64,
-        vocab_size=97,
-        pad_vocab_multiple=16,
-        mlp_dim=256,
-        dtype="float32",
-    ),
-    "hf_llama_a": LMConfig(
-        (("attention", {"num_heads": 4, "num_kv_heads": 2, "rotary_fraction": 1.0}),) * 2,
-        d_model=32,
-        vocab_size=61,
-        pad_vocab_multiple=1,
-        mlp_dim=64,
-        tie_embeddings=False,
-        dtype="float32",
-    ),
-    "tiny_mamba_lm": LMConfig(
-        (("mamba", {}),) * 3, d_model=32, vocab_size=97, pad_vocab_multiple=16, mlp="none", dtype="float32"
-    ),
-    "hf_mamba_a": LMConfig(
-        (("mamba", {"d_state": 8}),) * 2,
-        d_model=32,
-        vocab_size=61,
-        pad_vocab_multiple=1,
-        mlp="none",
-        dtype="float32",
-    ),
-    "hf_rwkv4_lm_a": LMConfig(
-        (("rwkv4", {}), ("rwkv4_channel_mix", {"expand": 2.0})) * 2,
-        d_model=32,
-        vocab_size=61,
-        pad_vocab_multiple=1,
-        mlp="none",
-        norm="layer",
-        embed_norm=True,
-        tie_embeddings=False,
-        dtype="float32",
-    ),
-    "zoology_lm_based": LMConfig(
-        (("base_conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 8})),
-        d_model=32,
-        vocab_size=128,
-        mlp="identity",
-        norm="layer",
-        dtype="float32",
-    ),
-}
 STACKED = [("tiny_based_lm", False), ("tiny_based_lm", True), ("tiny_attn_lm_even", True), ("zoology_lm_based", False)]
 STACKED += [("hf_llama_a", True), ("tiny_mamba_lm", False), ("hf_mamba_a", True), ("hf_rwkv4_lm_a", True)]
 CHECKPOINTS = {
@@ -155,14 +94,14 @@ def test_states_of_whole_models():
     model = language_model("hf_mamba_a", case.weights, False)
     _, _, end = prefill_then_step(model, case.inputs["ids"], case.meta["n_prefill"])
     for i, (cache,) in enumerate(end):
-        assert_close(jnp.moveaxis(cache.conv, 1, 2), case.outputs["conv_state"][i], FORWARD, f"conv {i}")
-        assert_close(cache.state, case.outputs["ssm_state"][i], FORWARD, f"state {i}")
+        assert_close(jnp.moveaxis(cache.state.conv, 1, 2), case.outputs["conv_state"][i], FORWARD, f"conv {i}")
+        assert_close(cache.state.memory, case.outputs["ssm_state"][i], FORWARD, f"state {i}")
 
     case = load("hf_rwkv4_lm_a")
     model = language_model("hf_rwkv4_lm_a", case.weights, False)
     _, _, end = prefill_then_step(model, case.inputs["ids"], case.meta["n_prefill"])
     for i, ((time,), (channel,)) in enumerate(zip(end[::2], end[1::2], strict=True)):
-        ours = {"ffn_x": channel, "att_x": time.shift, **time.state._asdict()}
+        ours = {"ffn_x": channel.state, "att_x": time.state.shift, **time.state.memory._asdict()}
         for name, value in ours.items():
             assert_close(value, case.outputs[f"state_{name}"][..., i], FORWARD, f"{name} {i}")
 

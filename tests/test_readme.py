@@ -16,6 +16,7 @@ from based_jax import config as configs
 from based_jax.__main__ import main
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer
+from based_jax.ops import scan
 from based_jax.train.run import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ def program(marker):
 
 def run(command, folder):
     """Run a command with what it writes in this folder, on a text of its own: a run ends with all that is held out."""
-    arguments = shlex.split(command.replace("=runs", f"={folder}"))
+    arguments = shlex.split(re.sub(r"(?<=[= ])runs", str(folder), command))
     if arguments[0] == "train":
         arguments += ["--config.steps=2", "--config.optim.warmup_steps=1"]
         if "text" in command:
@@ -43,10 +44,13 @@ def run(command, folder):
 
 def test_the_commands_in_their_order(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    names = ["train", "train", "eval", "generate", "describe", "sweep", "sweep"]
+    names = ["train", "train", "plot", "eval", "generate", "export", "describe", "sweep", "sweep"]
     assert [command.split()[0] for command in COMMANDS] == names
-    for command in COMMANDS[:5]:
+    for command in COMMANDS[:7]:
         run(command, tmp_path)
+    names = {}
+    exec(program("ocp.load").replace("runs/", f"{tmp_path}/"), names)
+    assert names["params"]["embed/embedding"].shape[0] == 264
     assert "It was a " in capsys.readouterr().out
     targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
     assert targets == ["demo", "test"]
@@ -55,7 +59,7 @@ def test_the_commands_in_their_order(capsys, tmp_path, monkeypatch):
 
 def test_the_sweep_s_commands(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for command in COMMANDS[5:]:
+    for command in COMMANDS[7:]:
         run(command, tmp_path)
     assert "[4/4" in capsys.readouterr().out and (tmp_path / "pictures" / "frontier.html").exists()
 
@@ -84,7 +88,15 @@ def test_the_sweep():
 def test_the_mixer_keeps_the_contract_in_under_60_lines(normal, close):
     text = program("class Ema")
     assert text.count("\n") < 60
-    names = {"dataclasses": dataclasses, "ClassVar": ClassVar, "jax": jax, "jnp": jnp, "layers": layers, "Mixer": Mixer}
+    names = {
+        "dataclasses": dataclasses,
+        "ClassVar": ClassVar,
+        "jax": jax,
+        "jnp": jnp,
+        "layers": layers,
+        "Mixer": Mixer,
+        "scan": scan,
+    }
     exec(text, names)
     mixer = names["Ema"](8, names["EmaConfig"](), layers.Init(1.0, 1.0, jnp.float32, nnx.Rngs(0)))
     x, ids = normal(2, 9, 8), jnp.asarray([[1] * 9, [0, 2, 2, 2, 3, 3, 3, 3, 3]])

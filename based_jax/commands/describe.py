@@ -1,8 +1,11 @@
-"""Print one table over all mixers: parameters, state, train FLOPs, decode bytes and implementations at a width."""
+"""Print one table over all mixers: parameters, state, train FLOPs, decode bytes and implementations at a width.
+
+examples:
+  python -m based_jax describe
+  python -m based_jax describe --d-model=512 --seq-len=8192
+"""
 
 import argparse
-
-from based_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,11 +20,10 @@ def run(args: argparse.Namespace) -> None:
 
     from based_jax.nn.describe import describe
 
-    for name in ("d_model", "seq_len"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}; it is at least 1.")
-    rows = [vars(row) for row in describe(args.d_model, args.seq_len)]
-    print(pd.DataFrame(rows).to_string(index=False, formatters={"params": "{:,}".format}, na_rep="-"))
+    table = pd.DataFrame(describe(args.d_model, args.seq_len), dtype=object)
+    table["params"] = table["params"].map("{:,}".format, na_action="ignore")
+    table["implementations"] = table["implementations"].fillna(table.pop("does_not_fit"))
+    print(table.fillna("-").to_string(index=False))
     print(
         f"\nOne mixer of width {args.d_model} with its default options, layers in bf16.\n"
         f"State: what decoding keeps of one sequence of {args.seq_len} tokens.\n"

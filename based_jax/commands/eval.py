@@ -1,6 +1,12 @@
-"""Evaluate a trained run: perplexity and accuracy, per segment where the task has several."""
+"""Evaluate a trained run: perplexity and accuracy, per segment where the task has several.
+
+examples:
+  python -m based_jax eval --workdir=runs/text
+  python -m based_jax eval --workdir=runs/text --step=1000
+"""
 
 import argparse
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,10 +20,13 @@ def run(args: argparse.Namespace) -> None:
     import jax
 
     from based_jax.evals.evaluate import evaluate, model_sums
+    from based_jax.train import data_record
     from based_jax.train.run import load_run
 
     config, step, model = load_run(args.workdir, args.step)
     source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
+    if change := data_record.changed_since(source, args.workdir):
+        print(f"Warning: {change}.", file=sys.stderr)
     batches = ((name, batch) for name in source.eval_names for batch in source.eval_batches(name))
     print(f"step {step}")
     for name, value in evaluate(model_sums(model), batches).items():

@@ -1,4 +1,10 @@
-"""Train the points of a sweep file into a store, list what is missing, or draw the pictures of a store."""
+"""Train the points of a sweep file into a store, list what is missing, or draw the pictures of a store.
+
+examples:
+  python -m based_jax sweep run experiments/mqar_pareto/sweeps.py:tiny --store=runs/tiny
+  python -m based_jax sweep list experiments/mqar_pareto/sweeps.py:tiny --store=runs/tiny
+  python -m based_jax sweep plot --store=runs/tiny --out=runs/pictures
+"""
 
 import argparse
 import functools
@@ -7,11 +13,30 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from based_jax.commands.parser import add_command
 from based_jax.errors import UserError, unknown
 
+RUN = """Train every point that the store has no row of.
+
+examples:
+  python -m based_jax sweep run experiments/mqar_pareto/sweeps.py:tiny --store=runs/tiny
+  python -m based_jax sweep run sweeps.py --store=runs/rows --processes=8
+  python -m based_jax sweep run sweeps.py --store=runs/rows --launcher=slurm --tasks=16 --script=job.sh
+"""
+LIST = """Print the points that the store has no row of.
+
+examples:
+  python -m based_jax sweep list experiments/mqar_pareto/sweeps.py:tiny --store=runs/tiny
+"""
+PLOT = """Draw a picture of a store: PNG, SVG and PDF, of the frontier an HTML page as well.
+
+examples:
+  python -m based_jax sweep plot --store=runs/tiny --out=runs/pictures
+  python -m based_jax sweep plot --store runs/one runs/two --out=runs/pictures --picture=ablation
+"""
+PAGE_TITLE = "Recall against bytes of state"
 LAUNCHERS = ("local", "ray", "slurm")
 LAUNCHERS_OF_OPTIONS = {
     "processes": (("local",), 1),
@@ -25,17 +50,15 @@ LAUNCHERS_OF_OPTIONS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommands and their arguments."""
     commands = parser.add_subparsers(dest="action", required=True, metavar="action")
-    _add_run(commands.add_parser("run", help="train every point that the store has no row of"))
-    missing = commands.add_parser("list", help="print the points that the store has no row of")
+    _add_run(add_command(commands, "run", RUN))
+    missing = add_command(commands, "list", LIST)
     missing.add_argument("sweep", help="sweep file, optionally with a variant: path/to/sweeps.py:variant")
     missing.add_argument("--store", required=True, help="folder of the rows")
-    plot = commands.add_parser(
-        "plot", help="draw a picture of a store: PNG and SVG, of the frontier an HTML page as well"
-    )
+    plot = add_command(commands, "plot", PLOT)
     plot.add_argument("--store", required=True, nargs="+", help="folders of rows, or files")
     plot.add_argument("--out", required=True, help="folder of the pictures")
     plot.add_argument("--picture", default="frontier", help="frontier, figure3 or ablation (default: frontier)")
-    plot.add_argument("--title", default="Recall against bytes of state", help="of the page")
+    plot.add_argument("--title", default=PAGE_TITLE, help="of the page")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -132,23 +155,19 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
+    from based_jax.folders import local_folder
     from based_jax.pictures import figures, page
 
     draw = {"frontier": figures.frontier, "figure3": figures.figure3, "ablation": figures.ablation}
     if args.picture not in draw:
         raise unknown("picture", args.picture, draw)
+    out = local_folder(args.out, "--out")
     rows = [row for store in args.store for row in _rows(store)]
     if not rows:
         raise UserError(f"There are no rows in {', '.join(map(repr, args.store))}.")
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out='{args.out}' is no folder that can be written: {error.strerror}.") from error
     drawn = draw[args.picture](rows, out / args.picture)
     if args.picture == "frontier":
-        page.write(rows, out / "frontier.html", title=args.title)
-        drawn.append(out / "frontier.html")
+        drawn.append(page.write(rows, out / "frontier.html", title=args.title))
     print(f"Drawn: {', '.join(map(str, drawn))}.")
 
 

@@ -1,5 +1,6 @@
 """Weights from the reference implementations, and to them."""
 
+from based_jax.convert.arrays import save_orbax, save_safetensors
 from based_jax.convert.hf import load_hf, save_hf
 from based_jax.convert.reference import (
     lm_from_reference,
@@ -15,6 +16,8 @@ __all__ = [
     "mixer_from_reference",
     "reference_weights",
     "save_hf",
+    "save_orbax",
+    "save_safetensors",
     "window_from_based",
     "window_from_zoology",
 ]

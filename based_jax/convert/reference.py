@@ -117,7 +117,8 @@ def mixer_from_reference(kind: str, weights: Weights, **config) -> Mixer:
     Args:
       kind: a key of `MIXERS`.
       weights: arrays of any float dtype under the layer's state_dict keys, in any layout of its `REFERENCE`.
-      config: options of the mixer's Config; `window_from_based` and `window_from_zoology` translate the window.
+      config: options of the mixer's Config, and `norm_eps` of its norms; `window_from_based` and `window_from_zoology`
+        translate the window. Where a publication takes another value than our default, that is the default here.
 
     Raises:
       UserError: a key is missing or left over, an array has another shape than the options say, or a buffer other
@@ -128,11 +129,13 @@ def mixer_from_reference(kind: str, weights: Weights, **config) -> Mixer:
     reference = MIXERS[kind].REFERENCE
     if not reference:
         raise UserError(f"No publication of mixer '{kind}' has a known layout of its weights.")
-    table = max((_groups(keys) for keys in reference.values()), key=lambda keys: _shared_keys(keys, weights))
+    publication = max(reference, key=lambda name: _shared_keys(_groups(reference[name]), weights))
+    table, options = _groups(reference[publication]), MIXERS[kind].REFERENCE_OPTIONS.get(publication, {})
     output = next(iter(table.values()))
     if any(key not in weights for key in output):
         raise UserError(f"The weights lack the output projection '{output[0]}' of mixer '{kind}'.")
-    mixer = nnx.eval_shape(lambda: make_mixer(kind, weights[output[0]].shape[0], rngs=nnx.Rngs(0), **config))
+    width = weights[output[0]].shape[0]
+    mixer = nnx.eval_shape(lambda: make_mixer(kind, width, rngs=nnx.Rngs(0), **{**options, **config}))
     own = {path: [keys] for path, keys in _of_parameters(mixer, table).items()}
     _fill(mixer, own, _without_buffers(weights, mixer.reference_buffers()))
     return mixer
@@ -162,6 +165,9 @@ def lm_from_reference(weights: Weights, config: LMConfig) -> LM:
         if embedding is not None and not np.array_equal(head, embedding):
             raise UserError(f"'{skeleton.head}' differs from the embedding; set tie_embeddings to False.")
         weights.pop(skeleton.head)
+    wanted = (config.padded_vocab_size, config.d_model)
+    if embedding is not None and embedding.shape != wanted:
+        raise UserError(f"'{skeleton.embedding}' has shape {embedding.shape}; the model's is {wanted}.")
     model = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
     _fill(model, reference_keys(model, name), _without_buffers(weights, _model_buffers(model, skeleton)))
     return model
@@ -175,15 +181,29 @@ def skeleton_of(weights: Weights) -> str:
     return next(iter(whole + found), "based")
 
 
+def check_layers(weights: Weights, name: str, count: int) -> None:
+    """Check that there are arrays of as many layers as a config.json says, before a model of them is made.
+
+    Raises:
+      UserError: there are fewer, or the number is not above 0.
+    """
+    root = SKELETONS[skeleton_of(weights)].layers[0].norm1.partition("{}")[0]
+    stored = len({key.removeprefix(root).partition(".")[0] for key in weights if key.startswith(root)})
+    if count < 1:
+        raise UserError(f"{name} is {count}; it is at least 1.")
+    if count > stored:
+        raise UserError(f"The weights lack '{root}{stored}': they are of {stored} layers, and {name} is {count}.")
+
+
 def reference_weights(model: LM) -> dict[str, np.ndarray]:
     """Return fp32 arrays under the keys of the released Based and attention checkpoints, the tied head included."""
-    parameters, weights = _parameters(model), {}
+    found, weights = parameters(model), {}
     for path, groups in reference_keys(model).items():
-        value = np.asarray(parameters[path][...])
+        value = np.asarray(found[path][...], np.float32)
         for (key,), array in zip(groups, value if len(groups) > 1 else [value], strict=True):
             weights[key] = np.ascontiguousarray(_to_reference(path, array))
     skeleton = SKELETONS["based"]
-    return weights | {skeleton.head: weights[skeleton.embedding]}
+    return weights | ({skeleton.head: weights[skeleton.embedding]} if model.config.tie_embeddings else {})
 
 
 def reference_keys(model: LM, skeleton: str = "based") -> dict[str, list[KeyGroup]]:
@@ -207,7 +227,7 @@ def reference_keys(model: LM, skeleton: str = "based") -> dict[str, list[KeyGrou
 def reference_shapes(module: nnx.Module, keys: Mapping[str, list[KeyGroup]]) -> dict[KeyGroup, Shape]:
     """Return the shape of each group of keys in the reference's layout; the module's arrays may be abstract."""
     shapes: dict[KeyGroup, Shape] = {}
-    for path, variable in _parameters(module).items():
+    for path, variable in parameters(module).items():
         shape = variable.shape[1:] if len(keys[path]) > 1 else variable.shape
         layout = _to_reference(path, np.broadcast_to(np.float32(0), shape)).shape
         shapes |= dict.fromkeys(keys[path], layout)
@@ -249,6 +269,8 @@ def _without_buffers(weights: Weights, buffers: Mapping[str, Buffer]) -> Weights
 def _equal(array: np.ndarray, wanted: np.ndarray) -> bool:
     """Return whether two arrays are the same but for axes of size 1 and the rounding of the first one's dtype."""
     array, wanted = np.squeeze(array), np.squeeze(wanted)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return False
     error = max(1e-5, float(jnp.finfo(array.dtype).eps))
     return np.allclose(array.astype(np.float64), wanted.astype(np.float64), rtol=error, atol=error)
 
@@ -275,10 +297,11 @@ def _shared_keys(keys: Mapping[str, KeyGroup], weights: Weights) -> int:
 
 def _of_parameters[T](module: nnx.Module, keys: Mapping[str, T]) -> dict[str, T]:
     """Return the part of a table that a module has parameters for: biases, norms and MLPs differ between models."""
-    return {path: keys[path] for path in _parameters(module)}
+    return {path: keys[path] for path in parameters(module)}
 
 
-def _parameters(module: nnx.Module) -> dict[str, nnx.Variable]:
+def parameters(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """Return the parameters of a module by path."""
     return {_path(keys): variable for keys, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
@@ -314,6 +337,9 @@ def _check_weights(weights: Weights, shapes: Mapping[KeyGroup, Shape]) -> None:
         raise UserError(
             f"The weights have '{key}' {weights[key].shape}, which the model does not; {len(surplus)} do so."
         )
+    for key, array in weights.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise UserError(f"'{key}' is of {array.dtype}; parameters are floating-point numbers.")
     for group, shape in shapes.items():
         found = _joined_shape(weights, group)
         if _squeezed(found) != _squeezed(shape):

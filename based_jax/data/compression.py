@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from based_jax.data.checks import check_examples, check_ints
 from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
@@ -28,6 +29,7 @@ def compression(alphabet: int, max_symbols: int, num_examples: int, num_symbols:
     Raises UserError unless alphabet >= 2 and 1 <= num_symbols <= max_symbols.
     """
     _check(alphabet, max_symbols, num_symbols)
+    check_examples(num_examples, 2 * num_symbols + 1, alphabet + 1 + max_symbols, seed)
     rng = np.random.default_rng(seed)
     symbols = rng.integers(alphabet, size=(num_examples, num_symbols), dtype=np.int32)
     order = rng.permuted(np.tile(np.arange(num_symbols, dtype=np.int32), (num_examples, 1)), axis=1)
@@ -39,6 +41,7 @@ def compression(alphabet: int, max_symbols: int, num_examples: int, num_symbols:
 
 
 def _check(alphabet: int, max_symbols: int, num_symbols: int) -> None:
+    check_ints(alphabet=alphabet, max_symbols=max_symbols, num_symbols=num_symbols)
     if alphabet < 2:
         raise UserError(f"alphabet {alphabet} must be at least 2.")
     if not 1 <= num_symbols <= max_symbols:
@@ -77,6 +80,7 @@ class CompressionConfig:
         check_segments("Compression", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.alphabet, self.max_symbols, segment.num_symbols)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
 
     @property
     def vocab_size(self) -> int:

@@ -1,25 +1,29 @@
-"""A corpus: a folder of text files, one document each (.txt) or one a line (.jsonl), plain or compressed (.xz, .gz).
+"""A corpus: a folder of text files, folders in it too; `data/documents.py` says which files.
 
-Files whose names begin with `val` or `test` are the validation split. Where there are none, documents go there by the
-hash of their text, about one in a hundred and at least one; of a single document it is the last twentieth.
+Files with a word such as `val`, `dev` or `test` in their name, or in a folder of that name, are the validation split.
+Where there are none, `data/holdout.py` holds text out of training.
 """
 
 import dataclasses
-import gzip
 import hashlib
-import json
-import lzma
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Literal, Protocol
 
+from based_jax.data.documents import TEXT_SUFFIXES, Chunk, Reading, read_documents, text_suffix
 from based_jax.errors import UserError
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".txt.xz", ".jsonl.xz", ".txt.gz", ".jsonl.gz")
-OPENERS_BY_SUFFIX: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
-VALIDATION_NAMES = ("val", "test")
-VALIDATION_SHARE = 100
+TextSplit = Literal["train", "validation"]
+TFDS_PREFIX = "tfds:"
+SPLITS_BY_WORD: dict[str, TextSplit] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "valset", "dev", "devset", "heldout", "holdout"), "validation"),
+    **dict.fromkeys(("test", "tests", "testset", "eval", "evaluation"), "validation"),
+}
 
 
 def default_corpus() -> Path:
@@ -30,121 +34,147 @@ def default_corpus() -> Path:
 class Corpus(Protocol):
     """Documents to train on and to validate with."""
 
-    def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that change with any name or content."""
+    @property
+    def location(self) -> str:
+        """Where it is, whatever the current folder."""
         ...
 
-    def split_documents(self) -> dict[str, list[str]]:
-        """Return {"train": documents, "validation": documents}, neither empty."""
+    @property
+    def extent(self) -> int:
+        """What `Reading.position` counts to: bytes of files, or examples."""
+        ...
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of what stands beside the text and is not read."""
+        ...
+
+    def file_hashes(self) -> Mapping[str, str]:
+        """Return the sha256 of each file by its name: they change with any name or content."""
+        ...
+
+    def chunks(self, split: TextSplit, reading: Reading) -> Iterator[Chunk]:
+        """Yield the documents of a split in order; the validation split may have none."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderCorpus:
-    """The text files of a folder."""
+    """The text files of a folder and of the folders in it.
+
+    Every property and method raises UserError where the folder or a file of it cannot be read, or holds no text.
+    """
 
     folder: str | os.PathLike
 
     def __str__(self):
         return str(self.folder)
 
-    def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that change with any name or content.
+    @property
+    def location(self) -> str:
+        """The absolute path."""
+        return str(Path(self.folder).absolute())
 
-        Raises:
-          UserError: the folder does not exist or holds no text file.
-        """
-        return hash_files(corpus_files(self.folder))
+    @property
+    def extent(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.files)
 
-    def split_documents(self) -> dict[str, list[str]]:
-        """Return {"train": documents, "validation": documents}.
+    @cached_property
+    def files(self) -> list[Path]:
+        """The text files, by name."""
+        files = self._listing[0]
+        if not files:
+            found = f"; there is {shortened(self.left_out)}" if self.left_out else ""
+            raise UserError(f"Corpus '{self}' has no file that ends in {', '.join(TEXT_SUFFIXES)}{found}.")
+        return files
 
-        Raises:
-          UserError: a file is empty, is not UTF-8 text or holds a broken line, or there is nothing to train on.
-        """
-        train: list[str] = []
-        validation: list[str] = []
-        for path in corpus_files(self.folder):
-            (validation if path.name.startswith(VALIDATION_NAMES) else train).extend(read_documents(path))
-        if not train:
-            raise UserError(f"Corpus '{self.folder}' has validation files only; it needs one to train on.")
-        if not validation:
-            train, validation = hold_out(train)
-        return {"train": train, "validation": validation}
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of the files and folders that hold no text by their names, or are hidden."""
+        return self._listing[1]
+
+    def file_hashes(self) -> dict[str, str]:
+        """Return the sha256 of each file by its name below the folder."""
+        return {self._name(path): hash_file(path) for path in self.files}
+
+    def chunks(self, split: TextSplit, reading: Reading) -> Iterator[Chunk]:
+        """Yield the documents of the files that belong to a split."""
+        if not any(self._split(path) == "train" for path in self.files):
+            raise UserError(f"Corpus '{self}' has validation files only; it needs one to train on.")
+        for path in self.files:
+            if self._split(path) == split:
+                yield from read_documents(path, reading)
+
+    @cached_property
+    def _listing(self) -> tuple[list[Path], tuple[str, ...]]:
+        folder = Path(self.folder)
+        if not folder.is_dir():
+            raise UserError(f"Corpus '{self}' is no folder; it holds files ending in {', '.join(TEXT_SUFFIXES)}.")
+        files: list[Path] = []
+        left_out: list[Path] = []
+        for path in _walk(folder):
+            (files if _is_text(path) else left_out).append(path)
+        files.sort(key=lambda path: path.parts)
+        return files, tuple(sorted(self._name(path) for path in left_out))
+
+    def _name(self, path: Path) -> str:
+        name = path.relative_to(self.folder).as_posix()
+        return name.encode(errors="backslashreplace").decode()
+
+    def _split(self, path: Path) -> TextSplit:
+        """Return the split that the file's name, else the nearest folder that is named for one, says."""
+        stem = path.name.lower().removesuffix(text_suffix(path) or "")
+        words = {SPLITS_BY_WORD[word] for word in re.findall("[a-z]+", stem) if word in SPLITS_BY_WORD}
+        if words:
+            return "train" if "train" in words else "validation"
+        folders = reversed(path.relative_to(self.folder).parts[:-1])
+        return next((SPLITS_BY_WORD[name.lower()] for name in folders if name.lower() in SPLITS_BY_WORD), "train")
 
 
-def corpus_files(folder: str | os.PathLike) -> list[Path]:
-    """Return the text files of a corpus by name.
-
-    Raises:
-      UserError: the folder does not exist or holds no text file.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"Corpus '{folder}' is no folder; it holds files ending in {', '.join(TEXT_SUFFIXES)}.")
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(TEXT_SUFFIXES))
-    if not files:
-        raise UserError(f"Corpus '{folder}' has no text file; it holds files ending in {', '.join(TEXT_SUFFIXES)}.")
-    return files
-
-
-def hash_files(paths: Iterable[Path], also: str = "") -> str:
-    """Return 16 hexadecimal digits that change with any file's name or content, and with `also`."""
-    digest = hashlib.sha256()
-    for path in paths:
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file; UserError where it cannot be read."""
+    try:
         with path.open("rb") as file:
-            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
-    digest.update(also.encode())
-    return digest.hexdigest()[:16]
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"Corpus file '{path}' cannot be read: {error.strerror}.") from None
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """Yield the documents of one file.
+def combined_hash(hashes: Mapping[str, str], *more: object) -> str:
+    """Return 16 hexadecimal digits that change with any file's name or hash, and with what more is given."""
+    return hashlib.sha256(repr((sorted(hashes.items()), more)).encode()).hexdigest()[:16]
 
-    Raises:
-      UserError: as `FolderCorpus.split_documents`.
-    """
-    count = 0
+
+def shortened(names: tuple[str, ...], most: int = 20) -> str:
+    """Return names as the part of a sentence, no more than `most` of them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield files, and those folders that are not entered: hidden ones, and links to a folder that was entered."""
+    entered = {folder.resolve()}
+
+    def refuse(error: OSError):
+        raise UserError(f"Corpus folder '{error.filename}' cannot be read: {error.strerror}.")
+
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        inside = {Path(place, name): Path(place, name).resolve() for name in sorted(folders)}
+        folders[:] = []
+        for path, real in inside.items():
+            if path.name.startswith(".") or real in entered:
+                yield path
+            else:
+                entered.add(real)
+                folders.append(path.name)
+        yield from (Path(place, name) for name in files)
+
+
+def _is_text(path: Path) -> bool:
+    if text_suffix(path) is None or path.name.startswith("."):
+        return False
     try:
-        with OPENERS_BY_SUFFIX.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            for text in _documents(file, path):
-                count += 1
-                yield text
-    except UnicodeDecodeError as error:
-        raise UserError(f"Corpus file '{path}' is not UTF-8 text: {error.reason} at byte {error.start}.") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"Corpus file '{path}' cannot be read: {error}.") from None
-    if not count:
-        raise UserError(f"Corpus file '{path}' is empty; it needs at least one document.")
-
-
-def _documents(file: TextIO, path: Path) -> Iterator[str]:
-    if ".jsonl" not in path.suffixes:
-        text = file.read()
-        yield from [text] if text.strip() else []
-        return
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            yield _text_of(line, path, number)
-
-
-def _text_of(line: str, path: Path, number: int) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str) or not text:
-        raise UserError(f"Corpus file '{path}', line {number}, is no JSON object with a \"text\": {line[:40]!r}.")
-    return text
-
-
-def hold_out(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Return (train, validation) by the hash of each text, so that neither order nor additions move a document."""
-    if len(documents) == 1:
-        cut = len(documents[0]) * 19 // 20
-        return [documents[0][:cut]], [documents[0][cut:]]
-    hashes = [int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) for text in documents]
-    held = [value % VALIDATION_SHARE == 0 or value == min(hashes) for value in hashes]
-    return [d for d, h in zip(documents, held, strict=True) if not h], [
-        d for d, h in zip(documents, held, strict=True) if h
-    ]
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:  # a link to nothing, too
+        raise UserError(f"Corpus file '{path}' cannot be read: {error.strerror}.") from None

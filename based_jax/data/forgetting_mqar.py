@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from based_jax.data.checks import check_examples, check_ints
 from based_jax.data.legacy_random import uniform_choices, weighted_choices
-from based_jax.data.mqar import fill, gap_weights, lay_out
+from based_jax.data.mqar import check_gaps, fill, gap_weights, lay_out
 from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
 
@@ -36,6 +37,8 @@ def forgetting_mqar(
     Raises UserError unless seq_len is even, 4 * num_kv_pairs + 2 * num_updates <= seq_len < vocab_size.
     """
     _check(vocab_size, seq_len, num_kv_pairs, num_updates)
+    check_examples(num_examples, seq_len, vocab_size, seed)
+    check_gaps(power_a, random_non_queries)
     rng, pairs = np.random.RandomState(seed), num_kv_pairs + num_updates
     first_value = vocab_size // 2
     keys = uniform_choices(rng, first_value - 1, num_kv_pairs, num_examples) + 1
@@ -72,6 +75,7 @@ def latest_values(owner: np.ndarray, values: np.ndarray, num_kv_pairs: int) -> n
 
 
 def _check(vocab_size: int, seq_len: int, num_kv_pairs: int, num_updates: int) -> None:
+    check_ints(vocab_size=vocab_size, seq_len=seq_len, num_kv_pairs=num_kv_pairs, num_updates=num_updates)
     if num_kv_pairs < 1 or num_updates < 0:
         raise UserError(f"num_kv_pairs {num_kv_pairs} must be at least 1 and num_updates {num_updates} at least 0.")
     if seq_len % 2 or 4 * num_kv_pairs + 2 * num_updates > seq_len:
@@ -113,6 +117,8 @@ class ForgettingMqarConfig:
         check_segments("MQAR with forgetting", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.vocab_size, segment.seq_len, segment.num_kv_pairs, segment.num_updates)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
+        check_gaps(self.power_a, self.random_non_queries)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""

@@ -1,5 +1,6 @@
 """How the rows of a batch are divided among the processes of a multi-host run."""
 
+from based_jax.data.checks import check_ints
 from based_jax.errors import UserError
 
 
@@ -8,6 +9,9 @@ def own_rows(batch_size: int, process_index: int, process_count: int) -> slice:
 
     The blocks in order of the processes make up the global batch. UserError if the batch cannot be divided.
     """
+    check_ints(batch_size=batch_size, process_index=process_index, process_count=process_count)
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index {process_index} must be at least 0 and below process_count {process_count}.")
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch_size {batch_size} must be a positive multiple of the number of processes, {process_count}."

@@ -9,15 +9,18 @@ in-context language learning (Akyürek et al. 2024, arXiv 2401.12973). Tokens ar
 `best_accuracy` is what the best possible one gets.
 """
 
+import numbers
 from dataclasses import dataclass
 
 import numpy as np
 
+from based_jax.data.checks import check_examples, check_ints
 from based_jax.data.segments import Examples, LengthSegment, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL, is_labelled
 
 MAX_TABLE_SIZE = 2**20
+MAX_CONCENTRATION = 1e9  # all tokens are about as probable then
 MAX_PROBABILITIES_PER_BLOCK = 2**22  # held at once, over the rows that are drawn together
 
 
@@ -32,6 +35,7 @@ def in_context_ngram(
     Raises UserError unless vocab_size >= 2, seq_len > order >= 1, vocab_size**order <= 2**20 and concentration > 0.
     """
     _check(vocab_size, seq_len, order, concentration)
+    check_examples(num_examples, seq_len, vocab_size, seed)
     rng = np.random.default_rng(seed)
     tokens = np.empty((num_examples, seq_len + 1), np.int32)
     for block in _blocks(tokens, vocab_size, order):
@@ -124,14 +128,15 @@ def _seen(inputs: np.ndarray, vocab_size: int, order: int) -> np.ndarray:
 
 
 def _check(vocab_size: int, seq_len: int, order: int, concentration: float) -> None:
+    check_ints(vocab_size=vocab_size, seq_len=seq_len, order=order)
     if vocab_size < 2:
         raise UserError(f"vocab_size {vocab_size} must be at least 2.")
     if not 1 <= order < seq_len:
         raise UserError(f"order {order} must be at least 1 and below seq_len {seq_len}.")
-    if vocab_size**order > MAX_TABLE_SIZE:
+    if order > MAX_TABLE_SIZE.bit_length() or vocab_size**order > MAX_TABLE_SIZE:
         raise UserError(f"vocab_size {vocab_size} to the power of order {order} must be at most {MAX_TABLE_SIZE}.")
-    if not concentration > 0:
-        raise UserError(f"concentration {concentration} must be above 0.")
+    if not (isinstance(concentration, numbers.Real) and 0 < concentration <= MAX_CONCENTRATION):
+        raise UserError(f"concentration {concentration!r} must be above 0 and at most {MAX_CONCENTRATION:g}.")
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,7 @@ class InContextNgramConfig:
         check_segments("In-context n-gram", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.vocab_size, segment.seq_len, self.order, self.concentration)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from based_jax.data.checks import check_examples, check_ints
 from based_jax.data.segments import Examples, LengthSegment, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
@@ -23,6 +24,7 @@ def induction_heads(vocab_size: int, num_examples: int, seq_len: int, seed: int)
     Raises UserError unless vocab_size >= 3 and seq_len >= 3.
     """
     _check(vocab_size, seq_len)
+    check_examples(num_examples, seq_len, vocab_size, seed)
     rng = np.random.default_rng(seed)
     special = vocab_size - 1
     rows, place = np.arange(num_examples), rng.integers(seq_len - 2, size=num_examples)
@@ -35,6 +37,7 @@ def induction_heads(vocab_size: int, num_examples: int, seq_len: int, seed: int)
 
 
 def _check(vocab_size: int, seq_len: int) -> None:
+    check_ints(vocab_size=vocab_size, seq_len=seq_len)
     if vocab_size < 3:
         raise UserError(f"vocab_size {vocab_size} must be at least 3: two tokens and the special one.")
     if seq_len < 3:
@@ -54,6 +57,7 @@ class InductionHeadsConfig:
         check_segments("Induction heads", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.vocab_size, segment.seq_len)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from based_jax.data.segments import Examples, LengthSegment, Split, check_seed, check_segments, segment_and_seed
+from based_jax.data.checks import check_examples, check_ints, check_seed
+from based_jax.data.segments import Examples, LengthSegment, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
 
@@ -32,6 +33,7 @@ def memorization(vocab_size: int, num_examples: int, seq_len: int, seed: int, di
     Raises UserError unless vocab_size >= 3 and seq_len is even.
     """
     _check(vocab_size, seq_len)
+    check_examples(num_examples, seq_len, vocab_size, seed)
     values = dictionary(vocab_size, dictionary_seed)
     keys = np.random.default_rng(seed).integers(len(values), size=(num_examples, seq_len // 2), dtype=np.int32)
     inputs = np.full((num_examples, seq_len), vocab_size - 1, np.int32)
@@ -42,6 +44,7 @@ def memorization(vocab_size: int, num_examples: int, seq_len: int, seed: int, di
 
 
 def _check(vocab_size: int, seq_len: int) -> None:
+    check_ints(vocab_size=vocab_size, seq_len=seq_len)
     if vocab_size < 3:
         raise UserError(f"vocab_size {vocab_size} must be at least 3: a key, a value and the insert token.")
     if seq_len < 2 or seq_len % 2:
@@ -61,6 +64,7 @@ class MemorizationConfig:
         check_segments("Memorization", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.vocab_size, segment.seq_len)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""

@@ -9,14 +9,18 @@ Examples equal those of HazyResearch/zoology (zoology/data/multiquery_ar.py) in 
 takes from the global generator of another library.
 """
 
+import numbers
 from dataclasses import dataclass
 
 import numpy as np
 
+from based_jax.data.checks import check_bools, check_examples, check_ints
 from based_jax.data.legacy_random import uniform_choices, weighted_choices
-from based_jax.data.segments import Examples, Split, check_seed, check_segments, segment_and_seed
+from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
+
+MAX_POWER = 10
 
 
 def mqar(
@@ -35,6 +39,7 @@ def mqar(
     Raises UserError unless seq_len is even, 4 * num_kv_pairs <= seq_len < vocab_size and 0 <= seed < 2**32.
     """
     _check(vocab_size, num_examples, seq_len, num_kv_pairs, seed)
+    check_gaps(power_a, random_non_queries)
     rng = np.random.RandomState(seed)
     first_value = vocab_size // 2
     keys = uniform_choices(rng, first_value - 1, num_kv_pairs, num_examples) + 1
@@ -77,18 +82,26 @@ def fill(inputs: np.ndarray, vocab_size: int, seed: int) -> None:
 def gap_weights(seq_len: int, num_kv_pairs: int, power_a: float) -> np.ndarray:
     """Return the probability of each gap, in pairs of positions, that fits behind that many pairs."""
     space = (seq_len - 2 * num_kv_pairs) // 2
-    weights = power_a * np.arange(1, space + 1) ** (power_a - 1)
+    weights = power_a * np.arange(1.0, space + 1) ** (power_a - 1)
     return weights / weights.sum()
 
 
+def check_gaps(power_a: float, random_non_queries: bool) -> None:
+    """Raise UserError for a power law that leaves some gap without probability, or a flag that is none."""
+    check_bools(random_non_queries=random_non_queries)
+    if not (isinstance(power_a, numbers.Real) and 0 < power_a <= MAX_POWER):
+        raise UserError(f"power_a {power_a!r} must be a number above 0 and at most {MAX_POWER}; 1 is uniform.")
+
+
 def _check(vocab_size: int, num_examples: int, seq_len: int, num_kv_pairs: int, seed: int) -> None:
+    check_ints(vocab_size=vocab_size, num_examples=num_examples, seq_len=seq_len, num_kv_pairs=num_kv_pairs)
     if num_examples < 1 or num_kv_pairs < 1:
         raise UserError(f"MQAR needs at least 1 example and 1 pair, not {num_examples} and {num_kv_pairs}.")
     if seq_len % 2 or 4 * num_kv_pairs > seq_len:
         raise UserError(f"seq_len {seq_len} must be even and at least 4 times num_kv_pairs ({num_kv_pairs}).")
     if vocab_size <= seq_len:
         raise UserError(f"vocab_size {vocab_size} must be larger than seq_len {seq_len}.")
-    check_seed(seed)
+    check_examples(num_examples, seq_len, vocab_size, seed)
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,7 @@ class MqarConfig:
         check_segments("MQAR", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.vocab_size, segment.num_examples, segment.seq_len, segment.num_kv_pairs, self.seed)
+        check_gaps(self.power_a, self.random_non_queries)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""

@@ -8,11 +8,13 @@ over length and depth shows where a mixer loses what it read. As in MQAR a label
 Keys are [0, vocab/2); values and filler share [vocab/2, vocab), so only its key tells a value from the filler.
 """
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from based_jax.data.checks import check_examples, check_ints
 from based_jax.data.draws import distinct
 from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
@@ -33,6 +35,7 @@ def needle(
     Raises UserError unless 3 * num_needles <= seq_len, 2 * num_needles <= vocab_size and 0 <= depth <= 1.
     """
     _check(vocab_size, seq_len, depth, num_needles)
+    check_examples(num_examples, seq_len, vocab_size, seed)
     rng = np.random.default_rng(seed)
     first_value, last_place = vocab_size // 2, seq_len - 3 * num_needles
     keys = distinct(rng, first_value, num_needles, num_examples)
@@ -51,11 +54,12 @@ def needle(
 
 
 def _check(vocab_size: int, seq_len: int, depth: float | None, num_needles: int) -> None:
+    check_ints(vocab_size=vocab_size, seq_len=seq_len, num_needles=num_needles)
     if num_needles < 1 or 3 * num_needles > seq_len:
         raise UserError(f"num_needles {num_needles} must be at least 1 and at most a third of seq_len {seq_len}.")
     if 2 * num_needles > vocab_size:
         raise UserError(f"vocab_size {vocab_size} must be at least 2 * num_needles ({num_needles}).")
-    if depth is not None and not 0 <= depth <= 1:
+    if depth is not None and not (isinstance(depth, numbers.Real) and 0 <= depth <= 1):
         raise UserError(f"depth {depth} must be from 0 to 1, or None for any.")
 
 
@@ -88,6 +92,7 @@ class NeedleConfig:
         check_segments("Needle", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.vocab_size, segment.seq_len, segment.depth, segment.num_needles)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""

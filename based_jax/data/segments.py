@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
+from based_jax.data.checks import check_choice, check_ints, check_seed
 from based_jax.data.hosts import own_rows
 from based_jax.errors import UserError, unknown
 from based_jax.labels import NO_LABEL
@@ -94,8 +95,7 @@ def segment_and_seed[S: TaskSegment](
     train: tuple[S, ...], test: tuple[S, ...], seed: int, split: Split, index: int
 ) -> tuple[S, int]:
     """Return a task's segment and the seed of its examples; UserError for an unknown split."""
-    if split not in ("train", "test"):
-        raise unknown("split", split, ("train", "test"))
+    check_choice("split", split, ("train", "test"))
     train_seeds, test_seeds = segment_seeds(seed, len(train), len(test))
     return (train[index], train_seeds[index]) if split == "train" else (test[index], test_seeds[index])
 
@@ -106,19 +106,17 @@ def check_segments(what: str, train: Sequence[TaskSegment], test: Sequence[TaskS
     Raises:
       UserError: no training segment, two test segments of one name, an empty segment, or a seed outside [0, 2**32).
     """
+    for name, segments in {"train": train, "test": test}.items():
+        if not isinstance(segments, tuple) or not all(hasattr(segment, "num_examples") for segment in segments):
+            raise UserError(f"{what}: {name} is {segments!r:.80}; it is a tuple of segments.")
+    for segment in (*train, *test):
+        check_ints(num_examples=segment.num_examples)
+        if segment.num_examples < 1:
+            raise UserError(f"{what} needs at least 1 example in a segment, not {segment.num_examples}.")
     names = [segment.name for segment in test]
     if not train or len(set(names)) < len(names):
         raise UserError(f"{what} needs a training segment and distinct test segments, not {train} and {names}.")
-    for segment in (*train, *test):
-        if segment.num_examples < 1:
-            raise UserError(f"{what} needs at least 1 example in a segment, not {segment.num_examples}.")
     check_seed(seed)
-
-
-def check_seed(seed: int) -> None:
-    """Raise UserError for a seed outside [0, 2**32)."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed {seed} must be at least 0 and below 2**32.")
 
 
 class SegmentSource:
@@ -149,6 +147,16 @@ class SegmentSource:
     def steps_per_epoch(self) -> int:
         """Batches in one pass over all training segments."""
         return sum(-(-segment.num_examples // self.batch_size) for segment in self.task.train)
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        """Both splits' sizes, a line each."""
+        return tuple(f"{split}: {_size(getattr(self.task, split))}" for split in ("train", "test"))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Nothing: examples depend on the task alone."""
+        return {}
 
     def batch(self, step: int) -> Batch:
         """Return this host's rows of training batch `step`, counted from 0 through all epochs."""
@@ -187,7 +195,13 @@ class SegmentSource:
     def examples(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a whole segment, int32 (num_examples, seq_len), made at first use and kept."""
         if (split, index) not in self._examples:
-            self._examples[split, index] = self.task.generate(split, index)
+            try:
+                self._examples[split, index] = self.task.generate(split, index)
+            except MemoryError:
+                segment = getattr(self.task, split)[index]
+                raise UserError(
+                    f"{segment.num_examples} examples of {segment.seq_len} tokens do not fit into memory; make fewer."
+                ) from None
         return self._examples[split, index]
 
     def make_all(self, starmap: Callable[..., Iterable[Examples]] = itertools.starmap) -> None:
@@ -203,3 +217,10 @@ class SegmentSource:
         own = np.pad(rows, (0, self.batch_size - len(rows)), constant_values=-1)[self._own]
         filled = own[:, None] < 0
         return {"inputs": np.where(filled, 0, inputs[own]), "labels": np.where(filled, NO_LABEL, labels[own])}
+
+
+def _size(segments: Sequence[TaskSegment]) -> str:
+    tokens = sum(segment.num_examples * segment.seq_len for segment in segments)
+    examples = sum(segment.num_examples for segment in segments)
+    lengths = sorted({segment.seq_len for segment in segments})
+    return f"{tokens:,} tokens, {examples:,} examples of {' '.join(f'{length:,}' for length in lengths)}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from based_jax.data.checks import check_examples, check_ints
 from based_jax.data.draws import distinct
 from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
 from based_jax.errors import UserError
@@ -25,6 +26,7 @@ def selective_copying(vocab_size: int, num_examples: int, seq_len: int, num_toke
     Raises UserError unless vocab_size >= 3 and 2 * num_tokens + 1 <= seq_len.
     """
     _check(vocab_size, seq_len, num_tokens)
+    check_examples(num_examples, seq_len, vocab_size, seed)
     rng = np.random.default_rng(seed)
     blank, copy, context = vocab_size - 2, vocab_size - 1, seq_len - num_tokens - 1
     tokens = rng.integers(blank, size=(num_examples, num_tokens), dtype=np.int32)
@@ -39,6 +41,7 @@ def selective_copying(vocab_size: int, num_examples: int, seq_len: int, num_toke
 
 
 def _check(vocab_size: int, seq_len: int, num_tokens: int) -> None:
+    check_ints(vocab_size=vocab_size, seq_len=seq_len, num_tokens=num_tokens)
     if vocab_size < 3:
         raise UserError(f"vocab_size {vocab_size} must be at least 3: a token, the blank and the copy token.")
     if num_tokens < 1 or 2 * num_tokens + 1 > seq_len:
@@ -72,6 +75,7 @@ class SelectiveCopyingConfig:
         check_segments("Selective copying", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.vocab_size, segment.seq_len, segment.num_tokens)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""

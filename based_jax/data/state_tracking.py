@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from based_jax.data.checks import check_choice, check_examples, check_ints
 from based_jax.data.segments import Examples, LengthSegment, Split, check_segments, segment_and_seed
-from based_jax.errors import UserError, unknown
+from based_jax.errors import UserError
 
 Permutation = tuple[int, ...]
 
@@ -54,6 +55,7 @@ def state_tracking(group: str, num_examples: int, seq_len: int, seed: int) -> Ex
     Inputs are uniform, so the label at a single position is uniform too. UserError for an unknown group.
     """
     _check(group, seq_len)
+    check_examples(num_examples, seq_len, len(GROUPS[group]), seed)
     table = products(GROUPS[group])
     inputs = np.random.default_rng(seed).integers(len(table), size=(num_examples, seq_len), dtype=np.int32)
     labels = inputs.copy()
@@ -63,8 +65,8 @@ def state_tracking(group: str, num_examples: int, seq_len: int, seed: int) -> Ex
 
 
 def _check(group: str, seq_len: int) -> None:
-    if group not in GROUPS:
-        raise unknown("group", group, GROUPS)
+    check_ints(seq_len=seq_len)
+    check_choice("group", group, GROUPS)
     if seq_len < 1:
         raise UserError(f"seq_len {seq_len} must be at least 1.")
 
@@ -82,6 +84,7 @@ class StateTrackingConfig:
         check_segments("State tracking", self.train, self.test, self.seed)
         for segment in self.train + self.test:
             _check(self.group, segment.seq_len)
+            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
 
     @property
     def vocab_size(self) -> int:

@@ -1,4 +1,4 @@
-"""Text for language models: a corpus, tokenised and packed into windows once, then read at random from ArrayRecord.
+"""Text for language models: windows of packed documents, read at random, as batches of a pure function of the step.
 
 Documents follow one another, each closed by the end-of-text token, and the stream is cut into windows of seq_len + 1
 tokens; neighbours share one token, so every token is a target once:
@@ -7,115 +7,37 @@ tokens; neighbours share one token, so every token is a target once:
     segment_ids  1 1 1 1 1 1 1   1   2 2 2        labels  = tokens[1:], NO_LABEL where the next document begins
 """
 
-import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
-import filelock
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
 
-from based_jax.data.corpus import Corpus, FolderCorpus, default_corpus
+from based_jax.data.corpus import TFDS_PREFIX, Corpus, FolderCorpus, TextSplit, default_corpus, shortened
 from based_jax.data.hosts import own_rows
+from based_jax.data.packing import SPLITS, PackedText, default_cache_dir
 from based_jax.data.segments import Batch
-from based_jax.data.tfds_corpus import TFDS_PREFIX, TfdsCorpus, quiet_tfds
-from based_jax.data.tokenizer import Tokenizer, get_tokenizer
+from based_jax.data.text_checks import check_text, is_tfds, local_folder
+from based_jax.data.tokenizer import get_tokenizer
+from based_jax.data.tokens import Windows
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
 
-CACHE_VARIABLE = "BASED_JAX_CACHE"
-
-
-def default_cache_dir() -> Path:
-    """Return where packed datasets are kept: $BASED_JAX_CACHE, or based_jax in the user's cache folder."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(CACHE_VARIABLE) or Path(user_cache) / "based_jax")
+COUNTED = {
+    "blank": "Blank documents left out: {count:,}.",
+    "mended": "Documents with a lone surrogate, which became U+FFFD: {count:,}.",
+}
 
 
 def open_corpus(path: str | os.PathLike | None, text_feature: str | None = None) -> Corpus:
-    """Return the corpus of 'tfds:NAME' or of a folder; the shipped prose if the path is None.
-
-    Raises:
-      UserError: a text feature is asked of a folder.
-    """
+    """Return the corpus of 'tfds:NAME' or of a folder; the shipped prose if the path is None."""
     name = str(path or default_corpus())
-    if name.startswith(TFDS_PREFIX):
-        return TfdsCorpus(name.removeprefix(TFDS_PREFIX), text_feature)
-    if text_feature is not None:
-        raise UserError(
-            f"text_feature is '{text_feature}', but the path '{name}' is not {TFDS_PREFIX}NAME; it is None there."
-        )
-    return FolderCorpus(name)
+    if not is_tfds(name):
+        return FolderCorpus(local_folder(name))
+    from based_jax.data.tfds_corpus import TfdsCorpus  # imports tensorflow-datasets, which folders do without
 
-
-class PackedText(tfds.core.GeneratorBasedBuilder):
-    """Windows of a corpus: tokens and segment_ids (seq_len + 1,), id 0 for the padding of a split's last window."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, seq_len: int, cache_dir: Path):
-        self._corpus, self._tokenizer, self._seq_len = corpus, tokenizer, seq_len
-        key = f"{corpus.fingerprint()} {tokenizer.fingerprint} {seq_len}"
-        config = tfds.core.BuilderConfig(name=hashlib.sha256(key.encode()).hexdigest()[:16])
-        with quiet_tfds():
-            super().__init__(data_dir=cache_dir, config=config, file_format="array_record")
-
-    def build(self) -> None:
-        """Write the dataset unless it is there; another process that writes it is waited for.
-
-        Raises:
-          UserError: the corpus is bad or shorter than a window; nothing is written then.
-        """
-        self.data_path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(str(self.data_path) + ".lock"):
-            if not (self.data_path / "dataset_info.json").exists():
-                self._windows = self._packed_splits()
-                with quiet_tfds():
-                    self.download_and_prepare()
-                del self._windows
-            elif not self.info.splits:  # written since this builder looked
-                self.info.read_from_directory(self.data_path)
-
-    def _packed_splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        splits = {}
-        for split, documents in self._corpus.split_documents().items():
-            tokens, segment_ids = pack(documents, self._tokenizer, self._seq_len)
-            if split == "train" and not segment_ids[0].all():
-                count = int(np.count_nonzero(segment_ids))
-                raise UserError(
-                    f"seq_len {self._seq_len} is longer than the data: '{self._corpus}' has {count} tokens to train on."
-                )
-            splits[split] = tokens, segment_ids
-        return splits
-
-    def _info(self):
-        window = tfds.features.Tensor(shape=(self._seq_len + 1,), dtype=np.int32)
-        features = tfds.features.FeaturesDict({"tokens": window, "segment_ids": window})
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(split) for split in self._windows}
-
-    def _generate_examples(self, split: str):
-        for index, (tokens, segment_ids) in enumerate(zip(*self._windows[split], strict=True)):
-            yield index, {"tokens": tokens, "segment_ids": segment_ids}
-
-
-def pack(documents: list[str], tokenizer: Tokenizer, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (tokens, segment_ids) of all windows of documents, int32 of shape (windows, seq_len + 1)."""
-    ids = [np.append(np.asarray(text, np.int32), tokenizer.end_of_text) for text in tokenizer.encode_batch(documents)]
-    stream = np.concatenate(ids)
-    numbers = np.repeat(np.arange(len(ids)), [len(tokens) for tokens in ids])
-    windows = max(-(-(len(stream) - 1) // seq_len), 1)
-    padding = windows * seq_len + 1 - len(stream)
-    at = np.arange(windows)[:, None] * seq_len + np.arange(seq_len + 1)[None, :]
-    tokens = np.pad(stream, (0, padding))[at].astype(np.int32)
-    document = np.pad(numbers, (0, padding), constant_values=-1)[at]
-    segment_ids = np.where(document >= 0, document - document[:, :1] + 1, 0).astype(np.int32)
-    return tokens, segment_ids
+    return TfdsCorpus(name.removeprefix(TFDS_PREFIX), text_feature)
 
 
 class TextSource:
@@ -150,44 +72,54 @@ class TextSource:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        if seq_len < 1:
-            raise UserError(f"seq_len is {seq_len}; it is at least 1.")
-        self._batch_size = batch_size
+        check_text(path, text_feature, seq_len, seed, cache_dir)
+        self._batch_size, self._seq_len = batch_size, seq_len
         self._own = own_rows(batch_size, process_index, process_count)
-        cache = Path(cache_dir or default_cache_dir()).resolve()
-        builder = PackedText(open_corpus(path, text_feature), get_tokenizer(tokenizer), seq_len, cache)
-        builder.build()
-        self._path = builder.data_path
-        with self._reading():
-            self._validation = builder.as_data_source(split="validation")
-            train = builder.as_data_source(split="train")
-            self.windows = len(train)
-            self._train = grain.MapDataset.source(train).seed(seed).shuffle().repeat()
+        self._corpus, ids = open_corpus(path, text_feature), get_tokenizer(tokenizer)
+        self._packed = PackedText.open(self._corpus, ids, local_folder(cache_dir or default_cache_dir()))
+        count = self._packed.count("train", "tokens")
+        if count <= seq_len:
+            raise UserError(
+                f"data.seq_len {seq_len} is longer than the data: '{self._corpus}' has {count} tokens to train on."
+            )
+        train, self._validation = (
+            Windows(self._packed.stream(split), ids.end_of_text, seq_len, name=split) for split in SPLITS
+        )
+        self.windows = len(train)
+        self._train = grain.MapDataset.source(train).seed(seed).shuffle().repeat()
 
     def batch(self, step: int) -> Batch:
         """Return this host's rows of training batch `step`, counted from 0 through all epochs."""
         rows = range(step * self._batch_size, (step + 1) * self._batch_size)[self._own]
-        with self._reading():
-            return _batch([self._train[row] for row in rows])
+        return _batch([self._train[row] for row in rows])
 
     def eval_batches(self, name: str) -> Iterator[Batch]:
         """Yield this host's rows of the validation windows, once, the last batch filled up with unlabelled rows."""
         empty = {name: np.zeros_like(window) for name, window in self._validation[0].items()}
         for start in range(0, len(self._validation), self._batch_size):
             rows = range(start, start + self._batch_size)[self._own]
-            with self._reading():
-                yield _batch([self._validation[i] if i < len(self._validation) else empty for i in rows])
+            yield _batch([self._validation[i] if i < len(self._validation) else empty for i in rows])
 
-    @contextlib.contextmanager
-    def _reading(self):
-        """Name the dataset in whatever a damaged file makes the reader raise."""
-        try:
-            yield
-        except Exception as error:
-            reason = str(error).partition("\n")[0][:150]
-            raise UserError(
-                f"Packed text '{self._path}' is damaged ({reason}); remove this folder and it is built again."
-            ) from error
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the batches depend on beside the config, and where it was found."""
+        index = self._packed.index
+        return {"fingerprint": self._packed.fingerprint, "path": self._corpus.location, "files": index["files"]}
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        """Both splits' sizes, and what was left out, a line each."""
+        lines = [self._size("train", self.windows), self._size("validation", len(self._validation))]
+        if self._corpus.left_out:
+            lines.append(f"Not read in '{self._corpus}': {shortened(self._corpus.left_out)}.")
+        for what, sentence in COUNTED.items():
+            if count := self._packed.index[what]:
+                lines.append(sentence.format(count=count))
+        return tuple(lines)
+
+    def _size(self, split: TextSplit, windows: int) -> str:
+        tokens, documents = (self._packed.count(split, what) for what in ("tokens", "documents"))
+        return f"{split}: {tokens:,} tokens of {documents:,} documents, {windows:,} windows of {self._seq_len:,}"
 
 
 def _batch(windows: list[dict[str, np.ndarray]]) -> Batch:

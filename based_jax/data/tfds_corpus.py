@@ -1,7 +1,7 @@
 """A corpus from tensorflow-datasets: a dataset that was prepared before, its documents those of one text feature.
 
 Documents of the split `validation`, or `test` where there is none, are the validation split; where there is neither,
-they are held out of `train` as `data/corpus.py` does. TensorFlow is not needed: files are array_record or parquet.
+`data/holdout.py` holds text out of `train`. TensorFlow is not needed: files are array_record or parquet.
 """
 
 import contextlib
@@ -9,16 +9,17 @@ import dataclasses
 import functools
 import io
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.constants import get_default_data_dir
 
-from based_jax.data.corpus import hash_files, hold_out
+from based_jax.data.corpus import TFDS_PREFIX, TextSplit, hash_file
+from based_jax.data.documents import Chunk, Reading
 from based_jax.errors import UserError, unknown
 
-TFDS_PREFIX = "tfds:"
 VALIDATION_SPLITS = ("validation", "test")
 
 
@@ -37,32 +38,46 @@ class TfdsCorpus:
     def __str__(self):
         return TFDS_PREFIX + self.name
 
-    def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that change with any file of the dataset, and with the feature.
+    @property
+    def location(self) -> str:
+        """The name, and the folder of prepared datasets."""
+        return f"{self} in {get_default_data_dir()}"
+
+    @property
+    def extent(self) -> int:
+        """Examples of the splits that are read."""
+        return sum(len(self._sources[split]) for split in ("train", self._validation) if split in self._sources)
+
+    left_out = ()
+
+    def file_hashes(self) -> dict[str, str]:
+        """Return the sha256 of each file of the dataset, and the name of the feature.
 
         Raises:
           UserError: the dataset is unknown or not prepared, or has no such text feature.
         """
         with self._reading():
             files = {Path(path) for split in self._sources for path in self._info.splits[split].filepaths}
-            return hash_files(sorted(files), also=self._feature)
+            return {path.name: hash_file(path) for path in sorted(files)} | {"text_feature": self._feature}
 
-    def split_documents(self) -> dict[str, list[str]]:
-        """Return {"train": documents, "validation": documents}; blank documents are left out.
+    def chunks(self, split: TextSplit, reading: Reading) -> Iterator[Chunk]:
+        """Yield the documents of a split.
 
         Raises:
-          UserError: as `fingerprint`, or a file is damaged, or there is nothing to train on.
+          UserError: as `file_hashes`, or a file is damaged, or there is nothing to train on.
         """
         if "train" not in self._sources:
             raise UserError(f"Dataset '{self.name}' has no split 'train'; it has {', '.join(self._sources)}.")
-        train = self._documents("train")
-        if not train:
-            raise UserError(f"Dataset '{self.name}' has no text in its feature '{self._feature}' to train on.")
-        split = next((split for split in VALIDATION_SPLITS if split in self._sources), None)
-        validation = self._documents(split) if split else []
-        if not validation:
-            train, validation = hold_out(train)
-        return {"train": train, "validation": validation}
+        name = self._validation if split == "validation" else split
+        with self._reading():
+            for example in self._sources[name] if name else ():
+                reading.position += 1
+                yield from reading.document(example[self._feature].decode())
+
+    @property
+    def _validation(self) -> str | None:
+        """The dataset's name of the validation split."""
+        return next((split for split in VALIDATION_SPLITS if split in self._sources), None)
 
     @functools.cached_property
     def _sources(self) -> dict[str, Any]:
@@ -87,11 +102,6 @@ class TfdsCorpus:
             raise unknown(f"text feature of dataset '{self.name}'", feature, texts)
         return feature
 
-    def _documents(self, split: str) -> list[str]:
-        with self._reading():
-            texts = (example[self._feature].decode() for example in self._sources[split])
-            return [text for text in texts if text.strip()]
-
     @contextlib.contextmanager
     def _reading(self):
         """Name the dataset in whatever tensorflow-datasets or a damaged file raises."""
@@ -110,7 +120,7 @@ class TfdsCorpus:
                 f"tfds.builder('{self.name}', file_format='array_record').download_and_prepare() does that."
             ) from None
         except Exception as error:
-            reason = str(error).partition("\n")[0][:150]
+            reason = str(error).partition("\n")[0][:150].rstrip(".")
             raise UserError(f"Dataset '{self.name}' in '{folder}' cannot be read: {reason}.") from error
 
 

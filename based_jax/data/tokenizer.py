@@ -9,10 +9,12 @@ from typing import Protocol
 
 import tokenizers
 
-from based_jax.errors import UserError, unknown
+from based_jax.data.checks import check_choice
+from based_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_ASSETS = Path(__file__).parent / "assets" / "gpt2"
+GPT2_WORD_ENDS = frozenset(" \n\t。，、！？：；")
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -20,20 +22,31 @@ GPT2_SHA256 = {
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline and generation ask of a tokenizer."""
+    """What generation asks of a tokenizer."""
 
     vocab_size: int
     end_of_text: int
     fingerprint: str  # equal only for tokenizers that give every text the same ids
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, without an end-of-text id, also where the text spells one out."""
+        """Return the ids of `text`, without an end-of-text id, also where the text spells one out.
+
+        Raises:
+          UserError: the text holds half of a surrogate pair, which no UTF-8 can say.
+        """
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text."""
+        """Return the ids of each text; raises as `encode`."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of any ids: broken UTF-8 becomes U+FFFD, ids outside the vocabulary are left out."""
+
+
+class TextTokenizer(Tokenizer, Protocol):
+    """A tokenizer of texts of any size, a part at a time."""
+
+    def last_cut(self, text: str, start: int, stop: int) -> int:
+        """Return the last place of (start, stop] where a cut changes no id of `text`, or `start` if there is none."""
 
 
 class ByteTokenizer:
@@ -45,11 +58,15 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the bytes of `text`."""
-        return list(text.encode())
+        return list(_utf8(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the bytes of each text."""
         return [self.encode(text) for text in texts]
+
+    def last_cut(self, text: str, start: int, stop: int) -> int:
+        """Return `stop`: every character has bytes of its own."""
+        return stop
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of any ids: broken UTF-8 becomes U+FFFD, ids outside the vocabulary are left out."""
@@ -74,11 +91,18 @@ class Gpt2Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`."""
-        return self._bpe.encode(text).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, encoded in parallel."""
-        return [encoding.ids for encoding in self._bpe.encode_batch(list(texts))]
+        """Return the ids of each text, encoded in parallel by the library's own threads."""
+        for text in texts:
+            _utf8(text)
+        return [encoding.ids for encoding in self._bpe.encode_batch_fast(list(texts))]
+
+    def last_cut(self, text: str, start: int, stop: int) -> int:
+        """Return the last place between a letter or a digit and what ends a word: no pre-token of GPT-2 spans it."""
+        places = (at for at in range(min(stop, len(text) - 1), start, -1) if text[at] in GPT2_WORD_ENDS)
+        return next((at for at in places if text[at - 1].isalnum()), start)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of any ids: broken UTF-8 becomes U+FFFD, ids outside the vocabulary are left out."""
@@ -86,14 +110,26 @@ class Gpt2Tokenizer:
         return self._bpe.decode(known, skip_special_tokens=False)
 
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "gpt2": Gpt2Tokenizer}
+TOKENIZERS: dict[str, type[TextTokenizer]] = {"bytes": ByteTokenizer, "gpt2": Gpt2Tokenizer}
 
 
-def get_tokenizer(name: str) -> Tokenizer:
+def get_tokenizer(name: str) -> TextTokenizer:
     """Return the tokenizer of that name, loaded; UserError for an unknown name."""
-    if name not in TOKENIZERS:
-        raise unknown("tokenizer", name, TOKENIZERS)
-    return TOKENIZERS[name]()
+    return tokenizer_class(name)()
+
+
+def tokenizer_class(name: str) -> type[TextTokenizer]:
+    """Return the class of the tokenizer of that name, which knows its sizes; UserError for an unknown name."""
+    check_choice("tokenizer", name, TOKENIZERS)
+    return TOKENIZERS[name]
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        bad = text[error.start]
+        raise UserError(f"Text has a lone surrogate, {bad!r}, at character {error.start}: it is no UTF-8.") from None
 
 
 def _verified(assets: Path, name: str) -> bytes:

@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from based_jax.errors import UserError
-from based_jax.generate.sampling import GREEDY, Sampling, sample
+from based_jax.generate.prompts import Prompts, check_length, checked_prompts, draw_words, is_integer
+from based_jax.generate.sampling import GREEDY, Sampling, row_keys, sample
 from based_jax.nn.lm import LM
 
 PROMPT_BUCKET = 64
@@ -18,61 +19,73 @@ PROMPT_BUCKET = 64
 
 def generate(
     model: LM,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     *,
     stop: int | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
+    row_ids: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
     """Continue each prompt by up to `max_new_tokens` token ids.
 
     Prompts of different lengths share a batch: shorter ones are padded on the left, which changes nothing (their
-    padding enters no state).
+    padding enters no state). A draw depends on the seed, on the row's id and on its place in that row's own text: a
+    prompt with its id goes on the same way alone as in any batch.
 
     Args:
       model: the language model.
-      prompts: token ids, at least one each.
+      prompts: token ids, at least one each: lists or arrays, of different lengths or one array (B, T).
       max_new_tokens: how many to add.
       sampling: see `Sampling`.
       stop: id that ends a continuation; it is not part of the result.
-      seed: of the draws.
+      seed: of the draws, from 0 to 2^64 - 1; one for all rows, or one for each.
+      row_ids: of the draws, one for each prompt, from 0 to 2^32 - 1; by default its index among the prompts.
 
     Returns:
       The new ids of each prompt, without the prompt.
 
     Raises:
-      UserError: no prompt or an empty one, an id that the model does not have, or no tokens to add.
+      UserError: no prompt or an empty one, an id that the model does not have, no tokens to add, more than the
+        model reads, or a value of another type or range.
     """
-    _check(prompts, max_new_tokens, model.config.vocab_size)
-    ids, segment_ids = _pad_left(prompts)
+    if not isinstance(sampling, Sampling):
+        raise UserError(f"sampling is {sampling!r:.40}; it is a Sampling, as in Sampling(temperature=0.6).")
+    if stop is not None and not is_integer(stop):
+        raise UserError(f"stop is {stop!r:.40}; it is a token id, or None.")
+    token_ids = checked_prompts(prompts, model.config.vocab_size)
+    check_length(token_ids, max_new_tokens, model.max_len)
+    words = draw_words(seed, row_ids, len(token_ids))
+    ids, segment_ids = _pad_left(token_ids)
     graphdef, params = nnx.split(model)
-    new = _generate(graphdef, sampling, max_new_tokens, params, ids, segment_ids, jax.random.key(seed))
+    new = _generate(graphdef, sampling, int(max_new_tokens), params, ids, segment_ids, words)
     return [_until(row, stop) for row in np.asarray(new)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(graphdef, sampling: Sampling, steps: int, params, ids, segment_ids, key) -> Int[Array, "B steps"]:
+def _generate(graphdef, sampling: Sampling, steps: int, params, ids, segment_ids, words) -> Int[Array, "B steps"]:
     model = nnx.merge(graphdef, params)
-    cache = model.init_cache(ids.shape[0], ids.shape[1] + steps)
+    room = ids.shape[1] + steps  # padding takes none
+    cache = model.init_cache(ids.shape[0], room if model.max_len is None else min(room, model.max_len))
     hidden, cache = model.prefill(ids, cache, segment_ids)
+    keys, places = row_keys(words), jnp.sum(segment_ids, axis=1)
 
-    def draw(hidden, key):
-        return sample(model.logits(hidden)[:, : model.config.vocab_size], sampling, key)
+    def draw(hidden, i):
+        keys_there = jax.vmap(jax.random.fold_in)(keys, places + i)
+        return sample(model.logits(hidden)[:, : model.config.vocab_size], sampling, keys_there)
 
-    def step(carry, key):
+    def step(carry, i):
         tokens, cache = carry
         hidden, cache = model.step(tokens, cache)
-        new = draw(hidden, key)
+        new = draw(hidden, i)
         return (new, cache), new
 
-    first_key, *_ = keys = jax.random.split(key, steps)
-    first = draw(hidden[:, -1], first_key)
-    _, rest = jax.lax.scan(step, (first, cache), keys[1:])
+    first = draw(hidden[:, -1], 0)
+    _, rest = jax.lax.scan(step, (first, cache), jnp.arange(1, steps))
     return jnp.concatenate([first[:, None], rest.T], axis=1)
 
 
-def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _pad_left(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return ids (B, T) and segment ids (1 for tokens, 0 for padding), T a multiple of `PROMPT_BUCKET`.
 
     Few distinct lengths mean few compilations.
@@ -85,19 +98,6 @@ def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]
         ids[row, T - len(prompt) :] = prompt
         segment_ids[row, T - len(prompt) :] = 1
     return ids, segment_ids
-
-
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; it is at least 1.")
-    if not prompts:
-        raise UserError("There is no prompt; give at least one.")
-    for row, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise UserError(f"Prompt {row} is empty; it needs at least one token.")
-        unknown = [token for token in prompt if not 0 <= token < vocab_size]
-        if unknown:
-            raise UserError(f"Prompt {row} has id {unknown[0]}; the model knows ids 0 to {vocab_size - 1}.")
 
 
 def _until(row: np.ndarray, stop: int | None) -> np.ndarray:

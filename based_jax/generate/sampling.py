@@ -1,12 +1,14 @@
 """How the next token is drawn from logits."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from based_jax.errors import UserError
+from based_jax.generate.prompts import is_integer, is_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +26,28 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise UserError(f"temperature is {self.temperature}; it is 0 for greedy, or above.")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; it is 0 for all tokens, or the number kept.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it is above 0 and at most 1.")
+        if not is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature!r:.40}; it is 0 for greedy, or above.")
+        if not is_integer(self.top_k) or self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k!r:.40}; it is 0 for all tokens, or the number kept.")
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p!r:.40}; it is above 0 and at most 1.")
 
 
 GREEDY = Sampling()
 
 
-def sample(logits: Float[Array, "B vocab"], sampling: Sampling, key: Array) -> Int[Array, "B"]:
-    """Draw one token per row."""
+def row_keys(words: UInt32[Array, "B 3"]) -> Array:
+    """Return each row's key (B) from `prompts.draw_words`."""
+
+    def row_key(seed_high, seed_low, row_id):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed_low), seed_high), row_id)
+
+    return jax.vmap(row_key)(*words.T)
+
+
+def sample(logits: Float[Array, "B vocab"], sampling: Sampling, keys: Array) -> Int[Array, "B"]:
+    """Draw one token per row, each by its own key, so that no row's draws depend on the others."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1)
     logits = logits / sampling.temperature
@@ -45,7 +56,7 @@ def sample(logits: Float[Array, "B vocab"], sampling: Sampling, key: Array) -> I
         logits = jnp.where(logits < kept[:, -1:], -jnp.inf, logits)
     if sampling.top_p < 1:
         logits = jnp.where(logits < _nucleus_threshold(logits, sampling.top_p), -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1)
+    return jax.vmap(jax.random.categorical)(keys, logits)
 
 
 def _nucleus_threshold(logits: Float[Array, "B vocab"], top_p: float) -> Float[Array, "B 1"]:

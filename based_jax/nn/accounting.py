@@ -14,7 +14,7 @@ from typing import Any
 from flax import nnx
 
 from based_jax.errors import UserError
-from based_jax.nn.mixers import Mixer, check_options, make_mixer
+from based_jax.nn.mixers import Mixer, checked_options, make_mixer
 
 Layers = Iterable[tuple[str, Mapping[str, Any]]]
 
@@ -60,10 +60,8 @@ def state_bytes(layers: Layers, d_model: int, seq_len: int, *, convolution: bool
 
 def counted_layers(layers: Layers, *, convolution: bool) -> list[tuple[str, dict[str, Any]]]:
     """Return the layers that count; for errors see `state_elements`."""
-    found = [(kind, dict(options)) for kind, options in layers]
+    found = [(kind, checked_options(kind, options)) for kind, options in layers]
     if not found:
         raise UserError("layers is empty; name at least one mixer.")
-    for kind, options in found:
-        check_options(kind, options)
     main = [(kind, options) for kind, options in found if kind not in CONVOLUTIONS]
     return found if convolution or not main else main

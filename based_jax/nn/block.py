@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from based_jax import parallel
 from based_jax.dims import BD, BP, BT, BTD
+from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.init_recipes import initialise
 from based_jax.nn.mixers import build_mixer
@@ -54,13 +55,14 @@ class Block(nnx.Module):
         init = config.init(rngs)
         norm, mlp = layers.NORMS[config.norm], layers.MLPS[config.mlp]
         self.dtype, self.kind = init.dtype, kind
-        self.norm1 = norm(config.d_model, rngs=rngs)
-        self.mixer = build_mixer(kind, config.d_model, options, init)
+        self.norm1 = norm(config.d_model, config.norm_eps, rngs=rngs)
+        first = config.layers.index((kind, options))  # layers that are equal are wrong alike
+        self.mixer = build_mixer(kind, config.d_model, options, init, where=f"model.layers[{first}]")
         initialise(self.mixer, kind, config.init_recipe, init)
         if mlp is None:
             self.mlp = None
         else:
-            self.norm2 = norm(config.d_model, rngs=rngs)
+            self.norm2 = norm(config.d_model, config.norm_eps, rngs=rngs)
             self.mlp = mlp(config.d_model, config.hidden_dim, init)
             initialise(self.mlp, "mlp", config.init_recipe, init)
 
@@ -154,7 +156,28 @@ class Stack(nnx.Module):
 
         if self.remat != "none":
             body = jax.checkpoint(body, prevent_cse=self.repeats == 1, policy=REMAT_POLICIES[self.remat])
-        return body(r, (params, caches)) if self.repeats == 1 else jax.lax.scan(body, r, (params, caches))
+        if self.repeats == 1:
+            self._check_single()
+            return body(r, (params, caches))
+        self._check_repeats("parameter", params)
+        self._check_repeats("cache", caches)
+        return jax.lax.scan(body, r, (params, caches), length=self.repeats)
+
+    def _check_single(self) -> None:
+        """Check that the arrays are not stacked, by that of the first norm."""
+        scale = self.blocks[0].norm1.scale[...]
+        if scale.ndim != 1:
+            raise UserError(f"A layer that is not repeated has stacked arrays: its norm's scale is {scale.shape}.")
+
+    def _check_repeats(self, what: str, tree: Any) -> None:
+        """Check that arrays, which may come from another model, are stacked as often as the pattern is repeated."""
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if leaf.shape[:1] != (self.repeats,):
+                path = jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/.value")
+                raise UserError(
+                    f"The {what} '{path}' of a pattern of layers that is repeated {self.repeats} times has shape"
+                    f" {leaf.shape}; its first axis is {self.repeats}."
+                )
 
 
 def _through(call: Callable) -> Callable:

@@ -1,80 +1,97 @@
-"""Decode caches of attention: keys and values of the positions that a later token may see.
-
-Slot s holds the newest position p with p % S == s, so one structure serves the full cache (S = the longest sequence)
-and the ring of a window (S = the window). Keys are stored rotated; softmax does not care about their order.
-"""
+"""What decoding keeps: the cache of every mixer, and the tokens of the past in those whose state they are."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
-from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
+from based_jax.dims import BT, BS_mask
+from based_jax.errors import UserError
 from based_jax.ops import segments
+
+
+class Cache(NamedTuple):
+    """A mixer's own state after the tokens so far, and the id of each row's document, 0 where none was given."""
+
+    state: Any
+    segment_id: Int[Array, "B"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys, values, the number of tokens read, and each row's first position of its current document."""
+class TokenCache:
+    """The newest tokens of each row's document, and how many it has had.
 
-    k: BSHK
-    v: BSHV
-    length: Int[Array, ""]
-    start: Int[Array, "B"]
+    Slot s holds the newest place p of the document with p % S == s, so one structure serves a cache of the whole
+    document (S is the longest) and the ring of a window (S is the window). Rows have lengths of their own.
+
+    Attributes:
+      tokens: tree of (B, S, ...), what is kept of a token: a key and a value, or an input.
+      length: tokens that the document has had.
+    """
+
+    tokens: Any
+    length: Int[Array, "B"]
 
     @classmethod
-    def empty(cls, batch: int, slots: int, heads: int, head_dim: int, dtype) -> "KVCache":
-        """Return the cache before the first token."""
-        zeros = jnp.zeros((batch, slots, heads, head_dim), dtype)
-        return cls(zeros, zeros, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
+    def empty(cls, tokens: Any) -> "TokenCache":
+        """Return the cache before the first token, from `tokens` of zeros."""
+        return cls(tokens, jnp.zeros(jax.tree.leaves(tokens)[0].shape[0], jnp.int32))
 
     @property
     def slots(self) -> int:
-        """The number of positions that fit."""
-        return self.k.shape[1]
+        """The number of tokens that fit."""
+        return jax.tree.leaves(self.tokens)[0].shape[1]
 
-    def append(self, k: BHK, v: BHV) -> "KVCache":
-        """Write one token over the oldest slot."""
-        at = (0, self.length % self.slots, 0, 0)
-        k_BSHK = jax.lax.dynamic_update_slice(self.k, k[:, None].astype(self.k.dtype), at)
-        v_BSHV = jax.lax.dynamic_update_slice(self.v, v[:, None].astype(self.v.dtype), at)
-        return dataclasses.replace(self, k=k_BSHK, v=v_BSHV, length=self.length + 1)
+    def append(self, token: Any) -> "TokenCache":
+        """Write one token of each row, a tree of (B, ...), over its oldest slot."""
+        time = jax.tree.map(lambda x: x[:, None], token)
+        return TokenCache(self._written(time, self.length[:, None] % self.slots), self.length + 1)
+
+    def extend(self, tokens: Any, segment_ids: BT | None) -> "TokenCache":
+        """Write the tokens of each row's last document, a tree of (B, T, ...), the newest where not all fit."""
+        T, S = jax.tree.leaves(tokens)[0].shape[1], self.slots
+        places, length = segments.positions(segment_ids, self.length, T)
+        kept = places >= length[:, None] - S
+        if segment_ids is not None:
+            numbers = segments.numbered(segment_ids)
+            kept = kept & (numbers == segments.last_id(numbers)[:, None]) & (numbers != 0)
+        beyond = S + jnp.arange(T, dtype=jnp.int32)[None]  # no slot, so that nothing is written
+        return TokenCache(self._written(tokens, jnp.where(kept, places % S, beyond)), length)
+
+    def _written(self, tokens: Any, slots: Int[Array, "B T"]) -> Any:
+        # Batched over rows, so that under a mesh each device writes its own.
+        @jax.vmap
+        def write(old: Shaped[Array, "S ..."], new: Shaped[Array, "T ..."], slots: Int[Array, "T"]):
+            return old.at[slots].set(new.astype(old.dtype), mode="drop", unique_indices=True)
+
+        return jax.tree.map(lambda old, new: write(old, new, slots), self.tokens, tokens)
 
     def visible(self) -> BS_mask:
-        """Return which slots hold a position of the current document."""
-        slot = jnp.arange(self.slots)
-        newest = self.length - 1 - (self.length - 1 - slot) % self.slots
-        return newest[None, :] >= self.start[:, None]
+        """Return which slots hold a token of the document."""
+        return jnp.arange(self.slots)[None] < self.length[:, None]
 
-    def in_order(self) -> "KVCache":
-        """Return the last S positions from oldest to newest; those before the first token are zeros."""
-        order = (self.length + jnp.arange(self.slots)) % self.slots
-        return dataclasses.replace(self, k=self.k[:, order], v=self.v[:, order])
+    def in_order(self) -> tuple[Any, BS_mask]:
+        """Return the last S tokens from oldest to newest, and which of them there are."""
+        slot = self.length[:, None] + jnp.arange(self.slots, dtype=jnp.int32)[None]
+        order = slot % self.slots
 
-    def extend(self, k: BTHK, v: BTHV, segment_ids: BT) -> "KVCache":
-        """Write T tokens; those that no longer fit are dropped, oldest first."""
-        past = self.in_order()
-        length = self.length + k.shape[1]
-        slot_of = (jnp.arange(self.slots) - length) % self.slots
+        def sort(x: Shaped[Array, "B S ..."]) -> Shaped[Array, "B S ..."]:
+            return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
-        def write(old, new):
-            newest = jnp.concatenate([old, new.astype(old.dtype)], axis=1)[:, -self.slots :]
-            return newest[:, slot_of]
+        return jax.tree.map(sort, self.tokens), slot >= self.slots
 
-        return KVCache(write(past.k, k), write(past.v, v), length, self.start_after(segment_ids))
+    def check_room(self, count: int, segment_ids: BT | None) -> None:
+        """Raise UserError where so many tokens are more than the slots; with ids, some may be padding."""
+        if segment_ids is None and count > self.slots:
+            raise UserError(f"The cache has room for {self.slots} tokens, and {count} are to be read; make it longer.")
 
-    def start_after(self, segment_ids: BT) -> Int[Array, "B"]:
-        """Return where the document that the next token continues began; past the end where all is padding."""
-        T = segment_ids.shape[1]
-        begins = (segment_ids[:, 1:] != segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
-        last_beginning = jnp.max(jnp.where(begins, jnp.arange(1, T)[None], 0), axis=1, initial=0)
-        start = jnp.where(last_beginning > 0, self.length + last_beginning, self.start)
-        return jnp.where(segments.last_id(segment_ids) == 0, self.length + T, start)
+    def held(self, y: Shaped[Array, "B ..."], places: Int[Array, "B ..."], present: Bool[Array, "B ..."] | bool = True):
+        """Return the outputs of tokens at `places` of their document, NaN where the cache has no slot for the token.
 
-    def past_ids(self, segment_ids: BT) -> Int[Array, "B S"]:
-        """Return for each of `in_order`'s slots the id of the document that `segment_ids` continue, 0 if not of it."""
-        position = self.length - self.slots + jnp.arange(self.slots)
-        seen = position[None, :] >= self.start[:, None]
-        return jnp.where(seen, segments.first_id(segment_ids)[:, None], 0)
+        How many tokens a row has had is known when the program runs, where nothing can be raised.
+        """
+        lost = present & (places >= self.slots)
+        return jnp.where(lost.reshape(*lost.shape, *(1,) * (y.ndim - lost.ndim)), jnp.nan, y)

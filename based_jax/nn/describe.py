@@ -9,25 +9,35 @@ from flax import nnx
 from based_jax.errors import UserError
 from based_jax.nn.mixers import MIXERS, make_mixer
 
+MAX_D_MODEL, MAX_SEQ_LEN = 2**20, 2**31 - 1
+"""Widths beyond are of no model, and some mixers' constants would fill the memory; positions are int32."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """One row: bytes and FLOPs are per sequence or per token, as their names say."""
+    """One row: bytes and FLOPs are per sequence or per token, as their names say.
+
+    A mixer that does not fit has None in each column but the last, which says why.
+    """
 
     mixer: str
-    params: int
-    state_kib: float
-    train_mflops_per_token: float
-    decode_mb_per_token: float
-    implementations: str
+    params: int | None = None
+    state_kib: float | None = None
+    train_mflops_per_token: float | None = None
+    decode_mb_per_token: float | None = None
+    implementations: str | None = None
+    does_not_fit: str | None = None
 
 
 def describe(d_model: int, seq_len: int) -> list[Description]:
     """Return a row for each mixer with its default options, computing in bf16.
 
     Raises:
-      UserError: the width or the length is impossible for some mixer's defaults; its name is in the message.
+      UserError: the width or the length is below 1, or beyond `MAX_D_MODEL` or `MAX_SEQ_LEN`.
     """
+    for name, value, largest in (("d_model", d_model, MAX_D_MODEL), ("seq_len", seq_len, MAX_SEQ_LEN)):
+        if not 1 <= value <= largest:
+            raise UserError(f"{name} is {value}; it is between 1 and {largest}.")
     return [_describe(kind, d_model, seq_len) for kind in MIXERS]
 
 
@@ -36,9 +46,9 @@ def _describe(kind: str, d_model: int, seq_len: int) -> Description:
         mixer = nnx.eval_shape(lambda: make_mixer(kind, d_model, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
         cache = jax.eval_shape(lambda: mixer.init_cache(1, seq_len))
     except UserError as error:
-        raise UserError(f"Mixer '{kind}': {error}") from None
+        return Description(kind, does_not_fit=f"does not fit: {error}")
     params = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)))
-    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.state))
     return Description(
         mixer=kind,
         params=params,

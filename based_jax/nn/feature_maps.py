@@ -37,18 +37,20 @@ class Elementwise(nnx.Module):
 
 
 class CosFormer(nnx.Module):
-    """[relu(x) sin(a), relu(x) cos(a)] with a = pi/2 (place + 1) / 2048, so that q.k fades with the distance: E = 2K.
+    """[relu(x) sin(a), relu(x) cos(a)], a = pi/2 (place + 1) / horizon, so that q.k fades with the distance: E = 2K.
 
-    The reference divides by the length of the sequence at hand, which a decode step cannot know; a fixed horizon makes
+    zoology's horizon is the length of the sequence at hand, here None, which a decode step cannot know; a number makes
     every pass compute the same, and beyond it weights turn negative (arXiv 2202.08791, equation 10).
     """
 
-    def __init__(self, num_heads: int, feature_dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, num_heads: int, feature_dim: int, *, horizon: int | None = COSFORMER_HORIZON, rngs: nnx.Rngs):
+        self.horizon = horizon
         self.expanded_dim = 2 * feature_dim
 
     def __call__(self, q: Heads, k: Heads, places: Places) -> Features:
         """Map queries and keys alike."""
-        angle = (math.pi / 2 / COSFORMER_HORIZON) * (places + 1).astype(jnp.float32)[..., None, None]
+        horizon = q.shape[-3] if self.horizon is None else self.horizon
+        angle = (math.pi / 2 / horizon) * (places + 1).astype(jnp.float32)[..., None, None]
 
         def features(x):
             x = jax.nn.relu(x.astype(jnp.float32))

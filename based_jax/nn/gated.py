@@ -29,10 +29,10 @@ from based_jax.ops.gated_linear_attention import (
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
-class GatedCache(NamedTuple):
-    """The state, the inputs of the short convolution, and the tokens that the document has had."""
+class GatedState(NamedTuple):
+    """The operation's memory, the inputs of the short convolution, and the tokens that the document has had."""
 
-    state: Any
+    memory: Any
     conv: Float[Array, "B W channels"]
     length: Int[Array, "B"]
 
@@ -41,10 +41,10 @@ def expanded(name: str, d_model: int, factor: float, num_heads: int) -> int:
     """Return d_model * factor, which the heads have to divide.
 
     Raises:
-      UserError: they do not, or the factor is not above 0.
+      UserError: they do not, or the width is impossible.
     """
-    width = int(d_model * factor)
-    if factor <= 0 or num_heads < 1 or width % num_heads:
+    width = layers.scaled(name, d_model, factor)
+    if width % num_heads:
         raise UserError(f"{name} {factor} of d_model {d_model} cannot be divided into {num_heads} heads.")
     return width
 
@@ -90,11 +90,11 @@ class GatedLinearMixer(Mixer):
           gate_rank: of the gate's projection, with a bias; 0 for a full one.
           use_gate: whether there is a gate, if the class has an activation for it.
         """
-        if conv_size < 0:
-            raise UserError(f"conv_size is {conv_size}; it is at least 0.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.conv_size, self.gate_rank = conv_size, gate_rank
+        if self.rotary:
+            layers.rotary_dim(key_dim // num_heads, 1.0)
         self.has_gate = use_gate and self.gate_activation is not None
         self.qkv = layers.linear(d_model, 2 * key_dim + value_dim, ("embed", "heads"), init)
         if conv_size:
@@ -104,7 +104,8 @@ class GatedLinearMixer(Mixer):
         if self.has_gate and gate_rank:
             self.gate_down = layers.linear(d_model, gate_rank, ("embed", None), init)
             self.gate_up = layers.linear(gate_rank, value_dim, (None, "heads"), init, bias=True)
-        self.norm = layers.rms_norm(value_dim if self.norm_over_heads else value_dim // num_heads, rngs=init.rngs)
+        norm_width = value_dim if self.norm_over_heads else value_dim // num_heads
+        self.norm = layers.rms_norm(norm_width, init.norm_eps, rngs=init.rngs)
         self.out_proj = layers.linear(value_dim, d_model, ("heads", "embed"), init.out)
 
     @override
@@ -117,37 +118,37 @@ class GatedLinearMixer(Mixer):
         return self._out(*layers.at(positions, x, o))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> GatedCache:
+    def _initial_state(self, batch: int, max_len: int) -> GatedState:
         H = self.num_heads
         conv = jnp.zeros((batch, self.conv_size, 2 * self.key_dim + self.value_dim), self.dtype)
-        state = initial_state(batch, H, self.key_dim // H, self.value_dim // H)
-        return GatedCache(state, conv, jnp.zeros(batch, jnp.int32))
+        memory = initial_state(batch, H, self.key_dim // H, self.value_dim // H)
+        return GatedState(memory, conv, jnp.zeros(batch, jnp.int32))
 
     @override
-    def prefill(self, x: BTD, cache: GatedCache, segment_ids: BT | None = None) -> tuple[BTD, GatedCache]:
-        y, conv = self.qkv(x), cache.conv
+    def _prefill(self, x: BTD, state: GatedState, segment_ids: BT | None) -> tuple[BTD, GatedState]:
+        y, conv = self.qkv(x), state.conv
         if self.conv_size:
             y, conv = short_conv(y, self.conv_kernel[...], silu=True, state=conv, segment_ids=segment_ids)
-        inputs, length = self._inputs(x, y, cache.length, segment_ids)
-        o, state = self.operation.sequence(
+        inputs, length = self._inputs(x, y, state.length, segment_ids)
+        o, memory = self.operation.sequence(
             *inputs,
             scale=self.scale,
-            state=cache.state,
+            state=state.memory,
             segment_ids=segment_ids,
             impl=self.config.impl,
         )
-        return self._out(x, o), GatedCache(state, conv, length)
+        return self._out(x, o), GatedState(memory, conv, length)
 
     @override
-    def step(self, x: BD, cache: GatedCache) -> tuple[BD, GatedCache]:
-        y, conv = self.qkv(x), cache.conv
+    def _step(self, x: BD, state: GatedState) -> tuple[BD, GatedState]:
+        y, conv = self.qkv(x), state.conv
         if self.conv_size:
             y, conv = short_conv_step(y, self.conv_kernel[...], conv, silu=True)
         q, k, v = self._heads(y)
         if self.rotary:
-            q, k = (layers.rotary(z[:, None], cache.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
-        o, state = self.operation.step(*self._gated(x, q, k, v), cache.state, scale=self.scale)
-        return self._out(x, o), GatedCache(state, conv, cache.length + 1)
+            q, k = (layers.rotary(z[:, None], state.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
+        o, memory = self.operation.step(*self._gated(x, q, k, v), state.memory, scale=self.scale)
+        return self._out(x, o), GatedState(memory, conv, state.length + 1)
 
     @override
     def state_size(self, seq_len: int) -> int:

@@ -4,6 +4,7 @@ Parameters are fp32 masters. A layer computes in its `dtype` (bf16 on accelerato
 softmax, recurrent states and the loss are fp32 whatever it is.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from based_jax.errors import UserError
 from based_jax.ops.projection import multiply, project
 
 INIT_STD = 0.02
+NORM_EPS = 1e-5
+LARGEST_SIZE = 2**31 - 1  # that an index can count
 
 
 class Init(NamedTuple):
@@ -28,12 +31,14 @@ class Init(NamedTuple):
       out_std: that of projections back into the residual stream.
       dtype: what the module computes in.
       rngs: where the initial values are drawn from.
+      norm_eps: what the norms add to the variance.
     """
 
     std: float
     out_std: float
     dtype: Any
     rngs: nnx.Rngs
+    norm_eps: float = NORM_EPS
 
     @property
     def out(self) -> "Init":
@@ -91,9 +96,10 @@ def torch_linear(
     """Return a linear layer with torch's default initial values, U(-1/sqrt(d_in), 1/sqrt(d_in)), times a gain."""
     layer = linear(d_in, d_out, names, init, bias=bias)
     bound = gain / math.sqrt(d_in)
-    layer.kernel[...] = jax.random.uniform(init.rngs.params(), (d_in, d_out), minval=-bound, maxval=bound)
+    uniform = functools.partial(jax.random.uniform, dtype=jnp.float32, minval=-bound, maxval=bound)
+    layer.kernel[...] = uniform(init.rngs.params(), (d_in, d_out))
     if layer.bias is not None:
-        layer.bias[...] = jax.random.uniform(init.rngs.params(), (d_out,), minval=-bound, maxval=bound)
+        layer.bias[...] = uniform(init.rngs.params(), (d_out,))
     return layer
 
 
@@ -126,16 +132,16 @@ def dropout(x: Float[Array, "*B D"], rate: float, key: DropoutKey) -> Float[Arra
     return jnp.where(kept, x / (1 - rate), 0)
 
 
-def rms_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Return RMSNorm with eps 1e-5 in fp32 (HazyResearch/based:based/ops/triton/layer_norm.py)."""
-    return nnx.RMSNorm(d_model, epsilon=1e-5, scale_metadata=logical_axes("embed"), rngs=rngs)
+def rms_norm(d_model: int, eps: float, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Return RMSNorm in fp32 (HazyResearch/based:based/ops/triton/layer_norm.py)."""
+    return nnx.RMSNorm(d_model, epsilon=eps, scale_metadata=logical_axes("embed"), rngs=rngs)
 
 
-def layer_norm(d_model: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Return LayerNorm with bias and eps 1e-5 in fp32."""
+def layer_norm(d_model: int, eps: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Return LayerNorm with bias in fp32."""
     return nnx.LayerNorm(
         d_model,
-        epsilon=1e-5,
+        epsilon=eps,
         use_fast_variance=False,
         scale_metadata=logical_axes("embed"),
         bias_metadata=logical_axes("embed"),
@@ -196,6 +202,31 @@ def rotary(
     cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def scaled(name: str, width: int, factor: float) -> int:
+    """Return width * factor, rounded down.
+
+    Raises:
+      UserError: nothing is left, or more than an index can count; `name` is that of the factor.
+    """
+    if not 1 <= width * factor <= LARGEST_SIZE:
+        raise UserError(f"{name} is {factor}; times {width} it is a width between 1 and {LARGEST_SIZE}.")
+    return int(width * factor)
+
+
+def rotary_dim(head_dim: int, fraction: float) -> int:
+    """Return the `dim` of `rotary` that turns a share of a head's components.
+
+    Raises:
+      UserError: these come in pairs, and the head has no other component for the last one.
+    """
+    dim = int(fraction * head_dim)
+    if dim + dim % 2 > head_dim:
+        raise UserError(
+            f"A head has {head_dim} components; rotary turns pairs of them, so that {dim} cannot be turned."
+        )
+    return dim
 
 
 def head_dim(d_model: int, num_heads: int) -> int:

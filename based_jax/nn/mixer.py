@@ -1,14 +1,21 @@
 """The contract of a sequence mixer, which `tests/test_contracts.py` holds each of `MIXERS` to."""
 
 import abc
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
-from based_jax.nn.layers import Init
+from based_jax.errors import UserError
+from based_jax.nn.cache import Cache
+from based_jax.nn.layers import LARGEST_SIZE, Init
+from based_jax.ops import segments
 
 Buffer = str | np.ndarray | tuple[int, ...]
 """The key of the parameter that it repeats, its values where it is constant, or its shape where nothing reads it."""
@@ -22,19 +29,33 @@ class Operation(NamedTuple):
 
 
 class Mixer(nnx.Module):
-    """What a mixer is; a cache is any pytree with leading batch axes.
+    """What a mixer is: an operation on a whole sequence, and on its next tokens with a cache of those before.
+
+    `segment_ids` are those of `ops/segments.py`: padding, id 0, is inert wherever it stands, and its output means
+    nothing; documents do not see each other. A cache belongs to each row's last document. A prefill continues it where
+    its first token has the same id, or where either of them has had none; else it begins a document, as if alone.
+
+    A cache that grows with the sequence has room for `max_len` tokens of a document. A prefill of more is refused;
+    where their number is known to the running program only (steps; ids, which may be padding), outputs of tokens beyond
+    are NaN, and those of all others right.
+
+    A subclass gives `__call__`, `_initial_state`, `_prefill`, `_step`, `state_size` and `flops_per_token`; its state is
+    any pytree of arrays with leading batch axes.
 
     `state_size` counts elements per sequence in the paper's accounting, `flops_per_token` the forward pass.
 
     Where a publication's weights can be read, `REFERENCE` says for each publication under which state_dict key a
     parameter stands there, the output projection, whose rows are D, first; a tuple of keys is concatenated. `convert`
     turns layouts: a linear kernel is transposed, a parameter named *conv_kernel goes from [C, 1, W] to (W, C), axes of
-    size 1 come and go, the rest is as it is. What a publication stores beside the parameters is in `reference_buffers`.
+    size 1 come and go, the rest is as it is. What a publication stores beside the parameters is in `reference_buffers`,
+    and options that it takes where ours have other defaults are in `REFERENCE_OPTIONS`.
     """
 
     Config: ClassVar[Any]
     IMPLEMENTATIONS: ClassVar[Any] = {}  # the table of the operation that the option `impl` chooses from
     REFERENCE: ClassVar[Mapping[str, Mapping[str, str | tuple[str, ...]]]] = {}
+
+    REFERENCE_OPTIONS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abc.abstractmethod
     def __init__(self, d_model: int, config: Any, init: Init): ...
@@ -46,20 +67,62 @@ class Mixer(nnx.Module):
         What follows the operation on the sequence is computed for these tokens alone.
         """
 
-    @abc.abstractmethod
-    def init_cache(self, batch: int, max_len: int) -> Any:
+    @property
+    def max_len(self) -> int | None:
+        """The most tokens that a document may have, or None."""
+        return None
+
+    def init_cache(self, batch: int, max_len: int) -> Cache:
         """Return the cache before the first token of sequences of up to `max_len` tokens.
 
         The length only matters to a cache that grows with it.
+
+        Raises:
+          UserError: the length is below 1, or above the mixer's own `max_len`.
         """
+        for name, count in (("batch", batch), ("max_len", max_len)):
+            if count < 1:
+                raise UserError(f"{name} of a cache is {count}; it is at least 1.")
+        return Cache(self._initial_state(batch, max_len), jnp.zeros(batch, jnp.int32))
 
-    @abc.abstractmethod
-    def prefill(self, x: BTD, cache: Any, segment_ids: BT | None = None) -> tuple[BTD, Any]:
-        """Mix the next tokens of a sequence and return the cache after them."""
+    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
+        """Mix the next tokens of a sequence and return the cache after them.
 
-    @abc.abstractmethod
-    def step(self, x: BD, cache: Any) -> tuple[BD, Any]:
+        Raises:
+          UserError: there are more tokens than the cache has room for.
+        """
+        if segment_ids is None:
+            y, state = self._prefill(x, cache.state, None)
+            return y, cache._replace(state=state)
+        first, last = segments.first_id(segment_ids), segments.last_id(segment_ids)
+        begins = (first != 0) & (cache.segment_id != 0) & (first != cache.segment_id)
+        y, state = self._prefill(x, self._emptied(cache.state, begins), segment_ids)
+        return y, Cache(state, jnp.where(last == 0, cache.segment_id, last.astype(jnp.int32)))
+
+    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
         """Mix one token and return the cache after it."""
+        y, state = self._step(x, cache.state)
+        return y, cache._replace(state=state)
+
+    @abc.abstractmethod
+    def _initial_state(self, batch: int, max_len: int) -> Any:
+        """Return the state before the first token."""
+
+    @abc.abstractmethod
+    def _prefill(self, x: BTD, state: Any, segment_ids: BT | None) -> tuple[BTD, Any]:
+        """Mix tokens, the first document of which continues the state's, and return the state of the last one."""
+
+    @abc.abstractmethod
+    def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
+        """Mix one token and return the state after it."""
+
+    def _emptied(self, state: Any, rows: Bool[Array, "B"]) -> Any:
+        """Return the state with that before the first token in some rows."""
+
+        def choose(empty, old):
+            return jnp.where(rows.reshape(-1, *(1,) * (old.ndim - 1)), empty, old)
+
+        return jax.tree.map(choose, self._initial_state(rows.shape[0], 1), state)
 
     def reference_buffers(self) -> Mapping[str, Buffer]:
         """Return what a publication may store beside the parameters, by its key there."""
@@ -76,3 +139,21 @@ class Mixer(nnx.Module):
     @abc.abstractmethod
     def flops_per_token(self, seq_len: int) -> int:
         """Return the mean forward FLOPs of one token of a sequence of `seq_len`."""
+
+
+def check_sizes(config: Any, *, most: int = LARGEST_SIZE, **least: int) -> None:
+    """Raise UserError for a size of a mixer's config that is below its least value, or above `most`."""
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if not value >= smallest:
+            raise UserError(f"{name} is {value}; it is at least {smallest}.")
+        if value > most:
+            raise UserError(f"{name} is {value}; it is at most {most}.")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise UserError for a number of a mixer's config that is not above 0, or not finite."""
+    for name in names:
+        value = getattr(config, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{name} is {value}; it is above 0.")

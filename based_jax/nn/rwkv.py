@@ -1,4 +1,4 @@
-"""What RWKV's mixers share: a cache of state and last token, the three ways through time, and small parts.
+"""What RWKV's mixers share: a state of memory and last token, the three ways through time, and small parts.
 
 A time mixer gives `_project(x, previous)`, which returns what its operation takes and what its output needs besides,
 `_options()` of the operation, and `_out`; x may hold one token or many.
@@ -19,10 +19,10 @@ from based_jax.nn.mixer import Mixer, Operation
 from based_jax.ops.token_shift import token_shift
 
 
-class RwkvCache(NamedTuple):
-    """The operation's state, and the last token."""
+class RwkvState(NamedTuple):
+    """The operation's memory, and the last token."""
 
-    state: Any
+    memory: Any
     shift: BD
 
 
@@ -42,26 +42,26 @@ class TimeMix(Mixer):
         return self._out(*layers.at(positions, o, *rest))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> RwkvCache:
-        return RwkvCache(self._initial_state(batch), jnp.zeros((batch, self.d_model), self.dtype))
+    def _initial_state(self, batch: int, max_len: int) -> RwkvState:
+        return RwkvState(self._initial_memory(batch), jnp.zeros((batch, self.d_model), self.dtype))
 
     @override
-    def prefill(self, x: BTD, cache: RwkvCache, segment_ids: BT | None = None) -> tuple[BTD, RwkvCache]:
-        previous, shift = token_shift(x, state=cache.shift, segment_ids=segment_ids)
+    def _prefill(self, x: BTD, state: RwkvState, segment_ids: BT | None) -> tuple[BTD, RwkvState]:
+        previous, shift = token_shift(x, state=state.shift, segment_ids=segment_ids)
         inputs, rest = self._project(x, previous)
-        o, state = self.operation.sequence(
-            *inputs, **self._options(), state=cache.state, segment_ids=segment_ids, impl=self.config.impl
+        o, memory = self.operation.sequence(
+            *inputs, **self._options(), state=state.memory, segment_ids=segment_ids, impl=self.config.impl
         )
-        return self._out(o, *rest), RwkvCache(state, shift)
+        return self._out(o, *rest), RwkvState(memory, shift)
 
     @override
-    def step(self, x: BD, cache: RwkvCache) -> tuple[BD, RwkvCache]:
-        inputs, rest = self._project(x, cache.shift.astype(x.dtype))
-        o, state = self.operation.step(*inputs, state=cache.state, **self._options())
-        return self._out(o, *rest), RwkvCache(state, x.astype(self.dtype))
+    def _step(self, x: BD, state: RwkvState) -> tuple[BD, RwkvState]:
+        inputs, rest = self._project(x, state.shift.astype(x.dtype))
+        o, memory = self.operation.step(*inputs, state=state.memory, **self._options())
+        return self._out(o, *rest), RwkvState(memory, x.astype(self.dtype))
 
     @abc.abstractmethod
-    def _initial_state(self, batch: int) -> Any: ...
+    def _initial_memory(self, batch: int) -> Any: ...
 
     def _options(self) -> dict[str, Any]:
         return {}
@@ -85,17 +85,17 @@ class ChannelMix(Mixer):
         return self._mix(*layers.at(positions, x, previous))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> BD:
+    def _initial_state(self, batch: int, max_len: int) -> BD:
         return jnp.zeros((batch, self.d_model), self.dtype)
 
     @override
-    def prefill(self, x: BTD, cache: BD, segment_ids: BT | None = None) -> tuple[BTD, BD]:
-        previous, cache = token_shift(x, state=cache, segment_ids=segment_ids)
-        return self._mix(x, previous), cache
+    def _prefill(self, x: BTD, state: BD, segment_ids: BT | None) -> tuple[BTD, BD]:
+        previous, last = token_shift(x, state=state, segment_ids=segment_ids)
+        return self._mix(x, previous), last
 
     @override
-    def step(self, x: BD, cache: BD) -> tuple[BD, BD]:
-        return self._mix(x, cache.astype(x.dtype)), x.astype(self.dtype)
+    def _step(self, x: BD, state: BD) -> tuple[BD, BD]:
+        return self._mix(x, state.astype(x.dtype)), x.astype(self.dtype)
 
     @override
     def state_size(self, seq_len: int) -> int:

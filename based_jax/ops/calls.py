@@ -1,7 +1,7 @@
 """What each family's implementations take: one call, read by name, the same for every backend.
 
 A table's `compute`, `supports` and `slower` take a call alone. `state` is that of each row's first document, None for
-the empty one; `segment_ids` are those of packed documents (see `ops/segments.py`), None for one document a row.
+the empty one; `segment_ids` number the packed documents (see `ops/segments.py`), None for one document a row.
 """
 
 from typing import Any, NamedTuple

@@ -66,14 +66,17 @@ def short_conv(
 def last_inputs(x: BSD, width: int, state: LastInputs | None, segment_ids: BT | None) -> LastInputs:
     """Return the last `width` inputs, of `state` and x, that belong to the last document; zeros for the others.
 
-    x may be a tail of the inputs: `width` of them, or all.
+    Without ids x may be a tail of the inputs: `width` of them, or all.
     """
-    inputs = _with_past(x, width, state)[:, -width:]
+    inputs = _with_past(x, width, state)
     if segment_ids is None:
-        return inputs
-    last = segments.last_id(segment_ids)
-    kept = (_ids_with_past(segment_ids, width)[:, -width:] == last[:, None]) & (last != 0)[:, None]
-    return jnp.where(kept[..., None], inputs, 0)
+        return inputs[:, -width:]
+    numbers = segments.numbered(segment_ids)
+    real = jnp.concatenate([jnp.ones((x.shape[0], width), bool), numbers != 0], axis=1)
+    newest = jnp.sort(jnp.where(real, jnp.arange(real.shape[1])[None], -1), axis=1)[:, -width:]
+    owners = _ids_with_past(numbers, width)
+    kept = jnp.take_along_axis(owners, newest, axis=1) == segments.last_id(numbers)[:, None]
+    return jnp.where(kept[..., None], jnp.take_along_axis(inputs, newest[..., None], axis=1), 0)
 
 
 def _with_past(x: BSD, width: int, state: LastInputs | None) -> Float[Array, "B _ D"]:
@@ -241,7 +244,7 @@ def _wide(call: ShortConvCall) -> BTD:
 
 
 def _through(form: Callable) -> Callable[[ShortConvCall], BTD]:
-    return functools.partial(_composed, form)
+    return segments.without_padding(functools.partial(_composed, form), "x")
 
 
 IMPLEMENTATIONS = {

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BT
-from based_jax.ops import scan
+from based_jax.ops import scan, segments
 from based_jax.ops.calls import BHPN2, BTHP, HN, DiagonalSSMCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.long_conv import product_is_slower, toeplitz
@@ -153,7 +153,7 @@ def _empty(call: DiagonalSSMCall) -> BHPN2:
 
 
 IMPLEMENTATIONS = {
-    "xla_chunks": Implementation(_chunked),
+    "xla_chunks": Implementation(segments.without_padding(_chunked, "u")),
     "xla_toeplitz": Implementation(
         _convolution, _supports_convolution, preferred="cuda", slower=_convolution_is_slower
     ),

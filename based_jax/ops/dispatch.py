@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from based_jax.errors import UserError, unknown
+from based_jax.ops import segments
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +85,14 @@ def beside(impl: str, table: Mapping[str, Implementation]) -> str:
 
 
 def dispatch(operation: str, table: Mapping[str, Implementation], impl: str, call: Any) -> Any:
-    """Compute a call of `operation`, in a scope of that name, with the implementation that `choose` returns."""
+    """Compute a call of `operation`, in a scope of that name, with the implementation that `choose` returns.
+
+    It gets the numbers of its documents (`ops/segments.py`) for their ids.
+    """
     chosen = table[choose(operation, table, impl, call)]
     with jax.named_scope(operation):
+        if getattr(call, "segment_ids", None) is not None:
+            call = call._replace(segment_ids=segments.numbered(call.segment_ids))
         return chosen.compute(call)
 
 

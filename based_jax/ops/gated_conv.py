@@ -45,7 +45,8 @@ def gated_short_conv(
     """
     y = dispatch("gated_short_conv", IMPLEMENTATIONS, impl, GatedConvCall(x, kernel, bias, state, segment_ids))
     width, channels = kernel.shape
-    u = _biased(x[:, -width:, :channels], None if bias is None else bias[:channels])
+    inputs = x[:, -width:, :channels] if segment_ids is None else x[..., :channels]
+    u = _biased(inputs, None if bias is None else bias[:channels])
     return y, last_inputs(u, width, state, segment_ids)
 
 

@@ -24,7 +24,9 @@ BHM = Float[Array, "B H M"]
 
 def initial_state(batch: int, heads: int, key_dim: int, slots: int, value_dim: int) -> SlotState:
     """Return the empty slots."""
-    return SlotState(jnp.zeros((batch, heads, key_dim, slots)), jnp.zeros((batch, heads, slots, value_dim)))
+    return SlotState(
+        jnp.zeros((batch, heads, key_dim, slots), jnp.float32), jnp.zeros((batch, heads, slots, value_dim), jnp.float32)
+    )
 
 
 def gated_slot_attention(

@@ -10,10 +10,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from based_jax import devices
 from based_jax.dims import BT, BTD
+from based_jax.ops import segments
 from based_jax.ops.calls import TD, LongConvCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.precision import EXACT, einsum, product_policy
@@ -103,13 +104,12 @@ def _packed(u: BTD, kernel: TD, segment_ids: BT) -> BTD:
 
     A loop of unknown length has no reverse-mode derivative of its own; here it is another such loop.
     """
-    places, count = _documents(segment_ids)
 
     def add(d, y):
-        own = (places == d)[..., None]
+        own = (segment_ids == d)[..., None]
         return jnp.where(own, _convolve(jnp.where(own, u, 0.0), kernel), y)
 
-    return jax.lax.fori_loop(0, count, add, jnp.zeros_like(u))
+    return jax.lax.fori_loop(1, 1 + jnp.max(segment_ids), add, jnp.zeros_like(u))
 
 
 def _packed_forward(u, kernel, segment_ids):
@@ -118,29 +118,22 @@ def _packed_forward(u, kernel, segment_ids):
 
 def _packed_backward(saved, grad):
     u, kernel, segment_ids = saved
-    places, count = _documents(segment_ids)
 
     def add(d, grads):
-        own = (places == d)[..., None]
+        own = (segment_ids == d)[..., None]
         _, pullback = jax.vjp(_convolve, jnp.where(own, u, 0.0), kernel)
         grad_u, grad_kernel = pullback(jnp.where(own, grad, 0.0))
         return jnp.where(own, grad_u, grads[0]), grads[1] + grad_kernel
 
-    return *jax.lax.fori_loop(0, count, add, (jnp.zeros_like(u), jnp.zeros_like(kernel))), None
+    count = jnp.max(segment_ids)
+    return *jax.lax.fori_loop(1, 1 + count, add, (jnp.zeros_like(u), jnp.zeros_like(kernel))), None
 
 
 _packed.defvjp(_packed_forward, _packed_backward)
 
 
-def _documents(segment_ids: BT) -> tuple[BT, Int[Array, ""]]:
-    """Return the number of each token's document in its row, -1 at padding, and the most that a row has."""
-    begins = (jnp.diff(segment_ids, axis=1, prepend=0) != 0) & (segment_ids != 0)
-    places = jnp.where(segment_ids != 0, jnp.cumsum(begins, axis=1) - 1, -1)
-    return places, jnp.max(places) + 1
-
-
 IMPLEMENTATIONS = {
-    "xla_fft": Implementation(_fft),
+    "xla_fft": Implementation(segments.without_padding(_fft, "u")),
     "xla_toeplitz": Implementation(_product, _supports_product, preferred="cuda", slower=_product_is_slower),
-    "oracle": Implementation(_oracle),
+    "oracle": Implementation(segments.without_padding(_oracle, "u")),
 }

@@ -46,7 +46,7 @@ def over_tokens(step: Callable, tokens: Any, empty: Any, state: Any | None, segm
       tokens: tree of (B, T, ...) arrays: one array, or a call's `tokens`, by name.
       empty: tree of the state before a document's first token, batch first.
       state: the state to start from, of each row's first document; `empty` where None.
-      segment_ids: as in `ops/segments.py`; one document where None.
+      segment_ids: numbers of documents (`ops/segments.py`); one document where None.
 
     Returns:
       (y, state): a tree of (B, T, ...), zero at padding, and the state after each row's last document.
@@ -98,12 +98,13 @@ def _chunk(chunk: Callable, carry: Any, inputs: Any, fresh: bool):
     present = ids != 0
     last = jnp.where(present.any(axis=1), segments.last_id(ids), owner)
     reads = (ids == owner[:, None]) & present
+    visible = segments.same_document(ids, ids) & jnp.tri(ids.shape[1], dtype=bool)[None]
     span = Span(
-        visible=segments.same_document(ids, ids) & jnp.tri(ids.shape[1], dtype=bool)[None],
+        visible=visible,
         reads=reads,
         writes=(ids == last[:, None]) & present,
         keeps=last == owner,
-        begins=present & ~reads & (jnp.diff(ids, axis=1, prepend=0) != 0),
+        begins=present & ~reads & (jnp.sum(visible, axis=2) == 1),
         fresh=fresh,
     )
     y, state = chunk(tokens, state, span)

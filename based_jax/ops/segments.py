@@ -1,40 +1,66 @@
 """Packed documents: what `segment_ids` means to every operation.
 
-Documents stand one after another in a row; the tokens of one carry the same positive id. Id 0 is padding: it is seen
-by nobody, writes to no state, and its output is zero. A state that is handed in belongs to the first document of the
-row, a state that is handed out to the last one. Padding stands before, between or after documents, never inside one:
-whether the tokens behind such a hole still see those before it differs from mixer to mixer.
+A token's id is 0 where it is padding. Among the real tokens of a row a document is a longest run of equal ids: an id
+that returns (1 2 1) begins a document of its own, and padding between two tokens of a document (1 0 1) does not end it.
+Padding is inert wherever it stands: nobody sees it, it writes to no state, it takes no place between two tokens, and
+its output is zero, so that a row means what it means without its padding.
+
+A state that is handed in belongs to the first document of the row, whatever its id: who begins a document at the first
+token hands in no state, or the empty one. A state that is handed out is that of the row's last document, or the one
+that was handed in where all is padding.
+
+Every operation numbers the documents of a row at its door (`numbered`). Implementations, and the functions below but
+`positions`, take these numbers: they rise along the row, and equal ones are of one document.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
+from based_jax.dims import BT
 from based_jax.ops.calls import MatrixStateCall
 
 FORGET_LOG_DECAY = -1e30
 """Log-decay with which a document's first token leaves nothing of the documents before, in kernels that know none."""
 
 
-def first_id(segment_ids: Int[Array, "B T"]) -> Int[Array, "B"]:
+def numbered(segment_ids: BT) -> BT:
+    """Return the number of each token's document in its row, from 1, and 0 at padding; numbers keep theirs."""
+    present, before = segment_ids != 0, _real_before(segment_ids)
+    id_before = jnp.where(before < 0, 0, jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1))
+    return jnp.where(present, jnp.cumsum(present & (segment_ids != id_before), axis=1), 0)
+
+
+def _real_before(segment_ids: BT) -> BT:
+    """Return where the latest real token before each one stands, -1 where there is none."""
+    time = jnp.arange(segment_ids.shape[1])[None]
+    latest = jax.lax.cummax(jnp.where(segment_ids != 0, time, -1), axis=1)
+    return jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+
+
+def first_id(segment_ids: BT) -> Int[Array, "B"]:
     """Return the id of each row's first document, 0 where the row is all padding."""
     first = jnp.argmax(segment_ids != 0, axis=1)
     return jnp.take_along_axis(segment_ids, first[:, None], axis=1)[:, 0]
 
 
-def last_id(segment_ids: Int[Array, "B T"]) -> Int[Array, "B"]:
+def last_id(segment_ids: BT) -> Int[Array, "B"]:
     """Return the id of each row's last document, 0 where the row is all padding."""
     return first_id(segment_ids[:, ::-1])
 
 
-def begins_later(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+def begins_later(numbers: BT) -> Bool[Array, "B T"]:
     """Return which tokens are their document's first, but for each row's first document."""
-    later = (segment_ids != 0) & (segment_ids != first_id(segment_ids)[:, None])
-    return later & (jnp.diff(segment_ids, axis=1, prepend=0) != 0)
+    before = jnp.pad(jax.lax.cummax(numbers, axis=1)[:, :-1], ((0, 0), (1, 0)))
+    return numbers > jnp.maximum(before, 1)
 
 
 def positions(
-    segment_ids: Int[Array, "B T"] | None, before: Int[Array, "#B"], length: int
+    segment_ids: BT | None, before: Int[Array, "#B"], length: int
 ) -> tuple[Int[Array, "#B T"], Int[Array, "#B"]]:
     """Return the place in its document of each of `length` tokens, and how many the last document has had after them.
 
@@ -43,13 +69,13 @@ def positions(
     """
     if segment_ids is None:
         return before[:, None] + jnp.arange(length)[None], before + length
-    time = jnp.arange(segment_ids.shape[1])[None]
-    begins = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
-    start = jax.lax.cummax(jnp.where(begins, time, 0), axis=1)
-    first = (segment_ids == first_id(segment_ids)[:, None]) & (segment_ids != 0)
-    place = time - start + jnp.where(first, before[:, None], 0)
-    last = (segment_ids == last_id(segment_ids)[:, None]) & (segment_ids != 0)
-    after = jnp.max(jnp.where(last, place + 1, 0), axis=1)
+    numbers = numbered(segment_ids)
+    present = numbers != 0
+    count = jnp.cumsum(present, axis=1) - 1  # real tokens before each
+    start = jax.lax.cummax(jnp.where(begins_later(numbers), count, 0), axis=1)
+    place = count - start + jnp.where(numbers == 1, before[:, None], 0)
+    last = present & (numbers == last_id(numbers)[:, None])
+    after = jnp.max(jnp.where(last, place + 1, 0), axis=1).astype(before.dtype)
     return place, jnp.where(last.any(axis=1), after, before)
 
 
@@ -71,3 +97,61 @@ def separated(call: MatrixStateCall) -> tuple[MatrixStateCall, Bool[Array, "B T 
     log_decay = jnp.where(begins, FORGET_LOG_DECAY, log_decay)
     a = None if a is None else jnp.where(begins, 0, a)
     return call._replace(q=q, k=k, v=v, log_decay=log_decay, a=a, b=b), padding
+
+
+def without_padding[Call: Any](compute: Callable[[Call], Any], *tokens: str) -> Callable[[Call], Any]:
+    """Return `compute` on rows whose padding stands behind all documents, for what measures distances in places.
+
+    `tokens` are the names of a call's arrays over time.
+    """
+
+    @functools.wraps(compute)
+    def on_moved(call: Call) -> Any:
+        if call.segment_ids is None:
+            return compute(call)
+        place = _places_without_padding(call.segment_ids)
+        time = jnp.broadcast_to(jnp.arange(place.shape[1])[None], place.shape)
+        order = jnp.put_along_axis(jnp.zeros_like(place), place, time, axis=1, inplace=False)
+        moved = {name: _taken(getattr(call, name), order, place) for name in tokens}
+        ids = jnp.take_along_axis(call.segment_ids, order, axis=1)
+        y, *state = jax.tree.leaves(compute(call._replace(**moved, segment_ids=ids)))
+        y = _taken(y, place, order)
+        return (y, *state) if state else y
+
+    return on_moved
+
+
+def token_before(x: Shaped[Array, "B T ..."], numbers: BT) -> Shaped[Array, "B T ..."]:
+    """Return for each token the one before it in its document, zero where there is none, and at padding."""
+    before, last = _real_before(numbers), x.shape[1] - 1
+    after = jnp.flip(last - _real_before(jnp.flip(numbers, 1)), 1)  # past the last one where there is none
+
+    def same(other: BT) -> Bool[Array, "B T"]:
+        neighbour = jnp.take_along_axis(numbers, jnp.clip(other, 0, last), axis=1)
+        return (numbers != 0) & (numbers == neighbour) & (other >= 0) & (other <= last)
+
+    return _taken(x, jnp.where(same(before), before, -1), jnp.where(same(after), after, -1))
+
+
+@jax.custom_vjp
+def _taken(x: Shaped[Array, "B T ..."], places: BT, inverse: BT) -> Shaped[Array, "B T ..."]:
+    """Return x at other places, zero at those below 0.
+
+    No place is taken twice, and `inverse` says which token has taken each, -1 for none: so that the gradient takes too,
+    where JAX would scatter.
+    """
+    expanded = places.reshape(*places.shape, *(1,) * (x.ndim - 2))
+    return jnp.where(expanded < 0, 0, jnp.take_along_axis(x, jnp.maximum(expanded, 0), axis=1))
+
+
+_taken.defvjp(
+    lambda x, places, inverse: (_taken(x, places, inverse), (places, inverse)),
+    lambda saved, grad: (_taken(grad, saved[1], saved[0]), None, None),
+)
+
+
+def _places_without_padding(segment_ids: BT) -> BT:
+    """Return the place of each token where a row's padding stands behind its documents."""
+    present = segment_ids != 0
+    behind = present.sum(axis=1, keepdims=True) + jnp.cumsum(~present, axis=1)
+    return jnp.where(present, jnp.cumsum(present, axis=1), behind) - 1

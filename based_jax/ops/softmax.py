@@ -166,6 +166,8 @@ def _cudnn_supports(call: AttentionCall) -> str | None:
     return None
 
 
+QKV = "q", "k", "v"
+
 ATTENTION = {
     "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
     "xla_quadratic": Implementation(_dense),
@@ -175,7 +177,7 @@ ATTENTION = {
 WINDOW_ATTENTION = {
     "hopper_tiles": Implementation(hopper_window.compute, hopper_window.supports, platform="cuda"),
     "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
-    "xla_bands": Implementation(_banded),
-    "xla_steps": Implementation(_recurrent),
-    "oracle": Implementation(_oracle),
+    "xla_bands": Implementation(segments.without_padding(_banded, *QKV)),
+    "xla_steps": Implementation(segments.without_padding(_recurrent, *QKV)),
+    "oracle": Implementation(segments.without_padding(_oracle, *QKV)),
 }

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from based_jax.dims import BD, BT, BTD
+from based_jax.ops import segments
 
 
 @jax.named_scope("token_shift")
@@ -17,13 +18,13 @@ def token_shift(x: BTD, *, state: BD | None = None, segment_ids: BT | None = Non
     Returns:
       These (B, T, D), and the last token (B, D) of each row's last document.
     """
-    ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
     before = jnp.zeros_like(x[:, 0]) if state is None else state.astype(x.dtype)
-    present = ids != 0
-    earlier = jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
-    begins = jnp.diff(ids, axis=1, prepend=0) != 0
+    if segment_ids is None:
+        return jnp.concatenate([before[:, None], x[:, :-1]], axis=1), x[:, -1]
+    numbers = segments.numbered(segment_ids)
+    present = numbers != 0
+    shifted = segments.token_before(x, numbers)
     first = present & (jnp.cumsum(present, axis=1) == 1)
-    shifted = jnp.where((begins | ~present)[..., None], 0, earlier)
     shifted = jnp.where(first[..., None], before[:, None], shifted)
     last = x.shape[1] - 1 - jnp.argmax(present[:, ::-1], axis=1)
     newest = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

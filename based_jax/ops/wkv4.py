@@ -20,8 +20,8 @@ LOG_OF_NOTHING = -1e38  # the logarithm of an empty sum
 
 def initial_state(batch: int, channels: int) -> WkvState:
     """Return the state before the first token."""
-    zeros = jnp.zeros((batch, channels), jnp.float32)
-    return WkvState(zeros, zeros, jnp.full((batch, channels), LOG_OF_NOTHING, jnp.float32))
+    num, den = (jnp.zeros((batch, channels), jnp.float32) for _ in range(2))  # buffers of their own, to be donated
+    return WkvState(num, den, jnp.full((batch, channels), LOG_OF_NOTHING, jnp.float32))
 
 
 def wkv4(

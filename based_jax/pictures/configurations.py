@@ -15,14 +15,15 @@ from based_jax.nn.accounting import state_bytes
 Row = Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Configuration:
     """What the learning rates and seeds of one configuration came to: a point of a picture.
 
     Attributes:
       layers, d_model: its architecture.
-      median, low, high: over seeds, of the accuracy at a seed's best learning rate.
-      chosen: for each seed the row of its best learning rate, the worst seed first.
+      median, low, high: over seeds, of the accuracy at a seed's best learning rate; NaN where all runs diverged.
+      chosen: for each seed the row of its best learning rate, the worst seed first; none of a seed that diverged at
+        every rate.
       rows: all of them, by learning rate and seed.
     """
 
@@ -46,8 +47,18 @@ class Configuration:
 
     @property
     def row(self) -> Row:
-        """The row at the median, or right below."""
-        return self.chosen[(len(self.chosen) - 1) // 2]
+        """The row at the median, or right below; the first one where all diverged."""
+        return self.chosen[(len(self.chosen) - 1) // 2] if self.chosen else self.rows[0]
+
+    @property
+    def diverged_runs(self) -> int:
+        """How many of the runs diverged."""
+        return sum(diverged(row) for row in self.rows)
+
+    @property
+    def diverged_seeds(self) -> int:
+        """How many seeds diverged at every learning rate."""
+        return len({_seed(row) for row in self.rows}) - len(self.chosen)
 
     def state_bytes(self, *, convolution: bool) -> int:
         """Return bytes of state after the longest test; see `nn.accounting`."""
@@ -57,36 +68,45 @@ class Configuration:
 def configurations(rows: Iterable[Row]) -> list[Configuration]:
     """Return the configurations: rows of one differ in no more than learning rate and seed.
 
-    A run that diverged counts with the accuracy that it has, 0 where that is no number.
+    A run that diverged has no accuracy: it is counted, and never the best of its seed.
 
     Raises:
-      UserError: a row lacks something that the reduction needs.
+      UserError: a row lacks something that the reduction needs, or rows are of different tasks or tests.
     """
     rows = list(rows)
     columns = {"configuration": _shared, "learning_rate": learning_rate, "seed": _seed, "accuracy": accuracy}
     runs = pd.DataFrame({name: [value(row) for row in rows] for name, value in columns.items()} | {"row": rows})
+    _check_comparable(rows)
     return [_reduced(group) for _, group in runs.groupby("configuration", sort=False)]
 
 
 def by_feature_map(points: Iterable[Configuration]) -> dict[tuple[str, str], list[Configuration]]:
     """Return the points of each feature map and its dimensions, ("relu", "K = 16") or ("relu", "K = D"), by width.
 
-    At each width it is the best one; the points of models that are no linear attention are left out.
+    At each width it is the best one, one that diverged where there is no other; the points of models that are no linear
+    attention are left out.
     """
     found = [(*feature_map, point) for point in points if (feature_map := names.feature_map(point.layers))]
     table = pd.DataFrame(
         [(name, dim if dim != point.d_model else 0, point.d_model, point.median, point) for name, dim, point in found],
         columns=["name", "dimensions", "width", "median", "point"],
     )
-    best = table.loc[table.groupby(["name", "dimensions", "width"])["median"].idxmax()]
+    best = table.sort_values("median", ascending=False, kind="stable").drop_duplicates(["name", "dimensions", "width"])
+    best = best.sort_values(["name", "dimensions", "width"])
     lines = best.groupby(["name", "dimensions"])["point"]
     return {(name, f"K = {dimensions or 'D'}"): list(line) for (name, dimensions), line in lines}
 
 
-def accuracy(row: Row) -> float:
-    """Return the accuracy of a row, 0 where it is no number."""
+def diverged(row: Row) -> bool:
+    """Return whether a run ended in numbers that are none: its row says so, or has no accuracy."""
     value = row["accuracy"]
-    return float(value) if value is not None and math.isfinite(value) else 0.0
+    said = row.get("diverged") or row.get("status") == "diverged"
+    return bool(said) or value is None or not math.isfinite(value)
+
+
+def accuracy(row: Row) -> float:
+    """Return the accuracy of a row, NaN where the run diverged, whatever a broken model came to."""
+    return math.nan if diverged(row) else float(row["accuracy"])
 
 
 def learning_rate(row: Row) -> float:
@@ -136,10 +156,28 @@ def _shared(row: Row) -> str:
     return json.dumps(config, sort_keys=True)
 
 
+def _check_comparable(rows: Sequence[Row]) -> None:
+    """Check that all rows were tested on the same: accuracies of different tests, and bytes after different lengths,
+    are no picture.
+
+    What a row does not tell, an old one its task and one that diverged its segments, differs from nothing.
+    """
+    facts = {
+        "are of different tasks": {task for row in rows if (task := row["config"].get("data", {}).get("kind"))},
+        "were tested on different segments": {", ".join(sorted(row["segments"])) for row in rows if row["segments"]},
+        "were tested on different lengths": {f"{longest_test(row):,} tokens" for row in rows},
+    }
+    for what, found in facts.items():
+        if len(found) > 1:
+            told = " and ".join(f"'{x}'" for x in sorted(found)[:2])
+            raise UserError(f"The rows {what}, {told}; a picture is of one: name stores, or files of them, that agree.")
+
+
 def _reduced(runs: pd.DataFrame) -> Configuration:
     """Return a configuration of its runs: for each seed the best learning rate, then the median over seeds."""
     runs = runs.sort_values(["learning_rate", "seed"])
-    best = runs.loc[runs.groupby("seed", sort=False)["accuracy"].idxmax()].sort_values("accuracy", kind="stable")
+    whole = runs.dropna(subset="accuracy")
+    best = whole.loc[whole.groupby("seed", sort=False)["accuracy"].idxmax()].sort_values("accuracy", kind="stable")
     model = runs["row"].iloc[0]["config"]["model"]
     layers = [(kind, dict(options)) for kind, options in model["layers"]]
     low, median, high = best["accuracy"].agg(["min", "median", "max"])

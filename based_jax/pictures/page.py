@@ -1,17 +1,14 @@
 """A sweep as one web page: the frontier to explore, with everything in the file and nothing fetched."""
 
-import html
-import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from based_jax.errors import UserError
 from based_jax.nn import names
-from based_jax.pictures import references, styles
+from based_jax.pictures import references, styles, web
 from based_jax.pictures.configurations import (
     Configuration,
     Row,
@@ -22,8 +19,7 @@ from based_jax.pictures.configurations import (
 )
 from based_jax.pictures.references import ReferencePoint, ReferenceSource
 
-ASSETS = Path(__file__).parent / "assets"
-SCRIPTS = ("figures.js", "page.js")
+TITLE = "Recall against bytes of state"
 TOLD_OVERRIDES = ("seed", "optim.lr", "model.d_model", "model.layers")
 """Overrides that a point's other values tell."""
 
@@ -40,28 +36,14 @@ def write(
       published: points of other sources, shown hollow.
 
     Raises:
-      UserError: there are no rows, or one is not of a sweep.
+      UserError: there are no rows, one is not of a sweep, they are of different tasks or tests, or the file cannot be
+        written.
     """
     points = configurations(rows)
     if not points:
         raise UserError("There are no rows to show; run the sweep first.")
-    parts = {
-        "title": html.escape(title),
-        "style": (ASSETS / "page.css").read_text(),
-        "script": "\n".join((ASSETS / name).read_text() for name in SCRIPTS),
-        "data": embedded(data(points, published)),
-    }
-    # In one pass: braces in a title or in the data are text.
-    text = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], (ASSETS / "page.html").read_text())
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text)
-    return Path(path)
-
-
-def embedded(value: Any) -> str:
-    """Return JSON that can stand inside a script element: no string of it can close the element or open a comment."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    found = data(points, published)
+    return web.write(path, "page.html", title=title, data=found, styles=["page.css"], script="page.js")
 
 
 def data(points: Sequence[Configuration], published: Sequence[ReferencePoint] = ()) -> dict[str, Any]:
@@ -84,19 +66,27 @@ def _point(point: Configuration) -> dict[str, Any]:
         "family": point.family,
         "label": point.label,
         "bytes": [point.state_bytes(convolution=counted) for counted in (False, True)],
-        "accuracy": point.median,
-        "low": point.low,
-        "high": point.high,
+        "accuracy": _number(point.median),
+        "low": _number(point.low),
+        "high": _number(point.high),
         "seeds": len(point.chosen),
+        "lost": point.diverged_runs,
+        "lostSeeds": point.diverged_seeds,
         "lr": learning_rate(row),
         "id": row["id"],
         "layers": names.architecture(point.layers),
         "settings": [f"{key}={value}" for key, value in row.get("overrides", {}).items() if key not in TOLD_OVERRIDES],
         "segments": {name: _number(value) for name, value in row["segments"].items()},
-        "runs": [[learning_rate(x), accuracy(x), x["config"]["seed"], str(x.get("status", ""))] for x in point.rows],
+        "runs": [
+            [learning_rate(x), _number(accuracy(x)), x["config"]["seed"], str(x.get("status", ""))] for x in point.rows
+        ],
         **{name: row.get(name) for name in ("params", "state_bytes", "steps", "status", "sweep")},
         "seconds": _number(sum(float(x.get("seconds") or 0) for x in point.rows)),
     }
+
+
+def _run(row: Row) -> tuple[float, float | None, int, str]:
+    return learning_rate(row), _number(accuracy(row)), row["config"]["seed"], str(row.get("status", ""))
 
 
 def _published(point: ReferencePoint, markers: Mapping[ReferenceSource, str]) -> dict[str, Any]:

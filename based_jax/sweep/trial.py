@@ -32,6 +32,7 @@ class Trial(RunConfig):
     """
 
     counts = ("epochs", "batch_size")
+    max_seed = 2**32 - 1  # lanes hold them as an array
 
     data: SyntheticTask
     epochs: int = 1

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from based_jax.config import check_types
 from based_jax.errors import UserError
 from based_jax.optim import path_of
 
@@ -39,10 +40,11 @@ class CheckpointConfig:
     keep_every: int | None = None
 
     def __post_init__(self):
+        check_types(self)
         for name in ("every", "keep", "keep_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"checkpoint {name} is {value}; it is at least 1.")
+                raise UserError(f"{name} is {value}; it is at least 1.")
 
 
 class Checkpoints:

@@ -1,6 +1,7 @@
 """The training loop, in reading order: set up, resume, step, evaluate, save, stop."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from based_jax import config as configs
 from based_jax import optim, parallel
 from based_jax.errors import UserError
 from based_jax.evals.evaluate import evaluate, make_eval_step
+from based_jax.train import data_record
 from based_jax.train.checkpoint import Checkpoints
 from based_jax.train.compile import train_program
 from based_jax.train.metrics import MetricWriter, Timer, progress
@@ -21,7 +23,15 @@ from based_jax.train.run import Facts, TrainConfig
 
 # What may differ when a run is continued: nothing that its numbers depend on (another mesh, and the microbatches that
 # it can divide, sum in another order, which may change their last bits).
-KEYS_FREE_ON_RESUME = ("log_every", "eval_every", "checkpoint", "mesh", "microbatches")
+KEYS_FREE_ON_RESUME = (
+    "log_every",
+    "eval_every",
+    "checkpoint",
+    "mesh",
+    "microbatches",
+    "data.path",  # `data_record` compares the text itself
+    "data.cache_dir",
+)
 
 
 class DivergedError(UserError):
@@ -45,12 +55,15 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
     """
     timer = Timer()
     workdir = Path(workdir)
+    config = dataclasses.replace(config, data=config.data.located)
     mesh = parallel.make_mesh(config.mesh)
     program = train_program(config, mesh)
     source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
     program.check_step(source.batch(0))  # what no operation can run is refused before anything is written
     configs.check_same(config, workdir, free=KEYS_FREE_ON_RESUME)
+    data_record.check_same(source, workdir)
     configs.save(config, workdir)
+    data_record.save(source, workdir)
 
     eval_step = make_eval_step(program.graphdef)
 
@@ -67,6 +80,8 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
             start, state = checkpoints.restore(program.abstract_state)
         report = stack.enter_context(contextlib.closing(Report(config, workdir, start, checkpoints)))
         preemption = stack.enter_context(Preemption())
+        for line in source.summary:
+            report.say(line)
         timer.done("init")
         results: dict[str, float] = {}
 

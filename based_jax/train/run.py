@@ -31,6 +31,7 @@ class RunConfig:
 
     counts: ClassVar[tuple[str, ...]] = ("batch_size",)
     """The values that are at least 1."""
+    max_seed: ClassVar[int] = 2**63 - 1
 
     model: LMConfig
     data: Task
@@ -39,9 +40,12 @@ class RunConfig:
     seed: int = 0
 
     def __post_init__(self):
+        configs.check_types(self)
         for name in self.counts:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it is at least 1.")
+        if not 0 <= self.seed <= self.max_seed:
+            raise UserError(f"seed is {self.seed}; it is between 0 and {self.max_seed}.")
         if self.data.num_tokens > self.model.vocab_size:
             raise UserError(
                 f"model.vocab_size is {self.model.vocab_size}, but the data has ids up to {self.data.num_tokens - 1}."

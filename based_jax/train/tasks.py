@@ -6,7 +6,7 @@ A new task is one line of `TASKS`: its data, since the loss and the metrics of a
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -22,9 +22,11 @@ from based_jax.data import (
     selective_copying,
     state_tracking,
 )
+from based_jax.data.checks import check_bools, check_choice
 from based_jax.data.segments import SegmentedTask, SegmentSource
-from based_jax.data.tokenizer import get_tokenizer
-from based_jax.errors import unknown
+from based_jax.data.text_checks import check_text, located
+from based_jax.data.tokenizer import tokenizer_class
+from based_jax.errors import UserError
 
 
 class Source(Protocol):
@@ -41,6 +43,16 @@ class Source(Protocol):
 
     def eval_batches(self, name: str) -> Iterator[dict[str, np.ndarray]]:
         """Yield this host's rows of an evaluation segment, once, in order."""
+        ...
+
+    @property
+    def summary(self) -> Sequence[str]:
+        """What a run says of its data before the first step, a line each: the splits and their sizes."""
+        ...
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What the batches depend on beside the config, as JSON: a "fingerprint" and more, or nothing."""
         ...
 
 
@@ -67,6 +79,11 @@ class TaskConfig(Protocol):
         """Tokens of the longest row that is evaluated."""
         ...
 
+    @property
+    def located(self) -> "TaskConfig":
+        """The same task, whatever the current folder is."""
+        ...
+
     def open(self, batch_size: int, process_index: int, process_count: int) -> Source:
         """Return the source of one host's batches."""
         ...
@@ -80,8 +97,18 @@ class PresetTask:
 
     Attributes:
       kind: the key that chooses the task in a config.
-      preset: a key of `presets`.
+      preset: values by a name, which None stands for in the other keys.
       shuffle: whether an epoch permutes examples and batches, rather than reads the segments in their order.
+      train, test: segments, each with its number of examples and their length, in the order that they are read in.
+      vocab_size: ids.
+      seed: of the draws.
+      power_a: a gap of i pairs of positions is as likely as (i + 1) ** (power_a - 1).
+      random_non_queries: whether tokens between the queries are drawn, rather than 0.
+      order: tokens that the next one depends on.
+      concentration: of the languages that are drawn; smaller ones are more predictable.
+      alphabet: symbols that there are.
+      max_symbols: symbols of a row at most.
+      group: "parity", "s3", "a5" or "s5".
     """
 
     presets: ClassVar[Mapping[str, SegmentedTask]]
@@ -90,13 +117,14 @@ class PresetTask:
     shuffle: bool = False
 
     def __post_init__(self):
-        _ = self.resolved  # an impossible value is named here
+        check_bools(shuffle=self.shuffle)
+        if not self.resolved.test:  # an impossible value is named here
+            raise UserError(f"{self.kind} has no test segment; it needs one to evaluate.")
 
     @functools.cached_property
     def resolved(self) -> SegmentedTask:
         """The preset with this task's replacements; UserError for an unknown preset or an impossible value."""
-        if self.preset not in self.presets:
-            raise unknown(f"{self.kind} preset", self.preset, self.presets)
+        check_choice(f"{self.kind} preset", self.preset, self.presets)
         preset = self.presets[self.preset]
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(preset)}
         return dataclasses.replace(preset, **{name: value for name, value in values.items() if value is not None})
@@ -115,6 +143,11 @@ class PresetTask:
     def longest_test(self) -> int:
         """Tokens of the longest test segment."""
         return max(segment.seq_len for segment in self.resolved.test)
+
+    @property
+    def located(self) -> "PresetTask":
+        """The task itself, which reads no file."""
+        return self
 
     def open(self, batch_size: int, process_index: int, process_count: int) -> SegmentSource:
         """Return the source of one host's batches."""
@@ -144,7 +177,7 @@ class TextTask:
       kind: the key that chooses the task in a config.
       path: a folder of text files, or "tfds:NAME" for a dataset of tensorflow-datasets; None for the shipped prose.
       text_feature: of "tfds:NAME", the feature that holds a document; None if it is "text" or the only one.
-      tokenizer: a name of `data/tokenizer.py`.
+      tokenizer: "bytes", "gpt2" or what else `data/tokenizer.py` names.
       seq_len: tokens of a row.
       seed: of the order of rows.
       cache_dir: where the packed windows are kept; None for the user's cache folder.
@@ -158,10 +191,14 @@ class TextTask:
     seed: int = 0
     cache_dir: str | None = None
 
+    def __post_init__(self):
+        check_text(self.path, self.text_feature, self.seq_len, self.seed, self.cache_dir)
+        _ = self.num_tokens  # an unknown tokenizer is named here
+
     @property
     def num_tokens(self) -> int:
         """Ids that the task uses."""
-        return get_tokenizer(self.tokenizer).vocab_size
+        return tokenizer_class(self.tokenizer).vocab_size
 
     @property
     def resolved_values(self) -> dict[str, Any]:
@@ -173,9 +210,14 @@ class TextTask:
         """Tokens of a row."""
         return self.seq_len
 
+    @property
+    def located(self) -> "TextTask":
+        """The same task with absolute paths."""
+        return dataclasses.replace(self, path=located(self.path), cache_dir=located(self.cache_dir))
+
     def open(self, batch_size: int, process_index: int, process_count: int) -> Source:
         """Build the dataset if it is not cached, and return the source of one host's batches."""
-        from based_jax.data.text import TextSource  # imports tensorflow-datasets, which no other task needs
+        from based_jax.data.text import TextSource  # imports grain, which no other task needs
 
         return TextSource(
             self.path,

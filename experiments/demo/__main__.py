@@ -1,6 +1,7 @@
 """The main job on a laptop: recall against bytes of state, then a language model on English.
 
 python -m experiments.demo --workdir=demo_out
+python -m experiments.demo --redraw=experiments/demo/results    # the picture alone, from the table that is there
 """
 
 import argparse
@@ -12,9 +13,6 @@ from pathlib import Path
 
 import jax
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import pandas as pd
 from flax import nnx
 
@@ -23,6 +21,9 @@ from based_jax.data.tokenizer import get_tokenizer
 from based_jax.evals.evaluate import evaluate, model_sums
 from based_jax.generate import Sampling, generate
 from based_jax.nn.lm import LM
+from based_jax.pictures import paper, styles
+from based_jax.pictures.configurations import accuracy
+from based_jax.pictures.panels import accuracy_panels, byte_axis, panels_inches
 from based_jax.store import Store
 from based_jax.sweep import Sweep
 from based_jax.sweep.launch import run_sweep
@@ -32,24 +33,39 @@ from based_jax.train.run import TrainConfig, load_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = {"taylor": "Based (Taylor)", "window": "sliding window", "attention": "full attention", "conv": "convolution"}
-COLOURS = {"taylor": "tab:blue", "window": "tab:orange", "attention": "tab:green", "conv": "tab:red"}
+FAMILIES = {"taylor": "Based", "window": "Sliding window", "attention": "Attention", "conv": "Gated convolution"}
+"""What pictures call them elsewhere, whose colours and markers they have here."""
+PANEL_INCHES = 2.7
+"""The width of the picture's panel, about."""
 VARIANTS = ("conv_3", "conv_8", "window_8", "window_23", "taylor_4", "taylor_8", "attention_48", "attention_64")
 PROMPT = "It was a "
 
 
 def main() -> None:
-    """Run both parts into a fresh workdir."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="folder for runs, table and picture; emptied first")
-    workdir = parser.parse_args().workdir
+    """Run both parts into a fresh workdir, or draw the picture of a table again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ways = parser.add_mutually_exclusive_group(required=True)
+    ways.add_argument("--workdir", type=Path, help="folder for runs, table and picture; emptied first")
+    ways.add_argument("--redraw", type=Path, help="folder of a table, frontier.csv, whose picture is to be drawn")
+    args = parser.parse_args()
+    if args.redraw:
+        draw(pd.read_csv(args.redraw / "frontier.csv"), args.redraw / "frontier")
+    else:
+        demonstrate(args.workdir)
+
+
+def demonstrate(workdir: Path) -> None:
+    """Run both parts into a workdir, which is emptied."""
     shutil.rmtree(workdir, ignore_errors=True)
 
     print("1. Recall (MQAR: 64 tokens, 8 key-value pairs, vocabulary 256; two layers)\n")
     frontier = recall_frontier(workdir / "recall")
-    frontier.assign(**versions()).to_csv(workdir / "frontier.csv", index=False)
-    draw(frontier, workdir / "frontier.png")
-    print("\n" + frontier.to_string(index=False, formatters={"accuracy": "{:.3f}".format}))
-    print(f"\nThe picture is {workdir / 'frontier.png'}.\n")
+    frontier = frontier.assign(**versions())
+    frontier.to_csv(workdir / "frontier.csv", index=False)
+    [picture, *_] = draw(frontier, workdir / "frontier")
+    shown = frontier[["mixer", "size", "state bytes", "accuracy"]]
+    print("\n" + shown.to_string(index=False, formatters={"accuracy": "{:.3f}".format}))
+    print(f"\nThe picture is {picture}.\n")
 
     print("2. A Based language model on English prose, byte by byte\n")
     language_model(workdir / "text")
@@ -64,7 +80,7 @@ def recall_frontier(store: Path) -> pd.DataFrame:
     for variant, (_, trial) in zip(VARIANTS, sweep.trials(), strict=True):
         mixer, size = variant.split("_")
         row = found[trial.id]
-        rows.append((NAMES[mixer], int(size), row["state_bytes"], row["accuracy"]))
+        rows.append((NAMES[mixer], int(size), row["state_bytes"], accuracy(row)))
     return pd.DataFrame(rows, columns=["mixer", "size", "state bytes", "accuracy"])
 
 
@@ -85,19 +101,23 @@ def versions() -> dict[str, str]:
     }
 
 
-def draw(frontier: pd.DataFrame, path: Path) -> None:
-    """Save accuracy against state bytes, one line per mixer."""
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for key, name in NAMES.items():
+@matplotlib.rc_context(styles.PAPER)
+def draw(frontier: pd.DataFrame, path: Path) -> list[Path]:
+    """Save accuracy against state bytes, one line per mixer, as PNG, SVG and PDF; return the files."""
+    accuracies = frontier["accuracy"].tolist()
+    told = [f"MQAR, 64 tokens, 8 pairs; {' and '.join(frontier['device'].unique())}"]
+    figure = paper.sheet(styles.COLUMN_INCHES, panels_inches(accuracies), NAMES.values(), told)
+    [panel] = accuracy_panels(figure, 1, accuracies, diverged=frontier["accuracy"].isna().any())
+    for kind, name in NAMES.items():
+        style = styles.FAMILY_STYLES[FAMILIES[kind]]
         points = frontier[frontier["mixer"] == name].sort_values("state bytes")
-        axes.plot(points["state bytes"], points["accuracy"], "o-", color=COLOURS[key], label=name)
-    axes.set(xscale="log", xlabel="state per sequence (fp32)", ylabel="MQAR accuracy", ylim=(-0.03, 1.03))
-    axes.set_xticks([2**n * 1024 for n in range(1, 6)], [f"{2**n} KiB" for n in range(1, 6)])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        form = styles.marked(style.colour, style.marker)
+        panel.line(points["state bytes"], points["accuracy"], **form, label=name)
+        panel.diverged(points["state bytes"][points["accuracy"].isna()].tolist(), style.colour)
+    byte_axis(panel.axes, frontier["state bytes"], PANEL_INCHES)
+    panel.axes.set_xlabel("state of one sequence, fp32")
+    paper.add_legend(figure, panel.axes)
+    return paper.save(figure, path)
 
 
 def language_model(workdir: Path) -> None:

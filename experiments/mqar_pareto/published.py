@@ -147,8 +147,13 @@ POINTS = (*_paper(), *_rerun())
 
 
 def comparable(rows: Iterable[Mapping[str, Any]]) -> tuple[ReferencePoint, ...]:
-    """Return the published points, or none where a row was tested on something else: they belong to one protocol."""
-    same = all(row["segments"].keys() == TEST_SEGMENTS and _task(row) == "mqar" for row in rows)
+    """Return the published points, or none where a row was tested on something else: they belong to one protocol.
+
+    A run that diverged may have no tests at all.
+    """
+    same = all(
+        (not row["segments"] or row["segments"].keys() == TEST_SEGMENTS) and _task(row) == "mqar" for row in rows
+    )
     return POINTS if same else ()
 
 

@@ -7,6 +7,7 @@ to a plain loop brings; from those of `profile` where a step's time goes.
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -73,10 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables."""
-    throughput, profile = (
-        [json.loads(text) for text in (args.results / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("throughput", "profile")
-    )
+    throughput, profile = (_lines(args.results / f"{name}.jsonl") for name in ("throughput", "profile"))
     folder = args.results / "figure2"
     found = {name: of_recipe(args.results / name, args.init_recipe) for name in (*STORES, "disputed")}
     points = sorted(configurations(found["figure2"]), key=_bytes)
@@ -92,6 +90,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _lines(path: Path) -> list[dict]:
+    """Return the rows of a file of JSON lines."""
+    try:
+        return [json.loads(text) for text in path.read_text().splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"There is no '{path}'; the command '{path.stem}' writes it.") from None
+
+
 def agreement(points: Sequence[Configuration]) -> str:
     """Return a table of the points that something is asked of; an accuracy outside of it is bold.
 
@@ -104,7 +110,9 @@ def agreement(points: Sequence[Configuration]) -> str:
         if (family, label) not in found:
             raise UserError(f"There are no rows of {family} with {label}; run the sweep first.")
         point = found[family, label]
-        values = ", ".join(_judged(accuracy(row), low, high) for row in point.chosen)
+        values = ", ".join(
+            [_judged(accuracy(row), low, high) for row in point.chosen] + ["diverged"] * point.diverged_seeds
+        )
         lines.append([f"{family}, {label}", f"{_bytes(point) / 1024:.0f}", values, f"{low:g} to {high:g}"])
     columns = ["mixer", "state, KiB", "accuracy of each seed, at its best rate", "asked"]
     return markdown(pd.DataFrame(lines, columns=columns))
@@ -119,8 +127,9 @@ def tried(rows: Iterable[dict], disputed: Sequence[dict]) -> str:
     models = {_model(row) for row in disputed}
     runs = pd.DataFrame([_trial(row) for row in [*rows, *disputed] if _model(row) in models])
     ways = ["model", "batches", "implementation", "learning rate"]
+    runs["accuracy"] = runs["accuracy"].map(_told)
     table = runs.pivot_table(index=ways, columns="seed", values="accuracy", aggfunc="last")
-    table = table.map("{:.3f}".format, na_action="ignore").rename(columns="seed {}".format).reset_index()
+    table = table.rename(columns="seed {}".format).reset_index()
     return markdown(table.assign(**{"learning rate": table["learning rate"].map("{:g}".format)}))
 
 
@@ -143,6 +152,11 @@ def _model(row: dict) -> str:
     return f"{names.family(model['layers'])}, {names.label(model['layers'], model['d_model'])}"
 
 
+def _told(value: float) -> str:
+    """Return an accuracy, or that there is none."""
+    return "diverged" if math.isnan(value) else f"{value:.3f}"
+
+
 def budgets(points: Sequence[Configuration]) -> str:
     """Return a table of the best accuracy of each family with a state of at most so many KiB."""
     found = pd.DataFrame([{"mixer": x.family, "bytes": _bytes(x), "accuracy": x.median} for x in points])
@@ -155,7 +169,7 @@ def budgets(points: Sequence[Configuration]) -> str:
 def feature_maps(lines: Mapping[tuple[str, str], Sequence[Configuration]]) -> str:
     """Return a table of the accuracy and the KiB of state of feature maps at each width at which there are several."""
     cells = [
-        (", ".join(name), point.d_model, f"{point.median:.3f} ({_bytes(point) / 1024:,.0f})")
+        (", ".join(name), point.d_model, f"{_told(point.median)} ({_bytes(point) / 1024:,.0f})")
         for name, line in lines.items()
         for point in line
     ]
@@ -172,7 +186,7 @@ def again(stores: Mapping[str, Mapping[str, dict]], shared: Iterable[str]) -> st
     table = {
         "model": [_model(first[run]) for run in runs],
         "learning rate": [f"{learning_rate(first[run]):g}" for run in runs],
-        **{name: [f"{accuracy(found[run]):.3f}" for run in runs] for name, found in stores.items()},
+        **{name: [_told(accuracy(found[run])) for run in runs] for name, found in stores.items()},
     }
     return markdown(pd.DataFrame(table))
 

@@ -1,5 +1,193 @@
 """Text, tokenizers and synthetic tasks."""
 
+import gzip
+import lzma
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from based_jax.data import mqar, needle, state_tracking
+from based_jax.data.hosts import own_rows
+from based_jax.data.tokenizer import get_tokenizer
+from based_jax.train.tasks import TASKS
 from tests.bad_inputs.cases import Call, Command
 
-CASES: tuple[Command | Call, ...] = ()
+
+def synthetic(kind: str, override: str, sentence: str) -> Command:
+    """Return the case of a synthetic task with one value replaced."""
+    words = (
+        "train",
+        "--config=<mqar.py>",
+        "--workdir=<new>",
+        f"--config.data.kind={kind}",
+        f"--config.data.{override}",
+    )
+    return Command(f"{kind} {override}", words, sentence)
+
+
+def text(*overrides: str, sentence: str, name: str = "", prepare=lambda folder: None) -> Command:
+    """Return the case of training on text with values replaced."""
+    words = [f"--config.data.{override}" for override in overrides]
+    return Command(
+        name or " ".join(overrides), ("train", "--config=<text.py>", "--workdir=<new>", *words), sentence, prepare
+    )
+
+
+def corpus(name: str, content: bytes, sentence: str) -> Command:
+    """Return the case of a corpus of a good file and of one with this content."""
+
+    def prepare(folder):
+        (folder / "a.txt").write_text("Good text. " * 99)
+        (folder / name).write_bytes(content)
+
+    return text("path=<tmp>", sentence=sentence, name=f"{name}: {sentence[:40]}", prepare=prepare)
+
+
+def parquet(**columns) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def broken_utf8() -> bytes:
+    """Return a parquet file whose text is no UTF-8."""
+    offsets = pa.array([0, 1], pa.int32()).buffers()[1]
+    return parquet(text=pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff")]))
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def another_text(folder):
+    (folder / "other").mkdir()
+    (folder / "other" / "cats.txt").write_text("Other text. " * 99)
+
+
+def link_to_nothing(folder):
+    (folder / "a.txt").symlink_to(folder / "gone.txt")
+
+
+NOISE = bytes(np.random.default_rng(0).integers(97, 122, 5000, np.uint8))
+TWO_LINES = b'{"text": "a"}\n'
+
+CASES: tuple[Command | Call, ...] = (
+    text("seed=-1", sentence="seed -1 must be at least 0 and below 2**64."),
+    text("seed=18446744073709551616", sentence="'data.seed' is 18446744073709551616"),
+    text("seed=1.5", sentence="'data.seed' is 1.5"),
+    text("seq_len=0", sentence="seq_len is 0; it is at least 1."),
+    text("tokenizer=gpt-2", sentence="did you mean 'gpt2'?"),
+    text("path=", sentence="path is ''; it is a folder of this machine, or None for the default."),
+    text("path=gs://bucket/text", sentence="path is 'gs://bucket/text'; it is a folder of this machine"),
+    text("cache_dir=", sentence="cache_dir is ''; it is a folder of this machine"),
+    text("path=<new>", sentence="Corpus '<new>' is no folder; it holds files ending in .txt, "),
+    text("path=<tmp>", sentence="Corpus '<tmp>' has no file that ends in .txt, "),
+    text(
+        "path=<tmp>",
+        name="no text among the files",
+        prepare=lambda folder: (folder / "a.json").write_text("[]"),
+        sentence="; there is a.json.",
+    ),
+    text(
+        "path=<tmp>", name="a link to nothing", prepare=link_to_nothing, sentence="a.txt' cannot be read: No such file"
+    ),
+    text(
+        "path=<tmp>",
+        name="validation alone",
+        prepare=lambda folder: (folder / "val.txt").write_text("a" * 999),
+        sentence="Corpus '<tmp>' has validation files only; it needs one to train on.",
+    ),
+    text(
+        "path=<tmp>",
+        name="blank documents alone",
+        prepare=lambda folder: (folder / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n'),
+        sentence="Corpus '<tmp>' has no text to train on: all its documents are blank.",
+    ),
+    text("text_feature=body", sentence="text_feature is 'body', but the path '<corpus>' is not tfds:NAME"),
+    text("path=tfds:", sentence="Dataset ''"),
+    text("path=tfds:no_such_data", sentence="Dataset 'no_such_data' is none of tfds.list_builders()"),
+    text("cache_dir=<mqar.py>", sentence="Packed text cannot be written to '<mqar.py>': "),
+    Command(
+        "another text in a workdir",
+        ("train", "--config=<text.py>", "--workdir=<text_run>", "--config.data.path=<tmp>/other"),
+        "is not what the run in '<text_run>' began with: cats.txt has changed; bring the text back",
+        another_text,
+    ),
+    corpus("latin.txt", "caf\xe9 au lait".encode("latin-1"), "latin.txt' is not UTF-8 text: "),
+    corpus("utf16.txt", "text".encode("utf-16"), "utf16.txt' is not UTF-8 text: invalid start byte at byte 0, line 1."),
+    corpus(
+        "half.txt", "caf\xe9".encode()[:-1], "half.txt' is not UTF-8 text: unexpected end of data at its last byte."
+    ),
+    corpus("late.jsonl", TWO_LINES * 2000 + b'{"text": "\xff"}', "invalid start byte at byte 28010, line 2001."),
+    corpus("no.jsonl", TWO_LINES + b'{"no": 1}\n', 'no.jsonl\', line 2, is no JSON object with a "text"'),
+    corpus("list.jsonl", TWO_LINES + b"[1]\n", "list.jsonl', line 2, is no JSON object"),
+    corpus("number.jsonl", TWO_LINES + b'{"text": 5}\n', "number.jsonl', line 2, is no JSON object"),
+    corpus("cut.jsonl", TWO_LINES + b'{"text": "a', "cut.jsonl', line 2, is no JSON object"),
+    corpus("deep.jsonl", TWO_LINES + b"[" * 200_000, "deep.jsonl', line 2, is no JSON object"),
+    corpus("cut.txt.xz", lzma.compress(NOISE)[:400], "cut.txt.xz' cannot be read: "),
+    corpus("cut.txt.gz", gzip.compress(NOISE)[:400], "cut.txt.gz' cannot be read: "),
+    corpus("bad.txt.gz", gzip.compress(NOISE)[:400] + b"?" * 400, "bad.txt.gz' cannot be read: "),
+    corpus("no.txt.gz", b"no gzip", "no.txt.gz' cannot be read: Not a gzipped file"),
+    corpus("cut.txt.zst", zstd(NOISE)[:400], "cut.txt.zst' cannot be read: Truncated compressed stream."),
+    corpus("no.txt.zst", b"no zstd here", "no.txt.zst' cannot be read: "),
+    corpus("no.parquet", b"no parquet here", "no.parquet' cannot be read: "),
+    corpus("cut.parquet", parquet(text=["a"])[:-9], "cut.parquet' cannot be read: "),
+    corpus("other.parquet", parquet(content=["a"], id=[1]), "has no column 'text'; it has content, id."),
+    corpus("numbers.parquet", parquet(text=[1, 2]), "has a column 'text' of int64; it is string."),
+    corpus("latin.parquet", broken_utf8(), "latin.parquet' "),
+    synthetic("mqar", "seed=-1", "seed -1 must be at least 0 and below 2**32."),
+    synthetic("mqar", "seed=9223372036854775809", "'data.seed' is 9223372036854775809"),
+    synthetic("mqar", "test=()", "mqar has no test segment; it needs one to evaluate."),
+    synthetic("mqar", "vocab_size=32", "vocab_size 32 must be larger than seq_len 32."),
+    synthetic("mqar", "power_a=0", "power_a 0.0 must be a number above 0 and at most 10; 1 is uniform."),
+    synthetic("mqar", "power_a=1e3", "power_a 1000.0 must be"),
+    synthetic(
+        "mqar", "train=[{'num_examples': 4, 'seq_len': 16, 'num_kv_pairs': 5}]", "at least 4 times num_kv_pairs (5)"
+    ),
+    synthetic(
+        "mqar",
+        "train=[{'num_examples': 9999999999, 'seq_len': 16, 'num_kv_pairs': 2}]",
+        "num_examples 9999999999 of seq_len 16 are over 2**36 tokens; make fewer.",
+    ),
+    synthetic("forgetting_mqar", "power_a=1e999", "power_a inf must be"),
+    synthetic("in_context_ngram", "concentration=1e999", "concentration inf must be above 0"),
+    synthetic("in_context_ngram", "order=40", "order 40 must be at least 1 and below seq_len"),
+    synthetic(
+        "in_context_ngram", "vocab_size=2000", "vocab_size 2000 to the power of order 2 must be at most 1048576."
+    ),
+    synthetic("memorization", "vocab_size=2", "vocab_size 2 must be at least 3"),
+    synthetic("compression", "max_symbols=1", "num_symbols 7 must be at least 1 and at most max_symbols 1."),
+    synthetic("selective_copying", "vocab_size=2", "vocab_size 2 must be at least 3"),
+    synthetic("induction_heads", "train=[{'num_examples': 4, 'seq_len': 2}]", "seq_len 2 must be at least 3"),
+    synthetic("state_tracking", "group=s6", "Unknown group 's6'"),
+    synthetic(
+        "needle", "train=[{'num_examples': 4, 'seq_len': 8, 'num_needles': 4}]", "num_needles 4 must be at least 1"
+    ),
+    synthetic("needle", "test=[{'num_examples': 4, 'seq_len': 8, 'depth': 2.0}]", "depth 2.0 must be from 0 to 1"),
+    Call("a seed that is true", lambda _: TASKS["mqar"](preset="tiny", seed=True), "seed is True; it is an integer."),
+    Call("a seed beyond 64 bits", lambda _: TASKS["text"](seed=2**64), "must be at least 0 and below 2**64."),
+    Call("a seed of a text that is a float", lambda _: TASKS["text"](seed=1.0), "seed is 1.0; it is an integer."),
+    Call("a length that is a float", lambda _: mqar.mqar(64, 4, 16.0, 2, 0), "seq_len is 16.0; it is an integer."),
+    Call("a negative seed of examples", lambda _: needle.needle(64, 4, 16, -1), "seed -1 must be at least 0"),
+    Call("no examples", lambda _: state_tracking.state_tracking("s3", 0, 8, 0), "num_examples 0 must be at least 1."),
+    Call("a group that is a number", lambda _: state_tracking.state_tracking(3, 4, 8, 0), "Unknown group '3'"),
+    Call("a preset that is a number", lambda _: TASKS["mqar"](preset=3), "Unknown mqar preset '3'"),
+    Call("a shuffle that is a word", lambda _: TASKS["mqar"](shuffle="no"), "shuffle is 'no'; it is True or False."),
+    Call("segments that are none", lambda _: TASKS["mqar"](train=[64]), "train is [64]; it is a tuple of segments."),
+    Call("a process beyond the last", lambda _: own_rows(8, 2, 2), "process_index 2 must be at least 0 and below"),
+    Call("no processes", lambda _: own_rows(8, 0, 0), "below process_count 0."),
+    Call(
+        "half a surrogate pair",
+        lambda _: get_tokenizer("bytes").encode("a\ud800"),
+        "lone surrogate, '\\ud800', at character 1",
+    ),
+    Call(
+        "the same of GPT-2",
+        lambda _: get_tokenizer("gpt2").encode("\udcff"),
+        "lone surrogate, '\\udcff', at character 0",
+    ),
+)

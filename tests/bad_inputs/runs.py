@@ -10,7 +10,7 @@ def broken_config(folder):
 CASES: tuple[Command | Call, ...] = (
     Command("eval of no run", ("eval", "--workdir=<new>"), "'<new>' is no run: it has no config.json."),
     Command("generate of no run", ("generate", "--workdir=<new>", "--prompt=a"), "'<new>' is no run"),
-    Command("convert of no run", ("convert", "--workdir=<new>", "--hf=<tmp>/hf"), "'<new>' is no run"),
+    Command("export of no run", ("export", "<new>", "--hf=<tmp>/hf"), "'<new>' is no run"),
     Command("eval of no such step", ("eval", "--workdir=<mqar_run>", "--step=7"), "has no checkpoint of step 7"),
     Command("half a config.json", ("eval", "--workdir=<tmp>"), "config.json' is no config", broken_config),
     Command(

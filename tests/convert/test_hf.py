@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -10,11 +11,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import torch_files
+from helpers.reference_cases import LMS, load
 from safetensors.numpy import load_file, save_file
 
 from based_jax.convert import load_hf, reference_weights, save_hf
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM, LMConfig
+from based_jax.nn.mixers import MIXERS, make_mixer
 
 PARITY = Path(__file__).parents[1] / "parity"
 D = 16
@@ -26,6 +30,7 @@ BASED = (
 MODELS = {
     "based": LMConfig(BASED * 2 + BASED[:1], d_model=D, vocab_size=11),
     "convolutions": LMConfig((("conv", {"expand": 2}),), d_model=D, vocab_size=11),
+    "untied": LMConfig(BASED[:1], d_model=D, vocab_size=11, tie_embeddings=False, norm_eps=1e-3, embed_dropout=0.1),
     "attention": LMConfig(
         (("attention", {"num_heads": 2, "rotary_fraction": 0.25, "rotary_base": 5e3}),) * 2,
         d_model=D,
@@ -62,6 +67,29 @@ def folder(tmp_path):
     return tmp_path / "hf"
 
 
+@pytest.fixture
+def llama(tmp_path):
+    """Return the folder of a Llama."""
+    case = load("hf_llama_a")
+    save_file(case.weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(case.meta["config"] | {"model_type": "llama"}))
+    return tmp_path
+
+
+def norms(module):
+    """Return the norms of a module, which are what has an epsilon."""
+    return [part for _, part in nnx.iter_modules(module) if hasattr(part, "epsilon")]
+
+
+def resolved(config):
+    """Return every value of a config by name, defaults filled in, but for implementations."""
+    values = vars(config) | {"mlp_dim": config.hidden_dim, "final_norm": config.last_norm}
+    for i, (kind, options) in enumerate(values.pop("layers")):
+        own = vars(MIXERS[kind].Config(**options)) | {"kind": kind, "impl": None}
+        values |= {f"layers[{i}].{name}": value for name, value in own.items()}
+    return values
+
+
 def change(folder, **fields):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
@@ -87,6 +115,75 @@ def test_save_then_load_is_the_identity(name, tmp_path):
     assert (tmp_path / "again/config.json").read_text() == (tmp_path / "hf/config.json").read_text()
 
 
+PUBLISHED = {"hf_llama_a": "llama", "hf_mamba_a": "mamba", "hf_rwkv4_lm_a": "rwkv", "tiny_mamba_lm": None}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_config_of_another_family(name, tmp_path):
+    """What the reference was built with stands for config.json; the model is that of the parity tests."""
+    case = load(name)
+    save_file(case.weights, tmp_path / "model.safetensors")
+    fields = case.meta.get("config", case.meta) | ({"model_type": PUBLISHED[name]} if PUBLISHED[name] else {})
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ours, wanted = resolved(load_hf(tmp_path, dtype="float32", scan_layers=False).config), resolved(LMS[name])
+    if wanted["mlp"] == "none":
+        wanted["mlp_dim"] = ours["mlp_dim"]
+    if "layers[0].dt_rank" in ours:
+        assert ours["layers[0].dt_rank"] in (0, 2)  # D/16, rounded up
+        wanted |= {key: ours[key] for key in ours if key.endswith("dt_rank")}
+    assert ours == wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias is True in config.json; only False is supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is of type 'linear'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"sliding_window": 8}, "sliding_window is 8"),
+        ({"head_dim": 4}, "head_dim is 4"),
+        ({"num_key_value_heads": 4}, r"k_proj.weight \+ .* has shape \(64, 32\)"),
+        ({"tie_word_embeddings": True}, "'lm_head.weight' differs from the embedding"),
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+    ],
+    ids=str,
+)
+def test_a_llama_of_another_kind_is_refused(fields, message, llama):
+    change(llama, **fields)
+    with pytest.raises(UserError, match=message):
+        load_hf(llama)
+
+
+def test_eps_is_the_model_s(llama, caplog):
+    """Llama's own default is 1e-6; it reaches every norm, and unknown keys are named."""
+    assert {norm.epsilon for norm in norms(load_hf(llama))} == {1e-5}
+    change(llama, rms_norm_eps=3e-6, window_of_opportunity=3)
+    assert {norm.epsilon for norm in norms(load_hf(llama))} == {3e-6}
+    assert "keys that are not known here and are left out: window_of_opportunity." in caplog.text
+    fields = json.loads((llama / "config.json").read_text())
+    del fields["rms_norm_eps"]
+    (llama / "config.json").write_text(json.dumps(fields))
+    assert load_hf(llama).config.norm_eps == 1e-6
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_eps_reaches_the_norms_of_a_mixer(kind):
+    mixer = nnx.eval_shape(lambda: make_mixer(kind, 128, norm_eps=1e-3, rngs=nnx.Rngs(0)))
+    widened = {"rwkv7": mixer.config.head_dim} if kind == "rwkv7" else {}
+    assert {norm.epsilon for norm in norms(mixer)} <= {1e-3 * widened.get(kind, 1)}
+
+
+def test_stored_frequencies_are_compared(llama):
+    path = llama / "model.safetensors"
+    weights, key = load_file(path), "model.layers.1.self_attn.rotary_emb.inv_freq"
+    frequencies = 10000.0 ** (-np.arange(0, 8, 2, dtype=np.float32) / 8)
+    save_file(weights | {key: frequencies}, path)
+    load_hf(llama)
+    save_file(weights | {key: frequencies / 2}, path)
+    with pytest.raises(UserError, match=f"'{key}' is no parameter here, and its values are not those"):
+        load_hf(llama)
+
+
 @pytest.mark.parametrize("name", ["tiny_based_lm", "tiny_attn_lm_even"])
 def test_a_reference_model_under_its_own_config(name, tmp_path):
     """The constructor arguments that the reference was given stand for config.json; the attention model has no F."""
@@ -110,6 +207,24 @@ def test_config_json_tells_the_reference_what_it_does_not_default_to(folder):
     assert fields["n_head"] == fields["alt_mixer_2"]["num_heads"] == 4
     assert fields["alt_mixer_2"]["window_size"] // 2 + 1 == 3
     assert (fields["alt_mixer_layers"], fields["alt_mixer_2_layers"]) == ([1, 4], [2, 5])
+
+
+def as_torch_file(folder, names):
+    """Put torch's files in the place of model.safetensors, one or shards with their index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {key: names[i % len(names)] for i, key in enumerate(weights)}
+    for name in names:
+        torch_files.write(folder / name, {key: weights[key] for key in weights if files[key] == name})
+    if len(names) > 1:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    return weights
+
+
+@pytest.mark.parametrize("names", [["pytorch_model.bin"], ["one-of-two.bin", "two-of-two.bin"]], ids=len)
+def test_the_released_checkpoints_are_torch_s(names, folder):
+    weights = as_torch_file(folder, names)
+    assert_same(load_hf(folder), weights)
 
 
 def test_shards_in_bf16_under_a_training_wrapper(folder):
@@ -151,6 +266,80 @@ def test_a_model_without_a_place_in_the_layout_is_not_written(name, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+CHOICES = {
+    "conv": {"kernel_size": (3, 2), "expand": (4, 2)},
+    "taylor": {"num_heads": (2, 1), "feature_dim": (4, 2)},
+    "window": {"num_heads": (2, 4), "window": (3, 5), "rotary_fraction": (1.0, 0.5), "bias": (False, True)},
+    "attention": {"num_heads": (2, 1), "num_kv_heads": (None, 1), "rotary_base": (1e4, 10.0), "bias": (False, True)},
+    "linear": {"num_heads": (2, 1), "feature_dim": (4, 2)},
+}
+MODEL_CHOICES = {
+    "vocab_size": (11, 8),
+    "pad_vocab_multiple": (8, 1, 3),
+    "mlp_dim": (0, 20, 256),
+    "mlp": ("swiglu", "swiglu", "swiglu", "identity"),
+    "norm": ("rms", "rms", "rms", "layer"),
+    "final_norm": (None, "rms", "rms", "layer"),
+    "norm_eps": (1e-5, 1e-6),
+    "init_std": (0.02, 0.1),
+    "init_recipe": ("reference", "zoology"),
+    "tie_embeddings": (True, False),
+    "embed_dropout": (0.0, 0.1),
+    "embed_norm": (False, False, False, True),
+    "scan_layers": (False, True),
+    "remat": ("none", "full"),
+    "dtype": ("bfloat16", "float32"),
+}
+
+
+def drawn_config(rng):
+    """Return a config that mostly has a place in the layout: one set of options for each kind, seldom two."""
+    kinds = ["attention"] if rng.random() < 0.3 else ["conv", "taylor", "window"]
+    kinds += ["linear"] if rng.random() < 0.05 else []
+
+    def options(kind, odds):
+        return {name: values[int(rng.random() < odds)] for name, values in CHOICES[kind].items()}
+
+    same = {
+        kind: options(kind, 0.3) | {"bias": False} if "bias" in CHOICES[kind] else options(kind, 0.3)
+        for kind in CHOICES
+    }
+    layers = [(kind, same[kind] if rng.random() < 0.95 else options(kind, 0.5)) for kind in rng.choice(kinds, 3)]
+    fields = {name: values[rng.integers(len(values))] for name, values in MODEL_CHOICES.items()}
+    return LMConfig(tuple((str(kind), own) for kind, own in layers), d_model=8, **fields)
+
+
+def filled(config, rng):
+    """Return a model of random values, without compiling its initial ones."""
+    model = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
+    for _, leaf in nnx.to_flat_state(nnx.state(model)):
+        leaf.set_value(jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32))
+    return model
+
+
+@pytest.mark.parametrize("draws", [6, pytest.param(150, marks=pytest.mark.long)])
+def test_what_is_saved_is_loaded_or_refused_by_name(draws, rng, tmp_path):
+    saved = 0
+    for i in range(draws):
+        model = filled(drawn_config(rng), rng)
+        config = model.config
+        try:
+            save_hf(model, tmp_path / str(i))
+        except UserError as error:
+            name = re.search(r"; here (\S+) is .*, which would be read as .*\.$", str(error))[1]
+            assert name in resolved(config) or re.fullmatch(r"layers\[\d\]", name)
+            assert not (tmp_path / str(i)).exists()
+            continue
+        saved += 1
+        again = load_hf(tmp_path / str(i), dtype=config.dtype, scan_layers=config.scan_layers)
+        assert resolved(again.config) == resolved(config)
+        ours, theirs = (nnx.to_flat_state(nnx.state(x)) for x in (model, again))
+        for (path, leaf), (other_path, other) in zip(ours, theirs, strict=True):
+            assert path == other_path
+            np.testing.assert_array_equal(leaf[...], other[...], err_msg=str(path))
+    assert draws < 100 or 20 <= saved <= draws - 20
+
+
 def test_save_overwrites_nothing(folder, tmp_path):
     with pytest.raises(UserError, match="is not empty"):
         save_hf(model_of("based"), folder)
@@ -165,7 +354,7 @@ def test_save_overwrites_nothing(folder, tmp_path):
     ("fields", "message"),
     [
         ({"activation_function": "gelu"}, "activation_function is 'gelu' in config.json; only 'swiglu' is supported."),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
+        ({"layer_norm_epsilon": "1e-6"}, "layer_norm_epsilon is '1e-6', which is no float of a model"),
         ({"alt_mixer": {"feature_map": {"_target_": "x.ReLU"}}}, "The feature map is 'x.ReLU'"),
         ({"alt_mixer": {"feature_dim": 4, "feature_map": {"input_dim": 8}}}, "input_dim is 8"),
         ({"alt_mixer": {"num_heads": 2, "feature_dim": 2}}, r"proj_k.weight' has shape \(8, 16\); the model's is \(4,"),

@@ -1,4 +1,4 @@
-"""Text: reading a corpus, packing it, and batches that are a pure function of the step."""
+"""Text as batches: windows that hold every token once, and batches that are a pure function of the step."""
 
 import gzip
 import json
@@ -7,10 +7,10 @@ import lzma
 import numpy as np
 import pytest
 
-from based_jax.data import corpus, text
-from based_jax.data.tokenizer import ByteTokenizer
+from based_jax.data import corpus, text, tokens
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
+from tests.helpers.texts import documents
 
 DOCUMENTS = [f"Document {i}: " + "abc " * (i % 7 + 1) for i in range(40)]
 
@@ -32,28 +32,25 @@ def source(folder, tmp_path, seq_len=16, batch_size=8, **kwargs):
     return text.TextSource(folder, "bytes", seq_len, batch_size, cache_dir=tmp_path / "cache", **kwargs)
 
 
-def test_every_file_kind_is_read_and_split(folder):
-    splits = corpus.FolderCorpus(folder).split_documents()
-    assert splits == {"train": DOCUMENTS[:39], "validation": DOCUMENTS[39:]}
-
-
-def test_held_out_documents_do_not_depend_on_the_order(folder):
-    (folder / "val.txt").unlink()
-    held = corpus.FolderCorpus(folder).split_documents()["validation"]
-    (folder / "a.txt").rename(folder / "z.txt")
-    assert held and corpus.FolderCorpus(folder).split_documents()["validation"] == held
+def windows(stream, seq_len):
+    """Return (tokens, segment_ids) of a stream of bytes and end-of-text ids."""
+    cut = [
+        tokens.window(np.array(stream[at : at + seq_len + 1]), 256, seq_len)
+        for at in range(0, len(stream) - 1, seq_len)
+    ]
+    return tuple(np.stack([window[name] for window in cut]) for name in ("tokens", "segment_ids"))
 
 
 def test_windows_hold_every_token_and_mark_documents():
-    tokens, ids = text.pack(["ab", "cde", "f"], ByteTokenizer(), 4)
     stream = [*b"ab", 256, *b"cde", 256, *b"f", 256]
-    np.testing.assert_array_equal(tokens, [stream[0:5], stream[4:9]])
+    found, ids = windows(stream, 4)
+    np.testing.assert_array_equal(found, [stream[0:5], stream[4:9]])
     np.testing.assert_array_equal(ids, [[1, 1, 1, 2, 2], [1, 1, 1, 2, 2]])
 
 
 def test_labels_are_the_next_token_of_the_same_document():
-    tokens, ids = text.pack(["ab", "c"], ByteTokenizer(), 6)
-    batch = text._batch([{"tokens": tokens[0], "segment_ids": ids[0]}])
+    found, ids = windows([*b"ab", 256, *b"c", 256], 6)
+    batch = text._batch([{"tokens": found[0], "segment_ids": ids[0]}])
     np.testing.assert_array_equal(batch["inputs"], [[97, 98, 256, 99, 256, 0]])
     np.testing.assert_array_equal(batch["labels"], [[98, 256, NO_LABEL, 256, NO_LABEL, NO_LABEL]])
     np.testing.assert_array_equal(batch["segment_ids"], [[1, 1, 1, 2, 2, 0]])
@@ -71,8 +68,8 @@ def test_a_batch_is_a_function_of_the_step(folder, tmp_path):
 def test_an_epoch_reads_every_window_once(folder, tmp_path):
     whole = source(folder, tmp_path, batch_size=1)
     rows = {whole.batch(step)["inputs"].tobytes() for step in range(whole.windows)}
-    tokens, _ = text.pack(corpus.FolderCorpus(folder).split_documents()["train"], ByteTokenizer(), 16)
-    assert rows == {row.tobytes() for row in tokens[:, :-1]}
+    stream = [id for document in documents(folder)["train"] for id in [*document.encode(), 256]]
+    assert rows == {row.tobytes() for row in windows(stream, 16)[0][:, :-1]}
 
 
 def test_hosts_share_a_batch(folder, tmp_path):
@@ -96,49 +93,44 @@ def test_a_changed_file_is_another_dataset(folder, tmp_path):
     assert not np.array_equal(source(folder, tmp_path).batch(0)["inputs"], before)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.txt", b"", "empty.txt' is empty"),
-        ("latin.txt", "caf\xe9".encode("latin-1"), "latin.txt' is not UTF-8"),
-        ("bad.jsonl", b'{"text": "a"}\n{"no": 1}\n', "bad.jsonl', line 2"),
-        ("cut.txt.xz", lzma.compress(b"abc" * 100)[:40], "cut.txt.xz' cannot be read"),
-    ],
-)
-def test_a_bad_file_is_named_and_nothing_is_written(folder, tmp_path, name, content, message):
-    (folder / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        source(folder, tmp_path)
-    assert not list((tmp_path / "cache").rglob("*.array_record*"))
-
-
-def test_a_dataset_that_another_process_has_written_meanwhile_is_read(folder, tmp_path):
-    first, second = (text.PackedText(corpus.FolderCorpus(folder), ByteTokenizer(), 16, tmp_path) for _ in range(2))
-    first.build()
-    second.build()
-    assert second.info.splits["train"].num_examples == first.info.splits["train"].num_examples > 0
-
-
 def test_a_sequence_longer_than_the_data(folder, tmp_path):
     with pytest.raises(UserError, match="seq_len 100000 is longer than the data"):
         source(folder, tmp_path, seq_len=100_000)
 
 
-@pytest.mark.parametrize("path", ["missing", "."])
-def test_no_corpus(tmp_path, path):
-    with pytest.raises(UserError, match="Corpus"):
-        source(tmp_path / path, tmp_path / "elsewhere")
+def test_the_order_is_that_of_tensorflow_datasets():
+    from tensorflow_datasets.core import hashing
+
+    hasher = hashing.Hasher("train")
+    assert tokens.hashed_order(300, "train").tolist() == sorted(range(300), key=hasher.hash_key)
 
 
-def test_a_damaged_dataset_is_named(folder, tmp_path):
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-200], lambda raw: raw[:9] + b"?" + raw[10:]])
+def test_a_damaged_dataset_is_named(folder, tmp_path, damage):
     source(folder, tmp_path)
-    (record,) = (tmp_path / "cache").rglob("*train.array_record*")
-    record.write_bytes(record.read_bytes()[:-200])
+    (record,) = (tmp_path / "cache").rglob("train.tokens")
+    record.write_bytes(damage(record.read_bytes()))
     with pytest.raises(UserError, match="is damaged"):
-        source(folder, tmp_path).batch(0)
+        whole = source(folder, tmp_path)
+        for step in range(whole.windows // 8 + 1):
+            whole.batch(step)
+
+
+def test_sizes_are_said(folder, tmp_path):
+    (folder / "notes.pdf").write_bytes(b"?")
+    (folder / "d.jsonl").write_text('{"text": null}\n{"text": "\\ud800 half"}\n')
+    found = source(folder, tmp_path)
+    size = sum(len(document.encode()) + 1 for document in DOCUMENTS[:39]) + len("\ufffd half".encode()) + 1
+    assert found.summary == (
+        f"train: {size:,} tokens of 40 documents, {found.windows:,} windows of 16",
+        f"validation: {len(DOCUMENTS[39]) + 1} tokens of 1 documents, {-(-len(DOCUMENTS[39]) // 16)} windows of 16",
+        f"Not read in '{folder}': notes.pdf.",
+        "Blank documents left out: 1.",
+        "Documents with a lone surrogate, which became U+FFFD: 1.",
+    )
 
 
 def test_the_shipped_prose():
-    splits = corpus.FolderCorpus(corpus.default_corpus()).split_documents()
+    splits = documents(corpus.default_corpus())
     assert len(splits["train"]) == 393 and len(splits["validation"]) == 11
-    assert sum(file.stat().st_size for file in corpus.corpus_files(corpus.default_corpus())) < 2_000_000
+    assert corpus.FolderCorpus(corpus.default_corpus()).extent < 2_000_000

@@ -8,10 +8,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 from based_jax import config
-from based_jax.data import text
 from based_jax.data.tfds_corpus import TfdsCorpus, quiet_tfds
 from based_jax.errors import UserError
 from based_jax.train.tasks import TASKS, TextTask
+from tests.helpers import texts
 
 SPLITS = {
     "train": [f"Saying {i}: " + "äbc " * (i % 5 + 1) for i in range(30)],
@@ -83,14 +83,14 @@ def prepare(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file_format", ["array_record", "parquet"])
 def test_documents_of_the_splits(prepare, file_format):
     corpus = TfdsCorpus(prepare(Sayings, file_format))
-    documents = corpus.split_documents()
+    documents = texts.documents(corpus)
     assert sorted(documents["train"]) == sorted(SPLITS["train"])
     assert sorted(documents["validation"]) == ["Held out too.", "Held out."]
     assert "tensorflow" not in sys.modules
 
 
 def test_without_a_validation_split_documents_are_held_out(prepare):
-    documents = TfdsCorpus(prepare(TrainAlone)).split_documents()
+    documents = texts.documents(TfdsCorpus(prepare(TrainAlone)))
     assert sorted(documents["train"] + documents["validation"]) == sorted(
         f"{document} as content" for document in SPLITS["train"]
     )
@@ -100,9 +100,9 @@ def test_without_a_validation_split_documents_are_held_out(prepare):
 def test_the_text_feature_is_chosen(prepare):
     name = prepare(TwoTexts)
     short, long = TfdsCorpus(name, "text_short"), TfdsCorpus(name, "text_long")
-    assert "Held out. as text_short" in short.split_documents()["validation"]
-    assert "Held out. as text_long" in long.split_documents()["validation"]
-    assert short.fingerprint() != long.fingerprint()
+    assert "Held out. as text_short" in texts.documents(short)["validation"]
+    assert "Held out. as text_long" in texts.documents(long)["validation"]
+    assert short.file_hashes() != long.file_hashes()
 
 
 def test_a_task_reads_it_and_packs_it_once(prepare, tmp_path):
@@ -112,21 +112,21 @@ def test_a_task_reads_it_and_packs_it_once(prepare, tmp_path):
     np.testing.assert_array_equal(source.batch(3)["inputs"], again.batch(3)["inputs"])
     rows = np.concatenate([batch["inputs"] for batch in source.eval_batches("validation")])
     assert bytes(rows[rows > 0].astype(np.uint8)).count(b"Held out") == 2
-    assert len(list((tmp_path / "cache").rglob("dataset_info.json"))) == 1
+    assert len(list((tmp_path / "cache").rglob("index.json"))) == 1
 
 
 def test_another_version_of_the_data_is_another_dataset(prepare, tmp_path):
     name = prepare(Sayings)
-    before = TfdsCorpus(name).fingerprint()
-    assert TfdsCorpus(name).fingerprint() == before
+    before = TfdsCorpus(name).file_hashes()
+    assert TfdsCorpus(name).file_hashes() == before
     (record,) = (tmp_path / "prepared").rglob("*test.array_record*")
     record.write_bytes(record.read_bytes() + b"more")
-    assert TfdsCorpus(name).fingerprint() != before
+    assert TfdsCorpus(name).file_hashes() != before
 
 
 def refusal(name, text_feature=None):
     with pytest.raises(UserError) as error:
-        TfdsCorpus(name, text_feature).split_documents()
+        texts.documents(TfdsCorpus(name, text_feature))
     message = str(error.value)
     assert "\n" not in message and len(message) < 300
     return message
@@ -152,11 +152,6 @@ def test_what_cannot_be_read_is_named(prepare, tmp_path, capfd):
     record.write_bytes(record.read_bytes()[:-200])
     assert refusal("two_texts", "text_long").startswith(f"Dataset 'two_texts' in '{folder}' cannot be read: ")
     assert capfd.readouterr() == ("", "")
-
-
-def test_a_text_feature_of_a_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"text_feature is 'body', but the path '.*' is not tfds:NAME"):
-        text.open_corpus(tmp_path, "body")
 
 
 def test_a_config_names_it():

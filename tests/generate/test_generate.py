@@ -47,6 +47,34 @@ def test_prompts_of_a_batch_do_not_see_each_other(model, greedy):
     assert other_company[1].tolist() == greedy[1].tolist()
 
 
+@pytest.fixture(scope="module")
+def bounded_model():
+    """Return a model whose mixers keep every token, 40 at most."""
+    layers = (("hyena", {"l_max": 40, "filter_order": 4}), ("attention", {"num_heads": 2}), ("mamba", {"d_state": 4}))
+    config = LMConfig(layers=layers, d_model=16, vocab_size=VOCAB, dtype="float32", init_std=0.5)
+    return nnx.jit(lambda: LM(config, rngs=nnx.Rngs(1)))()
+
+
+def test_a_model_that_reads_less_than_a_bucket_continues_each_prompt_as_alone(bounded_model):
+    """The longest prompt leaves no room beside its continuation."""
+    prompts = [[i * 7 % VOCAB for i in range(length)] for length in (36, 1, 9)]
+    together = generate(bounded_model, prompts, 4)
+    text = jnp.asarray([prompts[0] + together[0].tolist()], jnp.int32)
+    best = nnx.jit(bounded_model)(text)[0, 35:39, :VOCAB].argmax(-1)
+    assert together[0].tolist() == best.tolist()
+    for prompt, new in zip(prompts[1:], together[1:], strict=True):
+        assert generate(bounded_model, [prompt] * 3, 4)[0].tolist() == new.tolist()
+
+
+def test_more_tokens_than_the_model_reads_are_refused(bounded_model):
+    with pytest.raises(
+        UserError, match=r"^max_new_tokens is 5; the model reads 40 tokens, so that behind 36 .* at most 4"
+    ):
+        generate(bounded_model, [[1], [2] * 36], 5)
+    with pytest.raises(UserError, match=r"^A prompt has 40 tokens; with one more it is at most the 40 that"):
+        generate(bounded_model, [[2] * 40], 1)
+
+
 def test_a_prompt_longer_than_a_bucket_is_read_whole(model):
     prompt = [i * 7 % VOCAB for i in range(PROMPT_BUCKET + 3)]
     (new,) = generate(model, [prompt], 1)
@@ -68,6 +96,29 @@ def test_the_seed_determines_the_text(model):
     assert not np.array_equal(first, other)
     assert len({tuple(row) for row in first}) == 4
     assert np.max(first) < VOCAB  # not from the padding of the vocabulary
+
+
+def test_a_row_draws_the_same_in_any_company(model):
+    """By its id and its place in its own text: alone, in another row, beside longer prompts, and continued."""
+    hot = Sampling(temperature=2.0, top_p=0.9)
+    alone = generate(model, [[3, 1, 4]], 8, hot, seed=2**40 + 5, row_ids=[7])[0].tolist()
+    company = generate(
+        model, [[9], list(range(20)), [3, 1, 4], [3, 1, 4]], 8, hot, seed=[1, 2, 2**40 + 5, 5], row_ids=[0, 1, 7, 7]
+    )
+    assert company[2].tolist() == alone != company[3].tolist()
+    first = generate(model, [[3, 1, 4]], 3, hot, seed=2**40 + 5, row_ids=[7])[0].tolist()
+    (rest,) = generate(model, [[3, 1, 4, *first]], 5, hot, seed=2**40 + 5, row_ids=[7])
+    assert first + rest.tolist() == alone
+
+
+def test_arrays_are_prompts(model, greedy):
+    expected = [greedy[1].tolist()] * 2
+    for prompts in (
+        np.asarray([PROMPTS[1]] * 2),
+        jnp.asarray([PROMPTS[1]] * 2),
+        [np.asarray(PROMPTS[1], np.uint8)] * 2,
+    ):
+        assert [new.tolist() for new in generate(model, prompts, np.int64(8))] == expected
 
 
 def softmax(logits):
@@ -109,7 +160,7 @@ HOT, COLD = softmax(LOGITS / 2), softmax(LOGITS / 0.5)
 )
 def test_draws_follow_the_distribution(sampling, expected):
     logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (DRAWS, len(LOGITS)))
-    drawn = np.asarray(sample(logits, sampling, jax.random.key(0)))
+    drawn = np.asarray(sample(logits, sampling, jax.random.split(jax.random.key(0), DRAWS)))
     frequency = np.bincount(drawn, minlength=len(LOGITS)) / DRAWS
     assert not frequency[expected == 0].any()
     deviation = np.sqrt(expected * (1 - expected) / DRAWS)
@@ -119,7 +170,7 @@ def test_draws_follow_the_distribution(sampling, expected):
 def test_cuts_differ_from_row_to_row():
     logits = jnp.asarray([[0.0, 5.0, 1.0], [5.0, 0.0, 1.0]])
     for sampling in (Sampling(1.0, top_k=1), Sampling(1.0, top_p=0.5), GREEDY):
-        assert sample(logits, sampling, jax.random.key(3)).tolist() == [1, 0]
+        assert sample(logits, sampling, jax.random.split(jax.random.key(3))).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,74 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from based_jax.convert import window_from_based
+from based_jax.nn.lm import LMConfig
+
 FOLDER = Path(__file__).parents[1] / "parity"
 POINTWISE, FORWARD, GRADIENT, LOGITS = 1e-6, 1e-5, 1e-4, 5e-5
+
+LMS = {
+    "tiny_based_lm": LMConfig(
+        (
+            ("conv", {}),
+            ("taylor", {"num_heads": 4, "feature_dim": 16}),
+            ("window", {"num_heads": 4, "window": window_from_based(16)}),
+        )
+        * 2,
+        d_model=64,
+        vocab_size=97,
+        mlp_dim=256,
+        dtype="float32",
+    ),
+    "tiny_attn_lm_even": LMConfig(
+        (("attention", {"num_heads": 4}),) * 3,
+        d_model=64,
+        vocab_size=97,
+        pad_vocab_multiple=16,
+        mlp_dim=256,
+        dtype="float32",
+    ),
+    "hf_llama_a": LMConfig(
+        (("attention", {"num_heads": 4, "num_kv_heads": 2, "rotary_fraction": 1.0}),) * 2,
+        d_model=32,
+        vocab_size=61,
+        pad_vocab_multiple=1,
+        mlp_dim=64,
+        tie_embeddings=False,
+        dtype="float32",
+    ),
+    "tiny_mamba_lm": LMConfig(
+        (("mamba", {}),) * 3, d_model=32, vocab_size=97, pad_vocab_multiple=16, mlp="none", dtype="float32"
+    ),
+    "hf_mamba_a": LMConfig(
+        (("mamba", {"d_state": 8}),) * 2,
+        d_model=32,
+        vocab_size=61,
+        pad_vocab_multiple=1,
+        mlp="none",
+        dtype="float32",
+    ),
+    "hf_rwkv4_lm_a": LMConfig(
+        (("rwkv4", {}), ("rwkv4_channel_mix", {"expand": 2.0})) * 2,
+        d_model=32,
+        vocab_size=61,
+        pad_vocab_multiple=1,
+        mlp="none",
+        norm="layer",
+        embed_norm=True,
+        tie_embeddings=False,
+        dtype="float32",
+    ),
+    "zoology_lm_based": LMConfig(
+        (("base_conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 8})),
+        d_model=32,
+        vocab_size=128,
+        mlp="identity",
+        norm="layer",
+        dtype="float32",
+    ),
+}
+"""The models of whole files."""
 
 
 class Case(NamedTuple):

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jax._src.ad_checkpoint import saved_residuals
 
+from based_jax.errors import UserError
 from based_jax.nn.block import REMAT_POLICIES, Block, Stack, Stream, repeating_patterns
 from based_jax.nn.lm import LMConfig
 
@@ -25,17 +26,18 @@ def test_residual_stream_is_fp32(dtype, normal):
     prefilled, cache = jax.jit(lambda block, r: block.prefill(r, block.init_cache(2, T)))(block, r)
     stepped, _ = jax.jit(lambda block, r, cache: block.step(r, cache))(block, r[:, 0], cache)
     assert {x.dtype for x in (out, prefilled, stepped)} == {jnp.dtype("float32")}
-    assert cache.dtype == dtype
+    assert cache.state.dtype == dtype
     assert not np.array_equal(out, out.astype(jnp.bfloat16))
 
 
-def test_block_adds_mixer_and_mlp_of_the_normed_stream(normal, close):
-    block, r = Block(*PATTERN[1], config(dtype="float32"), rngs=nnx.Rngs(0)), normal(2, T, D)
+@pytest.mark.parametrize("eps", [1e-5, 0.3])
+def test_block_adds_mixer_and_mlp_of_the_normed_stream(eps, normal, close):
+    block, r = Block(*PATTERN[1], config(dtype="float32", norm_eps=eps), rngs=nnx.Rngs(0)), normal(2, T, D)
 
     @jax.jit
     def by_hand(block, r):
         def normed(x):
-            return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5)
+            return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps)
 
         r = r + block.mixer(normed(r))
         value, gate = jnp.split(normed(r) @ block.mlp.fc1.kernel[...], 2, axis=-1)
@@ -85,6 +87,22 @@ def test_stacked_blocks_differ_and_carry_the_layer_axis():
     assert kernel.shape == (3, D, 8)
     assert kernel.get_metadata()["out_sharding"] == ("layers", "embed", "heads")
     assert len({float(x) for x in np.asarray(kernel[...])[:, 0, 0]}) == 3
+
+
+def test_arrays_of_another_number_of_repeats_are_refused():
+    """Parameters that `nnx.update` put in, and caches."""
+    stack, other = (Stack(PATTERN, repeats, config(), rngs=nnx.Rngs(0)) for repeats in (2, 3))
+    r, cache = jnp.zeros((1, T, D)), stack.init_cache(1, T)
+    with pytest.raises(UserError, match=r"cache '0/state' .* repeated 2 times has shape \(3, .*its first axis is 2\.$"):
+        stack.step(r[:, 0], other.init_cache(1, T))
+    nnx.update(stack, nnx.state(other))
+    for call in (lambda: stack.extend(Stream(r)), lambda: stack.prefill(r, cache)):
+        with pytest.raises(UserError, match=r"parameter '0/.*' of a pattern .* 2 times has shape \(3,"):
+            call()
+    single = Stack(PATTERN, 1, config(), rngs=nnx.Rngs(0))
+    nnx.update(single, nnx.state(other))
+    with pytest.raises(UserError, match=r"not repeated has stacked arrays: its norm's scale is \(3, 16\)\.$"):
+        single.extend(Stream(r))
 
 
 def based(layers, taylor):

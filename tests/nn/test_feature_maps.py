@@ -4,6 +4,7 @@ import pytest
 from flax import nnx
 from helpers.decoding import in_one_pass, prefill_then_step
 
+from based_jax.errors import UserError
 from based_jax.nn.feature_maps import COSFORMER_HORIZON, FEATURE_MAPS, orthogonal_directions
 from based_jax.nn.mixers import make_mixer
 
@@ -41,6 +42,19 @@ def test_cosformer_weighs_by_distance(normal):
     distance = np.arange(T)[:, None] - np.arange(T)
     plain = np.einsum("bthe,bshe->bhts", np.maximum(q, 0), np.maximum(k, 0))
     np.testing.assert_allclose(scores, plain * np.cos(np.pi / 2 * distance / COSFORMER_HORIZON), atol=1e-5)
+
+
+def test_cosformer_over_the_length_at_hand_is_zoology_s(normal):
+    """Its horizon is the number of tokens; a cache does not know it."""
+    options = {"num_heads": 2, "feature_dim": K, "feature_map": "cosformer", "rngs": nnx.Rngs(1), "std": 0.5}
+    at_hand, same = (
+        make_mixer("linear", 8, horizon=horizon, **options | {"rngs": nnx.Rngs(1)}) for horizon in (None, T)
+    )
+    x = normal(2, T, 8)
+    np.testing.assert_array_equal(in_one_pass(at_hand, x), in_one_pass(same, x))
+    assert not np.allclose(in_one_pass(at_hand, x), in_one_pass(make_mixer("linear", 8, **options), x))
+    with pytest.raises(UserError, match="decoding cannot know"):
+        at_hand.init_cache(2, T)
 
 
 def test_performer_estimates_the_softmax_kernel(normal):

@@ -34,7 +34,7 @@ def test_mlp(out_and_grads):
 
 def test_rms_norm(out_and_grads):
     case = load("rms_norm")
-    norm = layers.rms_norm(case.weights["weight"].size, rngs=nnx.Rngs(0))
+    norm = layers.rms_norm(case.weights["weight"].size, layers.NORM_EPS, rngs=nnx.Rngs(0))
     norm.scale[...] = jnp.asarray(case.weights["weight"])
     y, (grads, grad_x) = out_and_grads(lambda norm, x: norm(x), (norm, case.inputs["x"]), case.inputs["r"])
     assert_close(y, case.outputs["y"], POINTWISE, "y")

@@ -5,6 +5,7 @@ import math
 import pytest
 from helpers import synthetic_rows as synthetic
 
+from based_jax.errors import UserError
 from based_jax.pictures.configurations import by_feature_map, configurations, front
 
 BASED = [synthetic.CONV, ("taylor", {"num_heads": 1, "feature_dim": 16})]
@@ -38,13 +39,40 @@ def test_what_differs_in_anything_else_is_another_configuration():
     assert len(configurations(rows + heavier)) == 2 * architectures
 
 
-@pytest.mark.parametrize("value", [None, math.nan])
-def test_a_run_without_accuracy_counts_as_nothing_answered(value):
-    lost = synthetic.row(BASED, 64, lr=1e-1, accuracy=0.5) | {"accuracy": value, "status": "diverged"}
+DIVERGED = ({"accuracy": None}, {"accuracy": math.nan}, {"status": "diverged"}, {"diverged": True})
+
+
+@pytest.mark.parametrize("change", DIVERGED, ids=str)
+def test_a_run_that_diverged_has_no_accuracy_and_is_counted(change):
+    lost = synthetic.row(BASED, 64, lr=1e-1, accuracy=0.5) | change
     [point] = configurations([lost])
-    assert point.median == 0
-    [point] = configurations([lost, synthetic.row(BASED, 64, accuracy=0.2)])
-    assert point.median == 0.2
+    assert math.isnan(point.median) and (point.diverged_runs, point.diverged_seeds) == (1, 1)
+    [point] = configurations([lost, synthetic.row(BASED, 64, accuracy=0.2), synthetic.row(BASED, 64, seed=1) | change])
+    assert point.median == point.low == 0.2 and (point.diverged_runs, point.diverged_seeds) == (2, 1)
+
+
+def test_rows_of_several_tasks_or_tests_are_refused():
+    row = synthetic.row(BASED, 64)
+    of_task = {
+        kind: row | {"config": row["config"] | {"data": {"kind": kind, "seq_len": length}}}
+        for kind, length in (("mqar", 1024), ("text", 1024))
+    }
+    shorter = row | {"config": row["config"] | {"data": {"seq_len": 64}}}
+    for other, sentence in (
+        (of_task["text"], "different tasks, 'mqar' and 'text'; a picture is of one"),
+        (row | {"segments": {"64x4": 1.0}}, "were tested on different segments"),
+        (shorter, "'1,024 tokens' and '64 tokens'"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            configurations([of_task["mqar"], other])
+    untold = of_task["mqar"] | {"segments": {}, "diverged": True}
+    assert len(configurations([of_task["mqar"], untold])) == 1
+
+
+def test_a_feature_map_that_diverged_at_a_width_is_a_gap():
+    maps = [synthetic.row([synthetic.CONV, ("linear", {"num_heads": 1, "feature_dim": 16})], d) for d in (64, 128, 256)]
+    [line] = by_feature_map(configurations([maps[0], maps[1] | {"accuracy": None}, maps[2]])).values()
+    assert [math.isnan(x.median) for x in line] == [False, True, False]
 
 
 def test_the_front_is_what_nothing_smaller_beats():

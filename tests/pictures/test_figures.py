@@ -1,10 +1,11 @@
 """The pictures of rows."""
 
-import re
-import xml.etree.ElementTree as ET
-
+import matplotlib
+import numpy as np
 import pytest
+from helpers import pictures
 from helpers import synthetic_rows as synthetic
+from helpers.pictures import words
 
 from based_jax.errors import UserError
 from based_jax.nn import names
@@ -16,15 +17,23 @@ from experiments.mqar_pareto import published
 
 BASED = [synthetic.CONV, ("taylor", {"num_heads": 1, "feature_dim": 16})]
 FORMS = {
-    figures.frontier: synthetic.rows,
+    figures.frontier: lambda: synthetic.rows(seeds=2)[::3],
     figures.figure3: synthetic.map_rows,
     figures.ablation: synthetic.part_rows,
 }
 
 
-def texts(path):
-    """Return the words of an SVG file."""
-    return ["".join(x.itertext()) for x in ET.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+POINTS_OF_ALL = tuple(
+    ReferencePoint(name, "", 4096 << i % 8, i / 28, ReferenceSource("elsewhere", "Elsewhere 2026"))
+    for i, name in enumerate(names.FAMILY_NAMES.values())
+)
+LOST = {"accuracy": None, "status": "diverged"}
+
+
+def marks(axes, **form):
+    """Return where markers stand, of the lines that have these properties."""
+    lines = [x for x in axes.get_lines() if all(getattr(x, f"get_{key}")() == value for key, value in form.items())]
+    return [(x, y) for line in lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -37,20 +46,14 @@ def test_a_row_of_something_else_is_refused(tmp_path, change, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_each_mixer_has_a_look_of_its_own():
-    looks = styles.styles(names.FAMILY_NAMES.values()).values()
-    assert len(set(looks)) == len(MIXERS)
-    assert {x.marker for x in looks} <= figures.MATPLOTLIB_MARKERS.keys() == set(styles.MARKERS)
-
-
 @pytest.mark.parametrize("draw", FORMS)
-def test_pictures_are_two_files_and_the_same_each_time(tmp_path, draw):
+def test_pictures_are_three_files_and_the_same_each_time(tmp_path, draw):
     rows = FORMS[draw]()
     files = draw(rows, tmp_path / "new" / "a.png")
-    assert [x.name for x in files] == ["a.png", "a.svg"] and all(x.stat().st_size > 5000 for x in files)
+    assert [x.name for x in files] == ["a.png", "a.svg", "a.pdf"] and all(x.stat().st_size > 5000 for x in files)
     again = draw(rows, tmp_path / "b")
-    assert files[1].read_bytes() == again[1].read_bytes()
-    assert f"{len(rows)} runs, invented device, revision 01234567" in " ".join(texts(files[1]))
+    assert all(x.read_bytes() == y.read_bytes() for x, y in zip(files, again, strict=True))
+    assert f"{len(rows)} runs, invented device, revision 01234567" in " ".join(words(files[1]))
 
 
 @pytest.mark.parametrize("draw", FORMS)
@@ -60,27 +63,50 @@ def test_no_rows_are_said_to_be_missing(tmp_path, draw):
 
 
 def test_the_frontier_names_ours_and_the_published(tmp_path):
-    words = texts(
-        figures.frontier(synthetic.rows(seeds=1), tmp_path / "x", published=published.POINTS, convolution=True)[1]
+    told = words(
+        figures.frontier(synthetic.rows(seeds=1)[::4], tmp_path / "x", published=published.POINTS, convolution=True)[1]
     )
-    assert {"Based", "Gated DeltaNet", "RWKV-7", "64 KiB", "1 MiB"} <= set(words)
-    assert any("with convolution layers" in word and "1,024 tokens" in word for word in words)
+    assert {"Based", "Gated DeltaNet", "RWKV-7", "64 KiB", "1 MiB"} <= set(told)
+    assert any("with convolution layers" in text and "1,024 tokens" in text for text in told)
 
 
-def test_the_frontier_draws_every_point(tmp_path):
-    rows = [synthetic.row(BASED, d) for d in (64, 128, 256)]
-    drawn = figures.frontier(rows, tmp_path / "x", published=published.POINTS)[1].read_text()
-    colour = styles.styles(["Based"])["Based"].colour
-    theirs = [x for x in published.POINTS if x.family == "Based"]
-    # Ours are filled with a white edge, once more in the legend; theirs are hollow and pale.
-    filled = len(re.findall(rf"<use [^>]*fill: {colour}[^>]*stroke: #ffffff", drawn))
-    hollow = len(re.findall(rf"<use [^>]*fill-opacity: 0; stroke: {colour}; stroke-opacity: 0.4", drawn))
-    assert (filled, hollow) == (4, len(theirs))
+def test_the_frontier_draws_every_point_and_magnifies_the_best():
+    rows = [synthetic.row(BASED, d, accuracy=y) for d, y in ((64, 0.5), (128, 0.98), (256, 1.0))]
+    upper, lower = figures.frontier_figure(rows, published=published.POINTS).axes
+    colour = styles.FAMILY_STYLES["Based"].colour
+    ours = {"color": colour, "marker": "o", "markeredgecolor": "white"}
+    theirs = [x.accuracy for x in published.POINTS if x.family == "Based"]
+    assert [y for _, y in marks(lower, **ours)] == [0.5, 0.98, 1.0]
+    assert [y for _, y in marks(upper, **ours)] == [0.98, 0.999]
+    assert len(marks(lower, color=colour, markerfacecolor="none")) == len(theirs)
+    assert len(marks(upper, color=colour, markerfacecolor="none")) == sum(y >= 0.95 for y in theirs)
+    assert np.diff(upper.transData.transform([(1e4, 0.98), (1e4, 0.99), (1e4, 0.995)])[:, 1]).std() < 1  # by the error
+
+
+def test_what_diverged_is_marked_at_the_edge_and_counted():
+    rows = [synthetic.row(BASED, 64, accuracy=0.5), synthetic.row(BASED, 128, accuracy=0.01) | LOST]
+    rows += [synthetic.row(BASED, 256, seed=seed, accuracy=0.7) | (LOST if seed else {}) for seed in (0, 1)]
+    figure = figures.frontier_figure(rows)
+    [axes] = figure.axes
+    lost = marks(axes, marker="x", color=styles.FAMILY_STYLES["Based"].colour)
+    assert [y for _, y in lost] == [0.0, 0.0] and axes.get_ylim()[0] < -0.05  # of the axes' height: below accuracy 0
+    assert [y for _, y in marks(axes, marker="o", markeredgecolor="white")] == [0.5, 0.7]
+    told = [text.get_text() for text in pictures.shown_texts(figure)]
+    assert "diverged (2)" in told and any(text.startswith("2 of 4 runs diverged") for text in told)
+
+
+def test_feature_maps_and_parts_that_diverged_are_marked(tmp_path):
+    maps = [row | (LOST if row["config"]["model"]["d_model"] == 128 else {}) for row in synthetic.map_rows()]
+    for axes in figures.figure3_figure(maps).axes[-2:]:
+        assert len(marks(axes, marker="x")) >= 9
+    parts = [row | (LOST if len(row["config"]["model"]["layers"]) == 1 else {}) for row in synthetic.part_rows()]
+    told = words(figures.ablation(parts, tmp_path / "p")[1])
+    assert told.count("diverged") == 3 and "0.000" not in told
 
 
 def test_without_published_points_nothing_is_said_of_them(tmp_path):
-    words = texts(figures.frontier([synthetic.row(BASED, 64)], tmp_path / "x")[1])
-    assert "Based" in words and not any("published" in word for word in words)
+    told = words(figures.frontier([synthetic.row(BASED, 64)], tmp_path / "x")[1])
+    assert "Based" in told and not any("published" in text for text in told)
 
 
 def test_a_published_point_stands_where_its_source_counts_it_and_each_source_has_its_marker():
@@ -95,20 +121,22 @@ def test_a_mixer_of_ones_own_has_its_own_name_and_its_cache_s_size(tmp_path, mon
     rows = [synthetic.row([synthetic.CONV, (name, {"num_heads": 1})], 64) for name in ("own", "retnet")]
     assert [point.family for point in configurations(rows)] == ["own", "RetNet"]
     assert len({point.state_bytes(convolution=False) for point in configurations(rows)}) == 1
-    assert "own" in texts(figures.frontier(rows, tmp_path / "x")[1])
+    assert "own" in words(figures.frontier(rows, tmp_path / "x")[1])
 
 
 def test_feature_maps_are_drawn_against_bytes_and_parameters(tmp_path):
     drawn = figures.figure3(synthetic.map_rows(), tmp_path / "x")[1]
-    assert {"Taylor, 2nd order", "relu", "K = D", "K = 16", "parameters", "1 M", "64 KiB"} <= set(texts(drawn))
+    assert {"Taylor, 2nd order", "relu", "K = D", "K = 16", "parameters", "1 M", "64 KiB"} <= set(words(drawn))
+    lower = figures.figure3_figure(synthetic.map_rows()).axes[-2:]
     colour = styles.styles({"Taylor, 2nd order", "relu", "elu", "cosformer", "hedgehog"})["relu"].colour
-    lines = re.findall(rf'<path d="[^"]*" [^>]*style="fill: none; ([^"]*)stroke: {colour}; [^"]*"', drawn.read_text())
-    assert ["dasharray" in line for line in lines] == [False, True] * 2  # in both panels, D before 16
+    for axes in lower:  # bytes, parameters
+        forms = [x.get_linestyle() for x in axes.get_lines() if x.get_color() == colour and len(x.get_xdata()) > 1]
+        assert forms == ["-", "--"]  # D before 16
 
 
 def test_the_parts_of_an_ablation_are_named(tmp_path):
-    words = " ".join(texts(figures.ablation(synthetic.part_rows(), tmp_path / "p")[1]))
-    assert "conv + window + Taylor" in words
+    told = " ".join(words(figures.ablation(synthetic.part_rows(), tmp_path / "p")[1]))
+    assert "conv + window + Taylor" in told
 
 
 def test_rows_of_other_models_are_no_ablation(tmp_path):
@@ -117,3 +145,38 @@ def test_rows_of_other_models_are_no_ablation(tmp_path):
         figures.ablation(rows, tmp_path / "x")
     with pytest.raises(UserError, match="figure3 compares"):
         figures.figure3(rows, tmp_path / "x")
+
+
+def test_parts_are_compared_at_equal_sizes_and_each_size_is_a_panel(tmp_path):
+    wide = [
+        row | {"config": row["config"] | {"model": row["config"]["model"] | {"d_model": 64}}}
+        for row in synthetic.part_rows()
+    ]
+    window = synthetic.row([synthetic.CONV, ("window", {"num_heads": 1, "window": 1024})], 128, accuracy=1.0)
+    told = words(figures.ablation([*synthetic.part_rows(), *wide, window], tmp_path / "p")[1])
+    titles = ["D 64, w 64, K 16, 3 taps", "D 128, w 64, K 16, 3 taps"]
+    assert [text for text in told if text.startswith("D ")] == titles and "1.000" not in told
+    taylor = synthetic.row([synthetic.CONV, ("taylor", {"num_heads": 1})], 128)
+    with pytest.raises(UserError, match=r"there are conv \+ window \(D 128, w 1024\), conv \+ Taylor \(D 128, K 16\)"):
+        figures.ablation([window, taylor], tmp_path / "none")
+    assert not (tmp_path / "none.png").exists()
+
+
+FIGURES = {
+    "a few": lambda: figures.frontier_figure(
+        synthetic.rows(seeds=2)[::3], published=published.POINTS, convolution=True
+    ),
+    "every mixer": lambda: figures.frontier_figure([synthetic.row(BASED, 64) | LOST], published=POINTS_OF_ALL),
+    "one point": lambda: figures.frontier_figure([synthetic.row(BASED, 64)]),
+    "feature maps": lambda: figures.figure3_figure(synthetic.map_rows()),
+    "parts": lambda: figures.ablation_figure(synthetic.part_rows()),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_text_has_the_size_of_a_paper_s_and_nothing_overlaps_or_is_cut_off(name):
+    with matplotlib.rc_context({"font.size": 20, "axes.labelsize": 30}):  # a reader's own settings change nothing
+        figure = FIGURES[name]()
+        assert pictures.faults(figure) == {"cut off": [], "overlapping": [], "wider than its panel": []}
+    assert figure.get_figwidth() in (styles.COLUMN_INCHES, styles.PAGE_INCHES) == (3.3, 6.9)
+    assert {text.get_fontsize() for text in pictures.shown_texts(figure)} == {7}

@@ -3,20 +3,20 @@
 import itertools
 import json
 import re
-import shutil
 
 import pytest
 from helpers import synthetic_rows as synthetic
+from helpers.browser import OVERLAPS, needs_browser
 
 from based_jax.errors import UserError
-from based_jax.pictures import page
+from based_jax.nn import names
+from based_jax.pictures import page, web
 from based_jax.pictures.configurations import configurations
 from experiments.mqar_pareto import published
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is on the PATH")
 ROWS = synthetic.rows(seeds=2)
+LOST = "DeltaNet"
+"""The family whose runs all diverged."""
 TITLE = "Recall </script><b>{{data}}</b> & state"
 BASED = [synthetic.CONV, ("taylor", {"num_heads": 1, "feature_dim": 16})]
 
@@ -24,38 +24,24 @@ BASED = [synthetic.CONV, ("taylor", {"num_heads": 1, "feature_dim": 16})]
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     hostile = ROWS[0] | {"command": "</script><script>throw 1</script><!--", "sweep": "<i>&amp;\u2028"}
+    lost = [row | {"diverged": True} if names.family(row["config"]["model"]["layers"]) == LOST else row for row in ROWS]
     return page.write(
-        [hostile, *ROWS[1:]],
+        [hostile, *lost[1:]],
         tmp_path_factory.mktemp("page") / "new" / "index.html",
         title=TITLE,
         published=published.POINTS,
     )
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def view(browser, path):
-    """Yield the open page; whatever the console complains about fails the test, and so does any request."""
-    view = browser.new_page(viewport={"width": 1280, "height": 1000})
-    view.set_default_timeout(10_000)
-    complaints, requests = [], []
-    view.on("console", lambda message: complaints.append(message.text))
-    view.on("pageerror", lambda error: complaints.append(str(error)))
-    view.on("request", lambda request: requests.append(request.url))
-    view.goto(path.as_uri())
-    yield view
-    view.close()
-    assert not complaints
-    assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
+def view(opened, path):
+    return opened(path)
+
+
+BOXES = """() => [...document.querySelectorAll('.point .hit, .published')].map((x) => {
+  const { x: left, y: top } = x.getBoundingClientRect();
+  return { x: left, y: top };
+})"""
 
 
 def marker(view, family, label):
@@ -76,8 +62,9 @@ def test_the_file_fetches_nothing_and_no_string_leaves_the_data(path):
 def test_numbers_that_json_lacks_are_none():
     lost = synthetic.row(BASED, 64, accuracy=0.5, segments={"64x4": float("nan")}) | {"accuracy": float("nan")}
     [point] = page.data(configurations([lost]))["points"]
-    assert (point["accuracy"], point["segments"]) == (0, {"64x4": None})
-    page.embedded(point)
+    assert (point["accuracy"], point["low"], point["segments"]) == (None, None, {"64x4": None})
+    assert (point["lost"], point["lostSeeds"], point["runs"][0][1]) == (1, 1, None)
+    web.embedded(point)
 
 
 def test_no_rows_make_no_page(tmp_path):
@@ -161,14 +148,60 @@ def test_the_chart_is_one_stop_of_the_tab_key_and_arrows_move_in_it(view):
 
 @needs_browser
 def test_columns_sort_both_ways(view):
-    def column():
-        return [float(x) for x in view.locator("tbody tr td:nth-child(4)").all_inner_texts()]
+    def column(place):
+        return view.locator(f"tbody tr td:nth-child({place})").all_inner_texts()
 
-    view.click("th button:text('accuracy')")
-    assert column() == sorted(column(), reverse=True)
-    view.click("th button:text('accuracy')")
-    assert column() == sorted(column())
-    assert view.locator("th[aria-sort=ascending]").inner_text() == "accuracy ▲"
+    for way, reverse in (("descending", True), ("ascending", False)):
+        view.click("th button:text('accuracy')")
+        *known, none, also_none, last = column(4)
+        assert none == also_none == last == "diverged"
+        assert [float(x) for x in known] == sorted(map(float, known), reverse=reverse)
+        assert view.locator(f"th[aria-sort={way}]").inner_text().startswith("accuracy")
+    view.click("th button:text('configuration')")
+    labels = [[int(x) for x in re.findall(r"\d+", label)][:2] for label in column(2)]
+    assert [d for d, *_ in labels] == sorted(d for d, *_ in labels)  # D 64 before D 128
+    assert labels.index([128, 8]) < labels.index([128, 32]) < labels.index([128, 512])
+
+
+@needs_browser
+def test_what_diverged_stands_at_the_edge_and_is_counted(view):
+    lost = sum(len(point.rows) for point in configurations(ROWS) if point.family == LOST)
+    assert f"{lost} of the runs diverged" in view.locator("#summary").inner_text()
+    assert view.locator(f'.point[aria-label^="{LOST},"][aria-label$="diverged"]').count() == 3
+    assert view.locator(".point .lost").count() == 3
+    marker(view, LOST, "D 64, 2 heads").hover(force=True)
+    assert "8 of 8 runs" in view.locator("#details").inner_text()
+
+
+@needs_browser
+def test_wheel_drag_and_buttons_zoom_and_reset_shows_everything(view):
+    def places():
+        return [x["x"] for x in view.evaluate(BOXES)]
+
+    whole, box = places(), view.locator("#chart").bounding_box()
+    x, y = box["x"] + 0.6 * box["width"], box["y"] + 0.3 * box["height"]
+    view.mouse.move(x, y)
+    view.mouse.wheel(0, -200)
+    assert 0 < len(places()) < len(whole) and view.locator("#zoom .reset").is_enabled()
+    view.dblclick("#chart", position={"x": 100, "y": 60})
+    assert places() == whole and view.locator("#zoom .reset").is_disabled()
+    view.mouse.move(x, y)
+    view.mouse.down()
+    view.mouse.move(x - 0.4 * box["width"], y + 0.3 * box["height"], steps=3)
+    assert view.locator(".selection").count() == 1
+    view.mouse.up()
+    assert 0 < len(places()) < len(whole) and view.locator(".selection").count() == 0
+    assert view.evaluate(OVERLAPS) == []
+    view.click("#zoom .reset")
+    assert places() == whole
+    view.click("#zoom button[title='zoom in']")
+    assert len(places()) < len(whole)
+
+
+@needs_browser
+def test_both_axes_are_named(view):
+    labels = view.locator("#chart .label").all_text_contents()
+    assert labels == ["state of one sequence, fp32", "accuracy, mean over tests"]
 
 
 @needs_browser
@@ -181,13 +214,6 @@ def test_both_colour_schemes_have_contrast(view, scheme):
     )
     assert abs(sum(text) - sum(back)) > 500
     assert (sum(back) > sum(text)) == (scheme == "light")
-
-
-OVERLAPS = """() => {
-  const boxes = [...document.querySelectorAll('svg text')].map((x) => [x.textContent, x.getBoundingClientRect()]);
-  const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
-  return boxes.flatMap(([a, x], i) => boxes.slice(i + 1).filter(([, y]) => meet(x, y)).map(([b]) => [a, b]));
-}"""
 
 
 @needs_browser

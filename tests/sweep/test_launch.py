@@ -61,9 +61,9 @@ def test_the_command_runs_lists_and_draws(file, tmp_path, capsys):
     assert len(rows) == 4 and {row["sweep"] for row in rows} == {"sweep"}
     assert all(row["command"].startswith("python -m based_jax") for row in rows)
     assert main(["sweep", "plot", f"--store={store}", f"--out={out}"]) == 0
-    assert {path.name for path in out.iterdir()} == {"frontier.png", "frontier.svg", "frontier.html"}
+    assert {path.name for path in out.iterdir()} == {f"frontier.{x}" for x in ("png", "svg", "pdf", "html")}
     assert main(["sweep", "plot", f"--store={store}", f"--out={out}", "--picture=ablation"]) == 0
-    assert capsys.readouterr().out.endswith(f"Drawn: {out / 'ablation.png'}, {out / 'ablation.svg'}.\n")
+    assert capsys.readouterr().out.endswith(f"{out / 'ablation.svg'}, {out / 'ablation.pdf'}.\n")
     assert (out / "ablation.svg").exists()
 
 

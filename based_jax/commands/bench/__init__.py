@@ -1,8 +1,15 @@
-"""Time, check and profile single operations and whole training steps on the device at hand."""
+"""Time, check and profile single operations and whole training steps on the device at hand.
+
+examples:
+  python -m based_jax bench kernels --peers
+  python -m based_jax bench check
+  python -m based_jax bench train --config=configs/based.py:360m
+"""
 
 import argparse
 
 from based_jax.commands.bench import check, kernels, profile, sanitize, train
+from based_jax.commands.parser import add_command
 
 TASKS = {"kernels": kernels, "check": check, "sanitize": sanitize, "profile": profile, "train": train}
 
@@ -11,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of each task."""
     tasks = parser.add_subparsers(dest="task", required=True, metavar="task")
     for name, module in TASKS.items():
-        summary = (module.__doc__ or "").strip()
-        module.add_arguments(tasks.add_parser(name, help=summary, description=summary, allow_abbrev=False))
+        module.add_arguments(add_command(tasks, name, module.__doc__))
 
 
 def run(args: argparse.Namespace) -> int | None:

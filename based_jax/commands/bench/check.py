@@ -1,4 +1,9 @@
-"""Compare every kernel with its definition in fp64: results, gradients, the same bits twice."""
+"""Compare every kernel with its definition in fp64: results, gradients, the same bits twice.
+
+examples:
+  python -m based_jax bench check
+  python -m based_jax bench check --quick --only=taylor
+"""
 
 import argparse
 import os

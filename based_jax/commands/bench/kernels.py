@@ -1,4 +1,9 @@
-"""Time the accelerator kernels, beside their floors and, with --peers, the same shapes through PyTorch's libraries."""
+"""Time the accelerator kernels, beside their floors and, with --peers, the same shapes through PyTorch's libraries.
+
+examples:
+  python -m based_jax bench kernels --ops all --out=rows.jsonl
+  python -m based_jax bench kernels --ops taylor_attention --shapes 8x16x2048 --peers
+"""
 
 import argparse
 import os

@@ -1,4 +1,8 @@
-"""Tell where the time of a call goes: by kernel, and within each kernel from Nsight Compute."""
+"""Tell where the time of a call goes: by kernel, and within each kernel from Nsight Compute.
+
+examples:
+  python -m based_jax bench profile --ops taylor_attention --shapes 8x16x2048
+"""
 
 import argparse
 import itertools

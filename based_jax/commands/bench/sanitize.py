@@ -1,4 +1,8 @@
-"""Run a small call of every kernel under compute-sanitizer."""
+"""Run a small call of every kernel under compute-sanitizer.
+
+examples:
+  python -m based_jax bench sanitize --tools memcheck racecheck
+"""
 
 import argparse
 from pathlib import Path

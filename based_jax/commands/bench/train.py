@@ -1,4 +1,9 @@
-"""Time whole training steps of a config: tokens/s, MFU, memory and seconds to compile."""
+"""Time whole training steps of a config: tokens/s, MFU, memory and seconds to compile.
+
+examples:
+  python -m based_jax bench train --config=configs/based.py:360m --steps=50 --out=rows.jsonl
+  python -m based_jax bench train --config=configs/text_tiny.py --config.batch_size=8
+"""
 
 import argparse
 from pathlib import Path

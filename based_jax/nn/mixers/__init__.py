@@ -4,14 +4,15 @@ A new mixer is one new file and one line in `MIXERS`.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from based_jax.errors import unknown
-from based_jax.nn.layers import INIT_STD, Init
+from based_jax import config as configs
+from based_jax.errors import UserError, unknown
+from based_jax.nn.layers import INIT_STD, NORM_EPS, Init
 from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers.attention import Attention
 from based_jax.nn.mixers.base_conv import BaseConv
@@ -82,6 +83,7 @@ def make_mixer(
     out_std: float = INIT_STD,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
+    norm_eps: float = NORM_EPS,
     **options,
 ) -> Mixer:
     """Return the mixer named `kind` at width D, with `options` for its Config.
@@ -89,21 +91,33 @@ def make_mixer(
     Raises:
       UserError: the kind or an option is unknown, or a value is impossible.
     """
-    return build_mixer(kind, d_model, options, Init(std, out_std, dtype, rngs))
+    return build_mixer(kind, d_model, options, Init(std, out_std, dtype, rngs, norm_eps))
 
 
-def build_mixer(kind: str, d_model: int, options: Mapping[str, Any], init: Init) -> Mixer:
-    """Return the mixer named `kind`, which starts as `init` says; otherwise as `make_mixer`, for a model's blocks."""
-    check_options(kind, options)
+def build_mixer(kind: str, d_model: int, options: Mapping[str, Any], init: Init, where: str = "") -> Mixer:
+    """Return the mixer named `kind`, which starts as `init` says; otherwise as `make_mixer`, for a model's blocks.
+
+    `where` is the dotted key of the options in a whole config, for messages.
+    """
+    options = checked_options(kind, options, where)
+    if d_model < 1:
+        raise UserError(f"d_model is {d_model}; it is at least 1.")
     mixer = MIXERS[kind]
-    return mixer(d_model, mixer.Config(**options), init)
+    with configs.errors_within(where, [field.name for field in dataclasses.fields(mixer.Config)]):
+        return mixer(d_model, mixer.Config(**options), init)
 
 
-def check_options(kind: str, options: Iterable[str]) -> None:
-    """Raise UserError for a mixer that does not exist, or an option that it does not have."""
+def checked_options(kind: str, options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Return a mixer's options, numbers of numpy as Python's; `where` is their dotted key, for messages.
+
+    Raises:
+      UserError: the mixer does not exist, an option is not one of its own, or has another type.
+    """
     if kind not in MIXERS:
         raise unknown("mixer", kind, MIXERS)
     allowed = [field.name for field in dataclasses.fields(MIXERS[kind].Config)]
     for option in options:
         if option not in allowed:
-            raise unknown(f"option of mixer '{kind}'", option, allowed)
+            raise unknown(f"option of mixer '{kind}'", option, allowed, configs.meant_key(option, allowed))
+    configs.build(MIXERS[kind].Config, options, where)
+    return configs.plain(options)

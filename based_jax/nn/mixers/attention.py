@@ -1,15 +1,18 @@
 """Softmax attention with rotary positions: the mixer of Transformer++ (arXiv 2402.18668, section 5)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, override
 
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.cache import KVCache
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.cache import TokenCache
+from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
 from based_jax.ops import segments
 from based_jax.ops.softmax import ATTENTION, attention, attention_step, masked_attention
 
@@ -35,6 +38,15 @@ class AttentionConfig:
     bias: bool = False
     impl: str = "auto"
 
+    def __post_init__(self):
+        check_sizes(self, num_heads=1)
+        if not 0 <= self.rotary_fraction <= 1:
+            raise UserError(f"rotary_fraction is {self.rotary_fraction}; it is between 0 and 1.")
+        check_positive(self, "rotary_base")
+        kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        if kv_heads < 1 or self.num_heads % kv_heads:
+            raise UserError(f"num_kv_heads is {kv_heads}; it divides num_heads, which is {self.num_heads}.")
+
 
 class Attention(Mixer):
     """Causal multi-head attention; the cache holds every key and value.
@@ -55,47 +67,49 @@ class Attention(Mixer):
     }
 
     def __init__(self, d_model: int, config: AttentionConfig, init: layers.Init):
-        if not 0 <= config.rotary_fraction <= 1:
-            raise UserError(f"rotary_fraction is {config.rotary_fraction}; it is between 0 and 1.")
-        if config.rotary_base <= 0:
-            raise UserError(f"rotary_base is {config.rotary_base}; it is above 0.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.head_dim = layers.head_dim(d_model, config.num_heads)
         self.kv_heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
-        if self.kv_heads < 1 or config.num_heads % self.kv_heads:
-            raise UserError(f"num_kv_heads is {self.kv_heads}; it divides num_heads, which is {config.num_heads}.")
-        self.rotary_dim = int(config.rotary_fraction * self.head_dim)
+        self.rotary_dim = layers.rotary_dim(self.head_dim, config.rotary_fraction)
         bias, width = config.bias, d_model + 2 * self.kv_heads * self.head_dim
         self.qkv = layers.linear(d_model, width, ("embed", "heads"), init, bias=bias)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out, bias=bias)
 
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        q, k, v = self.rotated_qkv(x, 0)
+        q, k, v = self.rotated_qkv(x, jnp.zeros(1, jnp.int32), segment_ids)
         o = attention(q, self.for_each_query(k), self.for_each_query(v), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> KVCache:
-        return KVCache.empty(batch, max_len, self.kv_heads, self.head_dim, self.dtype)
+    def _initial_state(self, batch: int, max_len: int) -> TokenCache:
+        k, v = (jnp.zeros((batch, max_len, self.kv_heads, self.head_dim), self.dtype) for _ in "kv")
+        return TokenCache.empty((k, v))
 
     @override
-    def prefill(self, x: BTD, cache: KVCache, segment_ids: BT | None = None) -> tuple[BTD, KVCache]:
-        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        q, k, v = self.rotated_qkv(x, cache.length)
-        past = cache.in_order()
-        earlier = segments.same_document(ids, cache.past_ids(ids))
-        within = segments.same_document(ids, ids) & jnp.tri(x.shape[1], dtype=bool)[None]
-        keys, values = (self.for_each_query(jnp.concatenate(pair, axis=1)) for pair in ((past.k, k), (past.v, v)))
+    def _prefill(self, x: BTD, state: TokenCache, segment_ids: BT | None) -> tuple[BTD, TokenCache]:
+        state.check_room(x.shape[1], segment_ids)
+        q, k, v = self.rotated_qkv(x, state.length, segment_ids)
+        numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segments.numbered(segment_ids)
+        earlier = segments.same_document(numbers, state.visible().astype(numbers.dtype))
+        within = segments.same_document(numbers, numbers) & jnp.tri(x.shape[1], dtype=bool)[None]
+        keys, values = (
+            self.for_each_query(jnp.concatenate(both, axis=1)) for both in zip(state.tokens, (k, v), strict=True)
+        )
         o = masked_attention(q, keys, values, jnp.concatenate([earlier, within], axis=2))
-        return self._out(o), cache.extend(k, v, ids)
+        places, _ = segments.positions(segment_ids, state.length, x.shape[1])
+        return self._out(state.held(o, places, numbers != 0)), state.extend((k, v), segment_ids)
 
     @override
-    def step(self, x: BD, cache: KVCache) -> tuple[BD, KVCache]:
-        q, k, v = (y[:, 0] for y in self.rotated_qkv(x[:, None], cache.length))
-        cache = cache.append(k, v)
-        o = attention_step(q, self.for_each_query(cache.k), self.for_each_query(cache.v), cache.visible())
-        return self._out(o), cache
+    def _step(self, x: BD, state: TokenCache) -> tuple[BD, TokenCache]:
+        o, after = self.read_token(x, state)
+        return self._out(state.held(o, state.length)), after
+
+    @override
+    def reference_buffers(self) -> Mapping[str, Buffer]:
+        """Return the table of rotary's frequencies."""
+        exponents = np.arange(0, self.rotary_dim, 2) / max(self.rotary_dim, 1)
+        return {"rotary_emb.inv_freq": self.config.rotary_base**-exponents}
 
     @override
     def state_size(self, seq_len: int) -> int:
@@ -115,13 +129,23 @@ class Attention(Mixer):
         """Return keys or values (B, S, kv heads, D/H) repeated for the queries that each of them serves."""
         return jnp.repeat(x, self.config.num_heads // self.kv_heads, axis=2)
 
-    def rotated_qkv(self, x: BTD, start):
-        """Return queries and keys rotated by their position, counted from `start`, and values: (B, T, heads, D/H)."""
+    def rotated_qkv(self, x: BTD, before: Int[Array, "#B"], segment_ids: BT | None):
+        """Return queries and keys rotated by their place in their document, and values: (B, T, heads, D/H).
+
+        `before` counts the tokens that each row's first document has had.
+        """
         y = layers.split_heads(self.qkv(x), self.config.num_heads + 2 * self.kv_heads)
         q, k, v = jnp.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
-        positions = start + jnp.arange(x.shape[1])
-        q, k = (layers.rotary(y, positions, self.rotary_dim, self.config.rotary_base) for y in (q, k))
+        places, _ = segments.positions(segment_ids, before, x.shape[1])
+        q, k = (layers.rotary(y, places, self.rotary_dim, self.config.rotary_base) for y in (q, k))
         return q, k, v
+
+    def read_token(self, x: BD, state: TokenCache):
+        """Return what a token's queries read (B, H, D/H), and the state after it."""
+        q, k, v = (y[:, 0] for y in self.rotated_qkv(x[:, None], state.length, None))
+        state = state.append((k, v))
+        keys, values = map(self.for_each_query, state.tokens)
+        return attention_step(q, keys, values, state.visible()), state
 
     def _out(self, o):
         return self.out_proj(layers.merge_heads(o))

@@ -6,9 +6,8 @@ from typing import ClassVar, override
 import jax.numpy as jnp
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
-from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops.calls import Past
 from based_jax.ops.conv import IMPLEMENTATIONS, reach, short_conv, short_conv_step
 
@@ -20,6 +19,9 @@ class BaseConvConfig:
     kernel_size: int = 3
     dilation: int = 1
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, kernel_size=1, dilation=1)
 
 
 class BaseConv(Mixer):
@@ -40,9 +42,6 @@ class BaseConv(Mixer):
     }
 
     def __init__(self, d_model: int, config: BaseConvConfig, init: layers.Init):
-        for name in ("kernel_size", "dilation"):
-            if getattr(config, name) < 1:
-                raise UserError(f"{name} is {getattr(config, name)}; it is at least 1.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.projection = layers.linear(d_model, d_model, ("embed", "mlp"), init, bias=True)
         self.conv_kernel = layers.conv_parameter((config.kernel_size, d_model), config.kernel_size, rngs=init.rngs)
@@ -61,28 +60,28 @@ class BaseConv(Mixer):
         return self._gate(*layers.at(positions, x, y))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> Past:
+    def _initial_state(self, batch: int, max_len: int) -> Past:
         return jnp.zeros((batch, self._reach, self.d_model), self.dtype)
 
     @override
-    def prefill(self, x: BTD, cache: Past, segment_ids: BT | None = None) -> tuple[BTD, Past]:
-        y, cache = short_conv(
+    def _prefill(self, x: BTD, state: Past, segment_ids: BT | None) -> tuple[BTD, Past]:
+        y, state = short_conv(
             x,
             self.conv_kernel[...],
             bias=self.conv_bias[...],
             dilation=self.config.dilation,
-            state=cache,
+            state=state,
             segment_ids=segment_ids,
             impl=self.config.impl,
         )
-        return self._gate(x, y), cache
+        return self._gate(x, y), state
 
     @override
-    def step(self, x: BD, cache: Past) -> tuple[BD, Past]:
-        y, cache = short_conv_step(
-            x, self.conv_kernel[...], cache, bias=self.conv_bias[...], dilation=self.config.dilation
+    def _step(self, x: BD, state: Past) -> tuple[BD, Past]:
+        y, state = short_conv_step(
+            x, self.conv_kernel[...], state, bias=self.conv_bias[...], dilation=self.config.dilation
         )
-        return self._gate(x, y), cache
+        return self._gate(x, y), state
 
     @override
     def state_size(self, seq_len: int) -> int:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops.conv import short_conv_step
 from based_jax.ops.gated_conv import IMPLEMENTATIONS, gated_short_conv
 from based_jax.ops.projection import multiply
@@ -25,6 +25,11 @@ class GatedConvConfig:
     kernel_size: int = 3
     expand: int = 4
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, kernel_size=1, expand=2)
+        if self.expand % 2:
+            raise UserError(f"expand is {self.expand}; half of the projection gates the other, so it is even.")
 
 
 class GatedConv(Mixer):
@@ -46,10 +51,6 @@ class GatedConv(Mixer):
     }
 
     def __init__(self, d_model: int, config: GatedConvConfig, init: layers.Init):
-        if config.expand < 2 or config.expand % 2:
-            raise UserError(f"expand is {config.expand}; half of the projection gates the other, so it is even.")
-        if config.kernel_size < 1:
-            raise UserError(f"kernel_size is {config.kernel_size}; it is at least 1.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.d_inner = config.expand * d_model // 2
         self.in_proj = layers.linear(d_model, 2 * self.d_inner, ("embed", "mlp"), init, bias=True)
@@ -62,13 +63,13 @@ class GatedConv(Mixer):
         return self.out_proj(*layers.at(positions, y))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> Inputs:
+    def _initial_state(self, batch: int, max_len: int) -> Inputs:
         return jnp.zeros((batch, self.config.kernel_size, self.d_inner), self.dtype)
 
     @override
-    def prefill(self, x: BTD, cache: Inputs, segment_ids: BT | None = None) -> tuple[BTD, Inputs]:
-        y, cache = self._convolve(x, state=cache, segment_ids=segment_ids)
-        return self.out_proj(y), cache
+    def _prefill(self, x: BTD, state: Inputs, segment_ids: BT | None) -> tuple[BTD, Inputs]:
+        y, state = self._convolve(x, state=state, segment_ids=segment_ids)
+        return self.out_proj(y), state
 
     def _convolve(self, x: BTD, **options) -> tuple[Float[Array, "B T inner"], Inputs]:
         """Project, convolve and gate; the operation adds the projection's bias, where it reads the product anyway."""
@@ -77,10 +78,10 @@ class GatedConv(Mixer):
         return gated_short_conv(product, self.conv_kernel[...], bias=bias, impl=self.config.impl, **options)
 
     @override
-    def step(self, x: BD, cache: Inputs) -> tuple[BD, Inputs]:
+    def _step(self, x: BD, state: Inputs) -> tuple[BD, Inputs]:
         u, gate = jnp.split(self.in_proj(x), 2, axis=-1)
-        y, cache = short_conv_step(u, self.conv_kernel[...], cache)
-        return self.out_proj(jax.nn.silu(y) * gate), cache
+        y, state = short_conv_step(u, self.conv_kernel[...], state)
+        return self.out_proj(jax.nn.silu(y) * gate), state
 
     @override
     def state_size(self, seq_len: int) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, expanded, unit
-from based_jax.nn.mixer import Operation
+from based_jax.nn.mixer import Operation, check_positive, check_sizes
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
 
 
@@ -21,6 +21,10 @@ class DeltaNetConfig:
     expand_v: float = 1.0
     conv_size: int = 4
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, num_heads=1, conv_size=0)
+        check_positive(self, "expand_k", "expand_v")
 
 
 class DeltaNet(GatedLinearMixer):

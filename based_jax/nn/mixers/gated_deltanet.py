@@ -11,7 +11,7 @@ from flax import nnx
 from based_jax.config import added_later
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, expanded, inverse_softplus_dt, softplus_decay, unit
-from based_jax.nn.mixer import Buffer, Operation
+from based_jax.nn.mixer import Buffer, Operation, check_positive, check_sizes
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
 
 
@@ -25,6 +25,10 @@ class GatedDeltaNetConfig:
     conv_size: int = 4
     use_gate: bool = added_later(True)
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, num_heads=1, conv_size=0)
+        check_positive(self, "expand_k", "expand_v")
 
 
 class GatedDeltaNet(GatedLinearMixer):

@@ -5,9 +5,9 @@ from typing import ClassVar, override
 
 import jax
 
-from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, expanded
+from based_jax.nn.mixer import check_positive, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,10 @@ class GLAConfig:
     gate_low_rank_dim: int = 16
     gate_logit_normalizer: float = 16.0
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, num_heads=1, conv_size=0, gate_low_rank_dim=1)
+        check_positive(self, "expand_k", "expand_v", "gate_logit_normalizer")
 
 
 class GLA(GatedLinearMixer):
@@ -44,10 +48,6 @@ class GLA(GatedLinearMixer):
     }
 
     def __init__(self, d_model: int, config: GLAConfig, init: layers.Init):
-        if config.gate_low_rank_dim < 1:
-            raise UserError(f"gate_low_rank_dim is {config.gate_low_rank_dim}; it is at least 1.")
-        if config.gate_logit_normalizer <= 0:
-            raise UserError(f"gate_logit_normalizer is {config.gate_logit_normalizer}; it is above 0.")
         super().__init__(
             d_model,
             config,

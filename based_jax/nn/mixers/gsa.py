@@ -6,10 +6,9 @@ from typing import ClassVar, override
 import jax
 import jax.numpy as jnp
 
-from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.gated import GatedCache, GatedLinearMixer, expanded
-from based_jax.nn.mixer import Operation
+from based_jax.nn.gated import GatedLinearMixer, GatedState, expanded
+from based_jax.nn.mixer import Operation, check_positive, check_sizes
 from based_jax.ops import gated_slot_attention as slots
 
 
@@ -24,6 +23,10 @@ class GSAConfig:
     conv_size: int = 0
     gate_logit_normalizer: float = 8.0
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, num_heads=1, num_slots=1, conv_size=0)
+        check_positive(self, "expand_k", "expand_v", "gate_logit_normalizer")
 
 
 class GSA(GatedLinearMixer):
@@ -49,10 +52,6 @@ class GSA(GatedLinearMixer):
     }
 
     def __init__(self, d_model: int, config: GSAConfig, init: layers.Init):
-        if config.num_slots < 1:
-            raise UserError(f"num_slots is {config.num_slots}; it is at least 1.")
-        if config.gate_logit_normalizer <= 0:
-            raise UserError(f"gate_logit_normalizer is {config.gate_logit_normalizer}; it is above 0.")
         value_dim = expanded("expand_v", d_model, config.expand_v, config.num_heads)
         super().__init__(
             d_model,
@@ -66,11 +65,11 @@ class GSA(GatedLinearMixer):
         self.decay = layers.linear(d_model, config.num_heads * config.num_slots, ("embed", "heads"), init.fp32)
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> GatedCache:
-        """Return the cache with empty slots."""
+    def _initial_state(self, batch: int, max_len: int) -> GatedState:
+        """Return the state with empty slots."""
         H = self.num_heads
-        state = slots.initial_state(batch, H, self.key_dim // H, self.config.num_slots, self.value_dim // H)
-        return super().init_cache(batch, max_len)._replace(state=state)
+        memory = slots.initial_state(batch, H, self.key_dim // H, self.config.num_slots, self.value_dim // H)
+        return super()._initial_state(batch, max_len)._replace(memory=memory)
 
     @override
     def state_size(self, seq_len: int) -> int:

@@ -14,14 +14,14 @@ from based_jax.dims import BD, BP, BPD, BT, BTD, BWD, WD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import log_uniform_dt
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops import conv, diagonal_ssm
 from based_jax.ops.calls import BHPN2
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.diagonal_ssm import IMPLEMENTATIONS
 from based_jax.ops.dispatch import beside
 
-H3Cache = tuple[BWD, BHPN2]
+H3State = tuple[BWD, BHPN2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,11 @@ class H3Config:
     d_state: int = 64
     head_dim: int = 1
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, d_state=2, head_dim=1)
+        if self.d_state % 2:
+            raise UserError(f"d_state is {self.d_state}; states come in conjugate pairs, so it is even.")
 
 
 class H3(Mixer):
@@ -67,9 +72,7 @@ class H3(Mixer):
     }
 
     def __init__(self, d_model: int, config: H3Config, init: layers.Init):
-        if config.d_state < 2 or config.d_state % 2:
-            raise UserError(f"d_state is {config.d_state}; states come in conjugate pairs, so it is even.")
-        if config.head_dim < 1 or d_model % config.head_dim:
+        if d_model % config.head_dim:
             raise UserError(f"head_dim {config.head_dim} does not divide d_model {d_model}.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.num_heads = d_model // config.head_dim
@@ -98,29 +101,29 @@ class H3(Mixer):
         return self._out(*layers.at(positions, x, kv, y))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> H3Cache:
+    def _initial_state(self, batch: int, max_len: int) -> H3State:
         shift = jnp.zeros((batch, self.config.d_state, self.d_model), self.dtype)
         return shift, diagonal_ssm.initial_state(
             batch, self.num_heads, self.config.head_dim**2, self.config.d_state // 2
         )
 
     @override
-    def prefill(self, x: BTD, cache: H3Cache, segment_ids: BT | None = None) -> tuple[BTD, H3Cache]:
+    def _prefill(self, x: BTD, state: H3State, segment_ids: BT | None) -> tuple[BTD, H3State]:
         k, v = self.k_proj(x), self.v_proj(x)
-        k, shift = short_conv(k, self._shift_kernel(), state=cache[0], segment_ids=segment_ids, impl=self._shift_impl)
+        k, shift = short_conv(k, self._shift_kernel(), state=state[0], segment_ids=segment_ids, impl=self._shift_impl)
         kv = self._cross(k, v)
-        y, state = diagonal_ssm.diagonal_ssm(
-            kv, *self._system(), state=cache[1], segment_ids=segment_ids, impl=self.config.impl
+        y, after = diagonal_ssm.diagonal_ssm(
+            kv, *self._system(), state=state[1], segment_ids=segment_ids, impl=self.config.impl
         )
-        return self._out(x, kv, y), (shift, state)
+        return self._out(x, kv, y), (shift, after)
 
     @override
-    def step(self, x: BD, cache: H3Cache) -> tuple[BD, H3Cache]:
+    def _step(self, x: BD, state: H3State) -> tuple[BD, H3State]:
         k, v = self.k_proj(x), self.v_proj(x)
-        k, shift = short_conv_step(k, self._shift_kernel(), cache[0])
+        k, shift = short_conv_step(k, self._shift_kernel(), state[0])
         kv = self._cross(k, v)
-        y, state = diagonal_ssm.diagonal_ssm_step(kv, *self._system(), cache[1])
-        return self._out(x, kv, y), (shift, state)
+        y, after = diagonal_ssm.diagonal_ssm_step(kv, *self._system(), state[1])
+        return self._out(x, kv, y), (shift, after)
 
     @override
     def state_size(self, seq_len: int) -> int:
@@ -170,4 +173,4 @@ class H3(Mixer):
 
 def _param(values: Array) -> nnx.Param:
     """Return a parameter whose first axis counts channels or heads."""
-    return nnx.Param(jnp.array(values), **layers.logical_axes("heads", *(None,) * (values.ndim - 1)))
+    return nnx.Param(jnp.array(values, jnp.float32), **layers.logical_axes("heads", *(None,) * (values.ndim - 1)))

@@ -8,6 +8,7 @@ import jax
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer
+from based_jax.nn.mixer import check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,11 @@ class HGRN2Config:
     expand_ratio: int = 128
     lower_bound: float = 0.0
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, expand_ratio=1)
+        if not 0 <= self.lower_bound < 1:
+            raise UserError(f"lower_bound is {self.lower_bound}; it is at least 0 and below 1.")
 
 
 class HGRN2(GatedLinearMixer):
@@ -38,10 +44,8 @@ class HGRN2(GatedLinearMixer):
     }
 
     def __init__(self, d_model: int, config: HGRN2Config, init: layers.Init):
-        if config.expand_ratio < 1 or d_model % config.expand_ratio:
+        if d_model % config.expand_ratio:
             raise UserError(f"expand_ratio {config.expand_ratio} does not divide d_model {d_model}.")
-        if not 0 <= config.lower_bound < 1:
-            raise UserError(f"lower_bound is {config.lower_bound}; it is at least 0 and below 1.")
         super().__init__(
             d_model,
             config,

@@ -13,19 +13,19 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
-from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.cache import KVCache
-from based_jax.nn.history import check_length, convolve_on, convolve_step, empty_history, time_embedding
-from based_jax.nn.mixer import Buffer, Mixer
+from based_jax.nn.cache import TokenCache
+from based_jax.nn.history import LONGEST_FILTER, check_length, convolve_on, convolve_step, empty_history, time_embedding
+from based_jax.nn.mixer import Buffer, Mixer, check_sizes
 from based_jax.ops import conv
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.dispatch import beside
 from based_jax.ops.long_conv import IMPLEMENTATIONS, fft_flops, long_conv
 
-HyenaCache = tuple[Float[Array, "B W inner"], KVCache]
+HyenaState = tuple[Float[Array, "B W inner"], TokenCache]
 
 TIME_FEATURES, SHORT_TAPS = 3, 3
+MOST_HIDDEN_LAYERS = 1000
 FAST_DECAY, SLOW_DECAY, DECAY_TARGET = 0.3, 1.5, 1e-2  # parts of l_max in which the window falls to the target
 
 
@@ -37,6 +37,11 @@ class HyenaConfig:
     filter_order: int = 64
     num_inner_mlps: int = 2
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, l_max=2, most=LONGEST_FILTER)
+        check_sizes(self, filter_order=1)
+        check_sizes(self, num_inner_mlps=0, most=MOST_HIDDEN_LAYERS)
 
 
 class Filter(nnx.Module):
@@ -100,9 +105,6 @@ class Hyena(Mixer):
     }
 
     def __init__(self, d_model: int, config: HyenaConfig, init: layers.Init):
-        for name, least in (("l_max", 2), ("filter_order", 1), ("num_inner_mlps", 0)):
-            if getattr(config, name) < least:
-                raise UserError(f"{name} is {getattr(config, name)}; it is at least {least}.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.in_proj = layers.linear(d_model, 3 * d_model, ("embed", "mlp"), init, bias=True)
         self.conv_kernel = layers.conv_parameter((SHORT_TAPS, 3 * d_model), SHORT_TAPS, rngs=init.rngs)
@@ -126,32 +128,37 @@ class Hyena(Mixer):
         y = long_conv(u, self.filter(x.shape[1]), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, u, y, gate))
 
+    @property
     @override
-    def init_cache(self, batch: int, max_len: int) -> HyenaCache:
+    def max_len(self) -> int:
+        return self.config.l_max
+
+    @override
+    def _initial_state(self, batch: int, max_len: int) -> HyenaState:
         """Return the inputs of both convolutions before the first of up to `max_len` tokens."""
         check_length(max_len, self.config.l_max)
         taps = jnp.zeros((batch, SHORT_TAPS, 3 * self.d_model), self.dtype)
         return taps, empty_history(batch, max_len, self.d_model)
 
     @override
-    def prefill(self, x: BTD, cache: HyenaCache, segment_ids: BT | None = None) -> tuple[BTD, HyenaCache]:
+    def _prefill(self, x: BTD, state: HyenaState, segment_ids: BT | None) -> tuple[BTD, HyenaState]:
         u, taps = short_conv(
             self.in_proj(x),
             self.conv_kernel[...],
             bias=self.conv_bias[...],
-            state=cache[0],
+            state=state[0],
             segment_ids=segment_ids,
             impl=self._short_impl,
         )
         u, gate = self._gated(u)
-        y, history = convolve_on(u, cache[1], self.filter(cache[1].slots), segment_ids, self.config.impl)
+        y, history = convolve_on(u, state[1], self.filter(state[1].slots), segment_ids, self.config.impl)
         return self._out(u, y, gate), (taps, history)
 
     @override
-    def step(self, x: BD, cache: HyenaCache) -> tuple[BD, HyenaCache]:
-        u, taps = short_conv_step(self.in_proj(x), self.conv_kernel[...], cache[0], bias=self.conv_bias[...])
+    def _step(self, x: BD, state: HyenaState) -> tuple[BD, HyenaState]:
+        u, taps = short_conv_step(self.in_proj(x), self.conv_kernel[...], state[0], bias=self.conv_bias[...])
         u, gate = self._gated(u)
-        y, history = convolve_step(u, cache[1], self.filter(cache[1].slots))
+        y, history = convolve_step(u, state[1], self.filter(state[1].slots))
         return self._out(u, y, gate), (taps, history)
 
     @override

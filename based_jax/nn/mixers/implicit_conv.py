@@ -8,10 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.history import time_embedding
-from based_jax.nn.mixer import Buffer
+from based_jax.nn.mixer import Buffer, check_sizes
 from based_jax.nn.mixers.long_conv import LongConv, LongConvConfig
 
 
@@ -20,6 +19,10 @@ class ImplicitConvConfig(LongConvConfig):
     """The longest sequence, and the hidden width of the filter's MLP."""
 
     hidden_dim: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sizes(self, hidden_dim=1)
 
 
 class ImplicitConv(LongConv):
@@ -41,8 +44,6 @@ class ImplicitConv(LongConv):
     }
 
     def __init__(self, d_model: int, config: ImplicitConvConfig, init: layers.Init):
-        if config.hidden_dim < 1:
-            raise UserError(f"hidden_dim is {config.hidden_dim}; it is at least 1.")
         self.hidden_dim = config.hidden_dim
         super().__init__(d_model, config, init)
 

@@ -1,6 +1,7 @@
 """Kimi delta attention: the delta rule on a state that each key channel forgets at its own rate (arXiv 2510.26692)."""
 
 import dataclasses
+import math
 from typing import ClassVar, override
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, bounded_decay, inverse_softplus_dt, softplus_decay, unit
-from based_jax.nn.mixer import Operation
+from based_jax.nn.mixer import Operation, check_positive, check_sizes
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
 
 
@@ -24,6 +25,12 @@ class KDAConfig:
     conv_size: int = 4
     lower_bound: float | None = None
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, num_heads=1, head_dim=1, conv_size=1)
+        check_positive(self, "expand_v")
+        if self.lower_bound is not None and not -math.inf < self.lower_bound < 0:
+            raise UserError(f"lower_bound is {self.lower_bound}; it is below 0, or None.")
 
 
 class KDA(GatedLinearMixer):
@@ -56,14 +63,8 @@ class KDA(GatedLinearMixer):
     }
 
     def __init__(self, d_model: int, config: KDAConfig, init: layers.Init):
-        for name in ("num_heads", "head_dim", "conv_size"):
-            if getattr(config, name) < 1:
-                raise UserError(f"{name} is {getattr(config, name)}; it is at least 1.")
-        if config.expand_v <= 0:
-            raise UserError(f"expand_v is {config.expand_v}; it is above 0.")
-        if config.lower_bound is not None and config.lower_bound >= 0:
-            raise UserError(f"lower_bound is {config.lower_bound}; it is below 0, or None.")
-        K, V, H = config.head_dim, int(config.head_dim * config.expand_v), config.num_heads
+        K, H = config.head_dim, config.num_heads
+        V = layers.scaled("expand_v", K, config.expand_v)
         super().__init__(
             d_model,
             config,

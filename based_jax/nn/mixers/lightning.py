@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, constant_decay, head_slopes
+from based_jax.nn.mixer import check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +17,9 @@ class LightningConfig:
 
     num_heads: int = 8
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, num_heads=1)
 
 
 class LightningAttention(GatedLinearMixer):

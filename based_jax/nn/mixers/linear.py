@@ -6,30 +6,42 @@ from typing import ClassVar, override
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from based_jax.config import added_later
 from based_jax.dims import BD, BHEV, BP, BPD, BT, BTD
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
-from based_jax.nn.feature_maps import FEATURE_MAPS
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.feature_maps import COSFORMER_HORIZON, FEATURE_MAPS
+from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.nn.mixers.taylor import PROJECTIONS
 from based_jax.ops import linear_attention, segments
 from based_jax.ops.linear_attention import IMPLEMENTATIONS
 
-LinearCache = tuple[BHEV, Int[Array, "B"]]
+LinearState = tuple[BHEV, Int[Array, "B"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfig:
-    """Heads, the query/key width K, and the map of `nn/feature_maps.py`; the Taylor map is mixer `taylor`."""
+    """Heads, the query/key width K, and the map of `nn/feature_maps.py`; the Taylor map is mixer `taylor`.
+
+    `horizon` is that of "cosformer": a number of tokens, or None as in zoology, the length of the sequence at hand.
+    """
 
     num_heads: int = 16
     feature_dim: int = 16
     feature_map: str = "elu"
     impl: str = "auto"
+    horizon: int | None = added_later(COSFORMER_HORIZON)
+
+    def __post_init__(self):
+        check_sizes(self, num_heads=1, feature_dim=1)
+        if self.horizon is not None and self.horizon < 1:
+            raise UserError(f"horizon is {self.horizon}; it is at least 1, or None for the length at hand.")
+        if self.feature_map not in FEATURE_MAPS:
+            raise unknown("feature map", self.feature_map, FEATURE_MAPS)
 
 
 class LinearAttention(Mixer):
-    """phi(q)^T sum_j phi(k_j) v_j over phi(q)^T sum_j phi(k_j); the cache is the state and the tokens read.
+    """phi(q)^T sum_j phi(k_j) v_j over phi(q)^T sum_j phi(k_j); the state is these sums and the tokens read.
 
     Source: HazyResearch/zoology:zoology/mixers/based.py, `Based`; arXiv 2006.16236, equation 9.
     """
@@ -45,11 +57,9 @@ class LinearAttention(Mixer):
         }
     }
 
+    REFERENCE_OPTIONS: ClassVar = {"zoology": {"horizon": None}}
+
     def __init__(self, d_model: int, config: LinearConfig, init: layers.Init):
-        if config.feature_dim < 1:
-            raise UserError(f"feature_dim is {config.feature_dim}; it is at least 1.")
-        if config.feature_map not in FEATURE_MAPS:
-            raise unknown("feature map", config.feature_map, FEATURE_MAPS)
         self.config, self.d_model = config, d_model
         self.value_dim = layers.head_dim(d_model, config.num_heads)
         features = config.num_heads * config.feature_dim
@@ -57,7 +67,9 @@ class LinearAttention(Mixer):
         self.proj_k = layers.linear(d_model, features, ("embed", "heads"), init)
         self.proj_v = layers.linear(d_model, d_model, ("embed", "heads"), init)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
-        self.feature_map = FEATURE_MAPS[config.feature_map](config.num_heads, config.feature_dim, rngs=init.rngs)
+        options = {"horizon": config.horizon} if config.feature_map == "cosformer" else {}
+        make_map = FEATURE_MAPS[config.feature_map]
+        self.feature_map = make_map(config.num_heads, config.feature_dim, **options, rngs=init.rngs)
 
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
@@ -66,27 +78,27 @@ class LinearAttention(Mixer):
         return self._out(*layers.at(positions, o))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> LinearCache:
+    def _initial_state(self, batch: int, max_len: int) -> LinearState:
+        if self.config.feature_map == "cosformer" and self.config.horizon is None:
+            raise UserError("horizon is None, the length at hand, which decoding cannot know; make it a number.")
         E = self.feature_map.expanded_dim
-        state = linear_attention.initial_state(batch, self.config.num_heads, E, self.value_dim)
-        return state, jnp.zeros(batch, jnp.int32)
+        sums = linear_attention.initial_state(batch, self.config.num_heads, E, self.value_dim)
+        return sums, jnp.zeros(batch, jnp.int32)
 
     @override
-    def prefill(self, x: BTD, cache: LinearCache, segment_ids: BT | None = None) -> tuple[BTD, LinearCache]:
-        state, length = cache
+    def _prefill(self, x: BTD, state: LinearState, segment_ids: BT | None) -> tuple[BTD, LinearState]:
+        sums, length = state
         q, k, v, length = self._project(x, length, segment_ids)
-        o, state = linear_attention.linear_attention(
-            q, k, v, state=state, segment_ids=segment_ids, impl=self.config.impl
-        )
-        return self._out(o), (state, length)
+        o, sums = linear_attention.linear_attention(q, k, v, state=sums, segment_ids=segment_ids, impl=self.config.impl)
+        return self._out(o), (sums, length)
 
     @override
-    def step(self, x: BD, cache: LinearCache) -> tuple[BD, LinearCache]:
-        state, length = cache
+    def _step(self, x: BD, state: LinearState) -> tuple[BD, LinearState]:
+        sums, length = state
         q, k, v = self._heads(x)
         q, k = self.feature_map(q, k, length)
-        o, state = linear_attention.linear_attention_step(q, k, v, state)
-        return self._out(o), (state, length + 1)
+        o, sums = linear_attention.linear_attention_step(q, k, v, sums)
+        return self._out(o), (sums, length + 1)
 
     @override
     def state_size(self, seq_len: int) -> int:

@@ -8,11 +8,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
-from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.cache import KVCache
-from based_jax.nn.history import check_length, convolve_on, convolve_step, empty_history
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.cache import TokenCache
+from based_jax.nn.history import LONGEST_FILTER, check_length, convolve_on, convolve_step, empty_history
+from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops.long_conv import IMPLEMENTATIONS, fft_flops, long_conv
 
 
@@ -22,6 +21,9 @@ class LongConvConfig:
 
     l_max: int = 2048
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, l_max=1, most=LONGEST_FILTER)
 
 
 class LongConv(Mixer):
@@ -42,8 +44,6 @@ class LongConv(Mixer):
     }
 
     def __init__(self, d_model: int, config: LongConvConfig, init: layers.Init):
-        if config.l_max < 1:
-            raise UserError(f"l_max is {config.l_max}; it is at least 1.")
         self.config, self.d_model = config, d_model
         self.projection = layers.linear(d_model, d_model, ("embed", "mlp"), init, bias=True)
         self._init_filter(init)
@@ -63,21 +63,26 @@ class LongConv(Mixer):
         y = long_conv(x, self.filter(x.shape[1]), segment_ids=segment_ids, impl=self.config.impl)
         return self._gate(*layers.at(positions, x, y))
 
+    @property
     @override
-    def init_cache(self, batch: int, max_len: int) -> KVCache:
+    def max_len(self) -> int:
+        return self.config.l_max
+
+    @override
+    def _initial_state(self, batch: int, max_len: int) -> TokenCache:
         """Return the inputs before the first of up to `max_len` tokens."""
         check_length(max_len, self.config.l_max)
         return empty_history(batch, max_len, self.d_model)
 
     @override
-    def prefill(self, x: BTD, cache: KVCache, segment_ids: BT | None = None) -> tuple[BTD, KVCache]:
-        y, cache = convolve_on(x, cache, self.filter(cache.slots), segment_ids, self.config.impl)
-        return self._gate(x, y), cache
+    def _prefill(self, x: BTD, state: TokenCache, segment_ids: BT | None) -> tuple[BTD, TokenCache]:
+        y, state = convolve_on(x, state, self.filter(state.slots), segment_ids, self.config.impl)
+        return self._gate(x, y), state
 
     @override
-    def step(self, x: BD, cache: KVCache) -> tuple[BD, KVCache]:
-        y, cache = convolve_step(x, cache, self.filter(cache.slots))
-        return self._gate(x, y), cache
+    def _step(self, x: BD, state: TokenCache) -> tuple[BD, TokenCache]:
+        y, state = convolve_step(x, state, self.filter(state.slots))
+        return self._gate(x, y), state
 
     @override
     def state_size(self, seq_len: int) -> int:

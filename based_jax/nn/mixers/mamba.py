@@ -10,10 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
-from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import inverse_softplus_dt
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops.calls import BDN
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.projection import multiply
@@ -48,12 +47,15 @@ class MambaConfig:
     dt_rank: int = 0
     impl: str = "auto"
 
+    def __post_init__(self):
+        check_sizes(self, d_state=1, d_conv=1, expand=1, dt_rank=0)
 
-class MambaCache(NamedTuple):
-    """The inputs of the convolution, and the state."""
+
+class MambaState(NamedTuple):
+    """The inputs of the convolution, and the scan's memory."""
 
     conv: Float[Array, "B W inner"]
-    state: BDN
+    memory: BDN
 
 
 class Mamba(Mixer):
@@ -68,9 +70,6 @@ class Mamba(Mixer):
     REFERENCE: ClassVar = dict.fromkeys(("mamba", "zoology"), KEYS)
 
     def __init__(self, d_model: int, config: MambaConfig, init: layers.Init):
-        for name, least in (("d_state", 1), ("d_conv", 1), ("expand", 1), ("dt_rank", 0)):
-            if getattr(config, name) < least:
-                raise UserError(f"{name} is {getattr(config, name)}; it is at least {least}.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.d_inner, self.dt_rank = config.expand * d_model, config.dt_rank or math.ceil(d_model / 16)
         self.in_proj = layers.torch_linear(d_model, 2 * self.d_inner, ("embed", "mlp"), init)
@@ -94,25 +93,25 @@ class Mamba(Mixer):
         return self._out(*layers.at(positions, x, u, y))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> MambaCache:
+    def _initial_state(self, batch: int, max_len: int) -> MambaState:
         conv = jnp.zeros((batch, self.config.d_conv, self.d_inner), self.dtype)
-        return MambaCache(conv, initial_state(batch, self.d_inner, self.config.d_state))
+        return MambaState(conv, initial_state(batch, self.d_inner, self.config.d_state))
 
     @override
-    def prefill(self, x: BTD, cache: MambaCache, segment_ids: BT | None = None) -> tuple[BTD, MambaCache]:
-        u, conv = short_conv(self._inner(x), **self._conv(), state=cache.conv, segment_ids=segment_ids)
+    def _prefill(self, x: BTD, state: MambaState, segment_ids: BT | None) -> tuple[BTD, MambaState]:
+        u, conv = short_conv(self._inner(x), **self._conv(), state=state.conv, segment_ids=segment_ids)
         dt, B, C = self._selected(u)
-        y, state = selective_scan(
-            u, dt, self._A(), B, C, state=cache.state, segment_ids=segment_ids, impl=self.config.impl
+        y, memory = selective_scan(
+            u, dt, self._A(), B, C, state=state.memory, segment_ids=segment_ids, impl=self.config.impl
         )
-        return self._out(x, u, y), MambaCache(conv, state)
+        return self._out(x, u, y), MambaState(conv, memory)
 
     @override
-    def step(self, x: BD, cache: MambaCache) -> tuple[BD, MambaCache]:
-        u, conv = short_conv_step(self._inner(x), **self._conv(), state=cache.conv)
+    def _step(self, x: BD, state: MambaState) -> tuple[BD, MambaState]:
+        u, conv = short_conv_step(self._inner(x), **self._conv(), state=state.conv)
         dt, B, C = self._selected(u)
-        y, state = selective_scan_step(u, dt, self._A(), B, C, cache.state)
-        return self._out(x, u, y), MambaCache(conv, state)
+        y, memory = selective_scan_step(u, dt, self._A(), B, C, state.memory)
+        return self._out(x, u, y), MambaState(conv, memory)
 
     @override
     def state_size(self, seq_len: int) -> int:

@@ -12,7 +12,7 @@ from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import inverse_softplus_dt
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.decays import initial_state
 from based_jax.ops.ssd import BHNP, IMPLEMENTATIONS, ssd, ssd_step
@@ -29,12 +29,15 @@ class Mamba2Config:
     ngroups: int = 1
     impl: str = "auto"
 
+    def __post_init__(self):
+        check_sizes(self, d_state=1, d_conv=1, expand=1, headdim=1, ngroups=1)
 
-class Mamba2Cache(NamedTuple):
-    """The inputs of the convolution over x, B and C, and the state (B, H, N, P)."""
+
+class Mamba2State(NamedTuple):
+    """The inputs of the convolution over x, B and C, and the scan's memory (B, H, N, P)."""
 
     conv: Float[Array, "B W channels"]
-    state: BHNP
+    memory: BHNP
 
 
 class Mamba2(Mixer):
@@ -59,9 +62,6 @@ class Mamba2(Mixer):
     }
 
     def __init__(self, d_model: int, config: Mamba2Config, init: layers.Init):
-        for name in ("d_state", "d_conv", "expand", "headdim", "ngroups"):
-            if getattr(config, name) < 1:
-                raise UserError(f"{name} is {getattr(config, name)}; it is at least 1.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.d_inner = config.expand * d_model
         if self.d_inner % config.headdim or (self.d_inner // config.headdim) % config.ngroups:
@@ -80,7 +80,7 @@ class Mamba2(Mixer):
         A = jax.random.uniform(init.rngs.params(), (self.num_heads,), minval=1.0, maxval=16.0)
         self.A_log = nnx.Param(jnp.log(A), **layers.logical_axes("heads"))
         self.D = nnx.Param(jnp.ones(self.num_heads), **layers.logical_axes("heads"))
-        self.norm = layers.rms_norm(self.d_inner, rngs=init.rngs)
+        self.norm = layers.rms_norm(self.d_inner, init.norm_eps, rngs=init.rngs)
         self.out_proj = layers.torch_linear(self.d_inner, d_model, ("mlp", "embed"), init, gain=init.depth_gain)
 
     @override
@@ -92,25 +92,25 @@ class Mamba2(Mixer):
         return self._out(*layers.at(positions, x, inputs[0], y))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> Mamba2Cache:
+    def _initial_state(self, batch: int, max_len: int) -> Mamba2State:
         conv = jnp.zeros((batch, self.config.d_conv, self.channels), self.dtype)
-        return Mamba2Cache(conv, initial_state(batch, self.num_heads, self.config.d_state, self.config.headdim))
+        return Mamba2State(conv, initial_state(batch, self.num_heads, self.config.d_state, self.config.headdim))
 
     @override
-    def prefill(self, x: BTD, cache: Mamba2Cache, segment_ids: BT | None = None) -> tuple[BTD, Mamba2Cache]:
+    def _prefill(self, x: BTD, state: Mamba2State, segment_ids: BT | None) -> tuple[BTD, Mamba2State]:
         u, dt = self._projected(x)
-        u, conv = short_conv(u, **self._conv(), state=cache.conv, segment_ids=segment_ids)
+        u, conv = short_conv(u, **self._conv(), state=state.conv, segment_ids=segment_ids)
         inputs = self._inputs(u, dt)
-        y, state = ssd(*inputs, state=cache.state, segment_ids=segment_ids, impl=self.config.impl)
-        return self._out(x, inputs[0], y), Mamba2Cache(conv, state)
+        y, memory = ssd(*inputs, state=state.memory, segment_ids=segment_ids, impl=self.config.impl)
+        return self._out(x, inputs[0], y), Mamba2State(conv, memory)
 
     @override
-    def step(self, x: BD, cache: Mamba2Cache) -> tuple[BD, Mamba2Cache]:
+    def _step(self, x: BD, state: Mamba2State) -> tuple[BD, Mamba2State]:
         u, dt = self._projected(x)
-        u, conv = short_conv_step(u, **self._conv(), state=cache.conv)
+        u, conv = short_conv_step(u, **self._conv(), state=state.conv)
         u, dt, A, B, C = self._inputs(u, dt)
-        y, state = ssd_step(u, dt, A, B, C, cache.state)
-        return self._out(x, u, y), Mamba2Cache(conv, state)
+        y, memory = ssd_step(u, dt, A, B, C, state.memory)
+        return self._out(x, u, y), Mamba2State(conv, memory)
 
     @override
     def state_size(self, seq_len: int) -> int:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from based_jax.dims import BD, BP, BPD, BT, BTD
-from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.mixer import check_sizes
 from based_jax.nn.mixers.taylor import PROJECTIONS, TaylorAttention, TaylorConfig
 from based_jax.ops import segments, taylor
 from based_jax.ops.linear_attention import encoder_state
@@ -19,6 +19,10 @@ class PrefixConfig(TaylorConfig):
     """Those of Taylor attention, and the tokens of each row's first document that are read in no order."""
 
     enc_length: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sizes(self, enc_length=0)
 
 
 class PrefixLinearAttention(TaylorAttention):
@@ -42,8 +46,6 @@ class PrefixLinearAttention(TaylorAttention):
     }
 
     def __init__(self, d_model: int, config: PrefixConfig, init: layers.Init):
-        if config.enc_length < 0:
-            raise UserError(f"enc_length is {config.enc_length}; it is at least 0.")
         super().__init__(d_model, config, init)
         self.enc_length = config.enc_length
         features = config.num_heads * config.feature_dim
@@ -64,25 +66,25 @@ class PrefixLinearAttention(TaylorAttention):
         Where `encoder_mask` (B, M) is 0, keys of the prefix become zero vectors before the feature map. As in the
         publication such a token still adds its value under the constant feature; `segment_ids` hide one wholly.
         """
-        y, _ = self._mix(x, self.init_cache(*x.shape[:2]), segment_ids, encoder_mask)
+        y, _ = self._mix(x, self._initial_state(*x.shape[:2]), segment_ids, encoder_mask)
         return layers.at(positions, y)[0]
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> Any:
+    def _initial_state(self, batch: int, max_len: int) -> Any:
         """Return the state and the tokens read before the first one."""
-        return super().init_cache(batch, max_len), jnp.zeros(batch, jnp.int32)
+        return super()._initial_state(batch, max_len), jnp.zeros(batch, jnp.int32)
 
     @override
-    def prefill(self, x: BTD, cache: Any, segment_ids: BT | None = None) -> tuple[BTD, Any]:
-        """Mix the next tokens of a sequence, those of the prefix at once, and return the cache after them."""
-        return self._mix(x, cache, segment_ids, None)
+    def _prefill(self, x: BTD, state: Any, segment_ids: BT | None) -> tuple[BTD, Any]:
+        """Mix tokens, those of the prefix at once, and return the state after them."""
+        return self._mix(x, state, segment_ids, None)
 
     @override
-    def step(self, x: BD, cache: Any) -> tuple[BD, Any]:
-        """Mix one token behind the prefix and return the cache after it."""
-        state, length = cache
-        y, state = super().step(x, state)
-        return y, (state, length + 1)
+    def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
+        """Mix one token behind the prefix and return the state after it."""
+        sums, length = state
+        y, sums = super()._step(x, sums)
+        return y, (sums, length + 1)
 
     @override
     def flops_per_token(self, seq_len: int) -> int:
@@ -90,17 +92,19 @@ class PrefixLinearAttention(TaylorAttention):
         weights = self.d_model * (self.config.num_heads * self.config.feature_dim + self.d_model)
         return super().flops_per_token(seq_len) + 2 * weights + 2 * self.state_size(seq_len)
 
-    def _mix(self, x, cache, segment_ids, encoder_mask):
-        state, length = cache
-        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        places, length = segments.positions(ids, length, x.shape[1])
+    def _mix(self, x, state, segment_ids, encoder_mask):
+        sums, length = state
+        numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segments.numbered(segment_ids)
+        places, length = segments.positions(segment_ids, length, x.shape[1])
         q, k, v = self._qkv(x)
         if self.enc_length:
             k_enc, v_enc = (layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_k_enc, self.proj_v_enc))
             if encoder_mask is not None:
                 shown = jnp.pad(encoder_mask, [(0, 0), (0, x.shape[1] - encoder_mask.shape[1])], constant_values=1)
                 k, k_enc = (key * shown[:, :, None, None].astype(key.dtype) for key in (k, k_enc))
-            prefix = (places < self.enc_length) & (ids == segments.first_id(ids)[:, None]) & (ids != 0)
-            state = state + encoder_state(taylor.taylor_features(k_enc), v_enc, prefix)
-        o, state = taylor.taylor_attention(q, k, v, state=state, segment_ids=segment_ids, impl=self.config.impl)
-        return self.out_proj(layers.merge_heads(o)), (state, length)
+            prefix = (places < self.enc_length) & (numbers == 1)
+            sums = sums + encoder_state(taylor.taylor_features(k_enc), v_enc, prefix)
+            # what goes on with a later document has no prefix
+            length = jnp.where(segments.last_id(numbers) > 1, jnp.maximum(length, self.enc_length), length)
+        o, sums = taylor.taylor_attention(q, k, v, state=sums, segment_ids=segment_ids, impl=self.config.impl)
+        return self.out_proj(layers.merge_heads(o)), (sums, length)

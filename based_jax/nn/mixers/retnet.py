@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, constant_decay, expanded
+from based_jax.nn.mixer import check_positive, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,10 @@ class RetNetConfig:
     expand_k: float = 1.0
     expand_v: float = 2.0
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, num_heads=1)
+        check_positive(self, "expand_k", "expand_v")
 
 
 class RetNet(GatedLinearMixer):

@@ -68,7 +68,7 @@ class RWKV4(TimeMix):
         return 8 * self.d_model**2 + 6 * self.d_model + 10 * self.d_model
 
     @override
-    def _initial_state(self, batch):
+    def _initial_memory(self, batch):
         return initial_state(batch, self.d_model)
 
     @override

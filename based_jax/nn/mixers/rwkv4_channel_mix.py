@@ -5,8 +5,8 @@ from typing import ClassVar, override
 
 import jax
 
-from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.mixer import check_positive
 from based_jax.nn.rwkv import ChannelMix, mix_parameter, mixed
 
 
@@ -15,6 +15,9 @@ class RWKV4ChannelMixConfig:
     """Hidden width as a multiple of D."""
 
     expand: float = 4.0
+
+    def __post_init__(self):
+        check_positive(self, "expand")
 
 
 class RWKV4ChannelMix(ChannelMix):
@@ -35,10 +38,8 @@ class RWKV4ChannelMix(ChannelMix):
     }
 
     def __init__(self, d_model: int, config: RWKV4ChannelMixConfig, init: layers.Init):
-        if config.expand <= 0:
-            raise UserError(f"expand is {config.expand}; it is above 0.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
-        self.hidden = int(config.expand * d_model)
+        self.hidden = layers.scaled("expand", d_model, config.expand)
         self.key = layers.linear(d_model, self.hidden, ("embed", "mlp"), init)
         self.receptance = layers.linear(d_model, d_model, ("embed", "mlp"), init)
         self.value = layers.linear(self.hidden, d_model, ("mlp", "embed"), init.out)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.mixer import Operation
+from based_jax.nn.mixer import Operation, check_sizes
 from based_jax.nn.rwkv import HeadNorm, TimeMix, mix_parameter, mixed
 from based_jax.ops.decays import initial_state
 from based_jax.ops.gated_linear_attention import (
@@ -27,6 +27,9 @@ class RWKV5Config:
 
     head_size: int = 64
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, head_size=1)
 
 
 class RWKV5(TimeMix):
@@ -54,7 +57,7 @@ class RWKV5(TimeMix):
     }
 
     def __init__(self, d_model: int, config: RWKV5Config, init: layers.Init):
-        if config.head_size < 1 or d_model % config.head_size:
+        if d_model % config.head_size:
             raise UserError(f"head_size {config.head_size} does not divide d_model {d_model}.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.num_heads = d_model // config.head_size
@@ -66,7 +69,7 @@ class RWKV5(TimeMix):
             nnx.Param(layers.split_heads(even, self.num_heads), **layers.logical_axes("heads", None))
             for even in (jnp.linspace(-6.0, -1.0, d_model), jnp.linspace(0.0, 0.5, d_model))
         )
-        self.norm = HeadNorm(d_model, 1e-5, rngs=init.rngs)
+        self.norm = HeadNorm(d_model, init.norm_eps, rngs=init.rngs)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
     @override
@@ -85,7 +88,7 @@ class RWKV5(TimeMix):
         return 10 * self.d_model**2 + 12 * self.d_model + 4 * self.d_model * self.config.head_size
 
     @override
-    def _initial_state(self, batch):
+    def _initial_memory(self, batch):
         return initial_state(batch, self.num_heads, self.config.head_size, self.config.head_size)
 
     @override

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import expanded
-from based_jax.nn.mixer import Operation
+from based_jax.nn.mixer import Operation, check_positive, check_sizes
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
 from based_jax.ops.decays import initial_state
 from based_jax.ops.gated_linear_attention import (
@@ -32,6 +31,10 @@ class RWKV6Config:
     proj_low_rank_dim: int = 32
     gate_low_rank_dim: int = 64
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, num_heads=1, proj_low_rank_dim=1, gate_low_rank_dim=1)
+        check_positive(self, "expand_k", "expand_v")
 
 
 class RWKV6(TimeMix):
@@ -64,9 +67,6 @@ class RWKV6(TimeMix):
     }
 
     def __init__(self, d_model: int, config: RWKV6Config, init: layers.Init):
-        for name in ("proj_low_rank_dim", "gate_low_rank_dim"):
-            if getattr(config, name) < 1:
-                raise UserError(f"{name} is {getattr(config, name)}; it is at least 1.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         H, rank = config.num_heads, 5 * config.proj_low_rank_dim
         self.key_dim = expanded("expand_k", d_model, config.expand_k, H)
@@ -81,7 +81,7 @@ class RWKV6(TimeMix):
         # as RWKV-5's; at 0 a first token has no output
         bonus = layers.split_heads(jnp.linspace(0.0, 0.5, self.key_dim), H)
         self.bonus = nnx.Param(bonus, **layers.logical_axes("heads", None))
-        self.norm = HeadNorm(self.value_dim, 1e-5, rngs=init.rngs)
+        self.norm = HeadNorm(self.value_dim, init.norm_eps, rngs=init.rngs)
         self.out_proj = layers.linear(self.value_dim, d_model, ("heads", "embed"), init.out)
 
     @override
@@ -103,7 +103,7 @@ class RWKV6(TimeMix):
         return 2 * weights + 4 * self.key_dim * self.value_dim // self.config.num_heads
 
     @override
-    def _initial_state(self, batch):
+    def _initial_memory(self, batch):
         H = self.config.num_heads
         return initial_state(batch, H, self.key_dim // H, self.value_dim // H)
 

@@ -12,7 +12,7 @@ from flax import nnx
 from based_jax.dims import BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.mixer import Buffer, Operation
+from based_jax.nn.mixer import Buffer, Operation, check_sizes
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
 from based_jax.ops.decays import initial_state
 from based_jax.ops.delta_rule import DPLR_IMPLEMENTATIONS, dplr, dplr_step
@@ -32,6 +32,9 @@ class RWKV7Config:
     v_low_rank_dim: int = 16
     value_residual: bool = False
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, head_dim=1, **dict.fromkeys(RANK_OPTIONS, 1))
 
 
 class RWKV7(TimeMix):
@@ -62,11 +65,8 @@ class RWKV7(TimeMix):
     }
 
     def __init__(self, d_model: int, config: RWKV7Config, init: layers.Init):
-        if config.head_dim < 1 or d_model % config.head_dim:
+        if d_model % config.head_dim:
             raise UserError(f"head_dim {config.head_dim} does not divide d_model {d_model}.")
-        for name in RANK_OPTIONS:
-            if getattr(config, name) < 1:
-                raise UserError(f"{name} is {getattr(config, name)}; it is at least 1.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.num_heads = d_model // config.head_dim
         self.r_proj, self.k_proj, self.v_proj = (
@@ -82,7 +82,7 @@ class RWKV7(TimeMix):
         self.k_k = nnx.Param(jnp.full(d_model, 0.85), **layers.logical_axes("heads"))
         self.k_a = nnx.Param(jnp.ones(d_model), **layers.logical_axes("heads"))
         self.r_k = nnx.Param(jnp.zeros((self.num_heads, config.head_dim)), **layers.logical_axes("heads", None))
-        self.norm = HeadNorm(d_model, config.head_dim * 1e-5, rngs=init.rngs)
+        self.norm = HeadNorm(d_model, config.head_dim * init.norm_eps, rngs=init.rngs)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
     @override
@@ -125,7 +125,7 @@ class RWKV7(TimeMix):
         return {} if self.config.value_residual else unread
 
     @override
-    def _initial_state(self, batch):
+    def _initial_memory(self, batch):
         return initial_state(batch, self.num_heads, self.config.head_dim, self.config.head_dim)
 
     @override

@@ -5,8 +5,8 @@ from typing import ClassVar, override
 
 import jax
 
-from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.mixer import check_positive
 from based_jax.nn.rwkv import ChannelMix, mix_parameter
 
 
@@ -15,6 +15,9 @@ class RWKV7ChannelMixConfig:
     """Hidden width as a multiple of D."""
 
     expand: float = 4.0
+
+    def __post_init__(self):
+        check_positive(self, "expand")
 
 
 class RWKV7ChannelMix(ChannelMix):
@@ -27,10 +30,8 @@ class RWKV7ChannelMix(ChannelMix):
     Config: ClassVar = RWKV7ChannelMixConfig
 
     def __init__(self, d_model: int, config: RWKV7ChannelMixConfig, init: layers.Init):
-        if config.expand <= 0:
-            raise UserError(f"expand is {config.expand}; it is above 0.")
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
-        self.hidden = int(config.expand * d_model)
+        self.hidden = layers.scaled("expand", d_model, config.expand)
         self.key = layers.linear(d_model, self.hidden, ("embed", "mlp"), init)
         self.value = layers.linear(self.hidden, d_model, ("mlp", "embed"), init.out)
         self.mix = mix_parameter(1, d_model)

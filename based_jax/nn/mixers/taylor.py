@@ -6,7 +6,7 @@ from typing import ClassVar, override
 from based_jax.dims import BD, BHEV, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.mixer import Mixer
+from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops import taylor
 
 PROJECTIONS = {f"proj_{name}/kernel": f"proj_{name}.weight" for name in "qkv"}
@@ -19,6 +19,11 @@ class TaylorConfig:
     num_heads: int = 16
     feature_dim: int = 16
     impl: str = "auto"
+
+    def __post_init__(self):
+        check_sizes(self, num_heads=1)
+        if not 1 <= self.feature_dim <= 32:
+            raise UserError(f"feature_dim is {self.feature_dim}; Taylor attention takes 1 to 32.")
 
 
 class TaylorAttention(Mixer):
@@ -35,8 +40,6 @@ class TaylorAttention(Mixer):
     }
 
     def __init__(self, d_model: int, config: TaylorConfig, init: layers.Init):
-        if not 1 <= config.feature_dim <= 32:
-            raise UserError(f"feature_dim is {config.feature_dim}; Taylor attention takes 1 to 32.")
         self.config, self.d_model = config, d_model
         self.value_dim = layers.head_dim(d_model, config.num_heads)
         features = config.num_heads * config.feature_dim
@@ -51,19 +54,19 @@ class TaylorAttention(Mixer):
         return self._out(*layers.at(positions, o))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> BHEV:
+    def _initial_state(self, batch: int, max_len: int) -> BHEV:
         return taylor.initial_state(batch, self.config.num_heads, self.config.feature_dim, self.value_dim)
 
     @override
-    def prefill(self, x: BTD, cache: BHEV, segment_ids: BT | None = None) -> tuple[BTD, BHEV]:
-        o, cache = taylor.taylor_attention(*self._qkv(x), state=cache, segment_ids=segment_ids, impl=self.config.impl)
-        return self._out(o), cache
+    def _prefill(self, x: BTD, state: BHEV, segment_ids: BT | None) -> tuple[BTD, BHEV]:
+        o, state = taylor.taylor_attention(*self._qkv(x), state=state, segment_ids=segment_ids, impl=self.config.impl)
+        return self._out(o), state
 
     @override
-    def step(self, x: BD, cache: BHEV) -> tuple[BD, BHEV]:
+    def _step(self, x: BD, state: BHEV) -> tuple[BD, BHEV]:
         q, k, v = self._qkv(x)
-        o, cache = taylor.taylor_attention_step(q, k, v, cache)
-        return self._out(o), cache
+        o, state = taylor.taylor_attention_step(q, k, v, state)
+        return self._out(o), state
 
     @override
     def state_size(self, seq_len: int) -> int:

@@ -5,12 +5,12 @@ from typing import ClassVar, override
 
 import jax.numpy as jnp
 
-from based_jax.dims import BP, BPD, BT, BTD
-from based_jax.errors import UserError
+from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.nn import layers
-from based_jax.nn.cache import KVCache
+from based_jax.nn.cache import TokenCache
+from based_jax.nn.mixer import check_sizes
 from based_jax.nn.mixers import attention
-from based_jax.ops import window_attention
+from based_jax.ops import segments, window_attention
 from based_jax.ops.softmax import WINDOW_ATTENTION
 
 
@@ -23,6 +23,10 @@ class WindowConfig(attention.AttentionConfig):
 
     rotary_fraction: float = 1.0
     window: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sizes(self, window=1)
 
 
 class WindowAttention(attention.Attention):
@@ -38,36 +42,40 @@ class WindowAttention(attention.Attention):
     config: WindowConfig
 
     def __init__(self, d_model: int, config: WindowConfig, init: layers.Init):
-        if config.window < 1:
-            raise UserError(f"window is {config.window}; it counts the query's own key, so it is at least 1.")
         super().__init__(d_model, config, init)
 
     @override
     def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
-        q, k, v = self.rotated_qkv(x, 0)
+        q, k, v = self.rotated_qkv(x, jnp.zeros(1, jnp.int32), segment_ids)
         k, v = self.for_each_query(k), self.for_each_query(v)
         o = window_attention(q, k, v, window=self.config.window, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o))
 
     @override
-    def init_cache(self, batch: int, max_len: int) -> KVCache:
+    def _initial_state(self, batch: int, max_len: int) -> TokenCache:
         """Return an empty ring of `window` slots."""
-        return KVCache.empty(batch, self.config.window, self.kv_heads, self.head_dim, self.dtype)
+        return super()._initial_state(batch, self.config.window)
 
     @override
-    def prefill(self, x: BTD, cache: KVCache, segment_ids: BT | None = None) -> tuple[BTD, KVCache]:
-        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        q, k, v = self.rotated_qkv(x, cache.length)
-        past = cache.in_order()
+    def _prefill(self, x: BTD, state: TokenCache, segment_ids: BT | None) -> tuple[BTD, TokenCache]:
+        q, k, v = self.rotated_qkv(x, state.length, segment_ids)
+        past, there = state.in_order()
+        numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segments.numbered(segment_ids)
+        keys, values = (self.for_each_query(jnp.concatenate(both, axis=1)) for both in zip(past, (k, v), strict=True))
         o = window_attention(
-            jnp.concatenate([jnp.zeros((q.shape[0], cache.slots, *q.shape[2:]), q.dtype), q], axis=1),
-            self.for_each_query(jnp.concatenate([past.k, k], axis=1)),
-            self.for_each_query(jnp.concatenate([past.v, v], axis=1)),
+            jnp.pad(q, [(0, 0), (state.slots, 0), (0, 0), (0, 0)]),
+            keys,
+            values,
             window=self.config.window,
-            segment_ids=jnp.concatenate([cache.past_ids(ids), ids], axis=1),
+            segment_ids=jnp.concatenate([there.astype(numbers.dtype), numbers], axis=1),
             impl=self.config.impl,
         )
-        return self._out(o[:, cache.slots :]), cache.extend(k, v, ids)
+        return self._out(o[:, state.slots :]), state.extend((k, v), segment_ids)
+
+    @override
+    def _step(self, x: BD, state: TokenCache) -> tuple[BD, TokenCache]:
+        o, state = self.read_token(x, state)
+        return self._out(o), state
 
     @override
     def state_size(self, seq_len: int) -> int:

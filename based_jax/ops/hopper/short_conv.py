@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from based_jax.dims import BT, BTD
-from based_jax.ops import sharded
+from based_jax.ops import segments, sharded
 from based_jax.ops.calls import GatedConvCall, ShortConvCall
 from based_jax.ops.hopper import limits
 
@@ -62,8 +62,12 @@ def convolve(call: ShortConvCall | GatedConvCall, *, gated: bool, silu: bool, wi
         part = call._replace(x=x, kernel=kernel, bias=bias, state=state, segment_ids=ids)
         return _grouped(_on_device((gated, silu), with_state, part))
 
-    arguments = *map(_grouped, (call.x, call.kernel, call.bias, call.state)), call.segment_ids
-    return _joined(sharded.per_shard(on_device, arguments, names, (wide,)))
+    def on_mesh(call: ShortConvCall | GatedConvCall) -> BTD:
+        arguments = *map(_grouped, (call.x, call.kernel, call.bias, call.state)), call.segment_ids
+        return _joined(sharded.per_shard(on_device, arguments, names, (wide,)))
+
+    # A state is that of the first places, where padding may stand.
+    return on_mesh(call) if call.state is None else segments.without_padding(on_mesh, "x")(call)
 
 
 def _grouped(x: Array | None) -> Any:

@@ -1,5 +1,5 @@
 "use strict";
-// Drawing: SVG elements, axes, markers, and the two small charts of a chosen point.
+// Drawing: SVG elements, markers, and the two small charts of a chosen point.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -29,6 +29,7 @@ const OUTLINES = {
   down: "M0 1.15L1.1-.85H-1.1Z",
   diamond: "M0-1.25L1.25 0L0 1.25L-1.25 0Z",
   plus: "M-.4-1.1H.4V-.4H1.1V.4H.4V1.1H-.4V.4H-1.1V-.4H-.4Z",
+  lost: "M-.9-.9L.9 .9M.9-.9L-.9 .9",
   cross: "M-1.05-.5L-.5-1.05L0-.55L.5-1.05L1.05-.5L.55 0L1.05 .5L.5 1.05L0 .55L-.5 1.05L-1.05 .5L-.55 0Z",
 };
 
@@ -42,66 +43,24 @@ function mark(parent, shape, x, y, radius, attributes) {
 function swatch(parent, family) {
   const svg = draw(parent, "svg", { width: 12, height: 12, "aria-hidden": "true" });
   mark(svg, family.marker, 6, 6, 4.5, { fill: family.colour });
-}
-
-/** Return bytes as text: "39,780 B" is exact, "38.8 KiB" is short. */
-function short(bytes) {
-  for (const [unit, size] of [["MiB", 2 ** 20], ["KiB", 2 ** 10]]) {
-    if (bytes >= size) return `${Number((bytes / size).toPrecision(3))} ${unit}`;
-  }
-  return `${bytes} B`;
-}
-
-/** Return a learning rate in few characters. */
-function rate(lr) {
-  return lr.toExponential(Number.isInteger(Number(lr.toExponential().split("e")[0])) ? 0 : 1);
-}
-
-/** Return at most `most` of the values, evenly taken, the first one always. */
-function thinned(values, most) {
-  const step = Math.ceil(values.length / most);
-  return values.filter((_, i) => i % step === 0);
-}
-
-/** Return ticks and a function from bytes to pixels. */
-function byteScale(bytes, from, to, linear) {
-  if (linear) {
-    const top = Math.max(...bytes) * 1.04;
-    const unit = 2 ** Math.floor(Math.log2(top / 4));
-    const ticks = thinned(Array.from({ length: Math.floor(top / unit) + 1 }, (_, i) => i * unit), (to - from) / 75);
-    return { ticks, place: (x) => from + ((to - from) * x) / top };
-  }
-  const low = Math.log2(Math.min(...bytes)) - 0.4;
-  const high = Math.log2(Math.max(...bytes)) + 0.4;
-  const powers = [];
-  for (let n = Math.ceil(low); n <= high; n++) powers.push(2 ** n);
-  const place = (x) => from + ((to - from) * (Math.log2(x) - low)) / (high - low);
-  return { ticks: thinned(powers, (to - from) / 65), place };
-}
-
-const LEAST_ERROR = 1e-3;
-
-/** Return [value, text] ticks and a function from accuracy to pixels. */
-function accuracyScale(bottom, top, errors) {
-  if (!errors) {
-    const ticks = [0, 0.2, 0.4, 0.6, 0.8, 1].map((y) => [y, y.toFixed(1)]);
-    return { ticks, place: (y) => bottom + (top - bottom) * y };
-  }
-  const depth = -Math.log10(LEAST_ERROR);
-  const ticks = [0, 0.5, 0.9, 0.95, 0.99, 0.995, 0.999].map((y) => [y, y === 0.999 ? "≥ .999" : String(y)]);
-  const place = (y) => bottom + ((top - bottom) * -Math.log10(Math.max(1 - y, LEAST_ERROR))) / depth;
-  return { ticks, place };
+  return svg;
 }
 
 /** Return the points that none of as few bytes or fewer beats, by bytes. */
 function front(points, bytes) {
-  const sorted = [...points].sort((a, b) => bytes(a) - bytes(b) || b.accuracy - a.accuracy);
+  const known = points.filter((point) => point.accuracy !== null);
+  const sorted = known.sort((a, b) => bytes(a) - bytes(b) || b.accuracy - a.accuracy);
   let best = -1;
   return sorted.filter((point) => {
     const better = point.accuracy > best;
     best = Math.max(best, point.accuracy);
     return better;
   });
+}
+
+/** Return an accuracy in words: that of a run whose numbers were lost is none. */
+function told(accuracy, digits = 3) {
+  return accuracy === null ? "diverged" : accuracy.toFixed(digits);
 }
 
 function median(values) {
@@ -126,13 +85,15 @@ function rateChart(parent, point, family) {
   }
   const shown = thinned(rates, 4);
   for (const lr of shown) draw(svg, "text", { x: x(lr), y: height - 5, "text-anchor": "middle" }, rate(lr));
-  const line = rates.map((lr) => [x(lr), y(median(point.runs.filter((run) => run[0] === lr).map((run) => run[1])))]);
+  const known = point.runs.filter(([, accuracy]) => accuracy !== null);
+  const whole = rates.filter((lr) => known.some((run) => run[0] === lr));
+  const line = whole.map((lr) => [x(lr), y(median(known.filter((run) => run[0] === lr).map((run) => run[1])))]);
   draw(svg, "polyline", { class: "curve", points: line.join(" "), stroke: family.colour });
   for (const [lr, accuracy, seed, status] of point.runs) {
-    const lost = status === "diverged";
-    const dot = { fill: lost ? "none" : family.colour, stroke: family.colour };
-    const circle = draw(svg, "circle", { class: "run", cx: x(lr), cy: y(accuracy), r: 3, ...dot });
-    draw(circle, "title", {}, `lr ${rate(lr)}, seed ${seed}: ${accuracy.toFixed(3)} ${status}`);
+    const group = draw(svg, "g", { class: "run" });
+    if (accuracy === null) mark(group, "lost", x(lr), bottom, 3.5, { class: "lost", stroke: family.colour });
+    else draw(group, "circle", { cx: x(lr), cy: y(accuracy), r: 3, fill: family.colour });
+    draw(group, "title", {}, `lr ${rate(lr)}, seed ${seed}: ${told(accuracy)} ${accuracy === null ? "" : status}`.trim());
   }
 }
 

@@ -6,24 +6,24 @@ const at = (id) => document.getElementById(id);
 const familyOf = Object.fromEntries(data.families.map((family) => [family.name, family]));
 const hidden = new Set();
 let chosen = null;
-let order = { key: "bytes", up: true };
 
 const bytes = (point) => point.bytes[at("convolution").checked ? 1 : 0];
 const visible = (points) => points.filter((point) => !hidden.has(point.family));
 const shownPublished = () => (at("published").checked ? visible(data.published) : []);
 
+const count = (value) => (value ?? null)?.toLocaleString("en") ?? "-";
 const COLUMNS = [
-  ["family", "mixer", (p) => p.family],
-  ["label", "configuration", (p) => p.label],
-  ["bytes", "state bytes", (p) => bytes(p).toLocaleString("en")],
-  ["accuracy", "accuracy", (p) => p.accuracy.toFixed(4)],
-  ["low", "min", (p) => p.low.toFixed(4)],
-  ["high", "max", (p) => p.high.toFixed(4)],
-  ["seeds", "seeds", (p) => p.seeds],
-  ["lr", "best lr", (p) => rate(p.lr)],
-  ["params", "parameters", (p) => (p.params ?? 0).toLocaleString("en")],
-];
-const WORDS = ["family", "label"];
+  { key: "family", name: "mixer", text: (p) => p.family, words: true },
+  { key: "label", name: "configuration", text: () => "", words: true },
+  { key: "bytes", name: "state bytes", value: bytes, text: (p) => count(bytes(p)), rises: true },
+  { key: "accuracy", name: "accuracy", text: (p) => told(p.accuracy, 4) },
+  { key: "low", name: "min", text: (p) => told(p.low, 4) },
+  { key: "high", name: "max", text: (p) => told(p.high, 4) },
+  { key: "seeds", name: "seeds", text: (p) => p.seeds },
+  { key: "lost", name: "diverged runs", text: (p) => p.lost },
+  { key: "lr", name: "best lr", text: (p) => rate(p.lr) },
+  { key: "params", name: "parameters", text: (p) => count(p.params) },
+].map((column) => ({ value: (p) => p[column.key] ?? null, ...column }));
 
 /** Make the check boxes and the buttons. */
 function makeControls() {
@@ -56,72 +56,80 @@ function refresh() {
 
 /** Draw the frontier as wide as there is room. */
 function drawChart() {
-  const svg = at("chart");
   const width = Math.max(300, at("frontier").clientWidth);
   const height = Math.max(320, Math.min(560, width * 0.62));
-  const [left, right, top, bottom] = [52, width - 12, 10, height - 48];
-  svg.replaceChildren();
-  for (const [key, value] of Object.entries({ width, height, viewBox: `0 0 ${width} ${height}` })) {
-    svg.setAttribute(key, value);
-  }
   // The axes follow the data, not the filter: a picture that jumps with each check box cannot be compared.
   const all = [...data.points, ...(at("published").checked ? data.published : [])];
-  const x = byteScale(all.map(bytes), left, right, at("linear").checked);
-  const y = accuracyScale(bottom, top, at("errors").checked);
-  drawAxes(svg, x, y, { left, right, top, bottom, height });
-  for (const point of shownPublished()) drawPublished(svg, point, x.place(bytes(point)), y.place(point.accuracy));
-  for (const family of data.families) drawFamily(svg, family, x.place, y.place);
+  const axes = chart.axes({ width, height }, byteAxis(all.map(bytes)), accuracyAxis());
+  for (const point of shownPublished()) if (isInside(axes, point)) drawPublished(axes, point);
+  for (const family of data.families) drawFamily(axes, family);
+  at("zoom").querySelector(".reset").disabled = !chart.zoomed;
 }
 
-function drawAxes(svg, x, y, { left, right, top, bottom, height }) {
-  for (const tick of x.ticks) {
-    draw(svg, "line", { class: "grid", x1: x.place(tick), x2: x.place(tick), y1: top, y2: bottom });
-    draw(svg, "text", { x: x.place(tick), y: bottom + 20, "text-anchor": "middle" }, short(tick));
-  }
-  for (const [value, text] of y.ticks) {
-    draw(svg, "line", { class: "grid", x1: left, x2: right, y1: y.place(value), y2: y.place(value) });
-    draw(svg, "text", { x: left - 7, y: y.place(value) + 4, "text-anchor": "end" }, text);
-  }
-  draw(svg, "text", { x: (left + right) / 2, y: height - 8, "text-anchor": "middle" }, "state of one sequence, fp32");
+function byteAxis(sizes) {
+  const label = "state of one sequence, fp32";
+  const [low, high] = [Math.min(...sizes), Math.max(...sizes)];
+  if (at("linear").checked) return { kind: "bytes", ends: [0, high * 1.04], label };
+  return { kind: "log2bytes", ends: [Math.log2(low) - 0.4, Math.log2(high) + 0.4], label };
 }
 
-function drawPublished(svg, point, x, y) {
-  const group = drawGroup(svg, point, x, y, "published");
-  mark(group, point.marker, x, y, 4.5, { class: "hollow", stroke: familyOf[point.family].colour });
+/** Return the axis of accuracies; where points diverged there is room for them below 0. */
+function accuracyAxis() {
+  const low = data.points.some((point) => point.lostSeeds) ? -0.06 : 0;
+  if (!at("errors").checked) return { kind: "accuracy", ends: [low, 1], label: "accuracy, mean over tests" };
+  return { kind: "errors", ends: [3 * low, depth(1)], label: "accuracy, by log of error" };
+}
+
+function isInside(axes, point) {
+  return axes.x.shown(bytes(point)) && (point.accuracy === null || axes.y.shown(point.accuracy));
+}
+
+function drawPublished(axes, point) {
+  const place = [axes.x.place(bytes(point)), axes.y.place(point.accuracy)];
+  const group = drawGroup(axes.marks, point, ...place, "published");
+  mark(group, point.marker, ...place, 4.5, { class: "hollow", stroke: familyOf[point.family].colour });
 }
 
 /** Draw what marks and tells a point, and let pointer and keys choose it. */
-function drawGroup(svg, point, x, y, kind) {
+function drawGroup(parent, point, x, y, kind) {
   const words = [point.family, point.label, point.source && "published"].filter(Boolean).join(", ");
-  const name = `${words}: ${short(bytes(point))}, accuracy ${point.accuracy.toFixed(3)}`;
-  const group = draw(svg, "g", { class: kind, tabindex: -1, role: "button", "aria-label": name });
+  const value = point.accuracy === null ? "diverged" : `accuracy ${told(point.accuracy)}`;
+  const name = `${words}: ${short(bytes(point))}, ${value}`;
+  const group = draw(parent, "g", { class: kind, tabindex: -1, role: "button", "aria-label": name });
   group.point = point;
   draw(group, "circle", { class: "ring", cx: x, cy: y, r: 9 });
   for (const event of ["pointerenter", "focus", "click"]) group.addEventListener(event, () => choose(point));
   return group;
 }
 
-/** Draw a family's front, then its points, each with its range over seeds and a generous area to hit. */
-function drawFamily(svg, family, x, y) {
+/** Draw a family's front, then its points. */
+function drawFamily(axes, family) {
   const points = visible(data.points).filter((point) => point.family === family.name);
-  const line = front(points, bytes).map((point) => [x(bytes(point)), y(point.accuracy)]);
-  if (line.length > 1) draw(svg, "polyline", { class: "front", points: line.join(" "), stroke: family.colour });
-  for (const point of points) {
-    const place = [x(bytes(point)), y(point.accuracy)];
-    const group = drawGroup(svg, point, ...place, "point");
-    if (point.seeds > 1) {
-      const ends = { x1: place[0], x2: place[0], y1: y(point.low), y2: y(point.high) };
-      draw(group, "line", { class: "span", stroke: family.colour, ...ends });
-    }
-    mark(group, family.marker, ...place, 5, { class: "mark", fill: family.colour });
-    draw(group, "circle", { class: "hit", cx: place[0], cy: place[1], r: 10 });
+  const line = front(points, bytes).map((point) => [axes.x.place(bytes(point)), axes.y.place(point.accuracy)]);
+  const form = { class: "front", points: line.join(" "), stroke: family.colour };
+  if (line.length > 1) draw(axes.lines, "polyline", form);
+  for (const point of points) if (isInside(axes, point)) drawPoint(axes, point, family);
+}
+
+/** Draw a point with its range over seeds and a generous area to hit; what diverged is marked at the lower edge. */
+function drawPoint(axes, point, family) {
+  const [x, edge] = [axes.x.place(bytes(point)), chart.frame.bottom];
+  const y = point.accuracy === null ? edge : axes.y.place(point.accuracy);
+  const group = drawGroup(axes.marks, point, x, y, "point");
+  if (point.accuracy !== null && point.seeds > 1) {
+    const ends = { x1: x, x2: x, y1: axes.y.place(point.low), y2: axes.y.place(point.high) };
+    draw(group, "line", { class: "span", stroke: family.colour, ...ends });
   }
+  if (point.lostSeeds) mark(group, "lost", x, edge, 4.5, { class: "lost", stroke: family.colour });
+  if (point.accuracy !== null) mark(group, family.marker, x, y, 5, { class: "mark", fill: family.colour });
+  draw(group, "circle", { class: "hit", cx: x, cy: y, r: 10 });
 }
 
 /** Return the groups of all points that are shown, by bytes. */
 function groups() {
   const found = [...at("chart").querySelectorAll(".point, .published")];
-  return found.sort((a, b) => bytes(a.point) - bytes(b.point) || a.point.accuracy - b.point.accuracy);
+  const height = (group) => group.point.accuracy ?? -1;
+  return found.sort((a, b) => bytes(a.point) - bytes(b.point) || height(a) - height(b));
 }
 
 /** Move from point to point with the arrow keys: the chart is one stop of the Tab key. */
@@ -168,7 +176,7 @@ function facts(pairs) {
 function showPublished(point) {
   put(at("details"), "h2", `${point.family} ${point.label}`);
   const size = `${bytes(point).toLocaleString("en")} bytes`;
-  facts([["state", size], ["accuracy", point.accuracy.toFixed(3)], ["published", point.source]]);
+  facts([["state", size], ["accuracy", told(point.accuracy)], ["published", point.source]]);
 }
 
 function showPoint(point) {
@@ -176,13 +184,14 @@ function showPoint(point) {
   put(panel, "h2", `${point.family} ${point.label}`);
   const layers = put(panel, "ol", "", { "aria-label": "layers" });
   for (const layer of point.layers) put(layers, "li", layer);
-  const spread = point.seeds > 1 ? ` (${point.low.toFixed(3)} to ${point.high.toFixed(3)}, ${point.seeds} seeds)` : "";
+  const spread = point.seeds > 1 ? ` (${told(point.low)} to ${told(point.high)}, ${point.seeds} seeds)` : "";
   facts([
-    ["accuracy", point.accuracy.toFixed(3) + spread],
+    ["accuracy", told(point.accuracy) + spread],
+    ...(point.lost ? [["diverged", `${point.lost} of ${point.runs.length} runs`]] : []),
     ["state", `${bytes(point).toLocaleString("en")} bytes`],
-    ["whole cache", `${(point.state_bytes ?? 0).toLocaleString("en")} bytes`],
-    ["parameters", (point.params ?? 0).toLocaleString("en")],
-    [point.status, `after ${(point.steps ?? 0).toLocaleString("en")} steps`],
+    ["whole cache", `${count(point.state_bytes)} bytes`],
+    ["parameters", count(point.params)],
+    [point.status, `after ${count(point.steps)} steps`],
     ["all runs", `${Math.round(point.seconds).toLocaleString("en")} s`],
     ...(point.settings.length ? [["settings", point.settings.join(", ")]] : []),
     ["row", `${point.id} (${point.sweep})`],
@@ -193,51 +202,20 @@ function showPoint(point) {
   segmentBars(panel, point, family);
 }
 
-/** Make the table's head: a button in each column sorts by it. */
-function makeTable() {
-  const row = put(at("table").tHead, "tr");
-  for (const [key, name] of COLUMNS) {
-    const head = put(row, "th", "", { scope: "col", class: WORDS.includes(key) ? "words" : "" });
-    head.key = key;
-    put(head, "button", name, { type: "button" }).addEventListener("click", () => sortBy(key));
-  }
-}
-
-function sortBy(key) {
-  order = { key, up: order.key === key ? !order.up : WORDS.includes(key) || key === "bytes" };
-  fillTable();
-  showChosen();
-}
-
-function compare(a, b) {
-  const value = (point) => (order.key === "bytes" ? bytes(point) : point[order.key]);
-  const [left, right] = order.up ? [value(a), value(b)] : [value(b), value(a)];
-  return typeof left === "string" ? left.localeCompare(right, "en", { numeric: true }) : left - right;
-}
-
 function fillTable() {
-  const points = visible(data.points).sort(compare);
-  for (const head of at("table").tHead.rows[0].cells) {
-    if (head.key !== order.key) head.removeAttribute("aria-sort");
-    else head.setAttribute("aria-sort", order.up ? "ascending" : "descending");
-    head.firstChild.textContent = COLUMNS.find(([key]) => key === head.key)[1];
-    if (head.key === order.key) head.firstChild.textContent += order.up ? " ▲" : " ▼";
-  }
-  at("table").tBodies[0].replaceChildren(...points.map(tableRow));
+  const points = visible(data.points);
+  table.fill(points);
   at("count").textContent = `${points.length} of ${data.points.length}`;
 }
 
-function tableRow(point) {
-  const row = document.createElement("tr");
+/** Add to a row of the table its marker, and let pointer and keys choose its point. */
+function dressRow(row, point) {
   row.point = point;
-  for (const [key, , text] of COLUMNS) {
-    const cell = put(row, "td", "", { class: WORDS.includes(key) ? "words" : "" });
-    if (key === "family") swatch(cell, familyOf[point.family]);
-    if (key === "label") put(cell, "button", text(point), { type: "button" });
-    else cell.append(text(point));
-  }
+  const [family, label] = row.cells;
+  family.prepend(swatch(family, familyOf[point.family]));
+  put(label, "button", point.label, { type: "button" });
   for (const event of ["pointerenter", "focusin", "click"]) row.addEventListener(event, () => choose(point));
-  return row;
+  row.classList.toggle("chosen", point === chosen);
 }
 
 /** Say what the numbers are, and what made them. */
@@ -245,8 +223,11 @@ function describe() {
   const { runs, device, versions, revision, command } = data.made;
   const tokens = data.tokens.map((count) => count.toLocaleString("en")).join(" or ");
   const sources = data.sources.map((source) => `${source.marker}: ${source.name}`);
+  const lost = data.points.reduce((sum, point) => sum + point.lost, 0);
+  const diverged = lost ? ` ${lost} of the runs diverged and count as no accuracy (marked × at the lower edge).` : "";
   at("summary").textContent =
-    `${data.points.length} configurations from ${runs} runs: the best learning rate of each seed, then the median over seeds.`;
+    `${data.points.length} configurations from ${runs} runs: the best learning rate of each seed, then the median over ` +
+    `seeds.${diverged}`;
   at("caption").textContent =
     `Accuracy, mean over all test segments, against bytes of state after ${tokens} tokens; lines: no smaller state does ` +
     "better; bars: lowest to highest seed" +
@@ -257,8 +238,13 @@ function describe() {
   }
 }
 
+const chart = new Chart(at("chart"), () => {
+  drawChart();
+  showChosen();
+});
+zoomButtons(at("zoom"), (factor) => chart.zoom(factor, MIDDLE), () => chart.reset());
+const table = new SortableTable(at("table"), COLUMNS, { key: "bytes", up: true }, dressRow);
 makeControls();
-makeTable();
 describe();
 refresh();
 at("chart").addEventListener("keydown", onKey);

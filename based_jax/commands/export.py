@@ -1,0 +1,44 @@
+"""Write the trained parameters of a run for other programs: safetensors, Orbax, or the released layout.
+
+examples:
+  python -m based_jax export runs/text --hf=released/text
+  python -m based_jax export runs/text --orbax=exported/text --safetensors=exported/text.safetensors --step=1000
+"""
+
+import argparse
+
+from based_jax.errors import UserError
+
+TARGETS = {
+    "hf": ("DIR", "folder in the released layout, config.json and safetensors, for Based and attention models"),
+    "orbax": ("DIR", "folder that plain Orbax reads: parameters alone, by their flat names"),
+    "safetensors": ("FILE", "file of safetensors: parameters alone, by their flat names"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("run", metavar="RUN", help="workdir of a run")
+    parser.add_argument("--step", type=int, help="checkpoint to export (default: the last good one)")
+    for name, (metavar, what) in TARGETS.items():
+        parser.add_argument(f"--{name}", metavar=metavar, help=f"{what}; new or empty")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write each target and say what is in it."""
+    from based_jax.convert import save_hf, save_orbax, save_safetensors
+    from based_jax.convert.folders import check_free, local
+    from based_jax.train.run import load_run
+    from based_jax.train.tasks import TextTask
+
+    writers = {"hf": save_hf, "orbax": save_orbax, "safetensors": save_safetensors}
+    targets = {name: getattr(args, name) for name in TARGETS if getattr(args, name) is not None}
+    if not targets:
+        raise UserError("Nothing to write; give --hf=DIR, --orbax=DIR or --safetensors=FILE.")
+    for target in targets.values():
+        check_free(local(target))
+    config, step, model = load_run(args.run, args.step)
+    tokenizer = config.data.tokenizer if isinstance(config.data, TextTask) else None
+    for name, target in targets.items():
+        writers[name](model, target, tokenizer=tokenizer)
+        print(f"Wrote {model.num_params():,} parameters of step {step} to '{target}'.")

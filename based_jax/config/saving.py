@@ -1,0 +1,117 @@
+"""A resolved config as JSON: its values, its name, and the config.json of a workdir."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from based_jax.config.checks import build, plain
+from based_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+MAX_DIFFERENCES_SHOWN = 3
+ADDED_LATER = "added later"
+"""Marks a dataclass field that `to_dict` leaves out while it has its default."""
+
+
+def added_later[T](default: T) -> T:
+    """Return the field of a dataclass that has been written into rows and runs without it, with this default.
+
+    `to_dict` leaves it out while it has the default, and so do `config_id` and config.json: what was written before
+    keeps its name and its values. All fields that are added to a config or to a mixer's options are of this kind.
+    """
+    return dataclasses.field(default=default, metadata={ADDED_LATER: True})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a dataclass, or a mapping, as nested dicts and lists that JSON can hold.
+
+    All values of a dataclass are there but those of fields that were `added_later` and have their default.
+    """
+    values = plain(config) if isinstance(config, Mapping | ConfigDict) else _written(config)
+    return json.loads(json.dumps(values))
+
+
+def config_id(config: Any) -> str:
+    """Return 12 hexadecimal digits that name a resolved config: equal values give equal ids."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def save(config: Any, workdir: str | os.PathLike) -> None:
+    """Write the resolved config as config.json into a workdir, whole or not at all."""
+    path = Path(workdir) / CONFIG_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    part.replace(path)
+
+
+def read[T](cls: type[T], workdir: str | os.PathLike) -> T:
+    """Return the config that `save` wrote, of the dataclass `cls`; a key that is newer than the file has its default.
+
+    Raises:
+      UserError: there is no config.json, it is damaged, or it holds a key or a value that no longer exists.
+    """
+    path = Path(workdir) / CONFIG_FILE
+    try:
+        values = dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"'{workdir}' is no run: it has no {CONFIG_FILE}.") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"'{path}' is no config ({error}); choose another workdir, or restore this file.") from None
+    try:
+        return build(cls, values)
+    except UserError as error:
+        raise UserError(f"'{path}' does not fit this version of based_jax: {error}") from None
+
+
+def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = ()) -> None:
+    """Check that a workdir is new, or that its config.json comes to the resolved config.
+
+    Args:
+      config: the resolved config of this run, a dataclass.
+      workdir: where the run writes.
+      free: dotted keys, or sections, that may differ.
+
+    Raises:
+      UserError: another config made the workdir, or as `read`.
+    """
+    if not (Path(workdir) / CONFIG_FILE).exists():
+        return
+    old, new = (flatten_dict(to_dict(x), sep=".") for x in (read(type(config), workdir), config))
+    keys = [key for key in sorted(old | new) if _shown(old, key) != _shown(new, key) and not _under(key, free)]
+    if keys:
+        shown = [
+            f"{key} is {_shown(old, key)} there and {_shown(new, key)} here" for key in keys[:MAX_DIFFERENCES_SHOWN]
+        ]
+        hidden = len(keys) - len(shown)
+        more = f", and {hidden} more keys differ" if hidden else ""
+        raise UserError(f"Workdir '{workdir}' belongs to another config: {', '.join(shown)}{more}; choose another one.")
+
+
+def _written(value: Any) -> Any:
+    """Return dataclasses as dicts, inside dicts, lists and tuples too, without what `added_later` leaves out."""
+    if dataclasses.is_dataclass(value):
+        fields = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return {
+            field.name: _written(item)
+            for field, item in fields
+            if not (ADDED_LATER in field.metadata and item == field.default)
+        }
+    if isinstance(value, Mapping):
+        return {key: _written(item) for key, item in value.items()}
+    return [_written(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _shown(flat: Mapping, key: str) -> str:
+    return repr(flat[key]) if key in flat else "absent"
+
+
+def _under(key: str, sections: Collection[str]) -> bool:
+    return any(key == section or key.startswith(section + ".") for section in sections)

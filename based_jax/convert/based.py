@@ -1,0 +1,224 @@
+"""config.json of the released Based and attention models (HazyResearch/based:based/models/gpt.py), read and written."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from based_jax.convert.fields import Family, Keys, key_names, options_of
+from based_jax.convert.folders import CONFIG_FILE, Fields
+from based_jax.convert.reference import window_from_based
+from based_jax.errors import UserError
+from based_jax.nn.lm import LMConfig
+from based_jax.nn.mixers import MIXERS
+
+FIRST_MLP_KEY = "transformer.layers.0.mlp.fc1.weight"
+# the reference rounds F up to 256; some attn-1b weights to 128; our own files are exact
+OWN_SECTION = "based_jax"  # of what no other reader looks for
+HIDDEN_DIM_MULTIPLES = (256, 128, 1)
+MIXER_MODULES = "based.models.mixers"
+CONV_L_MAX = 2048  # the reference's convolution must be given one, and uses none
+CONVOLUTION, LINEAR, WINDOW, FEATURE_MAP = "BaseConv", "LinearAttention", "SlidingAttention", "TaylorExp"
+
+# option of our config or mixer -> key
+MODEL_KEYS = {
+    "vocab_size": "vocab_size",
+    "pad_vocab_multiple": "pad_vocab_size_multiple",
+    "norm_eps": "layer_norm_epsilon",
+    "tie_embeddings": "tie_word_embeddings",
+}
+TAYLOR_KEYS = {"num_heads": "num_heads", "feature_dim": "feature_dim"}
+CONV_KEYS = {"expand": "expand_proj", "kernel_size": "kernel_size"}
+ROTARY_KEYS = {"rotary_fraction": "rotary_emb_fraction", "rotary_base": "rotary_emb_base"}
+
+KEYS = Keys(
+    read={
+        "n_embd": int,
+        "vocab_size": int,
+        "n_layer": int,
+        "n_head": int,
+        "n_inner": int | None,
+        "pad_vocab_size_multiple": int,
+        "layer_norm_epsilon": float,
+        "tie_word_embeddings": bool,
+        "rotary_emb_fraction": float,
+        "rotary_emb_base": float,
+        "alt_mixer_layers": list | None,
+        "alt_mixer_2_layers": list | None,
+        "mixer": dict | None,
+        "alt_mixer": dict | None,
+        "alt_mixer_2": dict | None,
+        "head_dim": int,
+        OWN_SECTION: dict,
+    },
+    fixed={
+        "activation_function": "swiglu",
+        "rms_norm": True,
+        "qkv_proj_bias": False,
+        "out_proj_bias": False,
+        "mlp_fc1_bias": False,
+        "mlp_fc2_bias": False,
+        "lm_head_bias": False,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "rotary_emb_interleaved": False,
+        "rotary_emb_scale_base": None,
+        "n_head_kv": None,
+        "attn_dwconv": False,
+        "prenorm": True,
+        "parallel_block": False,
+        "word_embed_proj_dim": None,
+    },
+    harmless=key_names(
+        "add_cross_attention decay_const decay_denom ff_mult fixed_decay fused_bias_fc fused_dense_sqrelu_dense"
+        " fused_dropout_add_ln fused_mlp sequence_parallel special_initializer summary_activation"
+        " summary_first_dropout summary_proj_to_labels summary_type summary_use_proj use_fast_path use_weight_init"
+        " rotary_dim_int rotary_dim_effective"
+    ),
+)
+SECTION_HARMLESS = frozenset(
+    ("_target_", "_partial_", "l_max", "layer_idx", "parallel_implementation", "use_flash_attn")
+)
+CONV_SECTION = Keys({"expand_proj": int, "kernel_size": int}, {"use_bias": True}, SECTION_HARMLESS | {"kernel_sizes"})
+LINEAR_SECTION = Keys(
+    {"feature_dim": int, "num_heads": int, "feature_map": dict}, {"head_dim": None, "eps": 1e-12}, SECTION_HARMLESS
+)
+MAP_SECTION = Keys({"input_dim": int}, {}, SECTION_HARMLESS)
+WINDOW_SECTION = Keys({"window_size": int}, {"causal": True}, SECTION_HARMLESS | {"num_heads"})
+SECTIONS = {
+    "mixer": (CONV_SECTION, CONVOLUTION),
+    "alt_mixer": (LINEAR_SECTION, LINEAR),
+    "alt_mixer_2": (WINDOW_SECTION, WINDOW),
+}
+
+# what else the reference needs to be told to build the same model
+WRITTEN_FIELDS = {
+    "activation_function": "swiglu",
+    "rms_norm": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "rotary_emb_interleaved": False,
+    "residual_in_fp32": True,
+    "max_position_embeddings": 0,
+    "qkv_proj_bias": False,
+    "out_proj_bias": False,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+}
+
+
+def _values(fields: Fields, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    d_model = fields["n_embd"]
+    if "head_dim" in fields and fields["head_dim"] * fields["n_head"] != d_model:
+        raise UserError(f"head_dim is {fields['head_dim']} in {CONFIG_FILE}; it is n_embd / n_head.")
+    found = {name: fields[name] for name in SECTIONS if fields.get(name) is not None}
+    fields = fields | {name: _checked_section(name, section) for name, section in found.items()}
+    return {
+        "d_model": d_model,
+        "mlp_dim": _hidden_dim(fields, weights),
+        "layers": tuple(_layer(fields, index) for index in range(fields["n_layer"])),
+        **options_of(fields, MODEL_KEYS),
+    }
+
+
+FAMILY = Family("a Based or attention language model", KEYS, "n_layer", _values)
+
+
+def _hidden_dim(fields: Fields, weights: Mapping[str, np.ndarray]) -> int:
+    """Return F: n_inner, or 8D/3 where it is null, rounded up as the weights of the first layer say."""
+    d_model = fields["n_embd"]
+    inner = int(8 * d_model / 3) if fields.get("n_inner") is None else fields["n_inner"]
+    if inner < 1:
+        raise UserError(f"n_inner is {inner} in {CONFIG_FILE}; it is at least 1, or null.")
+    rounded = [-(-inner // multiple) * multiple for multiple in HIDDEN_DIM_MULTIPLES]
+    stored = weights[FIRST_MLP_KEY].shape if FIRST_MLP_KEY in weights else ()
+    return next((F for F in rounded if stored == (2 * F, d_model)), rounded[0])
+
+
+def _layer(fields: Fields, index: int) -> tuple[str, dict[str, Any]]:
+    """Return the mixer of a layer; where its section is null it is attention, as in the reference."""
+    if index in (fields.get("alt_mixer_2_layers") or ()):
+        return _window(fields) if fields.get("alt_mixer_2") is not None else _attention(fields)
+    if index in (fields.get("alt_mixer_layers") or ()):
+        own = fields.get("alt_mixer")
+        return _attention(fields) if own is None else ("taylor", options_of(own, TAYLOR_KEYS))
+    own = fields.get("mixer")
+    return _attention(fields) if own is None else ("conv", options_of(own, CONV_KEYS))
+
+
+def _attention(fields: Fields) -> tuple[str, dict[str, Any]]:
+    return "attention", {"num_heads": fields["n_head"], **options_of(fields, ROTARY_KEYS)}
+
+
+def _window(fields: Fields) -> tuple[str, dict[str, Any]]:
+    """Return a window, whose heads the reference takes from the model, whatever its section says."""
+    window = window_from_based(fields["alt_mixer_2"]["window_size"])
+    return "window", {"num_heads": fields["n_head"], "window": window, **options_of(fields, ROTARY_KEYS)}
+
+
+def _checked_section(name: str, section: Fields) -> Fields:
+    keys, target = SECTIONS[name]
+    _check_target(name, section, target)
+    section = keys.checked(section, f"{name}.")
+    if "feature_map" in section:
+        feature_map = section["feature_map"]
+        _check_target("The feature map", feature_map, FEATURE_MAP)
+        input_dim = MAP_SECTION.checked(feature_map, f"{name}.feature_map.").get("input_dim")
+        if input_dim is not None and input_dim != section.get("feature_dim"):
+            raise UserError(f"input_dim is {input_dim} in {CONFIG_FILE}; it is feature_dim.")
+    return section
+
+
+def _check_target(name: str, section: Fields, target: str) -> None:
+    found = section.get("_target_", target)
+    if not isinstance(found, str) or found.rpartition(".")[2] != target:
+        raise UserError(f"{name} is {found!r:.80} in {CONFIG_FILE}; only {target} is supported.")
+
+
+def config_json(config: LMConfig) -> Fields:
+    """Return the config.json that comes closest to a model."""
+    return {
+        "n_embd": config.d_model,
+        "n_layer": len(config.layers),
+        "n_inner": config.hidden_dim,
+        **{theirs: getattr(config, ours) for ours, theirs in MODEL_KEYS.items()},
+        **WRITTEN_FIELDS,
+        **_mixer_fields(config),
+    }
+
+
+def _mixer_fields(config: LMConfig) -> Fields:
+    kinds = [kind for kind, _ in config.layers]
+    found = dict(config.layers)
+    attention, conv, linear, window = (
+        MIXERS[kind].Config(**found.get(kind, {})) for kind in ("attention", "conv", "taylor", "window")
+    )
+    if "attention" in kinds:
+        return {"n_head": attention.num_heads, **_fields_of(attention, ROTARY_KEYS)}
+    feature_map = {"_target_": f"{MIXER_MODULES}.linear_attention.{FEATURE_MAP}", "input_dim": linear.feature_dim}
+    return {
+        "n_head": (window if "window" in kinds else linear).num_heads,  # the reference takes a window's heads from here
+        **_fields_of(window, ROTARY_KEYS),
+        "alt_mixer_layers": [index for index, kind in enumerate(kinds) if kind == "taylor"],
+        "alt_mixer_2_layers": [index for index, kind in enumerate(kinds) if kind == "window"],
+        "mixer": {
+            "_target_": f"{MIXER_MODULES}.convolution.{CONVOLUTION}",
+            "l_max": CONV_L_MAX,
+            "use_bias": True,
+            **_fields_of(conv, CONV_KEYS),
+        },
+        "alt_mixer": {
+            "_target_": f"{MIXER_MODULES}.linear_attention.{LINEAR}",
+            "feature_map": feature_map,
+            **_fields_of(linear, TAYLOR_KEYS),
+        },
+        "alt_mixer_2": {
+            "_target_": f"{MIXER_MODULES}.slide_attention.{WINDOW}",
+            "num_heads": window.num_heads,
+            "window_size": 2 * (window.window - 1),
+            "causal": True,
+        },
+    }
+
+
+def _fields_of(options: Any, names: Mapping[str, str]) -> Fields:
+    return {theirs: getattr(options, ours) for ours, theirs in names.items()}

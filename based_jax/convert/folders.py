@@ -1,0 +1,141 @@
+"""Files of weights: JSON and arrays in, and folders that are written whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from based_jax.convert.torch_files import read_tensors
+from based_jax.errors import UserError
+
+Fields = dict[str, Any]
+"""An object of a JSON file."""
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
+    WEIGHTS_FILE: load_file,
+    "pytorch_model.bin": read_tensors,
+}
+"""Where a folder has its weights, the first that is there: each in one file, or in shards that an index names."""
+
+
+def local(path: str | os.PathLike) -> Path:
+    """Return a path of this machine's file system.
+
+    Raises:
+      UserError: it is empty, or a URL.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UserError(f"The path is {'empty' if path == '' else repr(path)}; name a file or a folder.")
+    text = os.fspath(path)
+    if "://" in text:
+        raise UserError(f"'{text}' is a URL; weights are read from and written to local files.")
+    return Path(text)
+
+
+def read_json(path: Path) -> Fields:
+    """Return the object of a JSON file.
+
+    Raises:
+      UserError: it is missing, unreadable, or no JSON object.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' cannot be read: {_reason(error)}.") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"'{path}' holds a {type(fields).__name__}; it is a JSON object.")
+    return fields
+
+
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """Return all arrays of a folder.
+
+    Raises:
+      UserError: there are none, a file of theirs is missing or damaged, or two hold the same array.
+    """
+    found = [name for name in READERS if _index(folder, name).exists() or (folder / name).exists()]
+    if not found:
+        raise UserError(f"'{folder}' has no weights: neither {' nor '.join(READERS)}, nor an index of their shards.")
+    name, index = found[0], _index(folder, found[0])
+    weights: dict[str, np.ndarray] = {}
+    for file in _shards(index) if index.exists() else [name]:
+        arrays = _read_arrays(folder / file, READERS[name])
+        if twice := sorted(arrays.keys() & weights.keys()):
+            raise UserError(f"'{folder / file}' holds '{twice[0]}', which another file holds as well.")
+        weights |= arrays
+    return weights
+
+
+def _index(folder: Path, name: str) -> Path:
+    return folder / f"{name}.index.json"
+
+
+def _shards(index: Path) -> list[str]:
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict):
+        raise UserError(f"'{index}' has no weight_map, which names the file of each array.")
+    for file in files.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"'{index}' names the file {file!r:.60}; it is the name of a file beside it.")
+    return sorted(set(files.values()))
+
+
+def _read_arrays(path: Path, read: Callable[[Path], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    try:
+        return read(path)
+    except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
+        raise UserError(f"'{path}' cannot be read: {_reason(error)}.") from None
+
+
+def check_free(path: Path) -> None:
+    """Raise UserError for a target that is there, unless it is an empty folder."""
+    try:
+        free = not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {_reason(error)}.") from None
+    if not free:
+        raise UserError(f"'{path}' is not empty; name a new one.")
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a path beside the target, which becomes it at the end; whatever goes wrong leaves neither.
+
+    Raises:
+      UserError: the target is not free, or cannot be written.
+    """
+    part = path.absolute().with_name(f".{path.absolute().name}.part")
+    try:
+        check_free(path)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        _remove(part)
+        yield part
+        os.replace(part, path)
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: TensorStore's for errors of the file system
+        raise UserError(f"'{path}' cannot be written: {_reason(error)}.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(part)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what an error says, in one line without its full stop."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -1,0 +1,40 @@
+"""The tokenizer of a folder of weights."""
+
+import os
+from pathlib import Path
+
+from based_jax.convert import based
+from based_jax.convert.folders import CONFIG_FILE, local, read_json
+from based_jax.convert.hf import TOKENIZER_KEY, family_of
+from based_jax.data.tokenizer import Gpt2Tokenizer, Tokenizer, get_tokenizer
+from based_jax.data.tokenizer_file import FileTokenizer
+from based_jax.errors import UserError
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """Return the tokenizer of a name, or of a path that ends in .json.
+
+    Raises:
+      UserError: there is no such tokenizer.
+    """
+    return FileTokenizer(Path(name)) if name.endswith(".json") else get_tokenizer(name)
+
+
+def folder_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+    """Return the tokenizer that config.json names, that of tokenizer.json, or GPT-2's for a released Based.
+
+    Raises:
+      UserError: none of these is known.
+    """
+    path = local(folder)
+    fields = read_json(path / CONFIG_FILE)
+    own = fields.get(based.OWN_SECTION)
+    if isinstance(own, dict) and TOKENIZER_KEY in own:
+        return named_tokenizer(str(own[TOKENIZER_KEY]))
+    if (path / TOKENIZER_FILE).exists():
+        return FileTokenizer(path / TOKENIZER_FILE)
+    if family_of(fields) is based.FAMILY and fields.get("vocab_size") == Gpt2Tokenizer.vocab_size:
+        return get_tokenizer("gpt2")
+    raise UserError(f"'{folder}' names no tokenizer; give --tokenizer=bytes, gpt2 or the path of a tokenizer.json.")

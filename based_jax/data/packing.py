@@ -1,0 +1,216 @@
+"""A corpus as tokens on disk, made once for each tokenizer and read by runs of any window length.
+
+Documents stream through the tokenizer in pieces, a batch at a time, so memory does not grow with the corpus. A packing
+is whole or absent: it is written beside its place and renamed.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+
+from based_jax.data.corpus import Corpus, TextSplit, combined_hash
+from based_jax.data.documents import Chunk, Reading
+from based_jax.data.holdout import split_chunks
+from based_jax.data.progress import Progress
+from based_jax.data.tokenizer import TextTokenizer
+from based_jax.data.tokens import FACTS, TokenStream, TokenWriter, damaged, facts, token_dtype
+from based_jax.errors import UserError
+
+CACHE_VARIABLE = "BASED_JAX_CACHE"
+FORMAT = 2
+INDEX = "index.json"
+SPLITS: tuple[TextSplit, ...] = ("train", "validation")
+PIECE_CHARACTERS = 2**16
+BATCH_CHARACTERS = 2**21
+PATIENCE_SECONDS = 5
+
+
+def default_cache_dir() -> Path:
+    """Return where packed text is kept: $BASED_JAX_CACHE, or based_jax in the user's cache folder.
+
+    Raises:
+      UserError: there is no home folder that would hold it.
+    """
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "based_jax"
+    except RuntimeError:
+        raise UserError(f"There is no home folder for packed text; set data.cache_dir or ${CACHE_VARIABLE}.") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedText:
+    """Tokens of both splits of a corpus, and what there is to know of them.
+
+    Attributes:
+      folder: where they are.
+      index: what `facts` says of each split, what was left out, and the sha256 of each file of the corpus.
+    """
+
+    folder: Path
+    index: dict[str, Any]
+
+    @classmethod
+    def open(cls, corpus: Corpus, tokenizer: TextTokenizer, cache_dir: Path) -> "PackedText":
+        """Return the packed text of a corpus, built unless it is there; reading it neither writes nor locks.
+
+        Raises:
+          UserError: the corpus is bad (nothing is written then), or the cache cannot be read or written.
+        """
+        hashes = corpus.file_hashes()
+        folder = cache_dir / "packed_text" / combined_hash(hashes, tokenizer.fingerprint, FORMAT)
+        if not (folder / INDEX).exists():
+            try:
+                _build(folder, corpus, tokenizer)
+            except OSError as error:
+                raise UserError(
+                    f"Packed text cannot be written to '{cache_dir}': {error.strerror or error}; "
+                    f"choose another folder by data.cache_dir or ${CACHE_VARIABLE}."
+                ) from None
+        return cls(folder, {**_read_index(folder), "files": dict(hashes)})
+
+    def stream(self, split: TextSplit) -> TokenStream:
+        """Return the tokens of a split."""
+        known = self.index["splits"][split]
+        path = self.folder / f"{split}.tokens"
+        return TokenStream(path, token_dtype(self.index["vocab_size"]), known["tokens"], known["checksums"])
+
+    def count(self, split: TextSplit, what: str) -> int:
+        """Return how many "tokens" or "documents" a split has."""
+        return self.index["splits"][split][what]
+
+    @property
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that change with any token of either split, and with nothing else."""
+        return combined_hash({split: known["sha256"] for split, known in self.index["splits"].items()})
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        splits = {split: {name: index["splits"][split][name] for name in FACTS} for split in SPLITS}
+        return {"splits": splits} | {name: index[name] for name in ("vocab_size", "blank", "mended")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(folder, f"{INDEX}: {type(error).__name__}") from None
+
+
+def _build(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> None:
+    """Write the packed text into `folder` unless another process does so first."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if (folder / INDEX).exists():
+            return
+        part = folder.with_name(f"{folder.name}.part")
+        for left in (part, folder):  # of a process that was killed, and without an index
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            part.mkdir()
+            (part / INDEX).write_text(json.dumps(_pack(part, corpus, tokenizer)))
+            part.replace(folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = filelock.FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=PATIENCE_SECONDS)
+    except filelock.Timeout:
+        print("Another process packs the same text: waiting for it.", flush=True)
+        lock.acquire()
+    except NotImplementedError as error:
+        raise OSError(errno.ENOLCK, f"it cannot be locked ({error})") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _pack(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Write the tokens of both splits into a folder and return its index."""
+    dtype, reading = token_dtype(tokenizer.vocab_size), Reading()
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(contextlib.closing(Progress(f"Packing '{corpus}'", corpus.extent)))
+        paths = {split: folder / f"{split}.tokens" for split in SPLITS}
+        files = {split: stack.enter_context(path.open("wb")) for split, path in paths.items()}
+        writers = {split: TokenWriter(file, dtype, tokenizer.end_of_text) for split, file in files.items()}
+        pieces = cut_into_pieces(split_chunks(corpus, reading), tokenizer)
+        for batch, encoded in encoded_batches(pieces, tokenizer):
+            for (split, _, last), ids in zip(batch, encoded, strict=True):
+                writers[split].write(ids, last)
+            progress.update(reading.position, sum(writer.tokens for writer in writers.values()))
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "splits": {split: facts(paths[split], writers[split], dtype) for split in SPLITS},
+        "blank": reading.blank,
+        "mended": reading.mended,
+    }
+
+
+class Piece(NamedTuple):
+    """A part of a document of a split, cut where its ids do not depend on what stands beside it."""
+
+    split: TextSplit
+    text: str
+    last: bool
+
+
+def cut_into_pieces(chunks: Iterable[tuple[TextSplit, Chunk]], tokenizer: TextTokenizer) -> Iterator[Piece]:
+    """Yield documents in pieces of about `PIECE_CHARACTERS`, larger ones where the tokenizer finds no place to cut."""
+    rest = ""
+    for split, (text, last) in chunks:
+        rest, start = rest + text, 0
+        while (end := _end_of_piece(rest, start, tokenizer)) > start:
+            yield Piece(split, rest[start:end], last=False)
+            start = end
+        rest = rest[start:]
+        if last:
+            yield Piece(split, rest, last=True)
+            rest = ""
+
+
+def _end_of_piece(text: str, start: int, tokenizer: TextTokenizer) -> int:
+    """Return where the piece that begins at `start` ends, or `start` where all that is left is one piece."""
+    size = PIECE_CHARACTERS
+    while start + size < len(text):
+        if (end := tokenizer.last_cut(text, start, start + size)) > start:
+            return end
+        size *= 2
+    return start
+
+
+def encoded_batches(pieces: Iterable[Piece], tokenizer: TextTokenizer) -> Iterator[tuple[list[Piece], list[list[int]]]]:
+    """Yield batches of pieces with their ids; the next batch is read while one is encoded."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        waiting: tuple[list[Piece], concurrent.futures.Future] | None = None
+        for batch in _batches(pieces):
+            encoding = thread.submit(tokenizer.encode_batch, [piece.text for piece in batch])
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = batch, encoding
+        if waiting:
+            yield waiting[0], waiting[1].result()
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

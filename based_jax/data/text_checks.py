@@ -1,0 +1,48 @@
+"""What of a text task can be known before its corpus is read; imports nothing heavy."""
+
+import os
+from pathlib import Path
+
+from based_jax.data.checks import check_ints, check_seed
+from based_jax.data.corpus import TFDS_PREFIX
+from based_jax.errors import UserError
+
+
+def check_text(
+    path: str | os.PathLike | None,
+    text_feature: str | None,
+    seq_len: int,
+    seed: int,
+    cache_dir: str | os.PathLike | None,
+) -> None:
+    """Check what can be known of a text task before its corpus is read.
+
+    Raises:
+      UserError: a name is empty or of a remote place, a text feature is asked of a folder, or a number is impossible.
+    """
+    for name, value in {"path": path, "cache_dir": cache_dir}.items():
+        if value is not None and (not str(value).strip() or "://" in str(value) or "\0" in str(value)):
+            raise UserError(f"{name} is {str(value)!r}; it is a folder of this machine, or None for the default.")
+    if text_feature is not None and not is_tfds(path):
+        raise UserError(
+            f"text_feature is '{text_feature}', but the path '{path}' is not {TFDS_PREFIX}NAME; it is None there."
+        )
+    check_ints(seq_len=seq_len)
+    if seq_len < 1:
+        raise UserError(f"seq_len is {seq_len}; it is at least 1.")
+    check_seed(seed, below=2**64)
+
+
+def is_tfds(path: object) -> bool:
+    """Return whether a corpus' path names a dataset of tensorflow-datasets."""
+    return str(path).startswith(TFDS_PREFIX)
+
+
+def located(path: str | None) -> str | None:
+    """Return the absolute path of a folder; what names none stays."""
+    return path if path is None or is_tfds(path) else str(local_folder(path))
+
+
+def local_folder(path: str | os.PathLike) -> Path:
+    """Return an absolute path, `~` being the home folder."""
+    return Path(os.path.abspath(os.path.expanduser(path)))

@@ -1,0 +1,48 @@
+"""The tokenizer of a file of the `tokenizers` library, tokenizer.json."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from based_jax.data.tokenizer import END_OF_TEXT
+from based_jax.errors import UserError
+
+ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
+"""What ends a text in published vocabularies, the first that a file has."""
+
+
+class FileTokenizer:
+    """A tokenizer.json; UserError if it cannot be read or has no id for the end of a text."""
+
+    def __init__(self, path: Path):
+        try:
+            content = path.read_bytes()
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises no class of its own
+            raise UserError(f"'{path}' is no file of a tokenizer: {str(error).rstrip('.')}.") from None
+        self._tokenizer.encode_special_tokens = True  # a text that spells one out is not one
+        ends = [self._tokenizer.token_to_id(token) for token in ENDS_OF_TEXT]
+        if all(end is None for end in ends):
+            raise UserError(f"'{path}' has none of {', '.join(ENDS_OF_TEXT)} for the end of a text.")
+        self.end_of_text = next(end for end in ends if end is not None)
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, without those that a model puts before or behind it."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, encoded in parallel."""
+        return [found.ids for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def last_cut(self, text: str, start: int, stop: int) -> int:
+        """Return `start`: where a file's tokenizer may be cut is not known."""
+        return start
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of any ids; those outside the vocabulary are left out."""
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size]
+        return self._tokenizer.decode(known, skip_special_tokens=False)

@@ -1,0 +1,131 @@
+"""The tokens of a split on disk: one memory-mapped stream, documents one after the other, each closed by end-of-text.
+
+Windows of any length are read from it where they are asked for; neighbours share one token, so every token is a target
+once, and which document a token is of follows from the end-of-text tokens:
+
+    stream       t h e   e n d <eot> a n d <eot>      windows of 4: "the e", "end<eot>a", "and<eot>" and padding
+"""
+
+import hashlib
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from based_jax.errors import UserError
+
+TOKENS_PER_CHECKSUM = 2**18
+FACTS = ("tokens", "documents", "sha256", "checksums")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the smallest of the types that tokens are kept in."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+class TokenWriter:
+    """Appends documents to a file of tokens, and knows at the end what `TokenStream` checks them by."""
+
+    def __init__(self, file: BinaryIO, dtype: np.dtype, end_of_text: int):
+        self._file, self._dtype, self._end = file, dtype, end_of_text
+        self.tokens = self.documents = 0
+
+    def write(self, ids: list[int], last: bool) -> None:
+        """Append a part of a document, with an end-of-text behind the last."""
+        ids = [*ids, self._end] if last else ids
+        self._file.write(np.fromiter(ids, self._dtype, len(ids)).tobytes())
+        self.tokens += len(ids)
+        self.documents += last
+
+
+def facts(path: Path, writer: TokenWriter, dtype: np.dtype) -> dict[str, Any]:
+    """Return what `TokenStream` has to know of a file that was written, as JSON."""
+    digest, checksums = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while block := file.read(TOKENS_PER_CHECKSUM * dtype.itemsize):
+            digest.update(block)
+            checksums.append(zlib.crc32(block))
+    return {
+        "tokens": writer.tokens,
+        "documents": writer.documents,
+        "sha256": digest.hexdigest(),
+        "checksums": checksums,
+    }
+
+
+class TokenStream:
+    """Tokens of a file, any slice of them; what is read is compared with its checksum at first use."""
+
+    def __init__(self, path: Path, dtype: np.dtype, tokens: int, checksums: list[int]):
+        self._path, self._checksums = path, checksums
+        self._good = np.zeros(len(checksums), bool)
+        try:
+            whole = path.stat().st_size == tokens * dtype.itemsize
+            self._tokens = np.memmap(path, dtype, mode="r") if whole and tokens else np.empty(0, dtype)
+        except OSError as error:
+            raise damaged(path.parent, str(error.strerror)) from None
+        if not whole:
+            raise damaged(path.parent, f"{path.name} has another length than it was written with")
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the tokens of [start, stop), fewer at the end; UserError where they are not as written."""
+        for block in range(start // TOKENS_PER_CHECKSUM, -(-min(stop, len(self)) // TOKENS_PER_CHECKSUM)):
+            if not self._good[block]:
+                self._check(block)
+        return self._tokens[start:stop]
+
+    def _check(self, block: int) -> None:
+        first = block * TOKENS_PER_CHECKSUM
+        if zlib.crc32(self._tokens[first : first + TOKENS_PER_CHECKSUM]) != self._checksums[block]:
+            raise damaged(self._path.parent, f"{self._path.name} does not have its checksum")
+        self._good[block] = True
+
+
+class Windows:
+    """The windows of a stream: {"tokens", "segment_ids"} of shape (seq_len + 1,), int32, id 0 for the last's padding.
+
+    They stand in the order of the md5 of their number behind `name`, in which tensorflow-datasets kept them: runs that
+    began with it continue.
+    """
+
+    def __init__(self, stream: TokenStream, end_of_text: int, seq_len: int, name: str):
+        self._stream, self._end, self._seq_len = stream, end_of_text, seq_len
+        self._order = hashed_order(max(-(-(len(stream) - 1) // seq_len), 1), name)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        start = int(self._order[index]) * self._seq_len
+        return window(self._stream.read(start, start + self._seq_len + 1), self._end, self._seq_len)
+
+
+def window(tokens: np.ndarray, end_of_text: int, seq_len: int) -> dict[str, np.ndarray]:
+    """Return a window of at most seq_len + 1 tokens: padded, and its documents numbered from 1."""
+    padding = (0, seq_len + 1 - len(tokens))
+    ends = np.concatenate([[1], tokens[:-1] == end_of_text])
+    return {
+        "tokens": np.pad(tokens.astype(np.int32), padding),
+        "segment_ids": np.pad(np.cumsum(ends, dtype=np.int32), padding),
+    }
+
+
+def hashed_order(count: int, name: str) -> np.ndarray:
+    """Return the numbers below `count` by the md5 of `name` and their digits."""
+    salted = hashlib.md5(name.encode(), usedforsecurity=False)
+    digests = bytearray()
+    for number in range(count):
+        digest = salted.copy()
+        digest.update(b"%d" % number)
+        digests += digest.digest()
+    high, low = np.frombuffer(digests, ">u8").reshape(count, 2).T
+    return np.lexsort((low, high))
+
+
+def damaged(folder: Path, reason: str) -> UserError:
+    """Return the error for packed text that cannot be read."""
+    return UserError(f"Packed text '{folder}' is damaged ({reason}); remove this folder and it is built again.")

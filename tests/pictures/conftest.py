@@ -1,0 +1,34 @@
+import pytest
+from helpers.browser import BROWSER
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Yield what opens a page; whatever the console complains about fails the test, and so does any request."""
+    views, complaints, requests = [], [], []
+
+    def opened(path):
+        view = browser.new_page(viewport={"width": 1280, "height": 1000})
+        view.set_default_timeout(10_000)
+        view.on("console", lambda message: complaints.append(message.text))
+        view.on("pageerror", lambda error: complaints.append(str(error)))
+        view.on("request", lambda request: requests.append((request.url, path.as_uri())))
+        view.goto(path.as_uri())
+        views.append(view)
+        return view
+
+    yield opened
+    for view in views:
+        view.close()
+    assert not complaints
+    assert all(url == page or url.startswith("data:") for url, page in requests)
