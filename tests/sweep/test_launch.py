@@ -109,6 +109,15 @@ def test_slurm_gets_an_array_job_whose_tasks_are_the_parts(file, tmp_path, monke
     assert said.split()[:4] == ["-m", "based_jax", "sweep", "run"] and said.split()[-1] == "--part=1/2"
 
 
+def test_a_job_that_sbatch_refuses_is_one_sentence(file, tmp_path, monkeypatch, capsys):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert main(["sweep", "run", file, f"--store={tmp_path / 'store'}", "--launcher=slurm"]) == 2
+    assert capsys.readouterr().err == "Error: sbatch refuses the job: sbatch: error: invalid partition.\n"
+
+
 def test_slurm_writes_a_script_where_there_is_no_sbatch(file, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     words = ["sweep", "run", file, f"--store={tmp_path / 'store'}", "--launcher=slurm", "--tasks=3"]
