@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from based_jax.config.checks import build, plain
 from based_jax.errors import UserError
-from based_jax.folders import local_folder, make_folder, reason, writing
+from based_jax.folders import local_path, make_folder, reason, writing
 
 CONFIG_FILE = "config.json"
 MAX_DIFFERENCES_SHOWN = 3
@@ -49,7 +49,7 @@ def save(config: Any, workdir: str | os.PathLike) -> None:
     Raises:
       UserError: the file system refuses.
     """
-    path = local_folder(workdir) / CONFIG_FILE
+    path = local_path(workdir) / CONFIG_FILE
     make_folder(path.parent)
     part = path.with_suffix(".json.part")
     with writing(path):
@@ -63,7 +63,7 @@ def read[T](cls: type[T], workdir: str | os.PathLike) -> T:
     Raises:
       UserError: there is no config.json, it is damaged, or it holds a key or a value that no longer exists.
     """
-    path = local_folder(workdir) / CONFIG_FILE
+    path = local_path(workdir) / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -94,7 +94,7 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
     Raises:
       UserError: another config made the workdir, or as `read`.
     """
-    if not os.path.lexists(local_folder(workdir) / CONFIG_FILE):
+    if not os.path.lexists(local_path(workdir) / CONFIG_FILE):
         return {}
     old, new = (flatten_dict(to_dict(x), sep=".") for x in (read(type(config), workdir), config))
     different = [key for key in sorted(old | new) if _shown(old, key) != _shown(new, key)]

@@ -26,20 +26,6 @@ READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
 """Where a folder has its weights, the first that is there: each in one file, or in shards that an index names."""
 
 
-def local(path: str | os.PathLike) -> Path:
-    """Return a path of this machine's file system.
-
-    Raises:
-      UserError: it is empty, or a URL.
-    """
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise UserError(f"The path is {'empty' if path == '' else repr(path)}; name a file or a folder.")
-    text = os.fspath(path)
-    if "://" in text:
-        raise UserError(f"'{text}' is a URL; weights are read from and written to local files.")
-    return Path(text)
-
-
 def read_json(path: Path) -> Fields:
     """Return the object of a JSON file.
 

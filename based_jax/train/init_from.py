@@ -11,7 +11,7 @@ from flax import nnx
 
 from based_jax.config import check_types
 from based_jax.errors import UserError
-from based_jax.folders import local_folder
+from based_jax.folders import local_path
 from based_jax.nn.lm import LMConfig
 from based_jax.optim import path_of
 from based_jax.train.checkpoint import Leaves, SavedCheckpoints, described
@@ -62,7 +62,7 @@ def read_parameters(init_from: InitFrom, config: LMConfig, params: nnx.State) ->
       UserError: the folder is none of those, a pattern matches nothing, or names or shapes differ.
     """
     wanted = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    folder = local_folder(init_from.path, "init_from.path")
+    folder = local_path(init_from.path, "init_from.path")
     checkpoints, step = _checkpoints(folder, init_from.step)
     if checkpoints is not None:
         where, taken = _from_checkpoint(init_from, checkpoints, step, wanted)

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from based_jax.folders import local_folder, make_folder
+from based_jax.folders import local_path, make_folder
 from based_jax.train.files import EventFile, RowFile, set_rows_aside
 from based_jax.train.workdir import METRICS_FILE, SAMPLES_FILE
 
@@ -34,7 +34,7 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: str | os.PathLike, first_step: int = 0):
-        self._folder = folder = local_folder(workdir)
+        self._folder = folder = local_path(workdir)
         make_folder(folder)
         with contextlib.ExitStack() as stack:
             self.set_aside = set_rows_aside(first_step, folder / METRICS_FILE)

@@ -12,7 +12,7 @@ import filelock
 
 from based_jax.config import CONFIG_FILE
 from based_jax.errors import UserError
-from based_jax.folders import local_folder, make_folder, reason, writing
+from based_jax.folders import local_path, make_folder, reason, writing
 from based_jax.train.files import read_lines
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def checked_workdir(workdir: str | os.PathLike) -> Path:
       UserError: it is no folder of this machine, or cannot be written, or holds something else where a run has its
         files and its folder.
     """
-    path = local_folder(workdir)
+    path = local_path(workdir)
     with writing(path):
         there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
         if not there.is_dir():

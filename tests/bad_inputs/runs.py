@@ -30,7 +30,7 @@ def in_the_way(name, prepare, workdir="<tmp>", sentence=""):
     return Command(name, train(workdir), sentence, prepare)
 
 
-BUCKET = "workdir is 'gs://bucket/run', an address of 'gs'; it is a folder of this machine"
+BUCKET = "workdir is 'gs://bucket/run', an address of 'gs'; it is on this machine"
 OTHER_CONFIG = "Workdir '<mqar_run>' belongs to another config: "
 
 CASES: tuple[Command | Call, ...] = (
@@ -64,7 +64,7 @@ CASES: tuple[Command | Call, ...] = (
         "seq_len 5000 is longer than the data",
     ),
     # where a run writes
-    Command("train into nothing", train(""), "workdir is ''; name a folder ('.' is the current one)."),
+    Command("train into nothing", train(""), "workdir is '', which names nothing ('.' is the current folder)."),
     Command("train into a bucket", train("gs://bucket/run"), BUCKET),
     Command("eval of nothing", ("eval", "--workdir="), "workdir is ''; name a folder"),
     Command("eval of a bucket", ("eval", "--workdir=gs://bucket/run"), BUCKET),
