@@ -9,6 +9,10 @@ from pathlib import Path
 from based_jax.errors import UserError
 
 
+class UnwritableError(UserError):
+    """The file system refused to write: a full disk, a read-only folder."""
+
+
 def local_folder(path: str | os.PathLike, what: str = "workdir") -> Path:
     """Return the path of a folder that this machine's file systems hold, or may hold.
 
@@ -40,7 +44,7 @@ def make_folder(path: Path) -> None:
     try:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-    except UserError as error:
+    except UnwritableError as error:
         if isinstance(error.__cause__, FileExistsError | NotADirectoryError):
             raise UserError(f"'{path}' cannot be a folder: a file is in the way.") from error.__cause__
         raise
@@ -52,7 +56,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"'{os.fspath(path)}' cannot be written: {reason(error)}.") from error
+        raise UnwritableError(f"'{os.fspath(path)}' cannot be written: {reason(error)}.") from error
 
 
 def reason(error: OSError) -> str:

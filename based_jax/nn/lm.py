@@ -4,16 +4,19 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from based_jax import parallel
 from based_jax.dims import BD, BP, BPD, BT, BTD, DropoutKey, Tokens
+from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.block import Stack, Stream, repeating_patterns
 from based_jax.nn.init_recipes import initialise
 from based_jax.nn.lm_config import LMConfig
 from based_jax.nn.mixers import Mixer
+from based_jax.ops.arguments import checked
 from based_jax.ops.cross_entropy import linear_cross_entropy
 
 
@@ -21,7 +24,8 @@ class LM(nnx.Module):
     """A causal language model over the mixers of `config.layers`.
 
     Every pass returns hidden states; `logits` maps them to the padded vocabulary. Keys enter at construction, and a
-    pass of training gets that of dropout.
+    pass of training gets that of dropout. An id outside the vocabulary is a UserError where its value is known, and an
+    embedding of NaN in a compiled program, which knows none: never another id's.
     """
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
@@ -43,10 +47,12 @@ class LM(nnx.Module):
             self.head = layers.linear(config.d_model, config.padded_vocab_size, ("embed", "vocab"), config.init(rngs))
             initialise(self.head, "head", config.init_recipe, config.init(rngs))
 
+    @checked
     def __call__(self, ids: BT, segment_ids: BT | None = None) -> Float[Array, "B T vocab"]:
         """Return fp32 logits of every position."""
         return self.logits(self.hidden(ids, segment_ids))
 
+    @checked
     def hidden(
         self,
         ids: BT,
@@ -97,10 +103,12 @@ class LM(nnx.Module):
         """Return the caches of all layers for `batch` sequences of up to `max_len` tokens."""
         return tuple(stack.init_cache(batch, max_len) for stack in self.stacks)
 
+    @checked
     def prefill(self, ids: BT, cache: tuple, segment_ids: BT | None = None) -> tuple[BTD, tuple]:
         """Read the next tokens of a sequence; return their hidden states and the caches after them."""
         return self._decode(ids, cache, lambda stack, r, old: stack.prefill(r, old, segment_ids))
 
+    @checked
     def step(self, ids: Tokens, cache: tuple) -> tuple[BD, tuple]:
         """Read one token; return its hidden state and the caches after it."""
         return self._decode(ids, cache, lambda stack, r, old: stack.step(r, old))
@@ -131,8 +139,19 @@ class LM(nnx.Module):
             after.append(new)
         return self._out(Stream(r)), tuple(after)
 
+    def _check_known(self, ids) -> None:
+        """Raise UserError for ids outside the vocabulary, where this process knows their values."""
+        if isinstance(ids, jax.core.Tracer) or not ids.is_fully_addressable:
+            return
+        values = np.asarray(ids)
+        for id in values[(values < 0) | (values >= self.config.vocab_size)][:1]:
+            raise UserError(f"ids has {id}; the model knows ids 0 to {self.config.vocab_size - 1}.")
+
     @jax.named_scope("embed")
     def _in(self, ids, dropout_key=None):
+        self._check_known(ids)
+        beyond = self.config.padded_vocab_size  # which the table's gather fills with NaN
+        ids = jnp.where((ids >= 0) & (ids < self.config.vocab_size), ids, beyond)
         # Left to itself XLA reads the table again wherever the embedding is used, and there across its rows.
         r = jax.lax.optimization_barrier(parallel.constrain(self.embed(ids), "batch"))
         if dropout_key is not None:

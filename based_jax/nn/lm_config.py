@@ -16,9 +16,10 @@ from based_jax.nn.init_recipes import INIT_RECIPES
 from based_jax.nn.layers import INIT_STD, NORM_EPS
 from based_jax.nn.mixers import checked_options
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float32")
+"""float16 is none of them: what overflows there is no rare case in training, and nothing scales the loss for it."""
 
-LEAST_VALUES = {"d_model": 1, "vocab_size": 1, "pad_vocab_multiple": 1, "mlp_dim": 0, "init_std": 0}
+LEAST_VALUES = {"d_model": 1, "vocab_size": 1, "pad_vocab_multiple": 1, "mlp_dim": 0}
 
 
 class Options(dict):
@@ -50,8 +51,8 @@ class LMConfig:
       tie_embeddings: whether the head is the embedding.
       embed_dropout: share of the embedding's components that training sets to 0, the others growing to make up for it.
       embed_norm: a norm right after the embedding (RWKV).
-      dtype: what layers compute in, "bfloat16", "float16" or "float32"; parameters, norms, the residual,
-        states and logits are fp32.
+      dtype: what layers compute in, "bfloat16" or "float32"; parameters, norms, the residual, states and logits are
+        fp32.
       scan_layers: stack and scan repeated patterns of layers, which compiles faster and shards the same.
       remat: what a layer keeps for its backward pass: "none" recomputes nothing, "dots" keeps projections only,
         "full" keeps nothing.
@@ -82,8 +83,9 @@ class LMConfig:
         for name, least in LEAST_VALUES.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it is at least {least}.")
-        if not 0 < self.norm_eps < math.inf:
-            raise UserError(f"norm_eps is {self.norm_eps}; it is above 0.")
+        for name in ("norm_eps", "init_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it is above 0, and finite.")
         if not 0 <= self.embed_dropout < 1:
             raise UserError(f"embed_dropout is {self.embed_dropout}; it is at least 0 and below 1.")
         checked = [(kind, checked_options(kind, o, f"layers[{i}]")) for i, (kind, o) in enumerate(self.layers)]

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BT, BTD, WD
+from based_jax.errors import UserError
 from based_jax.ops import long_conv, segments
-from based_jax.ops.calls import Channels, ShortConvCall
+from based_jax.ops.arguments import checked
+from based_jax.ops.calls import Channels, Past, ShortConvCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import short_conv as hopper_short_conv
 from based_jax.ops.precision import einsum, product_policy
@@ -28,6 +30,7 @@ MAX_UNROLLED_TAPS = 8
 """More shifted products are a scan, which is what a Toeplitz product can be faster than."""
 
 
+@checked
 def short_conv(
     x: BTD,
     kernel: WD,
@@ -35,7 +38,7 @@ def short_conv(
     bias: Channels | None = None,
     silu: bool = False,
     dilation: int = 1,
-    state: Reached | None = None,
+    state: Past | None = None,
     segment_ids: BT | None = None,
     impl: str = "auto",
 ) -> tuple[BTD, Reached]:
@@ -57,9 +60,10 @@ def short_conv(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
+    width = _checked_reach("short_conv", kernel, dilation, state)
     call = ShortConvCall(x, kernel, bias, state, segment_ids, silu, dilation)
     y = dispatch("short_conv", IMPLEMENTATIONS, impl, call)
-    return y, last_inputs(x, reach(kernel.shape[0], dilation), state, segment_ids)
+    return y, last_inputs(x, width, state, segment_ids)
 
 
 @jax.named_scope("last_inputs")
@@ -95,14 +99,26 @@ def reach(kernel_size: int, dilation: int) -> int:
     return (kernel_size - 1) * dilation + 1
 
 
+@checked
 @jax.named_scope("short_conv_step")
 def short_conv_step(
-    x: BD, kernel: WD, state: Reached, *, bias: Channels | None = None, silu: bool = False, dilation: int = 1
+    x: BD, kernel: WD, state: Past, *, bias: Channels | None = None, silu: bool = False, dilation: int = 1
 ) -> tuple[BD, Reached]:
     """Return one token's output and the inputs that the next one needs."""
+    _checked_reach("short_conv_step", kernel, dilation, state)
     state = jnp.concatenate([state[:, 1:], x[:, None].astype(state.dtype)], axis=1)
     y = jnp.einsum("BWD,WD->BD", state[:, ::dilation], kernel, precision=jax.lax.Precision.HIGHEST)
     return _finished(y, bias, silu).astype(x.dtype), state
+
+
+def _checked_reach(operation: str, kernel: WD, dilation: int, state: Past | None) -> int:
+    """Return the tokens from the first tap to the last, which a state has as well."""
+    if dilation < 1:
+        raise UserError(f"{operation}: dilation is {dilation}; it is at least 1.")
+    width = reach(kernel.shape[0], dilation)
+    if state is not None and state.shape[1] != width:
+        raise UserError(f"{operation}: state has {state.shape[1]} inputs; of these taps it has {width}.")
+    return width
 
 
 def _finished(y: Float[Array, "*T D"], bias: Channels | None, silu: bool) -> Float[Array, "*T D"]:

@@ -10,19 +10,23 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from based_jax.errors import UserError
 from based_jax.labels import is_labelled
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Correct, CrossEntropyCall, Labels, Losses, Rows, Table
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import cross_entropy as hopper_cross_entropy
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
 
+@checked
 def linear_cross_entropy(
     hidden: Rows, table: Table, labels: Labels, *, vocab_size: int | None = None, impl: str = "auto"
 ) -> tuple[Losses, Correct]:
     """Return losses of the logits hidden @ table.T, fp32 in nats, and whether no token has a larger one than the label.
 
-    Where nothing is asked for (`labels.is_labelled`), the loss is 0, correct is False, and there is no gradient.
+    Where nothing is asked for (`labels.is_labelled`), the loss is 0, correct is False, and there is no gradient; of a
+    label that the table does not have the loss is NaN.
 
     Args:
       hidden: (..., D); its dtype is what products are made in.
@@ -34,8 +38,11 @@ def linear_cross_entropy(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
+    if vocab_size is not None and not 1 <= vocab_size <= table.shape[0]:
+        raise UserError(f"linear_cross_entropy: vocab_size is {vocab_size}; it is 1 to the table's {table.shape[0]}.")
     losses, correct = _of_rows(hidden.reshape(-1, hidden.shape[-1]), table[:vocab_size], labels.reshape(-1), impl)
     asked = is_labelled(labels)
+    losses = jnp.where(labels.reshape(-1) < (vocab_size or table.shape[0]), losses, jnp.nan)
     return jnp.where(asked, losses.reshape(labels.shape), 0.0), asked & correct.reshape(labels.shape)
 
 

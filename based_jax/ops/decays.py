@@ -3,11 +3,19 @@
 In a chunk with log-decays until_t up to the state after each token, and seen_t up to the state that each token reads,
 the pair t >= s decays by exp(seen_t - until_s). No exponent above 0 is ever taken: blocks of `BLOCK_TOKENS` tokens meet
 through the decay at the beginning of the later one, and a block meets itself pair by pair.
+
+Sums of a chunk's log-decays are as large as the strongest decay makes them, and their differences must not lose the
+weak ones for it: they are kept in two parts (`LogDecays`).
 """
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import einops
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from based_jax import devices
 from based_jax.dims import BHKV, BTHK
@@ -16,6 +24,56 @@ from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.precision import EXACT, einsum, narrow_einsum
 
 BLOCK_TOKENS = 16
+MIN_LOG_DECAY = -128.0
+"""A log-decay that leaves nothing in fp32, as all do that are below it."""
+FP32_DIGITS = 24
+
+
+class LogDecays(NamedTuple):
+    """Log-decays from a chunk's beginning up to some states, such that differences are exact to fp32's last digit.
+
+    Attributes:
+      coarse: sums of each token's log-decay rounded to a grid, which are exact.
+      fine: sums of what is left of each, which are small; gradients flow through them alone.
+      tokens: how many tokens decay them, padding left out, with axes of size 1 for heads and channels.
+    """
+
+    coarse: Decay
+    fine: Decay
+    tokens: Int[Array, "#B T 1 1"]
+
+    @classmethod
+    def until(cls, log_decay: Decay, visible: Bool[Array, "#B T T"]) -> "LogDecays":
+        """Return those up to the state after each token of a chunk, of which each but padding is visible to itself."""
+        grid = 2.0 ** (math.ceil(math.log2(-MIN_LOG_DECAY * log_decay.shape[1])) - FP32_DIGITS)
+        log_decay = jnp.maximum(log_decay, MIN_LOG_DECAY)
+        coarse = jax.lax.stop_gradient(jnp.round(log_decay / grid) * grid)
+        tokens = jnp.cumsum(jnp.diagonal(visible, axis1=1, axis2=2), axis=1)[..., None, None]
+        return cls(jnp.cumsum(coarse, axis=1), jnp.cumsum(log_decay - coarse, axis=1), tokens)
+
+    def before(self) -> "LogDecays":
+        """Return those up to the state before each token."""
+        return self.shaped(lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0))))
+
+    def since(self, earlier: "LogDecays", mask: Bool[Array, "..."] | bool = True) -> Float[Array, "..."]:
+        """Return the log-decay from earlier states to these, -inf where they are not under a mask.
+
+        A state has none to itself, and no gradient of it: it would drown those of weaker pairs.
+        """
+        decay, same = (self.coarse - earlier.coarse) + (self.fine - earlier.fine), self.tokens == earlier.tokens
+        return jnp.where(mask & ~same, decay, jnp.where(mask & same, 0.0, -jnp.inf))
+
+    def kept(self) -> Decay:
+        """Return what is left of the chunk's beginning in each state."""
+        return jnp.exp(self.coarse + self.fine)
+
+    def left(self) -> Decay:
+        """Return what is left of each state at the chunk's end."""
+        return jnp.exp(self.shaped(lambda x: x[:, -1:]).since(self))
+
+    def shaped(self, shape: Callable[[Array], Array]) -> "LogDecays":
+        """Return all of it in another shape."""
+        return LogDecays(*map(shape, self))
 
 
 def initial_state(batch: int, heads: int, key_dim: int, value_dim: int) -> BHKV:
@@ -29,66 +87,70 @@ def empty_state(call: MatrixStateCall) -> BHKV:
     return initial_state(batch, heads, key_dim, call.v.shape[3])
 
 
-def pair_weights(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible, dtype, precision) -> Float[Array, "B H T S"]:
+def pair_weights(
+    q: BTHK, k: BTHK, seen: LogDecays, until: LogDecays, visible, dtype, precision
+) -> Float[Array, "B H T S"]:
     """Return sum_k q_tk k_sk exp(seen_tk - until_sk) of the visible pairs of a chunk, 0 elsewhere."""
     mask = visible[:, None]
-    if seen.shape[-1] == 1:
-        difference = jnp.moveaxis(seen[..., 0], 1, 2)[..., :, None] - jnp.moveaxis(until[..., 0], 1, 2)[..., None, :]
-        decay = jnp.exp(jnp.where(mask, difference, -jnp.inf))
+    if seen.coarse.shape[-1] == 1:
+        late, early = (x.shaped(lambda x: jnp.moveaxis(x[..., 0], 1, 2)) for x in (seen, until))
+        late, early = late.shaped(lambda x: x[..., None]), early.shaped(lambda x: x[..., None, :])
+        decay = jnp.exp(late.since(early, mask))
         return narrow_einsum("BTHK,BSHK->BHTS", q.astype(dtype), k.astype(dtype), precision) * decay
 
     T = q.shape[1]
-    q, k, seen, until = (_pad_blocks(x) for x in (q, k, seen, until))
+    q, k, seen, until = jax.tree.map(_pad_blocks, (q, k, seen, until))
     near = _within_blocks(q, k, seen, until, _pad_pairs(visible))
     far = _between_blocks(q, k, seen, until, dtype, precision)
     return jnp.where(mask, far[:, :, :T, :T], 0.0) + near[:, :, :T, :T]
 
 
-def weighted_sums(pairs: Float[Array, "B H T T"], x: BTHK, until: Decay) -> BTHK:
+def weighted_sums(pairs: Float[Array, "B H T T"], x: BTHK, until: LogDecays) -> BTHK:
     """Return sum_s pairs_ts x_sk exp(until_tk - until_sk) of a chunk, in fp32; pairs that do not count are 0."""
     T, padding = x.shape[1], (0, -x.shape[1] % BLOCK_TOKENS)
     pairs = jnp.pad(pairs, [(0, 0), (0, 0), padding, padding])
-    x, until = _pad_blocks(x), _pad_blocks(until)
+    x, until = jax.tree.map(_pad_blocks, (x, until))
 
-    before, earlier = _towards_blocks(x, until)
+    since, earlier = _towards_blocks(x, until, until)
     rows = einops.rearrange(pairs, "B H (N C) S -> B H N C S", C=BLOCK_TOKENS)
-    far = einsum("BHNCS,BNSHK->BNCHK", rows, earlier, EXACT) * jnp.exp(_blocks(until) - before[:, :, None])
+    far = einsum("BHNCS,BNSHK->BNCHK", rows, earlier, EXACT) * since
     own = jnp.moveaxis(_pairs_of_blocks(pairs), 1, -1)[..., None]  # (B, N, C, C, H, 1)
-    causal = jnp.tri(BLOCK_TOKENS, dtype=bool)[None, None]
-    decay = jnp.exp(_exponents(_blocks(until), _blocks(until), causal))
+    decay = _decays_of_blocks(until, until, jnp.tri(BLOCK_TOKENS, dtype=bool)[None, None])
     near = jnp.sum(own * decay * _blocks(x)[:, :, None], axis=3)
     return einops.rearrange(far + near, "B N C H K -> B (N C) H K")[:, :T]
 
 
-def _between_blocks(q: BTHK, k: BTHK, seen: Decay, until: Decay, dtype, precision) -> Float[Array, "B H T S"]:
+def _between_blocks(q: BTHK, k: BTHK, seen: LogDecays, until: LogDecays, dtype, precision) -> Float[Array, "B H T S"]:
     """Weigh pairs of different blocks: both decay towards the beginning of the query's block."""
-    before, keys = _towards_blocks(k, until)
-    queries = _blocks(q) * jnp.exp(_blocks(seen) - before[:, :, None])
+    since, keys = _towards_blocks(k, seen, until)
+    queries = _blocks(q) * since
     weights = einsum("BNCHK,BNSHK->BHNCS", queries.astype(dtype), keys.astype(dtype), precision)
     return einops.rearrange(weights, "B H N C S -> B H (N C) S")
 
 
-def _within_blocks(q: BTHK, k: BTHK, seen: Decay, until: Decay, visible) -> Float[Array, "B H T S"]:
+def _within_blocks(q: BTHK, k: BTHK, seen: LogDecays, until: LogDecays, visible) -> Float[Array, "B H T S"]:
     """Weigh pairs of the same block one by one, in fp32."""
-    q, k, seen, until = (_blocks(x) for x in (q, k, seen, until))
-    decay = jnp.exp(_exponents(seen, until, _pairs_of_blocks(visible[:, None])[:, 0]))
-    pairs = jnp.sum(q[:, :, :, None] * k[:, :, None] * decay, axis=-1)  # (B, N, C, C, H)
+    decay = _decays_of_blocks(seen, until, _pairs_of_blocks(visible[:, None])[:, 0])
+    pairs = jnp.sum(_blocks(q)[:, :, :, None] * _blocks(k)[:, :, None] * decay, axis=-1)  # (B, N, C, C, H)
     same = jnp.eye(pairs.shape[1], dtype=pairs.dtype)[None, None, :, None, :, None]
     weights = einops.rearrange(pairs, "B N C S H -> B H N C 1 S") * same
     return einops.rearrange(weights, "B H N C M S -> B H (N C) (M S)")
 
 
-def _towards_blocks(k: BTHK, until: Decay) -> tuple[Float[Array, "B N H #K"], Float[Array, "B N S H K"]]:
-    """Return the log-decay up to each block, and what is left there of the tokens of earlier blocks, of others 0."""
-    before = jnp.pad(until, [(0, 0), (1, 0), (0, 0), (0, 0)])[:, :-1][:, ::BLOCK_TOKENS]
-    earlier = jnp.arange(until.shape[1])[None, :] < BLOCK_TOKENS * jnp.arange(before.shape[1])[:, None]
-    exponent = jnp.where(earlier[None, :, :, None, None], before[:, :, None] - until[:, None], -jnp.inf)
-    return before, k[:, None] * jnp.exp(exponent)
+def _towards_blocks(
+    k: BTHK, seen: LogDecays, until: LogDecays
+) -> tuple[Float[Array, "B N C H #K"], Float[Array, "B N S H K"]]:
+    """Return what queries see of their block's beginning, and what is left there of keys before it, of others 0."""
+    begin = until.before().shaped(lambda x: x[:, ::BLOCK_TOKENS, None])
+    earlier = jnp.arange(k.shape[1])[None, :] < BLOCK_TOKENS * jnp.arange(begin.fine.shape[1])[:, None]
+    left = begin.since(until.shaped(lambda x: x[:, None]), earlier[None, :, :, None, None])
+    return jnp.exp(seen.shaped(_blocks).since(begin)), k[:, None] * jnp.exp(left)
 
 
-def _exponents(seen: Array, until: Array, mask: Bool[Array, "_ _ C C"]) -> Float[Array, "B N C C H _"]:
-    """Return the log-decay of the pairs of each block, -inf where they do not count."""
-    return jnp.where(mask[..., None, None], seen[:, :, :, None] - until[:, :, None], -jnp.inf)
+def _decays_of_blocks(seen: LogDecays, until: LogDecays, mask: Bool[Array, "_ _ C C"]) -> Float[Array, "B N C C H _"]:
+    """Return the decay of the pairs of each block, 0 where they do not count."""
+    late = seen.shaped(lambda x: _blocks(x)[:, :, :, None])
+    return jnp.exp(late.since(until.shaped(lambda x: _blocks(x)[:, :, None]), mask[..., None, None]))
 
 
 def _pairs_of_blocks(x: Shaped[Array, "B H T S"]) -> Shaped[Array, "B H N C C"]:
@@ -97,7 +159,7 @@ def _pairs_of_blocks(x: Shaped[Array, "B H T S"]) -> Shaped[Array, "B H N C C"]:
     return einops.rearrange(jnp.diagonal(blocks, axis1=2, axis2=4), "B H C S N -> B H N C S")
 
 
-def _blocks(x: BTHK) -> Float[Array, "B N C H K"]:
+def _blocks(x: Shaped[Array, "B T H K"]) -> Shaped[Array, "B N C H K"]:
     """Cut time, filled up, into blocks."""
     return einops.rearrange(x, "B (N C) H K -> B N C H K", C=BLOCK_TOKENS)
 

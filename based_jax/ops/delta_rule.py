@@ -23,8 +23,9 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BTH, Decay, MatrixStateCall
-from based_jax.ops.decays import as_dplr, empty_state, pair_weights
+from based_jax.ops.decays import LogDecays, as_dplr, empty_state, pair_weights
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import recurrence as hopper_recurrence
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
@@ -34,6 +35,7 @@ from based_jax.ops.triton import dplr as triton_dplr
 CHUNK_TOKENS = 64
 
 
+@checked
 def delta_rule(
     q: BTHK,
     k: BTHK,
@@ -66,6 +68,7 @@ def delta_rule(
     return dispatch("delta_rule", IMPLEMENTATIONS, impl, call)
 
 
+@checked
 @jax.named_scope("delta_rule_step")
 def delta_rule_step(
     q: BHK, k: BHK, v: BHV, log_decay: Float[Array, "B H #K"], beta: Float[Array, "B H"], state: BHKV, **options: Any
@@ -75,6 +78,7 @@ def delta_rule_step(
     return dplr_step(*_operands(token), state, **options)
 
 
+@checked
 def dplr(
     q: BTHK,
     k: BTHK,
@@ -112,6 +116,7 @@ def dplr(
     return dispatch("dplr", DPLR_IMPLEMENTATIONS, impl, call)
 
 
+@checked
 @jax.named_scope("dplr_step")
 def dplr_step(
     q: BHK,
@@ -147,29 +152,30 @@ def _chunked(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
 
     def chunk(tokens, state: BHKV, span: scan.Span):
         q, k, v, g, a, b = (x.astype(jnp.float32) for x in _operands(tokens))
-        until = jnp.cumsum(g, axis=1)
+        until = LogDecays.until(g, span.visible)
+        seen = until.before()
         before = span.visible & ~jnp.eye(g.shape[1], dtype=bool)[None]
 
         def weights(x, y, mask, seen):
             return pair_weights(x, y, seen, until, mask, jnp.float32, inner)
 
-        right = einsum("BHTS,BSHV->BHTV", weights(a, k, before, until - g), v, inner)
+        right = einsum("BHTS,BSHV->BHTV", weights(a, k, before, seen), v, inner)
         if not span.fresh:
-            read = a * jnp.exp(until - g) * span.reads[:, :, None, None]
+            read = a * seen.kept() * span.reads[:, :, None, None]
             right = right + einsum("BTHK,BHKV->BHTV", read, state, inner)
-        system = jnp.eye(g.shape[1], dtype=jnp.float32)[None, None] - weights(a, b, before, until - g)
+        system = jnp.eye(g.shape[1], dtype=jnp.float32)[None, None] - weights(a, b, before, seen)
         u = jax.lax.linalg.triangular_solve(system, right, left_side=True, lower=True, unit_diagonal=True)
         u = jnp.moveaxis(u, 1, 2)
 
         o = jnp.zeros_like(v)
-        left = jnp.exp(until[:, -1:] - until) * span.writes[:, :, None, None]
-        after = jnp.where(span.keeps[:, None, None, None], state * jnp.exp(until[:, -1])[..., None], 0.0)
+        left = until.left() * span.writes[:, :, None, None]
+        after = jnp.where(span.keeps[:, None, None, None], state * until.kept()[:, -1, ..., None], 0.0)
         for keys, values in ((k, v), (b, u)):
             p = weights(q, keys, span.visible, until).astype(dtype)
             o = o + einsum("BHTS,BSHV->BTHV", p, values.astype(dtype), precision)
             after = after + einsum("BTHK,BTHV->BHKV", (keys * left).astype(dtype), values.astype(dtype), precision)
         if not span.fresh:
-            read = q * jnp.exp(until) * span.reads[:, :, None, None]
+            read = q * until.kept() * span.reads[:, :, None, None]
             o = o + einsum("BTHK,BHKV->BTHV", read.astype(dtype), state.astype(dtype), precision)
         return (call.scale * o).astype(call.v.dtype), after
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BT
 from based_jax.ops import scan, segments
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHPN2, BTHP, HN, DiagonalSSMCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.long_conv import product_is_slower, toeplitz
@@ -27,6 +28,7 @@ def initial_state(batch: int, heads: int, channels: int, state_dim: int) -> BHPN
     return jnp.zeros((batch, heads, channels, state_dim, 2), jnp.float32)
 
 
+@checked
 def diagonal_ssm(
     u: BTHP,
     log_a: HN,
@@ -54,6 +56,7 @@ def diagonal_ssm(
     return dispatch("diagonal_ssm", IMPLEMENTATIONS, impl, DiagonalSSMCall(u, log_a, b, c, state, segment_ids))
 
 
+@checked
 @jax.named_scope("diagonal_ssm_step")
 def diagonal_ssm_step(u: BHP, log_a: HN, b: HN, c: HN, state: BHPN2) -> tuple[BHP, BHPN2]:
     """Return one token's output and the state after it."""

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BT, BTD, BWD, WD
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import GatedConvCall, Joint, JointBias
 from based_jax.ops.conv import last_inputs, short_conv
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import gated_short_conv as hopper_gated_short_conv
 
 
+@checked
 def gated_short_conv(
     x: Joint,
     kernel: WD,

@@ -20,8 +20,9 @@ from jaxtyping import Array, Float
 from based_jax import devices
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import HK, Decay, MatrixStateCall
-from based_jax.ops.decays import empty_state, pair_weights
+from based_jax.ops.decays import LogDecays, empty_state, pair_weights
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.hopper import gated_linear_attention as hopper_gated_linear_attention
 from based_jax.ops.precision import EXACT, einsum, narrow_einsum, product_policy
@@ -30,6 +31,7 @@ from based_jax.ops.triton import gated_linear_attention as triton_gated_linear_a
 CHUNK_TOKENS = 64
 
 
+@checked
 def gated_linear_attention(
     q: BTHK,
     k: BTHK,
@@ -67,6 +69,7 @@ def gated_linear_attention(
     return dispatch("gated_linear_attention", IMPLEMENTATIONS, impl, call)
 
 
+@checked
 @jax.named_scope("gated_linear_attention_step")
 def gated_linear_attention_step(
     q: BHK,
@@ -102,8 +105,8 @@ def _chunked(call: MatrixStateCall, *, length: int | None = CHUNK_TOKENS) -> tup
     def chunk(tokens, state: BHKV, span: scan.Span):
         q, k, v, g = tokens.q, tokens.k, tokens.v, tokens.log_decay
         dtype, precision = product_policy(v.dtype)
-        until = jnp.cumsum(g, axis=1)  # decay from the chunk's beginning to the state after each token
-        seen = until if bonus is None else until - g  # and to the state that each token reads
+        until = LogDecays.until(g, span.visible)  # from the chunk's beginning to the state after each token
+        seen = until if bonus is None else until.before()  # and to the state that each token reads
         q = q.astype(jnp.float32) * scale
         visible = span.visible if bonus is None else span.visible & ~jnp.eye(g.shape[1], dtype=bool)[None]
         weights = pair_weights(q, k.astype(jnp.float32), seen, until, visible, dtype, precision)
@@ -112,12 +115,11 @@ def _chunked(call: MatrixStateCall, *, length: int | None = CHUNK_TOKENS) -> tup
             own = jnp.sum(q * bonus[None, None] * k.astype(jnp.float32), axis=-1, keepdims=True)
             o = o + own * v.astype(jnp.float32)
         if not span.fresh:
-            read = q * jnp.exp(seen) * span.reads[:, :, None, None]
+            read = q * seen.kept() * span.reads[:, :, None, None]
             o = o + einsum("BTHK,BHKV->BTHV", read.astype(dtype), state.astype(dtype), precision)
 
-        left = jnp.exp(until[:, -1:] - until)  # of a token, at the chunk's end
-        written = k.astype(jnp.float32) * left * span.writes[:, :, None, None]
-        kept = jnp.where(span.keeps[:, None, None, None], state * jnp.exp(until[:, -1])[..., None], 0.0)
+        written = k.astype(jnp.float32) * until.left() * span.writes[:, :, None, None]
+        kept = jnp.where(span.keeps[:, None, None, None], state * until.kept()[:, -1, ..., None], 0.0)
         after = kept + einsum("BTHK,BTHV->BHKV", written.astype(dtype), v.astype(dtype), precision)
         return o.astype(v.dtype), after
 

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHKM, BHMV, BTHM, SlotAttentionCall, SlotState
-from based_jax.ops.decays import weighted_sums
+from based_jax.ops.decays import LogDecays, weighted_sums
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import CHUNK_TOKENS, gated_linear_attention, gated_linear_attention_step
 from based_jax.ops.precision import EXACT, einsum
@@ -29,6 +30,7 @@ def initial_state(batch: int, heads: int, key_dim: int, slots: int, value_dim: i
     )
 
 
+@checked
 def gated_slot_attention(
     q: BTHK,
     k: BTHK,
@@ -61,6 +63,7 @@ def gated_slot_attention(
     return dispatch("gated_slot_attention", IMPLEMENTATIONS, impl, call)
 
 
+@checked
 @jax.named_scope("gated_slot_attention_step")
 def gated_slot_attention_step(
     q: BHK, k: BHK, v: BHV, s: BHM, log_decay: BHM, state: SlotState, *, scale: float | None = 1.0
@@ -96,14 +99,14 @@ def _two_passes(call: SlotAttentionCall) -> tuple[BTHV, SlotState]:
 def _read_slots(tokens, keys: BHKM, span: scan.Span):
     """Return q_t^T K_t of a chunk, sum_s (q_t.k_s) exp(b_t - b_s) s_s, and K after it."""
     q, k, s, g = (x.astype(jnp.float32) for x in (tokens.q, tokens.k, tokens.s, tokens.log_decay))
-    until = jnp.cumsum(g, axis=1)
+    until = LogDecays.until(g, span.visible)
     scores = einsum("BTHK,BSHK->BHTS", q, k, EXACT) * span.visible[:, None]
     logits = weighted_sums(scores, s, until)
     if not span.fresh:
-        read = einsum("BTHK,BHKM->BTHM", q, keys, EXACT) * jnp.exp(until)
+        read = einsum("BTHK,BHKM->BTHM", q, keys, EXACT) * until.kept()
         logits = logits + read * span.reads[:, :, None, None]
-    written = s * jnp.exp(until[:, -1:] - until) * span.writes[:, :, None, None]
-    kept = jnp.where(span.keeps[:, None, None, None], keys * jnp.exp(until[:, -1])[:, :, None], 0.0)
+    written = s * until.left() * span.writes[:, :, None, None]
+    kept = jnp.where(span.keeps[:, None, None, None], keys * until.kept()[:, -1, :, None], 0.0)
     return logits, kept + einsum("BTHK,BTHM->BHKM", k, written, EXACT)
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Shaped
 from based_jax import devices
 from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
 from based_jax.ops import scan, segments
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import LinearAttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.precision import EXACT, einsum, product_policy
@@ -29,6 +30,7 @@ def initial_state(batch: int, heads: int, expanded_dim: int, value_dim: int) -> 
     return jnp.zeros((batch, heads, expanded_dim, value_dim + 1), jnp.float32)
 
 
+@checked
 def linear_attention(
     phi_q: BTHK,
     phi_k: BTHK,
@@ -56,6 +58,7 @@ def linear_attention(
     return dispatch("linear_attention", IMPLEMENTATIONS, impl, call)
 
 
+@checked
 @jax.named_scope("linear_attention_step")
 def linear_attention_step(phi_q: BHK, phi_k: BHK, v: BHV, state: BHEV) -> tuple[BHV, BHEV]:
     """Return one token's output and the state after it."""
@@ -64,6 +67,7 @@ def linear_attention_step(phi_q: BHK, phi_k: BHK, v: BHV, state: BHEV) -> tuple[
     return normalise(sums).astype(v.dtype), state
 
 
+@checked
 @jax.named_scope("encoder_state")
 def encoder_state(phi_k: BTHK, v: BTHV, mask: Shaped[Array, "B T"]) -> BHEV:
     """Return the state that tokens under a mask (B, T) of 0 and 1 leave, in no order."""

@@ -15,11 +15,13 @@ from jaxtyping import Array, Float
 from based_jax import devices
 from based_jax.dims import BT, BTD
 from based_jax.ops import segments
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import TD, LongConvCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
 
+@checked
 def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = "auto") -> BTD:
     """Convolve each channel of u (B, T, D) with its column of kernel (T, D), whose row l is the tap of lag l.
 

@@ -9,11 +9,14 @@ The stream r and its sum r' are fp32, and so is the arithmetic; y and x are what
 import jax
 import jax.numpy as jnp
 
+from based_jax.errors import UserError
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, NormCall, Rows
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import norm as hopper_norm
 
 
+@checked
 def residual_rms_norm(
     r: Rows, y: Rows | None, scale: Channels, *, eps: float = 1e-5, dtype=None, impl: str = "auto"
 ) -> tuple[Rows, Rows]:
@@ -30,15 +33,21 @@ def residual_rms_norm(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    return dispatch("residual_rms_norm", IMPLEMENTATIONS, impl, NormCall(r, y, scale, None, eps, _dtype(r, y, dtype)))
+    return dispatch("residual_rms_norm", IMPLEMENTATIONS, impl, _call(r, y, scale, None, eps, dtype))
 
 
+@checked
 def residual_layer_norm(
     r: Rows, y: Rows | None, scale: Channels, bias: Channels, *, eps: float = 1e-5, dtype=None, impl: str = "auto"
 ) -> tuple[Rows, Rows]:
     """Return r + y and its layer norm over the channels; arguments and errors are those of `residual_rms_norm`."""
-    call = NormCall(r, y, scale, bias, eps, _dtype(r, y, dtype))
-    return dispatch("residual_layer_norm", IMPLEMENTATIONS, impl, call)
+    return dispatch("residual_layer_norm", IMPLEMENTATIONS, impl, _call(r, y, scale, bias, eps, dtype))
+
+
+def _call(r: Rows, y: Rows | None, scale: Channels, bias: Channels | None, eps: float, dtype) -> NormCall:
+    if eps < 0:
+        raise UserError(f"The norm's eps is {eps}; it is at least 0.")
+    return NormCall(r, y, scale, bias, eps, _dtype(r, y, dtype))
 
 
 def _dtype(r: Rows, y: Rows | None, dtype) -> jnp.dtype:

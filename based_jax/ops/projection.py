@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from based_jax import devices
+from based_jax.ops.arguments import checked
 from based_jax.ops.dispatch import target_device_kind, target_platform
 
 Tokens = Float[Array, "*T D"]
@@ -35,6 +36,7 @@ def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **opt
     return in_pieces(x, kernel, number, precision=precision, **options).reshape(*x.shape[:-1], kernel.shape[1])
 
 
+@checked
 @jax.named_scope("multiply")
 def multiply(x: Tokens, kernel: DE) -> Projected:
     """Return x @ kernel."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BT, BTD
 from based_jax.ops import scan
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BDN, BTN, DN, Channels, SelectiveScanCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import selective_scan as hopper_selective_scan
@@ -55,6 +56,7 @@ def _step_sizes_bwd(saved, grad):
 step_sizes.defvjp(_step_sizes_fwd, _step_sizes_bwd)
 
 
+@checked
 def selective_scan(
     u: BTD,
     dt: BTD,
@@ -84,6 +86,7 @@ def selective_scan(
     return dispatch("selective_scan", IMPLEMENTATIONS, impl, call)
 
 
+@checked
 @jax.named_scope("selective_scan_step")
 def selective_scan_step(u: BD, dt: BD, A: DN, B: BN, C: BN, state: BDN) -> tuple[BD, BDN]:
     """Return one token's output and the state after it."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Shaped
 from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
 from based_jax.errors import UserError
 from based_jax.ops import segments
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import window as hopper_window
@@ -22,6 +23,7 @@ from based_jax.ops.hopper import window as hopper_window
 MIN_BAND_TOKENS = 64
 
 
+@checked
 def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl: str = "auto") -> BTHV:
     """Causal softmax attention over (B, T, H, .) arrays.
 
@@ -35,6 +37,7 @@ def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl:
     return dispatch("attention", ATTENTION, impl, AttentionCall(q, k, v, q.shape[1], segment_ids))
 
 
+@checked
 def window_attention(
     q: BTHK, k: BTHK, v: BTHV, *, window: int, segment_ids: BT | None = None, impl: str = "auto"
 ) -> BTHV:
@@ -53,6 +56,7 @@ def window_attention(
     return dispatch("window_attention", WINDOW_ATTENTION, impl, AttentionCall(q, k, v, window, segment_ids))
 
 
+@checked
 @jax.named_scope("attention_step")
 def attention_step(q: BHK, k: BSHK, v: BSHV, visible: BS_mask) -> BHV:
     """Return one query's output over the cached keys that are visible to it."""
@@ -61,6 +65,7 @@ def attention_step(q: BHK, k: BSHK, v: BSHV, visible: BS_mask) -> BHV:
     return _weigh("BHS,BSHV->BHV", p, v)
 
 
+@checked
 @jax.named_scope("masked_attention")
 def masked_attention(q: BTHK, k: BSHK, v: BSHV, visible: Bool[Array, "B T S"]) -> BTHV:
     """Return attention under an explicit mask; a query that sees no key gets zero."""

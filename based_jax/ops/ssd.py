@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BT
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHNP, BTGN, BTH, BTHP, SSDCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
@@ -24,6 +25,7 @@ BHP = Float[Array, "B H P"]
 BGN = Float[Array, "B G N"]
 
 
+@checked
 def ssd(
     x: BTHP,
     dt: BTH,
@@ -54,6 +56,7 @@ def ssd(
     return dispatch("ssd", IMPLEMENTATIONS, impl, call)
 
 
+@checked
 @jax.named_scope("ssd_step")
 def ssd_step(x: BHP, dt: Float[Array, "B H"], A: Float[Array, "H"], B: BGN, C: BGN, state: BHNP) -> tuple[BHP, BHNP]:
     """Return one token's output and the state after it."""

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
 from based_jax.ops import linear_attention
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import LinearAttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import taylor as hopper_taylor
@@ -32,6 +33,7 @@ def expanded_dim(feature_dim: int) -> int:
     return 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
 
 
+@checked
 def taylor_features(x: Float[Array, "*B K"]) -> Float[Array, "*B E"]:
     """Return phi(x) in fp32 with each product once: [1, x / K^(1/4), x_m x_n / sqrt(K) for m >= n].
 
@@ -45,6 +47,7 @@ def taylor_features(x: Float[Array, "*B K"]) -> Float[Array, "*B E"]:
     return jnp.concatenate([jnp.ones_like(x[..., :1]), x, products], axis=-1)
 
 
+@checked
 def full_taylor_features(x: Float[Array, "*B K"]) -> Float[Array, "*B E"]:
     """Return [1, x / K^(1/4), vec(x x^T) / (sqrt(2) sqrt(K))], the published map with its 1 + K + K^2 features.
 
@@ -61,6 +64,7 @@ def initial_state(batch: int, heads: int, feature_dim: int, value_dim: int) -> B
     return linear_attention.initial_state(batch, heads, expanded_dim(feature_dim), value_dim)
 
 
+@checked
 def taylor_attention(
     q: BTHK,
     k: BTHK,
@@ -87,6 +91,7 @@ def taylor_attention(
     return dispatch("taylor_attention", IMPLEMENTATIONS, impl, LinearAttentionCall(q, k, v, state, segment_ids))
 
 
+@checked
 @jax.named_scope("taylor_attention_step")
 def taylor_attention_step(q: BHK, k: BHK, v: BHV, state: BHEV) -> tuple[BHV, BHEV]:
     """Return one token's output and the state after it."""

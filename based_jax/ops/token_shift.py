@@ -5,8 +5,10 @@ import jax.numpy as jnp
 
 from based_jax.dims import BD, BT, BTD
 from based_jax.ops import segments
+from based_jax.ops.arguments import checked
 
 
+@checked
 @jax.named_scope("token_shift")
 def token_shift(x: BTD, *, state: BD | None = None, segment_ids: BT | None = None) -> tuple[BTD, BD]:
     """Return for each token of x (B, T, D) the one before it in its document, zero for a document's first.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from based_jax.dims import BD, BT, BTD
 from based_jax.ops import scan
+from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, Wkv4Call, WkvState
 from based_jax.ops.dispatch import Implementation, dispatch
 
@@ -24,6 +25,7 @@ def initial_state(batch: int, channels: int) -> WkvState:
     return WkvState(num, den, jnp.full((batch, channels), LOG_OF_NOTHING, jnp.float32))
 
 
+@checked
 def wkv4(
     k: BTD,
     v: BTD,
@@ -52,6 +54,7 @@ def wkv4(
     return wkv.astype(v.dtype), state
 
 
+@checked
 @jax.named_scope("wkv4_step")
 def wkv4_step(k: BD, v: BD, log_decay: Channels, bonus: Channels, state: WkvState) -> tuple[BD, WkvState]:
     """Return one token's average and the state after it."""

@@ -40,6 +40,8 @@ class Trial(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.stop_accuracy is not None and not 0 <= self.stop_accuracy <= 1:
+            raise UserError(f"stop_accuracy is {self.stop_accuracy}; it is between 0 and 1, or None.")
         if self.optim.schedule == "cosine_per_epoch" and self.optim.steps_per_epoch is None:
             optim = dataclasses.replace(self.optim, steps_per_epoch=self.steps_per_epoch)
             object.__setattr__(self, "optim", optim)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from based_jax.errors import UserError
+from based_jax.folders import writing
 from based_jax.train.tasks import Source
 
 DATA_FILE = "data.json"
@@ -37,8 +38,9 @@ def save(source: Source, workdir: Path) -> None:
     if source.record:
         path = Path(workdir) / DATA_FILE
         part = path.with_suffix(".json.part")
-        part.write_text(json.dumps(source.record, indent=2) + "\n")
-        part.replace(path)
+        with writing(path):
+            part.write_text(json.dumps(source.record, indent=2) + "\n")
+            part.replace(path)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

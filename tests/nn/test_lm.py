@@ -108,7 +108,7 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     assert abs((y == 0).mean() - 0.1) <= 3 * math.sqrt(0.1 * 0.9 / y.size)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_logits_are_fp32_over_the_padded_vocabulary(dtype, tokens, close):
     model = LM(small(dtype=dtype, pad_vocab_multiple=16), rngs=nnx.Rngs(0))
     hidden, logits = jax.jit(lambda m, x: (m.hidden(x), m(x)))(model, tokens)
@@ -193,7 +193,7 @@ def test_initial_values_have_the_reference_statistics(scan_layers):
         ({"pad_vocab_multiple": 0}, "pad_vocab_multiple is 0; it is at least 1"),
         ({"mlp_dim": -1}, "mlp_dim is -1; it is at least 0"),
         ({"embed_dropout": 1.0}, "embed_dropout is 1.0; it is at least 0 and below 1"),
-        ({"init_std": -0.1}, "init_std is -0.1; it is at least 0"),
+        ({"init_std": -0.1}, "init_std is -0.1; it is above 0"),
         ({"norm": "rmss"}, "Unknown norm 'rmss': did you mean 'rms'?"),
         ({"final_norm": "rmss"}, "Unknown final_norm 'rmss': did you mean 'rms'?"),
         ({"mlp": "swigloo"}, "Unknown mlp 'swigloo': did you mean 'swiglu'?"),

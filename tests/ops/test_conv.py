@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.documents import numbered
 
 from based_jax.errors import UserError
 from based_jax.ops.conv import MAX_UNROLLED_TAPS, short_conv, short_conv_step
@@ -15,19 +16,17 @@ CASES = [(1, 3, 64), (2, 4, 7), (63, 1, 5), (65, 3, 1), (64, 7, 24)]
 def exact(x, kernel, state=None, ids=None):
     """Return outputs and state in fp64, tap by tap."""
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
-    ids = np.ones(x.shape[:2], int) if ids is None else np.asarray(ids)
+    ids = np.ones(x.shape[:2], int) if ids is None else numbered(np.asarray(ids))
     B, W = x.shape[0], kernel.shape[0]
     y, after = np.zeros_like(x), np.zeros((B, W, x.shape[2]))
     for b in range(B):
-        documents = ids[b][ids[b] != 0]
-        if len(documents) == 0:
-            continue
-        owners = np.concatenate([np.full(W, documents[0]), ids[b]])
-        inputs = np.concatenate([after[b] if state is None else np.asarray(state[b], np.float64), x[b]])
-        for t in np.flatnonzero(ids[b]):
-            own = owners[t + 1 : t + 1 + W] == ids[b, t]
-            y[b, t] = np.sum(kernel * inputs[t + 1 : t + 1 + W] * own[:, None], axis=0)
-        after[b] = inputs[-W:] * (owners[-W:] == documents[-1])[:, None]
+        real = np.flatnonzero(ids[b])
+        owners = np.concatenate([np.ones(W, int), ids[b, real]])
+        inputs = np.concatenate([after[b] if state is None else np.asarray(state[b], np.float64), x[b, real]])
+        for i, t in enumerate(real):
+            own = owners[i + 1 : i + 1 + W] == ids[b, t]
+            y[b, t] = np.sum(kernel * inputs[i + 1 : i + 1 + W] * own[:, None], axis=0)
+        after[b] = inputs[-W:] * (owners[-W:] == owners[-1])[:, None]
     return y, after
 
 

@@ -45,7 +45,7 @@ def test_equals_flax(dtype, normal, close):
     """The modules hold the parameters; their own norms are the reference."""
     r, y = 3 + normal(2, 9, 24), normal(2, 9, 24, dtype=dtype)
     for make in NORMS.values():
-        module = make(24, rngs=nnx.Rngs(0))
+        module = make(24, 1e-5, rngs=nnx.Rngs(0))
         for param in jax.tree.leaves(nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Variable)):
             param[...] = normal(24)
         for stream in (Stream(r), Stream(r, y)):

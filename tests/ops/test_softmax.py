@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.documents import numbered
 
 from based_jax.ops.softmax import ATTENTION, WINDOW_ATTENTION, attention, attention_step, window_attention
 
@@ -31,7 +32,7 @@ CASES = [
 def exact(q, k, v, window=None, ids=None):
     """Return outputs in fp64, query by query over the keys that it sees."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    ids = np.ones(q.shape[:2], int) if ids is None else np.asarray(ids)
+    ids = np.ones(q.shape[:2], int) if ids is None else numbered(np.asarray(ids))
     o = np.zeros_like(v)
     for b, t in zip(*np.nonzero(ids), strict=True):
         seen = np.flatnonzero(ids[b, : t + 1] == ids[b, t])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.documents import numbered
 
 from based_jax.devices import H100_CROSSOVERS
 from based_jax.ops import dispatch
@@ -54,7 +55,7 @@ def exact(q, k, v, state=None, ids=None):
     """Return outputs and state in fp64, one document after another."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     v1 = np.concatenate([v, np.ones_like(v[..., :1])], axis=-1)
-    ids = np.ones(q.shape[:2], int) if ids is None else np.asarray(ids)
+    ids = np.ones(q.shape[:2], int) if ids is None else numbered(np.asarray(ids))
     B, _, H, K = q.shape
     after = np.zeros((B, H, expanded_dim(K), v1.shape[-1])) if state is None else np.array(state, np.float64)
     o = np.zeros_like(v)
