@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from based_jax.errors import UserError
-from based_jax.folders import local_path
+from based_jax.folders import local_path, reason
 
 PROBE_BYTES = 1 << 16
 """What a disk must have room for before anything is trained: a row with a long curve."""
@@ -111,7 +111,7 @@ class Store:
         except StoreError:
             raise
         except OSError as error:
-            raise StoreError(f"Store '{self.path}' cannot be {done}: {error.strerror or error}.") from error
+            raise StoreError(f"Store '{self.path}' cannot be {done}: {reason(error)}.") from error
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from based_jax.errors import UserError
+from based_jax.folders import writing
 from based_jax.store import Store
 from based_jax.sweep.checks import reason
 from based_jax.sweep.claims import Claims
@@ -214,10 +215,8 @@ def on_slurm(spec: str, store: str, options: SweepOptions, *, tasks: int, script
     _left(load_sweep(spec), Store(store), print_at_once)
     text = job(_absolute(spec), os.path.abspath(store), options, tasks)
     if script:
-        try:
+        with writing(script):
             Path(script).write_text(text)
-        except OSError as error:
-            raise UserError(f"--script='{script}' cannot be written: {error.strerror}.") from error
         print(f"Submit it with: sbatch {script}")
         return 0
     if shutil.which("sbatch") is None:

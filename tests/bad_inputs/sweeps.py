@@ -95,7 +95,7 @@ CASES: tuple[Command | Call, ...] = (
     points(
         "some points are impossible",
         "param('optim.lr', [1e-3, -1.0, -2.0])",
-        "2 of 3 points cannot be trained, first {'optim.lr': -1.0}: lr is -1.0; it is at least 0.",
+        "2 of 3 points cannot be trained, first {'optim.lr': -1.0}: optim.lr is -1.0; it is at least 0",
     ),
     points(
         "heads that do not divide the width",
@@ -136,6 +136,12 @@ CASES: tuple[Command | Call, ...] = (
     run("no get_sweep", "has no function get_sweep", prepare=functools.partial(written, "sweep.py", "x = 3\n")),
     run("an error in a sweep file", "ZeroDivisionError", prepare=sweep("1 / 0")),
     run("a syntax error in a sweep file", "SyntaxError", prepare=sweep("Sweep(BASE, [{}")),
+    run(
+        "sys.exit in a sweep file",
+        "SystemExit",
+        prepare=functools.partial(written, "sweep.py", "import sys\nsys.exit(3)\n"),
+    ),
+    run("the line of an error in a sweep file", "at <tmp>/sweep.py:4.", prepare=sweep("1 / 0")),
     option("--lanes=0", sentence="--lanes is 0; it is at least 1."),
     option("--workers=0", sentence="--workers is 0; it is at least 1."),
     option("--workers=-1", sentence="--workers is -1; it is at least 1."),
@@ -152,7 +158,7 @@ CASES: tuple[Command | Call, ...] = (
     option(
         "--launcher=slurm",
         "--script=<tmp>/none/job.sh",
-        sentence="--script='<tmp>/none/job.sh' cannot be written: No such",
+        sentence="'<tmp>/none/job.sh' cannot be written: No such",
     ),
     at("", "store is '', which names nothing"),
     at("gs://bucket/rows", "store is 'gs://bucket/rows', an address of 'gs'"),
@@ -166,12 +172,6 @@ CASES: tuple[Command | Call, ...] = (
     ),
     store("a row without a name", "is no row: '{\"id\": [1]}'", rows('{"id": [1]}\n{"id": "a"}\n'), "plot"),
     store("a picture of no store", "Store '<tmp>/store' does not exist", lambda folder: None, "plot"),
-    Command(
-        "pictures into a file",
-        ("sweep", "plot", "--store=<tmp>/store", "--out=<tmp>/store/a.jsonl"),
-        "--out='<tmp>/store/a.jsonl' is no folder that can be written: File exists.",
-        rows('{"id": "a"}\n'),
-    ),
     Command(
         "an empty store's name in a list",
         ("sweep", "list", "<tmp>/sweep.py", "--store="),

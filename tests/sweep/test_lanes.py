@@ -141,7 +141,7 @@ def test_converged_and_diverged_lanes_leave_and_the_others_go_on(monkeypatch, te
     np.testing.assert_allclose(found[3e-3].curve, unshared[3e-3].curve, rtol=1e-4)
     assert abs(found[1e-3].curve[-1] / found[3e-3].curve[-1] - 1) > 1e-3
 
-    easy = [dataclasses.replace(trial, stop_accuracy=-1.0) for trial in trials[:1]]
+    easy = [dataclasses.replace(trial, stop_accuracy=0.0) for trial in trials[:1]]
     [(_, outcome)] = lane_training.train_lanes(easy, data)
     assert outcome.status == "converged" and len(outcome.curve) == 1
 

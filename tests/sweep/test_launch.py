@@ -167,10 +167,11 @@ def test_two_processes_share_a_sweep(file, tmp_path):
 
 
 FAILING = """
-import sys
+import sys, time
 from based_jax.__main__ import main
 from based_jax.sweep import lane_engine
 def fail(*_, **__):
+    time.sleep(0.5)  # for the other process to have some as well
     raise MemoryError("no room")
 lane_engine.lane_training.train_lanes = fail
 sys.exit(main(sys.argv[1:]))
