@@ -224,7 +224,7 @@ def softplus_decay(logits: Float[Array, "*T _"], A_log: Float[Array, "_"], dt_bi
     """Return -exp(A_log) softplus(logits + dt_bias), the log-decay of Mamba-2, Gated DeltaNet and KDA."""
     logits = logits.astype(jnp.float32)
     step = jax.nn.softplus(logits + layers.per_channel(dt_bias, logits))
-    return -jnp.exp(layers.per_channel(A_log, logits)) * step
+    return -layers.per_channel(jnp.exp(A_log), logits) * step
 
 
 def bounded_decay(
@@ -232,7 +232,7 @@ def bounded_decay(
 ) -> Array:
     """Return lower_bound sigmoid(exp(A_log) (logits + dt_bias)), KDA's log-decay that never falls below the bound."""
     logits = logits.astype(jnp.float32)
-    slope = jnp.exp(layers.per_channel(A_log, logits))
+    slope = layers.per_channel(jnp.exp(A_log), logits)
     return lower_bound * jax.nn.sigmoid(slope * (logits + layers.per_channel(dt_bias, logits)))
 
 

@@ -6,7 +6,7 @@ softmax, recurrent states and the loss are fp32 whatever it is.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, override
 
 import einops
 import jax
@@ -67,11 +67,22 @@ def logical_axes(*names: str | None) -> dict:
     return {"out_sharding": names, "eager_sharding": False}
 
 
+class Linear(nnx.Linear):
+    """A linear layer whose bias gets a gradient that is summed over the tokens in fp32, as `per_channel` says."""
+
+    @override
+    def __call__(self, inputs: Float[Array, "*B D"], out_sharding: Any = None) -> Float[Array, "*B _"]:
+        inputs, kernel = self.promote_dtype((inputs, self.kernel[...]), dtype=self.dtype)
+        contraction = (((inputs.ndim - 1,), (0,)), ((), ()))
+        y = self.dot_general(inputs, kernel, contraction, precision=self.precision, out_sharding=out_sharding)
+        return y if self.bias is None else y + per_channel(self.bias[...], y)
+
+
 def linear(
     d_in: int, d_out: int, names: tuple[str | None, str | None], init: Init, *, bias: bool = False
 ) -> nnx.Linear:
     """Return a linear layer with kernel N(0, std^2), zero bias and the logical axis names of its kernel."""
-    return nnx.Linear(
+    return Linear(
         d_in,
         d_out,
         use_bias=bias,
@@ -114,8 +125,13 @@ def linear_part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int
 
 
 def per_channel(parameter: Float[Array, "..."], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """Return a parameter over the last axes of x, with axes of size 1 for those before, in the dtype of x."""
-    return jax.lax.expand_dims(parameter.astype(x.dtype), range(x.ndim - parameter.ndim))
+    """Return a parameter over the last axes of x, the same for all tokens, in the dtype of x.
+
+    It is rounded behind its way to the tokens, so that its gradient, on the way back, is summed over them in fp32: in
+    bf16 a sum stops growing at 256 times what it adds.
+    """
+    shape = jnp.broadcast_shapes((1,) * (x.ndim - parameter.ndim) + parameter.shape, x.shape)
+    return jnp.broadcast_to(parameter.astype(jnp.promote_types(parameter.dtype, jnp.float32)), shape).astype(x.dtype)
 
 
 def at(positions: BP | None, *arrays: Shaped[Array, "B T ..."]) -> list[Shaped[Array, "B _ ..."]]:

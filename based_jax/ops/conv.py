@@ -218,9 +218,9 @@ def _product(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     """Multiply with the Toeplitz matrix of each channel."""
     dtype, precision = product_policy(inputs.dtype)
     width = reach(kernel.shape[0], dilation)
-    taps = jnp.zeros((kernel.shape[1], inputs.shape[1]), dtype)
-    taps = taps.at[:, :width:dilation].set(kernel[::-1].T.astype(dtype))
-    matrices = long_conv.toeplitz(taps)[..., width:]
+    taps = jnp.zeros((kernel.shape[1], inputs.shape[1]), jnp.float32)
+    taps = taps.at[:, :width:dilation].set(kernel[::-1].T.astype(jnp.float32))
+    matrices = long_conv.toeplitz(taps, dtype)[..., width:]
     return einsum("BSD,DST->BTD", inputs.astype(dtype), matrices, precision, dtype).astype(inputs.dtype)
 
 

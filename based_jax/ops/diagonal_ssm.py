@@ -101,7 +101,7 @@ def _convolution(call: DiagonalSSMCall) -> tuple[BTHP, BHPN2]:
     """Convolve the whole sequence by the impulse response as a Toeplitz matrix."""
     u, log_a, b, c = call.u, call.log_a, call.b, call.c
     T, (dtype, precision) = u.shape[1], product_policy(u.dtype)
-    matrices = toeplitz(impulse_response(log_a, b, c, T).astype(dtype))
+    matrices = toeplitz(impulse_response(log_a, b, c, T), dtype)
     y = einsum("BSHP,HST->BTHP", u.astype(dtype), matrices, precision, dtype)
     powers = b[:, None] * jnp.exp(log_a[:, None] * jnp.arange(T - 1, -1, -1)[None, :, None])
     after = jnp.einsum("BSHP,HSN->BHPN", u.astype(jnp.float32), powers, precision=EXACT)

@@ -7,6 +7,7 @@ the Toeplitz matrix of the kernel takes T^2, and less time than that on tensor c
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,23 +54,24 @@ def _oracle(call: LongConvCall) -> BTD:
     return y.astype(u.dtype)
 
 
-def toeplitz(taps: Float[Array, "*B T"]) -> Float[Array, "*B S T"]:
+def toeplitz(taps: Float[Array, "*B T"], dtype: Any) -> Float[Array, "*B S T"]:
     """Return m with m_st = taps_{t-s} for t >= s and 0 elsewhere: u_s m_st summed over s is the convolution.
 
     Rows of a circulant matrix follow from each other by one place, so that they are one sequence, repeated and cut
-    anew; gradients are then sums, not scatters.
+    anew; gradients are then sums, not scatters. Rounding comes after it all, so that these sums are fp32.
     """
+    taps = taps.astype(jnp.float32)
     T = taps.shape[-1]
     around = jnp.concatenate([taps, jnp.zeros_like(taps)], axis=-1)
     repeated = jnp.broadcast_to(around[..., None, :], (*taps.shape[:-1], T, 2 * T))
     repeated = repeated.reshape(*taps.shape[:-1], 2 * T * T)[..., : T * (2 * T - 1)]
-    return repeated.reshape(*taps.shape[:-1], T, 2 * T - 1)[..., :T]
+    return repeated.reshape(*taps.shape[:-1], T, 2 * T - 1)[..., :T].astype(dtype)
 
 
 def _product(call: LongConvCall) -> BTD:
     """Multiply with the Toeplitz matrix of each channel."""
     dtype, precision = product_policy(call.u.dtype)
-    matrices = toeplitz(call.kernel.T.astype(dtype))
+    matrices = toeplitz(call.kernel.T, dtype)
     return einsum("BSD,DST->BTD", call.u.astype(dtype), matrices, precision, dtype).astype(call.u.dtype)
 
 
