@@ -193,6 +193,19 @@ def test_gpus_that_a_process_may_use(names, found, monkeypatch):
     assert launch.visible_gpus() == found
 
 
+def test_processes_share_the_memory_of_their_gpu_unless_told_otherwise(monkeypatch):
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.delenv(name, raising=False)
+    places = ["0", "1", "0", "1", "0"]
+    shares = {gpu: launch.environment_of(gpu, places) for gpu in ("0", "1")}
+    assert all(found["CUDA_VISIBLE_DEVICES"] == gpu for gpu, found in shares.items())
+    assert sum(float(shares[gpu][name]) for gpu in places if gpu == "0") == pytest.approx(0.88, abs=0.01)
+    assert float(shares["1"][name]) == 0.44
+    monkeypatch.setenv(name, "0.2")
+    assert launch.environment_of("0", places)[name] == "0.2"
+    assert launch.environment_of(None, [None, None]) == {}
+
+
 def test_two_ray_tasks_share_a_sweep(file, tmp_path):
     ray = pytest.importorskip("ray", reason="Ray is not installed: the extra 'ray'")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
