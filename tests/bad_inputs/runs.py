@@ -66,7 +66,7 @@ CASES: tuple[Command | Call, ...] = (
     # where a run writes
     Command("train into nothing", train(""), "workdir is '', which names nothing ('.' is the current folder)."),
     Command("train into a bucket", train("gs://bucket/run"), BUCKET),
-    Command("eval of nothing", ("eval", "--workdir="), "workdir is ''; name a folder"),
+    Command("eval of nothing", ("eval", "--workdir="), "workdir is '', which names nothing"),
     Command("eval of a bucket", ("eval", "--workdir=gs://bucket/run"), BUCKET),
     Command("generate from a bucket", ("generate", "--workdir=gs://bucket/run", "--prompt=a"), BUCKET),
     Command("export from a bucket", ("export", "gs://bucket/run", "--hf=<new>"), BUCKET),
@@ -91,7 +91,7 @@ CASES: tuple[Command | Call, ...] = (
         "steps is 1, but the run in '<mqar_run>' has taken 2; it is at least that.",
     ),
     # what a run begins with
-    Command("init_from nothing", train("<new>", "--config.init_from="), "init_from.path is ''; name a folder"),
+    Command("init_from nothing", train("<new>", "--config.init_from="), "init_from.path is '', which names nothing"),
     Command("init_from a bucket", train("<new>", "--config.init_from=gs://b/r"), "init_from.path is 'gs://b/r', an"),
     Command("init_from no folder", train("<new>", "--config.init_from=<tmp>/a"), "init_from.path '<tmp>/a' is neither"),
     Command("init_from no run", train("<new>", "--config.init_from=<corpus>"), "init_from.path '<corpus>' is neither"),
@@ -127,7 +127,7 @@ CASES: tuple[Command | Call, ...] = (
         train("<new>", "--config.sample_every=1", "--config.samples.temperature=-1", config="text.py"),
         "temperature is -1.0",
     ),
-    Call("load_run of nothing", lambda folder: load_run(""), "workdir is ''; name a folder"),
+    Call("load_run of nothing", lambda folder: load_run(""), "workdir is '', which names nothing"),
     Call("load_run of a bucket", lambda folder: load_run("s3://bucket/run"), "an address of 's3'"),
     Call("a zero byte", lambda folder: checked_workdir("a\0b"), "a path has no zero byte"),
     Call("load_config of no file", lambda folder: load_config("none.py"), "cannot be read: No such file"),

@@ -90,7 +90,7 @@ CASES: tuple[Command | Call, ...] = (
         released(rotary_emb_base=float("inf")),
     ),
     hf("biases", "qkv_proj_bias is True in config.json; only False is supported.", released(qkv_proj_bias=True)),
-    hf("an eps of none", "norm_eps is 0.0; it is above 0.", released(layer_norm_epsilon=0)),
+    hf("an eps of none", "norm_eps is 0.0; it is above 0, and finite.", released(layer_norm_epsilon=0)),
     hf("a tokenizer of none", "Unknown tokenizer 'byte'", released(based_jax={"tokenizer": "byte"})),
     hf("no weights", "'<tmp>' has no weights: neither model.safetensors nor pytorch_model.bin", released(files={})),
     hf(
@@ -155,7 +155,7 @@ CASES: tuple[Command | Call, ...] = (
         released(),
     ),
     export("an export to nowhere", sentence="Nothing to write; give --hf=DIR, --orbax=DIR or --safetensors=FILE."),
-    export("an export to no name", "--hf=", sentence="The path is empty"),
+    export("an export to no name", "--hf=", sentence="--hf is '', which names nothing"),
     export("an export to a URL", "--orbax=gs://a/b", sentence="--orbax is 'gs://a/b', an address of 'gs'"),
     export("an export onto a file", "--hf=<text.py>", sentence="'<text.py>' is not empty; name a new one."),
     export("an export into a run", "--orbax=<text_run>", sentence="'<text_run>' is not empty"),
