@@ -45,7 +45,8 @@ def save(source: Source, workdir: Path) -> None:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        record = dict(json.loads(path.read_text(encoding="utf-8")))
+        return record | {"files": dict(record.get("files", {}))}
     except FileNotFoundError:
         return {}  # of a new run, or of one that is older than this file
     except (OSError, ValueError, TypeError) as error:
