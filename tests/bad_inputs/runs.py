@@ -80,6 +80,10 @@ CASES: tuple[Command | Call, ...] = (
     in_the_way("metrics of something else", file("metrics.jsonl", "loss\n1\n"), sentence="a line that is no row"),
     Command("a path of no file system", train("<new>", "--config.init_from=\ud800"), "which no file system can"),
     in_the_way("a list as files of data.json", file("data.json", '{"files": [1]}'), sentence="data.json' is damaged ("),
+    in_the_way("a deep data.json", file("data.json", "[" * 100_000), sentence="data.json' is damaged (RecursionError)"),
+    in_the_way("a data.json of no text", file("data.json", "{}"), sentence="data.json' is damaged (KeyError)"),
+    in_the_way("a row of step 1e999", file("metrics.jsonl", '{"step": 1e999}\n'), sentence="a line that is no row"),
+    in_the_way("a deep row", file("metrics.jsonl", "[" * 100_000 + "\n"), sentence="a line that is no row"),
     in_the_way(
         "checkpoints of nobody knows what",
         lambda folder: (folder / "checkpoints" / "3").mkdir(parents=True),
