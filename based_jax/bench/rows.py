@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from based_jax.errors import UserError
 from based_jax.folders import make_folder, writing
 
 
@@ -46,8 +47,30 @@ def appended(path: Path | None) -> Iterator[Callable[[dict], None]]:
 
 @contextlib.contextmanager
 def replaced(path: Path | None) -> Iterator[Callable[[dict], None]]:
-    """Return the same of a file that is begun anew."""
-    if path is not None:
-        path.unlink(missing_ok=True)
-    with appended(path) as write:
+    """Return the same of a file that is begun anew, with the first row: until then what it held stays.
+
+    Raises:
+      UserError: it holds something else than rows.
+    """
+    if path is None:
+        yield lambda row: None
+        return
+    _check_rows(path)
+    with contextlib.ExitStack() as stack:
+        files: list[Callable[[dict], None]] = []
+
+        def write(row: dict) -> None:
+            if not files:
+                path.unlink(missing_ok=True)
+                files.append(stack.enter_context(appended(path)))
+            files[0](row)
+
         yield write
+
+
+def _check_rows(path: Path) -> None:
+    """Check that a file that is to be replaced holds rows, or nothing, lest a config or a text is lost."""
+    if path.exists():
+        with writing(path), path.open("rb") as file:
+            if file.read(1) not in (b"", b"{"):
+                raise UserError(f"'{path}' holds something else than rows; name another file, or remove it.")

@@ -65,6 +65,8 @@ def out_file(text: str) -> Path:
         path = local_path(text, "it")
         if path.is_dir():
             raise UserError(f"'{path}' is a folder; it is a file.")
+        if path.exists() and not path.is_file():
+            raise UserError(f"'{path}' is a device or a pipe; it is a file.")
         there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
         if there != path and not there.is_dir():
             raise UserError(f"'{path}' cannot be a file: '{there}' is no folder.")

@@ -92,6 +92,10 @@ CASES: tuple[Command | Call, ...] = (
     # where measurements are written
     Command("rows into a folder", ("bench", "check", "--out=<tmp>"), "--out: '<tmp>' is a folder; it is a file"),
     Command("rows into a file's folder", ("bench", "train", "--config=<mqar.py>", "--out=<mqar.py>/x"), "is no folder"),
+    Command("rows into a device", ("bench", "train", "--config=<mqar.py>", "--out=/dev/full"), "is a device or a pipe"),
+    Command(
+        "rows in place of a config", ("bench", "check", "--only=zzz", "--out=<mqar.py>"), "something else than rows"
+    ),
     Command("rows into nothing", ("bench", "sanitize", "--out="), "Argument --out: it is '', which names nothing"),
     Command("no time to wait", ("bench", "check", "--limit=0"), "Argument --limit: it is 0, which is no time to wait"),
     # how a run goes on
