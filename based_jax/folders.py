@@ -8,6 +8,9 @@ from pathlib import Path
 
 from based_jax.errors import UserError
 
+MAX_NAME_BYTES = 255
+"""Of a file or a folder, on Linux and macOS."""
+
 
 class UnwritableError(UserError):
     """The file system refused to write: a full disk, a read-only folder."""
@@ -35,9 +38,11 @@ def local_path(path: str | os.PathLike, what: str = "workdir") -> Path:
     if "\0" in name:
         raise UserError(f"{what} is {name!r}; a path has no zero byte.")
     try:
-        os.fsencode(name)
+        parts = os.fsencode(name).split(b"/")
     except UnicodeEncodeError:
         raise UserError(f"{what} is {name!r}, which no file system can hold.") from None
+    if max(map(len, parts)) > MAX_NAME_BYTES:
+        raise UserError(f"{what} is {name!r:.80}..., of which a part is longer than {MAX_NAME_BYTES} bytes.")
     return Path(name).expanduser()
 
 

@@ -73,7 +73,10 @@ CASES: tuple[Command | Call, ...] = (
     Command("a file as workdir", train("<mqar.py>"), "'<mqar.py>' cannot be a workdir: '<mqar.py>' is no folder."),
     Command("a workdir in a file", train("<mqar.py>/run"), "cannot be a workdir: '<mqar.py>' is no folder."),
     Command("a workdir in /proc", train("/proc/run"), "'/proc/run' cannot be written: "),
-    Command("a name that is too long", train("<tmp>/" + "a" * 300), "cannot be written: File name too long."),
+    Command("a name that is too long", train("<tmp>/" + "a" * 300), "a part is longer than 255 bytes."),
+    Command(
+        "a store's name that is too long", ("sweep", "plot", "--store=" + "a" * 300, "--out=<new>"), "than 255 bytes."
+    ),
     in_the_way("a file as checkpoints", file("checkpoints", ""), sentence="'<tmp>/checkpoints' is a file, where a run"),
     in_the_way("a folder as metrics", subfolder("metrics.jsonl"), sentence="'<tmp>/metrics.jsonl' is a folder, where"),
     in_the_way("a folder as lock", subfolder("train.lock"), sentence="'<tmp>/train.lock' is a folder, where a run"),
