@@ -9,7 +9,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from based_jax.errors import UserError
-from based_jax.ops import delta_rule, gated_linear_attention
+from based_jax.ops import delta_rule, gated_linear_attention, segments
 from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.delta_rule import dplr
 
@@ -103,7 +103,7 @@ def interpreted(monkeypatch):
 def test_kernels_equal_the_oracle(
     normal, packed_ids, out_and_grads, interpreted, B, T, H, K, V, low_rank, packed, dtype, tolerance
 ):
-    ids = packed_ids(T)[1 : 1 + B] if packed else None
+    ids = segments.numbered(packed_ids(T)[1 : 1 + B]) if packed else None
     q, k, v = (normal(B, T, H, size, dtype=dtype) for size in (K, K, V))
     direction = normal(B, T, H, K)
     direction = direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
