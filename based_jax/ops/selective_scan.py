@@ -14,6 +14,7 @@ from based_jax.dims import BD, BT, BTD
 from based_jax.ops import scan
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BDN, BTN, DN, Channels, SelectiveScanCall
+from based_jax.ops.decays import finite
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import selective_scan as hopper_selective_scan
 from based_jax.ops.precision import EXACT
@@ -82,7 +83,7 @@ def selective_scan(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    call = SelectiveScanCall(u, dt, A, B, C, state, segment_ids)
+    call = SelectiveScanCall(u, dt, finite(A), B, C, state, segment_ids)
     return dispatch("selective_scan", IMPLEMENTATIONS, impl, call)
 
 
