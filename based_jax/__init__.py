@@ -15,6 +15,7 @@ _EXPORTS = {
     "TrainConfig": "based_jax.train.run",
     "UserError": "based_jax.errors",
     "attention": "based_jax.ops",
+    "load_config": "based_jax.train.run",
     "load_run": "based_jax.train.run",
     "make_mixer": "based_jax.nn.mixers",
     "short_conv": "based_jax.ops",

@@ -12,7 +12,7 @@ import select
 import sys
 
 from based_jax import __version__
-from based_jax.commands import bench, describe, eval, export, generate, plot, sweep, train
+from based_jax.commands import bench, describe, eval, export, generate, interrupts, plot, sweep, train
 from based_jax.commands.parser import MODULE_CALL, CommandParser, add_command, program_name
 from based_jax.errors import UserError
 
@@ -39,10 +39,11 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # what a user typed may have lines
         return WRONG_INPUT
     except KeyboardInterrupt as error:
         print(str(error) or "Stopped by Ctrl-C.", file=sys.stderr)
+        interrupts.clean_up_after(error)
         return INTERRUPTED
     except BrokenPipeError:
         if not _nobody_reads():
@@ -70,7 +71,8 @@ def _run(argv: list[str]) -> int:
     if overrides and not getattr(args, "takes_overrides", False):
         raise UserError(f"Unknown argument '{overrides[0]}' for '{args.command}'; see --help.")
     args.overrides = overrides
-    return COMMANDS[args.command].run(args) or 0
+    with interrupts.second_one_leaves():
+        return COMMANDS[args.command].run(args) or 0
 
 
 def command_line() -> CommandParser:
@@ -101,7 +103,8 @@ def _nobody_reads() -> bool:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Return whether memory ran out, of the machine or, as XLA says it, of a device."""
-    return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
+    said = str(error)
+    return isinstance(error, MemoryError) or said.startswith("RESOURCE_EXHAUSTED") or "Out of memory allocating" in said
 
 
 if __name__ == "__main__":

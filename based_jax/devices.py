@@ -106,6 +106,18 @@ DEVICES = (
 )
 
 
+SHARED_MEMORY_FRACTION = 0.88
+"""Of a GPU, for all processes that share it."""
+
+
+def memory_share(processes: int) -> dict[str, str]:
+    """Return the environment in which JAX takes its share of a GPU's memory beside other processes.
+
+    By itself each takes three quarters of what is there, and the third one fails for want of memory.
+    """
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(round(SHARED_MEMORY_FRACTION / processes, 3))}
+
+
 def find(device_kind: str) -> Device | None:
     """Return the numbers of a kind of device, or None."""
     found = [device for device in DEVICES if device_kind.startswith(device.name)]

@@ -1,4 +1,4 @@
-"""Folders that are read and written: one rule of what may name them, and errors of the file system as sentences."""
+"""Folders that are read and written: one rule of what may name a path, and errors of the file system as sentences."""
 
 import contextlib
 import os
@@ -9,26 +9,36 @@ from pathlib import Path
 from based_jax.errors import UserError
 
 
-def local_folder(path: str | os.PathLike, what: str = "workdir") -> Path:
-    """Return the path of a folder that this machine's file systems hold, or may hold.
+class UnwritableError(UserError):
+    """The file system refused to write: a full disk, a read-only folder."""
+
+
+def local_path(path: str | os.PathLike, what: str = "workdir") -> Path:
+    """Return a path that this machine's file systems hold, or may hold; `~` is the home folder.
 
     Args:
-      path: as a user gives it.
+      path: of a folder or a file, as a user gives it.
       what: names it in the sentence.
 
     Raises:
-      UserError: the path is empty, or the address of something elsewhere, such as 'gs://bucket/run'.
+      UserError: it is no path, is empty, or is the address of something elsewhere, such as 'gs://bucket/run'.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{what} is {path!r:.80}; it is a path.")
     name = os.fspath(path)
     if not name.strip():
-        raise UserError(f"{what} is '{name}'; name a folder ('.' is the current one).")
+        raise UserError(f"{what} is '{name}', which names nothing ('.' is the current folder).")
     if found := re.match(r"(\w+):/", name):
         raise UserError(
-            f"{what} is '{name}', an address of '{found[1]}'; it is a folder of this machine (a bucket can be mounted)."
+            f"{what} is '{name}', an address of '{found[1]}'; it is on this machine (a bucket can be mounted)."
         )
     if "\0" in name:
         raise UserError(f"{what} is {name!r}; a path has no zero byte.")
-    return Path(name)
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise UserError(f"{what} is {name!r}, which no file system can hold.") from None
+    return Path(name).expanduser()
 
 
 def make_folder(path: Path) -> None:
@@ -40,7 +50,7 @@ def make_folder(path: Path) -> None:
     try:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-    except UserError as error:
+    except UnwritableError as error:
         if isinstance(error.__cause__, FileExistsError | NotADirectoryError):
             raise UserError(f"'{path}' cannot be a folder: a file is in the way.") from error.__cause__
         raise
@@ -52,7 +62,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"'{os.fspath(path)}' cannot be written: {reason(error)}.") from error
+        raise UnwritableError(f"'{os.fspath(path)}' cannot be written: {reason(error)}.") from error
 
 
 def reason(error: OSError) -> str:

@@ -173,6 +173,11 @@ def adamw(
     )
 
 
+def updates_taken(opt_state: Any) -> jax.Array:
+    """Return the updates that the state of `adamw` has seen: each of its counts has them."""
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
+
+
 def decay_mask(params, decay: str):
     """Return a tree like `params` with True where weight decay applies.
 

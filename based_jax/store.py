@@ -7,7 +7,6 @@ so the folder may lie on a file system that many machines share.
 import contextlib
 import json
 import os
-import re
 import socket
 import tempfile
 import uuid
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from based_jax.errors import UserError
+from based_jax.folders import local_path, reason
 
 PROBE_BYTES = 1 << 16
 """What a disk must have room for before anything is trained: a row with a long curve."""
@@ -35,13 +35,7 @@ class Store:
     """
 
     def __init__(self, path: str | os.PathLike):
-        if not (text := os.fspath(path)):
-            raise UserError("The path of a store is empty; name a folder.")
-        if re.match(r"\w+:/", text):
-            raise UserError(
-                f"Store '{text}' is an address; rows are appended to files of a folder that is mounted here."
-            )
-        self.path = Path(path)
+        self.path = local_path(path, "store")
         self._file: int | None = None
 
     def check_writable(self) -> None:
@@ -117,7 +111,7 @@ class Store:
         except StoreError:
             raise
         except OSError as error:
-            raise StoreError(f"Store '{self.path}' cannot be {done}: {error.strerror or error}.") from error
+            raise StoreError(f"Store '{self.path}' cannot be {done}: {reason(error)}.") from error
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from based_jax.__main__ import main
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer
 from based_jax.ops import scan
+from based_jax.train import loop
 from based_jax.train.run import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +56,16 @@ def test_the_commands_in_their_order(capsys, tmp_path, monkeypatch):
     targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
     assert targets == ["demo", "test"]
     assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
+
+
+def test_training_from_a_notebook(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(loop, "train", lambda config, workdir: (config, workdir))
+    names = {}
+    exec(program("import TrainConfig, load_config, train"), names)
+    config, workdir = names["results"]
+    assert isinstance(config, TrainConfig) and workdir == "runs/notebook"
+    assert (config.steps, config.optim.lr) == (1000, 1e-3)
 
 
 def test_the_sweep_s_commands(capsys, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """A row is on the disk or is not a row, whoever writes and whenever they are killed."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +11,11 @@ import sys
 import pytest
 
 from based_jax.errors import UserError
-from based_jax.store import Store
+from based_jax.store import Store, StoreError
 
 WRITER = """
 import sys
-from based_jax.store import Store
+from based_jax.store import Store, StoreError
 store = Store(sys.argv[1])
 for i in range(int(sys.argv[3])):
     store.append({"id": f"{sys.argv[2]}-{i}", "text": "x" * 5000})
@@ -84,3 +86,40 @@ def test_after_a_full_disk_the_next_row_is_whole(tmp_path, monkeypatch):
     monkeypatch.undo()
     store.append({"id": "c"})
     assert Store(tmp_path).ids() == {"a", "c"}
+
+
+def test_looking_whether_a_store_can_be_written_leaves_no_trace(tmp_path):
+    Store(tmp_path / "a" / "b").check_writable()
+    Store(tmp_path).check_writable()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_disk_says_is_one_sentence_and_the_rows_stay(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.append({"id": "a"})
+
+    def full(file, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(UserError, match=rf"^Store '{tmp_path}' cannot be written: No space left on device\.$"):
+        store.append({"id": "b"})
+    monkeypatch.undo()
+    assert Store(tmp_path).ids() == {"a"}
+
+
+def test_a_store_that_is_removed_under_its_writer_is_told_and_a_file_of_it_is_begun_anew(tmp_path):
+    store = Store(tmp_path / "store")
+    store.append({"id": "a"})
+    next((tmp_path / "store").iterdir()).unlink()  # as who merges files does
+    store.append({"id": "b"})
+    assert store.ids() == {"b"}
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(StoreError, match="has been removed, and its rows with it"):
+        store.append({"id": "c"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_cut_within_a_letter_is_no_row(tmp_path):
+    (tmp_path / "w.jsonl").write_bytes(b'{"id": "y"}\n{"id": "\xc3')
+    assert Store(tmp_path).ids() == {"y"}

@@ -14,8 +14,6 @@ from based_jax.bench.cases import same_oracle, same_program
 from based_jax.bench.catalogue import OPERATIONS
 from based_jax.bench.catalogue.operation import Case
 
-SHARED_MEMORY_FRACTION = 0.88
-"""Of the GPU, for all processes together."""
 ORACLE_SECONDS = 2.0
 """To compile a definition, as `Operation.compile_seconds`."""
 SHOWN_CHARACTERS = 1500
@@ -56,7 +54,6 @@ def rows_of(chosen: Sequence[Case], processes: int, options: Sequence[str], limi
     """
     lines: queue.Queue = queue.Queue()
     work = [(i, part) for i, part in enumerate(parts(chosen, processes)) if part]
-    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(round(SHARED_MEMORY_FRACTION / processes, 3))}
     command = [sys.executable, "-m", "based_jax", "bench", "check", *options, f"--processes={processes}"]
     with tempfile.TemporaryFile("w+") as errors:
         started = [
@@ -65,7 +62,7 @@ def rows_of(chosen: Sequence[Case], processes: int, options: Sequence[str], limi
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=os.environ | share,
+                env=os.environ | devices.memory_share(processes),
             )
             for i, _ in work
         ]

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write each target and say what is in it."""
     from based_jax.convert import save_hf, save_orbax, save_safetensors
-    from based_jax.convert.folders import check_free, local
+    from based_jax.convert.folders import check_free
+    from based_jax.folders import local_path
     from based_jax.train.run import load_run
     from based_jax.train.tasks import TextTask
 
@@ -35,8 +36,8 @@ def run(args: argparse.Namespace) -> None:
     targets = {name: getattr(args, name) for name in TARGETS if getattr(args, name) is not None}
     if not targets:
         raise UserError("Nothing to write; give --hf=DIR, --orbax=DIR or --safetensors=FILE.")
-    for target in targets.values():
-        check_free(local(target))
+    for name, target in targets.items():
+        check_free(local_path(target, f"--{name}"))
     config, step, model = load_run(args.run, args.step)
     tokenizer = config.data.tokenizer if isinstance(config.data, TextTask) else None
     for name, target in targets.items():

@@ -17,10 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read all runs, then write the pictures and the page."""
-    from based_jax.folders import local_folder
+    from based_jax.folders import local_path
     from based_jax.pictures import curves, runs
 
-    out = local_folder(args.out, "--out")
+    out = local_path(args.out, "--out")
     found = curves.read_runs(args.runs)
     files = runs.draw(found, out / "runs")
     files.append(runs.page(found, out / "runs.html", title=args.title or runs.TITLE))

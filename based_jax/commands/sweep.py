@@ -155,13 +155,13 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    from based_jax.folders import local_folder
+    from based_jax.folders import local_path
     from based_jax.pictures import figures, page
 
     draw = {"frontier": figures.frontier, "figure3": figures.figure3, "ablation": figures.ablation}
     if args.picture not in draw:
         raise unknown("picture", args.picture, draw)
-    out = local_folder(args.out, "--out")
+    out = local_path(args.out, "--out")
     rows = [row for store in args.store for row in _rows(store)]
     if not rows:
         raise UserError(f"There are no rows in {', '.join(map(repr, args.store))}.")

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 
 from based_jax.config.checks import build, plain
 from based_jax.errors import UserError
+from based_jax.folders import local_path, make_folder, reason, writing
 
 CONFIG_FILE = "config.json"
 MAX_DIFFERENCES_SHOWN = 3
@@ -44,12 +44,17 @@ def config_id(config: Any) -> str:
 
 
 def save(config: Any, workdir: str | os.PathLike) -> None:
-    """Write the resolved config as config.json into a workdir, whole or not at all."""
-    path = Path(workdir) / CONFIG_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the resolved config as config.json into a workdir, whole or not at all.
+
+    Raises:
+      UserError: the file system refuses.
+    """
+    path = local_path(workdir) / CONFIG_FILE
+    make_folder(path.parent)
     part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    part.replace(path)
+    with writing(path):
+        part.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        part.replace(path)
 
 
 def read[T](cls: type[T], workdir: str | os.PathLike) -> T:
@@ -58,34 +63,42 @@ def read[T](cls: type[T], workdir: str | os.PathLike) -> T:
     Raises:
       UserError: there is no config.json, it is damaged, or it holds a key or a value that no longer exists.
     """
-    path = Path(workdir) / CONFIG_FILE
+    path = local_path(workdir) / CONFIG_FILE
     try:
-        values = dict(json.loads(path.read_text()))
-    except FileNotFoundError:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"'{workdir}' is no run: it has no {CONFIG_FILE}.") from None
-    except (ValueError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {reason(error)}.") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"'{path}' is no config ({error}); choose another workdir, or restore this file.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"'{path}' is no config (it is {values!r:.40}); choose another workdir, or restore this file.")
     try:
         return build(cls, values)
     except UserError as error:
         raise UserError(f"'{path}' does not fit this version of based_jax: {error}") from None
 
 
-def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = ()) -> None:
-    """Check that a workdir is new, or that its config.json comes to the resolved config.
+def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = ()) -> dict[str, tuple[str, str]]:
+    """Check that a workdir is new, or that its config.json comes to the resolved config, but for what may differ.
 
     Args:
       config: the resolved config of this run, a dataclass.
       workdir: where the run writes.
       free: dotted keys, or sections, that may differ.
 
+    Returns:
+      Of each free key that differs, by its dotted name, the value there and the value here, as Python writes them.
+
     Raises:
       UserError: another config made the workdir, or as `read`.
     """
-    if not (Path(workdir) / CONFIG_FILE).exists():
-        return
+    if not os.path.lexists(local_path(workdir) / CONFIG_FILE):
+        return {}
     old, new = (flatten_dict(to_dict(x), sep=".") for x in (read(type(config), workdir), config))
-    keys = [key for key in sorted(old | new) if _shown(old, key) != _shown(new, key) and not _under(key, free)]
+    different = [key for key in sorted(old | new) if _shown(old, key) != _shown(new, key)]
+    keys = [key for key in different if not _under(key, free)]
     if keys:
         shown = [
             f"{key} is {_shown(old, key)} there and {_shown(new, key)} here" for key in keys[:MAX_DIFFERENCES_SHOWN]
@@ -93,6 +106,7 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
         hidden = len(keys) - len(shown)
         more = f", and {hidden} more keys differ" if hidden else ""
         raise UserError(f"Workdir '{workdir}' belongs to another config: {', '.join(shown)}{more}; choose another one.")
+    return {key: (_shown(old, key), _shown(new, key)) for key in different}
 
 
 def _written(value: Any) -> Any:

@@ -7,8 +7,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from based_jax import config as configs
-from based_jax.convert.folders import check_free, local, written_whole
+from based_jax.convert.folders import check_free, written_whole
 from based_jax.convert.reference import parameters
+from based_jax.folders import local_path
 from based_jax.nn.lm import LM
 
 
@@ -32,7 +33,7 @@ def save_orbax(model: LM, folder: str | os.PathLike, *, tokenizer: str | None = 
     """
     from orbax.checkpoint import v1 as ocp
 
-    target = local(folder)
+    target = local_path(folder, "folder")
     check_free(target)
     with written_whole(target) as part:
         ocp.save(part, flat_parameters(model), custom_metadata=_metadata(model, tokenizer))
@@ -49,7 +50,7 @@ def save_safetensors(model: LM, file: str | os.PathLike, *, tokenizer: str | Non
     Raises:
       UserError: the file exists, or cannot be written.
     """
-    target = local(file)
+    target = local_path(file, "file")
     check_free(target)
     metadata = {name: json.dumps(value) for name, value in _metadata(model, tokenizer).items()}
     with written_whole(target) as part:

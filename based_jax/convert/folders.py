@@ -26,20 +26,6 @@ READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
 """Where a folder has its weights, the first that is there: each in one file, or in shards that an index names."""
 
 
-def local(path: str | os.PathLike) -> Path:
-    """Return a path of this machine's file system.
-
-    Raises:
-      UserError: it is empty, or a URL.
-    """
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise UserError(f"The path is {'empty' if path == '' else repr(path)}; name a file or a folder.")
-    text = os.fspath(path)
-    if "://" in text:
-        raise UserError(f"'{text}' is a URL; weights are read from and written to local files.")
-    return Path(text)
-
-
 def read_json(path: Path) -> Fields:
     """Return the object of a JSON file.
 
@@ -138,4 +124,6 @@ def _remove(path: Path) -> None:
 
 def _reason(error: BaseException) -> str:
     """Return what an error says, in one line without its full stop."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -17,7 +17,6 @@ from based_jax.convert.folders import (
     WEIGHTS_FILE,
     Fields,
     check_free,
-    local,
     read_json,
     read_weights,
     written_whole,
@@ -25,6 +24,7 @@ from based_jax.convert.folders import (
 from based_jax.convert.reference import check_layers, lm_from_reference, parameters, reference_weights, unwrapped
 from based_jax.convert.transformers import LLAMA, MAMBA, MAMBA_SSM, RWKV
 from based_jax.errors import UserError, unknown
+from based_jax.folders import local_path
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS
 
@@ -54,7 +54,7 @@ def load_hf(folder: str | os.PathLike, *, dtype: str = "bfloat16", scan_layers: 
       UserError: a file is missing or unreadable, the config describes another kind of model, or the weights do not
         fit it.
     """
-    path = local(folder) / CONFIG_FILE
+    path = local_path(folder, "folder") / CONFIG_FILE
     fields = read_json(path)
     family = family_of(fields)
     weights = unwrapped(read_weights(path.parent))
@@ -83,7 +83,7 @@ def save_hf(model: LM, folder: str | os.PathLike, *, tokenizer: str | None = Non
     Raises:
       UserError: the layout has no place for a part of the model, or the folder is not empty or cannot be written.
     """
-    target = local(folder)
+    target = local_path(folder, "folder")
     own = {name: getattr(model.config, name) for name in TRAINING_FIELDS}
     fields = based.config_json(model.config) | {
         based.OWN_SECTION: own if tokenizer is None else own | {TOKENIZER_KEY: tokenizer}

@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 from based_jax.convert import based
-from based_jax.convert.folders import CONFIG_FILE, local, read_json
+from based_jax.convert.folders import CONFIG_FILE, read_json
 from based_jax.convert.hf import TOKENIZER_KEY, family_of
 from based_jax.data.tokenizer import Gpt2Tokenizer, Tokenizer, get_tokenizer
 from based_jax.data.tokenizer_file import FileTokenizer
 from based_jax.errors import UserError
+from based_jax.folders import local_path
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -28,7 +29,7 @@ def folder_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     Raises:
       UserError: none of these is known.
     """
-    path = local(folder)
+    path = local_path(folder, "folder")
     fields = read_json(path / CONFIG_FILE)
     own = fields.get(based.OWN_SECTION)
     if isinstance(own, dict) and TOKENIZER_KEY in own:

@@ -18,7 +18,7 @@ from based_jax.data.corpus import TFDS_PREFIX, Corpus, FolderCorpus, TextSplit, 
 from based_jax.data.hosts import own_rows
 from based_jax.data.packing import SPLITS, PackedText, default_cache_dir
 from based_jax.data.segments import Batch
-from based_jax.data.text_checks import check_text, is_tfds, local_folder
+from based_jax.data.text_checks import absolute, check_text, is_tfds
 from based_jax.data.tokenizer import get_tokenizer
 from based_jax.data.tokens import Windows
 from based_jax.errors import UserError
@@ -34,7 +34,7 @@ def open_corpus(path: str | os.PathLike | None, text_feature: str | None = None)
     """Return the corpus of 'tfds:NAME' or of a folder; the shipped prose if the path is None."""
     name = str(path or default_corpus())
     if not is_tfds(name):
-        return FolderCorpus(local_folder(name))
+        return FolderCorpus(absolute(name, "path"))
     from based_jax.data.tfds_corpus import TfdsCorpus  # imports tensorflow-datasets, which folders do without
 
     return TfdsCorpus(name.removeprefix(TFDS_PREFIX), text_feature)
@@ -76,7 +76,7 @@ class TextSource:
         self._batch_size, self._seq_len = batch_size, seq_len
         self._own = own_rows(batch_size, process_index, process_count)
         self._corpus, ids = open_corpus(path, text_feature), get_tokenizer(tokenizer)
-        self._packed = PackedText.open(self._corpus, ids, local_folder(cache_dir or default_cache_dir()))
+        self._packed = PackedText.open(self._corpus, ids, absolute(cache_dir or default_cache_dir(), "cache_dir"))
         count = self._packed.count("train", "tokens")
         if count <= seq_len:
             raise UserError(

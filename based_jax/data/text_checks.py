@@ -6,6 +6,7 @@ from pathlib import Path
 from based_jax.data.checks import check_ints, check_seed
 from based_jax.data.corpus import TFDS_PREFIX
 from based_jax.errors import UserError
+from based_jax.folders import local_path
 
 
 def check_text(
@@ -21,8 +22,8 @@ def check_text(
       UserError: a name is empty or of a remote place, a text feature is asked of a folder, or a number is impossible.
     """
     for name, value in {"path": path, "cache_dir": cache_dir}.items():
-        if value is not None and (not str(value).strip() or "://" in str(value) or "\0" in str(value)):
-            raise UserError(f"{name} is {str(value)!r}; it is a folder of this machine, or None for the default.")
+        if value is not None and not is_tfds(value):
+            local_path(value, name)
     if text_feature is not None and not is_tfds(path):
         raise UserError(
             f"text_feature is '{text_feature}', but the path '{path}' is not {TFDS_PREFIX}NAME; it is None there."
@@ -40,9 +41,9 @@ def is_tfds(path: object) -> bool:
 
 def located(path: str | None) -> str | None:
     """Return the absolute path of a folder; what names none stays."""
-    return path if path is None or is_tfds(path) else str(local_folder(path))
+    return path if path is None or is_tfds(path) else str(absolute(path, "path"))
 
 
-def local_folder(path: str | os.PathLike) -> Path:
-    """Return an absolute path, `~` being the home folder."""
-    return Path(os.path.abspath(os.path.expanduser(path)))
+def absolute(path: str | os.PathLike, what: str) -> Path:
+    """Return the absolute form of a path of this machine, which is called so in messages."""
+    return Path(os.path.abspath(local_path(path, what)))

@@ -6,10 +6,12 @@ preferred there, supports the call and is not slower; otherwise it runs the firs
 and why. A named implementation that cannot run raises with the reason.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -24,6 +26,10 @@ FALLBACK_BACKEND = "xla"
 
 FORMER_NAMES = {"recurrent": "xla_steps", "quadratic": "xla_quadratic", "toeplitz": "xla_toeplitz"}
 """What forms were called before their names began with a backend: configs of that time still run."""
+
+
+_CHOICES: ContextVar[dict[str, dict[str, None]]] = ContextVar("choices", default={})  # noqa: B039
+"""Of `recorded_choices`, to be filled."""
 
 
 def no_objection(_call: Any) -> None:
@@ -89,11 +95,24 @@ def dispatch(operation: str, table: Mapping[str, Implementation], impl: str, cal
 
     It gets the numbers of its documents (`ops/segments.py`) for their ids.
     """
-    chosen = table[choose(operation, table, impl, call)]
+    name = choose(operation, table, impl, call)
+    _CHOICES.get().setdefault(operation, {})[name] = None
+    chosen = table[name]
     with jax.named_scope(operation):
         if getattr(call, "segment_ids", None) is not None:
             call = call._replace(segment_ids=segments.numbered(call.segment_ids))
         return chosen.compute(call)
+
+
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[dict[str, dict[str, None]]]:
+    """Collect what is chosen while this context is open: by operation the implementations, in their order."""
+    choices: dict[str, dict[str, None]] = {}
+    token = _CHOICES.set(choices)
+    try:
+        yield choices
+    finally:
+        _CHOICES.reset(token)
 
 
 def choose(operation: str, table: Mapping[str, Implementation], impl: str, call: Any) -> str:

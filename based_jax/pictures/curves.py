@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from based_jax.config import CONFIG_FILE
 from based_jax.errors import UserError
-from based_jax.folders import local_folder, reason
+from based_jax.folders import local_path, reason
 from based_jax.nn import names
 from based_jax.train.metrics import METRICS_FILE
 
@@ -100,7 +100,7 @@ def read_runs(workdirs: Iterable[str | os.PathLike]) -> list[Run]:
     Raises:
       UserError: a folder is no run or cannot be read, has no rows yet, or a line of it is no row.
     """
-    folders = list({folder.resolve(): folder for folder in (local_folder(x, "run") for x in workdirs)}.values())
+    folders = list({folder.resolve(): folder for folder in (local_path(x, "run") for x in workdirs)}.values())
     rows = [_rows(folder) for folder in folders]
     titles = run_names(folders, [_config(folder) for folder in folders])
     return [_run(*parts) for parts in zip(titles, folders, rows, strict=True)]

@@ -16,7 +16,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import text_to_path
 
-from based_jax.folders import local_folder, make_folder, writing
+from based_jax.folders import local_path, make_folder, writing
 from based_jax.pictures import styles
 
 FILE_METADATA: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
@@ -96,7 +96,7 @@ def save(figure: Figure, path: str | os.PathLike) -> list[Path]:
     Raises:
       UserError: they cannot be written.
     """
-    files = {local_folder(path, "path").with_suffix(ending): metadata for ending, metadata in FILE_METADATA.items()}
+    files = {local_path(path, "path").with_suffix(ending): metadata for ending, metadata in FILE_METADATA.items()}
     make_folder(next(iter(files)).parent)
     with matplotlib.rc_context(styles.PAPER):
         figure.draw_without_rendering()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from based_jax.folders import local_folder, make_folder, writing
+from based_jax.folders import local_path, make_folder, writing
 
 ASSETS = Path(__file__).parent / "assets"
 SHARED_SCRIPTS = ("figures.js", "scales.js", "chart.js", "table.js")
@@ -35,7 +35,7 @@ def write(path: str | os.PathLike, template: str, *, title: str, data: Any, styl
     }
     # In one pass: braces in a title or in the data are text.
     text = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], (ASSETS / template).read_text())
-    file = local_folder(path, "path")
+    file = local_path(path, "path")
     make_folder(file.parent)
     with writing(file):
         file.write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import filelock
 
+from based_jax.folders import reason
 from based_jax.store import Store, StoreError
 
 CLAIMS_FOLDER = "claims"
@@ -60,7 +61,7 @@ class Claims(contextlib.AbstractContextManager):
                     return True
                 self._discard_unwritten(name, Path(lease.lock_file))
             except OSError as error:
-                raise StoreError(f"Claim '{lease.lock_file}' cannot be written: {error.strerror or error}.") from error
+                raise StoreError(f"Claim '{lease.lock_file}' cannot be written: {reason(error)}.") from error
             return False
 
     def give_back(self, name: str) -> None:

@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from based_jax import devices
 from based_jax.errors import UserError
+from based_jax.folders import writing
 from based_jax.store import Store
 from based_jax.sweep.checks import reason
 from based_jax.sweep.claims import Claims
@@ -91,7 +93,9 @@ def in_processes(spec: str, store: str, options: SweepOptions, *, processes: int
         threads = min(options.compiler_threads, max(2, (os.cpu_count() or 1) // processes))
         options = dataclasses.replace(options, compiler_threads=threads, workers=options.workers or 1)
         todo.sharers = len(set(places)) if sweep.config_class is Trial else processes
-        _run_in_processes(rows, [(engine, todo, store, name_of(spec), options, gpu) for gpu in places])
+        _run_in_processes(
+            rows, [(engine, todo, store, name_of(spec), options, environment_of(gpu, places)) for gpu in places]
+        )
         _tell_end(sweep, rows, print_at_once)
 
 
@@ -150,11 +154,10 @@ def _work(
     store: str,
     name: str,
     options: SweepOptions,
-    gpu: str | None,
+    environment: dict[str, str],
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends this one
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    os.environ |= environment
     try:
         engine.train(Progress(todo, Store(store), print_at_once), name, options)
     except (UserError, SweepFailedError) as error:
@@ -162,6 +165,13 @@ def _work(
         sys.exit(1)
     except KeyboardInterrupt:  # a scheduler asks all processes
         os._exit(130)
+
+
+def environment_of(gpu: str | None, places: Sequence[str | None]) -> dict[str, str]:
+    """Return the environment of a process that has this GPU, if any, beside others with GPUs of `places`."""
+    if gpu is None:
+        return {}
+    return devices.memory_share(places.count(gpu)) | dict(os.environ) | {"CUDA_VISIBLE_DEVICES": gpu}
 
 
 def visible_gpus() -> list[str]:
@@ -214,10 +224,8 @@ def on_slurm(spec: str, store: str, options: SweepOptions, *, tasks: int, script
     _left(load_sweep(spec), Store(store), print_at_once)
     text = job(_absolute(spec), os.path.abspath(store), options, tasks)
     if script:
-        try:
+        with writing(script):
             Path(script).write_text(text)
-        except OSError as error:
-            raise UserError(f"--script='{script}' cannot be written: {error.strerror}.") from error
         print(f"Submit it with: sbatch {script}")
         return 0
     if shutil.which("sbatch") is None:

@@ -240,6 +240,7 @@ def work_off(progress: Progress, trainers: Sequence[Callable[[Group], None]], pa
             raise
         finally:
             pool.shutdown(wait=not progress.stopped, cancel_futures=True)
+    Claims(progress.store).clear()
     if progress.errors:
         failed, number = len(progress.errors), len(progress.todo.groups)
         raise SweepFailedError(f"{failed} of {number} groups failed: {progress.errors[0]}")

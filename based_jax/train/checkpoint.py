@@ -8,36 +8,54 @@ checkpoint depends on no class, and with a checksum each, since the array format
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import re
 import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from based_jax.config import check_types
+from based_jax.config import added_later, check_types
 from based_jax.errors import UserError
+from based_jax.folders import reason, writing
 from based_jax.optim import path_of
 
 log = logging.getLogger(__name__)
+
+Leaves = Mapping[str, jax.ShapeDtypeStruct]
+"""Of a tree, by their paths: 'params/embed/embedding'."""
+Choose = Callable[[epath.Path, Leaves], Leaves]
+
+CLOCK_STEPS = 10
+"""Steps between looks at the clock where many processes must agree on what it says."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, and what stays.
 
+    A checkpoint is due by `every` or by `every_minutes`, whichever comes first; where both are None, only where a run
+    stops.
+
     Attributes:
-      every: steps between checkpoints; None saves only where a run stops.
+      every: steps between checkpoints, at multiples of this many; None for none by steps.
       keep: how many of the latest stay; with 2 or more there is one to fall back to.
       keep_every: those at multiples of this many steps stay as well; None for no others.
+      every_minutes: minutes since the last one was begun; None for none by the clock. In a run of many processes the
+        clock is that of process 0, and is read every `CLOCK_STEPS` steps.
     """
 
     every: int | None = 1000
     keep: int = 2
     keep_every: int | None = None
+    every_minutes: float | None = added_later(10.0)
 
     def __post_init__(self):
         check_types(self)
@@ -45,9 +63,79 @@ class CheckpointConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it is at least 1.")
+        if self.every_minutes is not None and not 0 < self.every_minutes < math.inf:
+            raise UserError(f"every_minutes is {self.every_minutes}; it is above 0, or None.")
 
 
-class Checkpoints:
+class SavedCheckpoints:
+    """The checkpoints that a folder holds, to read: nothing is written, and a run may go on saving into it."""
+
+    def __init__(self, directory: str | os.PathLike):
+        logging.getLogger("absl").addFilter(_QUIET)
+        self.directory = epath.Path(directory).resolve()
+        self._corrupt: set[int] = set()
+
+    def latest(self) -> int | None:
+        """Return the step of the last complete checkpoint that is not known to be corrupt; None where there is none."""
+        return max(self._steps(), default=None)
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any]:
+        """Return the latest good checkpoint as (step, state), warning of each corrupt one on the way.
+
+        Args:
+          abstract_state: a tree of `jax.ShapeDtypeStruct`, with the shardings to restore to (the first device where
+            there is none). It may lack whole top-level fields of the saved state: they are not read.
+          step: a certain checkpoint, and no other.
+
+        Raises:
+          UserError: no checkpoint is good, or one has other parameters, shapes or dtypes.
+        """
+        wanted = _flatten(abstract_state)
+
+        def all_wanted(folder: epath.Path, found: Leaves) -> Leaves:
+            _check_leaves(found, wanted, folder)
+            return wanted
+
+        step, leaves = self.restore_leaves(all_wanted, step)
+        return step, jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[path] for path in wanted])
+
+    def restore_leaves(self, choose: Choose, step: int | None = None) -> tuple[int, dict[str, jax.Array]]:
+        """Return as `restore`, but leaves by their paths.
+
+        Args:
+          choose: takes the folder of a checkpoint and the shapes that it holds, and returns what to read of it; a
+            UserError of it ends the search.
+          step: a certain checkpoint, and no other.
+        """
+        steps = self._steps()
+        if step is not None and step not in steps:
+            raise UserError(f"'{self.directory}' has no checkpoint of step {step}; it has {steps or 'none'}.")
+        for candidate in self._candidates() if step is None else [step]:
+            try:
+                return candidate, _load_leaves(self.directory / str(candidate), choose)
+            except UserError:
+                raise
+            except Exception as error:
+                log.warning("Checkpoint '%s' is corrupt: %s", self.directory / str(candidate), _reason(error))
+                self._corrupt.add(candidate)
+        raise UserError(f"'{self.directory}' has no good checkpoint (corrupt: {sorted(self._corrupt) or 'none'}).")
+
+    def _candidates(self) -> Iterator[int]:
+        """Yield the last step that is not known to be corrupt until there is none; a run may save meanwhile."""
+        while steps := self._steps():
+            yield steps[-1]
+
+    def _steps(self) -> list[int]:
+        try:
+            steps = [int(folder.name) for folder in self.directory.iterdir() if folder.name.isdecimal()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise UserError(f"'{self.directory}' cannot be read: {reason(error)}.") from error
+        return sorted(step for step in steps if step not in self._corrupt)
+
+
+class Checkpoints(SavedCheckpoints):
     """The checkpoints of one run: `due`, `save`, `latest`, `restore`; a context manager that ends with `close`.
 
     `save` copies the state to host memory and returns, so the arrays may be donated at once; writing and the removal
@@ -56,31 +144,41 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike, config: CheckpointConfig | None = None):
-        logging.getLogger("absl").addFilter(_QUIET)
-        self.directory = epath.Path(directory).resolve()
+        super().__init__(directory)
         self.config = config or CheckpointConfig()
-        self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=_preservation(self.config),
-            lightweight_initialize=True,  # garbled metadata of one step must not keep the others from being opened
-        )
+        with writing(self.directory):
+            self._orbax = ocp.training.Checkpointer(
+                self.directory,
+                preservation_policy=_preservation(self.config),
+                lightweight_initialize=True,  # garbled metadata of one step must not keep the others from being opened
+            )
         self._step: int | None = None
-        self._corrupt: set[int] = set()
+        self._begun = time.monotonic()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc_info):
-        self.close()
+    def __exit__(self, error, *_):
+        try:
+            self.close()
+        except UserError:
+            if error is None:  # else it is told already what is wrong
+                raise
 
     def due(self, step: int) -> bool:
-        """Return whether the config wants a checkpoint after this step."""
-        return self.config.every is not None and step % self.config.every == 0
+        """Return whether the config wants a checkpoint after this step; every process calls it with every step."""
+        by_steps = self.config.every is not None and step % self.config.every == 0
+        return by_steps or (self.config.every_minutes is not None and self._minutes_are_over(step))
 
     def latest(self) -> int | None:
-        """Return the step of the last complete checkpoint that is not known to be corrupt; None where there is none."""
+        """Wait for the save in progress, and return as `SavedCheckpoints.latest`."""
         self.wait()
-        return max(self._steps(), default=None)
+        return super().latest()
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any]:
+        """Return as `SavedCheckpoints.restore`; the step that was restored is not saved again."""
+        self._step, state = super().restore(abstract_state, step)
+        return self._step, state
 
     def save(self, step: int, state: Any, wait: bool = False) -> None:
         """Start to save a state, unless this step was the last one saved or restored; `wait` until it is on disk.
@@ -97,7 +195,7 @@ class Checkpoints:
         """
         if step != self._step:
             self.wait()
-            self._step = step
+            self._step, self._begun = step, time.monotonic()
             with self._disk_errors():
                 self._start(step, _flatten(state))
         if wait:
@@ -121,36 +219,12 @@ class Checkpoints:
         with self._disk_errors():
             self._orbax.close()
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any]:
-        """Return the latest good checkpoint as (step, state), warning of each corrupt one on the way.
-
-        Args:
-          abstract_state: a tree of `jax.ShapeDtypeStruct`, with the shardings to restore to (the first device where
-            there is none). It may lack whole top-level fields of the saved state: they are not read.
-          step: a certain checkpoint, and no other.
-
-        Raises:
-          UserError: no checkpoint is good, or one has other parameters, shapes or dtypes.
-        """
-        steps = self._steps()
-        if step is not None and step not in steps:
-            raise UserError(f"'{self.directory}' has no checkpoint of step {step}; it has {steps or 'none'}.")
-        for candidate in reversed(steps) if step is None else [step]:
-            try:
-                state = _load(self.directory / str(candidate), abstract_state)
-            except UserError:
-                raise
-            except Exception as error:
-                log.warning("Checkpoint '%s' is corrupt: %s", self.directory / str(candidate), _reason(error))
-                self._corrupt.add(candidate)
-            else:
-                self._step = candidate
-                return candidate, state
-        raise UserError(f"'{self.directory}' has no good checkpoint (corrupt: {sorted(self._corrupt) or 'none'}).")
-
-    def _steps(self) -> list[int]:
-        steps = [int(folder.name) for folder in self.directory.iterdir() if folder.name.isdigit()]
-        return sorted(step for step in steps if step not in self._corrupt)
+    def _minutes_are_over(self, step: int) -> bool:
+        """Return whether this is a step after which process 0, whose word all take, sees that it is time."""
+        over = time.monotonic() - self._begun >= 60 * (self.config.every_minutes or 0)
+        if jax.process_count() == 1:
+            return over
+        return step % CLOCK_STEPS == 0 and bool(multihost_utils.broadcast_one_to_all(over))
 
     def _start(self, step: int, leaves: dict[str, jax.Array]) -> None:
         while self._corrupt:
@@ -170,7 +244,8 @@ class Checkpoints:
             step, self._step = self._step, None
             good = [known for known in self._steps() if known != step]
             last = f"the last good checkpoint is step {max(good)}" if good else "there is no good checkpoint yet"
-            raise UserError(f"Cannot save step {step} in '{self.directory}': {os.strerror(code)}; {last}.") from error
+            what = "the last step" if step is None else f"step {step}"
+            raise UserError(f"Cannot save {what} in '{self.directory}': {os.strerror(code)}; {last}.") from error
 
 
 class _Quiet(logging.Filter):
@@ -196,20 +271,19 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _load(folder: epath.Path, abstract_state: Any) -> Any:
-    wanted = {path: _placed(leaf) for path, leaf in _flatten(abstract_state).items()}
+def _load_leaves(folder: epath.Path, choose: Choose) -> dict[str, jax.Array]:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
         found = ocp.metadata(folder)
         if not found.metadata or not found.custom_metadata:
             raise ValueError("its metadata cannot be read")
-        _check_leaves(found.metadata, wanted, folder)
+        wanted = {path: _placed(leaf) for path, leaf in choose(folder, found.metadata).items()}
         leaves = ocp.load(folder, wanted)
     for path, checksum in _checksums(leaves).items():
         if checksum != found.custom_metadata["checksums"][path] or leaves[path].dtype != wanted[path].dtype:
             raise ValueError(f"'{path}' is not what was saved")
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[path] for path in wanted])
+    return leaves
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -217,16 +291,17 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _check_leaves(found: dict[str, Any], wanted: dict[str, Any], folder: epath.Path) -> None:
+def _check_leaves(found: Leaves, wanted: Leaves, folder: epath.Path) -> None:
     """Check that the fields in `wanted` have the saved paths, shapes and dtypes; name the first that differs."""
     fields = {path.split("/")[0] for path in wanted}
     for path in sorted(wanted.keys() | {path for path in found if path.split("/")[0] in fields}):
-        there, here = _described(found.get(path)), _described(wanted.get(path))
+        there, here = described(found.get(path)), described(wanted.get(path))
         if there != here:
             raise UserError(f"Checkpoint '{folder}' is of another model: '{path}' is {there} there and {here} here.")
 
 
-def _described(leaf: Any) -> str:
+def described(leaf: Any) -> str:
+    """Return dtype and shape of an array, or of what stands for one: 'float32[16, 8]'; None is 'absent'."""
     if leaf is None:
         return "absent"
     leaf = jax.eval_shape(_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))

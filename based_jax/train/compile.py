@@ -5,6 +5,7 @@ mesh may be of a topology without hardware.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from based_jax import optim, parallel
 from based_jax.nn.lm import LM
 from based_jax.train.run import TrainConfig
-from based_jax.train.step import Metrics, TrainState, initial_state, make_train_step
+from based_jax.train.step import Metrics, TrainState, initial_state, make_train_step, skipping_nonfinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,16 @@ class TrainProgram:
         """How the state lies on the mesh."""
         return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
-    def initial_state(self) -> TrainState:
-        """Return the state before the first step, a function of the config alone."""
-        return self.jitted_init(jax.random.key(self.config.seed))
+    def initial_state(self, taken: Mapping[str, jax.Array] | None = None) -> TrainState:
+        """Return the state before the first step, a function of the config alone.
+
+        Args:
+          taken: parameters by their paths in place of those that the seed draws.
+        """
+        state = self.jitted_init(jax.random.key(self.config.seed))
+        by_path = taken or {}
+        params = jax.tree_util.tree_map_with_path(lambda keys, x: by_path.get(optim.path_of(keys), x), state.params)
+        return dataclasses.replace(state, params=params)
 
     def step(self, state: TrainState, batch: parallel.GlobalBatch) -> tuple[TrainState, Metrics]:
         """Return the state after a global batch, and its metrics; see `step.make_train_step`."""
@@ -92,6 +100,8 @@ def train_program(config: TrainConfig, mesh: Mesh) -> TrainProgram:
     shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
     where = parallel.shardings(shapes, mesh)
     step = make_train_step(graphdef, tx, config.microbatches)
+    if config.max_skipped_steps:
+        step = skipping_nonfinite(step)
     return TrainProgram(
         config=config,
         mesh=mesh,

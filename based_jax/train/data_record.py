@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from based_jax.errors import UserError
+from based_jax.folders import writing
 from based_jax.train.tasks import Source
 
 DATA_FILE = "data.json"
@@ -37,16 +38,18 @@ def save(source: Source, workdir: Path) -> None:
     if source.record:
         path = Path(workdir) / DATA_FILE
         part = path.with_suffix(".json.part")
-        part.write_text(json.dumps(source.record, indent=2) + "\n")
-        part.replace(path)
+        with writing(path):
+            part.write_text(json.dumps(source.record, indent=2) + "\n")
+            part.replace(path)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        record = dict(json.loads(path.read_text(encoding="utf-8")))
+        return record | {"fingerprint": record["fingerprint"], "files": dict(record.get("files", {}))}
     except FileNotFoundError:
         return {}  # of a new run, or of one that is older than this file
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"'{path}' is damaged ({type(error).__name__}); remove it if the text is as it was.") from None
 
 

@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +15,54 @@ from based_jax import config as configs
 from based_jax import optim, parallel
 from based_jax.errors import UserError
 from based_jax.evals.evaluate import evaluate, make_eval_step
-from based_jax.train import data_record
-from based_jax.train.checkpoint import Checkpoints
-from based_jax.train.compile import train_program
+from based_jax.folders import UnwritableError
+from based_jax.ops import dispatch
+from based_jax.train import continuation, data_record
+from based_jax.train.checkpoint import Checkpoints, SavedCheckpoints
+from based_jax.train.compile import TrainProgram, train_program
+from based_jax.train.init_from import InitFrom, read_parameters
 from based_jax.train.metrics import MetricWriter, Timer, progress
+from based_jax.train.opening import opening_lines
 from based_jax.train.preemption import Preemption
 from based_jax.train.run import Facts, TrainConfig
-
-# What may differ when a run is continued: nothing that its numbers depend on (another mesh, and the microbatches that
-# it can divide, sum in another order, which may change their last bits).
-KEYS_FREE_ON_RESUME = (
-    "log_every",
-    "eval_every",
-    "checkpoint",
-    "mesh",
-    "microbatches",
-    "data.path",  # `data_record` compares the text itself
-    "data.cache_dir",
-)
+from based_jax.train.samples import Sampler, sampler
+from based_jax.train.step import TrainState
+from based_jax.train.tasks import TextTask
+from based_jax.train.workdir import CHECKPOINTS_FOLDER, checked_workdir, held
 
 
 class DivergedError(UserError):
     """The loss or the gradient of a step was not finite."""
 
 
-def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
+def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     """Train to `config.steps`, continuing from the workdir's last good checkpoint, and return the final evaluation.
 
     The workdir gets config.json, metrics.jsonl, TensorBoard events and checkpoints; a row and a checkpoint of step n
-    are those after n updates. On SIGTERM the run saves and returns early with no evaluation; the same call continues
-    it, on CPU to bitwise the same numbers as an unbroken run.
+    are those after n updates. On SIGTERM the run saves and returns early with no evaluation, on Ctrl-C it saves and
+    raises KeyboardInterrupt; the same call continues it, on CPU to bitwise the same numbers as an unbroken one.
 
     Args:
       config: the run.
-      workdir: a new folder, or one that this config made.
+      workdir: a new folder, or that of a run of this config; `continuation.MAY_CHANGE` lists what may differ.
 
     Raises:
-      UserError: bad input or a full disk.
+      UserError: bad input, another training in the same workdir, or a full disk; what can be saved is.
       DivergedError: a loss that is not finite; its state is not saved.
+      KeyboardInterrupt: Ctrl-C, with a sentence on what is saved.
     """
     timer = Timer()
-    workdir = Path(workdir)
+    workdir = checked_workdir(workdir)
     config = dataclasses.replace(config, data=config.data.located)
+    changed = continuation.changes(config, workdir)
     mesh = parallel.make_mesh(config.mesh)
     program = train_program(config, mesh)
     source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
-    program.check_step(source.batch(0))  # what no operation can run is refused before anything is written
-    configs.check_same(config, workdir, free=KEYS_FREE_ON_RESUME)
+    with dispatch.recorded_choices() as choices:
+        program.check_step(source.batch(0))  # what no operation can run is refused before anything is written
     data_record.check_same(source, workdir)
-    configs.save(config, workdir)
-    data_record.save(source, workdir)
-
+    taken, origin = _parameters_to_begin_with(config, workdir, program)
+    sample = _sampler(config, program)
     eval_step = make_eval_step(program.graphdef)
 
     def run_eval(params) -> dict[str, float]:
@@ -73,54 +71,113 @@ def train(config: TrainConfig, workdir: str | Path) -> dict[str, float]:
             return evaluate(lambda batch: eval_step(params, parallel.global_batch(batch, mesh)), batches)
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint))
+        if jax.process_index() == 0:
+            stack.enter_context(held(workdir))
+            configs.save(config, workdir)
+            data_record.save(source, workdir)
+        preemption = stack.enter_context(Preemption())
+        checkpoints = stack.enter_context(Checkpoints(workdir / CHECKPOINTS_FOLDER, config.checkpoint))
         if checkpoints.latest() is None:
-            start, state = 0, program.initial_state()
+            start, state = 0, program.initial_state(taken)
         else:
             start, state = checkpoints.restore(program.abstract_state)
-        report = stack.enter_context(contextlib.closing(Report(config, workdir, start, checkpoints)))
-        preemption = stack.enter_context(Preemption())
-        for line in source.summary:
+        report = stack.enter_context(Report(config, workdir, start, checkpoints))
+        for line in (*opening_lines(program, source, choices), *origin, *changed):
             report.say(line)
+        report.begin()
         timer.done("init")
-        results: dict[str, float] = {}
+        step, results = start, {}
+        if start < config.steps and preemption.reached(start):
+            return _stopped(start, preemption, report)
 
-        for step in range(start + 1, config.steps + 1):
-            batch = parallel.global_batch(source.batch(step - 1), mesh)
-            timer.done("data")
+        try:
+            for step in range(start + 1, config.steps + 1):
+                batch = parallel.global_batch(source.batch(step - 1), mesh)
+                timer.done("data")
 
-            state, metrics = program.step(state, batch)
-            report.step(step, metrics, batch["inputs"].size)
-            timer.done("step")
+                state, metrics = program.step(state, batch)
+                report.step(step, metrics, batch["inputs"].size)
+                timer.done("step")
 
-            last, stop = step == config.steps, preemption.reached(step)
-            if last or (config.eval_every and step % config.eval_every == 0):
-                report.flush()  # the time of the evaluation is no part of the steps' throughput
-                results = run_eval(state.params)
-                report.evaluation(step, results)
-                timer.done("eval")
+                last, stop = step == config.steps, preemption.reached(step)
+                if last or (config.eval_every and step % config.eval_every == 0):
+                    report.flush()  # the time of the evaluation is no part of the steps' throughput
+                    results = run_eval(state.params)
+                    report.evaluation(step, results)
+                    timer.done("eval")
 
-            if last or stop or checkpoints.due(step):
-                report.flush()  # a state is saved only after its own step has been seen to be finite
-                checkpoints.save(step, state, wait=stop)
-                timer.done("checkpoint")
-            if stop and not last:
-                report.say(f"Stopped by a signal; step {step} is saved, and the same command continues from it.")
-                return {}
+                if config.sample_every and step % config.sample_every == 0:
+                    report.flush()
+                    report.samples(step, sample(state.params, step))
+                    timer.done("eval")
+
+                if last or stop or checkpoints.due(step):
+                    report.flush()  # a state is saved only after its own step has been seen to be finite
+                    if last or stop or not report.skipping:
+                        checkpoints.save(step, state, wait=stop)
+                    timer.done("checkpoint")
+                if stop and not last:
+                    return _stopped(step, preemption, report)
+        except UnwritableError as error:
+            report.check_finite()
+            raise _saved_in_spite_of(error, checkpoints, step, state) from error
 
         if start < config.steps:
             report.times(timer.split())
         return results or run_eval(state.params)
 
 
-class Report:
+def _parameters_to_begin_with(
+    config: TrainConfig, workdir: Path, program: TrainProgram
+) -> tuple[Mapping[str, jax.Array], list[str]]:
+    """Return the parameters that a new run takes from `config.init_from`, and what to say of them."""
+    if (
+        not isinstance(config.init_from, InitFrom)
+        or SavedCheckpoints(workdir / CHECKPOINTS_FOLDER).latest() is not None
+    ):
+        return {}, []
+    taken, line = read_parameters(config.init_from, config.model, program.abstract_state.params)
+    return taken, [line]
+
+
+def _sampler(config: TrainConfig, program: TrainProgram) -> Sampler:
+    if config.sample_every is None or not isinstance(config.data, TextTask):
+        return lambda params, step: []
+    if jax.process_count() > 1:
+        raise UserError(f"sample_every is {config.sample_every}, but the run has several processes; it is None there.")
+    return sampler(config.samples, config.data.tokenizer, program.graphdef, program.mesh)
+
+
+def _stopped(step: int, preemption: Preemption, report: "Report") -> dict[str, float]:
+    """Say that the run was stopped, and return no evaluation; raise KeyboardInterrupt if Ctrl-C asked for it."""
+    saved = f"step {step} is saved" if step else "no step was taken"
+    saved += ", and the same command continues from it."
+    if preemption.interrupted:
+        raise KeyboardInterrupt(f"Stopped by Ctrl-C; {saved}")
+    report.say(f"Stopped by a signal; {saved}")
+    return {}
+
+
+def _saved_in_spite_of(error: UnwritableError, checkpoints: Checkpoints, step: int, state: TrainState) -> UserError:
+    """Save the state of a run that cannot write what it tells, if that can be, and return the sentence on both."""
+    told = str(error).removesuffix(".")
+    try:
+        checkpoints.save(step, state, wait=True)
+    except UserError as second:
+        return UserError(f"{told}, and the state neither: {second}")
+    return UserError(f"{told}; step {step} is saved, and the same command continues from it.")
+
+
+class Report(contextlib.AbstractContextManager):
     """Writes what the loop tells, one step late: the host reads a step's metrics while the next one runs.
 
-    Only process 0 writes; every process stops at a loss that is not finite.
+    Only process 0 writes; every process stops at a loss that is not finite, or after `config.max_skipped_steps` of them
+    in a row.
     """
 
     def __init__(self, config: TrainConfig, workdir: Path, start: int, checkpoints: Checkpoints):
-        self._config, self._checkpoints = config, checkpoints
+        self._config, self._start, self._checkpoints = config, start, checkpoints
+        self._skipped_in_a_row = 0
         self._lr = optim.schedule(config.optim, config.steps)
         self._facts: dict[int, Facts] = {}
         self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
@@ -130,32 +187,88 @@ class Report:
             self._writer = MetricWriter(workdir, first_step=start + 1)
             self._progress = progress(config.steps, start)
 
+    def __exit__(self, *exc_info):
+        if self._writer and self._progress:
+            self._progress.close()
+            self._writer.__exit__(*exc_info)
+
+    def begin(self) -> None:
+        """Say where the run starts, and which of its rows no checkpoint holds."""
+        if self._writer and self._writer.set_aside:
+            self.say(f"rows after step {self._start}, of which no checkpoint is left: {self._writer.set_aside}")
+        if self._start == self._config.steps:
+            self.say(f"step {self._start} is the last one: evaluating")
+            return
+        self.say(f"continuing from step {self._start}" if self._start else "starting at step 0")
+        self.say("compiling; the first step follows")
+
+    @property
+    def skipping(self) -> bool:
+        """Whether the last step that was read was skipped: no loss of the state has been seen to be finite."""
+        return self._skipped_in_a_row > 0
+
     def step(self, step: int, metrics: Mapping[str, jax.Array], tokens: int) -> None:
         """Take the metrics of a step that was dispatched, and write those of the one before.
 
         Raises:
-          UserError: the loss or the gradient of the step before is not finite.
+          UserError: the loss or the gradient of the step before is not finite, or the disk is full.
         """
-        self.flush()
-        self._pending = (step, metrics, tokens)
+        before, self._pending = self._pending, (step, metrics, tokens)
+        self._take(before)
 
     def flush(self) -> None:
         """Read and write the step that is pending, if any; raises as `step`."""
-        if self._pending is None:
+        pending, self._pending = self._pending, None
+        self._take(pending)
+
+    def check_finite(self) -> None:
+        """Read the step that is pending, if any, where nothing can be written.
+
+        Raises:
+          DivergedError: as `step`.
+        """
+        if self._pending is not None:
+            self._read(*self._pending[:2])
+
+    def _take(self, pending: tuple[int, Mapping[str, jax.Array], int] | None) -> None:
+        if pending is None:
             return
-        (step, on_device, tokens), self._pending = self._pending, None
-        metrics = {name: float(value) for name, value in jax.device_get(dict(on_device)).items()}
-        if not all(map(math.isfinite, metrics.values())):
-            self._stop(step, metrics)
+        step, on_device, tokens = pending
+        metrics = self._read(step, on_device)
         self._tokens += tokens
+        if step == self._start + 1 and self._progress:
+            self._progress.begin(step)
         if step % self._config.log_every == 0 or step == self._config.steps:
             self._write_step(step, metrics, tokens)
+
+    def _read(self, step: int, on_device: Mapping[str, jax.Array]) -> dict[str, float]:
+        """Return the metrics of a step on the host; raise if they are not finite and no more may be skipped."""
+        metrics = {name: float(value) for name, value in jax.device_get(dict(on_device)).items()}
+        if all(map(math.isfinite, metrics.values())):
+            self._skipped_in_a_row = 0
+            return metrics
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self._config.max_skipped_steps:
+            self._stop(step, metrics)
+        self.say(
+            f"step {step} is skipped: its loss is {metrics['loss']} and its gradient norm {metrics['grad_norm']}"
+            f" ({self._skipped_in_a_row} of at most {self._config.max_skipped_steps} in a row)"
+        )
+        return metrics
 
     def evaluation(self, step: int, results: Mapping[str, float]) -> None:
         """Write an evaluation, and count throughput from here."""
         self._write(step, {f"eval/{name}": value for name, value in results.items()})
         shown = {f"eval {name}": results[name] for name in ("loss", "perplexity", "accuracy")}
         self.say(f"step {step} " + " ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+        self._tokens, self._since = 0, time.monotonic()
+
+    def samples(self, step: int, samples: Iterable[tuple[str, str]]) -> None:
+        """Write and say what the model adds to its prompts."""
+        for prompt, text in samples:
+            self.say(f"step {step} sample {prompt!r}: {text!r}")
+            if self._writer:
+                self._writer.write_sample(step, prompt, text)
         self._tokens, self._since = 0, time.monotonic()
 
     def times(self, split: Mapping[str, float]) -> None:
@@ -167,12 +280,6 @@ class Report:
         if self._progress:
             self._progress.say(message)
 
-    def close(self) -> None:
-        """Close the files."""
-        if self._writer and self._progress:
-            self._progress.close()
-            self._writer.close()
-
     def _write_step(self, step: int, metrics: Mapping[str, float], tokens: int) -> None:
         now = time.monotonic()
         seq_len = tokens // self._config.batch_size
@@ -180,7 +287,8 @@ class Report:
             self._facts[seq_len] = Facts.of(self._config, seq_len)
         throughput = self._facts[seq_len].row(self._tokens / max(now - self._since, 1e-9))
         self._tokens, self._since = 0, now
-        self._write(step, {**metrics, "lr": float(self._lr(step - 1)), **throughput})
+        taken = step - 1 - int(metrics.get("skipped_steps", 0)) + self.skipping
+        self._write(step, {**metrics, "lr": float(self._lr(taken)), **throughput})
         if self._progress:
             shown = {name: metrics[name] for name in ("loss", "accuracy")}
             self._progress.update(step, shown | {"tokens/s": round(throughput["tokens_per_second"])})
@@ -190,7 +298,8 @@ class Report:
             self._writer.write(step, values)
 
     def _stop(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._write(step, metrics)
+        with contextlib.suppress(UnwritableError):
+            self._write(step, metrics)
         last = self._checkpoints.latest()
         good = "there is no checkpoint yet" if last is None else f"the last good checkpoint is step {last}"
         raise DivergedError(

@@ -1,21 +1,20 @@
 """What a run tells: rows in metrics.jsonl, TensorBoard events, a progress bar or plain lines, and where time went."""
 
+import contextlib
 import datetime
-import json
 import math
 import os
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TextIO
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from based_jax.errors import UserError
+from based_jax.folders import local_path, make_folder
+from based_jax.train.files import EventFile, RowFile, set_rows_aside
+from based_jax.train.workdir import METRICS_FILE, SAMPLES_FILE
 
-METRICS_FILE = "metrics.jsonl"
 PHASES = ("init", "data", "step", "eval", "checkpoint")
 
 
@@ -28,24 +27,27 @@ class MetricWriter:
     Args:
       workdir: made if missing.
       first_step: the first step that this process may write. Rows of that step and later ones, which a stopped run
-        left after its last checkpoint, are dropped, and so is a half-written line; 0 starts an empty file.
+        left after its last checkpoint, are set aside (`set_aside`), and half a line is dropped; 0 sets all aside.
 
     Raises:
-      UserError: the file that is there holds something else.
+      UserError: the file that is there holds something else, or the file system refuses.
     """
 
     def __init__(self, workdir: str | os.PathLike, first_step: int = 0):
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        path = Path(workdir) / METRICS_FILE
-        _keep_rows_before(first_step, path)
-        self._rows = path.open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=first_step or None)
+        self._folder = folder = local_path(workdir)
+        make_folder(folder)
+        with contextlib.ExitStack() as stack:
+            self.set_aside = set_rows_aside(first_step, folder / METRICS_FILE)
+            self._rows = stack.enter_context(RowFile(folder / METRICS_FILE))
+            set_rows_aside(first_step, folder / SAMPLES_FILE)
+            self._events = stack.enter_context(EventFile(folder, first_step))
+            self._files = stack.pop_all()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc_info):
-        self.close()
+        self._files.__exit__(*exc_info)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one row.
@@ -53,19 +55,23 @@ class MetricWriter:
         Args:
           step: the step that the values belong to.
           values: by name, numbers (0-d arrays too) or strings; TensorBoard receives the numbers.
+
+        Raises:
+          UserError: the disk is full, say; rows before this one are whole.
         """
         row = {name: _scalar(value) for name, value in values.items()}
-        finite = {name: _finite(value) for name, value in row.items()}
-        self._rows.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._rows.flush()
-        for name, value in row.items():
-            if not isinstance(value, str):
-                self._events.add_scalar(name, value, step)
+        self._rows.append({"step": step, **{name: _finite(value) for name, value in row.items()}})
+        self._events.add({name: value for name, value in row.items() if not isinstance(value, str)}, step)
+
+    def write_sample(self, step: int, prompt: str, text: str) -> None:
+        """Append what a model adds to a prompt to `workdir`/samples.jsonl and to TensorBoard; raises as `write`."""
+        with RowFile(self._folder / SAMPLES_FILE) as samples:
+            samples.append({"step": step, "prompt": prompt, "text": text})
+        self._events.add_text(f"sample {prompt!r}", prompt + text, step)
 
     def close(self) -> None:
-        """Flush and close both files."""
-        self._rows.close()
-        self._events.close()
+        """Flush and close both files; raises as `write`."""
+        self._files.close()
 
 
 class Bar:
@@ -73,6 +79,12 @@ class Bar:
 
     def __init__(self, total: int, first_step: int, stream: TextIO):
         self._bar = tqdm(total=total, initial=first_step, file=stream, dynamic_ncols=True, unit=" steps")
+
+    def begin(self, step: int) -> None:
+        """Count time from here, where `step` steps are done: compilation, before it, tells nothing of the rest."""
+        self._bar.initial = step
+        self._bar.update(step - self._bar.n)
+        self._bar.start_t = self._bar.last_print_t = self._bar._time()
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
         """Show that `step` steps are done, and the values of the last one."""
@@ -94,11 +106,13 @@ class Lines:
     def __init__(self, total: int, first_step: int, stream: TextIO):
         self._total, self._first, self._stream, self._start = total, first_step, stream, time.monotonic()
 
+    def begin(self, step: int) -> None:
+        """Count time from here, where `step` steps are done: compilation, before it, tells nothing of the rest."""
+        self._first, self._start = step, time.monotonic()
+
     def update(self, step: int, values: Mapping[str, Any]) -> None:
         """Print that `step` steps are done, and the values of the last one."""
-        per_step = (time.monotonic() - self._start) / max(step - self._first, 1)
-        eta = datetime.timedelta(seconds=round(per_step * (self._total - step)))
-        self.say(f"step {step}/{self._total} eta {eta} {_shown(values)}".rstrip())
+        self.say(f"step {step}/{self._total} {self._eta(step)}{_shown(values)}".rstrip())
 
     def say(self, message: str) -> None:
         """Print a line."""
@@ -106,6 +120,13 @@ class Lines:
 
     def close(self) -> None:
         """Do nothing: every line is complete."""
+
+    def _eta(self, step: int) -> str:
+        """Return what the rest will take; nothing where no step has been timed."""
+        if step <= self._first:
+            return ""
+        per_step = (time.monotonic() - self._start) / (step - self._first)
+        return f"eta {datetime.timedelta(seconds=round(per_step * (self._total - step)))} "
 
 
 def progress(total: int, first_step: int = 0, stream: TextIO | None = None) -> Bar | Lines:
@@ -144,28 +165,6 @@ class Timer:
         total = self._last - self._start
         seconds = {f"time/{phase}": value for phase, value in self.seconds.items()}
         return seconds | {"goodput": self.seconds["step"] / total if total else 0.0}
-
-
-def _keep_rows_before(first_step: int, path: Path) -> None:
-    """Cut a metrics file at the first row that is later or not whole."""
-    if not path.exists():
-        return
-    kept = 0
-    with path.open("rb+") as file:
-        for line in file:
-            if not line.endswith(b"\n") or _step_of(line, path) >= first_step:
-                break
-            kept += len(line)
-        file.truncate(kept)
-
-
-def _step_of(line: bytes, path: Path) -> int:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"'{path}' holds a line that is no row of metrics: {line[:60]!r}; move the file away."
-        ) from None
 
 
 def _scalar(value: Any) -> float | int | str:

@@ -1,11 +1,15 @@
-"""SIGTERM: a run is asked to stop, and saves before it does."""
+"""SIGTERM and Ctrl-C: a run is asked to stop, and saves before it does."""
 
 import contextlib
+import os
 import signal
 import threading
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption(contextlib.AbstractContextManager):
@@ -16,20 +20,27 @@ class Preemption(contextlib.AbstractContextManager):
             if preemption.reached(step):
                 checkpoints.save(step, state, wait=True)
 
-    One process listens for SIGTERM itself while the context is open; a second SIGTERM acts as it would without. Python
-    runs signal handlers between operations of the main thread, so a compilation is finished first; opened in another
-    thread it hears nothing. Where `jax.distributed` is initialised, JAX listens, and all processes agree on a step
-    soon after the signal.
+    One process listens for SIGTERM and SIGINT (Ctrl-C) itself while the context is open; a second signal acts as it
+    would without. Python runs signal handlers between operations of the main thread, so a compilation is finished
+    first; opened in another thread it hears nothing, and a signal that is ignored stays ignored. Where
+    `jax.distributed` is initialised, JAX listens for SIGTERM, which Ctrl-C then becomes, and all processes agree on a
+    step soon after the signal.
+
+    Attributes:
+      interrupted: whether it was Ctrl-C that this process heard.
     """
 
     def __init__(self):
+        self.interrupted = False
         self._asked = False
-        self._previous = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self):
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if in_main_thread and not jax.distributed.is_initialized():
-            self._previous = signal.signal(signal.SIGTERM, self._ask)
+        if threading.current_thread() is threading.main_thread():
+            own = SIGNALS if not jax.distributed.is_initialized() else (signal.SIGINT,)
+            for number in own:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._previous[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *exc_info):
@@ -42,10 +53,11 @@ class Preemption(contextlib.AbstractContextManager):
         return self._asked
 
     def _ask(self, signum, frame) -> None:
-        self._asked = True
+        self._asked, self.interrupted = True, signum == signal.SIGINT
         self._stop_listening()
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _stop_listening(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
+        while self._previous:
+            signal.signal(*self._previous.popitem())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,13 +11,17 @@ from flax import nnx
 
 from based_jax import config as configs
 from based_jax import flops, parallel
+from based_jax.config import added_later
 from based_jax.errors import UserError
 from based_jax.nn.accounting import ELEMENT_BYTES
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS
 from based_jax.optim import OptimConfig
-from based_jax.train.checkpoint import CheckpointConfig, Checkpoints
+from based_jax.train.checkpoint import CheckpointConfig, SavedCheckpoints
+from based_jax.train.init_from import InitFrom
+from based_jax.train.samples import SampleConfig
 from based_jax.train.tasks import Task
+from based_jax.train.workdir import CHECKPOINTS_FOLDER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,8 @@ class RunConfig:
 
     counts: ClassVar[tuple[str, ...]] = ("batch_size",)
     """The values that are at least 1."""
+    counts_or_none: ClassVar[tuple[str, ...]] = ()
+    """The values that are at least 1, or None."""
     max_seed: ClassVar[int] = 2**63 - 1
 
     model: LMConfig
@@ -44,6 +51,9 @@ class RunConfig:
         for name in self.counts:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it is at least 1.")
+        for name in self.counts_or_none:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it is at least 1, or None.")
         if not 0 <= self.seed <= self.max_seed:
             raise UserError(f"seed is {self.seed}; it is between 0 and {self.max_seed}.")
         if self.data.num_tokens > self.model.vocab_size:
@@ -76,9 +86,15 @@ class TrainConfig(RunConfig):
       log_every: steps between rows of metrics.jsonl.
       eval_every: steps between evaluations; one more ends the run, and is the only one where this is None.
       mesh: devices per mesh axis (`parallel.AXES`); "data" takes those that are left.
+      init_from: whose parameters the run begins with, see its class, or its path alone; None draws them from the seed.
+      max_skipped_steps: steps in a row that may be skipped because their loss or gradient is not finite: parameters
+        and optimizer stay as they are, and the next batch is taken. One more stops the run; 0 stops it at the first.
+      sample_every: steps between samples of what the model writes, of runs on text; None for none.
+      samples: what these continue, and how.
     """
 
     counts = ("steps", "batch_size", "microbatches", "log_every")
+    counts_or_none = ("eval_every", "sample_every")
 
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     steps: int = 1000
@@ -86,11 +102,37 @@ class TrainConfig(RunConfig):
     log_every: int = 10
     eval_every: int | None = None
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    init_from: InitFrom | str | None = added_later(None)  # noqa: RUF009
+    max_skipped_steps: int = added_later(0)
+    sample_every: int | None = added_later(None)
+    samples: SampleConfig = added_later(SampleConfig())  # noqa: RUF009
 
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.init_from, str):
+            object.__setattr__(self, "init_from", InitFrom(self.init_from))
+        if self.max_skipped_steps < 0:
+            raise UserError(f"max_skipped_steps is {self.max_skipped_steps}; it is at least 0.")
+        if self.sample_every is not None and self.data.kind != "text":
+            raise UserError(
+                f"sample_every is {self.sample_every}, but data.kind is '{self.data.kind}'; it is 'text' for samples."
+            )
         if self.batch_size % self.microbatches:
             raise UserError(f"batch_size {self.batch_size} cannot be divided into {self.microbatches} microbatches.")
+
+
+def load_config(source: str | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Return the checked config of a run, for `train`.
+
+    Args:
+      source: 'path/to/file.py', or 'path/to/file.py:variant', as the command line takes it; or nested values by key.
+      overrides: values by dotted keys, such as {"optim.lr": 1e-3}.
+
+    Raises:
+      UserError: the file is missing or fails, a key is unknown, or a value is impossible.
+    """
+    values = configs.load(source) if isinstance(source, str) else source
+    return configs.build(TrainConfig, configs.overridden(values, overrides or {}))
 
 
 def load_run(workdir: str | Path, step: int | None = None) -> tuple[TrainConfig, int, LM]:
@@ -102,8 +144,7 @@ def load_run(workdir: str | Path, step: int | None = None) -> tuple[TrainConfig,
     config = configs.read(TrainConfig, workdir)
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(config.seed))))
     params = parallel.placed(shapes, parallel.make_mesh())
-    with Checkpoints(Path(workdir) / "checkpoints") as checkpoints:
-        step, fields = checkpoints.restore({"params": params}, step)
+    step, fields = SavedCheckpoints(Path(workdir) / CHECKPOINTS_FOLDER).restore({"params": params}, step)
     return config, step, nnx.merge(graphdef, fields["params"])
 
 

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
-from based_jax import parallel
+from based_jax import optim, parallel
 from based_jax.dims import DropoutKey
 from based_jax.nn.lm import LM
 from based_jax.nn.loss import loss_sums
@@ -87,6 +87,23 @@ def make_train_step(
         return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
     return step
+
+
+def skipping_nonfinite(step: Step) -> Step:
+    """Return a step that leaves parameters and optimizer as they are where a metric is not finite, and counts on.
+
+    Its metrics have "skipped_steps" too: those of all steps so far, by the updates that the optimizer has counted.
+    """
+
+    def guarded(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        new, metrics = step(state, batch)
+        finite = jnp.all(jnp.isfinite(jnp.stack(list(metrics.values()))))
+        unchanged = dataclasses.replace(state, step=new.step)
+        kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, unchanged)
+        skipped = kept.step - optim.updates_taken(kept.opt_state)
+        return kept, metrics | {"skipped_steps": skipped.astype(jnp.float32)}
+
+    return guarded
 
 
 def _dropout_keys(state: TrainState) -> list[DropoutKey]:

@@ -81,9 +81,9 @@ CASES: tuple[Command | Call, ...] = (
     text("seed=1.5", sentence="'data.seed' is 1.5"),
     text("seq_len=0", sentence="seq_len is 0; it is at least 1."),
     text("tokenizer=gpt-2", sentence="did you mean 'gpt2'?"),
-    text("path=", sentence="path is ''; it is a folder of this machine, or None for the default."),
-    text("path=gs://bucket/text", sentence="path is 'gs://bucket/text'; it is a folder of this machine"),
-    text("cache_dir=", sentence="cache_dir is ''; it is a folder of this machine"),
+    text("path=", sentence="path is '', which names nothing"),
+    text("path=gs://bucket/text", sentence="path is 'gs://bucket/text', an address of 'gs'"),
+    text("cache_dir=", sentence="cache_dir is '', which names nothing"),
     text("path=<new>", sentence="Corpus '<new>' is no folder; it holds files ending in .txt, "),
     text("path=<tmp>", sentence="Corpus '<tmp>' has no file that ends in .txt, "),
     text(

@@ -68,7 +68,7 @@ CASES: tuple[Command | Call, ...] = (
         "has rows, but none with loss",
         metrics('{"step": 1, "goodput": 1}\n'),
     ),
-    Command("plot into nowhere", ("plot", "<mqar_run>", "--out="), "--out is ''; name a folder"),
+    Command("plot into nowhere", ("plot", "<mqar_run>", "--out="), "--out is '', which names nothing"),
     Command("plot into a bucket", ("plot", "<mqar_run>", "--out=gs://bucket/out"), "an address of 'gs'"),
     Command("plot into a file", ("plot", "<mqar_run>", "--out=<mqar.py>"), "'<mqar.py>' cannot be a folder"),
     Command("plot of nothing", ("plot", "--out=<tmp>/out"), "RUN"),
@@ -101,5 +101,5 @@ CASES: tuple[Command | Call, ...] = (
     Call("a frontier of several tasks", lambda folder: figures.frontier(MIXED, folder / "x"), "different tasks"),
     Call("a page of several tasks", lambda folder: page.write(MIXED, folder / "x", title=""), "different tasks"),
     Call("an ablation of a long window", lambda folder: figures.ablation(ABLATION, folder / "x"), "(D 128, w 1024,"),
-    Call("runs of an empty name", lambda folder: curves.read_runs([""]), "run is ''; name a folder"),
+    Call("runs of an empty name", lambda folder: curves.read_runs([""]), "run is '', which names nothing"),
 )

@@ -90,7 +90,7 @@ CASES: tuple[Command | Call, ...] = (
         released(rotary_emb_base=float("inf")),
     ),
     hf("biases", "qkv_proj_bias is True in config.json; only False is supported.", released(qkv_proj_bias=True)),
-    hf("an eps of none", "norm_eps is 0.0; it is above 0.", released(layer_norm_epsilon=0)),
+    hf("an eps of none", "norm_eps is 0.0; it is above 0, and finite.", released(layer_norm_epsilon=0)),
     hf("a tokenizer of none", "Unknown tokenizer 'byte'", released(based_jax={"tokenizer": "byte"})),
     hf("no weights", "'<tmp>' has no weights: neither model.safetensors nor pytorch_model.bin", released(files={})),
     hf(
@@ -130,8 +130,10 @@ CASES: tuple[Command | Call, ...] = (
         "is no zip file, as torch has written",
         released(files={"pytorch_model.bin": b"\x80\x02."}),
     ),
-    Command("no folder of weights", ("generate", "--hf=", "--prompt=a"), "The path is empty; name a file or a folder."),
-    Command("a folder elsewhere", ("generate", "--hf=gs://a/b", "--prompt=a"), "'gs://a/b' is a URL"),
+    Command("no folder of weights", ("generate", "--hf=", "--prompt=a"), "folder is '', which names nothing"),
+    Command(
+        "a folder elsewhere", ("generate", "--hf=gs://a/b", "--prompt=a"), "folder is 'gs://a/b', an address of 'gs'"
+    ),
     Command(
         "a file for a folder", ("generate", "--hf=<text.py>", "--prompt=a"), "<text.py>/config.json' cannot be read"
     ),
@@ -153,8 +155,8 @@ CASES: tuple[Command | Call, ...] = (
         released(),
     ),
     export("an export to nowhere", sentence="Nothing to write; give --hf=DIR, --orbax=DIR or --safetensors=FILE."),
-    export("an export to no name", "--hf=", sentence="The path is empty"),
-    export("an export to a URL", "--orbax=gs://a/b", sentence="'gs://a/b' is a URL"),
+    export("an export to no name", "--hf=", sentence="--hf is '', which names nothing"),
+    export("an export to a URL", "--orbax=gs://a/b", sentence="--orbax is 'gs://a/b', an address of 'gs'"),
     export("an export onto a file", "--hf=<text.py>", sentence="'<text.py>' is not empty; name a new one."),
     export("an export into a run", "--orbax=<text_run>", sentence="'<text_run>' is not empty"),
     export("an export below a file", "--safetensors=<text.py>/x", sentence="'<text.py>/x' cannot be written"),

@@ -1,6 +1,5 @@
 """Of all commands on one store one trains a group at a time, and the claims of the dead are taken over."""
 
-import contextlib
 import os
 import random
 import signal
@@ -22,8 +21,8 @@ def held(store):
 
 
 def wait_for_claims(store, process):
-    """Return the names that are claimed as soon as there are any."""
-    while not (names := held(store)):
+    """Return the names that are claimed as soon as there are any, and their owner is known."""
+    while not (names := held(store)) or not (store.path / "claims" / f"{names[0]}.lock").stat().st_size:
         assert process.is_alive()
         time.sleep(0.005)
     return names
@@ -171,7 +170,7 @@ def test_a_command_that_is_interrupted_leaves_no_claim(how, tmp_path):
     assert not held(store) and not store.rows()
 
 
-NUMBER = 40
+NUMBER = 60
 
 
 def ids():
@@ -198,14 +197,17 @@ def test_two_commands_train_each_group_once(tmp_path):
 def test_after_commands_were_killed_at_random_each_group_has_one_row(tmp_path):
     store, chance = Store(tmp_path), random.Random(0)
     for _ in range(4):
-        commands = [start(store, NUMBER, 0.02) for _ in range(2)]
-        wait_for_claims(store, commands[0])
+        commands = [start(store, NUMBER, 0.05) for _ in range(2)]
+        wanted = len(store.rows()) + chance.randint(0, 4)
+        while len(store.rows()) < wanted:
+            assert all(command.is_alive() for command in commands)
+            time.sleep(0.005)
         for command in commands:
-            time.sleep(chance.uniform(0.01, 0.15))
-            with contextlib.suppress(ProcessLookupError):  # it is done
-                os.kill(command.pid, chance.choice([signal.SIGKILL, signal.SIGINT, signal.SIGTERM]))
+            time.sleep(chance.uniform(0, 0.05))
+            os.kill(command.pid, chance.choice([signal.SIGKILL, signal.SIGINT, signal.SIGTERM]))
         for command in commands:
             command.join()
+            assert command.exitcode != 0
     assert 0 < len(store.rows()) < NUMBER
     work_off_by_two(store)
     assert sorted(set(trained(store))) == ids()

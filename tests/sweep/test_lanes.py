@@ -22,13 +22,14 @@ from based_jax.labels import NO_LABEL
 from based_jax.nn.lm import LM
 from based_jax.nn.loss import loss_sums
 from based_jax.optim import adamw
-from based_jax.store import Store
+from based_jax.store import Store, StoreError
 from based_jax.sweep import Sweep, lane_training, lanes, param, product
 from based_jax.sweep.claims import Claims
 from based_jax.sweep.lane_engine import LaneEngine, Sources
-from based_jax.sweep.lane_training import Resident, _LaneGroup
+from based_jax.sweep.lane_training import Outcome, Resident, _LaneGroup
 from based_jax.sweep.lanes import PlacedExamples, Rates
 from based_jax.sweep.launch import run_sweep
+from based_jax.sweep.rows import lane_line, lane_row
 from based_jax.sweep.schedule import SweepOptions, Todo
 from based_jax.sweep.trial import load_sweep, make_trial
 from based_jax.train.step import initial_state, make_train_step
@@ -140,7 +141,7 @@ def test_converged_and_diverged_lanes_leave_and_the_others_go_on(monkeypatch, te
     np.testing.assert_allclose(found[3e-3].curve, unshared[3e-3].curve, rtol=1e-4)
     assert abs(found[1e-3].curve[-1] / found[3e-3].curve[-1] - 1) > 1e-3
 
-    easy = [dataclasses.replace(trial, stop_accuracy=-1.0) for trial in trials[:1]]
+    easy = [dataclasses.replace(trial, stop_accuracy=0.0) for trial in trials[:1]]
     [(_, outcome)] = lane_training.train_lanes(easy, data)
     assert outcome.status == "converged" and len(outcome.curve) == 1
 
@@ -262,6 +263,44 @@ def test_a_group_that_fails_leaves_the_others_alone(tmp_path, monkeypatch):
     assert len(Store(tmp_path).rows()) == 1
 
 
+def test_rows_of_what_diverged_have_no_accuracy_and_are_json():
+    trial = make_trial(BASE, {"optim.lr": 1e30})
+    outcome = Outcome("diverged", [0.01, 0.0], [3.7, float("nan")], {"16x2": 0.0}, 8)
+    row = json.loads(json.dumps(lane_row({"optim.lr": 1e30}, trial, outcome), allow_nan=False))
+    assert row["status"] == "diverged" and row["accuracy"] is None and row["segments"] == {}
+    assert row["losses"] == [3.7, None] and row["curve"] == [0.01, 0.0]
+    assert lane_line({}, trial, outcome).endswith("taps 3: diverged after 2 epochs, 0.0 s")
+
+
+def test_points_of_one_config_are_trained_once_and_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(LaneEngine, "train", lambda self, progress, name, options: None)
+    said, sweep = [], Sweep(BASE, [{"seed": 1}, {"seed": np.int64(1)}, {"optim.lr": np.float64(3e-3)}])
+    run_sweep(sweep, Store(tmp_path), "test", SweepOptions(), said.append)
+    assert said[0] == "1 of 3 points come to the same config as another one, and are trained once."
+    assert said[1].startswith("0 of 2 points have rows; 2 are left, in 1 groups, ")
+
+
+def test_a_full_disk_stops_a_sweep_in_one_sentence(tmp_path, monkeypatch):
+    sweep, store = Sweep(BASE, product(param("model.d_model", [8, 16]))), Store(tmp_path)
+    outcome = Outcome("finished", [0.5], [1.0], {}, 4)
+    monkeypatch.setattr(lane_training, "train_lanes", lambda trials, *_, **__: [(x, outcome) for x in trials])
+
+    def append(row):
+        raise StoreError("Store is full.")
+
+    monkeypatch.setattr(store, "append", append)
+    with pytest.raises(StoreError, match="Store is full"):
+        run_sweep(sweep, store, "test", SweepOptions(), lambda text: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_warmup_that_nobody_gave_leaves_steps_after_it():
+    small = {"optim.schedule": "warmup_cosine"}
+    assert [make_trial(BASE, small | {"epochs": n}).optim.warmup_steps for n in (2, 50, 51)] == [0, 20, 200]
+    assert make_trial(BASE, {}).optim.warmup_steps == 200  # which its schedule does not ask for
+    assert make_trial(BASE, small | {"optim.warmup_steps": 200}).optim.warmup_steps == 200
+
+
 def test_an_impossible_point_stops_a_sweep_before_it_starts(tmp_path):
     with pytest.raises(UserError, match=r"optim\.lrr"):
         run_sweep(Sweep(BASE, [{"optim.lrr": 1}]), Store(tmp_path), "test", SweepOptions())
@@ -276,7 +315,7 @@ def get_sweep():
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.long), signal.SIGINT])
 def test_a_stopped_sweep_goes_on_without_redoing_or_losing_a_point(how, tmp_path):
     file, store = tmp_path / "sweep.py", tmp_path / "store"
     file.write_text(SWEEP.format(base=BASE))

@@ -109,6 +109,15 @@ def test_slurm_gets_an_array_job_whose_tasks_are_the_parts(file, tmp_path, monke
     assert said.split()[:4] == ["-m", "based_jax", "sweep", "run"] and said.split()[-1] == "--part=1/2"
 
 
+def test_a_job_that_sbatch_refuses_is_one_sentence(file, tmp_path, monkeypatch, capsys):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert main(["sweep", "run", file, f"--store={tmp_path / 'store'}", "--launcher=slurm"]) == 2
+    assert capsys.readouterr().err == "Error: sbatch refuses the job: sbatch: error: invalid partition.\n"
+
+
 def test_slurm_writes_a_script_where_there_is_no_sbatch(file, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     words = ["sweep", "run", file, f"--store={tmp_path / 'store'}", "--launcher=slurm", "--tasks=3"]
@@ -158,10 +167,11 @@ def test_two_processes_share_a_sweep(file, tmp_path):
 
 
 FAILING = """
-import sys
+import sys, time
 from based_jax.__main__ import main
 from based_jax.sweep import lane_engine
 def fail(*_, **__):
+    time.sleep(0.5)  # for the other process to have some as well
     raise MemoryError("no room")
 lane_engine.lane_training.train_lanes = fail
 sys.exit(main(sys.argv[1:]))
@@ -183,6 +193,20 @@ def test_gpus_that_a_process_may_use(names, found, monkeypatch):
     assert launch.visible_gpus() == found
 
 
+def test_processes_share_the_memory_of_their_gpu_unless_told_otherwise(monkeypatch):
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.delenv(name, raising=False)
+    places = ["0", "1", "0", "1", "0"]
+    shares = {gpu: launch.environment_of(gpu, places) for gpu in ("0", "1")}
+    assert all(found["CUDA_VISIBLE_DEVICES"] == gpu for gpu, found in shares.items())
+    assert sum(float(shares[gpu][name]) for gpu in places if gpu == "0") == pytest.approx(0.88, abs=0.01)
+    assert float(shares["1"][name]) == 0.44
+    monkeypatch.setenv(name, "0.2")
+    assert launch.environment_of("0", places)[name] == "0.2"
+    assert launch.environment_of(None, [None, None]) == {}
+
+
+@pytest.mark.long
 def test_two_ray_tasks_share_a_sweep(file, tmp_path):
     ray = pytest.importorskip("ray", reason="Ray is not installed: the extra 'ray'")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -311,7 +311,7 @@ def test_a_bug_while_saving_is_no_user_error(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("field", ["every", "keep", "keep_every"])
 def test_config_values_are_checked(field):
-    with pytest.raises(UserError, match=f"checkpoint {field} is 0; it is at least 1"):
+    with pytest.raises(UserError, match=f"{field} is 0; it is at least 1"):
         CheckpointConfig(**{field: 0})
 
 

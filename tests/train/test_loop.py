@@ -1,12 +1,6 @@
 import dataclasses
-import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import jax
@@ -14,122 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import based_jax
 from based_jax import config as configs
 from based_jax import optim
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM
-from based_jax.train import loop
+from based_jax.train import files, loop
 from based_jax.train.checkpoint import CheckpointConfig
+from based_jax.train.compile import train_program
 from based_jax.train.loop import train
-from based_jax.train.run import TrainConfig, load_run
-
-VALUES = {
-    "model": {"layers": [["conv", {}]], "d_model": 16, "vocab_size": 64, "dtype": "float32"},
-    "data": {
-        "kind": "mqar",
-        "preset": "tiny",
-        "train": [{"num_examples": 50, "seq_len": 16, "num_kv_pairs": 2}],
-        "test": [{"num_examples": 8, "seq_len": 16, "num_kv_pairs": 2}],
-        "shuffle": True,
-    },
-    "optim": {"lr": 1e-2, "warmup_steps": 2},
-    "checkpoint": {"every": 4},
-    "steps": 8,
-    "batch_size": 8,
-    "log_every": 1,
-}
-
-
-def make_config(**changes):
-    """Return the tiny config; a change to a section replaces keys of it."""
-    sections = {k: VALUES[k] | v if isinstance(v, dict) else v for k, v in changes.items() if k in VALUES}
-    return configs.build(TrainConfig, VALUES | changes | sections)
-
-
-def rows(workdir):
-    """Return the whole lines of metrics.jsonl, also while a run writes it."""
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def losses(workdir):
-    return [(row["step"], row["loss"]) for row in rows(workdir) if "loss" in row]
-
-
-def saved_steps(workdir):
-    return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir() if folder.name.isdigit())
-
-
-def contents(folder):
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def assert_same_run(workdir, expected):
-    """Check that two runs ended in bitwise the same parameters, over the same losses."""
-    assert losses(workdir) == losses(expected)
-    (_, step, model), (_, expected_step, expected_model) = load_run(workdir), load_run(expected)
-    assert step == expected_step
-    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, expected_model)), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Return the workdir of an unbroken run of the tiny config."""
-    workdir = tmp_path_factory.mktemp("whole")
-    train(make_config(), workdir)
-    return workdir
-
-
-class Command:
-    """`python -m based_jax train` in a process of its own, with as many devices as this one."""
-
-    def __init__(self, values, workdir):
-        file = workdir.parent / "config.py"
-        file.write_text(f"def get_config():\n    return {values!r}\n")
-        self.workdir = workdir
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "based_jax", "train", f"--config={file}", f"--workdir={workdir}"],
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(jax.device_count())},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def stop_at(self, step, signum):
-        """Send a signal once this step has been logged, and return what `end` does."""
-        while self.process.poll() is None and max((s for s, _ in losses(self.workdir)), default=0) < step:
-            time.sleep(0.01)
-        self.process.send_signal(signum)
-        return self.end()
-
-    def end(self):
-        """Return exit code, standard output and standard error."""
-        out, error = self.process.communicate(timeout=120)
-        return self.process.returncode, out, error
-
-
-def test_a_run_that_was_killed_and_then_stopped_ends_like_an_unbroken_one(tmp_path):
-    values = VALUES | {"steps": 160, "checkpoint": {"every": 20}}
-    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-
-    # the save after step 40 waits until that after step 20 is complete
-    assert Command(values, broken).stop_at(45, signal.SIGKILL)[0] == -signal.SIGKILL
-    killed = losses(broken)[-1][0]
-    assert 0 < max(saved_steps(broken)) <= killed < 160
-
-    code, out, error = Command(values, broken).stop_at(killed + 20, signal.SIGTERM)
-    stopped = losses(broken)[-1][0]
-    assert (code, error) == (0, "")
-    assert f"Stopped by a signal; step {stopped} is saved" in out
-    assert saved_steps(broken)[-1] == stopped < 160
-
-    train(configs.build(TrainConfig, values), broken)
-    assert [step for step, _ in losses(broken)] == list(range(1, 161))
-    train(configs.build(TrainConfig, values | {"checkpoint": {"every": None}}), unbroken)
-    assert_same_run(broken, unbroken)
+from based_jax.train.run import load_run
+from tests.helpers.tiny_runs import assert_same_run, contents, losses, make_config, parameters, rows, saved_steps
 
 
 def test_each_row_says_what_was_learned_how_fast_and_on_what(whole):
@@ -156,19 +45,80 @@ def test_a_finished_run_is_only_evaluated_again(whole, tmp_path):
     assert_same_run(workdir, whole)
 
 
+def test_before_the_first_step_a_run_says_what_it_trains_on_what(whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "train_program", train_program)  # tracing says which implementations are taken
+    config = make_config(steps=9, checkpoint={"every": None})
+    based_jax.train(config, shutil.copytree(whole, tmp_path / "run"))  # as from a notebook
+    said = capsys.readouterr().out.splitlines()
+    params = LM(config.model, rngs=nnx.Rngs(0)).num_params()
+    assert said[:7] == [
+        f"devices: 8 x {jax.devices()[0].device_kind}",
+        "mesh: data 8, fsdp 1, tensor 1",
+        f"parameters: {params:,}",
+        "train: 800 tokens, 50 examples of 16",
+        "test: 128 tokens, 8 examples of 16",
+        "residual_rms_norm: xla_rows",
+        "gated_short_conv: xla_taps",
+    ]
+    begun = said.index("continuing from step 8")
+    assert said[begun + 1] == "compiling; the first step follows"
+    assert said[begun + 2].startswith("step 9/9 loss ")
+
+
+def refuse_rows_from(monkeypatch, step):
+    """Let the disk be full from the row of this step on."""
+    append = files.RowFile.append
+
+    def refuse(self, row):
+        with files.writing(self.path):
+            if row["step"] >= step:
+                raise OSError(28, "No space left on device")
+        append(self, row)
+
+    monkeypatch.setattr(files.RowFile, "append", refuse)
+
+
+def test_a_run_whose_rows_the_disk_refuses_saves_its_state(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        refuse_rows_from(patch, step=5)
+        with pytest.raises(UserError) as error:
+            train(make_config(), tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    assert str(error.value) == (
+        f"'{path}' cannot be written: No space left on device; step 6 is saved, and the same command continues from it."
+    )
+    assert losses(tmp_path) == losses(whole)[:4]
+    train(make_config(), tmp_path)
+    assert losses(tmp_path) == losses(whole)[:4] + losses(whole)[6:]
+    assert parameters(tmp_path) == parameters(whole)
+
+
+def test_a_state_that_the_disk_refuses_too_is_the_same_sentence(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    refuse_rows_from(monkeypatch, step=1)
+    monkeypatch.setattr(loop.Checkpoints, "_start", refuse)
+    with pytest.raises(UserError) as error:
+        train(make_config(), tmp_path)
+    assert str(error.value) == (
+        f"'{tmp_path / 'metrics.jsonl'}' cannot be written: No space left on device, and the state neither: Cannot save"
+        f" step 2 in '{tmp_path / 'checkpoints'}': No space left on device; there is no good checkpoint yet."
+    )
+
+
 def test_throughput_counts_only_the_steps_since_the_last_row_or_evaluation(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    report = loop.Report(make_config(log_every=4), tmp_path, 0, checkpoints=None)
-    for step in range(1, 5):
-        clock.now += 1.0
-        report.step(step, {"loss": np.float32(1), "accuracy": np.float32(0)}, tokens=128)
-        if step == 2:
-            report.flush()
-            clock.now += 100.0
-            report.evaluation(step, {"loss": 1.0, "perplexity": 2.0, "accuracy": 0.0})
-    report.flush()
-    report.close()
+    with loop.Report(make_config(log_every=4), tmp_path, 0, checkpoints=None) as report:
+        for step in range(1, 5):
+            clock.now += 1.0
+            report.step(step, {"loss": np.float32(1), "accuracy": np.float32(0)}, tokens=128)
+            if step == 2:
+                report.flush()
+                clock.now += 100.0
+                report.evaluation(step, {"loss": 1.0, "perplexity": 2.0, "accuracy": 0.0})
+        report.flush()
     assert rows(tmp_path)[-1]["tokens_per_second"] == pytest.approx(128)
 
 

@@ -64,6 +64,53 @@ def test_a_run_from_scratch_starts_an_empty_file(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == [1]
 
 
+def test_rows_that_no_checkpoint_holds_are_set_aside(tmp_path):
+    write(tmp_path, range(1, 7))
+    with MetricWriter(tmp_path, first_step=5) as writer:
+        assert writer.set_aside == tmp_path / "metrics_set_aside_from_step_5.jsonl"
+    write(tmp_path, [5], first_step=5)
+    write(tmp_path, [], first_step=5)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+    lines = writer.set_aside.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": step, "loss": 1 / step} for step in (5, 6, 5)]
+    with MetricWriter(tmp_path, first_step=5) as writer:
+        assert writer.set_aside is None
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk that takes five bytes more."""
+
+    def write(self, data):
+        if len(data) <= 5:
+            raise OSError(28, "No space left on device")
+        return super().write(data[:5])
+
+
+def test_what_a_full_disk_cuts_off_is_no_row(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 0.5})
+        writer._rows._file = FullDisk(tmp_path / "metrics.jsonl", "ab")
+        with pytest.raises(UserError, match=r"metrics.jsonl' cannot be written: No space left on device\."):
+            writer.write(2, {"loss": 0.25})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
+    write(tmp_path, [2], first_step=2)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("operation", ["write", "flush"])
+def test_events_that_a_full_disk_refuses_are_one_sentence(tmp_path, monkeypatch, operation):
+    def refuse(*args):
+        raise OSError(28, "No space left on device")
+
+    with (
+        pytest.raises(UserError, match=r"events.out.tfevents' cannot be written: No space"),
+        MetricWriter(tmp_path) as w,
+    ):
+        monkeypatch.setattr(w._events._file._py_recordio_writer, operation, refuse)
+        w.write(1, {"loss": 0.5})
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
 def test_a_file_of_something_else_is_named_and_kept(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("loss,step\n")
     with pytest.raises(UserError, match=r"metrics.jsonl' holds a line that is no row"):
@@ -92,6 +139,26 @@ def test_a_pipe_gets_plain_lines_with_eta(monkeypatch):
     lines.update(30, {"loss": jnp.float32(2.34567), "tokens": 12, "device": "cpu"})
     lines.say("saved")
     assert stream.getvalue() == "step 30/50 eta 0:00:20 loss 2.346 tokens 12 device cpu\nsaved\n"
+
+
+def test_the_eta_leaves_compilation_out(monkeypatch):
+    clock = iter([0.0, 100.0, 104.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    lines = progress(10, stream=stream)
+    lines.begin(1)
+    lines.update(1, {})
+    lines.update(3, {})
+    assert stream.getvalue() == "step 1/10\nstep 3/10 eta 0:00:14\n"
+
+
+def test_the_bar_leaves_compilation_out_too(monkeypatch):
+    bar = progress(10, stream=Terminal())
+    now = bar._bar.start_t + 100
+    monkeypatch.setattr(bar._bar, "_time", lambda: now)
+    bar.begin(1)
+    assert (bar._bar.n, bar._bar.initial) == (1, 1)
+    assert bar._bar.format_dict["elapsed"] == 0
 
 
 def test_a_terminal_gets_a_bar():

@@ -5,19 +5,42 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+
+import pytest
 
 from based_jax.train.preemption import Preemption
 
 
-def test_sigterm_is_seen_once_and_the_handler_is_put_back():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_seen_once_and_the_handler_is_put_back(signum):
+    before = signal.getsignal(signum)
     with Preemption() as preemption:
         assert not preemption.reached(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
         assert preemption.reached(2)
         assert preemption.reached(3)
-        assert signal.getsignal(signal.SIGTERM) == before
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert preemption.interrupted == (signum == signal.SIGINT)
+        assert signal.getsignal(signum) == before
+    assert signal.getsignal(signum) == before
+
+
+def test_a_second_ctrl_c_acts_as_it_would_without():
+    with Preemption() as preemption, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.reached(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Preemption() as preemption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not preemption.reached(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_without_a_signal_the_handler_is_put_back_too():

@@ -1,0 +1,50 @@
+"""A workdir that has a run: what of its config may change when it goes on, and what that means."""
+
+from pathlib import Path
+
+from based_jax import config as configs
+from based_jax.config import CONFIG_FILE
+from based_jax.errors import UserError
+from based_jax.train.checkpoint import SavedCheckpoints
+from based_jax.train.run import TrainConfig
+from based_jax.train.workdir import CHECKPOINTS_FOLDER
+
+MAY_CHANGE = {
+    "steps": "the run ends there, and a schedule that depends on it is another one from here on",
+    "optim": "updates from here on are made by it",
+    "max_skipped_steps": "steps from here on are held to it",
+    "microbatches": "sums are taken in another order, which may change their last bits",
+    "mesh": "sums are taken in another order, which may change their last bits",
+    "init_from": "parameters come from the run's own checkpoint where there is one",
+    "checkpoint": "no number depends on it",
+    "log_every": "no number depends on it",
+    "eval_every": "no number depends on it",
+    "sample_every": "no number depends on it",
+    "samples": "no number depends on it",
+    "data.path": "the text is the same (`data_record`)",
+    "data.cache_dir": "no number depends on it",
+}
+"""Keys, or whole sections, that may differ, and why. All others name another run: its model, data, batches and seed."""
+
+
+def changes(config: TrainConfig, workdir: Path) -> list[str]:
+    """Return what differs from the config that the workdir's run had so far, a line each; none in a new workdir.
+
+    Raises:
+      UserError: something differs that is not in `MAY_CHANGE`, the run is beyond `steps` or has no config.json, or as
+        `config.read`.
+    """
+    differences = configs.check_same(config, workdir, free=MAY_CHANGE)
+    done = SavedCheckpoints(workdir / CHECKPOINTS_FOLDER).latest()
+    if done is not None and not (workdir / CONFIG_FILE).exists():
+        raise UserError(
+            f"'{workdir}' has checkpoints but no {CONFIG_FILE}, which says of what; restore it, or choose another"
+            " workdir."
+        )
+    if done is not None and done > config.steps:
+        raise UserError(f"steps is {config.steps}, but the run in '{workdir}' has taken {done}; it is at least that.")
+    return [f"changed: {key} is {new}, and was {old}; {_why(key)}" for key, (old, new) in differences.items()]
+
+
+def _why(key: str) -> str:
+    return next(why for place, why in MAY_CHANGE.items() if key == place or key.startswith(place + "."))

@@ -1,0 +1,28 @@
+"""What a run says before its first step: on what it trains, what, and how."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import jax
+
+from based_jax.train.compile import TrainProgram
+from based_jax.train.tasks import Source
+
+
+def opening_lines(program: TrainProgram, source: Source, choices: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return a line each on devices, mesh, parameters, data and implementations.
+
+    Args:
+      program: what is trained, and on which mesh.
+      source: of its batches.
+      choices: the implementations that each operation takes (`dispatch.recorded_choices`).
+    """
+    devices = program.mesh.devices
+    params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_state.params))
+    return [
+        f"devices: {devices.size} x {devices.flat[0].device_kind}",
+        f"mesh: {', '.join(f'{axis} {size}' for axis, size in program.mesh.shape.items())}",
+        f"parameters: {params:,}",
+        *source.summary,
+        *(f"{operation}: {', '.join(names)}" for operation, names in choices.items()),
+    ]

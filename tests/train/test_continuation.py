@@ -1,0 +1,159 @@
+"""A run that goes on otherwise than it began, and one that begins where another ended."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from based_jax import config as configs
+from based_jax import parallel
+from based_jax.convert import save_hf
+from based_jax.errors import UserError
+from based_jax.nn.lm import LM
+from based_jax.optim import path_of
+from based_jax.train import continuation
+from based_jax.train.compile import train_program
+from based_jax.train.init_from import InitFrom, read_parameters
+from based_jax.train.loop import DivergedError, train
+from based_jax.train.run import TrainConfig, load_run
+from based_jax.train.tasks import TextTask
+from tests.helpers.tiny_runs import losses, make_config, rows, saved_steps
+
+
+def test_a_finished_run_goes_on_with_more_steps_and_another_rate(whole, tmp_path, capsys):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    config = make_config(steps=10, optim={"lr": 2e-2})
+    train(config, workdir)
+    out = capsys.readouterr().out
+    assert "changed: optim.lr is 0.02, and was 0.01; updates from here on are made by it\n" in out
+    assert "changed: steps is 10, and was 8; " in out
+    assert "continuing from step 8\n" in out
+    assert [step for step, _ in losses(workdir)] == list(range(1, 11))
+    assert losses(workdir)[:8] == losses(whole)
+    assert saved_steps(workdir) == [8, 10]
+    assert json.loads((workdir / "config.json").read_text())["optim"]["lr"] == 2e-2
+
+
+CHANGES = {
+    "log_every": 2,
+    "eval_every": 3,
+    "steps": 9,
+    "microbatches": 2,
+    "mesh": {"tensor": 2},
+    "checkpoint": {"every_minutes": 1.0},
+    "optim": {"lr": 1.0, "schedule": "constant", "clip_norm": None},
+    "max_skipped_steps": 3,
+    "init_from": "elsewhere",
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_each_change_is_a_line(tmp_path, key):
+    configs.save(make_config(), tmp_path)
+    lines = continuation.changes(make_config(**{key: CHANGES[key]}), tmp_path)
+    assert lines and all(line.startswith(f"changed: {key}") and "; " in line for line in lines)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"batch_size": 16}, {"data": {"shuffle": False}}])
+def test_what_makes_another_run_is_refused(tmp_path, changes):
+    configs.save(make_config(), tmp_path)
+    with pytest.raises(UserError, match="belongs to another config"):
+        continuation.changes(make_config(**changes), tmp_path)
+
+
+def test_every_key_that_may_change_exists():
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    text = {f"data.{field.name}" for field in dataclasses.fields(TextTask)}
+    assert continuation.MAY_CHANGE.keys() <= fields | text
+
+
+EXPLODING = {"optim": {"lr": 1e30, "warmup_steps": 6, "warmup_lr": 1e-3}, "checkpoint": {"every": 1}}
+
+
+def test_steps_that_are_not_finite_are_skipped_and_a_diverged_run_goes_on_with_another_rate(tmp_path, capsys):
+    with pytest.raises(DivergedError, match=r"loss of step 5 is nan .* the last good checkpoint is step 2\."):
+        train(make_config(**EXPLODING, max_skipped_steps=2), tmp_path)
+    skipped = [line for line in capsys.readouterr().out.splitlines() if " is skipped: its loss is nan" in line]
+    assert [line.split()[1] for line in skipped] == ["3", "4"]
+    assert skipped[1].endswith("(2 of at most 2 in a row)")
+    assert [row["skipped_steps"] for row in rows(tmp_path)[:4]] == [0, 0, 1, 2]
+    shutil.rmtree(tmp_path / "checkpoints" / "2")  # its loss was finite, and the update after it was not
+    train(make_config(steps=4), tmp_path)
+    assert [step for step, loss in losses(tmp_path) if loss is not None] == [1, 2, 3, 4]
+    assert "rows after step 1, of which no checkpoint is left: " in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def attention(tmp_path_factory):
+    """Return an attention model, its config and the folder of its released layout."""
+    changes = {"layers": [["attention", {"num_heads": 2}]] * 2, "scan_layers": True}
+    config = make_config(model=changes).model
+    model = LM(config, rngs=nnx.Rngs(3))
+    folder = tmp_path_factory.mktemp("released") / "hf"
+    save_hf(model, folder)
+    return config, model, folder
+
+
+def by_path(params):
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def program_of(**changes):
+    config = make_config(**changes)
+    return train_program(config, parallel.make_mesh(config.mesh))
+
+
+def assert_taken(taken, model, names=None):
+    expected = by_path(nnx.state(model, nnx.Param))
+    assert taken.keys() == (expected.keys() if names is None else set(names))
+    for name, leaf in taken.items():
+        np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize(("folder", "step"), [("", 8), ("checkpoints", 8), ("checkpoints/4", 4)])
+def test_a_run_begins_with_the_parameters_of_a_run_or_a_checkpoint(whole, folder, step):
+    program = program_of()
+    taken, line = read_parameters(InitFrom(str(whole / folder)), program.config.model, program.abstract_state.params)
+    model = load_run(whole, step)[2]
+    assert_taken(taken, model)
+    assert line == (
+        f"init_from: {model.num_params():,} parameters, {len(taken)} of {len(taken)} arrays, are those of"
+        f" '{whole / 'checkpoints' / str(step)}'"
+    )
+
+
+def test_a_run_begins_with_released_weights(attention):
+    config, model, folder = attention
+    program = program_of(model={"layers": config.layers, "scan_layers": True}, mesh={"fsdp": 2})
+    taken, _ = read_parameters(InitFrom(str(folder)), config, program.abstract_state.params)
+    assert_taken(taken, model)
+    wanted = by_path(program.abstract_state.params)
+    assert all(leaf.sharding == wanted[name].sharding for name, leaf in taken.items())
+
+
+def test_patterns_choose_and_the_others_are_named(whole):
+    program = program_of(model={"d_model": 16, "layers": [["conv", {}], ["conv", {}]]})
+    source = InitFrom(str(whole), include=("embed/*", "*norm*"), exclude=("stacks/*",))
+    taken, line = read_parameters(source, program.config.model, program.abstract_state.params)
+    assert_taken(taken, load_run(whole)[2], taken)
+    assert "embed/embedding" in taken and not any(name.startswith("stacks") for name in taken)
+    assert "drawn from the seed: 'stacks/0" in line
+
+
+def test_repeats_of_a_scanned_stack_are_checked(whole):
+    program = program_of(model={"layers": [["conv", {}]] * 3, "scan_layers": True})
+    with pytest.raises(UserError, match=r"conv_kernel' is float32\[3, 32\] in '.*' and float32\[3, 3, 32\] here"):
+        read_parameters(InitFrom(str(whole)), program.config.model, program.abstract_state.params)
+
+
+def test_training_begins_with_them_and_says_so(whole, tmp_path, capsys):
+    config = make_config(init_from=str(whole), steps=1, optim={"schedule": "constant", "lr": 0.0})
+    results = train(config, tmp_path)
+    evaluated = next(row for row in rows(whole) if "eval/loss" in row)
+    assert results["loss"] == pytest.approx(evaluated["eval/loss"])
+    assert "init_from: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text())["init_from"]["path"] == str(whole)
