@@ -24,7 +24,7 @@ def _zeros(B=2, T=64, H=2, K=64, V=64, dtype="bfloat16"):
     [
         ({"dtype": "float16"}, "bfloat16 or float32, and is float16"),
         ({"K": 192}, "at most 128, and is 192"),
-        ({"T": 0}, r"empty, and q is \(2, 0, 2, 64\)"),
+        ({"B": 0}, r"empty, and q is \(0, 64, 2, 64\)"),
     ],
 )
 def test_refusals_name_the_value(options, words):

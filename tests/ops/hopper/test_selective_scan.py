@@ -27,7 +27,7 @@ def _zeros(B=2, T=64, D=256, N=16, dtype="bfloat16"):
         ({"dtype": "float16"}, "bfloat16 or float32, and is float16"),
         ({"D": 192}, "multiple of 128, and are 192"),
         ({"N": 12}, "8, 16, 24, 32 states, and has 12"),
-        ({"T": 0}, "and are 0"),
+        ({"B": 0}, "and are 0"),
     ],
 )
 def test_refusals_name_the_value(options, words):

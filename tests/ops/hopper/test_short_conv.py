@@ -43,7 +43,7 @@ def kernels(form):
         ((2, 16, 128), 3, "float32", "bfloat16"),
         ((2, 16, 128), 5, "bfloat16", "2 to 4 taps, and has 5"),
         ((2, 16, 96), 3, "bfloat16", "multiple of 128, and are 96"),
-        ((2, 0, 128), 3, "bfloat16", "and are 0"),
+        ((0, 16, 128), 3, "bfloat16", "and are 0"),
     ],
 )
 def test_refusals_name_the_value(form, shape, taps, dtype, words):
