@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # what a user typed may have lines
         return WRONG_INPUT
     except KeyboardInterrupt as error:
         print(str(error) or "Stopped by Ctrl-C.", file=sys.stderr)
@@ -103,7 +103,8 @@ def _nobody_reads() -> bool:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Return whether memory ran out, of the machine or, as XLA says it, of a device."""
-    return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
+    said = str(error)
+    return isinstance(error, MemoryError) or said.startswith("RESOURCE_EXHAUSTED") or "Out of memory allocating" in said
 
 
 if __name__ == "__main__":

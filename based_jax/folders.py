@@ -34,6 +34,10 @@ def local_path(path: str | os.PathLike, what: str = "workdir") -> Path:
         )
     if "\0" in name:
         raise UserError(f"{what} is {name!r}; a path has no zero byte.")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise UserError(f"{what} is {name!r}, which no file system can hold.") from None
     return Path(name).expanduser()
 
 

@@ -47,7 +47,15 @@ def config(name, **changes):
     return LMConfig(layers, d_model=64, vocab_size=256, dtype="float32", **blocks, **changes)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("zoology_learning_attention", "zoology_learning_based")
+        else pytest.param(name, marks=pytest.mark.long)
+        for name in MODELS
+    ],
+)
 def test_twenty_steps(name):
     case = load(name)
     graphdef, _ = nnx.split(model := convert.lm_from_reference(case.weights, config(name)))

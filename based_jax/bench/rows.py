@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from based_jax.folders import make_folder, writing
+
 
 def facts() -> dict:
     """Return device, versions and command."""
@@ -30,9 +32,16 @@ def appended(path: Path | None) -> Iterator[Callable[[dict], None]]:
     if path is None:
         yield lambda row: None
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        yield lambda row: print(json.dumps(row), file=file, flush=True)
+    make_folder(path.parent)
+    with writing(path):
+        file = path.open("a")
+
+    def write(row: dict) -> None:
+        with writing(path):
+            print(json.dumps(row), file=file, flush=True)
+
+    with file:
+        yield write
 
 
 @contextlib.contextmanager

@@ -1,13 +1,17 @@
 """The parser of a command: wrong arguments are one sentence, and a command's docstring is its help."""
 
 import argparse
+import errno
 import inspect
+import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from based_jax.errors import UserError
+from based_jax.folders import local_path, reason
 
 MODULE_CALL = "python -m based_jax"
 
@@ -45,3 +49,29 @@ def program_name() -> str:
     """Return how the program was called: as a module, or by the name of its script."""
     name = Path(sys.argv[0]).name
     return name if name == "based_jax" else MODULE_CALL
+
+
+def seconds(text: str) -> float:
+    """Return a time to wait that an argument gives; what is none is refused by the parser."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"it is {text}, which is no time to wait: seconds, above 0")
+    return value
+
+
+def out_file(text: str) -> Path:
+    """Return the path of a file to write that an argument gives; where none can be written, the parser refuses it."""
+    try:
+        path = local_path(text, "it")
+        if path.is_dir():
+            raise UserError(f"'{path}' is a folder; it is a file.")
+        there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+        if there != path and not there.is_dir():
+            raise UserError(f"'{path}' cannot be a file: '{there}' is no folder.")
+        if not os.access(there, os.W_OK):
+            raise UserError(f"'{path}' cannot be written: {os.strerror(errno.EACCES)}.")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' cannot be written: {reason(error)}") from None
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removesuffix(".")) from None
+    return path

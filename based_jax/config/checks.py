@@ -127,7 +127,10 @@ def shown(value: Any) -> str:
         return f"an int of {value.bit_length()} bits"  # Python refuses to write a very long one
     if value is not None and not isinstance(value, str | int | float | list | tuple | dict | ConfigDict):
         return f"of type {type(value).__name__}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # of an object in a list, of a placeholder in a section
+        return f"of type {type(value).__name__}"
     return text if len(text) <= MAX_LETTERS_SHOWN else text[:MAX_LETTERS_SHOWN] + "..."
 
 
@@ -156,6 +159,9 @@ def _example(kind: Any) -> str:
     if origin is tuple:
         items = [_example(item) for item in args if item is not ...]
         return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
+    if dataclasses.is_dataclass(kind):
+        items = [f"'{name}': {_example(item)}" for name, item in _annotations(typing.cast(type, kind)).items()]
+        return f"{{{', '.join(items)}}}"
     return repr(args[0]) if origin is Literal else _example(args[0]) if args else str(kind)
 
 
@@ -251,6 +257,8 @@ def _convert_union(kind: Any, value: Any, where: str) -> Any:
     for member in members:
         if isinstance(value, Mapping) and _is_section(member):
             return _convert(member, value, where)
+        if isinstance(value, list | tuple) and _is_sections(member):
+            return _convert(member, value, where)
     for member in members:
         with contextlib.suppress(UserError):
             return _convert(member, value, where)
@@ -259,3 +267,7 @@ def _convert_union(kind: Any, value: Any, where: str) -> Any:
 
 def _is_section(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind) or typing.get_origin(kind) is Annotated
+
+
+def _is_sections(kind: Any) -> bool:
+    return typing.get_origin(kind) is tuple and _is_section(typing.get_args(kind)[0])

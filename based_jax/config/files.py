@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import RequiredValueError
 
 from based_jax.config.checks import in_words, nesting_ends, shown
 from based_jax.errors import UserError, unknown
@@ -73,7 +74,8 @@ def overridden(config: Mapping | ConfigDict, values: Mapping[str, Any]) -> Confi
         dotted keys.
     """
     with nesting_ends():
-        changed = copy.deepcopy(_sections(config)).unlock()
+        changed = _copied(_sections(config))
+        _unlock(changed)
     for key, value in values.items():
         _override(changed, key, value)
     return changed
@@ -146,12 +148,22 @@ def _failures_named(what: str, modules: Mapping[str, types.ModuleType]) -> Itera
     except UserError as error:
         place = _place(error, modules)
         raise UserError(f"{place}: {error}" if place else str(error)) from error
-    except (Exception, SystemExit) as error:
-        reason = re.sub(MODULE_PREFIX + r"\d+_", "", " ".join(str(error).split())).rstrip(".")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a file may raise what is no Exception, SystemExit for one
+        reason = re.sub(MODULE_PREFIX + r"\d+_", "", " ".join(_told(error).split())).rstrip(".")
         place = _place(error, modules)
         raise UserError(
             f"{what} fails with {type(error).__name__}{': ' if reason else ''}{reason}{' at ' if place else ''}{place}."
         ) from error
+
+
+def _told(error: BaseException) -> str:
+    """Return what an error says, which may be none of our own and fail at that."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def _place(error: BaseException, modules: Mapping[str, types.ModuleType]) -> str:
@@ -173,6 +185,24 @@ def _sections(config: Mapping | ConfigDict) -> ConfigDict:
     return ConfigDict(
         {str(key): _sections(item) if isinstance(item, Mapping) else item for key, item in config.items()}
     )
+
+
+def _copied(config: ConfigDict) -> ConfigDict:
+    try:
+        return copy.deepcopy(config)
+    except RecursionError:
+        raise
+    except Exception as error:  # a generator, an open file
+        raise UserError(f"The config holds a value that is none of a config: {_told(error)}.") from error
+
+
+def _unlock(section: ConfigDict) -> None:
+    """Unlock a config and its sections; `ConfigDict.unlock` stops at a placeholder, which an override may fill."""
+    with contextlib.suppress(RequiredValueError):
+        section.unlock()
+    for item in dict(section.items(preserve_field_references=True)).values():
+        if isinstance(item, ConfigDict):
+            _unlock(item)
 
 
 def _override(section: ConfigDict, key: str, value: Any) -> None:

@@ -124,4 +124,6 @@ def _remove(path: Path) -> None:
 
 def _reason(error: BaseException) -> str:
     """Return what an error says, in one line without its full stop."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -19,6 +19,10 @@ from based_jax.nn.mixers import checked_options
 DTYPES = ("bfloat16", "float32")
 """float16 is none of them: what overflows there is no rare case in training, and nothing scales the loss for it."""
 
+LARGEST_SIZE = 2**31 - 1
+"""Of an axis: ids and positions are int32."""
+_SMALLEST, _LARGEST = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
+
 LEAST_VALUES = {"d_model": 1, "vocab_size": 1, "pad_vocab_multiple": 1, "mlp_dim": 0}
 
 
@@ -83,9 +87,18 @@ class LMConfig:
         for name, least in LEAST_VALUES.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it is at least {least}.")
+            if getattr(self, name) > LARGEST_SIZE:
+                raise UserError(f"{name} is {getattr(self, name)}; it is at most {LARGEST_SIZE}.")
+        if self.padded_vocab_size > LARGEST_SIZE:
+            raise UserError(
+                f"pad_vocab_multiple is {self.pad_vocab_multiple}, which pads vocab_size to {self.padded_vocab_size};"
+                f" that is at most {LARGEST_SIZE}."
+            )
         for name in ("norm_eps", "init_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; it is above 0, and finite.")
+            if not _SMALLEST <= getattr(self, name) <= _LARGEST:
+                raise UserError(f"{name} is {getattr(self, name)}, which fp32 does not hold.")
         if not 0 <= self.embed_dropout < 1:
             raise UserError(f"embed_dropout is {self.embed_dropout}; it is at least 0 and below 1.")
         checked = [(kind, checked_options(kind, o, f"layers[{i}]")) for i, (kind, o) in enumerate(self.layers)]

@@ -22,13 +22,17 @@ from based_jax.dims import BHKV, BTHK
 from based_jax.ops.calls import Decay, MatrixStateCall
 from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.precision import EXACT, einsum, narrow_einsum
+from based_jax.ops.segments import FORGET_LOG_DECAY
 
 BLOCK_TOKENS = 16
 MIN_LOG_DECAY = -128.0
 """A log-decay that leaves nothing in fp32, as all do that are below it."""
-STRONGEST_RATE = -1e30
-"""A rate of decay that leaves nothing after any step, and something of a step of 0."""
 FP32_DIGITS = 24
+
+
+def finite(log_decay: Array) -> Array:
+    """Return log-decays, or rates of decay, with a number for -inf, of which 0 times would be NaN and not none."""
+    return jnp.maximum(log_decay, FORGET_LOG_DECAY)
 
 
 class LogDecays(NamedTuple):
@@ -76,11 +80,6 @@ class LogDecays(NamedTuple):
     def shaped(self, shape: Callable[[Array], Array]) -> "LogDecays":
         """Return all of it in another shape."""
         return LogDecays(*map(shape, self))
-
-
-def finite_rate(rate: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return rates of decay without -inf, which times a step of 0, as padding has it, is NaN."""
-    return jnp.maximum(rate, STRONGEST_RATE)
 
 
 def initial_state(batch: int, heads: int, key_dim: int, value_dim: int) -> BHKV:

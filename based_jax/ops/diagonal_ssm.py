@@ -14,7 +14,7 @@ from based_jax.dims import BT
 from based_jax.ops import scan, segments
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHPN2, BTHP, HN, DiagonalSSMCall
-from based_jax.ops.decays import finite_rate
+from based_jax.ops.decays import finite
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.long_conv import product_is_slower, toeplitz
 from based_jax.ops.precision import EXACT, einsum, product_policy
@@ -54,7 +54,7 @@ def diagonal_ssm(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    log_a = jax.lax.complex(finite_rate(log_a.real), log_a.imag)
+    log_a = jax.lax.complex(finite(log_a.real), log_a.imag)
     return dispatch("diagonal_ssm", IMPLEMENTATIONS, impl, DiagonalSSMCall(u, log_a, b, c, state, segment_ids))
 
 

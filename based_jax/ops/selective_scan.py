@@ -14,7 +14,7 @@ from based_jax.dims import BD, BT, BTD
 from based_jax.ops import scan
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BDN, BTN, DN, Channels, SelectiveScanCall
-from based_jax.ops.decays import finite_rate
+from based_jax.ops.decays import finite
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import selective_scan as hopper_selective_scan
 from based_jax.ops.precision import EXACT
@@ -83,7 +83,7 @@ def selective_scan(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    call = SelectiveScanCall(u, dt, finite_rate(A), B, C, state, segment_ids)
+    call = SelectiveScanCall(u, dt, finite(A), B, C, state, segment_ids)
     return dispatch("selective_scan", IMPLEMENTATIONS, impl, call)
 
 
@@ -92,7 +92,7 @@ def selective_scan(
 def selective_scan_step(u: BD, dt: BD, A: DN, B: BN, C: BN, state: BDN) -> tuple[BD, BDN]:
     """Return one token's output and the state after it."""
     u32, dt = u.astype(jnp.float32), dt.astype(jnp.float32)
-    kept = jnp.exp(dt[..., None] * finite_rate(A)[None])
+    kept = jnp.exp(dt[..., None] * finite(A)[None])
     state = kept * state + (dt * u32)[..., None] * B.astype(jnp.float32)[:, None]
     y = jnp.einsum("BDN,BN->BD", state, C.astype(jnp.float32), precision=EXACT)
     return y.astype(u.dtype), state

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from based_jax.dims import BT
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHNP, BTGN, BTH, BTHP, SSDCall
-from based_jax.ops.decays import finite_rate
+from based_jax.ops.decays import finite
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from based_jax.ops.hopper import ssd as hopper_ssd
@@ -53,7 +53,7 @@ def ssd(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    call = SSDCall(x, dt.astype(jnp.float32), finite_rate(A.astype(jnp.float32)), B, C, state, segment_ids)
+    call = SSDCall(x, dt.astype(jnp.float32), finite(A.astype(jnp.float32)), B, C, state, segment_ids)
     return dispatch("ssd", IMPLEMENTATIONS, impl, call)
 
 
@@ -61,7 +61,7 @@ def ssd(
 @jax.named_scope("ssd_step")
 def ssd_step(x: BHP, dt: Float[Array, "B H"], A: Float[Array, "H"], B: BGN, C: BGN, state: BHNP) -> tuple[BHP, BHNP]:
     """Return one token's output and the state after it."""
-    q, k, v, log_decay = _attention(x, dt, finite_rate(A.astype(jnp.float32)), B, C)
+    q, k, v, log_decay = _attention(x, dt, finite(A.astype(jnp.float32)), B, C)
     return gated_linear_attention_step(q, k, v, log_decay, state, scale=1.0)
 
 

@@ -13,7 +13,7 @@ from based_jax.dims import BD, BT, BTD
 from based_jax.ops import scan
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, Wkv4Call, WkvState
-from based_jax.ops.decays import finite_rate
+from based_jax.ops.decays import finite
 from based_jax.ops.dispatch import Implementation, dispatch
 
 CHUNK_TOKENS = 128
@@ -50,7 +50,7 @@ def wkv4(
     Raises:
       UserError: `impl` is unknown.
     """
-    call = Wkv4Call(k.astype(jnp.float32), v.astype(jnp.float32), finite_rate(log_decay), bonus, state, segment_ids)
+    call = Wkv4Call(k.astype(jnp.float32), v.astype(jnp.float32), finite(log_decay), bonus, state, segment_ids)
     wkv, state = dispatch("wkv4", IMPLEMENTATIONS, impl, call)
     return wkv.astype(v.dtype), state
 

@@ -63,7 +63,10 @@ def checked_point(point: Any) -> Point:
 
 def shown(value: Any) -> str:
     """Return a value in one line of print that is not too long."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of an object that is none of ours
+        return f"of type {type(value).__name__}"
     return text if len(text) <= MAX_CHARACTERS_SHOWN else f"{text[:MAX_CHARACTERS_SHOWN]}..."
 
 

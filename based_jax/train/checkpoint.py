@@ -158,8 +158,12 @@ class Checkpoints(SavedCheckpoints):
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc_info):
-        self.close()
+    def __exit__(self, error, *_):
+        try:
+            self.close()
+        except UserError:
+            if error is None:  # else it is told already what is wrong
+                raise
 
     def due(self, step: int) -> bool:
         """Return whether the config wants a checkpoint after this step; every process calls it with every step."""
@@ -240,7 +244,8 @@ class Checkpoints(SavedCheckpoints):
             step, self._step = self._step, None
             good = [known for known in self._steps() if known != step]
             last = f"the last good checkpoint is step {max(good)}" if good else "there is no good checkpoint yet"
-            raise UserError(f"Cannot save step {step} in '{self.directory}': {os.strerror(code)}; {last}.") from error
+            what = "the last step" if step is None else f"step {step}"
+            raise UserError(f"Cannot save {what} in '{self.directory}': {os.strerror(code)}; {last}.") from error
 
 
 class _Quiet(logging.Filter):

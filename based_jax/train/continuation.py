@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from based_jax import config as configs
+from based_jax.config import CONFIG_FILE
 from based_jax.errors import UserError
 from based_jax.train.checkpoint import SavedCheckpoints
 from based_jax.train.run import TrainConfig
@@ -30,10 +31,16 @@ def changes(config: TrainConfig, workdir: Path) -> list[str]:
     """Return what differs from the config that the workdir's run had so far, a line each; none in a new workdir.
 
     Raises:
-      UserError: something differs that is not in `MAY_CHANGE`, the run is beyond `steps`, or as `config.read`.
+      UserError: something differs that is not in `MAY_CHANGE`, the run is beyond `steps` or has no config.json, or as
+        `config.read`.
     """
     differences = configs.check_same(config, workdir, free=MAY_CHANGE)
     done = SavedCheckpoints(workdir / CHECKPOINTS_FOLDER).latest()
+    if done is not None and not (workdir / CONFIG_FILE).exists():
+        raise UserError(
+            f"'{workdir}' has checkpoints but no {CONFIG_FILE}, which says of what; restore it, or choose another"
+            " workdir."
+        )
     if done is not None and done > config.steps:
         raise UserError(f"steps is {config.steps}, but the run in '{workdir}' has taken {done}; it is at least that.")
     return [f"changed: {key} is {new}, and was {old}; {_why(key)}" for key, (old, new) in differences.items()]

@@ -45,10 +45,11 @@ def save(source: Source, workdir: Path) -> None:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        return dict(json.loads(path.read_text()))
+        record = dict(json.loads(path.read_text(encoding="utf-8")))
+        return record | {"fingerprint": record["fingerprint"], "files": dict(record.get("files", {}))}
     except FileNotFoundError:
         return {}  # of a new run, or of one that is older than this file
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"'{path}' is damaged ({type(error).__name__}); remove it if the text is as it was.") from None
 
 

@@ -138,7 +138,7 @@ def set_rows_aside(step: int, path: Path) -> Path | None:
 def _step_of(line: bytes, path: Path) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise UserError(
             f"'{path}' holds a line that is no row of metrics: {line[:60]!r}; move the file away."
         ) from None

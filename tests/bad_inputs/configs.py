@@ -125,6 +125,22 @@ CASES: tuple[Command | Call, ...] = (
     override("--config.seed=-1", sentence="seed is -1; it is between 0 and 9223372036854775807."),
     override("--config.steps=" + "9" * 300, name="many digits", sentence="'steps' is an int of 997 bits"),
     override("--config.steps={[]: 1}", sentence="'steps' is '{[]: 1}'; it is an int"),
+    override(
+        "--config.data.train=({'seq_len': 'a', 'num_kv_pairs': 1, 'num_examples': 8},)",
+        sentence="'data.train[0].seq_len' is 'a'; it is an int, such as 128.",
+    ),
+    override("--config.data.test=({'seq_len': 8},)", sentence="'data.test[0].num_examples' is missing"),
+    override("--config.data.test=3", sentence="it is a tuple, such as ({'num_examples': 128, "),
+    override(
+        "--config.model.d_model=1000000000000", sentence="model.d_model is 1000000000000; it is at most 2147483647."
+    ),
+    override(
+        "--config.model.vocab_size=2147483648", sentence="model.vocab_size is 2147483648; it is at most 2147483647."
+    ),
+    override(
+        "--config.model.pad_vocab_multiple=3000000000", sentence="model.pad_vocab_multiple is 3000000000; it is at most"
+    ),
+    override("--config.model.norm_eps=1e-50", sentence="model.norm_eps is 1e-50, which fp32 does not hold."),
     # files
     written("a name that is not there", "x = 1\ny = z\n", "NameError: name 'z' is not defined at <tmp>/x.py:2."),
     written(
@@ -170,6 +186,24 @@ CASES: tuple[Command | Call, ...] = (
     ),
     written(
         "no end of references", CIRCLE, "fails with MutabilityError: Found cycle in reference graph at <tmp>/x.py:5."
+    ),
+    written(
+        "a generator in a config",
+        "def get_config():\n    return {'model': (i for i in ())}\n",
+        "holds a value that is none",
+    ),
+    written(
+        "a placeholder that nobody fills",
+        "from ml_collections import config_dict as c\n\ndef get_config():\n"
+        "    return c.ConfigDict({'steps': c.required_placeholder(int)})\n",
+        "Config key 'steps' is a reference that fails with RequiredValueError",
+    ),
+    written("lines in a key", "def get_config():\n    return {'a\\nb': 1}\n", "Unknown config key 'a b': "),
+    written("what is no Exception", "raise GeneratorExit\n", "fails with GeneratorExit at <tmp>/x.py:1."),
+    written(
+        "an error that cannot be told",
+        "class E(Exception):\n    def __str__(self):\n        raise ValueError\n\nraise E\n",
+        "Config file '<tmp>/x.py' fails with E at <tmp>/x.py:5.",
     ),
     Command("a folder", ("train", "--config=<tmp>", "--workdir=<new>"), "'<tmp>' cannot be read: Is a directory."),
     Command("an empty path", ("train", "--config=", "--workdir=<new>"), "'' cannot be read: Is a directory."),

@@ -78,6 +78,22 @@ CASES: tuple[Command | Call, ...] = (
     in_the_way("a folder as metrics", subfolder("metrics.jsonl"), sentence="'<tmp>/metrics.jsonl' is a folder, where"),
     in_the_way("a folder as lock", subfolder("train.lock"), sentence="'<tmp>/train.lock' is a folder, where a run"),
     in_the_way("metrics of something else", file("metrics.jsonl", "loss\n1\n"), sentence="a line that is no row"),
+    Command("a path of no file system", train("<new>", "--config.init_from=\ud800"), "which no file system can"),
+    in_the_way("a list as files of data.json", file("data.json", '{"files": [1]}'), sentence="data.json' is damaged ("),
+    in_the_way("a deep data.json", file("data.json", "[" * 100_000), sentence="data.json' is damaged (RecursionError)"),
+    in_the_way("a data.json of no text", file("data.json", "{}"), sentence="data.json' is damaged (KeyError)"),
+    in_the_way("a row of step 1e999", file("metrics.jsonl", '{"step": 1e999}\n'), sentence="a line that is no row"),
+    in_the_way("a deep row", file("metrics.jsonl", "[" * 100_000 + "\n"), sentence="a line that is no row"),
+    in_the_way(
+        "checkpoints of nobody knows what",
+        lambda folder: (folder / "checkpoints" / "3").mkdir(parents=True),
+        sentence="'<tmp>' has checkpoints but no config.json, which says of what; restore it",
+    ),
+    # where measurements are written
+    Command("rows into a folder", ("bench", "check", "--out=<tmp>"), "--out: '<tmp>' is a folder; it is a file"),
+    Command("rows into a file's folder", ("bench", "train", "--config=<mqar.py>", "--out=<mqar.py>/x"), "is no folder"),
+    Command("rows into nothing", ("bench", "sanitize", "--out="), "Argument --out: it is '', which names nothing"),
+    Command("no time to wait", ("bench", "check", "--limit=0"), "Argument --limit: it is 0, which is no time to wait"),
     # how a run goes on
     Command("another seed", train("<mqar_run>", "--config.seed=1"), OTHER_CONFIG + "seed is 0 there and 1 here"),
     Command(

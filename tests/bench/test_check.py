@@ -152,6 +152,7 @@ def test_documents_are_whole(rng):
         assert len(present) == len(set(present))
 
 
+@pytest.mark.long
 def test_samples_of_huge_calls():
     many = huge.many_blocks(3, "oracle", batch=9, heads=2, time=20)
     far = huge.far_offsets(3, "oracle", heads=2, time=300, tail=65)

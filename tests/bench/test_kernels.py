@@ -130,7 +130,15 @@ def test_any_entry_of_a_table_can_be_named():
     assert "cudnn_flash" in timed_operation("window_attention_64").usual_impls
 
 
-@pytest.mark.parametrize("name", [name for name in TIMED if name != "window_attention_128"])
+@pytest.mark.parametrize(
+    "name",
+    ["taylor_attention", "short_conv"]
+    + [
+        pytest.param(name, marks=pytest.mark.long)
+        for name in TIMED
+        if name not in ("taylor_attention", "short_conv", "window_attention_128")
+    ],
+)
 def test_both_passes_are_compiled_and_timed(name, monkeypatch):
     def timed(call, inputs, repeats):
         assert len(inputs) == repeats == 2
@@ -161,10 +169,10 @@ def corrected(arrays):
 @pytest.mark.parametrize(
     "name, wanted",
     [
-        ("gated_linear_attention", gated),
+        pytest.param("gated_linear_attention", gated, marks=pytest.mark.long),
         ("simple_gla", gated),
-        ("delta_rule", corrected),
-        ("gated_delta_rule", corrected),
+        pytest.param("delta_rule", corrected, marks=pytest.mark.long),
+        pytest.param("gated_delta_rule", corrected, marks=pytest.mark.long),
     ],
 )
 def test_what_is_timed_makes_of_the_arrays_what_the_peers_make(name, wanted):

@@ -78,6 +78,7 @@ def test_a_readme_is_rewritten_between_its_markers(folder, capsys):
     assert "45 / 260" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_pictures_are_drawn(folder):
     assert command.main(["plot", f"--results={folder}"]) == 0
     drawn = {path.name for path in folder.glob("*.png")}

@@ -37,6 +37,7 @@ def test_a_row_is_printed_with_what_is_known():
     assert "tokens/s; 3 MiB for a step, - at most" in train.line(row | {"peak_bytes": None})
 
 
+@pytest.mark.long
 def test_a_donated_state_is_counted_once():
     config = configs.build(TrainConfig, configs.load(CONFIG, []))
     program = train_program(config, parallel.make_mesh(devices=jax.devices()[:1]))

@@ -73,7 +73,10 @@ def test_a_hybrid_of_many_mixers_decodes_what_it_computes_in_parallel(tokens, cl
     close(decoded[1, 3:], hidden[1, 3:])
 
 
-@pytest.mark.parametrize("scan, mlp", [(False, "swiglu"), (False, "none"), (True, "identity")])
+@pytest.mark.parametrize(
+    "scan, mlp",
+    [(False, "none"), *(pytest.param(*x, marks=pytest.mark.long) for x in ((False, "swiglu"), (True, "identity")))],
+)
 def test_hidden_states_of_some_positions_are_those_of_all(scan, mlp, tokens, close, rng):
     model = LM(small(PATTERN * 2, scan_layers=scan, mlp=mlp, norm="layer"), rngs=nnx.Rngs(0))
     places = jnp.asarray([rng.permutation(T)[:5] for _ in range(2)])

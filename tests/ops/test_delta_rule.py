@@ -87,17 +87,6 @@ def test_a_decay_per_head_is_one_for_all_its_channels(impl, normal, out_and_grad
     close(per_head, per_channel, tolerance=2e-5)
 
 
-@pytest.mark.parametrize("per_head", [False, True])
-def test_strong_decays_neither_overflow_nor_lose_the_gradient(per_head, normal, out_and_grads, close):
-    """Log-decays of some thousands beside zeros: a difference of sums that large is known to some 1e-4."""
-    q, k, v, g, beta = inputs(normal, CHUNK_TOKENS + 9, per_head)
-    g = jnp.where(jnp.arange(CHUNK_TOKENS + 9)[None, :, None, None] % 5 == 0, 1000 * g, 0.0)
-    calls = [lambda *xs, impl=impl: delta_rule(*xs, impl=impl)[0] for impl in IMPLS]
-    ours = [out_and_grads(call, (q, k, v, g, beta), v) for call in calls]
-    close(ours[1], ours[0], tolerance=1e-3)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ours))
-
-
 def test_without_decay_a_key_of_length_one_is_overwritten(normal):
     """With beta 1, a repeated key answers with its last value."""
     k, v = unit(normal(1, 1, 1, K)), normal(1, 3, 1, V)

@@ -21,9 +21,9 @@ IMPLS = ("xla_steps", "xla_chunks")
 jitted = jax.jit(gated_linear_attention, static_argnames=("impl", "scale"))
 
 
-def inputs(normal, T, per_head=False, strength=1.0, B=6, dtype="float32"):
-    """Return q, k, v, log-decays down to about -10 times the strength, and a state."""
-    g = -strength * normal(B, T, H, 1 if per_head else K) ** 2
+def inputs(normal, T, per_head=False, B=6, dtype="float32"):
+    """Return q, k, v, log-decays down to about -10, and a state."""
+    g = -(normal(B, T, H, 1 if per_head else K) ** 2)
     return (*(normal(B, T, H, n, dtype=dtype) for n in (K, K, V)), g, normal(B, H, K, V))
 
 
@@ -94,21 +94,6 @@ def test_auto_takes_the_fastest_on_a_gpu():
     assert [taken(H100, T, dtype="float32") for T in (short, few, few + 1)] == [hopper, hopper, "xla_chunks"]
     assert [taken(H100, T, 128, 256, 128) for T in (short, full, one)] == [hopper, triton, triton]
     assert [taken("NVIDIA A100", T) for T in (one, one + 1)] == [quadratic, "xla_chunks"]
-
-
-@pytest.mark.parametrize("per_head", [False, True])
-def test_strong_decays_neither_overflow_nor_lose_the_gradient(per_head, normal, out_and_grads, close):
-    """Log-decays of some thousands beside zeros: a difference of sums that large is known to some 1e-4."""
-    q, k, v, g, state = inputs(normal, CHUNK_TOKENS + 9, per_head, strength=1000.0)
-    g = jnp.where(jnp.arange(CHUNK_TOKENS + 9)[None, :, None, None] % 5 == 0, g, 0.0)
-
-    def call(impl):
-        return lambda q, k, v, g, state: gated_linear_attention(q, k, v, g, state=state, impl=impl)[0]
-
-    calls = [call(impl) for impl in IMPLS]
-    ours = [out_and_grads(call, (q, k, v, g, state), v) for call in calls]
-    close(ours[1], ours[0], tolerance=1e-3)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ours))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -315,7 +315,7 @@ def get_sweep():
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.long), signal.SIGINT])
 def test_a_stopped_sweep_goes_on_without_redoing_or_losing_a_point(how, tmp_path):
     file, store = tmp_path / "sweep.py", tmp_path / "store"
     file.write_text(SWEEP.format(base=BASE))

@@ -206,6 +206,7 @@ def test_processes_share_the_memory_of_their_gpu_unless_told_otherwise(monkeypat
     assert launch.environment_of(None, [None, None]) == {}
 
 
+@pytest.mark.long
 def test_two_ray_tasks_share_a_sweep(file, tmp_path):
     ray = pytest.importorskip("ray", reason="Ray is not installed: the extra 'ray'")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

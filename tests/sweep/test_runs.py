@@ -54,6 +54,7 @@ def sweep_file(tmp_path):
     return write
 
 
+@pytest.mark.long
 def test_a_sweep_of_text_models_runs_lists_and_draws(sweep_file, tmp_path, capsys):
     file, store = sweep_file([1e-3, 1e-2]), tmp_path / "store"
     assert main(["sweep", "run", file, f"--store={store}", "--workers=2"]) == 0
@@ -124,6 +125,7 @@ def test_a_run_whose_process_dies_is_told(tmp_path, monkeypatch):
         run_sweep(Sweep(RECALL, [{}]), Store(tmp_path), "test", SweepOptions(), lambda _: None)
 
 
+@pytest.mark.long
 def test_two_processes_share_the_runs(sweep_file, tmp_path):
     file, store = sweep_file([1e-3, 1e-2], steps=3), tmp_path / "store"
     words = ["sweep", "run", file, f"--store={store}", "--processes=2"]

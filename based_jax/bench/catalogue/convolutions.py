@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from based_jax.bench.catalogue.definitions import first_document
 from based_jax.bench.catalogue.operation import (
     BF16,
     FORWARD,
@@ -55,15 +54,17 @@ def plain_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
 
 
 def _convolved(u: jax.Array, kernel: jax.Array, state: jax.Array, ids: jax.Array) -> jax.Array:
-    taps = len(kernel)
+    """Return the convolution of each row's real tokens, which stand before its padding here."""
+    taps, order = len(kernel), jnp.argsort(ids == 0, axis=1, stable=True)
+    u, ids = jnp.take_along_axis(u, order[..., None], axis=1), jnp.take_along_axis(ids, order, axis=1)
     inputs = jnp.concatenate([state, u], axis=1)
-    owners = jnp.concatenate([jnp.repeat(first_document(ids)[:, None], taps, axis=1), ids], axis=1)
+    owners = jnp.concatenate([jnp.repeat(ids[:, :1], taps, axis=1), ids], axis=1)
     c = jnp.zeros_like(u)
     for tap in range(taps):
         seen = slice(tap + 1, tap + 1 + u.shape[1])
         same = (owners[:, seen] == ids) & (ids != 0)
         c = c + jnp.where(same[..., None], inputs[:, seen], 0) * kernel[tap][None, None]
-    return c
+    return jnp.take_along_axis(c, jnp.argsort(order, axis=1)[..., None], axis=1)
 
 
 def _cost(case: Case, which: str, halves: int) -> tuple[float, float]:

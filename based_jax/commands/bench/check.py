@@ -9,9 +9,9 @@ import argparse
 import os
 import secrets
 import time
-from pathlib import Path
 
 from based_jax.bench.defaults import CHECK_PROCESSES
+from based_jax.commands.parser import out_file, seconds
 from based_jax.errors import UserError
 
 HUGE_CASES_MEMORY_FRACTION = "0.92"
@@ -20,7 +20,7 @@ HUGE_CASES_MEMORY_FRACTION = "0.92"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the task's arguments."""
-    parser.add_argument("--out", type=Path, help="JSON lines; replaced")
+    parser.add_argument("--out", type=out_file, help="JSON lines; replaced")
     parser.add_argument("--quick", action="store_true", help="a few of the cases, none of the huge ones")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--impl", default="", help="implementation (default: all that run kernels of our own)")
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=int, default=CHECK_PROCESSES, help="that share the cases; 0 for none (default: %(default)s)"
     )
-    parser.add_argument("--limit", type=float, default=150, help="seconds to wait for a row (default: 150)")
+    parser.add_argument("--limit", type=seconds, default=150, help="seconds to wait for a row (default: 150)")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
 
 

@@ -8,9 +8,9 @@ examples:
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from based_jax.bench.defaults import REPEATS
+from based_jax.commands.parser import out_file
 from based_jax.errors import UserError, unknown
 
 HEADER = (
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=REPEATS,
         help="calls a median is of, if they are not slow (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, help="append one JSON row per measurement to this file")
+    parser.add_argument("--out", type=out_file, help="append one JSON row per measurement to this file")
 
 
 def run(args: argparse.Namespace) -> None:

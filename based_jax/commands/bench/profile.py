@@ -7,22 +7,26 @@ examples:
 import argparse
 import itertools
 import os
-from pathlib import Path
 
 from based_jax.commands.bench.kernels import parse_names, parse_shape
+from based_jax.commands.parser import out_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the task's arguments."""
-    parser.add_argument("--out", type=Path, help="JSON lines; replaced")
+    parser.add_argument("--out", type=out_file, help="JSON lines; replaced")
     parser.add_argument("--ops", nargs="+", default=["taylor_attention"], help="operations, or 'all'")
     parser.add_argument("--shapes", nargs="+", default=[], help="BxHxT (default: the table's and the longest)")
     parser.add_argument(
         "--impls", nargs="+", default=[], help="implementations (default: those that run kernels of our own)"
     )
     parser.add_argument("--no-ncu", action="store_true", help="only JAX's profiler")
-    parser.add_argument("--raw", type=Path, help="keep all that Nsight Compute says of each launch in this file (CSV)")
-    parser.add_argument("--inner", type=Path, help="only run each call once, and write to this file what it launches")
+    parser.add_argument(
+        "--raw", type=out_file, help="keep all that Nsight Compute says of each launch in this file (CSV)"
+    )
+    parser.add_argument(
+        "--inner", type=out_file, help="only run each call once, and write to this file what it launches"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,16 +5,16 @@ examples:
 """
 
 import argparse
-from pathlib import Path
 
 from based_jax.bench.defaults import SANITIZER_TOOLS
+from based_jax.commands.parser import out_file, seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the task's arguments."""
     parser.add_argument("--tools", nargs="+", default=SANITIZER_TOOLS, help="default: all three")
-    parser.add_argument("--out", type=Path, help="the tools' words; replaced")
-    parser.add_argument("--limit", type=float, default=200, help="seconds for each tool (default: 200)")
+    parser.add_argument("--out", type=out_file, help="the tools' words; replaced")
+    parser.add_argument("--limit", type=seconds, default=200, help="seconds for each tool (default: 200)")
     parser.add_argument("--inner", action="store_true", help="only run the calls: what the tools are given")
 
 

@@ -6,8 +6,8 @@ examples:
 """
 
 import argparse
-from pathlib import Path
 
+from based_jax.commands.parser import out_file
 from based_jax.commands.train import parse_overrides
 
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the task's arguments; `--config.a.b=value` overrides are taken beside them."""
     parser.add_argument("--config", required=True, help="config file, optionally with a variant: configs/x.py:variant")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed (default: 20)")
-    parser.add_argument("--out", type=Path, help="append one JSON row to this file")
+    parser.add_argument("--out", type=out_file, help="append one JSON row to this file")
     parser.set_defaults(takes_overrides=True)
 
 

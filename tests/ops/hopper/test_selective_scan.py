@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, PartitionSpec
 
 from based_jax.errors import UserError
+from based_jax.ops import segments
 from based_jax.ops import selective_scan as op
 from based_jax.ops.calls import SelectiveScanCall
 from based_jax.ops.selective_scan import selective_scan
@@ -109,7 +110,7 @@ def test_kernels_equal_the_oracle(
     normal, packed_ids, out_and_grads, interpreted, time, channels, states, dtype, packed, tolerance
 ):
     rows = slice(1, 3)  # of the packed ones
-    ids = packed_ids(time)[rows] if packed else None
+    ids = segments.numbered(packed_ids(time)[rows]) if packed else None
     u, B, C = (normal(2, time, size, dtype=dtype) for size in (channels, states, states))
     wide = jax.nn.softplus(2 * normal(2, time, channels)), -jnp.exp(normal(channels, states))
     state, dy, dlast = normal(2, channels, states), normal(2, time, channels), normal(2, channels, states)

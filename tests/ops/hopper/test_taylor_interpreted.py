@@ -58,7 +58,10 @@ def _relative(x, y):
 
 @pytest.mark.parametrize(
     "shape, pieces, with_state, lengths",
-    [((1, 261, 1), 2, True, (-30, 90, 25, -60, 20, 36))],
+    [
+        pytest.param((1, 261, 1), 2, True, (-30, 90, 25, -60, 20, 36), marks=pytest.mark.long),
+        ((1, 134, 1), 2, True, (-14, 50, 12, -24, 11, 23)),
+    ],
 )
 def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, pieces, with_state, lengths):
     monkeypatch.setattr(taylor_pieces, "MIN_CHUNKS_PER_PIECE", 2)

@@ -71,8 +71,9 @@ def interpreted(monkeypatch):
 @pytest.mark.parametrize(
     "B, T, H, K, V, packed, with_state, correlated",
     [
-        (2, 130, 2, 32, 64, False, True, 0.0),
-        (6, 100, 2, 24, 40, True, True, 0.0),
+        pytest.param(2, 130, 2, 32, 64, False, True, 0.0, marks=pytest.mark.long),
+        pytest.param(6, 100, 2, 24, 40, True, True, 0.0, marks=pytest.mark.long),
+        (1, 70, 1, 24, 40, True, True, 0.0),
         (1, 64, 1, 64, 128, False, False, 5.0),
         (2, 7, 3, 16, 8, False, True, 0.0),
     ],
