@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from based_jax.errors import UserError
-from based_jax.generate.prompts import Prompts, check_length, checked_prompts, draw_words, is_integer
+from based_jax.generate.prompts import Prompts, check_length, checked_prompts, draw_words, is_integer, shown
 from based_jax.generate.sampling import GREEDY, Sampling, row_keys, sample
 from based_jax.nn.lm import LM
 
@@ -49,11 +49,13 @@ def generate(
       UserError: no prompt or an empty one, an id that the model does not have, no tokens to add, more than the
         model reads, or a value of another type or range.
     """
+    if not isinstance(model, LM):
+        raise UserError(f"model is {shown(model)}; it is an LM.")
     if not isinstance(sampling, Sampling):
-        raise UserError(f"sampling is {sampling!r:.40}; it is a Sampling, as in Sampling(temperature=0.6).")
-    if stop is not None and not is_integer(stop):
-        raise UserError(f"stop is {stop!r:.40}; it is a token id, or None.")
+        raise UserError(f"sampling is {shown(sampling)}; it is a Sampling, as in Sampling(temperature=0.6).")
     token_ids = checked_prompts(prompts, model.config.vocab_size)
+    if stop is not None and not (is_integer(stop) and 0 <= stop < model.config.vocab_size):
+        raise UserError(f"stop is {shown(stop)}; it is a token id, 0 to {model.config.vocab_size - 1}, or None.")
     check_length(token_ids, max_new_tokens, model.max_len)
     words = draw_words(seed, row_ids, len(token_ids))
     ids, segment_ids = _pad_left(token_ids)

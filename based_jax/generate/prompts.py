@@ -1,6 +1,6 @@
 """What callers hand to `generate`, checked: prompts, and what the draws of each row depend on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any
 
@@ -27,6 +27,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def shown(value: Any) -> str:
+    """Return the beginning of what a value looks like, in one line."""
+    return f"{' '.join(repr(value).split()):.40}"
+
+
+def _is_ordered(values: Any) -> bool:
+    """Return whether values stand in an order and count one by one, unlike those of bytes, sets, masked arrays."""
+    kinds = str, bytes, bytearray, memoryview, Mapping, Set, np.ma.MaskedArray
+    return not isinstance(values, kinds) and hasattr(values, "__len__") and hasattr(values, "__getitem__")
+
+
 def checked_prompts(prompts: Prompts, vocab_size: int) -> list[Int[np.ndarray, "_"]]:
     """Return the ids of each prompt.
 
@@ -34,11 +45,13 @@ def checked_prompts(prompts: Prompts, vocab_size: int) -> list[Int[np.ndarray, "
       UserError: there is no prompt, one is empty, or one is anything but ids that the model knows.
     """
     if isinstance(prompts, str | bytes):
-        raise UserError(f"prompts is the string {prompts!r:.40}; it is a list of prompts, each a list of token ids.")
+        raise UserError(f"prompts is the string {shown(prompts)}; it is a list of prompts, each a list of token ids.")
     try:
+        if isinstance(prompts, Mapping | Set | np.ma.MaskedArray):
+            raise TypeError
         rows = list(np.asarray(prompts) if hasattr(prompts, "__array__") else prompts)
     except TypeError:
-        raise UserError(f"prompts is {prompts!r:.40}; it is a list of prompts, each a list of token ids.") from None
+        raise UserError(f"prompts is {shown(prompts)}; it is a list of prompts, each a list of token ids.") from None
     if not rows:
         raise UserError("There is no prompt; give at least one.")
     return [_checked_ids(f"Prompt {row}", prompt, vocab_size) for row, prompt in enumerate(rows)]
@@ -46,16 +59,16 @@ def checked_prompts(prompts: Prompts, vocab_size: int) -> list[Int[np.ndarray, "
 
 def _checked_ids(name: str, prompt: Any, vocab_size: int) -> Int[np.ndarray, "_"]:
     if isinstance(prompt, str | bytes):
-        raise UserError(f"{name} is the string {prompt!r:.40}; it is a list of token ids, as a tokenizer encodes it.")
-    if not hasattr(prompt, "__len__") or getattr(prompt, "ndim", 1) != 1:
-        shape = f"an array of shape {prompt.shape}" if getattr(prompt, "ndim", 0) else repr(prompt)[:40]
+        raise UserError(f"{name} is the string {shown(prompt)}; it is a list of token ids, as a tokenizer encodes it.")
+    if not _is_ordered(prompt) or getattr(prompt, "ndim", 1) != 1:
+        shape = f"an array of shape {prompt.shape}" if getattr(prompt, "ndim", 1) != 1 else shown(prompt)
         raise UserError(f"{name} is {shape}; it is a list of token ids.")
     if len(prompt) == 0:
         raise UserError(f"{name} is empty; it needs at least one token.")
     ids = np.asarray(prompt).tolist() if hasattr(prompt, "__array__") else list(prompt)
     for token in ids:
         if not is_integer(token):
-            raise UserError(f"{name} has {token!r:.40}; token ids are integers.")
+            raise UserError(f"{name} has {shown(token)}; token ids are integers.")
         if not 0 <= token < vocab_size:
             raise UserError(f"{name} has id {token}; the model knows ids 0 to {vocab_size - 1}.")
     return np.asarray(ids, np.int32)
@@ -64,7 +77,7 @@ def _checked_ids(name: str, prompt: Any, vocab_size: int) -> Int[np.ndarray, "_"
 def check_length(prompts: Sequence[np.ndarray], max_new_tokens: int, max_len: int | None) -> None:
     """Raise UserError for a number of new tokens that is none, or that the model does not read: `max_len` in all."""
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens!r:.40}; it is at least 1.")
+        raise UserError(f"max_new_tokens is {shown(max_new_tokens)}; it is at least 1.")
     longest, most = max(map(len, prompts)), MAX_TOKENS if max_len is None else min(max_len, MAX_TOKENS)
     if longest >= most:
         raise UserError(f"A prompt has {longest} tokens; with one more it is at most the {most} that the model reads.")
@@ -86,14 +99,14 @@ def draw_words(seed: int | Sequence[int], row_ids: Sequence[int] | None, num_row
     for name, values, limit in (("seed", seeds, SEED_LIMIT), ("row id", ids, ROW_ID_LIMIT)):
         for value in values:
             if not is_integer(value) or not 0 <= value < limit:
-                raise UserError(f"A {name} is {value!r:.40}; it is an integer from 0 to {limit - 1}.")
+                raise UserError(f"A {name} is {shown(value)}; it is an integer from 0 to {limit - 1}.")
     words = [(int(s) >> 32, int(s) & 0xFFFFFFFF, int(i)) for s, i in zip(seeds, ids, strict=True)]
     return np.asarray(words, np.uint32)
 
 
 def _per_row(name: str, values: Any, num_rows: int) -> list[int]:
-    if isinstance(values, str) or getattr(values, "ndim", 1) != 1 or not hasattr(values, "__len__"):
-        raise UserError(f"{name} is {values!r:.40}; it is an integer for each row.")
+    if not _is_ordered(values) or getattr(values, "ndim", 1) != 1:
+        raise UserError(f"{name} is {shown(values)}; it is an integer for each row.")
     if len(values) != num_rows:
         raise UserError(f"{name} has {len(values)} values for {num_rows} prompts; it has one for each.")
     return np.asarray(values).tolist() if hasattr(values, "__array__") else list(values)

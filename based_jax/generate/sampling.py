@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from based_jax.errors import UserError
-from based_jax.generate.prompts import is_integer, is_number
+from based_jax.generate.prompts import is_integer, is_number, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Sampling:
 
     def __post_init__(self):
         if not is_number(self.temperature) or not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature!r:.40}; it is 0 for greedy, or above.")
+            raise UserError(f"temperature is {shown(self.temperature)}; it is 0 for greedy, or above.")
         if not is_integer(self.top_k) or self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k!r:.40}; it is 0 for all tokens, or the number kept.")
+            raise UserError(f"top_k is {shown(self.top_k)}; it is 0 for all tokens, or the number kept.")
         if not is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p!r:.40}; it is above 0 and at most 1.")
+            raise UserError(f"top_p is {shown(self.top_p)}; it is above 0 and at most 1.")
 
 
 GREEDY = Sampling()

@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import operator
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -56,10 +57,12 @@ def _argument(operation: str, name: str, value: Any, hint: Any, sizes: Sizes) ->
 
 def _array(operation: str, name: str, value: Any, kind: Any, sizes: Sizes) -> jax.Array:
     if isinstance(value, np.ndarray | np.generic):
-        value = jnp.asarray(value)
+        value = _of_numpy(value)
+    if isinstance(value, jax.Array) and re.fullmatch(r"(float[48]|u?int[24](?!\d)).*", value.dtype.name):
+        raise UserError(f"{operation}: {name} is {value.dtype.name}, which JAX promotes to no other dtype; convert it.")
     if isinstance(value, jax.Array) and _is_of(value.dtype, kind) and _fit(value.shape, kind.dim_str, sizes):
-        if sizes.get("T") == 0:
-            raise UserError(f"{operation}: {name} is {value.shape}; there must be a token.")
+        if _lacks(value.shape, kind.dim_str):
+            raise UserError(f"{operation}: {name} is {value.shape}; none of its axes but the batch may be empty.")
         return value
     letters = kind.dim_str.split()
     known = ", ".join(f"{x} = {sizes[x]}" for x in (letter.removeprefix("#") for letter in letters) if x in sizes)
@@ -67,6 +70,14 @@ def _array(operation: str, name: str, value: Any, kind: Any, sizes: Sizes) -> ja
     what = f"{value.dtype.name} {value.shape}" if isinstance(value, jax.Array) else _shown(value)
     noun = _NOUNS.get(kind.dtype.__name__, "an array")
     raise UserError(f"{operation}: {name} is {what}; it is {noun} ({dims}){', with ' + known if known else ''}.")
+
+
+def _of_numpy(value: np.ndarray | np.generic) -> Any:
+    """Return an array of JAX's, or the value where there is none of it: strings, objects, dates, masked arrays."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        return value
 
 
 def _is_of(dtype: Any, kind: Any) -> bool:
@@ -85,6 +96,12 @@ def _fit(shape: tuple[int, ...], dims: str, sizes: Sizes) -> bool:
             return False
         shape = shape[split:]
     return len(shape) == len(letters) and all(map(functools.partial(_fits, sizes=sizes), shape, letters))
+
+
+def _lacks(shape: tuple[int, ...], dims: str) -> bool:
+    """Return whether an axis of a shape that fits is empty, other than one of the batch."""
+    letters = [letter for letter in dims.split() if not letter.startswith("*")]
+    return any(size == 0 and letter != "B" for size, letter in zip(shape[::-1], letters[::-1], strict=False))
 
 
 def _fits(size: int, letter: str, sizes: Sizes) -> bool:
@@ -116,17 +133,23 @@ def _shown(value: Any) -> str:
 
 
 def _integer(operation: str, name: str, value: Any) -> int:
-    if isinstance(value, bool | np.bool) or not hasattr(value, "__index__"):
-        raise UserError(f"{operation}: {name} is {_shown(value)}; it is an int.")
-    return operator.index(value)
+    try:
+        if not isinstance(value, bool | np.bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise UserError(f"{operation}: {name} is {_shown(value)}; it is an int.")
 
 
 def _number(operation: str, name: str, value: Any) -> Any:
     if isinstance(value, jax.core.Tracer):
         return value
-    if isinstance(value, bool) or not hasattr(value, "__float__") or not math.isfinite(value):
-        raise UserError(f"{operation}: {name} is {_shown(value)}; it is a finite number.")
-    return value
+    try:
+        if not isinstance(value, bool | np.bool | str | bytes) and math.isfinite(value):
+            return float(value) if isinstance(value, int) else value
+    except (TypeError, OverflowError):
+        pass
+    raise UserError(f"{operation}: {name} is {_shown(value)}; it is a finite number.")
 
 
 def _truth(operation: str, name: str, value: Any) -> bool:

@@ -145,6 +145,7 @@ def _read(x, c: HN):
 
 
 def _complex(state: BHPN2):
+    state = state.astype(jnp.float32)
     return jax.lax.complex(state[..., 0], state[..., 1])
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Shaped
 
 from based_jax import devices
 from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
+from based_jax.errors import UserError
 from based_jax.ops import scan, segments
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import LinearAttentionCall
@@ -28,6 +29,13 @@ NORMALISER_EPS = 1e-12
 def initial_state(batch: int, heads: int, expanded_dim: int, value_dim: int) -> BHEV:
     """Return the state before the first token."""
     return jnp.zeros((batch, heads, expanded_dim, value_dim + 1), jnp.float32)
+
+
+def check_state(operation: str, state: BHEV | None, expanded_dim: int, value_dim: int) -> None:
+    """Raise UserError for a state of other features or values."""
+    sizes = expanded_dim, value_dim + 1
+    if state is not None and state.shape[2:] != sizes:
+        raise UserError(f"{operation}: state is {state.shape}; of these q and v its last axes, E and V+1, are {sizes}.")
 
 
 @checked
@@ -54,6 +62,7 @@ def linear_attention(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
+    check_state("linear_attention", state, phi_q.shape[-1], v.shape[-1])
     call = LinearAttentionCall(phi_q, phi_k, v, state, segment_ids)
     return dispatch("linear_attention", IMPLEMENTATIONS, impl, call)
 
@@ -62,6 +71,7 @@ def linear_attention(
 @jax.named_scope("linear_attention_step")
 def linear_attention_step(phi_q: BHK, phi_k: BHK, v: BHV, state: BHEV) -> tuple[BHV, BHEV]:
     """Return one token's output and the state after it."""
+    check_state("linear_attention_step", state, phi_q.shape[-1], v.shape[-1])
     state = state + phi_k.astype(jnp.float32)[..., :, None] * with_ones(v)[..., None, :]
     sums = jnp.einsum("BHE,BHEV->BHV", phi_q.astype(jnp.float32), state, precision=EXACT)
     return normalise(sums).astype(v.dtype), state

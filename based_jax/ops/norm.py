@@ -51,7 +51,15 @@ def _call(r: Rows, y: Rows | None, scale: Channels, bias: Channels | None, eps: 
 
 
 def _dtype(r: Rows, y: Rows | None, dtype) -> jnp.dtype:
-    return jnp.dtype(dtype or (r if y is None else y).dtype)
+    if dtype is None:
+        return (r if y is None else y).dtype
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = jnp.dtype(bool)
+    if not jnp.issubdtype(found, jnp.floating):
+        raise UserError(f"The norm's dtype is {dtype!r:.40}; it is one of floats, as jnp.bfloat16 is.")
+    return found
 
 
 def _xla(call: NormCall) -> tuple[Rows, Rows]:

@@ -92,7 +92,8 @@ def selective_scan(
 def selective_scan_step(u: BD, dt: BD, A: DN, B: BN, C: BN, state: BDN) -> tuple[BD, BDN]:
     """Return one token's output and the state after it."""
     u32, dt = u.astype(jnp.float32), dt.astype(jnp.float32)
-    state = jnp.exp(dt[..., None] * A[None]) * state + (dt * u32)[..., None] * B.astype(jnp.float32)[:, None]
+    kept = jnp.exp(dt[..., None] * finite(A)[None])
+    state = kept * state + (dt * u32)[..., None] * B.astype(jnp.float32)[:, None]
     y = jnp.einsum("BDN,BN->BD", state, C.astype(jnp.float32), precision=EXACT)
     return y.astype(u.dtype), state
 

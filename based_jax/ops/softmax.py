@@ -21,6 +21,8 @@ from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import window as hopper_window
 
 MIN_BAND_TOKENS = 64
+MAX_WINDOW = 2**31 - 1
+"""Keys: places are int32."""
 
 
 @checked
@@ -53,6 +55,8 @@ def window_attention(
     """
     if window < 1:
         raise UserError(f"window is {window}; it counts the keys that a query sees, its own included, so at least 1.")
+    if window > MAX_WINDOW:
+        raise UserError(f"window is {window}; it is at most {MAX_WINDOW}.")
     return dispatch("window_attention", WINDOW_ATTENTION, impl, AttentionCall(q, k, v, window, segment_ids))
 
 

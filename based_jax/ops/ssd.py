@@ -61,7 +61,7 @@ def ssd(
 @jax.named_scope("ssd_step")
 def ssd_step(x: BHP, dt: Float[Array, "B H"], A: Float[Array, "H"], B: BGN, C: BGN, state: BHNP) -> tuple[BHP, BHNP]:
     """Return one token's output and the state after it."""
-    q, k, v, log_decay = _attention(x, dt, A, B, C)
+    q, k, v, log_decay = _attention(x, dt, finite(A.astype(jnp.float32)), B, C)
     return gated_linear_attention_step(q, k, v, log_decay, state, scale=1.0)
 
 

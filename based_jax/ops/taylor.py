@@ -88,6 +88,7 @@ def taylor_attention(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
+    linear_attention.check_state("taylor_attention", state, expanded_dim(q.shape[-1]), v.shape[-1])
     return dispatch("taylor_attention", IMPLEMENTATIONS, impl, LinearAttentionCall(q, k, v, state, segment_ids))
 
 

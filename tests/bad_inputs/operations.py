@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from based_jax.nn.lm import LM, LMConfig
@@ -28,6 +29,7 @@ X, INTS = jnp.ones((1, 3, 2, 4)), jnp.ones((1, 3, 2, 4), jnp.int32)
 SHORT, NARROW, NONE = X[:, :2], X[..., :3], X[:, :0]
 TOKENS, CHANNELS, IDS = X[..., 0], jnp.ones(2), jnp.ones((1, 3), jnp.int32)
 WIDE_STATE = jnp.zeros((1, 2, 4, 5))
+EXPANDED = jnp.zeros((1, 2, 15, 5))
 
 
 def case(name: str, operation, *arguments, sentence: str, **options) -> Call:
@@ -115,9 +117,45 @@ CASES: tuple[Command | Call, ...] = (
     case("a scale of other channels", residual_rms_norm, X, None, CHANNELS, sentence="scale is float32 (2,)"),
     case("another y", residual_layer_norm, X, SHORT, X[0, 0, 0], X[0, 0, 0], sentence="y is float32 (1, 2, 2, 4)"),
     case(
-        "no token", gated_linear_attention, NONE, NONE, NONE, NONE, sentence="q is (1, 0, 2, 4); there must be a token"
+        "no token",
+        gated_linear_attention,
+        NONE,
+        NONE,
+        NONE,
+        NONE,
+        sentence="none of its axes but the batch may be empty.",
+    ),
+    case("strings", token_shift, np.array([[["a"]]]), sentence="x is ndarray array([[['a']]]"),
+    case("a masked array", token_shift, np.ma.masked_array(np.ones((1, 3, 2))), sentence="x is MaskedArray"),
+    case(
+        "floats of 8 bits",
+        token_shift,
+        TOKENS.astype(jnp.float8_e4m3fn),
+        sentence="float8_e4m3fn, which JAX",
+    ),
+    case("no value", window_attention, X, X, X[..., :0], window=2, sentence="v is (1, 3, 2, 0); none of its axes"),
+    case(
+        "a state of other values",
+        taylor_attention,
+        X,
+        X,
+        X[..., :2],
+        state=EXPANDED,
+        sentence="V+1, are (15, 3).",
+    ),
+    case("a state of other features", taylor_attention, X, X, X, state=EXPANDED[:, :, :5], sentence="are (15, 5)."),
+    case(
+        "a linear state",
+        linear_attention,
+        X,
+        X,
+        X,
+        state=EXPANDED,
+        sentence="E and V+1, are (4, 5).",
     ),
     # static values
+    case("a window of an array", window_attention, X, X, X, window=jnp.ones(()), sentence="window is ArrayImpl"),
+    case("a window beyond all", window_attention, X, X, X, window=2**70, sentence="it is at most 2147483647."),
     case("half a key", window_attention, X, X, X, window=2.5, sentence="window is float 2.5; it is an int."),
     case("a true window", window_attention, X, X, X, window=True, sentence="window is bool True; it is an int."),
     case("no key", window_attention, X, X, X, window=0, sentence="window is 0"),
@@ -127,6 +165,9 @@ CASES: tuple[Command | Call, ...] = (
         "no scale", gated_linear_attention, X, X, X, -X, scale=math.nan, sentence="scale is float nan; it is a finite"
     ),
     case("no form", attention, X, X, X, impl=None, sentence="impl is NoneType None; it is a string."),
+    case("a scale beyond all", gated_linear_attention, X, X, X, -X, scale=10**400, sentence="it is a finite number."),
+    case("a norm of ints", residual_rms_norm, X, None, X[0, 0, 0], dtype="int8", sentence="dtype is 'int8'; it is one"),
+    case("a norm of no dtype", residual_rms_norm, X, None, X[0, 0, 0], dtype="bf", sentence="dtype is 'bf'; it is one"),
     case("an eps below 0", residual_rms_norm, X, None, X[0, 0, 0], eps=-1.0, sentence="eps is -1.0; it is at least 0."),
     case(
         "a large vocabulary",

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from based_jax.ops.delta_rule import delta_rule, dplr
+from based_jax.ops.diagonal_ssm import diagonal_ssm
 from based_jax.ops.gated_linear_attention import CHUNK_TOKENS, gated_linear_attention
 from based_jax.ops.gated_slot_attention import gated_slot_attention
+from based_jax.ops.selective_scan import selective_scan
 from based_jax.ops.ssd import ssd
+from based_jax.ops.wkv4 import wkv4
 
 T, K = CHUNK_TOKENS + 7, 3
 STRENGTHS = (0.0, 1e-3, 1.0, 5.0, 50.0, 1e4, 1e6, 1e30, np.inf)
@@ -71,3 +74,32 @@ def test_chunks_equal_steps_whatever_decays(name, rng, normal, out_and_grads, cl
         for i, strength in enumerate(given["decay"][:, 0, 0, 0]):
             own = (jax.tree.map(lambda x, i=i: x[i], tree) for tree in (results, expected))
             close(*own, what=f"{form}, row {i} from {strength}", floor=1e-30)
+
+
+RATES = {  # operations of one rate a channel: the rate r, x (B, T, 1) and steps (B, T, 1)
+    "wkv4": lambda r, x, dt, **options: wkv4(x, x, r, jnp.zeros(1), **options),
+    "selective_scan": lambda r, x, dt, **options: selective_scan(x, dt, r[:, None], x, x, **options),
+    "ssd": lambda r, x, dt, **options: ssd(x[..., None], dt, r, x[..., None], x[..., None], **options),
+    "diagonal_ssm": lambda r, x, dt, **options: diagonal_ssm(
+        x[..., None], *(jax.lax.complex(y, jnp.zeros(1))[:, None] for y in (r, jnp.ones(1), jnp.ones(1))), **options
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_rate_of_minus_infinity_leaves_nothing_but_of_a_step_of_0(name, normal, close):
+    """Values and gradients, of documents with padding, as a rate that is very strong has them."""
+    x, dt = normal(1, 5, 1), jnp.asarray([[[1.0], [0.0], [1.0], [2.0], [1.0]]])
+    ids = jnp.asarray([[1, 1, 0, 1, 2]])
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def result(rate, impl):
+        def call(x):
+            return RATES[name](jnp.full(1, rate), x, dt, segment_ids=ids, impl=impl)[0]
+
+        y, gradient = jax.vjp(call, x)
+        return y, gradient(jnp.ones_like(y))
+
+    expected = result(-1e6, "xla_steps")
+    for impl in ("xla_steps", "xla_chunks"):
+        close(result(-jnp.inf, impl), expected, what=impl)
