@@ -92,7 +92,9 @@ def test_lowers_under_shard_map():
 
 
 @pytest.mark.parametrize("centered, adds", [(False, True), (True, True), (True, False), (False, False)])
-@pytest.mark.parametrize("shape", [(2, 35, 1024), (1, 37, 384), (4, 160, 128), (2, 66, 64)])
+@pytest.mark.parametrize(
+    "shape", [pytest.param((2, 35, 1024), marks=pytest.mark.long), (1, 37, 384), (4, 160, 128), (2, 66, 64)]
+)
 def test_kernels_equal_fp64(normal, out_and_grads, shape, centered, adds):
     """In Pallas' interpreter, which looks for races."""
     r, scale = 1 + normal(*shape), normal(shape[-1])

@@ -34,7 +34,17 @@ FORMS = {
     "linear attention, decays of channels": linear,
     "low rank, decays of channels": low_rank,
 }
-forms = pytest.mark.parametrize("form", FORMS)
+REPRESENTATIVES = "linear attention", "delta rule, decays of channels"
+"""The least and nearly the most of what the kernels do; the interpreter takes long for the others."""
+
+
+def forms_where(chosen=lambda form: True):
+    """Return the parametrisation over forms, all but the representatives long."""
+    marks = {form: () if form in REPRESENTATIVES else pytest.mark.long for form in FORMS if chosen(form)}
+    return pytest.mark.parametrize("form", [pytest.param(form, marks=marks[form]) for form in marks])
+
+
+forms = forms_where()
 
 
 def inputs(normal, form, B, T, H, K, V, dtype="float32", correlated=0.0):
@@ -115,8 +125,8 @@ def test_kernels_equal_the_oracle(
         assert np.linalg.norm(ours - right) <= tolerance * np.linalg.norm(right)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("delta")])
-@pytest.mark.parametrize("rate", [0.0, 1.0, 2.0])
+@forms_where(lambda form: form.startswith("delta"))
+@pytest.mark.parametrize("rate", [*(pytest.param(rate, marks=pytest.mark.long) for rate in (0.0, 1.0)), 2.0])
 def test_similar_keys_that_nothing_decays_are_solved_for(normal, out_and_grads, interpreted, form, rate):
     q, k, v, g, beta = inputs(normal, form, 1, 200, 2, 32, 64, correlated=5.0)
     arguments, cotangent = (q, k, v, 0 * g, jnp.full_like(beta, rate)), normal(1, 200, 2, 64)
@@ -130,7 +140,13 @@ def test_similar_keys_that_nothing_decays_are_solved_for(normal, out_and_grads, 
 
 @forms
 @pytest.mark.parametrize(
-    "places, decay", [([0, 40, 63], -500.0), ([40], -np.inf), (range(70), -6.0), (range(70), -100.0)]
+    "places, decay",
+    [
+        ([0, 40, 63], -500.0),
+        ([40], -np.inf),
+        pytest.param(range(70), -6.0, marks=pytest.mark.long),
+        pytest.param(range(70), -100.0, marks=pytest.mark.long),
+    ],
 )
 def test_what_decays_at_once_is_forgotten(normal, out_and_grads, interpreted, form, places, decay):
     q, k, v, g, beta = inputs(normal, form, 1, 70, 1, 16, 64)
@@ -169,8 +185,8 @@ def test_devices_take_their_rows_and_heads(normal, out_and_grads, interpreted, m
 
 
 @forms
-@pytest.mark.parametrize("way", ["alone", "lanes", "mesh", "x64"])
-@pytest.mark.parametrize("K, V", [(32, 64), (128, 256)])
+@pytest.mark.parametrize("way", ["alone", pytest.param("lanes", marks=pytest.mark.long), "mesh", "x64"])
+@pytest.mark.parametrize("K, V", [(32, 64), pytest.param(128, 256, marks=pytest.mark.long)])
 def test_lowers_for_an_h100(form, way, K, V):
     arguments = [jnp.zeros(x, "bfloat16") for x in ((4, 128, 2, K), (4, 128, 2, K), (4, 128, 2, V))]
     arguments += [jnp.zeros((4, 128, 2, decays(form, K))), jnp.zeros((4, 128, 2))]
@@ -200,7 +216,7 @@ def test_lowers_for_an_h100(form, way, K, V):
     [
         ({"dtype": "float32"}, "v must be bfloat16, and is float32"),
         ({"K": 160}, "K must be at most 128, and is 160"),
-        ({"T": 0}, "no dimension may be empty"),
+        ({"T": 0}, "none of its axes but the batch may be empty"),
     ],
 )
 def test_says_what_it_does_not_take(changed, reason):
