@@ -53,8 +53,8 @@ def test_the_commands_in_their_order(capsys, tmp_path, monkeypatch):
     exec(program("ocp.load").replace("runs/", f"{tmp_path}/"), names)
     assert names["params"]["embed/embedding"].shape[0] == 264
     assert "It was a " in capsys.readouterr().out
-    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
-    assert targets == ["demo", "test"]
+    targets = re.findall(r"^make ([\w-]+)", README, re.MULTILINE)
+    assert targets == ["demo", "test", "test-all"]
     assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
 
 
@@ -77,7 +77,7 @@ def test_the_sweep_s_commands(capsys, tmp_path, monkeypatch):
 
 def test_the_library():
     names = {}
-    exec(program("from based_jax import"), names)
+    exec(program("from based_jax import LM, LMConfig"), names)
     assert names["logits"].shape == (1, 128, 264)
     assert [len(ids) for ids in names["new_ids"]] == [16]
 
