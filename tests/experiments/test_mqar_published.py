@@ -71,6 +71,7 @@ def test_published_points_are_not_shown_beside_other_tests(tmp_path, change):
     assert any("of 64 tokens" in word for word in words)
 
 
+@pytest.mark.long
 def test_the_committed_pictures_are_those_of_the_rows(tmp_path):
     assert command.main(["pictures", f"--out={tmp_path}"]) == 0
     assert (tmp_path / "frontier.html").read_text() == (RESULTS / "frontier.html").read_text()

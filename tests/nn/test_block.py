@@ -50,7 +50,7 @@ def through(graphdef, params, r, y=None):
     return nnx.merge(graphdef, params).extend(Stream(r, y)).total()
 
 
-@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("repeats", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_remat_changes_neither_values_nor_gradients(repeats, normal, out_and_grads, close):
     r, y, cotangent = normal(2, T, D), normal(2, T, D), normal(2, T, D)
     results = {}

@@ -209,7 +209,7 @@ def test_bad_config(options, message):
         nnx.eval_shape(lambda: LM(small(**options), rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_trace_reads_like_the_model(tokens, scan_layers):
     """Each operation of a compiled program is named by where it stands: stack, block, and mixer or MLP."""
     model = LM(small(PATTERN * 2, scan_layers=scan_layers), rngs=nnx.Rngs(0))

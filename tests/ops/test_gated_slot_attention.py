@@ -18,7 +18,7 @@ def inputs(normal, T, dtype="float32"):
     return q, k, v, 1 - jnp.exp(g), g
 
 
-@pytest.mark.parametrize("T", [1, 37, 131])
+@pytest.mark.parametrize("T", [1, 37, pytest.param(131, marks=pytest.mark.long)])
 def test_two_passes_equal_the_oracle(T, normal, packed_ids, out_and_grads, close):
     args, ids = (*inputs(normal, T), SlotState(normal(B, H, K, M), normal(B, H, M, V))), packed_ids(T)
 

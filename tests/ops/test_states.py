@@ -147,7 +147,12 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", KERNELS)
+LONG_NAMES = "taylor, pieces", "dplr, chunks"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG_NAMES else name for name in KERNELS]
+)
 def test_a_state_that_nobody_reads_takes_no_kernels(name):
     """Those of a forward pass, and of one with its gradients, are as many as the output needs."""
     (operation, arrays), forward, with_gradients = KERNELS[name]

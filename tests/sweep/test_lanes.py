@@ -123,7 +123,7 @@ def test_rows_beyond_a_short_batch_have_no_answers():
     assert (taken.answers[1] == NO_LABEL).all() and (taken.answers[2] == jnp.arange(4)).all()
 
 
-@pytest.mark.parametrize("tests_too", [False, True])
+@pytest.mark.parametrize("tests_too", [pytest.param(False, marks=pytest.mark.long), True])
 def test_converged_and_diverged_lanes_leave_and_the_others_go_on(monkeypatch, tests_too):
     """Of the programs for fewer lanes those that test come later than those that train, if not never."""
     numbers = []
@@ -146,6 +146,7 @@ def test_converged_and_diverged_lanes_leave_and_the_others_go_on(monkeypatch, te
     assert outcome.status == "converged" and len(outcome.curve) == 1
 
 
+@pytest.mark.long
 def test_lanes_that_leave_one_after_another_leave_the_others_as_they_are(monkeypatch):
     numbers, ends = [], (3, 0, 2, 0, 3)
     monkeypatch.setattr(lanes.Lanes, "_test", _sizes)

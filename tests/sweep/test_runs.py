@@ -83,6 +83,7 @@ def test_a_sweep_of_text_models_runs_lists_and_draws(sweep_file, tmp_path, capsy
     assert "of 32 tokens" in (tmp_path / "pictures" / "frontier.svg").read_text()
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_from_where_it_was(sweep_file, tmp_path):
     file, store = sweep_file([1e-3], steps=300), tmp_path / "store"
     command = [sys.executable, "-m", "based_jax", "sweep", "run", file, f"--store={store}"]

@@ -40,9 +40,19 @@ def name_of(value):
     return value if isinstance(value, str) else "-".join(f"{k}{n}" for k, n in value.items())
 
 
-on_all_meshes = pytest.mark.parametrize("sizes", MESHES, ids=name_of)
+HYBRIDS = MESHES[2:]
+PURE = [pytest.param(sizes, marks=pytest.mark.long) for sizes in MESHES[:2]]
+"""Meshes of one axis, which the hybrid ones have in them."""
+
+on_all_meshes = pytest.mark.parametrize("sizes", [*PURE, *HYBRIDS], ids=name_of)
 on_all_meshes_and_in_bf16 = pytest.mark.parametrize(
-    ("sizes", "dtype"), [*((sizes, "float32") for sizes in MESHES), (MESHES[2], "bfloat16")], ids=name_of
+    ("sizes", "dtype"),
+    [
+        *(pytest.param(sizes, "float32", marks=pytest.mark.long) for sizes in MESHES[:2]),
+        *((sizes, "float32") for sizes in HYBRIDS),
+        (MESHES[2], "bfloat16"),
+    ],
+    ids=name_of,
 )
 with_microbatches = pytest.mark.parametrize("microbatches", [1, 8])
 

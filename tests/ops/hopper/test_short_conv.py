@@ -112,7 +112,11 @@ def test_lowers_under_shard_map(form):
 @forms
 @pytest.mark.parametrize(
     "time, channels, taps, packed, biased",
-    [(43, 256, 3, True, True), (24, 128, 2, False, False), (20, 128, 4, True, True)],
+    [
+        pytest.param(43, 256, 3, True, True, marks=pytest.mark.long),
+        (24, 128, 2, False, False),
+        (20, 128, 4, True, True),
+    ],
 )
 def test_kernels_equal_the_oracle(
     normal, packed_ids, out_and_grads, monkeypatch, form, time, channels, taps, packed, biased
