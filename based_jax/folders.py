@@ -70,6 +70,18 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         raise UnwritableError(f"'{os.fspath(path)}' cannot be written: {reason(error)}.") from error
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+      UnwritableError: the file system refuses.
+    """
+    part = path.with_name(f"{path.name}.part")
+    with writing(path):
+        part.write_text(text)
+        part.replace(path)
+
+
 def reason(error: OSError) -> str:
     """Return what the file system says: 'No space left on device'."""
     return error.strerror or str(error)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from based_jax.config.checks import build, plain
 from based_jax.errors import UserError
-from based_jax.folders import local_path, make_folder, reason, writing
+from based_jax.folders import local_path, make_folder, reason, write_whole
 
 CONFIG_FILE = "config.json"
 MAX_DIFFERENCES_SHOWN = 3
@@ -51,10 +51,7 @@ def save(config: Any, workdir: str | os.PathLike) -> None:
     """
     path = local_path(workdir) / CONFIG_FILE
     make_folder(path.parent)
-    part = path.with_suffix(".json.part")
-    with writing(path):
-        part.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        part.replace(path)
+    write_whole(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def read[T](cls: type[T], workdir: str | os.PathLike) -> T:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from based_jax.errors import UserError
-from based_jax.folders import writing
+from based_jax.folders import write_whole
 from based_jax.train.tasks import Source
 
 DATA_FILE = "data.json"
@@ -36,11 +36,7 @@ def changed_since(source: Source, workdir: Path) -> str | None:
 def save(source: Source, workdir: Path) -> None:
     """Write data.json, whole or not at all; a source that the config determines has none."""
     if source.record:
-        path = Path(workdir) / DATA_FILE
-        part = path.with_suffix(".json.part")
-        with writing(path):
-            part.write_text(json.dumps(source.record, indent=2) + "\n")
-            part.replace(path)
+        write_whole(Path(workdir) / DATA_FILE, json.dumps(source.record, indent=2) + "\n")
 
 
 def _read(path: Path) -> Mapping[str, Any]:
