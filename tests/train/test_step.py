@@ -126,7 +126,7 @@ def test_the_loss_falls_on_mqar_and_the_step_compiles_once():
     model = make_model()
     tx = optim.adamw(optim.OptimConfig(lr=1e-2, schedule="constant"), 100)
     source = TASKS["mqar"](preset="tiny").open(8, 0, 1)
-    step = jax.jit(make_train_step(nnx.graphdef(model), tx), donate_argnums=0)
+    step = jax.jit(make_train_step(nnx.graphdef(model), tx))
     state, losses = initial_state(model, tx), []
     for i in range(40):
         state, metrics = step(state, source.batch(i % 2))
