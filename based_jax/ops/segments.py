@@ -3,8 +3,9 @@
 A token's id is 0 where it is padding. Among the real tokens of a row a document is a longest run of equal ids: an id
 that returns (1 2 1) begins a document of its own, and padding between two tokens of a document (1 0 1) does not end it.
 Padding is inert wherever it stands: nobody sees it, it writes to no state, it takes no place between two tokens, and
-its output is zero, so that a row means what it means without its padding. To the Hopper kernels of windows and of
-convolutions without a state padding inside a document, which our data never has, does take a place.
+its output is zero, so that a row means what it means without its padding. The Hopper kernels of windows and of
+convolutions without a state measure distances in places, and so cannot read a row with padding inside a document, which
+our data never has: all of its outputs are NaN (`padding_within`).
 
 A state that is handed in belongs to the first document of the row, whatever its id: who begins a document at the first
 token hands in no state, or the empty one. A state that is handed out is that of the row's last document, or the one
@@ -58,6 +59,13 @@ def begins_later(numbers: BT) -> Bool[Array, "B T"]:
     """Return which tokens are their document's first, but for each row's first document."""
     before = jnp.pad(jax.lax.cummax(numbers, axis=1)[:, :-1], ((0, 0), (1, 0)))
     return numbers > jnp.maximum(before, 1)
+
+
+def padding_within(numbers: BT) -> Bool[Array, "B 1"]:
+    """Return which rows have padding between two tokens of a document."""
+    before = jax.lax.cummax(numbers, axis=1)
+    after = jax.lax.cummin(jnp.where(numbers == 0, jnp.iinfo(numbers.dtype).max, numbers), axis=1, reverse=True)
+    return ((numbers == 0) & (before == after)).any(axis=1, keepdims=True)
 
 
 def positions(

@@ -21,6 +21,8 @@ from pallas_kernels import split
 from pallas_kernels.hopper import stream
 from pallas_kernels.hopper.stream import WARPGROUP_LANES, load
 
+UNREADABLE_REACH = -2
+"""The reach of tokens whose outputs and gradients must be NaN."""
 TILE_TOKENS = 8
 """Of a tile; T is a multiple of them."""
 RING_SLOTS = 4
@@ -53,7 +55,8 @@ def forward(form: Form, x, kernel, bias=None, reach=None):
     """Return y (B, T, I) bf16 of x (B, T, I) bf16, kernel (W, I) fp32 and any bias (I) fp32.
 
     If gated, x and bias are twice as wide. `reach` (B, T) int32 counts the earlier tokens that a token sees, at most
-    W-1; it is -1 for padding, which gets 0. T is a multiple of 8, I of 128, W at least 2.
+    W-1; it is -1 for padding, which gets 0, and `UNREADABLE_REACH` for what has no meaning here, which gets NaN. T is a
+    multiple of 8, I of 128, W at least 2.
     """
     plan = _Plan.of(form, x, kernel, FORWARD_BLOCK_TOKENS)
     packed = plan.windows(reach)
@@ -316,7 +319,7 @@ def _sums(totals, values):
 
 
 def _unless_padding(x, seen, packed: list):
-    return _where(seen >= 0, x, 0.0) if packed else x
+    return _where(seen >= 0, x, jnp.where(seen == UNREADABLE_REACH, jnp.nan, 0.0)) if packed else x
 
 
 def _where(condition, x, y):

@@ -22,6 +22,8 @@ from pallas_kernels.hopper.mosaic import CHUNK_TOKENS
 
 NOBODY_ID = -(2**31)
 """The document that queries of padding look for."""
+UNREADABLE_ID = -1
+"""The document of tokens whose outputs must be NaN."""
 HIDDEN_SCORE = -1e30
 """The score of a key that a query does not see."""
 
@@ -187,8 +189,8 @@ def place(block, heads: int, chunks: int, pieces: int):
 def forward(q, k, v, ids=None, *, window: int, pieces: int):
     """Return [o], all arrays (B, T, H, K) in bf16, T >= 64.
 
-    `ids` (B, T rounded up to 64) int32 are documents, 0 for padding, whose o is zero. Tokens past T are read as zeros
-    and not written.
+    `ids` (B, T rounded up to 64) int32 are documents, 0 for padding, whose o is zero, and `UNREADABLE_ID` for what has
+    no meaning here, whose o is NaN. Tokens past T are read as zeros and not written.
     """
     batch, time, heads, head_dim = q.shape
     chunks, far = pl.cdiv(time, CHUNK_TOKENS), reach(window)
@@ -243,7 +245,9 @@ def forward(q, k, v, ids=None, *, window: int, pieces: int):
 
             o = mosaic.products(weigh, (CHUNK_TOKENS, head_dim))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            o_tile[...] = (o * mosaic.across(inverse(total), o.shape)).astype(o_tile.dtype)
+            share = inverse(total)
+            share = jnp.where(documents[0] == UNREADABLE_ID, jnp.nan, share) if documents else share
+            o_tile[...] = (o * mosaic.across(share, o.shape)).astype(o_tile.dtype)
             # Also what lets the next step overwrite slots: every warp has read them.
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_tile, o_ref.at[row, pl.ds((begin + n) * CHUNK_TOKENS, CHUNK_TOKENS), head])

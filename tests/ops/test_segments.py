@@ -39,6 +39,12 @@ def test_documents_are_numbered_in_order():
     assert [np.flatnonzero(row).tolist() for row in begins] == [[5, 8], [3, 7]]
 
 
+def test_padding_inside_a_document_is_found():
+    ids = [[0, 1, 1, 0], [1, 0, 2, 2], [1, 0, 1, 2], [1, 2, 0, 2], [0, 0, 0, 0], [1, 1, 2, 3], [1, 0, 0, 2]]
+    found = segments.padding_within(segments.numbered(jnp.asarray(ids)))
+    assert found[:, 0].tolist() == [False, False, True, True, False, False, False]
+
+
 def test_positions_count_within_documents_and_continue():
     ids = jnp.asarray([[0, 0, 3, 3, 0, 1], [2, 2, 2, 7, 7, 0], [0] * 6, [5] * 6, [5, 0, 5, 2, 5, 5]], jnp.int32)
     place, after = segments.positions(ids, jnp.asarray([4, 10, 9, 0, 3]), ids.shape[1])

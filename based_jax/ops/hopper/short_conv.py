@@ -123,13 +123,19 @@ def _pad(x: Array) -> Array:
 
 
 def _reach(segment_ids: BT | None, taps: int) -> Int[Array, "B _"] | None:
-    """Return how many of the W-1 tokens before each are of its document, -1 for padding, up to a whole tile."""
+    """Return how many of the W-1 tokens before each are of its document, up to a whole tile.
+
+    It is -1 for padding, and `UNREADABLE_REACH` for all of a row that the kernels cannot read.
+    """
+    from pallas_kernels.hopper.short_conv import UNREADABLE_REACH
+
     if segment_ids is None:
         return None
+    unreadable = segments.padding_within(segment_ids)
     ids = jnp.pad(segment_ids, ((0, 0), (taps - 1, -segment_ids.shape[1] % TOKEN_MULTIPLE)))
     own = ids[:, taps - 1 :]
     reach, joined = jnp.zeros_like(own), jnp.ones_like(own)
     for distance in range(1, taps):
         joined = joined * (ids[:, taps - 1 - distance : ids.shape[1] - distance] == own)
         reach = reach + joined
-    return jnp.where(own == 0, -1, reach).astype(jnp.int32)
+    return jnp.where(unreadable, UNREADABLE_REACH, jnp.where(own == 0, -1, reach)).astype(jnp.int32)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from based_jax.dims import BT, BTHK, BTHV
-from based_jax.ops import sharded
+from based_jax.ops import segments, sharded
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.hopper import limits
 from based_jax.ops.hopper.limits import CHUNK_TOKENS
@@ -91,7 +91,10 @@ def number_of_pieces(q: BTHK, *, blocks: int, shared: int) -> int:
 
 
 def _pad_ids(segment_ids: BT | None) -> Int[Array, "B _"] | None:
-    """Return ids with padding up to whole chunks."""
+    """Return ids with padding up to whole chunks, and one id for all of a row that the kernels cannot read."""
+    from pallas_kernels.hopper.window import UNREADABLE_ID
+
     if segment_ids is None:
         return None
-    return jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, -segment_ids.shape[1] % CHUNK_TOKENS)))
+    ids = jnp.where(segments.padding_within(segment_ids), UNREADABLE_ID, segment_ids)
+    return jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, -ids.shape[1] % CHUNK_TOKENS)))

@@ -148,3 +148,21 @@ def test_kernels_equal_the_oracle(
         ours, right = (np.asarray(y, np.float64) for y in (ours, right))
         assert np.linalg.norm(ours - right) <= 5e-3 * np.linalg.norm(right)
     assert not get_races().races_found
+
+
+def test_a_row_with_padding_inside_a_document_is_nan_and_the_others_are_right(normal):
+    call = ShortConvCall(normal(2, 16, 128, dtype="bfloat16"), normal(3, 128), None, None)
+    call = call._replace(segment_ids=jnp.ones((2, 16), jnp.int32).at[0, 9].set(0).at[1, :3].set(0))
+
+    def y_and_grad(impl):
+        def convolve(x):
+            return conv.IMPLEMENTATIONS[impl].compute(call._replace(x=x))
+
+        y, pull = jax.vjp(convolve, call.x)
+        return y, *pull(jnp.ones_like(y))
+
+    with plgpu.force_gpu_interpret_mode():
+        found = y_and_grad("hopper_taps")
+    for ours, right in zip(found, y_and_grad("oracle"), strict=True):
+        assert np.isnan(np.asarray(ours[0])).all()
+        np.testing.assert_allclose(*(np.asarray(x[1], np.float32) for x in (ours, right)), rtol=2e-2, atol=2e-2)

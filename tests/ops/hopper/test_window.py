@@ -147,3 +147,15 @@ def test_interpreted_kernels_equal_the_oracle(rng, monkeypatch, time, head_dim, 
         if ids is not None:
             assert not np.asarray(got[ids == 0]).any()
     assert not get_races().races_found
+
+
+def test_a_row_with_padding_inside_a_document_is_nan_and_the_others_are_right(rng, monkeypatch):
+    monkeypatch.setattr(hopper_window, "number_of_pieces", lambda *args, **options: 1)
+    replace_products(monkeypatch)
+    ids = jnp.ones((2, 64), jnp.int32).at[0, 9].set(0).at[1, :3].set(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 64, 1, 64)), jnp.bfloat16) for _ in range(3))
+    with plgpu.force_gpu_interpret_mode():
+        o = hopper_window.compute(AttentionCall(q, k, v, 64, ids))
+    wanted = window_attention(q, k, v, window=64, segment_ids=ids, impl="oracle")
+    assert np.isnan(np.asarray(o[0])).all()
+    assert _relative(o[1], wanted[1]) < 5e-3
