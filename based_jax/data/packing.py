@@ -4,7 +4,6 @@ Documents stream through the tokenizer in pieces, a batch at a time, so memory d
 is whole or absent: it is written beside its place and renamed.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -19,6 +18,7 @@ import filelock
 
 from based_jax.data.corpus import Corpus, TextSplit, combined_hash
 from based_jax.data.documents import Chunk, Reading
+from based_jax.data.encoding import encoded
 from based_jax.data.holdout import split_chunks
 from based_jax.data.progress import Progress
 from based_jax.data.tokenizer import TextTokenizer
@@ -61,8 +61,10 @@ class PackedText:
     index: dict[str, Any]
 
     @classmethod
-    def open(cls, corpus: Corpus, tokenizer: TextTokenizer, cache_dir: Path) -> "PackedText":
-        """Return the packed text of a corpus, built unless it is there; reading it neither writes nor locks.
+    def open(cls, corpus: Corpus, tokenizer: TextTokenizer, cache_dir: Path, processes: int = 1) -> "PackedText":
+        """Return the packed text of a corpus, built by so many processes unless it is there.
+
+        Reading it neither writes nor locks.
 
         Raises:
           UserError: the corpus is bad (nothing is written then), or the cache cannot be read or written.
@@ -71,7 +73,7 @@ class PackedText:
         folder = cache_dir / "packed_text" / combined_hash(hashes, tokenizer.fingerprint, FORMAT)
         if not (folder / INDEX).exists():
             try:
-                _build(folder, corpus, tokenizer)
+                _build(folder, corpus, tokenizer, processes)
             except OSError as error:
                 raise UserError(
                     f"Packed text cannot be written to '{cache_dir}': {error.strerror or error}; "
@@ -104,7 +106,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise damaged(folder, f"{INDEX}: {type(error).__name__}") from None
 
 
-def _build(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> None:
+def _build(folder: Path, corpus: Corpus, tokenizer: TextTokenizer, processes: int) -> None:
     """Write the packed text into `folder` unless another process does so first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -115,7 +117,7 @@ def _build(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> None:
             shutil.rmtree(left, ignore_errors=True)
         try:
             part.mkdir()
-            (part / INDEX).write_text(json.dumps(_pack(part, corpus, tokenizer)))
+            (part / INDEX).write_text(json.dumps(_pack(part, corpus, tokenizer, processes)))
             part.replace(folder)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -138,7 +140,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _pack(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> dict[str, Any]:
+def _pack(folder: Path, corpus: Corpus, tokenizer: TextTokenizer, processes: int) -> dict[str, Any]:
     """Write the tokens of both splits into a folder and return its index."""
     dtype, reading = token_dtype(tokenizer.vocab_size), Reading()
     with contextlib.ExitStack() as stack:
@@ -146,11 +148,13 @@ def _pack(folder: Path, corpus: Corpus, tokenizer: TextTokenizer) -> dict[str, A
         paths = {split: folder / f"{split}.tokens" for split in SPLITS}
         files = {split: stack.enter_context(path.open("wb")) for split, path in paths.items()}
         writers = {split: TokenWriter(file, dtype, tokenizer.end_of_text) for split, file in files.items()}
-        pieces = cut_into_pieces(split_chunks(corpus, reading), tokenizer)
-        for batch, encoded in encoded_batches(pieces, tokenizer):
-            for (split, _, last), ids in zip(batch, encoded, strict=True):
+        batches = _batches(cut_into_pieces(split_chunks(corpus, reading), tokenizer))
+        placed = ((batch, reading.position) for batch in batches)
+        encoding = stack.enter_context(contextlib.closing(encoded(placed, _texts, tokenizer, processes)))
+        for (batch, position), found in encoding:
+            for (split, _, last), ids in zip(batch, found, strict=True):
                 writers[split].write(ids, last)
-            progress.update(reading.position, sum(writer.tokens for writer in writers.values()))
+            progress.update(position, sum(writer.tokens for writer in writers.values()))
     return {
         "vocab_size": tokenizer.vocab_size,
         "splits": {split: facts(paths[split], writers[split], dtype) for split in SPLITS},
@@ -191,17 +195,8 @@ def _end_of_piece(text: str, start: int, tokenizer: TextTokenizer) -> int:
     return start
 
 
-def encoded_batches(pieces: Iterable[Piece], tokenizer: TextTokenizer) -> Iterator[tuple[list[Piece], list[list[int]]]]:
-    """Yield batches of pieces with their ids; the next batch is read while one is encoded."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        waiting: tuple[list[Piece], concurrent.futures.Future] | None = None
-        for batch in _batches(pieces):
-            encoding = thread.submit(tokenizer.encode_batch, [piece.text for piece in batch])
-            if waiting:
-                yield waiting[0], waiting[1].result()
-            waiting = batch, encoding
-        if waiting:
-            yield waiting[0], waiting[1].result()
+def _texts(placed: tuple[list[Piece], int]) -> list[str]:
+    return [piece.text for piece in placed[0]]
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -52,6 +52,7 @@ class TextSource:
       seq_len: tokens per row.
       seed: of the shuffle.
       cache_dir: where the packed windows are kept; `default_cache_dir` if None.
+      processes: that encode text which is not packed yet; 1 for this one, with the threads of its tokenizer.
 
     Raises:
       UserError: the corpus is bad or shorter than a window, or the packed windows cannot be read.
@@ -69,14 +70,16 @@ class TextSource:
         text_feature: str | None = None,
         seed: int = 0,
         cache_dir: str | os.PathLike | None = None,
+        processes: int = 1,
         process_index: int = 0,
         process_count: int = 1,
     ):
-        check_text(path, text_feature, seq_len, seed, cache_dir)
+        check_text(path, text_feature, seq_len, seed, cache_dir, processes)
         self._batch_size, self._seq_len = batch_size, seq_len
         self._own = own_rows(batch_size, process_index, process_count)
         self._corpus, ids = open_corpus(path, text_feature), get_tokenizer(tokenizer)
-        self._packed = PackedText.open(self._corpus, ids, absolute(cache_dir or default_cache_dir(), "cache_dir"))
+        cache = absolute(cache_dir or default_cache_dir(), "cache_dir")
+        self._packed = PackedText.open(self._corpus, ids, cache, processes)
         count = self._packed.count("train", "tokens")
         if count <= seq_len:
             raise UserError(

@@ -8,6 +8,8 @@ from based_jax.data.corpus import TFDS_PREFIX
 from based_jax.errors import UserError
 from based_jax.folders import local_path
 
+MAX_PROCESSES = 1024
+
 
 def check_text(
     path: str | os.PathLike | None,
@@ -15,6 +17,7 @@ def check_text(
     seq_len: int,
     seed: int,
     cache_dir: str | os.PathLike | None,
+    processes: int,
 ) -> None:
     """Check what can be known of a text task before its corpus is read.
 
@@ -28,9 +31,11 @@ def check_text(
         raise UserError(
             f"text_feature is '{text_feature}', but the path '{path}' is not {TFDS_PREFIX}NAME; it is None there."
         )
-    check_ints(seq_len=seq_len)
+    check_ints(seq_len=seq_len, processes=processes)
     if seq_len < 1:
         raise UserError(f"seq_len is {seq_len}; it is at least 1.")
+    if not 1 <= processes <= MAX_PROCESSES:
+        raise UserError(f"processes is {processes}; it is 1 to {MAX_PROCESSES}.")
     check_seed(seed, below=2**64)
 
 

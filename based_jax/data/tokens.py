@@ -31,10 +31,10 @@ class TokenWriter:
         self._file, self._dtype, self._end = file, dtype, end_of_text
         self.tokens = self.documents = 0
 
-    def write(self, ids: list[int], last: bool) -> None:
+    def write(self, ids: np.ndarray, last: bool) -> None:
         """Append a part of a document, with an end-of-text behind the last."""
-        ids = [*ids, self._end] if last else ids
-        self._file.write(np.fromiter(ids, self._dtype, len(ids)).tobytes())
+        ids = np.append(ids, self._dtype.type(self._end)) if last else ids
+        self._file.write(ids.astype(self._dtype, copy=False).tobytes())
         self.tokens += len(ids)
         self.documents += last
 

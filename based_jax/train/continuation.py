@@ -23,6 +23,7 @@ MAY_CHANGE = {
     "samples": "no number depends on it",
     "data.path": "the text is the same (`data_record`)",
     "data.cache_dir": "no number depends on it",
+    "data.processes": "no number depends on it",
 }
 """Keys, or whole sections, that may differ, and why. All others name another run: its model, data, batches and seed."""
 

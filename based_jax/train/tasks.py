@@ -181,6 +181,7 @@ class TextTask:
       seq_len: tokens of a row.
       seed: of the order of rows.
       cache_dir: where the packed windows are kept; None for the user's cache folder.
+      processes: that encode text which is not packed yet; 1 for the run's own, with the threads of its tokenizer.
     """
 
     kind: Literal["text"] = "text"
@@ -190,9 +191,10 @@ class TextTask:
     seq_len: int = 2048
     seed: int = 0
     cache_dir: str | None = None
+    processes: int = 1
 
     def __post_init__(self):
-        check_text(self.path, self.text_feature, self.seq_len, self.seed, self.cache_dir)
+        check_text(self.path, self.text_feature, self.seq_len, self.seed, self.cache_dir, self.processes)
         _ = self.num_tokens  # an unknown tokenizer is named here
 
     @property
@@ -227,6 +229,7 @@ class TextTask:
             text_feature=self.text_feature,
             seed=self.seed,
             cache_dir=self.cache_dir,
+            processes=self.processes,
             process_index=process_index,
             process_count=process_count,
         )

@@ -80,6 +80,8 @@ CASES: tuple[Command | Call, ...] = (
     text("seed=18446744073709551616", sentence="'data.seed' is 18446744073709551616"),
     text("seed=1.5", sentence="'data.seed' is 1.5"),
     text("seq_len=0", sentence="seq_len is 0; it is at least 1."),
+    text("processes=0", sentence="processes is 0; it is 1 to 1024."),
+    text("processes=2.5", sentence="'data.processes' is 2.5; it is an int"),
     text("tokenizer=gpt-2", sentence="did you mean 'gpt2'?"),
     text("path=", sentence="path is '', which names nothing"),
     text("path=gs://bucket/text", sentence="path is 'gs://bucket/text', an address of 'gs'"),

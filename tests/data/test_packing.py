@@ -73,8 +73,8 @@ def folder(tmp_path):
     return path
 
 
-def packed(folder, cache, tokenizer=ByteTokenizer):
-    return PackedText.open(FolderCorpus(folder), tokenizer(), cache)
+def packed(folder, cache, tokenizer=ByteTokenizer, processes=1):
+    return PackedText.open(FolderCorpus(folder), tokenizer(), cache, processes)
 
 
 def left(cache):
@@ -114,6 +114,37 @@ def test_tokens_are_those_of_each_document(folder, tmp_path, monkeypatch, name):
     stream = found.stream("train")
     np.testing.assert_array_equal(stream.read(0, len(stream)), expected)
     assert (found.count("train", "documents"), found.count("validation", "documents")) == (3, 1)
+
+
+UNGUARDED = """if True:
+    import sys
+    from pathlib import Path
+    from based_jax.data.corpus import FolderCorpus
+    from based_jax.data.packing import PackedText
+    from based_jax.data.tokenizer import get_tokenizer
+
+    folder, cache = map(Path, sys.argv[1:])
+    print(PackedText.open(FolderCorpus(folder), get_tokenizer("gpt2"), cache, processes=2).fingerprint)
+"""
+
+
+def test_processes_write_what_one_writes_also_from_a_script(folder, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    command = [sys.executable, str(script), str(folder), str(tmp_path / "cache")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [packed(folder, tmp_path / "other cache", TOKENIZERS["gpt2"]).fingerprint]
+    assert found.stderr == ""
+
+
+def test_a_process_that_dies_is_told_and_leaves_nothing(folder, tmp_path):
+    class Dying(ByteTokenizer):
+        def __reduce__(self):
+            return os._exit, (1,)
+
+    with pytest.raises(UserError, match="A process that encodes text was killed"):
+        packed(folder, tmp_path / "cache", Dying, processes=2)
+    assert left(tmp_path / "cache") == []
 
 
 def test_the_fingerprint_is_of_the_tokens_alone(folder, tmp_path):
