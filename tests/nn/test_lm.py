@@ -58,8 +58,15 @@ def test_scanned_layers_equal_unscanned_ones(tokens, close):
         assert count(scanned) == count(flat)
 
 
-def test_a_hybrid_of_many_mixers_decodes_what_it_computes_in_parallel(tokens, close):
-    kinds = (*PUBLISHED, "mamba", "gated_deltanet", "rwkv4", "rwkv4_channel_mix")
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("attention", "conv", "taylor", "gated_deltanet", "rwkv4_channel_mix"),
+        pytest.param((*PUBLISHED, "mamba", "gated_deltanet", "rwkv4", "rwkv4_channel_mix"), marks=pytest.mark.long),
+    ],
+    ids=len,
+)
+def test_a_hybrid_of_many_mixers_decodes_what_it_computes_in_parallel(kinds, tokens, close):
     model = LM(small(tuple((kind, SMALL.get(kind, {})) for kind in kinds)), rngs=nnx.Rngs(0))
     ids = jnp.asarray([[1] * T, [0] * 3 + [1] * (T - 3)], jnp.int32)
     hidden = jax.jit(lambda m, x: m.hidden(x, ids))(model, tokens)

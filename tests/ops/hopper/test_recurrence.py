@@ -63,7 +63,7 @@ def test_lowers_for_an_h100(sizes):
     assert "recurrence_reverse" in text and "recurrence_again" in text
 
 
-@pytest.mark.parametrize("lanes", [True, False])
+@pytest.mark.parametrize("lanes", [pytest.param(True, marks=pytest.mark.long), False])
 def test_lowers_in_lanes_and_on_a_mesh(lanes):
     with gpus(shape=(2, 2), names=("data", "tensor")) if not lanes else gpus():
         call, arguments = _gradients, _zeros()

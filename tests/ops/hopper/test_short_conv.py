@@ -123,7 +123,6 @@ def test_lowers_under_shard_map(form):
     {
         ("plain", 24, 128, 2, False, False),
         ("silu", 20, 128, 4, True, True),
-        ("gated", 24, 128, 2, False, False),
         ("gated", 20, 128, 4, True, True),
     },
 )
