@@ -58,8 +58,15 @@ def test_scanned_layers_equal_unscanned_ones(tokens, close):
         assert count(scanned) == count(flat)
 
 
-def test_a_hybrid_of_many_mixers_decodes_what_it_computes_in_parallel(tokens, close):
-    kinds = (*PUBLISHED, "mamba", "gated_deltanet", "rwkv4", "rwkv4_channel_mix")
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("attention", "conv", "taylor", "gated_deltanet", "rwkv4_channel_mix"),
+        pytest.param((*PUBLISHED, "mamba", "gated_deltanet", "rwkv4", "rwkv4_channel_mix"), marks=pytest.mark.long),
+    ],
+    ids=len,
+)
+def test_a_hybrid_of_many_mixers_decodes_what_it_computes_in_parallel(kinds, tokens, close):
     model = LM(small(tuple((kind, SMALL.get(kind, {})) for kind in kinds)), rngs=nnx.Rngs(0))
     ids = jnp.asarray([[1] * T, [0] * 3 + [1] * (T - 3)], jnp.int32)
     hidden = jax.jit(lambda m, x: m.hidden(x, ids))(model, tokens)
@@ -88,9 +95,12 @@ def test_hidden_states_of_some_positions_are_those_of_all(scan, mlp, tokens, clo
         return jnp.take_along_axis(model.hidden(tokens), places[..., None], axis=1)
 
     def with_gradients(call):
-        return nnx.jit(nnx.value_and_grad(lambda *x: (call(*x).astype(jnp.float32) ** 3).sum()))(model, tokens)
+        def cubes(*arguments):
+            hidden = call(*arguments)
+            return (hidden.astype(jnp.float32) ** 3).sum(), hidden
 
-    close(jax.jit(at_places)(model, tokens), jax.jit(of_all)(model, tokens))
+        return nnx.jit(nnx.value_and_grad(cubes, has_aux=True))(model, tokens)
+
     (ours, gradients), (right, wanted) = map(with_gradients, (at_places, of_all))
     close(ours, right)
     jax.tree.map(close, jax.tree.leaves(gradients), jax.tree.leaves(wanted))

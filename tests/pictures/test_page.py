@@ -217,7 +217,7 @@ def test_both_colour_schemes_have_contrast(view, scheme):
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [360, 800, 1600])
+@pytest.mark.parametrize("width", [360, pytest.param(800, marks=pytest.mark.long), 1600])
 @pytest.mark.parametrize("linear", [False, True])
 def test_no_text_overlaps_and_nothing_is_wider_than_the_window(view, width, linear):
     view.set_viewport_size({"width": width, "height": 900})
