@@ -164,6 +164,7 @@ class LM(nnx.Module):
     @jax.named_scope("embed")
     def _in(self, ids, dropout_key=None):
         self._check_known(ids)
+        ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))  # JAX wraps a number that int8 lacks
         beyond = self.config.padded_vocab_size  # which the table's gather fills with NaN
         ids = jnp.where((ids >= 0) & (ids < self.config.vocab_size), ids, beyond)
         # Left to itself XLA reads the table again wherever the embedding is used, and there across its rows.
