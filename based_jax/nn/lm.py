@@ -1,6 +1,7 @@
 """The language model: an embedding, the layers that a list names, a norm, and the head, which may be the embedding."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,8 +152,9 @@ class LM(nnx.Module):
 
     def _check_cache(self, cache: tuple) -> None:
         """Raise UserError for a cache that is another model's, by its tree and the ranks of its arrays."""
-        own, given = jax.eval_shape(lambda: self.init_cache(1, 1)), jax.tree.structure(cache)
-        if given != jax.tree.structure(own):
+        own = jax.eval_shape(lambda: self.init_cache(1, 1))
+        trees: Any = [jax.tree.structure(tree) for tree in (cache, own)]
+        if trees[0] != trees[1]:
             raise UserError("The cache is not one of this model; its `init_cache` makes one.")
         for (keys, leaf), like in zip(jax.tree_util.tree_leaves_with_path(cache), jax.tree.leaves(own), strict=True):
             if jnp.ndim(leaf) != like.ndim:

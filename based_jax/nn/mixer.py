@@ -96,10 +96,11 @@ class Mixer(nnx.Module):
         if segment_ids is None:
             y, state = self._prefill(x, cache.state, None)
             return y, cache._replace(state=state)
-        first, last = segments.first_id(segment_ids), segments.last_id(segment_ids)
+        # a cache keeps ids in 32 bits, and those of 64 are compared as they are kept
+        first, last = (end(segment_ids).astype(jnp.int32) for end in (segments.first_id, segments.last_id))
         begins = (first != 0) & (cache.segment_id != 0) & (first != cache.segment_id)
         y, state = self._prefill(x, self._emptied(cache.state, begins), segment_ids)
-        return y, Cache(state, jnp.where(last == 0, cache.segment_id, last.astype(jnp.int32)))
+        return y, Cache(state, jnp.where(last == 0, cache.segment_id, last))
 
     def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
         """Mix one token and return the cache after it."""
