@@ -132,6 +132,16 @@ def test_logits_are_fp32_over_the_padded_vocabulary(dtype, tokens, close):
     close(logits, np.asarray(hidden, np.float64) @ table.T)
 
 
+@pytest.mark.parametrize(
+    "ids", [np.int8([[1, 127, -1]]), np.uint8([[1, 255, 255]]), np.uint16([[1, 299, 300]])], ids=str
+)
+def test_a_compiled_model_knows_its_own_ids_alone_of_whatever_dtype(ids):
+    config = LMConfig(layers=(("conv", {}),), d_model=4, vocab_size=300, mlp="none", dtype="float32")
+    hidden = jax.jit(lambda ids: LM(config, rngs=nnx.Rngs(0)).hidden(ids))(ids)
+    known = (ids >= 0) & (ids.astype(int) < 300)
+    np.testing.assert_array_equal(np.isnan(hidden).any(axis=-1), ~known)
+
+
 def test_num_params_counts_the_tied_head_once():
     model = LM(small(), rngs=nnx.Rngs(0))
     conv = D * 4 * D + 4 * D + 3 * 2 * D + 2 * D * D + D

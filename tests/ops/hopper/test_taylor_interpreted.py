@@ -57,19 +57,23 @@ def _relative(x, y):
 
 
 @pytest.mark.parametrize(
-    "shape, chunks_per_piece, with_state, lengths",
+    "shape, chunks_per_piece, with_state, documents",
     [
-        pytest.param((1, 261, 1), 2, True, (-30, 90, 25, -60, 20, 36), marks=pytest.mark.long),
-        ((1, 100, 1), 1, True, (-10, 40, 8, -20, 9, 13)),
+        pytest.param(
+            (1, 261, 1),
+            2,
+            True,
+            ((0, 30), (1, 50), (0, 9), (1, 31), (2, 25), (0, 60), (3, 9), (0, 20), (3, 7), (4, 20)),
+            marks=pytest.mark.long,
+        ),
+        ((1, 100, 1), 1, True, ((0, 10), (1, 20), (0, 7), (1, 13), (2, 8), (0, 20), (3, 4), (0, 2), (3, 3), (4, 13))),
     ],
 )
-def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, chunks_per_piece, with_state, lengths):
+def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, chunks_per_piece, with_state, documents):
+    """Documents are numbers and how many tokens have each in turn: padding, 0, stands between them and within."""
     monkeypatch.setattr(taylor_pieces, "MIN_CHUNKS_PER_PIECE", chunks_per_piece)
     assert taylor_pieces.number_of_pieces(shape[0] * shape[2], -(-shape[1] // 64)) == 2
-    ids = None
-    if lengths:  # of documents, negative for padding
-        ids = np.concatenate([np.full(abs(n), i + 1 if n > 0 else 0) for i, n in enumerate(lengths)])[None]
-        ids = jnp.asarray(ids, jnp.int32)
+    ids = jnp.asarray([np.repeat(*np.asarray(documents).T)], jnp.int32)
 
     def arrays(dims):
         return [jnp.asarray(rng.normal(size=(*shape, dim)), jnp.bfloat16) for dim in dims]
