@@ -50,11 +50,9 @@ def _any_widths(call: LinearAttentionCall) -> tuple[BTHV, BHEV]:
     same queries and keys.
     """
     q, k, v, state, segment_ids = call
-    if segment_ids is not None:
-        q, k, v = (_zero_at_padding(x, segment_ids) for x in (q, k, v))
     feature_dim, value_dim = q.shape[3], v.shape[3]
     if (feature_dim, value_dim) == (FEATURE_DIM, VALUE_DIM):
-        return _attention(q, k, v, state, segment_ids)
+        return _attention(*call)
     q = (q.astype(jnp.float32) * math.sqrt(FEATURE_DIM / feature_dim)).astype(q.dtype)
     parts = -(-value_dim // VALUE_DIM)
     q, k = (jnp.repeat(_widen(x, FEATURE_DIM), parts, axis=2) for x in (q, k))
@@ -64,10 +62,6 @@ def _any_widths(call: LinearAttentionCall) -> tuple[BTHV, BHEV]:
     o, after = _attention(q, k, v, state, segment_ids)
     after = _narrow_features(_join_values(after, parts, value_dim), feature_dim)
     return einops.rearrange(o, "B T (H P) V -> B T H (P V)", P=parts)[..., :value_dim], after
-
-
-def _zero_at_padding(x: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    return jnp.where((segment_ids == 0)[..., None, None], 0, x)
 
 
 def _widen(x: jax.Array, width: int) -> jax.Array:
@@ -131,21 +125,14 @@ def _forward(q, k, v, state, segment_ids):
     sums = functools.partial(sharded.launch, kernels.sums, k, v, **packed)
     starts, total = running(None if state is None else pack_state(state), sums, docs=docs, **cut)
     o, z = sharded.launch(kernels.forward, q, k, v, starts, pieces=cut["pieces"], **packed)
-    if docs is not None:
-        o, z = _without_gaps(o, z, docs.gaps)
     count = (
         jnp.full((batch, 1), time, jnp.float32)
         if docs is None
         else docs.states.sum(axis=1, keepdims=True, dtype=jnp.float32)
     )
-    return (o[:, :time], unpack_state(total(), jnp.broadcast_to(count, (batch, heads)))), z, starts
-
-
-def _without_gaps(o, z, gaps):
-    """Return o and z without padding within documents, each token of which, a key of zeros, has added 1 to z."""
-    right = z - gaps[:, None]
-    factors = jnp.swapaxes(z / right, 1, 2)[:, : o.shape[1], :, None]
-    return (o * factors).astype(o.dtype), right
+    after = unpack_state(total(), jnp.broadcast_to(count, (batch, heads)))
+    after = after if docs is None else jnp.where(docs.unreadable[..., None, None], jnp.nan, after)
+    return (o[:, :time], after), z, starts
 
 
 def _attention_bwd(saved, cotangents):
@@ -156,8 +143,6 @@ def _attention_bwd(saved, cotangents):
     do, dafter = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     time = v.shape[1]
     do = jnp.zeros_like(v) if do is None else do
-    if segment_ids is not None:
-        do = _zero_at_padding(do, segment_ids)
     q, k, v, o, do = limits.pad_time(q, k, v, o, do)
     cut = _cut(v)
     docs, back = (documents(segment_ids, cut["chunks"], reverse=reverse) for reverse in (False, True))
