@@ -35,6 +35,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
+COLDEST, HOTTEST = 1e-30, 1e30
+"""Temperatures that float32 divides by; beyond them one token has all, or all have the same."""
 
 
 def row_keys(words: UInt32[Array, "B 3"]) -> Array:
@@ -50,7 +52,7 @@ def sample(logits: Float[Array, "B vocab"], sampling: Sampling, keys: Array) -> 
     """Draw one token per row, each by its own key, so that no row's draws depend on the others."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1)
-    logits = logits / sampling.temperature
+    logits = logits / min(max(sampling.temperature, COLDEST), HOTTEST)
     if sampling.top_k:
         kept, _ = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))
         logits = jnp.where(logits < kept[:, -1:], -jnp.inf, logits)

@@ -1,0 +1,37 @@
+"""Whether what is trained fits the devices, before anything of it is made or written."""
+
+import math
+import os
+from typing import Any
+
+import jax
+
+from based_jax.errors import UserError
+
+
+def check_state_fits(abstract_state: Any) -> None:
+    """Check that a state alone fits the memory of a device of this process, where that is known.
+
+    Args:
+      abstract_state: a tree of `jax.ShapeDtypeStruct` with shardings.
+
+    Raises:
+      UserError: it does not.
+    """
+    arrays = [
+        leaf for leaf in jax.tree.leaves(abstract_state) if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+    ]
+    needed = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in arrays)
+    size = _memory_bytes(jax.local_devices()[0])
+    if size is not None and needed > size:
+        raise UserError(
+            f"Parameters and optimizer take {needed / 2**30:,.1f} GiB of a device, which has {size / 2**30:,.1f} GiB;"
+            " lower 'model.d_model', 'model.mlp_dim', 'model.vocab_size' or the number of layers, or raise 'mesh.fsdp'."
+        )
+
+
+def _memory_bytes(device: jax.Device) -> int | None:
+    """Return the memory of a device, of a CPU that of the machine; None where it does not say."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (device.memory_stats() or {}).get("bytes_limit")
