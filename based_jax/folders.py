@@ -48,6 +48,15 @@ def local_path(path: str | os.PathLike, what: str = "workdir") -> Path:
     return Path(name).expanduser()
 
 
+def check_utf8(path: os.PathLike) -> None:
+    """Raise UserError for a folder whose whole path is no UTF-8, in which Orbax can neither write nor read."""
+    name = os.path.abspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name!r} is no UTF-8, which the path of a checkpoint is; choose another folder.") from None
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it, unless it is there.
 

@@ -26,7 +26,7 @@ from orbax.checkpoint import v1 as ocp
 
 from based_jax.config import added_later, check_types
 from based_jax.errors import UserError
-from based_jax.folders import reason, writing
+from based_jax.folders import check_utf8, reason, writing
 from based_jax.optim import path_of
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class SavedCheckpoints:
 
     def __init__(self, directory: str | os.PathLike):
         _hush_libraries()
+        check_utf8(directory)
         self.directory = epath.Path(directory).resolve()
         self._corrupt: set[int] = set()
 

@@ -21,7 +21,7 @@ from based_jax.train import continuation, data_record
 from based_jax.train.checkpoint import Checkpoints, SavedCheckpoints
 from based_jax.train.compile import TrainProgram, train_program
 from based_jax.train.init_from import InitFrom, read_parameters
-from based_jax.train.memory import check_state_fits
+from based_jax.train.memory import check_batch_fits, check_state_fits
 from based_jax.train.metrics import MetricWriter, Timer, has_evaluation, progress
 from based_jax.train.opening import opening_lines
 from based_jax.train.preemption import Preemption
@@ -59,6 +59,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     mesh = parallel.make_mesh(config.mesh)
     program = train_program(config, mesh)
     check_state_fits(program.abstract_state)
+    check_batch_fits(config.batch_size, config.data.longest_test)
     source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
     with dispatch.recorded_choices() as choices:
         program.check_step(source.batch(0))  # what no operation can run is refused before anything is written

@@ -8,6 +8,9 @@ import jax
 
 from based_jax.errors import UserError
 
+ID_BYTES = 4
+"""Of a token in a batch."""
+
 
 def check_state_fits(abstract_state: Any) -> None:
     """Check that a state alone fits the memory of a device of this process, where that is known.
@@ -30,8 +33,22 @@ def check_state_fits(abstract_state: Any) -> None:
         )
 
 
+def check_batch_fits(batch_size: int, seq_len: int) -> None:
+    """Raise UserError for a batch whose inputs and labels alone are more than the memory of this machine."""
+    needed, size = 2 * ID_BYTES * batch_size * seq_len // jax.process_count(), _machine_bytes()
+    if needed > size:
+        raise UserError(
+            f"batch_size is {batch_size}: a batch of {seq_len} tokens a row takes {needed / 2**30:,.1f} GiB of a machine"
+            f" that has {size / 2**30:,.1f} GiB; lower it, and raise the steps for as many rows."
+        )
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _memory_bytes(device: jax.Device) -> int | None:
     """Return the memory of a device, of a CPU that of the machine; None where it does not say."""
     if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return _machine_bytes()
     return (device.memory_stats() or {}).get("bytes_limit")

@@ -94,6 +94,8 @@ CASES: tuple[Command | Call, ...] = (
     Command("a plot of a pipe", ("plot", "<tmp>", "--out=<new>"), "cannot be read: " + PIPE, pipe("metrics.jsonl")),
     Command("a model too wide", train("<new>", "--config.model.d_model=1000000000"), "Parameters and optimizer take"),
     Command("an MLP too wide", train("<new>", "--config.model.mlp_dim=2000000000"), "Parameters and optimizer take"),
+    Command("a batch too large", train("<new>", "--config.batch_size=1000000000"), "batch_size is 1000000000: a batch"),
+    Command("a workdir that is no UTF-8", train("<tmp>/\udcff"), "\\udcff/checkpoints' is no UTF-8, which the path of"),
     in_the_way("a folder as lock", subfolder("train.lock"), sentence="'<tmp>/train.lock' is no file, where a run"),
     in_the_way("metrics of something else", file("metrics.jsonl", "loss\n1\n"), sentence="a line that is no row"),
     Command("a path of no file system", train("<new>", "--config.init_from=\ud800"), "which no file system can"),

@@ -81,6 +81,9 @@ CASES: tuple[Command | Call, ...] = (
     hf("a pipe as weights", "model.safetensors' cannot be read: It is a pipe or", pipe("model.safetensors")),
     hf("a pipe as torch's weights", "pytorch_model.bin' cannot be read: It is a pipe or", pipe("pytorch_model.bin")),
     export("safetensors in /proc", "--safetensors=/proc/x", sentence="'/proc/x' cannot be written: No such file or"),
+    export(
+        "Orbax at no UTF-8", "--orbax=<tmp>/\udcff", sentence="\\udcff' is no UTF-8, which the path of a checkpoint"
+    ),
     export("Orbax in /proc", "--orbax=/proc/x", sentence="'/proc/x' cannot be written: No such file or directory."),
     hf("no config.json", "config.json' cannot be read: ", lambda folder: None),
     hf(
