@@ -48,7 +48,7 @@ def local_path(path: str | os.PathLike, what: str = "workdir") -> Path:
     return Path(name).expanduser()
 
 
-def check_utf8(path: os.PathLike) -> None:
+def check_utf8(path: str | os.PathLike) -> None:
     """Raise UserError for a folder whose whole path is no UTF-8, in which Orbax can neither write nor read."""
     name = os.path.abspath(path)
     try:

@@ -38,8 +38,8 @@ def check_batch_fits(batch_size: int, seq_len: int) -> None:
     needed, size = 2 * ID_BYTES * batch_size * seq_len // jax.process_count(), _machine_bytes()
     if needed > size:
         raise UserError(
-            f"batch_size is {batch_size}: a batch of {seq_len} tokens a row takes {needed / 2**30:,.1f} GiB of a machine"
-            f" that has {size / 2**30:,.1f} GiB; lower it, and raise the steps for as many rows."
+            f"batch_size is {batch_size}: a batch of {seq_len} tokens a row takes {needed / 2**30:,.1f} GiB, and this"
+            f" machine has {size / 2**30:,.1f} GiB; lower it, and raise the steps for as many rows."
         )
 
 
