@@ -166,8 +166,12 @@ def _shared(row: Row) -> str:
         if not isinstance(row.get(key, kinds[0]()), kinds):
             raise UserError(f"Row '{name}' is not of a sweep: its {key} is {row[key]!r:.40}.")
     try:
+        if not all(isinstance(value, NUMBER_OR_NONE) for value in row["segments"].values()):
+            raise TypeError
+        if not math.isfinite(learning_rate(row)):
+            raise ValueError
         config = json.loads(json.dumps(row["config"]))
-        _ = row["accuracy"], row["segments"], operator.index(config["model"]["d_model"]), learning_rate(row)
+        _ = row["accuracy"], row["segments"], operator.index(config["model"]["d_model"])
         _ = operator.index(_seed(row)), [(str(kind), dict(options)) for kind, options in config["model"]["layers"]]
         _ = dict(config.get("data", {})), longest_test(row)
         del config["optim"]["lr"], config["seed"]

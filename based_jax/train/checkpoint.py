@@ -35,6 +35,8 @@ Leaves = Mapping[str, jax.ShapeDtypeStruct]
 """Of a tree, by their paths: 'params/embed/embedding'."""
 Choose = Callable[[epath.Path, Leaves], Leaves]
 
+TOO_LATE = ("Event loop is closed", "ignored due to race condition")
+"""Ends of what Python says of these."""
 CLOCK_STEPS = 10
 """Steps between looks at the clock where many processes must agree on what it says."""
 
@@ -280,8 +282,10 @@ def _hush_libraries() -> None:
 
 
 def _told(unraisable: Any) -> None:
-    """Print what nobody has caught, but not what comes too late for the event loop of a failed save or restore."""
-    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+    """Print what nobody has caught, but not what comes too late: for the event loop of a failed save, or a signal for
+    the handler that the one before has taken away.
+    """
+    if not str(unraisable.exc_value).endswith(TOO_LATE):
         sys.__unraisablehook__(unraisable)
 
 

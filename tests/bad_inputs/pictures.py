@@ -103,6 +103,7 @@ CASES: tuple[Command | Call, ...] = (
         for key, value in ODD_FIELDS.items()
         for row in [of_data(MQAR) | {key: value}]
     ),
+    Command("a row of words", SWEEP_PLOT, "it needs", store(of_data(MQAR) | {"segments": {"64x4": "x"}})),
     Command("a row whose layers are none", SWEEP_PLOT, "is not of a sweep: it needs", store(of_model(layers=3))),
     Command("a row whose width is none", SWEEP_PLOT, "is not of a sweep: it needs", store(of_model(d_model="x"))),
     Command("no such picture", (*SWEEP_PLOT, "--picture=frontir"), "did you mean 'frontier'?", store(of_data(MQAR))),
