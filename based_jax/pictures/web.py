@@ -38,7 +38,7 @@ def write(path: str | os.PathLike, template: str, *, title: str, data: Any, styl
     file = local_path(path, "path")
     make_folder(file.parent)
     with writing(file):
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")  # a title may be no UTF-8
     return file
 
 
