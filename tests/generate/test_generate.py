@@ -169,6 +169,15 @@ def test_draws_follow_the_distribution(sampling, expected):
     assert (np.abs(frequency - expected) <= 4.5 * deviation).all()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-320, 1e-99, 1e99])
+def test_the_ends_of_temperature_are_greedy_and_even(temperature):
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (512, len(LOGITS)))
+    drawn = np.asarray(sample(logits, Sampling(temperature), jax.random.split(jax.random.key(0), 512)))
+    counts = np.bincount(drawn, minlength=len(LOGITS))
+    assert counts[0] == 512 if temperature < 1 else counts.min() > 256 / len(LOGITS)
+
+
 def test_cuts_differ_from_row_to_row():
     logits = jnp.asarray([[0.0, 5.0, 1.0], [5.0, 0.0, 1.0]])
     for sampling in (Sampling(1.0, top_k=1), Sampling(1.0, top_p=0.5), GREEDY):
