@@ -1,5 +1,6 @@
 """The device mesh, and how arrays lie on it: by the logical names of their axes, parameters and activations alike."""
 
+import dataclasses
 import functools
 import logging
 import math
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from based_jax.errors import UserError
@@ -51,7 +53,25 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         raise UserError(
             f"Mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices; there are {len(devices)}."
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_laid_out(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _laid_out(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Return the devices in the shape of a mesh, such that neighbours on an axis are near each other.
+
+    Slices are far from each other: "data" goes over them.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, *others = shape
+    if data % slices:
+        raise UserError(
+            f"Mesh axis 'data' has {data} devices; it is a multiple of the {slices} slices, which it goes over."
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *others), (slices, *(1 for _ in others)), devices, allow_split_physical_axes=True
+    )
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -133,12 +153,43 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
         raise UserError(f"{rows} rows of a microbatch cannot be divided {over}: microbatches can be {most}.")
 
 
-def global_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Return this host's rows of a batch as its part of global arrays.
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """What this process feeds of each global batch: the rows that its devices hold.
+
+    They follow from the mesh alone: where devices of several processes hold the same rows, as along "tensor", each of
+    the processes feeds them.
+
+    Attributes:
+      mesh: of all processes.
+      batch_size: rows of a global batch.
 
     Raises:
-      UserError: the global batch cannot be divided over the mesh.
+      UserError: the rows cannot be divided over the mesh.
     """
-    check_batch_size(len(next(iter(batch.values()))) * jax.process_count(), mesh)
-    where = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(where, rows) for name, rows in batch.items()}
+
+    mesh: Mesh
+    batch_size: int
+
+    def __post_init__(self):
+        check_batch_size(self.batch_size, self.mesh)
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """The places of the rows in the global batch, ascending."""
+        indices = batch_sharding(self.mesh).addressable_devices_indices_map((self.batch_size,)).values()
+        places = np.arange(self.batch_size)
+        return np.unique(np.concatenate([places[index] for index in indices]))
+
+    def arrays(self, batch: HostBatch) -> dict[str, jax.Array]:
+        """Return the global arrays (batch_size, ...) of which `batch` holds these `rows`."""
+        where = batch_sharding(self.mesh)
+
+        def array(own: np.ndarray) -> jax.Array:
+            def shard(index: Any) -> np.ndarray:
+                first, last = np.searchsorted(self.rows, index[0].indices(self.batch_size)[:2])
+                return own[first:last]
+
+            return jax.make_array_from_callback((self.batch_size, *own.shape[1:]), where, shard)
+
+        return {name: array(own) for name, own in batch.items()}

@@ -19,15 +19,21 @@ def run(args: argparse.Namespace) -> None:
     """Print every metric of the run's evaluation data."""
     import jax
 
+    from based_jax import parallel
     from based_jax.evals.evaluate import evaluate, model_sums
     from based_jax.train import data_record
     from based_jax.train.run import load_run
 
     config, step, model = load_run(args.workdir, args.step)
-    source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
+    mesh = parallel.make_mesh()
+    feed = parallel.Feed(mesh, batch_size=-(-config.batch_size // mesh.size) * mesh.size)
+    source = config.data.open(feed.batch_size, feed.rows)
     if change := data_record.changed_since(source, args.workdir):
         print(f"Warning: {change}.", file=sys.stderr)
     batches = ((name, batch) for name in source.eval_names for batch in source.eval_batches(name))
     print(f"step {step}")
-    for name, value in evaluate(model_sums(model), batches).items():
+    sums_of = model_sums(model)
+    with jax.set_mesh(mesh):
+        results = evaluate(lambda batch: sums_of(feed.arrays(batch)), batches)
+    for name, value in results.items():
         print(f"{name:24} {value:.4f}")

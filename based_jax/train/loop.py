@@ -60,7 +60,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     program = train_program(config, mesh)
     check_state_fits(program.abstract_state)
     check_batch_fits(config.batch_size, config.data.longest_test)
-    source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
+    feed = parallel.Feed(mesh, config.batch_size)
+    source = config.data.open(config.batch_size, feed.rows)
     with dispatch.recorded_choices() as choices:
         program.check_step(source.batch(0))  # what no operation can run is refused before anything is written
     data_record.check_same(source, workdir)
@@ -74,7 +75,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
         heard = _until_asked(batches, preemption)
         try:
             with jax.set_mesh(mesh):
-                return evaluate(lambda batch: eval_step(params, parallel.global_batch(batch, mesh)), heard)
+                return evaluate(lambda batch: eval_step(params, feed.arrays(batch)), heard)
         except _EvaluationStopped:
             return {}
 
@@ -104,7 +105,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
 
         try:
             for step in range(start + 1, config.steps + 1):
-                batch = parallel.global_batch(source.batch(step - 1), mesh)
+                batch = feed.arrays(source.batch(step - 1))
                 timer.done("data")
 
                 state, metrics = program.step(state, batch)

@@ -72,11 +72,16 @@ def test_an_epoch_reads_every_window_once(folder, tmp_path):
     assert rows == {row.tobytes() for row in windows(stream, 16)[0][:, :-1]}
 
 
-def test_hosts_share_a_batch(folder, tmp_path):
-    whole = source(folder, tmp_path).batch(5)
-    parts = [source(folder, tmp_path, process_index=p, process_count=2).batch(5) for p in range(2)]
-    for name, rows in whole.items():
-        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), rows)
+def test_hosts_feed_their_rows_of_a_batch(folder, tmp_path):
+    rows = [0, 3]
+    whole, own = source(folder, tmp_path), source(folder, tmp_path, rows=rows)
+
+    def batches(of):
+        return [of.batch(5), *of.eval_batches("validation")]
+
+    for ours, all_of_it in zip(batches(own), batches(whole), strict=True):
+        for name, array in all_of_it.items():
+            np.testing.assert_array_equal(ours[name], array[rows])
 
 
 def test_validation_is_read_once_and_filled_up(folder, tmp_path):
