@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from based_jax.errors import UserError
@@ -136,6 +136,11 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return how a batch lies on the mesh: its rows over `BATCH_AXES`."""
     return NamedSharding(mesh, jax.P(BATCH_AXES))
+
+
+def first_process_says(value: object) -> bool:
+    """Return whether process 0 takes its value for true; all processes ask together."""
+    return bool(value) if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(bool(value)))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:

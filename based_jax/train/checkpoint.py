@@ -7,6 +7,7 @@ checkpoint depends on no class, and with a checksum each, since the array format
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import logging
 import math
@@ -21,13 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from based_jax.config import added_later, check_types
 from based_jax.errors import UserError
 from based_jax.folders import check_utf8, reason, writing
 from based_jax.optim import path_of
+from based_jax.parallel import first_process_says
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +158,9 @@ class Checkpoints(SavedCheckpoints):
                 preservation_policy=_preservation(self.config),
                 lightweight_initialize=True,  # garbled metadata of one step must not keep the others from being opened
             )
+        # Orbax knows no time of what was there before, and fails to subtract it where many processes are preempted.
+        for info in self._orbax._manager._checkpoints:
+            info.time = info.time.replace(tzinfo=datetime.UTC)
         self._step: int | None = None
         self._begun = time.monotonic()
         self._folder = self._identity()
@@ -230,9 +234,7 @@ class Checkpoints(SavedCheckpoints):
     def _minutes_are_over(self, step: int) -> bool:
         """Return whether this is a step after which process 0, whose word all take, sees that it is time."""
         over = time.monotonic() - self._begun >= 60 * (self.config.every_minutes or 0)
-        if jax.process_count() == 1:
-            return over
-        return step % CLOCK_STEPS == 0 and bool(multihost_utils.broadcast_one_to_all(over))
+        return over if jax.process_count() == 1 else step % CLOCK_STEPS == 0 and first_process_says(over)
 
     def _identity(self) -> tuple[int, int] | None:
         """Return which folder the checkpoints lie in; None where there is none."""

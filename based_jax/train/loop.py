@@ -98,7 +98,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
         step, results = start, {}
         if start < config.steps and preemption.reached(start):
             return _stopped(start, preemption, report)
-        if start and _evaluates(config, start) and not has_evaluation(workdir, start):
+        left_out = start and _evaluates(config, start) and not has_evaluation(workdir, start)
+        if parallel.first_process_says(left_out):
             if not (results := run_eval(state.params, preemption)):
                 return _stopped(start, preemption, report)
             report.evaluation(start, results)
