@@ -59,9 +59,10 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 def _laid_out(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """Return the devices in the shape of a mesh, such that neighbours on an axis are near each other.
 
-    Slices are far from each other: "data" goes over them.
+    Slices of TPUs are far from each other: "data" goes over them. What JAX calls slices of GPUs are their hosts, over
+    which any axis may go.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     data, *others = shape
