@@ -91,7 +91,7 @@ def train_program(config: TrainConfig, mesh: Mesh) -> TrainProgram:
       UserError: rows cannot be divided over the mesh, or the schedule does not fit the steps.
     """
     parallel.check_batch_size(config.batch_size, mesh, config.microbatches)
-    tx = optim.adamw(config.optim, config.steps)
+    tx = optim.optimizer(config.optim, config.steps)
 
     def init(key: jax.Array) -> TrainState:
         return initial_state(LM(config.model, rngs=nnx.Rngs(key)), tx, key)

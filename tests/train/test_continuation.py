@@ -65,6 +65,15 @@ def test_what_makes_another_run_is_refused(tmp_path, changes):
         continuation.changes(make_config(**changes), tmp_path)
 
 
+@pytest.mark.parametrize("optim", [{"name": "muon"}, {"moment_dtype": "bfloat16"}])
+def test_an_optimizer_whose_state_is_another_is_refused_once_there_is_one(whole, tmp_path, optim):
+    [key] = optim
+    configs.save(make_config(), tmp_path)
+    assert continuation.changes(make_config(optim=optim), tmp_path)
+    with pytest.raises(UserError, match=rf"^optim\.{key} is .*, of which '.*' has a state; keep it, or begin another"):
+        continuation.changes(make_config(optim=optim), whole)
+
+
 def test_every_key_that_may_change_exists():
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     text = {f"data.{field.name}" for field in dataclasses.fields(TextTask)}
