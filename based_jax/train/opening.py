@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from based_jax import parallel
 from based_jax.train.compile import TrainProgram
 from based_jax.train.tasks import Source
 
@@ -23,6 +26,15 @@ def opening_lines(program: TrainProgram, source: Source, choices: Mapping[str, I
         f"devices: {devices.size} x {devices.flat[0].device_kind}",
         f"mesh: {', '.join(f'{axis} {size}' for axis, size in program.mesh.shape.items())}",
         f"parameters: {params:,}",
+        *whole_lines(program.abstract_state.params, program.mesh),
         *source.summary,
         *(f"{operation}: {', '.join(names)}" for operation, names in choices.items()),
+    ]
+
+
+def whole_lines(params: Any, mesh: Mesh) -> list[str]:
+    """Return a line for each large parameter that devices along a mesh axis hold alike (`whole_parameters`)."""
+    return [
+        f"not divided over {x.axis}: {x.devices} devices hold the same {x.bytes / 2**20:,.1f} MiB each of '{x.path}'"
+        for x in parallel.whole_parameters(params, mesh)
     ]
