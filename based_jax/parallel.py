@@ -179,16 +179,21 @@ def first_process_says(value: object) -> bool:
     return bool(value) if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(bool(value)))
 
 
+def row_devices(mesh: Mesh) -> int:
+    """Return over how many devices the rows of a batch are divided; others hold the same rows as one of these."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
     """Check that the rows of a global batch, and of each of its microbatches, can be divided over the mesh.
 
     Raises:
       UserError: they cannot.
     """
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = row_devices(mesh)
     over = f"over {ways} devices of the mesh axes {' and '.join(BATCH_AXES)}"
     if batch_size % ways:
-        raise UserError(f"batch_size {batch_size} cannot be divided {over}.")
+        raise UserError(f"batch_size {batch_size} cannot be divided {over}; it is a multiple of {ways}.")
     if batch_size // microbatches % ways:
         rows, most = batch_size // microbatches, math.gcd(batch_size // ways, microbatches)
         raise UserError(f"{rows} rows of a microbatch cannot be divided {over}: microbatches can be {most}.")

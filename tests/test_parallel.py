@@ -171,6 +171,6 @@ def test_data_goes_over_slices_of_tpus_and_any_axis_over_hosts_of_gpus():
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
-    message = r"^batch_size 6 cannot be divided over 4 devices of the mesh axes data and fsdp\.$"
+    message = r"^batch_size 6 cannot be divided over 4 devices of the mesh axes data and fsdp; it is a multiple of 4\.$"
     with pytest.raises(UserError, match=message):
         parallel.Feed(parallel.make_mesh(MESH), 6)

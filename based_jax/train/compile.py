@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from based_jax import optim, parallel
 from based_jax.nn.lm import LM
+from based_jax.train.mesh_checks import check_mesh
 from based_jax.train.run import TrainConfig
 from based_jax.train.step import Metrics, TrainState, initial_state, make_train_step, skipping_nonfinite
 
@@ -88,10 +89,15 @@ def train_program(config: TrainConfig, mesh: Mesh) -> TrainProgram:
     Shapes, shardings and names come from one abstract construction: initialisation, the step and the restore of a
     checkpoint all place the state by them, so nothing is ever whole on one device that does not fit there.
 
+    Args:
+      config: the run; its `rows_per_device` becomes a `batch_size`.
+      mesh: of devices that are here, or that are not.
+
     Raises:
-      UserError: rows cannot be divided over the mesh, or the schedule does not fit the steps.
+      UserError: the mesh cannot divide rows, heads or widths, or the schedule does not fit the steps.
     """
-    parallel.check_batch_size(config.batch_size, mesh, config.microbatches)
+    config = config.sized(mesh)
+    check_mesh(config, mesh)
     optimizer = optim.optimizer(config.optim, config.steps)
 
     def init(key: jax.Array) -> TrainState:

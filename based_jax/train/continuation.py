@@ -1,6 +1,9 @@
 """A workdir that has a run: what of its config may change when it goes on, and what that means."""
 
+import dataclasses
 from pathlib import Path
+
+from jax.sharding import Mesh
 
 from based_jax import config as configs
 from based_jax.config import CONFIG_FILE
@@ -30,6 +33,19 @@ MAY_CHANGE = {
 
 OF_THE_OPTIMIZER_STATE = ("optim.name", "optim.moment_dtype")
 """Keys that stay once there is a checkpoint, which holds the state that they name."""
+
+
+def sized(config: TrainConfig, mesh: Mesh, workdir: Path) -> tuple[TrainConfig, list[str]]:
+    """Return the config with the rows of its global batch, and what to say where they are not those it asks for.
+
+    A run keeps the global batch that it began with, whatever `rows_per_device` comes to on another mesh.
+    """
+    new = config.sized(mesh)
+    if new is config or not (workdir / CONFIG_FILE).exists():
+        return new, []
+    kept = dataclasses.replace(new, batch_size=configs.read(TrainConfig, workdir).batch_size)
+    line = f"kept: batch_size is {kept.batch_size}, with which the run began, rather than {new.batch_size}"
+    return kept, [line] if kept != new else []
 
 
 def changes(config: TrainConfig, workdir: Path) -> list[str]:

@@ -20,11 +20,12 @@ def opening_lines(program: TrainProgram, source: Source, choices: Mapping[str, I
       source: of its batches.
       choices: the implementations that each operation takes (`dispatch.recorded_choices`).
     """
-    devices = program.mesh.devices
+    devices, rows_over = program.mesh.devices, parallel.row_devices(program.mesh)
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_state.params))
     return [
         f"devices: {devices.size} x {devices.flat[0].device_kind}",
         f"mesh: {', '.join(f'{axis} {size}' for axis, size in program.mesh.shape.items())}",
+        f"batch: {program.config.batch_size} rows, {program.config.batch_size // rows_over} a device",
         f"parameters: {params:,}",
         *whole_lines(program.abstract_state.params, program.mesh),
         *source.summary,
