@@ -13,6 +13,7 @@ import sys
 
 from based_jax import __version__
 from based_jax.commands import bench, describe, eval, export, generate, interrupts, plot, sweep, train
+from based_jax.commands.distributed import together
 from based_jax.commands.parser import MODULE_CALL, CommandParser, add_command, program_name
 from based_jax.errors import UserError
 
@@ -71,7 +72,7 @@ def _run(argv: list[str]) -> int:
     if overrides and not getattr(args, "takes_overrides", False):
         raise UserError(f"Unknown argument '{overrides[0]}' for '{args.command}'; see --help.")
     args.overrides = overrides
-    with interrupts.second_one_leaves():
+    with interrupts.second_one_leaves(), together(args):
         return COMMANDS[args.command].run(args) or 0
 
 

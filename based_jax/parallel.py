@@ -1,5 +1,6 @@
 """The device mesh, and how arrays lie on it: by the logical names of their axes, parameters and activations alike."""
 
+import dataclasses
 import functools
 import logging
 import math
@@ -133,12 +134,42 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
         raise UserError(f"{rows} rows of a microbatch cannot be divided {over}: microbatches can be {most}.")
 
 
-def global_batch(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Return this host's rows of a batch as its part of global arrays.
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """What this process feeds of each global batch: the rows that its devices hold.
+
+    They follow from the mesh alone: where devices of several processes hold the same rows, as along "tensor", each of
+    the processes feeds them.
+
+    Attributes:
+      mesh: of all processes.
+      batch_size: rows of a global batch.
 
     Raises:
-      UserError: the global batch cannot be divided over the mesh.
+      UserError: the rows cannot be divided over the mesh.
     """
-    check_batch_size(len(next(iter(batch.values()))) * jax.process_count(), mesh)
-    where = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(where, rows) for name, rows in batch.items()}
+
+    mesh: Mesh
+    batch_size: int
+
+    def __post_init__(self):
+        check_batch_size(self.batch_size, self.mesh)
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """The places of the rows in the global batch, ascending."""
+        spans = batch_sharding(self.mesh).addressable_devices_indices_map((self.batch_size,)).values()
+        return np.unique([place for (span,) in spans for place in range(*span.indices(self.batch_size))])
+
+    def arrays(self, batch: HostBatch) -> dict[str, jax.Array]:
+        """Return the global arrays (batch_size, ...) of which `batch` holds these `rows`."""
+        where = batch_sharding(self.mesh)
+
+        def array(own: np.ndarray) -> jax.Array:
+            def shard(index: tuple[slice, ...]) -> np.ndarray:
+                first, last = np.searchsorted(self.rows, index[0].indices(self.batch_size)[:2])
+                return own[first:last]
+
+            return jax.make_array_from_callback((self.batch_size, *own.shape[1:]), where, shard)
+
+        return {name: array(own) for name, own in batch.items()}

@@ -96,7 +96,9 @@ def test_rows_of_activations_lie_over_data_and_fsdp():
 def test_a_batch_lies_over_data_and_fsdp():
     mesh = parallel.make_mesh(MESH)
     inputs = np.arange(16).reshape(8, 2)
-    placed = parallel.global_batch({"inputs": inputs, "labels": -inputs}, mesh)
+    feed = parallel.Feed(mesh, 8)
+    assert feed.rows.tolist() == list(range(8))
+    placed = feed.arrays({"inputs": inputs, "labels": -inputs})
     assert placed["inputs"].sharding == parallel.batch_sharding(mesh)
     assert {shard.data.shape for shard in placed["inputs"].addressable_shards} == {(2, 2)}
     np.testing.assert_array_equal(placed["inputs"], inputs)
@@ -114,4 +116,4 @@ def test_a_mesh_may_be_of_some_devices():
 def test_a_batch_that_cannot_be_divided_is_refused():
     message = r"^batch_size 6 cannot be divided over 4 devices of the mesh axes data and fsdp\.$"
     with pytest.raises(UserError, match=message):
-        parallel.global_batch({"inputs": np.zeros((6, 2))}, parallel.make_mesh(MESH))
+        parallel.Feed(parallel.make_mesh(MESH), 6)

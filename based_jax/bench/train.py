@@ -30,12 +30,13 @@ def measure(config: TrainConfig, steps: int) -> dict[str, Any]:
     if steps < 1:
         raise UserError(f"steps is {steps}; it is at least 1.")
     program = train_program(config, parallel.make_mesh(config.mesh))
-    source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
+    feed = parallel.Feed(program.mesh, config.batch_size)
+    source = config.data.open(config.batch_size, feed.rows)
     found = [source.batch(i) for i in range(BATCHES_ON_DEVICE)]
     begin = time.perf_counter()
     step = program.lower_step(found[0]).compile()
     compile_seconds = time.perf_counter() - begin
-    batches = [parallel.global_batch(batch, program.mesh) for batch in found]
+    batches = [feed.arrays(batch) for batch in found]
     seconds = seconds_of_a_step(step, program.initial_state(), batches, steps)
     memory = {"program_bytes": program_bytes(step), "peak_bytes": peak_bytes()}
     speed = _speed(config, batches[0]["inputs"].size, seconds)

@@ -5,29 +5,42 @@ examples:
   python -m based_jax eval --workdir=runs/text --step=1000
 """
 
-import argparse
 import sys
+from argparse import Namespace
+
+from based_jax.commands.distributed import add_distributed_arguments
+from based_jax.commands.parser import CommandParser
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: CommandParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--workdir", required=True, help="folder of a run")
     parser.add_argument("--step", type=int, help="checkpoint to evaluate (default: the last good one)")
+    add_distributed_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
     """Print every metric of the run's evaluation data."""
     import jax
 
+    from based_jax import parallel
     from based_jax.evals.evaluate import evaluate, model_sums
     from based_jax.train import data_record
     from based_jax.train.run import load_run
 
     config, step, model = load_run(args.workdir, args.step)
-    source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
-    if change := data_record.changed_since(source, args.workdir):
+    mesh = parallel.make_mesh()
+    feed = parallel.Feed(mesh, batch_size=-(-config.batch_size // mesh.size) * mesh.size)
+    source = config.data.open(feed.batch_size, feed.rows)
+    speaks = jax.process_index() == 0
+    if speaks and (change := data_record.changed_since(source, args.workdir)):
         print(f"Warning: {change}.", file=sys.stderr)
     batches = ((name, batch) for name in source.eval_names for batch in source.eval_batches(name))
-    print(f"step {step}")
-    for name, value in evaluate(model_sums(model), batches).items():
-        print(f"{name:24} {value:.4f}")
+    if speaks:
+        print(f"step {step}")
+    sums_of = model_sums(model)
+    with jax.set_mesh(mesh):
+        results = evaluate(lambda batch: sums_of(feed.arrays(batch)), batches)
+    if speaks:
+        for name, value in results.items():
+            print(f"{name:24} {value:.4f}")

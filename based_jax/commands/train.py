@@ -8,6 +8,7 @@ examples:
 
 import argparse
 
+from based_jax.commands.distributed import add_distributed_arguments
 from based_jax.commands.parser import CommandParser
 from based_jax.errors import UserError
 
@@ -18,19 +19,24 @@ def add_arguments(parser: CommandParser) -> None:
     """Declare the command's arguments; `--config.a.b=value` overrides are taken beside them."""
     parser.add_argument("--config", required=True, help="config file, optionally with a variant: configs/x.py:variant")
     parser.add_argument("--workdir", required=True, help="folder of the run; the same command continues it")
+    add_distributed_arguments(parser)
     parser.set_defaults(takes_overrides=True)
     parser.details = _details
 
 
 def run(args: argparse.Namespace) -> None:
     """Train to the end and print the final evaluation."""
+    import jax
+
     from based_jax import config as configs
     from based_jax.train.loop import train
     from based_jax.train.run import TrainConfig
 
     config = configs.build(TrainConfig, configs.load(args.config, parse_overrides(args.overrides)))
-    for name, value in train(config, args.workdir).items():
-        print(f"{name:24} {value:.4f}")
+    results = train(config, args.workdir)
+    if jax.process_index() == 0:
+        for name, value in results.items():
+            print(f"{name:24} {value:.4f}")
 
 
 def _details() -> str:

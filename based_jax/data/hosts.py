@@ -1,20 +1,27 @@
-"""How the rows of a batch are divided among the processes of a multi-host run."""
+"""Which rows of a batch one of several processes feeds."""
+
+from collections.abc import Sequence
+
+import numpy as np
 
 from based_jax.data.checks import check_ints
 from based_jax.errors import UserError
 
+Rows = Sequence[int] | np.ndarray
+"""Places of rows in a global batch, ascending."""
 
-def own_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """Return the rows of a global batch that process `process_index` feeds: one of `process_count` equal blocks.
 
-    The blocks in order of the processes make up the global batch. UserError if the batch cannot be divided.
+def own_rows(batch_size: int, rows: Rows | None) -> np.ndarray:
+    """Return the places of the rows that a process feeds, all where `rows` is None.
+
+    Raises:
+      UserError: the batch has no rows, or `rows` are not ascending places in it.
     """
-    check_ints(batch_size=batch_size, process_index=process_index, process_count=process_count)
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index {process_index} must be at least 0 and below process_count {process_count}.")
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size {batch_size} must be a positive multiple of the number of processes, {process_count}."
-        )
-    block = batch_size // process_count
-    return slice(process_index * block, (process_index + 1) * block)
+    check_ints(batch_size=batch_size)
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it is at least 1.")
+    own = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+    bounded = np.concatenate([[-1], own, [batch_size]])
+    if (np.diff(bounded) < 1).any():
+        raise UserError(f"rows are {own.tolist()}; they are ascending places in a batch of {batch_size}.")
+    return own

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from based_jax.data.checks import check_choice, check_ints, check_seed
-from based_jax.data.hosts import own_rows
+from based_jax.data.hosts import Rows, own_rows
 from based_jax.errors import UserError, unknown
 from based_jax.labels import NO_LABEL
 
@@ -120,13 +120,13 @@ def check_segments(what: str, train: Sequence[TaskSegment], test: Sequence[TaskS
 
 
 class SegmentSource:
-    """Batches of a synthetic task: {"inputs", "labels"} of shape (batch_size / process_count, seq_len), int32.
+    """Batches of a synthetic task: {"inputs", "labels"} of shape (rows, seq_len), int32.
 
     Batch t is a pure function of (task, batch_size, shuffle, t). Segments are never mixed, so the length differs from
     batch to batch. Without `shuffle` an epoch reads the segments in their order, as zoology does; with it every epoch
     permutes the examples of each segment and the order of the batches. A segment's short last batch is filled up with
     rows whose labels are all NO_LABEL, which leaves a mean over the labelled positions unchanged.
-    Host p of n gets the p-th of n equal blocks of rows: concatenated in order they are the batch of a single host.
+    A host gets its `rows` of every batch, all where they are None.
     """
 
     def __init__(
@@ -135,11 +135,10 @@ class SegmentSource:
         batch_size: int,
         *,
         shuffle: bool = False,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Rows | None = None,
     ):
         self.task, self.batch_size, self.shuffle = task, batch_size, shuffle
-        self._own = own_rows(batch_size, process_index, process_count)
+        self._own = own_rows(batch_size, rows)
         self._examples: dict[tuple[Split, int], Examples] = {}
         self._epoch: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
 

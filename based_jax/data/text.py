@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from based_jax.data.corpus import TFDS_PREFIX, Corpus, FolderCorpus, TextSplit, default_corpus, shortened
-from based_jax.data.hosts import own_rows
+from based_jax.data.hosts import Rows, own_rows
 from based_jax.data.packing import SPLITS, PackedText, default_cache_dir
 from based_jax.data.segments import Batch
 from based_jax.data.text_checks import absolute, check_text, is_tfds
@@ -41,16 +41,17 @@ def open_corpus(path: str | os.PathLike | None, text_feature: str | None = None)
 
 
 class TextSource:
-    """Batches of packed text: {"inputs", "labels", "segment_ids"} of shape (batch_size / process_count, seq_len).
+    """Batches of packed text: {"inputs", "labels", "segment_ids"} of shape (rows, seq_len).
 
     Batch t is a pure function of (corpus, tokenizer, seq_len, seed, batch_size, t): windows are shuffled anew in every
-    epoch, and a batch is the next `batch_size` of them. Host p of n gets the p-th of n equal blocks of its rows.
+    epoch, and a batch is the next `batch_size` of them, of which a host gets its rows.
 
     Args:
       path, text_feature: the corpus, see `open_corpus`.
       tokenizer: a name of `data/tokenizer.py`.
       seq_len: tokens per row.
       seed: of the shuffle.
+      rows: places in every batch that this host feeds, all if None.
       cache_dir: where the packed windows are kept; `default_cache_dir` if None.
       processes: that encode text which is not packed yet; 1 for this one, with the threads of its tokenizer.
 
@@ -71,12 +72,11 @@ class TextSource:
         seed: int = 0,
         cache_dir: str | os.PathLike | None = None,
         processes: int = 1,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Rows | None = None,
     ):
         check_text(path, text_feature, seq_len, seed, cache_dir, processes)
         self._batch_size, self._seq_len = batch_size, seq_len
-        self._own = own_rows(batch_size, process_index, process_count)
+        self._own = own_rows(batch_size, rows)
         self._corpus, ids = open_corpus(path, text_feature), get_tokenizer(tokenizer)
         cache = absolute(cache_dir or default_cache_dir(), "cache_dir")
         self._packed = PackedText.open(self._corpus, ids, cache, processes)
@@ -93,15 +93,14 @@ class TextSource:
 
     def batch(self, step: int) -> Batch:
         """Return this host's rows of training batch `step`, counted from 0 through all epochs."""
-        rows = range(step * self._batch_size, (step + 1) * self._batch_size)[self._own]
-        return _batch([self._train[row] for row in rows])
+        return _batch([self._train[int(row)] for row in step * self._batch_size + self._own])
 
     def eval_batches(self, name: str) -> Iterator[Batch]:
         """Yield this host's rows of the validation windows, once, the last batch filled up with unlabelled rows."""
         empty = {name: np.zeros_like(window) for name, window in self._validation[0].items()}
         for start in range(0, len(self._validation), self._batch_size):
-            rows = range(start, start + self._batch_size)[self._own]
-            yield _batch([self._validation[i] if i < len(self._validation) else empty for i in rows])
+            places = (int(place) for place in start + self._own)
+            yield _batch([self._validation[i] if i < len(self._validation) else empty for i in places])
 
     @property
     def record(self) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Sources:
         key = _data_id(trial)
         with self._lock:
             if key not in self._found:
-                self._found[key] = trial.data.open(trial.batch_size, 0, 1)
+                self._found[key] = trial.data.open(trial.batch_size)
                 self._found[key].make_all(starmap)
             return self._found[key]
 

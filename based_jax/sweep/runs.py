@@ -79,7 +79,7 @@ def _check_run(config: TrainConfig) -> None:
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch_size(config.batch_size, mesh, config.microbatches)
     check_pass(config, config.steps, config.data.longest_test, mesh)
-    config.data.open(config.batch_size, 0, 1)  # says what it has too little of; text is packed here, for all runs
+    config.data.open(config.batch_size)  # says what it has too little of; text is packed here, for all runs
 
 
 def _ask_runs_to_stop() -> None:

@@ -57,7 +57,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     changed = continuation.changes(config, workdir)
     mesh = parallel.make_mesh(config.mesh)
     program = train_program(config, mesh)
-    source = config.data.open(config.batch_size, jax.process_index(), jax.process_count())
+    feed = parallel.Feed(mesh, config.batch_size)
+    source = config.data.open(config.batch_size, feed.rows)
     with dispatch.recorded_choices() as choices:
         program.check_step(source.batch(0))  # what no operation can run is refused before anything is written
     data_record.check_same(source, workdir)
@@ -68,7 +69,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     def run_eval(params) -> dict[str, float]:
         batches = ((name, batch) for name in source.eval_names for batch in source.eval_batches(name))
         with jax.set_mesh(mesh):
-            return evaluate(lambda batch: eval_step(params, parallel.global_batch(batch, mesh)), batches)
+            return evaluate(lambda batch: eval_step(params, feed.arrays(batch)), batches)
 
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -92,7 +93,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
 
         try:
             for step in range(start + 1, config.steps + 1):
-                batch = parallel.global_batch(source.batch(step - 1), mesh)
+                batch = feed.arrays(source.batch(step - 1))
                 timer.done("data")
 
                 state, metrics = program.step(state, batch)

@@ -23,6 +23,7 @@ from based_jax.data import (
     state_tracking,
 )
 from based_jax.data.checks import check_bools, check_choice
+from based_jax.data.hosts import Rows
 from based_jax.data.segments import SegmentedTask, SegmentSource
 from based_jax.data.text_checks import check_text, located
 from based_jax.data.tokenizer import tokenizer_class
@@ -84,8 +85,8 @@ class TaskConfig(Protocol):
         """The same task, whatever the current folder is."""
         ...
 
-    def open(self, batch_size: int, process_index: int, process_count: int) -> Source:
-        """Return the source of one host's batches."""
+    def open(self, batch_size: int, rows: Rows | None = None) -> Source:
+        """Return the source of batches, of which this host feeds these rows, all where they are None."""
         ...
 
 
@@ -149,15 +150,9 @@ class PresetTask:
         """The task itself, which reads no file."""
         return self
 
-    def open(self, batch_size: int, process_index: int, process_count: int) -> SegmentSource:
-        """Return the source of one host's batches."""
-        return SegmentSource(
-            self.resolved,
-            batch_size,
-            shuffle=self.shuffle,
-            process_index=process_index,
-            process_count=process_count,
-        )
+    def open(self, batch_size: int, rows: Rows | None = None) -> SegmentSource:
+        """Return the source of batches, of which this host feeds these rows, all where they are None."""
+        return SegmentSource(self.resolved, batch_size, shuffle=self.shuffle, rows=rows)
 
 
 def preset_task(kind: str, presets: Mapping[str, SegmentedTask], default: str = "default") -> type[PresetTask]:
@@ -217,8 +212,8 @@ class TextTask:
         """The same task with absolute paths."""
         return dataclasses.replace(self, path=located(self.path), cache_dir=located(self.cache_dir))
 
-    def open(self, batch_size: int, process_index: int, process_count: int) -> Source:
-        """Build the dataset if it is not cached, and return the source of one host's batches."""
+    def open(self, batch_size: int, rows: Rows | None = None) -> Source:
+        """Pack the text unless it is packed, and return the source of batches, of which this host feeds these rows."""
         from based_jax.data.text import TextSource  # imports grain, which no other task needs
 
         return TextSource(
@@ -230,8 +225,7 @@ class TextTask:
             seed=self.seed,
             cache_dir=self.cache_dir,
             processes=self.processes,
-            process_index=process_index,
-            process_count=process_count,
+            rows=rows,
         )
 
 

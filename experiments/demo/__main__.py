@@ -140,7 +140,7 @@ def language_model(workdir: Path) -> None:
 
 def validation_perplexity(config: TrainConfig, model: LM) -> float:
     """Return the perplexity per token on the validation split."""
-    source = config.data.open(config.batch_size, 0, 1)
+    source = config.data.open(config.batch_size)
     batches = ((name, batch) for name in source.eval_names for batch in source.eval_batches(name))
     return evaluate(model_sums(model), batches)["perplexity"]
 

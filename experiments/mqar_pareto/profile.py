@@ -80,7 +80,7 @@ def with_impl(point: dict, impl: str) -> dict:
 def measure(point: dict, segment: int, number: int) -> dict:
     """Return a model's row."""
     trial = make_trial(sweeps.BASE, point)
-    source, program = trial.data.open(trial.batch_size, 0, 1), lanes.Lanes(trial, number)
+    source, program = trial.data.open(trial.batch_size), lanes.Lanes(trial, number)
     examples = lanes.PlacedExamples.of(*source.examples("train", segment))
     begin = time.perf_counter()
     train = program.training(examples).call

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 def measure(trial: Trial, segment: int, numbers: list[int], steps: int) -> Iterator[dict]:
     """Yield a row for each way of training on a segment."""
     found = trial.data.resolved.train[segment]
-    source = trial.data.open(trial.batch_size, 0, 1)
+    source = trial.data.open(trial.batch_size)
     examples = [x[:EXAMPLES_PER_SEGMENT] for x in source.examples("train", segment)]
     place = {"segment": found.name, "steps_per_epoch": -(-found.num_examples // trial.batch_size)}
     for way in LOSS_SUMS:

@@ -41,7 +41,7 @@ def test_a_row_is_printed_with_what_is_known():
 def test_a_donated_state_is_counted_once():
     config = configs.build(TrainConfig, configs.load(CONFIG, []))
     program = train_program(config, parallel.make_mesh(devices=jax.devices()[:1]))
-    step = program.lower_step(config.data.open(config.batch_size, 0, 1).batch(0)).compile()
+    step = program.lower_step(config.data.open(config.batch_size).batch(0)).compile()
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state))
     memory = step.memory_analysis()
     assert memory.alias_size_in_bytes >= 0.9 * state

@@ -108,7 +108,7 @@ def test_the_text_feature_is_chosen(prepare):
 def test_a_task_reads_it_and_packs_it_once(prepare, tmp_path):
     values = {"kind": "text", "path": f"tfds:{prepare(Sayings)}", "tokenizer": "bytes", "seq_len": 16}
     task = TextTask(**values, cache_dir=str(tmp_path / "cache"))
-    source, again = task.open(4, 0, 1), task.open(4, 0, 1)
+    source, again = task.open(4), task.open(4)
     np.testing.assert_array_equal(source.batch(3)["inputs"], again.batch(3)["inputs"])
     rows = np.concatenate([batch["inputs"] for batch in source.eval_batches("validation")])
     assert bytes(rows[rows > 0].astype(np.uint8)).count(b"Held out") == 2

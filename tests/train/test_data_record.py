@@ -21,9 +21,7 @@ def corpus(tmp_path):
 
 
 def source(folder):
-    return TextTask(path=str(folder), tokenizer="bytes", seq_len=16, cache_dir=str(folder.parent / "cache")).open(
-        4, 0, 1
-    )
+    return TextTask(path=str(folder), tokenizer="bytes", seq_len=16, cache_dir=str(folder.parent / "cache")).open(4)
 
 
 def test_the_same_text_is_accepted_wherever_it_lies(corpus, tmp_path):
@@ -64,8 +62,8 @@ def test_a_damaged_record_is_named(corpus, tmp_path):
 
 
 def test_a_synthetic_task_has_none(tmp_path):
-    data_record.save(TASKS["mqar"](preset="tiny").open(4, 0, 1), tmp_path)
-    data_record.check_same(TASKS["mqar"](preset="tiny").open(4, 0, 1), tmp_path)
+    data_record.save(TASKS["mqar"](preset="tiny").open(4), tmp_path)
+    data_record.check_same(TASKS["mqar"](preset="tiny").open(4), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -154,7 +154,7 @@ def two_steps(microbatches, **sizes):
     program, step = compiled(microbatches, **sizes)
     state, metrics = jax.device_put(first_state(), program.shardings), {}
     for i in range(2):
-        state, metrics = step(state, parallel.global_batch(batch(i), program.mesh))
+        state, metrics = step(state, parallel.Feed(program.mesh, program.config.batch_size).arrays(batch(i)))
     return jax.device_get((state, metrics))
 
 

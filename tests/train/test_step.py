@@ -125,7 +125,7 @@ def uses_bf16(dtype, batch):
 def test_the_loss_falls_on_mqar_and_the_step_compiles_once():
     model = make_model()
     tx = optim.adamw(optim.OptimConfig(lr=1e-2, schedule="constant"), 100)
-    source = TASKS["mqar"](preset="tiny").open(8, 0, 1)
+    source = TASKS["mqar"](preset="tiny").open(8)
     step = jax.jit(make_train_step(nnx.graphdef(model), tx))
     state, losses = initial_state(model, tx), []
     for i in range(40):
@@ -150,8 +150,8 @@ def sharded_steps(config):
     program = train_program(config, parallel.make_mesh(config.mesh))
     state, metrics = program.initial_state(), {}
     for i in range(config.steps):
-        batch = config.data.open(8, 0, 1).batch(i)
-        state, metrics = program.step(state, parallel.global_batch(batch, program.mesh))
+        batch = config.data.open(8).batch(i)
+        state, metrics = program.step(state, parallel.Feed(program.mesh, 8).arrays(batch))
     assert program.jitted_step._cache_size() == 1
     return state, metrics
 
@@ -161,7 +161,7 @@ def unsharded_steps(config):
     model = LM(config.model, rngs=nnx.Rngs(jax.random.key(0)))
     step, state, metrics = jax.jit(make_train_step(nnx.graphdef(model), tx)), initial_state(model, tx), {}
     for i in range(config.steps):
-        state, metrics = step(state, config.data.open(8, 0, 1).batch(i))
+        state, metrics = step(state, config.data.open(8).batch(i))
     return state, metrics
 
 

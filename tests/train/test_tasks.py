@@ -41,9 +41,9 @@ def test_a_kind_and_a_preset_make_a_source(kind):
     task = build(kind=kind, preset="tiny", shuffle=True)
     assert task == KINDS[kind](preset="tiny", shuffle=True)
     assert task.resolved == KINDS[kind].presets["tiny"] and task.num_tokens == task.resolved.vocab_size
-    source = task.open(8, 0, 1)
+    source = task.open(8)
     for step in (0, 5):
-        batch, again = source.batch(step), task.open(8, 0, 1).batch(step)
+        batch, again = source.batch(step), task.open(8).batch(step)
         assert batch["inputs"].shape == batch["labels"].shape and len(batch["inputs"]) == 8
         assert all(np.array_equal(batch[key], again[key]) for key in batch)
     for name in source.eval_names:
