@@ -11,11 +11,13 @@ is killed, after `SILENCE_SECONDS` where its host is gone. Process 0 tells the o
         {"ended": "its sentence"}    ->          1 has stopped:   {"lost": "Process 1 of 3 ..."} to all others
 """
 
+import atexit
 import contextlib
 import json
 import os
 import selectors
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -23,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+from jax._src.lib import _jax as jaxlib_api
 
 from based_jax.errors import UserError
 
@@ -33,7 +36,18 @@ SILENCE_SECONDS = 30
 HELLO_SECONDS = 5.0
 GRACE_SECONDS = 2.0
 """What a process has to say by itself what is wrong, before it says that another one found it wrong."""
-LOST_EXIT_CODE = 1
+LOST_EXIT_CODE, WRONG_EXIT_CODE, INTERRUPTED_EXIT_CODE = 1, 2, 130
+SERVICE_SECONDS = 5.0
+SERVICE = """if True:
+    import json, sys, time
+    from jax._src.lib import _jax
+
+    address, count, options = json.loads(sys.argv[1])
+    service = _jax.get_distributed_runtime_service(address, count, **options)
+    print(end=".", flush=True)
+    sys.stdin.read()
+    time.sleep(float(sys.argv[2]))
+"""
 TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
 
@@ -113,21 +127,66 @@ def together(place: Place, timeout: float = MEETING_SECONDS) -> Iterator[None]:
     watch.start()
     try:
         if place.num_processes > 1:
-            jax.distributed.initialize(
-                f"{place.host}:{port}",
-                place.num_processes,
-                place.process_id,
-                local_device_ids=place.local_devices,
-                cluster_detection_method="deactivate",
-                initialization_timeout=int(timeout),
-            )
+            with _service_in_a_process_of_its_own():
+                jax.distributed.initialize(
+                    f"{place.host}:{port}",
+                    place.num_processes,
+                    place.process_id,
+                    local_device_ids=place.local_devices,
+                    cluster_detection_method="deactivate",
+                    initialization_timeout=int(timeout),
+                )
         yield
         watch.end(None)
     except BaseException as error:
         watch.end(" ".join(str(error).splitlines()) or type(error).__name__)
-        if not isinstance(error, UserError | KeyboardInterrupt | SystemExit):
+        known = {UserError: WRONG_EXIT_CODE, KeyboardInterrupt: INTERRUPTED_EXIT_CODE, SystemExit: LOST_EXIT_CODE}
+        code = next((code for kind, code in known.items() if isinstance(error, kind)), None)
+        if code is None:
             watch.wait_for_a_loss()  # a collective fails a moment before the other process is known to be gone
+        if jax.distributed.is_initialized():
+            atexit.register(_leave, code or LOST_EXIT_CODE)
         raise
+
+
+class _Service:
+    """JAX's coordination service in a process that outlives the one that began it by `SERVICE_SECONDS`.
+
+    JAX aborts every process that loses the service, and process 0 holds it. So long it answers, they hear by `_Watch`
+    that process 0 is gone.
+    """
+
+    def __init__(self, address: str, count: int, **options: Any):
+        words = [sys.executable, "-c", SERVICE, json.dumps([address, count, options]), str(SERVICE_SECONDS)]
+        self._process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        assert self._process.stdout is not None
+        if not self._process.stdout.read(1):
+            raise UserError(f"JAX's coordination service cannot listen at {address}.")
+
+    def shutdown(self) -> None:
+        """End the service."""
+        with self._process:
+            self._process.kill()
+
+
+@contextlib.contextmanager
+def _service_in_a_process_of_its_own() -> Iterator[None]:
+    """Begin JAX's coordination service as `_Service`; JAX has no public way to begin it elsewhere."""
+    own, jaxlib_api.get_distributed_runtime_service = jaxlib_api.get_distributed_runtime_service, _Service
+    try:
+        yield
+    finally:
+        jaxlib_api.get_distributed_runtime_service = own
+
+
+def _leave(code: int) -> None:
+    """End without a word to JAX's service, at which processes that have ended otherwise are waited for."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _meet(place: Place, timeout: float) -> tuple[dict[int, socket.socket], int]:
@@ -229,9 +288,7 @@ class _Watch:
     def wait_for_a_loss(self) -> None:
         """Wait a moment for the news that another process is gone, which ends this one."""
         self._ended = False
-        deadline = time.monotonic() + GRACE_SECONDS
-        while self._connections and time.monotonic() < deadline:
-            time.sleep(0.05)
+        time.sleep(GRACE_SECONDS)
 
     def _tell(self, message: Mapping[str, Any], but: int | None = None) -> None:
         for number, connection in list(self._connections.items()):
@@ -266,10 +323,7 @@ class _Watch:
         time.sleep(wait)
         if not self._ended:
             print(f"Error: {news}", file=sys.stderr)
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
-            os._exit(LOST_EXIT_CODE)
+            _leave(LOST_EXIT_CODE)
 
 
 def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
