@@ -7,6 +7,7 @@ checkpoint depends on no class, and with a checksum each, since the array format
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import math
 import os
@@ -152,6 +153,9 @@ class Checkpoints(SavedCheckpoints):
                 preservation_policy=_preservation(self.config),
                 lightweight_initialize=True,  # garbled metadata of one step must not keep the others from being opened
             )
+        # Orbax knows no time of what was there before, and fails to subtract it where many processes are preempted.
+        for info in self._orbax._manager._checkpoints:
+            info.time = info.time.replace(tzinfo=datetime.UTC)
         self._step: int | None = None
         self._begun = time.monotonic()
 

@@ -51,6 +51,10 @@ SERVICE = """if True:
 TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
 
+class AgreedStop(KeyboardInterrupt):
+    """Ctrl-C in one process, after which all of them have stopped."""
+
+
 class Place(NamedTuple):
     """Which of how many processes this one is.
 
@@ -137,14 +141,14 @@ def together(place: Place, timeout: float = MEETING_SECONDS) -> Iterator[None]:
                     initialization_timeout=int(timeout),
                 )
         yield
-        watch.end(None)
+        watch.end()
     except BaseException as error:
-        watch.end(" ".join(str(error).splitlines()) or type(error).__name__)
+        watch.end() if isinstance(error, AgreedStop) else watch.fail(" ".join(str(error).split()) or repr(error))
         known = {UserError: WRONG_EXIT_CODE, KeyboardInterrupt: INTERRUPTED_EXIT_CODE, SystemExit: LOST_EXIT_CODE}
         code = next((code for kind, code in known.items() if isinstance(error, kind)), None)
         if code is None:
             watch.wait_for_a_loss()  # a collective fails a moment before the other process is known to be gone
-        if jax.distributed.is_initialized():
+        if jax.distributed.is_initialized() and not isinstance(error, AgreedStop):
             atexit.register(_leave, code or LOST_EXIT_CODE)
         raise
 
@@ -270,8 +274,7 @@ class _Watch:
     """Ends this process with a sentence when another one has ended before its time."""
 
     def __init__(self, place: Place, connections: Mapping[int, socket.socket]):
-        self._place, self._connections, self._ended = place, dict(connections), False
-        self._loss: str | None = None
+        self._place, self._connections, self._failed = place, dict(connections), False
         for connection in connections.values():
             _keep_alive(connection)
 
@@ -280,14 +283,18 @@ class _Watch:
         if self._connections:
             threading.Thread(target=self._listen, daemon=True).start()
 
-    def end(self, reason: str | None) -> None:
-        """Tell the others that this process ends, because of something where there is a reason."""
-        self._ended = True
+    def end(self) -> None:
+        """Tell the others that this process has done what it had to."""
+        self._tell({"ended": None})
+
+    def fail(self, reason: str) -> None:
+        """Tell the others why this process stops; what becomes of them is no news from here on."""
+        self._failed = True
         self._tell({"ended": reason})
 
     def wait_for_a_loss(self) -> None:
         """Wait a moment for the news that another process is gone, which ends this one."""
-        self._ended = False
+        self._failed = False
         time.sleep(GRACE_SECONDS)
 
     def _tell(self, message: Mapping[str, Any], but: int | None = None) -> None:
@@ -321,7 +328,7 @@ class _Watch:
             news, wait = message["lost"], message["wait"]
         self._tell({"lost": news, "wait": wait}, but=number)
         time.sleep(wait)
-        if not self._ended:
+        if not self._failed:
             print(f"Error: {news}", file=sys.stderr)
             _leave(LOST_EXIT_CODE)
 

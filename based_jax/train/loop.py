@@ -20,6 +20,7 @@ from based_jax.ops import dispatch
 from based_jax.train import continuation, data_record
 from based_jax.train.checkpoint import Checkpoints, SavedCheckpoints
 from based_jax.train.compile import TrainProgram, train_program
+from based_jax.train.hosts import AgreedStop
 from based_jax.train.init_from import InitFrom, read_parameters
 from based_jax.train.metrics import MetricWriter, Timer, progress
 from based_jax.train.opening import opening_lines
@@ -154,7 +155,7 @@ def _stopped(step: int, preemption: Preemption, report: "Report") -> dict[str, f
     saved = f"step {step} is saved" if step else "no step was taken"
     saved += ", and the same command continues from it."
     if preemption.interrupted:
-        raise KeyboardInterrupt(f"Stopped by Ctrl-C; {saved}")
+        raise AgreedStop(f"Stopped by Ctrl-C; {saved}")
     report.say(f"Stopped by a signal; {saved}")
     return {}
 
