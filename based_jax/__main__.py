@@ -6,6 +6,8 @@ examples:
   python -m based_jax describe --d-model=512
 """
 
+import errno
+import io
 import logging
 import os
 import select
@@ -16,6 +18,7 @@ from based_jax.commands import bench, describe, eval, export, generate, interrup
 from based_jax.commands.distributed import together
 from based_jax.commands.parser import MODULE_CALL, CommandParser, add_command, program_name
 from based_jax.errors import UserError
+from based_jax.folders import reason
 
 COMMANDS = {
     "train": train,
@@ -29,18 +32,23 @@ COMMANDS = {
 }
 WRONG_INPUT, OUT_OF_MEMORY, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
 """Exit codes; the last two are what shells report of a program that SIGINT or SIGPIPE ended."""
+FULL_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+"""Of standard output: what else a command writes is told where it is written."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit code, or another one after one sentence on what was wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("based_jax").setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: not every terminal has every letter
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return code
     except UserError as error:
         print(f"Error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # what a user typed may have lines
+        _drop_what_output_refuses()
         return WRONG_INPUT
     except KeyboardInterrupt as error:
         print(str(error) or "Stopped by Ctrl-C.", file=sys.stderr)
@@ -50,6 +58,12 @@ def main(argv: list[str] | None = None) -> int:
         if not _nobody_reads():
             raise
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        print(f"Error: What is printed cannot be written: {reason(error)}.", file=sys.stderr)
+        _drop_what_output_refuses()
+        return WRONG_INPUT
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
@@ -100,6 +114,14 @@ def _nobody_reads() -> bool:
     if closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     return closed
+
+
+def _drop_what_output_refuses() -> None:
+    """Let what is left to print go nowhere where standard output does not take it: Python would try once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -1,8 +1,10 @@
 """Folders that are read and written: one rule of what may name a path, and errors of the file system as sentences."""
 
 import contextlib
+import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +48,15 @@ def local_path(path: str | os.PathLike, what: str = "workdir") -> Path:
     return Path(name).expanduser()
 
 
+def check_utf8(path: str | os.PathLike) -> None:
+    """Raise UserError for a folder whose whole path is no UTF-8, in which Orbax can neither write nor read."""
+    name = os.path.abspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name!r} is no UTF-8, which the path of a checkpoint is; choose another folder.") from None
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it, unless it is there.
 
@@ -78,10 +89,34 @@ def write_whole(path: Path, text: str) -> None:
     """
     part = path.with_name(f"{path.name}.part")
     with writing(path):
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
 
 
-def reason(error: OSError) -> str:
-    """Return what the file system says: 'No space left on device'."""
-    return error.strerror or str(error)
+def read_file(path: str | os.PathLike) -> bytes:
+    """Return the content of a file: nobody may ever write into a pipe, and a device may have no end.
+
+    Raises:
+      OSError: it cannot be read, or is neither a file nor a folder.
+    """
+    check_file(path)
+    return Path(path).read_bytes()
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Raise the OSError of a path that is not there, or is a pipe, a socket or a device."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "It is a pipe or a device, not a file")
+
+
+def reason(error: Exception) -> str:
+    """Return what the file system says, without a full stop: 'No space left on device'.
+
+    Of an error of a library it is found by the number that its message holds.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    number = re.search(r"\[Errno (\d+)\]|\(os error (\d+)\)|os_error_code='(\d+)'", text)
+    return os.strerror(int(number[number.lastindex or 0])) if number else text

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from based_jax.errors import UserError
-from based_jax.folders import local_path, reason
+from based_jax.folders import local_path, read_file, reason
 
 PROBE_BYTES = 1 << 16
 """What a disk must have room for before anything is trained: a row with a long curve."""
@@ -115,7 +115,7 @@ class Store:
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    lines = file.read_bytes().split(b"\n")
+    lines = read_file(file).split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         row = _row_of(line)

@@ -1,6 +1,7 @@
 """What all tests share: eight fake devices, strict shapes, inputs of their own, and the tolerances."""
 
 import functools
+import gc
 import os
 import zlib
 
@@ -19,6 +20,9 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+
+# Tracing makes many objects and little garbage: Python would look for it a hundred times as often.
+gc.set_threshold(50_000, 20, 50)
 
 jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)

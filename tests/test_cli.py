@@ -310,6 +310,27 @@ def test_a_defect_keeps_its_traceback(error, monkeypatch):
         main(["describe"])
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_letters_that_the_output_lacks_are_spelled(encoding):
+    program = PRINTS_MUCH.replace('"much\\n" * 100_000', '"cafe", "\\u6771"')
+    done = subprocess.run(
+        [sys.executable, "-c", program, "describe"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cafe \\u6771\n", "")
+
+
+def test_output_on_a_full_disk_is_one_sentence(tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
+    with (tmp_path / "out").open("w") as out:
+        done = subprocess.run(
+            [sys.executable, "-c", limit + PRINTS_MUCH, "describe"], stdout=out, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (2, "Error: What is printed cannot be written: File too large.\n")
+
+
 def test_a_pipe_that_closes_is_no_error():
     command = (
         f"{shlex.quote(sys.executable)} -c {shlex.quote(PRINTS_MUCH)} describe | head -n 1; exit ${{PIPESTATUS[0]}}"

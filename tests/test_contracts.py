@@ -84,11 +84,16 @@ def empty(mixer):
 
 def read(mixer, x, cache):
     """Return the outputs of x read token by token."""
+    return decode(mixer, x, cache)[0]
+
+
+def decode(mixer, x, cache):
+    """Return the outputs of x read token by token, and the cache after them."""
     outputs = []
     for t in range(x.shape[1]):
         y, cache = step(mixer, x[:, t], cache)
         outputs.append(y)
-    return np.stack(outputs, axis=1)
+    return np.stack(outputs, axis=1), cache
 
 
 def documents(ids):
@@ -151,6 +156,7 @@ def test_chunked_prefill_equals_one_prefill(kind, pieces, normal, close):
         start += length
     _, once = prefill(mixer, x[:, :T], empty(mixer))
     close(cache, once)
+    close(decode(mixer, x[:, :T], empty(mixer))[1], once, what="steps")
     close(read(mixer, x[:, T:], cache), read(mixer, x, empty(mixer))[:, T:])
 
 
@@ -165,6 +171,8 @@ def test_padding_is_inert_and_documents_do_not_see_each_other(kind, before, rng,
     ids[:, :n] = [[row[row != 0][0]] * n for row in halves]
     mixer, x = mixer_of(kind), np.asarray(normal(B, ids.shape[1], D))
     expected, real = read_alone(mixer, x, ids), (ids != 0)[..., None]
+    _, untouched = prefill(mixer, x[:, n : n + C], empty(mixer), np.zeros((B, C), np.int32))
+    jax.tree.map(np.testing.assert_array_equal, untouched, empty(mixer))
 
     cache, parts = empty(mixer), [np.zeros((B, 0, D))]
     for t in range(n):

@@ -49,12 +49,7 @@ def config(name, **changes):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name
-        if name in ("zoology_learning_attention", "zoology_learning_based")
-        else pytest.param(name, marks=pytest.mark.long)
-        for name in MODELS
-    ],
+    [name if name == "zoology_learning_based" else pytest.param(name, marks=pytest.mark.long) for name in MODELS],
 )
 def test_twenty_steps(name):
     case = load(name)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.cases import parametrize_some
 from helpers.decoding import prefill_then_step
 from helpers.reference_cases import FOLDER, FORWARD, LMS, LOGITS, assert_close, assert_gradients, load
 
@@ -49,7 +50,7 @@ def batch_of(case):
     return {"inputs": jnp.asarray(ids), "labels": jnp.asarray(case.inputs.get("labels", after))}
 
 
-@pytest.mark.parametrize(("name", "scan_layers"), STACKED)
+@parametrize_some("name, scan_layers", STACKED, [case for case in STACKED if case != ("tiny_based_lm", True)])
 def test_language_model(name, scan_layers):
     case = load(name)
     model, batch = language_model(name, case.weights, scan_layers), batch_of(case)
@@ -70,7 +71,7 @@ def test_language_model(name, scan_layers):
 @pytest.mark.parametrize(
     ("name", "scan_layers", "greedy"),
     [
-        ("tiny_based_lm", False, 8),
+        pytest.param("tiny_based_lm", False, 8, marks=pytest.mark.long),
         ("tiny_based_lm", True, 8),
         ("hf_llama_a", True, 6),
         ("hf_mamba_a", False, 0),

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     """Write each target and say what is in it."""
     from based_jax.convert import save_hf, save_orbax, save_safetensors
     from based_jax.convert.folders import check_free
-    from based_jax.folders import local_path
+    from based_jax.folders import check_utf8, local_path
     from based_jax.train.run import load_run
     from based_jax.train.tasks import TextTask
 
@@ -37,7 +37,10 @@ def run(args: argparse.Namespace) -> None:
     if not targets:
         raise UserError("Nothing to write; give --hf=DIR, --orbax=DIR or --safetensors=FILE.")
     for name, target in targets.items():
-        check_free(local_path(target, f"--{name}"))
+        path = local_path(target, f"--{name}")
+        check_free(path)
+        if name == "orbax":
+            check_utf8(path)
     config, step, model = load_run(args.run, args.step)
     tokenizer = config.data.tokenizer if isinstance(config.data, TextTask) else None
     for name, target in targets.items():

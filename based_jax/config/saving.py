@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from based_jax.config.checks import build, plain
 from based_jax.errors import UserError
-from based_jax.folders import local_path, make_folder, reason, write_whole
+from based_jax.folders import local_path, make_folder, read_file, reason, write_whole
 
 CONFIG_FILE = "config.json"
 MAX_DIFFERENCES_SHOWN = 3
@@ -62,7 +62,7 @@ def read[T](cls: type[T], workdir: str | os.PathLike) -> T:
     """
     path = local_path(workdir) / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_file(path).decode())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"'{workdir}' is no run: it has no {CONFIG_FILE}.") from None
     except OSError as error:

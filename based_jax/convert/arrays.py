@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from based_jax import config as configs
 from based_jax.convert.folders import check_free, written_whole
 from based_jax.convert.reference import parameters
-from based_jax.folders import local_path
+from based_jax.folders import check_utf8, local_path
 from based_jax.nn.lm import LM
 
 
@@ -34,6 +34,7 @@ def save_orbax(model: LM, folder: str | os.PathLike, *, tokenizer: str | None = 
     from orbax.checkpoint import v1 as ocp
 
     target = local_path(folder, "folder")
+    check_utf8(target)
     check_free(target)
     with written_whole(target) as part:
         ocp.save(part, flat_parameters(model), custom_metadata=_metadata(model, tokenizer))

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from based_jax.convert.torch_files import read_tensors
 from based_jax.errors import UserError
+from based_jax.folders import check_file, read_file, reason
 
 Fields = dict[str, Any]
 """An object of a JSON file."""
@@ -33,9 +34,9 @@ def read_json(path: Path) -> Fields:
       UserError: it is missing, unreadable, or no JSON object.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(read_file(path).decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' cannot be read: {_reason(error)}.") from None
+        raise UserError(f"'{path}' cannot be read: {reason(error)}.") from None
     if not isinstance(fields, dict):
         raise UserError(f"'{path}' holds a {type(fields).__name__}; it is a JSON object.")
     return fields
@@ -76,9 +77,10 @@ def _shards(index: Path) -> list[str]:
 
 def _read_arrays(path: Path, read: Callable[[Path], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     try:
+        check_file(path)
         return read(path)
     except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
-        raise UserError(f"'{path}' cannot be read: {_reason(error)}.") from None
+        raise UserError(f"'{path}' cannot be read: {reason(error)}.") from None
 
 
 def check_free(path: Path) -> None:
@@ -86,7 +88,7 @@ def check_free(path: Path) -> None:
     try:
         free = not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
     except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {_reason(error)}.") from None
+        raise UserError(f"'{path}' cannot be read: {reason(error)}.") from None
     if not free:
         raise UserError(f"'{path}' is not empty; name a new one.")
 
@@ -103,12 +105,14 @@ def written_whole(path: Path) -> Iterator[Path]:
         check_free(path)
         part.parent.mkdir(parents=True, exist_ok=True)
         _remove(part)
+        part.mkdir()  # what refuses it is told here: Orbax would leave coroutines behind that nobody awaits
+        part.rmdir()
         yield part
         os.replace(part, path)
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: TensorStore's for errors of the file system
-        raise UserError(f"'{path}' cannot be written: {_reason(error)}.") from None
+        raise UserError(f"'{path}' cannot be written: {reason(error)}.") from None
     finally:
         with contextlib.suppress(OSError):
             _remove(part)
@@ -120,10 +124,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _reason(error: BaseException) -> str:
-    """Return what an error says, in one line without its full stop."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -24,6 +24,7 @@ from based_jax.data.progress import Progress
 from based_jax.data.tokenizer import TextTokenizer
 from based_jax.data.tokens import FACTS, TokenStream, TokenWriter, damaged, facts, token_dtype
 from based_jax.errors import UserError
+from based_jax.folders import read_file
 
 CACHE_VARIABLE = "BASED_JAX_CACHE"
 FORMAT = 2
@@ -99,7 +100,7 @@ class PackedText:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads(read_file(folder / INDEX).decode())
         splits = {split: {name: index["splits"][split][name] for name in FACTS} for split in SPLITS}
         return {"splits": splits} | {name: index[name] for name in ("vocab_size", "blank", "mended")}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -117,7 +118,7 @@ def _build(folder: Path, corpus: Corpus, tokenizer: TextTokenizer, processes: in
             shutil.rmtree(left, ignore_errors=True)
         try:
             part.mkdir()
-            (part / INDEX).write_text(json.dumps(_pack(part, corpus, tokenizer, processes)))
+            (part / INDEX).write_text(json.dumps(_pack(part, corpus, tokenizer, processes)), encoding="utf-8")
             part.replace(folder)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)

@@ -8,6 +8,7 @@ import tokenizers
 
 from based_jax.data.tokenizer import END_OF_TEXT
 from based_jax.errors import UserError
+from based_jax.folders import read_file
 
 ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 """What ends a text in published vocabularies, the first that a file has."""
@@ -18,7 +19,7 @@ class FileTokenizer:
 
     def __init__(self, path: Path):
         try:
-            content = path.read_bytes()
+            content = read_file(path)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises no class of its own
             raise UserError(f"'{path}' is no file of a tokenizer: {str(error).rstrip('.')}.") from None

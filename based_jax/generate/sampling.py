@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int, UInt32
 from based_jax.errors import UserError
 from based_jax.generate.prompts import is_integer, is_number, shown
 
+COLDEST, HOTTEST = 1e-30, 1e30
+"""Temperatures below and above which draws in fp32 are the most likely token, and any token alike."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -48,20 +51,24 @@ def row_keys(words: UInt32[Array, "B 3"]) -> Array:
 
 def sample(logits: Float[Array, "B vocab"], sampling: Sampling, keys: Array) -> Int[Array, "B"]:
     """Draw one token per row, each by its own key, so that no row's draws depend on the others."""
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return jnp.argmax(logits, axis=-1)
-    logits = logits / sampling.temperature
+    logits = logits / float(min(sampling.temperature, HOTTEST))
     if sampling.top_k:
         kept, _ = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))
         logits = jnp.where(logits < kept[:, -1:], -jnp.inf, logits)
     if sampling.top_p < 1:
-        logits = jnp.where(logits < _nucleus_threshold(logits, sampling.top_p), -jnp.inf, logits)
+        logits = jnp.where(logits < _nucleus_threshold(logits, float(sampling.top_p)), -jnp.inf, logits)
     return jax.vmap(jax.random.categorical)(keys, logits)
 
 
 def _nucleus_threshold(logits: Float[Array, "B vocab"], top_p: float) -> Float[Array, "B 1"]:
-    """Return the smallest logit of the nucleus: the tokens before which less than `top_p` has been collected."""
+    """Return the smallest logit of the nucleus: the tokens before which less than `top_p` has been collected.
+
+    The first is one of them, even of a `top_p` that is 0 in fp32.
+    """
     descending = jnp.sort(logits, axis=-1, descending=True)
     p = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(p, axis=-1) - p
-    return jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
+    kept = jnp.where(before < top_p, descending, jnp.inf)
+    return jnp.minimum(jnp.min(kept, axis=-1, keepdims=True), descending[:, :1])

@@ -189,8 +189,8 @@ class GatedLinearMixer(Mixer):
 
     def _inputs(self, x, y, length, segment_ids):
         q, k, v = self._heads(y)
+        places, length = segments.positions(segment_ids, length, x.shape[1])
         if self.rotary:
-            places, length = segments.positions(segment_ids, length, x.shape[1])
             q, k = (layers.rotary(z, places, z.shape[-1], 10000.0) for z in (q, k))
         return self._gated(x, q, k, v), length
 

@@ -1,6 +1,7 @@
 """The language model: an embedding, the layers that a list names, a norm, and the head, which may be the embedding."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,8 @@ class LM(nnx.Module):
         What follows the operation of the last mixer is computed at the positions alone, unless its layer is one of
         those that are scanned.
         """
+        if positions is not None:
+            _check_positions(positions, ids.shape[1])
         stream, last = Stream(self._in(ids, dropout_key)), len(self.stacks) - 1
         for i, stack in enumerate(self.stacks):
             with jax.named_scope(f"stack_{i}"):
@@ -99,6 +102,7 @@ class LM(nnx.Module):
         """The most tokens that a document may have, or None."""
         return min((mixer.max_len for mixer in self.mixers() if mixer.max_len is not None), default=None)
 
+    @checked
     def init_cache(self, batch: int, max_len: int) -> tuple:
         """Return the caches of all layers for `batch` sequences of up to `max_len` tokens."""
         return tuple(stack.init_cache(batch, max_len) for stack in self.stacks)
@@ -132,6 +136,7 @@ class LM(nnx.Module):
         return sum(mixer.flops_per_token(seq_len) + mlp for mixer in self.mixers()) + head
 
     def _decode(self, ids, cache: tuple, read: Callable) -> tuple[Array, tuple]:
+        self._check_cache(cache)
         r, after = self._in(ids), []
         for i, (stack, old) in enumerate(zip(self.stacks, cache, strict=True)):
             with jax.named_scope(f"stack_{i}"):
@@ -141,15 +146,27 @@ class LM(nnx.Module):
 
     def _check_known(self, ids) -> None:
         """Raise UserError for ids outside the vocabulary, where this process knows their values."""
-        if isinstance(ids, jax.core.Tracer) or not ids.is_fully_addressable:
-            return
-        values = np.asarray(ids)
+        values = _known(ids)
         for id in values[(values < 0) | (values >= self.config.vocab_size)][:1]:
             raise UserError(f"ids has {id}; the model knows ids 0 to {self.config.vocab_size - 1}.")
+
+    def _check_cache(self, cache: tuple) -> None:
+        """Raise UserError for a cache that is another model's, by its tree and the ranks of its arrays."""
+        own = jax.eval_shape(lambda: self.init_cache(1, 1))
+        trees: Any = [jax.tree.structure(tree) for tree in (cache, own)]
+        if trees[0] != trees[1]:
+            raise UserError("The cache is not one of this model; its `init_cache` makes one.")
+        for (keys, leaf), like in zip(jax.tree_util.tree_leaves_with_path(cache), jax.tree.leaves(own), strict=True):
+            if jnp.ndim(leaf) != like.ndim:
+                path = jax.tree_util.keystr(keys, simple=True, separator="/")
+                raise UserError(
+                    f"'{path}' of the cache has shape {jnp.shape(leaf)}; of this model it has {like.ndim} axes."
+                )
 
     @jax.named_scope("embed")
     def _in(self, ids, dropout_key=None):
         self._check_known(ids)
+        ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))  # JAX wraps a number that int8 lacks
         beyond = self.config.padded_vocab_size  # which the table's gather fills with NaN
         ids = jnp.where((ids >= 0) & (ids < self.config.vocab_size), ids, beyond)
         # Left to itself XLA reads the table again wherever the embedding is used, and there across its rows.
@@ -161,3 +178,17 @@ class LM(nnx.Module):
     @jax.named_scope("norm")
     def _out(self, stream):
         return stream.normed(self.norm, jnp.dtype(self.config.dtype))[1]
+
+
+def _known(x: jax.Array) -> np.ndarray:
+    """Return the values of an array, none where this process does not know them."""
+    return np.empty(0, x.dtype) if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable else np.asarray(x)
+
+
+def _check_positions(positions: BP, length: int) -> None:
+    """Raise UserError for positions outside a sequence, or one given twice, where this process knows their values."""
+    values = _known(positions)
+    for place in values[(values < 0) | (values >= length)][:1]:
+        raise UserError(f"positions has {place}; a sequence of {length} tokens has 0 to {length - 1}.")
+    if values.size and (np.diff(np.sort(values, axis=1), axis=1) == 0).any():
+        raise UserError("positions has the same one twice; those of a sequence are distinct.")

@@ -16,6 +16,7 @@ from based_jax.errors import UserError
 from based_jax.nn.cache import Cache
 from based_jax.nn.layers import LARGEST_SIZE, Init
 from based_jax.ops import segments
+from based_jax.ops.arguments import checked
 
 Buffer = str | np.ndarray | tuple[int, ...]
 """The key of the parameter that it repeats, its values where it is constant, or its shape where nothing reads it."""
@@ -72,13 +73,14 @@ class Mixer(nnx.Module):
         """The most tokens that a document may have, or None."""
         return None
 
+    @checked
     def init_cache(self, batch: int, max_len: int) -> Cache:
         """Return the cache before the first token of sequences of up to `max_len` tokens.
 
         The length only matters to a cache that grows with it.
 
         Raises:
-          UserError: the length is below 1, or above the mixer's own `max_len`.
+          UserError: a number is none, or below 1, or the length is above the mixer's own `max_len`.
         """
         for name, count in (("batch", batch), ("max_len", max_len)):
             if count < 1:
@@ -94,10 +96,11 @@ class Mixer(nnx.Module):
         if segment_ids is None:
             y, state = self._prefill(x, cache.state, None)
             return y, cache._replace(state=state)
-        first, last = segments.first_id(segment_ids), segments.last_id(segment_ids)
+        # a cache keeps ids in 32 bits, and those of 64 are compared as they are kept
+        first, last = (end(segment_ids).astype(jnp.int32) for end in (segments.first_id, segments.last_id))
         begins = (first != 0) & (cache.segment_id != 0) & (first != cache.segment_id)
         y, state = self._prefill(x, self._emptied(cache.state, begins), segment_ids)
-        return y, Cache(state, jnp.where(last == 0, cache.segment_id, last.astype(jnp.int32)))
+        return y, Cache(state, jnp.where(last == 0, cache.segment_id, last))
 
     def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
         """Mix one token and return the cache after it."""

@@ -57,7 +57,7 @@ def _argument(operation: str, name: str, value: Any, hint: Any, sizes: Sizes) ->
 
 def _array(operation: str, name: str, value: Any, kind: Any, sizes: Sizes) -> jax.Array:
     if isinstance(value, np.ndarray | np.generic):
-        value = _of_numpy(value)
+        value = _of_numpy(operation, name, value)
     if isinstance(value, jax.Array) and re.fullmatch(r"(float[48]|u?int[24](?!\d)).*", value.dtype.name):
         raise UserError(f"{operation}: {name} is {value.dtype.name}, which JAX promotes to no other dtype; convert it.")
     if isinstance(value, jax.Array) and _is_of(value.dtype, kind) and _fit(value.shape, kind.dim_str, sizes):
@@ -72,12 +72,18 @@ def _array(operation: str, name: str, value: Any, kind: Any, sizes: Sizes) -> ja
     raise UserError(f"{operation}: {name} is {what}; it is {noun} ({dims}){', with ' + known if known else ''}.")
 
 
-def _of_numpy(value: np.ndarray | np.generic) -> Any:
+def _of_numpy(operation: str, name: str, value: np.ndarray | np.generic) -> Any:
     """Return an array of JAX's, or the value where there is none of it: strings, objects, dates, masked arrays."""
     try:
-        return jnp.asarray(value)
+        array = jnp.asarray(value)
     except (TypeError, ValueError):
         return value
+    if value.dtype.kind in "iu" and array.dtype.itemsize < value.dtype.itemsize and value.size:
+        held = jnp.iinfo(array.dtype)
+        for extreme in (value.min(), value.max()):
+            if not held.min <= extreme <= held.max:
+                raise UserError(f"{operation}: {name} has {extreme}; it is from {held.min} to {held.max}.")
+    return array
 
 
 def _is_of(dtype: Any, kind: Any) -> bool:
@@ -164,7 +170,19 @@ def _word(operation: str, name: str, value: Any) -> str:
     return value
 
 
-_STATIC: Mapping[Any, Callable[[str, str, Any], Any]] = {int: _integer, float: _number, bool: _truth, str: _word}
+def _tuple(operation: str, name: str, value: Any) -> tuple:
+    if not isinstance(value, tuple):
+        raise UserError(f"{operation}: {name} is {_shown(value)}; it is a tuple.")
+    return value
+
+
+_STATIC: Mapping[Any, Callable[[str, str, Any], Any]] = {
+    int: _integer,
+    float: _number,
+    bool: _truth,
+    str: _word,
+    tuple: _tuple,
+}
 _NOUNS = {
     "Float": "an array of floats",
     "Integer": "an array of ints",

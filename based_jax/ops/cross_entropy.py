@@ -40,6 +40,7 @@ def linear_cross_entropy(
     """
     if vocab_size is not None and not 1 <= vocab_size <= table.shape[0]:
         raise UserError(f"linear_cross_entropy: vocab_size is {vocab_size}; it is 1 to the table's {table.shape[0]}.")
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # JAX wraps a number that int8 lacks
     losses, correct = _of_rows(hidden.reshape(-1, hidden.shape[-1]), table[:vocab_size], labels.reshape(-1), impl)
     asked = is_labelled(labels)
     losses = jnp.where(labels.reshape(-1) < (vocab_size or table.shape[0]), losses, jnp.nan)

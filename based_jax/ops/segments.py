@@ -3,9 +3,9 @@
 A token's id is 0 where it is padding. Among the real tokens of a row a document is a longest run of equal ids: an id
 that returns (1 2 1) begins a document of its own, and padding between two tokens of a document (1 0 1) does not end it.
 Padding is inert wherever it stands: nobody sees it, it writes to no state, it takes no place between two tokens, and
-its output is zero, so that a row means what it means without its padding. The Hopper kernels of windows and of
-convolutions without a state measure distances in places, and so cannot read a row with padding inside a document, which
-our data never has: all of its outputs are NaN (`padding_within`).
+its output is zero, so that a row means what it means without its padding. The Hopper kernels of windows, of Taylor
+attention and of convolutions without a state take documents for unbroken: a row with padding inside one, which our data
+never has, gets NaN (`padding_within`).
 
 A state that is handed in belongs to the first document of the row, whatever its id: who begins a document at the first
 token hands in no state, or the empty one. A state that is handed out is that of the row's last document, or the one

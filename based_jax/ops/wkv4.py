@@ -80,7 +80,7 @@ def _chunked(call: Wkv4Call) -> tuple[BTD, WkvState]:
         tokens, present = inputs
         k, v = tokens.k, tokens.v
         decay = jnp.where(span.begins[..., None], LOG_OF_NOTHING, call.log_decay[None, None] * present)
-        written = WkvState(v, jnp.ones_like(k), jnp.where(present > 0, k, LOG_OF_NOTHING))
+        written = WkvState(v, jnp.ones_like(k) * present, jnp.where(present > 0, k, LOG_OF_NOTHING))
         first = (jnp.zeros_like(k[:, :1]), jax.tree.map(lambda x: x[:, None], state))
         elements = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, (decay, written))
         _, after = jax.lax.associative_scan(_compose, elements, axis=1)

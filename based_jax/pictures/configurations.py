@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -97,6 +98,20 @@ def by_feature_map(points: Iterable[Configuration]) -> dict[tuple[str, str], lis
     return {(name, f"K = {dimensions or 'D'}"): list(line) for (name, dimensions), line in lines}
 
 
+NUMBER_OR_NONE, INTEGER_OR_NONE, TEXT_OR_NONE = (float, int, type(None)), (int, type(None)), (str, type(None))
+KINDS_BY_KEY: dict[str, tuple[type, ...]] = {
+    "config": (dict,),
+    "segments": (dict,),
+    "accuracy": NUMBER_OR_NONE,
+    "seconds": NUMBER_OR_NONE,
+    **dict.fromkeys(("params", "state_bytes", "steps"), INTEGER_OR_NONE),
+    **dict.fromkeys(("status", "sweep"), TEXT_OR_NONE),
+    "overrides": (dict,),
+    "versions": (dict, type(None)),
+}
+"""Of what a row may have beside its config."""
+
+
 def diverged(row: Row) -> bool:
     """Return whether a run ended in numbers that are none: its row says so, or has no accuracy."""
     value = row["accuracy"]
@@ -146,12 +161,23 @@ def _seed(row: Row) -> int:
 
 def _shared(row: Row) -> str:
     """Return what rows of one configuration share."""
+    name = row.get("id", "?")
+    for key, kinds in KINDS_BY_KEY.items():
+        if not isinstance(row.get(key, kinds[0]()), kinds):
+            raise UserError(f"Row '{name}' is not of a sweep: its {key} is {row[key]!r:.40}.")
     try:
+        if not all(isinstance(value, NUMBER_OR_NONE) for value in row["segments"].values()):
+            raise TypeError
+        if not math.isfinite(learning_rate(row)):
+            raise ValueError
         config = json.loads(json.dumps(row["config"]))
+        _ = row["accuracy"], row["segments"], operator.index(config["model"]["d_model"])
+        _ = operator.index(_seed(row)), [(str(kind), dict(options)) for kind, options in config["model"]["layers"]]
+        _ = dict(config.get("data", {})), longest_test(row)
         del config["optim"]["lr"], config["seed"]
-        _ = row["accuracy"], row["segments"], config["model"]["layers"], config["model"]["d_model"]
-    except (KeyError, TypeError):
-        name = row.get("id", "?")
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"Row '{name}' is not of a sweep: it needs config, accuracy and segments.") from None
     return json.dumps(config, sort_keys=True)
 

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from based_jax.config import CONFIG_FILE
 from based_jax.errors import UserError
-from based_jax.folders import local_path, reason
+from based_jax.folders import local_path, read_file, reason
 from based_jax.nn import names
 from based_jax.train.metrics import METRICS_FILE
 
@@ -174,7 +174,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of a workdir's metrics."""
     path = folder / METRICS_FILE
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_file(path).split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"'{folder}' is no run: it has no {METRICS_FILE}.") from None
     except OSError as error:
@@ -208,7 +208,7 @@ def _unfinished(line: bytes) -> list[dict[str, Any]]:
 def _config(folder: Path) -> dict[str, Any] | None:
     """Return the config of a workdir, None where there is none to read: the folder's name will do."""
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = json.loads(read_file(folder / CONFIG_FILE).decode())
     except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None

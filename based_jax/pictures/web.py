@@ -29,16 +29,16 @@ def write(path: str | os.PathLike, template: str, *, title: str, data: Any, styl
     """
     parts = {
         "title": html.escape(title),
-        "style": "\n".join((ASSETS / name).read_text() for name in styles),
-        "script": "\n".join((ASSETS / name).read_text() for name in (*SHARED_SCRIPTS, script)),
+        "style": "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in styles),
+        "script": "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in (*SHARED_SCRIPTS, script)),
         "data": embedded(data),
     }
     # In one pass: braces in a title or in the data are text.
-    text = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], (ASSETS / template).read_text())
+    text = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], (ASSETS / template).read_text(encoding="utf-8"))
     file = local_path(path, "path")
     make_folder(file.parent)
     with writing(file):
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")  # a title may be no UTF-8
     return file
 
 

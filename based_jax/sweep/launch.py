@@ -55,6 +55,7 @@ def run_sweep(
     if left := _left(sweep, store, report):
         engine.check(left)
     todo = Todo(engine.groups(sweep), store, options.part)
+    options = _of_use(options, todo)
     _tell(todo, options, report, lambda: engine.place(options))
     progress = Progress(todo, store, report)
     if todo.groups:
@@ -84,6 +85,7 @@ def in_processes(spec: str, store: str, options: SweepOptions, *, processes: int
     if left:
         checked_apart(FORK_CONTEXT, engine.check, left)  # the devices are for the processes
     todo = Todo(engine.groups(sweep), rows, options.part)
+    processes, options = min(processes, max(len(todo.groups), 1)), _of_use(options, todo)
     places = [gpus[i % len(gpus)] if gpus else None for i in range(processes)]
     on = f"on {len(set(places))} GPUs" if gpus else "without a GPU"
     _tell(todo, options, print_at_once, lambda: f"in {processes} processes {on}")
@@ -131,6 +133,13 @@ def _left(sweep: Sweep, store: Store, report: Callable[[str], None]) -> list[tup
         report(f"{twice} of {len(sweep.points)} points come to the same config as another one, and are trained once.")
     store.check_writable()
     return unfinished(sweep, store)
+
+
+def _of_use(options: SweepOptions, todo: Todo) -> SweepOptions:
+    """Return the options with no more workers than there are groups."""
+    if options.workers is None:
+        return options
+    return dataclasses.replace(options, workers=min(options.workers, max(len(todo.groups), 1)))
 
 
 def _tell(todo: Todo, options: SweepOptions, report: Callable[[str], None], place: Callable[[], str]) -> None:
@@ -225,7 +234,7 @@ def on_slurm(spec: str, store: str, options: SweepOptions, *, tasks: int, script
     text = job(_absolute(spec), os.path.abspath(store), options, tasks)
     if script:
         with writing(script):
-            Path(script).write_text(text)
+            Path(script).write_bytes(os.fsencode(text))
         print(f"Submit it with: sbatch {script}")
         return 0
     if shutil.which("sbatch") is None:

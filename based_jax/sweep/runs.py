@@ -6,9 +6,11 @@ of a device, which would leave none of it to its runs.
 
 import contextlib
 import functools
+import io
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -131,9 +133,12 @@ def _trained(point: Point, config: TrainConfig, workdir: Path) -> dict[str, Any]
 
 def _print_into(path: Path) -> None:
     """Append to a file what this process prints from now on."""
-    with path.open("a") as file:
+    with path.open("ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _end_with_parent() -> None:

@@ -8,10 +8,12 @@ checkpoint depends on no class, and with a checksum each, since the array format
 import contextlib
 import dataclasses
 import datetime
+import errno
 import logging
 import math
 import os
 import re
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,13 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from based_jax.config import added_later, check_types
 from based_jax.errors import UserError
-from based_jax.folders import reason, writing
+from based_jax.folders import check_utf8, reason, writing
 from based_jax.optim import path_of
+from based_jax.train.hosts import first_process_says
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ Leaves = Mapping[str, jax.ShapeDtypeStruct]
 """Of a tree, by their paths: 'params/embed/embedding'."""
 Choose = Callable[[epath.Path, Leaves], Leaves]
 
+TOO_LATE = ("Event loop is closed", "ignored due to race condition")
+"""Ends of what Python says of these."""
 CLOCK_STEPS = 10
 """Steps between looks at the clock where many processes must agree on what it says."""
 
@@ -72,7 +76,8 @@ class SavedCheckpoints:
     """The checkpoints that a folder holds, to read: nothing is written, and a run may go on saving into it."""
 
     def __init__(self, directory: str | os.PathLike):
-        logging.getLogger("absl").addFilter(_QUIET)
+        _hush_libraries()
+        check_utf8(directory)
         self.directory = epath.Path(directory).resolve()
         self._corrupt: set[int] = set()
 
@@ -158,6 +163,7 @@ class Checkpoints(SavedCheckpoints):
             info.time = info.time.replace(tzinfo=datetime.UTC)
         self._step: int | None = None
         self._begun = time.monotonic()
+        self._folder = self._identity()
 
     def __enter__(self):
         return self
@@ -201,6 +207,8 @@ class Checkpoints(SavedCheckpoints):
             self.wait()
             self._step, self._begun = step, time.monotonic()
             with self._disk_errors():
+                if self._identity() != self._folder:  # Orbax would make it anew, in a workdir without all else
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
                 self._start(step, _flatten(state))
         if wait:
             self.wait()
@@ -226,9 +234,15 @@ class Checkpoints(SavedCheckpoints):
     def _minutes_are_over(self, step: int) -> bool:
         """Return whether this is a step after which process 0, whose word all take, sees that it is time."""
         over = time.monotonic() - self._begun >= 60 * (self.config.every_minutes or 0)
-        if jax.process_count() == 1:
-            return over
-        return step % CLOCK_STEPS == 0 and bool(multihost_utils.broadcast_one_to_all(over))
+        return over if jax.process_count() == 1 else step % CLOCK_STEPS == 0 and first_process_says(over)
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Return which folder the checkpoints lie in; None where there is none."""
+        try:
+            found = os.stat(self.directory)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     def _start(self, step: int, leaves: dict[str, jax.Array]) -> None:
         while self._corrupt:
@@ -241,26 +255,40 @@ class Checkpoints(SavedCheckpoints):
         """Turn an error of the file system into a UserError that names the directory and the last good step."""
         try:
             yield
-        except (OSError, ValueError) as error:
-            code = _os_error_code(error)
-            if code is None:
+        except Exception as error:  # Orbax says in many ways that its files are gone
+            code = errno.ENOENT if self._identity() != self._folder else _os_error_code(error)
+            if code is None and str(self.directory) not in str(error):
                 raise
+            why = _reason(error).rstrip(".") if code is None else os.strerror(code)
             step, self._step = self._step, None
             good = [known for known in self._steps() if known != step]
             last = f"the last good checkpoint is step {max(good)}" if good else "there is no good checkpoint yet"
             what = "the last step" if step is None else f"step {step}"
-            raise UserError(f"Cannot save {what} in '{self.directory}': {os.strerror(code)}; {last}.") from error
+            raise UserError(f"Cannot save {what} in '{self.directory}': {why}; {last}.") from error
 
 
-class _Quiet(logging.Filter):
-    """Drops the log of Orbax, whose failures reach the user as one sentence of this module."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record comes from elsewhere."""
-        return "orbax" not in record.pathname
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
 
 
-_QUIET = _Quiet()
+def _not_of_tensorstore(record: logging.LogRecord) -> bool:
+    return "tensorstore" not in record.getMessage()
+
+
+def _hush_libraries() -> None:
+    """Drop what Orbax says, and each array for itself from its own thread; failures are one sentence of this module."""
+    logging.getLogger("absl").addFilter(_not_of_orbax)
+    logging.getLogger("asyncio").addFilter(_not_of_tensorstore)  # "Task exception was never retrieved"
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _told
+
+
+def _told(unraisable: Any) -> None:
+    """Print what nobody has caught, but not what comes too late: for the event loop of a failed save, or a signal for
+    the handler that the one before has taken away.
+    """
+    if not str(unraisable.exc_value).endswith(TOO_LATE):
+        sys.__unraisablehook__(unraisable)
 
 
 def _preservation(config: CheckpointConfig):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from based_jax.errors import UserError
-from based_jax.folders import write_whole
+from based_jax.folders import read_file, reason, write_whole
 from based_jax.train.tasks import Source
 
 DATA_FILE = "data.json"
@@ -41,12 +41,13 @@ def save(source: Source, workdir: Path) -> None:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        record = dict(json.loads(path.read_text(encoding="utf-8")))
+        record = dict(json.loads(read_file(path).decode()))
         return record | {"fingerprint": record["fingerprint"], "files": dict(record.get("files", {}))}
     except FileNotFoundError:
         return {}  # of a new run, or of one that is older than this file
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"'{path}' is damaged ({type(error).__name__}); remove it if the text is as it was.") from None
+        why = reason(error) if isinstance(error, OSError) else type(error).__name__
+        raise UserError(f"'{path}' is damaged ({why}); remove it if the text is as it was.") from None
 
 
 def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> str:

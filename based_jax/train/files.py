@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from based_jax.errors import UserError
-from based_jax.folders import UnwritableError, reason, writing
+from based_jax.folders import UnwritableError, read_file, reason, writing
 
 EVENTS_FLUSH_SECONDS = 30.0
 
@@ -103,7 +103,7 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
       UserError: a line is no row, or the file cannot be read.
     """
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        lines = read_file(path).splitlines(keepends=True)
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax._src.lib import _jax as jaxlib_api
+from jax.experimental import multihost_utils
 
 from based_jax.errors import UserError
 
@@ -191,6 +192,11 @@ def _leave(code: int) -> None:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def first_process_says(value: object) -> bool:
+    """Return what process 0 takes for true; all processes ask together."""
+    return bool(value) if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(bool(value)))
 
 
 def _meet(place: Place, timeout: float) -> tuple[dict[int, socket.socket], int]:

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from based_jax.ops import dispatch
 from based_jax.train import continuation, data_record
 from based_jax.train.checkpoint import Checkpoints, SavedCheckpoints
 from based_jax.train.compile import TrainProgram, train_program
-from based_jax.train.hosts import AgreedStop
+from based_jax.train.hosts import AgreedStop, first_process_says
 from based_jax.train.init_from import InitFrom, read_parameters
-from based_jax.train.metrics import MetricWriter, Timer, progress
+from based_jax.train.memory import check_batch_fits, check_state_fits
+from based_jax.train.metrics import MetricWriter, Timer, has_evaluation, progress
 from based_jax.train.opening import opening_lines
 from based_jax.train.preemption import Preemption
 from based_jax.train.run import Facts, TrainConfig
@@ -58,6 +59,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     changed = continuation.changes(config, workdir)
     mesh = parallel.make_mesh(config.mesh)
     program = train_program(config, mesh)
+    check_state_fits(program.abstract_state)
+    check_batch_fits(config.batch_size, config.data.longest_test)
     feed = parallel.Feed(mesh, config.batch_size)
     source = config.data.open(config.batch_size, feed.rows)
     with dispatch.recorded_choices() as choices:
@@ -67,10 +70,15 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     sample = _sampler(config, program)
     eval_step = make_eval_step(program.graphdef)
 
-    def run_eval(params) -> dict[str, float]:
+    def run_eval(params, preemption: Preemption) -> dict[str, float]:
+        """Return the evaluation; nothing where a signal comes meanwhile."""
         batches = ((name, batch) for name in source.eval_names for batch in source.eval_batches(name))
-        with jax.set_mesh(mesh):
-            return evaluate(lambda batch: eval_step(params, feed.arrays(batch)), batches)
+        heard = _until_asked(batches, preemption)
+        try:
+            with jax.set_mesh(mesh):
+                return evaluate(lambda batch: eval_step(params, feed.arrays(batch)), heard)
+        except _EvaluationStopped:
+            return {}
 
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -91,6 +99,10 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
         step, results = start, {}
         if start < config.steps and preemption.reached(start):
             return _stopped(start, preemption, report)
+        if first_process_says(start and _evaluates(config, start) and not has_evaluation(workdir, start)):
+            if not (results := run_eval(state.params, preemption)):
+                return _stopped(start, preemption, report)
+            report.evaluation(start, results)
 
         try:
             for step in range(start + 1, config.steps + 1):
@@ -102,10 +114,11 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
                 timer.done("step")
 
                 last, stop = step == config.steps, preemption.reached(step)
-                if last or (config.eval_every and step % config.eval_every == 0):
+                if _evaluates(config, step):
                     report.flush()  # the time of the evaluation is no part of the steps' throughput
-                    results = run_eval(state.params)
-                    report.evaluation(step, results)
+                    if results := run_eval(state.params, preemption):
+                        report.evaluation(step, results)
+                    stop = stop or not results
                     timer.done("eval")
 
                 if config.sample_every and step % config.sample_every == 0:
@@ -118,7 +131,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
                     if last or stop or not report.skipping:
                         checkpoints.save(step, state, wait=stop)
                     timer.done("checkpoint")
-                if stop and not last:
+                if stop and not (last and results):
                     return _stopped(step, preemption, report)
         except UnwritableError as error:
             report.check_finite()
@@ -126,7 +139,24 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
 
         if start < config.steps:
             report.times(timer.split())
-        return results or run_eval(state.params)
+        return results or run_eval(state.params, preemption) or _stopped(step, preemption, report)
+
+
+def _evaluates(config: TrainConfig, step: int) -> bool:
+    """Return whether a run evaluates after a step."""
+    return step == config.steps or (config.eval_every is not None and step % config.eval_every == 0)
+
+
+class _EvaluationStopped(Exception):
+    """A signal came while a run evaluated."""
+
+
+def _until_asked[T](batches: Iterable[T], preemption: Preemption) -> Iterator[T]:
+    """Yield batches until a signal asks this process to stop; many processes evaluate to the end together."""
+    for batch in batches:
+        if preemption.asked and jax.process_count() == 1:
+            raise _EvaluationStopped
+        yield batch
 
 
 def _parameters_to_begin_with(

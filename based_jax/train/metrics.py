@@ -7,12 +7,13 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from based_jax.folders import local_path, make_folder
-from based_jax.train.files import EventFile, RowFile, set_rows_aside
+from based_jax.folders import local_path, make_folder, writing
+from based_jax.train.files import EventFile, RowFile, read_lines, set_rows_aside
 from based_jax.train.workdir import METRICS_FILE, SAMPLES_FILE
 
 PHASES = ("init", "data", "step", "eval", "checkpoint")
@@ -74,6 +75,15 @@ class MetricWriter:
         self._files.close()
 
 
+def has_evaluation(workdir: str | os.PathLike, step: int) -> bool:
+    """Return whether the metrics of a workdir have an evaluation of this step.
+
+    Raises:
+      UserError: the file holds something else, or cannot be read.
+    """
+    return any(row_step == step and b'"eval/' in row for row_step, row in read_lines(Path(workdir) / METRICS_FILE))
+
+
 class Bar:
     """Progress for a terminal: one bar that is redrawn, with the values behind it."""
 
@@ -115,8 +125,9 @@ class Lines:
         self.say(f"step {step}/{self._total} {self._eta(step)}{_shown(values)}".rstrip())
 
     def say(self, message: str) -> None:
-        """Print a line."""
-        print(message, file=self._stream, flush=True)
+        """Print a line; UnwritableError where it cannot be, since nobody reads, say."""
+        with writing("standard output"):
+            print(message, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Do nothing: every line is complete."""

@@ -27,12 +27,12 @@ class Preemption(contextlib.AbstractContextManager):
     step soon after the signal.
 
     Attributes:
-      interrupted: whether it was Ctrl-C that this process heard.
+      asked: whether this process has heard a signal.
+      interrupted: whether it was Ctrl-C.
     """
 
     def __init__(self):
-        self.interrupted = False
-        self._asked = False
+        self.asked = self.interrupted = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self):
@@ -50,10 +50,10 @@ class Preemption(contextlib.AbstractContextManager):
         """Return whether to stop after this step; every process calls it with every step, in the same order."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+        return self.asked
 
     def _ask(self, signum, frame) -> None:
-        self._asked, self.interrupted = True, signum == signal.SIGINT
+        self.asked, self.interrupted = True, signum == signal.SIGINT
         self._stop_listening()
         if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)

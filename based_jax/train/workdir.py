@@ -12,7 +12,7 @@ import filelock
 
 from based_jax.config import CONFIG_FILE
 from based_jax.errors import UserError
-from based_jax.folders import local_path, make_folder, reason, writing
+from based_jax.folders import local_path, make_folder, read_file, reason, writing
 from based_jax.train.files import read_lines
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def checked_workdir(workdir: str | os.PathLike) -> Path:
             raise UserError(f"'{path}' cannot be written: {os.strerror(13)}.")
         for name in (CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, LOCK_FILE):
             if (path / name).exists() and not (path / name).is_file():
-                raise UserError(f"'{path / name}' is a folder, where a run has a file; choose another workdir.")
+                raise UserError(f"'{path / name}' is no file, where a run has one; choose another workdir.")
         checkpoints = path / CHECKPOINTS_FOLDER
         if os.path.lexists(checkpoints) and not checkpoints.is_dir():
             raise UserError(f"'{checkpoints}' is a file, where a run has a folder; choose another workdir.")
@@ -70,7 +70,7 @@ def held(workdir: Path) -> Iterator[None]:
     try:
         if lock.is_locked:
             with writing(path):
-                path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+                path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n", encoding="utf-8")
         yield
     finally:
         lock.release()
@@ -79,7 +79,7 @@ def held(workdir: Path) -> Iterator[None]:
 def _owner(path: Path) -> str:
     """Return who holds a lock file, in words."""
     try:
-        owner = json.loads(path.read_text())
+        owner = json.loads(read_file(path))
         return f"process {owner['pid']} of host '{owner['host']}'"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

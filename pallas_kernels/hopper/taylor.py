@@ -47,8 +47,8 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
     q and k are (B, T, H, 16), v is (B, T, H, 64), all bf16, T >= 64. `initial` (B H pieces, 64, SUMS_COLUMNS) is what
     each piece starts from, fp32, as `sums` returns it, with the number of tokens at COUNT_ENTRY; without it `pieces`
     is 1.
-    `documents` (B, T / 64, Documents.ROW) int32 keeps packed documents apart; padding gets o = 0 and z = 1. Tokens past
-    T are read as zeros and not written.
+    `documents` (B, T / 64, Documents.ROW) int32 keeps packed documents apart; padding gets o = 0 and z = 1, unreadable
+    rows NaN. Tokens past T are read as zeros and not written.
     """
     batch, time, heads, value_dim = v.shape
     chunks = pl.cdiv(time, CHUNK_TOKENS)
@@ -133,7 +133,7 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
                 if docs is not None:
                     z = z + form * reads + jnp.maximum(first - starts, 0).astype(jnp.float32)
                     z = z + jnp.where(beginnings < 0, tokens_before, 0.0)
-                    z = jnp.where(z > 0, z, 1.0)
+                    z = jnp.where(z > 0, z, jnp.where(starts == Documents.UNREADABLE, jnp.nan, 1.0))
                 else:
                     z = z + form + (tokens_before + first.astype(jnp.float32))
                 plgpu.barrier_arrive(free.at[mine])

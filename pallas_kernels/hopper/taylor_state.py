@@ -149,12 +149,14 @@ class Documents:
 
     A chunk's row holds C beginnings, in tokens from the sequence's first, and at LAST the one of the document that the
     state after the chunk belongs to. The document that the initial state belongs to has -1 - beginning, so that what is
-    below a chunk's first token reads the state before the chunk; `NOWHERE` is the beginning of padding.
+    below a chunk's first token reads the state before the chunk; `NOWHERE` is the beginning of padding, and
+    `UNREADABLE` of tokens whose outputs must be NaN.
     """
 
     ROW = CHUNK_TOKENS + 32
     LAST = CHUNK_TOKENS
     NOWHERE = 1 << 30
+    UNREADABLE = NOWHERE + 1
 
     def __init__(self, tile):
         """Take the slots (slots, ROW) int32."""

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -28,6 +29,7 @@ from tests.bad_inputs.cases import Call, Command
 X, INTS = jnp.ones((1, 3, 2, 4)), jnp.ones((1, 3, 2, 4), jnp.int32)
 SHORT, NARROW, NONE = X[:, :2], X[..., :3], X[:, :0]
 TOKENS, CHANNELS, IDS = X[..., 0], jnp.ones(2), jnp.ones((1, 3), jnp.int32)
+LONG = np.full((1, 3), 2**32 + 1)
 WIDE_STATE = jnp.zeros((1, 2, 4, 5))
 EXPANDED = jnp.zeros((1, 2, 15, 5))
 
@@ -37,14 +39,24 @@ def case(name: str, operation, *arguments, sentence: str, **options) -> Call:
     return Call(name, lambda folder: operation(*arguments, **options), sentence)
 
 
+def of_model(name: str, read, sentence: str) -> Call:
+    """Return the case of what reads with a model of 5 ids."""
+
+    def call(folder):
+        config = LMConfig((("conv", {}),), 4, vocab_size=5, mlp="none", dtype="float32")
+        return read(LM(config, rngs=nnx.Rngs(0)))
+
+    return Call(name, call, sentence)
+
+
 def model(name: str, ids, sentence: str, *, segment_ids=None) -> Call:
     """Return the case of a model of 5 ids that reads some."""
+    return of_model(name, lambda model: model(ids, segment_ids), sentence)
 
-    def read(folder):
-        config = LMConfig((("conv", {}),), 4, vocab_size=5, mlp="none", dtype="float32")
-        return LM(config, rngs=nnx.Rngs(0))(ids, segment_ids)
 
-    return Call(name, read, sentence)
+def cached(name: str, change, sentence: str) -> Call:
+    """Return the case of a step with the changed cache of a model of 5 ids."""
+    return of_model(name, lambda model: model.step(IDS[:, 0], change(model.init_cache(1, 3))), sentence)
 
 
 def config(name: str, value, sentence: str) -> Call:
@@ -182,6 +194,21 @@ CASES: tuple[Command | Call, ...] = (
     model("an id above the vocabulary", IDS + 4, "ids has 5; the model knows ids 0 to 4."),
     model("a negative id", -IDS, "ids has -1; the model knows ids 0 to 4."),
     model("ids that are floats", 1.0 * IDS, "LM.__call__: ids is float32 (1, 3); it is an array of ints (B, T)."),
+    model("an id of 33 bits", LONG, "LM.__call__: ids has 4294967297; it is from -2147483648 to 2147483647."),
+    model("documents of 33 bits", IDS, "segment_ids has 4294967297; it is from -2147", segment_ids=LONG),
+    case("labels of 33 bits", linear_cross_entropy, TOKENS, TOKENS[0], LONG, sentence="labels has 4294967297; it is"),
+    of_model("a position behind", lambda model: model.hidden(IDS, positions=IDS[:, :1] + 2), "positions has 3; a seq"),
+    of_model(
+        "a position before", lambda model: model.hidden(IDS, positions=-IDS[:, :1]), "positions has -1; a sequence"
+    ),
+    of_model("a position twice", lambda model: model.hidden(IDS, positions=IDS), "positions has the same one twice"),
+    cached("no cache", lambda cache: None, "LM.step: cache is NoneType None; it is a tuple."),
+    cached("two layers' cache", lambda cache: cache * 2, "The cache is not one of this model"),
+    cached(
+        "a stacked cache", lambda cache: jax.tree.map(lambda x: x[None], cache), "/state' of the cache has shape (1, 1"
+    ),
+    of_model("half a cache", lambda model: model.init_cache(1, 2.5), "init_cache: max_len is float 2.5; it is an int."),
+    of_model("true rows of a cache", lambda model: model.init_cache(True, 2), "batch is bool True; it is an int."),
     model("ids of one sequence", IDS[0], "ids is int32 (3,); it is an array of ints (B, T)."),
     model("documents of another length", IDS, "segment_ids is int32 (1, 2); it is", segment_ids=IDS[:, :2]),
     *(

@@ -38,6 +38,12 @@ def of_data(data):
     return row | {"id": json.dumps(data), "config": row["config"] | data}
 
 
+def of_model(**values):
+    """Return a row of a run of another model."""
+    row = of_data(MQAR)
+    return row | {"config": row["config"] | {"model": row["config"]["model"] | values}}
+
+
 def file_in_the_way(folder):
     store(of_data(MQAR))(folder)
     (folder / "file").write_text("")
@@ -45,6 +51,7 @@ def file_in_the_way(folder):
 
 SWEEP_PLOT = ("sweep", "plot", "--store=<tmp>/store", "--out=<tmp>/out")
 MIXED = [of_data(MQAR), of_data(TEXT)]
+ODD_FIELDS = {"accuracy": "x", "segments": [1], "overrides": 3, "params": 1e9, "status": [], "versions": "1"}
 ABLATION = [synthetic.row(layers, 128) for layers in CONV_AND]
 
 CASES: tuple[Command | Call, ...] = (
@@ -91,6 +98,14 @@ CASES: tuple[Command | Call, ...] = (
         "No row has a mixer 'linear' or 'taylor'",
         store(of_data(MQAR)),
     ),
+    *(
+        Command(f"a row whose {key} is {value!r}", SWEEP_PLOT, f"is not of a sweep: its {key} is {value!r}", store(row))
+        for key, value in ODD_FIELDS.items()
+        for row in [of_data(MQAR) | {key: value}]
+    ),
+    Command("a row of words", SWEEP_PLOT, "it needs", store(of_data(MQAR) | {"segments": {"64x4": "x"}})),
+    Command("a row whose layers are none", SWEEP_PLOT, "is not of a sweep: it needs", store(of_model(layers=3))),
+    Command("a row whose width is none", SWEEP_PLOT, "is not of a sweep: it needs", store(of_model(d_model="x"))),
     Command("no such picture", (*SWEEP_PLOT, "--picture=frontir"), "did you mean 'frontier'?", store(of_data(MQAR))),
     Command(
         "pictures into a file",

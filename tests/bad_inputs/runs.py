@@ -1,5 +1,8 @@
 """Workdirs, stores and the commands that read them."""
 
+import os
+
+from based_jax.config import CONFIG_FILE as CONFIG
 from based_jax.train.run import load_config, load_run
 from based_jax.train.workdir import checked_workdir
 from tests.bad_inputs.cases import Call, Command
@@ -30,6 +33,12 @@ def in_the_way(name, prepare, workdir="<tmp>", sentence=""):
     return Command(name, train(workdir), sentence, prepare)
 
 
+def pipe(name):
+    """Return what makes a pipe in a folder, into which nobody writes."""
+    return lambda folder: os.mkfifo(folder / name)
+
+
+PIPE = "It is a pipe or a device, not a file."
 BUCKET = "workdir is 'gs://bucket/run', an address of 'gs'; it is on this machine"
 OTHER_CONFIG = "Workdir '<mqar_run>' belongs to another config: "
 
@@ -78,8 +87,16 @@ CASES: tuple[Command | Call, ...] = (
         "a store's name that is too long", ("sweep", "plot", "--store=" + "a" * 300, "--out=<new>"), "than 255 bytes."
     ),
     in_the_way("a file as checkpoints", file("checkpoints", ""), sentence="'<tmp>/checkpoints' is a file, where a run"),
-    in_the_way("a folder as metrics", subfolder("metrics.jsonl"), sentence="'<tmp>/metrics.jsonl' is a folder, where"),
-    in_the_way("a folder as lock", subfolder("train.lock"), sentence="'<tmp>/train.lock' is a folder, where a run"),
+    in_the_way("a folder as metrics", subfolder("metrics.jsonl"), sentence="'<tmp>/metrics.jsonl' is no file, where"),
+    in_the_way("a pipe as metrics", pipe("metrics.jsonl"), sentence="'<tmp>/metrics.jsonl' is no file, where"),
+    in_the_way("a pipe as data.json", pipe("data.json"), sentence="data.json' is damaged (It is a pipe or a device"),
+    Command("a pipe as config.json", ("eval", "--workdir=<tmp>"), "config.json' cannot be read: " + PIPE, pipe(CONFIG)),
+    Command("a plot of a pipe", ("plot", "<tmp>", "--out=<new>"), "cannot be read: " + PIPE, pipe("metrics.jsonl")),
+    Command("a model too wide", train("<new>", "--config.model.d_model=1000000000"), "Parameters and optimizer take"),
+    Command("an MLP too wide", train("<new>", "--config.model.mlp_dim=2000000000"), "Parameters and optimizer take"),
+    Command("a batch too large", train("<new>", "--config.batch_size=1000000000"), "batch_size is 1000000000: a batch"),
+    Command("a workdir that is no UTF-8", train("<tmp>/\udcff"), "\\udcff/checkpoints' is no UTF-8, which the path of"),
+    in_the_way("a folder as lock", subfolder("train.lock"), sentence="'<tmp>/train.lock' is no file, where a run"),
     in_the_way("metrics of something else", file("metrics.jsonl", "loss\n1\n"), sentence="a line that is no row"),
     Command("a path of no file system", train("<new>", "--config.init_from=\ud800"), "which no file system can"),
     in_the_way("a list as files of data.json", file("data.json", '{"files": [1]}'), sentence="data.json' is damaged ("),

@@ -67,6 +67,11 @@ def dangling(folder):
     (folder / "store").symlink_to(folder / "none" / "x")
 
 
+def pipe(folder):
+    (folder / "store").mkdir()
+    os.mkfifo(folder / "store" / "a.jsonl")
+
+
 def at(path, sentence):
     """Return the case of a store at this path, whose name is the sentence."""
     return run(f"sweep run --store={path}", sentence, prepare=sweep("Sweep(BASE, [{}])"), store=path)
@@ -171,6 +176,7 @@ CASES: tuple[Command | Call, ...] = (
         "a line of a store that is no object", "Line 1 of '<tmp>/store/a.jsonl' is no row: '[1]'", rows("[1]\n"), "list"
     ),
     store("a row without a name", "is no row: '{\"id\": [1]}'", rows('{"id": [1]}\n{"id": "a"}\n'), "plot"),
+    store("a store of a pipe", "cannot be read: It is a pipe or a device", pipe, "plot"),
     store("a picture of no store", "Store '<tmp>/store' does not exist", lambda folder: None, "plot"),
     Command(
         "an empty store's name in a list",

@@ -1,6 +1,7 @@
 """Weights in and out."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,17 @@ def torch_file(content=None):
     return prepare
 
 
+def pipe(name, **files):
+    """Return a function that makes a model's folder with a pipe in it, into which nobody writes."""
+
+    def prepare(folder: Path):
+        released(files=files)(folder)
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return prepare
+
+
 def hf(name, sentence, prepare):
     """Return the case of a folder that `generate` is to read."""
     return Command(name, ("generate", "--hf=<tmp>", "--prompt=a"), sentence, prepare)
@@ -65,6 +77,14 @@ INDEX = "model.safetensors.index.json"
 COMMAND = b"\x80\x02cos\nsystem\n(" + torch_files.text("touch ran") + b"tR."
 
 CASES: tuple[Command | Call, ...] = (
+    hf("a pipe as a model's config", "config.json' cannot be read: It is a pipe or", pipe("config.json")),
+    hf("a pipe as weights", "model.safetensors' cannot be read: It is a pipe or", pipe("model.safetensors")),
+    hf("a pipe as torch's weights", "pytorch_model.bin' cannot be read: It is a pipe or", pipe("pytorch_model.bin")),
+    export("safetensors in /proc", "--safetensors=/proc/x", sentence="'/proc/x' cannot be written: No such file or"),
+    export(
+        "Orbax at no UTF-8", "--orbax=<tmp>/\udcff", sentence="\\udcff' is no UTF-8, which the path of a checkpoint"
+    ),
+    export("Orbax in /proc", "--orbax=/proc/x", sentence="'/proc/x' cannot be written: No such file or directory."),
     hf("no config.json", "config.json' cannot be read: ", lambda folder: None),
     hf(
         "a config.json that is not UTF-8",

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,10 +169,28 @@ def test_draws_follow_the_distribution(sampling, expected):
     assert (np.abs(frequency - expected) <= 4.5 * deviation).all()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-320, 1e-99, 1e99])
+def test_the_ends_of_temperature_are_greedy_and_even(temperature):
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (512, len(LOGITS)))
+    drawn = np.asarray(sample(logits, Sampling(temperature), jax.random.split(jax.random.key(0), 512)))
+    counts = np.bincount(drawn, minlength=len(LOGITS))
+    assert counts[0] == 512 if temperature < 1 else counts.min() > 256 / len(LOGITS)
+
+
 def test_cuts_differ_from_row_to_row():
     logits = jnp.asarray([[0.0, 5.0, 1.0], [5.0, 0.0, 1.0]])
     for sampling in (Sampling(1.0, top_k=1), Sampling(1.0, top_p=0.5), GREEDY):
         assert sample(logits, sampling, jax.random.split(jax.random.key(3))).tolist() == [1, 0]
+
+
+def test_what_fp32_does_not_have_draws_as_what_is_near():
+    """The largest logit is neither the first nor the only one above 0."""
+    logits, key = jnp.asarray([[0.0, 1.0, 5.0, 4.0]]), jax.random.split(jax.random.key(3), 1)
+    for sampling in (Sampling(1e-37), Sampling(5e-324), Sampling(1, top_p=5e-324), Sampling(1, top_p=Fraction(1, 3))):
+        assert sample(logits, sampling, key).item() == 2, sampling
+    hottest = sample(logits, Sampling(1e30), key).item()
+    assert {sample(logits, Sampling(t), key).item() for t in (2**63, 10**400, 1e300)} == {hottest}
 
 
 @pytest.mark.parametrize(

@@ -33,3 +33,18 @@ def test_each_device_writes_its_own_rows_and_heads(kind):
     params, cache = jax.device_put((params, cache), (parallel.shardings(params, mesh), shardings))
     program = jax.jit(step, donate_argnums=2, out_shardings=(x.sharding, shardings)).lower(params, x, cache).compile()
     assert re.findall(COLLECTIVES, program.as_text()) == []
+
+
+@pytest.mark.long
+def test_a_document_with_an_id_of_64_bits_goes_on(normal, close):
+    @jax.jit
+    def in_two_and_in_one(x, ids):
+        mixer = make_mixer("conv", 8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        first, cache = mixer.prefill(x[:, :2], mixer.init_cache(1, 4), ids)
+        second, _ = mixer.prefill(x[:, 2:], cache, ids)
+        return jnp.concatenate([first, second], axis=1), mixer(x)
+
+    x = normal(1, 4, 8)
+    with jax.enable_x64(True):
+        for id in (2**32 + 1, 2**63 - 1):
+            close(*in_two_and_in_one(x, jnp.full((1, 2), id, jnp.int64)), floor=1e-9)

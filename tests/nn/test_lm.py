@@ -58,8 +58,15 @@ def test_scanned_layers_equal_unscanned_ones(tokens, close):
         assert count(scanned) == count(flat)
 
 
-def test_a_hybrid_of_many_mixers_decodes_what_it_computes_in_parallel(tokens, close):
-    kinds = (*PUBLISHED, "mamba", "gated_deltanet", "rwkv4", "rwkv4_channel_mix")
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("attention", "conv", "taylor", "gated_deltanet", "rwkv4_channel_mix"),
+        pytest.param((*PUBLISHED, "mamba", "gated_deltanet", "rwkv4", "rwkv4_channel_mix"), marks=pytest.mark.long),
+    ],
+    ids=len,
+)
+def test_a_hybrid_of_many_mixers_decodes_what_it_computes_in_parallel(kinds, tokens, close):
     model = LM(small(tuple((kind, SMALL.get(kind, {})) for kind in kinds)), rngs=nnx.Rngs(0))
     ids = jnp.asarray([[1] * T, [0] * 3 + [1] * (T - 3)], jnp.int32)
     hidden = jax.jit(lambda m, x: m.hidden(x, ids))(model, tokens)
@@ -88,9 +95,12 @@ def test_hidden_states_of_some_positions_are_those_of_all(scan, mlp, tokens, clo
         return jnp.take_along_axis(model.hidden(tokens), places[..., None], axis=1)
 
     def with_gradients(call):
-        return nnx.jit(nnx.value_and_grad(lambda *x: (call(*x).astype(jnp.float32) ** 3).sum()))(model, tokens)
+        def cubes(*arguments):
+            hidden = call(*arguments)
+            return (hidden.astype(jnp.float32) ** 3).sum(), hidden
 
-    close(jax.jit(at_places)(model, tokens), jax.jit(of_all)(model, tokens))
+        return nnx.jit(nnx.value_and_grad(cubes, has_aux=True))(model, tokens)
+
     (ours, gradients), (right, wanted) = map(with_gradients, (at_places, of_all))
     close(ours, right)
     jax.tree.map(close, jax.tree.leaves(gradients), jax.tree.leaves(wanted))
@@ -120,6 +130,16 @@ def test_logits_are_fp32_over_the_padded_vocabulary(dtype, tokens, close):
     assert np.isfinite(logits).all()
     table = np.asarray(model.embed.embedding[...].astype(dtype), np.float64)
     close(logits, np.asarray(hidden, np.float64) @ table.T)
+
+
+@pytest.mark.parametrize(
+    "ids", [np.int8([[1, 127, -1]]), np.uint8([[1, 255, 255]]), np.uint16([[1, 299, 300]])], ids=str
+)
+def test_a_compiled_model_knows_its_own_ids_alone_of_whatever_dtype(ids):
+    config = LMConfig(layers=(("conv", {}),), d_model=4, vocab_size=300, mlp="none", dtype="float32")
+    hidden = jax.jit(lambda ids: LM(config, rngs=nnx.Rngs(0)).hidden(ids))(ids)
+    known = (ids >= 0) & (ids.astype(int) < 300)
+    np.testing.assert_array_equal(np.isnan(hidden).any(axis=-1), ~known)
 
 
 def test_num_params_counts_the_tied_head_once():

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.cases import parametrize_some
 from helpers.documents import numbered
 
 from based_jax.errors import UserError
@@ -88,7 +89,7 @@ def test_bias_and_silu_follow_the_convolution(impl, draw, normal, close):
     close(y, short_conv(x[:, :1], kernel, **options, impl=impl)[0][:, 0])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@parametrize_some("case", CASES, [CASES[i] for i in (0, 2, 4)], ids=str)
 def test_every_form_equals_the_oracle(case, draw, out_and_grads, close):
     args, cotangents, ids = draw(*case)
     expected = out_and_grads(caller("oracle", ids=ids), args, cotangents)

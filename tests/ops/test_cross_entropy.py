@@ -74,6 +74,13 @@ def test_labels_that_ask_for_nothing_give_nothing(inputs, impl):
         assert not np.asarray(x).any()
 
 
+def test_labels_of_8_bits_are_those_of_32(normal, close):
+    """In a vocabulary that has more tokens than they have numbers."""
+    hidden, table, labels = normal(3, 4), normal(300, 4), np.int8([1, 127, -100])
+    results = (linear_cross_entropy(hidden, table, labels.astype(dtype)) for dtype in ("int8", "int32"))
+    close(*results)
+
+
 def test_leading_dimensions_and_rows_of_the_table_that_do_not_count(inputs, close):
     hidden, table, labels, gradients = inputs(count=24, vocab=50)
     padded = jnp.concatenate([table, 9 * table[:6]])

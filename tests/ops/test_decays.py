@@ -56,7 +56,7 @@ def inputs(rng, normal, channels):
 
 
 # The others' chunks are made of the same parts.
-FEW = ("one decay", "delta_rule", "gated_slot_attention", "ssd")
+FEW = ("one decay", "delta_rule", "gated_slot_attention")
 
 
 @pytest.mark.parametrize("name", [x if x in FEW else pytest.param(x, marks=pytest.mark.long) for x in OPERATIONS])

@@ -55,7 +55,13 @@ def test_oracle_is_the_delta_rule_in_fp64(normal):
 
 
 @pytest.mark.parametrize(
-    "T, per_head", [(1, True), (37, False), (2 * CHUNK_TOKENS + 3, True), (2 * CHUNK_TOKENS + 3, False)]
+    "T, per_head",
+    [
+        (1, True),
+        pytest.param(37, False, marks=pytest.mark.long),
+        pytest.param(2 * CHUNK_TOKENS + 3, True, marks=pytest.mark.long),
+        (2 * CHUNK_TOKENS + 3, False),
+    ],
 )
 def test_chunked_equals_the_oracle(T, per_head, normal, packed_ids, out_and_grads, close):
     q, k, v, g, _ = inputs(normal, T, per_head)

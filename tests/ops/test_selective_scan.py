@@ -40,7 +40,7 @@ def test_step_sizes_are_softplus(shape, dtype, normal, out_and_grads, close):
     close(got[1], (draw, draw.reshape(-1, D).sum(axis=0)), dtype)
 
 
-@pytest.mark.parametrize("T", [1, 37, 2 * CHUNK_TOKENS + 3])
+@pytest.mark.parametrize("T", [1, pytest.param(37, marks=pytest.mark.long), 2 * CHUNK_TOKENS + 3])
 def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
     ids, state = packed_ids(T), normal(6, D, N)
 

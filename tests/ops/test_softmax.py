@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.cases import parametrize_some
 from helpers.documents import numbered
 
 from based_jax.ops.softmax import ATTENTION, WINDOW_ATTENTION, attention, attention_step, window_attention
@@ -86,7 +87,7 @@ def test_oracle_gradients_equal_fp64_differences(draw, normal, out_and_grads):
         assert abs(np.sum(grad * direction) - slope) < 1e-5 * np.linalg.norm(grad), f"argument {i}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@parametrize_some("case", CASES, [CASES[i] for i in (0, 2, 4, 7, 8)], ids=str)
 def test_every_window_form_equals_the_oracle(case, draw, out_and_grads, close):
     *sizes, window = case
     qkv, cotangent, ids = draw(*sizes)

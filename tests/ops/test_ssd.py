@@ -37,7 +37,7 @@ def test_oracle_equals_fp64(groups, normal):
         np.testing.assert_allclose(y[:, t], np.einsum("bhn,bhnp->bhp", C[:, t], s), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("T", [1, 37, 131])
+@pytest.mark.parametrize("T", [1, pytest.param(37, marks=pytest.mark.long), 131])
 def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
     args, ids = (*inputs(normal, T), normal(6, H, N, P)), packed_ids(T)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.cases import parametrize_some
 from helpers.documents import numbered
 
 from based_jax.devices import H100_CROSSOVERS
@@ -144,7 +145,7 @@ def test_oracle_gradients_equal_fp64_differences(draw, cotangents, normal, out_a
         assert abs(np.sum(grad * direction) - slope) < 1e-5 * np.linalg.norm(grad), f"argument {i}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@parametrize_some("case", CASES, [CASES[i] for i in (0, 2, 4, 7, 8)], ids=str)
 def test_every_form_equals_the_oracle(case, draw, cotangents, out_and_grads, close):
     qkv, state, ids = draw(*case)
     args, weights = (*qkv, state), cotangents(qkv)
@@ -162,7 +163,7 @@ def test_every_form_equals_the_oracle_without_state_and_ids(case, draw, cotangen
         close(out_and_grads(caller(impl), qkv, weights), expected, floor=1e-5, what=impl)
 
 
-@pytest.mark.parametrize("case", [(65, 24, 5, 3), (300, 8, 64, 2)], ids=str)
+@pytest.mark.parametrize("case", [(65, 24, 5, 3), pytest.param((300, 8, 64, 2), marks=pytest.mark.long)], ids=str)
 def test_every_form_equals_the_oracle_in_bf16(case, draw, cotangents, out_and_grads, close):
     qkv, state, ids = draw(*case, dtype="bfloat16")
     weights = cotangents(qkv, "bfloat16")

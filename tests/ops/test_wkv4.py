@@ -26,7 +26,7 @@ def test_oracle_is_the_average_in_fp64(normal):
         np.testing.assert_allclose(wkv[:, t], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("T", [1, 37, CHUNK_TOKENS + 3])
+@pytest.mark.parametrize("T", [1, pytest.param(37, marks=pytest.mark.long), CHUNK_TOKENS + 3])
 def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
     """The maximum is a means: what counts is the sums that it scales."""
     ids, (decay, bonus) = packed_ids(T), parameters(normal)

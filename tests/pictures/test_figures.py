@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from helpers import pictures
 from helpers import synthetic_rows as synthetic
+from helpers.cases import parametrize_some
 from helpers.pictures import words
 
 from based_jax.errors import UserError
@@ -46,7 +47,7 @@ def test_a_row_of_something_else_is_refused(tmp_path, change, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("draw", FORMS)
+@parametrize_some("draw", FORMS, (figures.frontier, figures.ablation))
 def test_pictures_are_three_files_and_the_same_each_time(tmp_path, draw):
     rows = FORMS[draw]()
     files = draw(rows, tmp_path / "new" / "a.png")

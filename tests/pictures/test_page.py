@@ -217,7 +217,7 @@ def test_both_colour_schemes_have_contrast(view, scheme):
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [360, 800, 1600])
+@pytest.mark.parametrize("width", [360, pytest.param(800, marks=pytest.mark.long), 1600])
 @pytest.mark.parametrize("linear", [False, True])
 def test_no_text_overlaps_and_nothing_is_wider_than_the_window(view, width, linear):
     view.set_viewport_size({"width": width, "height": 900})
@@ -226,3 +226,8 @@ def test_no_text_overlaps_and_nothing_is_wider_than_the_window(view, width, line
     marker(view, "Based", "D 64, K 16").focus()
     assert view.evaluate(OVERLAPS) == []
     assert view.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_title_that_is_no_utf8_is_spelled(tmp_path):
+    file = page.write([synthetic.row([("mamba", {})], 64)], tmp_path / "x.html", title="a \udcff")
+    assert r"a \udcff" in file.read_text(encoding="utf-8")

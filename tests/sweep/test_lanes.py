@@ -76,16 +76,14 @@ def test_lanes_train_what_each_trial_trains_alone():
     data = resident(trials[0])
     found = dict(lane_training.train_lanes(trials, data))
     assert list(found) == trials
-    for trial in trials[1:3]:
-        model = alone(trial, data)
-        batch = dict(zip(("inputs", "labels"), map(jnp.asarray, data.source.examples("test", 0)), strict=True))
-        sums = loss_sums(model, batch)
-        np.testing.assert_allclose(found[trial].curve[-1], sums["correct"] / sums["count"], atol=0.011)
-        assert found[trial].status == "finished" and found[trial].steps == trial.steps == 8
+    batch = dict(zip(("inputs", "labels"), map(jnp.asarray, data.source.examples("test", 0)), strict=True))
+    sums = jax.jit(loss_sums)(alone(trials[2], data), batch)
+    np.testing.assert_allclose(found[trials[2]].curve[-1], sums["correct"] / sums["count"], atol=0.011)
+    assert all(found[trial].status == "finished" and found[trial].steps == trial.steps == 8 for trial in trials)
     assert len({found[trial].losses[-1] for trial in trials}) == 4
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.long), 0.5])
 def test_parameters_of_a_lane_are_those_of_the_ordinary_loop(dropout):
     same = RECALL | {"model.embed_dropout": dropout}
     trials = [make_trial(BASE, same | {"seed": s, "optim.lr": lr}) for s, lr in ((3, 1e-3), (4, 1e-2))]
@@ -243,7 +241,9 @@ def test_a_group_is_taken_once(tmp_path):
     assert {todo.count(), todo.count()} == {1, 2}
 
 
-def test_parts_are_the_whole_whenever_they_start(tmp_path):
+def test_parts_are_the_whole_whenever_they_start(tmp_path, monkeypatch):
+    outcome = Outcome("finished", [0.5], [1.0], {}, 4)
+    monkeypatch.setattr(lane_training, "train_lanes", lambda trials, *_, **__: [(x, outcome) for x in trials])
     sweep = Sweep(BASE, product(param("model.d_model", [8, 12, 16]), param("epochs", [1])))
     counts = [run_sweep(sweep, Store(tmp_path), "test", SweepOptions(part=(i, 2)), lambda _: None) for i in range(2)]
     assert sum(counts) == 3 and min(counts) == 1
@@ -312,7 +312,7 @@ SWEEP = """
 from based_jax.sweep import Sweep, param, product
 BASE = {base!r}
 def get_sweep():
-    return Sweep(BASE, product(param("model.d_model", range(8, 28, 4)), param("optim.lr", [1e-3, 1e-2])))
+    return Sweep(BASE, product(param("model.d_model", range(8, 24, 4)), param("optim.lr", [1e-3, 1e-2])))
 """
 
 
@@ -336,10 +336,10 @@ def test_a_stopped_sweep_goes_on_without_redoing_or_losing_a_point(how, tmp_path
     assert ("the same command goes on" in said) == (how == signal.SIGINT) and "Traceback" not in said
     before = Store(store).rows()
     sweep = load_sweep(str(file))
-    assert 2 <= len(before) < 10
+    assert 2 <= len(before) < 8
     left = run_sweep(sweep, Store(store), "sweep", SweepOptions(), lambda _: None)
     after = Store(store).rows()
-    assert left == 10 - len(before) and len(after) == 10
+    assert left == 8 - len(before) and len(after) == 8
     assert all(row in after for row in before)
     lines = [json.loads(line) for path in store.glob("*.jsonl") for line in path.read_text().splitlines()]
-    assert len(lines) == 10  # nothing was trained twice
+    assert len(lines) == 8  # nothing was trained twice

@@ -166,6 +166,17 @@ def test_two_processes_share_a_sweep(file, tmp_path):
     assert sorted(re.findall(r"\[(\d)/4", said.stdout)) == list("1234")
 
 
+def test_no_more_processes_and_workers_than_groups(file, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(launch, "_run_in_processes", lambda store, calls: called.extend(calls))
+    monkeypatch.setattr(launch, "checked_apart", lambda *_: None)
+    monkeypatch.setattr(launch.LaneEngine, "prepare", lambda *_: None)
+    options = SweepOptions(workers=10**23)
+    launch.in_processes(file, str(tmp_path / "store"), options, processes=10**23)
+    engine_options = {call[4].workers for call in called}
+    assert (len(called), engine_options) == (2, {2})
+
+
 FAILING = """
 import sys, time
 from based_jax.__main__ import main

@@ -1,6 +1,9 @@
 import dataclasses
+import itertools
 import json
+import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import jax
@@ -12,8 +15,9 @@ import based_jax
 from based_jax import config as configs
 from based_jax import optim
 from based_jax.errors import UserError
+from based_jax.evals.evaluate import evaluate
 from based_jax.nn.lm import LM
-from based_jax.train import files, loop
+from based_jax.train import files, loop, metrics
 from based_jax.train.checkpoint import CheckpointConfig
 from based_jax.train.compile import train_program
 from based_jax.train.loop import train
@@ -105,6 +109,50 @@ def test_a_state_that_the_disk_refuses_too_is_the_same_sentence(tmp_path, monkey
         f"'{tmp_path / 'metrics.jsonl'}' cannot be written: No space left on device, and the state neither: Cannot save"
         f" step 2 in '{tmp_path / 'checkpoints'}': No space left on device; there is no good checkpoint yet."
     )
+
+
+def test_a_run_whose_output_nobody_reads_saves_its_state(whole, tmp_path, monkeypatch):
+    def refuse(self, step, values):
+        with files.writing("standard output"):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(metrics.Lines, "update", refuse)
+        train(make_config(log_every=5), tmp_path)
+    assert str(error.value) == (
+        "'standard output' cannot be written: Broken pipe; step 6 is saved, and the same command continues from it."
+    )
+    train(make_config(), tmp_path)
+    assert parameters(tmp_path) == parameters(whole)
+
+
+def test_an_evaluation_that_is_interrupted_is_made_up_for(whole, tmp_path, monkeypatch):
+    def interrupted(sums_of, batches):
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(sums_of, batches)
+
+    for step in (4, 8):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"step {step} is saved"):
+            patch.setattr(loop, "evaluate", interrupted if step == 4 else Second(interrupted))
+            train(make_config(eval_every=4), tmp_path)
+        assert saved_steps(tmp_path)[-1] == step
+        assert [row["step"] for row in rows(tmp_path) if "eval/loss" in row] == [4][: step // 8]
+    results = train(make_config(eval_every=4), tmp_path)
+    evaluations = [row for row in rows(tmp_path) if "eval/loss" in row]
+    assert [row["step"] for row in evaluations] == [4, 8]
+    assert evaluations[1] == next(row for row in rows(whole) if "eval/loss" in row)
+    assert results["loss"] == evaluations[1]["eval/loss"]
+    assert_same_run(tmp_path, whole)
+
+
+class Second:
+    """Calls `evaluate`, and from the second time on something else."""
+
+    def __init__(self, call):
+        self.calls = itertools.chain([evaluate], itertools.repeat(call))
+
+    def __call__(self, *arguments):
+        return next(self.calls)(*arguments)
 
 
 def test_throughput_counts_only_the_steps_since_the_last_row_or_evaluation(tmp_path, monkeypatch):

@@ -141,6 +141,17 @@ def test_a_pipe_gets_plain_lines_with_eta(monkeypatch):
     assert stream.getvalue() == "step 30/50 eta 0:00:20 loss 2.346 tokens 12 device cpu\nsaved\n"
 
 
+def test_output_that_is_refused_is_one_sentence(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "write", raising_full_disk, raising=False)
+    with pytest.raises(UserError, match=r"^'standard output' cannot be written: No space left on device\.$"):
+        progress(10, stream=stream).say("saved")
+
+
+def raising_full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+
 def test_the_eta_leaves_compilation_out(monkeypatch):
     clock = iter([0.0, 100.0, 104.0])
     monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))

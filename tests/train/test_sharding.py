@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
+from helpers.cases import parametrize_some
 from helpers.hlo import Program
 
 from based_jax import parallel
@@ -37,24 +37,20 @@ FLOATS = "f32", "bf16", "f16"
 
 
 def name_of(value):
-    return value if isinstance(value, str) else "-".join(f"{k}{n}" for k, n in value.items())
+    return "-".join(f"{k}{n}" for k, n in value.items()) if isinstance(value, dict) else str(value)
 
 
-HYBRIDS = MESHES[2:]
-PURE = [pytest.param(sizes, marks=pytest.mark.long) for sizes in MESHES[:2]]
-"""Meshes of one axis, which the hybrid ones have in them."""
+FEW = [(MESHES[2], 1), (MESHES[3], 8)]
+"""The cases of the ordinary suite: the hybrid meshes, which have those of one axis in them, both ways to go on."""
 
-on_all_meshes = pytest.mark.parametrize("sizes", [*PURE, *HYBRIDS], ids=name_of)
-on_all_meshes_and_in_bf16 = pytest.mark.parametrize(
-    ("sizes", "dtype"),
-    [
-        *(pytest.param(sizes, "float32", marks=pytest.mark.long) for sizes in MESHES[:2]),
-        *((sizes, "float32") for sizes in HYBRIDS),
-        (MESHES[2], "bfloat16"),
-    ],
+ALL = [(sizes, microbatches) for sizes in MESHES for microbatches in (1, 8)]
+on_all_meshes = parametrize_some("sizes, microbatches", ALL, FEW, ids=name_of)
+on_all_meshes_and_in_bf16 = parametrize_some(
+    "sizes, microbatches, dtype",
+    [*((*case, "float32") for case in ALL), *((MESHES[2], microbatches, "bfloat16") for microbatches in (1, 8))],
+    [*((*case, "float32") for case in FEW), (MESHES[2], 1, "bfloat16")],
     ids=name_of,
 )
-with_microbatches = pytest.mark.parametrize("microbatches", [1, 8])
 
 
 def config(microbatches, dtype):
@@ -72,16 +68,20 @@ def batch(seed=0):
 
 
 @functools.cache
-def compiled(microbatches, dtype="float32", **sizes) -> tuple[TrainProgram, jax.stages.Compiled]:
-    """Return a run on a mesh of as many devices as the sizes say, and its compiled step."""
+def program_of(microbatches, dtype="float32", **sizes) -> TrainProgram:
+    """Return a run on a mesh of as many devices as the sizes say."""
     mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
-    program = train_program(config(microbatches, dtype), mesh)
-    return program, program.lower_step(batch()).compile()
+    return train_program(config(microbatches, dtype), mesh)
+
+
+@functools.cache
+def compiled_step(microbatches, dtype="float32", **sizes) -> jax.stages.Compiled:
+    return program_of(microbatches, dtype, **sizes).lower_step(batch()).compile()
 
 
 @functools.cache
 def hlo(microbatches, dtype="float32", **sizes) -> Program:
-    return Program(compiled(microbatches, dtype, **sizes)[1].as_text())
+    return Program(compiled_step(microbatches, dtype, **sizes).as_text())
 
 
 def shape_of(sizes):
@@ -108,14 +108,12 @@ def test_microbatches_make_the_same_products():
 
 
 @on_all_meshes
-@with_microbatches
 def test_each_device_makes_its_share_of_the_products(sizes, microbatches):
     share = hlo(microbatches, **sizes).flops() / hlo(1).flops()
     assert IDEAL <= share <= LARGEST_SHARE
 
 
 @on_all_meshes
-@with_microbatches
 def test_scans_carry_the_rows_of_the_device(sizes, microbatches):
     """Whatever part of the width a stream that is cut the wrong way would have."""
     widths = {(T, D // cut) for cut in (1, 2, 4, 8)}
@@ -124,10 +122,9 @@ def test_scans_carry_the_rows_of_the_device(sizes, microbatches):
 
 
 @on_all_meshes_and_in_bf16
-@with_microbatches
 def test_no_activation_is_summed_or_gathered_over_fsdp(sizes, dtype, microbatches):
     """Activations and logits are those with a multiple of T elements, which no parameter has."""
-    params = jax.tree.leaves(compiled(microbatches, dtype, **sizes)[0].abstract_state.params)
+    params = jax.tree.leaves(program_of(microbatches, dtype, **sizes).abstract_state.params)
     assert all(leaf.size % FACTOR_OF_T for leaf in params)
     exchanged = hlo(microbatches, dtype, **sizes).exchanged(shape_of(sizes), parallel.AXES.index("fsdp"))
     found = [x for x in exchanged if x.kind in ("all-reduce", "reduce-scatter", "all-gather") and x.dtype in FLOATS]
@@ -136,7 +133,6 @@ def test_no_activation_is_summed_or_gathered_over_fsdp(sizes, dtype, microbatche
 
 
 @on_all_meshes
-@with_microbatches
 def test_values_are_those_of_one_device(sizes, microbatches, close):
     state, metrics = two_steps(microbatches, **sizes)
     expected, expected_metrics = two_steps(1)
@@ -146,24 +142,23 @@ def test_values_are_those_of_one_device(sizes, microbatches, close):
 
 @functools.cache
 def first_state():
-    return jax.device_get(compiled(1)[0].initial_state())
+    return jax.device_get(program_of(1).initial_state())
 
 
 @functools.cache
 def two_steps(microbatches, **sizes):
-    program, step = compiled(microbatches, **sizes)
+    program, step = program_of(microbatches, **sizes), compiled_step(microbatches, **sizes)
     state, metrics = jax.device_put(first_state(), program.shardings), {}
     for i in range(2):
         state, metrics = step(state, parallel.Feed(program.mesh, program.config.batch_size).arrays(batch(i)))
     return jax.device_get((state, metrics))
 
 
-@on_all_meshes
-@with_microbatches
+@parametrize_some("sizes, microbatches", ALL, FEW[1:], ids=name_of)
 def test_gradients_lie_like_their_parameters(sizes, microbatches):
     """Seen through an optimizer that keeps them as its state, which nothing else places."""
     keep = optax.GradientTransformation(lambda params: params, lambda grads, _, params: (grads, grads))
-    program, _ = compiled(microbatches, **sizes)
+    program = program_of(microbatches, **sizes)
     step = make_train_step(program.graphdef, keep, microbatches)
     params = program.abstract_state.params
     state = TrainState(params, params, program.abstract_state.step)
@@ -174,8 +169,7 @@ def test_gradients_lie_like_their_parameters(sizes, microbatches):
 
 
 def test_the_optimizer_state_lies_like_the_parameters():
-    program, _ = compiled(1, data=2, fsdp=2, tensor=2)
-    state = program.shardings
+    state = program_of(1, data=2, fsdp=2, tensor=2).shardings
     adam = state.opt_state[1]
     leaves = list(zip(*map(jax.tree.leaves, (state.params, adam.mu, adam.nu)), strict=True))
     assert all(p == mu == nu for p, mu, nu in leaves)

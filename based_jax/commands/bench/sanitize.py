@@ -31,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
         texts.append(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(texts))
+        args.out.write_text("\n".join(texts), encoding="utf-8")
     return max(codes)

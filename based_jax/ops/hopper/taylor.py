@@ -130,7 +130,9 @@ def _forward(q, k, v, state, segment_ids):
         if docs is None
         else docs.states.sum(axis=1, keepdims=True, dtype=jnp.float32)
     )
-    return (o[:, :time], unpack_state(total(), jnp.broadcast_to(count, (batch, heads)))), z, starts
+    after = unpack_state(total(), jnp.broadcast_to(count, (batch, heads)))
+    after = after if docs is None else jnp.where(docs.unreadable[..., None, None], jnp.nan, after)
+    return (o[:, :time], after), z, starts
 
 
 def _attention_bwd(saved, cotangents):

@@ -33,11 +33,13 @@ class Documents(NamedTuple):
       table: (B, chunks, Documents.ROW) int32, chunks in the sequence's order.
       ends: (B, chunks), in the order of the scan, the beginning of the document that the state after a chunk holds.
       states: (B, T), whether a token's document owns the state after the last token of the scan.
+      unreadable: (B, 1), whether a row has padding inside a document: its o, gradients and state are NaN.
     """
 
     table: Int[Array, "B N _"]
     ends: Int[Array, "B N"]
     states: Bool[Array, "B T"]
+    unreadable: Bool[Array, "B 1"]
 
     def keeps(self, first: int, last: int) -> Float[Array, "B"]:
         """Return 1 where the state before chunk `first` of the scan is part of that before chunk `last`, else 0."""
@@ -52,7 +54,8 @@ def documents(segment_ids: BT | None, chunks: int, *, reverse: bool = False) -> 
     if segment_ids is None:
         return None
     batch, time = segment_ids.shape
-    ids = jnp.pad(segment_ids, ((0, 0), (0, chunks * CHUNK_TOKENS - time)))
+    unreadable = segments.padding_within(segment_ids)
+    ids = jnp.pad(jnp.where(unreadable, 0, segment_ids), ((0, 0), (0, chunks * CHUNK_TOKENS - time)))
     ids = ids[:, ::-1] if reverse else ids
     places = jnp.arange(ids.shape[1])[None]
     present = ids != 0
@@ -62,13 +65,14 @@ def documents(segment_ids: BT | None, chunks: int, *, reverse: bool = False) -> 
     latest = lax.cummax(jnp.where(present, places, -1), axis=1)[:, CHUNK_TOKENS - 1 :: CHUNK_TOKENS]
     ends = jnp.take_along_axis(begin, jnp.maximum(latest, 0), axis=1)
     ends = jnp.where(latest < 0, -2 - Kernel.NOWHERE, ends).astype(jnp.int32)
+    begin = jnp.where(unreadable, Kernel.UNREADABLE, begin)
     table = begin.astype(jnp.int32).reshape(batch, chunks, CHUNK_TOKENS)
     states = present & (ids == segments.last_id(ids)[:, None])
     if reverse:
         table, states = table[:, ::-1, ::-1], states[:, ::-1]
     last = ends[:, ::-1] if reverse else ends
     table = jnp.concatenate([table, jnp.repeat(last[..., None], Kernel.ROW - CHUNK_TOKENS, axis=2)], axis=2)
-    return Documents(table, ends, states[:, :time])
+    return Documents(table, ends, states[:, :time], unreadable)
 
 
 def number_of_pieces(sequences: int, chunks: int) -> int:

@@ -107,7 +107,7 @@ def test_interpreted_kernels_are_the_oracle(rng, normal, close, monkeypatch, cou
     wanted = jax.jit(jax.vmap(by("oracle")))(*given)
     run = by("hopper_tiles")
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        found = jax.vmap(run)(*given) if lanes > 1 else run(*(x[0] for x in given))
+        found = jax.jit(jax.vmap(run))(*given) if lanes > 1 else jax.jit(run)(*(x[0] for x in given))
     assert not get_races().races_found
     found = [x.reshape(y.shape) for x, y in zip(found, wanted, strict=True)]
     close(found[0], wanted[0], tolerance=1e-4)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.cases import parametrize_some
 from helpers.devices import gpus
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -14,6 +15,9 @@ from based_jax.ops import norm
 from based_jax.ops.calls import NormCall
 from based_jax.ops.hopper import norm as hopper_norm
 from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
+
+KINDS = (False, True), (True, True), (True, False), (False, False)
+"""Whether a norm is centered, and whether it adds."""
 
 
 @pytest.mark.parametrize(
@@ -41,9 +45,11 @@ def test_a_mesh_with_explicit_axes_needs_shard_map():
         assert hopper_norm.supports(call) is None
 
 
-@pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("shape, lanes", [((8, 2048, 1024), None), ((3, 1025, 128), 2), ((4, 512, 64), 2)])
+@parametrize_some(
+    "shape, lanes, centered, adds",
+    [(*sizes, *kind) for sizes in (((8, 2048, 1024), None), ((3, 1025, 128), 2), ((4, 512, 64), 2)) for kind in KINDS],
+    {((8, 2048, 1024), None, False, True), ((3, 1025, 128), 2, True, True), ((4, 512, 64), 2, True, False)},
+)
 def test_lowers_for_an_h100(shape, lanes, centered, adds):
     def loss(r, y, scale, bias):
         of_bias = (residual_layer_norm, bias) if centered else (residual_rms_norm,)
@@ -91,9 +97,16 @@ def test_lowers_under_shard_map():
     assert "residual_norm_backward" in text and "all_reduce" in text
 
 
-@pytest.mark.parametrize("centered, adds", [(False, True), (True, True), (True, False), (False, False)])
-@pytest.mark.parametrize(
-    "shape", [pytest.param((2, 35, 1024), marks=pytest.mark.long), (1, 37, 384), (4, 160, 128), (2, 66, 64)]
+@parametrize_some(
+    "shape, centered, adds",
+    [(shape, *kind) for shape in ((2, 35, 1024), (1, 37, 384), (4, 160, 128), (2, 66, 64)) for kind in KINDS],
+    {
+        ((1, 37, 384), False, True),
+        ((1, 37, 384), True, False),
+        ((4, 160, 128), True, True),
+        ((2, 66, 64), True, True),
+        ((2, 66, 64), False, False),
+    },
 )
 def test_kernels_equal_fp64(normal, out_and_grads, shape, centered, adds):
     """In Pallas' interpreter, which looks for races."""

@@ -47,7 +47,12 @@ def _gradients(*args, ids=None):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"B": 3, "T": 61, "K": 24, "V": 48, "dtype": "float32"}, {"K": 128, "V": 192}, {"V": 128}]
+    "sizes",
+    [
+        {"B": 3, "T": 61, "K": 24, "V": 48, "dtype": "float32"},
+        {"K": 128, "V": 192},
+        pytest.param({"V": 128}, marks=pytest.mark.long),
+    ],
 )
 def test_lowers_for_an_h100(sizes):
     arguments = _zeros(**sizes)
@@ -58,7 +63,7 @@ def test_lowers_for_an_h100(sizes):
     assert "recurrence_reverse" in text and "recurrence_again" in text
 
 
-@pytest.mark.parametrize("lanes", [True, False])
+@pytest.mark.parametrize("lanes", [pytest.param(True, marks=pytest.mark.long), False])
 def test_lowers_in_lanes_and_on_a_mesh(lanes):
     with gpus(shape=(2, 2), names=("data", "tensor")) if not lanes else gpus():
         call, arguments = _gradients, _zeros()
@@ -95,8 +100,8 @@ def interpreted(monkeypatch):
         pytest.param(2, 21, 2, 32, 32, True, True, "float32", 5e-6, marks=pytest.mark.long),
         (1, 9, 2, 32, 32, True, True, "float32", 5e-6),
         (1, 16, 4, 24, 64, False, False, "bfloat16", 5e-3),
-        (3, 8, 1, 64, 48, True, False, "float32", 5e-6),
-        (1, 9, 1, 128, 160, False, True, "float32", 5e-6),
+        pytest.param(3, 8, 1, 64, 48, True, False, "float32", 5e-6, marks=pytest.mark.long),
+        pytest.param(1, 9, 1, 128, 160, False, True, "float32", 5e-6, marks=pytest.mark.long),
         pytest.param(1, 8, 1, 128, 96, True, False, "bfloat16", 5e-3, marks=pytest.mark.long),
     ],
 )

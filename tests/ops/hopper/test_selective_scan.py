@@ -55,7 +55,7 @@ def _gradients(u, dt, A, B, C, ids=None, state=None):
     "options, packed, lanes",
     [
         ({"T": 61, "D": 128, "N": 32, "dtype": "float32"}, True, None),
-        ({}, False, 3),
+        pytest.param({}, False, 3, marks=pytest.mark.long),
     ],
 )
 def test_lowers_for_an_h100(options, packed, lanes):

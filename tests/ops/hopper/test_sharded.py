@@ -13,7 +13,9 @@ from based_jax.ops.softmax import window_attention
 from based_jax.ops.taylor import taylor_attention
 
 
-@pytest.mark.parametrize("operation", ["taylor", "window", "conv", "gated conv", "norm"])
+@pytest.mark.parametrize(
+    "operation", [pytest.param("taylor", marks=pytest.mark.long), "window", "conv", "gated conv", "norm"]
+)
 def test_each_operation_lowers_with_its_gradients(operation):
     wide, narrow = jnp.zeros((4, 512, 4, 64), jnp.bfloat16), jnp.zeros((4, 512, 4, 16), jnp.bfloat16)
     flat, ids = jnp.zeros((4, 512, 256), jnp.bfloat16), jnp.ones((4, 512), jnp.int32)

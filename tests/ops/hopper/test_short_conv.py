@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.cases import parametrize_some
 from helpers.devices import gpus
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -69,8 +70,11 @@ def test_a_mesh_with_explicit_axes_needs_shard_map():
             assert supports(call) is None
 
 
-@forms
-@pytest.mark.parametrize("time, channels, lanes", [(2048, 2048, None), (13, 384, 2)])
+@parametrize_some(
+    "form, time, channels, lanes",
+    [(form, *sizes) for form in CALLS for sizes in ((2048, 2048, None), (13, 384, 2))],
+    {("plain", 2048, 2048, None), ("silu", 13, 384, 2), ("gated", 2048, 2048, None)},
+)
 def test_auto_lowers_for_an_h100(form, time, channels, lanes):
     x, kernel, bias = (
         jnp.zeros((2, time, halves(form) * channels), jnp.bfloat16),
@@ -90,7 +94,7 @@ def test_auto_lowers_for_an_h100(form, time, channels, lanes):
     assert [name for name in kernels(form) if name not in text] == []
 
 
-@forms
+@parametrize_some("form", CALLS, {"silu", "gated"})
 def test_lowers_under_shard_map(form):
     """Weights are the same on all devices: their gradients are summed over them."""
 
@@ -109,14 +113,18 @@ def test_lowers_under_shard_map(form):
     assert kernels(form)[1] in text and "all_reduce" in text
 
 
-@forms
-@pytest.mark.parametrize(
-    "time, channels, taps, packed, biased",
+@parametrize_some(
+    "form, time, channels, taps, packed, biased",
     [
-        pytest.param(43, 256, 3, True, True, marks=pytest.mark.long),
-        (24, 128, 2, False, False),
-        (20, 128, 4, True, True),
+        (form, *sizes)
+        for form in CALLS
+        for sizes in ((43, 256, 3, True, True), (24, 128, 2, False, False), (20, 128, 4, True, True))
     ],
+    {
+        ("plain", 24, 128, 2, False, False),
+        ("silu", 20, 128, 4, True, True),
+        ("gated", 20, 128, 4, True, True),
+    },
 )
 def test_kernels_equal_the_oracle(
     normal, packed_ids, out_and_grads, monkeypatch, form, time, channels, taps, packed, biased

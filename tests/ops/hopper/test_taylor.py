@@ -57,7 +57,7 @@ def test_packed_state_is_the_sum_of_packed_features(rng):
     close(hopper_taylor.unpack_state(sums, jnp.zeros((2, 3))), state, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("feature_dim, value_dim", [(8, 64), (16, 112), (5, 200)])
+@pytest.mark.parametrize("feature_dim, value_dim", [pytest.param(8, 64, marks=pytest.mark.long), (16, 112), (5, 200)])
 def test_other_widths_are_those_of_the_kernels(rng, monkeypatch, feature_dim, value_dim):
     def kernels(q, k, v, state, segment_ids):
         assert (q.shape[3], v.shape[3]) == (16, 64)
@@ -107,7 +107,11 @@ def test_a_mesh_with_explicit_axes_needs_shard_map():
 
 
 @pytest.mark.parametrize(
-    "shape, pieces, with_state, packed", [((8, 2048, 16), 1, False, False), ((1, 4097, 4), 16, True, True)]
+    "shape, pieces, with_state, packed",
+    [
+        ((8, 2048, 16), 1, False, False),
+        pytest.param((1, 4097, 4), 16, True, True, marks=pytest.mark.long),
+    ],
 )
 def test_lowers_for_an_h100(shape, pieces, with_state, packed):
     arrays, ids = _arrays(shape), jnp.ones(shape[:2], jnp.int32) if packed else None

@@ -57,19 +57,19 @@ def _relative(x, y):
 
 
 @pytest.mark.parametrize(
-    "shape, chunks_per_piece, with_state, lengths",
+    "shape, chunks_per_piece, with_state, documents",
     [
-        pytest.param((1, 261, 1), 2, True, (-30, 90, 25, -60, 20, 36), marks=pytest.mark.long),
-        ((1, 100, 1), 1, True, (-10, 40, 8, -20, 9, 13)),
+        pytest.param(
+            (1, 261, 1), 2, True, ((0, 30), (1, 90), (2, 25), (0, 60), (3, 20), (4, 36)), marks=pytest.mark.long
+        ),
+        ((1, 100, 1), 1, True, ((0, 10), (1, 40), (2, 8), (0, 20), (3, 9), (4, 13))),
     ],
 )
-def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, chunks_per_piece, with_state, lengths):
+def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, chunks_per_piece, with_state, documents):
+    """Documents are numbers and how many tokens have each in turn, 0 for padding."""
     monkeypatch.setattr(taylor_pieces, "MIN_CHUNKS_PER_PIECE", chunks_per_piece)
     assert taylor_pieces.number_of_pieces(shape[0] * shape[2], -(-shape[1] // 64)) == 2
-    ids = None
-    if lengths:  # of documents, negative for padding
-        ids = np.concatenate([np.full(abs(n), i + 1 if n > 0 else 0) for i, n in enumerate(lengths)])[None]
-        ids = jnp.asarray(ids, jnp.int32)
+    ids = jnp.asarray([np.repeat(*np.asarray(documents).T)], jnp.int32)
 
     def arrays(dims):
         return [jnp.asarray(rng.normal(size=(*shape, dim)), jnp.bfloat16) for dim in dims]
@@ -90,7 +90,15 @@ def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, chunks_
             return o, after, *pull((do.astype(o.dtype), dstate))
         return o, *pull((do.astype(o.dtype), jnp.zeros_like(after)))
 
+    run = jax.jit(run, static_argnums=0)
     wanted = run("oracle", [x.astype(jnp.float32) for x in inputs])
     for got, right in zip(run("kernels", inputs), wanted, strict=True):
         assert _relative(got, right) < 5e-3
     assert not get_races().races_found
+
+
+def test_a_row_with_padding_inside_a_document_is_nan(rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 64, 1, dim)), jnp.bfloat16) for dim in (16, 16, 64))
+    ids = jnp.repeat(jnp.asarray([[1, 2, 0, 2]], jnp.int32), 16, axis=1)
+    for x in jax.jit(hopper_taylor.compute)(LinearAttentionCall(q, k, v, None, ids)):
+        assert np.isnan(np.asarray(x, np.float32)).all()

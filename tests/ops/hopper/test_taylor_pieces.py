@@ -5,6 +5,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.cases import parametrize_some
 from helpers.interpreted import replace_products
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -24,9 +25,13 @@ BOTH = (False, True)
 EACH = [(2, 3, 9, 2, *options) for options in itertools.product(BOTH, BOTH, BOTH)]
 
 
-@pytest.mark.parametrize(
+OTHERS = [(1, 1, 44, 11, False, True, False), (1, 1, 44, 11, True, True, True), (2, 66, 9, 1, False, True, True)]
+
+
+@parametrize_some(
     "batch, heads, chunks, pieces, reverse, packed, from_state",
-    [*EACH, (1, 1, 44, 11, False, True, False), (1, 1, 44, 11, True, True, True), (2, 66, 9, 1, False, True, True)],
+    [*EACH, *OTHERS],
+    [(2, 3, 9, 2, False, False, True), (2, 3, 9, 2, True, True, False), *OTHERS],
 )
 def test_a_piece_starts_from_all_that_lies_before_it(
     rng, monkeypatch, batch, heads, chunks, pieces, reverse, packed, from_state
