@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from based_jax.errors import UserError
@@ -52,7 +53,23 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         raise UserError(
             f"Mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices; there are {len(devices)}."
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_laid_out(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _laid_out(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Return the devices in the shape of a mesh, such that neighbours on an axis are near each other.
+
+    Slices are far from each other: "data" goes over them.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, *others = shape
+    if data % slices:
+        raise UserError(f"Mesh axis 'data' has {data} devices; it is a multiple of the {slices} slices, which it goes over.")
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *others), (slices, *(1 for _ in others)), devices, allow_split_physical_axes=True
+    )
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 from collections.abc import Iterator
 
 from based_jax.commands.parser import CommandParser, seconds
@@ -37,5 +38,9 @@ def together(args: argparse.Namespace) -> Iterator[None]:
     from based_jax.train import hosts
 
     place = hosts.found_place() if missing else hosts.given_place(**given)
-    with hosts.together(place, args.distributed_timeout):
+    with contextlib.ExitStack() as stack:
+        if place.process_id > 0:  # process 0 speaks for all; what is wrong, each says by itself
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        # Processes of a sweep share its points, not their devices.
+        stack.enter_context(hosts.together(place, args.distributed_timeout, devices=args.command != "sweep"))
         yield

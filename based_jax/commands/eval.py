@@ -32,15 +32,12 @@ def run(args: Namespace) -> None:
     mesh = parallel.make_mesh()
     feed = parallel.Feed(mesh, batch_size=-(-config.batch_size // mesh.size) * mesh.size)
     source = config.data.open(feed.batch_size, feed.rows)
-    speaks = jax.process_index() == 0
-    if speaks and (change := data_record.changed_since(source, args.workdir)):
+    if (change := data_record.changed_since(source, args.workdir)) and jax.process_index() == 0:
         print(f"Warning: {change}.", file=sys.stderr)
     batches = ((name, batch) for name in source.eval_names for batch in source.eval_batches(name))
-    if speaks:
-        print(f"step {step}")
+    print(f"step {step}")
     sums_of = model_sums(model)
     with jax.set_mesh(mesh):
         results = evaluate(lambda batch: sums_of(feed.arrays(batch)), batches)
-    if speaks:
-        for name, value in results.items():
-            print(f"{name:24} {value:.4f}")
+    for name, value in results.items():
+        print(f"{name:24} {value:.4f}")

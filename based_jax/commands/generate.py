@@ -9,10 +9,12 @@ examples:
 
 import argparse
 
+from based_jax.commands.distributed import add_distributed_arguments
+from based_jax.commands.parser import CommandParser
 from based_jax.errors import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: CommandParser) -> None:
     """Declare the command's arguments."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", help="folder of a run on text")
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 keeps all tokens")
     parser.add_argument("--seed", type=int, default=0)
+    add_distributed_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:

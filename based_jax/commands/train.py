@@ -26,17 +26,13 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train to the end and print the final evaluation."""
-    import jax
-
     from based_jax import config as configs
     from based_jax.train.loop import train
     from based_jax.train.run import TrainConfig
 
     config = configs.build(TrainConfig, configs.load(args.config, parse_overrides(args.overrides)))
-    results = train(config, args.workdir)
-    if jax.process_index() == 0:
-        for name, value in results.items():
-            print(f"{name:24} {value:.4f}")
+    for name, value in train(config, args.workdir).items():
+        print(f"{name:24} {value:.4f}")
 
 
 def _details() -> str:

@@ -119,10 +119,15 @@ def found_place(environment: Mapping[str, str] = os.environ) -> Place:
 
 
 @contextlib.contextmanager
-def together(place: Place, timeout: float = MEETING_SECONDS) -> Iterator[None]:
-    """Make this process one of several while open: all have begun, JAX knows the devices of all, and all end with one.
+def together(place: Place, timeout: float = MEETING_SECONDS, *, devices: bool = True) -> Iterator[None]:
+    """Make this process one of several while open: all have begun, and all end with one.
 
     Nothing of JAX may have asked for a device before.
+
+    Args:
+      place: which of them this one is.
+      timeout: seconds to wait for the others.
+      devices: whether JAX computes on the devices of all together, or each process on its own.
 
     Raises:
       UserError: a process does not come, or two have the same number.
@@ -131,7 +136,7 @@ def together(place: Place, timeout: float = MEETING_SECONDS) -> Iterator[None]:
     watch = _Watch(place, connections)
     watch.start()
     try:
-        if place.num_processes > 1:
+        if place.num_processes > 1 and devices:
             with _service_in_a_process_of_its_own():
                 jax.distributed.initialize(
                     f"{place.host}:{port}",
