@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from helpers.decoding import in_one_pass
 
@@ -68,6 +69,7 @@ def test_training_from_a_notebook(monkeypatch):
     assert (config.steps, config.optim.lr) == (1000, 1e-3)
 
 
+@pytest.mark.long
 def test_the_sweep_s_commands(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for command in COMMANDS[7:]:

@@ -107,6 +107,7 @@ def test_a_stopped_run_goes_on_from_where_it_was(sweep_file, tmp_path):
     assert row["loss"] == other["loss"] and row["accuracy"] == other["accuracy"]
 
 
+@pytest.mark.long
 def test_a_run_that_fails_leaves_the_others_alone_and_one_that_diverges_has_a_row(tmp_path):
     sweep = Sweep(RECALL, [{"seed": 1}, {"optim.lr": 1e30, "steps": 4}, {}])
     said, store = [], Store(tmp_path)

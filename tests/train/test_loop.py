@@ -250,6 +250,7 @@ def test_a_corrupt_last_checkpoint_is_named_and_the_one_before_taken(whole, tmp_
     assert_same_run(workdir, whole)
 
 
+@pytest.mark.long
 def test_accumulated_steps_resume_too(tmp_path):
     config = make_config(batch_size=16, microbatches=2, steps=4, checkpoint={"every": 2})
     train(config, tmp_path / "whole")
