@@ -176,9 +176,9 @@ class _Service:
             raise UserError(f"JAX's coordination service cannot listen at {address}.")
 
     def shutdown(self) -> None:
-        """End the service."""
-        with self._process:
-            self._process.kill()
+        """Let the service end soon: others may still hear from it that all have come to their end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
 
 @contextlib.contextmanager
@@ -324,7 +324,6 @@ class _Watch:
                     message = _receive(key.fileobj, None)
                     if message is None or "ended" in message:
                         selector.unregister(key.fileobj)
-                        self._connections.pop(key.data)
                     self._take(key.data, message)
 
     def _take(self, number: int, message: Mapping[str, Any] | None) -> None:
