@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from based_jax.errors import UserError
@@ -59,14 +59,17 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 def _laid_out(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """Return the devices in the shape of a mesh, such that neighbours on an axis are near each other.
 
-    Slices are far from each other: "data" goes over them.
+    Slices of TPUs are far from each other: "data" goes over them. What JAX calls slices of GPUs are their hosts, over
+    which any axis may go.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     data, *others = shape
     if data % slices:
-        raise UserError(f"Mesh axis 'data' has {data} devices; it is a multiple of the {slices} slices, which it goes over.")
+        raise UserError(
+            f"Mesh axis 'data' has {data} devices; it is a multiple of the {slices} slices, which it goes over."
+        )
     return mesh_utils.create_hybrid_device_mesh(
         (data // slices, *others), (slices, *(1 for _ in others)), devices, allow_split_physical_axes=True
     )
@@ -136,6 +139,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, jax.P(BATCH_AXES))
 
 
+def first_process_says(value: object) -> bool:
+    """Return whether process 0 takes its value for true; all processes ask together."""
+    return bool(value) if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(bool(value)))
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
     """Check that the rows of a global batch, and of each of its microbatches, can be divided over the mesh.
 
@@ -175,15 +183,16 @@ class Feed:
     @functools.cached_property
     def rows(self) -> np.ndarray:
         """The places of the rows in the global batch, ascending."""
-        spans = batch_sharding(self.mesh).addressable_devices_indices_map((self.batch_size,)).values()
-        return np.unique([place for (span,) in spans for place in range(*span.indices(self.batch_size))])
+        indices = batch_sharding(self.mesh).addressable_devices_indices_map((self.batch_size,)).values()
+        places = np.arange(self.batch_size)
+        return np.unique(np.concatenate([places[index] for index in indices]))
 
     def arrays(self, batch: HostBatch) -> dict[str, jax.Array]:
         """Return the global arrays (batch_size, ...) of which `batch` holds these `rows`."""
         where = batch_sharding(self.mesh)
 
         def array(own: np.ndarray) -> jax.Array:
-            def shard(index: tuple[slice, ...]) -> np.ndarray:
+            def shard(index: Any) -> np.ndarray:
                 first, last = np.searchsorted(self.rows, index[0].indices(self.batch_size)[:2])
                 return own[first:last]
 

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +113,22 @@ def test_a_mesh_may_be_of_some_devices():
     assert set(mesh.devices.flat) == set(jax.devices()[2:6])
     with pytest.raises(UserError, match=r"^Mesh .* needs 3 devices; there are 4\.$"):
         parallel.make_mesh({"data": 1, "fsdp": 3}, jax.devices()[:4])
+
+
+def test_data_goes_over_slices_of_tpus_and_any_axis_over_hosts_of_gpus():
+    def devices(platform, kind):
+        for i in range(8):
+            half, place = divmod(i, 4)
+            near = {"coords": (place % 2, place // 2, 0), "core_on_chip": 0}
+            far = {"slice_index": half, "process_index": half}
+            yield SimpleNamespace(id=i, platform=platform, device_kind=kind, **near, **far)
+
+    gpus = parallel._laid_out((1, 8, 1), list(devices("gpu", "NVIDIA H200")))
+    assert [device.id for device in gpus.flat] == list(range(8))
+    with pytest.raises(UserError, match="Mesh axis 'data' has 1 devices; it is a multiple of the 2 slices"):
+        parallel._laid_out((1, 8, 1), list(devices("tpu", "TPU v5 lite")))
+    tpus = parallel._laid_out((4, 2, 1), list(devices("tpu", "TPU v5 lite")))
+    assert {device.slice_index for device in tpus[:2].flat} == {0}
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():

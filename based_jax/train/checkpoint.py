@@ -28,7 +28,7 @@ from based_jax.config import added_later, check_types
 from based_jax.errors import UserError
 from based_jax.folders import check_utf8, reason, writing
 from based_jax.optim import path_of
-from based_jax.train.hosts import first_process_says
+from based_jax.parallel import first_process_says
 
 log = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax._src.lib import _jax as jaxlib_api
-from jax.experimental import multihost_utils
 
 from based_jax.errors import UserError
+from based_jax.train.preemption import AgreedStop
 
 MEETING_SECONDS = 300
 """How long a process waits for the others unless told otherwise."""
@@ -50,10 +50,6 @@ SERVICE = """if True:
     time.sleep(float(sys.argv[2]))
 """
 TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
-
-
-class AgreedStop(KeyboardInterrupt):
-    """Ctrl-C in one process, after which all of them have stopped."""
 
 
 class Place(NamedTuple):
@@ -197,11 +193,6 @@ def _leave(code: int) -> None:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
-
-
-def first_process_says(value: object) -> bool:
-    """Return what process 0 takes for true; all processes ask together."""
-    return bool(value) if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(bool(value)))
 
 
 def _meet(place: Place, timeout: float) -> tuple[dict[int, socket.socket], int]:

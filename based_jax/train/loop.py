@@ -20,12 +20,11 @@ from based_jax.ops import dispatch
 from based_jax.train import continuation, data_record
 from based_jax.train.checkpoint import Checkpoints, SavedCheckpoints
 from based_jax.train.compile import TrainProgram, train_program
-from based_jax.train.hosts import AgreedStop, first_process_says
 from based_jax.train.init_from import InitFrom, read_parameters
 from based_jax.train.memory import check_batch_fits, check_state_fits
 from based_jax.train.metrics import MetricWriter, Timer, has_evaluation, progress
 from based_jax.train.opening import opening_lines
-from based_jax.train.preemption import Preemption
+from based_jax.train.preemption import AgreedStop, Preemption
 from based_jax.train.run import Facts, TrainConfig
 from based_jax.train.samples import Sampler, sampler
 from based_jax.train.step import TrainState
@@ -99,7 +98,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
         step, results = start, {}
         if start < config.steps and preemption.reached(start):
             return _stopped(start, preemption, report)
-        if first_process_says(start and _evaluates(config, start) and not has_evaluation(workdir, start)):
+        left_out = start and _evaluates(config, start) and not has_evaluation(workdir, start)
+        if parallel.first_process_says(left_out):
             if not (results := run_eval(state.params, preemption)):
                 return _stopped(start, preemption, report)
             report.evaluation(start, results)

@@ -180,8 +180,12 @@ CASES: tuple[Command | Call, ...] = (
     Call("a preset that is a number", lambda _: TASKS["mqar"](preset=3), "Unknown mqar preset '3'"),
     Call("a shuffle that is a word", lambda _: TASKS["mqar"](shuffle="no"), "shuffle is 'no'; it is True or False."),
     Call("segments that are none", lambda _: TASKS["mqar"](train=[64]), "train is [64]; it is a tuple of segments."),
-    Call("a row beyond the batch", lambda _: own_rows(8, [7, 8]), "rows are [7, 8]; they are ascending places in a batch"),
-    Call("rows in no order", lambda _: own_rows(8, [1, 0]), "rows are [1, 0]; they are ascending places in a batch of 8."),
+    Call(
+        "a row beyond the batch", lambda _: own_rows(8, [7, 8]), "rows are [7, 8]; they are ascending places in a batch"
+    ),
+    Call(
+        "rows in no order", lambda _: own_rows(8, [1, 0]), "rows are [1, 0]; they are ascending places in a batch of 8."
+    ),
     Call("a batch without rows", lambda _: own_rows(0, None), "batch_size is 0; it is at least 1."),
     Call(
         "half a surrogate pair",

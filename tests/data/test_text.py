@@ -73,10 +73,13 @@ def test_an_epoch_reads_every_window_once(folder, tmp_path):
 
 
 def test_hosts_feed_their_rows_of_a_batch(folder, tmp_path):
-    whole = source(folder, tmp_path)
     rows = [0, 3]
-    own = source(folder, tmp_path, rows=rows)
-    for ours, all_of_it in ((own.batch(5), whole.batch(5)), *zip(*(x.eval_batches("validation") for x in (own, whole)))):
+    whole, own = source(folder, tmp_path), source(folder, tmp_path, rows=rows)
+
+    def batches(of):
+        return [of.batch(5), *of.eval_batches("validation")]
+
+    for ours, all_of_it in zip(batches(own), batches(whole), strict=True):
         for name, array in all_of_it.items():
             np.testing.assert_array_equal(ours[name], array[rows])
 
