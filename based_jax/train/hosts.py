@@ -79,7 +79,9 @@ def given_place(coordinator: str, num_processes: int, process_id: int) -> Place:
     if not host or not colon or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"The coordinator is '{coordinator}'; it is HOST:PORT, such as 10.0.0.1:8476.")
     if not 0 <= process_id < num_processes:
-        raise UserError(f"The process' number is {process_id}; it is at least 0 and below {num_processes}, how many are.")
+        raise UserError(
+            f"The process' number is {process_id}; it is at least 0 and below {num_processes}, how many are."
+        )
     return Place(host.strip("[]"), int(port), process_id, num_processes)
 
 
@@ -215,7 +217,9 @@ def _gather(place: Place, deadline: float, timeout: float) -> tuple[dict[int, so
     try:
         server = socket.create_server(("", place.port), backlog=place.num_processes, reuse_port=False)
     except OSError as error:
-        raise UserError(f"Port {place.port} cannot be listened to, for the other processes: {error.strerror}.") from None
+        raise UserError(
+            f"Port {place.port} cannot be listened to, for the other processes: {error.strerror}."
+        ) from None
     with server:
         while missing:
             server.settimeout(max(deadline - time.monotonic(), 0.01))
@@ -360,6 +364,10 @@ def _keep_alive(connection: socket.socket) -> None:
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     tries = 3
-    for option, value in {"TCP_KEEPIDLE": 9, "TCP_KEEPINTVL": SILENCE_SECONDS // tries - 3, "TCP_KEEPCNT": tries}.items():
+    for option, value in {
+        "TCP_KEEPIDLE": 9,
+        "TCP_KEEPINTVL": SILENCE_SECONDS // tries - 3,
+        "TCP_KEEPCNT": tries,
+    }.items():
         if hasattr(socket, option):  # not everywhere
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
