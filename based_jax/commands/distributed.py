@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from based_jax.commands.parser import CommandParser, seconds
 from based_jax.errors import UserError
@@ -28,7 +29,7 @@ def add_distributed_arguments(parser: CommandParser) -> None:
 @contextlib.contextmanager
 def together(args: argparse.Namespace) -> Iterator[None]:
     """Run a command as one process of several, if its arguments say so; UserError where the others do not come."""
-    given = {name: getattr(args, name, None) for name in BY_HAND}
+    given: dict[str, Any] = {name: getattr(args, name, None) for name in BY_HAND}
     if not getattr(args, "distributed", False) and not any(value is not None for value in given.values()):
         yield
         return

@@ -15,13 +15,14 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import selectors
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -50,6 +51,7 @@ SERVICE = """if True:
     time.sleep(float(sys.argv[2]))
 """
 TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
+PROCESSES_OF_HOST = ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 class Place(NamedTuple):
@@ -95,25 +97,36 @@ def found_place(environment: Mapping[str, str] = os.environ) -> Place:
         host, *numbers = (environment[name] for name in TORCHRUN)
         try:
             port, count, rank = map(int, numbers)
-            local = int(environment["LOCAL_RANK"]) if int(environment.get("LOCAL_WORLD_SIZE", "1")) > 1 else None
-        except (ValueError, KeyError):
+            local = int(environment.get("LOCAL_RANK", "0"))
+        except ValueError:
             raise UserError(f"The variables {', '.join(TORCHRUN[1:])} and LOCAL_RANK must be whole numbers.") from None
         # torchrun itself listens at MASTER_PORT.
-        place = given_place(f"{host}:{port + 1}", count, rank)
-        return place._replace(local_devices=None if local is None else (local,))
+        return given_place(f"{host}:{port + 1}", count, rank)._replace(local_devices=_own_devices([local], environment))
     # JAX knows SLURM, Open MPI, GKE, Cloud TPU and Kubernetes, and has no public name for what it found.
     from jax._src.clusters import ClusterEnv
 
     with contextlib.suppress(Exception):  # each cluster fails in its own way where half of its variables are there
-        address, count, number, local = ClusterEnv.auto_detect_unset_distributed_params(
+        address, processes, number, own = ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, None, MEETING_SECONDS
         )
-        if None not in (address, count, number):
-            return given_place(address, count, number)._replace(local_devices=None if local is None else tuple(local))
+        if address is not None and processes is not None and number is not None:
+            return given_place(address, processes, number)._replace(local_devices=_own_devices(own, environment))
     raise UserError(
         "There is no cluster around this process: no variables of SLURM, Open MPI, GKE, Cloud TPU, Kubernetes or "
         "torchrun; give --coordinator, --num-processes and --process-id."
     )
+
+
+def _own_devices(numbers: Sequence[int] | None, environment: Mapping[str, str]) -> tuple[int, ...] | None:
+    """Return the devices that a process takes, by its number on its host: all that it sees where it is alone there.
+
+    JAX would give the first process of a host the first device alone, and look for the fourth one in a process that
+    sees but its own.
+    """
+    on_host = next((environment[name] for name in PROCESSES_OF_HOST if environment.get(name)), "")
+    alone = re.match(r"1(\(x\d+\))?$", on_host)
+    sees_one = "," not in environment.get("CUDA_VISIBLE_DEVICES", ",")
+    return None if numbers is None or alone or sees_one else tuple(numbers)
 
 
 @contextlib.contextmanager

@@ -28,21 +28,48 @@ def test_an_impossible_place_is_named(coordinator, count, number, words):
         given_place(coordinator, count, number)
 
 
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "node[3-4]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_NODES": "2",
+}
+
+
 def test_a_place_is_found_in_the_environment(monkeypatch):
     assert given_place("[fd00::1]:80", 2, 1) == Place("fd00::1", 80, 1, 2)
-    assert found_place(TORCHRUN) == Place("10.0.0.7", 29501, 9, 16)
-    several = TORCHRUN | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
-    assert found_place(several).local_devices == (1,)
+    assert found_place(TORCHRUN | {"LOCAL_WORLD_SIZE": "1"}) == Place("10.0.0.7", 29501, 9, 16)
     with pytest.raises(UserError, match="must be whole numbers"):
         found_place(TORCHRUN | {"RANK": "first"})
-    slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
-    for name, value in (slurm | {"SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2"}).items():
+    for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     assert (found_place({}).host, *found_place({})[2:4]) == ("node3", 1, 2)
-    for name in slurm:
+    for name in SLURM:
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match="There is no cluster around this process"):
         found_place({})
+
+
+@pytest.mark.parametrize(
+    "environment, devices",
+    [
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}, (1,)),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, None),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "CUDA_VISIBLE_DEVICES": "1"}, None),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, (1,)),
+    ],
+)
+def test_a_process_of_several_on_a_host_takes_its_device_and_one_alone_all(environment, devices):
+    assert found_place(TORCHRUN | environment).local_devices == devices
+
+
+@pytest.mark.parametrize("tasks, devices", [("1(x2)", None), ("1", None), ("8(x2)", (0,)), ("2,1", (0,))])
+def test_a_task_of_slurm_that_is_alone_on_its_node_takes_all_devices(tasks, devices, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert found_place({"SLURM_STEP_TASKS_PER_NODE": tasks}).local_devices == devices
 
 
 def met(*places, timeout=5.0):
