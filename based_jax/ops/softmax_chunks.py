@@ -101,7 +101,8 @@ def _attention_fwd(cut, q, k, v, query_numbers, key_numbers):
         return tuple(map(lax.dynamic_update_slice_in_dim, sums, new, starts, SUMS_TIME)), None
 
     B, T, H, _ = q.shape
-    start = jnp.full((B, H, T), LOWEST), jnp.zeros((B, H, T)), jnp.zeros((B, T, H, v.shape[-1]))
+    zeros = jnp.zeros((B, H, T), jnp.float32)
+    start = zeros + LOWEST, zeros, jnp.zeros((B, T, H, v.shape[-1]), jnp.float32)
     start = tuple(sharded.vary_alike(*start, like=(q, k, v, query_numbers, key_numbers)))
     (top, total, o), _ = lax.scan(meet, start, cut.pairs(T, k.shape[1]))
     seen = total > 0
@@ -129,7 +130,7 @@ def _attention_bwd(cut, saved, do):
         starts = i * cut.queries, j * cut.keys, j * cut.keys
         return tuple(map(_added, gradients, more, starts)), None
 
-    start = tuple(sharded.vary_alike(*(jnp.zeros(x.shape) for x in (q, k, v)), like=(*saved, do)))
+    start = tuple(sharded.vary_alike(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)), like=(*saved, do)))
     gradients, _ = lax.scan(meet, start, cut.pairs(q.shape[1], k.shape[1]))
     return *(x.astype(like.dtype) for x, like in zip(gradients, (q, k, v), strict=True)), None, None
 
