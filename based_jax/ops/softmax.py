@@ -20,6 +20,7 @@ from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.hopper import window as hopper_window
+from based_jax.ops.tpu import attention as tpu_attention
 
 MIN_BAND_TOKENS = 64
 MAX_BAND_TOKENS = softmax_chunks.CHUNK_TOKENS
@@ -37,7 +38,7 @@ def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl:
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle", "xla_quadratic" (every score), "xla_chunks" (memory linear in T), "cudnn_flash" (GPU, bf16 or
-        fp16, no packing) or "auto".
+        fp16, no packing), "tpu_splash" (TPU, bf16) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -55,7 +56,7 @@ def window_attention(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle" (T x T), "xla_steps" (token by token), "xla_bands", "xla_chunks" (for long windows),
         "hopper_tiles" (Mosaic GPU kernels; bf16, windows up to 129, some head dims), "cudnn_flash" (GPU, bf16 or fp16,
-        no packing) or "auto".
+        no packing), "tpu_splash" (TPU, bf16; for long windows) or "auto".
 
     Raises:
       UserError: `window` is below 1, or `impl` is unknown or cannot run this call.
@@ -220,6 +221,14 @@ def _scores_are_many(call: AttentionCall) -> str | None:
     return None if most >= T else f"T is {T}, and with more than {most} not every score is made at once"
 
 
+def _scores_are_few(call: AttentionCall) -> str | None:
+    return None if _scores_are_many(call) else f"T is {call.q.shape[1]}, for which every score is made at once"
+
+
+def _band_is_short(call: AttentionCall) -> str | None:
+    return None if _bands_are_long(call) else f"the window is {call.window} of {call.q.shape[1]} keys: bands are enough"
+
+
 def _bands_are_long(call: AttentionCall) -> str | None:
     return _scores_are_many(call) if call.window > MAX_BAND_TOKENS else None
 
@@ -228,6 +237,7 @@ QKV = "q", "k", "v"
 
 ATTENTION = {
     "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
+    "tpu_splash": Implementation(tpu_attention.compute, tpu_attention.supports, platform="tpu", slower=_scores_are_few),
     "xla_quadratic": Implementation(_dense, slower=_scores_are_many),
     "xla_chunks": Implementation(_chunked),
     "oracle": Implementation(_oracle),
@@ -236,6 +246,12 @@ ATTENTION = {
 WINDOW_ATTENTION = {
     "hopper_tiles": Implementation(hopper_window.compute, hopper_window.supports, platform="cuda"),
     "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
+    "tpu_splash": Implementation(
+        segments.without_padding(tpu_attention.compute, *QKV),
+        tpu_attention.supports,
+        platform="tpu",
+        slower=_band_is_short,
+    ),
     "xla_bands": Implementation(segments.without_padding(_banded, *QKV), slower=_bands_are_long),
     "xla_chunks": Implementation(segments.without_padding(_chunked, *QKV)),
     "xla_steps": Implementation(segments.without_padding(_recurrent, *QKV)),
