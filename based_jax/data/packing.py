@@ -10,17 +10,19 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
+import numpy as np
 
 from based_jax.data.corpus import Corpus, TextSplit, combined_hash
 from based_jax.data.documents import Chunk, Reading
 from based_jax.data.encoding import encoded
 from based_jax.data.holdout import split_chunks
 from based_jax.data.progress import Progress
+from based_jax.data.token_corpus import TokenCorpus
 from based_jax.data.tokenizer import TextTokenizer
 from based_jax.data.tokens import FACTS, TokenStream, TokenWriter, damaged, facts, token_dtype
 from based_jax.errors import UserError
@@ -62,7 +64,9 @@ class PackedText:
     index: dict[str, Any]
 
     @classmethod
-    def open(cls, corpus: Corpus, tokenizer: TextTokenizer, cache_dir: Path, processes: int = 1) -> "PackedText":
+    def open(
+        cls, corpus: Corpus | TokenCorpus, tokenizer: TextTokenizer, cache_dir: Path, processes: int = 1
+    ) -> "PackedText":
         """Return the packed text of a corpus, built by so many processes unless it is there.
 
         Reading it neither writes nor locks.
@@ -107,7 +111,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise damaged(folder, f"{INDEX}: {type(error).__name__}") from None
 
 
-def _build(folder: Path, corpus: Corpus, tokenizer: TextTokenizer, processes: int) -> None:
+def _build(folder: Path, corpus: Corpus | TokenCorpus, tokenizer: TextTokenizer, processes: int) -> None:
     """Write the packed text into `folder` unless another process does so first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -141,7 +145,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _pack(folder: Path, corpus: Corpus, tokenizer: TextTokenizer, processes: int) -> dict[str, Any]:
+def _pack(folder: Path, corpus: Corpus | TokenCorpus, tokenizer: TextTokenizer, processes: int) -> dict[str, Any]:
     """Write the tokens of both splits into a folder and return its index."""
     dtype, reading = token_dtype(tokenizer.vocab_size), Reading()
     with contextlib.ExitStack() as stack:
@@ -149,12 +153,14 @@ def _pack(folder: Path, corpus: Corpus, tokenizer: TextTokenizer, processes: int
         paths = {split: folder / f"{split}.tokens" for split in SPLITS}
         files = {split: stack.enter_context(path.open("wb")) for split, path in paths.items()}
         writers = {split: TokenWriter(file, dtype, tokenizer.end_of_text) for split, file in files.items()}
-        batches = _batches(cut_into_pieces(split_chunks(corpus, reading), tokenizer))
-        placed = ((batch, reading.position) for batch in batches)
-        encoding = stack.enter_context(contextlib.closing(encoded(placed, _texts, tokenizer, processes)))
-        for (batch, position), found in encoding:
-            for (split, _, last), ids in zip(batch, found, strict=True):
-                writers[split].write(ids, last)
+        found = (
+            _tokens(corpus, tokenizer, reading)
+            if isinstance(corpus, TokenCorpus)
+            else _encoded_text(corpus, tokenizer, reading, processes)
+        )
+        for parts, position in stack.enter_context(contextlib.closing(found)):
+            for part in parts:
+                writers[part.split].write(part.ids, part.last)
             progress.update(position, sum(writer.tokens for writer in writers.values()))
     return {
         "vocab_size": tokenizer.vocab_size,
@@ -162,6 +168,32 @@ def _pack(folder: Path, corpus: Corpus, tokenizer: TextTokenizer, processes: int
         "blank": reading.blank,
         "mended": reading.mended,
     }
+
+
+class EncodedPart(NamedTuple):
+    """Ids of a split, and whether a document ends with them that has no end-of-text yet."""
+
+    split: TextSplit
+    ids: np.ndarray
+    last: bool
+
+
+Encoded = Generator[tuple[list[EncodedPart], int]]
+"""Parts in their order, some at a time, each time with how much of the corpus is read."""
+
+
+def _tokens(corpus: TokenCorpus, tokenizer: TextTokenizer, reading: Reading) -> Encoded:
+    for split, block in corpus.blocks(tokenizer, reading):
+        yield [EncodedPart(split, block, last=False)], reading.position
+
+
+def _encoded_text(corpus: Corpus, tokenizer: TextTokenizer, reading: Reading, processes: int) -> Encoded:
+    batches = _batches(cut_into_pieces(split_chunks(corpus, reading), tokenizer))
+    placed = ((batch, reading.position) for batch in batches)
+    with contextlib.closing(encoded(placed, _texts, tokenizer, processes)) as encoding:
+        for (batch, position), found in encoding:
+            pairs = zip(batch, found, strict=True)
+            yield [EncodedPart(piece.split, ids, piece.last) for piece, ids in pairs], position
 
 
 class Piece(NamedTuple):

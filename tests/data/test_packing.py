@@ -9,8 +9,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import filelock
 import numpy as np
 import pytest
 
@@ -174,6 +176,26 @@ def test_a_prepared_cache_is_read_where_nothing_can_be_written(folder, tmp_path,
         UserError, match=r"cannot be written to '.*cache': Read-only file system; choose another folder"
     ):
         packed(folder, cache)
+
+
+def test_one_packs_and_the_others_say_that_they_wait(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packing, "PATIENCE_SECONDS", 0.01)
+    place = packed(folder, tmp_path / "cache").folder
+    (place / packing.INDEX).rename(tmp_path / "index")
+    begun = threading.Event()
+
+    def pack():
+        with filelock.FileLock(f"{place}.lock"):
+            begun.set()
+            time.sleep(0.1)
+            (tmp_path / "index").rename(place / packing.INDEX)
+
+    other = threading.Thread(target=pack)
+    other.start()
+    assert begun.wait(5.0)
+    assert packed(folder, tmp_path / "cache").folder == place
+    assert capsys.readouterr().out == "Another process packs the same text: waiting for it.\n"
+    other.join()
 
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path):
