@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,14 @@ def test_prepare_packs_what_a_run_then_only_reads(capsys, folder, text_run, monk
     assert out[-1] == f"packed in {packed}"
     monkeypatch.setattr(packing, "_build", None)
     assert printed(capsys, "prepare", *words).splitlines() == out
+    packed.rename(folder / "moved")
+    words = [f"--config={folder / 'text.py'}", f"--config.data.path={folder / 'moved'}"]
+    assert printed(capsys, "prepare", *words).splitlines() == [*out[:-1], f"packed in {folder / 'moved'}"]
+    workdir = shutil.copytree(text_run, folder / "of_packed")
+    assert "continuing from step 2" in printed(capsys, "train", *words, f"--workdir={workdir}", "--config.steps=3")
+    assert refused(capsys, "prepare", *words, "--config.data.tokenizer=gpt2", "--config.model.vocab_size=50257") == (
+        f"Packed text '{folder / 'moved'}' has ids of another tokenizer than data.tokenizer."
+    )
 
 
 def test_changed_text_is_warned_of_by_eval_and_refused_by_train(capsys, folder, text_run):

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,39 +52,66 @@ def default_cache_dir() -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
+class PackedFolder:
+    """A corpus that is there packed alone: what `PackedText.open` made, wherever it lies by now."""
+
+    folder: Path
+
+    def __str__(self):
+        return str(self.folder)
+
+    @property
+    def location(self) -> str:
+        """The absolute path."""
+        return str(self.folder.absolute())
+
+    left_out = ()
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder holds packed text."""
+        return (self.folder / INDEX).is_file() and (self.folder / f"{SPLITS[0]}.tokens").is_file()
+
+
+AnyCorpus = Corpus | TokenCorpus | PackedFolder
+
+
+@dataclasses.dataclass(frozen=True)
 class PackedText:
     """Tokens of both splits of a corpus, and what there is to know of them.
 
     Attributes:
       folder: where they are.
-      index: what `facts` says of each split, what was left out, and the sha256 of each file of the corpus.
+      index: what `facts` says of each split, what was left out, the tokenizer's fingerprint (None in older ones), and
+        the sha256 of each file of the corpus.
     """
 
     folder: Path
     index: dict[str, Any]
 
     @classmethod
-    def open(
-        cls, corpus: Corpus | TokenCorpus, tokenizer: TextTokenizer, cache_dir: Path, processes: int = 1
-    ) -> "PackedText":
+    def open(cls, corpus: AnyCorpus, tokenizer: TextTokenizer, cache_dir: Path, processes: int = 1) -> "PackedText":
         """Return the packed text of a corpus, built by so many processes unless it is there.
 
         Reading it neither writes nor locks.
 
         Raises:
-          UserError: the corpus is bad (nothing is written then), or the cache cannot be read or written.
+          UserError: the corpus is bad (nothing is written then) or was packed by another tokenizer, or the cache cannot
+            be read or written.
         """
+        if isinstance(corpus, PackedFolder):
+            return cls(corpus.folder, _checked_index(corpus, tokenizer))
         hashes = corpus.file_hashes()
         folder = cache_dir / "packed_text" / combined_hash(hashes, tokenizer.fingerprint, FORMAT)
         if not (folder / INDEX).exists():
             try:
-                _build(folder, corpus, tokenizer, processes)
+                _build(folder, corpus, hashes, tokenizer, processes)
             except OSError as error:
                 raise UserError(
                     f"Packed text cannot be written to '{cache_dir}': {error.strerror or error}; "
                     f"choose another folder by data.cache_dir or ${CACHE_VARIABLE}."
                 ) from None
-        return cls(folder, {**_read_index(folder), "files": dict(hashes)})
+        return cls(folder, _read_index(folder) | {"files": dict(hashes)})
 
     def stream(self, split: TextSplit) -> TokenStream:
         """Return the tokens of a split."""
@@ -106,12 +133,27 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(read_file(folder / INDEX).decode())
         splits = {split: {name: index["splits"][split][name] for name in FACTS} for split in SPLITS}
-        return {"splits": splits} | {name: index[name] for name in ("vocab_size", "blank", "mended")}
+        later = {"tokenizer": index.get("tokenizer"), "files": dict(index.get("files", {}))}
+        return {"splits": splits} | {name: index[name] for name in ("vocab_size", "blank", "mended")} | later
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, f"{INDEX}: {type(error).__name__}") from None
 
 
-def _build(folder: Path, corpus: Corpus | TokenCorpus, tokenizer: TextTokenizer, processes: int) -> None:
+def _checked_index(packed: PackedFolder, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Return the index of packed text without its corpus; UserError where it has ids of another tokenizer."""
+    index = _read_index(packed.folder)
+    if index["vocab_size"] != tokenizer.vocab_size or index["tokenizer"] not in (None, tokenizer.fingerprint):
+        raise UserError(f"Packed text '{packed}' has ids of another tokenizer than data.tokenizer.")
+    return index
+
+
+def _build(
+    folder: Path,
+    corpus: Corpus | TokenCorpus,
+    hashes: Mapping[str, str],
+    tokenizer: TextTokenizer,
+    processes: int,
+) -> None:
     """Write the packed text into `folder` unless another process does so first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -122,7 +164,8 @@ def _build(folder: Path, corpus: Corpus | TokenCorpus, tokenizer: TextTokenizer,
             shutil.rmtree(left, ignore_errors=True)
         try:
             part.mkdir()
-            (part / INDEX).write_text(json.dumps(_pack(part, corpus, tokenizer, processes)), encoding="utf-8")
+            index = _pack(part, corpus, tokenizer, processes) | {"files": dict(hashes)}
+            (part / INDEX).write_text(json.dumps(index), encoding="utf-8")
             part.replace(folder)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -163,6 +206,7 @@ def _pack(folder: Path, corpus: Corpus | TokenCorpus, tokenizer: TextTokenizer, 
                 writers[part.split].write(part.ids, part.last)
             progress.update(position, sum(writer.tokens for writer in writers.values()))
     return {
+        "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "splits": {split: facts(paths[split], writers[split], dtype) for split in SPLITS},
         "blank": reading.blank,

@@ -17,7 +17,6 @@ import numpy as np
 
 from based_jax.data.corpus import (
     TFDS_PREFIX,
-    Corpus,
     FolderCorpus,
     TextSplit,
     combined_hash,
@@ -25,7 +24,7 @@ from based_jax.data.corpus import (
     shortened,
 )
 from based_jax.data.hosts import Rows, own_rows
-from based_jax.data.packing import SPLITS, PackedText, default_cache_dir
+from based_jax.data.packing import SPLITS, AnyCorpus, PackedFolder, PackedText, default_cache_dir
 from based_jax.data.segments import Batch
 from based_jax.data.text_checks import Mixture, TextPart, absolute, check_text, is_tfds
 from based_jax.data.token_corpus import TokenCorpus
@@ -40,20 +39,28 @@ COUNTED = {
 }
 
 
-def open_corpus(path: str | os.PathLike | None, text_feature: str | None = None) -> Corpus | TokenCorpus:
-    """Return the corpus of 'tfds:NAME' or of a folder of texts or tokens; the shipped prose if the path is None."""
+def open_corpus(path: str | os.PathLike | None, text_feature: str | None = None) -> AnyCorpus:
+    """Return the corpus of 'tfds:NAME' or of a folder, of texts, tokens or what was packed before.
+
+    Args:
+      path: the shipped prose if it is None.
+      text_feature: see `TfdsCorpus` and `FolderCorpus`.
+
+    Raises:
+      UserError: a feature of what has none, or the folder cannot be read.
+    """
     name = str(path or default_corpus())
     if is_tfds(name):
         from based_jax.data.tfds_corpus import TfdsCorpus  # imports tensorflow-datasets, which folders do without
 
         return TfdsCorpus(name.removeprefix(TFDS_PREFIX), text_feature)
     folder = absolute(name, "path")
-    texts, tokens = FolderCorpus(folder, text_feature), TokenCorpus(folder)
-    if tokens.is_empty or not texts.is_empty:
+    texts, tokens, packed = FolderCorpus(folder, text_feature), TokenCorpus(folder), PackedFolder(folder)
+    if not packed.exists and (tokens.is_empty or not texts.is_empty):
         return texts
     if text_feature is not None:
         raise UserError(f"text_feature is '{text_feature}', but corpus '{folder}' has tokens; it is None there.")
-    return tokens
+    return packed if packed.exists else tokens
 
 
 class PackedCorpus:
