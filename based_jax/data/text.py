@@ -28,7 +28,8 @@ from based_jax.data.packing import SPLITS, AnyCorpus, PackedFolder, PackedText, 
 from based_jax.data.segments import Batch
 from based_jax.data.text_checks import Mixture, TextPart, absolute, check_text, is_tfds
 from based_jax.data.token_corpus import TokenCorpus
-from based_jax.data.tokenizer import TextTokenizer, get_tokenizer
+from based_jax.data.tokenizer import TextTokenizer
+from based_jax.data.tokenizer_file import named_tokenizer
 from based_jax.data.tokens import Windows
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
@@ -113,7 +114,7 @@ class TextSource:
 
     Args:
       path, text_feature: the corpus, see `open_corpus`.
-      tokenizer: a name of `data/tokenizer.py`.
+      tokenizer: a name of `data/tokenizer.py`, or the path of a tokenizer.json.
       seq_len: tokens per row.
       mixture: corpora by their names, in place of the one.
       seed: of the shuffle.
@@ -142,7 +143,7 @@ class TextSource:
         check_text(path, text_feature, mixture, seq_len, seed, cache_dir, processes)
         self._batch_size, self._is_mixed = batch_size, mixture is not None
         self._own = own_rows(batch_size, rows)
-        ids, cache = get_tokenizer(tokenizer), absolute(cache_dir or default_cache_dir(), "cache_dir")
+        ids, cache = named_tokenizer(tokenizer), absolute(cache_dir or default_cache_dir(), "cache_dir")
         parts = mixture or {"validation": TextPart(str(path or default_corpus()), text_feature=text_feature)}
         self._parts = {
             name: PackedCorpus(parts[name], ids, seq_len, cache, processes) for name in sorted(parts)

@@ -28,7 +28,7 @@ from based_jax.data.checks import check_bools, check_choice
 from based_jax.data.hosts import Rows
 from based_jax.data.segments import SegmentedTask, SegmentSource
 from based_jax.data.text_checks import TextPart, check_text, located
-from based_jax.data.tokenizer import tokenizer_class
+from based_jax.data.tokenizer_file import is_file_name, vocabulary_size
 from based_jax.errors import UserError
 
 if typing.TYPE_CHECKING:
@@ -179,7 +179,7 @@ class TextTask:
         shipped prose, or for a mixture.
       text_feature: the key of .jsonl, the column of .parquet or the feature of "tfds:NAME" that holds a document; None
         if it is "text", or the only feature.
-      tokenizer: "bytes", "gpt2" or what else `data/tokenizer.py` names.
+      tokenizer: "bytes", "gpt2" or the path of a tokenizer.json.
       seq_len: tokens of a row.
       seed: of the order of rows.
       cache_dir: where the packed windows are kept; None for the user's cache folder.
@@ -201,10 +201,10 @@ class TextTask:
         check_text(self.path, self.text_feature, self.mixture, self.seq_len, self.seed, self.cache_dir, self.processes)
         _ = self.num_tokens  # an unknown tokenizer is named here
 
-    @property
+    @functools.cached_property
     def num_tokens(self) -> int:
         """Ids that the task uses."""
-        return tokenizer_class(self.tokenizer).vocab_size
+        return vocabulary_size(self.tokenizer)
 
     @property
     def resolved_values(self) -> dict[str, Any]:
@@ -222,6 +222,7 @@ class TextTask:
         return dataclasses.replace(
             self,
             path=self.path and located(self.path),
+            tokenizer=located(self.tokenizer) if is_file_name(self.tokenizer) else self.tokenizer,
             cache_dir=self.cache_dir and located(self.cache_dir),
             mixture=self.mixture and {name: part.located for name, part in self.mixture.items()},
         )

@@ -104,6 +104,7 @@ CASES: tuple[Command | Call, ...] = (
     text("processes=0", sentence="processes is 0; it is 1 to 1024."),
     text("processes=2.5", sentence="'data.processes' is 2.5; it is an int"),
     text("tokenizer=gpt-2", sentence="did you mean 'gpt2'?"),
+    text("tokenizer=<new>.json", sentence="'<new>.json' is no file of a tokenizer: No such file or directory"),
     text("path=", sentence="path is '', which names nothing"),
     text("path=gs://bucket/text", sentence="path is 'gs://bucket/text', an address of 'gs'"),
     text("cache_dir=", sentence="cache_dir is '', which names nothing"),
