@@ -271,13 +271,23 @@ def test_progress_is_lines_where_there_is_no_terminal():
     stream = io.StringIO()
     progress = Progress("Packing 'x'", 200, stream, patience=0)
     progress.update(50, 1234)
+    progress.update(100)
     progress.update(200, 5000)
     progress.close()
-    first, second = stream.getvalue().splitlines()
-    assert first.startswith("Packing 'x': 25%, 1,234 tokens, about ") and second.startswith("Packing 'x': 100%, 5,000")
+    first, second, third = stream.getvalue().splitlines()
+    assert first == "Packing 'x': 25%, 1,234 tokens" and third == "Packing 'x': 100%, 5,000 tokens, about 0 s left"
+    assert second.startswith("Packing 'x': 50%, about ")
     quiet = io.StringIO()
     Progress("Packing 'x'", 200, quiet).update(100, 1)
     assert quiet.getvalue() == ""
+
+
+def test_both_passes_over_a_text_are_shown(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Progress.__init__, "__defaults__", (None, 0))
+    (folder / "val.txt").unlink()
+    packed(folder, tmp_path / "cache")
+    said = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == [f"Reading '{folder}'"] * 3 + [f"Packing '{folder}'"]
 
 
 def test_progress_is_a_bar_on_a_terminal():
