@@ -7,6 +7,7 @@ is whole or absent: it is written beside its place and renamed.
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -201,9 +202,8 @@ def _pack(folder: Path, corpus: Corpus | TokenCorpus, tokenizer: TextTokenizer, 
             if isinstance(corpus, TokenCorpus)
             else _encoded_text(corpus, tokenizer, reading, processes)
         )
-        for parts, position in stack.enter_context(contextlib.closing(found)):
-            for part in parts:
-                writers[part.split].write(part.ids, part.last)
+        for split, ids, position in stack.enter_context(contextlib.closing(found)):
+            writers[split].write(ids)
             progress.update(position, sum(writer.tokens for writer in writers.values()))
     return {
         "tokenizer": tokenizer.fingerprint,
@@ -214,38 +214,41 @@ def _pack(folder: Path, corpus: Corpus | TokenCorpus, tokenizer: TextTokenizer, 
     }
 
 
-class EncodedPart(NamedTuple):
-    """Ids of a split, and whether a document ends with them that has no end-of-text yet."""
-
-    split: TextSplit
-    ids: np.ndarray
-    last: bool
-
-
-Encoded = Generator[tuple[list[EncodedPart], int]]
-"""Parts in their order, some at a time, each time with how much of the corpus is read."""
-
-
-def _tokens(corpus: TokenCorpus, tokenizer: TextTokenizer, reading: Reading) -> Encoded:
-    for split, block in corpus.blocks(tokenizer, reading):
-        yield [EncodedPart(split, block, last=False)], reading.position
-
-
-def _encoded_text(corpus: Corpus, tokenizer: TextTokenizer, reading: Reading, processes: int) -> Encoded:
-    batches = _batches(cut_into_pieces(split_chunks(corpus, reading), tokenizer))
-    placed = ((batch, reading.position) for batch in batches)
-    with contextlib.closing(encoded(placed, _texts, tokenizer, processes)) as encoding:
-        for (batch, position), found in encoding:
-            pairs = zip(batch, found, strict=True)
-            yield [EncodedPart(piece.split, ids, piece.last) for piece, ids in pairs], position
-
-
 class Piece(NamedTuple):
     """A part of a document of a split, cut where its ids do not depend on what stands beside it."""
 
     split: TextSplit
     text: str
     last: bool
+
+
+class Encoded(NamedTuple):
+    """The next ids of a split, the ends of documents among them, and how much of the corpus is read by then."""
+
+    split: TextSplit
+    ids: np.ndarray
+    position: int
+
+
+def _tokens(corpus: TokenCorpus, tokenizer: TextTokenizer, reading: Reading) -> Generator[Encoded]:
+    for split, ids in corpus.blocks(tokenizer, reading):
+        yield Encoded(split, ids, reading.position)
+
+
+def _encoded_text(corpus: Corpus, tokenizer: TextTokenizer, reading: Reading, processes: int) -> Generator[Encoded]:
+    end = np.array([tokenizer.end_of_text], token_dtype(tokenizer.vocab_size))
+    batches = _batches(cut_into_pieces(split_chunks(corpus, reading), tokenizer))
+    placed = ((batch, reading.position) for batch in batches)
+    with contextlib.closing(encoded(placed, _texts, tokenizer, processes)) as encoding:
+        for (batch, position), found in encoding:
+            for split, pairs in itertools.groupby(zip(batch, found, strict=True), key=lambda pair: pair[0].split):
+                yield Encoded(split, _joined(pairs, end), position)
+
+
+def _joined(pairs: Iterable[tuple[Piece, np.ndarray]], end: np.ndarray) -> np.ndarray:
+    """Return the ids of pieces that follow one another, with `end` behind the last of each document."""
+    parts = ((ids, end) if piece.last else (ids,) for piece, ids in pairs)
+    return np.concatenate(list(itertools.chain.from_iterable(parts)))
 
 
 def cut_into_pieces(chunks: Iterable[tuple[TextSplit, Chunk]], tokenizer: TextTokenizer) -> Iterator[Piece]:

@@ -31,9 +31,8 @@ class TokenWriter:
         self._file, self._dtype, self._end = file, dtype, end_of_text
         self.tokens = self.documents = 0
 
-    def write(self, ids: np.ndarray, last: bool) -> None:
-        """Append ids, with an end-of-text behind the last of a document."""
-        ids = np.append(ids, self._dtype.type(self._end)) if last else ids
+    def write(self, ids: np.ndarray) -> None:
+        """Append ids, each document's end among them."""
         self._file.write(ids.astype(self._dtype, copy=False).tobytes())
         self.tokens += len(ids)
         self.documents += int(np.count_nonzero(ids == self._end))
