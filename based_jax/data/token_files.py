@@ -1,8 +1,10 @@
 """Tokens of one file that was tokenised elsewhere, in blocks: .npy, or the raw .bin of nanoGPT and Megatron.
 
-train.bin, train.uint16.bin    uint16, little-endian, nothing before them and nothing behind
-train.uint32.bin               the same of uint32
-train.npy                      one axis of either type, as it says itself
+    train.bin, train.uint16.bin    uint16, little-endian, nothing before them and nothing behind
+    train.uint32.bin               the same of uint32
+    train.npy                      one axis of either type, as it says itself
+
+Megatron's .idx is not needed, and not read.
 """
 
 from collections.abc import Iterator
