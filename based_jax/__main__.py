@@ -14,13 +14,14 @@ import select
 import sys
 
 from based_jax import __version__
-from based_jax.commands import bench, describe, eval, export, generate, interrupts, plot, sweep, train
+from based_jax.commands import bench, describe, eval, export, generate, interrupts, plot, prepare, sweep, train
 from based_jax.commands.distributed import together
 from based_jax.commands.parser import MODULE_CALL, CommandParser, add_command, program_name
 from based_jax.errors import UserError
 from based_jax.folders import reason
 
 COMMANDS = {
+    "prepare": prepare,
     "train": train,
     "eval": eval,
     "plot": plot,

@@ -55,7 +55,7 @@ def _check_text(number: int, prompt: str) -> None:
 
 
 def _from_run(args: argparse.Namespace):
-    from based_jax.convert.tokenizers import named_tokenizer
+    from based_jax.data.tokenizer_file import named_tokenizer
     from based_jax.train.run import load_run
     from based_jax.train.tasks import TextTask
 
@@ -67,7 +67,8 @@ def _from_run(args: argparse.Namespace):
 
 def _from_hf(args: argparse.Namespace):
     from based_jax.convert import load_hf
-    from based_jax.convert.tokenizers import folder_tokenizer, named_tokenizer
+    from based_jax.convert.tokenizers import folder_tokenizer
+    from based_jax.data.tokenizer_file import named_tokenizer
 
     if args.step is not None:
         raise UserError(f"--step is {args.step}, but a folder has no steps; leave it out, or give --workdir.")

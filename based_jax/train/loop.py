@@ -26,6 +26,7 @@ from based_jax.train.memory import check_batch_fits, check_state_fits
 from based_jax.train.metrics import MetricWriter, has_evaluation, progress
 from based_jax.train.opening import opening_lines
 from based_jax.train.preemption import AgreedStop, Preemption
+from based_jax.train.read_ahead import read_ahead
 from based_jax.train.run import Facts, TrainConfig
 from based_jax.train.samples import Sampler, sampler
 from based_jax.train.step import TrainState
@@ -105,9 +106,11 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
                 return _stopped(start, preemption, report)
             report.evaluation(start, results)
 
+        read = read_ahead(lambda step: feed.arrays(source.batch(step)), range(start, config.steps))
+        batches = stack.enter_context(read)
         try:
             for step in range(start + 1, config.steps + 1):
-                batch = feed.arrays(source.batch(step - 1))
+                batch = next(batches)
                 timer.done("data")
 
                 state, metrics = program.step(state, batch)
