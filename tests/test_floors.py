@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["pallas_kernels", "based_jax", *(f"based_jax.{name}" for name in ("devices", "dims", "errors", "labels"))],
     ["based_jax.folders"],
-    ["based_jax.config"],
+    ["based_jax.config", "based_jax.placement"],
     [f"based_jax.{name}" for name in ("flops", "optim", "parallel", "store")],
     ["based_jax.ops"],
     ["based_jax.nn", "based_jax.data"],

@@ -57,11 +57,12 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     timer = Timer()
     workdir = checked_workdir(workdir)
     config = dataclasses.replace(config, data=config.data.located)
-    changed = continuation.changes(config, workdir)
     mesh = parallel.make_mesh(config.mesh)
+    config, kept = continuation.sized(config, mesh, workdir)
+    changed = [*kept, *continuation.changes(config, workdir)]
     program = train_program(config, mesh)
     check_state_fits(program.abstract_state)
-    check_batch_fits(config.batch_size, config.data.longest_test)
+    check_batch_fits(config.batch_size, mesh, config.data.longest_test)
     feed = parallel.Feed(mesh, config.batch_size)
     source = config.data.open(config.batch_size, feed.rows)
     with dispatch.recorded_choices() as choices:

@@ -64,6 +64,27 @@ def test_what_makes_another_run_is_refused(tmp_path, changes):
         continuation.changes(make_config(**changes), tmp_path)
 
 
+@pytest.mark.parametrize("optim", [{"name": "muon"}, {"moment_dtype": "bfloat16"}])
+def test_an_optimizer_whose_state_is_another_is_refused_once_there_is_one(whole, tmp_path, optim):
+    [key] = optim
+    configs.save(make_config(), tmp_path)
+    assert continuation.changes(make_config(optim=optim), tmp_path)
+    with pytest.raises(UserError, match=rf"^optim\.{key} is .*, of which '.*' has a state; keep it, or begin another"):
+        continuation.changes(make_config(optim=optim), whole)
+
+
+def test_a_run_keeps_the_batch_that_its_rows_per_device_came_to(tmp_path):
+    config, meshes = make_config(rows_per_device=2), [parallel.make_mesh(sizes) for sizes in ({}, {"tensor": 2})]
+    begun, lines = continuation.sized(config, meshes[0], tmp_path)
+    assert (begun.batch_size, lines) == (16, [])
+    configs.save(begun, tmp_path)
+    assert "rows_per_device" not in json.loads((tmp_path / "config.json").read_text())
+    assert continuation.sized(config, meshes[0], tmp_path) == (begun, [])
+    again, lines = continuation.sized(config, meshes[1], tmp_path)
+    assert (again, continuation.changes(again, tmp_path)) == (begun, [])
+    assert lines == ["kept: batch_size is 16, with which the run began, rather than 8"]
+
+
 def test_every_key_that_may_change_exists():
     names = {name.replace("NAME", "*") for name in key_names(TrainConfig)}
     assert continuation.MAY_CHANGE.keys() <= names

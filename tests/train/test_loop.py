@@ -56,9 +56,10 @@ def test_before_the_first_step_a_run_says_what_it_trains_on_what(whole, tmp_path
     based_jax.train(config, shutil.copytree(whole, tmp_path / "run"))  # as from a notebook
     said = capsys.readouterr().out.splitlines()
     params = LM(config.model, rngs=nnx.Rngs(0)).num_params()
-    assert said[:7] == [
+    assert said[:8] == [
         f"devices: 8 x {jax.devices()[0].device_kind}",
         "mesh: data 8, fsdp 1, tensor 1",
+        "batch: 8 rows, 1 a device",
         f"parameters: {params:,}",
         "train: 800 tokens, 50 examples of 16",
         "test: 128 tokens, 8 examples of 16",
@@ -274,6 +275,7 @@ def test_impossible_runs_are_refused_before_anything_is_written(tmp_path):
             "4 rows of a microbatch cannot be divided over 8 devices",
         ),
         ({"model": {"vocab_size": 32}}, "vocab_size is 32, but the data has ids up to 63"),
+        ({"rows_per_device": 2, "microbatches": 4}, "4 rows of a microbatch cannot be divided over 8 devices"),
         ({"mesh": {"tensr": 2}}, "Mesh axis 'tensr' does not exist"),
         ({"model": {"layers": [["taylor", {"num_heads": 3}]]}}, "d_model 16 cannot be divided into 3 heads"),
         ({"optim": {"warmup_steps": 9}}, "warmup_steps is 9, but the run has 8 steps"),
