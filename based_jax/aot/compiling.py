@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,10 +27,19 @@ class DoesNotFit(UserError):
 
 
 class Compiled(NamedTuple):
-    """A compiled program, and what the compiler said of arrays that it copies to all devices."""
+    """A compiled program.
 
-    executable: jax.stages.Compiled
+    Attributes:
+      text: of the program.
+      memory: of a device.
+      rematerialized: what the compiler said of arrays that it copies to all devices.
+      seconds: to compile it.
+    """
+
+    text: str
+    memory: "Memory"
     rematerialized: list[str]
+    seconds: float
 
 
 class Memory(NamedTuple):
@@ -57,6 +67,7 @@ def compiled(lowered: jax.stages.Lowered) -> Compiled:
     Raises:
       DoesNotFit: a device has too little memory, as its compiler knows.
     """
+    begin = time.perf_counter()
     with captured_stderr() as lines:
         try:
             executable = lowered.compile()
@@ -64,7 +75,8 @@ def compiled(lowered: jax.stages.Lowered) -> Compiled:
             if TOO_MUCH_MEMORY not in str(error):
                 raise
             raise DoesNotFit(_too_much(str(error))) from None
-    return Compiled(executable, [_short(line) for line in lines if REMATERIALIZED in line.lower()])
+    copied = [_short(line) for line in lines if REMATERIALIZED in line.lower()]
+    return Compiled(executable.as_text(), memory_of(executable), copied, time.perf_counter() - begin)
 
 
 @contextlib.contextmanager

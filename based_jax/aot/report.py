@@ -36,6 +36,7 @@ class Report:
       needed_bytes: what they would have to exchange for weights and gradients alone.
       rematerialized: operations whose arrays the compiler copies to all devices.
       silent_kernels, unknown_loops: what FLOPs and bytes leave out, or count once.
+      compile_seconds: on this host.
     """
 
     topology: Topology
@@ -52,6 +53,7 @@ class Report:
     rematerialized: list[str]
     silent_kernels: int
     unknown_loops: list[str]
+    compile_seconds: float
 
     @property
     def exchanged_bytes(self) -> float:
@@ -115,13 +117,14 @@ class Report:
             "rematerialized": self.rematerialized,
             "silent_kernels": self.silent_kernels,
             "unknown_loops": self.unknown_loops,
+            "compile_seconds": round(self.compile_seconds, 1),
             "versions": _versions(),
         }
 
 
 def report(compiled: Compiled, lowered: Lowered, topology: Topology, mesh: Mesh, dtype: str) -> Report:
     """Return the report of a compiled program, whose products are in `dtype`."""
-    program = Program(compiled.executable.as_text())
+    program = Program(compiled.text)
     on_chip = ON_CHIP["tpu"] if topology.on_tpu else ()
     found, passes = collectives.collectives(program), costs.flops(program, passes=topology.on_tpu)
     moved_bytes = costs.memory_bytes(program, on_chip)
@@ -129,7 +132,7 @@ def report(compiled: Compiled, lowered: Lowered, topology: Topology, mesh: Mesh,
         topology=topology,
         mesh=mesh,
         lowered=lowered,
-        memory=compiling.memory_of(compiled.executable),
+        memory=compiled.memory,
         largest=compiling.largest_buffers(program, on_chip),
         flops=costs.flops(program),
         passes=passes,
@@ -140,6 +143,7 @@ def report(compiled: Compiled, lowered: Lowered, topology: Topology, mesh: Mesh,
         rematerialized=compiled.rematerialized,
         silent_kernels=costs.silent_kernels(program),
         unknown_loops=program.unknown_loops,
+        compile_seconds=compiled.seconds,
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from based_jax.commands.parser import CommandParser, out_file
@@ -40,6 +41,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--rows-per-device", type=int, metavar="N", help="in one microbatch, in place of the config's batch"
     )
     parser.add_argument("--program", choices=PROGRAMS, action="append", help="may be given twice (default: both)")
+    parser.add_argument("--text", type=Path, metavar="DIR", help="write the text of each compiled program there")
     parser.add_argument("--out", type=out_file, help="append a JSON row of each program to this file")
     parser.set_defaults(takes_overrides=True)
 
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
     from based_jax import parallel
     from based_jax.aot import compiling, programs, report, topology
     from based_jax.bench import rows
+    from based_jax.folders import make_folder, writing
     from based_jax.train.run import TrainConfig
 
     config = configs.build(TrainConfig, configs.load(args.config, parse_overrides(args.overrides)))
@@ -61,6 +64,10 @@ def run(args: argparse.Namespace) -> None:
         for name in args.program or PROGRAMS:
             lowered = programs.PROGRAMS[name](config, mesh)
             compiled = compiling.compiled(lowered.lowered)
+            if args.text is not None:
+                make_folder(args.text)
+                with writing(file := args.text / f"{name}.txt"):
+                    file.write_text(compiled.text)
             told = report.report(compiled, lowered, found, mesh, config.model.dtype)
             print(report.table(f"{args.config} {name}", told), flush=True)
             write({"config": args.config, "program": name, **told.row(), "command": rows.command_line()})
