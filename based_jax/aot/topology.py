@@ -22,6 +22,8 @@ TPU_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 """Without it libtpu asks the network which TPU this host has, and lets one process load it."""
+TPU_WARNINGS = {"TPU_STDERR_LOG_LEVEL": "1"}
+"""With it libtpu warns, as XLA itself does, of arrays that it copies whole."""
 GPU_ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 
 GPU_TARGET = "h100_target_config.txtpb"
@@ -113,6 +115,7 @@ def _check_compiler(platform: str) -> None:
     jax.config.update("jax_platforms", "cpu")
     for key, value in (TPU_ENVIRONMENT if platform == "tpu" else GPU_ENVIRONMENT).items():
         os.environ.setdefault(key, value)
+    os.environ.update(TPU_WARNINGS)
     if platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise UserError("The compiler for TPUs is not installed; pip install 'based-jax[tpu]' brings it.")
     if platform == "cuda" and importlib.util.find_spec("jax_plugins") is None:
