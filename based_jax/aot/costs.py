@@ -89,12 +89,11 @@ class _Traffic:
         return self._size(self.program.operands(x)) + self._size(written)
 
     def _transfer(self, x: Instruction) -> float:
-        """Return the bytes of an asynchronous copy, whose smaller end is all that moves."""
-        ends = self.program.operands(x)[:1] + [r for r in x.results if r.shape and r.dtype != "u32"]
-        moved = min(end.padded_bytes for end in ends)
-        spaces = {end.space for end in ends}
-        reads_and_writes = 2 if spaces == {0} or not spaces & set(self.on_chip) else 1
-        return moved * reads_and_writes
+        """Return the bytes of an asynchronous copy, of which the smaller end is all that moves."""
+        ends = [*self.program.operands(x)[:1], *(r for r in x.results if r.shape and r.dtype != "u32")]
+        off_chip = [end for end in ends if end.space not in self.on_chip]
+        both = len(off_chip) == len(ends)
+        return min(end.padded_bytes for end in ends) * (2 if both else bool(off_chip))
 
     def _fused_reads(self, x: Instruction) -> float:
         return sum(self._read(x.called[0], i, name) for i, name in enumerate(x.operands))

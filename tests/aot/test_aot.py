@@ -156,10 +156,11 @@ def test_a_mesh_gives_each_axis_its_devices():
     assert parse_mesh("") == {}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="the extra `tpu`, libtpu, is not installed")
 def test_a_tpu_slice_is_compiled_for(config, tmp_path):
     out = tmp_path / "rows.jsonl"
     assert main(["aot", f"--config={config}", "--topology=v5e:2x2", "--mesh=fsdp:4", f"--out={out}"]) == 0
     train, _ = rows_of(out)
     assert train["device"] == "TPU v5 lite" and train["exchanged_bytes"] > 0 and not train["unknown_loops"]
-    assert 1 < train["flops"] / train["model_flops"] < 1.6
+    assert train["flops"] == pytest.approx(train["model_flops"], rel=0.1)

@@ -151,6 +151,16 @@ def test_a_scan_writes_of_what_it_stacks_a_slice_at_a_time():
     assert 2 * x.nbytes <= found / 50 <= 8 * x.nbytes
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "bytes"), [("", "", 2), ("", "S(1)", 1), ("S(1)", "", 1), ("S(1)", "S(1)", 0)]
+)
+def test_a_copy_moves_bytes_of_main_memory_at_the_ends_that_it_has_there(source, target, bytes):
+    ends = [f"f32[256]{{0:T(256){space}}}" for space in (target, source)]
+    lines = [f"%p = {ends[1]} parameter(0)", f"%c = ({ends[0]}, {ends[1]}, u32[]{{:S(2)}}) copy-start(%p)"]
+    found = Program("ENTRY %m (p: f32[256]) -> f32[256] {\n" + "\n".join(f"  {line}" for line in lines) + "\n}")
+    assert costs.memory_bytes(found, on_chip=(1, 2)) == bytes * 1024
+
+
 def lowered(call, *specs, shape=(N, N)):
     mesh = parallel.make_mesh(MESH)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for spec in specs]
