@@ -18,6 +18,8 @@ REMATERIALIZED = "involuntary full rematerialization"
 TOO_MUCH_MEMORY = "RESOURCE_EXHAUSTED"
 SIZE = r"\(?([\d.]+[KMG]?)\)?"
 USED_AND_THERE = re.compile(rf"{SIZE} exceeds available \w+ {SIZE}|Used {SIZE} of {SIZE}")
+REPORTED = re.compile(r"^ *[\d.]+\w*\( *\d+%\); +([\d.]+\w+); +\d+; +\d+; +(?:\d+×)?(.*)$", re.MULTILINE)
+"""A line of libtpu's report: sum of sizes, size, offset, number of values, shapes; two of its parts name the same."""
 LARGEST_SHOWN = 5
 NO_BUFFERS = frozenset(("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "opt-barrier"))
 
@@ -67,28 +69,27 @@ def compiled(lowered: jax.stages.Lowered) -> Compiled:
     Raises:
       DoesNotFit: a device has too little memory, as its compiler knows.
     """
-    begin = time.perf_counter()
-    with captured_stderr() as lines:
-        try:
+    begin, lines = time.perf_counter(), []
+    try:
+        with captured_stderr(lines):
             executable = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if TOO_MUCH_MEMORY not in str(error):
-                raise
-            raise DoesNotFit(_too_much(str(error))) from None
+    except jax.errors.JaxRuntimeError as error:
+        if TOO_MUCH_MEMORY not in str(error):
+            raise
+        raise DoesNotFit(too_much([str(error), *lines])) from None
     copied = [_short(line) for line in lines if REMATERIALIZED in line.lower()]
     return Compiled(executable.as_text(), memory_of(executable), copied, time.perf_counter() - begin)
 
 
 @contextlib.contextmanager
-def captured_stderr() -> Iterator[list[str]]:
-    """Collect the lines that this process writes to standard error, those of C++ too; they are there at the end."""
-    lines: list[str] = []
+def captured_stderr(lines: list[str]) -> Iterator[None]:
+    """Append the lines that this process writes to standard error, those of C++ too, when the context ends."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
-            yield lines
+            yield
         finally:
             sys.stderr.flush()
             os.dup2(kept, 2)
@@ -121,14 +122,17 @@ def _named(x: ArrayType) -> str:
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
-def _too_much(message: str) -> str:
-    """Return one sentence from a compiler's message."""
-    found = USED_AND_THERE.search(message)
+def too_much(lines: list[str]) -> str:
+    """Return one sentence on a program that does not fit, from what a compiler says of it."""
+    text = "\n".join(lines)
+    found = USED_AND_THERE.search(text)
     if not found:
-        return message.splitlines()[0]
+        return lines[0]
     used, there = [part for part in found.groups() if part]
-    what = "temporaries take" if "temporaries" in message else "program takes"
-    return f"The step does not fit: its {what} {used} of the {there} that a device has"
+    of_hbm = text.partition("Memory Space: vmem")[0]
+    largest = dict.fromkeys(f"{array} ({size})" for size, array in REPORTED.findall(of_hbm))
+    named = f"; its largest buffers are {', '.join(list(largest)[:LARGEST_SHOWN])}" if largest else ""
+    return f"The program does not fit: it takes {used} of the {there} that a device has{named}."
 
 
 def _short(line: str) -> str:

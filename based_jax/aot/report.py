@@ -126,7 +126,10 @@ def report(compiled: Compiled, lowered: Lowered, topology: Topology, mesh: Mesh,
     """Return the report of a compiled program, whose products are in `dtype`."""
     program = Program(compiled.text)
     on_chip = ON_CHIP["tpu"] if topology.on_tpu else ()
-    found, passes = collectives.collectives(program), costs.flops(program, passes=topology.on_tpu)
+    found, flops = collectives.collectives(program), costs.flops(program)
+    # Where kernels do not say theirs, the model's products are made at the least.
+    least = lowered.model_flops / mesh.size if costs.silent_kernels(program) else 0.0
+    passes = max(costs.flops(program, passes=topology.on_tpu), least)
     moved_bytes = costs.memory_bytes(program, on_chip)
     return Report(
         topology=topology,
@@ -134,7 +137,7 @@ def report(compiled: Compiled, lowered: Lowered, topology: Topology, mesh: Mesh,
         lowered=lowered,
         memory=compiled.memory,
         largest=compiling.largest_buffers(program, on_chip),
-        flops=costs.flops(program),
+        flops=flops,
         passes=passes,
         memory_bytes=moved_bytes,
         moved=collectives.by_axis(found, mesh),
@@ -172,7 +175,8 @@ def table(name: str, report: Report) -> str:
 def _left_out(report: Report) -> list[str]:
     lines = []
     if report.silent_kernels:
-        lines.append(f"  left out   FLOPs of {report.silent_kernels:,} calls of kernels, which do not say theirs")
+        calls = f"{report.silent_kernels:,} calls of kernels, which do not say theirs"
+        lines.append(f"  left out   FLOPs of {calls}: compute is that of the model's at the least")
     if report.unknown_loops:
         lines.append(f"  left out   all turns but one of {len(report.unknown_loops)} loops of unknown length")
     return lines
