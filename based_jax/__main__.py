@@ -1,4 +1,4 @@
-"""Based and the sequence mixers it is compared with: train, evaluate, generate, measure, sweep.
+"""Based and the sequence mixers it is compared with: train, evaluate, generate, measure, compile, sweep.
 
 examples:
   python -m based_jax train --help
@@ -14,7 +14,7 @@ import select
 import sys
 
 from based_jax import __version__
-from based_jax.commands import bench, describe, eval, export, generate, interrupts, plot, prepare, sweep, train
+from based_jax.commands import aot, bench, describe, eval, export, generate, interrupts, plot, prepare, sweep, train
 from based_jax.commands.distributed import together
 from based_jax.commands.parser import MODULE_CALL, CommandParser, add_command, program_name
 from based_jax.errors import UserError
@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": generate,
     "export": export,
     "describe": describe,
+    "aot": aot,
     "bench": bench,
     "sweep": sweep,
 }
