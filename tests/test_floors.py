@@ -17,7 +17,7 @@ FLOORS = [
     ["based_jax.generate"],
     ["based_jax.evals", "based_jax.convert"],
     ["based_jax.train"],
-    ["based_jax.bench", "based_jax.sweep", "based_jax.pictures"],
+    ["based_jax.aot", "based_jax.bench", "based_jax.sweep", "based_jax.pictures"],
     ["based_jax.commands"],
     ["based_jax.__main__"],
     ["configs", "experiments"],

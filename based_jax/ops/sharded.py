@@ -1,7 +1,7 @@
 """How a kernel is called under a mesh (`jax.set_mesh`): every device runs it on its part of the arrays.
 
-To XLA kernels are opaque. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, heads over
-`parallel.HEAD_AXES`, as `based_jax.parallel` places them.
+To XLA kernels are opaque. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, heads and the
+tokens of a vocabulary over `parallel.HEAD_AXES`, as `based_jax.parallel` places them.
 """
 
 import math
@@ -17,7 +17,7 @@ from based_jax.parallel import BATCH_AXES, HEAD_AXES, free_axes
 
 Names = tuple[str | None, ...]
 
-MESH_AXES = {"batch": BATCH_AXES, "heads": HEAD_AXES}
+MESH_AXES = {"batch": BATCH_AXES, "heads": HEAD_AXES, "vocab": HEAD_AXES}
 
 
 def mesh_refusal() -> str | None:
@@ -29,7 +29,12 @@ def mesh_refusal() -> str | None:
 
 
 def per_shard(
-    function: Callable, arguments: Sequence[jax.Array | None], names: Sequence[Names], results: Sequence[Names]
+    function: Callable,
+    arguments: Sequence[jax.Array | None],
+    names: Sequence[Names],
+    results: Sequence[Names],
+    *,
+    check_vma: bool = True,
 ) -> Any:
     """Return `function(*arguments)`, run by every device of the mesh on its part of the arrays.
 
@@ -38,6 +43,7 @@ def per_shard(
       names: for each argument the name of each of its first dimensions, a key of `MESH_AXES` or None; a dimension that
         its mesh axes do not divide, and one without a name, stays whole.
       results: the same for the results, one or a tuple.
+      check_vma: of `jax.shard_map`; not for a kernel that does not say over which devices its results vary.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = free_axes(mesh)
@@ -60,7 +66,8 @@ def per_shard(
 
     specs = tuple(spec(dims) for _, dims in given)
     out = tuple(map(spec, results)) if len(results) > 1 else spec(results[0])
-    return jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names=free)(*(x for x, _ in given))
+    shared = jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names=free, check_vma=check_vma)
+    return shared(*(x for x, _ in given))
 
 
 def per_head(function: Callable, call: Any) -> Any:
@@ -83,9 +90,19 @@ def per_head(function: Callable, call: Any) -> Any:
 
 def heads_of_device(rows: int, heads: int) -> int:
     """Return how many heads of all rows each device gets in `per_head`."""
+    return part_of_device("batch", rows) * part_of_device("heads", heads)
+
+
+def axes_of(dimension: str, size: int) -> tuple[str, ...]:
+    """Return the mesh axes over which `per_shard` divides a dimension of `MESH_AXES`, none where it stays whole."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = [*(_dividing(mesh, "batch", [rows]) or ()), *(_dividing(mesh, "heads", [heads]) or ())]
-    return rows * heads // math.prod(mesh.shape[name] for name in axes)
+    return (_dividing(mesh, dimension, [size]) or ()) if mesh.size > 1 else ()
+
+
+def part_of_device(dimension: str, size: int) -> int:
+    """Return how much of a dimension of `MESH_AXES` each device gets in `per_shard`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return size // math.prod(mesh.shape[name] for name in axes_of(dimension, size))
 
 
 def _dividing(mesh: AbstractMesh, dimension: str, sizes: Sequence[int]) -> tuple[str, ...] | None:

@@ -25,6 +25,7 @@ MAY_CHANGE = {
     "sample_every": "no number depends on it",
     "samples": "no number depends on it",
     "data.path": "the text is the same (`data_record`)",
+    "data.mixture.*.path": "the text is the same (`data_record`)",
     "data.cache_dir": "no number depends on it",
     "data.processes": "no number depends on it",
 }
@@ -78,4 +79,4 @@ def _other_state(key: str, old: str, new: str, workdir: Path) -> UserError:
 
 
 def _why(key: str) -> str:
-    return next(why for place, why in MAY_CHANGE.items() if key == place or key.startswith(place + "."))
+    return next(why for place, why in MAY_CHANGE.items() if configs.is_under(key, place))

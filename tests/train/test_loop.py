@@ -20,6 +20,7 @@ from based_jax.nn.lm import LM
 from based_jax.train import files, loop, metrics
 from based_jax.train.checkpoint import CheckpointConfig
 from based_jax.train.compile import train_program
+from based_jax.train.goodput import Timer
 from based_jax.train.loop import train
 from based_jax.train.run import load_run
 from tests.helpers.tiny_runs import assert_same_run, contents, losses, make_config, parameters, rows, saved_steps
@@ -159,7 +160,7 @@ class Second:
 def test_throughput_counts_only_the_steps_since_the_last_row_or_evaluation(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    with loop.Report(make_config(log_every=4), tmp_path, 0, checkpoints=None) as report:
+    with loop.Report(make_config(log_every=4), tmp_path, 0, checkpoints=None, timer=Timer()) as report:
         for step in range(1, 5):
             clock.now += 1.0
             report.step(step, {"loss": np.float32(1), "accuracy": np.float32(0)}, tokens=128)
