@@ -21,7 +21,7 @@ class Wish:
     Attributes:
       axis: its name.
       first: the dimensions that it divides if it can.
-      others: those that it, or parts of it, divide where it cannot, in this order.
+      others: those that it divides where it cannot, in this order, or that share it, each with a part of it.
     """
 
     axis: str
@@ -64,8 +64,8 @@ class Placement:
 def place(shape: Sequence[int], sizes: Mapping[str, int], wishes: Sequence[Wish]) -> Placement:
     """Return how mesh axes of these sizes divide an array, each as its wish says.
 
-    An axis divides one dimension if one of its wish's takes all of it. Else these share it, if the wish has `others`,
-    each taking the largest part that it can be divided by; devices along what is left over hold the same.
+    An axis divides one dimension if one of its wish's takes all of it. Else the `others` share it, each taking the
+    largest part that it can be divided by; devices along what is left over hold the same.
     """
     parts: list[list[tuple[str, int]]] = [[] for _ in shape]
     left, whole = list(shape), {}
@@ -77,8 +77,7 @@ def place(shape: Sequence[int], sizes: Mapping[str, int], wishes: Sequence[Wish]
     for wish in wishes:
         rest, dimensions = sizes[wish.axis], [*wish.first, *(wish.others if sizes[wish.axis] > 1 else ())]
         divided = next((dimension for dimension in dimensions if left[dimension] % rest == 0), None)
-        sharing = dimensions if wish.others else []
-        for dimension in sharing if divided is None else [divided]:
+        for dimension in wish.others if divided is None else [divided]:
             size = math.gcd(left[dimension], rest)
             if size > 1 or dimension == divided:
                 take(dimension, wish.axis, size)
