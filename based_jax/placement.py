@@ -14,6 +14,10 @@ LARGE_BYTES = 2**20
 """An array of fewer bytes in fp32 stays whole where the dimension that its names choose cannot be divided."""
 
 
+PART = "_"
+"""Between the name of an axis and the number of a part of it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Wish:
     """A mesh axis that is to divide an array.
@@ -92,7 +96,7 @@ def is_large(shape: Sequence[int]) -> bool:
 
 
 def _part_names(axis: str, sizes: Sequence[int]) -> list[str]:
-    return [f"{axis}_{i}" for i in range(len(sizes))]
+    return [f"{axis}{PART}{i}" for i in range(len(sizes))]
 
 
 @functools.cache
@@ -103,6 +107,13 @@ def _cut(mesh: Mesh, cuts: tuple[tuple[str, tuple[int, ...]], ...]) -> Mesh:
     names = [name for axis, cut in sizes.items() for name in (_part_names(axis, cut) if axis in by_axis else [axis])]
     devices = np.asarray(mesh.devices).reshape([size for cut in sizes.values() for size in cut])
     return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def parts_along(sharding: NamedSharding, axis: str) -> int:
+    """Return into how many parts a mesh axis divides an array that lies as a `Placement` says."""
+    names = [name for entry in sharding.spec if entry for name in (entry if isinstance(entry, tuple) else (entry,))]
+    own = [name for name in names if name == axis or name.rpartition(PART)[0] == axis]
+    return math.prod(sharding.mesh.shape[name] for name in own)
 
 
 def by_rows(call: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

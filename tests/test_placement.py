@@ -62,6 +62,8 @@ def test_devices_hold_equal_parts_that_make_up_the_array(shape):
     np.testing.assert_array_equal(placed, x)
     [size] = {shard.data.size for shard in placed.addressable_shards}
     assert size * mesh.size == x.size * math.prod(found.whole.values())
+    for axis, devices in mesh.shape.items():
+        assert placement.parts_along(sharding, axis) * found.whole.get(axis, 1) == devices
     assert list(sharding.mesh.devices.flat) == list(mesh.devices.flat)
 
 
