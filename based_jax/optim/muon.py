@@ -32,10 +32,11 @@ def scale_by_muon(config: MuonConfig) -> optax.GradientTransformation:
     def update(momentum: Any, _: Any) -> Any:
         leaves, structure = jax.tree.flatten(momentum, is_leaf=is_variable)
         kernels = [leaf for leaf in leaves if hasattr(leaf.get_value(), "shape")]  # AdamW has the others
-        parts = [(part, axes_of(kernel)[-2:]) for kernel in kernels for part in _parts(kernel)]
-        made = iter(orthogonalized(*zip(*parts, strict=True), config.steps)) if parts else iter(())
+        parts = [_parts(kernel) for kernel in kernels]
+        axes = [axes_of(kernel)[-2:] for kernel, own in zip(kernels, parts, strict=True) for _ in own]
+        made = iter(orthogonalized(list(itertools.chain(*parts)), axes, config.steps))
         updates = {id(kernel): kernel.replace(_joined(kernel, made, config.update_rms)) for kernel in kernels}
-        return structure.unflatten(updates.get(id(leaf), leaf) for leaf in leaves)
+        return jax.tree.unflatten(structure, [updates.get(id(leaf), leaf) for leaf in leaves])
 
     return optax.chain(optax.trace(config.momentum, nesterov=True), optax.stateless(update))
 
