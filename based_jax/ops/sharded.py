@@ -33,8 +33,7 @@ def per_shard(
     arguments: Sequence[jax.Array | None],
     names: Sequence[Names],
     results: Sequence[Names],
-    *,
-    check_vma: bool = True,
+    **options: Any,
 ) -> Any:
     """Return `function(*arguments)`, run by every device of the mesh on its part of the arrays.
 
@@ -43,7 +42,7 @@ def per_shard(
       names: for each argument the name of each of its first dimensions, a key of `MESH_AXES` or None; a dimension that
         its mesh axes do not divide, and one without a name, stays whole.
       results: the same for the results, one or a tuple.
-      check_vma: of `jax.shard_map`; not for a kernel that does not say over which devices its results vary.
+      options: of `jax.shard_map`: a kernel may not say over which devices its results vary, and need `check_vma=False`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = free_axes(mesh)
@@ -66,7 +65,7 @@ def per_shard(
 
     specs = tuple(spec(dims) for _, dims in given)
     out = tuple(map(spec, results)) if len(results) > 1 else spec(results[0])
-    shared = jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names=free, check_vma=check_vma)
+    shared = jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names=free, **options)
     return shared(*(x for x, _ in given))
 
 
