@@ -1,7 +1,7 @@
 """How a kernel is called under a mesh (`jax.set_mesh`): every device runs it on its part of the arrays.
 
-To XLA kernels are opaque. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, heads and the
-tokens of a vocabulary over `parallel.HEAD_AXES`, as `based_jax.parallel` places them.
+To XLA kernels are opaque. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, heads over
+`parallel.HEAD_AXES`, and a table's tokens and widths as `parallel.PARAMETER_RULES` place them.
 """
 
 import math
@@ -13,11 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from based_jax.parallel import BATCH_AXES, HEAD_AXES, free_axes
+from based_jax.parallel import BATCH_AXES, HEAD_AXES, PARAMETER_RULES, free_axes
 
 Names = tuple[str | None, ...]
 
-MESH_AXES = {"batch": BATCH_AXES, "heads": HEAD_AXES, "vocab": HEAD_AXES}
+MESH_AXES = {
+    "batch": BATCH_AXES,
+    "heads": HEAD_AXES,
+    "vocab": (PARAMETER_RULES["vocab"],),
+    "embed": (PARAMETER_RULES["embed"],),
+}
 
 
 def mesh_refusal() -> str | None:
