@@ -26,11 +26,12 @@ def spec(leaf):
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        (None, (8, 1, 1)),
-        ({}, (8, 1, 1)),
-        ({"fsdp": 8}, (1, 8, 1)),
-        ({"fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        ({"data": 4, "tensor": 2}, (4, 1, 2)),
+        (None, (8, 1, 1, 1)),
+        ({}, (8, 1, 1, 1)),
+        ({"fsdp": 8}, (1, 8, 1, 1)),
+        ({"fsdp": 2, "tensor": 2}, (2, 2, 2, 1)),
+        ({"data": 4, "tensor": 2}, (4, 1, 2, 1)),
+        ({"sequence": 4}, (2, 1, 1, 4)),
     ],
 )
 def test_data_takes_the_devices_that_are_left(sizes, shape):
@@ -42,10 +43,10 @@ def test_data_takes_the_devices_that_are_left(sizes, shape):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tensr": 2}, r"^Mesh axis 'tensr' does not exist; the axes are data, fsdp, tensor\.$"),
+        ({"tensr": 2}, r"^Mesh axis 'tensr' does not exist; the axes are data, fsdp, tensor, sequence\.$"),
         ({"tensor": 0}, r"^Mesh axis 'tensor' has 0 devices; it is at least 1\.$"),
         ({"fsdp": -2, "tensor": -4}, r"^Mesh axis 'fsdp' has -2 devices; it is at least 1\.$"),
-        ({"fsdp": 3}, r"^Mesh \{'data': 2, 'fsdp': 3, 'tensor': 1\} needs 6 devices; there are 8\.$"),
+        ({"fsdp": 3}, r"^Mesh \{'data': 2, 'fsdp': 3, 'tensor': 1, 'sequence': 1\} needs 6 devices; there are 8\.$"),
         ({"data": 2, "fsdp": 2}, r"needs 4 devices; there are 8\.$"),
         ({"tensor": 16}, r"needs 16 devices; there are 8\.$"),
     ],
@@ -101,15 +102,32 @@ def test_a_batch_lies_over_data_and_fsdp():
     feed = parallel.Feed(mesh, 8)
     assert feed.rows.tolist() == list(range(8))
     placed = feed.arrays({"inputs": inputs, "labels": -inputs})
-    assert placed["inputs"].sharding == parallel.batch_sharding(mesh)
+    assert placed["inputs"].sharding == parallel.batch_sharding(mesh, inputs.shape)
     assert {shard.data.shape for shard in placed["inputs"].addressable_shards} == {(2, 2)}
     np.testing.assert_array_equal(placed["inputs"], inputs)
     np.testing.assert_array_equal(placed["labels"], -inputs)
 
 
+def test_tokens_of_a_batch_lie_over_sequence():
+    """What has no tokens lies by its rows alone."""
+    mesh = parallel.make_mesh({"data": 2, "sequence": 4})
+    batch = {"inputs": np.arange(32).reshape(4, 8), "weights": np.arange(4)}
+    placed = parallel.Feed(mesh, 4).arrays(batch)
+    assert {shard.data.shape for shard in placed["inputs"].addressable_shards} == {(2, 2)}
+    assert {shard.data.shape for shard in placed["weights"].addressable_shards} == {(2,)}
+    for name, array in batch.items():
+        np.testing.assert_array_equal(placed[name], array)
+
+
+def test_tokens_that_cannot_be_divided_are_refused():
+    message = r"^Sequences of 6 tokens cannot be divided over 4 devices of the mesh axis 'sequence'\.$"
+    with pytest.raises(UserError, match=message):
+        parallel.Feed(parallel.make_mesh({"sequence": 4}), 4).arrays({"inputs": np.zeros((4, 6), int)})
+
+
 def test_a_mesh_may_be_of_some_devices():
     mesh = parallel.make_mesh({"fsdp": 2}, jax.devices()[2:6])
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 1}
     assert set(mesh.devices.flat) == set(jax.devices()[2:6])
     with pytest.raises(UserError, match=r"^Mesh .* needs 3 devices; there are 4\.$"):
         parallel.make_mesh({"data": 1, "fsdp": 3}, jax.devices()[:4])

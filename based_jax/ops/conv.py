@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BT, BTD, WD
 from based_jax.errors import UserError
-from based_jax.ops import long_conv, segments
+from based_jax.ops import long_conv, segments, sequence, sharded
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, Past, ShortConvCall
 from based_jax.ops.dispatch import Implementation, dispatch
@@ -62,7 +62,7 @@ def short_conv(
     """
     width = _checked_reach("short_conv", kernel, dilation, state)
     call = ShortConvCall(x, kernel, bias, state, segment_ids, silu, dilation)
-    y = dispatch("short_conv", IMPLEMENTATIONS, impl, call)
+    y = dispatch("short_conv", IMPLEMENTATIONS, impl, call, CUT)
     return y, last_inputs(x, width, state, segment_ids)
 
 
@@ -175,7 +175,7 @@ def _recurrent(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
 def _shifted(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     """Add W shifted copies of the inputs, each times its tap: one elementwise pass, or a scan where W is large."""
     if kernel.shape[0] <= MAX_UNROLLED_TAPS:
-        return _unrolled(inputs, ids, kernel, dilation)
+        return _unrolled(*sharded.vary_alike(inputs, ids, kernel), dilation)
     T = inputs.shape[1] - reach(kernel.shape[0], dilation)
 
     def add(y, tap):
@@ -262,6 +262,8 @@ def _wide(call: ShortConvCall) -> BTD:
 def _through(form: Callable) -> Callable[[ShortConvCall], BTD]:
     return segments.without_padding(functools.partial(_composed, form), "x")
 
+
+CUT = sequence.Tails(lambda call: reach(call.kernel.shape[0], call.dilation), lambda call: call.x)
 
 IMPLEMENTATIONS = {
     "hopper_taps": Implementation(

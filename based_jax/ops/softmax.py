@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Shaped
 
 from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
 from based_jax.errors import UserError
-from based_jax.ops import segments
+from based_jax.ops import segments, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch
@@ -57,7 +57,8 @@ def window_attention(
         raise UserError(f"window is {window}; it counts the keys that a query sees, its own included, so at least 1.")
     if window > MAX_WINDOW:
         raise UserError(f"window is {window}; it is at most {MAX_WINDOW}.")
-    return dispatch("window_attention", WINDOW_ATTENTION, impl, AttentionCall(q, k, v, window, segment_ids))
+    call = AttentionCall(q, k, v, window, segment_ids)
+    return dispatch("window_attention", WINDOW_ATTENTION, impl, call, sequence.windowed)
 
 
 @checked
