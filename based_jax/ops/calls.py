@@ -139,6 +139,14 @@ class ShortConvCall(NamedTuple):
     dilation: int = 1
 
 
+class TokenShiftCall(NamedTuple):
+    """The token before each one of x (B, T, D); state (B, D)."""
+
+    x: BTD
+    state: BD | None = None
+    segment_ids: BT | None = None
+
+
 class GatedConvCall(NamedTuple):
     """A convolution of one half of x (B, T, 2 D), gated by the other: kernel (W, D), bias (2 D), state (B, W, D)."""
 

@@ -102,10 +102,11 @@ def dispatch(
       UserError: as `choose`, or the tokens lie over several devices and the operation has no cut.
     """
     run = functools.partial(_run, operation, table, impl)
-    if not sequence.is_cut(call):
+    if sequence.pieces(call) == 1:
         return run(call)
     if cut is None:
-        raise UserError(f"{operation} needs all tokens of a row on one device; mesh axis 'sequence' is 1 for it.")
+        held = f"Mesh axis 'sequence' has {sequence.pieces(call)} devices"
+        raise UserError(f"{held}; for {operation}, which needs all tokens of a row, it has 1.")
     return cut(run, call)
 
 

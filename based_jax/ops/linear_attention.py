@@ -200,8 +200,8 @@ def _same(phi: Array) -> Array:
 
 
 def cut(features: Callable) -> sequence.Cut:
-    """Return how time is cut over devices: the state of a piece is a sum over it, and of pieces their sum."""
-    return sequence.States(functools.partial(_empty, features=features), sequence.sums, sequence.add)
+    """Return how time is cut over devices, of an operation with these features."""
+    return sequence.summed(functools.partial(_empty, features=features))
 
 
 def _empty(call: LinearAttentionCall, features: Callable) -> BHEV:

@@ -28,17 +28,23 @@ Run = Callable[[Any], Any]
 Cut = Callable[[Run, Any], Any]
 Ids = Int[Array, "B _"]
 
-TOKENS, BY_HEAD, STATE = ("batch", "time"), ("batch", "time", "heads"), ("batch", "heads")
+TOKENS, BY_HEAD, BY_GROUP = ("batch", "time"), ("batch", "time", "heads"), ("batch", "time", "groups")
+STATE, HEADS = ("batch", "heads"), ("heads",)
 
 DIMENSIONS: dict[type, dict[str, sharded.Names]] = {
-    calls.AttentionCall: dict.fromkeys(("q", "k", "v"), BY_HEAD),
-    calls.LinearAttentionCall: dict.fromkeys(("q", "k", "v"), BY_HEAD) | {"state": STATE},
-    calls.ShortConvCall: {
-        "x": BY_HEAD,
-        "kernel": (None, "heads"),
-        "bias": ("heads",),
-        "state": ("batch", None, "heads"),
+    calls.AttentionCall: {"q": BY_HEAD, "k": BY_HEAD, "v": BY_HEAD},
+    calls.LinearAttentionCall: {"q": BY_HEAD, "k": BY_HEAD, "v": BY_HEAD, "state": STATE},
+    calls.MatrixStateCall: {
+        **dict.fromkeys(("q", "k", "v", "log_decay", "beta", "a", "b"), BY_HEAD),
+        **{"bonus": HEADS, "state": STATE},
     },
+    calls.SlotAttentionCall: {**dict.fromkeys(("q", "k", "v", "s", "log_decay"), BY_HEAD), "state": STATE},
+    calls.SSDCall: {"x": BY_HEAD, "dt": BY_HEAD, "A": HEADS, "B": BY_GROUP, "C": BY_GROUP, "state": STATE},
+    calls.SelectiveScanCall: {"u": BY_HEAD, "dt": BY_HEAD, "A": HEADS, "B": TOKENS, "C": TOKENS, "state": STATE},
+    calls.DiagonalSSMCall: {"u": BY_HEAD, "log_a": HEADS, "b": HEADS, "c": HEADS, "state": STATE},
+    calls.Wkv4Call: {"k": BY_HEAD, "v": BY_HEAD, "log_decay": HEADS, "bonus": HEADS, "state": STATE},
+    calls.TokenShiftCall: {"x": TOKENS, "state": ("batch",)},
+    calls.ShortConvCall: {"x": BY_HEAD, "kernel": (None, "heads"), "bias": HEADS},
     # halves of a projection that is cut lie on different devices
     calls.GatedConvCall: {"x": TOKENS, "kernel": (), "bias": ()},
     calls.LongConvCall: {"u": TOKENS},
@@ -49,12 +55,10 @@ Channels that do not meet are heads too.
 """
 
 
-def is_cut(call: Any) -> bool:
-    """Return whether the tokens of a call lie over several devices; what is no call over time has none."""
-    if type(call) not in DIMENSIONS:
-        return False
-    tokens = getattr(call, next(iter(DIMENSIONS[type(call)]))).shape[1]
-    return sharded.pieces_of_time(tokens) > 1
+def pieces(call: Any) -> int:
+    """Return over how many devices the tokens of a call lie, 1 of what is no call over time."""
+    names = DIMENSIONS.get(type(call))
+    return 1 if names is None else sharded.pieces_of_time(getattr(call, next(iter(names))).shape[1])
 
 
 def per_piece(compute: Run, call: Any, *results: sharded.Names) -> Any:
@@ -107,14 +111,31 @@ class States:
         return transition, _select(later[2], state, later[1]), earlier[2] & later[2]
 
 
-def sums(run: Run, call: Any) -> tuple[tuple, Any]:
-    """Return the piece of a recurrence without decay."""
-    return (), run(call)[1]
+def summed(empty: Callable[[Any], Any]) -> States:
+    """Return the cut of a recurrence that forgets nothing: S' = S + B."""
+
+    def add(earlier: Any, later: Any) -> tuple[tuple, Any]:
+        return (), earlier[1] + later[1]
+
+    return States(empty, lambda run, call: ((), run(call)[1]), add)
 
 
-def add(earlier: Any, later: Any) -> tuple[tuple, Any]:
-    """Compose pieces of `sums`."""
-    return (), jax.tree.map(jnp.add, earlier[1], later[1])
+def decayed(empty: Callable[[Any], Any], kept: Callable[[Any], Any]) -> States:
+    """Return the cut of a recurrence whose states decay by element: S' = a S + B.
+
+    `kept(call)` is a tree like the state, of what a piece leaves of each element.
+    """
+
+    def compose(earlier: Any, later: Any) -> tuple[Any, Any]:
+        states = jax.tree.map(lambda a, old, new: a * old + new, later[0], earlier[1], later[1])
+        return jax.tree.map(jnp.multiply, earlier[0], later[0]), states
+
+    return States(empty, lambda run, call: (kept(call), run(call)[1]), compose)
+
+
+def total(x: Shaped[Array, "B T ..."], segment_ids: BT | None) -> Shaped[Array, "B ..."]:
+    """Return the sum over the real tokens of a piece, of their log-decays say."""
+    return jnp.sum(x if segment_ids is None else _select(segment_ids != 0, x, jnp.zeros_like(x)), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +164,8 @@ class Tails:
 
 def windowed(run: Run, call: calls.AttentionCall) -> Array:
     """Run each piece with the keys and values that its windows reach before it."""
-    piece = call.q.shape[1] // sharded.pieces_of_time(call.q.shape[1])
-    width = min(call.window, call.q.shape[1] - piece + 1) - 1
+    most = call.q.shape[1] - call.q.shape[1] // pieces(call)
+    width = min(call.window - 1, most)
 
     def on_device(part: calls.AttentionCall) -> Array:
         (k, v), ids = _before((part.k, part.v), part.segment_ids, width)

@@ -18,7 +18,13 @@ from based_jax.parallel import BATCH_AXES, HEAD_AXES, TIME_AXES, free_axes
 
 Names = tuple[str | None, ...]
 
-MESH_AXES = {"batch": BATCH_AXES, "time": TIME_AXES, "tokens": BATCH_AXES + TIME_AXES, "heads": HEAD_AXES}
+MESH_AXES = {
+    "batch": BATCH_AXES,
+    "time": TIME_AXES,
+    "tokens": BATCH_AXES + TIME_AXES,  # of all rows, in one dimension
+    "heads": HEAD_AXES,
+    "groups": HEAD_AXES,  # of heads, one or as many as heads
+}
 
 
 def mesh_refusal() -> str | None:
