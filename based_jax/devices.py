@@ -17,6 +17,10 @@ class Crossovers:
         with Taylor's map.
       toeplitz_tokens: up to so many, a long convolution is faster as a Toeplitz product than by FFT or by chunks; its
         matrices take D T^2 elements.
+      quadratic_attention_tokens: up to so many, XLA makes every score of softmax attention at once, T^2 a head; with
+        more it goes by chunks, whose memory is linear.
+      logits_bytes: up to so many on a device, the loss keeps its logits for the backward pass; with more they are made
+        anew by tiles.
       chunk_tokens: with fewer, chunks in kernels take as long as with so many, and other forms are faster.
       one_decay_one_chunk_tokens: up to so many, one chunk is faster in XLA than several, and for large states faster
         than kernels token by token, where heads have one decay.
@@ -32,6 +36,8 @@ class Crossovers:
 
     linear_attention_one_chunk_tokens: int
     toeplitz_tokens: int
+    quadratic_attention_tokens: int
+    logits_bytes: int
     chunk_tokens: int
     one_decay_one_chunk_tokens: int
     one_decay_one_chunk_tokens_beside_chunks: int
@@ -69,6 +75,8 @@ HOPPER_MODEL = re.compile(r"\bG?H(100|200|800|20)\b")
 H100_CROSSOVERS = Crossovers(
     linear_attention_one_chunk_tokens=512,
     toeplitz_tokens=1024,
+    quadratic_attention_tokens=512,
+    logits_bytes=1 << 30,
     chunk_tokens=64,
     one_decay_one_chunk_tokens=256,
     one_decay_one_chunk_tokens_beside_chunks=128,

@@ -2,7 +2,8 @@
 
     loss = log(sum_v exp(h . table_v)) - h . table_label
 
-Logits are as large as nothing else in a small model. The kernels make them anew wherever they are needed, on the chip.
+Logits are as large as nothing else in a small model, and in a large one with a large vocabulary: but where they are few
+they are made by tiles, anew wherever they are needed, and by the kernels on the chip.
 """
 
 import jax
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from based_jax import devices
 from based_jax.errors import UserError
 from based_jax.labels import is_labelled
-from based_jax.ops import sharded
+from based_jax.ops import cross_entropy_chunks, sharded
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Correct, CrossEntropyCall, Labels, Losses, Rows, Table
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.hopper import cross_entropy as hopper_cross_entropy
 from based_jax.ops.precision import EXACT, einsum, product_policy
 
@@ -33,8 +35,8 @@ def linear_cross_entropy(
       hidden: (..., D); its dtype is what products are made in.
       table: a row for each token, (V, D), rounded to hidden's dtype; its gradient is summed in fp32.
       vocab_size: rows of the table that count, all by default.
-      impl: "oracle", "xla_logits" (which keeps the logits for the backward pass), "hopper_tiles" (Mosaic GPU kernels,
-        in which logits exist by tiles; bf16, D up to 256) or "auto".
+      impl: "oracle", "xla_logits" (which keeps the logits for the backward pass), "xla_chunks" (which makes them
+        by tiles, and anew backward), "hopper_tiles" (the same in Mosaic GPU kernels; bf16, D up to 256) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -109,8 +111,16 @@ def _labelled(logits: Float[Array, "N V"], labels: Int[Array, "N"]) -> Bool[Arra
     return lax.broadcasted_iota(jnp.int32, logits.shape, 1) == labels[:, None]
 
 
+def _logits_are_large(call: CrossEntropyCall) -> str | None:
+    if sharded.mesh_refusal():
+        return None
+    most, size = devices.crossovers(target_device_kind()).logits_bytes, cross_entropy_chunks.logits_bytes(call)
+    return None if size <= most else f"its logits would take {size >> 20} MiB, more than {most >> 20}"
+
+
 IMPLEMENTATIONS = {
     "hopper_tiles": Implementation(hopper_cross_entropy.compute, hopper_cross_entropy.supports, platform="cuda"),
-    "xla_logits": Implementation(_xla),
+    "xla_logits": Implementation(_xla, slower=_logits_are_large),
+    "xla_chunks": Implementation(cross_entropy_chunks.compute, cross_entropy_chunks.supports),
     "oracle": Implementation(_oracle),
 }

@@ -2,8 +2,8 @@
 
 An operation's table maps a name, of a backend and a form as in "hopper_chunks", to an `Implementation`. A backend's
 bare name stands for its first entry. `auto` takes the first entry that is made for the platform being compiled for, or
-preferred there, supports the call and is not slower; otherwise it runs the first XLA form and logs once what it left
-and why. A named implementation that cannot run raises with the reason.
+preferred there, supports the call and is not slower; otherwise it runs the first XLA form that is not slower, and logs
+once what it left and why. A named implementation that cannot run raises with the reason.
 """
 
 import contextlib
@@ -155,7 +155,7 @@ def _refusal(implementation: Implementation, call: Any) -> str | None:
 
 
 def _automatic(operation: str, table: Mapping[str, Implementation], call: Any) -> str:
-    reasons, chosen = {}, next(name for name in table if backend_of(name) == FALLBACK_BACKEND)
+    reasons, chosen = {}, _fallback(table, call)
     for name, candidate in table.items():
         if (candidate.platform or candidate.preferred) != target_platform():
             continue
@@ -168,6 +168,12 @@ def _automatic(operation: str, table: Mapping[str, Implementation], call: Any) -
     for name, reason in reasons.items():
         _log_once(f"{operation}: '{chosen}' instead of '{name}': {reason}.")
     return chosen
+
+
+def _fallback(table: Mapping[str, Implementation], call: Any) -> str:
+    """Return the first XLA form for any platform that is not slower; a table has one that never is."""
+    forms = [name for name, x in table.items() if backend_of(name) == FALLBACK_BACKEND and x.preferred is None]
+    return next(name for name in forms if table[name].slower(call) is None)
 
 
 @functools.cache

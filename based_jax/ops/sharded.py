@@ -1,8 +1,9 @@
 """How a kernel is called under a mesh (`jax.set_mesh`): every device runs it on its part of the arrays.
 
-To XLA kernels are opaque. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, heads over
-`parallel.HEAD_AXES`, tokens over `parallel.TIME_AXES`, as `based_jax.parallel` places them. What devices with pieces of
-the same rows tell each other stands here too (`before`, `from_last`); what operations do with it, in `ops/sequence.py`.
+To XLA kernels are opaque. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, tokens over
+`parallel.TIME_AXES`, heads and the tokens of a vocabulary over `parallel.HEAD_AXES`, as `based_jax.parallel` places
+them. What devices with pieces of the same rows tell each other stands here too (`before`, `from_last`); what operations
+do with it, in `ops/sequence.py`.
 """
 
 import math
@@ -23,6 +24,7 @@ MESH_AXES = {
     "time": TIME_AXES,
     "tokens": BATCH_AXES + TIME_AXES,  # of all rows, in one dimension
     "heads": HEAD_AXES,
+    "vocab": HEAD_AXES,
     "groups": HEAD_AXES,  # of heads, one or as many as heads
 }
 
@@ -35,7 +37,14 @@ def mesh_refusal() -> str | None:
     return None
 
 
-def per_shard(function: Callable, arguments: Sequence[Any], names: Sequence[Names], results: Sequence[Names]) -> Any:
+def per_shard(
+    function: Callable,
+    arguments: Sequence[Any],
+    names: Sequence[Names],
+    results: Sequence[Names],
+    *,
+    check_vma: bool = True,
+) -> Any:
     """Return `function(*arguments)`, run by every device of the mesh on its part of the arrays.
 
     Args:
@@ -43,6 +52,7 @@ def per_shard(function: Callable, arguments: Sequence[Any], names: Sequence[Name
       names: for each argument the name of each of its first dimensions, a key of `MESH_AXES` or None; a dimension that
         its mesh axes do not divide, and one without a name, stays whole.
       results: the same for the results, one or a tuple.
+      check_vma: of `jax.shard_map`; not for a kernel that does not say over which devices its results vary.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = free_axes(mesh)
@@ -66,7 +76,8 @@ def per_shard(function: Callable, arguments: Sequence[Any], names: Sequence[Name
 
     specs = tuple(spec(dims) for _, dims in given)
     out = tuple(map(spec, results)) if len(results) > 1 else spec(results[0])
-    return jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names=free)(*(x for x, _ in given))
+    shared = jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names=free, check_vma=check_vma)
+    return shared(*(x for x, _ in given))
 
 
 def per_head(function: Callable, call: Any) -> Any:
@@ -89,12 +100,24 @@ def per_head(function: Callable, call: Any) -> Any:
 
 def heads_of_device(rows: int, heads: int) -> int:
     """Return how many heads of all rows each device gets in `per_head`."""
-    return rows // _devices_over("batch", rows) * (heads // _devices_over("heads", heads))
+    return part_of_device("batch", rows) * part_of_device("heads", heads)
+
+
+def axes_of(dimension: str, size: int) -> tuple[str, ...]:
+    """Return the mesh axes over which `per_shard` divides a dimension of `MESH_AXES`, none where it stays whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return (_dividing(mesh, dimension, [size]) or ()) if mesh.size > 1 else ()
+
+
+def part_of_device(dimension: str, size: int) -> int:
+    """Return how much of a dimension of `MESH_AXES` each device gets in `per_shard`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return size // math.prod(mesh.shape[name] for name in axes_of(dimension, size))
 
 
 def pieces_of_time(tokens: int) -> int:
     """Return into how many pieces `per_shard` cuts time."""
-    return _devices_over("time", tokens)
+    return tokens // part_of_device("time", tokens)
 
 
 def flattened(x: jax.Array, dimensions: int) -> jax.Array:
@@ -120,13 +143,8 @@ def _rows_and_pieces(shape: Sequence[int]) -> tuple[int, int, int, int] | None:
     """Return into how many parts rows and time are cut, each with what a part has; None where time is not cut."""
     if len(shape) != 2 or (pieces := pieces_of_time(shape[1])) == 1:
         return None
-    parts = _devices_over("batch", shape[0])
-    return parts, shape[0] // parts, pieces, shape[1] // pieces
-
-
-def _devices_over(dimension: str, size: int) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[name] for name in _dividing(mesh, dimension, [size]) or ())
+    of_rows = part_of_device("batch", shape[0])
+    return shape[0] // of_rows, of_rows, pieces, shape[1] // pieces
 
 
 # Within `per_shard`, of time that is cut:

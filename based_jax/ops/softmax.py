@@ -10,19 +10,25 @@ import math
 import einops
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Integer, Shaped
 
+from based_jax import devices
 from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
 from based_jax.errors import UserError
-from based_jax.ops import segments, sequence
+from based_jax.ops import segments, sequence, sharded, softmax_chunks
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.hopper import window as hopper_window
+from based_jax.ops.tpu import attention as tpu_attention
 
 MIN_BAND_TOKENS = 64
+MAX_BAND_TOKENS = softmax_chunks.CHUNK_TOKENS
+"""Of windows that are cut into bands, whose scores exist at once: longer ones are left to chunks."""
 MAX_WINDOW = 2**31 - 1
 """Keys: places are int32."""
+CUDNN_HEAD_MULTIPLE, CUDNN_HEAD_DIM, CUDNN_HOPPER_HEAD_DIM = 8, 128, 256
+"""What sizes of heads are multiples of, and the largest on GPUs before Hopper and on it."""
 
 
 @checked
@@ -31,7 +37,8 @@ def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl:
 
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "oracle", "xla_quadratic" (every score), "cudnn_flash" (GPU, bf16 or fp16, no packing) or "auto".
+      impl: "oracle", "xla_quadratic" (every score), "xla_chunks" (memory linear in T), "cudnn_flash" (GPU, bf16 or
+        fp16, no packing), "tpu_splash" (TPU, bf16) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -47,8 +54,9 @@ def window_attention(
 
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "oracle" (T x T), "xla_steps" (token by token), "xla_bands", "hopper_tiles" (Mosaic GPU kernels; bf16,
-        windows up to 129, some head dims), "cudnn_flash" (GPU, bf16 or fp16, no packing) or "auto".
+      impl: "oracle" (T x T), "xla_steps" (token by token), "xla_bands", "xla_chunks" (for long windows),
+        "hopper_tiles" (Mosaic GPU kernels; bf16, windows up to 129, some head dims), "cudnn_flash" (GPU, bf16 or fp16,
+        no packing), "tpu_splash" (TPU, bf16; for long windows) or "auto".
 
     Raises:
       UserError: `window` is below 1, or `impl` is unknown or cannot run this call.
@@ -68,6 +76,21 @@ def attention_step(q: BHK, k: BSHK, v: BSHV, visible: BS_mask) -> BHV:
     s = _scores("BHK,BSHK->BHS", q, k)
     p = jax.nn.softmax(s, axis=-1, where=visible[:, None, :])
     return _weigh("BHS,BSHV->BHV", p, v)
+
+
+@checked
+@jax.named_scope("attention_prefill")
+def attention_prefill(q: BTHK, k: BSHK, v: BSHV, query_numbers: BT, key_numbers: Integer[Array, "B S"]) -> BTHV:
+    """Return causal attention of T queries, the last of S tokens, to those of their documents; zero at padding.
+
+    Args:
+      query_numbers, key_numbers: of documents (`segments.numbered`), 0 for padding and for what nobody sees.
+    """
+    T, S = q.shape[1], k.shape[1]
+    if max(T, S) > devices.crossovers(target_device_kind()).quadratic_attention_tokens:
+        return softmax_chunks.attention(q, k, v, query_numbers, key_numbers)
+    causal = jnp.tri(T, S, S - T, dtype=bool)[None]
+    return masked_attention(q, k, v, causal & segments.same_document(query_numbers, key_numbers))
 
 
 @checked
@@ -96,6 +119,12 @@ def _dense(call: AttentionCall) -> BTHV:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
     causal = jnp.tri(q.shape[1], dtype=bool)[None]
     return masked_attention(q, k, v, causal & segments.same_document(ids, ids))
+
+
+def _chunked(call: AttentionCall) -> BTHV:
+    """Attention by chunks; the ids of one document are the same for all rows, which makes masks small."""
+    ids = _ids(call)[:1] if call.segment_ids is None else call.segment_ids
+    return softmax_chunks.attention(call.q, call.k, call.v, ids, ids, call.window)
 
 
 def _recurrent(call: AttentionCall) -> BTHV:
@@ -159,35 +188,73 @@ def _weigh(spec: str, p: Array, v: Array) -> Array:
 
 
 def _cudnn(call: AttentionCall) -> BTHV:
-    local = None if call.window >= call.q.shape[1] else (call.window - 1, 0)
-    return jax.nn.dot_product_attention(
-        call.q, call.k, call.v, is_causal=True, local_window_size=local, implementation="cudnn"
+    """Attention of heads filled up with zeros, which change no score and no sum."""
+    q, k, v = (sharded.fill(x, {3: _cudnn_head_dim(call)}) for x in (call.q, call.k, call.v))
+    local = None if call.window >= q.shape[1] else (call.window - 1, 0)
+    scale = 1 / math.sqrt(call.q.shape[-1])
+    o = jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
     )
+    return o[..., : call.v.shape[-1]]
+
+
+def _cudnn_head_dim(call: AttentionCall) -> int:
+    """Return the size that queries, keys and values get: lanes of `jax.vmap` need that of all to be the same."""
+    largest = max(call.q.shape[-1], call.v.shape[-1])
+    return -(-largest // CUDNN_HEAD_MULTIPLE) * CUDNN_HEAD_MULTIPLE
 
 
 def _cudnn_supports(call: AttentionCall) -> str | None:
-    q, v = call.q, call.v
     if call.segment_ids is not None:
         return "packed documents need a mask"
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"its inputs are bfloat16 or float16, these are {q.dtype}"
-    if q.shape[-1] != v.shape[-1] or q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"it needs equal head dims, a multiple of 8 up to 128, these are {q.shape[-1]} and {v.shape[-1]}"
+    if call.q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"its inputs are bfloat16 or float16, these are {call.q.dtype}"
+    # JAX asks the GPU at hand which one it is: without one it takes it for an older one.
+    newer = devices.is_hopper(target_device_kind()) and jax.default_backend() == "gpu"
+    largest = CUDNN_HOPPER_HEAD_DIM if newer else CUDNN_HEAD_DIM
+    if _cudnn_head_dim(call) > largest:
+        return f"its head dims are at most {largest}, these are {call.q.shape[-1]} and {call.v.shape[-1]}"
     return None
+
+
+def _scores_are_many(call: AttentionCall) -> str | None:
+    most, T = devices.crossovers(target_device_kind()).quadratic_attention_tokens, call.q.shape[1]
+    return None if most >= T else f"T is {T}, and with more than {most} not every score is made at once"
+
+
+def _scores_are_few(call: AttentionCall) -> str | None:
+    return None if _scores_are_many(call) else f"T is {call.q.shape[1]}, for which every score is made at once"
+
+
+def _band_is_short(call: AttentionCall) -> str | None:
+    return None if _bands_are_long(call) else f"the window is {call.window} of {call.q.shape[1]} keys: bands are enough"
+
+
+def _bands_are_long(call: AttentionCall) -> str | None:
+    return _scores_are_many(call) if call.window > MAX_BAND_TOKENS else None
 
 
 QKV = "q", "k", "v"
 
 ATTENTION = {
     "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
-    "xla_quadratic": Implementation(_dense),
+    "tpu_splash": Implementation(tpu_attention.compute, tpu_attention.supports, platform="tpu", slower=_scores_are_few),
+    "xla_quadratic": Implementation(_dense, slower=_scores_are_many),
+    "xla_chunks": Implementation(_chunked),
     "oracle": Implementation(_oracle),
 }
 
 WINDOW_ATTENTION = {
     "hopper_tiles": Implementation(hopper_window.compute, hopper_window.supports, platform="cuda"),
     "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
-    "xla_bands": Implementation(segments.without_padding(_banded, *QKV)),
+    "tpu_splash": Implementation(
+        segments.without_padding(tpu_attention.compute, *QKV),
+        tpu_attention.supports,
+        platform="tpu",
+        slower=_band_is_short,
+    ),
+    "xla_bands": Implementation(segments.without_padding(_banded, *QKV), slower=_bands_are_long),
+    "xla_chunks": Implementation(segments.without_padding(_chunked, *QKV)),
     "xla_steps": Implementation(segments.without_padding(_recurrent, *QKV)),
     "oracle": Implementation(segments.without_padding(_oracle, *QKV)),
 }

@@ -1,16 +1,30 @@
 """Cross-entropy of a linear layer: every form against the oracle."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import hlo
 from helpers.entropy import inputs_of, run
 
+from based_jax import parallel
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
+from based_jax.ops import cross_entropy_chunks
 from based_jax.ops.cross_entropy import linear_cross_entropy
+from based_jax.ops.dispatch import recorded_choices
+
+XLA = "xla_logits", "xla_chunks"
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Cut logits into tiles that are much smaller than they are, and divide neither rows nor vocabulary."""
+    monkeypatch.setattr(cross_entropy_chunks, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(cross_entropy_chunks, "CHUNK_TOKENS", 300)
 
 
 @pytest.fixture
@@ -34,9 +48,25 @@ def test_xla_is_the_oracle(inputs, close, dtype, scale):
     np.testing.assert_array_equal(correct, wanted[1])
 
 
-def test_lanes_are_the_runs_one_by_one(inputs, close):
-    runs = [inputs(count=9, vocab=20) for _ in range(3)]
-    found = jax.vmap(_by("xla_logits"))(*(jnp.stack(x) for x in zip(*runs, strict=True)))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("count, vocab, scale", [(37, 1000, 1.0), (37, 1000, 300.0), (16, 300, 1.0), (2, 7, 1.0)])
+def test_tiles_are_the_oracle(inputs, close, dtype, count, vocab, scale):
+    """Large logits are whole numbers: rounding would decide among tokens that are nearly alike."""
+    hidden, table, *rest = inputs(count, vocab, dtype=dtype, scale=scale)
+    if scale > 1:
+        hidden, table = jnp.round(hidden / 8) * 8, jnp.round(table * 8) / 8
+    given = hidden, table, *rest
+    losses, correct, dhidden, dtable = jax.jit(_by("xla_chunks"))(*given)
+    wanted = jax.jit(_by("oracle"))(*given)
+    assert losses.dtype == jnp.float32 and dhidden.dtype == dtype and dtable.dtype == jnp.float32
+    close((losses, dhidden, dtable), (wanted[0], *wanted[2:]), dtype)
+    np.testing.assert_array_equal(correct, wanted[1])
+
+
+@pytest.mark.parametrize("impl", XLA)
+def test_lanes_are_the_runs_one_by_one(inputs, close, impl):
+    runs = [inputs(count=20, vocab=320) for _ in range(3)]
+    found = jax.vmap(_by(impl))(*(jnp.stack(x) for x in zip(*runs, strict=True)))
     wanted = [jnp.stack(x) for x in zip(*(_by("oracle")(*run) for run in runs), strict=True)]
     close(found, wanted)
 
@@ -50,7 +80,7 @@ def test_the_oracle_is_the_definition(inputs):
         assert right == (label == logit.argmax())
 
 
-@pytest.mark.parametrize("impl", ["oracle", "xla_logits"])
+@pytest.mark.parametrize("impl", ["oracle", *XLA])
 def test_a_label_with_the_largest_logit_is_correct(inputs, impl):
     hidden, table, *_ = inputs(count=8)
     best = jnp.argmax(hidden @ table.T, axis=1)
@@ -58,14 +88,15 @@ def test_a_label_with_the_largest_logit_is_correct(inputs, impl):
     assert linear_cross_entropy(hidden, table, labels, impl=impl)[1].tolist() == [False, False, *[True] * 6]
 
 
-def test_a_tie_is_correct():
-    for label in range(3):
+@pytest.mark.parametrize("impl", XLA)
+def test_a_tie_is_correct(impl):
+    for label in (0, 1, 399):
         labels = jnp.array([label])
-        _, correct = linear_cross_entropy(jnp.ones((1, 4)), jnp.ones((3, 4)), labels, impl="xla_logits")
+        _, correct = linear_cross_entropy(jnp.ones((1, 4)), jnp.ones((400, 4)), labels, impl=impl)
         assert correct.all()
 
 
-@pytest.mark.parametrize("impl", ["oracle", "xla_logits"])
+@pytest.mark.parametrize("impl", ["oracle", *XLA])
 def test_labels_that_ask_for_nothing_give_nothing(inputs, impl):
     hidden, table, labels, gradients = inputs()
     losses, correct, *rest = _by(impl)(hidden, table, jnp.full_like(labels, -100), gradients)
@@ -101,3 +132,80 @@ def test_unknown_names_and_other_platforms_are_refused(inputs):
         linear_cross_entropy(*given, impl="xal")
     with pytest.raises(UserError, match="needs cuda"):
         linear_cross_entropy(*given, impl="hopper_tiles")
+
+
+@pytest.mark.parametrize("impl", XLA)
+def test_a_label_that_the_table_does_not_have_is_nan(inputs, impl):
+    hidden, table, labels, _ = inputs(count=3, vocab=320)
+    losses, correct = linear_cross_entropy(hidden, table, labels.at[0].set(320), impl=impl)
+    assert np.isnan(losses).tolist() == [True, False, False] and not correct[0]
+
+
+def test_auto_keeps_logits_where_they_are_small():
+    """What is timed in sweeps keeps its logits; what a language model has on a device would take 3.1 GiB."""
+    small, large = ((16384, 128, 8192), (16384, 1024, 50264))
+    chosen = []
+    for count, dim, vocab in (small, large):
+        shapes = (count, dim), (vocab, dim), (count,)
+        given = [
+            jax.ShapeDtypeStruct(x, dtype) for x, dtype in zip(shapes, ("bfloat16", "float32", "int32"), strict=True)
+        ]
+        with recorded_choices() as choices:
+            jax.eval_shape(linear_cross_entropy, *given)
+        chosen += choices["linear_cross_entropy"]
+    assert chosen == ["xla_logits", "xla_chunks"]
+
+
+@pytest.mark.parametrize("dim", [1024, 1792])
+def test_temporaries_are_below_300_MiB_where_logits_are_3_GiB(monkeypatch, dim):
+    """Beside the arguments, and the gradients of hidden and table, which are results."""
+    monkeypatch.undo()
+    shapes = ((8, 2048, dim), "bfloat16"), ((50264, dim), "float32"), ((8, 2048), "int32")
+
+    def loss(hidden, table, labels):
+        return linear_cross_entropy(hidden, table, labels)[0].sum()
+
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*(jax.ShapeDtypeStruct(*x) for x in shapes)).compile()
+    memory = compiled.memory_analysis()
+    gradients = 2 * 8 * 2048 * dim + 4 * 50264 * dim
+    assert memory.temp_size_in_bytes < 300 << 20
+    assert gradients <= memory.output_size_in_bytes < gradients + (1 << 20)
+
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+COUNT, VOCAB, DIM = 512, 1200, 48
+
+
+def placed_inputs(inputs, mesh):
+    """Return inputs on a mesh as training has them, and where they lie."""
+    rows, table = jax.P(parallel.BATCH_AXES), jax.P("tensor", "fsdp")
+    where = [jax.NamedSharding(mesh, spec) for spec in (rows, table, rows, rows)]
+    given = inputs(COUNT, VOCAB, DIM)
+    return given, [jax.device_put(x, to) for x, to in zip(given, where, strict=True)], where
+
+
+def test_each_device_makes_its_own_logits(inputs, close):
+    """An eighth of the products; of the table alone parts are gathered, and no logit leaves its device."""
+    mesh = parallel.make_mesh(MESH)
+    given, placed, where = placed_inputs(inputs, mesh)
+    alone = jax.jit(_by("xla_chunks")).lower(*given).compile()
+    with jax.set_mesh(mesh):
+        out = where[0], where[0], where[0], where[1]
+        shared = jax.jit(_by("xla_chunks"), in_shardings=where, out_shardings=out).lower(*given).compile()
+    program = hlo.Program(shared.as_text())
+    assert program.flops() == hlo.Program(alone.as_text()).flops() / 8
+    exchanged = [program.exchanged((2, 2, 2), axis) for axis in range(3)]
+    for over_rows in exchanged[:2]:
+        shapes = {x.shape for x in over_rows if math.prod(x.shape) > 1}
+        assert shapes and all(set(shape) <= {VOCAB // 2, DIM, DIM // 2, 1} for shape in shapes)
+    assert {x.shape for x in exchanged[2] if x.kind == "all-gather"} == set()
+    assert {x.shape for x in exchanged[2]} <= {(COUNT // 4,), (COUNT // 4, DIM), ()}
+    close(shared(*placed), alone(*given))
+
+
+def test_tiles_run_in_shard_map(inputs, close):
+    given = inputs(32, 320)
+    rows, mesh = jax.P(parallel.BATCH_AXES), parallel.make_mesh({"data": 2}, jax.devices()[:2])
+    specs = (rows, jax.P(), rows, rows), (rows, rows, rows, jax.P())
+    found = jax.jit(jax.shard_map(_by("xla_chunks"), mesh=mesh, in_specs=specs[0], out_specs=specs[1]))(*given)
+    close(found, jax.jit(_by("oracle"))(*given))

@@ -4,10 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import hlo
 from helpers.cases import parametrize_some
 from helpers.documents import numbered
 
-from based_jax.ops.softmax import ATTENTION, WINDOW_ATTENTION, attention, attention_step, window_attention
+from based_jax import parallel
+from based_jax.ops import segments, softmax_chunks
+from based_jax.ops.softmax import (
+    ATTENTION,
+    WINDOW_ATTENTION,
+    attention,
+    attention_prefill,
+    attention_step,
+    window_attention,
+)
 
 
 def fast(table, length=1):
@@ -48,6 +58,12 @@ def caller(impl, window=None, ids=None):
     if window is None:
         return lambda q, k, v: attention(q, k, v, segment_ids=ids, impl=impl)
     return lambda q, k, v: window_attention(q, k, v, window=window, segment_ids=ids, impl=impl)
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """Cut time into chunks that are much shorter than the sequences."""
+    monkeypatch.setattr(softmax_chunks, "CHUNK_TOKENS", 64)
 
 
 @pytest.fixture
@@ -155,6 +171,62 @@ def test_very_large_scores_stay_finite(draw, close):
         close(o, exact(q, k, v, window, ids))
 
 
+def test_prefill_is_the_last_part_of_attention(draw, close):
+    """However many keys stand before the queries, and with chunks of both that are not filled."""
+    (q, k, v), _, ids = draw(200, 8, 5, 2)
+    numbers, expected = segments.numbered(ids), exact(q, k, v, ids=ids)
+    for T in (200, 130, 1):
+        last = (q[:, -T:], k, v, numbers[:, -T:], numbers)
+        close(jax.jit(softmax_chunks.attention)(*last), expected[:, -T:])
+        close(jax.jit(attention_prefill)(*last), expected[:, -T:])
+
+
+def test_pairs_of_chunks_that_do_not_meet_are_left_out():
+    full = softmax_chunks.Cut(past=0, window=1024, queries=64, keys=64).pairs(1024, 1024)
+    assert len(full[0]) == 16 * 17 // 2
+    window = softmax_chunks.Cut(past=128, window=65, queries=64, keys=64).pairs(128, 256)
+    assert [pair.tolist() for pair in window] == [[0, 0, 1, 1], [1, 2, 2, 3]]
+
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_each_device_attends_for_its_rows_and_heads(close, draw):
+    """Both passes: an eighth of the products, and nothing exchanged."""
+    qkv, _, ids = draw(200, 8, 8, 4, batch=6)
+    qkv, ids = [x[:4] for x in qkv], ids[:4]
+
+    def both(q, k, v, ids):
+        return jax.value_and_grad(lambda *x: jnp.sum(caller("xla_chunks", ids=ids)(*x) ** 2), (0, 1, 2))(q, k, v)
+
+    alone = jax.jit(both).lower(*qkv, ids).compile()
+    mesh = parallel.make_mesh(MESH)
+    heads = jax.NamedSharding(mesh, jax.P(parallel.BATCH_AXES, None, parallel.HEAD_AXES))
+    rows = jax.NamedSharding(mesh, jax.P(parallel.BATCH_AXES))
+    with jax.set_mesh(mesh):
+        shared = jax.jit(both, in_shardings=(heads,) * 3 + (rows,)).lower(*qkv, ids).compile()
+    program = hlo.Program(shared.as_text())
+    assert program.flops() == hlo.Program(alone.as_text()).flops() / 8
+    exchanged = [x for axis in range(3) for x in program.exchanged((2, 2, 2), axis)]
+    assert {x.shape for x in exchanged} <= {()}  # the sum
+    placed = [jax.device_put(x, where) for x, where in zip((*qkv, ids), (heads, heads, heads, rows), strict=True)]
+    close(shared(*placed), alone(*qkv, ids))
+
+
+def test_chunks_run_in_shard_map(draw, close):
+    qkv, cotangent, ids = draw(130, 8, 5, 2)
+    rows = jax.P(parallel.BATCH_AXES)
+    call = jax.shard_map(
+        lambda q, k, v, ids: caller("xla_chunks", ids=ids)(q, k, v),
+        mesh=parallel.make_mesh({"data": 2}, jax.devices()[:2]),
+        in_specs=rows,
+        out_specs=rows,
+    )
+    found = jax.jit(lambda *qkv: jax.vjp(lambda *x: call(*x, ids), *qkv)[1](cotangent))(*qkv)
+    expected = jax.jit(lambda *qkv: jax.vjp(caller("oracle", ids=ids), *qkv)[1](cotangent))(*qkv)
+    close(found, expected)
+
+
 def temporary_bytes(f, T):
     shape = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
     return jax.jit(f).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
@@ -167,3 +239,20 @@ def test_window_memory_is_linear_and_below_one_score_matrix():
         once, four_times = temporary_bytes(f, 2048), temporary_bytes(f, 8192)
         assert four_times < 4.5 * once
         assert four_times < 8192 * 8192
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_to_32768_tokens_takes_less_than_2_GiB(monkeypatch, dtype):
+    """Both passes of one sequence with 16 heads, of which all scores together would take 64 GiB."""
+    monkeypatch.undo()
+    shape = jax.ShapeDtypeStruct((1, 32768, 16, 64), dtype)
+    both = jax.value_and_grad(lambda *qkv: jnp.sum(caller("auto")(*qkv).astype(jnp.float32) ** 2), argnums=(0, 1, 2))
+    assert jax.jit(both).lower(*[shape] * 3).compile().memory_analysis().temp_size_in_bytes < 2 << 30
+
+
+def test_prefill_of_32768_tokens_takes_less_than_2_GiB(monkeypatch):
+    monkeypatch.undo()
+    q, k = (jax.ShapeDtypeStruct((1, T, 16, 64), jnp.bfloat16) for T in (32768, 65536))
+    numbers = [jax.ShapeDtypeStruct(x.shape[:2], jnp.int32) for x in (q, k)]
+    compiled = jax.jit(attention_prefill).lower(q, k, k, *numbers).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 << 30

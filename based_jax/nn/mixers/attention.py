@@ -14,7 +14,7 @@ from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
 from based_jax.ops import segments
-from based_jax.ops.softmax import ATTENTION, attention, attention_step, masked_attention
+from based_jax.ops.softmax import ATTENTION, attention, attention_prefill, attention_step
 
 QKV_KEYS = {
     "out_proj/kernel": "out_proj.weight",
@@ -91,12 +91,11 @@ class Attention(Mixer):
         state.check_room(x.shape[1], segment_ids)
         q, k, v = self.rotated_qkv(x, state.length, segment_ids)
         numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segments.numbered(segment_ids)
-        earlier = segments.same_document(numbers, state.visible().astype(numbers.dtype))
-        within = segments.same_document(numbers, numbers) & jnp.tri(x.shape[1], dtype=bool)[None]
         keys, values = (
             self.for_each_query(jnp.concatenate(both, axis=1)) for both in zip(state.tokens, (k, v), strict=True)
         )
-        o = masked_attention(q, keys, values, jnp.concatenate([earlier, within], axis=2))
+        earlier = state.visible().astype(numbers.dtype)  # of the first document, whose number is 1
+        o = attention_prefill(q, keys, values, numbers, jnp.concatenate([earlier, numbers], axis=1))
         places, _ = segments.positions(segment_ids, state.length, x.shape[1])
         return self._out(state.held(o, places, numbers != 0)), state.extend((k, v), segment_ids)
 

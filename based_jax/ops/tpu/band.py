@@ -1,0 +1,24 @@
+"""The mask of a window as splash attention asks for it, block by block, in a time that does not grow with the block."""
+
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import LocalMask
+
+
+class Band(LocalMask):
+    """Which keys queries see of a sequence: `window` up to their own place.
+
+    Of a block in which all or none are seen it says so without comparing each pair: most blocks of a long sequence.
+    """
+
+    def __init__(self, time: int, window: int):
+        super().__init__((time, time), (window - 1, 0), 0)
+        self.window = window
+
+    def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
+        """Return the mask of a block of queries and keys."""
+        queries, keys = (range(*part.indices(size)) for part, size in zip(block, self.shape, strict=True))
+        if keys[-1] <= queries[0] and keys[0] > queries[-1] - self.window:
+            return np.ones((len(queries), len(keys)), bool)
+        if keys[0] > queries[-1] or keys[-1] <= queries[0] - self.window:
+            return np.zeros((len(queries), len(keys)), bool)
+        return super().__getitem__(block)
