@@ -168,7 +168,8 @@ def _recurrent(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
         return carry, jnp.where(padding, 0, y)
 
     over_time = (jnp.moveaxis(inputs[:, width:], 1, 0), jnp.moveaxis(ids[:, width:], 1, 0))
-    _, y = jax.lax.scan(token, (inputs[:, :width], ids[:, width - 1]), over_time)
+    start = tuple(sharded.vary_alike(inputs[:, :width], ids[:, width - 1], like=(inputs, ids, kernel)))
+    _, y = jax.lax.scan(token, start, over_time)
     return jnp.moveaxis(y, 0, 1)
 
 
@@ -182,7 +183,7 @@ def _shifted(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
         return y + _term(inputs, ids, kernel[tap], tap * dilation, T), None
 
     # The backward pass of a long sum would keep a term of every tap.
-    y = jnp.zeros((inputs.shape[0], T, inputs.shape[2]), jnp.float32)
+    [y] = sharded.vary_alike(jnp.zeros((inputs.shape[0], T, inputs.shape[2])), like=(inputs, ids, kernel))
     y, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), y, jnp.arange(kernel.shape[0]))
     return y.astype(inputs.dtype)
 
