@@ -8,6 +8,7 @@ device, and the call of the whole rows:
   finds the state before it, and runs its piece from there. What writes into states is thus done twice.
 - `Tails`, of convolutions: the last inputs before a piece are the state that it starts from.
 - `windowed`, of attention to the last keys: those before a piece stand before its own.
+- `ops/softmax_ring.py`, of attention to all keys: keys and values go round.
 
 Documents go on over a cut where their ids do (`ops/segments.py`); a document's end hides what is before it.
 """
@@ -43,6 +44,7 @@ DIMENSIONS: dict[type, dict[str, sharded.Names]] = {
     calls.SelectiveScanCall: {"u": BY_HEAD, "dt": BY_HEAD, "A": HEADS, "B": TOKENS, "C": TOKENS, "state": STATE},
     calls.DiagonalSSMCall: {"u": BY_HEAD, "log_a": HEADS, "b": HEADS, "c": HEADS, "state": STATE},
     calls.Wkv4Call: {"k": BY_HEAD, "v": BY_HEAD, "log_decay": HEADS, "bonus": HEADS, "state": STATE},
+    calls.PositionsCall: {"segment_ids": TOKENS, "state": ("batch",)},
     calls.TokenShiftCall: {"x": TOKENS, "state": ("batch",)},
     calls.ShortConvCall: {"x": BY_HEAD, "kernel": (None, "heads"), "bias": HEADS},
     # halves of a projection that is cut lie on different devices
@@ -92,7 +94,8 @@ class States:
 
     def __call__(self, run: Run, call: Any) -> tuple[Any, Any]:
         """Run each piece from the state that those before leave."""
-        return per_piece(lambda part: self._on_device(run, part), call, outputs_of(call), STATE)
+        state = DIMENSIONS[type(call)]["state"]
+        return per_piece(lambda part: self._on_device(run, part), call, outputs_of(call), state)
 
     def _on_device(self, run: Run, call: Any) -> tuple[Any, Any]:
         is_first, continues = sharded.place_in_time() == 0, _continues(call.segment_ids)
@@ -187,6 +190,41 @@ def inputs_before(x: Shaped[Array, "B T D"], segment_ids: BT | None, width: int)
     numbers = segments.numbered(jnp.concatenate([ids, owner[:, None]], axis=1))
     kept = (numbers[:, :-1] == numbers[:, -1:]) & (ids != 0)
     return jnp.where(expand(kept, tokens.ndim), tokens, 0)
+
+
+def positions(
+    segment_ids: BT | None, before: Int[Array, "#B"], length: int
+) -> tuple[Int[Array, "#B T"], Int[Array, "#B"]]:
+    """Return `segments.positions`; where tokens lie over devices, each counts those of its piece."""
+
+    def run(call: calls.PositionsCall) -> tuple[Array, Array]:
+        return segments.positions(call.segment_ids, _no_tokens(call) if call.state is None else call.state, length)
+
+    if segment_ids is None:
+        return segments.positions(None, before, length)
+    call = calls.PositionsCall(segment_ids, jnp.broadcast_to(before, segment_ids.shape[:1]))
+    return run(call) if pieces(call) == 1 else summed(_no_tokens)(run, call)
+
+
+def _no_tokens(call: calls.PositionsCall) -> Int[Array, "B"]:
+    return jnp.zeros(call.segment_ids.shape[:1], jnp.int32)
+
+
+def numbers_over_pieces(segment_ids: BT) -> BT:
+    """Return `segments.numbered` of whole rows for a piece of them."""
+
+    def join(earlier: Any, later: Any) -> Any:
+        """Return of two pieces the first and the last id, and the number of documents."""
+        (first, last, count), (next_first, next_last, more) = earlier, later
+        goes_on = (last == next_first) & (last != 0)
+        ends = jnp.where(first == 0, next_first, first), jnp.where(next_last == 0, last, next_last)
+        return *ends, count + more - goes_on
+
+    numbers = segments.numbered(segment_ids)
+    first, last = segments.first_id(segment_ids), segments.last_id(segment_ids)
+    _, latest, count = sharded.before(join, (first, last, numbers.max(axis=1)))
+    earlier = count - ((latest == first) & (first != 0))
+    return jnp.where(numbers == 0, 0, numbers + earlier[:, None])
 
 
 def _before(tokens: Any, segment_ids: BT | None, width: int) -> tuple[Any, Ids]:

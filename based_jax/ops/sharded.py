@@ -155,12 +155,17 @@ def place_in_time() -> jax.Array:
     return lax.axis_index(TIME_AXES)
 
 
+def count_in_time() -> int:
+    """Return how many pieces there are."""
+    return lax.axis_size(TIME_AXES)
+
+
 def before(join: Callable[[Any, Any], Any], own: Any) -> Any:
     """Return what the devices with the pieces of time before this one have, joined in their order; zeros on the first.
 
     `join(earlier, later)` is associative. In n pieces a device sends as many bytes as it has 1 + log2(n - 1) times.
     """
-    place, count, distance = place_in_time(), lax.axis_size(TIME_AXES), 1
+    place, count, distance = place_in_time(), count_in_time(), 1
     total = _later(own, 1)
     while distance < count - 1:
         joined = join(_later(total, distance), total)
@@ -172,14 +177,20 @@ def before(join: Callable[[Any, Any], Any], own: Any) -> Any:
 
 def _later(own: Any, distance: int) -> Any:
     """Return what the device has whose piece stands so many pieces before; zeros where there is none."""
-    count = lax.axis_size(TIME_AXES)
-    pairs = [(i, i + distance) for i in range(count - distance)]
+    pairs = [(i, i + distance) for i in range(count_in_time() - distance)]
+    return jax.tree.map(lambda x: lax.ppermute(x, TIME_AXES, pairs), own)
+
+
+def handed_on(own: Any) -> Any:
+    """Return what the device with the piece before has, and on the first one what the last has."""
+    count = count_in_time()
+    pairs = [(i, (i + 1) % count) for i in range(count)]
     return jax.tree.map(lambda x: lax.ppermute(x, TIME_AXES, pairs), own)
 
 
 def from_last(own: Any) -> Any:
     """Return what the device with the last piece of time has."""
-    last = place_in_time() == lax.axis_size(TIME_AXES) - 1
+    last = place_in_time() == count_in_time() - 1
     return jax.tree.map(lambda x: lax.psum(jnp.where(last, x, 0), TIME_AXES), own)
 
 

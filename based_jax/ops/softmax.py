@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Integer, Shaped
 from based_jax import devices
 from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
 from based_jax.errors import UserError
-from based_jax.ops import segments, sequence, sharded, softmax_chunks
+from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_ring
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
@@ -38,12 +38,14 @@ def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl:
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle", "xla_quadratic" (every score), "xla_chunks" (memory linear in T), "cudnn_flash" (GPU, bf16 or
-        fp16, no packing), "tpu_splash" (TPU, bf16) or "auto".
+        fp16, no packing), "tpu_splash" (TPU, bf16) or "auto". Where tokens lie over devices, keys go round by chunks,
+        whatever it is.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    return dispatch("attention", ATTENTION, impl, AttentionCall(q, k, v, q.shape[1], segment_ids))
+    call = AttentionCall(q, k, v, q.shape[1], segment_ids)
+    return dispatch("attention", ATTENTION, impl, call, softmax_ring.cut)
 
 
 @checked

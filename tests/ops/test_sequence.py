@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from helpers.cases import parametrize_some
 from helpers.documents import rows_over_pieces
+from helpers.hlo import Program
 from helpers.scans import SCANS
 
 from based_jax import parallel
 from based_jax.errors import UserError
-from based_jax.ops import sharded, window_attention
+from based_jax.ops import attention, sharded, softmax_chunks, window_attention
 from based_jax.ops.conv import short_conv
 from based_jax.ops.long_conv import long_conv
 from based_jax.ops.token_shift import token_shift
@@ -55,6 +56,15 @@ ALL = [
 
 FEW = "taylor_attention", "gated_linear_attention", "dplr", "diagonal_ssm", "wkv4"
 """One for each way to compose pieces."""
+
+
+@parametrize_some("name", SCANS, ["gated_linear_attention"])
+def test_scans_in_bf16_go_on_from_the_states_of_the_pieces_before(name, rng, normal, close):
+    ids, x = jnp.asarray(rows_over_pieces(rng, T)), normal(B, T, 2, 4, scale=0.5).astype(jnp.bfloat16)
+    call = jax.jit(functools.partial(scan, name, "xla_chunks"))
+    expected = call(x.astype(jnp.float32), ids, None)
+    with over(MESH):
+        close(call(x, ids, None), expected, "bfloat16")
 
 
 @parametrize_some("name, impl, packed, continued", ALL, [(name, "xla_steps", True, True) for name in FEW])
@@ -102,6 +112,28 @@ def test_windows_see_the_keys_before_a_piece(window, impl, packed, rng, normal, 
     """Those of several pieces before, and of none."""
     ids = jnp.asarray(rows_over_pieces(rng, T)) if packed else None
     close_over(MESH, functools.partial(windows, window, impl), close, normal(B, T, 2, 4), ids)
+
+
+@parametrize_some(
+    "devices, packed",
+    [(devices, packed) for devices in (2, 4, 8) for packed in (True, False)],
+    [(4, True)],
+)
+def test_attention_meets_the_keys_of_all_pieces_before(devices, packed, rng, normal, close, monkeypatch):
+    """In chunks that are no multiple of a piece; each device sends its keys and values on, and gathers none."""
+    monkeypatch.setattr(softmax_chunks, "CHUNK_TOKENS", 3)
+    ids = jnp.asarray(rows_over_pieces(rng, T)) if packed else None
+    sizes = {"data": 1, "tensor": 8 // devices, "sequence": devices}
+    x = normal(B, T, 8 // devices * 2, 4)
+    close_over(sizes, attended, close, x, ids)
+    with over(sizes):
+        text = jax.jit(both(attended)).lower(x, ids).compile().as_text()
+    exchanged = Program(text).exchanged((1, 1, 8 // devices, devices), parallel.AXES.index("sequence"))
+    assert {found.kind for found in exchanged} == {"collective-permute"}
+
+
+def attended(x, ids):
+    return attention(x, x + 1, x * x, segment_ids=ids)
 
 
 def convolution(taps, dilation, x, ids):

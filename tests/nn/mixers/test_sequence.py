@@ -89,7 +89,7 @@ def on_mesh(mesh, call, params, x, ids):
 
 @on_some
 def test_pieces_of_time_are_those_of_one_device(kind, sizes, packed, rng, normal, close):
-    """And no device gathers the tokens of others: what it gets of them is smaller than its own piece of all rows."""
+    """And no device gathers the tokens of others, nor their ids."""
     ids = jnp.asarray(rows_over_pieces(rng, T)) if packed else None
     x, cotangent = normal(B, T, D), normal(B, T, D)
     params, call = both_ways(kind, ids, cotangent)
@@ -98,7 +98,7 @@ def test_pieces_of_time_are_those_of_one_device(kind, sizes, packed, rng, normal
     close(compiled(*arguments), jax.jit(call)(params, x, ids))
     exchanged = Program(compiled.as_text()).exchanged(tuple(mesh.shape.values()), parallel.AXES.index("sequence"))
     assert any(found.kind == "collective-permute" for found in exchanged)
-    assert not [x for x in exchanged if x.kind in ("all-gather", "all-to-all") and math.prod(x.shape) >= B * T * D / 8]
+    assert not [x for x in exchanged if x.kind in ("all-gather", "all-to-all") and math.prod(x.shape) >= B * T]
 
 
 @pytest.mark.parametrize("kind", REFUSED)
