@@ -143,15 +143,32 @@ def constrain_tokens(x: jax.Array) -> jax.Array:
 def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     """Return how an array (rows, tokens, ...) of a batch lies on the mesh: over `BATCH_AXES` and `TIME_AXES`.
 
-    Raises:
-      UserError: its tokens cannot be divided over the mesh.
+    Tokens that the mesh does not divide evenly, as an evaluation may have, stay whole, and a warning says so.
     """
+    if len(shape) < 2:
+        return NamedSharding(mesh, jax.P(BATCH_AXES))
+    if problem := _undivided(shape[1], mesh):
+        _warn_once(f"{problem}; all hold them whole.")
+        return NamedSharding(mesh, jax.P(BATCH_AXES))
+    return NamedSharding(mesh, jax.P(BATCH_AXES, TIME_AXES))
+
+
+def check_length(tokens: int, mesh: Mesh) -> None:
+    """Check that sequences can be divided over the mesh.
+
+    Raises:
+      UserError: they cannot.
+    """
+    if problem := _undivided(tokens, mesh):
+        raise UserError(f"{problem}.")
+
+
+def _undivided(tokens: int, mesh: Mesh) -> str | None:
+    """Return that sequences cannot be divided over the mesh, or None."""
     ways = math.prod(mesh.shape[axis] for axis in TIME_AXES)
-    if len(shape) > 1 and shape[1] % ways:
-        raise UserError(
-            f"Sequences of {shape[1]} tokens cannot be divided over {ways} devices of the mesh axis 'sequence'."
-        )
-    return NamedSharding(mesh, jax.P(BATCH_AXES, TIME_AXES) if len(shape) > 1 else jax.P(BATCH_AXES))
+    if tokens % ways == 0:
+        return None
+    return f"Sequences of {tokens} tokens cannot be divided over {ways} devices of the mesh axis 'sequence'"
 
 
 def first_process_says(value: object) -> bool:
@@ -204,11 +221,7 @@ class Feed:
         return np.unique(np.concatenate([places[index] for index in indices]))
 
     def arrays(self, batch: HostBatch) -> dict[str, jax.Array]:
-        """Return the global arrays (batch_size, ...) of which `batch` holds these `rows`, whole.
-
-        Raises:
-          UserError: their tokens cannot be divided over the mesh.
-        """
+        """Return the global arrays (batch_size, ...) of which `batch` holds these `rows`, whole."""
 
         def array(own: np.ndarray) -> jax.Array:
             shape = (self.batch_size, *own.shape[1:])

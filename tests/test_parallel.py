@@ -119,10 +119,14 @@ def test_tokens_of_a_batch_lie_over_sequence():
         np.testing.assert_array_equal(placed[name], array)
 
 
-def test_tokens_that_cannot_be_divided_are_refused():
-    message = r"^Sequences of 6 tokens cannot be divided over 4 devices of the mesh axis 'sequence'\.$"
-    with pytest.raises(UserError, match=message):
-        parallel.Feed(parallel.make_mesh({"sequence": 4}), 4).arrays({"inputs": np.zeros((4, 6), int)})
+def test_tokens_that_cannot_be_divided_stay_whole_or_are_refused(caplog):
+    parallel._warn_once.cache_clear()
+    mesh, message = parallel.make_mesh({"sequence": 4}), "Sequences of 6 tokens cannot be divided over 4 devices"
+    placed = parallel.Feed(mesh, 4).arrays({"inputs": np.zeros((4, 6), int)})
+    assert {shard.data.shape for shard in placed["inputs"].addressable_shards} == {(2, 6)}
+    assert caplog.messages == [f"{message} of the mesh axis 'sequence'; all hold them whole."]
+    with pytest.raises(UserError, match=f"^{message} of the mesh axis 'sequence'\\.$"):
+        parallel.check_length(6, mesh)
 
 
 def test_a_mesh_may_be_of_some_devices():

@@ -74,7 +74,12 @@ class TrainProgram:
             return self.jitted_step.lower(self.abstract_state, self.abstract_batch(batch))
 
     def abstract_batch(self, batch: parallel.HostBatch) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shapes of the global batch that a batch of some host is part of, and how it lies on the mesh."""
+        """Return the shapes of the global batch that a batch of some host is part of, and how it lies on the mesh.
+
+        Raises:
+          UserError: its sequences cannot be divided over the mesh.
+        """
+        parallel.check_length(batch["inputs"].shape[1], self.mesh)
 
         def shape_of(x: np.ndarray) -> jax.ShapeDtypeStruct:
             shape = (self.config.batch_size, *x.shape[1:])
