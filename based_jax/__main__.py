@@ -1,4 +1,4 @@
-"""Based and the sequence mixers it is compared with: train, evaluate, generate, measure, sweep.
+"""Based and the sequence mixers it is compared with: train, evaluate, generate, measure, compile, sweep.
 
 examples:
   python -m based_jax train --help
@@ -14,18 +14,21 @@ import select
 import sys
 
 from based_jax import __version__
-from based_jax.commands import bench, describe, eval, export, generate, interrupts, plot, sweep, train
+from based_jax.commands import aot, bench, describe, eval, export, generate, interrupts, plot, prepare, sweep, train
+from based_jax.commands.distributed import together
 from based_jax.commands.parser import MODULE_CALL, CommandParser, add_command, program_name
 from based_jax.errors import UserError
 from based_jax.folders import reason
 
 COMMANDS = {
+    "prepare": prepare,
     "train": train,
     "eval": eval,
     "plot": plot,
     "generate": generate,
     "export": export,
     "describe": describe,
+    "aot": aot,
     "bench": bench,
     "sweep": sweep,
 }
@@ -85,7 +88,7 @@ def _run(argv: list[str]) -> int:
     if overrides and not getattr(args, "takes_overrides", False):
         raise UserError(f"Unknown argument '{overrides[0]}' for '{args.command}'; see --help.")
     args.overrides = overrides
-    with interrupts.second_one_leaves():
+    with interrupts.second_one_leaves(), together(args):
         return COMMANDS[args.command].run(args) or 0
 
 

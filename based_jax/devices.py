@@ -49,12 +49,33 @@ class Crossovers:
 
 
 @dataclasses.dataclass(frozen=True)
+class Interconnect:
+    """The links between devices of one slice, or of one host of GPUs.
+
+    Attributes:
+      link_bytes_per_second: of a link in one direction.
+      links: of a device.
+      wraps_at: devices of which a torus' dimension has a multiple where its ends are joined; None for a switch, over
+        which every device reaches every other one by all of its links.
+    """
+
+    link_bytes_per_second: float
+    links: int
+    wraps_at: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Device:
     """One kind of device; None is what is not known of it.
 
     Attributes:
       name: what its kind starts with.
       peak_bf16_flops: the vendor's dense FLOP/s.
+      hbm_bytes: of its memory that a program can have: of a TPU what its compiler says, of a GPU the vendor's number.
+      hbm_bytes_per_second: the vendor's rate of its memory.
+      interconnect: of a slice.
+      network_bytes_per_second: of a device to other slices or hosts, in one direction.
+      source: where the vendor says so.
       copy_bytes_per_second: measured rate of a large copy, read and written bytes together; of all H100s that of the
         80GB HBM3.
       cores: its streaming multiprocessors, as its driver says.
@@ -64,11 +85,18 @@ class Device:
 
     name: str
     peak_bf16_flops: float | None = None
+    hbm_bytes: float | None = None
+    hbm_bytes_per_second: float | None = None
+    interconnect: Interconnect | None = None
+    network_bytes_per_second: float | None = None
+    source: str | None = None
     copy_bytes_per_second: float | None = None
     cores: int | None = None
     l2_bytes: int | None = None
     crossovers: Crossovers | None = None
 
+
+GIB = 1 << 30
 
 HOPPER_MODEL = re.compile(r"\bG?H(100|200|800|20)\b")
 
@@ -91,10 +119,39 @@ H100_CROSSOVERS = Crossovers(
 H100_CORES, H100_L2_BYTES = 132, 50 << 20
 H100_COPY_BYTES_PER_SECOND = 2.95e12
 
+NVLINK_4 = Interconnect(25e9, links=18)
+"""NVLink of the fourth generation behind the switches of a host: 900 GB/s in both directions together."""
+CONNECTX_7 = 50e9
+"""A network card of 400 Gb/s for each GPU, as a DGX H100 has."""
+
+TPU_V5E = Device(
+    "TPU v5e",
+    peak_bf16_flops=197e12,
+    hbm_bytes=15.75 * GIB,
+    hbm_bytes_per_second=819e9,
+    interconnect=Interconnect(50e9, links=4, wraps_at=16),
+    network_bytes_per_second=3.125e9,
+    source="https://docs.cloud.google.com/tpu/docs/v5e",
+)
+TPU_V6E = Device(
+    "TPU v6e",
+    peak_bf16_flops=918e12,
+    hbm_bytes=31.24 * GIB,
+    hbm_bytes_per_second=1638e9,
+    interconnect=Interconnect(100e9, links=4, wraps_at=16),
+    network_bytes_per_second=12.5e9,
+    source="https://docs.cloud.google.com/tpu/docs/v6e, network: https://jax-ml.github.io/scaling-book/tpus",
+)
+
 DEVICES = (
     Device(
         "NVIDIA H100 80GB HBM3",
         peak_bf16_flops=989e12,
+        hbm_bytes=80e9,
+        hbm_bytes_per_second=3.35e12,
+        interconnect=NVLINK_4,
+        network_bytes_per_second=CONNECTX_7,
+        source="https://www.nvidia.com/en-us/data-center/h100",
         copy_bytes_per_second=H100_COPY_BYTES_PER_SECOND,
         cores=H100_CORES,
         l2_bytes=H100_L2_BYTES,
@@ -102,15 +159,49 @@ DEVICES = (
     ),
     Device("NVIDIA H100 PCIe", peak_bf16_flops=756e12, copy_bytes_per_second=H100_COPY_BYTES_PER_SECOND),
     Device("NVIDIA H100", copy_bytes_per_second=H100_COPY_BYTES_PER_SECOND),
-    Device("NVIDIA H200", peak_bf16_flops=989e12, copy_bytes_per_second=4.3e12, cores=132, l2_bytes=62_914_560),
+    Device(
+        "NVIDIA H200",
+        peak_bf16_flops=989e12,
+        hbm_bytes=141e9,
+        hbm_bytes_per_second=4.8e12,
+        interconnect=NVLINK_4,
+        network_bytes_per_second=CONNECTX_7,
+        source="https://www.nvidia.com/en-us/data-center/h200",
+        copy_bytes_per_second=4.3e12,
+        cores=132,
+        l2_bytes=62_914_560,
+    ),
     Device("NVIDIA A100", peak_bf16_flops=312e12),
-    Device("TPU v4", peak_bf16_flops=275e12),
-    Device("TPU v5 lite", peak_bf16_flops=197e12),
-    Device("TPU v5e", peak_bf16_flops=197e12),
-    Device("TPU v5", peak_bf16_flops=459e12),
-    Device("TPU v6 lite", peak_bf16_flops=918e12),
-    Device("TPU v6e", peak_bf16_flops=918e12),
-    Device("TPU7x", peak_bf16_flops=1153e12),
+    Device(
+        "TPU v4",
+        peak_bf16_flops=275e12,
+        hbm_bytes=30.75 * GIB,
+        hbm_bytes_per_second=1200e9,
+        interconnect=Interconnect(45e9, links=6, wraps_at=4),
+        source="https://docs.cloud.google.com/tpu/docs/v4, links: https://jax-ml.github.io/scaling-book/tpus",
+    ),
+    dataclasses.replace(TPU_V5E, name="TPU v5 lite"),
+    TPU_V5E,
+    Device(
+        "TPU v5",
+        peak_bf16_flops=459e12,
+        hbm_bytes=95.73 * GIB,
+        hbm_bytes_per_second=2765e9,
+        interconnect=Interconnect(100e9, links=6, wraps_at=4),
+        network_bytes_per_second=6.25e9,
+        source="https://docs.cloud.google.com/tpu/docs/v5p",
+    ),
+    dataclasses.replace(TPU_V6E, name="TPU v6 lite"),
+    TPU_V6E,
+    Device(  # JAX's devices are the two halves of a chip
+        "TPU7x",
+        peak_bf16_flops=1153e12,
+        hbm_bytes=94.74 * GIB,
+        hbm_bytes_per_second=7380e9 / 2,
+        interconnect=Interconnect(100e9 / 2, links=6, wraps_at=4),
+        network_bytes_per_second=12.5e9 / 2,
+        source="https://docs.cloud.google.com/tpu/docs/tpu7x",
+    ),
 )
 
 

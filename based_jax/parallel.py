@@ -5,7 +5,7 @@ import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from based_jax.errors import UserError
+from based_jax.placement import Placement, Wish, is_large, place
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ TIME_AXES = ("sequence",)  # over which their tokens lie
 HEAD_AXES = ("tensor",)  # over which heads lie
 
 PARAMETER_RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
+STACKED = "layers"  # the name of the axis along which layers are stacked
 
 # Rows of activations lie over fsdp too: a layer gathers its weights there, which are smaller, the embedding its table.
 ACTIVATION_RULES = {"batch": BATCH_AXES, "time": TIME_AXES, "vocab": HEAD_AXES}
@@ -76,39 +78,75 @@ def _laid_out(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarr
     )
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh, spread: bool = False) -> Any:
     """Return a NamedSharding per leaf of a tree of arrays and nnx variables, by `PARAMETER_RULES`.
 
-    Parameters and the optimizer state made from them share their logical names, so one rule places both. An axis that
-    the mesh does not divide evenly stays whole, and a warning says so.
-    """
+    Parameters and the optimizer state made from them share their logical names, so one rule places both. Where a mesh
+    axis does not divide the dimension that the rule names, large arrays are divided over it along others.
 
-    def axis(name: str | None, size: int) -> str | None:
-        rule = PARAMETER_RULES.get(name or "")
-        if rule and size % mesh.shape[rule]:
-            _warn_once(f"'{name}' of {size} cannot be divided over {rule}: {mesh.shape[rule]}; all hold it whole.")
-            return None
-        return rule
+    Args:
+      tree: arrays, or their shapes, with the names of their axes.
+      mesh: where they lie.
+      spread: whether large ones are divided over "data" too, as moments may be that nobody reads but their update.
+    """
 
     def place(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, jax.P())
         if not hasattr(leaf.get_value(), "shape"):  # what a masked optimizer leaves in place of a parameter
             return leaf
-        names = leaf.get_metadata().get("out_sharding") or ()
-        return leaf.replace(NamedSharding(mesh, jax.P(*map(axis, names, leaf.get_value().shape))))
+        return leaf.replace(placement_of(leaf, mesh, spread).sharding(mesh))
 
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
+def placement_of(leaf: nnx.Variable, mesh: Mesh | AbstractMesh, spread: bool = False) -> Placement:
+    """Return how a variable is divided over a mesh; see `shardings`."""
+    shape, names = leaf.get_value().shape, leaf.get_metadata().get("out_sharding") or ()
+    largest_first = sorted(range(len(names)), key=lambda i: (names[i] == STACKED, -shape[i]))
+    others = largest_first if is_large(shape) else []
+
+    def wish(rule: str, axis: str, others: Sequence[int]) -> Wish:
+        return Wish(axis, [i for i, name in enumerate(names) if PARAMETER_RULES.get(name or "") == rule], others)
+
+    wishes = [wish("tensor", "tensor", ()), wish("fsdp", "fsdp", others)]
+    if spread and others:
+        wishes.append(wish("fsdp", "data", others))
+    return place(shape[: len(names)], mesh.shape, wishes)
+
+
+class WholeParameter(NamedTuple):
+    """A large parameter that a mesh axis does not divide: `bytes` are those that each of `devices` along it holds."""
+
+    path: str
+    bytes: int
+    axis: str
+    devices: int
+
+
+def whole_parameters(params: Any, mesh: Mesh) -> list[WholeParameter]:
+    """Return what of a tree of nnx variables, all layers of a stack in one, is whole over axes that divide parameters.
+
+    Those are of `PARAMETER_RULES`, with more than one device, and the parameters of 1 MiB and more in fp32.
+    """
+    found = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        shape, placement = leaf.get_value().shape, placement_of(leaf, mesh)
+        part = math.prod(placement.sharding(mesh).shard_shape(shape)) * leaf.get_value().dtype.itemsize
+        for axis, devices in placement.whole.items() if is_large(shape) else ():
+            if devices > 1:
+                path = jax.tree_util.keystr(keys, simple=True, separator="/")
+                found.append(WholeParameter(path, part, axis, devices))
+    return found
 
 
 def placed(shapes: Any, mesh: Mesh) -> Any:
     """Return a tree of shapes, variables among them, with their `shardings`: the target of a restore, say."""
-    where = shardings(shapes, mesh)
+    return with_shardings(shapes, shardings(shapes, mesh))
+
+
+def with_shardings(shapes: Any, where: Any) -> Any:
+    """Return a tree of shapes with the shardings of another."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
 
 
@@ -163,6 +201,11 @@ def check_length(tokens: int, mesh: Mesh) -> None:
         raise UserError(f"{problem}.")
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
 def _undivided(tokens: int, mesh: Mesh) -> str | None:
     """Return that sequences cannot be divided over the mesh, or None."""
     ways = math.prod(mesh.shape[axis] for axis in TIME_AXES)
@@ -176,16 +219,21 @@ def first_process_says(value: object) -> bool:
     return bool(value) if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(bool(value)))
 
 
+def row_devices(mesh: Mesh) -> int:
+    """Return over how many devices the rows of a batch are divided; others hold the same rows as one of these."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
     """Check that the rows of a global batch, and of each of its microbatches, can be divided over the mesh.
 
     Raises:
       UserError: they cannot.
     """
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    ways = row_devices(mesh)
     over = f"over {ways} devices of the mesh axes {' and '.join(BATCH_AXES)}"
     if batch_size % ways:
-        raise UserError(f"batch_size {batch_size} cannot be divided {over}.")
+        raise UserError(f"batch_size {batch_size} cannot be divided {over}; it is a multiple of {ways}.")
     if batch_size // microbatches % ways:
         rows, most = batch_size // microbatches, math.gcd(batch_size // ways, microbatches)
         raise UserError(f"{rows} rows of a microbatch cannot be divided {over}: microbatches can be {most}.")

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from based_jax import config as configs
 from based_jax.__main__ import command_line, main
 from based_jax.commands import describe
 from based_jax.convert import load_hf
+from based_jax.data import packing
 from based_jax.nn.lm import LMConfig
 from based_jax.nn.mixers import MIXERS
 from based_jax.optim import OptimConfig
@@ -146,6 +148,24 @@ def test_eval_prints_the_last_evaluation_of_the_run_or_that_of_a_step(capsys, mq
     assert found.keys() >= {"loss", "perplexity", "accuracy", "16x2/accuracy", "32x4/loss"}
     earlier = table(printed(capsys, "eval", f"--workdir={mqar_run}", "--step=1"))
     assert earlier["step"] == 1 and earlier["loss"] != found["loss"]
+
+
+def test_prepare_packs_what_a_run_then_only_reads(capsys, folder, text_run, monkeypatch):
+    words = [f"--config={folder / 'text.py'}", f"--config.data.cache_dir={folder / 'prepared'}"]
+    out = printed(capsys, "prepare", *words).splitlines()
+    assert out[0].startswith("train: 2,0") and out[1].startswith("validation: ")
+    (packed,) = (folder / "prepared" / "packed_text").glob("*/")
+    assert out[-1] == f"packed in {packed}"
+    monkeypatch.setattr(packing, "_build", None)
+    assert printed(capsys, "prepare", *words).splitlines() == out
+    packed.rename(folder / "moved")
+    words = [f"--config={folder / 'text.py'}", f"--config.data.path={folder / 'moved'}"]
+    assert printed(capsys, "prepare", *words).splitlines() == [*out[:-1], f"packed in {folder / 'moved'}"]
+    workdir = shutil.copytree(text_run, folder / "of_packed")
+    assert "continuing from step 2" in printed(capsys, "train", *words, f"--workdir={workdir}", "--config.steps=3")
+    assert refused(capsys, "prepare", *words, "--config.data.tokenizer=gpt2", "--config.model.vocab_size=50257") == (
+        f"Packed text '{folder / 'moved'}' has ids of another tokenizer than data.tokenizer."
+    )
 
 
 def test_changed_text_is_warned_of_by_eval_and_refused_by_train(capsys, folder, text_run):

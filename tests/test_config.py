@@ -381,11 +381,12 @@ def test_every_key_has_its_type_default_and_meaning():
         """A whole.
 
         Attributes:
-          data, other: see there.
+          data, other, parts: see there.
         """
 
         data: Annotated[Pairs | Text, {"pairs": Pairs, "text": Text}] = Pairs()
         other: dict[str, int] = dataclasses.field(default_factory=dict)
+        parts: dict[str, Base] | None = None
 
     keys = {(key.name, key.condition): key for key in config.keys_of(Whole)}
     assert list(keys) == [
@@ -395,6 +396,8 @@ def test_every_key_has_its_type_default_and_meaning():
         ("data.path", "data.kind=text"),
         ("data.kind", "data.kind=text"),
         ("other", ""),
+        ("parts.NAME.steps", ""),
+        ("parts", ""),
     ]
     assert (keys["steps", ""].meaning, keys["steps", ""].default) == ("how many, in all.", dataclasses.MISSING)
     assert (keys["other", ""].meaning, keys["other", ""].default) == ("see there.", {})
@@ -449,6 +452,7 @@ def test_free_keys_may_differ(tmp_path):
     config.save(Run(model=Model(d_model=8)), tmp_path)
     other = Run(model=Model(d_model=16), steps=20)
     config.check_same(other, tmp_path, free=("model", "steps"))
+    config.check_same(other, tmp_path, free=("*.d_model", "steps"))
     with pytest.raises(UserError, match=r"another config: steps is 10 there and 20 here; choose"):
         config.check_same(other, tmp_path, free=("model.d_model", "step"))
 

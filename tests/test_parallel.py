@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import jax
@@ -5,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from based_jax import parallel
 from based_jax.errors import UserError
@@ -75,12 +77,49 @@ def test_logical_names_become_mesh_axes(leaf, expected):
     ("shape", "expected"),
     [((3, 8), jax.P(None, "tensor")), ((8, 5), jax.P("fsdp", None)), ((3, 5), jax.P(None, None))],
 )
-def test_an_axis_that_the_mesh_does_not_divide_stays_whole(shape, expected, caplog):
-    parallel._warn_once.cache_clear()
+def test_a_small_array_stays_whole_where_its_names_cannot_divide_it(shape, expected):
     assert spec(parameter(("embed", "mlp"), *shape)) == expected
-    axes = zip(("embed", "mlp"), shape, ("fsdp", "tensor"), strict=True)
-    odd = [f"'{name}' of {size} cannot be divided over {axis}: 2" for name, size, axis in axes if size % 2]
-    assert caplog.messages == [f"{said}; all hold it whole." for said in odd]
+
+
+ATTENTION_1B = (
+    (("layers", "embed", "heads"), (36, 1680, 5040)),
+    (("layers", "heads", "embed"), (36, 1680, 1680)),
+    (("layers", "embed", "mlp"), (36, 1680, 9216)),
+    (("layers", "mlp", "embed"), (36, 4608, 1680)),
+    (("vocab", "embed"), (50272, 1680)),
+)
+
+
+def abstract(names, shape, dtype=jnp.float32):
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), **layers.logical_axes(*names))
+
+
+@pytest.mark.parametrize(("names", "shape"), ATTENTION_1B)
+@pytest.mark.parametrize("sizes", [{"fsdp": 64}, {"fsdp": 32, "tensor": 2}, {"data": 4, "fsdp": 64}])
+def test_a_width_that_64_devices_do_not_divide_leaves_nothing_whole(sizes, names, shape):
+    """1680 is 16 x 105: the other dimension, or both, take what it cannot."""
+    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in parallel.AXES), parallel.AXES)
+    found = parallel.placement_of(abstract(names, shape), mesh)
+    taken = [(axis, size) for parts in found.parts for axis, size in parts]
+    assert math.prod(size for _, size in taken) == math.prod(sizes.values()) // sizes.get("data", 1)
+    assert all(size % math.prod(n for _, n in parts) == 0 for size, parts in zip(shape, found.parts, strict=True))
+    assert parallel.placement_of(abstract(names, shape, jnp.bfloat16), mesh) == found
+
+
+def test_what_is_whole_is_listed_with_its_bytes():
+    """A parameter that its names keep whole over an axis, one that no axis divides, and none that is small."""
+    mesh = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    params = {
+        "low_rank": abstract(("embed", None), (2**12, 2**7)),
+        "odd": abstract(("embed", "mlp"), (2**10 - 1, 2**10 - 1)),
+        "divided": abstract(("embed", "mlp"), (2**10, 2**10)),
+        "small": abstract(("embed",), (2**10 + 1,)),
+    }
+    assert parallel.whole_parameters(params, mesh) == [
+        ("low_rank", 2**20, "tensor", 2),
+        ("odd", 4 * (2**10 - 1) ** 2, "tensor", 2),
+        ("odd", 4 * (2**10 - 1) ** 2, "fsdp", 2),
+    ]
 
 
 def test_rows_of_activations_lie_over_data_and_fsdp():
@@ -154,6 +193,6 @@ def test_data_goes_over_slices_of_tpus_and_any_axis_over_hosts_of_gpus():
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
-    message = r"^batch_size 6 cannot be divided over 4 devices of the mesh axes data and fsdp\.$"
+    message = r"^batch_size 6 cannot be divided over 4 devices of the mesh axes data and fsdp; it is a multiple of 4\.$"
     with pytest.raises(UserError, match=message):
         parallel.Feed(parallel.make_mesh(MESH), 6)

@@ -14,7 +14,7 @@ from helpers.reference_cases import FORWARD, assert_close, assert_parameters, lo
 from based_jax import convert
 from based_jax.errors import UserError
 from based_jax.nn.lm import LMConfig
-from based_jax.optim import OptimConfig, adamw
+from based_jax.optim import OptimConfig, optimizer
 from based_jax.train.step import initial_state, make_train_step
 
 TRAINED, POLES = 2e-5, 5e-5
@@ -54,7 +54,7 @@ def config(name, **changes):
 def test_twenty_steps(name):
     case = load(name)
     graphdef, _ = nnx.split(model := convert.lm_from_reference(case.weights, config(name)))
-    tx = adamw(OPTIM, STEPS)
+    tx = optimizer(OPTIM, STEPS)
     step = make_train_step(graphdef, tx)
     batches = {
         "inputs": case.inputs["ids"].astype(np.int32).reshape(STEPS, -1, 64),

@@ -77,6 +77,14 @@ def test_the_sweep_s_commands(capsys, tmp_path, monkeypatch):
     assert "[4/4" in capsys.readouterr().out and (tmp_path / "pictures" / "frontier.html").exists()
 
 
+def test_the_mixture():
+    names = {}
+    exec(f"data = {{'kind': 'text', {program('my_wiki')}}}", names)
+    values = {"model": {"layers": [["conv", {}]], "d_model": 8, "vocab_size": 50257}, "data": names["data"]}
+    mixture = configs.build(TrainConfig, values).data.mixture
+    assert (mixture["wiki"].weight, mixture["code"].weight) == (3.0, 1.0)
+
+
 def test_the_library():
     names = {}
     exec(program("from based_jax import LM, LMConfig"), names)

@@ -13,11 +13,11 @@ from based_jax.errors import UserError
 from based_jax.folders import make_folder, writing
 
 
-def facts() -> dict:
-    """Return device, versions and command."""
+def facts(*libraries: str) -> dict:
+    """Return device, versions, those of more libraries too, and command."""
     return {
         "device": jax.devices()[0].device_kind,
-        "versions": {library: importlib.metadata.version(library) for library in ("jax", "jaxlib")},
+        "versions": {library: importlib.metadata.version(library) for library in ("jax", "jaxlib", *libraries)},
         "command": command_line(),
     }
 

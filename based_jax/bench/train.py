@@ -30,6 +30,7 @@ def measure(config: TrainConfig, steps: int) -> dict[str, Any]:
     if steps < 1:
         raise UserError(f"steps is {steps}; it is at least 1.")
     program = train_program(config, parallel.make_mesh(config.mesh))
+    config = program.config
     feed = parallel.Feed(program.mesh, config.batch_size)
     source = config.data.open(config.batch_size, feed.rows)
     found = [source.batch(i) for i in range(BATCHES_ON_DEVICE)]

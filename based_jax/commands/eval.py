@@ -5,17 +5,21 @@ examples:
   python -m based_jax eval --workdir=runs/text --step=1000
 """
 
-import argparse
 import sys
+from argparse import Namespace
+
+from based_jax.commands.distributed import add_distributed_arguments
+from based_jax.commands.parser import CommandParser
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: CommandParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--workdir", required=True, help="folder of a run")
     parser.add_argument("--step", type=int, help="checkpoint to evaluate (default: the last good one)")
+    add_distributed_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Namespace) -> None:
     """Print every metric of the run's evaluation data."""
     import jax
 
@@ -28,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     mesh = parallel.make_mesh()
     feed = parallel.Feed(mesh, batch_size=-(-config.batch_size // mesh.size) * mesh.size)
     source = config.data.open(feed.batch_size, feed.rows)
-    if change := data_record.changed_since(source, args.workdir):
+    if (change := data_record.changed_since(source, args.workdir)) and jax.process_index() == 0:
         print(f"Warning: {change}.", file=sys.stderr)
     batches = ((name, batch) for name in source.eval_names for batch in source.eval_batches(name))
     print(f"step {step}")

@@ -9,10 +9,12 @@ examples:
 
 import argparse
 
+from based_jax.commands.distributed import add_distributed_arguments
+from based_jax.commands.parser import CommandParser
 from based_jax.errors import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: CommandParser) -> None:
     """Declare the command's arguments."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", help="folder of a run on text")
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 keeps all tokens")
     parser.add_argument("--seed", type=int, default=0)
+    add_distributed_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,7 +55,7 @@ def _check_text(number: int, prompt: str) -> None:
 
 
 def _from_run(args: argparse.Namespace):
-    from based_jax.convert.tokenizers import named_tokenizer
+    from based_jax.data.tokenizer_file import named_tokenizer
     from based_jax.train.run import load_run
     from based_jax.train.tasks import TextTask
 
@@ -64,7 +67,8 @@ def _from_run(args: argparse.Namespace):
 
 def _from_hf(args: argparse.Namespace):
     from based_jax.convert import load_hf
-    from based_jax.convert.tokenizers import folder_tokenizer, named_tokenizer
+    from based_jax.convert.tokenizers import folder_tokenizer
+    from based_jax.data.tokenizer_file import named_tokenizer
 
     if args.step is not None:
         raise UserError(f"--step is {args.step}, but a folder has no steps; leave it out, or give --workdir.")

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from based_jax.commands.parser import add_command
+from based_jax.commands.distributed import add_distributed_arguments
+from based_jax.commands.parser import CommandParser, add_command
 from based_jax.errors import UserError, unknown
 
 RUN = """Train every point that the store has no row of.
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plot.add_argument("--title", default=PAGE_TITLE, help="of the page")
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def _add_run(parser: CommandParser) -> None:
     parser.add_argument("sweep", help="sweep file, optionally with a variant: path/to/sweeps.py:variant")
     parser.add_argument("--store", required=True, help="folder of the rows; the same command goes on where it stopped")
     parser.add_argument("--launcher", default="local", help=f"{', '.join(LAUNCHERS)} (default: local)")
@@ -77,6 +78,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--tasks", type=int, default=8, help="ray, slurm: parts that the sweep is cut into (default: 8)"
     )
     parser.add_argument("--script", help="slurm: write the job here instead of submitting it")
+    add_distributed_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int | None:

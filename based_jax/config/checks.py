@@ -252,10 +252,10 @@ def _convert_kind(classes: Mapping[str, type], value: Any, where: str) -> Any:
 
 
 def _convert_union(kind: Any, value: Any, where: str) -> Any:
-    """Return `value` as the section among `members` if it is a mapping, or as the first member that takes it."""
+    """Return a mapping as the section or the dict among the members, and other values as the first that takes them."""
     members = typing.get_args(kind)
     for member in members:
-        if isinstance(value, Mapping) and _is_section(member):
+        if isinstance(value, Mapping) and (_is_section(member) or typing.get_origin(member) is dict):
             return _convert(member, value, where)
         if isinstance(value, list | tuple) and _is_sections(member):
             return _convert(member, value, where)

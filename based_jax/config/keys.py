@@ -119,7 +119,7 @@ class Key:
     """A key of a config.
 
     Attributes:
-      name: dotted, as `--config.` takes it.
+      name: dotted, as `--config.` takes it; NAME stands for any name.
       kind: its annotation.
       default: what it is if it is left out; `dataclasses.MISSING` where it cannot be.
       meaning: a sentence or two.
@@ -145,8 +145,8 @@ def keys_of(cls: type, where: str = "", condition: str = "") -> Iterator[Key]:
         elif _is_dataclass(kind):
             yield from keys_of(kind, name, condition)
         else:
-            for section in filter(_is_dataclass, typing.get_args(kind)):
-                yield from keys_of(section, name, condition)
+            for section, place in _sections_in(kind):
+                yield from keys_of(section, name + place, condition)
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             yield Key(name, kind, default, meanings.get(field.name, ""), condition)
 
@@ -179,6 +179,15 @@ def meant_key(key: str, names: Collection[str]) -> str | None:
 
 def _likeness(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _sections_in(kind: Any) -> Iterator[tuple[type, str]]:
+    """Yield the dataclasses in a union, a tuple or a dict, each with what stands between its key and its own keys."""
+    for member in typing.get_args(kind):
+        if _is_dataclass(member):
+            yield member, ".NAME" if typing.get_origin(kind) is dict else ""
+        elif typing.get_origin(member) is dict:
+            yield from _sections_in(member)
 
 
 def _is_dataclass(kind: Any) -> bool:

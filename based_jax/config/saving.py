@@ -1,6 +1,7 @@
 """A resolved config as JSON: its values, its name, and the config.json of a workdir."""
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
@@ -83,7 +84,7 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
     Args:
       config: the resolved config of this run, a dataclass.
       workdir: where the run writes.
-      free: dotted keys, or sections, that may differ.
+      free: dotted keys, or sections, that may differ; see `is_under`.
 
     Returns:
       Of each free key that differs, by its dotted name, the value there and the value here, as Python writes them.
@@ -95,7 +96,7 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
         return {}
     old, new = (flatten_dict(to_dict(x), sep=".") for x in (read(type(config), workdir), config))
     different = [key for key in sorted(old | new) if _shown(old, key) != _shown(new, key)]
-    keys = [key for key in different if not _under(key, free)]
+    keys = [key for key in different if not any(is_under(key, place) for place in free)]
     if keys:
         shown = [
             f"{key} is {_shown(old, key)} there and {_shown(new, key)} here" for key in keys[:MAX_DIFFERENCES_SHOWN]
@@ -104,6 +105,11 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
         more = f", and {hidden} more keys differ" if hidden else ""
         raise UserError(f"Workdir '{workdir}' belongs to another config: {', '.join(shown)}{more}; choose another one.")
     return {key: (_shown(old, key), _shown(new, key)) for key in different}
+
+
+def is_under(key: str, place: str) -> bool:
+    """Return whether a dotted key is this one or in this section; '*' in a place stands for any name."""
+    return fnmatch.fnmatchcase(key, place) or fnmatch.fnmatchcase(key, f"{place}.*")
 
 
 def _written(value: Any) -> Any:
@@ -122,7 +128,3 @@ def _written(value: Any) -> Any:
 
 def _shown(flat: Mapping, key: str) -> str:
     return repr(flat[key]) if key in flat else "absent"
-
-
-def _under(key: str, sections: Collection[str]) -> bool:
-    return any(key == section or key.startswith(section + ".") for section in sections)

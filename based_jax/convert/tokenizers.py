@@ -1,26 +1,16 @@
 """The tokenizer of a folder of weights."""
 
 import os
-from pathlib import Path
 
 from based_jax.convert import based
 from based_jax.convert.folders import CONFIG_FILE, read_json
 from based_jax.convert.hf import TOKENIZER_KEY, family_of
 from based_jax.data.tokenizer import Gpt2Tokenizer, Tokenizer, get_tokenizer
-from based_jax.data.tokenizer_file import FileTokenizer
+from based_jax.data.tokenizer_file import FileTokenizer, named_tokenizer
 from based_jax.errors import UserError
 from based_jax.folders import local_path
 
 TOKENIZER_FILE = "tokenizer.json"
-
-
-def named_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer of a name, or of a path that ends in .json.
-
-    Raises:
-      UserError: there is no such tokenizer.
-    """
-    return FileTokenizer(Path(name)) if name.endswith(".json") else get_tokenizer(name)
 
 
 def folder_tokenizer(folder: str | os.PathLike) -> Tokenizer:

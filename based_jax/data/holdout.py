@@ -5,6 +5,7 @@ additions move a document. Where that would be too much or too little of the tex
 a twentieth of the characters is held out: documents that fit, and for the rest the end of the longest one.
 """
 
+import contextlib
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 
 from based_jax.data.corpus import Corpus, TextSplit
 from based_jax.data.documents import Chunk, Reading
+from based_jax.data.progress import Progress
 from based_jax.errors import UserError
 
 ONE_DOCUMENT_IN = 100
@@ -47,10 +49,19 @@ def split_chunks(corpus: Corpus, reading: Reading) -> Iterator[tuple[TextSplit, 
             for chunk in corpus.chunks(split, reading):
                 yield split, chunk
         return
-    hashes, sizes = measure(corpus.chunks("train", Reading()))
+    hashes, sizes = measure(_shown(corpus))
     if not len(sizes):
         raise UserError(f"Corpus '{corpus}' has no text to train on: all its documents are blank.")
     yield from _split(corpus.chunks("train", reading), hold_out(hashes, sizes))
+
+
+def _shown(corpus: Corpus) -> Iterator[Chunk]:
+    """Yield the text of training, and show how much of it is read."""
+    reading = Reading()
+    with contextlib.closing(Progress(f"Reading '{corpus}'", corpus.extent)) as progress:
+        for chunk in corpus.chunks("train", reading):
+            yield chunk
+            progress.update(reading.position)
 
 
 def measure(chunks: Iterable[Chunk]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,20 +7,23 @@ is whole or absent: it is written beside its place and renamed.
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
+import numpy as np
 
 from based_jax.data.corpus import Corpus, TextSplit, combined_hash
 from based_jax.data.documents import Chunk, Reading
 from based_jax.data.encoding import encoded
 from based_jax.data.holdout import split_chunks
 from based_jax.data.progress import Progress
+from based_jax.data.token_corpus import TokenCorpus
 from based_jax.data.tokenizer import TextTokenizer
 from based_jax.data.tokens import FACTS, TokenStream, TokenWriter, damaged, facts, token_dtype
 from based_jax.errors import UserError
@@ -50,37 +53,66 @@ def default_cache_dir() -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
+class PackedFolder:
+    """A corpus that is there packed alone: what `PackedText.open` made, wherever it lies by now."""
+
+    folder: Path
+
+    def __str__(self):
+        return str(self.folder)
+
+    @property
+    def location(self) -> str:
+        """The absolute path."""
+        return str(self.folder.absolute())
+
+    left_out = ()
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder holds packed text."""
+        return (self.folder / INDEX).is_file() and (self.folder / f"{SPLITS[0]}.tokens").is_file()
+
+
+AnyCorpus = Corpus | TokenCorpus | PackedFolder
+
+
+@dataclasses.dataclass(frozen=True)
 class PackedText:
     """Tokens of both splits of a corpus, and what there is to know of them.
 
     Attributes:
       folder: where they are.
-      index: what `facts` says of each split, what was left out, and the sha256 of each file of the corpus.
+      index: what `facts` says of each split, what was left out, the tokenizer's fingerprint (None in older ones), and
+        the sha256 of each file of the corpus.
     """
 
     folder: Path
     index: dict[str, Any]
 
     @classmethod
-    def open(cls, corpus: Corpus, tokenizer: TextTokenizer, cache_dir: Path, processes: int = 1) -> "PackedText":
+    def open(cls, corpus: AnyCorpus, tokenizer: TextTokenizer, cache_dir: Path, processes: int = 1) -> "PackedText":
         """Return the packed text of a corpus, built by so many processes unless it is there.
 
         Reading it neither writes nor locks.
 
         Raises:
-          UserError: the corpus is bad (nothing is written then), or the cache cannot be read or written.
+          UserError: the corpus is bad (nothing is written then) or was packed by another tokenizer, or the cache cannot
+            be read or written.
         """
+        if isinstance(corpus, PackedFolder):
+            return cls(corpus.folder, _checked_index(corpus, tokenizer))
         hashes = corpus.file_hashes()
         folder = cache_dir / "packed_text" / combined_hash(hashes, tokenizer.fingerprint, FORMAT)
         if not (folder / INDEX).exists():
             try:
-                _build(folder, corpus, tokenizer, processes)
+                _build(folder, corpus, hashes, tokenizer, processes)
             except OSError as error:
                 raise UserError(
                     f"Packed text cannot be written to '{cache_dir}': {error.strerror or error}; "
                     f"choose another folder by data.cache_dir or ${CACHE_VARIABLE}."
                 ) from None
-        return cls(folder, {**_read_index(folder), "files": dict(hashes)})
+        return cls(folder, _read_index(folder) | {"files": dict(hashes)})
 
     def stream(self, split: TextSplit) -> TokenStream:
         """Return the tokens of a split."""
@@ -102,12 +134,27 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(read_file(folder / INDEX).decode())
         splits = {split: {name: index["splits"][split][name] for name in FACTS} for split in SPLITS}
-        return {"splits": splits} | {name: index[name] for name in ("vocab_size", "blank", "mended")}
+        later = {"tokenizer": index.get("tokenizer"), "files": dict(index.get("files", {}))}
+        return {"splits": splits} | {name: index[name] for name in ("vocab_size", "blank", "mended")} | later
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, f"{INDEX}: {type(error).__name__}") from None
 
 
-def _build(folder: Path, corpus: Corpus, tokenizer: TextTokenizer, processes: int) -> None:
+def _checked_index(packed: PackedFolder, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Return the index of packed text without its corpus; UserError where it has ids of another tokenizer."""
+    index = _read_index(packed.folder)
+    if index["vocab_size"] != tokenizer.vocab_size or index["tokenizer"] not in (None, tokenizer.fingerprint):
+        raise UserError(f"Packed text '{packed}' has ids of another tokenizer than data.tokenizer.")
+    return index
+
+
+def _build(
+    folder: Path,
+    corpus: Corpus | TokenCorpus,
+    hashes: Mapping[str, str],
+    tokenizer: TextTokenizer,
+    processes: int,
+) -> None:
     """Write the packed text into `folder` unless another process does so first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -118,7 +165,8 @@ def _build(folder: Path, corpus: Corpus, tokenizer: TextTokenizer, processes: in
             shutil.rmtree(left, ignore_errors=True)
         try:
             part.mkdir()
-            (part / INDEX).write_text(json.dumps(_pack(part, corpus, tokenizer, processes)), encoding="utf-8")
+            index = _pack(part, corpus, tokenizer, processes) | {"files": dict(hashes)}
+            (part / INDEX).write_text(json.dumps(index), encoding="utf-8")
             part.replace(folder)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -141,7 +189,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _pack(folder: Path, corpus: Corpus, tokenizer: TextTokenizer, processes: int) -> dict[str, Any]:
+def _pack(folder: Path, corpus: Corpus | TokenCorpus, tokenizer: TextTokenizer, processes: int) -> dict[str, Any]:
     """Write the tokens of both splits into a folder and return its index."""
     dtype, reading = token_dtype(tokenizer.vocab_size), Reading()
     with contextlib.ExitStack() as stack:
@@ -149,14 +197,16 @@ def _pack(folder: Path, corpus: Corpus, tokenizer: TextTokenizer, processes: int
         paths = {split: folder / f"{split}.tokens" for split in SPLITS}
         files = {split: stack.enter_context(path.open("wb")) for split, path in paths.items()}
         writers = {split: TokenWriter(file, dtype, tokenizer.end_of_text) for split, file in files.items()}
-        batches = _batches(cut_into_pieces(split_chunks(corpus, reading), tokenizer))
-        placed = ((batch, reading.position) for batch in batches)
-        encoding = stack.enter_context(contextlib.closing(encoded(placed, _texts, tokenizer, processes)))
-        for (batch, position), found in encoding:
-            for (split, _, last), ids in zip(batch, found, strict=True):
-                writers[split].write(ids, last)
+        found = (
+            _tokens(corpus, tokenizer, reading)
+            if isinstance(corpus, TokenCorpus)
+            else _encoded_text(corpus, tokenizer, reading, processes)
+        )
+        for split, ids, position in stack.enter_context(contextlib.closing(found)):
+            writers[split].write(ids)
             progress.update(position, sum(writer.tokens for writer in writers.values()))
     return {
+        "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "splits": {split: facts(paths[split], writers[split], dtype) for split in SPLITS},
         "blank": reading.blank,
@@ -170,6 +220,35 @@ class Piece(NamedTuple):
     split: TextSplit
     text: str
     last: bool
+
+
+class Encoded(NamedTuple):
+    """The next ids of a split, the ends of documents among them, and how much of the corpus is read by then."""
+
+    split: TextSplit
+    ids: np.ndarray
+    position: int
+
+
+def _tokens(corpus: TokenCorpus, tokenizer: TextTokenizer, reading: Reading) -> Generator[Encoded]:
+    for split, ids in corpus.blocks(tokenizer, reading):
+        yield Encoded(split, ids, reading.position)
+
+
+def _encoded_text(corpus: Corpus, tokenizer: TextTokenizer, reading: Reading, processes: int) -> Generator[Encoded]:
+    end = np.array([tokenizer.end_of_text], token_dtype(tokenizer.vocab_size))
+    batches = _batches(cut_into_pieces(split_chunks(corpus, reading), tokenizer))
+    placed = ((batch, reading.position) for batch in batches)
+    with contextlib.closing(encoded(placed, _texts, tokenizer, processes)) as encoding:
+        for (batch, position), found in encoding:
+            for split, pairs in itertools.groupby(zip(batch, found, strict=True), key=lambda pair: pair[0].split):
+                yield Encoded(split, _joined(pairs, end), position)
+
+
+def _joined(pairs: Iterable[tuple[Piece, np.ndarray]], end: np.ndarray) -> np.ndarray:
+    """Return the ids of pieces that follow one another, with `end` behind the last of each document."""
+    parts = ((ids, end) if piece.last else (ids,) for piece, ids in pairs)
+    return np.concatenate(list(itertools.chain.from_iterable(parts)))
 
 
 def cut_into_pieces(chunks: Iterable[tuple[TextSplit, Chunk]], tokenizer: TextTokenizer) -> Iterator[Piece]:

@@ -9,17 +9,27 @@ tokens; neighbours share one token, so every token is a target once:
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
-from based_jax.data.corpus import TFDS_PREFIX, Corpus, FolderCorpus, TextSplit, default_corpus, shortened
+from based_jax.data.corpus import (
+    TFDS_PREFIX,
+    FolderCorpus,
+    TextSplit,
+    combined_hash,
+    default_corpus,
+    shortened,
+)
 from based_jax.data.hosts import Rows, own_rows
-from based_jax.data.packing import SPLITS, PackedText, default_cache_dir
+from based_jax.data.packing import SPLITS, AnyCorpus, PackedFolder, PackedText, default_cache_dir
 from based_jax.data.segments import Batch
-from based_jax.data.text_checks import absolute, check_text, is_tfds
-from based_jax.data.tokenizer import get_tokenizer
+from based_jax.data.text_checks import Mixture, TextPart, absolute, check_text, is_tfds
+from based_jax.data.token_corpus import TokenCorpus
+from based_jax.data.tokenizer import TextTokenizer
+from based_jax.data.tokenizer_file import named_tokenizer
 from based_jax.data.tokens import Windows
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
@@ -30,36 +40,91 @@ COUNTED = {
 }
 
 
-def open_corpus(path: str | os.PathLike | None, text_feature: str | None = None) -> Corpus:
-    """Return the corpus of 'tfds:NAME' or of a folder; the shipped prose if the path is None."""
-    name = str(path or default_corpus())
-    if not is_tfds(name):
-        return FolderCorpus(absolute(name, "path"))
-    from based_jax.data.tfds_corpus import TfdsCorpus  # imports tensorflow-datasets, which folders do without
+def open_corpus(path: str | os.PathLike | None, text_feature: str | None = None) -> AnyCorpus:
+    """Return the corpus of 'tfds:NAME' or of a folder, of texts, tokens or what was packed before.
 
-    return TfdsCorpus(name.removeprefix(TFDS_PREFIX), text_feature)
+    Args:
+      path: the shipped prose if it is None.
+      text_feature: see `TfdsCorpus` and `FolderCorpus`.
+
+    Raises:
+      UserError: a feature of what has none, or the folder cannot be read.
+    """
+    name = str(path or default_corpus())
+    if is_tfds(name):
+        from based_jax.data.tfds_corpus import TfdsCorpus  # imports tensorflow-datasets, which folders do without
+
+        return TfdsCorpus(name.removeprefix(TFDS_PREFIX), text_feature)
+    folder = absolute(name, "path")
+    texts, tokens, packed = FolderCorpus(folder, text_feature), TokenCorpus(folder), PackedFolder(folder)
+    if not packed.exists and (tokens.is_empty or not texts.is_empty):
+        return texts
+    if text_feature is not None:
+        raise UserError(f"text_feature is '{text_feature}', but corpus '{folder}' has tokens; it is None there.")
+    return packed if packed.exists else tokens
+
+
+class PackedCorpus:
+    """One corpus, packed, and its windows.
+
+    Raises:
+      UserError: the corpus is bad or shorter than a window, or the packed windows cannot be read.
+    """
+
+    def __init__(self, part: TextPart, tokenizer: TextTokenizer, seq_len: int, cache_dir: Path, processes: int):
+        self.weight, self._seq_len = part.weight, seq_len
+        self.corpus = open_corpus(part.path, part.text_feature)
+        self.packed = PackedText.open(self.corpus, tokenizer, cache_dir, processes)
+        count = self.packed.count("train", "tokens")
+        if count <= seq_len:
+            raise UserError(
+                f"data.seq_len {seq_len} is longer than the data: '{self.corpus}' has {count} tokens to train on."
+            )
+        self.train, self.validation = (
+            Windows(self.packed.stream(split), tokenizer.end_of_text, seq_len, name=split) for split in SPLITS
+        )
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The sha256 of each file of the corpus."""
+        return self.packed.index["files"]
+
+    @property
+    def summary(self) -> Iterator[str]:
+        """Both splits' sizes, and what was left out, a line each."""
+        yield self._size("train", len(self.train))
+        yield self._size("validation", len(self.validation))
+        if self.corpus.left_out:
+            yield f"Not read in '{self.corpus}': {shortened(self.corpus.left_out)}."
+        for what, sentence in COUNTED.items():
+            if count := self.packed.index[what]:
+                yield sentence.format(count=count)
+
+    def _size(self, split: TextSplit, windows: int) -> str:
+        tokens, documents = (self.packed.count(split, what) for what in ("tokens", "documents"))
+        return f"{split}: {tokens:,} tokens of {documents:,} documents, {windows:,} windows of {self._seq_len:,}"
 
 
 class TextSource:
     """Batches of packed text: {"inputs", "labels", "segment_ids"} of shape (rows, seq_len).
 
-    Batch t is a pure function of (corpus, tokenizer, seq_len, seed, batch_size, t): windows are shuffled anew in every
-    epoch, and a batch is the next `batch_size` of them, of which a host gets its rows.
+    Batch t is a pure function of (corpora, weights, tokenizer, seq_len, seed, batch_size, t): a corpus' windows are
+    shuffled anew in every epoch of it, those of several follow one another by their weights in a fixed order, and a
+    batch is the next `batch_size` of them, of which a host gets its rows.
 
     Args:
       path, text_feature: the corpus, see `open_corpus`.
-      tokenizer: a name of `data/tokenizer.py`.
+      tokenizer: a name of `data/tokenizer.py`, or the path of a tokenizer.json.
       seq_len: tokens per row.
+      mixture: corpora by their names, in place of the one.
       seed: of the shuffle.
       rows: places in every batch that this host feeds, all if None.
       cache_dir: where the packed windows are kept; `default_cache_dir` if None.
       processes: that encode text which is not packed yet; 1 for this one, with the threads of its tokenizer.
 
     Raises:
-      UserError: the corpus is bad or shorter than a window, or the packed windows cannot be read.
+      UserError: a corpus is bad or shorter than a window, or the packed windows cannot be read.
     """
-
-    eval_names = ("validation",)
 
     def __init__(
         self,
@@ -69,59 +134,75 @@ class TextSource:
         batch_size: int,
         *,
         text_feature: str | None = None,
+        mixture: Mixture | None = None,
         seed: int = 0,
         cache_dir: str | os.PathLike | None = None,
         processes: int = 1,
         rows: Rows | None = None,
     ):
-        check_text(path, text_feature, seq_len, seed, cache_dir, processes)
-        self._batch_size, self._seq_len = batch_size, seq_len
+        check_text(path, text_feature, mixture, seq_len, seed, cache_dir, processes)
+        self._batch_size, self._is_mixed = batch_size, mixture is not None
         self._own = own_rows(batch_size, rows)
-        self._corpus, ids = open_corpus(path, text_feature), get_tokenizer(tokenizer)
-        cache = absolute(cache_dir or default_cache_dir(), "cache_dir")
-        self._packed = PackedText.open(self._corpus, ids, cache, processes)
-        count = self._packed.count("train", "tokens")
-        if count <= seq_len:
-            raise UserError(
-                f"data.seq_len {seq_len} is longer than the data: '{self._corpus}' has {count} tokens to train on."
-            )
-        train, self._validation = (
-            Windows(self._packed.stream(split), ids.end_of_text, seq_len, name=split) for split in SPLITS
+        ids, cache = named_tokenizer(tokenizer), absolute(cache_dir or default_cache_dir(), "cache_dir")
+        parts = mixture or {"validation": TextPart(str(path or default_corpus()), text_feature=text_feature)}
+        self._parts = {
+            name: PackedCorpus(parts[name], ids, seq_len, cache, processes) for name in sorted(parts)
+        }  # by name: a config's keys have no order
+        self.windows = sum(len(part.train) for part in self._parts.values())
+        self._train = grain.MapDataset.mix(
+            [grain.MapDataset.source(part.train).seed(seed).shuffle().repeat() for part in self._parts.values()],
+            [part.weight for part in self._parts.values()],
         )
-        self.windows = len(train)
-        self._train = grain.MapDataset.source(train).seed(seed).shuffle().repeat()
 
     def batch(self, step: int) -> Batch:
         """Return this host's rows of training batch `step`, counted from 0 through all epochs."""
         return _batch([self._train[int(row)] for row in step * self._batch_size + self._own])
 
+    @property
+    def eval_names(self) -> tuple[str, ...]:
+        """The names of the mixture's parts; of one corpus, "validation"."""
+        return tuple(self._parts)
+
     def eval_batches(self, name: str) -> Iterator[Batch]:
         """Yield this host's rows of the validation windows, once, the last batch filled up with unlabelled rows."""
-        empty = {name: np.zeros_like(window) for name, window in self._validation[0].items()}
-        for start in range(0, len(self._validation), self._batch_size):
+        windows = self._parts[name].validation
+        empty = {name: np.zeros_like(window) for name, window in windows[0].items()}
+        for start in range(0, len(windows), self._batch_size):
             places = (int(place) for place in start + self._own)
-            yield _batch([self._validation[i] if i < len(self._validation) else empty for i in places])
+            yield _batch([windows[i] if i < len(windows) else empty for i in places])
 
     @property
     def record(self) -> dict[str, Any]:
         """What the batches depend on beside the config, and where it was found."""
-        index = self._packed.index
-        return {"fingerprint": self._packed.fingerprint, "path": self._corpus.location, "files": index["files"]}
+        parts = self._parts.items()
+        prints = {name: part.packed.fingerprint for name, part in parts}
+        return {
+            "fingerprint": combined_hash(prints) if self._is_mixed else prints["validation"],
+            "path": ", ".join(part.corpus.location for _, part in parts),
+            "files": {self._under(name, file): digest for name, part in parts for file, digest in part.files.items()},
+        }
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where the packed text of each corpus is."""
+        return tuple(part.packed.folder for part in self._parts.values())
 
     @property
     def summary(self) -> tuple[str, ...]:
         """Both splits' sizes, and what was left out, a line each."""
-        lines = [self._size("train", self.windows), self._size("validation", len(self._validation))]
-        if self._corpus.left_out:
-            lines.append(f"Not read in '{self._corpus}': {shortened(self._corpus.left_out)}.")
-        for what, sentence in COUNTED.items():
-            if count := self._packed.index[what]:
-                lines.append(sentence.format(count=count))
-        return tuple(lines)
+        lines = [self._under(name, line) for name, part in self._parts.items() for line in part.summary]
+        return (*self._shares, *lines)
 
-    def _size(self, split: TextSplit, windows: int) -> str:
-        tokens, documents = (self._packed.count(split, what) for what in ("tokens", "documents"))
-        return f"{split}: {tokens:,} tokens of {documents:,} documents, {windows:,} windows of {self._seq_len:,}"
+    @property
+    def _shares(self) -> tuple[str, ...]:
+        if not self._is_mixed:
+            return ()
+        total = sum(part.weight for part in self._parts.values())
+        shares = ", ".join(f"{name} {part.weight / total:.1%}" for name, part in self._parts.items())
+        return (f"rows of a batch: {shares}",)
+
+    def _under(self, name: str, what: str) -> str:
+        return f"{name}/{what}" if self._is_mixed else what
 
 
 def _batch(windows: list[dict[str, np.ndarray]]) -> Batch:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import tokenizers
 
-from based_jax.data.tokenizer import END_OF_TEXT
+from based_jax.data.tokenizer import END_OF_TEXT, TextTokenizer, get_tokenizer, tokenizer_class
 from based_jax.errors import UserError
-from based_jax.folders import read_file
+from based_jax.folders import read_file, reason
 
 ENDS_OF_TEXT = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 """What ends a text in published vocabularies, the first that a file has."""
@@ -22,7 +22,7 @@ class FileTokenizer:
             content = read_file(path)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises no class of its own
-            raise UserError(f"'{path}' is no file of a tokenizer: {str(error).rstrip('.')}.") from None
+            raise UserError(f"'{path}' is no file of a tokenizer: {reason(error)}.") from None
         self._tokenizer.encode_special_tokens = True  # a text that spells one out is not one
         ends = [self._tokenizer.token_to_id(token) for token in ENDS_OF_TEXT]
         if all(end is None for end in ends):
@@ -47,3 +47,22 @@ class FileTokenizer:
         """Return the text of any ids; those outside the vocabulary are left out."""
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=False)
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether the name of a tokenizer is the path of its file."""
+    return name.endswith(".json")
+
+
+def named_tokenizer(name: str) -> TextTokenizer:
+    """Return the tokenizer of a name, or of a path that ends in .json.
+
+    Raises:
+      UserError: there is no such tokenizer.
+    """
+    return FileTokenizer(Path(name)) if is_file_name(name) else get_tokenizer(name)
+
+
+def vocabulary_size(name: str) -> int:
+    """Return how many ids `named_tokenizer` has, which only a file has to be read for; raises likewise."""
+    return (named_tokenizer if is_file_name(name) else tokenizer_class)(name).vocab_size

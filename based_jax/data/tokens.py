@@ -31,12 +31,11 @@ class TokenWriter:
         self._file, self._dtype, self._end = file, dtype, end_of_text
         self.tokens = self.documents = 0
 
-    def write(self, ids: np.ndarray, last: bool) -> None:
-        """Append a part of a document, with an end-of-text behind the last."""
-        ids = np.append(ids, self._dtype.type(self._end)) if last else ids
+    def write(self, ids: np.ndarray) -> None:
+        """Append ids, each document's end among them."""
         self._file.write(ids.astype(self._dtype, copy=False).tobytes())
         self.tokens += len(ids)
-        self.documents += last
+        self.documents += int(np.count_nonzero(ids == self._end))
 
 
 def facts(path: Path, writer: TokenWriter, dtype: np.dtype) -> dict[str, Any]:
@@ -62,7 +61,7 @@ class TokenStream:
         self._good = np.zeros(len(checksums), bool)
         try:
             whole = path.stat().st_size == tokens * dtype.itemsize
-            self._tokens = np.memmap(path, dtype, mode="r") if whole and tokens else np.empty(0, dtype)
+            self._tokens = np.asarray(np.memmap(path, dtype, mode="r") if whole and tokens else np.empty(0, dtype))
         except OSError as error:
             raise damaged(path.parent, str(error.strerror)) from None
         if not whole:
@@ -106,12 +105,11 @@ class Windows:
 
 def window(tokens: np.ndarray, end_of_text: int, seq_len: int) -> dict[str, np.ndarray]:
     """Return a window of at most seq_len + 1 tokens: padded, and its documents numbered from 1."""
-    padding = (0, seq_len + 1 - len(tokens))
-    ends = np.concatenate([[1], tokens[:-1] == end_of_text])
-    return {
-        "tokens": np.pad(tokens.astype(np.int32), padding),
-        "segment_ids": np.pad(np.cumsum(ends, dtype=np.int32), padding),
-    }
+    padded, ids = np.zeros((2, seq_len + 1), np.int32)
+    padded[: len(tokens)] = tokens
+    ids[: len(tokens)] = 1
+    ids[1 : len(tokens)] += np.cumsum(tokens[:-1] == end_of_text, dtype=np.int32)
+    return {"tokens": padded, "segment_ids": ids}
 
 
 def hashed_order(count: int, name: str) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from based_jax.dims import BD, Tokens
 from based_jax.errors import UserError
 from based_jax.generate.prompts import Prompts, check_length, checked_prompts, draw_words, is_integer, shown
 from based_jax.generate.sampling import GREEDY, Sampling, row_keys, sample
@@ -72,19 +73,26 @@ def _generate(graphdef, sampling: Sampling, steps: int, params, ids, segment_ids
     hidden, cache = model.prefill(ids, cache, segment_ids)
     keys, places = row_keys(words), jnp.sum(segment_ids, axis=1)
 
-    def draw(hidden, i):
-        keys_there = jax.vmap(jax.random.fold_in)(keys, places + i)
-        return sample(model.logits(hidden)[:, : model.config.vocab_size], sampling, keys_there)
+    def keys_of(i):
+        return jax.vmap(jax.random.fold_in)(keys, places + i)
 
     def step(carry, i):
-        tokens, cache = carry
-        hidden, cache = model.step(tokens, cache)
-        new = draw(hidden, i)
+        new, cache = decode_step(model, *carry, sampling, keys_of(i))
         return (new, cache), new
 
-    first = draw(hidden[:, -1], 0)
+    first = _draw(model, hidden[:, -1], sampling, keys_of(0))
     _, rest = jax.lax.scan(step, (first, cache), jnp.arange(1, steps))
     return jnp.concatenate([first[:, None], rest.T], axis=1)
+
+
+def decode_step(model: LM, tokens: Tokens, cache: tuple, sampling: Sampling, keys: Array) -> tuple[Tokens, tuple]:
+    """Read one token of each row; return those drawn to follow it, each by its row's key, and the caches after it."""
+    hidden, cache = model.step(tokens, cache)
+    return _draw(model, hidden, sampling, keys), cache
+
+
+def _draw(model: LM, hidden: BD, sampling: Sampling, keys: Array) -> Tokens:
+    return sample(model.logits(hidden)[:, : model.config.vocab_size], sampling, keys)
 
 
 def _pad_left(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

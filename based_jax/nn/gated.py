@@ -96,7 +96,8 @@ class GatedLinearMixer(Mixer):
         if self.rotary:
             layers.rotary_dim(key_dim // num_heads, 1.0)
         self.has_gate = use_gate and self.gate_activation is not None
-        self.qkv = layers.linear(d_model, 2 * key_dim + value_dim, ("embed", "heads"), init)
+        widths = (key_dim, key_dim, value_dim)
+        self.qkv = layers.linear(d_model, sum(widths), ("embed", "heads"), init, parts=widths)
         if conv_size:
             self.conv_kernel = layers.conv_parameter((conv_size, 2 * key_dim + value_dim), conv_size, rngs=init.rngs)
         if self.has_gate and gate_rank == 0:

@@ -59,12 +59,12 @@ class Init(NamedTuple):
         return min(1.0, math.sqrt(2) * self.out_std / self.std)
 
 
-def logical_axes(*names: str | None) -> dict:
-    """Return variable metadata with a logical name for each axis.
+def logical_axes(*names: str | None, parts: tuple[int, ...] = ()) -> dict:
+    """Return variable metadata with a logical name for each axis, and the widths of `parts` joined along the last.
 
     `based_jax.parallel.shardings` turns names into shardings once a mesh is known; models need no mesh to be built.
     """
-    return {"out_sharding": names, "eager_sharding": False}
+    return {"out_sharding": names, "eager_sharding": False} | ({"parts": parts} if parts else {})
 
 
 class Linear(nnx.Linear):
@@ -79,15 +79,26 @@ class Linear(nnx.Linear):
 
 
 def linear(
-    d_in: int, d_out: int, names: tuple[str | None, str | None], init: Init, *, bias: bool = False
+    d_in: int,
+    d_out: int,
+    names: tuple[str | None, str | None],
+    init: Init,
+    *,
+    bias: bool = False,
+    parts: tuple[int, ...] = (),
 ) -> nnx.Linear:
-    """Return a linear layer with kernel N(0, std^2), zero bias and the logical axis names of its kernel."""
+    """Return a linear layer with kernel N(0, std^2), zero bias and the logical axis names of its kernel.
+
+    `parts` are the widths of several maps in one product, such as queries, keys and values, for each of which an
+    optimizer of matrices has an update of its own.
+    """
+    assert not parts or sum(parts) == d_out, f"{parts} are not {d_out} wide"
     return Linear(
         d_in,
         d_out,
         use_bias=bias,
         kernel_init=nnx.initializers.normal(init.std),
-        kernel_metadata=logical_axes(*names),
+        kernel_metadata=logical_axes(*names, parts=parts),
         bias_metadata=logical_axes(names[1]),
         dtype=init.dtype,
         dot_general=project,
@@ -103,9 +114,10 @@ def torch_linear(
     *,
     bias: bool = False,
     gain: float = 1.0,
+    parts: tuple[int, ...] = (),
 ) -> nnx.Linear:
     """Return a linear layer with torch's default initial values, U(-1/sqrt(d_in), 1/sqrt(d_in)), times a gain."""
-    layer = linear(d_in, d_out, names, init, bias=bias)
+    layer = linear(d_in, d_out, names, init, bias=bias, parts=parts)
     bound = gain / math.sqrt(d_in)
     uniform = functools.partial(jax.random.uniform, dtype=jnp.float32, minval=-bound, maxval=bound)
     layer.kernel[...] = uniform(init.rngs.params(), (d_in, d_out))
@@ -182,7 +194,7 @@ class SwiGLU(nnx.Module):
     """
 
     def __init__(self, d_model: int, d_hidden: int, init: Init):
-        self.fc1 = linear(d_model, 2 * d_hidden, ("embed", "mlp"), init)
+        self.fc1 = linear(d_model, 2 * d_hidden, ("embed", "mlp"), init, parts=(d_hidden, d_hidden))
         self.fc2 = linear(d_hidden, d_model, ("mlp", "embed"), init.out)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

@@ -73,6 +73,13 @@ class Mixer(nnx.Module):
         """The most tokens that a document may have, or None."""
         return None
 
+    @property
+    def head_counts(self) -> dict[str, int]:
+        """The heads that a device of the mesh axis "tensor" has its share of, by what the options call them."""
+        names = ("num_heads", "num_kv_heads")
+        found = {name: getattr(self, name, None) or getattr(self.config, name, None) for name in names}
+        return {name: count for name, count in found.items() if count is not None}
+
     @checked
     def init_cache(self, batch: int, max_len: int) -> Cache:
         """Return the cache before the first token of sequences of up to `max_len` tokens.

@@ -21,14 +21,16 @@ from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.hopper import window as hopper_window
 from based_jax.ops.tpu import attention as tpu_attention
+from based_jax.ops.triton import attention as triton_attention
 
 MIN_BAND_TOKENS = 64
 MAX_BAND_TOKENS = softmax_chunks.CHUNK_TOKENS
 """Of windows that are cut into bands, whose scores exist at once: longer ones are left to chunks."""
 MAX_WINDOW = 2**31 - 1
 """Keys: places are int32."""
-CUDNN_HEAD_MULTIPLE, CUDNN_HEAD_DIM, CUDNN_HOPPER_HEAD_DIM = 8, 128, 256
-"""What sizes of heads are multiples of, and the largest on GPUs before Hopper and on it."""
+CUDNN_TIME_MULTIPLE, CUDNN_HEAD_MULTIPLE = 2, 8
+CUDNN_HEAD_DIM, CUDNN_HOPPER_HEAD_DIM = 128, 256
+"""The largest on GPUs before Hopper, and on it."""
 
 
 @checked
@@ -38,8 +40,8 @@ def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl:
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle", "xla_quadratic" (every score), "xla_chunks" (memory linear in T), "cudnn_flash" (GPU, bf16 or
-        fp16, no packing), "tpu_splash" (TPU, bf16) or "auto". Where tokens lie over devices, keys go round by chunks,
-        whatever it is.
+        fp16, no packing), "triton_tiles" (the same, with packing), "tpu_splash" (TPU, bf16) or "auto". Where tokens lie
+        over devices, keys go round by chunks, whatever it is.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -58,7 +60,7 @@ def window_attention(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle" (T x T), "xla_steps" (token by token), "xla_bands", "xla_chunks" (for long windows),
         "hopper_tiles" (Mosaic GPU kernels; bf16, windows up to 129, some head dims), "cudnn_flash" (GPU, bf16 or fp16,
-        no packing), "tpu_splash" (TPU, bf16; for long windows) or "auto".
+        no packing), "triton_tiles" (the same, with packing), "tpu_splash" (TPU, bf16; for long windows) or "auto".
 
     Raises:
       UserError: `window` is below 1, or `impl` is unknown or cannot run this call.
@@ -191,14 +193,14 @@ def _weigh(spec: str, p: Array, v: Array) -> Array:
 
 
 def _cudnn(call: AttentionCall) -> BTHV:
-    """Attention of heads filled up with zeros, which change no score and no sum."""
-    q, k, v = (sharded.fill(x, {3: _cudnn_head_dim(call)}) for x in (call.q, call.k, call.v))
+    """Attention of heads filled up with zeros, which change no score and no sum, and of even many tokens."""
+    q, k, v = (sharded.fill(x, {1: CUDNN_TIME_MULTIPLE, 3: _cudnn_head_dim(call)}) for x in (call.q, call.k, call.v))
     local = None if call.window >= q.shape[1] else (call.window - 1, 0)
     scale = 1 / math.sqrt(call.q.shape[-1])
     o = jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
     )
-    return o[..., : call.v.shape[-1]]
+    return o[:, : call.v.shape[1], :, : call.v.shape[3]]
 
 
 def _cudnn_head_dim(call: AttentionCall) -> int:
@@ -241,6 +243,9 @@ QKV = "q", "k", "v"
 
 ATTENTION = {
     "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
+    "triton_tiles": Implementation(
+        triton_attention.compute, triton_attention.supports, platform="cuda", slower=triton_attention.slower
+    ),
     "tpu_splash": Implementation(tpu_attention.compute, tpu_attention.supports, platform="tpu", slower=_scores_are_few),
     "xla_quadratic": Implementation(_dense, slower=_scores_are_many),
     "xla_chunks": Implementation(_chunked),
@@ -250,6 +255,12 @@ ATTENTION = {
 WINDOW_ATTENTION = {
     "hopper_tiles": Implementation(hopper_window.compute, hopper_window.supports, platform="cuda"),
     "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
+    "triton_tiles": Implementation(
+        segments.without_padding(triton_attention.compute, *QKV),
+        triton_attention.supports,
+        platform="cuda",
+        slower=triton_attention.slower,
+    ),
     "tpu_splash": Implementation(
         segments.without_padding(tpu_attention.compute, *QKV),
         tpu_attention.supports,

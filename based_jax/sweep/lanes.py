@@ -19,7 +19,7 @@ from based_jax.dims import DropoutKey
 from based_jax.labels import NO_LABEL, is_labelled
 from based_jax.nn.lm import LM
 from based_jax.nn.loss import Sums, position_sums
-from based_jax.optim import adamw
+from based_jax.optim import optimizer
 from based_jax.sweep.trial import Trial
 from based_jax.train.step import TrainState, initial_state, make_train_step
 
@@ -137,7 +137,7 @@ class Lanes:
         return _compiled(test, (), self.states.params, _shapes(examples))
 
     def _init(self, seeds) -> TrainState:
-        tx = adamw(self.trial.optim, self.trial.steps)
+        tx = optimizer(self.trial.optim, self.trial.steps)
 
         def init(key):
             return initial_state(LM(self.trial.model, rngs=nnx.Rngs(key)), tx, key)
@@ -154,7 +154,7 @@ class Lanes:
 
     def step(self, state: TrainState, rates: Rates, batch: PlacedExamples) -> tuple[TrainState, Float[Array, ""]]:
         """Return the state of one lane after a batch, and the mean loss of its answers."""
-        tx = adamw(self.trial.optim, self.trial.steps, lr=rates.lr, weight_decay=rates.weight_decay)
+        tx = optimizer(self.trial.optim, self.trial.steps, lr=rates.lr, weight_decay=rates.weight_decay)
         state, metrics = make_train_step(self.graphdef, tx, sums_of=answer_sums)(state, batch)
         return state, metrics["loss"]
 

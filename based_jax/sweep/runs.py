@@ -32,6 +32,7 @@ from based_jax.sweep.processes import SPAWN_CONTEXT, checked_apart, sent_by_proc
 from based_jax.sweep.schedule import Group, Progress, SweepOptions, work_off
 from based_jax.sweep.trial import TRACED_KEYS, Sweep
 from based_jax.train.loop import DivergedError, train
+from based_jax.train.mesh_checks import check_mesh
 from based_jax.train.run import TrainConfig
 
 LOG_FILE, LOCK_FILE = "log.txt", "lock"
@@ -79,7 +80,7 @@ def _check_runs(points: list[tuple[Point, dict[str, Any]]]) -> None:
 
 def _check_run(config: TrainConfig) -> None:
     mesh = parallel.make_mesh(config.mesh)
-    parallel.check_batch_size(config.batch_size, mesh, config.microbatches)
+    check_mesh(config, mesh)
     check_pass(config, config.steps, config.data.longest_test, mesh)
     config.data.open(config.batch_size)  # says what it has too little of; text is packed here, for all runs
 

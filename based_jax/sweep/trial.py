@@ -119,7 +119,10 @@ class Sweep:
     def _config(self, point: Point) -> RunConfig:
         if self.config_class is Trial:
             return make_trial(self.base, point)
-        return configs.build(TrainConfig, configs.overridden(self.base, point))
+        config = configs.build(TrainConfig, configs.overridden(self.base, point))
+        if config.rows_per_device is not None:
+            raise UserError(f"rows_per_device is {config.rows_per_device}; points of a sweep have a batch_size.")
+        return config
 
 
 def make_trial(base: Mapping[str, Any] | ConfigDict, point: Point) -> Trial:

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from based_jax import optim, parallel
 from based_jax.nn.lm import LM
+from based_jax.train.mesh_checks import check_mesh
 from based_jax.train.run import TrainConfig
 from based_jax.train.step import Metrics, TrainState, initial_state, make_train_step, skipping_nonfinite
 
@@ -95,26 +97,53 @@ def train_program(config: TrainConfig, mesh: Mesh) -> TrainProgram:
     Shapes, shardings and names come from one abstract construction: initialisation, the step and the restore of a
     checkpoint all place the state by them, so nothing is ever whole on one device that does not fit there.
 
+    Args:
+      config: the run; its `rows_per_device` becomes a `batch_size`.
+      mesh: of devices that are here, or that are not.
+
     Raises:
-      UserError: rows cannot be divided over the mesh, or the schedule does not fit the steps.
+      UserError: the mesh cannot divide rows, heads or widths, or the schedule does not fit the steps.
     """
-    parallel.check_batch_size(config.batch_size, mesh, config.microbatches)
-    tx = optim.adamw(config.optim, config.steps)
+    config = config.sized(mesh)
+    check_mesh(config, mesh)
+    optimizer = optim.optimizer(config.optim, config.steps)
 
     def init(key: jax.Array) -> TrainState:
-        return initial_state(LM(config.model, rngs=nnx.Rngs(key)), tx, key)
+        return initial_state(LM(config.model, rngs=nnx.Rngs(key)), optimizer, key)
 
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(0))))
     shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
     where = parallel.shardings(shapes, mesh)
-    step = make_train_step(graphdef, tx, config.microbatches)
+    if config.optim.zero1:
+        where = dataclasses.replace(where, opt_state=parallel.shardings(shapes.opt_state, mesh, spread=True))
+        optimizer = updating_parts(optimizer, parallel.shardings(shapes.params, mesh, spread=True), where.params)
+    step = make_train_step(graphdef, optimizer, config.microbatches)
     if config.max_skipped_steps:
         step = skipping_nonfinite(step)
     return TrainProgram(
         config=config,
         mesh=mesh,
         graphdef=graphdef,
-        abstract_state=parallel.placed(shapes, mesh),
+        abstract_state=parallel.with_shardings(shapes, where),
         jitted_init=jax.jit(init, out_shardings=where),
         jitted_step=jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
     )
+
+
+def updating_parts(optimizer: optax.GradientTransformation, parts: Any, whole: Any) -> optax.GradientTransformation:
+    """Return an optimizer of which each device computes its part of the updates, and gathers them once (ZeRO-1).
+
+    Args:
+      optimizer: whose state and updates lie as its gradients do.
+      parts: shardings of what it sees of gradients and parameters.
+      whole: those of the parameters themselves.
+    """
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        # A table's gradient is that of a gather: cut while it is being summed, it would have activations cut alike.
+        grads = jax.lax.with_sharding_constraint(grads, whole)
+        grads, params = (jax.lax.with_sharding_constraint(tree, parts) for tree in (grads, params))
+        updates, state = optimizer.update(grads, state, params)
+        return jax.lax.with_sharding_constraint(updates, whole), state
+
+    return optax.GradientTransformation(optimizer.init, update)

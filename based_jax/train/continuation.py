@@ -1,6 +1,9 @@
 """A workdir that has a run: what of its config may change when it goes on, and what that means."""
 
+import dataclasses
 from pathlib import Path
+
+from jax.sharding import Mesh
 
 from based_jax import config as configs
 from based_jax.config import CONFIG_FILE
@@ -22,18 +25,36 @@ MAY_CHANGE = {
     "sample_every": "no number depends on it",
     "samples": "no number depends on it",
     "data.path": "the text is the same (`data_record`)",
+    "data.mixture.*.path": "the text is the same (`data_record`)",
     "data.cache_dir": "no number depends on it",
     "data.processes": "no number depends on it",
 }
 """Keys, or whole sections, that may differ, and why. All others name another run: its model, data, batches and seed."""
 
 
+OF_THE_OPTIMIZER_STATE = ("optim.name", "optim.moment_dtype")
+"""Keys that stay once there is a checkpoint, which holds the state that they name."""
+
+
+def sized(config: TrainConfig, mesh: Mesh, workdir: Path) -> tuple[TrainConfig, list[str]]:
+    """Return the config with the rows of its global batch, and what to say where they are not those it asks for.
+
+    A run keeps the global batch that it began with, whatever `rows_per_device` comes to on another mesh.
+    """
+    new = config.sized(mesh)
+    if new is config or not (workdir / CONFIG_FILE).exists():
+        return new, []
+    kept = dataclasses.replace(new, batch_size=configs.read(TrainConfig, workdir).batch_size)
+    line = f"kept: batch_size is {kept.batch_size}, with which the run began, rather than {new.batch_size}"
+    return kept, [line] if kept != new else []
+
+
 def changes(config: TrainConfig, workdir: Path) -> list[str]:
     """Return what differs from the config that the workdir's run had so far, a line each; none in a new workdir.
 
     Raises:
-      UserError: something differs that is not in `MAY_CHANGE`, the run is beyond `steps` or has no config.json, or as
-        `config.read`.
+      UserError: something differs that is not in `MAY_CHANGE`, or a checkpoint has a state of it, the run is beyond
+        `steps` or has no config.json, or as `config.read`.
     """
     differences = configs.check_same(config, workdir, free=MAY_CHANGE)
     done = SavedCheckpoints(workdir / CHECKPOINTS_FOLDER).latest()
@@ -42,10 +63,20 @@ def changes(config: TrainConfig, workdir: Path) -> list[str]:
             f"'{workdir}' has checkpoints but no {CONFIG_FILE}, which says of what; restore it, or choose another"
             " workdir."
         )
+    for key in OF_THE_OPTIMIZER_STATE if done is not None else ():
+        if key in differences:
+            raise _other_state(key, *differences[key], workdir)
     if done is not None and done > config.steps:
         raise UserError(f"steps is {config.steps}, but the run in '{workdir}' has taken {done}; it is at least that.")
     return [f"changed: {key} is {new}, and was {old}; {_why(key)}" for key, (old, new) in differences.items()]
 
 
+def _other_state(key: str, old: str, new: str, workdir: Path) -> UserError:
+    return UserError(
+        f"{key} is {new}, and was {old}, of which '{workdir}' has a state; keep it, or begin another run with its"
+        " parameters, by 'init_from'."
+    )
+
+
 def _why(key: str) -> str:
-    return next(why for place, why in MAY_CHANGE.items() if key == place or key.startswith(place + "."))
+    return next(why for place, why in MAY_CHANGE.items() if configs.is_under(key, place))

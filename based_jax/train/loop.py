@@ -20,11 +20,13 @@ from based_jax.ops import dispatch
 from based_jax.train import continuation, data_record
 from based_jax.train.checkpoint import Checkpoints, SavedCheckpoints
 from based_jax.train.compile import TrainProgram, train_program
+from based_jax.train.goodput import Timer, TimesFile
 from based_jax.train.init_from import InitFrom, read_parameters
 from based_jax.train.memory import check_batch_fits, check_state_fits
-from based_jax.train.metrics import MetricWriter, Timer, has_evaluation, progress
+from based_jax.train.metrics import MetricWriter, has_evaluation, progress
 from based_jax.train.opening import opening_lines
-from based_jax.train.preemption import Preemption
+from based_jax.train.preemption import AgreedStop, Preemption
+from based_jax.train.read_ahead import read_ahead
 from based_jax.train.run import Facts, TrainConfig
 from based_jax.train.samples import Sampler, sampler
 from based_jax.train.step import TrainState
@@ -55,11 +57,12 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     timer = Timer()
     workdir = checked_workdir(workdir)
     config = dataclasses.replace(config, data=config.data.located)
-    changed = continuation.changes(config, workdir)
     mesh = parallel.make_mesh(config.mesh)
+    config, kept = continuation.sized(config, mesh, workdir)
+    changed = [*kept, *continuation.changes(config, workdir)]
     program = train_program(config, mesh)
     check_state_fits(program.abstract_state)
-    check_batch_fits(config.batch_size, config.data.longest_test)
+    check_batch_fits(config.batch_size, mesh, config.data.longest_test)
     feed = parallel.Feed(mesh, config.batch_size)
     source = config.data.open(config.batch_size, feed.rows)
     with dispatch.recorded_choices() as choices:
@@ -90,7 +93,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
             start, state = 0, program.initial_state(taken)
         else:
             start, state = checkpoints.restore(program.abstract_state)
-        report = stack.enter_context(Report(config, workdir, start, checkpoints))
+        report = stack.enter_context(Report(config, workdir, start, checkpoints, timer))
         for line in (*opening_lines(program, source, choices), *origin, *changed):
             report.say(line)
         report.begin()
@@ -104,14 +107,16 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
                 return _stopped(start, preemption, report)
             report.evaluation(start, results)
 
+        read = read_ahead(lambda step: feed.arrays(source.batch(step)), range(start, config.steps))
+        batches = stack.enter_context(read)
         try:
             for step in range(start + 1, config.steps + 1):
-                batch = feed.arrays(source.batch(step - 1))
+                batch = next(batches)
                 timer.done("data")
 
                 state, metrics = program.step(state, batch)
                 report.step(step, metrics, batch["inputs"].size)
-                timer.done("step")
+                timer.done("step" if step > start + 1 else "compile")
 
                 last, stop = step == config.steps, preemption.reached(step)
                 if _evaluates(config, step):
@@ -131,14 +136,13 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
                     if last or stop or not report.skipping:
                         checkpoints.save(step, state, wait=stop)
                     timer.done("checkpoint")
+                    report.times(step)
                 if stop and not (last and results):
                     return _stopped(step, preemption, report)
         except UnwritableError as error:
             report.check_finite()
             raise _saved_in_spite_of(error, checkpoints, step, state) from error
 
-        if start < config.steps:
-            report.times(timer.split())
         return results or run_eval(state.params, preemption) or _stopped(step, preemption, report)
 
 
@@ -185,7 +189,7 @@ def _stopped(step: int, preemption: Preemption, report: "Report") -> dict[str, f
     saved = f"step {step} is saved" if step else "no step was taken"
     saved += ", and the same command continues from it."
     if preemption.interrupted:
-        raise KeyboardInterrupt(f"Stopped by Ctrl-C; {saved}")
+        raise AgreedStop(f"Stopped by Ctrl-C; {saved}")
     report.say(f"Stopped by a signal; {saved}")
     return {}
 
@@ -207,21 +211,23 @@ class Report(contextlib.AbstractContextManager):
     in a row.
     """
 
-    def __init__(self, config: TrainConfig, workdir: Path, start: int, checkpoints: Checkpoints):
-        self._config, self._start, self._checkpoints = config, start, checkpoints
+    def __init__(self, config: TrainConfig, workdir: Path, start: int, checkpoints: Checkpoints, timer: Timer):
+        self._config, self._start, self._checkpoints, self._timer = config, start, checkpoints, timer
         self._skipped_in_a_row = 0
         self._lr = optim.schedule(config.optim, config.steps)
         self._facts: dict[int, Facts] = {}
         self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
         self._tokens, self._since = 0, time.monotonic()
-        self._writer = self._progress = None
+        self._writer = self._progress = self._times = None
         if jax.process_index() == 0:
+            self._times = TimesFile(workdir, start, timer)
             self._writer = MetricWriter(workdir, first_step=start + 1)
             self._progress = progress(config.steps, start)
 
     def __exit__(self, *exc_info):
-        if self._writer and self._progress:
+        if self._writer and self._progress and self._times:
             self._progress.close()
+            self._times.__exit__(*exc_info)
             self._writer.__exit__(*exc_info)
 
     def begin(self) -> None:
@@ -303,9 +309,12 @@ class Report(contextlib.AbstractContextManager):
                 self._writer.write_sample(step, prompt, text)
         self._tokens, self._since = 0, time.monotonic()
 
-    def times(self, split: Mapping[str, float]) -> None:
-        """Write where the wall time went, as part of the last step's rows."""
-        self._write(self._config.steps, split)
+    def times(self, step: int) -> None:
+        """Write where the wall time went until the checkpoint of a step, with the last one as part of its rows too."""
+        if self._times:
+            self._times.write(step)
+        if step == self._config.steps:
+            self._write(step, self._timer.split())
 
     def say(self, message: str) -> None:
         """Print a line."""

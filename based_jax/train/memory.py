@@ -5,7 +5,9 @@ import os
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from based_jax import parallel
 from based_jax.errors import UserError
 
 ID_BYTES = 4
@@ -33,13 +35,16 @@ def check_state_fits(abstract_state: Any) -> None:
         )
 
 
-def check_batch_fits(batch_size: int, seq_len: int) -> None:
-    """Raise UserError for a batch whose inputs and labels alone are more than the memory of this machine."""
-    needed, size = 2 * ID_BYTES * batch_size * seq_len // jax.process_count(), _machine_bytes()
+def check_batch_fits(batch_size: int, mesh: Mesh, seq_len: int) -> None:
+    """Raise UserError for a batch whose inputs and labels, of the rows of this process, exceed its machine's memory."""
+    held = parallel.batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = len(set(held)) * (batch_size // parallel.row_devices(mesh))
+    needed, size = 2 * ID_BYTES * rows * seq_len, _machine_bytes()
     if needed > size:
         raise UserError(
-            f"batch_size is {batch_size}: a batch of {seq_len} tokens a row takes {needed / 2**30:,.1f} GiB, and this"
-            f" machine has {size / 2**30:,.1f} GiB; lower it, and raise the steps for as many rows."
+            f"batch_size is {batch_size}: a batch, of which this process feeds {rows} rows of {seq_len} tokens, takes"
+            f" {needed / 2**30:,.1f} GiB here, and this machine has {size / 2**30:,.1f} GiB; lower it, and raise the"
+            " steps for as many rows."
         )
 
 

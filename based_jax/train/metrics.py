@@ -1,4 +1,4 @@
-"""What a run tells: rows in metrics.jsonl, TensorBoard events, a progress bar or plain lines, and where time went."""
+"""What a run tells: rows in metrics.jsonl, TensorBoard events, a progress bar or plain lines."""
 
 import contextlib
 import datetime
@@ -15,8 +15,6 @@ from tqdm import tqdm
 from based_jax.folders import local_path, make_folder, writing
 from based_jax.train.files import EventFile, RowFile, read_lines, set_rows_aside
 from based_jax.train.workdir import METRICS_FILE, SAMPLES_FILE
-
-PHASES = ("init", "data", "step", "eval", "checkpoint")
 
 
 class MetricWriter:
@@ -150,32 +148,6 @@ def progress(total: int, first_step: int = 0, stream: TextIO | None = None) -> B
     """
     stream = stream or sys.stdout
     return (Bar if stream.isatty() else Lines)(total, first_step, stream)
-
-
-class Timer:
-    """Wall time of a run by phase, and the share of it that steps took (goodput).
-
-    Each call of `done` books the time since the one before, so nothing is counted twice:
-
-        batch = next(batches)
-        timer.done("data")
-    """
-
-    def __init__(self):
-        self._start = self._last = time.monotonic()
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-
-    def done(self, phase: str) -> None:
-        """Add the time since the last call, or since the start, to a phase of `PHASES`."""
-        now = time.monotonic()
-        self.seconds[phase] += now - self._last
-        self._last = now
-
-    def split(self) -> dict[str, float]:
-        """Return seconds as 'time/<phase>', and 'goodput': steps' fraction of what is booked (0 before anything is)."""
-        total = self._last - self._start
-        seconds = {f"time/{phase}": value for phase, value in self.seconds.items()}
-        return seconds | {"goodput": self.seconds["step"] / total if total else 0.0}
 
 
 def _scalar(value: Any) -> float | int | str:

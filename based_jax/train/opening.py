@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from based_jax import parallel
 from based_jax.train.compile import TrainProgram
 from based_jax.train.tasks import Source
 
@@ -17,12 +20,22 @@ def opening_lines(program: TrainProgram, source: Source, choices: Mapping[str, I
       source: of its batches.
       choices: the implementations that each operation takes (`dispatch.recorded_choices`).
     """
-    devices = program.mesh.devices
+    devices, rows_over = program.mesh.devices, parallel.row_devices(program.mesh)
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_state.params))
     return [
         f"devices: {devices.size} x {devices.flat[0].device_kind}",
         f"mesh: {', '.join(f'{axis} {size}' for axis, size in program.mesh.shape.items())}",
+        f"batch: {program.config.batch_size} rows, {program.config.batch_size // rows_over} a device",
         f"parameters: {params:,}",
+        *whole_lines(program.abstract_state.params, program.mesh),
         *source.summary,
         *(f"{operation}: {', '.join(names)}" for operation, names in choices.items()),
+    ]
+
+
+def whole_lines(params: Any, mesh: Mesh) -> list[str]:
+    """Return a line for each large parameter that devices along a mesh axis hold alike (`whole_parameters`)."""
+    return [
+        f"not divided over {x.axis}: {x.devices} devices hold the same {x.bytes / 2**20:,.1f} MiB each of '{x.path}'"
+        for x in parallel.whole_parameters(params, mesh)
     ]

@@ -12,6 +12,10 @@ from jax.experimental import multihost_utils
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class AgreedStop(KeyboardInterrupt):
+    """Ctrl-C, after which this process, and all others of its run, have stopped in good order."""
+
+
 class Preemption(contextlib.AbstractContextManager):
     """Says after each step whether the run was asked to stop; the loop then saves, waits for the save, and ends.
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from based_jax import config as configs
 from based_jax import flops, parallel
@@ -82,6 +83,9 @@ class TrainConfig(RunConfig):
     Attributes:
       checkpoint: see its class; the others without a word here are those of `RunConfig`.
       steps: updates in the run.
+      rows_per_device: rows of a global batch for each device that has rows of its own, those along "data" and "fsdp",
+        in place of `batch_size`; None for that. What it comes to on the mesh is the `batch_size` of the run's
+        config.json, with which the run goes on, on other meshes too.
       microbatches: parts that a batch is cut into for gradient accumulation.
       log_every: steps between rows of metrics.jsonl.
       eval_every: steps between evaluations; one more ends the run, and is the only one where this is None.
@@ -94,7 +98,7 @@ class TrainConfig(RunConfig):
     """
 
     counts = ("steps", "batch_size", "microbatches", "log_every")
-    counts_or_none = ("eval_every", "sample_every")
+    counts_or_none = ("eval_every", "sample_every", "rows_per_device")
 
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     steps: int = 1000
@@ -106,6 +110,7 @@ class TrainConfig(RunConfig):
     max_skipped_steps: int = added_later(0)
     sample_every: int | None = added_later(None)
     samples: SampleConfig = added_later(SampleConfig())  # noqa: RUF009
+    rows_per_device: int | None = added_later(None)
 
     def __post_init__(self):
         super().__post_init__()
@@ -117,8 +122,15 @@ class TrainConfig(RunConfig):
             raise UserError(
                 f"sample_every is {self.sample_every}, but data.kind is '{self.data.kind}'; it is 'text' for samples."
             )
-        if self.batch_size % self.microbatches:
+        if self.rows_per_device is None and self.batch_size % self.microbatches:
             raise UserError(f"batch_size {self.batch_size} cannot be divided into {self.microbatches} microbatches.")
+
+    def sized(self, mesh: Mesh) -> "TrainConfig":
+        """Return the run with the `batch_size` that `rows_per_device` comes to on a mesh, in place of it."""
+        if self.rows_per_device is None:
+            return self
+        rows = self.rows_per_device * parallel.row_devices(mesh)
+        return dataclasses.replace(self, batch_size=rows, rows_per_device=None)
 
 
 def load_config(source: str | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> TrainConfig:

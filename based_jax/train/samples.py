@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from based_jax.config import check_types
-from based_jax.data.tokenizer import get_tokenizer
+from based_jax.data.tokenizer_file import named_tokenizer
 from based_jax.errors import UserError
 from based_jax.generate import Sampling, generate
 
@@ -48,7 +48,7 @@ class SampleConfig:
 
 def sampler(config: SampleConfig, tokenizer_name: str, graphdef: nnx.GraphDef, mesh: Mesh) -> Sampler:
     """Return the sampler of a model of this structure on a mesh."""
-    tokenizer = get_tokenizer(tokenizer_name)
+    tokenizer = named_tokenizer(tokenizer_name)
     prompts = [tokenizer.encode(prompt) if prompt else [tokenizer.end_of_text] for prompt in config.prompts]
 
     def sample(params: nnx.State, step: int) -> list[tuple[str, str]]:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
+from based_jax import config as configs
+from based_jax.config import added_later
 from based_jax.data import (
     compression,
     forgetting_mqar,
@@ -25,9 +27,12 @@ from based_jax.data import (
 from based_jax.data.checks import check_bools, check_choice
 from based_jax.data.hosts import Rows
 from based_jax.data.segments import SegmentedTask, SegmentSource
-from based_jax.data.text_checks import check_text, located
-from based_jax.data.tokenizer import tokenizer_class
+from based_jax.data.text_checks import TextPart, check_text, located
+from based_jax.data.tokenizer_file import is_file_name, vocabulary_size
 from based_jax.errors import UserError
+
+if typing.TYPE_CHECKING:
+    from based_jax.data.text import TextSource
 
 
 class Source(Protocol):
@@ -170,13 +175,16 @@ class TextTask:
 
     Attributes:
       kind: the key that chooses the task in a config.
-      path: a folder of text files, or "tfds:NAME" for a dataset of tensorflow-datasets; None for the shipped prose.
-      text_feature: of "tfds:NAME", the feature that holds a document; None if it is "text" or the only one.
-      tokenizer: "bytes", "gpt2" or what else `data/tokenizer.py` names.
+      path: a folder of files of text or of tokens, or "tfds:NAME" for a dataset of tensorflow-datasets; None for the
+        shipped prose, or for a mixture.
+      text_feature: the key of .jsonl, the column of .parquet or the feature of "tfds:NAME" that holds a document; None
+        if it is "text", or the only feature.
+      tokenizer: "bytes", "gpt2" or the path of a tokenizer.json.
       seq_len: tokens of a row.
       seed: of the order of rows.
       cache_dir: where the packed windows are kept; None for the user's cache folder.
       processes: that encode text which is not packed yet; 1 for the run's own, with the threads of its tokenizer.
+      mixture: several corpora by names of their own, in place of `path`; their validation is evaluated by name.
     """
 
     kind: Literal["text"] = "text"
@@ -187,20 +195,21 @@ class TextTask:
     seed: int = 0
     cache_dir: str | None = None
     processes: int = 1
+    mixture: dict[str, TextPart] | None = added_later(None)  # noqa: RUF009
 
     def __post_init__(self):
-        check_text(self.path, self.text_feature, self.seq_len, self.seed, self.cache_dir, self.processes)
+        check_text(self.path, self.text_feature, self.mixture, self.seq_len, self.seed, self.cache_dir, self.processes)
         _ = self.num_tokens  # an unknown tokenizer is named here
 
-    @property
+    @functools.cached_property
     def num_tokens(self) -> int:
         """Ids that the task uses."""
-        return tokenizer_class(self.tokenizer).vocab_size
+        return vocabulary_size(self.tokenizer)
 
     @property
     def resolved_values(self) -> dict[str, Any]:
         """Every value by its key."""
-        return dataclasses.asdict(self)
+        return configs.to_dict(self)
 
     @property
     def longest_test(self) -> int:
@@ -210,9 +219,15 @@ class TextTask:
     @property
     def located(self) -> "TextTask":
         """The same task with absolute paths."""
-        return dataclasses.replace(self, path=located(self.path), cache_dir=located(self.cache_dir))
+        return dataclasses.replace(
+            self,
+            path=self.path and located(self.path),
+            tokenizer=located(self.tokenizer) if is_file_name(self.tokenizer) else self.tokenizer,
+            cache_dir=self.cache_dir and located(self.cache_dir),
+            mixture=self.mixture and {name: part.located for name, part in self.mixture.items()},
+        )
 
-    def open(self, batch_size: int, rows: Rows | None = None) -> Source:
+    def open(self, batch_size: int, rows: Rows | None = None) -> "TextSource":
         """Pack the text unless it is packed, and return the source of batches, of which this host feeds these rows."""
         from based_jax.data.text import TextSource  # imports grain, which no other task needs
 
@@ -222,6 +237,7 @@ class TextTask:
             self.seq_len,
             batch_size,
             text_feature=self.text_feature,
+            mixture=self.mixture,
             seed=self.seed,
             cache_dir=self.cache_dir,
             processes=self.processes,

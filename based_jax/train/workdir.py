@@ -17,7 +17,7 @@ from based_jax.train.files import read_lines
 
 log = logging.getLogger(__name__)
 
-METRICS_FILE, SAMPLES_FILE, LOCK_FILE = "metrics.jsonl", "samples.jsonl", "train.lock"
+METRICS_FILE, SAMPLES_FILE, GOODPUT_FILE, LOCK_FILE = "metrics.jsonl", "samples.jsonl", "goodput.jsonl", "train.lock"
 CHECKPOINTS_FOLDER = "checkpoints"
 
 
@@ -35,7 +35,7 @@ def checked_workdir(workdir: str | os.PathLike) -> Path:
             raise UserError(f"'{path}' cannot be a workdir: '{there}' is no folder.")
         if not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"'{path}' cannot be written: {os.strerror(13)}.")
-        for name in (CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, LOCK_FILE):
+        for name in (CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, GOODPUT_FILE, LOCK_FILE):
             if (path / name).exists() and not (path / name).is_file():
                 raise UserError(f"'{path / name}' is no file, where a run has one; choose another workdir.")
         checkpoints = path / CHECKPOINTS_FOLDER

@@ -24,7 +24,7 @@ from based_jax.dims import DropoutKey
 from based_jax.labels import is_labelled
 from based_jax.nn.lm import LM
 from based_jax.nn.loss import Sums, position_sums
-from based_jax.optim import adamw
+from based_jax.optim import optimizer
 from based_jax.sweep import Trial, lanes
 from based_jax.sweep.device_lock import DeviceLock
 from based_jax.sweep.rows import revision
@@ -108,7 +108,7 @@ def looped(trial: Trial, examples: list[np.ndarray], way: str) -> Callable[[int]
     """Return a loop with one dispatch for each step and batches from the host."""
     inputs, labels = examples
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0))))
-    tx = adamw(trial.optim, trial.steps)
+    tx = optimizer(trial.optim, trial.steps)
     state = jax.jit(lambda key: initial_state(LM(trial.model, rngs=nnx.Rngs(key)), tx, key))(jax.random.key(0))
     least = labels.shape[1] if way == "loop" else 1
     ends = range(trial.batch_size, len(inputs) + 1, trial.batch_size)

@@ -81,7 +81,7 @@ class Cut(NamedTuple):
 
         blocks = [*map(block, arguments)], [*map(block, results)]
         grid = self.batch, self.heads * self.chunks * parts
-        return _call(body, name, warps, 1, grid, arguments, results, *blocks)
+        return launch(body, name, warps, 1, grid, arguments, results, *blocks)
 
     def by_strip(
         self, body: Callable, name: str, whole: Sequence, wide: Sequence, states: Sequence, *results: Sequence[Type]
@@ -121,7 +121,7 @@ class Cut(NamedTuple):
         loaded += sum(CHUNK_TOKENS * STRIP_WIDTH * x.dtype.itemsize for x in wide)
         stages = next((n for most, n in STAGES_BY_BYTES if loaded <= most), 1)
         arrays = [*whole, *wide, *states], [*made, *made_states]
-        return _call(body, name, STRIP_WARPS, stages, grid, *arrays, inputs, outputs)
+        return launch(body, name, STRIP_WARPS, stages, grid, *arrays, inputs, outputs)
 
 
 def _block(shape: tuple, place: Callable) -> pl.BlockSpec:
@@ -129,7 +129,8 @@ def _block(shape: tuple, place: Callable) -> pl.BlockSpec:
     return pl.BlockSpec(shape, lambda *at: (*place(*at), *(0,) * (len(shape) - 3)))
 
 
-def _call(body, name, warps, stages, grid, arguments, results, inputs, outputs) -> list[jax.Array]:
+def launch(body, name, warps, stages, grid, arguments, results, inputs, outputs) -> list[jax.Array]:
+    """Run a program for each place of a grid, given blocks of arguments and of results of some types."""
     axes = jax.typeof(arguments[0]).manual_axis_type  # of `jax.shard_map`; all arguments vary alike
     results = [Type(x.shape, x.dtype, manual_axis_type=axes) for x in results]
     return pl.pallas_call(

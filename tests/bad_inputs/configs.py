@@ -64,6 +64,8 @@ CASES: tuple[Command | Call, ...] = (
     override("--config.optim.schedule=cosin", sentence="schedule 'cosin'"),
     override("--config.steps=0", sentence="steps is 0; it is at least 1."),
     override("--config.steps=ten", sentence="'steps' is 'ten'; it is an int, such as 128."),
+    override("--config.rows_per_device=0", sentence="rows_per_device is 0; it is at least 1, or None."),
+    override("--config.optim.muon.momentum=1", sentence="optim.muon.momentum is 1.0; it is at least 0 and below 1."),
     override("--config.batch_size=12", sentence="batch_size 12 cannot be divided over 8 devices"),
     override("--config.mesh.tensor=3", sentence="needs 6 devices; there are 8."),
     override(

@@ -1,6 +1,7 @@
 """Text, tokenizers and synthetic tasks."""
 
 import gzip
+import io
 import lzma
 
 import numpy as np
@@ -63,6 +64,26 @@ def zstd(content: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def mixture(weight: str = "1.0", name: str = "wiki", path: str = "<corpus>") -> str:
+    """Return the override of a mixture of one part."""
+    return f"mixture={{{name!r}: {{'path': {path!r}, 'weight': {weight}}}}}"
+
+
+def tokens(name: str, content: bytes, sentence: str) -> Command:
+    """Return the case of a corpus of one file of tokens with this content."""
+
+    def prepare(folder):
+        (folder / name).write_bytes(content)
+
+    return text("path=<tmp>", sentence=sentence, name=f"{name}: {sentence[:40]}", prepare=prepare)
+
+
+def npy(array) -> bytes:
+    sink = io.BytesIO()
+    np.save(sink, array)
+    return sink.getvalue()
+
+
 def another_text(folder):
     (folder / "other").mkdir()
     (folder / "other" / "cats.txt").write_text("Other text. " * 99)
@@ -83,6 +104,7 @@ CASES: tuple[Command | Call, ...] = (
     text("processes=0", sentence="processes is 0; it is 1 to 1024."),
     text("processes=2.5", sentence="'data.processes' is 2.5; it is an int"),
     text("tokenizer=gpt-2", sentence="did you mean 'gpt2'?"),
+    text("tokenizer=<new>.json", sentence="'<new>.json' is no file of a tokenizer: No such file or directory"),
     text("path=", sentence="path is '', which names nothing"),
     text("path=gs://bucket/text", sentence="path is 'gs://bucket/text', an address of 'gs'"),
     text("cache_dir=", sentence="cache_dir is '', which names nothing"),
@@ -109,7 +131,50 @@ CASES: tuple[Command | Call, ...] = (
         prepare=lambda folder: (folder / "a.jsonl").write_text('{"text": ""}\n{"text": null}\n'),
         sentence="Corpus '<tmp>' has no text to train on: all its documents are blank.",
     ),
-    text("text_feature=body", sentence="text_feature is 'body', but the path '<corpus>' is not tfds:NAME"),
+    text("text_feature=body", sentence="text_feature is 'body', but corpus '<corpus>' has .txt files alone"),
+    text("text_feature=body", "path=None", sentence="text_feature is 'body', but path is None"),
+    text(
+        "text_feature=body",
+        "path=<tmp>",
+        prepare=lambda folder: (folder / "a.npy").write_bytes(npy(np.zeros(99, np.uint16))),
+        sentence="text_feature is 'body', but corpus '<tmp>' has tokens; it is None there.",
+    ),
+    text(
+        "text_feature=body",
+        "path=<tmp>",
+        name="a feature that no column has",
+        prepare=lambda folder: (folder / "a.parquet").write_bytes(parquet(text=["a"])),
+        sentence="a.parquet' has no column 'body'; it has text.",
+    ),
+    text(
+        "text_feature=body",
+        "path=<tmp>",
+        name="a feature that no line has",
+        prepare=lambda folder: (folder / "a.jsonl").write_bytes(TWO_LINES),
+        sentence='a.jsonl\', line 1, is no JSON object with a "body"',
+    ),
+    text(mixture(), sentence="path is '<corpus>', but there is a mixture, whose parts have paths"),
+    text("path=None", "mixture={}", sentence="mixture is {}; it has a part, such as"),
+    text("path=None", "mixture=a:1", sentence="'data.mixture' is 'a:1'; it is a dict, such as {'name': {'path': "),
+    text("path=None", "mixture={'a': {}}", sentence="'data.mixture.a.path' is missing"),
+    text("path=None", "mixture.a.wait=2", sentence="'data.mixture.a.wait': "),
+    text("path=None", mixture("0.0"), sentence="mixture.wiki.weight is 0.0; it is a number above 0."),
+    text("path=None", mixture("-1"), sentence="mixture.wiki.weight is -1.0; it is a number above 0."),
+    text("path=None", mixture("1e999"), sentence="mixture.wiki.weight is inf; it is a number above 0."),
+    text("path=None", mixture("'half'"), sentence="'data.mixture.wiki.weight' is 'half'; it is a float"),
+    text("path=None", mixture(name="a/b"), sentence="mixture has a part 'a/b'; a name is of letters, digits, '_'"),
+    text("path=None", mixture(path="<new>"), sentence="Corpus '<new>' is no folder"),
+    text("path=None", mixture(path="gs://text"), sentence="mixture.wiki.path is 'gs://text', an address of 'gs'"),
+    text(
+        "path=None",
+        "mixture={'a': {'path': '<corpus>'}, 'b': {'path': '<corpus>', 'weight': 1e-9}}",
+        sentence="mixture.b.weight is 1e-09, under a millionth of the largest; leave the part out.",
+    ),
+    Command(
+        "preparing what keeps nothing",
+        ("prepare", "--config=<mqar.py>"),
+        "data.kind is 'mqar', which keeps nothing; it is 'text' to prepare.",
+    ),
     text("path=tfds:", sentence="Dataset ''"),
     text("path=tfds:no_such_data", sentence="Dataset 'no_such_data' is none of tfds.list_builders()"),
     text("cache_dir=<mqar.py>", sentence="Packed text cannot be written to '<mqar.py>': "),
@@ -136,6 +201,18 @@ CASES: tuple[Command | Call, ...] = (
     corpus("no.txt.gz", b"no gzip", "no.txt.gz' cannot be read: Not a gzipped file"),
     corpus("cut.txt.zst", zstd(NOISE)[:400], "cut.txt.zst' cannot be read: Truncated compressed stream."),
     corpus("no.txt.zst", b"no zstd here", "no.txt.zst' cannot be read: "),
+    corpus("cut.jsonl.zst", zstd(NOISE)[:400], "cut.jsonl.zst' cannot be read: "),
+    tokens("a.npy", npy(np.zeros(9, np.int64)), "a.npy' has 1 axis of int64; tokens are one axis of uint16 or uint32."),
+    tokens("a.npy", npy(np.zeros((2, 9), np.uint16)), "a.npy' has 2 axes of uint16; tokens are one axis of uint16 or"),
+    tokens("cut.npy", npy(np.zeros(99, np.uint16))[:-8], "cut.npy' says that it has 99 tokens, but has 95."),
+    tokens("no.npy", b"no array", "no.npy' cannot be read: "),
+    tokens("odd.bin", b"abc", "odd.bin' has 3 bytes, which are no whole number of uint16 tokens."),
+    tokens("odd.uint32.bin", b"abcdef", "odd.uint32.bin' has 6 bytes, which are no whole number of uint32 tokens."),
+    tokens("wide.bin", np.arange(99, dtype="<u4").tobytes(), "wide.bin' has a 0 as every other uint16, as tokens of"),
+    tokens("high.bin", b"\1\0\1\1" * 99, "high.bin' has id 257 as its token 197; the tokenizer's ids are below 257."),
+    tokens("none.bin", b"", "has 0 tokens; it needs more to train on and to validate with."),
+    tokens("val.bin", b"abcd", "Corpus '<tmp>' has validation files only; it needs one to train on."),
+    tokens("few.bin", b"a\0b\0", "data.seq_len 32 is longer than the data: '<tmp>' has 2 tokens to train on."),
     corpus("no.parquet", b"no parquet here", "no.parquet' cannot be read: "),
     corpus("cut.parquet", parquet(text=["a"])[:-9], "cut.parquet' cannot be read: "),
     corpus("other.parquet", parquet(content=["a"], id=[1]), "has no column 'text'; it has content, id."),

@@ -120,6 +120,7 @@ CASES: tuple[Command | Call, ...] = (
     points(
         "microbatches that do not divide", "[{'microbatches': 3}]", "cannot be divided into 3 microbatches", base=RUNS
     ),
+    points("rows of a device", "[{'rows_per_device': 2}]", "rows_per_device is 2; points of a sweep have", base=RUNS),
     points("a point that is no dict", "[[('seed', 1)]]", "A point of a sweep is [('seed', 1)]; it is a dict"),
     points("a key that is no string", "[{1: 2}]", "A point of a sweep is {1: 2}; it is a dict from config keys"),
     points("a value that is no value", "[{'seed': print}]", "which JSON cannot hold"),

@@ -45,6 +45,16 @@ def test_every_file_kind_is_read_and_split(tmp_path):
     assert (reading.blank, reading.position) == (2, FolderCorpus(tmp_path).extent)
 
 
+def test_documents_stand_under_a_key_of_any_name(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "no", "body": "one"}\n')
+    pq.write_table(pa.table({"text": ["no"], "body": ["two"]}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("three")
+    (tmp_path / "val.txt").write_text("four")
+    found = FolderCorpus(tmp_path, "body")
+    assert texts.documents(found)["train"] == ["one", "two", "three"]
+    assert found.file_hashes() == FolderCorpus(tmp_path).file_hashes() | {"text_feature": "body"}
+
+
 def test_what_is_not_read_is_named(tmp_path):
     for name in (
         "a.txt",
@@ -115,7 +125,7 @@ def test_a_linked_folder_is_read_once(tmp_path):
     ],
 )
 def test_whole_words_of_a_name_are_the_split(tmp_path, name, split):
-    assert FolderCorpus(tmp_path)._split(tmp_path / name) == split
+    assert FolderCorpus(tmp_path).split_of(tmp_path / name) == split
 
 
 def test_a_mark_at_the_beginning_is_no_text_and_blank_documents_are_counted(tmp_path):

@@ -9,8 +9,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import filelock
 import numpy as np
 import pytest
 
@@ -176,6 +178,26 @@ def test_a_prepared_cache_is_read_where_nothing_can_be_written(folder, tmp_path,
         packed(folder, cache)
 
 
+def test_one_packs_and_the_others_say_that_they_wait(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packing, "PATIENCE_SECONDS", 0.01)
+    place = packed(folder, tmp_path / "cache").folder
+    (place / packing.INDEX).rename(tmp_path / "index")
+    begun = threading.Event()
+
+    def pack():
+        with filelock.FileLock(f"{place}.lock"):
+            begun.set()
+            time.sleep(0.1)
+            (tmp_path / "index").rename(place / packing.INDEX)
+
+    other = threading.Thread(target=pack)
+    other.start()
+    assert begun.wait(5.0)
+    assert packed(folder, tmp_path / "cache").folder == place
+    assert capsys.readouterr().out == "Another process packs the same text: waiting for it.\n"
+    other.join()
+
+
 def test_a_full_disk_leaves_nothing(folder, tmp_path):
     (folder / "3.txt").write_text("More text. " * 20_000)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -249,13 +271,23 @@ def test_progress_is_lines_where_there_is_no_terminal():
     stream = io.StringIO()
     progress = Progress("Packing 'x'", 200, stream, patience=0)
     progress.update(50, 1234)
+    progress.update(100)
     progress.update(200, 5000)
     progress.close()
-    first, second = stream.getvalue().splitlines()
-    assert first.startswith("Packing 'x': 25%, 1,234 tokens, about ") and second.startswith("Packing 'x': 100%, 5,000")
+    first, second, third = stream.getvalue().splitlines()
+    assert first == "Packing 'x': 25%, 1,234 tokens" and third == "Packing 'x': 100%, 5,000 tokens, about 0 s left"
+    assert second.startswith("Packing 'x': 50%, about ")
     quiet = io.StringIO()
     Progress("Packing 'x'", 200, quiet).update(100, 1)
     assert quiet.getvalue() == ""
+
+
+def test_both_passes_over_a_text_are_shown(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Progress.__init__, "__defaults__", (None, 0))
+    (folder / "val.txt").unlink()
+    packed(folder, tmp_path / "cache")
+    said = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert list(dict.fromkeys(said)) == [f"Reading '{folder}'", f"Packing '{folder}'"]
 
 
 def test_progress_is_a_bar_on_a_terminal():

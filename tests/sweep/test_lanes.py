@@ -21,7 +21,7 @@ from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
 from based_jax.nn.lm import LM
 from based_jax.nn.loss import loss_sums
-from based_jax.optim import adamw
+from based_jax.optim import optimizer
 from based_jax.store import Store, StoreError
 from based_jax.sweep import Sweep, lane_training, lanes, param, product
 from based_jax.sweep.claims import Claims
@@ -61,7 +61,7 @@ def resident(trial):
 def alone(trial, data):
     """Train a trial with the ordinary step, batch by batch; return its parameters."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(trial.model, rngs=nnx.Rngs(0))))
-    tx = adamw(trial.optim, trial.steps)
+    tx = optimizer(trial.optim, trial.steps)
     key = jax.random.key(trial.seed)
     state = initial_state(LM(trial.model, rngs=nnx.Rngs(key)), tx, key)
     step = jax.jit(make_train_step(graphdef, tx))

@@ -30,7 +30,7 @@ class Model(nnx.Module):
 
 def init(seed, d=8):
     params = nnx.state(Model(d, nnx.Rngs(seed)), nnx.Param)
-    opt = optim.adamw(optim.OptimConfig(warmup_steps=0), 10).init(params)
+    opt = optim.optimizer(optim.OptimConfig(warmup_steps=0), 10).init(params)
     half = jnp.linspace(0, 1, 7, dtype=jnp.bfloat16)
     rest = {"step": jnp.int32(seed), "key": jax.random.key(seed), "half": half, "flag": jnp.array([True, False])}
     return {"params": params, "opt": opt, **rest}
@@ -358,7 +358,7 @@ def test_config_values_are_checked(field):
 
 
 def test_training_continues_bitwise(tmp_path):
-    tx = optim.adamw(optim.OptimConfig(warmup_steps=2), 6)
+    tx = optim.optimizer(optim.OptimConfig(warmup_steps=2), 6)
 
     @jax.jit
     def step(state):

@@ -61,7 +61,10 @@ def test_the_state_is_what_the_abstract_one_says():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 12}, r"^batch_size 12 cannot be divided over 8 devices of the mesh axes data and fsdp\.$"),
+        (
+            {"batch_size": 12},
+            r"^batch_size 12 cannot be divided over 8 devices of the mesh axes data and fsdp; it is a multiple of 8\.$",
+        ),
         (
             {"batch_size": 48, "microbatches": 4},
             r"^12 rows of a microbatch cannot be .*: microbatches can be 2\.$",

@@ -1,6 +1,5 @@
 """A run that goes on otherwise than it began, and one that begins where another ended."""
 
-import dataclasses
 import json
 import shutil
 
@@ -11,6 +10,7 @@ from flax import nnx
 
 from based_jax import config as configs
 from based_jax import parallel
+from based_jax.config.keys import key_names
 from based_jax.convert import save_hf
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM
@@ -20,8 +20,7 @@ from based_jax.train.compile import train_program
 from based_jax.train.init_from import InitFrom, read_parameters
 from based_jax.train.loop import DivergedError, train
 from based_jax.train.run import TrainConfig, load_run
-from based_jax.train.tasks import TextTask
-from tests.helpers.tiny_runs import losses, make_config, rows, saved_steps
+from tests.helpers.tiny_runs import VALUES, losses, make_config, rows, saved_steps
 
 
 def test_a_finished_run_goes_on_with_more_steps_and_another_rate(whole, tmp_path, capsys):
@@ -65,10 +64,43 @@ def test_what_makes_another_run_is_refused(tmp_path, changes):
         continuation.changes(make_config(**changes), tmp_path)
 
 
+@pytest.mark.parametrize("optim", [{"name": "muon"}, {"moment_dtype": "bfloat16"}])
+def test_an_optimizer_whose_state_is_another_is_refused_once_there_is_one(whole, tmp_path, optim):
+    [key] = optim
+    configs.save(make_config(), tmp_path)
+    assert continuation.changes(make_config(optim=optim), tmp_path)
+    with pytest.raises(UserError, match=rf"^optim\.{key} is .*, of which '.*' has a state; keep it, or begin another"):
+        continuation.changes(make_config(optim=optim), whole)
+
+
+def test_a_run_keeps_the_batch_that_its_rows_per_device_came_to(tmp_path):
+    config, meshes = make_config(rows_per_device=2), [parallel.make_mesh(sizes) for sizes in ({}, {"tensor": 2})]
+    begun, lines = continuation.sized(config, meshes[0], tmp_path)
+    assert (begun.batch_size, lines) == (16, [])
+    configs.save(begun, tmp_path)
+    assert "rows_per_device" not in json.loads((tmp_path / "config.json").read_text())
+    assert continuation.sized(config, meshes[0], tmp_path) == (begun, [])
+    again, lines = continuation.sized(config, meshes[1], tmp_path)
+    assert (again, continuation.changes(again, tmp_path)) == (begun, [])
+    assert lines == ["kept: batch_size is 16, with which the run began, rather than 8"]
+
+
 def test_every_key_that_may_change_exists():
-    fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    text = {f"data.{field.name}" for field in dataclasses.fields(TextTask)}
-    assert continuation.MAY_CHANGE.keys() <= fields | text
+    names = {name.replace("NAME", "*") for name in key_names(TrainConfig)}
+    assert continuation.MAY_CHANGE.keys() <= names
+
+
+def test_the_parts_of_a_mixture_may_move_and_keep_their_weights(tmp_path):
+    def mixed(path, weight):
+        parts = {"a": {"path": path, "weight": weight}, "b": {"path": "b"}}
+        data = {"kind": "text", "tokenizer": "bytes", "mixture": parts}
+        return configs.build(TrainConfig, VALUES | {"model": VALUES["model"] | {"vocab_size": 257}, "data": data})
+
+    configs.save(mixed("a", 2.0), tmp_path)
+    (line,) = continuation.changes(mixed("moved", 2.0), tmp_path)
+    assert line == "changed: data.mixture.a.path is 'moved', and was 'a'; the text is the same (`data_record`)"
+    with pytest.raises(UserError, match=r"another config: data\.mixture\.a\.weight is 2\.0 there and 3\.0 here"):
+        continuation.changes(mixed("a", 3.0), tmp_path)
 
 
 EXPLODING = {"optim": {"lr": 1e30, "warmup_steps": 6, "warmup_lr": 1e-3}, "checkpoint": {"every": 1}}

@@ -20,6 +20,7 @@ from based_jax.nn.lm import LM
 from based_jax.train import files, loop, metrics
 from based_jax.train.checkpoint import CheckpointConfig
 from based_jax.train.compile import train_program
+from based_jax.train.goodput import Timer
 from based_jax.train.loop import train
 from based_jax.train.run import load_run
 from tests.helpers.tiny_runs import assert_same_run, contents, losses, make_config, parameters, rows, saved_steps
@@ -55,9 +56,10 @@ def test_before_the_first_step_a_run_says_what_it_trains_on_what(whole, tmp_path
     based_jax.train(config, shutil.copytree(whole, tmp_path / "run"))  # as from a notebook
     said = capsys.readouterr().out.splitlines()
     params = LM(config.model, rngs=nnx.Rngs(0)).num_params()
-    assert said[:7] == [
+    assert said[:8] == [
         f"devices: 8 x {jax.devices()[0].device_kind}",
         "mesh: data 8, fsdp 1, tensor 1",
+        "batch: 8 rows, 1 a device",
         f"parameters: {params:,}",
         "train: 800 tokens, 50 examples of 16",
         "test: 128 tokens, 8 examples of 16",
@@ -158,7 +160,7 @@ class Second:
 def test_throughput_counts_only_the_steps_since_the_last_row_or_evaluation(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    with loop.Report(make_config(log_every=4), tmp_path, 0, checkpoints=None) as report:
+    with loop.Report(make_config(log_every=4), tmp_path, 0, checkpoints=None, timer=Timer()) as report:
         for step in range(1, 5):
             clock.now += 1.0
             report.step(step, {"loss": np.float32(1), "accuracy": np.float32(0)}, tokens=128)
@@ -273,6 +275,7 @@ def test_impossible_runs_are_refused_before_anything_is_written(tmp_path):
             "4 rows of a microbatch cannot be divided over 8 devices",
         ),
         ({"model": {"vocab_size": 32}}, "vocab_size is 32, but the data has ids up to 63"),
+        ({"rows_per_device": 2, "microbatches": 4}, "4 rows of a microbatch cannot be divided over 8 devices"),
         ({"mesh": {"tensr": 2}}, "Mesh axis 'tensr' does not exist"),
         ({"model": {"layers": [["taylor", {"num_heads": 3}]]}}, "d_model 16 cannot be divided into 3 heads"),
         ({"optim": {"warmup_steps": 9}}, "warmup_steps is 9, but the run has 8 steps"),

@@ -8,7 +8,7 @@ import pytest
 
 from based_jax.errors import UserError
 from based_jax.train import metrics
-from based_jax.train.metrics import MetricWriter, Timer, progress
+from based_jax.train.metrics import MetricWriter, progress
 
 
 def rows(workdir):
@@ -181,19 +181,3 @@ def test_a_terminal_gets_a_bar():
     assert "30/50" in stream.getvalue()
     assert "loss 2" in stream.getvalue()
     assert "saved\n" in stream.getvalue()
-
-
-def test_time_is_split_by_phase(monkeypatch):
-    clock = iter([0.0, 1.0, 3.0, 8.0, 10.0])
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
-    timer = Timer()
-    assert timer.split()["goodput"] == 0.0
-    for phase in ("init", "data", "step", "data"):
-        timer.done(phase)
-    expected = {"init": 1.0, "data": 4.0, "step": 5.0, "eval": 0.0, "checkpoint": 0.0}
-    assert timer.split() == {f"time/{phase}": value for phase, value in expected.items()} | {"goodput": 0.5}
-
-
-def test_an_unknown_phase_is_an_error():
-    with pytest.raises(KeyError):
-        Timer().done("nap")

@@ -1,75 +1,102 @@
-"""Several processes that JAX has joined train what one trains on the same mesh."""
+"""Several processes train what one trains on the same mesh, and end, stop and go on together."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
+import re
+import signal
 
-import jax
 import pytest
 
-from based_jax import config as configs
-from based_jax import parallel
-from based_jax.train.compile import train_program
-from based_jax.train.run import TrainConfig
-
-STEPS = 3
-LAYERS = [["conv", {}], ["attention", {"num_heads": 2}]]
-CONFIG = {
-    "model": {"layers": LAYERS, "d_model": 16, "vocab_size": 64, "dtype": "float32"},
-    "data": {"kind": "mqar", "preset": "tiny"},
-    "optim": {"warmup_steps": 0, "lr": 1e-2},
-    "steps": STEPS,
-    "batch_size": 8,
-    "log_every": 1,
-}
-PROGRAM = """if True:
-    import json, sys
-
-    import jax
-
-    number, count, port, config, workdir = sys.argv[1:]
-    jax.distributed.initialize(f"localhost:{port}", int(count), int(number))
-    from based_jax import TrainConfig, train
-    from based_jax.config import build
-
-    train(build(TrainConfig, json.loads(config)), workdir)
-"""
-
-
-def losses_of_processes(config, workdir, processes, devices):
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    command = [sys.executable, "-c", PROGRAM]
-    arguments = [str(processes), str(port), json.dumps(config), str(workdir)]
-    running = [subprocess.Popen([*command, str(i), *arguments], env=environment) for i in range(processes)]
-    assert [process.wait(timeout=120) for process in running] == [0] * processes
-    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows if "loss" in row]
-
-
-def losses_of_one_process(config, devices):
-    built = configs.build(TrainConfig, config)
-    program = train_program(built, parallel.make_mesh(built.mesh, jax.devices()[:devices]))
-    source, feed = built.data.open(built.batch_size), parallel.Feed(program.mesh, built.batch_size)
-    state, losses = program.initial_state(), []
-    for step in range(STEPS):
-        state, metrics = program.step(state, feed.arrays(source.batch(step)))
-        losses.append(float(metrics["loss"]))
-    return losses
+from tests.helpers.processes import BASE, Processes, losses_of_one_process
 
 
 @pytest.mark.parametrize(
     "mesh, processes, devices",
     [
         ({"tensor": 2}, 2, 1),
+        pytest.param({"fsdp": 2}, 2, 1, marks=pytest.mark.long),
         pytest.param({"fsdp": 2, "tensor": 2}, 2, 2, marks=pytest.mark.long),
         pytest.param({"data": 2, "tensor": 2}, 4, 1, marks=pytest.mark.long),
     ],
 )
 def test_processes_train_what_one_trains(tmp_path, mesh, processes, devices):
-    config = CONFIG | {"mesh": mesh}
-    found = losses_of_processes(config, tmp_path, processes, devices)
-    assert found == pytest.approx(losses_of_one_process(config, processes * devices), rel=1e-5)
+    config = BASE | {"steps": 3, "mesh": mesh}
+    run = Processes(tmp_path, config, processes, devices)
+    assert [code for code, _ in run.ends()] == [0] * processes
+    assert run.losses() == pytest.approx(losses_of_one_process(config, processes * devices), rel=1e-5)
+    assert "step 3/3" in run.said[0][0]
+    assert not any("step" in stdout for stdout, _ in run.said[1:])
+
+
+@pytest.mark.long
+def test_processes_evaluate_what_one_evaluates(tmp_path):
+    run = Processes(tmp_path, BASE | {"steps": 2, "mesh": {"data": 2}}, 2)
+    run.ends()
+    several = Processes(tmp_path, BASE, 2, command="eval")
+    one = Processes(tmp_path, BASE, 1, command="eval")
+    assert [code for code, _ in several.ends() + one.ends()] == [0] * 3
+    found, wanted = (re.findall(r"^(\S+) +([\d.]+)$", run.said[0][0], re.MULTILINE) for run in (several, one))
+    assert found == wanted and dict(found)["loss"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_with_a_sentence_and_all_go_on_bitwise(tmp_path, victim):
+    config = BASE | {"steps": 400, "mesh": {"data": 2}, "checkpoint": {"every": 20, "keep": 3}}
+    run = Processes(tmp_path, config, 2)
+    run.wait_for_step(70)
+    run.all[victim].kill()
+    ends = run.ends()
+    assert ends[victim][0] == -signal.SIGKILL
+    sentence = f"Error: Process {victim} of 2 is gone, and this one stops; begin all again to continue."
+    assert ends[1 - victim] == (1, sentence)
+
+    again = Processes(tmp_path, config, 2)
+    assert [code for code, _ in again.ends()] == [0, 0]
+    assert "continuing from step" in again.said[0][0]
+    (tmp_path / "whole").mkdir()
+    whole = Processes(tmp_path / "whole", config, 2)
+    assert [code for code, _ in whole.ends()] == [0, 0]
+    assert again.losses() == whole.losses()
+
+
+@pytest.mark.long
+def test_a_run_goes_on_with_fewer_processes_and_on_another_mesh(tmp_path):
+    config = BASE | {"steps": 60, "mesh": {"data": 4}, "checkpoint": {"every": 20}}
+    run = Processes(tmp_path, config, 4)
+    run.wait_for_step(21)
+    run.all[3].kill()
+    run.ends()
+    smaller = Processes(tmp_path, config | {"mesh": {"fsdp": 2}}, 2)
+    assert [code for code, _ in smaller.ends()] == [0, 0]
+    assert smaller.losses() == pytest.approx(losses_of_one_process(config, 4), rel=1e-3)
+
+
+@pytest.mark.long
+def test_a_signal_to_one_process_stops_all_and_they_go_on(tmp_path):
+    config = BASE | {"steps": 4000, "mesh": {"data": 2}}
+    step = 0
+    for heard, victim, code in ((signal.SIGTERM, 1, 0), (signal.SIGINT, 0, 130), (signal.SIGTERM, 0, 0)):
+        run = Processes(tmp_path, config, 2)
+        run.wait_for_step(step + 5)
+        run.all[victim].send_signal(heard)
+        ends = run.ends()
+        assert (ends[victim][0], ends[1 - victim][0]) == (code, 0)
+        step = run.rows()[-1]["step"]
+    assert run.losses()[:30] == pytest.approx(losses_of_one_process(config, 2, steps=min(step, 30)), rel=1e-3)
+
+
+@pytest.mark.long
+def test_one_process_that_is_wrong_is_told_by_all(tmp_path):
+    ends = Processes(tmp_path, BASE | {"mesh": {"data": 3}}, 2).ends()
+    assert {code for code, _ in ends} == {2} and all("needs 3 devices; there are 2" in line for _, line in ends)
+
+
+@pytest.mark.long
+def test_a_run_of_several_processes_is_alone_in_its_workdir(tmp_path):
+    config = BASE | {"steps": 4000, "mesh": {"data": 2}}
+    first = Processes(tmp_path, config, 2)
+    first.wait_for_step(1)
+    alone, several = Processes(tmp_path, config | {"mesh": {}}, 1), Processes(tmp_path, config, 2)
+    for code, line in alone.ends() + several.ends():
+        assert code in (1, 2) and "is trained in by" in line
+    first.all[0].send_signal(signal.SIGTERM)
+    assert [code for code, _ in first.ends()] == [0, 0]

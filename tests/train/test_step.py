@@ -108,7 +108,7 @@ def test_a_batch_without_labels_changes_nothing(batch, microbatches):
 
 def test_bf16_compute_keeps_fp32_master_parameters(batch):
     lr = 1e-5  # too little to move a bf16 parameter of size 0.2
-    tx = optim.adamw(optim.OptimConfig(lr=lr, schedule="constant", weight_decay=0.0), 10)
+    tx = optim.optimizer(optim.OptimConfig(lr=lr, schedule="constant", weight_decay=0.0), 10)
     before, after, _ = first_step(batch, tx=tx, dtype="bfloat16")
     floats = [x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert {x.dtype for x in floats} == {jnp.dtype("float32")}
@@ -124,7 +124,7 @@ def uses_bf16(dtype, batch):
 
 def test_the_loss_falls_on_mqar_and_the_step_compiles_once():
     model = make_model()
-    tx = optim.adamw(optim.OptimConfig(lr=1e-2, schedule="constant"), 100)
+    tx = optim.optimizer(optim.OptimConfig(lr=1e-2, schedule="constant"), 100)
     source = TASKS["mqar"](preset="tiny").open(8)
     step = jax.jit(make_train_step(nnx.graphdef(model), tx))
     state, losses = initial_state(model, tx), []
@@ -157,7 +157,7 @@ def sharded_steps(config):
 
 
 def unsharded_steps(config):
-    tx = optim.adamw(config.optim, config.steps)
+    tx = optim.optimizer(config.optim, config.steps)
     model = LM(config.model, rngs=nnx.Rngs(jax.random.key(0)))
     step, state, metrics = jax.jit(make_train_step(nnx.graphdef(model), tx)), initial_state(model, tx), {}
     for i in range(config.steps):

@@ -1,4 +1,4 @@
-"""Time, check and profile single operations and whole training steps on the device at hand.
+"""Time, check and profile single operations, whole training steps and the packing of data on the device at hand.
 
 examples:
   python -m based_jax bench kernels --peers
@@ -8,10 +8,10 @@ examples:
 
 import argparse
 
-from based_jax.commands.bench import check, kernels, profile, sanitize, train
+from based_jax.commands.bench import check, data, kernels, profile, sanitize, train
 from based_jax.commands.parser import add_command
 
-TASKS = {"kernels": kernels, "check": check, "sanitize": sanitize, "profile": profile, "train": train}
+TASKS = {"kernels": kernels, "check": check, "sanitize": sanitize, "profile": profile, "train": train, "data": data}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

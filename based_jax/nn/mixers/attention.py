@@ -71,8 +71,8 @@ class Attention(Mixer):
         self.head_dim = layers.head_dim(d_model, config.num_heads)
         self.kv_heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
         self.rotary_dim = layers.rotary_dim(self.head_dim, config.rotary_fraction)
-        bias, width = config.bias, d_model + 2 * self.kv_heads * self.head_dim
-        self.qkv = layers.linear(d_model, width, ("embed", "heads"), init, bias=bias)
+        bias, widths = config.bias, (d_model, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
+        self.qkv = layers.linear(d_model, sum(widths), ("embed", "heads"), init, bias=bias, parts=widths)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out, bias=bias)
 
     @override

@@ -53,7 +53,8 @@ class GatedConv(Mixer):
     def __init__(self, d_model: int, config: GatedConvConfig, init: layers.Init):
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.d_inner = config.expand * d_model // 2
-        self.in_proj = layers.linear(d_model, 2 * self.d_inner, ("embed", "mlp"), init, bias=True)
+        widths = (self.d_inner, self.d_inner)
+        self.in_proj = layers.linear(d_model, sum(widths), ("embed", "mlp"), init, bias=True, parts=widths)
         self.conv_kernel = layers.conv_parameter((config.kernel_size, self.d_inner), config.kernel_size, rngs=init.rngs)
         self.out_proj = layers.linear(self.d_inner, d_model, ("mlp", "embed"), init.out, bias=True)
 

@@ -106,7 +106,8 @@ class Hyena(Mixer):
 
     def __init__(self, d_model: int, config: HyenaConfig, init: layers.Init):
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
-        self.in_proj = layers.linear(d_model, 3 * d_model, ("embed", "mlp"), init, bias=True)
+        widths = (d_model, d_model, d_model)
+        self.in_proj = layers.linear(d_model, sum(widths), ("embed", "mlp"), init, bias=True, parts=widths)
         self.conv_kernel = layers.conv_parameter((SHORT_TAPS, 3 * d_model), SHORT_TAPS, rngs=init.rngs)
         self.conv_bias = layers.conv_parameter((3 * d_model,), SHORT_TAPS, rngs=init.rngs)
         self.filter = Filter(d_model, config, init)

@@ -72,10 +72,13 @@ class Mamba(Mixer):
     def __init__(self, d_model: int, config: MambaConfig, init: layers.Init):
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.d_inner, self.dt_rank = config.expand * d_model, config.dt_rank or math.ceil(d_model / 16)
-        self.in_proj = layers.torch_linear(d_model, 2 * self.d_inner, ("embed", "mlp"), init)
+        self.in_proj = layers.torch_linear(
+            d_model, 2 * self.d_inner, ("embed", "mlp"), init, parts=(self.d_inner, self.d_inner)
+        )
         self.conv_kernel = layers.conv_parameter((config.d_conv, self.d_inner), config.d_conv, rngs=init.rngs)
         self.conv_bias = layers.conv_parameter((self.d_inner,), config.d_conv, rngs=init.rngs)
-        self.x_proj = layers.torch_linear(self.d_inner, self.dt_rank + 2 * config.d_state, ("mlp", None), init)
+        widths = (self.dt_rank, config.d_state, config.d_state)
+        self.x_proj = layers.torch_linear(self.d_inner, sum(widths), ("mlp", None), init, parts=widths)
         self.dt_proj = layers.torch_linear(self.dt_rank, self.d_inner, (None, "mlp"), init.fp32, bias=True)
         self.dt_proj.bias = nnx.Param(inverse_softplus_dt(self.d_inner, init.rngs), **layers.logical_axes("mlp"))
         states = jnp.log(jnp.arange(1, config.d_state + 1, dtype=jnp.float32))

@@ -70,10 +70,10 @@ class Mamba2(Mixer):
                 f" {config.ngroups} groups."
             )
         self.num_heads = self.d_inner // config.headdim
-        self.channels = self.d_inner + 2 * config.ngroups * config.d_state
-        self.in_proj = layers.torch_linear(
-            d_model, self.d_inner + self.channels + self.num_heads, ("embed", "mlp"), init
-        )
+        states = config.ngroups * config.d_state
+        self.channels = self.d_inner + 2 * states
+        widths = (self.d_inner, self.d_inner, states, states, self.num_heads)
+        self.in_proj = layers.torch_linear(d_model, sum(widths), ("embed", "mlp"), init, parts=widths)
         self.conv_kernel = layers.conv_parameter((config.d_conv, self.channels), config.d_conv, rngs=init.rngs)
         self.conv_bias = layers.conv_parameter((self.channels,), config.d_conv, rngs=init.rngs)
         self.dt_bias = nnx.Param(inverse_softplus_dt(self.num_heads, init.rngs), **layers.logical_axes("heads"))

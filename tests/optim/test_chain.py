@@ -131,7 +131,7 @@ def test_decay_groups_by_path(kind):
 def test_a_parameter_of_no_group_is_named():
     params = params_of("dict") | {"layer": {"Delta": jnp.ones(3)}}
     with pytest.raises(UserError, match=r"Parameter 'layer/Delta' is in none of optim.PARAMETER_GROUPS"):
-        optim.adamw(OptimConfig(decay="all"), 300).init(params)
+        optim.optimizer(OptimConfig(decay="all"), 300).init(params)
 
 
 def model_params(layers, norm):
@@ -170,7 +170,7 @@ def test_stacking_layers_changes_no_group():
 @pytest.mark.parametrize("kind", ["state", "dict"])
 def test_update_shrinks_exactly_the_decayed_parameters(kind):
     params = jax.tree.map(jnp.ones_like, params_of(kind))
-    tx = optim.adamw(OptimConfig(lr=0.5, schedule="constant", weight_decay=0.1), 10)
+    tx = optim.optimizer(OptimConfig(lr=0.5, schedule="constant", weight_decay=0.1), 10)
 
     @jax.jit
     def step(params, opt):
@@ -199,7 +199,7 @@ def test_adamw_equals_its_formula():
     config = OptimConfig(lr=0.1, warmup_steps=2, warmup_lr=0.01, final_lr=0.001)
     rng = np.random.default_rng(0)
     w, grads = rng.normal(size=(3, 4)), rng.normal(size=(6, 3, 4))
-    tx = optim.adamw(config, 6)
+    tx = optim.optimizer(config, 6)
     params = {"kernel": jnp.asarray(w, jnp.float32)}
     opt = tx.init(params)
     for g in grads:
@@ -213,7 +213,7 @@ def test_adamw_equals_its_formula():
 def test_clip_norm_none_leaves_gradients_alone():
     config = OptimConfig(schedule="constant", clip_norm=None)
     params = {"kernel": jnp.ones(2)}
-    tx = optim.adamw(config, 1)
+    tx = optim.optimizer(config, 1)
     _, opt = tx.update({"kernel": jnp.array([3e3, 4e3])}, tx.init(params), params)
     np.testing.assert_allclose(optax.tree.get(opt, "mu")["kernel"], [3e2, 4e2], rtol=1e-6)
 
@@ -247,4 +247,4 @@ def test_bad_values_are_named_at_construction(bad, message):
 )
 def test_a_schedule_that_does_not_fit_is_named(config, steps, message):
     with pytest.raises(UserError, match=message):
-        optim.adamw(config, steps)
+        optim.optimizer(config, steps)

@@ -1,54 +1,54 @@
-"""AdamW with weight decay by parameter path, and the learning-rate schedules of the reference recipes."""
+"""What a config says of the optimizer, and the learning-rate schedules of the reference recipes."""
 
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import PurePosixPath as PurePath
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from based_jax.config import check_types
+from based_jax.config import added_later, check_types
 from based_jax.errors import UserError, unknown
+from based_jax.optim.groups import NO_DECAY
 
 Schedule = Callable[[Any], jax.Array]
 Rate = float | jax.Array
 
-PARAMETER_GROUPS: dict[str, tuple[str, ...]] = {
-    "kernel": ("kernel",),
-    "short filter": ("conv_kernel",),
-    "long filter": ("taps", "pos_emb", "frequency"),
-    "embedding": ("embedding",),
-    "bias": ("bias", "conv_bias"),
-    "norm scale": ("scale",),
-    "decay": ("A_log", "dt_bias", "log_dt", "log_a_real", "a_imag", "time_decay"),
-    "bonus": ("time_first", "bonus"),
-    "skip": ("D",),
-    "long skip": ("skip", "shift_skip"),
-    "state matrix": ("b", "c", "shift_b", "shift_c"),
-    "token shift": ("mix", "shift_mix"),
-    "key gain": ("k_k", "k_a", "r_k"),
-    "feature map": ("maps",),
-}
-"""What a parameter is, by the end of its path: each pattern of `PurePath.match` in one group alone.
+NAMES = ("adamw", "muon")
+MOMENT_DTYPES = ("float32", "bfloat16")
+MAX_MUON_STEPS = 20
 
-A scale with a bias beside it is of a LayerNorm or GroupNorm, "centred norm scale"; RMSNorm has none.
-"""
-CENTRED_NORM_SCALE = "centred norm scale"
-NO_DECAY: dict[str, frozenset[str]] = {
-    # HazyResearch/based, with Mamba's and the delta rules' `_no_weight_decay`, then what H3 and RWKV exempt
-    "reference": frozenset({"embedding", "bias", CENTRED_NORM_SCALE, "decay", "bonus", "skip"}),
-    "kernels": frozenset({*PARAMETER_GROUPS, CENTRED_NORM_SCALE} - {"kernel", "short filter"}),
-    "all": frozenset(),
-}
-"""Which groups of parameters do not decay."""
+
+@dataclasses.dataclass(frozen=True)
+class MuonConfig:
+    """What Muon has of its own; learning rate, weight decay, clipping and schedule are those of `OptimConfig`.
+
+    Attributes:
+      momentum: decay of the sum of gradients, which Nesterov's rule looks ahead from.
+      steps: iterations of Newton and Schulz that make it orthogonal.
+      update_rms: root mean square of an update before the learning rate: about AdamW's, so that both take the same
+        learning rate and weight decay (arXiv 2502.16982, section 2.2).
+    """
+
+    momentum: float = 0.95
+    steps: int = 5
+    update_rms: float = 0.2
+
+    def __post_init__(self):
+        check_types(self)
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum is {self.momentum}; it is at least 0 and below 1.")
+        if not 1 <= self.steps <= MAX_MUON_STEPS:
+            raise UserError(f"steps is {self.steps}; it is between 1 and {MAX_MUON_STEPS}.")
+        if not 0 < self.update_rms < math.inf:
+            raise UserError(f"update_rms is {self.update_rms}; it is above 0, and finite.")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule; the defaults are the 10b run of HazyResearch/based.
+    """The optimizer and its schedule; the defaults are the 10b run of HazyResearch/based.
 
     Attributes:
       lr: peak learning rate.
@@ -63,6 +63,10 @@ class OptimConfig:
       final_lr: where "warmup_cosine" ends.
       t_initial: steps that "warmup_cosine" takes from the peak to the end; None for all steps after the warmup.
       steps_per_epoch: steps for which "cosine_per_epoch" keeps the learning rate; only that schedule needs it.
+      name: "adamw", or "muon", which updates the kernels inside the layers; all else is AdamW's (`optim.muon_groups`).
+      muon: see its class.
+      moment_dtype: what moments are kept in between steps, "float32" or "bfloat16"; they are computed in fp32.
+      zero1: whether each device of the mesh axis "data" too keeps and updates only its part of the moments.
     """
 
     lr: float = 8e-4
@@ -77,6 +81,10 @@ class OptimConfig:
     final_lr: float = 8e-5
     t_initial: int | None = None
     steps_per_epoch: int | None = None
+    name: str = added_later("adamw")
+    muon: MuonConfig = added_later(MuonConfig())  # noqa: RUF009
+    moment_dtype: str = added_later("float32")
+    zero1: bool = added_later(False)
 
     def __post_init__(self):
         check_types(self)
@@ -84,6 +92,10 @@ class OptimConfig:
             raise unknown("schedule", self.schedule, SCHEDULES)
         if self.decay not in NO_DECAY:
             raise unknown("decay", self.decay, NO_DECAY)
+        if self.name not in NAMES:
+            raise unknown("name", self.name, NAMES)
+        if self.moment_dtype not in MOMENT_DTYPES:
+            raise unknown("moment_dtype", self.moment_dtype, MOMENT_DTYPES)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas is {self.betas}; both are at least 0 and below 1.")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -146,81 +158,3 @@ def schedule(config: OptimConfig, steps: int, peak: Rate | None = None) -> Sched
     if steps < 1:
         raise UserError(f"steps is {steps}; it is at least 1.")
     return SCHEDULES[config.schedule](config, steps, config.lr if peak is None else peak)
-
-
-def adamw(
-    config: OptimConfig, steps: int, *, lr: Rate | None = None, weight_decay: Rate | None = None
-) -> optax.GradientTransformation:
-    """Return clipping, Adam, decoupled weight decay by path and the schedule, in this order.
-
-    It acts on an `nnx.State` of parameters or on nested dicts, with stacked layers or without.
-
-    Args:
-      config: see `OptimConfig`.
-      steps: updates in the whole run.
-      lr, weight_decay: instead of the config's; may be traced, as lanes of a sweep are.
-
-    Raises:
-      UserError: as `schedule`.
-    """
-    b1, b2 = config.betas
-    decay: Any = config.weight_decay if weight_decay is None else weight_decay
-    return optax.chain(
-        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1, b2, config.eps),
-        optax.add_decayed_weights(decay, mask=lambda params: decay_mask(params, config.decay)),
-        optax.scale_by_learning_rate(schedule(config, steps, lr)),
-    )
-
-
-def updates_taken(opt_state: Any) -> jax.Array:
-    """Return the updates that the state of `adamw` has seen: each of its counts has them."""
-    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
-
-
-def decay_mask(params, decay: str):
-    """Return a tree like `params` with True where weight decay applies.
-
-    Ranks play no part, since stacking layers changes them. Source: HazyResearch/based:train/optim/param_grouping.py.
-
-    Raises:
-      UserError: a parameter is of no group.
-    """
-    groups = parameter_groups(params)
-    return jax.tree_util.tree_map_with_path(lambda keys, _: groups[path_of(keys)] not in NO_DECAY[decay], params)
-
-
-def decay_groups(params, decay: str) -> tuple[list[str], list[str]]:
-    """Return the sorted paths of the parameters that decay, and of those that do not; errors as `decay_mask`."""
-    groups = sorted(parameter_groups(params).items())
-    exempt = NO_DECAY[decay]
-    return [path for path, group in groups if group not in exempt], [p for p, group in groups if group in exempt]
-
-
-def parameter_groups(params) -> dict[str, str]:
-    """Return the group of each parameter by its path: a key of `PARAMETER_GROUPS`, or `CENTRED_NORM_SCALE`.
-
-    Raises:
-      UserError: a parameter is of no group.
-    """
-    paths = {path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)}
-    groups = {path: _group(path) for path in paths}
-    centred = {
-        path for path in paths if groups[path] == "norm scale" and str(PurePath(path).with_name("bias")) in paths
-    }
-    return groups | dict.fromkeys(centred, CENTRED_NORM_SCALE)
-
-
-def _group(path: str) -> str:
-    for group, patterns in PARAMETER_GROUPS.items():
-        if any(PurePath(path).match(pattern) for pattern in patterns):
-            return group
-    known = ", ".join(pattern for patterns in PARAMETER_GROUPS.values() for pattern in patterns)
-    raise UserError(f"Parameter '{path}' is in none of optim.PARAMETER_GROUPS, which ends of paths are in: {known}.")
-
-
-def path_of(keys: tuple) -> str:
-    """Return a key path of `jax.tree_util` as 'stacks/0/norm1/scale': the array inside an nnx variable adds no part."""
-    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    return jax.tree_util.keystr(keys, simple=True, separator="/")

@@ -1,0 +1,136 @@
+"""What devices exchange in a compiled program: which array, over which axes of the mesh, how many bytes, how often."""
+
+import collections
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from based_jax.aot.hlo import ArrayType, Instruction, Program, numbers
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+SCATTERED_REDUCTION = "all-reduce-scatter"
+"""How fused computations are called in which a TPU reduces and scatters at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation of a program.
+
+    Attributes:
+      kind: one of `KINDS`.
+      operands, results: arrays that each device gives, and gets.
+      times: how often it runs.
+      groups: partitions that exchange with each other, a row for each group; of a permutation a pair each.
+      scope: where in the traced program it comes from.
+    """
+
+    kind: str
+    operands: tuple[ArrayType, ...]
+    results: tuple[ArrayType, ...]
+    times: int
+    groups: np.ndarray
+    scope: str = ""
+
+    @property
+    def given_bytes(self) -> float:
+        """The bytes of the arrays that a device gives, each time."""
+        return sum(x.bytes for x in self.operands)
+
+    def axes(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Return along which axes of a mesh with these sizes the devices of a group differ."""
+        places = np.stack(np.unravel_index(self.groups, tuple(sizes)))
+        return tuple(int(i) for i in np.flatnonzero((places != places[:, :, :1]).any(axis=(1, 2))))
+
+    def sent_bytes(self, members: int, given: float | None = None) -> float:
+        """Return the bytes that a device of a group with so many members sends each time, at the least."""
+        given, others = self.given_bytes if given is None else given, members - 1
+        if self.kind == "all-gather":
+            return given * others
+        if self.kind == "all-reduce":
+            return 2 * given * others / members
+        if self.kind in ("collective-permute", "collective-broadcast"):
+            return given if others else 0.0
+        return given * others / members
+
+
+def collectives(program: Program) -> list[Collective]:
+    """Return the collective operations of a program, one in pieces of a fused computation once."""
+    return list(_found(program))
+
+
+class Moved(NamedTuple):
+    """Collectives of one kind over the same axes: how often they run, and what a device sends in all of them."""
+
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    bytes: float
+
+
+def by_axis(found: Sequence[Collective], mesh: Mesh) -> list[Moved]:
+    """Return the collectives by kind and axes, those with most bytes first; what no device sends is left out."""
+    totals: dict[tuple[str, tuple[str, ...]], list[float]] = collections.defaultdict(lambda: [0, 0.0])
+    for x in found:
+        axes = tuple(mesh.axis_names[i] for i in x.axes(mesh.devices.shape))
+        totals[x.kind, axes][0] += x.times
+        totals[x.kind, axes][1] += x.times * x.sent_bytes(x.groups.shape[1])
+    moved = [Moved(kind, axes, int(count), sent) for (kind, axes), (count, sent) in totals.items() if axes]
+    return sorted(moved, key=lambda x: -x.bytes)
+
+
+def _found(program: Program) -> Iterator[Collective]:
+    seen: set[str] = set()
+    for x, times, fusion in program.runs:
+        kind = x.kind.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        if chain := x.word("chain_id"):  # the pieces of one asynchronous collective say its channel
+            piece = f"{chain}/{x.word('channel_id')}"
+            if piece in seen:
+                continue
+            seen.add(piece)
+        if fusion is not None and fusion.startswith(SCATTERED_REDUCTION):
+            kind = "reduce-scatter"
+        yield Collective(kind, tuple(program.operands(x)), x.results, times, _groups(x), x.scope)
+
+
+def _groups(x: Instruction) -> np.ndarray:
+    """Return which devices exchange with each other, a row for each group, from any form in which XLA writes it."""
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", x.rest):
+        return np.array([numbers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])])
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", x.rest):
+        shape, sizes, order = (numbers(part or "") for part in found.groups())
+        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order or None).reshape(shape)
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", x.rest):
+        return _groups_of_axes(dict(_named(found[1])), found[2])
+    return np.zeros((1, 1), int)
+
+
+def _groups_of_axes(mesh: dict[str, int], text: str) -> np.ndarray:
+    """Return the groups of "'fsdp', 'data':(2)4" over a mesh: of an axis in parts those of 4 after a part of 2."""
+    parts: dict[str, list[tuple[int, bool]]] = {name: [(size, False)] for name, size in mesh.items()}
+    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", text):
+        first, taken = (int(before), int(size)) if size else (1, mesh[name])
+        parts[name] = [(first, False), (taken, True), (mesh[name] // (first * taken), False)]
+    cut = list(itertools.chain(*parts.values()))
+    devices = np.arange(math.prod(mesh.values())).reshape([size for size, _ in cut])
+    order = sorted(range(len(cut)), key=lambda i: cut[i][1])
+    return devices.transpose(order).reshape(-1, math.prod(size for size, taken in cut if taken))
+
+
+def _named(text: str) -> Iterator[tuple[str, int]]:
+    return ((name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", text))

@@ -1,0 +1,96 @@
+"""Compile a config for devices that are not here: what a step needs there, and an estimate of its time.
+
+It runs on a CPU; the compiler of TPUs comes with pip install 'based-jax[tpu]', that of GPUs with 'based-jax[gpu]'. What
+does not fit, and what a compiler would copy whole to all devices, ends in exit code 2.
+
+examples:
+  python -m based_jax aot --config=configs/based.py:1b --topology=v5p:8x8x8 --mesh=data:8,fsdp:64 --rows-per-device=8
+  python -m based_jax aot --config=configs/based.py:1b --topology=v5p:8x8x8 --slices=2 --mesh=fsdp:64 --out=rows.jsonl
+  python -m based_jax aot --config=configs/based.py:360m --topology=h100:4x8 --program=decode
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from based_jax.commands.parser import CommandParser, out_file
+from based_jax.commands.train import parse_overrides
+from based_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+PROGRAMS = ("train", "decode")
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Declare the command's arguments; `--config.a.b=value` overrides are taken beside them."""
+    parser.add_argument("--config", required=True, help="config file, optionally with a variant: configs/x.py:variant")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        help="v4, v5e, v5p, v6e or v7x with a slice, v5p:8x8x8; h100 or h200 with hosts x GPUs",
+    )
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="such slices, of TPUs (default: 1)")
+    parser.add_argument("--mesh", default="", help="devices of its axes, data:8,fsdp:64 (default: the config's)")
+    parser.add_argument(
+        "--rows-per-device", type=int, metavar="N", help="in one microbatch, in place of the config's batch"
+    )
+    parser.add_argument("--program", choices=PROGRAMS, action="append", help="may be given twice (default: both)")
+    parser.add_argument("--text", type=Path, metavar="DIR", help="write the text of each compiled program there")
+    parser.add_argument("--out", type=out_file, help="append a JSON row of each program to this file")
+    parser.set_defaults(takes_overrides=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what each program needs and takes, and append it; raise what is wrong with one."""
+    from based_jax import config as configs
+    from based_jax import parallel
+    from based_jax.aot import compiling, programs, report, topology
+    from based_jax.bench import rows
+    from based_jax.folders import make_folder, writing
+    from based_jax.train.run import TrainConfig
+
+    config = configs.build(TrainConfig, configs.load(args.config, parse_overrides(args.overrides)))
+    found = topology.find(args.topology, args.slices)
+    mesh = parallel.make_mesh(parse_mesh(args.mesh) or config.mesh, found.devices)
+    if args.rows_per_device is not None:
+        config = dataclasses.replace(config, batch_size=args.rows_per_device * row_ways(mesh), microbatches=1)
+    with rows.appended(args.out) as write:
+        for name in args.program or PROGRAMS:
+            lowered = programs.PROGRAMS[name](config, mesh)
+            compiled = compiling.compiled(lowered.lowered)
+            if args.text is not None:
+                make_folder(args.text)
+                with writing(file := args.text / f"{name}.txt"):
+                    file.write_text(compiled.text)
+            told = report.report(compiled, lowered, found, mesh, config.model.dtype)
+            print(report.table(f"{args.config} {name}", told), flush=True)
+            write({"config": args.config, "program": name, **told.row(), "command": rows.command_line()})
+            told.check()
+
+
+def row_ways(mesh: Mesh) -> int:
+    """Return over how many devices of a mesh the rows of a batch lie."""
+    from based_jax.parallel import BATCH_AXES
+
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Return the devices by axis of "data:8,fsdp:64".
+
+    Raises:
+      UserError: it is something else.
+    """
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        axis, colon, size = part.partition(":")
+        if not colon or not size.isdecimal() or axis in sizes:
+            raise UserError(f"Mesh '{text}' is none: it gives each axis its devices once, as data:8,fsdp:64 does.")
+        sizes[axis] = int(size)
+    return sizes

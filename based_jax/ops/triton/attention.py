@@ -1,0 +1,113 @@
+"""Softmax attention in Triton kernels: which calls they take, how arrays are filled up for them, and gradients.
+
+Tiles of another document are passed over. Kernels: `pallas_kernels/triton/attention.py`.
+"""
+
+import functools
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from based_jax import devices
+from based_jax.dims import BTHV
+from based_jax.ops import sharded
+from based_jax.ops.calls import AttentionCall
+from based_jax.ops.dispatch import target_device_kind
+
+MAX_HEAD_DIM = 256
+MAX_ELEMENTS = 2**31
+DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
+
+
+def supports(call: AttentionCall) -> str | None:
+    """Return why the kernels cannot run this call, or None."""
+    q, k, v = call.q, call.k, call.v
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return f"jax {jax.__version__} has no Triton backend of Pallas"
+    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in DTYPES:
+        return f"q, k and v must all be bfloat16 or float16, and are {q.dtype}, {k.dtype} and {v.dtype}"
+    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
+        return f"head dims must be at most {MAX_HEAD_DIM}, and are {q.shape[3]} and {v.shape[3]}"
+    if not 0 < max(q.size, v.size) < MAX_ELEMENTS:
+        return f"there must be 1 to {MAX_ELEMENTS - 1} elements, and are {max(q.size, v.size)}"
+    return sharded.mesh_refusal()
+
+
+def slower(_call: AttentionCall) -> str | None:
+    """Return why `auto` leaves a call to others, or None."""
+    kind = target_device_kind()
+    return None if devices.is_hopper(kind) else f"it has been timed on Hopper GPUs alone, and this is {kind}"
+
+
+def compute(call: AttentionCall) -> BTHV:
+    """Return o, each device for its rows and heads; zero at padding."""
+    tokens = "batch", None, "heads"
+    numbers = jnp.ones(call.q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
+
+    def shard(q, k, v, numbers):
+        # Pallas' GPU modules take half a second to import and are needed only here.
+        from pallas_kernels.triton import attention as kernels
+
+        time, scale = q.shape[1], 1 / math.sqrt(q.shape[3])
+        arrays = (sharded.fill(x, {1: kernels.TIME_MULTIPLE, 3: kernels.HEAD_MULTIPLE}) for x in (q, k, v))
+        filled = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: kernels.TIME_MULTIPLE}))
+        o = _attention(scale, min(call.window, time), *filled)[:, :time, :, : v.shape[3]]
+        return jnp.where(numbers[..., None, None] == 0, 0, o)
+
+    return sharded.per_shard(shard, (call.q, call.k, call.v, numbers), (*(tokens,) * 3, ("batch",)), (tokens,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(scale, window, q, k, v, numbers):
+    return _attention_fwd(scale, window, q, k, v, numbers)[0]
+
+
+def _attention_fwd(scale, window, q, k, v, numbers):
+    from pallas_kernels.triton import attention as kernels
+
+    tiling = kernels.tiling_of(kernels.FORWARD_TILINGS, q, v)
+    first = first_keys(numbers, window, tiling.own)
+    o, logarithm = kernels.forward(q, k, v, numbers, first, scale=scale, window=window)
+    return o, (q, k, v, numbers, o, logarithm)
+
+
+def _attention_bwd(scale, window, saved, do):
+    from pallas_kernels.triton import attention as kernels
+
+    q, k, v, numbers, o, logarithm = saved
+    tiling = kernels.tiling_of(kernels.GRADIENT_TILINGS, q, v)
+    delta = jnp.einsum("BTHV,BTHV->BHT", do.astype(jnp.float32), o.astype(jnp.float32))
+    options = {"scale": scale, "window": window}
+    first, last = first_keys(numbers, window, tiling.own), last_queries(numbers, window, tiling.own)
+    [dq] = kernels.query_gradients(q, k, v, numbers, first, logarithm, delta, do, **options)
+    dk, dv = kernels.key_gradients(q, k, v, numbers, last, logarithm, delta, do, **options)
+    return dq, dk, dv, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def first_keys(numbers: Int[Array, "B T"], window: int, tile: int) -> Int[Array, "B _"]:
+    """Return where the first key stands that queries of each tile see, T where they see none."""
+    time = jnp.arange(numbers.shape[1], dtype=jnp.int32)[None]
+    begin = jax.lax.cummax(jnp.where(_begins(numbers), time, 0), axis=1)
+    seen = jnp.where(numbers == 0, numbers.shape[1], jnp.maximum(begin, time - (window - 1)))
+    return seen.reshape(numbers.shape[0], -1, tile).min(axis=2)
+
+
+def last_queries(numbers: Int[Array, "B T"], window: int, tile: int) -> Int[Array, "B _"]:
+    """Return where the last query may stand that sees keys of each tile, -1 where there is none."""
+    size = numbers.shape[1]
+    time = jnp.arange(size, dtype=jnp.int32)[None]
+    begin = jax.lax.cummin(jnp.where(_begins(numbers), time, size), axis=1, reverse=True)
+    end = jnp.pad(begin[:, 1:], ((0, 0), (0, 1)), constant_values=size) - 1
+    seen = jnp.where(numbers == 0, -1, jnp.minimum(end, time + (window - 1)))
+    return seen.reshape(numbers.shape[0], -1, tile).max(axis=2)
+
+
+def _begins(numbers: Int[Array, "B T"]):
+    """Return which tokens are their document's first."""
+    return numbers > jnp.pad(jax.lax.cummax(numbers, axis=1)[:, :-1], ((0, 0), (1, 0)))

@@ -1,0 +1,386 @@
+"""Many processes as one run: who they are, how they meet before any backend starts, and how all end when one does.
+
+JAX ends a process that misses another one with a stack trace of its own. So the processes meet by themselves first, at
+the coordinator's address, and keep these connections: the system closes those of a process that ends, at once where it
+is killed, after `SILENCE_SECONDS` where its host is gone. Process 0 tells the others, and each says so in a sentence.
+
+    process 1, 2, ..                         process 0
+        {"process": 1, "of": 3}      ->          all are there?
+                                     <-      {"jax_port": 41231}
+        {"ended": null}              ->          1 has finished, or
+        {"ended": "its sentence"}    ->          1 has stopped:   {"lost": "Process 1 of 3 ..."} to all others
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+from jax._src.lib import _jax as jaxlib_api
+
+from based_jax.errors import UserError
+from based_jax.train.preemption import AgreedStop
+
+MEETING_SECONDS = 300
+"""How long a process waits for the others unless told otherwise."""
+SILENCE_SECONDS = 30
+"""After which a host that answers nothing is gone."""
+HELLO_SECONDS = 5.0
+GRACE_SECONDS = 2.0
+"""What a process has to say by itself what is wrong, before it says that another one found it wrong."""
+LOST_EXIT_CODE, WRONG_EXIT_CODE, INTERRUPTED_EXIT_CODE = 1, 2, 130
+SERVICE_SECONDS = 5.0
+SERVICE = """if True:
+    import json, sys, time
+    from jax._src.lib import _jax
+
+    address, count, options = json.loads(sys.argv[1])
+    service = _jax.get_distributed_runtime_service(address, count, **options)
+    print(end=".", flush=True)
+    sys.stdin.read()
+    time.sleep(float(sys.argv[2]))
+"""
+TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
+PROCESSES_OF_HOST = ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+
+
+class Place(NamedTuple):
+    """Which of how many processes this one is.
+
+    Attributes:
+      host, port: where process 0 listens.
+      process_id, num_processes: this one's number, from 0, and how many there are.
+      local_devices: those of its host that it takes; None for all.
+    """
+
+    host: str
+    port: int
+    process_id: int
+    num_processes: int
+    local_devices: tuple[int, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call the process."""
+        return f"Process {self.process_id} of {self.num_processes}"
+
+
+def given_place(coordinator: str, num_processes: int, process_id: int) -> Place:
+    """Return the place that a user gives; UserError for an impossible one."""
+    host, colon, port = coordinator.rpartition(":")
+    if not host or not colon or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"The coordinator is '{coordinator}'; it is HOST:PORT, such as 10.0.0.1:8476.")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"The process' number is {process_id}; it is at least 0 and below {num_processes}, how many are."
+        )
+    return Place(host.strip("[]"), int(port), process_id, num_processes)
+
+
+def found_place(environment: Mapping[str, str] = os.environ) -> Place:
+    """Return the place that the environment gives: torchrun's variables, or a cluster that JAX knows.
+
+    Raises:
+      UserError: there is none, or it says nothing sensible.
+    """
+    if all(environment.get(name) for name in TORCHRUN):
+        host, *numbers = (environment[name] for name in TORCHRUN)
+        try:
+            port, count, rank = map(int, numbers)
+            local = int(environment.get("LOCAL_RANK", "0"))
+        except ValueError:
+            raise UserError(f"The variables {', '.join(TORCHRUN[1:])} and LOCAL_RANK must be whole numbers.") from None
+        # torchrun itself listens at MASTER_PORT.
+        return given_place(f"{host}:{port + 1}", count, rank)._replace(local_devices=_own_devices([local], environment))
+    # JAX knows SLURM, Open MPI, GKE, Cloud TPU and Kubernetes, and has no public name for what it found.
+    from jax._src.clusters import ClusterEnv
+
+    with contextlib.suppress(Exception):  # each cluster fails in its own way where half of its variables are there
+        address, processes, number, own = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, MEETING_SECONDS
+        )
+        if address is not None and processes is not None and number is not None:
+            return given_place(address, processes, number)._replace(local_devices=_own_devices(own, environment))
+    raise UserError(
+        "There is no cluster around this process: no variables of SLURM, Open MPI, GKE, Cloud TPU, Kubernetes or "
+        "torchrun; give --coordinator, --num-processes and --process-id."
+    )
+
+
+def _own_devices(numbers: Sequence[int] | None, environment: Mapping[str, str]) -> tuple[int, ...] | None:
+    """Return the devices that a process takes, by its number on its host: all that it sees where it is alone there.
+
+    JAX would give the first process of a host the first device alone, and look for the fourth one in a process that
+    sees but its own.
+    """
+    on_host = next((environment[name] for name in PROCESSES_OF_HOST if environment.get(name)), "")
+    alone = re.match(r"1(\(x\d+\))?$", on_host)
+    sees_one = "," not in environment.get("CUDA_VISIBLE_DEVICES", ",")
+    return None if numbers is None or alone or sees_one else tuple(numbers)
+
+
+@contextlib.contextmanager
+def together(place: Place, timeout: float = MEETING_SECONDS, *, devices: bool = True) -> Iterator[None]:
+    """Make this process one of several while open: all have begun, and all end with one.
+
+    Nothing of JAX may have asked for a device before.
+
+    Args:
+      place: which of them this one is.
+      timeout: seconds to wait for the others.
+      devices: whether JAX computes on the devices of all together, or each process on its own.
+
+    Raises:
+      UserError: a process does not come, or two have the same number.
+    """
+    connections, port = _meet(place, timeout)
+    watch = _Watch(place, connections)
+    watch.start()
+    try:
+        if place.num_processes > 1 and devices:
+            with _service_in_a_process_of_its_own():
+                jax.distributed.initialize(
+                    f"{place.host}:{port}",
+                    place.num_processes,
+                    place.process_id,
+                    local_device_ids=place.local_devices,
+                    cluster_detection_method="deactivate",
+                    initialization_timeout=int(timeout),
+                )
+        yield
+        watch.end()
+    except BaseException as error:
+        watch.end() if isinstance(error, AgreedStop) else watch.fail(" ".join(str(error).split()) or repr(error))
+        known = {UserError: WRONG_EXIT_CODE, KeyboardInterrupt: INTERRUPTED_EXIT_CODE, SystemExit: LOST_EXIT_CODE}
+        code = next((code for kind, code in known.items() if isinstance(error, kind)), None)
+        if code is None:
+            watch.wait_for_a_loss()  # a collective fails a moment before the other process is known to be gone
+        if jax.distributed.is_initialized() and not isinstance(error, AgreedStop):
+            atexit.register(_leave, code or LOST_EXIT_CODE)
+        raise
+
+
+class _Service:
+    """JAX's coordination service in a process that outlives the one that began it by `SERVICE_SECONDS`.
+
+    JAX aborts every process that loses the service, and process 0 holds it. So long it answers, they hear by `_Watch`
+    that process 0 is gone.
+    """
+
+    def __init__(self, address: str, count: int, **options: Any):
+        words = [sys.executable, "-c", SERVICE, json.dumps([address, count, options]), str(SERVICE_SECONDS)]
+        self._process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        assert self._process.stdout is not None
+        if not self._process.stdout.read(1):
+            raise UserError(f"JAX's coordination service cannot listen at {address}.")
+
+    def shutdown(self) -> None:
+        """Let the service end soon: others may still hear from it that all have come to their end."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+
+@contextlib.contextmanager
+def _service_in_a_process_of_its_own() -> Iterator[None]:
+    """Begin JAX's coordination service as `_Service`; JAX has no public way to begin it elsewhere."""
+    own, jaxlib_api.get_distributed_runtime_service = jaxlib_api.get_distributed_runtime_service, _Service
+    try:
+        yield
+    finally:
+        jaxlib_api.get_distributed_runtime_service = own
+
+
+def _leave(code: int) -> None:
+    """End without a word to JAX's service, at which processes that have ended otherwise are waited for."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _meet(place: Place, timeout: float) -> tuple[dict[int, socket.socket], int]:
+    """Return connections to others by their numbers, of process 0 alone to all of them, and the port for JAX."""
+    if place.num_processes == 1:
+        return {}, 0
+    deadline = time.monotonic() + timeout
+    return _gather(place, deadline, timeout) if place.process_id == 0 else _join(place, deadline, timeout)
+
+
+def _gather(place: Place, deadline: float, timeout: float) -> tuple[dict[int, socket.socket], int]:
+    found: dict[int, socket.socket] = {}
+    missing = set(range(1, place.num_processes))
+
+    def refuse(reason: str) -> NoReturn:
+        for connection in found.values():
+            _send(connection, {"refused": reason})
+        raise UserError(reason)
+
+    try:
+        server = socket.create_server(("", place.port), backlog=place.num_processes, reuse_port=False)
+    except OSError as error:
+        raise UserError(
+            f"Port {place.port} cannot be listened to, for the other processes: {error.strerror}."
+        ) from None
+    with server:
+        while missing:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                names = ", ".join(map(str, sorted(missing)))
+                which = f"process {names}" if len(missing) == 1 else f"processes {names}"
+                refuse(
+                    f"Of {place.num_processes} processes, {which} did not come to {place.host}:{place.port} within "
+                    f"{timeout:g} s."
+                )
+            hello = None
+            with contextlib.suppress(TimeoutError):
+                hello = _receive(connection, HELLO_SECONDS)
+            if not hello or not isinstance(hello.get("process"), int):
+                connection.close()  # somebody else's
+                continue
+            number, count = hello["process"], hello.get("of")
+            found[number if number in missing else -1] = connection
+            if count != place.num_processes:
+                refuse(f"Process {number} was told of {count} processes, and process 0 of {place.num_processes}.")
+            if number not in missing:
+                refuse(f"Two processes have the number {number}.")
+            missing.remove(number)
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    for connection in found.values():
+        _send(connection, {"jax_port": port})
+    return found, port
+
+
+def _join(place: Place, deadline: float, timeout: float) -> tuple[dict[int, socket.socket], int]:
+    where = f"{place.host}:{place.port}"
+    while True:
+        try:
+            connection = socket.create_connection((place.host, place.port), timeout=5)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{place.name} found nobody at {where} within {timeout:g} s, where process 0 listens: "
+                    f"{error.strerror or error}."
+                ) from None
+            time.sleep(0.2)
+    _send(connection, {"process": place.process_id, "of": place.num_processes})
+    with contextlib.suppress(TimeoutError):
+        # Process 0 may have begun to wait later than this one.
+        answer = _receive(connection, deadline - time.monotonic() + timeout) or {}
+        if "jax_port" in answer:
+            return {0: connection}, answer["jax_port"]
+        if "refused" in answer:
+            raise UserError(answer["refused"])
+    raise UserError(f"{place.name} had no answer from process 0 at {where} within {timeout:g} s.")
+
+
+class _Watch:
+    """Ends this process with a sentence when another one has ended before its time."""
+
+    def __init__(self, place: Place, connections: Mapping[int, socket.socket]):
+        self._place, self._connections, self._failed = place, dict(connections), False
+        for connection in connections.values():
+            _keep_alive(connection)
+
+    def start(self) -> None:
+        """Listen in a thread from here on."""
+        if self._connections:
+            threading.Thread(target=self._listen, daemon=True).start()
+
+    def end(self) -> None:
+        """Tell the others that this process has done what it had to."""
+        self._tell({"ended": None})
+
+    def fail(self, reason: str) -> None:
+        """Tell the others why this process stops; what becomes of them is no news from here on."""
+        self._failed = True
+        self._tell({"ended": reason})
+
+    def wait_for_a_loss(self) -> None:
+        """Wait a moment for the news that another process is gone, which ends this one."""
+        self._failed = False
+        time.sleep(GRACE_SECONDS)
+
+    def _tell(self, message: Mapping[str, Any], but: int | None = None) -> None:
+        for number, connection in list(self._connections.items()):
+            if number != but:
+                with contextlib.suppress(OSError):
+                    _send(connection, message)
+
+    def _listen(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for number, connection in self._connections.items():
+                connection.setblocking(True)
+                selector.register(connection, selectors.EVENT_READ, number)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    message = _receive(key.fileobj, None)
+                    if message is None or "ended" in message:
+                        selector.unregister(key.fileobj)
+                    self._take(key.data, message)
+
+    def _take(self, number: int, message: Mapping[str, Any] | None) -> None:
+        if message is not None and message.get("ended", "") is None:
+            return
+        who = f"Process {number} of {self._place.num_processes}"
+        if message is None:
+            news, wait = f"{who} is gone, and this one stops; begin all again to continue.", 0.0
+        elif "ended" in message:
+            news, wait = f"{who} stopped: {message['ended']}", GRACE_SECONDS
+        else:
+            news, wait = message["lost"], message["wait"]
+        self._tell({"lost": news, "wait": wait}, but=number)
+        time.sleep(wait)
+        if not self._failed:
+            print(f"Error: {news}", file=sys.stderr)
+            _leave(LOST_EXIT_CODE)
+
+
+def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _receive(connection: Any, timeout: float | None) -> dict[str, Any] | None:
+    """Return the next line that the other end says, None where it has ended or says something else."""
+    connection.settimeout(timeout)
+    line = b""
+    try:
+        while not line.endswith(b"\n"):
+            byte = connection.recv(1)
+            if not byte:
+                return None
+            line += byte
+        return json.loads(line)
+    except TimeoutError:
+        raise
+    except (OSError, ValueError):
+        return None
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Let the system close a connection whose other host is gone."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    tries = 3
+    for option, value in {
+        "TCP_KEEPIDLE": 9,
+        "TCP_KEEPINTVL": SILENCE_SECONDS // tries - 3,
+        "TCP_KEEPCNT": tries,
+    }.items():
+        if hasattr(socket, option):  # not everywhere
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

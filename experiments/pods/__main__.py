@@ -1,0 +1,151 @@
+"""Language models compiled ahead of time for pods: what a step needs there, and an estimate of its time.
+
+python -m experiments.pods run [--only=TEXT]     compiles the grid, each program in a process of its own; rows are kept
+python -m experiments.pods table                 writes the README's table from the rows
+"""
+
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from based_jax.pictures.tables import markdown
+
+FOLDER = Path(__file__).parent
+ROWS, README = FOLDER / "results" / "pods.jsonl", FOLDER / "README.md"
+README_TABLE = re.compile(r"(<!-- table -->\n).*?(<!-- end -->)", re.DOTALL)
+MODELS = {
+    "based_1b": "configs/based.py:1b",
+    "based_360m": "configs/based.py:360m",
+    "attn_1b": "configs/attention.py:1b",
+    "mamba_1b": "configs/mamba.py:1b",
+    "gated_deltanet_360m": "configs/gated_deltanet.py:360m",
+}
+GIB = 1 << 30
+
+
+class Pod(NamedTuple):
+    """Devices, and how the rows of each length lie on them.
+
+    Attributes:
+      topology, slices, mesh: arguments of `aot`.
+      rows: of a device by the tokens of a row.
+    """
+
+    topology: str
+    slices: int
+    mesh: str
+    rows: dict[int, int]
+
+
+PODS = (
+    Pod("v5e:16x16", 1, "fsdp:256", {2048: 4, 32768: 1}),
+    Pod("v6e:16x16", 1, "fsdp:256", {2048: 8, 32768: 1}),
+    Pod("v5p:8x8x8", 1, "data:8,fsdp:64", {2048: 16, 32768: 1}),
+    Pod("v5p:8x8x8", 2, "data:16,fsdp:64", {2048: 16, 32768: 1}),
+)
+
+
+def main() -> int:
+    """Run one command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("--only", default="", help="of the grid the points whose name has this text")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for a point (default: 3600)")
+    args = parser.parse_args()
+    if args.command == "run":
+        for name, arguments in points():
+            if args.only in name:
+                compile_point(name, arguments, args.timeout)
+    README.write_text(README_TABLE.sub(lambda block: f"{block[1]}{table()}\n{block[2]}", README.read_text()))
+    return 0
+
+
+def points() -> Iterator[tuple[str, list[str]]]:
+    """Yield the name and the arguments of each point, those that tell most first."""
+    for model, config in MODELS.items():
+        for tokens in (2048, 32768):
+            for pod in PODS:
+                where = [f"--topology={pod.topology}", f"--slices={pod.slices}", f"--mesh={pod.mesh}"]
+                what = [
+                    f"--config={config}",
+                    f"--rows-per-device={pod.rows[tokens]}",
+                    f"--config.data.seq_len={tokens}",
+                ]
+                yield f"{model} {tokens} {pod.slices} x {pod.topology}", [*what, *where]
+
+
+def compile_point(name: str, arguments: list[str], timeout: float) -> None:
+    """Compile a point and keep its row, or why there is none."""
+    begin, out = time.perf_counter(), ROWS.with_suffix(".part")
+    command = ["python", "-m", "based_jax", "aot", "--program=train", *arguments]
+    out.unlink(missing_ok=True)
+    try:
+        run = subprocess.run(
+            [sys.executable, *command[1:], f"--out={out}"], stderr=subprocess.PIPE, text=True, timeout=timeout
+        )
+        said = run.stderr.strip().splitlines()[-1:] if run.returncode else []
+    except subprocess.TimeoutExpired:
+        said = [f"Error: not compiled within {timeout:.0f} s."]
+    [row] = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else [{}]
+    row |= {"point": name, "wall_seconds": round(time.perf_counter() - begin, 1), "command": " ".join(command)}
+    row |= {"error": said[0].removeprefix("Error: ")} if said else {}
+    out.unlink(missing_ok=True)
+    kept = {old["point"]: old for old in read()} | {name: row}
+    ROWS.parent.mkdir(exist_ok=True)
+    ROWS.write_text("".join(json.dumps(kept[point]) + "\n" for point, _ in points() if point in kept))
+    print(
+        f"{name}: {said[0] if said else f'{row["estimate"]["sum_mfu"]:.1%}'}, {row['wall_seconds']:.0f} s", flush=True
+    )
+
+
+def read() -> list[dict]:
+    """Return the rows that there are."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def table() -> str:
+    """Return the table of all rows."""
+    return markdown(pd.DataFrame(list(map(told, read()))))
+
+
+def told(row: dict) -> dict[str, str]:
+    """Return the cells of a row."""
+    model, tokens, pod = row["point"].split(" ", 2)
+    cells = {"model": f"`{model}`", "tokens": f"{int(tokens):,}", "pod": pod.removeprefix("1 x ")}
+    if "seconds" not in row:
+        return cells | {"MFU by the sum": row["error"]}
+    seconds, estimate, sent = row["seconds"], row["estimate"], row["exchanged_bytes"]
+    parts = seconds["compute"], seconds["memory"], seconds["links"] + seconds["network"]
+    return cells | {
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items()),
+        "rows of a chip": f"{row['tokens'] // int(tokens) / devices(row):g}",
+        "GiB (temporaries)": f"{row['memory']['peak'] / GIB:.1f} ({row['memory']['temporaries'] / GIB:.1f})",
+        "ms: compute + HBM + exchange": " + ".join(f"{1e3 * part:.0f}" for part in parts),
+        "GB sent (times FSDP's)": f"{sent / 1e9:.1f} ({sent / row['fsdp_bytes']:.2f})",
+        "most of it": most_sent(row),
+        "MFU by the sum": f"{estimate['sum_mfu']:.1%}" + (f"; {row['error']}" if "error" in row else ""),
+        "by the bound": f"{estimate['bound_mfu']:.1%}, {row['bound']}",
+    }
+
+
+def most_sent(row: dict) -> str:
+    """Return the collectives that send most, with their axes."""
+    return ", ".join(f"{x['kind']} over {'+'.join(x['axes'])} {x['bytes'] / 1e9:.1f}" for x in row["exchanged"][:2])
+
+
+def devices(row: dict) -> int:
+    """Return the number of devices of a row's mesh."""
+    return math.prod(row["mesh"].values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

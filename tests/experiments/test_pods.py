@@ -1,0 +1,51 @@
+from experiments.pods import __main__ as pods
+
+ROW = {
+    "point": "based_1b 2048 2 x v5p:8x8x8",
+    "mesh": {"data": 16, "fsdp": 64},
+    "tokens": 1024 * 4 * 2048,
+    "memory": {"peak": 3 << 30, "temporaries": 2 << 30},
+    "seconds": {"compute": 0.1, "memory": 0.02, "links": 0.003, "network": 0.004},
+    "exchanged_bytes": 6e9,
+    "fsdp_bytes": 4e9,
+    "exchanged": [{"kind": "all-gather", "axes": ["fsdp"], "bytes": 5e9}],
+    "bound": "compute",
+    "estimate": {"sum_mfu": 0.51, "bound_mfu": 0.72},
+}
+
+
+def test_a_row_is_told():
+    assert pods.told(ROW) == {
+        "model": "`based_1b`",
+        "tokens": "2,048",
+        "pod": "2 x v5p:8x8x8",
+        "mesh": "data 16, fsdp 64",
+        "rows of a chip": "4",
+        "GiB (temporaries)": "3.0 (2.0)",
+        "ms: compute + HBM + exchange": "100 + 20 + 7",
+        "GB sent (times FSDP's)": "6.0 (1.50)",
+        "most of it": "all-gather over fsdp 5.0",
+        "MFU by the sum": "51.0%",
+        "by the bound": "72.0%, compute",
+    }
+
+
+def test_a_point_that_was_not_compiled_says_why():
+    told = pods.told({"point": "attn_1b 32768 1 x v5e:16x16", "error": "The step does not fit."})
+    assert told == {
+        "model": "`attn_1b`",
+        "tokens": "32,768",
+        "pod": "v5e:16x16",
+        "MFU by the sum": "The step does not fit.",
+    }
+
+
+def test_the_grid_has_every_model_on_every_pod_at_both_lengths():
+    names = [name for name, _ in pods.points()]
+    assert len(names) == len(set(names)) == len(pods.MODELS) * len(pods.PODS) * 2
+    assert names[0] == "based_1b 2048 1 x v5e:16x16"
+
+
+def test_the_table_stands_between_its_markers():
+    text = pods.README_TABLE.sub(lambda block: f"{block[1]}|\n{block[2]}", pods.README.read_text())
+    assert "<!-- table -->\n|\n<!-- end -->" in text

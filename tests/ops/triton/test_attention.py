@@ -1,0 +1,97 @@
+"""Attention's Triton kernels as far as a CPU can tell: refusals, lowering for an H100, and the interpreter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.cases import parametrize_some
+from helpers.devices import gpus
+from jax.experimental import pallas as pl
+
+from based_jax.ops import segments, softmax
+from based_jax.ops.calls import AttentionCall
+from based_jax.ops.dispatch import recorded_choices
+from based_jax.ops.triton import attention as triton_attention
+
+
+def call_of(T=256, K=64, V=64, dtype=jnp.bfloat16, window=None, B=2, H=2):
+    q, v = (jnp.zeros((B, T, H, size), dtype) for size in (K, V))
+    return AttentionCall(q, q, v, window or T, jnp.ones((B, T), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (call_of(dtype=jnp.float32), "bfloat16 or float16, and are float32"),
+        (call_of(V=264), "at most 256, and are 64 and 264"),
+        (call_of(B=0), "elements, and are 0"),
+    ],
+)
+def test_refusals_name_the_value(call, words):
+    assert words in triton_attention.supports(call)
+    assert triton_attention.supports(call_of(K=70, V=256, dtype=jnp.float16)) is None
+
+
+@pytest.mark.parametrize("window", [1, 9, 64])
+def test_walks_have_all_that_is_seen(packed_ids, window):
+    numbers, tile = segments.numbered(packed_ids(64)), 8
+    near = np.tri(64, dtype=bool) & ~np.tri(64, k=-window, dtype=bool)
+    seen = near & np.asarray(segments.same_document(numbers, numbers))  # query, key
+    first = np.where(seen.any(2), seen.argmax(2), 64).reshape(6, -1, tile).min(2)
+    np.testing.assert_array_equal(triton_attention.first_keys(numbers, window, tile), first)
+    last = np.where(seen.any(1), 63 - seen[:, ::-1].argmax(1), -1).reshape(6, -1, tile).max(2)
+    found = np.asarray(triton_attention.last_queries(numbers, window, tile))
+    assert (found >= last).all() and ((found == -1) == (last == -1)).all()
+    full = triton_attention.last_queries(numbers[:2], window, tile)  # without padding
+    np.testing.assert_array_equal(full, last[:2])
+
+
+# (T, K, V, window, dtype): tiles that are not filled; heads of several pieces; windows.
+CASES = [
+    (200, 40, 24, 200, "float32"),
+    (200, 40, 24, 200, "bfloat16"),
+    (130, 70, 70, 70, "float32"),
+    (300, 130, 64, 300, "bfloat16"),
+]
+
+
+@parametrize_some("T, K, V, window, dtype", CASES, CASES[:1])
+def test_they_equal_the_oracle(T, K, V, window, dtype, normal, packed_ids, out_and_grads, close, monkeypatch):
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    q, k, v, cotangent = (normal(2, T, 1, size, dtype=dtype) for size in (K, K, V, V))
+    ids = packed_ids(T)[1:3]  # many documents, and padding before one
+    compute = segments.without_padding(triton_attention.compute, *softmax.QKV)
+
+    def tiles(q, k, v):
+        return compute(AttentionCall(q, k, v, window, segments.numbered(ids)))
+
+    def oracle(q, k, v):
+        return softmax.window_attention(q, k, v, window=window, segment_ids=ids, impl="oracle")
+
+    close(out_and_grads(tiles, (q, k, v), cotangent), out_and_grads(oracle, (q, k, v), cotangent), dtype)
+
+
+def loss(q, k, v, ids):
+    return jnp.sum(softmax.attention(q, k, v, segment_ids=ids).astype(jnp.float32) ** 2)
+
+
+@pytest.mark.parametrize("K", [64, 70, 256])
+def test_packed_documents_lower_for_an_h100(K):
+    """Under a mesh each device runs the kernels on its own rows and heads."""
+    call = call_of(K=K, V=K, B=4, H=4)
+    with gpus(shape=(2, 2), names=("data", "tensor")), recorded_choices() as choices:
+        traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(*call[:3], call.segment_ids)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert list(choices["attention"]) == ["triton_tiles"]
+    kernels = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
+    width = -(-K // 16) * 16
+    assert len(kernels) == 3 and all(f"tensor<2x256x2x{width}xbf16>" in line for line in kernels)
+
+
+def test_lanes_lower_for_an_h100():
+    lanes = [jnp.stack([x, x]) for x in (*call_of()[:3], call_of().segment_ids)]
+    with gpus():
+        text = jax.jit(jax.vmap(jax.grad(loss))).trace(*lanes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 3
