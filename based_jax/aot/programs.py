@@ -39,6 +39,7 @@ class Lowered:
 def lower_train(config: TrainConfig, mesh: Mesh) -> Lowered:
     """Return the training step of a config, over rows of its longest test."""
     program, length = train_program(config, mesh), config.data.longest_test
+    config = program.config
     batch = {name: np.zeros((1, length), np.int32) for name in batch_names(config)}
     tokens, forward = config.batch_size * length, _model(config).flops_per_token(length)
     lowered, params = program.lower_step(batch), program.abstract_state.params
@@ -47,10 +48,11 @@ def lower_train(config: TrainConfig, mesh: Mesh) -> Lowered:
 
 def lower_decode(config: TrainConfig, mesh: Mesh) -> Lowered:
     """Return the step by which `generate` reads a token of every row, with caches for tokens of the longest test."""
+    config = config.sized(mesh)
     parallel.check_batch_size(config.batch_size, mesh)
     rows, length, model = config.batch_size, config.data.longest_test, _model(config)
     graphdef, shapes = nnx.split(model)
-    params, where = parallel.placed(shapes, mesh), parallel.batch_sharding(mesh)
+    params, where = parallel.placed(shapes, mesh), NamedSharding(mesh, jax.P(parallel.BATCH_AXES))
     tokens, words = (jax.ShapeDtypeStruct((rows, *more), jnp.uint32, sharding=where) for more in ((), (3,)))
 
     def step(params, tokens, cache, words):

@@ -9,20 +9,13 @@ examples:
   python -m based_jax aot --config=configs/based.py:360m --topology=h100:4x8 --program=decode
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from based_jax.commands.parser import CommandParser, out_file
 from based_jax.commands.train import parse_overrides
 from based_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
 
 PROGRAMS = ("train", "decode")
 
@@ -59,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     found = topology.find(args.topology, args.slices)
     mesh = parallel.make_mesh(parse_mesh(args.mesh) or config.mesh, found.devices)
     if args.rows_per_device is not None:
-        config = dataclasses.replace(config, batch_size=args.rows_per_device * row_ways(mesh), microbatches=1)
+        config = dataclasses.replace(config, rows_per_device=args.rows_per_device, microbatches=1)
     with rows.appended(args.out) as write:
         for name in args.program or PROGRAMS:
             lowered = programs.PROGRAMS[name](config, mesh)
@@ -72,13 +65,6 @@ def run(args: argparse.Namespace) -> None:
             print(report.table(f"{args.config} {name}", told), flush=True)
             write({"config": args.config, "program": name, **told.row(), "command": rows.command_line()})
             told.check()
-
-
-def row_ways(mesh: Mesh) -> int:
-    """Return over how many devices of a mesh the rows of a batch lie."""
-    from based_jax.parallel import BATCH_AXES
-
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
