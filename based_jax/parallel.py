@@ -24,6 +24,10 @@ HEAD_AXES = ("tensor",)  # over which heads lie
 
 PARAMETER_RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
 STACKED = "layers"  # the name of the axis along which layers are stacked
+ROWS_OF_TABLES = "vocab"
+"""The name of the axis that ids choose from. A table that the rule does not divide has its rows divided alone: for the
+gradient of a part of both XLA would have activations whole on all devices.
+"""
 
 # Rows of activations lie over fsdp too: a layer gathers its weights there, which are smaller.
 ACTIVATION_RULES = {"batch": BATCH_AXES}
@@ -100,7 +104,8 @@ def placement_of(leaf: nnx.Variable, mesh: Mesh | AbstractMesh, spread: bool = F
     """Return how a variable is divided over a mesh; see `shardings`."""
     shape, names = leaf.get_value().shape, leaf.get_metadata().get("out_sharding") or ()
     largest_first = sorted(range(len(names)), key=lambda i: (names[i] == STACKED, -shape[i]))
-    others = largest_first if is_large(shape) else []
+    rows = [i for i, name in enumerate(names) if name == ROWS_OF_TABLES]
+    others = (rows or largest_first) if is_large(shape) else []
 
     def wish(rule: str, axis: str, others: Sequence[int]) -> Wish:
         return Wish(axis, [i for i, name in enumerate(names) if PARAMETER_RULES.get(name or "") == rule], others)

@@ -14,6 +14,10 @@ LARGE_BYTES = 2**20
 """An array of fewer bytes in fp32 stays whole where the dimension that its names choose cannot be divided."""
 
 
+PART = "_"
+"""Between the name of an axis and the number of a part of it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Wish:
     """A mesh axis that is to divide an array.
@@ -21,7 +25,7 @@ class Wish:
     Attributes:
       axis: its name.
       first: the dimensions that it divides if it can.
-      others: those that it, or parts of it, divide where it cannot, in this order.
+      others: those that it divides where it cannot, in this order, or that share it, each with a part of it.
     """
 
     axis: str
@@ -64,8 +68,8 @@ class Placement:
 def place(shape: Sequence[int], sizes: Mapping[str, int], wishes: Sequence[Wish]) -> Placement:
     """Return how mesh axes of these sizes divide an array, each as its wish says.
 
-    An axis divides one dimension if one of its wish's takes all of it. Else these share it, if the wish has `others`,
-    each taking the largest part that it can be divided by; devices along what is left over hold the same.
+    An axis divides one dimension if one of its wish's takes all of it. Else the `others` share it, each taking the
+    largest part that it can be divided by; devices along what is left over hold the same.
     """
     parts: list[list[tuple[str, int]]] = [[] for _ in shape]
     left, whole = list(shape), {}
@@ -77,8 +81,7 @@ def place(shape: Sequence[int], sizes: Mapping[str, int], wishes: Sequence[Wish]
     for wish in wishes:
         rest, dimensions = sizes[wish.axis], [*wish.first, *(wish.others if sizes[wish.axis] > 1 else ())]
         divided = next((dimension for dimension in dimensions if left[dimension] % rest == 0), None)
-        sharing = dimensions if wish.others else []
-        for dimension in sharing if divided is None else [divided]:
+        for dimension in wish.others if divided is None else [divided]:
             size = math.gcd(left[dimension], rest)
             if size > 1 or dimension == divided:
                 take(dimension, wish.axis, size)
@@ -93,7 +96,7 @@ def is_large(shape: Sequence[int]) -> bool:
 
 
 def _part_names(axis: str, sizes: Sequence[int]) -> list[str]:
-    return [f"{axis}_{i}" for i in range(len(sizes))]
+    return [f"{axis}{PART}{i}" for i in range(len(sizes))]
 
 
 @functools.cache
@@ -104,6 +107,13 @@ def _cut(mesh: Mesh, cuts: tuple[tuple[str, tuple[int, ...]], ...]) -> Mesh:
     names = [name for axis, cut in sizes.items() for name in (_part_names(axis, cut) if axis in by_axis else [axis])]
     devices = np.asarray(mesh.devices).reshape([size for cut in sizes.values() for size in cut])
     return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def parts_along(sharding: NamedSharding, axis: str) -> int:
+    """Return into how many parts a mesh axis divides an array that lies as a `Placement` says."""
+    names = [name for entry in sharding.spec if entry for name in (entry if isinstance(entry, tuple) else (entry,))]
+    own = [name for name in names if name == axis or name.rpartition(PART)[0] == axis]
+    return math.prod(sharding.mesh.shape[name] for name in own)
 
 
 def by_rows(call: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

@@ -85,7 +85,6 @@ ATTENTION_1B = (
     (("layers", "heads", "embed"), (36, 1680, 1680)),
     (("layers", "embed", "mlp"), (36, 1680, 9216)),
     (("layers", "mlp", "embed"), (36, 4608, 1680)),
-    (("vocab", "embed"), (50272, 1680)),
 )
 
 
@@ -103,6 +102,14 @@ def test_a_width_that_64_devices_do_not_divide_leaves_nothing_whole(sizes, names
     assert math.prod(size for _, size in taken) == math.prod(sizes.values()) // sizes.get("data", 1)
     assert all(size % math.prod(n for _, n in parts) == 0 for size, parts in zip(shape, found.parts, strict=True))
     assert parallel.placement_of(abstract(names, shape, jnp.bfloat16), mesh) == found
+
+
+def test_a_table_is_divided_by_rows_where_its_width_cannot_be():
+    """The 50,272 rows of attention at 1.3B can be divided by 32, those of a vocabulary padded to 128 x 8 by 64."""
+    mesh = AbstractMesh((1, 64, 1), parallel.AXES)
+    for rows, part in ((50272, 32), (51200, 64)):
+        found = parallel.placement_of(abstract(("vocab", "embed"), (rows, 1680)), mesh)
+        assert (found.parts[0][-1], found.parts[1], found.whole["fsdp"]) == (("fsdp", part), (), 64 // part)
 
 
 def test_what_is_whole_is_listed_with_its_bytes():

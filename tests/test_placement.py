@@ -19,7 +19,11 @@ SIZES = {"data": 4, "fsdp": 64, "tensor": 2}
         ((64, 9), [Wish("fsdp", [0])], ((("fsdp", 64),), ())),
         ((1680, 9216), [Wish("fsdp", [0], [0, 1])], ((), (("fsdp", 64),))),
         ((1680, 5040), [Wish("fsdp", [0], [0, 1])], ((("fsdp", 16),), (("fsdp", 4),))),
-        ((1680, 5040), [Wish("tensor", [1]), Wish("fsdp", [0], [1])], ((("fsdp", 16),), (("tensor", 2), ("fsdp", 4)))),
+        (
+            (1680, 5040),
+            [Wish("tensor", [1]), Wish("fsdp", [0], [0, 1])],
+            ((("fsdp", 16),), (("tensor", 2), ("fsdp", 4))),
+        ),
         (
             (128, 8),
             [Wish("tensor", [1]), Wish("fsdp", [0]), Wish("data", [0], [1])],
@@ -58,6 +62,8 @@ def test_devices_hold_equal_parts_that_make_up_the_array(shape):
     np.testing.assert_array_equal(placed, x)
     [size] = {shard.data.size for shard in placed.addressable_shards}
     assert size * mesh.size == x.size * math.prod(found.whole.values())
+    for axis, devices in mesh.shape.items():
+        assert placement.parts_along(sharding, axis) * found.whole.get(axis, 1) == devices
     assert list(sharding.mesh.devices.flat) == list(mesh.devices.flat)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from based_jax import parallel
 from based_jax.aot import collectives, compiling, costs
 from based_jax.aot.compiling import Buffer, Compiled, DoesNotFit, Memory
 from based_jax.aot.hlo import Program
@@ -14,6 +15,7 @@ from based_jax.aot.programs import Lowered
 from based_jax.aot.roofline import Roofline, fsdp_bytes, known_device, roofline
 from based_jax.aot.topology import Topology
 from based_jax.errors import UserError
+from based_jax.train.opening import whole_lines
 
 ON_CHIP = {"tpu": (1, 2, 3, 4, 5, 6)}
 """Memory spaces that are not HBM, by platform."""
@@ -114,6 +116,7 @@ class Report:
                 "bound_mfu": self.mfu(seconds),
                 "sum_mfu": self.mfu(total),
             },
+            "whole": [x._asdict() for x in parallel.whole_parameters(self.lowered.params, self.mesh)],
             "rematerialized": self.rematerialized,
             "silent_kernels": self.silent_kernels,
             "unknown_loops": self.unknown_loops,
@@ -167,6 +170,7 @@ def table(name: str, report: Report) -> str:
         *(f"    {x.kind:18} {'+'.join(x.axes):12} {x.count:7,} times {x.bytes / GIGA:9.3f} GB" for x in report.moved),
         f"  estimate   {bound} bounds a step at {_ms(seconds)} (MFU {report.mfu(seconds):.1%}); nothing overlapped it"
         f" takes {_ms(total)}: {report.tokens_per_second:,.0f} tokens/s, MFU {report.mfu(total):.1%}",
+        *(f"  {line}" for line in whole_lines(report.lowered.params, report.mesh)),
         *_left_out(report),
     ]
     return "\n".join(lines)

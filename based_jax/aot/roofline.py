@@ -19,6 +19,7 @@ from based_jax.aot.collectives import Collective
 from based_jax.aot.topology import Topology
 from based_jax.devices import Device, Interconnect
 from based_jax.errors import UserError
+from based_jax.placement import parts_along
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +148,8 @@ def fsdp_bytes(params, mesh: Mesh, element_bytes: int, microbatches: int = 1) ->
     total = 0.0
     for leaf in jax.tree.leaves(params):
         shard = math.prod(leaf.sharding.shard_shape(leaf.shape)) * element_bytes
-        cut = "fsdp" in leaf.sharding.spec
-        total += 3 * microbatches * shard * (shards - 1) if cut else 0.0
-        reduced = copies if cut else copies * shards
+        cut = parts_along(leaf.sharding, "fsdp")
+        total += 3 * microbatches * shard * (cut - 1)
+        reduced = copies * shards // cut
         total += 2 * shard * (reduced - 1) / reduced
     return total

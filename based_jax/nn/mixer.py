@@ -52,6 +52,7 @@ class Mixer(nnx.Module):
     and options that it takes where ours have other defaults are in `REFERENCE_OPTIONS`.
     """
 
+    config: Any
     Config: ClassVar[Any]
     IMPLEMENTATIONS: ClassVar[Any] = {}  # the table of the operation that the option `impl` chooses from
     REFERENCE: ClassVar[Mapping[str, Mapping[str, str | tuple[str, ...]]]] = {}

@@ -2,7 +2,7 @@
 
 Both passes make a tile's logits from hidden states and the table. The gradient of the table is one array, to which each
 block of rows adds. Under a mesh a device has its own rows and, where the table lies over `tensor`, its own part of the
-vocabulary: devices exchange three numbers a row forward, and the gradients' sums backward.
+vocabulary: devices gather the table's width; they exchange three numbers a row, and the sums of the gradients.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,9 @@ from based_jax.ops.precision import einsum, product_policy
 BLOCK_ROWS, CHUNK_TOKENS = 4096, 2048
 """The most rows and tokens of a tile of logits."""
 LOWEST = float(jnp.finfo(jnp.float32).min)
-ROWS, TABLE = ("batch",), ("vocab",)
+ROWS = ("batch",)
+Part = Float[Array, "_ _"]
+"""Of a table, with some of its tokens and of its width."""
 
 
 def supports(_call: CrossEntropyCall) -> str | None:
@@ -45,37 +47,75 @@ def _by_tiles(hidden: Rows, table: Table, labels: Int[Array, "N"]) -> tuple[Loss
 
 
 def _by_tiles_fwd(hidden, table, labels):
-    axes = sharded.axes_of("vocab", table.shape[0])
+    axes = Axes.of(hidden, table)
 
     def on_device(hidden, table, labels):
-        own = labels - _first_token(table, axes)
+        table = axes.gathered(table)
+        own = labels - axes.first_token(table)
         top, total, chosen = _by_blocks(lambda h, label: _statistics(h, table, label), hidden, own)
-        highest = lax.pmax(top, axes)
-        total, chosen = lax.psum((total * jnp.exp(top - highest), chosen), axes)
+        highest = lax.pmax(top, axes.vocab)
+        total, chosen = lax.psum((total * jnp.exp(top - highest), chosen), axes.vocab)
         logarithm = jnp.log(total)
         return logarithm + (highest - chosen), chosen >= highest, highest, logarithm
 
-    arrays, names = (hidden, _carried(table, hidden), labels), (ROWS, TABLE, ROWS)
+    arrays, names = (hidden, axes.carried(table, hidden.dtype), labels), (ROWS, axes.table, ROWS)
     *results, highest, logarithm = sharded.per_shard(on_device, arrays, names, (ROWS,) * 4)
     return tuple(results), (hidden, table, labels, highest, logarithm)
 
 
 def _by_tiles_bwd(saved, cotangents):
     hidden, table, labels, *statistics = saved
-    axes, row_axes = sharded.axes_of("vocab", table.shape[0]), sharded.axes_of("batch", hidden.shape[0])
+    axes = Axes.of(hidden, table)
 
     def on_device(hidden, table, labels, *rest):
-        rows = hidden, labels - _first_token(table, axes), *rest
-        dhidden, dtable = _gradients(table, rows)
-        return lax.psum(dhidden, axes), lax.psum(dtable, row_axes)
+        table = axes.gathered(table)
+        dhidden, dtable = _gradients(table, (hidden, labels - axes.first_token(table), *rest))
+        return lax.psum(dhidden, axes.vocab), axes.summed(dtable)
 
-    arrays = hidden, _carried(table, hidden), labels, *statistics, cotangents[0]
-    names = ROWS, TABLE, ROWS, ROWS, ROWS, ROWS
-    dhidden, dtable = sharded.per_shard(on_device, arrays, names, (ROWS, TABLE))
+    arrays = hidden, axes.carried(table, hidden.dtype), labels, *statistics, cotangents[0]
+    dhidden, dtable = sharded.per_shard(on_device, arrays, (ROWS, axes.table, *(ROWS,) * 4), (ROWS, axes.table))
     return dhidden.astype(hidden.dtype), dtable.astype(table.dtype), None
 
 
 _by_tiles.defvjp(_by_tiles_fwd, _by_tiles_bwd)
+
+
+class Axes(NamedTuple):
+    """The mesh axes that divide the rows, the table's tokens, and its width where each part of it is of other rows."""
+
+    rows: tuple[str, ...]
+    vocab: tuple[str, ...]
+    width: tuple[str, ...]
+
+    @classmethod
+    def of(cls, hidden: Rows, table: Table) -> "Axes":
+        """Return those of a call on the mesh of `jax.set_mesh`."""
+        sizes = ("batch", hidden.shape[0]), ("vocab", table.shape[0]), ("embed", table.shape[1])
+        rows, vocab, width = (sharded.axes_of(*size) for size in sizes)
+        return cls(rows, vocab, width if set(width) <= set(rows) else ())
+
+    @property
+    def table(self) -> tuple[str, ...]:
+        """The names of the table's dimensions that are divided."""
+        return ("vocab", "embed") if self.width else ("vocab",)
+
+    def carried(self, table: Part, dtype) -> Part:
+        """Return the table as devices gather it: rounded, where each has rows of its own."""
+        return table.astype(dtype) if self.rows else table
+
+    def gathered(self, table: Part) -> Part:
+        """Return all of the width of a device's part of the table."""
+        return lax.all_gather(table, self.width, axis=1, tiled=True) if self.width else table
+
+    def summed(self, dtable: Part) -> Part:
+        """Return the part of the gradient's sum over all rows that a device keeps."""
+        if self.width:
+            dtable = lax.psum_scatter(dtable, self.width, scatter_dimension=1, tiled=True)
+        return lax.psum(dtable, tuple(axis for axis in self.rows if axis not in self.width))
+
+    def first_token(self, table: Part) -> Array | int:
+        """Return the first token of a device's part of the table."""
+        return lax.axis_index(self.vocab) * table.shape[0] if self.vocab else 0
 
 
 class Tile(NamedTuple):
@@ -160,13 +200,3 @@ def _blocks(x: Array) -> Array:
     count = max(-(-x.shape[0] // BLOCK_ROWS), 1)
     filled = sharded.fill(x, {0: count})
     return filled.reshape(count, filled.shape[0] // count, *x.shape[1:])
-
-
-def _first_token(table: Table, axes: tuple[str, ...]) -> Array | int:
-    """Return the first token of the device's part of the table."""
-    return lax.axis_index(axes) * table.shape[0] if axes else 0
-
-
-def _carried(table: Table, hidden: Rows) -> Table:
-    """Return the table as devices gather it: rounded, where each has rows of its own."""
-    return table.astype(hidden.dtype) if sharded.axes_of("batch", hidden.shape[0]) else table

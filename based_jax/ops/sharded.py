@@ -1,7 +1,7 @@
 """How a kernel is called under a mesh (`jax.set_mesh`): every device runs it on its part of the arrays.
 
-To XLA kernels are opaque. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, heads and the
-tokens of a vocabulary over `parallel.HEAD_AXES`, as `based_jax.parallel` places them.
+To XLA kernels are opaque. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, heads over
+`parallel.HEAD_AXES`, and a table's tokens and widths as `parallel.PARAMETER_RULES` place them.
 """
 
 import math
@@ -13,11 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from based_jax.parallel import BATCH_AXES, HEAD_AXES, free_axes
+from based_jax.parallel import BATCH_AXES, HEAD_AXES, PARAMETER_RULES, free_axes
 
 Names = tuple[str | None, ...]
 
-MESH_AXES = {"batch": BATCH_AXES, "heads": HEAD_AXES, "vocab": HEAD_AXES}
+MESH_AXES = {
+    "batch": BATCH_AXES,
+    "heads": HEAD_AXES,
+    "vocab": (PARAMETER_RULES["vocab"],),
+    "embed": (PARAMETER_RULES["embed"],),
+}
 
 
 def mesh_refusal() -> str | None:
@@ -33,8 +38,7 @@ def per_shard(
     arguments: Sequence[jax.Array | None],
     names: Sequence[Names],
     results: Sequence[Names],
-    *,
-    check_vma: bool = True,
+    **options: Any,
 ) -> Any:
     """Return `function(*arguments)`, run by every device of the mesh on its part of the arrays.
 
@@ -43,7 +47,7 @@ def per_shard(
       names: for each argument the name of each of its first dimensions, a key of `MESH_AXES` or None; a dimension that
         its mesh axes do not divide, and one without a name, stays whole.
       results: the same for the results, one or a tuple.
-      check_vma: of `jax.shard_map`; not for a kernel that does not say over which devices its results vary.
+      options: of `jax.shard_map`: a kernel may not say over which devices its results vary, and need `check_vma=False`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = free_axes(mesh)
@@ -66,7 +70,7 @@ def per_shard(
 
     specs = tuple(spec(dims) for _, dims in given)
     out = tuple(map(spec, results)) if len(results) > 1 else spec(results[0])
-    shared = jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names=free, check_vma=check_vma)
+    shared = jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names=free, **options)
     return shared(*(x for x, _ in given))
 
 

@@ -47,7 +47,8 @@ class Cut(NamedTuple):
         """Return the numbers of the chunks of queries and of keys in which one sees another, queries in order."""
         query, key = np.arange(0, T, self.queries)[:, None] + self.past, np.arange(0, S, self.keys)[None]
         met = (key < query + self.queries) & (key + self.keys > query + 1 - self.window)
-        return tuple(x.astype(np.int32) for x in np.nonzero(met))
+        query_chunks, key_chunks = np.nonzero(met)
+        return query_chunks.astype(np.int32), key_chunks.astype(np.int32)
 
     def of_queries(self, x: Array, i: Array, axis: int = 1) -> Array:
         """Return what chunk i of the queries has of an array."""

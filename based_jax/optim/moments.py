@@ -1,5 +1,6 @@
 """Moments of an optimizer in half the bytes: kept in bf16, computed in fp32."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,9 +50,11 @@ def _rounded(state: Any) -> Any:
     key = jax.random.fold_in(jax.random.key(0), updates_taken(state))
     leaves, structure = jax.tree.flatten(state)
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten(
-        _map_moments(lambda x, k=k: stochastically_rounded(x, k), leaf) for leaf, k in zip(leaves, keys, strict=True)
-    )
+    rounded = [
+        _map_moments(functools.partial(stochastically_rounded, key=own), leaf)
+        for leaf, own in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, rounded)
 
 
 def _map_moments(call: Callable[[jax.Array], jax.Array], state: Any) -> Any:

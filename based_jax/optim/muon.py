@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from based_jax.optim.config import MuonConfig
-from based_jax.optim.groups import is_variable, parts_of
+from based_jax.optim.groups import axes_of, is_variable, parts_of
 from based_jax.placement import by_rows
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -19,6 +19,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 SMALLEST_NORM = 1e-8
 
 Matrices = Float[Array, "*L M N"]
+Axes = tuple[str | None, ...]
 
 
 def scale_by_muon(config: MuonConfig) -> optax.GradientTransformation:
@@ -31,31 +32,40 @@ def scale_by_muon(config: MuonConfig) -> optax.GradientTransformation:
     def update(momentum: Any, _: Any) -> Any:
         leaves, structure = jax.tree.flatten(momentum, is_leaf=is_variable)
         kernels = [leaf for leaf in leaves if hasattr(leaf.get_value(), "shape")]  # AdamW has the others
-        made = iter(orthogonalized([part for kernel in kernels for part in _parts(kernel)], config.steps))
+        parts = [_parts(kernel) for kernel in kernels]
+        axes = [axes_of(kernel)[-2:] for kernel, own in zip(kernels, parts, strict=True) for _ in own]
+        made = iter(orthogonalized(list(itertools.chain(*parts)), axes, config.steps))
         updates = {id(kernel): kernel.replace(_joined(kernel, made, config.update_rms)) for kernel in kernels}
-        return structure.unflatten(updates.get(id(leaf), leaf) for leaf in leaves)
+        return jax.tree.unflatten(structure, [updates.get(id(leaf), leaf) for leaf in leaves])
 
     return optax.chain(optax.trace(config.momentum, nesterov=True), optax.stateless(update))
 
 
-def orthogonalized(matrices: Sequence[Matrices], steps: int) -> list[Matrices]:
+def orthogonalized(matrices: Sequence[Matrices], axes: Sequence[Axes], steps: int) -> list[Matrices]:
     """Return U S V^T for each x = U _ V^T, with all of S near 1.
 
-    Matrices of one shape, or of its transpose, are a batch, which a mesh (`jax.set_mesh`) has over all its devices: no
-    product is of a part of a matrix, and none is made twice.
+    Those that are alike, some of them transposed, are a batch, which a mesh (`jax.set_mesh`) has over all its devices:
+    no product is of a part of a matrix, and none is made twice.
 
     Args:
       matrices: of any scale; one of zeros stays what it is.
+      axes: the names of their rows and columns, which those of a batch share, since these lie on a mesh by them.
       steps: iterations of `NEWTON_SCHULZ`.
     """
-    wide = [_wide(x).reshape(-1, *_wide(x).shape[-2:]) for x in matrices]
+    tall = [_is_tall(x, names) for x, names in zip(matrices, axes, strict=True)]
+    wide = [x.mT if turned else x for x, turned in zip(matrices, tall, strict=True)]
+    kinds = [
+        (x.shape[-2:], names[::-1] if turned else names) for x, names, turned in zip(wide, axes, tall, strict=True)
+    ]
     found: dict[int, Array] = {}
-    for shape in dict.fromkeys(x.shape[1:] for x in wide):
-        places = [i for i, x in enumerate(wide) if x.shape[1:] == shape]
-        ends = list(itertools.accumulate(len(wide[i]) for i in places))
-        done = by_rows(lambda x: newton_schulz(x, steps), jnp.concatenate([wide[i] for i in places]))
+    for kind in dict.fromkeys(kinds):
+        places = [i for i, other in enumerate(kinds) if other == kind]
+        rows = [wide[i].reshape(-1, *kind[0]) for i in places]
+        ends = list(itertools.accumulate(map(len, rows)))
+        done = by_rows(lambda x: newton_schulz(x, steps), jnp.concatenate(rows))
         found |= dict(zip(places, jnp.split(done, ends[:-1]), strict=True))
-    return [_wide(found[i].reshape(_wide(x).shape), like=x) for i, x in enumerate(matrices)]
+    whole = [found[i].reshape(x.shape) for i, x in enumerate(wide)]
+    return [x.mT if turned else x for x, turned in zip(whole, tall, strict=True)]
 
 
 def newton_schulz(x: Float[Array, "B M N"], steps: int) -> Float[Array, "B M N"]:
@@ -68,10 +78,10 @@ def newton_schulz(x: Float[Array, "B M N"], steps: int) -> Float[Array, "B M N"]
     return x
 
 
-def _wide(x: Matrices, like: Matrices | None = None) -> Matrices:
-    """Return matrices, or with `like` those made of it, transposed if they are tall."""
-    shape = (x if like is None else like).shape
-    return x.mT if shape[-2] > shape[-1] else x
+def _is_tall(x: Matrices, axes: Axes) -> bool:
+    """Return whether matrices have more rows than columns, or as many and the stream's axis last."""
+    rows, columns = x.shape[-2:]
+    return rows > columns or (rows == columns and axes[-1:] == ("embed",))
 
 
 def _parts(kernel: Any) -> list[Matrices]:

@@ -17,7 +17,7 @@ from based_jax.bench.comparison import both_passes
 from based_jax.errors import UserError
 from based_jax.ops.dispatch import Implementation
 
-LIBRARIES = {"cudnn_flash"}
+LIBRARIES = {"cudnn_flash", "tpu_splash"}
 """Implementations that run nobody's kernels but a library's."""
 
 

@@ -47,7 +47,8 @@ def test_every_kernel_of_a_call_is_looked_for():
 
 def test_the_implementations_are_those_that_run_our_kernels_or_those_named():
     wanted = profile.TimedSelection(["simple_gla", "attention"], [(1, 2, 3)])
-    assert [*wanted.calls()] == [("simple_gla", (1, 2, 3), impl) for impl in ("triton_chunks", "hopper_steps")]
+    ours = ("simple_gla", "triton_chunks"), ("simple_gla", "hopper_steps"), ("attention", "triton_tiles")
+    assert [*wanted.calls()] == [(operation, (1, 2, 3), impl) for operation, impl in ours]
     named = profile.TimedSelection(["simple_gla", "attention"], [(1, 2, 3)], ["cudnn"])
     assert [*named.calls()] == [("attention", (1, 2, 3), "cudnn_flash")]
 

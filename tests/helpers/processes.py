@@ -40,13 +40,14 @@ class Processes:
     """A training that so many processes run together, with so many devices each; it begins, or goes on, at once."""
 
     def __init__(self, folder: Path, config: dict, processes: int, devices: int = 1, command: str = "train"):
-        path = folder / "config.py"
+        port = free_port()
+        path = folder / f"config_{port}.py"
         path.write_text(f"def get_config():\n    return {config!r}\n")
         self.workdir = folder / "run"
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
         words = [sys.executable, "-m", "based_jax", command, f"--workdir={self.workdir}"]
         words += [f"--config={path}"] if command == "train" else []
-        words += [f"--coordinator=localhost:{free_port()}", f"--num-processes={processes}"]
+        words += [f"--coordinator=localhost:{port}", f"--num-processes={processes}"]
         self.all = [
             subprocess.Popen(
                 [*words, f"--process-id={number}"],

@@ -210,6 +210,12 @@ def test_adamw_equals_its_formula():
     )
 
 
+def test_the_state_of_adamw_has_the_paths_that_checkpoints_have():
+    state = optim.optimizer(OptimConfig(), 300).init({"kernel": jnp.ones(2)})
+    paths = [optim.path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(state)]
+    assert paths == ["1/count", "1/mu/kernel", "1/nu/kernel", "3/count"]
+
+
 def test_clip_norm_none_leaves_gradients_alone():
     config = OptimConfig(schedule="constant", clip_norm=None)
     params = {"kernel": jnp.ones(2)}

@@ -55,12 +55,12 @@ def test_each_matrix_becomes_orthogonal(shape, rng):
     x = rng.normal(size=shape) * rng.uniform(1e-3, 1e3, size=(*shape[:-2], 1, 1))
     expected, singular = by_singular_values(x)
     assert singular.max() < 1.3
-    [found] = orthogonalized([jnp.asarray(x, jnp.float32)], 5)
+    [found] = orthogonalized([jnp.asarray(x, jnp.float32)], [("embed", "mlp")], 5)
     np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
 def test_no_gradient_is_no_update():
-    np.testing.assert_array_equal(orthogonalized([jnp.zeros((2, 3, 4))], 5)[0], 0)
+    np.testing.assert_array_equal(orthogonalized([jnp.zeros((2, 3, 4))], [("embed", "mlp")], 5)[0], 0)
 
 
 def test_layers_that_are_stacked_and_maps_that_are_joined_have_their_own_update(rng):

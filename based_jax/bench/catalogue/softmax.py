@@ -25,6 +25,7 @@ from based_jax.ops import softmax
 
 DIMS = HEAD_DIM, HEAD_DIM
 WINDOWS = 64, 128
+FACTORS = {"late": {"v": 30}, "large": {"q": 2, "k": 2}}
 
 
 def _function(case: Case, attend: Callable) -> Function:
@@ -70,7 +71,17 @@ def _window_cost(case: Case, which: str) -> tuple[float, float]:
     return (size, flops) if which == FORWARD else (size + count * 7 * BF16 * width, 3.5 * flops)
 
 
-def _cases() -> tuple[Case, ...]:
+def _attention_cases() -> tuple[Case, ...]:
+    make = functools.partial(Case, "attention", dims=DIMS)
+    cases = [make((2, 3, time), documents=x) for time in (1, 65, 1000) for x in (False, True)]
+    sizes = ((16, 16), (70, 70), (96, 96), (128, 128), (256, 256), (64, 128))
+    cases += [Case("attention", (2, 3, 300), dims, documents=True, quick=dims == (70, 70)) for dims in sizes]
+    cases += [make((8, 16, 2048), documents=x, quick=x) for x in (False, True)]
+    cases += [make((2, 3, 1000), values=x, documents=True) for x in FACTORS]
+    return (*cases, *(make((4, 3, 130), documents=True, through=x) for x in ("vmap", "shard_map")))
+
+
+def _window_cases() -> tuple[Case, ...]:
     make = functools.partial(Case, "window_attention", dims=DIMS)
     wide = functools.partial(Case, "window_attention", (2, 3, 200), documents=True)
     cases = [make((2, 3, time), window=64, documents=x) for time in (1, 16, 63, 65, 2049) for x in (False, True)]
@@ -89,11 +100,12 @@ ATTENTION = Operation(
     function=functools.partial(_function, attend=softmax.attention),
     oracle=_oracle,
     cost=_attention_cost,
-    kernels={},
-    cases=(),
-    small_cases=(),
+    kernels={"triton_tiles": ("attention_",)},
+    cases=_attention_cases(),
+    small_cases=tuple(Case("attention", (1, 2, 130), DIMS, documents=x) for x in (False, True)),
     timed={"attention": by_head("attention", DIMS)},
     plain_timed=False,
+    factors=FACTORS,
 )
 
 WINDOW_ATTENTION = Operation(
@@ -102,12 +114,12 @@ WINDOW_ATTENTION = Operation(
     function=_window_function,
     oracle=_oracle,
     cost=_window_cost,
-    kernels={"hopper_tiles": ("window_",)},
-    cases=_cases(),
+    kernels={"hopper_tiles": ("window_",), "triton_tiles": ("attention_",)},
+    cases=_window_cases(),
     small_cases=tuple(
         Case("window_attention", (1, 2, 130), DIMS, window=x, documents=x == 129) for x in (WINDOWS[0], 129)
     ),
     timed={f"window_attention_{x}": by_head("window_attention", DIMS, window=x) for x in WINDOWS},
-    factors={"late": {"v": 30}, "large": {"q": 2, "k": 2}},
+    factors=FACTORS,
     compile_seconds=4.0,
 )

@@ -39,7 +39,7 @@ def supports(call: AttentionCall) -> str | None:
 def slower(_call: AttentionCall) -> str | None:
     """Return why `auto` leaves a call to others, or None."""
     kind = target_device_kind()
-    return None if devices.is_hopper(kind) else f"it has been timed on Hopper GPUs alone, and this is {kind}"
+    return None if devices.is_hopper(kind) else f"it is checked for Hopper GPUs alone, and this is {kind}"
 
 
 def compute(call: AttentionCall) -> BTHV:

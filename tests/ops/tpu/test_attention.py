@@ -65,7 +65,7 @@ CASES = [
 ]
 
 
-@parametrize_some("T, K, V, H, window, packed", CASES, [CASES[0], CASES[3]])
+@parametrize_some("T, K, V, H, window, packed", CASES, CASES[:1])
 def test_it_equals_the_oracle(T, K, V, H, window, packed, normal, packed_ids, out_and_grads, close, monkeypatch):
     monkeypatch.setattr(tpu_attention, "BLOCK_TOKENS", 128)
     q, k, v, cotangent = (normal(2, T, H, size, dtype="bfloat16") for size in (K, K, V, V))

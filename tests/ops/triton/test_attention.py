@@ -34,7 +34,7 @@ def test_refusals_name_the_value(call, words):
     assert triton_attention.supports(call_of(K=70, V=256, dtype=jnp.float16)) is None
 
 
-@pytest.mark.parametrize("window", [1, 9, 64])
+@pytest.mark.parametrize("window", [9, 64])
 def test_walks_have_all_that_is_seen(packed_ids, window):
     numbers, tile = segments.numbered(packed_ids(64)), 8
     near = np.tri(64, dtype=bool) & ~np.tri(64, k=-window, dtype=bool)
@@ -77,7 +77,7 @@ def loss(q, k, v, ids):
     return jnp.sum(softmax.attention(q, k, v, segment_ids=ids).astype(jnp.float32) ** 2)
 
 
-@pytest.mark.parametrize("K", [64, 70, 256])
+@pytest.mark.parametrize("K", [70, 256])
 def test_packed_documents_lower_for_an_h100(K):
     """Under a mesh each device runs the kernels on its own rows and heads."""
     call = call_of(K=K, V=K, B=4, H=4)
