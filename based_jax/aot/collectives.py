@@ -6,7 +6,6 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -63,7 +62,8 @@ def collectives(program: Program) -> list[Collective]:
     return list(_found(program))
 
 
-class Moved(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Moved:
     """Collectives of one kind over the same axes: how often they run, and what a device sends in all of them."""
 
     kind: str

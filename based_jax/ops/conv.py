@@ -218,12 +218,11 @@ def _unrolled_dinputs(dy: BTD, ids: BS | None, kernel: WD, dilation: int) -> BSD
     owners = None if ids is None else jnp.pad(ids[:, width:], ((0, 0), (width, width - 1)))
 
     def term(tap: int) -> BSD:
-        given = functools.partial(jax.lax.dynamic_slice_in_dim, axis=1, slice_size=T + width)
-        at = width - 1 - tap * dilation
-        x = given(outputs, at).astype(jnp.float32) * kernel[tap].astype(jnp.float32)[None, None]
-        if ids is None:
+        there = slice(width - 1 - tap * dilation, T + 2 * width - 1 - tap * dilation)
+        x = outputs[:, there].astype(jnp.float32) * kernel[tap].astype(jnp.float32)[None, None]
+        if ids is None or owners is None:
             return x
-        return jnp.where(((given(owners, at) == ids) & (ids != 0))[..., None], x, 0.0)
+        return jnp.where(((owners[:, there] == ids) & (ids != 0))[..., None], x, 0.0)
 
     return functools.reduce(jnp.add, map(term, range(kernel.shape[0]))).astype(dy.dtype)
 
