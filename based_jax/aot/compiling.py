@@ -69,7 +69,8 @@ def compiled(lowered: jax.stages.Lowered) -> Compiled:
     Raises:
       DoesNotFit: a device has too little memory, as its compiler knows.
     """
-    begin, lines = time.perf_counter(), []
+    begin = time.perf_counter()
+    lines: list[str] = []
     try:
         with captured_stderr(lines):
             executable = lowered.compile()

@@ -58,7 +58,8 @@ def memory_bytes(program: Program, on_chip: tuple[int, ...] = ()) -> float:
 
 def traffic(program: Program, on_chip: tuple[int, ...] = ()) -> Iterator[tuple[Instruction, float]]:
     """Yield each instruction that moves bytes of main memory, and how many in all of its runs."""
-    counter, seen = _Traffic(program, on_chip), set()
+    counter = _Traffic(program, on_chip)
+    seen: set[str | None] = set()
     for x, times, fusion in program.runs:
         if fusion is None and x.kind not in NO_TRAFFIC:
             yield x, times * counter.bytes(x)
