@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BT, BTD, WD
 from based_jax.errors import UserError
-from based_jax.ops import long_conv, segments
+from based_jax.ops import long_conv, segments, sequence, sharded
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, Past, ShortConvCall
 from based_jax.ops.dispatch import Implementation, dispatch
@@ -62,7 +62,7 @@ def short_conv(
     """
     width = _checked_reach("short_conv", kernel, dilation, state)
     call = ShortConvCall(x, kernel, bias, state, segment_ids, silu, dilation)
-    y = dispatch("short_conv", IMPLEMENTATIONS, impl, call)
+    y = dispatch("short_conv", IMPLEMENTATIONS, impl, call, CUT)
     return y, last_inputs(x, width, state, segment_ids)
 
 
@@ -168,21 +168,22 @@ def _recurrent(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
         return carry, jnp.where(padding, 0, y)
 
     over_time = (jnp.moveaxis(inputs[:, width:], 1, 0), jnp.moveaxis(ids[:, width:], 1, 0))
-    _, y = jax.lax.scan(token, (inputs[:, :width], ids[:, width - 1]), over_time)
+    start = tuple(sharded.vary_alike(inputs[:, :width], ids[:, width - 1], like=(inputs, ids, kernel)))
+    _, y = jax.lax.scan(token, start, over_time)
     return jnp.moveaxis(y, 0, 1)
 
 
 def _shifted(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     """Add W shifted copies of the inputs, each times its tap: one elementwise pass, or a scan where W is large."""
     if kernel.shape[0] <= MAX_UNROLLED_TAPS:
-        return _unrolled(inputs, ids, kernel, dilation)
+        return _unrolled(*sharded.vary_alike(inputs, ids, kernel), dilation)
     T = inputs.shape[1] - reach(kernel.shape[0], dilation)
 
     def add(y, tap):
         return y + _term(inputs, ids, kernel[tap], tap * dilation, T), None
 
     # The backward pass of a long sum would keep a term of every tap.
-    y = jnp.zeros((inputs.shape[0], T, inputs.shape[2]), jnp.float32)
+    [y] = sharded.vary_alike(jnp.zeros((inputs.shape[0], T, inputs.shape[2])), like=(inputs, ids, kernel))
     y, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), y, jnp.arange(kernel.shape[0]))
     return y.astype(inputs.dtype)
 
@@ -201,14 +202,30 @@ def _unrolled_fwd(inputs, ids, kernel, dilation):
 
 def _unrolled_bwd(dilation, saved, dy):
     inputs, ids, kernel = saved
-    T, dinputs, dkernel = dy.shape[1], jnp.zeros(inputs.shape, jnp.float32), []
-    for tap, weights in enumerate(kernel):
-        at = tap * dilation
-        given = _of_one_document(dy.astype(jnp.float32), ids, at)
-        dkernel.append(jnp.sum(given * _slice(inputs, at, T).astype(jnp.float32), axis=(0, 1)))
-        after = inputs.shape[1] - T - at - 1
-        dinputs = dinputs + jnp.pad(given * weights[None, None].astype(jnp.float32), ((0, 0), (at + 1, after), (0, 0)))
-    return dinputs.astype(inputs.dtype), None, jnp.stack(dkernel).astype(kernel.dtype)
+    dkernel = []
+    for tap in range(kernel.shape[0]):
+        given = _of_one_document(dy.astype(jnp.float32), ids, tap * dilation)
+        dkernel.append(jnp.sum(given * _slice(inputs, tap * dilation, dy.shape[1]).astype(jnp.float32), axis=(0, 1)))
+    return _unrolled_dinputs(dy, ids, kernel, dilation), None, jnp.stack(dkernel).astype(kernel.dtype)
+
+
+def _unrolled_dinputs(dy: BTD, ids: BS | None, kernel: WD, dilation: int) -> BSD:
+    """Add what each tap gives back to the inputs: shifted copies too, that one pass adds, where padded terms need more.
+
+    The input at place s is the tap's of the output at s - tap d - 1.
+    """
+    width, T = reach(kernel.shape[0], dilation), dy.shape[1]
+    outputs = jnp.pad(dy, ((0, 0), (width, width - 1), (0, 0)))
+    owners = None if ids is None else jnp.pad(ids[:, width:], ((0, 0), (width, width - 1)))
+
+    def term(tap: int) -> BSD:
+        there = slice(width - 1 - tap * dilation, T + 2 * width - 1 - tap * dilation)
+        x = outputs[:, there].astype(jnp.float32) * kernel[tap].astype(jnp.float32)[None, None]
+        if ids is None or owners is None:
+            return x
+        return jnp.where(((owners[:, there] == ids) & (ids != 0))[..., None], x, 0.0)
+
+    return functools.reduce(jnp.add, map(term, range(kernel.shape[0]))).astype(dy.dtype)
 
 
 _unrolled.defvjp(_unrolled_fwd, _unrolled_bwd)
@@ -262,6 +279,8 @@ def _wide(call: ShortConvCall) -> BTD:
 def _through(form: Callable) -> Callable[[ShortConvCall], BTD]:
     return segments.without_padding(functools.partial(_composed, form), "x")
 
+
+CUT = sequence.Tails(lambda call: reach(call.kernel.shape[0], call.dilation), lambda call: call.x)
 
 IMPLEMENTATIONS = {
     "hopper_taps": Implementation(
