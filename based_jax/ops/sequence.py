@@ -231,12 +231,13 @@ def _before(tokens: Any, segment_ids: BT | None, width: int) -> tuple[Any, Ids]:
     """Return the last real tokens before a piece and their ids, zeros in front where there are fewer."""
     own = _latest(tokens, segment_ids, width)
     if segment_ids is None and width <= jax.tree.leaves(tokens)[0].shape[1]:
-        return sharded.before(lambda _, later: later, own)
-    return sharded.before(lambda earlier, later: _latest(*_concatenated(earlier, later), width), own)
+        return sharded.from_before(own, 1)
 
+    def join(earlier: Any, later: Any) -> tuple[Any, Ids]:
+        tokens, ids = jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), earlier, later)
+        return _latest(tokens, ids, width)
 
-def _concatenated(earlier: Any, later: Any) -> Any:
-    return jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), earlier, later)
+    return sharded.before(join, own)
 
 
 def _latest(tokens: Any, ids: Ids | None, width: int) -> tuple[Any, Ids]:
