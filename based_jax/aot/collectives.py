@@ -6,22 +6,12 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
 from based_jax.aot.hlo import ArrayType, Instruction, Program, numbers
 
-KINDS = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
 SCATTERED_REDUCTION = "all-reduce-scatter"
 """How fused computations are called in which a TPU reduces and scatters at once."""
 
@@ -31,7 +21,7 @@ class Collective:
     """One collective operation of a program.
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: one of `hlo.COLLECTIVES`.
       operands, results: arrays that each device gives, and gets.
       times: how often it runs.
       groups: partitions that exchange with each other, a row for each group; of a permutation a pair each.
@@ -72,7 +62,8 @@ def collectives(program: Program) -> list[Collective]:
     return list(_found(program))
 
 
-class Moved(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Moved:
     """Collectives of one kind over the same axes: how often they run, and what a device sends in all of them."""
 
     kind: str
@@ -93,16 +84,12 @@ def by_axis(found: Sequence[Collective], mesh: Mesh) -> list[Moved]:
 
 
 def _found(program: Program) -> Iterator[Collective]:
-    seen: set[str] = set()
+    seen: set[str | None] = set()
     for x, times, fusion in program.runs:
-        kind = x.kind.removesuffix("-start")
-        if kind not in KINDS:
+        kind = x.collective
+        if kind is None or (x.chain is not None and x.chain in seen):
             continue
-        if chain := x.word("chain_id"):  # the pieces of one asynchronous collective say its channel
-            piece = f"{chain}/{x.word('channel_id')}"
-            if piece in seen:
-                continue
-            seen.add(piece)
+        seen.add(x.chain)
         if fusion is not None and fusion.startswith(SCATTERED_REDUCTION):
             kind = "reduce-scatter"
         yield Collective(kind, tuple(program.operands(x)), x.results, times, _groups(x), x.scope)

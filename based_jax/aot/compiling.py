@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -69,7 +69,8 @@ def compiled(lowered: jax.stages.Lowered) -> Compiled:
     Raises:
       DoesNotFit: a device has too little memory, as its compiler knows.
     """
-    begin, lines = time.perf_counter(), []
+    begin = time.perf_counter()
+    lines: list[str] = []
     try:
         with captured_stderr(lines):
             executable = lowered.compile()
@@ -78,7 +79,7 @@ def compiled(lowered: jax.stages.Lowered) -> Compiled:
             raise
         raise DoesNotFit(too_much([str(error), *lines])) from None
     copied = [_short(line) for line in lines if REMATERIALIZED in line.lower()]
-    return Compiled(executable.as_text(), memory_of(executable), copied, time.perf_counter() - begin)
+    return Compiled(executable.as_text() or "", memory_of(executable), copied, time.perf_counter() - begin)
 
 
 @contextlib.contextmanager
@@ -100,7 +101,7 @@ def captured_stderr(lines: list[str]) -> Iterator[None]:
 
 def memory_of(executable: jax.stages.Compiled) -> Memory:
     """Return what a compiled program needs on each device."""
-    found = executable.memory_analysis()
+    found: Any = executable.memory_analysis()
     arguments, outputs, aliased = found.argument_size_in_bytes, found.output_size_in_bytes, found.alias_size_in_bytes
     temporaries, code = found.temp_size_in_bytes, found.generated_code_size_in_bytes
     peak = arguments + outputs - aliased + temporaries + code

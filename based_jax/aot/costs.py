@@ -59,9 +59,13 @@ def memory_bytes(program: Program, on_chip: tuple[int, ...] = ()) -> float:
 def traffic(program: Program, on_chip: tuple[int, ...] = ()) -> Iterator[tuple[Instruction, float]]:
     """Yield each instruction that moves bytes of main memory, and how many in all of its runs."""
     counter = _Traffic(program, on_chip)
-    for run in program.runs:
-        if run.fusion is None and run.instruction.kind not in NO_TRAFFIC:
-            yield run.instruction, run.times * counter.bytes(run.instruction)
+    seen: set[str | None] = set()
+    for x, times, fusion in program.runs:
+        if fusion is None and x.kind not in NO_TRAFFIC:
+            yield x, times * counter.bytes(x)
+        elif fusion is not None and x.chain not in (None, *seen):
+            seen.add(x.chain)
+            yield x, times * counter.bytes(x)
 
 
 class _Traffic:
@@ -73,7 +77,7 @@ class _Traffic:
     def bytes(self, x: Instruction) -> float:
         if x.kind == FUSION:
             return self._fused_reads(x) + self._fused_writes(x.called[0], x.results)
-        if x.kind == "custom-call" and any(name in x.rest for name in FREE_CALLS):
+        if _is_free(x) and not x.chain:
             return 0.0
         if x.kind in ("slice-start", "dynamic-slice-start", "copy-start"):
             return self._transfer(x)
@@ -119,19 +123,23 @@ class _Traffic:
             elif user.kind == FUSION:
                 inner = self._parameter(user.called[0], user.operands.index(name))
                 found += whole if inner is None else self._used(user.called[0], inner, whole)
-            elif not (user.kind == "dynamic-update-slice" and user.operands[0] == name):
+            elif not (_is_free(user) or (user.kind == "dynamic-update-slice" and user.operands[0] == name)):
                 return whole
         return found
 
     def _fused_writes(self, computation: str, results: tuple[ArrayType, ...]) -> float:
         root = self.program.root(computation)
+        if _is_free(root) and root.kind != "tuple":
+            return 0.0
         parts = [self.program.by_name[name] for name in root.operands] if root.kind == "tuple" else [root]
         if len(parts) != len(results):
             return self._size(results)
         return sum(self._written(part, result) for part, result in zip(parts, results, strict=True))
 
     def _written(self, x: Instruction, result: ArrayType) -> float:
-        if x.kind in RENAMES and x.operands:
+        if x.kind == "parameter" or _is_free(x):
+            return 0.0
+        if x.kind in RENAMES:
             return self._written(self.program.by_name[x.operands[0]], result)
         if x.kind == FUSION and len(x.results) == 1:
             return self._written(self.program.root(x.called[0]), result)
@@ -187,6 +195,13 @@ def _pairs(size: int, taps: int, outputs: int, window: dict[str, str], axis: int
 def _passes(x: Instruction) -> int:
     found = re.search(r"operand_precision=\{(\w+)", x.rest)
     return PASSES.get(found[1], 1) if found else 1
+
+
+def _is_free(x: Instruction) -> bool:
+    """Return whether an instruction only hands on what it takes; the pieces of a collective in fusions do."""
+    if x.kind == "custom-call":
+        return any(name in x.rest for name in FREE_CALLS)
+    return x.kind == "tuple" or x.chain is not None
 
 
 def _is_kernel(x: Instruction) -> bool:

@@ -26,6 +26,10 @@ HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 CALLED = re.compile(r"\b(?:body|condition|calls|to_apply)=%?([\w.-]+)|\bbranch_computations=\{([^}]*)\}")
 KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 FUSION = "fusion"
+COLLECTIVES = (
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+)
 NEVER_ENTERED = re.compile(r"-(?:done|update)$")
 """Kinds that name what another instruction has called already."""
 
@@ -96,6 +100,18 @@ class Instruction:
         """Return an attribute that is a word or a number, or None."""
         found = re.search(rf"\b{attribute}=\"?([\w>.-]+)", self.rest)
         return found[1] if found else None
+
+    @property
+    def collective(self) -> str | None:
+        """The kind of collective that it is or begins, one of `COLLECTIVES`, or None."""
+        kind = self.kind.removesuffix("-start")
+        return kind if kind in COLLECTIVES else None
+
+    @property
+    def chain(self) -> str | None:
+        """What the pieces of one asynchronous collective have in common, in fusions that go on with it; else None."""
+        found = self.word("chain_id") if self.collective else None
+        return None if found is None else f"{found}/{self.word('channel_id')}"
 
     @property
     def scope(self) -> str:

@@ -104,7 +104,7 @@ class Report:
             "flops": self.flops,
             "model_flops": self.lowered.model_flops / self.mesh.size,
             "memory_bytes": self.memory_bytes,
-            "exchanged": [x._asdict() for x in self.moved],
+            "exchanged": [dataclasses.asdict(x) for x in self.moved],
             "exchanged_bytes": self.exchanged_bytes,
             "fsdp_bytes": self.needed_bytes,
             "seconds": dataclasses.asdict(self.roofline),

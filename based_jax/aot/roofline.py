@@ -9,6 +9,7 @@ knows of latencies, of units but the matrix units, or of products that fill thos
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from based_jax import devices
 from based_jax.aot.collectives import Collective
 from based_jax.aot.topology import Topology
-from based_jax.devices import Device, Interconnect
+from based_jax.devices import Interconnect
 from based_jax.errors import UserError
 from based_jax.placement import parts_along
 
@@ -52,17 +53,27 @@ class Roofline:
         return sum(self.parts.values())
 
 
-def known_device(topology: Topology) -> Device:
+class Facts(NamedTuple):
+    """What an estimate needs to know of a device; see `devices.Device`."""
+
+    name: str
+    peak_bf16_flops: float
+    hbm_bytes: float
+    hbm_bytes_per_second: float
+    interconnect: Interconnect
+    network_bytes_per_second: float | None
+
+
+def known_device(topology: Topology) -> Facts:
     """Return the facts of a topology's devices.
 
     Raises:
       UserError: there is too little known of them.
     """
-    found = devices.find(topology.device_kind)
-    facts = found and (found.peak_bf16_flops, found.hbm_bytes, found.hbm_bytes_per_second, found.interconnect)
-    if not facts or None in facts:
+    facts: list[Any] = [getattr(devices.find(topology.device_kind), name, None) for name in Facts._fields]
+    if None in facts[:-1]:
         raise UserError(f"Of '{topology.device_kind}' too little is known for an estimate (based_jax/devices.py).")
-    return found
+    return Facts(*facts)
 
 
 def roofline(
@@ -81,7 +92,7 @@ def roofline(
     return Roofline(flops / device.peak_bf16_flops, memory_bytes / device.hbm_bytes_per_second, links, network)
 
 
-def link_seconds(x: Collective, mesh: Mesh, topology: Topology, device: Device) -> float:
+def link_seconds(x: Collective, mesh: Mesh, topology: Topology, device: Facts) -> float:
     """Return the time of one run of a collective on the links of a slice, or of a host."""
     group = _widest_group(x, mesh)
     near = [other for other in group if slice_of(other) == slice_of(group[0])]
@@ -89,10 +100,10 @@ def link_seconds(x: Collective, mesh: Mesh, topology: Topology, device: Device) 
         return 0.0
     # Of what all slices are to have, each device brings in an equal part.
     given = x.given_bytes * len(group) / len(near) if x.kind == "all-gather" else x.given_bytes
-    return x.sent_bytes(len(near), given) / _link_rate(x.kind, near, topology, device.interconnect)  # type: ignore
+    return x.sent_bytes(len(near), given) / _link_rate(x.kind, near, topology, device.interconnect)
 
 
-def network_seconds(x: Collective, mesh: Mesh, device: Device) -> float:
+def network_seconds(x: Collective, mesh: Mesh, device: Facts) -> float:
     """Return the time of one run of a collective on the network: each device has the share of its own slice's."""
     group = _widest_group(x, mesh)
     slices = len({slice_of(other) for other in group})

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     found = topology.find(args.topology, args.slices)
     mesh = parallel.make_mesh(parse_mesh(args.mesh) or config.mesh, found.devices)
     if args.rows_per_device is not None:
-        config = dataclasses.replace(config, rows_per_device=args.rows_per_device, microbatches=1).sized(mesh)
+        config = dataclasses.replace(config, rows_per_device=args.rows_per_device, microbatches=1)
     with rows.appended(args.out) as write:
         for name in args.program or PROGRAMS:
             lowered = programs.PROGRAMS[name](config, mesh)

@@ -77,7 +77,8 @@ def _generate(graphdef, sampling: Sampling, steps: int, params, ids, segment_ids
         return jax.vmap(jax.random.fold_in)(keys, places + i)
 
     def step(carry, i):
-        new, cache = decode_step(model, *carry, sampling, keys_of(i))
+        tokens, cache = carry
+        new, cache = decode_step(model, tokens, cache, sampling, keys_of(i))
         return (new, cache), new
 
     first = _draw(model, hidden[:, -1], sampling, keys_of(0))

@@ -202,14 +202,30 @@ def _unrolled_fwd(inputs, ids, kernel, dilation):
 
 def _unrolled_bwd(dilation, saved, dy):
     inputs, ids, kernel = saved
-    T, dinputs, dkernel = dy.shape[1], jnp.zeros(inputs.shape, jnp.float32), []
-    for tap, weights in enumerate(kernel):
-        at = tap * dilation
-        given = _of_one_document(dy.astype(jnp.float32), ids, at)
-        dkernel.append(jnp.sum(given * _slice(inputs, at, T).astype(jnp.float32), axis=(0, 1)))
-        after = inputs.shape[1] - T - at - 1
-        dinputs = dinputs + jnp.pad(given * weights[None, None].astype(jnp.float32), ((0, 0), (at + 1, after), (0, 0)))
-    return dinputs.astype(inputs.dtype), None, jnp.stack(dkernel).astype(kernel.dtype)
+    dkernel = []
+    for tap in range(kernel.shape[0]):
+        given = _of_one_document(dy.astype(jnp.float32), ids, tap * dilation)
+        dkernel.append(jnp.sum(given * _slice(inputs, tap * dilation, dy.shape[1]).astype(jnp.float32), axis=(0, 1)))
+    return _unrolled_dinputs(dy, ids, kernel, dilation), None, jnp.stack(dkernel).astype(kernel.dtype)
+
+
+def _unrolled_dinputs(dy: BTD, ids: BS | None, kernel: WD, dilation: int) -> BSD:
+    """Add what each tap gives back to the inputs: shifted copies too, that one pass adds, where padded terms need more.
+
+    The input at place s is the tap's of the output at s - tap d - 1.
+    """
+    width, T = reach(kernel.shape[0], dilation), dy.shape[1]
+    outputs = jnp.pad(dy, ((0, 0), (width, width - 1), (0, 0)))
+    owners = None if ids is None else jnp.pad(ids[:, width:], ((0, 0), (width, width - 1)))
+
+    def term(tap: int) -> BSD:
+        there = slice(width - 1 - tap * dilation, T + 2 * width - 1 - tap * dilation)
+        x = outputs[:, there].astype(jnp.float32) * kernel[tap].astype(jnp.float32)[None, None]
+        if ids is None or owners is None:
+            return x
+        return jnp.where(((owners[:, there] == ids) & (ids != 0))[..., None], x, 0.0)
+
+    return functools.reduce(jnp.add, map(term, range(kernel.shape[0]))).astype(dy.dtype)
 
 
 _unrolled.defvjp(_unrolled_fwd, _unrolled_bwd)

@@ -36,22 +36,24 @@ class Pod(NamedTuple):
     """Devices, and how the rows of each length lie on them.
 
     Attributes:
-      topology, slices, mesh: arguments of `aot`.
-      rows: of a device by the tokens of a row.
+      topology, slices: arguments of `aot`.
+      meshes: its mesh by the tokens of a row.
+      rows: by the tokens, those of each device along "data" and "fsdp".
     """
 
     topology: str
     slices: int
-    mesh: str
+    meshes: dict[int, str]
     rows: dict[int, int]
 
 
 PODS = (
-    Pod("v5e:16x16", 1, "fsdp:256", {2048: 4, 32768: 1}),
-    Pod("v6e:16x16", 1, "fsdp:256", {2048: 8, 32768: 1}),
-    Pod("v5p:8x8x8", 1, "data:8,fsdp:64", {2048: 16, 32768: 1}),
-    Pod("v5p:8x8x8", 2, "data:16,fsdp:64", {2048: 16, 32768: 1}),
+    Pod("v5e:16x16", 1, {2048: "data:16,fsdp:16", 32768: "data:4,fsdp:16,sequence:4"}, {2048: 4, 32768: 1}),
+    Pod("v6e:16x16", 1, {2048: "data:16,fsdp:16", 32768: "data:8,fsdp:16,sequence:2"}, {2048: 8, 32768: 1}),
+    Pod("v5p:8x8x8", 1, {2048: "data:32,fsdp:16", 32768: "data:32,fsdp:16"}, {2048: 16, 32768: 1}),
+    Pod("v5p:8x8x8", 2, {2048: "data:64,fsdp:16", 32768: "data:64,fsdp:16"}, {2048: 16, 32768: 1}),
 )
+"""Where 16 devices divide a width of 1,792 each has 112 of it, whole tiles of bf16; of 64 or 256 it would have none."""
 
 
 def main() -> int:
@@ -74,7 +76,7 @@ def points() -> Iterator[tuple[str, list[str]]]:
     for model, config in MODELS.items():
         for tokens in (2048, 32768):
             for pod in PODS:
-                where = [f"--topology={pod.topology}", f"--slices={pod.slices}", f"--mesh={pod.mesh}"]
+                where = [f"--topology={pod.topology}", f"--slices={pod.slices}", f"--mesh={pod.meshes[tokens]}"]
                 what = [
                     f"--config={config}",
                     f"--rows-per-device={pod.rows[tokens]}",

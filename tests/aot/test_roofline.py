@@ -145,5 +145,4 @@ def test_weights_are_gathered_twice_and_gradients_scattered_and_summed(microbatc
 def test_a_device_with_links_has_all_that_an_estimate_needs(device):
     assert device.source.startswith("https://") and device.hbm_bytes > 1e10
     assert 100 < device.peak_bf16_flops / device.hbm_bytes_per_second < 700
-    known = roofline.known_device(Topology("test", 1, [], device.name, (1, 1)))
-    assert known is device
+    assert roofline.known_device(Topology("test", 1, [], device.name, (1, 1))).name == device.name
