@@ -210,8 +210,16 @@ def _no_tokens(call: calls.PositionsCall) -> Int[Array, "B"]:
     return jnp.zeros(call.segment_ids.shape[:1], jnp.int32)
 
 
+def numbered(segment_ids: BT) -> BT:
+    """Return `segments.numbered`; where tokens lie over devices, each numbers those of its piece."""
+    call = calls.PositionsCall(segment_ids)
+    if pieces(call) == 1:
+        return segments.numbered(segment_ids)
+    return per_piece(lambda part: numbers_over_pieces(part.segment_ids), call, TOKENS)
+
+
 def numbers_over_pieces(segment_ids: BT) -> BT:
-    """Return `segments.numbered` of whole rows for a piece of them."""
+    """Return `segments.numbered` of whole rows for the piece of them that a device has."""
 
     def join(earlier: Any, later: Any) -> Any:
         """Return of two pieces the first and the last id, and the number of documents."""

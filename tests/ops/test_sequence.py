@@ -132,6 +132,12 @@ def test_attention_meets_the_keys_of_all_pieces_before(devices, packed, rng, nor
     assert {found.kind for found in exchanged} == {"collective-permute"}
 
 
+def test_a_form_that_does_not_exist_is_refused_of_pieces_too():
+    x = jnp.ones((B, T, 2, 4))
+    with over(MESH), pytest.raises(UserError, match="Unknown attention implementation 'xla_chunk'"):
+        jax.eval_shape(functools.partial(attention, impl="xla_chunk"), x, x, x)
+
+
 def attended(x, ids):
     return attention(x, x + 1, x * x, segment_ids=ids)
 
