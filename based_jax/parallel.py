@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,11 +16,14 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from based_jax.errors import UserError
 from based_jax.placement import Placement, Wish, is_large, place
 
+log = logging.getLogger(__name__)
+
 HostBatch = Mapping[str, np.ndarray]
 GlobalBatch = Mapping[str, jax.Array]
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")  # over which the rows of a batch lie
+TIME_AXES = ("sequence",)  # over which their tokens lie
 HEAD_AXES = ("tensor",)  # over which heads lie
 
 PARAMETER_RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
@@ -29,8 +33,8 @@ ROWS_OF_TABLES = "vocab"
 gradient of a part of both XLA would have activations whole on all devices.
 """
 
-# Rows of activations lie over fsdp too: a layer gathers its weights there, which are smaller.
-ACTIVATION_RULES = {"batch": BATCH_AXES}
+# Rows of activations lie over fsdp too: a layer gathers its weights there, which are smaller, the embedding its table.
+ACTIVATION_RULES = {"batch": BATCH_AXES, "time": TIME_AXES, "vocab": HEAD_AXES}
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -174,9 +178,45 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, jax.P(*map(axes, names, x.shape))) if mesh.size > 1 and free else x
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return how a batch lies on the mesh: its rows over `BATCH_AXES`."""
-    return NamedSharding(mesh, jax.P(BATCH_AXES))
+def constrain_tokens(x: jax.Array) -> jax.Array:
+    """Return tokens (rows, T, D), or one of each row (rows, D), that lie on the mesh as `constrain` says."""
+    return constrain(x, *("batch", "time")[: x.ndim - 1])
+
+
+def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Return how an array (rows, tokens, ...) of a batch lies on the mesh: over `BATCH_AXES` and `TIME_AXES`.
+
+    Tokens that the mesh does not divide evenly, as an evaluation may have, stay whole, and a warning says so.
+    """
+    if len(shape) < 2:
+        return NamedSharding(mesh, jax.P(BATCH_AXES))
+    if problem := _undivided(shape[1], mesh):
+        _warn_once(f"{problem}; all hold them whole.")
+        return NamedSharding(mesh, jax.P(BATCH_AXES))
+    return NamedSharding(mesh, jax.P(BATCH_AXES, TIME_AXES))
+
+
+def check_length(tokens: int, mesh: Mesh) -> None:
+    """Check that sequences can be divided over the mesh.
+
+    Raises:
+      UserError: they cannot.
+    """
+    if problem := _undivided(tokens, mesh):
+        raise UserError(f"{problem}.")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+def _undivided(tokens: int, mesh: Mesh) -> str | None:
+    """Return that sequences cannot be divided over the mesh, or None."""
+    ways = math.prod(mesh.shape[axis] for axis in TIME_AXES)
+    if tokens % ways == 0:
+        return None
+    return f"Sequences of {tokens} tokens cannot be divided over {ways} devices of the mesh axis 'sequence'"
 
 
 def first_process_says(value: object) -> bool:
@@ -206,10 +246,10 @@ def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """What this process feeds of each global batch: the rows that its devices hold.
+    """What this process feeds of each global batch: the rows that its devices hold, and of them their tokens.
 
-    They follow from the mesh alone: where devices of several processes hold the same rows, as along "tensor", each of
-    the processes feeds them.
+    Both follow from the mesh alone: where devices of several processes hold the same rows, as along "tensor" and
+    "sequence", each of the processes reads them, and along "sequence" feeds the tokens of its own.
 
     Attributes:
       mesh: of all processes.
@@ -228,19 +268,21 @@ class Feed:
     @functools.cached_property
     def rows(self) -> np.ndarray:
         """The places of the rows in the global batch, ascending."""
-        indices = batch_sharding(self.mesh).addressable_devices_indices_map((self.batch_size,)).values()
+        shape = (self.batch_size,)
+        indices = batch_sharding(self.mesh, shape).addressable_devices_indices_map(shape).values()
         places = np.arange(self.batch_size)
         return np.unique(np.concatenate([places[index] for index in indices]))
 
     def arrays(self, batch: HostBatch) -> dict[str, jax.Array]:
-        """Return the global arrays (batch_size, ...) of which `batch` holds these `rows`."""
-        where = batch_sharding(self.mesh)
+        """Return the global arrays (batch_size, ...) of which `batch` holds these `rows`, whole."""
 
         def array(own: np.ndarray) -> jax.Array:
+            shape = (self.batch_size, *own.shape[1:])
+
             def shard(index: Any) -> np.ndarray:
                 first, last = np.searchsorted(self.rows, index[0].indices(self.batch_size)[:2])
-                return own[first:last]
+                return own[first:last, *index[1:]]
 
-            return jax.make_array_from_callback((self.batch_size, *own.shape[1:]), where, shard)
+            return jax.make_array_from_callback(shape, batch_sharding(self.mesh, shape), shard)
 
         return {name: array(own) for name, own in batch.items()}

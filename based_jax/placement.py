@@ -12,8 +12,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 LARGE_BYTES = 2**20
 """An array of fewer bytes in fp32 stays whole where the dimension that its names choose cannot be divided."""
-
-
 PART = "_"
 """Between the name of an axis and the number of a part of it."""
 

@@ -283,7 +283,7 @@ def test_sharded_equals_unsharded(kind, normal, out_and_grads, close):
     def forward(params, x):
         return nnx.merge(graphdef, params)(x)
 
-    sharded = out_and_grads(forward, (placed, jax.device_put(x, parallel.batch_sharding(mesh))), cotangent)
+    sharded = out_and_grads(forward, (placed, jax.device_put(x, parallel.batch_sharding(mesh, x.shape))), cotangent)
     close(sharded, out_and_grads(forward, (params, x), cotangent))
 
 

@@ -28,11 +28,12 @@ def spec(leaf):
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        (None, (8, 1, 1)),
-        ({}, (8, 1, 1)),
-        ({"fsdp": 8}, (1, 8, 1)),
-        ({"fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        ({"data": 4, "tensor": 2}, (4, 1, 2)),
+        (None, (8, 1, 1, 1)),
+        ({}, (8, 1, 1, 1)),
+        ({"fsdp": 8}, (1, 8, 1, 1)),
+        ({"fsdp": 2, "tensor": 2}, (2, 2, 2, 1)),
+        ({"data": 4, "tensor": 2}, (4, 1, 2, 1)),
+        ({"sequence": 4}, (2, 1, 1, 4)),
     ],
 )
 def test_data_takes_the_devices_that_are_left(sizes, shape):
@@ -44,10 +45,10 @@ def test_data_takes_the_devices_that_are_left(sizes, shape):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"tensr": 2}, r"^Mesh axis 'tensr' does not exist; the axes are data, fsdp, tensor\.$"),
+        ({"tensr": 2}, r"^Mesh axis 'tensr' does not exist; the axes are data, fsdp, tensor, sequence\.$"),
         ({"tensor": 0}, r"^Mesh axis 'tensor' has 0 devices; it is at least 1\.$"),
         ({"fsdp": -2, "tensor": -4}, r"^Mesh axis 'fsdp' has -2 devices; it is at least 1\.$"),
-        ({"fsdp": 3}, r"^Mesh \{'data': 2, 'fsdp': 3, 'tensor': 1\} needs 6 devices; there are 8\.$"),
+        ({"fsdp": 3}, r"^Mesh \{'data': 2, 'fsdp': 3, 'tensor': 1, 'sequence': 1\} needs 6 devices; there are 8\.$"),
         ({"data": 2, "fsdp": 2}, r"needs 4 devices; there are 8\.$"),
         ({"tensor": 16}, r"needs 16 devices; there are 8\.$"),
     ],
@@ -106,7 +107,7 @@ def test_a_width_that_64_devices_do_not_divide_leaves_nothing_whole(sizes, names
 
 def test_a_table_is_divided_by_rows_where_its_width_cannot_be():
     """The 50,272 rows of attention at 1.3B can be divided by 32, those of a vocabulary padded to 128 x 8 by 64."""
-    mesh = AbstractMesh((1, 64, 1), parallel.AXES)
+    mesh = AbstractMesh((1, 64, 1, 1), parallel.AXES)
     for rows, part in ((50272, 32), (51200, 64)):
         found = parallel.placement_of(abstract(("vocab", "embed"), (rows, 1680)), mesh)
         assert (found.parts[0][-1], found.parts[1], found.whole["fsdp"]) == (("fsdp", part), (), 64 // part)
@@ -147,15 +148,36 @@ def test_a_batch_lies_over_data_and_fsdp():
     feed = parallel.Feed(mesh, 8)
     assert feed.rows.tolist() == list(range(8))
     placed = feed.arrays({"inputs": inputs, "labels": -inputs})
-    assert placed["inputs"].sharding == parallel.batch_sharding(mesh)
+    assert placed["inputs"].sharding == parallel.batch_sharding(mesh, inputs.shape)
     assert {shard.data.shape for shard in placed["inputs"].addressable_shards} == {(2, 2)}
     np.testing.assert_array_equal(placed["inputs"], inputs)
     np.testing.assert_array_equal(placed["labels"], -inputs)
 
 
+def test_tokens_of_a_batch_lie_over_sequence():
+    """What has no tokens lies by its rows alone."""
+    mesh = parallel.make_mesh({"data": 2, "sequence": 4})
+    batch = {"inputs": np.arange(32).reshape(4, 8), "weights": np.arange(4)}
+    placed = parallel.Feed(mesh, 4).arrays(batch)
+    assert {shard.data.shape for shard in placed["inputs"].addressable_shards} == {(2, 2)}
+    assert {shard.data.shape for shard in placed["weights"].addressable_shards} == {(2,)}
+    for name, array in batch.items():
+        np.testing.assert_array_equal(placed[name], array)
+
+
+def test_tokens_that_cannot_be_divided_stay_whole_or_are_refused(caplog):
+    parallel._warn_once.cache_clear()
+    mesh, message = parallel.make_mesh({"sequence": 4}), "Sequences of 6 tokens cannot be divided over 4 devices"
+    placed = parallel.Feed(mesh, 4).arrays({"inputs": np.zeros((4, 6), int)})
+    assert {shard.data.shape for shard in placed["inputs"].addressable_shards} == {(2, 6)}
+    assert caplog.messages == [f"{message} of the mesh axis 'sequence'; all hold them whole."]
+    with pytest.raises(UserError, match=f"^{message} of the mesh axis 'sequence'\\.$"):
+        parallel.check_length(6, mesh)
+
+
 def test_a_mesh_may_be_of_some_devices():
     mesh = parallel.make_mesh({"fsdp": 2}, jax.devices()[2:6])
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 1}
     assert set(mesh.devices.flat) == set(jax.devices()[2:6])
     with pytest.raises(UserError, match=r"^Mesh .* needs 3 devices; there are 4\.$"):
         parallel.make_mesh({"data": 1, "fsdp": 3}, jax.devices()[:4])

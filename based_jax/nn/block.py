@@ -34,8 +34,8 @@ class Stream(NamedTuple):
         return self.r if self.y is None else self.r + self.y
 
     def constrained(self) -> "Stream":
-        """Return the stream with its rows over the mesh, lest XLA gathers activations instead of weights."""
-        return jax.tree.map(lambda x: parallel.constrain(x, "batch"), self)
+        """Return the stream with rows and tokens over the mesh, lest XLA gathers activations instead of weights."""
+        return jax.tree.map(parallel.constrain_tokens, self)
 
     def normed(self, norm: Any, dtype) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
         """Return the stream with nothing left to add, and its norm by an `nnx.RMSNorm` or `nnx.LayerNorm`."""

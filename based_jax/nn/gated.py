@@ -17,7 +17,7 @@ from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer, Operation
-from based_jax.ops import segments
+from based_jax.ops import sequence
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.decays import initial_state
 from based_jax.ops.gated_linear_attention import (
@@ -190,7 +190,7 @@ class GatedLinearMixer(Mixer):
 
     def _inputs(self, x, y, length, segment_ids):
         q, k, v = self._heads(y)
-        places, length = segments.positions(segment_ids, length, x.shape[1])
+        places, length = sequence.positions(segment_ids, length, x.shape[1])
         if self.rotary:
             q, k = (layers.rotary(z, places, z.shape[-1], 10000.0) for z in (q, k))
         return self._gated(x, q, k, v), length

@@ -226,7 +226,7 @@ def rotary(
     """
     frequencies = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1))
     half = frequencies.shape[0]
-    angles = jnp.multiply.outer(jnp.atleast_2d(positions).astype(jnp.float32), frequencies)[:, :, None]
+    angles = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
     cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

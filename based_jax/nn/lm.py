@@ -169,8 +169,9 @@ class LM(nnx.Module):
         ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))  # JAX wraps a number that int8 lacks
         beyond = self.config.padded_vocab_size  # which the table's gather fills with NaN
         ids = jnp.where((ids >= 0) & (ids < self.config.vocab_size), ids, beyond)
+        table = parallel.constrain(self.embed.embedding[...], "vocab")  # lest XLA gathers what is read of it
         # Left to itself XLA reads the table again wherever the embedding is used, and there across its rows.
-        r = jax.lax.optimization_barrier(parallel.constrain(self.embed(ids), "batch"))
+        r = jax.lax.optimization_barrier(parallel.constrain_tokens(jnp.take(table, ids, axis=0)))
         if dropout_key is not None:
             r = layers.dropout(r, self.config.embed_dropout, dropout_key)
         return self.embed_norm(r) if self.config.embed_norm else r

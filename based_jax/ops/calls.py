@@ -139,6 +139,21 @@ class ShortConvCall(NamedTuple):
     dilation: int = 1
 
 
+class PositionsCall(NamedTuple):
+    """The place of each token in its document; state (B,), how many tokens each row's first document has had."""
+
+    segment_ids: BT
+    state: Int[Array, "B"] | None = None
+
+
+class TokenShiftCall(NamedTuple):
+    """The token before each one of x (B, T, D); state (B, D)."""
+
+    x: BTD
+    state: BD | None = None
+    segment_ids: BT | None = None
+
+
 class GatedConvCall(NamedTuple):
     """A convolution of one half of x (B, T, 2 D), gated by the other: kernel (W, D), bias (2 D), state (B, W, D)."""
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BT, BTD, WD
 from based_jax.errors import UserError
-from based_jax.ops import long_conv, segments
+from based_jax.ops import long_conv, segments, sequence, sharded
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, Past, ShortConvCall
 from based_jax.ops.dispatch import Implementation, dispatch
@@ -62,7 +62,7 @@ def short_conv(
     """
     width = _checked_reach("short_conv", kernel, dilation, state)
     call = ShortConvCall(x, kernel, bias, state, segment_ids, silu, dilation)
-    y = dispatch("short_conv", IMPLEMENTATIONS, impl, call)
+    y = dispatch("short_conv", IMPLEMENTATIONS, impl, call, CUT)
     return y, last_inputs(x, width, state, segment_ids)
 
 
@@ -168,21 +168,22 @@ def _recurrent(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
         return carry, jnp.where(padding, 0, y)
 
     over_time = (jnp.moveaxis(inputs[:, width:], 1, 0), jnp.moveaxis(ids[:, width:], 1, 0))
-    _, y = jax.lax.scan(token, (inputs[:, :width], ids[:, width - 1]), over_time)
+    start = tuple(sharded.vary_alike(inputs[:, :width], ids[:, width - 1], like=(inputs, ids, kernel)))
+    _, y = jax.lax.scan(token, start, over_time)
     return jnp.moveaxis(y, 0, 1)
 
 
 def _shifted(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     """Add W shifted copies of the inputs, each times its tap: one elementwise pass, or a scan where W is large."""
     if kernel.shape[0] <= MAX_UNROLLED_TAPS:
-        return _unrolled(inputs, ids, kernel, dilation)
+        return _unrolled(*sharded.vary_alike(inputs, ids, kernel), dilation)
     T = inputs.shape[1] - reach(kernel.shape[0], dilation)
 
     def add(y, tap):
         return y + _term(inputs, ids, kernel[tap], tap * dilation, T), None
 
     # The backward pass of a long sum would keep a term of every tap.
-    y = jnp.zeros((inputs.shape[0], T, inputs.shape[2]), jnp.float32)
+    [y] = sharded.vary_alike(jnp.zeros((inputs.shape[0], T, inputs.shape[2])), like=(inputs, ids, kernel))
     y, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), y, jnp.arange(kernel.shape[0]))
     return y.astype(inputs.dtype)
 
@@ -278,6 +279,8 @@ def _wide(call: ShortConvCall) -> BTD:
 def _through(form: Callable) -> Callable[[ShortConvCall], BTD]:
     return segments.without_padding(functools.partial(_composed, form), "x")
 
+
+CUT = sequence.Tails(lambda call: reach(call.kernel.shape[0], call.dilation), lambda call: call.x)
 
 IMPLEMENTATIONS = {
     "hopper_taps": Implementation(

@@ -44,10 +44,13 @@ def linear_cross_entropy(
     if vocab_size is not None and not 1 <= vocab_size <= table.shape[0]:
         raise UserError(f"linear_cross_entropy: vocab_size is {vocab_size}; it is 1 to the table's {table.shape[0]}.")
     labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # JAX wraps a number that int8 lacks
-    losses, correct = _of_rows(hidden.reshape(-1, hidden.shape[-1]), table[:vocab_size], labels.reshape(-1), impl)
+    rows = [sharded.flattened(x, labels.ndim) for x in (hidden, labels)]
+    losses, correct = (
+        sharded.unflattened(x, labels.shape) for x in _of_rows(rows[0], table[:vocab_size], rows[1], impl)
+    )
+    losses = jnp.where(labels < (vocab_size or table.shape[0]), losses, jnp.nan)
     asked = is_labelled(labels)
-    losses = jnp.where(labels.reshape(-1) < (vocab_size or table.shape[0]), losses, jnp.nan)
-    return jnp.where(asked, losses.reshape(labels.shape), 0.0), asked & correct.reshape(labels.shape)
+    return jnp.where(asked, losses, 0.0), asked & correct
 
 
 def _of_rows(

@@ -20,7 +20,7 @@ from based_jax.ops.precision import einsum, product_policy
 BLOCK_ROWS, CHUNK_TOKENS = 4096, 2048
 """The most rows and tokens of a tile of logits."""
 LOWEST = float(jnp.finfo(jnp.float32).min)
-ROWS = ("batch",)
+ROWS = ("tokens",)
 Part = Float[Array, "_ _"]
 """Of a table, with some of its tokens and of its width."""
 
@@ -32,7 +32,7 @@ def supports(_call: CrossEntropyCall) -> str | None:
 
 def logits_bytes(call: CrossEntropyCall) -> int:
     """Return the bytes of a device's logits in fp32."""
-    rows = sharded.part_of_device("batch", call.hidden.shape[0])
+    rows = sharded.part_of_device("tokens", call.hidden.shape[0])
     return 4 * rows * sharded.part_of_device("vocab", call.table.shape[0])
 
 
@@ -90,7 +90,7 @@ class Axes(NamedTuple):
     @classmethod
     def of(cls, hidden: Rows, table: Table) -> "Axes":
         """Return those of a call on the mesh of `jax.set_mesh`."""
-        sizes = ("batch", hidden.shape[0]), ("vocab", table.shape[0]), ("embed", table.shape[1])
+        sizes = ("tokens", hidden.shape[0]), ("vocab", table.shape[0]), ("embed", table.shape[1])
         rows, vocab, width = (sharded.axes_of(*size) for size in sizes)
         return cls(rows, vocab, width if set(width) <= set(rows) else ())
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
-from based_jax.ops import scan
+from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BTH, Decay, MatrixStateCall
 from based_jax.ops.decays import LogDecays, as_dplr, empty_state, pair_weights
@@ -33,6 +33,8 @@ from based_jax.ops.triton import delta_rule as triton_delta_rule
 from based_jax.ops.triton import dplr as triton_dplr
 
 CHUNK_TOKENS = 64
+
+BHKK = Float[Array, "B H K K"]
 
 
 @checked
@@ -65,7 +67,7 @@ def delta_rule(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = MatrixStateCall(q, k, v, log_decay, beta=beta, scale=scale, state=state, segment_ids=segment_ids)
-    return dispatch("delta_rule", IMPLEMENTATIONS, impl, call)
+    return dispatch("delta_rule", IMPLEMENTATIONS, impl, call, CUT)
 
 
 @checked
@@ -113,7 +115,7 @@ def dplr(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     a, b, log_decay = (x.astype(jnp.float32) for x in (a, b, log_decay))
     call = MatrixStateCall(q, k, v, log_decay, a=a, b=b, scale=scale, state=state, segment_ids=segment_ids)
-    return dispatch("dplr", DPLR_IMPLEMENTATIONS, impl, call)
+    return dispatch("dplr", DPLR_IMPLEMENTATIONS, impl, call, CUT)
 
 
 @checked
@@ -190,6 +192,28 @@ def _operands(tokens: Any) -> tuple[Array, Array, Array, Array, Array, Array]:
 def _through_dplr(compute: Callable, call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     return compute(as_dplr(call))
 
+
+def _piece(run: sequence.Run, call: MatrixStateCall) -> tuple[BHKK, BHKV]:
+    """Return the transition A of S' = A S + B over the tokens of a call, and the state after them.
+
+    A is what becomes of the identity where no values are written: K more values a head in the same run.
+    """
+    batch, _, heads, keys = call.q.shape
+    start = empty_state(call) if call.state is None else call.state
+    identity = jnp.broadcast_to(jnp.eye(keys), (batch, heads, keys, keys))
+    none = jnp.zeros((*call.v.shape[:-1], keys), call.v.dtype)
+    both = call._replace(v=jnp.concatenate([none, call.v], axis=-1), state=jnp.concatenate([identity, start], axis=-1))
+    after = run(both)[1]
+    return after[..., :keys], after[..., keys:]
+
+
+def _compose(earlier, later):
+    """Return the transition and the state of two pieces."""
+    (A1, S1), (A2, S2) = earlier, later
+    return einsum("BHKL,BHLM->BHKM", A2, A1, EXACT), einsum("BHKL,BHLV->BHKV", A2, S1, EXACT) + S2
+
+
+CUT = sequence.States(empty_state, _piece, _compose)
 
 DPLR_IMPLEMENTATIONS = {
     "triton_chunks": Implementation(

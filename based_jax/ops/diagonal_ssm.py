@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BT
-from based_jax.ops import scan, segments
+from based_jax.ops import scan, segments, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHPN2, BTHP, HN, DiagonalSSMCall
 from based_jax.ops.decays import finite
@@ -55,7 +55,7 @@ def diagonal_ssm(
       UserError: `impl` is unknown or cannot run this call.
     """
     log_a = jax.lax.complex(finite(log_a.real), log_a.imag)
-    return dispatch("diagonal_ssm", IMPLEMENTATIONS, impl, DiagonalSSMCall(u, log_a, b, c, state, segment_ids))
+    return dispatch("diagonal_ssm", IMPLEMENTATIONS, impl, DiagonalSSMCall(u, log_a, b, c, state, segment_ids), CUT)
 
 
 @checked
@@ -157,6 +157,21 @@ def _empty(call: DiagonalSSMCall) -> BHPN2:
     batch, _, heads, channels = call.u.shape
     return initial_state(batch, heads, channels, call.log_a.shape[1])
 
+
+def _piece(run: sequence.Run, call: DiagonalSSMCall) -> tuple[Array, BHPN2]:
+    """Return the power of a that the tokens of a call decay a state by, (B, H, 1, N, 2), and the state after them."""
+    ones = jnp.ones(call.u.shape[:2], jnp.float32)
+    tokens = sequence.total(ones, call.segment_ids)[:, None, None, None]
+    return _real(jnp.exp(call.log_a[None, :, None] * tokens)), run(call)[1]
+
+
+def _compose(earlier, later):
+    """Return the transition and the state of two pieces."""
+    (a1, x1), (a2, x2) = earlier, later
+    return _real(_complex(a1) * _complex(a2)), _real(_complex(a2) * _complex(x1)) + x2
+
+
+CUT = sequence.States(_empty, _piece, _compose)
 
 IMPLEMENTATIONS = {
     "xla_chunks": Implementation(segments.without_padding(_chunked, "u")),

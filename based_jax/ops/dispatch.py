@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from based_jax.errors import UserError, unknown
-from based_jax.ops import segments
+from based_jax.ops import segments, sequence
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +90,27 @@ def beside(impl: str, table: Mapping[str, Implementation]) -> str:
     return impl if named(table, backend) is None else backend
 
 
-def dispatch(operation: str, table: Mapping[str, Implementation], impl: str, call: Any) -> Any:
+def dispatch(
+    operation: str, table: Mapping[str, Implementation], impl: str, call: Any, cut: sequence.Cut | None = None
+) -> Any:
     """Compute a call of `operation`, in a scope of that name, with the implementation that `choose` returns.
 
-    It gets the numbers of its documents (`ops/segments.py`) for their ids.
+    It gets the numbers of its documents (`ops/segments.py`) for their ids. Where tokens lie over several devices, each
+    computes its piece as the operation's `cut` says (`ops/sequence.py`).
+
+    Raises:
+      UserError: as `choose`, or the tokens lie over several devices and the operation has no cut.
     """
+    run = functools.partial(_run, operation, table, impl)
+    if sequence.pieces(call) == 1:
+        return run(call)
+    if cut is None:
+        held = f"Mesh axis 'sequence' has {sequence.pieces(call)} devices"
+        raise UserError(f"{held}; for {operation}, which needs all tokens of a row, it has 1.")
+    return cut(run, call)
+
+
+def _run(operation: str, table: Mapping[str, Implementation], impl: str, call: Any) -> Any:
     name = choose(operation, table, impl, call)
     _CHOICES.get().setdefault(operation, {})[name] = None
     chosen = table[name]

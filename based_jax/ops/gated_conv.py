@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BT, BTD, BWD, WD
+from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import GatedConvCall, Joint, JointBias
 from based_jax.ops.conv import last_inputs, short_conv
@@ -45,7 +46,8 @@ def gated_short_conv(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    y = dispatch("gated_short_conv", IMPLEMENTATIONS, impl, GatedConvCall(x, kernel, bias, state, segment_ids))
+    call = GatedConvCall(x, kernel, bias, state, segment_ids)
+    y = dispatch("gated_short_conv", IMPLEMENTATIONS, impl, call, CUT)
     width, channels = kernel.shape
     inputs = x[:, -width:, :channels] if segment_ids is None else x[..., :channels]
     u = _biased(inputs, None if bias is None else bias[:channels])
@@ -68,6 +70,14 @@ def _wide(call: GatedConvCall, *, impl: str) -> BTD:
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), call._replace(segment_ids=None))
     return _composed(wide._replace(segment_ids=call.segment_ids), impl=impl).astype(call.x.dtype)
 
+
+def _convolved(call: GatedConvCall) -> BTD:
+    """Return the half of x that is convolved, with its bias."""
+    channels = call.kernel.shape[1]
+    return _biased(call.x[..., :channels], None if call.bias is None else call.bias[:channels])
+
+
+CUT = sequence.Tails(lambda call: call.kernel.shape[0], _convolved)
 
 IMPLEMENTATIONS = {
     "hopper_taps": Implementation(

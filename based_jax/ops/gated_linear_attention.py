@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from based_jax import devices
 from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
-from based_jax.ops import scan
+from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import HK, Decay, MatrixStateCall
 from based_jax.ops.decays import LogDecays, empty_state, pair_weights
@@ -66,7 +66,7 @@ def gated_linear_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     log_decay = log_decay.astype(jnp.float32)
     call = MatrixStateCall(q, k, v, log_decay, bonus, scale=scale, state=state, segment_ids=segment_ids)
-    return dispatch("gated_linear_attention", IMPLEMENTATIONS, impl, call)
+    return dispatch("gated_linear_attention", IMPLEMENTATIONS, impl, call, CUT)
 
 
 @checked
@@ -138,6 +138,13 @@ def _one_chunk_is_slower(call: MatrixStateCall) -> str | None:
         return f"states have {K * V} elements, fewer than {least} for each of {T} tokens"
     return None if most >= T else f"T is {T}, above {most}"
 
+
+def _kept(call: MatrixStateCall) -> Float[Array, "B H #K 1"]:
+    """Return what the tokens of a call leave of a state."""
+    return jnp.exp(sequence.total(call.log_decay, call.segment_ids))[..., None]
+
+
+CUT = sequence.decayed(empty_state, _kept)
 
 IMPLEMENTATIONS = {
     "triton_chunks": Implementation(

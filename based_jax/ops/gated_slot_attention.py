@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHV, BT, BTHK, BTHV
-from based_jax.ops import scan
+from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHKM, BHMV, BTHM, SlotAttentionCall, SlotState
 from based_jax.ops.decays import LogDecays, weighted_sums
@@ -60,7 +60,7 @@ def gated_slot_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     s, log_decay = s.astype(jnp.float32), log_decay.astype(jnp.float32)
     call = SlotAttentionCall(q, k, v, s, log_decay, scale, state, segment_ids)
-    return dispatch("gated_slot_attention", IMPLEMENTATIONS, impl, call)
+    return dispatch("gated_slot_attention", IMPLEMENTATIONS, impl, call, CUT)
 
 
 @checked
@@ -115,6 +115,14 @@ def _empty(call: SlotAttentionCall) -> SlotState:
     batch, _, heads, key_dim = call.q.shape
     return initial_state(batch, heads, key_dim, call.s.shape[3], call.v.shape[3])
 
+
+def _kept(call: SlotAttentionCall) -> SlotState:
+    """Return what the tokens of a call leave of each slot."""
+    kept = jnp.exp(sequence.total(call.log_decay, call.segment_ids))
+    return SlotState(kept[:, :, None], kept[..., None])
+
+
+CUT = sequence.decayed(_empty, _kept)
 
 IMPLEMENTATIONS = {
     "xla_chunks": Implementation(_two_passes),

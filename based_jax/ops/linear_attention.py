@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Shaped
 from based_jax import devices
 from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
 from based_jax.errors import UserError
-from based_jax.ops import scan, segments
+from based_jax.ops import scan, segments, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import LinearAttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
@@ -64,7 +64,7 @@ def linear_attention(
     """
     check_state("linear_attention", state, phi_q.shape[-1], v.shape[-1])
     call = LinearAttentionCall(phi_q, phi_k, v, state, segment_ids)
-    return dispatch("linear_attention", IMPLEMENTATIONS, impl, call)
+    return dispatch("linear_attention", IMPLEMENTATIONS, impl, call, cut(_same))
 
 
 @checked
@@ -197,6 +197,11 @@ def _dot(phi_q: BTHK, phi_k: BTHK, precision, dtype=jnp.float32) -> Float[Array,
 
 def _same(phi: Array) -> Array:
     return phi
+
+
+def cut(features: Callable) -> sequence.Cut:
+    """Return how time is cut over devices, of an operation with these features."""
+    return sequence.summed(functools.partial(_empty, features=features))
 
 
 def _empty(call: LinearAttentionCall, features: Callable) -> BHEV:

@@ -93,6 +93,19 @@ def over_chunks(
     return jax.tree.map(lambda x: join_time(x)[:, :T], y), state
 
 
+def associative(compose: Callable[[Any, Any], Any], elements: Any) -> Any:
+    """Return the compositions of all elements (B, T, ...) up to each one.
+
+    `jax.lax.associative_scan` composes none at all too, of which XLA cannot compile the gradient within
+    `jax.shard_map` (jax 0.11.2).
+    """
+
+    def composed(first: Any, second: Any) -> Any:
+        return compose(first, second) if all(x.size for x in jax.tree.leaves(first)) else second
+
+    return jax.lax.associative_scan(composed, elements, axis=1)
+
+
 def _chunk(chunk: Callable, carry: Any, inputs: Any, fresh: bool):
     (state, owner), (tokens, ids) = carry, inputs
     present = ids != 0

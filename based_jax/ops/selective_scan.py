@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BT, BTD
-from based_jax.ops import scan
+from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BDN, BTN, DN, Channels, SelectiveScanCall
 from based_jax.ops.decays import finite
@@ -84,7 +84,7 @@ def selective_scan(
       UserError: `impl` is unknown or cannot run this call.
     """
     call = SelectiveScanCall(u, dt, finite(A), B, C, state, segment_ids)
-    return dispatch("selective_scan", IMPLEMENTATIONS, impl, call)
+    return dispatch("selective_scan", IMPLEMENTATIONS, impl, call, CUT)
 
 
 @checked
@@ -113,7 +113,7 @@ def _chunked(call: SelectiveScanCall) -> tuple[BTD, BDN]:
         kept = jnp.exp(dt[..., None] * call.A[None, None])
         kept = jnp.where(span.begins[:, :, None, None], 0.0, kept)  # a new document forgets the one before
         added = (dt * u)[..., None] * B[:, :, None]
-        kept, added = jax.lax.associative_scan(_compose, (kept, added), axis=1)
+        kept, added = scan.associative(_compose, (kept, added))
         h = added if span.fresh else kept * state[:, None] + added
         y = jnp.einsum("BTDN,BTN->BTD", h, C, precision=EXACT)
         return y.astype(call.u.dtype), h[:, -1]
@@ -130,6 +130,13 @@ def _compose(first, second):
 def _empty(call: SelectiveScanCall) -> BDN:
     return initial_state(call.u.shape[0], *call.A.shape)
 
+
+def _kept(call: SelectiveScanCall) -> BDN:
+    """Return what the tokens of a call leave of a state."""
+    return jnp.exp(sequence.total(call.dt.astype(jnp.float32), call.segment_ids)[..., None] * call.A[None])
+
+
+CUT = sequence.decayed(_empty, _kept)
 
 IMPLEMENTATIONS = {
     "hopper_steps": Implementation(hopper_selective_scan.compute, hopper_selective_scan.supports, platform="cuda"),

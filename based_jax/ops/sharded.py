@@ -1,7 +1,9 @@
 """How a kernel is called under a mesh (`jax.set_mesh`): every device runs it on its part of the arrays.
 
-To XLA kernels are opaque. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, heads over
-`parallel.HEAD_AXES`, and a table's tokens and widths as `parallel.PARAMETER_RULES` place them.
+To XLA kernels are opaque. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, tokens over
+`parallel.TIME_AXES`, heads over `parallel.HEAD_AXES`, as `based_jax.parallel` places them, and a table's tokens and
+widths by `parallel.PARAMETER_RULES`. What devices with pieces of the same rows tell each other stands here too
+(`before`, `from_last`); what operations do with it, in `ops/sequence.py`.
 """
 
 import math
@@ -13,13 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from based_jax.parallel import BATCH_AXES, HEAD_AXES, PARAMETER_RULES, free_axes
+from based_jax.parallel import BATCH_AXES, HEAD_AXES, PARAMETER_RULES, TIME_AXES, free_axes
 
 Names = tuple[str | None, ...]
 
 MESH_AXES = {
     "batch": BATCH_AXES,
+    "time": TIME_AXES,
+    "tokens": BATCH_AXES + TIME_AXES,  # of all rows, in one dimension
     "heads": HEAD_AXES,
+    "groups": HEAD_AXES,  # of heads, one or as many as heads
     "vocab": (PARAMETER_RULES["vocab"],),
     "embed": (PARAMETER_RULES["embed"],),
 }
@@ -35,7 +40,7 @@ def mesh_refusal() -> str | None:
 
 def per_shard(
     function: Callable,
-    arguments: Sequence[jax.Array | None],
+    arguments: Sequence[Any],
     names: Sequence[Names],
     results: Sequence[Names],
     **options: Any,
@@ -43,7 +48,7 @@ def per_shard(
     """Return `function(*arguments)`, run by every device of the mesh on its part of the arrays.
 
     Args:
-      arguments: arrays, and None for what is not given.
+      arguments: arrays, trees of them that share their names, and None for what is not given.
       names: for each argument the name of each of its first dimensions, a key of `MESH_AXES` or None; a dimension that
         its mesh axes do not divide, and one without a name, stays whole.
       results: the same for the results, one or a tuple.
@@ -56,15 +61,16 @@ def per_shard(
     given = [(x, dims) for x, dims in zip(arguments, names, strict=True) if x is not None]
     sizes: dict[str, list[int]] = {}
     for x, dims in given:
-        for name, size in zip(dims, x.shape, strict=False):
-            if name is not None:
-                sizes.setdefault(name, []).append(size)
+        for leaf in jax.tree.leaves(x):
+            for name, size in zip(dims, leaf.shape, strict=False):
+                if name is not None:
+                    sizes.setdefault(name, []).append(size)
     axes = {name: _dividing(mesh, name, found) for name, found in sizes.items()}
 
     def spec(dims: Names) -> PartitionSpec:
         return PartitionSpec(*(axes.get(name) if name else None for name in dims))
 
-    def on_device(*parts: jax.Array) -> Any:
+    def on_device(*parts: Any) -> Any:
         rest = iter(parts)
         return function(*(None if x is None else next(rest) for x in arguments))
 
@@ -107,6 +113,85 @@ def part_of_device(dimension: str, size: int) -> int:
     """Return how much of a dimension of `MESH_AXES` each device gets in `per_shard`."""
     mesh = jax.sharding.get_abstract_mesh()
     return size // math.prod(mesh.shape[name] for name in axes_of(dimension, size))
+
+
+def pieces_of_time(tokens: int) -> int:
+    """Return into how many pieces `per_shard` cuts time."""
+    return tokens // part_of_device("time", tokens)
+
+
+def flattened(x: jax.Array, dimensions: int) -> jax.Array:
+    """Return x with its first dimensions as one; of rows and tokens (B, T, ...) each device keeps its own.
+
+    In the order of `reshape` a device with pieces of several rows would have to give them away.
+    """
+    shape, rest = x.shape[:dimensions], x.shape[dimensions:]
+    parts = _rows_and_pieces(shape)
+    return x.reshape(-1, *rest) if parts is None else x.reshape(*parts, *rest).swapaxes(1, 2).reshape(-1, *rest)
+
+
+def unflattened(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Return what `flattened` has made of an array with this shape in those dimensions."""
+    if (parts := _rows_and_pieces(shape)) is not None:
+        rows, of_rows, pieces, of_time = parts
+        x = x.reshape(rows, pieces, of_rows, of_time, *x.shape[1:]).swapaxes(1, 2)
+        return x.reshape(*shape, *x.shape[4:])
+    return x.reshape(*shape, *x.shape[1:])
+
+
+def _rows_and_pieces(shape: Sequence[int]) -> tuple[int, int, int, int] | None:
+    """Return into how many parts rows and time are cut, each with what a part has; None where time is not cut."""
+    if len(shape) != 2 or (pieces := pieces_of_time(shape[1])) == 1:
+        return None
+    of_rows = part_of_device("batch", shape[0])
+    return shape[0] // of_rows, of_rows, pieces, shape[1] // pieces
+
+
+# Within `per_shard`, of time that is cut:
+
+
+def place_in_time() -> jax.Array:
+    """Return which piece of time this device has, from 0."""
+    return lax.axis_index(TIME_AXES)
+
+
+def count_in_time() -> int:
+    """Return how many pieces there are."""
+    return lax.axis_size(TIME_AXES)
+
+
+def before(join: Callable[[Any, Any], Any], own: Any) -> Any:
+    """Return what the devices with the pieces of time before this one have, joined in their order; zeros on the first.
+
+    `join(earlier, later)` is associative. In n pieces a device sends as many bytes as it has 1 + log2(n - 1) times.
+    """
+    place, count, distance = place_in_time(), count_in_time(), 1
+    total = _later(own, 1)
+    while distance < count - 1:
+        joined = join(_later(total, distance), total)
+        reaches = place > distance
+        total = jax.tree.map(lambda new, old, use=reaches: jnp.where(use, new, old), joined, total)
+        distance *= 2
+    return total
+
+
+def _later(own: Any, distance: int) -> Any:
+    """Return what the device has whose piece stands so many pieces before; zeros where there is none."""
+    pairs = [(i, i + distance) for i in range(count_in_time() - distance)]
+    return jax.tree.map(lambda x: lax.ppermute(x, TIME_AXES, pairs), own)
+
+
+def handed_on(own: Any) -> Any:
+    """Return what the device with the piece before has, and on the first one what the last has."""
+    count = count_in_time()
+    pairs = [(i, (i + 1) % count) for i in range(count)]
+    return jax.tree.map(lambda x: lax.ppermute(x, TIME_AXES, pairs), own)
+
+
+def from_last(own: Any) -> Any:
+    """Return what the device with the last piece of time has."""
+    last = place_in_time() == count_in_time() - 1
+    return jax.tree.map(lambda x: lax.psum(jnp.where(last, x, 0), TIME_AXES), own)
 
 
 def _dividing(mesh: AbstractMesh, dimension: str, sizes: Sequence[int]) -> tuple[str, ...] | None:

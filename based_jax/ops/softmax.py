@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Integer, Shaped
 from based_jax import devices
 from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
 from based_jax.errors import UserError
-from based_jax.ops import segments, sharded, softmax_chunks
+from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_ring
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
@@ -40,12 +40,14 @@ def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl:
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle", "xla_quadratic" (every score), "xla_chunks" (memory linear in T), "cudnn_flash" (GPU, bf16 or
-        fp16, no packing), "triton_tiles" (the same, with packing), "tpu_splash" (TPU, bf16) or "auto".
+        fp16, no packing), "triton_tiles" (the same, with packing), "tpu_splash" (TPU, bf16) or "auto". Where tokens lie
+        over devices, keys go round by chunks, whatever it is.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    return dispatch("attention", ATTENTION, impl, AttentionCall(q, k, v, q.shape[1], segment_ids))
+    call = AttentionCall(q, k, v, q.shape[1], segment_ids)
+    return dispatch("attention", ATTENTION, impl, call, softmax_ring.cut)
 
 
 @checked
@@ -67,7 +69,8 @@ def window_attention(
         raise UserError(f"window is {window}; it counts the keys that a query sees, its own included, so at least 1.")
     if window > MAX_WINDOW:
         raise UserError(f"window is {window}; it is at most {MAX_WINDOW}.")
-    return dispatch("window_attention", WINDOW_ATTENTION, impl, AttentionCall(q, k, v, window, segment_ids))
+    call = AttentionCall(q, k, v, window, segment_ids)
+    return dispatch("window_attention", WINDOW_ATTENTION, impl, call, sequence.windowed)
 
 
 @checked
@@ -141,7 +144,8 @@ def _recurrent(call: AttentionCall) -> BTHV:
         return buffers, attention_step(q_BHK, keys, values, visible)
 
     kept = call.k, call.v, _ids(call)
-    empty = jax.tree.map(lambda x: jnp.zeros((x.shape[0], call.window, *x.shape[2:]), x.dtype), kept)
+    empty = [jnp.zeros((x.shape[0], call.window, *x.shape[2:]), x.dtype) for x in kept]
+    empty = tuple(sharded.vary_alike(*empty, like=(call.q, *kept)))
     _, o = jax.lax.scan(token, empty, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (call.q, kept)))
     return jnp.moveaxis(o, 0, 1)
 

@@ -43,6 +43,11 @@ class Cut(NamedTuple):
     queries: int
     keys: int
 
+    @classmethod
+    def of(cls, T: int, S: int, past: int, window: int) -> "Cut":
+        """Return that of T queries and S keys."""
+        return cls(past, window, min(CHUNK_TOKENS, T), min(CHUNK_TOKENS, S))
+
     def pairs(self, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the numbers of the chunks of queries and of keys in which one sees another, queries in order."""
         query, key = np.arange(0, T, self.queries)[:, None] + self.past, np.arange(0, S, self.keys)[None]
@@ -77,7 +82,7 @@ def attention(
       window: keys that a query sees, its own included; all where None.
     """
     T, S = q.shape[1], k.shape[1]
-    cut = Cut(S - T, S if window is None else min(window, S), min(CHUNK_TOKENS, T), min(CHUNK_TOKENS, S))
+    cut = Cut.of(T, S, S - T, S if window is None else min(window, S))
     queries = (sharded.fill(x, {1: cut.queries}) for x in (q, query_numbers))
     keys = (sharded.fill(x, {1: cut.keys}) for x in (k, v, key_numbers))
     (q, query_numbers), (k, v, key_numbers) = queries, keys
@@ -86,10 +91,12 @@ def attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(cut: Cut, q, k, v, query_numbers, key_numbers):
-    return _attention_fwd(cut, q, k, v, query_numbers, key_numbers)[0]
+    return forward(cut, q, k, v, query_numbers, key_numbers)[0]
 
 
-def _attention_fwd(cut, q, k, v, query_numbers, key_numbers):
+def forward(cut: Cut, q, k, v, query_numbers, key_numbers):
+    """Return o, and what `backward` takes: the arguments, o and L, `LOWEST` of a query that sees no key."""
+
     def meet(sums, pair):
         i, j = pair
         top, total, o = (cut.of_queries(x, i, axis) for x, axis in zip(sums, SUMS_TIME, strict=True))
@@ -108,11 +115,12 @@ def _attention_fwd(cut, q, k, v, query_numbers, key_numbers):
     (top, total, o), _ = lax.scan(meet, start, cut.pairs(T, k.shape[1]))
     seen = total > 0
     o = (o / _by_token(jnp.where(seen, total, 1.0))).astype(v.dtype)
-    logarithm = jnp.where(seen, top + jnp.log(total), 0.0)
+    logarithm = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), LOWEST)
     return o, (q, k, v, query_numbers, key_numbers, o, logarithm)
 
 
-def _attention_bwd(cut, saved, do):
+def backward(cut: Cut, saved, do):
+    """Return the gradients of q, k and v, and None of both numbers."""
     q, k, v, query_numbers, key_numbers, o, logarithm = saved
     delta = jnp.einsum("BTHV,BTHV->BHT", do.astype(jnp.float32), o.astype(jnp.float32))
 
@@ -136,7 +144,7 @@ def _attention_bwd(cut, saved, do):
     return *(x.astype(like.dtype) for x, like in zip(gradients, (q, k, v), strict=True)), None, None
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(forward, backward)
 
 
 def _scores(cut: Cut, q: Array, k: Array, i: Array, j: Array) -> Float[Array, "B H _ _"]:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BT
+from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHNP, BTGN, BTH, BTHP, SSDCall
-from based_jax.ops.decays import finite
+from based_jax.ops.decays import finite, initial_state
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from based_jax.ops.hopper import ssd as hopper_ssd
@@ -54,7 +55,7 @@ def ssd(
       UserError: `impl` is unknown or cannot run this call.
     """
     call = SSDCall(x, dt.astype(jnp.float32), finite(A.astype(jnp.float32)), B, C, state, segment_ids)
-    return dispatch("ssd", IMPLEMENTATIONS, impl, call)
+    return dispatch("ssd", IMPLEMENTATIONS, impl, call, _cut)
 
 
 @checked
@@ -78,6 +79,24 @@ def _as_attention(call: SSDCall, *, impl: str) -> tuple[BTHP, BHNP]:
     return gated_linear_attention(
         q, k, v, log_decay, scale=1.0, state=call.state, segment_ids=call.segment_ids, impl=impl
     )
+
+
+def _kept(call: SSDCall) -> Float[Array, "B H 1 1"]:
+    """Return what the tokens of a call leave of a state."""
+    return jnp.exp(sequence.total(call.dt, call.segment_ids) * call.A[None])[..., None, None]
+
+
+def _empty(call: SSDCall) -> BHNP:
+    batch, _, heads, channels = call.x.shape
+    return initial_state(batch, heads, call.B.shape[-1], channels)
+
+
+def _cut(run: sequence.Run, call: SSDCall) -> tuple[BTHP, BHNP]:
+    """Cut time over devices; several groups are repeated for their heads, over which other devices may be."""
+    heads, groups = call.x.shape[2], call.B.shape[2]
+    if groups > 1:
+        call = call._replace(B=jnp.repeat(call.B, heads // groups, 2), C=jnp.repeat(call.C, heads // groups, 2))
+    return sequence.decayed(_empty, _kept)(run, call)
 
 
 IMPLEMENTATIONS = {

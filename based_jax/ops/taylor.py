@@ -89,7 +89,8 @@ def taylor_attention(
       UserError: `impl` is unknown or cannot run this call.
     """
     linear_attention.check_state("taylor_attention", state, expanded_dim(q.shape[-1]), v.shape[-1])
-    return dispatch("taylor_attention", IMPLEMENTATIONS, impl, LinearAttentionCall(q, k, v, state, segment_ids))
+    call = LinearAttentionCall(q, k, v, state, segment_ids)
+    return dispatch("taylor_attention", IMPLEMENTATIONS, impl, call, linear_attention.cut(taylor_features))
 
 
 @checked

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from based_jax.dims import BD, BT, BTD
-from based_jax.ops import segments
+from based_jax.ops import segments, sequence
 from based_jax.ops.arguments import checked
+from based_jax.ops.calls import TokenShiftCall
 
 
 @checked
@@ -20,7 +22,13 @@ def token_shift(x: BTD, *, state: BD | None = None, segment_ids: BT | None = Non
     Returns:
       These (B, T, D), and the last token (B, D) of each row's last document.
     """
-    before = jnp.zeros_like(x[:, 0]) if state is None else state.astype(x.dtype)
+    call = TokenShiftCall(x, state, segment_ids)
+    return _shifted(call) if sequence.pieces(call) == 1 else CUT(_shifted, call)
+
+
+def _shifted(call: TokenShiftCall) -> tuple[BTD, BD]:
+    x, segment_ids = call.x, call.segment_ids
+    before = _empty(call) if call.state is None else call.state.astype(x.dtype)
     if segment_ids is None:
         return jnp.concatenate([before[:, None], x[:, :-1]], axis=1), x[:, -1]
     numbers = segments.numbered(segment_ids)
@@ -31,3 +39,21 @@ def token_shift(x: BTD, *, state: BD | None = None, segment_ids: BT | None = Non
     last = x.shape[1] - 1 - jnp.argmax(present[:, ::-1], axis=1)
     newest = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     return shifted, jnp.where(present.any(axis=1)[:, None], newest, before)
+
+
+def _empty(call: TokenShiftCall) -> BD:
+    return jnp.zeros_like(call.x[:, 0])
+
+
+def _piece(run: sequence.Run, call: TokenShiftCall) -> tuple[Bool[Array, "#B 1"], BD]:
+    """Return whether a call has no token but padding, and its last one."""
+    no_token = jnp.zeros(1, bool) if call.segment_ids is None else (call.segment_ids == 0).all(axis=1)
+    return no_token[:, None], run(call)[1]
+
+
+def _compose(earlier, later):
+    """Return the same of two pieces."""
+    return earlier[0] & later[0], jnp.where(later[0], earlier[1], later[1])
+
+
+CUT = sequence.States(_empty, _piece, _compose)

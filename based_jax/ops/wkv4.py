@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from based_jax.dims import BD, BT, BTD
-from based_jax.ops import scan
+from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, Wkv4Call, WkvState
 from based_jax.ops.decays import finite
@@ -51,7 +51,7 @@ def wkv4(
       UserError: `impl` is unknown.
     """
     call = Wkv4Call(k.astype(jnp.float32), v.astype(jnp.float32), finite(log_decay), bonus, state, segment_ids)
-    wkv, state = dispatch("wkv4", IMPLEMENTATIONS, impl, call)
+    wkv, state = dispatch("wkv4", IMPLEMENTATIONS, impl, call, CUT)
     return wkv.astype(v.dtype), state
 
 
@@ -83,7 +83,7 @@ def _chunked(call: Wkv4Call) -> tuple[BTD, WkvState]:
         written = WkvState(v, jnp.ones_like(k) * present, jnp.where(present > 0, k, LOG_OF_NOTHING))
         first = (jnp.zeros_like(k[:, :1]), jax.tree.map(lambda x: x[:, None], state))
         elements = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, (decay, written))
-        _, after = jax.lax.associative_scan(_compose, elements, axis=1)
+        _, after = scan.associative(_compose, elements)
         before = jax.tree.map(
             lambda x, nothing: jnp.where(span.begins[..., None], nothing[:, None], x[:, :-1]), after, empty
         )
@@ -114,6 +114,14 @@ def _compose(first, second):
     early, late = jnp.exp(decayed - top), jnp.exp(s2.max - top)
     return d1 + d2, WkvState(early * s1.num + late * s2.num, early * s1.den + late * s2.den, top)
 
+
+def _piece(run: sequence.Run, call: Wkv4Call) -> tuple[BD, WkvState]:
+    """Return the log-decay of a state over the tokens of a call, and the state after them."""
+    tokens = sequence.total(jnp.ones_like(call.k), call.segment_ids)
+    return call.log_decay[None] * tokens, run(call)[1]
+
+
+CUT = sequence.States(_empty, _piece, _compose)
 
 IMPLEMENTATIONS = {
     "xla_chunks": Implementation(_chunked),

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from based_jax.optim.groups import updates_taken
 
 DROPPED_BITS = np.uint32(0xFFFF)
 """Of a number in fp32, those that bf16 has not."""
+SCRAMBLE = (16, np.uint32(0x85EBCA6B)), (13, np.uint32(0xC2B2AE35)), (16, np.uint32(1))
+"""Shifts and factors that make any bit of 32 depend on all (MurmurHash3's `fmix32`)."""
 
 
 def kept_in(dtype: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -21,7 +23,7 @@ def kept_in(dtype: str, tx: optax.GradientTransformation) -> optax.GradientTrans
 
     Args:
       dtype: "float32" or "bfloat16".
-      tx: its state has a count of its updates, from which random bits are drawn.
+      tx: its state has a count of its updates, which seeds the rounding.
     """
     if dtype == "float32":
         return tx
@@ -36,23 +38,32 @@ def kept_in(dtype: str, tx: optax.GradientTransformation) -> optax.GradientTrans
     return optax.GradientTransformation(init, update)
 
 
-def stochastically_rounded(x: Float[Array, "..."], key: jax.Array) -> Float[Array, "..."]:
-    """Return fp32 numbers in bf16, each one of its two neighbours there, such that the mean is the number.
+def stochastically_rounded(x: Float[Array, "..."], seed: UInt32[Array, ""]) -> Float[Array, "..."]:
+    """Return fp32 numbers in bf16, each one of its two neighbours there, such that the mean over seeds is the number.
 
     Rounded to the nearest, a moment would stay what it is where one update changes it by less than a bf16 step, 0.4 %.
+    A number's place and the seed decide, scrambled, which costs little and is the same however an array is divided.
     """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(key, x.shape, jnp.uint16)
-    cut = jax.lax.bitcast_convert_type(bits & ~DROPPED_BITS, jnp.float32)
+    bits, chance = jax.lax.bitcast_convert_type(x, jnp.uint32), jnp.broadcast_to(_scrambled(seed), x.shape)
+    for dimension in range(x.ndim):
+        chance = _scrambled(chance + jax.lax.broadcasted_iota(jnp.uint32, x.shape, dimension))
+    carried = bits + (_scrambled(chance) & DROPPED_BITS)
+    cut = jax.lax.bitcast_convert_type(carried & ~DROPPED_BITS, jnp.float32)
     return jnp.where(jnp.isfinite(x), cut, x).astype(jnp.bfloat16)
 
 
+def _scrambled(bits: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    for shift, factor in SCRAMBLE:
+        bits = (bits ^ (bits >> shift)) * factor
+    return bits
+
+
 def _rounded(state: Any) -> Any:
-    key = jax.random.fold_in(jax.random.key(0), updates_taken(state))
     leaves, structure = jax.tree.flatten(state)
-    keys = jax.random.split(key, len(leaves))
+    first = updates_taken(state).astype(jnp.uint32) * len(leaves)
     rounded = [
-        _map_moments(functools.partial(stochastically_rounded, key=own), leaf)
-        for leaf, own in zip(leaves, keys, strict=True)
+        _map_moments(functools.partial(stochastically_rounded, seed=first + place), leaf)
+        for place, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(structure, rounded)
 

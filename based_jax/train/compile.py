@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -75,12 +76,19 @@ class TrainProgram:
             return self.jitted_step.lower(self.abstract_state, self.abstract_batch(batch))
 
     def abstract_batch(self, batch: parallel.HostBatch) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shapes of the global batch that a batch of some host is part of, and how it lies on the mesh."""
-        where, rows = parallel.batch_sharding(self.mesh), self.config.batch_size
-        return {
-            name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype), sharding=where)
-            for name, x in batch.items()
-        }
+        """Return the shapes of the global batch that a batch of some host is part of, and how it lies on the mesh.
+
+        Raises:
+          UserError: its sequences cannot be divided over the mesh.
+        """
+        parallel.check_length(batch["inputs"].shape[1], self.mesh)
+
+        def shape_of(x: np.ndarray) -> jax.ShapeDtypeStruct:
+            shape = (self.config.batch_size, *x.shape[1:])
+            dtype, where = jax.dtypes.canonicalize_dtype(x.dtype), parallel.batch_sharding(self.mesh, shape)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+        return {name: shape_of(x) for name, x in batch.items()}
 
 
 def train_program(config: TrainConfig, mesh: Mesh) -> TrainProgram:

@@ -37,7 +37,8 @@ def check_state_fits(abstract_state: Any) -> None:
 
 def check_batch_fits(batch_size: int, mesh: Mesh, seq_len: int) -> None:
     """Raise UserError for a batch whose inputs and labels, of the rows of this process, exceed its machine's memory."""
-    held = parallel.batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    shape = (batch_size,)
+    held = parallel.batch_sharding(mesh, shape).addressable_devices_indices_map(shape).values()
     rows = len(set(held)) * (batch_size // parallel.row_devices(mesh))
     needed, size = 2 * ID_BYTES * rows * seq_len, _machine_bytes()
     if needed > size:

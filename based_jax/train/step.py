@@ -132,4 +132,4 @@ def _cut(x: Array, microbatches: int) -> Array:
     A device holds rows that follow each other: those of one microbatch must come from every device, or the scan over
     microbatches would have one device's rows at a time, for all to compute.
     """
-    return parallel.constrain(x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), None, "batch")
+    return parallel.constrain(x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), None, "batch", "time")

@@ -68,6 +68,16 @@ CASES: tuple[Command | Call, ...] = (
     override("--config.optim.muon.momentum=1", sentence="optim.muon.momentum is 1.0; it is at least 0 and below 1."),
     override("--config.batch_size=12", sentence="batch_size 12 cannot be divided over 8 devices"),
     override("--config.mesh.tensor=3", sentence="needs 6 devices; there are 8."),
+    override(
+        "--config.mesh.sequence=2",
+        "--config.model.layers=(('hyena', {'l_max': 64}),)",
+        sentence="Mesh axis 'sequence' has 2 devices; for long_conv, which needs all tokens of a row, it has 1.",
+    ),
+    Command(
+        "half a token",
+        ("train", "--config=<text.py>", "--workdir=<new>", "--config.mesh.sequence=2", "--config.data.seq_len=31"),
+        "Sequences of 31 tokens cannot be divided over 2 devices of the mesh axis 'sequence'.",
+    ),
     override("--config.model.vocab_size=10", sentence="model.vocab_size is 10, but the data has ids up to 63."),
     override("--model.d_model=8", sentence="Unknown argument '--model.d_model=8'; overrides look like --config."),
     override("surplus", sentence="Unknown argument 'surplus'"),

@@ -1,4 +1,4 @@
-"""What ids of packed documents mean (`based_jax/ops/segments.py`), token by token in numpy."""
+"""Ids of packed documents (`based_jax/ops/segments.py`): what they mean, token by token in numpy, and rows of them."""
 
 import numpy as np
 
@@ -12,3 +12,12 @@ def numbered(ids):
             number, before = number + (row[t] != before), row[t]
             own[t] = number
     return numbers
+
+
+def rows_over_pieces(rng, tokens):
+    """Return ids (4, T): some that return; documents over several eighths; eighths of padding; one document."""
+    mixed = rng.integers(0, 3, tokens)
+    share = np.arange(tokens) / tokens
+    long = np.array([1, 2, 0, 2])[np.searchsorted([0.16, 0.72, 0.91], share)]
+    padded = np.array([0, 1, 0, 1])[np.searchsorted([0.28, 0.38, 0.75], share)]
+    return np.stack([mixed, long, padded, np.ones(tokens)]).astype(np.int32)

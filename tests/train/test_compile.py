@@ -45,7 +45,7 @@ def test_the_abstract_batch_is_the_global_one():
     program = train_program(config(), parallel.make_mesh())
     shapes = program.abstract_batch(batch(2))
     assert {(x.shape, x.dtype, x.sharding.spec) for x in shapes.values()} == {
-        ((8, 16), jnp.dtype("int32"), jax.P(parallel.BATCH_AXES))
+        ((8, 16), jnp.dtype("int32"), jax.P(parallel.BATCH_AXES, parallel.TIME_AXES))
     }
 
 

@@ -2,11 +2,16 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from based_jax import parallel
 from based_jax.errors import UserError
+from based_jax.nn import layers
 from based_jax.nn.lm import LMConfig
+from based_jax.train import opening
 from based_jax.train.compile import train_program
 from based_jax.train.mesh_checks import check_mesh
 from based_jax.train.run import TrainConfig
@@ -69,3 +74,10 @@ def test_rows_per_device_become_a_batch_on_the_mesh():
         assert sized.sized(parallel.make_mesh({})) is sized
     with pytest.raises(UserError, match=r"^4 rows of a microbatch .* over 8 .*: microbatches can be 2\.$"):
         train_program(run({}, rows_per_device=2, microbatches=4), parallel.make_mesh())
+
+
+def test_what_stays_whole_is_a_line_when_a_run_begins():
+    low_rank = nnx.Param(jax.ShapeDtypeStruct((2**12, 2**7), jnp.float32), **layers.logical_axes("embed", None))
+    lines = opening.whole_lines({"low_rank": low_rank}, parallel.make_mesh({"fsdp": 2, "tensor": 4}))
+    assert lines == ["not divided over tensor: 4 devices hold the same 1.0 MiB each of 'low_rank'"]
+    assert opening.whole_lines({"low_rank": low_rank}, parallel.make_mesh({"fsdp": 8})) == []

@@ -13,6 +13,7 @@ from tests.helpers.processes import BASE, Processes, losses_of_one_process
     [
         ({"tensor": 2}, 2, 1),
         pytest.param({"fsdp": 2}, 2, 1, marks=pytest.mark.long),
+        pytest.param({"sequence": 2}, 2, 1, marks=pytest.mark.long),
         pytest.param({"fsdp": 2, "tensor": 2}, 2, 2, marks=pytest.mark.long),
         pytest.param({"data": 2, "tensor": 2}, 4, 1, marks=pytest.mark.long),
     ],

@@ -13,7 +13,7 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
-from based_jax.ops import segments
+from based_jax.ops import segments, sequence
 from based_jax.ops.softmax import ATTENTION, attention, attention_prefill, attention_step
 
 QKV_KEYS = {
@@ -135,7 +135,7 @@ class Attention(Mixer):
         """
         y = layers.split_heads(self.qkv(x), self.config.num_heads + 2 * self.kv_heads)
         q, k, v = jnp.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
-        places, _ = segments.positions(segment_ids, before, x.shape[1])
+        places, _ = sequence.positions(segment_ids, before, x.shape[1])
         q, k = (layers.rotary(y, places, self.rotary_dim, self.config.rotary_base) for y in (q, k))
         return q, k, v
 

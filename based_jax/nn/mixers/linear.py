@@ -13,7 +13,7 @@ from based_jax.nn import layers
 from based_jax.nn.feature_maps import COSFORMER_HORIZON, FEATURE_MAPS
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.nn.mixers.taylor import PROJECTIONS
-from based_jax.ops import linear_attention, segments
+from based_jax.ops import linear_attention, sequence
 from based_jax.ops.linear_attention import IMPLEMENTATIONS
 
 LinearState = tuple[BHEV, Int[Array, "B"]]
@@ -117,7 +117,7 @@ class LinearAttention(Mixer):
 
     def _project(self, x, length, segment_ids):
         """Return the features of queries and keys, the values, and the tokens that the last document has had."""
-        places, length = segments.positions(segment_ids, length, x.shape[1])
+        places, length = sequence.positions(segment_ids, length, x.shape[1])
         q, k, v = self._heads(x)
         return *self.feature_map(q, k, places), v, length
 

@@ -10,7 +10,7 @@ from based_jax.dims import BD, BP, BPD, BT, BTD
 from based_jax.nn import layers
 from based_jax.nn.mixer import check_sizes
 from based_jax.nn.mixers.taylor import PROJECTIONS, TaylorAttention, TaylorConfig
-from based_jax.ops import segments, taylor
+from based_jax.ops import segments, sequence, taylor
 from based_jax.ops.linear_attention import encoder_state
 
 
@@ -95,7 +95,7 @@ class PrefixLinearAttention(TaylorAttention):
     def _mix(self, x, state, segment_ids, encoder_mask):
         sums, length = state
         numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segments.numbered(segment_ids)
-        places, length = segments.positions(segment_ids, length, x.shape[1])
+        places, length = sequence.positions(segment_ids, length, x.shape[1])
         q, k, v = self._qkv(x)
         if self.enc_length:
             k_enc, v_enc = (layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_k_enc, self.proj_v_enc))

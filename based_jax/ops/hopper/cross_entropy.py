@@ -37,7 +37,7 @@ def compute(call: CrossEntropyCall) -> tuple[Losses, Correct]:
     def shard(hidden, table, labels):
         return _fused(*sharded.vary_alike(hidden, table, labels))
 
-    rows = ("batch",)
+    rows = ("tokens",)
     return sharded.per_shard(shard, call, (rows, (), rows), (rows, rows))
 
 

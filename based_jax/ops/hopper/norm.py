@@ -28,8 +28,9 @@ def supports(call: NormCall) -> str | None:
     for name, got in given.items():
         if got != (wanted := jnp.dtype("float32" if name == "r" else "bfloat16")):
             return f"{name} must be {wanted}, and is {got}"
-    # A mesh may split the batch, whatever its size.
+    # A mesh may split the batch, whatever its size, and time.
     together = tokens // max(r.shape[0], 1) if jax.sharding.get_abstract_mesh().size > 1 else tokens
+    together //= sharded.pieces_of_time(r.shape[1]) if r.ndim > 2 else 1
     is_narrow = channels in NARROW_CHANNELS and together % TOKEN_MULTIPLE == 0
     if not is_narrow and (channels % CHANNEL_MULTIPLE or not CHANNEL_MULTIPLE <= channels <= MAX_CHANNELS):
         narrow, few = NARROW_CHANNELS, TOKEN_MULTIPLE
@@ -53,7 +54,7 @@ def compute(call: NormCall) -> tuple[Rows, Rows]:
         total, x = _fused(*sharded.vary_alike(*rows, *wide), call.eps)
         return total.reshape(r.shape), x.reshape(r.shape)
 
-    stream, arguments = ("batch",), (call.r, call.y, call.scale, call.bias)
+    stream, arguments = ("batch", "time")[: call.r.ndim - 1], (call.r, call.y, call.scale, call.bias)
     return sharded.per_shard(shard, arguments, (stream, stream, (), ()), (stream, stream))
 
 

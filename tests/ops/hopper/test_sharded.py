@@ -6,6 +6,7 @@ import pytest
 from helpers.devices import gpus
 
 from based_jax import parallel
+from based_jax.ops import dispatch
 from based_jax.ops.conv import short_conv
 from based_jax.ops.gated_conv import gated_short_conv
 from based_jax.ops.norm import residual_rms_norm
@@ -44,3 +45,24 @@ def test_each_operation_lowers_with_its_gradients(operation):
         text = jax.jit(gradients).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     kernels = [line for line in text.splitlines() if "mosaic_gpu" in line]
     assert any(part in line for line in kernels) and not any("4x512x" in line for line in kernels)
+
+
+PIECES = {
+    "taylor_attention": (lambda x, ids: taylor_attention(x[..., :16], x[..., :16], x, segment_ids=ids)[0], "chunks"),
+    "window_attention": (lambda x, ids: window_attention(x, x, x, window=64, segment_ids=ids), "tiles"),
+    "gated_short_conv": (lambda x, ids: gated_short_conv(flat(x), jnp.ones((3, 256)), segment_ids=ids)[0], "taps"),
+    "short_conv": (lambda x, ids: short_conv(flat(x), jnp.ones((3, 512)), segment_ids=ids)[0], "taps"),
+}
+
+
+def flat(x):
+    return x.reshape(*x.shape[:2], -1)
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_of_time_run_in_kernels_with_their_gradients(name):
+    call, form = PIECES[name]
+    x, ids = jnp.zeros((4, 4096, 8, 64), jnp.bfloat16), jnp.ones((4, 4096), jnp.int32)
+    with gpus(shape=(2, 1, 2, 4), names=parallel.AXES), dispatch.recorded_choices() as choices:
+        jax.eval_shape(jax.grad(lambda x: call(x, ids).astype(jnp.float32).sum()), x)
+    assert f"hopper_{form}" in choices[name]

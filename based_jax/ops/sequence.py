@@ -1,0 +1,280 @@
+"""Operations whose tokens lie over `parallel.TIME_AXES`: each device computes a piece of every row.
+
+It needs little of the pieces before its own, and that alone is exchanged: their state, or their last tokens. How an
+operation does so is its cut, which stands beside its table of implementations and gets `run`, the operation on one
+device, and the call of the whole rows:
+
+- `States`, of recurrences: S' = A S + B over a piece. Every device computes A and B of its own, by their composition
+  finds the state before it, and runs its piece from there. What writes into states is thus done twice.
+- `Tails`, of convolutions: the last inputs before a piece are the state that it starts from.
+- `windowed`, of attention to the last keys: those before a piece stand before its own.
+- `ops/softmax_ring.py`, of attention to all keys: keys and values go round.
+
+Documents go on over a cut where their ids do (`ops/segments.py`); a document's end hides what is before it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Shaped
+
+from based_jax.dims import BT
+from based_jax.ops import calls, segments, sharded
+from based_jax.ops.scan import expand
+
+Run = Callable[[Any], Any]
+Cut = Callable[[Run, Any], Any]
+Ids = Int[Array, "B _"]
+
+TOKENS, BY_HEAD, BY_GROUP = ("batch", "time"), ("batch", "time", "heads"), ("batch", "time", "groups")
+STATE, HEADS = ("batch", "heads"), ("heads",)
+
+DIMENSIONS: dict[type, dict[str, sharded.Names]] = {
+    calls.AttentionCall: {"q": BY_HEAD, "k": BY_HEAD, "v": BY_HEAD},
+    calls.LinearAttentionCall: {"q": BY_HEAD, "k": BY_HEAD, "v": BY_HEAD, "state": STATE},
+    calls.MatrixStateCall: {
+        **dict.fromkeys(("q", "k", "v", "log_decay", "beta", "a", "b"), BY_HEAD),
+        **{"bonus": HEADS, "state": STATE},
+    },
+    calls.SlotAttentionCall: {**dict.fromkeys(("q", "k", "v", "s", "log_decay"), BY_HEAD), "state": STATE},
+    calls.SSDCall: {"x": BY_HEAD, "dt": BY_HEAD, "A": HEADS, "B": BY_GROUP, "C": BY_GROUP, "state": STATE},
+    calls.SelectiveScanCall: {"u": BY_HEAD, "dt": BY_HEAD, "A": HEADS, "B": TOKENS, "C": TOKENS, "state": STATE},
+    calls.DiagonalSSMCall: {"u": BY_HEAD, "log_a": HEADS, "b": HEADS, "c": HEADS, "state": STATE},
+    calls.Wkv4Call: {"k": BY_HEAD, "v": BY_HEAD, "log_decay": HEADS, "bonus": HEADS, "state": STATE},
+    calls.PositionsCall: {"segment_ids": TOKENS, "state": ("batch",)},
+    calls.TokenShiftCall: {"x": TOKENS, "state": ("batch",)},
+    calls.ShortConvCall: {"x": BY_HEAD, "kernel": (None, "heads"), "bias": HEADS},
+    # halves of a projection that is cut lie on different devices
+    calls.GatedConvCall: {"x": TOKENS, "kernel": (), "bias": ()},
+    calls.LongConvCall: {"u": TOKENS},
+}
+"""The names of the dimensions of a call's arrays, as in `sharded.MESH_AXES`; those of what it returns are the first's.
+
+Channels that do not meet are heads too.
+"""
+
+
+def pieces(call: Any) -> int:
+    """Return over how many devices the tokens of a call lie, 1 of what is no call over time."""
+    names = DIMENSIONS.get(type(call))
+    return 1 if names is None else sharded.pieces_of_time(getattr(call, next(iter(names))).shape[1])
+
+
+def per_piece(compute: Run, call: Any, *results: sharded.Names) -> Any:
+    """Return `compute(call)`, run by every device for its piece of time, its rows and its heads."""
+    names = DIMENSIONS[type(call)] | {"segment_ids": TOKENS}
+
+    def on_device(*parts: Any) -> Any:
+        return compute(call._replace(**dict(zip(names, parts, strict=True))))
+
+    return sharded.per_shard(on_device, [getattr(call, name) for name in names], list(names.values()), results)
+
+
+def outputs_of(call: Any) -> sharded.Names:
+    """Return the names of the dimensions of what a call returns."""
+    return next(iter(DIMENSIONS[type(call)].values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class States:
+    """The cut of a recurrence that returns outputs and a state.
+
+    Attributes:
+      empty: `(call) -> state` before a document's first token.
+      piece: `(run, call) -> (transition, state)` of a piece from its call's state, None for the empty one.
+      compose: of two such pairs that of both pieces.
+    """
+
+    empty: Callable[[Any], Any]
+    piece: Callable[[Run, Any], tuple[Any, Any]]
+    compose: Callable[[Any, Any], tuple[Any, Any]]
+
+    def __call__(self, run: Run, call: Any) -> tuple[Any, Any]:
+        """Run each piece from the state that those before leave."""
+        state = DIMENSIONS[type(call)]["state"]
+        return per_piece(lambda part: self._on_device(run, part), call, outputs_of(call), state)
+
+    def _on_device(self, run: Run, call: Any) -> tuple[Any, Any]:
+        is_first, continues = sharded.place_in_time() == 0, _continues(call.segment_ids)
+        start = empty = self.empty(call)
+        if call.state is not None:
+            start = _select(is_first, call.state, empty)
+            call = call._replace(state=start)
+        own = *self.piece(run, call), continues & _is_one_document(call.segment_ids)
+        _, before, _ = sharded.before(self._joined, own)
+        outputs, state = run(call._replace(state=_select(is_first, start, _select(continues, before, empty))))
+        return outputs, sharded.from_last(state)
+
+    def _joined(self, earlier: Any, later: Any) -> Any:
+        """Return the transition and state of both pieces, and whether a state passes through them."""
+        transition, state = self.compose(earlier[:2], later[:2])
+        return transition, _select(later[2], state, later[1]), earlier[2] & later[2]
+
+
+def summed(empty: Callable[[Any], Any]) -> States:
+    """Return the cut of a recurrence that forgets nothing: S' = S + B."""
+
+    def add(earlier: Any, later: Any) -> tuple[tuple, Any]:
+        return (), earlier[1] + later[1]
+
+    return States(empty, lambda run, call: ((), run(call)[1]), add)
+
+
+def decayed(empty: Callable[[Any], Any], kept: Callable[[Any], Any]) -> States:
+    """Return the cut of a recurrence whose states decay by element: S' = a S + B.
+
+    `kept(call)` is a tree like the state, of what a piece leaves of each element.
+    """
+
+    def compose(earlier: Any, later: Any) -> tuple[Any, Any]:
+        states = jax.tree.map(lambda a, old, new: a * old + new, later[0], earlier[1], later[1])
+        return jax.tree.map(jnp.multiply, earlier[0], later[0]), states
+
+    return States(empty, lambda run, call: (kept(call), run(call)[1]), compose)
+
+
+def total(x: Shaped[Array, "B T ..."], segment_ids: BT | None) -> Shaped[Array, "B ..."]:
+    """Return the sum over the real tokens of a piece, of their log-decays say."""
+    return jnp.sum(x if segment_ids is None else _select(segment_ids != 0, x, jnp.zeros_like(x)), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tails:
+    """The cut of a convolution, whose state is its last inputs.
+
+    With a state before the first token, as a prefill has, the call is not cut.
+
+    Attributes:
+      width: `(call) -> tokens` of the state.
+      inputs: `(call) -> (B, T, D)`, what the state is made of.
+    """
+
+    width: Callable[[Any], int]
+    inputs: Callable[[Any], Array]
+
+    def __call__(self, run: Run, call: Any) -> Any:
+        """Run each piece from the inputs before it."""
+        if call.state is not None:
+            return run(call)
+        return per_piece(lambda part: self._on_device(run, part), call, outputs_of(call))
+
+    def _on_device(self, run: Run, call: Any) -> Any:
+        return run(call._replace(state=inputs_before(self.inputs(call), call.segment_ids, self.width(call))))
+
+
+def windowed(run: Run, call: calls.AttentionCall) -> Array:
+    """Run each piece with the keys and values that its windows reach before it."""
+    most = call.q.shape[1] - call.q.shape[1] // pieces(call)
+    width = min(call.window - 1, most)
+
+    def on_device(part: calls.AttentionCall) -> Array:
+        (k, v), ids = _before((part.k, part.v), part.segment_ids, width)
+        own = jnp.ones(part.q.shape[:2], ids.dtype) if part.segment_ids is None else part.segment_ids
+        q = jnp.pad(part.q, [(0, 0), (width, 0), (0, 0), (0, 0)])
+        k, v, ids = (jnp.concatenate(both, axis=1) for both in ((k, part.k), (v, part.v), (ids, own)))
+        return run(part._replace(q=q, k=k, v=v, segment_ids=ids))[:, width:]
+
+    return per_piece(on_device if width else run, call, outputs_of(call))
+
+
+def inputs_before(x: Shaped[Array, "B T D"], segment_ids: BT | None, width: int) -> Shaped[Array, "B {width} D"]:
+    """Return the last tokens before a piece, zero but for those of its first document; of padding the latest one's."""
+    [tokens], ids = _before((x,), segment_ids, width)
+    if segment_ids is None:
+        return tokens
+    first = segments.first_id(segment_ids)
+    owner = jnp.where(first == 0, ids[:, -1], first)
+    numbers = segments.numbered(jnp.concatenate([ids, owner[:, None]], axis=1))
+    kept = (numbers[:, :-1] == numbers[:, -1:]) & (ids != 0)
+    return jnp.where(expand(kept, tokens.ndim), tokens, 0)
+
+
+def positions(
+    segment_ids: BT | None, before: Int[Array, "#B"], length: int
+) -> tuple[Int[Array, "#B T"], Int[Array, "#B"]]:
+    """Return `segments.positions`; where tokens lie over devices, each counts those of its piece."""
+
+    def run(call: calls.PositionsCall) -> tuple[Array, Array]:
+        return segments.positions(call.segment_ids, _no_tokens(call) if call.state is None else call.state, length)
+
+    if segment_ids is None:
+        return segments.positions(None, before, length)
+    call = calls.PositionsCall(segment_ids, jnp.broadcast_to(before, segment_ids.shape[:1]))
+    return run(call) if pieces(call) == 1 else summed(_no_tokens)(run, call)
+
+
+def _no_tokens(call: calls.PositionsCall) -> Int[Array, "B"]:
+    return jnp.zeros(call.segment_ids.shape[:1], jnp.int32)
+
+
+def numbers_over_pieces(segment_ids: BT) -> BT:
+    """Return `segments.numbered` of whole rows for a piece of them."""
+
+    def join(earlier: Any, later: Any) -> Any:
+        """Return of two pieces the first and the last id, and the number of documents."""
+        (first, last, count), (next_first, next_last, more) = earlier, later
+        goes_on = (last == next_first) & (last != 0)
+        ends = jnp.where(first == 0, next_first, first), jnp.where(next_last == 0, last, next_last)
+        return *ends, count + more - goes_on
+
+    numbers = segments.numbered(segment_ids)
+    first, last = segments.first_id(segment_ids), segments.last_id(segment_ids)
+    _, latest, count = sharded.before(join, (first, last, numbers.max(axis=1)))
+    earlier = count - ((latest == first) & (first != 0))
+    return jnp.where(numbers == 0, 0, numbers + earlier[:, None])
+
+
+def _before(tokens: Any, segment_ids: BT | None, width: int) -> tuple[Any, Ids]:
+    """Return the last real tokens before a piece and their ids, zeros in front where there are fewer."""
+    own = _latest(tokens, segment_ids, width)
+    if segment_ids is None and width <= jax.tree.leaves(tokens)[0].shape[1]:
+        return sharded.before(lambda _, later: later, own)
+    return sharded.before(lambda earlier, later: _latest(*_concatenated(earlier, later), width), own)
+
+
+def _concatenated(earlier: Any, later: Any) -> Any:
+    return jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), earlier, later)
+
+
+def _latest(tokens: Any, ids: Ids | None, width: int) -> tuple[Any, Ids]:
+    """Return the last real tokens of rows and their ids, zeros in front where there are fewer; all are without ids."""
+    rows, length = jax.tree.leaves(tokens)[0].shape[:2]
+    if ids is None:
+        last = jax.tree.map(lambda x: _filled(x[:, -width:], width), tokens)
+        return last, _filled(jnp.ones((rows, min(length, width)), jnp.int32), width)
+    places = jnp.sort(jnp.where(ids != 0, jnp.arange(length)[None], -1), axis=1)[:, -width:]
+    places = _filled(places, width, -1)
+
+    def taken(x: Array) -> Array:
+        there = expand(places, x.ndim)
+        return jnp.where(there < 0, 0, jnp.take_along_axis(x, jnp.maximum(there, 0), axis=1))
+
+    return jax.tree.map(taken, tokens), taken(ids)
+
+
+def _filled(x: Shaped[Array, "B _ ..."], width: int, value: int = 0) -> Shaped[Array, "B {width} ..."]:
+    """Return tokens behind others of a value, so many together."""
+    return jnp.pad(x, [(0, 0), (width - x.shape[1], 0), *((0, 0),) * (x.ndim - 2)], constant_values=value)
+
+
+def _continues(segment_ids: BT | None) -> Bool[Array, "#B"]:
+    """Return whether a piece's first document is one with the last before it; padding goes on with any."""
+    if segment_ids is None:
+        return jnp.ones(1, bool)
+    latest = sharded.before(lambda earlier, later: jnp.where(later == 0, earlier, later), segments.last_id(segment_ids))
+    first = segments.first_id(segment_ids)
+    return (first == latest) | (first == 0) | (latest == 0)
+
+
+def _is_one_document(segment_ids: BT | None) -> Bool[Array, "#B"]:
+    """Return whether no document begins within a piece behind another one."""
+    if segment_ids is None:
+        return jnp.ones(1, bool)
+    return ~segments.begins_later(segments.numbered(segment_ids)).any(axis=1)
+
+
+def _select(mask: Bool[Array, "..."], yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(expand(mask, a.ndim), a, b), yes, no)

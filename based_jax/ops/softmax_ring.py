@@ -1,0 +1,100 @@
+"""Softmax attention whose tokens lie over devices: keys and values go round (arXiv 2310.01889).
+
+A device's queries meet the keys of its own piece, and then those of each piece before it, which its neighbours hand on.
+What they read of each piece, o_i, and the logarithm L_i of its weights' sum are joined:
+
+    o = sum_i exp(L_i - L) o_i          L = log sum_i exp(L_i)
+
+In the backward pass keys and values go round again, and their gradients with them. Scores are made by chunks
+(`ops/softmax_chunks.py`), also those of later pieces, which nobody sees: of n devices the last one needs all n rounds.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Integer
+
+from based_jax.dims import BTHK, BTHV
+from based_jax.ops import sequence, sharded, softmax_chunks
+from based_jax.ops.calls import AttentionCall
+
+Numbers = Integer[Array, "#B T"]
+Weights = Float[Array, "B H T"]
+
+
+def cut(_run: sequence.Run, call: AttentionCall) -> BTHV:
+    """Return attention to all keys before, each device for its piece of time; `sequence.Cut` of whatever form."""
+    return sequence.per_piece(_on_device, call, sequence.outputs_of(call))
+
+
+def _on_device(call: AttentionCall) -> BTHV:
+    tokens, ids = call.q.shape[1], call.segment_ids
+    numbers = jnp.ones((1, tokens), jnp.int32) if ids is None else sequence.numbers_over_pieces(ids)
+    chunk = min(softmax_chunks.CHUNK_TOKENS, tokens)
+    arrays = (sharded.fill(x, {1: chunk}) for x in (call.q, call.k, call.v, numbers))
+    return _attention(*sharded.vary_alike(*arrays))[:, :tokens]
+
+
+@jax.custom_vjp
+def _attention(q: BTHK, k: BTHK, v: BTHV, numbers: Numbers) -> BTHV:
+    return _forward(q, k, v, numbers)[0]
+
+
+def _forward(q, k, v, numbers):
+    own, before = _cuts(q.shape[1])
+    o, saved = softmax_chunks.forward(own, q, k, v, numbers, numbers)
+
+    def meet(carry, distance):
+        keys, joined = sharded.handed_on(carry[0]), carry[1]
+        o, saved = softmax_chunks.forward(before, q, *keys[:2], numbers, _seen(keys[2], distance))
+        return (keys, _joined(joined, (o, saved[-1]))), None
+
+    start = (k, v, numbers), (o.astype(jnp.float32), saved[-1])
+    (_, (o, logarithm)), _ = lax.scan(meet, start, _distances())
+    o = o.astype(v.dtype)
+    return o, (q, k, v, numbers, o, logarithm)
+
+
+def _backward(saved, do):
+    q, k, v, numbers, o, logarithm = saved
+    own, before = _cuts(q.shape[1])
+
+    def gradients(cut, k, v, key_numbers):
+        found = softmax_chunks.backward(cut, (q, k, v, numbers, key_numbers, o, logarithm), do)[:3]
+        return [x.astype(jnp.float32) for x in found]
+
+    def meet(carry, distance):
+        (k, v, key_numbers, dk, dv), dq = sharded.handed_on(carry[0]), carry[1]
+        more = gradients(before, k, v, _seen(key_numbers, distance))
+        return ((k, v, key_numbers, dk + more[1], dv + more[2]), dq + more[0]), None
+
+    dq, dk, dv = gradients(own, k, v, numbers)
+    ((*_, dk, dv), dq), _ = lax.scan(meet, ((k, v, numbers, dk, dv), dq), _distances())
+    dk, dv = sharded.handed_on((dk, dv))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _cuts(tokens: int) -> tuple[softmax_chunks.Cut, softmax_chunks.Cut]:
+    """Return how the queries of a piece meet the keys of their own, and those of one before it."""
+    return tuple(softmax_chunks.Cut.of(tokens, tokens, past, past + tokens) for past in (0, tokens))
+
+
+def _distances() -> Integer[Array, "_"]:
+    return jnp.arange(1, sharded.count_in_time())
+
+
+def _seen(key_numbers: Numbers, distance: Array) -> Numbers:
+    """Return the numbers of keys that come so many pieces before, zero where there is no such piece."""
+    return jnp.where(sharded.place_in_time() >= distance, key_numbers, 0)
+
+
+def _joined(some: tuple[BTHV, Weights], others: tuple[BTHV, Weights]) -> tuple[BTHV, Weights]:
+    """Return what queries read of keys that they met in two parts."""
+    (o1, L1), (o2, L2) = some, others
+    top = jnp.maximum(L1, L2)
+    w1, w2 = jnp.exp(L1 - top), jnp.exp(L2 - top)
+    s1, s2 = (jnp.swapaxes(w / (w1 + w2), 1, 2)[..., None] for w in (w1, w2))
+    return s1 * o1 + s2 * o2, top + jnp.log(w1 + w2)
