@@ -77,10 +77,10 @@ def traffic_by_scope(program: Program, on_chip: tuple[int, ...] = ()) -> dict[st
 
     What has no such place, as copies that the compiler adds, goes by its kind.
     """
-    total: collections.Counter[str] = collections.Counter()
+    total: dict[str, float] = collections.defaultdict(float)
     for x, count in traffic(program, on_chip):
         total[place_of(x)] += count
-    return dict(total.most_common())
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
 def place_of(x: Instruction) -> str:
