@@ -59,6 +59,12 @@ class Processes:
             for number in range(processes)
         ]
 
+    def kill(self) -> None:
+        """End the processes that have not ended, after a test that failed, say."""
+        for process in self.all:
+            process.kill()
+            process.wait()
+
     def rows(self) -> list[dict]:
         """Return the rows of training steps."""
         path = self.workdir / "metrics.jsonl"

@@ -8,6 +8,20 @@ import pytest
 from tests.helpers.processes import BASE, Processes, losses_of_one_process
 
 
+@pytest.fixture
+def start(tmp_path):
+    """Return `(config, processes, ...) -> Processes` in the test's folder; none outlives the test."""
+    begun = []
+
+    def begin(config, processes, folder=tmp_path, **options):
+        begun.append(Processes(folder, config, processes, **options))
+        return begun[-1]
+
+    yield begin
+    for run in begun:
+        run.kill()
+
+
 @pytest.mark.parametrize(
     "mesh, processes, devices",
     [
@@ -18,9 +32,9 @@ from tests.helpers.processes import BASE, Processes, losses_of_one_process
         pytest.param({"data": 2, "tensor": 2}, 4, 1, marks=pytest.mark.long),
     ],
 )
-def test_processes_train_what_one_trains(tmp_path, mesh, processes, devices):
+def test_processes_train_what_one_trains(start, mesh, processes, devices):
     config = BASE | {"steps": 3, "mesh": mesh}
-    run = Processes(tmp_path, config, processes, devices)
+    run = start(config, processes, devices=devices)
     assert [code for code, _ in run.ends()] == [0] * processes
     assert run.losses() == pytest.approx(losses_of_one_process(config, processes * devices), rel=1e-5)
     assert "step 3/3" in run.said[0][0]
@@ -28,11 +42,11 @@ def test_processes_train_what_one_trains(tmp_path, mesh, processes, devices):
 
 
 @pytest.mark.long
-def test_processes_evaluate_what_one_evaluates(tmp_path):
-    run = Processes(tmp_path, BASE | {"steps": 2, "mesh": {"data": 2}}, 2)
+def test_processes_evaluate_what_one_evaluates(start):
+    run = start(BASE | {"steps": 2, "mesh": {"data": 2}}, 2)
     run.ends()
-    several = Processes(tmp_path, BASE, 2, command="eval")
-    one = Processes(tmp_path, BASE, 1, command="eval")
+    several = start(BASE, 2, command="eval")
+    one = start(BASE, 1, command="eval")
     assert [code for code, _ in several.ends() + one.ends()] == [0] * 3
     found, wanted = (re.findall(r"^(\S+) +([\d.]+)$", run.said[0][0], re.MULTILINE) for run in (several, one))
     assert found == wanted and dict(found)["loss"]
@@ -40,9 +54,9 @@ def test_processes_evaluate_what_one_evaluates(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_others_with_a_sentence_and_all_go_on_bitwise(tmp_path, victim):
+def test_a_killed_process_ends_the_others_with_a_sentence_and_all_go_on_bitwise(start, tmp_path, victim):
     config = BASE | {"steps": 400, "mesh": {"data": 2}, "checkpoint": {"every": 20, "keep": 3}}
-    run = Processes(tmp_path, config, 2)
+    run = start(config, 2)
     run.wait_for_step(70)
     run.all[victim].kill()
     ends = run.ends()
@@ -50,33 +64,33 @@ def test_a_killed_process_ends_the_others_with_a_sentence_and_all_go_on_bitwise(
     sentence = f"Error: Process {victim} of 2 is gone, and this one stops; begin all again to continue."
     assert ends[1 - victim] == (1, sentence)
 
-    again = Processes(tmp_path, config, 2)
+    again = start(config, 2)
     assert [code for code, _ in again.ends()] == [0, 0]
     assert "continuing from step" in again.said[0][0]
     (tmp_path / "whole").mkdir()
-    whole = Processes(tmp_path / "whole", config, 2)
+    whole = start(config, 2, tmp_path / "whole")
     assert [code for code, _ in whole.ends()] == [0, 0]
     assert again.losses() == whole.losses()
 
 
 @pytest.mark.long
-def test_a_run_goes_on_with_fewer_processes_and_on_another_mesh(tmp_path):
+def test_a_run_goes_on_with_fewer_processes_and_on_another_mesh(start):
     config = BASE | {"steps": 60, "mesh": {"data": 4}, "checkpoint": {"every": 20}}
-    run = Processes(tmp_path, config, 4)
+    run = start(config, 4)
     run.wait_for_step(21)
     run.all[3].kill()
     run.ends()
-    smaller = Processes(tmp_path, config | {"mesh": {"fsdp": 2}}, 2)
+    smaller = start(config | {"mesh": {"fsdp": 2}}, 2)
     assert [code for code, _ in smaller.ends()] == [0, 0]
     assert smaller.losses() == pytest.approx(losses_of_one_process(config, 4), rel=1e-3)
 
 
 @pytest.mark.long
-def test_a_signal_to_one_process_stops_all_and_they_go_on(tmp_path):
+def test_a_signal_to_one_process_stops_all_and_they_go_on(start):
     config = BASE | {"steps": 4000, "mesh": {"data": 2}}
     step = 0
     for heard, victim, code in ((signal.SIGTERM, 1, 0), (signal.SIGINT, 0, 130), (signal.SIGTERM, 0, 0)):
-        run = Processes(tmp_path, config, 2)
+        run = start(config, 2)
         run.wait_for_step(step + 5)
         run.all[victim].send_signal(heard)
         ends = run.ends()
@@ -86,17 +100,17 @@ def test_a_signal_to_one_process_stops_all_and_they_go_on(tmp_path):
 
 
 @pytest.mark.long
-def test_one_process_that_is_wrong_is_told_by_all(tmp_path):
-    ends = Processes(tmp_path, BASE | {"mesh": {"data": 3}}, 2).ends()
+def test_one_process_that_is_wrong_is_told_by_all(start):
+    ends = start(BASE | {"mesh": {"data": 3}}, 2).ends()
     assert {code for code, _ in ends} == {2} and all("needs 3 devices; there are 2" in line for _, line in ends)
 
 
 @pytest.mark.long
-def test_a_run_of_several_processes_is_alone_in_its_workdir(tmp_path):
+def test_a_run_of_several_processes_is_alone_in_its_workdir(start):
     config = BASE | {"steps": 4000, "mesh": {"data": 2}}
-    first = Processes(tmp_path, config, 2)
+    first = start(config, 2)
     first.wait_for_step(1)
-    alone, several = Processes(tmp_path, config | {"mesh": {}}, 1), Processes(tmp_path, config, 2)
+    alone, several = start(config | {"mesh": {}}, 1), start(config, 2)
     for code, line in alone.ends() + several.ends():
         assert code in (1, 2) and "is trained in by" in line
     first.all[0].send_signal(signal.SIGTERM)
