@@ -71,8 +71,8 @@ class PackedFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether the folder holds packed text."""
-        return (self.folder / INDEX).is_file() and (self.folder / f"{SPLITS[0]}.tokens").is_file()
+        """Whether the folder holds packed text, or what a copy that was cut short has of it."""
+        return any((self.folder / f"{split}.tokens").is_file() for split in SPLITS)
 
 
 AnyCorpus = Corpus | TokenCorpus | PackedFolder

@@ -159,7 +159,7 @@ def together(place: Place, timeout: float = MEETING_SECONDS, *, devices: bool = 
         yield
         watch.end()
     except BaseException as error:
-        watch.end() if isinstance(error, AgreedStop) else watch.fail(" ".join(str(error).split()) or repr(error))
+        watch.end() if isinstance(error, AgreedStop) else watch.fail(_reason(error))
         known = {UserError: WRONG_EXIT_CODE, KeyboardInterrupt: INTERRUPTED_EXIT_CODE, SystemExit: LOST_EXIT_CODE}
         code = next((code for kind, code in known.items() if isinstance(error, kind)), None)
         if code is None:
@@ -167,6 +167,12 @@ def together(place: Place, timeout: float = MEETING_SECONDS, *, devices: bool = 
         if jax.distributed.is_initialized() and not isinstance(error, AgreedStop):
             atexit.register(_leave, code or LOST_EXIT_CODE)
         raise
+
+
+def _reason(error: BaseException) -> str:
+    """Return what the other processes are told of an error."""
+    said = " ".join(str(error).split())
+    return said or ("Stopped by Ctrl-C." if isinstance(error, KeyboardInterrupt) else repr(error))
 
 
 def _leave(code: int) -> None:
@@ -218,6 +224,8 @@ def _gather(place: Place, deadline: float, timeout: float) -> tuple[dict[int, so
                 connection.close()  # somebody else's
                 continue
             number, count = hello["process"], hello.get("of")
+            if number in found and _has_ended(found[number]):  # and comes again
+                missing.add(number)
             found[number if number in missing else -1] = connection
             if count != place.num_processes:
                 refuse(f"Process {number} was told of {count} processes, and process 0 of {place.num_processes}.")
@@ -347,6 +355,15 @@ def _receive(connection: Any, timeout: float | None) -> dict[str, Any] | None:
         raise
     except (OSError, ValueError):
         return None
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    """Return whether the other end of a connection is closed."""
+    connection.setblocking(False)
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
 
 
 def _keep_alive(connection: socket.socket) -> None:

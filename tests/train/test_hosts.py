@@ -101,6 +101,11 @@ def test_processes_meet_whichever_comes_first():
     assert hosts._meet(Place("localhost", port, 0, 1), 1.0) == ({}, 0)
 
 
+def test_an_interruption_is_told_in_words():
+    assert hosts._reason(KeyboardInterrupt()) == "Stopped by Ctrl-C."
+    assert hosts._reason(UserError("a\nb")) == "a b" and hosts._reason(ValueError()) == "ValueError()"
+
+
 def test_who_does_not_come_is_named():
     port = free_port()
     where = f"localhost:{port} within 0.5 s"
@@ -136,6 +141,23 @@ def test_what_is_none_of_the_processes_is_not_listened_to(said):
     (zero,) = met(Place("localhost", port, 0, 2), timeout=0.5)
     thread.join()
     assert zero.startswith("Of 2 processes, process 1 did not come")
+
+
+def test_a_process_that_was_killed_in_the_meeting_comes_again():
+    port = free_port()
+    killed = threading.Timer(0.1, lambda: _say(port, b'{"process": 1, "of": 3}\n'))
+    later = threading.Timer(0.4, lambda: others.extend(met(*(Place("localhost", port, i, 3) for i in (1, 2)))))
+    others = []
+    for timer in (killed, later):
+        timer.start()
+    (zero,) = met(Place("localhost", port, 0, 3))
+    later.join()
+    assert sorted(zero[0]) == [1, 2] and [other[1] for other in others] == [zero[1]] * 2
+
+
+def _say(port, words):
+    with socket.create_connection(("localhost", port), timeout=5) as connection:
+        connection.sendall(words)
 
 
 def test_what_hangs_up_is_not_process_0():
