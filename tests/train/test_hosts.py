@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import threading
+import time
 
 import pytest
 
@@ -132,11 +133,11 @@ def test_what_is_none_of_the_processes_is_not_listened_to(said):
     port = free_port()
 
     def call():
-        with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=5) as connection:
+        with contextlib.suppress(OSError), _connected(port) as connection:
             connection.sendall(said)
             connection.recv(1)
 
-    thread = threading.Timer(0.1, call)
+    thread = threading.Thread(target=call)
     thread.start()
     (zero,) = met(Place("localhost", port, 0, 2), timeout=0.5)
     thread.join()
@@ -144,20 +145,26 @@ def test_what_is_none_of_the_processes_is_not_listened_to(said):
 
 
 def test_a_process_that_was_killed_in_the_meeting_comes_again():
-    port = free_port()
-    killed = threading.Timer(0.1, lambda: _say(port, b'{"process": 1, "of": 3}\n'))
-    later = threading.Timer(0.4, lambda: others.extend(met(*(Place("localhost", port, i, 3) for i in (1, 2)))))
-    others = []
-    for timer in (killed, later):
-        timer.start()
+    port, others = free_port(), []
+
+    def come_twice():
+        with _connected(port) as connection:
+            connection.sendall(b'{"process": 1, "of": 3}\n')
+        others.extend(met(*(Place("localhost", port, number, 3) for number in (1, 2))))
+
+    thread = threading.Thread(target=come_twice)
+    thread.start()
     (zero,) = met(Place("localhost", port, 0, 3))
-    later.join()
+    thread.join()
     assert sorted(zero[0]) == [1, 2] and [other[1] for other in others] == [zero[1]] * 2
 
 
-def _say(port, words):
-    with socket.create_connection(("localhost", port), timeout=5) as connection:
-        connection.sendall(words)
+def _connected(port):
+    """Return a connection to who listens there, or soon will."""
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(("localhost", port), timeout=5)
+        time.sleep(0.02)
 
 
 def test_what_hangs_up_is_not_process_0():
