@@ -2,8 +2,10 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from based_jax import __main__ as program
-from based_jax.commands import eval
+from based_jax.commands import eval, interrupts
 
 BUSY = """
 import os, signal, time
@@ -24,6 +26,13 @@ def test_ctrl_c_is_one_sentence_of_any_command(monkeypatch, capsys):
     monkeypatch.setattr(eval, "run", interrupted)
     assert program.main(["eval", "--workdir=runs/none"]) == 130
     assert capsys.readouterr() == ("", "Stopped by Ctrl-C.\n")
+
+
+def test_sigterm_cleans_up_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt, match="Stopped by a signal"), interrupts.sigterm_is_ctrl_c():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_ctrl_c_leaves_at_once():

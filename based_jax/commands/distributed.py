@@ -10,6 +10,10 @@ from based_jax.commands.parser import CommandParser, seconds
 from based_jax.errors import UserError
 
 BY_HAND = ("coordinator", "num_processes", "process_id")
+OF_A_PROCESS = (*BY_HAND, "distributed", "distributed_timeout", "hf", "tokenizer")
+"""Arguments that may differ: what tells processes apart, and files that each host may have elsewhere."""
+ONE_RESULT = ("eval", "generate")
+"""Commands whose arguments all processes have alike; `train` compares what they come to, and a sweep has none."""
 
 
 def add_distributed_arguments(parser: CommandParser) -> None:
@@ -36,7 +40,7 @@ def together(args: argparse.Namespace) -> Iterator[None]:
     missing = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is None]
     if missing and len(missing) < len(BY_HAND):
         raise UserError(f"{' and '.join(missing)} must be given, too: the three name one process of several.")
-    from based_jax.train import hosts
+    from based_jax.train import agreement, hosts
 
     place = hosts.found_place() if missing else hosts.given_place(**given)
     with contextlib.ExitStack() as stack:
@@ -44,4 +48,6 @@ def together(args: argparse.Namespace) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         # Processes of a sweep share its points, not their devices.
         stack.enter_context(hosts.together(place, args.distributed_timeout, devices=args.command != "sweep"))
+        if args.command in ONE_RESULT:
+            agreement.check_alike({name: value for name, value in vars(args).items() if name not in OF_A_PROCESS})
         yield

@@ -33,6 +33,23 @@ def second_one_leaves() -> Iterator[None]:
         os.close(writer)  # the end of what the thread reads
 
 
+@contextlib.contextmanager
+def sigterm_is_ctrl_c() -> Iterator[None]:
+    """Raise KeyboardInterrupt at SIGTERM too while this is open, so that what is half done is cleaned up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt("Stopped by a signal.")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def clean_up_after(error: KeyboardInterrupt) -> None:
     """Let go of what an interruption left half done, an event loop say, without a word of it."""
     error.__traceback__ = error.__context__ = None

@@ -14,7 +14,17 @@ but may import files of its own folder. A value that follows another is a refere
 from based_jax.config.checks import build, check_types, errors_within, plain
 from based_jax.config.files import call_in_file, load, overridden
 from based_jax.config.keys import Key, keys_of, meant_key
-from based_jax.config.saving import CONFIG_FILE, added_later, check_same, config_id, is_under, read, save, to_dict
+from based_jax.config.saving import (
+    CONFIG_FILE,
+    added_later,
+    check_same,
+    config_id,
+    every_value,
+    is_under,
+    read,
+    save,
+    to_dict,
+)
 
 __all__ = [
     "CONFIG_FILE",
@@ -26,6 +36,7 @@ __all__ = [
     "check_types",
     "config_id",
     "errors_within",
+    "every_value",
     "is_under",
     "keys_of",
     "load",

@@ -94,8 +94,10 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
     """
     if not os.path.lexists(local_path(workdir) / CONFIG_FILE):
         return {}
-    old, new = (flatten_dict(to_dict(x), sep=".") for x in (read(type(config), workdir), config))
+    both = read(type(config), workdir), config
+    old, new = (flatten_dict(to_dict(x), sep=".") for x in both)
     different = [key for key in sorted(old | new) if _shown(old, key) != _shown(new, key)]
+    old, new = map(every_value, both)
     keys = [key for key in different if not any(is_under(key, place) for place in free)]
     if keys:
         shown = [
@@ -105,6 +107,11 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
         more = f", and {hidden} more keys differ" if hidden else ""
         raise UserError(f"Workdir '{workdir}' belongs to another config: {', '.join(shown)}{more}; choose another one.")
     return {key: (_shown(old, key), _shown(new, key)) for key in different}
+
+
+def every_value(config: Any) -> dict[str, Any]:
+    """Return the values of a dataclass by dotted keys, those that `to_dict` leaves out too, as JSON holds them."""
+    return flatten_dict(to_dict(dataclasses.asdict(config)), sep=".")
 
 
 def is_under(key: str, place: str) -> bool:

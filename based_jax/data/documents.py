@@ -132,7 +132,10 @@ def _check_text_column(schema: Any, path: Path, feature: str) -> None:
     import pyarrow
 
     if feature not in schema.names:
-        raise UserError(f"Corpus file '{path}' has no column '{feature}'; it has {', '.join(schema.names)}.")
+        there = ", ".join(schema.names) or "none"
+        raise UserError(f"Corpus file '{path}' has no column '{feature}'; it has {there}.")
+    if schema.names.count(feature) > 1:
+        raise UserError(f"Corpus file '{path}' has {schema.names.count(feature)} columns '{feature}'; it has one.")
     kind = schema.field(feature).type
     values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if values not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):

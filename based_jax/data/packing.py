@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import operator
 import os
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -25,7 +26,7 @@ from based_jax.data.holdout import split_chunks
 from based_jax.data.progress import Progress
 from based_jax.data.token_corpus import TokenCorpus
 from based_jax.data.tokenizer import TextTokenizer
-from based_jax.data.tokens import FACTS, TokenStream, TokenWriter, damaged, facts, token_dtype
+from based_jax.data.tokens import TokenStream, TokenWriter, checked_facts, damaged, facts, token_dtype
 from based_jax.errors import UserError
 from based_jax.folders import read_file
 
@@ -70,8 +71,8 @@ class PackedFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether the folder holds packed text."""
-        return (self.folder / INDEX).is_file() and (self.folder / f"{SPLITS[0]}.tokens").is_file()
+        """Whether the folder holds packed text, or what a copy that was cut short has of it."""
+        return any((self.folder / f"{split}.tokens").is_file() for split in SPLITS)
 
 
 AnyCorpus = Corpus | TokenCorpus | PackedFolder
@@ -133,10 +134,11 @@ class PackedText:
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads(read_file(folder / INDEX).decode())
-        splits = {split: {name: index["splits"][split][name] for name in FACTS} for split in SPLITS}
+        splits = {split: checked_facts(index["splits"][split]) for split in SPLITS}
+        counts = {name: operator.index(index[name]) for name in ("vocab_size", "blank", "mended")}
         later = {"tokenizer": index.get("tokenizer"), "files": dict(index.get("files", {}))}
-        return {"splits": splits} | {name: index[name] for name in ("vocab_size", "blank", "mended")} | later
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {"splits": splits} | counts | later
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(folder, f"{INDEX}: {type(error).__name__}") from None
 
 

@@ -58,6 +58,7 @@ def check_text(
     """
     for name, value in {"path": path, "cache_dir": cache_dir}.items():
         _check_path(value, name)
+    _check_feature(text_feature, "text_feature")
     if text_feature is not None and path is None:
         raise UserError(f"text_feature is '{text_feature}', but path is None; it is of the corpus that path names.")
     if mixture is not None:
@@ -79,8 +80,11 @@ def _check_mixture(mixture: Mixture, path: str | os.PathLike | None) -> None:
         if not re.fullmatch(r"[\w-]+", name):
             raise UserError(f"mixture has a part '{name}'; a name is of letters, digits, '_' and '-'.")
         _check_path(part.path, f"mixture.{name}.path")
+        _check_feature(part.text_feature, f"mixture.{name}.text_feature")
         if not 0 < part.weight < math.inf:
             raise UserError(f"mixture.{name}.weight is {part.weight}; it is a number above 0.")
+    if not sum(part.weight for part in mixture.values()) < math.inf:
+        raise UserError("mixture has weights whose sum is beyond the largest float; their proportions alone count.")
     least = min(mixture, key=lambda name: mixture[name].weight)
     if mixture[least].weight < LEAST_SHARE * max(part.weight for part in mixture.values()):
         raise UserError(
@@ -91,6 +95,11 @@ def _check_mixture(mixture: Mixture, path: str | os.PathLike | None) -> None:
 def _check_path(path: str | os.PathLike | None, what: str) -> None:
     if path is not None and not is_tfds(path):
         local_path(path, what)
+
+
+def _check_feature(text_feature: str | None, what: str) -> None:
+    if text_feature == "":
+        raise UserError(f"{what} is '', which names nothing; it is a key, a column or a feature, or None for 'text'.")
 
 
 def is_tfds(path: object) -> bool:

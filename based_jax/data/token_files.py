@@ -7,6 +7,7 @@
 Megatron's .idx is not needed, and not read.
 """
 
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -51,6 +52,8 @@ class TokenFile(NamedTuple):
             raise
         except (OSError, ValueError) as error:
             raise _unreadable(path, error) from None
+        except tokenize.TokenError:  # of the line that says shape and type
+            raise _unreadable(path, ValueError("its header is damaged")) from None
         return found
 
     def blocks(self, start: int = 0) -> Iterator[np.ndarray]:

@@ -7,7 +7,9 @@ once, and which document a token is of follows from the end-of-text tokens:
 """
 
 import hashlib
+import operator
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +18,6 @@ import numpy as np
 from based_jax.errors import UserError
 
 TOKENS_PER_CHECKSUM = 2**18
-FACTS = ("tokens", "documents", "sha256", "checksums")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -51,6 +52,15 @@ def facts(path: Path, writer: TokenWriter, dtype: np.dtype) -> dict[str, Any]:
         "sha256": digest.hexdigest(),
         "checksums": checksums,
     }
+
+
+def checked_facts(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `facts` said, read again; ValueError, TypeError or KeyError where it is damaged."""
+    tokens, documents = operator.index(known["tokens"]), operator.index(known["documents"])
+    checksums = [operator.index(checksum) for checksum in known["checksums"]]
+    if len(checksums) != -(-tokens // TOKENS_PER_CHECKSUM):
+        raise ValueError(f"{len(checksums)} checksums of {tokens} tokens")
+    return {"tokens": tokens, "documents": documents, "sha256": str(known["sha256"]), "checksums": checksums}
 
 
 class TokenStream:
@@ -126,4 +136,7 @@ def hashed_order(count: int, name: str) -> np.ndarray:
 
 def damaged(folder: Path, reason: str) -> UserError:
     """Return the error for packed text that cannot be read."""
-    return UserError(f"Packed text '{folder}' is damaged ({reason}); remove this folder and it is built again.")
+    return UserError(
+        f"Packed text '{folder}' is damaged ({reason}); remove it if data.path is its corpus, which is packed"
+        " again then, or else copy it again."
+    )

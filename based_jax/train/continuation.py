@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -32,6 +33,9 @@ MAY_CHANGE = {
 """Keys, or whole sections, that may differ, and why. All others name another run: its model, data, batches and seed."""
 
 
+OF_A_HOST = ("data.path", "data.mixture.*.path", "data.tokenizer", "data.cache_dir", "data.processes", "init_from.path")
+"""Keys that may differ between the hosts of a run: what is read there is compared, or the same under another name."""
+
 OF_THE_OPTIMIZER_STATE = ("optim.name", "optim.moment_dtype")
 """Keys that stay once there is a checkpoint, which holds the state that they name."""
 
@@ -47,6 +51,12 @@ def sized(config: TrainConfig, mesh: Mesh, workdir: Path) -> tuple[TrainConfig, 
     kept = dataclasses.replace(new, batch_size=configs.read(TrainConfig, workdir).batch_size)
     line = f"kept: batch_size is {kept.batch_size}, with which the run began, rather than {new.batch_size}"
     return kept, [line] if kept != new else []
+
+
+def values_of_all(config: TrainConfig) -> dict[str, Any]:
+    """Return the values that all hosts of a run have alike, by their keys."""
+    values = configs.every_value(config)
+    return {key: value for key, value in values.items() if not any(configs.is_under(key, own) for own in OF_A_HOST)}
 
 
 def changes(config: TrainConfig, workdir: Path) -> list[str]:

@@ -6,9 +6,11 @@ that it continues; what was trained after that, and has to be trained again, is 
 
 import contextlib
 import json
+import math
 import time
 from pathlib import Path
 
+from based_jax.errors import UserError
 from based_jax.train.files import RowFile, read_lines, set_rows_aside
 from based_jax.train.workdir import GOODPUT_FILE, METRICS_FILE
 
@@ -60,7 +62,7 @@ class TimesFile(contextlib.AbstractContextManager):
 
     def __init__(self, workdir: Path, start: int, timer: Timer):
         path = workdir / GOODPUT_FILE
-        before = [json.loads(line) for step, line in read_lines(path) if step <= start]
+        before = [_times(line, path) for step, line in read_lines(path) if step <= start]
         if before:
             _add(timer, before[-1])
         if lost := [step for step, _ in read_lines(workdir / METRICS_FILE) if step > start]:
@@ -77,6 +79,14 @@ class TimesFile(contextlib.AbstractContextManager):
     def write(self, step: int) -> None:
         """Write the times until the checkpoint of a step; UserError where the file system refuses."""
         self._rows.append({"step": step, **self._timer.split(), "unix_time": time.time()})
+
+
+def _times(line: bytes, path: Path) -> dict[str, float]:
+    """Return the numbers of a row."""
+    row = {name: value for name, value in json.loads(line).items() if name != "step"}
+    if "unix_time" not in row or not all(type(x) in (int, float) and math.isfinite(x) for x in row.values()):
+        raise UserError(f"'{path}' holds a line that is no row of times: {line[:60]!r}; move the file away.")
+    return row
 
 
 def _add(timer: Timer, row: dict) -> None:

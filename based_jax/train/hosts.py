@@ -18,7 +18,6 @@ import os
 import re
 import selectors
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -26,9 +25,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
-from jax._src.lib import _jax as jaxlib_api
 
+from based_jax.data.corpus import shortened
 from based_jax.errors import UserError
+from based_jax.train.coordination_service import in_a_process_of_its_own
 from based_jax.train.preemption import AgreedStop
 
 MEETING_SECONDS = 300
@@ -39,17 +39,6 @@ HELLO_SECONDS = 5.0
 GRACE_SECONDS = 2.0
 """What a process has to say by itself what is wrong, before it says that another one found it wrong."""
 LOST_EXIT_CODE, WRONG_EXIT_CODE, INTERRUPTED_EXIT_CODE = 1, 2, 130
-SERVICE_SECONDS = 5.0
-SERVICE = """if True:
-    import json, sys, time
-    from jax._src.lib import _jax
-
-    address, count, options = json.loads(sys.argv[1])
-    service = _jax.get_distributed_runtime_service(address, count, **options)
-    print(end=".", flush=True)
-    sys.stdin.read()
-    time.sleep(float(sys.argv[2]))
-"""
 TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 PROCESSES_OF_HOST = ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
@@ -74,12 +63,19 @@ class Place(NamedTuple):
         """What to call the process."""
         return f"Process {self.process_id} of {self.num_processes}"
 
+    def address(self, port: int | None = None) -> str:
+        """Return where process 0 listens, as HOST:PORT, or another port of its host."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{port or self.port}"
+
 
 def given_place(coordinator: str, num_processes: int, process_id: int) -> Place:
     """Return the place that a user gives; UserError for an impossible one."""
     host, colon, port = coordinator.rpartition(":")
     if not host or not colon or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"The coordinator is '{coordinator}'; it is HOST:PORT, such as 10.0.0.1:8476.")
+    if num_processes < 1:
+        raise UserError(f"The number of processes is {num_processes}; it is at least 1.")
     if not 0 <= process_id < num_processes:
         raise UserError(
             f"The process' number is {process_id}; it is at least 0 and below {num_processes}, how many are."
@@ -99,7 +95,10 @@ def found_place(environment: Mapping[str, str] = os.environ) -> Place:
             port, count, rank = map(int, numbers)
             local = int(environment.get("LOCAL_RANK", "0"))
         except ValueError:
-            raise UserError(f"The variables {', '.join(TORCHRUN[1:])} and LOCAL_RANK must be whole numbers.") from None
+            raise UserError(
+                f"The variables {', '.join(TORCHRUN[1:])} are {', '.join(numbers)} and LOCAL_RANK is"
+                f" {environment.get('LOCAL_RANK', '0')}; they must be whole numbers."
+            ) from None
         # torchrun itself listens at MASTER_PORT.
         return given_place(f"{host}:{port + 1}", count, rank)._replace(local_devices=_own_devices([local], environment))
     # JAX knows SLURM, Open MPI, GKE, Cloud TPU and Kubernetes, and has no public name for what it found.
@@ -148,9 +147,9 @@ def together(place: Place, timeout: float = MEETING_SECONDS, *, devices: bool = 
     watch.start()
     try:
         if place.num_processes > 1 and devices:
-            with _service_in_a_process_of_its_own():
+            with in_a_process_of_its_own():
                 jax.distributed.initialize(
-                    f"{place.host}:{port}",
+                    place.address(port),
                     place.num_processes,
                     place.process_id,
                     local_device_ids=place.local_devices,
@@ -160,7 +159,7 @@ def together(place: Place, timeout: float = MEETING_SECONDS, *, devices: bool = 
         yield
         watch.end()
     except BaseException as error:
-        watch.end() if isinstance(error, AgreedStop) else watch.fail(" ".join(str(error).split()) or repr(error))
+        watch.end() if isinstance(error, AgreedStop) else watch.fail(_reason(error))
         known = {UserError: WRONG_EXIT_CODE, KeyboardInterrupt: INTERRUPTED_EXIT_CODE, SystemExit: LOST_EXIT_CODE}
         code = next((code for kind, code in known.items() if isinstance(error, kind)), None)
         if code is None:
@@ -170,36 +169,10 @@ def together(place: Place, timeout: float = MEETING_SECONDS, *, devices: bool = 
         raise
 
 
-class _Service:
-    """JAX's coordination service in a process that outlives the one that began it by `SERVICE_SECONDS`.
-
-    JAX aborts every process that loses the service, and process 0 holds it. So long it answers, they hear by `_Watch`
-    that process 0 is gone.
-    """
-
-    def __init__(self, address: str, count: int, **options: Any):
-        words = [sys.executable, "-c", SERVICE, json.dumps([address, count, options]), str(SERVICE_SECONDS)]
-        self._process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        assert self._process.stdout is not None
-        if not self._process.stdout.read(1):
-            raise UserError(f"JAX's coordination service cannot listen at {address}.")
-
-    def shutdown(self) -> None:
-        """Let the service end soon: others may still hear from it that all have come to their end."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-
-
-@contextlib.contextmanager
-def _service_in_a_process_of_its_own() -> Iterator[None]:
-    """Begin JAX's coordination service as `_Service`; JAX has no public way to begin it elsewhere."""
-    own, jaxlib_api.get_distributed_runtime_service = jaxlib_api.get_distributed_runtime_service, _Service
-    try:
-        yield
-    finally:
-        jaxlib_api.get_distributed_runtime_service = own
+def _reason(error: BaseException) -> str:
+    """Return what the other processes are told of an error."""
+    said = " ".join(str(error).split())
+    return said or ("Stopped by Ctrl-C." if isinstance(error, KeyboardInterrupt) else repr(error))
 
 
 def _leave(code: int) -> None:
@@ -224,14 +197,15 @@ def _gather(place: Place, deadline: float, timeout: float) -> tuple[dict[int, so
 
     def refuse(reason: str) -> NoReturn:
         for connection in found.values():
-            _send(connection, {"refused": reason})
+            with contextlib.suppress(OSError):  # one that came may be gone
+                _send(connection, {"refused": reason})
         raise UserError(reason)
 
     try:
-        server = socket.create_server(("", place.port), backlog=place.num_processes, reuse_port=False)
+        server = _listening(place.port, backlog=place.num_processes)
     except OSError as error:
         raise UserError(
-            f"Port {place.port} cannot be listened to, for the other processes: {error.strerror}."
+            f"Port {place.port} cannot be listened to, for the other processes: {os.strerror(error.errno or 0)}."
         ) from None
     with server:
         while missing:
@@ -239,19 +213,19 @@ def _gather(place: Place, deadline: float, timeout: float) -> tuple[dict[int, so
             try:
                 connection, _ = server.accept()
             except TimeoutError:
-                names = ", ".join(map(str, sorted(missing)))
+                names = shortened(tuple(map(str, sorted(missing))))
                 which = f"process {names}" if len(missing) == 1 else f"processes {names}"
-                refuse(
-                    f"Of {place.num_processes} processes, {which} did not come to {place.host}:{place.port} within "
-                    f"{timeout:g} s."
-                )
+                where = f"{place.address()} within {timeout:g} s"
+                refuse(f"Of {place.num_processes} processes, {which} did not come to {where}.")
             hello = None
             with contextlib.suppress(TimeoutError):
                 hello = _receive(connection, HELLO_SECONDS)
-            if not hello or not isinstance(hello.get("process"), int):
+            if not isinstance(hello, dict) or not isinstance(hello.get("process"), int):
                 connection.close()  # somebody else's
                 continue
             number, count = hello["process"], hello.get("of")
+            if number in found and _has_ended(found[number]):  # and comes again
+                missing.add(number)
             found[number if number in missing else -1] = connection
             if count != place.num_processes:
                 refuse(f"Process {number} was told of {count} processes, and process 0 of {place.num_processes}.")
@@ -261,16 +235,26 @@ def _gather(place: Place, deadline: float, timeout: float) -> tuple[dict[int, so
     with socket.create_server(("", 0)) as free:
         port = free.getsockname()[1]
     for connection in found.values():
-        _send(connection, {"jax_port": port})
+        with contextlib.suppress(OSError):  # `_Watch` says of one that came and is gone
+            _send(connection, {"jax_port": port})
     return found, port
 
 
+def _listening(port: int, backlog: int) -> socket.socket:
+    """Return a socket that takes connections of IPv4 and, where the system has it, of IPv6."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), backlog=backlog, family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=backlog)
+
+
 def _join(place: Place, deadline: float, timeout: float) -> tuple[dict[int, socket.socket], int]:
-    where = f"{place.host}:{place.port}"
+    where = place.address()
     while True:
         try:
             connection = socket.create_connection((place.host, place.port), timeout=5)
             break
+        except UnicodeError:  # of the host's name
+            raise UserError(f"The coordinator is '{where}', whose host is no name and no address.") from None
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
@@ -278,10 +262,11 @@ def _join(place: Place, deadline: float, timeout: float) -> tuple[dict[int, sock
                     f"{error.strerror or error}."
                 ) from None
             time.sleep(0.2)
-    _send(connection, {"process": place.process_id, "of": place.num_processes})
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(OSError):  # what listens there may hang up
+        _send(connection, {"process": place.process_id, "of": place.num_processes})
         # Process 0 may have begun to wait later than this one.
-        answer = _receive(connection, deadline - time.monotonic() + timeout) or {}
+        answer = _receive(connection, deadline - time.monotonic() + timeout)
+        answer = answer if isinstance(answer, dict) else {}
         if "jax_port" in answer:
             return {0: connection}, answer["jax_port"]
         if "refused" in answer:
@@ -370,6 +355,15 @@ def _receive(connection: Any, timeout: float | None) -> dict[str, Any] | None:
         raise
     except (OSError, ValueError):
         return None
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    """Return whether the other end of a connection is closed."""
+    connection.setblocking(False)
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
 
 
 def _keep_alive(connection: socket.socket) -> None:

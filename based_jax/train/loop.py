@@ -18,6 +18,7 @@ from based_jax.evals.evaluate import evaluate, make_eval_step
 from based_jax.folders import UnwritableError
 from based_jax.ops import dispatch
 from based_jax.train import continuation, data_record
+from based_jax.train.agreement import check_alike
 from based_jax.train.checkpoint import Checkpoints, SavedCheckpoints
 from based_jax.train.compile import TrainProgram, train_program
 from based_jax.train.goodput import Timer, TimesFile
@@ -57,6 +58,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     timer = Timer()
     workdir = checked_workdir(workdir)
     config = dataclasses.replace(config, data=config.data.located)
+    check_alike({"workdir": str(workdir.absolute())} | continuation.values_of_all(config))
     mesh = parallel.make_mesh(config.mesh)
     config, kept = continuation.sized(config, mesh, workdir)
     changed = [*kept, *continuation.changes(config, workdir)]
@@ -68,6 +70,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     with dispatch.recorded_choices() as choices:
         program.check_step(source.batch(0))  # what no operation can run is refused before anything is written
     data_record.check_same(source, workdir)
+    check_alike({"the text's fingerprint": source.record.get("fingerprint")})
     taken, origin = _parameters_to_begin_with(config, workdir, program)
     sample = _sampler(config, program)
     eval_step = make_eval_step(program.graphdef)

@@ -41,7 +41,8 @@ def checked_workdir(workdir: str | os.PathLike) -> Path:
         checkpoints = path / CHECKPOINTS_FOLDER
         if os.path.lexists(checkpoints) and not checkpoints.is_dir():
             raise UserError(f"'{checkpoints}' is a file, where a run has a folder; choose another workdir.")
-        read_lines(path / METRICS_FILE)
+        for name in (METRICS_FILE, GOODPUT_FILE):
+            read_lines(path / name)
     return path
 
 

@@ -51,6 +51,13 @@ def parquet(**columns) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def two_texts() -> bytes:
+    """Return a parquet file of two columns of the same name."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), sink)
+    return sink.getvalue().to_pybytes()
+
+
 def broken_utf8() -> bytes:
     """Return a parquet file whose text is no UTF-8."""
     offsets = pa.array([0, 1], pa.int32()).buffers()[1]
@@ -132,6 +139,7 @@ CASES: tuple[Command | Call, ...] = (
         sentence="Corpus '<tmp>' has no text to train on: all its documents are blank.",
     ),
     text("text_feature=body", sentence="text_feature is 'body', but corpus '<corpus>' has .txt files alone"),
+    text("text_feature=", sentence="text_feature is '', which names nothing; it is a key"),
     text("text_feature=body", "path=None", sentence="text_feature is 'body', but path is None"),
     text(
         "text_feature=body",
@@ -161,6 +169,11 @@ CASES: tuple[Command | Call, ...] = (
     text("path=None", mixture("0.0"), sentence="mixture.wiki.weight is 0.0; it is a number above 0."),
     text("path=None", mixture("-1"), sentence="mixture.wiki.weight is -1.0; it is a number above 0."),
     text("path=None", mixture("1e999"), sentence="mixture.wiki.weight is inf; it is a number above 0."),
+    text(
+        "path=None",
+        "mixture={'a': {'path': '<corpus>', 'weight': 1e308}, 'b': {'path': '<corpus>', 'weight': 1e308}}",
+        sentence="mixture has weights whose sum is beyond the largest float",
+    ),
     text("path=None", mixture("'half'"), sentence="'data.mixture.wiki.weight' is 'half'; it is a float"),
     text("path=None", mixture(name="a/b"), sentence="mixture has a part 'a/b'; a name is of letters, digits, '_'"),
     text("path=None", mixture(path="<new>"), sentence="Corpus '<new>' is no folder"),
@@ -204,6 +217,7 @@ CASES: tuple[Command | Call, ...] = (
     corpus("cut.jsonl.zst", zstd(NOISE)[:400], "cut.jsonl.zst' cannot be read: "),
     tokens("a.npy", npy(np.zeros(9, np.int64)), "a.npy' has 1 axis of int64; tokens are one axis of uint16 or uint32."),
     tokens("a.npy", npy(np.zeros((2, 9), np.uint16)), "a.npy' has 2 axes of uint16; tokens are one axis of uint16 or"),
+    tokens("header.npy", npy(np.zeros(9, np.uint16)).replace(b"<u2'", b"<u2 "), "its header is damaged"),
     tokens("cut.npy", npy(np.zeros(99, np.uint16))[:-8], "cut.npy' says that it has 99 tokens, but has 95."),
     tokens("no.npy", b"no array", "no.npy' cannot be read: "),
     tokens("odd.bin", b"abc", "odd.bin' has 3 bytes, which are no whole number of uint16 tokens."),
@@ -216,6 +230,8 @@ CASES: tuple[Command | Call, ...] = (
     corpus("no.parquet", b"no parquet here", "no.parquet' cannot be read: "),
     corpus("cut.parquet", parquet(text=["a"])[:-9], "cut.parquet' cannot be read: "),
     corpus("other.parquet", parquet(content=["a"], id=[1]), "has no column 'text'; it has content, id."),
+    corpus("twice.parquet", two_texts(), "twice.parquet' has 2 columns 'text'; it has one."),
+    corpus("none.parquet", parquet(), "none.parquet' has no column 'text'; it has none."),
     corpus("numbers.parquet", parquet(text=[1, 2]), "has a column 'text' of int64; it is string."),
     corpus("latin.parquet", broken_utf8(), "latin.parquet' "),
     synthetic("mqar", "seed=-1", "seed -1 must be at least 0 and below 2**32."),

@@ -234,9 +234,16 @@ def test_a_killed_packing_is_not_taken_for_whole(folder, tmp_path):
 
 def test_an_index_that_is_gone_is_built_again_and_a_broken_one_is_named(folder, tmp_path):
     (index,) = [path for path in left(packed(folder, tmp_path).folder) if path.name == packing.INDEX]
+    good = json.loads(index.read_text())
     index.unlink()
     assert packed(folder, tmp_path).count("validation", "documents") == 1
-    for content in ("", "[]", json.dumps({"splits": {"train": 1}}), "\xff"):
+    train = good["splits"]["train"]
+    wrong = [good | {name: value} for name in ("vocab_size", "blank") for value in ("257", None, 2.5)]
+    wrong += [
+        good | {"splits": good["splits"] | {"train": train | changed}}
+        for changed in ({"checksums": []}, {"checksums": ["1"]}, {"tokens": "3"}, {"tokens": -1}, {"documents": None})
+    ]
+    for content in ("", "[]", "[" * 10**5, json.dumps({"splits": {"train": 1}}), "\xff", *map(json.dumps, wrong)):
         index.write_text(content, encoding="latin-1")
         with pytest.raises(UserError, match="is damaged"):
             packed(folder, tmp_path)

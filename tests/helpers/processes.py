@@ -37,9 +37,12 @@ def free_port() -> int:
 
 
 class Processes:
-    """A training that so many processes run together, with so many devices each; it begins, or goes on, at once."""
+    """A training that so many processes run together, with so many devices each; it begins, or goes on, at once.
 
-    def __init__(self, folder: Path, config: dict, processes: int, devices: int = 1, command: str = "train"):
+    All but process 0 get `more` arguments.
+    """
+
+    def __init__(self, folder: Path, config: dict, processes: int, devices: int = 1, command: str = "train", more=()):
         port = free_port()
         path = folder / f"config_{port}.py"
         path.write_text(f"def get_config():\n    return {config!r}\n")
@@ -50,7 +53,7 @@ class Processes:
         words += [f"--coordinator=localhost:{port}", f"--num-processes={processes}"]
         self.all = [
             subprocess.Popen(
-                [*words, f"--process-id={number}"],
+                [*words, f"--process-id={number}", *(more if number else ())],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

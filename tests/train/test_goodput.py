@@ -80,3 +80,12 @@ def test_what_is_no_row_is_refused(tmp_path):
     (tmp_path / "goodput.jsonl").write_text("[]\n")
     with pytest.raises(UserError, match=r"goodput.jsonl' holds a line that is no row"):
         TimesFile(tmp_path, 0, Timer())
+
+
+@pytest.mark.parametrize("row", ['{"step": 1}', '{"step": 1, "unix_time": NaN}', '{"step": 1, "unix_time": "noon"}'])
+def test_a_row_without_its_times_is_named(tmp_path, row):
+    path = tmp_path / "goodput.jsonl"
+    path.write_text(f"{row}\n")
+    with pytest.raises(UserError, match="holds a line that is no row of times"):
+        TimesFile(tmp_path, 1, Timer())
+    assert path.read_text() == f"{row}\n"

@@ -1,6 +1,9 @@
 """Many processes as one run: who they are, and how they meet."""
 
+import contextlib
+import socket
 import threading
+import time
 
 import pytest
 
@@ -19,6 +22,7 @@ TORCHRUN = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500", "WORLD_SIZE": "16
         (":80", 2, 0, "it is HOST:PORT"),
         ("a:b", 2, 0, "it is HOST:PORT"),
         ("a:70000", 2, 0, "it is HOST:PORT"),
+        ("a:80", 0, 0, "The number of processes is 0; it is at least 1"),
         ("a:80", 2, 2, "number is 2; it is at least 0 and below 2"),
         ("a:80", 2, -1, "number is -1; it is at least 0 and below 2"),
     ],
@@ -98,6 +102,11 @@ def test_processes_meet_whichever_comes_first():
     assert hosts._meet(Place("localhost", port, 0, 1), 1.0) == ({}, 0)
 
 
+def test_an_interruption_is_told_in_words():
+    assert hosts._reason(KeyboardInterrupt()) == "Stopped by Ctrl-C."
+    assert hosts._reason(UserError("a\nb")) == "a b" and hosts._reason(ValueError()) == "ValueError()"
+
+
 def test_who_does_not_come_is_named():
     port = free_port()
     where = f"localhost:{port} within 0.5 s"
@@ -105,6 +114,64 @@ def test_who_does_not_come_is_named():
     assert zero == two == f"Of 4 processes, processes 1, 3 did not come to {where}."
     (alone,) = met(Place("localhost", port, 1, 2), timeout=0.5)
     assert alone.startswith(f"Process 1 of 2 found nobody at {where}, where process 0 listens: ")
+    (alone,) = met(Place("localhost", port, 0, 99), timeout=0.1)
+    assert "18, 19, 20 and 78 more did not come" in alone
+    (alone,) = met(Place("a..b", port, 1, 2), timeout=0.1)
+    assert alone == f"The coordinator is 'a..b:{port}', whose host is no name and no address."
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6 here")
+def test_processes_meet_at_an_address_of_ipv6():
+    port = free_port()
+    places = [given_place(f"[::1]:{port}", 2, number) for number in range(2)]
+    first, other = met(*places)
+    assert first[1] == other[1] and places[0].address(80) == "[::1]:80"
+
+
+@pytest.mark.parametrize("said", [b"1\n", b"[]\n", b"GET / HTTP/1.1\r\n\r\n", b'{"process": "1"}\n'])
+def test_what_is_none_of_the_processes_is_not_listened_to(said):
+    port = free_port()
+
+    def call():
+        with contextlib.suppress(OSError), _connected(port) as connection:
+            connection.sendall(said)
+            connection.recv(1)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    (zero,) = met(Place("localhost", port, 0, 2), timeout=0.5)
+    thread.join()
+    assert zero.startswith("Of 2 processes, process 1 did not come")
+
+
+def test_a_process_that_was_killed_in_the_meeting_comes_again():
+    port, others = free_port(), []
+
+    def come_twice():
+        with _connected(port) as connection:
+            connection.sendall(b'{"process": 1, "of": 3}\n')
+        others.extend(met(*(Place("localhost", port, number, 3) for number in (1, 2))))
+
+    thread = threading.Thread(target=come_twice)
+    thread.start()
+    (zero,) = met(Place("localhost", port, 0, 3))
+    thread.join()
+    assert sorted(zero[0]) == [1, 2] and [other[1] for other in others] == [zero[1]] * 2
+
+
+def _connected(port):
+    """Return a connection to who listens there, or soon will."""
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(("localhost", port), timeout=5)
+        time.sleep(0.02)
+
+
+def test_what_hangs_up_is_not_process_0():
+    with socket.create_server(("localhost", 0)) as server:
+        threading.Thread(target=lambda: server.accept()[0].close()).start()
+        (one,) = met(Place("localhost", server.getsockname()[1], 1, 2), timeout=0.5)
+    assert one.startswith("Process 1 of 2 had no answer from process 0")
 
 
 def test_processes_that_were_told_otherwise_are_refused():

@@ -106,6 +106,15 @@ def test_one_process_that_is_wrong_is_told_by_all(start):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("more, word", [("--config.optim.lr=0.5", "optim.lr"), ("--workdir=elsewhere", "workdir")])
+def test_processes_that_were_given_something_else_are_refused(start, tmp_path, more, word):
+    ends = start(BASE, 2, more=(more,)).ends()
+    assert [code for code, _ in ends] == [1, 2]
+    assert all(re.search(f"{word} is .* in process 0 and .* in process 1; all processes", line) for _, line in ends)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
 def test_a_run_of_several_processes_is_alone_in_its_workdir(start):
     config = BASE | {"steps": 4000, "mesh": {"data": 2}}
     first = start(config, 2)
