@@ -5,6 +5,7 @@ write to it, in whole tiles: what stays on the chip (VMEM, by its memory space) 
 slice, and an update in place the update.
 """
 
+import collections
 import math
 import re
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ NAMES = "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", 
 CALLS = "while", "conditional", "call"
 NO_TRAFFIC = frozenset([*VALUES, *NAMES, *CALLS])
 FREE_CALLS = "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollective", "SliceBitcast"
+PLACE = re.compile(r"block_\d+/(?P<path>.+)|(?P<end>head|embed)\b")
+TRACED = "while", "body", "cond", "checkpoint", "eval_jaxpr", "closed_call", "rematted_computation"
+"""Names in a scope that tracing adds."""
 SLICES = "slice", "dynamic-slice", "gather"
 RENAMES = "bitcast", "reshape"
 
@@ -66,6 +70,29 @@ def traffic(program: Program, on_chip: tuple[int, ...] = ()) -> Iterator[tuple[I
         elif fusion is not None and x.chain not in (None, *seen):
             seen.add(x.chain)
             yield x, times * counter.bytes(x)
+
+
+def traffic_by_scope(program: Program, on_chip: tuple[int, ...] = ()) -> dict[str, float]:
+    """Return the bytes of main memory by pass, layer and operation, as "backward mlp/project", the most first.
+
+    What has no such place, as copies that the compiler adds, goes by its kind.
+    """
+    total: dict[str, float] = collections.defaultdict(float)
+    for x, count in traffic(program, on_chip):
+        total[place_of(x)] += count
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def place_of(x: Instruction) -> str:
+    """Return the pass, layer and operation that an instruction is of, or its kind."""
+    found = PLACE.search(x.scope)
+    if found is None:
+        return x.kind
+    path = found["path"] or found["end"]
+    names = [name for name in path.split("/") if name not in TRACED and "(" not in name]
+    again = "recomputed" if "rematted_computation" in x.scope else None
+    which = again or ("backward" if "transpose(" in x.scope else "forward")
+    return f"{which} {'/'.join(names[:2])}"
 
 
 class _Traffic:

@@ -52,7 +52,7 @@ def lower_decode(config: TrainConfig, mesh: Mesh) -> Lowered:
     parallel.check_batch_size(config.batch_size, mesh)
     rows, length, model = config.batch_size, config.data.longest_test, _model(config)
     graphdef, shapes = nnx.split(model)
-    params, where = parallel.placed(shapes, mesh), NamedSharding(mesh, jax.P(parallel.BATCH_AXES))
+    params, where = parallel.placed(shapes, mesh), parallel.batch_sharding(mesh, (rows,))
     tokens, words = (jax.ShapeDtypeStruct((rows, *more), jnp.uint32, sharding=where) for more in ((), (3,)))
 
     def step(params, tokens, cache, words):

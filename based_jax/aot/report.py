@@ -20,6 +20,7 @@ from based_jax.train.opening import whole_lines
 ON_CHIP = {"tpu": (1, 2, 3, 4, 5, 6)}
 """Memory spaces that are not HBM, by platform."""
 LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
+TRAFFIC_KEPT, TRAFFIC_SHOWN = 20, 4
 MIB, GIGA = 1 << 20, 1e9
 
 
@@ -33,6 +34,7 @@ class Report:
       memory: of a device; `largest` are the arrays that take most of it.
       flops, passes: of matrix products; `passes` with those in fp32 as often as the device makes them.
       memory_bytes: read from and written to HBM.
+      traffic: its bytes by pass, layer and operation.
       moved: what devices exchange.
       roofline: the times.
       needed_bytes: what they would have to exchange for weights and gradients alone.
@@ -49,6 +51,7 @@ class Report:
     flops: float
     passes: float
     memory_bytes: float
+    traffic: dict[str, float]
     moved: list[collectives.Moved]
     roofline: Roofline
     needed_bytes: float
@@ -104,6 +107,7 @@ class Report:
             "flops": self.flops,
             "model_flops": self.lowered.model_flops / self.mesh.size,
             "memory_bytes": self.memory_bytes,
+            "traffic": dict(list(self.traffic.items())[:TRAFFIC_KEPT]),
             "exchanged": [dataclasses.asdict(x) for x in self.moved],
             "exchanged_bytes": self.exchanged_bytes,
             "fsdp_bytes": self.needed_bytes,
@@ -133,7 +137,8 @@ def report(compiled: Compiled, lowered: Lowered, topology: Topology, mesh: Mesh,
     # Where kernels do not say theirs, the model's products are made at the least.
     least = lowered.model_flops / mesh.size if costs.silent_kernels(program) else 0.0
     passes = max(costs.flops(program, passes=topology.on_tpu), least)
-    moved_bytes = costs.memory_bytes(program, on_chip)
+    traffic = costs.traffic_by_scope(program, on_chip)
+    moved_bytes = sum(traffic.values())
     return Report(
         topology=topology,
         mesh=mesh,
@@ -143,6 +148,7 @@ def report(compiled: Compiled, lowered: Lowered, topology: Topology, mesh: Mesh,
         flops=flops,
         passes=passes,
         memory_bytes=moved_bytes,
+        traffic=traffic,
         moved=collectives.by_axis(found, mesh),
         roofline=roofline(passes, moved_bytes, found, mesh, topology),
         needed_bytes=_needed(lowered, mesh, dtype),
@@ -165,6 +171,7 @@ def table(name: str, report: Report) -> str:
         f"  compute    {report.flops / 1e12:.3f} TFLOP, {report.lowered.model_flops / report.mesh.size / 1e12:.3f} of"
         f" them the model's: {_ms(times.compute)}",
         f"  HBM        {report.memory_bytes / GIGA:.2f} GB read and written: {_ms(times.memory)}",
+        *(f"    {place:42} {count / GIGA:9.3f} GB" for place, count in list(report.traffic.items())[:TRAFFIC_SHOWN]),
         f"  exchange   {report.exchanged_bytes / GIGA:.3f} GB sent: {_ms(times.links)} on links,"
         f" {_ms(times.network)} on the network{_beside_needed(report)}",
         *(f"    {x.kind:18} {'+'.join(x.axes):12} {x.count:7,} times {x.bytes / GIGA:9.3f} GB" for x in report.moved),

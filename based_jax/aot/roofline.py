@@ -149,13 +149,14 @@ def fsdp_bytes(params, mesh: Mesh, element_bytes: int, microbatches: int = 1) ->
     """Return the bytes that a device must send in a step where weights lie over "fsdp" and rows over "data" and "fsdp".
 
     For each microbatch weights are gathered for the forward and for the backward pass and gradients are scattered, and
-    gradients are summed over "data": each in the dtype of the products.
+    gradients are summed over "data" and "sequence": each in the dtype of the products.
 
     Args:
       params: a tree of `jax.ShapeDtypeStruct` with their shardings.
       element_bytes: of the dtype of the products.
     """
-    shards, copies = mesh.shape["fsdp"], mesh.shape["data"]
+    shards = mesh.shape["fsdp"]
+    copies = mesh.size // shards // mesh.shape["tensor"]
     total = 0.0
     for leaf in jax.tree.leaves(params):
         shard = math.prod(leaf.sharding.shard_shape(leaf.shape)) * element_bytes

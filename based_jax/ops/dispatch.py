@@ -104,6 +104,7 @@ def dispatch(
     run = functools.partial(_run, operation, table, impl)
     if sequence.pieces(call) == 1:
         return run(call)
+    _check_name(operation, table, impl)
     if cut is None:
         held = f"Mesh axis 'sequence' has {sequence.pieces(call)} devices"
         raise UserError(f"{held}; for {operation}, which needs all tokens of a row, it has 1.")
@@ -137,14 +138,18 @@ def choose(operation: str, table: Mapping[str, Implementation], impl: str, call:
     Raises:
       UserError: `impl` is not in the table, or cannot run this call here.
     """
-    if impl == "auto":
-        return _automatic(operation, table, call)
+    _check_name(operation, table, impl)
     name = named(table, impl)
     if name is None:
-        raise unknown(f"{operation} implementation", impl, {*table, *map(backend_of, table), "auto"})
+        return _automatic(operation, table, call)
     if reason := _refusal(table[name], call):
         raise UserError(f"{operation}: impl='{impl}' cannot run this call: {reason}.")
     return name
+
+
+def _check_name(operation: str, table: Mapping[str, Implementation], impl: str) -> None:
+    if impl != "auto" and named(table, impl) is None:
+        raise unknown(f"{operation} implementation", impl, {*table, *map(backend_of, table), "auto"})
 
 
 def _refusal(implementation: Implementation, call: Any) -> str | None:

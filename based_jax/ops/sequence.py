@@ -210,8 +210,16 @@ def _no_tokens(call: calls.PositionsCall) -> Int[Array, "B"]:
     return jnp.zeros(call.segment_ids.shape[:1], jnp.int32)
 
 
+def numbered(segment_ids: BT) -> BT:
+    """Return `segments.numbered`; where tokens lie over devices, each numbers those of its piece."""
+    call = calls.PositionsCall(segment_ids)
+    if pieces(call) == 1:
+        return segments.numbered(segment_ids)
+    return per_piece(lambda part: numbers_over_pieces(part.segment_ids), call, TOKENS)
+
+
 def numbers_over_pieces(segment_ids: BT) -> BT:
-    """Return `segments.numbered` of whole rows for a piece of them."""
+    """Return `segments.numbered` of whole rows for the piece of them that a device has."""
 
     def join(earlier: Any, later: Any) -> Any:
         """Return of two pieces the first and the last id, and the number of documents."""
@@ -231,12 +239,13 @@ def _before(tokens: Any, segment_ids: BT | None, width: int) -> tuple[Any, Ids]:
     """Return the last real tokens before a piece and their ids, zeros in front where there are fewer."""
     own = _latest(tokens, segment_ids, width)
     if segment_ids is None and width <= jax.tree.leaves(tokens)[0].shape[1]:
-        return sharded.before(lambda _, later: later, own)
-    return sharded.before(lambda earlier, later: _latest(*_concatenated(earlier, later), width), own)
+        return sharded.from_before(own, 1)
 
+    def join(earlier: Any, later: Any) -> tuple[Any, Ids]:
+        tokens, ids = jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), earlier, later)
+        return _latest(tokens, ids, width)
 
-def _concatenated(earlier: Any, later: Any) -> Any:
-    return jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), earlier, later)
+    return sharded.before(join, own)
 
 
 def _latest(tokens: Any, ids: Ids | None, width: int) -> tuple[Any, Ids]:

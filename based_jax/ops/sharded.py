@@ -166,16 +166,16 @@ def before(join: Callable[[Any, Any], Any], own: Any) -> Any:
     `join(earlier, later)` is associative. In n pieces a device sends as many bytes as it has 1 + log2(n - 1) times.
     """
     place, count, distance = place_in_time(), count_in_time(), 1
-    total = _later(own, 1)
+    total = from_before(own, 1)
     while distance < count - 1:
-        joined = join(_later(total, distance), total)
+        joined = join(from_before(total, distance), total)
         reaches = place > distance
         total = jax.tree.map(lambda new, old, use=reaches: jnp.where(use, new, old), joined, total)
         distance *= 2
     return total
 
 
-def _later(own: Any, distance: int) -> Any:
+def from_before(own: Any, distance: int) -> Any:
     """Return what the device has whose piece stands so many pieces before; zeros where there is none."""
     pairs = [(i, i + distance) for i in range(count_in_time() - distance)]
     return jax.tree.map(lambda x: lax.ppermute(x, TIME_AXES, pairs), own)

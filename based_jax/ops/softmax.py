@@ -144,8 +144,8 @@ def _recurrent(call: AttentionCall) -> BTHV:
         return buffers, attention_step(q_BHK, keys, values, visible)
 
     kept = call.k, call.v, _ids(call)
-    empty = [jnp.zeros((x.shape[0], call.window, *x.shape[2:]), x.dtype) for x in kept]
-    empty = tuple(sharded.vary_alike(*empty, like=(call.q, *kept)))
+    zeros = (jnp.zeros((x.shape[0], call.window, *x.shape[2:]), x.dtype) for x in kept)
+    empty = tuple(sharded.vary_alike(*zeros, like=(call.q, *kept)))
     _, o = jax.lax.scan(token, empty, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (call.q, kept)))
     return jnp.moveaxis(o, 0, 1)
 

@@ -46,7 +46,8 @@ def _forward(q, k, v, numbers):
 
     def meet(carry, distance):
         keys, joined = sharded.handed_on(carry[0]), carry[1]
-        o, saved = softmax_chunks.forward(before, q, *keys[:2], numbers, _seen(keys[2], distance))
+        k, v, key_numbers = keys
+        o, saved = softmax_chunks.forward(before, q, k, v, numbers, _seen(key_numbers, distance))
         return (keys, _joined(joined, (o, saved[-1]))), None
 
     start = (k, v, numbers), (o.astype(jnp.float32), saved[-1])
@@ -64,12 +65,13 @@ def _backward(saved, do):
         return [x.astype(jnp.float32) for x in found]
 
     def meet(carry, distance):
-        (k, v, key_numbers, dk, dv), dq = sharded.handed_on(carry[0]), carry[1]
+        dq, *going_round = carry
+        k, v, key_numbers, dk, dv = sharded.handed_on(going_round)
         more = gradients(before, k, v, _seen(key_numbers, distance))
-        return ((k, v, key_numbers, dk + more[1], dv + more[2]), dq + more[0]), None
+        return (dq + more[0], k, v, key_numbers, dk + more[1], dv + more[2]), None
 
     dq, dk, dv = gradients(own, k, v, numbers)
-    ((*_, dk, dv), dq), _ = lax.scan(meet, ((k, v, numbers, dk, dv), dq), _distances())
+    (dq, _, _, _, dk, dv), _ = lax.scan(meet, (dq, k, v, numbers, dk, dv), _distances())
     dk, dv = sharded.handed_on((dk, dv))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
@@ -79,7 +81,8 @@ _attention.defvjp(_forward, _backward)
 
 def _cuts(tokens: int) -> tuple[softmax_chunks.Cut, softmax_chunks.Cut]:
     """Return how the queries of a piece meet the keys of their own, and those of one before it."""
-    return tuple(softmax_chunks.Cut.of(tokens, tokens, past, past + tokens) for past in (0, tokens))
+    own, before = (softmax_chunks.Cut.of(tokens, tokens, past, past + tokens) for past in (0, tokens))
+    return own, before
 
 
 def _distances() -> Integer[Array, "_"]:

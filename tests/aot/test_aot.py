@@ -58,6 +58,7 @@ def test_a_step_is_compiled_and_told(config, stand_ins, tmp_path, capsys):
     assert decode["flops"] == pytest.approx(decode["model_flops"], rel=0.3)
     assert {"all-gather"} <= {x["kind"] for x in train["exchanged"]}
     assert train["exchanged_bytes"] == sum(x["bytes"] for x in train["exchanged"]) > train["fsdp_bytes"] > 0
+    assert train["memory_bytes"] >= sum(train["traffic"].values()) > train["memory_bytes"] / 2
     assert train["estimate"]["sum_seconds"] == pytest.approx(sum(train["seconds"].values()))
     assert train["memory"]["peak"] > train["memory"]["arguments"] > 0 and train["largest_buffers"]
     told = capsys.readouterr().out

@@ -133,6 +133,26 @@ def memory(call, *arguments):
     return costs.memory_bytes(program(call, *arguments))
 
 
+@pytest.mark.parametrize(
+    ("scope", "place"),
+    [
+        ("jit(step)/jvp(stack_0)/while/body/eval_jaxpr/block_3/mlp/project/dot_general", "forward mlp/project"),
+        ("jit(step)/transpose(jvp(stack_1))/while/body/checkpoint/block_0/conv/add", "backward conv/add"),
+        (
+            "jit(step)/transpose(jvp(stack_0))/while/body/checkpoint/rematted_computation/block_1/taylor/taylor_attention"
+            "/while/body/exp",
+            "recomputed taylor/taylor_attention",
+        ),
+        ("jit(step)/transpose(jvp(head))/linear_cross_entropy/exp", "backward head"),
+        ("", "copy"),
+    ],
+)
+def test_bytes_go_by_pass_layer_and_operation(scope, place):
+    line = f'%c = f32[8]{{0}} copy(%p), metadata={{op_name="{scope}"}}'
+    found = Program(f"ENTRY %m (p: f32[8]) -> f32[8] {{\n  %p = f32[8]{{0}} parameter(0)\n  {line}\n}}")
+    assert costs.traffic_by_scope(found) == {place: 2 * 8 * 4}
+
+
 def test_a_fused_sum_reads_its_operands_and_writes_its_result():
     x = jnp.zeros((64, 32))
     assert memory(lambda x, y: jnp.tanh(x) + y * 2, x, x) == 3 * x.nbytes

@@ -74,7 +74,7 @@ CASES: tuple[Command | Call, ...] = (
         sentence="Mesh axis 'sequence' has 2 devices; for long_conv, which needs all tokens of a row, it has 1.",
     ),
     Command(
-        "half a token",
+        "tokens that sequence cannot divide",
         ("train", "--config=<text.py>", "--workdir=<new>", "--config.mesh.sequence=2", "--config.data.seq_len=31"),
         "Sequences of 31 tokens cannot be divided over 2 devices of the mesh axis 'sequence'.",
     ),

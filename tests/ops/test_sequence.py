@@ -54,8 +54,8 @@ ALL = [
 ]
 
 
-FEW = "taylor_attention", "gated_linear_attention", "dplr", "diagonal_ssm", "wkv4"
-"""One for each way to compose pieces."""
+FEW = "gated_linear_attention", "dplr", "diagonal_ssm", "wkv4"
+"""One for each way to compose pieces but by sums, of which Taylor attention's mixer is tested."""
 
 
 @parametrize_some("name", SCANS, ["gated_linear_attention"])
@@ -130,6 +130,12 @@ def test_attention_meets_the_keys_of_all_pieces_before(devices, packed, rng, nor
         text = jax.jit(both(attended)).lower(x, ids).compile().as_text()
     exchanged = Program(text).exchanged((1, 1, 8 // devices, devices), parallel.AXES.index("sequence"))
     assert {found.kind for found in exchanged} == {"collective-permute"}
+
+
+def test_a_form_that_does_not_exist_is_refused_of_pieces_too():
+    x = jnp.ones((B, T, 2, 4))
+    with over(MESH), pytest.raises(UserError, match="Unknown attention implementation 'xla_chunk'"):
+        jax.eval_shape(functools.partial(attention, impl="xla_chunk"), x, x, x)
 
 
 def attended(x, ids):

@@ -58,7 +58,7 @@ def test_before_the_first_step_a_run_says_what_it_trains_on_what(whole, tmp_path
     params = LM(config.model, rngs=nnx.Rngs(0)).num_params()
     assert said[:8] == [
         f"devices: 8 x {jax.devices()[0].device_kind}",
-        "mesh: data 8, fsdp 1, tensor 1",
+        "mesh: data 8, fsdp 1, tensor 1, sequence 1",
         "batch: 8 rows, 1 a device",
         f"parameters: {params:,}",
         "train: 800 tokens, 50 examples of 16",

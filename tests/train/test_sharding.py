@@ -16,6 +16,7 @@ from helpers.cases import parametrize_some
 from helpers.hlo import Program
 
 from based_jax import parallel
+from based_jax.aot import compiling
 from based_jax.labels import NO_LABEL
 from based_jax.nn.lm import LMConfig
 from based_jax.optim import OptimConfig
@@ -183,6 +184,13 @@ def test_gradients_lie_like_their_parameters(sizes, microbatches):
         after, _ = jax.jit(step).lower(state, program.abstract_batch(batch())).compile().output_shardings
     for grads, leaf in zip(jax.tree.leaves(after.opt_state), jax.tree.leaves(params), strict=True):
         assert grads.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+@parametrize_some("sizes", [{"fsdp": 2, "tensor": 2}, *MESHES[3:]], [{"fsdp": 2, "tensor": 2}], ids=name_of)
+def test_no_array_is_made_whole_only_to_be_cut_otherwise(sizes):
+    """XLA tells of those on standard error alone."""
+    lowered = program_of(1, **sizes).lower_step(batch())
+    assert compiling.compiled(lowered).rematerialized == []
 
 
 def test_the_optimizer_state_lies_like_the_parameters():

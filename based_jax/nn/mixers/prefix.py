@@ -94,7 +94,7 @@ class PrefixLinearAttention(TaylorAttention):
 
     def _mix(self, x, state, segment_ids, encoder_mask):
         sums, length = state
-        numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segments.numbered(segment_ids)
+        numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else sequence.numbered(segment_ids)
         places, length = sequence.positions(segment_ids, length, x.shape[1])
         q, k, v = self._qkv(x)
         if self.enc_length:

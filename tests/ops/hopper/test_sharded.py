@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.cases import parametrize_some
 from helpers.devices import gpus
 
 from based_jax import parallel
@@ -59,7 +60,7 @@ def flat(x):
     return x.reshape(*x.shape[:2], -1)
 
 
-@pytest.mark.parametrize("name", PIECES)
+@parametrize_some("name", PIECES, ["window_attention", "short_conv"])
 def test_pieces_of_time_run_in_kernels_with_their_gradients(name):
     call, form = PIECES[name]
     x, ids = jnp.zeros((4, 4096, 8, 64), jnp.bfloat16), jnp.ones((4, 4096), jnp.int32)

@@ -101,7 +101,7 @@ def test_pieces_of_time_are_those_of_one_device(kind, sizes, packed, rng, normal
     assert not [x for x in exchanged if x.kind in ("all-gather", "all-to-all") and math.prod(x.shape) >= B * T]
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@parametrize_some("kind", REFUSED, ["long_conv"])
 def test_others_are_refused(kind):
     with jax.set_mesh(parallel.make_mesh(MESHES[0])), pytest.raises(UserError, match="for long_conv, which needs all"):
         jax.eval_shape(mixer_of(kind), jnp.ones((B, T, D)))
