@@ -130,6 +130,11 @@ class TrainConfig(RunConfig):
         if self.rows_per_device is None:
             return self
         rows = self.rows_per_device * parallel.row_devices(mesh)
+        if rows % self.microbatches:
+            raise UserError(
+                f"rows_per_device {self.rows_per_device} comes to {rows} rows on this mesh, which cannot be divided"
+                f" into {self.microbatches} microbatches."
+            )
         return dataclasses.replace(self, batch_size=rows, rows_per_device=None)
 
 

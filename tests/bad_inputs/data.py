@@ -139,6 +139,12 @@ CASES: tuple[Command | Call, ...] = (
         sentence="Corpus '<tmp>' has no text to train on: all its documents are blank.",
     ),
     text("text_feature=body", sentence="text_feature is 'body', but corpus '<corpus>' has .txt files alone"),
+    text(
+        "path=<tmp>",
+        name="packed text of which a part was copied",
+        prepare=lambda folder: (folder / "validation.tokens").write_bytes(b"ab"),
+        sentence="Packed text '<tmp>' is damaged (index.json: FileNotFoundError)",
+    ),
     text("text_feature=", sentence="text_feature is '', which names nothing; it is a key"),
     text("text_feature=body", "path=None", sentence="text_feature is 'body', but path is None"),
     text(

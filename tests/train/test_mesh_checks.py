@@ -74,6 +74,8 @@ def test_rows_per_device_become_a_batch_on_the_mesh():
         assert sized.sized(parallel.make_mesh({})) is sized
     with pytest.raises(UserError, match=r"^4 rows of a microbatch .* over 8 .*: microbatches can be 2\.$"):
         train_program(run({}, rows_per_device=2, microbatches=4), parallel.make_mesh())
+    with pytest.raises(UserError, match=r"rows_per_device 2 comes to 16 rows on this mesh, .* into 3 microbatches"):
+        train_program(run({}, rows_per_device=2, microbatches=3), parallel.make_mesh())
 
 
 def test_what_stays_whole_is_a_line_when_a_run_begins():
