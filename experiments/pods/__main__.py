@@ -97,7 +97,8 @@ def compile_point(name: str, arguments: list[str], timeout: float) -> None:
         said = run.stderr.strip().splitlines()[-1:] if run.returncode else []
     except subprocess.TimeoutExpired:
         said = [f"Error: not compiled within {timeout:.0f} s."]
-    [row] = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else [{}]
+    lines = out.read_text().splitlines() if out.exists() else []
+    row = json.loads(lines[0]) if lines else {}  # of what does not fit there may be none
     row |= {"point": name, "wall_seconds": round(time.perf_counter() - begin, 1), "command": " ".join(command)}
     row |= {"error": said[0].removeprefix("Error: ")} if said else {}
     out.unlink(missing_ok=True)
