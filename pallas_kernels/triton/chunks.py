@@ -2,7 +2,7 @@
 
 JAX 0.11 calls Pallas' Triton backend deprecated; where it is gone, `ops/` refuses.
 
-Arrays are (B, T, H, .), T a multiple of `CHUNK_TOKENS`, K a power of two from 16 to 128, V a multiple of `STRIP_WIDTH`:
+Arrays are (B, T, H, .), T a multiple of `CHUNK_TOKENS`, K a power of two from 16 to 256, V a multiple of `STRIP_WIDTH`:
 a program that walks over the chunks takes so many columns of a state. Products are of bf16 with fp32 sums, those of
 `invert` in TF32 x 3.
 
@@ -24,7 +24,8 @@ Type = jax.ShapeDtypeStruct
 
 CHUNK_TOKENS, BLOCK_TOKENS, STRIP_WIDTH = 64, 16, 64
 BLOCKS_PER_CHUNK = CHUNK_TOKENS // BLOCK_TOKENS
-STRIP_WARPS = 4
+PIECE_WIDTH = 128
+"""Most channels of keys of a program for a chunk that holds sums for each of them."""
 STAGES_BY_BYTES = (40 << 10, 3), (80 << 10, 2)
 """By the most bytes that a chunk's loads take: how many chunks a walk has in flight. With more bytes it is one.
 
@@ -55,6 +56,25 @@ class Cut(NamedTuple):
         """Of a sequence."""
         return self.time // CHUNK_TOKENS
 
+    @property
+    def walk_warps(self) -> int:
+        """Of a program that holds a strip of a state in registers."""
+        return max(4, self.keys // 32)
+
+    @property
+    def piece(self) -> int:
+        """Channels of keys of a program of `by_piece`."""
+        return min(self.keys, PIECE_WIDTH)
+
+    @property
+    def piece_warps(self) -> int:
+        """Of a program of `by_piece`, for its registers."""
+        return max(4, self.piece // 16)
+
+    def columns(self) -> Type:
+        """Return the type of a number for every token and piece."""
+        return Type((self.batch, self.time, self.heads, self.keys // self.piece), jnp.float32)
+
     def states(self, dtype) -> Type:
         """Return the type of a state for every chunk."""
         return Type((self.batch, self.heads, self.chunks, self.keys, self.values), dtype)
@@ -82,6 +102,44 @@ class Cut(NamedTuple):
         blocks = [*map(block, arguments)], [*map(block, results)]
         grid = self.batch, self.heads * self.chunks * parts
         return launch(body, name, warps, 1, grid, arguments, results, *blocks)
+
+    def by_piece(
+        self, body: Callable, name: str, shared: Sequence, keyed: Sequence, *results: Sequence[Type]
+    ) -> list[jax.Array]:
+        """Run a program for each chunk of each head and each of its `pieces` of the channels of keys.
+
+        Args:
+          shared: (B, T, H, ...), of which a program gets its chunk.
+          keyed: (B, T, H, K), or (B, H, chunks, K, V), of which it gets its channels as well.
+          results: types like q, then those of (B, T, H, pieces), of which it makes a column.
+        """
+        pieces = self.keys // self.piece
+
+        def place(i) -> tuple:
+            chunk = lax.div(i, jnp.int32(pieces))
+            return lax.div(chunk, jnp.int32(self.chunks)), lax.rem(chunk, jnp.int32(self.chunks))
+
+        def of_chunk(width: tuple, piece: Callable = lambda i: ()) -> pl.BlockSpec:
+            def at(b, i):
+                head, chunk = place(i)
+                found = piece(i)
+                return b, chunk, head, *(found or (0,) * len(width))
+
+            return pl.BlockSpec((None, CHUNK_TOKENS, None, *width), at)
+
+        def own(i) -> tuple:
+            return (lax.rem(i, jnp.int32(pieces)),)
+
+        def of_keyed(x) -> pl.BlockSpec:
+            if len(x.shape) == 4:
+                return of_chunk((self.piece,), own)
+            return pl.BlockSpec((None, None, None, self.piece, self.values), lambda b, i: (b, *place(i), *own(i), 0))
+
+        like_keys, columns = results
+        inputs = [*(of_chunk(x.shape[3:]) for x in shared), *map(of_keyed, keyed)]
+        outputs = [*map(of_keyed, like_keys), *[of_chunk((None,), own)] * len(columns)]
+        grid = self.batch, self.heads * self.chunks * pieces
+        return launch(body, name, self.piece_warps, 1, grid, [*shared, *keyed], [*like_keys, *columns], inputs, outputs)
 
     def by_strip(
         self, body: Callable, name: str, whole: Sequence, wide: Sequence, states: Sequence, *results: Sequence[Type]
@@ -121,7 +179,7 @@ class Cut(NamedTuple):
         loaded += sum(CHUNK_TOKENS * STRIP_WIDTH * x.dtype.itemsize for x in wide)
         stages = next((n for most, n in STAGES_BY_BYTES if loaded <= most), 1)
         arrays = [*whole, *wide, *states], [*made, *made_states]
-        return launch(body, name, STRIP_WARPS, stages, grid, *arrays, inputs, outputs)
+        return launch(body, name, self.walk_warps, stages, grid, *arrays, inputs, outputs)
 
 
 def _block(shape: tuple, place: Callable) -> pl.BlockSpec:

@@ -10,12 +10,19 @@ where U are the values V of gated linear attention, or what the delta rule makes
 
     U = T diag(beta) (V - diag(exp c) K S)            T = (I + L)^-1       L_ts = beta_t (k_t . k_s) w_ts, s < t
 
-`inverses` solves every chunk's T, `forward` walks over the chunks with S in registers, `reverse` walks back with the
-gradient of S, and `gradients` takes those of all tokens, again each chunk for itself:
+`inverses` solves every chunk's T, `forward` walks over the chunks with S in registers, and `reverse` walks back with
+the gradient of S:
 
-    dU = P^T dO + diag(exp(c_C - c)) K dS'            dP = dO U^T
+    dU = P^T dO + diag(exp(c_C - c)) K dS'            dV = dU or, for the delta rule, diag(beta) T^T dU
     dS = exp(c_C) dS' + (diag(exp c) Q)^T dO          and, for the delta rule, - (diag(exp c) K)^T dV
-    Y = T^T dU       dV = diag(beta) Y       dL = -Y U^T
+
+`gradients` takes those of q, k, c and beta, again each chunk for itself, from dP = dO U^T and dL' = -dV U^T, both times
+w_ts where they are seen (L' is L without beta). In L and in what it reads of the state, k has the part of a query:
+
+    dQ = diag(exp c) dO S^T + dP K                    dK = A + B
+    A = dL' K - diag(exp c) dV S^T                    B = diag(exp(c_C - c)) U dS'^T + dP^T Q + dL'^T K
+    dc = q . dQ + k . A - k . B, and at the last token sum_t k . diag(exp(c_C - c)) U dS'^T + exp(c_C) (S . dS')
+    dbeta_t = dv_t . u_t / beta_t^2                   since U = diag(beta) E with E = V - what keys read until then
 
 What arrays may be is said in `chunks.py`.
 """
@@ -27,6 +34,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import split
 from pallas_kernels.triton.chunks import (
     BLOCK_TOKENS,
     BLOCKS_PER_CHUNK,
@@ -44,13 +52,17 @@ from pallas_kernels.triton.chunks import (
 def inverses(k, c, beta) -> jax.Array:
     """Return T of every chunk, (B, T, H, CHUNK_TOKENS) in k's dtype, its rows where their tokens are."""
 
+    width = min(k.shape[3], STRIP_WIDTH)
+    channels = [pl.ds(n, width) for n in range(0, k.shape[3], width)]
+
     def body(k_ref, c_ref, beta_ref, t_ref):
         at = [pl.ds(i * BLOCK_TOKENS, BLOCK_TOKENS) for i in range(BLOCKS_PER_CHUNK)]
-        ks, cs, betas = ([ref[rows] for rows in at] for ref in (k_ref, c_ref, beta_ref))
+        cs, betas = ([ref[rows] for rows in at] for ref in (c_ref, beta_ref))
 
         def lower(i: int, j: int) -> jax.Array:
             decay = _decay(cs[i], cs[j], pairs(BLOCK_TOKENS, lax.gt) if i == j else None)
-            return betas[i][:, None] * dot(ks[i], ks[j], (1, 1)) * decay
+            like = sum(dot(k_ref[at[i], x], k_ref[at[j], x], (1, 1)) for x in channels)
+            return betas[i][:, None] * like * decay
 
         def write(i: int, j: int, block) -> None:
             t_ref[at[i], at[j]] = block.astype(t_ref.dtype)
@@ -71,7 +83,7 @@ class Delta(NamedTuple):
 
 
 def forward(q, k, v, c, state, delta: Delta | tuple[()] = (), *, scale: float, with_starts: bool) -> list[jax.Array]:
-    """Return o like v, the state after the last token and, where asked for, those before every chunk.
+    """Return o like v, the state after the last token and, where asked for, those before every chunk, and U like v.
 
     Args:
       q, k: (B, T, H, K).
@@ -79,10 +91,10 @@ def forward(q, k, v, c, state, delta: Delta | tuple[()] = (), *, scale: float, w
       c: (B, T, H) fp32, sums of log-decays since the beginning of the chunk.
       state: (B, H, K, V) fp32.
     """
-    cut = Cut.of(k, v)
+    cut, saved = Cut.of(k, v), 1 if with_starts and delta else 0
 
     def body(q_ref, k_ref, c_ref, *refs):
-        delta_refs, (v_ref, state_ref, o_ref, last_ref, *starts_refs) = refs[: len(delta)], refs[len(delta) :]
+        delta_refs, (v_ref, state_ref, o_ref), u_refs, [last_ref], starts_refs = split(refs, len(delta), 3, saved, 1)
 
         def step(n, S):
             here = pl.ds(n * CHUNK_TOKENS, CHUNK_TOKENS)
@@ -94,25 +106,26 @@ def forward(q, k, v, c, state, delta: Delta | tuple[()] = (), *, scale: float, w
                 beta_ref, t_ref = delta_refs
                 right = beta_ref[here][:, None] * (u.astype(jnp.float32) - since * dot(k, before))
                 u = dot(t_ref[here], right.astype(q.dtype)).astype(q.dtype)
+            for ref in u_refs:
+                ref[here] = u
             p = (dot(q, k, (1, 1)) * _decay(c, c, pairs(CHUNK_TOKENS, lax.ge))).astype(q.dtype)
             o_ref[here] = (scale * (dot(p, u) + since * dot(q, before))).astype(o_ref.dtype)
             return all_of_it * S + dot(k, _times(until, u), (0, 0))
 
         last_ref[...] = lax.fori_loop(0, cut.chunks, step, state_ref[...])
 
-    states = [Type(state.shape, jnp.float32), *[cut.states(v.dtype)] * with_starts]
-    return cut.by_strip(body, "one_decay_forward", [q, k, c, *delta], [v], [state], [Type(v.shape, v.dtype)], states)
+    wide, states = [Type(v.shape, v.dtype)] * (1 + saved), [cut.states(v.dtype)] * with_starts
+    states = [Type(state.shape, jnp.float32), *states]
+    o, *u_and_states = cut.by_strip(body, "one_decay_forward", [q, k, c, *delta], [v], [state], wide, states)
+    return [o, *u_and_states[saved:], *u_and_states[:saved]]
 
 
 def reverse(q, k, c, do, dlast, delta: Delta | tuple[()] = (), *, scale: float) -> list[jax.Array]:
-    """Return dU, or Y for the delta rule, the gradients of the states after every chunk, and of that before the first.
-
-    The first is like do.
-    """
+    """Return dv, the gradients of the states after every chunk, and of that before the first; the first is like do."""
     cut = Cut.of(k, do)
 
     def body(q_ref, k_ref, c_ref, *refs):
-        delta_refs, (do_ref, dlast_ref, y_ref, ends_ref, dstate_ref) = refs[: len(delta)], refs[len(delta) :]
+        delta_refs, (do_ref, dlast_ref, dv_ref, ends_ref, dstate_ref) = refs[: len(delta)], refs[len(delta) :]
 
         def step(back, dS):
             n = cut.chunks - 1 - back
@@ -122,13 +135,13 @@ def reverse(q, k, c, do, dlast, delta: Delta | tuple[()] = (), *, scale: float) 
             ends_ref[n] = after
             do = _times(scale, do_ref[here])
             p = (dot(k, q, (1, 1)) * _decay(-c, -c, pairs(CHUNK_TOKENS, lax.le))).astype(q.dtype)  # transposed
-            y = dot(p, do) + until * dot(k, after)
+            dv = dot(p, do) + until * dot(k, after)
             dS = all_of_it * dS + dot(q, _times(since, do), (0, 0))
             if delta_refs:
                 beta_ref, t_ref = delta_refs
-                y = dot(t_ref[here], y.astype(q.dtype), (0, 0))
-                dS = dS - dot(k, (since * beta_ref[here][:, None] * y).astype(q.dtype), (0, 0))
-            y_ref[here] = y.astype(y_ref.dtype)
+                dv = beta_ref[here][:, None] * dot(t_ref[here], dv.astype(q.dtype), (0, 0))
+                dS = dS - dot(k, (since * dv).astype(q.dtype), (0, 0))
+            dv_ref[here] = dv.astype(dv_ref.dtype)
             return dS
 
         dstate_ref[...] = lax.fori_loop(0, cut.chunks, step, dlast_ref[...])
@@ -137,70 +150,65 @@ def reverse(q, k, c, do, dlast, delta: Delta | tuple[()] = (), *, scale: float) 
     return cut.by_strip(body, "one_decay_reverse", [q, k, c, *delta], [do], [dlast], [Type(do.shape, do.dtype)], states)
 
 
-def gradients(q, k, v, c, starts, do, y, ends, delta: Delta | tuple[()] = (), *, scale: float) -> list[jax.Array]:
-    """Return dq, dk, dc in fp32 and, for the delta rule, dv, and dbeta in fp32.
+def gradients(q, k, u, c, starts, do, ends, rates: tuple = (), *, scale: float) -> list[jax.Array]:
+    """Return dq, dk, dc in fp32 and, for the delta rule, dbeta in fp32.
 
     Args:
-      starts: of `forward`.
-      y, ends: of `reverse`.
+      u, starts: of `forward`; without the delta rule u is v.
+      ends: of `reverse`.
+      rates: dv of `reverse` and beta, for the delta rule.
     """
+    cut = Cut.of(k, u)
 
-    def body(q_ref, k_ref, v_ref, c_ref, starts_ref, do_ref, y_ref, ends_ref, *refs):
-        delta_refs, (dq_ref, dk_ref, dc_ref, *delta_results) = refs[: len(delta)], refs[len(delta) :]
-        k, c = k_ref[...], c_ref[...]
-        since, until, all_of_it = _decays(c)
+    def body(c_ref, u_ref, do_ref, *refs):
+        rates_refs, (q_ref, k_ref, starts_ref, ends_ref), results = split(refs, len(rates), 4)
+        dq_ref, dk_ref, dc_ref, *dbeta_refs = results
 
         def strip(n, sums):
-            (dp, dq, dk, kept), corrections = sums
             columns = pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
-            S, dS, u = starts_ref[:, columns], ends_ref[:, columns], v_ref[:, columns]
-            if delta_refs:
-                beta, y = delta_refs[0][...][:, None], y_ref[:, columns]
-                dl, dbeta, lost = corrections
-                read = since * dot(k, S)
-                error = u.astype(jnp.float32) - read
-                u = dot(delta_refs[1][...], (beta * error).astype(k.dtype)).astype(k.dtype)
-                dv = beta * y.astype(jnp.float32)
-                delta_results[0][:, columns] = dv.astype(v_ref.dtype)
-                dk = dk - since * dot(dv.astype(k.dtype), S, (1, 1))
-                dbeta = dbeta + jnp.sum(y.astype(jnp.float32) * error, axis=1)
-                corrections = dl - dot(y, u, (1, 1)), dbeta, lost + jnp.sum(dv * read, axis=1)
-            dk = dk + until * dot(u, dS, (1, 1))
-            do = _times(scale, do_ref[:, columns])
+            S, dS, u, do = starts_ref[:, columns], ends_ref[:, columns], u_ref[:, columns], do_ref[:, columns]
+            (dp, dq, dk, kept), corrections = sums
             kept = kept + jnp.sum(S.astype(jnp.float32) * dS.astype(jnp.float32))
-            return (dp + dot(do, u, (1, 1)), dq + dot(do, S, (1, 1)), dk, kept), corrections
+            found = dp + dot(do, u, (1, 1)), dq + dot(do, S, (1, 1)), dk + dot(u, dS, (1, 1)), kept
+            if corrections:
+                dv, (dl, read) = rates_refs[0][:, columns], corrections
+                corrections = dl - dot(dv, u, (1, 1)), read - dot(dv, S, (1, 1))
+            return found, corrections
 
-        square, vector = jnp.zeros((CHUNK_TOKENS, CHUNK_TOKENS), jnp.float32), jnp.zeros(CHUNK_TOKENS, jnp.float32)
-        none = square, jnp.zeros(k.shape, jnp.float32), jnp.zeros(k.shape, jnp.float32), jnp.float32(0)
-        zeros = none, (square, vector, vector) if delta_refs else ()
-        (dp, dq, dk, kept), corrections = lax.fori_loop(0, v_ref.shape[1] // STRIP_WIDTH, strip, zeros)
+        square, keys = (jnp.zeros((CHUNK_TOKENS, size), jnp.float32) for size in (CHUNK_TOKENS, cut.piece))
+        zeros = (square, keys, keys, jnp.float32(0)), (square, keys) if rates else ()
+        (dp, dq, dk, kept), corrections = lax.fori_loop(0, cut.values // STRIP_WIDTH, strip, zeros)
 
-        q, dq = q_ref[...], since * dq  # loaded only here, for the registers
-        leaving = jnp.sum(dk * k.astype(jnp.float32), axis=1)
-        if delta_refs:
-            dl, dbeta, lost = corrections
-            leaving = leaving + lost
-        dc = jnp.sum(dq * q.astype(jnp.float32), axis=1) - leaving
-        dp = dp * _decay(c, c, pairs(CHUNK_TOKENS, lax.ge))
-        moved = dp * dot(q, k, (1, 1))
-        dp = dp.astype(q.dtype)
-        dq_ref[...] = (dq + dot(dp, k)).astype(dq_ref.dtype)
+        q, k, c = q_ref[...], k_ref[...], c_ref[...]  # loaded only here, for the registers
+        since, until, all_of_it = _decays(c)
+        dp = (scale * dp * _decay(c, c, pairs(CHUNK_TOKENS, lax.ge))).astype(q.dtype)
+        dq = scale * since * dq + dot(dp, k)
+        dk = until * dk
+        leaving = _along(dk, k)
         dk = dk + dot(dp, q, (0, 0))
-        if delta_refs:
-            dl, like = dl * _decay(c, c, pairs(CHUNK_TOKENS, lax.gt)), dot(k, k, (1, 1))
-            delta_results[1][...] = dbeta + jnp.sum(dl * like, axis=1)
-            dl = delta_refs[0][...][:, None] * dl
-            moved, dc = moved + dl * like, dc - lost
-            dl = dl.astype(q.dtype)
-            dk = dk + dot(dl, k) + dot(dl, k, (0, 0))
-        dk_ref[...] = dk.astype(dk_ref.dtype)
-        whole = jnp.sum(leaving) + all_of_it * kept
-        dc_ref[...] = dc + jnp.sum(moved, axis=1) - jnp.sum(moved, axis=0) + jnp.where(_is_last(), whole, 0.0)
+        dc = _along(dq, q) + jnp.where(_is_last(), jnp.sum(leaving) + all_of_it * kept, 0.0)
+        if rates:
+            dl, read = corrections
+            beta = rates_refs[1][...]
+            dbeta_refs[0][...] = -jnp.sum(jnp.where(pairs(CHUNK_TOKENS, lax.eq), dl, 0.0), axis=1) / beta / beta
+            dl = (dl * _decay(c, c, pairs(CHUNK_TOKENS, lax.gt))).astype(q.dtype)
+            asked = since * read + dot(dl, k)
+            dk = dk + dot(dl, k, (0, 0))
+            dc, dk = dc + _along(asked, k) - _along(dk, k), dk + asked
+        else:
+            dc = dc - _along(dk, k)
+        dq_ref[...], dk_ref[...], dc_ref[...] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype), dc
 
-    cut, arguments = Cut.of(k, v), [q, k, v, c, starts, do, y, ends, *delta]
-    results = [Type(x.shape, x.dtype) for x in (q, k, c, *((v, c) if delta else ()))]
-    warps = 8 if cut.keys > 64 else 4  # for the registers
-    return cut.by_chunk(body, "one_decay_gradients", warps, arguments, results)
+    columns = [cut.columns()] * (2 if rates else 1)
+    shared, keyed = [c, u, do, *rates], [q, k, starts, ends]
+    results = [Type(x.shape, x.dtype) for x in (q, k)]
+    dq, dk, dc, *dbeta = cut.by_piece(body, "one_decay_gradients", shared, keyed, results, columns)
+    return [dq, dk, dc.sum(3), *(x[..., 0] for x in dbeta)]
+
+
+def _along(x, channels) -> jax.Array:
+    """Return each token's product of a gradient with what it is of."""
+    return jnp.sum(x * channels.astype(jnp.float32), axis=1)
 
 
 def _times(factor, x) -> jax.Array:
