@@ -71,9 +71,13 @@ class Cut(NamedTuple):
         """Of a program of `by_piece`, for its registers."""
         return max(4, self.piece // 16)
 
-    def columns(self) -> Type:
-        """Return the type of a number for every token and piece."""
+    def sums_of_pieces(self) -> Type:
+        """Return the type of a sum over the channels of every piece, for every token."""
         return Type((self.batch, self.time, self.heads, self.keys // self.piece), jnp.float32)
+
+    def sums_of_strips(self) -> Type:
+        """Return the type of a sum over the columns of every strip, for every token."""
+        return Type((self.batch, self.time, self.heads, self.values // STRIP_WIDTH), jnp.float32)
 
     def states(self, dtype) -> Type:
         """Return the type of a state for every chunk."""
@@ -104,42 +108,40 @@ class Cut(NamedTuple):
         return launch(body, name, warps, 1, grid, arguments, results, *blocks)
 
     def by_piece(
-        self, body: Callable, name: str, shared: Sequence, keyed: Sequence, *results: Sequence[Type]
+        self, body: Callable, name: str, shared: Sequence, keyed: Sequence, made: Sequence[Type], sums: Sequence[Type]
     ) -> list[jax.Array]:
-        """Run a program for each chunk of each head and each of its `pieces` of the channels of keys.
+        """Run a program for each chunk of each head and each piece of the channels of its keys.
 
         Args:
           shared: (B, T, H, ...), of which a program gets its chunk.
-          keyed: (B, T, H, K), or (B, H, chunks, K, V), of which it gets its channels as well.
-          results: types like q, then those of (B, T, H, pieces), of which it makes a column.
+          keyed: (B, T, H, K) or (B, H, chunks, K, V), of which it gets its channels as well.
+          made: types like keys.
+          sums: types (B, T, H, pieces), of which it makes its column.
         """
         pieces = self.keys // self.piece
 
-        def place(i) -> tuple:
-            chunk = lax.div(i, jnp.int32(pieces))
-            return lax.div(chunk, jnp.int32(self.chunks)), lax.rem(chunk, jnp.int32(self.chunks))
+        def head(i):
+            return lax.div(i, jnp.int32(self.chunks * pieces))
 
-        def of_chunk(width: tuple, piece: Callable = lambda i: ()) -> pl.BlockSpec:
-            def at(b, i):
-                head, chunk = place(i)
-                found = piece(i)
-                return b, chunk, head, *(found or (0,) * len(width))
+        def chunk(i):
+            return lax.rem(lax.div(i, jnp.int32(pieces)), jnp.int32(self.chunks))
 
-            return pl.BlockSpec((None, CHUNK_TOKENS, None, *width), at)
+        def piece(i):
+            return lax.rem(i, jnp.int32(pieces))
 
-        def own(i) -> tuple:
-            return (lax.rem(i, jnp.int32(pieces)),)
+        def of_shared(x) -> pl.BlockSpec:
+            return _block((None, CHUNK_TOKENS, None, *x.shape[3:]), lambda b, i: (b, chunk(i), head(i)))
 
         def of_keyed(x) -> pl.BlockSpec:
-            if len(x.shape) == 4:
-                return of_chunk((self.piece,), own)
-            return pl.BlockSpec((None, None, None, self.piece, self.values), lambda b, i: (b, *place(i), *own(i), 0))
+            if len(x.shape) == 5:
+                block = None, None, None, self.piece, self.values
+                return pl.BlockSpec(block, lambda b, i: (b, head(i), chunk(i), piece(i), 0))
+            block = None, CHUNK_TOKENS, None, x.shape[3] // pieces
+            return pl.BlockSpec(block, lambda b, i: (b, chunk(i), head(i), piece(i)))
 
-        like_keys, columns = results
-        inputs = [*(of_chunk(x.shape[3:]) for x in shared), *map(of_keyed, keyed)]
-        outputs = [*map(of_keyed, like_keys), *[of_chunk((None,), own)] * len(columns)]
-        grid = self.batch, self.heads * self.chunks * pieces
-        return launch(body, name, self.piece_warps, 1, grid, [*shared, *keyed], [*like_keys, *columns], inputs, outputs)
+        inputs, outputs = [*map(of_shared, shared), *map(of_keyed, keyed)], [*map(of_keyed, (*made, *sums))]
+        grid, arrays = (self.batch, self.heads * self.chunks * pieces), ([*shared, *keyed], [*made, *sums])
+        return launch(body, name, self.piece_warps, 1, grid, *arrays, inputs, outputs)
 
     def by_strip(
         self, body: Callable, name: str, whole: Sequence, wide: Sequence, states: Sequence, *results: Sequence[Type]
@@ -148,7 +150,7 @@ class Cut(NamedTuple):
 
         Args:
           whole: (B, T, H, ...) or (B, chunks, H, ...), of which a program gets all of its head.
-          wide: (B, T, H, V), of which it gets its columns of them.
+          wide: (B, T, H, V), or (B, T, H, strips), of which it gets its columns of them.
           states: (B, H, K, V) or (B, H, chunks, K, V), likewise.
           results: types like the wide arrays, then types like states.
         """
@@ -164,7 +166,8 @@ class Cut(NamedTuple):
             return _block((None, x.shape[1], None, *x.shape[3:]), lambda b, i: (b, 0, head(i)))
 
         def of_wide(x) -> pl.BlockSpec:
-            return pl.BlockSpec((None, self.time, None, STRIP_WIDTH), lambda b, i: (b, 0, head(i), strip(i)))
+            width = x.shape[3] // strips
+            return pl.BlockSpec((None, self.time, None, width), lambda b, i: (b, 0, head(i), strip(i)))
 
         def of_states(x) -> pl.BlockSpec:
             kept = x.shape[2:-1]

@@ -14,9 +14,6 @@ from based_jax.dims import BHKV, BTHV
 from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.triton import chunks
 
-MIN_RATE = 1e-8
-"""What smaller rates of the delta rule become: their gradients are divided by them."""
-
 
 def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     """Return o and the state after the last token, each device for its rows and heads.
@@ -41,8 +38,7 @@ def _forward(scale, q, k, v, log_decay, state, *beta, with_starts: bool):
 
     log_decay = jax.lax.optimization_barrier(log_decay)  # XLA would fold the sums of a constant, for seconds
     c = jnp.cumsum(_cut(log_decay, kernels.CHUNK_TOKENS), axis=2).reshape(log_decay.shape)
-    beta = [jnp.where(jnp.abs(x) < MIN_RATE, MIN_RATE, x) for x in beta]
-    delta = kernels.Delta(*beta, kernels.inverses(k, c, *beta)) if beta else ()
+    delta = kernels.Delta.of(q, k, c, *beta) if beta else ()
     o, last, *saved = kernels.forward(q, k, v, c, state, delta, scale=scale, with_starts=with_starts)
     return (o, last), (q, k, c, delta, *saved, *([] if delta else [v]))
 
@@ -56,9 +52,10 @@ def _fused_bwd(scale, saved, gradients):
 
     q, k, c, delta, starts, u = saved
     do, dlast = gradients
-    dv, ends, dstate = kernels.reverse(q, k, c, do, dlast, delta, scale=scale)
+    *read, dv, ends, dstate = kernels.reverse(q, k, c, do, dlast, delta, [u] if delta else [], scale=scale)
     rates = (dv, delta.beta) if delta else ()
     dq, dk, dc, *dbeta = kernels.gradients(q, k, u, c, starts, do, ends, rates, scale=scale)
+    dbeta = [x.sum(3) + y for x, y in zip(read, dbeta, strict=True)]
     dlog_decay = jax.lax.cumsum(_cut(dc, kernels.CHUNK_TOKENS), axis=2, reverse=True).reshape(dc.shape)
     return dq, dk, dv, dlog_decay, dstate, *dbeta
 
