@@ -222,6 +222,11 @@ def launch(body, name, warps, stages, grid, arguments, results, inputs, outputs)
     )(*arguments)
 
 
+def strip_columns(n) -> pl.Slice:
+    """Return the columns of a strip."""
+    return pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
+
+
 def part(parts: int) -> jax.Array:
     """Return which of the parts of a chunk a program is for."""
     return lax.rem(pl.program_id(1), jnp.int32(parts))

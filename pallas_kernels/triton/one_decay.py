@@ -10,26 +10,19 @@ walks over the chunks with S in registers, and `reverse` walks back with its gra
 
     dV = P^T dO + diag(exp(c_C - c)) K dS'            dS = exp(c_C) dS' + (diag(exp c) Q)^T dO
 
-`gradients` takes those of q, k, c and beta, again each chunk for itself, from dP = dO U^T and, for the delta rule,
-dL = -dV U^T, both times w_ts where tokens see each other. In L and in what it reads of the state, k has the part of a
-query:
+`gradients` takes the others, of all chunks at once, with dP = dO V^T w_ts:
 
-    dQ = diag(exp c) dO S^T + dP K                    dK = A + B
-    A = dL K - diag(exp c) dV S^T                     B = diag(exp(c_C - c)) U dS'^T + dP^T Q + dL^T K
-    dc = q . dQ + k . A - k . B, and at the last token sum_t k . diag(exp(c_C - c)) U dS'^T + exp(c_C) (S . dS')
-    dbeta = k . B with E for U = diag(beta) E
+    dQ = diag(exp c) dO S^T + dP K                    dK = diag(exp(c_C - c)) V dS'^T + dP^T Q
+    dc = q . dQ - k . dK, and at the last token sum_t k . diag(exp(c_C - c)) V dS'^T + exp(c_C) (S . dS')
 
 What arrays may be is said in `chunks.py`.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import split
 from pallas_kernels.triton.chunks import (
     CHUNK_TOKENS,
     HIDDEN_EXPONENT,
@@ -38,6 +31,7 @@ from pallas_kernels.triton.chunks import (
     Type,
     dot,
     pairs,
+    strip_columns,
 )
 
 
@@ -91,96 +85,45 @@ def reverse(q, k, c, do, dlast, *, scale: float) -> list[jax.Array]:
     return cut.by_strip(body, "one_decay_reverse", [q, k, c], [do], [dlast], [Type(do.shape, do.dtype)], states)
 
 
-class Corrections(NamedTuple):
-    """What the delta rule's gradients take beside the rest: rates (B, T, H) fp32, dv like v, P of `delta_rule.py`."""
+def gradients(q, k, v, c, starts, do, ends, *, scale: float) -> list[jax.Array]:
+    """Return dq, dk, and dc in fp32, given the states before every chunk and the gradients of those after it."""
+    cut, dp = Cut.of(k, v), _pair_gradients(v, c, do, scale=scale)
 
-    beta: jax.Array
-    dv: jax.Array
-    p: jax.Array
-
-
-def gradients(
-    q, k, u, c, starts, do, ends, corrections: Corrections | tuple[()] = (), *, scale: float
-) -> list[jax.Array]:
-    """Return dq, dk, dc in fp32 and, for the delta rule, dbeta in fp32.
-
-    Args:
-      u: v or, for the delta rule, E.
-      starts: of `forward`.
-      ends: of `reverse`.
-    """
-    cut, rates = Cut.of(k, u), corrections[:2]
-    *squares, pairs_dbeta = [*_pair_gradients(k, u, c, do, corrections, scale=scale), None][: 3 if corrections else 2]
-
-    def body(c_ref, u_ref, do_ref, *refs):
-        rates_refs, [dp_ref], dl_refs, keyed_refs, results = split(refs, len(rates), 1, len(squares) - 1, 4)
-        q_ref, k_ref, starts_ref, ends_ref = keyed_refs
-        dq_ref, dk_ref, dc_ref, *dbeta_refs = results
-
+    def body(c_ref, v_ref, do_ref, dp_ref, q_ref, k_ref, starts_ref, ends_ref, dq_ref, dk_ref, dc_ref):
         def strip(n, sums):
-            columns = pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
+            columns = strip_columns(n)
+            (dq, dk), kept = sums
             S, dS = starts_ref[:, columns], ends_ref[:, columns]
-            dq, dk, kept, *read = sums
-            found = dq + dot(do_ref[:, columns], S, (1, 1)), dk + dot(u_ref[:, columns], dS, (1, 1))
-            kept = kept + jnp.sum(S.astype(jnp.float32) * dS.astype(jnp.float32))
-            return *found, kept, *(x - dot(rates_refs[1][:, columns], S, (1, 1)) for x in read)
+            found = dq + dot(do_ref[:, columns], S, (1, 1)), dk + dot(v_ref[:, columns], dS, (1, 1))
+            return found, kept + both(S, dS)
 
         none = jnp.zeros((CHUNK_TOKENS, cut.piece), jnp.float32)
-        zeros = none, none, jnp.float32(0), *[none] * len(dl_refs)
-        dq, dk, kept, *read = lax.fori_loop(0, cut.values // STRIP_WIDTH, strip, zeros)
-
-        q, k, dp = q_ref[...], k_ref[...], dp_ref[...]
-        since, until, all_of_it = decays(c_ref[...])
+        (dq, dk), kept = lax.fori_loop(0, cut.values // STRIP_WIDTH, strip, ((none, none), jnp.float32(0)))
+        q, k, dp, (since, until, all_of_it) = q_ref[...], k_ref[...], dp_ref[...], decays(c_ref[...])
         dq, dk = scale * since * dq + dot(dp, k), until * dk
-        for ref in dbeta_refs:
-            ref[...] = _along(dk, k)[:, None]
-            dk = rates_refs[0][...][:, None] * dk
-        whole = jnp.sum(_along(dk, k)) + all_of_it * kept
+        whole = jnp.sum(along(dk, k)) + all_of_it * kept
         dk = dk + dot(dp, q, (0, 0))
-        dc = _along(dq, q) + jnp.where(_is_last(), whole, 0.0)
-        asked = []
-        for ref in dl_refs:
-            asked = [since * read[0] + dot(ref[...], k)]
-            dk, dc = dk + dot(ref[...], k, (0, 0)), dc + _along(asked[0], k)
-        dq_ref[...], dc_ref[...] = dq.astype(dq_ref.dtype), (dc - _along(dk, k))[:, None]
-        dk_ref[...] = sum(asked, start=dk).astype(dk_ref.dtype)
+        dq_ref[...], dk_ref[...] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype)
+        dc_ref[...] = (along(dq, q) - along(dk, k) + at_last(whole))[:, None]
 
-    sums = [cut.sums_of_pieces()] * len(squares)
-    shared, keyed = [c, u, do, *rates, *squares], [q, k, starts, ends]
-    results = [Type(x.shape, x.dtype) for x in (q, k)]
-    dq, dk, *sums = cut.by_piece(body, "one_decay_gradients", shared, keyed, results, sums)
-    dc, *dbeta = (x.sum(3) for x in sums)
-    return [dq, dk, dc, *(x + pairs_dbeta for x in dbeta)]
+    shared, keyed, made = [c, v, do, dp], [q, k, starts, ends], [Type(x.shape, x.dtype) for x in (q, k)]
+    dq, dk, dc = cut.by_piece(body, "one_decay_gradients", shared, keyed, made, [cut.sums_of_pieces()])
+    return [dq, dk, dc.sum(3)]
 
 
-def _pair_gradients(k, u, c, do, corrections, *, scale: float) -> list[jax.Array]:
-    """Return dP and, for the delta rule, dL, (B, T, H, CHUNK_TOKENS) like k, and dbeta's share of pairs, fp32."""
+def _pair_gradients(v, c, do, *, scale: float) -> jax.Array:
+    """Return dP of every chunk, (B, T, H, CHUNK_TOKENS) in v's dtype."""
 
-    def body(c_ref, u_ref, do_ref, *refs):
-        corrections_refs, k_refs, [dp_ref], corrected_refs = split(refs, len(corrections), len(corrected) // 2, 1)
+    def body(c_ref, v_ref, do_ref, dp_ref):
+        def strip(n, dp):
+            return dp + dot(do_ref[:, strip_columns(n)], v_ref[:, strip_columns(n)], (1, 1))
 
-        def strip(n, sums):
-            columns = pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
-            u, dp, *dl = u_ref[:, columns], *sums
-            dp = dp + dot(do_ref[:, columns], u, (1, 1))
-            return dp, *(x - dot(corrections_refs[1][:, columns], u, (1, 1)) for x in dl)
+        dp = lax.fori_loop(0, v.shape[3] // STRIP_WIDTH, strip, jnp.zeros((CHUNK_TOKENS, CHUNK_TOKENS), jnp.float32))
+        dp_ref[...] = (scale * dp * decays_between(c_ref[...], lax.ge)).astype(dp_ref.dtype)
 
-        zeros = [jnp.zeros((CHUNK_TOKENS, CHUNK_TOKENS), jnp.float32)] * (1 + len(k_refs))
-        dp, *dl = lax.fori_loop(0, u_ref.shape[1] // STRIP_WIDTH, strip, tuple(zeros))
-        dp, c, before = scale * dp, c_ref[...], [x * decays_between(c_ref[...], lax.gt) for x in dl]
-        written = decays_between(c, lax.ge)
-        if corrections:
-            beta_ref, _, p_ref = corrections_refs
-            dl_ref, dbeta_ref = corrected_refs
-            k, [dl], beta = k_refs[0][...], before, beta_ref[...]
-            dbeta_ref[...] = jnp.sum(dp * p_ref[...].astype(jnp.float32) + dl * dot(k, k, (1, 1)), axis=0)
-            dl_ref[...], written = (dl * beta[None, :]).astype(dl_ref.dtype), written * beta[None, :]
-        dp_ref[...] = (dp * written).astype(dp_ref.dtype)
-
-    square = Type((*k.shape[:3], CHUNK_TOKENS), k.dtype)
-    corrected = [square, Type(c.shape, c.dtype)] if corrections else []
-    arguments = [c, u, do, *corrections, *[k] * (len(corrected) // 2)]
-    return Cut.of(k, u).by_chunk(body, "one_decay_pair_gradients", 4, arguments, [square, *corrected])
+    result = Type((*v.shape[:3], CHUNK_TOKENS), v.dtype)
+    [dp] = Cut.of(v, v).by_chunk(body, "one_decay_pair_gradients", 4, [c, v, do], [result])
+    return dp
 
 
 def times(factor, x) -> jax.Array:
@@ -195,14 +138,20 @@ def decays_between(c, seen) -> jax.Array:
 
 def decays(c) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return what each token sees of the state before the chunk, what is left of each at its end, and of that state."""
-    whole = jnp.sum(jnp.where(_is_last(), c, 0.0))
+    whole = jnp.sum(at_last(c))
     return jnp.exp(c)[:, None], jnp.exp(whole - c)[:, None], jnp.exp(whole)
 
 
-def _along(x, channels) -> jax.Array:
+def both(x, y) -> jax.Array:
+    """Return the sum of their elements' products."""
+    return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32))
+
+
+def along(x, channels) -> jax.Array:
     """Return each token's product of a gradient with what it is of."""
     return jnp.sum(x * channels.astype(jnp.float32), axis=1)
 
 
-def _is_last() -> jax.Array:
-    return lax.iota(jnp.int32, CHUNK_TOKENS) == CHUNK_TOKENS - 1
+def at_last(x) -> jax.Array:
+    """Return x at the last token of a chunk, 0 at the others."""
+    return jnp.where(lax.iota(jnp.int32, CHUNK_TOKENS) == CHUNK_TOKENS - 1, x, 0.0)

@@ -72,13 +72,12 @@ def _delta_rule_fwd(scale, q, k, v, log_decay, state, beta):
 
 
 def _delta_rule_bwd(scale, saved, gradients):
-    from pallas_kernels.triton import delta_rule, one_decay
+    from pallas_kernels.triton import delta_rule as kernels
 
     q, k, c, beta, made, errors, starts = saved
     do, dlast = gradients
-    dv, ends, dstate = delta_rule.reverse(q, k, c, beta, made, do, dlast, scale=scale)
-    corrections = one_decay.Corrections(beta, dv, made.p)
-    dq, dk, dc, dbeta = one_decay.gradients(q, k, errors, c, starts, do, ends, corrections, scale=scale)
+    dv, ends, dstate = kernels.reverse(q, k, c, beta, made, do, dlast, scale=scale)
+    dq, dk, dc, dbeta = kernels.gradients(q, k, errors, c, beta, made, starts, do, dv, ends, scale=scale)
     return dq, dk, dv, _until_the_end(dc), dstate, dbeta
 
 
