@@ -25,6 +25,7 @@ CHUNK_TOKENS, BLOCK_TOKENS, STRIP_WIDTH = 64, 16, 64
 BLOCKS_PER_CHUNK = CHUNK_TOKENS // BLOCK_TOKENS
 PIECE_WIDTH = 64
 """Most channels of keys of a program for a chunk that holds sums for each of them."""
+PART_WARPS = 4
 MULTIPROCESSORS, SHARED_BYTES = 132, 227 << 10
 """Of a Hopper GPU, and what the programs of a multiprocessor share."""
 STAGES_BY_BYTES = (40 << 10, 3), (96 << 10, 2)
@@ -66,11 +67,6 @@ class Cut(NamedTuple):
     def piece(self) -> int:
         """Channels of keys of a program of `by_piece`."""
         return min(self.keys, PIECE_WIDTH)
-
-    @property
-    def piece_warps(self) -> int:
-        """Of a program of `by_piece`, for its registers."""
-        return max(4, self.piece // 16)
 
     def sums_of_pieces(self) -> Type:
         """Return the type of a sum over the channels of every piece, for every token."""
@@ -115,7 +111,7 @@ class Cut(NamedTuple):
           made: types like keys.
           sums: types (B, T, H, pieces), of which it makes its column.
         """
-        return self._by_part(body, name, self.piece_warps, shared, keyed, [*made, *sums], self.keys // self.piece, 3)
+        return self._by_part(body, name, shared, keyed, [*made, *sums], self.keys // self.piece, 3)
 
     def by_columns(
         self, body: Callable, name: str, shared: Sequence, wide: Sequence, made: Sequence[Type]
@@ -127,9 +123,9 @@ class Cut(NamedTuple):
           wide: (B, T, H, V) or (B, H, chunks, K, V), of which it gets its columns as well.
           made: types like values.
         """
-        return self._by_part(body, name, 4, shared, wide, made, self.values // STRIP_WIDTH, 4)
+        return self._by_part(body, name, shared, wide, made, self.values // STRIP_WIDTH, 4)
 
-    def _by_part(self, body, name, warps, shared, cut, made, parts: int, dimension: int) -> list[jax.Array]:
+    def _by_part(self, body, name, shared, cut, made, parts: int, dimension: int) -> list[jax.Array]:
         """Cut the last dimension of (B, T, H, .) arrays, and that `dimension` of states."""
 
         def place(i) -> tuple:
@@ -161,7 +157,7 @@ class Cut(NamedTuple):
 
         inputs = [*map(of_shared, shared), *map(of_cut, cut)]
         grid = self.batch, self.heads * self.chunks * parts
-        return launch(body, name, warps, 1, grid, [*shared, *cut], made, inputs, [*map(of_cut, made)])
+        return launch(body, name, PART_WARPS, 1, grid, [*shared, *cut], made, inputs, [*map(of_cut, made)])
 
     def by_strip(
         self,
