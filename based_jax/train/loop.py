@@ -68,7 +68,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     changed = [*kept, *continuation.changes(config, workdir)]
     program = train_program(config, mesh)
     check_state_fits(program.abstract_state)
-    check_batch_fits(config.batch_size, mesh, config.data.longest_test)
+    check_batch_fits(config, mesh)
     feed = parallel.Feed(mesh, config.batch_size)
     source = config.data.open(config.batch_size, feed.rows)
     with dispatch.recorded_choices() as choices:
