@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from based_jax.errors import UserError
-from based_jax.folders import reason
+from based_jax.folders import check_file, reason
 
 TOKENS_PER_CHECKSUM = 2**18
 
@@ -76,6 +76,7 @@ class TokenStream:
         self._path, self._dtype, self._tokens, self._checksums = path, dtype, tokens, checksums
         self._good = np.zeros(len(checksums), bool)
         try:
+            check_file(path)
             whole = path.stat().st_size == tokens * dtype.itemsize
             self._file = path.open("rb", buffering=0) if whole else None
         except OSError as error:

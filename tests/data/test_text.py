@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 
 import numpy as np
 import pytest
@@ -132,6 +133,15 @@ def test_a_damaged_dataset_is_named_with_file_and_block(folder, tmp_path, monkey
     for opened in (lambda: source(folder, tmp_path), lambda: before):  # damaged before, and while a run reads it
         with pytest.raises(UserError, match=rf"^Packed text '{record.parent}' is damaged \({told}\)"):
             read_all(opened())
+
+
+def test_a_pipe_in_place_of_tokens_is_named(folder, tmp_path):
+    source(folder, tmp_path)
+    (record,) = (tmp_path / "cache").rglob("train.tokens")
+    record.unlink()
+    os.mkfifo(record)
+    with pytest.raises(UserError, match=r"is damaged \(train.tokens: It is a pipe or a device, not a file\)"):
+        source(folder, tmp_path)
 
 
 def test_a_disk_that_fails_is_named(folder, tmp_path, monkeypatch):
