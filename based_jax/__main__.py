@@ -45,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: not every terminal has every letter
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
+        with interrupts.stopped_by_signals():
+            code = _run(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
         return code
     except UserError as error:
         print(f"Error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # what a user typed may have lines

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     ["pallas_kernels", "based_jax", *(f"based_jax.{name}" for name in ("devices", "dims", "errors", "labels"))],
-    ["based_jax.folders"],
+    ["based_jax.folders", "based_jax.revision"],
     ["based_jax.config", "based_jax.placement"],
     [f"based_jax.{name}" for name in ("flops", "optim", "parallel", "store")],
     ["based_jax.ops"],
@@ -113,7 +113,7 @@ WINGS = sorted({path.parent.name for root in WING_ROOTS for path in ROOT.glob(f"
 BARE_PACKAGES = {"pallas_kernels", "based_jax", "based_jax.ops"}
 OPEN_TO_KERNELS = ("pallas_kernels.split",)
 OPEN_TO_GLUE = (
-    *(f"based_jax.{name}" for name in ("devices", "dims", "errors", "labels")),
+    *(f"based_jax.{name}" for name in ("devices", "dims", "errors", "labels", "revision")),
     *(f"based_jax.ops.{name}" for name in ("calls", "decays", "dispatch", "precision", "segments", "sharded")),
 )
 
