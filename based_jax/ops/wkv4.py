@@ -9,7 +9,7 @@ so that no exponent is above 0.
 import jax
 import jax.numpy as jnp
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BTD, SegmentIds
 from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, Wkv4Call, WkvState
@@ -34,7 +34,7 @@ def wkv4(
     bonus: Channels,
     *,
     state: WkvState | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTD, tuple[BD, BD, BD]]:
     """Average values v by the weights of keys k, both (B, T, D).
