@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax import devices
-from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
+from based_jax.dims import BHK, BHKV, BHV, BTHK, BTHV, SegmentIds
 from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import HK, Decay, MatrixStateCall
@@ -41,7 +41,7 @@ def gated_linear_attention(
     bonus: HK | None = None,
     scale: float | None = None,
     state: BHKV | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTHV, BHKV]:
     """Attend over (B, T, H, .) arrays with a decaying state, for any T.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
-from based_jax.dims import BT
+from based_jax.dims import BT, SegmentIds
 from based_jax.ops import segments, sharded
 
 BLOCK_TOKENS = 8
@@ -40,7 +40,9 @@ class Span(NamedTuple):
     fresh: bool
 
 
-def over_tokens(step: Callable, tokens: Any, empty: Any, state: Any | None, segment_ids: BT | None) -> tuple[Any, Any]:
+def over_tokens(
+    step: Callable, tokens: Any, empty: Any, state: Any | None, segment_ids: SegmentIds | None
+) -> tuple[Any, Any]:
     """Run `step(token, state) -> (y, state)` over time.
 
     Args:
@@ -99,7 +101,7 @@ def _tokenwise(step: Callable, tokens: Any, empty: Any, state: Any | None, ids: 
 
 
 def over_chunks(
-    chunk: Callable, tokens: Any, empty: Any, state: Any | None, segment_ids: BT | None, length: int
+    chunk: Callable, tokens: Any, empty: Any, state: Any | None, segment_ids: SegmentIds | None, length: int
 ) -> tuple[Any, Any]:
     """Run `chunk(tokens, state, span) -> (y, state)` over pieces of `length` tokens, the last one filled up.
 
@@ -176,6 +178,8 @@ def _zeros(tree: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def _ids(tokens: Any, segment_ids: BT | None) -> BT:
+def _ids(tokens: Any, segment_ids: SegmentIds | None) -> BT:
     """Return ids; those of one document are the same for all rows, which makes every mask small."""
-    return jnp.ones((1, jax.tree.leaves(tokens)[0].shape[1]), jnp.int32) if segment_ids is None else segment_ids
+    if segment_ids is None:
+        return jnp.ones((1, jax.tree.leaves(tokens)[0].shape[1]), jnp.int32)
+    return segments.ids_of(segment_ids)
