@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from based_jax.errors import UserError, unknown
-from based_jax.ops import segments, sequence
+from based_jax.ops import dimensions, segments, sequence, sharded
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,12 @@ def _run(operation: str, table: Mapping[str, Implementation], impl: str, call: A
     with jax.named_scope(operation):
         if getattr(call, "segment_ids", None) is not None:
             call = call._replace(segment_ids=segments.numbered(call.segment_ids))
-        return chosen.compute(call)
+        return sharded.per_device(chosen.compute, call) if _left_to_xla(chosen, call) else chosen.compute(call)
+
+
+def _left_to_xla(chosen: Implementation, call: Any) -> bool:
+    """Return whether an implementation would leave the division of a call to XLA, and channels can be divided."""
+    return chosen.platform is None and dimensions.have_heads(call)
 
 
 @contextlib.contextmanager

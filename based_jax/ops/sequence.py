@@ -23,59 +23,18 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from based_jax.dims import BT
 from based_jax.ops import calls, segments, sharded
+from based_jax.ops.dimensions import DIMENSIONS, TOKENS
 from based_jax.ops.scan import expand
 
 Run = Callable[[Any], Any]
 Cut = Callable[[Run, Any], Any]
 Ids = Int[Array, "B _"]
 
-TOKENS, BY_HEAD, BY_GROUP = ("batch", "time"), ("batch", "time", "heads"), ("batch", "time", "groups")
-STATE, HEADS = ("batch", "heads"), ("heads",)
-
-DIMENSIONS: dict[type, dict[str, sharded.Names]] = {
-    calls.AttentionCall: {"q": BY_HEAD, "k": BY_HEAD, "v": BY_HEAD},
-    calls.LinearAttentionCall: {"q": BY_HEAD, "k": BY_HEAD, "v": BY_HEAD, "state": STATE},
-    calls.MatrixStateCall: {
-        **dict.fromkeys(("q", "k", "v", "log_decay", "beta", "a", "b"), BY_HEAD),
-        **{"bonus": HEADS, "state": STATE},
-    },
-    calls.SlotAttentionCall: {**dict.fromkeys(("q", "k", "v", "s", "log_decay"), BY_HEAD), "state": STATE},
-    calls.SSDCall: {"x": BY_HEAD, "dt": BY_HEAD, "A": HEADS, "B": BY_GROUP, "C": BY_GROUP, "state": STATE},
-    calls.SelectiveScanCall: {"u": BY_HEAD, "dt": BY_HEAD, "A": HEADS, "B": TOKENS, "C": TOKENS, "state": STATE},
-    calls.DiagonalSSMCall: {"u": BY_HEAD, "log_a": HEADS, "b": HEADS, "c": HEADS, "state": STATE},
-    calls.Wkv4Call: {"k": BY_HEAD, "v": BY_HEAD, "log_decay": HEADS, "bonus": HEADS, "state": STATE},
-    calls.PositionsCall: {"segment_ids": TOKENS, "state": ("batch",)},
-    calls.TokenShiftCall: {"x": TOKENS, "state": ("batch",)},
-    calls.ShortConvCall: {"x": BY_HEAD, "kernel": (None, "heads"), "bias": HEADS},
-    # halves of a projection that is cut lie on different devices
-    calls.GatedConvCall: {"x": TOKENS, "kernel": (), "bias": ()},
-    calls.LongConvCall: {"u": TOKENS},
-}
-"""The names of the dimensions of a call's arrays, as in `sharded.MESH_AXES`; those of what it returns are the first's.
-
-Channels that do not meet are heads too.
-"""
-
 
 def pieces(call: Any) -> int:
     """Return over how many devices the tokens of a call lie, 1 of what is no call over time."""
-    names = DIMENSIONS.get(type(call))
-    return 1 if names is None else sharded.pieces_of_time(getattr(call, next(iter(names))).shape[1])
-
-
-def per_piece(compute: Run, call: Any, *results: sharded.Names) -> Any:
-    """Return `compute(call)`, run by every device for its piece of time, its rows and its heads."""
-    names = DIMENSIONS[type(call)] | {"segment_ids": TOKENS}
-
-    def on_device(*parts: Any) -> Any:
-        return compute(call._replace(**dict(zip(names, parts, strict=True))))
-
-    return sharded.per_shard(on_device, [getattr(call, name) for name in names], list(names.values()), results)
-
-
-def outputs_of(call: Any) -> sharded.Names:
-    """Return the names of the dimensions of what a call returns."""
-    return next(iter(DIMENSIONS[type(call)].values()))
+    known = DIMENSIONS.get(type(call))
+    return 1 if known is None else sharded.pieces_of_time(getattr(call, next(iter(known.arguments))).shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +53,7 @@ class States:
 
     def __call__(self, run: Run, call: Any) -> tuple[Any, Any]:
         """Run each piece from the state that those before leave."""
-        state = DIMENSIONS[type(call)]["state"]
-        return per_piece(lambda part: self._on_device(run, part), call, outputs_of(call), state)
+        return sharded.per_device(lambda part: self._on_device(run, part), call)
 
     def _on_device(self, run: Run, call: Any) -> tuple[Any, Any]:
         is_first, continues = sharded.place_in_time() == 0, _continues(call.segment_ids)
@@ -159,7 +117,7 @@ class Tails:
         """Run each piece from the inputs before it."""
         if call.state is not None:
             return run(call)
-        return per_piece(lambda part: self._on_device(run, part), call, outputs_of(call))
+        return sharded.per_device(lambda part: self._on_device(run, part), call)
 
     def _on_device(self, run: Run, call: Any) -> Any:
         return run(call._replace(state=inputs_before(self.inputs(call), call.segment_ids, self.width(call))))
@@ -177,7 +135,7 @@ def windowed(run: Run, call: calls.AttentionCall) -> Array:
         k, v, ids = (jnp.concatenate(both, axis=1) for both in ((k, part.k), (v, part.v), (ids, own)))
         return run(part._replace(q=q, k=k, v=v, segment_ids=ids))[:, width:]
 
-    return per_piece(on_device if width else run, call, outputs_of(call))
+    return sharded.per_device(on_device if width else run, call)
 
 
 def inputs_before(x: Shaped[Array, "B T D"], segment_ids: BT | None, width: int) -> Shaped[Array, "B {width} D"]:
@@ -212,10 +170,9 @@ def _no_tokens(call: calls.PositionsCall) -> Int[Array, "B"]:
 
 def numbered(segment_ids: BT) -> BT:
     """Return `segments.numbered`; where tokens lie over devices, each numbers those of its piece."""
-    call = calls.PositionsCall(segment_ids)
-    if pieces(call) == 1:
+    if pieces(calls.PositionsCall(segment_ids)) == 1:
         return segments.numbered(segment_ids)
-    return per_piece(lambda part: numbers_over_pieces(part.segment_ids), call, TOKENS)
+    return sharded.per_shard(numbers_over_pieces, (segment_ids,), (TOKENS,), (TOKENS,))
 
 
 def numbers_over_pieces(segment_ids: BT) -> BT:

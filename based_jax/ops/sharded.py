@@ -1,9 +1,10 @@
-"""How a kernel is called under a mesh (`jax.set_mesh`): every device runs it on its part of the arrays.
+"""How an operation is computed under a mesh (`jax.set_mesh`): every device runs it on its part of the arrays.
 
-To XLA kernels are opaque. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, tokens over
-`parallel.TIME_AXES`, heads over `parallel.HEAD_AXES`, as `based_jax.parallel` places them, and a table's tokens and
-widths by `parallel.PARAMETER_RULES`. What devices with pieces of the same rows tell each other stands here too
-(`before`, `from_last`); what operations do with it, in `ops/sequence.py`.
+To XLA kernels are opaque, and a loop over tokens it may divide otherwise than the arrays that it reads lie, which are
+then exchanged. Rows of the batch go over the mesh axes `parallel.BATCH_AXES`, tokens over `parallel.TIME_AXES`, heads
+over `parallel.HEAD_AXES`, as `based_jax.parallel` places them, and a table's tokens and widths by
+`parallel.PARAMETER_RULES`. What devices with pieces of the same rows tell each other stands here too (`before`,
+`from_last`); what operations do with it, in `ops/sequence.py`.
 """
 
 import math
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from based_jax.ops import dimensions
+from based_jax.ops.dimensions import Names
 from based_jax.parallel import BATCH_AXES, HEAD_AXES, PARAMETER_RULES, TIME_AXES, free_axes
-
-Names = tuple[str | None, ...]
 
 MESH_AXES = {
     "batch": BATCH_AXES,
@@ -80,26 +81,18 @@ def per_shard(
     return shared(*(x for x, _ in given))
 
 
-def per_head(function: Callable, call: Any) -> Any:
-    """Return o (B, T, H, .) and the state (B, H, .) of `function(call)`, run by every device for its rows and heads.
+def per_device(function: Callable, call: Any) -> Any:
+    """Return `function(call)`, run by every device for its rows, its piece of time and its heads (`dimensions.py`)."""
+    names, results = dimensions.of(call)
 
-    A call's `tokens` are (B, T, H, ...); what else it has but a state and ids is no array.
-    """
-    by_token, by_head = ("batch", None, "heads"), ("batch", "heads")
-    names = dict.fromkeys(call.tokens._fields, by_token) | {"state": by_head, "segment_ids": ("batch",)}
-    arrays = call.tokens._replace(state=call.state, segment_ids=call.segment_ids)
-    whole = [name for name, x, part in zip(call._fields, call, arrays, strict=True) if part is None and _is_array(x)]
-    assert not whole, f"{whole} would not be divided by heads"
+    def on_device(*parts: Any) -> Any:
+        return function(call._replace(**dict(zip(names, parts, strict=True))))
 
-    def on_device(*parts: jax.Array | None) -> Any:
-        given = {name: part for name, part in zip(call._fields, parts, strict=True) if part is not None}
-        return function(call._replace(**given))
-
-    return per_shard(on_device, arrays, list(names.values()), (by_token, by_head))
+    return per_shard(on_device, [getattr(call, name) for name in names], list(names.values()), results)
 
 
 def heads_of_device(rows: int, heads: int) -> int:
-    """Return how many heads of all rows each device gets in `per_head`."""
+    """Return how many heads of all rows each device gets in `per_device`."""
     return part_of_device("batch", rows) * part_of_device("heads", heads)
 
 
@@ -197,7 +190,7 @@ def from_last(own: Any) -> Any:
 def _dividing(mesh: AbstractMesh, dimension: str, sizes: Sequence[int]) -> tuple[str, ...] | None:
     """Return the free mesh axes for a dimension, of `MESH_AXES`, if together they divide all sizes, or None."""
     names = free_axes(mesh) & set(MESH_AXES[dimension])
-    axes = tuple(name for name in mesh.axis_names if name in names)
+    axes = tuple(name for name in mesh.axis_names if name in names and mesh.shape[name] > 1)
     devices = math.prod(mesh.shape[name] for name in axes)
     return axes if axes and all(size % devices == 0 for size in sizes) else None
 
@@ -227,10 +220,6 @@ def vary_alike(*values: Any, like: Sequence[Any] = ()) -> list[Any]:
 def fill(x: jax.Array, multiples: dict[int, int]) -> jax.Array:
     """Append zeros to dimensions up to a multiple."""
     return jnp.pad(x, [(0, -size % multiples.get(dimension, 1)) for dimension, size in enumerate(x.shape)])
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array)
 
 
 def _varying(x: Any) -> frozenset:

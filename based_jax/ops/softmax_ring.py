@@ -24,7 +24,7 @@ Weights = Float[Array, "B H T"]
 
 def cut(_run: sequence.Run, call: AttentionCall) -> BTHV:
     """Return attention to all keys before, each device for its piece of time; `sequence.Cut` of whatever form."""
-    return sequence.per_piece(_on_device, call, sequence.outputs_of(call))
+    return sharded.per_device(_on_device, call)
 
 
 def _on_device(call: AttentionCall) -> BTHV:

@@ -7,7 +7,7 @@ from helpers.scans import SCANS
 
 from based_jax import parallel
 from based_jax.ops import sharded
-from based_jax.ops.calls import MatrixStateCall
+from based_jax.ops.dimensions import DIMENSIONS
 
 TOKENS = "batch", None, "heads"
 
@@ -50,12 +50,11 @@ def test_a_device_sees_its_rows_and_heads_alone(normal):
         assert out.shape == shape and shapes.pop() == seen
 
 
-def test_an_array_that_would_not_be_divided_by_heads_is_no_part_of_a_call(normal):
-    q, bonus = normal(2, 3, 4, 5), normal(4, 5)
-    call = MatrixStateCall(q, q, q, q)
-    sharded.per_head(lambda call: (call.v, call.q[:, 0]), call)
-    with pytest.raises(AssertionError, match="'bonus'"):
-        sharded.per_head(lambda call: (call.v, call.q[:, 0]), call._replace(bonus=bonus))
+@pytest.mark.parametrize("call", DIMENSIONS, ids=lambda call: call.__name__)
+def test_every_array_of_a_call_has_names(call):
+    """Only sizes and switches are no arrays; an array without names would be one that a device takes from outside."""
+    sizes = {name for name, default in call._field_defaults.items() if default is not None} | {"window"}
+    assert {*DIMENSIONS[call].arguments, "segment_ids"} == set(call._fields) - sizes
 
 
 def within_shard_map(call):

@@ -47,7 +47,7 @@ def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
 
     Without a and b the state only decays.
     """
-    return sharded.per_head(_on_device, call)
+    return sharded.per_device(_on_device, call)
 
 
 def _on_device(call: MatrixStateCall) -> tuple[BTHV, BHKV]:

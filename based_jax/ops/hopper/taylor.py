@@ -40,7 +40,7 @@ def supports(call: LinearAttentionCall) -> str | None:
 
 def compute(call: LinearAttentionCall) -> tuple[BTHV, BHEV]:
     """Return o and the state after the last token, each device for its rows and heads."""
-    return sharded.per_head(_any_widths, call)
+    return sharded.per_device(_any_widths, call)
 
 
 def _any_widths(call: LinearAttentionCall) -> tuple[BTHV, BHEV]:

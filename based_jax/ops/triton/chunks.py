@@ -58,7 +58,7 @@ def compute(fused: Callable, call: MatrixStateCall) -> tuple[BTHV, BHKV]:
         o, state = o[:, :time, :, :values], state[:, :, :keys, :values]
         return (o if padding is None else jnp.where(padding, 0, o)), state
 
-    return sharded.per_head(on_device, call)
+    return sharded.per_device(on_device, call)
 
 
 def _filled(call: MatrixStateCall) -> MatrixStateCall:
