@@ -2,9 +2,9 @@
 
     python -m based_jax train --config=configs/mamba2.py:1b_10b --workdir=runs/mamba2_1b --config.data.path=FOLDER
 
-Size: 1b (1,343,757,312 parameters); tokens: 10b, 30b, 50b (`recipe.py`). For one or several accelerators with 80 GB; the
-default data is the prose that the package ships, far too little for this size. Its vocabulary is GPT-NeoX's size with
-GPT-2's tokens. Source: state-spaces/mamba:mamba_ssm/models/config_mamba.py; fla-org/flame:configs/mamba2_1B.json.
+Size: 1b (1,343,757,312 parameters); tokens: 10b, 30b, 50b (`recipe.py`). For one or several accelerators with 80 GB;
+the default data is the prose that the package ships, far too little for this size. Its vocabulary is GPT-NeoX's size
+with GPT-2's tokens. Source: state-spaces/mamba:mamba_ssm/models/config_mamba.py; fla-org/flame:configs/mamba2_1B.json.
 """
 
 from recipe import config, variants
