@@ -17,7 +17,9 @@ CLASSES = {
     "mamba2": ("Mamba2Config", "Mamba2ForCausalLM"),
     "rwkv7": ("RWKV7Config", "RWKV7ForCausalLM"),
 }
-OPTIONS: dict[str, dict[str, Any]] = {"gated_deltanet": {"num_heads": 16, "head_dim": 128, "expand_v": 1.0}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gated_deltanet": {"num_heads": 16, "head_dim": 128, "expand_v": 1.0, "num_hidden_layers": 24}
+}
 """Beside the library's defaults, which are its 1.3B shapes."""
 
 
