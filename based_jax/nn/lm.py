@@ -17,6 +17,7 @@ from based_jax.nn.block import Stack, Stream, repeating_patterns
 from based_jax.nn.init_recipes import initialise
 from based_jax.nn.lm_config import LMConfig
 from based_jax.nn.mixers import Mixer
+from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.cross_entropy import linear_cross_entropy
 
@@ -71,6 +72,13 @@ class LM(nnx.Module):
         """
         if positions is not None:
             _check_positions(positions, ids.shape[1])
+        if segment_ids is None or positions is not None:
+            return self._read(ids, segment_ids, positions, dropout_key)
+        ids, unbroken = sequence.compacted(ids, segment_ids)
+        return sequence.restored(self._read(ids, unbroken, None, dropout_key), segment_ids)
+
+    def _read(self, ids, segment_ids, positions, dropout_key):
+        """Return what `hidden` does, of tokens that stay where they are."""
         stream, last = Stream(self._in(ids, dropout_key)), len(self.stacks) - 1
         for i, stack in enumerate(self.stacks):
             with jax.named_scope(f"stack_{i}"):

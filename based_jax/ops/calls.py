@@ -43,6 +43,9 @@ Labels = Int[Array, "*B"]
 Losses = Float[Array, "*B"]
 Correct = Bool[Array, "*B"]
 
+Documents = Any
+"""The caller's `SegmentIds` or None; `dispatch` hands implementations numbers (B, T) of these documents."""
+
 
 class AttentionCall(NamedTuple):
     """Softmax attention: q, k (B, T, H, K), v (B, T, H, V); a query sees `window` keys, T are all up to its own."""
@@ -51,7 +54,7 @@ class AttentionCall(NamedTuple):
     k: BTHK
     v: BTHV
     window: int
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class LinearAttentionCall(NamedTuple):
@@ -64,7 +67,7 @@ class LinearAttentionCall(NamedTuple):
     k: BTHK
     v: BTHV
     state: BHEV | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "LinearAttentionCall":
@@ -89,7 +92,7 @@ class MatrixStateCall(NamedTuple):
     b: BTHK | None = None
     scale: float = 1.0
     state: BHKV | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "MatrixStateCall":
@@ -114,7 +117,7 @@ class SlotAttentionCall(NamedTuple):
     log_decay: BTHM
     scale: float = 1.0
     state: SlotState | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "SlotAttentionCall":
@@ -134,7 +137,7 @@ class ShortConvCall(NamedTuple):
     kernel: WD
     bias: Channels | None = None
     state: Past | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
     silu: bool = False
     dilation: int = 1
 
@@ -151,7 +154,7 @@ class TokenShiftCall(NamedTuple):
 
     x: BTD
     state: BD | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class GatedConvCall(NamedTuple):
@@ -161,7 +164,7 @@ class GatedConvCall(NamedTuple):
     kernel: WD
     bias: JointBias | None = None
     state: BWD | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class LongConvCall(NamedTuple):
@@ -169,7 +172,7 @@ class LongConvCall(NamedTuple):
 
     u: BTD
     kernel: TD
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class DiagonalSSMCall(NamedTuple):
@@ -180,7 +183,7 @@ class DiagonalSSMCall(NamedTuple):
     b: HN
     c: HN
     state: BHPN2 | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class SelectiveScanCall(NamedTuple):
@@ -192,7 +195,7 @@ class SelectiveScanCall(NamedTuple):
     B: BTN
     C: BTN
     state: BDN | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "SelectiveScanCall":
@@ -209,7 +212,7 @@ class SSDCall(NamedTuple):
     B: BTGN
     C: BTGN
     state: BHNP | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class WkvState(NamedTuple):
@@ -228,7 +231,7 @@ class Wkv4Call(NamedTuple):
     log_decay: Channels
     bonus: Channels
     state: WkvState | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "Wkv4Call":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Integer, Shaped
 
 from based_jax import devices
-from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
+from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask, SegmentIds
 from based_jax.errors import UserError
 from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_ring
 from based_jax.ops.arguments import checked
@@ -34,7 +34,7 @@ CUDNN_HEAD_DIM, CUDNN_HOPPER_HEAD_DIM = 128, 256
 
 
 @checked
-def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl: str = "auto") -> BTHV:
+def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: SegmentIds | None = None, impl: str = "auto") -> BTHV:
     """Causal softmax attention over (B, T, H, .) arrays.
 
     Args:
@@ -52,7 +52,7 @@ def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl:
 
 @checked
 def window_attention(
-    q: BTHK, k: BTHK, v: BTHV, *, window: int, segment_ids: BT | None = None, impl: str = "auto"
+    q: BTHK, k: BTHK, v: BTHV, *, window: int, segment_ids: SegmentIds | None = None, impl: str = "auto"
 ) -> BTHV:
     """Causal softmax attention to the last `window` keys, the query's own included, in O(T * window).
 
@@ -256,19 +256,21 @@ WINDOW_ATTENTION = {
     "hopper_tiles": Implementation(hopper_window.compute, hopper_window.supports, platform="cuda"),
     "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
     "triton_tiles": Implementation(
-        segments.without_padding(triton_attention.compute, *QKV),
+        triton_attention.compute,
         triton_attention.supports,
         platform="cuda",
         slower=triton_attention.slower,
+        by_place=QKV,
     ),
     "tpu_splash": Implementation(
-        segments.without_padding(tpu_attention.compute, *QKV),
+        tpu_attention.compute,
         tpu_attention.supports,
         platform="tpu",
         slower=_band_is_short,
+        by_place=QKV,
     ),
-    "xla_bands": Implementation(segments.without_padding(_banded, *QKV), slower=_bands_are_long),
-    "xla_chunks": Implementation(segments.without_padding(_chunked, *QKV)),
-    "xla_steps": Implementation(segments.without_padding(_recurrent, *QKV)),
-    "oracle": Implementation(segments.without_padding(_oracle, *QKV)),
+    "xla_bands": Implementation(_banded, slower=_bands_are_long, by_place=QKV),
+    "xla_chunks": Implementation(_chunked, by_place=QKV),
+    "xla_steps": Implementation(_recurrent, by_place=QKV),
+    "oracle": Implementation(_oracle, by_place=QKV),
 }
