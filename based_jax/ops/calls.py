@@ -221,7 +221,7 @@ class WkvState(NamedTuple):
 
 
 class Wkv4Call(NamedTuple):
-    """RWKV-4's average of v by k, both (B, T, D) fp32; log_decay and bonus of each channel, (D)."""
+    """RWKV-4's average of v by k, both (B, T, D); log_decay and bonus of each channel, (D)."""
 
     k: BTD
     v: BTD

@@ -15,6 +15,7 @@ from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, Wkv4Call, WkvState
 from based_jax.ops.decays import finite
 from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.hopper import wkv4 as hopper_wkv4
 
 CHUNK_TOKENS = 128
 LOG_OF_NOTHING = -1e38  # the logarithm of an empty sum
@@ -42,17 +43,17 @@ def wkv4(
     Args:
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (associative scans) or "auto".
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (associative scans), "hopper_steps" (Mosaic
+        GPU kernels; of the state after the last token, its maximum has no gradient) or "auto".
 
     Returns:
       wkv in v's dtype, and the state after the last token, a `WkvState`, fp32.
 
     Raises:
-      UserError: `impl` is unknown.
+      UserError: `impl` is unknown or cannot run this call.
     """
-    call = Wkv4Call(k.astype(jnp.float32), v.astype(jnp.float32), finite(log_decay), bonus, state, segment_ids)
-    wkv, state = dispatch("wkv4", IMPLEMENTATIONS, impl, call, CUT)
-    return wkv.astype(v.dtype), state
+    call = Wkv4Call(k, v, finite(log_decay), bonus, state, segment_ids)
+    return dispatch("wkv4", IMPLEMENTATIONS, impl, call, CUT)
 
 
 @checked
@@ -78,7 +79,7 @@ def _chunked(call: Wkv4Call) -> tuple[BTD, WkvState]:
 
     def chunk(inputs, state: WkvState, span: scan.Span):
         tokens, present = inputs
-        k, v = tokens.k, tokens.v
+        k, v = (x.astype(jnp.float32) for x in (tokens.k, tokens.v))
         decay = jnp.where(span.begins[..., None], LOG_OF_NOTHING, call.log_decay[None, None] * present)
         written = WkvState(v, jnp.ones_like(k) * present, jnp.where(present > 0, k, LOG_OF_NOTHING))
         first = (jnp.zeros_like(k[:, :1]), jax.tree.map(lambda x: x[:, None], state))
@@ -87,10 +88,15 @@ def _chunked(call: Wkv4Call) -> tuple[BTD, WkvState]:
         before = jax.tree.map(
             lambda x, nothing: jnp.where(span.begins[..., None], nothing[:, None], x[:, :-1]), after, empty
         )
-        return _read(k, v, call.bonus, before), jax.tree.map(lambda x: x[:, -1], after)
+        wkv = _read(k, v, call.bonus, before)
+        return wkv.astype(call.v.dtype), jax.tree.map(lambda x: x[:, -1], after)
 
-    present = jnp.ones_like(call.k[..., :1])  # which the scan makes 0 at padding
+    present = jnp.ones_like(call.k[..., :1], jnp.float32)  # which the scan makes 0 at padding
     return scan.over_chunks(chunk, (call.tokens, present), empty, call.state, call.segment_ids, CHUNK_TOKENS)
+
+
+def _in_kernels(call: Wkv4Call) -> tuple[BTD, WkvState]:
+    return hopper_wkv4.compute(call if call.state is not None else call._replace(state=_empty(call)))
 
 
 def _empty(call: Wkv4Call) -> WkvState:
@@ -117,13 +123,14 @@ def _compose(first, second):
 
 def _piece(run: sequence.Run, call: Wkv4Call) -> tuple[BD, WkvState]:
     """Return the log-decay of a state over the tokens of a call, and the state after them."""
-    tokens = sequence.total(jnp.ones_like(call.k), call.segment_ids)
+    tokens = sequence.total(jnp.ones_like(call.k, jnp.float32), call.segment_ids)
     return call.log_decay[None] * tokens, run(call)[1]
 
 
 CUT = sequence.States(_empty, _piece, _compose)
 
 IMPLEMENTATIONS = {
+    "hopper_steps": Implementation(_in_kernels, hopper_wkv4.supports, platform="cuda"),
     "xla_chunks": Implementation(_chunked),
     "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),

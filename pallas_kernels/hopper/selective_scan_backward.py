@@ -21,23 +21,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import split
-from pallas_kernels.hopper import stream
+from pallas_kernels.hopper import stream, strips
 from pallas_kernels.hopper.mosaic import WARPS, await_warp, like, load_global, load_shared, save
 from pallas_kernels.hopper.selective_scan import (
     LANE_CHANNELS,
     STATE_LAYOUT,
     TILE_TOKENS,
     WARP_LANE_GRID,
-    Plan,
     across,
     along,
-    copy_tokens,
     decay,
     load_channels,
     load_coefficients,
     offset,
     save_channels,
     scaled,
+    sources_of,
     states_first,
     states_last,
 )
@@ -61,8 +60,8 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
       dlast: the gradient of the state after the last token, (B, D, N) fp32.
       u, dt, A, BC, offsets: as of `forward`.
     """
-    plan = Plan.of(u)
-    sources = plan.sources(u, dt, BC, offsets, dy)
+    plan = strips.Plan.of(u, TILE_TOKENS)
+    sources = sources_of(u, dt, BC, offsets, dy)
     A, dlast = scaled(A), states_first(dlast)
 
     def body(*refs):
@@ -74,7 +73,7 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
         at = plan.here()
 
         def fetch(n, slot):
-            copy_tokens(at, source_refs, tiles, filled, plan.tiles - 1 - n, slot)
+            strips.copy_tokens(at, source_refs, tiles, filled, plan.tiles - 1 - n, slot)
 
         ring = stream.Ring(plan.tiles, RING_SLOTS, filled, fetch)
         A = load_global(A_ref.at[at.strip], STATE_LAYOUT)
@@ -131,13 +130,10 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
             return carry
 
         def put(n, slot):
-            tokens = at.tokens(plan.tiles - 1 - n)
-            for tile, target in (
-                (u_tile, du_ref.at[at.row, tokens, at.strip]),
-                (dt_tile, ddt_ref.at[at.row, tokens, at.strip]),
-                (BC_tile, dBC_ref.at[at.number, at.row, tokens]),
-            ):
-                plgpu.copy_smem_to_gmem(tile.at[slot], target, commit_group=False)
+            tile = plan.tiles - 1 - n
+            strips.copy_results(at, [u_tile, dt_tile], [du_ref, ddt_ref], tile, slot)
+            part = dBC_ref.at[at.number, at.row, at.tokens(tile)]
+            plgpu.copy_smem_to_gmem(BC_tile.at[slot], part, commit_group=False)
 
         g = load_global(dlast_ref.at[at.row, at.strip], STATE_LAYOUT)
         g, dA = ring.walk(step, put, (g, jnp.zeros_like(g)))
