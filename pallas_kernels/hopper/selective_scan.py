@@ -12,6 +12,7 @@ lanes, and the channels over eight: few shuffles sum over either.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from pallas_kernels.hopper.strips import WARP_CHANNELS
 
 TILE_TOKENS = 8
 """Of a tile; T is a multiple of them."""
+GROUP_TOKENS = 4
+"""Tokens that are loaded together: what waits for no state is computed beside what does."""
 RING_SLOTS = 4
 WARP_LANE_GRID = (4, 8)
 """Of a warp: over the states of a channel, and over the channels."""
@@ -62,8 +65,7 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
     def body(*refs):
         source_refs, (A_ref, state_ref, y_ref, last_ref), refs = split(refs, len(sources), 4)
         starts_refs, tiles, [filled] = split(refs, len(starts), len(sources))
-        u_tile, dt_tile, BC_tile, *offset_tiles = tiles
-        at = plan.here()
+        u_tile, at = tiles[0], plan.here()
 
         def fetch(n, slot):
             strips.copy_tokens(at, source_refs, tiles, filled, n, slot)
@@ -75,15 +77,16 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
             for ref in starts_refs:
                 save(ref.at[at.row, n, at.strip], h)
 
-            def token(i, h):
-                u, dt = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile))
-                B, C = (load_coefficients(BC_tile.at[slot, i], k) for k in range(2))
-                h = decay(dt, A, offset(offset_tiles, slot, i)) * h + across(dt * u, h) * along(B, h)
+            def group(i, h):
+                places = [i * GROUP_TOKENS + j for j in range(GROUP_TOKENS)]
+                tokens = [Token.load(tiles, slot, place) for place in places]
                 await_warp()
-                save_channels(u_tile.at[slot, i], (h * along(C, h)).sum(axis=1))
+                for place, token in zip(places, tokens, strict=True):
+                    h = token.kept(A) * h + token.written(h)
+                    save_channels(u_tile.at[slot, place], (h * along(token.C, h)).sum(axis=1))
                 return h
 
-            return lax.fori_loop(0, TILE_TOKENS, token, h)
+            return lax.fori_loop(0, TILE_TOKENS // GROUP_TOKENS, group, h)
 
         def put(n, slot):
             strips.copy_results(at, [u_tile], [y_ref], n, slot)
@@ -120,10 +123,33 @@ def states_last(x) -> jax.Array:
     return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
-def load_coefficients(ref, k: int) -> jax.Array:
-    """Load B (k = 0) or C (k = 1) of a token."""
-    states = ref.shape[0] // 2
-    return load_shared(ref.at[pl.ds(k * states, states)], COEFFICIENT_LAYOUT)
+class Token(NamedTuple):
+    """What a block has of a token: u and dt of its channels, B and C, the exponent to add, and where asked for dy."""
+
+    u: jax.Array
+    dt: jax.Array
+    B: jax.Array
+    C: jax.Array
+    offset: jax.Array | float
+    dy: jax.Array | None = None
+
+    @classmethod
+    def load(cls, tiles, slot, i, dy_tile=None) -> "Token":
+        """Load token i of a slot of the tiles of u, dt, B beside C, and any offsets."""
+        u_tile, dt_tile, BC_tile, *offset_tiles = tiles
+        u, dt = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile))
+        states = BC_tile.shape[2] // 2
+        B, C = (load_shared(BC_tile.at[slot, i, pl.ds(k * states, states)], COEFFICIENT_LAYOUT) for k in range(2))
+        offset = offset_tiles[0][slot, i] if offset_tiles else 0.0
+        return cls(u, dt, B, C, offset, None if dy_tile is None else load_channels(dy_tile.at[slot, i]))
+
+    def kept(self, A) -> jax.Array:
+        """Return how much of the state before the token is kept; A is `scaled`."""
+        return jnp.exp2(across(self.dt, A) * A + self.offset)
+
+    def written(self, states) -> jax.Array:
+        """Return what the token adds to the states."""
+        return across(self.dt * self.u, states) * along(self.B, states)
 
 
 def load_channels(ref) -> jax.Array:
@@ -144,13 +170,3 @@ def across(channels, states) -> jax.Array:
 def along(coefficients, states) -> jax.Array:
     """Repeat one value per state of a channel over the channels."""
     return lax.broadcast_in_dim(coefficients, states.shape, [1])
-
-
-def offset(tiles, slot, i):
-    """Return a token's offset, zero where there are none."""
-    return tiles[0][slot, i] if tiles else 0.0
-
-
-def decay(dt, A, offset) -> jax.Array:
-    """Return how much of the state before a token is kept; A is `scaled`."""
-    return jnp.exp2(across(dt, A) * A + offset)

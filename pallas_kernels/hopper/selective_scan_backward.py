@@ -28,12 +28,9 @@ from pallas_kernels.hopper.selective_scan import (
     STATE_LAYOUT,
     TILE_TOKENS,
     WARP_LANE_GRID,
+    Token,
     across,
     along,
-    decay,
-    load_channels,
-    load_coefficients,
-    offset,
     save_channels,
     scaled,
     sources_of,
@@ -78,19 +75,19 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
         ring = stream.Ring(plan.tiles, RING_SLOTS, filled, fetch)
         A = load_global(A_ref.at[at.strip], STATE_LAYOUT)
 
-        def advance(slot, i, h):
-            """Return the state after a token, and how much is kept of the one before."""
-            u, dt = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile))
-            kept = decay(dt, A, offset(offset_tiles, slot, i))
-            B = load_coefficients(BC_tile.at[slot, i], 0)
-            return kept * h + across(dt * u, h) * along(B, h), kept
+        def load_pair(slot, pair, *dy_tile):
+            inputs = u_tile, dt_tile, BC_tile, *offset_tiles
+            return [Token.load(inputs, slot, 2 * pair + i, *dy_tile) for i in range(2)]
 
-        def retreat(slot, i, parts, before, kept, after, carry):
+        def advance(token, h):
+            """Return the state after a token, and how much is kept of the one before."""
+            kept = token.kept(A)
+            return kept * h + token.written(h), kept
+
+        def retreat(slot, i, parts, token, before, kept, after, carry):
             """Return g before a token, and dA with it; du and ddt replace u and dt, dB and dC go to the two parts."""
             g, dA = carry
-            u, dt, dy = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile, dy_tile))
-            B, C = (load_coefficients(BC_tile.at[slot, i], k) for k in range(2))
-            await_warp()
+            u, dt, B, C, _, dy = token
             dh = g + across(dy, g) * along(C, g)
             save(parts[0], (dh * across(dt * u, g)).sum(axis=3))
             save(parts[1], (after * across(dy, g)).sum(axis=3))
@@ -103,20 +100,22 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
 
         def step(n, slot, carry):
             def again(pair, h):
+                tokens = load_pair(slot, pair)
                 save(h_tile.at[pair], h)
-                for i in range(2):
-                    h, _ = advance(slot, 2 * pair + i, h)
+                for token in tokens:
+                    h, _ = advance(token, h)
                 return h
 
             def back(reverse, carry):
                 pair = TILE_PAIRS - 1 - reverse
-                first, second = 2 * pair, 2 * pair + 1
+                tokens = load_pair(slot, pair, dy_tile)
                 start = load_shared(h_tile.at[pair], STATE_LAYOUT)
-                middle, kept_first = advance(slot, first, start)
-                end, kept_second = advance(slot, second, middle)
+                await_warp()
+                middle, kept_first = advance(tokens[0], start)
+                end, kept_second = advance(tokens[1], middle)
                 parts = [parts_tile.at[pair, :, k] for k in range(4)]
-                carry = retreat(slot, second, parts[2:], middle, kept_second, end, carry)
-                return retreat(slot, first, parts[:2], start, kept_first, middle, carry)
+                carry = retreat(slot, 2 * pair + 1, parts[2:], tokens[1], middle, kept_second, end, carry)
+                return retreat(slot, 2 * pair, parts[:2], tokens[0], start, kept_first, middle, carry)
 
             h = load_global(starts_ref.at[at.row, plan.tiles - 1 - n, at.strip], STATE_LAYOUT)
             save(h_tile.at[TILE_PAIRS - 1], lax.fori_loop(0, TILE_PAIRS - 1, again, h))

@@ -91,8 +91,8 @@ def interpreted(monkeypatch):
     def save(ref, x):
         ref[...] = x.reshape(ref.shape).astype(ref.dtype)
 
+    monkeypatch.setattr(forward, "load_channels", load_channels)
     for module in (forward, backward):
-        monkeypatch.setattr(module, "load_channels", load_channels)
         monkeypatch.setattr(module, "save_channels", save)
         monkeypatch.setattr(module, "load_global", lambda ref, layout: ref[...])
         monkeypatch.setattr(module, "await_warp", lambda: None)
