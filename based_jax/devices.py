@@ -19,8 +19,6 @@ class Crossovers:
         matrices take D T^2 elements.
       quadratic_attention_tokens: up to so many, XLA makes every score of softmax attention at once, T^2 a head; with
         more it goes by chunks, whose memory is linear.
-      logits_bytes: up to so many on a device, the loss keeps its logits for the backward pass; with more they are made
-        anew by tiles.
       chunk_tokens: with fewer, chunks in kernels take as long as with so many, and other forms are faster.
       one_decay_one_chunk_tokens: up to so many, one chunk is faster in XLA than several, and for large states faster
         than kernels token by token, where heads have one decay.
@@ -37,7 +35,6 @@ class Crossovers:
     linear_attention_one_chunk_tokens: int
     toeplitz_tokens: int
     quadratic_attention_tokens: int
-    logits_bytes: int
     chunk_tokens: int
     one_decay_one_chunk_tokens: int
     one_decay_one_chunk_tokens_beside_chunks: int
@@ -104,7 +101,6 @@ H100_CROSSOVERS = Crossovers(
     linear_attention_one_chunk_tokens=512,
     toeplitz_tokens=1024,
     quadratic_attention_tokens=512,
-    logits_bytes=1 << 30,
     chunk_tokens=64,
     one_decay_one_chunk_tokens=256,
     one_decay_one_chunk_tokens_beside_chunks=128,
@@ -115,7 +111,7 @@ H100_CROSSOVERS = Crossovers(
     norm_tokens=1024,
 )
 """Measured on one H100 80GB HBM3 in experiments/kernels; the Toeplitz product in experiments/mqar_pareto, at 256 tokens
-(longer ones are not measured). `quadratic_attention_tokens` and `logits_bytes` are set for the sake of memory."""
+(longer ones are not measured)."""
 H100_CORES, H100_L2_BYTES = 132, 50 << 20
 H100_COPY_BYTES_PER_SECOND = 2.95e12
 
@@ -232,6 +228,17 @@ def crossovers(device_kind: str) -> Crossovers:
     """Return the crossovers of a kind of device: those of the H100 where none were measured on it."""
     device = find(device_kind)
     return device.crossovers if device and device.crossovers else H100_CROSSOVERS
+
+
+def logits_bytes(device_kind: str) -> float:
+    """Return the most bytes that logits may take before they are made by tiles.
+
+    To keep them is faster, on one H200 9.9 ms for 15.9 and more (16,384 rows of 1,024, 50,264 tokens), if they fit.
+    """
+    device = find(device_kind)
+    if device is None or device.hbm_bytes is None or not device.name.startswith("NVIDIA"):
+        return GIB
+    return device.hbm_bytes / 12
 
 
 def cores(device_kind: str) -> int:

@@ -96,6 +96,7 @@ def _attention(cut: Cut, q, k, v, query_numbers, key_numbers):
 
 def forward(cut: Cut, q, k, v, query_numbers, key_numbers):
     """Return o, and what `backward` takes: the arguments, o and L, `LOWEST` of a query that sees no key."""
+    arguments = q, k, v, query_numbers, key_numbers
 
     def meet(sums, pair):
         i, j = pair
@@ -109,19 +110,22 @@ def forward(cut: Cut, q, k, v, query_numbers, key_numbers):
         return tuple(map(lax.dynamic_update_slice_in_dim, sums, new, starts, SUMS_TIME)), None
 
     B, T, H, _ = q.shape
+    q, query_numbers, key_numbers, *pairs = _made_anew(q, query_numbers, key_numbers, *cut.pairs(T, k.shape[1]))
     zeros = jnp.zeros((B, H, T), jnp.float32)
     start = zeros + LOWEST, zeros, jnp.zeros((B, T, H, v.shape[-1]), jnp.float32)
     start = tuple(sharded.vary_alike(*start, like=(q, k, v, query_numbers, key_numbers)))
-    (top, total, o), _ = lax.scan(meet, start, cut.pairs(T, k.shape[1]))
+    (top, total, o), _ = lax.scan(meet, start, pairs)
     seen = total > 0
     o = (o / _by_token(jnp.where(seen, total, 1.0))).astype(v.dtype)
     logarithm = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1.0)), LOWEST)
-    return o, (q, k, v, query_numbers, key_numbers, o, logarithm)
+    return o, (*arguments, o, logarithm)
 
 
 def backward(cut: Cut, saved, do):
     """Return the gradients of q, k and v, and None of both numbers."""
     q, k, v, query_numbers, key_numbers, o, logarithm = saved
+    met = cut.pairs(q.shape[1], k.shape[1])
+    do, query_numbers, key_numbers, *pairs = _made_anew(do, query_numbers, key_numbers, *met)
     delta = jnp.einsum("BTHV,BTHV->BHT", do.astype(jnp.float32), o.astype(jnp.float32))
 
     def meet(gradients, pair):
@@ -140,11 +144,19 @@ def backward(cut: Cut, saved, do):
         return tuple(map(_added, gradients, more, starts)), None
 
     start = tuple(sharded.vary_alike(*(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)), like=(*saved, do)))
-    gradients, _ = lax.scan(meet, start, cut.pairs(q.shape[1], k.shape[1]))
+    gradients, _ = lax.scan(meet, start, pairs)
     return *(x.astype(like.dtype) for x, like in zip(gradients, (q, k, v), strict=True)), None, None
 
 
 _attention.defvjp(forward, backward)
+
+
+def _made_anew(x: Array, *places: Array | np.ndarray) -> tuple[Array, ...]:
+    """Return the same; who sees whom, which follows from the places, then waits for x.
+
+    It is the same in all layers, and JAX would make it once before their scan, of all pairs of tokens.
+    """
+    return lax.optimization_barrier((x, *places))
 
 
 def _scores(cut: Cut, q: Array, k: Array, i: Array, j: Array) -> Float[Array, "B H _ _"]:

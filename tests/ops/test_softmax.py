@@ -250,6 +250,21 @@ def test_attention_to_32768_tokens_takes_less_than_2_GiB(monkeypatch, dtype):
     assert jax.jit(both).lower(*[shape] * 3).compile().memory_analysis().temp_size_in_bytes < 2 << 30
 
 
+def test_scanned_layers_do_not_share_who_sees_whom():
+    """That is the same in all of them, but T^2 bytes a row: JAX would take it out of their scan."""
+    T, ids = 1024, jnp.ones((1, 1024), jnp.int32)
+
+    def layers(x, weights):
+        def layer(x, weight):
+            qkv = x[..., None] * weight[None, None, None]
+            return attention(qkv, qkv, qkv, segment_ids=ids, impl="xla_chunks").sum(axis=-1), None
+
+        return jax.lax.scan(jax.checkpoint(layer), x, weights)[0].sum()
+
+    compiled = jax.jit(jax.grad(layers, argnums=(0, 1))).lower(jnp.ones((1, T, 2)), jnp.ones((3, 8))).compile()
+    assert max(math.prod(shape) for x in hlo.Program(compiled.as_text()).instructions for shape in x.shapes) < T * T / 8
+
+
 def test_prefill_of_32768_tokens_takes_less_than_2_GiB(monkeypatch):
     monkeypatch.undo()
     q, k = (jax.ShapeDtypeStruct((1, T, 16, 64), jnp.bfloat16) for T in (32768, 65536))
