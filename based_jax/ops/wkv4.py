@@ -12,19 +12,17 @@ import jax.numpy as jnp
 from based_jax.dims import BD, BT, BTD
 from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import Channels, Wkv4Call, WkvState
+from based_jax.ops.calls import LOG_OF_NOTHING, Channels, Wkv4Call, WkvState
 from based_jax.ops.decays import finite
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import wkv4 as hopper_wkv4
 
 CHUNK_TOKENS = 128
-LOG_OF_NOTHING = -1e38  # the logarithm of an empty sum
 
 
 def initial_state(batch: int, channels: int) -> WkvState:
     """Return the state before the first token."""
-    num, den = (jnp.zeros((batch, channels), jnp.float32) for _ in range(2))  # buffers of their own, to be donated
-    return WkvState(num, den, jnp.full((batch, channels), LOG_OF_NOTHING, jnp.float32))
+    return WkvState.empty(batch, channels)
 
 
 @checked
@@ -62,8 +60,7 @@ def wkv4_step(k: BD, v: BD, log_decay: Channels, bonus: Channels, state: WkvStat
     """Return one token's average and the state after it."""
     k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
     wkv = _read(k32, v32, bonus, state)
-    _, after = _compose((0.0, state), (log_decay[None], WkvState(v32, jnp.ones_like(k32), k32)))
-    return wkv.astype(v.dtype), after
+    return wkv.astype(v.dtype), state.then(log_decay[None], WkvState(v32, jnp.ones_like(k32), k32))
 
 
 def _recurrent(call: Wkv4Call) -> tuple[BTD, WkvState]:
@@ -115,10 +112,7 @@ def _read(k, v, bonus: Channels, state: WkvState):
 def _compose(first, second):
     """Return the sums over both spans, the first one decayed by the second."""
     (d1, s1), (d2, s2) = first, second
-    decayed = jnp.maximum(s1.max + d2, LOG_OF_NOTHING)
-    top = jnp.maximum(decayed, s2.max)
-    early, late = jnp.exp(decayed - top), jnp.exp(s2.max - top)
-    return d1 + d2, WkvState(early * s1.num + late * s2.num, early * s1.den + late * s2.den, top)
+    return d1 + d2, s1.then(d2, s2)
 
 
 def _piece(run: sequence.Run, call: Wkv4Call) -> tuple[BD, WkvState]:

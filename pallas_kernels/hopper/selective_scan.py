@@ -102,8 +102,8 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
 
 def sources_of(u, dt, BC, offsets, *others) -> list[jax.Array]:
     """Return what is copied by tiles, (B, T, D) by warps: u, dt, BC, the others, and any offsets."""
-    u, dt, *others = map(strips.by_warps, (u, dt, *others))
-    return [u, dt, BC, *others, *([] if offsets is None else [offsets])]
+    u, dt, *rest = map(strips.by_warps, (u, dt, *others))
+    return [u, dt, BC, *rest, *([] if offsets is None else [offsets])]
 
 
 def scaled(A) -> jax.Array:

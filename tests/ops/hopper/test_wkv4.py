@@ -76,6 +76,14 @@ def test_each_device_has_its_rows_and_channels(short_tiles):
     assert any("1x64x4x32xbf16" in line for line in kernels) and not any("x8x32x" in line for line in kernels)
 
 
+@pytest.mark.parametrize(
+    "blocks, time, pieces", [(128, 2048, 1), (64, 2048, 1), (33, 300, 1), (33, 2048, 8), (8, 32768, 32), (1, 700, 2)]
+)
+def test_pieces_fill_the_chip(blocks, time, pieces):
+    with gpus():
+        assert hopper.number_of_pieces(blocks, time) == pieces
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """Run kernels in Pallas' interpreter, which looks for races; it knows no inline functions."""
@@ -86,14 +94,31 @@ def interpreted(monkeypatch):
         yield
 
 
-CASES = [(21, 130, "float32", True, 2e-6), (32, 128, "bfloat16", False, 5e-3)]
+CASES = [
+    pytest.param(21, 130, "float32", True, 1, 2e-6, marks=pytest.mark.long),
+    (19, 130, "float32", True, 4, 2e-6),
+    (32, 128, "bfloat16", False, 1, 5e-3),
+    pytest.param(32, 128, "bfloat16", False, 2, 5e-3, marks=pytest.mark.long),
+]
 
 
-@pytest.mark.parametrize("time, channels, dtype, packed, tolerance", CASES)
+@pytest.mark.parametrize("time, channels, dtype, packed, pieces, tolerance", CASES)
 def test_kernels_equal_the_oracle(
-    normal, packed_ids, out_and_grads, short_tiles, interpreted, time, channels, dtype, packed, tolerance
+    monkeypatch,
+    normal,
+    packed_ids,
+    out_and_grads,
+    short_tiles,
+    interpreted,
+    time,
+    channels,
+    dtype,
+    packed,
+    pieces,
+    tolerance,
 ):
     """Channels from those that keep all to those that keep nothing, with keys up to 70."""
+    monkeypatch.setattr(hopper, "number_of_pieces", lambda blocks, time: pieces)
     rows = slice(1, 3)  # of the packed ones
     ids = segments.numbered(packed_ids(time)[rows]) if packed else None
     sizes = jnp.linspace(1, 20, channels, dtype=dtype)[None, None], 1
