@@ -25,10 +25,14 @@ from pallas_kernels.hopper import stream, strips
 from pallas_kernels.hopper.mosaic import WARPS, await_warp, like, load_global, load_shared, save
 from pallas_kernels.hopper.strips import WARP_CHANNELS
 
-TILE_TOKENS = 8
-"""Of a tile; T is a multiple of them."""
+TILE_TOKENS, MAX_FORWARD_TOKENS = 8, 16
+"""Of the backward pass's tiles, of which the states before are kept, and of the forward pass's at most.
+
+T is a multiple of the first, and the forward pass takes the largest tiles that divide it.
+"""
 GROUP_TOKENS = 4
 """Tokens that are loaded together: what waits for no state is computed beside what does."""
+PART_GROUPS = TILE_TOKENS // GROUP_TOKENS
 RING_SLOTS = 4
 WARP_LANE_GRID = (4, 8)
 """Of a warp: over the states of a channel, and over the channels."""
@@ -57,10 +61,11 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
       state: the state before the first token, (B, D, N) fp32.
       offsets: exponents to add, (B, T) fp32 or None.
     """
-    plan = strips.Plan.of(u, TILE_TOKENS)
+    plan = strips.Plan.of(u, math.gcd(u.shape[1], MAX_FORWARD_TOKENS))
     sources = sources_of(u, dt, BC, offsets)
     A, state = scaled(A), states_first(state)
-    starts = [(plan.batch, plan.tiles, *A.shape)] if with_starts else []
+    parts = plan.tile_tokens // TILE_TOKENS
+    starts = [(plan.batch, plan.tiles * parts, *A.shape)] if with_starts else []
 
     def body(*refs):
         source_refs, (A_ref, state_ref, y_ref, last_ref), refs = split(refs, len(sources), 4)
@@ -74,8 +79,10 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
         A = load_global(A_ref.at[at.strip], STATE_LAYOUT)
 
         def step(n, slot, h):
-            for ref in starts_refs:
-                save(ref.at[at.row, n, at.strip], h)
+            def part(i, h):
+                for ref in starts_refs:
+                    save(ref.at[at.row, n * parts + i, at.strip], h)
+                return lax.fori_loop(i * PART_GROUPS, (i + 1) * PART_GROUPS, group, h)
 
             def group(i, h):
                 places = [i * GROUP_TOKENS + j for j in range(GROUP_TOKENS)]
@@ -86,7 +93,7 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
                     save_channels(u_tile.at[slot, place], (h * along(token.C, h)).sum(axis=1))
                 return h
 
-            return lax.fori_loop(0, TILE_TOKENS // GROUP_TOKENS, group, h)
+            return lax.fori_loop(0, parts, part, h)
 
         def put(n, slot):
             strips.copy_results(at, [u_tile], [y_ref], n, slot)
@@ -130,7 +137,7 @@ class Token(NamedTuple):
     dt: jax.Array
     B: jax.Array
     C: jax.Array
-    offset: jax.Array | float
+    offset: jax.Array | None
     dy: jax.Array | None = None
 
     @classmethod
@@ -140,12 +147,13 @@ class Token(NamedTuple):
         u, dt = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile))
         states = BC_tile.shape[2] // 2
         B, C = (load_shared(BC_tile.at[slot, i, pl.ds(k * states, states)], COEFFICIENT_LAYOUT) for k in range(2))
-        offset = offset_tiles[0][slot, i] if offset_tiles else 0.0
+        offset = offset_tiles[0][slot, i] if offset_tiles else None
         return cls(u, dt, B, C, offset, None if dy_tile is None else load_channels(dy_tile.at[slot, i]))
 
     def kept(self, A) -> jax.Array:
         """Return how much of the state before the token is kept; A is `scaled`."""
-        return jnp.exp2(across(self.dt, A) * A + self.offset)
+        exponent = across(self.dt, A) * A
+        return jnp.exp2(exponent if self.offset is None else exponent + self.offset)
 
     def written(self, states) -> jax.Array:
         """Return what the token adds to the states."""

@@ -64,13 +64,15 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
     def body(*refs):
         source_refs, given, results, tiles, scratch = split(refs, len(sources), 3, 5, len(sources))
         u_tile, dt_tile, BC_tile, dy_tile, *offset_tiles = tiles
-        filled, (h_tile, parts_tile) = scratch
+        start_tile, filled, (h_tile, parts_tile) = scratch
         A_ref, starts_ref, dlast_ref = given
         du_ref, ddt_ref, dBC_ref, dA_ref, dstate_ref = results
         at = plan.here()
 
         def fetch(n, slot):
-            strips.copy_tokens(at, source_refs, tiles, filled, plan.tiles - 1 - n, slot)
+            tile = plan.tiles - 1 - n
+            strips.copy_tokens(at, source_refs, tiles, filled, tile, slot)
+            plgpu.copy_gmem_to_smem(starts_ref.at[at.row, tile, at.strip], start_tile.at[slot], filled.at[slot])
 
         ring = stream.Ring(plan.tiles, RING_SLOTS, filled, fetch)
         A = load_global(A_ref.at[at.strip], STATE_LAYOUT)
@@ -117,7 +119,7 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
                 carry = retreat(slot, 2 * pair + 1, parts[2:], tokens[1], middle, kept_second, end, carry)
                 return retreat(slot, 2 * pair, parts[:2], tokens[0], start, kept_first, middle, carry)
 
-            h = load_global(starts_ref.at[at.row, plan.tiles - 1 - n, at.strip], STATE_LAYOUT)
+            h = load_states(start_tile.at[slot])
             save(h_tile.at[TILE_PAIRS - 1], lax.fori_loop(0, TILE_PAIRS - 1, again, h))
             carry = lax.fori_loop(0, TILE_PAIRS, back, carry)
             plgpu.commit_smem()
@@ -141,7 +143,9 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
 
     dBC_type = jax.ShapeDtypeStruct((plan.strips, *BC.shape), jnp.float32)
     out_type = [*map(like, sources[:2]), dBC_type, like(dlast), like(dlast)]
-    scratch = [*plan.scratch(sources, RING_SLOTS), _states_or_parts(A.shape[1])]
+    starts = starts.reshape(*starts.shape[:4], strips.WARP_CHANNELS)
+    start_shape = WARPS, *starts.shape[3:]
+    scratch = [*plan.scratch(sources, RING_SLOTS, start_shape), _states_or_parts(A.shape[1])]
     kernel = stream.kernel(body, "selective_scan_backward", plan.blocks, out_type, scratch)
     du, ddt, dBC, dA, dstate = kernel(*sources, A, starts, dlast)
     return [
@@ -163,6 +167,11 @@ def _states_or_parts(states: int):
         (TILE_PAIRS, WARPS, 4, states, WARP_LANE_GRID[1]),
     )
     return plgpu.RefUnion(*(plgpu.SMEM(shape, jnp.float32) for shape in shapes))
+
+
+def load_states(ref) -> jax.Array:
+    """Load (WARPS, N, W) of shared memory as states."""
+    return load_shared(ref.reshape(*ref.shape[:2], WARP_LANE_GRID[1], LANE_CHANNELS), STATE_LAYOUT)
 
 
 def save_pair(ref, x) -> None:

@@ -57,10 +57,11 @@ class Plan(NamedTuple):
         number = lax.rem(block, self.strips)
         return Place(lax.div(block, self.strips), number, pl.ds(number * WARPS, WARPS), self.tile_tokens)
 
-    def scratch(self, sources: list[jax.Array], slots: int) -> list:
-        """Return a ring of tiles of each source, and its barriers."""
+    def scratch(self, sources: list[jax.Array], slots: int, *others: tuple[int, ...]) -> list:
+        """Return a ring of tiles of each source, those of other fp32 shapes, and the barriers of all."""
         rings = [plgpu.SMEM((slots, *self._tile_shape(x)), x.dtype) for x in sources]
-        return [*rings, plgpu.Barrier(num_arrivals=len(sources), num_barriers=slots)]
+        rings += [plgpu.SMEM((slots, *shape), jnp.float32) for shape in others]
+        return [*rings, plgpu.Barrier(num_arrivals=len(rings), num_barriers=slots)]
 
     def _tile_shape(self, source) -> tuple[int, ...]:
         """Return the shape of a tile of a source, which is (B, T), (B, T, .) or (B, T, D / W, W)."""

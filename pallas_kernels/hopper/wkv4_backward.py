@@ -13,10 +13,12 @@ matter of gradients: it scales a and b, and both it and they are read as e^m a a
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import split
 from pallas_kernels.hopper import stream, strips
-from pallas_kernels.hopper.mosaic import like, load_shared, save
+from pallas_kernels.hopper.mosaic import WARPS, like, load_shared, save
 from pallas_kernels.hopper.wkv4 import LAYOUT, TILE_TOKENS, Rates, Read, State, load_tokens, shares
 
 RING_SLOTS = 4
@@ -37,14 +39,17 @@ def backward(k, v, decay, bonus, starts, dy, dlast, marks=None):
     channels = [strips.by_warps(x) for x in (decay, bonus)]
 
     def body(*refs):
-        source_refs, given, results, tiles, [filled] = split(refs, len(sources), 4, 3, len(sources))
+        source_refs, given, results, tiles, [start_tile, filled] = split(refs, len(sources), 4, 3, len(sources))
         k_tile, v_tile, dy_tile, *mark_tiles = tiles
         decay_ref, bonus_ref, starts_ref, dlast_ref = given
         dk_ref, dv_ref, sums_ref = results
         at = plan.here()
 
         def fetch(n, slot):
-            strips.copy_tokens(at, source_refs, tiles, filled, plan.tiles - 1 - n, slot)
+            tile = plan.tiles - 1 - n
+            strips.copy_tokens(at, source_refs, tiles, filled, tile, slot)
+            start = starts_ref.at[at.row, tile, pl.ds(0, 3), at.strip]
+            plgpu.copy_gmem_to_smem(start, start_tile.at[slot], filled.at[slot])
 
         ring = stream.Ring(plan.tiles, RING_SLOTS, filled, fetch)
         rates = Rates.load(decay_ref, bonus_ref, at)
@@ -53,7 +58,8 @@ def backward(k, v, decay, bonus, starts, dy, dlast, marks=None):
             after, ddecay, dbonus = carry
             tokens = load_tokens(slot, k_tile, v_tile, mark_tiles)
             dy = [load_shared(dy_tile.at[slot, i], LAYOUT) for i in range(TILE_TOKENS)]
-            before = states(tokens, State.load(starts_ref.at[at.row, plan.tiles - 1 - n], at), rates)
+            start = State(*(load_shared(start_tile.at[slot, i], LAYOUT) for i in range(3)))
+            before = states(tokens, start, rates)
             gradients = []
             for token, state, dy_token in reversed(list(zip(tokens, before, dy, strict=True))):
                 read = Read.of(token, state, rates)
@@ -87,7 +93,8 @@ def backward(k, v, decay, bonus, starts, dy, dlast, marks=None):
         save(sums.at[4, at.strip], dbonus)
 
     out_type = [*map(like, sources[:2]), strips.per_strip(plan, 5)]
-    kernel = stream.kernel(body, "wkv4_backward", plan.blocks, out_type, plan.scratch(sources, RING_SLOTS))
+    scratch = plan.scratch(sources, RING_SLOTS, (3, WARPS, strips.WARP_CHANNELS))
+    kernel = stream.kernel(body, "wkv4_backward", plan.blocks, out_type, scratch)
     dk, dv, sums = kernel(*sources, *channels, starts, dlast.reshape(*dlast.shape[:2], *channels[0].shape))
     return [dk.reshape(k.shape), dv.reshape(v.shape), sums.reshape(*sums.shape[:2], -1)]
 
