@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import split
 from pallas_kernels.hopper import stream, strips
-from pallas_kernels.hopper.mosaic import WARPS, like, load_global, load_shared, save
+from pallas_kernels.hopper.mosaic import WARPS, like, load_global, save
 
 TILE_TOKENS = 16
 """Of a tile; T is a multiple of them."""
@@ -178,6 +178,14 @@ def shares(first, second) -> tuple[jax.Array, jax.Array]:
 def load_tokens(slot, k_tile, v_tile, mark_tiles) -> list[Token]:
     """Load the tokens of a tile."""
     tokens = range(TILE_TOKENS)
-    k, v = ([load_shared(tile.at[slot, i], LAYOUT) for i in tokens] for tile in (k_tile, v_tile))
+    k, v = ([load_channels(tile.at[slot, i]) for i in tokens] for tile in (k_tile, v_tile))
     marks = [mark_tiles[0][slot, i] for i in tokens] if mark_tiles else [None] * TILE_TOKENS
     return [Token.of(*values) for values in zip(k, v, marks, strict=True)]
+
+
+def load_channels(ref) -> jax.Array:
+    """Load one value per channel from shared memory, in fp32.
+
+    The layout is that of what it meets: each one that is named makes Mosaic search for the others once more.
+    """
+    return plgpu.load(ref, optimized=False).astype(jnp.float32)

@@ -18,8 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import split
 from pallas_kernels.hopper import stream, strips
-from pallas_kernels.hopper.mosaic import WARPS, like, load_shared, save
-from pallas_kernels.hopper.wkv4 import LAYOUT, TILE_TOKENS, Rates, Read, State, load_tokens, shares
+from pallas_kernels.hopper.mosaic import WARPS, like, save
+from pallas_kernels.hopper.wkv4 import TILE_TOKENS, Rates, Read, State, load_channels, load_tokens, shares
 
 RING_SLOTS = 4
 
@@ -57,8 +57,8 @@ def backward(k, v, decay, bonus, starts, dy, dlast, marks=None):
         def step(n, slot, carry):
             after, ddecay, dbonus = carry
             tokens = load_tokens(slot, k_tile, v_tile, mark_tiles)
-            dy = [load_shared(dy_tile.at[slot, i], LAYOUT) for i in range(TILE_TOKENS)]
-            start = State(*(load_shared(start_tile.at[slot, i], LAYOUT) for i in range(3)))
+            dy = [load_channels(dy_tile.at[slot, i]) for i in range(TILE_TOKENS)]
+            start = State(*(load_channels(start_tile.at[slot, i]) for i in range(3)))
             before = states(tokens, start, rates)
             gradients = []
             for token, state, dy_token in reversed(list(zip(tokens, before, dy, strict=True))):
