@@ -22,6 +22,7 @@ HostBatch = Mapping[str, np.ndarray]
 GlobalBatch = Mapping[str, jax.Array]
 
 AXES = ("data", "fsdp", "tensor", "sequence")
+AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 BATCH_AXES = ("data", "fsdp")  # over which the rows of a batch lie
 TIME_AXES = ("sequence",)  # over which their tokens lie
 HEAD_AXES = ("tensor",)  # over which heads lie
@@ -47,36 +48,51 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     Raises:
       UserError: an axis is unknown or below 1, or the sizes do not multiply to the number of devices.
     """
-    sizes, devices = dict(sizes or {}), list(jax.devices() if devices is None else devices)
-    for axis in sizes:
+    devices = list(jax.devices() if devices is None else devices)
+    shape = _shape(sizes or {}, len(devices), _slices(devices))
+    return Mesh(_laid_out(shape, devices), AXES, axis_types=AXIS_TYPES)
+
+
+def abstract_mesh(sizes: Mapping[str, int], devices: int, slices: int = 1) -> AbstractMesh:
+    """Return the mesh that `make_mesh` makes of so many devices, which nobody needs to have; raises as it."""
+    return AbstractMesh(_shape(sizes, devices, slices), AXES, axis_types=AXIS_TYPES)
+
+
+def _shape(sizes: Mapping[str, int], devices: int, slices: int) -> tuple[int, ...]:
+    """Return the devices along each of `AXES`; raises as `make_mesh`."""
+    for axis, size in sizes.items():
         if axis not in AXES:
             raise UserError(f"Mesh axis '{axis}' does not exist; the axes are {', '.join(AXES)}.")
-        if sizes[axis] < 1:
-            raise UserError(f"Mesh axis '{axis}' has {sizes[axis]} devices; it is at least 1.")
+        if size < 1:
+            raise UserError(f"Mesh axis '{axis}' has {size} devices; it is at least 1.")
     others = math.prod(size for axis, size in sizes.items() if axis != "data")
-    sizes.setdefault("data", max(len(devices) // others, 1))
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    if math.prod(shape) != len(devices):
+    whole = {"data": max(devices // others, 1)} | dict(sizes)
+    shape = tuple(whole.get(axis, 1) for axis in AXES)
+    if math.prod(shape) != devices:
         raise UserError(
-            f"Mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices; there are {len(devices)}."
+            f"Mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices; there are {devices}."
         )
-    return Mesh(_laid_out(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if whole["data"] % slices:
+        raise UserError(
+            f"Mesh axis 'data' has {whole['data']} devices; it is a multiple of the {slices} slices, which it goes"
+            " over."
+        )
+    return shape
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+    """Return how many slices of TPUs the devices are of; hosts of GPUs, which JAX calls slices too, are none."""
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
 
 
 def _laid_out(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """Return the devices in the shape of a mesh, such that neighbours on an axis are near each other.
 
-    Slices of TPUs are far from each other: "data" goes over them. What JAX calls slices of GPUs are their hosts, over
-    which any axis may go.
+    Slices of TPUs are far from each other: "data" goes over them. Over hosts of GPUs any axis may go.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
-    if slices == 1:
+    if (slices := _slices(devices)) == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     data, *others = shape
-    if data % slices:
-        raise UserError(
-            f"Mesh axis 'data' has {data} devices; it is a multiple of the {slices} slices, which it goes over."
-        )
     return mesh_utils.create_hybrid_device_mesh(
         (data // slices, *others), (slices, *(1 for _ in others)), devices, allow_split_physical_axes=True
     )
@@ -196,7 +212,7 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, jax.P(BATCH_AXES, TIME_AXES))
 
 
-def check_length(tokens: int, mesh: Mesh) -> None:
+def check_length(tokens: int, mesh: Mesh | AbstractMesh) -> None:
     """Check that sequences can be divided over the mesh.
 
     Raises:
@@ -211,7 +227,7 @@ def _warn_once(message: str) -> None:
     log.warning(message)
 
 
-def _undivided(tokens: int, mesh: Mesh) -> str | None:
+def _undivided(tokens: int, mesh: Mesh | AbstractMesh) -> str | None:
     """Return that sequences cannot be divided over the mesh, or None."""
     ways = math.prod(mesh.shape[axis] for axis in TIME_AXES)
     if tokens % ways == 0:
@@ -224,12 +240,12 @@ def first_process_says(value: object) -> bool:
     return bool(value) if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(bool(value)))
 
 
-def row_devices(mesh: Mesh) -> int:
+def row_devices(mesh: Mesh | AbstractMesh) -> int:
     """Return over how many devices the rows of a batch are divided; others hold the same rows as one of these."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+def check_batch_size(batch_size: int, mesh: Mesh | AbstractMesh, microbatches: int = 1) -> None:
     """Check that the rows of a global batch, and of each of its microbatches, can be divided over the mesh.
 
     Raises:

@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
     + os.environ.get("XLA_FLAGS", "")
 )
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["BASED_JAX_COMPILED"] = "none"
 
 import jax
 import jax.numpy as jnp

@@ -193,8 +193,12 @@ def test_data_goes_over_slices_of_tpus_and_any_axis_over_hosts_of_gpus():
 
     gpus = parallel._laid_out((1, 8, 1), list(devices("gpu", "NVIDIA H200")))
     assert [device.id for device in gpus.flat] == list(range(8))
-    with pytest.raises(UserError, match="Mesh axis 'data' has 1 devices; it is a multiple of the 2 slices"):
-        parallel._laid_out((1, 8, 1), list(devices("tpu", "TPU v5 lite")))
+    for make in (
+        lambda sizes: parallel.make_mesh(sizes, list(devices("tpu", "TPU v5 lite"))),
+        lambda sizes: parallel.abstract_mesh(sizes, 8, slices=2),
+    ):
+        with pytest.raises(UserError, match="Mesh axis 'data' has 1 devices; it is a multiple of the 2 slices"):
+            make({"data": 1, "fsdp": 8})
     tpus = parallel._laid_out((4, 2, 1), list(devices("tpu", "TPU v5 lite")))
     assert {device.slice_index for device in tpus[:2].flat} == {0}
 

@@ -104,7 +104,7 @@ def dplr(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "hopper_steps" (Mosaic GPU
         kernels, token by token; K at most 128), "triton_chunks" (on tensor cores; v in bf16, to which q, k, a and b are
-        rounded; K at most 128) or "auto".
+        rounded; K at most 256) or "auto".
 
     Returns:
       o in v's dtype, and the state (B, H, K, V) after the last token, fp32.

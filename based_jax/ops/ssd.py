@@ -46,7 +46,7 @@ def ssd(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle" and "xla_steps" (token by token), "xla_chunks" (gated linear attention's), "hopper_steps" (Mamba's
         Mosaic GPU kernels; one group, channels a multiple of 128, 8, 16, 24 or 32 states), "triton_chunks" (gated
-        linear attention's, of bf16; at most 128 states) or "auto".
+        linear attention's, of bf16; at most 256 states) or "auto".
 
     Returns:
       y in x's dtype, and the state (B, H, N, P) after the last token, fp32.

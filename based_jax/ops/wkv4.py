@@ -6,6 +6,9 @@ Each channel has a log-decay d < 0 and a bonus u. The state holds numerator and 
 so that no exponent is above 0.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +19,6 @@ from based_jax.ops.calls import Channels, Wkv4Call, WkvState
 from based_jax.ops.decays import finite
 from based_jax.ops.dispatch import Implementation, dispatch
 
-CHUNK_TOKENS = 128
 LOG_OF_NOTHING = -1e38  # the logarithm of an empty sum
 
 
@@ -42,7 +44,7 @@ def wkv4(
     Args:
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (associative scans) or "auto".
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (8 tokens at a time) or "auto".
 
     Returns:
       wkv in v's dtype, and the state after the last token, a `WkvState`, fp32.
@@ -65,32 +67,11 @@ def wkv4_step(k: BD, v: BD, log_decay: Channels, bonus: Channels, state: WkvStat
     return wkv.astype(v.dtype), after
 
 
-def _recurrent(call: Wkv4Call) -> tuple[BTD, WkvState]:
+def _scanned(call: Wkv4Call, *, over: Callable) -> tuple[BTD, WkvState]:
     def step(token, state):
         return wkv4_step(token.k, token.v, call.log_decay, call.bonus, state)
 
-    return scan.over_tokens(step, call.tokens, _empty(call), call.state, call.segment_ids)
-
-
-def _chunked(call: Wkv4Call) -> tuple[BTD, WkvState]:
-    """Compose the tokens of a chunk by an associative scan, the state before as the first of them."""
-    empty = _empty(call)
-
-    def chunk(inputs, state: WkvState, span: scan.Span):
-        tokens, present = inputs
-        k, v = tokens.k, tokens.v
-        decay = jnp.where(span.begins[..., None], LOG_OF_NOTHING, call.log_decay[None, None] * present)
-        written = WkvState(v, jnp.ones_like(k) * present, jnp.where(present > 0, k, LOG_OF_NOTHING))
-        first = (jnp.zeros_like(k[:, :1]), jax.tree.map(lambda x: x[:, None], state))
-        elements = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, (decay, written))
-        _, after = scan.associative(_compose, elements)
-        before = jax.tree.map(
-            lambda x, nothing: jnp.where(span.begins[..., None], nothing[:, None], x[:, :-1]), after, empty
-        )
-        return _read(k, v, call.bonus, before), jax.tree.map(lambda x: x[:, -1], after)
-
-    present = jnp.ones_like(call.k[..., :1])  # which the scan makes 0 at padding
-    return scan.over_chunks(chunk, (call.tokens, present), empty, call.state, call.segment_ids, CHUNK_TOKENS)
+    return over(step, call.tokens, _empty(call), call.state, call.segment_ids)
 
 
 def _empty(call: Wkv4Call) -> WkvState:
@@ -124,7 +105,7 @@ def _piece(run: sequence.Run, call: Wkv4Call) -> tuple[BD, WkvState]:
 CUT = sequence.States(_empty, _piece, _compose)
 
 IMPLEMENTATIONS = {
-    "xla_chunks": Implementation(_chunked),
-    "xla_steps": Implementation(_recurrent),
-    "oracle": Implementation(_recurrent),
+    "xla_chunks": Implementation(functools.partial(_scanned, over=scan.over_blocks)),
+    "xla_steps": Implementation(functools.partial(_scanned, over=scan.over_tokens)),
+    "oracle": Implementation(functools.partial(_scanned, over=scan.over_tokens)),
 }

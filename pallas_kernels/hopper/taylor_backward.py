@@ -18,6 +18,8 @@ g rounded to bf16, and gz from that g; the second takes do and 1/z apart, and th
 and gz cancel, as for a document's first token, their errors do too.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -45,6 +47,7 @@ CHUNK_SLOTS = 4
 """Chunks in flight; even, so that a slot always meets the same output warpgroup and its phases stay in step."""
 
 
+@functools.partial(jax.jit, static_argnames="pieces")
 def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: int):
     """Return dq (B, T, H, 16) in bf16 and gz (B, H, T rounded up to 64) in fp32.
 
@@ -152,6 +155,7 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
     return _kernel(body, "taylor_dq", batch * heads * pieces, out_type, scratch)(q, k, v, o, do, z, *packed, *given)
 
 
+@functools.partial(jax.jit, static_argnames="pieces")
 def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pieces: int):
     """Return dk (B, T, H, 16) and dv (B, T, H, V) in bf16.
 

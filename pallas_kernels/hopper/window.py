@@ -186,6 +186,7 @@ def place(block, heads: int, chunks: int, pieces: int):
     return lax.div(block, heads * pieces), lax.rem(block, heads), begin, count
 
 
+@functools.partial(jax.jit, static_argnames=("window", "pieces"))
 def forward(q, k, v, ids=None, *, window: int, pieces: int):
     """Return [o], all arrays (B, T, H, K) in bf16, T >= 64.
 

@@ -47,6 +47,7 @@ def number_of_slots(window: int, head_dim: int) -> int:
     return reach(window) + 4 if head_dim == 64 else 3
 
 
+@functools.partial(jax.jit, static_argnames=("window", "pieces"))
 def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
     """Return dq, dk and dv, all arrays (B, T, H, K) in bf16, T >= 64.
 

@@ -2,7 +2,7 @@
 
 JAX 0.11 calls Pallas' Triton backend deprecated; where it is gone, `ops/` refuses.
 
-Arrays are (B, T, H, .), T a multiple of `CHUNK_TOKENS`, K a power of two from 16 to 128, V a multiple of `STRIP_WIDTH`:
+Arrays are (B, T, H, .), T a multiple of `CHUNK_TOKENS`, K a power of two from 16 to 256, V a multiple of `STRIP_WIDTH`:
 a program that walks over the chunks takes so many columns of a state. Products are of bf16 with fp32 sums, those of
 `invert` in TF32 x 3.
 
@@ -24,7 +24,8 @@ Type = jax.ShapeDtypeStruct
 
 CHUNK_TOKENS, BLOCK_TOKENS, STRIP_WIDTH = 64, 16, 64
 BLOCKS_PER_CHUNK = CHUNK_TOKENS // BLOCK_TOKENS
-STRIP_WARPS = 4
+PIECE_WIDTH = 128
+"""Most channels of keys of a program for a chunk that holds sums for each of them."""
 STAGES_BY_BYTES = (40 << 10, 3), (80 << 10, 2)
 """By the most bytes that a chunk's loads take: how many chunks a walk has in flight. With more bytes it is one.
 
@@ -55,6 +56,29 @@ class Cut(NamedTuple):
         """Of a sequence."""
         return self.time // CHUNK_TOKENS
 
+    @property
+    def walk_warps(self) -> int:
+        """Of a program that holds a strip of a state in registers."""
+        return max(4, self.keys // 32)
+
+    @property
+    def piece(self) -> int:
+        """Channels of keys of a program of `by_piece`."""
+        return min(self.keys, PIECE_WIDTH)
+
+    @property
+    def piece_warps(self) -> int:
+        """Of a program of `by_piece`, for its registers."""
+        return max(4, self.piece // 16)
+
+    def sums_of_pieces(self) -> Type:
+        """Return the type of a sum over the channels of every piece, for every token."""
+        return Type((self.batch, self.time, self.heads, self.keys // self.piece), jnp.float32)
+
+    def sums_of_strips(self) -> Type:
+        """Return the type of a sum over the columns of every strip, for every token."""
+        return Type((self.batch, self.time, self.heads, self.values // STRIP_WIDTH), jnp.float32)
+
     def states(self, dtype) -> Type:
         """Return the type of a state for every chunk."""
         return Type((self.batch, self.heads, self.chunks, self.keys, self.values), dtype)
@@ -83,6 +107,42 @@ class Cut(NamedTuple):
         grid = self.batch, self.heads * self.chunks * parts
         return launch(body, name, warps, 1, grid, arguments, results, *blocks)
 
+    def by_piece(
+        self, body: Callable, name: str, shared: Sequence, keyed: Sequence, made: Sequence[Type], sums: Sequence[Type]
+    ) -> list[jax.Array]:
+        """Run a program for each chunk of each head and each piece of the channels of its keys.
+
+        Args:
+          shared: (B, T, H, ...), of which a program gets its chunk.
+          keyed: (B, T, H, K) or (B, H, chunks, K, V), of which it gets its channels as well.
+          made: types like keys.
+          sums: types (B, T, H, pieces), of which it makes its column.
+        """
+        pieces = self.keys // self.piece
+
+        def head(i):
+            return lax.div(i, jnp.int32(self.chunks * pieces))
+
+        def chunk(i):
+            return lax.rem(lax.div(i, jnp.int32(pieces)), jnp.int32(self.chunks))
+
+        def piece(i):
+            return lax.rem(i, jnp.int32(pieces))
+
+        def of_shared(x) -> pl.BlockSpec:
+            return _block((None, CHUNK_TOKENS, None, *x.shape[3:]), lambda b, i: (b, chunk(i), head(i)))
+
+        def of_keyed(x) -> pl.BlockSpec:
+            if len(x.shape) == 5:
+                block = None, None, None, self.piece, self.values
+                return pl.BlockSpec(block, lambda b, i: (b, head(i), chunk(i), piece(i), 0))
+            block = None, CHUNK_TOKENS, None, x.shape[3] // pieces
+            return pl.BlockSpec(block, lambda b, i: (b, chunk(i), head(i), piece(i)))
+
+        inputs, outputs = [*map(of_shared, shared), *map(of_keyed, keyed)], [*map(of_keyed, (*made, *sums))]
+        grid, arrays = (self.batch, self.heads * self.chunks * pieces), ([*shared, *keyed], [*made, *sums])
+        return launch(body, name, self.piece_warps, 1, grid, *arrays, inputs, outputs)
+
     def by_strip(
         self, body: Callable, name: str, whole: Sequence, wide: Sequence, states: Sequence, *results: Sequence[Type]
     ) -> list[jax.Array]:
@@ -90,7 +150,7 @@ class Cut(NamedTuple):
 
         Args:
           whole: (B, T, H, ...) or (B, chunks, H, ...), of which a program gets all of its head.
-          wide: (B, T, H, V), of which it gets its columns of them.
+          wide: (B, T, H, V), or (B, T, H, strips), of which it gets its columns of them.
           states: (B, H, K, V) or (B, H, chunks, K, V), likewise.
           results: types like the wide arrays, then types like states.
         """
@@ -106,7 +166,8 @@ class Cut(NamedTuple):
             return _block((None, x.shape[1], None, *x.shape[3:]), lambda b, i: (b, 0, head(i)))
 
         def of_wide(x) -> pl.BlockSpec:
-            return pl.BlockSpec((None, self.time, None, STRIP_WIDTH), lambda b, i: (b, 0, head(i), strip(i)))
+            width = x.shape[3] // strips
+            return pl.BlockSpec((None, self.time, None, width), lambda b, i: (b, 0, head(i), strip(i)))
 
         def of_states(x) -> pl.BlockSpec:
             kept = x.shape[2:-1]
@@ -121,7 +182,7 @@ class Cut(NamedTuple):
         loaded += sum(CHUNK_TOKENS * STRIP_WIDTH * x.dtype.itemsize for x in wide)
         stages = next((n for most, n in STAGES_BY_BYTES if loaded <= most), 1)
         arrays = [*whole, *wide, *states], [*made, *made_states]
-        return launch(body, name, STRIP_WARPS, stages, grid, *arrays, inputs, outputs)
+        return launch(body, name, self.walk_warps, stages, grid, *arrays, inputs, outputs)
 
 
 def _block(shape: tuple, place: Callable) -> pl.BlockSpec:

@@ -38,9 +38,9 @@ def _forward(scale, q, k, v, log_decay, state, *beta, with_starts: bool):
 
     log_decay = jax.lax.optimization_barrier(log_decay)  # XLA would fold the sums of a constant, for seconds
     c = jnp.cumsum(_cut(log_decay, kernels.CHUNK_TOKENS), axis=2).reshape(log_decay.shape)
-    delta = kernels.Delta(beta[0], kernels.inverses(k, c, beta[0])) if beta else ()
-    o, last, *starts = kernels.forward(q, k, v, c, state, delta, scale=scale, with_starts=with_starts)
-    return (o, last), (q, k, v, c, delta, *starts)
+    delta = kernels.Delta.of(q, k, c, *beta) if beta else ()
+    o, last, *saved = kernels.forward(q, k, v, c, state, delta, scale=scale, with_starts=with_starts)
+    return (o, last), (q, k, c, delta, *saved, *([] if delta else [v]))
 
 
 def _fused_fwd(scale, *arguments):
@@ -50,11 +50,12 @@ def _fused_fwd(scale, *arguments):
 def _fused_bwd(scale, saved, gradients):
     from pallas_kernels.triton import one_decay as kernels
 
-    q, k, v, c, delta, starts = saved
+    q, k, c, delta, starts, u = saved
     do, dlast = gradients
-    y, ends, dstate = kernels.reverse(q, k, c, do, dlast, delta, scale=scale)
-    dq, dk, dc, *more = kernels.gradients(q, k, v, c, starts, do, y, ends, delta, scale=scale)
-    dv, *dbeta = more or [y]
+    *read, dv, ends, dstate = kernels.reverse(q, k, c, do, dlast, delta, [u] if delta else [], scale=scale)
+    rates = (dv, delta.beta) if delta else ()
+    dq, dk, dc, *dbeta = kernels.gradients(q, k, u, c, starts, do, ends, rates, scale=scale)
+    dbeta = [x.sum(3) + y for x, y in zip(read, dbeta, strict=True)]
     dlog_decay = jax.lax.cumsum(_cut(dc, kernels.CHUNK_TOKENS), axis=2, reverse=True).reshape(dc.shape)
     return dq, dk, dv, dlog_decay, dstate, *dbeta
 
