@@ -19,8 +19,6 @@ class Crossovers:
         matrices take D T^2 elements.
       quadratic_attention_tokens: up to so many, XLA makes every score of softmax attention at once, T^2 a head; with
         more it goes by chunks, whose memory is linear.
-      logits_bytes: up to so many on a device, the loss keeps its logits for the backward pass; with more they are made
-        anew by tiles.
       chunk_tokens: with fewer, chunks in kernels take as long as with so many, and other forms are faster.
       one_decay_one_chunk_tokens: up to so many, one chunk is faster in XLA than several, and for large states faster
         than kernels token by token, where heads have one decay.
@@ -37,7 +35,6 @@ class Crossovers:
     linear_attention_one_chunk_tokens: int
     toeplitz_tokens: int
     quadratic_attention_tokens: int
-    logits_bytes: int
     chunk_tokens: int
     one_decay_one_chunk_tokens: int
     one_decay_one_chunk_tokens_beside_chunks: int
@@ -53,7 +50,8 @@ class Interconnect:
     """The links between devices of one slice, or of one host of GPUs.
 
     Attributes:
-      link_bytes_per_second: of a link in one direction.
+      link_bytes_per_second: of a link in one direction: a TPU's by its vendor are its rate in both directions together
+        over twice its links. A later edition of `SCALING_BOOK` counts on nine tenths of that.
       links: of a device.
       wraps_at: devices of which a torus' dimension has a multiple where its ends are joined; None for a switch, over
         which every device reaches every other one by all of its links.
@@ -75,7 +73,7 @@ class Device:
       hbm_bytes_per_second: the vendor's rate of its memory.
       interconnect: of a slice.
       network_bytes_per_second: of a device to other slices or hosts, in one direction.
-      source: where the vendor says so.
+      source: where the vendor says so, and where else a number is from.
       copy_bytes_per_second: measured rate of a large copy, read and written bytes together; of all H100s that of the
         80GB HBM3.
       cores: its streaming multiprocessors, as its driver says.
@@ -104,7 +102,6 @@ H100_CROSSOVERS = Crossovers(
     linear_attention_one_chunk_tokens=512,
     toeplitz_tokens=1024,
     quadratic_attention_tokens=512,
-    logits_bytes=1 << 30,
     chunk_tokens=64,
     one_decay_one_chunk_tokens=256,
     one_decay_one_chunk_tokens_beside_chunks=128,
@@ -115,14 +112,16 @@ H100_CROSSOVERS = Crossovers(
     norm_tokens=1024,
 )
 """Measured on one H100 80GB HBM3 in experiments/kernels; the Toeplitz product in experiments/mqar_pareto, at 256 tokens
-(longer ones are not measured). `quadratic_attention_tokens` and `logits_bytes` are set for the sake of memory."""
+(longer ones are not measured)."""
 H100_CORES, H100_L2_BYTES = 132, 50 << 20
 H100_COPY_BYTES_PER_SECOND = 2.95e12
 
+SCALING_BOOK = "https://jax-ml.github.io/scaling-book/tpus"
+DGX_H100 = "https://docs.nvidia.com/dgx-basepod/reference-architecture-infrastructure-foundation-enterprise-ai"
 NVLINK_4 = Interconnect(25e9, links=18)
 """NVLink of the fourth generation behind the switches of a host: 900 GB/s in both directions together."""
 CONNECTX_7 = 50e9
-"""A network card of 400 Gb/s for each GPU, as a DGX H100 has."""
+"""A network card of 400 Gb/s for each GPU, as a DGX H100 or H200 has (`DGX_H100`); other hosts may have fewer."""
 
 TPU_V5E = Device(
     "TPU v5e",
@@ -140,7 +139,7 @@ TPU_V6E = Device(
     hbm_bytes_per_second=1638e9,
     interconnect=Interconnect(100e9, links=4, wraps_at=16),
     network_bytes_per_second=12.5e9,
-    source="https://docs.cloud.google.com/tpu/docs/v6e, network: https://jax-ml.github.io/scaling-book/tpus",
+    source="https://docs.cloud.google.com/tpu/docs/v6e, HBM: https://docs.cloud.google.com/tpu/docs/tpu7x",
 )
 
 DEVICES = (
@@ -151,7 +150,7 @@ DEVICES = (
         hbm_bytes_per_second=3.35e12,
         interconnect=NVLINK_4,
         network_bytes_per_second=CONNECTX_7,
-        source="https://www.nvidia.com/en-us/data-center/h100",
+        source=f"https://www.nvidia.com/en-us/data-center/h100, network: {DGX_H100}",
         copy_bytes_per_second=H100_COPY_BYTES_PER_SECOND,
         cores=H100_CORES,
         l2_bytes=H100_L2_BYTES,
@@ -166,7 +165,7 @@ DEVICES = (
         hbm_bytes_per_second=4.8e12,
         interconnect=NVLINK_4,
         network_bytes_per_second=CONNECTX_7,
-        source="https://www.nvidia.com/en-us/data-center/h200",
+        source=f"https://www.nvidia.com/en-us/data-center/h200, network: {DGX_H100}",
         copy_bytes_per_second=4.3e12,
         cores=132,
         l2_bytes=62_914_560,
@@ -177,8 +176,9 @@ DEVICES = (
         peak_bf16_flops=275e12,
         hbm_bytes=30.75 * GIB,
         hbm_bytes_per_second=1200e9,
-        interconnect=Interconnect(45e9, links=6, wraps_at=4),
-        source="https://docs.cloud.google.com/tpu/docs/v4, links: https://jax-ml.github.io/scaling-book/tpus",
+        interconnect=Interconnect(45e9, links=6, wraps_at=4),  # 1.1 PB/s of all-reduce over 4,096 chips of 6 links
+        network_bytes_per_second=6.25e9,  # the vendor says nothing of it: what is typical of TPUs
+        source=f"https://docs.cloud.google.com/tpu/docs/v4, links and network: {SCALING_BOOK}",
     ),
     dataclasses.replace(TPU_V5E, name="TPU v5 lite"),
     TPU_V5E,
@@ -232,6 +232,17 @@ def crossovers(device_kind: str) -> Crossovers:
     """Return the crossovers of a kind of device: those of the H100 where none were measured on it."""
     device = find(device_kind)
     return device.crossovers if device and device.crossovers else H100_CROSSOVERS
+
+
+def logits_bytes(device_kind: str) -> float:
+    """Return the most bytes that logits may take before they are made by tiles.
+
+    To keep them is faster, on one H200 9.9 ms for 15.9 and more (16,384 rows of 1,024, 50,264 tokens), if they fit.
+    """
+    device = find(device_kind)
+    if device is None or device.hbm_bytes is None or not device.name.startswith("NVIDIA"):
+        return GIB
+    return device.hbm_bytes / 12
 
 
 def cores(device_kind: str) -> int:

@@ -37,11 +37,17 @@ DN = Float[Array, "D N"]
 BTGN = Float[Array, "B T G N"]
 BHNP = Float[Array, "B H N P"]
 
+LOG_OF_NOTHING = -1e38
+"""The logarithm of an empty sum."""
+
 Rows = Float[Array, "*B D"]
 Table = Float[Array, "V D"]
 Labels = Int[Array, "*B"]
 Losses = Float[Array, "*B"]
 Correct = Bool[Array, "*B"]
+
+Documents = Any
+"""The caller's `SegmentIds` or None; `dispatch` hands implementations numbers (B, T) of these documents."""
 
 
 class AttentionCall(NamedTuple):
@@ -51,7 +57,7 @@ class AttentionCall(NamedTuple):
     k: BTHK
     v: BTHV
     window: int
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class LinearAttentionCall(NamedTuple):
@@ -64,7 +70,7 @@ class LinearAttentionCall(NamedTuple):
     k: BTHK
     v: BTHV
     state: BHEV | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "LinearAttentionCall":
@@ -89,7 +95,7 @@ class MatrixStateCall(NamedTuple):
     b: BTHK | None = None
     scale: float = 1.0
     state: BHKV | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "MatrixStateCall":
@@ -114,7 +120,7 @@ class SlotAttentionCall(NamedTuple):
     log_decay: BTHM
     scale: float = 1.0
     state: SlotState | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "SlotAttentionCall":
@@ -134,7 +140,7 @@ class ShortConvCall(NamedTuple):
     kernel: WD
     bias: Channels | None = None
     state: Past | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
     silu: bool = False
     dilation: int = 1
 
@@ -151,7 +157,7 @@ class TokenShiftCall(NamedTuple):
 
     x: BTD
     state: BD | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class GatedConvCall(NamedTuple):
@@ -161,7 +167,7 @@ class GatedConvCall(NamedTuple):
     kernel: WD
     bias: JointBias | None = None
     state: BWD | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class LongConvCall(NamedTuple):
@@ -169,7 +175,7 @@ class LongConvCall(NamedTuple):
 
     u: BTD
     kernel: TD
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class DiagonalSSMCall(NamedTuple):
@@ -180,7 +186,7 @@ class DiagonalSSMCall(NamedTuple):
     b: HN
     c: HN
     state: BHPN2 | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class SelectiveScanCall(NamedTuple):
@@ -192,7 +198,7 @@ class SelectiveScanCall(NamedTuple):
     B: BTN
     C: BTN
     state: BDN | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "SelectiveScanCall":
@@ -209,7 +215,7 @@ class SSDCall(NamedTuple):
     B: BTGN
     C: BTGN
     state: BHNP | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class WkvState(NamedTuple):
@@ -219,16 +225,29 @@ class WkvState(NamedTuple):
     den: BD
     max: BD
 
+    @classmethod
+    def empty(cls, batch: int, channels: int) -> "WkvState":
+        """Return the state before the first token."""
+        num, den = (jnp.zeros((batch, channels), jnp.float32) for _ in range(2))  # buffers of their own, to be donated
+        return cls(num, den, jnp.full((batch, channels), LOG_OF_NOTHING, jnp.float32))
+
+    def then(self, log_decay: Array, later: "WkvState") -> "WkvState":
+        """Return the state of these tokens and later ones, over which they decay by so much."""
+        decayed = jnp.maximum(self.max + log_decay, LOG_OF_NOTHING)
+        top = jnp.maximum(decayed, later.max)
+        old, new = jnp.exp(decayed - top), jnp.exp(later.max - top)
+        return WkvState(old * self.num + new * later.num, old * self.den + new * later.den, top)
+
 
 class Wkv4Call(NamedTuple):
-    """RWKV-4's average of v by k, both (B, T, D) fp32; log_decay and bonus of each channel, (D)."""
+    """RWKV-4's average of v by k, both (B, T, D); log_decay and bonus of each channel, (D)."""
 
     k: BTD
     v: BTD
     log_decay: Channels
     bonus: Channels
     state: WkvState | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "Wkv4Call":

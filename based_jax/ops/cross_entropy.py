@@ -114,8 +114,8 @@ def _labelled(logits: Float[Array, "N V"], labels: Int[Array, "N"]) -> Bool[Arra
 def _logits_are_large(call: CrossEntropyCall) -> str | None:
     if sharded.mesh_refusal():
         return None
-    most, size = devices.crossovers(target_device_kind()).logits_bytes, cross_entropy_chunks.logits_bytes(call)
-    return None if size <= most else f"its logits would take {size >> 20} MiB, more than {most >> 20}"
+    most, size = devices.logits_bytes(target_device_kind()), cross_entropy_chunks.logits_bytes(call)
+    return None if size <= most else f"its logits would take {size >> 20} MiB, more than {int(most) >> 20}"
 
 
 IMPLEMENTATIONS = {

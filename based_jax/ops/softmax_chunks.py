@@ -124,8 +124,8 @@ def forward(cut: Cut, q, k, v, query_numbers, key_numbers):
 def backward(cut: Cut, saved, do):
     """Return the gradients of q, k and v, and None of both numbers."""
     q, k, v, query_numbers, key_numbers, o, logarithm = saved
-    pairs = cut.pairs(q.shape[1], k.shape[1])
-    do, query_numbers, key_numbers, *pairs = _made_anew(do, query_numbers, key_numbers, *pairs)
+    met = cut.pairs(q.shape[1], k.shape[1])
+    do, query_numbers, key_numbers, *pairs = _made_anew(do, query_numbers, key_numbers, *met)
     delta = jnp.einsum("BTHV,BTHV->BHT", do.astype(jnp.float32), o.astype(jnp.float32))
 
     def meet(gradients, pair):

@@ -38,8 +38,8 @@ class Tiling(NamedTuple):
     stages: int
 
 
-FORWARD_TILINGS = {64: Tiling(128, 64, 4, 3), 128: Tiling(128, 64, 8, 2), 256: Tiling(64, 32, 4, 2)}
-GRADIENT_TILINGS = {64: Tiling(128, 64, 8, 2), 128: Tiling(128, 32, 8, 2), 256: Tiling(64, 32, 8, 1)}
+FORWARD_TILINGS = {64: Tiling(64, 64, 4, 3), 128: Tiling(64, 64, 4, 3), 256: Tiling(64, 64, 4, 1)}
+GRADIENT_TILINGS = {64: Tiling(64, 64, 4, 2), 128: Tiling(64, 64, 4, 2), 256: Tiling(64, 32, 8, 1)}
 """By the most channels of a head."""
 
 
