@@ -234,14 +234,9 @@ def launch(body, name, warps, stages, grid, arguments, results, inputs, outputs)
     )(*arguments)
 
 
-def strip_columns(n) -> pl.Slice:
-    """Return the columns of a strip."""
-    return pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
-
-
-def load_strip(n, *refs) -> list[jax.Array]:
-    """Return the columns of a strip of each."""
-    return [ref[:, strip_columns(n)] for ref in refs]
+def load_strip(n, width: int, *refs) -> list[jax.Array]:
+    """Return the columns of strip n of that width of each."""
+    return [ref[:, pl.ds(n * width, width)] for ref in refs]
 
 
 def part(parts: int) -> jax.Array:

@@ -92,11 +92,11 @@ def gradients(q, k, v, c, starts, do, ends, *, scale: float) -> list[jax.Array]:
     def body(c_ref, v_ref, do_ref, q_ref, k_ref, starts_ref, ends_ref, dq_ref, dk_ref, dc_ref):
         def strip(n, sums):
             (dp, dq, dk), kept = sums
-            v, do, S, dS = load_strip(n, v_ref, do_ref, starts_ref, ends_ref)
+            v, do, S, dS = load_strip(n, STRIP_WIDTH, v_ref, do_ref, starts_ref, ends_ref)
             found = dp + dot(do, v, (1, 1)), dq + dot(do, S, (1, 1)), dk + dot(v, dS, (1, 1))
             return found, kept + both(S, dS)
 
-        square, piece = square_and_piece(cut)
+        square, piece = (jnp.zeros((CHUNK_TOKENS, size), jnp.float32) for size in (CHUNK_TOKENS, cut.piece))
         zeros = (square, piece, piece), jnp.float32(0)
         (dp, dq, dk), kept = lax.fori_loop(0, cut.values // STRIP_WIDTH, strip, zeros)
         q, k, c = q_ref[...], k_ref[...], c_ref[...]  # loaded only here, for the registers
@@ -111,11 +111,6 @@ def gradients(q, k, v, c, starts, do, ends, *, scale: float) -> list[jax.Array]:
     shared, keyed, made = [c, v, do], [q, k, starts, ends], [Type(x.shape, x.dtype) for x in (q, k)]
     dq, dk, dc = cut.by_piece(body, "one_decay_gradients", shared, keyed, made, [cut.sums_of_pieces()])
     return [dq, dk, dc.sum(3)]
-
-
-def square_and_piece(cut: Cut) -> list[jax.Array]:
-    """Return zeros for a chunk's pairs of tokens, and for its tokens and a piece of their keys' channels."""
-    return [jnp.zeros((CHUNK_TOKENS, size), jnp.float32) for size in (CHUNK_TOKENS, cut.piece)]
 
 
 def times(factor, x) -> jax.Array:
