@@ -14,7 +14,7 @@ COPIES = "copy", "copy-start", "dynamic-slice", "dynamic-update-slice"
 """Kinds of instructions that do nothing but move."""
 COPY_KERNEL = re.compile(r"(?i)mem(cpy|set)")
 KERNELS_SHOWN = 20
-MODULE = re.compile(r'module = "(?:[^"\\]|\\.)*"')
+MODULE = re.compile(r'\b(?:module|ir) = "(?:[^"\\]|\\.)*"')
 """The program of a kernel of our own within the text of one that calls it: half a megabyte each time."""
 
 
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 def program_of(text: str) -> Program:
     """Return a compiled program from its text."""
-    return Program(MODULE.sub('module = ""', text))
+    return Program(MODULE.sub("", text))
 
 
 def profile(run: Callable[[int], Any], program: Program, steps: int) -> dict[str, Any] | None:
