@@ -35,7 +35,7 @@ ROWS_OF_TABLES = "vocab"
 gradient of a part of both XLA would have activations whole on all devices.
 """
 
-# Rows of activations lie over fsdp too: a layer gathers its weights there, which are smaller, the embedding its table.
+# Rows of activations lie over fsdp too: a layer gathers its weights there, which are smaller, and the head its table.
 ACTIVATION_RULES = {"batch": BATCH_AXES, "time": TIME_AXES, "vocab": HEAD_AXES}
 
 

@@ -26,13 +26,18 @@ class Part(NamedTuple):
     kernel: str
     milliseconds: float
 
+    @property
+    def place(self) -> str:
+        """What it works for, in words: backward mlp/project."""
+        return " ".join(filter(None, (self.which, "/".join(filter(None, (self.layer, self.operation))))))
+
 
 def program_of(text: str) -> Program:
     """Return a compiled program from its text."""
     return Program(MODULE.sub('module = ""', text))
 
 
-def profile(run: Callable[[int], None], program: Program, steps: int) -> dict[str, Any] | None:
+def profile(run: Callable[[int], Any], program: Program, steps: int) -> dict[str, Any] | None:
     """Return the breakdown of `run(steps)`; None where no kernel is recorded, as on a CPU."""
     kernels = recorded(lambda: run(steps))
     return breakdown(kernels, program, steps) if kernels else None
@@ -83,16 +88,14 @@ def _by_layer(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
 
 def _most(parts: Sequence[Part], steps: int) -> list[dict[str, Any]]:
     """Return the kernels that take most in a step, with what they work for."""
-    total: dict[tuple[str, ...], list[float]] = collections.defaultdict(list)
+    total: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
     for part in parts:
-        total[part[:4]].append(part.milliseconds)
+        total[part.kernel, part.place].append(part.milliseconds)
     most = sorted(total.items(), key=lambda item: -sum(item[1]))[:KERNELS_SHOWN]
-    return [_row(*key, times, steps) for key, times in most]
-
-
-def _row(which: str, layer: str, operation: str, kernel: str, times: Sequence[float], steps: int) -> dict[str, Any]:
-    where = " ".join(filter(None, (which, "/".join(filter(None, (layer, operation))))))
-    return {"kernel": kernel, "place": where, "launches": round(len(times) / steps, 1), "milliseconds": _sum(times)}
+    return [
+        {"kernel": kernel, "place": where, "launches": round(len(times) / steps, 1), "milliseconds": _sum(times)}
+        for (kernel, where), times in most
+    ]
 
 
 def _sum(times: Any) -> float:
