@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.triton.chunks import CHUNK_TOKENS, STRIP_WIDTH, Cut, Type, dot, strip_columns
+from pallas_kernels.triton.chunks import CHUNK_TOKENS, STRIP_WIDTH, Cut, Type, dot, load_strip
 from pallas_kernels.triton.inverses import inverses
-from pallas_kernels.triton.one_decay import along, at_last, both, decays, decays_between, times
+from pallas_kernels.triton.one_decay import along, at_last, both, decays, decays_between, square_and_piece, times
 
 
 class Pairs(NamedTuple):
@@ -86,8 +86,8 @@ def forward(k, v, c, beta, t, state) -> list[jax.Array]:
 
         last_ref[...] = lax.fori_loop(0, cut.chunks, step, state_ref[...])
 
-    states = [Type(state.shape, jnp.float32), cut.states(v.dtype)]
-    return cut.by_strip(body, "delta_rule_forward", [k, c, beta, t], [v], [state], [Type(v.shape, v.dtype)], states)
+    made, states = [Type(v.shape, v.dtype)], [Type(state.shape, jnp.float32), cut.states(v.dtype)]
+    return cut.by_strip(body, "delta_rule_forward", [k, c, beta, t], [v], [state], made, states, warps=4)
 
 
 def outputs(q, c, beta, p, errors, starts, *, scale: float) -> jax.Array:
@@ -127,58 +127,43 @@ def reverse(q, k, c, beta, made: Pairs, do, dlast, *, scale: float) -> list[jax.
     return cut.by_strip(body, "delta_rule_reverse", whole, [do], [dlast], wide, states)
 
 
-def gradients(q, k, errors, c, beta, made: Pairs, starts, do, dv, ends, *, scale: float) -> list[jax.Array]:
+def gradients(q, k, errors, c, beta, starts, do, dv, ends, *, scale: float) -> list[jax.Array]:
     """Return dq, dk, and dc and dbeta in fp32, given what `forward` and `reverse` return."""
     cut = Cut.of(k, errors)
-    dp, dl, pairs_dbeta = _pair_gradients(k, errors, c, beta, made.p, do, dv, scale=scale)
 
-    def body(c_ref, beta_ref, errors_ref, do_ref, dv_ref, dp_ref, dl_ref, q_ref, k_ref, starts_ref, ends_ref, *results):
+    def body(c_ref, beta_ref, errors_ref, do_ref, dv_ref, q_ref, k_ref, starts_ref, ends_ref, *results):
         dq_ref, dk_ref, dc_ref, dbeta_ref = results
 
         def strip(n, sums):
-            columns = strip_columns(n)
-            (dq, dk, asked), kept = sums
-            S, dS = starts_ref[:, columns], ends_ref[:, columns]
-            dq, asked = dq + dot(do_ref[:, columns], S, (1, 1)), asked - dot(dv_ref[:, columns], S, (1, 1))
-            return (dq, dk + dot(errors_ref[:, columns], dS, (1, 1)), asked), kept + both(S, dS)
+            (dp, dl, dq, dk, asked), kept = sums
+            errors, do, dv, S, dS = load_strip(n, errors_ref, do_ref, dv_ref, starts_ref, ends_ref)
+            dp, dl = dp + dot(do, errors, (1, 1)), dl - dot(dv, errors, (1, 1))
+            dq, dk, asked = dq + dot(do, S, (1, 1)), dk + dot(errors, dS, (1, 1)), asked - dot(dv, S, (1, 1))
+            return (dp, dl, dq, dk, asked), kept + both(S, dS)
 
-        none = jnp.zeros((CHUNK_TOKENS, cut.piece), jnp.float32)
-        sums = lax.fori_loop(0, cut.values // STRIP_WIDTH, strip, ((none, none, none), jnp.float32(0)))
-        (dq, dk, asked), kept = sums
-        q, k, dp, dl = q_ref[...], k_ref[...], dp_ref[...], dl_ref[...]
-        since, until, all_of_it = decays(c_ref[...])
-        dq, asked, dk = scale * since * dq + dot(dp, k), since * asked + dot(dl, k), until * dk
-        dbeta_ref[...] = along(dk, k)[:, None]
-        dk = beta_ref[...][:, None] * dk
+        square, piece = square_and_piece(cut)
+        zeros = (square, square, piece, piece, piece), jnp.float32(0)
+        (dp, dl, dq, dk, asked), kept = lax.fori_loop(0, cut.values // STRIP_WIDTH, strip, zeros)
+        q, k, c, beta = q_ref[...], k_ref[...], c_ref[...], beta_ref[...]  # loaded only here, for the registers
+        since, until, all_of_it = decays(c)
+        dp, dp_u = _of_errors_and_written(scale * dp * decays_between(c, lax.ge), beta, q.dtype)
+        dq = scale * since * dq + dot(dp_u, k)
+        dq_ref[...], dc = dq.astype(dq_ref.dtype), along(dq, q)
+        dl, dl_u = _of_errors_and_written(dl * decays_between(c, lax.gt), beta, q.dtype)
+        asked, dk = since * asked + dot(dl_u, k), until * dk
+        dbeta_ref[...] = along(dk + dot(dp, q, (0, 0)) + dot(dl, k, (0, 0)), k)[:, None]
+        dk = beta[:, None] * dk
         whole = jnp.sum(along(dk, k)) + all_of_it * kept
-        dk = dk + dot(dp, q, (0, 0)) + dot(dl, k, (0, 0))
-        dq_ref[...], dk_ref[...] = dq.astype(dq_ref.dtype), (asked + dk).astype(dk_ref.dtype)
-        dc_ref[...] = (along(dq, q) + along(asked, k) - along(dk, k) + at_last(whole))[:, None]
+        dk = dk + dot(dp_u, q, (0, 0)) + dot(dl_u, k, (0, 0))  # of the same pairs as above: dc cancels in sums
+        dk_ref[...] = (asked + dk).astype(dk_ref.dtype)
+        dc_ref[...] = (dc + along(asked, k) - along(dk, k) + at_last(whole))[:, None]
 
-    shared, keyed = [c, beta, errors, do, dv, dp, dl], [q, k, starts, ends]
+    shared, keyed = [c, beta, errors, do, dv], [q, k, starts, ends]
     results = [Type(x.shape, x.dtype) for x in (q, k)], [cut.sums_of_pieces()] * 2
-    dq, dk, dc, dbeta = cut.by_piece(body, "delta_rule_gradients", shared, keyed, *results)
-    return [dq, dk, dc.sum(3), dbeta.sum(3) + pairs_dbeta]
+    dq, dk, *sums = cut.by_piece(body, "delta_rule_gradients", shared, keyed, *results)
+    return [dq, dk, *(x.sum(3) for x in sums)]
 
 
-def _pair_gradients(k, errors, c, beta, p, do, dv, *, scale: float) -> list[jax.Array]:
-    """Return dP and dL of every chunk, (B, T, H, CHUNK_TOKENS) like k, and dbeta's share of pairs, fp32."""
-
-    def body(k_ref, c_ref, beta_ref, p_ref, errors_ref, do_ref, dv_ref, dp_ref, dl_ref, dbeta_ref):
-        def strip(n, sums):
-            dp, dl = sums
-            errors = errors_ref[:, strip_columns(n)]
-            dp = dp + dot(do_ref[:, strip_columns(n)], errors, (1, 1))
-            return dp, dl - dot(dv_ref[:, strip_columns(n)], errors, (1, 1))
-
-        none = jnp.zeros((CHUNK_TOKENS, CHUNK_TOKENS), jnp.float32)
-        dp, dl = lax.fori_loop(0, errors.shape[3] // STRIP_WIDTH, strip, (none, none))
-        k, c, beta = k_ref[...], c_ref[...], beta_ref[...][None, :]
-        dp, dl = scale * dp, dl * decays_between(c, lax.gt)
-        dbeta_ref[...] = jnp.sum(dp * p_ref[...].astype(jnp.float32) + dl * dot(k, k, (1, 1)), axis=0)
-        dp_ref[...] = (dp * decays_between(c, lax.ge) * beta).astype(dp_ref.dtype)
-        dl_ref[...] = (dl * beta).astype(dl_ref.dtype)
-
-    square = Type((*k.shape[:3], CHUNK_TOKENS), k.dtype)
-    arguments, results = [k, c, beta, p, errors, do, dv], [square, square, Type(c.shape, c.dtype)]
-    return Cut.of(k, errors).by_chunk(body, "delta_rule_pair_gradients", 4, arguments, results)
+def _of_errors_and_written(x, beta, dtype) -> list[jax.Array]:
+    """Return gradients of pairs of tokens, given those of a product with E, and the same of one with U."""
+    return [y.astype(dtype) for y in (x, x * beta[None, :])]

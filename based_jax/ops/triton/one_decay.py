@@ -77,7 +77,7 @@ def _delta_rule_bwd(scale, saved, gradients):
     q, k, c, beta, made, errors, starts = saved
     do, dlast = gradients
     dv, ends, dstate = kernels.reverse(q, k, c, beta, made, do, dlast, scale=scale)
-    dq, dk, dc, dbeta = kernels.gradients(q, k, errors, c, beta, made, starts, do, dv, ends, scale=scale)
+    dq, dk, dc, dbeta = kernels.gradients(q, k, errors, c, beta, starts, do, dv, ends, scale=scale)
     return dq, dk, dv, _until_the_end(dc), dstate, dbeta
 
 

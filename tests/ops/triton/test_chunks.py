@@ -233,10 +233,10 @@ def test_lowers_for_an_h100(form, way, K, V):
         more = "sums", "products", "pair_gradients", "state_gradients", "token_gradients", "gradients"
         kernels = [f"channel_decays_{name}" for name in (*walks, *more)]
     elif form == "delta rule":
-        more = "products", "outputs", "pair_gradients", "gradients"
+        more = "products", "outputs", "gradients"
         kernels = [f"delta_rule_{name}" for name in (*walks, *more)]
     else:
-        kernels = [f"one_decay_{name}" for name in (*walks, "pair_gradients", "gradients")]
+        kernels = [f"one_decay_{name}" for name in (*walks, "gradients")]
     kernels += [] if "linear" in form else ["inverses_of_halves", "inverses"]
     assert [name for name in kernels if name not in text] == []
 
