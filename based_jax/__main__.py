@@ -14,7 +14,20 @@ import select
 import sys
 
 from based_jax import __version__
-from based_jax.commands import aot, bench, describe, eval, export, generate, interrupts, plot, prepare, sweep, train
+from based_jax.commands import (
+    aot,
+    bench,
+    describe,
+    eval,
+    export,
+    generate,
+    interrupts,
+    plot,
+    prepare,
+    sweep,
+    train,
+)
+from based_jax.commands.compiled import keep_programs
 from based_jax.commands.distributed import together
 from based_jax.commands.parser import MODULE_CALL, CommandParser, add_command, program_name
 from based_jax.errors import UserError
@@ -45,8 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: not every terminal has every letter
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
+        with interrupts.stopped_by_signals():
+            code = _run(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
         return code
     except UserError as error:
         print(f"Error: {' '.join(str(error).splitlines())}", file=sys.stderr)  # what a user typed may have lines
@@ -89,6 +103,7 @@ def _run(argv: list[str]) -> int:
         raise UserError(f"Unknown argument '{overrides[0]}' for '{args.command}'; see --help.")
     args.overrides = overrides
     with interrupts.second_one_leaves(), together(args):
+        keep_programs(args)
         return COMMANDS[args.command].run(args) or 0
 
 

@@ -50,7 +50,8 @@ class Interconnect:
     """The links between devices of one slice, or of one host of GPUs.
 
     Attributes:
-      link_bytes_per_second: of a link in one direction.
+      link_bytes_per_second: of a link in one direction: a TPU's by its vendor are its rate in both directions together
+        over twice its links. A later edition of `SCALING_BOOK` counts on nine tenths of that.
       links: of a device.
       wraps_at: devices of which a torus' dimension has a multiple where its ends are joined; None for a switch, over
         which every device reaches every other one by all of its links.
@@ -72,7 +73,7 @@ class Device:
       hbm_bytes_per_second: the vendor's rate of its memory.
       interconnect: of a slice.
       network_bytes_per_second: of a device to other slices or hosts, in one direction.
-      source: where the vendor says so.
+      source: where the vendor says so, and where else a number is from.
       copy_bytes_per_second: measured rate of a large copy, read and written bytes together; of all H100s that of the
         80GB HBM3.
       cores: its streaming multiprocessors, as its driver says.
@@ -115,10 +116,12 @@ H100_CROSSOVERS = Crossovers(
 H100_CORES, H100_L2_BYTES = 132, 50 << 20
 H100_COPY_BYTES_PER_SECOND = 2.95e12
 
+SCALING_BOOK = "https://jax-ml.github.io/scaling-book/tpus"
+DGX_H100 = "https://docs.nvidia.com/dgx-basepod/reference-architecture-infrastructure-foundation-enterprise-ai"
 NVLINK_4 = Interconnect(25e9, links=18)
 """NVLink of the fourth generation behind the switches of a host: 900 GB/s in both directions together."""
 CONNECTX_7 = 50e9
-"""A network card of 400 Gb/s for each GPU, as a DGX H100 has."""
+"""A network card of 400 Gb/s for each GPU, as a DGX H100 or H200 has (`DGX_H100`); other hosts may have fewer."""
 
 TPU_V5E = Device(
     "TPU v5e",
@@ -136,7 +139,7 @@ TPU_V6E = Device(
     hbm_bytes_per_second=1638e9,
     interconnect=Interconnect(100e9, links=4, wraps_at=16),
     network_bytes_per_second=12.5e9,
-    source="https://docs.cloud.google.com/tpu/docs/v6e, network: https://jax-ml.github.io/scaling-book/tpus",
+    source="https://docs.cloud.google.com/tpu/docs/v6e, HBM: https://docs.cloud.google.com/tpu/docs/tpu7x",
 )
 
 DEVICES = (
@@ -147,7 +150,7 @@ DEVICES = (
         hbm_bytes_per_second=3.35e12,
         interconnect=NVLINK_4,
         network_bytes_per_second=CONNECTX_7,
-        source="https://www.nvidia.com/en-us/data-center/h100",
+        source=f"https://www.nvidia.com/en-us/data-center/h100, network: {DGX_H100}",
         copy_bytes_per_second=H100_COPY_BYTES_PER_SECOND,
         cores=H100_CORES,
         l2_bytes=H100_L2_BYTES,
@@ -162,7 +165,7 @@ DEVICES = (
         hbm_bytes_per_second=4.8e12,
         interconnect=NVLINK_4,
         network_bytes_per_second=CONNECTX_7,
-        source="https://www.nvidia.com/en-us/data-center/h200",
+        source=f"https://www.nvidia.com/en-us/data-center/h200, network: {DGX_H100}",
         copy_bytes_per_second=4.3e12,
         cores=132,
         l2_bytes=62_914_560,
@@ -173,8 +176,9 @@ DEVICES = (
         peak_bf16_flops=275e12,
         hbm_bytes=30.75 * GIB,
         hbm_bytes_per_second=1200e9,
-        interconnect=Interconnect(45e9, links=6, wraps_at=4),
-        source="https://docs.cloud.google.com/tpu/docs/v4, links: https://jax-ml.github.io/scaling-book/tpus",
+        interconnect=Interconnect(45e9, links=6, wraps_at=4),  # 1.1 PB/s of all-reduce over 4,096 chips of 6 links
+        network_bytes_per_second=6.25e9,  # the vendor says nothing of it: what is typical of TPUs
+        source=f"https://docs.cloud.google.com/tpu/docs/v4, links and network: {SCALING_BOOK}",
     ),
     dataclasses.replace(TPU_V5E, name="TPU v5 lite"),
     TPU_V5E,

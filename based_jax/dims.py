@@ -6,6 +6,8 @@ E expanded features · C chunk · N state dim of an SSM · F MLP hidden · W win
 A name carries a shape suffix (`q_BTHK`) where the rank or the order of dimensions changes, and nowhere else.
 """
 
+from typing import NamedTuple
+
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 BT = Integer[Array, "B T"]
@@ -26,3 +28,16 @@ WD = Float[Array, "W D"]
 BS_mask = Bool[Array, "B S"]
 Tokens = Integer[Array, "B"]
 DropoutKey = Key[Array, ""]
+
+
+class Unbroken(NamedTuple):
+    """Ids of rows without padding between two tokens of a document, or between a state and the tokens that it is of.
+
+    Attributes:
+      ids: of the tokens (B, T), 0 for padding.
+    """
+
+    ids: BT
+
+
+SegmentIds = BT | Unbroken

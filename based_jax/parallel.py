@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from based_jax.errors import UserError
-from based_jax.placement import Placement, Wish, is_large, place
+from based_jax.placement import Placement, Wish, is_large, is_small, place
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ HostBatch = Mapping[str, np.ndarray]
 GlobalBatch = Mapping[str, jax.Array]
 
 AXES = ("data", "fsdp", "tensor", "sequence")
+AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 BATCH_AXES = ("data", "fsdp")  # over which the rows of a batch lie
 TIME_AXES = ("sequence",)  # over which their tokens lie
 HEAD_AXES = ("tensor",)  # over which heads lie
@@ -33,7 +35,7 @@ ROWS_OF_TABLES = "vocab"
 gradient of a part of both XLA would have activations whole on all devices.
 """
 
-# Rows of activations lie over fsdp too: a layer gathers its weights there, which are smaller, the embedding its table.
+# Rows of activations lie over fsdp too: a layer gathers its weights there, which are smaller, and the head its table.
 ACTIVATION_RULES = {"batch": BATCH_AXES, "time": TIME_AXES, "vocab": HEAD_AXES}
 
 
@@ -47,36 +49,51 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     Raises:
       UserError: an axis is unknown or below 1, or the sizes do not multiply to the number of devices.
     """
-    sizes, devices = dict(sizes or {}), list(jax.devices() if devices is None else devices)
-    for axis in sizes:
+    devices = list(jax.devices() if devices is None else devices)
+    shape = _shape(sizes or {}, len(devices), _slices(devices))
+    return Mesh(_laid_out(shape, devices), AXES, axis_types=AXIS_TYPES)
+
+
+def abstract_mesh(sizes: Mapping[str, int], devices: int, slices: int = 1) -> AbstractMesh:
+    """Return the mesh that `make_mesh` makes of so many devices, which nobody needs to have; raises as it."""
+    return AbstractMesh(_shape(sizes, devices, slices), AXES, axis_types=AXIS_TYPES)
+
+
+def _shape(sizes: Mapping[str, int], devices: int, slices: int) -> tuple[int, ...]:
+    """Return the devices along each of `AXES`; raises as `make_mesh`."""
+    for axis, size in sizes.items():
         if axis not in AXES:
             raise UserError(f"Mesh axis '{axis}' does not exist; the axes are {', '.join(AXES)}.")
-        if sizes[axis] < 1:
-            raise UserError(f"Mesh axis '{axis}' has {sizes[axis]} devices; it is at least 1.")
+        if size < 1:
+            raise UserError(f"Mesh axis '{axis}' has {size} devices; it is at least 1.")
     others = math.prod(size for axis, size in sizes.items() if axis != "data")
-    sizes.setdefault("data", max(len(devices) // others, 1))
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    if math.prod(shape) != len(devices):
+    whole = {"data": max(devices // others, 1)} | dict(sizes)
+    shape = tuple(whole.get(axis, 1) for axis in AXES)
+    if math.prod(shape) != devices:
         raise UserError(
-            f"Mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices; there are {len(devices)}."
+            f"Mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices; there are {devices}."
         )
-    return Mesh(_laid_out(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if whole["data"] % slices:
+        raise UserError(
+            f"Mesh axis 'data' has {whole['data']} devices; it is a multiple of the {slices} slices, which it goes"
+            " over."
+        )
+    return shape
+
+
+def _slices(devices: Sequence[jax.Device]) -> int:
+    """Return how many slices of TPUs the devices are of; hosts of GPUs, which JAX calls slices too, are none."""
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
 
 
 def _laid_out(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """Return the devices in the shape of a mesh, such that neighbours on an axis are near each other.
 
-    Slices of TPUs are far from each other: "data" goes over them. What JAX calls slices of GPUs are their hosts, over
-    which any axis may go.
+    Slices of TPUs are far from each other: "data" goes over them. Over hosts of GPUs any axis may go.
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
-    if slices == 1:
+    if (slices := _slices(devices)) == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     data, *others = shape
-    if data % slices:
-        raise UserError(
-            f"Mesh axis 'data' has {data} devices; it is a multiple of the {slices} slices, which it goes over."
-        )
     return mesh_utils.create_hybrid_device_mesh(
         (data // slices, *others), (slices, *(1 for _ in others)), devices, allow_split_physical_axes=True
     )
@@ -86,7 +103,8 @@ def shardings(tree: Any, mesh: Mesh, spread: bool = False) -> Any:
     """Return a NamedSharding per leaf of a tree of arrays and nnx variables, by `PARAMETER_RULES`.
 
     Parameters and the optimizer state made from them share their logical names, so one rule places both. Where a mesh
-    axis does not divide the dimension that the rule names, large arrays are divided over it along others.
+    axis does not divide the dimension that the rule names, large arrays are divided over it along others; small ones
+    are whole over "fsdp".
 
     Args:
       tree: arrays, or their shapes, with the names of their axes.
@@ -114,10 +132,16 @@ def placement_of(leaf: nnx.Variable, mesh: Mesh | AbstractMesh, spread: bool = F
     def wish(rule: str, axis: str, others: Sequence[int]) -> Wish:
         return Wish(axis, [i for i, name in enumerate(names) if PARAMETER_RULES.get(name or "") == rule], others)
 
-    wishes = [wish("tensor", "tensor", ()), wish("fsdp", "fsdp", others)]
+    wishes = [wish("tensor", "tensor", ()), Wish("fsdp", ()) if _is_small(leaf) else wish("fsdp", "fsdp", others)]
     if spread and others:
         wishes.append(wish("fsdp", "data", others))
     return place(shape[: len(names)], mesh.shape, wishes)
+
+
+def _is_small(leaf: nnx.Variable) -> bool:
+    """Return whether a variable is small in each layer of a stack."""
+    shape, names = leaf.get_value().shape, leaf.get_metadata().get("out_sharding") or ()
+    return is_small([size for size, name in itertools.zip_longest(shape, names[: len(shape)]) if name != STACKED])
 
 
 class WholeParameter(NamedTuple):
@@ -143,6 +167,13 @@ def whole_parameters(params: Any, mesh: Mesh) -> list[WholeParameter]:
                 path = jax.tree_util.keystr(keys, simple=True, separator="/")
                 found.append(WholeParameter(path, part, axis, devices))
     return found
+
+
+def small_parameters(params: Any, mesh: Mesh) -> list[int]:
+    """Return the bytes of each parameter that is too small to be divided over "fsdp", but those `whole_parameters`."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    small = [leaf.get_value() for leaf in leaves if _is_small(leaf)] if mesh.shape["fsdp"] > 1 else []
+    return [math.prod(x.shape) * x.dtype.itemsize for x in small if not is_large(x.shape)]
 
 
 def placed(shapes: Any, mesh: Mesh) -> Any:
@@ -196,7 +227,7 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, jax.P(BATCH_AXES, TIME_AXES))
 
 
-def check_length(tokens: int, mesh: Mesh) -> None:
+def check_length(tokens: int, mesh: Mesh | AbstractMesh) -> None:
     """Check that sequences can be divided over the mesh.
 
     Raises:
@@ -211,7 +242,7 @@ def _warn_once(message: str) -> None:
     log.warning(message)
 
 
-def _undivided(tokens: int, mesh: Mesh) -> str | None:
+def _undivided(tokens: int, mesh: Mesh | AbstractMesh) -> str | None:
     """Return that sequences cannot be divided over the mesh, or None."""
     ways = math.prod(mesh.shape[axis] for axis in TIME_AXES)
     if tokens % ways == 0:
@@ -224,12 +255,12 @@ def first_process_says(value: object) -> bool:
     return bool(value) if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(bool(value)))
 
 
-def row_devices(mesh: Mesh) -> int:
+def row_devices(mesh: Mesh | AbstractMesh) -> int:
     """Return over how many devices the rows of a batch are divided; others hold the same rows as one of these."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+def check_batch_size(batch_size: int, mesh: Mesh | AbstractMesh, microbatches: int = 1) -> None:
     """Check that the rows of a global batch, and of each of its microbatches, can be divided over the mesh.
 
     Raises:

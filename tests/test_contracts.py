@@ -14,6 +14,7 @@ from flax import nnx
 from helpers.small_mixers import SMALL
 
 from based_jax import parallel
+from based_jax.dims import Unbroken
 from based_jax.errors import UserError
 from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers import MIXERS, make_mixer
@@ -243,6 +244,11 @@ def test_bf16_stays_close_to_fp32(kind, normal, close):
         assert y.dtype == jnp.bfloat16
         error = np.asarray(y, np.float64) - exact
         assert np.linalg.norm(error) <= 2e-2 * np.linalg.norm(exact)
+
+
+def test_ids_of_a_model_are_read(kind):
+    x, ids = jnp.zeros((2, T, D)), jnp.ones((2, T), jnp.int32)
+    assert jax.eval_shape(mixer_of(kind), x, Unbroken(ids)).shape == x.shape
 
 
 def test_sharded_equals_unsharded(kind, normal, out_and_grads, close):

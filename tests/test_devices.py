@@ -64,3 +64,22 @@ def test_the_h200_has_its_own_cache():
 def test_no_two_devices_have_the_same_name():
     names = [device.name for device in devices.DEVICES]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices_of_a_chip", "links_gigabytes", "network_gigabits"),
+    [
+        ("TPU v4", 1, 1.1e6 / 4096 * 2, 50),
+        ("TPU v5 lite", 1, 400, 6.4e3 / 256),
+        ("TPU v5p", 1, 1200, 50),
+        ("TPU v6 lite", 1, 800, 25.6e3 / 256),
+        ("TPU7x", 2, 1200, 100),
+        (H100, 1, 900, 400),
+        ("NVIDIA H200", 1, 900, 400),
+    ],
+)
+def test_rates_between_chips_are_the_vendor_s(kind, devices_of_a_chip, links_gigabytes, network_gigabits):
+    found = devices.find(kind)
+    both_ways = 2 * found.interconnect.link_bytes_per_second * found.interconnect.links * devices_of_a_chip
+    assert both_ways / 1e9 == pytest.approx(links_gigabytes, rel=0.01)
+    assert 8 * found.network_bytes_per_second * devices_of_a_chip / 1e9 == pytest.approx(network_gigabits)

@@ -9,15 +9,16 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     ["pallas_kernels", "based_jax", *(f"based_jax.{name}" for name in ("devices", "dims", "errors", "labels"))],
-    ["based_jax.folders"],
+    ["based_jax.folders", "based_jax.revision"],
     ["based_jax.config", "based_jax.placement"],
-    [f"based_jax.{name}" for name in ("flops", "optim", "parallel", "store")],
+    [f"based_jax.{name}" for name in ("compilation", "flops", "optim", "parallel", "store")],
     ["based_jax.ops"],
     ["based_jax.nn", "based_jax.data"],
     ["based_jax.generate"],
     ["based_jax.evals", "based_jax.convert"],
     ["based_jax.train"],
-    ["based_jax.aot", "based_jax.bench", "based_jax.sweep", "based_jax.pictures"],
+    ["based_jax.aot"],
+    ["based_jax.bench", "based_jax.sweep", "based_jax.pictures"],
     ["based_jax.commands"],
     ["based_jax.__main__"],
     ["configs", "experiments"],
@@ -113,8 +114,11 @@ WINGS = sorted({path.parent.name for root in WING_ROOTS for path in ROOT.glob(f"
 BARE_PACKAGES = {"pallas_kernels", "based_jax", "based_jax.ops"}
 OPEN_TO_KERNELS = ("pallas_kernels.split",)
 OPEN_TO_GLUE = (
-    *(f"based_jax.{name}" for name in ("devices", "dims", "errors", "labels")),
-    *(f"based_jax.ops.{name}" for name in ("calls", "decays", "dispatch", "precision", "segments", "sharded")),
+    *(f"based_jax.{name}" for name in ("devices", "dims", "errors", "labels", "revision")),
+    *(
+        f"based_jax.ops.{name}"
+        for name in ("calls", "decays", "dispatch", "precision", "segments", "sharded", "softmax_walks")
+    ),
 )
 
 

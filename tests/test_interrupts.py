@@ -1,11 +1,17 @@
+import gc
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from based_jax import __main__ as program
 from based_jax.commands import eval, interrupts
+from based_jax.data import packing
+
+TEXT_CONFIG = Path(__file__).parents[1] / "configs" / "text_tiny.py"
 
 BUSY = """
 import os, signal, time
@@ -28,11 +34,63 @@ def test_ctrl_c_is_one_sentence_of_any_command(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "Stopped by Ctrl-C.\n")
 
 
-def test_sigterm_cleans_up_as_ctrl_c_does():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt, match="Stopped by a signal"), interrupts.sigterm_is_ctrl_c():
+@pytest.mark.parametrize("signum, told", interrupts.SENTENCES.items())
+def test_a_signal_ends_any_command_with_its_sentence(monkeypatch, capsys, signum, told):
+    before = signal.getsignal(signum), sys.unraisablehook
+    monkeypatch.setattr(eval, "run", lambda args: signal.raise_signal(signum))
+    assert program.main(["eval", "--workdir=runs/none"]) == 130
+    assert capsys.readouterr() == ("", f"{told}\n")
+    assert (signal.getsignal(signum), sys.unraisablehook) == before
+
+
+@pytest.mark.parametrize("signum, told", interrupts.SENTENCES.items())
+def test_a_signal_that_falls_into_the_garbage_collector_is_heard_again(signum, told):
+    lost = []
+
+    def callback(phase, info):
+        if phase == "start" and len(lost) < 2:
+            lost.append(signum)
+            signal.raise_signal(signum)
+
+    with pytest.raises(KeyboardInterrupt, match=told), interrupts.second_one_leaves(), interrupts.stopped_by_signals():
+        gc.callbacks.append(callback)
+        try:
+            gc.collect()
+            assert lost == [signum]
+            time.sleep(10)
+        finally:
+            gc.callbacks.remove(callback)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch, capsys):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a command behind nohup
+    try:
+        monkeypatch.setattr(eval, "run", lambda args: signal.raise_signal(signal.SIGINT))
+        assert program.main(["eval", "--workdir=runs/none"]) == 0
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_while_text_is_packed_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("The cat sat on the mat. " * 99)
+    words = [
+        f"--config.data.{name}={tmp_path / folder}" for name, folder in (("path", "texts"), ("cache_dir", "cache"))
+    ]
+    command = ["prepare", f"--config={TEXT_CONFIG}", *words, "--config.data.seq_len=16"]
+    written = packing.TokenWriter.write
+
+    def interrupted(self, ids):
+        written(self, ids)
         signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.TokenWriter, "write", interrupted)
+        assert program.main(command) == 130
+    assert capsys.readouterr().err.endswith("Stopped by a signal.\n")
+    assert [path.suffix for path in (tmp_path / "cache" / "packed_text").iterdir()] == [".lock"]
+    assert program.main(command) == 0 and "packed in" in capsys.readouterr().out
 
 
 def test_a_second_ctrl_c_leaves_at_once():

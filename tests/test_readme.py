@@ -15,6 +15,7 @@ from helpers.decoding import in_one_pass
 
 from based_jax import config as configs
 from based_jax.__main__ import main
+from based_jax.dims import Unbroken
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer
 from based_jax.ops import scan
@@ -123,6 +124,7 @@ def test_the_mixer_keeps_the_contract_in_under_60_lines(normal, close):
     x, ids = normal(2, 9, 8), jnp.asarray([[1] * 9, [0, 2, 2, 2, 3, 3, 3, 3, 3]])
     whole = in_one_pass(mixer, x, ids)
     close(whole[1, 4:], in_one_pass(mixer, x[1:, 4:])[0])
+    close(in_one_pass(mixer, x, Unbroken(ids)), whole)  # as a model hands them on
     y, cache = mixer.prefill(x[:, :6], mixer.init_cache(2, 9), ids[:, :6])
     outputs = [y]
     for t in range(6, 9):

@@ -20,7 +20,13 @@ PARAMETERS = {
     ("attention", "1b"): 1_327_080_720,
     ("mamba", "360m"): 358_190_080,
     ("mamba", "1b"): 1_319_311_360,
+    ("gated_deltanet", "1b"): 1_438_996_224,
+    ("kda", "1b"): 1_362_810_240,
+    ("mamba2", "1b"): 1_343_757_312,
+    ("rwkv7", "1b"): 1_336_958_976,
 }
+FIRST_SIZES = {"kda": "1b", "mamba2": "1b", "rwkv7": "1b"}
+"""Of families that have no 360m."""
 SHAPED = [(family, "360m") for family in ("gla", "h3", "hyena", "rwkv", "gated_deltanet")]  # published without a config
 TOKENS = {"10b": 20_000, "30b": 60_000, "50b": 100_000}
 
@@ -59,7 +65,7 @@ def test_recipe(family, size, tokens):
 def test_a_size_alone_is_its_10b_recipe(family, size):
     assert run_config(family, size) == run_config(family, f"{size}_10b")
     default = configs.build(TrainConfig, configs.load(f"{CONFIGS / family}.py"))
-    assert default == run_config(family, "360m")
+    assert default == run_config(family, FIRST_SIZES.get(family, "360m"))
 
 
 def test_the_warmup_follows_the_steps():

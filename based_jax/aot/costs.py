@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from based_jax.aot.hlo import FUSION, ArrayType, Instruction, Program
+from based_jax.aot.hlo import ASYNCHRONOUS_FUSION, FUSION, ArrayType, Instruction, Program
 
 KERNEL_FLOPS = re.compile(r'\\?"flops\\?":\s*\\?"?(\d+)')
 KERNEL_CALLS = "tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton", "cudnn"
@@ -24,7 +24,7 @@ NAMES = "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", 
 CALLS = "while", "conditional", "call"
 NO_TRAFFIC = frozenset([*VALUES, *NAMES, *CALLS])
 FREE_CALLS = "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollective", "SliceBitcast"
-PLACE = re.compile(r"block_\d+/(?P<path>.+)|(?P<end>head|embed)\b")
+PLACE = re.compile(r"block_\d+/(?P<path>.+)|(?P<end>head|embed|optimizer)\b")
 TRACED = "while", "body", "cond", "checkpoint", "eval_jaxpr", "closed_call", "rematted_computation"
 """Names in a scope that tracing adds."""
 SLICES = "slice", "dynamic-slice", "gather"
@@ -104,6 +104,8 @@ class _Traffic:
     def bytes(self, x: Instruction) -> float:
         if x.kind == FUSION:
             return self._fused_reads(x) + self._fused_writes(x.called[0], x.results)
+        if x.kind == ASYNCHRONOUS_FUSION:  # its type names what it takes and a number of its own besides
+            return self._fused_reads(x) + self._fused_writes(x.called[0], x.results[len(x.operands) : -1])
         if _is_free(x) and not x.chain:
             return 0.0
         if x.kind in ("slice-start", "dynamic-slice-start", "copy-start"):

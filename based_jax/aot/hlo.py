@@ -25,7 +25,7 @@ LINE = re.compile(
 HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 CALLED = re.compile(r"\b(?:body|condition|calls|to_apply)=%?([\w.-]+)|\bbranch_computations=\{([^}]*)\}")
 KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-FUSION = "fusion"
+FUSION, ASYNCHRONOUS_FUSION = FUSIONS = "fusion", "fusion-start"
 COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
@@ -172,7 +172,7 @@ class Program:
             yield Run(x, times, fusion)
             inner = times * (self._trips(x) if x.kind == "while" else 1)
             for called in x.called:
-                yield from self._run(called, inner, called if x.kind == FUSION else fusion)
+                yield from self._run(called, inner, called if x.kind in FUSIONS else fusion)
 
     def _trips(self, loop: Instruction) -> int:
         """Return how often a loop runs: what it says itself, or the bound of its counter."""

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from based_jax import flops, parallel
+from based_jax import flops, optim, parallel
 from based_jax.generate.engine import decode_step
 from based_jax.generate.sampling import GREEDY, row_keys
 from based_jax.nn.lm import LM
 from based_jax.train.compile import train_program
+from based_jax.train.mesh_checks import check_mesh
 from based_jax.train.run import TrainConfig
 
 
@@ -34,6 +35,18 @@ class Lowered:
     tokens: int
     model_flops: float
     microbatches: int = 0
+
+
+def check(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Check what a compiler is not needed for: that the mesh divides a config, and that its schedule fits its steps.
+
+    Raises:
+      UserError: it does not.
+    """
+    config = config.sized(mesh)
+    check_mesh(config, mesh)
+    parallel.check_length(config.data.longest_test, mesh)
+    optim.schedule(config.optim, config.steps)
 
 
 def lower_train(config: TrainConfig, mesh: Mesh) -> Lowered:

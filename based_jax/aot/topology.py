@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.resources
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ class Chip:
       name: the compiler's for it.
       options: that its compiler needs.
       kind: what JAX calls its devices, where the compiler calls them otherwise.
+      devices: of JAX in each.
     """
 
     platform: str
@@ -49,6 +51,7 @@ class Chip:
     name: str = ""
     options: dict[str, str] = dataclasses.field(default_factory=dict)
     kind: str | None = None
+    devices: int = 1
 
 
 CHIPS = {
@@ -56,7 +59,7 @@ CHIPS = {
     "v5e": Chip("tpu", 2, "v5e:16x16", "v5e"),
     "v5p": Chip("tpu", 3, "v5p:8x8x8", "v5p"),
     "v6e": Chip("tpu", 2, "v6e:16x16", "v6e"),
-    "v7x": Chip("tpu", 3, "v7x:4x4x8", "tpu7x"),
+    "v7x": Chip("tpu", 3, "v7x:4x4x8", "tpu7x", devices=2),
     "h100": Chip("cuda", 2, "h100:4x8"),
     "h200": Chip("cuda", 2, "h200:4x8", kind="NVIDIA H200"),
 }
@@ -96,6 +99,20 @@ def find(name: str, slices: int = 1) -> Topology:
     Raises:
       UserError: there is no such chip or slice, or its compiler is not installed.
     """
+    chip, sizes = _parsed(name, slices)
+    _check_compiler(chip.platform)
+    found = _tpus(chip, "x".join(map(str, sizes)), slices) if chip.platform == "tpu" else _gpus(*sizes)
+    return Topology(name, slices, found, chip.kind or found[0].device_kind, sizes)
+
+
+def device_count(name: str, slices: int = 1) -> int:
+    """Return how many devices a topology has, by its name alone; UserError where there is no such chip or slice."""
+    chip, sizes = _parsed(name, slices)
+    return math.prod(sizes) * chip.devices * slices
+
+
+def _parsed(name: str, slices: int) -> tuple[Chip, tuple[int, ...]]:
+    """Return the chip that a topology names, and its sizes."""
     word, _, shape = name.partition(":")
     if word not in CHIPS:
         raise unknown("chip of a topology", word, CHIPS)
@@ -104,10 +121,7 @@ def find(name: str, slices: int = 1) -> Topology:
         raise UserError(f"Topology '{name}' is none of {word}: it is like '{chip.example}'.")
     if slices < 1 or (slices > 1 and chip.platform != "tpu"):
         raise UserError(f"slices is {slices}; it is at least 1, and of GPUs 1: their hosts are in the topology.")
-    _check_compiler(chip.platform)
-    sizes = tuple(map(int, shape.split("x")))
-    found = _tpus(chip, shape, slices) if chip.platform == "tpu" else _gpus(*sizes)
-    return Topology(name, slices, found, chip.kind or found[0].device_kind, sizes)
+    return chip, tuple(map(int, shape.split("x")))
 
 
 def _check_compiler(platform: str) -> None:

@@ -11,20 +11,21 @@ import jax
 
 from based_jax.errors import UserError
 from based_jax.folders import make_folder, writing
+from based_jax.revision import revision
 
 
 def facts(*libraries: str) -> dict:
-    """Return device, versions, those of more libraries too, and command."""
+    """Return device, versions, those of more libraries too, revision and command."""
     return {
         "device": jax.devices()[0].device_kind,
         "versions": {library: importlib.metadata.version(library) for library in ("jax", "jaxlib", *libraries)},
-        "command": command_line(),
+        **origin(),
     }
 
 
-def command_line() -> str:
-    """Return the command; it does not wake the GPU, whose memory other processes may be meant to hold."""
-    return " ".join(["python -m based_jax", *sys.argv[1:]])
+def origin() -> dict:
+    """Return revision and command; no device wakes, whose memory other processes may be meant to hold."""
+    return {"revision": revision(), "command": " ".join(["python -m based_jax", *sys.argv[1:]])}
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,11 +19,12 @@ FEWEST_CALLS = 3
 
 
 class Kernel(NamedTuple):
-    """One launch: its name and when it ran, in nanoseconds."""
+    """One launch: its name, when it ran, in nanoseconds, and the instruction of the program that it is of, if told."""
 
     name: str
     start: float
     end: float
+    instruction: str | None = None
 
 
 class Breakdown(NamedTuple):
@@ -69,7 +70,7 @@ def sets_past_cache(size: int, repeats: int, device_kind: str) -> int:
 
 def span(kernels: Sequence[Kernel], calls: int) -> float:
     """Return the median over equal calls of the time from first start to last end, in microseconds."""
-    return statistics.median(_length(group) for group in _groups(kernels, calls)) / 1e3
+    return statistics.median(length(group) for group in _groups(kernels, calls)) / 1e3
 
 
 def parts(kernels: Sequence[Kernel], calls: int) -> Breakdown:
@@ -84,7 +85,7 @@ def parts(kernels: Sequence[Kernel], calls: int) -> Breakdown:
     for name in names:
         launches = sum(kernel.name == name for group in groups for kernel in group)
         rows.append((name, round(launches / calls), statistics.median(total(group, name) for group in groups) / 1e3))
-    idle = statistics.median(_length(group) - _busy(group) for group in groups) / 1e3
+    idle = statistics.median(length(group) - busy_time(group) for group in groups) / 1e3
     return Breakdown(span(kernels, calls), idle, rows)
 
 
@@ -92,15 +93,21 @@ def _groups(kernels: Sequence[Kernel], calls: int) -> list[list[Kernel]]:
     each = len(kernels) // calls
     if not each or each * calls != len(kernels):
         raise RuntimeError(f"The profiler recorded {len(kernels)} kernels in {calls} equal calls.")
-    ordered = sorted(kernels, key=lambda kernel: kernel[1:])
+    ordered = in_order(kernels)
     return [ordered[i : i + each] for i in range(0, len(ordered), each)]
 
 
-def _length(group: Sequence[Kernel]) -> float:
+def in_order(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """Return kernels in the order of their starts."""
+    return sorted(kernels, key=lambda kernel: kernel[1:3])
+
+
+def length(group: Sequence[Kernel]) -> float:
+    """Return the time from the first start to the last end, given kernels in the order of their starts."""
     return max(kernel.end for kernel in group) - group[0].start
 
 
-def _busy(group: Sequence[Kernel]) -> float:
+def busy_time(group: Sequence[Kernel]) -> float:
     """Return the time in which at least one kernel ran, given them in the order of their starts."""
     busy, until = 0.0, group[0].start
     for kernel in group:
@@ -115,13 +122,22 @@ def _traced(call: Callable, inputs: Sequence[tuple], repeats: int) -> tuple[list
         begin = time.perf_counter()
         jax.block_until_ready(call(*arguments))
     calls = affordable(repeats, time.perf_counter() - begin)
+
+    def run() -> None:
+        for i in range(calls):
+            jax.block_until_ready(call(*inputs[i % len(inputs)]))
+
+    return recorded(run), calls
+
+
+def recorded(run: Callable[[], None]) -> list[Kernel]:
+    """Return the kernels that ran on GPUs while `run` did."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
-            for i in range(calls):
-                jax.block_until_ready(call(*inputs[i % len(inputs)]))
-        return _kernels(folder), calls
+            run()
+        return _kernels(folder)
 
 
 def _kernels(folder: str) -> list[Kernel]:
@@ -129,4 +145,9 @@ def _kernels(folder: str) -> list[Kernel]:
     planes = jax.profiler.ProfileData.from_file(path).planes
     lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
     events = [event for line in lines if line.name.startswith("Stream") for event in line.events]
-    return [Kernel(event.name, event.start_ns, event.start_ns + event.duration_ns) for event in events]
+    return [_kernel(event) for event in events]
+
+
+def _kernel(event: Any) -> Kernel:
+    told = dict(event.stats).get("hlo_op")
+    return Kernel(event.name, event.start_ns, event.start_ns + event.duration_ns, None if told is None else str(told))

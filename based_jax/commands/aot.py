@@ -49,21 +49,25 @@ def run(args: argparse.Namespace) -> None:
     from based_jax.train.run import TrainConfig
 
     config = configs.build(TrainConfig, configs.load(args.config, parse_overrides(args.overrides)))
-    found = topology.find(args.topology, args.slices)
-    mesh = parallel.make_mesh(parse_mesh(args.mesh) or config.mesh, found.devices)
     if args.rows_per_device is not None:
         config = dataclasses.replace(config, rows_per_device=args.rows_per_device, microbatches=1)
+    sizes = parse_mesh(args.mesh) or config.mesh
+    devices = topology.device_count(args.topology, args.slices)
+    programs.check(config, parallel.abstract_mesh(sizes, devices, args.slices))
+    if args.text is not None:
+        make_folder(args.text)
+    found = topology.find(args.topology, args.slices)
+    mesh = parallel.make_mesh(sizes, found.devices)
     with rows.appended(args.out) as write:
         for name in args.program or PROGRAMS:
             lowered = programs.PROGRAMS[name](config, mesh)
             compiled = compiling.compiled(lowered.lowered)
             if args.text is not None:
-                make_folder(args.text)
                 with writing(file := args.text / f"{name}.txt"):
                     file.write_text(compiled.text)
             told = report.report(compiled, lowered, found, mesh, config.model.dtype)
             print(report.table(f"{args.config} {name}", told), flush=True)
-            write({"config": args.config, "program": name, **told.row(), "command": rows.command_line()})
+            write({"config": args.config, "program": name, **told.row(), **rows.origin()})
             told.check()
 
 

@@ -8,6 +8,7 @@ examples:
 import sys
 from argparse import Namespace
 
+from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.distributed import add_distributed_arguments
 from based_jax.commands.parser import CommandParser
 
@@ -17,6 +18,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder of a run")
     parser.add_argument("--step", type=int, help="checkpoint to evaluate (default: the last good one)")
     add_distributed_arguments(parser)
+    add_compiled_argument(parser)
 
 
 def run(args: Namespace) -> None:

@@ -9,6 +9,7 @@ examples:
 
 import argparse
 
+from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.distributed import add_distributed_arguments
 from based_jax.commands.parser import CommandParser
 from based_jax.errors import UserError
@@ -30,6 +31,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 keeps all tokens")
     parser.add_argument("--seed", type=int, default=0)
     add_distributed_arguments(parser)
+    add_compiled_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:

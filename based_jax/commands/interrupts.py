@@ -1,4 +1,4 @@
-"""Ctrl-C on the command line: the first one asks a command to stop, a second signal leaves at once."""
+"""Ctrl-C and SIGTERM on the command line: the first one asks a command to stop, a second signal leaves at once."""
 
 import contextlib
 import gc
@@ -7,9 +7,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any, NoReturn
 
 LEFT_EXIT_CODE = 130
 """What shells report of a program that Ctrl-C ended."""
+SENTENCES = {signal.SIGINT: "Stopped by Ctrl-C.", signal.SIGTERM: "Stopped by a signal."}
+LOST_SECONDS = 0.05
+"""After which a signal whose exception was lost is heard once more."""
 
 
 @contextlib.contextmanager
@@ -34,20 +38,59 @@ def second_one_leaves() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sigterm_is_ctrl_c() -> Iterator[None]:
-    """Raise KeyboardInterrupt at SIGTERM too while this is open, so that what is half done is cleaned up."""
+def stopped_by_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt, with a sentence, at SIGINT and SIGTERM, so that what is half done is cleaned up.
+
+    Where the exception is lost, in a callback of the garbage collector say, the signal is heard once more. One that is
+    ignored stays ignored; opened in another thread than the main one this does nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    hook = sys.unraisablehook
 
-    def stop(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt("Stopped by a signal.")
+    def hear_again(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, _Stop):
+            _call_handler_soon(unraisable.exc_value.signum)
+        else:
+            hook(unraisable)
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.getsignal(number) for number in SENTENCES}
+    heard = [number for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)]
+    sys.unraisablehook = hear_again
     try:
+        for number in heard:
+            signal.signal(number, _stop)
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number in heard:
+            signal.signal(number, previous[number])
+        if sys.unraisablehook is hear_again:
+            sys.unraisablehook = hook
+
+
+class _Stop(KeyboardInterrupt):
+    """What a signal asks for, in a sentence."""
+
+    def __init__(self, signum: int):
+        super().__init__(SENTENCES[signum])
+        self.signum = signum
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    raise _Stop(signum)
+
+
+def _call_handler_soon(signum: int) -> None:
+    """Call the handler of a signal in a moment, by a timer: the signal itself would count as a second one."""
+
+    def call(*_: object) -> None:
+        handler = signal.getsignal(signum)
+        if callable(handler):
+            handler(signum, None)
+
+    signal.signal(signal.SIGALRM, call)
+    signal.setitimer(signal.ITIMER_REAL, LOST_SECONDS)
 
 
 def clean_up_after(error: KeyboardInterrupt) -> None:

@@ -7,7 +7,6 @@ examples:
 
 import argparse
 
-from based_jax.commands import interrupts
 from based_jax.commands.parser import CommandParser
 from based_jax.commands.train import parse_overrides
 from based_jax.errors import UserError
@@ -28,6 +27,5 @@ def run(args: argparse.Namespace) -> None:
     config = configs.build(TrainConfig, configs.load(args.config, parse_overrides(args.overrides)))
     if not isinstance(config.data, TextTask):
         raise UserError(f"data.kind is '{config.data.kind}', which keeps nothing; it is 'text' to prepare.")
-    with interrupts.sigterm_is_ctrl_c():
-        source = config.data.open(config.batch_size)
+    source = config.data.open(config.batch_size)
     print(*source.summary, *(f"packed in {folder}" for folder in source.folders), sep="\n")

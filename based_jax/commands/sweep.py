@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.distributed import add_distributed_arguments
 from based_jax.commands.parser import CommandParser, add_command
 from based_jax.errors import UserError, unknown
@@ -79,6 +80,7 @@ def _add_run(parser: CommandParser) -> None:
     )
     parser.add_argument("--script", help="slurm: write the job here instead of submitting it")
     add_distributed_arguments(parser)
+    add_compiled_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int | None:

@@ -8,6 +8,7 @@ examples:
 
 import argparse
 
+from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.distributed import add_distributed_arguments
 from based_jax.commands.parser import CommandParser
 from based_jax.errors import UserError
@@ -20,6 +21,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--config", required=True, help="config file, optionally with a variant: configs/x.py:variant")
     parser.add_argument("--workdir", required=True, help="folder of the run; the same command continues it")
     add_distributed_arguments(parser)
+    add_compiled_argument(parser)
     parser.set_defaults(takes_overrides=True)
     parser.details = _details
 

@@ -20,6 +20,7 @@ from ml_collections.config_dict import RequiredValueError
 
 from based_jax.config.checks import in_words, nesting_ends, shown
 from based_jax.errors import UserError, unknown
+from based_jax.folders import read_file
 
 MODULE_PREFIX = "_based_jax_file_"
 """Begins the names in `sys.modules` of files that were executed; a number of their own follows."""
@@ -84,7 +85,7 @@ def overridden(config: Mapping | ConfigDict, values: Mapping[str, Any]) -> Confi
 def _get_function(path: str, variant: str, name: str, modules: dict[str, types.ModuleType]) -> Callable:
     """Execute a file and return its function of that name."""
     try:
-        source = Path(path).read_bytes()
+        source = read_file(path)
     except (OSError, ValueError) as error:  # the path may hold a null byte
         raise UserError(f"Config file '{path}' cannot be read: {getattr(error, 'strerror', error)}.") from None
     with _failures_named(f"Config file '{path}'", modules):

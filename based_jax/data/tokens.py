@@ -1,4 +1,4 @@
-"""The tokens of a split on disk: one memory-mapped stream, documents one after the other, each closed by end-of-text.
+"""The tokens of a split on disk: one stream in a file, documents one after the other, each closed by end-of-text.
 
 Windows of any length are read from it where they are asked for; neighbours share one token, so every token is a target
 once, and which document a token is of follows from the end-of-text tokens:
@@ -8,6 +8,7 @@ once, and which document a token is of follows from the end-of-text tokens:
 
 import hashlib
 import operator
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from based_jax.errors import UserError
+from based_jax.folders import check_file, reason
 
 TOKENS_PER_CHECKSUM = 2**18
 
@@ -64,34 +66,57 @@ def checked_facts(known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class TokenStream:
-    """Tokens of a file, any slice of them; what is read is compared with its checksum at first use."""
+    """Tokens of a file, any slice of them; what is read is compared with its checksum at first use.
+
+    Raises:
+      UserError: the file is missing, or has another length than it was written with.
+    """
 
     def __init__(self, path: Path, dtype: np.dtype, tokens: int, checksums: list[int]):
-        self._path, self._checksums = path, checksums
+        self._path, self._dtype, self._tokens, self._checksums = path, dtype, tokens, checksums
         self._good = np.zeros(len(checksums), bool)
         try:
+            check_file(path)
             whole = path.stat().st_size == tokens * dtype.itemsize
-            self._tokens = np.asarray(np.memmap(path, dtype, mode="r") if whole and tokens else np.empty(0, dtype))
+            self._file = path.open("rb", buffering=0) if whole else None
         except OSError as error:
-            raise damaged(path.parent, str(error.strerror)) from None
+            raise damaged(path.parent, f"{path.name}: {reason(error)}") from None
         if not whole:
-            raise damaged(path.parent, f"{path.name} has another length than it was written with")
+            raise self._other_length
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return self._tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens of [start, stop), fewer at the end; UserError where they are not as written."""
-        for block in range(start // TOKENS_PER_CHECKSUM, -(-min(stop, len(self)) // TOKENS_PER_CHECKSUM)):
+        stop = min(stop, len(self))
+        for block in range(start // TOKENS_PER_CHECKSUM, -(-stop // TOKENS_PER_CHECKSUM)):
             if not self._good[block]:
                 self._check(block)
-        return self._tokens[start:stop]
+        return self._slice(start, stop)
 
     def _check(self, block: int) -> None:
         first = block * TOKENS_PER_CHECKSUM
-        if zlib.crc32(self._tokens[first : first + TOKENS_PER_CHECKSUM]) != self._checksums[block]:
-            raise damaged(self._path.parent, f"{self._path.name} does not have its checksum")
+        found = self._slice(first, min(first + TOKENS_PER_CHECKSUM, len(self)))
+        if zlib.crc32(found) != self._checksums[block]:
+            which = f"block {block} of {len(self._checksums)} of {self._path.name}"
+            raise damaged(self._path.parent, f"{which} does not have its checksum")
         self._good[block] = True
+
+    def _slice(self, start: int, stop: int) -> np.ndarray:
+        """Return the tokens of [start, stop) as they lie there: a disk that fails is an error here, and no signal."""
+        size = self._dtype.itemsize
+        try:
+            found = os.pread(self._file.fileno(), (stop - start) * size, start * size)
+        except OSError as error:
+            raise damaged(self._path.parent, f"{self._path.name}: {reason(error)}") from None
+        if len(found) != (stop - start) * size:
+            raise self._other_length
+        return np.frombuffer(found, self._dtype)
+
+    @property
+    def _other_length(self) -> UserError:
+        return damaged(self._path.parent, f"{self._path.name} has another length than it was written with")
 
 
 class Windows:
@@ -134,9 +159,9 @@ def hashed_order(count: int, name: str) -> np.ndarray:
     return np.lexsort((low, high))
 
 
-def damaged(folder: Path, reason: str) -> UserError:
+def damaged(folder: Path, why: str) -> UserError:
     """Return the error for packed text that cannot be read."""
     return UserError(
-        f"Packed text '{folder}' is damaged ({reason}); remove it if data.path is its corpus, which is packed"
+        f"Packed text '{folder}' is damaged ({why}); remove it if data.path is its corpus, which is packed"
         " again then, or else copy it again."
     )

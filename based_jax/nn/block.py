@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from based_jax import parallel
-from based_jax.dims import BD, BP, BT, BTD
+from based_jax.dims import BD, BP, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.init_recipes import initialise
@@ -66,7 +66,7 @@ class Block(nnx.Module):
             self.mlp = mlp(config.d_model, config.hidden_dim, init)
             initialise(self.mlp, "mlp", config.init_recipe, init)
 
-    def extend(self, stream: Stream, segment_ids: BT | None = None, positions: BP | None = None) -> Stream:
+    def extend(self, stream: Stream, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> Stream:
         """Return the stream after the block, with the last addition left to the next norm.
 
         With `positions` it is the stream there alone, and so is what follows the mixer.
@@ -77,7 +77,7 @@ class Block(nnx.Module):
         """Return the mixer's cache before the first token."""
         return self.mixer.init_cache(batch, max_len)
 
-    def prefill(self, r: BTD, cache, segment_ids: BT | None = None):
+    def prefill(self, r: BTD, cache, segment_ids: SegmentIds | None = None):
         """Update the residual stream of the next tokens; return it and the cache after them."""
         stream, cache = self._through(Stream(r), lambda x: self.mixer.prefill(x, cache, segment_ids))
         return stream.total(), cache
@@ -115,7 +115,7 @@ class Stack(nnx.Module):
             stacked = nnx.vmap(build, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
             self.blocks = stacked(rngs.split(repeats))
 
-    def extend(self, stream: Stream, segment_ids: BT | None = None, positions: BP | None = None) -> Stream:
+    def extend(self, stream: Stream, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> Stream:
         """Return the stream after all blocks, or at some positions; see `Block.extend`, if no block is repeated."""
         early = positions if self.repeats == 1 else None
 
@@ -138,7 +138,7 @@ class Stack(nnx.Module):
             return caches
         return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (self.repeats, *x.shape)), caches)
 
-    def prefill(self, r: BTD, caches, segment_ids: BT | None = None):
+    def prefill(self, r: BTD, caches, segment_ids: SegmentIds | None = None):
         """Update the residual stream of the next tokens; return it and the caches after them."""
         return self._run(_through(lambda block, r, cache: block.prefill(r, cache, segment_ids)), r, caches)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
-from based_jax.dims import BT, BS_mask
+from based_jax.dims import BS_mask, SegmentIds
 from based_jax.errors import UserError
 from based_jax.ops import segments
 
@@ -50,7 +50,7 @@ class TokenCache:
         time = jax.tree.map(lambda x: x[:, None], token)
         return TokenCache(self._written(time, self.length[:, None] % self.slots), self.length + 1)
 
-    def extend(self, tokens: Any, segment_ids: BT | None) -> "TokenCache":
+    def extend(self, tokens: Any, segment_ids: SegmentIds | None) -> "TokenCache":
         """Write the tokens of each row's last document, a tree of (B, T, ...), the newest where not all fit."""
         T, S = jax.tree.leaves(tokens)[0].shape[1], self.slots
         places, length = segments.positions(segment_ids, self.length, T)
@@ -83,7 +83,7 @@ class TokenCache:
 
         return jax.tree.map(sort, self.tokens), slot >= self.slots
 
-    def check_room(self, count: int, segment_ids: BT | None) -> None:
+    def check_room(self, count: int, segment_ids: SegmentIds | None) -> None:
         """Raise UserError where so many tokens are more than the slots; with ids, some may be padding."""
         if segment_ids is None and count > self.slots:
             raise UserError(f"The cache has room for {self.slots} tokens, and {count} are to be read; make it longer.")

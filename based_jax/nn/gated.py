@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from based_jax.dims import BD, BP, BPD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer, Operation
@@ -110,7 +110,7 @@ class GatedLinearMixer(Mixer):
         self.out_proj = layers.linear(value_dim, d_model, ("heads", "embed"), init.out)
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         y = self.qkv(x)
         if self.conv_size:
             y, _ = short_conv(y, self.conv_kernel[...], silu=True, segment_ids=segment_ids)
@@ -126,7 +126,7 @@ class GatedLinearMixer(Mixer):
         return GatedState(memory, conv, jnp.zeros(batch, jnp.int32))
 
     @override
-    def _prefill(self, x: BTD, state: GatedState, segment_ids: BT | None) -> tuple[BTD, GatedState]:
+    def _prefill(self, x: BTD, state: GatedState, segment_ids: SegmentIds | None) -> tuple[BTD, GatedState]:
         y, conv = self.qkv(x), state.conv
         if self.conv_size:
             y, conv = short_conv(y, self.conv_kernel[...], silu=True, state=conv, segment_ids=segment_ids)

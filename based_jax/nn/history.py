@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn.cache import TokenCache
 from based_jax.ops import segments
@@ -29,7 +29,7 @@ def empty_history(batch: int, max_len: int, channels: int) -> TokenCache:
 
 
 def convolve_on(
-    u: BTD, history: TokenCache, kernel: Kernel, segment_ids: BT | None, impl: str
+    u: BTD, history: TokenCache, kernel: Kernel, segment_ids: SegmentIds | None, impl: str
 ) -> tuple[BTD, TokenCache]:
     """Return the convolution at the next tokens of a sequence and the history after them.
 

@@ -17,8 +17,10 @@ from based_jax.nn.block import Stack, Stream, repeating_patterns
 from based_jax.nn.init_recipes import initialise
 from based_jax.nn.lm_config import LMConfig
 from based_jax.nn.mixers import Mixer
+from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.cross_entropy import linear_cross_entropy
+from based_jax.ops.embedding import lookup
 
 
 class LM(nnx.Module):
@@ -71,6 +73,13 @@ class LM(nnx.Module):
         """
         if positions is not None:
             _check_positions(positions, ids.shape[1])
+        if segment_ids is None or positions is not None:
+            return self._read(ids, segment_ids, positions, dropout_key)
+        ids, unbroken = sequence.compacted(ids, segment_ids)
+        return sequence.restored(self._read(ids, unbroken, None, dropout_key), segment_ids)
+
+    def _read(self, ids, segment_ids, positions, dropout_key):
+        """Return what `hidden` does, of tokens that stay where they are."""
         stream, last = Stream(self._in(ids, dropout_key)), len(self.stacks) - 1
         for i, stack in enumerate(self.stacks):
             with jax.named_scope(f"stack_{i}"):
@@ -167,11 +176,10 @@ class LM(nnx.Module):
     def _in(self, ids, dropout_key=None):
         self._check_known(ids)
         ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))  # JAX wraps a number that int8 lacks
-        beyond = self.config.padded_vocab_size  # which the table's gather fills with NaN
+        beyond = self.config.padded_vocab_size  # whose embedding is NaN
         ids = jnp.where((ids >= 0) & (ids < self.config.vocab_size), ids, beyond)
-        table = parallel.constrain(self.embed.embedding[...], "vocab")  # lest XLA gathers what is read of it
         # Left to itself XLA reads the table again wherever the embedding is used, and there across its rows.
-        r = jax.lax.optimization_barrier(parallel.constrain_tokens(jnp.take(table, ids, axis=0)))
+        r = jax.lax.optimization_barrier(parallel.constrain_tokens(lookup(self.embed.embedding[...], ids)))
         if dropout_key is not None:
             r = layers.dropout(r, self.config.embed_dropout, dropout_key)
         return self.embed_norm(r) if self.config.embed_norm else r

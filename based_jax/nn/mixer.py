@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool
 
-from based_jax.dims import BD, BP, BPD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn.cache import Cache
 from based_jax.nn.layers import LARGEST_SIZE, Init
@@ -33,7 +33,8 @@ class Mixer(nnx.Module):
     """What a mixer is: an operation on a whole sequence, and on its next tokens with a cache of those before.
 
     `segment_ids` are those of `ops/segments.py`: padding, id 0, is inert wherever it stands, and its output means
-    nothing; documents do not see each other. A cache belongs to each row's last document. A prefill continues it where
+    nothing; documents do not see each other. Operations take them as they are; a model's are `dims.Unbroken`, of which
+    `segments.ids_of` returns the array. A cache belongs to each row's last document. A prefill continues it where
     its first token has the same id, or where either of them has had none; else it begins a document, as if alone.
 
     A cache that grows with the sequence has room for `max_len` tokens of a document. A prefill of more is refused;
@@ -63,7 +64,7 @@ class Mixer(nnx.Module):
     def __init__(self, d_model: int, config: Any, init: Init): ...
 
     @abc.abstractmethod
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence; with `positions` return the outputs there alone, in their order.
 
         What follows the operation on the sequence is computed for these tokens alone.
@@ -95,7 +96,7 @@ class Mixer(nnx.Module):
                 raise UserError(f"{name} of a cache is {count}; it is at least 1.")
         return Cache(self._initial_state(batch, max_len), jnp.zeros(batch, jnp.int32))
 
-    def prefill(self, x: BTD, cache: Cache, segment_ids: BT | None = None) -> tuple[BTD, Cache]:
+    def prefill(self, x: BTD, cache: Cache, segment_ids: SegmentIds | None = None) -> tuple[BTD, Cache]:
         """Mix the next tokens of a sequence and return the cache after them.
 
         Raises:
@@ -120,7 +121,7 @@ class Mixer(nnx.Module):
         """Return the state before the first token."""
 
     @abc.abstractmethod
-    def _prefill(self, x: BTD, state: Any, segment_ids: BT | None) -> tuple[BTD, Any]:
+    def _prefill(self, x: BTD, state: Any, segment_ids: SegmentIds | None) -> tuple[BTD, Any]:
         """Mix tokens, the first document of which continues the state's, and return the state of the last one."""
 
     @abc.abstractmethod

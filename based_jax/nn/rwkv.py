@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BP, BPD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer, Operation
 from based_jax.ops.token_shift import token_shift
@@ -35,7 +35,7 @@ class TimeMix(Mixer):
     dtype: Any
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         previous, _ = token_shift(x, segment_ids=segment_ids)
         inputs, rest = self._project(x, previous)
         o, _ = self.operation.sequence(*inputs, **self._options(), segment_ids=segment_ids, impl=self.config.impl)
@@ -46,7 +46,7 @@ class TimeMix(Mixer):
         return RwkvState(self._initial_memory(batch), jnp.zeros((batch, self.d_model), self.dtype))
 
     @override
-    def _prefill(self, x: BTD, state: RwkvState, segment_ids: BT | None) -> tuple[BTD, RwkvState]:
+    def _prefill(self, x: BTD, state: RwkvState, segment_ids: SegmentIds | None) -> tuple[BTD, RwkvState]:
         previous, shift = token_shift(x, state=state.shift, segment_ids=segment_ids)
         inputs, rest = self._project(x, previous)
         o, memory = self.operation.sequence(
@@ -80,7 +80,7 @@ class ChannelMix(Mixer):
     dtype: Any
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         previous, _ = token_shift(x, segment_ids=segment_ids)
         return self._mix(*layers.at(positions, x, previous))
 
@@ -89,7 +89,7 @@ class ChannelMix(Mixer):
         return jnp.zeros((batch, self.d_model), self.dtype)
 
     @override
-    def _prefill(self, x: BTD, state: BD, segment_ids: BT | None) -> tuple[BTD, BD]:
+    def _prefill(self, x: BTD, state: BD, segment_ids: SegmentIds | None) -> tuple[BTD, BD]:
         previous, last = token_shift(x, state=state, segment_ids=segment_ids)
         return self._mix(x, previous), last
 

@@ -47,7 +47,7 @@ def _argument(operation: str, name: str, value: Any, hint: Any, sizes: Sizes) ->
     members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and types.NoneType in members:
         return None
-    kind = members[0]
+    kind = next((x for x in members if hasattr(x, "_fields") and isinstance(value, x)), members[0])
     if isinstance(kind, type) and issubclass(kind, AbstractArray):
         return _array(operation, name, value, kind, sizes)
     if isinstance(kind, type) and hasattr(kind, "_fields"):

@@ -46,6 +46,9 @@ Labels = Int[Array, "*B"]
 Losses = Float[Array, "*B"]
 Correct = Bool[Array, "*B"]
 
+Documents = Any
+"""The caller's `SegmentIds` or None; `dispatch` hands implementations numbers (B, T) of these documents."""
+
 
 class AttentionCall(NamedTuple):
     """Softmax attention: q, k (B, T, H, K), v (B, T, H, V); a query sees `window` keys, T are all up to its own."""
@@ -54,7 +57,7 @@ class AttentionCall(NamedTuple):
     k: BTHK
     v: BTHV
     window: int
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class LinearAttentionCall(NamedTuple):
@@ -67,7 +70,7 @@ class LinearAttentionCall(NamedTuple):
     k: BTHK
     v: BTHV
     state: BHEV | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "LinearAttentionCall":
@@ -92,7 +95,7 @@ class MatrixStateCall(NamedTuple):
     b: BTHK | None = None
     scale: float = 1.0
     state: BHKV | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "MatrixStateCall":
@@ -117,7 +120,7 @@ class SlotAttentionCall(NamedTuple):
     log_decay: BTHM
     scale: float = 1.0
     state: SlotState | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "SlotAttentionCall":
@@ -137,7 +140,7 @@ class ShortConvCall(NamedTuple):
     kernel: WD
     bias: Channels | None = None
     state: Past | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
     silu: bool = False
     dilation: int = 1
 
@@ -154,7 +157,7 @@ class TokenShiftCall(NamedTuple):
 
     x: BTD
     state: BD | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class GatedConvCall(NamedTuple):
@@ -164,7 +167,7 @@ class GatedConvCall(NamedTuple):
     kernel: WD
     bias: JointBias | None = None
     state: BWD | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class LongConvCall(NamedTuple):
@@ -172,7 +175,7 @@ class LongConvCall(NamedTuple):
 
     u: BTD
     kernel: TD
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class DiagonalSSMCall(NamedTuple):
@@ -183,7 +186,7 @@ class DiagonalSSMCall(NamedTuple):
     b: HN
     c: HN
     state: BHPN2 | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class SelectiveScanCall(NamedTuple):
@@ -195,7 +198,7 @@ class SelectiveScanCall(NamedTuple):
     B: BTN
     C: BTN
     state: BDN | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "SelectiveScanCall":
@@ -212,7 +215,7 @@ class SSDCall(NamedTuple):
     B: BTGN
     C: BTGN
     state: BHNP | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
 
 class WkvState(NamedTuple):
@@ -244,7 +247,7 @@ class Wkv4Call(NamedTuple):
     log_decay: Channels
     bonus: Channels
     state: WkvState | None = None
-    segment_ids: BT | None = None
+    segment_ids: Documents = None
 
     @property
     def tokens(self) -> "Wkv4Call":

@@ -7,12 +7,13 @@ f is SiLU where it is asked for. The state is the last (W-1) d + 1 inputs of eac
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from based_jax.dims import BD, BT, BTD, WD
+from based_jax.dims import BD, BT, BTD, WD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.ops import long_conv, segments, sequence, sharded
 from based_jax.ops.arguments import checked
@@ -39,7 +40,7 @@ def short_conv(
     silu: bool = False,
     dilation: int = 1,
     state: Past | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTD, Reached]:
     """Convolve each channel of x (B, T, D) over time with its column of kernel (W, D).
@@ -67,7 +68,7 @@ def short_conv(
 
 
 @jax.named_scope("last_inputs")
-def last_inputs(x: BSD, width: int, state: LastInputs | None, segment_ids: BT | None) -> LastInputs:
+def last_inputs(x: BSD, width: int, state: LastInputs | None, segment_ids: SegmentIds | None) -> LastInputs:
     """Return the last `width` inputs, of `state` and x, that belong to the last document; zeros for the others.
 
     Without ids x may be a tail of the inputs: `width` of them, or all.
@@ -276,8 +277,8 @@ def _wide(call: ShortConvCall) -> BTD:
     return _composed(_shifted, call._replace(x=call.x.astype(jnp.float32))).astype(call.x.dtype)
 
 
-def _through(form: Callable) -> Callable[[ShortConvCall], BTD]:
-    return segments.without_padding(functools.partial(_composed, form), "x")
+def _through(form: Callable, **options: Any) -> Implementation:
+    return Implementation(functools.partial(_composed, form), **options, by_place=("x",))
 
 
 CUT = sequence.Tails(lambda call: reach(call.kernel.shape[0], call.dilation), lambda call: call.x)
@@ -286,8 +287,8 @@ IMPLEMENTATIONS = {
     "hopper_taps": Implementation(
         functools.partial(hopper_short_conv.compute, with_state=_wide), hopper_short_conv.supports, platform="cuda"
     ),
-    "xla_taps": Implementation(_through(_shifted)),
-    "xla_toeplitz": Implementation(_through(_product), _supports_product, preferred="cuda", slower=_product_is_slower),
-    "xla_steps": Implementation(_through(_recurrent)),
-    "oracle": Implementation(_through(_oracle)),
+    "xla_taps": _through(_shifted),
+    "xla_toeplitz": _through(_product, supports=_supports_product, preferred="cuda", slower=_product_is_slower),
+    "xla_steps": _through(_recurrent),
+    "oracle": _through(_oracle),
 }

@@ -19,6 +19,8 @@ from based_jax.ops.precision import einsum, product_policy
 
 BLOCK_ROWS, CHUNK_TOKENS = 4096, 2048
 """The most rows and tokens of a tile of logits."""
+SCATTERED_TOKENS = 1024
+"""The multiple of which a TPU scatters sums, a tile's elements: of others it would sum all, twice the bytes."""
 LOWEST = float(jnp.finfo(jnp.float32).min)
 ROWS = ("tokens",)
 Part = Float[Array, "_ _"]
@@ -68,9 +70,10 @@ def _by_tiles_bwd(saved, cotangents):
     axes = Axes.of(hidden, table)
 
     def on_device(hidden, table, labels, *rest):
-        table = axes.gathered(table)
-        dhidden, dtable = _gradients(table, (hidden, labels - axes.first_token(table), *rest))
-        return lax.psum(dhidden, axes.vocab), axes.summed(dtable)
+        table, tokens = axes.gathered(table), table.shape[0]
+        rows = hidden, labels - axes.first_token(table), *rest
+        dhidden, dtable = _gradients(table, rows, axes.filled(tokens))
+        return lax.psum(dhidden, axes.vocab), axes.summed(dtable, tokens)
 
     arrays = hidden, axes.carried(table, hidden.dtype), labels, *statistics, cotangents[0]
     dhidden, dtable = sharded.per_shard(on_device, arrays, (ROWS, axes.table, *(ROWS,) * 4), (ROWS, axes.table))
@@ -107,10 +110,14 @@ class Axes(NamedTuple):
         """Return all of the width of a device's part of the table."""
         return lax.all_gather(table, self.width, axis=1, tiled=True) if self.width else table
 
-    def summed(self, dtable: Part) -> Part:
-        """Return the part of the gradient's sum over all rows that a device keeps."""
+    def filled(self, tokens: int) -> int:
+        """Return how many tokens the gradient has that `summed` takes."""
+        return tokens + (-tokens % SCATTERED_TOKENS if self.width else 0)
+
+    def summed(self, dtable: Part, tokens: int) -> Part:
+        """Return the part of the gradient's sum over all rows that a device keeps, of so many tokens."""
         if self.width:
-            dtable = lax.psum_scatter(dtable, self.width, scatter_dimension=1, tiled=True)
+            dtable = lax.psum_scatter(dtable.T, self.width, scatter_dimension=0, tiled=True).T[:tokens]
         return lax.psum(dtable, tuple(axis for axis in self.rows if axis not in self.width))
 
     def first_token(self, table: Part) -> Array | int:
@@ -161,8 +168,11 @@ def _statistics(hidden, table, labels):
     return lax.scan(add, start, _chunks(table))[0]
 
 
-def _gradients(table: Table, rows: tuple[Array, ...]) -> tuple[Float[Array, "N D"], Float[Array, "V D"]]:
-    """Return the gradients of hidden rows, from their own part of the vocabulary, and of the table from all rows."""
+def _gradients(table: Table, rows: tuple[Array, ...], filled: int) -> tuple[Float[Array, "N D"], Float[Array, "_ D"]]:
+    """Return the gradients of hidden rows, from their own part of the vocabulary, and of the table from all rows.
+
+    The latter is `filled` up with zeros to so many tokens.
+    """
     hidden = rows[0]
     dtype, precision = product_policy(hidden.dtype)
 
@@ -184,7 +194,7 @@ def _gradients(table: Table, rows: tuple[Array, ...]) -> tuple[Float[Array, "N D
         (dh, dtable), _ = lax.scan(of_tile, (zeros, dtable), _chunks(table))
         return dtable, dh.astype(h.dtype)
 
-    [zeros] = sharded.vary_alike(jnp.zeros(table.shape, jnp.float32), like=(table, *rows))
+    [zeros] = sharded.vary_alike(jnp.zeros((filled, table.shape[1]), jnp.float32), like=(table, *rows))
     dtable, dhidden = lax.scan(of_block, zeros, tuple(map(_blocks, rows)))
     return dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], dtable
 

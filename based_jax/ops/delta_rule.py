@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
+from based_jax.dims import BHK, BHKV, BHV, BTHK, BTHV, SegmentIds
 from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BTH, Decay, MatrixStateCall
@@ -47,7 +47,7 @@ def delta_rule(
     *,
     scale: float | None = None,
     state: BHKV | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTHV, BHKV]:
     """Attend with the (gated) delta rule over (B, T, H, .) arrays, for any T.
@@ -91,7 +91,7 @@ def dplr(
     *,
     scale: float | None = None,
     state: BHKV | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTHV, BHKV]:
     """Attend with a transition that is diagonal plus a b^T, for any T.
@@ -104,7 +104,7 @@ def dplr(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "hopper_steps" (Mosaic GPU
         kernels, token by token; K at most 128), "triton_chunks" (on tensor cores; v in bf16, to which q, k, a and b are
-        rounded; K at most 128) or "auto".
+        rounded; K at most 256) or "auto".
 
     Returns:
       o in v's dtype, and the state (B, H, K, V) after the last token, fp32.

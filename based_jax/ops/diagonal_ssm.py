@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from based_jax.dims import BT
-from based_jax.ops import scan, segments, sequence
+from based_jax.dims import SegmentIds
+from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHPN2, BTHP, HN, DiagonalSSMCall
 from based_jax.ops.decays import finite
@@ -37,7 +37,7 @@ def diagonal_ssm(
     c: HN,
     *,
     state: BHPN2 | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTHP, BHPN2]:
     """Filter each channel of u (B, T, H, P) by its head's state space, log_a with a negative real part.
@@ -174,7 +174,7 @@ def _compose(earlier, later):
 CUT = sequence.States(_empty, _piece, _compose)
 
 IMPLEMENTATIONS = {
-    "xla_chunks": Implementation(segments.without_padding(_chunked, "u")),
+    "xla_chunks": Implementation(_chunked, by_place=("u",)),
     "xla_toeplitz": Implementation(
         _convolution, _supports_convolution, preferred="cuda", slower=_convolution_is_slower
     ),

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from based_jax.dims import Unbroken
 from based_jax.errors import UserError, unknown
 from based_jax.ops import dimensions, segments, sequence, sharded
 
@@ -42,7 +43,9 @@ class Implementation:
 
     `compute` takes a call, one of `ops/calls.py`, and returns its results. `supports` returns why a call cannot run, or
     None, `slower` likewise why `auto` leaves a call that can run to another one. `platform` is the only one it runs on
-    ("cuda", "tpu"), or None for any; `preferred` is one on which `auto` takes it though it runs on any.
+    ("cuda", "tpu"), or None for any; `preferred` is one on which `auto` takes it though it runs on any. `by_place`
+    names a call's arrays over time where `compute` takes documents for unbroken: where their ids do not say so
+    (`dims.Unbroken`) these are moved first.
     """
 
     compute: Callable[[Any], Any]
@@ -50,6 +53,11 @@ class Implementation:
     platform: str | None = None
     preferred: str | None = None
     slower: Callable[[Any], str | None] = no_objection
+    by_place: tuple[str, ...] = ()
+
+    def for_documents(self, unbroken: bool) -> Callable[[Any], Any]:
+        """Return `compute` for documents that are known to be unbroken or are not."""
+        return self.compute if unbroken or not self.by_place else segments.without_padding(self.compute, *self.by_place)
 
 
 def target_platform() -> str:
@@ -101,7 +109,10 @@ def dispatch(
     Raises:
       UserError: as `choose`, or the tokens lie over several devices and the operation has no cut.
     """
-    run = functools.partial(_run, operation, table, impl)
+    segment_ids = getattr(call, "segment_ids", None)
+    if unbroken := isinstance(segment_ids, Unbroken):
+        call = call._replace(segment_ids=segment_ids.ids)
+    run = functools.partial(_run, operation, table, impl, unbroken)
     if sequence.pieces(call) == 1:
         return run(call)
     _check_name(operation, table, impl)
@@ -111,14 +122,16 @@ def dispatch(
     return cut(run, call)
 
 
-def _run(operation: str, table: Mapping[str, Implementation], impl: str, call: Any) -> Any:
+def _run(operation: str, table: Mapping[str, Implementation], impl: str, unbroken: bool, call: Any) -> Any:
     name = choose(operation, table, impl, call)
     _CHOICES.get().setdefault(operation, {})[name] = None
     chosen = table[name]
     with jax.named_scope(operation):
         if getattr(call, "segment_ids", None) is not None:
-            call = call._replace(segment_ids=segments.numbered(call.segment_ids))
-        return sharded.per_device(chosen.compute, call) if _left_to_xla(chosen, call) else chosen.compute(call)
+            ids = Unbroken(call.segment_ids) if unbroken else call.segment_ids
+            call = call._replace(segment_ids=segments.numbered(ids))
+        compute = chosen.for_documents(unbroken)
+        return sharded.per_device(compute, call) if _left_to_xla(chosen, call) else compute(call)
 
 
 def _left_to_xla(chosen: Implementation, call: Any) -> bool:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.dims import BT, BTD, BWD, WD
+from based_jax.dims import BTD, BWD, WD, SegmentIds, Unbroken
 from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import GatedConvCall, Joint, JointBias
@@ -28,7 +28,7 @@ def gated_short_conv(
     *,
     bias: JointBias | None = None,
     state: BWD | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTD, BWD]:
     """Convolve the first half of x (B, T, 2 D) over time with kernel (W, D), and gate silu of it with the second half.
@@ -61,7 +61,8 @@ def _biased(x: Array, bias: Float[Array, "_"] | None) -> Array:
 
 def _composed(call: GatedConvCall, *, impl: str) -> BTD:
     u, gate = jnp.split(_biased(call.x, call.bias), 2, axis=-1)
-    y, _ = short_conv(u, call.kernel, state=call.state, segment_ids=call.segment_ids, impl=impl)
+    unbroken = None if call.segment_ids is None else Unbroken(call.segment_ids)
+    y, _ = short_conv(u, call.kernel, state=call.state, segment_ids=unbroken, impl=impl)
     return jax.nn.silu(y) * gate
 
 
@@ -85,7 +86,7 @@ IMPLEMENTATIONS = {
         hopper_gated_short_conv.supports,
         platform="cuda",
     ),
-    "xla_taps": Implementation(functools.partial(_composed, impl="xla_taps")),
-    "xla_steps": Implementation(functools.partial(_composed, impl="xla_steps")),
-    "oracle": Implementation(functools.partial(_wide, impl="oracle")),
+    "xla_taps": Implementation(functools.partial(_composed, impl="xla_taps"), by_place=("x",)),
+    "xla_steps": Implementation(functools.partial(_composed, impl="xla_steps"), by_place=("x",)),
+    "oracle": Implementation(functools.partial(_wide, impl="oracle"), by_place=("x",)),
 }

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax import devices
-from based_jax.dims import BHK, BHKV, BHV, BT, BTHK, BTHV
+from based_jax.dims import BHK, BHKV, BHV, BTHK, BTHV, SegmentIds
 from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.bonus import read_apart
@@ -42,7 +42,7 @@ def gated_linear_attention(
     bonus: HK | None = None,
     scale: float | None = None,
     state: BHKV | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTHV, BHKV]:
     """Attend over (B, T, H, .) arrays with a decaying state, for any T.
@@ -56,7 +56,7 @@ def gated_linear_attention(
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "xla_quadratic" (one chunk;
         auto's for one decay a head, large states and short sequences on a GPU), "hopper_steps" (Mosaic GPU kernels,
         token by token; K at most 128), "triton_chunks" (on tensor cores; v in bf16, to which q and k are rounded; K at
-        most 128) or "auto".
+        most 256) or "auto".
 
     Returns:
       o in v's dtype, and the state (B, H, K, V) after the last token, fp32.

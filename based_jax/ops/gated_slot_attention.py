@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.dims import BHK, BHV, BT, BTHK, BTHV
+from based_jax.dims import BHK, BHV, BTHK, BTHV, SegmentIds
 from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHKM, BHMV, BTHM, SlotAttentionCall, SlotState
@@ -40,7 +40,7 @@ def gated_slot_attention(
     *,
     scale: float | None = 1.0,
     state: SlotState | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTHV, tuple[BHKM, BHMV]]:
     """Attend over (B, T, H, .) arrays through M slots, s (B, T, H, M) saying how much of a token goes into each.

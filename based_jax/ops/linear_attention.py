@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from based_jax import devices
-from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
+from based_jax.dims import BHEV, BHK, BHV, BTHK, BTHV, SegmentIds
 from based_jax.errors import UserError
 from based_jax.ops import scan, segments, sequence
 from based_jax.ops.arguments import checked
@@ -45,7 +45,7 @@ def linear_attention(
     v: BTHV,
     *,
     state: BHEV | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTHV, BHEV]:
     """Attend with the features of queries and keys (B, T, H, E) over values (B, T, H, V).

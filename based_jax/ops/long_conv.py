@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax import devices
-from based_jax.dims import BT, BTD
-from based_jax.ops import segments
+from based_jax.dims import BT, BTD, SegmentIds
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import TD, LongConvCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
@@ -23,7 +22,7 @@ from based_jax.ops.precision import EXACT, einsum, product_policy
 
 
 @checked
-def long_conv(u: BTD, kernel: TD, *, segment_ids: BT | None = None, impl: str = "auto") -> BTD:
+def long_conv(u: BTD, kernel: TD, *, segment_ids: SegmentIds | None = None, impl: str = "auto") -> BTD:
     """Convolve each channel of u (B, T, D) with its column of kernel (T, D), whose row l is the tap of lag l.
 
     Args:
@@ -137,7 +136,7 @@ _packed.defvjp(_packed_forward, _packed_backward)
 
 
 IMPLEMENTATIONS = {
-    "xla_fft": Implementation(segments.without_padding(_fft, "u")),
+    "xla_fft": Implementation(_fft, by_place=("u",)),
     "xla_toeplitz": Implementation(_product, _supports_product, preferred="cuda", slower=_product_is_slower),
-    "oracle": Implementation(segments.without_padding(_oracle, "u")),
+    "oracle": Implementation(_oracle, by_place=("u",)),
 }

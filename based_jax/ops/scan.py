@@ -1,4 +1,4 @@
-"""The two ways through a sequence with a state: token by token, and chunk by chunk. Documents are kept apart here.
+"""The ways through a sequence with a state: token by token, and chunk by chunk. Documents are kept apart here.
 
 An operation gives the mathematics of one token or of one chunk. What it relies on, and must hold to:
 
@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
-from based_jax.dims import BT
+from based_jax.dims import BT, SegmentIds
 from based_jax.ops import segments, sharded
+
+BLOCK_TOKENS = 8
 
 
 class Span(NamedTuple):
@@ -38,7 +40,9 @@ class Span(NamedTuple):
     fresh: bool
 
 
-def over_tokens(step: Callable, tokens: Any, empty: Any, state: Any | None, segment_ids: BT | None) -> tuple[Any, Any]:
+def over_tokens(
+    step: Callable, tokens: Any, empty: Any, state: Any | None, segment_ids: SegmentIds | None
+) -> tuple[Any, Any]:
     """Run `step(token, state) -> (y, state)` over time.
 
     Args:
@@ -52,6 +56,38 @@ def over_tokens(step: Callable, tokens: Any, empty: Any, state: Any | None, segm
       (y, state): a tree of (B, T, ...), zero at padding, and the state after each row's last document.
     """
     ids = _ids(tokens, segment_ids)
+    advance, start = _tokenwise(step, tokens, empty, state, ids)
+    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (_without_padding(tokens, ids), ids))
+    (state, _), y = jax.lax.scan(advance, start, inputs)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), y), state
+
+
+def over_blocks(step: Callable, tokens: Any, empty: Any, state: Any | None, segment_ids: BT | None) -> tuple[Any, Any]:
+    """Run `step` over time as `over_tokens` does, by blocks of `BLOCK_TOKENS` steps that XLA can fuse.
+
+    A state is written to memory once a block, and what its steps expand not at all: the backward pass makes it anew.
+    """
+    ids = _ids(tokens, segment_ids)
+    advance, start = _tokenwise(step, tokens, empty, state, ids)
+    inputs = _without_padding(tokens, ids), ids
+
+    def block(carry, inputs):
+        outputs = []
+        for t in range(inputs[1].shape[1]):
+            carry, y = advance(carry, jax.tree.map(lambda x, t=t: x[:, t], inputs))
+            outputs.append(y)
+        return carry, jax.tree.map(lambda *y: jnp.stack(y, axis=1), *outputs)
+
+    if ids.shape[1] <= BLOCK_TOKENS:
+        (state, _), y = block(start, inputs)
+        return y, state
+    blocks = jax.tree.map(lambda x: split_time(x, BLOCK_TOKENS), inputs)
+    (state, _), y = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), start, blocks)
+    return jax.tree.map(lambda x: join_time(x)[:, : ids.shape[1]], y), state
+
+
+def _tokenwise(step: Callable, tokens: Any, empty: Any, state: Any | None, ids: BT) -> tuple[Callable, Any]:
+    """Return a scan's body that runs `step` on one token and its id, and what it starts from: a state and its id."""
     empty, state = _vary_alike(empty, tokens), _vary_alike(state, tokens)
 
     def advance(carry, inputs):
@@ -61,14 +97,11 @@ def over_tokens(step: Callable, tokens: Any, empty: Any, state: Any | None, segm
         state = _select(padding, state, stepped)
         return (state, jnp.where(padding, owner, id)), _select(padding, _zeros(y), y)
 
-    start = (empty if state is None else state, segments.first_id(ids))
-    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (_without_padding(tokens, ids), ids))
-    (state, _), y = jax.lax.scan(advance, start, inputs)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), y), state
+    return advance, (empty if state is None else state, segments.first_id(ids))
 
 
 def over_chunks(
-    chunk: Callable, tokens: Any, empty: Any, state: Any | None, segment_ids: BT | None, length: int
+    chunk: Callable, tokens: Any, empty: Any, state: Any | None, segment_ids: SegmentIds | None, length: int
 ) -> tuple[Any, Any]:
     """Run `chunk(tokens, state, span) -> (y, state)` over pieces of `length` tokens, the last one filled up.
 
@@ -91,19 +124,6 @@ def over_chunks(
     body = jax.checkpoint(lambda carry, inputs: _chunk(chunk, carry, inputs, fresh=False), prevent_cse=False)
     (state, _), y = jax.lax.scan(body, carry, inputs)
     return jax.tree.map(lambda x: join_time(x)[:, :T], y), state
-
-
-def associative(compose: Callable[[Any, Any], Any], elements: Any) -> Any:
-    """Return the compositions of all elements (B, T, ...) up to each one.
-
-    `jax.lax.associative_scan` composes none at all too, of which XLA cannot compile the gradient within
-    `jax.shard_map` (jax 0.11.2).
-    """
-
-    def composed(first: Any, second: Any) -> Any:
-        return compose(first, second) if all(x.size for x in jax.tree.leaves(first)) else second
-
-    return jax.lax.associative_scan(composed, elements, axis=1)
 
 
 def _chunk(chunk: Callable, carry: Any, inputs: Any, fresh: bool):
@@ -158,6 +178,8 @@ def _zeros(tree: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def _ids(tokens: Any, segment_ids: BT | None) -> BT:
+def _ids(tokens: Any, segment_ids: SegmentIds | None) -> BT:
     """Return ids; those of one document are the same for all rows, which makes every mask small."""
-    return jnp.ones((1, jax.tree.leaves(tokens)[0].shape[1]), jnp.int32) if segment_ids is None else segment_ids
+    if segment_ids is None:
+        return jnp.ones((1, jax.tree.leaves(tokens)[0].shape[1]), jnp.int32)
+    return segments.ids_of(segment_ids)

@@ -3,38 +3,59 @@
 A token's id is 0 where it is padding. Among the real tokens of a row a document is a longest run of equal ids: an id
 that returns (1 2 1) begins a document of its own, and padding between two tokens of a document (1 0 1) does not end it.
 Padding is inert wherever it stands: nobody sees it, it writes to no state, it takes no place between two tokens, and
-its output is zero, so that a row means what it means without its padding. The Hopper kernels of windows, of Taylor
-attention and of convolutions without a state take documents for unbroken: a row with padding inside one, which our data
-never has, gets NaN (`padding_within`).
+its output is zero, so that a row means what it means without its padding.
+
+What measures distances in places needs unbroken documents. A model moves the tokens that it reads, once, so that a
+row's padding stands behind its documents (`sequence.compacted`), and hands on ids that say so (`dims.Unbroken`). With
+other ids such an operation moves its own inputs, large arrays (`without_padding`), but for the Hopper kernels of
+windows, of Taylor attention and of convolutions without a state: there a row with padding inside a document gets NaN
+(`padding_within`).
 
 A state that is handed in belongs to the first document of the row, whatever its id: who begins a document at the first
 token hands in no state, or the empty one. A state that is handed out is that of the row's last document, or the one
 that was handed in where all is padding.
 
-Every operation numbers the documents of a row at its door (`numbered`). Implementations, and the functions below but
-`positions`, take these numbers: they rise along the row, and equal ones are of one document.
+Every operation numbers the documents of a row at its door (`numbered`). Implementations, and the functions below that
+take `numbers`, get these: they rise along the row, and equal ones are of one document.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
-from based_jax.dims import BT
+from based_jax.dims import BT, SegmentIds, Unbroken
 from based_jax.ops.calls import MatrixStateCall
 
 FORGET_LOG_DECAY = -1e30
 """Log-decay with which a document's first token leaves nothing of the documents before, in kernels that know none."""
 
 
-def numbered(segment_ids: BT) -> BT:
+def ids_of(segment_ids: SegmentIds) -> BT:
+    """Return the ids alone."""
+    return segment_ids.ids if isinstance(segment_ids, Unbroken) else segment_ids
+
+
+def known_alike(ids: BT, segment_ids: SegmentIds) -> SegmentIds:
+    """Return ids of which is known what is of others."""
+    return Unbroken(ids) if isinstance(segment_ids, Unbroken) else ids
+
+
+def numbered(segment_ids: SegmentIds) -> BT:
     """Return the number of each token's document in its row, from 1, and 0 at padding; numbers keep theirs."""
-    present, before = segment_ids != 0, _real_before(segment_ids)
-    id_before = jnp.where(before < 0, 0, jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1))
-    return jnp.where(present, jnp.cumsum(present & (segment_ids != id_before), axis=1), 0)
+    ids = ids_of(segment_ids)
+    id_before = _shifted(ids) if isinstance(segment_ids, Unbroken) else _real_id_before(ids)
+    present = ids != 0
+    return jnp.where(present, jnp.cumsum(present & (ids != id_before), axis=1), 0)
+
+
+def _real_id_before(segment_ids: BT) -> BT:
+    """Return the id of the latest real token before each one, 0 where there is none."""
+    before = _real_before(segment_ids)
+    return jnp.where(before < 0, 0, jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1))
 
 
 def _real_before(segment_ids: BT) -> BT:
@@ -44,15 +65,21 @@ def _real_before(segment_ids: BT) -> BT:
     return jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
 
 
-def first_id(segment_ids: BT) -> Int[Array, "B"]:
+def _shifted(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
+    """Return what stands one place before, zero before the first place."""
+    return jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+
+
+def first_id(segment_ids: SegmentIds) -> Int[Array, "B"]:
     """Return the id of each row's first document, 0 where the row is all padding."""
-    first = jnp.argmax(segment_ids != 0, axis=1)
-    return jnp.take_along_axis(segment_ids, first[:, None], axis=1)[:, 0]
+    ids = ids_of(segment_ids)
+    first = jnp.argmax(ids != 0, axis=1)
+    return jnp.take_along_axis(ids, first[:, None], axis=1)[:, 0]
 
 
-def last_id(segment_ids: BT) -> Int[Array, "B"]:
+def last_id(segment_ids: SegmentIds) -> Int[Array, "B"]:
     """Return the id of each row's last document, 0 where the row is all padding."""
-    return first_id(segment_ids[:, ::-1])
+    return first_id(ids_of(segment_ids)[:, ::-1])
 
 
 def begins_later(numbers: BT) -> Bool[Array, "B T"]:
@@ -69,7 +96,7 @@ def padding_within(numbers: BT) -> Bool[Array, "B 1"]:
 
 
 def positions(
-    segment_ids: BT | None, before: Int[Array, "#B"], length: int
+    segment_ids: SegmentIds | None, before: Int[Array, "#B"], length: int
 ) -> tuple[Int[Array, "#B T"], Int[Array, "#B"]]:
     """Return the place in its document of each of `length` tokens, and how many the last document has had after them.
 
@@ -108,6 +135,35 @@ def separated(call: MatrixStateCall) -> tuple[MatrixStateCall, Bool[Array, "B T 
     return call._replace(q=q, k=k, v=v, log_decay=log_decay, a=a, b=b), padding
 
 
+class Order(NamedTuple):
+    """How tokens are moved so that a row's padding stands behind its documents.
+
+    Attributes:
+      places: the new place of each token (B, T).
+      tokens: the token that each new place takes (B, T).
+    """
+
+    places: BT
+    tokens: BT
+
+    @classmethod
+    def of(cls, segment_ids: BT) -> "Order":
+        """Return that of rows with these ids."""
+        present = segment_ids != 0
+        behind = present.sum(axis=1, keepdims=True) + jnp.cumsum(~present, axis=1)
+        places = jnp.where(present, jnp.cumsum(present, axis=1), behind) - 1
+        time = jnp.broadcast_to(jnp.arange(places.shape[1])[None], places.shape)
+        return cls(places, jnp.put_along_axis(jnp.zeros_like(places), places, time, axis=1, inplace=False))
+
+    def moved(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
+        """Return x in the new places."""
+        return _taken(x, self.tokens, self.places)
+
+    def moved_back(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
+        """Return x from the new places where it was."""
+        return _taken(x, self.places, self.tokens)
+
+
 def without_padding[Call: Any](compute: Callable[[Call], Any], *tokens: str) -> Callable[[Call], Any]:
     """Return `compute` on rows whose padding stands behind all documents, for what measures distances in places.
 
@@ -118,20 +174,22 @@ def without_padding[Call: Any](compute: Callable[[Call], Any], *tokens: str) -> 
     def on_moved(call: Call) -> Any:
         if call.segment_ids is None:
             return compute(call)
-        place = _places_without_padding(call.segment_ids)
-        time = jnp.broadcast_to(jnp.arange(place.shape[1])[None], place.shape)
-        order = jnp.put_along_axis(jnp.zeros_like(place), place, time, axis=1, inplace=False)
-        moved = {name: _taken(getattr(call, name), order, place) for name in tokens}
-        ids = jnp.take_along_axis(call.segment_ids, order, axis=1)
-        y, *state = jax.tree.leaves(compute(call._replace(**moved, segment_ids=ids)))
-        y = _taken(y, place, order)
+        order = Order.of(call.segment_ids)
+        arrays = {name: order.moved(getattr(call, name)) for name in (*tokens, "segment_ids")}
+        y, *state = jax.tree.leaves(compute(call._replace(**arrays)))
+        y = order.moved_back(y)
         return (y, *state) if state else y
 
     return on_moved
 
 
-def token_before(x: Shaped[Array, "B T ..."], numbers: BT) -> Shaped[Array, "B T ..."]:
-    """Return for each token the one before it in its document, zero where there is none, and at padding."""
+def token_before(x: Shaped[Array, "B T D"], numbers: BT, unbroken: bool = False) -> Shaped[Array, "B T D"]:
+    """Return for each token the one before it in its document, zero where there is none, and at padding.
+
+    Documents that are `unbroken` have it one place before.
+    """
+    if unbroken:
+        return jnp.where(((numbers != 0) & (numbers == _shifted(numbers)))[..., None], _shifted(x), 0)
     before, last = _real_before(numbers), x.shape[1] - 1
     after = jnp.flip(last - _real_before(jnp.flip(numbers, 1)), 1)  # past the last one where there is none
 
@@ -157,10 +215,3 @@ _taken.defvjp(
     lambda x, places, inverse: (_taken(x, places, inverse), (places, inverse)),
     lambda saved, grad: (_taken(grad, saved[1], saved[0]), None, None),
 )
-
-
-def _places_without_padding(segment_ids: BT) -> BT:
-    """Return the place of each token where a row's padding stands behind its documents."""
-    present = segment_ids != 0
-    behind = present.sum(axis=1, keepdims=True) + jnp.cumsum(~present, axis=1)
-    return jnp.where(present, jnp.cumsum(present, axis=1), behind) - 1

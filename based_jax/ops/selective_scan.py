@@ -3,23 +3,23 @@
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t          y_t = C_t . h_t          (equations 2 and 4, algorithm 2)
 
 Each of D channels has N states of its own. The state is (B, D, N) fp32. What the paper's kernel keeps on chip,
-exp(dt A) and h for every token, exists here for one chunk at a time, in the backward pass too.
+exp(dt A) and h for every token, XLA fuses here for some tokens at a time, in the backward pass too.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BTD, SegmentIds
 from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BDN, BTN, DN, Channels, SelectiveScanCall
 from based_jax.ops.decays import finite
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import selective_scan as hopper_selective_scan
-from based_jax.ops.precision import EXACT
-
-CHUNK_TOKENS = 64
 
 BN = Float[Array, "B N"]
 
@@ -66,7 +66,7 @@ def selective_scan(
     C: BTN,
     *,
     state: BDN | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTD, BDN]:
     """Scan u (B, T, D) with steps dt >= 0 (B, T, D), A < 0 (D, N), and B, C (B, T, N).
@@ -74,8 +74,8 @@ def selective_scan(
     Args:
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (associative scans), "hopper_steps" (Mosaic
-        GPU kernels; D a multiple of 128; N 8, 16, 24 or 32) or "auto".
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (8 tokens at a time), "hopper_steps"
+        (Mosaic GPU kernels; D a multiple of 128; N 8, 16, 24 or 32) or "auto".
 
     Returns:
       y in u's dtype, and the state (B, D, N) after the last token, fp32.
@@ -94,37 +94,15 @@ def selective_scan_step(u: BD, dt: BD, A: DN, B: BN, C: BN, state: BDN) -> tuple
     u32, dt = u.astype(jnp.float32), dt.astype(jnp.float32)
     kept = jnp.exp(dt[..., None] * finite(A)[None])
     state = kept * state + (dt * u32)[..., None] * B.astype(jnp.float32)[:, None]
-    y = jnp.einsum("BDN,BN->BD", state, C.astype(jnp.float32), precision=EXACT)
+    y = jnp.sum(state * C.astype(jnp.float32)[:, None], axis=-1)
     return y.astype(u.dtype), state
 
 
-def _recurrent(call: SelectiveScanCall) -> tuple[BTD, BDN]:
+def _scanned(call: SelectiveScanCall, *, over: Callable) -> tuple[BTD, BDN]:
     def step(token, state):
         return selective_scan_step(token.u, token.dt, call.A, token.B, token.C, state)
 
-    return scan.over_tokens(step, call.tokens, _empty(call), call.state, call.segment_ids)
-
-
-def _chunked(call: SelectiveScanCall) -> tuple[BTD, BDN]:
-    """Compose the affine maps of `CHUNK_TOKENS` tokens by an associative scan; apply them to the state before."""
-
-    def chunk(tokens, state: BDN, span: scan.Span):
-        u, dt, B, C = (x.astype(jnp.float32) for x in (tokens.u, tokens.dt, tokens.B, tokens.C))
-        kept = jnp.exp(dt[..., None] * call.A[None, None])
-        kept = jnp.where(span.begins[:, :, None, None], 0.0, kept)  # a new document forgets the one before
-        added = (dt * u)[..., None] * B[:, :, None]
-        kept, added = scan.associative(_compose, (kept, added))
-        h = added if span.fresh else kept * state[:, None] + added
-        y = jnp.einsum("BTDN,BTN->BTD", h, C, precision=EXACT)
-        return y.astype(call.u.dtype), h[:, -1]
-
-    return scan.over_chunks(chunk, call.tokens, _empty(call), call.state, call.segment_ids, CHUNK_TOKENS)
-
-
-def _compose(first, second):
-    """Return h -> a2 (a1 h + b1) + b2 as its two coefficients."""
-    (a1, b1), (a2, b2) = first, second
-    return a1 * a2, a2 * b1 + b2
+    return over(step, call.tokens, _empty(call), call.state, call.segment_ids)
 
 
 def _empty(call: SelectiveScanCall) -> BDN:
@@ -140,7 +118,7 @@ CUT = sequence.decayed(_empty, _kept)
 
 IMPLEMENTATIONS = {
     "hopper_steps": Implementation(hopper_selective_scan.compute, hopper_selective_scan.supports, platform="cuda"),
-    "xla_chunks": Implementation(_chunked),
-    "xla_steps": Implementation(_recurrent),
-    "oracle": Implementation(_recurrent),
+    "xla_chunks": Implementation(functools.partial(_scanned, over=scan.over_blocks)),
+    "xla_steps": Implementation(functools.partial(_scanned, over=scan.over_tokens)),
+    "oracle": Implementation(functools.partial(_scanned, over=scan.over_tokens)),
 }

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
-from based_jax.dims import BT
+from based_jax.dims import BT, SegmentIds, Unbroken
 from based_jax.ops import calls, segments, sharded
 from based_jax.ops.dimensions import DIMENSIONS, TOKENS
 from based_jax.ops.scan import expand
@@ -151,16 +151,19 @@ def inputs_before(x: Shaped[Array, "B T D"], segment_ids: BT | None, width: int)
 
 
 def positions(
-    segment_ids: BT | None, before: Int[Array, "#B"], length: int
+    segment_ids: SegmentIds | None, before: Int[Array, "#B"], length: int
 ) -> tuple[Int[Array, "#B T"], Int[Array, "#B"]]:
     """Return `segments.positions`; where tokens lie over devices, each counts those of its piece."""
 
-    def run(call: calls.PositionsCall) -> tuple[Array, Array]:
-        return segments.positions(call.segment_ids, _no_tokens(call) if call.state is None else call.state, length)
-
     if segment_ids is None:
         return segments.positions(None, before, length)
-    call = calls.PositionsCall(segment_ids, jnp.broadcast_to(before, segment_ids.shape[:1]))
+
+    def run(call: calls.PositionsCall) -> tuple[Array, Array]:
+        state = _no_tokens(call) if call.state is None else call.state
+        return segments.positions(segments.known_alike(call.segment_ids, segment_ids), state, length)
+
+    ids = segments.ids_of(segment_ids)
+    call = calls.PositionsCall(ids, jnp.broadcast_to(before, ids.shape[:1]))
     return run(call) if pieces(call) == 1 else summed(_no_tokens)(run, call)
 
 
@@ -168,14 +171,34 @@ def _no_tokens(call: calls.PositionsCall) -> Int[Array, "B"]:
     return jnp.zeros(call.segment_ids.shape[:1], jnp.int32)
 
 
-def numbered(segment_ids: BT) -> BT:
+def compacted(x: Shaped[Array, "B T ..."], segment_ids: BT) -> tuple[Shaped[Array, "B T ..."], Unbroken]:
+    """Return tokens, and their ids, in an order in which each device's padding stands behind its documents."""
+
+    def on_device(x: Array, segment_ids: BT) -> tuple[Array, BT]:
+        order = segments.Order.of(segment_ids)
+        return order.moved(x), order.moved(segment_ids)
+
+    x, ids = sharded.per_shard(on_device, (x, segment_ids), (TOKENS, TOKENS), (TOKENS, TOKENS))
+    return x, Unbroken(ids)
+
+
+def restored(x: Shaped[Array, "B T ..."], segment_ids: BT) -> Shaped[Array, "B T ..."]:
+    """Return what is of `compacted` tokens in the order that they had with these ids."""
+
+    def on_device(x: Array, segment_ids: BT) -> Array:
+        return segments.Order.of(segment_ids).moved_back(x)
+
+    return sharded.per_shard(on_device, (x, segment_ids), (TOKENS, TOKENS), (TOKENS,))
+
+
+def numbered(segment_ids: SegmentIds) -> BT:
     """Return `segments.numbered`; where tokens lie over devices, each numbers those of its piece."""
-    if pieces(calls.PositionsCall(segment_ids)) == 1:
+    if pieces(calls.PositionsCall(segments.ids_of(segment_ids))) == 1:
         return segments.numbered(segment_ids)
     return sharded.per_shard(numbers_over_pieces, (segment_ids,), (TOKENS,), (TOKENS,))
 
 
-def numbers_over_pieces(segment_ids: BT) -> BT:
+def numbers_over_pieces(segment_ids: SegmentIds) -> BT:
     """Return `segments.numbered` of whole rows for the piece of them that a device has."""
 
     def join(earlier: Any, later: Any) -> Any:

@@ -86,7 +86,9 @@ def per_device(function: Callable, call: Any) -> Any:
     names, results = dimensions.of(call)
 
     def on_device(*parts: Any) -> Any:
-        return function(call._replace(**dict(zip(names, parts, strict=True))))
+        leaves, tree = jax.tree.flatten(parts)
+        alike = jax.tree.unflatten(tree, vary_alike(*leaves))  # else a loop sums a parameter's gradient at each step
+        return function(call._replace(**dict(zip(names, alike, strict=True))))
 
     return per_shard(on_device, [getattr(call, name) for name in names], list(names.values()), results)
 

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Integer, Shaped
 
 from based_jax import devices
-from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask
+from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask, SegmentIds
 from based_jax.errors import UserError
 from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_ring
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
+from based_jax.ops.hopper import attention as hopper_attention
 from based_jax.ops.hopper import window as hopper_window
 from based_jax.ops.tpu import attention as tpu_attention
 from based_jax.ops.triton import attention as triton_attention
@@ -34,14 +35,14 @@ CUDNN_HEAD_DIM, CUDNN_HOPPER_HEAD_DIM = 128, 256
 
 
 @checked
-def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl: str = "auto") -> BTHV:
+def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: SegmentIds | None = None, impl: str = "auto") -> BTHV:
     """Causal softmax attention over (B, T, H, .) arrays.
 
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle", "xla_quadratic" (every score), "xla_chunks" (memory linear in T), "cudnn_flash" (GPU, bf16 or
-        fp16, no packing), "triton_tiles" (the same, with packing), "tpu_splash" (TPU, bf16) or "auto". Where tokens lie
-        over devices, keys go round by chunks, whatever it is.
+        fp16, no packing), "hopper_tiles" and "triton_tiles" (the same, with packing), "tpu_splash" (TPU, bf16) or
+        "auto". Where tokens lie over devices, keys go round by chunks, whatever it is.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -52,7 +53,7 @@ def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: BT | None = None, impl:
 
 @checked
 def window_attention(
-    q: BTHK, k: BTHK, v: BTHV, *, window: int, segment_ids: BT | None = None, impl: str = "auto"
+    q: BTHK, k: BTHK, v: BTHV, *, window: int, segment_ids: SegmentIds | None = None, impl: str = "auto"
 ) -> BTHV:
     """Causal softmax attention to the last `window` keys, the query's own included, in O(T * window).
 
@@ -243,6 +244,7 @@ QKV = "q", "k", "v"
 
 ATTENTION = {
     "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
+    "hopper_tiles": Implementation(hopper_attention.compute, hopper_attention.supports, platform="cuda"),
     "triton_tiles": Implementation(
         triton_attention.compute, triton_attention.supports, platform="cuda", slower=triton_attention.slower
     ),
@@ -256,19 +258,21 @@ WINDOW_ATTENTION = {
     "hopper_tiles": Implementation(hopper_window.compute, hopper_window.supports, platform="cuda"),
     "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
     "triton_tiles": Implementation(
-        segments.without_padding(triton_attention.compute, *QKV),
+        triton_attention.compute,
         triton_attention.supports,
         platform="cuda",
         slower=triton_attention.slower,
+        by_place=QKV,
     ),
     "tpu_splash": Implementation(
-        segments.without_padding(tpu_attention.compute, *QKV),
+        tpu_attention.compute,
         tpu_attention.supports,
         platform="tpu",
         slower=_band_is_short,
+        by_place=QKV,
     ),
-    "xla_bands": Implementation(segments.without_padding(_banded, *QKV), slower=_bands_are_long),
-    "xla_chunks": Implementation(segments.without_padding(_chunked, *QKV)),
-    "xla_steps": Implementation(segments.without_padding(_recurrent, *QKV)),
-    "oracle": Implementation(segments.without_padding(_oracle, *QKV)),
+    "xla_bands": Implementation(_banded, slower=_bands_are_long, by_place=QKV),
+    "xla_chunks": Implementation(_chunked, by_place=QKV),
+    "xla_steps": Implementation(_recurrent, by_place=QKV),
+    "oracle": Implementation(_oracle, by_place=QKV),
 }

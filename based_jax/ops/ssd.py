@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.dims import BT
+from based_jax.dims import SegmentIds
 from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHNP, BTGN, BTH, BTHP, SSDCall
@@ -36,7 +36,7 @@ def ssd(
     C: BTGN,
     *,
     state: BHNP | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTHP, BHNP]:
     """Scan x (B, T, H, P) with steps dt >= 0 (B, T, H), A < 0 (H,), and B, C (B, T, G, N) of G groups of heads.
@@ -46,7 +46,7 @@ def ssd(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle" and "xla_steps" (token by token), "xla_chunks" (gated linear attention's), "hopper_steps" (Mamba's
         Mosaic GPU kernels; one group, channels a multiple of 128, 8, 16, 24 or 32 states), "triton_chunks" (gated
-        linear attention's, of bf16; at most 128 states) or "auto".
+        linear attention's, of bf16; at most 256 states) or "auto".
 
     Returns:
       y in x's dtype, and the state (B, H, N, P) after the last token, fp32.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from based_jax.dims import BHEV, BHK, BHV, BT, BTHK, BTHV
+from based_jax.dims import BHEV, BHK, BHV, BTHK, BTHV, SegmentIds
 from based_jax.ops import linear_attention
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import LinearAttentionCall
@@ -71,7 +71,7 @@ def taylor_attention(
     v: BTHV,
     *,
     state: BHEV | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTHV, BHEV]:
     """Causal, normalised Taylor linear attention over (B, T, H, .) arrays, for any T, K and V.

@@ -1,10 +1,12 @@
 """Token shift: the token before each one, which RWKV mixes with it (arXiv 2305.13048, section 3.1.1)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BTD, SegmentIds, Unbroken
 from based_jax.ops import segments, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import TokenShiftCall
@@ -12,7 +14,7 @@ from based_jax.ops.calls import TokenShiftCall
 
 @checked
 @jax.named_scope("token_shift")
-def token_shift(x: BTD, *, state: BD | None = None, segment_ids: BT | None = None) -> tuple[BTD, BD]:
+def token_shift(x: BTD, *, state: BD | None = None, segment_ids: SegmentIds | None = None) -> tuple[BTD, BD]:
     """Return for each token of x (B, T, D) the one before it in its document, zero for a document's first.
 
     Args:
@@ -22,18 +24,19 @@ def token_shift(x: BTD, *, state: BD | None = None, segment_ids: BT | None = Non
     Returns:
       These (B, T, D), and the last token (B, D) of each row's last document.
     """
-    call = TokenShiftCall(x, state, segment_ids)
-    return _shifted(call) if sequence.pieces(call) == 1 else CUT(_shifted, call)
+    ids = None if segment_ids is None else segments.ids_of(segment_ids)
+    call, shifted = TokenShiftCall(x, state, ids), functools.partial(_shifted, isinstance(segment_ids, Unbroken))
+    return shifted(call) if sequence.pieces(call) == 1 else CUT(shifted, call)
 
 
-def _shifted(call: TokenShiftCall) -> tuple[BTD, BD]:
+def _shifted(unbroken: bool, call: TokenShiftCall) -> tuple[BTD, BD]:
     x, segment_ids = call.x, call.segment_ids
     before = _empty(call) if call.state is None else call.state.astype(x.dtype)
     if segment_ids is None:
         return jnp.concatenate([before[:, None], x[:, :-1]], axis=1), x[:, -1]
-    numbers = segments.numbered(segment_ids)
+    numbers = segments.numbered(Unbroken(segment_ids) if unbroken else segment_ids)
     present = numbers != 0
-    shifted = segments.token_before(x, numbers)
+    shifted = segments.token_before(x, numbers, unbroken)
     first = present & (jnp.cumsum(present, axis=1) == 1)
     shifted = jnp.where(first[..., None], before[:, None], shifted)
     last = x.shape[1] - 1 - jnp.argmax(present[:, ::-1], axis=1)

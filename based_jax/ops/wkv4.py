@@ -6,18 +6,19 @@ Each channel has a log-decay d < 0 and a bonus u. The state holds numerator and 
 so that no exponent is above 0.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from based_jax.dims import BD, BT, BTD
+from based_jax.dims import BD, BTD, SegmentIds
 from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import LOG_OF_NOTHING, Channels, Wkv4Call, WkvState
+from based_jax.ops.calls import Channels, Wkv4Call, WkvState
 from based_jax.ops.decays import finite
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import wkv4 as hopper_wkv4
-
-CHUNK_TOKENS = 128
 
 
 def initial_state(batch: int, channels: int) -> WkvState:
@@ -33,7 +34,7 @@ def wkv4(
     bonus: Channels,
     *,
     state: WkvState | None = None,
-    segment_ids: BT | None = None,
+    segment_ids: SegmentIds | None = None,
     impl: str = "auto",
 ) -> tuple[BTD, tuple[BD, BD, BD]]:
     """Average values v by the weights of keys k, both (B, T, D).
@@ -41,7 +42,7 @@ def wkv4(
     Args:
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (associative scans), "hopper_steps" (Mosaic
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (8 tokens at a time), "hopper_steps" (Mosaic
         GPU kernels; of the state after the last token, its maximum has no gradient) or "auto".
 
     Returns:
@@ -63,33 +64,11 @@ def wkv4_step(k: BD, v: BD, log_decay: Channels, bonus: Channels, state: WkvStat
     return wkv.astype(v.dtype), state.then(log_decay[None], WkvState(v32, jnp.ones_like(k32), k32))
 
 
-def _recurrent(call: Wkv4Call) -> tuple[BTD, WkvState]:
+def _scanned(call: Wkv4Call, *, over: Callable) -> tuple[BTD, WkvState]:
     def step(token, state):
         return wkv4_step(token.k, token.v, call.log_decay, call.bonus, state)
 
-    return scan.over_tokens(step, call.tokens, _empty(call), call.state, call.segment_ids)
-
-
-def _chunked(call: Wkv4Call) -> tuple[BTD, WkvState]:
-    """Compose the tokens of a chunk by an associative scan, the state before as the first of them."""
-    empty = _empty(call)
-
-    def chunk(inputs, state: WkvState, span: scan.Span):
-        tokens, present = inputs
-        k, v = (x.astype(jnp.float32) for x in (tokens.k, tokens.v))
-        decay = jnp.where(span.begins[..., None], LOG_OF_NOTHING, call.log_decay[None, None] * present)
-        written = WkvState(v, jnp.ones_like(k) * present, jnp.where(present > 0, k, LOG_OF_NOTHING))
-        first = (jnp.zeros_like(k[:, :1]), jax.tree.map(lambda x: x[:, None], state))
-        elements = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, (decay, written))
-        _, after = scan.associative(_compose, elements)
-        before = jax.tree.map(
-            lambda x, nothing: jnp.where(span.begins[..., None], nothing[:, None], x[:, :-1]), after, empty
-        )
-        wkv = _read(k, v, call.bonus, before)
-        return wkv.astype(call.v.dtype), jax.tree.map(lambda x: x[:, -1], after)
-
-    present = jnp.ones_like(call.k[..., :1], jnp.float32)  # which the scan makes 0 at padding
-    return scan.over_chunks(chunk, (call.tokens, present), empty, call.state, call.segment_ids, CHUNK_TOKENS)
+    return over(step, call.tokens, _empty(call), call.state, call.segment_ids)
 
 
 def _in_kernels(call: Wkv4Call) -> tuple[BTD, WkvState]:
@@ -125,7 +104,7 @@ CUT = sequence.States(_empty, _piece, _compose)
 
 IMPLEMENTATIONS = {
     "hopper_steps": Implementation(_in_kernels, hopper_wkv4.supports, platform="cuda"),
-    "xla_chunks": Implementation(_chunked),
-    "xla_steps": Implementation(_recurrent),
-    "oracle": Implementation(_recurrent),
+    "xla_chunks": Implementation(functools.partial(_scanned, over=scan.over_blocks)),
+    "xla_steps": Implementation(functools.partial(_scanned, over=scan.over_tokens)),
+    "oracle": Implementation(functools.partial(_scanned, over=scan.over_tokens)),
 }

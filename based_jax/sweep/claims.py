@@ -5,7 +5,9 @@ another host once it was seen to be left alone for `CLAIM_SECONDS`; both are tak
 """
 
 import contextlib
+import errno
 import os
+import stat
 import threading
 import time
 import uuid
@@ -89,8 +91,13 @@ class Claims(contextlib.AbstractContextManager):
         return False
 
     def _discard_unwritten(self, name: str, path: Path) -> None:
-        """Remove a claim whose owner was killed before it wrote who it is: a lease waits for such an owner for ever."""
+        """Remove a claim whose owner was killed before it wrote who it is: a lease waits for such an owner for ever.
+
+        So it does for what no command leaves: that raises OSError.
+        """
         with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise OSError(errno.EINVAL, "It is a pipe, a link or a device, not a file")
             before = self._unwritten.get(name)
             if before is None or not before.is_at(path):
                 self._unwritten.pop(name, None)

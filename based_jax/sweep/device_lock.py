@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from based_jax.folders import check_file, writing
+
 
 class DeviceLock(contextlib.AbstractContextManager):
     """Held by who uses a device, among all threads and processes of a user that see the same devices.
@@ -19,7 +21,11 @@ class DeviceLock(contextlib.AbstractContextManager):
     def __init__(self, device: jax.Device):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         name = f"based_jax-{os.getuid()}-{device.platform}-{visible}-{device.id}.lock".replace("/", "_")
-        self._file = (Path(tempfile.gettempdir()) / name).open("a")
+        path = Path(tempfile.gettempdir()) / name
+        with writing(path):
+            if path.exists():
+                check_file(path)
+            self._file = path.open("a")
         self._threads = threading.Lock()
 
     def __enter__(self) -> "DeviceLock":

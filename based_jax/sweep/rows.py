@@ -7,9 +7,7 @@ is not the accuracy 0. Numbers that are not finite are None, which JSON can hold
 import importlib.metadata
 import itertools
 import math
-import subprocess
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ import jax
 from based_jax import config as configs
 from based_jax.nn import names
 from based_jax.nn.accounting import ELEMENT_BYTES
+from based_jax.revision import revision
 from based_jax.sweep.checks import abstract_model
 from based_jax.sweep.lane_training import Outcome
 from based_jax.sweep.points import Point
@@ -80,20 +79,6 @@ def facts_of(name: str, command: str) -> dict[str, Any]:
     versions = {library: importlib.metadata.version(library) for library in ("jax", "jaxlib", "flax", "optax")}
     device = jax.local_devices()[0].device_kind
     return {"sweep": name, "device": device, "versions": versions, "revision": revision(), "command": command}
-
-
-def revision() -> str | None:
-    """Return the git commit of this code, with "+" where files differ from it; None outside a checkout."""
-    folder = Path(__file__).parent
-    try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return commit + "+" * bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(folder: Path, *words: str) -> str:
-    return subprocess.check_output(["git", *words], cwd=folder, text=True, stderr=subprocess.DEVNULL).strip()
 
 
 def describe(config: RunConfig) -> str:

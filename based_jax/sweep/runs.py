@@ -19,11 +19,11 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-import filelock
 from flax.traverse_util import flatten_dict
 
 from based_jax import config as configs
 from based_jax import parallel
+from based_jax.folders import check_file, make_folder
 from based_jax.store import StoreError
 from based_jax.sweep import rows
 from based_jax.sweep.checks import check_groups, check_pass
@@ -34,9 +34,10 @@ from based_jax.sweep.trial import TRACED_KEYS, Sweep
 from based_jax.train.loop import DivergedError, train
 from based_jax.train.mesh_checks import check_mesh
 from based_jax.train.run import TrainConfig
+from based_jax.train.workdir import wait_for_trainings
 
-LOG_FILE, LOCK_FILE = "log.txt", "lock"
-"""Of a workdir: what its run printed, and held by it: one that is stopped saves first, and the next one waits."""
+LOG_FILE = "log.txt"
+"""Of a workdir: what its run printed."""
 RUN_PROCESS_NAME = "run of a sweep"
 
 
@@ -106,14 +107,14 @@ def _train_and_send(
     sender: connection.Connection, point: Point, values: dict[str, Any], workdir: Path, name: str, command: str
 ) -> None:
     """Train a point in this process, and send its row, or why there is none."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    _print_into(workdir / LOG_FILE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; the parent ends of it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        with filelock.FileLock(workdir / LOCK_FILE):
-            config = configs.build(TrainConfig, values)
-            sender.send(_trained(point, config, workdir) | rows.facts_of(name, command))
+        make_folder(workdir)
+        _print_into(workdir / LOG_FILE)
+        wait_for_trainings(workdir)  # that of a command which was killed saves before it stops
+        config = configs.build(TrainConfig, values)
+        sender.send(_trained(point, config, workdir) | rows.facts_of(name, command))
     except Exception as error:
         traceback.print_exc()
         with contextlib.suppress(BrokenPipeError):  # nobody is left to be told
@@ -134,6 +135,8 @@ def _trained(point: Point, config: TrainConfig, workdir: Path) -> dict[str, Any]
 
 def _print_into(path: Path) -> None:
     """Append to a file what this process prints from now on."""
+    if path.exists():
+        check_file(path)
     with path.open("ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import functools
 import logging
 import math
 import os
@@ -275,20 +276,22 @@ def _not_of_tensorstore(record: logging.LogRecord) -> bool:
     return "tensorstore" not in record.getMessage()
 
 
+@functools.cache
 def _hush_libraries() -> None:
-    """Drop what Orbax says, and each array for itself from its own thread; failures are one sentence of this module."""
+    """Drop what Orbax says, and each array for itself from its own thread; failures are one sentence of this module.
+
+    Of what nobody has caught, drop what comes too late: for the event loop of a failed save, or a signal for the
+    handler that the one before has taken away.
+    """
     logging.getLogger("absl").addFilter(_not_of_orbax)
     logging.getLogger("asyncio").addFilter(_not_of_tensorstore)  # "Task exception was never retrieved"
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _told
+    hook = sys.unraisablehook
 
+    def tell(unraisable: Any) -> None:
+        if not str(unraisable.exc_value).endswith(TOO_LATE):
+            hook(unraisable)
 
-def _told(unraisable: Any) -> None:
-    """Print what nobody has caught, but not what comes too late: for the event loop of a failed save, or a signal for
-    the handler that the one before has taken away.
-    """
-    if not str(unraisable.exc_value).endswith(TOO_LATE):
-        sys.__unraisablehook__(unraisable)
+    sys.unraisablehook = tell
 
 
 def _preservation(config: CheckpointConfig):

@@ -70,10 +70,15 @@ class TrainProgram:
         with jax.set_mesh(self.mesh):
             self.jitted_step.eval_shape(self.abstract_state, self.abstract_batch(batch))
 
+    def trace_step(self, batch: parallel.HostBatch) -> jax.stages.Traced:
+        """Return the step over batches like this one, of any host, as JAX has traced it."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted_step.trace(self.abstract_state, self.abstract_batch(batch))
+
     def lower_step(self, batch: parallel.HostBatch) -> jax.stages.Lowered:
         """Return the step over batches like this one, of any host, to be compiled ahead of time."""
         with jax.set_mesh(self.mesh):
-            return self.jitted_step.lower(self.abstract_state, self.abstract_batch(batch))
+            return self.trace_step(batch).lower()
 
     def abstract_batch(self, batch: parallel.HostBatch) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shapes of the global batch that a batch of some host is part of, and how it lies on the mesh.

@@ -9,6 +9,8 @@ is killed, after `SILENCE_SECONDS` where its host is gone. Process 0 tells the o
                                      <-      {"jax_port": 41231}
         {"ended": null}              ->          1 has finished, or
         {"ended": "its sentence"}    ->          1 has stopped:   {"lost": "Process 1 of 3 ..."} to all others
+
+Processes that share no devices, those of a sweep, need no other one to go on: they say so, and do.
 """
 
 import atexit
@@ -38,6 +40,8 @@ SILENCE_SECONDS = 30
 HELLO_SECONDS = 5.0
 GRACE_SECONDS = 2.0
 """What a process has to say by itself what is wrong, before it says that another one found it wrong."""
+STOPS = ", and this one stops; begin all again to continue."
+GOES_ON = "; this one goes on, with what that had begun too."
 LOST_EXIT_CODE, WRONG_EXIT_CODE, INTERRUPTED_EXIT_CODE = 1, 2, 130
 TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 PROCESSES_OF_HOST = ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
@@ -137,13 +141,14 @@ def together(place: Place, timeout: float = MEETING_SECONDS, *, devices: bool = 
     Args:
       place: which of them this one is.
       timeout: seconds to wait for the others.
-      devices: whether JAX computes on the devices of all together, or each process on its own.
+      devices: whether JAX computes on the devices of all together, or each process on its own and goes on where
+        another one ends.
 
     Raises:
       UserError: a process does not come, or two have the same number.
     """
     connections, port = _meet(place, timeout)
-    watch = _Watch(place, connections)
+    watch = _Watch(place, connections, together=devices)
     watch.start()
     try:
         if place.num_processes > 1 and devices:
@@ -162,7 +167,7 @@ def together(place: Place, timeout: float = MEETING_SECONDS, *, devices: bool = 
         watch.end() if isinstance(error, AgreedStop) else watch.fail(_reason(error))
         known = {UserError: WRONG_EXIT_CODE, KeyboardInterrupt: INTERRUPTED_EXIT_CODE, SystemExit: LOST_EXIT_CODE}
         code = next((code for kind, code in known.items() if isinstance(error, kind)), None)
-        if code is None:
+        if code is None and devices:
             watch.wait_for_a_loss()  # a collective fails a moment before the other process is known to be gone
         if jax.distributed.is_initialized() and not isinstance(error, AgreedStop):
             atexit.register(_leave, code or LOST_EXIT_CODE)
@@ -275,10 +280,11 @@ def _join(place: Place, deadline: float, timeout: float) -> tuple[dict[int, sock
 
 
 class _Watch:
-    """Ends this process with a sentence when another one has ended before its time."""
+    """Says that another process has ended before its time; where they compute together, this one ends with it."""
 
-    def __init__(self, place: Place, connections: Mapping[int, socket.socket]):
-        self._place, self._connections, self._failed = place, dict(connections), False
+    def __init__(self, place: Place, connections: Mapping[int, socket.socket], together: bool):
+        self._place, self._connections, self._together = place, dict(connections), together
+        self._failed = False
         for connection in connections.values():
             _keep_alive(connection)
 
@@ -324,12 +330,15 @@ class _Watch:
             return
         who = f"Process {number} of {self._place.num_processes}"
         if message is None:
-            news, wait = f"{who} is gone, and this one stops; begin all again to continue.", 0.0
+            news, wait = f"{who} is gone{STOPS if self._together else GOES_ON}", 0.0
         elif "ended" in message:
             news, wait = f"{who} stopped: {message['ended']}", GRACE_SECONDS
         else:
             news, wait = message["lost"], message["wait"]
         self._tell({"lost": news, "wait": wait}, but=number)
+        if not self._together:
+            print(news, file=sys.stderr, flush=True)
+            return
         time.sleep(wait)
         if not self._failed:
             print(f"Error: {news}", file=sys.stderr)

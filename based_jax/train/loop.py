@@ -15,7 +15,7 @@ from based_jax import config as configs
 from based_jax import optim, parallel
 from based_jax.errors import UserError
 from based_jax.evals.evaluate import evaluate, make_eval_step
-from based_jax.folders import UnwritableError
+from based_jax.folders import UnwritableError, reason
 from based_jax.ops import dispatch
 from based_jax.train import continuation, data_record
 from based_jax.train.agreement import check_alike
@@ -39,6 +39,10 @@ class DivergedError(UserError):
     """The loss or the gradient of a step was not finite."""
 
 
+class UnreadableError(UserError):
+    """The data of a run cannot be read, or are not as they were written."""
+
+
 def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     """Train to `config.steps`, continuing from the workdir's last good checkpoint, and return the final evaluation.
 
@@ -51,7 +55,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
       workdir: a new folder, or that of a run of this config; `continuation.MAY_CHANGE` lists what may differ.
 
     Raises:
-      UserError: bad input, another training in the same workdir, or a full disk; what can be saved is.
+      UserError: bad input, another training in the same workdir, damaged data or a full disk; what can be saved is.
       DivergedError: a loss that is not finite; its state is not saved.
       KeyboardInterrupt: Ctrl-C, with a sentence on what is saved.
     """
@@ -64,7 +68,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     changed = [*kept, *continuation.changes(config, workdir)]
     program = train_program(config, mesh)
     check_state_fits(program.abstract_state)
-    check_batch_fits(config.batch_size, mesh, config.data.longest_test)
+    check_batch_fits(config, mesh)
     feed = parallel.Feed(mesh, config.batch_size)
     source = config.data.open(config.batch_size, feed.rows)
     with dispatch.recorded_choices() as choices:
@@ -80,10 +84,14 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
         batches = ((name, batch) for name in source.eval_names for batch in source.eval_batches(name))
         heard = _until_asked(batches, preemption)
         try:
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(mesh), _reading():
                 return evaluate(lambda batch: eval_step(params, feed.arrays(batch)), heard)
         except _EvaluationStopped:
             return {}
+
+    def read(step: int) -> dict[str, jax.Array]:
+        with _reading():
+            return feed.arrays(source.batch(step))
 
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -110,11 +118,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
                 return _stopped(start, preemption, report)
             report.evaluation(start, results)
 
-        read = read_ahead(lambda step: feed.arrays(source.batch(step)), range(start, config.steps))
-        batches = stack.enter_context(read)
+        batches = stack.enter_context(read_ahead(read, range(start, config.steps)))
         try:
-            for step in range(start + 1, config.steps + 1):
-                batch = next(batches)
+            for step, batch in enumerate(batches, start + 1):
                 timer.done("data")
 
                 state, metrics = program.step(state, batch)
@@ -142,8 +148,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
                     report.times(step)
                 if stop and not (last and results):
                     return _stopped(step, preemption, report)
-        except UnwritableError as error:
-            report.check_finite()
+        except (UnreadableError, UnwritableError) as error:
+            report.last_words()
             raise _saved_in_spite_of(error, checkpoints, step, state) from error
 
         return results or run_eval(state.params, preemption) or _stopped(step, preemption, report)
@@ -152,6 +158,17 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
 def _evaluates(config: TrainConfig, step: int) -> bool:
     """Return whether a run evaluates after a step."""
     return step == config.steps or (config.eval_every is not None and step % config.eval_every == 0)
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Turn what is wrong with data, or with their disk, into `UnreadableError`."""
+    try:
+        yield
+    except UserError as error:
+        raise UnreadableError(str(error)) from error
+    except OSError as error:
+        raise UnreadableError(f"The data cannot be read: {reason(error)}.") from error
 
 
 class _EvaluationStopped(Exception):
@@ -197,14 +214,21 @@ def _stopped(step: int, preemption: Preemption, report: "Report") -> dict[str, f
     return {}
 
 
-def _saved_in_spite_of(error: UnwritableError, checkpoints: Checkpoints, step: int, state: TrainState) -> UserError:
-    """Save the state of a run that cannot write what it tells, if that can be, and return the sentence on both."""
+def _saved_in_spite_of(error: UserError, checkpoints: Checkpoints, step: int, state: TrainState) -> UserError:
+    """Save the state of a run that can neither read nor write on, if that can be; return the sentence on both.
+
+    Of several processes the others are in the next step by then: the checkpoint before is what there is.
+    """
     told = str(error).removesuffix(".")
     try:
-        checkpoints.save(step, state, wait=True)
+        if jax.process_count() > 1:
+            step = checkpoints.latest() or 0
+        elif step:
+            checkpoints.save(step, state, wait=True)
     except UserError as second:
-        return UserError(f"{told}, and the state neither: {second}")
-    return UserError(f"{told}; step {step} is saved, and the same command continues from it.")
+        return UserError(f"{told}, and the state is not saved: {second}")
+    saved = f"step {step} is saved, and the same command continues from it" if step else "no step is saved"
+    return UserError(f"{told}; {saved}.")
 
 
 class Report(contextlib.AbstractContextManager):
@@ -262,14 +286,14 @@ class Report(contextlib.AbstractContextManager):
         pending, self._pending = self._pending, None
         self._take(pending)
 
-    def check_finite(self) -> None:
-        """Read the step that is pending, if any, where nothing can be written.
+    def last_words(self) -> None:
+        """Read the step that is pending, if any, and write it if that can be.
 
         Raises:
           DivergedError: as `step`.
         """
-        if self._pending is not None:
-            self._read(*self._pending[:2])
+        with contextlib.suppress(UnwritableError):
+            self.flush()
 
     def _take(self, pending: tuple[int, Mapping[str, jax.Array], int] | None) -> None:
         if pending is None:

@@ -5,13 +5,19 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from based_jax import parallel
 from based_jax.errors import UserError
+from based_jax.train.run import TrainConfig
 
+GIB = 1 << 30
 ID_BYTES = 4
-"""Of a token in a batch."""
+"""Of a token in an array of a batch; inputs and labels are two."""
+BYTES_A_TOKEN_IS_MADE_IN = {True: 27, False: 12}
+"""At the peak of making a batch on its host, of text or not: windows, batches stacked from them, and labels."""
+_LOWER = "lower it, and raise the steps for as many rows"
 
 
 def check_state_fits(abstract_state: Any) -> None:
@@ -30,22 +36,41 @@ def check_state_fits(abstract_state: Any) -> None:
     size = _memory_bytes(jax.local_devices()[0])
     if size is not None and needed > size:
         raise UserError(
-            f"Parameters and optimizer take {needed / 2**30:,.1f} GiB of a device, which has {size / 2**30:,.1f} GiB;"
+            f"Parameters and optimizer take {needed / GIB:,.1f} GiB of a device, which has {size / GIB:,.1f} GiB;"
             " lower 'model.d_model', 'model.mlp_dim', 'model.vocab_size' or the number of layers, or raise 'mesh.fsdp'."
         )
 
 
-def check_batch_fits(batch_size: int, mesh: Mesh, seq_len: int) -> None:
-    """Raise UserError for a batch whose inputs and labels, of the rows of this process, exceed its machine's memory."""
-    shape = (batch_size,)
+def check_batch_fits(config: TrainConfig, mesh: Mesh) -> None:
+    """Check that batches fit where they are made, which takes long, and that a device has room for one.
+
+    Of activations the residual stream of one microbatch is counted alone, which every model has.
+
+    Args:
+      config: the run, with its `batch_size`.
+      mesh: of all processes.
+
+    Raises:
+      UserError: they do not.
+    """
+    shape, seq_len = (config.batch_size,), config.data.longest_test
     held = parallel.batch_sharding(mesh, shape).addressable_devices_indices_map(shape).values()
-    rows = len(set(held)) * (batch_size // parallel.row_devices(mesh))
-    needed, size = 2 * ID_BYTES * rows * seq_len, _machine_bytes()
+    rows_of_device = config.batch_size // parallel.row_devices(mesh)
+    rows = len(set(held)) * rows_of_device
+    needed, size = BYTES_A_TOKEN_IS_MADE_IN[config.data.kind == "text"] * rows * seq_len, _machine_bytes()
     if needed > size:
         raise UserError(
-            f"batch_size is {batch_size}: a batch, of which this process feeds {rows} rows of {seq_len} tokens, takes"
-            f" {needed / 2**30:,.1f} GiB here, and this machine has {size / 2**30:,.1f} GiB; lower it, and raise the"
-            " steps for as many rows."
+            f"batch_size is {config.batch_size}: a batch, of which this process feeds {rows} rows of {seq_len} tokens,"
+            f" takes {needed / GIB:,.1f} GiB to be made here, and this machine has {size / GIB:,.1f} GiB; {_LOWER}."
+        )
+    tokens = rows_of_device * seq_len // mesh.shape["sequence"]
+    residual = tokens // config.microbatches * config.model.d_model * jnp.dtype(config.model.dtype).itemsize
+    needed, room = 2 * ID_BYTES * tokens + residual, _memory_bytes(jax.local_devices()[0])
+    if room is not None and needed > room:
+        raise UserError(
+            f"batch_size is {config.batch_size}: the {tokens} tokens of a device take {needed / GIB:,.1f} GiB there"
+            f" before any layer, with one microbatch of {config.microbatches} as activations, and it has"
+            f" {room / GIB:,.1f} GiB; {_LOWER}, or raise microbatches."
         )
 
 

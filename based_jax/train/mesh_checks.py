@@ -4,7 +4,7 @@ import math
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from based_jax import parallel
 from based_jax.errors import UserError
@@ -14,7 +14,7 @@ from based_jax.optim import axes_of, is_variable, path_of
 from based_jax.train.run import TrainConfig
 
 
-def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
+def check_mesh(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
     """Check that a mesh divides the rows of a run's batches and microbatches, and its model's heads and widths.
 
     Raises:

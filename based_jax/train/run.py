@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from based_jax import config as configs
 from based_jax import flops, parallel
@@ -125,7 +125,7 @@ class TrainConfig(RunConfig):
         if self.rows_per_device is None and self.batch_size % self.microbatches:
             raise UserError(f"batch_size {self.batch_size} cannot be divided into {self.microbatches} microbatches.")
 
-    def sized(self, mesh: Mesh) -> "TrainConfig":
+    def sized(self, mesh: Mesh | AbstractMesh) -> "TrainConfig":
         """Return the run with the `batch_size` that `rows_per_device` comes to on a mesh, in place of it."""
         if self.rows_per_device is None:
             return self

@@ -77,8 +77,9 @@ def make_train_step(
         sums, grads = _added(call, batch, microbatches, *_dropout_keys(state))
         count = jnp.maximum(sums["count"], 1)
         grads = jax.tree.map(lambda g: g / count, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": sums["loss"] / count,
             "accuracy": sums["correct"] / count,

@@ -77,6 +77,15 @@ def held(workdir: Path) -> Iterator[None]:
         lock.release()
 
 
+def wait_for_trainings(workdir: Path) -> None:
+    """Wait until nobody trains in a workdir, where the file system has locks: who is stopped saves first."""
+    with (
+        contextlib.suppress(OSError, NotImplementedError),
+        filelock.FileLock(workdir / LOCK_FILE, fallback_to_soft=False),
+    ):
+        pass
+
+
 def _owner(path: Path) -> str:
     """Return who holds a lock file, in words."""
     try:

@@ -24,6 +24,7 @@ from based_jax.nn.lm import LM
 from based_jax.pictures import paper, styles
 from based_jax.pictures.configurations import accuracy
 from based_jax.pictures.panels import accuracy_panels, byte_axis, panels_inches
+from based_jax.revision import revision
 from based_jax.store import Store
 from based_jax.sweep import Sweep
 from based_jax.sweep.launch import run_sweep
@@ -92,11 +93,12 @@ def recall_sweep() -> Sweep:
 
 
 def versions() -> dict[str, str]:
-    """Return what a row of results has to name: the device, the versions and the command."""
+    """Return what a row of results has to name: the device, the versions, the revision and the command."""
     names = ("based-jax", "jax", "flax")
     return {
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         "versions": " ".join(f"{name} {importlib.metadata.version(name)}" for name in names),
+        "revision": revision() or "",
         "command": "make demo",
     }
 

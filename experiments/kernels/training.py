@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from based_jax import config as configs
+from based_jax.revision import revision
 from based_jax.train import loop
 from based_jax.train.run import TrainConfig
 from experiments.kernels import results
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 def train(out: Path, steps: int, impls) -> None:
     """Write the loss of every step of each run, and print how far the runs are from the XLA one."""
     facts = {"device": jax.devices()[0].device_kind, "versions": {"jax": importlib.metadata.version("jax")}}
-    facts["command"] = "python -m experiments.kernels " + " ".join(sys.argv[1:])
+    facts |= {"revision": revision(), "command": "python -m experiments.kernels " + " ".join(sys.argv[1:])}
     losses, rows = {}, []
     for impl in impls:
         config = configs.build(TrainConfig, run_config(impl, steps))

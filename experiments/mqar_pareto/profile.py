@@ -16,9 +16,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from based_jax.revision import revision
 from based_jax.sweep import lanes
 from based_jax.sweep.device_lock import DeviceLock
-from based_jax.sweep.rows import revision
 from based_jax.sweep.trial import make_trial
 from experiments.mqar_pareto import sweeps
 

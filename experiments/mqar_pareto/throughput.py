@@ -25,9 +25,9 @@ from based_jax.labels import is_labelled
 from based_jax.nn.lm import LM
 from based_jax.nn.loss import Sums, position_sums
 from based_jax.optim import optimizer
+from based_jax.revision import revision
 from based_jax.sweep import Trial, lanes
 from based_jax.sweep.device_lock import DeviceLock
-from based_jax.sweep.rows import revision
 from based_jax.sweep.trial import make_trial
 from based_jax.train.step import TrainState, initial_state, make_train_step
 from experiments.mqar_pareto import sweeps

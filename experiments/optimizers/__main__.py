@@ -25,7 +25,7 @@ from based_jax import load_config
 from based_jax.nn.lm import LM
 from based_jax.nn.loss import loss_sums
 from based_jax.optim import OptimConfig, optimizer
-from based_jax.sweep.rows import revision
+from based_jax.revision import revision
 from based_jax.train.run import TrainConfig
 from based_jax.train.step import initial_state, make_train_step
 

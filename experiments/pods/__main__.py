@@ -18,6 +18,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from based_jax.pictures.tables import markdown
+from based_jax.revision import revision
 
 FOLDER = Path(__file__).parent
 ROWS, README = FOLDER / "results" / "pods.jsonl", FOLDER / "README.md"
@@ -99,7 +100,8 @@ def compile_point(name: str, arguments: list[str], timeout: float) -> None:
         said = [f"Error: not compiled within {timeout:.0f} s."]
     lines = out.read_text().splitlines() if out.exists() else []
     row = json.loads(lines[0]) if lines else {}  # of what does not fit there may be none
-    row |= {"point": name, "wall_seconds": round(time.perf_counter() - begin, 1), "command": " ".join(command)}
+    row |= {"point": name, "wall_seconds": round(time.perf_counter() - begin, 1)}
+    row |= {"revision": revision(), "command": " ".join(command)}
     row |= {"error": said[0].removeprefix("Error: ")} if said else {}
     out.unlink(missing_ok=True)
     kept = {old["point"]: old for old in read()} | {name: row}

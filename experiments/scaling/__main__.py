@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from based_jax.nn.mixers import MIXERS, make_mixer
+from based_jax.revision import revision
 
 OPTIONS = {kind: {"l_max": 1 << 20} for kind in ("hyena", "long_conv", "implicit_conv")}
 CONTRAST = ("attention", "hyena", "long_conv", "implicit_conv")
@@ -72,6 +73,7 @@ def facts() -> dict:
     return {
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
+        "revision": revision(),
         "command": "python -m experiments.scaling " + " ".join(sys.argv[1:]),
     }
 

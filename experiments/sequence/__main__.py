@@ -23,6 +23,7 @@ from based_jax.aot.costs import flops
 from based_jax.aot.hlo import Program
 from based_jax.bench.rows import replaced
 from based_jax.nn.mixers import MIXERS, make_mixer
+from based_jax.revision import revision
 from based_jax.train.compile import train_program
 from based_jax.train.run import load_config
 
@@ -85,6 +86,7 @@ def facts() -> dict:
     return {
         "device": jax.devices()[0].device_kind,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
+        "revision": revision(),
         "command": "python -m experiments.sequence " + " ".join(sys.argv[1:]),
     }
 

@@ -10,6 +10,8 @@ the moments of k, which are kept in fp32 and read as the sum of two bf16 matrice
 it sums the rounded p that o is made of, so that a document's first o is its v, and its gradient vanishes as it should.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -44,6 +46,7 @@ SUMS_SLOTS = 4
 """Those of `sums`: few enough for two blocks on a multiprocessor."""
 
 
+@functools.partial(jax.jit, static_argnames="pieces")
 def forward(q, k, v, initial=None, *, documents=None, pieces: int):
     """Return o (B, T, H, V) and z (B, parts, T rounded up to 64), parts of all heads.
 
@@ -184,6 +187,7 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
     )(q, k, v, *packed, *given)
 
 
+@functools.partial(jax.jit, static_argnames=("reverse", "pieces", "taken"))
 def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, taken: range | None = None):
     """Return what each taken piece adds to the sums (B parts taken, 64, SUMS_COLUMNS), fp32.
 

@@ -18,6 +18,8 @@ g rounded to bf16, and gz from that g; the second takes do and 1/z apart, and th
 and gz cancel, as for a document's first token, their errors do too.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -47,6 +49,7 @@ CHUNK_SLOTS = 4
 """Chunks in flight; even, so that a slot always meets the same output warpgroup and its phases stay in step."""
 
 
+@functools.partial(jax.jit, static_argnames="pieces")
 def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: int):
     """Return dq (B, T, parts, 16) in bf16, which heads are the sums of, and gz (B, parts, T rounded up to 64) in fp32.
 
@@ -156,6 +159,7 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
     )
 
 
+@functools.partial(jax.jit, static_argnames="pieces")
 def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pieces: int):
     """Return dk (B, T, parts, 16), which heads are the sums of, and dv (B, T, H, V) in bf16.
 

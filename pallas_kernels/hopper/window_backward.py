@@ -35,7 +35,6 @@ from pallas_kernels.hopper.window import (
     reach,
     softmax,
     sum_rows,
-    swizzle,
 )
 
 LOGARITHM, MINUS_DELTA = 0, 1
@@ -47,6 +46,7 @@ def number_of_slots(window: int, head_dim: int) -> int:
     return reach(window) + 4 if head_dim == 64 else 3
 
 
+@functools.partial(jax.jit, static_argnames=("window", "pieces"))
 def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
     """Return dq, dk and dv, all arrays (B, T, H, K) in bf16, T >= 64.
 
@@ -200,9 +200,12 @@ def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
         body,
         out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype)] * 3,
         scratch_types=[
-            *(mosaic.swizzled((slots, CHUNK_TOKENS, head_dim), swizzle(head_dim)) for _ in ("q", "k", "v", "do")),
+            *(
+                mosaic.swizzled((slots, CHUNK_TOKENS, head_dim), mosaic.widest_swizzle(head_dim))
+                for _ in ("q", "k", "v", "do")
+            ),
             *(plgpu.SMEM((slots, CHUNK_TOKENS), jnp.int32) for _ in packed),
-            mosaic.swizzled((CHUNK_TOKENS, head_dim), swizzle(head_dim)),
+            mosaic.swizzled((CHUNK_TOKENS, head_dim), mosaic.widest_swizzle(head_dim)),
             plgpu.SMEM((slots, 2, CHUNK_TOKENS), jnp.float32),
             plgpu.SMEM((slots, CHUNK_TOKENS), jnp.float32),
             plgpu.Barrier(num_arrivals=4 + len(packed), num_barriers=slots),

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from based_jax.__main__ import main
 from based_jax.aot import compiling, topology
 from based_jax.commands.aot import parse_mesh
 from based_jax.errors import UserError
+from based_jax.revision import revision
 
 TINY = """
 def get_config():
@@ -53,6 +55,8 @@ def test_a_step_is_compiled_and_told(config, stand_ins, tmp_path, capsys):
     assert main(["aot", *arguments]) == 0
     train, decode = rows_of(out)
     assert (train["program"], decode["program"]) == ("train", "decode")
+    assert train["revision"] == decode["revision"] == revision()
+    assert train["command"] == decode["command"] == " ".join(["python -m based_jax", *sys.argv[1:]])
     assert train["mesh"] == {"data": 2, "fsdp": 4} and train["tokens"] == 16 * 32 and decode["tokens"] == 16
     assert train["flops"] == pytest.approx(train["model_flops"], rel=0.1)
     assert decode["flops"] == pytest.approx(decode["model_flops"], rel=0.3)
@@ -132,6 +136,43 @@ def test_a_compiler_that_runs_out_of_memory_is_told_in_one_sentence():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            "--mesh=data:2,fsdp:4",
+            "Mesh {'data': 2, 'fsdp': 4, 'tensor': 1, 'sequence': 1} needs 8 devices; there are 512",
+        ),
+        ("--mesh=data:8,fsdp:32", "needs 256 devices; there are 512"),
+        ("--mesh=fsd:4", "Mesh axis 'fsd' does not exist; the axes are data, fsdp, tensor, sequence."),
+        ("--mesh=fsdp:0", "Mesh axis 'fsdp' has 0 devices; it is at least 1."),
+        ("--mesh=data:1,fsdp:512", "Mesh axis 'data' has 1 devices; it is a multiple of the 2 slices"),
+        (
+            "--mesh=tensor:4 --rows-per-device=1",
+            "of model.layers[0], 'linear', is 2, which cannot be divided over 4",
+        ),
+        ("--mesh=sequence:64 --rows-per-device=1", "Sequences of 32 tokens cannot be divided over 64 devices"),
+        ("--mesh=fsdp:256", "batch_size 16 cannot be divided over 512 devices of the mesh axes data and fsdp"),
+        ("--rows-per-device=0", "rows_per_device is 0; it is at least 1, or None."),
+        ("--rows-per-device=1 --config.optim.warmup_steps=1000", "warmup_steps"),
+        ("--rows-per-device=1 --text={config}", "cannot be a folder: a file is in the way."),
+    ],
+)
+def test_what_needs_no_compiler_is_checked_before_one_is_loaded(config, monkeypatch, capsys, arguments, told):
+    monkeypatch.setattr(topology, "_check_compiler", lambda platform: pytest.fail("the compiler is loaded"))
+    words = arguments.format(config=config).split()
+    assert main(["aot", f"--config={config}", "--topology=v5e:16x16", "--slices=2", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "devices"),
+    [("v5e:16x16", 2, 512), ("v7x:2x2x1", 2, 16), ("v5p:8x8x8", 1, 512), ("h100:4x8", 1, 32)],
+)
+def test_a_name_tells_how_many_devices_there_are(name, slices, devices):
+    assert topology.device_count(name, slices) == devices
+
+
+@pytest.mark.parametrize(
     ("name", "slices", "message"),
     [
         ("v9:2x2", 1, r"^Unknown chip of a topology 'v9': .*Allowed: h100, h200, v4, v5e, v5p, v6e, v7x\.$"),
@@ -171,5 +212,7 @@ def test_a_tpu_slice_is_compiled_for(config, tmp_path):
     out = tmp_path / "rows.jsonl"
     assert main(["aot", f"--config={config}", "--topology=v5e:2x2", "--mesh=fsdp:4", f"--out={out}"]) == 0
     train, _ = rows_of(out)
+    for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "v7x:2x2x1"):
+        assert topology.device_count(name, slices=2) == len(topology.find(name, slices=2).devices)
     assert train["device"] == "TPU v5 lite" and train["exchanged_bytes"] > 0 and not train["unknown_loops"]
     assert train["flops"] == pytest.approx(train["model_flops"], rel=0.1)

@@ -181,6 +181,27 @@ def test_a_copy_moves_bytes_of_main_memory_at_the_ends_that_it_has_there(source,
     assert costs.memory_bytes(found, on_chip=(1, 2)) == bytes * 1024
 
 
+ASYNCHRONOUS = """
+%cut (q: f32[7,1024], i: s32[]) -> f32[1,1024] {
+  %q = f32[7,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %s = f32[1,1024]{1,0} dynamic-slice(%q, %i, %zero), dynamic_slice_sizes={1,1024}
+}
+
+ENTRY %m (p: f32[7,1024], n: s32[]) -> f32[1,1024] {
+  %p = f32[7,1024]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %f = ((f32[7,1024]{1,0}, s32[]), f32[1,1024]{1,0}, u32[]) fusion-start(%p, %n), kind=kLoop, calls=%cut
+  ROOT %d = f32[1,1024]{1,0} fusion-done(%f)
+}
+"""
+
+
+def test_a_fusion_that_runs_beside_others_moves_what_it_moves_by_itself():
+    assert costs.memory_bytes(Program(ASYNCHRONOUS)) == 2 * 4 * 1024 + 4
+
+
 def lowered(call, *specs, shape=(N, N)):
     mesh = parallel.make_mesh(MESH)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for spec in specs]

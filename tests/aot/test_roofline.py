@@ -1,5 +1,6 @@
 """Times by hand: bytes of a collective over the links that its devices have between them, and a device's peaks."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -100,7 +101,9 @@ def test_slices_alone_exchange_all_on_the_network():
     assert roofline.network_seconds(found, mesh, V5P) == pytest.approx(GIVEN / 6.25e9)
 
 
-def test_a_network_of_unknown_speed_is_refused():
+def test_a_network_of_unknown_speed_is_refused(monkeypatch):
+    v4 = dataclasses.replace(devices.find("TPU v4"), network_bytes_per_second=None)
+    monkeypatch.setattr(devices, "find", lambda kind: v4)
     mesh, topology = cut((2, 2), (2, 4), "TPU v4", slices=2)
     with pytest.raises(UserError, match=r"^How fast slices of 'TPU v4' exchange is not known"):
         roofline.roofline(1, 1, [collective("all-reduce", over(mesh, 0))], mesh, topology)

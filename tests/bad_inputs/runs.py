@@ -91,6 +91,7 @@ CASES: tuple[Command | Call, ...] = (
     in_the_way("a pipe as metrics", pipe("metrics.jsonl"), sentence="'<tmp>/metrics.jsonl' is no file, where"),
     in_the_way("a pipe as data.json", pipe("data.json"), sentence="data.json' is damaged (It is a pipe or a device"),
     Command("a pipe as config.json", ("eval", "--workdir=<tmp>"), "config.json' cannot be read: " + PIPE, pipe(CONFIG)),
+    Command("a pipe as config file", ("train", "--config=<tmp>/a.py", "--workdir=<new>"), PIPE, pipe("a.py")),
     Command("a plot of a pipe", ("plot", "<tmp>", "--out=<new>"), "cannot be read: " + PIPE, pipe("metrics.jsonl")),
     Command("a model too wide", train("<new>", "--config.model.d_model=1000000000"), "Parameters and optimizer take"),
     Command("an MLP too wide", train("<new>", "--config.model.mlp_dim=2000000000"), "Parameters and optimizer take"),

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from based_jax import config as configs
-from based_jax import parallel
+from based_jax import flops, parallel
 from based_jax.__main__ import main
 from based_jax.bench import train
 from based_jax.train.compile import train_program
@@ -19,22 +19,42 @@ SMALL = ["--config.batch_size=16", "--config.model.d_model=32"]
 
 def test_a_row_says_how_fast_a_step_is_and_what_it_takes(tmp_path, capsys):
     out = tmp_path / "deep" / "train.jsonl"
-    assert main(["bench", "train", f"--config={CONFIG}", "--steps=2", f"--out={out}", *SMALL]) == 0
+    assert main(["bench", "train", f"--config={CONFIG}", "--steps=2", "--documents=3", f"--out={out}", *SMALL]) == 0
     row = json.loads(out.read_text())
-    assert (row["batch_size"], row["devices"], row["steps"], row["device"]) == (16, 8, 2, "cpu")
+    assert (row["rows"], row["devices"], row["steps"], row["device"]) == (16, 8, 2, "cpu")
+    assert (row["seq_len"], row["documents"], row["remat"], row["compiled_before"]) == (64, 3, "none", False)
     assert row["tokens_per_second"] == pytest.approx(16 * row["seq_len"] / row["milliseconds"] * 1e3, rel=1e-3)
-    assert row["compile_seconds"] > 0 and row["program_bytes"] > 0 and "mfu" not in row
+    assert row["compile_seconds"] > row["trace_seconds"] > 0 and row["program_bytes"] > 0 and "mfu" not in row
     assert row["command"].startswith("python -m based_jax") and row["versions"]["jax"] == jax.__version__
+    assert row["impls"]["linear_cross_entropy"] == ["xla_logits"] and row["breakdown"] is None
     assert f"(16,{row['seq_len']}) on 8 x cpu" in capsys.readouterr().out
 
 
 def test_a_row_is_printed_with_what_is_known():
-    facts = dict.fromkeys(("batch_size", "seq_len", "devices", "steps"), 1)
-    row = facts | {"device": "NVIDIA H100", "milliseconds": 2.0, "tokens_per_second": 5e5, "mfu": 0.4321}
-    row |= {"program_bytes": 3 << 20, "peak_bytes": 5 << 20, "compile_seconds": 1.0}
-    assert "2.00 ms a step, 500000 tokens/s, MFU 0.432; 3 MiB for a step, 5 MiB at most" in train.line(row)
-    del row["mfu"]
-    assert "tokens/s; 3 MiB for a step, - at most" in train.line(row | {"peak_bytes": None})
+    facts = dict.fromkeys(("rows", "seq_len", "devices", "steps"), 1)
+    row = facts | {"device": "NVIDIA H100", "milliseconds": 2.0, "tokens_per_second": 5e5, "mfu": 0.4321, "hfu": 0.5}
+    row |= {"program_bytes": 3 << 20, "peak_bytes": 5 << 20, "compile_seconds": 1.0, "compiled_before": True}
+    row |= {"impls": {"attention": ["cudnn_flash"]}, "breakdown": None}
+    first, impls = train.lines(row)
+    assert "2.00 ms a step, 500000 tokens/s, MFU 0.432, HFU 0.500; 3 MiB for a step, 5 MiB at most" in first
+    assert first.endswith("read from the disk in 1.0 s") and impls.strip() == "attention cudnn_flash"
+    del row["mfu"], row["hfu"]
+    assert "tokens/s; 3 MiB for a step, - at most" in train.lines(row | {"peak_bytes": None})[0]
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_the_products_that_remat_makes_again_are_counted(remat):
+    """Of a layer that is products alone: all are made again but the last, whose result the backward pass needs not."""
+    overrides = [("model.layers", "[('conv', {})]"), ("model.remat", remat), ("batch_size", "2")]
+    config = configs.build(TrainConfig, configs.load(CONFIG, overrides))
+    program = train_program(config, parallel.make_mesh(devices=jax.devices()[:1]))
+    batch = train.random_batch(config, 0, 1)
+    products = flops.matrix_products(program.trace_step(batch).jaxpr.jaxpr)
+    model, tokens = config.model, batch["inputs"].size
+    D, F, head = model.d_model, model.hidden_dim, model.padded_vocab_size
+    forward = 2 * tokens * D * (6 * D + 3 * F + head)
+    again = 2 * tokens * D * (6 * D + 2 * F) if remat == "full" else 0
+    assert products == 3 * forward + again
 
 
 @pytest.mark.long

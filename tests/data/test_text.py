@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 
 import numpy as np
 import pytest
@@ -110,15 +111,48 @@ def test_the_order_is_that_of_tensorflow_datasets():
     assert tokens.hashed_order(300, "train").tolist() == sorted(range(300), key=hasher.hash_key)
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-200], lambda raw: raw[:9] + b"?" + raw[10:]])
-def test_a_damaged_dataset_is_named(folder, tmp_path, damage):
-    source(folder, tmp_path)
+def read_all(whole):
+    for step in range(whole.windows // 8 + 1):
+        whole.batch(step)
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (lambda raw: raw[:-200], "train.tokens has another length than it was written with"),
+        (lambda raw: raw[:9] + b"?" + raw[10:], "block 0 of 2 of train.tokens does not have its checksum"),
+        (lambda raw: raw[:-1] + b"?", "block 1 of 2 of train.tokens does not have its checksum"),
+    ],
+    ids=["cut", "first", "last"],
+)
+def test_a_damaged_dataset_is_named_with_file_and_block(folder, tmp_path, monkeypatch, damage, told):
+    monkeypatch.setattr(tokens, "TOKENS_PER_CHECKSUM", 1024)
+    before = source(folder, tmp_path)
     (record,) = (tmp_path / "cache").rglob("train.tokens")
     record.write_bytes(damage(record.read_bytes()))
-    with pytest.raises(UserError, match="is damaged"):
-        whole = source(folder, tmp_path)
-        for step in range(whole.windows // 8 + 1):
-            whole.batch(step)
+    for opened in (lambda: source(folder, tmp_path), lambda: before):  # damaged before, and while a run reads it
+        with pytest.raises(UserError, match=rf"^Packed text '{record.parent}' is damaged \({told}\)"):
+            read_all(opened())
+
+
+def test_a_pipe_in_place_of_tokens_is_named(folder, tmp_path):
+    source(folder, tmp_path)
+    (record,) = (tmp_path / "cache").rglob("train.tokens")
+    record.unlink()
+    os.mkfifo(record)
+    with pytest.raises(UserError, match=r"is damaged \(train.tokens: It is a pipe or a device, not a file\)"):
+        source(folder, tmp_path)
+
+
+def test_a_disk_that_fails_is_named(folder, tmp_path, monkeypatch):
+    whole = source(folder, tmp_path)
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(tokens.os, "pread", fail)
+    with pytest.raises(UserError, match=r"is damaged \(train.tokens: Input/output error\)"):
+        whole.batch(0)
 
 
 def test_sizes_are_said(folder, tmp_path):

@@ -80,6 +80,41 @@ def test_a_hybrid_of_many_mixers_decodes_what_it_computes_in_parallel(kinds, tok
     close(decoded[1, 3:], hidden[1, 3:])
 
 
+BROKEN_IDS = np.asarray([[0, 1, 0, 1, 2, 0, 0, 2, 2, 0], [3, 3, 0, 3, 3, 0, 1, 1, 0, 1]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_padding_within_documents_changes_nothing(dtype, tokens, close):
+    kinds = "conv", "window", "rwkv4_channel_mix"
+    model = LM(small(tuple((kind, SMALL.get(kind, {})) for kind in kinds), dtype=dtype), rngs=nnx.Rngs(0))
+
+    def squares(model, tokens, segment_ids):
+        hidden = model.hidden(tokens, segment_ids).astype(jnp.float32)
+        return jnp.sum(jnp.where(segment_ids[..., None] != 0, hidden, 0) ** 2), hidden
+
+    run = jax.jit(nnx.value_and_grad(squares, has_aux=True))
+    (_, hidden), gradients = run(model, tokens, jnp.asarray(BROKEN_IDS))
+    behind = [np.argsort(row == 0, kind="stable") for row in BROKEN_IDS]
+    moved, ids = (jnp.take_along_axis(jnp.asarray(x), jnp.asarray(behind), axis=1) for x in (tokens, BROKEN_IDS))
+    (_, expected), of_moved = run(model, moved, ids)
+    for row, order in enumerate(behind):
+        real = np.count_nonzero(BROKEN_IDS[row])
+        close(hidden[row][order[:real]], expected[row, :real], dtype)
+    close(gradients, of_moved, dtype)
+
+
+def test_layers_move_no_tokens_of_packed_documents(tokens):
+    """The model's own door does: ids before the first layer, and hidden states behind the last."""
+    model = LM(small((("conv", {}), ("window", SMALL["window"]))), rngs=nnx.Rngs(0))
+
+    def loss(model, tokens, segment_ids):
+        return jnp.sum(jnp.cos(model.hidden(tokens, segment_ids)))
+
+    text = jax.jit(nnx.grad(loss)).lower(model, tokens, jnp.asarray(BROKEN_IDS)).as_text()
+    moved = re.findall(r"stablehlo\.(?:dynamic_)?(?:gather|scatter).*?-> tensor<([\dx]*)x\w+>", text, re.DOTALL)
+    assert {shape for shape in moved if shape.startswith(f"2x{T}")} == {f"2x{T}", f"2x{T}x{D}"}
+
+
 @pytest.mark.parametrize(
     "scan, mlp",
     [(False, "none"), *(pytest.param(*x, marks=pytest.mark.long) for x in ((False, "swiglu"), (True, "identity")))],

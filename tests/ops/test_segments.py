@@ -1,12 +1,14 @@
 """What ids of packed documents mean, to every operation and every form of it."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from based_jax.dims import Unbroken
 from based_jax.ops import (
     conv,
     delta_rule,
@@ -205,3 +207,52 @@ def test_a_row_means_its_documents_one_by_one(name, normal, close):
     for expected, found in both(arrays, states):
         for form, results in zip(forms, found, strict=True):
             close(results, expected, tolerance=2e-5, what=form)
+
+
+BY_PLACE = "short_conv", "gated_short_conv", "window_attention", "diagonal_ssm", "long_conv", "token_shift"
+UNBROKEN = np.asarray([[7, 7, 7, 2, 2, 0, 0, 3, 3, 7, 7, 0, 0], [1] * 11 + [2, 0]])
+
+
+def form_of(name):
+    """Return an operation with its first form for all platforms, of arrays and a state, and these."""
+    table, call, shapes, of_state = OPERATIONS[name]
+    form = next((form for form in table if table is not SHIFT and table[form].platform is None), None)
+    return functools.partial(call, impl=form), shapes, of_state
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", BY_PLACE)
+def test_ids_that_are_known_to_be_unbroken_mean_the_same(name, dtype, normal, close):
+    call, shapes, of_state = form_of(name)
+    arrays = [normal(*UNBROKEN.shape, *shape, dtype=dtype) / 2 for shape in shapes]
+    state = None if of_state is None else normal(B, *of_state)
+
+    def with_gradients(segment_ids):
+        (y, after), pull = jax.vjp(lambda *arrays: call(*arrays, state=state, segment_ids=segment_ids), *arrays)
+        return y, after, pull((jnp.cos(y), jax.tree.map(jnp.cos, after)))
+
+    plain, unbroken = jax.jit(with_gradients)(jnp.asarray(UNBROKEN)), jax.jit(with_gradients)(known(UNBROKEN))
+    close(unbroken, plain, dtype)
+
+
+@pytest.mark.parametrize("name", sorted({*BY_PLACE} - {"diagonal_ssm"}))  # its chunks move tokens of their own
+def test_of_unbroken_documents_no_token_is_moved(name, normal):
+    call, shapes, _ = form_of(name)
+    arrays = [normal(*UNBROKEN.shape, *shape) for shape in shapes]
+
+    def moves(segment_ids):
+        """Return how many arrays over tokens the program of the output and its gradients gathers or scatters."""
+
+        def loss(*arrays):
+            return jnp.sum(jnp.cos(call(*arrays, state=None, segment_ids=segment_ids)[0]))
+
+        text = jax.jit(jax.grad(loss, tuple(range(len(arrays))))).lower(*arrays).as_text()
+        moved = re.findall(r"stablehlo\.(?:dynamic_)?(?:gather|scatter).*?-> tensor<([\dx]*)x\w+>", text, re.DOTALL)
+        return sum(shape.startswith("x".join(map(str, UNBROKEN.shape))) for shape in moved)
+
+    assert moves(known(UNBROKEN)) == 0
+    assert moves(jnp.asarray(UNBROKEN)) > 0
+
+
+def known(ids):
+    return Unbroken(jnp.asarray(ids))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers.reference_cases import FORWARD, GRADIENT, assert_close, load
 
-from based_jax.ops.selective_scan import CHUNK_TOKENS, initial_state, selective_scan, selective_scan_step, step_sizes
+from based_jax.ops.scan import BLOCK_TOKENS
+from based_jax.ops.selective_scan import initial_state, selective_scan, selective_scan_step, step_sizes
 
 D, N = 4, 3
 IMPLS = ("xla_steps", "xla_chunks")
@@ -40,7 +41,7 @@ def test_step_sizes_are_softplus(shape, dtype, normal, out_and_grads, close):
     close(got[1], (draw, draw.reshape(-1, D).sum(axis=0)), dtype)
 
 
-@pytest.mark.parametrize("T", [1, pytest.param(37, marks=pytest.mark.long), 2 * CHUNK_TOKENS + 3])
+@pytest.mark.parametrize("T", [1, pytest.param(37, marks=pytest.mark.long), 2 * BLOCK_TOKENS + 3])
 def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
     ids, state = packed_ids(T), normal(6, D, N)
 

@@ -13,7 +13,7 @@ from helpers.scans import SCANS
 
 from based_jax import parallel
 from based_jax.errors import UserError
-from based_jax.ops import attention, sharded, softmax_chunks, window_attention
+from based_jax.ops import attention, sequence, sharded, softmax_chunks, window_attention
 from based_jax.ops.conv import short_conv
 from based_jax.ops.long_conv import long_conv
 from based_jax.ops.token_shift import token_shift
@@ -170,6 +170,26 @@ def test_the_token_before_the_first_of_a_piece_is_another_ones(continued, rng, n
 
 def shifted(x, ids, state):
     return token_shift(x, segment_ids=ids, state=state)
+
+
+def test_tokens_are_compacted_within_the_piece_of_a_device(rng, normal, close):
+    """What then goes by places is what it is of tokens that stay where they are."""
+    ids, x = jnp.asarray(rows_over_pieces(rng, T)), normal(B, T, 8)
+
+    def compacted(x, ids):
+        x, unbroken = sequence.compacted(x, ids)
+        y = convolution(3, 1, x, unbroken) + shifted(x, unbroken, None)[0]
+        y = y + windows(6, "xla_bands", x.reshape(B, T, 2, 4), unbroken).reshape(x.shape)
+        return sequence.restored(y, ids)
+
+    def in_place(x, ids):
+        y = convolution(3, 1, x, ids) + shifted(x, ids, None)[0]
+        return y + windows(6, "xla_bands", x.reshape(B, T, 2, 4), ids).reshape(x.shape)
+
+    expected = jax.jit(both(in_place))(x, ids)
+    with over(MESH):
+        close(jax.jit(both(compacted))(x, ids), expected)
+        assert "all-gather" not in jax.jit(sequence.compacted).lower(x, ids).compile().as_text()
 
 
 def test_what_needs_all_tokens_is_refused():

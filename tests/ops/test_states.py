@@ -85,11 +85,13 @@ def test_a_convolution_s_program_is_that_of_its_output_alone(impl):
     pairs = (
         (
             lambda x: short_conv(x, KERNEL, segment_ids=IDS, impl=impl)[0],
-            lambda x: conv.IMPLEMENTATIONS[impl].compute(ShortConvCall(x, KERNEL, segment_ids=segments.numbered(IDS))),
+            lambda x: conv.IMPLEMENTATIONS[impl].for_documents(unbroken=False)(
+                ShortConvCall(x, KERNEL, segment_ids=segments.numbered(IDS))
+            ),
         ),
         (
             lambda x: gated_conv.gated_short_conv(x, KERNEL[:, :4], segment_ids=IDS, impl=impl)[0],
-            lambda x: gated_conv.IMPLEMENTATIONS[impl].compute(
+            lambda x: gated_conv.IMPLEMENTATIONS[impl].for_documents(unbroken=False)(
                 GatedConvCall(x, KERNEL[:, :4], segment_ids=segments.numbered(IDS))
             ),
         ),

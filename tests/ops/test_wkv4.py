@@ -5,7 +5,8 @@ import pytest
 from helpers.reference_cases import FORWARD, assert_close, load
 
 from based_jax.ops.calls import WkvState
-from based_jax.ops.wkv4 import CHUNK_TOKENS, initial_state, wkv4, wkv4_step
+from based_jax.ops.scan import BLOCK_TOKENS
+from based_jax.ops.wkv4 import initial_state, wkv4, wkv4_step
 
 D = 4
 jitted = jax.jit(wkv4, static_argnames="impl")
@@ -26,7 +27,9 @@ def test_oracle_is_the_average_in_fp64(normal):
         np.testing.assert_allclose(wkv[:, t], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("T", [1, pytest.param(37, marks=pytest.mark.long), CHUNK_TOKENS + 3])
+@pytest.mark.parametrize(
+    "T", [1, *(pytest.param(T, marks=pytest.mark.long) for T in (BLOCK_TOKENS, 37)), 2 * BLOCK_TOKENS + 3]
+)
 def test_chunked_equals_the_oracle(T, normal, packed_ids, out_and_grads, close):
     """The maximum is a means: what counts is the sums that it scales."""
     ids, (decay, bonus) = packed_ids(T), parameters(normal)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from based_jax.store import Store
+from based_jax.store import Store, StoreError
 from based_jax.sweep import claims, schedule
 from based_jax.sweep.claims import Claims
 from based_jax.sweep.schedule import Progress, SweepFailedError, Todo, work_off
@@ -70,6 +70,17 @@ def test_the_claim_of_another_host_is_taken_over_once_it_was_left_alone(tmp_path
         while not mine.take("a"):
             time.sleep(0.02)
         assert 0.2 < time.monotonic() - begin < 2
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("none"), lambda path: path.symlink_to("/dev/zero")]
+)
+def test_a_claim_that_is_no_file_is_one_sentence(tmp_path, make):
+    (tmp_path / "claims").mkdir()
+    make(tmp_path / "claims" / "a.lock")
+    with Claims(Store(tmp_path)) as mine, pytest.raises(StoreError, match=r"^Claim '.*/a\.lock' cannot be written: I"):
+        mine.take("a")
+    assert os.path.lexists(tmp_path / "claims" / "a.lock")
 
 
 def test_the_claim_of_who_was_killed_before_writing_it_is_taken_over(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from based_jax.sweep.lane_training import Outcome
 from based_jax.sweep.rows import lane_line
 from based_jax.sweep.schedule import SweepOptions
 from based_jax.sweep.trial import load_sweep, make_trial
+from tests.helpers.processes import free_port
 
 SWEEP = """
 from based_jax.sweep import Sweep, param, product
@@ -228,3 +230,28 @@ def test_two_ray_tasks_share_a_sweep(file, tmp_path):
     store = Store(tmp_path / "store")
     assert store.ids() == {trial.id for _, trial in load_sweep(file).trials()}
     assert len(list((tmp_path / "store").glob("*.jsonl"))) == 2  # each wrote its own file
+
+
+KILLED = """
+import os, signal, sys
+from based_jax.__main__ import main
+from based_jax.sweep import lane_engine
+if sys.argv[-1] == "--process-id=1":
+    lane_engine.lane_training.train_lanes = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.long
+def test_a_process_of_several_that_is_killed_leaves_its_points_to_the_others(file, tmp_path):
+    store, port = Store(tmp_path / "store"), free_port()
+    words = ["sweep", "run", file, f"--store={store.path}", f"--coordinator=localhost:{port}", "--num-processes=2"]
+    command = [sys.executable, "-c", KILLED, *words]
+    zero, one = (subprocess.Popen([*command, f"--process-id={i}"], stderr=subprocess.PIPE, text=True) for i in range(2))
+    try:
+        assert one.wait(100) == -signal.SIGKILL
+        said = zero.communicate(timeout=100)[1]
+    finally:
+        zero.kill()
+    assert (zero.returncode, said) == (0, "Process 1 of 2 is gone; this one goes on, with what that had begun too.\n")
+    assert store.ids() == {trial.id for _, trial in load_sweep(file).trials()}

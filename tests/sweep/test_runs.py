@@ -1,6 +1,7 @@
 """Points that are whole runs: one process and one workdir each, in the same store, by the same commands."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from based_jax import config as configs
 from based_jax.__main__ import main
 from based_jax.errors import UserError
 from based_jax.store import Store
-from based_jax.sweep import Sweep, Trial, param
+from based_jax.sweep import Sweep, Trial, param, runs
 from based_jax.sweep.launch import run_sweep
 from based_jax.sweep.schedule import SweepOptions
 from based_jax.sweep.trial import load_sweep
@@ -119,6 +120,12 @@ def test_a_run_that_fails_leaves_the_others_alone_and_one_that_diverges_has_a_ro
     [diverged] = [row for row in store.rows() if row["status"] == "diverged"]
     assert diverged["accuracy"] is diverged["loss"] is None
     assert sum(text.startswith("FAILED") for text in said) == 1 and any("diverged after" in text for text in said)
+
+
+def test_a_pipe_as_log_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / "log.txt")
+    with pytest.raises(OSError, match="It is a pipe or a device"):
+        runs._print_into(tmp_path / "log.txt")
 
 
 def test_a_run_whose_process_dies_is_told(tmp_path, monkeypatch):

@@ -326,6 +326,7 @@ def test_files_that_were_removed_while_they_were_written_are_one_sentence(tmp_pa
 
 def test_a_save_that_has_failed_is_not_told_by_each_of_its_arrays(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    checkpoint._hush_libraries.cache_clear()
     Checkpoints(tmp_path).close()
     for message in ("Event loop is closed", "Signal 15 ignored due to race condition", "another"):
         FailsAtItsEnd().message = message

@@ -1,6 +1,7 @@
 """Many processes as one run: who they are, and how they meet."""
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -180,3 +181,35 @@ def test_processes_that_were_told_otherwise_are_refused():
     assert met(Place("localhost", port, 0, 3), one, one) == ["Two processes have the number 1."] * 3
     other = one._replace(num_processes=2)
     assert met(Place("localhost", port, 0, 3), other) == ["Process 1 was told of 2 processes, and process 0 of 3."] * 2
+
+
+def connected_pair():
+    """Return both ends of a connection by TCP, as of two processes."""
+    with socket.create_server(("localhost", 0)) as server:
+        other = socket.create_connection(server.getsockname())
+        return server.accept()[0], other
+
+
+FULL = "The disk is full."
+
+
+@pytest.mark.parametrize("message, told", [(None, "is gone"), ({"ended": FULL}, f"stopped: {FULL}")])
+@pytest.mark.parametrize("together", [True, False])
+def test_a_process_that_ends_ends_those_alone_that_compute_with_it(monkeypatch, capsys, together, message, told):
+    codes = []
+    monkeypatch.setattr(hosts, "_leave", codes.append)
+    monkeypatch.setattr(hosts, "GRACE_SECONDS", 0.01)
+    (own, one), (other, two) = connected_pair(), connected_pair()
+    with own, other, one, two, two.makefile() as heard:
+        watch = hosts._Watch(Place("localhost", 1, 0, 3), {1: own, 2: other}, together)
+        thread = threading.Thread(target=watch._listen)
+        thread.start()
+        if message is not None:
+            hosts._send(one, message)
+        one.close()
+        assert json.loads(heard.readline())["lost"].startswith(f"Process 1 of 3 {told}")
+        hosts._send(two, {"ended": None})
+        thread.join(5)
+    said = capsys.readouterr().err
+    assert f"Process 1 of 3 {told}" in said and said.startswith("Error: ") == together
+    assert codes == [1] * together and not thread.is_alive()

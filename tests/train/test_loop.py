@@ -108,8 +108,8 @@ def test_a_state_that_the_disk_refuses_too_is_the_same_sentence(tmp_path, monkey
     with pytest.raises(UserError) as error:
         train(make_config(), tmp_path)
     assert str(error.value) == (
-        f"'{tmp_path / 'metrics.jsonl'}' cannot be written: No space left on device, and the state neither: Cannot save"
-        f" step 2 in '{tmp_path / 'checkpoints'}': No space left on device; there is no good checkpoint yet."
+        f"'{tmp_path / 'metrics.jsonl'}' cannot be written: No space left on device, and the state is not saved: Cannot"
+        f" save step 2 in '{tmp_path / 'checkpoints'}': No space left on device; there is no good checkpoint yet."
     )
 
 

@@ -33,9 +33,9 @@ def test_a_run_on_a_mixture_goes_on_as_an_unbroken_one(config, tmp_path, monkeyp
     assert {"cats/loss", "dogs/loss", "cats/accuracy"} <= results.keys()
     assert [row["eval/dogs/loss"] for row in rows(tmp_path / "whole") if "eval/dogs/loss" in row]
     read = TextSource.batch
-    with monkeypatch.context() as patch, pytest.raises(UserError):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="step 6 is saved"):
         patch.setattr(TextSource, "batch", damaged)
         train(config, tmp_path / "broken")
-    assert saved_steps(tmp_path / "broken") == [4]
+    assert saved_steps(tmp_path / "broken") == [4, 6]
     train(config, tmp_path / "broken")
     assert_same_run(tmp_path / "broken", tmp_path / "whole")

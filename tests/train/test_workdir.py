@@ -2,6 +2,8 @@ import errno
 import json
 import os
 import socket
+import threading
+import time
 
 import filelock
 import pytest
@@ -10,7 +12,7 @@ from based_jax.__main__ import main
 from based_jax.errors import UserError
 from based_jax.train import workdir as workdirs
 from based_jax.train.run import load_run
-from based_jax.train.workdir import checked_workdir, held
+from based_jax.train.workdir import checked_workdir, held, wait_for_trainings
 from tests.helpers.tiny_runs import VALUES, contents
 
 
@@ -35,6 +37,24 @@ def test_the_lock_of_a_dead_process_holds_nobody_up(tmp_path):
         assert json.loads((tmp_path / "train.lock").read_text())["pid"] == os.getpid()
     with held(tmp_path):
         pass
+
+
+def test_who_waits_for_a_training_lets_it_end_and_leaves_its_name(tmp_path):
+    ended = []
+
+    def train():
+        with held(tmp_path):
+            begun.set()
+            time.sleep(0.2)
+            ended.append(json.loads((tmp_path / "train.lock").read_text())["pid"])
+
+    begun, thread = threading.Event(), threading.Thread(target=train)
+    thread.start()
+    assert begun.wait(5)
+    wait_for_trainings(tmp_path)
+    assert ended == [os.getpid()]
+    thread.join()
+    wait_for_trainings(tmp_path / "none")
 
 
 def test_a_lock_that_says_nothing_is_one_sentence_too(tmp_path):

@@ -9,16 +9,22 @@ examples:
 import argparse
 
 from based_jax.commands.bench import check, data, kernels, profile, sanitize, train
+from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.parser import add_command
 
 TASKS = {"kernels": kernels, "check": check, "sanitize": sanitize, "profile": profile, "train": train, "data": data}
+COMPILING = (kernels, profile, train)
+"""Tasks that keep what they compile; `check` and `sanitize` make their kernels anew."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of each task."""
     tasks = parser.add_subparsers(dest="task", required=True, metavar="task")
     for name, module in TASKS.items():
-        module.add_arguments(add_command(tasks, name, module.__doc__))
+        task = add_command(tasks, name, module.__doc__)
+        module.add_arguments(task)
+        if module in COMPILING:
+            add_compiled_argument(task)
 
 
 def run(args: argparse.Namespace) -> int | None:

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         for row in check.checked(selection, seed, args.processes, args.limit):
             found.append(row)
             print(check.line(row), flush=True)
-            write(row | {"command": rows.command_line()})
+            write(row | rows.origin())
     failed = check.failed(found, refusals=bool(args.impl))
     print(check.summary(found), f"in {time.perf_counter() - begin:.0f} s, seed {seed}")
     for what in failed:

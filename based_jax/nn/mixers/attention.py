@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from based_jax.dims import BD, BP, BPD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
@@ -76,7 +76,7 @@ class Attention(Mixer):
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out, bias=bias)
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         q, k, v = self.rotated_qkv(x, jnp.zeros(1, jnp.int32), segment_ids)
         o = attention(q, self.for_each_query(k), self.for_each_query(v), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o))
@@ -87,7 +87,7 @@ class Attention(Mixer):
         return TokenCache.empty((k, v))
 
     @override
-    def _prefill(self, x: BTD, state: TokenCache, segment_ids: BT | None) -> tuple[BTD, TokenCache]:
+    def _prefill(self, x: BTD, state: TokenCache, segment_ids: SegmentIds | None) -> tuple[BTD, TokenCache]:
         state.check_room(x.shape[1], segment_ids)
         q, k, v = self.rotated_qkv(x, state.length, segment_ids)
         numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segments.numbered(segment_ids)
@@ -128,7 +128,7 @@ class Attention(Mixer):
         """Return keys or values (B, S, kv heads, D/H) repeated for the queries that each of them serves."""
         return jnp.repeat(x, self.config.num_heads // self.kv_heads, axis=2)
 
-    def rotated_qkv(self, x: BTD, before: Int[Array, "#B"], segment_ids: BT | None):
+    def rotated_qkv(self, x: BTD, before: Int[Array, "#B"], segment_ids: SegmentIds | None):
         """Return queries and keys rotated by their place in their document, and values: (B, T, heads, D/H).
 
         `before` counts the tokens that each row's first document has had.

@@ -5,7 +5,7 @@ from typing import ClassVar, override
 
 import jax.numpy as jnp
 
-from based_jax.dims import BD, BP, BPD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops.calls import Past
@@ -48,7 +48,7 @@ class BaseConv(Mixer):
         self.conv_bias = layers.conv_parameter((d_model,), config.kernel_size, rngs=init.rngs)
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         y, _ = short_conv(
             x,
             self.conv_kernel[...],
@@ -64,7 +64,7 @@ class BaseConv(Mixer):
         return jnp.zeros((batch, self._reach, self.d_model), self.dtype)
 
     @override
-    def _prefill(self, x: BTD, state: Past, segment_ids: BT | None) -> tuple[BTD, Past]:
+    def _prefill(self, x: BTD, state: Past, segment_ids: SegmentIds | None) -> tuple[BTD, Past]:
         y, state = short_conv(
             x,
             self.conv_kernel[...],

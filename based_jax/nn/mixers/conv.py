@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BP, BPD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer, check_sizes
@@ -59,7 +59,7 @@ class GatedConv(Mixer):
         self.out_proj = layers.linear(self.d_inner, d_model, ("mlp", "embed"), init.out, bias=True)
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         y, _ = self._convolve(x, segment_ids=segment_ids)
         return self.out_proj(*layers.at(positions, y))
 
@@ -68,7 +68,7 @@ class GatedConv(Mixer):
         return jnp.zeros((batch, self.config.kernel_size, self.d_inner), self.dtype)
 
     @override
-    def _prefill(self, x: BTD, state: Inputs, segment_ids: BT | None) -> tuple[BTD, Inputs]:
+    def _prefill(self, x: BTD, state: Inputs, segment_ids: SegmentIds | None) -> tuple[BTD, Inputs]:
         y, state = self._convolve(x, state=state, segment_ids=segment_ids)
         return self.out_proj(y), state
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BP, BPD, BT, BTD, BWD, WD
+from based_jax.dims import BD, BP, BPD, BTD, BWD, WD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import log_uniform_dt
@@ -93,7 +93,7 @@ class H3(Mixer):
         self.skip = _param(jax.random.normal(init.rngs.params(), (H,)))
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         k, v = self.k_proj(x), self.v_proj(x)
         k, _ = short_conv(k, self._shift_kernel(), segment_ids=segment_ids, impl=self._shift_impl)
         kv = self._cross(k, v)
@@ -108,7 +108,7 @@ class H3(Mixer):
         )
 
     @override
-    def _prefill(self, x: BTD, state: H3State, segment_ids: BT | None) -> tuple[BTD, H3State]:
+    def _prefill(self, x: BTD, state: H3State, segment_ids: SegmentIds | None) -> tuple[BTD, H3State]:
         k, v = self.k_proj(x), self.v_proj(x)
         k, shift = short_conv(k, self._shift_kernel(), state=state[0], segment_ids=segment_ids, impl=self._shift_impl)
         kv = self._cross(k, v)

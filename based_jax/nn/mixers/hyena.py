@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BP, BPD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.history import LONGEST_FILTER, check_length, convolve_on, convolve_step, empty_history, time_embedding
@@ -115,7 +115,7 @@ class Hyena(Mixer):
         self.out_proj = layers.linear(d_model, d_model, ("mlp", "embed"), init.out, bias=True)
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence of at most `l_max` tokens."""
         check_length(x.shape[1], self.config.l_max)
         u, _ = short_conv(
@@ -142,7 +142,7 @@ class Hyena(Mixer):
         return taps, empty_history(batch, max_len, self.d_model)
 
     @override
-    def _prefill(self, x: BTD, state: HyenaState, segment_ids: BT | None) -> tuple[BTD, HyenaState]:
+    def _prefill(self, x: BTD, state: HyenaState, segment_ids: SegmentIds | None) -> tuple[BTD, HyenaState]:
         u, taps = short_conv(
             self.in_proj(x),
             self.conv_kernel[...],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from based_jax.config import added_later
-from based_jax.dims import BD, BHEV, BP, BPD, BT, BTD
+from based_jax.dims import BD, BHEV, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
 from based_jax.nn.feature_maps import COSFORMER_HORIZON, FEATURE_MAPS
@@ -72,7 +72,7 @@ class LinearAttention(Mixer):
         self.feature_map = make_map(config.num_heads, config.feature_dim, **options, rngs=init.rngs)
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         q, k, v, _ = self._project(x, jnp.zeros(1, jnp.int32), segment_ids)
         o, _ = linear_attention.linear_attention(q, k, v, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o))
@@ -86,7 +86,7 @@ class LinearAttention(Mixer):
         return sums, jnp.zeros(batch, jnp.int32)
 
     @override
-    def _prefill(self, x: BTD, state: LinearState, segment_ids: BT | None) -> tuple[BTD, LinearState]:
+    def _prefill(self, x: BTD, state: LinearState, segment_ids: SegmentIds | None) -> tuple[BTD, LinearState]:
         sums, length = state
         q, k, v, length = self._project(x, length, segment_ids)
         o, sums = linear_attention.linear_attention(q, k, v, state=sums, segment_ids=segment_ids, impl=self.config.impl)

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BP, BPD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.history import LONGEST_FILTER, check_length, convolve_on, convolve_step, empty_history
@@ -57,7 +57,7 @@ class LongConv(Mixer):
         return self.taps[:, :length].T
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         """Mix a whole sequence of at most `l_max` tokens."""
         check_length(x.shape[1], self.config.l_max)
         y = long_conv(x, self.filter(x.shape[1]), segment_ids=segment_ids, impl=self.config.impl)
@@ -75,7 +75,7 @@ class LongConv(Mixer):
         return empty_history(batch, max_len, self.d_model)
 
     @override
-    def _prefill(self, x: BTD, state: TokenCache, segment_ids: BT | None) -> tuple[BTD, TokenCache]:
+    def _prefill(self, x: BTD, state: TokenCache, segment_ids: SegmentIds | None) -> tuple[BTD, TokenCache]:
         y, state = convolve_on(x, state, self.filter(state.slots), segment_ids, self.config.impl)
         return self._gate(x, y), state
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BP, BPD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.nn import layers
 from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.nn.mixer import Mixer, check_sizes
@@ -89,7 +89,7 @@ class Mamba(Mixer):
         self.out_proj = layers.torch_linear(self.d_inner, d_model, ("mlp", "embed"), init, gain=init.depth_gain)
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         u, _ = short_conv(self._inner(x), **self._conv(), segment_ids=segment_ids)
         dt, B, C = self._selected(u)
         y, _ = selective_scan(u, dt, self._A(), B, C, segment_ids=segment_ids, impl=self.config.impl)
@@ -101,7 +101,7 @@ class Mamba(Mixer):
         return MambaState(conv, initial_state(batch, self.d_inner, self.config.d_state))
 
     @override
-    def _prefill(self, x: BTD, state: MambaState, segment_ids: BT | None) -> tuple[BTD, MambaState]:
+    def _prefill(self, x: BTD, state: MambaState, segment_ids: SegmentIds | None) -> tuple[BTD, MambaState]:
         u, conv = short_conv(self._inner(x), **self._conv(), state=state.conv, segment_ids=segment_ids)
         dt, B, C = self._selected(u)
         y, memory = selective_scan(

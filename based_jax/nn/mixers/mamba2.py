@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from based_jax.dims import BD, BP, BPD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import inverse_softplus_dt
@@ -84,7 +84,7 @@ class Mamba2(Mixer):
         self.out_proj = layers.torch_linear(self.d_inner, d_model, ("mlp", "embed"), init, gain=init.depth_gain)
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         u, dt = self._projected(x)
         u, _ = short_conv(u, **self._conv(), segment_ids=segment_ids)
         inputs = self._inputs(u, dt)
@@ -97,7 +97,7 @@ class Mamba2(Mixer):
         return Mamba2State(conv, initial_state(batch, self.num_heads, self.config.d_state, self.config.headdim))
 
     @override
-    def _prefill(self, x: BTD, state: Mamba2State, segment_ids: BT | None) -> tuple[BTD, Mamba2State]:
+    def _prefill(self, x: BTD, state: Mamba2State, segment_ids: SegmentIds | None) -> tuple[BTD, Mamba2State]:
         u, dt = self._projected(x)
         u, conv = short_conv(u, **self._conv(), state=state.conv, segment_ids=segment_ids)
         inputs = self._inputs(u, dt)

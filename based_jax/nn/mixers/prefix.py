@@ -6,7 +6,7 @@ from typing import Any, ClassVar, override
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from based_jax.dims import BD, BP, BPD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.nn import layers
 from based_jax.nn.mixer import check_sizes
 from based_jax.nn.mixers.taylor import PROJECTIONS, TaylorAttention, TaylorConfig
@@ -56,7 +56,7 @@ class PrefixLinearAttention(TaylorAttention):
     def __call__(
         self,
         x: BTD,
-        segment_ids: BT | None = None,
+        segment_ids: SegmentIds | None = None,
         positions: BP | None = None,
         *,
         encoder_mask: Shaped[Array, "B M"] | None = None,
@@ -75,7 +75,7 @@ class PrefixLinearAttention(TaylorAttention):
         return super()._initial_state(batch, max_len), jnp.zeros(batch, jnp.int32)
 
     @override
-    def _prefill(self, x: BTD, state: Any, segment_ids: BT | None) -> tuple[BTD, Any]:
+    def _prefill(self, x: BTD, state: Any, segment_ids: SegmentIds | None) -> tuple[BTD, Any]:
         """Mix tokens, those of the prefix at once, and return the state after them."""
         return self._mix(x, state, segment_ids, None)
 

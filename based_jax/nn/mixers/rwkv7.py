@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from based_jax.dims import BP, BPD, BT, BTD
+from based_jax.dims import BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.mixer import Buffer, Operation, check_sizes
@@ -87,7 +87,7 @@ class RWKV7(TimeMix):
 
     @override
     def __call__(
-        self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None, *, v_first: BTD | None = None
+        self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None, *, v_first: BTD | None = None
     ) -> BPD:
         """Mix a whole sequence; `v_first` (B, T, D) are the first layer's values, for `value_residual`."""
         if v_first is None:

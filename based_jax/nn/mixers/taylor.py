@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar, override
 
-from based_jax.dims import BD, BHEV, BP, BPD, BT, BTD
+from based_jax.dims import BD, BHEV, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer, check_sizes
@@ -49,7 +49,7 @@ class TaylorAttention(Mixer):
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         o, _ = taylor.taylor_attention(*self._qkv(x), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o))
 
@@ -58,7 +58,7 @@ class TaylorAttention(Mixer):
         return taylor.initial_state(batch, self.config.num_heads, self.config.feature_dim, self.value_dim)
 
     @override
-    def _prefill(self, x: BTD, state: BHEV, segment_ids: BT | None) -> tuple[BTD, BHEV]:
+    def _prefill(self, x: BTD, state: BHEV, segment_ids: SegmentIds | None) -> tuple[BTD, BHEV]:
         o, state = taylor.taylor_attention(*self._qkv(x), state=state, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(o), state
 

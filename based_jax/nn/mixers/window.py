@@ -5,7 +5,7 @@ from typing import ClassVar, override
 
 import jax.numpy as jnp
 
-from based_jax.dims import BD, BP, BPD, BT, BTD
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.mixer import check_sizes
@@ -45,7 +45,7 @@ class WindowAttention(attention.Attention):
         super().__init__(d_model, config, init)
 
     @override
-    def __call__(self, x: BTD, segment_ids: BT | None = None, positions: BP | None = None) -> BPD:
+    def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         q, k, v = self.rotated_qkv(x, jnp.zeros(1, jnp.int32), segment_ids)
         k, v = self.for_each_query(k), self.for_each_query(v)
         o = window_attention(q, k, v, window=self.config.window, segment_ids=segment_ids, impl=self.config.impl)
@@ -57,7 +57,7 @@ class WindowAttention(attention.Attention):
         return super()._initial_state(batch, self.config.window)
 
     @override
-    def _prefill(self, x: BTD, state: TokenCache, segment_ids: BT | None) -> tuple[BTD, TokenCache]:
+    def _prefill(self, x: BTD, state: TokenCache, segment_ids: SegmentIds | None) -> tuple[BTD, TokenCache]:
         q, k, v = self.rotated_qkv(x, state.length, segment_ids)
         past, there = state.in_order()
         numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segments.numbered(segment_ids)

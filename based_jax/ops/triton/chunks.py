@@ -16,7 +16,7 @@ from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.decays import empty_state
 from based_jax.ops.dispatch import target_device_kind
 
-KEY_DIMS = (16, 32, 64, 128)
+KEY_DIMS = (16, 32, 64, 128, 256)
 """Sizes of keys; others are filled up with zeros."""
 MIN_LOG_DECAY = -128.0
 """A log-decay that leaves nothing in fp32. Sums of it over a chunk are still exact to 1e-3."""

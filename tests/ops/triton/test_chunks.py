@@ -147,6 +147,21 @@ def test_similar_keys_that_nothing_decays_are_solved_for(normal, out_and_grads, 
         assert np.linalg.norm(ours - exact) <= 1e-4 * np.linalg.norm(exact)
 
 
+def test_rates_from_nothing_to_two_and_keys_in_two_pieces(normal, packed_ids, out_and_grads, interpreted):
+    q, k, v, g, beta = inputs(normal, "delta rule", 1, 70, 1, 136, 72)
+    beta, ids = beta.at[:, ::3].set(0.0).at[:, 1::5].set(2.0), packed_ids(70)[1:2]
+    arguments, cotangents = (q, k, v, g, beta, normal(1, 1, 136, 72)), (normal(1, 70, 1, 72), normal(1, 1, 136, 72))
+
+    def run(impl):
+        def call(*arguments):
+            return delta_rule(*arguments[:5], state=arguments[5], segment_ids=ids, impl=impl)
+
+        return jax.tree.leaves(out_and_grads(call, arguments, cotangents))
+
+    for ours, right in zip(run("triton_chunks"), run("oracle"), strict=True):
+        assert np.linalg.norm(ours - right) <= 1e-4 * np.linalg.norm(right)
+
+
 @forms
 @pytest.mark.parametrize(
     "places, decay",
@@ -197,7 +212,7 @@ def test_devices_take_their_rows_and_heads(normal, out_and_grads, interpreted, m
 @pytest.mark.parametrize(
     "way", [pytest.param("alone", marks=pytest.mark.long), pytest.param("lanes", marks=pytest.mark.long), "mesh", "x64"]
 )
-@pytest.mark.parametrize("K, V", [(32, 64), pytest.param(128, 256, marks=pytest.mark.long)])
+@pytest.mark.parametrize("K, V", [(32, 64), *(pytest.param(K, 256, marks=pytest.mark.long) for K in (128, 256))])
 def test_lowers_for_an_h100(form, way, K, V):
     arguments = [jnp.zeros(x, "bfloat16") for x in ((4, 128, 2, K), (4, 128, 2, K), (4, 128, 2, V))]
     arguments += [jnp.zeros((4, 128, 2, decays(form, K))), jnp.zeros((4, 128, 2))]
@@ -213,20 +228,24 @@ def test_lowers_for_an_h100(form, way, K, V):
         if way == "lanes":
             call, arguments = jax.vmap(call), [jnp.stack([x] * 3) for x in arguments]
         text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    names = ["forward", "reverse"] + ["inverses"] * ("linear" not in form)
+    walks = "forward", "reverse"
     if "channels" in form:
         more = "sums", "products", "pair_gradients", "state_gradients", "token_gradients", "gradients"
-        kernels = "channel_decays", [*names, *more]
+        kernels = [f"channel_decays_{name}" for name in (*walks, *more)]
+    elif form == "delta rule":
+        more = "products", "outputs", "pair_gradients", "gradients"
+        kernels = [f"delta_rule_{name}" for name in (*walks, *more)]
     else:
-        kernels = "one_decay", [*names, "gradients"]
-    assert [name for name in kernels[1] if f"{kernels[0]}_{name}" not in text] == []
+        kernels = [f"one_decay_{name}" for name in (*walks, "pair_gradients", "gradients")]
+    kernels += [] if "linear" in form else ["inverses_of_halves", "inverses"]
+    assert [name for name in kernels if name not in text] == []
 
 
 @pytest.mark.parametrize(
     "changed, reason",
     [
         ({"dtype": "float32"}, "v must be bfloat16, and is float32"),
-        ({"K": 160}, "K must be at most 128, and is 160"),
+        ({"K": 320}, "K must be at most 256, and is 320"),
         ({"T": 0}, "none of its axes but the batch may be empty"),
     ],
 )

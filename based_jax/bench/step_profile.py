@@ -1,0 +1,113 @@
+"""Where a training step's time on the device goes: by layer and operation, copies and gaps, from JAX's profiler."""
+
+import collections
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from based_jax.aot import costs
+from based_jax.aot.hlo import Instruction, Program
+from based_jax.bench.timing import Kernel, busy_time, in_order, length, recorded
+
+COPIES = "copy", "copy-start", "dynamic-slice", "dynamic-update-slice"
+"""Kinds of instructions that do nothing but move."""
+COPY_KERNEL = re.compile(r"(?i)mem(cpy|set)")
+KERNELS_SHOWN = 20
+MODULE = re.compile(r'module = "(?:[^"\\]|\\.)*"')
+"""The program of a kernel of our own within the text of one that calls it: half a megabyte each time."""
+
+
+class Part(NamedTuple):
+    """One launch: its pass and layer, operation and time in milliseconds; a pass is "" where there is none."""
+
+    which: str
+    layer: str
+    operation: str
+    kernel: str
+    milliseconds: float
+
+    @property
+    def place(self) -> str:
+        """What it works for, in words: backward mlp/project."""
+        return " ".join(filter(None, (self.which, "/".join(filter(None, (self.layer, self.operation))))))
+
+
+def program_of(text: str) -> Program:
+    """Return a compiled program from its text."""
+    return Program(MODULE.sub('module = ""', text))
+
+
+def profile(run: Callable[[int], Any], program: Program, steps: int) -> dict[str, Any] | None:
+    """Return the breakdown of `run(steps)`; None where no kernel is recorded, as on a CPU."""
+    kernels = recorded(lambda: run(steps))
+    return breakdown(kernels, program, steps) if kernels else None
+
+
+def breakdown(kernels: Sequence[Kernel], program: Program, steps: int) -> dict[str, Any]:
+    """Return where the milliseconds of a step go.
+
+    The result has "milliseconds" from the first kernel to the last, in it "idle", in which none ran, "copies" by
+    instructions and engines that only move, "layers" by kind and pass, and of "kernels" those that take most.
+    """
+    ordered = in_order(kernels)
+    parts = [_part(kernel, program, steps) for kernel in ordered]
+    span, busy = (x(ordered) / 1e6 / steps for x in (length, busy_time))
+    return {
+        "milliseconds": round(span, 3),
+        "idle": round(span - busy, 3),
+        "copies": _sum(part.milliseconds for part in parts if part.layer == "copies"),
+        "layers": _by_layer(parts),
+        "kernels": _most(parts, steps),
+    }
+
+
+def _part(kernel: Kernel, program: Program, steps: int) -> Part:
+    found = program.by_name.get(kernel.instruction or kernel.name)
+    return Part(*place(found, kernel.name), kernel.name, (kernel.end - kernel.start) / 1e6 / steps)
+
+
+def place(instruction: Instruction | None, kernel: str) -> tuple[str, str, str]:
+    """Return the pass, layer and operation that a kernel works for, as far as its instruction tells."""
+    if COPY_KERNEL.search(kernel) or (instruction is not None and instruction.kind in COPIES):
+        return "", "copies", kernel if instruction is None else instruction.kind
+    if instruction is None:
+        return "", "unknown", kernel
+    which, _, path = costs.place_of(instruction).partition(" ")
+    layer, _, operation = path.partition("/")
+    return (which, layer, operation) if layer else ("", "others", which)
+
+
+def _by_layer(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
+    """Return the milliseconds by kind of layer and by pass, the most first."""
+    total: dict[str, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
+    for part in parts:
+        total[part.layer][part.which or "all"] += part.milliseconds
+    ordered = sorted(total.items(), key=lambda item: -sum(item[1].values()))
+    return {layer: {which: round(x, 3) for which, x in passes.items()} for layer, passes in ordered}
+
+
+def _most(parts: Sequence[Part], steps: int) -> list[dict[str, Any]]:
+    """Return the kernels that take most in a step, with what they work for."""
+    total: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    for part in parts:
+        total[part.kernel, part.place].append(part.milliseconds)
+    most = sorted(total.items(), key=lambda item: -sum(item[1]))[:KERNELS_SHOWN]
+    return [
+        {"kernel": kernel, "place": where, "launches": round(len(times) / steps, 1), "milliseconds": _sum(times)}
+        for (kernel, where), times in most
+    ]
+
+
+def _sum(times: Any) -> float:
+    return round(sum(times), 3)
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """Return a breakdown in lines of print."""
+    head = f"{found['milliseconds']:.2f} ms on the device, idle {found['idle']:.2f}, copies {found['copies']:.2f}"
+    layers = [
+        f"  {layer:<16} {sum(passes.values()):8.2f} ms  "
+        + ", ".join(f"{which} {time:.2f}" for which, time in passes.items())
+        for layer, passes in found["layers"].items()
+    ]
+    return [head, *layers]

@@ -1,0 +1,178 @@
+"""Whole training steps of the language models on one GPU, beside what they are to reach and beside other libraries.
+
+python -m experiments.train_speed run [--only=TEXT] [--peers]    times each point; rows are appended
+python -m experiments.train_speed table                          writes the README's tables from the rows
+python -m experiments.train_speed plot                           draws them
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from based_jax.errors import UserError
+from based_jax.pictures.tables import markdown
+from experiments.train_speed import plots
+
+FOLDER = Path(__file__).parent
+ROWS, README = FOLDER / "results" / "train.jsonl", FOLDER / "README.md"
+README_TABLE = re.compile(r"(<!-- (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+GIB = 1 << 30
+
+
+class Point(NamedTuple):
+    """A config, the rows and tokens of its step, and the tokens/s that it is to reach."""
+
+    config: str
+    rows: int
+    seq_len: int
+    goal: int
+
+    @property
+    def name(self) -> str:
+        """A file's name and its variant: based_1b."""
+        return "_".join(re.findall(r"(\w+)\.py:(\w+)", self.config)[0])
+
+    def is_of(self, row: dict) -> bool:
+        """Return whether a row is of this point."""
+        return (row["config"], row["rows"], row["seq_len"]) == self[:3] and row.get("documents", 1) == 1
+
+
+POINTS = (
+    Point("configs/attention.py:1b", 8, 2048, 63_000),
+    Point("configs/attention.py:1b", 2, 8192, 45_000),
+    Point("configs/attention.py:360m", 16, 2048, 193_000),
+    Point("configs/based.py:1b", 8, 2048, 68_000),
+    Point("configs/based.py:1b", 2, 8192, 64_600),
+    Point("configs/based.py:1b", 1, 32768, 64_600),
+    Point("configs/based.py:360m", 16, 2048, 225_000),
+    Point("configs/mamba.py:1b", 8, 2048, 45_000),
+    Point("configs/gated_deltanet.py:360m", 16, 2048, 175_000),
+    Point("configs/gla.py:360m", 16, 2048, 180_000),
+    Point("configs/rwkv.py:360m", 16, 2048, 120_000),
+    Point("configs/gated_deltanet.py:1b", 8, 2048, 43_000),
+    Point("configs/kda.py:1b", 8, 2048, 35_000),
+    Point("configs/mamba2.py:1b", 8, 2048, 39_000),
+    Point("configs/rwkv7.py:1b", 8, 2048, 28_500),
+)
+"""Goals: for the last four the best that a JAX library publishes for an H100, see README.md; of Based with long
+sequences 95 % of that with 2,048 tokens."""
+
+
+def main() -> int:
+    """Run one command and return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "table", "plot"))
+    parser.add_argument("--only", default="", help="of the points those whose name has this text")
+    parser.add_argument("--peers", action="store_true", help="time the other libraries' models as well")
+    args = parser.parse_args()
+    if args.command == "run":
+        return run(args.only, args.peers)
+    rows = read()
+    if args.command == "table":
+        write_tables(rows)
+        return 0
+    try:
+        drawn = plots.draw(plots.bars(measured(rows), peers(rows)), devices(rows), FOLDER / "results" / "speed")
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    print(f"Drawn: {', '.join(map(str, drawn))}.")
+    return 0
+
+
+def run(only: str, with_peers: bool) -> int:
+    """Time the points whose name has a text, and the peers, each in a process of its own; return 1 if one failed."""
+    command = [sys.executable, "-m", "based_jax", "bench", "train", f"--out={ROWS}"]
+    tasks = [
+        [f"--config={point.config}", f"--rows={point.rows}", f"--seq-len={point.seq_len}"]
+        for point in POINTS
+        if only in point.name
+    ]
+    codes = [subprocess.run([*command, *task]).returncode for task in [*tasks, *([["--peers"]] if with_peers else [])]]
+    return int(any(codes))
+
+
+def read() -> list[dict]:
+    """Return the rows that there are."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def devices(rows: Sequence[dict]) -> list[str]:
+    """Return the devices of the rows that are shown."""
+    return [row["device"] for row in [*(row for _, row in measured(rows) if row), *peers(rows)]]
+
+
+def measured(rows: Sequence[dict]) -> Iterator[tuple[Point, dict | None]]:
+    """Yield each point with its last row, or None."""
+    for point in POINTS:
+        found = [row for row in rows if ":" in row["config"] and point.is_of(row)]
+        yield point, found[-1] if found else None
+
+
+def peers(rows: Sequence[dict]) -> list[dict]:
+    """Return the last row of each model of another library."""
+    return list({row["config"]: row for row in rows if row["config"].startswith(("jla:", "fla:"))}.values())
+
+
+def write_tables(rows: Sequence[dict]) -> None:
+    """Write the README's tables."""
+    tables = {"models": models_table(rows), "peers": peers_table(rows)}
+    text = README_TABLE.sub(lambda found: f"{found[1]}{tables[found['name']]}\n{found[3]}", README.read_text())
+    README.write_text(text)
+
+
+def models_table(rows: Sequence[dict]) -> str:
+    """Return the table of the package's models."""
+    return markdown(pd.DataFrame([_told(point, row) for point, row in measured(rows)]))
+
+
+def _told(point: Point, row: dict | None) -> dict[str, str]:
+    goal = {"goal, tokens/s": f"{point.goal:,}"}
+    cells = {"model": f"`{point.name}`", "rows x tokens": f"{point.rows} x {point.seq_len:,}"}
+    if row is None:
+        return cells | {"tokens/s": "not measured"} | goal
+    return (
+        cells
+        | {"tokens/s": f"{row['tokens_per_second']:,.0f}"}
+        | goal
+        | {"of it": f"{row['tokens_per_second'] / point.goal:.0%}"}
+        | {name.upper(): f"{row[name]:.1%}" for name in ("mfu", "hfu", "mbu") if name in row}
+        | {"GiB at most": _gib(row), "s to compile": f"{row['compile_seconds']:.0f}"}
+        | {"idle, copies (ms of a step)": _gaps(row), "device": row["device"]}
+    )
+
+
+def _gaps(row: dict) -> str:
+    found = row["breakdown"]
+    return f"{found['idle']:.1f}, {found['copies']:.1f} of {found['milliseconds']:.0f}" if found else ""
+
+
+def peers_table(rows: Sequence[dict]) -> str:
+    """Return the table of the other libraries' models."""
+    found = [
+        {
+            "model": f"`{row['config']}`",
+            "rows x tokens": f"{row['rows']} x {row['seq_len']:,}",
+            "tokens/s": f"{row['tokens_per_second']:,.0f}",
+            "GiB at most": _gib(row),
+            "recomputes": row["remat"],
+            "device": row["device"],
+        }
+        for row in peers(rows)
+    ]
+    return markdown(pd.DataFrame(found)) if found else "None has been measured."
+
+
+def _gib(row: dict) -> str:
+    return "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GIB:.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Where a step's time goes, from kernels that a profiler might have recorded and the text of a program."""
+
+import pytest
+
+from based_jax.bench import step_profile
+from based_jax.bench.timing import Kernel
+
+SCOPES = {
+    "gemm.1": "jit(step)/jvp(stack_0)/block_1/mlp/project/dot_general",
+    "gemm.2": "jit(step)/transpose(jvp(stack_0))/block_1/mlp/project/dot_general",
+    "norm": "jit(step)/checkpoint/rematted_computation/block_0/conv/residual_rms_norm/x",
+    "update": "jit(step)/optimizer/mul",
+}
+CALL = """  %{} = f32[4]{{0}} custom-call(%p), custom_call_target="any", metadata={{op_name="{}"}},\
+ backend_config={{module = "a \\"quoted\\" = one"}}
+"""
+TEXT = f"""
+HloModule jit_step
+
+ENTRY %main (p: f32[4]) -> f32[4] {{
+  %p = f32[4]{{0}} parameter(0)
+{"".join(CALL.format(*item) for item in SCOPES.items())}  %move = f32[4]{{0}} copy(%p)
+  ROOT %other = f32[4]{{0}} add(%p, %p)
+}}
+"""
+MS = 1e6
+
+
+def kernels():
+    """Two steps of six kernels, 1 ms each, with a gap of 1 ms before the last and an overlap of the first two."""
+    for step in range(2):
+        begin = 8 * MS * step
+        for i, (name, instruction) in enumerate(
+            [("nvjet", "gemm.1"), ("nvjet", "gemm.2"), ("kernel", "norm"), ("loop", "update"), ("MemcpyD2D", None)]
+        ):
+            yield Kernel(name, begin + i * MS, begin + (i + 1) * MS, instruction)
+        yield Kernel("move", begin + 6 * MS, begin + 7 * MS)
+        yield Kernel("mystery", begin + 7 * MS, begin + 8 * MS)
+
+
+def test_a_step_is_told_by_layer_and_pass():
+    found = step_profile.breakdown(list(kernels()), step_profile.program_of(TEXT), steps=2)
+    assert (found["milliseconds"], found["idle"], found["copies"]) == (8.0, 1.0, 2.0)
+    assert found["layers"]["mlp"] == {"forward": 1.0, "backward": 1.0}
+    assert found["layers"]["conv"] == {"recomputed": 1.0}
+    assert found["layers"]["optimizer"] == {"forward": 1.0}
+    assert found["layers"]["copies"] == {"all": 2.0} and found["layers"]["unknown"] == {"all": 1.0}
+    assert sum(sum(passes.values()) for passes in found["layers"].values()) == pytest.approx(7.0)
+    row = {"kernel": "nvjet", "place": "backward mlp/project", "launches": 1.0, "milliseconds": 1.0}
+    assert row in found["kernels"]
+    lines = step_profile.lines(found)
+    assert lines[0] == "8.00 ms on the device, idle 1.00, copies 2.00" and "forward 1.00, backward 1.00" in lines[1]
+
+
+def test_on_a_cpu_there_is_no_breakdown():
+    taken = []
+    assert step_profile.profile(taken.append, step_profile.program_of(TEXT), 3) is None
+    assert taken == [3]

@@ -1,0 +1,41 @@
+"""The tables and the picture of whole training steps, from rows as `bench train` writes them."""
+
+from experiments.train_speed import __main__ as train_speed
+from experiments.train_speed import plots
+
+BREAKDOWN = {"milliseconds": 240.04, "idle": 1.26, "copies": 3.5}
+
+
+def rows():
+    facts = {"device": "NVIDIA H200", "peak_bytes": 50 << 30, "compile_seconds": 31.4, "remat": "none"}
+    for speed in (50_000.0, 60_000.0):
+        config = {"config": "configs/based.py:1b", "rows": 8, "seq_len": 2048, "documents": 1}
+        yield facts | config | {"tokens_per_second": speed, "mfu": 0.5, "hfu": 0.51, "mbu": 0.4, "breakdown": BREAKDOWN}
+    yield facts | {
+        "config": "configs/based.py:1b",
+        "rows": 8,
+        "seq_len": 2048,
+        "documents": 4,
+        "tokens_per_second": 1.0,
+    }
+    yield facts | {"config": "jla:kda-1p3b", "rows": 8, "seq_len": 2048, "tokens_per_second": 35_110.4}
+
+
+def test_the_last_row_of_a_model_stands_beside_its_goal():
+    lines = train_speed.models_table([*rows()]).splitlines()
+    [found] = [line for line in lines if "`based_1b` | 8 x 2,048" in line]
+    assert "| 60,000 | 68,000 | 88% | 50.0% | 51.0% | 40.0% | 50.0 | 31 | 1.3, 3.5 of 240 |" in found
+    assert sum("not measured" in line for line in lines) == len(train_speed.POINTS) - 1
+
+
+def test_other_libraries_stand_below():
+    assert "| `jla:kda-1p3b` | 8 x 2,048 | 35,110 | 50.0 | none |" in train_speed.peers_table([*rows()])
+    assert train_speed.peers_table([]) == "None has been measured."
+
+
+def test_the_picture(tmp_path):
+    found = [*rows()]
+    panels = plots.bars(train_speed.measured(found), train_speed.peers(found))
+    assert [bar.name for bar in panels["1.3B"]] == ["based_1b, 8 x 2,048", "jla:kda-1p3b, 8 x 2,048"]
+    drawn = plots.draw(panels, train_speed.devices(found), tmp_path / "speed")
+    assert {path.suffix for path in drawn} == {".png", ".svg", ".pdf"} and all(path.stat().st_size for path in drawn)

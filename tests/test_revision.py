@@ -1,0 +1,54 @@
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from based_jax import revision
+from based_jax.bench import rows
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """Return a clone of a package of one module, that one, with a README and results."""
+    for name in ("based_jax/revision.py", "README.md", "experiments/a/results/rows.jsonl", ".gitignore"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("installed\n")
+    (tmp_path / "based_jax" / "revision.py").write_bytes(Path(revision.__file__).read_bytes())
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--quiet", "--message=one")
+    return tmp_path
+
+
+def git(folder, *words):
+    return subprocess.check_output(["git", *words], cwd=folder, text=True).strip()
+
+
+def revision_of(folder):
+    """Return what the module of a folder says, imported anew."""
+    spec = importlib.util.spec_from_file_location("revision_of_clone", folder / "revision.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.revision()
+
+
+def test_a_revision_is_the_commit_and_whether_code_differs_from_it(clone):
+    commit = git(clone, "rev-parse", "HEAD")
+    for name in ("README.md", "experiments/a/results/rows.jsonl"):
+        (clone / name).write_text("more\n")
+    assert revision_of(clone / "based_jax") == commit
+    with (clone / "based_jax" / "revision.py").open("a") as file:
+        file.write("# more\n")
+    assert revision_of(clone / "based_jax") == f"{commit}+"
+
+
+def test_what_is_installed_in_a_clone_of_something_else_has_no_revision(clone):
+    (clone / "installed").mkdir()
+    (clone / "installed" / "revision.py").write_bytes(Path(revision.__file__).read_bytes())
+    assert revision_of(clone / "installed") is None
+
+
+def test_every_row_of_a_benchmark_names_the_revision(monkeypatch):
+    monkeypatch.setattr(rows, "revision", lambda: "0123")
+    assert rows.facts()["revision"] == rows.origin()["revision"] == "0123"
