@@ -4,8 +4,8 @@
     e^m_{t+1} a_{t+1} = e^{m_t + d} a_t + e^k_t v_t        e^m_{t+1} b_{t+1} = e^{m_t + d} b_t + e^k_t
 
 A lane has one channel, whose state (a, b, m) stays in its registers, and walks over the tokens in tiles (`strips.py`)
-by groups, without a loop within one, so that few steps wait for others: m alone goes from token to token in two
-operations. Of two weights over the larger, one is 1 and takes no exponential.
+without a loop within one, so that few steps wait for others: m alone goes from token to token in two operations.
+Of two weights over the larger, one is 1 and takes no exponential.
 """
 
 import functools
@@ -20,12 +20,9 @@ from pallas_kernels import split
 from pallas_kernels.hopper import stream, strips
 from pallas_kernels.hopper.mosaic import WARPS, like, load_global, save
 
-TILE_TOKENS = 32
+TILE_TOKENS = 16
 """Of a tile; T is a multiple of them."""
-GROUP_TOKENS = 8
-"""Tokens that are loaded together, of which gradients keep the state before."""
-TILE_GROUPS = TILE_TOKENS // GROUP_TOKENS
-RING_SLOTS = 4
+RING_SLOTS = 6
 BEGINS, PADDING = 1, 2
 """Marks of tokens: the first of a document that is not its row's first, and padding; 0 are others."""
 FORGET, HIDE = -1e38, -3e38
@@ -39,10 +36,10 @@ LAYOUT = plgpu.Layout.WG_STRIDED((WARPS, strips.WARP_CHANNELS), vec_size=1)
 
 @functools.partial(jax.jit, static_argnames="with_starts")
 def forward(k, v, decay, bonus, state, marks=None, *, with_starts: bool):
-    """Return y like v, the state after the last token and, where asked for, those before every group of tokens.
+    """Return y like v, the state after the last token and, where asked for, those before every tile.
 
     Args:
-      k, v: (B, T, D), each bf16 or fp32; T is a multiple of 32, D of 128.
+      k, v: (B, T, D), each bf16 or fp32; T is a multiple of 16, D of 128.
       decay: log-decays (D,) fp32.
       bonus: (D,) fp32.
       state: (a, b, m) before the first token, (B, 3, D) fp32.
@@ -50,7 +47,7 @@ def forward(k, v, decay, bonus, state, marks=None, *, with_starts: bool):
     """
     plan, channels = strips.Plan.of(k, TILE_TOKENS), [strips.by_warps(x) for x in (decay, bonus, state)]
     sources = [strips.by_warps(k), strips.by_warps(v), *([] if marks is None else [marks])]
-    starts = [strips.per_strip(plan, plan.tiles * TILE_GROUPS, 3)] if with_starts else []
+    starts = [strips.per_strip(plan, plan.tiles, 3)] if with_starts else []
 
     def body(*refs):
         source_refs, (decay_ref, bonus_ref, state_ref, y_ref, last_ref), refs = split(refs, len(sources), 5)
@@ -65,19 +62,16 @@ def forward(k, v, decay, bonus, state, marks=None, *, with_starts: bool):
         rates = Rates.load(decay_ref, bonus_ref, at)
 
         def step(n, slot, state):
-            def group(i, state):
-                for ref in starts_refs:
-                    state.save(ref.at[at.row, n * TILE_GROUPS + i], at)
-                outputs = []
-                for token in load_group(slot, i, k_tile, v_tile, mark_tiles):
-                    state = token.entered(state)
-                    outputs.append(token.shown(Read.of(token, state, rates).y))
-                    state = token.left(state, rates)
-                for place, y in zip(group_places(i), outputs, strict=True):
-                    save(v_tile.at[slot, place], y)
-                return state
-
-            return lax.fori_loop(0, TILE_GROUPS, group, state)
+            for ref in starts_refs:
+                state.save(ref.at[at.row, n], at)
+            outputs = []
+            for token in load_tokens(slot, k_tile, v_tile, mark_tiles):
+                state = token.entered(state)
+                outputs.append(token.shown(Read.of(token, state, rates).y))
+                state = token.left(state, rates)
+            for i, y in enumerate(outputs):
+                save(v_tile.at[slot, i], y)
+            return state
 
         def put(n, slot):
             strips.copy_results(at, [v_tile], [y_ref], n, slot)
@@ -181,16 +175,11 @@ def shares(first, second) -> tuple[jax.Array, jax.Array]:
     return jnp.where(first >= second, 1.0, less), jnp.where(first >= second, less, 1.0)
 
 
-def group_places(i) -> list:
-    """Return which tokens of a tile are those of a group."""
-    return [i * GROUP_TOKENS + j for j in range(GROUP_TOKENS)]
-
-
-def load_group(slot, i, k_tile, v_tile, mark_tiles) -> list[Token]:
-    """Load the tokens of group i of a slot."""
-    places = group_places(i)
-    k, v = ([load_channels(tile.at[slot, place]) for place in places] for tile in (k_tile, v_tile))
-    marks = [mark_tiles[0][slot, place] for place in places] if mark_tiles else [None] * GROUP_TOKENS
+def load_tokens(slot, k_tile, v_tile, mark_tiles) -> list[Token]:
+    """Load the tokens of a tile."""
+    tokens = range(TILE_TOKENS)
+    k, v = ([load_channels(tile.at[slot, i]) for i in tokens] for tile in (k_tile, v_tile))
+    marks = [mark_tiles[0][slot, i] for i in tokens] if mark_tiles else [None] * TILE_TOKENS
     return [Token.of(*values) for values in zip(k, v, marks, strict=True)]
 
 

@@ -13,7 +13,7 @@ from based_jax.ops import segments, sharded
 from based_jax.ops.calls import LOG_OF_NOTHING, Wkv4Call, WkvState
 from based_jax.ops.hopper import limits
 
-CHANNEL_MULTIPLE, TOKEN_MULTIPLE = 128, 32
+CHANNEL_MULTIPLE, TOKEN_MULTIPLE = 128, 16
 """Others are filled up with zeros."""
 MIN_IDLE_RATIO = 4
 """Multiprocessors for each strip of a row from which on time is cut, since all is computed twice then."""
