@@ -71,7 +71,7 @@ def forward(q, k, v, first, keys, walks, *, scale: float):
             s, p, shrunk, top, total = score(n + 1, lambda: soften(s, top, total))
             return s, top, total, weigh(n, p, shrunk, o)
 
-        last, o = walk.count - 1, mosaic.zeros((TILE_ROWS, head_dim))
+        last, o = walk.steps - 1, mosaic.zeros((TILE_ROWS, head_dim))
         start = *score(0), _rows(LOWEST_TOP), _rows(0.0), o
         s, top, total, o = lax.fori_loop(0, last, step, start)
         p, shrunk, top, total = soften(sight.show(last, s, HIDDEN_SCORE), top, total)

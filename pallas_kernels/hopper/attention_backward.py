@@ -55,7 +55,7 @@ def query_gradients(q, k, v, do, logarithm, minus_delta, first, keys, walks, *, 
             walk.free(0, n)
             return dq
 
-        dq = lax.fori_loop(0, walk.count, step, mosaic.zeros((TILE_ROWS, q.shape[3])))
+        dq = lax.fori_loop(0, walk.steps, step, mosaic.zeros((TILE_ROWS, q.shape[3])))
         walk.put((queries, dq * scale, dq_ref))
 
     arrays = [q, do], [[k], [v]], [logarithm, minus_delta, first, keys], walks, [mosaic.like(q)]
@@ -95,7 +95,7 @@ def key_gradients(q, k, v, do, logarithm, minus_delta, first, keys, walks, *, sc
             return dk, dv
 
         zeros = mosaic.zeros((TILE_ROWS, q.shape[3]))
-        dk, dv = lax.fori_loop(0, walk.count, step, (zeros, zeros))
+        dk, dv = lax.fori_loop(0, walk.steps, step, (zeros, zeros))
         walk.put((own_keys, dk * scale, dk_ref), (values, dv, dv_ref))
 
     streamed, results = [[q, logarithm], [do, minus_delta]], [mosaic.like(k), mosaic.like(v)]

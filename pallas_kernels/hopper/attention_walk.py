@@ -4,10 +4,11 @@ Queries meet keys, or keys queries. A block keeps those of one head in shared me
 passes the others through a ring that one more warpgroup fills. Which tokens a tile meets, `walks` (B, T / OWN_TOKENS,
 3) int32 says: from BEGIN to END; and PLAIN, on which side of which no pair is hidden but by the diagonal.
 
-Arrays are (B, T, H, K) in bf16 or fp16, T a multiple of `TIME_MULTIPLE`, K of `HEAD_MULTIPLE`, and (B, H, T) in fp32.
+Arrays are (B, T, H, K) in bf16 or fp16, T a multiple of `OWN_TOKENS`, K of `HEAD_MULTIPLE`, and (B, H, T) in fp32.
 """
 
 import abc
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ GROUPS = 2
 """Warpgroups of a block that compute."""
 OWN_TOKENS = GROUPS * TILE_ROWS
 """That a block keeps."""
-TIME_MULTIPLE, HEAD_MULTIPLE, MAX_HEAD_DIM = 128, 16, 256
+HEAD_MULTIPLE = 16
 LOG2E = math.log2(math.e)
 BEGIN, END, PLAIN = range(3)
 REGISTERS, FETCHER_REGISTERS = 240, 24
@@ -41,7 +42,7 @@ class Walk(NamedTuple):
     Attributes:
       row, head: of the arrays.
       mine: its own tokens.
-      begin, count, step: the first step, how many there are, and the tokens of each.
+      begin, steps, step: the first step, how many there are, and the tokens of each.
       plain: PLAIN of its tile.
       stream: the tiles of each part of what is streamed, which come and go together.
     """
@@ -50,7 +51,7 @@ class Walk(NamedTuple):
     head: jax.Array
     mine: pl.Slice
     begin: jax.Array
-    count: jax.Array
+    steps: jax.Array
     step: int
     plain: jax.Array
     slots: int
@@ -65,6 +66,15 @@ class Walk(NamedTuple):
     def tokens(self, n) -> pl.Slice:
         """Return where the tokens of a step stand."""
         return pl.ds(self.first(n), self.step)
+
+    def part_of(self, source, n):
+        """Return the reference to a step's tokens of an array (B, T, H, K) or (B, H, T)."""
+        heads_last = len(source.shape) == 4
+        return (
+            source.at[self.row, self.tokens(n), self.head]
+            if heads_last
+            else source.at[self.row, self.head, self.tokens(n)]
+        )
 
     def take(self, part: int, n) -> list:
         """Return the tiles of a step of one part of the streamed, once they are there."""
@@ -83,16 +93,14 @@ class Walk(NamedTuple):
             slot = lax.rem(n, self.slots)
             for part, tiles, filled in zip(sources, self.stream, self.filled, strict=True):
                 for source, tile in zip(part, tiles, strict=True):
-                    place = (self.row, self.tokens(n), self.head)
-                    place = place if len(source.shape) == 4 else (self.row, self.head, self.tokens(n))
-                    plgpu.copy_gmem_to_smem(source.at[place], tile.at[slot], filled.at[slot])
+                    plgpu.copy_gmem_to_smem(self.part_of(source, n), tile.at[slot], filled.at[slot])
 
         def step(n, _):
             for freed in self.freed:
-                pl.when(n >= self.slots)(lambda freed=freed: plgpu.barrier_wait(freed.at[lax.rem(n, self.slots)]))
-            pl.when(n < self.count)(lambda: copy(n))
+                pl.when(n >= self.slots)(functools.partial(plgpu.barrier_wait, freed.at[lax.rem(n, self.slots)]))
+            pl.when(n < self.steps)(lambda: copy(n))
 
-        lax.fori_loop(0, self.count + self.slots, step, None)
+        lax.fori_loop(0, self.steps + self.slots, step, None)
 
     def put(self, *results) -> None:
         """Write (tile, values, array): own tokens of an array through a tile of shared memory."""
@@ -116,11 +124,11 @@ def run(compute: Callable, name: str, step: int, own, streamed, whole, walks, re
     slots = _slots(step, head_dim, len(own), sum(len(x.shape) == 4 for x in flat))
 
     def body(*refs):
-        refs = _Taker(refs)
-        own_refs, sources, (walks_ref,) = refs(len(own)), [refs(n) for n in parts], refs(1)
-        others, own_tiles = refs(len(whole) + len(results)), refs(len(own))
-        stream, [given, finished] = [refs(n) for n in parts], refs(2)
-        filled, freed = refs(len(parts)), refs(len(parts))
+        take = _Taker(refs)
+        own_refs, sources, (walks_ref,) = take(len(own)), [take(n) for n in parts], take(1)
+        others, own_tiles = take(len(whole) + len(results)), take(len(own))
+        stream, [given, finished] = [take(n) for n in parts], take(2)
+        filled, freed = take(len(parts)), take(len(parts))
         group, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         tile = lax.rem(block, tiles)
         tile = tiles - 1 - tile if last_first else tile
