@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from based_jax.errors import UserError
-from based_jax.placement import Placement, Wish, is_large, place
+from based_jax.placement import Placement, Wish, is_large, is_small, place
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,8 @@ def shardings(tree: Any, mesh: Mesh, spread: bool = False) -> Any:
     """Return a NamedSharding per leaf of a tree of arrays and nnx variables, by `PARAMETER_RULES`.
 
     Parameters and the optimizer state made from them share their logical names, so one rule places both. Where a mesh
-    axis does not divide the dimension that the rule names, large arrays are divided over it along others.
+    axis does not divide the dimension that the rule names, large arrays are divided over it along others; small ones
+    are whole over "fsdp".
 
     Args:
       tree: arrays, or their shapes, with the names of their axes.
@@ -130,10 +132,16 @@ def placement_of(leaf: nnx.Variable, mesh: Mesh | AbstractMesh, spread: bool = F
     def wish(rule: str, axis: str, others: Sequence[int]) -> Wish:
         return Wish(axis, [i for i, name in enumerate(names) if PARAMETER_RULES.get(name or "") == rule], others)
 
-    wishes = [wish("tensor", "tensor", ()), wish("fsdp", "fsdp", others)]
+    wishes = [wish("tensor", "tensor", ()), Wish("fsdp", ()) if _is_small(leaf) else wish("fsdp", "fsdp", others)]
     if spread and others:
         wishes.append(wish("fsdp", "data", others))
     return place(shape[: len(names)], mesh.shape, wishes)
+
+
+def _is_small(leaf: nnx.Variable) -> bool:
+    """Return whether a variable is small in each layer of a stack."""
+    shape, names = leaf.get_value().shape, leaf.get_metadata().get("out_sharding") or ()
+    return is_small([size for size, name in itertools.zip_longest(shape, names[: len(shape)]) if name != STACKED])
 
 
 class WholeParameter(NamedTuple):
@@ -159,6 +167,13 @@ def whole_parameters(params: Any, mesh: Mesh) -> list[WholeParameter]:
                 path = jax.tree_util.keystr(keys, simple=True, separator="/")
                 found.append(WholeParameter(path, part, axis, devices))
     return found
+
+
+def small_parameters(params: Any, mesh: Mesh) -> list[int]:
+    """Return the bytes of each parameter that is too small to be divided over "fsdp", but those `whole_parameters`."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    small = [leaf.get_value() for leaf in leaves if _is_small(leaf)] if mesh.shape["fsdp"] > 1 else []
+    return [math.prod(x.shape) * x.dtype.itemsize for x in small if not is_large(x.shape)]
 
 
 def placed(shapes: Any, mesh: Mesh) -> Any:

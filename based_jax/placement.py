@@ -12,6 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 LARGE_BYTES = 2**20
 """An array of fewer bytes in fp32 stays whole where the dimension that its names choose cannot be divided."""
+SMALL_BYTES = 2**16
+"""A parameter of fewer bytes in fp32, of one layer, stays whole over "fsdp": a link of 50 GB/s sends them in about the
+microsecond that a hop takes, so what it takes to gather and to scatter a norm's scale is latency alone."""
 PART = "_"
 """Between the name of an axis and the number of a part of it."""
 
@@ -91,6 +94,11 @@ def place(shape: Sequence[int], sizes: Mapping[str, int], wishes: Sequence[Wish]
 def is_large(shape: Sequence[int]) -> bool:
     """Return whether an array has `LARGE_BYTES` or more, as a parameter in fp32."""
     return 4 * math.prod(shape) >= LARGE_BYTES
+
+
+def is_small(shape: Sequence[int]) -> bool:
+    """Return whether an array, a layer's part of it, has fewer than `SMALL_BYTES`, as a parameter in fp32."""
+    return 4 * math.prod(shape) < SMALL_BYTES
 
 
 def _part_names(axis: str, sizes: Sequence[int]) -> list[str]:

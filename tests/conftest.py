@@ -22,12 +22,17 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from based_jax import placement
+
 # Tracing makes many objects and little garbage: Python would look for it a hundred times as often.
 gc.set_threshold(50_000, 20, 50)
 
 jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# So small are most parameters of the models here; what is small beside these is divided by the same ratio.
+placement.SMALL_BYTES //= 256
 
 # nn.cache is left out: its pytree also holds stacked arrays and abstract leaves, which its annotations do not mean.
 SHAPES_CHECKED = ["based_jax.ops", *(f"based_jax.nn.{name}" for name in ("block", "layers", "lm", "mixers"))]

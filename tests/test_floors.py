@@ -115,7 +115,10 @@ BARE_PACKAGES = {"pallas_kernels", "based_jax", "based_jax.ops"}
 OPEN_TO_KERNELS = ("pallas_kernels.split",)
 OPEN_TO_GLUE = (
     *(f"based_jax.{name}" for name in ("devices", "dims", "errors", "labels", "revision")),
-    *(f"based_jax.ops.{name}" for name in ("calls", "decays", "dispatch", "precision", "segments", "sharded")),
+    *(
+        f"based_jax.ops.{name}"
+        for name in ("calls", "decays", "dispatch", "precision", "segments", "sharded", "softmax_walks")
+    ),
 )
 
 

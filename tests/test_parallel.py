@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from based_jax import parallel
+from based_jax import parallel, placement
 from based_jax.errors import UserError
 from based_jax.nn import layers
 
@@ -75,10 +75,32 @@ def test_logical_names_become_mesh_axes(leaf, expected):
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [((3, 8), jax.P(None, "tensor")), ((8, 5), jax.P("fsdp", None)), ((3, 5), jax.P(None, None))],
+    [((3, 8), jax.P(None, "tensor")), ((8, 13), jax.P("fsdp", None)), ((3, 5), jax.P(None, None))],
 )
 def test_a_small_array_stays_whole_where_its_names_cannot_divide_it(shape, expected):
     assert spec(parameter(("embed", "mlp"), *shape)) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "part"),
+    [
+        (("embed",), (1792,), (1792,)),
+        (("layers", "embed"), (36, 1792), (36, 1792)),  # 252 KiB, 7 KiB of a layer
+        (("embed",), (2**14 - 16,), (2**14 - 16,)),
+        (("embed",), (2**14,), (2**10,)),
+        (("embed", "heads"), (1792, 16), (112, 8)),
+        (("mlp",), (1792,), (896,)),
+    ],
+)
+def test_what_is_too_small_to_gain_by_fsdp_is_whole_over_it(monkeypatch, names, shape, part):
+    monkeypatch.setattr(placement, "SMALL_BYTES", 2**16)
+    mesh = AbstractMesh((1, 16, 2, 1), parallel.AXES)
+    found = parallel.placement_of(abstract(names, shape), mesh)
+    cuts = [math.prod(size for _, size in parts) for parts in found.parts]
+    assert tuple(size // cut for size, cut in zip(shape, cuts, strict=True)) == part
+    small = parallel.small_parameters({"x": abstract(names, shape)}, mesh)
+    assert small == ([4 * math.prod(shape)] if 4 * math.prod(shape) // (36 if "layers" in names else 1) < 2**16 else [])
+    assert parallel.small_parameters({"x": abstract(names, shape)}, AbstractMesh((16, 1, 2, 1), parallel.AXES)) == []
 
 
 ATTENTION_1B = (

@@ -121,6 +121,7 @@ class Report:
                 "sum_mfu": self.mfu(total),
             },
             "whole": [x._asdict() for x in parallel.whole_parameters(self.lowered.params, self.mesh)],
+            "whole_small_bytes": sum(parallel.small_parameters(self.lowered.params, self.mesh)),
             "rematerialized": self.rematerialized,
             "silent_kernels": self.silent_kernels,
             "unknown_loops": self.unknown_loops,

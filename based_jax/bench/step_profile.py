@@ -2,18 +2,19 @@
 
 import collections
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from based_jax.aot import costs
 from based_jax.aot.hlo import Instruction, Program
+from based_jax.bench.launches import instructions
 from based_jax.bench.timing import Kernel, busy_time, in_order, length, recorded
 
 COPIES = "copy", "copy-start", "dynamic-slice", "dynamic-update-slice"
 """Kinds of instructions that do nothing but move."""
 COPY_KERNEL = re.compile(r"(?i)mem(cpy|set)")
 KERNELS_SHOWN = 20
-MODULE = re.compile(r'module = "(?:[^"\\]|\\.)*"')
+MODULE = re.compile(r'\b(?:module|ir) = "(?:[^"\\]|\\.)*"')
 """The program of a kernel of our own within the text of one that calls it: half a megabyte each time."""
 
 
@@ -26,13 +27,18 @@ class Part(NamedTuple):
     kernel: str
     milliseconds: float
 
+    @property
+    def place(self) -> str:
+        """What it works for, in words: backward mlp/project."""
+        return " ".join(filter(None, (self.which, "/".join(filter(None, (self.layer, self.operation))))))
+
 
 def program_of(text: str) -> Program:
     """Return a compiled program from its text."""
-    return Program(MODULE.sub('module = ""', text))
+    return Program(MODULE.sub("", text))
 
 
-def profile(run: Callable[[int], None], program: Program, steps: int) -> dict[str, Any] | None:
+def profile(run: Callable[[int], Any], program: Program, steps: int) -> dict[str, Any] | None:
     """Return the breakdown of `run(steps)`; None where no kernel is recorded, as on a CPU."""
     kernels = recorded(lambda: run(steps))
     return breakdown(kernels, program, steps) if kernels else None
@@ -45,7 +51,7 @@ def breakdown(kernels: Sequence[Kernel], program: Program, steps: int) -> dict[s
     instructions and engines that only move, "layers" by kind and pass, and of "kernels" those that take most.
     """
     ordered = in_order(kernels)
-    parts = [_part(kernel, program, steps) for kernel in ordered]
+    parts = list(_parts(ordered, program, steps))
     span, busy = (x(ordered) / 1e6 / steps for x in (length, busy_time))
     return {
         "milliseconds": round(span, 3),
@@ -56,9 +62,9 @@ def breakdown(kernels: Sequence[Kernel], program: Program, steps: int) -> dict[s
     }
 
 
-def _part(kernel: Kernel, program: Program, steps: int) -> Part:
-    found = program.by_name.get(kernel.instruction or kernel.name)
-    return Part(*place(found, kernel.name), kernel.name, (kernel.end - kernel.start) / 1e6 / steps)
+def _parts(kernels: Sequence[Kernel], program: Program, steps: int) -> Iterator[Part]:
+    for kernel, found in zip(kernels, instructions(kernels, program, steps), strict=True):
+        yield Part(*place(found, kernel.name), kernel.name, (kernel.end - kernel.start) / 1e6 / steps)
 
 
 def place(instruction: Instruction | None, kernel: str) -> tuple[str, str, str]:
@@ -83,16 +89,14 @@ def _by_layer(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
 
 def _most(parts: Sequence[Part], steps: int) -> list[dict[str, Any]]:
     """Return the kernels that take most in a step, with what they work for."""
-    total: dict[tuple[str, ...], list[float]] = collections.defaultdict(list)
+    total: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
     for part in parts:
-        total[part[:4]].append(part.milliseconds)
+        total[part.kernel, part.place].append(part.milliseconds)
     most = sorted(total.items(), key=lambda item: -sum(item[1]))[:KERNELS_SHOWN]
-    return [_row(*key, times, steps) for key, times in most]
-
-
-def _row(which: str, layer: str, operation: str, kernel: str, times: Sequence[float], steps: int) -> dict[str, Any]:
-    where = " ".join(filter(None, (which, "/".join(filter(None, (layer, operation))))))
-    return {"kernel": kernel, "place": where, "launches": round(len(times) / steps, 1), "milliseconds": _sum(times)}
+    return [
+        {"kernel": kernel, "place": where, "launches": round(len(times) / steps, 1), "milliseconds": _sum(times)}
+        for (kernel, where), times in most
+    ]
 
 
 def _sum(times: Any) -> float:

@@ -172,7 +172,7 @@ def _sizes(program: TrainProgram, batch: parallel.GlobalBatch, steps: int, docum
 
 
 def _speed(
-    program: TrainProgram, compiled: CompiledStep, text: Program, shape: tuple[int, int], seconds: float
+    program: TrainProgram, compiled: CompiledStep, text: Program, shape: tuple[int, ...], seconds: float
 ) -> dict[str, Any]:
     """Return how fast steps over rows of this shape are, and what they use of the devices."""
     count, length = shape

@@ -1,6 +1,6 @@
-"""Texts to ids beside the process that reads and writes them: in a thread, or in processes that share the batches.
+"""Texts to ids beside the process that writes them: in a thread, or in processes that share batches of them, or files.
 
-A process is this module run as a program: it takes a tokenizer and then batches of texts on its standard input, answers
+A process is this module run as a program: it takes a tokenizer and then calls with it on its standard input, answers
 each on its standard output, and ends with its input, so that none outlives the one that began it.
 """
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,7 +24,11 @@ from based_jax.errors import UserError
 BATCHES_AHEAD = 2
 """Batches that wait for each process, so that none is idle while the first of all is written."""
 
-Encode = Callable[[Sequence[str]], "Future[list[np.ndarray]]"]
+ANSWERED_ERRORS = (UserError, OSError)
+"""Of a call, which the one who calls raises."""
+
+Call = Callable[..., Future[Any]]
+"""Of `(function, *arguments)`: calls a function, with the tokenizer before its arguments, beside this thread."""
 
 
 def encoded[Batch](
@@ -38,9 +42,9 @@ def encoded[Batch](
       UserError: a text is no UTF-8, or a process died.
     """
     waiting: collections.deque[tuple[Batch, Future[list[np.ndarray]]]] = collections.deque()
-    with _thread(tokenizer) if processes == 1 else _processes(tokenizer, processes) as encode:
+    with _thread(tokenizer) if processes == 1 else calling_processes(tokenizer, processes) as call:
         for batch in batches:
-            waiting.append((batch, encode(texts(batch))))
+            waiting.append((batch, call(_ids, texts(batch))))
             if len(waiting) > (1 if processes == 1 else BATCHES_AHEAD * processes):
                 first, ids = waiting.popleft()
                 yield first, ids.result()
@@ -49,20 +53,24 @@ def encoded[Batch](
 
 
 @contextlib.contextmanager
-def _thread(tokenizer: TextTokenizer) -> Iterator[Encode]:
+def _thread(tokenizer: TextTokenizer) -> Iterator[Call]:
     with ThreadPoolExecutor(1) as thread:
-        yield lambda texts: thread.submit(_ids, tokenizer, texts)
+        yield lambda function, *arguments: thread.submit(function, tokenizer, *arguments)
 
 
 @contextlib.contextmanager
-def _processes(tokenizer: TextTokenizer, count: int) -> Iterator[Encode]:
+def calling_processes(tokenizer: TextTokenizer, count: int) -> Iterator[Call]:
+    """Return what calls functions of modules, with the tokenizer before their arguments, in so many processes.
+
+    A call raises the UserError or the OSError that its function raises, and UserError where its process died.
+    """
     idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
     processes: list[_Process] = []
 
-    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+    def call(function: Callable, arguments: tuple) -> Any:
         process = idle.get()
         try:
-            return process.encode(texts)
+            return process.call(function, arguments)
         finally:
             idle.put(process)
 
@@ -71,7 +79,7 @@ def _processes(tokenizer: TextTokenizer, count: int) -> Iterator[Encode]:
             for _ in range(count):
                 processes.append(_Process(tokenizer))
                 idle.put(processes[-1])
-            yield lambda texts: threads.submit(encode, texts)
+            yield lambda function, *arguments: threads.submit(call, function, arguments)
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
             for process in processes:
@@ -79,7 +87,7 @@ def _processes(tokenizer: TextTokenizer, count: int) -> Iterator[Encode]:
 
 
 class _Process:
-    """A process that encodes one batch at a time."""
+    """A process that answers one call at a time."""
 
     def __init__(self, tokenizer: TextTokenizer):
         own = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -92,39 +100,39 @@ class _Process:
         )
         self._tokenizer: TextTokenizer | None = tokenizer
 
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each text."""
+    def call(self, function: Callable, arguments: tuple) -> Any:
+        """Return `function(tokenizer, *arguments)`."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             if self._tokenizer is not None:
                 pickle.dump(self._tokenizer, self._process.stdin)
                 self._tokenizer = None
-            pickle.dump(texts, self._process.stdin)
+            pickle.dump((function, arguments), self._process.stdin)
             self._process.stdin.flush()
             answer = pickle.load(self._process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
             raise UserError(
                 "A process that encodes text was killed, for want of memory perhaps; take fewer by data.processes."
             ) from None
-        if isinstance(answer, UserError):
+        if isinstance(answer, ANSWERED_ERRORS):
             raise answer
         return answer
 
     def end(self) -> None:
         """Kill the process and wait for its end."""
-        with self._process:
+        with contextlib.suppress(BrokenPipeError), self._process:  # of what it was told and has not read
             self._process.kill()
 
 
 def _serve(source: BinaryIO, sink: BinaryIO) -> None:
-    """Answer batches of texts until there are no more."""
+    """Answer calls until there are no more."""
     with contextlib.suppress(EOFError, BrokenPipeError):
         tokenizer = pickle.load(source)
         while True:
-            texts = pickle.load(source)
+            function, arguments = pickle.load(source)
             try:
-                answer: list[np.ndarray] | UserError = _ids(tokenizer, texts)
-            except UserError as error:
+                answer = function(tokenizer, *arguments)
+            except ANSWERED_ERRORS as error:
                 answer = error
             pickle.dump(answer, sink)
             sink.flush()

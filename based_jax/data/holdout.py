@@ -8,7 +8,7 @@ a twentieth of the characters is held out: documents that fit, and for the rest 
 import contextlib
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,15 @@ class HeldOut(NamedTuple):
     documents: np.ndarray
     cut: Cut | None = None
 
+    def of_parts(self, counts: Sequence[int]) -> list["HeldOut"]:
+        """Return the same of so many documents each, one after the other."""
+        ends = np.cumsum(counts)
+        return [self._of(slice(end - count, end)) for end, count in zip(ends.tolist(), counts, strict=True)]
+
+    def _of(self, part: slice) -> "HeldOut":
+        cut = self.cut if self.cut and part.start <= self.cut.document < part.stop else None
+        return HeldOut(self.documents[part], cut and cut._replace(document=cut.document - part.start))
+
 
 def split_chunks(corpus: Corpus, reading: Reading) -> Iterator[tuple[TextSplit, Chunk]]:
     """Yield all text of a corpus, each chunk with its split.
@@ -44,15 +53,25 @@ def split_chunks(corpus: Corpus, reading: Reading) -> Iterator[tuple[TextSplit, 
     Raises:
       UserError: a file is damaged, or there is nothing to train on.
     """
-    if next(corpus.chunks("validation", Reading()), None) is not None:
+    if has_validation(corpus):
         for split in ("validation", "train"):
             for chunk in corpus.chunks(split, reading):
                 yield split, chunk
         return
     hashes, sizes = measure(_shown(corpus))
     if not len(sizes):
-        raise UserError(f"Corpus '{corpus}' has no text to train on: all its documents are blank.")
-    yield from _split(corpus.chunks("train", reading), hold_out(hashes, sizes))
+        raise no_text(corpus)
+    yield from split_documents(corpus.chunks("train", reading), hold_out(hashes, sizes))
+
+
+def has_validation(corpus: Corpus) -> bool:
+    """Return whether a corpus says itself what is for validation."""
+    return next(corpus.chunks("validation", Reading()), None) is not None
+
+
+def no_text(corpus: Corpus) -> UserError:
+    """Return the error for a corpus of blank documents."""
+    return UserError(f"Corpus '{corpus}' has no text to train on: all its documents are blank.")
 
 
 def _shown(corpus: Corpus) -> Iterator[Chunk]:
@@ -96,7 +115,14 @@ def hold_out(hashes: np.ndarray, sizes: np.ndarray) -> HeldOut:
     return HeldOut(held, Cut(longest, int(sizes[longest] - room), int(room)))
 
 
-def _split(chunks: Iterable[Chunk], held: HeldOut) -> Iterator[tuple[TextSplit, Chunk]]:
+def split_documents(
+    chunks: Iterable[Chunk], held: HeldOut | None, split: TextSplit | None = None
+) -> Iterator[tuple[TextSplit, Chunk]]:
+    """Yield chunks with their split: that of all of them, or what is held out says."""
+    if held is None:
+        assert split is not None
+        yield from ((split, chunk) for chunk in chunks)
+        return
     document = start = 0  # of the chunk: the document it is of, and its first character there
     for chunk in chunks:
         if held.cut and held.cut.document == document:

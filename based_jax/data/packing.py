@@ -7,22 +7,21 @@ is whole or absent: it is written beside its place and renamed.
 import contextlib
 import dataclasses
 import errno
-import itertools
 import json
 import operator
 import os
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import filelock
-import numpy as np
 
-from based_jax.data.corpus import Corpus, TextSplit, combined_hash
-from based_jax.data.documents import Chunk, Reading
-from based_jax.data.encoding import encoded
+from based_jax.data.corpus import Corpus, FolderCorpus, TextSplit, combined_hash
+from based_jax.data.documents import Reading
+from based_jax.data.files_of_text import encoded_files
 from based_jax.data.holdout import split_chunks
+from based_jax.data.pieces import Encoded, encoded_chunks
 from based_jax.data.progress import Progress
 from based_jax.data.token_corpus import TokenCorpus
 from based_jax.data.tokenizer import TextTokenizer
@@ -34,8 +33,6 @@ CACHE_VARIABLE = "BASED_JAX_CACHE"
 FORMAT = 2
 INDEX = "index.json"
 SPLITS: tuple[TextSplit, ...] = ("train", "validation")
-PIECE_CHARACTERS = 2**16
-BATCH_CHARACTERS = 2**21
 PATIENCE_SECONDS = 5
 
 
@@ -199,11 +196,7 @@ def _pack(folder: Path, corpus: Corpus | TokenCorpus, tokenizer: TextTokenizer, 
         paths = {split: folder / f"{split}.tokens" for split in SPLITS}
         files = {split: stack.enter_context(path.open("wb")) for split, path in paths.items()}
         writers = {split: TokenWriter(file, dtype, tokenizer.end_of_text) for split, file in files.items()}
-        found = (
-            _tokens(corpus, tokenizer, reading)
-            if isinstance(corpus, TokenCorpus)
-            else _encoded_text(corpus, tokenizer, reading, processes)
-        )
+        found = _encoded(corpus, tokenizer, reading, processes, folder)
         for split, ids, position in stack.enter_context(contextlib.closing(found)):
             writers[split].write(ids)
             progress.update(position, sum(writer.tokens for writer in writers.values()))
@@ -216,78 +209,17 @@ def _pack(folder: Path, corpus: Corpus | TokenCorpus, tokenizer: TextTokenizer, 
     }
 
 
-class Piece(NamedTuple):
-    """A part of a document of a split, cut where its ids do not depend on what stands beside it."""
-
-    split: TextSplit
-    text: str
-    last: bool
-
-
-class Encoded(NamedTuple):
-    """The next ids of a split, the ends of documents among them, and how much of the corpus is read by then."""
-
-    split: TextSplit
-    ids: np.ndarray
-    position: int
+def _encoded(
+    corpus: Corpus | TokenCorpus, tokenizer: TextTokenizer, reading: Reading, processes: int, folder: Path
+) -> Generator[Encoded]:
+    """Yield the ids of a corpus: of text in files or in batches of it, which processes share."""
+    if isinstance(corpus, TokenCorpus):
+        return _tokens(corpus, tokenizer, reading)
+    if processes > 1 and isinstance(corpus, FolderCorpus) and len(corpus.files) >= processes:
+        return encoded_files(corpus, reading, tokenizer, processes, folder)
+    return encoded_chunks(split_chunks(corpus, reading), reading, tokenizer, processes)
 
 
 def _tokens(corpus: TokenCorpus, tokenizer: TextTokenizer, reading: Reading) -> Generator[Encoded]:
     for split, ids in corpus.blocks(tokenizer, reading):
         yield Encoded(split, ids, reading.position)
-
-
-def _encoded_text(corpus: Corpus, tokenizer: TextTokenizer, reading: Reading, processes: int) -> Generator[Encoded]:
-    end = np.array([tokenizer.end_of_text], token_dtype(tokenizer.vocab_size))
-    batches = _batches(cut_into_pieces(split_chunks(corpus, reading), tokenizer))
-    placed = ((batch, reading.position) for batch in batches)
-    with contextlib.closing(encoded(placed, _texts, tokenizer, processes)) as encoding:
-        for (batch, position), found in encoding:
-            for split, pairs in itertools.groupby(zip(batch, found, strict=True), key=lambda pair: pair[0].split):
-                yield Encoded(split, _joined(pairs, end), position)
-
-
-def _joined(pairs: Iterable[tuple[Piece, np.ndarray]], end: np.ndarray) -> np.ndarray:
-    """Return the ids of pieces that follow one another, with `end` behind the last of each document."""
-    parts = ((ids, end) if piece.last else (ids,) for piece, ids in pairs)
-    return np.concatenate(list(itertools.chain.from_iterable(parts)))
-
-
-def cut_into_pieces(chunks: Iterable[tuple[TextSplit, Chunk]], tokenizer: TextTokenizer) -> Iterator[Piece]:
-    """Yield documents in pieces of about `PIECE_CHARACTERS`, larger ones where the tokenizer finds no place to cut."""
-    rest = ""
-    for split, (text, last) in chunks:
-        rest, start = rest + text, 0
-        while (end := _end_of_piece(rest, start, tokenizer)) > start:
-            yield Piece(split, rest[start:end], last=False)
-            start = end
-        rest = rest[start:]
-        if last:
-            yield Piece(split, rest, last=True)
-            rest = ""
-
-
-def _end_of_piece(text: str, start: int, tokenizer: TextTokenizer) -> int:
-    """Return where the piece that begins at `start` ends, or `start` where all that is left is one piece."""
-    size = PIECE_CHARACTERS
-    while start + size < len(text):
-        if (end := tokenizer.last_cut(text, start, start + size)) > start:
-            return end
-        size *= 2
-    return start
-
-
-def _texts(placed: tuple[list[Piece], int]) -> list[str]:
-    return [piece.text for piece in placed[0]]
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

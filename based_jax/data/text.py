@@ -120,7 +120,8 @@ class TextSource:
       seed: of the shuffle.
       rows: places in every batch that this host feeds, all if None.
       cache_dir: where the packed windows are kept; `default_cache_dir` if None.
-      processes: that encode text which is not packed yet; 1 for this one, with the threads of its tokenizer.
+      processes: that pack text which is not packed yet, by files where there are as many, else by batches; 1 for this
+        one, with the threads of its tokenizer.
 
     Raises:
       UserError: a corpus is bad or shorter than a window, or the packed windows cannot be read.

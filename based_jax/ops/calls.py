@@ -37,6 +37,9 @@ DN = Float[Array, "D N"]
 BTGN = Float[Array, "B T G N"]
 BHNP = Float[Array, "B H N P"]
 
+LOG_OF_NOTHING = -1e38
+"""The logarithm of an empty sum."""
+
 Rows = Float[Array, "*B D"]
 Table = Float[Array, "V D"]
 Labels = Int[Array, "*B"]
@@ -222,9 +225,22 @@ class WkvState(NamedTuple):
     den: BD
     max: BD
 
+    @classmethod
+    def empty(cls, batch: int, channels: int) -> "WkvState":
+        """Return the state before the first token."""
+        num, den = (jnp.zeros((batch, channels), jnp.float32) for _ in range(2))  # buffers of their own, to be donated
+        return cls(num, den, jnp.full((batch, channels), LOG_OF_NOTHING, jnp.float32))
+
+    def then(self, log_decay: Array, later: "WkvState") -> "WkvState":
+        """Return the state of these tokens and later ones, over which they decay by so much."""
+        decayed = jnp.maximum(self.max + log_decay, LOG_OF_NOTHING)
+        top = jnp.maximum(decayed, later.max)
+        old, new = jnp.exp(decayed - top), jnp.exp(later.max - top)
+        return WkvState(old * self.num + new * later.num, old * self.den + new * later.den, top)
+
 
 class Wkv4Call(NamedTuple):
-    """RWKV-4's average of v by k, both (B, T, D) fp32; log_decay and bonus of each channel, (D)."""
+    """RWKV-4's average of v by k, both (B, T, D); log_decay and bonus of each channel, (D)."""
 
     k: BTD
     v: BTD

@@ -21,6 +21,7 @@ from based_jax import devices
 from based_jax.dims import BHK, BHKV, BHV, BTHK, BTHV, SegmentIds
 from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
+from based_jax.ops.bonus import read_apart
 from based_jax.ops.calls import HK, Decay, MatrixStateCall
 from based_jax.ops.decays import LogDecays, empty_state, pair_weights
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
@@ -54,8 +55,8 @@ def gated_linear_attention(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "xla_quadratic" (one chunk;
         auto's for one decay a head, large states and short sequences on a GPU), "hopper_steps" (Mosaic GPU kernels,
-        token by token; K at most 128, no bonus), "triton_chunks" (on tensor cores; v in bf16, to which q and k are
-        rounded; K at most 256, no bonus) or "auto".
+        token by token; K at most 128), "triton_chunks" (on tensor cores; v in bf16, to which q and k are rounded; K at
+        most 256) or "auto".
 
     Returns:
       o in v's dtype, and the state (B, H, K, V) after the last token, fp32.
@@ -148,13 +149,13 @@ CUT = sequence.decayed(empty_state, _kept)
 
 IMPLEMENTATIONS = {
     "triton_chunks": Implementation(
-        triton_gated_linear_attention.compute,
+        read_apart(triton_gated_linear_attention.compute),
         triton_gated_linear_attention.supports,
         platform="cuda",
         slower=triton_gated_linear_attention.slower,
     ),
     "hopper_steps": Implementation(
-        hopper_gated_linear_attention.compute,
+        read_apart(hopper_gated_linear_attention.compute),
         hopper_gated_linear_attention.supports,
         platform="cuda",
         slower=hopper_gated_linear_attention.slower,

@@ -19,6 +19,7 @@ from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_r
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
+from based_jax.ops.hopper import attention as hopper_attention
 from based_jax.ops.hopper import window as hopper_window
 from based_jax.ops.tpu import attention as tpu_attention
 from based_jax.ops.triton import attention as triton_attention
@@ -40,8 +41,8 @@ def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: SegmentIds | None = Non
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle", "xla_quadratic" (every score), "xla_chunks" (memory linear in T), "cudnn_flash" (GPU, bf16 or
-        fp16, no packing), "triton_tiles" (the same, with packing), "tpu_splash" (TPU, bf16) or "auto". Where tokens lie
-        over devices, keys go round by chunks, whatever it is.
+        fp16, no packing), "hopper_tiles" and "triton_tiles" (the same, with packing), "tpu_splash" (TPU, bf16) or
+        "auto". Where tokens lie over devices, keys go round by chunks, whatever it is.
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -243,6 +244,7 @@ QKV = "q", "k", "v"
 
 ATTENTION = {
     "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
+    "hopper_tiles": Implementation(hopper_attention.compute, hopper_attention.supports, platform="cuda"),
     "triton_tiles": Implementation(
         triton_attention.compute, triton_attention.supports, platform="cuda", slower=triton_attention.slower
     ),

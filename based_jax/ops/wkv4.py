@@ -18,14 +18,12 @@ from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, Wkv4Call, WkvState
 from based_jax.ops.decays import finite
 from based_jax.ops.dispatch import Implementation, dispatch
-
-LOG_OF_NOTHING = -1e38  # the logarithm of an empty sum
+from based_jax.ops.hopper import wkv4 as hopper_wkv4
 
 
 def initial_state(batch: int, channels: int) -> WkvState:
     """Return the state before the first token."""
-    num, den = (jnp.zeros((batch, channels), jnp.float32) for _ in range(2))  # buffers of their own, to be donated
-    return WkvState(num, den, jnp.full((batch, channels), LOG_OF_NOTHING, jnp.float32))
+    return WkvState.empty(batch, channels)
 
 
 @checked
@@ -44,17 +42,17 @@ def wkv4(
     Args:
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
-      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (8 tokens at a time) or "auto".
+      impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (8 tokens at a time), "hopper_steps" (Mosaic
+        GPU kernels; of the state after the last token, its maximum has no gradient) or "auto".
 
     Returns:
       wkv in v's dtype, and the state after the last token, a `WkvState`, fp32.
 
     Raises:
-      UserError: `impl` is unknown.
+      UserError: `impl` is unknown or cannot run this call.
     """
-    call = Wkv4Call(k.astype(jnp.float32), v.astype(jnp.float32), finite(log_decay), bonus, state, segment_ids)
-    wkv, state = dispatch("wkv4", IMPLEMENTATIONS, impl, call, CUT)
-    return wkv.astype(v.dtype), state
+    call = Wkv4Call(k, v, finite(log_decay), bonus, state, segment_ids)
+    return dispatch("wkv4", IMPLEMENTATIONS, impl, call, CUT)
 
 
 @checked
@@ -63,8 +61,7 @@ def wkv4_step(k: BD, v: BD, log_decay: Channels, bonus: Channels, state: WkvStat
     """Return one token's average and the state after it."""
     k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
     wkv = _read(k32, v32, bonus, state)
-    _, after = _compose((0.0, state), (log_decay[None], WkvState(v32, jnp.ones_like(k32), k32)))
-    return wkv.astype(v.dtype), after
+    return wkv.astype(v.dtype), state.then(log_decay[None], WkvState(v32, jnp.ones_like(k32), k32))
 
 
 def _scanned(call: Wkv4Call, *, over: Callable) -> tuple[BTD, WkvState]:
@@ -72,6 +69,10 @@ def _scanned(call: Wkv4Call, *, over: Callable) -> tuple[BTD, WkvState]:
         return wkv4_step(token.k, token.v, call.log_decay, call.bonus, state)
 
     return over(step, call.tokens, _empty(call), call.state, call.segment_ids)
+
+
+def _in_kernels(call: Wkv4Call) -> tuple[BTD, WkvState]:
+    return hopper_wkv4.compute(call if call.state is not None else call._replace(state=_empty(call)))
 
 
 def _empty(call: Wkv4Call) -> WkvState:
@@ -90,21 +91,19 @@ def _read(k, v, bonus: Channels, state: WkvState):
 def _compose(first, second):
     """Return the sums over both spans, the first one decayed by the second."""
     (d1, s1), (d2, s2) = first, second
-    decayed = jnp.maximum(s1.max + d2, LOG_OF_NOTHING)
-    top = jnp.maximum(decayed, s2.max)
-    early, late = jnp.exp(decayed - top), jnp.exp(s2.max - top)
-    return d1 + d2, WkvState(early * s1.num + late * s2.num, early * s1.den + late * s2.den, top)
+    return d1 + d2, s1.then(d2, s2)
 
 
 def _piece(run: sequence.Run, call: Wkv4Call) -> tuple[BD, WkvState]:
     """Return the log-decay of a state over the tokens of a call, and the state after them."""
-    tokens = sequence.total(jnp.ones_like(call.k), call.segment_ids)
+    tokens = sequence.total(jnp.ones_like(call.k, jnp.float32), call.segment_ids)
     return call.log_decay[None] * tokens, run(call)[1]
 
 
 CUT = sequence.States(_empty, _piece, _compose)
 
 IMPLEMENTATIONS = {
+    "hopper_steps": Implementation(_in_kernels, hopper_wkv4.supports, platform="cuda"),
     "xla_chunks": Implementation(functools.partial(_scanned, over=scan.over_blocks)),
     "xla_steps": Implementation(functools.partial(_scanned, over=scan.over_tokens)),
     "oracle": Implementation(functools.partial(_scanned, over=scan.over_tokens)),

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from based_jax import parallel
+from based_jax import parallel, placement
 from based_jax.train.compile import TrainProgram
 from based_jax.train.tasks import Source
 
@@ -34,8 +34,12 @@ def opening_lines(program: TrainProgram, source: Source, choices: Mapping[str, I
 
 
 def whole_lines(params: Any, mesh: Mesh) -> list[str]:
-    """Return a line for each large parameter that devices along a mesh axis hold alike (`whole_parameters`)."""
-    return [
+    """Return a line for each large parameter that devices along a mesh axis hold alike, and one for all small ones."""
+    lines = [
         f"not divided over {x.axis}: {x.devices} devices hold the same {x.bytes / 2**20:,.1f} MiB each of '{x.path}'"
         for x in parallel.whole_parameters(params, mesh)
     ]
+    if small := parallel.small_parameters(params, mesh):
+        each = f"of less than {placement.SMALL_BYTES / 2**10:g} KiB a layer"
+        lines.append(f"not divided over fsdp: {len(small)} parameters {each}, {sum(small) / 2**20:,.1f} MiB together")
+    return lines

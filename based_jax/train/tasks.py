@@ -183,7 +183,8 @@ class TextTask:
       seq_len: tokens of a row.
       seed: of the order of rows.
       cache_dir: where the packed windows are kept; None for the user's cache folder.
-      processes: that encode text which is not packed yet; 1 for the run's own, with the threads of its tokenizer.
+      processes: that pack text which is not packed yet, by files where there are as many, else by batches; 1 for the
+        run's own, with the threads of its tokenizer.
       mixture: several corpora by names of their own, in place of `path`; their validation is evaluated by name.
     """
 

@@ -27,10 +27,15 @@ CHUNK_TOKENS = TILE_ROWS
 PAIRS_SHAPE = (CHUNK_TOKENS, CHUNK_TOKENS)
 
 
-def swizzled(shape: tuple[int, ...], swizzle: int) -> plgpu.SMEM:
-    """Return a bf16 array in shared memory whose last two dimensions are tiles that copies and products can use."""
+def swizzled(shape: tuple[int, ...], swizzle: int, dtype=jnp.bfloat16) -> plgpu.SMEM:
+    """Return a 16-bit array in shared memory whose last two dimensions are tiles that copies and products can use."""
     tiling = plgpu.TilingTransform((8, swizzle // 2))  # type: ignore[abstract]
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
+
+
+def widest_swizzle(columns: int) -> int:
+    """Return the widest swizzle of tiles with so many columns, a multiple of 16."""
+    return next(x for x in (WIDE_SWIZZLE, MEDIUM_SWIZZLE, NARROW_SWIZZLE) if columns % (x // 2) == 0)
 
 
 def load(tile) -> jax.Array:

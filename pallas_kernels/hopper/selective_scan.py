@@ -6,8 +6,8 @@ A block takes 128 channels of one sequence, keeps their states in registers, and
 (`stream.py`): what has the size of all states, (B, T, D, N), never reaches memory. The offset of a document's first
 token is so low that nothing is kept of the documents before.
 
-Each of a block's four warps takes W channels. Within a warp the states of a channel are spread over four lanes, and the
-channels over eight: few shuffles sum over either.
+Each of a block's four warps takes W channels (`strips.py`). Within a warp the states of a channel are spread over four
+lanes, and the channels over eight: few shuffles sum over either.
 """
 
 import functools
@@ -21,20 +21,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import split
-from pallas_kernels.hopper import stream
+from pallas_kernels.hopper import stream, strips
 from pallas_kernels.hopper.mosaic import WARPS, await_warp, like, load_global, load_shared, save
+from pallas_kernels.hopper.strips import WARP_CHANNELS
 
-TILE_TOKENS = 8
-"""Of a tile; T is a multiple of them."""
-ALIGNED_VALUES = 32
-"""Single fp32 values from one tile to the next: copies write to multiples of 128 bytes."""
+TILE_TOKENS, MAX_FORWARD_TOKENS = 8, 16
+"""Of the backward pass's tiles, of which the states before are kept, and of the forward pass's at most.
+
+T is a multiple of the first, and the forward pass takes the largest tiles that divide it.
+"""
+GROUP_TOKENS = 4
+"""Tokens that are loaded together: what waits for no state is computed beside what does."""
+PART_GROUPS = TILE_TOKENS // GROUP_TOKENS
 RING_SLOTS = 4
 WARP_LANE_GRID = (4, 8)
 """Of a warp: over the states of a channel, and over the channels."""
-LANE_CHANNELS = 4
+LANE_CHANNELS = WARP_CHANNELS // WARP_LANE_GRID[1]
 """Channels that lie beside each other in a lane."""
-WARP_CHANNELS = WARP_LANE_GRID[1] * LANE_CHANNELS
-"""Channels of a warp, W."""
 
 STATE_LAYOUT = plgpu.Layout.TILED(
     plgpu.Tiling(((WARPS, *WARP_LANE_GRID, LANE_CHANNELS),)), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
@@ -58,40 +61,42 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
       state: the state before the first token, (B, D, N) fp32.
       offsets: exponents to add, (B, T) fp32 or None.
     """
-    plan = Plan.of(u)
-    sources = plan.sources(u, dt, BC, offsets)
+    plan = strips.Plan.of(u, math.gcd(u.shape[1], MAX_FORWARD_TOKENS))
+    sources = sources_of(u, dt, BC, offsets)
     A, state = scaled(A), states_first(state)
-    starts = [(plan.batch, plan.tiles, *A.shape)] if with_starts else []
+    parts = plan.tile_tokens // TILE_TOKENS
+    starts = [(plan.batch, plan.tiles * parts, *A.shape)] if with_starts else []
 
     def body(*refs):
         source_refs, (A_ref, state_ref, y_ref, last_ref), refs = split(refs, len(sources), 4)
         starts_refs, tiles, [filled] = split(refs, len(starts), len(sources))
-        u_tile, dt_tile, BC_tile, *offset_tiles = tiles
-        at = plan.here()
+        u_tile, at = tiles[0], plan.here()
 
         def fetch(n, slot):
-            copy_tokens(at, source_refs, tiles, filled, n, slot)
+            strips.copy_tokens(at, source_refs, tiles, filled, n, slot)
 
         ring = stream.Ring(plan.tiles, RING_SLOTS, filled, fetch)
         A = load_global(A_ref.at[at.strip], STATE_LAYOUT)
 
         def step(n, slot, h):
-            for ref in starts_refs:
-                save(ref.at[at.row, n, at.strip], h)
+            def part(i, h):
+                for ref in starts_refs:
+                    save(ref.at[at.row, n * parts + i, at.strip], h)
+                return lax.fori_loop(i * PART_GROUPS, (i + 1) * PART_GROUPS, group, h)
 
-            def token(i, h):
-                u, dt = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile))
-                B, C = (load_coefficients(BC_tile.at[slot, i], k) for k in range(2))
-                h = decay(dt, A, offset(offset_tiles, slot, i)) * h + across(dt * u, h) * along(B, h)
+            def group(i, h):
+                places = [i * GROUP_TOKENS + j for j in range(GROUP_TOKENS)]
+                tokens = [Token.load(tiles, slot, place) for place in places]
                 await_warp()
-                save_channels(u_tile.at[slot, i], (h * along(C, h)).sum(axis=1))
+                for place, token in zip(places, tokens, strict=True):
+                    h = token.kept(A) * h + token.written(h)
+                    save_channels(u_tile.at[slot, place], (h * along(token.C, h)).sum(axis=1))
                 return h
 
-            return lax.fori_loop(0, TILE_TOKENS, token, h)
+            return lax.fori_loop(0, parts, part, h)
 
         def put(n, slot):
-            target = y_ref.at[at.row, at.tokens(n), at.strip]
-            plgpu.copy_smem_to_gmem(u_tile.at[slot], target, commit_group=False)
+            strips.copy_results(at, [u_tile], [y_ref], n, slot)
 
         state = load_global(state_ref.at[at.row, at.strip], STATE_LAYOUT)
         save(last_ref.at[at.row, at.strip], ring.walk(step, put, state))
@@ -102,66 +107,10 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
     return [y.reshape(u.shape), states_last(last), *starts]
 
 
-class Place(NamedTuple):
-    """A block's row of the batch, the number of its strip, and its part of (D / W)."""
-
-    row: jax.Array
-    number: jax.Array
-    strip: pl.Slice
-
-    def tokens(self, tile) -> pl.Slice:
-        """Return the tokens of a tile."""
-        return pl.ds(tile * TILE_TOKENS, TILE_TOKENS)
-
-
-class Plan(NamedTuple):
-    """How the work is cut: B, tiles of a sequence, and strips of 128 channels."""
-
-    batch: int
-    tiles: int
-    strips: int
-
-    @classmethod
-    def of(cls, u) -> "Plan":
-        """Return the plan for (B, T, D)."""
-        batch, time, channels = u.shape
-        return cls(batch, time // TILE_TOKENS, channels // (WARPS * WARP_CHANNELS))
-
-    @property
-    def blocks(self) -> int:
-        """One for every strip of every row."""
-        return self.batch * self.strips
-
-    def here(self) -> Place:
-        """Return this block's place; blocks of the same tokens follow each other."""
-        block = lax.axis_index("block")
-        number = lax.rem(block, self.strips)
-        return Place(lax.div(block, self.strips), number, pl.ds(number * WARPS, WARPS))
-
-    def sources(self, u, dt, BC, offsets, *others) -> list[jax.Array]:
-        """Return what is copied by tiles, (B, T, D) as (B, T, D / W, W): u, dt, BC, the others, and any offsets."""
-        u, dt, *rest = (x.reshape(*x.shape[:-1], -1, WARP_CHANNELS) for x in (u, dt, *others))
-        return [u, dt, BC, *rest, *([] if offsets is None else [offsets])]
-
-    def scratch(self, sources: list[jax.Array], slots: int) -> list:
-        """Return a ring of tiles of each source, and its barriers."""
-        rings = [plgpu.SMEM((slots, *tile_shape(x)), x.dtype) for x in sources]
-        return [*rings, plgpu.Barrier(num_arrivals=len(sources), num_barriers=slots)]
-
-
-def tile_shape(source) -> tuple[int, ...]:
-    """Return the shape of a tile of a source, which is (B, T), (B, T, 2 N) or (B, T, D / W, W)."""
-    if len(source.shape) == 2:
-        return (ALIGNED_VALUES,)
-    return (TILE_TOKENS, *((WARPS, WARP_CHANNELS) if len(source.shape) == 4 else source.shape[2:]))
-
-
-def copy_tokens(at: Place, sources, tiles, filled, n, slot) -> None:
-    """Start the copies of tile n of each source into a slot; of (B, T, D / W, W) a block takes its strip."""
-    for source, tile in zip(sources, tiles, strict=True):
-        strip = [at.strip] if len(source.shape) == 4 else []
-        target = tile.at[slot] if len(source.shape) > 2 else tile.at[slot, pl.ds(0, TILE_TOKENS)]
-        plgpu.copy_gmem_to_smem(source.at[(at.row, at.tokens(n), *strip)], target, filled.at[slot])
+def sources_of(u, dt, BC, offsets, *others) -> list[jax.Array]:
+    """Return what is copied by tiles, (B, T, D) by warps: u, dt, BC, the others, and any offsets."""
+    u, dt, *rest = map(strips.by_warps, (u, dt, *others))
+    return [u, dt, BC, *rest, *([] if offsets is None else [offsets])]
 
 
 def scaled(A) -> jax.Array:
@@ -181,10 +130,34 @@ def states_last(x) -> jax.Array:
     return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
-def load_coefficients(ref, k: int) -> jax.Array:
-    """Load B (k = 0) or C (k = 1) of a token."""
-    states = ref.shape[0] // 2
-    return load_shared(ref.at[pl.ds(k * states, states)], COEFFICIENT_LAYOUT)
+class Token(NamedTuple):
+    """What a block has of a token: u and dt of its channels, B and C, the exponent to add, and where asked for dy."""
+
+    u: jax.Array
+    dt: jax.Array
+    B: jax.Array
+    C: jax.Array
+    offset: jax.Array | None
+    dy: jax.Array | None = None
+
+    @classmethod
+    def load(cls, tiles, slot, i, dy_tile=None) -> "Token":
+        """Load token i of a slot of the tiles of u, dt, B beside C, and any offsets."""
+        u_tile, dt_tile, BC_tile, *offset_tiles = tiles
+        u, dt = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile))
+        states = BC_tile.shape[2] // 2
+        B, C = (load_shared(BC_tile.at[slot, i, pl.ds(k * states, states)], COEFFICIENT_LAYOUT) for k in range(2))
+        offset = offset_tiles[0][slot, i] if offset_tiles else None
+        return cls(u, dt, B, C, offset, None if dy_tile is None else load_channels(dy_tile.at[slot, i]))
+
+    def kept(self, A) -> jax.Array:
+        """Return how much of the state before the token is kept; A is `scaled`."""
+        exponent = across(self.dt, A) * A
+        return jnp.exp2(exponent if self.offset is None else exponent + self.offset)
+
+    def written(self, states) -> jax.Array:
+        """Return what the token adds to the states."""
+        return across(self.dt * self.u, states) * along(self.B, states)
 
 
 def load_channels(ref) -> jax.Array:
@@ -205,13 +178,3 @@ def across(channels, states) -> jax.Array:
 def along(coefficients, states) -> jax.Array:
     """Repeat one value per state of a channel over the channels."""
     return lax.broadcast_in_dim(coefficients, states.shape, [1])
-
-
-def offset(tiles, slot, i):
-    """Return a token's offset, zero where there are none."""
-    return tiles[0][slot, i] if tiles else 0.0
-
-
-def decay(dt, A, offset) -> jax.Array:
-    """Return how much of the state before a token is kept; A is `scaled`."""
-    return jnp.exp2(across(dt, A) * A + offset)

@@ -21,23 +21,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import split
-from pallas_kernels.hopper import stream
+from pallas_kernels.hopper import stream, strips
 from pallas_kernels.hopper.mosaic import WARPS, await_warp, like, load_global, load_shared, save
 from pallas_kernels.hopper.selective_scan import (
     LANE_CHANNELS,
     STATE_LAYOUT,
     TILE_TOKENS,
     WARP_LANE_GRID,
-    Plan,
+    Token,
     across,
     along,
-    copy_tokens,
-    decay,
-    load_channels,
-    load_coefficients,
-    offset,
     save_channels,
     scaled,
+    sources_of,
     states_first,
     states_last,
 )
@@ -61,37 +57,39 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
       dlast: the gradient of the state after the last token, (B, D, N) fp32.
       u, dt, A, BC, offsets: as of `forward`.
     """
-    plan = Plan.of(u)
-    sources = plan.sources(u, dt, BC, offsets, dy)
+    plan = strips.Plan.of(u, TILE_TOKENS)
+    sources = sources_of(u, dt, BC, offsets, dy)
     A, dlast = scaled(A), states_first(dlast)
 
     def body(*refs):
         source_refs, given, results, tiles, scratch = split(refs, len(sources), 3, 5, len(sources))
         u_tile, dt_tile, BC_tile, dy_tile, *offset_tiles = tiles
-        filled, (h_tile, parts_tile) = scratch
+        start_tile, filled, (h_tile, parts_tile) = scratch
         A_ref, starts_ref, dlast_ref = given
         du_ref, ddt_ref, dBC_ref, dA_ref, dstate_ref = results
         at = plan.here()
 
         def fetch(n, slot):
-            copy_tokens(at, source_refs, tiles, filled, plan.tiles - 1 - n, slot)
+            tile = plan.tiles - 1 - n
+            strips.copy_tokens(at, source_refs, tiles, filled, tile, slot)
+            plgpu.copy_gmem_to_smem(starts_ref.at[at.row, tile, at.strip], start_tile.at[slot], filled.at[slot])
 
         ring = stream.Ring(plan.tiles, RING_SLOTS, filled, fetch)
         A = load_global(A_ref.at[at.strip], STATE_LAYOUT)
 
-        def advance(slot, i, h):
-            """Return the state after a token, and how much is kept of the one before."""
-            u, dt = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile))
-            kept = decay(dt, A, offset(offset_tiles, slot, i))
-            B = load_coefficients(BC_tile.at[slot, i], 0)
-            return kept * h + across(dt * u, h) * along(B, h), kept
+        def load_pair(slot, pair, *dy_tile):
+            inputs = u_tile, dt_tile, BC_tile, *offset_tiles
+            return [Token.load(inputs, slot, 2 * pair + i, *dy_tile) for i in range(2)]
 
-        def retreat(slot, i, parts, before, kept, after, carry):
+        def advance(token, h):
+            """Return the state after a token, and how much is kept of the one before."""
+            kept = token.kept(A)
+            return kept * h + token.written(h), kept
+
+        def retreat(slot, i, parts, token, before, kept, after, carry):
             """Return g before a token, and dA with it; du and ddt replace u and dt, dB and dC go to the two parts."""
             g, dA = carry
-            u, dt, dy = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile, dy_tile))
-            B, C = (load_coefficients(BC_tile.at[slot, i], k) for k in range(2))
-            await_warp()
+            u, dt, B, C, _, dy = token
             dh = g + across(dy, g) * along(C, g)
             save(parts[0], (dh * across(dt * u, g)).sum(axis=3))
             save(parts[1], (after * across(dy, g)).sum(axis=3))
@@ -104,22 +102,24 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
 
         def step(n, slot, carry):
             def again(pair, h):
+                tokens = load_pair(slot, pair)
                 save(h_tile.at[pair], h)
-                for i in range(2):
-                    h, _ = advance(slot, 2 * pair + i, h)
+                for token in tokens:
+                    h, _ = advance(token, h)
                 return h
 
             def back(reverse, carry):
                 pair = TILE_PAIRS - 1 - reverse
-                first, second = 2 * pair, 2 * pair + 1
+                tokens = load_pair(slot, pair, dy_tile)
                 start = load_shared(h_tile.at[pair], STATE_LAYOUT)
-                middle, kept_first = advance(slot, first, start)
-                end, kept_second = advance(slot, second, middle)
+                await_warp()
+                middle, kept_first = advance(tokens[0], start)
+                end, kept_second = advance(tokens[1], middle)
                 parts = [parts_tile.at[pair, :, k] for k in range(4)]
-                carry = retreat(slot, second, parts[2:], middle, kept_second, end, carry)
-                return retreat(slot, first, parts[:2], start, kept_first, middle, carry)
+                carry = retreat(slot, 2 * pair + 1, parts[2:], tokens[1], middle, kept_second, end, carry)
+                return retreat(slot, 2 * pair, parts[:2], tokens[0], start, kept_first, middle, carry)
 
-            h = load_global(starts_ref.at[at.row, plan.tiles - 1 - n, at.strip], STATE_LAYOUT)
+            h = load_states(start_tile.at[slot])
             save(h_tile.at[TILE_PAIRS - 1], lax.fori_loop(0, TILE_PAIRS - 1, again, h))
             carry = lax.fori_loop(0, TILE_PAIRS, back, carry)
             plgpu.commit_smem()
@@ -131,13 +131,10 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
             return carry
 
         def put(n, slot):
-            tokens = at.tokens(plan.tiles - 1 - n)
-            for tile, target in (
-                (u_tile, du_ref.at[at.row, tokens, at.strip]),
-                (dt_tile, ddt_ref.at[at.row, tokens, at.strip]),
-                (BC_tile, dBC_ref.at[at.number, at.row, tokens]),
-            ):
-                plgpu.copy_smem_to_gmem(tile.at[slot], target, commit_group=False)
+            tile = plan.tiles - 1 - n
+            strips.copy_results(at, [u_tile, dt_tile], [du_ref, ddt_ref], tile, slot)
+            part = dBC_ref.at[at.number, at.row, at.tokens(tile)]
+            plgpu.copy_smem_to_gmem(BC_tile.at[slot], part, commit_group=False)
 
         g = load_global(dlast_ref.at[at.row, at.strip], STATE_LAYOUT)
         g, dA = ring.walk(step, put, (g, jnp.zeros_like(g)))
@@ -146,7 +143,9 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
 
     dBC_type = jax.ShapeDtypeStruct((plan.strips, *BC.shape), jnp.float32)
     out_type = [*map(like, sources[:2]), dBC_type, like(dlast), like(dlast)]
-    scratch = [*plan.scratch(sources, RING_SLOTS), _states_or_parts(A.shape[1])]
+    starts = starts.reshape(*starts.shape[:4], strips.WARP_CHANNELS)
+    start_shape = WARPS, *starts.shape[3:]
+    scratch = [*plan.scratch(sources, RING_SLOTS, start_shape), _states_or_parts(A.shape[1])]
     kernel = stream.kernel(body, "selective_scan_backward", plan.blocks, out_type, scratch)
     du, ddt, dBC, dA, dstate = kernel(*sources, A, starts, dlast)
     return [
@@ -168,6 +167,11 @@ def _states_or_parts(states: int):
         (TILE_PAIRS, WARPS, 4, states, WARP_LANE_GRID[1]),
     )
     return plgpu.RefUnion(*(plgpu.SMEM(shape, jnp.float32) for shape in shapes))
+
+
+def load_states(ref) -> jax.Array:
+    """Load (WARPS, N, W) of shared memory as states."""
+    return load_shared(ref.reshape(*ref.shape[:2], WARP_LANE_GRID[1], LANE_CHANNELS), STATE_LAYOUT)
 
 
 def save_pair(ref, x) -> None:

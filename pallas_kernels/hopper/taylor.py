@@ -1,7 +1,8 @@
 """Taylor linear attention on Hopper: the forward pass and the sums of pieces of a sequence (see `ops/taylor.py`).
 
-One block takes one head of one piece of a sequence, chunk by chunk of 64 tokens. Its first warpgroup keeps the state
-in registers, S^T (V, 160) of packed features (`taylor_state.py`), and publishes it in bf16 before it adds a chunk.
+One block takes one head, or a part of its values, of one piece of a sequence, chunk by chunk of 64 tokens. Its first
+warpgroup keeps the state in registers, S^T (V, 160) of packed features (`taylor_state.py`), and publishes it in bf16
+before it adds a chunk.
 The two others take turns with the chunks: scores straight from q k^T inside the chunk, phi(q) S for what lies before.
 
 The normaliser needs no features: sum_j p_ij over earlier tokens is their number plus a quadratic form of [q, 1] with
@@ -25,7 +26,9 @@ from pallas_kernels.hopper.taylor_state import (
     MOMENTS_SHAPE,
     SUMS_COLUMNS,
     SUMS_PARTS,
+    VALUE_DIM,
     Documents,
+    Parts,
     State,
     copy_chunk,
     decoded,
@@ -45,16 +48,16 @@ SUMS_SLOTS = 4
 
 @functools.partial(jax.jit, static_argnames="pieces")
 def forward(q, k, v, initial=None, *, documents=None, pieces: int):
-    """Return o (B, T, H, V) and z (B, H, T rounded up to 64).
+    """Return o (B, T, H, V) and z (B, parts, T rounded up to 64), parts of all heads.
 
-    q and k are (B, T, H, 16), v is (B, T, H, 64), all bf16, T >= 64. `initial` (B H pieces, 64, SUMS_COLUMNS) is what
-    each piece starts from, fp32, as `sums` returns it, with the number of tokens at COUNT_ENTRY; without it `pieces`
-    is 1.
+    q and k are (B, T, H, 16), v is (B, T, H, V), all bf16, T >= 64; V is 64 or a multiple of 16 above (`Parts`).
+    `initial` (B parts pieces, 64, SUMS_COLUMNS) is what each piece starts from, fp32, as `sums` returns it, with the
+    number of tokens at COUNT_ENTRY; without it `pieces` is 1.
     `documents` (B, T / 64, Documents.ROW) int32 keeps packed documents apart; padding gets o = 0 and z = 1, unreadable
     rows NaN. Tokens past T are read as zeros and not written.
     """
-    batch, time, heads, value_dim = v.shape
-    chunks = pl.cdiv(time, CHUNK_TOKENS)
+    batch, time, *_ = v.shape
+    parts, chunks = Parts.of(v), pl.cdiv(time, CHUNK_TOKENS)
     dtype = v.dtype
     given = () if initial is None else (initial,)
     packed = () if documents is None else (documents,)
@@ -67,10 +70,10 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
         docs = Documents.of(packed_tiles)
         group = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
-        row, head, begin, count = place(block, heads, chunks, pieces)
+        row, head, begin, count = place(block, parts.heads, chunks, pieces)
 
         def fetch(n):
-            copy_chunk(sources, tiles, filled, lax.rem(n, CHUNK_SLOTS), row, head, begin + n)
+            copy_chunk(parts, sources, tiles, filled, lax.rem(n, CHUNK_SLOTS), row, head, begin + n)
 
         @pl.when(group == 0)
         def keep_state():
@@ -131,7 +134,7 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
                     mosaic.multiply(o, p, v_tile.at[slot])
                     return p.astype(jnp.float32).sum(axis=1), form[...], o[...]
 
-                z, form, o = mosaic.products(read, (CHUNK_TOKENS, FEATURE_DIM), (CHUNK_TOKENS, value_dim))
+                z, form, o = mosaic.products(read, (CHUNK_TOKENS, FEATURE_DIM), (CHUNK_TOKENS, VALUE_DIM))
                 form = (form * x.astype(jnp.float32)).sum(axis=1)
                 if docs is not None:
                     z = z + form * reads + jnp.maximum(first - starts, 0).astype(jnp.float32)
@@ -145,7 +148,7 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
                 z_tile.at[mine][...] = z
                 plgpu.commit_smem()
                 tokens = pl.ds(first, CHUNK_TOKENS)
-                plgpu.copy_smem_to_gmem(o_tile.at[mine], o_ref.at[row, tokens, head])
+                plgpu.copy_smem_to_gmem(o_tile.at[mine], parts.of_tokens(o_ref, row, tokens, head))
                 plgpu.copy_smem_to_gmem(z_tile.at[mine], z_ref.at[row, head, tokens])
 
             lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, None)
@@ -153,18 +156,18 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
 
     out_type = [
         jax.ShapeDtypeStruct(v.shape, dtype),
-        jax.ShapeDtypeStruct((batch, heads, chunks * CHUNK_TOKENS), jnp.float32),
+        jax.ShapeDtypeStruct((batch, parts.heads, chunks * CHUNK_TOKENS), jnp.float32),
     ]
     scratch = [
         mosaic.swizzled((CHUNK_SLOTS, CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
         mosaic.swizzled((CHUNK_SLOTS, CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
-        mosaic.swizzled((CHUNK_SLOTS, CHUNK_TOKENS, value_dim), mosaic.MEDIUM_SWIZZLE),
+        mosaic.swizzled((CHUNK_SLOTS, CHUNK_TOKENS, VALUE_DIM), parts.swizzle),
         *(Documents.scratch(CHUNK_SLOTS) for _ in packed),
-        *State.scratch(),
+        *State.scratch(parts.swizzle),
         mosaic.swizzled((CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
-        mosaic.swizzled((2, value_dim, PACKED_DIM), mosaic.MEDIUM_SWIZZLE),
+        mosaic.swizzled((2, VALUE_DIM, PACKED_DIM), mosaic.MEDIUM_SWIZZLE),
         mosaic.swizzled((2, 2, *MOMENTS_SHAPE), mosaic.NARROW_SWIZZLE),
-        mosaic.swizzled((2, CHUNK_TOKENS, value_dim), mosaic.WIDE_SWIZZLE),
+        mosaic.swizzled((2, CHUNK_TOKENS, VALUE_DIM), parts.output_swizzle),
         plgpu.SMEM((2, CHUNK_TOKENS), jnp.float32),
         plgpu.Barrier(num_arrivals=3 + len(packed), num_barriers=CHUNK_SLOTS),
         plgpu.Barrier(num_arrivals=1, num_barriers=2),
@@ -175,7 +178,7 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
         body,
         out_type=out_type,
         scratch_types=scratch,
-        grid=(batch * heads * pieces,),
+        grid=(batch * parts.heads * pieces,),
         grid_names=("block",),
         num_threads=3,
         thread_name="warpgroup",
@@ -186,14 +189,14 @@ def forward(q, k, v, initial=None, *, documents=None, pieces: int):
 
 @functools.partial(jax.jit, static_argnames=("reverse", "pieces", "taken"))
 def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, taken: range | None = None):
-    """Return what each taken piece adds to the sums (B H taken, 64, SUMS_COLUMNS), fp32.
+    """Return what each taken piece adds to the sums (B parts taken, 64, SUMS_COLUMNS), fp32.
 
-    x is (B, T, H, 16), y is (B, T, H, 64), bf16, T >= 64. `factors` are none, or (z, weight), fp32 (B, H, T rounded
+    x is (B, T, H, 16), y is (B, T, H, V), bf16, T >= 64. `factors` are none, or (z, weight), fp32 (B, parts, T rounded
     up to 64): then phi(x) is divided by z and the moments are weighted. With `documents` only the tokens of the
     document that goes on behind the piece count; `reverse` scans the piece from its end, and goes on before it.
     """
-    batch, time, heads, value_dim = y.shape
-    chunks = pl.cdiv(time, CHUNK_TOKENS)
+    batch, time, *_ = y.shape
+    parts, chunks = Parts.of(y), pl.cdiv(time, CHUNK_TOKENS)
     taken = taken or range(pieces)
     packed = () if documents is None else (documents,)
     count_sources = 2 + len(factors) + len(packed)
@@ -203,13 +206,13 @@ def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, tak
         (x_tile, y_tile), factor_tiles, packed_tiles = groups(tiles, 2, len(factors))
         docs = Documents.of(packed_tiles)
         block = lax.axis_index("block")
-        row, head, begin, count = place(block, heads, chunks, pieces, taken)
+        row, head, begin, count = place(block, parts.heads, chunks, pieces, taken)
 
         def chunk(n):
             return begin + count - 1 - n if reverse else begin + n
 
         def fetch(n):
-            copy_chunk(sources, tiles, filled, lax.rem(n, SUMS_SLOTS), row, head, chunk(n))
+            copy_chunk(parts, sources, tiles, filled, lax.rem(n, SUMS_SLOTS), row, head, chunk(n))
 
         options = owned_by(docs, lambda n: (chunks - 1 - chunk(n) if reverse else chunk(n)) * CHUNK_TOKENS)
         if factors:
@@ -217,19 +220,19 @@ def sums(x, y, *factors, documents=None, reverse: bool = False, pieces: int, tak
             options["factors"] = row_factors(z_tile, weight_tile, docs)
         state = State(x_tile, y_tile, filled, phi_tile, sums_tile, fetch=fetch, count=count, **options)
         totals = state.accumulate(block, publish=lambda n, state, moments: plgpu.commit_smem())
-        for part, total in zip(SUMS_PARTS, totals, strict=True):
-            sums_ref.at[block, :, part][...] = total
+        for columns, total in zip(SUMS_PARTS, totals, strict=True):
+            sums_ref.at[block, :, columns][...] = total
 
-    blocks = batch * heads * len(taken)
+    blocks = batch * parts.heads * len(taken)
     return plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct((blocks, value_dim, SUMS_COLUMNS), jnp.float32)],
+        out_type=[jax.ShapeDtypeStruct((blocks, VALUE_DIM, SUMS_COLUMNS), jnp.float32)],
         scratch_types=[
             mosaic.swizzled((SUMS_SLOTS, CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
-            mosaic.swizzled((SUMS_SLOTS, CHUNK_TOKENS, value_dim), mosaic.MEDIUM_SWIZZLE),
+            mosaic.swizzled((SUMS_SLOTS, CHUNK_TOKENS, VALUE_DIM), parts.swizzle),
             *(plgpu.SMEM((SUMS_SLOTS, CHUNK_TOKENS), jnp.float32) for _ in factors),
             *(Documents.scratch(SUMS_SLOTS) for _ in packed),
-            *State.scratch(),
+            *State.scratch(parts.swizzle),
             plgpu.Barrier(num_arrivals=count_sources, num_barriers=SUMS_SLOTS),
         ],
         grid=(blocks,),

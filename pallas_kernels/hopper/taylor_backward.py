@@ -31,7 +31,9 @@ from pallas_kernels.hopper.mosaic import CHUNK_TOKENS
 from pallas_kernels.hopper.taylor_packing import FEATURE_DIM, PACKED_DIM, SCALE, expand, pull_back
 from pallas_kernels.hopper.taylor_state import (
     MOMENTS_SHAPE,
+    VALUE_DIM,
     Documents,
+    Parts,
     State,
     copy_chunk,
     decoded,
@@ -49,12 +51,12 @@ CHUNK_SLOTS = 4
 
 @functools.partial(jax.jit, static_argnames="pieces")
 def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: int):
-    """Return dq (B, T, H, 16) in bf16 and gz (B, H, T rounded up to 64) in fp32.
+    """Return dq (B, T, parts, 16) in bf16, which heads are the sums of, and gz (B, parts, T rounded up to 64) in fp32.
 
     The arguments are those of the forward kernel, its results and the gradient of o, bf16 but for z.
     """
-    batch, time, heads, value_dim = v.shape
-    chunks = pl.cdiv(time, CHUNK_TOKENS)
+    batch, time, *_ = v.shape
+    parts, chunks = Parts.of(v), pl.cdiv(time, CHUNK_TOKENS)
     dtype = v.dtype
     given = () if initial is None else (initial,)
     packed = () if documents is None else (documents,)
@@ -67,10 +69,10 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
         docs = Documents.of(packed_tiles)
         group = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
-        row, head, begin, count = place(block, heads, chunks, pieces)
+        row, head, begin, count = place(block, parts.heads, chunks, pieces)
 
         def fetch(n):
-            copy_chunk(sources, tiles, filled, lax.rem(n, CHUNK_SLOTS), row, head, begin + n)
+            copy_chunk(parts, sources, tiles, filled, lax.rem(n, CHUNK_SLOTS), row, head, begin + n)
 
         @pl.when(group == 0)
         def keep_state():
@@ -140,30 +142,32 @@ def query_gradient(q, k, v, o, do, z, initial=None, *, documents=None, pieces: i
             plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        *_slots(FEATURE_DIM, FEATURE_DIM, value_dim),
-        *(mosaic.swizzled((CHUNK_SLOTS, CHUNK_TOKENS, value_dim), mosaic.WIDE_SWIZZLE) for _ in ("o", "do")),
+        *_slots(parts, FEATURE_DIM, FEATURE_DIM, VALUE_DIM),
+        *(mosaic.swizzled((CHUNK_SLOTS, CHUNK_TOKENS, VALUE_DIM), parts.output_swizzle) for _ in ("o", "do")),
         _per_token(),
         *(Documents.scratch(CHUNK_SLOTS) for _ in packed),
-        *State.scratch(),
-        *_published(value_dim),
+        *State.scratch(parts.swizzle),
+        *_published(parts),
         mosaic.swizzled((2, CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
         plgpu.SMEM((2, CHUNK_TOKENS), jnp.float32),
         *_barriers(arrivals=6 + len(packed)),
     ]
-    rows = batch, heads, chunks * CHUNK_TOKENS
-    out_type = [jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(rows, jnp.float32)]
-    return _kernel(body, "taylor_dq", batch * heads * pieces, out_type, scratch)(q, k, v, o, do, z, *packed, *given)
+    rows = batch, parts.heads, chunks * CHUNK_TOKENS
+    out_type = [_per_part(q, parts), jax.ShapeDtypeStruct(rows, jnp.float32)]
+    return _kernel(body, "taylor_dq", batch * parts.heads * pieces, out_type, scratch)(
+        q, k, v, o, do, z, *packed, *given
+    )
 
 
 @functools.partial(jax.jit, static_argnames="pieces")
 def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pieces: int):
-    """Return dk (B, T, H, 16) and dv (B, T, H, V) in bf16.
+    """Return dk (B, T, parts, 16), which heads are the sums of, and dv (B, T, H, V) in bf16.
 
     `initial` is the sums over the tokens after each piece, as `sums(q, do, z, gz)` returns them.
     `documents` counts tokens from the end: where each token's document begins when time is reversed.
     """
-    batch, time, heads, value_dim = v.shape
-    chunks = pl.cdiv(time, CHUNK_TOKENS)
+    batch, time, *_ = v.shape
+    parts, chunks = Parts.of(v), pl.cdiv(time, CHUNK_TOKENS)
     dtype = v.dtype
     given = () if initial is None else (initial,)
     packed = () if documents is None else (documents,)
@@ -176,14 +180,14 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
         docs = Documents.of(packed_tiles)
         group = lax.axis_index("warpgroup")
         block = lax.axis_index("block")
-        row, head, begin, count = place(block, heads, chunks, pieces)
+        row, head, begin, count = place(block, parts.heads, chunks, pieces)
         last = begin + count - 1
 
         def first(n):
             return (chunks - 1 - last + n) * CHUNK_TOKENS
 
         def fetch(n):
-            copy_chunk(sources, tiles, filled, lax.rem(n, CHUNK_SLOTS), row, head, last - n)
+            copy_chunk(parts, sources, tiles, filled, lax.rem(n, CHUNK_SLOTS), row, head, last - n)
 
         @pl.when(group == 0)
         def keep_state():
@@ -237,7 +241,7 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
                         mosaic.multiply(dv, phi[:, e : e + width], state_tile.at[mine, :, pl.ds(e, width)].T)
                     return dv[...]
 
-                dv = mosaic.products(read_values, (CHUNK_TOKENS, value_dim))
+                dv = mosaic.products(read_values, (CHUNK_TOKENS, VALUE_DIM))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dv_tile.at[mine][...] = dv.astype(dtype)
 
@@ -259,33 +263,39 @@ def key_value_gradients(q, k, v, do, z, gz, initial=None, *, documents=None, pie
                 plgpu.commit_smem()
                 tokens = pl.ds((last - n) * CHUNK_TOKENS, CHUNK_TOKENS)
                 plgpu.copy_smem_to_gmem(dk_tile.at[mine], dk_ref.at[row, tokens, head])
-                plgpu.copy_smem_to_gmem(dv_tile.at[mine], dv_ref.at[row, tokens, head])
+                plgpu.copy_smem_to_gmem(dv_tile.at[mine], parts.of_tokens(dv_ref, row, tokens, head))
 
             lax.fori_loop(0, lax.div(count + 1 - mine, 2), step, None)
             plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        *_slots(FEATURE_DIM, FEATURE_DIM, value_dim, value_dim),
+        *_slots(parts, FEATURE_DIM, FEATURE_DIM, VALUE_DIM, VALUE_DIM),
         *(_per_token() for _ in ("z", "gz")),
         *(Documents.scratch(CHUNK_SLOTS) for _ in packed),
-        *State.scratch(),
-        *_published(value_dim),
+        *State.scratch(parts.swizzle),
+        *_published(parts),
         mosaic.swizzled((CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
         mosaic.swizzled((2, CHUNK_TOKENS, FEATURE_DIM), mosaic.NARROW_SWIZZLE),
-        mosaic.swizzled((2, CHUNK_TOKENS, value_dim), mosaic.WIDE_SWIZZLE),
+        mosaic.swizzled((2, CHUNK_TOKENS, VALUE_DIM), parts.output_swizzle),
         *_barriers(arrivals=6 + len(packed)),
         plgpu.Barrier(num_arrivals=2),
     ]
-    out_type = [jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype)]
-    return _kernel(body, "taylor_dkv", batch * heads * pieces, out_type, scratch)(q, k, v, do, z, gz, *packed, *given)
+    out_type = [_per_part(k, parts), jax.ShapeDtypeStruct(v.shape, dtype)]
+    return _kernel(body, "taylor_dkv", batch * parts.heads * pieces, out_type, scratch)(
+        q, k, v, do, z, gz, *packed, *given
+    )
 
 
-def _slots(*widths: int) -> list:
+def _per_part(x: jax.Array, parts: Parts) -> jax.ShapeDtypeStruct:
+    """Return the type of the gradients of queries or keys by parts."""
+    batch, time, _, width = x.shape
+    return jax.ShapeDtypeStruct((batch, time, parts.heads, width), x.dtype)
+
+
+def _slots(parts: Parts, *widths: int) -> list:
     """Return slots for chunks of each width, operands of products."""
     return [
-        mosaic.swizzled(
-            (CHUNK_SLOTS, CHUNK_TOKENS, w), mosaic.NARROW_SWIZZLE if w == FEATURE_DIM else mosaic.MEDIUM_SWIZZLE
-        )
+        mosaic.swizzled((CHUNK_SLOTS, CHUNK_TOKENS, w), mosaic.NARROW_SWIZZLE if w == FEATURE_DIM else parts.swizzle)
         for w in widths
     ]
 
@@ -295,10 +305,10 @@ def _per_token() -> plgpu.SMEM:
     return plgpu.SMEM((CHUNK_SLOTS, CHUNK_TOKENS), jnp.float32)
 
 
-def _published(value_dim: int) -> list:
+def _published(parts: Parts) -> list:
     """Return two turns of what the output warpgroups read: the state and the moments, in bf16."""
     return [
-        mosaic.swizzled((2, value_dim, PACKED_DIM), mosaic.MEDIUM_SWIZZLE),
+        mosaic.swizzled((2, VALUE_DIM, PACKED_DIM), parts.swizzle),
         mosaic.swizzled((2, *MOMENTS_SHAPE), mosaic.NARROW_SWIZZLE),
     ]
 

@@ -3,10 +3,14 @@
 The sums of x (C, 16) and y (C, V) over tokens are S^T (V, 160) = sum y phi(x)^T, of packed features
 (`taylor_packing.py`), and the moments (64, 16) = sum [x, 1] x^T: rows 0 to 15 of products, row 16 the sum of x. In
 arrays they stand side by side, (64, SUMS_COLUMNS) fp32.
+
+V is 64. Wider values are several parts, each for a block of its own, which reads its columns and the queries and keys
+of all; of the last part what is beyond the array is read as zeros and not written.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,8 @@ from pallas_kernels.hopper import mosaic
 from pallas_kernels.hopper.mosaic import CHUNK_TOKENS, TILE_ROWS
 from pallas_kernels.hopper.taylor_packing import FEATURE_DIM, PACKED_DIM, expand
 
+VALUE_DIM = 64
+"""Values of a part of a head."""
 MOMENTS_SHAPE = (TILE_ROWS, FEATURE_DIM)
 SUMS_COLUMNS = PACKED_DIM + FEATURE_DIM
 """Columns of an array of sums."""
@@ -45,10 +51,10 @@ class State:
         self.slots = x_tile.shape[0]
 
     @staticmethod
-    def scratch() -> list:
-        """Return the shared memory of `phi_tile` and `moments_tile`."""
+    def scratch(swizzle: int) -> list:
+        """Return the shared memory of `phi_tile`, with the swizzle of y, and of `moments_tile`."""
         return [
-            mosaic.swizzled((2, CHUNK_TOKENS, PACKED_DIM), mosaic.MEDIUM_SWIZZLE),
+            mosaic.swizzled((2, CHUNK_TOKENS, PACKED_DIM), swizzle),
             mosaic.swizzled((2, CHUNK_TOKENS, CHUNK_TOKENS), mosaic.NARROW_SWIZZLE),
         ]
 
@@ -124,6 +130,38 @@ def groups(refs, *sizes: int) -> list[tuple]:
     return [*found, refs[begin:]]
 
 
+class Parts(NamedTuple):
+    """How heads are cut into parts.
+
+    Attributes:
+      of_head: how many a head has.
+      heads: how many all heads together have.
+      swizzle: of tiles of them that are operands of products.
+      output_swizzle: of others.
+    """
+
+    of_head: int
+    heads: int
+    swizzle: int
+    output_swizzle: int
+
+    @classmethod
+    def of(cls, values) -> "Parts":
+        """Return those of (B, T, H, V), V a multiple of 16: whole parts can be copied in wider tiles."""
+        heads, width = values.shape[2:]
+        whole = width % VALUE_DIM == 0
+        parts = pl.cdiv(width, VALUE_DIM)
+        swizzles = (mosaic.MEDIUM_SWIZZLE, mosaic.WIDE_SWIZZLE) if whole else (mosaic.NARROW_SWIZZLE,) * 2
+        return cls(parts, heads * parts, *swizzles)
+
+    def of_tokens(self, ref, row, tokens, part):
+        """Return the tokens of a part in a (B, T, H, .) array, its columns, or all of queries and keys."""
+        if self.of_head == 1:
+            return ref.at[row, tokens, part]
+        head, columns = lax.div(part, self.of_head), pl.ds(lax.rem(part, self.of_head) * VALUE_DIM, VALUE_DIM)
+        return ref.at[row, tokens, head] if ref.shape[3] == FEATURE_DIM else ref.at[row, tokens, head, columns]
+
+
 def place(block, heads: int, chunks: int, pieces: int, taken: range | None = None):
     """Return a block's batch row, head, first chunk and number of chunks; `taken` are the pieces that have a block."""
     taken = taken or range(pieces)
@@ -133,15 +171,17 @@ def place(block, heads: int, chunks: int, pieces: int, taken: range | None = Non
     return lax.div(block, len(taken) * heads), lax.rem(lax.div(block, len(taken)), heads), begin, count
 
 
-def copy_chunk(sources, tiles, filled, slot, row, head, chunk) -> None:
-    """Start the copies of a chunk of (B, T, H, .), (B, H, T) and document (B, chunks, .) arrays into a slot."""
+def copy_chunk(parts: Parts, sources, tiles, filled, slot, row, part, chunk) -> None:
+    """Start the copies of a chunk of (B, T, H, .), (B, parts, T) and document (B, chunks, .) arrays into a slot."""
     tokens = pl.ds(chunk * CHUNK_TOKENS, CHUNK_TOKENS)
     for source, tile in zip(sources, tiles, strict=True):
         if source.dtype == jnp.int32:
-            part = source.at[row, chunk]
+            of_part = source.at[row, chunk]
+        elif len(source.shape) == 4:
+            of_part = parts.of_tokens(source, row, tokens, part)
         else:
-            part = source.at[row, tokens, head] if len(source.shape) == 4 else source.at[row, head, tokens]
-        plgpu.copy_gmem_to_smem(part, tile.at[slot], filled.at[slot])
+            of_part = source.at[row, part, tokens]
+        plgpu.copy_gmem_to_smem(of_part, tile.at[slot], filled.at[slot])
 
 
 class Documents:

@@ -43,11 +43,6 @@ def ahead(window: int) -> int:
     return 2 if reach(window) == 1 else 1
 
 
-def swizzle(head_dim: int) -> int:
-    """Return the widest swizzle of tiles with so many columns."""
-    return mosaic.WIDE_SWIZZLE if head_dim % (mosaic.WIDE_SWIZZLE // 2) == 0 else mosaic.NARROW_SWIZZLE
-
-
 class Band:
     """Tiles of scores between one tile of queries and those of keys that it sees, or the reverse.
 
@@ -260,10 +255,10 @@ def forward(q, k, v, ids=None, *, window: int, pieces: int):
         body,
         out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
         scratch_types=[
-            mosaic.swizzled((query_slots, CHUNK_TOKENS, head_dim), swizzle(head_dim)),
-            *(mosaic.swizzled((slots, CHUNK_TOKENS, head_dim), swizzle(head_dim)) for _ in ("k", "v")),
+            mosaic.swizzled((query_slots, CHUNK_TOKENS, head_dim), mosaic.widest_swizzle(head_dim)),
+            *(mosaic.swizzled((slots, CHUNK_TOKENS, head_dim), mosaic.widest_swizzle(head_dim)) for _ in ("k", "v")),
             *(plgpu.SMEM((slots, CHUNK_TOKENS), jnp.int32) for _ in packed),
-            mosaic.swizzled((CHUNK_TOKENS, head_dim), swizzle(head_dim)),
+            mosaic.swizzled((CHUNK_TOKENS, head_dim), mosaic.widest_swizzle(head_dim)),
             plgpu.Barrier(num_arrivals=1, num_barriers=query_slots),
             plgpu.Barrier(num_arrivals=2 + len(packed), num_barriers=slots),
         ],

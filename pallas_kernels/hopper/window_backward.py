@@ -35,7 +35,6 @@ from pallas_kernels.hopper.window import (
     reach,
     softmax,
     sum_rows,
-    swizzle,
 )
 
 LOGARITHM, MINUS_DELTA = 0, 1
@@ -201,9 +200,12 @@ def gradients(q, k, v, do, ids=None, *, window: int, pieces: int):
         body,
         out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype)] * 3,
         scratch_types=[
-            *(mosaic.swizzled((slots, CHUNK_TOKENS, head_dim), swizzle(head_dim)) for _ in ("q", "k", "v", "do")),
+            *(
+                mosaic.swizzled((slots, CHUNK_TOKENS, head_dim), mosaic.widest_swizzle(head_dim))
+                for _ in ("q", "k", "v", "do")
+            ),
             *(plgpu.SMEM((slots, CHUNK_TOKENS), jnp.int32) for _ in packed),
-            mosaic.swizzled((CHUNK_TOKENS, head_dim), swizzle(head_dim)),
+            mosaic.swizzled((CHUNK_TOKENS, head_dim), mosaic.widest_swizzle(head_dim)),
             plgpu.SMEM((slots, 2, CHUNK_TOKENS), jnp.float32),
             plgpu.SMEM((slots, CHUNK_TOKENS), jnp.float32),
             plgpu.Barrier(num_arrivals=4 + len(packed), num_barriers=slots),

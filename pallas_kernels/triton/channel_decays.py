@@ -9,7 +9,7 @@ section 4; 2510.26692, section 3), and without a, b and U for gated linear atten
     O = Pk V + Pb U + Q S           Pk_ts = scale sum_i q_ti k_si exp(c_ti - c_si), s <= t     Q_t = scale q_t exp(c_t)
     S' = exp(c_C) S + K^T V + B^T U         K_t = k_t exp(c_C - c_t)
 
-Ab, Pb and B are Ak, Pk and K of b, and T = (I - Ab)^-1. `products` makes all that has no state in it, `inverses` T;
+Ab, Pb and B are Ak, Pk and K of b, and T = (I - Ab)^-1. `products` makes all that has no state in it, `inverses.py` T;
 `forward` walks over the chunks with S in registers. The gradients are in `channel_decays_backward.py`.
 
 No exponent is above 0 (but for rounding): in a block of 16 tokens the halves of every 2, 4, 8 and 16 meet through the
@@ -36,7 +36,6 @@ from pallas_kernels.triton.chunks import (
     Cut,
     Type,
     dot,
-    invert,
     pairs,
     part,
     places,
@@ -169,27 +168,13 @@ def products(queries: Arrays, keys: Arrays, c, *, scale: float) -> Products:
     return Products(found_pairs, found_queries, found_keys, kept)
 
 
-def inverses(lower) -> jax.Array:
-    """Return (I - Ab)^-1 of every chunk, like Ab."""
-    at = [pl.ds(i * BLOCK_TOKENS, BLOCK_TOKENS) for i in range(BLOCKS_PER_CHUNK)]
-
-    def body(lower_ref, t_ref):
-        def write(i: int, j: int, block) -> None:
-            t_ref[at[i], at[j]] = block.astype(t_ref.dtype)
-
-        invert(lambda i, j: -lower_ref[at[i], at[j]].astype(jnp.float32), write)
-
-    [t] = Cut.of(lower, lower).by_chunk(body, "channel_decays_inverses", 1, [lower], [Type(lower.shape, lower.dtype)])
-    return t
-
-
 def forward(made: Products, v, state, t=None, *, with_starts: bool) -> list[jax.Array]:
     """Return o like v, with T also U like it, the state after the last token and, where asked for, those before chunks.
 
     Args:
       v: (B, T, H, V).
       state: (B, H, K, V) fp32.
-      t: `inverses`, where there are a and b.
+      t: T, where there are a and b.
     """
     cut, given = Cut.of(made.keys[0], v), walk_inputs(made, t)
     count = len(made.keys)

@@ -45,6 +45,7 @@ from pallas_kernels.triton.chunks import (
     dot,
     pairs,
     part,
+    strip_columns,
 )
 
 
@@ -88,7 +89,7 @@ def pair_gradients(read: Arrays, written: Arrays) -> list[jax.Array]:
         read_refs, written_refs, result_refs = split(refs, count, count)
 
         def strip(n, sums):
-            columns = pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
+            columns = strip_columns(n)
             found = each_pair(*([ref[:, columns] for ref in some] for some in (read_refs, written_refs)))
             return add(sums, [dot(x, y, (1, 1)) for x, y in found])
 
@@ -112,7 +113,7 @@ def state_gradients(made: Products, read: Arrays, written: Arrays, starts, ends)
 
         def strip(n, carry):
             sums, kept = carry
-            columns = pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
+            columns = strip_columns(n)
             S, dS = starts_ref[:, columns], ends_ref[:, columns]
             found = [dot(ref[:, columns], S, (1, 1)) for ref in read_refs]
             found += [dot(ref[:, columns], dS, (1, 1)) for ref in written_refs]

@@ -3,8 +3,7 @@
 JAX 0.11 calls Pallas' Triton backend deprecated; where it is gone, `ops/` refuses.
 
 Arrays are (B, T, H, .), T a multiple of `CHUNK_TOKENS`, K a power of two from 16 to 256, V a multiple of `STRIP_WIDTH`:
-a program that walks over the chunks takes so many columns of a state. Products are of bf16 with fp32 sums, those of
-`invert` in TF32 x 3.
+a program that walks over the chunks takes so many columns of a state. Products are of bf16 with fp32 sums.
 
 Triton has multiplied wrongly on Hopper GPUs what is transposed in a product but was not loaded so
 (triton-lang/triton#6124): where there is a choice, factors go to the other operand. The checks have found none so far.
@@ -24,9 +23,12 @@ Type = jax.ShapeDtypeStruct
 
 CHUNK_TOKENS, BLOCK_TOKENS, STRIP_WIDTH = 64, 16, 64
 BLOCKS_PER_CHUNK = CHUNK_TOKENS // BLOCK_TOKENS
-PIECE_WIDTH = 128
+PIECE_WIDTH = 64
 """Most channels of keys of a program for a chunk that holds sums for each of them."""
-STAGES_BY_BYTES = (40 << 10, 3), (80 << 10, 2)
+PART_WARPS = 4
+MULTIPROCESSORS, SHARED_BYTES = 132, 227 << 10
+"""Of a Hopper GPU, and what the programs of a multiprocessor share."""
+STAGES_BY_BYTES = (40 << 10, 3), (96 << 10, 2)
 """By the most bytes that a chunk's loads take: how many chunks a walk has in flight. With more bytes it is one.
 
 Programs for a single chunk have one stage: with two, sums of products over strips came out wrong, and different each
@@ -66,18 +68,9 @@ class Cut(NamedTuple):
         """Channels of keys of a program of `by_piece`."""
         return min(self.keys, PIECE_WIDTH)
 
-    @property
-    def piece_warps(self) -> int:
-        """Of a program of `by_piece`, for its registers."""
-        return max(4, self.piece // 16)
-
     def sums_of_pieces(self) -> Type:
         """Return the type of a sum over the channels of every piece, for every token."""
         return Type((self.batch, self.time, self.heads, self.keys // self.piece), jnp.float32)
-
-    def sums_of_strips(self) -> Type:
-        """Return the type of a sum over the columns of every strip, for every token."""
-        return Type((self.batch, self.time, self.heads, self.values // STRIP_WIDTH), jnp.float32)
 
     def states(self, dtype) -> Type:
         """Return the type of a state for every chunk."""
@@ -118,39 +111,69 @@ class Cut(NamedTuple):
           made: types like keys.
           sums: types (B, T, H, pieces), of which it makes its column.
         """
-        pieces = self.keys // self.piece
+        return self._by_part(body, name, shared, keyed, [*made, *sums], self.keys // self.piece, 3)
 
-        def head(i):
-            return lax.div(i, jnp.int32(self.chunks * pieces))
+    def by_columns(
+        self, body: Callable, name: str, shared: Sequence, wide: Sequence, made: Sequence[Type]
+    ) -> list[jax.Array]:
+        """Run a program for each chunk of each head and `STRIP_WIDTH` columns of its values.
 
-        def chunk(i):
-            return lax.rem(lax.div(i, jnp.int32(pieces)), jnp.int32(self.chunks))
+        Args:
+          shared: (B, T, H, ...), of which a program gets its chunk.
+          wide: (B, T, H, V) or (B, H, chunks, K, V), of which it gets its columns as well.
+          made: types like values.
+        """
+        return self._by_part(body, name, shared, wide, made, self.values // STRIP_WIDTH, 4)
 
-        def piece(i):
-            return lax.rem(i, jnp.int32(pieces))
+    def _by_part(self, body, name, shared, cut, made, parts: int, dimension: int) -> list[jax.Array]:
+        """Cut the last dimension of (B, T, H, .) arrays, and that `dimension` of states."""
+
+        def place(i) -> tuple:
+            chunk = lax.rem(lax.div(i, jnp.int32(parts)), jnp.int32(self.chunks))
+            return lax.div(i, jnp.int32(self.chunks * parts)), chunk, lax.rem(i, jnp.int32(parts))
 
         def of_shared(x) -> pl.BlockSpec:
-            return _block((None, CHUNK_TOKENS, None, *x.shape[3:]), lambda b, i: (b, chunk(i), head(i)))
+            def at(b, i):
+                head, chunk, _ = place(i)
+                return b, chunk, head
 
-        def of_keyed(x) -> pl.BlockSpec:
-            if len(x.shape) == 5:
-                block = None, None, None, self.piece, self.values
-                return pl.BlockSpec(block, lambda b, i: (b, head(i), chunk(i), piece(i), 0))
-            block = None, CHUNK_TOKENS, None, x.shape[3] // pieces
-            return pl.BlockSpec(block, lambda b, i: (b, chunk(i), head(i), piece(i)))
+            return _block((None, CHUNK_TOKENS, None, *x.shape[3:]), at)
 
-        inputs, outputs = [*map(of_shared, shared), *map(of_keyed, keyed)], [*map(of_keyed, (*made, *sums))]
-        grid, arrays = (self.batch, self.heads * self.chunks * pieces), ([*shared, *keyed], [*made, *sums])
-        return launch(body, name, self.piece_warps, 1, grid, *arrays, inputs, outputs)
+        def of_cut(x) -> pl.BlockSpec:
+            states = len(x.shape) == 5
+
+            def at(b, i):
+                head, chunk, part = place(i)
+                return (
+                    (b, head, chunk, *((part, 0) if dimension == 3 else (0, part)))
+                    if states
+                    else (b, chunk, head, part)
+                )
+
+            sizes = (
+                [x.shape[n] // (parts if n == dimension else 1) for n in (3, 4)] if states else [x.shape[3] // parts]
+            )
+            return pl.BlockSpec((None, None if states else CHUNK_TOKENS, None, *sizes), at)
+
+        inputs = [*map(of_shared, shared), *map(of_cut, cut)]
+        grid = self.batch, self.heads * self.chunks * parts
+        return launch(body, name, PART_WARPS, 1, grid, [*shared, *cut], made, inputs, [*map(of_cut, made)])
 
     def by_strip(
-        self, body: Callable, name: str, whole: Sequence, wide: Sequence, states: Sequence, *results: Sequence[Type]
+        self,
+        body: Callable,
+        name: str,
+        whole: Sequence,
+        wide: Sequence,
+        states: Sequence,
+        *results: Sequence[Type],
+        warps: int | None = None,
     ) -> list[jax.Array]:
         """Run a program for each strip of `STRIP_WIDTH` columns of each head's states.
 
         Args:
           whole: (B, T, H, ...) or (B, chunks, H, ...), of which a program gets all of its head.
-          wide: (B, T, H, V), or (B, T, H, strips), of which it gets its columns of them.
+          wide: (B, T, H, V), of which it gets its columns of them.
           states: (B, H, K, V) or (B, H, chunks, K, V), likewise.
           results: types like the wide arrays, then types like states.
         """
@@ -166,8 +189,7 @@ class Cut(NamedTuple):
             return _block((None, x.shape[1], None, *x.shape[3:]), lambda b, i: (b, 0, head(i)))
 
         def of_wide(x) -> pl.BlockSpec:
-            width = x.shape[3] // strips
-            return pl.BlockSpec((None, self.time, None, width), lambda b, i: (b, 0, head(i), strip(i)))
+            return pl.BlockSpec((None, self.time, None, STRIP_WIDTH), lambda b, i: (b, 0, head(i), strip(i)))
 
         def of_states(x) -> pl.BlockSpec:
             kept = x.shape[2:-1]
@@ -180,9 +202,16 @@ class Cut(NamedTuple):
         grid = self.batch, self.heads * strips
         loaded = sum(math.prod(x.shape[3:]) * CHUNK_TOKENS * x.dtype.itemsize for x in whole if x.shape[1] == self.time)
         loaded += sum(CHUNK_TOKENS * STRIP_WIDTH * x.dtype.itemsize for x in wide)
-        stages = next((n for most, n in STAGES_BY_BYTES if loaded <= most), 1)
-        arrays = [*whole, *wide, *states], [*made, *made_states]
-        return launch(body, name, self.walk_warps, stages, grid, *arrays, inputs, outputs)
+        warps = warps or self.walk_warps
+        arrays, stages = ([*whole, *wide, *states], [*made, *made_states]), self._stages(loaded, warps, math.prod(grid))
+        return launch(body, name, warps, stages, grid, *arrays, inputs, outputs)
+
+    def _stages(self, loaded: int, warps: int, programs: int) -> int:
+        """Return how many chunks of so many bytes a walk has in flight; two walks share a multiprocessor if need be."""
+        beside = 2 if warps == 4 and programs > MULTIPROCESSORS else 1
+        state = self.keys * STRIP_WIDTH * 2
+        most = next((n for most, n in STAGES_BY_BYTES if loaded <= most), 1)
+        return max(1, min(most, (SHARED_BYTES // beside - state) // loaded))
 
 
 def _block(shape: tuple, place: Callable) -> pl.BlockSpec:
@@ -203,6 +232,16 @@ def launch(body, name, warps, stages, grid, arguments, results, inputs, outputs)
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
         name=name,
     )(*arguments)
+
+
+def strip_columns(n) -> pl.Slice:
+    """Return the columns of a strip."""
+    return pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
+
+
+def load_strip(n, *refs) -> list[jax.Array]:
+    """Return the columns of a strip of each."""
+    return [ref[:, strip_columns(n)] for ref in refs]
 
 
 def part(parts: int) -> jax.Array:
@@ -230,28 +269,3 @@ def places(size: int) -> list[jax.Array]:
 def pairs(size: int, compare: Callable) -> jax.Array:
     """Return which pairs of a row and a column compare so."""
     return compare(*places(size))
-
-
-def invert(lower: Callable[[int, int], jax.Array], write: Callable[[int, int, jax.Array], None]) -> None:
-    """Write the blocks of (I + L)^-1, from those of L, which has nothing on its diagonal and above it.
-
-    By forward substitution over blocks of 16 tokens; in those on the diagonal over halves of 2, 4, 8 and 16.
-
-    Args:
-      lower: L's block in block row i and column j <= i.
-      write: takes i, j and a block.
-    """
-    row, column = places(BLOCK_TOKENS)
-    found = {}
-    for i in range(BLOCKS_PER_CHUNK):
-        *left, near = (lower(i, j) for j in range(i + 1))
-        inverse = jnp.where(row == column, 1.0, 0.0)
-        for half in (1, 2, 4, 8):
-            below = jnp.where((row // half % 2 == 1) & (column // half == row // half - 1), near, 0.0)
-            inverse = inverse - (below if half == 1 else exact(exact(inverse, below), inverse))
-        found[i, i] = inverse
-        for j in range(i):
-            right = sum(exact(left[n], found[n, j]) for n in range(j, i))
-            found[i, j] = -exact(inverse, right)
-        for j in range(BLOCKS_PER_CHUNK):
-            write(i, j, found.get((i, j), jnp.zeros_like(inverse)))

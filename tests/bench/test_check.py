@@ -28,6 +28,7 @@ SMALL = [
     Case("selective_scan", (2, 8, 20), (3,), **BOTH),
     Case("short_conv", (2, 8, 20), (4,), **BOTH),
     Case("ssd", (2, 2, 20), (6, 5), **BOTH),
+    Case("wkv4", (2, 8, 20), **BOTH),
     Case("gated_linear_attention", (2, 2, 20), (6, 5), **BOTH),
     Case("simple_gla", (2, 2, 20), (6, 5), **BOTH),
     Case("delta_rule", (2, 2, 20), (6, 5), **BOTH),

@@ -16,10 +16,11 @@ import filelock
 import numpy as np
 import pytest
 
-from based_jax.data import packing
+from based_jax.data import encoding, files_of_text, packing, pieces
 from based_jax.data.corpus import FolderCorpus
 from based_jax.data.documents import Chunk
-from based_jax.data.packing import PackedText, cut_into_pieces
+from based_jax.data.packing import PackedText
+from based_jax.data.pieces import cut_into_pieces
 from based_jax.data.progress import Progress
 from based_jax.data.tokenizer import TOKENIZERS, ByteTokenizer, get_tokenizer
 from based_jax.errors import UserError
@@ -86,29 +87,29 @@ def left(cache):
 
 @pytest.mark.parametrize("name", sorted(TOKENIZERS))
 def test_pieces_have_the_ids_of_the_whole(name, monkeypatch):
-    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 8)
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 8)
     tokenizer, rng = get_tokenizer(name), random.Random(0)
     for _ in range(150):
         text = "".join(rng.choices(WORDS, k=rng.randrange(1, 60)))
         at = rng.randrange(len(text) + 1)
         chunks = [("train", Chunk(text[:at], last=False)), ("train", Chunk(text[at:], last=True))]
-        pieces = list(cut_into_pieces(chunks, tokenizer))
-        assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-        ids = tokenizer.encode_batch([piece.text for piece in pieces])
+        found = list(cut_into_pieces(chunks, tokenizer))
+        assert [piece.last for piece in found] == [False] * (len(found) - 1) + [True]
+        ids = tokenizer.encode_batch([piece.text for piece in found])
         assert list(itertools.chain(*ids)) == tokenizer.encode(text), text
 
 
 def test_long_words_stay_whole(monkeypatch):
-    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 8)
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 8)
     chunks = [("train", Chunk("a" * 50 + " b" * 20 + "c" * 30, last=True))]
-    pieces = [piece.text for piece in cut_into_pieces(chunks, get_tokenizer("gpt2"))]
-    assert pieces[0].startswith("a" * 50) and pieces[-1].endswith("c" * 30) and len(pieces) > 3
+    found = [piece.text for piece in cut_into_pieces(chunks, get_tokenizer("gpt2"))]
+    assert found[0].startswith("a" * 50) and found[-1].endswith("c" * 30) and len(found) > 3
 
 
 @pytest.mark.parametrize("name", sorted(TOKENIZERS))
 def test_tokens_are_those_of_each_document(folder, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 1000)
-    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(pieces, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 100)
     tokenizer = get_tokenizer(name)
     found = packed(folder, tmp_path / "cache", TOKENIZERS[name])
     documents = [f"Some text {number}. " * 200 for number in range(3)]
@@ -137,6 +138,61 @@ def test_processes_write_what_one_writes_also_from_a_script(folder, tmp_path):
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout.split() == [packed(folder, tmp_path / "other cache", TOKENIZERS["gpt2"]).fingerprint]
     assert found.stderr == ""
+
+
+def test_processes_share_batches_where_there_are_fewer_files(tmp_path, monkeypatch):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.txt").write_text("Some text. " * 999)
+    monkeypatch.setattr(pieces, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(packing, "encoded_files", lambda *_: pytest.fail("one file is shared by files"))
+    found = [packed(tmp_path / "one", tmp_path / f"cache {count}", processes=count) for count in (1, 2)]
+    assert found[0].fingerprint == found[1].fingerprint
+
+
+def text_folder(folder, kind):
+    """Make a folder of five files: short documents of which some are held out whole, one that is cut, or validation."""
+    folder.mkdir()
+    rows = [{"text": f"Document {number}. " * (number % 7)} for number in range(300)]  # every seventh is blank
+    lines = "".join(map("{}\n".format, map(json.dumps, [*rows, {"text": "half \ud800"}])))
+    texts = {f"{number}.jsonl": lines.replace("Document", f"Text {number}") for number in range(3)}
+    texts |= {"3.txt": "one " * 9, "4.txt": "four " * 8}
+    if kind == "cut":
+        texts = {f"{number}.txt": f"Book {number}.\n" * (30 + number) ** 2 for number in range(5)}
+    if kind == "validation files":
+        texts["val.txt"] = "Held out. " * 50
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("kind", ["documents", "cut", "validation files"])
+def test_by_files_as_by_batches(tmp_path, monkeypatch, kind):
+    text_folder(tmp_path / "texts", kind)
+    monkeypatch.setattr(files_of_text, "calling_processes", lambda tokenizer, count: encoding._thread(tokenizer))
+    monkeypatch.setattr(files_of_text, "TOKENS_AT_ONCE", 1000)
+    one, several = (packed(tmp_path / "texts", tmp_path / f"cache {count}", processes=count) for count in (1, 4))
+    assert several.index == one.index and one.count("validation", "documents") > 0
+    for split in packing.SPLITS:
+        assert (several.folder / f"{split}.tokens").read_bytes() == (one.folder / f"{split}.tokens").read_bytes()
+    assert sorted(path.name for path in several.folder.iterdir()) == sorted(path.name for path in one.folder.iterdir())
+
+
+def test_processes_are_told_by_their_files_what_is_wrong(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(files_of_text, "calling_processes", lambda tokenizer, count: encoding._thread(tokenizer))
+    for name in ("8.jsonl", "9.jsonl"):
+        (folder / name).write_text('{"text": "a"}\n{"no": 1}\n')
+    with pytest.raises(UserError, match=r"8\.jsonl', line 2"):
+        packed(folder, tmp_path / "cache", processes=2)
+    assert left(tmp_path / "cache") == []
+
+
+def test_blank_files_of_processes_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(files_of_text, "calling_processes", lambda tokenizer, count: encoding._thread(tokenizer))
+    (tmp_path / "blank").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "blank" / name).write_text(" ")
+    with pytest.raises(UserError, match="has no text to train on: all its documents are blank"):
+        packed(tmp_path / "blank", tmp_path / "cache", processes=2)
 
 
 def test_a_process_that_dies_is_told_and_leaves_nothing(folder, tmp_path):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from based_jax import parallel
+from based_jax import parallel, placement
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.lm import LMConfig
@@ -83,3 +83,22 @@ def test_what_stays_whole_is_a_line_when_a_run_begins():
     lines = opening.whole_lines({"low_rank": low_rank}, parallel.make_mesh({"fsdp": 2, "tensor": 4}))
     assert lines == ["not divided over tensor: 4 devices hold the same 1.0 MiB each of 'low_rank'"]
     assert opening.whole_lines({"low_rank": low_rank}, parallel.make_mesh({"fsdp": 8})) == []
+
+
+def test_what_is_too_small_to_be_divided_is_one_line(monkeypatch):
+    monkeypatch.setattr(placement, "SMALL_BYTES", 2**16)
+    scale, stack = (
+        nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), **layers.logical_axes(*names))
+        for names, shape in ((("embed",), (2**13,)), (("layers", "embed"), (24, 2**13)))
+    )
+    params = {"norm": scale, "stack": stack, "wide": abstract_kernel()}
+    lines = opening.whole_lines(params, parallel.make_mesh({"fsdp": 8}))
+    assert lines == ["not divided over fsdp: 2 parameters of less than 64 KiB a layer, 0.8 MiB together"]
+    deep = nnx.Param(jax.ShapeDtypeStruct((64, 2**13), jnp.float32), **layers.logical_axes("layers", "embed"))
+    lines = opening.whole_lines({"deep": deep}, parallel.make_mesh({"fsdp": 8}))
+    assert lines == ["not divided over fsdp: 8 devices hold the same 2.0 MiB each of 'deep'"]
+    assert opening.whole_lines(params, parallel.make_mesh({"data": 8})) == []
+
+
+def abstract_kernel():
+    return nnx.Param(jax.ShapeDtypeStruct((2**10, 2**10), jnp.float32), **layers.logical_axes("embed", "mlp"))

@@ -119,6 +119,15 @@ def test_each_device_makes_its_share_of_the_products(sizes, microbatches):
 
 
 @on_all_meshes
+def test_scales_of_norms_are_exchanged_by_their_gradients_alone(sizes, microbatches):
+    """A vector of the width is small: no device gathers one over fsdp, and none is scattered."""
+    exchanged = hlo(microbatches, **sizes).exchanged(shape_of(sizes), parallel.AXES.index("fsdp"))
+    moved = [x for x in exchanged if x.kind in ("all-gather", "reduce-scatter") and x.dtype in FLOATS]
+    assert bool(moved) == ("fsdp" in sizes)
+    assert [x for x in moved if math.prod(x.shape) <= D] == []
+
+
+@on_all_meshes
 def test_scans_carry_the_rows_and_tokens_of_the_device(sizes, microbatches):
     """Whatever part of the width a stream that is cut the wrong way would have."""
     widths = {(T // pieces, D // cut) for pieces in (1, 2, 4) for cut in (1, 2, 4, 8)}

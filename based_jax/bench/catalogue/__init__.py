@@ -24,6 +24,7 @@ OPERATIONS: dict[str, Operation] = {
     "layer_norm": norms.LAYER_NORM,
     "selective_scan": state_spaces.SELECTIVE_SCAN,
     "ssd": state_spaces.SSD,
+    "wkv4": state_spaces.WKV4,
     "gated_linear_attention": matrix_states.GATED_LINEAR_ATTENTION,
     "simple_gla": matrix_states.SIMPLE_GLA,
     "delta_rule": matrix_states.DELTA_RULE,

@@ -40,7 +40,8 @@ so does whatever is given keys times rates in bf16. Token by token kernels are r
 """
 STEP_KERNELS = ("recurrence",)
 ONE_DECAY_KERNELS, CHANNEL_DECAY_KERNELS = ("one_decay_",), ("channel_decays_",)
-"""What the kernels' names begin with: token by token, and by chunks."""
+INVERSE_KERNELS = ("inverses",)
+"""What the kernels' names begin with: token by token, by chunks, and by chunks that are corrected."""
 
 
 class Preparation(NamedTuple):
@@ -174,7 +175,8 @@ def _cases(name: str, steps_rows: tuple[int, int]) -> tuple[Case, ...]:
     cases = []
     for impl, (short, wide) in {"triton_chunks": MANY_ROWS, "hopper_steps": steps_rows}.items():
         cases += [make((short, 2, time), (32, 32), impl, **x) for time in (1, 15, 65) for x in ({}, PACKED)]
-        cases += [make((wide, 3, 130), x, impl, **PACKED) for x in widths]
+        widest = [(200, 320)] if impl == "triton_chunks" else []
+        cases += [make((wide, 3, 130), x, impl, **PACKED) for x in (*widths, *widest)]
     return (
         *cases,
         make((64, 2, 256), (64, 64), quick=True),
@@ -237,7 +239,7 @@ DELTA_RULE = _matrix_states(
     delta_rule.IMPLEMENTATIONS,
     _correction,
     correction_definition,
-    {"triton_chunks": CHANNEL_DECAY_KERNELS, "hopper_steps": STEP_KERNELS},
+    {"triton_chunks": CHANNEL_DECAY_KERNELS + INVERSE_KERNELS, "hopper_steps": STEP_KERNELS},
     decays=None,
     extra="beta",
     products=4,
@@ -249,7 +251,7 @@ GATED_DELTA_RULE = _matrix_states(
     delta_rule.IMPLEMENTATIONS,
     _correction,
     correction_definition,
-    {"triton_chunks": ONE_DECAY_KERNELS, "hopper_steps": STEP_KERNELS},
+    {"triton_chunks": ("delta_rule_", *INVERSE_KERNELS), "hopper_steps": STEP_KERNELS},
     decays=1,
     extra="beta",
     products=4,
@@ -261,7 +263,7 @@ DPLR = _matrix_states(
     delta_rule.DPLR_IMPLEMENTATIONS,
     _low_rank,
     low_rank_definition,
-    {"triton_chunks": CHANNEL_DECAY_KERNELS, "hopper_steps": STEP_KERNELS},
+    {"triton_chunks": CHANNEL_DECAY_KERNELS + INVERSE_KERNELS, "hopper_steps": STEP_KERNELS},
     decays=None,
     extra="direction",
     products=4,

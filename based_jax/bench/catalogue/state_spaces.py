@@ -1,4 +1,4 @@
-"""Mamba's selective scan, and Mamba-2's with one decay a head (SSD)."""
+"""Mamba's selective scan, Mamba-2's with one decay a head (SSD), and RWKV-4's average of values."""
 
 import functools
 
@@ -22,7 +22,8 @@ from based_jax.bench.catalogue.operation import (
     fp32,
     tokens,
 )
-from based_jax.ops import selective_scan, ssd
+from based_jax.ops import selective_scan, ssd, wkv4
+from based_jax.ops.calls import WkvState
 
 TIMED_STATES, SSD_DIMS = 16, (HEAD_DIM, HEAD_DIM)
 """Of what is timed: states of a channel, and (N, P)."""
@@ -141,6 +142,63 @@ def _ssd_cases() -> tuple[Case, ...]:
     )
 
 
+def _wkv4_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
+    batch, channels, time = case.shape
+    narrow = dict.fromkeys(("k", "v"), (batch, time, channels))
+    return bf16(narrow) | fp32({"decay": (channels,), "bonus": (channels,), "state": (batch, 3, channels)})
+
+
+def _wkv4(case: Case) -> Function:
+    """Return the average and the sums that the last state stands for, as the definition has them."""
+
+    def run(arrays, ids):
+        state = arrays.get("state")
+        if state is not None:
+            state = WkvState(state[:, 0], state[:, 1] ** 2, state[:, 2])
+        options = {"state": state, "segment_ids": ids, "impl": case.impl}
+        y, (num, den, top) = wkv4.wkv4(arrays["k"], arrays["v"], -jnp.exp(arrays["decay"]), arrays["bonus"], **options)
+        return {"y": y, "state": jnp.stack([num, den], axis=1) * jnp.exp(top)[:, None]}
+
+    return run
+
+
+def wkv4_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
+    """Return y_t = (N + e^(u + k_t) v_t) / (D + e^(u + k_t)) and the last document's sums N and D.
+
+    Their first token's are e^m n and e^m d^2 of the `state` (n, d, m) (B, 3, D). After a token both have decayed by
+    e^-exp(decay), and have e^k_t v_t and e^k_t more.
+    """
+    kept, own = (jnp.exp(x)[None] for x in (-jnp.exp(arrays["decay"]), arrays["bonus"]))
+    num, den, top = (arrays["state"][:, i] for i in range(3))
+
+    def token(sums, k, v):
+        written = jnp.stack([jnp.exp(k) * v, jnp.exp(k)], axis=1)
+        read = sums + own[:, None] * written
+        return kept[:, None] * sums + written, read[:, 0] / read[:, 1]
+
+    start = jnp.stack([num, den**2], axis=1) * jnp.exp(top)[:, None]
+    y, state = scan_tokens(token, start, (arrays["k"], arrays["v"]), ids)
+    return {"y": y, "state": state}
+
+
+def _wkv4_cost(case: Case, which: str) -> tuple[float, float]:
+    """Count k, v and y in bf16; a sum decays, is added to and read, with an exponential each time, for two sums."""
+    size, flops = tokens(case) * 3 * BF16, 14.0 * tokens(case)
+    # k, v and y's gradient are read, the two's own written.
+    return (size, flops) if which == FORWARD else (size + tokens(case) * 5 * BF16, 3 * flops)
+
+
+def _wkv4_cases() -> tuple[Case, ...]:
+    make = functools.partial(Case, "wkv4")
+    return (
+        *(make((2, 128, time), **x) for time in (1, 15, 65) for x in ({}, PACKED)),
+        make((3, 200, 130), **PACKED),
+        make((32, 256, 256), quick=True),
+        make((2, 512, 2049), **PACKED, quick=True),
+        *(make((4, 128, 130), documents=True, through=x) for x in ("vmap", "shard_map")),
+    )
+
+
 SELECTIVE_SCAN = Operation(
     table=selective_scan.IMPLEMENTATIONS,
     arrays=_scan_arrays,
@@ -166,5 +224,19 @@ SSD = Operation(
     small_cases=(Case("ssd", (1, 2, 50), (16, 64), **PACKED),),
     timed={"ssd": by_head("ssd", SSD_DIMS)},
     weights=frozenset({"A"}),
+    compile_seconds=5.0,
+)
+
+WKV4 = Operation(
+    table=wkv4.IMPLEMENTATIONS,
+    arrays=_wkv4_arrays,
+    function=_wkv4,
+    oracle=lambda case: wkv4_definition,
+    cost=_wkv4_cost,
+    kernels={"hopper_steps": ("wkv4_",)},
+    cases=_wkv4_cases(),
+    small_cases=(Case("wkv4", (1, 128, 50), **PACKED),),
+    timed={"wkv4": by_channel("wkv4")},
+    weights=frozenset({"decay", "bonus"}),
     compile_seconds=5.0,
 )

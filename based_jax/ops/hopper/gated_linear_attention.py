@@ -12,7 +12,7 @@ from based_jax.ops.hopper import recurrence
 
 def supports(call: MatrixStateCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
-    return recurrence.supports(call) if call.bonus is None else "the kernels know no bonus"
+    return recurrence.supports(call)
 
 
 def slower(call: MatrixStateCall) -> str | None:

@@ -23,7 +23,8 @@ from based_jax.ops.hopper.taylor_pieces import documents, number_of_pieces, runn
 
 FEATURE_DIM = 16
 PACKED_DIM = 160
-VALUE_DIM = 64
+VALUE_DIM, COLUMN_MULTIPLE = 64, 16
+"""Values of a part of a head, and what the last part is a multiple of."""
 
 
 def supports(call: LinearAttentionCall) -> str | None:
@@ -46,22 +47,20 @@ def compute(call: LinearAttentionCall) -> tuple[BTHV, BHEV]:
 def _any_widths(call: LinearAttentionCall) -> tuple[BTHV, BHEV]:
     """Return what `compute` does, of one shard.
 
-    The kernels know K = 16 and V = 64. Narrower queries and keys get zeros; wider values become several heads with the
-    same queries and keys.
+    The kernels know K = 16, and V = 64 or a multiple of 16 above: narrower arrays get zeros.
     """
     q, k, v, state, segment_ids = call
     feature_dim, value_dim = q.shape[3], v.shape[3]
     if (feature_dim, value_dim) == (FEATURE_DIM, VALUE_DIM):
         return _attention(*call)
     q = (q.astype(jnp.float32) * math.sqrt(FEATURE_DIM / feature_dim)).astype(q.dtype)
+    q, k = (_widen(x, FEATURE_DIM) for x in (q, k))
+    v = _widen(v, max(VALUE_DIM, value_dim + -value_dim % COLUMN_MULTIPLE))
     parts = -(-value_dim // VALUE_DIM)
-    q, k = (jnp.repeat(_widen(x, FEATURE_DIM), parts, axis=2) for x in (q, k))
-    v = einops.rearrange(_widen(v, parts * VALUE_DIM), "B T H (P V) -> B T (H P) V", P=parts)
     if state is not None:
         state = _split_values(_widen_features(state, feature_dim), parts)
     o, after = _attention(q, k, v, state, segment_ids)
-    after = _narrow_features(_join_values(after, parts, value_dim), feature_dim)
-    return einops.rearrange(o, "B T (H P) V -> B T H (P V)", P=parts)[..., :value_dim], after
+    return o[..., :value_dim], _narrow_features(_join_values(after, parts, value_dim), feature_dim)
 
 
 def _widen(x: jax.Array, width: int) -> jax.Array:
@@ -118,7 +117,7 @@ def _forward(q, k, v, state, segment_ids):
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper import taylor as kernels
 
-    (batch, time, heads), (q, k, v) = v.shape[:3], limits.pad_time(q, k, v)
+    (batch, time), (q, k, v) = v.shape[:2], limits.pad_time(q, k, v)
     cut = _cut(v)
     docs = documents(segment_ids, cut["chunks"])
     packed = {"documents": docs and docs.table}
@@ -130,7 +129,7 @@ def _forward(q, k, v, state, segment_ids):
         if docs is None
         else docs.states.sum(axis=1, keepdims=True, dtype=jnp.float32)
     )
-    after = unpack_state(total(), jnp.broadcast_to(count, (batch, heads)))
+    after = unpack_state(total(), jnp.broadcast_to(count, (batch, cut["heads"])))
     after = after if docs is None else jnp.where(docs.unreadable[..., None, None], jnp.nan, after)
     return (o[:, :time], after), z, starts
 
@@ -152,7 +151,7 @@ def _attention_bwd(saved, cotangents):
     sums = functools.partial(sharded.launch, kernels.sums, q, do, z, gz, reverse=True, **packed)
     ends, total = running(None if dafter is None else pack_state(dafter), sums, docs=back, reverse=True, **cut)
     dk, dv = sharded.launch(backward.key_value_gradients, q, k, v, do, z, gz, ends, pieces=cut["pieces"], **packed)
-    gradients = dq[:, :time], dk[:, :time], dv[:, :time]
+    gradients = *(_sum_parts(x[:, :time], q.shape[2]) for x in (dq, dk)), dv[:, :time]
     if not from_state:
         return *gradients, None, None
     read = gz[..., :time] if back is None else gz[..., :time] * back.states[:, None]
@@ -162,9 +161,17 @@ def _attention_bwd(saved, cotangents):
 _attention.defvjp(_attention_fwd, _attention_bwd, symbolic_zeros=True)
 
 
+def _sum_parts(x: Float[Array, "B T _ K"], heads: int) -> Float[Array, "B T {heads} K"]:
+    """Return the sums of (B, T, H parts, K) over the parts of each head."""
+    if x.shape[2] == heads:
+        return x
+    return einops.rearrange(x, "B T (H P) K -> B T H P K", H=heads).astype(jnp.float32).sum(axis=3).astype(x.dtype)
+
+
 def _cut(v: jax.Array) -> dict[str, Any]:
-    """Return the sizes that `running` takes."""
-    batch, time, heads, _ = v.shape
+    """Return the sizes that `running` takes; each part of a head is one."""
+    batch, time, heads, value_dim = v.shape
+    heads *= -(-value_dim // VALUE_DIM)
     chunks = -(-time // limits.CHUNK_TOKENS)
     return {"batch": batch, "heads": heads, "chunks": chunks, "pieces": number_of_pieces(batch * heads, chunks)}
 

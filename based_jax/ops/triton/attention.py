@@ -9,11 +9,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from based_jax import devices
 from based_jax.dims import BTHV
-from based_jax.ops import sharded
+from based_jax.ops import sharded, softmax_walks
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import target_device_kind
 
@@ -69,7 +68,7 @@ def _attention_fwd(scale, window, q, k, v, numbers):
     from pallas_kernels.triton import attention as kernels
 
     tiling = kernels.tiling_of(kernels.FORWARD_TILINGS, q, v)
-    first = first_keys(numbers, window, tiling.own)
+    first = softmax_walks.first_keys(numbers, window, tiling.own)
     o, logarithm = kernels.forward(q, k, v, numbers, first, scale=scale, window=window)
     return o, (q, k, v, numbers, o, logarithm)
 
@@ -81,33 +80,12 @@ def _attention_bwd(scale, window, saved, do):
     tiling = kernels.tiling_of(kernels.GRADIENT_TILINGS, q, v)
     delta = jnp.einsum("BTHV,BTHV->BHT", do.astype(jnp.float32), o.astype(jnp.float32))
     options = {"scale": scale, "window": window}
-    first, last = first_keys(numbers, window, tiling.own), last_queries(numbers, window, tiling.own)
+    first, last = (
+        of_tiles(numbers, window, tiling.own) for of_tiles in (softmax_walks.first_keys, softmax_walks.last_queries)
+    )
     [dq] = kernels.query_gradients(q, k, v, numbers, first, logarithm, delta, do, **options)
     dk, dv = kernels.key_gradients(q, k, v, numbers, last, logarithm, delta, do, **options)
     return dq, dk, dv, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
-
-
-def first_keys(numbers: Int[Array, "B T"], window: int, tile: int) -> Int[Array, "B _"]:
-    """Return where the first key stands that queries of each tile see, T where they see none."""
-    time = jnp.arange(numbers.shape[1], dtype=jnp.int32)[None]
-    begin = jax.lax.cummax(jnp.where(_begins(numbers), time, 0), axis=1)
-    seen = jnp.where(numbers == 0, numbers.shape[1], jnp.maximum(begin, time - (window - 1)))
-    return seen.reshape(numbers.shape[0], -1, tile).min(axis=2)
-
-
-def last_queries(numbers: Int[Array, "B T"], window: int, tile: int) -> Int[Array, "B _"]:
-    """Return where the last query may stand that sees keys of each tile, -1 where there is none."""
-    size = numbers.shape[1]
-    time = jnp.arange(size, dtype=jnp.int32)[None]
-    begin = jax.lax.cummin(jnp.where(_begins(numbers), time, size), axis=1, reverse=True)
-    end = jnp.pad(begin[:, 1:], ((0, 0), (0, 1)), constant_values=size) - 1
-    seen = jnp.where(numbers == 0, -1, jnp.minimum(end, time + (window - 1)))
-    return seen.reshape(numbers.shape[0], -1, tile).max(axis=2)
-
-
-def _begins(numbers: Int[Array, "B T"]):
-    """Return which tokens are their document's first."""
-    return numbers > jnp.pad(jax.lax.cummax(numbers, axis=1)[:, :-1], ((0, 0), (1, 0)))

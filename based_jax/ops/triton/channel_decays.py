@@ -35,11 +35,12 @@ def _fused(scale, q, k, v, log_decay, state, *ab):
 
 def _forward(scale, q, k, v, log_decay, state, *ab, with_starts: bool):
     from pallas_kernels.triton import channel_decays as kernels
+    from pallas_kernels.triton.inverses import inverses
 
     queries, keys = (q, *ab[:1]), (k, *ab[1:])
     c = kernels.decay_sums(log_decay)
     made = kernels.products(queries, keys, c, scale=scale)
-    t = kernels.inverses(made.pairs[3]) if ab else None
+    t = inverses(made.pairs[3], v.dtype, negated=True) if ab else None
     o, *rest = kernels.forward(made, v, state, t, with_starts=with_starts)
     u, (last, *starts) = rest[: len(ab) // 2], rest[len(ab) // 2 :]
     return (o, last), (queries, keys, v, c, made, t, u, *starts)

@@ -10,7 +10,7 @@ from based_jax.ops.triton import channel_decays, chunks, one_decay
 
 def supports(call: MatrixStateCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
-    return chunks.supports(call.v, call.k.shape[-1]) if call.bonus is None else "it takes no bonus"
+    return chunks.supports(call.v, call.k.shape[-1])
 
 
 def slower(call: MatrixStateCall) -> str | None:

@@ -1,7 +1,7 @@
 """Gated linear attention and the delta rule with one decay a head, by chunks on tensor cores, in Triton kernels.
 
 One decay makes the weights between the tokens of a chunk a matrix that all channels share. The kernels and their
-equations are in `pallas_kernels/triton/one_decay.py`; products are of bf16, sums and the state fp32.
+equations are in `pallas_kernels/triton/{one_decay,delta_rule}.py`; products are of bf16, sums and the state fp32.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHKV, BTHV
-from based_jax.ops.calls import MatrixStateCall
+from based_jax.ops.calls import BTH, MatrixStateCall
 from based_jax.ops.triton import chunks
 
 
@@ -24,45 +24,79 @@ def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
 
 
 def _on_chunks(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
-    beta = () if call.beta is None else (call.beta,)
-    return _fused(call.scale, call.q, call.k, call.v, call.log_decay[..., 0], call.state, *beta)
+    arguments = call.scale, call.q, call.k, call.v, call.log_decay[..., 0], call.state
+    return _attention(*arguments) if call.beta is None else _delta_rule(*arguments, call.beta)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(scale, q, k, v, log_decay, state, *beta):
-    return _forward(scale, q, k, v, log_decay, state, *beta, with_starts=False)[0]
-
-
-def _forward(scale, q, k, v, log_decay, state, *beta, with_starts: bool):
+def _attention(scale, q, k, v, log_decay, state):
     from pallas_kernels.triton import one_decay as kernels
 
-    log_decay = jax.lax.optimization_barrier(log_decay)  # XLA would fold the sums of a constant, for seconds
-    c = jnp.cumsum(_cut(log_decay, kernels.CHUNK_TOKENS), axis=2).reshape(log_decay.shape)
-    delta = kernels.Delta.of(q, k, c, *beta) if beta else ()
-    o, last, *saved = kernels.forward(q, k, v, c, state, delta, scale=scale, with_starts=with_starts)
-    return (o, last), (q, k, c, delta, *saved, *([] if delta else [v]))
+    return tuple(kernels.forward(q, k, v, _sums(log_decay), state, scale=scale, with_starts=False))
 
 
-def _fused_fwd(scale, *arguments):
-    return _forward(scale, *arguments, with_starts=True)
-
-
-def _fused_bwd(scale, saved, gradients):
+def _attention_fwd(scale, q, k, v, log_decay, state):
     from pallas_kernels.triton import one_decay as kernels
 
-    q, k, c, delta, starts, u = saved
+    c = _sums(log_decay)
+    o, last, starts = kernels.forward(q, k, v, c, state, scale=scale, with_starts=True)
+    return (o, last), (q, k, v, c, starts)
+
+
+def _attention_bwd(scale, saved, gradients):
+    from pallas_kernels.triton import one_decay as kernels
+
+    q, k, v, c, starts = saved
     do, dlast = gradients
-    *read, dv, ends, dstate = kernels.reverse(q, k, c, do, dlast, delta, [u] if delta else [], scale=scale)
-    rates = (dv, delta.beta) if delta else ()
-    dq, dk, dc, *dbeta = kernels.gradients(q, k, u, c, starts, do, ends, rates, scale=scale)
-    dbeta = [x.sum(3) + y for x, y in zip(read, dbeta, strict=True)]
-    dlog_decay = jax.lax.cumsum(_cut(dc, kernels.CHUNK_TOKENS), axis=2, reverse=True).reshape(dc.shape)
-    return dq, dk, dv, dlog_decay, dstate, *dbeta
+    dv, ends, dstate = kernels.reverse(q, k, c, do, dlast, scale=scale)
+    dq, dk, dc = kernels.gradients(q, k, v, c, starts, do, ends, scale=scale)
+    return dq, dk, dv, _until_the_end(dc), dstate
 
 
-_fused.defvjp(_fused_fwd, _fused_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _cut(x: Float[Array, "B T H"], size: int) -> Float[Array, "B N C H"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _delta_rule(scale, q, k, v, log_decay, state, beta):
+    return _delta_rule_fwd(scale, q, k, v, log_decay, state, beta)[0]
+
+
+def _delta_rule_fwd(scale, q, k, v, log_decay, state, beta):
+    from pallas_kernels.triton import delta_rule as kernels
+
+    c = _sums(log_decay)
+    made = kernels.Pairs.of(q, k, c, beta)
+    errors, last, starts = kernels.forward(k, v, c, beta, made.t, state)
+    o = kernels.outputs(q, c, beta, made.p, errors, starts, scale=scale)
+    return (o, last), (q, k, c, beta, made, errors, starts)
+
+
+def _delta_rule_bwd(scale, saved, gradients):
+    from pallas_kernels.triton import delta_rule as kernels
+
+    q, k, c, beta, made, errors, starts = saved
+    do, dlast = gradients
+    dv, ends, dstate = kernels.reverse(q, k, c, beta, made, do, dlast, scale=scale)
+    dq, dk, dc, dbeta = kernels.gradients(q, k, errors, c, beta, starts, do, dv, ends, scale=scale)
+    return dq, dk, dv, _until_the_end(dc), dstate, dbeta
+
+
+_delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd)
+
+
+def _sums(log_decay: BTH) -> BTH:
+    """Return the sums of log-decays from the beginning of each chunk to each token."""
+    log_decay = jax.lax.optimization_barrier(log_decay)  # XLA would fold the sums of a constant, for seconds
+    return jnp.cumsum(_cut(log_decay), axis=2).reshape(log_decay.shape)
+
+
+def _until_the_end(dc: BTH) -> BTH:
+    """Return the gradients of log-decays: the sums of those of `_sums` from each token to the end of its chunk."""
+    return jax.lax.cumsum(_cut(dc), axis=2, reverse=True).reshape(dc.shape)
+
+
+def _cut(x: BTH) -> Float[Array, "B N C H"]:
     """Cut time into chunks."""
-    return x.reshape(x.shape[0], -1, size, x.shape[2])
+    from pallas_kernels.triton.chunks import CHUNK_TOKENS
+
+    return x.reshape(x.shape[0], -1, CHUNK_TOKENS, x.shape[2])

@@ -32,12 +32,6 @@ def test_refusals_name_the_value(options, words):
         dplr(*_zeros(**options), impl="hopper_steps")
 
 
-def test_a_bonus_is_refused():
-    q, k, v, g, *_ = _zeros()
-    with gpus(), pytest.raises(UserError, match="bonus"):
-        gated_linear_attention.gated_linear_attention(q, k, v, g, bonus=jnp.zeros((2, 64)), impl="hopper_steps")
-
-
 def _gradients(*args, ids=None):
     def loss(*args):
         o, last = dplr(*args, segment_ids=ids, impl="hopper_steps")

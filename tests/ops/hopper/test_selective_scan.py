@@ -91,12 +91,15 @@ def interpreted(monkeypatch):
     def save(ref, x):
         ref[...] = x.reshape(ref.shape).astype(ref.dtype)
 
+    monkeypatch.setattr(forward, "load_channels", load_channels)
     for module in (forward, backward):
-        monkeypatch.setattr(module, "load_channels", load_channels)
         monkeypatch.setattr(module, "save_channels", save)
         monkeypatch.setattr(module, "load_global", lambda ref, layout: ref[...])
         monkeypatch.setattr(module, "await_warp", lambda: None)
     monkeypatch.setattr(backward, "save_pair", save)
+    monkeypatch.setattr(
+        backward, "load_states", lambda ref: ref[...].reshape(*ref.shape[:2], -1, forward.LANE_CHANNELS)
+    )
     monkeypatch.setattr(plgpu, "RefUnion", lambda *refs: refs)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield

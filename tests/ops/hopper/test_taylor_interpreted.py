@@ -57,27 +57,32 @@ def _relative(x, y):
 
 
 @pytest.mark.parametrize(
-    "shape, chunks_per_piece, with_state, documents",
+    "shape, value_dim, chunks_per_piece, with_state, documents",
     [
         pytest.param(
-            (1, 261, 1), 2, True, ((0, 30), (1, 90), (2, 25), (0, 60), (3, 20), (4, 36)), marks=pytest.mark.long
+            (1, 261, 1), 64, 2, True, ((0, 30), (1, 90), (2, 25), (0, 60), (3, 20), (4, 36)), marks=pytest.mark.long
         ),
-        ((1, 100, 1), 1, True, ((0, 10), (1, 40), (2, 8), (0, 20), (3, 9), (4, 13))),
+        pytest.param((1, 100, 2), 112, 1, True, ((0, 10), (1, 40), (2, 8), (0, 20), (3, 22)), marks=pytest.mark.long),
+        ((1, 100, 1), 64, 1, True, ((0, 10), (1, 40), (2, 8), (0, 20), (3, 9), (4, 13))),
+        pytest.param((1, 70, 1), 80, 2, False, ((1, 70),), marks=pytest.mark.long),
     ],
 )
-def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, chunks_per_piece, with_state, documents):
+def test_forward_and_gradients_are_the_oracle_s(
+    rng, monkeypatch, shape, value_dim, chunks_per_piece, with_state, documents
+):
     """Documents are numbers and how many tokens have each in turn, 0 for padding."""
     monkeypatch.setattr(taylor_pieces, "MIN_CHUNKS_PER_PIECE", chunks_per_piece)
-    assert taylor_pieces.number_of_pieces(shape[0] * shape[2], -(-shape[1] // 64)) == 2
+    chunks = -(-shape[1] // 64)
+    assert taylor_pieces.number_of_pieces(shape[0] * shape[2], chunks) == max(1, chunks // chunks_per_piece)
     ids = jnp.asarray([np.repeat(*np.asarray(documents).T)], jnp.int32)
 
     def arrays(dims):
         return [jnp.asarray(rng.normal(size=(*shape, dim)), jnp.bfloat16) for dim in dims]
 
-    inputs, do = arrays((16, 16, 64)), jnp.asarray(rng.normal(size=(*shape, 64)), jnp.bfloat16)
-    dstate = jnp.asarray(rng.normal(size=(shape[0], shape[2], 153, 65)) / 100, jnp.float32)
+    inputs, do = arrays((16, 16, value_dim)), jnp.asarray(rng.normal(size=(*shape, value_dim)), jnp.bfloat16)
+    dstate = jnp.asarray(rng.normal(size=(shape[0], shape[2], 153, value_dim + 1)) / 100, jnp.float32)
     if with_state:
-        inputs += [taylor.taylor_attention(*arrays((16, 16, 64)), impl="oracle")[1]]
+        inputs += [taylor.taylor_attention(*arrays((16, 16, value_dim)), impl="oracle")[1]]
 
     def run(impl, inputs):
         def call(q, k, v, state=None):
@@ -95,6 +100,12 @@ def test_forward_and_gradients_are_the_oracle_s(rng, monkeypatch, shape, chunks_
     for got, right in zip(run("kernels", inputs), wanted, strict=True):
         assert _relative(got, right) < 5e-3
     assert not get_races().races_found
+
+
+def test_wide_values_are_parts_of_which_the_last_is_filled_up(rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 64, 1, dim)), jnp.bfloat16) for dim in (16, 16, 80))
+    got = jax.jit(lambda *x: hopper_taylor.compute(LinearAttentionCall(*x))[0])(q, k, v)
+    assert _relative(got, taylor.taylor_attention(q, k, v, impl="oracle")[0]) < 5e-3
 
 
 def test_a_row_with_padding_inside_a_document_is_nan(rng):

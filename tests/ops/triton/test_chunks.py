@@ -228,13 +228,17 @@ def test_lowers_for_an_h100(form, way, K, V):
         if way == "lanes":
             call, arguments = jax.vmap(call), [jnp.stack([x] * 3) for x in arguments]
         text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    names = ["forward", "reverse"] + ["inverses"] * ("linear" not in form)
+    walks = "forward", "reverse"
     if "channels" in form:
         more = "sums", "products", "pair_gradients", "state_gradients", "token_gradients", "gradients"
-        kernels = "channel_decays", [*names, *more]
+        kernels = [f"channel_decays_{name}" for name in (*walks, *more)]
+    elif form == "delta rule":
+        more = "products", "outputs", "gradients"
+        kernels = [f"delta_rule_{name}" for name in (*walks, *more)]
     else:
-        kernels = "one_decay", [*names, "gradients"]
-    assert [name for name in kernels[1] if f"{kernels[0]}_{name}" not in text] == []
+        kernels = [f"one_decay_{name}" for name in (*walks, "gradients")]
+    kernels += [] if "linear" in form else ["inverses_of_halves", "inverses"]
+    assert [name for name in kernels if name not in text] == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""Softmax attention through the Mosaic GPU kernels: which calls they take, how arrays are filled up, and gradients.
+
+Tiles of another document are passed over. Kernels: `pallas_kernels/hopper/attention*.py`.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from based_jax.dims import BTHV
+from based_jax.ops import sharded, softmax_walks
+from based_jax.ops.calls import AttentionCall
+from based_jax.ops.hopper import limits
+
+MAX_HEAD_DIM = 128
+DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
+
+
+def supports(call: AttentionCall) -> str | None:
+    """Return why the kernels cannot run this call, or None."""
+    q, k, v = call.q, call.k, call.v
+    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in DTYPES:
+        return f"q, k and v must all be bfloat16 or float16, and are {q.dtype}, {k.dtype} and {v.dtype}"
+    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
+        return f"head dims must be at most {MAX_HEAD_DIM}, and are {q.shape[3]} and {v.shape[3]}"
+    if 0 in q.shape:
+        return "there must be a token"
+    return limits.refusal()
+
+
+def compute(call: AttentionCall) -> BTHV:
+    """Return o, each device for its rows and heads; zero at padding."""
+    tokens = "batch", None, "heads"
+    numbers = jnp.ones(call.q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
+
+    def shard(q, k, v, numbers):
+        # Pallas' GPU modules take half a second to import and are needed only here.
+        from pallas_kernels.hopper.attention_walk import HEAD_MULTIPLE, OWN_TOKENS
+
+        time, scale, largest = q.shape[1], 1 / math.sqrt(q.shape[3]), max(q.shape[3], v.shape[3])
+        channels = -(-largest // HEAD_MULTIPLE) * HEAD_MULTIPLE
+        arrays = (sharded.fill(x, {1: OWN_TOKENS, 3: channels}) for x in (q, k, v))
+        filled = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: OWN_TOKENS}))
+        return _attention(scale, *filled)[:, :time, :, : v.shape[3]]
+
+    return sharded.per_shard(shard, (call.q, call.k, call.v, numbers), (*(tokens,) * 3, ("batch",)), (tokens,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(scale, q, k, v, numbers):
+    return _attention_fwd(scale, q, k, v, numbers)[0]
+
+
+def _attention_fwd(scale, q, k, v, numbers):
+    from pallas_kernels.hopper import attention as kernels
+    from pallas_kernels.hopper.attention_walk import OWN_TOKENS
+
+    walks = softmax_walks.keys_of_queries(numbers, OWN_TOKENS)
+    o, logarithm = sharded.launch(kernels.forward, q, k, v, *_sight(numbers), walks, scale=scale)
+    return o, (q, k, v, numbers, o, logarithm)
+
+
+def _attention_bwd(scale, saved, do):
+    from pallas_kernels.hopper import attention_backward as backward
+    from pallas_kernels.hopper.attention_walk import OWN_TOKENS
+
+    q, k, v, numbers, o, logarithm = saved
+    minus_delta = -jnp.einsum("BTHV,BTHV->BHT", do.astype(jnp.float32), o.astype(jnp.float32))
+    arrays = q, k, v, do, logarithm, minus_delta, *_sight(numbers)
+    over_keys = softmax_walks.keys_of_queries(numbers, OWN_TOKENS)
+    over_queries = softmax_walks.queries_of_keys(numbers, OWN_TOKENS)
+    [dq] = sharded.launch(backward.query_gradients, *arrays, over_keys, scale=scale)
+    dk, dv = sharded.launch(backward.key_gradients, *arrays, over_queries, scale=scale)
+    return dq, dk, dv, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _sight(numbers: Int[Array, "B T"]):
+    """Return where the first key stands that each query sees, T at padding, and where each key stands, -1 there."""
+    place = jnp.arange(numbers.shape[1], dtype=jnp.int32)[None]
+    return softmax_walks.first_keys(numbers, numbers.shape[1], 1), jnp.where(numbers == 0, -1, place)
