@@ -149,7 +149,7 @@ KERNELS = {
 }
 
 
-LONG_NAMES = "taylor, pieces", "dplr, steps", "dplr, chunks"
+LONG_NAMES = "taylor, one piece", "taylor, pieces", "dplr, steps", "dplr, chunks"
 
 
 @pytest.mark.parametrize(
