@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.triton.chunks import Type, dot, launch
+from pallas_kernels.triton.pallas_chunks import Type, dot, launch
 
 TIME_MULTIPLE, HEAD_MULTIPLE, MAX_HEAD_DIM = 128, 16, 256
 HIDDEN_SCORE = -1e30
