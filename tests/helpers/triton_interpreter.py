@@ -116,6 +116,7 @@ def run(kernel: Callable, grid, arrays, types, constants: dict) -> list[np.ndarr
     with ONE_AT_A_TIME:
         builder.create_masked_load, builder.create_masked_store = memory.load, memory.store
         scope = interpreter._patch_lang(kernel)
+        scope.set_attr(tl.tensor, "__index__", lambda x: x.handle.data.item())
         try:
             builder.set_grid_dim(*grid)
             for memory.program, place in enumerate(itertools.product(*map(range, grid))):
