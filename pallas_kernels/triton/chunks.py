@@ -41,7 +41,7 @@ EXACT_PRODUCT = tl.constexpr("tf32x3")
 class Cut(NamedTuple):
     """B, T, H, K and V of a call: which programs run its kernels, each with its chunk or its strip.
 
-    A kernel is given T, H, K and V as constants, and more where they are named.
+    A kernel is given it as `cut`, and more constants where they are named.
     """
 
     batch: int
@@ -71,11 +71,6 @@ class Cut(NamedTuple):
         """Channels of keys of a program of `by_piece`."""
         return min(self.keys, PIECE_WIDTH)
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Return the constants of every kernel."""
-        return {"T": self.time, "H": self.heads, "K": self.keys, "V": self.values}
-
     def sums_of_pieces(self) -> Type:
         """Return the type of a sum over the channels of every piece, for every token."""
         return Type((self.batch, self.time, self.heads, self.keys // self.piece), jnp.float32)
@@ -96,7 +91,7 @@ class Cut(NamedTuple):
     ) -> list[jax.Array]:
         """Run a program for each chunk of each head, or for each of so many parts of it: `chunk_program`."""
         programs = self.heads * self.chunks * parts
-        return launch(kernel, programs, arguments, results, warps=warps, **self.sizes, **constants)
+        return launch(kernel, programs, arguments, results, warps=warps, cut=self, **constants)
 
     def by_piece(self, kernel: Any, arguments: Sequence, results: Sequence[Type], **constants) -> list[jax.Array]:
         """Run a program for each chunk of each head and each piece of the channels of its keys, PIECE of them."""
@@ -126,12 +121,13 @@ class Cut(NamedTuple):
           states: (B, H, K, V) or (B, H, chunks, K, V), likewise.
         """
         programs = self.heads * self.values // STRIP_WIDTH
-        loaded = sum(math.prod(x.shape[3:]) * CHUNK_TOKENS * x.dtype.itemsize for x in whole if x.shape[1] == self.time)
+        by_token = [x for x in whole if x is not None and x.shape[1] == self.time]
+        loaded = sum(math.prod(x.shape[3:]) * CHUNK_TOKENS * x.dtype.itemsize for x in by_token)
         loaded += sum(CHUNK_TOKENS * STRIP_WIDTH * x.dtype.itemsize for x in wide)
         warps = warps or self.walk_warps
         stages = self._stages(loaded, warps, self.batch * programs)
-        arguments, constants = [*whole, *wide, *states], self.sizes | constants
-        return launch(kernel, programs, arguments, results, warps=warps, stages=stages, **constants)
+        arguments = [*whole, *wide, *states]
+        return launch(kernel, programs, arguments, results, warps=warps, stages=stages, cut=self, **constants)
 
     def _stages(self, loaded: int, warps: int, programs: int) -> int:
         """Return how many chunks of so many bytes a walk has in flight; two walks share a multiprocessor if need be."""
