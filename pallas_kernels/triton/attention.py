@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.language import constexpr
 
 from pallas_kernels.triton.chunks import block, head_tokens
-from pallas_kernels.triton.launch import Type, launch
+from pallas_kernels.triton.launch import Type, launch, shared_bytes
 
 TIME_MULTIPLE, HEAD_MULTIPLE, MAX_HEAD_DIM = 128, 16, 256
 HIDDEN_SCORE = constexpr(-1e30)
@@ -62,12 +62,16 @@ class Cut(NamedTuple):
 FORWARD_TILINGS = {64: Tiling(64, 64, 4, 3), 128: Tiling(64, 64, 4, 3), 256: Tiling(64, 64, 4, 1)}
 GRADIENT_TILINGS = {64: Tiling(64, 64, 4, 2), 128: Tiling(64, 64, 4, 2), 256: Tiling(64, 32, 8, 1)}
 """By the most channels of a head."""
+TILING_BYTES = {64: 50 << 10, 128: 90 << 10, 256: 113 << 10}
+SMALL_TILING = Tiling(32, 32, 4, 2)
+"""What those take at most where a warp multiplies by itself, and what stands for them where there is less to share."""
 
 
 def tiling_of(tilings: dict[int, Tiling], *arrays: jax.Array) -> Tiling:
     """Return the tiling for heads as large as those of the arrays."""
     largest = max(x.shape[3] for x in arrays)
-    return tilings[next(size for size in tilings if size >= largest)]
+    size = next(size for size in tilings if size >= largest)
+    return tilings[size] if TILING_BYTES[size] <= shared_bytes() else SMALL_TILING
 
 
 def forward(q, k, v, numbers, first, *, scale: float, window: int) -> list[jax.Array]:
