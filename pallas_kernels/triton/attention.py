@@ -13,20 +13,21 @@ documents rise along a row; a token numbered 0 is padding, which sees nothing an
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
+import triton
+import triton.language as tl
+from triton.language import constexpr
 
-from pallas_kernels.triton.pallas_chunks import Type, dot, launch
+from pallas_kernels.triton.launch import Type, launch
+from pallas_kernels.triton.tiles import tile
 
 TIME_MULTIPLE, HEAD_MULTIPLE, MAX_HEAD_DIM = 128, 16, 256
-HIDDEN_SCORE = -1e30
+HIDDEN_SCORE = constexpr(-1e30)
 """Of a key that a query does not see: finite, so that nothing becomes NaN before the first one that it does."""
-LOG2E = math.log2(math.e)
+LOG2E = constexpr(math.log2(math.e))
 
 
 class Tiling(NamedTuple):
@@ -58,33 +59,8 @@ def forward(q, k, v, numbers, first, *, scale: float, window: int) -> list[jax.A
       window: keys that a query sees, its own included.
     """
     tiling = tiling_of(FORWARD_TILINGS, q, v)
-
-    def body(q_ref, k_ref, v_ref, numbers_ref, first_ref, o_ref, logarithm_ref):
-        tile = _tile(q, tiling)
-        here = pl.ds(tile * tiling.own, tiling.own)
-        queries, own = _pieces(q_ref, slice(None)), numbers_ref[here]
-
-        def step(j, carry):
-            top, total, o = carry
-            there = pl.ds(j * tiling.step, tiling.step)
-            visible = _visible(own, numbers_ref[there], tile * tiling.own, j * tiling.step, window)
-            s = jnp.where(visible, _products(queries, _pieces(k_ref, there)) * (scale * LOG2E), HIDDEN_SCORE)
-            higher = jnp.maximum(top, jnp.max(s, axis=1))
-            p, factor = jnp.exp2(s - higher[:, None]), jnp.exp2(top - higher)
-            values = _pieces(v_ref, there)
-            o = [x * factor[:, None] + dot(p.astype(y.dtype), y) for x, y in zip(o, values, strict=True)]
-            return higher, total * factor + jnp.sum(p, axis=1), o
-
-        zeros = jnp.zeros((tiling.own,), jnp.float32)
-        start = zeros + HIDDEN_SCORE, zeros, _sums(v_ref, tiling.own)
-        end = lax.div((tile + 1) * tiling.own, tiling.step)
-        top, total, o = lax.fori_loop(lax.div(first_ref[tile], tiling.step), end, step, start)
-        total = jnp.where(own == 0, 1.0, total)
-        _write(o_ref, [x / total[:, None] for x in o])
-        logarithm_ref[...] = top + jnp.log2(total)
-
     types = Type(v.shape, v.dtype), Type((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-    return _run(body, "attention_forward", tiling, [q], [k, v, numbers, first], types)
+    return _run(attention_forward, tiling, [q, k, v, numbers, first], types, scale, window)
 
 
 def query_gradients(q, k, v, numbers, first, logarithm, delta, do, *, scale: float, window: int) -> list[jax.Array]:
@@ -95,28 +71,8 @@ def query_gradients(q, k, v, numbers, first, logarithm, delta, do, *, scale: flo
       logarithm: of `forward`.
       delta: (B, H, T) fp32, the products of do and o.
     """
-    tiling = tiling_of(GRADIENT_TILINGS, q, v)
-
-    def body(q_ref, do_ref, logarithm_ref, delta_ref, k_ref, v_ref, numbers_ref, first_ref, dq_ref):
-        tile = _tile(q, tiling)
-        queries, gradients = _pieces(q_ref, slice(None)), _pieces(do_ref, slice(None))
-        own, logarithm, delta = numbers_ref[pl.ds(tile * tiling.own, tiling.own)], logarithm_ref[...], delta_ref[...]
-
-        def step(j, dq):
-            there = pl.ds(j * tiling.step, tiling.step)
-            visible = _visible(own, numbers_ref[there], tile * tiling.own, j * tiling.step, window)
-            keys = _pieces(k_ref, there)
-            s = _products(queries, keys) * (scale * LOG2E)
-            p = jnp.where(visible, jnp.exp2(s - logarithm[:, None]), 0.0)
-            ds = p * (_products(gradients, _pieces(v_ref, there)) - delta[:, None])
-            return [x + dot(ds.astype(y.dtype), y) for x, y in zip(dq, keys, strict=True)]
-
-        end = lax.div((tile + 1) * tiling.own, tiling.step)
-        dq = lax.fori_loop(lax.div(first_ref[tile], tiling.step), end, step, _sums(q_ref, tiling.own))
-        _write(dq_ref, [x * scale for x in dq])
-
-    arrays = [q, do, logarithm, delta], [k, v, numbers, first]
-    return _run(body, "attention_query_gradients", tiling, *arrays, [Type(q.shape, q.dtype)])
+    arrays, tiling = [q, k, v, numbers, first, logarithm, delta, do], tiling_of(GRADIENT_TILINGS, q, v)
+    return _run(attention_query_gradients, tiling, arrays, [Type(q.shape, q.dtype)], scale, window)
 
 
 def key_gradients(q, k, v, numbers, last, logarithm, delta, do, *, scale: float, window: int) -> list[jax.Array]:
@@ -126,102 +82,227 @@ def key_gradients(q, k, v, numbers, last, logarithm, delta, do, *, scale: float,
       last: (B, T / own), where the last query stands that sees a tile's keys, -1 where there is none.
       logarithm, delta: as in `query_gradients`.
     """
-    tiling = tiling_of(GRADIENT_TILINGS, q, v)
-
-    def body(k_ref, v_ref, q_ref, do_ref, logarithm_ref, delta_ref, numbers_ref, last_ref, dk_ref, dv_ref):
-        tile = _tile(q, tiling)
-        keys, values = _pieces(k_ref, slice(None)), _pieces(v_ref, slice(None))
-        own = numbers_ref[pl.ds(tile * tiling.own, tiling.own)]
-
-        # Products are transposed, (keys, queries), so that none has to be before it is multiplied.
-        def step(i, carry):
-            dk, dv = carry
-            there = pl.ds(i * tiling.step, tiling.step)
-            visible = _visible(numbers_ref[there], own, i * tiling.step, tile * tiling.own, window, by_key=True)
-            queries, gradients = _pieces(q_ref, there), _pieces(do_ref, there)
-            s = _products(keys, queries) * (scale * LOG2E)
-            p = jnp.where(visible, jnp.exp2(s - logarithm_ref[there][None]), 0.0)
-            ds = p * (_products(values, gradients) - delta_ref[there][None])
-            dk = [x + dot(ds.astype(y.dtype), y) for x, y in zip(dk, queries, strict=True)]
-            dv = [x + dot(p.astype(y.dtype), y) for x, y in zip(dv, gradients, strict=True)]
-            return dk, dv
-
-        start, end = lax.div(tile * tiling.own, tiling.step), lax.div(last_ref[tile], tiling.step) + 1
-        dk, dv = lax.fori_loop(start, end, step, (_sums(k_ref, tiling.own), _sums(v_ref, tiling.own)))
-        _write(dk_ref, [x * scale for x in dk])
-        _write(dv_ref, dv)
-
-    arrays = [k, v], [q, do, logarithm, delta, numbers, last]
-    return _run(body, "attention_key_gradients", tiling, *arrays, [Type(k.shape, k.dtype), Type(v.shape, v.dtype)])
+    arrays, tiling = [q, k, v, numbers, last, logarithm, delta, do], tiling_of(GRADIENT_TILINGS, q, v)
+    types = Type(k.shape, k.dtype), Type(v.shape, v.dtype)
+    return _run(attention_key_gradients, tiling, arrays, types, scale, window)
 
 
-def _run(body: Callable, name: str, tiling: Tiling, cut, whole, results) -> list[jax.Array]:
-    """Run a program for each tile of each head, given its tile of some arrays and of the results, and all of others.
-
-    Arrays are (B, T, H, .), (B, H, T), and what all heads share, (B, .).
-    """
-    batch, time, heads, _ = cut[0].shape
-    tiles = time // tiling.own
-
-    def spec(x, own: bool) -> pl.BlockSpec:
-        def at(b, i):
-            head, tile = lax.div(i, jnp.int32(tiles)), lax.rem(i, jnp.int32(tiles)) if own else 0
-            return {2: (b, 0), 3: (b, head, tile), 4: (b, tile, head, 0)}[len(x.shape)]
-
-        tokens = tiling.own if own else time
-        blocks = {2: (None, x.shape[1]), 3: (None, None, tokens), 4: (None, tokens, None, x.shape[-1])}
-        return pl.BlockSpec(blocks[len(x.shape)], at)
-
-    inputs = [*(spec(x, True) for x in cut), *(spec(x, False) for x in whole)]
-    outputs = [spec(x, True) for x in results]
-    grid = batch, heads * tiles
-    return launch(body, name, tiling.warps, tiling.stages, grid, [*cut, *whole], results, inputs, outputs)
+def _run(kernel, tiling: Tiling, arrays, results, scale: float, window: int) -> list[jax.Array]:
+    """Run a program for each tile of each head; arrays are q, k, v and others."""
+    q, _, v, *_ = arrays
+    (_, time, heads, keys), values = q.shape, v.shape[3]
+    constants = {"T": time, "H": heads, "K": _channels(keys), "V": _channels(values)}
+    constants |= {"OWN": tiling.own, "STEP": tiling.step, "SCALE": scale, "WINDOW": window}
+    programs = heads * time // tiling.own
+    return launch(kernel, programs, arrays, results, warps=tiling.warps, stages=tiling.stages, **constants)
 
 
-def _tile(q, tiling: Tiling) -> jax.Array:
-    """Return which tile of its head a program has."""
-    return lax.rem(pl.program_id(1), jnp.int32(q.shape[1] // tiling.own))
+def _channels(size: int) -> tuple[int, ...]:
+    """Return the sizes of the pieces of a head's channels: powers of two."""
+    return tuple(power for power in (256, 128, 64, 32, 16) if size & power)
 
 
-def _channels(size: int) -> list[pl.Slice]:
-    """Return the pieces of a head's channels: powers of two."""
-    found, start = [], 0
-    for power in (256, 128, 64, 32, 16):
-        while size - start >= power:
-            found.append(pl.ds(start, power))
-            start += power
+@triton.jit
+def attention_forward(
+    q,
+    k,
+    v,
+    numbers,
+    first,
+    o,
+    logarithm,
+    T: constexpr,
+    H: constexpr,
+    K: constexpr,
+    V: constexpr,
+    OWN: constexpr,
+    STEP: constexpr,
+    SCALE: constexpr,
+    WINDOW: constexpr,
+):
+    """Walk over the keys that a tile's queries see."""
+    row, head, tile = tile_program(T, H, OWN)
+    k, v, numbers = head_of(k, row, head, T, H, K), head_of(v, row, head, T, H, V), numbers + row * T
+    here = tile * OWN + tl.arange(0, OWN)
+    queries, own = load_pieces(head_of(q, row, head, T, H, K), tile * OWN, OWN, H, K), tl.load(numbers + here)
+    top, total = tl.full((OWN,), HIDDEN_SCORE, tl.float32), tl.full((OWN,), 0.0, tl.float32)
+    sums = zeros(OWN, V)
+    for j in range(tl.load(first + row * (T // OWN) + tile) // STEP, (tile + 1) * OWN // STEP):
+        there = j * STEP + tl.arange(0, STEP)
+        seen = visible(here[:, None], there[None, :], own[:, None], tl.load(numbers + there)[None, :], WINDOW)
+        s = products(queries, load_pieces(k, j * STEP, STEP, H, K)) * (SCALE * LOG2E)
+        s = tl.where(seen, s, HIDDEN_SCORE)
+        higher = tl.maximum(top, tl.max(s, axis=1))
+        p, factor = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
+        sums = with_products(times(sums, factor[:, None]), p, load_pieces(v, j * STEP, STEP, H, V))
+        top, total = higher, total * factor + tl.sum(p, axis=1)
+    total = tl.where(own == 0, 1.0, total)
+    store_pieces(head_of(o, row, head, T, H, V), tile * OWN, OWN, H, V, times(sums, 1 / total[:, None]))
+    tl.store(logarithm + (row * H + head) * T + here, top + tl.log2(total))
+
+
+@triton.jit
+def attention_query_gradients(
+    q,
+    k,
+    v,
+    numbers,
+    first,
+    logarithm,
+    delta,
+    do,
+    dq,
+    T: constexpr,
+    H: constexpr,
+    K: constexpr,
+    V: constexpr,
+    OWN: constexpr,
+    STEP: constexpr,
+    SCALE: constexpr,
+    WINDOW: constexpr,
+):
+    """Walk over the keys that a tile's queries see."""
+    row, head, tile = tile_program(T, H, OWN)
+    k, v, numbers = head_of(k, row, head, T, H, K), head_of(v, row, head, T, H, V), numbers + row * T
+    here = tile * OWN + tl.arange(0, OWN)
+    queries = load_pieces(head_of(q, row, head, T, H, K), tile * OWN, OWN, H, K)
+    gradients = load_pieces(head_of(do, row, head, T, H, V), tile * OWN, OWN, H, V)
+    of_head = (row * H + head) * T + here
+    own, logarithm, delta = tl.load(numbers + here), tl.load(logarithm + of_head), tl.load(delta + of_head)
+    sums = zeros(OWN, K)
+    for j in range(tl.load(first + row * (T // OWN) + tile) // STEP, (tile + 1) * OWN // STEP):
+        there = j * STEP + tl.arange(0, STEP)
+        seen = visible(here[:, None], there[None, :], own[:, None], tl.load(numbers + there)[None, :], WINDOW)
+        keys = load_pieces(k, j * STEP, STEP, H, K)
+        s = products(queries, keys) * (SCALE * LOG2E)
+        p = tl.where(seen, tl.exp2(s - logarithm[:, None]), 0.0)
+        ds = p * (products(gradients, load_pieces(v, j * STEP, STEP, H, V)) - delta[:, None])
+        sums = with_products(sums, ds, keys)
+    store_pieces(head_of(dq, row, head, T, H, K), tile * OWN, OWN, H, K, times(sums, SCALE))
+
+
+@triton.jit
+def attention_key_gradients(
+    q,
+    k,
+    v,
+    numbers,
+    last,
+    logarithm,
+    delta,
+    do,
+    dk,
+    dv,
+    T: constexpr,
+    H: constexpr,
+    K: constexpr,
+    V: constexpr,
+    OWN: constexpr,
+    STEP: constexpr,
+    SCALE: constexpr,
+    WINDOW: constexpr,
+):
+    """Walk over the queries that see a tile's keys; products are (keys, queries): none is transposed."""
+    row, head, tile = tile_program(T, H, OWN)
+    q, do, numbers = head_of(q, row, head, T, H, K), head_of(do, row, head, T, H, V), numbers + row * T
+    logarithm, delta = logarithm + (row * H + head) * T, delta + (row * H + head) * T
+    here = tile * OWN + tl.arange(0, OWN)
+    keys = load_pieces(head_of(k, row, head, T, H, K), tile * OWN, OWN, H, K)
+    values = load_pieces(head_of(v, row, head, T, H, V), tile * OWN, OWN, H, V)
+    own, key_sums, value_sums = tl.load(numbers + here), zeros(OWN, K), zeros(OWN, V)
+    for i in range(tile * OWN // STEP, tl.load(last + row * (T // OWN) + tile) // STEP + 1):
+        there = i * STEP + tl.arange(0, STEP)
+        seen = visible(there[None, :], here[:, None], tl.load(numbers + there)[None, :], own[:, None], WINDOW)
+        queries, gradients = load_pieces(q, i * STEP, STEP, H, K), load_pieces(do, i * STEP, STEP, H, V)
+        s = products(keys, queries) * (SCALE * LOG2E)
+        p = tl.where(seen, tl.exp2(s - tl.load(logarithm + there)[None, :]), 0.0)
+        ds = p * (products(values, gradients) - tl.load(delta + there)[None, :])
+        key_sums, value_sums = with_products(key_sums, ds, queries), with_products(value_sums, p, gradients)
+    store_pieces(head_of(dk, row, head, T, H, K), tile * OWN, OWN, H, K, times(key_sums, SCALE))
+    store_pieces(head_of(dv, row, head, T, H, V), tile * OWN, OWN, H, V, value_sums)
+
+
+@triton.jit
+def tile_program(T: constexpr, H: constexpr, OWN: constexpr):
+    """Return which row, head and tile a program has."""
+    n = tl.program_id(0)
+    head = n // (T // OWN)
+    return head // H, head % H, n % (T // OWN)
+
+
+@triton.jit
+def visible(query, key, query_number, key_number, WINDOW: constexpr):
+    """Return whether a query sees a key, from their places and their documents' numbers."""
+    near = (key <= query) & (key > query - WINDOW)
+    return near & (query_number == key_number) & (key_number != 0)
+
+
+@triton.constexpr_function
+def width(pieces, count=None):
+    """Return the channels of a head's pieces, or of the first ones."""
+    return sum(pieces[:count])
+
+
+@triton.jit
+def head_of(x, row, head, T: constexpr, H: constexpr, PIECES: constexpr):
+    """Return where the first token of a head is."""
+    return x + (row.to(tl.int64) * (T * H) + head) * width(PIECES)
+
+
+@triton.jit
+def piece(x, start, ROWS: constexpr, H: constexpr, PIECES: constexpr, N: constexpr):
+    """Return where a piece is of the tokens from `start` on of a head at x."""
+    stride: constexpr = H * width(PIECES)
+    return tile(x + start * stride + width(PIECES, N), ROWS, PIECES[N], stride)
+
+
+@triton.jit
+def load_pieces(x, start, ROWS: constexpr, H: constexpr, PIECES: constexpr):
+    """Return the pieces of the tokens from `start` on of a head at x."""
+    found = ()
+    for n in tl.static_range(len(PIECES)):
+        found += (tl.load(piece(x, start, ROWS, H, PIECES, n)),)
     return found
 
 
-def _pieces(ref, tokens) -> list[jax.Array]:
-    return [ref[tokens, channels] for channels in _channels(ref.shape[1])]
+@triton.jit
+def store_pieces(x, start, ROWS: constexpr, H: constexpr, PIECES: constexpr, pieces):
+    """Write them."""
+    for n in tl.static_range(len(PIECES)):
+        tl.store(piece(x, start, ROWS, H, PIECES, n), pieces[n].to(x.dtype.element_ty))
 
 
-def _sums(ref, tokens: int) -> list[jax.Array]:
-    """Return zeros for sums over pieces like those of an array."""
-    return [jnp.zeros((tokens, channels.size), jnp.float32) for channels in _channels(ref.shape[1])]
+@triton.jit
+def zeros(ROWS: constexpr, PIECES: constexpr):
+    """Return sums over pieces."""
+    found = ()
+    for n in tl.static_range(len(PIECES)):
+        found += (tl.full((ROWS, PIECES[n]), 0.0, tl.float32),)
+    return found
 
 
-def _write(ref, pieces: list[jax.Array]) -> None:
-    for channels, piece in zip(_channels(ref.shape[1]), pieces, strict=True):
-        ref[:, channels] = piece.astype(ref.dtype)
+@triton.jit
+def times(pieces, factor):
+    """Return each times a factor."""
+    found = ()
+    for n in tl.static_range(len(pieces)):
+        found += (pieces[n] * factor,)
+    return found
 
 
-def _products(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+@triton.jit
+def products(a, b):
     """Return the products of each row of a with each of b."""
-    first, *others = (dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True))
-    return sum(others, first)
+    total = tl.dot(a[0], tl.trans(b[0]))
+    for n in tl.static_range(1, len(a)):
+        total = tl.dot(a[n], tl.trans(b[n]), total)
+    return total
 
 
-def _visible(queries, keys, query_start, key_start, window: int, *, by_key: bool = False) -> jax.Array:
-    """Return which of some keys each of some queries sees, from their documents' numbers: (queries, keys) or by key."""
-
-    def of_query(x):
-        return x[None] if by_key else x[:, None]
-
-    def of_key(x):
-        return x[:, None] if by_key else x[None]
-
-    query, key = query_start + jnp.arange(queries.size), key_start + jnp.arange(keys.size)
-    near = (of_key(key) <= of_query(query)) & (of_key(key) > of_query(query) - window)
-    return near & (of_query(queries) == of_key(keys)) & (of_key(keys) != 0)
+@triton.jit
+def with_products(sums, weights, pieces):
+    """Return the sums with the weighted rows of pieces."""
+    found = ()
+    for n in tl.static_range(len(pieces)):
+        found += (tl.dot(weights.to(pieces[n].dtype), pieces[n], sums[n]),)
+    return found

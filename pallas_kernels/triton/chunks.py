@@ -116,7 +116,8 @@ class Cut(NamedTuple):
           wide: (B, T, H, V), of which it reads its columns.
           states: (B, H, K, V) or (B, H, chunks, K, V), likewise.
         """
-        loaded = sum(math.prod(x.shape[3:]) * CHUNK_TOKENS * x.dtype.itemsize for x in whole if x.shape[1] == self.time)
+        by_token = [x for x in whole if x is not None and x.shape[1] == self.time]
+        loaded = sum(math.prod(x.shape[3:]) * CHUNK_TOKENS * x.dtype.itemsize for x in by_token)
         loaded += sum(CHUNK_TOKENS * STRIP_WIDTH * x.dtype.itemsize for x in wide)
         programs, warps = self.heads * self.strips, warps or self.walk_warps
         stages = self._stages(loaded, warps, self.batch * programs)

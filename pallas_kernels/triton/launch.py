@@ -1,6 +1,7 @@
 """How a Triton kernel is called, through jax-triton: for lanes of `jax.vmap` and under `jax.shard_map` as well."""
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -33,10 +34,15 @@ def launch(
       kernel: a `triton.jit` function of pointers to the arguments, pointers to the results, and `constants`. Program
         `tl.program_id(0)` is the one numbered by its remainder by `programs`, of the row numbered by the quotient.
         Profiles know it by the function's name.
-      arguments, results: arrays and types, (rows, ...); of results every element is to be written.
+      arguments, results: arrays and types, (rows, ...); of results every element is to be written. None is one that the
+        kernel does not touch; it returns nothing for it.
       warps: of a program.
       stages: of its loops' loads.
     """
+
+    arguments = [arguments[0] if x is None else x for x in arguments]
+    untouched, given = Type((arguments[0].shape[0], 1), jnp.float32), [x is not None for x in results]
+    results = [untouched if x is None else x for x in results]
 
     @custom_vmap
     def run(*arrays):
@@ -51,7 +57,7 @@ def launch(
         made = launch(kernel, programs, rows, types, warps=warps, stages=stages, **constants)
         return [x.reshape(lanes, *like.shape) for x, like in zip(made, results, strict=True)], [True] * len(made)
 
-    return run(*arguments)
+    return [*itertools.compress(run(*arguments), given)]
 
 
 def _run(kernel, programs, arrays, results, **options) -> list[jax.Array]:

@@ -4,12 +4,13 @@ Memory is what a call is given, checked: a program that reads or writes beside i
 has written, fails, and what nothing has written is NaN.
 """
 
+import contextlib
 import functools
 import importlib
 import itertools
 import pkgutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import jax
@@ -113,17 +114,25 @@ def run(kernel: Callable, grid, arrays, types, constants: dict) -> list[np.ndarr
     results = [np.full(x.shape, np.nan if "float" in x.dtype.name else -1, x.dtype) for x in types]
     memory = Memory([np.asarray(x) for x in arrays], results)
     builder, arguments = interpreter.interpreter_builder, memory.pointers()
-    with ONE_AT_A_TIME:
+    with ONE_AT_A_TIME, patched_language(kernel):
         builder.create_masked_load, builder.create_masked_store = memory.load, memory.store
-        scope = interpreter._patch_lang(kernel)
-        try:
-            builder.set_grid_dim(*grid)
-            for memory.program, place in enumerate(itertools.product(*map(range, grid))):
-                builder.set_grid_idx(*place)
-                kernel(*arguments, **constants)
-        finally:
-            scope.restore()
+        builder.set_grid_dim(*grid)
+        for memory.program, place in enumerate(itertools.product(*map(range, grid))):
+            builder.set_grid_idx(*place)
+            kernel(*arguments, **constants)
     return results
+
+
+@contextlib.contextmanager
+def patched_language(kernel: Callable) -> Iterator[None]:
+    """Let what a kernel and Triton's own functions call compute."""
+    scopes = [interpreter._patch_lang(function) for function in (standard.max, kernel)]
+    scopes[0].set_attr(tl.tensor, "__index__", lambda x: x.handle.data.item())  # Triton's fails with numpy 2.5
+    try:
+        yield
+    finally:
+        for scope in reversed(scopes):
+            scope.restore()
 
 
 def triton_call(
