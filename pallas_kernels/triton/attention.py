@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from pallas_kernels.triton.launch import Type, launch
+from pallas_kernels.triton.launch import Type, launch, shared_bytes
 from pallas_kernels.triton.tiles import tile
 
 TIME_MULTIPLE, HEAD_MULTIPLE, MAX_HEAD_DIM = 128, 16, 256
@@ -39,15 +39,39 @@ class Tiling(NamedTuple):
     stages: int
 
 
+class Pieces(NamedTuple):
+    """A head's channels: elements from token to token, and the sizes of its pieces."""
+
+    stride: int
+    sizes: tuple[int, ...]
+
+
+class Cut(NamedTuple):
+    """T and H of a call, what a program has of it and takes at each step, and what it does with scores."""
+
+    time: int
+    heads: int
+    keys: Pieces
+    values: Pieces
+    own: int
+    step: int
+    scale: float
+    window: int
+
+
 FORWARD_TILINGS = {64: Tiling(64, 64, 4, 3), 128: Tiling(64, 64, 4, 3), 256: Tiling(64, 64, 4, 1)}
 GRADIENT_TILINGS = {64: Tiling(64, 64, 4, 2), 128: Tiling(64, 64, 4, 2), 256: Tiling(64, 32, 8, 1)}
 """By the most channels of a head."""
+TILING_BYTES = {64: 50 << 10, 128: 90 << 10, 256: 113 << 10}
+SMALL_TILING = Tiling(32, 32, 4, 2)
+"""What those take at most where a warp multiplies by itself, and what stands for them where there is less to share."""
 
 
 def tiling_of(tilings: dict[int, Tiling], *arrays: jax.Array) -> Tiling:
     """Return the tiling for heads as large as those of the arrays."""
     largest = max(x.shape[3] for x in arrays)
-    return tilings[next(size for size in tilings if size >= largest)]
+    size = next(size for size in tilings if size >= largest)
+    return tilings[size] if TILING_BYTES[size] <= shared_bytes() else SMALL_TILING
 
 
 def forward(q, k, v, numbers, first, *, scale: float, window: int) -> list[jax.Array]:
@@ -90,209 +114,160 @@ def key_gradients(q, k, v, numbers, last, logarithm, delta, do, *, scale: float,
 def _run(kernel, tiling: Tiling, arrays, results, scale: float, window: int) -> list[jax.Array]:
     """Run a program for each tile of each head; arrays are q, k, v and others."""
     q, _, v, *_ = arrays
-    (_, time, heads, keys), values = q.shape, v.shape[3]
-    constants = {"T": time, "H": heads, "K": _channels(keys), "V": _channels(values)}
-    constants |= {"OWN": tiling.own, "STEP": tiling.step, "SCALE": scale, "WINDOW": window}
+    _, time, heads, _ = q.shape
+    cut = Cut(time, heads, _pieces(q), _pieces(v), tiling.own, tiling.step, scale, window)
     programs = heads * time // tiling.own
-    return launch(kernel, programs, arrays, results, warps=tiling.warps, stages=tiling.stages, **constants)
+    return launch(kernel, programs, arrays, results, warps=tiling.warps, stages=tiling.stages, cut=cut)
 
 
-def _channels(size: int) -> tuple[int, ...]:
-    """Return the sizes of the pieces of a head's channels: powers of two."""
-    return tuple(power for power in (256, 128, 64, 32, 16) if size & power)
+def _pieces(x: jax.Array) -> Pieces:
+    _, _, heads, size = x.shape
+    return Pieces(heads * size, tuple(power for power in (256, 128, 64, 32, 16) if size & power))
 
 
 @triton.jit
-def attention_forward(
-    q,
-    k,
-    v,
-    numbers,
-    first,
-    o,
-    logarithm,
-    T: constexpr,
-    H: constexpr,
-    K: constexpr,
-    V: constexpr,
-    OWN: constexpr,
-    STEP: constexpr,
-    SCALE: constexpr,
-    WINDOW: constexpr,
-):
+def attention_forward(q, k, v, numbers, first, o, logarithm, cut: constexpr):
     """Walk over the keys that a tile's queries see."""
-    row, head, tile = tile_program(T, H, OWN)
-    k, v, numbers = head_of(k, row, head, T, H, K), head_of(v, row, head, T, H, V), numbers + row * T
-    here = tile * OWN + tl.arange(0, OWN)
-    queries, own = load_pieces(head_of(q, row, head, T, H, K), tile * OWN, OWN, H, K), tl.load(numbers + here)
-    top, total = tl.full((OWN,), HIDDEN_SCORE, tl.float32), tl.full((OWN,), 0.0, tl.float32)
-    sums = zeros(OWN, V)
-    for j in range(tl.load(first + row * (T // OWN) + tile) // STEP, (tile + 1) * OWN // STEP):
-        there = j * STEP + tl.arange(0, STEP)
-        seen = visible(here[:, None], there[None, :], own[:, None], tl.load(numbers + there)[None, :], WINDOW)
-        s = products(queries, load_pieces(k, j * STEP, STEP, H, K)) * (SCALE * LOG2E)
+    K: constexpr = cut.keys
+    V: constexpr = cut.values
+    row, head, tile = tile_program(cut)
+    k, v, numbers = head_of(k, row, head, cut, K), head_of(v, row, head, cut, V), numbers + row * cut.time
+    start, here = tile * cut.own, tile * cut.own + tl.arange(0, cut.own)
+    queries, own = load_pieces(head_of(q, row, head, cut, K), start, cut.own, K), tl.load(numbers + here)
+    top, total = tl.full((cut.own,), HIDDEN_SCORE, tl.float32), tl.full((cut.own,), 0.0, tl.float32)
+    sums = zeros(cut.own, V)
+    for j in range(tl.load(first + row * (cut.time // cut.own) + tile) // cut.step, (start + cut.own) // cut.step):
+        there = j * cut.step + tl.arange(0, cut.step)
+        seen = visible(here[:, None], there[None, :], own[:, None], tl.load(numbers + there)[None, :], cut.window)
+        s = products(queries, load_pieces(k, j * cut.step, cut.step, K)) * (cut.scale * LOG2E)
         s = tl.where(seen, s, HIDDEN_SCORE)
         higher = tl.maximum(top, tl.max(s, axis=1))
         p, factor = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
-        sums = with_products(times(sums, factor[:, None]), p, load_pieces(v, j * STEP, STEP, H, V))
+        sums = with_products(times(sums, factor[:, None]), p, load_pieces(v, j * cut.step, cut.step, V))
         top, total = higher, total * factor + tl.sum(p, axis=1)
     total = tl.where(own == 0, 1.0, total)
-    store_pieces(head_of(o, row, head, T, H, V), tile * OWN, OWN, H, V, times(sums, 1 / total[:, None]))
-    tl.store(logarithm + (row * H + head) * T + here, top + tl.log2(total))
+    store_pieces(head_of(o, row, head, cut, V), start, cut.own, V, times(sums, 1 / total[:, None]))
+    tl.store(logarithm + (row * cut.heads + head) * cut.time + here, top + tl.log2(total))
 
 
 @triton.jit
-def attention_query_gradients(
-    q,
-    k,
-    v,
-    numbers,
-    first,
-    logarithm,
-    delta,
-    do,
-    dq,
-    T: constexpr,
-    H: constexpr,
-    K: constexpr,
-    V: constexpr,
-    OWN: constexpr,
-    STEP: constexpr,
-    SCALE: constexpr,
-    WINDOW: constexpr,
-):
+def attention_query_gradients(q, k, v, numbers, first, logarithm, delta, do, dq, cut: constexpr):
     """Walk over the keys that a tile's queries see."""
-    row, head, tile = tile_program(T, H, OWN)
-    k, v, numbers = head_of(k, row, head, T, H, K), head_of(v, row, head, T, H, V), numbers + row * T
-    here = tile * OWN + tl.arange(0, OWN)
-    queries = load_pieces(head_of(q, row, head, T, H, K), tile * OWN, OWN, H, K)
-    gradients = load_pieces(head_of(do, row, head, T, H, V), tile * OWN, OWN, H, V)
-    of_head = (row * H + head) * T + here
+    K: constexpr = cut.keys
+    V: constexpr = cut.values
+    row, head, tile = tile_program(cut)
+    k, v, numbers = head_of(k, row, head, cut, K), head_of(v, row, head, cut, V), numbers + row * cut.time
+    start, here = tile * cut.own, tile * cut.own + tl.arange(0, cut.own)
+    queries = load_pieces(head_of(q, row, head, cut, K), start, cut.own, K)
+    gradients = load_pieces(head_of(do, row, head, cut, V), start, cut.own, V)
+    of_head = (row * cut.heads + head) * cut.time + here
     own, logarithm, delta = tl.load(numbers + here), tl.load(logarithm + of_head), tl.load(delta + of_head)
-    sums = zeros(OWN, K)
-    for j in range(tl.load(first + row * (T // OWN) + tile) // STEP, (tile + 1) * OWN // STEP):
-        there = j * STEP + tl.arange(0, STEP)
-        seen = visible(here[:, None], there[None, :], own[:, None], tl.load(numbers + there)[None, :], WINDOW)
-        keys = load_pieces(k, j * STEP, STEP, H, K)
-        s = products(queries, keys) * (SCALE * LOG2E)
+    sums = zeros(cut.own, K)
+    for j in range(tl.load(first + row * (cut.time // cut.own) + tile) // cut.step, (start + cut.own) // cut.step):
+        there = j * cut.step + tl.arange(0, cut.step)
+        seen = visible(here[:, None], there[None, :], own[:, None], tl.load(numbers + there)[None, :], cut.window)
+        keys = load_pieces(k, j * cut.step, cut.step, K)
+        s = products(queries, keys) * (cut.scale * LOG2E)
         p = tl.where(seen, tl.exp2(s - logarithm[:, None]), 0.0)
-        ds = p * (products(gradients, load_pieces(v, j * STEP, STEP, H, V)) - delta[:, None])
+        ds = p * (products(gradients, load_pieces(v, j * cut.step, cut.step, V)) - delta[:, None])
         sums = with_products(sums, ds, keys)
-    store_pieces(head_of(dq, row, head, T, H, K), tile * OWN, OWN, H, K, times(sums, SCALE))
+    store_pieces(head_of(dq, row, head, cut, K), start, cut.own, K, times(sums, cut.scale))
 
 
 @triton.jit
-def attention_key_gradients(
-    q,
-    k,
-    v,
-    numbers,
-    last,
-    logarithm,
-    delta,
-    do,
-    dk,
-    dv,
-    T: constexpr,
-    H: constexpr,
-    K: constexpr,
-    V: constexpr,
-    OWN: constexpr,
-    STEP: constexpr,
-    SCALE: constexpr,
-    WINDOW: constexpr,
-):
-    """Walk over the queries that see a tile's keys; products are (keys, queries): none is transposed."""
-    row, head, tile = tile_program(T, H, OWN)
-    q, do, numbers = head_of(q, row, head, T, H, K), head_of(do, row, head, T, H, V), numbers + row * T
-    logarithm, delta = logarithm + (row * H + head) * T, delta + (row * H + head) * T
-    here = tile * OWN + tl.arange(0, OWN)
-    keys = load_pieces(head_of(k, row, head, T, H, K), tile * OWN, OWN, H, K)
-    values = load_pieces(head_of(v, row, head, T, H, V), tile * OWN, OWN, H, V)
-    own, key_sums, value_sums = tl.load(numbers + here), zeros(OWN, K), zeros(OWN, V)
-    for i in range(tile * OWN // STEP, tl.load(last + row * (T // OWN) + tile) // STEP + 1):
-        there = i * STEP + tl.arange(0, STEP)
-        seen = visible(there[None, :], here[:, None], tl.load(numbers + there)[None, :], own[:, None], WINDOW)
-        queries, gradients = load_pieces(q, i * STEP, STEP, H, K), load_pieces(do, i * STEP, STEP, H, V)
-        s = products(keys, queries) * (SCALE * LOG2E)
-        p = tl.where(seen, tl.exp2(s - tl.load(logarithm + there)[None, :]), 0.0)
-        ds = p * (products(values, gradients) - tl.load(delta + there)[None, :])
+def attention_key_gradients(q, k, v, numbers, last, logarithm, delta, do, dk, dv, cut: constexpr):
+    """Walk over the queries that see a tile's keys; products are (keys, queries): none has to be transposed."""
+    K: constexpr = cut.keys
+    V: constexpr = cut.values
+    row, head, tile = tile_program(cut)
+    q, do, numbers = head_of(q, row, head, cut, K), head_of(do, row, head, cut, V), numbers + row * cut.time
+    of_head = (row * cut.heads + head) * cut.time
+    start, here = tile * cut.own, tile * cut.own + tl.arange(0, cut.own)
+    keys = load_pieces(head_of(k, row, head, cut, K), start, cut.own, K)
+    values = load_pieces(head_of(v, row, head, cut, V), start, cut.own, V)
+    own, key_sums, value_sums = tl.load(numbers + here), zeros(cut.own, K), zeros(cut.own, V)
+    for i in range(start // cut.step, tl.load(last + row * (cut.time // cut.own) + tile) // cut.step + 1):
+        there = i * cut.step + tl.arange(0, cut.step)
+        seen = visible(there[None, :], here[:, None], tl.load(numbers + there)[None, :], own[:, None], cut.window)
+        queries, gradients = load_pieces(q, i * cut.step, cut.step, K), load_pieces(do, i * cut.step, cut.step, V)
+        s = products(keys, queries) * (cut.scale * LOG2E)
+        p = tl.where(seen, tl.exp2(s - tl.load(logarithm + of_head + there)[None, :]), 0.0)
+        ds = p * (products(values, gradients) - tl.load(delta + of_head + there)[None, :])
         key_sums, value_sums = with_products(key_sums, ds, queries), with_products(value_sums, p, gradients)
-    store_pieces(head_of(dk, row, head, T, H, K), tile * OWN, OWN, H, K, times(key_sums, SCALE))
-    store_pieces(head_of(dv, row, head, T, H, V), tile * OWN, OWN, H, V, value_sums)
+    store_pieces(head_of(dk, row, head, cut, K), start, cut.own, K, times(key_sums, cut.scale))
+    store_pieces(head_of(dv, row, head, cut, V), start, cut.own, V, value_sums)
 
 
 @triton.jit
-def tile_program(T: constexpr, H: constexpr, OWN: constexpr):
+def tile_program(cut: constexpr):
     """Return which row, head and tile a program has."""
-    n = tl.program_id(0)
-    head = n // (T // OWN)
-    return head // H, head % H, n % (T // OWN)
+    n, tiles = tl.program_id(0), cut.time // cut.own
+    head = n // tiles
+    return head // cut.heads, head % cut.heads, n % tiles
 
 
 @triton.jit
-def visible(query, key, query_number, key_number, WINDOW: constexpr):
+def visible(query, key, query_number, key_number, window: constexpr):
     """Return whether a query sees a key, from their places and their documents' numbers."""
-    near = (key <= query) & (key > query - WINDOW)
+    near = (key <= query) & (key > query - window)
     return near & (query_number == key_number) & (key_number != 0)
 
 
-@triton.constexpr_function
-def width(pieces, count=None):
-    """Return the channels of a head's pieces, or of the first ones."""
-    return sum(pieces[:count])
-
-
 @triton.jit
-def head_of(x, row, head, T: constexpr, H: constexpr, PIECES: constexpr):
+def head_of(x, row, head, cut: constexpr, pieces: constexpr):
     """Return where the first token of a head is."""
-    return x + (row.to(tl.int64) * (T * H) + head) * width(PIECES)
+    return x + (row.to(tl.int64) * cut.time * cut.heads + head) * (pieces.stride // cut.heads)
+
+
+@triton.constexpr_function
+def channels_before(sizes, n):
+    """Return how many channels there are before piece n."""
+    return sum(sizes[:n])
 
 
 @triton.jit
-def piece(x, start, ROWS: constexpr, H: constexpr, PIECES: constexpr, N: constexpr):
-    """Return where a piece is of the tokens from `start` on of a head at x."""
-    stride: constexpr = H * width(PIECES)
-    return tile(x + start * stride + width(PIECES, N), ROWS, PIECES[N], stride)
+def place_of_piece(x, start, tokens: constexpr, pieces: constexpr, n: constexpr):
+    """Return where the elements of a piece are, of tokens of a head at x from `start` on."""
+    return tile(x + start * pieces.stride + channels_before(pieces.sizes, n), tokens, pieces.sizes[n], pieces.stride)
 
 
 @triton.jit
-def load_pieces(x, start, ROWS: constexpr, H: constexpr, PIECES: constexpr):
-    """Return the pieces of the tokens from `start` on of a head at x."""
+def load_pieces(x, start, tokens: constexpr, pieces: constexpr):
+    """Return the pieces of tokens of a head at x from `start` on."""
     found = ()
-    for n in tl.static_range(len(PIECES)):
-        found += (tl.load(piece(x, start, ROWS, H, PIECES, n)),)
+    for n in tl.static_range(len(pieces.sizes)):
+        found += (tl.load(place_of_piece(x, start, tokens, pieces, n)),)
     return found
 
 
 @triton.jit
-def store_pieces(x, start, ROWS: constexpr, H: constexpr, PIECES: constexpr, pieces):
+def store_pieces(x, start, tokens: constexpr, pieces: constexpr, values):
     """Write them."""
-    for n in tl.static_range(len(PIECES)):
-        tl.store(piece(x, start, ROWS, H, PIECES, n), pieces[n].to(x.dtype.element_ty))
+    for n in tl.static_range(len(values)):
+        tl.store(place_of_piece(x, start, tokens, pieces, n), values[n].to(x.dtype.element_ty))
 
 
 @triton.jit
-def zeros(ROWS: constexpr, PIECES: constexpr):
+def zeros(tokens: constexpr, pieces: constexpr):
     """Return sums over pieces."""
     found = ()
-    for n in tl.static_range(len(PIECES)):
-        found += (tl.full((ROWS, PIECES[n]), 0.0, tl.float32),)
+    for n in tl.static_range(len(pieces.sizes)):
+        found += (tl.full((tokens, pieces.sizes[n]), 0.0, tl.float32),)
     return found
 
 
 @triton.jit
-def times(pieces, factor):
-    """Return each times a factor."""
+def times(values, factor):
+    """Return all pieces times a factor."""
     found = ()
-    for n in tl.static_range(len(pieces)):
-        found += (pieces[n] * factor,)
+    for n in tl.static_range(len(values)):
+        found += (values[n] * factor,)
     return found
 
 
 @triton.jit
 def products(a, b):
-    """Return the products of each row of a with each of b."""
+    """Return the products of each row of a with each of b, of all pieces together."""
     total = tl.dot(a[0], tl.trans(b[0]))
     for n in tl.static_range(1, len(a)):
         total = tl.dot(a[n], tl.trans(b[n]), total)
@@ -300,9 +275,9 @@ def products(a, b):
 
 
 @triton.jit
-def with_products(sums, weights, pieces):
-    """Return the sums with the weighted rows of pieces."""
+def with_products(sums, weights, values):
+    """Return sums with the weighted rows of all pieces added."""
     found = ()
-    for n in tl.static_range(len(pieces)):
-        found += (tl.dot(weights.to(pieces[n].dtype), pieces[n], sums[n]),)
+    for n in tl.static_range(len(values)):
+        found += (tl.dot(weights.to(values[n].dtype), values[n], sums[n]),)
     return found

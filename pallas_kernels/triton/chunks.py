@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.triton.launch import Type, launch
+from pallas_kernels.triton.launch import Type, launch, shared_bytes
 
 CHUNK_TOKENS, BLOCK_TOKENS, STRIP_WIDTH = 64, 16, 64
 BLOCKS_PER_CHUNK = CHUNK_TOKENS // BLOCK_TOKENS
 PIECE_WIDTH = 64
 """Most channels of keys of a program for a chunk that holds sums for each of them."""
 CHUNK_WARPS = 4
-MULTIPROCESSORS, SHARED_BYTES = 132, 227 << 10
-"""Of a Hopper GPU, and what the programs of a multiprocessor share."""
+MULTIPROCESSORS = 132
+"""Of a Hopper GPU."""
 STAGES_BY_BYTES = (40 << 10, 3), (96 << 10, 2)
 """By the most bytes that a chunk's loads take: how many chunks a walk has in flight. With more bytes it is one.
 
@@ -129,7 +129,7 @@ class Cut(NamedTuple):
         beside = 2 if warps == 4 and programs > MULTIPROCESSORS else 1
         state = self.keys * STRIP_WIDTH * 2
         most = next((n for most, n in STAGES_BY_BYTES if loaded <= most), 1)
-        return max(1, min(most, (SHARED_BYTES // beside - state) // loaded))
+        return max(1, min(most, (shared_bytes() // beside - state) // loaded))
 
 
 def like(x) -> Type:

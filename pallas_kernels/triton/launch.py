@@ -15,7 +15,11 @@ from jax.custom_batching import custom_vmap
 Type = jax.ShapeDtypeStruct
 
 CAPABILITIES = {"A100": 80, "A10": 86, "A10G": 86, "L4": 89, "L40": 89, "L40S": 89, "H100": 90, "H200": 90, "GH200": 90}
-"""What GPUs are compiled for that need not be there, by a word of their names."""
+"""Compute capabilities of GPUs that one may compile for without having them, by a word of their names."""
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
+"""By compute capability: what the programs of a multiprocessor share, and one may take."""
+LEAST_SHARED_BYTES = 64 << 10
+"""Of any GPU, AMD's included."""
 
 
 def launch(
@@ -73,8 +77,13 @@ def _repeated(x: jax.Array, lanes: int) -> jax.Array:
     return jnp.broadcast_to(x, (lanes, *x.shape))
 
 
+def shared_bytes() -> int:
+    """Return what the programs of a multiprocessor share of the GPU that is being compiled for."""
+    return SHARED_BYTES.get(_capability() or 0, LEAST_SHARED_BYTES)
+
+
 def _capability() -> int | None:
-    """Return that of the mesh's GPUs; None where they are this host's, which jax-triton asks."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    words = re.split(r"[\s-]", device.device_kind) if device is not None else []
+    """Return that of the mesh's GPUs, or of this host's; None where it is not known, and jax-triton asks this host."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    words = re.split(r"[\s-]", device.device_kind)
     return next((CAPABILITIES[word] for word in words if word in CAPABILITIES), None)

@@ -10,6 +10,7 @@ from helpers.devices import gpus
 from based_jax.ops import segments, softmax
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.triton import attention as triton_attention
+from pallas_kernels.triton import attention as kernels
 
 
 def call_of(T=256, K=64, V=64, dtype=jnp.bfloat16, window=None, B=2, H=2):
@@ -69,6 +70,13 @@ def test_packed_documents_lower_for_an_h100(K):
     kernels = [line for line in text.splitlines() if "@triton_kernel_call" in line]
     width = -(-K // 16) * 16
     assert len(kernels) == 3 and all(f"tensor<2x256x2x{width}xbf16>" in line for line in kernels)
+
+
+@pytest.mark.parametrize("kind, size", [("NVIDIA A100-SXM4-80GB", 64), ("NVIDIA L40S", 32), ("gfx942", 32)])
+def test_tiles_are_as_large_as_there_is_memory(kind, size):
+    with gpus(kind):
+        tilings = [kernels.tiling_of(kernels.GRADIENT_TILINGS, *call_of(K=K)[:3]) for K in (64, 256)]
+    assert [tiling.own for tiling in tilings] == [64, size]
 
 
 def test_lanes_lower_for_an_h100():

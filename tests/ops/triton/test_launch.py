@@ -13,7 +13,7 @@ from helpers.devices import gpus
 from jax.sharding import PartitionSpec
 
 from based_jax import parallel
-from pallas_kernels.triton.launch import Type, launch
+from pallas_kernels.triton.launch import Type, launch, shared_bytes
 
 SIZE = 32
 
@@ -83,9 +83,13 @@ def test_each_device_runs_its_rows_alone():
     assert "scaled_sums" in lowered.as_text(debug_info=True)
 
 
-@pytest.mark.parametrize("kind, capability", [("NVIDIA H200", 90), ("NVIDIA A100-SXM4-80GB", 80), ("NVIDIA L40S", 89)])
-def test_it_compiles_for_the_meshs_gpus(kind, capability):
+@pytest.mark.parametrize(
+    "kind, capability, kilobytes",
+    [("NVIDIA H200", 90, 227), ("NVIDIA A100-SXM4-80GB", 80, 163), ("NVIDIA L40S", 89, 99), ("gfx942", None, 64)],
+)
+def test_it_compiles_for_the_meshs_gpus(kind, capability, kilobytes):
     with gpus(kind):
+        assert shared_bytes() == kilobytes << 10
         text = str(jax.make_jaxpr(lambda x, y: call(x, y))(jnp.zeros((2, 64), jnp.bfloat16), jnp.zeros(2)))
     assert f"compute_capability={capability}" in text
 
