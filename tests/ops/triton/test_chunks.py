@@ -9,7 +9,6 @@ import pytest
 from helpers import triton_interpreter
 from helpers.cases import parametrize_some
 from helpers.devices import gpus
-from jax.experimental import pallas as pl
 
 from based_jax import parallel
 from based_jax.errors import UserError
@@ -70,11 +69,7 @@ def decays(form, K):
 @pytest.fixture
 def interpreted(monkeypatch):
     """Run the kernels in their interpreter, in fp32 too."""
-    from pallas_kernels.triton import pallas_chunks as kernels
-
     triton_interpreter.interpret(monkeypatch)
-    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
-    monkeypatch.setattr(kernels, "EXACT_PRODUCT", jax.lax.Precision.HIGHEST)
     monkeypatch.setattr(chunks, "supports", lambda *_: None)
     monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
 
