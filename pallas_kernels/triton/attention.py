@@ -253,7 +253,7 @@ def empty_sums(tokens: constexpr, pieces: constexpr):
     """Return sums over pieces."""
     found = ()
     for n in tl.static_range(len(pieces.sizes)):
-        found += (zeros(tokens, pieces.sizes[n]),)
+        found += (zeros(tokens, tl.constexpr(pieces.sizes[n])),)
     return found
 
 
