@@ -13,7 +13,7 @@ from based_jax.aot.hlo import FUSIONS, Instruction, Program
 from based_jax.bench.timing import Kernel
 
 OWN_SUFFIX = "_mosaic_gpu_kernel"
-OWN_PRIMITIVES = "mpmd_map", "pallas_call"
+OWN_PRIMITIVES = "mpmd_map", "triton_kernel_call"
 """What the scope of a kernel of our own ends with, behind the kernel's name."""
 HELPER = re.compile(r"(?i)splitk|memset|memcpy")
 """Of kernels that a library runs beside the one that was asked for."""
