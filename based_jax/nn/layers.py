@@ -6,12 +6,14 @@ softmax, recurrent states and the loss are fp32 whatever it is.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, override
 
 import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from based_jax.dims import BP, DropoutKey
@@ -136,6 +138,15 @@ def linear_part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int
     return multiply(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)[:, begin:end])
 
 
+def split(y: Shaped[Array, "..."], sections: int | Sequence[int], axis: int = -1) -> list[Shaped[Array, "..."]]:
+    """Return the parts of a product, as `jnp.split` does, whose gradient is joined from theirs once, as they are made.
+
+    XLA would make the parts' gradients first, and then join them for each of the two products that read the sum of
+    all: a barrier's gradient is a barrier.
+    """
+    return jnp.split(lax.optimization_barrier(y), sections, axis)
+
+
 def per_channel(parameter: Float[Array, "..."], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """Return a parameter over the last axes of x, the same for all tokens, in the dtype of x.
 
@@ -199,7 +210,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Apply to each token."""
-        value, gate = jnp.split(self.fc1(x), 2, axis=-1)
+        value, gate = split(self.fc1(x), 2)
         return self.fc2(value * jax.nn.silu(gate))
 
 
