@@ -53,14 +53,24 @@ def forward(q, k, v, c, state, *, scale: float, with_starts: bool) -> list[jax.A
       state: (B, H, K, V) fp32.
     """
     cut = Cut.of(k, v)
-    results = [like(v), like(state), *[cut.states(v.dtype)] * with_starts]
-    constants = {"scale": scale} if with_starts else {"scale": scale, "starts_ref": None}
-    return cut.by_strip(one_decay_forward, [q, k, c], [v], [state], results, **constants)
+    results = [like(v), like(state), cut.states(v.dtype) if with_starts else None]
+    options = {"scale": scale, "with_starts": with_starts}
+    return cut.by_strip(one_decay_forward, [q, k, c], [v], [state], results, **options)
 
 
 @triton.jit
 def one_decay_forward(
-    q_ref, k_ref, c_ref, v_ref, state_ref, o_ref, last_ref, starts_ref, cut: tl.constexpr, scale: tl.constexpr
+    q_ref,
+    k_ref,
+    c_ref,
+    v_ref,
+    state_ref,
+    o_ref,
+    last_ref,
+    starts_ref,
+    cut: tl.constexpr,
+    scale: tl.constexpr,
+    with_starts: tl.constexpr,
 ):
     """Walk over the chunks with a strip of a state."""
     sequence, column = program_of_strip(cut)
@@ -71,7 +81,7 @@ def one_decay_forward(
         c, v = tl.load(numbers_at(c_ref, at, cut)), tl.load(values_at(v_ref, at, column, cut))
         before = S.to(q.dtype)
         since, until, all_of_it = decays(c)
-        if starts_ref is not None:
+        if with_starts:
             store(state_at(starts_ref, sequence * cut.chunks + n, column, cut), before)
         t, s = places(CHUNK)
         p = (tl.dot(q, tl.trans(k)) * decays_between(c, t >= s)).to(q.dtype)
