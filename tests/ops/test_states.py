@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import pytest
+from helpers import cuda_plugin
 from helpers.devices import gpus
 
 from based_jax.errors import UserError
@@ -155,8 +156,9 @@ LONG_NAMES = "taylor, one piece", "taylor, pieces", "dplr, steps", "dplr, chunks
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG_NAMES else name for name in KERNELS]
 )
-def test_a_state_that_nobody_reads_takes_no_kernels(name):
+def test_a_state_that_nobody_reads_takes_no_kernels(name, monkeypatch):
     """Those of a forward pass, and of one with its gradients, are as many as the output needs."""
+    cuda_plugin.without_code(monkeypatch)
     (operation, arrays), forward, with_gradients = KERNELS[name]
 
     def gradients(*arrays):
