@@ -287,3 +287,35 @@ def split_heads(x: Float[Array, "*B D"], num_heads: int) -> Float[Array, "*B H K
 def merge_heads(x: Float[Array, "*B H V"]) -> Float[Array, "*B D"]:
     """Join the heads into the last axis."""
     return einops.rearrange(x, "... H V -> ... (H V)")
+
+
+def to_heads(layer: nnx.Linear, x: Float[Array, "*B D"], num_heads: int, width: int) -> Float[Array, "*B H K"]:
+    """Return a linear layer's output by head, each head's followed by zeros up to a width.
+
+    They are columns of the kernel: zeros behind what comes out cost a GPU a copy of it, and of its gradient another.
+    """
+    if num_heads * width == layer.out_features:
+        return split_heads(layer(x), num_heads)
+    kernel = _with_zeros(split_heads(layer.kernel[...].astype(layer.dtype), num_heads), -1, width)
+    y = split_heads(multiply(x.astype(layer.dtype), merge_heads(kernel)), num_heads)
+    if layer.bias is None:
+        return y
+    return y + per_channel(_with_zeros(split_heads(layer.bias[...], num_heads), -1, width), y)
+
+
+def from_heads(layer: nnx.Linear, o: Float[Array, "*B H V"]) -> Float[Array, "*B D"]:
+    """Return a linear layer's output for heads that may end in zeros, as rows of its kernel then do."""
+    num_heads, width = o.shape[-2:]
+    if num_heads * width == layer.in_features:
+        return layer(merge_heads(o))
+    kernel = einops.rearrange(layer.kernel[...].astype(layer.dtype), "(H V) D -> H V D", H=num_heads)
+    rows = einops.rearrange(_with_zeros(kernel, 1, width), "H V D -> (H V) D")
+    y = multiply(merge_heads(o).astype(layer.dtype), rows)
+    return y if layer.bias is None else y + per_channel(layer.bias[...], y)
+
+
+def _with_zeros(x: Float[Array, "..."], axis: int, size: int) -> Float[Array, "..."]:
+    """Return x with zeros behind it on an axis, up to a size."""
+    fillers = [(0, 0)] * x.ndim
+    fillers[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, fillers)

@@ -4,7 +4,6 @@ Tiles of another document are passed over. Kernels: `pallas_kernels/hopper/atten
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +41,7 @@ def _on_device(call: AttentionCall) -> BTHV:
 
     q, k, v = call.q, call.k, call.v
     numbers = jnp.ones(q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
-    time, scale, largest = q.shape[1], 1 / math.sqrt(q.shape[3]), max(q.shape[3], v.shape[3])
+    time, scale, largest = q.shape[1], 1 / call.root, max(q.shape[3], v.shape[3])
     channels = -(-largest // HEAD_MULTIPLE) * HEAD_MULTIPLE
     arrays = (sharded.fill(x, {1: OWN_TOKENS, 3: channels}) for x in (q, k, v))
     filled = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: OWN_TOKENS}))
