@@ -159,6 +159,14 @@ class Program:
         """What runs, each instruction once."""
         return [run.instruction for run in self.runs]
 
+    def launches(self, computation: str | None = None) -> Iterator[Instruction]:
+        """Yield what runs in the order of its schedule, the body of a loop again and again, fused computations too."""
+        for x in self.computations[self.entry if computation is None else computation]:
+            yield x
+            for _ in range(self._trips(x) if x.kind == "while" else 1):
+                for called in x.called:
+                    yield from self.launches(called)
+
     def operands(self, x: Instruction) -> list[ArrayType]:
         """Return the types of what an instruction takes."""
         return [result for name in x.operands if name in self.by_name for result in self.by_name[name].results]

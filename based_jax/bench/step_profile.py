@@ -2,18 +2,19 @@
 
 import collections
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from based_jax.aot import costs
 from based_jax.aot.hlo import Instruction, Program
+from based_jax.bench.launches import instructions
 from based_jax.bench.timing import Kernel, busy_time, in_order, length, recorded
 
 COPIES = "copy", "copy-start", "dynamic-slice", "dynamic-update-slice"
 """Kinds of instructions that do nothing but move."""
 COPY_KERNEL = re.compile(r"(?i)mem(cpy|set)")
 KERNELS_SHOWN = 20
-MODULE = re.compile(r'module = "(?:[^"\\]|\\.)*"')
+MODULE = re.compile(r'\b(?:module|ir) = "(?:[^"\\]|\\.)*"')
 """The program of a kernel of our own within the text of one that calls it: half a megabyte each time."""
 
 
@@ -34,7 +35,7 @@ class Part(NamedTuple):
 
 def program_of(text: str) -> Program:
     """Return a compiled program from its text."""
-    return Program(MODULE.sub('module = ""', text))
+    return Program(MODULE.sub("", text))
 
 
 def profile(run: Callable[[int], Any], program: Program, steps: int) -> dict[str, Any] | None:
@@ -50,7 +51,7 @@ def breakdown(kernels: Sequence[Kernel], program: Program, steps: int) -> dict[s
     instructions and engines that only move, "layers" by kind and pass, and of "kernels" those that take most.
     """
     ordered = in_order(kernels)
-    parts = [_part(kernel, program, steps) for kernel in ordered]
+    parts = list(_parts(ordered, program, steps))
     span, busy = (x(ordered) / 1e6 / steps for x in (length, busy_time))
     return {
         "milliseconds": round(span, 3),
@@ -61,9 +62,9 @@ def breakdown(kernels: Sequence[Kernel], program: Program, steps: int) -> dict[s
     }
 
 
-def _part(kernel: Kernel, program: Program, steps: int) -> Part:
-    found = program.by_name.get(kernel.instruction or kernel.name)
-    return Part(*place(found, kernel.name), kernel.name, (kernel.end - kernel.start) / 1e6 / steps)
+def _parts(kernels: Sequence[Kernel], program: Program, steps: int) -> Iterator[Part]:
+    for kernel, found in zip(kernels, instructions(kernels, program, steps), strict=True):
+        yield Part(*place(found, kernel.name), kernel.name, (kernel.end - kernel.start) / 1e6 / steps)
 
 
 def place(instruction: Instruction | None, kernel: str) -> tuple[str, str, str]:

@@ -73,7 +73,7 @@ class _Stop(KeyboardInterrupt):
     """What a signal asks for, in a sentence."""
 
     def __init__(self, signum: int):
-        super().__init__(SENTENCES[signum])
+        super().__init__(SENTENCES[signal.Signals(signum)])
         self.signum = signum
 
 

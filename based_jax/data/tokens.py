@@ -77,11 +77,11 @@ class TokenStream:
         self._good = np.zeros(len(checksums), bool)
         try:
             check_file(path)
-            whole = path.stat().st_size == tokens * dtype.itemsize
-            self._file = path.open("rb", buffering=0) if whole else None
+            self._file = path.open("rb", buffering=0)
+            size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise damaged(path.parent, f"{path.name}: {reason(error)}") from None
-        if not whole:
+        if size != tokens * dtype.itemsize:
             raise self._other_length
 
     def __len__(self) -> int:

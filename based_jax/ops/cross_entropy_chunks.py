@@ -19,8 +19,8 @@ from based_jax.ops.precision import einsum, product_policy
 
 BLOCK_ROWS, CHUNK_TOKENS = 4096, 2048
 """The most rows and tokens of a tile of logits."""
-SCATTERED_TOKENS = 1024
-"""The multiple of which a TPU scatters sums, a tile's elements: of others it would sum all, twice the bytes."""
+TILE_ROWS = 8
+"""Of an array of fp32 on a TPU."""
 LOWEST = float(jnp.finfo(jnp.float32).min)
 ROWS = ("tokens",)
 Part = Float[Array, "_ _"]
@@ -111,13 +111,17 @@ class Axes(NamedTuple):
         return lax.all_gather(table, self.width, axis=1, tiled=True) if self.width else table
 
     def filled(self, tokens: int) -> int:
-        """Return how many tokens the gradient has that `summed` takes."""
-        return tokens + (-tokens % SCATTERED_TOKENS if self.width else 0)
+        """Return how many tokens the gradient has that `summed` takes: of whole tiles for each device."""
+        return tokens + (-tokens % (TILE_ROWS * lax.axis_size(self.width)) if self.width else 0)
 
     def summed(self, dtable: Part, tokens: int) -> Part:
-        """Return the part of the gradient's sum over all rows that a device keeps, of so many tokens."""
+        """Return the part of the gradient's sum over all rows that a device keeps, of so many tokens.
+
+        Devices sum tokens and then exchange widths: to sum a width that is no whole tile a TPU would send all of it.
+        """
         if self.width:
-            dtable = lax.psum_scatter(dtable.T, self.width, scatter_dimension=0, tiled=True).T[:tokens]
+            own = lax.psum_scatter(dtable, self.width, scatter_dimension=0, tiled=True)
+            dtable = lax.all_to_all(own, self.width, 1, 0, tiled=True)[:tokens]
         return lax.psum(dtable, tuple(axis for axis in self.rows if axis not in self.width))
 
     def first_token(self, table: Part) -> Array | int:

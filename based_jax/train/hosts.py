@@ -237,6 +237,8 @@ def _gather(place: Place, deadline: float, timeout: float) -> tuple[dict[int, so
             if number not in missing:
                 refuse(f"Two processes have the number {number}.")
             missing.remove(number)
+            if not missing:
+                missing.update(n for n, x in found.items() if _has_ended(x))  # who may come again
     with socket.create_server(("", 0)) as free:
         port = free.getsockname()[1]
     for connection in found.values():
@@ -373,6 +375,8 @@ def _has_ended(connection: socket.socket) -> bool:
         return not connection.recv(1, socket.MSG_PEEK)
     except OSError as error:
         return not isinstance(error, BlockingIOError)
+    finally:
+        connection.setblocking(True)
 
 
 def _keep_alive(connection: socket.socket) -> None:

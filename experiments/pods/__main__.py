@@ -95,7 +95,8 @@ def compile_point(name: str, arguments: list[str], timeout: float) -> None:
         run = subprocess.run(
             [sys.executable, *command[1:], f"--out={out}"], stderr=subprocess.PIPE, text=True, timeout=timeout
         )
-        said = run.stderr.strip().splitlines()[-1:] if run.returncode else []
+        said = run.stderr.strip().splitlines()[-1:] or [f"Error: compiling ended with code {run.returncode}."]
+        said = said if run.returncode else []
     except subprocess.TimeoutExpired:
         said = [f"Error: not compiled within {timeout:.0f} s."]
     lines = out.read_text().splitlines() if out.exists() else []

@@ -45,7 +45,6 @@ from pallas_kernels.triton.chunks import (
     dot,
     pairs,
     part,
-    strip_columns,
 )
 
 
@@ -89,7 +88,7 @@ def pair_gradients(read: Arrays, written: Arrays) -> list[jax.Array]:
         read_refs, written_refs, result_refs = split(refs, count, count)
 
         def strip(n, sums):
-            columns = strip_columns(n)
+            columns = pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
             found = each_pair(*([ref[:, columns] for ref in some] for some in (read_refs, written_refs)))
             return add(sums, [dot(x, y, (1, 1)) for x, y in found])
 
@@ -113,7 +112,7 @@ def state_gradients(made: Products, read: Arrays, written: Arrays, starts, ends)
 
         def strip(n, carry):
             sums, kept = carry
-            columns = strip_columns(n)
+            columns = pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
             S, dS = starts_ref[:, columns], ends_ref[:, columns]
             found = [dot(ref[:, columns], S, (1, 1)) for ref in read_refs]
             found += [dot(ref[:, columns], dS, (1, 1)) for ref in written_refs]

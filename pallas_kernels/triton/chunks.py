@@ -25,6 +25,9 @@ CHUNK_TOKENS, BLOCK_TOKENS, STRIP_WIDTH = 64, 16, 64
 BLOCKS_PER_CHUNK = CHUNK_TOKENS // BLOCK_TOKENS
 PIECE_WIDTH = 64
 """Most channels of keys of a program for a chunk that holds sums for each of them."""
+PART_WARPS = 4
+MULTIPROCESSORS, SHARED_BYTES = 132, 227 << 10
+"""Of a Hopper GPU, and what the programs of a multiprocessor share."""
 STAGES_BY_BYTES = (40 << 10, 3), (96 << 10, 2)
 """By the most bytes that a chunk's loads take: how many chunks a walk has in flight. With more bytes it is one.
 
@@ -64,11 +67,6 @@ class Cut(NamedTuple):
     def piece(self) -> int:
         """Channels of keys of a program of `by_piece`."""
         return min(self.keys, PIECE_WIDTH)
-
-    @property
-    def piece_warps(self) -> int:
-        """Of a program of `by_piece`, for its registers."""
-        return max(4, self.piece // 16)
 
     def sums_of_pieces(self) -> Type:
         """Return the type of a sum over the channels of every piece, for every token."""
@@ -113,7 +111,7 @@ class Cut(NamedTuple):
           made: types like keys.
           sums: types (B, T, H, pieces), of which it makes its column.
         """
-        return self._by_part(body, name, self.piece_warps, shared, keyed, [*made, *sums], self.keys // self.piece, 3)
+        return self._by_part(body, name, shared, keyed, [*made, *sums], self.keys // self.piece, 3)
 
     def by_columns(
         self, body: Callable, name: str, shared: Sequence, wide: Sequence, made: Sequence[Type]
@@ -125,9 +123,9 @@ class Cut(NamedTuple):
           wide: (B, T, H, V) or (B, H, chunks, K, V), of which it gets its columns as well.
           made: types like values.
         """
-        return self._by_part(body, name, 4, shared, wide, made, self.values // STRIP_WIDTH, 4)
+        return self._by_part(body, name, shared, wide, made, self.values // STRIP_WIDTH, 4)
 
-    def _by_part(self, body, name, warps, shared, cut, made, parts: int, dimension: int) -> list[jax.Array]:
+    def _by_part(self, body, name, shared, cut, made, parts: int, dimension: int) -> list[jax.Array]:
         """Cut the last dimension of (B, T, H, .) arrays, and that `dimension` of states."""
 
         def place(i) -> tuple:
@@ -159,10 +157,17 @@ class Cut(NamedTuple):
 
         inputs = [*map(of_shared, shared), *map(of_cut, cut)]
         grid = self.batch, self.heads * self.chunks * parts
-        return launch(body, name, warps, 1, grid, [*shared, *cut], made, inputs, [*map(of_cut, made)])
+        return launch(body, name, PART_WARPS, 1, grid, [*shared, *cut], made, inputs, [*map(of_cut, made)])
 
     def by_strip(
-        self, body: Callable, name: str, whole: Sequence, wide: Sequence, states: Sequence, *results: Sequence[Type]
+        self,
+        body: Callable,
+        name: str,
+        whole: Sequence,
+        wide: Sequence,
+        states: Sequence,
+        *results: Sequence[Type],
+        warps: int | None = None,
     ) -> list[jax.Array]:
         """Run a program for each strip of `STRIP_WIDTH` columns of each head's states.
 
@@ -197,9 +202,16 @@ class Cut(NamedTuple):
         grid = self.batch, self.heads * strips
         loaded = sum(math.prod(x.shape[3:]) * CHUNK_TOKENS * x.dtype.itemsize for x in whole if x.shape[1] == self.time)
         loaded += sum(CHUNK_TOKENS * STRIP_WIDTH * x.dtype.itemsize for x in wide)
-        stages = next((n for most, n in STAGES_BY_BYTES if loaded <= most), 1)
-        arrays = [*whole, *wide, *states], [*made, *made_states]
-        return launch(body, name, self.walk_warps, stages, grid, *arrays, inputs, outputs)
+        warps = warps or self.walk_warps
+        arrays, stages = ([*whole, *wide, *states], [*made, *made_states]), self._stages(loaded, warps, math.prod(grid))
+        return launch(body, name, warps, stages, grid, *arrays, inputs, outputs)
+
+    def _stages(self, loaded: int, warps: int, programs: int) -> int:
+        """Return how many chunks of so many bytes a walk has in flight; two walks share a multiprocessor if need be."""
+        beside = 2 if warps == 4 and programs > MULTIPROCESSORS else 1
+        state = self.keys * STRIP_WIDTH * 2
+        most = next((n for most, n in STAGES_BY_BYTES if loaded <= most), 1)
+        return max(1, min(most, (SHARED_BYTES // beside - state) // loaded))
 
 
 def _block(shape: tuple, place: Callable) -> pl.BlockSpec:
@@ -222,9 +234,9 @@ def launch(body, name, warps, stages, grid, arguments, results, inputs, outputs)
     )(*arguments)
 
 
-def strip_columns(n) -> pl.Slice:
-    """Return the columns of a strip."""
-    return pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
+def load_strip(n, width: int, *refs) -> list[jax.Array]:
+    """Return the columns of strip n of that width of each."""
+    return [ref[:, pl.ds(n * width, width)] for ref in refs]
 
 
 def part(parts: int) -> jax.Array:

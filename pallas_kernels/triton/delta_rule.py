@@ -20,6 +20,7 @@ it reads of the state, k has the part of a query:
     dbeta = k . B with E for U
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.triton.chunks import CHUNK_TOKENS, STRIP_WIDTH, Cut, Type, dot, strip_columns
+from pallas_kernels.triton.chunks import CHUNK_TOKENS, STRIP_WIDTH, Cut, Type, dot, load_strip
 from pallas_kernels.triton.inverses import inverses
 from pallas_kernels.triton.one_decay import along, at_last, both, decays, decays_between, times
 
@@ -86,8 +87,8 @@ def forward(k, v, c, beta, t, state) -> list[jax.Array]:
 
         last_ref[...] = lax.fori_loop(0, cut.chunks, step, state_ref[...])
 
-    states = [Type(state.shape, jnp.float32), cut.states(v.dtype)]
-    return cut.by_strip(body, "delta_rule_forward", [k, c, beta, t], [v], [state], [Type(v.shape, v.dtype)], states)
+    made, states = [Type(v.shape, v.dtype)], [Type(state.shape, jnp.float32), cut.states(v.dtype)]
+    return cut.by_strip(body, "delta_rule_forward", [k, c, beta, t], [v], [state], made, states, warps=4)
 
 
 def outputs(q, c, beta, p, errors, starts, *, scale: float) -> jax.Array:
@@ -129,22 +130,21 @@ def reverse(q, k, c, beta, made: Pairs, do, dlast, *, scale: float) -> list[jax.
 
 def gradients(q, k, errors, c, beta, made: Pairs, starts, do, dv, ends, *, scale: float) -> list[jax.Array]:
     """Return dq, dk, and dc and dbeta in fp32, given what `forward` and `reverse` return."""
-    cut = Cut.of(k, errors)
+    cut, width = Cut.of(k, errors), _strip_width(errors)
     dp, dl, pairs_dbeta = _pair_gradients(k, errors, c, beta, made.p, do, dv, scale=scale)
 
     def body(c_ref, beta_ref, errors_ref, do_ref, dv_ref, dp_ref, dl_ref, q_ref, k_ref, starts_ref, ends_ref, *results):
         dq_ref, dk_ref, dc_ref, dbeta_ref = results
 
         def strip(n, sums):
-            columns = strip_columns(n)
             (dq, dk, asked), kept = sums
-            S, dS = starts_ref[:, columns], ends_ref[:, columns]
-            dq, asked = dq + dot(do_ref[:, columns], S, (1, 1)), asked - dot(dv_ref[:, columns], S, (1, 1))
-            return (dq, dk + dot(errors_ref[:, columns], dS, (1, 1)), asked), kept + both(S, dS)
+            errors, do, dv, S, dS = load_strip(n, width, errors_ref, do_ref, dv_ref, starts_ref, ends_ref)
+            dq, asked = dq + dot(do, S, (1, 1)), asked - dot(dv, S, (1, 1))
+            return (dq, dk + dot(errors, dS, (1, 1)), asked), kept + both(S, dS)
 
         none = jnp.zeros((CHUNK_TOKENS, cut.piece), jnp.float32)
-        sums = lax.fori_loop(0, cut.values // STRIP_WIDTH, strip, ((none, none, none), jnp.float32(0)))
-        (dq, dk, asked), kept = sums
+        zeros = (none, none, none), jnp.float32(0)
+        (dq, dk, asked), kept = lax.fori_loop(0, cut.values // width, strip, zeros)
         q, k, dp, dl = q_ref[...], k_ref[...], dp_ref[...], dl_ref[...]
         since, until, all_of_it = decays(c_ref[...])
         dq, asked, dk = scale * since * dq + dot(dp, k), since * asked + dot(dl, k), until * dk
@@ -163,16 +163,15 @@ def gradients(q, k, errors, c, beta, made: Pairs, starts, do, dv, ends, *, scale
 
 def _pair_gradients(k, errors, c, beta, p, do, dv, *, scale: float) -> list[jax.Array]:
     """Return dP and dL of every chunk, (B, T, H, CHUNK_TOKENS) like k, and dbeta's share of pairs, fp32."""
+    width = _strip_width(errors)
 
     def body(k_ref, c_ref, beta_ref, p_ref, errors_ref, do_ref, dv_ref, dp_ref, dl_ref, dbeta_ref):
         def strip(n, sums):
-            dp, dl = sums
-            errors = errors_ref[:, strip_columns(n)]
-            dp = dp + dot(do_ref[:, strip_columns(n)], errors, (1, 1))
-            return dp, dl - dot(dv_ref[:, strip_columns(n)], errors, (1, 1))
+            (dp, dl), (errors, do, dv) = sums, load_strip(n, width, errors_ref, do_ref, dv_ref)
+            return dp + dot(do, errors, (1, 1)), dl - dot(dv, errors, (1, 1))
 
         none = jnp.zeros((CHUNK_TOKENS, CHUNK_TOKENS), jnp.float32)
-        dp, dl = lax.fori_loop(0, errors.shape[3] // STRIP_WIDTH, strip, (none, none))
+        dp, dl = lax.fori_loop(0, errors.shape[3] // width, strip, (none, none))
         k, c, beta = k_ref[...], c_ref[...], beta_ref[...][None, :]
         dp, dl = scale * dp, dl * decays_between(c, lax.gt)
         dbeta_ref[...] = jnp.sum(dp * p_ref[...].astype(jnp.float32) + dl * dot(k, k, (1, 1)), axis=0)
@@ -182,3 +181,8 @@ def _pair_gradients(k, errors, c, beta, p, do, dv, *, scale: float) -> list[jax.
     square = Type((*k.shape[:3], CHUNK_TOKENS), k.dtype)
     arguments, results = [k, c, beta, p, errors, do, dv], [square, square, Type(c.shape, c.dtype)]
     return Cut.of(k, errors).by_chunk(body, "delta_rule_pair_gradients", 4, arguments, results)
+
+
+def _strip_width(values) -> int:
+    """Return the columns of values that a program for a chunk loads at a time: with two strips fewer loads wait."""
+    return math.gcd(values.shape[3], 2 * STRIP_WIDTH)

@@ -14,7 +14,6 @@ from jax.experimental import pallas as pl
 from pallas_kernels.triton.chunks import BLOCK_TOKENS, CHUNK_TOKENS, Cut, Type, exact, part, places
 
 HALF_TOKENS = CHUNK_TOKENS // 2
-WHOLE_WARPS = 4
 
 
 def inverses(lower, dtype, *, negated: bool = False) -> jax.Array:
@@ -27,7 +26,7 @@ def inverses(lower, dtype, *, negated: bool = False) -> jax.Array:
         below = sign * lower_ref[second, first].astype(jnp.float32)
         write(t_ref, (first, second), (first, second), upper, below, own)
 
-    [t] = Cut.of(lower, lower).by_chunk(body, "inverses", WHOLE_WARPS, [halves, lower], [Type(lower.shape, dtype)])
+    [t] = Cut.of(lower, lower).by_chunk(body, "inverses", 1, [halves, lower], [Type(lower.shape, dtype)])
     return t
 
 

@@ -30,8 +30,8 @@ from pallas_kernels.triton.chunks import (
     Cut,
     Type,
     dot,
+    load_strip,
     pairs,
-    strip_columns,
 )
 
 
@@ -87,43 +87,30 @@ def reverse(q, k, c, do, dlast, *, scale: float) -> list[jax.Array]:
 
 def gradients(q, k, v, c, starts, do, ends, *, scale: float) -> list[jax.Array]:
     """Return dq, dk, and dc in fp32, given the states before every chunk and the gradients of those after it."""
-    cut, dp = Cut.of(k, v), _pair_gradients(v, c, do, scale=scale)
+    cut = Cut.of(k, v)
 
-    def body(c_ref, v_ref, do_ref, dp_ref, q_ref, k_ref, starts_ref, ends_ref, dq_ref, dk_ref, dc_ref):
+    def body(c_ref, v_ref, do_ref, q_ref, k_ref, starts_ref, ends_ref, dq_ref, dk_ref, dc_ref):
         def strip(n, sums):
-            columns = strip_columns(n)
-            (dq, dk), kept = sums
-            S, dS = starts_ref[:, columns], ends_ref[:, columns]
-            found = dq + dot(do_ref[:, columns], S, (1, 1)), dk + dot(v_ref[:, columns], dS, (1, 1))
+            (dp, dq, dk), kept = sums
+            v, do, S, dS = load_strip(n, STRIP_WIDTH, v_ref, do_ref, starts_ref, ends_ref)
+            found = dp + dot(do, v, (1, 1)), dq + dot(do, S, (1, 1)), dk + dot(v, dS, (1, 1))
             return found, kept + both(S, dS)
 
-        none = jnp.zeros((CHUNK_TOKENS, cut.piece), jnp.float32)
-        (dq, dk), kept = lax.fori_loop(0, cut.values // STRIP_WIDTH, strip, ((none, none), jnp.float32(0)))
-        q, k, dp, (since, until, all_of_it) = q_ref[...], k_ref[...], dp_ref[...], decays(c_ref[...])
+        square, piece = (jnp.zeros((CHUNK_TOKENS, size), jnp.float32) for size in (CHUNK_TOKENS, cut.piece))
+        zeros = (square, piece, piece), jnp.float32(0)
+        (dp, dq, dk), kept = lax.fori_loop(0, cut.values // STRIP_WIDTH, strip, zeros)
+        q, k, c = q_ref[...], k_ref[...], c_ref[...]  # loaded only here, for the registers
+        since, until, all_of_it = decays(c)
+        dp = (scale * dp * decays_between(c, lax.ge)).astype(q.dtype)
         dq, dk = scale * since * dq + dot(dp, k), until * dk
         whole = jnp.sum(along(dk, k)) + all_of_it * kept
         dk = dk + dot(dp, q, (0, 0))
         dq_ref[...], dk_ref[...] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype)
         dc_ref[...] = (along(dq, q) - along(dk, k) + at_last(whole))[:, None]
 
-    shared, keyed, made = [c, v, do, dp], [q, k, starts, ends], [Type(x.shape, x.dtype) for x in (q, k)]
+    shared, keyed, made = [c, v, do], [q, k, starts, ends], [Type(x.shape, x.dtype) for x in (q, k)]
     dq, dk, dc = cut.by_piece(body, "one_decay_gradients", shared, keyed, made, [cut.sums_of_pieces()])
     return [dq, dk, dc.sum(3)]
-
-
-def _pair_gradients(v, c, do, *, scale: float) -> jax.Array:
-    """Return dP of every chunk, (B, T, H, CHUNK_TOKENS) in v's dtype."""
-
-    def body(c_ref, v_ref, do_ref, dp_ref):
-        def strip(n, dp):
-            return dp + dot(do_ref[:, strip_columns(n)], v_ref[:, strip_columns(n)], (1, 1))
-
-        dp = lax.fori_loop(0, v.shape[3] // STRIP_WIDTH, strip, jnp.zeros((CHUNK_TOKENS, CHUNK_TOKENS), jnp.float32))
-        dp_ref[...] = (scale * dp * decays_between(c_ref[...], lax.ge)).astype(dp_ref.dtype)
-
-    result = Type((*v.shape[:3], CHUNK_TOKENS), v.dtype)
-    [dp] = Cut.of(v, v).by_chunk(body, "one_decay_pair_gradients", 4, [c, v, do], [result])
-    return dp
 
 
 def times(factor, x) -> jax.Array:

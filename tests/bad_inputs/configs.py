@@ -218,7 +218,7 @@ CASES: tuple[Command | Call, ...] = (
         "Config file '<tmp>/x.py' fails with E at <tmp>/x.py:5.",
     ),
     Command("a folder", ("train", "--config=<tmp>", "--workdir=<new>"), "'<tmp>' cannot be read: Is a directory."),
-    Command("an empty path", ("train", "--config=", "--workdir=<new>"), "'' cannot be read: Is a directory."),
+    Command("an empty path", ("train", "--config=", "--workdir=<new>"), "'' cannot be read: No such file"),
     # the API
     model("a forgotten comma", "'layers[0]' is 'conv'; it is a tuple, such as", layers=("conv", {})),
     model("options that are no dict", "'layers[0][1]' is 3; it is a dict, such as", layers=(("conv", 3),)),

@@ -143,13 +143,13 @@ KERNELS = {
     "gla, steps": (by_kernels(gated_linear_attention.gated_linear_attention, *CHANNEL_DECAYS, impl="hopper"), 1, 2),
     "gla, chunks": (by_kernels(gated_linear_attention.gated_linear_attention, *CHANNEL_DECAYS, impl="triton"), 3, 8),
     "simple gla, chunks": (by_kernels(gated_linear_attention.gated_linear_attention, *ONE_DECAY, impl="triton"), 1, 3),
-    "delta rule, chunks": (by_kernels(delta_rule.delta_rule, *ONE_DECAY, "rates", impl="triton"), 2, 4),
+    "delta rule, chunks": (by_kernels(delta_rule.delta_rule, *ONE_DECAY, "rates", impl="triton"), 5, 8),
     "dplr, steps": (by_kernels(delta_rule.dplr, *LOW_RANK, impl="hopper"), 1, 3),
     "dplr, chunks": (by_kernels(delta_rule.dplr, *LOW_RANK, impl="triton"), 4, 9),
 }
 
 
-LONG_NAMES = "taylor, pieces", "dplr, steps", "dplr, chunks"
+LONG_NAMES = "taylor, one piece", "taylor, pieces", "dplr, steps", "dplr, chunks"
 
 
 @pytest.mark.parametrize(

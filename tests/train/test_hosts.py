@@ -145,13 +145,22 @@ def test_what_is_none_of_the_processes_is_not_listened_to(said):
     assert zero.startswith("Of 2 processes, process 1 did not come")
 
 
-def test_a_process_that_was_killed_in_the_meeting_comes_again():
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+def test_a_process_that_was_killed_in_the_meeting_comes_again(seconds):
+    """At once, or when all others have come."""
     port, others = free_port(), []
+
+    def come(number):
+        others.extend(met(Place("localhost", port, number, 3)))
 
     def come_twice():
         with _connected(port) as connection:
             connection.sendall(b'{"process": 1, "of": 3}\n')
-        others.extend(met(*(Place("localhost", port, number, 3) for number in (1, 2))))
+        other = threading.Thread(target=come, args=(2,))
+        other.start()
+        time.sleep(seconds)
+        come(1)
+        other.join()
 
     thread = threading.Thread(target=come_twice)
     thread.start()

@@ -33,20 +33,20 @@ def supports(call: AttentionCall) -> str | None:
 
 def compute(call: AttentionCall) -> BTHV:
     """Return o, each device for its rows and heads; zero at padding."""
-    tokens = "batch", None, "heads"
-    numbers = jnp.ones(call.q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
+    return sharded.per_device(_on_device, call)
 
-    def shard(q, k, v, numbers):
-        # Pallas' GPU modules take half a second to import and are needed only here.
-        from pallas_kernels.hopper.attention_walk import HEAD_MULTIPLE, OWN_TOKENS
 
-        time, scale, largest = q.shape[1], 1 / math.sqrt(q.shape[3]), max(q.shape[3], v.shape[3])
-        channels = -(-largest // HEAD_MULTIPLE) * HEAD_MULTIPLE
-        arrays = (sharded.fill(x, {1: OWN_TOKENS, 3: channels}) for x in (q, k, v))
-        filled = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: OWN_TOKENS}))
-        return _attention(scale, *filled)[:, :time, :, : v.shape[3]]
+def _on_device(call: AttentionCall) -> BTHV:
+    # Pallas' GPU modules take half a second to import and are needed only here.
+    from pallas_kernels.hopper.attention_walk import HEAD_MULTIPLE, OWN_TOKENS
 
-    return sharded.per_shard(shard, (call.q, call.k, call.v, numbers), (*(tokens,) * 3, ("batch",)), (tokens,))
+    q, k, v = call.q, call.k, call.v
+    numbers = jnp.ones(q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
+    time, scale, largest = q.shape[1], 1 / math.sqrt(q.shape[3]), max(q.shape[3], v.shape[3])
+    channels = -(-largest // HEAD_MULTIPLE) * HEAD_MULTIPLE
+    arrays = (sharded.fill(x, {1: OWN_TOKENS, 3: channels}) for x in (q, k, v))
+    filled = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: OWN_TOKENS}))
+    return _attention(scale, *filled)[:, :time, :, : v.shape[3]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -36,12 +36,7 @@ def supports(call: AttentionCall) -> str | None:
 
 def compute(call: AttentionCall) -> BTHV:
     """Return o, each device for its rows and heads."""
-    tokens = "batch", None, "heads"
-
-    def shard(*arrays):
-        return _attention(*sharded.vary_alike(*arrays), call.window)
-
-    return sharded.per_shard(shard, (call.q, call.k, call.v, call.segment_ids), (*(tokens,) * 3, ("batch",)), (tokens,))
+    return sharded.per_device(lambda own: _attention(own.q, own.k, own.v, own.segment_ids, own.window), call)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

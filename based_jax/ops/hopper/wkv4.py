@@ -57,7 +57,7 @@ def _on_device(call: Wkv4Call) -> tuple[BTD, WkvState]:
     marks = _marks(call.segment_ids, batch, time, k.shape[1])
     k, v, decay, bonus, state, marks = sharded.vary_alike(k, v, decay, bonus, state, marks)
     if pieces > 1:
-        k, v, marks = (None if x is None else _cut(x, pieces) for x in (k, v, marks))
+        k, v, marks = _cut(k, pieces), _cut(v, pieces), None if marks is None else _cut(marks, pieces)
         state = _before_pieces(k, v, decay, bonus, state, marks)
     wkv, last = _fused(k, v, decay, bonus, state, marks)
     wkv, last = wkv.reshape(batch, -1, wkv.shape[2]), last.reshape(batch, pieces, *last.shape[1:])[:, -1]
@@ -84,9 +84,9 @@ def _before_pieces(k, v, decay, bonus, state, marks) -> Float[Array, "_ 3 D"]:
     distance, pieces = 1, rows // len(state)
     while distance < pieces:
         padding = ((0, 0), (distance, 0), (0, 0))
-        earlier = (jnp.pad(x[:, :-distance], padding) for x in states[:2])
-        top = jnp.pad(states.max[:, :-distance], padding, constant_values=LOG_OF_NOTHING)
-        states = WkvState(*earlier, top).then(decays, states)
+        num, den, top = (x[:, :-distance] for x in states)
+        top = jnp.pad(top, padding, constant_values=LOG_OF_NOTHING)
+        states = WkvState(jnp.pad(num, padding), jnp.pad(den, padding), top).then(decays, states)
         decays = decays + jnp.pad(decays[:, :-distance], padding)
         distance *= 2
     return jnp.stack(states, axis=2).reshape(rows, 3, channels)

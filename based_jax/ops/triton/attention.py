@@ -43,20 +43,20 @@ def slower(_call: AttentionCall) -> str | None:
 
 def compute(call: AttentionCall) -> BTHV:
     """Return o, each device for its rows and heads; zero at padding."""
-    tokens = "batch", None, "heads"
-    numbers = jnp.ones(call.q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
+    return sharded.per_device(_on_device, call)
 
-    def shard(q, k, v, numbers):
-        # Pallas' GPU modules take half a second to import and are needed only here.
-        from pallas_kernels.triton import attention as kernels
 
-        time, scale = q.shape[1], 1 / math.sqrt(q.shape[3])
-        arrays = (sharded.fill(x, {1: kernels.TIME_MULTIPLE, 3: kernels.HEAD_MULTIPLE}) for x in (q, k, v))
-        filled = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: kernels.TIME_MULTIPLE}))
-        o = _attention(scale, min(call.window, time), *filled)[:, :time, :, : v.shape[3]]
-        return jnp.where(numbers[..., None, None] == 0, 0, o)
+def _on_device(call: AttentionCall) -> BTHV:
+    # Pallas' GPU modules take half a second to import and are needed only here.
+    from pallas_kernels.triton import attention as kernels
 
-    return sharded.per_shard(shard, (call.q, call.k, call.v, numbers), (*(tokens,) * 3, ("batch",)), (tokens,))
+    q, k, v = call.q, call.k, call.v
+    numbers = jnp.ones(q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
+    time, scale = q.shape[1], 1 / math.sqrt(q.shape[3])
+    arrays = (sharded.fill(x, {1: kernels.TIME_MULTIPLE, 3: kernels.HEAD_MULTIPLE}) for x in (q, k, v))
+    filled = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: kernels.TIME_MULTIPLE}))
+    o = _attention(scale, min(call.window, time), *filled)[:, :time, :, : v.shape[3]]
+    return jnp.where(numbers[..., None, None] == 0, 0, o)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

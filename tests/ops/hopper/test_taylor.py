@@ -140,6 +140,7 @@ def _gradients(arrays, impl="hopper_chunks"):
     return jax.grad(loss, argnums=(0, 1, 2))(*arrays)
 
 
+@pytest.mark.long
 def test_lowers_under_vmap():
     """In pieces, without documents and states."""
     with gpus():

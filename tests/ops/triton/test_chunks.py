@@ -195,7 +195,7 @@ def test_lanes_are_what_each_is_alone(normal, out_and_grads, interpreted, form):
             np.testing.assert_allclose(ours[i], right, rtol=1e-4, atol=1e-5)
 
 
-@parametrize_some("form", FORMS, REPRESENTATIVES[1:])
+@parametrize_some("form", FORMS, REPRESENTATIVES[:1])
 def test_devices_take_their_rows_and_heads(normal, out_and_grads, interpreted, monkeypatch, form):
     monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))  # for the interpreter
     arguments, cotangent = inputs(normal, form, 4, 70, 2, 16, 64), normal(4, 70, 2, 64)
@@ -236,7 +236,7 @@ def test_lowers_for_an_h100(form, way, K, V):
         more = "products", "outputs", "pair_gradients", "gradients"
         kernels = [f"delta_rule_{name}" for name in (*walks, *more)]
     else:
-        kernels = [f"one_decay_{name}" for name in (*walks, "pair_gradients", "gradients")]
+        kernels = [f"one_decay_{name}" for name in (*walks, "gradients")]
     kernels += [] if "linear" in form else ["inverses_of_halves", "inverses"]
     assert [name for name in kernels if name not in text] == []
 
