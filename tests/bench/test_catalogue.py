@@ -48,7 +48,7 @@ def test_kernels_are_named_for_every_accelerated_implementation(name):
 def launched(jaxpr):
     """Return the names of the kernels that a program launches."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name in ("pallas_call", "mpmd_map"):
+        if equation.primitive.name in ("triton_kernel_call", "mpmd_map"):
             yield equation.params["name"]
         for inner in jaxprs_in_params(equation.params):
             yield from launched(inner)

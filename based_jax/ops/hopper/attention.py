@@ -14,7 +14,7 @@ from based_jax.ops import sharded, softmax_walks
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.hopper import limits
 
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 256
 DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 
 
@@ -70,7 +70,7 @@ def _attention_bwd(scale, saved, do):
     minus_delta = -jnp.einsum("BTHV,BTHV->BHT", do.astype(jnp.float32), o.astype(jnp.float32))
     arrays = q, k, v, do, logarithm, minus_delta, *_sight(numbers)
     over_keys = softmax_walks.keys_of_queries(numbers, OWN_TOKENS)
-    over_queries = softmax_walks.queries_of_keys(numbers, OWN_TOKENS)
+    over_queries = softmax_walks.queries_of_keys(numbers, backward.own_keys_of(q.shape[3]))
     [dq] = sharded.launch(backward.query_gradients, *arrays, over_keys, scale=scale)
     dk, dv = sharded.launch(backward.key_gradients, *arrays, over_queries, scale=scale)
     return dq, dk, dv, None
