@@ -4,6 +4,8 @@ Keys that nobody of a block of queries sees are skipped, after a query and, with
 jax.experimental.pallas.ops.tpu.splash_attention.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -62,9 +64,10 @@ def _attention(call: AttentionCall, interpret: bool):
     filled = (sharded.fill(x, {1: block, 3: HEAD_MULTIPLE}) for x in (scaled, k, v))
     by_head = [jnp.swapaxes(x, 1, 2) for x in filled]
     length = by_head[0].shape[2]
+    blocks: dict[str, Any] = dict.fromkeys(BLOCKS, block)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([Band(length, min(window, length))] * q.shape[2]),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(BLOCKS, block)),
+        block_sizes=splash.BlockSizes(**blocks),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
