@@ -1,5 +1,13 @@
 """Which instruction of a program's text a recorded kernel is of."""
 
+import collections
+import json
+import lzma
+import random
+from pathlib import Path
+
+import pytest
+
 from based_jax.bench import launches, step_profile
 from based_jax.bench.timing import Kernel
 
@@ -90,3 +98,51 @@ def test_what_runs_otherwise_than_the_schedule_says_is_unknown_unless_it_is_of_o
     assert places(["nvjet_a"] * 5) == ["/unknown"] * 5
     assert places(["norm_mosaic_gpu_kernel"] * 3) == ["forward/conv"] * 3
     assert places(["splitKreduce_kernel", "a_kernel"]) == ["/unknown"] * 2
+
+
+RECORDED = json.loads(lzma.decompress((Path(__file__).parent / "assets" / "recorded_step.json.xz").read_bytes()))
+"""Two steps of a convolution and a Taylor layer on an H200: the kernels with their times, and the program's lines."""
+
+
+@pytest.fixture(scope="module")
+def program():
+    return step_profile.program_of("\n".join(RECORDED["program"]))
+
+
+@pytest.fixture(scope="module")
+def recorded(program):
+    kernels = [Kernel(name, begin, begin + length) for name, begin, length in RECORDED["kernels"]]
+    return kernels, launches.instructions(kernels, program, RECORDED["steps"])
+
+
+def test_of_a_recording_each_launch_is_bound_once_a_step(program, recorded):
+    kernels, found = recorded
+    assert {kernel.name for kernel, x in zip(kernels, found, strict=True) if x is None} == {"Memset 0"}
+    bound = collections.Counter(x.name for x in found if x is not None)
+    assert bound == {x.name: RECORDED["steps"] for x in launches.Schedule(program).launches}
+
+
+def test_the_kernels_of_equal_products_take_equally_long(program, recorded):
+    times = collections.defaultdict(list)
+    for kernel, x in zip(*recorded, strict=True):
+        if kernel.name.startswith("nvjet"):
+            times[kernel.name, str(program.operands(x)), x.results].append(kernel.end - kernel.start)
+    assert len(times) == 9 and all(max(same) < 1.2 * min(same) for same in times.values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_recording_with_defects_is_bound_alike(program, recorded, seed):
+    rng = random.Random(seed)
+    whole = [(kernel, x) for kernel, x in zip(*recorded, strict=True) if x is not None]
+    fewer = [whole[i] for i in sorted(rng.sample(range(len(whole)), k=len(whole) - 4))]
+    mixed = sorted(fewer, key=lambda pair: pair[0].start + rng.uniform(0, 20e3))
+    helped = [pair for kernel, x in mixed for pair in [(kernel, x), *helpers(kernel, x)]]
+    found = launches.instructions([kernel for kernel, _ in helped], program, RECORDED["steps"])
+    places = [[step_profile.place(program, x, "")[:2] for x in those] for those in (found, [x for _, x in helped])]
+    assert sum(a != b for a, b in zip(*places, strict=True)) <= 0.02 * len(helped)
+
+
+def helpers(kernel, x):
+    """Yield what a library runs after some of its kernels."""
+    if kernel.name.startswith("nvjet") and "coop" in kernel.name:
+        yield Kernel("void splitKreduce_kernel<32>", kernel.end, kernel.end), x
