@@ -1,6 +1,7 @@
 """What jax-triton asks of JAX's CUDA plugin to write a call down, for hosts that have none: nothing can run it."""
 
 import json
+from types import SimpleNamespace
 
 from jaxlib import gpu_triton
 
@@ -40,3 +41,12 @@ def stand_in() -> None:
     for standin in STANDINS:
         if not hasattr(gpu_triton, standin.__name__):
             setattr(gpu_triton, standin.__name__, standin)
+
+
+def without_code(monkeypatch) -> None:
+    """Lower kernels to Triton's representation and make no code of it, which takes seven times as long."""
+    from jax_triton import triton_lib
+
+    result = SimpleNamespace(name="", shared_mem_bytes=0, binary="")
+    monkeypatch.setattr(triton_lib, "compile_ttir_inplace", lambda *_: result)
+    monkeypatch.setattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
