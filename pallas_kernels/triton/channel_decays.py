@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import split
-from pallas_kernels.triton.chunks import (
+from pallas_kernels.triton.pallas_chunks import (
     BLOCK_TOKENS,
     BLOCKS_PER_CHUNK,
     CHUNK_TOKENS,

@@ -35,7 +35,7 @@ from pallas_kernels.triton.channel_decays import (
     walk_inputs,
     weigh,
 )
-from pallas_kernels.triton.chunks import (
+from pallas_kernels.triton.pallas_chunks import (
     BLOCK_TOKENS,
     BLOCKS_PER_CHUNK,
     CHUNK_TOKENS,

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.triton.chunks import CHUNK_TOKENS, STRIP_WIDTH, Cut, Type, dot, load_strip
 from pallas_kernels.triton.inverses import inverses
 from pallas_kernels.triton.one_decay import along, at_last, both, decays, decays_between, times
+from pallas_kernels.triton.pallas_chunks import CHUNK_TOKENS, STRIP_WIDTH, Cut, Type, dot, load_strip
 
 
 class Pairs(NamedTuple):

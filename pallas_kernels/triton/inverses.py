@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.triton.chunks import BLOCK_TOKENS, CHUNK_TOKENS, Cut, Type, exact, part, places
+from pallas_kernels.triton.pallas_chunks import BLOCK_TOKENS, CHUNK_TOKENS, Cut, Type, exact, part, places
 
 HALF_TOKENS = CHUNK_TOKENS // 2
 

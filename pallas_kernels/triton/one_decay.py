@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.triton.chunks import (
+from pallas_kernels.triton.pallas_chunks import (
     CHUNK_TOKENS,
     HIDDEN_EXPONENT,
     STRIP_WIDTH,

@@ -119,7 +119,9 @@ def kernels(call, *arrays):
     """Return how many kernels a call is on an H100."""
     with gpus():
         text = jax.jit(call).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    return sum(text.count(f"custom_call @{name}") for name in ("mosaic_gpu", "__gpu$xla.gpu.triton"))
+    return sum(
+        text.count(f"custom_call @{name}") for name in ("mosaic_gpu", "__gpu$xla.gpu.triton", "triton_kernel_call")
+    )
 
 
 def heads(time=64, key_dim=64, batch=2):

@@ -4,7 +4,6 @@ Tiles of another document are passed over. Kernels: `pallas_kernels/triton/atten
 """
 
 import functools
-import importlib.util
 import math
 
 import jax
@@ -15,6 +14,7 @@ from based_jax.dims import BTHV
 from based_jax.ops import sharded, softmax_walks
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import target_device_kind
+from based_jax.ops.triton import packages
 
 MAX_HEAD_DIM = 256
 MAX_ELEMENTS = 2**31
@@ -24,8 +24,8 @@ DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 def supports(call: AttentionCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
     q, k, v = call.q, call.k, call.v
-    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
-        return f"jax {jax.__version__} has no Triton backend of Pallas"
+    if reason := packages.missing():
+        return reason
     if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in DTYPES:
         return f"q, k and v must all be bfloat16 or float16, and are {q.dtype}, {k.dtype} and {v.dtype}"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
@@ -47,7 +47,7 @@ def compute(call: AttentionCall) -> BTHV:
 
 
 def _on_device(call: AttentionCall) -> BTHV:
-    # Pallas' GPU modules take half a second to import and are needed only here.
+    # Triton takes half a second to import and is needed only here.
     from pallas_kernels.triton import attention as kernels
 
     q, k, v = call.q, call.k, call.v

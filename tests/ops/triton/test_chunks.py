@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import triton_interpreter
 from helpers.cases import parametrize_some
 from helpers.devices import gpus
 from jax.experimental import pallas as pl
@@ -68,9 +69,10 @@ def decays(form, K):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Run the kernels in Pallas' interpreter, in fp32 too."""
-    from pallas_kernels.triton import chunks as kernels
+    """Run the kernels in their interpreter, in fp32 too."""
+    from pallas_kernels.triton import pallas_chunks as kernels
 
+    triton_interpreter.interpret(monkeypatch)
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     monkeypatch.setattr(kernels, "EXACT_PRODUCT", jax.lax.Precision.HIGHEST)
     monkeypatch.setattr(chunks, "supports", lambda *_: None)
