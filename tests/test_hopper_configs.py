@@ -20,8 +20,6 @@ NO_MIXER = "linear_cross_entropy"
 
 BY_XLA = {
     "attention.py:1b": {"residual_rms_norm"},
-    "h3.py:360m": {"diagonal_ssm", "short_conv"},
-    "hyena.py:360m": {"long_conv"},
 }
 """What is left to XLA, by config; a kernel for one of them takes it off this list, and nothing is ever added."""
 
