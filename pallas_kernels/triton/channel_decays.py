@@ -156,16 +156,16 @@ def channel_decays_forward(
     S = tl.load(state_at(state, sequence, column, cut))
     for n in range(cut.chunks):
         number, at = sequence * cut.chunks + n, at_chunk(sequence, n, cut)
-        x, before = tl.load(values_at(v, at, column, cut)), S.to(v.dtype.element_ty)
+        V, before = tl.load(values_at(v, at, column, cut)), S.to(v.dtype.element_ty)
         if with_starts:
             store(state_at(starts, number, column, cut), before)
-        read = tl.dot(tl.load(squares_at(Pk, at, cut)), x)
+        read = tl.dot(tl.load(squares_at(Pk, at, cut)), V)
         read = tl.dot(tl.load(keys_at(Q, at, cut)), before, read)
         S *= tl.load(kept + number * cut.keys + tl.arange(0, cut.keys))[:, None]
-        S = tl.dot(tl.trans(tl.load(keys_at(K, at, cut))), x, S)
+        S = tl.dot(tl.trans(tl.load(keys_at(K, at, cut))), V, S)
         if kinds == 2:
-            U = tl.dot(tl.load(keys_at(A, at, cut)), before, tl.dot(tl.load(squares_at(Ak, at, cut)), x))
-            U = tl.dot(tl.load(squares_at(T, at, cut)), U.to(x.dtype)).to(x.dtype)
+            U = tl.dot(tl.load(keys_at(A, at, cut)), before, tl.dot(tl.load(squares_at(Ak, at, cut)), V))
+            U = tl.dot(tl.load(squares_at(T, at, cut)), U.to(V.dtype)).to(V.dtype)
             read = tl.dot(tl.load(squares_at(Pb, at, cut)), U, read)
             S = tl.dot(tl.trans(tl.load(keys_at(B, at, cut))), U, S)
             store(values_at(u, at, column, cut), U)
