@@ -26,7 +26,7 @@ def launch(
     kernel: Any,
     programs: int,
     arguments: Sequence,
-    results: Sequence[Type],
+    results: Sequence[Type | None],
     *,
     warps: int,
     stages: int = 1,
