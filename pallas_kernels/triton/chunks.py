@@ -49,9 +49,9 @@ class Cut(NamedTuple):
 
     @classmethod
     def of(cls, k, v) -> "Cut":
-        """Return that of (B, T, H, K) keys and (B, T, H, V) values."""
-        batch, time, heads, keys = k.shape
-        return cls(batch, time, heads, keys, v.shape[-1])
+        """Return that of (B, T, H, V) values and (B, T, H, K) keys, or (B, T, G, K) of G groups of heads."""
+        batch, time, heads, values = v.shape
+        return cls(batch, time, heads, k.shape[-1], values)
 
     @property
     def chunks(self) -> int:
@@ -172,7 +172,7 @@ class Cut(NamedTuple):
         """Run a program for each strip of `STRIP_WIDTH` columns of each head's states.
 
         Args:
-          whole: (B, T, H, ...) or (B, chunks, H, ...), of which a program gets all of its head.
+          whole: (B, T, H, ...) or (B, chunks, H, ...), of which a program gets all of its head, or of its head's group.
           wide: (B, T, H, V), of which it gets its columns of them.
           states: (B, H, K, V) or (B, H, chunks, K, V), likewise.
           results: types like the wide arrays, then types like states.
@@ -186,7 +186,12 @@ class Cut(NamedTuple):
             return lax.rem(i, jnp.int32(strips))
 
         def of_whole(x) -> pl.BlockSpec:
-            return _block((None, x.shape[1], None, *x.shape[3:]), lambda b, i: (b, 0, head(i)))
+            together = self.heads // x.shape[2]
+
+            def at(b, i):
+                return b, 0, lax.div(head(i), jnp.int32(together))
+
+            return _block((None, x.shape[1], None, *x.shape[3:]), at)
 
         def of_wide(x) -> pl.BlockSpec:
             return pl.BlockSpec((None, self.time, None, STRIP_WIDTH), lambda b, i: (b, 0, head(i), strip(i)))
