@@ -19,7 +19,6 @@ NO_MIXER = "linear_cross_entropy"
 """Which keeps its logits where there is room: that is faster, and no fallback."""
 
 BY_XLA = {
-    "attention.py:1b": {"residual_rms_norm"},
     "h3.py:360m": {"diagonal_ssm", "short_conv"},
     "hyena.py:360m": {"long_conv"},
 }

@@ -61,9 +61,10 @@ def _cost(case: Case, which: str, adds: bool) -> tuple[float, float]:
 
 def _cases(name: str) -> tuple[Case, ...]:
     shapes = (1, 128, 1024), (1, 384, 1025), (2, 1792, 2049), (1, 4096, 1030), (4, 64, 2050)
+    filled = (2, 600, 1025), (2, 1680, 1025)
     make = functools.partial(Case, name)
     return (
-        *map(make, shapes),
+        *map(make, shapes + filled),
         make((8, 1024, 2048), quick=True),
         *(make((4, 256, 600), through=x) for x in ("vmap", "shard_map")),
     )

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import cuda_plugin, triton_interpreter
 from helpers.cases import parametrize_some
 from helpers.devices import gpus
-from jax.experimental import pallas as pl
 
 from based_jax import parallel
 from based_jax.ops import dispatch
@@ -24,8 +24,8 @@ def inputs(normal, B, T, H, G, N, P, dtype="float32"):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Run the kernels in Pallas' interpreter, in fp32 too."""
-    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    """Run the kernels in their interpreter, in fp32 too."""
+    triton_interpreter.interpret(monkeypatch)
     monkeypatch.setattr(chunks, "supports", lambda *_: None)
     monkeypatch.setattr(dispatch, "target_platform", lambda: "cuda")
 
@@ -74,8 +74,10 @@ def test_devices_take_their_heads_and_groups(G, normal, out_and_grads, interpret
 
 
 @pytest.mark.parametrize("way", ["alone", "lanes", "x64"])
-def test_kernels_read_and_make_a_group_s_and_no_head_s(way):
+def test_kernels_read_and_make_a_group_s_and_no_head_s(way, monkeypatch):
     """On an H100, at Mamba-2's sizes: nothing has the bytes of B or C for each head."""
+    if way != "alone":
+        cuda_plugin.without_code(monkeypatch)
     B, T, H, N, P = 2, 128, 16, 128, 64
     x, dt, A = jnp.zeros((B, T, H, P), "bfloat16"), jnp.zeros((B, T, H)), jnp.zeros(H)
     arguments = [x, dt, A, *[jnp.zeros((B, T, 1, N), "bfloat16")] * 2]
@@ -89,7 +91,7 @@ def test_kernels_read_and_make_a_group_s_and_no_head_s(way):
     with gpus(), jax.enable_x64(way == "x64"):
         if way == "lanes":
             call, arguments = jax.vmap(call), [jnp.stack([x] * 3) for x in arguments]
-        text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
     names = "one_decay_forward", "one_decay_reverse", "shared_keys_gradients"
     assert [name for name in names if name not in text] == []
     assert f"x{T}x1x{N}xbf16" in text and f"x{T}x{H}x{N}x" not in text
