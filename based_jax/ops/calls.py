@@ -276,6 +276,17 @@ class NormCall(NamedTuple):
     dtype: jnp.dtype
 
 
+class GatedNormCall(NamedTuple):
+    """The RMS norm of (y + skip u) silu(z), with y, u and z (..., D) and skip, scale (D)."""
+
+    y: Rows
+    u: Rows
+    z: Rows
+    skip: Channels
+    scale: Channels
+    eps: float
+
+
 class CrossEntropyCall(NamedTuple):
     """Losses of hidden rows (N, D) through a table (V, D); labels (N), as in `based_jax/labels.py`."""
 

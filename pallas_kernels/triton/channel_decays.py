@@ -21,7 +21,7 @@ queries and keys, (q, a) and (k, b), and touches those of the first kind alone w
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,8 +88,10 @@ def products(queries: Arrays, keys: Arrays, c, *, scale: float) -> Products:
     squares = [cut.squares(keys[0].dtype)] * kinds**2
     kept = Type((cut.batch, cut.heads, cut.chunks, cut.keys), jnp.float32)
     results = [*filled(squares, 4), *filled(map(like, queries)), *filled(map(like, keys)), kept]
-    options: dict[str, Any] = {"parts": BLOCKS_PER_CHUNK, "warps": block_warps(cut), "kinds": kinds, "scale": scale}
-    made = cut.by_chunk(channel_decays_products, [c, *filled(queries), *filled(keys)], results, **options)
+    arguments, warps = [c, *filled(queries), *filled(keys)], block_warps(cut)
+    made = cut.by_chunk(
+        channel_decays_products, arguments, results, parts=BLOCKS_PER_CHUNK, warps=warps, kinds=kinds, scale=scale
+    )
     found_pairs, found_queries, found_keys, [kept] = split(made, kinds**2, kinds, kinds)
     return Products(found_pairs, found_queries, found_keys, kept)
 
@@ -142,8 +144,8 @@ def forward(made: Products, v, state, t=None, *, with_starts: bool) -> list[jax.
     """
     cut, kinds = Cut.of(made.keys[0], v), len(made.keys)
     results = [*filled([like(v)] * kinds), like(state), cut.states(v.dtype) if with_starts else None]
-    options: dict[str, Any] = {"kinds": kinds, "with_starts": with_starts}
-    return cut.by_strip(channel_decays_forward, walk_inputs(made, t), [v], [state], results, **options)
+    whole = walk_inputs(made, t)
+    return cut.by_strip(channel_decays_forward, whole, [v], [state], results, kinds=kinds, with_starts=with_starts)
 
 
 @triton.jit

@@ -8,8 +8,6 @@ The gradients of `Products` come from `pair_gradients` and `state_gradients`, th
 `token_gradients`, and those of log-decays from `decay_gradients`.
 """
 
-from typing import Any
-
 import jax
 import triton
 import triton.language as tl
@@ -163,13 +161,10 @@ def token_gradients(
     by_token = queries, keys, made.queries, made.keys, dqueries, dkeys
     arguments = [c, *(x for some in by_token for x in filled(some)), *filled(dpairs, 4)]
     results = [x for some in (queries, keys, [c] * kinds) for x in filled(map(like, some))]
-    options: dict[str, Any] = {
-        "parts": BLOCKS_PER_CHUNK,
-        "warps": block_warps(cut, 4 * kinds),
-        "kinds": kinds,
-        "scale": scale,
-    }
-    return cut.by_chunk(channel_decays_token_gradients, arguments, results, **options)
+    parts, warps = BLOCKS_PER_CHUNK, block_warps(cut, 4 * kinds)
+    return cut.by_chunk(
+        channel_decays_token_gradients, arguments, results, parts=parts, warps=warps, kinds=kinds, scale=scale
+    )
 
 
 @triton.jit

@@ -43,7 +43,6 @@ def launch(
       warps: of a program.
       stages: of its loops' loads.
     """
-
     arguments = [arguments[0] if x is None else x for x in arguments]
     untouched, given = Type((arguments[0].shape[0], 1), jnp.float32), [x is not None for x in results]
     types = [untouched if x is None else x for x in results]
@@ -57,8 +56,8 @@ def launch(
         """Take lanes for rows."""
         arrays = [x if own else _repeated(x, lanes) for x, own in zip(arrays, batched, strict=True)]
         rows = [x.reshape(-1, *x.shape[2:]) for x in arrays]
-        wide = [Type((lanes * x.shape[0], *x.shape[1:]), x.dtype) for x in types]
-        made = launch(kernel, programs, rows, wide, warps=warps, stages=stages, **constants)
+        of_lanes = [Type((lanes * x.shape[0], *x.shape[1:]), x.dtype) for x in types]
+        made = launch(kernel, programs, rows, of_lanes, warps=warps, stages=stages, **constants)
         return [x.reshape(lanes, *like.shape) for x, like in zip(made, types, strict=True)], [True] * len(made)
 
     return [*itertools.compress(run(*arguments), given)]
