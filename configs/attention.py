@@ -9,7 +9,7 @@ Source: HazyResearch/based:train/configs/experiment/reference.
 
 from recipe import config, variants
 
-COMMON = {"pad_vocab_multiple": 16, "remat": "dots"}
+COMMON = {"pad_vocab_multiple": 16, "remat": "auto"}
 MODELS = {
     "360m": {"layers": (("attention", {"num_heads": 16}),) * 24, "d_model": 1024, "mlp_dim": 2816, **COMMON},
     "1b": {"layers": (("attention", {"num_heads": 24}),) * 36, "d_model": 1680, "mlp_dim": 4608, **COMMON},

@@ -24,8 +24,8 @@ def layers(depth, taylor):
 
 
 MODELS = {
-    "360m": {"layers": layers(27, taylor=(1, 6, 11, 16, 21)), "d_model": 1024, "remat": "dots"},
-    "1b": {"layers": layers(36, taylor=(1, 6, 11, 16, 21, 27, 33)), "d_model": 1792, "remat": "dots"},
+    "360m": {"layers": layers(27, taylor=(1, 6, 11, 16, 21)), "d_model": 1024, "remat": "auto"},
+    "1b": {"layers": layers(36, taylor=(1, 6, 11, 16, 21, 27, 33)), "d_model": 1792, "remat": "auto"},
 }
 VARIANTS = variants(MODELS)
 

@@ -12,13 +12,13 @@ from recipe import config, variants
 
 HEADS_OF_128 = {"num_heads": 16, "expand_k": 1.0, "expand_v": 1.0}
 MODELS = {
-    "360m": {"layers": (("gated_deltanet", {}),) * 18, "d_model": 1024, "mlp_dim": 2816, "remat": "dots"},
+    "360m": {"layers": (("gated_deltanet", {}),) * 18, "d_model": 1024, "mlp_dim": 2816, "remat": "auto"},
     "1b": {
         "layers": (("gated_deltanet", HEADS_OF_128),) * 24,
         "d_model": 2048,
         "mlp_dim": 5632,
         "norm_eps": 1e-6,
-        "remat": "dots",
+        "remat": "auto",
     },
 }
 VARIANTS = variants(MODELS)

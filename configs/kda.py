@@ -15,7 +15,7 @@ MODELS = {
         "d_model": 2048,
         "mlp_dim": 5632,
         "norm_eps": 1e-6,
-        "remat": "dots",
+        "remat": "auto",
     }
 }
 VARIANTS = variants(MODELS)

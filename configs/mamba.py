@@ -14,7 +14,7 @@ COMMON = {
     "mlp": "none",
     "vocab_size": 50277,
     "pad_vocab_multiple": 16,
-    "remat": "full",
+    "remat": "auto",
 }
 MODELS = {"360m": {"d_model": 1024, **COMMON}, "1b": {"d_model": 2048, **COMMON}}
 VARIANTS = variants(MODELS)

@@ -16,7 +16,7 @@ MODELS = {
         "mlp": "none",
         "vocab_size": 50277,
         "pad_vocab_multiple": 16,
-        "remat": "dots",
+        "remat": "auto",
     }
 }
 VARIANTS = variants(MODELS)

@@ -16,7 +16,7 @@ MODELS = {
         "mlp": "none",
         "norm": "layer",
         "embed_norm": True,
-        "remat": "dots",
+        "remat": "auto",
     }
 }
 VARIANTS = variants(MODELS)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from helpers import cuda_plugin
 
 from based_jax import placement
 
@@ -30,6 +31,8 @@ gc.set_threshold(50_000, 20, 50)
 jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+cuda_plugin.stand_in()
 
 # So small are most parameters of the models here; what is small beside these is divided by the same ratio.
 placement.SMALL_BYTES //= 256

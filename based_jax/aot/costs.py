@@ -15,7 +15,7 @@ import numpy as np
 from based_jax.aot.hlo import ASYNCHRONOUS_FUSION, FUSION, ArrayType, Instruction, Program
 
 KERNEL_FLOPS = re.compile(r'\\?"flops\\?":\s*\\?"?(\d+)')
-KERNEL_CALLS = "tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton", "cudnn"
+KERNEL_CALLS = "tpu_custom_call", "mosaic_gpu", "triton_kernel_call", "cudnn"
 PASSES = {"highest": 6, "high": 3}
 """Products in bf16 that a TPU makes for one in fp32, by its precision."""
 

@@ -15,7 +15,7 @@ from based_jax.bench.alignment import aligned
 from based_jax.bench.timing import Kernel
 
 OWN_SUFFIX = "_mosaic_gpu_kernel"
-OWN_PRIMITIVES = "mpmd_map", "pallas_call"
+OWN_PRIMITIVES = "mpmd_map", "triton_kernel_call"
 """What the scope of a kernel of our own ends with, behind the kernel's name."""
 WRAPPED = re.compile(r"wrapped_[a-z_]+")
 """Fusions of one operation, of which XLA does not say which share a kernel: those of one type do."""

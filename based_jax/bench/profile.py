@@ -31,7 +31,7 @@ from based_jax.errors import UserError
 PROFILED_SHAPES = (*kernels.TABLE_SHAPES, kernels.LENGTH_SHAPES[-1])
 NO_PREALLOCATION = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 """The profiled process needs memory beside this one."""
-CUSTOM_CALL = re.compile(r'custom_call_target="(mosaic_gpu|__gpu\$xla\.gpu\.triton)')
+CUSTOM_CALL = re.compile(r'custom_call_target="(mosaic_gpu|triton_kernel_call)')
 """A kernel of our own in a compiled program."""
 SECTIONS = (
     "SpeedOfLight",

@@ -15,6 +15,7 @@ from based_jax.aot import costs
 from based_jax.aot.hlo import Program
 from based_jax.bench import rows, step_profile
 from based_jax.errors import UserError
+from based_jax.nn.block import remat_of
 from based_jax.nn.loss import loss_sums
 from based_jax.ops import dispatch
 from based_jax.train.compile import TrainProgram, train_program
@@ -164,7 +165,7 @@ def _sizes(program: TrainProgram, batch: parallel.GlobalBatch, steps: int, docum
         "seq_len": length,
         "documents": documents,
         "microbatches": config.microbatches,
-        "remat": config.model.remat,
+        "remat": remat_of(config.model.remat),
         "scan_layers": config.model.scan_layers,
         "devices": program.mesh.size,
         "steps": steps,

@@ -15,6 +15,7 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.init_recipes import initialise
 from based_jax.nn.mixers import build_mixer
+from based_jax.ops.dispatch import target_platform
 from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
 
 REMAT_POLICIES = {
@@ -24,11 +25,22 @@ REMAT_POLICIES = {
 }
 
 
+def remat_of(remat: str) -> str:
+    """Return the entry of `REMAT_POLICIES` that a config's `remat` stands for on the device being compiled for."""
+    if remat != "auto":
+        return remat
+    return "none" if target_platform() == "cuda" else "dots"
+
+
 class Stream(NamedTuple):
     """The residual stream r, and the output y of a layer that is still to be added: the norm after it does both."""
 
     r: Float[Array, "*B D"]
     y: Float[Array, "*B D"] | None = None
+
+    def filled(self, dtype) -> "Stream":
+        """Return the stream with an output to add, of zeros if there is none, as a loop over layers carries it."""
+        return self if self.y is not None else Stream(self.r, jnp.zeros_like(self.r, dtype))
 
     def total(self) -> Float[Array, "*B D"]:
         """Return the stream with nothing left to add."""
@@ -102,7 +114,11 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """`repeats` copies of a pattern of blocks; more than one are stacked along a leading axis and scanned."""
+    """`repeats` copies of a pattern of blocks; more than one are stacked along a leading axis and scanned.
+
+    A pass over whole sequences is unrolled on GPUs: a loop there copies what it keeps for the backward pass, which
+    takes a tenth of a training step.
+    """
 
     def __init__(self, pattern: Sequence[tuple[str, dict]], repeats: int, config, *, rngs: nnx.Rngs):
         def build(rngs):
@@ -126,9 +142,10 @@ class Stack(nnx.Module):
                     stream = block.extend(stream, segment_ids, early if i == len(blocks) - 1 else None)
             return stream
 
-        if self.repeats == 1 and self.remat == "none":
-            return self._run(lambda blocks, stream, _: (through(blocks, stream), None), stream, None)[0]
-        # One array for a scan to carry, and for a backward pass that computes the rest again to keep.
+        if remat_of(self.remat) == "none" and not self._loops(None):
+            carried = stream if self.repeats == 1 else stream.filled(self.blocks[0].dtype)
+            return self._run(lambda blocks, stream, _: (through(blocks, stream), None), carried, None)[0]
+        # One array for a loop to carry, and for a backward pass that computes the rest again to keep.
         total, _ = self._run(lambda blocks, r, _: (through(blocks, Stream(r)).total(), None), stream.total(), None)
         return Stream(total if early is positions else layers.at(positions, total)[0])
 
@@ -155,14 +172,19 @@ class Stack(nnx.Module):
             params, caches = inputs
             return forward(nnx.merge(graphdef, params), r, caches)
 
-        if self.remat != "none":
-            body = jax.checkpoint(body, prevent_cse=self.repeats == 1, policy=REMAT_POLICIES[self.remat])
+        loops = self._loops(caches)
+        if (remat := remat_of(self.remat)) != "none":
+            body = jax.checkpoint(body, prevent_cse=not loops, policy=REMAT_POLICIES[remat])
         if self.repeats == 1:
             self._check_single()
             return body(r, (params, caches))
         self._check_repeats("parameter", params)
         self._check_repeats("cache", caches)
-        return jax.lax.scan(body, r, (params, caches), length=self.repeats)
+        return jax.lax.scan(body, r, (params, caches), length=self.repeats, unroll=1 if loops else self.repeats)
+
+    def _loops(self, caches) -> bool:
+        """Return whether the program has a loop over the copies; caches are updated in place in one."""
+        return self.repeats > 1 and (caches is not None or target_platform() != "cuda")
 
     def _check_single(self) -> None:
         """Check that the arrays are not stacked, by that of the first norm."""

@@ -57,9 +57,10 @@ class LMConfig:
       embed_norm: a norm right after the embedding (RWKV).
       dtype: what layers compute in, "bfloat16" or "float32"; parameters, norms, the residual, states and logits are
         fp32.
-      scan_layers: stack and scan repeated patterns of layers, which compiles faster and shards the same.
+      scan_layers: stack and scan repeated patterns of layers, which compiles faster and shards the same; on GPUs a
+        training step has the layers in a row all the same, which is faster there.
       remat: what a layer keeps for its backward pass: "none" recomputes nothing, "dots" keeps projections only,
-        "full" keeps nothing.
+        "full" keeps nothing; "auto" is "none" on GPUs and "dots" elsewhere.
     """
 
     layers: tuple[tuple[str, dict[str, Any]], ...]
@@ -110,7 +111,7 @@ class LMConfig:
         if self.init_recipe == "torch" and self.init_std != INIT_STD:
             raise UserError(f"init_std is {self.init_std}, but init_recipe 'torch' takes none; leave it out.")
         _check("dtype", self.dtype, DTYPES)
-        _check("remat", self.remat, REMAT_POLICIES)
+        _check("remat", self.remat, ("auto", *REMAT_POLICIES))
 
     @property
     def hidden_dim(self) -> int:

@@ -13,20 +13,22 @@ documents rise along a row; a token numbered 0 is padding, which sees nothing an
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
+import triton
+import triton.language as tl
+from triton.language import constexpr
 
-from pallas_kernels.triton.chunks import Type, dot, launch
+from pallas_kernels.triton.launch import Type, launch, shared_bytes
+from pallas_kernels.triton.tiles import store, tile, zeros
+from pallas_kernels.triton.tuples import times
 
 TIME_MULTIPLE, HEAD_MULTIPLE, MAX_HEAD_DIM = 128, 16, 256
-HIDDEN_SCORE = -1e30
+HIDDEN_SCORE = constexpr(-1e30)
 """Of a key that a query does not see: finite, so that nothing becomes NaN before the first one that it does."""
-LOG2E = math.log2(math.e)
+LOG2E = constexpr(math.log2(math.e))
 
 
 class Tiling(NamedTuple):
@@ -38,15 +40,39 @@ class Tiling(NamedTuple):
     stages: int
 
 
+class Pieces(NamedTuple):
+    """A head's channels: elements from token to token, and the sizes of its pieces."""
+
+    stride: int
+    sizes: tuple[int, ...]
+
+
+class Cut(NamedTuple):
+    """T and H of a call, what a program has of it and takes at each step, and what it does with scores."""
+
+    time: int
+    heads: int
+    keys: Pieces
+    values: Pieces
+    own: int
+    step: int
+    scale: float
+    window: int
+
+
 FORWARD_TILINGS = {64: Tiling(64, 64, 4, 3), 128: Tiling(64, 64, 4, 3), 256: Tiling(64, 64, 4, 1)}
 GRADIENT_TILINGS = {64: Tiling(64, 64, 4, 2), 128: Tiling(64, 64, 4, 2), 256: Tiling(64, 32, 8, 1)}
 """By the most channels of a head."""
+TILING_BYTES = {64: 50 << 10, 128: 90 << 10, 256: 113 << 10}
+SMALL_TILING = Tiling(32, 32, 4, 2)
+"""What those take at most where a warp multiplies by itself, and what stands for them where there is less to share."""
 
 
 def tiling_of(tilings: dict[int, Tiling], *arrays: jax.Array) -> Tiling:
     """Return the tiling for heads as large as those of the arrays."""
     largest = max(x.shape[3] for x in arrays)
-    return tilings[next(size for size in tilings if size >= largest)]
+    size = next(size for size in tilings if size >= largest)
+    return tilings[size] if TILING_BYTES[size] <= shared_bytes() else SMALL_TILING
 
 
 def forward(q, k, v, numbers, first, *, scale: float, window: int) -> list[jax.Array]:
@@ -58,33 +84,8 @@ def forward(q, k, v, numbers, first, *, scale: float, window: int) -> list[jax.A
       window: keys that a query sees, its own included.
     """
     tiling = tiling_of(FORWARD_TILINGS, q, v)
-
-    def body(q_ref, k_ref, v_ref, numbers_ref, first_ref, o_ref, logarithm_ref):
-        tile = _tile(q, tiling)
-        here = pl.ds(tile * tiling.own, tiling.own)
-        queries, own = _pieces(q_ref, slice(None)), numbers_ref[here]
-
-        def step(j, carry):
-            top, total, o = carry
-            there = pl.ds(j * tiling.step, tiling.step)
-            visible = _visible(own, numbers_ref[there], tile * tiling.own, j * tiling.step, window)
-            s = jnp.where(visible, _products(queries, _pieces(k_ref, there)) * (scale * LOG2E), HIDDEN_SCORE)
-            higher = jnp.maximum(top, jnp.max(s, axis=1))
-            p, factor = jnp.exp2(s - higher[:, None]), jnp.exp2(top - higher)
-            values = _pieces(v_ref, there)
-            o = [x * factor[:, None] + dot(p.astype(y.dtype), y) for x, y in zip(o, values, strict=True)]
-            return higher, total * factor + jnp.sum(p, axis=1), o
-
-        zeros = jnp.zeros((tiling.own,), jnp.float32)
-        start = zeros + HIDDEN_SCORE, zeros, _sums(v_ref, tiling.own)
-        end = lax.div((tile + 1) * tiling.own, tiling.step)
-        top, total, o = lax.fori_loop(lax.div(first_ref[tile], tiling.step), end, step, start)
-        total = jnp.where(own == 0, 1.0, total)
-        _write(o_ref, [x / total[:, None] for x in o])
-        logarithm_ref[...] = top + jnp.log2(total)
-
     types = Type(v.shape, v.dtype), Type((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-    return _run(body, "attention_forward", tiling, [q], [k, v, numbers, first], types)
+    return _run(attention_forward, tiling, [q, k, v, numbers, first], types, scale, window)
 
 
 def query_gradients(q, k, v, numbers, first, logarithm, delta, do, *, scale: float, window: int) -> list[jax.Array]:
@@ -95,28 +96,8 @@ def query_gradients(q, k, v, numbers, first, logarithm, delta, do, *, scale: flo
       logarithm: of `forward`.
       delta: (B, H, T) fp32, the products of do and o.
     """
-    tiling = tiling_of(GRADIENT_TILINGS, q, v)
-
-    def body(q_ref, do_ref, logarithm_ref, delta_ref, k_ref, v_ref, numbers_ref, first_ref, dq_ref):
-        tile = _tile(q, tiling)
-        queries, gradients = _pieces(q_ref, slice(None)), _pieces(do_ref, slice(None))
-        own, logarithm, delta = numbers_ref[pl.ds(tile * tiling.own, tiling.own)], logarithm_ref[...], delta_ref[...]
-
-        def step(j, dq):
-            there = pl.ds(j * tiling.step, tiling.step)
-            visible = _visible(own, numbers_ref[there], tile * tiling.own, j * tiling.step, window)
-            keys = _pieces(k_ref, there)
-            s = _products(queries, keys) * (scale * LOG2E)
-            p = jnp.where(visible, jnp.exp2(s - logarithm[:, None]), 0.0)
-            ds = p * (_products(gradients, _pieces(v_ref, there)) - delta[:, None])
-            return [x + dot(ds.astype(y.dtype), y) for x, y in zip(dq, keys, strict=True)]
-
-        end = lax.div((tile + 1) * tiling.own, tiling.step)
-        dq = lax.fori_loop(lax.div(first_ref[tile], tiling.step), end, step, _sums(q_ref, tiling.own))
-        _write(dq_ref, [x * scale for x in dq])
-
-    arrays = [q, do, logarithm, delta], [k, v, numbers, first]
-    return _run(body, "attention_query_gradients", tiling, *arrays, [Type(q.shape, q.dtype)])
+    arrays, tiling = [q, k, v, numbers, first, logarithm, delta, do], tiling_of(GRADIENT_TILINGS, q, v)
+    return _run(attention_query_gradients, tiling, arrays, [Type(q.shape, q.dtype)], scale, window)
 
 
 def key_gradients(q, k, v, numbers, last, logarithm, delta, do, *, scale: float, window: int) -> list[jax.Array]:
@@ -126,102 +107,169 @@ def key_gradients(q, k, v, numbers, last, logarithm, delta, do, *, scale: float,
       last: (B, T / own), where the last query stands that sees a tile's keys, -1 where there is none.
       logarithm, delta: as in `query_gradients`.
     """
-    tiling = tiling_of(GRADIENT_TILINGS, q, v)
-
-    def body(k_ref, v_ref, q_ref, do_ref, logarithm_ref, delta_ref, numbers_ref, last_ref, dk_ref, dv_ref):
-        tile = _tile(q, tiling)
-        keys, values = _pieces(k_ref, slice(None)), _pieces(v_ref, slice(None))
-        own = numbers_ref[pl.ds(tile * tiling.own, tiling.own)]
-
-        # Products are transposed, (keys, queries), so that none has to be before it is multiplied.
-        def step(i, carry):
-            dk, dv = carry
-            there = pl.ds(i * tiling.step, tiling.step)
-            visible = _visible(numbers_ref[there], own, i * tiling.step, tile * tiling.own, window, by_key=True)
-            queries, gradients = _pieces(q_ref, there), _pieces(do_ref, there)
-            s = _products(keys, queries) * (scale * LOG2E)
-            p = jnp.where(visible, jnp.exp2(s - logarithm_ref[there][None]), 0.0)
-            ds = p * (_products(values, gradients) - delta_ref[there][None])
-            dk = [x + dot(ds.astype(y.dtype), y) for x, y in zip(dk, queries, strict=True)]
-            dv = [x + dot(p.astype(y.dtype), y) for x, y in zip(dv, gradients, strict=True)]
-            return dk, dv
-
-        start, end = lax.div(tile * tiling.own, tiling.step), lax.div(last_ref[tile], tiling.step) + 1
-        dk, dv = lax.fori_loop(start, end, step, (_sums(k_ref, tiling.own), _sums(v_ref, tiling.own)))
-        _write(dk_ref, [x * scale for x in dk])
-        _write(dv_ref, dv)
-
-    arrays = [k, v], [q, do, logarithm, delta, numbers, last]
-    return _run(body, "attention_key_gradients", tiling, *arrays, [Type(k.shape, k.dtype), Type(v.shape, v.dtype)])
+    arrays, tiling = [q, k, v, numbers, last, logarithm, delta, do], tiling_of(GRADIENT_TILINGS, q, v)
+    types = Type(k.shape, k.dtype), Type(v.shape, v.dtype)
+    return _run(attention_key_gradients, tiling, arrays, types, scale, window)
 
 
-def _run(body: Callable, name: str, tiling: Tiling, cut, whole, results) -> list[jax.Array]:
-    """Run a program for each tile of each head, given its tile of some arrays and of the results, and all of others.
-
-    Arrays are (B, T, H, .), (B, H, T), and what all heads share, (B, .).
-    """
-    batch, time, heads, _ = cut[0].shape
-    tiles = time // tiling.own
-
-    def spec(x, own: bool) -> pl.BlockSpec:
-        def at(b, i):
-            head, tile = lax.div(i, jnp.int32(tiles)), lax.rem(i, jnp.int32(tiles)) if own else 0
-            return {2: (b, 0), 3: (b, head, tile), 4: (b, tile, head, 0)}[len(x.shape)]
-
-        tokens = tiling.own if own else time
-        blocks = {2: (None, x.shape[1]), 3: (None, None, tokens), 4: (None, tokens, None, x.shape[-1])}
-        return pl.BlockSpec(blocks[len(x.shape)], at)
-
-    inputs = [*(spec(x, True) for x in cut), *(spec(x, False) for x in whole)]
-    outputs = [spec(x, True) for x in results]
-    grid = batch, heads * tiles
-    return launch(body, name, tiling.warps, tiling.stages, grid, [*cut, *whole], results, inputs, outputs)
+def _run(kernel, tiling: Tiling, arrays, results, scale: float, window: int) -> list[jax.Array]:
+    """Run a program for each tile of each head; arrays are q, k, v and others."""
+    q, _, v, *_ = arrays
+    _, time, heads, _ = q.shape
+    cut = Cut(time, heads, _pieces(q), _pieces(v), tiling.own, tiling.step, scale, window)
+    programs = heads * time // tiling.own
+    return launch(kernel, programs, arrays, results, warps=tiling.warps, stages=tiling.stages, cut=cut)
 
 
-def _tile(q, tiling: Tiling) -> jax.Array:
-    """Return which tile of its head a program has."""
-    return lax.rem(pl.program_id(1), jnp.int32(q.shape[1] // tiling.own))
+def _pieces(x: jax.Array) -> Pieces:
+    _, _, heads, size = x.shape
+    return Pieces(heads * size, tuple(power for power in (256, 128, 64, 32, 16) if size & power))
 
 
-def _channels(size: int) -> list[pl.Slice]:
-    """Return the pieces of a head's channels: powers of two."""
-    found, start = [], 0
-    for power in (256, 128, 64, 32, 16):
-        while size - start >= power:
-            found.append(pl.ds(start, power))
-            start += power
+@triton.jit
+def attention_forward(q, k, v, numbers, first, o, logarithm, cut: constexpr):
+    """Walk over the keys that a tile's queries see."""
+    K: constexpr = cut.keys
+    V: constexpr = cut.values
+    row, head, number = tile_program(cut)
+    k, v, numbers = head_of(k, row, head, cut, K), head_of(v, row, head, cut, V), numbers + row * cut.time
+    start, here = number * cut.own, number * cut.own + tl.arange(0, cut.own)
+    queries, own = load_pieces(head_of(q, row, head, cut, K), start, cut.own, K), tl.load(numbers + here)
+    top, total = tl.full((cut.own,), HIDDEN_SCORE, tl.float32), tl.full((cut.own,), 0.0, tl.float32)
+    sums = empty_sums(cut.own, V)
+    for j in range(tl.load(first + row * (cut.time // cut.own) + number) // cut.step, (start + cut.own) // cut.step):
+        there = j * cut.step + tl.arange(0, cut.step)
+        seen = visible(here[:, None], there[None, :], own[:, None], tl.load(numbers + there)[None, :], cut.window)
+        s = products(queries, load_pieces(k, j * cut.step, cut.step, K)) * (cut.scale * LOG2E)
+        s = tl.where(seen, s, HIDDEN_SCORE)
+        higher = tl.maximum(top, tl.max(s, axis=1))
+        p, factor = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
+        sums = with_products(times(sums, factor[:, None]), p, load_pieces(v, j * cut.step, cut.step, V))
+        top, total = higher, total * factor + tl.sum(p, axis=1)
+    total = tl.where(own == 0, 1.0, total)
+    store_pieces(head_of(o, row, head, cut, V), start, cut.own, V, times(sums, 1 / total[:, None]))
+    tl.store(logarithm + (row * cut.heads + head) * cut.time + here, top + tl.log2(total))
+
+
+@triton.jit
+def attention_query_gradients(q, k, v, numbers, first, logarithm, delta, do, dq, cut: constexpr):
+    """Walk over the keys that a tile's queries see."""
+    K: constexpr = cut.keys
+    V: constexpr = cut.values
+    row, head, number = tile_program(cut)
+    k, v, numbers = head_of(k, row, head, cut, K), head_of(v, row, head, cut, V), numbers + row * cut.time
+    start, here = number * cut.own, number * cut.own + tl.arange(0, cut.own)
+    queries = load_pieces(head_of(q, row, head, cut, K), start, cut.own, K)
+    gradients = load_pieces(head_of(do, row, head, cut, V), start, cut.own, V)
+    of_head = (row * cut.heads + head) * cut.time + here
+    own, logarithm, delta = tl.load(numbers + here), tl.load(logarithm + of_head), tl.load(delta + of_head)
+    sums = empty_sums(cut.own, K)
+    for j in range(tl.load(first + row * (cut.time // cut.own) + number) // cut.step, (start + cut.own) // cut.step):
+        there = j * cut.step + tl.arange(0, cut.step)
+        seen = visible(here[:, None], there[None, :], own[:, None], tl.load(numbers + there)[None, :], cut.window)
+        keys = load_pieces(k, j * cut.step, cut.step, K)
+        s = products(queries, keys) * (cut.scale * LOG2E)
+        p = tl.where(seen, tl.exp2(s - logarithm[:, None]), 0.0)
+        ds = p * (products(gradients, load_pieces(v, j * cut.step, cut.step, V)) - delta[:, None])
+        sums = with_products(sums, ds, keys)
+    store_pieces(head_of(dq, row, head, cut, K), start, cut.own, K, times(sums, cut.scale))
+
+
+@triton.jit
+def attention_key_gradients(q, k, v, numbers, last, logarithm, delta, do, dk, dv, cut: constexpr):
+    """Walk over the queries that see a tile's keys; products are (keys, queries): none has to be transposed."""
+    K: constexpr = cut.keys
+    V: constexpr = cut.values
+    row, head, number = tile_program(cut)
+    q, do, numbers = head_of(q, row, head, cut, K), head_of(do, row, head, cut, V), numbers + row * cut.time
+    of_head = (row * cut.heads + head) * cut.time
+    start, here = number * cut.own, number * cut.own + tl.arange(0, cut.own)
+    keys = load_pieces(head_of(k, row, head, cut, K), start, cut.own, K)
+    values = load_pieces(head_of(v, row, head, cut, V), start, cut.own, V)
+    own, key_sums, value_sums = tl.load(numbers + here), empty_sums(cut.own, K), empty_sums(cut.own, V)
+    for i in range(start // cut.step, tl.load(last + row * (cut.time // cut.own) + number) // cut.step + 1):
+        there = i * cut.step + tl.arange(0, cut.step)
+        seen = visible(there[None, :], here[:, None], tl.load(numbers + there)[None, :], own[:, None], cut.window)
+        queries, gradients = load_pieces(q, i * cut.step, cut.step, K), load_pieces(do, i * cut.step, cut.step, V)
+        s = products(keys, queries) * (cut.scale * LOG2E)
+        p = tl.where(seen, tl.exp2(s - tl.load(logarithm + of_head + there)[None, :]), 0.0)
+        ds = p * (products(values, gradients) - tl.load(delta + of_head + there)[None, :])
+        key_sums, value_sums = with_products(key_sums, ds, queries), with_products(value_sums, p, gradients)
+    store_pieces(head_of(dk, row, head, cut, K), start, cut.own, K, times(key_sums, cut.scale))
+    store_pieces(head_of(dv, row, head, cut, V), start, cut.own, V, value_sums)
+
+
+@triton.jit
+def tile_program(cut: constexpr):
+    """Return which row, head and tile a program has."""
+    n, tiles = tl.program_id(0), cut.time // cut.own
+    head = n // tiles
+    return head // cut.heads, head % cut.heads, n % tiles
+
+
+@triton.jit
+def visible(query, key, query_number, key_number, window: constexpr):
+    """Return whether a query sees a key, from their places and their documents' numbers."""
+    near = (key <= query) & (key > query - window)
+    return near & (query_number == key_number) & (key_number != 0)
+
+
+@triton.jit
+def head_of(x, row, head, cut: constexpr, pieces: constexpr):
+    """Return where the first token of a head is."""
+    return x + row.to(tl.int64) * (cut.time * pieces.stride) + head * (pieces.stride // cut.heads)
+
+
+@triton.constexpr_function
+def channels_before(sizes, n):
+    """Return how many channels there are before piece n."""
+    return sum(sizes[:n])
+
+
+@triton.jit
+def place_of_piece(x, start, tokens: constexpr, pieces: constexpr, n: constexpr):
+    """Return where the elements of a piece are, of tokens of a head at x from `start` on."""
+    return tile(x + start * pieces.stride + channels_before(pieces.sizes, n), tokens, pieces.sizes[n], pieces.stride)
+
+
+@triton.jit
+def load_pieces(x, start, tokens: constexpr, pieces: constexpr):
+    """Return the pieces of tokens of a head at x from `start` on."""
+    found = ()
+    for n in tl.static_range(len(pieces.sizes)):
+        found += (tl.load(place_of_piece(x, start, tokens, pieces, n)),)
     return found
 
 
-def _pieces(ref, tokens) -> list[jax.Array]:
-    return [ref[tokens, channels] for channels in _channels(ref.shape[1])]
+@triton.jit
+def store_pieces(x, start, tokens: constexpr, pieces: constexpr, values):
+    """Write them."""
+    for n in tl.static_range(len(values)):
+        store(place_of_piece(x, start, tokens, pieces, n), values[n])
 
 
-def _sums(ref, tokens: int) -> list[jax.Array]:
-    """Return zeros for sums over pieces like those of an array."""
-    return [jnp.zeros((tokens, channels.size), jnp.float32) for channels in _channels(ref.shape[1])]
+@triton.jit
+def empty_sums(tokens: constexpr, pieces: constexpr):
+    """Return sums over pieces."""
+    found = ()
+    for n in tl.static_range(len(pieces.sizes)):
+        found += (zeros(tokens, tl.constexpr(pieces.sizes[n])),)
+    return found
 
 
-def _write(ref, pieces: list[jax.Array]) -> None:
-    for channels, piece in zip(_channels(ref.shape[1]), pieces, strict=True):
-        ref[:, channels] = piece.astype(ref.dtype)
+@triton.jit
+def products(a, b):
+    """Return the products of each row of a with each of b, of all pieces together."""
+    total = tl.dot(a[0], tl.trans(b[0]))
+    for n in tl.static_range(1, len(a)):
+        total = tl.dot(a[n], tl.trans(b[n]), total)
+    return total
 
 
-def _products(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-    """Return the products of each row of a with each of b."""
-    first, *others = (dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True))
-    return sum(others, first)
-
-
-def _visible(queries, keys, query_start, key_start, window: int, *, by_key: bool = False) -> jax.Array:
-    """Return which of some keys each of some queries sees, from their documents' numbers: (queries, keys) or by key."""
-
-    def of_query(x):
-        return x[None] if by_key else x[:, None]
-
-    def of_key(x):
-        return x[:, None] if by_key else x[None]
-
-    query, key = query_start + jnp.arange(queries.size), key_start + jnp.arange(keys.size)
-    near = (of_key(key) <= of_query(query)) & (of_key(key) > of_query(query) - window)
-    return near & (of_query(queries) == of_key(keys)) & (of_key(keys) != 0)
+@triton.jit
+def with_products(sums, weights, values):
+    """Return sums with the weighted rows of all pieces added."""
+    found = ()
+    for n in tl.static_range(len(values)):
+        found += (tl.dot(weights.to(values[n].dtype), values[n], sums[n]),)
+    return found

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from flax import nnx
 from jax._src.ad_checkpoint import saved_residuals
 
 from based_jax.errors import UserError
+from based_jax.nn import block
 from based_jax.nn.block import REMAT_POLICIES, Block, Stack, Stream, repeating_patterns
 from based_jax.nn.lm import LMConfig
 
@@ -60,6 +62,23 @@ def test_remat_changes_neither_values_nor_gradients(repeats, normal, out_and_gra
         results[remat] = out_and_grads(functools.partial(through, graphdef), (params, r, y), cotangent)
     for remat in REMAT_POLICIES:
         close(results[remat], results["none"], what=remat)
+
+
+def test_layers_in_a_row_are_those_of_a_loop(normal, out_and_grads, close, monkeypatch):
+    r, cotangent = normal(2, T, D), normal(2, T, D)
+    graphdef, params = nnx.split(Stack(PATTERN, 3, config(dtype="float32", remat="auto"), rngs=nnx.Rngs(0)))
+
+    def run():
+        call = functools.partial(through, graphdef)
+        text = str(jax.make_jaxpr(jax.grad(lambda params: jnp.sum(call(params, r))))(params))
+        return text, out_and_grads(call, (params, r), cotangent)
+
+    text, looped = run()
+    assert re.search(r"scan\[(.*\n)*?.* unroll=1\b", text) and "remat" in text
+    monkeypatch.setattr(block, "target_platform", lambda: "cuda")
+    text, in_a_row = run()
+    assert re.findall(r"\bunroll=(\d)", text) == ["3", "3"] and "remat" not in text
+    close(in_a_row, looped, what="in a row")
 
 
 def test_full_remat_keeps_less_than_none():

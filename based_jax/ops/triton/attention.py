@@ -4,8 +4,6 @@ Tiles of another document are passed over. Kernels: `pallas_kernels/triton/atten
 """
 
 import functools
-import importlib.util
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +13,7 @@ from based_jax.dims import BTHV
 from based_jax.ops import sharded, softmax_walks
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import target_device_kind
+from based_jax.ops.triton import packages
 
 MAX_HEAD_DIM = 256
 MAX_ELEMENTS = 2**31
@@ -24,8 +23,8 @@ DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 def supports(call: AttentionCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
     q, k, v = call.q, call.k, call.v
-    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
-        return f"jax {jax.__version__} has no Triton backend of Pallas"
+    if reason := packages.missing():
+        return reason
     if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in DTYPES:
         return f"q, k and v must all be bfloat16 or float16, and are {q.dtype}, {k.dtype} and {v.dtype}"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
@@ -47,12 +46,12 @@ def compute(call: AttentionCall) -> BTHV:
 
 
 def _on_device(call: AttentionCall) -> BTHV:
-    # Pallas' GPU modules take half a second to import and are needed only here.
+    # Triton takes half a second to import and is needed only here.
     from pallas_kernels.triton import attention as kernels
 
     q, k, v = call.q, call.k, call.v
     numbers = jnp.ones(q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
-    time, scale = q.shape[1], 1 / math.sqrt(q.shape[3])
+    time, scale = q.shape[1], 1 / call.root
     arrays = (sharded.fill(x, {1: kernels.TIME_MULTIPLE, 3: kernels.HEAD_MULTIPLE}) for x in (q, k, v))
     filled = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: kernels.TIME_MULTIPLE}))
     o = _attention(scale, min(call.window, time), *filled)[:, :time, :, : v.shape[3]]

@@ -3,7 +3,6 @@
 Which kernels take a call depends on its decays: `one_decay.py` or `channel_decays.py`.
 """
 
-import importlib.util
 from collections.abc import Callable
 
 import jax
@@ -15,6 +14,7 @@ from based_jax.ops import segments, sharded
 from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.decays import empty_state
 from based_jax.ops.dispatch import target_device_kind
+from based_jax.ops.triton import packages
 
 KEY_DIMS = (16, 32, 64, 128, 256)
 """Sizes of keys; others are filled up with zeros."""
@@ -24,8 +24,8 @@ MIN_LOG_DECAY = -128.0
 
 def supports(v: BTHV, keys: int) -> str | None:
     """Return why no kernels can run a call with keys of that size, or None."""
-    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
-        return f"jax {jax.__version__} has no Triton backend of Pallas"
+    if reason := packages.missing():
+        return reason
     if v.dtype != jnp.bfloat16:
         return f"v must be bfloat16, and is {v.dtype}"
     if keys > KEY_DIMS[-1]:
@@ -63,7 +63,7 @@ def compute(fused: Callable, call: MatrixStateCall) -> tuple[BTHV, BHKV]:
 
 def _filled(call: MatrixStateCall) -> MatrixStateCall:
     """Return the call in the kernels' dtypes and sizes."""
-    # Pallas' GPU modules take half a second to import and are needed only here.
+    # Triton takes half a second to import and is needed only here.
     from pallas_kernels.triton.chunks import CHUNK_TOKENS, STRIP_WIDTH
 
     wide = next(size for size in KEY_DIMS if size >= call.q.shape[-1])

@@ -1,17 +1,20 @@
 """Attention's Triton kernels as far as a CPU can tell: refusals, lowering for an H100, and the interpreter."""
 
-import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import cuda_plugin, triton_interpreter
 from helpers.cases import parametrize_some
 from helpers.devices import gpus
-from jax.experimental import pallas as pl
 
 from based_jax.ops import segments, softmax
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.triton import attention as triton_attention
+from based_jax.ops.triton import packages
+from pallas_kernels.triton import attention as kernels
+from pallas_kernels.triton.launch import shared_bytes
 
 
 def call_of(T=256, K=64, V=64, dtype=jnp.bfloat16, window=None, B=2, H=2):
@@ -32,6 +35,12 @@ def test_refusals_name_the_value(call, words):
     assert triton_attention.supports(call_of(K=70, V=256, dtype=jnp.float16)) is None
 
 
+def test_a_refusal_names_the_packages_that_are_missing(monkeypatch):
+    monkeypatch.setattr(packages, "PACKAGES", ("triton", "no_such_package"))
+    assert triton_attention.supports(call_of()).startswith("no_such_package must be installed: pip install")
+
+
+SIZES = 64, 128, 256
 # (T, K, V, window, dtype): tiles that are not filled; heads of several pieces; windows.
 CASES = [
     (200, 40, 24, 200, "float32"),
@@ -41,9 +50,9 @@ CASES = [
 ]
 
 
-@parametrize_some("T, K, V, window, dtype", CASES, CASES[:1])
+@parametrize_some("T, K, V, window, dtype", CASES, CASES[1:3])
 def test_they_equal_the_oracle(T, K, V, window, dtype, normal, packed_ids, out_and_grads, close, monkeypatch):
-    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    triton_interpreter.interpret(monkeypatch)
     q, k, v, cotangent = (normal(2, T, 1, size, dtype=dtype) for size in (K, K, V, V))
     ids = packed_ids(T)[1:3]  # many documents, and padding before one
     compute = segments.without_padding(triton_attention.compute, *softmax.QKV)
@@ -61,20 +70,37 @@ def loss(q, k, v, ids):
     return jnp.sum(softmax.attention(q, k, v, segment_ids=ids, impl="triton_tiles").astype(jnp.float32) ** 2)
 
 
-@pytest.mark.parametrize("K", [70, 256])
+@pytest.mark.parametrize("K", [70, pytest.param(256, marks=pytest.mark.long)])
 def test_packed_documents_lower_for_an_h100(K):
     """Under a mesh each device runs the kernels on its own rows and heads."""
     call = call_of(K=K, V=K, B=4, H=4)
     with gpus(shape=(2, 2), names=("data", "tensor")):
         traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(*call[:3], call.segment_ids)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    kernels = [line for line in text.splitlines() if "__gpu$xla.gpu.triton" in line]
+    kernels = [line for line in text.splitlines() if "@triton_kernel_call" in line]
     width = -(-K // 16) * 16
     assert len(kernels) == 3 and all(f"tensor<2x256x2x{width}xbf16>" in line for line in kernels)
+
+
+@parametrize_some(
+    "kind, K", [*itertools.product(("NVIDIA A100-SXM4-80GB", "NVIDIA L40S"), SIZES)], [("NVIDIA L40S", 256)]
+)
+def test_kernels_fit_gpus_with_less_memory(monkeypatch, kind, K):
+    kernels, call = cuda_plugin.compiled_kernels(monkeypatch), call_of(K=K, V=K)
+    with gpus(kind):
+        jax.jit(jax.grad(loss, (0, 1, 2))).trace(*call[:3], call.segment_ids).lower(lowering_platforms=("cuda",))
+        assert len(kernels) == 3 and all(kernel.shared_bytes <= shared_bytes() for kernel in kernels)
+
+
+@pytest.mark.parametrize("kind, size", [("NVIDIA A100-SXM4-80GB", 64), ("NVIDIA L40S", 32), ("gfx942", 32)])
+def test_tiles_are_as_large_as_there_is_memory(kind, size):
+    with gpus(kind):
+        tilings = [kernels.tiling_of(kernels.GRADIENT_TILINGS, *call_of(K=K)[:3]) for K in (64, 256)]
+    assert [tiling.own for tiling in tilings] == [64, size]
 
 
 def test_lanes_lower_for_an_h100():
     lanes = [jnp.stack([x, x]) for x in (*call_of()[:3], call_of().segment_ids)]
     with gpus():
-        text = jax.jit(jax.vmap(jax.grad(loss))).trace(*lanes).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("__gpu$xla.gpu.triton") == 3
+        text = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2)))).trace(*lanes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@triton_kernel_call") == 3
