@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +22,8 @@ USED_AND_THERE = re.compile(rf"{SIZE} exceeds available \w+ {SIZE}|Used {SIZE} o
 REPORTED = re.compile(r"^ *[\d.]+\w*\( *\d+%\); +([\d.]+\w+); +\d+; +\d+; +(?:\d+×)?(.*)$", re.MULTILINE)
 """A line of libtpu's report: sum of sizes, size, offset, number of values, shapes; two of its parts name the same."""
 LARGEST_SHOWN = 5
+WATCH = 'read -r alive || { cat "$1" >&2; rm -f "$1"; }'
+"""Of a shell whose input ends with the process that it watches, unless that says so before."""
 NO_BUFFERS = frozenset(("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "opt-barrier"))
 
 
@@ -84,10 +87,13 @@ def compiled(lowered: jax.stages.Lowered) -> Compiled:
 
 @contextlib.contextmanager
 def captured_stderr(lines: list[str]) -> Iterator[None]:
-    """Append the lines that this process writes to standard error, those of C++ too, when the context ends."""
+    """Append the lines that this process writes to standard error, those of C++ too, when the context ends.
+
+    Where the process dies in it, as of a failed check of the compiler's, they are written after all.
+    """
     sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
+    with tempfile.NamedTemporaryFile() as file, _written_if_killed(file.name):
+        kept = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:
             yield
@@ -97,6 +103,16 @@ def captured_stderr(lines: list[str]) -> Iterator[None]:
             os.close(kept)
             file.seek(0)
             lines.extend(file.read().decode(errors="replace").splitlines())
+
+
+@contextlib.contextmanager
+def _written_if_killed(path: str) -> Iterator[None]:
+    """Have a process of its own write a file to standard error, and remove it, if this one dies in the context."""
+    with subprocess.Popen(["sh", "-c", WATCH, "sh", path], stdin=subprocess.PIPE, start_new_session=True) as watcher:
+        try:
+            yield
+        finally:
+            watcher.communicate(b"alive\n")
 
 
 def memory_of(executable: jax.stages.Compiled) -> Memory:

@@ -24,7 +24,9 @@ NAMES = "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", 
 CALLS = "while", "conditional", "call"
 NO_TRAFFIC = frozenset([*VALUES, *NAMES, *CALLS])
 FREE_CALLS = "AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollective", "SliceBitcast"
-PLACE = re.compile(r"block_\d+/(?P<path>.+)|(?P<end>head|embed|optimizer)\b")
+BLOCK = re.compile(r"block_\d+/(.+)")
+BESIDE_BLOCKS = re.compile(r"\b(head|embed|optimizer|norm|stack)(?:_\d+)?\b")
+"""Parts of a model and its step; a stack is what a scan over its blocks adds to them."""
 TRACED = "while", "body", "cond", "checkpoint", "eval_jaxpr", "closed_call", "rematted_computation"
 """Names in a scope that tracing adds."""
 SLICES = "slice", "dynamic-slice", "gather"
@@ -79,19 +81,19 @@ def traffic_by_scope(program: Program, on_chip: tuple[int, ...] = ()) -> dict[st
     """
     total: dict[str, float] = collections.defaultdict(float)
     for x, count in traffic(program, on_chip):
-        total[place_of(x)] += count
+        total[place_of(program, x)] += count
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def place_of(x: Instruction) -> str:
+def place_of(program: Program, x: Instruction) -> str:
     """Return the pass, layer and operation that an instruction is of, or its kind."""
-    found = PLACE.search(x.scope)
+    scope = program.scopes[x.name]
+    found = BLOCK.search(scope) or BESIDE_BLOCKS.search(scope)
     if found is None:
         return x.kind
-    path = found["path"] or found["end"]
-    names = [name for name in path.split("/") if name not in TRACED and "(" not in name]
-    again = "recomputed" if "rematted_computation" in x.scope else None
-    which = again or ("backward" if "transpose(" in x.scope else "forward")
+    names = [name for name in found[1].split("/") if name not in TRACED and "(" not in name]
+    again = "recomputed" if "rematted_computation" in scope else None
+    which = again or ("backward" if "transpose(" in scope else "forward")
     return f"{which} {'/'.join(names[:2])}"
 
 

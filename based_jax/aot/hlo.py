@@ -160,12 +160,37 @@ class Program:
         return [run.instruction for run in self.runs]
 
     def launches(self, computation: str | None = None) -> Iterator[Instruction]:
-        """Yield what runs in the order of its schedule, the body of a loop again and again, fused computations too."""
+        """Yield what runs in the order of its schedule, the body of a loop again and again; a fusion is one of these.
+
+        Of a fusion that moves what a kernel takes or makes it is the kernel.
+        """
         for x in self.computations[self.entry if computation is None else computation]:
+            if x.kind in FUSIONS:
+                yield self._kernel_within(x) or x
+                continue
             yield x
             for _ in range(self._trips(x) if x.kind == "while" else 1):
                 for called in x.called:
                     yield from self.launches(called)
+
+    def _kernel_within(self, fusion: Instruction) -> Instruction | None:
+        fused = [x for name in fusion.called for x in self.computations.get(name, ())]
+        return next((x for x in fused if x.kind == "custom-call"), None)
+
+    @functools.cached_property
+    def scopes(self) -> dict[str, str]:
+        """Where in the traced program each instruction comes from: what it says, what it fuses, or what takes it."""
+        found: dict[str, str] = {}
+        for lines in self.computations.values():
+            taken: dict[str, str] = {}
+            for x in reversed(lines):
+                found[x.name] = scope = self._own_scope(x) or taken.get(x.name, "")
+                taken.update(dict.fromkeys(x.operands if scope else (), scope))
+        return found
+
+    def _own_scope(self, x: Instruction) -> str:
+        fused = [y for name in x.called for y in self.computations.get(name, ())] if x.kind in FUSIONS else []
+        return next((y.scope for y in (x, *reversed(fused)) if y.scope), "")
 
     def operands(self, x: Instruction) -> list[ArrayType]:
         """Return the types of what an instruction takes."""

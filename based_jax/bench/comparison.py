@@ -1,9 +1,10 @@
 """How far results are from the oracle's, and both passes of a function as one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 TOLERANCE = 5e-3
@@ -28,6 +29,27 @@ def both_passes(function: Callable) -> Callable:
         _, pull, out = jax.vjp(chosen, arrays, has_aux=True)
         [found] = pull(gradients)
         return out | {f"d{name}": x for name, x in found.items()}
+
+    return run
+
+
+def by_rows(function: Callable, weights: Collection[str]) -> Callable:
+    """Return both passes of a function, each row of the batch by itself.
+
+    Beside the results it returns how large each weight's gradient, the sum of the rows', would be if these did not
+    cancel: the root mean square of its elements.
+    """
+    both, summed = both_passes(function), {f"d{name}" for name in weights}
+
+    def run(gradients, arrays, ids):
+        def row(gradients, arrays, ids):
+            one = {name: x if name in weights else x[None] for name, x in arrays.items()}
+            found = both({name: x[None] for name, x in gradients.items()}, one, ids[None])
+            return {name: x if name in summed else x[0] for name, x in found.items()}
+
+        found = jax.vmap(row, (0, {name: None if name in weights else 0 for name in arrays}, 0))(gradients, arrays, ids)
+        sizes = {name: jnp.sqrt((found[name] ** 2).sum(0).mean()) for name in summed & set(found)}
+        return {name: x.sum(0) if name in summed else x for name, x in found.items()}, sizes
 
     return run
 

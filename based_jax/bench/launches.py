@@ -1,7 +1,8 @@
 """Which instruction of a compiled program each recorded kernel is of.
 
-A profile of a GPU may name kernels alone. Those of one name run in the order in which the program's schedule has its
-instructions of that name; a library's kernels, which have names of their own, in that of the calls of the library.
+A profile of a GPU may name kernels alone. XLA calls a kernel as one of the instructions that share it; a library's
+kernels have names of their own, and a call of it may run several or none. So the names are aligned with those of the
+program's schedule (`alignment.py`).
 """
 
 import collections
@@ -10,17 +11,21 @@ from collections.abc import Sequence
 
 from based_jax.aot import costs
 from based_jax.aot.hlo import FUSIONS, Instruction, Program
+from based_jax.bench.alignment import aligned
 from based_jax.bench.timing import Kernel
 
 OWN_SUFFIX = "_mosaic_gpu_kernel"
-OWN_PRIMITIVES = "mpmd_map", "pallas_call"
+OWN_PRIMITIVES = "mpmd_map", "triton_kernel_call"
 """What the scope of a kernel of our own ends with, behind the kernel's name."""
-HELPER = re.compile(r"(?i)splitk|memset|memcpy")
-"""Of kernels that a library runs beside the one that was asked for."""
+WRAPPED = re.compile(r"wrapped_[a-z_]+")
+"""Fusions of one operation, of which XLA does not say which share a kernel: those of one type do."""
+HELPER = re.compile(r"(?i)splitk_?reduce|reduce_?splitk")
+"""A kernel that a library runs after the one that was asked for."""
 LIBRARY_KERNELS = {
     "cudnn backward": re.compile(r"(?i)(cudnn|fmha|sdpa|flash).*(bprop|bwd|backward|dot_do|convert)"),
     "cudnn": re.compile(r"(?i)cudnn|fmha|sdpa|flash"),
-    "cublas": re.compile(r"(?i)nvjet|gemm|cublas|cutlass|xmma"),
+    "cublas": re.compile(r"(?i)nvjet|gemm(?!_fusion)|gemv|cublas|cutlass|xmma"),
+    "nccl": re.compile(r"(?i)nccl"),
 }
 """By the library that runs them, tried in this order."""
 
@@ -33,24 +38,63 @@ def instructions(kernels: Sequence[Kernel], program: Program, steps: int) -> lis
       program: the step.
       steps: the runs that were recorded.
     """
-    expected = collections.defaultdict(list)
-    for x in program.launches():
-        if (name := launch_name(x)) is not None:
-            expected[name].append(x)
-    names = [_name(kernel, expected) for kernel in kernels]
-    counts, seen = collections.Counter(names), collections.Counter[str]()
+    schedule = Schedule(program)
+    names = [schedule.name_of(kernel) for kernel in kernels]
+    places = aligned(names, schedule.places, len(schedule.launches), steps)
     found: list[Instruction | None] = []
-    for kernel, name in zip(kernels, names, strict=True):
-        told = program.by_name.get(kernel.instruction or "")
-        found.append(told or _nth(seen[name], counts[name], expected.get(name, ()), steps))
-        seen[name] += 1
+    called = None
+    for kernel, name, place in zip(kernels, names, places, strict=True):
+        if HELPER.search(kernel.name):
+            found.append(called)
+            continue
+        found.append(schedule.told(kernel, name) if place is None else schedule.launches[place])
+        called = found[-1] if name in LIBRARY_KERNELS else called
     return found
 
 
-def launch_name(x: Instruction) -> str | None:
-    """Return what the kernels of an instruction are found by; None where it launches none of its own."""
+class Schedule:
+    """What a program launches, in order.
+
+    Attributes:
+      launches: its instructions that run a kernel, as often as they do.
+      places: the indices of those that go by one name.
+    """
+
+    def __init__(self, program: Program):
+        self._program = program
+        named = [(x, name) for x in program.launches() if (name := launch_name(x, program)) is not None]
+        self.launches = [x for x, _ in named]
+        self.places: dict[str, list[int]] = collections.defaultdict(list)
+        for place, (x, name) in enumerate(named):
+            self.places[name].append(place)
+            self.places[_told(x.name)].append(place)
+        self._shared = {_word(x.name): name for x, name in named if x.kind != "custom-call"}
+
+    def name_of(self, kernel: Kernel) -> str | None:
+        """Return the name of `places` that a kernel goes by; None where it goes by none."""
+        if kernel.instruction and (told := _told(kernel.instruction)) in self.places:
+            return told
+        name = kernel.name.removesuffix(OWN_SUFFIX)
+        if name in self._shared or name in self.places:
+            return self._shared.get(name, name)
+        return next((library for library, pattern in LIBRARY_KERNELS.items() if pattern.search(name)), None)
+
+    def told(self, kernel: Kernel, name: str | None) -> Instruction | None:
+        """Return what a kernel says that it is of, or one of its name if all of these work for the same part."""
+        if kernel.instruction in self._program.by_name:
+            return self._program.by_name[kernel.instruction]
+        found = [self.launches[place] for place in self.places.get(name or "", ())]
+        return found[0] if len({costs.place_of(self._program, x) for x in found}) == 1 else None
+
+
+def launch_name(x: Instruction, program: Program) -> str | None:
+    """Return what instructions that run the same kernel have in common; None where it runs none."""
     if x.kind in FUSIONS or x.kind == "copy":
-        return re.sub(r"\W", "_", x.word("deduplicated_name") or x.name)
+        wrapped = WRAPPED.match(x.name)
+        own = f"{wrapped[0]} {program.operands(x)} {x.results}" if wrapped else x.name
+        return _word(x.word("deduplicated_name") or own)
+    if x.collective:
+        return "nccl"
     if x.kind != "custom-call":
         return None
     target = re.search(r'custom_call_target="([^"]*)"', x.rest)
@@ -60,19 +104,10 @@ def launch_name(x: Instruction) -> str | None:
     return path[-1] if path else None
 
 
-def _name(kernel: Kernel, expected: dict[str, list[Instruction]]) -> str:
-    """Return what a kernel is found by: its name, if the program has one of that name, else its library's."""
-    name = kernel.name.removesuffix(OWN_SUFFIX)
-    if name in expected or HELPER.search(name):
-        return name
-    return next((library for library, pattern in LIBRARY_KERNELS.items() if pattern.search(name)), name)
+def _word(name: str) -> str:
+    return re.sub(r"\W", "_", name)
 
 
-def _nth(number: int, count: int, expected: Sequence[Instruction], steps: int) -> Instruction | None:
-    """Return the instruction of one of `count` kernels of a name; each launches as many, or all are of one place."""
-    if not expected:
-        return None
-    each, rest = divmod(count, steps * len(expected))
-    if each and not rest:
-        return expected[number // each % len(expected)]
-    return expected[0] if len({costs.place_of(x) for x in expected}) == 1 else None
+def _told(instruction: str) -> str:
+    """Return the name of a launch by its instruction, which no kernel has."""
+    return f"={instruction}"

@@ -64,16 +64,16 @@ def breakdown(kernels: Sequence[Kernel], program: Program, steps: int) -> dict[s
 
 def _parts(kernels: Sequence[Kernel], program: Program, steps: int) -> Iterator[Part]:
     for kernel, found in zip(kernels, instructions(kernels, program, steps), strict=True):
-        yield Part(*place(found, kernel.name), kernel.name, (kernel.end - kernel.start) / 1e6 / steps)
+        yield Part(*place(program, found, kernel.name), kernel.name, (kernel.end - kernel.start) / 1e6 / steps)
 
 
-def place(instruction: Instruction | None, kernel: str) -> tuple[str, str, str]:
+def place(program: Program, instruction: Instruction | None, kernel: str) -> tuple[str, str, str]:
     """Return the pass, layer and operation that a kernel works for, as far as its instruction tells."""
     if COPY_KERNEL.search(kernel) or (instruction is not None and instruction.kind in COPIES):
         return "", "copies", kernel if instruction is None else instruction.kind
     if instruction is None:
         return "", "unknown", kernel
-    which, _, path = costs.place_of(instruction).partition(" ")
+    which, _, path = costs.place_of(program, instruction).partition(" ")
     layer, _, operation = path.partition("/")
     return (which, layer, operation) if layer else ("", "others", which)
 

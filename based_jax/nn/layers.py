@@ -6,12 +6,14 @@ softmax, recurrent states and the loss are fp32 whatever it is.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, override
 
 import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from based_jax.dims import BP, DropoutKey
@@ -126,14 +128,23 @@ def torch_linear(
     return layer
 
 
-def linear_part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int) -> Float[Array, "*B _"]:
-    """Return the channels from `begin` to `end` of a linear layer without a bias, as a product of their own.
+def linear_part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int | None) -> Float[Array, "*B _"]:
+    """Return the channels from `begin` to `end`, None for the last, of a linear layer without a bias, as one product.
 
     To cut the output of one product, and to join its gradient, costs a GPU more than several products do, if XLA does
     not join small ones itself (`xla_gpu_dot_merger_threshold_mb`).
     """
-    assert layer.bias is None and end <= layer.out_features
+    assert layer.bias is None and (end or 0) <= layer.out_features
     return multiply(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)[:, begin:end])
+
+
+def split(y: Shaped[Array, "..."], sections: int | Sequence[int], axis: int = -1) -> list[Shaped[Array, "..."]]:
+    """Return the parts of a product, as `jnp.split` does, whose gradient is joined from theirs once, as they are made.
+
+    XLA would make the parts' gradients first, and then join them for each of the two products that read the sum of
+    all: a barrier's gradient is a barrier.
+    """
+    return jnp.split(lax.optimization_barrier(y), sections, axis)
 
 
 def per_channel(parameter: Float[Array, "..."], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
@@ -199,7 +210,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Apply to each token."""
-        value, gate = jnp.split(self.fc1(x), 2, axis=-1)
+        value, gate = split(self.fc1(x), 2)
         return self.fc2(value * jax.nn.silu(gate))
 
 
@@ -276,3 +287,35 @@ def split_heads(x: Float[Array, "*B D"], num_heads: int) -> Float[Array, "*B H K
 def merge_heads(x: Float[Array, "*B H V"]) -> Float[Array, "*B D"]:
     """Join the heads into the last axis."""
     return einops.rearrange(x, "... H V -> ... (H V)")
+
+
+def to_heads(layer: nnx.Linear, x: Float[Array, "*B D"], num_heads: int, width: int) -> Float[Array, "*B H K"]:
+    """Return a linear layer's output by head, each head's followed by zeros up to a width.
+
+    They are columns of the kernel: zeros behind what comes out cost a GPU a copy of it, and of its gradient another.
+    """
+    if num_heads * width == layer.out_features:
+        return split_heads(layer(x), num_heads)
+    kernel = _with_zeros(split_heads(layer.kernel[...].astype(layer.dtype), num_heads), -1, width)
+    y = split_heads(multiply(x.astype(layer.dtype), merge_heads(kernel)), num_heads)
+    if layer.bias is None:
+        return y
+    return y + per_channel(_with_zeros(split_heads(layer.bias[...], num_heads), -1, width), y)
+
+
+def from_heads(layer: nnx.Linear, o: Float[Array, "*B H V"]) -> Float[Array, "*B D"]:
+    """Return a linear layer's output for heads that may end in zeros, as rows of its kernel then do."""
+    num_heads, width = o.shape[-2:]
+    if num_heads * width == layer.in_features:
+        return layer(merge_heads(o))
+    kernel = einops.rearrange(layer.kernel[...].astype(layer.dtype), "(H V) D -> H V D", H=num_heads)
+    rows = einops.rearrange(_with_zeros(kernel, 1, width), "H V D -> (H V) D")
+    y = multiply(merge_heads(o).astype(layer.dtype), rows)
+    return y if layer.bias is None else y + per_channel(layer.bias[...], y)
+
+
+def _with_zeros(x: Float[Array, "..."], axis: int, size: int) -> Float[Array, "..."]:
+    """Return x with zeros behind it on an axis, up to a size."""
+    fillers = [(0, 0)] * x.ndim
+    fillers[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, fillers)

@@ -4,6 +4,7 @@ A table's `compute`, `supports` and `slower` take a call alone. `state` is that 
 the empty one; `segment_ids` number the packed documents (see `ops/segments.py`), None for one document a row.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -51,13 +52,22 @@ Documents = Any
 
 
 class AttentionCall(NamedTuple):
-    """Softmax attention: q, k (B, T, H, K), v (B, T, H, V); a query sees `window` keys, T are all up to its own."""
+    """Softmax attention: q, k (B, T, H, K), v (B, T, H, V); a query sees `window` keys, T are all up to its own.
+
+    `head_dim` is K less the zeros that queries and keys end in, None where they end in none.
+    """
 
     q: BTHK
     k: BTHK
     v: BTHV
     window: int
     segment_ids: Documents = None
+    head_dim: int | None = None
+
+    @property
+    def root(self) -> float:
+        """What scores are divided by."""
+        return math.sqrt(self.head_dim or self.q.shape[3])
 
 
 class LinearAttentionCall(NamedTuple):
@@ -264,6 +274,17 @@ class NormCall(NamedTuple):
     bias: Channels | None
     eps: float
     dtype: jnp.dtype
+
+
+class GatedNormCall(NamedTuple):
+    """The RMS norm of (y + skip u) silu(z), with y, u and z (..., D) and skip, scale (D)."""
+
+    y: Rows
+    u: Rows
+    z: Rows
+    skip: Channels
+    scale: Channels
+    eps: float
 
 
 class CrossEntropyCall(NamedTuple):

@@ -27,8 +27,8 @@ def residual_rms_norm(
       y: what a layer adds to it, if anything.
       scale: (D,).
       dtype: of the norm; y's, or r's without y, by default.
-      impl: "xla_rows", "hopper_rows" (Mosaic GPU kernels; bf16 y and norm, 1,024 tokens, D a multiple of 128 up to
-        4096, or for a multiple of 4 tokens of 32 from 64 to 512) or "auto".
+      impl: "xla_rows", "hopper_rows" (Mosaic GPU kernels; bf16 y and norm, 1,024 tokens, D a multiple of 8 from 512
+        to 4,096, or of 128, or for a multiple of 4 tokens of 32 from 64) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.

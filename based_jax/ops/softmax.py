@@ -18,7 +18,7 @@ from based_jax.errors import UserError
 from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_ring
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
-from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
+from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind, target_platform
 from based_jax.ops.hopper import attention as hopper_attention
 from based_jax.ops.hopper import window as hopper_window
 from based_jax.ops.tpu import attention as tpu_attention
@@ -35,19 +35,31 @@ CUDNN_HEAD_DIM, CUDNN_HOPPER_HEAD_DIM = 128, 256
 
 
 @checked
-def attention(q: BTHK, k: BTHK, v: BTHV, *, segment_ids: SegmentIds | None = None, impl: str = "auto") -> BTHV:
+def attention(
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    *,
+    segment_ids: SegmentIds | None = None,
+    head_dim: int | None = None,
+    impl: str = "auto",
+) -> BTHV:
     """Causal softmax attention over (B, T, H, .) arrays.
 
     Args:
+      head_dim: of queries and keys whose last components are zeros that fill them up (`filled_head_dim`), the number of
+        the others; scores are over its root.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle", "xla_quadratic" (every score), "xla_chunks" (memory linear in T), "cudnn_flash" (GPU, bf16 or
         fp16, no packing), "hopper_tiles" and "triton_tiles" (the same, with packing), "tpu_splash" (TPU, bf16) or
         "auto". Where tokens lie over devices, keys go round by chunks, whatever it is.
 
     Raises:
-      UserError: `impl` is unknown or cannot run this call.
+      UserError: `head_dim` is not one, or `impl` is unknown or cannot run this call.
     """
-    call = AttentionCall(q, k, v, q.shape[1], segment_ids)
+    if head_dim is not None and not 1 <= head_dim <= q.shape[3]:
+        raise UserError(f"head_dim is {head_dim}; it is between 1 and the {q.shape[3]} components of a query.")
+    call = AttentionCall(q, k, v, q.shape[1], segment_ids, head_dim)
     return dispatch("attention", ATTENTION, impl, call, softmax_ring.cut)
 
 
@@ -72,6 +84,11 @@ def window_attention(
         raise UserError(f"window is {window}; it is at most {MAX_WINDOW}.")
     call = AttentionCall(q, k, v, window, segment_ids)
     return dispatch("window_attention", WINDOW_ATTENTION, impl, call, sequence.windowed)
+
+
+def filled_head_dim(head_dim: int) -> int:
+    """Return how many components projections give to heads: on a GPU so many as `attention` would fill them up to."""
+    return -(-head_dim // CUDNN_HEAD_MULTIPLE) * CUDNN_HEAD_MULTIPLE if target_platform() == "cuda" else head_dim
 
 
 @checked
@@ -100,9 +117,9 @@ def attention_prefill(q: BTHK, k: BSHK, v: BSHV, query_numbers: BT, key_numbers:
 
 @checked
 @jax.named_scope("masked_attention")
-def masked_attention(q: BTHK, k: BSHK, v: BSHV, visible: Bool[Array, "B T S"]) -> BTHV:
-    """Return attention under an explicit mask; a query that sees no key gets zero."""
-    s = _scores("BTHK,BSHK->BHTS", q, k)
+def masked_attention(q: BTHK, k: BSHK, v: BSHV, visible: Bool[Array, "B T S"], *, root: float | None = None) -> BTHV:
+    """Return attention under an explicit mask, by scores over `root` or sqrt(K); a query that sees no key gets zero."""
+    s = _scores("BTHK,BSHK->BHTS", q, k, root)
     p = jax.nn.softmax(s, axis=-1, where=visible[:, None])
     return _weigh("BHTS,BSHV->BTHV", p, v)
 
@@ -114,22 +131,22 @@ def _oracle(call: AttentionCall) -> BTHV:
     near = (j <= i) & (j > i - call.window)
     visible = near[None] & segments.same_document(ids, ids)
     q32, k32, v32 = (x.astype(jnp.float32) for x in (call.q, call.k, call.v))
-    return masked_attention(q32, k32, v32, visible).astype(call.v.dtype)
+    return masked_attention(q32, k32, v32, visible, root=call.root).astype(call.v.dtype)
 
 
 def _dense(call: AttentionCall) -> BTHV:
     """Full attention as XLA fuses it best."""
     q, k, v, ids = call.q, call.k, call.v, _ids(call)
     if call.segment_ids is None and q.shape == v.shape:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+        return jax.nn.dot_product_attention(q, k, v, scale=1 / call.root, is_causal=True, implementation="xla")
     causal = jnp.tri(q.shape[1], dtype=bool)[None]
-    return masked_attention(q, k, v, causal & segments.same_document(ids, ids))
+    return masked_attention(q, k, v, causal & segments.same_document(ids, ids), root=call.root)
 
 
 def _chunked(call: AttentionCall) -> BTHV:
     """Attention by chunks; the ids of one document are the same for all rows, which makes masks small."""
     ids = _ids(call)[:1] if call.segment_ids is None else call.segment_ids
-    return softmax_chunks.attention(call.q, call.k, call.v, ids, ids, call.window)
+    return softmax_chunks.attention(call.q, call.k, call.v, ids, ids, call.window, call.root)
 
 
 def _recurrent(call: AttentionCall) -> BTHV:
@@ -181,10 +198,10 @@ def _with_previous(x: Shaped[Array, "B N C ..."]) -> Shaped[Array, "B N 2*C ..."
     return jnp.concatenate([previous, x], axis=2)
 
 
-def _scores(spec: str, q: Array, k: Array) -> Array:
+def _scores(spec: str, q: Array, k: Array, root: float | None = None) -> Array:
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     s = jnp.einsum(spec, q, k, precision=precision, preferred_element_type=jnp.float32)
-    return s / math.sqrt(q.shape[-1])
+    return s / (root or math.sqrt(q.shape[-1]))
 
 
 def _weigh(spec: str, p: Array, v: Array) -> Array:
@@ -197,17 +214,15 @@ def _cudnn(call: AttentionCall) -> BTHV:
     """Attention of heads filled up with zeros, which change no score and no sum, and of even many tokens."""
     q, k, v = (sharded.fill(x, {1: CUDNN_TIME_MULTIPLE, 3: _cudnn_head_dim(call)}) for x in (call.q, call.k, call.v))
     local = None if call.window >= q.shape[1] else (call.window - 1, 0)
-    scale = 1 / math.sqrt(call.q.shape[-1])
     o = jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
+        q, k, v, scale=1 / call.root, is_causal=True, local_window_size=local, implementation="cudnn"
     )
     return o[:, : call.v.shape[1], :, : call.v.shape[3]]
 
 
 def _cudnn_head_dim(call: AttentionCall) -> int:
     """Return the size that queries, keys and values get: lanes of `jax.vmap` need that of all to be the same."""
-    largest = max(call.q.shape[-1], call.v.shape[-1])
-    return -(-largest // CUDNN_HEAD_MULTIPLE) * CUDNN_HEAD_MULTIPLE
+    return filled_head_dim(max(call.q.shape[-1], call.v.shape[-1]))
 
 
 def _cudnn_supports(call: AttentionCall) -> str | None:

@@ -36,17 +36,21 @@ KeyNumbers = Integer[Array, "#B S"]
 
 
 class Cut(NamedTuple):
-    """How time is cut: keys before the first query, keys that a query sees, and the tokens of either's chunks."""
+    """How time is cut: keys before the first query, keys that a query sees, and the tokens of either's chunks.
+
+    `root` is what scores are divided by.
+    """
 
     past: int
     window: int
     queries: int
     keys: int
+    root: float = 1.0
 
     @classmethod
-    def of(cls, T: int, S: int, past: int, window: int) -> "Cut":
+    def of(cls, T: int, S: int, past: int, window: int, root: float) -> "Cut":
         """Return that of T queries and S keys."""
-        return cls(past, window, min(CHUNK_TOKENS, T), min(CHUNK_TOKENS, S))
+        return cls(past, window, min(CHUNK_TOKENS, T), min(CHUNK_TOKENS, S), root)
 
     def pairs(self, T: int, S: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the numbers of the chunks of queries and of keys in which one sees another, queries in order."""
@@ -73,16 +77,23 @@ class Cut(NamedTuple):
 
 
 def attention(
-    q: BTHK, k: BSHK, v: BSHV, query_numbers: QueryNumbers, key_numbers: KeyNumbers, window: int | None = None
+    q: BTHK,
+    k: BSHK,
+    v: BSHV,
+    query_numbers: QueryNumbers,
+    key_numbers: KeyNumbers,
+    window: int | None = None,
+    root: float | None = None,
 ) -> BTHV:
     """Return attention of T queries, the last of S tokens, to the keys of their documents up to their own place.
 
     Args:
       query_numbers, key_numbers: of documents (`ops/segments.py`), 0 for what nobody sees.
       window: keys that a query sees, its own included; all where None.
+      root: what scores are divided by; sqrt(K) where None.
     """
     T, S = q.shape[1], k.shape[1]
-    cut = Cut.of(T, S, S - T, S if window is None else min(window, S))
+    cut = Cut.of(T, S, S - T, S if window is None else min(window, S), root or math.sqrt(q.shape[-1]))
     queries = (sharded.fill(x, {1: cut.queries}) for x in (q, query_numbers))
     keys = (sharded.fill(x, {1: cut.keys}) for x in (k, v, key_numbers))
     (q, query_numbers), (k, v, key_numbers) = queries, keys
@@ -134,7 +145,7 @@ def backward(cut: Cut, saved, do):
         total, own = (cut.of_queries(x, i, 2)[..., None] for x in (logarithm, delta))
         p = jnp.where(visible, jnp.exp(_scores(cut, q, k, i, j) - total), 0.0)
         do_i, v_j = cut.of_queries(do, i), cut.of_keys(v, j)
-        ds = p * (_product("BTHV,BSHV->BHTS", do_i, v_j) - own) / math.sqrt(q.shape[-1])
+        ds = p * (_product("BTHV,BSHV->BHTS", do_i, v_j) - own) / cut.root
         more = (
             _product("BHTS,BSHK->BTHK", ds, cut.of_keys(k, j)),
             _product("BHTS,BTHK->BSHK", ds, cut.of_queries(q, i)),
@@ -160,7 +171,7 @@ def _made_anew(x: Array, *places: Array | np.ndarray) -> tuple[Array, ...]:
 
 
 def _scores(cut: Cut, q: Array, k: Array, i: Array, j: Array) -> Float[Array, "B H _ _"]:
-    return _product("BTHK,BSHK->BHTS", cut.of_queries(q, i), cut.of_keys(k, j)) / math.sqrt(q.shape[-1])
+    return _product("BTHK,BSHK->BHTS", cut.of_queries(q, i), cut.of_keys(k, j)) / cut.root
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:

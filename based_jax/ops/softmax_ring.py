@@ -9,6 +9,8 @@ In the backward pass keys and values go round again, and their gradients with th
 (`ops/softmax_chunks.py`), also those of later pieces, which nobody sees: of n devices the last one needs all n rounds.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,16 +34,16 @@ def _on_device(call: AttentionCall) -> BTHV:
     numbers = jnp.ones((1, tokens), jnp.int32) if ids is None else sequence.numbers_over_pieces(ids)
     chunk = min(softmax_chunks.CHUNK_TOKENS, tokens)
     arrays = (sharded.fill(x, {1: chunk}) for x in (call.q, call.k, call.v, numbers))
-    return _attention(*sharded.vary_alike(*arrays))[:, :tokens]
+    return _attention(call.root, *sharded.vary_alike(*arrays))[:, :tokens]
 
 
-@jax.custom_vjp
-def _attention(q: BTHK, k: BTHK, v: BTHV, numbers: Numbers) -> BTHV:
-    return _forward(q, k, v, numbers)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(root: float, q: BTHK, k: BTHK, v: BTHV, numbers: Numbers) -> BTHV:
+    return _forward(root, q, k, v, numbers)[0]
 
 
-def _forward(q, k, v, numbers):
-    own, before = _cuts(q.shape[1])
+def _forward(root, q, k, v, numbers):
+    own, before = _cuts(q.shape[1], root)
     o, saved = softmax_chunks.forward(own, q, k, v, numbers, numbers)
 
     def meet(carry, distance):
@@ -56,9 +58,9 @@ def _forward(q, k, v, numbers):
     return o, (q, k, v, numbers, o, logarithm)
 
 
-def _backward(saved, do):
+def _backward(root, saved, do):
     q, k, v, numbers, o, logarithm = saved
-    own, before = _cuts(q.shape[1])
+    own, before = _cuts(q.shape[1], root)
 
     def gradients(cut, k, v, key_numbers):
         found = softmax_chunks.backward(cut, (q, k, v, numbers, key_numbers, o, logarithm), do)[:3]
@@ -79,9 +81,9 @@ def _backward(saved, do):
 _attention.defvjp(_forward, _backward)
 
 
-def _cuts(tokens: int) -> tuple[softmax_chunks.Cut, softmax_chunks.Cut]:
+def _cuts(tokens: int, root: float) -> tuple[softmax_chunks.Cut, softmax_chunks.Cut]:
     """Return how the queries of a piece meet the keys of their own, and those of one before it."""
-    own, before = (softmax_chunks.Cut.of(tokens, tokens, past, past + tokens) for past in (0, tokens))
+    own, before = (softmax_chunks.Cut.of(tokens, tokens, past, past + tokens, root) for past in (0, tokens))
     return own, before
 
 

@@ -1,10 +1,10 @@
 """What attention's Hopper kernels share: a block keeps tiles of tokens, and walks over the tokens that these meet.
 
-Queries meet keys, or keys queries. A block keeps those of one head in shared memory, 64 for each of its warpgroups, and
-passes the others through a ring that one more warpgroup fills. Which tokens a tile meets, `walks` (B, T / OWN_TOKENS,
-3) int32 says: from BEGIN to END; and PLAIN, on which side of which no pair is hidden but by the diagonal.
+Queries meet keys, or keys queries. A block keeps those of one head in shared memory, 64 for each of its warpgroups or
+for both, and passes the others through a ring that one more warpgroup fills. Which tokens a tile meets, `walks` (B,
+tiles, 3) int32 says: from BEGIN to END; and PLAIN, on which side of which no pair is hidden but by the diagonal.
 
-Arrays are (B, T, H, K) in bf16 or fp16, T a multiple of `OWN_TOKENS`, K of `HEAD_MULTIPLE`, and (B, H, T) in fp32.
+Arrays are (B, T, H, K) in bf16 or fp16, T a multiple of OWN_TOKENS, K of `HEAD_MULTIPLE`, and (B, H, T) in fp32.
 """
 
 import abc
@@ -24,8 +24,8 @@ from pallas_kernels.hopper.mosaic import TILE_ROWS
 
 GROUPS = 2
 """Warpgroups of a block that compute."""
-OWN_TOKENS = GROUPS * TILE_ROWS
-"""That a block keeps."""
+OWN_TOKENS, SHARED_TOKENS = GROUPS * TILE_ROWS, TILE_ROWS
+"""That a block keeps: each warpgroup its tile, or all the same one."""
 HEAD_MULTIPLE = 16
 LOG2E = math.log2(math.e)
 BEGIN, END, PLAIN = range(3)
@@ -40,6 +40,7 @@ class Walk(NamedTuple):
     """A warpgroup's way over the tokens that its own meet.
 
     Attributes:
+      group: which warpgroup of the block.
       row, head: of the arrays.
       mine: its own tokens.
       begin, steps, step: the first step, how many there are, and the tokens of each.
@@ -47,6 +48,7 @@ class Walk(NamedTuple):
       stream: the tiles of each part of what is streamed, which come and go together.
     """
 
+    group: jax.Array
     row: jax.Array
     head: jax.Array
     mine: pl.Slice
@@ -58,6 +60,7 @@ class Walk(NamedTuple):
     stream: Sequence[Sequence[Any]]
     filled: Sequence[Any]
     freed: Sequence[Any]
+    met: Any
 
     def first(self, n) -> jax.Array:
         """Return where the first token of a step stands."""
@@ -82,6 +85,10 @@ class Walk(NamedTuple):
         plgpu.barrier_wait(self.filled[part].at[slot])
         return [tile.at[slot] for tile in self.stream[part]]
 
+    def taken(self, part: int, n) -> list:
+        """Return the tiles of a step that were taken before."""
+        return [tile.at[lax.rem(n, self.slots)] for tile in self.stream[part]]
+
     def free(self, part: int, n) -> None:
         """Say that this warpgroup needs those tiles no more."""
         plgpu.barrier_arrive(self.freed[part].at[lax.rem(n, self.slots)])
@@ -89,18 +96,22 @@ class Walk(NamedTuple):
     def fetch(self, sources) -> None:
         """Fill the ring, and wait until nobody needs what is in it."""
 
-        def copy(n):
+        def copy(part, n):
             slot = lax.rem(n, self.slots)
-            for part, tiles, filled in zip(sources, self.stream, self.filled, strict=True):
-                for source, tile in zip(part, tiles, strict=True):
-                    plgpu.copy_gmem_to_smem(self.part_of(source, n), tile.at[slot], filled.at[slot])
+            for source, tile in zip(sources[part], self.stream[part], strict=True):
+                plgpu.copy_gmem_to_smem(self.part_of(source, n), tile.at[slot], self.filled[part].at[slot])
 
         def step(n, _):
-            for freed in self.freed:
+            for part, freed in enumerate(self.freed):
                 pl.when(n >= self.slots)(functools.partial(plgpu.barrier_wait, freed.at[lax.rem(n, self.slots)]))
-            pl.when(n < self.steps)(lambda: copy(n))
+                pl.when(n < self.steps)(functools.partial(copy, part, n))
 
         lax.fori_loop(0, self.steps + self.slots, step, None)
+
+    def meet(self) -> None:
+        """Wait for the others that compute."""
+        plgpu.barrier_arrive(self.met)
+        plgpu.barrier_wait(self.met)
 
     def put(self, *results) -> None:
         """Write (tile, values, array): own tokens of an array through a tile of shared memory."""
@@ -109,7 +120,7 @@ class Walk(NamedTuple):
         plgpu.commit_smem()
         for tile, _, array in results:
             plgpu.copy_smem_to_gmem(tile, array.at[self.row, self.mine, self.head])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def run(compute: Callable, name: str, step: int, own, streamed, whole, walks, results, *, last_first: bool):
@@ -118,39 +129,38 @@ def run(compute: Callable, name: str, step: int, own, streamed, whole, walks, re
     `streamed` are parts of arrays, `step` tokens of which are taken together. The refs are those of the arrays in
     `whole` and of the results. The tiles with the longest walks run first: a head's last tiles where `last_first`.
     """
-    batch, time, heads, head_dim = own[0].shape
-    tiles, parts = time // OWN_TOKENS, [len(part) for part in streamed]
-    flat = [x for part in streamed for x in part]
-    slots = _slots(step, head_dim, len(own), sum(len(x.shape) == 4 for x in flat))
+    (batch, time, heads, head_dim), tiles = own[0].shape, walks.shape[1]
+    parts, flat = [len(part) for part in streamed], [x for part in streamed for x in part]
+    kept = time // tiles
+    slots = _slots(step, head_dim, kept * len(own), sum(len(x.shape) == 4 for x in flat))
 
     def body(*refs):
         take = _Taker(refs)
         own_refs, sources, (walks_ref,) = take(len(own)), [take(n) for n in parts], take(1)
         others, own_tiles = take(len(whole) + len(results)), take(len(own))
-        stream, [given, finished] = [take(n) for n in parts], take(2)
+        stream, [given, met, finished] = [take(n) for n in parts], take(3)
         filled, freed = take(len(parts)), take(len(parts))
         group, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         tile = lax.rem(block, tiles)
         tile = tiles - 1 - tile if last_first else tile
         row, head = lax.div(block, tiles * heads), lax.rem(lax.div(block, tiles), heads)
         begin, end = (lax.div(walks_ref[row, tile, BEGIN], step), pl.cdiv(walks_ref[row, tile, END], jnp.int32(step)))
-        mine = pl.ds(tile * OWN_TOKENS + group * TILE_ROWS, TILE_ROWS)
-        plain = walks_ref[row, tile, PLAIN]
-        walk = Walk(row, head, mine, begin, end - begin, step, plain, slots, stream, filled, freed)
+        offset = 0 if kept == SHARED_TOKENS else group * TILE_ROWS
+        mine, plain = pl.ds(tile * kept + offset, TILE_ROWS), walks_ref[row, tile, PLAIN]
+        walk = Walk(group, row, head, mine, begin, end - begin, step, plain, slots, stream, filled, freed, met)
 
         @pl.when(group == GROUPS)
         def fetch():
             plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
+            for source, part in zip(own_refs, own_tiles, strict=True):
+                plgpu.copy_gmem_to_smem(source.at[row, pl.ds(tile * kept, kept), head], part, given)
             walk.fetch(sources)
 
         @pl.when(group < GROUPS)
         def use():
             plgpu.set_max_registers(REGISTERS, action="increase")
-            mine_tiles = [x.at[group] for x in own_tiles]
-            for source, part in zip(own_refs, mine_tiles, strict=True):
-                plgpu.copy_gmem_to_smem(source.at[row, mine, head], part, given.at[group])
-            plgpu.barrier_wait(given.at[group])
-            compute(walk, mine_tiles, *others)
+            plgpu.barrier_wait(given)
+            compute(walk, [x.at[pl.ds(offset, TILE_ROWS)] for x in own_tiles], *others)
 
         plgpu.barrier_arrive(finished)
         plgpu.barrier_wait(finished)
@@ -164,9 +174,10 @@ def run(compute: Callable, name: str, step: int, own, streamed, whole, walks, re
         body,
         out_type=results,
         scratch_types=[
-            *(shared(x, GROUPS, TILE_ROWS) for x in own),
+            *(shared(x, kept) for x in own),
             *(shared(x, slots, step) for x in flat),
-            plgpu.Barrier(num_arrivals=len(own), num_barriers=GROUPS),
+            plgpu.Barrier(num_arrivals=len(own)),
+            plgpu.Barrier(num_arrivals=GROUPS),
             plgpu.Barrier(num_arrivals=GROUPS + 1),
             *(plgpu.Barrier(num_arrivals=n, num_barriers=slots) for n in parts),
             *(plgpu.Barrier(num_arrivals=GROUPS, num_barriers=slots) for _ in parts),
@@ -180,10 +191,10 @@ def run(compute: Callable, name: str, step: int, own, streamed, whole, walks, re
     )(*own, *flat, walks, *whole)
 
 
-def _slots(step: int, head_dim: int, own: int, streamed: int) -> int:
-    """Return how many steps are in flight: as many as shared memory holds beside a block's own tokens."""
+def _slots(step: int, head_dim: int, own_rows: int, streamed: int) -> int:
+    """Return how many steps are in flight: as many as shared memory holds beside what a block keeps."""
     row = 2 * head_dim
-    return min(MAX_SLOTS, (SHARED_MEMORY_BYTES - own * OWN_TOKENS * row) // (streamed * step * row))
+    return min(MAX_SLOTS, (SHARED_MEMORY_BYTES - own_rows * row) // (streamed * step * row))
 
 
 class _Taker:

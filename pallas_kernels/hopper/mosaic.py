@@ -111,9 +111,26 @@ def products(body, *shapes: tuple[int, int]):
     return _settled(pl.run_scoped(body, *accumulators))
 
 
-def accumulate(body, initial: tuple) -> tuple:
-    """Return the values of accumulators that start from `initial` after `body(accumulators)`."""
-    return _settled(pl.run_state(body)(tuple(map(plgpu.ACC.init, initial))))
+def accumulate(body, initial: tuple, state: tuple = ()) -> tuple:
+    """Return the values of accumulators that start from `initial` after `body(accumulators, *state)`, and a new state.
+
+    The body returns that state, which is made beside its products. What they read of the old one stays in its registers
+    until they are done: else they would wait for each other.
+    """
+
+    def run(refs):
+        accumulators, carried = refs[: len(initial)], refs[len(initial) :]
+        for ref, x in zip(carried, body(accumulators, *(ref[...] for ref in carried)) or (), strict=True):
+            ref[...] = x
+
+    results = pl.run_state(run)((*map(plgpu.ACC.init, initial), *state))
+    return _settled((*results, *state))[: len(results)]
+
+
+def multiply_add(total: jax.Array, a, b) -> jax.Array:
+    """Return total + a @ b, with operands as of `multiply`."""
+    [total] = accumulate(lambda sums: multiply(sums[0], a, b), (total,))
+    return total
 
 
 def _settled(values):

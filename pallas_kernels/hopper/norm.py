@@ -2,7 +2,8 @@
 
 A block takes a part of the tokens and walks over it in tiles of a few rows (`stream.py`). A tile stays in registers
 between the sums over its rows and what needs them: each array is passed over once. Where a tile has four rows or more,
-warps have rows of their own; the columns of longer rows lie over all lanes.
+warps have rows of their own; the columns of longer rows lie over all lanes. Rows that these do not divide lie in wider
+ones: what is read beyond their end counts as zero, and what is written there stays in shared memory.
 """
 
 import functools
@@ -23,6 +24,8 @@ from pallas_kernels.hopper.stream import WARPGROUP_LANES
 TILE_ELEMENTS = 2048
 """Of a tile, where a row is not longer."""
 RING_SLOTS = 4
+FILLED_CHANNEL_MULTIPLE = 2 * WARPGROUP_LANES
+"""Of a tile whose rows are wider than those of the arrays: lanes take pairs."""
 MIN_BLOCK_TILES, MAX_FORWARD_TILES, MAX_BACKWARD_TILES = 4, 16, 32
 """Tiles of a block, at least and at most; the backward's are more since each block leaves sums of its own."""
 RESIDENT_FORWARD_BLOCKS, RESIDENT_BACKWARD_BLOCKS = 4, 2
@@ -59,7 +62,7 @@ def forward(r, y, scale, bias, *, eps: float, multiprocessors: int):
 
         ring.walk(step, plan.put(results, (r_tile, x_tile) if adds else (x_tile,)), ())
 
-    arrays = [x for x in (r, y, scale, bias) if x is not None]
+    arrays = [x for x in (r, y) if x is not None] + [plan.fill(x) for x in (scale, bias) if x is not None]
     out_type = [jax.ShapeDtypeStruct(r.shape, x) for x in ((r.dtype, dtype) if adds else (dtype,))]
     return plan.kernel(body, "residual_norm_forward", out_type, (r.dtype, dtype), 1 + adds)(*arrays)
 
@@ -103,16 +106,18 @@ def backward(total, scale, dx, dtotal, *, eps: float, adds: bool, centered: bool
             ref.at[pl.ds(lax.axis_index("block") * plan.rows, plan.rows)][...] = values
 
     out_type = [jax.ShapeDtypeStruct(total.shape, x) for x in ((total.dtype, dx.dtype) if adds else (total.dtype,))]
-    out_type += [jax.ShapeDtypeStruct((plan.blocks * plan.rows, plan.channels), jnp.float32)] * (1 + centered)
+    out_type += [jax.ShapeDtypeStruct((plan.blocks * plan.rows, plan.width), jnp.float32)] * (1 + centered)
     kernel = plan.kernel(body, "residual_norm_backward", out_type, (total.dtype, dx.dtype, dtotal.dtype), 3)
-    return kernel(total, scale, dx, dtotal)
+    results = kernel(total, plan.fill(scale), dx, dtotal)
+    return [x[:, : plan.channels] for x in results]
 
 
 class _Plan(NamedTuple):
-    """How the work is cut: tiles of (rows, D), all of them, and those of a block."""
+    """How the work is cut: tiles of (rows, width) for the rows' D channels, all of them, and those of a block."""
 
     rows: int
     channels: int
+    width: int
     tiles: int
     part: int
 
@@ -121,13 +126,20 @@ class _Plan(NamedTuple):
         tokens, channels = x.shape
         most_rows = max(1, TILE_ELEMENTS // channels)
         rows = math.gcd(tokens, 1 << most_rows.bit_length() - 1)
+        lanes = WARP_LANES if rows % WARPS == 0 else WARPGROUP_LANES
+        width = channels + (-channels % FILLED_CHANNEL_MULTIPLE if channels % lanes else 0)
         tiles = tokens // rows
         part = min(most_tiles, max(MIN_BLOCK_TILES, pl.cdiv(tiles, blocks)))
-        return cls(rows, channels, tiles, part)
+        return cls(rows, channels, width, tiles, part)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.rows, self.channels
+        return self.rows, self.width
+
+    @property
+    def copies(self) -> int:
+        """Return how many copies a tile takes: one, or one for each row that ends before its place in the tile."""
+        return 1 if self.width == self.channels else self.rows
 
     @property
     def blocks(self) -> int:
@@ -137,15 +149,26 @@ class _Plan(NamedTuple):
     def layout(self):
         """The layout of a tile: warps over rows or columns, lanes over columns, in pieces of up to 16 bytes of fp32."""
         if self.rows % WARPS == 0:
-            width = math.gcd(self.channels // WARP_LANES, 4)
-            tiling = plgpu.Tiling(((WARPS, WARP_LANES * width), (width,)))
+            vector = math.gcd(self.width // WARP_LANES, 4)
+            tiling = plgpu.Tiling(((WARPS, WARP_LANES * vector), (vector,)))
         else:
-            width = stream.rows_per_lane(self.channels, 4)
-            tiling = plgpu.Tiling(((1, WARPGROUP_LANES * width), (WARP_LANES * width,), (width,)))
+            vector = stream.rows_per_lane(self.width, 4)
+            tiling = plgpu.Tiling(((1, WARPGROUP_LANES * vector), (WARP_LANES * vector,), (vector,)))
         return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
     def load(self, ref) -> jax.Array:
-        return plgpu.load(ref, layout=self.layout, optimized=False).astype(jnp.float32)
+        return self.inside(plgpu.load(ref, layout=self.layout, optimized=False).astype(jnp.float32))
+
+    def inside(self, x) -> jax.Array:
+        """Return x with zeros beyond the rows' end."""
+        if self.width == self.channels:
+            return x
+        column = plgpu.broadcasted_iota(jnp.int32, self.shape, 1, layout=self.layout)
+        return jnp.where(column < self.channels, x, 0.0)
+
+    def fill(self, columns) -> jax.Array:
+        """Append zeros to one value per channel."""
+        return jnp.pad(columns, (0, self.width - self.channels))
 
     def columns(self, ref) -> jax.Array:
         """Return one value per column, repeated over the rows."""
@@ -159,7 +182,7 @@ class _Plan(NamedTuple):
     def normal(self, total, eps: float, centered: bool) -> tuple[jax.Array, jax.Array]:
         """Return the rows, less their mean where `centered`, over the root of their mean square, and 1 / root."""
         if centered:
-            total -= self.mean(total)
+            total = self.inside(total - self.mean(total))
         squares = jnp.sum(total * total, axis=1) * (1.0 / self.channels)
         inverse = self.across(lax.rsqrt(squares + eps))
         return total * inverse, inverse
@@ -168,9 +191,12 @@ class _Plan(NamedTuple):
         """Repeat one value per row over the columns."""
         return lax.broadcast_in_dim(rows, self.shape, [0])
 
-    def tokens(self, n) -> pl.Slice:
-        """Return the tokens of the block's tile n."""
-        return pl.ds((lax.axis_index("block") * self.part + n) * self.rows, self.rows)
+    def places(self, n, slot) -> list[tuple]:
+        """Return where the parts of the block's tile n that are copied lie in the arrays, and where in its slot."""
+        first = (lax.axis_index("block") * self.part + n) * self.rows
+        if self.width == self.channels:
+            return [((pl.ds(first, self.rows),), (slot,))]
+        return [((first + i,), (slot, i, pl.ds(0, self.channels))) for i in range(self.rows)]
 
     def ring(self, sources, tiles, filled) -> stream.Ring:
         """Start copying the block's tiles of some arrays into the slots of each."""
@@ -178,7 +204,8 @@ class _Plan(NamedTuple):
 
         def fetch(n, slot):
             for ref, tile in zip(sources, tiles, strict=False):
-                plgpu.copy_gmem_to_smem(ref.at[self.tokens(n)], tile.at[slot], filled.at[slot], oob_mode=inside)
+                for source, target in self.places(n, slot):
+                    plgpu.copy_gmem_to_smem(ref.at[source], tile.at[target], filled.at[slot], oob_mode=inside)
 
         count = jnp.minimum(self.part, self.tiles - lax.axis_index("block") * self.part)
         return stream.Ring(count, RING_SLOTS, filled, fetch)
@@ -188,12 +215,13 @@ class _Plan(NamedTuple):
 
         def copy(n, slot):
             for ref, tile in zip(results, tiles, strict=False):
-                plgpu.copy_smem_to_gmem(tile.at[slot], ref.at[self.tokens(n)], commit_group=False)
+                for target, source in self.places(n, slot):
+                    plgpu.copy_smem_to_gmem(tile.at[source], ref.at[target], commit_group=False)
 
         return copy
 
-    def kernel(self, body, name: str, out_type: list, dtypes: tuple, copies: int):
-        """Return a kernel with slots for a tile of each dtype, and the barriers of so many copies into them."""
+    def kernel(self, body, name: str, out_type: list, dtypes: tuple, sources: int):
+        """Return a kernel with slots for a tile of each dtype, and the barriers of copies of so many into them."""
         slots = [plgpu.SMEM((RING_SLOTS, *self.shape), dtype) for dtype in dtypes]
-        barriers = plgpu.Barrier(num_arrivals=copies, num_barriers=RING_SLOTS)
+        barriers = plgpu.Barrier(num_arrivals=sources * self.copies, num_barriers=RING_SLOTS)
         return stream.kernel(body, name, self.blocks, out_type, [*slots, barriers])

@@ -1,4 +1,4 @@
-"""Kernels for GPUs in Pallas' Triton backend: one file a form and pass, and what several of them share.
+"""Kernels for GPUs in Triton, called through jax-triton (`launch.py`): one file a form and pass, and what they share.
 
 A kernel is named by what it computes and its pass ("one_decay_reverse"): profiles know it by that.
 """

@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
-from pallas_kernels.triton.chunks import block, head_tokens
 from pallas_kernels.triton.launch import Type, launch, shared_bytes
+from pallas_kernels.triton.tiles import store, tile, zeros
+from pallas_kernels.triton.tuples import times
 
 TIME_MULTIPLE, HEAD_MULTIPLE, MAX_HEAD_DIM = 128, 16, 256
 HIDDEN_SCORE = constexpr(-1e30)
@@ -130,13 +131,13 @@ def attention_forward(q, k, v, numbers, first, o, logarithm, cut: constexpr):
     """Walk over the keys that a tile's queries see."""
     K: constexpr = cut.keys
     V: constexpr = cut.values
-    row, head, tile = tile_program(cut)
+    row, head, number = tile_program(cut)
     k, v, numbers = head_of(k, row, head, cut, K), head_of(v, row, head, cut, V), numbers + row * cut.time
-    start, here = tile * cut.own, tile * cut.own + tl.arange(0, cut.own)
+    start, here = number * cut.own, number * cut.own + tl.arange(0, cut.own)
     queries, own = load_pieces(head_of(q, row, head, cut, K), start, cut.own, K), tl.load(numbers + here)
     top, total = tl.full((cut.own,), HIDDEN_SCORE, tl.float32), tl.full((cut.own,), 0.0, tl.float32)
-    sums = zeros(cut.own, V)
-    for j in range(tl.load(first + row * (cut.time // cut.own) + tile) // cut.step, (start + cut.own) // cut.step):
+    sums = empty_sums(cut.own, V)
+    for j in range(tl.load(first + row * (cut.time // cut.own) + number) // cut.step, (start + cut.own) // cut.step):
         there = j * cut.step + tl.arange(0, cut.step)
         seen = visible(here[:, None], there[None, :], own[:, None], tl.load(numbers + there)[None, :], cut.window)
         s = products(queries, load_pieces(k, j * cut.step, cut.step, K)) * (cut.scale * LOG2E)
@@ -155,15 +156,15 @@ def attention_query_gradients(q, k, v, numbers, first, logarithm, delta, do, dq,
     """Walk over the keys that a tile's queries see."""
     K: constexpr = cut.keys
     V: constexpr = cut.values
-    row, head, tile = tile_program(cut)
+    row, head, number = tile_program(cut)
     k, v, numbers = head_of(k, row, head, cut, K), head_of(v, row, head, cut, V), numbers + row * cut.time
-    start, here = tile * cut.own, tile * cut.own + tl.arange(0, cut.own)
+    start, here = number * cut.own, number * cut.own + tl.arange(0, cut.own)
     queries = load_pieces(head_of(q, row, head, cut, K), start, cut.own, K)
     gradients = load_pieces(head_of(do, row, head, cut, V), start, cut.own, V)
     of_head = (row * cut.heads + head) * cut.time + here
     own, logarithm, delta = tl.load(numbers + here), tl.load(logarithm + of_head), tl.load(delta + of_head)
-    sums = zeros(cut.own, K)
-    for j in range(tl.load(first + row * (cut.time // cut.own) + tile) // cut.step, (start + cut.own) // cut.step):
+    sums = empty_sums(cut.own, K)
+    for j in range(tl.load(first + row * (cut.time // cut.own) + number) // cut.step, (start + cut.own) // cut.step):
         there = j * cut.step + tl.arange(0, cut.step)
         seen = visible(here[:, None], there[None, :], own[:, None], tl.load(numbers + there)[None, :], cut.window)
         keys = load_pieces(k, j * cut.step, cut.step, K)
@@ -179,14 +180,14 @@ def attention_key_gradients(q, k, v, numbers, last, logarithm, delta, do, dk, dv
     """Walk over the queries that see a tile's keys; products are (keys, queries): none has to be transposed."""
     K: constexpr = cut.keys
     V: constexpr = cut.values
-    row, head, tile = tile_program(cut)
+    row, head, number = tile_program(cut)
     q, do, numbers = head_of(q, row, head, cut, K), head_of(do, row, head, cut, V), numbers + row * cut.time
     of_head = (row * cut.heads + head) * cut.time
-    start, here = tile * cut.own, tile * cut.own + tl.arange(0, cut.own)
+    start, here = number * cut.own, number * cut.own + tl.arange(0, cut.own)
     keys = load_pieces(head_of(k, row, head, cut, K), start, cut.own, K)
     values = load_pieces(head_of(v, row, head, cut, V), start, cut.own, V)
-    own, key_sums, value_sums = tl.load(numbers + here), zeros(cut.own, K), zeros(cut.own, V)
-    for i in range(start // cut.step, tl.load(last + row * (cut.time // cut.own) + tile) // cut.step + 1):
+    own, key_sums, value_sums = tl.load(numbers + here), empty_sums(cut.own, K), empty_sums(cut.own, V)
+    for i in range(start // cut.step, tl.load(last + row * (cut.time // cut.own) + number) // cut.step + 1):
         there = i * cut.step + tl.arange(0, cut.step)
         seen = visible(there[None, :], here[:, None], tl.load(numbers + there)[None, :], own[:, None], cut.window)
         queries, gradients = load_pieces(q, i * cut.step, cut.step, K), load_pieces(do, i * cut.step, cut.step, V)
@@ -216,7 +217,7 @@ def visible(query, key, query_number, key_number, window: constexpr):
 @triton.jit
 def head_of(x, row, head, cut: constexpr, pieces: constexpr):
     """Return where the first token of a head is."""
-    return head_tokens(x, row, head, cut.time, cut.heads, pieces.stride // cut.heads)
+    return x + row.to(tl.int64) * (cut.time * pieces.stride) + head * (pieces.stride // cut.heads)
 
 
 @triton.constexpr_function
@@ -228,7 +229,7 @@ def channels_before(sizes, n):
 @triton.jit
 def place_of_piece(x, start, tokens: constexpr, pieces: constexpr, n: constexpr):
     """Return where the elements of a piece are, of tokens of a head at x from `start` on."""
-    return block(x + start * pieces.stride + channels_before(pieces.sizes, n), tokens, pieces.stride, pieces.sizes[n])
+    return tile(x + start * pieces.stride + channels_before(pieces.sizes, n), tokens, pieces.sizes[n], pieces.stride)
 
 
 @triton.jit
@@ -244,24 +245,15 @@ def load_pieces(x, start, tokens: constexpr, pieces: constexpr):
 def store_pieces(x, start, tokens: constexpr, pieces: constexpr, values):
     """Write them."""
     for n in tl.static_range(len(values)):
-        tl.store(place_of_piece(x, start, tokens, pieces, n), values[n].to(x.dtype.element_ty))
+        store(place_of_piece(x, start, tokens, pieces, n), values[n])
 
 
 @triton.jit
-def zeros(tokens: constexpr, pieces: constexpr):
+def empty_sums(tokens: constexpr, pieces: constexpr):
     """Return sums over pieces."""
     found = ()
     for n in tl.static_range(len(pieces.sizes)):
-        found += (tl.full((tokens, pieces.sizes[n]), 0.0, tl.float32),)
-    return found
-
-
-@triton.jit
-def times(values, factor):
-    """Return all pieces times a factor."""
-    found = ()
-    for n in tl.static_range(len(values)):
-        found += (values[n] * factor,)
+        found += (zeros(tokens, tl.constexpr(pieces.sizes[n])),)
     return found
 
 

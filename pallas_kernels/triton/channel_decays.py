@@ -1,4 +1,4 @@
-"""Matrix states whose key channels decay each by itself, by chunks on tensor cores, in Pallas' Triton kernels.
+"""Matrix states whose key channels decay each by itself, by chunks on tensor cores, in Triton kernels.
 
     S_t = diag(w_t) S_{t-1} + b_t u_t^T + k_t v_t^T        u_t = S_{t-1}^T a_t        o_t = scale S_t^T q_t
 
@@ -14,36 +14,43 @@ Ab, Pb and B are Ak, Pk and K of b, and T = (I - Ab)^-1. `products` makes all th
 
 No exponent is above 0 (but for rounding): in a block of 16 tokens the halves of every 2, 4, 8 and 16 meet through the
 decays up to the border between them, and two blocks through those up to the beginning of the later one. So the pairs of
-a level, or of two blocks, are one product of weighed queries and keys (`Meeting`).
-What arrays may be is said in `chunks.py`; log-decays are fp32.
+a level, or of two blocks, are one product of weighed queries and keys.
+
+What arrays may be is said in `chunks.py`; log-decays are fp32. A kernel gets pointers to the arrays of both kinds of
+queries and keys, (q, a) and (k, b), and touches those of the first kind alone where there are no others.
 """
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
+import triton
+import triton.language as tl
 
 from pallas_kernels import split
-from pallas_kernels.triton.pallas_chunks import (
-    BLOCK_TOKENS,
-    BLOCKS_PER_CHUNK,
-    CHUNK_TOKENS,
+from pallas_kernels.triton import tuples
+from pallas_kernels.triton.chunks import BLOCK_TOKENS, BLOCKS_PER_CHUNK, Cut, like
+from pallas_kernels.triton.launch import Type
+from pallas_kernels.triton.tiles import (
+    BLOCK,
+    CHUNK,
     HIDDEN_EXPONENT,
-    Cut,
-    Type,
-    dot,
-    pairs,
-    part,
+    at_chunk,
+    keys_at,
     places,
+    program_of_chunk,
+    program_of_strip,
+    squares_at,
+    state_at,
+    store,
+    values_at,
+    zeros,
 )
 
 Arrays = Sequence[jax.Array]
-BLOCK_LEVELS = BLOCK_TOKENS.bit_length() - 1
-"""At which the tokens of a block meet: level n joins halves of 2^n tokens."""
+BLOCKS, LEVELS = tl.constexpr(BLOCKS_PER_CHUNK), tl.constexpr(BLOCK_TOKENS.bit_length() - 1)
+"""Of a chunk, and at which the tokens of a block meet: level n joins halves of 2^n tokens."""
 
 
 class Products(NamedTuple):
@@ -53,7 +60,7 @@ class Products(NamedTuple):
       pairs: Pk, or Pk, Pb, Ak, Ab; (B, T, H, CHUNK_TOKENS).
       queries: Q, or Q, A; (B, T, H, K).
       keys: K, or K, B; (B, T, H, K).
-      kept: exp(c_C), (B, chunks, H, K) fp32.
+      kept: exp(c_C), (B, H, chunks, K) fp32.
     """
 
     pairs: Arrays
@@ -62,110 +69,69 @@ class Products(NamedTuple):
     kept: jax.Array
 
 
-def _types(queries: Arrays, keys: Arrays) -> list[Type]:
-    """Return the types of (pairs, queries, keys)."""
-    square = Type((*keys[0].shape[:3], CHUNK_TOKENS), keys[0].dtype)
-    return [square] * (len(queries) * len(keys)) + [Type(x.shape, x.dtype) for x in (*queries, *keys)]
-
-
-class Meeting(NamedTuple):
-    """Decays of queries and keys that meet at a border between their tokens, (BLOCK_TOKENS, K) each.
-
-    Attributes:
-      queries: from the border to the tokens of q, and to those before them for a.
-      keys: from their tokens to the border.
-    """
-
-    queries: list[jax.Array]
-    keys: jax.Array
-
-    @classmethod
-    def at(cls, border, seen: Arrays, written) -> "Meeting":
-        """Return that of two blocks; the border is the sum of log-decays up to the token before the later one."""
-        return cls([jnp.exp(c - border[None]) for c in seen], jnp.exp(border[None] - written))
-
-    @classmethod
-    def of_level(cls, n, c_ref, block, seen: Arrays) -> "Meeting":
-        """Return that of level n in a block: of the second and the first halves of every 2^(n+1) tokens."""
-        row = block * BLOCK_TOKENS + lax.iota(jnp.int32, BLOCK_TOKENS)
-        half = lax.shift_left(jnp.int32(1), n.astype(jnp.int32))
-        border, second = c_ref[(row | (2 * half - 1)) - half], (row & half)[:, None] > 0
-        near = jnp.exp(jnp.where(second, seen[0] - border, border - seen[0]))
-        before = [jnp.exp(jnp.where(second, c - border, HIDDEN_EXPONENT)) for c in seen[1:]]
-        return cls([near, *before], near)
-
-
-def sums_seen(c_ref, block, count: int) -> list[jax.Array]:
-    """Return the sums of log-decays up to a block's tokens, for q and keys, and up to those before them, for a."""
-    return [c_ref[block_rows(block)], sum_before(c_ref, block * BLOCK_TOKENS + lax.iota(jnp.int32, BLOCK_TOKENS))][
-        :count
-    ]
-
-
-def sum_before(c_ref, row) -> jax.Array:
-    """Return the sums up to the tokens before those, nothing before the first one of the chunk."""
-    return jnp.where(row[..., None] > 0, c_ref[jnp.maximum(row - 1, 0)], 0.0)
-
-
-def meet_at(n) -> jax.Array:
-    """Return which pairs of a query and a key of a block meet at level n."""
-    t, s = places(BLOCK_TOKENS)
-    return (lax.shift_right_logical(t ^ s, n.astype(jnp.int32)) == 1) & (t > s)
-
-
 def decay_sums(g) -> jax.Array:
     """Return the sums of log-decays g, (B, T, H, K) fp32, from the beginning of each chunk to each token."""
-
-    def body(g_ref, c_ref):
-        c_ref[...] = jnp.cumsum(g_ref[...], axis=0)
-
-    [c] = Cut.of(g, g).by_chunk(body, "channel_decays_sums", 4, [g], [Type(g.shape, g.dtype)])
+    [c] = Cut.of(g, g).by_chunk(channel_decays_sums, [g], [like(g)])
     return c
+
+
+@triton.jit
+def channel_decays_sums(g, c, cut: tl.constexpr):
+    """Add up a chunk's log-decays."""
+    _, at, _ = program_of_chunk(cut, 1)
+    tl.store(keys_at(c, at, cut), tl.cumsum(tl.load(keys_at(g, at, cut)), axis=0))
 
 
 def products(queries: Arrays, keys: Arrays, c, *, scale: float) -> Products:
     """Return the products of (q,) or (q, a) and (k,) or (k, b), each (B, T, H, K), with `decay_sums` c like them."""
-    cut, count, dtype = Cut.of(keys[0], keys[0]), len(queries), keys[0].dtype
-
-    def body(c_ref, *refs):
-        q_refs, k_refs, pair_refs, Q_refs, K_refs, [kept_ref] = split(refs, count, count, count**2, count, count)
-        i = part(BLOCKS_PER_CHUNK)
-        own, seen, whole = block_rows(i), sums_seen(c_ref, i, count), c_ref[CHUNK_TOKENS - 1]
-        qs, ks = scaled(scale, load(q_refs, own)), load(k_refs, own)
-        store(Q_refs, own, map(jnp.multiply, qs, map(jnp.exp, seen)))
-        store(K_refs, own, [k * jnp.exp(whole[None] - seen[0]) for k in ks])
-
-        @pl.when(i == 0)
-        def _():
-            kept_ref[...] = jnp.exp(whole)
-
-        def level(n, squares):
-            weights = Meeting.of_level(n, c_ref, i, seen)
-            weighed = each_pair(weigh(qs, weights.queries, dtype), weigh(ks, [weights.keys] * count, dtype))
-            return add(squares, [jnp.where(meet_at(n), dot(q, k, (1, 1)), 0.0) for q, k in weighed])
-
-        nothing = jnp.zeros((BLOCK_TOKENS, BLOCK_TOKENS), jnp.float32)
-        own_keys = [jnp.where(pairs(BLOCK_TOKENS, lax.eq), jnp.sum(qs[0] * k, axis=1)[:, None], 0.0) for k in ks]
-        squares = [*own_keys, *[nothing] * (count**2 - count)]  # a sees no key of its token
-        store(pair_refs, (own, own), lax.fori_loop(0, BLOCK_LEVELS, level, squares))
-        border = sum_before(c_ref, i * BLOCK_TOKENS)
-
-        @pl.loop(0, i)
-        def _(j):
-            weights = Meeting.at(border, seen, c_ref[block_rows(j)])
-            theirs = weigh(load(k_refs, block_rows(j)), [weights.keys] * count, dtype)
-            weighed = each_pair(weigh(qs, weights.queries, dtype), theirs)
-            store(pair_refs, (own, block_rows(j)), [dot(q, k, (1, 1)) for q, k in weighed])
-
-        @pl.loop(i + 1, BLOCKS_PER_CHUNK)
-        def _(j):
-            store(pair_refs, (own, block_rows(j)), [nothing] * count**2)
-
-    results = [*_types(queries, keys), Type((cut.batch, cut.chunks, cut.heads, cut.keys), jnp.float32)]
-    arguments = [c, *queries, *keys]
-    made = cut.by_chunk(body, "channel_decays_products", block_warps(cut), arguments, results, BLOCKS_PER_CHUNK)
-    found_pairs, found_queries, found_keys, [kept] = split(made, count**2, count, count)
+    cut, kinds = Cut.of(keys[0], keys[0]), len(keys)
+    squares = [cut.squares(keys[0].dtype)] * kinds**2
+    kept = Type((cut.batch, cut.heads, cut.chunks, cut.keys), jnp.float32)
+    results = [*filled(squares, 4), *filled(map(like, queries)), *filled(map(like, keys)), kept]
+    arguments, warps = [c, *filled(queries), *filled(keys)], block_warps(cut)
+    made = cut.by_chunk(
+        channel_decays_products, arguments, results, parts=BLOCKS_PER_CHUNK, warps=warps, kinds=kinds, scale=scale
+    )
+    found_pairs, found_queries, found_keys, [kept] = split(made, kinds**2, kinds, kinds)
     return Products(found_pairs, found_queries, found_keys, kept)
+
+
+@triton.jit
+def channel_decays_products(
+    c, q, a, k, b, Pk, Pb, Ak, Ab, Q, A, K, B, kept, kinds: tl.constexpr, scale: tl.constexpr, cut: tl.constexpr
+):
+    """Make all of a block: its pairs with the keys up to it, and its queries and keys."""
+    number, at, i = program_of_chunk(cut, BLOCKS)
+    c, first = c + at * cut.keys, at * cut.keys
+    queries, keys = tuples.moved((q, a)[:kinds], first), tuples.moved((k, b)[:kinds], first)
+    Qs, Ks = tuples.moved((Q, A)[:kinds], first), tuples.moved((K, B)[:kinds], first)
+    squares = tuples.moved((Pk, Pb, Ak, Ab)[: kinds * kinds], at * CHUNK)
+    rows = block_rows(i)
+    own = channels_of(rows, cut)
+    dtype: tl.constexpr = k.dtype.element_ty
+    seen, whole = sums_seen(c, rows, kinds, cut), tl.load(c + channels_of(row(CHUNK - 1), cut))
+    qs, ks = scaled(scale, floats(queries, own)), floats(keys, own)
+    tuples.store(Qs, own, tuples.multiply(qs, tuples.exponentials(seen)))
+    tuples.store(Ks, own, tuples.times(ks, tl.exp(whole - seen[0])))
+    if i == 0:
+        tl.store(kept + number * cut.keys + channels_of(row(0), cut), tl.exp(whole))
+
+    nothing = zeros(BLOCK, BLOCK)
+    found = own_pairs(qs, ks) + (nothing, nothing)[: kinds * kinds - kinds]  # a sees no key of its token
+    for n in range(LEVELS):
+        to_queries, to_keys = weights_of_level(n, c, rows, seen, cut)
+        near = tuples.each_pair(weigh(qs, to_queries, dtype), tuples.cast(tuples.times(ks, to_keys), dtype))
+        found = tuples.add(found, where_met(n, near))
+    tuples.store(squares, pairs_of(rows, i, cut), found)
+
+    border = sums_before(c, row(i * BLOCK), cut)
+    near_qs = weigh(qs, weights_since(border, seen), dtype)
+    for j in range(0, i):
+        theirs = channels_of(block_rows(j), cut)
+        near_ks = tuples.times(floats(keys, theirs), tl.exp(border - tl.load(c + theirs)))
+        tuples.store(squares, pairs_of(rows, j, cut), tuples.each_pair(near_qs, tuples.cast(near_ks, dtype)))
+    for j in range(i + 1, BLOCKS):
+        tuples.store(squares, pairs_of(rows, j, cut), (nothing, nothing, nothing, nothing)[: kinds * kinds])
 
 
 def forward(made: Products, v, state, t=None, *, with_starts: bool) -> list[jax.Array]:
@@ -176,38 +142,48 @@ def forward(made: Products, v, state, t=None, *, with_starts: bool) -> list[jax.
       state: (B, H, K, V) fp32.
       t: T, where there are a and b.
     """
-    cut, given = Cut.of(made.keys[0], v), walk_inputs(made, t)
-    count = len(made.keys)
-
-    def body(kept_ref, *refs):
-        *walked, [v_ref, state_ref], result_refs, [last_ref], starts_refs = split(refs, *map(len, given), 2, count, 1)
-
-        def step(n, S):
-            here = pl.ds(n * CHUNK_TOKENS, CHUNK_TOKENS)
-            (Q, *A), (K, *B), (Pk, *corrections) = ([ref[here] for ref in some] for some in walked)
-            v, before = v_ref[here], S.astype(v_ref.dtype)
-            for ref in starts_refs:
-                ref[n] = before
-            read = [dot(Pk, v) + dot(Q, before)]
-            S = kept_ref[n][:, None] * S + dot(K, v, (0, 0))
-            if corrections:
-                Pb, Ak, T = corrections
-                u = dot(T, (dot(Ak, v) + dot(A[0], before)).astype(v.dtype)).astype(v.dtype)
-                read = [read[0] + dot(Pb, u), u]
-                S = S + dot(B[0], u, (0, 0))
-            store(result_refs, here, read)
-            return S
-
-        last_ref[...] = lax.fori_loop(0, cut.chunks, step, state_ref[...])
-
-    whole, wide = [made.kept, *itertools.chain(*given)], [Type(v.shape, v.dtype)] * count
-    states = [Type(state.shape, jnp.float32), *[cut.states(v.dtype)] * with_starts]
-    return cut.by_strip(body, "channel_decays_forward", whole, [v], [state], wide, states)
+    cut, kinds = Cut.of(made.keys[0], v), len(made.keys)
+    results = [*filled([like(v)] * kinds), like(state), cut.states(v.dtype) if with_starts else None]
+    whole = walk_inputs(made, t)
+    return cut.by_strip(channel_decays_forward, whole, [v], [state], results, kinds=kinds, with_starts=with_starts)
 
 
-def walk_inputs(made: Products, t) -> list[list[jax.Array]]:
-    """Return what a walk needs of every chunk: queries, keys, and pairs, T in the place of Ab."""
-    return [[*made.queries], [*made.keys], [*made.pairs[:3], *([] if t is None else [t])]]
+@triton.jit
+def channel_decays_forward(
+    kept, Q, A, K, B, Pk, Pb, Ak, T, v, state, o, u, last, starts,
+    kinds: tl.constexpr, with_starts: tl.constexpr, cut: tl.constexpr,
+):  # fmt: skip
+    """Walk over the chunks with a strip of a state."""
+    sequence, column = program_of_strip(cut)
+    S = tl.load(state_at(state, sequence, column, cut))
+    for n in range(cut.chunks):
+        number, at = sequence * cut.chunks + n, at_chunk(sequence, n, cut)
+        V, before = tl.load(values_at(v, at, column, cut)), S.to(v.dtype.element_ty)
+        if with_starts:
+            store(state_at(starts, number, column, cut), before)
+        read = tl.dot(tl.load(squares_at(Pk, at, cut)), V)
+        read = tl.dot(tl.load(keys_at(Q, at, cut)), before, read)
+        S *= tl.load(kept + number * cut.keys + tl.arange(0, cut.keys))[:, None]
+        S = tl.dot(tl.trans(tl.load(keys_at(K, at, cut))), V, S)
+        if kinds == 2:
+            U = tl.dot(tl.load(keys_at(A, at, cut)), before, tl.dot(tl.load(squares_at(Ak, at, cut)), V))
+            U = tl.dot(tl.load(squares_at(T, at, cut)), U.to(V.dtype)).to(V.dtype)
+            read = tl.dot(tl.load(squares_at(Pb, at, cut)), U, read)
+            S = tl.dot(tl.trans(tl.load(keys_at(B, at, cut))), U, S)
+            store(values_at(u, at, column, cut), U)
+        store(values_at(o, at, column, cut), read)
+    store(state_at(last, sequence, column, cut), S)
+
+
+def walk_inputs(made: Products, t) -> list:
+    """Return what a walk needs of every chunk: what is kept, queries, keys, and pairs, T in the place of Ab."""
+    return [made.kept, *filled(made.queries), *filled(made.keys), *filled(made.pairs[:3], 3), t]
+
+
+def filled(xs, count: int = 2) -> list:
+    """Return so many, None in the place of what is of no use to a kernel."""
+    given = [*xs]
+    return given + [None] * (count - len(given))
 
 
 def block_warps(cut: Cut, most: int = 4) -> int:
@@ -215,37 +191,107 @@ def block_warps(cut: Cut, most: int = 4) -> int:
     return min(most, cut.keys // BLOCK_TOKENS)
 
 
-def block_rows(i) -> pl.Slice:
-    """Return the rows of a block of tokens."""
-    return pl.ds(i * BLOCK_TOKENS, BLOCK_TOKENS)
+@triton.jit
+def block_rows(i):
+    """Return the tokens of a block of a chunk."""
+    return tl.arange(0, BLOCK) + i * BLOCK
 
 
-def load(refs: Sequence, here) -> list[jax.Array]:
-    """Return those parts of all in fp32."""
-    return [ref[here].astype(jnp.float32) for ref in refs]
+@triton.jit
+def row(t):
+    """Return a single token of a chunk."""
+    return tl.arange(0, 1) + t
 
 
-def store(refs: Sequence, here, values: Iterable[jax.Array]) -> None:
-    """Store those parts of all in their dtypes."""
-    for ref, x in zip(refs, values, strict=True):
-        ref[here] = x.astype(ref.dtype)
+@triton.jit
+def channels_of(rows, cut: tl.constexpr):
+    """Return where the channels of some tokens of a chunk are."""
+    return rows[:, None] * (cut.heads * cut.keys) + tl.arange(0, cut.keys)[None, :]
 
 
-def weigh(xs: Arrays, weights: Arrays, dtype) -> list[jax.Array]:
+@triton.jit
+def pairs_of(rows, j, cut: tl.constexpr):
+    """Return where the pairs of some tokens of a chunk with the tokens of a block are."""
+    return rows[:, None] * (cut.heads * CHUNK) + block_rows(j)[None, :]
+
+
+@triton.jit
+def sums_seen(c, rows, kinds: tl.constexpr, cut: tl.constexpr):
+    """Return the sums of log-decays up to some tokens, for q and keys, and up to those before them, for a."""
+    seen = (tl.load(c + channels_of(rows, cut)),)
+    if kinds == 2:
+        seen += (sums_before(c, rows, cut),)
+    return seen
+
+
+@triton.jit
+def sums_before(c, rows, cut: tl.constexpr):
+    """Return the sums up to the tokens before those, nothing before the first one of the chunk."""
+    return tl.load(c + channels_of(rows - 1, cut), mask=rows[:, None] > 0, other=0.0)
+
+
+@triton.jit
+def weights_of_level(n, c, rows, seen, cut: tl.constexpr):
+    """Return the decays through which the first and the second halves of every 2^(n+1) tokens of a block meet.
+
+    Of queries, from the border between the halves to the tokens of q, and to those before them for a; and of keys, from
+    their tokens to the border.
+    """
+    half = 1 << n
+    border = tl.load(c + channels_of((rows | (2 * half - 1)) - half, cut))
+    second = ((rows & half) > 0)[:, None]
+    near = tl.exp(tl.where(second, seen[0] - border, border - seen[0]))
+    to_queries = (near,)
+    for i in tl.static_range(1, len(seen)):
+        to_queries += (tl.exp(tl.where(second, seen[i] - border, HIDDEN_EXPONENT)),)
+    return to_queries, near
+
+
+@triton.jit
+def weights_since(border, seen):
+    """Return the decays of queries from a border before their tokens on."""
+    found = ()
+    for i in tl.static_range(len(seen)):
+        found += (tl.exp(seen[i] - border),)
+    return found
+
+
+@triton.jit
+def where_met(n, squares):
+    """Return the pairs of a query and a key of a block that meet at level n, 0 in the place of the others."""
+    t, s = places(BLOCK)
+    found = ()
+    for i in tl.static_range(len(squares)):
+        found += (tl.where((((t ^ s) >> n) == 1) & (t > s), squares[i], 0.0),)
+    return found
+
+
+@triton.jit
+def own_pairs(qs, ks):
+    """Return the pairs of q with the keys of its own token."""
+    t, s = places(BLOCK)
+    found = ()
+    for i in tl.static_range(len(ks)):
+        found += (tl.where(t == s, tl.sum(qs[0] * ks[i], axis=1)[:, None], 0.0),)
+    return found
+
+
+@triton.jit
+def floats(refs, at):
+    """Return what is at those places of all, in fp32."""
+    return tuples.cast(tuples.load(refs, at), tl.float32)
+
+
+@triton.jit
+def weigh(xs, weights, dtype: tl.constexpr):
     """Return the products in that dtype, for tensor cores."""
-    return [(x * weight).astype(dtype) for x, weight in zip(xs, weights, strict=True)]
+    return tuples.cast(tuples.multiply(xs, weights), dtype)
 
 
-def scaled(scale: float, queries: Arrays) -> list[jax.Array]:
+@triton.jit
+def scaled(scale: tl.constexpr, queries):
     """Return (scale q,) or (scale q, a)."""
-    return [scale * queries[0], *queries[1:]]
-
-
-def add(xs: Iterable[jax.Array], ys: Iterable[jax.Array]) -> list[jax.Array]:
-    """Return the sums of both, one by one."""
-    return [x + y for x, y in zip(xs, ys, strict=True)]
-
-
-def each_pair(queries: Arrays, keys: Arrays) -> list[tuple]:
-    """Return the pairs of queries and keys, in the order of `Products.pairs`."""
-    return [(q, k) for q in queries for k in keys]
+    found = (scale * queries[0],)
+    for i in tl.static_range(1, len(queries)):
+        found += (queries[i],)
+    return found

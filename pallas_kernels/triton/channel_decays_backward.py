@@ -8,127 +8,142 @@ The gradients of `Products` come from `pair_gradients` and `state_gradients`, th
 `token_gradients`, and those of log-decays from `decay_gradients`.
 """
 
-import functools
-import itertools
-
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
+import triton
+import triton.language as tl
 
-from pallas_kernels import split
+from pallas_kernels.triton import tuples
 from pallas_kernels.triton.channel_decays import (
-    BLOCK_LEVELS,
+    BLOCKS,
+    LEVELS,
     Arrays,
-    Meeting,
     Products,
-    add,
     block_rows,
     block_warps,
-    each_pair,
-    load,
-    meet_at,
+    channels_of,
+    filled,
+    floats,
+    pairs_of,
+    row,
     scaled,
-    store,
-    sum_before,
+    sums_before,
     sums_seen,
     walk_inputs,
     weigh,
+    weights_of_level,
+    weights_since,
+    where_met,
 )
-from pallas_kernels.triton.pallas_chunks import (
-    BLOCK_TOKENS,
-    BLOCKS_PER_CHUNK,
-    CHUNK_TOKENS,
-    STRIP_WIDTH,
-    Cut,
-    Type,
-    dot,
-    pairs,
-    part,
+from pallas_kernels.triton.chunks import BLOCKS_PER_CHUNK, Cut, like
+from pallas_kernels.triton.tiles import (
+    BLOCK,
+    CHUNK,
+    STRIP,
+    at_chunk,
+    keys_at,
+    places,
+    program_of_chunk,
+    program_of_strip,
+    squares_at,
+    state_at,
+    store,
+    tile,
+    values_at,
+    zeros,
 )
 
 
 def reverse(made: Products, do, dlast, t=None) -> list[jax.Array]:
     """Return dV, with T also Y like it, the gradients of the states after every chunk, and of that before the first."""
-    cut, given = Cut.of(made.keys[0], do), walk_inputs(made, t)
-    count = len(made.keys)
+    cut, kinds = Cut.of(made.keys[0], do), len(made.keys)
+    results = [*filled([like(do)] * kinds), cut.states(do.dtype), like(dlast)]
+    return cut.by_strip(channel_decays_reverse, walk_inputs(made, t), [do], [dlast], results, kinds=kinds)
 
-    def body(kept_ref, *refs):
-        *walked, [do_ref, dlast_ref], result_refs, [ends_ref, dstate_ref] = split(refs, *map(len, given), 2, count)
 
-        def step(back, dS):
-            n = cut.chunks - 1 - back
-            here = pl.ds(n * CHUNK_TOKENS, CHUNK_TOKENS)
-            (Q, *A), (K, *B), (Pk, *corrections) = ([ref[here] for ref in some] for some in walked)
-            do, after = do_ref[here], dS.astype(do_ref.dtype)
-            ends_ref[n] = after
-            found = [dot(Pk, do, (0, 0)) + dot(K, after)]
-            dS = kept_ref[n][:, None] * dS + dot(Q, do, (0, 0))
-            if corrections:
-                Pb, Ak, T = corrections
-                du = dot(Pb, do, (0, 0)) + dot(B[0], after)
-                y = dot(T, du.astype(do.dtype), (0, 0)).astype(do.dtype)
-                found = [found[0] + dot(Ak, y, (0, 0)), y]
-                dS = dS + dot(A[0], y, (0, 0))
-            store(result_refs, here, found)
-            return dS
-
-        dstate_ref[...] = lax.fori_loop(0, cut.chunks, step, dlast_ref[...])
-
-    whole, wide = [made.kept, *itertools.chain(*given)], [Type(do.shape, do.dtype)] * count
-    states = [cut.states(do.dtype), Type(dlast.shape, jnp.float32)]
-    return cut.by_strip(body, "channel_decays_reverse", whole, [do], [dlast], wide, states)
+@triton.jit
+def channel_decays_reverse(
+    kept, Q, A, K, B, Pk, Pb, Ak, T, do, dlast, dv, y, ends, dstate, kinds: tl.constexpr, cut: tl.constexpr
+):
+    """Walk back over the chunks with a strip of a state's gradient."""
+    sequence, column = program_of_strip(cut)
+    dS = tl.load(state_at(dlast, sequence, column, cut))
+    for back in range(cut.chunks):
+        n = cut.chunks - 1 - back
+        number, at = sequence * cut.chunks + n, at_chunk(sequence, n, cut)
+        dO, after = tl.load(values_at(do, at, column, cut)), dS.to(do.dtype.element_ty)
+        store(state_at(ends, number, column, cut), after)
+        dV = tl.dot(tl.trans(tl.load(squares_at(Pk, at, cut))), dO)
+        dV = tl.dot(tl.load(keys_at(K, at, cut)), after, dV)
+        dS *= tl.load(kept + number * cut.keys + tl.arange(0, cut.keys))[:, None]
+        dS = tl.dot(tl.trans(tl.load(keys_at(Q, at, cut))), dO, dS)
+        if kinds == 2:
+            dU = tl.dot(tl.trans(tl.load(squares_at(Pb, at, cut))), dO)
+            dU = tl.dot(tl.load(keys_at(B, at, cut)), after, dU)
+            Y = tl.dot(tl.trans(tl.load(squares_at(T, at, cut))), dU.to(dO.dtype)).to(dO.dtype)
+            dV = tl.dot(tl.trans(tl.load(squares_at(Ak, at, cut))), Y, dV)
+            dS = tl.dot(tl.trans(tl.load(keys_at(A, at, cut))), Y, dS)
+            store(values_at(y, at, column, cut), Y)
+        store(values_at(dv, at, column, cut), dV)
+    store(state_at(dstate, sequence, column, cut), dS)
 
 
 def pair_gradients(read: Arrays, written: Arrays) -> list[jax.Array]:
     """Return the gradients of pairs, which are (dO,) or (dO, Y) times (V,) or (V, U); of all, also unseen ones."""
-    count = len(read)
+    v, kinds = written[0], len(written)
+    cut = Cut.of(v, v)
+    results = filled([cut.squares(v.dtype)] * kinds**2, 4)
+    return cut.by_chunk(channel_decays_pair_gradients, [*filled(read), *filled(written)], results, kinds=kinds)
 
-    def body(*refs):
-        read_refs, written_refs, result_refs = split(refs, count, count)
 
-        def strip(n, sums):
-            columns = pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
-            found = each_pair(*([ref[:, columns] for ref in some] for some in (read_refs, written_refs)))
-            return add(sums, [dot(x, y, (1, 1)) for x, y in found])
-
-        zeros = [jnp.zeros((CHUNK_TOKENS, CHUNK_TOKENS), jnp.float32)] * count**2
-        store(result_refs, ..., lax.fori_loop(0, written_refs[0].shape[1] // STRIP_WIDTH, strip, zeros))
-
-    v = written[0]
-    results = [Type((*v.shape[:3], CHUNK_TOKENS), v.dtype)] * count**2
-    return Cut.of(v, v).by_chunk(body, "channel_decays_pair_gradients", 4, [*read, *written], results)
+@triton.jit
+def channel_decays_pair_gradients(do, y, v, u, dPk, dPb, dAk, dAb, kinds: tl.constexpr, cut: tl.constexpr):
+    """Multiply a chunk's values with its gradients, strip by strip."""
+    _, at, _ = program_of_chunk(cut, 1)
+    read, written = tuples.moved((do, y)[:kinds], at * cut.values), tuples.moved((v, u)[:kinds], at * cut.values)
+    nothing = zeros(CHUNK, CHUNK)
+    sums = (nothing, nothing, nothing, nothing)[: kinds * kinds]
+    for n in range(cut.strips):
+        strip = tile(n * STRIP, CHUNK, STRIP, cut.heads * cut.values)
+        sums = tuples.add(sums, tuples.each_pair(tuples.load(read, strip), tuples.load(written, strip)))
+    squares = tuples.moved((dPk, dPb, dAk, dAb)[: kinds * kinds], at * CHUNK)
+    tuples.store(squares, tile(0, CHUNK, CHUNK, cut.heads * CHUNK), sums)
 
 
 def state_gradients(made: Products, read: Arrays, written: Arrays, starts, ends) -> list[jax.Array]:
     """Return the gradients of `Products.queries` and keys, and what c_C gets from states and keys.
 
-    The last one is (B, chunks, H, K) fp32.
+    The last one is like `Products.kept`.
     """
-    cut, count = Cut.of(made.keys[0], written[0]), len(read)
+    cut, kinds = Cut.of(made.keys[0], written[0]), len(read)
+    results = [*filled(map(like, made.queries)), *filled(map(like, made.keys)), like(made.kept)]
+    arguments = [made.kept, starts, ends, *filled(made.keys), *filled(read), *filled(written)]
+    return cut.by_chunk(channel_decays_state_gradients, arguments, results, warps=8, kinds=kinds)
 
-    def body(kept_ref, starts_ref, ends_ref, *refs):
-        K_refs, read_refs, written_refs, result_refs, [whole_ref] = split(refs, count, count, count, 2 * count)
 
-        def strip(n, carry):
-            sums, kept = carry
-            columns = pl.ds(n * STRIP_WIDTH, STRIP_WIDTH)
-            S, dS = starts_ref[:, columns], ends_ref[:, columns]
-            found = [dot(ref[:, columns], S, (1, 1)) for ref in read_refs]
-            found += [dot(ref[:, columns], dS, (1, 1)) for ref in written_refs]
-            return add(sums, found), kept + jnp.sum(S.astype(jnp.float32) * dS.astype(jnp.float32), axis=1)
-
-        zeros = [jnp.zeros((CHUNK_TOKENS, cut.keys), jnp.float32)] * (2 * count)
-        sums, kept = lax.fori_loop(0, cut.values // STRIP_WIDTH, strip, (zeros, jnp.zeros(cut.keys, jnp.float32)))
-        store(result_refs, ..., sums)
-        whole = kept_ref[...] * kept
-        for K, dK in zip(load(K_refs, ...), sums[count:], strict=True):
-            whole = whole + jnp.sum(K * dK.astype(made.keys[0].dtype).astype(jnp.float32), axis=0)
-        whole_ref[...] = whole
-
-    like = [Type(x.shape, x.dtype) for x in (*made.queries, *made.keys, made.kept)]
-    arguments = [made.kept, starts, ends, *made.keys, *read, *written]
-    return cut.by_chunk(body, "channel_decays_state_gradients", 8, arguments, like)
+@triton.jit
+def channel_decays_state_gradients(
+    kept, starts, ends, K, B, do, y, v, u, dQ, dA, dK, dB, dwhole, kinds: tl.constexpr, cut: tl.constexpr
+):
+    """Multiply a chunk's values and gradients with its states and theirs, strip by strip."""
+    number, at, _ = program_of_chunk(cut, 1)
+    read, written = tuples.moved((do, y)[:kinds], at * cut.values), tuples.moved((v, u)[:kinds], at * cut.values)
+    tokens, channels = channels_of(tl.arange(0, CHUNK), cut), number * cut.keys + tl.arange(0, cut.keys)
+    dqs = (zeros(CHUNK, cut.keys), zeros(CHUNK, cut.keys))[:kinds]
+    dks, left = dqs, tl.load(kept + channels)
+    kept_of_states = tl.zeros_like(left)
+    for n in range(cut.strips):
+        strip = tile(n * STRIP, CHUNK, STRIP, cut.heads * cut.values)
+        S, dS = tl.load(state_at(starts, number, n * STRIP, cut)), tl.load(state_at(ends, number, n * STRIP, cut))
+        dqs = tuples.add(dqs, tuples.each_pair(tuples.load(read, strip), (S,)))
+        dks = tuples.add(dks, tuples.each_pair(tuples.load(written, strip), (dS,)))
+        kept_of_states += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
+    tuples.store(tuples.moved((dQ, dA)[:kinds], at * cut.keys), tokens, dqs)
+    tuples.store(tuples.moved((dK, dB)[:kinds], at * cut.keys), tokens, dks)
+    Ks, rounded = floats(tuples.moved((K, B)[:kinds], at * cut.keys), tokens), tuples.cast(dks, dK.dtype.element_ty)
+    whole = left * kept_of_states
+    for i in tl.static_range(kinds):
+        whole += tl.sum(Ks[i] * rounded[i].to(tl.float32), axis=0)
+    tl.store(dwhole + channels, whole)
 
 
 def token_gradients(
@@ -142,75 +157,72 @@ def token_gradients(
       dpairs: of `pair_gradients`.
       dqueries, dkeys: of `state_gradients`.
     """
-    cut, count, dtype = Cut.of(keys[0], keys[0]), len(queries), keys[0].dtype
-
-    def body(c_ref, *refs):
-        q_refs, k_refs, Q_refs, K_refs, dQ_refs, dK_refs, pair_refs, token_refs, dc_refs = split(
-            refs, *[count] * 6, count**2, 2 * count
-        )
-        i = part(BLOCKS_PER_CHUNK)
-        own, seen, whole = block_rows(i), sums_seen(c_ref, i, count), c_ref[CHUNK_TOKENS - 1]
-        qs, ks = scaled(scale, load(q_refs, own)), load(k_refs, own)
-
-        def to_queries(found, weights: Meeting, near_qs, near_ks, squares):
-            """Add what the keys give the own queries, through pairs' gradients.
-
-            dc is made of the factors as they were rounded, as in `to_keys`: what a pair adds at its query it takes away
-            at its key, so that it cancels in a sum over both.
-            """
-            dqs, dks, dcs = found
-            given = _by_query(squares, near_ks)
-            dqs = add(dqs, map(jnp.multiply, weights.queries, given))
-            return dqs, dks, add(dcs, [q.astype(jnp.float32) * x for q, x in zip(near_qs, given, strict=True)])
-
-        def to_keys(found, weights: Meeting, near_qs, near_ks, squares):
-            """Add what the queries give the own keys."""
-            dqs, dks, (dc, *dbefore) = found
-            given = _by_key(squares, near_qs)
-            lost = [k.astype(jnp.float32) * x for k, x in zip(near_ks, given, strict=True)]
-            dks = add(dks, [weights.keys * x for x in given])
-            return dqs, dks, [functools.reduce(jnp.subtract, lost, dc), *dbefore]
-
-        def level(n, found):
-            weights = Meeting.of_level(n, c_ref, i, seen)
-            near = weigh(qs, weights.queries, dtype), weigh(ks, [weights.keys] * count, dtype)
-            squares = [jnp.where(meet_at(n), ref[own, own], 0) for ref in pair_refs]
-            return to_keys(to_queries(found, weights, *near, squares), weights, *near, squares)
-
-        def earlier(j, found):
-            weights = Meeting.at(sum_before(c_ref, i * BLOCK_TOKENS), seen, c_ref[block_rows(j)])
-            theirs = weigh(load(k_refs, block_rows(j)), [weights.keys] * count, dtype)
-            squares = [ref[own, block_rows(j)] for ref in pair_refs]
-            return to_queries(found, weights, weigh(qs, weights.queries, dtype), theirs, squares)
-
-        def later(m, found):
-            weights = Meeting.at(sum_before(c_ref, m * BLOCK_TOKENS), sums_seen(c_ref, m, count), seen[0])
-            theirs = weigh(scaled(scale, load(q_refs, block_rows(m))), weights.queries, dtype)
-            squares = [ref[block_rows(m), own] for ref in pair_refs]
-            return to_keys(found, weights, theirs, weigh(ks, [weights.keys] * count, dtype), squares)
-
-        zeros = [jnp.zeros_like(seen[0])] * count
-        found = lax.fori_loop(0, BLOCK_LEVELS, level, (zeros, zeros, zeros))
-        found = lax.fori_loop(0, i, earlier, found)
-        dqs, dks, dcs = lax.fori_loop(i + 1, BLOCKS_PER_CHUNK, later, found)
-
-        dQs, dKs = load(dQ_refs, own), load(dK_refs, own)
-        dc, *dbefore = add(dcs, map(jnp.multiply, load(Q_refs, own), dQs))
-        dc = functools.reduce(jnp.subtract, map(jnp.multiply, load(K_refs, own), dKs), dc)
-        store(dc_refs, own, [dc, *dbefore])
-
-        diagonal = pairs(BLOCK_TOKENS, lax.eq)
-        same = [jnp.sum(jnp.where(diagonal, x, 0.0), axis=1)[:, None] for x in load(pair_refs[:count], (own, own))]
-        dqs = add(dqs, map(jnp.multiply, map(jnp.exp, seen), dQs))
-        dks = add(dks, [jnp.exp(whole[None] - seen[0]) * x for x in dKs])
-        dqs = [functools.reduce(jnp.add, map(jnp.multiply, same, ks), dqs[0]), *dqs[1:]]
-        store(token_refs, own, [*scaled(scale, dqs), *add(dks, [x * qs[0] for x in same])])
-
-    results = [Type(x.shape, x.dtype) for x in (*queries, *keys, *[c] * count)]
-    arguments = [c, *queries, *keys, *made.queries, *made.keys, *dqueries, *dkeys, *dpairs]
+    cut, kinds = Cut.of(keys[0], keys[0]), len(queries)
+    by_token = queries, keys, made.queries, made.keys, dqueries, dkeys
+    arguments = [c, *(x for some in by_token for x in filled(some)), *filled(dpairs, 4)]
+    results = [x for some in (queries, keys, [c] * kinds) for x in filled(map(like, some))]
+    parts, warps = BLOCKS_PER_CHUNK, block_warps(cut, 4 * kinds)
     return cut.by_chunk(
-        body, "channel_decays_token_gradients", block_warps(cut, 4 * count), arguments, results, BLOCKS_PER_CHUNK
+        channel_decays_token_gradients, arguments, results, parts=parts, warps=warps, kinds=kinds, scale=scale
     )
+
+
+@triton.jit
+def channel_decays_token_gradients(
+    c, q, a, k, b, Q, A, K, B, dQ, dA, dK, dB, dPk, dPb, dAk, dAb, dq, da, dk, db, dc, dbefore,
+    kinds: tl.constexpr, scale: tl.constexpr, cut: tl.constexpr,
+):  # fmt: skip
+    """Collect what a block's tokens get from all whom they meet."""
+    _, at, i = program_of_chunk(cut, BLOCKS)
+    c, first = c + at * cut.keys, at * cut.keys
+    queries, keys = tuples.moved((q, a)[:kinds], first), tuples.moved((k, b)[:kinds], first)
+    squares = tuples.moved((dPk, dPb, dAk, dAb)[: kinds * kinds], at * CHUNK)
+    rows = block_rows(i)
+    own = channels_of(rows, cut)
+    dtype: tl.constexpr = k.dtype.element_ty
+    seen, whole = sums_seen(c, rows, kinds, cut), tl.load(c + channels_of(row(CHUNK - 1), cut))
+    qs, ks = scaled(scale, floats(queries, own)), floats(keys, own)
+
+    dqs = (zeros(BLOCK, cut.keys), zeros(BLOCK, cut.keys))[:kinds]
+    dks, dcs = dqs, dqs
+    for n in range(LEVELS):
+        to_queries, to_keys = weights_of_level(n, c, rows, seen, cut)
+        near_qs, near_ks = weigh(qs, to_queries, dtype), tuples.cast(tuples.times(ks, to_keys), dtype)
+        met = where_met(n, tuples.load(squares, pairs_of(rows, i, cut)))
+        dqs, dcs = add_to_queries(dqs, dcs, to_queries, near_qs, near_ks, met)
+        dks, dcs = add_to_keys(dks, dcs, to_keys, near_qs, near_ks, met)
+
+    border = sums_before(c, row(i * BLOCK), cut)
+    to_queries = weights_since(border, seen)
+    near_qs = weigh(qs, to_queries, dtype)
+    for j in range(0, i):
+        theirs = channels_of(block_rows(j), cut)
+        near_ks = tuples.cast(tuples.times(floats(keys, theirs), tl.exp(border - tl.load(c + theirs))), dtype)
+        met = tuples.load(squares, pairs_of(rows, j, cut))
+        dqs, dcs = add_to_queries(dqs, dcs, to_queries, near_qs, near_ks, met)
+
+    for m in range(i + 1, BLOCKS):
+        border, theirs = sums_before(c, row(m * BLOCK), cut), block_rows(m)
+        near_qs = scaled(scale, floats(queries, channels_of(theirs, cut)))
+        near_qs = weigh(near_qs, weights_since(border, sums_seen(c, theirs, kinds, cut)), dtype)
+        to_keys = tl.exp(border - seen[0])
+        near_ks = tuples.cast(tuples.times(ks, to_keys), dtype)
+        met = tuples.load(squares, pairs_of(theirs, i, cut))
+        dks, dcs = add_to_keys(dks, dcs, to_keys, near_qs, near_ks, met)
+
+    Qs, Ks = tuples.moved((Q, A)[:kinds], first), tuples.moved((K, B)[:kinds], first)
+    dQs, dKs = floats(tuples.moved((dQ, dA)[:kinds], first), own), floats(tuples.moved((dK, dB)[:kinds], first), own)
+    dcs = tuples.add(dcs, tuples.multiply(floats(Qs, own), dQs))
+    dcs = add_to_first(dcs, tuples.multiply(floats(Ks, own), dKs), -1.0)
+    tuples.store(tuples.moved((dc, dbefore)[:kinds], first), own, dcs)
+
+    same = diagonals(tuples.load(squares[:kinds], pairs_of(rows, i, cut)))
+    dqs = tuples.add(dqs, tuples.multiply(tuples.exponentials(seen), dQs))
+    dqs = scaled(scale, add_to_first(dqs, tuples.multiply(same, ks), 1.0))
+    dks = tuples.add(dks, tuples.times(dKs, tl.exp(whole - seen[0])))
+    dks = tuples.add(dks, tuples.times(same, qs[0]))
+    tuples.store(tuples.moved((dq, da)[:kinds], first), own, dqs)
+    tuples.store(tuples.moved((dk, db)[:kinds], first), own, dks)
 
 
 def decay_gradients(dc: Arrays, dwhole) -> jax.Array:
@@ -218,28 +230,89 @@ def decay_gradients(dc: Arrays, dwhole) -> jax.Array:
 
     A token's is the sum of all of them from it to the end, but for its own c_(t-1): a reads the state before it decays.
     """
-
-    def body(whole_ref, *refs):
-        *dc_refs, dg_ref = refs
-        dc, *dbefore = (ref[...] for ref in dc_refs)
-        total = functools.reduce(jnp.add, dbefore, dc)
-        left = jnp.sum(total, axis=0)[None] - jnp.cumsum(total, axis=0) + total  # Triton has no reversed cumsum
-        dg_ref[...] = functools.reduce(jnp.subtract, dbefore, whole_ref[...][None] + left)
-
-    like = Type(dc[0].shape, dc[0].dtype)
-    [dg] = Cut.of(dc[0], dc[0]).by_chunk(body, "channel_decays_gradients", 4, [dwhole, *dc], [like])
+    cut = Cut.of(dc[0], dc[0])
+    [dg] = cut.by_chunk(channel_decays_gradients, [dwhole, *filled(dc)], [like(dc[0])], kinds=len(dc))
     return dg
 
 
-def _by_query(squares: Arrays, keys: Arrays) -> list[jax.Array]:
+@triton.jit
+def channel_decays_gradients(dwhole, dc, dbefore, dg, kinds: tl.constexpr, cut: tl.constexpr):
+    """Add up a chunk's gradients of sums."""
+    number, at, _ = program_of_chunk(cut, 1)
+    total = tl.load(keys_at(dc, at, cut))
+    if kinds == 2:
+        before = tl.load(keys_at(dbefore, at, cut))
+        total += before
+    left = tl.cumsum(total, axis=0, reverse=True)
+    left += tl.load(dwhole + number * cut.keys + tl.arange(0, cut.keys))[None, :]
+    if kinds == 2:
+        left -= before
+    store(keys_at(dg, at, cut), left)
+
+
+@triton.jit
+def add_to_queries(dqs, dcs, to_queries, near_qs, near_ks, squares):
+    """Add what keys give queries through the gradients of their pairs.
+
+    dc is made of the factors as they were rounded, as in `add_to_keys`: what a pair adds at its query it takes away at
+    its key, so that it cancels in a sum over both.
+    """
+    given = by_query(squares, near_ks)
+    dcs = tuples.add(dcs, tuples.multiply(tuples.cast(near_qs, tl.float32), given))
+    return tuples.add(dqs, tuples.multiply(to_queries, given)), dcs
+
+
+@triton.jit
+def add_to_keys(dks, dcs, to_keys, near_qs, near_ks, squares):
+    """Add what queries give keys."""
+    given = by_key(squares, near_qs)
+    dcs = add_to_first(dcs, tuples.multiply(tuples.cast(near_ks, tl.float32), given), -1.0)
+    return tuples.add(dks, tuples.times(given, to_keys)), dcs
+
+
+@triton.jit
+def by_query(squares, keys):
     """Return for each query the sum over keys of their squares' products with them."""
-    count = len(keys)
-    rows = [squares[n * count : (n + 1) * count] for n in range(count)]
-    return [functools.reduce(jnp.add, map(dot, row, keys)) for row in rows]
+    count: tl.constexpr = len(keys)
+    found = ()
+    for n in tl.static_range(count):
+        total = tl.dot(squares[n * count], keys[0])
+        for m in tl.static_range(1, count):
+            total = tl.dot(squares[n * count + m], keys[m], total)
+        found += (total,)
+    return found
 
 
-def _by_key(squares: Arrays, queries: Arrays) -> list[jax.Array]:
+@triton.jit
+def by_key(squares, queries):
     """Return for each key the sum over queries of their transposed squares' products with them."""
-    count = len(queries)
-    columns = [squares[n::count] for n in range(count)]
-    return [functools.reduce(jnp.add, [dot(x, q, (0, 0)) for x, q in zip(c, queries, strict=True)]) for c in columns]
+    count: tl.constexpr = len(queries)
+    found = ()
+    for m in tl.static_range(count):
+        total = tl.dot(tl.trans(squares[m]), queries[0])
+        for n in tl.static_range(1, count):
+            total = tl.dot(tl.trans(squares[n * count + m]), queries[n], total)
+        found += (total,)
+    return found
+
+
+@triton.jit
+def add_to_first(xs, ys, sign: tl.constexpr):
+    """Return xs with all of ys added to the first of them, or taken from it."""
+    first = xs[0]
+    for i in tl.static_range(len(ys)):
+        first += sign * ys[i]
+    found = (first,)
+    for i in tl.static_range(1, len(xs)):
+        found += (xs[i],)
+    return found
+
+
+@triton.jit
+def diagonals(squares):
+    """Return what is on the diagonal of all, in fp32."""
+    t, s = places(BLOCK)
+    found = ()
+    for i in tl.static_range(len(squares)):
+        found += (tl.sum(tl.where(t == s, squares[i].to(tl.float32), 0.0), axis=1)[:, None],)
+    return found

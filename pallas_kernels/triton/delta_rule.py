@@ -24,13 +24,30 @@ import math
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
+import triton
+import triton.language as tl
 
+from pallas_kernels.triton.chunks import STRIP_WIDTH, Cut, like
 from pallas_kernels.triton.inverses import inverses
 from pallas_kernels.triton.one_decay import along, at_last, both, decays, decays_between, times
-from pallas_kernels.triton.pallas_chunks import CHUNK_TOKENS, STRIP_WIDTH, Cut, Type, dot, load_strip
+from pallas_kernels.triton.tiles import (
+    CHUNK,
+    STRIP,
+    at_chunk,
+    key_piece_at,
+    keys_at,
+    numbers_at,
+    piece_sums_at,
+    places,
+    program_of_chunk,
+    program_of_strip,
+    squares_at,
+    state_at,
+    state_piece_at,
+    store,
+    values_at,
+    zeros,
+)
 
 
 class Pairs(NamedTuple):
@@ -45,21 +62,21 @@ class Pairs(NamedTuple):
     @classmethod
     def of(cls, q, k, c, beta) -> "Pairs":
         """Return those of queries and keys (B, T, H, K), sums of log-decays and rates (B, T, H) fp32."""
-        p, lower = _products(q, k, c, beta)
+        cut = Cut.of(k, k)
+        results = [cut.squares(k.dtype), cut.squares(c.dtype)]
+        p, lower = cut.by_chunk(delta_rule_products, [q, k, c, beta], results)
         return cls(p, inverses(lower, k.dtype))
 
 
-def _products(q, k, c, beta) -> list[jax.Array]:
-    """Return P in k's dtype and L diag(beta) in fp32."""
-
-    def body(q_ref, k_ref, c_ref, beta_ref, p_ref, lower_ref):
-        k, c = k_ref[...], c_ref[...]
-        p_ref[...] = (dot(q_ref[...], k, (1, 1)) * decays_between(c, lax.ge)).astype(p_ref.dtype)
-        lower_ref[...] = dot(k, k, (1, 1)) * decays_between(c, lax.gt) * beta_ref[...][None, :]
-
-    shape = *k.shape[:3], CHUNK_TOKENS
-    results = [Type(shape, k.dtype), Type(shape, jnp.float32)]
-    return Cut.of(k, k).by_chunk(body, "delta_rule_products", 4, [q, k, c, beta], results)
+@triton.jit
+def delta_rule_products(q_ref, k_ref, c_ref, beta_ref, p_ref, lower_ref, cut: tl.constexpr):
+    """Write P in k's dtype and L diag(beta) in fp32."""
+    _, at, _ = program_of_chunk(cut, 1)
+    q, k = tl.load(keys_at(q_ref, at, cut)), tl.load(keys_at(k_ref, at, cut))
+    c, beta = tl.load(numbers_at(c_ref, at, cut)), tl.load(numbers_at(beta_ref, at, cut))
+    t, s = places(CHUNK)
+    store(squares_at(p_ref, at, cut), tl.dot(q, tl.trans(k)) * decays_between(c, t >= s))
+    store(squares_at(lower_ref, at, cut), tl.dot(k, tl.trans(k)) * decays_between(c, t > s) * beta[None, :])
 
 
 def forward(k, v, c, beta, t, state) -> list[jax.Array]:
@@ -73,116 +90,184 @@ def forward(k, v, c, beta, t, state) -> list[jax.Array]:
       state: (B, H, K, V) fp32.
     """
     cut = Cut.of(k, v)
+    results = [like(v), like(state), cut.states(v.dtype)]
+    return cut.by_strip(delta_rule_forward, [k, c, beta, t], [v], [state], results, warps=4)
 
-    def body(k_ref, c_ref, beta_ref, t_ref, v_ref, state_ref, errors_ref, last_ref, starts_ref):
-        def step(n, S):
-            here = pl.ds(n * CHUNK_TOKENS, CHUNK_TOKENS)
-            k, before, (since, until, all_of_it) = k_ref[here], S.astype(k_ref.dtype), decays(c_ref[here])
-            starts_ref[n] = before
-            right = v_ref[here].astype(jnp.float32) - since * dot(k, before)
-            errors = dot(t_ref[here], right.astype(k.dtype))
-            errors_ref[here] = errors.astype(errors_ref.dtype)
-            left = (until * beta_ref[here][:, None] * errors).astype(k.dtype)
-            return all_of_it * S + dot(k, left, (0, 0))
 
-        last_ref[...] = lax.fori_loop(0, cut.chunks, step, state_ref[...])
-
-    made, states = [Type(v.shape, v.dtype)], [Type(state.shape, jnp.float32), cut.states(v.dtype)]
-    return cut.by_strip(body, "delta_rule_forward", [k, c, beta, t], [v], [state], made, states, warps=4)
+@triton.jit
+def delta_rule_forward(
+    k_ref, c_ref, beta_ref, t_ref, v_ref, state_ref, errors_ref, last_ref, starts_ref, cut: tl.constexpr
+):
+    """Walk over the chunks with a strip of a state."""
+    sequence, column = program_of_strip(cut)
+    S = tl.load(state_at(state_ref, sequence, column, cut))
+    for n in range(cut.chunks):
+        at = at_chunk(sequence, n, cut)
+        k, v = tl.load(keys_at(k_ref, at, cut)), tl.load(values_at(v_ref, at, column, cut))
+        c, beta = tl.load(numbers_at(c_ref, at, cut)), tl.load(numbers_at(beta_ref, at, cut))
+        before = S.to(k.dtype)
+        since, until, all_of_it = decays(c)
+        store(state_at(starts_ref, sequence * cut.chunks + n, column, cut), before)
+        right = v.to(tl.float32) - since * tl.dot(k, before)
+        errors = tl.dot(tl.load(squares_at(t_ref, at, cut)), right.to(k.dtype))
+        store(values_at(errors_ref, at, column, cut), errors)
+        left = (until * beta[:, None] * errors).to(k.dtype)
+        S = all_of_it * S + tl.dot(tl.trans(k), left)
+    store(state_at(last_ref, sequence, column, cut), S)
 
 
 def outputs(q, c, beta, p, errors, starts, *, scale: float) -> jax.Array:
     """Return o like the errors; these and starts are of `forward`."""
-
-    def body(q_ref, c_ref, beta_ref, p_ref, errors_ref, starts_ref, o_ref):
-        since, *_ = decays(c_ref[...])
-        u = times(beta_ref[...][:, None], errors_ref[...])
-        o_ref[...] = (scale * (dot(p_ref[...], u) + since * dot(q_ref[...], starts_ref[...]))).astype(o_ref.dtype)
-
-    like, cut = Type(errors.shape, errors.dtype), Cut.of(q, errors)
-    [o] = cut.by_columns(body, "delta_rule_outputs", [q, c, beta, p], [errors, starts], [like])
+    cut = Cut.of(q, errors)
+    arguments = [q, c, beta, p, errors, starts]
+    [o] = cut.by_chunk(delta_rule_outputs, arguments, [like(errors)], parts=cut.strips, scale=scale)
     return o
+
+
+@triton.jit
+def delta_rule_outputs(
+    q_ref, c_ref, beta_ref, p_ref, errors_ref, starts_ref, o_ref, cut: tl.constexpr, scale: tl.constexpr
+):
+    """Read a strip of the state before a chunk, and what the chunk has written."""
+    number, at, strip = program_of_chunk(cut, cut.strips)
+    column = strip * STRIP
+    since, _, _ = decays(tl.load(numbers_at(c_ref, at, cut)))
+    u = times(tl.load(numbers_at(beta_ref, at, cut))[:, None], tl.load(values_at(errors_ref, at, column, cut)))
+    own = tl.dot(tl.load(squares_at(p_ref, at, cut)), u)
+    read = tl.dot(tl.load(keys_at(q_ref, at, cut)), tl.load(state_at(starts_ref, number, column, cut)))
+    store(values_at(o_ref, at, column, cut), scale * (own + since * read))
 
 
 def reverse(q, k, c, beta, made: Pairs, do, dlast, *, scale: float) -> list[jax.Array]:
     """Return dv, the gradients of the states after every chunk, and of that before the first; the first is like do."""
     cut = Cut.of(k, do)
+    results = [like(do), cut.states(do.dtype), like(dlast)]
+    return cut.by_strip(delta_rule_reverse, [q, k, c, beta, *made], [do], [dlast], results, scale=scale)
 
-    def body(q_ref, k_ref, c_ref, beta_ref, p_ref, t_ref, do_ref, dlast_ref, dv_ref, ends_ref, dstate_ref):
-        def step(back, dS):
-            n = cut.chunks - 1 - back
-            here = pl.ds(n * CHUNK_TOKENS, CHUNK_TOKENS)
-            k, after, (since, until, all_of_it) = k_ref[here], dS.astype(k_ref.dtype), decays(c_ref[here])
-            ends_ref[n] = after
-            do = times(scale, do_ref[here])
-            du = dot(p_ref[here], do, (0, 0)) + until * dot(k, after)
-            dv = dot(t_ref[here], (beta_ref[here][:, None] * du).astype(k.dtype), (0, 0))
-            dv_ref[here] = dv.astype(dv_ref.dtype)
-            dS = all_of_it * dS + dot(q_ref[here], times(since, do), (0, 0))
-            return dS - dot(k, (since * dv).astype(k.dtype), (0, 0))
 
-        dstate_ref[...] = lax.fori_loop(0, cut.chunks, step, dlast_ref[...])
-
-    states = [cut.states(do.dtype), Type(dlast.shape, jnp.float32)]
-    whole, wide = [q, k, c, beta, *made], [Type(do.shape, do.dtype)]
-    return cut.by_strip(body, "delta_rule_reverse", whole, [do], [dlast], wide, states)
+@triton.jit
+def delta_rule_reverse(
+    q_ref,
+    k_ref,
+    c_ref,
+    beta_ref,
+    p_ref,
+    t_ref,
+    do_ref,
+    dlast_ref,
+    dv_ref,
+    ends_ref,
+    dstate_ref,
+    cut: tl.constexpr,
+    scale: tl.constexpr,
+):
+    """Walk back over the chunks with a strip of the gradient of a state."""
+    sequence, column = program_of_strip(cut)
+    dS = tl.load(state_at(dlast_ref, sequence, column, cut))
+    for n in range(cut.chunks - 1, -1, -1):
+        at = at_chunk(sequence, n, cut)
+        k, after = tl.load(keys_at(k_ref, at, cut)), dS.to(k_ref.dtype.element_ty)
+        c, beta = tl.load(numbers_at(c_ref, at, cut)), tl.load(numbers_at(beta_ref, at, cut))
+        since, until, all_of_it = decays(c)
+        store(state_at(ends_ref, sequence * cut.chunks + n, column, cut), after)
+        do = times(scale, tl.load(values_at(do_ref, at, column, cut)))
+        du = tl.dot(tl.trans(tl.load(squares_at(p_ref, at, cut))), do) + until * tl.dot(k, after)
+        dv = tl.dot(tl.trans(tl.load(squares_at(t_ref, at, cut))), (beta[:, None] * du).to(k.dtype))
+        store(values_at(dv_ref, at, column, cut), dv)
+        dS = all_of_it * dS + tl.dot(tl.trans(tl.load(keys_at(q_ref, at, cut))), times(since, do))
+        dS -= tl.dot(tl.trans(k), (since * dv).to(k.dtype))
+    store(state_at(dstate_ref, sequence, column, cut), dS)
 
 
 def gradients(q, k, errors, c, beta, made: Pairs, starts, do, dv, ends, *, scale: float) -> list[jax.Array]:
     """Return dq, dk, and dc and dbeta in fp32, given what `forward` and `reverse` return."""
-    cut, width = Cut.of(k, errors), _strip_width(errors)
-    dp, dl, pairs_dbeta = _pair_gradients(k, errors, c, beta, made.p, do, dv, scale=scale)
-
-    def body(c_ref, beta_ref, errors_ref, do_ref, dv_ref, dp_ref, dl_ref, q_ref, k_ref, starts_ref, ends_ref, *results):
-        dq_ref, dk_ref, dc_ref, dbeta_ref = results
-
-        def strip(n, sums):
-            (dq, dk, asked), kept = sums
-            errors, do, dv, S, dS = load_strip(n, width, errors_ref, do_ref, dv_ref, starts_ref, ends_ref)
-            dq, asked = dq + dot(do, S, (1, 1)), asked - dot(dv, S, (1, 1))
-            return (dq, dk + dot(errors, dS, (1, 1)), asked), kept + both(S, dS)
-
-        none = jnp.zeros((CHUNK_TOKENS, cut.piece), jnp.float32)
-        zeros = (none, none, none), jnp.float32(0)
-        (dq, dk, asked), kept = lax.fori_loop(0, cut.values // width, strip, zeros)
-        q, k, dp, dl = q_ref[...], k_ref[...], dp_ref[...], dl_ref[...]
-        since, until, all_of_it = decays(c_ref[...])
-        dq, asked, dk = scale * since * dq + dot(dp, k), since * asked + dot(dl, k), until * dk
-        dbeta_ref[...] = along(dk, k)[:, None]
-        dk = beta_ref[...][:, None] * dk
-        whole = jnp.sum(along(dk, k)) + all_of_it * kept
-        dk = dk + dot(dp, q, (0, 0)) + dot(dl, k, (0, 0))
-        dq_ref[...], dk_ref[...] = dq.astype(dq_ref.dtype), (asked + dk).astype(dk_ref.dtype)
-        dc_ref[...] = (along(dq, q) + along(asked, k) - along(dk, k) + at_last(whole))[:, None]
-
-    shared, keyed = [c, beta, errors, do, dv, dp, dl], [q, k, starts, ends]
-    results = [Type(x.shape, x.dtype) for x in (q, k)], [cut.sums_of_pieces()] * 2
-    dq, dk, dc, dbeta = cut.by_piece(body, "delta_rule_gradients", shared, keyed, *results)
+    cut = Cut.of(k, errors)
+    width = math.gcd(cut.values, 2 * STRIP_WIDTH)  # of two strips fewer loads wait
+    arguments = [k, errors, c, beta, made.p, do, dv]
+    results = [cut.squares(k.dtype), cut.squares(k.dtype), like(c)]
+    dp, dl, pairs_dbeta = cut.by_chunk(delta_rule_pair_gradients, arguments, results, width=width, scale=scale)
+    arguments = [c, beta, errors, do, dv, dp, dl, q, k, starts, ends]
+    results, parts = [like(q), like(k), *[cut.sums_of_pieces()] * 2], cut.pieces
+    dq, dk, dc, dbeta = cut.by_chunk(delta_rule_gradients, arguments, results, parts=parts, width=width, scale=scale)
     return [dq, dk, dc.sum(3), dbeta.sum(3) + pairs_dbeta]
 
 
-def _pair_gradients(k, errors, c, beta, p, do, dv, *, scale: float) -> list[jax.Array]:
-    """Return dP and dL of every chunk, (B, T, H, CHUNK_TOKENS) like k, and dbeta's share of pairs, fp32."""
-    width = _strip_width(errors)
+@triton.jit
+def delta_rule_pair_gradients(
+    k_ref,
+    errors_ref,
+    c_ref,
+    beta_ref,
+    p_ref,
+    do_ref,
+    dv_ref,
+    dp_ref,
+    dl_ref,
+    dbeta_ref,
+    cut: tl.constexpr,
+    width: tl.constexpr,
+    scale: tl.constexpr,
+):
+    """Write dP and dL of every chunk, (B, T, H, CHUNK_TOKENS) like k, and dbeta's share of pairs, fp32."""
+    _, at, _ = program_of_chunk(cut, 1)
+    dp, dl = zeros(CHUNK, CHUNK), zeros(CHUNK, CHUNK)
+    for column in range(0, cut.values, width):
+        errors = tl.trans(tl.load(values_at(errors_ref, at, column, cut, width)))
+        dp += tl.dot(tl.load(values_at(do_ref, at, column, cut, width)), errors)
+        dl -= tl.dot(tl.load(values_at(dv_ref, at, column, cut, width)), errors)
+    k, c = tl.load(keys_at(k_ref, at, cut)), tl.load(numbers_at(c_ref, at, cut))
+    beta = tl.load(numbers_at(beta_ref, at, cut))[None, :]
+    t, s = places(CHUNK)
+    dp, dl = scale * dp, dl * decays_between(c, t > s)
+    p = tl.load(squares_at(p_ref, at, cut)).to(tl.float32)
+    store(numbers_at(dbeta_ref, at, cut), tl.sum(dp * p + dl * tl.dot(k, tl.trans(k)), axis=0))
+    store(squares_at(dp_ref, at, cut), dp * decays_between(c, t >= s) * beta)
+    store(squares_at(dl_ref, at, cut), dl * beta)
 
-    def body(k_ref, c_ref, beta_ref, p_ref, errors_ref, do_ref, dv_ref, dp_ref, dl_ref, dbeta_ref):
-        def strip(n, sums):
-            (dp, dl), (errors, do, dv) = sums, load_strip(n, width, errors_ref, do_ref, dv_ref)
-            return dp + dot(do, errors, (1, 1)), dl - dot(dv, errors, (1, 1))
 
-        none = jnp.zeros((CHUNK_TOKENS, CHUNK_TOKENS), jnp.float32)
-        dp, dl = lax.fori_loop(0, errors.shape[3] // width, strip, (none, none))
-        k, c, beta = k_ref[...], c_ref[...], beta_ref[...][None, :]
-        dp, dl = scale * dp, dl * decays_between(c, lax.gt)
-        dbeta_ref[...] = jnp.sum(dp * p_ref[...].astype(jnp.float32) + dl * dot(k, k, (1, 1)), axis=0)
-        dp_ref[...] = (dp * decays_between(c, lax.ge) * beta).astype(dp_ref.dtype)
-        dl_ref[...] = (dl * beta).astype(dl_ref.dtype)
-
-    square = Type((*k.shape[:3], CHUNK_TOKENS), k.dtype)
-    arguments, results = [k, c, beta, p, errors, do, dv], [square, square, Type(c.shape, c.dtype)]
-    return Cut.of(k, errors).by_chunk(body, "delta_rule_pair_gradients", 4, arguments, results)
-
-
-def _strip_width(values) -> int:
-    """Return the columns of values that a program for a chunk loads at a time: with two strips fewer loads wait."""
-    return math.gcd(values.shape[3], 2 * STRIP_WIDTH)
+@triton.jit
+def delta_rule_gradients(
+    c_ref,
+    beta_ref,
+    errors_ref,
+    do_ref,
+    dv_ref,
+    dp_ref,
+    dl_ref,
+    q_ref,
+    k_ref,
+    starts_ref,
+    ends_ref,
+    dq_ref,
+    dk_ref,
+    dc_ref,
+    dbeta_ref,
+    cut: tl.constexpr,
+    width: tl.constexpr,
+    scale: tl.constexpr,
+):
+    """Sum over columns of values for a chunk's piece of channels of keys."""
+    number, at, piece = program_of_chunk(cut, cut.pieces)
+    dq, dk, asked = zeros(CHUNK, cut.piece), zeros(CHUNK, cut.piece), zeros(CHUNK, cut.piece)
+    kept = 0.0
+    for column in range(0, cut.values, width):
+        errors = tl.load(values_at(errors_ref, at, column, cut, width))
+        do = tl.load(values_at(do_ref, at, column, cut, width))
+        dv = tl.load(values_at(dv_ref, at, column, cut, width))
+        S = tl.load(state_piece_at(starts_ref, number, piece, column, cut, width))
+        dS = tl.load(state_piece_at(ends_ref, number, piece, column, cut, width))
+        dq += tl.dot(do, tl.trans(S))
+        asked -= tl.dot(dv, tl.trans(S))
+        dk += tl.dot(errors, tl.trans(dS))
+        kept += both(S, dS)
+    q, k = tl.load(key_piece_at(q_ref, at, piece, cut)), tl.load(key_piece_at(k_ref, at, piece, cut))
+    dp, dl = tl.load(squares_at(dp_ref, at, cut)), tl.load(squares_at(dl_ref, at, cut))
+    since, until, all_of_it = decays(tl.load(numbers_at(c_ref, at, cut)))
+    dq, asked, dk = scale * since * dq + tl.dot(dp, k), since * asked + tl.dot(dl, k), until * dk
+    store(piece_sums_at(dbeta_ref, at, piece, cut), along(dk, k))
+    dk *= tl.load(numbers_at(beta_ref, at, cut))[:, None]
+    whole = tl.sum(along(dk, k)) + all_of_it * kept
+    dk += tl.dot(tl.trans(dp), q) + tl.dot(tl.trans(dl), k)
+    store(key_piece_at(dq_ref, at, piece, cut), dq)
+    store(key_piece_at(dk_ref, at, piece, cut), asked + dk)
+    store(piece_sums_at(dc_ref, at, piece, cut), along(dq, q) + along(asked, k) - along(dk, k) + at_last(whole))

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 
 import jax
@@ -115,6 +117,26 @@ def test_what_is_written_to_standard_error_is_collected_and_no_longer_shown(capf
     os.write(2, b"after\n")
     assert lines == ["from C++"]
     assert capfd.readouterr().err == "after\n"
+
+
+ABORTING = """
+import os
+from based_jax.aot import compiling
+
+with compiling.captured_stderr([]):
+    os.write(2, b"fine\\n")
+with compiling.captured_stderr([]):
+    os.write(2, b"Check failed: a == b\\n")
+    os.abort()
+"""
+
+
+def test_what_is_collected_is_shown_where_the_process_dies_of_it(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", ABORTING], stderr=subprocess.PIPE, env=os.environ | {"TMPDIR": str(tmp_path)}, timeout=60
+    )
+    assert run.returncode == -signal.SIGABRT
+    assert run.stderr == b"Check failed: a == b\n" and not list(tmp_path.iterdir())
 
 
 REPORT = """Used 81.00G of 15.75G hbm. Memory usage report:

@@ -310,3 +310,33 @@ def test_a_collective_in_pieces_counts_once_and_a_fused_scatter_is_one():
 def test_the_products_of_devices_are_those_of_one():
     _, found = lowered(lambda x, y: x @ y, jax.P(BOTH), jax.P(None, None))
     assert costs.flops(found) == 2 * N**3 / math.prod(MESH.values())
+
+
+SCOPES = """
+%fused (a: f32[4]) -> f32[4] {
+  %a = f32[4] parameter(0)
+  %b = f32[4] negate(%a), metadata={op_name="step/block_0/mlp/neg"}
+  ROOT %c = f32[4] copy(%b)
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %p = f32[4] parameter(0)
+  %zeros = (f32[4], f32[4]) fusion(), kind=kLoop, calls=%zero
+  %one = f32[4] get-tuple-element(%zeros), index=0
+  %inner = f32[4] fusion(%p), kind=kLoop, calls=%fused
+  %first = f32[4] add(%one, %inner), metadata={op_name="step/transpose(jvp(stack_1))/while/body/add"}
+  %second = f32[4] add(%one, %inner), metadata={op_name="step/optimizer/add"}
+  ROOT %alone = f32[4] negate(%second)
+}
+"""
+
+
+def test_what_says_not_where_it_comes_from_is_of_what_it_fuses_or_of_what_takes_it():
+    found = Program(SCOPES)
+    places = {name: costs.place_of(found, found.by_name[name]) for name in ("inner", "zeros", "second", "alone")}
+    assert places == {
+        "inner": "forward mlp/neg",
+        "zeros": "backward stack",
+        "second": "forward optimizer",
+        "alone": "negate",
+    }

@@ -125,6 +125,7 @@ CASES: tuple[Command | Call, ...] = (
         sentence="kernel is float32 (2, 2); it is an array of floats",
     ),
     case("a step of a sequence", dplr_step, X, X, X, X, X, X, X, sentence="q is float32 (1, 3, 2, 4); it is"),
+    case("more components than a query has", attention, X, X, X, head_dim=5, sentence="between 1 and the 4 components"),
     case("a mask of other keys", attention_step, X[:, 0], X, X, IDS[:, :2] > 0, sentence="visible is bool (1, 2)"),
     case("a scale of other channels", residual_rms_norm, X, None, CHANNELS, sentence="scale is float32 (2,)"),
     case("another y", residual_layer_norm, X, SHORT, X[0, 0, 0], X[0, 0, 0], sentence="y is float32 (1, 2, 2, 4)"),

@@ -48,7 +48,7 @@ def test_the_oracles_are_the_operations(case):
     narrow = jax.tree.map(lambda x: x.astype(np.float32), (gradients, arrays))
     function = cases.function_of(case.by("oracle"))
     got = jax.jit(comparison.both_passes(function))(*narrow, ids)
-    wanted = run_wide(check.compile_oracle(same_oracle(case)), cases.complete(case, gradients, arrays, ids))
+    wanted, _ = run_wide(check.compile_oracle(same_oracle(case)), cases.complete(case, gradients, arrays, ids))
     assert set(got) <= set(wanted)
     for name, x in got.items():
         assert comparison.error(x, comparison.cropped(wanted[name], x.shape)) < 2e-5, name
@@ -132,6 +132,17 @@ def test_what_is_wrong_does_not_pass(kind, monkeypatch):
     [row] = check.rows_of([Case("taylor_attention", (1, 1, 40), (8, 8), "xla")], seed=2)
     assert not row["passed"] and "BAD" in check.line(row)
     assert row["finite"] == (kind != "nan")
+
+
+def test_a_weights_gradient_is_told_beside_what_its_rows_come_to():
+    def function(arrays, ids):
+        return {"y": arrays["w"][None] * arrays["x"]}
+
+    x = np.array([[3.0], [-3.0], [0.5]])
+    arrays = {"x": x, "w": np.array([1.0])}
+    results, sizes = comparison.by_rows(function, {"w"})({"y": np.ones((3, 1))}, arrays, np.ones((3, 1)))
+    assert float(results["dw"][0]) == 0.5 and results["y"].shape == results["dx"].shape == (3, 1)
+    np.testing.assert_allclose(sizes["dw"], np.sqrt(9 + 9 + 0.25))
 
 
 def test_one_token_gone_wrong_among_many_shows_in_its_row(rng):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from based_jax.bench import launches, step_profile
+from based_jax.bench import step_profile
 from based_jax.bench.timing import Kernel
 
 SCOPES = {
@@ -50,52 +50,6 @@ def test_a_step_is_told_by_layer_and_pass():
     assert row in found["kernels"]
     lines = step_profile.lines(found)
     assert lines[0] == "8.00 ms on the device, idle 1.00, copies 2.00" and "forward 1.00, backward 1.00" in lines[1]
-
-
-LOOP = r"""
-HloModule jit_step
-
-%body (c: f32[4]) -> f32[4] {
-  %c = f32[4] parameter(0)
-  %scale.7 = f32[4] fusion(%c), kind=kLoop, calls=%f, metadata={op_name="x/block_0/mlp/mul"}
-  %dot.1 = f32[4] custom-call(%c), custom_call_target="__cublas$lt$matmul", metadata={op_name="x/block_0/mlp/project"}
-  %dot.2 = f32[4] custom-call(%c), custom_call_target="__cublas$gemm", metadata={op_name="x/block_1/conv/project"}
-  ROOT %n = f32[4] custom-call(%c), custom_call_target="mosaic_gpu_v2", metadata={op_name="block_1/conv/norm/mpmd_map"}
-}
-
-%condition (d: f32[4]) -> pred[] {
-  %d = f32[4] parameter(0)
-  ROOT %go = pred[] constant(true)
-}
-
-ENTRY %main (p: f32[4]) -> f32[4] {
-  %p = f32[4] parameter(0)
-  %scale.9 = f32[4] fusion(%p), kind=kLoop, calls=%f, metadata={op_name="x/head/mul" deduplicated_name="scale.7"}
-  %fmha = f32[4] custom-call(%p), custom_call_target="__cudnn$fmhaSoftmaxBackward", \
-metadata={op_name="transpose(x)/block_0/attention/y"}
-  ROOT %w = f32[4] while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"2"}}
-}
-""".replace("\\\n", "")
-
-
-def places(names, steps=1):
-    kernels = [Kernel(name, i, i + 1) for i, name in enumerate(names)]
-    found = launches.instructions(kernels, step_profile.program_of(LOOP), steps)
-    return ["/".join(step_profile.place(x, name)[:2]) for x, name in zip(found, names, strict=True)]
-
-
-def test_kernels_that_are_only_named_are_found_by_the_order_of_the_schedule():
-    body = ["scale_7", "nvjet_sm90_a", "sm90_xmma_gemm_b", "norm_mosaic_gpu_kernel"]
-    inner = ["forward/mlp", "forward/mlp", "forward/conv", "forward/conv"]
-    step = ["scale_7", "cudnn_sdpa_bprop_dot", "cudnn_sdpa_bprop", *body, *body]
-    expected = ["forward/head", "backward/attention", "backward/attention", *inner, *inner]
-    assert places(step * 3, steps=3) == expected * 3
-
-
-def test_what_runs_more_often_than_the_schedule_says_is_unknown_unless_it_is_of_one_place():
-    assert places(["nvjet_a"] * 5) == ["/unknown"] * 5
-    assert places(["norm_mosaic_gpu_kernel"] * 3) == ["forward/conv"] * 3
-    assert places(["splitKreduce_kernel", "a_kernel"]) == ["/unknown"] * 2
 
 
 def test_on_a_cpu_there_is_no_breakdown():

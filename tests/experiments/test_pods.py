@@ -49,3 +49,11 @@ def test_the_grid_has_every_model_on_every_pod_at_both_lengths():
 def test_the_table_stands_between_its_markers():
     text = pods.README_TABLE.sub(lambda block: f"{block[1]}|\n{block[2]}", pods.README.read_text())
     assert "<!-- table -->\n|\n<!-- end -->" in text
+
+
+def test_a_point_says_what_its_compiler_said_or_how_it_ended():
+    said = "F1 fusion_util.cc:5409] Check failed: a == b no.\n*** SIGABRT r8:F1 Check failed: a == b no.\n"
+    assert pods.why_not(-6, f"W1 words\n{said}*** stack\n") == "the compiler aborts: Check failed: a == b no."
+    assert pods.why_not(-9, "W1 words\n") == "compiling ended with code -9."
+    assert pods.why_not(2, "INFO: words\nError: It does not fit.\n") == "It does not fit."
+    assert pods.why_not(1, "") == "compiling ended with code 1." and pods.why_not(0, "INFO: words\n") == ""

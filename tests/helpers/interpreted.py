@@ -23,10 +23,10 @@ def _products(body, *shapes):
     return body(*(_Accumulator(jnp.zeros(shape, jnp.float32)) for shape in shapes))
 
 
-def _accumulate(body, initial):
+def _accumulate(body, initial, state=()):
     accumulators = [_Accumulator(x) for x in initial]
-    body(accumulators)
-    return tuple(x.value for x in accumulators)
+    state = body(accumulators, *state) or ()
+    return *(x.value for x in accumulators), *state
 
 
 def replace_products(monkeypatch) -> None:

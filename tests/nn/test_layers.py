@@ -1,3 +1,6 @@
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,6 +33,15 @@ def test_mlp(out_and_grads):
     assert_close(grad_x, case.gradients["x"], GRADIENT, "gradient of x")
     for name in ("fc1", "fc2"):
         assert_close(getattr(grads, name).kernel[...].T, case.gradients[f"{name}.weight"], GRADIENT, name)
+
+
+def test_the_gradient_of_a_product_s_parts_is_joined_once(normal):
+    """Behind a barrier XLA cannot copy the joining, and all that it reads, into each product with the gradient."""
+    mlp = layers.SwiGLU(8, 12, layers.Init(0.02, 0.02, jnp.float32, nnx.Rngs(0)))
+    text = jax.jit(jax.grad(lambda mlp, x: jnp.sum(mlp(x)))).lower(mlp, normal(3, 8)).as_text()
+    [joined] = re.findall(r"(%\w+) = stablehlo\.concatenate", text)
+    [made] = re.findall(rf"(%\w+) = stablehlo\.optimization_barrier {joined} ", text)
+    assert len(re.findall(rf"{joined}\b", text)) == 2 and f"dot_general {made}, " in text
 
 
 def test_rms_norm(out_and_grads):

@@ -112,6 +112,21 @@ def test_every_window_form_equals_the_oracle(case, draw, out_and_grads, close):
         close(out_and_grads(caller(impl, window, ids), qkv, cotangent), expected, what=impl)
 
 
+@pytest.mark.parametrize("impl", [*fast(ATTENTION), "oracle", "pieces of time"])
+def test_zeros_behind_heads_change_nothing(impl, draw, out_and_grads, close):
+    qkv, cotangent, ids = draw(66, 7, 5, 2)
+    options = {"segment_ids": ids, "head_dim": 7, "impl": impl if impl in ATTENTION else "auto"}
+
+    def filled(*qkv):
+        wide = (jnp.pad(x, [(0, 0)] * 3 + [(0, 8 - x.shape[3])]) for x in qkv)
+        return attention(*wide, **options)[..., :5]
+
+    expected = out_and_grads(caller("oracle", ids=ids), qkv, cotangent)
+    pieces = 1 if impl in ATTENTION else 2
+    with jax.set_mesh(parallel.make_mesh({"sequence": pieces}, jax.devices()[:pieces])):
+        close(out_and_grads(filled, qkv, cotangent), expected)
+
+
 @pytest.mark.parametrize("case", [(1, 16, 64, 2, 3), (65, 24, 5, 1, 1000)], ids=str)
 def test_every_window_form_equals_the_oracle_without_ids(case, draw, out_and_grads, close):
     *sizes, window = case

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import pytest
+from helpers import cuda_plugin
 from helpers.devices import gpus
 
 from based_jax.errors import UserError
@@ -119,9 +120,7 @@ def kernels(call, *arrays):
     """Return how many kernels a call is on an H100."""
     with gpus():
         text = jax.jit(call).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    return sum(
-        text.count(f"custom_call @{name}") for name in ("mosaic_gpu", "__gpu$xla.gpu.triton", "triton_kernel_call")
-    )
+    return sum(text.count(f"custom_call @{name}") for name in ("mosaic_gpu", "triton_kernel_call"))
 
 
 def heads(time=64, key_dim=64, batch=2):
@@ -143,11 +142,11 @@ KERNELS = {
     "taylor, one piece": (by_kernels(taylor.taylor_attention, *QKV, impl="hopper", key_dim=16, batch=66), 1, 3),
     "taylor, pieces": (by_kernels(taylor.taylor_attention, *QKV, impl="hopper", key_dim=16, time=1024), 3, 7),
     "gla, steps": (by_kernels(gated_linear_attention.gated_linear_attention, *CHANNEL_DECAYS, impl="hopper"), 1, 2),
-    "gla, chunks": (by_kernels(gated_linear_attention.gated_linear_attention, *CHANNEL_DECAYS, impl="triton"), 3, 8),
+    "gla, chunks": (by_kernels(gated_linear_attention.gated_linear_attention, *CHANNEL_DECAYS, impl="triton"), 3, 7),
     "simple gla, chunks": (by_kernels(gated_linear_attention.gated_linear_attention, *ONE_DECAY, impl="triton"), 1, 3),
-    "delta rule, chunks": (by_kernels(delta_rule.delta_rule, *ONE_DECAY, "rates", impl="triton"), 5, 8),
+    "delta rule, chunks": (by_kernels(delta_rule.delta_rule, *ONE_DECAY, "rates", impl="triton"), 5, 7),
     "dplr, steps": (by_kernels(delta_rule.dplr, *LOW_RANK, impl="hopper"), 1, 3),
-    "dplr, chunks": (by_kernels(delta_rule.dplr, *LOW_RANK, impl="triton"), 4, 9),
+    "dplr, chunks": (by_kernels(delta_rule.dplr, *LOW_RANK, impl="triton"), 5, 9),
 }
 
 
@@ -157,8 +156,9 @@ LONG_NAMES = "taylor, one piece", "taylor, pieces", "dplr, steps", "dplr, chunks
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG_NAMES else name for name in KERNELS]
 )
-def test_a_state_that_nobody_reads_takes_no_kernels(name):
+def test_a_state_that_nobody_reads_takes_no_kernels(name, monkeypatch):
     """Those of a forward pass, and of one with its gradients, are as many as the output needs."""
+    cuda_plugin.without_code(monkeypatch)
     (operation, arrays), forward, with_gradients = KERNELS[name]
 
     def gradients(*arrays):

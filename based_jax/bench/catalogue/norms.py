@@ -1,4 +1,4 @@
-"""RMS norm and layer norm, alone and behind a residual addition."""
+"""RMS norm and layer norm, alone and behind a residual addition; RMS norm behind a skip and a gate."""
 
 import functools
 
@@ -18,7 +18,7 @@ from based_jax.bench.catalogue.operation import (
     fp32,
     tokens,
 )
-from based_jax.ops import norm
+from based_jax.ops import gated_norm, norm
 
 
 def _arrays(case: Case, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -61,9 +61,10 @@ def _cost(case: Case, which: str, adds: bool) -> tuple[float, float]:
 
 def _cases(name: str) -> tuple[Case, ...]:
     shapes = (1, 128, 1024), (1, 384, 1025), (2, 1792, 2049), (1, 4096, 1030), (4, 64, 2050)
+    filled = (2, 600, 1025), (2, 1680, 1025)
     make = functools.partial(Case, name)
     return (
-        *map(make, shapes),
+        *map(make, shapes + filled),
         make((8, 1024, 2048), quick=True),
         *(make((4, 256, 600), through=x) for x in ("vmap", "shard_map")),
     )
@@ -91,3 +92,50 @@ RESIDUAL_RMS_NORM = _norm("residual_rms_norm", "r", "y", "scale")
 RESIDUAL_LAYER_NORM = _norm("residual_layer_norm", "r", "y", "scale", "bias")
 RMS_NORM = _norm("rms_norm", "r", "scale")
 LAYER_NORM = _norm("layer_norm", "r", "scale", "bias")
+
+
+def _gated_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
+    batch, channels, time = case.shape
+    wide = dict.fromkeys(("y", "u", "z"), (batch, time, channels))
+    return bf16(wide) | fp32(dict.fromkeys(("skip", "scale"), (channels,)))
+
+
+def _gated_function(case: Case) -> Function:
+    return lambda arrays, ids: {"x": gated_norm.gated_rms_norm(**arrays, impl=case.impl)}
+
+
+def gated_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
+    """Return the RMS norm of (y + skip u) silu(z), times `scale`."""
+    skip, scale, z = arrays["skip"][None, None], arrays["scale"][None, None], arrays["z"]
+    gated = (arrays["y"] + skip * arrays["u"]) * z / (1 + jnp.exp(-z))
+    return {"x": gated / jnp.sqrt(jnp.mean(gated**2, axis=-1, keepdims=True) + 1e-5) * scale}
+
+
+def _gated_cost(case: Case, which: str) -> tuple[float, float]:
+    """Count y, u, z and the norm, then the first three again with the norm's gradient, and those of y, u and z."""
+    return tokens(case) * BF16 * (4 if which == FORWARD else 4 + 7), 0.0
+
+
+def _gated_cases() -> tuple[Case, ...]:
+    make = functools.partial(Case, "gated_rms_norm")
+    shapes = (1, 128, 1024), (1, 384, 1025), (2, 1792, 2049), (1, 4096, 1030)
+    return (
+        *map(make, shapes),
+        make((8, 4096, 2048), quick=True),
+        *(make((4, 256, 600), through=x) for x in ("vmap", "shard_map")),
+    )
+
+
+GATED_RMS_NORM = Operation(
+    table=gated_norm.IMPLEMENTATIONS,
+    arrays=_gated_arrays,
+    function=_gated_function,
+    oracle=lambda case: gated_definition,
+    cost=_gated_cost,
+    kernels={"hopper_rows": ("gated_norm",)},
+    cases=_gated_cases(),
+    small_cases=(Case("gated_rms_norm", (1, 256, 1030)),),
+    timed={"gated_rms_norm": by_channel("gated_rms_norm")},
+    weights=frozenset({"skip", "scale"}),
+    compile_seconds=1.0,
+)

@@ -14,7 +14,7 @@ from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
 from based_jax.ops import segments, sequence
-from based_jax.ops.softmax import ATTENTION, attention, attention_prefill, attention_step
+from based_jax.ops.softmax import ATTENTION, attention, attention_prefill, attention_step, filled_head_dim
 
 QKV_KEYS = {
     "out_proj/kernel": "out_proj.weight",
@@ -77,8 +77,9 @@ class Attention(Mixer):
 
     @override
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
-        q, k, v = self.rotated_qkv(x, jnp.zeros(1, jnp.int32), segment_ids)
-        o = attention(q, self.for_each_query(k), self.for_each_query(v), segment_ids=segment_ids, impl=self.config.impl)
+        q, k, v = self.rotated_qkv(x, jnp.zeros(1, jnp.int32), segment_ids, filled_head_dim(self.head_dim))
+        k, v, options = *map(self.for_each_query, (k, v)), {"head_dim": self.head_dim, "impl": self.config.impl}
+        o = attention(q, k, v, segment_ids=segment_ids, **options)
         return self._out(*layers.at(positions, o))
 
     @override
@@ -128,13 +129,13 @@ class Attention(Mixer):
         """Return keys or values (B, S, kv heads, D/H) repeated for the queries that each of them serves."""
         return jnp.repeat(x, self.config.num_heads // self.kv_heads, axis=2)
 
-    def rotated_qkv(self, x: BTD, before: Int[Array, "#B"], segment_ids: SegmentIds | None):
+    def rotated_qkv(self, x: BTD, before: Int[Array, "#B"], segment_ids: SegmentIds | None, width: int | None = None):
         """Return queries and keys rotated by their place in their document, and values: (B, T, heads, D/H).
 
-        `before` counts the tokens that each row's first document has had.
+        `before` counts the tokens that each row's first document has had. With a `width` zeros fill the heads up to it.
         """
-        y = layers.split_heads(self.qkv(x), self.config.num_heads + 2 * self.kv_heads)
-        q, k, v = jnp.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
+        y = layers.to_heads(self.qkv, x, self.config.num_heads + 2 * self.kv_heads, width or self.head_dim)
+        q, k, v = layers.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
         places, _ = sequence.positions(segment_ids, before, x.shape[1])
         q, k = (layers.rotary(y, places, self.rotary_dim, self.config.rotary_base) for y in (q, k))
         return q, k, v
@@ -147,4 +148,4 @@ class Attention(Mixer):
         return attention_step(q, keys, values, state.visible()), state
 
     def _out(self, o):
-        return self.out_proj(layers.merge_heads(o))
+        return layers.from_heads(self.out_proj, o)

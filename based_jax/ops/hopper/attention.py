@@ -4,7 +4,6 @@ Tiles of another document are passed over. Kernels: `pallas_kernels/hopper/atten
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from based_jax.ops import sharded, softmax_walks
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.hopper import limits
 
-MAX_HEAD_DIM = 128
+MAX_HEAD_DIM = 256
 DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 
 
@@ -42,7 +41,7 @@ def _on_device(call: AttentionCall) -> BTHV:
 
     q, k, v = call.q, call.k, call.v
     numbers = jnp.ones(q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
-    time, scale, largest = q.shape[1], 1 / math.sqrt(q.shape[3]), max(q.shape[3], v.shape[3])
+    time, scale, largest = q.shape[1], 1 / call.root, max(q.shape[3], v.shape[3])
     channels = -(-largest // HEAD_MULTIPLE) * HEAD_MULTIPLE
     arrays = (sharded.fill(x, {1: OWN_TOKENS, 3: channels}) for x in (q, k, v))
     filled = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: OWN_TOKENS}))
@@ -71,7 +70,7 @@ def _attention_bwd(scale, saved, do):
     minus_delta = -jnp.einsum("BTHV,BTHV->BHT", do.astype(jnp.float32), o.astype(jnp.float32))
     arrays = q, k, v, do, logarithm, minus_delta, *_sight(numbers)
     over_keys = softmax_walks.keys_of_queries(numbers, OWN_TOKENS)
-    over_queries = softmax_walks.queries_of_keys(numbers, OWN_TOKENS)
+    over_queries = softmax_walks.queries_of_keys(numbers, backward.own_keys_of(q.shape[3]))
     [dq] = sharded.launch(backward.query_gradients, *arrays, over_keys, scale=scale)
     dk, dv = sharded.launch(backward.key_gradients, *arrays, over_queries, scale=scale)
     return dq, dk, dv, None

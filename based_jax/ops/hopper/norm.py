@@ -14,7 +14,9 @@ from based_jax.ops.calls import NormCall, Rows
 from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.hopper import limits
 
-CHANNEL_MULTIPLE, MAX_CHANNELS = 128, 4096
+WHOLE_CHANNELS = range(128, 4097, 128)
+FILLED_CHANNELS = range(512, 4097, 8)
+"""Channels that are taken as well: a tile's rows are longer than theirs."""
 NARROW_CHANNELS = range(64, 513, 32)
 """Channels that are taken as well where tokens come in `TOKEN_MULTIPLE`: each warp has a row then."""
 TOKEN_MULTIPLE = 4
@@ -32,11 +34,12 @@ def supports(call: NormCall) -> str | None:
     together = tokens // max(r.shape[0], 1) if jax.sharding.get_abstract_mesh().size > 1 else tokens
     together //= sharded.pieces_of_time(r.shape[1]) if r.ndim > 2 else 1
     is_narrow = channels in NARROW_CHANNELS and together % TOKEN_MULTIPLE == 0
-    if not is_narrow and (channels % CHANNEL_MULTIPLE or not CHANNEL_MULTIPLE <= channels <= MAX_CHANNELS):
-        narrow, few = NARROW_CHANNELS, TOKEN_MULTIPLE
+    if not is_narrow and channels not in FILLED_CHANNELS and channels not in WHOLE_CHANNELS:
+        narrow, filled = NARROW_CHANNELS, FILLED_CHANNELS
         return (
-            f"the channels must be a multiple of {CHANNEL_MULTIPLE} up to {MAX_CHANNELS}, or of {narrow.step} from"
-            f" {narrow[0]} to {narrow[-1]} for a multiple of {few} tokens, and are {channels} for {together} tokens"
+            f"the channels must be a multiple of {filled.step} from {filled[0]} to {filled[-1]}, or of"
+            f" {WHOLE_CHANNELS.step}, or of {narrow.step} from {narrow[0]} for a multiple of {TOKEN_MULTIPLE} tokens,"
+            f" and are {channels} for {together} tokens"
         )
     if tokens < (least := devices.crossovers(target_device_kind()).norm_tokens):
         return f"there must be {least} tokens, and are {tokens}"

@@ -4,7 +4,7 @@ Keys that nobody of a block of queries sees are skipped, after a query and, with
 jax.experimental.pallas.ops.tpu.splash_attention.
 """
 
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,26 +46,28 @@ def compute(call: AttentionCall, *, interpret: bool = False) -> BTHV:
     tokens = "batch", None, "heads"
 
     def shard(q, k, v, segment_ids):
-        return _attention(q, k, v, segment_ids, call.window, interpret)
+        return _attention(call._replace(q=q, k=k, v=v, segment_ids=segment_ids), interpret)
 
     arrays, names = (call.q, call.k, call.v, call.segment_ids), (tokens, tokens, tokens, ("batch",))
     return sharded.per_shard(shard, arrays, names, (tokens,), check_vma=False)
 
 
-def _attention(q, k, v, segment_ids, window: int, interpret: bool):
+def _attention(call: AttentionCall, interpret: bool):
     # Pallas' TPU modules take half a second to import and are needed only here.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     from based_jax.ops.tpu.band import Band
 
+    q, k, v, window, segment_ids, _ = call
     time, block = q.shape[1], min(BLOCK_TOKENS, -(-q.shape[1] // MIN_BLOCK_TOKENS) * MIN_BLOCK_TOKENS)
-    scaled = (q.astype(jnp.float32) / math.sqrt(q.shape[3])).astype(q.dtype)
+    scaled = (q.astype(jnp.float32) / call.root).astype(q.dtype)
     filled = (sharded.fill(x, {1: block, 3: HEAD_MULTIPLE}) for x in (scaled, k, v))
     by_head = [jnp.swapaxes(x, 1, 2) for x in filled]
     length = by_head[0].shape[2]
+    blocks: dict[str, Any] = dict.fromkeys(BLOCKS, block)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([Band(length, min(window, length))] * q.shape[2]),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(BLOCKS, block)),
+        block_sizes=splash.BlockSizes(**blocks),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

@@ -4,7 +4,6 @@ Tiles of another document are passed over. Kernels: `pallas_kernels/triton/atten
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +51,7 @@ def _on_device(call: AttentionCall) -> BTHV:
 
     q, k, v = call.q, call.k, call.v
     numbers = jnp.ones(q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
-    time, scale = q.shape[1], 1 / math.sqrt(q.shape[3])
+    time, scale = q.shape[1], 1 / call.root
     arrays = (sharded.fill(x, {1: kernels.TIME_MULTIPLE, 3: kernels.HEAD_MULTIPLE}) for x in (q, k, v))
     filled = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: kernels.TIME_MULTIPLE}))
     o = _attention(scale, min(call.window, time), *filled)[:, :time, :, : v.shape[3]]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from based_jax.ops.hopper import attention, limits, recurrence, selective_scan, short_conv, taylor
-from pallas_kernels.hopper import attention_backward, mosaic, stream, taylor_packing
+from based_jax.ops.hopper import limits, recurrence, selective_scan, short_conv, taylor
+from pallas_kernels.hopper import mosaic, stream, taylor_packing
 from pallas_kernels.hopper import recurrence as recurrence_kernels
 from pallas_kernels.hopper import selective_scan as selective_scan_kernels
 from pallas_kernels.hopper import short_conv as short_conv_kernels
@@ -11,10 +11,6 @@ from pallas_kernels.hopper import short_conv as short_conv_kernels
 
 def test_callers_and_kernels_agree_on_a_chunk():
     assert limits.CHUNK_TOKENS == mosaic.CHUNK_TOKENS
-
-
-def test_callers_and_kernels_agree_on_attention_s_heads():
-    assert attention.MAX_HEAD_DIM == attention_backward.MAX_HEAD_DIM
 
 
 def test_callers_and_kernels_agree_on_taylor_s_features():

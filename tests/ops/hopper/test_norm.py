@@ -18,14 +18,17 @@ from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
 
 KINDS = (False, True), (True, True), (True, False), (False, False)
 """Whether a norm is centered, and whether it adds."""
+FILLED = (2, 11, 600)
+"""Whose rows end before those of a tile do, two of which are a tile."""
 
 
 @pytest.mark.parametrize(
     "shape, dtype, words",
     [
         ((2, 512, 256), "float32", "y must be bfloat16, and is float32"),
-        ((2, 513, 192), "bfloat16", "a multiple of 4 tokens, and are 192 for 1026 tokens"),
-        ((2, 512, 48), "bfloat16", "of 32 from 64 to 512 for a multiple of 4 tokens, and are 48 for 1024"),
+        ((2, 513, 192), "bfloat16", "or of 32 from 64 for a multiple of 4 tokens, and are 192 for 1026 tokens"),
+        ((2, 512, 48), "bfloat16", "a multiple of 8 from 512 to 4096, or of 128, .* and are 48 for 1024"),
+        ((2, 512, 1684), "bfloat16", "and are 1684"),
         ((2, 512, 8192), "bfloat16", "and are 8192"),
         ((2, 128, 256), "bfloat16", "1024 tokens, and are 256"),
     ],
@@ -47,8 +50,17 @@ def test_a_mesh_with_explicit_axes_needs_shard_map():
 
 @parametrize_some(
     "shape, lanes, centered, adds",
-    [(*sizes, *kind) for sizes in (((8, 2048, 1024), None), ((3, 1025, 128), 2), ((4, 512, 64), 2)) for kind in KINDS],
-    {((8, 2048, 1024), None, False, True), ((3, 1025, 128), 2, True, True), ((4, 512, 64), 2, True, False)},
+    [
+        (*sizes, *kind)
+        for sizes in (((8, 2048, 1024), None), ((8, 2048, 1680), None), ((3, 1025, 128), 2), ((4, 512, 64), 2))
+        for kind in KINDS
+    ],
+    {
+        ((8, 2048, 1024), None, False, True),
+        ((8, 2048, 1680), None, False, True),
+        ((3, 1025, 128), 2, True, True),
+        ((4, 512, 64), 2, True, False),
+    },
 )
 def test_lowers_for_an_h100(shape, lanes, centered, adds):
     def loss(r, y, scale, bias):
@@ -99,13 +111,14 @@ def test_lowers_under_shard_map():
 
 @parametrize_some(
     "shape, centered, adds",
-    [(shape, *kind) for shape in ((2, 35, 1024), (1, 37, 384), (4, 160, 128), (2, 66, 64)) for kind in KINDS],
+    [(shape, *kind) for shape in ((2, 35, 1024), (1, 37, 384), (4, 160, 128), (2, 66, 64), FILLED) for kind in KINDS],
     {
         ((1, 37, 384), False, True),
         ((1, 37, 384), True, False),
         ((4, 160, 128), True, True),
         ((2, 66, 64), True, True),
         ((2, 66, 64), False, False),
+        (FILLED, True, True),
     },
 )
 def test_kernels_equal_fp64(normal, out_and_grads, shape, centered, adds):
