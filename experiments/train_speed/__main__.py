@@ -7,6 +7,7 @@ python -m experiments.train_speed plot                           draws them
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def main() -> int:
 
 def run(only: str, with_peers: bool) -> int:
     """Time the points whose name has a text, and the peers, each in a process of its own; return 1 if one failed."""
-    command = [sys.executable, "-m", "based_jax", "bench", "train", f"--out={ROWS}"]
+    command = [sys.executable, "-m", "based_jax", "bench", "train", f"--out={os.path.relpath(ROWS)}"]
     tasks = [
         [f"--config={point.config}", f"--rows={point.rows}", f"--seq-len={point.seq_len}"]
         for point in POINTS

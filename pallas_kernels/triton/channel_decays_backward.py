@@ -161,8 +161,10 @@ def token_gradients(
     by_token = queries, keys, made.queries, made.keys, dqueries, dkeys
     arguments = [c, *(x for some in by_token for x in filled(some)), *filled(dpairs, 4)]
     results = [x for some in (queries, keys, [c] * kinds) for x in filled(map(like, some))]
-    options = {"parts": BLOCKS_PER_CHUNK, "warps": block_warps(cut, 4 * kinds), "kinds": kinds, "scale": scale}
-    return cut.by_chunk(channel_decays_token_gradients, arguments, results, **options)
+    parts, warps = BLOCKS_PER_CHUNK, block_warps(cut, 4 * kinds)
+    return cut.by_chunk(
+        channel_decays_token_gradients, arguments, results, parts=parts, warps=warps, kinds=kinds, scale=scale
+    )
 
 
 @triton.jit

@@ -54,8 +54,7 @@ def forward(q, k, v, c, state, *, scale: float, with_starts: bool) -> list[jax.A
     """
     cut = Cut.of(k, v)
     results = [like(v), like(state), cut.states(v.dtype) if with_starts else None]
-    options = {"scale": scale, "with_starts": with_starts}
-    return cut.by_strip(one_decay_forward, [q, k, c], [v], [state], results, **options)
+    return cut.by_strip(one_decay_forward, [q, k, c], [v], [state], results, scale=scale, with_starts=with_starts)
 
 
 @triton.jit

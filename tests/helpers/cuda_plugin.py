@@ -7,8 +7,8 @@ from jaxlib import gpu_triton
 
 
 class TritonKernel:
-    def __init__(self, name, *_):
-        self.name = name
+    def __init__(self, name, warps, blocks, shared_bytes, *_):
+        self.name, self.shared_bytes = name, shared_bytes
 
 
 class TritonKernelCall:
@@ -41,6 +41,21 @@ def stand_in() -> None:
     for standin in STANDINS:
         if not hasattr(gpu_triton, standin.__name__):
             setattr(gpu_triton, standin.__name__, standin)
+
+
+def compiled_kernels(monkeypatch) -> list[TritonKernel]:
+    """Return the kernels that are compiled from here on, which come one by one."""
+    from jax_triton import triton_lib
+
+    found: list[TritonKernel] = []
+
+    def keep(*arguments):
+        found.append(TritonKernel(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(gpu_triton, "TritonKernel", keep)
+    monkeypatch.setattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
+    return found
 
 
 def without_code(monkeypatch) -> None:

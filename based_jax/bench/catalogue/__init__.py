@@ -3,6 +3,7 @@
 from based_jax.bench.catalogue import (
     convolutions,
     cross_entropy,
+    long_convolutions,
     matrix_states,
     norms,
     softmax,
@@ -18,6 +19,8 @@ OPERATIONS: dict[str, Operation] = {
     "window_attention": softmax.WINDOW_ATTENTION,
     "gated_short_conv": convolutions.GATED_SHORT_CONV,
     "short_conv": convolutions.SHORT_CONV,
+    "long_conv": long_convolutions.LONG_CONV,
+    "diagonal_ssm": long_convolutions.DIAGONAL_SSM,
     "residual_rms_norm": norms.RESIDUAL_RMS_NORM,
     "residual_layer_norm": norms.RESIDUAL_LAYER_NORM,
     "rms_norm": norms.RMS_NORM,

@@ -34,6 +34,12 @@ def all_in_one_place(x, z, SIZE: tl.constexpr):
     tl.store(z, tl.sum(tl.load(x + tl.arange(0, SIZE)), axis=0))
 
 
+@triton.jit
+def doubles(x, untouched, untouched_too, z, SIZE: tl.constexpr):
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(z + place, 2 * tl.load(x + place))
+
+
 def call(x, y, shift=0):
     """Return z and sums of (rows, tokens) bf16 and (rows,) fp32."""
     rows, tokens = x.shape
@@ -62,6 +68,14 @@ def test_lanes_of_lanes_are_rows(normal, interpreted, close):
     close(lanes(lambda x, y: call(x, y))(x, y), lanes(right)(x, y), tolerance=1e-6)
     alone = [call(x[i, j], y[j]) for i in range(3) for j in range(2)]
     close([jnp.stack(z).reshape(3, 2, *z[0].shape) for z in zip(*alone, strict=True)], lanes(right)(x, y))
+
+
+def test_none_stands_for_what_a_kernel_does_not_touch(normal, interpreted, close):
+    def call(x):
+        return launch(doubles, 1, [x, None], [None, Type(x.shape, x.dtype)], warps=1, SIZE=SIZE)
+
+    x = normal(3, 2, SIZE)
+    close(jax.vmap(call)(x), [2 * x])
 
 
 def test_devices_have_their_rows(normal, interpreted, close):
