@@ -277,14 +277,14 @@ class NormCall(NamedTuple):
 
 
 class GatedNormCall(NamedTuple):
-    """The RMS norm of (y + skip u) silu(z), with y, u and z (..., D) and skip, scale (D)."""
+    """(y + skip u) silu(z), with y, u and z (..., D) and skip (D); where there is a scale (D), its RMS norm."""
 
     y: Rows
     u: Rows
     z: Rows
     skip: Channels
-    scale: Channels
-    eps: float
+    scale: Channels | None = None
+    eps: float = 0.0
 
 
 class CrossEntropyCall(NamedTuple):

@@ -25,6 +25,7 @@ OPERATIONS: dict[str, Operation] = {
     "residual_layer_norm": norms.RESIDUAL_LAYER_NORM,
     "rms_norm": norms.RMS_NORM,
     "layer_norm": norms.LAYER_NORM,
+    "gated_skip": norms.GATED_SKIP,
     "gated_rms_norm": norms.GATED_RMS_NORM,
     "selective_scan": state_spaces.SELECTIVE_SCAN,
     "ssd": state_spaces.SSD,
