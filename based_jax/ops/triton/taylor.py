@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from based_jax.dims import BHEV, BT, BTHV
 from based_jax.ops import segments, sharded
 from based_jax.ops.calls import LinearAttentionCall
-from based_jax.ops.triton import chunks, packages
+from based_jax.ops.triton import chunks, limits
 
 MAX_KEY_DIM = 16
 
@@ -22,7 +22,7 @@ MAX_KEY_DIM = 16
 def supports(call: LinearAttentionCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
     q, k, v = call.q, call.k, call.v
-    if reason := packages.missing():
+    if reason := limits.missing_packages():
         return reason
     if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
         return f"q, k and v must be bfloat16, and are {q.dtype}, {k.dtype} and {v.dtype}"

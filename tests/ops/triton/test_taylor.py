@@ -13,6 +13,7 @@ from helpers.devices import gpus
 from based_jax import parallel
 from based_jax.errors import UserError
 from based_jax.ops import dispatch
+from based_jax.ops.calls import LinearAttentionCall
 from based_jax.ops.taylor import IMPLEMENTATIONS, expanded_dim, taylor_attention
 from based_jax.ops.triton import taylor as triton_taylor
 from pallas_kernels.triton import taylor_features
@@ -111,6 +112,23 @@ def lowered(kind, sizes=(4, 100, 4, 16, 112), **mesh):
     with gpus(kind, **mesh):
         traced = jax.jit(jax.value_and_grad(total, (0, 1, 2))).trace(q, q, v)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "kind, times, names",
+    [
+        ("NVIDIA A100-SXM4-80GB", (63, 64, 4096), ["xla_quadratic", "triton_chunks", "triton_chunks"]),
+        ("NVIDIA V100", (64, 4096), ["xla_quadratic", "xla_chunks"]),
+        ("NVIDIA H200", (64,), ["hopper_chunks"]),
+    ],
+)
+def test_auto_takes_them_where_there_is_nothing_faster(kind, times, names):
+    def taken(T):
+        q, v = (jnp.zeros((1, T, 1, size), jnp.bfloat16) for size in (16, 64))
+        return dispatch.choose("taylor_attention", IMPLEMENTATIONS, "auto", LinearAttentionCall(q, q, v))
+
+    with gpus(kind):
+        assert [taken(T) for T in times] == names
 
 
 @pytest.mark.parametrize("kind", [pytest.param("NVIDIA A100-SXM4-80GB", marks=pytest.mark.long), "NVIDIA L40S"])
