@@ -140,13 +140,13 @@ def taylor_states(
         before, after = held_about(held_ref, sequence, n, cut)
         mine = load_documents(numbers_ref, sequence, n, cut) == (before if back else after)
         x, y = load_keys(x_ref, at, n, cut), load_values(y_ref, at, n, strip, cut)
-        features, ones, kept = features_by_row(x, piece), mine.to(tl.float32), (before == after).to(tl.float32)
+        features, share, ones = features_by_row(x, piece), mine.to(tl.float32), mine.to(tl.float32)
         if back:
             features *= tl.trans(weights(piece, scale))
-            y = (y * load_numbers(share_ref, at, n, cut)[:, None]).to(y.dtype)
+            share *= load_numbers(share_ref, at, n, cut)
             ones *= load_numbers(ones_ref, at, n, cut)
-        y = tl.where(mine[:, None], y, 0.0).to(y.dtype)
-        S = tl.dot(features.to(y.dtype), y, S * kept)
+        kept = (before == after).to(tl.float32)
+        S = tl.dot((features * share[None, :]).to(y.dtype), y, S * kept)
         sums = sums * kept + tl.sum(features * ones[None, :], axis=1)
     store_sums(last_ref, last_sums_ref, sequence, piece, strip, S, sums, cut)
 
@@ -198,17 +198,18 @@ def taylor_outputs(
 
 
 @triton.jit
-def scores(q, k, documents, scale: tl.constexpr):
-    """Return p of the pairs of a chunk's tokens, 0 where one does not see the other."""
-    s = scale * tl.dot(q, tl.trans(k))
-    return tl.where(visible(documents), 1.0 + s + 0.5 * s * s, 0.0)
+def scores(a, b, documents, scale: tl.constexpr, of_keys: tl.constexpr = False):
+    """Return p of queries a and keys b of a chunk, or of keys a and queries b; 0 where one does not see the other."""
+    s = scale * tl.dot(a, tl.trans(b))
+    return tl.where(visible(documents, of_keys), 1.0 + s + 0.5 * s * s, 0.0)
 
 
 @triton.jit
-def visible(documents):
-    """Return which pairs of a chunk's tokens, earlier ones in columns, are of one document."""
-    t, s = places(CHUNK)
-    return (t >= s) & (documents[:, None] == documents[None, :]) & (documents != 0)[None, :]
+def visible(documents, of_keys: tl.constexpr = False):
+    """Return which of a chunk's queries, by row, or with `of_keys` by column, see which of its keys."""
+    row, column = places(CHUNK)
+    causal = row <= column if of_keys else row >= column
+    return causal & (documents[:, None] == documents[None, :]) & (documents != 0)[None, :]
 
 
 @triton.jit

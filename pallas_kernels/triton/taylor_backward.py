@@ -84,7 +84,7 @@ def taylor_query_gradients(
             du = tl.dot(do, tl.trans(S)) * read[:, None] + y[None, :] * own[:, None]
             dq += pulled_back(q, weights(piece, scale) * du, piece)
     dp = share[:, None] * value_products(do_ref, v_ref, at, n, cut) + ones[:, None]
-    ds = score_gradients(q, k, dp, documents, scale)
+    ds = score_gradients(q, k, dp, documents, scale, of_keys=False)
     store_keys(dq_ref, at, n, tl.dot(ds, k, dq), cut)
 
 
@@ -131,25 +131,25 @@ def taylor_key_gradients(
             dv = tl.dot((written * a * b).to(R.dtype), R, dv)
             du = tl.dot(v, tl.trans(R)) + tl.where(strip == 0, x, 0.0)[None, :]
             dk += pulled_back(k, written * du, piece)
-        p = scores(q, k, documents, scale) * share[:, None]
-        store_values(dv_ref, at, n, strip, tl.dot(tl.trans(p.to(do.dtype)), do, dv), cut)
-    dp = share[:, None] * value_products(do_ref, v_ref, at, n, cut) + ones[:, None]
-    ds = score_gradients(q, k, dp, documents, scale)
-    store_keys(dk_ref, at, n, tl.dot(tl.trans(ds), q, dk), cut)
+        p = scores(k, q, documents, scale, of_keys=True) * share[None, :]
+        store_values(dv_ref, at, n, strip, tl.dot(p.to(do.dtype), do, dv), cut)
+    dp = share[None, :] * value_products(v_ref, do_ref, at, n, cut) + ones[None, :]
+    ds = score_gradients(k, q, dp, documents, scale, of_keys=True)
+    store_keys(dk_ref, at, n, tl.dot(ds, q, dk), cut)
 
 
 @triton.jit
-def value_products(do_ref, v_ref, at, n, cut: tl.constexpr):
-    """Return do.v of the pairs of a chunk's tokens."""
+def value_products(a_ref, b_ref, at, n, cut: tl.constexpr):
+    """Return the products of each of a chunk's rows of (B, T, H, V) with each of another array's."""
     found = zeros(CHUNK, CHUNK)
     for strip in range(cut.strips):
-        v, do = load_values(v_ref, at, n, strip, cut), load_values(do_ref, at, n, strip, cut)
-        found = tl.dot(do, tl.trans(v), found)
+        a, b = load_values(a_ref, at, n, strip, cut), load_values(b_ref, at, n, strip, cut)
+        found = tl.dot(a, tl.trans(b), found)
     return found
 
 
 @triton.jit
-def score_gradients(q, k, dp, documents, scale: tl.constexpr):
-    """Return c ds in q's dtype."""
-    s = scale * tl.dot(q, tl.trans(k))
-    return tl.where(visible(documents), scale * dp * (1.0 + s), 0.0).to(q.dtype)
+def score_gradients(a, b, dp, documents, scale: tl.constexpr, of_keys: tl.constexpr):
+    """Return c ds in the dtype of queries a and keys b, or of keys and queries, as `scores`."""
+    s = scale * tl.dot(a, tl.trans(b))
+    return tl.where(visible(documents, of_keys), scale * dp * (1.0 + s), 0.0).to(a.dtype)
