@@ -10,6 +10,8 @@ With S and y before a chunk, R and x after it, and g_t = do_t / z_t:
 `query_gradients` takes the first, `key_gradients` the others: one kernel of all has not the registers.
 """
 
+from typing import Any
+
 import jax
 import triton
 import triton.language as tl
@@ -47,7 +49,7 @@ def query_gradients(
       starts: S and y before every chunk.
     """
     cut, arguments = Cut.of(k, v), [q, k, v, do, *documents, *shares, *starts]
-    options = {"warps": CHUNK_WARPS, "cut": cut, "scale": scale}
+    options: dict[str, Any] = {"warps": CHUNK_WARPS, "cut": cut, "scale": scale}
     return launch(taylor_query_gradients, cut.heads * cut.chunks, arguments, [like(q)], **options)
 
 
@@ -91,7 +93,7 @@ def taylor_query_gradients(
 def key_gradients(q, k, v, do, documents: Documents, shares: tuple, ends: tuple, *, scale: float) -> list[jax.Array]:
     """Return dk and dv, given R and x after every chunk; the rest is as above."""
     cut, arguments = Cut.of(k, v), [q, k, v, do, *documents, *shares, *ends]
-    options = {"warps": CHUNK_WARPS, "cut": cut, "scale": scale}
+    options: dict[str, Any] = {"warps": CHUNK_WARPS, "cut": cut, "scale": scale}
     return launch(taylor_key_gradients, cut.heads * cut.chunks, arguments, [like(k), like(v)], **options)
 
 

@@ -48,8 +48,8 @@ def _on_device(call: LinearAttentionCall) -> tuple[BTHV, BHEV]:
     numbers = jnp.ones(v.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids.astype(jnp.int32)
     first = _pack(call.state, q.shape, v.shape[-1])
     arguments = sharded.vary_alike(q, k, v, numbers, _held(numbers), *first)
-    o, *last = _attention(q.shape[-1] ** -0.5, *arguments)
-    return o, _unpack(*last, q.shape[-1])
+    o, state, sums = _attention(q.shape[-1] ** -0.5, *arguments)
+    return o, _unpack(state, sums, q.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
