@@ -51,7 +51,7 @@ def forward(y, u, z, skip, scale=None, *, eps: float, multiprocessors: int):
         skips, *scales = map(plan.columns, weights)
 
         def step(n, slot, carry):
-            x = [_gated(*plan.load(tiles, slot, i), skip)[0] for i, skip in enumerate(skips)]
+            x = [_gated(skip, *plan.load(tiles, slot, i))[0] for i, skip in enumerate(skips)]
             if norms:
                 inverse = lax.rsqrt(plan.mean([g * g for g in x]) + eps)
                 x = [g * inverse * scale for g, scale in zip(x, *scales, strict=True)]
@@ -80,7 +80,7 @@ def backward(y, u, z, skip, scale, dx, *, eps: float, multiprocessors: int):
             squares, products = [], []
             for i, (skip, scale) in enumerate(zip(skips, *scales, strict=True)):
                 *given, dx = plan.load(tiles, slot, i)
-                g, *_ = _gated(*given, skip)
+                g, *_ = _gated(skip, *given)
                 squares.append(g * g)
                 products.append(dx * scale * g)
             inverse = lax.rsqrt(plan.mean(squares) + eps)
@@ -92,7 +92,7 @@ def backward(y, u, z, skip, scale, dx, *, eps: float, multiprocessors: int):
             after = []
             for i, total in enumerate(totals):
                 y, u, z, dx = plan.load(tiles, slot, i)
-                g, sum_, opened, sigmoid = _gated(y, u, z, skips[i])
+                g, sum_, opened, sigmoid = _gated(skips[i], y, u, z)
                 dg, dscale = through(i, dx, g)
                 dy, dz = dg * opened, dg * sum_ * (sigmoid + opened * (1.0 - sigmoid))
                 for tile, gradient in zip(tiles, (dy, dz), strict=False):
@@ -115,7 +115,7 @@ def _name(norms: bool) -> str:
     return "gated_norm" if norms else "gated_skip"
 
 
-def _gated(y, u, z, skip):
+def _gated(skip, y, u, z):
     """Return g, the sum that the gate multiplies, the gate silu(z), and sigmoid(z)."""
     sigmoid = stream.sigmoid(z)
     total, opened = y + skip * u, z * sigmoid

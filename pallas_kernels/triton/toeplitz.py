@@ -11,7 +11,7 @@ first one; in a block itself they are multiplied one after another.
 Arrays are (D, B, T) in bf16, T a multiple of `BLOCK_TOKENS`, filters (D, L) fp32. D rows of a launch share (B, .) ones.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,29 +98,34 @@ class Sight(NamedTuple):
         """Return what they see of those behind them."""
         return cls(*(jnp.flip(x, 1) for x in cls.of(jnp.flip(numbers, 1), taps)))
 
-    def leaving(self, x: jax.Array, step: int = 1) -> jax.Array:
-        """Return (D, B, T) inputs without those that no other block sees."""
+    def leaving(self, step: int = 1) -> jax.Array:
+        """Return which tokens (B, T) others see than those of their own block."""
         blocks = self.place.reshape(len(self.place), -1, BLOCK_TOKENS)
         last = blocks[:, :, -1:] if step == 1 else blocks[:, :, :1]
-        return jnp.where((blocks == last).reshape(self.place.shape)[None], x, 0)
+        return (blocks == last).reshape(self.place.shape)
 
 
-def products(x, taps, sight: Sight, *, step: int = 1) -> jax.Array:
-    """Return y (D, B, T); with `step` -1 tokens see those behind them, and `sight` is `Sight.behind`."""
+def products(x, leaving, taps, sight: Sight, *, step: int = 1) -> jax.Array:
+    """Return y (D, B, T).
+
+    Args:
+      leaving: x where it leaves its block, 0 elsewhere.
+      sight: with `step` -1 tokens see those behind them, and this is `Sight.behind`.
+    """
     cut = Cut.of(x, taps.shape[1], COLUMN_COUNT, step)
-    arguments = [x, sight.leaving(x, step), _copies(taps, cut, x.dtype), *sight]
-    options = {"warps": WARPS, "stages": STAGES, "cut": cut}
+    arguments = [x, leaving, _copies(taps, cut, x.dtype), *sight]
+    options: dict[str, Any] = {"warps": WARPS, "stages": STAGES, "cut": cut}
     [y] = launch(toeplitz_products, cut.programs, arguments, [Type(x.shape, x.dtype)], **options)
     return y
 
 
-def gradients(x, dy, taps: int, sight: Sight, behind: Sight) -> jax.Array:
-    """Return dh (D, `taps`) fp32."""
+def gradients(x, leaving, dy, entering, taps: int, sight: Sight) -> jax.Array:
+    """Return dh (D, `taps`) fp32; `entering` is dy where it would leave its block if time were reversed."""
     cut = Cut.of(x, taps, GRADIENT_COLUMN_COUNT)
     tiles = 1 + cut.reach
-    arguments = [x, sight.leaving(x), dy, behind.leaving(dy, -1), *sight]
+    arguments = [x, leaving, dy, entering, *sight]
     types = [Type((cut.channels, tiles, 2 * BLOCK_TOKENS), jnp.float32)]
-    options = {"warps": GRADIENT_WARPS, "stages": GRADIENT_STAGES, "cut": cut}
+    options: dict[str, Any] = {"warps": GRADIENT_WARPS, "stages": GRADIENT_STAGES, "cut": cut}
     [sums] = launch(toeplitz_gradients, tiles, arguments, types, **options)
     before, own = jnp.split(sums, 2, axis=2)
     later = jnp.pad(before, ((0, 0), (0, 1), (0, 0)))[:, 1:]

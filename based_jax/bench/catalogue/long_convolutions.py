@@ -46,11 +46,15 @@ def long_conv_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     return {"y": convolved(u, kernel[::-1], jnp.zeros_like(u), ids)}
 
 
-def _cost(case: Case, which: str) -> tuple[float, float]:
-    """Count inputs and outputs, backward theirs as well, and three FFTs; a filter and its gradient once a channel."""
+def _cost(case: Case, which: str, others: int) -> tuple[float, float]:
+    """Count inputs and outputs, backward theirs as well, so many other bytes and their gradients, and three FFTs."""
+    size, flops = tokens(case) * 2 * BF16 + others, float(tokens(case) * long_conv.fft_flops(case.shape[2]))
+    return (size, flops) if which == FORWARD else (size + tokens(case) * 3 * BF16 + 2 * others, 3 * flops)
+
+
+def _long_conv_cost(case: Case, which: str) -> tuple[float, float]:
     _, channels, time = case.shape
-    size, flops = tokens(case) * 2 * BF16 + channels * time * FP32, float(tokens(case) * long_conv.fft_flops(time))
-    return (size, flops) if which == FORWARD else (2.5 * size, 3 * flops)
+    return _cost(case, which, channels * time * FP32)
 
 
 def _cases(name: str, dims: tuple[int, ...], options: dict) -> tuple[Case, ...]:
@@ -69,7 +73,7 @@ LONG_CONV = Operation(
     arrays=_long_conv_arrays,
     function=_long_conv,
     oracle=lambda case: long_conv_definition,
-    cost=_cost,
+    cost=_long_conv_cost,
     kernels=KERNELS,
     cases=_cases("long_conv", (), {"documents": True}),
     small_cases=(Case("long_conv", (1, 64, 130), documents=True),),
@@ -82,7 +86,8 @@ LONG_CONV = Operation(
 def modes(arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return log a, b and c (H, N): a of a length below 1 and of any angle."""
     log_a = jax.lax.complex(-0.1 * jax.nn.softplus(arrays["rate"]), arrays["angle"])
-    return log_a, *(jax.lax.complex(arrays[name][..., 0], arrays[name][..., 1]) for name in "bc")
+    b, c = (jax.lax.complex(arrays[name][..., 0], arrays[name][..., 1]) for name in "bc")
+    return log_a, b, c
 
 
 def _ssm_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
@@ -125,12 +130,18 @@ def ssm_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     return {"y": y, "state": state}
 
 
+def _ssm_cost(case: Case, which: str) -> tuple[float, float]:
+    """Count the modes and the state after."""
+    (batch, heads, _), [count] = case.shape, case.dims
+    return _cost(case, which, (6 + 2 * batch) * heads * count * FP32)
+
+
 DIAGONAL_SSM = Operation(
     table=diagonal_ssm.IMPLEMENTATIONS,
     arrays=_ssm_arrays,
     function=_ssm,
     oracle=lambda case: ssm_definition,
-    cost=_cost,
+    cost=_ssm_cost,
     kernels=KERNELS,
     cases=_cases("diagonal_ssm", (8,), PACKED),
     small_cases=(Case("diagonal_ssm", (1, 64, 130), (8,), documents=True),),

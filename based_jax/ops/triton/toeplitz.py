@@ -6,21 +6,21 @@ are fp32. Kernels: `pallas_kernels/triton/toeplitz.py`.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from based_jax import devices
 from based_jax.dims import BT, BTD
 from based_jax.ops import sharded
 from based_jax.ops.calls import LongConvCall
 from based_jax.ops.dispatch import target_device_kind
-from based_jax.ops.triton import packages
+from based_jax.ops.triton import limits
 
 Taps = Float[Array, "L D"]
 
 
 def supports(x: Array) -> str | None:
     """Return why the kernels cannot convolve x, or None."""
-    if reason := packages.missing():
+    if reason := limits.missing_packages():
         return reason
     if x.dtype != jnp.bfloat16:
         return f"its inputs must be bfloat16, and are {x.dtype}"
@@ -68,7 +68,8 @@ def _convolve(x: BTD, taps: Taps, numbers: BT) -> BTD:
 def _convolve_fwd(x, taps, numbers):
     from pallas_kernels.triton import toeplitz as kernels
 
-    y = kernels.products(_by_channel(x), taps.T, kernels.Sight.of(numbers, len(taps)))
+    sight = kernels.Sight.of(numbers, len(taps))
+    y = kernels.products(*_by_channel(x, sight.leaving()), taps.T, sight)
     return _by_token(y), (x, taps, numbers)
 
 
@@ -78,16 +79,18 @@ def _convolve_bwd(saved, dy):
     x, taps, numbers = saved
     count = len(taps)
     sight, behind = kernels.Sight.of(numbers, count), kernels.Sight.behind(numbers, count)
-    x, dy = _by_channel(x), _by_channel(dy)
-    dx = kernels.products(dy, taps.T, behind, step=-1)
-    return _by_token(dx), kernels.gradients(x, dy, count, sight, behind).T, None
+    given, taken = _by_channel(x, sight.leaving()), _by_channel(dy, behind.leaving(-1))
+    dx = kernels.products(*taken, taps.T, behind, step=-1)
+    return _by_token(dx), kernels.gradients(*given, *taken, count, sight).T, None
 
 
 _convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
-def _by_channel(x: BTD) -> Float[Array, "D B T"]:
-    return jnp.moveaxis(x, 2, 0)
+def _by_channel(x: BTD, kept: Bool[Array, "B T"]) -> tuple[Float[Array, "D B T"], Float[Array, "D B T"]]:
+    """Return x, and x where it is kept, 0 elsewhere."""
+    x = jax.lax.optimization_barrier(jnp.moveaxis(x, 2, 0))  # XLA would read x against its order for what follows
+    return x, jnp.where(kept[None], x, 0)
 
 
 def _by_token(x: Float[Array, "D B T"]) -> BTD:
