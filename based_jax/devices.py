@@ -1,7 +1,7 @@
 """What is known of each kind of device: the vendor's numbers, and what was measured on it.
 
 A kind is what JAX calls `device_kind`. Its numbers are those of the entry of `DEVICES` with the longest name that it
-starts with; whether it is a Hopper GPU is told by the model among its words ("NVIDIA DGX H100").
+starts with; a GPU's architecture is told by the model among its words ("NVIDIA DGX H100").
 """
 
 import dataclasses
@@ -98,7 +98,12 @@ class Device:
 
 GIB = 1 << 30
 
-HOPPER_MODEL = re.compile(r"\bG?H(100|200|800|20)\b")
+GPU_MODELS = {
+    "Ampere": re.compile(r"\bA(2|10G?|16|30|40|100|800)\b|\bRTX A\d{4}\b|\bGeForce RTX 30\d\d\b"),
+    "Ada": re.compile(r"\bL(4|20|40S?)\b|\bAda\b|\bGeForce RTX 40\d\d\b"),
+    "Hopper": re.compile(r"\bG?H(100|200|800|20)\b"),
+}
+"""By architecture: of which `auto` takes kernels in Triton, on tensor cores for bf16."""
 
 H100_CROSSOVERS = Crossovers(
     linear_attention_one_chunk_tokens=512,
@@ -226,9 +231,14 @@ def find(device_kind: str) -> Device | None:
     return max(found, key=lambda device: len(device.name), default=None)
 
 
+def architecture(device_kind: str) -> str | None:
+    """Return that of a kind of GPU, a key of `GPU_MODELS`, or None."""
+    return next((name for name, model in GPU_MODELS.items() if model.search(device_kind)), None)
+
+
 def is_hopper(device_kind: str) -> bool:
     """Return whether a kind of device is a Hopper GPU, for which `pallas_kernels.hopper` is written."""
-    return HOPPER_MODEL.search(device_kind) is not None
+    return architecture(device_kind) == "Hopper"
 
 
 def crossovers(device_kind: str) -> Crossovers:

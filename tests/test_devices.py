@@ -51,6 +51,29 @@ def test_other_kinds_are_no_hopper_gpus(kind):
     assert not devices.is_hopper(kind)
 
 
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "Ampere"),
+        ("NVIDIA A10G", "Ampere"),
+        ("NVIDIA RTX A6000", "Ampere"),
+        ("NVIDIA GeForce RTX 3080 Ti", "Ampere"),
+        ("NVIDIA GeForce RTX 4090", "Ada"),
+        ("NVIDIA L40S", "Ada"),
+        ("NVIDIA RTX 6000 Ada Generation", "Ada"),
+        (H100, "Hopper"),
+        ("Tesla V100-SXM2-16GB", None),
+        ("Quadro RTX 4000", None),
+        ("NVIDIA GeForce RTX 2080 Ti", None),
+        ("NVIDIA GB200", None),
+        ("gfx942", None),
+        ("TPU v4", None),
+    ],
+)
+def test_an_architecture_is_known_by_the_model(kind, architecture):
+    assert devices.architecture(kind) == architecture
+
+
 def test_what_was_measured_on_the_h100_stands_for_devices_that_it_was_not_measured_on():
     for kind in (H100, "NVIDIA A100-SXM4-80GB", "cpu"):
         assert devices.crossovers(kind) is devices.H100_CROSSOVERS

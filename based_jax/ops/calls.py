@@ -200,7 +200,10 @@ class DiagonalSSMCall(NamedTuple):
 
 
 class SelectiveScanCall(NamedTuple):
-    """A scan with a token's own step, input and output: u, dt (B, T, D), A (D, N), B, C (B, T, N), state (B, D, N)."""
+    """A scan with a token's own step, input and output: u, dt (B, T, D), A (D, N), B, C (B, T, N), state (B, D, N).
+
+    With a bias (D) dt are raw: the steps are softplus(dt + bias).
+    """
 
     u: BTD
     dt: BTD
@@ -209,6 +212,7 @@ class SelectiveScanCall(NamedTuple):
     C: BTN
     state: BDN | None = None
     segment_ids: Documents = None
+    bias: Channels | None = None
 
     @property
     def tokens(self) -> "SelectiveScanCall":
@@ -277,14 +281,14 @@ class NormCall(NamedTuple):
 
 
 class GatedNormCall(NamedTuple):
-    """The RMS norm of (y + skip u) silu(z), with y, u and z (..., D) and skip, scale (D)."""
+    """(y + skip u) silu(z), with y, u and z (..., D) and skip (D); where there is a scale (D), its RMS norm."""
 
     y: Rows
     u: Rows
     z: Rows
     skip: Channels
-    scale: Channels
-    eps: float
+    scale: Channels | None = None
+    eps: float = 0.0
 
 
 class CrossEntropyCall(NamedTuple):

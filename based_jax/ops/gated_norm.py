@@ -1,18 +1,26 @@
-"""What stands between Mamba-2's state space and its projection out: a skip, a gate and a norm, in one pass.
+"""What stands between a state space and its projection out: a skip and a gate, and in Mamba-2 a norm, in one pass.
 
-    g = (y + skip u) silu(z)          x = g / sqrt(mean(g^2) + eps) * scale          (arXiv 2405.21060, section 7.1)
+    g = (y + skip u) silu(z)                                                         (arXiv 2312.00752, section 3.4)
+    x = g / sqrt(mean(g^2) + eps) * scale                                            (arXiv 2405.21060, section 7.1)
 
 The arithmetic is fp32, of arrays in what layers compute in.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from based_jax.errors import UserError
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, GatedNormCall, Rows
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import gated_norm as hopper_gated_norm
+
+
+@checked
+def gated_skip(y: Rows, u: Rows, z: Rows, skip: Channels, *, impl: str = "auto") -> Rows:
+    """Return (y + skip u) silu(z) in z's dtype, of (..., D) and (D,); `impl` and errors as of `gated_rms_norm`."""
+    return dispatch("gated_skip", IMPLEMENTATIONS, impl, GatedNormCall(y, u, z, skip))
 
 
 @checked
@@ -37,10 +45,14 @@ def gated_rms_norm(
 
 def _xla(call: GatedNormCall) -> Rows:
     y, u, z = (x.astype(jnp.float32) for x in (call.y, call.u, call.z))
-    skip, scale = (x.astype(jnp.float32).reshape(*(1,) * (y.ndim - 1), -1) for x in (call.skip, call.scale))
-    gated = (y + skip * u) * jax.nn.silu(z)
-    inverse = jax.lax.rsqrt(jnp.mean(gated * gated, axis=-1, keepdims=True) + call.eps)
-    return (gated * inverse * scale).astype(call.z.dtype)
+    x = (y + _row(call.skip, y) * u) * jax.nn.silu(z)
+    if call.scale is not None:
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + call.eps) * _row(call.scale, x)
+    return x.astype(call.z.dtype)
+
+
+def _row(weights: Channels, x: Rows) -> Float[Array, "... D"]:
+    return weights.astype(jnp.float32).reshape(*(1,) * (x.ndim - 1), -1)
 
 
 IMPLEMENTATIONS = {

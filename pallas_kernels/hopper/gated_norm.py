@@ -1,4 +1,4 @@
-"""The RMS norm of what a skip is added to and a gate multiplies, on Hopper, forward and backward (`ops/gated_norm.py`).
+"""A skip and a gate, and the RMS norm of what they make or none, on Hopper, forward and backward (`ops/gated_norm.py`).
 
     g = (y + skip u) silu(z)        x = g r scale        r = 1 / sqrt(mean(g^2) + eps)
 
@@ -8,6 +8,7 @@ pieces makes the row's sums, a second one what needs them. The gradients are
     dg = r (dx scale - g r mean(dx scale g r))        dy = dg silu(z)        dz = dg (y + skip u) silu'(z)
 
 with sums over the tokens of dy u and of dx g r for those of `skip` and `scale`; du = skip dy is left to the caller.
+Without a norm x is g.
 """
 
 import functools
@@ -34,77 +35,88 @@ MIN_BLOCK_ROWS = 4
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "multiprocessors"))
-def forward(y, u, z, skip, scale, *, eps: float, multiprocessors: int):
-    """Return the norm (N, D) bf16.
+def forward(y, u, z, skip, scale=None, *, eps: float, multiprocessors: int):
+    """Return the norm, or g (N, D) bf16.
 
     Args:
       y, u, z: (N, D) bf16; D is a multiple of 128.
-      skip, scale: (D,) fp32.
+      skip, scale: (D,) fp32; without the second there is no norm.
       multiprocessors: of the GPU.
     """
-    plan = _Plan.of(y, RESIDENT_FORWARD_BLOCKS * multiprocessors)
+    plan, norms = _Plan.of(y, RESIDENT_FORWARD_BLOCKS * multiprocessors), scale is not None
 
-    def body(y_ref, u_ref, z_ref, skip_ref, scale_ref, x_ref, *scratch):
-        *tiles, filled = scratch
-        ring = plan.ring((y_ref, u_ref, z_ref), tiles, filled)
-        skips, scales = plan.columns(skip_ref), plan.columns(scale_ref)
+    def body(*refs):
+        sources, weights, results, (*tiles, filled) = split(refs, 3, 1 + norms, 1)
+        ring = plan.ring(sources, tiles, filled)
+        skips, *scales = map(plan.columns, weights)
 
         def step(n, slot, carry):
-            gated = [_gated(*plan.load(tiles, slot, i), skips[i])[0] for i in range(plan.pieces)]
-            inverse = lax.rsqrt(plan.mean([g * g for g in gated]) + eps)
-            for i, g in enumerate(gated):
-                tiles[0].at[slot, :, plan.piece(i)][...] = (g * inverse * scales[i]).astype(x_ref.dtype)
+            x = [_gated(skip, *plan.load(tiles, slot, i))[0] for i, skip in enumerate(skips)]
+            if norms:
+                inverse = lax.rsqrt(plan.mean([g * g for g in x]) + eps)
+                x = [g * inverse * scale for g, scale in zip(x, *scales, strict=True)]
+            for i, piece in enumerate(x):
+                tiles[0].at[slot, :, plan.piece(i)][...] = piece.astype(y.dtype)
             return carry
 
-        ring.walk(step, plan.put([x_ref], tiles), ())
+        ring.walk(step, plan.put(results, tiles), ())
 
-    return plan.kernel(body, "gated_norm_forward", [plan.like(y)], 3)(y, u, z, skip, scale)
+    kernel = plan.kernel(body, f"{_name(norms)}_forward", [plan.like(y)], 3)
+    return kernel(y, u, z, skip, *([scale] if norms else []))
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "multiprocessors"))
 def backward(y, u, z, skip, scale, dx, *, eps: float, multiprocessors: int):
-    """Return dy and dz (N, D) bf16, and sums (blocks, D) fp32 of dskip and of dscale; arguments as of `forward`."""
-    plan = _Plan.of(y, RESIDENT_BACKWARD_BLOCKS * multiprocessors)
+    """Return dy and dz (N, D) bf16, and sums (blocks, D) fp32 of dskip and of any dscale; arguments as of `forward`."""
+    plan, norms = _Plan.of(y, RESIDENT_BACKWARD_BLOCKS * multiprocessors), scale is not None
 
     def body(*refs):
-        sources, weights, results, sums, scratch = split(refs, 4, 2, 2, 2)
-        *tiles, filled = scratch
+        sources, weights, results, sums, (*tiles, filled) = split(refs, 4, 1 + norms, 2, 1 + norms)
         ring = plan.ring(sources, tiles, filled)
-        skips, scales = map(plan.columns, weights)
+        skips, *scales = map(plan.columns, weights)
 
-        def step(n, slot, totals):
+        def normal(slot):
+            """Return the function from a piece of dx and of g to that of dg, and what it adds to dscale."""
             squares, products = [], []
-            for i in range(plan.pieces):
+            for i, (skip, scale) in enumerate(zip(skips, *scales, strict=True)):
                 *given, dx = plan.load(tiles, slot, i)
-                g, *_ = _gated(*given, skips[i])
+                g, *_ = _gated(skip, *given)
                 squares.append(g * g)
-                products.append(dx * scales[i] * g)
+                products.append(dx * scale * g)
             inverse = lax.rsqrt(plan.mean(squares) + eps)
             inner = plan.mean(products) * inverse * inverse
+            return lambda i, dx, g: (inverse * (dx * scales[0][i] - g * inner), [dx * g * inverse])
+
+        def step(n, slot, totals):
+            through = normal(slot) if norms else lambda i, dx, g: (dx, [])
             after = []
-            for i, (dskip, dscale) in enumerate(totals):
+            for i, total in enumerate(totals):
                 y, u, z, dx = plan.load(tiles, slot, i)
-                g, total, opened, sigmoid = _gated(y, u, z, skips[i])
-                dg = inverse * (dx * scales[i] - g * inner)
-                dy, dz = dg * opened, dg * total * (sigmoid + opened * (1.0 - sigmoid))
+                g, sum_, opened, sigmoid = _gated(skips[i], y, u, z)
+                dg, dscale = through(i, dx, g)
+                dy, dz = dg * opened, dg * sum_ * (sigmoid + opened * (1.0 - sigmoid))
                 for tile, gradient in zip(tiles, (dy, dz), strict=False):
                     tile.at[slot, :, plan.piece(i)][...] = gradient.astype(tile.dtype)
-                after.append((dskip + dy * u, dscale + dx * g * inverse))
+                after.append([before + x for before, x in zip(total, [dy * u, *dscale], strict=True)])
             return after
 
-        zeros = [(jnp.zeros_like(x), jnp.zeros_like(x)) for x in skips]
+        zeros = [[jnp.zeros_like(x) for _ in sums] for x in skips]
         totals = ring.walk(step, plan.put(results, tiles), zeros)
         for i, found in enumerate(totals):
             for ref, total in zip(sums, found, strict=True):
                 ref.at[pl.ds(lax.axis_index("block"), 1), plan.piece(i)][...] = total
 
-    parts = jax.ShapeDtypeStruct((plan.blocks, plan.channels), jnp.float32)
-    kernel = plan.kernel(body, "gated_norm_backward", [plan.like(y), plan.like(y), parts, parts], 4)
-    return kernel(y, u, z, dx, skip, scale)
+    parts = [jax.ShapeDtypeStruct((plan.blocks, plan.channels), jnp.float32)] * (1 + norms)
+    kernel = plan.kernel(body, f"{_name(norms)}_backward", [plan.like(y), plan.like(y), *parts], 4)
+    return kernel(y, u, z, dx, skip, *([scale] if norms else []))
 
 
-def _gated(y, u, z, skip):
-    """Return what is normalised, what the gate multiplies, the gate silu(z), and sigmoid(z)."""
+def _name(norms: bool) -> str:
+    return "gated_norm" if norms else "gated_skip"
+
+
+def _gated(skip, y, u, z):
+    """Return g, the sum that the gate multiplies, the gate silu(z), and sigmoid(z)."""
     sigmoid = stream.sigmoid(z)
     total, opened = y + skip * u, z * sigmoid
     return total * opened, total, opened, sigmoid

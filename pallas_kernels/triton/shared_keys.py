@@ -10,6 +10,7 @@ K and Q are multiplied once for all heads of a program.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def gradients(q, k, v, c, starts, do, ends, *, scale: float) -> list[jax.Array]:
     heads = math.gcd(cut.heads // cut.groups, MAX_PROGRAM_HEADS)
     parts = cut.heads // heads
     made = Type((cut.batch, cut.time, parts, cut.keys), q.dtype)
-    options = {"warps": PROGRAM_WARPS, "stages": STAGES, "cut": cut, "heads": heads, "scale": scale}
+    options: dict[str, Any] = {"warps": PROGRAM_WARPS, "stages": STAGES, "cut": cut, "heads": heads, "scale": scale}
     results = [made, made, cut.sums_of_pieces()]
     arguments, programs = [c, v, do, q, k, starts, ends], cut.chunks * parts * cut.pieces
     dq, dk, dc = launch(shared_keys_gradients, programs, arguments, results, **options)

@@ -11,7 +11,7 @@ first one; in a block itself they are multiplied one after another.
 Arrays are (D, B, T) in bf16, T a multiple of `BLOCK_TOKENS`, filters (D, L) fp32. D rows of a launch share (B, .) ones.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def products(x, leaving, taps, sight: Sight, *, step: int = 1) -> jax.Array:
     """
     cut = Cut.of(x, taps.shape[1], COLUMN_COUNT, step)
     arguments = [x, leaving, _copies(taps, cut, x.dtype), *sight]
-    options = {"warps": WARPS, "stages": STAGES, "cut": cut}
+    options: dict[str, Any] = {"warps": WARPS, "stages": STAGES, "cut": cut}
     [y] = launch(toeplitz_products, cut.programs, arguments, [Type(x.shape, x.dtype)], **options)
     return y
 
@@ -143,7 +143,7 @@ def gradients(x, leaving, dy, entering, taps: int, sight: Sight, behind: Sight) 
 def _tile_gradients(kernel, programs: int, tiles: int, arguments, cut: Cut) -> jax.Array:
     """Return the gradients of so many tiles of each program of a channel, summed over their diagonals."""
     types = [Type((cut.channels, programs * tiles, 2 * BLOCK_TOKENS), jnp.float32)]
-    options = {"warps": GRADIENT_WARPS, "stages": GRADIENT_STAGES, "cut": cut}
+    options: dict[str, Any] = {"warps": GRADIENT_WARPS, "stages": GRADIENT_STAGES, "cut": cut}
     [sums] = launch(kernel, programs, arguments, types, **options)
     return sums
 

@@ -123,7 +123,7 @@ def test_every_peer_has_an_operation():
 
 def test_any_entry_of_a_table_can_be_named():
     taylor = OPERATIONS["taylor_attention"]
-    assert taylor.usual_impls == ["hopper_chunks", "xla_chunks"]
+    assert taylor.usual_impls == ["hopper_chunks", "triton_chunks", "xla_chunks"]
     names = ["hopper_chunks", "xla_chunks", "xla_quadratic", "xla_steps", "oracle"]
     assert taylor.impls(names) == taylor.impls(["hopper", "xla", "quadratic", "recurrent", "oracle"]) == names
     assert OPERATIONS["attention"].usual_impls == ["cudnn_flash", "hopper_tiles", "triton_tiles"]

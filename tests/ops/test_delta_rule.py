@@ -147,7 +147,9 @@ def test_auto_takes_what_was_timed_and_is_fastest():
         )  # half of them on a device
         assert taken(H100, CHUNK_TOKENS, **many, shape=(2,), names=("other",)) == "hopper_steps"
         assert taken(H100, 2**18, **many) == "triton_chunks"  # more elements than steps can count
-    assert taken("NVIDIA A100", 256) == "xla_chunks"
+        assert taken("NVIDIA L40S", CHUNK_TOKENS, **many) == "triton_chunks"
+    assert [taken("NVIDIA A100", T) for T in (CHUNK_TOKENS - 1, CHUNK_TOKENS)] == ["xla_chunks", "triton_chunks"]
+    assert taken("NVIDIA V100", 256) == "xla_chunks"
 
 
 def test_steps_equal_one_call(normal, close):

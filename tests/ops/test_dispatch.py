@@ -98,7 +98,7 @@ def test_what_bare_names_meant_before_there_were_forms_they_still_mean():
         (norm, {"hopper": "hopper_rows", "xla": "xla_rows"}),
         (selective_scan, {"hopper": "hopper_steps", "xla": "xla_chunks"}),
         (ssd, {"triton": "triton_chunks", "hopper": "hopper_steps", "xla": "xla_chunks"}),
-        (taylor, {"hopper": "hopper_chunks", "xla": "xla_chunks"}),
+        (taylor, {"hopper": "hopper_chunks", "triton": "triton_chunks", "xla": "xla_chunks"}),
         (wkv4, {"hopper": "hopper_steps", "xla": "xla_chunks"}),
     )
     for module, names in tables:

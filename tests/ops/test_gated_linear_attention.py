@@ -96,7 +96,8 @@ def test_auto_takes_the_fastest_on_a_gpu():
     assert [taken(H100, T, 128, 256, dtype="float32") for T in (one, one + 1)] == [quadratic, hopper]
     assert [taken(H100, T, dtype="float32") for T in (short, few, few + 1)] == [hopper, hopper, "xla_chunks"]
     assert [taken(H100, T, 128, 256, 128) for T in (short, full, one)] == [hopper, triton, triton]
-    assert [taken("NVIDIA A100", T) for T in (one, one + 1)] == [quadratic, "xla_chunks"]
+    assert [taken("NVIDIA A100", T) for T in (short, full, few + 1)] == [quadratic, triton, triton]
+    assert [taken("NVIDIA V100", T) for T in (one, one + 1)] == [quadratic, "xla_chunks"]
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -1,4 +1,4 @@
-"""The RMS norm behind a skip and a gate: against fp64, and the Hopper kernels as far as a CPU can tell."""
+"""A skip and a gate, and the RMS norm behind them: against fp64, and the Hopper kernels as far as a CPU can tell."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from based_jax.bench.cases import Case
 from based_jax.errors import UserError
 from based_jax.ops import gated_norm
 from based_jax.ops.calls import GatedNormCall
-from based_jax.ops.gated_norm import gated_rms_norm
+from based_jax.ops.gated_norm import gated_rms_norm, gated_skip
 from based_jax.ops.hopper import gated_norm as hopper_gated_norm
 
 
@@ -31,20 +31,26 @@ def test_equals_fp64(shape, dtype, normal, close):
     x = gated_rms_norm(*arguments, eps=0.1)
     y, u, z, skip, scale = (np.asarray(z, np.float64) for z in arguments)
     gated = (y + skip * u) * z / (1 + np.exp(-z))
-    assert x.dtype == dtype
+    bare = gated_skip(*arguments[:4])
+    assert x.dtype == bare.dtype == dtype
+    close(bare, gated, dtype)
     close(x, gated / np.sqrt(np.mean(gated**2, axis=-1, keepdims=True) + 0.1) * scale, dtype)
 
 
-@parametrize_some("shape", [(2, 7, 256), (1, 3, 2304), (1, 9, 384)], [(2, 7, 256)])
-def test_kernels_equal_the_xla_form(shape, normal, out_and_grads):
+INTERPRETED = [(shape, norms) for shape in ((2, 7, 256), (1, 3, 2304), (1, 9, 384)) for norms in (True, False)]
+
+
+@parametrize_some("shape, norms", INTERPRETED, INTERPRETED[:2])
+def test_kernels_equal_the_xla_form(shape, norms, normal, out_and_grads):
     """In Pallas' interpreter, which looks for races; of the second shape a row has three pieces."""
     arguments, cotangent = inputs(normal, *shape, dtype="bfloat16"), normal(*shape, dtype="bfloat16")
+    arguments = arguments if norms else arguments[:4]
 
     def run(impl, dtype):
         arrays = *(x.astype(dtype) for x in arguments[:3]), *arguments[3:]
 
         def call(*arrays):
-            return impl(GatedNormCall(*arrays, 0.1))
+            return impl(GatedNormCall(*arrays, eps=0.1))
 
         return jax.tree.leaves(out_and_grads(call, arrays, cotangent.astype(dtype)))
 
@@ -80,19 +86,20 @@ def test_rows_whose_channels_lie_over_devices_are_left_to_xla():
         assert "and do over the mesh axes tensor" in hopper_gated_norm.supports(GatedNormCall(*arguments, 1e-5))
 
 
-LOWERED = [(None, (8, 2048, 4096)), (None, (3, 1025, 384)), (2, (2, 512, 256))]
+LOWERED = [(None, (8, 2048, 4096), True), (None, (3, 1025, 384), False), (2, (2, 512, 256), True)]
 
 
-@parametrize_some("lanes, shape", LOWERED, LOWERED[1:])
-def test_lowers_for_an_h100(lanes, shape):
+@parametrize_some("lanes, shape, norms", LOWERED, LOWERED[1:])
+def test_lowers_for_an_h100(lanes, shape, norms):
     leading = () if lanes is None else (lanes,)
     wide = [jax.ShapeDtypeStruct((*leading, *shape), jnp.bfloat16)] * 3
-    weights = [jax.ShapeDtypeStruct((*leading, shape[-1]), jnp.float32)] * 2
-    both = jax.value_and_grad(lambda *arrays: gated_rms_norm(*arrays).astype(jnp.float32).sum(), range(5))
+    weights = [jax.ShapeDtypeStruct((*leading, shape[-1]), jnp.float32)] * (1 + norms)
+    name, operation = ("gated_norm", gated_rms_norm) if norms else ("gated_skip", gated_skip)
+    both = jax.value_and_grad(lambda *arrays: operation(*arrays).astype(jnp.float32).sum(), range(4 + norms))
     with gpus():
         traced = jax.jit(both if lanes is None else jax.vmap(both)).trace(*wide, *weights)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "gated_norm_forward" in text and "gated_norm_backward" in text
+    assert f"{name}_forward" in text and f"{name}_backward" in text
 
 
 def test_lowers_under_shard_map():
@@ -113,6 +120,7 @@ def test_lowers_under_shard_map():
     assert "gated_norm_backward" in text and "all_reduce" in text
 
 
-def test_the_definition_is_the_operation():
-    [row] = check.rows_of([Case("gated_rms_norm", (2, 128, 3), impl="xla")], seed=1)
-    assert row["passed"] and set(row["errors"]) == {"x", "dy", "du", "dz", "dskip", "dscale"}
+@pytest.mark.parametrize("name, weights", [("gated_skip", {"dskip"}), ("gated_rms_norm", {"dskip", "dscale"})])
+def test_the_definition_is_the_operation(name, weights):
+    [row] = check.rows_of([Case(name, (2, 128, 3), impl="xla")], seed=1)
+    assert row["passed"] and set(row["errors"]) == {"x", "dy", "du", "dz"} | weights

@@ -110,7 +110,7 @@ def _convolution(
         kernels=kernels,
         cases=_cases(name, taps, other_taps) + more,
         small_cases=(Case(name, (1, 256, 130), (3,), documents=True),),
-        timed={name: by_channel(name, (taps,))} | timed,
+        timed={name: by_channel(name, (taps,)), **timed},
         weights=frozenset({"kernel", "bias"}),
     )
 

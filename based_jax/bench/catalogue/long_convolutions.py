@@ -86,7 +86,8 @@ LONG_CONV = Operation(
 def modes(arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return log a, b and c (H, N): a of a length below 1 and of any angle."""
     log_a = jax.lax.complex(-0.1 * jax.nn.softplus(arrays["rate"]), arrays["angle"])
-    return log_a, *(jax.lax.complex(arrays[name][..., 0], arrays[name][..., 1]) for name in "bc")
+    b, c = (jax.lax.complex(arrays[name][..., 0], arrays[name][..., 1]) for name in "bc")
+    return log_a, b, c
 
 
 def _ssm_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:

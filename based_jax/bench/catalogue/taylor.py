@@ -124,7 +124,7 @@ TAYLOR_ATTENTION = Operation(
     function=_function,
     oracle=lambda case: definition,
     cost=_cost,
-    kernels={"hopper_chunks": ("taylor_",)},
+    kernels={"hopper_chunks": ("taylor_",), "triton_chunks": ("taylor_",)},
     cases=_cases(),
     # 550 tokens are two pieces.
     small_cases=(

@@ -88,7 +88,7 @@ class Mamba2(Mixer):
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         *parts, dt = self._projected(x)
         parts = [short_conv(part, **conv, segment_ids=segment_ids)[0] for part, conv in self._convs(parts)]
-        inputs = self._inputs(*parts, dt)
+        inputs = self._inputs(parts, dt)
         y, _ = ssd(*inputs, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, inputs[0], y))
 
@@ -102,7 +102,7 @@ class Mamba2(Mixer):
         *parts, dt = self._projected(x)
         found = [short_conv(part, **conv, segment_ids=segment_ids) for part, conv in self._convs(parts, state.conv)]
         parts, after = zip(*found, strict=True)
-        inputs = self._inputs(*parts, dt)
+        inputs = self._inputs(parts, dt)
         y, memory = ssd(*inputs, state=state.memory, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(x, inputs[0], y), Mamba2State(jnp.concatenate(after, axis=-1), memory)
 
@@ -112,7 +112,7 @@ class Mamba2(Mixer):
         parts, after = zip(
             *(short_conv_step(part, **conv) for part, conv in self._convs(parts, state.conv)), strict=True
         )
-        u, dt, A, B, C = self._inputs(*parts, dt)
+        u, dt, A, B, C = self._inputs(parts, dt)
         y, memory = ssd_step(u, dt, A, B, C, state.memory)
         return self._out(x, u, y), Mamba2State(jnp.concatenate(after, axis=-1), memory)
 
@@ -149,9 +149,9 @@ class Mamba2(Mixer):
             convs = [conv | {"state": state[..., end]} for conv, end in zip(convs, ends, strict=True)]
         return list(zip(parts, convs, strict=True))
 
-    def _inputs(self, x, BC, dt):
+    def _inputs(self, parts, dt):
         """Return (x, dt, A, B, C) of the scan by head and by group."""
-        groups = self.config.ngroups
+        (x, BC), groups = parts, self.config.ngroups
         B, C = jnp.split(BC, 2, axis=-1)
         x, B, C = (layers.split_heads(y, count) for y, count in ((x, self.num_heads), (B, groups), (C, groups)))
         dt = dt.astype(jnp.float32)
@@ -162,4 +162,5 @@ class Mamba2(Mixer):
         z = layers.linear_part(self.in_proj, x, 0, self.d_inner)
         skip = jnp.repeat(self.D[...], self.config.headdim)
         y, u = (layers.merge_heads(heads) for heads in (y, u))
+        assert self.norm.scale is not None
         return self.out_proj(gated_rms_norm(y, u, z, skip, self.norm.scale[...], eps=self.norm.epsilon))

@@ -1,4 +1,4 @@
-"""The gated norm in a Hopper kernel: which calls it takes, and gradients.
+"""The skip, the gate and any norm in a Hopper kernel: which calls it takes, and gradients.
 
 Kernels: `pallas_kernels/hopper/gated_norm.py`.
 """
@@ -19,7 +19,7 @@ CHANNEL_MULTIPLE, MAX_CHANNELS = 128, 4096
 
 def supports(call: GatedNormCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
-    channels = call.scale.size
+    channels = call.skip.size
     for name, x in (("y", call.y), ("u", call.u), ("z", call.z)):
         if x.dtype != jnp.bfloat16:
             return f"{name} must be bfloat16, and is {x.dtype}"
@@ -33,11 +33,11 @@ def supports(call: GatedNormCall) -> str | None:
 
 
 def compute(call: GatedNormCall) -> Rows:
-    """Return the norm, each device for its rows."""
+    """Return the norm, or what there is without one, each device for its rows."""
 
     def shard(y, u, z, *weights):
-        rows = (x.reshape(-1, call.scale.size) for x in (y, u, z))
-        wide = (x.astype(jnp.float32) for x in weights)
+        rows = (x.reshape(-1, call.skip.size) for x in (y, u, z))
+        wide = (None if x is None else x.astype(jnp.float32) for x in weights)
         return _fused(call.eps, *sharded.vary_alike(*rows, *wide)).reshape(y.shape)
 
     stream = ("batch", "time")[: call.y.ndim - 1]
@@ -61,10 +61,12 @@ def _fused_fwd(eps, *arguments):
 def _fused_bwd(eps, saved, dx):
     from pallas_kernels.hopper import gated_norm as kernels
 
+    skip = saved[3]
     backward = functools.partial(kernels.backward, eps=eps, multiprocessors=limits.multiprocessors())
-    dy, dz, dskip, dscale = sharded.launch(backward, *saved, dx)
-    du = (dy.astype(jnp.float32) * saved[3][None]).astype(dy.dtype)
-    return dy, du, dz, dskip.sum(axis=0), dscale.sum(axis=0)
+    dy, dz, *sums = sharded.launch(backward, *saved, dx)
+    du = (dy.astype(jnp.float32) * skip[None]).astype(dy.dtype)
+    dskip, dscale, *_ = *(x.sum(axis=0) for x in sums), None
+    return dy, du, dz, dskip, dscale
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

@@ -8,12 +8,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from based_jax import devices
 from based_jax.dims import BTHV
 from based_jax.ops import sharded, softmax_walks
 from based_jax.ops.calls import AttentionCall
-from based_jax.ops.dispatch import target_device_kind
-from based_jax.ops.triton import packages
+from based_jax.ops.triton import limits
 
 MAX_HEAD_DIM = 256
 MAX_ELEMENTS = 2**31
@@ -23,7 +21,7 @@ DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 def supports(call: AttentionCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
     q, k, v = call.q, call.k, call.v
-    if reason := packages.missing():
+    if reason := limits.missing_packages():
         return reason
     if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in DTYPES:
         return f"q, k and v must all be bfloat16 or float16, and are {q.dtype}, {k.dtype} and {v.dtype}"
@@ -36,8 +34,7 @@ def supports(call: AttentionCall) -> str | None:
 
 def slower(_call: AttentionCall) -> str | None:
     """Return why `auto` leaves a call to others, or None."""
-    kind = target_device_kind()
-    return None if devices.is_hopper(kind) else f"it is checked for Hopper GPUs alone, and this is {kind}"
+    return limits.unknown_gpu()
 
 
 def compute(call: AttentionCall) -> BTHV:

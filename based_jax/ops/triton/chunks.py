@@ -14,7 +14,7 @@ from based_jax.ops import segments, sharded
 from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.decays import empty_state
 from based_jax.ops.dispatch import target_device_kind
-from based_jax.ops.triton import packages
+from based_jax.ops.triton import limits
 
 KEY_DIMS = (16, 32, 64, 128, 256)
 """Sizes of keys; others are filled up with zeros."""
@@ -24,7 +24,7 @@ MIN_LOG_DECAY = -128.0
 
 def supports(v: BTHV, keys: int) -> str | None:
     """Return why no kernels can run a call with keys of that size, or None."""
-    if reason := packages.missing():
+    if reason := limits.missing_packages():
         return reason
     if v.dtype != jnp.bfloat16:
         return f"v must be bfloat16, and is {v.dtype}"
@@ -37,10 +37,9 @@ def supports(v: BTHV, keys: int) -> str | None:
 
 def slower(v: BTHV) -> str | None:
     """Return why `auto` leaves a call to others, or None."""
-    kind, time = target_device_kind(), v.shape[1]
-    if not devices.is_hopper(kind):
-        return f"it has been timed on Hopper GPUs alone, and this is {kind}"
-    full = devices.crossovers(kind).chunk_tokens
+    if reason := limits.unknown_gpu():
+        return reason
+    time, full = v.shape[1], devices.crossovers(target_device_kind()).chunk_tokens
     return None if time >= full else f"T is {time}, less than a chunk of {full}"
 
 

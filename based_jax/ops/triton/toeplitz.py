@@ -13,14 +13,14 @@ from based_jax.dims import BT, BTD
 from based_jax.ops import sharded
 from based_jax.ops.calls import LongConvCall
 from based_jax.ops.dispatch import target_device_kind
-from based_jax.ops.triton import packages
+from based_jax.ops.triton import limits
 
 Taps = Float[Array, "L D"]
 
 
 def supports(x: Array) -> str | None:
     """Return why the kernels cannot convolve x, or None."""
-    if reason := packages.missing():
+    if reason := limits.missing_packages():
         return reason
     if x.dtype != jnp.bfloat16:
         return f"its inputs must be bfloat16, and are {x.dtype}"
@@ -31,10 +31,9 @@ def supports(x: Array) -> str | None:
 
 def slower(taps: int) -> str | None:
     """Return why `auto` leaves a convolution with so many taps to others, or None."""
-    kind = target_device_kind()
-    if not devices.is_hopper(kind):
-        return f"it has been timed on Hopper GPUs alone, and this is {kind}"
-    most = devices.crossovers(kind).toeplitz_tiles_taps
+    if reason := limits.unknown_gpu():
+        return reason
+    most = devices.crossovers(target_device_kind()).toeplitz_tiles_taps
     return None if taps <= most else f"there are {taps} taps, above {most}"
 
 

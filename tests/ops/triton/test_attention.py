@@ -9,10 +9,10 @@ from helpers import cuda_plugin, triton_interpreter
 from helpers.cases import parametrize_some
 from helpers.devices import gpus
 
-from based_jax.ops import segments, softmax
+from based_jax.ops import dispatch, segments, softmax
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.triton import attention as triton_attention
-from based_jax.ops.triton import packages
+from based_jax.ops.triton import limits
 from pallas_kernels.triton import attention as kernels
 from pallas_kernels.triton.launch import shared_bytes
 
@@ -36,7 +36,7 @@ def test_refusals_name_the_value(call, words):
 
 
 def test_a_refusal_names_the_packages_that_are_missing(monkeypatch):
-    monkeypatch.setattr(packages, "PACKAGES", ("triton", "no_such_package"))
+    monkeypatch.setattr(limits, "PACKAGES", ("triton", "no_such_package"))
     assert triton_attention.supports(call_of()).startswith("no_such_package must be installed: pip install")
 
 
@@ -97,6 +97,15 @@ def test_tiles_are_as_large_as_there_is_memory(kind, size):
     with gpus(kind):
         tilings = [kernels.tiling_of(kernels.GRADIENT_TILINGS, *call_of(K=K)[:3]) for K in (64, 256)]
     assert [tiling.own for tiling in tilings] == [64, size]
+
+
+@pytest.mark.parametrize(
+    "kind, name", [("NVIDIA A100-SXM4-80GB", "triton_tiles"), ("NVIDIA L40S", "triton_tiles"), ("gfx942", "xla_chunks")]
+)
+def test_auto_takes_them_for_documents(kind, name):
+    with gpus(kind):
+        for table in (softmax.ATTENTION, softmax.WINDOW_ATTENTION):
+            assert dispatch.choose("attention", table, "auto", call_of(T=1024)) == name
 
 
 def test_lanes_lower_for_an_h100():
