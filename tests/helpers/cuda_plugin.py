@@ -7,8 +7,8 @@ from jaxlib import gpu_triton
 
 
 class TritonKernel:
-    def __init__(self, name, *_):
-        self.name = name
+    def __init__(self, name, _warps, _ctas, shared_bytes, *_):
+        self.name, self.shared_bytes = name, shared_bytes
 
 
 class TritonKernelCall:
@@ -41,6 +41,24 @@ def stand_in() -> None:
     for standin in STANDINS:
         if not hasattr(gpu_triton, standin.__name__):
             setattr(gpu_triton, standin.__name__, standin)
+
+
+def compiled(monkeypatch) -> list[TritonKernel]:
+    """Return a list that fills with the kernels that are compiled from now on."""
+    from jax_triton import triton_lib
+
+    kernels = []
+
+    class NotedKernel(TritonKernel):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            kernels.append(self)
+
+    for standin in STANDINS:
+        monkeypatch.setattr(gpu_triton, standin.__name__, standin)
+    monkeypatch.setattr(gpu_triton, "TritonKernel", NotedKernel)
+    monkeypatch.setattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
+    return kernels
 
 
 def without_code(monkeypatch) -> None:
