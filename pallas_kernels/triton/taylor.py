@@ -41,7 +41,8 @@ from pallas_kernels.triton.tiles import CHUNK, at_chunk, places, program_of_chun
 
 WIDTHS = 16, 32, 64
 """Columns of values that a program takes together."""
-WALK_STAGES = 3
+WALK_STAGES, PIECE_STAGES = 3, 1
+"""Of the loads of loops over chunks, and over pieces of features."""
 
 
 class Cut(NamedTuple):
@@ -156,8 +157,8 @@ def outputs(q, k, v, documents: Documents, starts, start_sums, *, scale: float) 
     cut = Cut.of(k, v)
     results = [like(v), Type(v.shape[:3], jnp.float32)]
     arguments = [q, k, v, *documents, starts, start_sums]
-    programs = cut.heads * cut.chunks * cut.strips
-    return launch(taylor_outputs, programs, arguments, results, warps=CHUNK_WARPS, cut=cut, scale=scale)
+    programs, options = cut.heads * cut.chunks * cut.strips, {"warps": CHUNK_WARPS, "cut": cut, "scale": scale}
+    return launch(taylor_outputs, programs, arguments, results, stages=PIECE_STAGES, **options)
 
 
 @triton.jit
