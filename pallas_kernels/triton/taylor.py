@@ -16,7 +16,7 @@ padding, and `held` (B, chunks + 1), whose state it is before each chunk and aft
 alone reads the state, or is written to it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,7 @@ def states(x, y, documents: Documents, first: tuple, shares: tuple | None = None
     cut = Cut.of(x, y)
     arguments = [x, y, *documents, *first, *(shares or (None, None))]
     results = [*cut.starts(y.dtype), *cut.sums()]
-    options = {"cut": cut, "scale": scale, "back": shares is not None}
+    options: dict[str, Any] = {"cut": cut, "scale": scale, "back": shares is not None}
     programs = cut.heads * cut.strips * PIECES_OF_FEATURES
     return launch(taylor_states, programs, arguments, results, warps=CHUNK_WARPS, stages=WALK_STAGES, **options)
 
