@@ -1,13 +1,13 @@
 """Taylor linear attention by chunks on tensor cores, in Triton kernels (see `ops/triton/taylor.py`).
 
 With scores p_ts = 1 + s + s^2/2 of s = c q_t.k_s inside a chunk, and the features F and their weights w between chunks
-(`taylor_features.py`), S the sum of F(k) v^T before the chunk and y that of F(k):
+(`taylor_features.py`), S the sum of F(k) v^T before the chunk and h that of F(k):
 
-    o_t = (sum_s p_ts v_s + (w F(q_t))^T S) / z_t        z_t = sum_s p_ts + (w F(q_t)).y
+    o_t = (sum_s p_ts v_s + (w F(q_t))^T S) / z_t        z_t = sum_s p_ts + (w F(q_t)).h
 
-`states` walks over the chunks with S and y, and back with their gradients R and x, which are the same sums:
+`states` walks over the chunks with S and h, and back with their gradients R and g, which are like sums:
 
-    R = sum_t w F(q_t) do_t^T / z_t                      x = -sum_t w F(q_t) delta_t / z_t, delta = do.o
+    R = sum_t w F(q_t) do_t^T / z_t                      g = -sum_t w F(q_t) delta_t / z_t, delta = do.o
 
 `outputs` takes all chunks at once. Sums with v and without it are of the same rounded numbers, so that o is exactly v
 where all values are alike, and gradients then cancel. Their gradients are in `taylor_backward.py`.
@@ -77,12 +77,12 @@ class Cut(NamedTuple):
         return -(-self.values // self.width)
 
     def sums(self) -> list[Type]:
-        """Return the types of S and y for every sequence."""
+        """Return the types of S and h for every sequence."""
         shape = self.batch, self.heads, PACKED_FEATURES
         return [Type((*shape, self.values), jnp.float32), Type(shape, jnp.float32)]
 
     def starts(self, dtype) -> list[Type]:
-        """Return the types of S and y for every chunk."""
+        """Return the types of S and h for every chunk."""
         shape = self.batch, self.heads, self.chunks, PACKED_FEATURES
         return [Type((*shape, self.values), dtype), Type(shape, jnp.float32)]
 
@@ -95,14 +95,13 @@ class Documents(NamedTuple):
 
 
 def states(x, y, documents: Documents, first: tuple, back: tuple | None = None, *, scale: float) -> list[jax.Array]:
-    """Return S and y of every chunk, those before it, and of the whole sequence.
+    """Return S and h before every chunk and after the last one or, with `back`, R and g after every chunk and at first.
 
     Args:
-      x: (B, T, H, K), what features are of.
-      y: (B, T, H, V), what they are multiplied with.
-      first: S (B, H, PACKED_FEATURES, V) and y (B, H, PACKED_FEATURES) to begin with, fp32.
-      back: 1 / z and delta, (B, T, H) fp32, of queries x and gradients y. With them the sums are R and x, the walk is
-        from the last chunk to the first, and a chunk's sums are those after it.
+      x: keys, or queries (B, T, H, K), of which features are.
+      y: values, or do (B, T, H, V), with which these are multiplied.
+      first: S (B, H, PACKED_FEATURES, V) and h (B, H, PACKED_FEATURES) before all chunks, or R and g after them, fp32.
+      back: 1 / z and delta, (B, T, H) fp32.
     """
     cut = Cut.of(x, y)
     arguments = [x, y, *documents, *first, *(back or (None, None))]

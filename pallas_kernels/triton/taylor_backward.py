@@ -1,10 +1,10 @@
 """The gradients of Taylor linear attention by chunks, in Triton kernels, in the letters of `taylor.py`.
 
-With S and y before a chunk, and R and x after it:
+With S and h before a chunk, and R and g after it:
 
     dp_ts = (do_t.v_s - delta_t) / z_t                   ds_ts = dp_ts (1 + s_ts)
-    dq_t = c sum_s ds_ts k_s + F'(q_t)^T w (S do_t - y delta_t) / z_t
-    dk_s = c sum_t ds_ts q_t + F'(k_s)^T (R v_s + x)
+    dq_t = c sum_s ds_ts k_s + F'(q_t)^T w (S do_t - h delta_t) / z_t
+    dk_s = c sum_t ds_ts q_t + F'(k_s)^T (R v_s + g)
     dv_s = sum_t p_ts do_t / z_t + R^T F(k_s)
 
 `query_gradients` takes the first, `key_gradients` the others: one kernel of all has not the registers.
@@ -43,7 +43,7 @@ def query_gradients(q, k, v, do, documents: Documents, back: tuple, starts: tupl
     Args:
       do: like v.
       back: 1 / z and delta, (B, T, H) fp32.
-      starts: S and y before every chunk.
+      starts: S and h before every chunk.
     """
     cut, arguments = Cut.of(k, v), [q, k, v, do, *documents, *back, *starts]
     options = {"cut": cut, "scale": scale}
@@ -82,8 +82,8 @@ def taylor_query_gradients(
         first = tl.where(strip == 0, delta, 0.0)
         for piece in range(PIECES):
             S = tl.load(state_at(starts_ref, number, piece, strip, cut), mask=state_is_there(strip, cut), other=0.0)
-            y = tl.load(sums_at(start_sums_ref, number, piece))
-            du = weights(piece, scale) * (tl.dot(do, tl.trans(S)) - first[:, None] * y[None, :])
+            h = tl.load(sums_at(start_sums_ref, number, piece))
+            du = weights(piece, scale) * (tl.dot(do, tl.trans(S)) - first[:, None] * h[None, :])
             dq += pulled_back(q, read[:, None] * du, piece)
     dp = share[:, None] * (value_products(do_ref, v_ref, at, n, cut) - delta[:, None])
     ds = score_gradients(q, k, dp, documents, scale, of_keys=False)
@@ -91,7 +91,7 @@ def taylor_query_gradients(
 
 
 def key_gradients(q, k, v, do, documents: Documents, back: tuple, ends: tuple, *, scale: float) -> list[jax.Array]:
-    """Return dk and dv, given R and x after every chunk; the rest is as above."""
+    """Return dk and dv, given R and g after every chunk; the rest is as above."""
     cut, arguments = Cut.of(k, v), [q, k, v, do, *documents, *back, *ends]
     options = {"cut": cut, "scale": scale}
     programs, results = cut.heads * cut.chunks, [like(k), like(v)]
@@ -129,10 +129,10 @@ def taylor_key_gradients(
         dv = zeros(CHUNK, cut.width)
         for piece in range(PIECES):
             R = tl.load(state_at(ends_ref, number, piece, strip, cut), mask=state_is_there(strip, cut), other=0.0)
-            x = tl.load(sums_at(end_sums_ref, number, piece))
+            g = tl.load(sums_at(end_sums_ref, number, piece))
             a, b = factors(k, piece)
             dv = tl.dot((written * a * b).to(R.dtype), R, dv)
-            du = tl.dot(v, tl.trans(R)) + tl.where(strip == 0, x, 0.0)[None, :]
+            du = tl.dot(v, tl.trans(R)) + tl.where(strip == 0, g, 0.0)[None, :]
             dk += pulled_back(k, written * du, piece)
         p = scores(k, q, documents, scale, of_keys=True) * share[None, :]
         store_values(dv_ref, at, n, strip, tl.dot(p.to(do.dtype), do, dv), cut)
