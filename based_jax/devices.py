@@ -17,6 +17,7 @@ class Crossovers:
         with Taylor's map.
       toeplitz_tokens: up to so many, a long convolution is faster as a Toeplitz product than by FFT or by chunks; its
         matrices take D T^2 elements.
+      toeplitz_tiles_taps: up to so many, kernels that multiply with tiles of a Toeplitz matrix are faster than FFT.
       quadratic_attention_tokens: up to so many, XLA makes every score of softmax attention at once, T^2 a head; with
         more it goes by chunks, whose memory is linear.
       chunk_tokens: with fewer, chunks in kernels take as long as with so many, and other forms are faster.
@@ -34,6 +35,7 @@ class Crossovers:
 
     linear_attention_one_chunk_tokens: int
     toeplitz_tokens: int
+    toeplitz_tiles_taps: int
     quadratic_attention_tokens: int
     chunk_tokens: int
     one_decay_one_chunk_tokens: int
@@ -106,6 +108,7 @@ GPU_MODELS = {
 H100_CROSSOVERS = Crossovers(
     linear_attention_one_chunk_tokens=512,
     toeplitz_tokens=1024,
+    toeplitz_tiles_taps=8192,
     quadratic_attention_tokens=512,
     chunk_tokens=64,
     one_decay_one_chunk_tokens=256,

@@ -9,7 +9,7 @@ default data is the prose that the package ships, far too little for this size.
 
 from recipe import config, variants
 
-MODELS = {"360m": {"layers": (("h3", {"d_state": 64}),) * 24, "d_model": 1024, "mlp_dim": 2752, "remat": "full"}}
+MODELS = {"360m": {"layers": (("h3", {"d_state": 64}),) * 24, "d_model": 1024, "mlp_dim": 2752, "remat": "auto"}}
 VARIANTS = variants(MODELS)
 
 

@@ -9,7 +9,7 @@ prose that the package ships, far too little for this size.
 
 from recipe import config, variants
 
-MODELS = {"360m": {"layers": (("hyena", {"l_max": 2048}),) * 24, "d_model": 1024, "mlp_dim": 2816, "remat": "full"}}
+MODELS = {"360m": {"layers": (("hyena", {"l_max": 2048}),) * 24, "d_model": 1024, "mlp_dim": 2816, "remat": "auto"}}
 VARIANTS = variants(MODELS)
 
 

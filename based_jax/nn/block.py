@@ -1,5 +1,6 @@
 """A residual block, and a repeated pattern of blocks that is stacked and scanned."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -200,6 +201,16 @@ class Stack(nnx.Module):
                     f"The {what} '{path}' of a pattern of layers that is repeated {self.repeats} times has shape"
                     f" {leaf.shape}; its first axis is {self.repeats}."
                 )
+
+
+def traced_once() -> Callable:
+    """Return `Stack.extend` for one trace of a model, which traces and lowers stacks that are equal once."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def extend(graphdef, params, *inputs):
+        return nnx.merge(graphdef, params).extend(*inputs)
+
+    return lambda stack, *inputs: extend(*nnx.split(stack), *inputs)
 
 
 def _through(call: Callable) -> Callable:

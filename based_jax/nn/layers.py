@@ -128,13 +128,13 @@ def torch_linear(
     return layer
 
 
-def linear_part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int) -> Float[Array, "*B _"]:
-    """Return the channels from `begin` to `end` of a linear layer without a bias, as a product of their own.
+def linear_part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int | None) -> Float[Array, "*B _"]:
+    """Return the channels from `begin` to `end`, None for the last, of a linear layer without a bias, as one product.
 
     To cut the output of one product, and to join its gradient, costs a GPU more than several products do, if XLA does
     not join small ones itself (`xla_gpu_dot_merger_threshold_mb`).
     """
-    assert layer.bias is None and end <= layer.out_features
+    assert layer.bias is None and (end or 0) <= layer.out_features
     return multiply(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)[:, begin:end])
 
 

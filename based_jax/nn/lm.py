@@ -13,7 +13,7 @@ from based_jax import parallel
 from based_jax.dims import BD, BP, BPD, BT, BTD, DropoutKey, Tokens
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.block import Stack, Stream, repeating_patterns
+from based_jax.nn.block import Stack, Stream, repeating_patterns, traced_once
 from based_jax.nn.init_recipes import initialise
 from based_jax.nn.lm_config import LMConfig
 from based_jax.nn.mixers import Mixer
@@ -81,9 +81,10 @@ class LM(nnx.Module):
     def _read(self, ids, segment_ids, positions, dropout_key):
         """Return what `hidden` does, of tokens that stay where they are."""
         stream, last = Stream(self._in(ids, dropout_key)), len(self.stacks) - 1
+        extend = traced_once() if isinstance(ids, jax.core.Tracer) else Stack.extend
         for i, stack in enumerate(self.stacks):
             with jax.named_scope(f"stack_{i}"):
-                stream = stack.extend(stream, segment_ids, positions if i == last else None)
+                stream = extend(stack, stream, segment_ids, positions if i == last else None)
         return self._out(stream)
 
     @jax.named_scope("head")

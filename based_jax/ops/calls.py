@@ -276,6 +276,17 @@ class NormCall(NamedTuple):
     dtype: jnp.dtype
 
 
+class GatedNormCall(NamedTuple):
+    """(y + skip u) silu(z), with y, u and z (..., D) and skip (D); where there is a scale (D), its RMS norm."""
+
+    y: Rows
+    u: Rows
+    z: Rows
+    skip: Channels
+    scale: Channels | None = None
+    eps: float = 0.0
+
+
 class CrossEntropyCall(NamedTuple):
     """Losses of hidden rows (N, D) through a table (V, D); labels (N), as in `based_jax/labels.py`."""
 

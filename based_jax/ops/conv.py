@@ -21,6 +21,7 @@ from based_jax.ops.calls import Channels, Past, ShortConvCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import short_conv as hopper_short_conv
 from based_jax.ops.precision import einsum, product_policy
+from based_jax.ops.triton import toeplitz as triton_toeplitz
 
 BSD = Float[Array, "B S D"]
 BS = Int[Array, "B S"]
@@ -53,7 +54,8 @@ def short_conv(
       segment_ids: ids of packed documents, 0 for padding, whose output is 0 (see `ops/segments.py`).
       impl: "oracle" (window by window), "xla_steps" (token by token), "xla_taps" (W shifted products), "xla_toeplitz"
         (products in x's dtype; no packing; auto's for many taps and short sequences on a GPU), "hopper_taps" (Mosaic
-        GPU kernels; bf16, 2 to 4 taps, no dilation, D a multiple of 128) or "auto".
+        GPU kernels; bf16, 2 to 4 taps, no dilation, D a multiple of 128), "triton_tiles" (Triton kernels; bf16, auto's
+        for many taps) or "auto".
 
     Returns:
       y in x's dtype, and the last `reach` inputs of each row's last document.
@@ -236,10 +238,30 @@ def _product(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
     """Multiply with the Toeplitz matrix of each channel."""
     dtype, precision = product_policy(inputs.dtype)
     width = reach(kernel.shape[0], dilation)
-    taps = jnp.zeros((kernel.shape[1], inputs.shape[1]), jnp.float32)
-    taps = taps.at[:, :width:dilation].set(kernel[::-1].T.astype(jnp.float32))
-    matrices = long_conv.toeplitz(taps, dtype)[..., width:]
+    taps = jnp.pad(_by_lag(kernel, dilation), ((0, inputs.shape[1] - width), (0, 0)))
+    matrices = long_conv.toeplitz(taps.T, dtype)[..., width:]
     return einsum("BSD,DST->BTD", inputs.astype(dtype), matrices, precision, dtype).astype(inputs.dtype)
+
+
+def _tiles(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
+    """Multiply with tiles of the Toeplitz matrices, in kernels."""
+    taps = _by_lag(kernel, dilation)
+    return triton_toeplitz.convolve(inputs, taps, ids)[:, len(taps) :]
+
+
+def _by_lag(kernel: WD, dilation: int) -> Float[Array, "reach D"]:
+    """Return the tap of every lag that the kernel reaches, fp32."""
+    lags = jnp.zeros((reach(kernel.shape[0], dilation), kernel.shape[1]), jnp.float32)
+    return lags.at[::dilation].set(kernel[::-1].astype(jnp.float32))
+
+
+def _supports_tiles(call: ShortConvCall) -> str | None:
+    return triton_toeplitz.supports(call.x)
+
+
+def _tiles_are_slower(call: ShortConvCall) -> str | None:
+    """Return why other forms are faster, or None."""
+    return _few_taps(call) or triton_toeplitz.slower(reach(call.kernel.shape[0], call.dilation))
 
 
 def _supports_product(call: ShortConvCall) -> str | None:
@@ -248,9 +270,12 @@ def _supports_product(call: ShortConvCall) -> str | None:
 
 def _product_is_slower(call: ShortConvCall) -> str | None:
     """Return why the shifted products are the faster form, or None."""
-    if (taps := call.kernel.shape[0]) <= MAX_UNROLLED_TAPS:
-        return f"there are {taps} taps, no more than {MAX_UNROLLED_TAPS}"
-    return long_conv.product_is_slower(call.x.shape[1])
+    return _few_taps(call) or long_conv.product_is_slower(call.x.shape[1])
+
+
+def _few_taps(call: ShortConvCall) -> str | None:
+    taps = call.kernel.shape[0]
+    return f"there are {taps} taps, no more than {MAX_UNROLLED_TAPS}" if taps <= MAX_UNROLLED_TAPS else None
 
 
 def _term(inputs: BSD, ids: BS | None, weights: Channels, at, T: int) -> BTD:
@@ -286,6 +311,13 @@ CUT = sequence.Tails(lambda call: reach(call.kernel.shape[0], call.dilation), la
 IMPLEMENTATIONS = {
     "hopper_taps": Implementation(
         functools.partial(hopper_short_conv.compute, with_state=_wide), hopper_short_conv.supports, platform="cuda"
+    ),
+    "triton_tiles": Implementation(
+        functools.partial(sharded.per_device, functools.partial(_composed, _tiles)),
+        _supports_tiles,
+        platform="cuda",
+        slower=_tiles_are_slower,
+        by_place=("x",),
     ),
     "xla_taps": _through(_shifted),
     "xla_toeplitz": _through(_product, supports=_supports_product, preferred="cuda", slower=_product_is_slower),

@@ -89,8 +89,17 @@ def initial_state(batch: int, heads: int, key_dim: int, value_dim: int) -> BHKV:
 
 def empty_state(call: MatrixStateCall) -> BHKV:
     """Return the state before the first token of a call."""
-    batch, _, heads, key_dim = call.q.shape
-    return initial_state(batch, heads, key_dim, call.v.shape[3])
+    batch, _, heads, values = call.v.shape
+    return initial_state(batch, heads, call.q.shape[3], values)
+
+
+def stepped(
+    x: Float[Array, "*T H P"], dt: Float[Array, "*T H"], A: Float[Array, "H"]
+) -> tuple[Float[Array, "*T H P"], Float[Array, "*T H 1"]]:
+    """Return the values dt x, and the log-decays dt A, by which a state space with steps is linear attention."""
+    dt = dt.astype(jnp.float32)[..., None]
+    rates = A.astype(jnp.float32).reshape(*(1,) * (dt.ndim - 2), -1, 1)
+    return (x.astype(jnp.float32) * dt).astype(x.dtype), rates * dt
 
 
 def pair_weights(

@@ -6,18 +6,21 @@ Each of H heads runs over P channels of its own. The other conjugate half of the
 state is (B, H, P, N, 2) fp32, real and imaginary part.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Complex, Float, Int
 
 from based_jax.dims import SegmentIds
-from based_jax.ops import scan, sequence
+from based_jax.ops import scan, sequence, sharded
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHPN2, BTHP, HN, DiagonalSSMCall
 from based_jax.ops.decays import finite
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.long_conv import product_is_slower, toeplitz
 from based_jax.ops.precision import EXACT, einsum, product_policy
+from based_jax.ops.triton import toeplitz as triton_toeplitz
 
 CHUNK_TOKENS = 64
 
@@ -46,7 +49,8 @@ def diagonal_ssm(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (convolutions, linear in T), "xla_toeplitz"
-        (one convolution, in u's dtype; no packing and no state before; auto's for short sequences on a GPU) or "auto".
+        (one convolution, in u's dtype; no packing and no state before; auto's for short sequences on a GPU),
+        "triton_tiles" (one convolution in Triton kernels, bf16) or "auto".
 
     Returns:
       y in u's dtype, and the state (B, H, P, N, 2) after the last token, fp32.
@@ -68,8 +72,23 @@ def diagonal_ssm_step(u: BHP, log_a: HN, b: HN, c: HN, state: BHPN2) -> tuple[BH
 
 def impulse_response(log_a: HN, b: HN, c: HN, length: int) -> Float[Array, "H L"]:
     """Return the outputs after a unit input at time 0: 2 Re sum_n c_n b_n a_n^t."""
-    powers = jnp.exp(log_a[:, None] * jnp.arange(length)[None, :, None])
-    return 2 * jnp.einsum("HN,HLN->HL", c * b, powers, precision=EXACT).real
+    return _read_powers((c * b)[None, :, None], log_a, length)[0, :, 0]
+
+
+def _read_powers(x: Complex[Array, "B H P N"], log_a: HN, length: int) -> Float[Array, "B H P L"]:
+    """Return 2 Re sum_n x_n a_n^t for each t: powers of whole chunks times those within one, which are few."""
+    starts = _powers(log_a, jnp.arange(0, length, CHUNK_TOKENS))
+    found = jnp.einsum(
+        "BHPQN,HRN->BHPQR",
+        x[:, :, :, None] * starts[None, :, None],
+        _powers(log_a, jnp.arange(CHUNK_TOKENS)),
+        precision=EXACT,
+    )
+    return 2 * found.real.reshape(*x.shape[:3], -1)[..., :length]
+
+
+def _powers(log_a: HN, time: Int[Array, "L"]) -> Complex[Array, "H L N"]:
+    return jnp.exp(log_a[:, None] * time[None, :, None])
 
 
 def _recurrent(call: DiagonalSSMCall) -> tuple[BTHP, BHPN2]:
@@ -108,6 +127,28 @@ def _convolution(call: DiagonalSSMCall) -> tuple[BTHP, BHPN2]:
     powers = b[:, None] * jnp.exp(log_a[:, None] * jnp.arange(T - 1, -1, -1)[None, :, None])
     after = jnp.einsum("BSHP,HSN->BHPN", u.astype(jnp.float32), powers, precision=EXACT)
     return y.astype(u.dtype), _real(after)
+
+
+def _tiles(call: DiagonalSSMCall) -> tuple[BTHP, BHPN2]:
+    """Convolve the whole sequence by the impulse response in kernels; the state before and after by its powers."""
+    (B, T, H, P), ids = call.u.shape, call.segment_ids
+    taps = jnp.repeat(impulse_response(call.log_a, call.b, call.c, T).T, P, axis=1)
+    y = triton_toeplitz.convolve(call.u.reshape(B, T, H * P), taps, ids).reshape(call.u.shape)
+    if call.state is not None:
+        x = _complex(call.state) * (call.c * jnp.exp(call.log_a))[None, :, None]
+        read = jnp.moveaxis(_read_powers(x, call.log_a, T), 3, 1)
+        first = jnp.ones((B, T), bool) if ids is None else ids == 1
+        y = (y + jnp.where(first[..., None, None], read, 0.0)).astype(call.u.dtype)
+    return y, _chunked(call)[1]
+
+
+def _supports_tiles(call: DiagonalSSMCall) -> str | None:
+    return triton_toeplitz.supports(call.u)
+
+
+def _tiles_are_slower(call: DiagonalSSMCall) -> str | None:
+    """Return why other forms are faster, or None."""
+    return triton_toeplitz.slower(call.u.shape[1])
 
 
 def _supports_convolution(call: DiagonalSSMCall) -> str | None:
@@ -174,6 +215,13 @@ def _compose(earlier, later):
 CUT = sequence.States(_empty, _piece, _compose)
 
 IMPLEMENTATIONS = {
+    "triton_tiles": Implementation(
+        functools.partial(sharded.per_device, _tiles),
+        _supports_tiles,
+        platform="cuda",
+        slower=_tiles_are_slower,
+        by_place=("u",),
+    ),
     "xla_chunks": Implementation(_chunked, by_place=("u",)),
     "xla_toeplitz": Implementation(
         _convolution, _supports_convolution, preferred="cuda", slower=_convolution_is_slower

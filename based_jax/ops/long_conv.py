@@ -3,7 +3,8 @@
     y_t = sum_{s<=t} kernel_{t-s} u_s          s in the document of t
 
 It has no state but its inputs. By FFT time is T log T, for each document of a row where rows are packed; a product with
-the Toeplitz matrix of the kernel takes T^2, and less time than that on tensor cores while T is short.
+the Toeplitz matrix of the kernel takes T^2, and less time than that on tensor cores while T is short. Kernels multiply
+with the matrix's tiles, which they share among all rows and documents.
 """
 
 import math
@@ -19,6 +20,7 @@ from based_jax.ops.arguments import checked
 from based_jax.ops.calls import TD, LongConvCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.precision import EXACT, einsum, product_policy
+from based_jax.ops.triton import toeplitz as triton_toeplitz
 
 
 @checked
@@ -28,7 +30,7 @@ def long_conv(u: BTD, kernel: TD, *, segment_ids: SegmentIds | None = None, impl
     Args:
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle" (quadratic), "xla_fft" (in fp32), "xla_toeplitz" (products in u's dtype; no packing; auto's for
-        short sequences on a GPU) or "auto".
+        short sequences on a GPU), "triton_tiles" (Triton kernels, bf16) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -89,6 +91,14 @@ def product_is_slower(time: int) -> str | None:
     return None if time <= most else f"T is {time}, above {most}"
 
 
+def _supports_tiles(call: LongConvCall) -> str | None:
+    return triton_toeplitz.supports(call.u)
+
+
+def _tiles_are_slower(call: LongConvCall) -> str | None:
+    return triton_toeplitz.slower(call.u.shape[1])
+
+
 def _fft(call: LongConvCall) -> BTD:
     u, kernel = call.u.astype(jnp.float32), call.kernel.astype(jnp.float32)
     y = _convolve(u, kernel) if call.segment_ids is None else _packed(u, kernel, call.segment_ids)
@@ -136,6 +146,9 @@ _packed.defvjp(_packed_forward, _packed_backward)
 
 
 IMPLEMENTATIONS = {
+    "triton_tiles": Implementation(
+        triton_toeplitz.compute, _supports_tiles, platform="cuda", slower=_tiles_are_slower, by_place=("u",)
+    ),
     "xla_fft": Implementation(_fft, by_place=("u",)),
     "xla_toeplitz": Implementation(_product, _supports_product, preferred="cuda", slower=_product_is_slower),
     "oracle": Implementation(_oracle, by_place=("u",)),

@@ -39,9 +39,9 @@ def ids_of(segment_ids: SegmentIds) -> BT:
     return segment_ids.ids if isinstance(segment_ids, Unbroken) else segment_ids
 
 
-def known_alike(ids: BT, segment_ids: SegmentIds) -> SegmentIds:
-    """Return ids of which is known what is of others."""
-    return Unbroken(ids) if isinstance(segment_ids, Unbroken) else ids
+def known_alike(ids: BT, others: Int[Array, "_ _"] | Unbroken) -> SegmentIds:
+    """Return ids of which is known what is of others, of as many tokens or not."""
+    return Unbroken(ids) if isinstance(others, Unbroken) else ids
 
 
 def numbered(segment_ids: SegmentIds) -> BT:

@@ -17,7 +17,7 @@ from based_jax.dims import SegmentIds
 from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BHNP, BTGN, BTH, BTHP, SSDCall
-from based_jax.ops.decays import finite, initial_state
+from based_jax.ops.decays import finite, initial_state, stepped
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from based_jax.ops.hopper import ssd as hopper_ssd
@@ -69,9 +69,7 @@ def ssd_step(x: BHP, dt: Float[Array, "B H"], A: Float[Array, "H"], B: BGN, C: B
 def _attention(x, dt, A, B, C):
     """Return queries, keys, values and log-decays by head."""
     B, C = (jnp.repeat(y, x.shape[-2] // y.shape[-2], axis=-2) for y in (B, C))
-    dt = dt.astype(jnp.float32)[..., None]
-    rates = A.astype(jnp.float32).reshape(*(1,) * (dt.ndim - 2), -1, 1)
-    return C, B, (x.astype(jnp.float32) * dt).astype(x.dtype), rates * dt
+    return C, B, *stepped(x, dt, A)
 
 
 def _as_attention(call: SSDCall, *, impl: str) -> tuple[BTHP, BHNP]:
@@ -100,12 +98,7 @@ def _cut(run: sequence.Run, call: SSDCall) -> tuple[BTHP, BHNP]:
 
 
 IMPLEMENTATIONS = {
-    "triton_chunks": Implementation(
-        functools.partial(_as_attention, impl="triton_chunks"),
-        triton_ssd.supports,
-        platform="cuda",
-        slower=triton_ssd.slower,
-    ),
+    "triton_chunks": Implementation(triton_ssd.compute, triton_ssd.supports, platform="cuda", slower=triton_ssd.slower),
     "hopper_steps": Implementation(hopper_ssd.compute, hopper_ssd.supports, platform="cuda"),
     "xla_chunks": Implementation(functools.partial(_as_attention, impl="xla_chunks")),
     "xla_steps": Implementation(functools.partial(_as_attention, impl="xla_steps")),

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import split
 from pallas_kernels.hopper import stream
-from pallas_kernels.hopper.stream import WARPGROUP_LANES, load
+from pallas_kernels.hopper.stream import WARPGROUP_LANES, load, sigmoid
 
 UNREADABLE_REACH = -2
 """The reach of tokens whose outputs and gradients must be NaN."""
@@ -80,7 +80,7 @@ def forward(form: Form, x, kernel, bias=None, reach=None):
                 window = (*past, _plus(load(tiles.at[0, slot, i]), weights.before))
                 seen = reaches(n * TILE_TOKENS + i)
                 c = _convolve(_visible(window, seen), weights)
-                y = c * _sigmoid(c) if form.silu else c
+                y = c * sigmoid(c) if form.silu else c
                 y = y * _plus(load(tiles.at[1, slot, i]), weights.gate) if form.gated else y
                 tiles.at[last, slot, i][...] = _unless_padding(y, seen, packed).astype(x.dtype)
                 past = window[1:]
@@ -134,7 +134,7 @@ def backward(form: Form, x, kernel, dy, bias=None, reach=None):
             """
             window = _visible(window, seen)
             c = _convolve(window, weights)
-            s = _sigmoid(c) if form.silu else 1.0
+            s = sigmoid(c) if form.silu else 1.0
             dc = dy * s * (1.0 + c - c * s) if form.silu else dy
             dc = dc * gate if form.gated else dc
             earlier = [_where(seen >= j, dc, 0.0) * weights.taps[-1 - j] for j in range(1, plan.taps)]
@@ -325,9 +325,3 @@ def _unless_padding(x, seen, packed: list):
 def _where(condition, x, y):
     """Select by a scalar; a product with 0 or 1 would let infinities of other documents through."""
     return lax.select(jnp.broadcast_to(condition, x.shape), x, jnp.broadcast_to(y, x.shape))
-
-
-def _sigmoid(x):
-    """Return 1 / (1 + exp(-x)) with two approximate instructions; a division takes many."""
-    root = lax.rsqrt(1.0 + jnp.exp(-x))
-    return root * root

@@ -32,6 +32,12 @@ def rows_per_lane(channels: int, most: int) -> int:
     return math.gcd(channels // WARPGROUP_LANES, most)
 
 
+def sigmoid(x) -> jax.Array:
+    """Return 1 / (1 + exp(-x)) with two approximate instructions; a division takes many."""
+    root = lax.rsqrt(1.0 + jnp.exp(-x))
+    return root * root
+
+
 class Ring:
     """Tiles on their way through shared memory; what a block reads otherwise, it reads once the first are under way."""
 

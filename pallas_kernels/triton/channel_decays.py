@@ -88,8 +88,10 @@ def products(queries: Arrays, keys: Arrays, c, *, scale: float) -> Products:
     squares = [cut.squares(keys[0].dtype)] * kinds**2
     kept = Type((cut.batch, cut.heads, cut.chunks, cut.keys), jnp.float32)
     results = [*filled(squares, 4), *filled(map(like, queries)), *filled(map(like, keys)), kept]
-    options = {"parts": BLOCKS_PER_CHUNK, "warps": block_warps(cut), "kinds": kinds, "scale": scale}
-    made = cut.by_chunk(channel_decays_products, [c, *filled(queries), *filled(keys)], results, **options)
+    arguments, warps = [c, *filled(queries), *filled(keys)], block_warps(cut)
+    made = cut.by_chunk(
+        channel_decays_products, arguments, results, parts=BLOCKS_PER_CHUNK, warps=warps, kinds=kinds, scale=scale
+    )
     found_pairs, found_queries, found_keys, [kept] = split(made, kinds**2, kinds, kinds)
     return Products(found_pairs, found_queries, found_keys, kept)
 
@@ -101,8 +103,8 @@ def channel_decays_products(
     """Make all of a block: its pairs with the keys up to it, and its queries and keys."""
     number, at, i = program_of_chunk(cut, BLOCKS)
     c, first = c + at * cut.keys, at * cut.keys
-    queries, keys = tuples.moved((q, a)[:kinds], first), tuples.moved((k, b)[:kinds], first)
-    Qs, Ks = tuples.moved((Q, A)[:kinds], first), tuples.moved((K, B)[:kinds], first)
+    queries, keys = of_kinds(q, a, first, kinds), of_kinds(k, b, first, kinds)
+    Qs, Ks = of_kinds(Q, A, first, kinds), of_kinds(K, B, first, kinds)
     squares = tuples.moved((Pk, Pb, Ak, Ab)[: kinds * kinds], at * CHUNK)
     rows = block_rows(i)
     own = channels_of(rows, cut)
@@ -142,8 +144,8 @@ def forward(made: Products, v, state, t=None, *, with_starts: bool) -> list[jax.
     """
     cut, kinds = Cut.of(made.keys[0], v), len(made.keys)
     results = [*filled([like(v)] * kinds), like(state), cut.states(v.dtype) if with_starts else None]
-    options = {"kinds": kinds, "with_starts": with_starts}
-    return cut.by_strip(channel_decays_forward, walk_inputs(made, t), [v], [state], results, **options)
+    whole = walk_inputs(made, t)
+    return cut.by_strip(channel_decays_forward, whole, [v], [state], results, kinds=kinds, with_starts=with_starts)
 
 
 @triton.jit
@@ -156,16 +158,16 @@ def channel_decays_forward(
     S = tl.load(state_at(state, sequence, column, cut))
     for n in range(cut.chunks):
         number, at = sequence * cut.chunks + n, at_chunk(sequence, n, cut)
-        x, before = tl.load(values_at(v, at, column, cut)), S.to(v.dtype.element_ty)
+        V, before = tl.load(values_at(v, at, column, cut)), S.to(v.dtype.element_ty)
         if with_starts:
             store(state_at(starts, number, column, cut), before)
-        read = tl.dot(tl.load(squares_at(Pk, at, cut)), x)
+        read = tl.dot(tl.load(squares_at(Pk, at, cut)), V)
         read = tl.dot(tl.load(keys_at(Q, at, cut)), before, read)
         S *= tl.load(kept + number * cut.keys + tl.arange(0, cut.keys))[:, None]
-        S = tl.dot(tl.trans(tl.load(keys_at(K, at, cut))), x, S)
+        S = tl.dot(tl.trans(tl.load(keys_at(K, at, cut))), V, S)
         if kinds == 2:
-            U = tl.dot(tl.load(keys_at(A, at, cut)), before, tl.dot(tl.load(squares_at(Ak, at, cut)), x))
-            U = tl.dot(tl.load(squares_at(T, at, cut)), U.to(x.dtype)).to(x.dtype)
+            U = tl.dot(tl.load(keys_at(A, at, cut)), before, tl.dot(tl.load(squares_at(Ak, at, cut)), V))
+            U = tl.dot(tl.load(squares_at(T, at, cut)), U.to(V.dtype)).to(V.dtype)
             read = tl.dot(tl.load(squares_at(Pb, at, cut)), U, read)
             S = tl.dot(tl.trans(tl.load(keys_at(B, at, cut))), U, S)
             store(values_at(u, at, column, cut), U)
@@ -187,6 +189,12 @@ def filled(xs, count: int = 2) -> list:
 def block_warps(cut: Cut, most: int = 4) -> int:
     """Return the warps that are fastest for a block of tokens."""
     return min(most, cut.keys // BLOCK_TOKENS)
+
+
+@triton.jit
+def of_kinds(x, y, offset, kinds: tl.constexpr):
+    """Return pointers so much further on, for both kinds or for the first alone."""
+    return tuples.moved((x, y)[:kinds], offset)
 
 
 @triton.jit

@@ -33,19 +33,20 @@ time, on one H100 80GB (jax 0.11.2's Triton).
 
 
 class Cut(NamedTuple):
-    """B, T, H, K and V of a call; kernels know them by it."""
+    """B, T, H, K and V of a call, and the groups of heads that share keys; kernels know them by it."""
 
     batch: int
     time: int
     heads: int
     keys: int
     values: int
+    groups: int
 
     @classmethod
     def of(cls, k, v) -> "Cut":
-        """Return that of (B, T, H, K) keys and (B, T, H, V) values."""
-        batch, time, heads, keys = k.shape
-        return cls(batch, time, heads, keys, v.shape[-1])
+        """Return that of (B, T, H, V) values and (B, T, H, K) keys, or (B, T, G, K) of G groups of heads."""
+        batch, time, heads, values = v.shape
+        return cls(batch, time, heads, k.shape[-1], values, k.shape[2])
 
     @property
     def chunks(self) -> int:
@@ -88,7 +89,7 @@ class Cut(NamedTuple):
         self,
         kernel: Any,
         arguments: Sequence,
-        results: Sequence[Type],
+        results: Sequence[Type | None],
         *,
         parts: int = 1,
         warps: int = CHUNK_WARPS,
@@ -104,7 +105,7 @@ class Cut(NamedTuple):
         whole: Sequence,
         wide: Sequence,
         states: Sequence,
-        results: Sequence[Type],
+        results: Sequence[Type | None],
         *,
         warps: int | None = None,
         **constants,
@@ -112,7 +113,7 @@ class Cut(NamedTuple):
         """Run a program for each strip of `STRIP_WIDTH` columns of each head's states (`tiles.program_of_strip`).
 
         Args:
-          whole: (B, T, H, ...) or (B, chunks, H, ...), of which a program reads all of its head.
+          whole: (B, T, H, ...) or (B, chunks, H, ...), of which a program reads all of its head, of keys its group.
           wide: (B, T, H, V), of which it reads its columns.
           states: (B, H, K, V) or (B, H, chunks, K, V), likewise.
         """

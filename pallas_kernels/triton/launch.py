@@ -31,7 +31,7 @@ def launch(
     kernel: Any,
     programs: int,
     arguments: Sequence,
-    results: Sequence[Type],
+    results: Sequence[Type | None],
     *,
     warps: int,
     stages: int = 1,
@@ -48,23 +48,22 @@ def launch(
       warps: of a program.
       stages: of its loops' loads.
     """
-
     arguments = [arguments[0] if x is None else x for x in arguments]
     untouched, given = Type((arguments[0].shape[0], 1), jnp.float32), [x is not None for x in results]
-    results = [untouched if x is None else x for x in results]
+    types = [untouched if x is None else x for x in results]
 
     @custom_vmap
     def run(*arrays):
-        return _run(kernel, programs, arrays, results, num_warps=warps, num_stages=stages, **constants)
+        return _run(kernel, programs, arrays, types, num_warps=warps, num_stages=stages, **constants)
 
     @run.def_vmap
     def run_lanes(lanes, batched, *arrays):
         """Take lanes for rows."""
         arrays = [x if own else _repeated(x, lanes) for x, own in zip(arrays, batched, strict=True)]
         rows = [x.reshape(-1, *x.shape[2:]) for x in arrays]
-        types = [Type((lanes * x.shape[0], *x.shape[1:]), x.dtype) for x in results]
-        made = launch(kernel, programs, rows, types, warps=warps, stages=stages, **constants)
-        return [x.reshape(lanes, *like.shape) for x, like in zip(made, results, strict=True)], [True] * len(made)
+        of_lanes = [Type((lanes * x.shape[0], *x.shape[1:]), x.dtype) for x in types]
+        made = launch(kernel, programs, rows, of_lanes, warps=warps, stages=stages, **constants)
+        return [x.reshape(lanes, *like.shape) for x, like in zip(made, types, strict=True)], [True] * len(made)
 
     return [*itertools.compress(run(*arguments), given)]
 

@@ -47,15 +47,14 @@ def forward(q, k, v, c, state, *, scale: float, with_starts: bool) -> list[jax.A
     """Return o like v, the state after the last token and, where asked for, those before every chunk.
 
     Args:
-      q, k: (B, T, H, K).
+      q, k: (B, T, H, K), or (B, T, G, K) of G groups of heads.
       v: (B, T, H, V) in their dtype.
       c: (B, T, H) fp32, sums of log-decays since the beginning of the chunk.
       state: (B, H, K, V) fp32.
     """
     cut = Cut.of(k, v)
     results = [like(v), like(state), cut.states(v.dtype) if with_starts else None]
-    options = {"scale": scale, "with_starts": with_starts}
-    return cut.by_strip(one_decay_forward, [q, k, c], [v], [state], results, **options)
+    return cut.by_strip(one_decay_forward, [q, k, c], [v], [state], results, scale=scale, with_starts=with_starts)
 
 
 @triton.jit

@@ -43,15 +43,23 @@ def numbers_at(ref, at, cut: tl.constexpr):
 
 
 @triton.jit
+def at_group(at, cut: tl.constexpr):
+    """Return the place in (B, T, G) of a head's group."""
+    if cut.groups == cut.heads:
+        return at
+    return at // cut.heads * cut.groups + at % cut.heads // (cut.heads // cut.groups)
+
+
+@triton.jit
 def keys_at(ref, at, cut: tl.constexpr):
-    """Return pointers to a chunk of (B, T, H, K)."""
-    return tile(ref + at * cut.keys, CHUNK, cut.keys, cut.heads * cut.keys)
+    """Return pointers to a chunk of (B, T, G, K), of the head's group."""
+    return tile(ref + at_group(at, cut) * cut.keys, CHUNK, cut.keys, cut.groups * cut.keys)
 
 
 @triton.jit
 def key_piece_at(ref, at, piece, cut: tl.constexpr):
-    """Return pointers to a chunk's piece of channels in (B, T, H, K)."""
-    return tile(ref + at * cut.keys + piece * cut.piece, CHUNK, cut.piece, cut.heads * cut.keys)
+    """Return pointers to a chunk's piece of channels in (B, T, G, K), of the head's group."""
+    return tile(ref + at_group(at, cut) * cut.keys + piece * cut.piece, CHUNK, cut.piece, cut.groups * cut.keys)
 
 
 @triton.jit

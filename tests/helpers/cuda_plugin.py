@@ -7,7 +7,7 @@ from jaxlib import gpu_triton
 
 
 class TritonKernel:
-    def __init__(self, name, _warps, _ctas, shared_bytes, *_):
+    def __init__(self, name, warps, blocks, shared_bytes, *_):
         self.name, self.shared_bytes = name, shared_bytes
 
 
@@ -43,22 +43,21 @@ def stand_in() -> None:
             setattr(gpu_triton, standin.__name__, standin)
 
 
-def compiled(monkeypatch) -> list[TritonKernel]:
-    """Return a list that fills with the kernels that are compiled from now on."""
+def compiled_kernels(monkeypatch) -> list[TritonKernel]:
+    """Return the kernels that are compiled from here on, which come one by one."""
     from jax_triton import triton_lib
 
-    kernels = []
+    found: list[TritonKernel] = []
 
-    class NotedKernel(TritonKernel):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            kernels.append(self)
+    def keep(*arguments):
+        found.append(TritonKernel(*arguments))
+        return found[-1]
 
     for standin in STANDINS:
         monkeypatch.setattr(gpu_triton, standin.__name__, standin)
-    monkeypatch.setattr(gpu_triton, "TritonKernel", NotedKernel)
+    monkeypatch.setattr(gpu_triton, "TritonKernel", keep)
     monkeypatch.setattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
-    return kernels
+    return found
 
 
 def without_code(monkeypatch) -> None:

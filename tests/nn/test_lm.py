@@ -9,6 +9,7 @@ from flax import nnx
 
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.block import Block
 from based_jax.nn.lm import LM, LMConfig
 
 D, T, VOCAB = 16, 10, 50
@@ -282,3 +283,12 @@ def test_a_trace_reads_like_the_model(tokens, scan_layers):
         for layer in (kind, "mlp"):
             assert any(re.search(rf"/stack_{stack}/(.*/)?block_{block}/(.*/)?{layer}/", name) for name in names)
     assert all(any(f"/{scope}/" in name for name in names) for scope in ("embed", "norm", "head"))
+
+
+def test_equal_layers_are_traced_once(tokens, monkeypatch):
+    extended, kinds = Block.extend, []
+    monkeypatch.setattr(Block, "extend", lambda block, *inputs: kinds.append(block.kind) or extended(block, *inputs))
+    model = LM(small((*PATTERN, *PATTERN[::-1])), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    jax.make_jaxpr(lambda tokens: nnx.merge(graphdef, params).hidden(tokens))(tokens)
+    assert kinds == ["conv", "taylor", "window", "conv"]  # the first layer has nothing to add

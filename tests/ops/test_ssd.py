@@ -86,4 +86,5 @@ def test_what_the_kernels_take(normal):
                 ssd(*zeros(**options), impl="hopper_steps")
         chunks = {}, {"groups": 2, "states": 128}
         for options, kernel in (({"T": 63}, "selective_scan"), *((options, "one_decay_forward") for options in chunks)):
-            assert kernel in jax.jit(ssd).trace(*zeros(**options)).lower(lowering_platforms=("cuda",)).as_text()
+            lowered = jax.jit(ssd).trace(*zeros(**options)).lower(lowering_platforms=("cuda",))
+            assert kernel in lowered.as_text(debug_info=True)

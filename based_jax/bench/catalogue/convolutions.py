@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from based_jax.bench.catalogue.operation import (
     Definition,
     Function,
     Operation,
+    Shape,
     bf16,
     by_channel,
     fp32,
@@ -22,6 +24,9 @@ from based_jax.bench.catalogue.operation import (
 )
 from based_jax.ops import conv, gated_conv
 from based_jax.ops.dispatch import Implementation
+
+WIDE_TAPS = 64
+"""H3's of the reference configs."""
 
 
 def _arrays(case: Case, halves: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -43,27 +48,29 @@ def _function(case: Case, convolve: Callable) -> Function:
 def gated_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return silu(sum_w kernel_w u_{t-(W-1-w)}) g with [u, g] = x + bias; `state` is the W inputs u before."""
     u, gate = jnp.split(arrays["x"] + arrays["bias"][None, None], 2, axis=-1)
-    c = _convolved(u, arrays["kernel"], arrays["state"], ids)
+    c = convolved(u, arrays["kernel"], arrays["state"], ids)
     return {"y": jnp.where((ids != 0)[..., None], c * jax.nn.sigmoid(c) * gate, 0)}
 
 
 def plain_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return silu(sum_w kernel_w x_{t-(W-1-w)} + bias); `state` is the W inputs before."""
-    c = _convolved(arrays["x"], arrays["kernel"], arrays["state"], ids) + arrays["bias"][None, None]
+    c = convolved(arrays["x"], arrays["kernel"], arrays["state"], ids) + arrays["bias"][None, None]
     return {"y": jnp.where((ids != 0)[..., None], c * jax.nn.sigmoid(c), 0)}
 
 
-def _convolved(u: jax.Array, kernel: jax.Array, state: jax.Array, ids: jax.Array) -> jax.Array:
+def convolved(u: jax.Array, kernel: jax.Array, state: jax.Array, ids: jax.Array) -> jax.Array:
     """Return the convolution of each row's real tokens, which stand before its padding here."""
     taps, order = len(kernel), jnp.argsort(ids == 0, axis=1, stable=True)
     u, ids = jnp.take_along_axis(u, order[..., None], axis=1), jnp.take_along_axis(ids, order, axis=1)
     inputs = jnp.concatenate([state, u], axis=1)
     owners = jnp.concatenate([jnp.repeat(ids[:, :1], taps, axis=1), ids], axis=1)
-    c = jnp.zeros_like(u)
-    for tap in range(taps):
-        seen = slice(tap + 1, tap + 1 + u.shape[1])
-        same = (owners[:, seen] == ids) & (ids != 0)
-        c = c + jnp.where(same[..., None], inputs[:, seen], 0) * kernel[tap][None, None]
+
+    def add(c, tap):
+        seen, owner = (jax.lax.dynamic_slice_in_dim(x, tap + 1, u.shape[1], axis=1) for x in (inputs, owners))
+        same = (owner == ids) & (ids != 0)
+        return c + jnp.where(same[..., None], seen, 0) * kernel[tap][None, None], None
+
+    c, _ = jax.lax.scan(jax.checkpoint(add), jnp.zeros_like(u), jnp.arange(taps))  # which would keep a term of each tap
     return jnp.take_along_axis(c, jnp.argsort(order, axis=1)[..., None], axis=1)
 
 
@@ -91,6 +98,8 @@ def _convolution(
     halves: int,
     taps: int,
     other_taps: tuple[int, ...],
+    more: tuple[Case, ...] = (),
+    timed: Mapping[str, Callable[[Shape], Case]] = MappingProxyType({}),
 ) -> Operation:
     return Operation(
         table=table,
@@ -99,9 +108,9 @@ def _convolution(
         oracle=lambda case: definition,
         cost=functools.partial(_cost, halves=halves),
         kernels=kernels,
-        cases=_cases(name, taps, other_taps),
+        cases=_cases(name, taps, other_taps) + more,
         small_cases=(Case(name, (1, 256, 130), (3,), documents=True),),
-        timed={name: by_channel(name, (taps,))},
+        timed={name: by_channel(name, (taps,)), **timed},
         weights=frozenset({"kernel", "bias"}),
     )
 
@@ -122,8 +131,14 @@ SHORT_CONV = _convolution(
     conv.IMPLEMENTATIONS,
     functools.partial(conv.short_conv, silu=True),
     plain_definition,
-    {"hopper_taps": ("short_conv",)},
+    {"hopper_taps": ("short_conv",), "triton_tiles": ("toeplitz",)},
     halves=1,
     taps=4,
     other_taps=(2, 3),
+    more=(
+        Case("short_conv", (2, 96, 130), (WIDE_TAPS,), "triton_tiles", **PACKED),
+        Case("short_conv", (3, 64, 257), (WIDE_TAPS + 3,), "triton_tiles"),
+        Case("short_conv", (4, 256, 2048), (WIDE_TAPS,), "triton_tiles", documents=True, quick=True),
+    ),
+    timed={"wide_short_conv": by_channel("short_conv", (WIDE_TAPS,))},
 )

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import Any, ClassVar, NamedTuple, override
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -15,6 +14,7 @@ from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops.calls import BDN
 from based_jax.ops.conv import short_conv, short_conv_step
+from based_jax.ops.gated_norm import gated_skip
 from based_jax.ops.projection import multiply
 from based_jax.ops.selective_scan import (
     IMPLEMENTATIONS,
@@ -150,6 +150,4 @@ class Mamba(Mixer):
 
     def _out(self, x, u, y):
         z = layers.linear_part(self.in_proj, x, self.d_inner, 2 * self.d_inner)
-        u = u.astype(jnp.float32)
-        skip = layers.per_channel(self.D[...], u) * u
-        return self.out_proj((y.astype(jnp.float32) + skip).astype(self.dtype) * jax.nn.silu(z))
+        return self.out_proj(gated_skip(y, u, z, self.D[...]))

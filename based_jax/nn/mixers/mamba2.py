@@ -15,6 +15,7 @@ from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.decays import initial_state
+from based_jax.ops.gated_norm import gated_rms_norm
 from based_jax.ops.ssd import BHNP, IMPLEMENTATIONS, ssd, ssd_step
 
 
@@ -85,9 +86,9 @@ class Mamba2(Mixer):
 
     @override
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
-        u, dt = self._projected(x)
-        u, _ = short_conv(u, **self._conv(), segment_ids=segment_ids)
-        inputs = self._inputs(u, dt)
+        *parts, dt = self._projected(x)
+        parts = [short_conv(part, **conv, segment_ids=segment_ids)[0] for part, conv in self._convs(parts)]
+        inputs = self._inputs(parts, dt)
         y, _ = ssd(*inputs, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, inputs[0], y))
 
@@ -98,19 +99,22 @@ class Mamba2(Mixer):
 
     @override
     def _prefill(self, x: BTD, state: Mamba2State, segment_ids: SegmentIds | None) -> tuple[BTD, Mamba2State]:
-        u, dt = self._projected(x)
-        u, conv = short_conv(u, **self._conv(), state=state.conv, segment_ids=segment_ids)
-        inputs = self._inputs(u, dt)
+        *parts, dt = self._projected(x)
+        found = [short_conv(part, **conv, segment_ids=segment_ids) for part, conv in self._convs(parts, state.conv)]
+        parts, after = zip(*found, strict=True)
+        inputs = self._inputs(parts, dt)
         y, memory = ssd(*inputs, state=state.memory, segment_ids=segment_ids, impl=self.config.impl)
-        return self._out(x, inputs[0], y), Mamba2State(conv, memory)
+        return self._out(x, inputs[0], y), Mamba2State(jnp.concatenate(after, axis=-1), memory)
 
     @override
     def _step(self, x: BD, state: Mamba2State) -> tuple[BD, Mamba2State]:
-        u, dt = self._projected(x)
-        u, conv = short_conv_step(u, **self._conv(), state=state.conv)
-        u, dt, A, B, C = self._inputs(u, dt)
+        *parts, dt = self._projected(x)
+        parts, after = zip(
+            *(short_conv_step(part, **conv) for part, conv in self._convs(parts, state.conv)), strict=True
+        )
+        u, dt, A, B, C = self._inputs(parts, dt)
         y, memory = ssd_step(u, dt, A, B, C, state.memory)
-        return self._out(x, u, y), Mamba2State(conv, memory)
+        return self._out(x, u, y), Mamba2State(jnp.concatenate(after, axis=-1), memory)
 
     @override
     def state_size(self, seq_len: int) -> int:
@@ -130,16 +134,25 @@ class Mamba2(Mixer):
         return 2 * (projections + taps) + 4 * self.d_inner * self.config.d_state
 
     def _projected(self, x):
-        ends = self.d_inner, self.d_inner + self.channels, self.d_inner + self.channels + self.num_heads
-        return layers.linear_part(self.in_proj, x, *ends[:2]), layers.linear_part(self.in_proj, x, *ends[1:])
+        """Return x, B beside C, and the steps before their bias; z is left to the end, where it is needed."""
+        inner, states = self.d_inner, self.channels - self.d_inner
+        u, rest = (layers.linear_part(self.in_proj, x, *ends) for ends in ((inner, 2 * inner), (2 * inner, None)))
+        return u, rest[..., :states], rest[..., states:]
 
-    def _conv(self) -> dict[str, Any]:
-        return {"kernel": self.conv_kernel[...], "bias": self.conv_bias[...], "silu": True}
+    def _convs(self, parts, state=None) -> list[tuple[Array, dict[str, Any]]]:
+        """Return x, and B beside C, each with its convolution: cut and joined, x would be copied."""
+        ends = (slice(None, self.d_inner), slice(self.d_inner, None))
+        convs = [
+            {"kernel": self.conv_kernel[...][:, end], "bias": self.conv_bias[...][end], "silu": True} for end in ends
+        ]
+        if state is not None:
+            convs = [conv | {"state": state[..., end]} for conv, end in zip(convs, ends, strict=True)]
+        return list(zip(parts, convs, strict=True))
 
-    def _inputs(self, u, dt):
+    def _inputs(self, parts, dt):
         """Return (x, dt, A, B, C) of the scan by head and by group."""
-        groups = self.config.ngroups
-        x, B, C = jnp.split(u, [self.d_inner, self.d_inner + groups * self.config.d_state], axis=-1)
+        (x, BC), groups = parts, self.config.ngroups
+        B, C = jnp.split(BC, 2, axis=-1)
         x, B, C = (layers.split_heads(y, count) for y, count in ((x, self.num_heads), (B, groups), (C, groups)))
         dt = dt.astype(jnp.float32)
         dt = jax.nn.softplus(dt + layers.per_channel(self.dt_bias[...], dt))
@@ -147,7 +160,7 @@ class Mamba2(Mixer):
 
     def _out(self, x, u, y):
         z = layers.linear_part(self.in_proj, x, 0, self.d_inner)
-        u = u.astype(jnp.float32)
-        skip = layers.per_channel(self.D[...][:, None], u) * u
-        y = layers.merge_heads(y.astype(jnp.float32) + skip)
-        return self.out_proj(self.norm(y * jax.nn.silu(z.astype(jnp.float32))).astype(self.dtype))
+        skip = jnp.repeat(self.D[...], self.config.headdim)
+        y, u = (layers.merge_heads(heads) for heads in (y, u))
+        assert self.norm.scale is not None
+        return self.out_proj(gated_rms_norm(y, u, z, skip, self.norm.scale[...], eps=self.norm.epsilon))

@@ -18,7 +18,8 @@ from based_jax.ops.triton import chunks
 def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     """Return o and the state after the last token, each device for its rows and heads.
 
-    With beta, the rates of the delta rule, it is that; without them gated linear attention.
+    With beta, the rates of the delta rule, it is that; without them gated linear attention, of which q and k may be
+    those of groups of heads (B, T, G, K).
     """
     return chunks.compute(_on_chunks, call)
 
@@ -45,11 +46,13 @@ def _attention_fwd(scale, q, k, v, log_decay, state):
 
 def _attention_bwd(scale, saved, gradients):
     from pallas_kernels.triton import one_decay as kernels
+    from pallas_kernels.triton import shared_keys
 
     q, k, v, c, starts = saved
     do, dlast = gradients
     dv, ends, dstate = kernels.reverse(q, k, c, do, dlast, scale=scale)
-    dq, dk, dc = kernels.gradients(q, k, v, c, starts, do, ends, scale=scale)
+    gradients_of_keys = (kernels if k.shape[2] == v.shape[2] else shared_keys).gradients
+    dq, dk, dc = gradients_of_keys(q, k, v, c, starts, do, ends, scale=scale)
     return dq, dk, dv, _until_the_end(dc), dstate
 
 

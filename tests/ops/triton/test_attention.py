@@ -1,9 +1,11 @@
 """Attention's Triton kernels as far as a CPU can tell: refusals, lowering for an H100, and the interpreter."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import triton_interpreter
+from helpers import cuda_plugin, triton_interpreter
 from helpers.cases import parametrize_some
 from helpers.devices import gpus
 
@@ -12,6 +14,7 @@ from based_jax.ops.calls import AttentionCall
 from based_jax.ops.triton import attention as triton_attention
 from based_jax.ops.triton import limits
 from pallas_kernels.triton import attention as kernels
+from pallas_kernels.triton.launch import shared_bytes
 
 
 def call_of(T=256, K=64, V=64, dtype=jnp.bfloat16, window=None, B=2, H=2):
@@ -37,6 +40,7 @@ def test_a_refusal_names_the_packages_that_are_missing(monkeypatch):
     assert triton_attention.supports(call_of()).startswith("no_such_package must be installed: pip install")
 
 
+SIZES = 64, 128, 256
 # (T, K, V, window, dtype): tiles that are not filled; heads of several pieces; windows.
 CASES = [
     (200, 40, 24, 200, "float32"),
@@ -66,7 +70,7 @@ def loss(q, k, v, ids):
     return jnp.sum(softmax.attention(q, k, v, segment_ids=ids, impl="triton_tiles").astype(jnp.float32) ** 2)
 
 
-@pytest.mark.parametrize("K", [70, 256])
+@pytest.mark.parametrize("K", [70, pytest.param(256, marks=pytest.mark.long)])
 def test_packed_documents_lower_for_an_h100(K):
     """Under a mesh each device runs the kernels on its own rows and heads."""
     call = call_of(K=K, V=K, B=4, H=4)
@@ -76,6 +80,16 @@ def test_packed_documents_lower_for_an_h100(K):
     kernels = [line for line in text.splitlines() if "@triton_kernel_call" in line]
     width = -(-K // 16) * 16
     assert len(kernels) == 3 and all(f"tensor<2x256x2x{width}xbf16>" in line for line in kernels)
+
+
+@parametrize_some(
+    "kind, K", [*itertools.product(("NVIDIA A100-SXM4-80GB", "NVIDIA L40S"), SIZES)], [("NVIDIA L40S", 256)]
+)
+def test_kernels_fit_gpus_with_less_memory(monkeypatch, kind, K):
+    kernels, call = cuda_plugin.compiled_kernels(monkeypatch), call_of(K=K, V=K)
+    with gpus(kind):
+        jax.jit(jax.grad(loss, (0, 1, 2))).trace(*call[:3], call.segment_ids).lower(lowering_platforms=("cuda",))
+        assert len(kernels) == 3 and all(kernel.shared_bytes <= shared_bytes() for kernel in kernels)
 
 
 @pytest.mark.parametrize("kind, size", [("NVIDIA A100-SXM4-80GB", 64), ("NVIDIA L40S", 32), ("gfx942", 32)])

@@ -245,7 +245,7 @@ def test_lowers_for_an_h100(form, way, K, V, monkeypatch):
     "form, K, V", [(form, 256, 512) for form in FORMS] + [(REPRESENTATIVES[0], 64, 64)], {(REPRESENTATIVES[0], 64, 64)}
 )
 def test_they_fit_into_the_memory_of_ada(form, K, V, monkeypatch):
-    kernels = cuda_plugin.compiled(monkeypatch)
+    kernels = cuda_plugin.compiled_kernels(monkeypatch)
     shapes = (64, 64, 2, K), (64, 64, 2, K), (64, 64, 2, V), (64, 64, 2, decays(form, K)), (64, 64, 2)
     arguments = [jnp.zeros(x, "bfloat16" if n < 3 else "float32") for n, x in enumerate(shapes)]
 

@@ -30,8 +30,19 @@ def scaled_sums(x, y, z, sums, PROGRAMS: tl.constexpr, SIZE: tl.constexpr, SHIFT
 
 
 @triton.jit
+def read_back(x, z, SIZE: tl.constexpr):
+    tl.store(z + tl.program_id(0), tl.load(z) + tl.load(x))
+
+
+@triton.jit
 def all_in_one_place(x, z, SIZE: tl.constexpr):
     tl.store(z, tl.sum(tl.load(x + tl.arange(0, SIZE)), axis=0))
+
+
+@triton.jit
+def doubles(x, untouched, untouched_too, z, SIZE: tl.constexpr):
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(z + place, 2 * tl.load(x + place))
 
 
 def call(x, y, shift=0):
@@ -62,6 +73,14 @@ def test_lanes_of_lanes_are_rows(normal, interpreted, close):
     close(lanes(lambda x, y: call(x, y))(x, y), lanes(right)(x, y), tolerance=1e-6)
     alone = [call(x[i, j], y[j]) for i in range(3) for j in range(2)]
     close([jnp.stack(z).reshape(3, 2, *z[0].shape) for z in zip(*alone, strict=True)], lanes(right)(x, y))
+
+
+def test_none_stands_for_what_a_kernel_does_not_touch(normal, interpreted, close):
+    def call(x):
+        return launch(doubles, 1, [x, None], [None, Type(x.shape, x.dtype)], warps=1, SIZE=SIZE)
+
+    x = normal(3, 2, SIZE)
+    close(jax.vmap(call)(x), [2 * x])
 
 
 def test_devices_have_their_rows(normal, interpreted, close):
@@ -103,6 +122,11 @@ def test_auto_knows_the_gpus_that_it_compiles_for(model):
 def test_the_interpreter_sees_what_is_read_beside_an_array(interpreted, shift):
     with pytest.raises(Exception, match="beside an array"):
         jax.block_until_ready(call(jnp.zeros((2, 64), jnp.bfloat16), jnp.zeros(2), shift))
+
+
+def test_the_interpreter_sees_what_is_read_before_it_is_written(interpreted):
+    with pytest.raises(Exception, match="reads what it has not written"):
+        jax.block_until_ready(launch(read_back, 2, [jnp.ones((1, 1))], [Type((1, 2), jnp.float32)], warps=1, SIZE=1))
 
 
 def test_the_interpreter_sees_two_writers_and_what_none_writes(interpreted):

@@ -142,7 +142,7 @@ def test_auto_takes_them_where_there_is_nothing_faster(kind, times, names):
 
 @pytest.mark.parametrize("kind", [pytest.param("NVIDIA A100-SXM4-80GB", marks=pytest.mark.long), "NVIDIA L40S"])
 def test_two_programs_share_a_multiprocessor(kind, monkeypatch):
-    kernels = cuda_plugin.compiled(monkeypatch)
+    kernels = cuda_plugin.compiled_kernels(monkeypatch)
     lowered(kind)
     passes = ["states", "states", "outputs", "query_gradients", "key_gradients"]
     assert sorted(kernel.name for kernel in kernels) == sorted(f"taylor_{name}" for name in passes)
