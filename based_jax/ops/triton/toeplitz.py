@@ -31,10 +31,9 @@ def supports(x: Array) -> str | None:
 
 def slower(taps: int) -> str | None:
     """Return why `auto` leaves a convolution with so many taps to others, or None."""
-    kind = target_device_kind()
-    if not devices.is_hopper(kind):
-        return f"it has been timed on Hopper GPUs alone, and this is {kind}"
-    most = devices.crossovers(kind).toeplitz_tiles_taps
+    if reason := limits.unknown_gpu():
+        return reason
+    most = devices.crossovers(target_device_kind()).toeplitz_tiles_taps
     return None if taps <= most else f"there are {taps} taps, above {most}"
 
 
@@ -81,7 +80,7 @@ def _convolve_bwd(saved, dy):
     sight, behind = kernels.Sight.of(numbers, count), kernels.Sight.behind(numbers, count)
     given, taken = _by_channel(x, sight.leaving()), _by_channel(dy, behind.leaving(-1))
     dx = kernels.products(*taken, taps.T, behind, step=-1)
-    return _by_token(dx), kernels.gradients(*given, *taken, count, sight).T, None
+    return _by_token(dx), kernels.gradients(*given, *taken, count, sight, behind).T, None
 
 
 _convolve.defvjp(_convolve_fwd, _convolve_bwd)

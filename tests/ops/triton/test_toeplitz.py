@@ -28,7 +28,8 @@ def short_call(taps, dilation=1):
         (long_conv, "long_conv", long_call(), H100, "triton_tiles"),
         (long_conv, "long_conv", long_call(T=8193), H100, "xla_fft"),
         (long_conv, "long_conv", long_call(dtype=jnp.float32), H100, "xla_fft"),
-        (long_conv, "long_conv", long_call(), "NVIDIA A100-SXM4-80GB", "xla_fft"),
+        (long_conv, "long_conv", long_call(), "NVIDIA A100-SXM4-80GB", "triton_tiles"),
+        (long_conv, "long_conv", long_call(), "gfx942", "xla_fft"),
         (conv, "short_conv", short_call(64), H100, "triton_tiles"),
         (conv, "short_conv", short_call(9, dilation=1024), H100, "xla_toeplitz"),
         (conv, "short_conv", short_call(conv.MAX_UNROLLED_TAPS), H100, "xla_taps"),
@@ -44,17 +45,17 @@ def test_refusals_name_the_value():
     assert "no dimension may be empty, and they are (0, 2048, 4)" in toeplitz.supports(long_call(B=0).u)
 
 
-# (T, L, D): several blocks, filters that end within one and behind it; less than a block.
-CASES = [(130, 130, 1), (200, 64, 1), (257, 66, 2), (5, 5, 3)]
+# (B, T, L, D): blocks of several programs; filters that end within a block and behind it; less than a block.
+CASES = [(45, 130, 130, 1), (3, 200, 64, 1), (3, 257, 66, 2), (3, 5, 5, 3)]
 
 
-@parametrize_some("T, L, D", CASES, CASES[:1])
+@parametrize_some("B, T, L, D", CASES, CASES[:1])
 @parametrize_some("packed", [True, False], [True])
-def test_they_equal_the_oracle(T, L, D, packed, normal, packed_ids, out_and_grads, close, monkeypatch):
+def test_they_equal_the_oracle(B, T, L, D, packed, normal, packed_ids, out_and_grads, close, monkeypatch):
     triton_interpreter.interpret(monkeypatch)
-    u, cotangent = normal(3, T, D, dtype="bfloat16"), normal(3, T, D, dtype="bfloat16")
+    u, cotangent = normal(B, T, D, dtype="bfloat16"), normal(B, T, D, dtype="bfloat16")
     kernel = normal(L, D).astype(jnp.bfloat16).astype(jnp.float32)
-    ids = packed_ids(T)[1:4] if packed else None  # many documents, and padding before one
+    ids = jnp.resize(packed_ids(T)[1:4], (B, T)) if packed else None  # many documents, and padding before one
     compute = segments.without_padding(lambda call: toeplitz.convolve(*call), "u")
 
     def tiles(u, kernel):
@@ -115,5 +116,5 @@ def test_each_device_has_its_rows_and_channels():
     with gpus(shape=(2, 2), names=("data", "tensor")):
         text = jax.jit(jax.grad(loss, (0, 1))).trace(*call).lower(lowering_platforms=("cuda",)).as_text()
     kernels = [line for line in text.splitlines() if "@triton_kernel_call" in line]
-    assert len(kernels) == 3 and all("tensor<4x2x256xbf16>" in line for line in kernels)
-    assert sum("tensor<4x4x128xf32>" in line for line in kernels) == 1  # of the filters of half the channels
+    assert len(kernels) == 4 and all("tensor<4x2x256xbf16>" in line for line in kernels)
+    assert [sum(f"tensor<4x{tiles}x128xf32>" in line for line in kernels) for tiles in (1, 4)] == [1, 1]  # of filters
