@@ -13,7 +13,7 @@ import numpy as np
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Caches, Decoder
-from based_jax.generate.prefill import CHUNK_TOKENS, Chunk, chunks, prefill_chunk
+from based_jax.generate.prefill import CHUNK_TOKENS, Chunk, chunk_length, chunks, prefill_chunk
 from based_jax.generate.requests import Request
 from based_jax.generate.rows import Block, Rows, decode
 from based_jax.generate.text import TextStream
@@ -126,8 +126,9 @@ class Scheduler:
             raise UserError(
                 f"max_len is {max_len}; it is at least 2 and at most the {self.decoder.max_len} of the model."
             )
-        self.max_len, self.tokenizer, self.prefix_cache = max_len, tokenizer, prefix_cache
-        self._block_tokens, self._chunk_tokens = block_tokens, chunk_tokens
+        self.max_len, self.tokenizer = max_len, tokenizer
+        self.prefix_cache = None if self.decoder.prefix_length else prefix_cache  # a prefix is of its whole prompt
+        self._block_tokens, self._chunk_tokens = block_tokens, chunk_length(self.decoder, chunk_tokens)
         self._ids = itertools.count()
         self._waiting: collections.deque[Task] = collections.deque()
         self._slots: list[Task | None] = [None] * slots
@@ -150,7 +151,7 @@ class Scheduler:
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id; UserError if it cannot be answered."""
-        request = request.checked(self.decoder.config, self.max_len)
+        request = request.checked(self.decoder, self.max_len)
         if request.stop_strings and self.tokenizer is None:
             raise UserError("stop_strings are found in text, and there is no tokenizer; give the scheduler one.")
         text = None if self.tokenizer is None else TextStream(self.tokenizer, request.stop_strings)
