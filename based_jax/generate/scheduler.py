@@ -73,19 +73,26 @@ class Task:
         self.drawn += len(tokens)
         stopped = bool(tokens) and tokens[-1] in self.request.stop_ids
         tokens = tokens[:-1] if stopped else tokens
-        text = ""
-        if self.text is not None:
-            for number, token in enumerate(tokens, 1):
-                text += self.text.push(token)
-                if self.text.stopped:
-                    tokens = tokens[:number]
-                    break
+        text, kept = self._told(tokens)
         ended = stopped or self.drawn == self.request.max_new_tokens
         if self.text is not None and ended:
             text += self.text.finish()
         stopped |= self.text is not None and self.text.stopped
         finish = "stop" if stopped else "length" if ended else None
-        return Event(self.id, tokens, log_probs[: len(tokens)], text, finish)
+        return Event(self.id, tokens[:kept], log_probs[:kept], text, finish)
+
+    def _told(self, tokens: list[int]) -> tuple[str, int]:
+        """Return new text, and how many of the tokens it is of: those behind a stop string are none of the answer."""
+        if self.text is None:
+            return "", len(tokens)
+        if not self.request.stop_strings:
+            return self.text.push(tokens), len(tokens)
+        text = ""
+        for number, token in enumerate(tokens, 1):
+            text += self.text.push([token])
+            if self.text.stopped:
+                return text, number
+        return text, len(tokens)
 
 
 class Scheduler:
