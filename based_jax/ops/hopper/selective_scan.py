@@ -77,8 +77,8 @@ def _fused_bwd(saved, gradients):
     from pallas_kernels.hopper import selective_scan_backward as kernels
 
     *arrays, offsets, bias = saved
-    *found, last = *sharded.launch(kernels.backward, *arrays, *gradients, offsets, bias), *[None] * (bias is None)
-    return *found, None, last
+    du, ddt, dA, dBC, dstate, *dbias = sharded.launch(kernels.backward, *arrays, *gradients, offsets, bias)
+    return du, ddt, dA, dBC, dstate, None, dbias[0] if dbias else None
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
