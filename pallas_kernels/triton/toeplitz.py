@@ -25,8 +25,12 @@ COLUMN_COUNT, WARPS, STAGES = 128, 8, 3
 """Blocks of tokens that are multiplied with a tile at once, and how."""
 GRADIENT_COLUMN_COUNT, GRADIENT_WARPS, GRADIENT_STAGES = 64, 4, 3
 """Likewise of a product that makes a tile's gradient."""
-SHIFT_COUNT = 8
-"""Copies of a filter, one element from each other, in which each row of every tile begins at a multiple of 16 bytes."""
+SHIFT_COUNT = 4
+"""Copies of a filter, one element from each other: each row of every tile begins at a multiple of so many elements.
+
+A thread copies that many at once. Eight bytes go through the L1 cache, in which the next tiles' rows and blocks are for
+the most part; sixteen would go past it.
+"""
 BLOCK, SHIFTS = tl.constexpr(BLOCK_TOKENS), tl.constexpr(SHIFT_COUNT)
 """The same, as kernels read them."""
 
@@ -54,6 +58,11 @@ class Cut(NamedTuple):
     def programs(self) -> int:
         """Of a channel's products."""
         return -(-self.rows * self.blocks // self.columns)
+
+    @property
+    def pairs(self) -> int:
+        """Of a filter's tiles, but for the first."""
+        return -(-self.reach // 2)
 
     @property
     def width(self) -> int:
@@ -119,17 +128,24 @@ def products(x, leaving, taps, sight: Sight, *, step: int = 1) -> jax.Array:
     return y
 
 
-def gradients(x, leaving, dy, entering, taps: int, sight: Sight) -> jax.Array:
+def gradients(x, leaving, dy, entering, taps: int, sight: Sight, behind: Sight) -> jax.Array:
     """Return dh (D, `taps`) fp32; `entering` is dy where it would leave its block if time were reversed."""
     cut = Cut.of(x, taps, GRADIENT_COLUMN_COUNT)
-    tiles = 1 + cut.reach
-    arguments = [x, leaving, dy, entering, *sight]
-    types = [Type((cut.channels, tiles, 2 * BLOCK_TOKENS), jnp.float32)]
-    options: dict[str, Any] = {"warps": GRADIENT_WARPS, "stages": GRADIENT_STAGES, "cut": cut}
-    [sums] = launch(toeplitz_gradients, tiles, arguments, types, **options)
+    sums = _tile_gradients(toeplitz_block_gradients, 1, 1, [x, dy, sight.place], cut)
+    if cut.reach:
+        arguments = [leaving, entering, behind.reach]
+        sums = jnp.concatenate([sums, _tile_gradients(toeplitz_gradients, cut.pairs, 2, arguments, cut)], axis=1)
     before, own = jnp.split(sums, 2, axis=2)
     later = jnp.pad(before, ((0, 0), (0, 1), (0, 0)))[:, 1:]
     return (own + later).reshape(cut.channels, -1)[:, :taps]
+
+
+def _tile_gradients(kernel, programs: int, tiles: int, arguments, cut: Cut) -> jax.Array:
+    """Return the gradients of so many tiles of each program of a channel, summed over their diagonals."""
+    types = [Type((cut.channels, programs * tiles, 2 * BLOCK_TOKENS), jnp.float32)]
+    options: dict[str, Any] = {"warps": GRADIENT_WARPS, "stages": GRADIENT_STAGES, "cut": cut}
+    [sums] = launch(kernel, programs, arguments, types, **options)
+    return sums
 
 
 def _copies(taps, cut: Cut, dtype) -> jax.Array:
@@ -143,7 +159,7 @@ def _copies(taps, cut: Cut, dtype) -> jax.Array:
 def toeplitz_products(x, leaving, taps, place, reach, y, cut: tl.constexpr):
     """Multiply blocks before those of a program with their tiles one after another, then those themselves."""
     channel, group = tl.program_id(0) // cut.programs, tl.program_id(0) % cut.programs
-    real, token, block = blocks_of(group * cut.columns, 0, cut)
+    real, token, block = blocks_of(group * cut.columns, SHIFTS, cut)
     start, lane = channel_of(channel, cut)
     tile = first_tile(taps, channel, cut)
     seen = tl.load(reach + lane + block, mask=real, other=0)
@@ -161,40 +177,50 @@ def toeplitz_products(x, leaving, taps, place, reach, y, cut: tl.constexpr):
 
 
 @triton.jit
-def toeplitz_gradients(x, leaving, dy, entering, place, reach, sums, cut: tl.constexpr):
-    """Add up the products of all pairs of blocks so far apart, then these along the diagonals."""
-    channel, d = tl.program_id(0) // (1 + cut.reach), tl.program_id(0) % (1 + cut.reach)
+def toeplitz_block_gradients(x, dy, place, sums, cut: tl.constexpr):
+    """Add up the products of a channel's blocks with themselves, then these along the diagonals."""
+    channel = tl.program_id(0)
     start, lane = channel_of(channel, cut)
     total = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
-    if d == 0:
-        for first in tl.range(0, cut.rows * cut.blocks, cut.columns, num_stages=1):
-            real, token, _ = blocks_of(first, 0, cut)
-            given = tl.load(x + start + token, mask=real[:, None], other=0)
-            taken = tl.load(dy + start + token, mask=real[:, None], other=0)
-            places = tl.load(place + lane * BLOCK + token, mask=real[:, None], other=0)
-            for document in range(0, tl.max(places) + 1):
-                own = tl.where(places == document, given, 0)
-                total = tl.dot(tl.trans(own), tl.where(places == document, taken, 0), total)
-    else:
-        for first in range(0, cut.rows * (cut.blocks - d), cut.columns):
-            real, token, block = blocks_of(first, d, cut)
-            seen = tl.load(reach + lane + block, mask=real, other=0)
-            given = tl.load(leaving + start + token - d * BLOCK, mask=(d <= seen)[:, None], other=0)
-            taken = tl.load(entering + start + token, mask=real[:, None], other=0)
-            total = tl.dot(tl.trans(given), taken, total)
-    tl.store(sums + tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK), diagonal_sums(total))
+    for first in tl.range(0, cut.rows * cut.blocks, cut.columns, num_stages=1):
+        real, token, _ = blocks_of(first, BLOCK, cut)
+        given = tl.load(x + start + token, mask=real[:, None], other=0)
+        taken = tl.load(dy + start + token, mask=real[:, None], other=0)
+        places = tl.load(place + lane * BLOCK + token, mask=real[:, None], other=0)
+        for document in range(0, tl.max(places) + 1):
+            own = tl.where(places == document, given, 0)
+            total = tl.dot(tl.trans(own), tl.where(places == document, taken, 0), total)
+    store_diagonal_sums(sums, channel, total)
 
 
 @triton.jit
-def blocks_of(first, before, cut: tl.constexpr):
+def toeplitz_gradients(leaving, entering, ahead, sums, cut: tl.constexpr):
+    """Add up the products of all pairs of blocks d and d + 1 apart, then these along the diagonals."""
+    channel, pair = tl.program_id(0) // cut.pairs, tl.program_id(0) % cut.pairs
+    start, lane = channel_of(channel, cut)
+    d = 1 + 2 * pair
+    near, far = tl.full((BLOCK, BLOCK), 0.0, tl.float32), tl.full((BLOCK, BLOCK), 0.0, tl.float32)
+    for first in range(0, cut.rows * (cut.blocks - d), cut.columns):
+        real, token, block = blocks_of(first, BLOCK, cut)
+        seen = tl.load(ahead + lane + block, mask=real, other=0)
+        given = tl.trans(tl.load(leaving + start + token, mask=(d <= seen)[:, None], other=0))
+        later = entering + start + token + d * BLOCK
+        near = tl.dot(given, tl.load(later, mask=(d <= seen)[:, None], other=0), near)
+        far = tl.dot(given, tl.load(later + BLOCK, mask=(d < seen)[:, None], other=0), far)
+    store_diagonal_sums(sums, 2 * tl.program_id(0), near)
+    store_diagonal_sums(sums, 2 * tl.program_id(0) + 1, far)
+
+
+@triton.jit
+def blocks_of(first, copied: tl.constexpr, cut: tl.constexpr):
     """Return which blocks there are from `first` on, where their tokens are in (B, T), and they in (B, blocks).
 
-    All rows' blocks with one place in time come together, from the one that has `before` blocks before it on.
+    All rows' blocks with one place in time come together. A thread may copy so many tokens at once.
     """
     column = first + tl.arange(0, cut.columns)
-    block = column % cut.rows * cut.blocks + before + column // cut.rows
-    token = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return column < cut.rows * (cut.blocks - before), token, block
+    block = column % cut.rows * cut.blocks + column // cut.rows
+    token = block[:, None] * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), copied)[None, :]
+    return column < cut.rows * cut.blocks, token, block
 
 
 @triton.jit
@@ -206,14 +232,16 @@ def channel_of(channel, cut: tl.constexpr):
 @triton.jit
 def first_tile(taps, channel, cut: tl.constexpr):
     """Return where the elements of tile 0 are of a channel's filter."""
-    row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    row, column = tl.arange(0, BLOCK)[:, None], tl.max_contiguous(tl.arange(0, BLOCK), SHIFTS)[None, :]
     copy = taps + channel.to(tl.int64) * (SHIFTS * cut.width) + row % SHIFTS * cut.width
     return copy + cut.origin - row // SHIFTS * SHIFTS + column
 
 
 @triton.jit
-def diagonal_sums(tile):
-    """Return the sums of a tile's diagonals, from 64 columns before its own one on."""
-    column = tl.arange(0, BLOCK)[:, None] + tl.arange(0, 2 * BLOCK)[None, :] - BLOCK
+def store_diagonal_sums(sums, n, tile):
+    """Write the sums of a tile's diagonals, from 64 columns before its own one on, as those of tile n."""
+    lag = tl.arange(0, 2 * BLOCK)
+    column = tl.arange(0, BLOCK)[:, None] + lag[None, :] - BLOCK
     inside = (column >= 0) & (column < BLOCK)
-    return tl.sum(tl.where(inside, tl.gather(tile, tl.where(inside, column, 0), 1), 0), axis=0)
+    along = tl.where(inside, tl.gather(tile, tl.where(inside, column, 0), 1), 0)
+    tl.store(sums + n.to(tl.int64) * (2 * BLOCK) + lag, tl.sum(along, axis=0))

@@ -81,7 +81,7 @@ def _convolve_bwd(saved, dy):
     sight, behind = kernels.Sight.of(numbers, count), kernels.Sight.behind(numbers, count)
     given, taken = _by_channel(x, sight.leaving()), _by_channel(dy, behind.leaving(-1))
     dx = kernels.products(*taken, taps.T, behind, step=-1)
-    return _by_token(dx), kernels.gradients(*given, *taken, count, sight).T, None
+    return _by_token(dx), kernels.gradients(*given, *taken, count, sight, behind).T, None
 
 
 _convolve.defvjp(_convolve_fwd, _convolve_bwd)
