@@ -6,25 +6,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from based_jax.aot import costs
-from based_jax.aot.hlo import Instruction, Program
-from based_jax.bench.launches import instructions
+from based_jax.aot.hlo import FUSIONS, Instruction, Program
+from based_jax.bench.launches import LIBRARY_KERNELS, instructions
 from based_jax.bench.timing import Kernel, busy_time, in_order, length, recorded
 
 COPIES = "copy", "copy-start", "dynamic-slice", "dynamic-update-slice"
 """Kinds of instructions that do nothing but move."""
 COPY_KERNEL = re.compile(r"(?i)mem(cpy|set)")
+PRODUCT_KERNEL = re.compile(r"(?i)nvjet|gemm|gemv|cublas|cutlass|xmma|splitk")
+"""Those that XLA makes of products count among these, too."""
 KERNELS_SHOWN = 20
 MODULE = re.compile(r'\b(?:module|ir) = "(?:[^"\\]|\\.)*"')
 """The program of a kernel of our own within the text of one that calls it: half a megabyte each time."""
 
 
 class Part(NamedTuple):
-    """One launch: its pass and layer, operation and time in milliseconds; a pass is "" where there is none."""
+    """One launch: pass, layer and operation that it works for, kernel and its sort, time; "" where there is none."""
 
     which: str
     layer: str
     operation: str
     kernel: str
+    sort: str
     milliseconds: float
 
     @property
@@ -48,7 +51,8 @@ def breakdown(kernels: Sequence[Kernel], program: Program, steps: int) -> dict[s
     """Return where the milliseconds of a step go.
 
     The result has "milliseconds" from the first kernel to the last, in it "idle", in which none ran, "copies" by
-    instructions and engines that only move, "layers" by kind and pass, and of "kernels" those that take most.
+    instructions and engines that only move, "layers" by kind and pass, "sorts" of kernels, and of "kernels" those that
+    take most.
     """
     ordered = in_order(kernels)
     parts = list(_parts(ordered, program, steps))
@@ -58,13 +62,15 @@ def breakdown(kernels: Sequence[Kernel], program: Program, steps: int) -> dict[s
         "idle": round(span - busy, 3),
         "copies": _sum(part.milliseconds for part in parts if part.layer == "copies"),
         "layers": _by_layer(parts),
+        "sorts": _by_sort(parts),
         "kernels": _most(parts, steps),
     }
 
 
 def _parts(kernels: Sequence[Kernel], program: Program, steps: int) -> Iterator[Part]:
     for kernel, found in zip(kernels, instructions(kernels, program, steps), strict=True):
-        yield Part(*place(program, found, kernel.name), kernel.name, (kernel.end - kernel.start) / 1e6 / steps)
+        milliseconds = (kernel.end - kernel.start) / 1e6 / steps
+        yield Part(*place(program, found, kernel.name), kernel.name, sort(found, kernel.name), milliseconds)
 
 
 def place(program: Program, instruction: Instruction | None, kernel: str) -> tuple[str, str, str]:
@@ -76,6 +82,27 @@ def place(program: Program, instruction: Instruction | None, kernel: str) -> tup
     which, _, path = costs.place_of(program, instruction).partition(" ")
     layer, _, operation = path.partition("/")
     return (which, layer, operation) if layer else ("", "others", which)
+
+
+def sort(instruction: Instruction | None, kernel: str) -> str:
+    """Return what runs a kernel: cudnn, products by whomever, copies, XLA's other fusions, or kernels of our own."""
+    if LIBRARY_KERNELS["cudnn"].search(kernel):
+        return "cudnn"
+    if PRODUCT_KERNEL.search(kernel):
+        return "products"
+    if COPY_KERNEL.search(kernel) or (instruction is not None and instruction.kind in COPIES):
+        return "copies"
+    if instruction is None:
+        return "unknown"
+    return "fusions" if instruction.kind in FUSIONS else "kernels"
+
+
+def _by_sort(parts: Sequence[Part]) -> dict[str, float]:
+    """Return the milliseconds by sort of kernel, the most first."""
+    total: dict[str, float] = collections.defaultdict(float)
+    for part in parts:
+        total[part.sort] += part.milliseconds
+    return {name: round(x, 3) for name, x in sorted(total.items(), key=lambda item: -item[1])}
 
 
 def _by_layer(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
@@ -111,4 +138,5 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         + ", ".join(f"{which} {time:.2f}" for which, time in passes.items())
         for layer, passes in found["layers"].items()
     ]
-    return [head, *layers]
+    sorts = "  " + ", ".join(f"{name} {time:.2f}" for name, time in found["sorts"].items())
+    return [head, sorts, *layers]

@@ -200,10 +200,7 @@ class DiagonalSSMCall(NamedTuple):
 
 
 class SelectiveScanCall(NamedTuple):
-    """A scan with a token's own step, input and output: u, dt (B, T, D), A (D, N), B, C (B, T, N), state (B, D, N).
-
-    With a bias (D) dt are raw: the steps are softplus(dt + bias).
-    """
+    """A scan with a token's own step, input and output: u, dt (B, T, D), A (D, N), B, C (B, T, N), state (B, D, N)."""
 
     u: BTD
     dt: BTD
@@ -212,7 +209,6 @@ class SelectiveScanCall(NamedTuple):
     C: BTN
     state: BDN | None = None
     segment_ids: Documents = None
-    bias: Channels | None = None
 
     @property
     def tokens(self) -> "SelectiveScanCall":

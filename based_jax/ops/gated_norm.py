@@ -56,6 +56,8 @@ def _row(weights: Channels, x: Rows) -> Float[Array, "... D"]:
 
 
 IMPLEMENTATIONS = {
-    "hopper_rows": Implementation(hopper_gated_norm.compute, hopper_gated_norm.supports, platform="cuda"),
+    "hopper_rows": Implementation(
+        hopper_gated_norm.compute, hopper_gated_norm.supports, platform="cuda", slower=hopper_gated_norm.slower
+    ),
     "xla_rows": Implementation(_xla),
 }

@@ -25,6 +25,8 @@ FOLDER = Path(__file__).parent
 ROWS, README = FOLDER / "results" / "train.jsonl", FOLDER / "README.md"
 README_TABLE = re.compile(r"(<!-- (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 GIB = 1 << 30
+LEAST_MILLISECONDS = 0.5
+"""That are told."""
 
 
 class Point(NamedTuple):
@@ -124,7 +126,7 @@ def peers(rows: Sequence[dict]) -> list[dict]:
 
 def write_tables(rows: Sequence[dict]) -> None:
     """Write the README's tables."""
-    tables = {"models": models_table(rows), "peers": peers_table(rows)}
+    tables = {"models": models_table(rows), "times": times_table(rows), "peers": peers_table(rows)}
     text = README_TABLE.sub(lambda found: f"{found[1]}{tables[found['name']]}\n{found[3]}", README.read_text())
     README.write_text(text)
 
@@ -145,7 +147,7 @@ def _told(point: Point, row: dict | None) -> dict[str, str]:
         | goal
         | {"of it": f"{row['tokens_per_second'] / point.goal:.0%}"}
         | {name.upper(): f"{row[name]:.1%}" for name in ("mfu", "hfu", "mbu") if name in row}
-        | {"GiB at most": _gib(row), "s to compile": f"{row['compile_seconds']:.0f}"}
+        | {"recomputes": row["remat"], "GiB at most": _gib(row), "s to compile": f"{row['compile_seconds']:.0f}"}
         | {"idle, copies (ms of a step)": _gaps(row), "device": row["device"]}
     )
 
@@ -153,6 +155,26 @@ def _told(point: Point, row: dict | None) -> dict[str, str]:
 def _gaps(row: dict) -> str:
     found = row["breakdown"]
     return f"{found['idle']:.1f}, {found['copies']:.1f} of {found['milliseconds']:.0f}" if found else ""
+
+
+def times_table(rows: Sequence[dict]) -> str:
+    """Return the table of where steps' time goes: by sort of kernel, then by kind of layer, of rows that tell it."""
+    found = [
+        {
+            "model": f"`{point.name}`",
+            "rows x tokens": f"{point.rows} x {point.seq_len:,}",
+            "ms of a step": f"{row['breakdown']['milliseconds']:.0f}",
+            "by sort of kernel": _times(row["breakdown"]["sorts"]),
+            "by layer": _times({layer: sum(x.values()) for layer, x in row["breakdown"]["layers"].items()}),
+        }
+        for point, row in measured(rows)
+        if row and row["breakdown"] and "sorts" in row["breakdown"]
+    ]
+    return markdown(pd.DataFrame(found)) if found else "None has been measured."
+
+
+def _times(milliseconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {x:.1f}" for name, x in milliseconds.items() if x >= LEAST_MILLISECONDS)
 
 
 def peers_table(rows: Sequence[dict]) -> str:

@@ -103,8 +103,8 @@ def channel_decays_products(
     """Make all of a block: its pairs with the keys up to it, and its queries and keys."""
     number, at, i = program_of_chunk(cut, BLOCKS)
     c, first = c + at * cut.keys, at * cut.keys
-    queries, keys = tuples.moved((q, a)[:kinds], first), tuples.moved((k, b)[:kinds], first)
-    Qs, Ks = tuples.moved((Q, A)[:kinds], first), tuples.moved((K, B)[:kinds], first)
+    queries, keys = of_kinds(q, a, first, kinds), of_kinds(k, b, first, kinds)
+    Qs, Ks = of_kinds(Q, A, first, kinds), of_kinds(K, B, first, kinds)
     squares = tuples.moved((Pk, Pb, Ak, Ab)[: kinds * kinds], at * CHUNK)
     rows = block_rows(i)
     own = channels_of(rows, cut)
@@ -189,6 +189,12 @@ def filled(xs, count: int = 2) -> list:
 def block_warps(cut: Cut, most: int = 4) -> int:
     """Return the warps that are fastest for a block of tokens."""
     return min(most, cut.keys // BLOCK_TOKENS)
+
+
+@triton.jit
+def of_kinds(x, y, offset, kinds: tl.constexpr):
+    """Return pointers so much further on, for both kinds or for the first alone."""
+    return tuples.moved((x, y)[:kinds], offset)
 
 
 @triton.jit

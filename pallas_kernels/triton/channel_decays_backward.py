@@ -23,6 +23,7 @@ from pallas_kernels.triton.channel_decays import (
     channels_of,
     filled,
     floats,
+    of_kinds,
     pairs_of,
     row,
     scaled,
@@ -99,7 +100,7 @@ def pair_gradients(read: Arrays, written: Arrays) -> list[jax.Array]:
 def channel_decays_pair_gradients(do, y, v, u, dPk, dPb, dAk, dAb, kinds: tl.constexpr, cut: tl.constexpr):
     """Multiply a chunk's values with its gradients, strip by strip."""
     _, at, _ = program_of_chunk(cut, 1)
-    read, written = tuples.moved((do, y)[:kinds], at * cut.values), tuples.moved((v, u)[:kinds], at * cut.values)
+    read, written = of_kinds(do, y, at * cut.values, kinds), of_kinds(v, u, at * cut.values, kinds)
     nothing = zeros(CHUNK, CHUNK)
     sums = (nothing, nothing, nothing, nothing)[: kinds * kinds]
     for n in range(cut.strips):
@@ -126,7 +127,7 @@ def channel_decays_state_gradients(
 ):
     """Multiply a chunk's values and gradients with its states and theirs, strip by strip."""
     number, at, _ = program_of_chunk(cut, 1)
-    read, written = tuples.moved((do, y)[:kinds], at * cut.values), tuples.moved((v, u)[:kinds], at * cut.values)
+    read, written = of_kinds(do, y, at * cut.values, kinds), of_kinds(v, u, at * cut.values, kinds)
     tokens, channels = channels_of(tl.arange(0, CHUNK), cut), number * cut.keys + tl.arange(0, cut.keys)
     dqs = (zeros(CHUNK, cut.keys), zeros(CHUNK, cut.keys))[:kinds]
     dks, left = dqs, tl.load(kept + channels)
@@ -137,9 +138,9 @@ def channel_decays_state_gradients(
         dqs = tuples.add(dqs, tuples.each_pair(tuples.load(read, strip), (S,)))
         dks = tuples.add(dks, tuples.each_pair(tuples.load(written, strip), (dS,)))
         kept_of_states += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=1)
-    tuples.store(tuples.moved((dQ, dA)[:kinds], at * cut.keys), tokens, dqs)
-    tuples.store(tuples.moved((dK, dB)[:kinds], at * cut.keys), tokens, dks)
-    Ks, rounded = floats(tuples.moved((K, B)[:kinds], at * cut.keys), tokens), tuples.cast(dks, dK.dtype.element_ty)
+    tuples.store(of_kinds(dQ, dA, at * cut.keys, kinds), tokens, dqs)
+    tuples.store(of_kinds(dK, dB, at * cut.keys, kinds), tokens, dks)
+    Ks, rounded = floats(of_kinds(K, B, at * cut.keys, kinds), tokens), tuples.cast(dks, dK.dtype.element_ty)
     whole = left * kept_of_states
     for i in tl.static_range(kinds):
         whole += tl.sum(Ks[i] * rounded[i].to(tl.float32), axis=0)
@@ -175,7 +176,7 @@ def channel_decays_token_gradients(
     """Collect what a block's tokens get from all whom they meet."""
     _, at, i = program_of_chunk(cut, BLOCKS)
     c, first = c + at * cut.keys, at * cut.keys
-    queries, keys = tuples.moved((q, a)[:kinds], first), tuples.moved((k, b)[:kinds], first)
+    queries, keys = of_kinds(q, a, first, kinds), of_kinds(k, b, first, kinds)
     squares = tuples.moved((dPk, dPb, dAk, dAb)[: kinds * kinds], at * CHUNK)
     rows = block_rows(i)
     own = channels_of(rows, cut)
@@ -210,19 +211,19 @@ def channel_decays_token_gradients(
         met = tuples.load(squares, pairs_of(theirs, i, cut))
         dks, dcs = add_to_keys(dks, dcs, to_keys, near_qs, near_ks, met)
 
-    Qs, Ks = tuples.moved((Q, A)[:kinds], first), tuples.moved((K, B)[:kinds], first)
-    dQs, dKs = floats(tuples.moved((dQ, dA)[:kinds], first), own), floats(tuples.moved((dK, dB)[:kinds], first), own)
+    Qs, Ks = of_kinds(Q, A, first, kinds), of_kinds(K, B, first, kinds)
+    dQs, dKs = floats(of_kinds(dQ, dA, first, kinds), own), floats(of_kinds(dK, dB, first, kinds), own)
     dcs = tuples.add(dcs, tuples.multiply(floats(Qs, own), dQs))
     dcs = add_to_first(dcs, tuples.multiply(floats(Ks, own), dKs), -1.0)
-    tuples.store(tuples.moved((dc, dbefore)[:kinds], first), own, dcs)
+    tuples.store(of_kinds(dc, dbefore, first, kinds), own, dcs)
 
     same = diagonals(tuples.load(squares[:kinds], pairs_of(rows, i, cut)))
     dqs = tuples.add(dqs, tuples.multiply(tuples.exponentials(seen), dQs))
     dqs = scaled(scale, add_to_first(dqs, tuples.multiply(same, ks), 1.0))
     dks = tuples.add(dks, tuples.times(dKs, tl.exp(whole - seen[0])))
     dks = tuples.add(dks, tuples.times(same, qs[0]))
-    tuples.store(tuples.moved((dq, da)[:kinds], first), own, dqs)
-    tuples.store(tuples.moved((dk, db)[:kinds], first), own, dks)
+    tuples.store(of_kinds(dq, da, first, kinds), own, dqs)
+    tuples.store(of_kinds(dk, db, first, kinds), own, dks)
 
 
 def decay_gradients(dc: Arrays, dwhole) -> jax.Array:

@@ -16,7 +16,7 @@ padding, and `held` (B, chunks + 1), whose state it is before each chunk and aft
 alone reads the state, or is written to it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,8 @@ from pallas_kernels.triton.tiles import CHUNK, at_chunk, places, program_of_chun
 
 WIDTHS = 16, 32, 64
 """Columns of values that a program takes together."""
-WALK_STAGES = 3
+WALK_STAGES, PIECE_STAGES = 3, 1
+"""Of the loads of loops over chunks, and over pieces of features."""
 
 
 class Cut(NamedTuple):
@@ -105,7 +106,7 @@ def states(x, y, documents: Documents, first: tuple, shares: tuple | None = None
     cut = Cut.of(x, y)
     arguments = [x, y, *documents, *first, *(shares or (None, None))]
     results = [*cut.starts(y.dtype), *cut.sums()]
-    options = {"cut": cut, "scale": scale, "back": shares is not None}
+    options: dict[str, Any] = {"cut": cut, "scale": scale, "back": shares is not None}
     programs = cut.heads * cut.strips * PIECES_OF_FEATURES
     return launch(taylor_states, programs, arguments, results, warps=CHUNK_WARPS, stages=WALK_STAGES, **options)
 
@@ -156,8 +157,8 @@ def outputs(q, k, v, documents: Documents, starts, start_sums, *, scale: float) 
     cut = Cut.of(k, v)
     results = [like(v), Type(v.shape[:3], jnp.float32)]
     arguments = [q, k, v, *documents, starts, start_sums]
-    programs = cut.heads * cut.chunks * cut.strips
-    return launch(taylor_outputs, programs, arguments, results, warps=CHUNK_WARPS, cut=cut, scale=scale)
+    programs, options = cut.heads * cut.chunks * cut.strips, {"warps": CHUNK_WARPS, "cut": cut, "scale": scale}
+    return launch(taylor_outputs, programs, arguments, results, stages=PIECE_STAGES, **options)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ import triton.language as tl
 from pallas_kernels.triton.chunks import CHUNK_WARPS, like
 from pallas_kernels.triton.launch import launch
 from pallas_kernels.triton.taylor import (
+    PIECE_STAGES,
     Cut,
     Documents,
     held_about,
@@ -49,7 +50,7 @@ def query_gradients(
       starts: S and y before every chunk.
     """
     cut, arguments = Cut.of(k, v), [q, k, v, do, *documents, *shares, *starts]
-    options: dict[str, Any] = {"warps": CHUNK_WARPS, "cut": cut, "scale": scale}
+    options: dict[str, Any] = {"warps": CHUNK_WARPS, "stages": PIECE_STAGES, "cut": cut, "scale": scale}
     return launch(taylor_query_gradients, cut.heads * cut.chunks, arguments, [like(q)], **options)
 
 
@@ -93,7 +94,7 @@ def taylor_query_gradients(
 def key_gradients(q, k, v, do, documents: Documents, shares: tuple, ends: tuple, *, scale: float) -> list[jax.Array]:
     """Return dk and dv, given R and x after every chunk; the rest is as above."""
     cut, arguments = Cut.of(k, v), [q, k, v, do, *documents, *shares, *ends]
-    options: dict[str, Any] = {"warps": CHUNK_WARPS, "cut": cut, "scale": scale}
+    options: dict[str, Any] = {"warps": CHUNK_WARPS, "stages": PIECE_STAGES, "cut": cut, "scale": scale}
     return launch(taylor_key_gradients, cut.heads * cut.chunks, arguments, [like(k), like(v)], **options)
 
 

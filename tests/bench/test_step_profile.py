@@ -46,10 +46,12 @@ def test_a_step_is_told_by_layer_and_pass():
     assert found["layers"]["optimizer"] == {"forward": 1.0}
     assert found["layers"]["copies"] == {"all": 2.0} and found["layers"]["unknown"] == {"all": 1.0}
     assert sum(sum(passes.values()) for passes in found["layers"].values()) == pytest.approx(7.0)
+    assert found["sorts"] == {"products": 2.0, "kernels": 2.0, "copies": 2.0, "unknown": 1.0}
     row = {"kernel": "nvjet", "place": "backward mlp/project", "launches": 1.0, "milliseconds": 1.0}
     assert row in found["kernels"]
     lines = step_profile.lines(found)
-    assert lines[0] == "8.00 ms on the device, idle 1.00, copies 2.00" and "forward 1.00, backward 1.00" in lines[1]
+    assert lines[0] == "8.00 ms on the device, idle 1.00, copies 2.00" and "products 2.00" in lines[1]
+    assert "forward 1.00, backward 1.00" in lines[2]
 
 
 def test_on_a_cpu_there_is_no_breakdown():

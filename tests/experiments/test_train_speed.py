@@ -3,7 +3,13 @@
 from experiments.train_speed import __main__ as train_speed
 from experiments.train_speed import plots
 
-BREAKDOWN = {"milliseconds": 240.04, "idle": 1.26, "copies": 3.5}
+BREAKDOWN = {
+    "milliseconds": 240.04,
+    "idle": 1.26,
+    "copies": 3.5,
+    "layers": {"mlp": {"forward": 40.0, "backward": 80.0}, "norm": {"forward": 0.2}},
+    "sorts": {"products": 180.0, "fusions": 58.78},
+}
 
 
 def rows():
@@ -24,8 +30,14 @@ def rows():
 def test_the_last_row_of_a_model_stands_beside_its_goal():
     lines = train_speed.models_table([*rows()]).splitlines()
     [found] = [line for line in lines if "`based_1b` | 8 x 2,048" in line]
-    assert "| 60,000 | 68,000 | 88% | 50.0% | 51.0% | 40.0% | 50.0 | 31 | 1.3, 3.5 of 240 |" in found
+    assert "| 60,000 | 68,000 | 88% | 50.0% | 51.0% | 40.0% | none | 50.0 | 31 | 1.3, 3.5 of 240 |" in found
     assert sum("not measured" in line for line in lines) == len(train_speed.POINTS) - 1
+
+
+def test_where_the_time_goes_is_told_of_rows_that_know():
+    line = train_speed.times_table([*rows()]).splitlines()[-1]
+    assert line == "| `based_1b` | 8 x 2,048 | 240 | products 180.0, fusions 58.8 | mlp 120.0 |"
+    assert train_speed.times_table([]) == "None has been measured."
 
 
 def test_other_libraries_stand_below():

@@ -1,7 +1,7 @@
 """Triton's own interpreter for kernels that `jax_triton.triton_call` runs: without a GPU and without torch.
 
-Memory is what a call is given, checked: a program that reads or writes beside its arrays, or writes what another one
-has written, fails, and what nothing has written is NaN.
+Memory is what a call is given, checked: a program fails that reads or writes beside its arrays, writes what another one
+has written, or reads results that it has not; what nothing has written is NaN.
 """
 
 import contextlib
@@ -70,6 +70,8 @@ class Memory:
         found = np.array(np.broadcast_to(np.zeros(1, dtype) if other is None else other.data, chosen.shape))
         if chosen.any():
             n, places = self.places(pointers.data[chosen])
+            own = self.writers[n][places] == self.program
+            assert n < self.writable or own.all(), "a program reads what it has not written"
             found[chosen] = self.arrays[n][places]
         return TensorHandle(found, pointers.get_element_ty())
 
@@ -114,7 +116,7 @@ def run(kernel: Callable, grid, arrays, types, constants: dict) -> list[np.ndarr
     results = [np.full(x.shape, np.nan if "float" in x.dtype.name else -1, x.dtype) for x in types]
     memory = Memory([np.asarray(x) for x in arrays], results)
     builder, arguments = interpreter.interpreter_builder, memory.pointers()
-    with ONE_AT_A_TIME, patched_language(kernel):
+    with ONE_AT_A_TIME, patched_language(kernel), np.errstate(over="ignore"):
         builder.create_masked_load, builder.create_masked_store = memory.load, memory.store
         builder.set_grid_dim(*grid)
         for memory.program, place in enumerate(itertools.product(*map(range, grid))):

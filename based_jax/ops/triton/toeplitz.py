@@ -31,10 +31,9 @@ def supports(x: Array) -> str | None:
 
 def slower(taps: int) -> str | None:
     """Return why `auto` leaves a convolution with so many taps to others, or None."""
-    kind = target_device_kind()
-    if not devices.is_hopper(kind):
-        return f"it has been timed on Hopper GPUs alone, and this is {kind}"
-    most = devices.crossovers(kind).toeplitz_tiles_taps
+    if reason := limits.unknown_gpu():
+        return reason
+    most = devices.crossovers(target_device_kind()).toeplitz_tiles_taps
     return None if taps <= most else f"there are {taps} taps, above {most}"
 
 

@@ -16,6 +16,7 @@ from based_jax.ops import dispatch
 from based_jax.ops.delta_rule import delta_rule, dplr
 from based_jax.ops.gated_linear_attention import gated_linear_attention
 from based_jax.ops.triton import chunks
+from pallas_kernels.triton.launch import shared_bytes
 
 
 def linear(q, k, v, g, beta, **options):
@@ -238,6 +239,22 @@ def test_lowers_for_an_h100(form, way, K, V, monkeypatch):
         kernels = [f"one_decay_{name}" for name in (*walks, "gradients")]
     kernels += [] if "linear" in form else ["inverses_of_halves", "inverses_of_chunks"]
     assert [name for name in kernels if name not in text] == []
+
+
+@parametrize_some(
+    "form, K, V", [(form, 256, 512) for form in FORMS] + [(REPRESENTATIVES[0], 64, 64)], {(REPRESENTATIVES[0], 64, 64)}
+)
+def test_they_fit_into_the_memory_of_ada(form, K, V, monkeypatch):
+    kernels = cuda_plugin.compiled_kernels(monkeypatch)
+    shapes = (64, 64, 2, K), (64, 64, 2, K), (64, 64, 2, V), (64, 64, 2, decays(form, K)), (64, 64, 2)
+    arguments = [jnp.zeros(x, "bfloat16" if n < 3 else "float32") for n, x in enumerate(shapes)]
+
+    def total(*arguments):
+        return outputs(form)(*arguments).astype(jnp.float32).sum()
+
+    with gpus("NVIDIA L40S"):
+        jax.jit(jax.grad(total, tuple(range(5)))).trace(*arguments).lower(lowering_platforms=("cuda",))
+        assert kernels and max(kernel.shared_bytes for kernel in kernels) <= shared_bytes()
 
 
 @pytest.mark.parametrize(

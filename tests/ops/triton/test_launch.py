@@ -30,6 +30,11 @@ def scaled_sums(x, y, z, sums, PROGRAMS: tl.constexpr, SIZE: tl.constexpr, SHIFT
 
 
 @triton.jit
+def read_back(x, z, SIZE: tl.constexpr):
+    tl.store(z + tl.program_id(0), tl.load(z) + tl.load(x))
+
+
+@triton.jit
 def all_in_one_place(x, z, SIZE: tl.constexpr):
     tl.store(z, tl.sum(tl.load(x + tl.arange(0, SIZE)), axis=0))
 
@@ -117,6 +122,11 @@ def test_auto_knows_the_gpus_that_it_compiles_for(model):
 def test_the_interpreter_sees_what_is_read_beside_an_array(interpreted, shift):
     with pytest.raises(Exception, match="beside an array"):
         jax.block_until_ready(call(jnp.zeros((2, 64), jnp.bfloat16), jnp.zeros(2), shift))
+
+
+def test_the_interpreter_sees_what_is_read_before_it_is_written(interpreted):
+    with pytest.raises(Exception, match="reads what it has not written"):
+        jax.block_until_ready(launch(read_back, 2, [jnp.ones((1, 1))], [Type((1, 2), jnp.float32)], warps=1, SIZE=1))
 
 
 def test_the_interpreter_sees_two_writers_and_what_none_writes(interpreted):

@@ -17,6 +17,7 @@ from based_jax.ops.calls import LinearAttentionCall
 from based_jax.ops.taylor import IMPLEMENTATIONS, expanded_dim, taylor_attention
 from based_jax.ops.triton import taylor as triton_taylor
 from pallas_kernels.triton import taylor_features
+from pallas_kernels.triton.launch import shared_bytes
 
 
 def inputs(normal, B, T, H, K, V, dtype="float32"):
@@ -132,9 +133,13 @@ def test_auto_takes_them_where_there_is_nothing_faster(kind, times, names):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("NVIDIA A100-SXM4-80GB", marks=pytest.mark.long), "NVIDIA L40S"])
-def test_compiles_for_a_gpu_that_is_not_there(kind):
-    kernels = [line for line in lowered(kind).splitlines() if "@triton_kernel_call" in line]
-    assert len(kernels) == 5  # states forward and back, outputs, gradients of queries, of keys and values
+def test_two_programs_share_a_multiprocessor(kind, monkeypatch):
+    kernels = cuda_plugin.compiled_kernels(monkeypatch)
+    lowered(kind)
+    passes = ["states", "states", "outputs", "query_gradients", "key_gradients"]
+    assert sorted(kernel.name for kernel in kernels) == sorted(f"taylor_{name}" for name in passes)
+    with gpus(kind):
+        assert max(kernel.shared_bytes for kernel in kernels) <= shared_bytes() // 2
 
 
 def test_each_device_has_its_rows_and_heads(monkeypatch):
