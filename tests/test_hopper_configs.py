@@ -18,7 +18,7 @@ ROWS = 8
 NO_MIXER = "linear_cross_entropy"
 """Which keeps its logits where there is room: that is faster, and no fallback."""
 
-BY_XLA = {"mamba.py:1b": {"gated_skip"}, "mamba2.py:1b": {"gated_rms_norm"}}
+BY_XLA = {"mamba.py:360m": {"gated_skip"}, "mamba.py:1b": {"gated_skip"}, "mamba2.py:1b": {"gated_rms_norm"}}
 """What `auto` leaves to XLA, by config, until its kernel has been run on a GPU; nothing is ever added."""
 
 

@@ -1,15 +1,16 @@
 """Taylor linear attention by chunks on tensor cores, in Triton kernels (see `ops/triton/taylor.py`).
 
 With scores p_ts = 1 + s + s^2/2 of s = c q_t.k_s inside a chunk, and the features F and their weights w between chunks
-(`taylor_features.py`), S the sum of F(k) v^T before the chunk and y that of F(k):
+(`taylor_features.py`), S the sum of F(k) v^T before the chunk and h that of F(k):
 
-    o_t = (sum_s p_ts v_s + (w F(q_t))^T S) / z_t        z_t = sum_s p_ts + (w F(q_t)).y
+    o_t = (sum_s p_ts v_s + (w F(q_t))^T S) / z_t        z_t = sum_s p_ts + (w F(q_t)).h
 
-`states` walks over the chunks with S and y, and back with their gradients R and x, which are the same sums:
+`states` walks over the chunks with S and h, and back with their gradients R and g, which are like sums:
 
-    R = sum_t w F(q_t) do_t^T / z_t                      x = -sum_t w F(q_t) delta_t / z_t, delta = do.o
+    R = sum_t w F(q_t) do_t^T / z_t                      g = -sum_t w F(q_t) delta_t / z_t, delta = do.o
 
-`outputs` takes all chunks at once. Their gradients are in `taylor_backward.py`.
+`outputs` takes all chunks at once. Sums with v and without it are of the same rounded numbers, so that o is exactly v
+where all values are alike, and gradients then cancel. Their gradients are in `taylor_backward.py`.
 
 Arrays are (B, T, H, .) of any T, K up to 16 and any V. Documents are numbers (B, T) that rise along a row, 0 at
 padding, and `held` (B, chunks + 1), whose state it is before each chunk and after the last: a token of that document
@@ -76,12 +77,12 @@ class Cut(NamedTuple):
         return -(-self.values // self.width)
 
     def sums(self) -> list[Type]:
-        """Return the types of S and y for every sequence."""
+        """Return the types of S and h for every sequence."""
         shape = self.batch, self.heads, PACKED_FEATURES
         return [Type((*shape, self.values), jnp.float32), Type(shape, jnp.float32)]
 
     def starts(self, dtype) -> list[Type]:
-        """Return the types of S and y for every chunk."""
+        """Return the types of S and h for every chunk."""
         shape = self.batch, self.heads, self.chunks, PACKED_FEATURES
         return [Type((*shape, self.values), dtype), Type(shape, jnp.float32)]
 
@@ -93,22 +94,28 @@ class Documents(NamedTuple):
     held: jax.Array
 
 
-def states(x, y, documents: Documents, first: tuple, shares: tuple | None = None, *, scale: float) -> list[jax.Array]:
-    """Return S and y of every chunk, those before it, and of the whole sequence.
+def states(x, y, documents: Documents, first: tuple, back: tuple | None = None, *, scale: float) -> list[jax.Array]:
+    """Return S and h before every chunk and after the last one or, with `back`, R and g after every chunk and at first.
 
     Args:
-      x: (B, T, H, K), what features are of.
-      y: (B, T, H, V), what they are multiplied with.
-      first: S (B, H, PACKED_FEATURES, V) and y (B, H, PACKED_FEATURES) to begin with, fp32.
-      shares: (B, T, H) fp32, factors of y, and what stands for 1 in the other sum. With them features are weighted, the
-        walk is from the last chunk to the first, and a chunk's sums are those after it.
+      x: keys, or queries (B, T, H, K), of which features are.
+      y: values, or do (B, T, H, V), with which these are multiplied.
+      first: S (B, H, PACKED_FEATURES, V) and h (B, H, PACKED_FEATURES) before all chunks, or R and g after them, fp32.
+      back: 1 / z and delta, (B, T, H) fp32.
     """
     cut = Cut.of(x, y)
-    arguments = [x, y, *documents, *first, *(shares or (None, None))]
-    results = [*cut.starts(y.dtype), *cut.sums()]
-    options: dict[str, Any] = {"cut": cut, "scale": scale, "back": shares is not None}
-    programs = cut.heads * cut.strips * PIECES_OF_FEATURES
-    return launch(taylor_states, programs, arguments, results, warps=CHUNK_WARPS, stages=WALK_STAGES, **options)
+    arguments = [x, y, *documents, *first, *(back or (None, None))]
+    return launch(
+        taylor_states,
+        cut.heads * cut.strips * PIECES_OF_FEATURES,
+        arguments,
+        [*cut.starts(y.dtype), *cut.sums()],
+        warps=CHUNK_WARPS,
+        stages=WALK_STAGES,
+        cut=cut,
+        scale=scale,
+        back=back is not None,
+    )
 
 
 @triton.jit
@@ -120,7 +127,7 @@ def taylor_states(
     first_ref,
     first_sums_ref,
     share_ref,
-    ones_ref,
+    delta_ref,
     starts_ref,
     start_sums_ref,
     last_ref,
@@ -141,14 +148,14 @@ def taylor_states(
         before, after = held_about(held_ref, sequence, n, cut)
         mine = load_documents(numbers_ref, sequence, n, cut) == (before if back else after)
         x, y = load_keys(x_ref, at, n, cut), load_values(y_ref, at, n, strip, cut)
-        features, share, ones = features_by_row(x, piece), mine.to(tl.float32), mine.to(tl.float32)
+        features, share, ones = features_by_row(x, piece), mine.to(tl.float32), 1.0
         if back:
             features *= tl.trans(weights(piece, scale))
             share *= load_numbers(share_ref, at, n, cut)
-            ones *= load_numbers(ones_ref, at, n, cut)
-        kept = (before == after).to(tl.float32)
-        S = tl.dot((features * share[None, :]).to(y.dtype), y, S * kept)
-        sums = sums * kept + tl.sum(features * ones[None, :], axis=1)
+            ones = -load_numbers(delta_ref, at, n, cut)[None, :]
+        features, kept = (features * share[None, :]).to(y.dtype), (before == after).to(tl.float32)
+        S = tl.dot(features, y, S * kept)
+        sums = sums * kept + tl.sum(features.to(tl.float32) * ones, axis=1)
     store_sums(last_ref, last_sums_ref, sequence, piece, strip, S, sums, cut)
 
 
@@ -157,8 +164,9 @@ def outputs(q, k, v, documents: Documents, starts, start_sums, *, scale: float) 
     cut = Cut.of(k, v)
     results = [like(v), Type(v.shape[:3], jnp.float32)]
     arguments = [q, k, v, *documents, starts, start_sums]
-    programs, options = cut.heads * cut.chunks * cut.strips, {"warps": CHUNK_WARPS, "cut": cut, "scale": scale}
-    return launch(taylor_outputs, programs, arguments, results, stages=PIECE_STAGES, **options)
+    options: dict[str, Any] = {"cut": cut, "scale": scale}
+    programs = cut.heads * cut.chunks * cut.strips
+    return launch(taylor_outputs, programs, arguments, results, warps=CHUNK_WARPS, stages=PIECE_STAGES, **options)
 
 
 @triton.jit
@@ -184,15 +192,15 @@ def taylor_outputs(
     o, z = zeros(CHUNK, cut.width), zeros(CHUNK, PIECE)
     for piece in range(PIECES):
         a, b = factors(q, piece)
-        features = weights(piece, scale) * a * b
+        features = (weights(piece, scale) * a * b).to(v_ref.dtype.element_ty)
         S = tl.load(state_at(starts_ref, number, piece, strip, cut), mask=state_is_there(strip, cut), other=0.0)
-        o = tl.dot(features.to(S.dtype), S, o)
-        z += features * tl.load(sums_at(start_sums_ref, number, piece))[None, :]
-    p = scores(q, k, documents, scale)
-    z = tl.sum(p, axis=1) + tl.where(reads, tl.sum(z, axis=1), 0.0)
+        o = tl.dot(features, S, o)
+        z += features.to(tl.float32) * tl.load(sums_at(start_sums_ref, number, piece))[None, :]
+    p = scores(q, k, documents, scale).to(v_ref.dtype.element_ty)
+    z = tl.sum(p.to(tl.float32), axis=1) + tl.where(reads, tl.sum(z, axis=1), 0.0)
     z = tl.where(documents == 0, 1.0, z)
     v = load_values(v_ref, at, n, strip, cut)
-    o = tl.dot(p.to(v.dtype), v, tl.where(reads[:, None], o, 0.0)) / z[:, None]
+    o = tl.dot(p, v, tl.where(reads[:, None], o, 0.0)) / z[:, None]
     store_values(o_ref, at, n, strip, o, cut)
     if strip == 0:
         tl.store(z_ref + at + tl.arange(0, CHUNK) * cut.heads, z, mask=tokens_left(n, cut))

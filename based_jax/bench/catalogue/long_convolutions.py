@@ -62,7 +62,7 @@ def _cases(name: str, dims: tuple[int, ...], options: dict) -> tuple[Case, ...]:
     return (
         *(make((2, 96, time), dims, **x) for time in (1, 15, 65) for x in ({}, options)),
         make((3, 40, 130), dims, **options),
-        make((4, 256, 2048), dims, quick=True),
+        make((5, 128, 2048), dims, quick=True),
         make((2, 128, 2049), dims, **options, quick=True),
         *(make((4, 64, 130), dims, documents=True, through=x) for x in ("vmap", "shard_map")),
     )

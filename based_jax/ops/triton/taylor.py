@@ -48,8 +48,8 @@ def _on_device(call: LinearAttentionCall) -> tuple[BTHV, BHEV]:
     numbers = jnp.ones(v.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids.astype(jnp.int32)
     first = _pack(call.state, q.shape, v.shape[-1])
     arguments = sharded.vary_alike(q, k, v, numbers, _held(numbers), *first)
-    o, state, sums = _attention(q.shape[-1] ** -0.5, *arguments)
-    return o, _unpack(state, sums, q.shape[-1])
+    o, last, sums = _attention(q.shape[-1] ** -0.5, *arguments)
+    return o, _unpack(last, sums, q.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -74,10 +74,10 @@ def _attention_bwd(scale, saved, gradients):
     q, k, v, o, z, documents, starts = saved
     do, *dlast = gradients
     delta = jnp.einsum("BTHV,BTHV->BTH", do, o, preferred_element_type=jnp.float32)
-    shares = 1 / z, -delta / z
-    *ends, dstate, dsums = kernels.states(q, do, documents, tuple(dlast), shares, scale=scale)
-    [dq] = backward.query_gradients(q, k, v, do, documents, shares, starts, scale=scale)
-    dk, dv = backward.key_gradients(q, k, v, do, documents, shares, tuple(ends), scale=scale)
+    back = 1 / z, delta
+    *ends, dstate, dsums = kernels.states(q, do, documents, tuple(dlast), back, scale=scale)
+    [dq] = backward.query_gradients(q, k, v, do, documents, back, starts, scale=scale)
+    dk, dv = backward.key_gradients(q, k, v, do, documents, back, tuple(ends), scale=scale)
     return dq, dk, dv, None, None, dstate, dsums
 
 

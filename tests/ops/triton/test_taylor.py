@@ -82,6 +82,14 @@ def test_kernels_equal_the_oracle(
         assert np.linalg.norm(ours - right) <= tolerance * np.linalg.norm(right)
 
 
+def test_a_token_alone_has_its_value_and_no_scores_to_learn(normal, out_and_grads, interpreted):
+    """Sums are of rounded numbers, but of the same ones with values and without."""
+    arguments, do = inputs(normal, 1, 5, 1, 16, 16, "bfloat16"), normal(1, 5, 1, 16, dtype="bfloat16")
+    o, (dq, dk, _) = out_and_grads(attend(segment_ids=jnp.arange(1, 6)[None]), arguments, do)
+    np.testing.assert_array_equal(o, arguments[2])
+    assert max(np.abs(dq.astype(jnp.float32)).max(), np.abs(dk.astype(jnp.float32)).max()) < 1e-4
+
+
 def test_lanes_are_what_each_is_alone(normal, out_and_grads, interpreted):
     lanes, cotangent = [inputs(normal, 1, 9, 1, 4, 8) for _ in range(2)], normal(2, 1, 9, 1, 8)
     together = out_and_grads(jax.vmap(attend()), [jnp.stack(x) for x in zip(*lanes, strict=True)], cotangent)

@@ -45,17 +45,17 @@ def test_refusals_name_the_value():
     assert "no dimension may be empty, and they are (0, 2048, 4)" in toeplitz.supports(long_call(B=0).u)
 
 
-# (T, L, D): several blocks, filters that end within one and behind it; less than a block.
-CASES = [(130, 130, 1), (200, 64, 1), (257, 66, 2), (5, 5, 3)]
+# (B, T, L, D): blocks of several programs; filters that end within a block and behind it; less than a block.
+CASES = [(45, 130, 130, 1), (3, 200, 64, 1), (3, 257, 66, 2), (3, 5, 5, 3)]
 
 
-@parametrize_some("T, L, D", CASES, CASES[:1])
+@parametrize_some("B, T, L, D", CASES, CASES[:1])
 @parametrize_some("packed", [True, False], [True])
-def test_they_equal_the_oracle(T, L, D, packed, normal, packed_ids, out_and_grads, close, monkeypatch):
+def test_they_equal_the_oracle(B, T, L, D, packed, normal, packed_ids, out_and_grads, close, monkeypatch):
     triton_interpreter.interpret(monkeypatch)
-    u, cotangent = normal(3, T, D, dtype="bfloat16"), normal(3, T, D, dtype="bfloat16")
+    u, cotangent = normal(B, T, D, dtype="bfloat16"), normal(B, T, D, dtype="bfloat16")
     kernel = normal(L, D).astype(jnp.bfloat16).astype(jnp.float32)
-    ids = packed_ids(T)[1:4] if packed else None  # many documents, and padding before one
+    ids = jnp.resize(packed_ids(T)[1:4], (B, T)) if packed else None  # many documents, and padding before one
     compute = segments.without_padding(lambda call: toeplitz.convolve(*call), "u")
 
     def tiles(u, kernel):
