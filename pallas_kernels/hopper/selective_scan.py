@@ -2,7 +2,7 @@
 
     h_t = exp(dt_t A + offset_t) h_{t-1} + dt_t u_t B_t        y_t = sum_n C_t[n] h_t[n]
 
-A block takes 128 channels of one sequence, keeps their states in registers, and walks over the tokens in tiles
+A block takes 64 channels of one sequence, keeps their states in registers, and walks over the tokens in tiles
 (`stream.py`): what has the size of all states, (B, T, D, N), never reaches memory. The offset of a document's first
 token is so low that nothing is kept of the documents before.
 
@@ -23,7 +23,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import split
 from pallas_kernels.hopper import stream, strips
 from pallas_kernels.hopper.mosaic import WARPS, await_warp, like, load_global, load_shared, save
-from pallas_kernels.hopper.strips import WARP_CHANNELS
 
 TILE_TOKENS, MAX_FORWARD_TOKENS = 8, 16
 """Of the backward pass's tiles, of which the states before are kept, and of the forward pass's at most.
@@ -34,6 +33,8 @@ GROUP_TOKENS = 4
 """Tokens that are loaded together: what waits for no state is computed beside what does."""
 PART_GROUPS = TILE_TOKENS // GROUP_TOKENS
 RING_SLOTS = 4
+WARP_CHANNELS = 16
+"""Of a warp, W: with few a multiprocessor has many blocks, which wait for each other less."""
 WARP_LANE_GRID = (4, 8)
 """Of a warp: over the states of a channel, and over the channels."""
 LANE_CHANNELS = WARP_CHANNELS // WARP_LANE_GRID[1]
@@ -61,7 +62,7 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
       state: the state before the first token, (B, D, N) fp32.
       offsets: exponents to add, (B, T) fp32 or None.
     """
-    plan = strips.Plan.of(u, math.gcd(u.shape[1], MAX_FORWARD_TOKENS))
+    plan = strips.Plan.of(u, math.gcd(u.shape[1], MAX_FORWARD_TOKENS), WARP_CHANNELS)
     sources = sources_of(u, dt, BC, offsets)
     A, state = scaled(A), states_first(state)
     parts = plan.tile_tokens // TILE_TOKENS
@@ -109,7 +110,7 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
 
 def sources_of(u, dt, BC, offsets, *others) -> list[jax.Array]:
     """Return what is copied by tiles, (B, T, D) by warps: u, dt, BC, the others, and any offsets."""
-    u, dt, *rest = map(strips.by_warps, (u, dt, *others))
+    u, dt, *rest = (strips.by_warps(x, WARP_CHANNELS) for x in (u, dt, *others))
     return [u, dt, BC, *rest, *([] if offsets is None else [offsets])]
 
 

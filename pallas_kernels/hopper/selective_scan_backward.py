@@ -27,6 +27,7 @@ from pallas_kernels.hopper.selective_scan import (
     LANE_CHANNELS,
     STATE_LAYOUT,
     TILE_TOKENS,
+    WARP_CHANNELS,
     WARP_LANE_GRID,
     Token,
     across,
@@ -38,7 +39,7 @@ from pallas_kernels.hopper.selective_scan import (
     states_last,
 )
 
-RING_SLOTS = 3
+RING_SLOTS = 2
 TILE_PAIRS = TILE_TOKENS // 2
 """Of tokens in a tile: the state between those of a pair stays in registers."""
 PAIR_LAYOUT = plgpu.Layout.TILED(
@@ -57,7 +58,7 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
       dlast: the gradient of the state after the last token, (B, D, N) fp32.
       u, dt, A, BC, offsets: as of `forward`.
     """
-    plan = strips.Plan.of(u, TILE_TOKENS)
+    plan = strips.Plan.of(u, TILE_TOKENS, WARP_CHANNELS)
     sources = sources_of(u, dt, BC, offsets, dy)
     A, dlast = scaled(A), states_first(dlast)
 
@@ -103,7 +104,7 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
         def step(n, slot, carry):
             def again(pair, h):
                 tokens = load_pair(slot, pair)
-                save(h_tile.at[pair], h)
+                save(h_tile.at[:, pair], h)
                 for token in tokens:
                     h, _ = advance(token, h)
                 return h
@@ -111,21 +112,21 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
             def back(reverse, carry):
                 pair = TILE_PAIRS - 1 - reverse
                 tokens = load_pair(slot, pair, dy_tile)
-                start = load_shared(h_tile.at[pair], STATE_LAYOUT)
+                start = load_shared(h_tile.at[:, pair], STATE_LAYOUT)
                 await_warp()
                 middle, kept_first = advance(tokens[0], start)
                 end, kept_second = advance(tokens[1], middle)
-                parts = [parts_tile.at[pair, :, k] for k in range(4)]
+                parts = [parts_tile.at[:, pair, k] for k in range(4)]
                 carry = retreat(slot, 2 * pair + 1, parts[2:], tokens[1], middle, kept_second, end, carry)
                 return retreat(slot, 2 * pair, parts[:2], tokens[0], start, kept_first, middle, carry)
 
             h = load_states(start_tile.at[slot])
-            save(h_tile.at[TILE_PAIRS - 1], lax.fori_loop(0, TILE_PAIRS - 1, again, h))
+            save(h_tile.at[:, TILE_PAIRS - 1], lax.fori_loop(0, TILE_PAIRS - 1, again, h))
             carry = lax.fori_loop(0, TILE_PAIRS, back, carry)
             plgpu.commit_smem()
             for pair in range(TILE_PAIRS):
                 total = functools.reduce(
-                    jnp.add, (load_shared(parts_tile.at[pair, warp], PAIR_LAYOUT) for warp in range(WARPS))
+                    jnp.add, (load_shared(parts_tile.at[warp, pair], PAIR_LAYOUT) for warp in range(WARPS))
                 )
                 save_pair(BC_tile.at[slot, pl.ds(2 * pair, 2)], total.sum(axis=2))
             return carry
@@ -143,7 +144,7 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
 
     dBC_type = jax.ShapeDtypeStruct((plan.strips, *BC.shape), jnp.float32)
     out_type = [*map(like, sources[:2]), dBC_type, like(dlast), like(dlast)]
-    starts = starts.reshape(*starts.shape[:4], strips.WARP_CHANNELS)
+    starts = starts.reshape(*starts.shape[:4], WARP_CHANNELS)
     start_shape = WARPS, *starts.shape[3:]
     scratch = [*plan.scratch(sources, RING_SLOTS, start_shape), _states_or_parts(A.shape[1])]
     kernel = stream.kernel(body, "selective_scan_backward", plan.blocks, out_type, scratch)
@@ -160,11 +161,13 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
 def _states_or_parts(states: int):
     """Return the memory of the states before every pair, which give way to the pair's dB and dC.
 
-    Both take 32 N values of each pair and warp: what a warp writes replaces what it has read itself.
+    What a warp writes of a pair replaces, of its own alone, states of that pair and of later ones, which it has read:
+    both begin together, and states take no more than parts do.
     """
+    parts = 4 * WARP_LANE_GRID[1]
     shapes = (
-        (TILE_PAIRS, WARPS, states, WARP_LANE_GRID[1], LANE_CHANNELS),
-        (TILE_PAIRS, WARPS, 4, states, WARP_LANE_GRID[1]),
+        (WARPS, TILE_PAIRS * parts // WARP_CHANNELS, states, WARP_LANE_GRID[1], LANE_CHANNELS),
+        (WARPS, TILE_PAIRS, 4, states, WARP_LANE_GRID[1]),
     )
     return plgpu.RefUnion(*(plgpu.SMEM(shape, jnp.float32) for shape in shapes))
 
