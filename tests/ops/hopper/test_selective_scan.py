@@ -106,26 +106,34 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "time, channels, states, dtype, packed, tolerance",
-    [(43, 128, 16, "float32", True, 2e-6), (16, 256, 8, "bfloat16", False, 5e-3)],
+    "time, channels, states, dtype, packed, raw, tolerance",
+    [
+        pytest.param(43, 128, 16, "float32", True, False, 2e-6, marks=pytest.mark.long),
+        (16, 256, 8, "bfloat16", False, False, 5e-3),
+        (19, 128, 8, "float32", True, True, 2e-6),
+        pytest.param(16, 256, 8, "bfloat16", False, True, 5e-3, marks=pytest.mark.long),
+    ],
 )
 def test_kernels_equal_the_oracle(
-    normal, packed_ids, out_and_grads, interpreted, time, channels, states, dtype, packed, tolerance
+    normal, packed_ids, out_and_grads, interpreted, time, channels, states, dtype, packed, raw, tolerance
 ):
     rows = slice(1, 3)  # of the packed ones
     ids = segments.numbered(packed_ids(time)[rows]) if packed else None
     u, B, C = (normal(2, time, size, dtype=dtype) for size in (channels, states, states))
-    wide = jax.nn.softplus(2 * normal(2, time, channels)), -jnp.exp(normal(channels, states))
+    steps = normal(2, time, channels, dtype=dtype) if raw else jax.nn.softplus(2 * normal(2, time, channels))
+    A, bias = -jnp.exp(normal(channels, states)), [3 * normal(channels)] if raw else []
     state, dy, dlast = normal(2, channels, states), normal(2, time, channels), normal(2, channels, states)
 
-    def run(impl, u, B, C):
-        def call(u, B, C, dt, A, state):
-            return op.IMPLEMENTATIONS[impl].compute(SelectiveScanCall(u, dt, A, B, C, state if packed else None, ids))
+    def run(impl, u, B, C, steps):
+        def call(u, B, C, steps, A, state, *bias):
+            given = SelectiveScanCall(u, steps, A, B, C, state if packed else None, ids, *bias)
+            return op.IMPLEMENTATIONS[impl].compute(given)
 
-        return out_and_grads(call, (u, B, C, *wide, state), (dy.astype(u.dtype), dlast))
+        return out_and_grads(call, (u, B, C, steps, A, state, *bias), (dy.astype(u.dtype), dlast))
 
-    expected = run("oracle", *(x.astype(jnp.float32) for x in (u, B, C)))
-    for ours, right in zip(jax.tree.leaves(run("hopper_steps", u, B, C)), jax.tree.leaves(expected), strict=True):
+    expected = run("oracle", *(x.astype(jnp.float32) for x in (u, B, C, steps)))
+    found = run("hopper_steps", u, B, C, steps)
+    for ours, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         ours, right = (np.asarray(y, np.float64) for y in (ours, right))
         assert np.linalg.norm(ours - right) <= tolerance * np.linalg.norm(right)
     assert not get_races().races_found
