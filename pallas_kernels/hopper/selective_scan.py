@@ -148,7 +148,7 @@ class Steps(NamedTuple):
 
     raw: Any
     made: Any
-    bias: jax.Array | None
+    bias: Any
 
     @classmethod
     def of(cls, bias_refs, step_tiles, raw_tile, at: strips.Place) -> "Steps":
@@ -193,7 +193,9 @@ class Steps(NamedTuple):
 def softplus(x) -> jax.Array:
     """Return log(1 + exp(x)), by a series where what is added to 1 is small."""
     t = jnp.exp(-jnp.abs(x))
-    series = functools.reduce(lambda tail, n: 1.0 / n - t * tail, range(SERIES_TERMS - 1, 0, -1), 1.0 / SERIES_TERMS)
+    series = jnp.full_like(t, 1.0 / SERIES_TERMS)
+    for n in range(SERIES_TERMS - 1, 0, -1):
+        series = 1.0 / n - t * series
     return jnp.maximum(x, 0.0) + jnp.where(t < SERIES_LIMIT, t * series, jnp.log(1.0 + t))
 
 

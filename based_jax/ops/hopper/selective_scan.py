@@ -41,13 +41,13 @@ def compute(call: SelectiveScanCall) -> tuple[BTD, BDN]:
 
 
 def _on_device(u, dt, A, B, C, state, segment_ids, bias) -> tuple[BTD, BDN]:
-    """Run the kernels on a whole number of tiles; tokens of padding have no step, and so change no state."""
+    """Run the kernels on a whole number of tiles; tokens of padding have no step, change no state and read none."""
     state = jnp.zeros((u.shape[0], *A.shape), jnp.float32) if state is None else state
-    time, offsets, padding, none = u.shape[1], None, None, 0 if bias is None else NO_STEP
+    time, offsets, none = u.shape[1], None, 0 if bias is None else NO_STEP
     if segment_ids is not None:
         offsets = jnp.where(segments.begins_later(segment_ids), segments.FORGET_LOG_DECAY, 0.0)
         padding = (segment_ids == 0)[..., None]
-        u, dt = jnp.where(padding, 0, u), jnp.where(padding, none, dt)
+        u, dt, C = jnp.where(padding, 0, u), jnp.where(padding, none, dt), jnp.where(padding, 0, C)
     dt = dt.astype(jnp.float32 if bias is None else u.dtype)
     filler = -time % TOKEN_MULTIPLE
     dt = jnp.pad(dt, ((0, 0), (0, filler), (0, 0)), constant_values=none)
@@ -55,8 +55,7 @@ def _on_device(u, dt, A, B, C, state, segment_ids, bias) -> tuple[BTD, BDN]:
     u, BC, offsets = (None if x is None else sharded.fill(x, {1: TOKEN_MULTIPLE}) for x in tokens)
     A, bias = (None if x is None else x.astype(jnp.float32) for x in (A, bias))
     y, state = _fused(*sharded.vary_alike(u, dt, A, BC, state, offsets, bias))
-    y = y[:, :time]
-    return y if padding is None else jnp.where(padding, 0, y), state
+    return y[:, :time], state
 
 
 @jax.custom_vjp
@@ -78,8 +77,8 @@ def _fused_bwd(saved, gradients):
     from pallas_kernels.hopper import selective_scan_backward as kernels
 
     *arrays, offsets, bias = saved
-    *found, last = *sharded.launch(kernels.backward, *arrays, *gradients, offsets, bias), *[None] * (bias is None)
-    return *found, None, last
+    du, ddt, dA, dBC, dstate, *dbias = sharded.launch(kernels.backward, *arrays, *gradients, offsets, bias)
+    return du, ddt, dA, dBC, dstate, None, dbias[0] if dbias else None
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)
