@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(
             "Error: There is not enough memory; lower 'batch_size' or the lengths of 'data', raise 'microbatches', or"
-            " set 'model.remat' to 'full'.",
+            " set 'model.remat' to 'dots' or 'full'.",
             file=sys.stderr,
         )
         return OUT_OF_MEMORY

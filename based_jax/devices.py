@@ -120,7 +120,7 @@ H100_CROSSOVERS = Crossovers(
     norm_tokens=1024,
 )
 """Measured on one H100 80GB HBM3 in experiments/kernels; the Toeplitz product in experiments/mqar_pareto, at 256 tokens
-(longer ones are not measured)."""
+(longer ones are not measured). `toeplitz_tiles_taps` is predicted, not measured."""
 H100_CORES, H100_L2_BYTES = 132, 50 << 20
 H100_COPY_BYTES_PER_SECOND = 2.95e12
 

@@ -7,7 +7,7 @@ at each time; a name of which some are missing or too many is bound by that, in 
 import bisect
 import collections
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -28,22 +28,19 @@ def aligned(
       length: how many places a run has.
       runs: that were recorded, one after the other.
     """
-    found: list[int | None] = [None] * len(recorded)
+    found: dict[int, int] = {}
     unsure = []
     for name, where in _by_name(recorded).items():
-        there = expected.get(name, ())
-        each, rest = divmod(len(where), runs * max(1, len(there)))
-        if there and each and not rest:
-            for number, i in enumerate(where):
-                run, place = divmod(number // each, len(there))
-                found[i] = run * length + there[place]
-        elif there:
-            unsure.append((where, there))
+        every = [run * length + place for run in range(runs) for place in expected.get(name, ())]
+        each, rest = divmod(len(where), max(1, len(every)))
+        if every and each and not rest:
+            found |= {i: every[number // each] for number, i in enumerate(where)}
+        elif every:
+            unsure.append((where, expected[name]))
     clock = _Clock(found, length)
     for where, there in unsure if clock.known else ():
-        for i, place in _bound(where, there, clock, runs):
-            found[i] = place
-    return [None if place is None else place % length for place in found]
+        found |= _bound(where, there, clock, runs)
+    return [found[i] % length if i in found else None for i in range(len(recorded))]
 
 
 def _by_name(names: Sequence[str | None]) -> dict[str, list[int]]:
@@ -57,10 +54,10 @@ def _by_name(names: Sequence[str | None]) -> dict[str, list[int]]:
 class _Clock:
     """How far the runs were when something was recorded, by what is bound already; places count through all runs."""
 
-    def __init__(self, found: Sequence[int | None], length: int):
+    def __init__(self, found: Mapping[int, int], length: int):
         self.length = length
-        self.known = [i for i, place in enumerate(found) if place is not None]
-        places = [place for place in found if place is not None]
+        self.known = sorted(found)
+        places = [found[i] for i in self.known]
         reach = [min(i, NEIGHBOURS, len(places) - 1 - i) for i in range(len(places))]
         around = [places[i - near : i + near + 1] for i, near in enumerate(reach)]
         self.places = [statistics.median(near) for near in around]
@@ -72,17 +69,20 @@ class _Clock:
         return int(run), place
 
 
-def _bound(where: Sequence[int], there: Sequence[int], clock: _Clock, runs: int) -> Iterator[tuple[int, int]]:
-    """Yield which of one name is bound to which place; runs that recorded it equally often agree."""
+def _bound(where: Iterable[int], there: Sequence[int], clock: _Clock, runs: int) -> dict[int, int]:
+    """Return to which place each of one name is bound, if to any; runs that recorded it equally often agree."""
     by_run: list[list[tuple[int, float]]] = [[] for _ in range(runs)]
     for i in where:
         run, place = clock.at(i)
         by_run[run].append((i, place))
-    agree = len(set(map(len, by_run))) == 1
-    typical = [statistics.median(place for _, place in same) for same in zip(*by_run, strict=True)] if agree else None
-    for each in by_run:
-        for number, place in _nearest(typical or [place for _, place in each], there):
-            yield each[number][0], there[place]
+    times = [[place for _, place in each] for each in by_run]
+    if len(set(map(len, times))) == 1:
+        times = [[statistics.median(same) for same in zip(*times, strict=True)]] * runs
+    return {
+        each[number][0]: there[place]
+        for each, near in zip(by_run, times, strict=True)
+        for number, place in _nearest(near, there)
+    }
 
 
 def _nearest(times: Sequence[float], places: Sequence[int]) -> list[tuple[int, int]]:

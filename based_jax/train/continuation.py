@@ -19,6 +19,7 @@ MAY_CHANGE = {
     "max_skipped_steps": "steps from here on are held to it",
     "microbatches": "sums are taken in another order, which may change their last bits",
     "mesh": "sums are taken in another order, which may change their last bits",
+    "model.remat": "what is computed again may be rounded otherwise, which may change last bits",
     "init_from": "parameters come from the run's own checkpoint where there is one",
     "checkpoint": "no number depends on it",
     "log_every": "no number depends on it",

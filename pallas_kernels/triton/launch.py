@@ -18,7 +18,7 @@ CAPABILITIES = {
     **dict.fromkeys(["A30", "A100", "A800"], 80),
     **dict.fromkeys(["A2", "A10", "A10G", "A16", "A40"], 86),
     **dict.fromkeys(["L4", "L20", "L40", "L40S"], 89),
-    **dict.fromkeys(["H100", "H200", "GH200"], 90),
+    **dict.fromkeys(["H20", "H100", "H200", "H800", "GH200"], 90),
 }
 """Compute capabilities of GPUs that one may compile for without having them, by a word of their names."""
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}

@@ -46,6 +46,12 @@ def test_the_grid_has_every_model_on_every_pod_at_both_lengths():
     assert names[0] == "based_1b 2048 1 x v5e:16x16"
 
 
+def test_the_delta_rule_has_two_rows_a_device_where_time_is_cut():
+    rows = {name: next(x for x in arguments if x.startswith("--rows")) for name, arguments in pods.points()}
+    two = {name for name, argument in rows.items() if argument == "--rows-per-device=2"}
+    assert two == {f"gated_deltanet_360m 32768 1 x {pod}:16x16" for pod in ("v5e", "v6e")}
+
+
 def test_the_table_stands_between_its_markers():
     text = pods.README_TABLE.sub(lambda block: f"{block[1]}|\n{block[2]}", pods.README.read_text())
     assert "<!-- table -->\n|\n<!-- end -->" in text

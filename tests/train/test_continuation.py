@@ -47,6 +47,7 @@ CHANGES = {
     "optim": {"lr": 1.0, "schedule": "constant", "clip_norm": None},
     "max_skipped_steps": 3,
     "init_from": "elsewhere",
+    "model": {"remat": "auto"},
 }
 
 
