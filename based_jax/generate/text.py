@@ -26,7 +26,7 @@ class TextStream:
         self._fresh: list[int] = []
         self._held = ""
 
-    def push(self, tokens: Sequence[int]) -> str:
+    def push(self, *tokens: int) -> str:
         """Return what is certain of the text with some tokens more; `stopped` is set where a stop string ends it."""
         self._fresh.extend(tokens)
         before = self._tokenizer.decode(self._told)

@@ -16,7 +16,7 @@ def pieces(tokenizer, ids, stops=()):
     """Return what is told after each token, and at the end, until a stop."""
     stream, told = TextStream(tokenizer, stops), []
     for token in ids:
-        told.append(stream.push([token]))
+        told.append(stream.push(token))
         if stream.stopped:
             return told
     return [*told, stream.finish()]
