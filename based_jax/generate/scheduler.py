@@ -13,7 +13,7 @@ import numpy as np
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Caches, Decoder
-from based_jax.generate.prefill import CHUNK_TOKENS, Chunk, chunks, prefill_chunk
+from based_jax.generate.prefill import CHUNK_TOKENS, FEWEST_TOKENS, Chunk, chunk_length, chunks, prefill_chunk
 from based_jax.generate.requests import Request
 from based_jax.generate.rows import Block, Rows, decode
 from based_jax.generate.text import TextStream
@@ -73,19 +73,33 @@ class Task:
         self.drawn += len(tokens)
         stopped = bool(tokens) and tokens[-1] in self.request.stop_ids
         tokens = tokens[:-1] if stopped else tokens
-        text = ""
-        if self.text is not None:
-            for number, token in enumerate(tokens, 1):
-                text += self.text.push(token)
-                if self.text.stopped:
-                    tokens = tokens[:number]
-                    break
+        text, kept = self._told(tokens)
         ended = stopped or self.drawn == self.request.max_new_tokens
         if self.text is not None and ended:
             text += self.text.finish()
         stopped |= self.text is not None and self.text.stopped
         finish = "stop" if stopped else "length" if ended else None
-        return Event(self.id, tokens, log_probs[: len(tokens)], text, finish)
+        return Event(self.id, tokens[:kept], log_probs[:kept], text, finish)
+
+    def _told(self, tokens: list[int]) -> tuple[str, int]:
+        """Return new text, and how many of the tokens it is of: those behind a stop string are none of the answer."""
+        if self.text is None:
+            return "", len(tokens)
+        if not self.request.stop_strings:
+            return self.text.push(*tokens), len(tokens)
+        text = ""
+        for number, token in enumerate(tokens, 1):
+            text += self.text.push(token)
+            if self.text.stopped:
+                return text, number
+        return text, len(tokens)
+
+
+class Begun(NamedTuple):
+    """A block that the device may still be at, and who had the slots when it was begun."""
+
+    block: Block
+    tasks: tuple[Task | None, ...]
 
 
 class Scheduler:
@@ -126,12 +140,14 @@ class Scheduler:
             raise UserError(
                 f"max_len is {max_len}; it is at least 2 and at most the {self.decoder.max_len} of the model."
             )
-        self.max_len, self.tokenizer, self.prefix_cache = max_len, tokenizer, prefix_cache
-        self._block_tokens, self._chunk_tokens = block_tokens, chunk_tokens
+        self.max_len, self.tokenizer = max_len, tokenizer
+        self.prefix_cache = None if self.decoder.prefix_length else prefix_cache  # a prefix is of its whole prompt
+        self._block_tokens, self._chunk_tokens = block_tokens, chunk_length(self.decoder, chunk_tokens)
         self._ids = itertools.count()
         self._waiting: collections.deque[Task] = collections.deque()
         self._slots: list[Task | None] = [None] * slots
         self._rows = Rows.stopped(self.decoder, slots, max_len)
+        self._begun: Begun | None = None
 
     @property
     def busy(self) -> bool:
@@ -150,7 +166,7 @@ class Scheduler:
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id; UserError if it cannot be answered."""
-        request = request.checked(self.decoder.config, self.max_len)
+        request = request.checked(self.decoder, self.max_len)
         if request.stop_strings and self.tokenizer is None:
             raise UserError("stop_strings are found in text, and there is no tokenizer; give the scheduler one.")
         text = None if self.tokenizer is None else TextStream(self.tokenizer, request.stop_strings)
@@ -171,13 +187,24 @@ class Scheduler:
         return False
 
     def advance(self) -> list[Event]:
-        """Read a chunk of the next prompt, if a slot is free for it, and draw a block for all that have one."""
-        if self._waiting and None in self._slots:
-            self._read(self._waiting[0])
-        if not any(self._slots):
-            return []
-        self._rows, block = decode(self.decoder, self._rows, self._block_tokens)
-        return list(self._events(jax.device_get(block)))
+        """Read on in the next prompts, a chunk's tokens at most, and begin a block for all that have a slot.
+
+        The events are those of the block that was begun before, so that the device does not wait for who reads them.
+        """
+        self._read_prompts()
+        before, self._begun = self._begun, None
+        if any(self._slots):
+            self._rows, block = decode(self.decoder, self._rows, self._block_tokens)
+            self._begun = Begun(block, tuple(self._slots))
+        return [] if before is None else list(self._events(before))
+
+    def _read_prompts(self) -> None:
+        left = self._chunk_tokens
+        while left > 0 and self._waiting and None in self._slots:
+            task = self._waiting[0]
+            before = task.read
+            self._read(task)
+            left -= max(task.read - before, FEWEST_TOKENS)
 
     def _read(self, task: Task) -> None:
         if task.caches is None:
@@ -211,9 +238,10 @@ class Scheduler:
         self._slots[slot] = None
         self._rows = self._rows.without_row(slot)
 
-    def _events(self, block: Block) -> Iterator[Event]:
-        for slot, task in enumerate(self._slots):
-            if task is None:
+    def _events(self, begun: Begun) -> Iterator[Event]:
+        block = jax.device_get(begun.block)
+        for slot, task in enumerate(begun.tasks):
+            if task is None or self._slots[slot] is not task:  # it has ended since
                 continue
             count = block.count[slot]
             event = task.event(block.tokens[slot, :count].tolist(), block.log_probs[slot, :count].tolist())
