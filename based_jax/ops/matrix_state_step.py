@@ -4,6 +4,9 @@
 
 a, b, and the bonus that is read in place of what is written, are as in `ops/gated_linear_attention.py` and
 `ops/delta_rule.py`. The states are fp32, and to read and to write them is what a step takes.
+
+`impl` is "oracle", "xla_passes" (in place, over a delta rule's states twice), "hopper_states" (a Mosaic GPU
+kernel, over all once; no bonus, K a multiple of 16 up to 256, V of 32) or "auto".
 """
 
 import jax
@@ -13,6 +16,7 @@ from based_jax.dims import BHKV, BHV
 from based_jax.ops.calls import MatrixStepCall
 from based_jax.ops.decays import as_dplr
 from based_jax.ops.dispatch import Implementation
+from based_jax.ops.hopper import matrix_state_step as hopper_matrix_state_step
 from based_jax.ops.precision import EXACT
 
 
@@ -49,6 +53,12 @@ def _in_place(call: MatrixStepCall) -> tuple[BHV, BHKV]:
 
 
 IMPLEMENTATIONS = {
+    "hopper_states": Implementation(
+        hopper_matrix_state_step.compute,
+        hopper_matrix_state_step.supports,
+        platform="cuda",
+        slower=hopper_matrix_state_step.slower,
+    ),
     "xla_passes": Implementation(_in_place),
     "oracle": Implementation(update_and_read),
 }
