@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float, Int
 
-from based_jax.dims import BD, BHEV, BHKV, BT, BTD, BTHK, BTHV, BWD, WD
+from based_jax.dims import BD, BHEV, BHK, BHKV, BHV, BT, BTD, BTHK, BTHV, BWD, WD
 
 Channels = Float[Array, "D"]
 
 HK = Float[Array, "H K"]
 Decay = Float[Array, "B T H #K"]
 BTH = Float[Array, "B T H"]
+BH = Float[Array, "B H"]
 
 BTHM = Float[Array, "B T H M"]
 BHKM = Float[Array, "B H K M"]
@@ -111,6 +112,21 @@ class MatrixStateCall(NamedTuple):
     def tokens(self) -> "MatrixStateCall":
         """The arrays over time alone."""
         return _only(self, "q", "k", "v", "log_decay", "beta", "a", "b")
+
+
+class MatrixStepCall(NamedTuple):
+    """One token of a `MatrixStateCall`, whose arrays lack time: q (B, H, K) to log_decay (B, H, K or 1)."""
+
+    q: BHK
+    k: BHK
+    v: BHV
+    log_decay: Float[Array, "B H #K"]
+    state: BHKV
+    bonus: HK | None = None
+    beta: BH | None = None
+    a: BHK | None = None
+    b: BHK | None = None
+    scale: float = 1.0
 
 
 class SlotState(NamedTuple):
