@@ -13,8 +13,10 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
-from based_jax.ops import segments, sequence
-from based_jax.ops.softmax import ATTENTION, attention, attention_prefill, attention_step, filled_head_dim
+from based_jax.ops import dispatch, segments, sequence
+from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim
+from based_jax.ops.softmax_prefill import attention_prefill
+from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step
 
 QKV_KEYS = {
     "out_proj/kernel": "out_proj.weight",
@@ -84,21 +86,18 @@ class Attention(Mixer):
 
     @override
     def _initial_state(self, batch: int, max_len: int) -> TokenCache:
-        k, v = (jnp.zeros((batch, max_len, self.kv_heads, self.head_dim), self.dtype) for _ in "kv")
-        return TokenCache.empty((k, v))
+        return self.empty_cache(batch, max_len, filled_head_dim(self.head_dim))
 
     @override
     def _prefill(self, x: BTD, state: TokenCache, segment_ids: SegmentIds | None) -> tuple[BTD, TokenCache]:
         state.check_room(x.shape[1], segment_ids)
-        q, k, v = self.rotated_qkv(x, state.length, segment_ids)
-        numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segments.numbered(segment_ids)
-        keys, values = (
-            self.for_each_query(jnp.concatenate(both, axis=1)) for both in zip(state.tokens, (k, v), strict=True)
-        )
-        earlier = state.visible().astype(numbers.dtype)  # of the first document, whose number is 1
-        o = attention_prefill(q, keys, values, numbers, jnp.concatenate([earlier, numbers], axis=1))
+        q, k, v = self.rotated_qkv(x, state.length, segment_ids, state.tokens[0].shape[3])
+        options = {"head_dim": self.head_dim, "impl": self.config.impl}
+        there = jnp.minimum(state.length, state.slots)
+        o = attention_prefill(q, k, v, *state.tokens, there, segment_ids=segment_ids, **options)
         places, _ = segments.positions(segment_ids, state.length, x.shape[1])
-        return self._out(state.held(o, places, numbers != 0)), state.extend((k, v), segment_ids)
+        present = True if segment_ids is None else segments.ids_of(segment_ids) != 0
+        return self._out(state.held(o, places, present)), state.extend((k, v), segment_ids)
 
     @override
     def _step(self, x: BD, state: TokenCache) -> tuple[BD, TokenCache]:
@@ -113,7 +112,10 @@ class Attention(Mixer):
 
     @override
     def state_size(self, seq_len: int) -> int:
-        """Return a key and a value of each head for each token; equal to the cache's when `max_len` is `seq_len`."""
+        """Return a key and a value of each head for each token; equal to the cache's when `max_len` is `seq_len`.
+
+        On a GPU the cache's heads end in zeros besides (`softmax.filled_head_dim`), which are not counted.
+        """
         return 2 * self.kv_heads * self.head_dim * seq_len
 
     @override
@@ -140,12 +142,21 @@ class Attention(Mixer):
         q, k = (layers.rotary(y, places, self.rotary_dim, self.config.rotary_base) for y in (q, k))
         return q, k, v
 
+    def empty_cache(self, batch: int, slots: int, width: int) -> TokenCache:
+        """Return the cache of so many keys and values before the first, whose heads end in zeros up to a width."""
+        k, v = (jnp.zeros((batch, slots, self.kv_heads, width), self.dtype) for _ in "kv")
+        return TokenCache.empty((k, v))
+
     def read_token(self, x: BD, state: TokenCache):
         """Return what a token's queries read (B, H, D/H), and the state after it."""
-        q, k, v = (y[:, 0] for y in self.rotated_qkv(x[:, None], state.length, None))
+        width = state.tokens[0].shape[3]
+        qkv = self.rotated_qkv(x[:, None], state.length, None)  # zeros behind weights would be made for each token
+        q, k, v = (layers.with_zeros(y[:, 0], 2, width) for y in qkv)
         state = state.append((k, v))
-        keys, values = map(self.for_each_query, state.tokens)
-        return attention_step(q, keys, values, state.visible()), state
+        there = jnp.minimum(state.length, state.slots)
+        impl = dispatch.beside(self.config.impl, ATTENTION_STEP)
+        o = attention_step(q, *state.tokens, there, head_dim=self.head_dim, impl=impl)
+        return o[..., : self.head_dim], state
 
     def _out(self, o):
         return layers.from_heads(self.out_proj, o)

@@ -54,7 +54,7 @@ class WindowAttention(attention.Attention):
     @override
     def _initial_state(self, batch: int, max_len: int) -> TokenCache:
         """Return an empty ring of `window` slots."""
-        return super()._initial_state(batch, self.config.window)
+        return self.empty_cache(batch, self.config.window, self.head_dim)
 
     @override
     def _prefill(self, x: BTD, state: TokenCache, segment_ids: SegmentIds | None) -> tuple[BTD, TokenCache]:
