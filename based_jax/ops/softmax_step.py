@@ -15,10 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from based_jax.dims import BHK, BHV, BSGK, BSGV
 from based_jax.errors import UserError
-from based_jax.ops import sharded
+from based_jax.ops import sharded, softmax
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import AttentionStepCall
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.calls import AttentionCall, AttentionStepCall
+from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.triton import attention_step as triton_step
 
 BLOCK_TOKENS = 1024
 """Keys that XLA meets together: of a shorter cache all."""
@@ -37,7 +38,9 @@ def attention_step(
       k, v: of G heads, which divides H: head g serves queries g H/G to (g+1) H/G - 1.
       length: keys that each row has, up to S.
       head_dim: as of `softmax.attention`.
-      impl: "oracle" (every score at once, fp32), "xla_blocks" (as many blocks as the longest row has) or "auto".
+      impl: "oracle" (every score at once, fp32), "xla_blocks" (as many blocks as the longest row has),
+        "triton_splits" (GPU, bf16 or fp16; the keys of each row split over programs), "cudnn_flash" (the same, not
+        split) or "auto".
 
     Raises:
       UserError: the keys' heads do not divide the queries', or `impl` is unknown or cannot run this call.
@@ -111,7 +114,25 @@ def _met(sums, s: Scores, there: Bool[Array, "B S"], v: BSGV):
     return higher, factor * total + p.sum(axis=1), factor[..., None] * o + jnp.sum(p[..., None] * v[:, :, :, None], 1)
 
 
+def _cudnn(call: AttentionStepCall) -> BHV:
+    """Attention of one query with real lengths."""
+    q, k, v = (sharded.fill(x, {3: softmax.CUDNN_HEAD_MULTIPLE}) for x in (call.q[:, None], call.k, call.v))
+    lengths = jnp.maximum(call.length, 1)
+    o = jax.nn.dot_product_attention(
+        q, k, v, scale=1 / call.root, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return jnp.where(call.length[:, None, None] > 0, o[:, 0, :, : call.v.shape[3]], 0)
+
+
+def _cudnn_supports(call: AttentionStepCall) -> str | None:
+    return softmax.cudnn_supports(AttentionCall(call.q[:, None], call.k, call.v, 1))
+
+
 ATTENTION_STEP = {
+    "triton_splits": Implementation(
+        per_device(triton_step.compute), triton_step.supports, platform="cuda", slower=triton_step.slower
+    ),
+    "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda", slower=not_run),
     "xla_blocks": Implementation(_blocks),
     "oracle": Implementation(_oracle),
 }
