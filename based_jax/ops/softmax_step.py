@@ -49,6 +49,23 @@ def attention_step(
     return dispatch("attention_step", ATTENTION_STEP, impl, AttentionStepCall(q, k, v, length, head_dim))
 
 
+@checked
+@jax.named_scope("attention_weights")
+def attention_weights(
+    q: BHK, k: BSGK, length: Int[Array, "B"], *, head_dim: int | None = None
+) -> Float[Array, "B S G"]:
+    """Return what a query's softmax gives to each cached key, the mean over those that share it; as `attention_step`.
+
+    Raises:
+      UserError: the keys' heads do not divide the queries'.
+    """
+    check_groups(q.shape[1], k.shape[2])
+    call = AttentionStepCall(q, k, k, length, head_dim)
+    s = jnp.sum(_by_group(call) * k[:, :, :, None].astype(jnp.float32), axis=-1)
+    there = jnp.arange(k.shape[1])[None] < length[:, None]
+    return jax.nn.softmax(s, axis=1, where=there[..., None, None]).mean(axis=3)
+
+
 def check_groups(heads: int, groups: int) -> None:
     """Raise UserError where the heads of keys and values do not divide those of queries."""
     if heads % groups:
@@ -84,7 +101,7 @@ def _oracle(call: AttentionStepCall) -> BHV:
 def _blocks(call: AttentionStepCall) -> BHV:
     """Meet one block of keys after another, with the largest score, the sum of exponentials and that of values."""
     S, size = call.k.shape[1], min(BLOCK_TOKENS, call.k.shape[1])
-    q = einops.rearrange(call.q, "B (G R) K -> B 1 G R K", G=call.k.shape[2]).astype(jnp.float32) / call.root
+    q = _by_group(call)
 
     def meet(i, sums):
         start = jnp.minimum(i * size, S - size)  # the last block reaches back where S has no whole number of them
@@ -99,6 +116,11 @@ def _blocks(call: AttentionStepCall) -> BHV:
     _, total, o = meet(0, sums) if size == S else lax.fori_loop(0, -(-jnp.max(call.length) // size), meet, sums)
     o = o / jnp.where(total > 0, total, 1.0)[..., None]
     return einops.rearrange(o, "B G R V -> B (G R) V").astype(call.v.dtype)
+
+
+def _by_group(call: AttentionStepCall) -> Float[Array, "B 1 G R K"]:
+    """Return queries beside the keys that they share, over what scores are divided by."""
+    return einops.rearrange(call.q, "B (G R) K -> B 1 G R K", G=call.k.shape[2]).astype(jnp.float32) / call.root
 
 
 def _met(sums, s: Scores, there: Bool[Array, "B S"], v: BSGV):

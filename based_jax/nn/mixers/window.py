@@ -15,7 +15,7 @@ from based_jax.ops.softmax import WINDOW_ATTENTION
 
 
 @dataclasses.dataclass(frozen=True)
-class WindowConfig(attention.AttentionConfig):
+class WindowConfig(attention.HeadsConfig):
     """As full attention, and the window: the number of keys that a query sees, its own included.
 
     The released models' `window_size` of 256 is a window of 129: flash-attention counts half of it to the left.
