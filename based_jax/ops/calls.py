@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Complex, Float, Int
 
-from based_jax.dims import BD, BHEV, BHK, BHKV, BHV, BT, BTD, BTHK, BTHV, BWD, WD
+from based_jax.dims import BD, BHEV, BHK, BHKV, BHV, BSGK, BSGV, BT, BTD, BTGK, BTGV, BTHK, BTHV, BWD, WD
 
 Channels = Float[Array, "D"]
 
@@ -62,6 +62,46 @@ class AttentionCall(NamedTuple):
     k: BTHK
     v: BTHV
     window: int
+    segment_ids: Documents = None
+    head_dim: int | None = None
+
+    @property
+    def root(self) -> float:
+        """What scores are divided by."""
+        return math.sqrt(self.head_dim or self.q.shape[3])
+
+
+class AttentionStepCall(NamedTuple):
+    """Softmax attention of a token: q (B, H, K) over the first `length` (B,) of keys and values (B, S, G, .).
+
+    Each of the G keys and values, a divisor of H, serves as many queries. `head_dim` as of `AttentionCall`.
+    """
+
+    q: BHK
+    k: BSGK
+    v: BSGV
+    length: Int[Array, "B"]
+    head_dim: int | None = None
+
+    @property
+    def root(self) -> float:
+        """What scores are divided by."""
+        return math.sqrt(self.head_dim or self.q.shape[2])
+
+
+class AttentionPrefillCall(NamedTuple):
+    """Softmax attention of T tokens, q (B, T, H, K), k, v (B, T, G, .), that go on after `length` (B,) cached ones.
+
+    These are the first of keys and values (B, S, G, .), of each row's first document. Groups and `head_dim` as of
+    `AttentionStepCall`.
+    """
+
+    q: BTHK
+    k: BTGK
+    v: BTGV
+    past_k: BSGK
+    past_v: BSGV
+    length: Int[Array, "B"]
     segment_ids: Documents = None
     head_dim: int | None = None
 
