@@ -42,7 +42,7 @@ def layout_of(config: LMConfig) -> Layout:
     """Return the layout of models of a config."""
     tied = config.tie_embeddings and config.dtype == "float32"
     config = dataclasses.replace(config, scan_layers=False, remat="none", tie_embeddings=tied)
-    model = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
+    model = nnx.merge(*jax.eval_shape(lambda: nnx.split(LM(config, rngs=nnx.Rngs(0)))))
     for linear, dtype in _products(model):
         kernel = linear.kernel
         kernel.set_value(jax.ShapeDtypeStruct(kernel.shape, dtype))
