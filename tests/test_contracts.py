@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import types
 import typing
 
 import jax
@@ -136,9 +137,20 @@ def test_chunked_prefill_equals_one_prefill(kind, pieces, normal, close):
     close(read(mixer, x[:, T:], cache), read(mixer, x, empty(mixer))[:, T:])
 
 
+class OneLayer(typing.NamedTuple):
+    """What a layout of states asks of a decoder, of a mixer alone."""
+
+    mixer: Mixer
+    config: typing.Any
+    fingerprint: str = "of a test"
+
+    def init_cache(self, rows, max_len):
+        return ((self.mixer.init_cache(rows, max_len),),)
+
+
 def test_a_state_that_was_saved_and_forked_goes_on_bitwise(kind, normal, tmp_path):
     mixer, x, row, C = mixer_of(kind), np.asarray(normal(B, T, D)), 3, 4
-    layout = StateLayout(lambda rows, max_len: ((mixer.init_cache(rows, max_len),),), (kind,), "of a test")
+    layout = StateLayout(OneLayer(mixer, types.SimpleNamespace(layers=((kind, {}),))))
     _, cache = prefill(mixer, x[:, :C], empty(mixer))
     state = layout.take(((cache,),), C, row=row)
     unbroken, last = decode(mixer, x[:, C:], cache)

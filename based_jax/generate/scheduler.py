@@ -3,19 +3,19 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Caches, Decoder
-from based_jax.generate.prefill import CHUNK_TOKENS, Chunk, chunks, prefill_chunk
+from based_jax.generate.prefill import CHUNK_TOKENS, chunk_of, prefill_chunk
+from based_jax.generate.prefix_cache import PrefixCache
 from based_jax.generate.requests import Request
 from based_jax.generate.rows import Block, Rows, decode
+from based_jax.generate.state_layout import StateLayout
 from based_jax.generate.text import TextStream
 from based_jax.nn.lm import LM
 
@@ -38,22 +38,12 @@ class Event(NamedTuple):
     finish: str | None = None
 
 
-class States(Protocol):
-    """What a scheduler asks of a prefix cache."""
-
-    def lookup(self, ids: np.ndarray) -> tuple[Any, int, str | None]:
-        """Return caches of one row that have read a prefix of these ids, its length (0), and why it is no longer."""
-
-    def keep(self, ids: np.ndarray, caches: Caches) -> None:
-        """Keep the caches of one row that has read these ids; they stay as they are."""
-
-
 @dataclasses.dataclass(eq=False)
 class Task:
     """A request on its way.
 
     Attributes:
-      chunks: of its prompt, those that are still to be read; None before the first.
+      ends: where the pieces end in which its prompt is still to be read; None before the first.
       read: tokens of its prompt that its caches have read.
       caches: of one row, until it has its slot.
       text: what its tokens say.
@@ -63,7 +53,7 @@ class Task:
     id: int
     request: Request
     text: TextStream | None
-    chunks: Iterator[Chunk] | None = None
+    ends: Iterator[int] | None = None
     read: int = 0
     caches: Caches | None = None
     drawn: int = 0
@@ -113,7 +103,7 @@ class Scheduler:
         *,
         slots: int,
         max_len: int,
-        prefix_cache: States | None = None,
+        prefix_cache: PrefixCache | None = None,
         tokenizer: Tokenizer | None = None,
         block_tokens: int = 16,
         chunk_tokens: int = CHUNK_TOKENS,
@@ -127,6 +117,7 @@ class Scheduler:
                 f"max_len is {max_len}; it is at least 2 and at most the {self.decoder.max_len} of the model."
             )
         self.max_len, self.tokenizer, self.prefix_cache = max_len, tokenizer, prefix_cache
+        self._layout = StateLayout(self.decoder)
         self._block_tokens, self._chunk_tokens = block_tokens, chunk_tokens
         self._ids = itertools.count()
         self._waiting: collections.deque[Task] = collections.deque()
@@ -180,27 +171,30 @@ class Scheduler:
         return list(self._events(jax.device_get(block)))
 
     def _read(self, task: Task) -> None:
-        if task.caches is None:
-            self._begin(task)
-        if (chunk := next(task.chunks, None)) is not None:
-            task.caches = prefill_chunk(self.decoder, task.caches, chunk)
-            task.read = min(task.read + self._chunk_tokens, len(task.request.prompt) - 1)
-            self._keep(task)
-        if task.read == len(task.request.prompt) - 1:
+        """Read on to the end of the next chunk, and stop on the way where a state is kept."""
+        if task.ends is None:
+            task.ends = iter(self._begin(task))
+        ids = task.request.prompt[:-1]
+        for end in task.ends:
+            chunk = chunk_of([ids[task.read : end]], self._chunk_tokens)
+            task.caches, task.read = prefill_chunk(self.decoder, task.caches, chunk), end
+            if self.prefix_cache is not None:
+                self.prefix_cache.keep(ids[:end], self._layout.take(task.caches, end))
+            if end % self._chunk_tokens == 0:
+                break
+        if task.read == len(ids):
             self._enter(self._waiting.popleft())
 
-    def _begin(self, task: Task) -> None:
-        ids = task.request.prompt[:-1]
+    def _begin(self, task: Task) -> list[int]:
+        """Give a request the longest state that is kept of its prompt; return where the pieces of the rest end."""
+        ids, marks = task.request.prompt[:-1], ()
         if self.prefix_cache is not None:
-            kept, task.read, _ = self.prefix_cache.lookup(ids)
-            task.caches = None if kept is None else _copied(kept)
+            state, marks, _ = self.prefix_cache.lookup(ids, self.decoder.fingerprint)
+            if state is not None:
+                task.caches, task.read = self._layout.fork(state, self.max_len), state.length
         if task.caches is None:
             task.caches = self.decoder.init_cache(1, self.max_len)
-        task.chunks = chunks([ids[task.read :]], self._chunk_tokens)
-
-    def _keep(self, task: Task) -> None:
-        if self.prefix_cache is not None:
-            self.prefix_cache.keep(task.request.prompt[: task.read], _copied(task.caches))
+        return piece_ends(task.read, len(ids), self._chunk_tokens, marks)
 
     def _enter(self, task: Task) -> None:
         slot = self._slots.index(None)
@@ -223,5 +217,7 @@ class Scheduler:
                 yield event
 
 
-def _copied(caches: Caches) -> Caches:
-    return jax.tree.map(jnp.copy, caches)
+def piece_ends(start: int, stop: int, chunk_tokens: int, marks: Iterable[int] = ()) -> list[int]:
+    """Return where the pieces end that are read from `start` to `stop`: at multiples of a chunk, and at the marks."""
+    chunks = range(start - start % chunk_tokens + chunk_tokens, stop, chunk_tokens)
+    return sorted({*chunks, *marks, stop} - {start})

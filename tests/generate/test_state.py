@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from based_jax.errors import UserError
+from based_jax.generate.decoder import Decoder
+from based_jax.generate.fingerprint import fingerprint
 from based_jax.generate.state import FORMAT, State, inspect
-from based_jax.generate.state_layout import TOKEN_BLOCK, StateLayout, fingerprint
+from based_jax.generate.state_layout import TOKEN_BLOCK, StateLayout
 from based_jax.nn.lm import LM, LMConfig
 
 VOCAB, ROOM, LENGTH, READ = 50, 100, 70, 90
@@ -36,7 +39,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def layout(model):
-    return StateLayout.of(model)
+    return StateLayout(Decoder.of(model))
 
 
 @pytest.fixture(scope="module")
@@ -104,29 +107,37 @@ def test_a_state_is_refused_where_there_is_no_room_or_another_model(model, layou
     other = nnx.clone(model)
     kernel = other.stacks[3].blocks[0].mixer.out_proj.kernel
     kernel.set_value(kernel[...].at[3, 5].multiply(1 + 2**-23))
-    with pytest.raises(UserError, match=rf"^The state is of model {layout.fingerprint}; this model is [0-9a-f]{{32}}"):
-        StateLayout.of(other).fork(state, ROOM)
-    wider = StateLayout(
-        lambda rows, max_len: (*model.init_cache(rows, max_len)[:3], model.stacks[2].init_cache(rows, max_len)),
-        layout.kinds,
-        layout.fingerprint,
-    )
-    with pytest.raises(
-        UserError, match=r"^'layers/3/state/tokens/0' of the state is float32\[100, 2, 8\]; the cache's"
-    ):
-        wider.fork(state, ROOM)
-    fewer = StateLayout(lambda rows, max_len: model.init_cache(rows, max_len)[:3], layout.kinds, layout.fingerprint)
-    with pytest.raises(UserError, match=r"^'layers/3/segment_id' is not both in the state and in the model's caches"):
-        fewer.fork(state, ROOM)
+    with pytest.raises(UserError, match=r"^The state is of model [0-9a-f]{32}; this model is [0-9a-f]{32}\.$"):
+        StateLayout(Decoder.of(other)).fork(state, ROOM)
 
 
-def test_a_fingerprint_is_of_what_is_read_and_of_nothing_else(model, layout):
-    params = nnx.state(model, nnx.Param)
-    same = dataclasses.replace(CONFIG, init_std=0.1, remat="full", scan_layers=True)
-    assert fingerprint(same, params) == layout.fingerprint
-    assert fingerprint(dataclasses.replace(CONFIG, dtype="bfloat16"), params) != layout.fingerprint
-    swapped = jax.tree.map(lambda x: x[::-1], params)
-    assert fingerprint(CONFIG, swapped) != layout.fingerprint
+@pytest.mark.parametrize(
+    ("stacks", "message"),
+    [
+        (
+            (0, 1, 2, 2),
+            r"^'layers/3/state/tokens/0' of the state is float32\[100, 2, 8\]; the cache's is float32\[4, 2",
+        ),
+        ((0, 1, 2), r"^'layers/3/segment_id' is not both in the state and in the model's caches, whose options differ"),
+    ],
+    ids=["other shapes", "other arrays"],
+)
+def test_caches_with_other_options_are_refused(model, layout, state, stacks, message):
+    def init_cache(rows, max_len):
+        return tuple(model.stacks[stack].init_cache(rows, max_len) for stack in stacks)
+
+    decoder = layout.decoder
+    like = types.SimpleNamespace(init_cache=init_cache, config=decoder.config, fingerprint=decoder.fingerprint)
+    with pytest.raises(UserError, match=message):
+        StateLayout(like).fork(state, ROOM)
+
+
+def test_a_fingerprint_is_of_what_is_read_and_of_nothing_else(layout):
+    config, params = layout.decoder.config, layout.decoder.params
+    name = layout.decoder.fingerprint
+    assert fingerprint(dataclasses.replace(config, init_std=0.1, remat="full"), params) == name
+    assert fingerprint(dataclasses.replace(config, dtype="bfloat16"), params) != name
+    assert fingerprint(config, jax.tree.map(lambda x: x[::-1], params)) != name
 
 
 def awkward_state():
