@@ -57,7 +57,7 @@ def _products(model: LM) -> Iterator[tuple[nnx.Linear, Any]]:
             yield module, module.dtype or jnp.float32
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Decoder:
     """A model ready to decode.
 
@@ -98,6 +98,11 @@ class Decoder:
     def fingerprint(self) -> str:
         """What states of this model are told from those of another by; the first use reads every parameter."""
         return fingerprint(self.config, self.params)
+
+    @functools.cached_property
+    def prefix_length(self) -> int:
+        """The tokens at the beginning of a sequence that have to be read at once."""
+        return max(mixer.prefix_length for mixer in self.layout.model(self.layout.shapes).mixers())
 
     def init_cache(self, batch: int, max_len: int) -> Caches:
         """Return the caches of all layers before the first token, the leading axis of all arrays the rows'."""

@@ -7,7 +7,7 @@ import numpy as np
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Decoder
-from based_jax.generate.prompts import Prompts, check_length, checked_prompts, checked_seeds, shown
+from based_jax.generate.prompts import Prompts, check_length, check_prefix, checked_prompts, checked_seeds, shown
 from based_jax.generate.requests import Request, checked_stop
 from based_jax.generate.rows import begun, blocks
 from based_jax.generate.sampling import GREEDY, Sampling
@@ -64,6 +64,7 @@ def generate(
         for ids, (seed, row_id) in zip(token_ids, draws, strict=True)
     ]
     decoder = Decoder.of(model)
+    check_prefix(token_ids, decoder.prefix_length)
     rows = begun(decoder, requests, room_for(requests, model.max_len))
     found = list(blocks(decoder, rows, BLOCK_TOKENS))
     return [_new_ids([block.tokens[row, : block.count[row]] for block in found], stops) for row in range(len(requests))]
@@ -90,7 +91,7 @@ def stream(
       UserError: a request is not what the model can be asked, before the first token of any.
     """
     decoder = Decoder.of(model)
-    requests = [request.checked(decoder.config, decoder.max_len, f"Prompt {i}") for i, request in enumerate(requests)]
+    requests = [request.checked(decoder, decoder.max_len, f"Prompt {i}") for i, request in enumerate(requests)]
     if not requests:
         return
     scheduler = Scheduler(

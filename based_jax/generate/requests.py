@@ -7,9 +7,17 @@ from typing import Any
 import numpy as np
 
 from based_jax.errors import UserError
-from based_jax.generate.prompts import check_length, checked_ids, checked_seeds, draw_words, is_integer, shown
+from based_jax.generate.decoder import Decoder
+from based_jax.generate.prompts import (
+    check_length,
+    check_prefix,
+    checked_ids,
+    checked_seeds,
+    draw_words,
+    is_integer,
+    shown,
+)
 from based_jax.generate.sampling import GREEDY, Sampling
-from based_jax.nn.lm_config import LMConfig
 
 MOST_STOP_IDS = 8
 
@@ -44,17 +52,19 @@ class Request:
         """Both halves of the seed, and the row's id."""
         return draw_words(int(self.seed), int(self.row_id))
 
-    def checked(self, config: LMConfig, max_len: int | None, name: str = "Prompt") -> "Request":
+    def checked(self, decoder: Decoder, max_len: int | None, name: str = "Prompt") -> "Request":
         """Return the request with its prompt as an array.
 
         Raises:
-          UserError: a value is not what a model of this config with room for `max_len` tokens can be asked.
+          UserError: a value is not what this model with room for `max_len` tokens can be asked.
         """
-        ids = checked_ids(name, self.prompt, config.vocab_size)
+        vocab_size = decoder.config.vocab_size
+        ids = checked_ids(name, self.prompt, vocab_size)
         check_length([ids], self.max_new_tokens, max_len)
+        check_prefix([ids], decoder.prefix_length)
         if not isinstance(self.sampling, Sampling):
             raise UserError(f"sampling is {shown(self.sampling)}; it is a Sampling, as in Sampling(temperature=0.6).")
-        stop_ids = tuple(checked_stop(stop, config.vocab_size) for stop in self.stop_ids)
+        stop_ids = tuple(checked_stop(stop, vocab_size) for stop in self.stop_ids)
         if len(stop_ids) > MOST_STOP_IDS:
             raise UserError(f"stop_ids has {len(stop_ids)} ids; it has at most {MOST_STOP_IDS}.")
         for stop in self.stop_strings:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from based_jax import parallel
 from based_jax.dims import BD
 from based_jax.generate.decoder import Caches, Decoder, Layout
-from based_jax.generate.prefill import prefill
+from based_jax.generate.prefill import CHUNK_TOKENS, prefill
 from based_jax.generate.requests import MOST_STOP_IDS, Request
 from based_jax.generate.sampling import Draws, draw
 from based_jax.nn.lm import LM
@@ -92,10 +92,11 @@ class Block(NamedTuple):
     count: Int[Array, "B"]
 
 
-def begun(decoder: Decoder, requests: Sequence[Request], max_len: int) -> Rows:
+def begun(decoder: Decoder, requests: Sequence[Request], max_len: int, chunk_tokens: int = CHUNK_TOKENS) -> Rows:
     """Return the rows of requests whose prompts are read together, with caches for `max_len` tokens each."""
     prompts = [np.asarray(request.prompt[:-1], np.int32) for request in requests]
-    return Rows.of(prefill(decoder, decoder.init_cache(len(requests), max_len), prompts), requests)
+    caches = decoder.init_cache(len(requests), max_len)
+    return Rows.of(prefill(decoder, caches, prompts, chunk_tokens), requests)
 
 
 def decode(decoder: Decoder, rows: Rows, steps: int) -> tuple[Rows, Block]:

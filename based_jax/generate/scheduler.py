@@ -11,7 +11,7 @@ import jax
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Caches, Decoder
-from based_jax.generate.prefill import CHUNK_TOKENS, chunk_of, prefill_chunk
+from based_jax.generate.prefill import CHUNK_TOKENS, chunk_length, chunk_of, prefill_chunk
 from based_jax.generate.prefix_cache import PrefixCache
 from based_jax.generate.requests import Request
 from based_jax.generate.rows import Block, Rows, decode
@@ -116,9 +116,10 @@ class Scheduler:
             raise UserError(
                 f"max_len is {max_len}; it is at least 2 and at most the {self.decoder.max_len} of the model."
             )
-        self.max_len, self.tokenizer, self.prefix_cache = max_len, tokenizer, prefix_cache
+        self.max_len, self.tokenizer = max_len, tokenizer
+        self.prefix_cache = None if self.decoder.prefix_length else prefix_cache  # a prefix is of its whole prompt
         self._layout = StateLayout(self.decoder)
-        self._block_tokens, self._chunk_tokens = block_tokens, chunk_tokens
+        self._block_tokens, self._chunk_tokens = block_tokens, chunk_length(self.decoder, chunk_tokens)
         self._ids = itertools.count()
         self._waiting: collections.deque[Task] = collections.deque()
         self._slots: list[Task | None] = [None] * slots
@@ -141,7 +142,7 @@ class Scheduler:
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id; UserError if it cannot be answered."""
-        request = request.checked(self.decoder.config, self.max_len)
+        request = request.checked(self.decoder, self.max_len)
         if request.stop_strings and self.tokenizer is None:
             raise UserError("stop_strings are found in text, and there is no tokenizer; give the scheduler one.")
         text = None if self.tokenizer is None else TextStream(self.tokenizer, request.stop_strings)
