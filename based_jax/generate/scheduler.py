@@ -145,6 +145,8 @@ class Scheduler:
         request = request.checked(self.decoder, self.max_len)
         if request.stop_strings and self.tokenizer is None:
             raise UserError("stop_strings are found in text, and there is no tokenizer; give the scheduler one.")
+        if request.state is not None:
+            self._layout.check(request.state, self.max_len)
         text = None if self.tokenizer is None else TextStream(self.tokenizer, request.stop_strings)
         task = Task(next(self._ids), request, text)
         self._waiting.append(task)
@@ -179,7 +181,7 @@ class Scheduler:
         for end in task.ends:
             chunk = chunk_of([ids[task.read : end]], self._chunk_tokens)
             task.caches, task.read = prefill_chunk(self.decoder, task.caches, chunk), end
-            if self.prefix_cache is not None:
+            if self.prefix_cache is not None and task.request.state is None:
                 self.prefix_cache.keep(ids[:end], self._layout.take(task.caches, end))
             if end % self._chunk_tokens == 0:
                 break
@@ -187,14 +189,13 @@ class Scheduler:
             self._enter(self._waiting.popleft())
 
     def _begin(self, task: Task) -> list[int]:
-        """Give a request the longest state that is kept of its prompt; return where the pieces of the rest end."""
-        ids, marks = task.request.prompt[:-1], ()
-        if self.prefix_cache is not None:
+        """Give a request the caches that its prompt begins with; return where the pieces of what is to be read end."""
+        ids, state, marks = task.request.prompt[:-1], task.request.state, ()
+        if state is None and self.prefix_cache is not None:
             state, marks, _ = self.prefix_cache.lookup(ids, self.decoder.fingerprint)
-            if state is not None:
-                task.caches, task.read = self._layout.fork(state, self.max_len), state.length
-        if task.caches is None:
-            task.caches = self.decoder.init_cache(1, self.max_len)
+            task.read = 0 if state is None else state.length
+        fresh = state is None
+        task.caches = self.decoder.init_cache(1, self.max_len) if fresh else self._layout.fork(state, self.max_len)
         return piece_ends(task.read, len(ids), self._chunk_tokens, marks)
 
     def _enter(self, task: Task) -> None:

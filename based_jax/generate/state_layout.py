@@ -1,14 +1,17 @@
 """Where caches have what of one sequence: states are taken out of them, and go on in others."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Caches, Decoder
+from based_jax.generate.prefill import prefill
 from based_jax.generate.state import State
 
 TOKEN_BLOCK = 64
@@ -78,6 +81,22 @@ class StateLayout:
     def _shapes(self, max_len: int) -> Caches:
         """Return the shapes and dtypes of one row of caches, without the axis of the rows."""
         return jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], self.decoder.init_cache(1, max_len)))
+
+
+def state_after(decoder: Decoder, ids: Sequence[int] | np.ndarray, state: State | None = None) -> State:
+    """Return the state after these tokens (T), which may go on from another.
+
+    Raises:
+      UserError: the state is another model's, or the tokens are more than the model reads.
+    """
+    layout, before = StateLayout(decoder), 0 if state is None else state.length
+    length = before + len(ids)
+    if decoder.max_len is not None and length > decoder.max_len:
+        raise UserError(f"The state would have read {length} tokens; the model reads {decoder.max_len}.")
+    room = -(-max(length, 1) // TOKEN_BLOCK) * TOKEN_BLOCK
+    room = room if decoder.max_len is None else min(room, decoder.max_len)
+    caches = decoder.init_cache(1, room) if state is None else layout.fork(state, room)
+    return layout.take(prefill(decoder, caches, [np.asarray(ids, np.int32)]), length)
 
 
 def named(caches: Caches) -> list[tuple[str, Any]]:

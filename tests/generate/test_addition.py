@@ -10,7 +10,7 @@ from based_jax.errors import UserError
 from based_jax.generate.addition import add, prefill_in_pieces
 from based_jax.generate.decoder import Decoder
 from based_jax.generate.prefill import prefill
-from based_jax.generate.state_layout import StateLayout
+from based_jax.generate.state_layout import StateLayout, state_after
 from based_jax.nn.feature_maps import FEATURE_MAPS
 from based_jax.nn.lm import LM, LMConfig
 
@@ -22,11 +22,6 @@ WINDOW = ("window", {"num_heads": 2, "window": 4})
 def decoder_of(*layers, dtype="float32"):
     config = LMConfig(layers=layers, d_model=16, vocab_size=VOCAB, dtype=dtype, init_std=0.5)
     return Decoder.of(nnx.jit(lambda: LM(config, rngs=nnx.Rngs(1)))())
-
-
-def in_one_reading(decoder, ids):
-    """Return the state after one prefill of a context."""
-    return StateLayout(decoder).take(prefill(decoder, decoder.init_cache(1, 64), [ids]), len(ids))
 
 
 def distance(state, other, layer):
@@ -43,7 +38,7 @@ COSFORMER = ("linear", {"feature_map": "cosformer", "num_heads": 2, "feature_dim
 def test_a_linear_layers_sums_are_those_of_one_reading(layer, rng):
     """Of a first layer, whose keys and values are of the tokens alone, and in cosformer of their places too."""
     decoder, ids = decoder_of(layer), rng.integers(0, VOCAB, T)
-    whole = in_one_reading(decoder, ids)
+    whole = state_after(decoder, ids)
     for pieces in (1, 4):
         added = prefill_in_pieces(decoder, ids, pieces)
         assert added.length == T and distance(added, whole, 0) < 1e-6
@@ -58,7 +53,7 @@ def based():
 def test_an_overlap_makes_the_first_linear_layer_exact_and_no_deeper_one(based, rng):
     """The convolution has three taps, so that it sees two tokens to the left."""
     ids = rng.integers(0, VOCAB, T)
-    whole = in_one_reading(based, ids)
+    whole = state_after(based, ids)
     apart, overlapping, wider = (prefill_in_pieces(based, ids, 4, overlap=overlap) for overlap in (0, 2, 8))
     assert distance(overlapping, whole, 1) < 1e-6 and distance(wider, whole, 1) < 1e-6
     assert 1e-3 < distance(apart, whole, 1) < 0.5
@@ -68,7 +63,7 @@ def test_an_overlap_makes_the_first_linear_layer_exact_and_no_deeper_one(based, 
 
 def test_states_of_documents_add_to_that_of_pieces_and_keep_the_last_ones_recent_tokens(based, close, rng):
     ids = rng.integers(0, VOCAB, 44)
-    states = [in_one_reading(based, part) for part in np.array_split(ids, 4)]
+    states = [state_after(based, part) for part in np.array_split(ids, 4)]
     added, at_once = add(based, states), prefill_in_pieces(based, ids, 4)
     close(added.arrays, at_once.arrays)
     assert added.length == at_once.length == 44
