@@ -200,7 +200,10 @@ class DiagonalSSMCall(NamedTuple):
 
 
 class SelectiveScanCall(NamedTuple):
-    """A scan with a token's own step, input and output: u, dt (B, T, D), A (D, N), B, C (B, T, N), state (B, D, N)."""
+    """A scan with a token's own step, input and output: u, dt (B, T, D), A (D, N), B, C (B, T, N), state (B, D, N).
+
+    With a bias (D) dt are raw: the steps are softplus(dt + bias).
+    """
 
     u: BTD
     dt: BTD
@@ -209,6 +212,7 @@ class SelectiveScanCall(NamedTuple):
     C: BTN
     state: BDN | None = None
     segment_ids: Documents = None
+    bias: Channels | None = None
 
     @property
     def tokens(self) -> "SelectiveScanCall":

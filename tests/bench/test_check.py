@@ -26,6 +26,7 @@ SMALL = [
     Case("gated_short_conv", (2, 8, 20), (3,), **BOTH),
     Case("gated_short_conv", (2, 8, 20), (4,), documents=True, through="vmap"),
     Case("selective_scan", (2, 8, 20), (3,), **BOTH),
+    Case("raw_selective_scan", (2, 8, 20), (3,), **BOTH),
     Case("short_conv", (2, 8, 20), (4,), **BOTH),
     Case("ssd", (2, 2, 20), (6, 5), **BOTH),
     Case("wkv4", (2, 8, 20), **BOTH),

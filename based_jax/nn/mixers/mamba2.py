@@ -109,9 +109,8 @@ class Mamba2(Mixer):
     @override
     def _step(self, x: BD, state: Mamba2State) -> tuple[BD, Mamba2State]:
         *parts, dt = self._projected(x)
-        parts, after = zip(
-            *(short_conv_step(part, **conv) for part, conv in self._convs(parts, state.conv)), strict=True
-        )
+        found = [short_conv_step(part, **conv) for part, conv in self._convs(parts, state.conv)]
+        parts, after = zip(*found, strict=True)
         u, dt, A, B, C = self._inputs(parts, dt)
         y, memory = ssd_step(u, dt, A, B, C, state.memory)
         return self._out(x, u, y), Mamba2State(jnp.concatenate(after, axis=-1), memory)
