@@ -3,7 +3,10 @@
 from based_jax.generate import Sampling, generate
 """
 
-from based_jax.generate.engine import generate
+from based_jax.generate.decoder import Decoder
+from based_jax.generate.engine import generate, stream
+from based_jax.generate.requests import Request
 from based_jax.generate.sampling import Sampling
+from based_jax.generate.scheduler import Event, Scheduler
 
-__all__ = ["Sampling", "generate"]
+__all__ = ["Decoder", "Event", "Request", "Sampling", "Scheduler", "generate", "stream"]
