@@ -37,22 +37,22 @@ def at_length(caches: Any, length: Int[Array, ""]) -> Any:
     return jax.tree.map(counted, caches, is_leaf=_is_token_cache)
 
 
-def state_bytes(shapes: Any) -> int:
-    """Return the bytes of caches."""
+def array_bytes(shapes: Any) -> int:
+    """Return the bytes of arrays."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def moved_bytes(shapes: Any) -> float:
-    """Return the bytes that a step moves at least, of full caches that are not stacked.
+    """Return the bytes that a step moves at least, of full caches.
 
     Tokens of the past are read and one is written; all else is read and written.
     """
     found = jax.tree.leaves(shapes, is_leaf=_is_token_cache)
-    return sum(_token_cache_bytes(x) if _is_token_cache(x) else 2.0 * state_bytes(x) for x in found)
+    return sum(_token_cache_bytes(x) if _is_token_cache(x) else 2.0 * array_bytes(x) for x in found)
 
 
 def _token_cache_bytes(x: TokenCache) -> float:
-    return state_bytes(x.tokens) * (1 + 1 / x.slots)
+    return array_bytes(x.tokens) * (1 + 1 / x.slots)
 
 
 def _is_token_cache(x: Any) -> bool:

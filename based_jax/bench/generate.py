@@ -13,16 +13,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Int
 
 from based_jax import compilation, devices
 from based_jax.aot.compiling import TOO_MUCH_MEMORY
-from based_jax.bench import decode_state, rows, step_profile
+from based_jax.bench import rows, step_profile
+from based_jax.bench.decode_state import array_bytes, at_length, moved_bytes, random_state
 from based_jax.bench.generate_size import PREFILLS, UNTIMED_PREFILLS, Effort, Size, check, roofline
 from based_jax.bench.memory import peak_bytes, program_bytes
 from based_jax.bench.runner import Runner
-from based_jax.generate.engine import decode_step
-from based_jax.generate.sampling import GREEDY, row_keys
+from based_jax.generate.decoder import Decoder, layout_of
+from based_jax.generate.prefill import prefill
+from based_jax.generate.requests import Request
+from based_jax.generate.rows import Block, Rows, decode
 from based_jax.nn.lm import LM
 from based_jax.nn.lm_config import LMConfig
 from based_jax.ops import dispatch
@@ -32,42 +37,35 @@ PROFILED_BLOCKS = 1
 
 
 class Subject:
-    """A model with random weights, and what its caches look like."""
+    """A model with random weights, as decoding reads it."""
 
     def __init__(self, config: LMConfig):
-        self.config = config
-        self.abstract, self.layers = map(_abstract, (config, dataclasses.replace(config, scan_layers=False)))
-        self.graphdef, self.param_shapes = nnx.split(self.abstract)
+        self.config, self.layout = config, layout_of(config)
+        self.abstract = self.layout.model(self.layout.shapes)
 
     @functools.cached_property
-    def params(self) -> nnx.State:
-        """The weights."""
-        return jax.jit(lambda key: nnx.state(LM(self.config, rngs=nnx.Rngs(key))))(jax.random.key(0))
+    def decoder(self) -> Decoder:
+        """The model with its weights."""
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(self.config, rngs=nnx.Rngs(0))))
+        params = jax.jit(lambda key: nnx.state(LM(self.config, rngs=nnx.Rngs(key))))(jax.random.key(0))
+        return Decoder.of(nnx.merge(graphdef, params))
 
-    def model(self, params: nnx.State) -> LM:
-        """Return the model with these weights."""
-        return nnx.merge(self.graphdef, params)
-
-    def cache_shapes(self, batch: int, max_len: int) -> Any:
-        """Return the shapes of the caches that decoding takes."""
+    def caches(self, batch: int, max_len: int) -> Any:
+        """Return the shapes of the caches of sequences."""
         return jax.eval_shape(lambda: self.abstract.init_cache(batch, max_len))
-
-    def layer_caches(self, batch: int, max_len: int) -> Any:
-        """Return the same with layers apart."""
-        return jax.eval_shape(lambda: self.layers.init_cache(batch, max_len))
 
     @property
     def weight_bytes(self) -> int:
-        """The bytes of weights that a step reads at least, in the dtype of products; of an embedding only as a head."""
-        unread = 0 if self.config.tie_embeddings else self.layers.embed.embedding.size
-        return (self.layers.num_params() - unread) * jnp.dtype(self.config.dtype).itemsize
+        """The bytes of weights that a step reads at least: all but an embedding that is no head."""
+        unread = 0 if self.layout.config.tie_embeddings else array_bytes(self.layout.shapes["embed"])
+        return array_bytes(self.layout.shapes) - unread
 
 
-class Block(NamedTuple):
+class BlockProgram(NamedTuple):
     """A compiled program that decodes a block of tokens.
 
     Attributes:
-      step: `((ids, caches), (params, context)) -> ((ids, caches), new ids)`.
+      step: `(rows, (params, context)) -> (rows, block)`; the rows are used up, and had `context` tokens before it.
       caches: their shapes.
       choices: by operation the implementations that it took.
       seconds: to compile it, beside others.
@@ -92,7 +90,7 @@ def measure(config: LMConfig, sizes: Sequence[Size], effort: Effort) -> Iterator
     subject = Subject(config)
     fitting = [size for size in sizes if _fits(subject, size)]
     blocks, was_read = compiled_blocks(subject, fitting, effort.tokens)
-    prefill = functools.cache(functools.partial(_prefill, subject))
+    read = functools.cache(functools.partial(_prefill, subject))
     for size in sizes:
         row = {**size._asdict(), **_bytes(subject, size, effort.tokens)}
         if size in blocks:
@@ -101,16 +99,16 @@ def measure(config: LMConfig, sizes: Sequence[Size], effort: Effort) -> Iterator
         else:
             row |= {"error": "weights and state alone are more than the device's memory"}
         if effort.prefill:
-            row |= prefill(size.prompts, size.context)
+            row |= read(size.prompts, size.context)
         yield row | rows.facts()
 
 
-def compiled_blocks(subject: Subject, sizes: Sequence[Size], tokens: int) -> tuple[dict[Size, Block], bool]:
+def compiled_blocks(subject: Subject, sizes: Sequence[Size], tokens: int) -> tuple[dict[Size, BlockProgram], bool]:
     """Return the program of each size, and whether one was read from the disk; those with equal caches share one."""
     lowered: dict[Any, tuple] = {}
     keys = {}
     for size in sizes:
-        caches = subject.cache_shapes(size.batch, size.context + tokens)
+        caches = subject.caches(size.batch, size.context + tokens)
         keys[size] = key = tuple((x.shape, x.dtype) for x in jax.tree.leaves(caches))
         if key not in lowered:
             lowered[key] = (*_lowered(subject, size.batch, caches, tokens), caches)
@@ -120,36 +118,42 @@ def compiled_blocks(subject: Subject, sizes: Sequence[Size], tokens: int) -> tup
 
 
 def _lowered(subject: Subject, batch: int, caches: Any, tokens: int) -> tuple[jax.stages.Lowered, dict[str, list[str]]]:
-    def block(state: tuple, inputs: tuple) -> tuple:
+    def block(rows: Rows, inputs: tuple) -> tuple[Rows, Block]:
         params, context = inputs
-        ids, caches = state
-        model, keys = subject.model(params), row_keys(jnp.zeros((batch, 3), jnp.uint32))
+        return decode(Decoder(subject.layout, params), _after(rows, context, tokens), tokens)
 
-        def step(carry: tuple, _: None) -> tuple:
-            carry = decode_step(model, *carry, GREEDY, keys)
-            return carry, carry[0]
-
-        return jax.lax.scan(step, (ids, decode_state.at_length(caches, context)), None, length=tokens)
-
-    state = jax.ShapeDtypeStruct((batch,), jnp.int32), caches
-    inputs = subject.param_shapes, jax.ShapeDtypeStruct((), jnp.int32)
+    rows = jax.eval_shape(lambda: _rows(caches, batch))
+    inputs = subject.layout.shapes, jax.ShapeDtypeStruct((), jnp.int32)
     with dispatch.recorded_choices() as choices:
-        lowered = jax.jit(block, donate_argnums=0).lower(state, inputs)
+        lowered = jax.jit(block, donate_argnums=0).lower(rows, inputs)
     return lowered, {operation: list(impls) for operation, impls in choices.items()}
 
 
-def _compiled(lowered: jax.stages.Lowered, choices: dict[str, list[str]], caches: Any) -> Block:
+def _rows(caches: Any, batch: int) -> Rows:
+    """Return greedy rows with caches of some shapes that nobody has read a token into."""
+    return Rows.of(random_state(caches, jax.random.key(1)), [Request([0])] * batch)
+
+
+def _after(rows: Rows, context: Int[Array, ""], left: int) -> Rows:
+    """Return rows that have had a context and may draw so many tokens."""
+    return dataclasses.replace(
+        rows,
+        caches=at_length(rows.caches, context),
+        length=jnp.full_like(rows.length, context + 1),
+        left=jnp.full_like(rows.left, left),
+    )
+
+
+def _compiled(lowered: jax.stages.Lowered, choices: dict[str, list[str]], caches: Any) -> BlockProgram:
     begin = time.perf_counter()
     step = lowered.compile()
-    return Block(step, caches, choices, time.perf_counter() - begin)
+    return BlockProgram(step, caches, choices, time.perf_counter() - begin)
 
 
-def _decoding(subject: Subject, block: Block, size: Size, effort: Effort) -> dict[str, Any]:
+def _decoding(subject: Subject, block: BlockProgram, size: Size, effort: Effort) -> dict[str, Any]:
     """Return how fast tokens are decoded, and what it takes."""
-    fill = jax.jit(functools.partial(decode_state.random_state, block.caches))
-    state = jnp.zeros(size.batch, jnp.int32), fill(jax.random.key(1))
-    runner = Runner(block.step, state, [(subject.params, jnp.int32(size.context))])
-    del state  # lest it is held twice
+    inputs = subject.decoder.params, jnp.int32(size.context)
+    runner = Runner(block.step, jax.jit(_rows, static_argnums=1)(block.caches, size.batch), [inputs])
     seconds = runner.median_seconds(effort.blocks) / effort.tokens
     peak = peak_bytes()
     program = step_profile.program_of(block.step.as_text() or "")
@@ -169,9 +173,9 @@ def _decoding(subject: Subject, block: Block, size: Size, effort: Effort) -> dic
 
 def _bytes(subject: Subject, size: Size, tokens: int) -> dict[str, Any]:
     """Return the bytes of weights and of a sequence's state, and the speed at which they allow to decode."""
-    state = decode_state.state_bytes(subject.layer_caches(1, size.context))
-    while_decoded = subject.layer_caches(1, size.context + tokens // 2)
-    moved = subject.weight_bytes + size.batch * decode_state.moved_bytes(while_decoded)
+    state = array_bytes(subject.caches(1, size.context))
+    while_decoded = subject.caches(1, size.context + tokens // 2)
+    moved = subject.weight_bytes + size.batch * moved_bytes(while_decoded)
     return {
         "state_bytes": state,
         "weight_bytes": subject.weight_bytes,
@@ -185,7 +189,7 @@ def _fits(subject: Subject, size: Size) -> bool:
     device = devices.find(jax.devices()[0].device_kind)
     if device is None or device.hbm_bytes is None:
         return True
-    state = size.batch * decode_state.state_bytes(subject.layer_caches(1, size.context))
+    state = size.batch * array_bytes(subject.caches(1, size.context))
     return subject.weight_bytes + state < device.hbm_bytes
 
 
@@ -195,22 +199,21 @@ def _prefill(subject: Subject, count: int, length: int) -> dict[str, Any]:
 
 
 def _prefilling(subject: Subject, count: int, length: int) -> dict[str, Any]:
-    def read(_: None, inputs: tuple) -> tuple:
-        params, ids = inputs
-        model = subject.model(params)
-        hidden, caches = model.prefill(ids, model.init_cache(count, length))
-        return None, (jnp.argmax(model.logits(hidden[:, -1]), axis=-1), caches)
+    decoder = subject.decoder
+    prompts = np.random.default_rng(0).integers(subject.config.vocab_size, size=(count, length), dtype=np.int32)
 
-    ids = jax.random.randint(jax.random.key(2), (count, length), 0, subject.config.vocab_size)
+    def read(_: None, prompts: Any) -> tuple:
+        return None, prefill(decoder, decoder.init_cache(count, length), prompts)
+
     begin = time.perf_counter()
-    step = jax.jit(read).lower(None, (subject.params, ids)).compile()
-    compile_seconds = time.perf_counter() - begin
-    seconds = Runner(step, None, [(subject.params, ids)]).median_seconds(PREFILLS, UNTIMED_PREFILLS)
+    jax.block_until_ready(read(None, prompts))
+    first = time.perf_counter() - begin
+    seconds = Runner(read, None, [prompts]).median_seconds(PREFILLS, UNTIMED_PREFILLS)
     return {
         "prefill_rows": count,
         "prefill_milliseconds": round(1e3 * seconds, 3),
         "prefill_tokens_per_second": count * length / seconds,
-        "prefill_compile_seconds": round(compile_seconds, 2),
+        "prefill_compile_seconds": round(max(0.0, first - seconds), 2),
     }
 
 
@@ -222,7 +225,3 @@ def _fitting(call: Callable[[], dict[str, Any]], name: str) -> dict[str, Any]:
         if TOO_MUCH_MEMORY not in str(error):
             raise
         return {name: str(error).splitlines()[0]}
-
-
-def _abstract(config: LMConfig) -> LM:
-    return nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))

@@ -1,10 +1,12 @@
 """`bench generate` of small models on a CPU."""
 
+import dataclasses
 import json
 import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from based_jax import devices
@@ -12,6 +14,8 @@ from based_jax.__main__ import main
 from based_jax.bench import decode_state, generate, generate_peers, generate_size, torch_generation
 from based_jax.bench.generate_size import Effort, Size
 from based_jax.bench.peers import Peer
+from based_jax.generate.requests import Request
+from based_jax.generate.rows import begun, decode
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.lm_config import LMConfig
 
@@ -54,13 +58,11 @@ def test_the_least_bytes_of_a_token():
     """Of a token's state Taylor's is read and written, and of a window the keys are read and one of them is written."""
     subject = generate.Subject(config(BASED * 3, scan_layers=True))
     taylor, window = 2 * (8 + 1) * 15 * 4, 2 * 16 * 8 * 2
-    assert decode_state.moved_bytes(subject.layer_caches(5, 99)) == 5 * 3 * (
-        2 * (taylor + 4) + window * (1 + 1 / 8) + 2 * 4
-    )
-    params = 3 * (16 * 2 * 2 * 4 + 2 * 16 * 16 + 4 * 16 * 16 + 2 * 16) + 16 + 64 * 16
-    assert subject.weight_bytes == 2 * params
+    assert decode_state.moved_bytes(subject.caches(5, 99)) == 5 * 3 * (2 * (taylor + 4) + window * (1 + 1 / 8) + 2 * 4)
+    kernels, norms = 3 * (16 * 2 * 2 * 4 + 2 * 16 * 16 + 4 * 16 * 16) + 64 * 16, 3 * 2 * 16 + 16
+    assert subject.weight_bytes == 2 * kernels + 4 * norms
     attention = generate.Subject(config((("attention", {"num_heads": 2}),), tie_embeddings=False, dtype="float32"))
-    assert decode_state.state_bytes(attention.layer_caches(1, 50)) == 2 * 16 * 50 * 4 + 2 * 4
+    assert decode_state.array_bytes(attention.caches(1, 50)) == 2 * 16 * 50 * 4 + 2 * 4
     assert attention.weight_bytes == 4 * (4 * 16 * 16 + 2 * 16 + 64 * 16)
 
 
@@ -74,6 +76,18 @@ def test_a_cache_nobody_has_read_is_as_full_as_it_says():
     cache = decode_state.at_length((decode_state.random_state(shapes, jax.random.key(0)), 7), 5)[0]
     assert cache.visible().sum(axis=1).tolist() == [5, 5] and cache.tokens.dtype == jnp.bfloat16
     assert jnp.all(cache.tokens > 0) and jnp.unique(cache.tokens[0]).size > 8
+
+
+def test_a_timed_block_decodes_what_follows_its_context_each_time():
+    subject = generate.Subject(config((("attention", {"num_heads": 2}),), dtype="float32"))
+    size, prompts = Size(2, 5), np.random.default_rng().integers(64, size=(2, 6), dtype=np.int32)
+    requests = [Request(prompt, max_new_tokens=3) for prompt in prompts]
+    program = generate.compiled_blocks(subject, [size], 3)[0][size]
+    inputs, room = (subject.decoder.params, jnp.int32(size.context)), size.context + 3
+    rows, once = program.step(begun(subject.decoder, requests, room), inputs)
+    _, again = program.step(dataclasses.replace(rows, token=prompts[:, -1]), inputs)
+    _, expected = decode(subject.decoder, begun(subject.decoder, requests, room), 3)
+    assert once.tokens.tolist() == again.tokens.tolist() == expected.tokens.tolist()
 
 
 def test_what_does_not_fit_is_told_without_compiling_it(monkeypatch):
