@@ -153,7 +153,7 @@ def _compiled(lowered: jax.stages.Lowered, choices: dict[str, list[str]], caches
 def _decoding(subject: Subject, block: BlockProgram, size: Size, effort: Effort) -> dict[str, Any]:
     """Return how fast tokens are decoded, and what it takes."""
     inputs = subject.decoder.params, jnp.int32(size.context)
-    runner = Runner(block.step, jax.jit(_rows, static_argnums=1)(block.caches, size.batch), [inputs])
+    runner = Runner(block.step, jax.jit(lambda: _rows(block.caches, size.batch))(), [inputs])
     seconds = runner.median_seconds(effort.blocks) / effort.tokens
     peak = peak_bytes()
     program = step_profile.program_of(block.step.as_text() or "")

@@ -6,7 +6,6 @@ python -m experiments.train_speed plot                           draws them
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -17,13 +16,13 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from based_jax.bench.rows import read
 from based_jax.errors import UserError
-from based_jax.pictures.tables import markdown
+from based_jax.pictures.tables import filled, markdown
 from experiments.train_speed import plots
 
 FOLDER = Path(__file__).parent
 ROWS, README = FOLDER / "results" / "train.jsonl", FOLDER / "README.md"
-README_TABLE = re.compile(r"(<!-- (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 GIB = 1 << 30
 LEAST_MILLISECONDS = 0.5
 """That are told."""
@@ -77,7 +76,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.command == "run":
         return run(args.only, args.peers)
-    rows = read()
+    rows = read(ROWS)
     if args.command == "table":
         write_tables(rows)
         return 0
@@ -102,11 +101,6 @@ def run(only: str, with_peers: bool) -> int:
     return int(any(codes))
 
 
-def read() -> list[dict]:
-    """Return the rows that there are."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
 def devices(rows: Sequence[dict]) -> list[str]:
     """Return the devices of the rows that are shown."""
     return [row["device"] for row in [*(row for _, row in measured(rows) if row), *peers(rows)]]
@@ -127,8 +121,7 @@ def peers(rows: Sequence[dict]) -> list[dict]:
 def write_tables(rows: Sequence[dict]) -> None:
     """Write the README's tables."""
     tables = {"models": models_table(rows), "times": times_table(rows), "peers": peers_table(rows)}
-    text = README_TABLE.sub(lambda found: f"{found[1]}{tables[found['name']]}\n{found[3]}", README.read_text())
-    README.write_text(text)
+    README.write_text(filled(README.read_text(), tables))
 
 
 def models_table(rows: Sequence[dict]) -> str:
