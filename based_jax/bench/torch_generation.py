@@ -220,11 +220,11 @@ def _tensors(x: Any) -> Iterator[Any]:
 
 
 def _fitting(call: Callable[[], dict[str, Any]], name: str) -> dict[str, Any]:
-    """Return what a call does, or under `name` that it does not fit into the device's memory."""
+    """Return what a call does, or under `name` why it cannot: for want of memory, or because a library refuses."""
     import torch
 
     try:
         return call()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
         torch.cuda.empty_cache()
         return {name: str(error).splitlines()[0]}

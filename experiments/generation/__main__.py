@@ -5,41 +5,28 @@ python -m experiments.generation table                          writes the READM
 python -m experiments.generation plot                           draws the picture
 """
 
-import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from based_jax.bench.rows import read
-from based_jax.errors import UserError
 from based_jax.pictures.tables import filled
+from experiments import commands
 from experiments.generation import plots, tables
 from experiments.generation.results import BATCHES, CONTEXTS, MODELS, ONE_CONTEXT, PEERS, ROWS, Found, Model
 
 README = Path(__file__).parent / "README.md"
 
 
-def main() -> int:
-    """Run one command and return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "table", "plot"))
-    parser.add_argument("--only", default="", help="of the models those whose name has this text")
-    parser.add_argument("--peers", action="store_true", help="time the other libraries' models as well")
-    args = parser.parse_args()
-    if args.command == "run":
-        return run(args.only, args.peers)
-    found = Found.of(read(ROWS))
-    if args.command == "table":
-        README.write_text(filled(README.read_text(), tables.tables(found)))
-        return 0
-    try:
-        drawn = plots.draw(found, ROWS.with_name("speed"))
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    print(f"Drawn: {', '.join(map(str, drawn))}.")
-    return 0
+def write_tables() -> None:
+    """Write the README's tables."""
+    README.write_text(filled(README.read_text(), tables.tables(Found.of(read(ROWS)))))
+
+
+def draw() -> list[Path]:
+    """Draw the picture and return its files."""
+    return plots.draw(Found.of(read(ROWS)), ROWS.with_name("speed"))
 
 
 def run(only: str, with_peers: bool) -> int:
@@ -62,4 +49,4 @@ def calls_of(name: str, model: Model) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.main(__doc__, run, write_tables, draw))

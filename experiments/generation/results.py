@@ -19,7 +19,7 @@ class Model(NamedTuple):
     batches: tuple[int, ...] = (ONE_BATCH,)
 
 
-KV_BATCHES = 8, 32, ONE_BATCH
+KV_BATCHES = 4, 8, 32, ONE_BATCH
 """Of models whose state grows with the context: 128 sequences do not always fit."""
 MODELS = {
     "based_1b": Model("configs/based.py:1b"),
@@ -60,7 +60,8 @@ class Found(NamedTuple):
 
     def fullest(self, name: str, context: int, most: int = ONE_BATCH) -> dict | None:
         """Return the row of the most sequences, up to a number, that were measured at a context."""
-        found = (self.row(name, batch, context) for batch in sorted(BATCHES, reverse=True) if batch <= most)
+        batches = sorted((key[1] for key in self.rows if key[::2] == (name, context)), reverse=True)
+        found = (self.row(name, batch, context) for batch in batches if batch <= most)
         return next((row for row in found if row is not None), None)
 
     def is_too_large(self, name: str, batch: int, context: int) -> bool:

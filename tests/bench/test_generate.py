@@ -105,7 +105,7 @@ def test_each_of_several_is_told_what_it_measures(monkeypatch, tmp_path):
     words = ["--batch", "1", "8", "--context", "32", "--no-prefill", "--config.model.d_model=8"]
     assert main(["bench", "generate", "--config", "a.py", "b.py:1b", "--peer=hf:llama_1b", *words]) == 0
     assert [call[5] for call in calls] == ["--config=a.py", "--config=b.py:1b", "--peer=hf:llama_1b"]
-    sizes = ["--batch", "1", "8", "--context", "32", "--tokens=32", "--blocks=10", "--no-prefill"]
+    sizes = ["--batch", "1", "8", "--context", "32", "--tokens=32", "--blocks=5", "--no-prefill"]
     assert calls[1][3:5] == ["bench", "generate"] and calls[1][6:] == [*sizes, "--config.model.d_model=8"]
 
 

@@ -89,5 +89,5 @@ def test_each_model_is_timed_at_all_batches_and_at_all_contexts(monkeypatch):
     assert generation.run("attention_1b", with_peers=False) == 0
     name = "--config=configs/attention.py:1b"
     assert calls[0] == [name, "--batch", "1", "8", "32", "128", "512", "--context", "2048"]
-    assert calls[1] == [name, "--batch", "8", "32", "128", "--context", "512", "4096", "16384", "65536"]
+    assert calls[1] == [name, "--batch", "4", "8", "32", "128", "--context", "512", "4096", "16384", "65536"]
     assert generation.run("llama_1b", with_peers=True) == 0 and calls[2][0] == "--peer=hf:llama_1b"

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from based_jax.bench.defaults import MEMORY_FRACTION
 from based_jax.commands.bench import several
 from based_jax.commands.train import parse_overrides
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens that each has had (default: {_words(CONTEXTS)})",
     )
     parser.add_argument("--tokens", type=int, default=32, help="that one program decodes of each (default: 32)")
-    parser.add_argument("--blocks", type=int, default=10, help="runs of it that a median is of (default: 10)")
+    parser.add_argument("--blocks", type=int, default=5, help="runs of it that a median is of (default: 5)")
     parser.add_argument("--no-prefill", dest="prefill", action="store_false", help="read no prompts")
 
 
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, name: str) -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
     from based_jax import config as configs
     from based_jax.bench import generate
     from based_jax.train.run import TrainConfig
