@@ -38,9 +38,7 @@ def panels(found: Found) -> list[Panel]:
     by_context = {name: {x: found.fullest(name, x) for x in CONTEXTS} for name in CURVES}
     return [
         Panel(f"sequences ({ONE_CONTEXT:,} tokens of context)", BATCHES, _known(by_batch)),
-        Panel(
-            f"tokens of context ({ONE_BATCH} sequences, or of 4, 8, 32 the most that fit)", CONTEXTS, _known(by_context)
-        ),
+        Panel(f"tokens of context ({ONE_BATCH} sequences, or the most that fit)", CONTEXTS, _known(by_context)),
     ]
 
 
