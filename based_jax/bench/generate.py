@@ -19,7 +19,7 @@ from jaxtyping import Array, Int
 
 from based_jax import compilation, devices
 from based_jax.aot.compiling import TOO_MUCH_MEMORY
-from based_jax.bench import rows, step_profile
+from based_jax.bench import clocks, rows, step_profile
 from based_jax.bench.decode_state import array_bytes, at_length, moved_bytes, random_state
 from based_jax.bench.generate_size import PREFILLS, UNTIMED_PREFILLS, Effort, Size, check, roofline
 from based_jax.bench.memory import peak_bytes, program_bytes
@@ -154,7 +154,8 @@ def _decoding(subject: Subject, block: BlockProgram, size: Size, effort: Effort)
     """Return how fast tokens are decoded, and what it takes."""
     inputs = subject.decoder.params, jnp.int32(size.context)
     runner = Runner(block.step, jax.jit(lambda: _rows(block.caches, size.batch))(), [inputs])
-    seconds = runner.median_seconds(effort.blocks) / effort.tokens
+    with clocks.recorded(jax.devices()[0]) as clock:
+        seconds = runner.median_seconds(effort.blocks) / effort.tokens
     peak = peak_bytes()
     program = step_profile.program_of(block.step.as_text() or "")
     profiled = step_profile.profile(runner.take, program, PROFILED_BLOCKS, effort.tokens) if effort.profiled else None
@@ -163,6 +164,7 @@ def _decoding(subject: Subject, block: BlockProgram, size: Size, effort: Effort)
         "blocks": effort.blocks,
         "milliseconds": round(1e3 * seconds, 4),
         "tokens_per_second": size.batch / seconds,
+        **clock,
         "compile_seconds": round(block.seconds, 2),
         "program_bytes": program_bytes(block.step),
         "peak_bytes": peak,
