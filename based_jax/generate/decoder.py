@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from based_jax import parallel
+from based_jax.generate.fingerprint import fingerprint
 from based_jax.nn.lm import LM
 from based_jax.nn.lm_config import LMConfig
 
@@ -92,6 +93,11 @@ class Decoder:
     def max_len(self) -> int | None:
         """The most tokens that a sequence may have, or None."""
         return self.layout.model(self.layout.shapes).max_len
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What states of this model are told from those of another by; the first use reads every parameter."""
+        return fingerprint(self.config, self.params)
 
     @functools.cached_property
     def prefix_length(self) -> int:

@@ -40,10 +40,11 @@ def chunk_length(decoder: Decoder, chunk_tokens: int) -> int:
 def chunks(prompts: Sequence[np.ndarray], chunk_tokens: int) -> Iterator[Chunk]:
     """Yield the tokens of each prompt from its first on, `chunk_tokens` at a time; padding is inert."""
     for start in range(0, max(map(len, prompts)), chunk_tokens):
-        yield _chunk([prompt[start : start + chunk_tokens] for prompt in prompts], chunk_tokens)
+        yield chunk_of([prompt[start : start + chunk_tokens] for prompt in prompts], chunk_tokens)
 
 
-def _chunk(parts: Sequence[np.ndarray], most: int) -> Chunk:
+def chunk_of(parts: Sequence[np.ndarray], most: int) -> Chunk:
+    """Return the next tokens of each row, at most so many, with as much padding as makes few lengths."""
     T = min(most, _power_of_two(max(FEWEST_TOKENS, *map(len, parts))))
     ids, segment_ids = np.zeros((2, len(parts), T), np.int32)
     for row, part in enumerate(parts):
