@@ -196,6 +196,26 @@ class GatedConvCall(NamedTuple):
     segment_ids: Documents = None
 
 
+class ShortConvStepCall(NamedTuple):
+    """One token x (B, D) of a `ShortConvCall`."""
+
+    x: BD
+    kernel: WD
+    state: Past
+    bias: Channels | None = None
+    silu: bool = False
+    dilation: int = 1
+
+
+class GatedConvStepCall(NamedTuple):
+    """One token x (B, 2 D) of a `GatedConvCall`."""
+
+    x: Float[Array, "B joint"]
+    kernel: WD
+    state: BWD
+    bias: JointBias | None = None
+
+
 class LongConvCall(NamedTuple):
     """A convolution of u (B, T, D) with a kernel (T, D), whose row l is the tap of lag l."""
 
