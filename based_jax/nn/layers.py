@@ -296,11 +296,11 @@ def to_heads(layer: nnx.Linear, x: Float[Array, "*B D"], num_heads: int, width: 
     """
     if num_heads * width == layer.out_features:
         return split_heads(layer(x), num_heads)
-    kernel = _with_zeros(split_heads(layer.kernel[...].astype(layer.dtype), num_heads), -1, width)
+    kernel = with_zeros(split_heads(layer.kernel[...].astype(layer.dtype), num_heads), -1, width)
     y = split_heads(multiply(x.astype(layer.dtype), merge_heads(kernel)), num_heads)
     if layer.bias is None:
         return y
-    return y + per_channel(_with_zeros(split_heads(layer.bias[...], num_heads), -1, width), y)
+    return y + per_channel(with_zeros(split_heads(layer.bias[...], num_heads), -1, width), y)
 
 
 def from_heads(layer: nnx.Linear, o: Float[Array, "*B H V"]) -> Float[Array, "*B D"]:
@@ -309,12 +309,12 @@ def from_heads(layer: nnx.Linear, o: Float[Array, "*B H V"]) -> Float[Array, "*B
     if num_heads * width == layer.in_features:
         return layer(merge_heads(o))
     kernel = einops.rearrange(layer.kernel[...].astype(layer.dtype), "(H V) D -> H V D", H=num_heads)
-    rows = einops.rearrange(_with_zeros(kernel, 1, width), "H V D -> (H V) D")
+    rows = einops.rearrange(with_zeros(kernel, 1, width), "H V D -> (H V) D")
     y = multiply(merge_heads(o).astype(layer.dtype), rows)
     return y if layer.bias is None else y + per_channel(layer.bias[...], y)
 
 
-def _with_zeros(x: Float[Array, "..."], axis: int, size: int) -> Float[Array, "..."]:
+def with_zeros(x: Float[Array, "..."], axis: int, size: int) -> Float[Array, "..."]:
     """Return x with zeros behind it on an axis, up to a size."""
     fillers = [(0, 0)] * x.ndim
     fillers[axis] = (0, size - x.shape[axis])

@@ -86,6 +86,11 @@ class Mixer(nnx.Module):
         return None
 
     @property
+    def prefix_length(self) -> int:
+        """The tokens at the beginning of a document that have to come in one prefill."""
+        return 0
+
+    @property
     def head_counts(self) -> dict[str, int]:
         """The heads that a device of the mesh axis "tensor" has its share of, by what the options call them."""
         names = ("num_heads", "num_kv_heads")
