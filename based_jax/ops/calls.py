@@ -37,6 +37,7 @@ BHPN2 = Float[Array, "B H P N 2"]
 HN = Complex[Array, "H N"]
 
 BTN = Float[Array, "B T N"]
+BN = Float[Array, "B N"]
 BDN = Float[Array, "B D N"]
 DN = Float[Array, "D N"]
 
@@ -341,6 +342,17 @@ class SelectiveScanCall(NamedTuple):
     def tokens(self) -> "SelectiveScanCall":
         """The arrays over time alone."""
         return _only(self, "u", "dt", "B", "C")
+
+
+class SelectiveScanStepCall(NamedTuple):
+    """One token of a `SelectiveScanCall`: u, dt (B, D), B, C (B, N)."""
+
+    u: BD
+    dt: BD
+    A: DN
+    B: BN
+    C: BN
+    state: BDN
 
 
 class SSDCall(NamedTuple):
