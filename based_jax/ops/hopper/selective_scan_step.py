@@ -29,11 +29,6 @@ def supports(call: SelectiveScanStepCall) -> str | None:
     return limits.refusal()
 
 
-def slower(_call: SelectiveScanStepCall) -> str | None:
-    """Return why `auto` leaves every call to others."""
-    return "it has been interpreted, and compiled for Hopper GPUs, and has not been run on one"
-
-
 def compute(call: SelectiveScanStepCall) -> tuple[BD, BDN]:
     """Return y and the state after the token, each device for its rows."""
 

@@ -34,11 +34,6 @@ def supports(call: ShortConvStepCall | GatedConvStepCall) -> str | None:
     return limits.refusal()
 
 
-def slower(_call: ShortConvStepCall | GatedConvStepCall) -> str | None:
-    """Return why `auto` leaves every call to others."""
-    return "it has been interpreted, and compiled for Hopper GPUs, and has not been run on one"
-
-
 def compute(call: ShortConvStepCall) -> tuple[BD, BWD]:
     """Return y and the inputs after the token, each device for its rows."""
     return _step(call, silu=call.silu, gated=False)
