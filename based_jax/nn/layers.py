@@ -142,9 +142,9 @@ def split(y: Shaped[Array, "..."], sections: int | Sequence[int], axis: int = -1
     """Return the parts of a product, as `jnp.split` does, whose gradient is joined from theirs once, as they are made.
 
     XLA would make the parts' gradients first, and then join them for each of the two products that read the sum of
-    all: a barrier's gradient is a barrier.
+    all: a barrier's gradient is a barrier. A decode step's tokens (B, D), which have none, are left to one kernel.
     """
-    return jnp.split(lax.optimization_barrier(y), sections, axis)
+    return jnp.split(y if y.ndim < 3 else lax.optimization_barrier(y), sections, axis)
 
 
 def per_channel(parameter: Float[Array, "..."], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:

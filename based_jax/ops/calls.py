@@ -8,15 +8,20 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Complex, Float, Int
+from jaxtyping import Array, Bool, Complex, Float, Int, Shaped
 
-from based_jax.dims import BD, BHEV, BHK, BHKV, BSGK, BSGV, BT, BTD, BTGK, BTGV, BTHK, BTHV, BWD, WD
+from based_jax.dims import BD, BHEV, BHK, BHKV, BHV, BSGK, BSGV, BT, BTD, BTGK, BTGV, BTHK, BTHV, BWD, WD
 
 Channels = Float[Array, "D"]
 
 HK = Float[Array, "H K"]
 Decay = Float[Array, "B T H #K"]
 BTH = Float[Array, "B T H"]
+BH = Float[Array, "B H"]
+
+BHE = Float[Array, "B H E"]
+BHWK = Float[Array, "B H W K"]
+BHWV = Float[Array, "B H W V"]
 
 BTHM = Float[Array, "B T H M"]
 BHKM = Float[Array, "B H K M"]
@@ -128,6 +133,49 @@ class LinearAttentionCall(NamedTuple):
         return _only(self, "q", "k", "v")
 
 
+class TaylorSums(NamedTuple):
+    """Sums over tokens of phi(k) [v, 1]^T, where a state is kept between steps.
+
+    Attributes:
+      values: (B, H, E, V), in the dtype of the state's format.
+      scales: (B, H, E) fp32, what the rows of `values` are multiplied by; None where they are the values themselves.
+      normaliser: (B, H, E) fp32.
+    """
+
+    values: Shaped[Array, "B H E V"]
+    scales: BHE | None
+    normaliser: BHE
+
+
+class RecentTokens(NamedTuple):
+    """Keys (B, H, W, K) and values (B, H, W, V) of tokens that no sum holds yet: the first `count` (B) of each row."""
+
+    k: BHWK
+    v: BHWV
+    count: Int[Array, "B"]
+
+
+class TaylorState(NamedTuple):
+    """The past of Taylor attention while it decodes: sums, and tokens behind them, None where each is added at once."""
+
+    sums: TaylorSums
+    recent: RecentTokens | None = None
+
+
+class TaylorDecodeCall(NamedTuple):
+    """A few tokens of Taylor attention behind a state: q, k (B, T, H, K), v (B, T, H, V).
+
+    The state's parts stand by themselves: its sums, its recent keys and values (k, v), and the count of those.
+    """
+
+    q: BTHK
+    k: BTHK
+    v: BTHV
+    sums: TaylorSums
+    tokens: tuple[BHWK, BHWV] | None
+    count: Int[Array, "B"] | None
+
+
 class MatrixStateCall(NamedTuple):
     """A matrix state that decays: q, k (B, T, H, K), v (B, T, H, V), log_decay (B, T, H, K or 1), state (B, H, K, V).
 
@@ -151,6 +199,21 @@ class MatrixStateCall(NamedTuple):
     def tokens(self) -> "MatrixStateCall":
         """The arrays over time alone."""
         return _only(self, "q", "k", "v", "log_decay", "beta", "a", "b")
+
+
+class MatrixStepCall(NamedTuple):
+    """One token of a `MatrixStateCall`, whose arrays lack time: q (B, H, K) to log_decay (B, H, K or 1)."""
+
+    q: BHK
+    k: BHK
+    v: BHV
+    log_decay: Float[Array, "B H #K"]
+    state: BHKV
+    bonus: HK | None = None
+    beta: BH | None = None
+    a: BHK | None = None
+    b: BHK | None = None
+    scale: float = 1.0
 
 
 class SlotState(NamedTuple):
