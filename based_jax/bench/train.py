@@ -13,7 +13,7 @@ from flax import nnx
 from based_jax import compilation, devices, flops, parallel
 from based_jax.aot import costs
 from based_jax.aot.hlo import Program
-from based_jax.bench import rows, step_profile
+from based_jax.bench import clocks, rows, step_profile
 from based_jax.errors import UserError
 from based_jax.nn.block import remat_of
 from based_jax.nn.loss import loss_sums
@@ -63,7 +63,8 @@ def measure(config: TrainConfig, steps: int, documents: int = 1, profiled: bool 
     compiled = compile_step(program, host_batches[0])
     batches = [_placed(program, batch) for batch in host_batches]
     runner = Runner(compiled.step, program.initial_state(), batches)
-    seconds = runner.median_seconds(steps)
+    with clocks.recorded(program.mesh.devices.flat[0]) as clock:
+        seconds = runner.median_seconds(steps)
     peak = peak_bytes()  # a profile takes memory as well
     text = step_profile.program_of(compiled.step.as_text() or "")
     breakdown = step_profile.profile(runner.take, text, PROFILED_STEPS) if profiled else None
@@ -71,6 +72,7 @@ def measure(config: TrainConfig, steps: int, documents: int = 1, profiled: bool 
         **_sizes(program, batches[0], steps, documents),
         **_speed(program, compiled, text, batches[0]["inputs"].shape, seconds),
         **_compilation(compiled),
+        **clock,
         "program_bytes": program_bytes(compiled.step),
         "peak_bytes": peak,
         "impls": compiled.choices,
@@ -212,7 +214,8 @@ def lines(row: dict[str, Any]) -> list[str]:
     shape = f"({row['rows']},{row['seq_len']}) on {row['devices']} x {row['device']}"
     used = "".join(f", {name.upper()} {row[name]:.3f}" for name in ("mfu", "hfu", "mbu") if name in row)
     step, peak = ("-" if row[x] is None else f"{row[x] / 2**20:.0f} MiB" for x in ("program_bytes", "peak_bytes"))
-    speed = f"{row['milliseconds']:.2f} ms a step, {row['tokens_per_second']:.0f} tokens/s{used}"
+    clock = f", {row['sm_clock_mhz']:.0f} MHz at {row['watts']:.0f} W" if "watts" in row else ""
+    speed = f"{row['milliseconds']:.2f} ms a step, {row['tokens_per_second']:.0f} tokens/s{used}{clock}"
     how = "read from the disk" if row["compiled_before"] else "compiled"
     first = f"{shape}: {speed}; {step} for a step, {peak} at most; {how} in {row['compile_seconds']:.1f} s"
     impls = ", ".join(f"{operation} {'+'.join(names)}" for operation, names in row["impls"].items())

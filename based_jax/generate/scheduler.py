@@ -11,7 +11,7 @@ import jax
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Caches, Decoder
-from based_jax.generate.prefill import CHUNK_TOKENS, chunk_length, chunk_of, prefill_chunk
+from based_jax.generate.prefill import CHUNK_TOKENS, FEWEST_TOKENS, chunk_length, chunk_of, prefill_chunk
 from based_jax.generate.prefix_cache import PrefixCache
 from based_jax.generate.requests import Request
 from based_jax.generate.rows import Block, Rows, decode
@@ -63,19 +63,33 @@ class Task:
         self.drawn += len(tokens)
         stopped = bool(tokens) and tokens[-1] in self.request.stop_ids
         tokens = tokens[:-1] if stopped else tokens
-        text = ""
-        if self.text is not None:
-            for number, token in enumerate(tokens, 1):
-                text += self.text.push(token)
-                if self.text.stopped:
-                    tokens = tokens[:number]
-                    break
+        text, kept = self._told(tokens)
         ended = stopped or self.drawn == self.request.max_new_tokens
         if self.text is not None and ended:
             text += self.text.finish()
         stopped |= self.text is not None and self.text.stopped
         finish = "stop" if stopped else "length" if ended else None
-        return Event(self.id, tokens, log_probs[: len(tokens)], text, finish)
+        return Event(self.id, tokens[:kept], log_probs[:kept], text, finish)
+
+    def _told(self, tokens: list[int]) -> tuple[str, int]:
+        """Return new text, and how many of the tokens it is of: those behind a stop string are none of the answer."""
+        if self.text is None:
+            return "", len(tokens)
+        if not self.request.stop_strings:
+            return self.text.push(*tokens), len(tokens)
+        text = ""
+        for number, token in enumerate(tokens, 1):
+            text += self.text.push(token)
+            if self.text.stopped:
+                return text, number
+        return text, len(tokens)
+
+
+class Begun(NamedTuple):
+    """A block that the device may still be at, and who had the slots when it was begun."""
+
+    block: Block
+    tasks: tuple[Task | None, ...]
 
 
 class Scheduler:
@@ -124,6 +138,7 @@ class Scheduler:
         self._waiting: collections.deque[Task] = collections.deque()
         self._slots: list[Task | None] = [None] * slots
         self._rows = Rows.stopped(self.decoder, slots, max_len)
+        self._begun: Begun | None = None
 
     @property
     def busy(self) -> bool:
@@ -165,28 +180,35 @@ class Scheduler:
         return False
 
     def advance(self) -> list[Event]:
-        """Read a chunk of the next prompt, if a slot is free for it, and draw a block for all that have one."""
-        if self._waiting and None in self._slots:
-            self._read(self._waiting[0])
-        if not any(self._slots):
-            return []
-        self._rows, block = decode(self.decoder, self._rows, self._block_tokens)
-        return list(self._events(jax.device_get(block)))
+        """Read on in the next prompts, a chunk's tokens at most, and begin a block for all that have a slot.
 
-    def _read(self, task: Task) -> None:
-        """Read on to the end of the next chunk, and stop on the way where a state is kept."""
+        The events are those of the block that was begun before, so that the device does not wait for who reads them.
+        """
+        self._read_prompts()
+        before, self._begun = self._begun, None
+        if any(self._slots):
+            self._rows, block = decode(self.decoder, self._rows, self._block_tokens)
+            self._begun = Begun(block, tuple(self._slots))
+        return [] if before is None else list(self._events(before))
+
+    def _read_prompts(self) -> None:
+        left = self._chunk_tokens
+        while left > 0 and self._waiting and None in self._slots:
+            left -= max(self._read(self._waiting[0]), FEWEST_TOKENS)
+
+    def _read(self, task: Task) -> int:
+        """Read a prompt to the end of its next piece, where its state is kept; return the tokens of the piece."""
         if task.ends is None:
             task.ends = iter(self._begin(task))
-        ids = task.request.prompt[:-1]
-        for end in task.ends:
-            chunk = chunk_of([ids[task.read : end]], self._chunk_tokens)
+        ids, before = task.request.prompt[:-1], task.read
+        if (end := next(task.ends, None)) is not None:
+            chunk = chunk_of([ids[before:end]], self._chunk_tokens)
             task.caches, task.read = prefill_chunk(self.decoder, task.caches, chunk), end
             if self.prefix_cache is not None and task.request.state is None:
                 self.prefix_cache.keep(ids[:end], self._layout.take(task.caches, end))
-            if end % self._chunk_tokens == 0:
-                break
         if task.read == len(ids):
             self._enter(self._waiting.popleft())
+        return task.read - before
 
     def _begin(self, task: Task) -> list[int]:
         """Give a request the caches that its prompt begins with; return where the pieces of what is to be read end."""
@@ -194,8 +216,10 @@ class Scheduler:
         if state is None and self.prefix_cache is not None:
             state, marks, _ = self.prefix_cache.lookup(ids, self.decoder.fingerprint)
             task.read = 0 if state is None else state.length
-        fresh = state is None
-        task.caches = self.decoder.init_cache(1, self.max_len) if fresh else self._layout.fork(state, self.max_len)
+        if state is None:
+            task.caches = self.decoder.init_cache(1, self.max_len)
+        else:
+            task.caches = self._layout.fork(state, self.max_len)
         return piece_ends(task.read, len(ids), self._chunk_tokens, marks)
 
     def _enter(self, task: Task) -> None:
@@ -207,9 +231,10 @@ class Scheduler:
         self._slots[slot] = None
         self._rows = self._rows.without_row(slot)
 
-    def _events(self, block: Block) -> Iterator[Event]:
-        for slot, task in enumerate(self._slots):
-            if task is None:
+    def _events(self, begun: Begun) -> Iterator[Event]:
+        block = jax.device_get(begun.block)
+        for slot, task in enumerate(begun.tasks):
+            if task is None or self._slots[slot] is not task:  # it has ended since
                 continue
             count = block.count[slot]
             event = task.event(block.tokens[slot, :count].tolist(), block.log_probs[slot, :count].tolist())

@@ -155,6 +155,15 @@ def test_one_token_gone_wrong_among_many_shows_in_its_row(rng):
     assert comparison.error(wanted, 0 * wanted) == comparison.error_of_rows(wanted, 0 * wanted) == np.inf
 
 
+def test_a_number_that_cancels_in_a_sequence_of_one_token_is_measured_beside_the_others(rng):
+    wanted = rng.normal(size=(64, 1, 2, 1))
+    wanted[3] = 1e-4
+    got = wanted + 3e-3 * rng.normal(size=wanted.shape)
+    assert comparison.error_of_rows(got, wanted) < 0.02
+    got[5] = -got[5] - 1
+    assert comparison.error_of_rows(got, wanted) > 0.5
+
+
 def test_bits_and_numbers():
     x = np.array([0.0, 1.0], jnp.bfloat16)
     assert comparison.same_bits(x, x.copy()) and not comparison.same_bits(x, -x)
