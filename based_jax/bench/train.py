@@ -1,9 +1,7 @@
 """Whole training steps of a config on random tokens: how fast they are, what they use, and where their time goes."""
 
 import itertools
-import statistics
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +12,8 @@ from based_jax import compilation, devices, flops, parallel
 from based_jax.aot import costs
 from based_jax.aot.hlo import Program
 from based_jax.bench import clocks, rows, step_profile
+from based_jax.bench.memory import peak_bytes, program_bytes
+from based_jax.bench.runner import Runner
 from based_jax.errors import UserError
 from based_jax.nn.block import remat_of
 from based_jax.nn.loss import loss_sums
@@ -23,7 +23,7 @@ from based_jax.train.run import Facts, TrainConfig
 
 BATCHES_ON_DEVICE = 4
 """That the steps take in turn: data are no part of their time."""
-UNTIMED_STEPS, PROFILED_STEPS = 3, 3
+PROFILED_STEPS = 3
 
 
 class CompiledStep(NamedTuple):
@@ -135,30 +135,6 @@ def _placed(program: TrainProgram, batch: parallel.HostBatch) -> parallel.Global
     return feed.arrays({name: x[feed.rows] for name, x in batch.items()})
 
 
-class Runner:
-    """Steps one after the other, from a state that each of them replaces."""
-
-    def __init__(self, step: Any, state: Any, batches: Sequence[parallel.GlobalBatch]):
-        self.step, self.state, self.batches = step, state, batches
-
-    def take(self, steps: int) -> list[float]:
-        """Take steps, and return when each was done, in seconds; the next one always waits on the device."""
-        done, last = [], None
-        for i in range(steps):
-            self.state, metrics = self.step(self.state, self.batches[i % len(self.batches)])
-            if last is not None:
-                jax.block_until_ready(last)
-                done.append(time.perf_counter())
-            last = metrics
-        jax.block_until_ready(last)
-        return [*done, time.perf_counter()]
-
-    def median_seconds(self, steps: int) -> float:
-        """Return the median time of so many steps, after some that are not timed."""
-        done = self.take(UNTIMED_STEPS + steps)[UNTIMED_STEPS - 1 :]
-        return statistics.median(end - begin for begin, end in itertools.pairwise(done))
-
-
 def _sizes(program: TrainProgram, batch: parallel.GlobalBatch, steps: int, documents: int) -> dict[str, Any]:
     count, length = batch["inputs"].shape
     config = program.config
@@ -192,21 +168,6 @@ def _speed(
 def _compilation(compiled: CompiledStep) -> dict[str, Any]:
     parts = {f"{name}_seconds": round(x, 2) for name, x in compiled.seconds.items() if name != "compile"}
     return {**parts, "compile_seconds": round(sum(compiled.seconds.values()), 2), "compiled_before": compiled.is_warm}
-
-
-def program_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """Return what a compiled step needs on a device: arguments, results that are not the donated ones, temporaries."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return None
-    sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
-    return sum(sizes) - memory.alias_size_in_bytes
-
-
-def peak_bytes() -> int | None:
-    """Return the most that was in use on a device of this process since it began; None where it is not counted."""
-    found = [device.memory_stats() or {} for device in jax.local_devices()]
-    return max((x["peak_bytes_in_use"] for x in found if "peak_bytes_in_use" in x), default=None)
 
 
 def lines(row: dict[str, Any]) -> list[str]:
