@@ -39,7 +39,9 @@ DIMENSIONS: dict[type, Dimensions] = {
     calls.MatrixStateCall: _recurrent(_by_token("q", "k", "v", "log_decay", "beta", "a", "b") | {"bonus": HEADS}),
     calls.SlotAttentionCall: _recurrent(_by_token("q", "k", "v", "s", "log_decay")),
     calls.SSDCall: _recurrent(_by_token("x", "dt") | {"A": HEADS} | _by_token("B", "C", names=BY_GROUP)),
-    calls.SelectiveScanCall: _recurrent(_by_token("u", "dt") | {"A": HEADS} | _by_token("B", "C", names=TOKENS)),
+    calls.SelectiveScanCall: _recurrent(
+        _by_token("u", "dt") | {"A": HEADS, "bias": HEADS} | _by_token("B", "C", names=TOKENS)
+    ),
     calls.DiagonalSSMCall: _recurrent(_by_token("u") | dict.fromkeys(("log_a", "b", "c"), HEADS)),
     calls.Wkv4Call: _recurrent(_by_token("k", "v") | {"log_decay": HEADS, "bonus": HEADS}),
     calls.PositionsCall: _recurrent(_by_token("segment_ids", names=TOKENS), ROWS),

@@ -69,6 +69,12 @@ class PrefixLinearAttention(TaylorAttention):
         y, _ = self._mix(x, self._initial_state(*x.shape[:2]), segment_ids, encoder_mask)
         return layers.at(positions, y)[0]
 
+    @property
+    @override
+    def prefix_length(self) -> int:
+        """The tokens that are read in no order."""
+        return self.enc_length
+
     @override
     def _initial_state(self, batch: int, max_len: int) -> Any:
         """Return the state and the tokens read before the first one."""
