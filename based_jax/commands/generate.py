@@ -7,9 +7,12 @@ examples:
   python -m based_jax generate --workdir=runs/text --prompt="It was a " --temperature=0.6
   python -m based_jax generate --hf=released/based-360m --prompt="The capital of France is" --max-new-tokens=8
   python -m based_jax generate --workdir=runs/text --prompt= --stop="." --top-p=0.9 --temperature=0.8 --log-probs
+  python -m based_jax generate --workdir=runs/text --prompt="$(cat article.txt)" --save-state=article.safetensors
+  python -m based_jax generate --workdir=runs/text --load-state=article.safetensors --prompt="In short: "
 """
 
 import argparse
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,7 +23,7 @@ from based_jax.errors import UserError
 
 if TYPE_CHECKING:
     from based_jax.data.tokenizer import Tokenizer
-    from based_jax.generate import Event
+    from based_jax.generate import Decoder, Event, Request
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -51,18 +54,22 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("--log-probs", action="store_true", help="list the tokens with their log-probabilities")
     parser.add_argument("--dtype", help="what layers compute in, bfloat16 or float32 (default: that of the model)")
+    parser.add_argument("--save-state", metavar="FILE", help="write the state after the one prompt to a new file")
+    parser.add_argument("--load-state", metavar="FILE", help="each prompt goes on from the state of a file")
     add_distributed_arguments(parser)
     add_compiled_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print each prompt with its continuation as it comes; those behind the first wait until their turn."""
-    from based_jax.generate import Decoder, Request, Sampling, stream
+    from based_jax.generate import Decoder, Request, Sampling, State, stream
     from based_jax.generate.text import encode_prompt
 
+    _check_save_state(args)
     for number, prompt in enumerate(args.prompt):
         _check_text(number, prompt)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    state = None if args.load_state is None else State.load(args.load_state)
     model, tokenizer = _from_hf(args) if args.workdir is None else _from_run(args)
     requests = [
         Request(
@@ -73,11 +80,36 @@ def run(args: argparse.Namespace) -> None:
             stop_strings=tuple(args.stop),
             seed=args.seed,
             row_id=number,
+            state=state,
         )
         for number, prompt in enumerate(args.prompt)
     ]
-    events = stream(Decoder.of(model, args.dtype), requests, tokenizer=tokenizer)
+    decoder = Decoder.of(model, args.dtype)
+    if args.save_state is not None:
+        requests = [_with_saved_state(decoder, requests[0], args.save_state)]
+    events = stream(decoder, requests, tokenizer=tokenizer)
     _print(events, args.prompt, tokenizer if args.log_probs else None)
+
+
+def _check_save_state(args: argparse.Namespace) -> None:
+    """Raise UserError for a file of a state that cannot be written, or that several prompts are to be written to."""
+    from based_jax.folders import check_free, local_path
+
+    if args.save_state is None:
+        return
+    if len(args.prompt) > 1:
+        raise UserError(f"--save-state writes the state of one prompt, and there are {len(args.prompt)}.")
+    check_free(local_path(args.save_state, "--save-state"))
+
+
+def _with_saved_state(decoder: "Decoder", request: "Request", file: str) -> "Request":
+    """Write the state after a prompt; return a request of its last token, which goes on from those before it."""
+    from based_jax.generate import state_after
+
+    ids = request.checked(decoder, decoder.max_len).prompt
+    before = state_after(decoder, ids[:-1], request.state)
+    state_after(decoder, ids[-1:], before).save(file)
+    return dataclasses.replace(request, prompt=ids[-1:], state=before)
 
 
 def _print(events: "Iterator[Event]", prompts: Sequence[str], lister: "Tokenizer | None") -> None:
