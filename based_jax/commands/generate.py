@@ -7,6 +7,7 @@ examples:
   python -m based_jax generate --workdir=runs/text --prompt="It was a " --temperature=0.6
   python -m based_jax generate --hf=released/based-360m --prompt="The capital of France is" --max-new-tokens=8
   python -m based_jax generate --workdir=runs/text --prompt= --stop="." --top-p=0.9 --temperature=0.8 --log-probs
+  python -m based_jax generate --hf=released/based-360m --prompt="The capital" --flush=16 --state-dtype=bfloat16
   python -m based_jax generate --workdir=runs/text --prompt="$(cat article.txt)" --save-state=article.safetensors
   python -m based_jax generate --workdir=runs/text --load-state=article.safetensors --prompt="In short: "
 """
@@ -54,6 +55,13 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("--log-probs", action="store_true", help="list the tokens with their log-probabilities")
     parser.add_argument("--dtype", help="what layers compute in, bfloat16 or float32 (default: that of the model)")
+    parser.add_argument(
+        "--flush", type=int, metavar="W", help="Taylor layers write their state every W tokens (default: as the model)"
+    )
+    parser.add_argument(
+        "--state-dtype",
+        help="of Taylor layers' states: float32, or with a --flush of 16 or more bfloat16, int8 or float8_e4m3fn",
+    )
     parser.add_argument("--save-state", metavar="FILE", help="write the state after the one prompt to a new file")
     parser.add_argument("--load-state", metavar="FILE", help="each prompt goes on from the state of a file")
     add_distributed_arguments(parser)
@@ -84,7 +92,10 @@ def run(args: argparse.Namespace) -> None:
         )
         for number, prompt in enumerate(args.prompt)
     ]
-    decoder = Decoder.of(model, args.dtype)
+    decoder = Decoder.of(model, args.dtype, flush=args.flush, state_dtype=args.state_dtype)
+    if args.flush is not None or args.state_dtype is not None:
+        longest = max(request.length for request in requests) + args.max_new_tokens
+        print(f"State of a sequence: {decoder.state_bytes(longest):,} bytes.", file=sys.stderr)
     if args.save_state is not None:
         requests = [_with_saved_state(decoder, requests[0], args.save_state)]
     events = stream(decoder, requests, tokenizer=tokenizer)
