@@ -24,6 +24,7 @@ from based_jax.commands import (
     interrupts,
     plot,
     prepare,
+    serve,
     sweep,
     train,
 )
@@ -39,6 +40,7 @@ COMMANDS = {
     "eval": eval,
     "plot": plot,
     "generate": generate,
+    "serve": serve,
     "export": export,
     "describe": describe,
     "aot": aot,
