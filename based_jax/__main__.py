@@ -25,6 +25,7 @@ from based_jax.commands import (
     plot,
     prepare,
     serve,
+    state,
     sweep,
     train,
 )
@@ -41,6 +42,7 @@ COMMANDS = {
     "plot": plot,
     "generate": generate,
     "serve": serve,
+    "state": state,
     "export": export,
     "describe": describe,
     "aot": aot,

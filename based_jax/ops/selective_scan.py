@@ -65,6 +65,7 @@ def selective_scan(
     B: BTN,
     C: BTN,
     *,
+    bias: Channels | None = None,
     state: BDN | None = None,
     segment_ids: SegmentIds | None = None,
     impl: str = "auto",
@@ -72,6 +73,7 @@ def selective_scan(
     """Scan u (B, T, D) with steps dt >= 0 (B, T, D), A < 0 (D, N), and B, C (B, T, N).
 
     Args:
+      bias: of raw steps (D), which dt are where it is given: the steps are `step_sizes(dt, bias)`.
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (8 tokens at a time), "hopper_steps"
@@ -83,7 +85,7 @@ def selective_scan(
     Raises:
       UserError: `impl` is unknown or cannot run this call.
     """
-    call = SelectiveScanCall(u, dt, finite(A), B, C, state, segment_ids)
+    call = SelectiveScanCall(u, dt, finite(A), B, C, state, segment_ids, bias)
     return dispatch("selective_scan", IMPLEMENTATIONS, impl, call, CUT)
 
 
@@ -98,7 +100,13 @@ def selective_scan_step(u: BD, dt: BD, A: DN, B: BN, C: BN, state: BDN) -> tuple
     return y.astype(u.dtype), state
 
 
+def _steps(call: SelectiveScanCall) -> BTD:
+    return call.dt if call.bias is None else step_sizes(call.dt, call.bias)
+
+
 def _scanned(call: SelectiveScanCall, *, over: Callable) -> tuple[BTD, BDN]:
+    call = call._replace(dt=_steps(call), bias=None)
+
     def step(token, state):
         return selective_scan_step(token.u, token.dt, call.A, token.B, token.C, state)
 
@@ -111,7 +119,7 @@ def _empty(call: SelectiveScanCall) -> BDN:
 
 def _kept(call: SelectiveScanCall) -> BDN:
     """Return what the tokens of a call leave of a state."""
-    return jnp.exp(sequence.total(call.dt.astype(jnp.float32), call.segment_ids)[..., None] * call.A[None])
+    return jnp.exp(sequence.total(_steps(call).astype(jnp.float32), call.segment_ids)[..., None] * call.A[None])
 
 
 CUT = sequence.decayed(_empty, _kept)

@@ -79,7 +79,10 @@ def test_log_probabilities_are_the_scheduler_s_and_stand_where_their_tokens_do(c
     (choice,) = create(completions, logprobs=0, max_tokens=8, temperature=temperature, seed=1).choices
     scheduler = Scheduler(model, slots=LIMITS["slots"], max_len=LIMITS["max_len"])
     scheduler.submit(Request(TOKENIZER.encode(TEXT), 8, Sampling(temperature=temperature), seed=1))
-    (event,) = scheduler.advance()
+    events = []
+    while not events:
+        events = scheduler.advance()
+    (event,) = events
     found = choice.logprobs
     assert found.token_logprobs == event.log_probs and len(event.log_probs) == 8
     assert found.tokens == [TOKENIZER.decode([token]) for token in event.tokens]

@@ -1,0 +1,52 @@
+"""Generation on one GPU: decoding against batch and context, and reading prompts, beside goals and other libraries.
+
+python -m experiments.generation run [--only=TEXT] [--peers]    times each model; rows are appended
+python -m experiments.generation table                          writes the README's tables from the rows
+python -m experiments.generation plot                           draws the picture
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from based_jax.bench.rows import read
+from based_jax.pictures.tables import filled
+from experiments import commands
+from experiments.generation import plots, tables
+from experiments.generation.results import BATCHES, CONTEXTS, MODELS, ONE_CONTEXT, PEERS, ROWS, Found, Model
+
+README = Path(__file__).parent / "README.md"
+
+
+def write_tables() -> None:
+    """Write the README's tables."""
+    README.write_text(filled(README.read_text(), tables.tables(Found.of(read(ROWS)))))
+
+
+def draw() -> list[Path]:
+    """Draw the picture and return its files."""
+    return plots.draw(Found.of(read(ROWS)), ROWS.with_name("speed"))
+
+
+def run(only: str, with_peers: bool) -> int:
+    """Time the models whose name has a text, each in processes of its own; return 1 if one failed."""
+    chosen = {name: model for name, model in (MODELS | (PEERS if with_peers else {})).items() if only in name}
+    calls = [words for name, model in chosen.items() for words in calls_of(name, model)]
+    command = [sys.executable, "-m", "based_jax", "bench", "generate", f"--out={os.path.relpath(ROWS)}"]
+    return int(any([subprocess.run([*command, *words]).returncode for words in calls]))
+
+
+def calls_of(name: str, model: Model) -> list[list[str]]:
+    """Return what is asked of `bench generate`: all batches at one context, and the other contexts."""
+    overrides = [f"--config.{key}={value}" for key, value in model.overrides.items()]
+    what = [f"--peer={name}" if name in PEERS else f"--config={model.config}", *overrides]
+    others = [context for context in CONTEXTS if context != ONE_CONTEXT]
+    return [
+        [*what, "--batch", *map(str, BATCHES), "--context", str(ONE_CONTEXT)],
+        [*what, "--batch", *map(str, model.batches), "--context", *map(str, others)],
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(commands.main(__doc__, run, write_tables, draw))
