@@ -12,10 +12,12 @@ import pytest
 from based_jax import devices
 from based_jax.__main__ import main
 from based_jax.bench import decode_state, generate, generate_peers, generate_size, torch_generation
+from based_jax.bench.generate_programs import Programs, Subject
 from based_jax.bench.generate_size import Effort, Size
 from based_jax.bench.peers import Peer
+from based_jax.generate.prefill import chunks
 from based_jax.generate.requests import Request
-from based_jax.generate.rows import begun, decode
+from based_jax.generate.rows import Rows, begun, decode
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.lm_config import LMConfig
 
@@ -56,12 +58,12 @@ def test_a_row_says_how_fast_a_model_decodes_and_reads(tiny, tmp_path, capsys):
 
 def test_the_least_bytes_of_a_token():
     """Of a token's state Taylor's is read and written, and of a window the keys are read and one of them is written."""
-    subject = generate.Subject(config(BASED * 3, scan_layers=True))
+    subject = Subject(config(BASED * 3, scan_layers=True))
     taylor, window = 2 * (8 + 1) * 15 * 4, 2 * 16 * 8 * 2
     assert decode_state.moved_bytes(subject.caches(5, 99)) == 5 * 3 * (2 * (taylor + 4) + window * (1 + 1 / 8) + 2 * 4)
     kernels, norms = 3 * (16 * 2 * 2 * 4 + 2 * 16 * 16 + 4 * 16 * 16) + 64 * 16, 3 * 2 * 16 + 16
     assert subject.weight_bytes == 2 * kernels + 4 * norms
-    attention = generate.Subject(config((("attention", {"num_heads": 2}),), tie_embeddings=False, dtype="float32"))
+    attention = Subject(config((("attention", {"num_heads": 2}),), tie_embeddings=False, dtype="float32"))
     assert decode_state.array_bytes(attention.caches(1, 50)) == 2 * 16 * 50 * 4 + 2 * 4
     assert attention.weight_bytes == 4 * (4 * 16 * 16 + 2 * 16 + 64 * 16)
 
@@ -78,15 +80,20 @@ def test_a_cache_nobody_has_read_is_as_full_as_it_says():
     assert jnp.all(cache.tokens > 0) and jnp.unique(cache.tokens[0]).size > 8
 
 
-def test_a_timed_block_decodes_what_follows_its_context_each_time():
-    subject = generate.Subject(config((("attention", {"num_heads": 2}),), dtype="float32"))
-    size, prompts = Size(2, 5), np.random.default_rng().integers(64, size=(2, 6), dtype=np.int32)
-    requests = [Request(prompt, max_new_tokens=3) for prompt in prompts]
-    program = generate.compiled_blocks(subject, [size], 3)[0][size]
-    inputs, room = (subject.decoder.params, jnp.int32(size.context)), size.context + 3
-    rows, once = program.step(begun(subject.decoder, requests, room), inputs)
-    _, again = program.step(dataclasses.replace(rows, token=prompts[:, -1]), inputs)
-    _, expected = decode(subject.decoder, begun(subject.decoder, requests, room), 3)
+def test_programs_decode_and_read_as_generation_does():
+    """A block decodes what follows its context each time that it runs."""
+    subject, context, tokens = Subject(config((("attention", {"num_heads": 2}),), dtype="float32")), 5, 3
+    prompts = np.random.default_rng().integers(64, size=(2, context + 1), dtype=np.int32)
+    requests = [Request(prompt, max_new_tokens=tokens) for prompt in prompts]
+    programs, room = Programs(subject), context + tokens
+    [chunk] = chunks(prompts[:, :-1])
+    block, read = programs.add_block(2, room, tokens), programs.add_chunk(room, chunk)
+    programs.compile()
+    params = subject.decoder.params
+    caches = programs[read].step(subject.decoder.init_cache(2, room), (params, chunk))
+    rows, once = programs[block].step(Rows.of(caches, requests), (params, jnp.int32(context)))
+    _, again = programs[block].step(dataclasses.replace(rows, token=prompts[:, -1]), (params, jnp.int32(context)))
+    _, expected = decode(subject.decoder, begun(subject.decoder, requests, room), tokens)
     assert once.tokens.tolist() == again.tokens.tolist() == expected.tokens.tolist()
 
 
