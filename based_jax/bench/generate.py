@@ -17,7 +17,7 @@ from based_jax.aot.compiling import TOO_MUCH_MEMORY
 from based_jax.bench import clocks, rows, step_profile
 from based_jax.bench.decode_state import array_bytes, moved_bytes
 from based_jax.bench.generate_programs import Program, Programs, Subject, new_rows
-from based_jax.bench.generate_size import PREFILLS, UNTIMED_PREFILLS, Effort, Size, check, roofline
+from based_jax.bench.generate_size import PREFILLS, UNTIMED_PREFILLS, Effort, Size, check, prompts, roofline
 from based_jax.bench.memory import peak_bytes, program_bytes
 from based_jax.bench.runner import Runner
 from based_jax.generate.prefill import chunks
@@ -39,15 +39,15 @@ def measure(config: LMConfig, sizes: Sequence[Size], effort: Effort) -> Iterator
     subject = Subject(config)
     programs = Programs(subject)
     decoded = {size: _Decoded(programs, size, effort) for size in sizes if _fits(subject, size)}
-    prompts = [(size.prompts, size.context) for size in decoded if effort.prefill]
-    read = {which: _Prompts(programs, *which) for which in dict.fromkeys(prompts)}
+    counts = prompts(decoded) if effort.prefill else {}
+    read = {length: _Prompts(programs, count, length) for length, count in counts.items()}
     programs.compile()
-    prefill = functools.cache(lambda which: _fitting(read[which].measure, "prefill_error"))
+    prefill = functools.cache(lambda length: _fitting(read[length].measure, "prefill_error"))
     for size in sizes:
         row = {**size._asdict(), **_bytes(subject, size, effort.tokens)}
         if size in decoded:
             row |= _fitting(decoded[size].measure, "error")
-            row |= prefill((size.prompts, size.context)) if effort.prefill else {}
+            row |= prefill(size.context) if effort.prefill else {}
         else:
             row |= {"error": "weights and state alone are more than the device's memory"}
         yield row | rows.facts()

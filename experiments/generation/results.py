@@ -11,30 +11,42 @@ ONE_BATCH, ONE_CONTEXT = 128, 2048
 """Of the tables by context and by batch."""
 
 
+KV_TOKENS = 1 << 18
+"""Of all sequences together, where each takes memory."""
+
+
 class Model(NamedTuple):
-    """A config of this package, or a peer, with overrides; `batches` is what its contexts are tried with."""
+    """A config of this package, or a peer, with overrides; `grows` says whether its state does with the context."""
 
     config: str
     overrides: Mapping[str, str] = {}
-    batches: tuple[int, ...] = (ONE_BATCH,)
+    grows: bool = False
+
+    def batch(self, context: int) -> int:
+        """Return how many sequences are tried with a context."""
+        return min(ONE_BATCH, KV_TOKENS // context) if self.grows else ONE_BATCH
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """All batches at one context, and all contexts."""
+        others = [context for context in CONTEXTS if context != ONE_CONTEXT]
+        return [(x, ONE_CONTEXT) for x in BATCHES] + [(self.batch(x), x) for x in others]
 
 
-KV_BATCHES = 4, 8, 32, ONE_BATCH
-"""Of models whose state grows with the context: 128 sequences do not always fit."""
 MODELS = {
     "based_1b": Model("configs/based.py:1b"),
-    "attention_1b": Model("configs/attention.py:1b", batches=KV_BATCHES),
+    "attention_1b": Model("configs/attention.py:1b", grows=True),
     "mamba_1b": Model("configs/mamba.py:1b"),
     "gated_deltanet_1b": Model("configs/gated_deltanet.py:1b"),
     "based_360m": Model("configs/based.py:360m"),
-    "attention_360m": Model("configs/attention.py:360m", batches=KV_BATCHES),
+    "attention_360m": Model("configs/attention.py:360m", grows=True),
     "mamba_360m": Model("configs/mamba.py:360m"),
     "gated_deltanet_360m": Model("configs/gated_deltanet.py:360m"),
 }
 PEERS = {
-    "hf:llama_1b": Model("hf:llama_1b", batches=KV_BATCHES),
+    "hf:llama_1b": Model("hf:llama_1b", grows=True),
     "fla:gated_deltanet_1b": Model("fla:gated_deltanet_1b"),
-    "hf:llama_360m": Model("hf:llama_360m", batches=KV_BATCHES),
+    "hf:llama_360m": Model("hf:llama_360m", grows=True),
     "fla:gated_deltanet_360m": Model("fla:gated_deltanet_360m"),
 }
 

@@ -43,7 +43,7 @@ def tiny(tmp_path):
 def test_a_row_says_how_fast_a_model_decodes_and_reads(tiny, tmp_path, capsys):
     """Of a state that does not grow, contexts share a program."""
     out = tmp_path / "deep" / "rows.jsonl"
-    words = ["--batch", "2", "--context", "64", "16", "--tokens=3", "--blocks=2", "--compiled=none"]
+    words = ["--batch", "2", "--context", "16", "64", "--tokens=3", "--blocks=2", "--compiled=none"]
     assert main(["bench", "generate", f"--config={tiny}", *words, f"--out={out}"]) == 0
     short, long = map(json.loads, out.read_text().splitlines())
     assert [(row["batch"], row["context"], row["prefill_rows"]) for row in (short, long)] == [(2, 16, 2), (2, 64, 2)]
@@ -112,15 +112,17 @@ def test_each_of_several_is_told_what_it_measures(monkeypatch, tmp_path):
     words = ["--batch", "1", "8", "--context", "32", "--no-prefill", "--config.model.d_model=8"]
     assert main(["bench", "generate", "--config", "a.py", "b.py:1b", "--peer=hf:llama_1b", *words]) == 0
     assert [call[5] for call in calls] == ["--config=a.py", "--config=b.py:1b", "--peer=hf:llama_1b"]
-    sizes = ["--batch", "1", "8", "--context", "32", "--tokens=32", "--blocks=5", "--no-prefill"]
+    sizes = ["--sizes", "1x32", "8x32", "--tokens=32", "--blocks=5", "--no-prefill"]
     assert calls[1][3:5] == ["bench", "generate"] and calls[1][6:] == [*sizes, "--config.model.d_model=8"]
 
 
 def test_a_peer_s_row_has_the_fields_of_ours(monkeypatch):
     monkeypatch.setitem(generate_peers.PEERS, "hf:mine", Peer((), (), "mine", lambda size: f"model of {size}"))
-    monkeypatch.setattr(torch_generation, "measure", lambda subject, size, effort: {"seen": subject, "error": "slow"})
-    [row] = generate_peers.measure("hf:mine", [Size(2, 50)], QUICK)
-    assert (row["batch"], row["context"], row["seen"]) == (2, 50, "model of mine") and "jax" in row["versions"]
+    monkeypatch.setattr(torch_generation, "decoded", lambda subject, size, effort: {"seen": subject, "error": "slow"})
+    monkeypatch.setattr(torch_generation, "read", lambda subject, count, length: {"prefill_rows": count})
+    rows = [*generate_peers.measure("hf:mine", [Size(2, 50), Size(9000, 50)], QUICK._replace(prefill=True))]
+    assert [(row["batch"], row["context"], row["prefill_rows"]) for row in rows] == [(2, 50, 1310), (9000, 50, 1310)]
+    assert rows[0]["seen"] == "model of mine" and "jax" in rows[0]["versions"]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,7 @@ def test_a_peer_s_row_has_the_fields_of_ours(monkeypatch):
         (["--peer=hf:nothing"], "'hf:nothing'"),
         (["--batch=0"], "batch is 0"),
         (["--tokens=0"], "tokens is 0"),
+        (["--sizes", "128"], "'128' is no size"),
     ],
 )
 def test_what_cannot_be_timed_is_one_sentence(words, message, tiny, capsys):

@@ -35,7 +35,7 @@ def found():
         row(based, 128, 4096, 66_000.0, **prompts),
         row(based, 128, 2048, 9.0, overrides={"model.d_model": "64"}),
         row(attention, 128, 2048, 10_000.0),
-        row(attention, 32, 16384, 2_000.0),
+        row(attention, 16, 16384, 2_000.0),
         row(PEERS["hf:llama_1b"].config, 128, 2048, 9_000.0, breakdown=None),
         {"config": attention, "batch": 128, "context": 16384, "device": "NVIDIA H200", "error": "too large"},
     ]
@@ -59,7 +59,7 @@ def test_models_stand_by_batch_and_by_context_with_the_share_of_their_rooflines(
     told = tables.tables(found)
     assert "| `based_1b` | 3.0 |  |  |  | 60,000 (60%) |  |" in told["batches"]
     assert "| `hf:llama_1b` | 3.0 |  |  |  | 9,000 (9%) |  |" in told["batches"]
-    assert "| `attention_1b` |  | 10,000 (10%) |  | 2,000 (2%), batch 32 |  |" in told["contexts"]
+    assert "| `attention_1b` |  | 10,000 (10%) |  | 2,000 (2%), batch 16 |  |" in told["contexts"]
     assert "| `based_1b` |  |  | 280,000 | 280,000 |  |" in told["prompts"]
     assert "| `based_1b` | 2.34 | 0.05 | 452 | products 1.30, kernels 1.00 | mlp 1.00 |" in told["times"]
     assert {*tables.tables(Found.of([])).values()} > {tables.NOTHING}
@@ -87,7 +87,7 @@ def test_each_model_is_timed_at_all_batches_and_at_all_contexts(monkeypatch):
         generation.subprocess, "run", lambda x: calls.append(x[6:]) or types.SimpleNamespace(returncode=0)
     )
     assert generation.run("attention_1b", with_peers=False) == 0
-    name = "--config=configs/attention.py:1b"
-    assert calls[0] == [name, "--batch", "1", "8", "32", "128", "512", "--context", "2048"]
-    assert calls[1] == [name, "--batch", "4", "8", "32", "128", "--context", "512", "4096", "16384", "65536"]
-    assert generation.run("llama_1b", with_peers=True) == 0 and calls[2][0] == "--peer=hf:llama_1b"
+    batches = ["1x2048", "8x2048", "32x2048", "128x2048", "512x2048"]
+    contexts = ["128x512", "64x4096", "16x16384", "4x65536"]
+    assert calls == [["--config=configs/attention.py:1b", "--sizes", *batches, *contexts]]
+    assert generation.run("llama_1b", with_peers=True) == 0 and calls[1][0] == "--peer=hf:llama_1b"
