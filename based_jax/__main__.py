@@ -24,6 +24,7 @@ from based_jax.commands import (
     interrupts,
     plot,
     prepare,
+    state,
     sweep,
     train,
 )
@@ -39,6 +40,7 @@ COMMANDS = {
     "eval": eval,
     "plot": plot,
     "generate": generate,
+    "state": state,
     "export": export,
     "describe": describe,
     "aot": aot,

@@ -1,18 +1,26 @@
-"""Continue prompts with a trained language model.
+"""Continue prompts with a trained language model, and show the text as it is drawn.
 
-The draws of a prompt depend on the seed and on its number among the prompts, not on the others.
+The draws of a prompt depend on the seed and on its number among the prompts, not on the others. An empty prompt begins
+a document.
 
 examples:
   python -m based_jax generate --workdir=runs/text --prompt="It was a " --temperature=0.6
   python -m based_jax generate --hf=released/based-360m --prompt="The capital of France is" --max-new-tokens=8
+  python -m based_jax generate --workdir=runs/text --prompt= --stop="." --top-p=0.9 --temperature=0.8 --log-probs
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.distributed import add_distributed_arguments
 from based_jax.commands.parser import CommandParser
 from based_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from based_jax.data.tokenizer import Tokenizer
+    from based_jax.generate import Event
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -30,22 +38,65 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 keeps all tokens")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    parser.add_argument(
+        "--stop-id",
+        action="append",
+        type=int,
+        default=[],
+        metavar="ID",
+        help="end before this id, as before the end of a text; may be given several times",
+    )
+    parser.add_argument("--log-probs", action="store_true", help="list the tokens with their log-probabilities")
+    parser.add_argument("--dtype", help="what layers compute in, bfloat16 or float32 (default: that of the model)")
     add_distributed_arguments(parser)
     add_compiled_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print each prompt with its continuation."""
-    from based_jax.generate import Sampling, generate
+    """Print each prompt with its continuation as it comes; those behind the first wait until their turn."""
+    from based_jax.generate import Decoder, Request, Sampling, stream
+    from based_jax.generate.text import encode_prompt
 
     for number, prompt in enumerate(args.prompt):
         _check_text(number, prompt)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     model, tokenizer = _from_hf(args) if args.workdir is None else _from_run(args)
-    prompts = [tokenizer.encode(prompt) for prompt in args.prompt]
-    new = generate(model, prompts, args.max_new_tokens, sampling, stop=tokenizer.end_of_text, seed=args.seed)
-    for prompt, ids in zip(args.prompt, new, strict=True):
-        print(prompt + tokenizer.decode(ids))
+    requests = [
+        Request(
+            encode_prompt(tokenizer, prompt),
+            args.max_new_tokens,
+            sampling,
+            stop_ids=(tokenizer.end_of_text, *args.stop_id),
+            stop_strings=tuple(args.stop),
+            seed=args.seed,
+            row_id=number,
+        )
+        for number, prompt in enumerate(args.prompt)
+    ]
+    events = stream(Decoder.of(model, args.dtype), requests, tokenizer=tokenizer)
+    _print(events, args.prompt, tokenizer if args.log_probs else None)
+
+
+def _print(events: "Iterator[Event]", prompts: Sequence[str], lister: "Tokenizer | None") -> None:
+    """Write the texts in order, that whose turn it is as it comes; with a tokenizer list the tokens of each."""
+    unwritten, drawn = list(prompts), [[] for _ in prompts]
+    turn, ended = 0, set()
+    for event in events:
+        unwritten[event.id] += event.text
+        drawn[event.id] += zip(event.tokens, event.log_probs, strict=True)
+        ended |= {event.id} if event.finish else set()
+        while turn < len(prompts):
+            print(unwritten[turn], end="", flush=True)
+            unwritten[turn] = ""
+            if turn not in ended:
+                break
+            print()
+            for token, log_prob in drawn[turn] if lister else ():
+                print(f"{log_prob:9.4f} {lister.decode([token])!r}")
+            turn += 1
 
 
 def _check_text(number: int, prompt: str) -> None:

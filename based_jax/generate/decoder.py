@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from based_jax import parallel
+from based_jax.generate.fingerprint import fingerprint
 from based_jax.nn.lm import LM
 from based_jax.nn.lm_config import LMConfig
 
@@ -56,7 +57,7 @@ def _products(model: LM) -> Iterator[tuple[nnx.Linear, Any]]:
             yield module, module.dtype or jnp.float32
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Decoder:
     """A model ready to decode.
 
@@ -92,6 +93,16 @@ class Decoder:
     def max_len(self) -> int | None:
         """The most tokens that a sequence may have, or None."""
         return self.layout.model(self.layout.shapes).max_len
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What states of this model are told from those of another by; the first use reads every parameter."""
+        return fingerprint(self.config, self.params)
+
+    @functools.cached_property
+    def prefix_length(self) -> int:
+        """The tokens at the beginning of a sequence that have to be read at once."""
+        return max(mixer.prefix_length for mixer in self.layout.model(self.layout.shapes).mixers())
 
     def init_cache(self, batch: int, max_len: int) -> Caches:
         """Return the caches of all layers before the first token, the leading axis of all arrays the rows'."""

@@ -7,11 +7,12 @@ import numpy as np
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Decoder
-from based_jax.generate.prompts import Prompts, check_length, checked_prompts, checked_seeds, shown
-from based_jax.generate.requests import Request, checked_stop
+from based_jax.generate.prompts import Prompts, check_prefix, checked_prompts, checked_seeds, shown
+from based_jax.generate.requests import Request, check_room, checked_stop
 from based_jax.generate.rows import begun, blocks
 from based_jax.generate.sampling import GREEDY, Sampling
 from based_jax.generate.scheduler import Event, Scheduler
+from based_jax.generate.state import State
 from based_jax.nn.lm import LM
 
 BLOCK_TOKENS = 64
@@ -30,6 +31,7 @@ def generate(
     stop: int | Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
     row_ids: Sequence[int] | None = None,
+    state: State | None = None,
 ) -> list[np.ndarray]:
     """Continue each prompt by up to `max_new_tokens` token ids.
 
@@ -46,24 +48,26 @@ def generate(
       stop: id that ends a continuation, or several; it is not part of the result.
       seed: of the draws, from 0 to 2^64 - 1; one for all rows, or one for each.
       row_ids: of the draws, one for each prompt, from 0 to 2^32 - 1; by default its index among the prompts.
+      state: of what stands before every prompt, which each goes on from.
 
     Returns:
       The new ids of each prompt, without the prompt.
 
     Raises:
       UserError: no prompt or an empty one, an id that the model does not have, no tokens to add, more than the
-        model reads, or a value of another type or range.
+        model reads, a value of another type or range, or the state of another model.
     """
     _check(model, sampling)
     token_ids = checked_prompts(prompts, model.config.vocab_size)
     stops = _stop_ids(stop, model.config.vocab_size)
-    check_length(token_ids, max_new_tokens, model.max_len)
+    check_room(token_ids, max_new_tokens, model.max_len, state)
     draws = checked_seeds(seed, row_ids, len(token_ids))
     requests = [
-        Request(ids, int(max_new_tokens), sampling, stops, seed=seed, row_id=row_id)
+        Request(ids, int(max_new_tokens), sampling, stops, seed=seed, row_id=row_id, state=state)
         for ids, (seed, row_id) in zip(token_ids, draws, strict=True)
     ]
     decoder = Decoder.of(model)
+    check_prefix(token_ids, decoder.prefix_length)
     rows = begun(decoder, requests, room_for(requests, model.max_len))
     found = list(blocks(decoder, rows, BLOCK_TOKENS))
     return [_new_ids([block.tokens[row, : block.count[row]] for block in found], stops) for row in range(len(requests))]
@@ -90,7 +94,7 @@ def stream(
       UserError: a request is not what the model can be asked, before the first token of any.
     """
     decoder = Decoder.of(model)
-    requests = [request.checked(decoder.config, decoder.max_len, f"Prompt {i}") for i, request in enumerate(requests)]
+    requests = [request.checked(decoder, decoder.max_len, f"Prompt {i}") for i, request in enumerate(requests)]
     if not requests:
         return
     scheduler = Scheduler(
@@ -108,7 +112,7 @@ def stream(
 
 def room_for(requests: Sequence[Request], max_len: int | None) -> int:
     """Return the room of caches for the longest of requests."""
-    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    longest = max(request.length + request.max_new_tokens for request in requests)
     room = -(-longest // ROOM_STEP) * ROOM_STEP
     return room if max_len is None else min(room, max_len)
 

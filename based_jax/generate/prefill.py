@@ -22,7 +22,7 @@ def prefill(
     decoder: Decoder, caches: Caches, prompts: Sequence[np.ndarray], chunk_tokens: int = CHUNK_TOKENS
 ) -> Caches:
     """Return the caches after the next tokens of each row, of different numbers; those given are used up."""
-    for chunk in chunks(prompts, chunk_tokens):
+    for chunk in chunks(prompts, chunk_length(decoder, chunk_tokens)):
         caches = prefill_chunk(decoder, caches, chunk)
     return caches
 
@@ -32,13 +32,19 @@ def prefill_chunk(decoder: Decoder, caches: Caches, chunk: Chunk) -> Caches:
     return _prefill(decoder.layout, decoder.params, caches, *chunk)
 
 
-def chunks(prompts: Sequence[np.ndarray], chunk_tokens: int = CHUNK_TOKENS) -> Iterator[Chunk]:
+def chunk_length(decoder: Decoder, chunk_tokens: int) -> int:
+    """Return the tokens of a chunk, `chunk_tokens` unless the model has to read more at once."""
+    return max(chunk_tokens, _power_of_two(max(decoder.prefix_length, 1)))
+
+
+def chunks(prompts: Sequence[np.ndarray], chunk_tokens: int) -> Iterator[Chunk]:
     """Yield the tokens of each prompt from its first on, `chunk_tokens` at a time; padding is inert."""
     for start in range(0, max(map(len, prompts)), chunk_tokens):
-        yield _chunk([prompt[start : start + chunk_tokens] for prompt in prompts], chunk_tokens)
+        yield chunk_of([prompt[start : start + chunk_tokens] for prompt in prompts], chunk_tokens)
 
 
-def _chunk(parts: Sequence[np.ndarray], most: int) -> Chunk:
+def chunk_of(parts: Sequence[np.ndarray], most: int) -> Chunk:
+    """Return the next tokens of each row, at most so many, with as much padding as makes few lengths."""
     T = min(most, _power_of_two(max(FEWEST_TOKENS, *map(len, parts))))
     ids, segment_ids = np.zeros((2, len(parts), T), np.int32)
     for row, part in enumerate(parts):

@@ -89,6 +89,16 @@ def check_length(prompts: Sequence[np.ndarray], max_new_tokens: int, max_len: in
         )
 
 
+def check_prefix(prompts: Sequence[np.ndarray], prefix_length: int) -> None:
+    """Raise UserError for a prompt whose last token, from which decoding goes on, is one that is read with others."""
+    shortest = min(map(len, prompts))
+    if 0 < prefix_length >= shortest:
+        raise UserError(
+            f"A prompt has {shortest} tokens; the model reads the first {prefix_length} in no order, so that it has"
+            f" at least {prefix_length + 1}."
+        )
+
+
 def checked_seeds(seed: int | Sequence[int], row_ids: Sequence[int] | None, num_rows: int) -> list[tuple[int, int]]:
     """Return the seed and the id of each row.
 

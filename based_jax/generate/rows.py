@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 from based_jax import parallel
 from based_jax.dims import BD
 from based_jax.generate.decoder import Caches, Decoder, Layout
-from based_jax.generate.prefill import prefill
+from based_jax.generate.prefill import CHUNK_TOKENS, prefill
 from based_jax.generate.requests import MOST_STOP_IDS, Request
 from based_jax.generate.sampling import Draws, draw
+from based_jax.generate.state_layout import StateLayout
 from based_jax.nn.lm import LM
 
 
@@ -52,7 +53,7 @@ class Rows:
         return cls(
             caches,
             token=np.asarray([request.prompt[-1] for request in requests], np.int32),
-            length=np.asarray([len(request.prompt) for request in requests], np.int32),
+            length=np.asarray([request.length for request in requests], np.int32),
             left=np.asarray([request.max_new_tokens for request in requests], np.int32),
             stop_ids=stop_ids,
             draws=Draws.of([request.sampling for request in requests], [request.draw_words for request in requests]),
@@ -92,10 +93,21 @@ class Block(NamedTuple):
     count: Int[Array, "B"]
 
 
-def begun(decoder: Decoder, requests: Sequence[Request], max_len: int) -> Rows:
+def begun(decoder: Decoder, requests: Sequence[Request], max_len: int, chunk_tokens: int = CHUNK_TOKENS) -> Rows:
     """Return the rows of requests whose prompts are read together, with caches for `max_len` tokens each."""
     prompts = [np.asarray(request.prompt[:-1], np.int32) for request in requests]
-    return Rows.of(prefill(decoder, decoder.init_cache(len(requests), max_len), prompts), requests)
+    caches = _caches_before(decoder, requests, max_len)
+    return Rows.of(prefill(decoder, caches, prompts, chunk_tokens), requests)
+
+
+def _caches_before(decoder: Decoder, requests: Sequence[Request], max_len: int) -> Caches:
+    """Return the caches before the prompts: those of what the requests go on from, or empty ones."""
+    if all(request.state is None for request in requests):
+        return decoder.init_cache(len(requests), max_len)
+    layout = StateLayout(decoder)
+    states = [request.state for request in requests]
+    rows = [decoder.init_cache(1, max_len) if state is None else layout.fork(state, max_len) for state in states]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
 
 
 def decode(decoder: Decoder, rows: Rows, steps: int) -> tuple[Rows, Block]:

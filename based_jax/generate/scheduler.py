@@ -3,19 +3,19 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Caches, Decoder
-from based_jax.generate.prefill import CHUNK_TOKENS, Chunk, chunks, prefill_chunk
+from based_jax.generate.prefill import CHUNK_TOKENS, FEWEST_TOKENS, chunk_length, chunk_of, prefill_chunk
+from based_jax.generate.prefix_cache import PrefixCache
 from based_jax.generate.requests import Request
 from based_jax.generate.rows import Block, Rows, decode
+from based_jax.generate.state_layout import StateLayout
 from based_jax.generate.text import TextStream
 from based_jax.nn.lm import LM
 
@@ -38,22 +38,12 @@ class Event(NamedTuple):
     finish: str | None = None
 
 
-class States(Protocol):
-    """What a scheduler asks of a prefix cache."""
-
-    def lookup(self, ids: np.ndarray) -> tuple[Any, int, str | None]:
-        """Return caches of one row that have read a prefix of these ids, its length (0), and why it is no longer."""
-
-    def keep(self, ids: np.ndarray, caches: Caches) -> None:
-        """Keep the caches of one row that has read these ids; they stay as they are."""
-
-
 @dataclasses.dataclass(eq=False)
 class Task:
     """A request on its way.
 
     Attributes:
-      chunks: of its prompt, those that are still to be read; None before the first.
+      ends: where the pieces end in which its prompt is still to be read; None before the first.
       read: tokens of its prompt that its caches have read.
       caches: of one row, until it has its slot.
       text: what its tokens say.
@@ -63,7 +53,7 @@ class Task:
     id: int
     request: Request
     text: TextStream | None
-    chunks: Iterator[Chunk] | None = None
+    ends: Iterator[int] | None = None
     read: int = 0
     caches: Caches | None = None
     drawn: int = 0
@@ -73,19 +63,33 @@ class Task:
         self.drawn += len(tokens)
         stopped = bool(tokens) and tokens[-1] in self.request.stop_ids
         tokens = tokens[:-1] if stopped else tokens
-        text = ""
-        if self.text is not None:
-            for number, token in enumerate(tokens, 1):
-                text += self.text.push(token)
-                if self.text.stopped:
-                    tokens = tokens[:number]
-                    break
+        text, kept = self._told(tokens)
         ended = stopped or self.drawn == self.request.max_new_tokens
         if self.text is not None and ended:
             text += self.text.finish()
         stopped |= self.text is not None and self.text.stopped
         finish = "stop" if stopped else "length" if ended else None
-        return Event(self.id, tokens, log_probs[: len(tokens)], text, finish)
+        return Event(self.id, tokens[:kept], log_probs[:kept], text, finish)
+
+    def _told(self, tokens: list[int]) -> tuple[str, int]:
+        """Return new text, and how many of the tokens it is of: those behind a stop string are none of the answer."""
+        if self.text is None:
+            return "", len(tokens)
+        if not self.request.stop_strings:
+            return self.text.push(*tokens), len(tokens)
+        text = ""
+        for number, token in enumerate(tokens, 1):
+            text += self.text.push(token)
+            if self.text.stopped:
+                return text, number
+        return text, len(tokens)
+
+
+class Begun(NamedTuple):
+    """A block that the device may still be at, and who had the slots when it was begun."""
+
+    block: Block
+    tasks: tuple[Task | None, ...]
 
 
 class Scheduler:
@@ -113,7 +117,7 @@ class Scheduler:
         *,
         slots: int,
         max_len: int,
-        prefix_cache: States | None = None,
+        prefix_cache: PrefixCache | None = None,
         tokenizer: Tokenizer | None = None,
         block_tokens: int = 16,
         chunk_tokens: int = CHUNK_TOKENS,
@@ -126,12 +130,15 @@ class Scheduler:
             raise UserError(
                 f"max_len is {max_len}; it is at least 2 and at most the {self.decoder.max_len} of the model."
             )
-        self.max_len, self.tokenizer, self.prefix_cache = max_len, tokenizer, prefix_cache
-        self._block_tokens, self._chunk_tokens = block_tokens, chunk_tokens
+        self.max_len, self.tokenizer = max_len, tokenizer
+        self.prefix_cache = None if self.decoder.prefix_length else prefix_cache  # a prefix is of its whole prompt
+        self._layout = StateLayout(self.decoder)
+        self._block_tokens, self._chunk_tokens = block_tokens, chunk_length(self.decoder, chunk_tokens)
         self._ids = itertools.count()
         self._waiting: collections.deque[Task] = collections.deque()
         self._slots: list[Task | None] = [None] * slots
         self._rows = Rows.stopped(self.decoder, slots, max_len)
+        self._begun: Begun | None = None
 
     @property
     def busy(self) -> bool:
@@ -150,9 +157,11 @@ class Scheduler:
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id; UserError if it cannot be answered."""
-        request = request.checked(self.decoder.config, self.max_len)
+        request = request.checked(self.decoder, self.max_len)
         if request.stop_strings and self.tokenizer is None:
             raise UserError("stop_strings are found in text, and there is no tokenizer; give the scheduler one.")
+        if request.state is not None:
+            self._layout.check(request.state, self.max_len)
         text = None if self.tokenizer is None else TextStream(self.tokenizer, request.stop_strings)
         task = Task(next(self._ids), request, text)
         self._waiting.append(task)
@@ -171,36 +180,49 @@ class Scheduler:
         return False
 
     def advance(self) -> list[Event]:
-        """Read a chunk of the next prompt, if a slot is free for it, and draw a block for all that have one."""
-        if self._waiting and None in self._slots:
-            self._read(self._waiting[0])
-        if not any(self._slots):
-            return []
-        self._rows, block = decode(self.decoder, self._rows, self._block_tokens)
-        return list(self._events(jax.device_get(block)))
+        """Read on in the next prompts, a chunk's tokens at most, and begin a block for all that have a slot.
+
+        The events are those of the block that was begun before, so that the device does not wait for who reads them.
+        """
+        self._read_prompts()
+        before, self._begun = self._begun, None
+        if any(self._slots):
+            self._rows, block = decode(self.decoder, self._rows, self._block_tokens)
+            self._begun = Begun(block, tuple(self._slots))
+        return [] if before is None else list(self._events(before))
+
+    def _read_prompts(self) -> None:
+        left = self._chunk_tokens
+        while left > 0 and self._waiting and None in self._slots:
+            task = self._waiting[0]
+            before = task.read
+            self._read(task)
+            left -= max(task.read - before, FEWEST_TOKENS)
 
     def _read(self, task: Task) -> None:
-        if task.caches is None:
-            self._begin(task)
-        if (chunk := next(task.chunks, None)) is not None:
-            task.caches = prefill_chunk(self.decoder, task.caches, chunk)
-            task.read = min(task.read + self._chunk_tokens, len(task.request.prompt) - 1)
-            self._keep(task)
-        if task.read == len(task.request.prompt) - 1:
+        """Read on to the end of the next chunk, and stop on the way where a state is kept."""
+        if task.ends is None:
+            task.ends = iter(self._begin(task))
+        ids = task.request.prompt[:-1]
+        for end in task.ends:
+            chunk = chunk_of([ids[task.read : end]], self._chunk_tokens)
+            task.caches, task.read = prefill_chunk(self.decoder, task.caches, chunk), end
+            if self.prefix_cache is not None and task.request.state is None:
+                self.prefix_cache.keep(ids[:end], self._layout.take(task.caches, end))
+            if end % self._chunk_tokens == 0:
+                break
+        if task.read == len(ids):
             self._enter(self._waiting.popleft())
 
-    def _begin(self, task: Task) -> None:
-        ids = task.request.prompt[:-1]
-        if self.prefix_cache is not None:
-            kept, task.read, _ = self.prefix_cache.lookup(ids)
-            task.caches = None if kept is None else _copied(kept)
-        if task.caches is None:
-            task.caches = self.decoder.init_cache(1, self.max_len)
-        task.chunks = chunks([ids[task.read :]], self._chunk_tokens)
-
-    def _keep(self, task: Task) -> None:
-        if self.prefix_cache is not None:
-            self.prefix_cache.keep(task.request.prompt[: task.read], _copied(task.caches))
+    def _begin(self, task: Task) -> list[int]:
+        """Give a request the caches that its prompt begins with; return where the pieces of what is to be read end."""
+        ids, state, marks = task.request.prompt[:-1], task.request.state, ()
+        if state is None and self.prefix_cache is not None:
+            state, marks, _ = self.prefix_cache.lookup(ids, self.decoder.fingerprint)
+            task.read = 0 if state is None else state.length
+        fresh = state is None
+        task.caches = self.decoder.init_cache(1, self.max_len) if fresh else self._layout.fork(state, self.max_len)
+        return piece_ends(task.read, len(ids), self._chunk_tokens, marks)
 
     def _enter(self, task: Task) -> None:
         slot = self._slots.index(None)
@@ -211,9 +233,10 @@ class Scheduler:
         self._slots[slot] = None
         self._rows = self._rows.without_row(slot)
 
-    def _events(self, block: Block) -> Iterator[Event]:
-        for slot, task in enumerate(self._slots):
-            if task is None:
+    def _events(self, begun: Begun) -> Iterator[Event]:
+        block = jax.device_get(begun.block)
+        for slot, task in enumerate(begun.tasks):
+            if task is None or self._slots[slot] is not task:  # it has ended since
                 continue
             count = block.count[slot]
             event = task.event(block.tokens[slot, :count].tolist(), block.log_probs[slot, :count].tolist())
@@ -223,5 +246,7 @@ class Scheduler:
                 yield event
 
 
-def _copied(caches: Caches) -> Caches:
-    return jax.tree.map(jnp.copy, caches)
+def piece_ends(start: int, stop: int, chunk_tokens: int, marks: Iterable[int] = ()) -> list[int]:
+    """Return where the pieces end that are read from `start` to `stop`: at multiples of a chunk, and at the marks."""
+    chunks = range(start - start % chunk_tokens + chunk_tokens, stop, chunk_tokens)
+    return sorted({*chunks, *marks, stop} - {start})

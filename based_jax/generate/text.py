@@ -26,9 +26,9 @@ class TextStream:
         self._fresh: list[int] = []
         self._held = ""
 
-    def push(self, token: int) -> str:
-        """Return what is certain of the text with a token more; `stopped` is set where a stop string ends it."""
-        self._fresh.append(token)
+    def push(self, *tokens: int) -> str:
+        """Return what is certain of the text with some tokens more; `stopped` is set where a stop string ends it."""
+        self._fresh.extend(tokens)
         before = self._tokenizer.decode(self._told)
         text = self._tokenizer.decode(self._told + self._fresh)[len(before) :]
         if text.endswith(BROKEN):

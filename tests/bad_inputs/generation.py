@@ -32,7 +32,9 @@ CASES: tuple[Command | Call, ...] = (
     Command("top_p above 1", (*GENERATE, "--prompt=a", "--top-p=2"), "top_p is 2.0"),
     Command("no new tokens", (*GENERATE, "--prompt=a", "--max-new-tokens=0"), "max_new_tokens is 0"),
     Command("a word for a number", (*GENERATE, "--prompt=a", "--max-new-tokens=few"), "invalid int value: 'few'"),
-    Command("an empty prompt", (*GENERATE, "--prompt="), "Prompt 0 is empty"),
+    Command("an empty stop", (*GENERATE, "--prompt=a", "--stop="), "A stop string is ''; it is a text of at least"),
+    Command("a stop id of the padding", (*GENERATE, "--prompt=a", "--stop-id=257"), "stop is 257; it is a token id"),
+    Command("an unknown dtype", (*GENERATE, "--prompt=a", "--dtype=float16"), "'float16'"),
     Command(
         "bytes that are no text",
         (*GENERATE, "--prompt=a", "--prompt=\udcff"),

@@ -1,12 +1,23 @@
 """Requests that share slots, come, go and stop."""
 
+import dataclasses
+
 import jax
 import pytest
 from flax import nnx
 
 from based_jax.data.tokenizer import ByteTokenizer
 from based_jax.errors import UserError
-from based_jax.generate import Request, Sampling, Scheduler, generate, stream
+from based_jax.generate import (
+    PrefixCache,
+    Request,
+    Sampling,
+    Scheduler,
+    State,
+    generate,
+    state_after,
+    stream,
+)
 from based_jax.generate.decoder import Decoder
 from based_jax.nn.lm import LM, LMConfig
 
@@ -128,6 +139,18 @@ def test_a_stream_yields_tokens_before_the_last_is_drawn(decoder, alone):
     assert max(len(event.tokens) for event in events) == 2
 
 
+def test_a_request_goes_on_from_a_state_as_from_its_tokens(decoder, alone):
+    """Where it is read alone, in a batch, and by `generate`."""
+    whole, (tokens, *_) = REQUESTS[2], alone[2]
+    state = state_after(decoder, whole.prompt[:11])
+    assert state_after(decoder, whole.prompt[9:11], state_after(decoder, whole.prompt[:9])).length == state.length == 11
+    rest = dataclasses.replace(whole, prompt=whole.prompt[11:], state=state)
+    found = answers(decoder, [REQUESTS[0], rest, rest], prefix_cache=PrefixCache(10**6))
+    assert [found[number][0] for number in range(3)] == [alone[0][0], tokens, tokens]
+    model, draws = decoder.layout.model(decoder.params), {"seed": rest.seed, "row_ids": [rest.row_id]}
+    assert generate(model, [rest.prompt], 9, rest.sampling, **draws, state=state)[0].tolist() == tokens
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -138,6 +161,18 @@ def test_a_stream_yields_tokens_before_the_last_is_drawn(decoder, alone):
         (Request([1], 1, stop_strings=("",)), r"^A stop string is ''; it is a text"),
         (Request([1], 1, stop_strings=("a",)), r"^stop_strings are found in text, and there is no tokenizer"),
         (Request([1], 1, seed=-1), r"^A seed is -1; it is an integer"),
+        (
+            Request([1], 1, state=State({}, (), 63, "other")),
+            r"^The state has read 63 tokens; with a prompt and a new one",
+        ),
+        (
+            Request([1, 2], 1, state=State({}, (), 62, "other")),
+            r"^A prompt has 2 tokens; with one more it is at most the 2",
+        ),
+        (
+            Request([1], 1, state=State({}, (), 9, "other")),
+            r"^The state is of model other; this model is [0-9a-f]{32}\.$",
+        ),
     ],
 )
 def test_impossible_requests_are_refused(decoder, request_, message):
