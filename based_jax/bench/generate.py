@@ -4,6 +4,7 @@ Nobody reads the context: the cache is filled with random numbers and says how m
 cost of a step nor that of a state depends on what they were.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,7 +21,8 @@ from based_jax.bench.generate_programs import Program, Programs, Subject, new_ro
 from based_jax.bench.generate_size import PREFILLS, UNTIMED_PREFILLS, Effort, Size, check, prompts, roofline
 from based_jax.bench.memory import peak_bytes, program_bytes
 from based_jax.bench.runner import Runner
-from based_jax.generate.prefill import chunks
+from based_jax.errors import UserError, unknown
+from based_jax.generate.prefill import CHUNK_TOKENS, Chunk, chunk_length, chunks
 from based_jax.nn.lm_config import LMConfig
 
 PROFILED_BLOCKS = 1
@@ -51,6 +53,25 @@ def measure(config: LMConfig, sizes: Sequence[Size], effort: Effort) -> Iterator
         else:
             row |= {"error": "weights and state alone are more than the device's memory"}
         yield row | rows.facts()
+
+
+def with_options(config: LMConfig, options: Sequence[str]) -> LMConfig:
+    """Return a model whose layers of a mixer have other options, each as "taylor.flush=16".
+
+    Raises:
+      UserError: a text is no such thing, the model has no such mixer, or the mixer no such option.
+    """
+    kinds = sorted({kind for kind, _ in config.layers})
+    new: dict[str, dict[str, int | str]] = {kind: {} for kind in kinds}
+    for text in options:
+        name, equals, value = text.partition("=")
+        kind, dot, option = name.partition(".")
+        if not (equals and dot and option):
+            raise UserError(f"'{text}' is no option: give mixer.name=value, such as taylor.flush=16.")
+        if kind not in new:
+            raise unknown("mixer", kind, kinds)
+        new[kind][option] = int(value) if value.isdigit() else value
+    return dataclasses.replace(config, layers=tuple((kind, given | new[kind]) for kind, given in config.layers))
 
 
 class _Decoded:
@@ -96,7 +117,7 @@ class _Prompts:
         self.programs, self.count, self.length = programs, count, length
         vocab_size = programs.subject.config.vocab_size
         self.ids = np.random.default_rng(0).integers(vocab_size, size=(count, length), dtype=np.int32)
-        self.keys = [programs.add_chunk(length, chunk) for chunk in chunks(self.ids)]
+        self.keys = [programs.add_chunk(length, chunk) for chunk in self._chunks(self.ids)]
 
     def measure(self) -> dict[str, Any]:
         """Return how fast prompts are read into caches."""
@@ -108,10 +129,13 @@ class _Prompts:
             "prefill_compile_seconds": round(sum(self.programs[key].seconds for key in set(self.keys)), 2),
         }
 
+    def _chunks(self, ids: np.ndarray) -> Iterator[Chunk]:
+        return chunks(ids, chunk_length(self.programs.subject.abstract, CHUNK_TOKENS))
+
     def _read(self, _: None, ids: np.ndarray) -> tuple[None, Any]:
         decoder = self.programs.subject.decoder
         caches = decoder.init_cache(self.count, self.length)
-        for key, chunk in zip(self.keys, chunks(ids), strict=True):
+        for key, chunk in zip(self.keys, self._chunks(ids), strict=True):
             caches = self.programs[key].step(caches, (decoder.params, chunk))
         return None, caches
 

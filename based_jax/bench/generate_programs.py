@@ -30,7 +30,7 @@ class Subject:
 
     def __init__(self, config: LMConfig):
         self.config, self.layout = config, layout_of(config)
-        self.abstract = self.layout.model(self.layout.shapes)
+        self.abstract = Decoder(self.layout, self.layout.shapes)
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -41,7 +41,8 @@ class Subject:
 
     def caches(self, batch: int, max_len: int) -> Any:
         """Return the shapes of the caches of sequences."""
-        return jax.eval_shape(lambda: self.abstract.init_cache(batch, max_len))
+        model = self.layout.model(self.layout.shapes)
+        return jax.eval_shape(lambda: model.init_cache(batch, max_len))
 
     @property
     def weight_bytes(self) -> int:

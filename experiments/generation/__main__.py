@@ -38,9 +38,13 @@ def run(only: str, with_peers: bool) -> int:
 
 def words_of(name: str, model: Model) -> list[str]:
     """Return what is asked of `bench generate`."""
-    overrides = [f"--config.{key}={value}" for key, value in model.overrides.items()]
-    what = [f"--peer={name}" if name in PEERS else f"--config={model.config}", *overrides]
-    return [*what, "--sizes", *(f"{batch}x{context}" for batch, context in model.sizes)]
+    what = f"--peer={name}" if name in PEERS else f"--config={model.config}"
+    return [
+        what,
+        *(f"--option={option}" for option in model.options),
+        "--sizes",
+        *(f"{batch}x{context}" for batch, context in model.sizes),
+    ]
 
 
 if __name__ == "__main__":

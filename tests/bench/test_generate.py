@@ -60,7 +60,12 @@ def test_the_least_bytes_of_a_token():
     """Of a token's state Taylor's is read and written, and of a window the keys are read and one of them is written."""
     subject = Subject(config(BASED * 3, scan_layers=True))
     taylor, window = 2 * (8 + 1) * 15 * 4, 2 * 16 * 8 * 2
-    assert decode_state.moved_bytes(subject.caches(5, 99)) == 5 * 3 * (2 * (taylor + 4) + window * (1 + 1 / 8) + 2 * 4)
+    ids_and_lengths = 2 * 3 * 4
+    moved = decode_state.moved_bytes(subject.caches(5, 99))
+    assert moved == 5 * 3 * (2 * taylor + window * (1 + 1 / 8) + ids_and_lengths)
+    late = Subject(config((("taylor", {"num_heads": 2, "feature_dim": 4, "flush": 16}),)))
+    recent = 2 * 16 * (4 + 8) * 2
+    assert decode_state.moved_bytes(late.caches(1, 99)) == taylor * (1 + 1 / 16) + recent * (1 / 2 + 1 / 16) + 2 * 4
     kernels, norms = 3 * (16 * 2 * 2 * 4 + 2 * 16 * 16 + 4 * 16 * 16) + 64 * 16, 3 * 2 * 16 + 16
     assert subject.weight_bytes == 2 * kernels + 4 * norms
     attention = Subject(config((("attention", {"num_heads": 2}),), tie_embeddings=False, dtype="float32"))
@@ -86,7 +91,7 @@ def test_programs_decode_and_read_as_generation_does():
     prompts = np.random.default_rng().integers(64, size=(2, context + 1), dtype=np.int32)
     requests = [Request(prompt, max_new_tokens=tokens) for prompt in prompts]
     programs, room = Programs(subject), context + tokens
-    [chunk] = chunks(prompts[:, :-1])
+    [chunk] = chunks(prompts[:, :-1], 8)
     block, read = programs.add_block(2, room, tokens), programs.add_chunk(room, chunk)
     programs.compile()
     params = subject.decoder.params
@@ -106,13 +111,19 @@ def test_what_does_not_fit_is_told_without_compiling_it(monkeypatch):
     assert generate_size.lines(row)[0] == f"(32,1000) on cpu: {row['error']}"
 
 
+def test_layers_of_a_mixer_get_options():
+    options = ["taylor.flush=32", "taylor.state_dtype=bfloat16"]
+    (_, taylor), (_, window) = generate.with_options(config(BASED), options).layers
+    assert taylor == BASED[0][1] | {"flush": 32, "state_dtype": "bfloat16"} and window == BASED[1][1]
+
+
 def test_each_of_several_is_told_what_it_measures(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr("subprocess.run", lambda call: calls.append(call) or types.SimpleNamespace(returncode=0))
-    words = ["--batch", "1", "8", "--context", "32", "--no-prefill", "--config.model.d_model=8"]
+    words = ["--batch", "1", "8", "--context", "32", "--no-prefill", "--config.model.d_model=8", "--option=conv.x=1"]
     assert main(["bench", "generate", "--config", "a.py", "b.py:1b", "--peer=hf:llama_1b", *words]) == 0
     assert [call[5] for call in calls] == ["--config=a.py", "--config=b.py:1b", "--peer=hf:llama_1b"]
-    sizes = ["--sizes", "1x32", "8x32", "--tokens=32", "--blocks=5", "--no-prefill"]
+    sizes = ["--sizes", "1x32", "8x32", "--option=conv.x=1", "--tokens=32", "--blocks=5", "--no-prefill"]
     assert calls[1][3:5] == ["bench", "generate"] and calls[1][6:] == [*sizes, "--config.model.d_model=8"]
 
 
@@ -133,6 +144,9 @@ def test_a_peer_s_row_has_the_fields_of_ours(monkeypatch):
         (["--batch=0"], "batch is 0"),
         (["--tokens=0"], "tokens is 0"),
         (["--sizes", "128"], "'128' is no size"),
+        (["--option=flush=0"], "'flush=0' is no option"),
+        (["--option=taylor.flush=0"], "flush is 0"),
+        (["--option=window.window=0"], "Unknown mixer 'window'"),
     ],
 )
 def test_what_cannot_be_timed_is_one_sentence(words, message, tiny, capsys):

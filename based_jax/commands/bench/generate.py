@@ -5,6 +5,7 @@ Several configs, and peers, each run in a process of their own, so that each has
 
 examples:
   python -m based_jax bench generate --config=configs/based.py:1b --batch 1 128 512 --context 2048 65536
+  python -m based_jax bench generate --config=configs/based.py:1b --sizes 128x2048 --option=taylor.flush=16
   python -m based_jax bench generate --config configs/based.py:1b configs/attention.py:1b --peers --out=rows.jsonl
 """
 
@@ -35,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens that each has had (default: {_words(CONTEXTS)})",
     )
     parser.add_argument("--sizes", nargs="+", default=[], metavar="BxT", help="batch x context, in place of the two")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="MIXER.NAME=VALUE",
+        help="of all layers of a mixer, as in taylor.flush=16; may be given several times",
+    )
     parser.add_argument("--tokens", type=int, default=32, help="that one program decodes of each (default: 32)")
     parser.add_argument("--blocks", type=int, default=5, help="runs of it that a median is of (default: 5)")
     parser.add_argument("--no-prefill", dest="prefill", action="store_false", help="read no prompts")
@@ -46,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     sizes, effort = _sizes_and_effort(args)
     words = ["--sizes", *(f"{batch}x{context}" for batch, context in sizes)]
+    words += [f"--option={option}" for option in args.option]
     words += [f"--tokens={effort.tokens}", f"--blocks={effort.blocks}", *([] if effort.prefill else ["--no-prefill"])]
     return several.run(args, generate_peers.PEERS, words, _measure, _measure_peer)
 
@@ -58,7 +67,8 @@ def _measure(args: argparse.Namespace, name: str) -> None:
 
     overrides = parse_overrides(args.overrides)
     config = configs.build(TrainConfig, configs.load(name, overrides)).model
-    start = {"config": name, "overrides": dict(overrides)}
+    config = generate.with_options(config, args.option)
+    start = {"config": name, "overrides": dict(overrides), "options": sorted(args.option)}
     _print(args, start, generate.measure(config, *_sizes_and_effort(args)))
 
 
