@@ -31,8 +31,8 @@ PROFILED_BLOCKS = 1
 def measure(config: LMConfig, sizes: Sequence[Size], effort: Effort) -> Iterator[dict[str, Any]]:
     """Yield a row for each size: decoding and reading prompts in tokens/s, bytes of state, the roofline, memory.
 
-    All programs are compiled before the first is timed. A size that does not fit into the device's memory has "error"
-    in place of what is measured.
+    All programs are compiled before the first is timed; of sizes that share one the first is profiled. A size that does
+    not fit into the device's memory has "error" in place of what is measured.
 
     Raises:
       UserError: a number is below 1, or the model reads fewer tokens.
@@ -41,6 +41,7 @@ def measure(config: LMConfig, sizes: Sequence[Size], effort: Effort) -> Iterator
     subject = Subject(config)
     programs = Programs(subject)
     decoded = {size: _Decoded(programs, size, effort) for size in sizes if _fits(subject, size)}
+    profiled = {found.key: found for found in reversed(decoded.values())}.values() if effort.profiled else ()
     counts = prompts(decoded) if effort.prefill else {}
     read = {length: _Prompts(programs, count, length) for length, count in counts.items()}
     programs.compile()
@@ -48,7 +49,7 @@ def measure(config: LMConfig, sizes: Sequence[Size], effort: Effort) -> Iterator
     for size in sizes:
         row = {**size._asdict(), **_bytes(subject, size, effort.tokens)}
         if size in decoded:
-            row |= _fitting(decoded[size].measure, "error")
+            row |= _fitting(functools.partial(decoded[size].measure, decoded[size] in profiled), "error")
             row |= prefill(size.context) if effort.prefill else {}
         else:
             row |= {"error": "weights and state alone are more than the device's memory"}
@@ -82,7 +83,7 @@ class _Decoded:
         self.room = size.context + effort.tokens
         self.key = programs.add_block(size.batch, self.room, effort.tokens)
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, profiled: bool) -> dict[str, Any]:
         """Return how fast tokens are decoded, and what it takes."""
         subject, program, tokens = self.programs.subject, self.programs[self.key], self.effort.tokens
         state = jax.jit(lambda: new_rows(subject.caches(self.size.batch, self.room)))()
@@ -101,7 +102,7 @@ class _Decoded:
             "program_bytes": program_bytes(program.step),
             "peak_bytes": peak_bytes(),
             "impls": program.choices,
-            "breakdown": _profile(program, runner, tokens) if self.effort.profiled else None,
+            "breakdown": _profile(program, runner, tokens) if profiled else None,
         }
 
 
