@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from based_jax.nn.cache import TokenCache
+from based_jax.ops.calls import TaylorState
 
 
 def random_state(shapes: Any, key: Array) -> Any:
@@ -45,15 +46,23 @@ def array_bytes(shapes: Any) -> int:
 def moved_bytes(shapes: Any) -> float:
     """Return the bytes that a step moves at least, of full caches.
 
-    Tokens of the past are read and one is written; all else is read and written.
+    Tokens of the past are read and one is written, a Taylor state is read and written as often as it says; all else is
+    read and written.
     """
-    found = jax.tree.leaves(shapes, is_leaf=_is_token_cache)
-    return sum(_token_cache_bytes(x) if _is_token_cache(x) else 2.0 * array_bytes(x) for x in found)
+    return sum(_moved(x) for x in jax.tree.leaves(shapes, is_leaf=_is_read_more))
 
 
-def _token_cache_bytes(x: TokenCache) -> float:
-    return array_bytes(x.tokens) * (1 + 1 / x.slots)
+def _moved(x: Any) -> float:
+    if isinstance(x, TokenCache):
+        return array_bytes(x.tokens) * (1 + 1 / x.slots)
+    flush = x.recent.k.shape[2] if isinstance(x, TaylorState) and x.recent is not None else 1
+    return array_bytes(x) * (1 + 1 / flush)
 
 
 def _is_token_cache(x: Any) -> bool:
     return isinstance(x, TokenCache)
+
+
+def _is_read_more(x: Any) -> bool:
+    """Return whether something is read more often than written."""
+    return isinstance(x, TokenCache | TaylorState)

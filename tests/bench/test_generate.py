@@ -17,7 +17,7 @@ from based_jax.bench.peers import Peer
 from based_jax.generate.requests import Request
 from based_jax.generate.rows import begun, decode
 from based_jax.nn.cache import TokenCache
-from based_jax.nn.lm_config import LMConfig
+from based_jax.nn.lm_config import LMConfig, with_taylor_options
 
 QUICK = Effort(tokens=3, blocks=2, profiled=False, prefill=False)
 BASED = (("taylor", {"num_heads": 2, "feature_dim": 4}), ("window", {"num_heads": 2, "window": 8}))
@@ -59,6 +59,9 @@ def test_the_least_bytes_of_a_token():
     subject = generate.Subject(config(BASED * 3, scan_layers=True))
     taylor, window = 2 * (8 + 1) * 15 * 4, 2 * 16 * 8 * 2
     assert decode_state.moved_bytes(subject.caches(5, 99)) == 5 * 3 * (2 * (taylor + 4) + window * (1 + 1 / 8) + 2 * 4)
+    rarely = generate.Subject(with_taylor_options(config(BASED[:1]), flush=16, state_dtype="int8"))
+    sums, recent = 2 * 15 * (8 + 4 + 4), 16 * 2 * (4 + 8) * 2 + 4  # int8 with scales; bf16, and how many there are
+    assert decode_state.moved_bytes(rarely.caches(5, 99)) == 5 * ((sums + recent) * (1 + 1 / 16) + 2 * 4)
     kernels, norms = 3 * (16 * 2 * 2 * 4 + 2 * 16 * 16 + 4 * 16 * 16) + 64 * 16, 3 * 2 * 16 + 16
     assert subject.weight_bytes == 2 * kernels + 4 * norms
     attention = generate.Subject(config((("attention", {"num_heads": 2}),), tie_embeddings=False, dtype="float32"))
@@ -102,10 +105,10 @@ def test_what_does_not_fit_is_told_without_compiling_it(monkeypatch):
 def test_each_of_several_is_told_what_it_measures(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr("subprocess.run", lambda call: calls.append(call) or types.SimpleNamespace(returncode=0))
-    words = ["--batch", "1", "8", "--context", "32", "--no-prefill", "--config.model.d_model=8"]
+    words = ["--batch", "1", "8", "--context", "32", "--flush=16", "--no-prefill", "--config.model.d_model=8"]
     assert main(["bench", "generate", "--config", "a.py", "b.py:1b", "--peer=hf:llama_1b", *words]) == 0
     assert [call[5] for call in calls] == ["--config=a.py", "--config=b.py:1b", "--peer=hf:llama_1b"]
-    sizes = ["--batch", "1", "8", "--context", "32", "--tokens=32", "--blocks=5", "--no-prefill"]
+    sizes = ["--batch", "1", "8", "--context", "32", "--tokens=32", "--blocks=5", "--flush=16", "--no-prefill"]
     assert calls[1][3:5] == ["bench", "generate"] and calls[1][6:] == [*sizes, "--config.model.d_model=8"]
 
 

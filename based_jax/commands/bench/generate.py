@@ -5,6 +5,7 @@ Several configs, and peers, each run in a process of their own, so that each has
 
 examples:
   python -m based_jax bench generate --config=configs/based.py:1b --batch 1 128 512 --context 2048 65536
+  python -m based_jax bench generate --config=configs/based.py:1b --batch 128 --flush=16 --state-dtype=bfloat16
   python -m based_jax bench generate --config configs/based.py:1b configs/attention.py:1b --peers --out=rows.jsonl
 """
 
@@ -36,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", type=int, default=32, help="that one program decodes of each (default: 32)")
     parser.add_argument("--blocks", type=int, default=5, help="runs of it that a median is of (default: 5)")
+    parser.add_argument(
+        "--flush", type=int, metavar="W", help="Taylor layers write their state every W tokens (default: as the config)"
+    )
+    parser.add_argument("--state-dtype", help="of Taylor layers' states (default: as the config)")
     parser.add_argument("--no-prefill", dest="prefill", action="store_false", help="read no prompts")
 
 
@@ -45,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
     words = ["--batch", _words(args.batch), "--context", _words(args.context)]
     words = [*" ".join(words).split(), f"--tokens={args.tokens}", f"--blocks={args.blocks}"]
+    words += [f"--flush={args.flush}"] if args.flush is not None else []
+    words += [f"--state-dtype={args.state_dtype}"] if args.state_dtype is not None else []
     words += [] if args.prefill else ["--no-prefill"]
     return several.run(args, generate_peers.PEERS, words, _measure, _measure_peer)
 
@@ -53,11 +60,12 @@ def _measure(args: argparse.Namespace, name: str) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
     from based_jax import config as configs
     from based_jax.bench import generate
+    from based_jax.nn.lm_config import with_taylor_options
     from based_jax.train.run import TrainConfig
 
-    overrides = parse_overrides(args.overrides)
-    config = configs.build(TrainConfig, configs.load(name, overrides)).model
-    start = {"config": name, "overrides": dict(overrides)}
+    overrides, state = parse_overrides(args.overrides), {"flush": args.flush, "state_dtype": args.state_dtype}
+    config = with_taylor_options(configs.build(TrainConfig, configs.load(name, overrides)).model, **state)
+    start = {"config": name, "overrides": dict(overrides)} | {k: v for k, v in state.items() if v is not None}
     _print(args, start, generate.measure(config, *_sizes_and_effort(args)))
 
 
