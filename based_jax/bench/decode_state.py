@@ -18,7 +18,7 @@ def random_state(shapes: Any, key: Array) -> Any:
     """
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten([_random(x, k) for x, k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(structure, [_random(x, k) for x, k in zip(leaves, keys, strict=True)])
 
 
 def _random(x: jax.ShapeDtypeStruct, key: Array) -> Array:

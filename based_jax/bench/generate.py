@@ -117,7 +117,7 @@ class _Prompts:
     def __init__(self, programs: Programs, count: int, length: int):
         self.programs, self.count, self.length = programs, count, length
         vocab_size = programs.subject.config.vocab_size
-        self.ids = np.random.default_rng(0).integers(vocab_size, size=(count, length), dtype=np.int32)
+        self.ids = list(np.random.default_rng(0).integers(vocab_size, size=(count, length), dtype=np.int32))
         self.keys = [programs.add_chunk(length, chunk) for chunk in self._chunks(self.ids)]
 
     def measure(self) -> dict[str, Any]:
@@ -130,10 +130,10 @@ class _Prompts:
             "prefill_compile_seconds": round(sum(self.programs[key].seconds for key in set(self.keys)), 2),
         }
 
-    def _chunks(self, ids: np.ndarray) -> Iterator[Chunk]:
+    def _chunks(self, ids: Sequence[np.ndarray]) -> Iterator[Chunk]:
         return chunks(ids, chunk_length(self.programs.subject.abstract, CHUNK_TOKENS))
 
-    def _read(self, _: None, ids: np.ndarray) -> tuple[None, Any]:
+    def _read(self, _: None, ids: Sequence[np.ndarray]) -> tuple[None, Any]:
         decoder = self.programs.subject.decoder
         caches = decoder.init_cache(self.count, self.length)
         for key, chunk in zip(self.keys, self._chunks(ids), strict=True):
