@@ -24,6 +24,8 @@ from based_jax.commands import (
     interrupts,
     plot,
     prepare,
+    serve,
+    state,
     sweep,
     train,
 )
@@ -39,6 +41,8 @@ COMMANDS = {
     "eval": eval,
     "plot": plot,
     "generate": generate,
+    "serve": serve,
+    "state": state,
     "export": export,
     "describe": describe,
     "aot": aot,

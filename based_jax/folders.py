@@ -4,9 +4,12 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from based_jax.errors import UserError
 
@@ -91,6 +94,49 @@ def write_whole(path: Path, text: str) -> None:
     with writing(path):
         part.write_text(text, encoding="utf-8")
         part.replace(path)
+
+
+def check_free(path: Path) -> None:
+    """Raise UserError for a target that is there, unless it is an empty folder."""
+    try:
+        free = not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {reason(error)}.") from None
+    if not free:
+        raise UserError(f"'{path}' is not empty; name a new one.")
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a path beside the target, which becomes it at the end; whatever goes wrong leaves neither.
+
+    Raises:
+      UserError: the target is not free, or cannot be written.
+    """
+    part = path.absolute().with_name(f".{path.absolute().name}.part")
+    try:
+        check_free(path)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        _remove(part)
+        part.mkdir()  # what refuses it is told here: Orbax would leave coroutines behind that nobody awaits
+        part.rmdir()
+        yield part
+        os.replace(part, path)
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: TensorStore's for errors of the file system
+        raise UserError(f"'{path}' cannot be written: {reason(error)}.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(part)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_file(path: str | os.PathLike) -> bytes:

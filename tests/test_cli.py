@@ -1,4 +1,5 @@
 import argparse
+import ast
 import dataclasses
 import json
 import os
@@ -191,6 +192,29 @@ def test_generate_continues_each_prompt_the_same_way_twice(capsys, text_run):
     assert printed(capsys, *command) == greedy
     sampled = printed(capsys, *command, "--temperature=1", "--top-k=50", "--top-p=0.9", "--seed=3")
     assert sampled != greedy
+
+
+def test_generate_stops_where_it_is_told_and_lists_its_tokens(capsys, text_run):
+    command = ["generate", f"--workdir={text_run}", "--prompt=", "--prompt=A", "--max-new-tokens=5"]
+    command += ["--temperature=1", "--seed=3", "--dtype=float32", "--log-probs"]
+    lines = printed(capsys, *command).splitlines()
+    tokens = [line.split(maxsplit=1) for line in lines[1:6]]
+    assert all(float(log_prob) < 0 for log_prob, _ in tokens)
+    stop = ast.literal_eval(tokens[0][1])
+    assert lines[0].startswith(stop) and stop.isascii()
+    assert printed(capsys, *command, f"--stop={stop}").splitlines() == ["", lines[1], *lines[6:]]
+    assert printed(capsys, *command, f"--stop-id={ord(stop)}").splitlines() == ["", *lines[6:]]
+
+
+def test_a_prompt_goes_on_from_a_saved_state_as_from_its_text(capsys, text_run, tmp_path):
+    command = ["generate", f"--workdir={text_run}", "--max-new-tokens=5", "--temperature=1", "--seed=3"]
+    saved = f"{tmp_path / 'cat.safetensors'}"
+    alone = printed(capsys, *command, "--prompt=The cat")
+    assert printed(capsys, *command, "--prompt=The cat", f"--save-state={saved}") == alone
+    whole = printed(capsys, *command, "--prompt=The cat sat")
+    assert "The cat" + printed(capsys, *command, "--prompt= sat", f"--load-state={saved}") == whole
+    table = printed(capsys, "state", "inspect", saved)
+    assert table.split()[:5] == ["layer", "mixer", "elements", "bytes", "norm"] and "Tokens read: 7." in table
 
 
 def test_export_writes_the_model_of_the_run(capsys, text_run, tmp_path):

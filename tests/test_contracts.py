@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import types
 import typing
 
 import jax
@@ -16,6 +17,8 @@ from helpers.small_mixers import SMALL
 from based_jax import parallel
 from based_jax.dims import Unbroken
 from based_jax.errors import UserError
+from based_jax.generate.state import State
+from based_jax.generate.state_layout import StateLayout
 from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers import MIXERS, make_mixer
 
@@ -132,6 +135,31 @@ def test_chunked_prefill_equals_one_prefill(kind, pieces, normal, close):
     close(cache, once)
     close(decode(mixer, x[:, :T], empty(mixer))[1], once, what="steps")
     close(read(mixer, x[:, T:], cache), read(mixer, x, empty(mixer))[:, T:])
+
+
+class OneLayer(typing.NamedTuple):
+    """What a layout of states asks of a decoder, of a mixer alone."""
+
+    mixer: Mixer
+    config: typing.Any
+    fingerprint: str = "of a test"
+
+    def init_cache(self, rows, max_len):
+        return ((self.mixer.init_cache(rows, max_len),),)
+
+
+def test_a_state_that_was_saved_and_forked_goes_on_bitwise(kind, normal, tmp_path):
+    mixer, x, row, C = mixer_of(kind), np.asarray(normal(B, T, D)), 3, 4
+    layout = StateLayout(OneLayer(mixer, types.SimpleNamespace(layers=((kind, {}),))))
+    _, cache = prefill(mixer, x[:, :C], empty(mixer))
+    state = layout.take(((cache,),), C, row=row)
+    unbroken, last = decode(mixer, x[:, C:], cache)
+    state.save(tmp_path / "state.safetensors")
+    loaded = State.load(tmp_path / "state.safetensors")
+    assert loaded == state != layout.take(((last,),), C, row=row)
+    for _ in range(2):
+        [[fork]] = layout.fork(loaded, LONGEST, rows=B)
+        np.testing.assert_array_equal(read(mixer, np.repeat(x[row : row + 1, C:], B, axis=0), fork)[row], unbroken[row])
 
 
 @pytest.mark.parametrize("before", [0, 2], ids="{} tokens before".format)

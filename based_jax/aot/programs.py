@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 
 from based_jax import flops, optim, parallel
-from based_jax.generate.engine import decode_step
-from based_jax.generate.sampling import GREEDY, row_keys
+from based_jax.generate.decoder import Layout, layout_of
+from based_jax.generate.requests import Request
+from based_jax.generate.rows import Rows, decode_step
 from based_jax.nn.lm import LM
 from based_jax.train.compile import train_program
 from based_jax.train.mesh_checks import check_mesh
@@ -63,31 +63,25 @@ def lower_decode(config: TrainConfig, mesh: Mesh) -> Lowered:
     """Return the step by which `generate` reads a token of every row, with caches for tokens of the longest test."""
     config = config.sized(mesh)
     parallel.check_batch_size(config.batch_size, mesh)
-    rows, length, model = config.batch_size, config.data.longest_test, _model(config)
-    graphdef, shapes = nnx.split(model)
-    params, where = parallel.placed(shapes, mesh), parallel.batch_sharding(mesh, (rows,))
-    tokens, words = (jax.ShapeDtypeStruct((rows, *more), jnp.uint32, sharding=where) for more in ((), (3,)))
+    count, length, layout = config.batch_size, config.data.longest_test, layout_of(config.model)
+    params, rows = parallel.placed(layout.shapes, mesh), _rows(layout, count, length, mesh)
 
-    def step(params, tokens, cache, words):
-        model = nnx.merge(graphdef, params)
-        return decode_step(model, tokens.astype(jnp.int32), cache, GREEDY, row_keys(words))
+    def step(params, rows):
+        return decode_step(layout.model(params), rows)
 
     with jax.set_mesh(mesh):
-        lowered = jax.jit(step, donate_argnums=2).lower(params, tokens, _caches(model, rows, length, mesh), words)
-    return Lowered(lowered, params, rows, rows * model.flops_per_token(length))
+        lowered = jax.jit(step, donate_argnums=1).lower(params, rows)
+    return Lowered(lowered, params, count, count * _model(config).flops_per_token(length))
 
 
-def _caches(model: LM, rows: int, length: int, mesh: Mesh) -> tuple:
-    """Return the shapes of caches, the axis of their rows over the mesh as a batch's."""
+def _rows(layout: Layout, count: int, length: int, mesh: Mesh) -> Rows:
+    """Return the shapes of rows, divided over the mesh as a batch's."""
+    model = layout.model(layout.shapes)
     length = length if model.max_len is None else min(length, model.max_len)
-    few, more = (jax.eval_shape(lambda: model.init_cache(count, length)) for count in (rows, rows + 1))  # noqa: B023
-
-    def placed(x: jax.ShapeDtypeStruct, longer: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        grown = [a != b for a, b in zip(x.shape, longer.shape, strict=True)]
-        where = NamedSharding(mesh, jax.P(*(parallel.BATCH_AXES if grows else None for grows in grown)))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    return jax.tree.map(placed, few, more)
+    shapes = jax.eval_shape(lambda: Rows.of(model.init_cache(count, length), [Request([0])] * count))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.batch_sharding(mesh, (count,))), shapes
+    )
 
 
 PROGRAMS: dict[str, Callable[[TrainConfig, Mesh], Lowered]] = {"train": lower_train, "decode": lower_decode}

@@ -84,7 +84,8 @@ def error_of_rows(got: np.ndarray, wanted: np.ndarray, floor: float = 0.0) -> fl
     """Return the largest error of a token's row of a (B, T, ..., width) array, over the larger of two norms.
 
     One is its own, one the root mean square of the rows about it: where a row cancels, as that of a first token's dq
-    does, its error is that of what cancels. `floor` is as in `error`.
+    does, its error is that of what cancels. Sequences too short to have rows about them share theirs. `floor` is as in
+    `error`.
     """
     got, wanted = (np.asarray(x, np.float64) for x in (got, wanted))
     norms, off = (np.linalg.norm(x, axis=-1) for x in (wanted, got - wanted))
@@ -93,6 +94,8 @@ def error_of_rows(got: np.ndarray, wanted: np.ndarray, floor: float = 0.0) -> fl
     places = np.arange(norms.shape[1])
     begin, end = np.maximum(places - NEARBY_TOKENS, 0), np.minimum(places + NEARBY_TOKENS + 1, len(places))
     near = np.sqrt(np.maximum(squares[:, end] - squares[:, begin], 0) / (end - begin))
+    if len(places) <= NEARBY_TOKENS:
+        near = np.broadcast_to(np.sqrt(np.mean(near**2, axis=0)), near.shape)
     scale = np.maximum(norms, near.reshape(*near.shape, *(1,) * (norms.ndim - 2)))
     scale = np.maximum(scale, floor * np.sqrt(wanted.shape[-1]))
     relative = np.divide(off, scale, out=np.where(off == 0, 0, np.inf), where=scale > 0)

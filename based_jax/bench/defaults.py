@@ -2,6 +2,8 @@
 
 REPEATS = 20
 """Calls that a median is of."""
+MEMORY_FRACTION = "0.92"
+"""Of the GPU, where calls past 2^31 elements and large caches need more than JAX's usual three quarters."""
 CHECK_PROCESSES = 8
 """Of `bench check`, on one GPU."""
 SANITIZER_TOOLS = "memcheck", "racecheck", "synccheck"

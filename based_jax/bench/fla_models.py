@@ -1,15 +1,12 @@
 """Training steps of flash-linear-attention's models in PyTorch: bf16 by autocast, fp32 parameters, fused AdamW."""
 
-import itertools
-import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
+from based_jax.bench.torch_timing import median_seconds
 from based_jax.bench.train_size import Size
 
 VOCAB_SIZE = 50_304
-UNTIMED_STEPS = 3
 CLASSES = {
     "transformer": ("TransformerConfig", "TransformerForCausalLM"),
     "gated_deltanet": ("GatedDeltaNetConfig", "GatedDeltaNetForCausalLM"),
@@ -45,7 +42,7 @@ def measure(name: str, size: Size) -> dict[str, Any]:
     step()
     torch.cuda.synchronize()
     compile_seconds = time.perf_counter() - begin
-    seconds = _median_seconds(step, size.steps)
+    seconds = median_seconds(step, size.steps)
     return {
         "milliseconds": round(1e3 * seconds, 3),
         "remat": "none",
@@ -54,18 +51,3 @@ def measure(name: str, size: Size) -> dict[str, Any]:
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "compile_seconds": round(compile_seconds, 2),
     }
-
-
-def _median_seconds(step: Callable[[], None], steps: int) -> float:
-    """Return the median time of a step between events on the device, which never waits for the host."""
-    import torch
-
-    for _ in range(UNTIMED_STEPS):
-        step()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    for event in events[:-1]:
-        event.record()
-        step()
-    events[-1].record()
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in itertools.pairwise(events)) / 1e3

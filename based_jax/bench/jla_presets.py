@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from based_jax import devices
-from based_jax.bench.train import Runner, peak_bytes
+from based_jax.bench.memory import peak_bytes
+from based_jax.bench.runner import Runner
 from based_jax.bench.train_size import Size
 
 VOCAB_SIZE = 50_304

@@ -28,6 +28,11 @@ def origin() -> dict:
     return {"revision": revision(), "command": " ".join(["python -m based_jax", *sys.argv[1:]])}
 
 
+def read(path: Path) -> list[dict]:
+    """Return the rows of a file, none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 @contextlib.contextmanager
 def appended(path: Path | None) -> Iterator[Callable[[dict], None]]:
     """Return a function that appends a row to a file, at once; without a path to none."""

@@ -1,8 +1,11 @@
-"""Where a training step's time on the device goes: by layer and operation, copies and gaps, from JAX's profiler."""
+"""Where the time of a step on the device goes, one of training or of decoding: by layer and operation, copies and gaps.
+
+From JAX's profiler. A program is a step, or several of them, as decoding has a block of tokens.
+"""
 
 import collections
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from based_jax.aot import costs
@@ -41,25 +44,27 @@ def program_of(text: str) -> Program:
     return Program(MODULE.sub("", text))
 
 
-def profile(run: Callable[[int], Any], program: Program, steps: int) -> dict[str, Any] | None:
-    """Return the breakdown of `run(steps)`; None where no kernel is recorded, as on a CPU."""
-    kernels = recorded(lambda: run(steps))
-    return breakdown(kernels, program, steps) if kernels else None
+def profile(run: Callable[[int], Any], program: Program, runs: int, steps_per_run: int = 1) -> dict[str, Any] | None:
+    """Return the breakdown of `run(runs)`; None where no kernel is recorded, as on a CPU."""
+    kernels = recorded(lambda: run(runs))
+    return breakdown(kernels, program, runs, steps_per_run) if kernels else None
 
 
-def breakdown(kernels: Sequence[Kernel], program: Program, steps: int) -> dict[str, Any]:
+def breakdown(kernels: Sequence[Kernel], program: Program, runs: int, steps_per_run: int = 1) -> dict[str, Any]:
     """Return where the milliseconds of a step go.
 
-    The result has "milliseconds" from the first kernel to the last, in it "idle", in which none ran, "copies" by
-    instructions and engines that only move, "layers" by kind and pass, "sorts" of kernels, and of "kernels" those that
-    take most.
+    The result has "milliseconds" from the first kernel to the last, in it "idle", in which none ran, "launches" of
+    kernels, "copies" by instructions and engines that only move, "layers" by kind and pass, "sorts" of kernels, and of
+    "kernels" those that take most.
     """
-    ordered = in_order(kernels)
-    parts = list(_parts(ordered, program, steps))
+    ordered, steps = in_order(kernels), runs * steps_per_run
+    told = instructions(ordered, program, steps if has_unknown_loops(program) else runs)
+    parts = [_part(kernel, program, found, steps) for kernel, found in zip(ordered, told, strict=True)]
     span, busy = (x(ordered) / 1e6 / steps for x in (length, busy_time))
     return {
         "milliseconds": round(span, 3),
         "idle": round(span - busy, 3),
+        "launches": round(len(kernels) / steps, 1),
         "copies": _sum(part.milliseconds for part in parts if part.layer == "copies"),
         "layers": _by_layer(parts),
         "sorts": _by_sort(parts),
@@ -67,10 +72,14 @@ def breakdown(kernels: Sequence[Kernel], program: Program, steps: int) -> dict[s
     }
 
 
-def _parts(kernels: Sequence[Kernel], program: Program, steps: int) -> Iterator[Part]:
-    for kernel, found in zip(kernels, instructions(kernels, program, steps), strict=True):
-        milliseconds = (kernel.end - kernel.start) / 1e6 / steps
-        yield Part(*place(program, found, kernel.name), kernel.name, sort(found, kernel.name), milliseconds)
+def has_unknown_loops(program: Program) -> bool:
+    """Return whether a loop does not say how often it runs: its body is a step, and stands once in the schedule."""
+    return bool(program.runs and program.unknown_loops)
+
+
+def _part(kernel: Kernel, program: Program, found: Instruction | None, steps: int) -> Part:
+    milliseconds = (kernel.end - kernel.start) / 1e6 / steps
+    return Part(*place(program, found, kernel.name), kernel.name, sort(found, kernel.name), milliseconds)
 
 
 def place(program: Program, instruction: Instruction | None, kernel: str) -> tuple[str, str, str]:
@@ -132,7 +141,10 @@ def _sum(times: Any) -> float:
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """Return a breakdown in lines of print."""
-    head = f"{found['milliseconds']:.2f} ms on the device, idle {found['idle']:.2f}, copies {found['copies']:.2f}"
+    head = (
+        f"{found['milliseconds']:.2f} ms on the device, idle {found['idle']:.2f}, copies {found['copies']:.2f}, "
+        f"{found['launches']:.0f} launches"
+    )
     layers = [
         f"  {layer:<16} {sum(passes.values()):8.2f} ms  "
         + ", ".join(f"{which} {time:.2f}" for which, time in passes.items())

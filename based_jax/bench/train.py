@@ -1,9 +1,7 @@
 """Whole training steps of a config on random tokens: how fast they are, what they use, and where their time goes."""
 
 import itertools
-import statistics
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +11,9 @@ from flax import nnx
 from based_jax import compilation, devices, flops, parallel
 from based_jax.aot import costs
 from based_jax.aot.hlo import Program
-from based_jax.bench import rows, step_profile
+from based_jax.bench import clocks, rows, step_profile
+from based_jax.bench.memory import peak_bytes, program_bytes
+from based_jax.bench.runner import Runner
 from based_jax.errors import UserError
 from based_jax.nn.block import remat_of
 from based_jax.nn.loss import loss_sums
@@ -23,7 +23,7 @@ from based_jax.train.run import Facts, TrainConfig
 
 BATCHES_ON_DEVICE = 4
 """That the steps take in turn: data are no part of their time."""
-UNTIMED_STEPS, PROFILED_STEPS = 3, 3
+PROFILED_STEPS = 3
 
 
 class CompiledStep(NamedTuple):
@@ -63,7 +63,8 @@ def measure(config: TrainConfig, steps: int, documents: int = 1, profiled: bool 
     compiled = compile_step(program, host_batches[0])
     batches = [_placed(program, batch) for batch in host_batches]
     runner = Runner(compiled.step, program.initial_state(), batches)
-    seconds = runner.median_seconds(steps)
+    with clocks.recorded(program.mesh.devices.flat[0]) as clock:
+        seconds = runner.median_seconds(steps)
     peak = peak_bytes()  # a profile takes memory as well
     text = step_profile.program_of(compiled.step.as_text() or "")
     breakdown = step_profile.profile(runner.take, text, PROFILED_STEPS) if profiled else None
@@ -71,6 +72,7 @@ def measure(config: TrainConfig, steps: int, documents: int = 1, profiled: bool 
         **_sizes(program, batches[0], steps, documents),
         **_speed(program, compiled, text, batches[0]["inputs"].shape, seconds),
         **_compilation(compiled),
+        **clock,
         "program_bytes": program_bytes(compiled.step),
         "peak_bytes": peak,
         "impls": compiled.choices,
@@ -133,30 +135,6 @@ def _placed(program: TrainProgram, batch: parallel.HostBatch) -> parallel.Global
     return feed.arrays({name: x[feed.rows] for name, x in batch.items()})
 
 
-class Runner:
-    """Steps one after the other, from a state that each of them replaces."""
-
-    def __init__(self, step: Any, state: Any, batches: Sequence[parallel.GlobalBatch]):
-        self.step, self.state, self.batches = step, state, batches
-
-    def take(self, steps: int) -> list[float]:
-        """Take steps, and return when each was done, in seconds; the next one always waits on the device."""
-        done, last = [], None
-        for i in range(steps):
-            self.state, metrics = self.step(self.state, self.batches[i % len(self.batches)])
-            if last is not None:
-                jax.block_until_ready(last)
-                done.append(time.perf_counter())
-            last = metrics
-        jax.block_until_ready(last)
-        return [*done, time.perf_counter()]
-
-    def median_seconds(self, steps: int) -> float:
-        """Return the median time of so many steps, after some that are not timed."""
-        done = self.take(UNTIMED_STEPS + steps)[UNTIMED_STEPS - 1 :]
-        return statistics.median(end - begin for begin, end in itertools.pairwise(done))
-
-
 def _sizes(program: TrainProgram, batch: parallel.GlobalBatch, steps: int, documents: int) -> dict[str, Any]:
     count, length = batch["inputs"].shape
     config = program.config
@@ -192,27 +170,13 @@ def _compilation(compiled: CompiledStep) -> dict[str, Any]:
     return {**parts, "compile_seconds": round(sum(compiled.seconds.values()), 2), "compiled_before": compiled.is_warm}
 
 
-def program_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """Return what a compiled step needs on a device: arguments, results that are not the donated ones, temporaries."""
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return None
-    sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
-    return sum(sizes) - memory.alias_size_in_bytes
-
-
-def peak_bytes() -> int | None:
-    """Return the most that was in use on a device of this process since it began; None where it is not counted."""
-    found = [device.memory_stats() or {} for device in jax.local_devices()]
-    return max((x["peak_bytes_in_use"] for x in found if "peak_bytes_in_use" in x), default=None)
-
-
 def lines(row: dict[str, Any]) -> list[str]:
     """Return a row in lines of print."""
     shape = f"({row['rows']},{row['seq_len']}) on {row['devices']} x {row['device']}"
     used = "".join(f", {name.upper()} {row[name]:.3f}" for name in ("mfu", "hfu", "mbu") if name in row)
     step, peak = ("-" if row[x] is None else f"{row[x] / 2**20:.0f} MiB" for x in ("program_bytes", "peak_bytes"))
-    speed = f"{row['milliseconds']:.2f} ms a step, {row['tokens_per_second']:.0f} tokens/s{used}"
+    clock = f", {row['sm_clock_mhz']:.0f} MHz at {row['watts']:.0f} W" if "watts" in row else ""
+    speed = f"{row['milliseconds']:.2f} ms a step, {row['tokens_per_second']:.0f} tokens/s{used}{clock}"
     how = "read from the disk" if row["compiled_before"] else "compiled"
     first = f"{shape}: {speed}; {step} for a step, {peak} at most; {how} in {row['compile_seconds']:.1f} s"
     impls = ", ".join(f"{operation} {'+'.join(names)}" for operation, names in row["impls"].items())

@@ -1,26 +1,12 @@
-"""Whole models of other libraries, trained on the same shapes: jax-linear-attention's presets and FLA's in PyTorch.
+"""Whole models of other libraries, trained on the same shapes: jax-linear-attention's presets and FLA's in PyTorch."""
 
-A library is imported where one of its models is timed, in a process of its own: each takes the GPU as it likes.
-"""
-
-import importlib.util
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from based_jax.bench import fla_models, jla_presets, rows
+from based_jax.bench.peers import Peer
 from based_jax.bench.train_size import Size
-from based_jax.errors import unknown
 
 ROWS, SEQ_LEN = 8, 2048
-
-
-class Peer(NamedTuple):
-    """One model of a library: the modules and the packages that it needs, and how it is timed."""
-
-    modules: tuple[str, ...]
-    packages: tuple[str, ...]
-    name: str
-    measure: Callable[[str, Size], dict[str, Any]]
 
 
 def _jla(name: str) -> Peer:
@@ -47,21 +33,6 @@ PEERS = {
     "fla:rwkv7": _fla("rwkv7"),
 }
 """By library and model."""
-
-
-def check(name: str) -> None:
-    """Raise UserError for a peer that is none."""
-    if name not in PEERS:
-        raise unknown("peer", name, PEERS)
-
-
-def installed() -> list[str]:
-    """Return the peers whose libraries are there; which are not is printed."""
-    missing = {x: [m for m in peer.modules if importlib.util.find_spec(m) is None] for x, peer in PEERS.items()}
-    lacking = {name: modules for name, modules in missing.items() if modules}
-    for name, modules in lacking.items():
-        print(f"{name}: {', '.join(modules)} not installed.", flush=True)
-    return [name for name in PEERS if name not in lacking]
 
 
 def measure(name: str, size: Size) -> dict[str, Any]:

@@ -27,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write each target and say what is in it."""
     from based_jax.convert import save_hf, save_orbax, save_safetensors
-    from based_jax.convert.folders import check_free
-    from based_jax.folders import check_utf8, local_path
+    from based_jax.folders import check_free, check_utf8, local_path
     from based_jax.train.run import load_run
     from based_jax.train.tasks import TextTask
 

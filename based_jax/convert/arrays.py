@@ -7,9 +7,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from based_jax import config as configs
-from based_jax.convert.folders import check_free, written_whole
 from based_jax.convert.reference import parameters
-from based_jax.folders import check_utf8, local_path
+from based_jax.folders import check_free, check_utf8, local_path, written_whole
 from based_jax.nn.lm import LM
 
 

@@ -1,10 +1,7 @@
-"""Files of weights: JSON and arrays in, and folders that are written whole or not at all."""
+"""Files of weights: JSON and arrays in."""
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,46 +78,3 @@ def _read_arrays(path: Path, read: Callable[[Path], dict[str, np.ndarray]]) -> d
         return read(path)
     except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
         raise UserError(f"'{path}' cannot be read: {reason(error)}.") from None
-
-
-def check_free(path: Path) -> None:
-    """Raise UserError for a target that is there, unless it is an empty folder."""
-    try:
-        free = not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {reason(error)}.") from None
-    if not free:
-        raise UserError(f"'{path}' is not empty; name a new one.")
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a path beside the target, which becomes it at the end; whatever goes wrong leaves neither.
-
-    Raises:
-      UserError: the target is not free, or cannot be written.
-    """
-    part = path.absolute().with_name(f".{path.absolute().name}.part")
-    try:
-        check_free(path)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        _remove(part)
-        part.mkdir()  # what refuses it is told here: Orbax would leave coroutines behind that nobody awaits
-        part.rmdir()
-        yield part
-        os.replace(part, path)
-    except UserError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: TensorStore's for errors of the file system
-        raise UserError(f"'{path}' cannot be written: {reason(error)}.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            _remove(part)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

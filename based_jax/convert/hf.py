@@ -16,15 +16,13 @@ from based_jax.convert.folders import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     Fields,
-    check_free,
     read_json,
     read_weights,
-    written_whole,
 )
 from based_jax.convert.reference import check_layers, lm_from_reference, parameters, reference_weights, unwrapped
 from based_jax.convert.transformers import LLAMA, MAMBA, MAMBA_SSM, RWKV
 from based_jax.errors import UserError, unknown
-from based_jax.folders import local_path
+from based_jax.folders import check_free, local_path, written_whole
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS
 

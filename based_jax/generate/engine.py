@@ -1,21 +1,25 @@
-"""Generation: one prefill of the prompts, then a scan of decode steps, in one compiled program."""
+"""Continuations of prompts, all at once or as they are drawn."""
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Int
 
-from based_jax.dims import BD, Tokens
+from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
-from based_jax.generate.prompts import Prompts, check_length, checked_prompts, draw_words, is_integer, shown
-from based_jax.generate.sampling import GREEDY, Sampling, row_keys, sample
+from based_jax.generate.decoder import Decoder
+from based_jax.generate.prompts import Prompts, check_prefix, checked_prompts, checked_seeds, shown
+from based_jax.generate.requests import Request, check_room, checked_stop
+from based_jax.generate.rows import begun, blocks
+from based_jax.generate.sampling import GREEDY, Sampling
+from based_jax.generate.scheduler import Event, Scheduler
+from based_jax.generate.state import State
 from based_jax.nn.lm import LM
 
-PROMPT_BUCKET = 64
+BLOCK_TOKENS = 64
+"""Drawn by one run of the compiled loop."""
+
+ROOM_STEP = 256
+"""What the room of caches is a multiple of, so that few programs are compiled."""
 
 
 def generate(
@@ -24,93 +28,110 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     *,
-    stop: int | None = None,
+    stop: int | Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
     row_ids: Sequence[int] | None = None,
+    state: State | None = None,
 ) -> list[np.ndarray]:
     """Continue each prompt by up to `max_new_tokens` token ids.
 
-    Prompts of different lengths share a batch: shorter ones are padded on the left, which changes nothing (their
-    padding enters no state). A draw depends on the seed, on the row's id and on its place in that row's own text: a
-    prompt with its id goes on the same way alone as in any batch.
+    Prompts of different lengths share a batch: padding enters no state, so that each goes on as alone. A draw depends
+    on the seed, on the row's id and on its place in that row's own text: a prompt with its id goes on the same way
+    alone as in any batch. The work ends when all rows have stopped. `stream` takes all of it for each prompt of its
+    own, and returns tokens as they are drawn.
 
     Args:
       model: the language model.
       prompts: token ids, at least one each: lists or arrays, of different lengths or one array (B, T).
       max_new_tokens: how many to add.
       sampling: see `Sampling`.
-      stop: id that ends a continuation; it is not part of the result.
+      stop: id that ends a continuation, or several; it is not part of the result.
       seed: of the draws, from 0 to 2^64 - 1; one for all rows, or one for each.
       row_ids: of the draws, one for each prompt, from 0 to 2^32 - 1; by default its index among the prompts.
+      state: of what stands before every prompt, which each goes on from.
 
     Returns:
       The new ids of each prompt, without the prompt.
 
     Raises:
       UserError: no prompt or an empty one, an id that the model does not have, no tokens to add, more than the
-        model reads, or a value of another type or range.
+        model reads, a value of another type or range, or the state of another model.
     """
+    _check(model, sampling)
+    token_ids = checked_prompts(prompts, model.config.vocab_size)
+    stops = _stop_ids(stop, model.config.vocab_size)
+    check_room(token_ids, max_new_tokens, model.max_len, state)
+    draws = checked_seeds(seed, row_ids, len(token_ids))
+    requests = [
+        Request(ids, int(max_new_tokens), sampling, stops, seed=seed, row_id=row_id, state=state)
+        for ids, (seed, row_id) in zip(token_ids, draws, strict=True)
+    ]
+    decoder = Decoder.of(model)
+    check_prefix(token_ids, decoder.prefix_length)
+    rows = begun(decoder, requests, room_for(requests, model.max_len))
+    found = list(blocks(decoder, rows, BLOCK_TOKENS))
+    return [_new_ids([block.tokens[row, : block.count[row]] for block in found], stops) for row in range(len(requests))]
+
+
+def stream(
+    model: LM | Decoder,
+    requests: Iterable[Request],
+    *,
+    tokenizer: Tokenizer | None = None,
+    slots: int | None = None,
+    block_tokens: int = 8,
+) -> Iterator[Event]:
+    """Yield tokens of each request as they are drawn, and a finish reason with its last.
+
+    Args:
+      model: the language model.
+      requests: what to answer; an event's `id` counts them from 0.
+      tokenizer: makes text of tokens, in which stop strings are found.
+      slots: how many are answered at a time; by default all.
+      block_tokens: drawn between two events of a request, at most.
+
+    Raises:
+      UserError: a request is not what the model can be asked, before the first token of any.
+    """
+    decoder = Decoder.of(model)
+    requests = [request.checked(decoder, decoder.max_len, f"Prompt {i}") for i, request in enumerate(requests)]
+    if not requests:
+        return
+    scheduler = Scheduler(
+        decoder,
+        slots=len(requests) if slots is None else slots,
+        max_len=room_for(requests, decoder.max_len),
+        tokenizer=tokenizer,
+        block_tokens=block_tokens,
+    )
+    for request in requests:
+        scheduler.submit(request)
+    while scheduler.busy:
+        yield from scheduler.advance()
+
+
+def room_for(requests: Sequence[Request], max_len: int | None) -> int:
+    """Return the room of caches for the longest of requests."""
+    longest = max(request.length + request.max_new_tokens for request in requests)
+    room = -(-longest // ROOM_STEP) * ROOM_STEP
+    return room if max_len is None else min(room, max_len)
+
+
+def _check(model: LM, sampling: Sampling) -> None:
     if not isinstance(model, LM):
         raise UserError(f"model is {shown(model)}; it is an LM.")
     if not isinstance(sampling, Sampling):
         raise UserError(f"sampling is {shown(sampling)}; it is a Sampling, as in Sampling(temperature=0.6).")
-    token_ids = checked_prompts(prompts, model.config.vocab_size)
-    if stop is not None and not (is_integer(stop) and 0 <= stop < model.config.vocab_size):
-        raise UserError(f"stop is {shown(stop)}; it is a token id, 0 to {model.config.vocab_size - 1}, or None.")
-    check_length(token_ids, max_new_tokens, model.max_len)
-    words = draw_words(seed, row_ids, len(token_ids))
-    ids, segment_ids = _pad_left(token_ids)
-    graphdef, params = nnx.split(model)
-    new = _generate(graphdef, sampling, int(max_new_tokens), params, ids, segment_ids, words)
-    return [_until(row, stop) for row in np.asarray(new)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(graphdef, sampling: Sampling, steps: int, params, ids, segment_ids, words) -> Int[Array, "B steps"]:
-    model = nnx.merge(graphdef, params)
-    room = ids.shape[1] + steps  # padding takes none
-    cache = model.init_cache(ids.shape[0], room if model.max_len is None else min(room, model.max_len))
-    hidden, cache = model.prefill(ids, cache, segment_ids)
-    keys, places = row_keys(words), jnp.sum(segment_ids, axis=1)
-
-    def keys_of(i):
-        return jax.vmap(jax.random.fold_in)(keys, places + i)
-
-    def step(carry, i):
-        tokens, cache = carry
-        new, cache = decode_step(model, tokens, cache, sampling, keys_of(i))
-        return (new, cache), new
-
-    first = _draw(model, hidden[:, -1], sampling, keys_of(0))
-    _, rest = jax.lax.scan(step, (first, cache), jnp.arange(1, steps))
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
+def _stop_ids(stop: int | Sequence[int] | None, vocab_size: int) -> tuple[int, ...]:
+    if stop is None:
+        return ()
+    stops = stop if isinstance(stop, Sequence) and not isinstance(stop, str) else [stop]
+    return tuple(checked_stop(value, vocab_size) for value in stops)
 
 
-def decode_step(model: LM, tokens: Tokens, cache: tuple, sampling: Sampling, keys: Array) -> tuple[Tokens, tuple]:
-    """Read one token of each row; return those drawn to follow it, each by its row's key, and the caches after it."""
-    hidden, cache = model.step(tokens, cache)
-    return _draw(model, hidden, sampling, keys), cache
-
-
-def _draw(model: LM, hidden: BD, sampling: Sampling, keys: Array) -> Tokens:
-    return sample(model.logits(hidden)[:, : model.config.vocab_size], sampling, keys)
-
-
-def _pad_left(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids (B, T) and segment ids (1 for tokens, 0 for padding), T a multiple of `PROMPT_BUCKET`.
-
-    Few distinct lengths mean few compilations.
-    """
-    longest = max(map(len, prompts))
-    T = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
-    ids = np.zeros((len(prompts), T), np.int32)
-    segment_ids = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, T - len(prompt) :] = prompt
-        segment_ids[row, T - len(prompt) :] = 1
-    return ids, segment_ids
-
-
-def _until(row: np.ndarray, stop: int | None) -> np.ndarray:
-    ends = np.flatnonzero(row == stop) if stop is not None else row[:0]
-    return row[: ends[0]] if ends.size else row
+def _new_ids(parts: Sequence[np.ndarray], stops: tuple[int, ...]) -> np.ndarray:
+    """Return the ids of a row, without that which stopped it."""
+    ids = np.concatenate(parts)
+    return ids[:-1] if len(ids) and ids[-1] in stops else ids

@@ -19,7 +19,7 @@ MAX_TOKENS = 2**31 - 1
 
 def is_integer(value: Any) -> bool:
     """Return whether a value is an integer of Python or numpy; True is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool | np.bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool | np.bool))
 
 
 def is_number(value: Any) -> bool:
@@ -54,10 +54,11 @@ def checked_prompts(prompts: Prompts, vocab_size: int) -> list[Int[np.ndarray, "
         raise UserError(f"prompts is {shown(prompts)}; it is a list of prompts, each a list of token ids.") from None
     if not rows:
         raise UserError("There is no prompt; give at least one.")
-    return [_checked_ids(f"Prompt {row}", prompt, vocab_size) for row, prompt in enumerate(rows)]
+    return [checked_ids(f"Prompt {row}", prompt, vocab_size) for row, prompt in enumerate(rows)]
 
 
-def _checked_ids(name: str, prompt: Any, vocab_size: int) -> Int[np.ndarray, "_"]:
+def checked_ids(name: str, prompt: Any, vocab_size: int) -> Int[np.ndarray, "_"]:
+    """Return the ids of a prompt of that name; UserError if it is empty, or anything but ids that the model knows."""
     if isinstance(prompt, str | bytes):
         raise UserError(f"{name} is the string {shown(prompt)}; it is a list of token ids, as a tokenizer encodes it.")
     if not _is_ordered(prompt) or getattr(prompt, "ndim", 1) != 1:
@@ -88,8 +89,18 @@ def check_length(prompts: Sequence[np.ndarray], max_new_tokens: int, max_len: in
         )
 
 
-def draw_words(seed: int | Sequence[int], row_ids: Sequence[int] | None, num_rows: int) -> UInt32[np.ndarray, "B 3"]:
-    """Return what a row's draws depend on beside their places: both halves of its seed, and its id.
+def check_prefix(prompts: Sequence[np.ndarray], prefix_length: int) -> None:
+    """Raise UserError for a prompt whose last token, from which decoding goes on, is one that is read with others."""
+    shortest = min(map(len, prompts))
+    if 0 < prefix_length >= shortest:
+        raise UserError(
+            f"A prompt has {shortest} tokens; the model reads the first {prefix_length} in no order, so that it has"
+            f" at least {prefix_length + 1}."
+        )
+
+
+def checked_seeds(seed: int | Sequence[int], row_ids: Sequence[int] | None, num_rows: int) -> list[tuple[int, int]]:
+    """Return the seed and the id of each row.
 
     Raises:
       UserError: there are not as many seeds or ids as rows, or one is out of range.
@@ -100,8 +111,12 @@ def draw_words(seed: int | Sequence[int], row_ids: Sequence[int] | None, num_row
         for value in values:
             if not is_integer(value) or not 0 <= value < limit:
                 raise UserError(f"A {name} is {shown(value)}; it is an integer from 0 to {limit - 1}.")
-    words = [(int(s) >> 32, int(s) & 0xFFFFFFFF, int(i)) for s, i in zip(seeds, ids, strict=True)]
-    return np.asarray(words, np.uint32)
+    return [(int(s), int(i)) for s, i in zip(seeds, ids, strict=True)]
+
+
+def draw_words(seed: int, row_id: int) -> UInt32[np.ndarray, "3"]:
+    """Return what a row's draws depend on beside their places: both halves of its seed, and its id."""
+    return np.asarray((seed >> 32, seed & 0xFFFFFFFF, row_id), np.uint32)
 
 
 def _per_row(name: str, values: Any, num_rows: int) -> list[int]:

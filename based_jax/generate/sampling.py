@@ -2,16 +2,20 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from based_jax.errors import UserError
 from based_jax.generate.prompts import is_integer, is_number, shown
 
 COLDEST, HOTTEST = 1e-30, 1e30
 """Temperatures below and above which draws in fp32 are the most likely token, and any token alike."""
+
+MOST_KEPT = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +44,35 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def row_keys(words: UInt32[Array, "B 3"]) -> Array:
-    """Return each row's key (B) from `prompts.draw_words`."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """How the next token of each row is drawn: its `Sampling` as arrays, and the key of its seed and id."""
+
+    temperature: Float[Array, "B"]
+    top_k: Int[Array, "B"]
+    top_p: Float[Array, "B"]
+    keys: Array
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling], words: Sequence[np.ndarray]) -> "Draws":
+        """Return the draws of rows, `words` as `prompts.draw_words` has them."""
+        temperatures = [s.temperature and float(min(s.temperature, HOTTEST)) for s in samplings]
+        return cls(
+            np.asarray([0.0 if t < COLDEST else t for t in temperatures], np.float32),
+            np.asarray([min(s.top_k, MOST_KEPT) for s in samplings], np.int32),
+            np.asarray([float(s.top_p) for s in samplings], np.float32),
+            _row_keys(np.stack(words)),
+        )
+
+    def of_live(self, live: Bool[Array, "B"]) -> "Draws":
+        """Return draws of which those of other rows are greedy, which costs least."""
+        return dataclasses.replace(self, temperature=jnp.where(live, self.temperature, 0.0))
+
+
+@jax.jit
+def _row_keys(words: UInt32[Array, "B 3"]) -> Array:
+    """Return each row's key (B) from both halves of its seed and its id."""
 
     def row_key(seed_high, seed_low, row_id):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed_low), seed_high), row_id)
@@ -49,26 +80,66 @@ def row_keys(words: UInt32[Array, "B 3"]) -> Array:
     return jax.vmap(row_key)(*words.T)
 
 
-def sample(logits: Float[Array, "B vocab"], sampling: Sampling, keys: Array) -> Int[Array, "B"]:
-    """Draw one token per row, each by its own key, so that no row's draws depend on the others."""
-    if sampling.temperature < COLDEST:
-        return jnp.argmax(logits, axis=-1)
-    logits = logits / float(min(sampling.temperature, HOTTEST))
-    if sampling.top_k:
-        kept, _ = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))
-        logits = jnp.where(logits < kept[:, -1:], -jnp.inf, logits)
-    if sampling.top_p < 1:
-        logits = jnp.where(logits < _nucleus_threshold(logits, float(sampling.top_p)), -jnp.inf, logits)
-    return jax.vmap(jax.random.categorical)(keys, logits)
+@jax.named_scope("draw")
+def draw(
+    logits: Float[Array, "B vocab"], draws: Draws, places: Int[Array, "B"]
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """Draw one token per row; return it and its log-probability at temperature 1 with nothing cut.
 
-
-def _nucleus_threshold(logits: Float[Array, "B vocab"], top_p: float) -> Float[Array, "B 1"]:
-    """Return the smallest logit of the nucleus: the tokens before which less than `top_p` has been collected.
-
-    The first is one of them, even of a `top_p` that is 0 in fp32.
+    A draw depends on the row's key and on the token's place in its text alone. What no row asks for is not computed.
     """
-    descending = jnp.sort(logits, axis=-1, descending=True)
-    p = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(p, axis=-1) - p
-    kept = jnp.where(before < top_p, descending, jnp.inf)
-    return jnp.minimum(jnp.min(kept, axis=-1, keepdims=True), descending[:, :1])
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    hot = draws.temperature > 0
+    token = jax.lax.cond(
+        jnp.any(hot),
+        lambda: jnp.where(hot, _drawn(logits, draws, places), token),
+        lambda: token,
+    )
+    log_prob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    return token, log_prob
+
+
+def _drawn(logits: Float[Array, "B vocab"], draws: Draws, places: Int[Array, "B"]) -> Int[Array, "B"]:
+    hot = draws.temperature > 0
+    logits = logits / jnp.where(hot, draws.temperature, 1.0)[:, None]
+    for asked, cut in ((draws.top_k > 0, _most_likely), (draws.top_p < 1, _nucleus)):
+        logits = jax.lax.cond(jnp.any(hot & asked), cut, lambda logits, _: logits, logits, draws)
+    keys = jax.vmap(jax.random.fold_in)(draws.keys, places)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _most_likely(logits: Float[Array, "B vocab"], draws: Draws) -> Float[Array, "B vocab"]:
+    """Cut what is below each row's `top_k` largest logits."""
+    vocab = logits.shape[-1]
+    most = jnp.where(draws.top_k > 0, jnp.minimum(draws.top_k, vocab), vocab)
+    return _cut(logits, lambda kept: jnp.sum(kept, axis=-1) >= most)
+
+
+def _nucleus(logits: Float[Array, "B vocab"], draws: Draws) -> Float[Array, "B vocab"]:
+    """Cut what is below the fewest largest logits that hold `top_p`."""
+    p = jax.nn.softmax(logits, axis=-1)
+    least = jnp.where(draws.top_p < 1, draws.top_p, jnp.inf)  # the sum of all may be above or below 1
+    return _cut(logits, lambda kept: jnp.sum(jnp.where(kept, p, 0.0), axis=-1) >= least)
+
+
+def _cut(logits: Float[Array, "B vocab"], is_enough: Callable) -> Float[Array, "B vocab"]:
+    """Return logits with -inf in place of all below the largest threshold above which each row has enough.
+
+    The threshold is found bit by bit among all numbers of fp32: 32 sums, where to sort a vocabulary takes much longer.
+    The largest logit is kept in any case.
+    """
+    order = _order(logits)
+
+    def narrow(i, threshold):
+        higher = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(is_enough(order >= higher[:, None]), higher, threshold)
+
+    threshold = jax.lax.fori_loop(0, 32, narrow, jnp.zeros(logits.shape[:1], jnp.uint32))
+    threshold = jnp.minimum(threshold, jnp.max(order, axis=-1))
+    return jnp.where(order >= threshold[:, None], logits, -jnp.inf)
+
+
+def _order(x: Float[Array, "B vocab"]) -> UInt32[Array, "B vocab"]:
+    """Return unsigned integers in the order of fp32 numbers."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))

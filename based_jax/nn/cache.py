@@ -53,13 +53,20 @@ class TokenCache:
     def extend(self, tokens: Any, segment_ids: SegmentIds | None) -> "TokenCache":
         """Write the tokens of each row's last document, a tree of (B, T, ...), the newest where not all fit."""
         T, S = jax.tree.leaves(tokens)[0].shape[1], self.slots
-        places, length = segments.positions(segment_ids, self.length, T)
-        kept = places >= length[:, None] - S
-        if segment_ids is not None:
-            numbers = segments.numbered(segment_ids)
-            kept = kept & (numbers == segments.last_id(numbers)[:, None]) & (numbers != 0)
+        places, last, length = self.last_document(T, segment_ids)
+        kept = last & (places >= length[:, None] - S)
         beyond = S + jnp.arange(T, dtype=jnp.int32)[None]  # no slot, so that nothing is written
         return TokenCache(self._written(tokens, jnp.where(kept, places % S, beyond)), length)
+
+    def last_document(
+        self, count: int, segment_ids: SegmentIds | None
+    ) -> tuple[Int[Array, "B T"], Bool[Array, "#B T"], Int[Array, "B"]]:
+        """Return the place of each of the next tokens, which are of the last document, and how many that has then."""
+        places, length = segments.positions(segment_ids, self.length, count)
+        if segment_ids is None:
+            return places, jnp.ones((1, count), bool), length
+        numbers = segments.numbered(segment_ids)
+        return places, (numbers == segments.last_id(numbers)[:, None]) & (numbers != 0), length
 
     def _written(self, tokens: Any, slots: Int[Array, "B T"]) -> Any:
         # Batched over rows, so that under a mesh each device writes its own.

@@ -25,6 +25,7 @@ from based_jax.ops.gated_linear_attention import (
     gated_linear_attention,
     gated_linear_attention_step,
 )
+from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
@@ -61,7 +62,7 @@ class GatedLinearMixer(Mixer):
     """
 
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar[Operation] = Operation(gated_linear_attention, gated_linear_attention_step)
+    operation: ClassVar[Operation] = Operation(gated_linear_attention, gated_linear_attention_step, MATRIX_STATE_STEPS)
     rotary: ClassVar[bool] = False
     scale: ClassVar[float | None] = None
     gate_activation: ClassVar[Any] = staticmethod(jax.nn.silu)
@@ -148,7 +149,8 @@ class GatedLinearMixer(Mixer):
         q, k, v = self._heads(y)
         if self.rotary:
             q, k = (layers.rotary(z[:, None], state.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
-        o, memory = self.operation.step(*self._gated(x, q, k, v), state.memory, scale=self.scale)
+        options = self.operation.step_options(self.config.impl)
+        o, memory = self.operation.step(*self._gated(x, q, k, v), state.memory, scale=self.scale, **options)
         return self._out(x, o), GatedState(memory, conv, state.length + 1)
 
     @override

@@ -142,9 +142,9 @@ def split(y: Shaped[Array, "..."], sections: int | Sequence[int], axis: int = -1
     """Return the parts of a product, as `jnp.split` does, whose gradient is joined from theirs once, as they are made.
 
     XLA would make the parts' gradients first, and then join them for each of the two products that read the sum of
-    all: a barrier's gradient is a barrier.
+    all: a barrier's gradient is a barrier. A decode step's tokens (B, D), which have none, are left to one kernel.
     """
-    return jnp.split(lax.optimization_barrier(y), sections, axis)
+    return jnp.split(y if y.ndim < 3 else lax.optimization_barrier(y), sections, axis)
 
 
 def per_channel(parameter: Float[Array, "..."], x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
@@ -296,11 +296,11 @@ def to_heads(layer: nnx.Linear, x: Float[Array, "*B D"], num_heads: int, width: 
     """
     if num_heads * width == layer.out_features:
         return split_heads(layer(x), num_heads)
-    kernel = _with_zeros(split_heads(layer.kernel[...].astype(layer.dtype), num_heads), -1, width)
+    kernel = with_zeros(split_heads(layer.kernel[...].astype(layer.dtype), num_heads), -1, width)
     y = split_heads(multiply(x.astype(layer.dtype), merge_heads(kernel)), num_heads)
     if layer.bias is None:
         return y
-    return y + per_channel(_with_zeros(split_heads(layer.bias[...], num_heads), -1, width), y)
+    return y + per_channel(with_zeros(split_heads(layer.bias[...], num_heads), -1, width), y)
 
 
 def from_heads(layer: nnx.Linear, o: Float[Array, "*B H V"]) -> Float[Array, "*B D"]:
@@ -309,12 +309,12 @@ def from_heads(layer: nnx.Linear, o: Float[Array, "*B H V"]) -> Float[Array, "*B
     if num_heads * width == layer.in_features:
         return layer(merge_heads(o))
     kernel = einops.rearrange(layer.kernel[...].astype(layer.dtype), "(H V) D -> H V D", H=num_heads)
-    rows = einops.rearrange(_with_zeros(kernel, 1, width), "H V D -> (H V) D")
+    rows = einops.rearrange(with_zeros(kernel, 1, width), "H V D -> (H V) D")
     y = multiply(merge_heads(o).astype(layer.dtype), rows)
     return y if layer.bias is None else y + per_channel(layer.bias[...], y)
 
 
-def _with_zeros(x: Float[Array, "..."], axis: int, size: int) -> Float[Array, "..."]:
+def with_zeros(x: Float[Array, "..."], axis: int, size: int) -> Float[Array, "..."]:
     """Return x with zeros behind it on an axis, up to a size."""
     fillers = [(0, 0)] * x.ndim
     fillers[axis] = (0, size - x.shape[axis])

@@ -17,16 +17,26 @@ from based_jax.nn.cache import Cache
 from based_jax.nn.layers import LARGEST_SIZE, Init
 from based_jax.ops import segments
 from based_jax.ops.arguments import checked
+from based_jax.ops.dispatch import Implementation, beside
 
 Buffer = str | np.ndarray | tuple[int, ...]
 """The key of the parameter that it repeats, its values where it is constant, or its shape where nothing reads it."""
 
 
 class Operation(NamedTuple):
-    """What a family of mixers shares its passes for: an operation on whole sequences, and on one token."""
+    """What a family of mixers shares its passes for: an operation on whole sequences, and on one token.
+
+    Attributes:
+      steps: the table of the latter's implementations, if it has one.
+    """
 
     sequence: Callable[..., Any]
     step: Callable[..., Any]
+    steps: Mapping[str, Implementation] | None = None
+
+    def step_options(self, impl: str) -> dict[str, str]:
+        """Return what a mixer whose option `impl` is this one calls the step with."""
+        return {} if self.steps is None else {"impl": beside(impl, self.steps)}
 
 
 class Mixer(nnx.Module):
@@ -74,6 +84,11 @@ class Mixer(nnx.Module):
     def max_len(self) -> int | None:
         """The most tokens that a document may have, or None."""
         return None
+
+    @property
+    def prefix_length(self) -> int:
+        """The tokens at the beginning of a document that have to come in one prefill."""
+        return 0
 
     @property
     def head_counts(self) -> dict[str, int]:

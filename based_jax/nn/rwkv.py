@@ -57,7 +57,8 @@ class TimeMix(Mixer):
     @override
     def _step(self, x: BD, state: RwkvState) -> tuple[BD, RwkvState]:
         inputs, rest = self._project(x, state.shift.astype(x.dtype))
-        o, memory = self.operation.step(*inputs, state=state.memory, **self._options())
+        options = self._options() | self.operation.step_options(self.config.impl)
+        o, memory = self.operation.step(*inputs, state=state.memory, **options)
         return self._out(o, *rest), RwkvState(memory, x.astype(self.dtype))
 
     @abc.abstractmethod

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from based_jax import devices
 from based_jax.dims import BHKV, BTHK
-from based_jax.ops.calls import Decay, MatrixStateCall
+from based_jax.ops.calls import Decay, MatrixStateCall, MatrixStepCall
 from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.precision import EXACT, einsum, narrow_einsum
 from based_jax.ops.segments import FORGET_LOG_DECAY
@@ -189,7 +189,7 @@ def _pad_pairs(visible):
     return jnp.pad(visible, [(0, 0), padding, padding])
 
 
-def as_dplr(call: MatrixStateCall) -> MatrixStateCall:
+def as_dplr[Call: (MatrixStateCall, MatrixStepCall)](call: Call) -> Call:
     """Return the call of the diagonal plus low rank form that equals one of the delta rule, of one token or of many."""
     assert call.beta is not None
     k, rate, log_decay = (x.astype(jnp.float32) for x in (call.k, call.beta[..., None], call.log_decay))

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHK, BHKV, BHV, BTHK, BTHV, SegmentIds
-from based_jax.ops import scan, sequence
+from based_jax.ops import matrix_state_step, scan, sequence
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import BTH, Decay, MatrixStateCall
+from based_jax.ops.calls import BH, BTH, Decay, MatrixStateCall, MatrixStepCall
 from based_jax.ops.decays import LogDecays, as_dplr, empty_state, pair_weights
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import recurrence as hopper_recurrence
@@ -71,13 +71,21 @@ def delta_rule(
 
 
 @checked
-@jax.named_scope("delta_rule_step")
 def delta_rule_step(
-    q: BHK, k: BHK, v: BHV, log_decay: Float[Array, "B H #K"], beta: Float[Array, "B H"], state: BHKV, **options: Any
+    q: BHK,
+    k: BHK,
+    v: BHV,
+    log_decay: Float[Array, "B H #K"],
+    beta: BH,
+    state: BHKV,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
 ) -> tuple[BHV, BHKV]:
-    """Return one token's output and the state after it."""
-    token = as_dplr(MatrixStateCall(q, k, v, log_decay, beta=beta))
-    return dplr_step(*_operands(token), state, **options)
+    """Return one token's output and the state after it; `impl` is one of `ops/matrix_state_step.py`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    call = MatrixStepCall(q, k, v, log_decay, state, beta=beta, scale=scale)
+    return dispatch("delta_rule_step", matrix_state_step.IMPLEMENTATIONS, impl, call)
 
 
 @checked
@@ -119,7 +127,6 @@ def dplr(
 
 
 @checked
-@jax.named_scope("dplr_step")
 def dplr_step(
     q: BHK,
     k: BHK,
@@ -130,19 +137,19 @@ def dplr_step(
     state: BHKV,
     *,
     scale: float | None = None,
+    impl: str = "auto",
 ) -> tuple[BHV, BHKV]:
-    """Return one token's output and the state after it."""
+    """Return one token's output and the state after it; `impl` is one of `ops/matrix_state_step.py`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-    u = jnp.einsum("BHK,BHKV->BHV", a, state, precision=EXACT)
-    written = b[..., None] * u[..., None, :] + k[..., None] * v32[..., None, :]
-    state = jnp.exp(log_decay)[..., None] * state + written
-    return (scale * jnp.einsum("BHK,BHKV->BHV", q, state, precision=EXACT)).astype(v.dtype), state
+    a, b = (x.astype(jnp.float32) for x in (a, b))
+    call = MatrixStepCall(q, k, v, log_decay, state, a=a, b=b, scale=scale)
+    return dispatch("dplr_step", matrix_state_step.IMPLEMENTATIONS, impl, call)
 
 
 def _recurrent(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     def step(token, state):
-        return dplr_step(*_operands(token), state, scale=call.scale)
+        q, k, v, log_decay, a, b = _operands(token)
+        return matrix_state_step.update_and_read(MatrixStepCall(q, k, v, log_decay, state, a=a, b=b, scale=call.scale))
 
     return scan.over_tokens(step, call.tokens, empty_state(call), call.state, call.segment_ids)
 

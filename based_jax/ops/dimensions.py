@@ -32,10 +32,16 @@ def _recurrent(arguments: dict[str, Names], state: Names = STATE) -> Dimensions:
 DIMENSIONS: dict[type, Dimensions] = {
     calls.AttentionCall: Dimensions(_by_token("q", "k", "v"), (BY_HEAD,)),
     calls.LinearAttentionCall: _recurrent(_by_token("q", "k", "v")),
+    calls.TaylorDecodeCall: Dimensions(
+        _by_token("q", "k", "v", names=("batch", None, "heads")) | {"sums": STATE, "tokens": STATE, "count": ROWS},
+        (("batch", None, "heads"), STATE, STATE, ROWS),
+    ),
     calls.MatrixStateCall: _recurrent(_by_token("q", "k", "v", "log_decay", "beta", "a", "b") | {"bonus": HEADS}),
     calls.SlotAttentionCall: _recurrent(_by_token("q", "k", "v", "s", "log_decay")),
     calls.SSDCall: _recurrent(_by_token("x", "dt") | {"A": HEADS} | _by_token("B", "C", names=BY_GROUP)),
-    calls.SelectiveScanCall: _recurrent(_by_token("u", "dt") | {"A": HEADS} | _by_token("B", "C", names=TOKENS)),
+    calls.SelectiveScanCall: _recurrent(
+        _by_token("u", "dt") | {"A": HEADS, "bias": HEADS} | _by_token("B", "C", names=TOKENS)
+    ),
     calls.DiagonalSSMCall: _recurrent(_by_token("u") | dict.fromkeys(("log_a", "b", "c"), HEADS)),
     calls.Wkv4Call: _recurrent(_by_token("k", "v") | {"log_decay": HEADS, "bonus": HEADS}),
     calls.PositionsCall: _recurrent(_by_token("segment_ids", names=TOKENS), ROWS),
@@ -52,7 +58,8 @@ DIMENSIONS: dict[type, Dimensions] = {
 def of(call: Any) -> Dimensions:
     """Return those of a call, which may have ids of documents besides."""
     found = DIMENSIONS[type(call)]
-    return found._replace(arguments=found.arguments | {"segment_ids": TOKENS})
+    ids = {"segment_ids": TOKENS} if "segment_ids" in call._fields else {}
+    return found._replace(arguments=found.arguments | ids)
 
 
 def have_heads(call: Any) -> bool:

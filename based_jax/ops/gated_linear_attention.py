@@ -13,20 +13,20 @@ sum_k q_tk k_sk exp(b_tk - b_sk) (`ops/decays.py`).
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax import devices
 from based_jax.dims import BHK, BHKV, BHV, BTHK, BTHV, SegmentIds
-from based_jax.ops import scan, sequence
+from based_jax.ops import matrix_state_step, scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.bonus import read_apart
-from based_jax.ops.calls import HK, Decay, MatrixStateCall
+from based_jax.ops.calls import HK, Decay, MatrixStateCall, MatrixStepCall
 from based_jax.ops.decays import LogDecays, empty_state, pair_weights
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.hopper import gated_linear_attention as hopper_gated_linear_attention
-from based_jax.ops.precision import EXACT, einsum, narrow_einsum, product_policy
+from based_jax.ops.matrix_state_step import update_and_read
+from based_jax.ops.precision import einsum, narrow_einsum, product_policy
 from based_jax.ops.triton import gated_linear_attention as triton_gated_linear_attention
 
 CHUNK_TOKENS = 64
@@ -71,7 +71,6 @@ def gated_linear_attention(
 
 
 @checked
-@jax.named_scope("gated_linear_attention_step")
 def gated_linear_attention_step(
     q: BHK,
     k: BHK,
@@ -81,20 +80,18 @@ def gated_linear_attention_step(
     *,
     bonus: HK | None = None,
     scale: float | None = None,
+    impl: str = "auto",
 ) -> tuple[BHV, BHKV]:
-    """Return one token's output and the state after it."""
+    """Return one token's output and the state after it; `impl` is one of `ops/matrix_state_step.py`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    written = k.astype(jnp.float32)[..., :, None] * v.astype(jnp.float32)[..., None, :]
-    after = jnp.exp(log_decay)[..., None] * state + written
-    read = after if bonus is None else state + bonus[None, :, :, None] * written
-    o = scale * jnp.einsum("BHK,BHKV->BHV", q.astype(jnp.float32), read, precision=EXACT)
-    return o.astype(v.dtype), after
+    call = MatrixStepCall(q, k, v, log_decay, state, bonus, scale=scale)
+    return dispatch("gated_linear_attention_step", matrix_state_step.IMPLEMENTATIONS, impl, call)
 
 
 def _recurrent(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     def step(token, state):
         q, k, v, log_decay = token.q, token.k, token.v, token.log_decay
-        return gated_linear_attention_step(q, k, v, log_decay, state, bonus=call.bonus, scale=call.scale)
+        return update_and_read(MatrixStepCall(q, k, v, log_decay, state, call.bonus, scale=call.scale))
 
     return scan.over_tokens(step, call.tokens, empty_state(call), call.state, call.segment_ids)
 

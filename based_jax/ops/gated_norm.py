@@ -56,8 +56,6 @@ def _row(weights: Channels, x: Rows) -> Float[Array, "... D"]:
 
 
 IMPLEMENTATIONS = {
-    "hopper_rows": Implementation(
-        hopper_gated_norm.compute, hopper_gated_norm.supports, platform="cuda", slower=hopper_gated_norm.slower
-    ),
+    "hopper_rows": Implementation(hopper_gated_norm.compute, hopper_gated_norm.supports, platform="cuda"),
     "xla_rows": Implementation(_xla),
 }

@@ -66,21 +66,21 @@ def gated_slot_attention(
 @checked
 @jax.named_scope("gated_slot_attention_step")
 def gated_slot_attention_step(
-    q: BHK, k: BHK, v: BHV, s: BHM, log_decay: BHM, state: SlotState, *, scale: float | None = 1.0
+    q: BHK, k: BHK, v: BHV, s: BHM, log_decay: BHM, state: SlotState, *, scale: float | None = 1.0, impl: str = "auto"
 ) -> tuple[BHV, SlotState]:
-    """Return one token's output and the slots after it."""
+    """Return one token's output and the slots after it; `impl` is one of `ops/matrix_state_step.py`, for the values."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q32, k32, s = (x.astype(jnp.float32) for x in (q, k, s))
     keys = state.keys * jnp.exp(log_decay)[..., None, :] + k32[..., :, None] * s[..., None, :]
     p = jax.nn.softmax(scale * jnp.einsum("BHK,BHKM->BHM", q32, keys, precision=EXACT))
-    o, values = gated_linear_attention_step(p, s, v, log_decay, state.values, scale=1.0)
+    o, values = gated_linear_attention_step(p, s, v, log_decay, state.values, scale=1.0, impl=impl)
     return o, SlotState(keys, values)
 
 
 def _recurrent(call: SlotAttentionCall) -> tuple[BTHV, SlotState]:
     def step(token, state):
         q, k, v, s, log_decay = token.q, token.k, token.v, token.s, token.log_decay
-        return gated_slot_attention_step(q, k, v, s, log_decay, state, scale=call.scale)
+        return gated_slot_attention_step(q, k, v, s, log_decay, state, scale=call.scale, impl="oracle")
 
     return scan.over_tokens(step, call.tokens, _empty(call), call.state, call.segment_ids)
 

@@ -4,6 +4,9 @@ That gradient is a sum over all tokens into few elements: (D, E) tiles of 128 by
 multiprocessors of an H100, each with all tokens to walk. Without a search through algorithms XLA takes such a product
 as it is (0.09 ms for D = E = 128 and 65,536 tokens in bf16, 0.58 ms in fp32, on one H100 80GB). In pieces of the batch,
 each with the matrix as an operand of its own, it is as many products side by side, and their sum.
+
+The product of one token and a matrix is for XLA a sum over rows, which for few columns it makes of the products of all
+elements, written and read once more: three times the matrix's bytes. Cut into pieces of the rows it reads them once.
 """
 
 import math
@@ -25,11 +28,15 @@ Projected = Float[Array, "*T E"]
 BLOCK_ROWS = 128
 """Rows and columns of the matrix that a block takes."""
 MIN_TOKENS_PER_PIECE = 256
+SUM_COLUMNS, SUM_BLOCKS_PER_CORE, MIN_SUM_ROWS = 32, 4, 64
+"""Of a sum over rows: a block's columns, how many blocks a core should have, and the fewest rows of a piece."""
 
 
 @jax.named_scope("project")
 def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **options: Any) -> Projected:
     """Return x @ kernel for (..., D) tokens and a (D, E) kernel; a `dot_general` for `flax.nnx.Linear`."""
+    if x.size == x.shape[-1] and _is_one_gpu():
+        return of_one_token(x.reshape(-1), kernel, sum_pieces(kernel.shape)).reshape(*x.shape[:-1], -1)
     number = pieces(x.shape, kernel.shape)
     if number == 1:
         return lax.dot_general(x, kernel, dimensions, precision=precision, **options)
@@ -45,12 +52,16 @@ def multiply(x: Tokens, kernel: DE) -> Projected:
 
 def pieces(tokens: tuple[int, ...], kernel: tuple[int, ...]) -> int:
     """Return into how many pieces a batch is cut: 1 on what is no GPU, on a mesh, and where the kernel is large."""
-    if target_platform() != "cuda" or jax.sharding.get_abstract_mesh().size > 1 or len(tokens) != 3:
+    if not _is_one_gpu() or len(tokens) != 3:
         return 1
     blocks = math.prod(-(-size // BLOCK_ROWS) for size in kernel)
     cores = _power_of_two(devices.cores(target_device_kind()))
     most = min(cores // blocks, math.prod(tokens[:-1]) // MIN_TOKENS_PER_PIECE)
     return math.gcd(tokens[0], _power_of_two(max(most, 1)))
+
+
+def _is_one_gpu() -> bool:
+    return target_platform() == "cuda" and jax.sharding.get_abstract_mesh().size <= 1
 
 
 def _power_of_two(most: int) -> int:
@@ -62,3 +73,20 @@ def in_pieces(x: Tokens, kernel: DE, number: int, **options: Any) -> Float[Array
     copies = jnp.broadcast_to(kernel.astype(jnp.float32), (number, *kernel.shape)).astype(kernel.dtype)
     rows = x.reshape(number, -1, x.shape[-1])
     return lax.dot_general(rows, copies, (((2,), (1,)), ((0,), (0,))), **options)
+
+
+def sum_pieces(kernel: tuple[int, int]) -> int:
+    """Return into how many pieces the rows of a matrix are cut that one token is multiplied with."""
+    rows, columns = kernel
+    most = SUM_BLOCKS_PER_CORE * devices.cores(target_device_kind()) * SUM_COLUMNS // columns
+    return math.gcd(rows, _power_of_two(max(1, min(most, rows // MIN_SUM_ROWS))))
+
+
+def of_one_token(x: Float[Array, "D"], kernel: DE, number: int) -> Float[Array, "E"]:
+    """Return x @ kernel, in fp32 sums over pieces of the rows.
+
+    Behind barriers: what makes x is not made anew for each column, nor the two sums joined to one.
+    """
+    of_pieces = lax.optimization_barrier(x).reshape(number, -1, 1).astype(jnp.float32)
+    sums = jnp.sum(of_pieces * kernel.reshape(number, -1, kernel.shape[1]).astype(jnp.float32), axis=1)
+    return jnp.sum(lax.optimization_barrier(sums), axis=0).astype(x.dtype)

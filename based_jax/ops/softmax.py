@@ -10,14 +10,14 @@ import math
 import einops
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Integer, Shaped
+from jaxtyping import Array, Bool, Shaped
 
 from based_jax import devices
-from based_jax.dims import BHK, BHV, BSHK, BSHV, BT, BTHK, BTHV, BS_mask, SegmentIds
+from based_jax.dims import BSHK, BSHV, BT, BTHK, BTHV, SegmentIds
 from based_jax.errors import UserError
 from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_ring
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import AttentionCall
+from based_jax.ops.calls import AttentionCall, AttentionPrefillCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind, target_platform
 from based_jax.ops.hopper import attention as hopper_attention
 from based_jax.ops.hopper import window as hopper_window
@@ -92,30 +92,6 @@ def filled_head_dim(head_dim: int) -> int:
 
 
 @checked
-@jax.named_scope("attention_step")
-def attention_step(q: BHK, k: BSHK, v: BSHV, visible: BS_mask) -> BHV:
-    """Return one query's output over the cached keys that are visible to it."""
-    s = _scores("BHK,BSHK->BHS", q, k)
-    p = jax.nn.softmax(s, axis=-1, where=visible[:, None, :])
-    return _weigh("BHS,BSHV->BHV", p, v)
-
-
-@checked
-@jax.named_scope("attention_prefill")
-def attention_prefill(q: BTHK, k: BSHK, v: BSHV, query_numbers: BT, key_numbers: Integer[Array, "B S"]) -> BTHV:
-    """Return causal attention of T queries, the last of S tokens, to those of their documents; zero at padding.
-
-    Args:
-      query_numbers, key_numbers: of documents (`segments.numbered`), 0 for padding and for what nobody sees.
-    """
-    T, S = q.shape[1], k.shape[1]
-    if max(T, S) > devices.crossovers(target_device_kind()).quadratic_attention_tokens:
-        return softmax_chunks.attention(q, k, v, query_numbers, key_numbers)
-    causal = jnp.tri(T, S, S - T, dtype=bool)[None]
-    return masked_attention(q, k, v, causal & segments.same_document(query_numbers, key_numbers))
-
-
-@checked
 @jax.named_scope("masked_attention")
 def masked_attention(q: BTHK, k: BSHK, v: BSHV, visible: Bool[Array, "B T S"], *, root: float | None = None) -> BTHV:
     """Return attention under an explicit mask, by scores over `root` or sqrt(K); a query that sees no key gets zero."""
@@ -150,7 +126,7 @@ def _chunked(call: AttentionCall) -> BTHV:
 
 
 def _recurrent(call: AttentionCall) -> BTHV:
-    """Run `attention_step` over the tokens with a buffer of the last `window` keys and values."""
+    """Go from token to token with a buffer of the last `window` keys and values."""
 
     def push(buffer, new):
         return jnp.concatenate([buffer[:, 1:], new[:, None]], axis=1)
@@ -159,7 +135,7 @@ def _recurrent(call: AttentionCall) -> BTHV:
         q_BHK, new = inputs
         keys, values, key_ids = buffers = jax.tree.map(push, buffers, new)
         visible = (key_ids == key_ids[:, -1:]) & (key_ids != 0)
-        return buffers, attention_step(q_BHK, keys, values, visible)
+        return buffers, masked_attention(q_BHK[:, None], keys, values, visible[:, None])[:, 0]
 
     kept = call.k, call.v, _ids(call)
     zeros = (jnp.zeros((x.shape[0], call.window, *x.shape[2:]), x.dtype) for x in kept)
@@ -220,12 +196,13 @@ def _cudnn(call: AttentionCall) -> BTHV:
     return o[:, : call.v.shape[1], :, : call.v.shape[3]]
 
 
-def _cudnn_head_dim(call: AttentionCall) -> int:
+def _cudnn_head_dim(call: AttentionCall | AttentionPrefillCall) -> int:
     """Return the size that queries, keys and values get: lanes of `jax.vmap` need that of all to be the same."""
     return filled_head_dim(max(call.q.shape[-1], call.v.shape[-1]))
 
 
-def _cudnn_supports(call: AttentionCall) -> str | None:
+def cudnn_supports(call: AttentionCall | AttentionPrefillCall) -> str | None:
+    """Return why cuDNN cannot run a call, or None."""
     if call.segment_ids is not None:
         return "packed documents need a mask"
     if call.q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -258,7 +235,7 @@ def _bands_are_long(call: AttentionCall) -> str | None:
 QKV = "q", "k", "v"
 
 ATTENTION = {
-    "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
+    "cudnn_flash": Implementation(_cudnn, cudnn_supports, platform="cuda"),
     "hopper_tiles": Implementation(hopper_attention.compute, hopper_attention.supports, platform="cuda"),
     "triton_tiles": Implementation(
         triton_attention.compute, triton_attention.supports, platform="cuda", slower=triton_attention.slower
@@ -271,7 +248,7 @@ ATTENTION = {
 
 WINDOW_ATTENTION = {
     "hopper_tiles": Implementation(hopper_window.compute, hopper_window.supports, platform="cuda"),
-    "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
+    "cudnn_flash": Implementation(_cudnn, cudnn_supports, platform="cuda"),
     "triton_tiles": Implementation(
         triton_attention.compute,
         triton_attention.supports,

@@ -34,6 +34,9 @@ SUMS_TIME = 2, 2, 1
 QueryNumbers = Integer[Array, "#B T"]
 KeyNumbers = Integer[Array, "#B S"]
 
+Read = tuple[BTHV, Float[Array, "B H T"]]
+"""What queries read of some keys, zero of none, and the logarithms L of their weights' sums, `LOWEST` of none."""
+
 
 class Cut(NamedTuple):
     """How time is cut: keys before the first query, keys that a query sees, and the tokens of either's chunks.
@@ -116,7 +119,7 @@ def forward(cut: Cut, q, k, v, query_numbers, key_numbers):
         higher = jnp.maximum(top, s.max(axis=-1))
         p = jnp.where(s > LOWEST, jnp.exp(s - higher[..., None]), 0.0)
         factor = jnp.exp(top - higher)
-        o = _by_token(factor) * o + _product("BHTS,BSHV->BTHV", p, cut.of_keys(v, j))
+        o = _by_token(factor) * o + product("BHTS,BSHV->BTHV", p, cut.of_keys(v, j))
         new, starts = (higher, factor * total + p.sum(axis=-1), o), (i * cut.queries,) * 3
         return tuple(map(lax.dynamic_update_slice_in_dim, sums, new, starts, SUMS_TIME)), None
 
@@ -145,11 +148,11 @@ def backward(cut: Cut, saved, do):
         total, own = (cut.of_queries(x, i, 2)[..., None] for x in (logarithm, delta))
         p = jnp.where(visible, jnp.exp(_scores(cut, q, k, i, j) - total), 0.0)
         do_i, v_j = cut.of_queries(do, i), cut.of_keys(v, j)
-        ds = p * (_product("BTHV,BSHV->BHTS", do_i, v_j) - own) / cut.root
+        ds = p * (product("BTHV,BSHV->BHTS", do_i, v_j) - own) / cut.root
         more = (
-            _product("BHTS,BSHK->BTHK", ds, cut.of_keys(k, j)),
-            _product("BHTS,BTHK->BSHK", ds, cut.of_queries(q, i)),
-            _product("BHTS,BTHV->BSHV", p, do_i),
+            product("BHTS,BSHK->BTHK", ds, cut.of_keys(k, j)),
+            product("BHTS,BTHK->BSHK", ds, cut.of_queries(q, i)),
+            product("BHTS,BTHV->BSHV", p, do_i),
         )
         starts = i * cut.queries, j * cut.keys, j * cut.keys
         return tuple(map(_added, gradients, more, starts)), None
@@ -171,13 +174,22 @@ def _made_anew(x: Array, *places: Array | np.ndarray) -> tuple[Array, ...]:
 
 
 def _scores(cut: Cut, q: Array, k: Array, i: Array, j: Array) -> Float[Array, "B H _ _"]:
-    return _product("BTHK,BSHK->BHTS", cut.of_queries(q, i), cut.of_keys(k, j)) / cut.root
+    return product("BTHK,BSHK->BHTS", cut.of_queries(q, i), cut.of_keys(k, j)) / cut.root
 
 
-def _product(spec: str, a: Array, b: Array) -> Array:
+def product(spec: str, a: Array, b: Array) -> Array:
     """Return a product in b's dtype with fp32 sums."""
     dtype, precision = product_policy(b.dtype)
     return einsum(spec, a.astype(dtype), b.astype(dtype), precision)
+
+
+def joined(some: Read, others: Read) -> Read:
+    """Return what queries read of keys that they met in two parts, in fp32."""
+    (o1, L1), (o2, L2) = some, others
+    top = jnp.maximum(L1, L2)
+    w1, w2 = jnp.exp(L1 - top), jnp.exp(L2 - top)
+    s1, s2 = (_by_token(w / (w1 + w2)) for w in (w1, w2))
+    return s1 * o1 + s2 * o2, top + jnp.log(w1 + w2)
 
 
 def _by_token(x: Float[Array, "B H T"]) -> Float[Array, "B T H 1"]:

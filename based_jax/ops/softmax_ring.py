@@ -14,14 +14,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Integer
 
 from based_jax.dims import BTHK, BTHV
 from based_jax.ops import sequence, sharded, softmax_chunks
 from based_jax.ops.calls import AttentionCall
 
 Numbers = Integer[Array, "#B T"]
-Weights = Float[Array, "B H T"]
 
 
 def cut(_run: sequence.Run, call: AttentionCall) -> BTHV:
@@ -50,7 +49,7 @@ def _forward(root, q, k, v, numbers):
         keys, joined = sharded.handed_on(carry[0]), carry[1]
         k, v, key_numbers = keys
         o, saved = softmax_chunks.forward(before, q, k, v, numbers, _seen(key_numbers, distance))
-        return (keys, _joined(joined, (o, saved[-1]))), None
+        return (keys, softmax_chunks.joined(joined, (o, saved[-1]))), None
 
     start = (k, v, numbers), (o.astype(jnp.float32), saved[-1])
     (_, (o, logarithm)), _ = lax.scan(meet, start, _distances())
@@ -94,12 +93,3 @@ def _distances() -> Integer[Array, "_"]:
 def _seen(key_numbers: Numbers, distance: Array) -> Numbers:
     """Return the numbers of keys that come so many pieces before, zero where there is no such piece."""
     return jnp.where(sharded.place_in_time() >= distance, key_numbers, 0)
-
-
-def _joined(some: tuple[BTHV, Weights], others: tuple[BTHV, Weights]) -> tuple[BTHV, Weights]:
-    """Return what queries read of keys that they met in two parts."""
-    (o1, L1), (o2, L2) = some, others
-    top = jnp.maximum(L1, L2)
-    w1, w2 = jnp.exp(L1 - top), jnp.exp(L2 - top)
-    s1, s2 = (jnp.swapaxes(w / (w1 + w2), 1, 2)[..., None] for w in (w1, w2))
-    return s1 * o1 + s2 * o2, top + jnp.log(w1 + w2)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from based_jax.dims import SegmentIds
 from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import BHNP, BTGN, BTH, BTHP, SSDCall
+from based_jax.ops.calls import BH, BHNP, BTGN, BTH, BTHP, SSDCall
 from based_jax.ops.decays import finite, initial_state, stepped
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
@@ -60,10 +60,12 @@ def ssd(
 
 @checked
 @jax.named_scope("ssd_step")
-def ssd_step(x: BHP, dt: Float[Array, "B H"], A: Float[Array, "H"], B: BGN, C: BGN, state: BHNP) -> tuple[BHP, BHNP]:
-    """Return one token's output and the state after it."""
+def ssd_step(
+    x: BHP, dt: BH, A: Float[Array, "H"], B: BGN, C: BGN, state: BHNP, *, impl: str = "auto"
+) -> tuple[BHP, BHNP]:
+    """Return one token's output and the state after it; `impl` is one of `ops/matrix_state_step.py`."""
     q, k, v, log_decay = _attention(x, dt, finite(A.astype(jnp.float32)), B, C)
-    return gated_linear_attention_step(q, k, v, log_decay, state, scale=1.0)
+    return gated_linear_attention_step(q, k, v, log_decay, state, scale=1.0, impl=impl)
 
 
 def _attention(x, dt, A, B, C):

@@ -14,12 +14,11 @@ those of `ops/linear_attention.py`; inside a chunk p comes from s, so features a
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from based_jax.dims import BHEV, BHK, BHV, BTHK, BTHV, SegmentIds
+from based_jax.dims import BHEV, BTHK, BTHV, SegmentIds
 from based_jax.ops import linear_attention
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import LinearAttentionCall
@@ -95,16 +94,14 @@ def taylor_attention(
     return dispatch("taylor_attention", IMPLEMENTATIONS, impl, call, linear_attention.cut(taylor_features))
 
 
-@checked
-@jax.named_scope("taylor_attention_step")
-def taylor_attention_step(q: BHK, k: BHK, v: BHV, state: BHEV) -> tuple[BHV, BHEV]:
-    """Return one token's output and the state after it."""
-    return linear_attention.linear_attention_step(taylor_features(q), taylor_features(k), v, state)
+def polynomial(s: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return p = phi(q).phi(k) of a score s."""
+    return 1.0 + s + 0.5 * s * s
 
 
 def _kernel(q: BTHK, k: BTHK, precision, dtype=jnp.float32) -> Float[Array, "B H T S"]:
     s = einsum("BTHK,BSHK->BHTS", q, k, precision) / math.sqrt(q.shape[-1])
-    return (1.0 + s + 0.5 * s * s).astype(dtype)
+    return polynomial(s).astype(dtype)
 
 
 _chunked = functools.partial(linear_attention.chunked, features=taylor_features, scores=_kernel)

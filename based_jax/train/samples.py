@@ -11,6 +11,7 @@ from based_jax.config import check_types
 from based_jax.data.tokenizer_file import named_tokenizer
 from based_jax.errors import UserError
 from based_jax.generate import Sampling, generate
+from based_jax.generate.text import encode_prompt
 
 Sampler = Callable[[nnx.State, int], list[tuple[str, str]]]
 """From (params, step), the seed of the draws, to each prompt with what the model adds to it."""
@@ -49,7 +50,7 @@ class SampleConfig:
 def sampler(config: SampleConfig, tokenizer_name: str, graphdef: nnx.GraphDef, mesh: Mesh) -> Sampler:
     """Return the sampler of a model of this structure on a mesh."""
     tokenizer = named_tokenizer(tokenizer_name)
-    prompts = [tokenizer.encode(prompt) if prompt else [tokenizer.end_of_text] for prompt in config.prompts]
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in config.prompts]
 
     def sample(params: nnx.State, step: int) -> list[tuple[str, str]]:
         model, n, stop = nnx.merge(graphdef, params), config.max_new_tokens, tokenizer.end_of_text

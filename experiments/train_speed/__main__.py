@@ -5,8 +5,6 @@ python -m experiments.train_speed table                          writes the READ
 python -m experiments.train_speed plot                           draws them
 """
 
-import argparse
-import json
 import os
 import re
 import subprocess
@@ -17,13 +15,13 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from based_jax.errors import UserError
-from based_jax.pictures.tables import markdown
+from based_jax.bench.rows import read
+from based_jax.pictures.tables import filled, markdown
+from experiments import commands
 from experiments.train_speed import plots
 
 FOLDER = Path(__file__).parent
 ROWS, README = FOLDER / "results" / "train.jsonl", FOLDER / "README.md"
-README_TABLE = re.compile(r"(<!-- (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 GIB = 1 << 30
 LEAST_MILLISECONDS = 0.5
 """That are told."""
@@ -68,28 +66,6 @@ POINTS = (
 sequences 95 % of that with 2,048 tokens."""
 
 
-def main() -> int:
-    """Run one command and return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "table", "plot"))
-    parser.add_argument("--only", default="", help="of the points those whose name has this text")
-    parser.add_argument("--peers", action="store_true", help="time the other libraries' models as well")
-    args = parser.parse_args()
-    if args.command == "run":
-        return run(args.only, args.peers)
-    rows = read()
-    if args.command == "table":
-        write_tables(rows)
-        return 0
-    try:
-        drawn = plots.draw(plots.bars(measured(rows), peers(rows)), devices(rows), FOLDER / "results" / "speed")
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    print(f"Drawn: {', '.join(map(str, drawn))}.")
-    return 0
-
-
 def run(only: str, with_peers: bool) -> int:
     """Time the points whose name has a text, and the peers, each in a process of its own; return 1 if one failed."""
     command = [sys.executable, "-m", "based_jax", "bench", "train", f"--out={os.path.relpath(ROWS)}"]
@@ -100,11 +76,6 @@ def run(only: str, with_peers: bool) -> int:
     ]
     codes = [subprocess.run([*command, *task]).returncode for task in [*tasks, *([["--peers"]] if with_peers else [])]]
     return int(any(codes))
-
-
-def read() -> list[dict]:
-    """Return the rows that there are."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
 def devices(rows: Sequence[dict]) -> list[str]:
@@ -124,11 +95,17 @@ def peers(rows: Sequence[dict]) -> list[dict]:
     return list({row["config"]: row for row in rows if row["config"].startswith(("jla:", "fla:"))}.values())
 
 
-def write_tables(rows: Sequence[dict]) -> None:
+def write_tables() -> None:
     """Write the README's tables."""
+    rows = read(ROWS)
     tables = {"models": models_table(rows), "times": times_table(rows), "peers": peers_table(rows)}
-    text = README_TABLE.sub(lambda found: f"{found[1]}{tables[found['name']]}\n{found[3]}", README.read_text())
-    README.write_text(text)
+    README.write_text(filled(README.read_text(), tables))
+
+
+def draw() -> list[Path]:
+    """Draw the picture and return its files."""
+    rows = read(ROWS)
+    return plots.draw(plots.bars(measured(rows), peers(rows)), devices(rows), FOLDER / "results" / "speed")
 
 
 def models_table(rows: Sequence[dict]) -> str:
@@ -198,4 +175,4 @@ def _gib(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.main(__doc__, run, write_tables, draw))

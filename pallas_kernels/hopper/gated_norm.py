@@ -90,14 +90,14 @@ def backward(y, u, z, skip, scale, dx, *, eps: float, multiprocessors: int):
         def step(n, slot, totals):
             through = normal(slot) if norms else lambda i, dx, g: (dx, [])
             after = []
-            for i, total in enumerate(totals):
+            for i, before in enumerate(totals):
                 y, u, z, dx = plan.load(tiles, slot, i)
-                g, sum_, opened, sigmoid = _gated(skips[i], y, u, z)
+                g, total, opened, sigmoid = _gated(skips[i], y, u, z)
                 dg, dscale = through(i, dx, g)
-                dy, dz = dg * opened, dg * sum_ * (sigmoid + opened * (1.0 - sigmoid))
+                dy, dz = dg * opened, dg * total * (sigmoid + opened * (1.0 - sigmoid))
                 for tile, gradient in zip(tiles, (dy, dz), strict=False):
                     tile.at[slot, :, plan.piece(i)][...] = gradient.astype(tile.dtype)
-                after.append([before + x for before, x in zip(total, [dy * u, *dscale], strict=True)])
+                after.append([old + x for old, x in zip(before, [dy * u, *dscale], strict=True)])
             return after
 
         zeros = [[jnp.zeros_like(x) for _ in sums] for x in skips]

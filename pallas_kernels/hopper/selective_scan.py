@@ -2,9 +2,10 @@
 
     h_t = exp(dt_t A + offset_t) h_{t-1} + dt_t u_t B_t        y_t = sum_n C_t[n] h_t[n]
 
-A block takes 128 channels of one sequence, keeps their states in registers, and walks over the tokens in tiles
+A block takes 64 channels of one sequence, keeps their states in registers, and walks over the tokens in tiles
 (`stream.py`): what has the size of all states, (B, T, D, N), never reaches memory. The offset of a document's first
-token is so low that nothing is kept of the documents before.
+token is so low that nothing is kept of the documents before. Steps may be given raw, in bf16: dt_t is then the softplus
+of raw_t + bias, which a tile's lanes compute first, each for channels of its own.
 
 Each of a block's four warps takes W channels (`strips.py`). Within a warp the states of a channel are spread over four
 lanes, and the channels over eight: few shuffles sum over either.
@@ -12,7 +13,7 @@ lanes, and the channels over eight: few shuffles sum over either.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import split
 from pallas_kernels.hopper import stream, strips
-from pallas_kernels.hopper.mosaic import WARPS, await_warp, like, load_global, load_shared, save
-from pallas_kernels.hopper.strips import WARP_CHANNELS
+from pallas_kernels.hopper.mosaic import WARP_LANES, WARPS, await_warp, like, load_global, load_shared, save
 
 TILE_TOKENS, MAX_FORWARD_TOKENS = 8, 16
 """Of the backward pass's tiles, of which the states before are kept, and of the forward pass's at most.
@@ -34,6 +34,8 @@ GROUP_TOKENS = 4
 """Tokens that are loaded together: what waits for no state is computed beside what does."""
 PART_GROUPS = TILE_TOKENS // GROUP_TOKENS
 RING_SLOTS = 4
+WARP_CHANNELS = 16
+"""Of a warp, W: with few a multiprocessor has many blocks, which wait for each other less."""
 WARP_LANE_GRID = (4, 8)
 """Of a warp: over the states of a channel, and over the channels."""
 LANE_CHANNELS = WARP_CHANNELS // WARP_LANE_GRID[1]
@@ -49,27 +51,39 @@ COEFFICIENT_LAYOUT = STATE_LAYOUT.reduce((0, 2, 3))
 """Of one value per state of a channel, (N)."""
 
 
+STEP_TOKENS = WARP_LANES // WARP_CHANNELS
+STEP_LAYOUT = plgpu.Layout.TILED(
+    plgpu.Tiling(((STEP_TOKENS, WARPS, WARP_CHANNELS), (1,))), warp_dims=(-3,), lane_dims=(-4, -2), vector_dim=-1
+)
+"""The layout of one value per lane, (STEP_TOKENS, WARPS, W)."""
+SERIES_TERMS, SERIES_LIMIT = 7, 0.125
+"""Of log(1 + t), and for which t: beyond, the approximate logarithm is exact to 2e-6."""
+
+
 @functools.partial(jax.jit, static_argnames="with_starts")
-def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
+def forward(u, dt, A, BC, state, offsets=None, bias=None, *, with_starts: bool):
     """Return y like u, the state after the last token (B, D, N) fp32 and, where asked for, those before every tile.
 
     Args:
       u: (B, T, D) bf16 or fp32; T is a multiple of 8, D of 128.
-      dt: (B, T, D) fp32.
+      dt: (B, T, D) fp32, or raw and like u, where there is a bias.
       A: (D, N) fp32; N is a multiple of 8.
       BC: (B, T, 2 N) fp32, B beside C.
       state: the state before the first token, (B, D, N) fp32.
       offsets: exponents to add, (B, T) fp32 or None.
+      bias: of raw steps, (D,) fp32.
     """
-    plan = strips.Plan.of(u, math.gcd(u.shape[1], MAX_FORWARD_TOKENS))
-    sources = sources_of(u, dt, BC, offsets)
+    plan = strips.Plan.of(u, math.gcd(u.shape[1], MAX_FORWARD_TOKENS), WARP_CHANNELS)
+    sources, biases = sources_of(u, dt, BC, offsets), biases_of(bias)
     A, state = scaled(A), states_first(state)
     parts = plan.tile_tokens // TILE_TOKENS
     starts = [(plan.batch, plan.tiles * parts, *A.shape)] if with_starts else []
 
     def body(*refs):
-        source_refs, (A_ref, state_ref, y_ref, last_ref), refs = split(refs, len(sources), 4)
-        starts_refs, tiles, [filled] = split(refs, len(starts), len(sources))
+        source_refs, (A_ref, state_ref), bias_refs, (y_ref, last_ref), refs = split(
+            refs, len(sources), 2, len(biases), 2
+        )
+        starts_refs, tiles, [filled, *step_tiles] = split(refs, len(starts), len(sources))
         u_tile, at = tiles[0], plan.here()
 
         def fetch(n, slot):
@@ -77,8 +91,13 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
 
         ring = stream.Ring(plan.tiles, RING_SLOTS, filled, fetch)
         A = load_global(A_ref.at[at.strip], STATE_LAYOUT)
+        steps = Steps.of(bias_refs, step_tiles, tiles[1], at)
 
         def step(n, slot, h):
+            steps.make(slot)
+            of_slot = [tile.at[slot] for tile in tiles]
+            of_slot[1] = steps.tile(slot)
+
             def part(i, h):
                 for ref in starts_refs:
                     save(ref.at[at.row, n * parts + i, at.strip], h)
@@ -86,7 +105,7 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
 
             def group(i, h):
                 places = [i * GROUP_TOKENS + j for j in range(GROUP_TOKENS)]
-                tokens = [Token.load(tiles, slot, place) for place in places]
+                tokens = [Token.load(of_slot, place) for place in places]
                 await_warp()
                 for place, token in zip(places, tokens, strict=True):
                     h = token.kept(A) * h + token.written(h)
@@ -102,15 +121,82 @@ def forward(u, dt, A, BC, state, offsets=None, *, with_starts: bool):
         save(last_ref.at[at.row, at.strip], ring.walk(step, put, state))
 
     out_type = [like(sources[0]), like(state), *(jax.ShapeDtypeStruct(x, jnp.float32) for x in starts)]
-    kernel = stream.kernel(body, "selective_scan_forward", plan.blocks, out_type, plan.scratch(sources, RING_SLOTS))
-    y, last, *starts = kernel(*sources, A, state)
+    scratch = [*plan.scratch(sources, RING_SLOTS), *step_tiles_of(plan, biases)]
+    kernel = stream.kernel(body, "selective_scan_forward", plan.blocks, out_type, scratch)
+    y, last, *starts = kernel(*sources, A, state, *biases)
     return [y.reshape(u.shape), states_last(last), *starts]
 
 
 def sources_of(u, dt, BC, offsets, *others) -> list[jax.Array]:
     """Return what is copied by tiles, (B, T, D) by warps: u, dt, BC, the others, and any offsets."""
-    u, dt, *rest = map(strips.by_warps, (u, dt, *others))
+    u, dt, *rest = (strips.by_warps(x, WARP_CHANNELS) for x in (u, dt, *others))
     return [u, dt, BC, *rest, *([] if offsets is None else [offsets])]
+
+
+def biases_of(bias) -> list[jax.Array]:
+    """Return the bias of raw steps as (1, D / W, W), if there is one."""
+    return [] if bias is None else [strips.by_warps(bias[None], WARP_CHANNELS)]
+
+
+def step_tiles_of(plan: strips.Plan, biases: list) -> list:
+    """Return the memory of a tile's steps, where they are made of raw ones."""
+    return [plgpu.SMEM((plan.tile_tokens, WARPS, WARP_CHANNELS), jnp.float32) for _ in biases]
+
+
+class Steps(NamedTuple):
+    """A tile's steps: where raw ones arrive, and with a bias where they are made, `STEP_TOKENS` tokens at a time."""
+
+    raw: Any
+    made: Any
+    bias: Any
+
+    @classmethod
+    def of(cls, bias_refs, step_tiles, raw_tile, at: strips.Place) -> "Steps":
+        """Return those of a block."""
+        if not bias_refs:
+            return cls(raw_tile, None, None)
+        bias = load_global(bias_refs[0].at[0, at.strip], STEP_LAYOUT.reduce(0))
+        return cls(raw_tile, step_tiles[0], lax.broadcast_in_dim(bias, (STEP_TOKENS, *bias.shape), [1, 2]))
+
+    def tile(self, slot):
+        """Return the tile of a slot's steps."""
+        return self.raw.at[slot] if self.bias is None else self.made
+
+    def make(self, slot) -> None:
+        """Make a slot's steps; what lanes of the warp have read of the tile before is past."""
+        if self.bias is None:
+            return
+        await_warp()
+        for tokens in self.tokens():
+            save(self.made.at[tokens], softplus(self.biased(slot, tokens)))
+        await_warp()
+
+    def unmade(self, slot, totals: list) -> list:
+        """Replace a slot's raw steps by their gradients, given those of the steps; return totals with them added."""
+        if self.bias is None:
+            return totals
+        for tokens in self.tokens():
+            gradient = load_shared(self.made.at[tokens], STEP_LAYOUT) * stream.sigmoid(self.biased(slot, tokens))
+            save(self.raw.at[slot, tokens], gradient)
+            totals = [total + gradient for total in totals]
+        return totals
+
+    def biased(self, slot, tokens: pl.Slice) -> jax.Array:
+        """Return what the steps of some tokens are the softplus of."""
+        return load_shared(self.raw.at[slot, tokens], STEP_LAYOUT) + self.bias
+
+    def tokens(self) -> list[pl.Slice]:
+        """Return a tile's tokens by lanes."""
+        return [pl.ds(i, STEP_TOKENS) for i in range(0, self.made.shape[0], STEP_TOKENS)]
+
+
+def softplus(x) -> jax.Array:
+    """Return log(1 + exp(x)), by a series where what is added to 1 is small."""
+    t = jnp.exp(-jnp.abs(x))
+    series = jnp.full_like(t, 1.0 / SERIES_TERMS)
+    for n in range(SERIES_TERMS - 1, 0, -1):
+        series = 1.0 / n - t * series
+    return jnp.maximum(x, 0.0) + jnp.where(t < SERIES_LIMIT, t * series, jnp.log(1.0 + t))
 
 
 def scaled(A) -> jax.Array:
@@ -141,14 +227,14 @@ class Token(NamedTuple):
     dy: jax.Array | None = None
 
     @classmethod
-    def load(cls, tiles, slot, i, dy_tile=None) -> "Token":
-        """Load token i of a slot of the tiles of u, dt, B beside C, and any offsets."""
+    def load(cls, tiles, i, dy_tile=None) -> "Token":
+        """Load token i of tiles of u, dt, B beside C, and any offsets."""
         u_tile, dt_tile, BC_tile, *offset_tiles = tiles
-        u, dt = (load_channels(tile.at[slot, i]) for tile in (u_tile, dt_tile))
-        states = BC_tile.shape[2] // 2
-        B, C = (load_shared(BC_tile.at[slot, i, pl.ds(k * states, states)], COEFFICIENT_LAYOUT) for k in range(2))
-        offset = offset_tiles[0][slot, i] if offset_tiles else None
-        return cls(u, dt, B, C, offset, None if dy_tile is None else load_channels(dy_tile.at[slot, i]))
+        u, dt = (load_channels(tile.at[i]) for tile in (u_tile, dt_tile))
+        states = BC_tile.shape[1] // 2
+        B, C = (load_shared(BC_tile.at[i, pl.ds(k * states, states)], COEFFICIENT_LAYOUT) for k in range(2))
+        offset = offset_tiles[0][i] if offset_tiles else None
+        return cls(u, dt, B, C, offset, None if dy_tile is None else load_channels(dy_tile.at[i]))
 
     def kept(self, A) -> jax.Array:
         """Return how much of the state before the token is kept; A is `scaled`."""

@@ -26,19 +26,24 @@ from pallas_kernels.hopper.mosaic import WARPS, await_warp, like, load_global, l
 from pallas_kernels.hopper.selective_scan import (
     LANE_CHANNELS,
     STATE_LAYOUT,
+    STEP_TOKENS,
     TILE_TOKENS,
+    WARP_CHANNELS,
     WARP_LANE_GRID,
+    Steps,
     Token,
     across,
     along,
+    biases_of,
     save_channels,
     scaled,
     sources_of,
     states_first,
     states_last,
+    step_tiles_of,
 )
 
-RING_SLOTS = 3
+RING_SLOTS = 2
 TILE_PAIRS = TILE_TOKENS // 2
 """Of tokens in a tile: the state between those of a pair stays in registers."""
 PAIR_LAYOUT = plgpu.Layout.TILED(
@@ -48,25 +53,27 @@ PAIR_LAYOUT = plgpu.Layout.TILED(
 
 
 @jax.jit
-def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
-    """Return du, ddt, dA, dBC and the gradient of the state before the first token.
+def backward(u, dt, A, BC, starts, dy, dlast, offsets=None, bias=None):
+    """Return du, ddt, dA, dBC, the gradient of the state before the first token, and that of any bias.
 
     Args:
       starts: the states before every tile, as `forward` returns them.
       dy: (B, T, D), like u.
       dlast: the gradient of the state after the last token, (B, D, N) fp32.
-      u, dt, A, BC, offsets: as of `forward`.
+      u, dt, A, BC, offsets, bias: as of `forward`.
     """
-    plan = strips.Plan.of(u, TILE_TOKENS)
-    sources = sources_of(u, dt, BC, offsets, dy)
+    plan = strips.Plan.of(u, TILE_TOKENS, WARP_CHANNELS)
+    sources, biases = sources_of(u, dt, BC, offsets, dy), biases_of(bias)
     A, dlast = scaled(A), states_first(dlast)
 
     def body(*refs):
-        source_refs, given, results, tiles, scratch = split(refs, len(sources), 3, 5, len(sources))
-        u_tile, dt_tile, BC_tile, dy_tile, *offset_tiles = tiles
-        start_tile, filled, (h_tile, parts_tile) = scratch
-        A_ref, starts_ref, dlast_ref = given
-        du_ref, ddt_ref, dBC_ref, dA_ref, dstate_ref = results
+        source_refs, given, results, tiles, scratch = split(
+            refs, len(sources), 3 + len(biases), 5 + len(biases), len(sources)
+        )
+        u_tile, raw_tile, BC_tile, dy_tile, *offset_tiles = tiles
+        start_tile, filled, (h_tile, parts_tile), *step_tiles = scratch
+        A_ref, starts_ref, dlast_ref, *bias_refs = given
+        du_ref, ddt_ref, dBC_ref, dA_ref, dstate_ref, *dbias_refs = results
         at = plan.here()
 
         def fetch(n, slot):
@@ -76,10 +83,11 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
 
         ring = stream.Ring(plan.tiles, RING_SLOTS, filled, fetch)
         A = load_global(A_ref.at[at.strip], STATE_LAYOUT)
+        steps = Steps.of(bias_refs, step_tiles, raw_tile, at)
 
         def load_pair(slot, pair, *dy_tile):
-            inputs = u_tile, dt_tile, BC_tile, *offset_tiles
-            return [Token.load(inputs, slot, 2 * pair + i, *dy_tile) for i in range(2)]
+            inputs = u_tile.at[slot], steps.tile(slot), *(tile.at[slot] for tile in (BC_tile, *offset_tiles))
+            return [Token.load(inputs, 2 * pair + i, *(tile.at[slot] for tile in dy_tile)) for i in range(2)]
 
         def advance(token, h):
             """Return the state after a token, and how much is kept of the one before."""
@@ -97,13 +105,16 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
             g = dh * kept
             q = g * before
             save_channels(u_tile.at[slot, i], dt * s)
-            save_channels(dt_tile.at[slot, i], u * s + (q * A).sum(axis=1) * math.log(2))
+            save_channels(steps.tile(slot).at[i], u * s + (q * A).sum(axis=1) * math.log(2))
             return g, dA + q * across(dt, g)
 
         def step(n, slot, carry):
+            carry, dbias = carry
+            steps.make(slot)
+
             def again(pair, h):
                 tokens = load_pair(slot, pair)
-                save(h_tile.at[pair], h)
+                save(h_tile.at[:, pair], h)
                 for token in tokens:
                     h, _ = advance(token, h)
                 return h
@@ -111,60 +122,67 @@ def backward(u, dt, A, BC, starts, dy, dlast, offsets=None):
             def back(reverse, carry):
                 pair = TILE_PAIRS - 1 - reverse
                 tokens = load_pair(slot, pair, dy_tile)
-                start = load_shared(h_tile.at[pair], STATE_LAYOUT)
+                start = load_shared(h_tile.at[:, pair], STATE_LAYOUT)
                 await_warp()
                 middle, kept_first = advance(tokens[0], start)
                 end, kept_second = advance(tokens[1], middle)
-                parts = [parts_tile.at[pair, :, k] for k in range(4)]
+                parts = [parts_tile.at[:, pair, k] for k in range(4)]
                 carry = retreat(slot, 2 * pair + 1, parts[2:], tokens[1], middle, kept_second, end, carry)
                 return retreat(slot, 2 * pair, parts[:2], tokens[0], start, kept_first, middle, carry)
 
             h = load_states(start_tile.at[slot])
-            save(h_tile.at[TILE_PAIRS - 1], lax.fori_loop(0, TILE_PAIRS - 1, again, h))
+            save(h_tile.at[:, TILE_PAIRS - 1], lax.fori_loop(0, TILE_PAIRS - 1, again, h))
             carry = lax.fori_loop(0, TILE_PAIRS, back, carry)
             plgpu.commit_smem()
             for pair in range(TILE_PAIRS):
                 total = functools.reduce(
-                    jnp.add, (load_shared(parts_tile.at[pair, warp], PAIR_LAYOUT) for warp in range(WARPS))
+                    jnp.add, (load_shared(parts_tile.at[warp, pair], PAIR_LAYOUT) for warp in range(WARPS))
                 )
                 save_pair(BC_tile.at[slot, pl.ds(2 * pair, 2)], total.sum(axis=2))
-            return carry
+            return carry, steps.unmade(slot, dbias)
 
         def put(n, slot):
             tile = plan.tiles - 1 - n
-            strips.copy_results(at, [u_tile, dt_tile], [du_ref, ddt_ref], tile, slot)
+            strips.copy_results(at, [u_tile, raw_tile], [du_ref, ddt_ref], tile, slot)
             part = dBC_ref.at[at.number, at.row, at.tokens(tile)]
             plgpu.copy_smem_to_gmem(BC_tile.at[slot], part, commit_group=False)
 
         g = load_global(dlast_ref.at[at.row, at.strip], STATE_LAYOUT)
-        g, dA = ring.walk(step, put, (g, jnp.zeros_like(g)))
+        (g, dA), dbias = ring.walk(step, put, ((g, jnp.zeros_like(g)), [jnp.zeros_like(steps.bias) for _ in bias_refs]))
         save(dA_ref.at[at.row, at.strip], dA)
         save(dstate_ref.at[at.row, at.strip], g)
+        for ref, total in zip(dbias_refs, dbias, strict=True):
+            save(ref.at[at.row, :, at.strip], total)
 
     dBC_type = jax.ShapeDtypeStruct((plan.strips, *BC.shape), jnp.float32)
     out_type = [*map(like, sources[:2]), dBC_type, like(dlast), like(dlast)]
-    starts = starts.reshape(*starts.shape[:4], strips.WARP_CHANNELS)
+    out_type += [strips.per_strip(plan, STEP_TOKENS) for _ in biases]
+    starts = starts.reshape(*starts.shape[:4], WARP_CHANNELS)
     start_shape = WARPS, *starts.shape[3:]
     scratch = [*plan.scratch(sources, RING_SLOTS, start_shape), _states_or_parts(A.shape[1])]
+    scratch += step_tiles_of(plan, biases)
     kernel = stream.kernel(body, "selective_scan_backward", plan.blocks, out_type, scratch)
-    du, ddt, dBC, dA, dstate = kernel(*sources, A, starts, dlast)
+    du, ddt, dBC, dA, dstate, *dbias = kernel(*sources, A, starts, dlast, *biases)
     return [
         du.reshape(u.shape),
         ddt.reshape(u.shape),
         states_last(dA.sum(axis=0)),
         dBC.sum(axis=0),
         states_last(dstate),
+        *(x.sum(axis=(0, 1)).reshape(-1) for x in dbias),
     ]
 
 
 def _states_or_parts(states: int):
     """Return the memory of the states before every pair, which give way to the pair's dB and dC.
 
-    Both take 32 N values of each pair and warp: what a warp writes replaces what it has read itself.
+    What a warp writes of a pair replaces, of its own alone, states of that pair and of later ones, which it has read:
+    both begin together, and states take no more than parts do.
     """
+    parts = 4 * WARP_LANE_GRID[1]
     shapes = (
-        (TILE_PAIRS, WARPS, states, WARP_LANE_GRID[1], LANE_CHANNELS),
-        (TILE_PAIRS, WARPS, 4, states, WARP_LANE_GRID[1]),
+        (WARPS, TILE_PAIRS * parts // WARP_CHANNELS, states, WARP_LANE_GRID[1], LANE_CHANNELS),
+        (WARPS, TILE_PAIRS, 4, states, WARP_LANE_GRID[1]),
     )
     return plgpu.RefUnion(*(plgpu.SMEM(shape, jnp.float32) for shape in shapes))
 

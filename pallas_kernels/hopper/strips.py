@@ -1,6 +1,6 @@
-"""What the Hopper kernels of channels that do not meet share: a block takes 128 of them, of one sequence (`stream.py`).
+"""What the Hopper kernels of channels that do not meet share: a warp takes W of them, of one sequence (`stream.py`).
 
-Tokens come in tiles. (B, T, D) is read as (B, T, D / WARP_CHANNELS, WARP_CHANNELS), a strip of it for each block.
+Tokens come in tiles. (B, T, D) is read as (B, T, D / W, W), a strip of it for each block.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper.mosaic import WARPS
 
 WARP_CHANNELS = 32
-"""Channels of a warp, W."""
+"""Channels of a warp, W, where a lane has one."""
 ALIGNED_VALUES = 32
 """Single 4-byte values from one tile to the next: copies write to multiples of 128 bytes."""
 
@@ -33,18 +33,19 @@ class Place(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the work is cut: B, tokens of a tile, tiles of a sequence, and strips of 128 channels."""
+    """How the work is cut: B, tokens of a tile, tiles of a sequence, strips of a block's channels, and W."""
 
     batch: int
     tile_tokens: int
     tiles: int
     strips: int
+    warp_channels: int
 
     @classmethod
-    def of(cls, x, tile_tokens: int) -> "Plan":
+    def of(cls, x, tile_tokens: int, warp_channels: int = WARP_CHANNELS) -> "Plan":
         """Return the plan for (B, T, D)."""
         batch, time, channels = x.shape
-        return cls(batch, tile_tokens, time // tile_tokens, channels // (WARPS * WARP_CHANNELS))
+        return cls(batch, tile_tokens, time // tile_tokens, channels // (WARPS * warp_channels), warp_channels)
 
     @property
     def blocks(self) -> int:
@@ -67,12 +68,12 @@ class Plan(NamedTuple):
         """Return the shape of a tile of a source, which is (B, T), (B, T, .) or (B, T, D / W, W)."""
         if len(source.shape) == 2:
             return (ALIGNED_VALUES,)
-        return (self.tile_tokens, *((WARPS, WARP_CHANNELS) if len(source.shape) == 4 else source.shape[2:]))
+        return (self.tile_tokens, *((WARPS, self.warp_channels) if len(source.shape) == 4 else source.shape[2:]))
 
 
-def by_warps(x) -> jax.Array:
+def by_warps(x, warp_channels: int = WARP_CHANNELS) -> jax.Array:
     """Return (..., D) as (..., D / W, W)."""
-    return x.reshape(*x.shape[:-1], -1, WARP_CHANNELS)
+    return x.reshape(*x.shape[:-1], -1, warp_channels)
 
 
 def copy_tokens(at: Place, sources, tiles, filled, n, slot) -> None:
@@ -91,4 +92,4 @@ def copy_results(at: Place, tiles, targets, n, slot) -> None:
 
 def per_strip(plan: Plan, *shape: int) -> jax.ShapeDtypeStruct:
     """Return the type of fp32 values of all channels, (B, *shape, D / W, W)."""
-    return jax.ShapeDtypeStruct((plan.batch, *shape, plan.strips * WARPS, WARP_CHANNELS), jnp.float32)
+    return jax.ShapeDtypeStruct((plan.batch, *shape, plan.strips * WARPS, plan.warp_channels), jnp.float32)

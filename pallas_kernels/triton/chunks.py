@@ -108,6 +108,7 @@ class Cut(NamedTuple):
         results: Sequence[Type | None],
         *,
         warps: int | None = None,
+        most_stages: int = 3,
         **constants,
     ) -> list[jax.Array]:
         """Run a program for each strip of `STRIP_WIDTH` columns of each head's states (`tiles.program_of_strip`).
@@ -116,12 +117,13 @@ class Cut(NamedTuple):
           whole: (B, T, H, ...) or (B, chunks, H, ...), of which a program reads all of its head, of keys its group.
           wide: (B, T, H, V), of which it reads its columns.
           states: (B, H, K, V) or (B, H, chunks, K, V), likewise.
+          most_stages: chunks in flight; fewer where their bytes are many.
         """
         by_token = [x for x in whole if x is not None and x.shape[1] == self.time]
         loaded = sum(math.prod(x.shape[3:]) * CHUNK_TOKENS * x.dtype.itemsize for x in by_token)
         loaded += sum(CHUNK_TOKENS * STRIP_WIDTH * x.dtype.itemsize for x in wide)
         programs, warps = self.heads * self.strips, warps or self.walk_warps
-        stages = self._stages(loaded, warps, self.batch * programs)
+        stages = min(most_stages, self._stages(loaded, warps, self.batch * programs))
         arguments = [*whole, *wide, *states]
         return launch(kernel, programs, arguments, results, warps=warps, stages=stages, cut=self, **constants)
 

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import jax_triton
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.interpreters import mlir
+from jax_triton import triton_lib
+from jaxlib.mlir import ir
 
 Type = jax.ShapeDtypeStruct
 
@@ -25,6 +28,8 @@ SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """By compute capability: what the programs of a multiprocessor share, and one may take."""
 LEAST_SHARED_BYTES = 64 << 10
 """Of any GPU, AMD's included."""
+TYPED_CALL = 4
+"""XLA's version of a custom call whose attributes have names."""
 
 
 def launch(
@@ -75,6 +80,23 @@ def _run(kernel, programs, arrays, results, **options) -> list[jax.Array]:
     with jax.named_scope(kernel.__name__):
         made = call(*arrays, out_shape=list(results), compute_capability=_capability(), **options)
     return [lax.pcast(x, axes, to="varying") if axes else x for x in made]
+
+
+def _lowered(ctx, *arrays, **options):
+    """Lower a call as jax-triton does, but to one that XLA makes ready beforehand and takes into its CUDA graphs.
+
+    jax-triton 0.4 does so by itself, and asks for a later Triton.
+    """
+    made = triton_lib.triton_kernel_call_lowering(triton_lib.get_cuda_backend, ctx, *arrays, **options)
+    call = made[0].owner.attributes
+    opaque = ir.StringAttr.get(call["backend_config"].value_bytes)
+    call["backend_config"] = ir.DictAttr.get({"opaque": opaque})
+    call["call_target_name"] = ir.StringAttr.get("triton_kernel_call_ffi")
+    call["api_version"] = mlir.i32_attr(TYPED_CALL)
+    return made
+
+
+mlir.register_lowering(triton_lib.triton_kernel_call_p, _lowered, platform="cuda")
 
 
 def _repeated(x: jax.Array, lanes: int) -> jax.Array:

@@ -54,7 +54,9 @@ def forward(q, k, v, c, state, *, scale: float, with_starts: bool) -> list[jax.A
     """
     cut = Cut.of(k, v)
     results = [like(v), like(state), cut.states(v.dtype) if with_starts else None]
-    return cut.by_strip(one_decay_forward, [q, k, c], [v], [state], results, scale=scale, with_starts=with_starts)
+    return cut.by_strip(
+        one_decay_forward, [q, k, c], [v], [state], results, warps=4, scale=scale, with_starts=with_starts
+    )
 
 
 @triton.jit
@@ -93,7 +95,7 @@ def reverse(q, k, c, do, dlast, *, scale: float) -> list[jax.Array]:
     """Return dv, the gradients of the states after every chunk, and of that before the first; the first is like do."""
     cut = Cut.of(k, do)
     results = [like(do), cut.states(do.dtype), like(dlast)]
-    return cut.by_strip(one_decay_reverse, [q, k, c], [do], [dlast], results, scale=scale)
+    return cut.by_strip(one_decay_reverse, [q, k, c], [do], [dlast], results, warps=4, scale=scale)
 
 
 @triton.jit

@@ -84,7 +84,7 @@ def test_a_program_that_does_not_fit_is_refused_with_its_largest_buffers(config,
     assert main(["aot", f"--config={config}", "--topology=h100:1x8", "--program=decode"]) == 2
     told = capsys.readouterr()
     assert "77,248 MiB of 76,294 MiB" in told.out
-    assert re.search(r"^Error: The program does not fit: it needs 77,248 MiB .* largest buffers are bf16\[", told.err)
+    assert re.search(r"^Error: The program does not fit: it needs 77,248 MiB .* largest buffers are f32\[", told.err)
 
 
 def moved(*after):

@@ -19,7 +19,8 @@ from based_jax.ops.linear_attention import linear_attention
 from based_jax.ops.long_conv import long_conv
 from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
 from based_jax.ops.selective_scan import selective_scan
-from based_jax.ops.softmax import attention, attention_step, window_attention
+from based_jax.ops.softmax import attention, window_attention
+from based_jax.ops.softmax_step import attention_step
 from based_jax.ops.ssd import ssd
 from based_jax.ops.taylor import taylor_attention
 from based_jax.ops.token_shift import token_shift
@@ -126,7 +127,8 @@ CASES: tuple[Command | Call, ...] = (
     ),
     case("a step of a sequence", dplr_step, X, X, X, X, X, X, X, sentence="q is float32 (1, 3, 2, 4); it is"),
     case("more components than a query has", attention, X, X, X, head_dim=5, sentence="between 1 and the 4 components"),
-    case("a mask of other keys", attention_step, X[:, 0], X, X, IDS[:, :2] > 0, sentence="visible is bool (1, 2)"),
+    case("lengths of other rows", attention_step, X[:, 0], X, X, IDS[0, :2], sentence="length is int32 (2,)"),
+    case("more heads of keys", attention_step, X[:, 0, :1], X, X, IDS[:, 0], sentence="2 heads; these divide the 1 of"),
     case("a scale of other channels", residual_rms_norm, X, None, CHANNELS, sentence="scale is float32 (2,)"),
     case("another y", residual_layer_norm, X, SHORT, X[0, 0, 0], X[0, 0, 0], sentence="y is float32 (1, 2, 2, 4)"),
     case(

@@ -26,6 +26,7 @@ SMALL = [
     Case("gated_short_conv", (2, 8, 20), (3,), **BOTH),
     Case("gated_short_conv", (2, 8, 20), (4,), documents=True, through="vmap"),
     Case("selective_scan", (2, 8, 20), (3,), **BOTH),
+    Case("raw_selective_scan", (2, 8, 20), (3,), **BOTH),
     Case("short_conv", (2, 8, 20), (4,), **BOTH),
     Case("ssd", (2, 2, 20), (6, 5), **BOTH),
     Case("wkv4", (2, 8, 20), **BOTH),
@@ -152,6 +153,15 @@ def test_one_token_gone_wrong_among_many_shows_in_its_row(rng):
     assert comparison.error(got, wanted) < 0.02 and comparison.error_of_rows(got, wanted) > 1
     assert comparison.error(0 * wanted, 0 * wanted) == comparison.error_of_rows(0 * wanted, 0 * wanted) == 0
     assert comparison.error(wanted, 0 * wanted) == comparison.error_of_rows(wanted, 0 * wanted) == np.inf
+
+
+def test_a_number_that_cancels_in_a_sequence_of_one_token_is_measured_beside_the_others(rng):
+    wanted = rng.normal(size=(64, 1, 2, 1))
+    wanted[3] = 1e-4
+    got = wanted + 3e-3 * rng.normal(size=wanted.shape)
+    assert comparison.error_of_rows(got, wanted) < 0.02
+    got[5] = -got[5] - 1
+    assert comparison.error_of_rows(got, wanted) > 0.5
 
 
 def test_bits_and_numbers():

@@ -39,7 +39,7 @@ def kernels():
 
 
 def test_a_step_is_told_by_layer_and_pass():
-    found = step_profile.breakdown(list(kernels()), step_profile.program_of(TEXT), steps=2)
+    found = step_profile.breakdown(list(kernels()), step_profile.program_of(TEXT), runs=2)
     assert (found["milliseconds"], found["idle"], found["copies"]) == (8.0, 1.0, 2.0)
     assert found["layers"]["mlp"] == {"forward": 1.0, "backward": 1.0}
     assert found["layers"]["conv"] == {"recomputed": 1.0}
@@ -50,7 +50,7 @@ def test_a_step_is_told_by_layer_and_pass():
     row = {"kernel": "nvjet", "place": "backward mlp/project", "launches": 1.0, "milliseconds": 1.0}
     assert row in found["kernels"]
     lines = step_profile.lines(found)
-    assert lines[0] == "8.00 ms on the device, idle 1.00, copies 2.00" and "products 2.00" in lines[1]
+    assert lines[0] == "8.00 ms on the device, idle 1.00, copies 2.00, 7 launches" and "products 2.00" in lines[1]
     assert "forward 1.00, backward 1.00" in lines[2]
 
 

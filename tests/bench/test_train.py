@@ -10,6 +10,7 @@ from based_jax import config as configs
 from based_jax import flops, parallel
 from based_jax.__main__ import main
 from based_jax.bench import train
+from based_jax.bench.memory import program_bytes
 from based_jax.train.compile import train_program
 from based_jax.train.run import TrainConfig
 
@@ -65,7 +66,7 @@ def test_a_donated_state_is_counted_once():
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.abstract_state))
     memory = step.memory_analysis()
     assert memory.alias_size_in_bytes >= 0.9 * state
-    assert train.program_bytes(step) < memory.argument_size_in_bytes + memory.temp_size_in_bytes + 0.1 * state
+    assert program_bytes(step) < memory.argument_size_in_bytes + memory.temp_size_in_bytes + 0.1 * state
 
 
 def test_no_steps_are_no_measurement(capsys):

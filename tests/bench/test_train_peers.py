@@ -28,7 +28,7 @@ def test_several_configs_run_one_after_the_other_and_a_failure_is_told(commands,
     words = ["--config", "a.py:1b", "b.py", "--config=c.py", "--rows=8", "--seq-len=4096", "--no-profile"]
     assert main(["bench", "train", *words, f"--out={tmp_path / 'rows'}", "--config.model.remat=none"]) == 1
     assert [command[3] for command in commands] == ["--config=a.py:1b", "--config=b.py", "--config=c.py"]
-    rest = ["--steps=20", "--documents=1", "--config.model.remat=none", "--rows=8", "--seq-len=4096"]
+    rest = ["--steps=20", "--documents=1", "--rows=8", "--seq-len=4096", "--config.model.remat=none"]
     assert commands[0][:3] == ["based_jax", "bench", "train"]
     assert commands[0][4:] == [*rest, f"--out={tmp_path / 'rows'}", "--no-profile"]
 

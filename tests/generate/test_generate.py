@@ -8,8 +8,8 @@ from flax import nnx
 
 from based_jax.errors import UserError
 from based_jax.generate import Sampling, generate
-from based_jax.generate.engine import PROMPT_BUCKET
-from based_jax.generate.sampling import GREEDY, sample
+from based_jax.generate.prefill import CHUNK_TOKENS
+from based_jax.generate.sampling import GREEDY, Draws, draw
 from based_jax.nn.lm import LM, LMConfig
 
 VOCAB = 50
@@ -77,8 +77,8 @@ def test_more_tokens_than_the_model_reads_are_refused(bounded_model):
         generate(bounded_model, [[2] * 40], 1)
 
 
-def test_a_prompt_longer_than_a_bucket_is_read_whole(model):
-    prompt = [i * 7 % VOCAB for i in range(PROMPT_BUCKET + 3)]
+def test_a_prompt_longer_than_a_chunk_is_read_whole(model):
+    prompt = [i * 7 % VOCAB for i in range(CHUNK_TOKENS + 3)]
     (new,) = generate(model, [prompt], 1)
     assert new.tolist() == [int(nnx.jit(model)(jnp.asarray([prompt], jnp.int32))[0, -1, :VOCAB].argmax())]
 
@@ -123,6 +123,13 @@ def test_arrays_are_prompts(model, greedy):
         assert [new.tolist() for new in generate(model, prompts, np.int64(8))] == expected
 
 
+def sample(logits, sampling, seed):
+    """Return a token of each row, drawn alike from its logits."""
+    rows = len(logits)
+    draws = Draws.of([sampling] * rows, [np.asarray((0, seed, row), np.uint32) for row in range(rows)])
+    return jax.jit(draw)(logits, draws, jnp.zeros(rows, jnp.int32))[0]
+
+
 def softmax(logits):
     p = np.exp(logits - logits.max())
     return p / p.sum()
@@ -162,7 +169,7 @@ HOT, COLD = softmax(LOGITS / 2), softmax(LOGITS / 0.5)
 )
 def test_draws_follow_the_distribution(sampling, expected):
     logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (DRAWS, len(LOGITS)))
-    drawn = np.asarray(sample(logits, sampling, jax.random.split(jax.random.key(0), DRAWS)))
+    drawn = np.asarray(sample(logits, sampling, 0))
     frequency = np.bincount(drawn, minlength=len(LOGITS)) / DRAWS
     assert not frequency[expected == 0].any()
     deviation = np.sqrt(expected * (1 - expected) / DRAWS)
@@ -173,7 +180,7 @@ def test_draws_follow_the_distribution(sampling, expected):
 @pytest.mark.parametrize("temperature", [1e-320, 1e-99, 1e99])
 def test_the_ends_of_temperature_are_greedy_and_even(temperature):
     logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (512, len(LOGITS)))
-    drawn = np.asarray(sample(logits, Sampling(temperature), jax.random.split(jax.random.key(0), 512)))
+    drawn = np.asarray(sample(logits, Sampling(temperature), 0))
     counts = np.bincount(drawn, minlength=len(LOGITS))
     assert counts[0] == 512 if temperature < 1 else counts.min() > 256 / len(LOGITS)
 
@@ -181,16 +188,16 @@ def test_the_ends_of_temperature_are_greedy_and_even(temperature):
 def test_cuts_differ_from_row_to_row():
     logits = jnp.asarray([[0.0, 5.0, 1.0], [5.0, 0.0, 1.0]])
     for sampling in (Sampling(1.0, top_k=1), Sampling(1.0, top_p=0.5), GREEDY):
-        assert sample(logits, sampling, jax.random.split(jax.random.key(3))).tolist() == [1, 0]
+        assert sample(logits, sampling, 3).tolist() == [1, 0]
 
 
 def test_what_fp32_does_not_have_draws_as_what_is_near():
     """The largest logit is neither the first nor the only one above 0."""
-    logits, key = jnp.asarray([[0.0, 1.0, 5.0, 4.0]]), jax.random.split(jax.random.key(3), 1)
+    logits = jnp.asarray([[0.0, 1.0, 5.0, 4.0]])
     for sampling in (Sampling(1e-37), Sampling(5e-324), Sampling(1, top_p=5e-324), Sampling(1, top_p=Fraction(1, 3))):
-        assert sample(logits, sampling, key).item() == 2, sampling
-    hottest = sample(logits, Sampling(1e30), key).item()
-    assert {sample(logits, Sampling(t), key).item() for t in (2**63, 10**400, 1e300)} == {hottest}
+        assert sample(logits, sampling, 3).item() == 2, sampling
+    hottest = sample(logits, Sampling(1e30), 3).item()
+    assert {sample(logits, Sampling(t), 3).item() for t in (2**63, 10**400, 1e300)} == {hottest}
 
 
 @pytest.mark.parametrize(

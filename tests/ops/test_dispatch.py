@@ -184,10 +184,8 @@ SCOPES = {
     "selective_scan_step": lambda: selective_scan.selective_scan_step(
         X, X, jnp.ones((4, 3)), *(jnp.ones((2, 3)),) * 2, jnp.zeros((2, 4, 3))
     ),
-    "attention_step": lambda: softmax.attention_step(HEADS_X, *(HEADS_X[:, None],) * 2, jnp.ones((2, 1), bool)),
     "masked_attention": lambda: softmax.masked_attention(*(HEADS_X[:, None],) * 3, jnp.ones((2, 1, 1), bool)),
     "ssd_step": lambda: ssd.ssd_step(HEADS_X, GATES[..., 0], jnp.ones(2), HEADS_X, HEADS_X, MATRIX),
-    "taylor_attention_step": lambda: taylor.taylor_attention_step(*(HEADS_X,) * 3, taylor.initial_state(2, 2, 4, 4)),
     "wkv4_step": lambda: wkv4.wkv4_step(X, X, X[0], X[0], wkv4.initial_state(2, 4)),
     "token_shift": lambda: token_shift(X[:, None]),
     "multiply": lambda: projection.multiply(X, jnp.ones((4, 3))),

@@ -84,3 +84,20 @@ def test_reference(impl, out_and_grads):
     assert_close(state, case.outputs["final_state"], FORWARD, "state")
     for name, grad in zip(names, grads, strict=True):
         assert_close(grad, case.gradients[name], GRADIENT, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("impl", ["xla_chunks", pytest.param("xla_steps", marks=pytest.mark.long)])
+def test_raw_steps_are_those_of_the_bias(impl, normal, packed_ids, out_and_grads, close):
+    T, D, N = 13, 5, 3
+    u, raw, A, B, C = normal(6, T, D), normal(6, T, D), -jnp.abs(normal(D, N)), normal(6, T, N), normal(6, T, N)
+    arguments, ids, cotangents = (u, raw, A, B, C, normal(D)), packed_ids(T), (normal(6, T, D), normal(6, D, N))
+
+    def made_before(u, raw, A, B, C, bias):
+        return selective_scan(u, step_sizes(raw, bias), A, B, C, segment_ids=ids, impl="oracle")
+
+    def given(*arguments):
+        return selective_scan(*arguments[:5], bias=arguments[5], segment_ids=ids, impl=impl)
+
+    close(
+        out_and_grads(given, arguments, cotangents), out_and_grads(made_before, arguments, cotangents), tolerance=2e-5
+    )

@@ -14,8 +14,6 @@ from based_jax.ops.softmax import (
     ATTENTION,
     WINDOW_ATTENTION,
     attention,
-    attention_prefill,
-    attention_step,
     window_attention,
 )
 
@@ -171,13 +169,6 @@ def test_vmap_equals_a_loop(window, draw, close):
             close(mapped[i], call(*(x[i] for x in lanes)), what=impl)
 
 
-def test_step_is_the_last_row_and_sees_only_what_is_visible(draw, close):
-    (q, k, v), _, _ = jax.device_get(draw(20, 8, 5, 2))
-    visible = np.broadcast_to(np.arange(20) >= 13, (6, 20))
-    o = jax.jit(attention_step)(q[:, -1], k, v, visible)
-    close(o, exact(q, k, v, window=7)[:, -1])
-
-
 def test_very_large_scores_stay_finite(draw, close):
     (q, k, v), _, ids = jax.device_get(draw(130, 16, 16, 2))
     q, k = np.round(q * 8) * 64, np.round(k * 8) * 64
@@ -186,14 +177,13 @@ def test_very_large_scores_stay_finite(draw, close):
         close(o, exact(q, k, v, window, ids))
 
 
-def test_prefill_is_the_last_part_of_attention(draw, close):
+def test_chunks_of_the_last_queries(draw, close):
     """However many keys stand before the queries, and with chunks of both that are not filled."""
     (q, k, v), _, ids = jax.device_get(draw(200, 8, 5, 2))
     numbers, expected = np.asarray(jax.jit(segments.numbered)(ids)), exact(q, k, v, ids=ids)
     for T in (200, 130, 1):
         last = (q[:, -T:], k, v, numbers[:, -T:], numbers)
         close(jax.jit(softmax_chunks.attention)(*last), expected[:, -T:])
-        close(jax.jit(attention_prefill)(*last), expected[:, -T:])
 
 
 def test_pairs_of_chunks_that_do_not_meet_are_left_out():
@@ -278,11 +268,3 @@ def test_scanned_layers_do_not_share_who_sees_whom():
 
     compiled = jax.jit(jax.grad(layers, argnums=(0, 1))).lower(jnp.ones((1, T, 2)), jnp.ones((3, 8))).compile()
     assert max(math.prod(shape) for x in hlo.Program(compiled.as_text()).instructions for shape in x.shapes) < T * T / 8
-
-
-def test_prefill_of_32768_tokens_takes_less_than_2_GiB(monkeypatch):
-    monkeypatch.undo()
-    q, k = (jax.ShapeDtypeStruct((1, T, 16, 64), jnp.bfloat16) for T in (32768, 65536))
-    numbers = [jax.ShapeDtypeStruct(x.shape[:2], jnp.int32) for x in (q, k)]
-    compiled = jax.jit(attention_prefill).lower(q, k, k, *numbers).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2 << 30

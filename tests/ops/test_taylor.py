@@ -16,9 +16,7 @@ from based_jax.ops.taylor import (
     IMPLEMENTATIONS,
     expanded_dim,
     full_taylor_features,
-    initial_state,
     taylor_attention,
-    taylor_attention_step,
     taylor_features,
 )
 
@@ -190,16 +188,6 @@ def test_pieces_equal_one_call(impl, draw, cotangents, out_and_grads, close):
 
     args, weights = (*qkv, state), cotangents(qkv)
     close(out_and_grads(in_pieces, args, weights), out_and_grads(caller("oracle", ids=ids), args, weights))
-
-
-def test_steps_equal_one_call(draw, close):
-    (q, k, v), _, _ = draw(10, 16, 64, 2)
-    state, step = jax.jit(initial_state, static_argnums=(0, 1, 2, 3))(6, 2, 16, 64), jax.jit(taylor_attention_step)
-    outputs = []
-    for t in range(10):
-        o, state = step(q[:, t], k[:, t], v[:, t], state)
-        outputs.append(o)
-    close((np.stack(outputs, axis=1), state), exact(q, k, v))
 
 
 @pytest.mark.parametrize("impl", [*FAST, "oracle"])

@@ -28,6 +28,7 @@ OPERATIONS: dict[str, Operation] = {
     "gated_skip": norms.GATED_SKIP,
     "gated_rms_norm": norms.GATED_RMS_NORM,
     "selective_scan": state_spaces.SELECTIVE_SCAN,
+    "raw_selective_scan": state_spaces.RAW_SELECTIVE_SCAN,
     "ssd": state_spaces.SSD,
     "wkv4": state_spaces.WKV4,
     "gated_linear_attention": matrix_states.GATED_LINEAR_ATTENTION,

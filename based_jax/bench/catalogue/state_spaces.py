@@ -1,6 +1,7 @@
 """Mamba's selective scan, Mamba-2's with one decay a head (SSD), and RWKV-4's average of values."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +42,17 @@ def _scan_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
     return bf16(narrow) | fp32(wide)
 
 
+def _raw_scan_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
+    found = _scan_arrays(case)
+    return found | bf16({"dt": found["dt"].shape}) | fp32({"bias": (case.shape[1],)})
+
+
 def _scan(case: Case) -> Function:
     def run(arrays, ids):
+        bias = arrays.get("bias")
         dt, A = steps_and_rates(arrays["dt"], arrays["A"])
-        options = {"state": arrays.get("state"), "segment_ids": ids, "impl": case.impl}
+        options = {"bias": bias, "state": arrays.get("state"), "segment_ids": ids, "impl": case.impl}
+        dt = dt if bias is None else arrays["dt"]
         y, state = selective_scan.selective_scan(arrays["u"], dt, A, arrays["B"], arrays["C"], **options)
         return {"y": y, "state": state}
 
@@ -55,8 +63,11 @@ def scan_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return y_t = C_t . h_t with h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, and the last document's h.
 
     `arrays` are u and dt (B, T, D), A (D, N), B, C (B, T, N) and the first document's `state` before the first token.
+    With a `bias` (D) the steps are softplus(dt + bias).
     """
     dt, A = steps_and_rates(arrays["dt"], arrays["A"])
+    if "bias" in arrays:
+        dt = jax.nn.softplus(arrays["dt"] + arrays["bias"][None, None])
 
     def token(h, u, dt, B, C):
         h = jnp.exp(dt[..., None] * A[None]) * h + (dt * u)[..., None] * B[:, None]
@@ -66,19 +77,19 @@ def scan_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     return {"y": y, "state": state}
 
 
-def _scan_cost(case: Case, which: str) -> tuple[float, float]:
-    """Count u and y in bf16, steps in fp32, B and C in bf16; a state decays, is added to and read, in each channel."""
+def _scan_cost(case: Case, which: str, step_bytes: int = FP32) -> tuple[float, float]:
+    """Count u and y in bf16, the steps, B and C in bf16; a state decays, is added to and read, in each channel."""
     (batch, _, time), [states] = case.shape, case.dims
     narrow = 2 * BF16 * states * batch * time
-    size, flops = tokens(case) * (2 * BF16 + FP32) + narrow, 6.0 * tokens(case) * states
+    size, flops = tokens(case) * (2 * BF16 + step_bytes) + narrow, 6.0 * tokens(case) * states
     if which == FORWARD:
         return size, flops
     # u, dt, B, C and y's gradient are read, the four's own written.
-    return size + tokens(case) * (3 * BF16 + 2 * FP32) + 2 * narrow, 3 * flops
+    return size + tokens(case) * (3 * BF16 + 2 * step_bytes) + 2 * narrow, 3 * flops
 
 
-def _scan_cases() -> tuple[Case, ...]:
-    make = functools.partial(Case, "selective_scan")
+def _scan_cases(name: str) -> tuple[Case, ...]:
+    make = functools.partial(Case, name)
     return (
         *(make((2, 128, time), (16,), **x) for time in (1, 15, 65) for x in ({}, PACKED)),
         *(make((3, 256, 130), (states,), **PACKED) for states in (8, 24, 32)),
@@ -199,18 +210,26 @@ def _wkv4_cases() -> tuple[Case, ...]:
     )
 
 
-SELECTIVE_SCAN = Operation(
-    table=selective_scan.IMPLEMENTATIONS,
-    arrays=_scan_arrays,
-    function=_scan,
-    oracle=lambda case: scan_definition,
-    cost=_scan_cost,
-    kernels={"hopper_steps": ("selective_scan",)},
-    cases=_scan_cases(),
-    small_cases=(Case("selective_scan", (1, 128, 50), (TIMED_STATES,), **PACKED),),
-    timed={"selective_scan": by_channel("selective_scan", (TIMED_STATES,))},
-    weights=frozenset({"A"}),
-    compile_seconds=5.0,
+def _scan_operation(name: str, **differences: Any) -> Operation:
+    return Operation(
+        table=selective_scan.IMPLEMENTATIONS,
+        function=_scan,
+        oracle=lambda case: scan_definition,
+        kernels={"hopper_steps": ("selective_scan",)},
+        cases=_scan_cases(name),
+        small_cases=(Case(name, (1, 128, 50), (TIMED_STATES,), **PACKED),),
+        timed={name: by_channel(name, (TIMED_STATES,))},
+        compile_seconds=5.0,
+        **differences,
+    )
+
+
+SELECTIVE_SCAN = _scan_operation("selective_scan", arrays=_scan_arrays, cost=_scan_cost, weights=frozenset({"A"}))
+RAW_SELECTIVE_SCAN = _scan_operation(
+    "raw_selective_scan",
+    arrays=_raw_scan_arrays,
+    cost=functools.partial(_scan_cost, step_bytes=BF16),
+    weights=frozenset({"A", "bias"}),
 )
 
 SSD = Operation(

@@ -1,4 +1,4 @@
-"""Time, check and profile single operations, whole training steps and the packing of data on the device at hand.
+"""Time, check and profile single operations, training steps, generation and the packing of data on the device at hand.
 
 examples:
   python -m based_jax bench kernels --peers
@@ -8,12 +8,20 @@ examples:
 
 import argparse
 
-from based_jax.commands.bench import check, data, kernels, profile, sanitize, train
+from based_jax.commands.bench import check, data, generate, kernels, profile, sanitize, train
 from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.parser import add_command
 
-TASKS = {"kernels": kernels, "check": check, "sanitize": sanitize, "profile": profile, "train": train, "data": data}
-COMPILING = (kernels, profile, train)
+TASKS = {
+    "kernels": kernels,
+    "check": check,
+    "sanitize": sanitize,
+    "profile": profile,
+    "train": train,
+    "generate": generate,
+    "data": data,
+}
+COMPILING = (kernels, profile, train, generate)
 """Tasks that keep what they compile; `check` and `sanitize` make their kernels anew."""
 
 

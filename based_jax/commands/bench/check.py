@@ -10,12 +10,9 @@ import os
 import secrets
 import time
 
-from based_jax.bench.defaults import CHECK_PROCESSES
+from based_jax.bench.defaults import CHECK_PROCESSES, MEMORY_FRACTION
 from based_jax.commands.parser import out_file, seconds
 from based_jax.errors import UserError
-
-HUGE_CASES_MEMORY_FRACTION = "0.92"
-"""Of the GPU: calls past 2^31 elements need more than JAX's usual three quarters."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.processes < 0:
         raise UserError(f"processes is {args.processes}; it is at least 0.")
     # JAX reads it when it first meets the GPU.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", HUGE_CASES_MEMORY_FRACTION)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
     from based_jax.bench import check, rows
 
     selection = check.CaseSelection(args.only, args.quick, args.impl)

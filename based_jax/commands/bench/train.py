@@ -10,62 +10,27 @@ examples:
 """
 
 import argparse
-import subprocess
-import sys
 
-from based_jax.commands.parser import out_file
+from based_jax.commands.bench import several
 from based_jax.commands.train import parse_overrides
-from based_jax.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the task's arguments; `--config.a.b=value` overrides are taken beside them."""
-    parser.add_argument(
-        "--config",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="config files, optionally with a variant: configs/x.py:variant",
-    )
+    several.add_arguments(parser)
     parser.add_argument("--rows", type=int, metavar="N", help="in one microbatch, in place of the config's batch")
     parser.add_argument("--seq-len", type=int, metavar="T", help="tokens of a row (default: the config's)")
     parser.add_argument("--documents", type=int, default=1, help="that a row is packed of (default: 1, without ids)")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed (default: 20)")
-    parser.add_argument("--no-profile", dest="profile", action="store_false", help="leave out where the time goes")
-    parser.add_argument("--peers", action="store_true", help="time whole models of other libraries as well")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME", help="time these peers alone")
-    parser.add_argument("--out", type=out_file, help="append a JSON row of each to this file")
-    parser.set_defaults(takes_overrides=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the rows, and append them; return 1 if one of several failed."""
     from based_jax.bench import train_peers
 
-    for name in args.peer:
-        train_peers.check(name)
-    peers = [*args.peer, *(train_peers.installed() if args.peers else ())]
-    if not args.config and not peers:
-        raise UserError("There is nothing to time: give --config or --peers.")
-    parse_overrides(args.overrides)
-    if len(args.config) == 1 and not peers:
-        _measure(args, args.config[0])
-        return 0
-    if len(peers) == 1 and not args.config and not args.peers:
-        _measure_peer(args, peers[0])
-        return 0
-    tasks = [[f"--config={name}"] for name in args.config] + [[f"--peer={name}"] for name in peers]
-    return max([_alone(args, task) for task in tasks])
-
-
-def _alone(args: argparse.Namespace, task: list[str]) -> int:
-    """Run one of several in a process of its own; return 1 if it failed."""
-    words = [f"--steps={args.steps}", f"--documents={args.documents}", *args.overrides]
-    words += [f"--{key.replace('_', '-')}={x}" for key in ("rows", "seq_len", "out") if (x := getattr(args, key))]
-    words += [] if args.profile else ["--no-profile"]
-    command = [sys.executable, "-m", "based_jax", "bench", "train", *task, *words]
-    sys.stdout.flush()
-    return min(1, abs(subprocess.run(command).returncode))
+    words = [f"--steps={args.steps}", f"--documents={args.documents}"]
+    words += [f"--{key.replace('_', '-')}={x}" for key in ("rows", "seq_len") if (x := getattr(args, key))]
+    return several.run(args, train_peers.PEERS, words, _measure, _measure_peer)
 
 
 def _measure(args: argparse.Namespace, name: str) -> None:

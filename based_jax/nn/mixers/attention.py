@@ -4,17 +4,22 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, override
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
+from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
-from based_jax.errors import UserError
+from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
+from based_jax.nn.eviction import POLICIES, BudgetCache, Policy
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
-from based_jax.ops import segments, sequence
-from based_jax.ops.softmax import ATTENTION, attention, attention_prefill, attention_step, filled_head_dim
+from based_jax.ops import dispatch, segments, sequence
+from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim
+from based_jax.ops.softmax_prefill import attention_prefill
+from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step, attention_weights
 
 QKV_KEYS = {
     "out_proj/kernel": "out_proj.weight",
@@ -25,7 +30,7 @@ QKV_KEYS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionConfig:
+class HeadsConfig:
     """Heads, the share of each head that rotary turns (0 for none), its base, biases, and the implementation.
 
     Each of `num_kv_heads` keys and values, as many as queries where None, serves as many queries (arXiv 2305.13245).
@@ -48,8 +53,36 @@ class AttentionConfig:
             raise UserError(f"num_kv_heads is {kv_heads}; it divides num_heads, which is {self.num_heads}.")
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(HeadsConfig):
+    """Those of heads, and which keys and values decoding keeps; training and one pass see all.
+
+    `cache_policy` is one of `eviction.POLICIES`; all but "full" keep up to `cache_budget` tokens, of which "streaming"
+    keeps the first `cache_sinks`.
+    """
+
+    cache_policy: str = added_later("full")
+    cache_budget: int | None = added_later(None)
+    cache_sinks: int = added_later(4)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sizes(self, cache_sinks=0)
+        if self.cache_policy not in POLICIES:
+            raise unknown("cache_policy", self.cache_policy, POLICIES)
+        policy = POLICIES[self.cache_policy]
+        if (policy is None) != (self.cache_budget is None):
+            held = "all tokens" if policy is None else "so many tokens"
+            raise UserError(f"cache_budget is {self.cache_budget}; cache_policy '{self.cache_policy}' keeps {held}.")
+        if policy is not None:
+            check_sizes(self, cache_budget=policy.least + (self.cache_sinks if policy.moves_sinks else 0))
+
+
 class Attention(Mixer):
-    """Causal multi-head attention; the cache holds every key and value.
+    """Causal multi-head attention; the cache holds every key and value, or those that a policy keeps.
+
+    With a budget that is as large as the cache, decoding is that of "full", bit for bit. A prefill that does not fit a
+    budget is read token by token.
 
     Source: HazyResearch/based:based/models/transformer/mha.py; zoology:zoology/mixers/attention.py with bias and
     without rotary; transformers:models/llama/modeling_llama.py with full rotary and grouped queries.
@@ -66,11 +99,12 @@ class Attention(Mixer):
         },
     }
 
-    def __init__(self, d_model: int, config: AttentionConfig, init: layers.Init):
+    def __init__(self, d_model: int, config: HeadsConfig, init: layers.Init):
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.head_dim = layers.head_dim(d_model, config.num_heads)
         self.kv_heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
         self.rotary_dim = layers.rotary_dim(self.head_dim, config.rotary_fraction)
+        self.policy = POLICIES[config.cache_policy] if isinstance(config, AttentionConfig) else None
         bias, widths = config.bias, (d_model, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
         self.qkv = layers.linear(d_model, sum(widths), ("embed", "heads"), init, bias=bias, parts=widths)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out, bias=bias)
@@ -84,26 +118,108 @@ class Attention(Mixer):
 
     @override
     def _initial_state(self, batch: int, max_len: int) -> TokenCache:
-        k, v = (jnp.zeros((batch, max_len, self.kv_heads, self.head_dim), self.dtype) for _ in "kv")
-        return TokenCache.empty((k, v))
+        cache = self.empty_cache(batch, self._slots(max_len), filled_head_dim(self.head_dim))
+        return cache if self.policy is None else BudgetCache.around(cache, self.policy, self.config.cache_sinks)
+
+    def _slots(self, tokens: int) -> int:
+        return tokens if self.policy is None else min(tokens, self.config.cache_budget)
 
     @override
     def _prefill(self, x: BTD, state: TokenCache, segment_ids: SegmentIds | None) -> tuple[BTD, TokenCache]:
-        state.check_room(x.shape[1], segment_ids)
-        q, k, v = self.rotated_qkv(x, state.length, segment_ids)
-        numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segments.numbered(segment_ids)
-        keys, values = (
-            self.for_each_query(jnp.concatenate(both, axis=1)) for both in zip(state.tokens, (k, v), strict=True)
-        )
-        earlier = state.visible().astype(numbers.dtype)  # of the first document, whose number is 1
-        o = attention_prefill(q, keys, values, numbers, jnp.concatenate([earlier, numbers], axis=1))
-        places, _ = segments.positions(segment_ids, state.length, x.shape[1])
-        return self._out(state.held(o, places, numbers != 0)), state.extend((k, v), segment_ids)
+        qkv = self.unrotated_qkv(x, state.tokens[0].shape[3])
+        if self.policy is None:
+            o, state = self._read_all(qkv, state, segment_ids)
+        else:
+            o, state = self._read_within(self.policy, qkv, state, segment_ids)
+        return self._out(o), state
 
     @override
     def _step(self, x: BD, state: TokenCache) -> tuple[BD, TokenCache]:
-        o, after = self.read_token(x, state)
-        return self._out(state.held(o, state.length)), after
+        if self.policy is not None:
+            qkv = self._filled((y[:, 0] for y in self.unrotated_qkv(x[:, None])), state)
+            o, after = self._read_one(self.policy, qkv, state, jnp.ones(x.shape[0], bool))
+            o = o[..., : self.head_dim]
+        else:
+            o, after = self.read_token(x, state)
+        return self._out(o if self._evicts(state) else state.held(o, state.length)), after
+
+    @override
+    def _emptied(self, state: TokenCache, rows: Bool[Array, "B"]) -> TokenCache:
+        """Return the state whose rows have no token: what is in their slots is not seen, and need not be cleared."""
+        return dataclasses.replace(state, length=jnp.where(rows, 0, state.length))
+
+    def _evicts(self, state: TokenCache) -> bool:
+        """Return whether a full cache drops tokens; another one is as long as any document may be."""
+        return self.policy is not None and state.slots == self.config.cache_budget
+
+    def _read_all(self, qkv, state: TokenCache, segment_ids: SegmentIds | None):
+        """Return what tokens read (B, T, H, D/H), NaN where they do not fit into the cache, and the cache with them."""
+        state.check_room(qkv[0].shape[1], segment_ids)
+        q, k, v = self._rotated(qkv, state.length, segment_ids)
+        options = {"head_dim": self.head_dim, "impl": self.config.impl}
+        there = jnp.minimum(state.length, state.slots)
+        o = attention_prefill(q, k, v, *state.tokens, there, segment_ids=segment_ids, **options)
+        places, _ = segments.positions(segment_ids, state.length, k.shape[1])
+        present = True if segment_ids is None else segments.ids_of(segment_ids) != 0
+        o = state.held(o, places, present)
+        if not isinstance(state, BudgetCache):
+            return o, state.extend((k, v), segment_ids)
+        return o, self._paid(q, places, state.filled_up((k, v), qkv[1], segment_ids), state, segment_ids)
+
+    def _paid(self, q, places, after: BudgetCache, before: BudgetCache, segment_ids: SegmentIds | None) -> BudgetCache:
+        """Return the cache after what queries (B, T, H, .) of each row's last document have paid its tokens."""
+        if not after.statistics or not self._evicts(after):
+            return after
+        _, last, _ = before.last_document(q.shape[1], segment_ids)
+        seen = jnp.where(last, places + 1, 0)
+
+        def pay(cache, token):
+            return self._with_payment(cache, *token), None
+
+        return jax.lax.scan(pay, after, (jnp.moveaxis(q, 1, 0), seen.T))[0]
+
+    def _with_payment(self, cache: BudgetCache, q, seen) -> BudgetCache:
+        weights = attention_weights(q, cache.tokens[0], seen, head_dim=self.head_dim)
+        return cache.paid(weights, jnp.arange(cache.slots)[None] < seen[:, None])
+
+    def _read_within(self, policy: Policy, qkv, state: BudgetCache, segment_ids: SegmentIds | None):
+        """Return what tokens read (B, T, H, D/H), and the cache after them: token by token where they do not fit."""
+        T = qkv[0].shape[1]
+        if not self._evicts(state):
+            return self._read_all(qkv, state, segment_ids)
+        if segment_ids is None and state.slots < T:
+            return self._read_one_by_one(policy, qkv, state, segment_ids)
+        places, _ = segments.positions(segment_ids, state.length, T)
+        present = True if segment_ids is None else segments.ids_of(segment_ids) != 0
+        return jax.lax.cond(
+            jnp.all((places < state.slots) | ~jnp.asarray(present)),
+            lambda: self._read_all(qkv, state, segment_ids),
+            lambda: self._read_one_by_one(policy, qkv, state, segment_ids),
+        )
+
+    def _read_one_by_one(self, policy: Policy, qkv, state: BudgetCache, segment_ids: SegmentIds | None):
+        B, T = qkv[0].shape[:2]
+        numbers = jnp.ones((B, T), jnp.int32) if segment_ids is None else segments.numbered(segment_ids)
+
+        def read(cache, token):
+            qkv, present, begins = token
+            cache = dataclasses.replace(cache, length=jnp.where(begins, 0, cache.length))
+            return self._read_one(policy, qkv, cache, present)[::-1]
+
+        tokens = *qkv, numbers != 0, segments.begins_later(numbers)
+        *qkv, present, begins = (jnp.moveaxis(x, 1, 0) for x in tokens)
+        state, o = jax.lax.scan(read, state, (qkv, present, begins))
+        return jnp.moveaxis(o, 0, 1), state
+
+    def _read_one(self, policy: Policy, qkv, cache: BudgetCache, rows):
+        """Return what one token of some rows reads (B, H, .), and the cache after it; q, k, v (B, H, .) unrotated."""
+        kept, place = policy.kept(cache.slots, self.config.cache_sinks), cache.length
+        q, k, v = (x[:, 0] for x in self._rotated([x[:, None] for x in qkv], place, None))
+        cache = cache.with_kept(policy, kept, rows).appended((k, v), kept, rows)
+        cache = cache.with_sinks(qkv[1], jnp.where(rows, place, cache.slots), self._turned)
+        seen = jnp.minimum(cache.length, cache.slots)
+        o = self._attended(q, cache, seen)
+        return o, self._with_payment(cache, q, jnp.where(rows, seen, 0)) if cache.statistics else cache
 
     @override
     def reference_buffers(self) -> Mapping[str, Buffer]:
@@ -113,13 +229,21 @@ class Attention(Mixer):
 
     @override
     def state_size(self, seq_len: int) -> int:
-        """Return a key and a value of each head for each token; equal to the cache's when `max_len` is `seq_len`."""
-        return 2 * self.kv_heads * self.head_dim * seq_len
+        """Return a key and a value of each head for each token, or for each of a budget, and what a policy remembers.
+
+        Equal to the cache's when `max_len` is `seq_len`, but on a GPU its heads end in zeros besides
+        (`softmax.filled_head_dim`).
+        """
+        slots, width = self._slots(seq_len), self.kv_heads * self.head_dim
+        if self.policy is None:
+            return 2 * width * slots
+        sinks = min(self.config.cache_sinks, slots) if self.policy.moves_sinks else 0
+        return 2 * width * slots + self.kv_heads * len(self.policy.statistics) * slots + width * sinks
 
     @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, and scores and sums over half of `seq_len` keys on average."""
-        return self.projection_flops() + 2 * self.d_model * seq_len
+        return self.projection_flops() + 2 * self.d_model * min(seq_len, 2 * self._slots(seq_len))
 
     def projection_flops(self) -> int:
         """Return the FLOPs of the projections."""
@@ -129,23 +253,46 @@ class Attention(Mixer):
         """Return keys or values (B, S, kv heads, D/H) repeated for the queries that each of them serves."""
         return jnp.repeat(x, self.config.num_heads // self.kv_heads, axis=2)
 
-    def rotated_qkv(self, x: BTD, before: Int[Array, "#B"], segment_ids: SegmentIds | None, width: int | None = None):
-        """Return queries and keys rotated by their place in their document, and values: (B, T, heads, D/H).
-
-        `before` counts the tokens that each row's first document has had. With a `width` zeros fill the heads up to it.
-        """
+    def unrotated_qkv(self, x: BTD, width: int | None = None):
+        """Return queries, keys and values (B, T, heads, D/H); with a `width` zeros fill the heads up to it."""
         y = layers.to_heads(self.qkv, x, self.config.num_heads + 2 * self.kv_heads, width or self.head_dim)
-        q, k, v = layers.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
-        places, _ = sequence.positions(segment_ids, before, x.shape[1])
-        q, k = (layers.rotary(y, places, self.rotary_dim, self.config.rotary_base) for y in (q, k))
-        return q, k, v
+        return layers.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
+
+    def rotated_qkv(self, x: BTD, before: Int[Array, "#B"], segment_ids: SegmentIds | None, width: int | None = None):
+        """Return the same with queries and keys rotated by their place in their document.
+
+        `before` counts the tokens that each row's first document has had.
+        """
+        return self._rotated(self.unrotated_qkv(x, width), before, segment_ids)
+
+    def _rotated(self, qkv, before: Int[Array, "#B"], segment_ids: SegmentIds | None):
+        q, k, v = qkv
+        places, _ = sequence.positions(segment_ids, before, q.shape[1])
+        return self._turned(q, places), self._turned(k, places), v
+
+    def _turned(self, y, places):
+        return layers.rotary(y, places, self.rotary_dim, self.config.rotary_base)
+
+    def empty_cache(self, batch: int, slots: int, width: int) -> TokenCache:
+        """Return the cache of so many keys and values before the first, whose heads end in zeros up to a width."""
+        k, v = (jnp.zeros((batch, slots, self.kv_heads, width), self.dtype) for _ in "kv")
+        return TokenCache.empty((k, v))
 
     def read_token(self, x: BD, state: TokenCache):
         """Return what a token's queries read (B, H, D/H), and the state after it."""
         q, k, v = (y[:, 0] for y in self.rotated_qkv(x[:, None], state.length, None))
+        q, k, v = self._filled((q, k, v), state)
         state = state.append((k, v))
-        keys, values = map(self.for_each_query, state.tokens)
-        return attention_step(q, keys, values, state.visible()), state
+        return self._attended(q, state, jnp.minimum(state.length, state.slots))[..., : self.head_dim], state
+
+    def _filled(self, token, state: TokenCache):
+        """Return a token's heads as wide as the cache's: zeros behind the weights would be made for each token."""
+        return [layers.with_zeros(y, 2, state.tokens[0].shape[3]) for y in token]
+
+    def _attended(self, q, state: TokenCache, there: Int[Array, "B"]):
+        """Return what a token's queries read of the first slots."""
+        impl = dispatch.beside(self.config.impl, ATTENTION_STEP)
+        return attention_step(q, *state.tokens, there, head_dim=self.head_dim, impl=impl)
 
     def _out(self, o):
         return layers.from_heads(self.out_proj, o)

@@ -13,6 +13,7 @@ from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, expanded, inverse_softplus_dt, softplus_decay, unit
 from based_jax.nn.mixer import Buffer, Operation, check_positive, check_sizes
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
+from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class GatedDeltaNet(GatedLinearMixer):
 
     Config: ClassVar = GatedDeltaNetConfig
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = Operation(delta_rule, delta_rule_step)
+    operation: ClassVar = Operation(delta_rule, delta_rule_step, MATRIX_STATE_STEPS)
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "o_proj.weight",

@@ -10,6 +10,7 @@ from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, GatedState, expanded
 from based_jax.nn.mixer import Operation, check_positive, check_sizes
 from based_jax.ops import gated_slot_attention as slots
+from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class GSA(GatedLinearMixer):
 
     Config: ClassVar = GSAConfig
     IMPLEMENTATIONS: ClassVar = slots.IMPLEMENTATIONS
-    operation: ClassVar = Operation(slots.gated_slot_attention, slots.gated_slot_attention_step)
+    operation: ClassVar = Operation(slots.gated_slot_attention, slots.gated_slot_attention_step, MATRIX_STATE_STEPS)
     scale: ClassVar = 1.0
     gate_activation: ClassVar = None
     norm_over_heads: ClassVar = True

@@ -13,6 +13,7 @@ from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer, bounded_decay, inverse_softplus_dt, softplus_decay, unit
 from based_jax.nn.mixer import Operation, check_positive, check_sizes
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
+from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class KDA(GatedLinearMixer):
 
     Config: ClassVar = KDAConfig
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = Operation(delta_rule, delta_rule_step)
+    operation: ClassVar = Operation(delta_rule, delta_rule_step, MATRIX_STATE_STEPS)
     gate_activation: ClassVar = staticmethod(jax.nn.sigmoid)
     REFERENCE: ClassVar = {
         "fla": {

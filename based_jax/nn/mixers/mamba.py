@@ -14,10 +14,12 @@ from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops.calls import BDN
 from based_jax.ops.conv import short_conv, short_conv_step
+from based_jax.ops.dispatch import beside
 from based_jax.ops.gated_norm import gated_skip
 from based_jax.ops.projection import multiply
 from based_jax.ops.selective_scan import (
     IMPLEMENTATIONS,
+    STEP_IMPLEMENTATIONS,
     initial_state,
     selective_scan,
     selective_scan_step,
@@ -91,8 +93,8 @@ class Mamba(Mixer):
     @override
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
         u, _ = short_conv(self._inner(x), **self._conv(), segment_ids=segment_ids)
-        dt, B, C = self._selected(u)
-        y, _ = selective_scan(u, dt, self._A(), B, C, segment_ids=segment_ids, impl=self.config.impl)
+        raw, B, C = self._selected(u)
+        y, _ = selective_scan(u, raw, self._A(), B, C, **self._bias(), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, u, y))
 
     @override
@@ -103,17 +105,17 @@ class Mamba(Mixer):
     @override
     def _prefill(self, x: BTD, state: MambaState, segment_ids: SegmentIds | None) -> tuple[BTD, MambaState]:
         u, conv = short_conv(self._inner(x), **self._conv(), state=state.conv, segment_ids=segment_ids)
-        dt, B, C = self._selected(u)
-        y, memory = selective_scan(
-            u, dt, self._A(), B, C, state=state.memory, segment_ids=segment_ids, impl=self.config.impl
-        )
+        raw, B, C = self._selected(u)
+        options = {"state": state.memory, "segment_ids": segment_ids, "impl": self.config.impl}
+        y, memory = selective_scan(u, raw, self._A(), B, C, **self._bias(), **options)
         return self._out(x, u, y), MambaState(conv, memory)
 
     @override
     def _step(self, x: BD, state: MambaState) -> tuple[BD, MambaState]:
         u, conv = short_conv_step(self._inner(x), **self._conv(), state=state.conv)
-        dt, B, C = self._selected(u)
-        y, memory = selective_scan_step(u, dt, self._A(), B, C, state.memory)
+        raw, B, C = self._selected(u)
+        dt, impl = step_sizes(raw, **self._bias()), beside(self.config.impl, STEP_IMPLEMENTATIONS)
+        y, memory = selective_scan_step(u, dt, self._A(), B, C, state.memory, impl=impl)
         return self._out(x, u, y), MambaState(conv, memory)
 
     @override
@@ -140,10 +142,13 @@ class Mamba(Mixer):
         return {"kernel": self.conv_kernel[...], "bias": self.conv_bias[...], "silu": True}
 
     def _selected(self, u):
-        """Return the steps, and the input and output vectors of the state."""
+        """Return the raw steps, and the input and output vectors of the state."""
         low, B, C = jnp.split(self.x_proj(u), [self.dt_rank, self.dt_rank + self.config.d_state], axis=-1)
+        return multiply(low, self.dt_proj.kernel[...].astype(low.dtype)), B, C
+
+    def _bias(self) -> dict[str, Any]:
         bias: Any = self.dt_proj.bias
-        return step_sizes(multiply(low, self.dt_proj.kernel[...].astype(low.dtype)), bias[...]), B, C
+        return {"bias": bias[...]}
 
     def _inner(self, x):
         return layers.linear_part(self.in_proj, x, 0, self.d_inner)

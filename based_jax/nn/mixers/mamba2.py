@@ -15,7 +15,9 @@ from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.decays import initial_state
+from based_jax.ops.dispatch import beside
 from based_jax.ops.gated_norm import gated_rms_norm
+from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
 from based_jax.ops.ssd import BHNP, IMPLEMENTATIONS, ssd, ssd_step
 
 
@@ -108,13 +110,14 @@ class Mamba2(Mixer):
 
     @override
     def _step(self, x: BD, state: Mamba2State) -> tuple[BD, Mamba2State]:
-        *parts, dt = self._projected(x)
-        parts, after = zip(
-            *(short_conv_step(part, **conv) for part, conv in self._convs(parts, state.conv)), strict=True
-        )
-        u, dt, A, B, C = self._inputs(parts, dt)
-        y, memory = ssd_step(u, dt, A, B, C, state.memory)
-        return self._out(x, u, y), Mamba2State(jnp.concatenate(after, axis=-1), memory)
+        inner, channels = self.d_inner, self.channels
+        joint = layers.linear_part(self.in_proj, x, inner, inner + channels)
+        dt = layers.linear_part(self.in_proj, x, inner + channels, None)
+        bias = self.conv_bias[...]
+        joint, conv = short_conv_step(joint, self.conv_kernel[...], state.conv, bias=bias, silu=True)
+        u, dt, A, B, C = self._inputs((joint[..., :inner], joint[..., inner:]), dt)
+        y, memory = ssd_step(u, dt, A, B, C, state.memory, impl=beside(self.config.impl, MATRIX_STATE_STEPS))
+        return self._out(x, u, y), Mamba2State(conv, memory)
 
     @override
     def state_size(self, seq_len: int) -> int:

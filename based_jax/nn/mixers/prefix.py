@@ -10,7 +10,7 @@ from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.nn import layers
 from based_jax.nn.mixer import check_sizes
 from based_jax.nn.mixers.taylor import PROJECTIONS, TaylorAttention, TaylorConfig
-from based_jax.ops import segments, sequence, taylor
+from based_jax.ops import segments, sequence, taylor, taylor_decode
 from based_jax.ops.linear_attention import encoder_state
 
 
@@ -69,6 +69,12 @@ class PrefixLinearAttention(TaylorAttention):
         y, _ = self._mix(x, self._initial_state(*x.shape[:2]), segment_ids, encoder_mask)
         return layers.at(positions, y)[0]
 
+    @property
+    @override
+    def prefix_length(self) -> int:
+        """The tokens that are read in no order."""
+        return self.enc_length
+
     @override
     def _initial_state(self, batch: int, max_len: int) -> Any:
         """Return the state and the tokens read before the first one."""
@@ -82,18 +88,19 @@ class PrefixLinearAttention(TaylorAttention):
     @override
     def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
         """Mix one token behind the prefix and return the state after it."""
-        sums, length = state
-        y, sums = super()._step(x, sums)
-        return y, (sums, length + 1)
+        before, length = state
+        y, after = super()._step(x, before)
+        return y, (after, length + 1)
 
     @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: those of Taylor attention, and the prefix's projections and state as if all were it."""
         weights = self.d_model * (self.config.num_heads * self.config.feature_dim + self.d_model)
-        return super().flops_per_token(seq_len) + 2 * weights + 2 * self.state_size(seq_len)
+        return super().flops_per_token(seq_len) + 2 * weights + 2 * self.published_state_size(seq_len)
 
     def _mix(self, x, state, segment_ids, encoder_mask):
-        sums, length = state
+        before, length = state
+        sums = taylor_decode.total(before)
         numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else sequence.numbered(segment_ids)
         places, length = sequence.positions(segment_ids, length, x.shape[1])
         q, k, v = self._qkv(x)
@@ -107,4 +114,4 @@ class PrefixLinearAttention(TaylorAttention):
             # what goes on with a later document has no prefix
             length = jnp.where(segments.last_id(numbers) > 1, jnp.maximum(length, self.enc_length), length)
         o, sums = taylor.taylor_attention(q, k, v, state=sums, segment_ids=segment_ids, impl=self.config.impl)
-        return self.out_proj(layers.merge_heads(o)), (sums, length)
+        return self.out_proj(layers.merge_heads(o)), (taylor_decode.holding(sums, before), length)

@@ -17,6 +17,7 @@ from based_jax.ops.gated_linear_attention import (
     gated_linear_attention,
     gated_linear_attention_step,
 )
+from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
 
 OUTPUT_DIVISOR = 8  # of the head's output, before its norm
 
@@ -40,7 +41,7 @@ class RWKV5(TimeMix):
 
     Config: ClassVar = RWKV5Config
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = Operation(gated_linear_attention, gated_linear_attention_step)
+    operation: ClassVar = Operation(gated_linear_attention, gated_linear_attention_step, MATRIX_STATE_STEPS)
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "output.weight",

@@ -18,6 +18,7 @@ from based_jax.ops.gated_linear_attention import (
     gated_linear_attention,
     gated_linear_attention_step,
 )
+from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
 from based_jax.ops.precision import EXACT
 
 
@@ -45,7 +46,7 @@ class RWKV6(TimeMix):
 
     Config: ClassVar = RWKV6Config
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = Operation(gated_linear_attention, gated_linear_attention_step)
+    operation: ClassVar = Operation(gated_linear_attention, gated_linear_attention_step, MATRIX_STATE_STEPS)
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",

@@ -16,6 +16,7 @@ from based_jax.nn.mixer import Buffer, Operation, check_sizes
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
 from based_jax.ops.decays import initial_state
 from based_jax.ops.delta_rule import DPLR_IMPLEMENTATIONS, dplr, dplr_step
+from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
 from based_jax.ops.token_shift import token_shift
 
 RANK_OPTIONS = ("decay_low_rank_dim", "gate_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim")
@@ -48,7 +49,7 @@ class RWKV7(TimeMix):
 
     Config: ClassVar = RWKV7Config
     IMPLEMENTATIONS: ClassVar = DPLR_IMPLEMENTATIONS
-    operation: ClassVar = Operation(dplr, dplr_step)
+    operation: ClassVar = Operation(dplr, dplr_step, MATRIX_STATE_STEPS)
     _SHARED: ClassVar = {
         "out_proj/kernel": "o_proj.weight",
         **{f"{n}_proj/kernel": f"{n}_proj.weight" for n in "rkv"},

@@ -1,33 +1,42 @@
 """Based's global mixer: Taylor linear attention (arXiv 2402.18668, section 4.1)."""
 
 import dataclasses
-from typing import ClassVar, override
+from typing import Any, ClassVar, override
 
-from based_jax.dims import BD, BHEV, BP, BPD, BTD, SegmentIds
+from based_jax.config import added_later
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer, check_sizes
-from based_jax.ops import taylor
+from based_jax.ops import taylor, taylor_decode
+from based_jax.ops.calls import TaylorState
+from based_jax.ops.dispatch import beside
 
 PROJECTIONS = {f"proj_{name}/kernel": f"proj_{name}.weight" for name in "qkv"}
 
 
 @dataclasses.dataclass(frozen=True)
 class TaylorConfig:
-    """Heads, the query/key width K that the Taylor features expand, and the implementation of the operation."""
+    """Heads, the query/key width K that the Taylor features expand, and the implementation of the operation.
+
+    While decoding the state is written every `flush` tokens, in `state_dtype`, of `ops/taylor_decode.py`.
+    """
 
     num_heads: int = 16
     feature_dim: int = 16
     impl: str = "auto"
+    flush: int = added_later(1)
+    state_dtype: str = added_later(taylor_decode.EXACT_FORMAT)
 
     def __post_init__(self):
         check_sizes(self, num_heads=1)
         if not 1 <= self.feature_dim <= 32:
             raise UserError(f"feature_dim is {self.feature_dim}; Taylor attention takes 1 to 32.")
+        taylor_decode.check_form(self.flush, self.state_dtype)
 
 
 class TaylorAttention(Mixer):
-    """Queries and keys of K components a head, values of D/H; the state is (H, E, V+1) fp32 a sequence.
+    """Queries and keys of K components a head, values of D/H; the state is (H, E, V+1) a sequence, and recent tokens.
 
     Source: HazyResearch/based:based/models/mixers/linear_attention.py, `LinearAttention`.
     """
@@ -54,30 +63,39 @@ class TaylorAttention(Mixer):
         return self._out(*layers.at(positions, o))
 
     @override
-    def _initial_state(self, batch: int, max_len: int) -> BHEV:
-        return taylor.initial_state(batch, self.config.num_heads, self.config.feature_dim, self.value_dim)
+    def _initial_state(self, batch: int, max_len: int) -> Any:
+        heads, feature_dim = self.config.num_heads, self.config.feature_dim
+        form = {"flush": self.config.flush, "state_dtype": self.config.state_dtype, "dtype": self.proj_k.dtype}
+        return taylor_decode.initial_state(batch, heads, feature_dim, self.value_dim, **form)
 
     @override
-    def _prefill(self, x: BTD, state: BHEV, segment_ids: SegmentIds | None) -> tuple[BTD, BHEV]:
-        o, state = taylor.taylor_attention(*self._qkv(x), state=state, segment_ids=segment_ids, impl=self.config.impl)
-        return self._out(o), state
+    def _prefill(self, x: BTD, state: TaylorState, segment_ids: SegmentIds | None) -> tuple[BTD, TaylorState]:
+        options = {"state": taylor_decode.total(state), "segment_ids": segment_ids, "impl": self.config.impl}
+        o, sums = taylor.taylor_attention(*self._qkv(x), **options)
+        return self._out(o), taylor_decode.holding(sums, state)
 
     @override
-    def _step(self, x: BD, state: BHEV) -> tuple[BD, BHEV]:
-        q, k, v = self._qkv(x)
-        o, state = taylor.taylor_attention_step(q, k, v, state)
-        return self._out(o), state
+    def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
+        impl = beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
+        o, state = taylor_decode.taylor_attention_decode(*self._qkv(x[:, None]), state, impl=impl)
+        return self._out(o)[:, 0], state
 
     @override
     def state_size(self, seq_len: int) -> int:
-        """Return H (V+1) E elements, E = 1 + K + K(K+1)/2; equal to the cache's."""
+        """Return H (V+1) E elements, E = 1 + K + K(K+1)/2, and those of recent tokens; equal to the cache's."""
+        form = self.config.flush, self.config.state_dtype
+        return self.config.num_heads * taylor_decode.state_elements(self.config.feature_dim, self.value_dim, *form)
+
+    @override
+    def published_state_size(self, seq_len: int) -> int:
+        """Return the elements of the sums."""
         return self.config.num_heads * (self.value_dim + 1) * taylor.expanded_dim(self.config.feature_dim)
 
     @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, and writing and reading the state once (chunked forms do more)."""
         projections = 2 * self.d_model * (2 * self.config.num_heads * self.config.feature_dim + 2 * self.d_model)
-        return projections + 4 * self.state_size(seq_len)
+        return projections + 4 * self.published_state_size(seq_len)
 
     def _qkv(self, x):
         return tuple(layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_q, self.proj_k, self.proj_v))

@@ -15,7 +15,7 @@ from based_jax.ops.softmax import WINDOW_ATTENTION
 
 
 @dataclasses.dataclass(frozen=True)
-class WindowConfig(attention.AttentionConfig):
+class WindowConfig(attention.HeadsConfig):
     """As full attention, and the window: the number of keys that a query sees, its own included.
 
     The released models' `window_size` of 256 is a window of 129: flash-attention counts half of it to the left.
@@ -54,7 +54,7 @@ class WindowAttention(attention.Attention):
     @override
     def _initial_state(self, batch: int, max_len: int) -> TokenCache:
         """Return an empty ring of `window` slots."""
-        return super()._initial_state(batch, self.config.window)
+        return self.empty_cache(batch, self.config.window, self.head_dim)
 
     @override
     def _prefill(self, x: BTD, state: TokenCache, segment_ids: SegmentIds | None) -> tuple[BTD, TokenCache]:

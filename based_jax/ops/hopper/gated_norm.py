@@ -32,11 +32,6 @@ def supports(call: GatedNormCall) -> str | None:
     return limits.refusal()
 
 
-def slower(_call: GatedNormCall) -> str | None:
-    """Return why `auto` leaves every call to others."""
-    return "it has been interpreted, and compiled for Hopper GPUs, and has not been run on one"
-
-
 def compute(call: GatedNormCall) -> Rows:
     """Return the norm, or what there is without one, each device for its rows."""
 

@@ -5,7 +5,6 @@ Kernels: `pallas_kernels/hopper/selective_scan*.py`.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from based_jax.dims import BTD
 from based_jax.ops import segments, sharded
@@ -15,6 +14,8 @@ from based_jax.ops.hopper import limits
 CHANNEL_MULTIPLE = 128
 STATE_DIMS = range(8, 33, 8)
 TOKEN_MULTIPLE = 8
+NO_STEP = -1e30
+"""A raw step whose softplus is 0."""
 
 
 def supports(call: SelectiveScanCall) -> str | None:
@@ -35,49 +36,49 @@ def supports(call: SelectiveScanCall) -> str | None:
 def compute(call: SelectiveScanCall) -> tuple[BTD, BDN]:
     """Return y and the state after the last token, each device for its rows and all channels."""
     rows = ("batch",)
-    names = [() if name == "A" else rows for name in call._fields]
+    names = [() if name in ("A", "bias") else rows for name in call._fields]
     return sharded.per_shard(_on_device, call, names, (rows, rows))
 
 
-def _on_device(u, dt, A, B, C, state, segment_ids) -> tuple[BTD, BDN]:
-    """Run the kernels on a whole number of tiles; tokens of padding have no step, and so change no state."""
+def _on_device(u, dt, A, B, C, state, segment_ids, bias) -> tuple[BTD, BDN]:
+    """Run the kernels on a whole number of tiles; tokens of padding have no step, change no state and read none."""
     state = jnp.zeros((u.shape[0], *A.shape), jnp.float32) if state is None else state
-    time, offsets, padding = u.shape[1], None, None
+    time, offsets, none = u.shape[1], None, 0 if bias is None else NO_STEP
     if segment_ids is not None:
         offsets = jnp.where(segments.begins_later(segment_ids), segments.FORGET_LOG_DECAY, 0.0)
         padding = (segment_ids == 0)[..., None]
-        u, dt = (jnp.where(padding, 0, x) for x in (u, dt))
-    tokens = u, dt.astype(jnp.float32), jnp.concatenate([B, C], axis=-1).astype(jnp.float32), offsets
-    u, dt, BC, offsets = (None if x is None else _pad(x) for x in tokens)
-    y, state = _fused(*sharded.vary_alike(u, dt, A.astype(jnp.float32), BC, state, offsets))
-    y = y[:, :time]
-    return y if padding is None else jnp.where(padding, 0, y), state
-
-
-def _pad(x: Array) -> Array:
-    return sharded.fill(x, {1: TOKEN_MULTIPLE})
+        u, dt, C = jnp.where(padding, 0, u), jnp.where(padding, none, dt), jnp.where(padding, 0, C)
+    dt = dt.astype(jnp.float32 if bias is None else u.dtype)
+    filler = -time % TOKEN_MULTIPLE
+    dt = jnp.pad(dt, ((0, 0), (0, filler), (0, 0)), constant_values=none)
+    tokens = u, jnp.concatenate([B, C], axis=-1).astype(jnp.float32), offsets
+    u, BC, offsets = (None if x is None else sharded.fill(x, {1: TOKEN_MULTIPLE}) for x in tokens)
+    A, bias = (None if x is None else x.astype(jnp.float32) for x in (A, bias))
+    y, state = _fused(*sharded.vary_alike(u, dt, A, BC, state, offsets, bias))
+    return y[:, :time], state
 
 
 @jax.custom_vjp
-def _fused(u, dt, A, BC, state, offsets):
+def _fused(u, dt, A, BC, state, offsets, bias):
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper import selective_scan as kernels
 
-    return tuple(sharded.launch(kernels.forward, u, dt, A, BC, state, offsets, with_starts=False))
+    return tuple(sharded.launch(kernels.forward, u, dt, A, BC, state, offsets, bias, with_starts=False))
 
 
-def _fused_fwd(u, dt, A, BC, state, offsets):
+def _fused_fwd(u, dt, A, BC, state, offsets, bias):
     from pallas_kernels.hopper import selective_scan as kernels
 
-    y, last, starts = sharded.launch(kernels.forward, u, dt, A, BC, state, offsets, with_starts=True)
-    return (y, last), (u, dt, A, BC, starts, offsets)
+    y, last, starts = sharded.launch(kernels.forward, u, dt, A, BC, state, offsets, bias, with_starts=True)
+    return (y, last), (u, dt, A, BC, starts, offsets, bias)
 
 
 def _fused_bwd(saved, gradients):
     from pallas_kernels.hopper import selective_scan_backward as kernels
 
-    u, dt, A, BC, starts, offsets = saved
-    return *sharded.launch(kernels.backward, u, dt, A, BC, starts, *gradients, offsets), None
+    *arrays, offsets, bias = saved
+    du, ddt, dA, dBC, dstate, *dbias = sharded.launch(kernels.backward, *arrays, *gradients, offsets, bias)
+    return du, ddt, dA, dBC, dstate, None, dbias[0] if dbias else None
 
 
 _fused.defvjp(_fused_fwd, _fused_bwd)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from helpers.decoding import in_one_pass, prefill_then_step
 from helpers.devices import gpus
 
 from based_jax.nn import layers
@@ -33,6 +34,26 @@ def test_zeros_in_heads_change_nothing(packed, mixer, normal, packed_ids, out_an
     plain = out_and_grads(lambda mixer, x: mixer(x, ids), (mixer, x), cotangent)
     monkeypatch.setattr(attention, "filled_head_dim", lambda head_dim: FILLED)
     close(out_and_grads(lambda mixer, x: mixer(x, ids), (mixer, x), cotangent), plain)
+
+
+def test_a_cache_of_filled_heads_decodes_what_is_read_at_once(mixer, normal, close, monkeypatch):
+    monkeypatch.setattr(attention, "filled_head_dim", lambda head_dim: FILLED)
+    x = normal(2, 9, 20)
+    y, _, cache = prefill_then_step(mixer, x, 6)
+    assert {leaf.shape[3] for leaf in cache.state.tokens} == {FILLED}
+    close(y, in_one_pass(mixer, x))
+
+
+def test_a_step_writes_a_token_in_place(mixer):
+    """Of a cache that is given away nothing is copied, and no part of it repeated or moved."""
+    cache = jax.eval_shape(lambda: mixer.init_cache(2, 1000))
+    compiled = jax.jit(lambda mixer, x, cache: mixer.step(x, cache), donate_argnums=2).lower(
+        mixer, jax.ShapeDtypeStruct((2, HEADS * HEAD_DIM), jnp.float32), cache
+    )
+    memory = compiled.compile().memory_analysis()
+    bytes_of_cache = sum(4 * leaf.size for leaf in jax.tree.leaves(cache))
+    assert memory.alias_size_in_bytes == bytes_of_cache
+    assert memory.temp_size_in_bytes < bytes_of_cache / 2  # four scores a token beside twenty numbers
 
 
 def test_a_gpu_s_attention_gets_heads_from_products_as_it_takes_them(mixer, monkeypatch):

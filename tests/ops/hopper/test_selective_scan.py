@@ -43,12 +43,14 @@ def test_a_mesh_with_explicit_axes_needs_shard_map():
         assert supports(call) is None
 
 
-def _gradients(u, dt, A, B, C, ids=None, state=None):
-    def loss(*args):
-        y, last = selective_scan(*args, state=state, segment_ids=ids)
+def _gradients(*arrays, ids=None):
+    """Return those of u, dt, A, B, C and any bias of raw steps."""
+
+    def loss(u, dt, A, B, C, bias=None):
+        y, last = selective_scan(u, dt, A, B, C, bias=bias, segment_ids=ids)
         return y.astype(jnp.float32).sum() + last.sum()
 
-    return jax.grad(loss, argnums=range(5))(u, dt, A, B, C)
+    return jax.grad(loss, argnums=range(len(arrays)))(*arrays)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def _gradients(u, dt, A, B, C, ids=None, state=None):
 def test_lowers_for_an_h100(options, packed, lanes):
     ids = jnp.ones((2, 61), jnp.int32) if packed else None
     arguments = _zeros(**options)
-    call = lambda *args: _gradients(*args, ids)  # noqa: E731
+    call = lambda *args: _gradients(*args, ids=ids)  # noqa: E731
     if lanes:
         call, arguments = jax.vmap(call), [jnp.stack([x] * lanes) for x in arguments]
     with gpus():
@@ -69,14 +71,19 @@ def test_lowers_for_an_h100(options, packed, lanes):
     assert "selective_scan_backward" in text
 
 
-def test_lowers_under_shard_map():
-    """A is the same on all devices: its gradient is summed over them."""
-    data, everywhere = PartitionSpec("data"), PartitionSpec()
-    specs = data, data, everywhere, data, data
-    with gpus(shape=(2,)):
-        sharded = jax.shard_map(_gradients, in_specs=specs, out_specs=specs)
-        text = jax.jit(sharded).trace(*_zeros()).lower(lowering_platforms=("cuda",)).as_text()
-    assert "selective_scan_backward" in text and "all_reduce" in text
+@pytest.mark.parametrize("way", ["shard_map", pytest.param("lanes", marks=pytest.mark.long)])
+def test_raw_steps_lower(way):
+    """A and the bias are the same on all devices: their gradients are summed over them."""
+    u, dt, *others = _zeros()
+    arrays, data, everywhere = (u, dt.astype(u.dtype), *others, jnp.zeros(256)), PartitionSpec("data"), PartitionSpec()
+    specs = data, data, everywhere, data, data, everywhere
+    with gpus(shape=(2,) if way == "shard_map" else (1,)):
+        if way == "shard_map":
+            call = jax.shard_map(_gradients, in_specs=specs, out_specs=specs)
+        else:
+            call, arrays = jax.vmap(_gradients), [jnp.stack([x] * 3) for x in arrays]
+        text = jax.jit(call).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "selective_scan_backward" in text and text.count("all_reduce") >= 2 * (way == "shard_map")
 
 
 @pytest.fixture
@@ -106,26 +113,35 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "time, channels, states, dtype, packed, tolerance",
-    [(43, 128, 16, "float32", True, 2e-6), (16, 256, 8, "bfloat16", False, 5e-3)],
+    "time, channels, states, dtype, packed, raw, tolerance",
+    [
+        pytest.param(43, 128, 16, "float32", True, False, 2e-6, marks=pytest.mark.long),
+        (16, 256, 8, "bfloat16", False, False, 5e-3),
+        (19, 128, 8, "float32", True, True, 2e-6),
+        pytest.param(16, 256, 8, "bfloat16", False, True, 5e-3, marks=pytest.mark.long),
+    ],
 )
 def test_kernels_equal_the_oracle(
-    normal, packed_ids, out_and_grads, interpreted, time, channels, states, dtype, packed, tolerance
+    normal, packed_ids, out_and_grads, interpreted, time, channels, states, dtype, packed, raw, tolerance
 ):
     rows = slice(1, 3)  # of the packed ones
     ids = jax.device_put(numbered(np.asarray(packed_ids(time))[rows])) if packed else None
     u, B, C = (normal(2, time, size, dtype=dtype) for size in (channels, states, states))
-    wide = np.logaddexp(0, 2 * np.asarray(normal(2, time, channels))), -np.exp(normal(channels, states))
+    steps = np.asarray(normal(2, time, channels, dtype=dtype if raw else "float32"))
+    steps = steps if raw else np.logaddexp(0, 2 * steps)
+    A, bias = -np.exp(normal(channels, states)), [normal(channels, scale=3)] if raw else []
     state, dy, dlast = normal(2, channels, states), normal(2, time, channels), normal(2, channels, states)
 
-    def run(impl, u, B, C):
-        def call(u, B, C, dt, A, state):
-            return op.IMPLEMENTATIONS[impl].compute(SelectiveScanCall(u, dt, A, B, C, state if packed else None, ids))
+    def run(impl, u, B, C, steps):
+        def call(u, B, C, steps, A, state, *bias):
+            given = SelectiveScanCall(u, steps, A, B, C, state if packed else None, ids, *bias)
+            return op.IMPLEMENTATIONS[impl].compute(given)
 
-        return out_and_grads(call, (u, B, C, *wide, state), (np.asarray(dy, u.dtype), dlast))
+        return out_and_grads(call, (u, B, C, steps, A, state, *bias), (np.asarray(dy, u.dtype), dlast))
 
-    expected = run("oracle", *(np.asarray(x, np.float32) for x in (u, B, C)))
-    for ours, right in zip(jax.tree.leaves(run("hopper_steps", u, B, C)), jax.tree.leaves(expected), strict=True):
+    expected = run("oracle", *(np.asarray(x, np.float32) for x in (u, B, C, steps)))
+    found = run("hopper_steps", u, B, C, steps)
+    for ours, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         ours, right = (np.asarray(y, np.float64) for y in (ours, right))
         assert np.linalg.norm(ours - right) <= tolerance * np.linalg.norm(right)
     assert not get_races().races_found

@@ -1,0 +1,81 @@
+"""What generation is timed at, and rows of it: the same for models of this package and of another."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from based_jax import devices
+from based_jax.bench import step_profile
+from based_jax.errors import UserError
+
+PREFILL_TOKENS = 1 << 16
+"""That prompts have together."""
+PREFILLS, UNTIMED_PREFILLS = 3, 1
+
+
+class Size(NamedTuple):
+    """Sequences that are decoded together, and the tokens that each of them has had."""
+
+    batch: int
+    context: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Size":
+        """Return the size of a text such as 128x2048; UserError for another."""
+        parts = text.split("x")
+        if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+            raise UserError(f"'{text}' is no size: give sequences x tokens, such as 128x2048.")
+        return cls(*map(int, parts))
+
+
+class Effort(NamedTuple):
+    """Tokens of a block, which is a program; blocks that a median is of; whether one is profiled, and prompts read."""
+
+    tokens: int
+    blocks: int
+    profiled: bool
+    prefill: bool
+
+
+def products(batches: Iterable[int], contexts: Iterable[int]) -> list[Size]:
+    """Return each batch with each context."""
+    return [Size(batch, context) for context in contexts for batch in batches]
+
+
+def prompts(sizes: Iterable[Size]) -> dict[int, int]:
+    """Return by length how many prompts are read together, whatever the batch: as many as the largest has, or fit."""
+    ordered = sorted(sizes)
+    return {context: max(1, min(batch, PREFILL_TOKENS // context)) for batch, context in ordered}
+
+
+def check(sizes: Sequence[Size], effort: Effort) -> None:
+    """Raise UserError for a number that is below 1."""
+    numbers = [(name, x) for size in sizes for name, x in size._asdict().items()]
+    for name, x in [*numbers, ("tokens", effort.tokens), ("blocks", effort.blocks)]:
+        if x < 1:
+            raise UserError(f"{name} is {x}; it is at least 1.")
+
+
+def roofline(moved: float, batch: int, device_kind: str) -> float | None:
+    """Return the tokens/s of a batch whose step moves so many bytes at the rate of a copy on a device, if known."""
+    device = devices.find(device_kind)
+    if device is None or device.copy_bytes_per_second is None:
+        return None
+    return batch * device.copy_bytes_per_second / moved
+
+
+def lines(row: dict[str, Any]) -> list[str]:
+    """Return a row in lines of print."""
+    head = f"({row['batch']},{row['context']}) on {row['device']}"
+    if "error" in row:
+        return [f"{head}: {row['error']}"]
+    found = [f"{row['milliseconds']:.3f} ms a token, {row['tokens_per_second']:.0f} tokens/s"]
+    if row["roofline_tokens_per_second"]:
+        share = row["tokens_per_second"] / row["roofline_tokens_per_second"]
+        found.append(f"{share:.0%} of the roofline's {row['roofline_tokens_per_second']:.0f}")
+    if "prefill_tokens_per_second" in row:
+        found.append(f"prompts {row['prefill_tokens_per_second']:.0f} tokens/s")
+    found.append(f"{row['state_bytes'] / 2**20:.2f} MiB of state a sequence")
+    if row["peak_bytes"]:
+        found.append(f"{row['peak_bytes'] / 2**30:.1f} GiB at most")
+    found.append(f"compiled in {row['compile_seconds']:.1f} s")
+    return [f"{head}: {'; '.join(found)}", *(step_profile.lines(row["breakdown"]) if row["breakdown"] else [])]

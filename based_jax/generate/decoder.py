@@ -1,0 +1,168 @@
+"""A language model as decoding reads it: one array a layer, and the weights in what they are multiplied in."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from based_jax import parallel
+from based_jax.generate.fingerprint import fingerprint
+from based_jax.nn.lm import LM
+from based_jax.nn.lm_config import LMConfig, with_taylor_options
+
+Path = tuple[str | int, ...]
+Caches = tuple
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """The structure of a model for decoding, equal to itself alone: compiled programs are found by it at once.
+
+    Attributes:
+      config: of the model, its layers not stacked; the head is apart from the embedding where it is narrower.
+      graphdef: the modules without their arrays.
+      shapes: of the arrays, and their dtypes, with the names of their axes.
+    """
+
+    config: LMConfig
+    graphdef: nnx.GraphDef
+    shapes: nnx.State
+
+    def model(self, params: nnx.State) -> LM:
+        """Return the model with these arrays."""
+        return nnx.merge(self.graphdef, params)
+
+
+@functools.lru_cache(maxsize=16)
+def layout_of(config: LMConfig) -> Layout:
+    """Return the layout of models of a config."""
+    tied = config.tie_embeddings and config.dtype == "float32"
+    config = dataclasses.replace(config, scan_layers=False, remat="none", tie_embeddings=tied)
+    model = nnx.merge(*jax.eval_shape(lambda: nnx.split(LM(config, rngs=nnx.Rngs(0)))))
+    for linear, dtype in _products(model):
+        kernel = linear.kernel
+        kernel.set_value(jax.ShapeDtypeStruct(kernel.shape, dtype))
+    return Layout(config, *nnx.split(model))
+
+
+def _products(model: LM) -> Iterator[tuple[nnx.Linear, Any]]:
+    """Yield each linear layer, and what it computes in."""
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.Linear):
+            yield module, module.dtype or jnp.float32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decoder:
+    """A model ready to decode.
+
+    Stacked layers come apart, since a loop over stacked caches copies every state for each token and reads slices of
+    weights twice. Kernels are in the dtype that their products have, to which the model rounds them anyway: what it
+    computes is the same, and a token reads half the bytes. The embedding stays as it is, and a tied head of bf16 is a
+    copy of it.
+    """
+
+    layout: Layout
+    params: nnx.State
+
+    @classmethod
+    def of(
+        cls,
+        model: "LM | Decoder",
+        dtype: str | None = None,
+        *,
+        flush: int | None = None,
+        state_dtype: str | None = None,
+    ) -> "Decoder":
+        """Return a model's decoder.
+
+        Args:
+          model: whose own dtype and options are the defaults of what follows.
+          dtype: what it computes in, as of `LMConfig`.
+          flush, state_dtype: how often Taylor layers write their state, and in what (`ops/taylor_decode.py`).
+
+        Raises:
+          UserError: a value is impossible, or the model has no Taylor layer.
+        """
+        if isinstance(model, Decoder):
+            return model
+        config = model.config if dtype is None else dataclasses.replace(model.config, dtype=dtype)
+        config = with_taylor_options(config, flush=flush, state_dtype=state_dtype)
+        layout, sources = layout_of(config), tuple(_sources(model))
+        arrays = {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+        params = jax.tree.map(lambda x: x, layout.shapes)
+        laid_out = _laid_out(layout, sources, arrays)
+        for path, leaf in nnx.to_flat_state(params):
+            leaf.set_value(laid_out[path])
+        return cls(layout, params)
+
+    @property
+    def config(self) -> LMConfig:
+        """The config of the model."""
+        return self.layout.config
+
+    @functools.cached_property
+    def max_len(self) -> int | None:
+        """The most tokens that a sequence may have, or None."""
+        return self.layout.model(self.layout.shapes).max_len
+
+    def state_bytes(self, max_len: int) -> int:
+        """Return the bytes that decoding keeps of a sequence of up to `max_len` tokens."""
+        caches = jax.eval_shape(lambda: self.layout.model(self.layout.shapes).init_cache(1, max_len))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What states of this model are told from those of another by; the first use reads every parameter."""
+        return fingerprint(self.config, self.params)
+
+    @functools.cached_property
+    def prefix_length(self) -> int:
+        """The tokens at the beginning of a sequence that have to be read at once."""
+        return max(mixer.prefix_length for mixer in self.layout.model(self.layout.shapes).mixers())
+
+    def init_cache(self, batch: int, max_len: int) -> Caches:
+        """Return the caches of all layers before the first token, the leading axis of all arrays the rows'."""
+        return _init_cache(self.layout, batch, max_len, self.params)
+
+
+class Source(NamedTuple):
+    """Where a layer's block stands in a model: its path, and its place among those that are stacked, or None."""
+
+    path: Path
+    place: int | None
+
+
+def _sources(model: LM) -> Iterator[Source]:
+    """Yield the source of each layer in order."""
+    for i, stack in enumerate(model.stacks):
+        for r in range(stack.repeats):
+            for j in range(len(stack.blocks)):
+                yield Source(("stacks", i, "blocks", j), None if stack.repeats == 1 else r)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _laid_out(layout: Layout, sources: tuple[Source, ...], arrays: Mapping[Path, Array]) -> dict[Path, Array]:
+    """Return the arrays of a layout by path from those of a model."""
+
+    def array(path: Path) -> Array:
+        if path == ("head", "kernel") and path not in arrays:
+            return arrays["embed", "embedding"].T
+        if path[0] != "stacks":
+            return arrays[path]
+        source = sources[path[1]]
+        x = arrays[*source.path, *path[4:]]
+        return x if source.place is None else x[source.place]
+
+    return {path: array(path).astype(leaf.dtype) for path, leaf in nnx.to_flat_state(layout.shapes)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _init_cache(layout: Layout, batch: int, max_len: int, params: nnx.State) -> Caches:
+    caches = layout.model(params).init_cache(batch, max_len)
+    return jax.tree.map(lambda x: parallel.constrain(x, "batch"), caches)

@@ -1,0 +1,62 @@
+"""Prompts read into caches, chunk by chunk: what is computed at once does not grow with a prompt."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from based_jax.generate.decoder import Caches, Decoder, Layout
+
+CHUNK_TOKENS = 512
+FEWEST_TOKENS = 64
+"""Of a chunk: the last one of a prompt is as long as the next power of two, so that few programs are compiled."""
+
+Chunk = tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"] | None]
+"""Ids, and segment ids (0 for padding) where not all rows have so many tokens."""
+
+
+def prefill(
+    decoder: Decoder, caches: Caches, prompts: Sequence[np.ndarray], chunk_tokens: int = CHUNK_TOKENS
+) -> Caches:
+    """Return the caches after the next tokens of each row, of different numbers; those given are used up."""
+    for chunk in chunks(prompts, chunk_length(decoder, chunk_tokens)):
+        caches = prefill_chunk(decoder, caches, chunk)
+    return caches
+
+
+def prefill_chunk(decoder: Decoder, caches: Caches, chunk: Chunk) -> Caches:
+    """Return the caches after a chunk of each row; those given are used up."""
+    return _prefill(decoder.layout, decoder.params, caches, *chunk)
+
+
+def chunk_length(decoder: Decoder, chunk_tokens: int) -> int:
+    """Return the tokens of a chunk, `chunk_tokens` unless the model has to read more at once."""
+    return max(chunk_tokens, _power_of_two(max(decoder.prefix_length, 1)))
+
+
+def chunks(prompts: Sequence[np.ndarray], chunk_tokens: int) -> Iterator[Chunk]:
+    """Yield the tokens of each prompt from its first on, `chunk_tokens` at a time; padding is inert."""
+    for start in range(0, max(map(len, prompts)), chunk_tokens):
+        yield chunk_of([prompt[start : start + chunk_tokens] for prompt in prompts], chunk_tokens)
+
+
+def chunk_of(parts: Sequence[np.ndarray], most: int) -> Chunk:
+    """Return the next tokens of each row, at most so many, with as much padding as makes few lengths."""
+    T = min(most, _power_of_two(max(FEWEST_TOKENS, *map(len, parts))))
+    ids, segment_ids = np.zeros((2, len(parts), T), np.int32)
+    for row, part in enumerate(parts):
+        ids[row, : len(part)] = part
+        segment_ids[row, : len(part)] = 1
+    return ids, None if segment_ids.all() else segment_ids
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _prefill(layout: Layout, params: nnx.State, caches: Caches, ids, segment_ids) -> Caches:
+    return layout.model(params).prefill(ids, caches, segment_ids)[1]

@@ -1,0 +1,181 @@
+"""Sequences that are decoded together, each with its own length, end and draws, and the loop that goes on with them."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from based_jax import parallel
+from based_jax.dims import BD
+from based_jax.generate.decoder import Caches, Decoder, Layout
+from based_jax.generate.prefill import CHUNK_TOKENS, prefill
+from based_jax.generate.requests import MOST_STOP_IDS, Request
+from based_jax.generate.sampling import Draws, draw
+from based_jax.generate.state_layout import StateLayout
+from based_jax.nn.lm import LM
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """B sequences between two tokens; the leading axis of every array is the rows'.
+
+    A row that has stopped is computed on, since all go together, and nothing of it is read.
+
+    Attributes:
+      caches: of each layer, after all tokens but the newest.
+      token: the newest token, which no layer has read yet.
+      length: tokens of the sequence, the newest among them.
+      left: tokens that may still be drawn, 0 of a row that has stopped.
+      stop_ids: what ends the row once it is drawn, -1 for none.
+      draws: how the next token is drawn.
+    """
+
+    caches: Caches
+    token: Int[Array, "B"]
+    length: Int[Array, "B"]
+    left: Int[Array, "B"]
+    stop_ids: Int[Array, "B S"]
+    draws: Draws
+
+    @classmethod
+    def of(cls, caches: Caches, requests: Sequence[Request]) -> "Rows":
+        """Return the rows of requests, whose caches have read all of the prompts but their last tokens."""
+        stop_ids = np.full((len(requests), MOST_STOP_IDS), -1, np.int32)
+        for row, request in enumerate(requests):
+            stop_ids[row, : len(request.stop_ids)] = request.stop_ids
+        return cls(
+            caches,
+            token=np.asarray([request.prompt[-1] for request in requests], np.int32),
+            length=np.asarray([request.length for request in requests], np.int32),
+            left=np.asarray([request.max_new_tokens for request in requests], np.int32),
+            stop_ids=stop_ids,
+            draws=Draws.of([request.sampling for request in requests], [request.draw_words for request in requests]),
+        )
+
+    @classmethod
+    def stopped(cls, decoder: Decoder, count: int, max_len: int) -> "Rows":
+        """Return rows that have all stopped, with caches for `max_len` tokens."""
+        rows = cls.of(decoder.init_cache(count, max_len), [Request([0])] * count)
+        return dataclasses.replace(rows, left=np.zeros(count, np.int32))
+
+    @property
+    def live(self) -> Bool[Array, "B"]:
+        """Which rows have not stopped."""
+        return self.left > 0
+
+    def with_row(self, slot: int, row: "Rows") -> "Rows":
+        """Return the rows with another one, a batch of one, at a slot; these are used up."""
+        return _with_row(self, np.int32(slot), row)
+
+    def without_row(self, slot: int) -> "Rows":
+        """Return the rows of which that at a slot has stopped; these are used up."""
+        return _without_row(self, np.int32(slot))
+
+
+class Block(NamedTuple):
+    """What a number of decode steps have drawn.
+
+    Attributes:
+      tokens: of each row, the first `count` of which are drawn; an id that stops the row is its last.
+      log_probs: of these tokens, by the model's own distribution: at temperature 1, and with nothing cut.
+      count: tokens drawn, fewer than the steps if the row has stopped.
+    """
+
+    tokens: Int[Array, "B steps"]
+    log_probs: Float[Array, "B steps"]
+    count: Int[Array, "B"]
+
+
+def begun(decoder: Decoder, requests: Sequence[Request], max_len: int, chunk_tokens: int = CHUNK_TOKENS) -> Rows:
+    """Return the rows of requests whose prompts are read together, with caches for `max_len` tokens each."""
+    prompts = [np.asarray(request.prompt[:-1], np.int32) for request in requests]
+    caches = _caches_before(decoder, requests, max_len)
+    return Rows.of(prefill(decoder, caches, prompts, chunk_tokens), requests)
+
+
+def _caches_before(decoder: Decoder, requests: Sequence[Request], max_len: int) -> Caches:
+    """Return the caches before the prompts: those of what the requests go on from, or empty ones."""
+    if all(request.state is None for request in requests):
+        return decoder.init_cache(len(requests), max_len)
+    layout = StateLayout(decoder)
+    states = [request.state for request in requests]
+    rows = [decoder.init_cache(1, max_len) if state is None else layout.fork(state, max_len) for state in states]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
+
+
+def decode(decoder: Decoder, rows: Rows, steps: int) -> tuple[Rows, Block]:
+    """Draw up to `steps` tokens of each row in one program, which ends when all rows have stopped.
+
+    The rows given are used up: their caches are written in place.
+    """
+    return _decode(decoder.layout, steps, decoder.params, rows)
+
+
+def blocks(decoder: Decoder, rows: Rows, steps: int) -> Iterator[Block]:
+    """Yield blocks (numpy) until all rows have stopped; while one is read the next is computed."""
+    rows, ahead = decode(decoder, rows, steps)
+    goes_on = True
+    while goes_on:
+        block = ahead
+        rows, ahead = decode(decoder, rows, steps)
+        block = jax.device_get(block)
+        goes_on = bool((block.count == steps).any())
+        yield block
+
+
+def decode_step(model: LM, rows: Rows) -> tuple[Rows, Int[Array, "B"], Float[Array, "B"]]:
+    """Read the newest token of each row; return the rows with one more, that token, and its log-probability."""
+    hidden, caches = model.step(rows.token, rows.caches)
+    token, log_prob = draw(_logits(model, hidden), rows.draws.of_live(rows.live), rows.length)
+    stops = jnp.any(token[:, None] == rows.stop_ids, axis=1)
+    after = dataclasses.replace(
+        rows,
+        caches=caches,
+        token=jnp.where(rows.live, token, rows.token),
+        length=rows.length + rows.live,
+        left=jnp.where(rows.live & ~stops, rows.left - 1, 0),
+    )
+    return after, token, log_prob
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _decode(layout: Layout, steps: int, params: nnx.State, rows: Rows) -> tuple[Rows, Block]:
+    model, shape = layout.model(params), (steps, rows.token.shape[0])
+
+    def goes_on(carry):
+        i, rows, _ = carry
+        return (i < steps) & jnp.any(rows.live)
+
+    def step(carry):
+        i, rows, block = carry
+        after, token, log_prob = decode_step(model, rows)
+        block = Block(block.tokens.at[i].set(token), block.log_probs.at[i].set(log_prob), block.count + rows.live)
+        return i + 1, after, block
+
+    empty = Block(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape[1:], jnp.int32))
+    _, rows, block = jax.lax.while_loop(goes_on, step, (jnp.int32(0), rows, empty))
+    block = Block(block.tokens.T, block.log_probs.T, block.count)
+    return rows, jax.tree.map(parallel.constrain, block)
+
+
+def _logits(model: LM, hidden: BD) -> Float[Array, "B vocab"]:
+    """Return logits of which those of the padded vocabulary are never drawn."""
+    logits = model.logits(hidden)
+    return jnp.where(jnp.arange(logits.shape[-1]) < model.config.vocab_size, logits, -jnp.inf)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_row(rows: Rows, slot: Int[Array, ""], row: Rows) -> Rows:
+    return jax.tree.map(lambda old, new: old.at[slot].set(new[0]), rows, row)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _without_row(rows: Rows, slot: Int[Array, ""]) -> Rows:
+    return dataclasses.replace(rows, left=rows.left.at[slot].set(0))

@@ -1,0 +1,50 @@
+"""A token of a matrix state in a Hopper kernel, which reads each state once and writes it where it lies.
+
+Kernel: `pallas_kernels/hopper/matrix_state_step.py`. It has no gradient: a step decodes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from based_jax.dims import BHKV, BHV
+from based_jax.ops import sharded
+from based_jax.ops.calls import MatrixStepCall
+from based_jax.ops.hopper import limits
+
+KEY_MULTIPLE, MAX_KEYS, VALUE_MULTIPLE = 16, 256, 32
+
+
+def supports(call: MatrixStepCall) -> str | None:
+    """Return why the kernel cannot run a call, or None."""
+    keys, values = call.state.shape[2:]
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        if x.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"{name} must be bfloat16 or float32, and is {x.dtype}"
+    if call.bonus is not None:
+        return "it reads the state after it is written, and with a bonus it is read before"
+    if keys % KEY_MULTIPLE or not 0 < keys <= MAX_KEYS or values % VALUE_MULTIPLE or not values:
+        return (
+            f"K must be a multiple of {KEY_MULTIPLE} up to {MAX_KEYS} and V of {VALUE_MULTIPLE}, and a state is"
+            f" {keys} by {values}"
+        )
+    if not 0 < call.state.size < limits.MAX_ELEMENTS:
+        return f"states must have 1 to {limits.MAX_ELEMENTS - 1} elements together, and have {call.state.size}"
+    return limits.refusal()
+
+
+def compute(call: MatrixStepCall) -> tuple[BHV, BHKV]:
+    """Return o and the state after the token, each device for its rows and heads."""
+    beta = None if call.beta is None else call.beta[..., None]
+    arguments = call.q, call.k, call.v, jnp.exp(call.log_decay.astype(jnp.float32)), call.state, beta, call.a, call.b
+    names = ("batch", "heads")
+
+    def shard(*arrays: jax.Array | None) -> tuple[BHV, BHKV]:
+        # Pallas' GPU modules take half a second to import and are needed only here.
+        from pallas_kernels.hopper import matrix_state_step as kernels
+
+        given = sharded.vary_alike(*(x for x in arrays if x is not None))
+        options = {"scale": call.scale, "multiprocessors": limits.multiprocessors()}
+        o, state = sharded.launch(kernels.step, *given, **options)
+        return o, state
+
+    return sharded.per_shard(shard, arguments, [names] * len(arguments), [names, names], check_vma=False)

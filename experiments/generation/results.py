@@ -1,0 +1,156 @@
+"""The rows of generation: the last one of each model, batch and context, and what they are to reach."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROWS = Path(__file__).parent / "results" / "generation.jsonl"
+BATCHES, CONTEXTS = (1, 8, 32, 128, 512), (512, 2048, 4096, 16384, 65536)
+ONE_BATCH, ONE_CONTEXT = 128, 2048
+"""Of the tables by context and by batch."""
+
+
+FLUSH = 16
+"""Tokens that Taylor attention's state takes at once, where it does not take each by itself."""
+CACHE_BUDGET = 512
+"""Tokens that attention keeps with a policy."""
+KV_TOKENS = 1 << 18
+"""Of all sequences together, where each takes memory."""
+
+
+class Model(NamedTuple):
+    """A config of this package, or a peer, with options of mixers; `grows`: whether its state does with the context."""
+
+    config: str
+    options: tuple[str, ...] = ()
+    grows: bool = False
+
+    def batch(self, context: int) -> int:
+        """Return how many sequences are tried with a context."""
+        return min(ONE_BATCH, KV_TOKENS // context) if self.grows else ONE_BATCH
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """All batches at one context, and all contexts."""
+        others = [context for context in CONTEXTS if context != ONE_CONTEXT]
+        return [(x, ONE_CONTEXT) for x in BATCHES] + [(self.batch(x), x) for x in others]
+
+
+POLICIES = {
+    f"attention_1b_{policy}": Model(
+        "configs/attention.py:1b", (f"attention.cache_policy={policy}", f"attention.cache_budget={CACHE_BUDGET}")
+    )
+    for policy in ("window", "streaming", "h2o", "roco")
+}
+MODELS = {
+    "based_1b": Model("configs/based.py:1b"),
+    "based_1b_flush": Model("configs/based.py:1b", (f"taylor.flush={FLUSH}",)),
+    "attention_1b": Model("configs/attention.py:1b", grows=True),
+    "mamba_1b": Model("configs/mamba.py:1b"),
+    "gated_deltanet_1b": Model("configs/gated_deltanet.py:1b"),
+    **POLICIES,
+    "based_360m": Model("configs/based.py:360m"),
+    "attention_360m": Model("configs/attention.py:360m", grows=True),
+    "mamba_360m": Model("configs/mamba.py:360m"),
+    "gated_deltanet_360m": Model("configs/gated_deltanet.py:360m"),
+}
+PEERS = {
+    "hf:llama_1b": Model("hf:llama_1b", grows=True),
+    "fla:gated_deltanet_1b": Model("fla:gated_deltanet_1b"),
+    "hf:llama_360m": Model("hf:llama_360m", grows=True),
+    "fla:gated_deltanet_360m": Model("fla:gated_deltanet_360m"),
+}
+
+Key = tuple[str, int, int]
+
+
+class Found(NamedTuple):
+    """The rows by name of the model, batch and context; those of what did not fit have an "error"."""
+
+    rows: Mapping[Key, dict]
+
+    @classmethod
+    def of(cls, rows: Iterable[dict]) -> "Found":
+        """Return the last row of each."""
+        names = {(model.config, tuple(sorted(model.options))): name for name, model in (MODELS | PEERS).items()}
+        plain = [row for row in rows if not row.get("overrides")]
+        named = [(names.get((row["config"], tuple(row.get("options", ())))), row) for row in plain]
+        return cls({(name, row["batch"], row["context"]): row for name, row in named if name is not None})
+
+    def row(self, name: str, batch: int, context: int) -> dict | None:
+        """Return the row of a size that was measured, or None."""
+        row = self.rows.get((name, batch, context))
+        return None if row is None or "error" in row else row
+
+    def fullest(self, name: str, context: int, most: int = ONE_BATCH) -> dict | None:
+        """Return the row of the most sequences, up to a number, that were measured at a context."""
+        batches = sorted((key[1] for key in self.rows if key[::2] == (name, context)), reverse=True)
+        found = (self.row(name, batch, context) for batch in batches if batch <= most)
+        return next((row for row in found if row is not None), None)
+
+    def is_too_large(self, name: str, batch: int, context: int) -> bool:
+        """Return whether a size was tried and did not fit."""
+        return "error" in self.rows.get((name, batch, context), {})
+
+    def devices(self) -> list[str]:
+        """Return the devices of all rows."""
+        return list(dict.fromkeys(row["device"] for row in self.rows.values()))
+
+
+def share(row: dict) -> float | None:
+    """Return the tokens/s of a row over those of its roofline."""
+    roofline = row["roofline_tokens_per_second"]
+    return row["tokens_per_second"] / roofline if roofline else None
+
+
+class Goal(NamedTuple):
+    """What is to be reached; `found` is what the rows say of it, in the same unit, or None."""
+
+    what: str
+    least: float
+    unit: str
+    found: float | None
+
+
+def goals(found: Found) -> list[Goal]:
+    """Return the goals of one H200 for models of 1.3B parameters with weights in bf16."""
+    based = [found.row("based_1b", ONE_BATCH, context) for context in CONTEXTS if context > 512]
+    speeds = [row["tokens_per_second"] for row in based if row]
+    roofline, tokens = "of its roofline", "tokens/s"
+    return [
+        Goal("Based, batch 128, the slowest of 2K to 64K of context", 55_000, tokens, min(speeds, default=None)),
+        Goal("Based, batch 512", 90_000, tokens, _speed(found, "based_1b", 512)),
+        Goal("Based, batch 1", 800, tokens, _speed(found, "based_1b", 1)),
+        Goal("Based, its state written every 16 tokens, over each, batch 128", 1.3, "times", _flush_ratio(found)),
+        Goal("attention, batch 128, 2K of context", 0.6, roofline, _share(found, "attention_1b")),
+        Goal("Based over attention, batch 128, 2K of context", 5, "times", _ratio(found, 2048)),
+        Goal("Based over attention at what fits, 16K of context", 20, "times", _ratio(found, 16384)),
+        Goal("Based reads prompts of 4K", 350_000, tokens, _prompts(found, "based_1b", 4096)),
+        Goal("Mamba, batch 128", 0.6, roofline, _share(found, "mamba_1b")),
+        Goal("Gated DeltaNet, batch 128", 0.6, roofline, _share(found, "gated_deltanet_1b")),
+    ]
+
+
+def _speed(found: Found, name: str, batch: int) -> float | None:
+    row = found.row(name, batch, ONE_CONTEXT)
+    return row["tokens_per_second"] if row else None
+
+
+def _share(found: Found, name: str) -> float | None:
+    row = found.row(name, ONE_BATCH, ONE_CONTEXT)
+    return share(row) if row else None
+
+
+def _ratio(found: Found, context: int) -> float | None:
+    based, attention = found.row("based_1b", ONE_BATCH, context), found.fullest("attention_1b", context)
+    return based["tokens_per_second"] / attention["tokens_per_second"] if based and attention else None
+
+
+def _flush_ratio(found: Found) -> float | None:
+    late, each = _speed(found, "based_1b_flush", ONE_BATCH), _speed(found, "based_1b", ONE_BATCH)
+    return late / each if late and each else None
+
+
+def _prompts(found: Found, name: str, context: int) -> float | None:
+    rows: Sequence[dict | None] = [found.row(name, batch, context) for batch in BATCHES]
+    return max((row["prefill_tokens_per_second"] for row in rows if row and "prefill_rows" in row), default=None)

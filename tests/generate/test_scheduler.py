@@ -1,0 +1,183 @@
+"""Requests that share slots, come, go and stop."""
+
+import dataclasses
+
+import jax
+import pytest
+from flax import nnx
+
+from based_jax.data.tokenizer import ByteTokenizer
+from based_jax.errors import UserError
+from based_jax.generate import (
+    PrefixCache,
+    Request,
+    Sampling,
+    Scheduler,
+    State,
+    generate,
+    state_after,
+    stream,
+)
+from based_jax.generate.decoder import Decoder
+from based_jax.nn.lm import LM, LMConfig
+
+LAYERS = (("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 4}), ("window", {"num_heads": 2, "window": 4}))
+HOT = Sampling(temperature=1.5, top_k=40, top_p=0.9)
+REQUESTS = [
+    Request([72, 105], 7, HOT, seed=3),
+    Request([1], 5),
+    Request(list(range(40)), 9, Sampling(2.0), seed=2**40, row_id=7),
+    Request([5, 6, 7], 1, HOT),
+    Request([9, 9], 12, Sampling(0.7, top_k=3), seed=1),
+]
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    config = LMConfig(layers=LAYERS, d_model=16, vocab_size=257, dtype="float32", init_std=0.5)
+    return Decoder.of(nnx.jit(lambda: LM(config, rngs=nnx.Rngs(1)))())
+
+
+@pytest.fixture(scope="module")
+def alone(decoder):
+    """Return the tokens and log-probabilities of each request, answered alone in one of two slots."""
+    return [answers(decoder, [request])[0] for request in REQUESTS]
+
+
+def scheduler_of(decoder, **options):
+    """Return a scheduler whose blocks and chunks are shorter than the requests."""
+    return Scheduler(decoder, **{"slots": 2, "max_len": 64, "block_tokens": 3, "chunk_tokens": 16} | options)
+
+
+def collected(events):
+    """Return the tokens, log-probabilities, text and finish reason of each id."""
+    found = {}
+    for event in events:
+        tokens, log_probs, text, finish = found.get(event.id, ([], [], "", None))
+        assert finish is None, "an event after the last"
+        found[event.id] = (tokens + event.tokens, log_probs + event.log_probs, text + event.text, event.finish)
+    return found
+
+
+def finished(scheduler):
+    """Yield the events until nothing is left to do."""
+    while scheduler.busy:
+        yield from scheduler.advance()
+
+
+def answers(decoder, requests, **options):
+    """Return the answer of each request, all submitted at once."""
+    scheduler = scheduler_of(decoder, **options)
+    for request in requests:
+        scheduler.submit(request)
+    return collected(finished(scheduler))
+
+
+def test_a_request_is_answered_as_alone_wherever_it_enters_the_batch(decoder, alone):
+    scheduler, events = scheduler_of(decoder), []
+    for request in REQUESTS:  # into a batch that runs
+        scheduler.submit(request)
+        events += scheduler.advance()
+    found = collected([*events, *finished(scheduler)])
+    for number, (tokens, log_probs, _, finish) in enumerate(alone):
+        assert found[number][0] == tokens and len(tokens) == REQUESTS[number].max_new_tokens
+        assert found[number][1] == pytest.approx(log_probs, abs=1e-5)
+        assert found[number][3] == finish == "length"
+
+
+@pytest.mark.long
+def test_generate_and_the_scheduler_draw_alike(decoder, alone):
+    model = decoder.layout.model(decoder.params)
+    for request, (tokens, *_) in zip(REQUESTS, alone, strict=True):
+        one = {"seed": request.seed, "row_ids": [request.row_id]}
+        assert generate(model, [request.prompt], request.max_new_tokens, request.sampling, **one)[0].tolist() == tokens
+
+
+def test_log_probabilities_are_those_of_the_models_own_distribution(decoder, alone):
+    tokens, log_probs, *_ = alone[2]
+    text = jax.numpy.asarray([[*REQUESTS[2].prompt, *tokens]])
+    expected = jax.nn.log_softmax(nnx.jit(decoder.layout.model(decoder.params))(text)[0, 39:-1, :257])
+    assert log_probs == pytest.approx(
+        [float(row[token]) for row, token in zip(expected, tokens, strict=True)], abs=1e-4
+    )
+
+
+def test_stop_ids_end_a_request_and_are_left_out(decoder, alone):
+    tokens = alone[0][0]
+    stopping = Request([72, 105], 7, HOT, stop_ids=(tokens[5], tokens[3]), seed=3)
+    found = answers(decoder, [stopping, REQUESTS[4]])
+    first = min(tokens.index(stop) for stop in stopping.stop_ids)
+    assert found[0][0] == tokens[:first] and len(found[0][1]) == first and found[0][3] == "stop"
+    assert found[1][0] == alone[4][0]
+
+
+def test_stop_strings_end_a_request_between_tokens_of_a_block(decoder):
+    tokenizer, request = ByteTokenizer(), Request([72], 40, Sampling(1.0, top_k=100), seed=5)
+    whole = answers(decoder, [request], tokenizer=tokenizer)[0]
+    assert whole[2] == tokenizer.decode(whole[0])
+    stop = whole[2][4:6]
+    stopping = Request([72], 40, request.sampling, stop_strings=("never", stop), seed=5)
+    tokens, log_probs, text, finish = answers(decoder, [stopping], tokenizer=tokenizer)[0]
+    assert (text, finish) == (whole[2][: whole[2].index(stop)], "stop")
+    assert stop in tokenizer.decode(tokens) and stop not in tokenizer.decode(tokens[:-1])
+    assert tokens == whole[0][: len(tokens)]
+    assert len(log_probs) == len(tokens)
+
+
+def test_a_cancelled_request_leaves_its_slot_and_no_event(decoder, alone):
+    scheduler = scheduler_of(decoder)
+    first, second, third, fourth = (scheduler.submit(REQUESTS[i]) for i in (4, 0, 3, 1))
+    scheduler.advance()
+    assert (scheduler.running, scheduler.waiting) == (1, 3)
+    assert scheduler.cancel(first) and scheduler.cancel(third) and not scheduler.cancel(third)
+    found = collected(finished(scheduler))
+    assert set(found) == {second, fourth}
+    assert (found[second][0], found[fourth][0]) == (alone[0][0], alone[1][0])
+    assert not scheduler.busy and (scheduler.running, scheduler.waiting) == (0, 0)
+
+
+def test_a_stream_yields_tokens_before_the_last_is_drawn(decoder, alone):
+    events = list(stream(decoder, REQUESTS, slots=2, block_tokens=3))
+    assert [found[0] for _, found in sorted(collected(events).items())] == [tokens for tokens, *_ in alone]
+    assert max(len(event.tokens) for event in events) == 3
+
+
+def test_a_request_goes_on_from_a_state_as_from_its_tokens(decoder, alone):
+    """Where it is read alone, in a batch, and by `generate`."""
+    whole, (tokens, *_) = REQUESTS[2], alone[2]
+    state = state_after(decoder, whole.prompt[:11])
+    assert state_after(decoder, whole.prompt[9:11], state_after(decoder, whole.prompt[:9])).length == state.length == 11
+    rest = dataclasses.replace(whole, prompt=whole.prompt[11:], state=state)
+    found = answers(decoder, [REQUESTS[0], rest, rest], prefix_cache=PrefixCache(10**6))
+    assert [found[number][0] for number in range(3)] == [alone[0][0], tokens, tokens]
+    model, draws = decoder.layout.model(decoder.params), {"seed": rest.seed, "row_ids": [rest.row_id]}
+    assert generate(model, [rest.prompt], 9, rest.sampling, **draws, state=state)[0].tolist() == tokens
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([]), r"^Prompt is empty; it needs at least one token\.$"),
+        (Request([1], 64), r"^max_new_tokens is 64; the model reads 64 tokens"),
+        (Request([1], 1, stop_ids=tuple(range(9))), r"^stop_ids has 9 ids; it has at most 8\.$"),
+        (Request([1], 1, stop_ids=(257,)), r"^stop is 257; it is a token id, 0 to 256"),
+        (Request([1], 1, stop_strings=("",)), r"^A stop string is ''; it is a text"),
+        (Request([1], 1, stop_strings=("a",)), r"^stop_strings are found in text, and there is no tokenizer"),
+        (Request([1], 1, seed=-1), r"^A seed is -1; it is an integer"),
+        (
+            Request([1], 1, state=State({}, (), 63, "other")),
+            r"^The state has read 63 tokens; with a prompt and a new one",
+        ),
+        (
+            Request([1, 2], 1, state=State({}, (), 62, "other")),
+            r"^A prompt has 2 tokens; with one more it is at most the 2",
+        ),
+        (
+            Request([1], 1, state=State({}, (), 9, "other")),
+            r"^The state is of model other; this model is [0-9a-f]{32}\.$",
+        ),
+    ],
+)
+def test_impossible_requests_are_refused(decoder, request_, message):
+    with pytest.raises(UserError, match=message):
+        scheduler_of(decoder).submit(request_)

@@ -1,0 +1,94 @@
+"""The Triton kernel of attention's step as far as a CPU can tell: refusals, the interpreter, lowering for an H100."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import cuda_plugin, triton_interpreter
+from helpers.cases import parametrize_some
+from helpers.devices import gpus
+
+from based_jax.ops import dispatch
+from based_jax.ops.calls import AttentionStepCall
+from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step
+from based_jax.ops.triton import attention_step as triton_step
+from pallas_kernels.triton import attention_step as kernels
+
+SMALL = (kernels.Tiling(32, 16, 4, 2),)
+LENGTHS = [0, 1, 16, 33, 70, 70]
+
+
+def call_of(B=2, S=256, G=2, R=1, K=72, dtype=jnp.bfloat16):
+    cache = jnp.zeros((B, S, G, K), dtype)
+    return AttentionStepCall(jnp.zeros((B, G * R, K), dtype), cache, cache, jnp.full(B, S))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (call_of(dtype=jnp.float32), "bfloat16 or float16, and are float32"),
+        (call_of(K=264), "at most 256, and are 264"),
+        (call_of(R=65, G=1), "at most 64 queries each, and serve 65"),
+        (call_of(B=0), "elements of keys, and has 0"),
+    ],
+)
+def test_refusals_name_the_value(call, words):
+    assert words in triton_step.supports(call)
+    assert triton_step.supports(call_of(K=70, R=64)) is None
+
+
+# (S, G, R, K, V, dtype): heads of several tiles that they do not fill; several queries for a key; a last split cut off.
+CASES = [
+    (70, 2, 1, 72, 72, "bfloat16"),
+    (70, 2, 3, 40, 24, "float32"),
+    (70, 1, 17, 16, 128, "bfloat16"),
+    (32, 3, 1, 64, 64, "float32"),
+    (40, 4, 2, 24, 24, "float32"),
+]
+
+
+@parametrize_some("S, G, R, K, V, dtype", CASES, CASES[4:])
+def test_it_equals_the_oracle(S, G, R, K, V, dtype, normal, close, monkeypatch):
+    """What stands behind a row's length is never read."""
+    triton_interpreter.interpret(monkeypatch)
+    monkeypatch.setattr(kernels, "TILINGS", SMALL)
+    q, k, v = (normal(6, *shape, dtype=dtype) for shape in ((G * R, K), (S, G, K), (S, G, V)))
+    length = jnp.minimum(jnp.asarray(LENGTHS), S)
+    there = (jnp.arange(S)[None] < length[:, None])[..., None, None]
+    expected = jax.jit(lambda *x: attention_step(*x, impl="oracle"))(q, k, v, length)
+    stale = [jnp.where(there, x, jnp.nan) for x in (k, v)]
+    close(triton_step.compute(AttentionStepCall(q, *stale, length)), expected, dtype)
+
+
+@parametrize_some("K, R, B", [(72, 1, 4), (128, 8, 4), (72, 1, 1024)], [(72, 1, 1024)])
+def test_it_lowers_for_an_h100(K, R, B, monkeypatch):
+    """Under a mesh each device runs the kernel on its own rows and heads, which say into how many splits keys go."""
+    found = cuda_plugin.compiled_kernels(monkeypatch)
+    call = jax.eval_shape(lambda: call_of(B=B, S=2048, G=4, R=R, K=K))
+    with gpus(shape=(2, 2), names=("data", "tensor")):
+        run = jax.jit(lambda *x: attention_step(*x, impl="triton"))
+        text = run.trace(*call[:4]).lower(lowering_platforms=("cuda",)).as_text()
+    [line] = [line for line in text.splitlines() if "@triton_kernel_call" in line]
+    splits, n = {4: 32, 1024: 4}[B], {72: 2, 128: 1}[K]
+    assert f"tensor<{B // 2}x{splits}x{2 * R}x{n * K}xf32>" in line
+    assert f"tensor<{B // 2}x2048x{2 // n}x{n * K}xbf16>" in line
+    assert len(found) == 1 and 0 < found[0].shared_bytes <= 227 << 10
+
+
+def test_lanes_lower_for_an_h100(monkeypatch):
+    cuda_plugin.without_code(monkeypatch)
+    lanes = [jnp.stack([x, x]) for x in call_of()[:4]]
+    with gpus():
+        run = jax.jit(jax.vmap(lambda *x: attention_step(*x, impl="triton")))
+        text = run.trace(*lanes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@triton_kernel_call") == 1
+
+
+@pytest.mark.parametrize("kind, name", [("NVIDIA H200", "triton_splits"), ("NVIDIA L40S", "triton_splits")])
+def test_auto_takes_it_on_gpus_that_are_known(kind, name):
+    with gpus(kind):
+        assert dispatch.choose("attention_step", ATTENTION_STEP, "auto", call_of()) == name
+
+
+@pytest.mark.parametrize("sizes, heads", [((24, 1, 72), 2), ((16, 1, 64), 2), ((3, 1, 64), 1), ((8, 4, 128), 1)])
+def test_heads_that_are_read_as_one(sizes, heads):
+    assert triton_step.heads_as_one(*sizes) == heads
