@@ -27,7 +27,7 @@ from based_jax.bench.runner import Runner
 from based_jax.generate.decoder import Decoder, layout_of
 from based_jax.generate.prefill import prefill
 from based_jax.generate.requests import Request
-from based_jax.generate.rows import Block, Rows, decode
+from based_jax.generate.rows import Block, Rows, decode, loop_options
 from based_jax.nn.lm import LM
 from based_jax.nn.lm_config import LMConfig
 from based_jax.ops import dispatch
@@ -146,7 +146,7 @@ def _after(rows: Rows, context: Int[Array, ""], left: int) -> Rows:
 
 def _compiled(lowered: jax.stages.Lowered, choices: dict[str, list[str]], caches: Any) -> BlockProgram:
     begin = time.perf_counter()
-    step = lowered.compile()
+    step = lowered.compile(loop_options(jax.default_backend()))
     return BlockProgram(step, caches, choices, time.perf_counter() - begin)
 
 

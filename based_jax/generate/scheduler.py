@@ -3,14 +3,15 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
-from based_jax.generate.decoder import Caches, Decoder
+from based_jax.generate.decoder import Decoder
 from based_jax.generate.prefill import CHUNK_TOKENS, FEWEST_TOKENS, chunk_length, chunk_of, prefill_chunk
 from based_jax.generate.prefix_cache import PrefixCache
 from based_jax.generate.requests import Request
@@ -55,7 +56,7 @@ class Task:
     text: TextStream | None
     ends: Iterator[int] | None = None
     read: int = 0
-    caches: Caches | None = None
+    caches: Any = None
     drawn: int = 0
 
     def event(self, tokens: list[int], log_probs: list[float]) -> Event:
@@ -173,8 +174,8 @@ class Scheduler:
             if task.id == id:
                 self._waiting.remove(task)
                 return True
-        for slot, task in enumerate(self._slots):
-            if task is not None and task.id == id:
+        for slot, running in enumerate(self._slots):
+            if running is not None and running.id == id:
                 self._free(slot)
                 return True
         return False
@@ -194,16 +195,13 @@ class Scheduler:
     def _read_prompts(self) -> None:
         left = self._chunk_tokens
         while left > 0 and self._waiting and None in self._slots:
-            task = self._waiting[0]
-            before = task.read
-            self._read(task)
-            left -= max(task.read - before, FEWEST_TOKENS)
+            left -= max(self._read(self._waiting[0]), FEWEST_TOKENS)
 
-    def _read(self, task: Task) -> None:
-        """Read on to the end of the next chunk, and stop on the way where a state is kept."""
+    def _read(self, task: Task) -> int:
+        """Read on to the end of the next chunk, and stop on the way where a state is kept; return the tokens read."""
         if task.ends is None:
             task.ends = iter(self._begin(task))
-        ids = task.request.prompt[:-1]
+        ids, first = np.asarray(task.request.prompt[:-1]), task.read
         for end in task.ends:
             chunk = chunk_of([ids[task.read : end]], self._chunk_tokens)
             task.caches, task.read = prefill_chunk(self.decoder, task.caches, chunk), end
@@ -213,15 +211,19 @@ class Scheduler:
                 break
         if task.read == len(ids):
             self._enter(self._waiting.popleft())
+        return task.read - first
 
     def _begin(self, task: Task) -> list[int]:
         """Give a request the caches that its prompt begins with; return where the pieces of what is to be read end."""
-        ids, state, marks = task.request.prompt[:-1], task.request.state, ()
+        ids, state = np.asarray(task.request.prompt[:-1]), task.request.state
+        marks: Sequence[int] = ()
         if state is None and self.prefix_cache is not None:
             state, marks, _ = self.prefix_cache.lookup(ids, self.decoder.fingerprint)
             task.read = 0 if state is None else state.length
-        fresh = state is None
-        task.caches = self.decoder.init_cache(1, self.max_len) if fresh else self._layout.fork(state, self.max_len)
+        if state is None:
+            task.caches = self.decoder.init_cache(1, self.max_len)
+        else:
+            task.caches = self._layout.fork(state, self.max_len)
         return piece_ends(task.read, len(ids), self._chunk_tokens, marks)
 
     def _enter(self, task: Task) -> None:
@@ -238,8 +240,8 @@ class Scheduler:
         for slot, task in enumerate(begun.tasks):
             if task is None or self._slots[slot] is not task:  # it has ended since
                 continue
-            count = block.count[slot]
-            event = task.event(block.tokens[slot, :count].tolist(), block.log_probs[slot, :count].tolist())
+            new = slice(block.drawn[slot])
+            event = task.event(block.tokens[slot, new].tolist(), block.log_probs[slot, new].tolist())
             if event.finish:
                 self._free(slot)
             if event.tokens or event.text or event.finish:
