@@ -198,20 +198,18 @@ class Scheduler:
             left -= max(self._read(self._waiting[0]), FEWEST_TOKENS)
 
     def _read(self, task: Task) -> int:
-        """Read on to the end of the next chunk, and stop on the way where a state is kept; return the tokens read."""
+        """Read a prompt to the end of its next piece, where its state is kept; return the tokens of the piece."""
         if task.ends is None:
             task.ends = iter(self._begin(task))
-        ids, first = np.asarray(task.request.prompt[:-1]), task.read
-        for end in task.ends:
-            chunk = chunk_of([ids[task.read : end]], self._chunk_tokens)
+        ids, before = np.asarray(task.request.prompt[:-1]), task.read
+        if (end := next(task.ends, None)) is not None:
+            chunk = chunk_of([ids[before:end]], self._chunk_tokens)
             task.caches, task.read = prefill_chunk(self.decoder, task.caches, chunk), end
             if self.prefix_cache is not None and task.request.state is None:
                 self.prefix_cache.keep(ids[:end], self._layout.take(task.caches, end))
-            if end % self._chunk_tokens == 0:
-                break
         if task.read == len(ids):
             self._enter(self._waiting.popleft())
-        return task.read - first
+        return task.read - before
 
     def _begin(self, task: Task) -> list[int]:
         """Give a request the caches that its prompt begins with; return where the pieces of what is to be read end."""

@@ -48,6 +48,19 @@ def test_greedy_tokens_are_the_argmax_of_the_parallel_form(kind):
     assert len({tuple(row) for row in new}) == len(PROMPTS)
 
 
+def test_a_state_that_is_written_every_few_tokens_changes_no_token():
+    model = model_of(("taylor", SMALL["taylor"]), ("conv", {}))
+    decoder = Decoder.of(model, flush=4)
+    new = continued(decoder, PROMPTS)
+    assert new == best(model, PROMPTS, new)
+    tokens = 2 * 4 * (4 + 8) * 4 + 4  # of two heads in fp32, and their count
+    assert decoder.state_bytes(8) == Decoder.of(model).state_bytes(8) + tokens
+    with pytest.raises(UserError, match=r"flush is 4 and state_dtype 'int8'; a state that is not 'float32' loses"):
+        Decoder.of(model, flush=4, state_dtype="int8")
+    with pytest.raises(UserError, match=r"^flush is 16, but the model has no Taylor layer; leave it out\.$"):
+        Decoder.of(model_of(("conv", {})), flush=16, state_dtype="int8")
+
+
 @pytest.mark.long
 def test_a_prefix_that_is_read_in_no_order_comes_in_one_chunk():
     """It is longer than the chunks asked for."""
