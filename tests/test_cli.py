@@ -206,6 +206,17 @@ def test_generate_stops_where_it_is_told_and_lists_its_tokens(capsys, text_run):
     assert printed(capsys, *command, f"--stop-id={ord(stop)}").splitlines() == ["", *lines[6:]]
 
 
+def test_a_prompt_goes_on_from_a_saved_state_as_from_its_text(capsys, text_run, tmp_path):
+    command = ["generate", f"--workdir={text_run}", "--max-new-tokens=5", "--temperature=1", "--seed=3"]
+    saved = f"{tmp_path / 'cat.safetensors'}"
+    alone = printed(capsys, *command, "--prompt=The cat")
+    assert printed(capsys, *command, "--prompt=The cat", f"--save-state={saved}") == alone
+    whole = printed(capsys, *command, "--prompt=The cat sat")
+    assert "The cat" + printed(capsys, *command, "--prompt= sat", f"--load-state={saved}") == whole
+    table = printed(capsys, "state", "inspect", saved)
+    assert table.split()[:5] == ["layer", "mixer", "elements", "bytes", "norm"] and "Tokens read: 7." in table
+
+
 def test_export_writes_the_model_of_the_run(capsys, text_run, tmp_path):
     targets = {"hf": "hf", "orbax": "new/orbax", "safetensors": "model.safetensors"}
     words = [f"--{name}={tmp_path / path}" for name, path in targets.items()]

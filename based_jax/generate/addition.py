@@ -28,6 +28,7 @@ from based_jax.generate.prefill import prefill
 from based_jax.generate.state import State
 from based_jax.generate.state_layout import StateLayout
 from based_jax.nn.cache import Cache
+from based_jax.ops.taylor_decode import holding, total
 
 
 class Addable(NamedTuple):
@@ -45,7 +46,7 @@ class Addable(NamedTuple):
 
 
 ADDABLE = {
-    "taylor": Addable(lambda state: state, lambda _, sums: sums, lambda state, _: state),
+    "taylor": Addable(total, lambda state, sums: holding(sums, state), lambda state, _: state),
     "linear": Addable(
         lambda state: state[0], lambda state, sums: (sums, state[1]), lambda state, place: (state[0], place)
     ),

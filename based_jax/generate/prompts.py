@@ -19,7 +19,7 @@ MAX_TOKENS = 2**31 - 1
 
 def is_integer(value: Any) -> bool:
     """Return whether a value is an integer of Python or numpy; True is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool | np.bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool | np.bool))
 
 
 def is_number(value: Any) -> bool:

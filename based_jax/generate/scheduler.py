@@ -194,25 +194,21 @@ class Scheduler:
     def _read_prompts(self) -> None:
         left = self._chunk_tokens
         while left > 0 and self._waiting and None in self._slots:
-            task = self._waiting[0]
-            before = task.read
-            self._read(task)
-            left -= max(task.read - before, FEWEST_TOKENS)
+            left -= max(self._read(self._waiting[0]), FEWEST_TOKENS)
 
-    def _read(self, task: Task) -> None:
-        """Read on to the end of the next chunk, and stop on the way where a state is kept."""
+    def _read(self, task: Task) -> int:
+        """Read a prompt to the end of its next piece, where its state is kept; return the tokens of the piece."""
         if task.ends is None:
             task.ends = iter(self._begin(task))
-        ids = task.request.prompt[:-1]
-        for end in task.ends:
-            chunk = chunk_of([ids[task.read : end]], self._chunk_tokens)
+        ids, before = task.request.prompt[:-1], task.read
+        if (end := next(task.ends, None)) is not None:
+            chunk = chunk_of([ids[before:end]], self._chunk_tokens)
             task.caches, task.read = prefill_chunk(self.decoder, task.caches, chunk), end
             if self.prefix_cache is not None and task.request.state is None:
                 self.prefix_cache.keep(ids[:end], self._layout.take(task.caches, end))
-            if end % self._chunk_tokens == 0:
-                break
         if task.read == len(ids):
             self._enter(self._waiting.popleft())
+        return task.read - before
 
     def _begin(self, task: Task) -> list[int]:
         """Give a request the caches that its prompt begins with; return where the pieces of what is to be read end."""
@@ -220,8 +216,10 @@ class Scheduler:
         if state is None and self.prefix_cache is not None:
             state, marks, _ = self.prefix_cache.lookup(ids, self.decoder.fingerprint)
             task.read = 0 if state is None else state.length
-        fresh = state is None
-        task.caches = self.decoder.init_cache(1, self.max_len) if fresh else self._layout.fork(state, self.max_len)
+        if state is None:
+            task.caches = self.decoder.init_cache(1, self.max_len)
+        else:
+            task.caches = self._layout.fork(state, self.max_len)
         return piece_ends(task.read, len(ids), self._chunk_tokens, marks)
 
     def _enter(self, task: Task) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,13 @@ TOKEN_BLOCK = 64
 """What grows with the sequence is kept for a multiple of so many tokens: few shapes are few programs."""
 
 
+class RowShapes(NamedTuple):
+    """The caches of one row, without the axis of the rows: their tree, and the shape and dtype of each leaf by name."""
+
+    structure: Any
+    arrays: dict[str, jax.ShapeDtypeStruct]
+
+
 class StateLayout:
     """Takes states out of caches, and makes caches that go on from a state.
 
@@ -29,8 +36,8 @@ class StateLayout:
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
-        self._row_like = functools.lru_cache(maxsize=8)(self._shapes)
-        one, two = (dict(named(self._row_like(max_len))) for max_len in (1, 2))
+        self._row_shapes = functools.lru_cache(maxsize=8)(self._shapes)
+        one, two = (self._row_shapes(max_len).arrays for max_len in (1, 2))
         self._token_axes = {name: _differing_axis(x.shape, two[name].shape) for name, x in one.items()}
 
     @property
@@ -52,35 +59,35 @@ class StateLayout:
           UserError: the state is another model's, or has read more than there is room for.
         """
         self.check(state, max_len)
-        like = self._row_like(max_len)
-        leaves, structure = jax.tree.flatten(like)
-        shapes = tuple(x.shape for x in leaves)
-        return _forked(structure, shapes, rows, [state.arrays[name] for name, _ in named(like)])
+        structure, like = self._row_shapes(max_len)
+        shapes = tuple(x.shape for x in like.values())
+        return _forked(structure, shapes, rows, [state.arrays[name] for name in like])
 
     def check(self, state: State, max_len: int) -> None:
         """Raise UserError for a state of another model, or of more tokens than caches for `max_len` have room for."""
         if state.model != self.decoder.fingerprint:
             raise UserError(f"The state is of model {state.model}; this model is {self.decoder.fingerprint}.")
-        expected = dict(named(self._row_like(max_len)))
+        expected = self._row_shapes(max_len).arrays
         for name in sorted(expected.keys() ^ state.arrays.keys()):
             raise UserError(f"'{name}' is not both in the state and in the model's caches, whose options differ.")
         for name, like in expected.items():
-            self._check_array(name, state, like)
+            if (state.arrays[name].shape, state.arrays[name].dtype) != (like.shape, like.dtype):
+                self._check_array(name, state, like)
 
     def _check_array(self, name: str, state: State, like: jax.ShapeDtypeStruct) -> None:
+        """Raise UserError for an array of another shape or dtype than the cache's, unless it has the room to fit."""
         x, axis = state.arrays[name], self._token_axes[name]
         if x.dtype != like.dtype or _without(axis, x.shape) != _without(axis, like.shape):
             raise UserError(
                 f"'{name}' of the state is {x.dtype}{list(x.shape)}; the cache's is {like.dtype}{list(like.shape)}."
             )
-        if axis is not None and x.shape[axis] != like.shape[axis]:
-            room = min(x.shape[axis], like.shape[axis])
-            if state.length > room:
-                raise UserError(f"The state has read {state.length} tokens, and '{name}' has room for {room}.")
+        room = min(x.shape[axis], like.shape[axis])
+        if state.length > room:
+            raise UserError(f"The state has read {state.length} tokens, and '{name}' has room for {room}.")
 
-    def _shapes(self, max_len: int) -> Caches:
-        """Return the shapes and dtypes of one row of caches, without the axis of the rows."""
-        return jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], self.decoder.init_cache(1, max_len)))
+    def _shapes(self, max_len: int) -> RowShapes:
+        row = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], self.decoder.init_cache(1, max_len)))
+        return RowShapes(jax.tree.structure(row), dict(named(row)))
 
 
 def state_after(decoder: Decoder, ids: Sequence[int] | np.ndarray, state: State | None = None) -> State:

@@ -34,6 +34,11 @@ CASES: tuple[Command | Call, ...] = (
     Command("a word for a number", (*GENERATE, "--prompt=a", "--max-new-tokens=few"), "invalid int value: 'few'"),
     Command("an empty stop", (*GENERATE, "--prompt=a", "--stop="), "A stop string is ''; it is a text of at least"),
     Command("a stop id of the padding", (*GENERATE, "--prompt=a", "--stop-id=257"), "stop is 257; it is a token id"),
+    Command(
+        "a flush without Taylor layers",
+        (*GENERATE, "--prompt=a", "--flush=16"),
+        "flush is 16, but the model has no Taylor layer; leave it out.",
+    ),
     Command("an unknown dtype", (*GENERATE, "--prompt=a", "--dtype=float16"), "'float16'"),
     Command(
         "bytes that are no text",
@@ -49,6 +54,16 @@ CASES: tuple[Command | Call, ...] = (
     Command(
         "another model's tokenizer", (*GENERATE, "--prompt=a cat", "--tokenizer=gpt2"), "the model knows ids 0 to 256."
     ),
+    Command(
+        "two states for one file",
+        (*GENERATE, "--prompt=a", "--prompt=b", "--save-state=<new>"),
+        "--save-state writes the state of one prompt, and there are 2.",
+    ),
+    Command(
+        "a state over a file", (*GENERATE, "--prompt=a", "--save-state=<text.py>"), "is not empty; name a new one."
+    ),
+    Command("no state", (*GENERATE, "--prompt=a", "--load-state=<new>"), "<new>' cannot be read as a state: No such"),
+    Command("a text for a state", ("state", "inspect", "<text.py>"), "<text.py>' cannot be read as a state: "),
     Command("both a run and a folder", (*GENERATE, "--hf=<tmp>", "--prompt=a"), "not allowed with argument"),
     prompts("no prompts", [], "There is no prompt; give at least one."),
     prompts("an array of no prompts", np.zeros((0, 3), int), "There is no prompt"),

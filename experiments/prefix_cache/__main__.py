@@ -1,0 +1,92 @@
+"""The first token of a prompt whose beginning was read before, against that of one that nobody has read.
+
+python -m experiments.prefix_cache --config=configs/text_tiny.py --out=experiments/prefix_cache/results/cpu.jsonl
+python -m experiments.prefix_cache --config=configs/based.py:1b    # random weights, which cost what trained ones do
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from based_jax import config as configs
+from based_jax.bench import rows
+from based_jax.generate import Decoder, PrefixCache, Request, Scheduler
+from based_jax.nn.lm import LM, LMConfig
+
+PROMPT_TOKENS, SHARED_TOKENS = 4096, 4000
+REPEATS = 5
+BUDGET_BYTES = 16 * 2**30
+
+
+def main() -> None:
+    """Measure a model of random weights; print a table and append its rows to a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="that of a model, as `train` takes it")
+    parser.add_argument("--out", type=Path, help="file of rows, JSON lines, to append to")
+    args = parser.parse_args()
+    command = " ".join(["python -m experiments.prefix_cache", *sys.argv[1:]])
+    with rows.appended(args.out) as write:
+        for row in measure(random_decoder(args.config)):
+            print(f"{row['prompt']:<28} {row['restored']:>6,} restored {1e3 * row['seconds']:>9.1f} ms", flush=True)
+            write({"config": args.config, **row, **rows.facts(), "command": command})
+
+
+def random_decoder(config: str) -> Decoder:
+    """Return a model with random weights."""
+    model = configs.build(LMConfig, configs.load(config).model)
+    return Decoder.of(nnx.jit(lambda: LM(model, rngs=nnx.Rngs(0)))())
+
+
+def measure(decoder: Decoder, repeats: int = REPEATS) -> Iterator[dict]:
+    """Yield for each kind of prompt the median seconds to its first token; of a first round nothing is told."""
+    rng, cache = np.random.default_rng(0), PrefixCache(BUDGET_BYTES)
+    scheduler = Scheduler(decoder, slots=1, max_len=2 * PROMPT_TOKENS, block_tokens=1, prefix_cache=cache)
+    without = Scheduler(decoder, slots=1, max_len=2 * PROMPT_TOKENS, block_tokens=1)
+    found: dict[str, list[tuple[float, int]]] = {}
+    for _ in range(1 + repeats):
+        for name, scheduled, prompt in prompts(rng, scheduler, without, decoder.config.vocab_size):
+            before = cache.metrics.tokens_restored
+            seconds = first_token_seconds(scheduled, prompt)
+            found.setdefault(name, []).append((seconds, cache.metrics.tokens_restored - before))
+    for name, timed in found.items():
+        seconds = statistics.median(seconds for seconds, _ in timed[1:])
+        yield {"prompt": name, "prompt_tokens": PROMPT_TOKENS, "restored": timed[-1][1], "seconds": seconds}
+
+
+def prompts(
+    rng, scheduler: Scheduler, without: Scheduler, vocab_size: int
+) -> Iterator[tuple[str, Scheduler, np.ndarray]]:
+    """Yield prompts by what has been read of them, each with the scheduler that answers it."""
+
+    def fresh() -> np.ndarray:
+        return rng.integers(0, vocab_size, PROMPT_TOKENS)
+
+    first = fresh()
+    yield "new, no cache", without, fresh()
+    yield "new", scheduler, first
+    yield "the same again", scheduler, first
+    for place in ("second", "third"):
+        yield (
+            f"{place} to share {SHARED_TOKENS:,}",
+            scheduler,
+            np.append(first[:SHARED_TOKENS], fresh()[SHARED_TOKENS:]),
+        )
+
+
+def first_token_seconds(scheduler: Scheduler, prompt: np.ndarray) -> float:
+    """Return the time from a request to its first token."""
+    begin = time.perf_counter()
+    scheduler.submit(Request(prompt, 1))
+    while not scheduler.advance():
+        pass
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    main()
