@@ -13,7 +13,7 @@ from jaxtyping import Array
 from based_jax import parallel
 from based_jax.generate.fingerprint import fingerprint
 from based_jax.nn.lm import LM
-from based_jax.nn.lm_config import LMConfig
+from based_jax.nn.lm_config import LMConfig, with_taylor_options
 
 Path = tuple[str | int, ...]
 Caches = tuple
@@ -71,11 +71,28 @@ class Decoder:
     params: nnx.State
 
     @classmethod
-    def of(cls, model: "LM | Decoder", dtype: str | None = None) -> "Decoder":
-        """Return a model's decoder, which computes in a dtype of `LMConfig`, by default the model's own."""
+    def of(
+        cls,
+        model: "LM | Decoder",
+        dtype: str | None = None,
+        *,
+        flush: int | None = None,
+        state_dtype: str | None = None,
+    ) -> "Decoder":
+        """Return a model's decoder.
+
+        Args:
+          model: whose own dtype and options are the defaults of what follows.
+          dtype: what it computes in, as of `LMConfig`.
+          flush, state_dtype: how often Taylor layers write their state, and in what (`ops/taylor_decode.py`).
+
+        Raises:
+          UserError: a value is impossible, or the model has no Taylor layer.
+        """
         if isinstance(model, Decoder):
             return model
         config = model.config if dtype is None else dataclasses.replace(model.config, dtype=dtype)
+        config = with_taylor_options(config, flush=flush, state_dtype=state_dtype)
         layout, sources = layout_of(config), tuple(_sources(model))
         arrays = {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
         params = jax.tree.map(lambda x: x, layout.shapes)
@@ -93,6 +110,11 @@ class Decoder:
     def max_len(self) -> int | None:
         """The most tokens that a sequence may have, or None."""
         return self.layout.model(self.layout.shapes).max_len
+
+    def state_bytes(self, max_len: int) -> int:
+        """Return the bytes that decoding keeps of a sequence of up to `max_len` tokens."""
+        caches = jax.eval_shape(lambda: self.layout.model(self.layout.shapes).init_cache(1, max_len))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -14,7 +14,8 @@ from based_jax.nn import layers
 from based_jax.nn.block import REMAT_POLICIES
 from based_jax.nn.init_recipes import INIT_RECIPES
 from based_jax.nn.layers import INIT_STD, NORM_EPS
-from based_jax.nn.mixers import checked_options
+from based_jax.nn.mixers import MIXERS, checked_options
+from based_jax.nn.mixers.taylor import TaylorConfig
 
 DTYPES = ("bfloat16", "float32")
 """float16 is none of them: what overflows there is no rare case in training, and nothing scales the loss for it."""
@@ -136,6 +137,24 @@ class LMConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding."""
         return -(-self.vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
+
+
+def with_taylor_options(config: LMConfig, **options: Any) -> LMConfig:
+    """Return a config with other options of all its Taylor layers; those that are None stay as they are.
+
+    Raises:
+      UserError: there is no such layer, or a value is impossible.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        return config
+    if not any(issubclass(MIXERS[kind].Config, TaylorConfig) for kind, _ in config.layers):
+        name, value = next(iter(given.items()))
+        raise UserError(f"{name} is {value}, but the model has no Taylor layer; leave it out.")
+    layers = (
+        (kind, own | given if issubclass(MIXERS[kind].Config, TaylorConfig) else own) for kind, own in config.layers
+    )
+    return dataclasses.replace(config, layers=tuple(layers))
 
 
 def _check(what: str, name: str, allowed: Collection[str]) -> None:

@@ -81,8 +81,11 @@ def per_shard(
     return shared(*(x for x, _ in given))
 
 
-def per_device(function: Callable, call: Any) -> Any:
-    """Return `function(call)`, run by every device for its rows, its piece of time and its heads (`dimensions.py`)."""
+def per_device(function: Callable, call: Any, **options: Any) -> Any:
+    """Return `function(call)`, run by every device for its rows, its piece of time and its heads (`dimensions.py`).
+
+    For options see `per_shard`.
+    """
     names, results = dimensions.of(call)
 
     def on_device(*parts: Any) -> Any:
@@ -90,7 +93,7 @@ def per_device(function: Callable, call: Any) -> Any:
         alike = jax.tree.unflatten(tree, vary_alike(*leaves))  # else a loop sums a parameter's gradient at each step
         return function(call._replace(**dict(zip(names, alike, strict=True))))
 
-    return per_shard(on_device, [getattr(call, name) for name in names], list(names.values()), results)
+    return per_shard(on_device, [getattr(call, name) for name in names], list(names.values()), results, **options)
 
 
 def heads_of_device(rows: int, heads: int) -> int:

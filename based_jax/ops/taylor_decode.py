@@ -23,7 +23,8 @@ from based_jax.dims import BHEV, BTHK, BTHV
 from based_jax.errors import UserError, unknown
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import RecentTokens, TaylorDecodeCall, TaylorState, TaylorSums
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.hopper import taylor_decode as hopper_taylor_decode
 from based_jax.ops.linear_attention import normalise, with_ones
 from based_jax.ops.precision import EXACT
 from based_jax.ops.taylor import expanded_dim, polynomial, taylor_features
@@ -104,14 +105,14 @@ def state_elements(feature_dim: int, value_dim: int, flush: int, state_dtype: st
 
 def total(state: TaylorState) -> BHEV:
     """Return the sums over all tokens, recent ones too, as `taylor_attention` takes them."""
-    sums = _read(state.sums)
-    return sums if state.recent is None else sums + _recent_sums(*state.recent)
+    sums, recent = state
+    values, normaliser = (_values(sums), sums.normaliser) if recent is None else _with_recent(sums, *recent)
+    return jnp.concatenate([values, normaliser[..., None]], axis=-1)
 
 
 def holding(sums: BHEV, like: TaylorState) -> TaylorState:
     """Return the state, of the same form as another one, of a past with these sums and no recent tokens."""
-    held = _written(sums, like.sums)
-    recent = like.recent
+    held, recent = _written(sums[..., :-1], sums[..., -1], like.sums), like.recent
     return TaylorState(held, recent and recent._replace(count=jnp.zeros_like(recent.count)))
 
 
@@ -123,7 +124,7 @@ def taylor_attention_decode(q: BTHK, k: BTHK, v: BTHV, state: Any, *, impl: str 
     model verifies what another one has drafted.
 
     Args:
-      impl: "xla_steps" or "auto".
+      impl: "xla_steps", "hopper_steps" (a Mosaic GPU kernel, in place; bf16, K = 16) or "auto".
 
     Returns:
       o in v's dtype, and the state after the last token.
@@ -153,14 +154,20 @@ def _steps(call: TaylorDecodeCall) -> tuple[BTHV, TaylorSums, tuple | None, Int[
     """Add a token to the sums and read them; where there are recent tokens, add these once they have no room."""
     q, k, v, sums, tokens, count = call
     if tokens is None:
-        sums = _written(_read(sums) + _token_sums(k, v), sums)
+        sums = _written(*_with_tokens(sums, taylor_features(k).swapaxes(1, 2), v.swapaxes(1, 2)), sums)
         return normalise(_sums_seen(q, sums)).astype(v.dtype), sums, None, None
 
-    def flushed(sums, count):
-        return _written(_read(sums) + _recent_sums(*tokens, count), sums), jnp.zeros_like(count)
-
     T, W = q.shape[1], tokens[0].shape[2]
-    sums, count = jax.lax.cond(jnp.any(count + T > W), flushed, lambda *same: same, sums, count)
+
+    def have_no_room(state):
+        return jnp.any(state[1] + T > W)
+
+    def flushed(state):
+        sums, count = state
+        return _written(*_with_recent(sums, *tokens, count), sums), jnp.zeros_like(count)
+
+    # A loop of one turn or none: a `cond` copies the sums that it leaves as they are.
+    sums, count = jax.lax.while_loop(have_no_room, flushed, (sums, count))
     tokens = tuple(_appended(held, new, count) for held, new in zip(tokens, (k, v), strict=True))
     seen = _sums_seen(q, sums) + _recent_seen(q, *tokens, count)
     return normalise(seen).astype(v.dtype), sums, tokens, count + T
@@ -184,15 +191,16 @@ def _recent_seen(q: BTHK, k, v, before: Int[Array, "B"]) -> Sums:
     return jnp.einsum("BHTW,BHWV->BTHV", p, with_ones(v), precision=EXACT)
 
 
-def _token_sums(k: BTHK, v: BTHV) -> BHEV:
-    return jnp.einsum("BTHE,BTHV->BHEV", taylor_features(k), with_ones(v), precision=EXACT)
-
-
-def _recent_sums(k, v, count: Int[Array, "B"]) -> BHEV:
-    """Return the sums over each row's first `count` tokens."""
+def _with_recent(sums: TaylorSums, k, v, count: Int[Array, "B"]) -> tuple[Array, Array]:
+    """Return values and normaliser in fp32 with each row's first `count` tokens."""
     held = jnp.arange(k.shape[2])[None] < count[:, None]
-    phi = jnp.where(held[:, None, :, None], taylor_features(k), 0.0)
-    return jnp.einsum("BHWE,BHWV->BHEV", phi, with_ones(v), precision=EXACT)
+    return _with_tokens(sums, jnp.where(held[:, None, :, None], taylor_features(k), 0.0), v)
+
+
+def _with_tokens(sums: TaylorSums, phi: Float[Array, "B H W E"], v: Float[Array, "B H W V"]) -> tuple[Array, Array]:
+    """Return values and normaliser in fp32 with tokens of these features and values."""
+    added = jnp.einsum("BHWE,BHWV->BHEV", phi, v.astype(jnp.float32), precision=EXACT)
+    return _values(sums) + added, sums.normaliser + jnp.sum(phi, axis=2)
 
 
 def _appended(held: Float[Array, "B H W _"], new: Float[Array, "B T H _"], count: Int[Array, "B"]):
@@ -205,17 +213,14 @@ def _appended(held: Float[Array, "B H W _"], new: Float[Array, "B T H _"], count
     return write(held, new.swapaxes(1, 2).astype(held.dtype), count)
 
 
-def _read(sums: TaylorSums) -> BHEV:
-    """Return the sums in fp32, the normaliser last."""
+def _values(sums: TaylorSums) -> Float[Array, "B H E V"]:
     values = sums.values.astype(jnp.float32)
-    if sums.scales is not None:
-        values = values * sums.scales[..., None]
-    return jnp.concatenate([values, sums.normaliser[..., None]], axis=-1)
+    return values if sums.scales is None else values * sums.scales[..., None]
 
 
-def _written(sums: BHEV, like: TaylorSums) -> TaylorSums:
+def _written(values: Float[Array, "B H E V"], normaliser: Float[Array, "B H E"], like: TaylorSums) -> TaylorSums:
     """Return sums in the format of others: a row's values are scaled so that the largest is the format's."""
-    values, normaliser, dtype = sums[..., :-1], sums[..., -1], like.values.dtype
+    dtype = like.values.dtype
     if like.scales is None:
         return TaylorSums(values.astype(dtype), None, normaliser)
     scales = jnp.max(jnp.abs(values), axis=-1) / FORMATS[dtype.name].largest
@@ -225,4 +230,12 @@ def _written(sums: BHEV, like: TaylorSums) -> TaylorSums:
     return TaylorSums(scaled.astype(dtype), scales, normaliser)
 
 
-IMPLEMENTATIONS = {"xla_steps": Implementation(_steps)}
+IMPLEMENTATIONS = {
+    "hopper_steps": Implementation(
+        hopper_taylor_decode.compute,
+        hopper_taylor_decode.supports,
+        platform="cuda",
+        slower=not_run,
+    ),
+    "xla_steps": Implementation(_steps),
+}

@@ -34,6 +34,11 @@ CASES: tuple[Command | Call, ...] = (
     Command("a word for a number", (*GENERATE, "--prompt=a", "--max-new-tokens=few"), "invalid int value: 'few'"),
     Command("an empty stop", (*GENERATE, "--prompt=a", "--stop="), "A stop string is ''; it is a text of at least"),
     Command("a stop id of the padding", (*GENERATE, "--prompt=a", "--stop-id=257"), "stop is 257; it is a token id"),
+    Command(
+        "a flush without Taylor layers",
+        (*GENERATE, "--prompt=a", "--flush=16"),
+        "flush is 16, but the model has no Taylor layer; leave it out.",
+    ),
     Command("an unknown dtype", (*GENERATE, "--prompt=a", "--dtype=float16"), "'float16'"),
     Command(
         "bytes that are no text",

@@ -40,12 +40,25 @@ def best(model, prompts, new):
     return [likely[row, len(prompt) - 1 : len(prompt) + NEW - 1].tolist() for row, prompt in enumerate(prompts)]
 
 
-@parametrize_some("kind", MIXERS, ordinary=("gated_deltanet",))
+@parametrize_some("kind", MIXERS, ordinary=("linear",))
 def test_greedy_tokens_are_the_argmax_of_the_parallel_form(kind):
     model = model_of((kind, SMALL.get(kind, {})), ("conv", {}))
     new = continued(Decoder.of(model), PROMPTS)
     assert new == best(model, PROMPTS, new)
     assert len({tuple(row) for row in new}) == len(PROMPTS)
+
+
+def test_a_state_that_is_written_every_few_tokens_changes_no_token():
+    model = model_of(("taylor", SMALL["taylor"]), ("conv", {}))
+    decoder = Decoder.of(model, flush=4)
+    new = continued(decoder, PROMPTS)
+    assert new == best(model, PROMPTS, new)
+    tokens = 2 * 4 * (4 + 8) * 4 + 4  # of two heads in fp32, and their count
+    assert decoder.state_bytes(8) == Decoder.of(model).state_bytes(8) + tokens
+    with pytest.raises(UserError, match=r"flush is 4 and state_dtype 'int8'; a state that is not 'float32' loses"):
+        Decoder.of(model, flush=4, state_dtype="int8")
+    with pytest.raises(UserError, match=r"^flush is 16, but the model has no Taylor layer; leave it out\.$"):
+        Decoder.of(model_of(("conv", {})), flush=16, state_dtype="int8")
 
 
 @pytest.mark.long
