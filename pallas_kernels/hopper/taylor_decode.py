@@ -80,12 +80,13 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, v, values, recent_v) -> "Plan":
         """Return the plan for these arrays."""
-        return cls(*v.shape, values.dtype, recent_v.shape[2])
+        batch, tokens, heads, value_dim = v.shape
+        return cls(batch, tokens, heads, value_dim, values.dtype, recent_v.shape[2])
 
     @property
-    def largest(self) -> float | None:
-        """What rows of the state are scaled to."""
-        return LARGEST.get(self.dtype.name)
+    def largest(self) -> float:
+        """What rows of the state are scaled to, 0 where they are not."""
+        return LARGEST.get(self.dtype.name, 0.0)
 
     @property
     def group(self) -> int:
@@ -100,7 +101,7 @@ class Plan(NamedTuple):
             plgpu.SMEM((self.room, FEATURE_DIM), recent_k.dtype),
             plgpu.SMEM((self.room, self.value_dim), recent_k.dtype),
             plgpu.SMEM((max(self.tokens, self.group), 2 * LANES), jnp.float32),
-            *[rows] * (1 + (self.largest is not None)),
+            *[rows] * (1 + (self.largest > 0)),
             plgpu.Barrier(num_arrivals=3),
         ]
 
@@ -166,10 +167,10 @@ class Step:
         def expand_token(i):
             [phi] = features(self.k_tile.at[pl.ds(first + i, 1)])
             held = lax.broadcast(first + i < self.count, (LANES,))
-            phi = [jnp.where(held, x, 0.0) for x in phi]
-            put(self.weights.at[i], phi)
+            kept = [jnp.where(held, x, 0.0) for x in phi]
+            put(self.weights.at[i], kept)
             totals = get(self.normaliser_slots)
-            put(self.normaliser_slots, [total + x for total, x in zip(totals, phi, strict=True)])
+            put(self.normaliser_slots, [total + x for total, x in zip(totals, kept, strict=True)])
 
     def add(self, row, slot, first) -> None:
         """Add a group's products of features and values to a tile of the state."""
@@ -208,9 +209,10 @@ class Step:
         normaliser, self.totals = get(self.normaliser_slots), []
         for t, phi in enumerate(features(self.q)):
             self.totals.append(jnp.sum(sum(x * z for x, z in zip(phi, normaliser, strict=True))))
+            weights = list(phi)
             for scale in scales:
-                phi = [x * y for x, y in zip(phi, scale, strict=True)]
-            put(self.weights.at[t], phi)
+                weights = [x * y for x, y in zip(weights, scale, strict=True)]
+            put(self.weights.at[t], weights)
 
     def read(self, before) -> list[jax.Array]:
         """Return each query's output (V)."""
