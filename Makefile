@@ -10,7 +10,9 @@ JOBS ?= 2
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo --workdir=demo_out
 
-test: lint types unit
+# mypy has one core for a minute: beside the tests.
+test: lint
+	$(MAKE) --no-print-directory --jobs=2 types unit
 
 test-all: lint types unit-all
 
@@ -29,7 +31,7 @@ unit-all: $(VENV)/installed
 
 $(VENV)/installed: $(LOCK) pyproject.toml
 	@python=$$(sh ./.ci/find_python) && echo "Creating $(VENV) with $$python" && "$$python" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --require-hashes -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -55,7 +55,7 @@ def normal(rng):
     """Return a source of Gaussian arrays."""
 
     def draw(*shape, dtype="float32", scale=1.0):
-        return jnp.asarray(scale * rng.standard_normal(shape), dtype)
+        return jax.device_put(np.asarray(scale * rng.standard_normal(shape), jnp.dtype(dtype)))
 
     return draw
 
@@ -70,7 +70,7 @@ def packed_ids(rng):
         packed, position = 1 + np.cumsum(begins) % 3, np.arange(T)  # ids return
         between = np.where(packed == 3, 0, packed)
         left, right = position >= T // 3, packed * (position < T - T // 3)
-        return jnp.asarray([np.ones(T), packed, left, right, between, np.zeros(T)], jnp.int32)
+        return jax.device_put(np.asarray([np.ones(T), packed, left, right, between, np.zeros(T)], np.int32))
 
     return draw
 

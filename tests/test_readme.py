@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.decoding import in_one_pass
+from helpers.serving import served
 
 from based_jax import config as configs
 from based_jax.__main__ import main
@@ -47,7 +48,7 @@ def run(command, folder):
 
 def test_the_commands_in_their_order(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    names = ["train", "train", "plot", "eval", "generate", "export", "describe", "sweep", "sweep"]
+    names = ["train", "train", "plot", "eval", "generate", "export", "describe", "sweep", "sweep", "serve"]
     assert [command.split()[0] for command in COMMANDS] == names
     for command in COMMANDS[:7]:
         run(command, tmp_path)
@@ -58,6 +59,17 @@ def test_the_commands_in_their_order(capsys, tmp_path, monkeypatch):
     targets = re.findall(r"^make ([\w-]+)", README, re.MULTILINE)
     assert targets == ["demo", "test", "test-all"]
     assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
+
+
+@pytest.mark.long
+def test_the_server_and_its_client(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run(COMMANDS[1], tmp_path)
+    words = shlex.split(re.sub(r"(?<=[= ])runs", str(tmp_path), COMMANDS[9]))
+    capsys.readouterr()
+    assert served(words, lambda port: exec(program("from openai").replace(":8000", f":{port}"), {})) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Serving 'text' at http://127.0.0.1:") and out.count("\n") >= 1
 
 
 def test_training_from_a_notebook(monkeypatch):
@@ -73,7 +85,7 @@ def test_training_from_a_notebook(monkeypatch):
 @pytest.mark.long
 def test_the_sweep_s_commands(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for command in COMMANDS[7:]:
+    for command in COMMANDS[7:9]:
         run(command, tmp_path)
     assert "[4/4" in capsys.readouterr().out and (tmp_path / "pictures" / "frontier.html").exists()
 

@@ -221,7 +221,8 @@ class Program:
         """Return the bound of a counter from 0 by steps of 1, as `lax.scan` counts, of a loop's condition."""
         lines = [x for name in self._within(condition) for x in self.computations[name]]
         compared = [x for x in lines if x.kind == "compare" and x.word("direction") in ("LT", "GT", "NE")]
-        bounds = [int(x.rest.split(")")[0]) for x in lines if x.kind == "constant" and x.results[0].dtype[0] in "su"]
+        constants = [x for x in lines if x.kind == "constant" and not x.results[0].shape]
+        bounds = [int(x.rest.split(")")[0]) for x in constants if x.results[0].dtype[0] in "su"]
         return bounds[0] if len(compared) == len(bounds) == 1 else None
 
     def _within(self, computation: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The state that decoding keeps: filled without reading a text, its bytes, and those of them that a token moves."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ def random_state(shapes: Any, key: Array) -> Any:
     """
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(key, len(leaves))
-    return structure.unflatten([_random(x, k) for x, k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(structure, [_random(x, k) for x, k in zip(leaves, keys, strict=True)])
 
 
 def _random(x: jax.ShapeDtypeStruct, key: Array) -> Array:
@@ -31,11 +32,9 @@ def at_length(caches: Any, length: Int[Array, ""]) -> Any:
     """Return caches that say of each row that it has had so many tokens."""
 
     def counted(x: Any) -> Any:
-        if not isinstance(x, TokenCache):
-            return x
-        return TokenCache(x.tokens, jnp.full_like(x.length, length))
+        return dataclasses.replace(x, length=jnp.full_like(x.length, length)) if isinstance(x, TokenCache) else x
 
-    return jax.tree.map(counted, caches, is_leaf=_is_token_cache)
+    return jax.tree.map(counted, caches, is_leaf=_is_whole)
 
 
 def array_bytes(shapes: Any) -> int:
@@ -44,25 +43,23 @@ def array_bytes(shapes: Any) -> int:
 
 
 def moved_bytes(shapes: Any) -> float:
-    """Return the bytes that a step moves at least, of full caches.
+    """Return the bytes that a step moves at least, of full caches, the mean over many tokens.
 
-    Tokens of the past are read and one is written, a Taylor state is read and written as often as it says; all else is
-    read and written.
+    Tokens of the past are read and one is written; of sums that take W tokens at once all is read, a Wth part written,
+    and half of the recent tokens are there; all else is read and written.
     """
-    return sum(_moved(x) for x in jax.tree.leaves(shapes, is_leaf=_is_read_more))
+    return sum(map(_moved, jax.tree.leaves(shapes, is_leaf=_is_whole)))
 
 
 def _moved(x: Any) -> float:
     if isinstance(x, TokenCache):
-        return array_bytes(x.tokens) * (1 + 1 / x.slots)
-    flush = x.recent.k.shape[2] if isinstance(x, TaylorState) and x.recent is not None else 1
-    return array_bytes(x) * (1 + 1 / flush)
+        tokens = array_bytes(x.tokens)
+        return tokens * (1 + 1 / x.slots) + 2 * (array_bytes(x) - tokens)
+    if isinstance(x, TaylorState) and x.recent is not None:
+        tokens, flush = array_bytes((x.recent.k, x.recent.v)), x.recent.k.shape[2]
+        return array_bytes(x.sums) * (1 + 1 / flush) + tokens * (1 / 2 + 1 / flush)
+    return 2.0 * array_bytes(x)
 
 
-def _is_token_cache(x: Any) -> bool:
-    return isinstance(x, TokenCache)
-
-
-def _is_read_more(x: Any) -> bool:
-    """Return whether something is read more often than written."""
+def _is_whole(x: Any) -> bool:
     return isinstance(x, TokenCache | TaylorState)

@@ -4,182 +4,149 @@ Nobody reads the context: the cache is filled with random numbers and says how m
 cost of a step nor that of a state depends on what they were.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Int
 
-from based_jax import compilation, devices
+from based_jax import devices
 from based_jax.aot.compiling import TOO_MUCH_MEMORY
 from based_jax.bench import clocks, rows, step_profile
-from based_jax.bench.decode_state import array_bytes, at_length, moved_bytes, random_state
-from based_jax.bench.generate_size import PREFILLS, UNTIMED_PREFILLS, Effort, Size, check, roofline
+from based_jax.bench.decode_state import array_bytes, moved_bytes
+from based_jax.bench.generate_programs import Program, Programs, Subject, new_rows
+from based_jax.bench.generate_size import PREFILLS, UNTIMED_PREFILLS, Effort, Size, check, prompts, roofline
 from based_jax.bench.memory import peak_bytes, program_bytes
 from based_jax.bench.runner import Runner
-from based_jax.generate.decoder import Decoder, layout_of
-from based_jax.generate.prefill import prefill
-from based_jax.generate.requests import Request
-from based_jax.generate.rows import Block, Rows, decode
-from based_jax.nn.lm import LM
+from based_jax.errors import UserError, unknown
+from based_jax.generate.prefill import CHUNK_TOKENS, Chunk, chunk_length, chunks
 from based_jax.nn.lm_config import LMConfig
-from based_jax.ops import dispatch
 
-COMPILING_THREADS = 8
 PROFILED_BLOCKS = 1
-
-
-class Subject:
-    """A model with random weights, as decoding reads it."""
-
-    def __init__(self, config: LMConfig):
-        self.config, self.layout = config, layout_of(config)
-        self.abstract = self.layout.model(self.layout.shapes)
-
-    @functools.cached_property
-    def decoder(self) -> Decoder:
-        """The model with its weights."""
-        graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(self.config, rngs=nnx.Rngs(0))))
-        params = jax.jit(lambda key: nnx.state(LM(self.config, rngs=nnx.Rngs(key))))(jax.random.key(0))
-        return Decoder.of(nnx.merge(graphdef, params))
-
-    def caches(self, batch: int, max_len: int) -> Any:
-        """Return the shapes of the caches of sequences."""
-        return jax.eval_shape(lambda: self.abstract.init_cache(batch, max_len))
-
-    @property
-    def weight_bytes(self) -> int:
-        """The bytes of weights that a step reads at least: all but an embedding that is no head."""
-        unread = 0 if self.layout.config.tie_embeddings else array_bytes(self.layout.shapes["embed"])
-        return array_bytes(self.layout.shapes) - unread
-
-
-class BlockProgram(NamedTuple):
-    """A compiled program that decodes a block of tokens.
-
-    Attributes:
-      step: `(rows, (params, context)) -> (rows, block)`; the rows are used up, and had `context` tokens before it.
-      caches: their shapes.
-      choices: by operation the implementations that it took.
-      seconds: to compile it, beside others.
-    """
-
-    step: jax.stages.Compiled
-    caches: Any
-    choices: dict[str, list[str]]
-    seconds: float
 
 
 def measure(config: LMConfig, sizes: Sequence[Size], effort: Effort) -> Iterator[dict[str, Any]]:
     """Yield a row for each size: decoding and reading prompts in tokens/s, bytes of state, the roofline, memory.
 
-    All programs are compiled before the first is timed. A size that does not fit into the device's memory has "error"
-    in place of what is measured.
+    All programs are compiled before the first is timed; of sizes that share one the first is profiled. A size that does
+    not fit into the device's memory has "error" in place of what is measured.
 
     Raises:
       UserError: a number is below 1, or the model reads fewer tokens.
     """
     check(sizes, effort)
     subject = Subject(config)
-    fitting = [size for size in sizes if _fits(subject, size)]
-    blocks, was_read = compiled_blocks(subject, fitting, effort.tokens)
-    read = functools.cache(functools.partial(_prefill, subject))
+    programs = Programs(subject)
+    decoded = {size: _Decoded(programs, size, effort) for size in sizes if _fits(subject, size)}
+    profiled = {found.key: found for found in reversed(decoded.values())}.values() if effort.profiled else ()
+    counts = prompts(decoded) if effort.prefill else {}
+    read = {length: _Prompts(programs, count, length) for length, count in counts.items()}
+    programs.compile()
+    prefill = functools.cache(lambda length: _fitting(read[length].measure, "prefill_error"))
     for size in sizes:
         row = {**size._asdict(), **_bytes(subject, size, effort.tokens)}
-        if size in blocks:
-            row |= _fitting(functools.partial(_decoding, subject, blocks[size], size, effort), "error")
-            row |= {"compiled_before": was_read}
+        if size in decoded:
+            row |= _fitting(functools.partial(decoded[size].measure, decoded[size] in profiled), "error")
+            row |= prefill(size.context) if effort.prefill else {}
         else:
             row |= {"error": "weights and state alone are more than the device's memory"}
-        if effort.prefill:
-            row |= read(size.prompts, size.context)
         yield row | rows.facts()
 
 
-def compiled_blocks(subject: Subject, sizes: Sequence[Size], tokens: int) -> tuple[dict[Size, BlockProgram], bool]:
-    """Return the program of each size, and whether one was read from the disk; those with equal caches share one."""
-    lowered: dict[Any, tuple] = {}
-    keys = {}
-    for size in sizes:
-        caches = subject.caches(size.batch, size.context + tokens)
-        keys[size] = key = tuple((x.shape, x.dtype) for x in jax.tree.leaves(caches))
-        if key not in lowered:
-            lowered[key] = (*_lowered(subject, size.batch, caches, tokens), caches)
-    with compilation.counted_hits() as hits, concurrent.futures.ThreadPoolExecutor(COMPILING_THREADS) as pool:
-        done = dict(zip(lowered, pool.map(lambda x: _compiled(*x), lowered.values()), strict=True))
-    return {size: done[key] for size, key in keys.items()}, hits.count > 0
+def with_options(config: LMConfig, options: Sequence[str]) -> LMConfig:
+    """Return a model whose layers of a mixer have other options, each as "taylor.flush=16".
+
+    Raises:
+      UserError: a text is no such thing, the model has no such mixer, or the mixer no such option.
+    """
+    kinds = sorted({kind for kind, _ in config.layers})
+    new: dict[str, dict[str, int | str]] = {kind: {} for kind in kinds}
+    for text in options:
+        name, equals, value = text.partition("=")
+        kind, dot, option = name.partition(".")
+        if not (equals and dot and option):
+            raise UserError(f"'{text}' is no option: give mixer.name=value, such as taylor.flush=16.")
+        if kind not in new:
+            raise unknown("mixer", kind, kinds)
+        new[kind][option] = int(value) if value.isdigit() else value
+    return dataclasses.replace(config, layers=tuple((kind, given | new[kind]) for kind, given in config.layers))
 
 
-def _lowered(subject: Subject, batch: int, caches: Any, tokens: int) -> tuple[jax.stages.Lowered, dict[str, list[str]]]:
-    def block(rows: Rows, inputs: tuple) -> tuple[Rows, Block]:
-        params, context = inputs
-        return decode(Decoder(subject.layout, params), _after(rows, context, tokens), tokens)
+class _Decoded:
+    """Rows of one size, and the program that decodes them."""
 
-    rows = jax.eval_shape(lambda: _rows(caches, batch))
-    inputs = subject.layout.shapes, jax.ShapeDtypeStruct((), jnp.int32)
-    with dispatch.recorded_choices() as choices:
-        lowered = jax.jit(block, donate_argnums=0).lower(rows, inputs)
-    return lowered, {operation: list(impls) for operation, impls in choices.items()}
+    def __init__(self, programs: Programs, size: Size, effort: Effort):
+        self.programs, self.size, self.effort = programs, size, effort
+        self.room = size.context + effort.tokens
+        self.key = programs.add_block(size.batch, self.room, effort.tokens)
 
-
-def _rows(caches: Any, batch: int) -> Rows:
-    """Return greedy rows with caches of some shapes that nobody has read a token into."""
-    return Rows.of(random_state(caches, jax.random.key(1)), [Request([0])] * batch)
-
-
-def _after(rows: Rows, context: Int[Array, ""], left: int) -> Rows:
-    """Return rows that have had a context and may draw so many tokens."""
-    return dataclasses.replace(
-        rows,
-        caches=at_length(rows.caches, context),
-        length=jnp.full_like(rows.length, context + 1),
-        left=jnp.full_like(rows.left, left),
-    )
-
-
-def _compiled(lowered: jax.stages.Lowered, choices: dict[str, list[str]], caches: Any) -> BlockProgram:
-    begin = time.perf_counter()
-    step = lowered.compile()
-    return BlockProgram(step, caches, choices, time.perf_counter() - begin)
+    def measure(self, profiled: bool) -> dict[str, Any]:
+        """Return how fast tokens are decoded, and what it takes."""
+        subject, program, tokens = self.programs.subject, self.programs[self.key], self.effort.tokens
+        state = jax.jit(lambda: new_rows(subject.caches(self.size.batch, self.room)))()
+        runner = Runner(program.step, state, [(subject.decoder.params, jnp.int32(self.size.context))])
+        del state  # lest what is used up is held
+        with clocks.recorded(jax.devices()[0]) as clock:
+            seconds = runner.median_seconds(self.effort.blocks) / tokens
+        return {
+            "tokens": tokens,
+            "blocks": self.effort.blocks,
+            "milliseconds": round(1e3 * seconds, 4),
+            "tokens_per_second": self.size.batch / seconds,
+            **clock,
+            "compile_seconds": round(program.seconds, 2),
+            "compiled_before": self.programs.was_read,
+            "program_bytes": program_bytes(program.step),
+            "peak_bytes": peak_bytes(),
+            "impls": program.choices,
+            "breakdown": _profile(program, runner, tokens) if profiled else None,
+        }
 
 
-def _decoding(subject: Subject, block: BlockProgram, size: Size, effort: Effort) -> dict[str, Any]:
-    """Return how fast tokens are decoded, and what it takes."""
-    inputs = subject.decoder.params, jnp.int32(size.context)
-    runner = Runner(block.step, jax.jit(lambda: _rows(block.caches, size.batch))(), [inputs])
-    with clocks.recorded(jax.devices()[0]) as clock:
-        seconds = runner.median_seconds(effort.blocks) / effort.tokens
-    peak = peak_bytes()
-    program = step_profile.program_of(block.step.as_text() or "")
-    profiled = step_profile.profile(runner.take, program, PROFILED_BLOCKS, effort.tokens) if effort.profiled else None
-    return {
-        "tokens": effort.tokens,
-        "blocks": effort.blocks,
-        "milliseconds": round(1e3 * seconds, 4),
-        "tokens_per_second": size.batch / seconds,
-        **clock,
-        "compile_seconds": round(block.seconds, 2),
-        "program_bytes": program_bytes(block.step),
-        "peak_bytes": peak,
-        "impls": block.choices,
-        "breakdown": profiled,
-    }
+def _profile(program: Program, runner: Runner, tokens: int) -> dict[str, Any] | None:
+    text = step_profile.program_of(program.step.as_text() or "")
+    return step_profile.profile(runner.take, text, PROFILED_BLOCKS, tokens)
+
+
+class _Prompts:
+    """Prompts of one length that are read together, and the programs that read their chunks."""
+
+    def __init__(self, programs: Programs, count: int, length: int):
+        self.programs, self.count, self.length = programs, count, length
+        vocab_size = programs.subject.config.vocab_size
+        self.ids = list(np.random.default_rng(0).integers(vocab_size, size=(count, length), dtype=np.int32))
+        self.keys = [programs.add_chunk(length, chunk) for chunk in self._chunks(self.ids)]
+
+    def measure(self) -> dict[str, Any]:
+        """Return how fast prompts are read into caches."""
+        seconds = Runner(self._read, None, [self.ids]).median_seconds(PREFILLS, UNTIMED_PREFILLS)
+        return {
+            "prefill_rows": self.count,
+            "prefill_milliseconds": round(1e3 * seconds, 3),
+            "prefill_tokens_per_second": self.count * self.length / seconds,
+            "prefill_compile_seconds": round(sum(self.programs[key].seconds for key in set(self.keys)), 2),
+        }
+
+    def _chunks(self, ids: Sequence[np.ndarray]) -> Iterator[Chunk]:
+        return chunks(ids, chunk_length(self.programs.subject.abstract, CHUNK_TOKENS))
+
+    def _read(self, _: None, ids: Sequence[np.ndarray]) -> tuple[None, Any]:
+        decoder = self.programs.subject.decoder
+        caches = decoder.init_cache(self.count, self.length)
+        for key, chunk in zip(self.keys, self._chunks(ids), strict=True):
+            caches = self.programs[key].step(caches, (decoder.params, chunk))
+        return None, caches
 
 
 def _bytes(subject: Subject, size: Size, tokens: int) -> dict[str, Any]:
     """Return the bytes of weights and of a sequence's state, and the speed at which they allow to decode."""
-    state = array_bytes(subject.caches(1, size.context))
     while_decoded = subject.caches(1, size.context + tokens // 2)
     moved = subject.weight_bytes + size.batch * moved_bytes(while_decoded)
     return {
-        "state_bytes": state,
+        "state_bytes": array_bytes(subject.caches(1, size.context)),
         "weight_bytes": subject.weight_bytes,
         "roofline_tokens_per_second": roofline(moved, size.batch, jax.devices()[0].device_kind),
         "cache": "random numbers",
@@ -193,30 +160,6 @@ def _fits(subject: Subject, size: Size) -> bool:
         return True
     state = size.batch * array_bytes(subject.caches(1, size.context))
     return subject.weight_bytes + state < device.hbm_bytes
-
-
-def _prefill(subject: Subject, count: int, length: int) -> dict[str, Any]:
-    """Return how fast so many prompts of a length are read, up to their first new tokens."""
-    return _fitting(functools.partial(_prefilling, subject, count, length), "prefill_error")
-
-
-def _prefilling(subject: Subject, count: int, length: int) -> dict[str, Any]:
-    decoder = subject.decoder
-    prompts = np.random.default_rng(0).integers(subject.config.vocab_size, size=(count, length), dtype=np.int32)
-
-    def read(_: None, prompts: Any) -> tuple:
-        return None, prefill(decoder, decoder.init_cache(count, length), prompts)
-
-    begin = time.perf_counter()
-    jax.block_until_ready(read(None, prompts))
-    first = time.perf_counter() - begin
-    seconds = Runner(read, None, [prompts]).median_seconds(PREFILLS, UNTIMED_PREFILLS)
-    return {
-        "prefill_rows": count,
-        "prefill_milliseconds": round(1e3 * seconds, 3),
-        "prefill_tokens_per_second": count * length / seconds,
-        "prefill_compile_seconds": round(max(0.0, first - seconds), 2),
-    }
 
 
 def _fitting(call: Callable[[], dict[str, Any]], name: str) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Generation by other libraries' models of the same sizes, in PyTorch."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from based_jax.bench import rows, torch_generation
-from based_jax.bench.generate_size import Effort, Size, check
+from based_jax.bench.generate_size import Effort, Size, check, prompts
 from based_jax.bench.peers import Peer
 
 
@@ -30,6 +31,9 @@ def measure(name: str, sizes: Sequence[Size], effort: Effort) -> Iterator[dict[s
     """Yield a peer's row for each size, of the same fields as ours where they mean the same."""
     check(sizes, effort)
     peer = PEERS[name]
-    subject = peer.measure(peer.name)
+    subject, counts = peer.measure(peer.name), prompts(sizes)
+    prefill = functools.cache(lambda length: torch_generation.read(subject, counts[length], length))
     for size in sizes:
-        yield {**size._asdict(), **torch_generation.measure(subject, size, effort), **rows.facts(*peer.packages)}
+        row = size._asdict() | torch_generation.decoded(subject, size, effort)
+        row |= prefill(size.context) if effort.prefill else {}
+        yield row | rows.facts(*peer.packages)

@@ -8,7 +8,7 @@ from based_jax.bench import step_profile
 from based_jax.errors import UserError
 
 PREFILL_TOKENS = 1 << 16
-"""Of the prompts that are read together, of which there are fewer than sequences where they are long."""
+"""That prompts have together."""
 PREFILLS, UNTIMED_PREFILLS = 3, 1
 
 
@@ -18,10 +18,13 @@ class Size(NamedTuple):
     batch: int
     context: int
 
-    @property
-    def prompts(self) -> int:
-        """How many prompts of such a length are read together."""
-        return max(1, min(self.batch, PREFILL_TOKENS // self.context))
+    @classmethod
+    def parse(cls, text: str) -> "Size":
+        """Return the size of a text such as 128x2048; UserError for another."""
+        parts = text.split("x")
+        if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+            raise UserError(f"'{text}' is no size: give sequences x tokens, such as 128x2048.")
+        return cls(*map(int, parts))
 
 
 class Effort(NamedTuple):
@@ -33,9 +36,15 @@ class Effort(NamedTuple):
     prefill: bool
 
 
-def sizes(batches: Iterable[int], contexts: Iterable[int]) -> list[Size]:
-    """Return each batch with each context, small ones first."""
-    return [Size(batch, context) for context in sorted(set(contexts)) for batch in sorted(set(batches))]
+def products(batches: Iterable[int], contexts: Iterable[int]) -> list[Size]:
+    """Return each batch with each context."""
+    return [Size(batch, context) for context in contexts for batch in batches]
+
+
+def prompts(sizes: Iterable[Size]) -> dict[int, int]:
+    """Return by length how many prompts are read together, whatever the batch: as many as the largest has, or fit."""
+    ordered = sorted(sizes)
+    return {context: max(1, min(batch, PREFILL_TOKENS // context)) for batch, context in ordered}
 
 
 def check(sizes: Sequence[Size], effort: Effort) -> None:

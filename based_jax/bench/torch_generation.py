@@ -103,15 +103,14 @@ def _read(model: Any, count: int, length: int, **options: Any) -> Any:
     return model(input_ids=ids, use_cache=True, logits_to_keep=1, **options)
 
 
-def measure(subject: Subject, size: Size, effort: Effort) -> dict[str, Any]:
-    """Return how fast a model decodes and reads prompts at a size, and what it needs."""
-    import torch
+def decoded(subject: Subject, size: Size, effort: Effort) -> dict[str, Any]:
+    """Return how fast a model decodes, and what it needs."""
+    return _fitting(lambda: _decoding(subject, size, effort), "error")
 
-    with torch.inference_mode():
-        row = _fitting(lambda: _decoding(subject, size, effort), "error")
-        if effort.prefill:
-            row |= _fitting(lambda: _prefilling(subject, size), "prefill_error")
-    return row
+
+def read(subject: Subject, count: int, length: int) -> dict[str, Any]:
+    """Return how fast a model reads so many prompts of a length together."""
+    return _fitting(lambda: _prefilling(subject, count, length), "prefill_error")
 
 
 def _decoding(subject: Subject, size: Size, effort: Effort) -> dict[str, Any]:
@@ -180,15 +179,18 @@ def _captured(new_block: Callable[[], Callable[[], Any]]) -> tuple[Callable[[], 
     return graph.replay, True
 
 
-def _prefilling(subject: Subject, size: Size) -> dict[str, Any]:
+def _prefilling(subject: Subject, count: int, length: int) -> dict[str, Any]:
+    def read() -> None:
+        _read(subject.model, count, length)
+
     begin = time.perf_counter()
-    _read(subject.model, size.prompts, size.context)
+    read()
     compile_seconds = time.perf_counter() - begin
-    seconds = median_seconds(lambda: _read(subject.model, size.prompts, size.context), PREFILLS, UNTIMED_PREFILLS)
+    seconds = median_seconds(read, PREFILLS, UNTIMED_PREFILLS)
     return {
-        "prefill_rows": size.prompts,
+        "prefill_rows": count,
         "prefill_milliseconds": round(1e3 * seconds, 3),
-        "prefill_tokens_per_second": size.prompts * size.context / seconds,
+        "prefill_tokens_per_second": count * length / seconds,
         "prefill_compile_seconds": round(compile_seconds, 2),
     }
 
@@ -224,7 +226,8 @@ def _fitting(call: Callable[[], dict[str, Any]], name: str) -> dict[str, Any]:
     import torch
 
     try:
-        return call()
+        with torch.inference_mode():
+            return call()
     except RuntimeError as error:
         torch.cuda.empty_cache()
         return {name: str(error).splitlines()[0]}

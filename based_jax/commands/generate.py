@@ -14,12 +14,14 @@ examples:
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.distributed import add_distributed_arguments
 from based_jax.commands.parser import CommandParser
+from based_jax.commands.text_models import add_model_arguments, load_text_model
 from based_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,13 +31,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: CommandParser) -> None:
     """Declare the command's arguments."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--workdir", help="folder of a run on text")
-    source.add_argument("--hf", help="folder with config.json and safetensors or pytorch_model.bin")
-    parser.add_argument("--step", type=int, help="checkpoint of the run (default: the last good one)")
-    parser.add_argument(
-        "--tokenizer", help="bytes, gpt2 or a tokenizer.json (default: that of the run, or that the folder names)"
-    )
+    add_model_arguments(parser)
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
@@ -78,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         _check_text(number, prompt)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     state = None if args.load_state is None else State.load(args.load_state)
-    model, tokenizer = _from_hf(args) if args.workdir is None else _from_run(args)
+    model, tokenizer = load_text_model(args)
     requests = [
         Request(
             encode_prompt(tokenizer, prompt),
@@ -148,25 +144,3 @@ def _check_text(number: int, prompt: str) -> None:
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError(f"Prompt {number} is {prompt!r:.60}, which is no UTF-8 text.") from None
-
-
-def _from_run(args: argparse.Namespace):
-    from based_jax.data.tokenizer_file import named_tokenizer
-    from based_jax.train.run import load_run
-    from based_jax.train.tasks import TextTask
-
-    config, _, model = load_run(args.workdir, args.step)
-    if not isinstance(config.data, TextTask):
-        raise UserError(f"'{args.workdir}' was trained on '{config.data.kind}'; generate needs a run on 'text'.")
-    return model, named_tokenizer(args.tokenizer or config.data.tokenizer)
-
-
-def _from_hf(args: argparse.Namespace):
-    from based_jax.convert import load_hf
-    from based_jax.convert.tokenizers import folder_tokenizer
-    from based_jax.data.tokenizer_file import named_tokenizer
-
-    if args.step is not None:
-        raise UserError(f"--step is {args.step}, but a folder has no steps; leave it out, or give --workdir.")
-    tokenizer = folder_tokenizer(args.hf) if args.tokenizer is None else named_tokenizer(args.tokenizer)
-    return load_hf(args.hf), tokenizer

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from based_jax.generate.decoder import Caches, Decoder, Layout
 
 CHUNK_TOKENS = 512
-FEWEST_TOKENS = 16
+FEWEST_TOKENS = 64
 """Of a chunk: the last one of a prompt is as long as the next power of two, so that few programs are compiled."""
 
 Chunk = tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"] | None]

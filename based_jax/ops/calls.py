@@ -37,6 +37,7 @@ BHPN2 = Float[Array, "B H P N 2"]
 HN = Complex[Array, "H N"]
 
 BTN = Float[Array, "B T N"]
+BN = Float[Array, "B N"]
 BDN = Float[Array, "B D N"]
 DN = Float[Array, "D N"]
 
@@ -283,6 +284,26 @@ class GatedConvCall(NamedTuple):
     segment_ids: Documents = None
 
 
+class ShortConvStepCall(NamedTuple):
+    """One token x (B, D) of a `ShortConvCall`."""
+
+    x: BD
+    kernel: WD
+    state: Past
+    bias: Channels | None = None
+    silu: bool = False
+    dilation: int = 1
+
+
+class GatedConvStepCall(NamedTuple):
+    """One token x (B, 2 D) of a `GatedConvCall`."""
+
+    x: Float[Array, "B joint"]
+    kernel: WD
+    state: BWD
+    bias: JointBias | None = None
+
+
 class LongConvCall(NamedTuple):
     """A convolution of u (B, T, D) with a kernel (T, D), whose row l is the tap of lag l."""
 
@@ -321,6 +342,17 @@ class SelectiveScanCall(NamedTuple):
     def tokens(self) -> "SelectiveScanCall":
         """The arrays over time alone."""
         return _only(self, "u", "dt", "B", "C")
+
+
+class SelectiveScanStepCall(NamedTuple):
+    """One token of a `SelectiveScanCall`: u, dt (B, D), B, C (B, N)."""
+
+    u: BD
+    dt: BD
+    A: DN
+    B: BN
+    C: BN
+    state: BDN
 
 
 class SSDCall(NamedTuple):

@@ -17,9 +17,10 @@ from based_jax.dims import BD, BT, BTD, WD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.ops import long_conv, segments, sequence, sharded
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import Channels, Past, ShortConvCall
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.calls import Channels, Past, ShortConvCall, ShortConvStepCall
+from based_jax.ops.dispatch import Implementation, dispatch, not_run
 from based_jax.ops.hopper import short_conv as hopper_short_conv
+from based_jax.ops.hopper import short_conv_step as hopper_short_conv_step
 from based_jax.ops.precision import einsum, product_policy
 from based_jax.ops.triton import toeplitz as triton_toeplitz
 
@@ -103,15 +104,30 @@ def reach(kernel_size: int, dilation: int) -> int:
 
 
 @checked
-@jax.named_scope("short_conv_step")
 def short_conv_step(
-    x: BD, kernel: WD, state: Past, *, bias: Channels | None = None, silu: bool = False, dilation: int = 1
+    x: BD,
+    kernel: WD,
+    state: Past,
+    *,
+    bias: Channels | None = None,
+    silu: bool = False,
+    dilation: int = 1,
+    impl: str = "auto",
 ) -> tuple[BD, Reached]:
-    """Return one token's output and the inputs that the next one needs."""
+    """Return one token's output and the inputs that the next one needs.
+
+    `impl` is "xla_taps", "oracle" (the same), "hopper_taps" (a Mosaic GPU kernel, which moves the inputs on where they
+    lie; no dilation, D a multiple of 128) or "auto".
+    """
     _checked_reach("short_conv_step", kernel, dilation, state)
-    state = jnp.concatenate([state[:, 1:], x[:, None].astype(state.dtype)], axis=1)
-    y = jnp.einsum("BWD,WD->BD", state[:, ::dilation], kernel, precision=jax.lax.Precision.HIGHEST)
-    return _finished(y, bias, silu).astype(x.dtype), state
+    call = ShortConvStepCall(x, kernel, state, bias, silu, dilation)
+    return dispatch("short_conv_step", STEP_IMPLEMENTATIONS, impl, call)
+
+
+def _stepped(call: ShortConvStepCall) -> tuple[BD, Past]:
+    state = jnp.concatenate([call.state[:, 1:], call.x[:, None].astype(call.state.dtype)], axis=1)
+    y = jnp.einsum("BWD,WD->BD", state[:, :: call.dilation], call.kernel, precision=jax.lax.Precision.HIGHEST)
+    return _finished(y, call.bias, call.silu).astype(call.x.dtype), state
 
 
 def _checked_reach(operation: str, kernel: WD, dilation: int, state: Past | None) -> int:
@@ -157,7 +173,7 @@ def _oracle(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
 
 
 def _recurrent(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
-    """Run `short_conv_step` over the tokens, clearing the state where a document begins."""
+    """Take step after step over the tokens, clearing the state where a document begins."""
     width = reach(kernel.shape[0], dilation)
     ids = jnp.ones(inputs.shape[:2], jnp.int32) if ids is None else ids
 
@@ -165,7 +181,7 @@ def _recurrent(inputs: BSD, ids: BS | None, kernel: WD, dilation: int) -> BTD:
         state, owner = carry
         x_BD, id_B = new
         kept = jnp.where((id_B == owner)[:, None, None], state, 0)
-        y, stepped = short_conv_step(x_BD, kernel, kept, dilation=dilation)
+        y, stepped = _stepped(ShortConvStepCall(x_BD, kernel, kept, dilation=dilation))
         padding = (id_B == 0)[:, None]
         carry = (jnp.where(padding[..., None], 0, stepped), id_B)
         return carry, jnp.where(padding, 0, y)
@@ -323,4 +339,15 @@ IMPLEMENTATIONS = {
     "xla_toeplitz": _through(_product, supports=_supports_product, preferred="cuda", slower=_product_is_slower),
     "xla_steps": _through(_recurrent),
     "oracle": _through(_oracle),
+}
+
+STEP_IMPLEMENTATIONS = {
+    "hopper_taps": Implementation(
+        hopper_short_conv_step.compute,
+        hopper_short_conv_step.supports,
+        platform="cuda",
+        slower=not_run,
+    ),
+    "xla_taps": Implementation(_stepped),
+    "oracle": Implementation(_stepped),
 }

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.dims import BTD, BWD, WD, SegmentIds, Unbroken
+from based_jax.dims import BD, BTD, BWD, WD, SegmentIds, Unbroken
 from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import GatedConvCall, Joint, JointBias
-from based_jax.ops.conv import last_inputs, short_conv
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.calls import GatedConvCall, GatedConvStepCall, Joint, JointBias
+from based_jax.ops.conv import last_inputs, short_conv, short_conv_step
+from based_jax.ops.dispatch import Implementation, dispatch, not_run
 from based_jax.ops.hopper import gated_short_conv as hopper_gated_short_conv
+from based_jax.ops.hopper import short_conv_step as hopper_short_conv_step
 
 
 @checked
@@ -54,9 +55,27 @@ def gated_short_conv(
     return y, last_inputs(u, width, state, segment_ids)
 
 
+@checked
+def gated_short_conv_step(
+    x: Float[Array, "B joint"], kernel: WD, state: BWD, *, bias: JointBias | None = None, impl: str = "auto"
+) -> tuple[BD, BWD]:
+    """Return one token's output and the inputs that the next one needs; `impl` is one of `conv.short_conv_step`."""
+    call = GatedConvStepCall(x, kernel, state, bias)
+    return dispatch("gated_short_conv_step", STEP_IMPLEMENTATIONS, impl, call)
+
+
+def _stepped(call: GatedConvStepCall) -> tuple[BD, BWD]:
+    u, gate = jnp.split(_biased(call.x, call.bias), 2, axis=-1)
+    y, state = short_conv_step(u, call.kernel, call.state, impl="xla_taps")
+    return jax.nn.silu(y) * gate, state
+
+
 def _biased(x: Array, bias: Float[Array, "_"] | None) -> Array:
     """Return x plus a bias, rounded once."""
-    return x if bias is None else (x.astype(jnp.float32) + bias.astype(jnp.float32)[None, None]).astype(x.dtype)
+    if bias is None:
+        return x
+    wide = bias.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (x.astype(jnp.float32) + wide).astype(x.dtype)
 
 
 def _composed(call: GatedConvCall, *, impl: str) -> BTD:
@@ -89,4 +108,15 @@ IMPLEMENTATIONS = {
     "xla_taps": Implementation(functools.partial(_composed, impl="xla_taps"), by_place=("x",)),
     "xla_steps": Implementation(functools.partial(_composed, impl="xla_steps"), by_place=("x",)),
     "oracle": Implementation(functools.partial(_wide, impl="oracle"), by_place=("x",)),
+}
+
+STEP_IMPLEMENTATIONS = {
+    "hopper_taps": Implementation(
+        hopper_short_conv_step.compute_gated,
+        hopper_short_conv_step.supports,
+        platform="cuda",
+        slower=not_run,
+    ),
+    "xla_taps": Implementation(_stepped),
+    "oracle": Implementation(_stepped),
 }

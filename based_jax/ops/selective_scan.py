@@ -16,12 +16,11 @@ from jaxtyping import Array, Float
 from based_jax.dims import BD, BTD, SegmentIds
 from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import BDN, BTN, DN, Channels, SelectiveScanCall
+from based_jax.ops.calls import BDN, BN, BTN, DN, Channels, SelectiveScanCall, SelectiveScanStepCall
 from based_jax.ops.decays import finite
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.dispatch import Implementation, dispatch, not_run
 from based_jax.ops.hopper import selective_scan as hopper_selective_scan
-
-BN = Float[Array, "B N"]
+from based_jax.ops.hopper import selective_scan_step as hopper_selective_scan_step
 
 
 def initial_state(batch: int, channels: int, state_dim: int) -> BDN:
@@ -90,14 +89,21 @@ def selective_scan(
 
 
 @checked
-@jax.named_scope("selective_scan_step")
-def selective_scan_step(u: BD, dt: BD, A: DN, B: BN, C: BN, state: BDN) -> tuple[BD, BDN]:
-    """Return one token's output and the state after it."""
-    u32, dt = u.astype(jnp.float32), dt.astype(jnp.float32)
-    kept = jnp.exp(dt[..., None] * finite(A)[None])
-    state = kept * state + (dt * u32)[..., None] * B.astype(jnp.float32)[:, None]
-    y = jnp.sum(state * C.astype(jnp.float32)[:, None], axis=-1)
-    return y.astype(u.dtype), state
+def selective_scan_step(u: BD, dt: BD, A: DN, B: BN, C: BN, state: BDN, *, impl: str = "auto") -> tuple[BD, BDN]:
+    """Return one token's output and the state after it.
+
+    `impl` is "xla_steps", "oracle" (the same), "hopper_states" (a Mosaic GPU kernel, which writes the states where they
+    lie; D a multiple of 128; N 8, 16 or 32) or "auto".
+    """
+    call = SelectiveScanStepCall(u, dt.astype(jnp.float32), finite(A), B, C, state)
+    return dispatch("selective_scan_step", STEP_IMPLEMENTATIONS, impl, call)
+
+
+def _stepped(call: SelectiveScanStepCall) -> tuple[BD, BDN]:
+    u, B, C = (x.astype(jnp.float32) for x in (call.u, call.B, call.C))
+    kept = jnp.exp(call.dt[..., None] * call.A[None])
+    state = kept * call.state + (call.dt * u)[..., None] * B[:, None]
+    return jnp.sum(state * C[:, None], axis=-1).astype(call.u.dtype), state
 
 
 def _steps(call: SelectiveScanCall) -> BTD:
@@ -108,7 +114,8 @@ def _scanned(call: SelectiveScanCall, *, over: Callable) -> tuple[BTD, BDN]:
     call = call._replace(dt=_steps(call), bias=None)
 
     def step(token, state):
-        return selective_scan_step(token.u, token.dt, call.A, token.B, token.C, state)
+        dt = token.dt.astype(jnp.float32)
+        return _stepped(SelectiveScanStepCall(token.u, dt, call.A, token.B, token.C, state))
 
     return over(step, call.tokens, _empty(call), call.state, call.segment_ids)
 
@@ -129,4 +136,15 @@ IMPLEMENTATIONS = {
     "xla_chunks": Implementation(functools.partial(_scanned, over=scan.over_blocks)),
     "xla_steps": Implementation(functools.partial(_scanned, over=scan.over_tokens)),
     "oracle": Implementation(functools.partial(_scanned, over=scan.over_tokens)),
+}
+
+STEP_IMPLEMENTATIONS = {
+    "hopper_states": Implementation(
+        hopper_selective_scan_step.compute,
+        hopper_selective_scan_step.supports,
+        platform="cuda",
+        slower=not_run,
+    ),
+    "xla_steps": Implementation(_stepped),
+    "oracle": Implementation(_stepped),
 }

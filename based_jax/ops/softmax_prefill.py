@@ -16,7 +16,7 @@ from based_jax.dims import BSGK, BSGV, BTGK, BTGV, BTHK, BTHV, SegmentIds
 from based_jax.ops import segments, sharded, softmax, softmax_chunks
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionPrefillCall
-from based_jax.ops.dispatch import Implementation, beside, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, beside, dispatch
 from based_jax.ops.softmax_chunks import CHUNK_TOKENS, LOWEST, Read, product
 from based_jax.ops.softmax_step import check_groups
 
@@ -165,7 +165,7 @@ def _cudnn(call: AttentionPrefillCall) -> BTHV:
 
 
 ATTENTION_PREFILL = {
-    "cudnn_flash": Implementation(_cudnn, softmax.cudnn_supports, platform="cuda", slower=not_run),
+    "cudnn_flash": Implementation(_cudnn, softmax.cudnn_supports, platform="cuda"),
     "xla_chunks": Implementation(_per_device),
     "oracle": Implementation(_oracle),
 }

@@ -18,7 +18,7 @@ from based_jax.errors import UserError
 from based_jax.ops import sharded, softmax
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall, AttentionStepCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.triton import attention_step as triton_step
 
 BLOCK_TOKENS = 1024
@@ -154,7 +154,7 @@ ATTENTION_STEP = {
     "triton_splits": Implementation(
         per_device(triton_step.compute), triton_step.supports, platform="cuda", slower=triton_step.slower
     ),
-    "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda", slower=not_run),
+    "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
     "xla_blocks": Implementation(_blocks),
     "oracle": Implementation(_oracle),
 }

@@ -1,7 +1,7 @@
 """What a trained attention recalls when its cache keeps fewer tokens than there were, by policy and bytes.
 
     python -m based_jax sweep run experiments/cache_policies/sweep.py --store=STORE
-    python -m experiments.cache_policies measure STORE    # rows, appended to results/policies.jsonl
+    python -m experiments.cache_policies measure STORE    # rows that are not in results/policies.jsonl
     python -m experiments.cache_policies picture          # results/policies.png, .svg and .pdf
 
 Every model reads the test's rows token by token, as in generation, and its predictions there are counted.
@@ -27,6 +27,7 @@ from based_jax.nn.lm import LM
 from based_jax.nn.lm_config import LMConfig
 from based_jax.pictures import panels, paper, styles
 from based_jax.revision import revision
+from based_jax.store import Store
 from based_jax.train.run import load_run
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,10 +76,10 @@ def recall(config: LMConfig, params: nnx.State, batches: Iterable[Any]) -> float
     return right / asked
 
 
-def measure(store: Path) -> Iterator[dict[str, Any]]:
-    """Yield a row for each trained model, and for each policy and budget of those with attention."""
-    for workdir in sorted((store / "runs").iterdir()):
-        config, step, model = load_run(workdir)
+def measure(store: Path, known: set[tuple]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each trained model, and for each policy and budget of those with attention, that is not known."""
+    for run in sorted(Store(store).ids()):
+        config, step, model = load_run(store / "runs" / run)
         source = config.data.open(config.batch_size)
         batches = [batch for name in source.eval_names for batch in source.eval_batches(name)]
         seq_len, params = batches[0]["inputs"].shape[1], nnx.state(model)
@@ -87,8 +88,11 @@ def measure(store: Path) -> Iterator[dict[str, Any]]:
         if mixer == "attention":
             caches += [(policy, budget) for policy in POLICIES for budget in BUDGETS]
         for policy, budget in caches:
+            if (run, policy, budget) in known:
+                continue
             made = config.model if budget is None else with_cache(config.model, policy, budget)
             yield {
+                "run": run,
                 "mixer": mixer,
                 "options": dict(options),
                 "policy": policy,
@@ -128,14 +132,15 @@ def main() -> None:
     parser.add_argument("store", type=Path, nargs="?", help="of the sweep")
     args = parser.parse_args()
     file = RESULTS / "policies.jsonl"
+    found = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
     if args.what == "picture":
-        print(*picture([json.loads(line) for line in file.read_text("utf-8").splitlines()], RESULTS / "policies"))
+        print(*picture(found, RESULTS / "policies"))
         return
     if args.store is None:
         parser.error("measure needs the sweep's STORE")
     command = " ".join(["python -m experiments.cache_policies", *sys.argv[1:]])
     facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "revision": revision(), "command": command}
-    for row in measure(args.store):
+    for row in measure(args.store, {(row["run"], row["policy"], row["budget"]) for row in found}):
         print(row, flush=True)
         with file.open("a", encoding="utf-8") as rows:
             rows.write(json.dumps(row | facts) + "\n")

@@ -14,7 +14,7 @@ from based_jax.bench.rows import read
 from based_jax.pictures.tables import filled
 from experiments import commands
 from experiments.generation import plots, tables
-from experiments.generation.results import BATCHES, CONTEXTS, MODELS, ONE_CONTEXT, PEERS, ROWS, Found, Model
+from experiments.generation.results import MODELS, PEERS, ROWS, Found, Model
 
 README = Path(__file__).parent / "README.md"
 
@@ -30,21 +30,20 @@ def draw() -> list[Path]:
 
 
 def run(only: str, with_peers: bool) -> int:
-    """Time the models whose name has a text, each in processes of its own; return 1 if one failed."""
-    chosen = {name: model for name, model in (MODELS | (PEERS if with_peers else {})).items() if only in name}
-    calls = [words for name, model in chosen.items() for words in calls_of(name, model)]
+    """Time the models whose name has a text, each in a process of its own; return 1 if one failed."""
+    tasks = [words_of(name, x) for name, x in (MODELS | (PEERS if with_peers else {})).items() if only in name]
     command = [sys.executable, "-m", "based_jax", "bench", "generate", f"--out={os.path.relpath(ROWS)}"]
-    return int(any([subprocess.run([*command, *words]).returncode for words in calls]))
+    return int(any([subprocess.run([*command, *words]).returncode for words in tasks]))
 
 
-def calls_of(name: str, model: Model) -> list[list[str]]:
-    """Return what is asked of `bench generate`: all batches at one context, and the other contexts."""
-    overrides = [f"--config.{key}={value}" for key, value in model.overrides.items()]
-    what = [f"--peer={name}" if name in PEERS else f"--config={model.config}", *overrides]
-    others = [context for context in CONTEXTS if context != ONE_CONTEXT]
+def words_of(name: str, model: Model) -> list[str]:
+    """Return what is asked of `bench generate`."""
+    what = f"--peer={name}" if name in PEERS else f"--config={model.config}"
     return [
-        [*what, "--batch", *map(str, BATCHES), "--context", str(ONE_CONTEXT)],
-        [*what, "--batch", *map(str, model.batches), "--context", *map(str, others)],
+        what,
+        *(f"--option={option}" for option in model.options),
+        "--sizes",
+        *(f"{batch}x{context}" for batch, context in model.sizes),
     ]
 
 

@@ -14,7 +14,11 @@ from experiments.generation.results import BATCHES, CONTEXTS, ONE_BATCH, ONE_CON
 
 CURVES = {
     "based_1b": ("Based", styles.BLUE, "circle"),
+    "based_1b_flush": ("Based, state every 16 tokens", styles.TEAL, "circle"),
     "attention_1b": ("attention", styles.GREEN, "plus"),
+    "attention_1b_streaming": ("attention, 512 kept: streaming", styles.OLIVE, "square"),
+    "attention_1b_h2o": ("attention, 512 kept: h2o", styles.ORANGE, "square"),
+    "attention_1b_roco": ("attention, 512 kept: roco", styles.PINK, "square"),
     "mamba_1b": ("Mamba", styles.RED, "triangle"),
     "gated_deltanet_1b": ("Gated DeltaNet", styles.VIOLET, "diamond"),
     "hf:llama_1b": ("Llama, transformers", styles.STEEL, "cross"),

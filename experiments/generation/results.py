@@ -1,6 +1,5 @@
 """The rows of generation: the last one of each model, batch and context, and what they are to reach."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,30 +10,54 @@ ONE_BATCH, ONE_CONTEXT = 128, 2048
 """Of the tables by context and by batch."""
 
 
+FLUSH = 16
+"""Tokens that Taylor attention's state takes at once, where it does not take each by itself."""
+CACHE_BUDGET = 512
+"""Tokens that attention keeps with a policy."""
+KV_TOKENS = 1 << 18
+"""Of all sequences together, where each takes memory."""
+
+
 class Model(NamedTuple):
-    """A config of this package, or a peer, with overrides; `batches` is what its contexts are tried with."""
+    """A config of this package, or a peer, with options of mixers; `grows`: whether its state does with the context."""
 
     config: str
-    overrides: Mapping[str, str] = {}
-    batches: tuple[int, ...] = (ONE_BATCH,)
+    options: tuple[str, ...] = ()
+    grows: bool = False
+
+    def batch(self, context: int) -> int:
+        """Return how many sequences are tried with a context."""
+        return min(ONE_BATCH, KV_TOKENS // context) if self.grows else ONE_BATCH
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """All batches at one context, and all contexts."""
+        others = [context for context in CONTEXTS if context != ONE_CONTEXT]
+        return [(x, ONE_CONTEXT) for x in BATCHES] + [(self.batch(x), x) for x in others]
 
 
-KV_BATCHES = 4, 8, 32, ONE_BATCH
-"""Of models whose state grows with the context: 128 sequences do not always fit."""
+POLICIES = {
+    f"attention_1b_{policy}": Model(
+        "configs/attention.py:1b", (f"attention.cache_policy={policy}", f"attention.cache_budget={CACHE_BUDGET}")
+    )
+    for policy in ("window", "streaming", "h2o", "roco")
+}
 MODELS = {
     "based_1b": Model("configs/based.py:1b"),
-    "attention_1b": Model("configs/attention.py:1b", batches=KV_BATCHES),
+    "based_1b_flush": Model("configs/based.py:1b", (f"taylor.flush={FLUSH}",)),
+    "attention_1b": Model("configs/attention.py:1b", grows=True),
     "mamba_1b": Model("configs/mamba.py:1b"),
     "gated_deltanet_1b": Model("configs/gated_deltanet.py:1b"),
+    **POLICIES,
     "based_360m": Model("configs/based.py:360m"),
-    "attention_360m": Model("configs/attention.py:360m", batches=KV_BATCHES),
+    "attention_360m": Model("configs/attention.py:360m", grows=True),
     "mamba_360m": Model("configs/mamba.py:360m"),
     "gated_deltanet_360m": Model("configs/gated_deltanet.py:360m"),
 }
 PEERS = {
-    "hf:llama_1b": Model("hf:llama_1b", batches=KV_BATCHES),
+    "hf:llama_1b": Model("hf:llama_1b", grows=True),
     "fla:gated_deltanet_1b": Model("fla:gated_deltanet_1b"),
-    "hf:llama_360m": Model("hf:llama_360m", batches=KV_BATCHES),
+    "hf:llama_360m": Model("hf:llama_360m", grows=True),
     "fla:gated_deltanet_360m": Model("fla:gated_deltanet_360m"),
 }
 
@@ -49,8 +72,9 @@ class Found(NamedTuple):
     @classmethod
     def of(cls, rows: Iterable[dict]) -> "Found":
         """Return the last row of each."""
-        names = {_identity(model.config, model.overrides): name for name, model in (MODELS | PEERS).items()}
-        named = [(names.get(_identity(row["config"], row.get("overrides", {}))), row) for row in rows]
+        names = {(model.config, tuple(sorted(model.options))): name for name, model in (MODELS | PEERS).items()}
+        plain = [row for row in rows if not row.get("overrides")]
+        named = [(names.get((row["config"], tuple(row.get("options", ())))), row) for row in plain]
         return cls({(name, row["batch"], row["context"]): row for name, row in named if name is not None})
 
     def row(self, name: str, batch: int, context: int) -> dict | None:
@@ -71,10 +95,6 @@ class Found(NamedTuple):
     def devices(self) -> list[str]:
         """Return the devices of all rows."""
         return list(dict.fromkeys(row["device"] for row in self.rows.values()))
-
-
-def _identity(config: str, overrides: Mapping[str, str]) -> tuple[str, str]:
-    return config, json.dumps(dict(overrides), sort_keys=True)
 
 
 def share(row: dict) -> float | None:
@@ -101,6 +121,7 @@ def goals(found: Found) -> list[Goal]:
         Goal("Based, batch 128, the slowest of 2K to 64K of context", 55_000, tokens, min(speeds, default=None)),
         Goal("Based, batch 512", 90_000, tokens, _speed(found, "based_1b", 512)),
         Goal("Based, batch 1", 800, tokens, _speed(found, "based_1b", 1)),
+        Goal("Based, its state written every 16 tokens, over each, batch 128", 1.3, "times", _flush_ratio(found)),
         Goal("attention, batch 128, 2K of context", 0.6, roofline, _share(found, "attention_1b")),
         Goal("Based over attention, batch 128, 2K of context", 5, "times", _ratio(found, 2048)),
         Goal("Based over attention at what fits, 16K of context", 20, "times", _ratio(found, 16384)),
@@ -123,6 +144,11 @@ def _share(found: Found, name: str) -> float | None:
 def _ratio(found: Found, context: int) -> float | None:
     based, attention = found.row("based_1b", ONE_BATCH, context), found.fullest("attention_1b", context)
     return based["tokens_per_second"] / attention["tokens_per_second"] if based and attention else None
+
+
+def _flush_ratio(found: Found) -> float | None:
+    late, each = _speed(found, "based_1b_flush", ONE_BATCH), _speed(found, "based_1b", ONE_BATCH)
+    return late / each if late and each else None
 
 
 def _prompts(found: Found, name: str, context: int) -> float | None:

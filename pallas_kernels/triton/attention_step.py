@@ -42,8 +42,13 @@ class Tiling(NamedTuple):
     stages: int
 
 
-MANY_ROWS, FEW_ROWS = Tiling(1024, 64, 4, 3), Tiling(256, 64, 4, 3)
-"""Of so many groups of all rows that they fill a GPU several times, and of fewer."""
+TILINGS = Tiling(512, 64, 2, 3), Tiling(256, 64, 1, 3), Tiling(64, 64, 2, 1)
+"""From the most keys of a program to the least."""
+
+
+def tiling_of(keys: int) -> Tiling:
+    """Return the tiling for programs that should have so many keys each, or fewer."""
+    return next((tiling for tiling in TILINGS if tiling.split <= keys), TILINGS[-1])
 
 
 class Cut(NamedTuple):

@@ -70,6 +70,11 @@ def test_a_loop_that_a_tpu_compiles_runs_to_the_bound_of_its_counter():
     assert costs.memory_bytes(found) == 7 * (4 * 3 + 4 * (2 * 4 * 8 + 8 * 8) + 4 * 2 + 1)  # sum, product and comparison
 
 
+def test_an_array_in_a_loop_s_condition_is_no_bound():
+    found = Program(LOOP.format(bound="constant(7)\n  %rows = s32[1]{0} constant({0})"))
+    assert costs.flops(found) == 7 * 2 * 4 * 8 * 8
+
+
 def test_a_loop_without_a_bound_is_named_and_counts_once():
     found = Program(LOOP.format(bound="get-tuple-element(%arg.1), index=0"))
     assert costs.flops(found) == 2 * 4 * 8 * 8

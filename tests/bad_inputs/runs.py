@@ -45,6 +45,15 @@ OTHER_CONFIG = "Workdir '<mqar_run>' belongs to another config: "
 CASES: tuple[Command | Call, ...] = (
     Command("eval of no run", ("eval", "--workdir=<new>"), "'<new>' is no run: it has no config.json."),
     Command("generate of no run", ("generate", "--workdir=<new>", "--prompt=a"), "'<new>' is no run"),
+    Command("serve of no run", ("serve", "--workdir=<new>", "--port=0"), "'<new>' is no run"),
+    Command("serve of MQAR", ("serve", "--workdir=<mqar_run>", "--port=0"), "serve needs a run on 'text'"),
+    Command("no slots", ("serve", "--workdir=<text_run>", "--slots=0"), "slots is 0; it is at least 1."),
+    Command(
+        "a port beyond", ("serve", "--workdir=<text_run>", "--port=99999"), "port is 99999; it is 1 to 65535, or 0"
+    ),
+    Command("no such host", ("serve", "--workdir=<text_run>", "--host=no host"), "listen at port 8000 of 'no host'"),
+    Command("an empty key", ("serve", "--workdir=<text_run>", "--api-key="), "The API key is empty or has more than"),
+    Command("no grace", ("serve", "--workdir=<text_run>", "--grace=0"), "it is 0, which is no time to wait"),
     Command("eval of a file", ("eval", "--workdir=<mqar.py>"), "'<mqar.py>' is no run: it has no config.json."),
     Command("export of no run", ("export", "<new>", "--hf=<tmp>/hf"), "'<new>' is no run"),
     Command("eval of no such step", ("eval", "--workdir=<mqar_run>", "--step=7"), "has no checkpoint of step 7"),

@@ -85,6 +85,7 @@ def test_a_request_is_answered_as_alone_wherever_it_enters_the_batch(decoder, al
         assert found[number][3] == finish == "length"
 
 
+@pytest.mark.long
 def test_generate_and_the_scheduler_draw_alike(decoder, alone):
     model = decoder.layout.model(decoder.params)
     for request, (tokens, *_) in zip(REQUESTS, alone, strict=True):
@@ -124,19 +125,21 @@ def test_stop_strings_end_a_request_between_tokens_of_a_block(decoder):
 
 
 def test_a_cancelled_request_leaves_its_slot_and_no_event(decoder, alone):
-    scheduler = scheduler_of(decoder, slots=1)
-    first, second, third = (scheduler.submit(REQUESTS[i]) for i in (4, 0, 1))
+    scheduler = scheduler_of(decoder)
+    first, second, third, fourth = (scheduler.submit(REQUESTS[i]) for i in (4, 0, 3, 1))
     scheduler.advance()
-    assert scheduler.cancel(first) and scheduler.cancel(second) and not scheduler.cancel(second)
+    assert (scheduler.running, scheduler.waiting) == (1, 3)
+    assert scheduler.cancel(first) and scheduler.cancel(third) and not scheduler.cancel(third)
     found = collected(finished(scheduler))
-    assert set(found) == {third} and found[third][0] == alone[1][0]
+    assert set(found) == {second, fourth}
+    assert (found[second][0], found[fourth][0]) == (alone[0][0], alone[1][0])
     assert not scheduler.busy and (scheduler.running, scheduler.waiting) == (0, 0)
 
 
 def test_a_stream_yields_tokens_before_the_last_is_drawn(decoder, alone):
-    events = list(stream(decoder, REQUESTS, block_tokens=2))
+    events = list(stream(decoder, REQUESTS, slots=2, block_tokens=3))
     assert [found[0] for _, found in sorted(collected(events).items())] == [tokens for tokens, *_ in alone]
-    assert max(len(event.tokens) for event in events) == 2
+    assert max(len(event.tokens) for event in events) == 3
 
 
 def test_a_request_goes_on_from_a_state_as_from_its_tokens(decoder, alone):

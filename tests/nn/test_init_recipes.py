@@ -16,6 +16,7 @@ from helpers.cases import parametrize_some
 from scipy import stats
 
 from based_jax.errors import UserError
+from based_jax.nn.block import Block
 from based_jax.nn.init_recipes import INIT_RECIPES, rule
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS
@@ -342,10 +343,11 @@ def parameters(module):
 
 
 def drawn(kind, recipe):
-    """Return the parameters of a mixer in a model of three, by name, along a first axis those of each seed."""
+    """Return the parameters of a mixer of a model of three, by name, along a first axis those of each seed."""
+    config = model_config(kind, recipe)
 
     def one(key):
-        return parameters(LM(model_config(kind, recipe), rngs=nnx.Rngs(key)).stacks[0].blocks[0].mixer)
+        return parameters(Block(*config.layers[0], config, rngs=nnx.Rngs(key)).mixer)
 
     return jax.device_get(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), SEEDS)))
 
@@ -423,13 +425,17 @@ def test_every_rule_says_where_it_comes_from_and_is_followed_by_something():
         assert {rule(recipe, name) for name in names} == set(rules)
 
 
-def test_zoology_s_rwkv7_never_learns_to_remove():
+def test_zoology_s_rwkv7_never_learns_to_remove(rng):
     """Its removal keys start at 0, and where they are 0 nothing has a gradient to them."""
     config = model_config("rwkv7", "zoology")
-    model = LM(dataclasses.replace(config, layers=config.layers[:1]), rngs=nnx.Rngs(0))
-    ids = jax.random.randint(jax.random.key(0), (2, 16), 0, 512)
-    gradients = nnx.jit(nnx.grad(lambda model: jnp.sum(model.hidden(ids) ** 3)))(model)
-    found = parameters(gradients.stacks[0].blocks[0].mixer)
+    ids = rng.integers(512, size=(2, 16))
+
+    @jax.jit
+    def gradients():
+        model = LM(dataclasses.replace(config, layers=config.layers[:1]), rngs=nnx.Rngs(0))
+        return nnx.grad(lambda model: jnp.sum(model.hidden(ids) ** 3))(model)
+
+    found = parameters(gradients().stacks[0].blocks[0].mixer)
     assert not np.any(found["k_k"])
     assert all(np.any(found[name]) for name in ("k_a", "r_k", "mix"))
 

@@ -80,13 +80,20 @@ def test_oracle_gradients_equal_fp64_differences(draw, normal, out_and_grads):
 @pytest.mark.parametrize("impl", [*FAST, "oracle"])
 def test_bias_and_silu_follow_the_convolution(impl, draw, normal, close):
     (x, kernel, state), _, ids = draw(20, 3, 5)
-    bias = normal(5)
-    bare, after = short_conv(x, kernel, state=state, segment_ids=ids, impl="oracle")
-    wanted = jnp.where((ids == 0)[..., None], 0, jax.nn.silu(bare + bias[None, None]))
-    options = {"bias": bias, "silu": True, "state": state}
-    close(short_conv(x, kernel, **options, segment_ids=ids, impl=impl), (wanted, after))
-    y, _ = short_conv_step(x[:, 0], kernel, **options)
-    close(y, short_conv(x[:, :1], kernel, **options, impl=impl)[0][:, 0])
+
+    @jax.jit
+    def both(x, kernel, state, bias, ids):
+        bare, after = short_conv(x, kernel, state=state, segment_ids=ids, impl="oracle")
+        wanted = jnp.where((ids == 0)[..., None], 0, jax.nn.silu(bare + bias[None, None]))
+        options = {"bias": bias, "silu": True, "state": state}
+        found = short_conv(x, kernel, **options, segment_ids=ids, impl=impl)
+        stepped, of_one = (
+            short_conv_step(x[:, 0], kernel, **options),
+            short_conv(x[:, :1], kernel, **options, impl=impl),
+        )
+        return (found, stepped[0]), ((wanted, after), of_one[0][:, 0])
+
+    close(*both(x, kernel, state, normal(5), ids))
 
 
 @parametrize_some("case", CASES, [CASES[i] for i in (0, 2, 4)], ids=str)
@@ -118,7 +125,7 @@ def test_every_form_equals_the_oracle_in_bf16(draw, out_and_grads, close):
 def test_pieces_equal_one_call(impl, draw, out_and_grads, close):
     """A row of one document and a left-padded one, whose first pieces are padding only; gradients cross the state."""
     (x, kernel, _), cotangents, _ = draw(20, 3, 5, batch=2)
-    ids = jnp.asarray([np.ones(20), np.arange(20) >= 6], jnp.int32)
+    ids = np.asarray([np.ones(20), np.arange(20) >= 6], np.int32)
 
     def in_pieces(x, kernel):
         outputs, state = [], None
@@ -162,8 +169,8 @@ def test_vmap_equals_a_loop(impl, draw, close):
     (x, kernel, state), _, ids = draw(20, 3, 5)
     call = jax.jit(lambda x, kernel, state, ids: caller(impl, ids=ids)(x, kernel, state))
     x, state, ids = (y.reshape(3, 2, *y.shape[1:]) for y in (x, state, ids))
-    lanes = (x, jnp.stack([kernel, -kernel, 2 * kernel]), state, ids)
-    mapped = jax.jit(jax.vmap(call))(*lanes)
+    lanes = jax.device_get((x, np.stack([kernel, -kernel, 2 * kernel]), state, ids))
+    mapped = jax.device_get(jax.jit(jax.vmap(call))(*lanes))
     for i in range(3):
         close(jax.tree.map(lambda y, i=i: y[i], mapped), call(*(y[i] for y in lanes)))
 
@@ -171,7 +178,8 @@ def test_vmap_equals_a_loop(impl, draw, close):
 @pytest.mark.parametrize("impl", [*FAST, "oracle"])
 def test_dilated_taps_are_a_long_kernel_with_zeros_between(impl, normal, packed_ids, close):
     x, kernel, ids = normal(6, 20, 4), normal(3, 4), packed_ids(20)
-    spread = jnp.zeros((9, 4)).at[::4].set(kernel)
+    spread = np.zeros((9, 4), np.float32)
+    spread[::4] = kernel
 
     @jax.jit
     def both(x, kernel, spread, ids):

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -5,9 +6,9 @@ from based_jax.ops.token_shift import token_shift
 
 
 def test_the_token_before_in_the_same_document(normal):
-    x, state = normal(4, 6, 2), normal(4, 2)
-    ids = jnp.asarray([[1] * 6, [0, 0, 3, 3, 1, 1], [2, 2, 0, 0, 5, 0], [0] * 6])
-    shifted, after = token_shift(x, state=state, segment_ids=ids)
+    x, state = np.asarray(normal(4, 6, 2)), np.asarray(normal(4, 2))
+    ids = np.int32([[1] * 6, [0, 0, 3, 3, 1, 1], [2, 2, 0, 0, 5, 0], [0] * 6])
+    shifted, after = jax.jit(lambda x, state, ids: token_shift(x, state=state, segment_ids=ids))(x, state, ids)
     zero = np.zeros(2)
     expected = [
         [state[0], *x[0, :5]],
@@ -20,8 +21,8 @@ def test_the_token_before_in_the_same_document(normal):
 
 
 def test_without_a_state_the_first_token_has_none_before(normal):
-    x = normal(2, 3, 4, dtype="bfloat16")
-    shifted, _ = token_shift(x)
+    x = np.asarray(normal(2, 3, 4, dtype="bfloat16"))
+    shifted = np.asarray(jax.jit(token_shift)(x)[0])
     assert shifted.dtype == jnp.bfloat16
     np.testing.assert_array_equal(shifted[:, 0], 0)
     np.testing.assert_array_equal(shifted[:, 1:], x[:, :2])

@@ -5,7 +5,7 @@ Several configs, and peers, each run in a process of their own, so that each has
 
 examples:
   python -m based_jax bench generate --config=configs/based.py:1b --batch 1 128 512 --context 2048 65536
-  python -m based_jax bench generate --config=configs/based.py:1b --batch 128 --flush=16 --state-dtype=bfloat16
+  python -m based_jax bench generate --config=configs/based.py:1b --sizes 128x2048 --option=taylor.flush=16
   python -m based_jax bench generate --config configs/based.py:1b configs/attention.py:1b --peers --out=rows.jsonl
 """
 
@@ -35,12 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help=f"tokens that each has had (default: {_words(CONTEXTS)})",
     )
+    parser.add_argument("--sizes", nargs="+", default=[], metavar="BxT", help="batch x context, in place of the two")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="MIXER.NAME=VALUE",
+        help="of all layers of a mixer, as in taylor.flush=16; may be given several times",
+    )
     parser.add_argument("--tokens", type=int, default=32, help="that one program decodes of each (default: 32)")
     parser.add_argument("--blocks", type=int, default=5, help="runs of it that a median is of (default: 5)")
-    parser.add_argument(
-        "--flush", type=int, metavar="W", help="Taylor layers write their state every W tokens (default: as the config)"
-    )
-    parser.add_argument("--state-dtype", help="of Taylor layers' states (default: as the config)")
     parser.add_argument("--no-prefill", dest="prefill", action="store_false", help="read no prompts")
 
 
@@ -48,11 +52,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the rows, and append them; return 1 if one of several failed."""
     from based_jax.bench import generate_peers
 
-    words = ["--batch", _words(args.batch), "--context", _words(args.context)]
-    words = [*" ".join(words).split(), f"--tokens={args.tokens}", f"--blocks={args.blocks}"]
-    words += [f"--flush={args.flush}"] if args.flush is not None else []
-    words += [f"--state-dtype={args.state_dtype}"] if args.state_dtype is not None else []
-    words += [] if args.prefill else ["--no-prefill"]
+    sizes, effort = _sizes_and_effort(args)
+    words = ["--sizes", *(f"{batch}x{context}" for batch, context in sizes)]
+    words += [f"--option={option}" for option in args.option]
+    words += [f"--tokens={effort.tokens}", f"--blocks={effort.blocks}", *([] if effort.prefill else ["--no-prefill"])]
     return several.run(args, generate_peers.PEERS, words, _measure, _measure_peer)
 
 
@@ -60,12 +63,12 @@ def _measure(args: argparse.Namespace, name: str) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
     from based_jax import config as configs
     from based_jax.bench import generate
-    from based_jax.nn.lm_config import with_taylor_options
     from based_jax.train.run import TrainConfig
 
-    overrides, state = parse_overrides(args.overrides), {"flush": args.flush, "state_dtype": args.state_dtype}
-    config = with_taylor_options(configs.build(TrainConfig, configs.load(name, overrides)).model, **state)
-    start = {"config": name, "overrides": dict(overrides)} | {k: v for k, v in state.items() if v is not None}
+    overrides = parse_overrides(args.overrides)
+    config = configs.build(TrainConfig, configs.load(name, overrides)).model
+    config = generate.with_options(config, args.option)
+    start = {"config": name, "overrides": dict(overrides), "options": sorted(args.option)}
     _print(args, start, generate.measure(config, *_sizes_and_effort(args)))
 
 
@@ -77,9 +80,10 @@ def _measure_peer(args: argparse.Namespace, name: str) -> None:
 
 
 def _sizes_and_effort(args: argparse.Namespace) -> tuple:
-    from based_jax.bench.generate_size import Effort, sizes
+    from based_jax.bench.generate_size import Effort, Size, products
 
-    return sizes(args.batch, args.context), Effort(args.tokens, args.blocks, args.profile, args.prefill)
+    sizes = list(map(Size.parse, args.sizes)) or products(args.batch, args.context)
+    return sizes, Effort(args.tokens, args.blocks, args.profile, args.prefill)
 
 
 def _print(args: argparse.Namespace, start: dict[str, Any], found: Iterator[dict[str, Any]]) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import ClassVar, override
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -11,8 +10,13 @@ from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer, check_sizes
-from based_jax.ops.conv import short_conv_step
-from based_jax.ops.gated_conv import IMPLEMENTATIONS, gated_short_conv
+from based_jax.ops.dispatch import beside
+from based_jax.ops.gated_conv import (
+    IMPLEMENTATIONS,
+    STEP_IMPLEMENTATIONS,
+    gated_short_conv,
+    gated_short_conv_step,
+)
 from based_jax.ops.projection import multiply
 
 Inputs = Float[Array, "B W inner"]
@@ -74,15 +78,19 @@ class GatedConv(Mixer):
 
     def _convolve(self, x: BTD, **options) -> tuple[Float[Array, "B T inner"], Inputs]:
         """Project, convolve and gate; the operation adds the projection's bias, where it reads the product anyway."""
-        product = multiply(x.astype(self.dtype), self.in_proj.kernel[...].astype(self.dtype))
-        bias = None if self.in_proj.bias is None else self.in_proj.bias[...]
+        product, bias = self._product(x)
         return gated_short_conv(product, self.conv_kernel[...], bias=bias, impl=self.config.impl, **options)
 
     @override
     def _step(self, x: BD, state: Inputs) -> tuple[BD, Inputs]:
-        u, gate = jnp.split(self.in_proj(x), 2, axis=-1)
-        y, state = short_conv_step(u, self.conv_kernel[...], state)
-        return self.out_proj(jax.nn.silu(y) * gate), state
+        (product, bias), impl = self._product(x), beside(self.config.impl, STEP_IMPLEMENTATIONS)
+        y, state = gated_short_conv_step(product, self.conv_kernel[...], state, bias=bias, impl=impl)
+        return self.out_proj(y), state
+
+    def _product(self, x: Float[Array, "*B D"]) -> tuple[Float[Array, "*B joint"], Float[Array, "joint"] | None]:
+        """Return the projection without its bias, and the bias."""
+        product = multiply(x.astype(self.dtype), self.in_proj.kernel[...].astype(self.dtype))
+        return product, None if self.in_proj.bias is None else self.in_proj.bias[...]
 
     @override
     def state_size(self, seq_len: int) -> int:

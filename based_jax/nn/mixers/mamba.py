@@ -14,10 +14,12 @@ from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops.calls import BDN
 from based_jax.ops.conv import short_conv, short_conv_step
+from based_jax.ops.dispatch import beside
 from based_jax.ops.gated_norm import gated_skip
 from based_jax.ops.projection import multiply
 from based_jax.ops.selective_scan import (
     IMPLEMENTATIONS,
+    STEP_IMPLEMENTATIONS,
     initial_state,
     selective_scan,
     selective_scan_step,
@@ -112,7 +114,8 @@ class Mamba(Mixer):
     def _step(self, x: BD, state: MambaState) -> tuple[BD, MambaState]:
         u, conv = short_conv_step(self._inner(x), **self._conv(), state=state.conv)
         raw, B, C = self._selected(u)
-        y, memory = selective_scan_step(u, step_sizes(raw, **self._bias()), self._A(), B, C, state.memory)
+        dt, impl = step_sizes(raw, **self._bias()), beside(self.config.impl, STEP_IMPLEMENTATIONS)
+        y, memory = selective_scan_step(u, dt, self._A(), B, C, state.memory, impl=impl)
         return self._out(x, u, y), MambaState(conv, memory)
 
     @override

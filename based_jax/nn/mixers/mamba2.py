@@ -110,12 +110,14 @@ class Mamba2(Mixer):
 
     @override
     def _step(self, x: BD, state: Mamba2State) -> tuple[BD, Mamba2State]:
-        *parts, dt = self._projected(x)
-        found = [short_conv_step(part, **conv) for part, conv in self._convs(parts, state.conv)]
-        parts, after = zip(*found, strict=True)
-        u, dt, A, B, C = self._inputs(parts, dt)
+        inner, channels = self.d_inner, self.channels
+        joint = layers.linear_part(self.in_proj, x, inner, inner + channels)
+        dt = layers.linear_part(self.in_proj, x, inner + channels, None)
+        bias = self.conv_bias[...]
+        joint, conv = short_conv_step(joint, self.conv_kernel[...], state.conv, bias=bias, silu=True)
+        u, dt, A, B, C = self._inputs((joint[..., :inner], joint[..., inner:]), dt)
         y, memory = ssd_step(u, dt, A, B, C, state.memory, impl=beside(self.config.impl, MATRIX_STATE_STEPS))
-        return self._out(x, u, y), Mamba2State(jnp.concatenate(after, axis=-1), memory)
+        return self._out(x, u, y), Mamba2State(conv, memory)
 
     @override
     def state_size(self, seq_len: int) -> int:

@@ -32,11 +32,6 @@ def supports(call: MatrixStepCall) -> str | None:
     return limits.refusal()
 
 
-def slower(_call: MatrixStepCall) -> str | None:
-    """Return why `auto` leaves every call to others."""
-    return "it has been interpreted, and compiled for Hopper GPUs, and has not been run on one"
-
-
 def compute(call: MatrixStepCall) -> tuple[BHV, BHKV]:
     """Return o and the state after the token, each device for its rows and heads."""
     beta = None if call.beta is None else call.beta[..., None]

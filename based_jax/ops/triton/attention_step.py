@@ -1,19 +1,23 @@
 """Softmax attention of one token over a cache in Triton kernels: which calls they take, and how splits are joined."""
 
+import einops
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from based_jax import devices
-from based_jax.dims import BHV
+from based_jax.dims import BHK, BHV
 from based_jax.ops import sharded
 from based_jax.ops.calls import AttentionStepCall
-from based_jax.ops.dispatch import not_run, target_device_kind
+from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.triton import limits
 from based_jax.ops.triton.attention import DTYPES, MAX_HEAD_DIM
 
 MAX_QUERIES = 64
 MAX_ROW_ELEMENTS = 2**31
-FULL = 4
-"""How often programs of whole rows have to fill a GPU before they get more keys each."""
+PROGRAMS_PER_CORE = 8
+"""Of a call that is cut into more than fill a GPU."""
+JOINED_CHANNELS, JOINED_QUERIES = 144, 16
+"""Up to which heads that lie beside each other are read as one."""
 
 
 def supports(call: AttentionStepCall) -> str | None:
@@ -33,9 +37,9 @@ def supports(call: AttentionStepCall) -> str | None:
     return sharded.mesh_refusal()
 
 
-def slower(call: AttentionStepCall) -> str | None:
+def slower(_call: AttentionStepCall) -> str | None:
     """Return why `auto` leaves a call to others, or None."""
-    return limits.unknown_gpu() or not_run(call)
+    return limits.unknown_gpu()
 
 
 def compute(call: AttentionStepCall) -> BHV:
@@ -43,10 +47,37 @@ def compute(call: AttentionStepCall) -> BHV:
     # Triton takes half a second to import and is needed only here.
     from pallas_kernels.triton import attention_step as kernels
 
-    groups_of_rows = call.k.shape[0] * call.k.shape[2]
-    many = groups_of_rows >= FULL * devices.cores(target_device_kind())
-    tiling = kernels.MANY_ROWS if many else kernels.FEW_ROWS
-    arrays = sharded.vary_alike(call.q, call.k, call.v, jnp.minimum(call.length, call.k.shape[1]).astype(jnp.int32))
-    o, logarithm = kernels.forward(*arrays, scale=1 / call.root, tiling=tiling)
+    B, S, G, V = call.v.shape
+    n = heads_as_one(G, call.q.shape[1] // G, max(call.k.shape[3], V))
+    keys = B * S * G // n // (PROGRAMS_PER_CORE * devices.cores(target_device_kind()))
+    q, k, v = _diagonal(call.q, G, n), *(x.reshape(B, S, G // n, -1) for x in (call.k, call.v))
+    length = jnp.minimum(call.length, S).astype(jnp.int32)
+    options = {"scale": 1 / call.root, "tiling": kernels.tiling_of(keys)}
+    o, logarithm = kernels.forward(*sharded.vary_alike(q, k, v, length), **options)
     weight = jnp.exp2(logarithm - logarithm.max(axis=1, keepdims=True))
-    return (jnp.sum(weight[..., None] * o, axis=1) / jnp.sum(weight, axis=1)[..., None]).astype(call.v.dtype)
+    o = jnp.sum(weight[..., None] * _of_diagonal(o, G, n, V), axis=1) / jnp.sum(weight, axis=1)[..., None]
+    return o.astype(call.v.dtype)
+
+
+def heads_as_one(groups: int, queries: int, channels: int) -> int:
+    """Return how many heads of keys, that lie beside each other, are read as one with the queries of all.
+
+    Alone a head of 72 channels begins and ends within what is read from memory at once.
+    """
+    most = max(1, min(JOINED_CHANNELS // channels, JOINED_QUERIES // queries))
+    return next(n for n in range(most, 0, -1) if groups % n == 0)
+
+
+def _diagonal(q: BHK, groups: int, n: int) -> Float[Array, "B H _"]:
+    """Return queries as wide as n heads, zero but in the channels of their own."""
+    if n == 1:
+        return q
+    q = einops.rearrange(q, "B (G n R) K -> B G n R 1 K", n=n, G=groups // n)
+    own = jnp.eye(n, dtype=q.dtype)[None, None, :, None, :, None]
+    return einops.rearrange(q * own, "B G n R m K -> B (G n R) (m K)")
+
+
+def _of_diagonal(o: Float[Array, "B N H _"], groups: int, n: int, channels: int) -> Float[Array, "B N H V"]:
+    """Return of what queries read of n heads what is of their own."""
+    o = einops.rearrange(o, "B N (G n R) (m V) -> B N G R V n m", n=n, G=groups // n, V=channels)
+    return einops.rearrange(jnp.diagonal(o, axis1=5, axis2=6), "B N G R V n -> B N (G n R) V")

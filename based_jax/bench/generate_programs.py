@@ -1,0 +1,148 @@
+"""What generation by a model runs: blocks of decoded tokens and chunks of prompts, compiled side by side."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from based_jax import compilation
+from based_jax.bench.decode_state import array_bytes, at_length, random_state
+from based_jax.generate.decoder import Caches, Decoder, layout_of
+from based_jax.generate.prefill import Chunk, prefill_chunk
+from based_jax.generate.requests import Request
+from based_jax.generate.rows import Block, Rows, decode
+from based_jax.nn.lm import LM
+from based_jax.nn.lm_config import LMConfig
+from based_jax.ops import dispatch
+
+COMPILING_THREADS = 16
+
+
+class Subject:
+    """A model with random weights, as decoding reads it."""
+
+    def __init__(self, config: LMConfig):
+        self.config, self.layout = config, layout_of(config)
+        self.abstract = Decoder(self.layout, self.layout.shapes)
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """The model with its weights."""
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(self.config, rngs=nnx.Rngs(0))))
+        params = jax.jit(lambda key: nnx.state(LM(self.config, rngs=nnx.Rngs(key))))(jax.random.key(0))
+        return Decoder.of(nnx.merge(graphdef, params))
+
+    def caches(self, batch: int, max_len: int) -> Any:
+        """Return the shapes of the caches of sequences."""
+        model = self.layout.model(self.layout.shapes)
+        return jax.eval_shape(lambda: model.init_cache(batch, max_len))
+
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of weights that a step reads at least: all but an embedding that is no head."""
+        unread = 0 if self.layout.config.tie_embeddings else array_bytes(self.layout.shapes["embed"])
+        return array_bytes(self.layout.shapes) - unread
+
+
+class Program(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+      step: the program.
+      choices: by operation the implementations that it took.
+      seconds: to compile it, beside others.
+    """
+
+    step: jax.stages.Compiled
+    choices: dict[str, list[str]]
+    seconds: float
+
+
+class Programs:
+    """The programs of a model by what they are called with: those with equal arguments are one.
+
+    Attributes:
+      was_read: whether one was read from the disk instead of compiled.
+    """
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+        self._lowered: dict[Hashable, tuple[jax.stages.Lowered, dict[str, list[str]]]] = {}
+        self._compiled: dict[Hashable, Program] = {}
+        self.was_read = False
+
+    def add_block(self, batch: int, max_len: int, tokens: int) -> Hashable:
+        """Add the program that decodes so many tokens of rows, and return its key.
+
+        It is `(rows, (params, context)) -> (rows, block)`, where the rows are used up: it begins after `context`
+        tokens, whatever the rows have had.
+        """
+
+        def block(rows: Rows, inputs: tuple) -> tuple[Rows, Block]:
+            params, context = inputs
+            return decode(Decoder(self.subject.layout, params), _after(rows, context, tokens), tokens)
+
+        rows = jax.eval_shape(lambda: new_rows(self.subject.caches(batch, max_len)))
+        inputs = self.subject.layout.shapes, jax.ShapeDtypeStruct((), jnp.int32)
+        return self._add(block, rows, inputs)
+
+    def add_chunk(self, max_len: int, chunk: Chunk) -> Hashable:
+        """Add the program that reads a chunk of prompts, and return its key: `(caches, (params, chunk)) -> caches`."""
+
+        def read(caches: Caches, inputs: tuple) -> Caches:
+            params, chunk = inputs
+            return prefill_chunk(Decoder(self.subject.layout, params), caches, chunk)
+
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), chunk)
+        return self._add(read, self.subject.caches(len(chunk[0]), max_len), (self.subject.layout.shapes, shapes))
+
+    def compile(self) -> None:
+        """Compile what was added, some at a time."""
+        with compilation.counted_hits() as hits, concurrent.futures.ThreadPoolExecutor(COMPILING_THREADS) as pool:
+            done = pool.map(_compiled, self._lowered.values())
+            self._compiled |= dict(zip(self._lowered, done, strict=True))
+        self.was_read |= hits.count > 0
+        self._lowered.clear()
+
+    def __getitem__(self, key: Hashable) -> Program:
+        """Return a program that has been compiled."""
+        return self._compiled[key]
+
+    def _add(self, function: Callable, *arguments: Any) -> Hashable:
+        leaves, structure = jax.tree.flatten(arguments)
+        key = function.__name__, structure, tuple((x.shape, x.dtype) for x in leaves)
+        if key not in self._lowered:
+            with dispatch.recorded_choices() as choices:
+                lowered = jax.jit(function, donate_argnums=0).lower(*arguments)
+            self._lowered[key] = lowered, {operation: list(impls) for operation, impls in choices.items()}
+        return key
+
+
+def _compiled(given: tuple[jax.stages.Lowered, dict[str, list[str]]]) -> Program:
+    lowered, choices = given
+    begin = time.perf_counter()
+    step = lowered.compile()
+    return Program(step, choices, time.perf_counter() - begin)
+
+
+def new_rows(caches: Any) -> Rows:
+    """Return greedy rows with caches of some shapes, filled with numbers that no text has left there."""
+    batch = jax.tree.leaves(caches)[0].shape[0]
+    return Rows.of(random_state(caches, jax.random.key(1)), [Request([0])] * batch)
+
+
+def _after(rows: Rows, context: Int[Array, ""], left: int) -> Rows:
+    """Return rows that have had a context and may draw so many tokens."""
+    return dataclasses.replace(
+        rows,
+        caches=at_length(rows.caches, context),
+        length=jnp.full_like(rows.length, context + 1),
+        left=jnp.full_like(rows.left, left),
+    )

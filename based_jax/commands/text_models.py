@@ -1,0 +1,53 @@
+"""Which language model, with which tokenizer, a command is about."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from based_jax.commands.parser import CommandParser
+from based_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from based_jax.data.tokenizer import Tokenizer
+    from based_jax.nn.lm import LM
+
+
+def add_model_arguments(parser: CommandParser) -> None:
+    """Declare where the model is."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", help="folder of a run on text")
+    source.add_argument("--hf", help="folder with config.json and safetensors or pytorch_model.bin")
+    parser.add_argument("--step", type=int, help="checkpoint of the run (default: the last good one)")
+    parser.add_argument(
+        "--tokenizer", help="bytes, gpt2 or a tokenizer.json (default: that of the run, or that the folder names)"
+    )
+
+
+def load_text_model(args: argparse.Namespace) -> "tuple[LM, Tokenizer]":
+    """Return the model and the tokenizer that the arguments name.
+
+    Raises:
+      UserError: they cannot be read, or are not those of text.
+    """
+    return _from_hf(args) if args.workdir is None else _from_run(args)
+
+
+def _from_run(args: argparse.Namespace) -> "tuple[LM, Tokenizer]":
+    from based_jax.data.tokenizer_file import named_tokenizer
+    from based_jax.train.run import load_run
+    from based_jax.train.tasks import TextTask
+
+    config, _, model = load_run(args.workdir, args.step)
+    if not isinstance(config.data, TextTask):
+        raise UserError(f"'{args.workdir}' was trained on '{config.data.kind}'; {args.command} needs a run on 'text'.")
+    return model, named_tokenizer(args.tokenizer or config.data.tokenizer)
+
+
+def _from_hf(args: argparse.Namespace) -> "tuple[LM, Tokenizer]":
+    from based_jax.convert import load_hf
+    from based_jax.convert.tokenizers import folder_tokenizer
+    from based_jax.data.tokenizer_file import named_tokenizer
+
+    if args.step is not None:
+        raise UserError(f"--step is {args.step}, but a folder has no steps; leave it out, or give --workdir.")
+    tokenizer = folder_tokenizer(args.hf) if args.tokenizer is None else named_tokenizer(args.tokenizer)
+    return load_hf(args.hf), tokenizer

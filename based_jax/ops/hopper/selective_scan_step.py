@@ -1,0 +1,43 @@
+"""A token of Mamba's selective scan in a Hopper kernel, which reads each state once and writes it where it lies.
+
+Kernel: `pallas_kernels/hopper/selective_scan_step.py`. It has no gradient: a step decodes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from based_jax.dims import BD
+from based_jax.ops import sharded
+from based_jax.ops.calls import BDN, SelectiveScanStepCall
+from based_jax.ops.hopper import limits
+
+CHANNEL_MULTIPLE, STATE_COUNTS = 128, (8, 16, 32)
+
+
+def supports(call: SelectiveScanStepCall) -> str | None:
+    """Return why the kernel cannot run a call, or None."""
+    channels, states = call.A.shape
+    for name, x in (("u", call.u), ("B", call.B), ("C", call.C)):
+        if x.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"{name} must be bfloat16 or float32, and is {x.dtype}"
+    if channels % CHANNEL_MULTIPLE or not channels:
+        return f"the channels must be a multiple of {CHANNEL_MULTIPLE}, and are {channels}"
+    if states not in STATE_COUNTS:
+        return f"a channel must have {', '.join(map(str, STATE_COUNTS))} states, and has {states}"
+    if not 0 < call.state.size < limits.MAX_ELEMENTS:
+        return f"states must have 1 to {limits.MAX_ELEMENTS - 1} elements together, and have {call.state.size}"
+    return limits.refusal()
+
+
+def compute(call: SelectiveScanStepCall) -> tuple[BD, BDN]:
+    """Return y and the state after the token, each device for its rows."""
+
+    def shard(*arrays: jax.Array) -> tuple[BD, BDN]:
+        # Pallas' GPU modules take half a second to import and are needed only here.
+        from pallas_kernels.hopper import selective_scan_step as kernels
+
+        y, state = sharded.launch(kernels.step, *arrays)
+        return y, state
+
+    rows = ("batch",)
+    return sharded.per_shard(shard, call, (rows, rows, (), rows, rows, rows), (rows, rows), check_vma=False)

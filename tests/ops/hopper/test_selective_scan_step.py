@@ -1,0 +1,62 @@
+"""The Hopper kernel of the selective scan's step as far as a CPU can tell: refusals, lowering, the interpreter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.devices import gpus
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from based_jax.errors import UserError
+from based_jax.ops.calls import SelectiveScanStepCall
+from based_jax.ops.selective_scan import STEP_IMPLEMENTATIONS, selective_scan_step
+
+
+def _zeros(channels=128, states=16):
+    u, B = jnp.zeros((2, channels)), jnp.zeros((2, states))
+    return u, u, -jnp.ones((channels, states)), B, B, jnp.zeros((2, channels, states))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"channels": 96}, "multiple of 128, and are 96"), ({"states": 12}, "8, 16, 32 states, and has 12")],
+)
+def test_refusals_name_the_value(options, words):
+    with gpus(), pytest.raises(UserError, match=words):
+        selective_scan_step(*_zeros(**options), impl="hopper")
+
+
+@pytest.mark.parametrize("mesh", [True, False])
+def test_lowers_for_an_h100(mesh):
+    with gpus(shape=(2, 2), names=("data", "tensor")) if mesh else gpus():
+        call = jax.jit(lambda *arguments: selective_scan_step(*arguments, impl="hopper")).trace(*_zeros())
+        text = call.lower(lowering_platforms=("cuda",)).as_text()
+    assert "selective_scan_step" in text and "output_operand_alias" in text
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Run the kernel in Pallas' interpreter, which looks for races."""
+    from pallas_kernels.hopper import selective_scan_step
+
+    monkeypatch.setattr(selective_scan_step, "load_global", lambda ref, layout: ref[...])
+    with gpus(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("channels", "states", "dtype"),
+    [(128, 16, "bfloat16"), pytest.param(384, 8, "float32", marks=pytest.mark.long)],
+)
+def test_the_kernel_equals_the_oracle(channels, states, dtype, normal, close, interpreted):
+    u, dt, A = (
+        normal(2, channels, dtype=dtype),
+        jax.nn.softplus(normal(2, channels)),
+        -jnp.exp(normal(channels, states)),
+    )
+    call = SelectiveScanStepCall(u, dt, A, *(normal(2, states, dtype=dtype) for _ in "BC"), normal(2, channels, states))
+    (y, after), (right, state) = (STEP_IMPLEMENTATIONS[impl].compute(call) for impl in ("hopper_states", "oracle"))
+    close(y, right, dtype)
+    np.testing.assert_allclose(after, state, rtol=1e-5, atol=2e-6)
+    assert not get_races().races_found

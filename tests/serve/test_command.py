@@ -1,0 +1,64 @@
+"""The command, from its arguments to the signal that ends it."""
+
+import logging
+import sys
+
+import openai
+import pytest
+from helpers.serving import LIMITS, served
+
+from based_jax.__main__ import main
+from based_jax.commands import serve as command
+from based_jax.data.tokenizer import ByteTokenizer
+
+WORDS = ("serve", "--workdir=runs/small", *(f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()))
+
+
+@pytest.fixture
+def loads(model, monkeypatch):
+    """Let the command load a model that others have compiled."""
+    monkeypatch.setattr(command, "load_text_model", lambda args: (model, ByteTokenizer()))
+
+
+def asked(key):
+    """Return what asks a server for its model and a token, and returns their names."""
+
+    def ask(port):
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
+        (card,) = client.models.list().data
+        names.append(card.id)
+        assert client.completions.create(model=card.id, prompt="a", max_tokens=1).usage.completion_tokens == 1
+
+    names = []
+    return ask, names
+
+
+def test_it_says_where_it_serves_and_ends_at_a_signal(loads, capsys):
+    ask, names = asked("none")
+    assert served(WORDS, ask) == 0
+    out, error = capsys.readouterr()
+    assert names == ["small"] and error == ""
+    assert out.startswith("Serving 'small' at http://127.0.0.1:")
+    assert out.endswith("/v1: 8 texts at once, 256 may wait, 96 tokens each.\n")
+
+
+def test_a_name_a_key_of_the_environment_and_a_host(loads, capsys, monkeypatch, caplog):
+    monkeypatch.setenv(command.API_KEY_VARIABLE, "k-1")
+    ask, names = asked("k-1")
+    with caplog.at_level(logging.WARNING):
+        assert served([*WORDS, "--name=other", "--host=0.0.0.0", "--grace=1"], ask) == 0
+    assert names == ["other"] and not caplog.records
+    monkeypatch.delenv(command.API_KEY_VARIABLE)
+    with caplog.at_level(logging.WARNING):
+        assert served([*WORDS, "--host=0.0.0.0"], asked("none")[0]) == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "Whoever reaches this machine may use the model: there is no API key."
+    ]
+
+
+def test_what_is_missing_is_named(capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("based_jax.serve")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(WORDS) == 2
+    assert capsys.readouterr().err == "Error: serve needs uvicorn: pip install 'based-jax[serve]' brings it.\n"
