@@ -37,6 +37,11 @@ def no_objection(_call: Any) -> None:
     """Nothing speaks against any call."""
 
 
+def not_run(_call: Any) -> str:
+    """Return why `auto` leaves any call to others that no device has run yet."""
+    return "it compiles, and has not been run on a device"
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute an operation.
