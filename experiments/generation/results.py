@@ -19,11 +19,17 @@ KV_TOKENS = 1 << 18
 
 
 class Model(NamedTuple):
-    """A config of this package, or a peer, with options of mixers; `grows`: whether its state does with the context."""
+    """A config of this package, or a peer, with options of mixers.
+
+    Attributes:
+      grows: whether its state does with the context.
+      reads: whether prompts are timed; those that do not fit a budget are read token by token.
+    """
 
     config: str
     options: tuple[str, ...] = ()
     grows: bool = False
+    reads: bool = True
 
     def batch(self, context: int) -> int:
         """Return how many sequences are tried with a context."""
@@ -38,7 +44,9 @@ class Model(NamedTuple):
 
 POLICIES = {
     f"attention_1b_{policy}": Model(
-        "configs/attention.py:1b", (f"attention.cache_policy={policy}", f"attention.cache_budget={CACHE_BUDGET}")
+        "configs/attention.py:1b",
+        (f"attention.cache_policy={policy}", f"attention.cache_budget={CACHE_BUDGET}"),
+        reads=False,
     )
     for policy in ("window", "streaming", "h2o", "roco")
 }
