@@ -93,5 +93,9 @@ def test_each_model_is_timed_at_all_batches_and_at_all_contexts(monkeypatch):
     contexts = ["128x512", "64x4096", "16x16384", "4x65536"]
     assert calls[0] == ["--config=configs/attention.py:1b", "--sizes", *batches, *contexts]
     policy = ["--option=attention.cache_policy=window", "--option=attention.cache_budget=512"]
-    assert calls[1][1:5] == [*policy, "--sizes", "1x2048"] and calls[1][-1] == "128x65536" and len(calls) == 5
+    assert (
+        calls[1][1:6] == [*policy, "--no-prefill", "--sizes", "1x2048"]
+        and calls[1][-1] == "128x65536"
+        and len(calls) == 5
+    )
     assert generation.run("llama_1b", with_peers=True) == 0 and calls[5][0] == "--peer=hf:llama_1b"
