@@ -23,6 +23,7 @@ LIMITS = {
     "queue": "texts that wait for a slot; more are refused",
     "max_len": "tokens of a prompt with its continuation",
     "new_tokens": "tokens of a continuation",
+    "prefix_bytes": "bytes of states of prompts, which others that begin alike go on from",
 }
 """What may be asked at most, in the names of `serve.Limits`, which has the defaults."""
 log = logging.getLogger(__name__)

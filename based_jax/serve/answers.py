@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from based_jax.data.tokenizer import Tokenizer
-from based_jax.generate.requests import Request
-from based_jax.generate.scheduler import Event
+from based_jax.generate import Event, Request
 from based_jax.generate.text import TextStream
 from based_jax.serve.api_errors import ApiError
 from based_jax.serve.completion import Completion

@@ -214,5 +214,6 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 
 async def _fail(request: Request, error: Exception) -> Response:
-    """Say that something is wrong here, whose traceback is logged."""
+    """Say that something is wrong here, whose traceback is logged; the door does not see this answer."""
+    request.app.state.service.metrics.responses.labels(500).inc()
     return ApiError(500, "The server failed at this request; its log says why.").response()

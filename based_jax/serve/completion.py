@@ -11,15 +11,18 @@ from typing import Any
 
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
+from based_jax.generate import Sampling
 from based_jax.generate.prompts import SEED_LIMIT, checked_prompts, is_integer, is_number, shown
-from based_jax.generate.sampling import Sampling
 from based_jax.generate.text import encode_prompt
 from based_jax.serve.api_errors import ApiError
+
+LEAST = {"queue": 0, "max_len": 2, "prefix_bytes": 0}
+"""Of the limits that may not be 1, or may be less."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a server answers at most; more is refused before it costs anything.
+    """What a server answers and keeps at most; who asks for more is refused before it costs anything.
 
     Attributes:
       slots: texts that are written at once.
@@ -27,6 +30,7 @@ class Limits:
       max_len: tokens of a prompt with its continuation.
       new_tokens: tokens of a continuation.
       body_bytes: of a request.
+      prefix_bytes: of states kept of prompts, for those that begin alike; 0 keeps none.
     """
 
     slots: int = 8
@@ -34,10 +38,11 @@ class Limits:
     max_len: int = 4096
     new_tokens: int = 4096
     body_bytes: int = 4 * 2**20
+    prefix_bytes: int = 2**30
 
     def __post_init__(self):
-        for name, least in (("slots", 1), ("queue", 0), ("max_len", 2), ("new_tokens", 1), ("body_bytes", 1)):
-            value = getattr(self, name)
+        for name, value in dataclasses.asdict(self).items():
+            least = LEAST.get(name, 1)
             if not is_integer(value) or value < least:
                 raise UserError(f"{name} is {shown(value)}; it is at least {least}.")
 

@@ -9,8 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from based_jax.errors import UserError
-from based_jax.generate.requests import Request
-from based_jax.generate.scheduler import Event, Scheduler
+from based_jax.generate import Event, Request, Scheduler
 from based_jax.serve.api_errors import ApiError, shutting_down
 from based_jax.serve.metrics import Metrics
 

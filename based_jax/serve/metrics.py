@@ -1,10 +1,12 @@
 """What Prometheus reads at /metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import prometheus_client
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from based_jax.generate.scheduler import Event
+from based_jax.generate import Event, PrefixCache
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 PREFIX = "based_jax"
@@ -44,3 +46,25 @@ class Metrics:
 
     def _histogram(self, name: str, help: str) -> prometheus_client.Histogram:
         return prometheus_client.Histogram(f"{PREFIX}_{name}", help, buckets=SECONDS, registry=self.registry)
+
+
+class PrefixCacheMetrics(Collector):
+    """What a prefix cache counts itself."""
+
+    COUNTERS = ("lookups", "hits", "tokens_asked", "tokens_restored", "kept", "evicted")
+    GAUGES = ("states", "bytes")
+
+    def __init__(self, cache: PrefixCache):
+        self._cache = cache
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield its counters by their names there, and misses by their reasons."""
+        found = self._cache.metrics
+        for name in self.COUNTERS:
+            yield CounterMetricFamily(f"{PREFIX}_prefix_{name}", f"{name} of the prefix cache", getattr(found, name))
+        for name in self.GAUGES:
+            yield GaugeMetricFamily(f"{PREFIX}_prefix_{name}", f"{name} of the prefix cache", getattr(found, name))
+        misses = CounterMetricFamily(f"{PREFIX}_prefix_misses", "why nothing was restored", labels=["reason"])
+        for reason, count in found.misses.items():
+            misses.add_metric([reason], count)
+        yield misses

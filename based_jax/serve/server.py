@@ -5,6 +5,7 @@ import contextlib
 import functools
 import ipaddress
 import logging
+import math
 import signal
 import socket
 import threading
@@ -16,14 +17,13 @@ import uvicorn
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.folders import reason
-from based_jax.generate.requests import Request
-from based_jax.generate.scheduler import Scheduler
+from based_jax.generate import PrefixCache, Request, Scheduler
 from based_jax.nn.lm import LM
 from based_jax.serve.api_errors import shutting_down
 from based_jax.serve.app import Service, make_app
 from based_jax.serve.completion import Limits
 from based_jax.serve.driver import Driver
-from based_jax.serve.metrics import Metrics
+from based_jax.serve.metrics import Metrics, PrefixCacheMetrics
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +90,17 @@ def make_service(model: LM, tokenizer: Tokenizer, name: str, *, limits: Limits, 
         ids = f"the tokenizer has id {tokenizer.end_of_text}, the model knows ids 0 to {vocab_size - 1}"
         raise UserError(f"The tokenizer is not the model's: {ids}.")
     limits = limits.of_model(model.max_len)
-    scheduler = Scheduler(model, slots=limits.slots, max_len=limits.max_len, tokenizer=tokenizer)
+    prefix_cache = PrefixCache(limits.prefix_bytes) if limits.prefix_bytes else None
+    scheduler = Scheduler(
+        model, slots=limits.slots, max_len=limits.max_len, prefix_cache=prefix_cache, tokenizer=tokenizer
+    )
     _warm_up(scheduler)
     metrics = Metrics()
     metrics.gauge("slots", "texts that are written at once", lambda: limits.slots)
     metrics.gauge("slots_used", "slots in use", lambda: scheduler.running)
     metrics.gauge("texts_waiting", "texts that wait for a slot", lambda: scheduler.waiting)
+    if scheduler.prefix_cache is not None:
+        metrics.registry.register(PrefixCacheMetrics(scheduler.prefix_cache))
     driver = Driver(scheduler, limits.texts, metrics)
     return Service(name, tokenizer, vocab_size, driver, limits, metrics, int(time.time()), api_key)
 
@@ -129,10 +134,11 @@ class Server(uvicorn.Server):
             loop="asyncio",
             ws="none",
             lifespan="off",
+            proxy_headers=False,
             access_log=False,
             log_config=None,
             log_level=logging.WARNING,
-            timeout_graceful_shutdown=grace + LAST_WORDS_SECONDS,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=math.ceil(grace + LAST_WORDS_SECONDS),
         )
         super().__init__(config)
         self.driver, self._grace, self._ready = service.driver, grace, ready

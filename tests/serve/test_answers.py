@@ -96,6 +96,17 @@ def test_without_a_seed_draws_differ(completions):
     assert create(completions, max_tokens=None).usage.completion_tokens == 16
 
 
+def test_a_prompt_goes_on_from_the_state_of_one_that_began_alike(completions, server):
+    other = {"prompt": "In the beginning of it: " + "b" * 20}
+    cold = create(completions, **other).choices[0].text
+    hits, restored = server.metric("prefix_hits_total"), server.metric("prefix_tokens_restored_total")
+    assert create(completions, **other).choices[0].text == cold
+    assert server.metric("prefix_hits_total") == hits + 1
+    assert server.metric("prefix_tokens_restored_total") == restored + len(other["prompt"]) - 1
+    create(completions, prompt="a")
+    assert server.metric("prefix_misses_total", reason="too short") >= 1
+
+
 def test_models_health_and_metrics(server):
     asker = client(server)
     (card,) = asker.models.list().data

@@ -6,12 +6,14 @@ import socket
 import httpx2
 import openai
 import pytest
-from helpers.serving import LIMITS, NAME, client, serving
+from helpers.serving import LIMITS, NAME, client, serving, wait_until
 
 from based_jax.serve import app
 
 GOOD = {"model": NAME, "prompt": "a", "max_tokens": 1}
 JSON = {"Content-Type": "application/json"}
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+"""And the first of nine bytes."""
 
 
 def one_sentence(response, status):
@@ -118,8 +120,21 @@ def test_a_body_that_does_not_come(server, monkeypatch):
     monkeypatch.setattr(app, "BODY_SECONDS", 0.05)
     address = httpx2.URL(server.url)
     with socket.create_connection((address.host, address.port), timeout=10) as connection:
-        head = (
-            "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
-        )
-        connection.sendall(head.encode())
+        connection.sendall(HEAD)
         assert connection.recv(2**16).startswith(b"HTTP/1.1 408")
+
+
+def test_a_client_that_leaves_before_its_body_has_come(server, caplog):
+    address, before = httpx2.URL(server.url), server.metric("http_responses_total", status="499")
+    with socket.create_connection((address.host, address.port), timeout=10) as connection:
+        connection.sendall(HEAD)
+    wait_until(lambda: server.metric("http_responses_total", status="499") == before + 1)
+    assert not caplog.records
+
+
+def test_what_nobody_foresaw_is_told_and_logged(server, monkeypatch, caplog):
+    monkeypatch.setattr(app, "parse_completion", lambda *_: 1 // 0)
+    error = one_sentence(httpx2.post(f"{server.url}/completions", json=GOOD), 500)
+    assert error["message"] == "The server failed at this request; its log says why."
+    wait_until(lambda: "ZeroDivisionError" in caplog.text)
+    assert server.metric("http_responses_total", status="500") == 1
