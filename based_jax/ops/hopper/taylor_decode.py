@@ -34,11 +34,6 @@ def supports(call: TaylorDecodeCall) -> str | None:
     return limits.refusal()
 
 
-def unmeasured(_call: TaylorDecodeCall) -> str:
-    """Return why `auto` leaves each call to XLA."""
-    return "it has not been timed yet"
-
-
 def compute(call: TaylorDecodeCall):
     """Return o, the sums, the recent tokens and their count, each device for its rows and heads."""
     return sharded.per_device(_shard, call, check_vma=False)  # what is written in place may not vary
