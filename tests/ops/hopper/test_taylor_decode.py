@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers.cases import parametrize_some
 from helpers.devices import gpus
@@ -13,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from based_jax.errors import UserError
 from based_jax.ops.calls import RecentTokens, TaylorDecodeCall
 from based_jax.ops.hopper import taylor_decode as hopper_taylor_decode
-from based_jax.ops.taylor import taylor_attention
+from based_jax.ops.taylor import taylor_attention, taylor_features
 from based_jax.ops.taylor_decode import holding, initial_state, taylor_attention_decode, total
 from pallas_kernels.hopper import taylor_decode, taylor_lanes
 
@@ -105,10 +106,56 @@ def _write_rows(ref, values):
     ref[...] = jnp.concatenate([x[: taylor_lanes.FIRST_SHARED], x[taylor_lanes.FIRST_OWN : taylor_lanes.SLOTS]])
 
 
+class _ArraysOfLanes:
+    """`taylor_lanes._Lanes` for all lanes at once, in numpy."""
+
+    number, real, select = np.int32, np.float32, staticmethod(np.where)
+    add, subtract, times, equal, at_least = np.add, np.subtract, np.multiply, np.equal, np.greater_equal
+
+    def lane(self):
+        return np.arange(taylor_lanes.LANES)
+
+    def triangle(self, x):
+        return x * (x + 1) // 2
+
+    def within(self, x, least, most):
+        return np.clip(x, least, most)
+
+    def load(self, ref, *place):
+        return ref[place]
+
+    def store(self, condition, value, ref, place):
+        ref[place[condition]] += value[condition]
+
+
+def test_lanes_make_each_feature_and_each_row_once(normal, close):
+    x, values = np.asarray(normal(2, 16)), np.arange(1.0, 154.0)
+    slots = taylor_lanes._Slot.of_lane(_ArraysOfLanes())
+    rows, own = (np.concatenate([getattr(slot, name) for slot in slots]) for name in ("row", "is_own"))
+    found = np.concatenate([slot.feature(x, 1) for slot in slots])
+    wanted = np.asarray(jax.jit(taylor_features)(x))[1]
+    close(found, np.where(own, wanted[rows], 0))
+    assert sorted(rows[own]) == list(range(153))
+    np.testing.assert_array_equal(np.concatenate([slot.read(values) for slot in slots]), values[rows])
+    written = np.zeros(153)
+    for slot in slots:
+        slot.write(slot.read(values), written)
+    np.testing.assert_array_equal(written, values)
+    tiles = rows[: taylor_lanes.SLOTS].reshape(-1, taylor_lanes.TILE_ROWS)
+    starts = np.minimum(np.arange(len(tiles)) * taylor_lanes.TILE_ROWS, taylor_lanes.LAST_TILE)
+    np.testing.assert_array_equal(tiles, starts[:, None] + np.arange(taylor_lanes.TILE_ROWS))
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     replace_products(monkeypatch)
-    for name, function in (("features", _features), ("read_rows", _read_rows), ("write_rows", _write_rows)):
+    replaced = {
+        "features": _features,
+        "read_rows": _read_rows,
+        "write_rows": _write_rows,
+        "keep_plain": lambda *_: None,
+    }
+    for name, function in replaced.items():
         monkeypatch.setattr(taylor_decode, name, function)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
