@@ -6,7 +6,6 @@ A tile's results overwrite its inputs in shared memory, element by element, once
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,14 +75,14 @@ class Ring:
         pl.when(n < self.count)(lambda: self.fetch(n, lax.rem(n, self.slots)))
 
 
-def kernel(body: Callable, name: str, blocks: int, out_type: list, scratch: list, **options: Any) -> Callable:
-    """Return a kernel of `blocks` blocks of one warpgroup, with options of `plgpu.CompilerParams` beside our own."""
+def kernel(body: Callable, name: str, blocks: int, out_type: list, scratch: list) -> Callable:
+    """Return a kernel of `blocks` blocks of one warpgroup."""
     return plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch,
         grid=(blocks,),
         grid_names=("block",),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, **options),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name=name,
     )

@@ -21,6 +21,7 @@ from pallas_kernels.hopper.taylor_lanes import (
     EXPANDED_DIM,
     FEATURE_DIM,
     FIRST_SHARED,
+    FIRST_SLOTS,
     LANES,
     LAST_TILE,
     PER_LANE,
@@ -31,7 +32,7 @@ from pallas_kernels.hopper.taylor_lanes import (
     write_rows,
 )
 
-FEW_TOKENS = 4
+FEW_TOKENS = 2
 """Recent tokens that are added to a state together, but where all are, lest it is rounded more than once."""
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """What the largest value of a row is scaled to, by the dtype of a state's values."""
@@ -62,9 +63,7 @@ def decode(q, k, v, values, scales, normaliser, recent_k, recent_v, count):
         state, [o_ref], tiles = split(refs, 4 + len(given), 1)
         Step(plan, (q_ref, k_ref, v_ref), count_ref, state, tiles).run(o_ref)
 
-    kernel = stream.kernel(
-        body, "taylor_decode", plan.batch * plan.heads, [like(v)], plan.scratch(recent_k), **plan.options
-    )
+    kernel = stream.kernel(body, "taylor_decode", plan.batch * plan.heads, [like(v)], plan.scratch(recent_k))
     [o] = kernel(q, k, v, count, *refs)
     return [o, *(ref[...] for ref in refs)]
 
@@ -95,19 +94,14 @@ class Plan(NamedTuple):
         """Recent tokens that are added together."""
         return FEW_TOKENS if self.dtype == jnp.float32 else self.room
 
-    @property
-    def options(self) -> dict[str, int]:
-        """Room for the sums over the rows of all columns at once, which takes two barriers instead of one a pair."""
-        return {"reduction_scratch_bytes": 8 * LANES * self.value_dim // 16}
-
     def scratch(self, recent_k) -> list:
         """Return tiles of the state and of recent keys and values, weights, what a row has beside, and a barrier."""
-        rows = plgpu.SMEM((2 * LANES,), jnp.float32)
+        rows = plgpu.SMEM((SLOTS,), jnp.float32)
         return [
             plgpu.SMEM((EXPANDED_DIM, self.value_dim), self.dtype),
             plgpu.SMEM((self.room, FEATURE_DIM), recent_k.dtype),
             plgpu.SMEM((self.room, self.value_dim), recent_k.dtype),
-            plgpu.SMEM((max(self.tokens, self.group), 2 * LANES), jnp.float32),
+            plgpu.SMEM((max(self.tokens, self.group), SLOTS), jnp.float32),
             *[rows] * (1 + (self.largest > 0)),
             plgpu.Barrier(num_arrivals=3),
         ]
@@ -216,8 +210,10 @@ class Step:
     def weigh(self, features_of_queries) -> list[jax.Array]:
         """Write what each row of the state counts for each query; return their sums of what the normaliser counts."""
         scales, normaliser, totals = [get(slots) for slots in self.scale_slots], get(self.normaliser_slots), []
+        is_second = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=PER_LANE) >= LANES - FIRST_SLOTS[1]
         for t, phi in enumerate(features_of_queries):
-            totals.append(jnp.sum(sum(x * z for x, z in zip(phi, normaliser, strict=True))))
+            first, second = (x * z for x, z in zip(phi, normaliser, strict=True))
+            totals.append(jnp.sum(first + jnp.where(is_second, second, 0.0)))
             weights = list(phi)
             for scale in scales:
                 weights = [x * y for x, y in zip(weights, scale, strict=True)]
@@ -264,11 +260,11 @@ def load(ref, layout) -> jax.Array:
 
 
 def get(slots) -> list[jax.Array]:
-    """Return the values of each lane's slots (2 LANES)."""
-    return [plgpu.load(slots.at[pl.ds(i * LANES, LANES)], layout=PER_LANE, optimized=False) for i in range(2)]
+    """Return the values of each lane's slots (SLOTS)."""
+    return [plgpu.load(slots.at[pl.ds(first, LANES)], layout=PER_LANE, optimized=False) for first in FIRST_SLOTS]
 
 
 def put(slots, values) -> None:
-    """Undo `get`."""
-    for i, x in enumerate(values):
-        slots.at[pl.ds(i * LANES, LANES)][...] = x
+    """Undo `get`; what two lanes have is equal."""
+    for first, x in zip(FIRST_SLOTS, values, strict=True):
+        slots.at[pl.ds(first, LANES)][...] = x

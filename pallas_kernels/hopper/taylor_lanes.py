@@ -1,7 +1,7 @@
 """The 153 features of a key or a query by single lanes, two a lane, and what lies beside them in a state.
 
 A feature is a product of two components, which a lane picks by the feature's number; tiles know no such picking. Lane l
-has the slots l and LANES + l, of which `SLOTS` hold the rows of a state as tiles of `TILE_ROWS` rows meet them:
+has the slots l and 32 + l, some of them with another lane, which hold the rows of a state as tiles of 16 meet them:
 
     slot 0 .. 143       rows 0 .. 143
     slot 144 .. 159     rows 137 .. 152: the last tile ends with the last row, and of those that it shares with the one
@@ -31,6 +31,8 @@ SLOTS = FIRST_SHARED + TILE_ROWS
 FIRST_OWN = FIRST_SHARED + SLOTS - EXPANDED_DIM
 """The first slot of the last tile, and its first one whose row no other tile has."""
 LANES = WARPS * WARP_LANES
+FIRST_SLOTS = 0, SLOTS - LANES
+"""Of the first lane."""
 PER_LANE = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 """The layout of one value a lane."""
 Slots = tuple[jax.Array, jax.Array]
@@ -141,19 +143,17 @@ class _Slot:
     Features are those of `ops/taylor.py`: 1, then x_m, then x_m x_n for n <= m in the order of m, each with a factor.
     """
 
-    def __init__(self, lanes: _Lanes, half: int):
+    def __init__(self, lanes: _Lanes, first: int):
         do = self.lanes = lanes
-        slot = do.add(do.lane(), half * LANES)
-        is_shared, is_own, ends = (do.at_least(slot, do.number(x)) for x in (FIRST_SHARED, FIRST_OWN, SLOTS))
-        place = do.select(is_shared, do.add(slot, EXPANDED_DIM - SLOTS), slot)
-        self.row = do.within(place, 0, EXPANDED_DIM - 1)
-        never, always = (do.at_least(do.number(x), do.number(0)) for x in (-1, 0))
-        self.is_own = do.select(ends, never, do.select(is_shared, is_own, always))
+        slot = do.add(do.lane(), first)
+        is_shared, is_own = (do.at_least(slot, do.number(x)) for x in (FIRST_SHARED, FIRST_OWN))
+        self.row = do.select(is_shared, do.add(slot, EXPANDED_DIM - SLOTS), slot)
+        self.is_own = do.select(is_shared, is_own, do.at_least(slot, do.number(0)))
 
     @classmethod
     def of_lane(cls, lanes: _Lanes) -> list["_Slot"]:
         """Return a lane's slots."""
-        return [cls(lanes, half) for half in range(2)]
+        return [cls(lanes, first) for first in FIRST_SLOTS]
 
     @functools.cached_property
     def factors(self) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value, ir.Value]:

@@ -71,10 +71,9 @@ def test_lowers_for_an_h100(state_dtype, value_dim, tokens, mesh):
 
 def _rows():
     """Return the row of each slot, and whether its feature is that of the row."""
-    slot = lax.iota(jnp.int32, 2 * taylor_lanes.LANES)
+    slot = lax.iota(jnp.int32, taylor_lanes.SLOTS)
     row = jnp.where(slot < taylor_lanes.FIRST_SHARED, slot, slot - taylor_lanes.SLOTS + taylor_lanes.EXPANDED_DIM)
-    own = (slot < taylor_lanes.FIRST_SHARED) | ((slot >= taylor_lanes.FIRST_OWN) & (slot < taylor_lanes.SLOTS))
-    return jnp.minimum(row, taylor_lanes.EXPANDED_DIM - 1), own
+    return row, (slot < taylor_lanes.FIRST_SHARED) | (slot >= taylor_lanes.FIRST_OWN)
 
 
 def _picked(x, index):
@@ -84,7 +83,7 @@ def _picked(x, index):
 
 
 def _halves(x):
-    return x[: taylor_lanes.LANES], x[taylor_lanes.LANES :]
+    return tuple(x[first : first + taylor_lanes.LANES] for first in taylor_lanes.FIRST_SLOTS)
 
 
 def _features(ref):
@@ -102,8 +101,8 @@ def _read_rows(ref):
 
 
 def _write_rows(ref, values):
-    x = jnp.concatenate(values)
-    ref[...] = jnp.concatenate([x[: taylor_lanes.FIRST_SHARED], x[taylor_lanes.FIRST_OWN : taylor_lanes.SLOTS]])
+    x = jnp.concatenate([values[0], values[1][-taylor_lanes.FIRST_SLOTS[1] :]])
+    ref[...] = jnp.concatenate([x[: taylor_lanes.FIRST_SHARED], x[taylor_lanes.FIRST_OWN :]])
 
 
 class _ArraysOfLanes:
@@ -125,25 +124,24 @@ class _ArraysOfLanes:
         return ref[place]
 
     def store(self, condition, value, ref, place):
-        ref[place[condition]] += value[condition]
+        ref[place[condition]] = value[condition]
 
 
-def test_lanes_make_each_feature_and_each_row_once(normal, close):
+def test_lanes_make_each_feature_and_have_each_row(normal, close):
     x, values = np.asarray(normal(2, 16)), np.arange(1.0, 154.0)
-    slots = taylor_lanes._Slot.of_lane(_ArraysOfLanes())
-    rows, own = (np.concatenate([getattr(slot, name) for slot in slots]) for name in ("row", "is_own"))
-    found = np.concatenate([slot.feature(x, 1) for slot in slots])
-    wanted = np.asarray(jax.jit(taylor_features)(x))[1]
-    close(found, np.where(own, wanted[rows], 0))
-    assert sorted(rows[own]) == list(range(153))
-    np.testing.assert_array_equal(np.concatenate([slot.read(values) for slot in slots]), values[rows])
+    phi = np.asarray(jax.jit(taylor_features)(x))[1]
+    rows, is_own = map(np.asarray, _rows())
     written = np.zeros(153)
-    for slot in slots:
+    for first, slot in zip(taylor_lanes.FIRST_SLOTS, taylor_lanes._Slot.of_lane(_ArraysOfLanes()), strict=True):
+        at = slice(first, first + taylor_lanes.LANES)
+        np.testing.assert_array_equal(slot.row, rows[at])
+        close(slot.feature(x, 1), np.where(is_own, phi[rows], 0)[at])
         slot.write(slot.read(values), written)
     np.testing.assert_array_equal(written, values)
-    tiles = rows[: taylor_lanes.SLOTS].reshape(-1, taylor_lanes.TILE_ROWS)
+    tiles = rows.reshape(-1, taylor_lanes.TILE_ROWS)
     starts = np.minimum(np.arange(len(tiles)) * taylor_lanes.TILE_ROWS, taylor_lanes.LAST_TILE)
     np.testing.assert_array_equal(tiles, starts[:, None] + np.arange(taylor_lanes.TILE_ROWS))
+    assert sorted(rows[is_own]) == list(range(153))
 
 
 @pytest.fixture
