@@ -353,6 +353,7 @@ class SelectiveScanStepCall(NamedTuple):
     B: BN
     C: BN
     state: BDN
+    bias: Channels | None = None
 
 
 class SSDCall(NamedTuple):
