@@ -17,7 +17,7 @@ from based_jax.nn.cache import TokenCache
 from based_jax.nn.eviction import POLICIES, BudgetCache, Policy
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
 from based_jax.ops import dispatch, segments, sequence
-from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim
+from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim, whole_pass_head_dim
 from based_jax.ops.softmax_prefill import attention_prefill
 from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step, attention_weights
 
@@ -111,7 +111,7 @@ class Attention(Mixer):
 
     @override
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
-        q, k, v = self.rotated_qkv(x, jnp.zeros(1, jnp.int32), segment_ids, filled_head_dim(self.head_dim))
+        q, k, v = self.rotated_qkv(x, jnp.zeros(1, jnp.int32), segment_ids, whole_pass_head_dim(self.head_dim))
         k, v, options = *map(self.for_each_query, (k, v)), {"head_dim": self.head_dim, "impl": self.config.impl}
         o = attention(q, k, v, segment_ids=segment_ids, **options)
         return self._out(*layers.at(positions, o))
