@@ -17,12 +17,12 @@ from based_jax.bench.decode_state import array_bytes, at_length, random_state
 from based_jax.generate.decoder import Caches, Decoder, layout_of
 from based_jax.generate.prefill import Chunk, prefill_chunk
 from based_jax.generate.requests import Request
-from based_jax.generate.rows import Block, Rows, decode
+from based_jax.generate.rows import Block, Rows, decode, loop_options
 from based_jax.nn.lm import LM
 from based_jax.nn.lm_config import LMConfig
 from based_jax.ops import dispatch
 
-COMPILING_THREADS = 16
+COMPILING_THREADS = 8
 
 
 class Subject:
@@ -128,7 +128,7 @@ class Programs:
 def _compiled(given: tuple[jax.stages.Lowered, dict[str, list[str]]]) -> Program:
     lowered, choices = given
     begin = time.perf_counter()
-    step = lowered.compile()
+    step = lowered.compile(loop_options(jax.default_backend()))
     return Program(step, choices, time.perf_counter() - begin)
 
 

@@ -121,8 +121,8 @@ def _with_saved_state(decoder: "Decoder", request: "Request", file: str) -> "Req
 
 def _print(events: "Iterator[Event]", prompts: Sequence[str], lister: "Tokenizer | None") -> None:
     """Write the texts in order, that whose turn it is as it comes; with a tokenizer list the tokens of each."""
-    unwritten, drawn = list(prompts), [[] for _ in prompts]
-    turn, ended = 0, set()
+    unwritten, turn, ended = list(prompts), 0, set[int]()
+    drawn: list[list[tuple[int, float]]] = [[] for _ in prompts]
     for event in events:
         unwritten[event.id] += event.text
         drawn[event.id] += zip(event.tokens, event.log_probs, strict=True)
@@ -133,8 +133,9 @@ def _print(events: "Iterator[Event]", prompts: Sequence[str], lister: "Tokenizer
             if turn not in ended:
                 break
             print()
-            for token, log_prob in drawn[turn] if lister else ():
-                print(f"{log_prob:9.4f} {lister.decode([token])!r}")
+            if lister:
+                for token, log_prob in drawn[turn]:
+                    print(f"{log_prob:9.4f} {lister.decode([token])!r}")
             turn += 1
 
 

@@ -15,7 +15,7 @@ from based_jax.generate.fingerprint import fingerprint
 from based_jax.nn.lm import LM
 from based_jax.nn.lm_config import LMConfig, with_taylor_options
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]
 Caches = tuple
 
 

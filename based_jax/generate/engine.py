@@ -70,7 +70,8 @@ def generate(
     check_prefix(token_ids, decoder.prefix_length)
     rows = begun(decoder, requests, room_for(requests, model.max_len))
     found = list(blocks(decoder, rows, BLOCK_TOKENS))
-    return [_new_ids([block.tokens[row, : block.count[row]] for block in found], stops) for row in range(len(requests))]
+    parts = [[np.asarray(block.tokens[row, : block.drawn[row]]) for block in found] for row in range(len(requests))]
+    return [_new_ids(row, stops) for row in parts]
 
 
 def stream(

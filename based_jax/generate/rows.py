@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from based_jax.generate.requests import MOST_STOP_IDS, Request
 from based_jax.generate.sampling import Draws, draw
 from based_jax.generate.state_layout import StateLayout
 from based_jax.nn.lm import LM
+
+IN_GRAPHS = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION", "WHILE", "CONDITIONAL")
+"""What XLA puts into CUDA graphs: its own choice, and the last two. Else the host waits for each loop's condition."""
 
 
 @jax.tree_util.register_dataclass
@@ -52,10 +55,10 @@ class Rows:
             stop_ids[row, : len(request.stop_ids)] = request.stop_ids
         return cls(
             caches,
-            token=np.asarray([request.prompt[-1] for request in requests], np.int32),
-            length=np.asarray([request.length for request in requests], np.int32),
-            left=np.asarray([request.max_new_tokens for request in requests], np.int32),
-            stop_ids=stop_ids,
+            token=jnp.asarray([request.prompt[-1] for request in requests], jnp.int32),
+            length=jnp.asarray([request.length for request in requests], jnp.int32),
+            left=jnp.asarray([request.max_new_tokens for request in requests], jnp.int32),
+            stop_ids=jnp.asarray(stop_ids),
             draws=Draws.of([request.sampling for request in requests], [request.draw_words for request in requests]),
         )
 
@@ -63,7 +66,7 @@ class Rows:
     def stopped(cls, decoder: Decoder, count: int, max_len: int) -> "Rows":
         """Return rows that have all stopped, with caches for `max_len` tokens."""
         rows = cls.of(decoder.init_cache(count, max_len), [Request([0])] * count)
-        return dataclasses.replace(rows, left=np.zeros(count, np.int32))
+        return dataclasses.replace(rows, left=jnp.zeros(count, jnp.int32))
 
     @property
     def live(self) -> Bool[Array, "B"]:
@@ -83,14 +86,14 @@ class Block(NamedTuple):
     """What a number of decode steps have drawn.
 
     Attributes:
-      tokens: of each row, the first `count` of which are drawn; an id that stops the row is its last.
+      tokens: of each row, the first `drawn` of which are drawn; an id that stops the row is its last.
       log_probs: of these tokens, by the model's own distribution: at temperature 1, and with nothing cut.
-      count: tokens drawn, fewer than the steps if the row has stopped.
+      drawn: tokens of each row, fewer than the steps if it has stopped.
     """
 
     tokens: Int[Array, "B steps"]
     log_probs: Float[Array, "B steps"]
-    count: Int[Array, "B"]
+    drawn: Int[Array, "B"]
 
 
 def begun(decoder: Decoder, requests: Sequence[Request], max_len: int, chunk_tokens: int = CHUNK_TOKENS) -> Rows:
@@ -113,9 +116,11 @@ def _caches_before(decoder: Decoder, requests: Sequence[Request], max_len: int) 
 def decode(decoder: Decoder, rows: Rows, steps: int) -> tuple[Rows, Block]:
     """Draw up to `steps` tokens of each row in one program, which ends when all rows have stopped.
 
-    The rows given are used up: their caches are written in place.
+    The rows given are used up: their caches are written in place. A program of more than this loop is compiled with
+    `loop_options`.
     """
-    return _decode(decoder.layout, steps, decoder.params, rows)
+    run = _loop if isinstance(rows.left, jax.core.Tracer) else loop_program(jax.default_backend())
+    return run(decoder.layout, steps, decoder.params, rows)
 
 
 def blocks(decoder: Decoder, rows: Rows, steps: int) -> Iterator[Block]:
@@ -126,7 +131,7 @@ def blocks(decoder: Decoder, rows: Rows, steps: int) -> Iterator[Block]:
         block = ahead
         rows, ahead = decode(decoder, rows, steps)
         block = jax.device_get(block)
-        goes_on = bool((block.count == steps).any())
+        goes_on = bool((block.drawn == steps).any())
         yield block
 
 
@@ -145,8 +150,19 @@ def decode_step(model: LM, rows: Rows) -> tuple[Rows, Int[Array, "B"], Float[Arr
     return after, token, log_prob
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _decode(layout: Layout, steps: int, params: nnx.State, rows: Rows) -> tuple[Rows, Block]:
+@functools.cache
+def loop_program(platform: str) -> Any:
+    """Return what is compiled for `decode` on a platform, of (layout, steps, params, rows)."""
+    options = loop_options(platform)
+    return jax.jit(_loop, static_argnums=(0, 1), donate_argnums=3, compiler_options=options)
+
+
+def loop_options(platform: str) -> dict[str, str] | None:
+    """Return options of compilation with which the host has no part in the loop."""
+    return {"xla_gpu_enable_command_buffer": ",".join(IN_GRAPHS)} if platform in ("gpu", "cuda") else None
+
+
+def _loop(layout: Layout, steps: int, params: nnx.State, rows: Rows) -> tuple[Rows, Block]:
     model, shape = layout.model(params), (steps, rows.token.shape[0])
 
     def goes_on(carry):
@@ -156,12 +172,12 @@ def _decode(layout: Layout, steps: int, params: nnx.State, rows: Rows) -> tuple[
     def step(carry):
         i, rows, block = carry
         after, token, log_prob = decode_step(model, rows)
-        block = Block(block.tokens.at[i].set(token), block.log_probs.at[i].set(log_prob), block.count + rows.live)
+        block = Block(block.tokens.at[i].set(token), block.log_probs.at[i].set(log_prob), block.drawn + rows.live)
         return i + 1, after, block
 
     empty = Block(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape[1:], jnp.int32))
     _, rows, block = jax.lax.while_loop(goes_on, step, (jnp.int32(0), rows, empty))
-    block = Block(block.tokens.T, block.log_probs.T, block.count)
+    block = Block(block.tokens.T, block.log_probs.T, block.drawn)
     return rows, jax.tree.map(parallel.constrain, block)
 
 

@@ -59,9 +59,9 @@ class Draws:
         """Return the draws of rows, `words` as `prompts.draw_words` has them."""
         temperatures = [s.temperature and float(min(s.temperature, HOTTEST)) for s in samplings]
         return cls(
-            np.asarray([0.0 if t < COLDEST else t for t in temperatures], np.float32),
-            np.asarray([min(s.top_k, MOST_KEPT) for s in samplings], np.int32),
-            np.asarray([float(s.top_p) for s in samplings], np.float32),
+            jnp.asarray([0.0 if t < COLDEST else t for t in temperatures], jnp.float32),
+            jnp.asarray([min(s.top_k, MOST_KEPT) for s in samplings], jnp.int32),
+            jnp.asarray([float(s.top_p) for s in samplings], jnp.float32),
             _row_keys(np.stack(words)),
         )
 

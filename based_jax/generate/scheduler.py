@@ -3,14 +3,15 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
-from based_jax.generate.decoder import Caches, Decoder
+from based_jax.generate.decoder import Decoder
 from based_jax.generate.prefill import CHUNK_TOKENS, FEWEST_TOKENS, chunk_length, chunk_of, prefill_chunk
 from based_jax.generate.prefix_cache import PrefixCache
 from based_jax.generate.requests import Request
@@ -55,7 +56,7 @@ class Task:
     text: TextStream | None
     ends: Iterator[int] | None = None
     read: int = 0
-    caches: Caches | None = None
+    caches: Any = None
     drawn: int = 0
 
     def event(self, tokens: list[int], log_probs: list[float]) -> Event:
@@ -173,8 +174,8 @@ class Scheduler:
             if task.id == id:
                 self._waiting.remove(task)
                 return True
-        for slot, task in enumerate(self._slots):
-            if task is not None and task.id == id:
+        for slot, running in enumerate(self._slots):
+            if running is not None and running.id == id:
                 self._free(slot)
                 return True
         return False
@@ -200,7 +201,7 @@ class Scheduler:
         """Read a prompt to the end of its next piece, where its state is kept; return the tokens of the piece."""
         if task.ends is None:
             task.ends = iter(self._begin(task))
-        ids, before = task.request.prompt[:-1], task.read
+        ids, before = np.asarray(task.request.prompt[:-1]), task.read
         if (end := next(task.ends, None)) is not None:
             chunk = chunk_of([ids[before:end]], self._chunk_tokens)
             task.caches, task.read = prefill_chunk(self.decoder, task.caches, chunk), end
@@ -212,7 +213,8 @@ class Scheduler:
 
     def _begin(self, task: Task) -> list[int]:
         """Give a request the caches that its prompt begins with; return where the pieces of what is to be read end."""
-        ids, state, marks = task.request.prompt[:-1], task.request.state, ()
+        ids, state = np.asarray(task.request.prompt[:-1]), task.request.state
+        marks: Sequence[int] = ()
         if state is None and self.prefix_cache is not None:
             state, marks, _ = self.prefix_cache.lookup(ids, self.decoder.fingerprint)
             task.read = 0 if state is None else state.length
@@ -236,8 +238,8 @@ class Scheduler:
         for slot, task in enumerate(begun.tasks):
             if task is None or self._slots[slot] is not task:  # it has ended since
                 continue
-            count = block.count[slot]
-            event = task.event(block.tokens[slot, :count].tolist(), block.log_probs[slot, :count].tolist())
+            new = slice(block.drawn[slot])
+            event = task.event(block.tokens[slot, new].tolist(), block.log_probs[slot, new].tolist())
             if event.finish:
                 self._free(slot)
             if event.tokens or event.text or event.finish:

@@ -28,7 +28,7 @@ def continued(decoder, prompts, steps=4):
     rows = begun(decoder, [Request(prompt, NEW) for prompt in prompts], 64, chunk_tokens=16)
     found = list(blocks(decoder, rows, steps))
     return [
-        np.concatenate([block.tokens[i, : block.count[i]] for block in found]).tolist() for i in range(len(prompts))
+        np.concatenate([block.tokens[i, : block.drawn[i]] for block in found]).tolist() for i in range(len(prompts))
     ]
 
 
