@@ -5,7 +5,8 @@ starts with; a GPU's architecture is told by the model among its words ("NVIDIA 
 """
 
 import dataclasses
-import re
+
+from pallas_kernels import gpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +99,8 @@ class Device:
 
 GIB = 1 << 30
 
-GPU_MODELS = {
-    "Ampere": re.compile(r"\bA(2|10G?|16|30|40|100|800)\b|\bRTX A\d{4}\b|\bGeForce RTX 30\d\d\b"),
-    "Ada": re.compile(r"\bL(4|20|40S?)\b|\bAda\b|\bGeForce RTX 40\d\d\b"),
-    "Hopper": re.compile(r"\bG?H(100|200|800|20)\b"),
-}
-"""By architecture: of which `auto` takes kernels in Triton, on tensor cores for bf16."""
+ARCHITECTURES = tuple(dict.fromkeys(models.architecture for models in gpus.GPU_MODELS))
+"""Of GPUs, in order of their age."""
 
 H100_CROSSOVERS = Crossovers(
     linear_attention_one_chunk_tokens=512,
@@ -233,8 +230,9 @@ def find(device_kind: str) -> Device | None:
 
 
 def architecture(device_kind: str) -> str | None:
-    """Return that of a kind of GPU, a key of `GPU_MODELS`, or None."""
-    return next((name for name, model in GPU_MODELS.items() if model.search(device_kind)), None)
+    """Return that of a kind of GPU, one of `ARCHITECTURES`, or None."""
+    models = gpus.models_of(device_kind)
+    return models.architecture if models else None
 
 
 def is_hopper(device_kind: str) -> bool:

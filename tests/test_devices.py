@@ -1,6 +1,7 @@
 import pytest
 
 from based_jax import devices
+from pallas_kernels import gpus
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -72,6 +73,19 @@ def test_other_kinds_are_no_hopper_gpus(kind):
 )
 def test_an_architecture_is_known_by_the_model(kind, architecture):
     assert devices.architecture(kind) == architecture
+
+
+@pytest.mark.parametrize(
+    ("capability", "names"),
+    [
+        (80, ["NVIDIA A100-SXM4-80GB", "NVIDIA A800-SXM4-80GB", "NVIDIA A30"]),
+        (86, ["NVIDIA A2", "NVIDIA A10G", "NVIDIA A16", "NVIDIA A40", "NVIDIA RTX A6000", "NVIDIA GeForce RTX 3090"]),
+        (89, ["NVIDIA L4", "NVIDIA L20", "NVIDIA L40S", "NVIDIA RTX 6000 Ada Generation", "NVIDIA GeForce RTX 4090"]),
+        (90, ["NVIDIA H20", "NVIDIA H800 PCIe", "NVIDIA H200", "NVIDIA GH200 480GB", H100]),
+    ],
+)
+def test_models_have_their_compute_capability(capability, names):
+    assert {gpus.models_of(name).capability for name in names} == {capability}
 
 
 def test_what_was_measured_on_the_h100_stands_for_devices_that_it_was_not_measured_on():

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    ["pallas_kernels", "based_jax", *(f"based_jax.{name}" for name in ("devices", "dims", "errors", "labels"))],
-    ["based_jax.folders", "based_jax.revision"],
+    ["pallas_kernels", "based_jax", *(f"based_jax.{name}" for name in ("dims", "errors", "labels"))],
+    ["based_jax.devices", "based_jax.folders", "based_jax.revision"],
     ["based_jax.config", "based_jax.placement"],
     [f"based_jax.{name}" for name in ("compilation", "flops", "optim", "parallel", "store")],
     ["based_jax.ops"],
@@ -113,7 +113,7 @@ def test_lower_floors_and_the_own_package_are_open():
 WING_ROOTS = ("pallas_kernels", "based_jax.ops")
 WINGS = sorted({path.parent.name for root in WING_ROOTS for path in ROOT.glob(f"{root.replace('.', '/')}/*/*.py")})
 BARE_PACKAGES = {"pallas_kernels", "based_jax", "based_jax.ops"}
-OPEN_TO_KERNELS = ("pallas_kernels.split",)
+OPEN_TO_ALL = "pallas_kernels.split", "pallas_kernels.gpus"
 OPEN_TO_GLUE = (
     *(f"based_jax.{name}" for name in ("devices", "dims", "errors", "labels", "revision")),
     *(
@@ -132,9 +132,9 @@ def open_to(module):
     for wing in WINGS:
         kernels, glue = (f"{root}.{wing}" for root in WING_ROOTS)
         if is_below(module, [kernels]):
-            return (kernels, *OPEN_TO_KERNELS)
+            return (kernels, *OPEN_TO_ALL)
         if is_below(module, [glue]):
-            return (kernels, glue, *OPEN_TO_KERNELS, *OPEN_TO_GLUE)
+            return (kernels, glue, *OPEN_TO_ALL, *OPEN_TO_GLUE)
     return None
 
 
@@ -143,7 +143,8 @@ def wing_violations(module, source):
     names = [name for name in imported_names(source) if is_below(name, ("pallas_kernels", "based_jax"))]
     allowed = open_to(module)
     if allowed is None:
-        return [name for name in names if is_below(name, ["pallas_kernels"]) and module.startswith("based_jax")]
+        names = [name for name in names if is_below(name, ["pallas_kernels"]) and module.startswith("based_jax")]
+        allowed = OPEN_TO_ALL
     return [name for name in names if name not in BARE_PACKAGES and not is_below(name, allowed)]
 
 

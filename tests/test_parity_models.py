@@ -47,7 +47,7 @@ def batch_of(case):
     """Return a batch with the file's labels, or with each token's successor as its label."""
     ids = case.inputs["ids"]
     after = np.pad(ids[:, 1:], [(0, 0), (0, 1)], constant_values=NO_LABEL)
-    return {"inputs": jnp.asarray(ids), "labels": jnp.asarray(case.inputs.get("labels", after))}
+    return {"inputs": np.asarray(ids), "labels": np.asarray(case.inputs.get("labels", after))}
 
 
 @parametrize_some("name, scan_layers", STACKED, [case for case in STACKED if case != ("tiny_based_lm", True)])

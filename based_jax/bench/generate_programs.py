@@ -22,7 +22,7 @@ from based_jax.nn.lm import LM
 from based_jax.nn.lm_config import LMConfig
 from based_jax.ops import dispatch
 
-COMPILING_THREADS = 16
+COMPILING_THREADS = 8
 
 
 class Subject:

@@ -13,6 +13,7 @@ from based_jax.data.checks import check_choice
 from based_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+BYTE_PIECES = (*(bytes([byte]) for byte in range(256)), END_OF_TEXT.encode())
 GPT2_ASSETS = Path(__file__).parent / "assets" / "gpt2"
 GPT2_WORD_ENDS = frozenset(" \n\t。，、！？：；")
 GPT2_SHA256 = {
@@ -70,8 +71,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of any ids: broken UTF-8 becomes U+FFFD, ids outside the vocabulary are left out."""
-        pieces = [bytes([byte]) for byte in range(256)] + [END_OF_TEXT.encode()]
-        return b"".join(pieces[i] for i in ids if 0 <= i < self.vocab_size).decode(errors="replace")
+        return b"".join(BYTE_PIECES[i] for i in ids if 0 <= i < self.vocab_size).decode(errors="replace")
 
 
 class Gpt2Tokenizer:

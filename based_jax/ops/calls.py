@@ -149,11 +149,11 @@ class TaylorSums(NamedTuple):
 
 
 class RecentTokens(NamedTuple):
-    """Keys (B, H, W, K) and values (B, H, W, V) of tokens that no sum holds yet: the first `count` (B) of each row."""
+    """Keys (B, H, W, K) and values (B, H, W, V) of tokens that no sum holds yet: the first `length` (B) of each row."""
 
     k: BHWK
     v: BHWV
-    count: Int[Array, "B"]
+    length: Int[Array, "B"]
 
 
 class TaylorState(NamedTuple):
@@ -166,7 +166,7 @@ class TaylorState(NamedTuple):
 class TaylorDecodeCall(NamedTuple):
     """A few tokens of Taylor attention behind a state: q, k (B, T, H, K), v (B, T, H, V).
 
-    The state's parts stand by themselves: its sums, its recent keys and values (k, v), and the count of those.
+    The state's parts stand by themselves: its sums, its recent keys and values (k, v), and the length of those.
     """
 
     q: BTHK
@@ -174,7 +174,7 @@ class TaylorDecodeCall(NamedTuple):
     v: BTHV
     sums: TaylorSums
     tokens: tuple[BHWK, BHWV] | None
-    count: Int[Array, "B"] | None
+    length: Int[Array, "B"] | None
 
 
 class MatrixStateCall(NamedTuple):
@@ -353,6 +353,7 @@ class SelectiveScanStepCall(NamedTuple):
     B: BN
     C: BN
     state: BDN
+    bias: Channels | None = None
 
 
 class SSDCall(NamedTuple):

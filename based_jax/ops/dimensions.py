@@ -33,7 +33,7 @@ DIMENSIONS: dict[type, Dimensions] = {
     calls.AttentionCall: Dimensions(_by_token("q", "k", "v"), (BY_HEAD,)),
     calls.LinearAttentionCall: _recurrent(_by_token("q", "k", "v")),
     calls.TaylorDecodeCall: Dimensions(
-        _by_token("q", "k", "v", names=("batch", None, "heads")) | {"sums": STATE, "tokens": STATE, "count": ROWS},
+        _by_token("q", "k", "v", names=("batch", None, "heads")) | {"sums": STATE, "tokens": STATE, "length": ROWS},
         (("batch", None, "heads"), STATE, STATE, ROWS),
     ),
     calls.MatrixStateCall: _recurrent(_by_token("q", "k", "v", "log_decay", "beta", "a", "b") | {"bonus": HEADS}),

@@ -89,24 +89,26 @@ def selective_scan(
 
 
 @checked
-def selective_scan_step(u: BD, dt: BD, A: DN, B: BN, C: BN, state: BDN, *, impl: str = "auto") -> tuple[BD, BDN]:
-    """Return one token's output and the state after it.
+def selective_scan_step(
+    u: BD, dt: BD, A: DN, B: BN, C: BN, state: BDN, *, bias: Channels | None = None, impl: str = "auto"
+) -> tuple[BD, BDN]:
+    """Return one token's output and the state after it; with a bias dt are raw steps, as of `selective_scan`.
 
     `impl` is "xla_steps", "oracle" (the same), "hopper_states" (a Mosaic GPU kernel, which writes the states where they
     lie; D a multiple of 128; N 8, 16 or 32) or "auto".
     """
-    call = SelectiveScanStepCall(u, dt.astype(jnp.float32), finite(A), B, C, state)
+    call = SelectiveScanStepCall(u, dt, finite(A), B, C, state, bias)
     return dispatch("selective_scan_step", STEP_IMPLEMENTATIONS, impl, call)
 
 
 def _stepped(call: SelectiveScanStepCall) -> tuple[BD, BDN]:
-    u, B, C = (x.astype(jnp.float32) for x in (call.u, call.B, call.C))
-    kept = jnp.exp(call.dt[..., None] * call.A[None])
-    state = kept * call.state + (call.dt * u)[..., None] * B[:, None]
+    u, dt, B, C = (x.astype(jnp.float32) for x in (call.u, _steps(call), call.B, call.C))
+    kept = jnp.exp(dt[..., None] * call.A[None])
+    state = kept * call.state + (dt * u)[..., None] * B[:, None]
     return jnp.sum(state * C[:, None], axis=-1).astype(call.u.dtype), state
 
 
-def _steps(call: SelectiveScanCall) -> BTD:
+def _steps(call: SelectiveScanCall | SelectiveScanStepCall) -> Float[Array, "*T D"]:
     return call.dt if call.bias is None else step_sizes(call.dt, call.bias)
 
 
@@ -114,8 +116,7 @@ def _scanned(call: SelectiveScanCall, *, over: Callable) -> tuple[BTD, BDN]:
     call = call._replace(dt=_steps(call), bias=None)
 
     def step(token, state):
-        dt = token.dt.astype(jnp.float32)
-        return _stepped(SelectiveScanStepCall(token.u, dt, call.A, token.B, token.C, state))
+        return _stepped(SelectiveScanStepCall(token.u, token.dt, call.A, token.B, token.C, state))
 
     return over(step, call.tokens, _empty(call), call.state, call.segment_ids)
 

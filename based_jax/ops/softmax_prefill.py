@@ -89,7 +89,7 @@ def _per_device(call: AttentionPrefillCall) -> BTHV:
     names = (tokens,) * 3 + (cached,) * 2 + (("batch",), ("batch",))
 
     def on_device(*arrays: Any) -> BTHV:
-        return _chunked(AttentionPrefillCall(*sharded.vary_alike(*arrays), head_dim=call.head_dim))
+        return _chunked(call._replace(**dict(zip(call._fields, sharded.vary_alike(*arrays), strict=False))))
 
     return sharded.per_shard(on_device, call[:7], names, [tokens])
 
@@ -155,7 +155,7 @@ def _cudnn(call: AttentionPrefillCall) -> BTHV:
     """Read both by cuDNN's kernel, which takes other numbers of keys than of queries."""
     multiples = {3: softmax.CUDNN_HEAD_MULTIPLE}
     q, k, v, past_k, past_v = (sharded.fill(x, multiples) for x in call[:5])
-    options = {"scale": 1 / call.root, "return_residual": True, "implementation": "cudnn"}
+    options: dict[str, Any] = {"scale": 1 / call.root, "return_residual": True, "implementation": "cudnn"}
     own, own_logarithm = jax.nn.dot_product_attention(q, k, v, is_causal=True, **options)
     lengths = jnp.maximum(call.length, 1)  # a row without any is left out below
     past, logarithm = jax.nn.dot_product_attention(q, past_k, past_v, key_value_seq_lengths=lengths, **options)

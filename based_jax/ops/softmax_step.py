@@ -79,7 +79,8 @@ def per_device(compute):
     @functools.wraps(compute)
     def on_devices(call: AttentionStepCall) -> BHV:
         def on_device(*arrays: Array) -> BHV:
-            return compute(AttentionStepCall(*sharded.vary_alike(*arrays), call.head_dim))
+            q, k, v, length = sharded.vary_alike(*arrays)
+            return compute(AttentionStepCall(q, k, v, length, call.head_dim))
 
         return sharded.per_shard(on_device, call[:4], names, [names[0]])
 

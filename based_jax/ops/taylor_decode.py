@@ -106,14 +106,14 @@ def state_elements(feature_dim: int, value_dim: int, flush: int, state_dtype: st
 def total(state: TaylorState) -> BHEV:
     """Return the sums over all tokens, recent ones too, as `taylor_attention` takes them."""
     sums, recent = state
-    values, normaliser = (_values(sums), sums.normaliser) if recent is None else _with_recent(sums, *recent)
+    values, normaliser = (_values(sums), sums.normaliser) if recent is None else _with_recent(sums, recent)
     return jnp.concatenate([values, normaliser[..., None]], axis=-1)
 
 
 def holding(sums: BHEV, like: TaylorState) -> TaylorState:
     """Return the state, of the same form as another one, of a past with these sums and no recent tokens."""
     held, recent = _written(sums[..., :-1], sums[..., -1], like.sums), like.recent
-    return TaylorState(held, recent and recent._replace(count=jnp.zeros_like(recent.count)))
+    return TaylorState(held, recent and recent._replace(length=jnp.zeros_like(recent.length)))
 
 
 @checked
@@ -137,9 +137,10 @@ def taylor_attention_decode(q: BTHK, k: BTHK, v: BTHV, state: Any, *, impl: str 
         raise UserError(f"taylor_attention_decode: E and V of the state are {sizes}; of these q and v, {wanted}.")
     if q.shape[1] > (room := 1 if recent is None else recent.k.shape[2]):
         raise UserError(f"taylor_attention_decode: there are {q.shape[1]} tokens; this state takes {room} at once.")
-    call = TaylorDecodeCall(q, k, v, sums, recent and recent[:2], recent and recent.count)
-    o, sums, tokens, count = dispatch("taylor_attention_decode", IMPLEMENTATIONS, impl, call)
-    return o, TaylorState(sums, recent and RecentTokens(*tokens, count))
+    parts = (None, None) if recent is None else ((recent.k, recent.v), recent.length)
+    call = TaylorDecodeCall(q, k, v, sums, *parts)
+    o, sums, tokens, length = dispatch("taylor_attention_decode", IMPLEMENTATIONS, impl, call)
+    return o, TaylorState(sums, None if recent is None else RecentTokens(*tokens, length))
 
 
 def rewound(state: TaylorState, tokens: Int[Array, "#B"]) -> TaylorState:
@@ -147,13 +148,13 @@ def rewound(state: TaylorState, tokens: Int[Array, "#B"]) -> TaylorState:
     recent = state.recent
     if recent is None:
         raise UserError("flush is 1; a state takes tokens back where it is written every 2 or more.")
-    return state._replace(recent=recent._replace(count=recent.count - tokens))
+    return state._replace(recent=recent._replace(length=recent.length - tokens))
 
 
 def _steps(call: TaylorDecodeCall) -> tuple[BTHV, TaylorSums, tuple | None, Int[Array, "B"] | None]:
     """Add a token to the sums and read them; where there are recent tokens, add these once they have no room."""
-    q, k, v, sums, tokens, count = call
-    if tokens is None:
+    q, k, v, sums, tokens, length = call
+    if tokens is None or length is None:
         sums = _written(*_with_tokens(sums, taylor_features(k).swapaxes(1, 2), v.swapaxes(1, 2)), sums)
         return normalise(_sums_seen(q, sums)).astype(v.dtype), sums, None, None
 
@@ -163,14 +164,14 @@ def _steps(call: TaylorDecodeCall) -> tuple[BTHV, TaylorSums, tuple | None, Int[
         return jnp.any(state[1] + T > W)
 
     def flushed(state):
-        sums, count = state
-        return _written(*_with_recent(sums, *tokens, count), sums), jnp.zeros_like(count)
+        sums, length = state
+        return _written(*_with_recent(sums, RecentTokens(*tokens, length)), sums), jnp.zeros_like(length)
 
     # A loop of one turn or none: a `cond` copies the sums that it leaves as they are.
-    sums, count = jax.lax.while_loop(have_no_room, flushed, (sums, count))
-    tokens = tuple(_appended(held, new, count) for held, new in zip(tokens, (k, v), strict=True))
-    seen = _sums_seen(q, sums) + _recent_seen(q, *tokens, count)
-    return normalise(seen).astype(v.dtype), sums, tokens, count + T
+    sums, length = jax.lax.while_loop(have_no_room, flushed, (sums, length))
+    recent_k, recent_v = (_appended(held, new, length) for held, new in zip(tokens, (k, v), strict=True))
+    seen = _sums_seen(q, sums) + _recent_seen(q, recent_k, recent_v, length)
+    return normalise(seen).astype(v.dtype), sums, (recent_k, recent_v), length + T
 
 
 def _sums_seen(q: BTHK, sums: TaylorSums) -> Sums:
@@ -191,10 +192,10 @@ def _recent_seen(q: BTHK, k, v, before: Int[Array, "B"]) -> Sums:
     return jnp.einsum("BHTW,BHWV->BTHV", p, with_ones(v), precision=EXACT)
 
 
-def _with_recent(sums: TaylorSums, k, v, count: Int[Array, "B"]) -> tuple[Array, Array]:
-    """Return values and normaliser in fp32 with each row's first `count` tokens."""
-    held = jnp.arange(k.shape[2])[None] < count[:, None]
-    return _with_tokens(sums, jnp.where(held[:, None, :, None], taylor_features(k), 0.0), v)
+def _with_recent(sums: TaylorSums, recent: RecentTokens) -> tuple[Array, Array]:
+    """Return values and normaliser in fp32 with recent tokens."""
+    held = jnp.arange(recent.k.shape[2])[None] < recent.length[:, None]
+    return _with_tokens(sums, jnp.where(held[:, None, :, None], taylor_features(recent.k), 0.0), recent.v)
 
 
 def _with_tokens(sums: TaylorSums, phi: Float[Array, "B H W E"], v: Float[Array, "B H W V"]) -> tuple[Array, Array]:
@@ -203,14 +204,14 @@ def _with_tokens(sums: TaylorSums, phi: Float[Array, "B H W E"], v: Float[Array,
     return _values(sums) + added, sums.normaliser + jnp.sum(phi, axis=2)
 
 
-def _appended(held: Float[Array, "B H W _"], new: Float[Array, "B T H _"], count: Int[Array, "B"]):
-    """Write T tokens of each row behind its `count` recent ones."""
+def _appended(held: Float[Array, "B H W _"], new: Float[Array, "B T H _"], length: Int[Array, "B"]):
+    """Write T tokens of each row behind its `length` recent ones."""
 
     @jax.vmap
-    def write(held, new, count):
-        return jax.lax.dynamic_update_slice_in_dim(held, new, count, axis=1)
+    def write(held, new, length):
+        return jax.lax.dynamic_update_slice_in_dim(held, new, length, axis=1)
 
-    return write(held, new.swapaxes(1, 2).astype(held.dtype), count)
+    return write(held, new.swapaxes(1, 2).astype(held.dtype), length)
 
 
 def _values(sums: TaylorSums) -> Float[Array, "B H E V"]:
@@ -221,9 +222,9 @@ def _values(sums: TaylorSums) -> Float[Array, "B H E V"]:
 def _written(values: Float[Array, "B H E V"], normaliser: Float[Array, "B H E"], like: TaylorSums) -> TaylorSums:
     """Return sums in the format of others: a row's values are scaled so that the largest is the format's."""
     dtype = like.values.dtype
-    if like.scales is None:
+    if (largest := FORMATS[dtype.name].largest) is None:
         return TaylorSums(values.astype(dtype), None, normaliser)
-    scales = jnp.max(jnp.abs(values), axis=-1) / FORMATS[dtype.name].largest
+    scales = jnp.max(jnp.abs(values), axis=-1) / largest
     scaled = values / jnp.where(scales == 0, 1.0, scales)[..., None]
     if jnp.issubdtype(dtype, jnp.integer):
         scaled = jnp.round(scaled)

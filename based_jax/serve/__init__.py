@@ -3,7 +3,7 @@
 from based_jax.serve import Limits, bound, serve
 """
 
-from based_jax.serve.completion import Limits
+from based_jax.serve.limits import Limits
 from based_jax.serve.server import bound, serve
 
 __all__ = ["Limits", "bound", "serve"]

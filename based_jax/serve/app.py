@@ -17,8 +17,9 @@ from based_jax.data.tokenizer import Tokenizer
 from based_jax.generate.prompts import shown
 from based_jax.serve.answers import Answer
 from based_jax.serve.api_errors import ApiError
-from based_jax.serve.completion import Completion, Limits, parse_completion
+from based_jax.serve.completion import Completion, parse_completion
 from based_jax.serve.driver import Driver
+from based_jax.serve.limits import Limits
 from based_jax.serve.metrics import Metrics
 
 BODY_SECONDS = 60.0

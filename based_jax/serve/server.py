@@ -21,8 +21,8 @@ from based_jax.generate import PrefixCache, Request, Scheduler
 from based_jax.nn.lm import LM
 from based_jax.serve.api_errors import shutting_down
 from based_jax.serve.app import Service, make_app
-from based_jax.serve.completion import Limits
 from based_jax.serve.driver import Driver
+from based_jax.serve.limits import Limits
 from based_jax.serve.metrics import Metrics, PrefixCacheMetrics
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def serve(
 
     Raises:
       UserError: the tokenizer is not the model's.
-      RuntimeError: the model failed.
+      Exception: what ended the model.
     """
     service = make_service(model, tokenizer, name, limits=limits or Limits(), api_key=api_key)
     if service.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
@@ -66,7 +66,7 @@ def serve(
     server = Server(service, grace, lambda: ready(_invitation(service, listener)))
     server.run(sockets=[listener])
     if server.driver.failure is not None:
-        raise RuntimeError("The model failed while it was served.") from server.driver.failure
+        raise server.driver.failure
 
 
 def bound(host: str, port: int) -> socket.socket:

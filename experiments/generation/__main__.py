@@ -39,12 +39,8 @@ def run(only: str, with_peers: bool) -> int:
 def words_of(name: str, model: Model) -> list[str]:
     """Return what is asked of `bench generate`."""
     what = f"--peer={name}" if name in PEERS else f"--config={model.config}"
-    return [
-        what,
-        *(f"--option={option}" for option in model.options),
-        "--sizes",
-        *(f"{batch}x{context}" for batch, context in model.sizes),
-    ]
+    more = [*(f"--option={option}" for option in model.options), *([] if model.reads else ["--no-prefill"])]
+    return [what, *more, "--sizes", *(f"{batch}x{context}" for batch, context in model.sizes)]
 
 
 if __name__ == "__main__":

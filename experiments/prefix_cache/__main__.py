@@ -1,7 +1,7 @@
 """The first token of a prompt whose beginning was read before, against that of one that nobody has read.
 
-python -m experiments.prefix_cache --config=configs/text_tiny.py --out=experiments/prefix_cache/results/cpu.jsonl
-python -m experiments.prefix_cache --config=configs/based.py:1b    # random weights, which cost what trained ones do
+python -m experiments.prefix_cache --config=configs/text_tiny.py --d-model=512    # on a CPU
+python -m experiments.prefix_cache --config=configs/based.py:1b --out=experiments/prefix_cache/results/rows.jsonl
 """
 
 import argparse
@@ -28,18 +28,20 @@ def main() -> None:
     """Measure a model of random weights; print a table and append its rows to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="that of a model, as `train` takes it")
+    parser.add_argument("--d-model", type=int, help="another width")
     parser.add_argument("--out", type=Path, help="file of rows, JSON lines, to append to")
     args = parser.parse_args()
     command = " ".join(["python -m experiments.prefix_cache", *sys.argv[1:]])
     with rows.appended(args.out) as write:
-        for row in measure(random_decoder(args.config)):
+        for row in measure(random_decoder(args.config, args.d_model)):
             print(f"{row['prompt']:<28} {row['restored']:>6,} restored {1e3 * row['seconds']:>9.1f} ms", flush=True)
-            write({"config": args.config, **row, **rows.facts(), "command": command})
+            write({"config": args.config, "d_model": args.d_model, **row, **rows.facts(), "command": command})
 
 
-def random_decoder(config: str) -> Decoder:
-    """Return a model with random weights."""
-    model = configs.build(LMConfig, configs.load(config).model)
+def random_decoder(config: str, d_model: int | None) -> Decoder:
+    """Return a model with random weights, which cost what trained ones do."""
+    overrides = [] if d_model is None else [("model.d_model", str(d_model))]
+    model = configs.build(LMConfig, configs.load(config, overrides).model)
     return Decoder.of(nnx.jit(lambda: LM(model, rngs=nnx.Rngs(0)))())
 
 

@@ -80,12 +80,13 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, v, values, recent_v) -> "Plan":
         """Return the plan for these arrays."""
-        return cls(*v.shape, values.dtype, recent_v.shape[2])
+        batch, tokens, heads, value_dim = v.shape
+        return cls(batch, tokens, heads, value_dim, values.dtype, recent_v.shape[2])
 
     @property
-    def largest(self) -> float | None:
-        """What rows of the state are scaled to."""
-        return LARGEST.get(self.dtype.name)
+    def largest(self) -> float:
+        """What rows of the state are scaled to, 0 where they are not."""
+        return LARGEST.get(self.dtype.name, 0.0)
 
     @property
     def group(self) -> int:
@@ -100,7 +101,7 @@ class Plan(NamedTuple):
             plgpu.SMEM((self.room, FEATURE_DIM), recent_k.dtype),
             plgpu.SMEM((self.room, self.value_dim), recent_k.dtype),
             plgpu.SMEM((max(self.tokens, self.group), 2 * LANES), jnp.float32),
-            *[rows] * (1 + (self.largest is not None)),
+            *[rows] * (1 + (self.largest > 0)),
             plgpu.Barrier(num_arrivals=3),
         ]
 
@@ -130,12 +131,13 @@ class Step:
             plgpu.copy_gmem_to_smem(source, tile, self.filled)
         for ref, slots in zip(self.beside, self.beside_slots, strict=True):
             put(slots, read_rows(ref))
+        phi = features(self.q)
         plgpu.barrier_wait(self.filled)
         is_full = self.count + plan.tokens > plan.room
         pl.when(is_full)(self.flush)
         before = jnp.where(is_full, 0, self.count)
         self.append(before)
-        self.weigh()
+        self.weigh(phi)
         plgpu.commit_smem()
         row, head = self.place
         for t, o in enumerate(self.read(before)):
@@ -166,10 +168,10 @@ class Step:
         def expand_token(i):
             [phi] = features(self.k_tile.at[pl.ds(first + i, 1)])
             held = lax.broadcast(first + i < self.count, (LANES,))
-            phi = [jnp.where(held, x, 0.0) for x in phi]
-            put(self.weights.at[i], phi)
+            kept = [jnp.where(held, x, 0.0) for x in phi]
+            put(self.weights.at[i], kept)
             totals = get(self.normaliser_slots)
-            put(self.normaliser_slots, [total + x for total, x in zip(totals, phi, strict=True)])
+            put(self.normaliser_slots, [total + x for total, x in zip(totals, kept, strict=True)])
 
     def add(self, row, slot, first) -> None:
         """Add a group's products of features and values to a tile of the state."""
@@ -202,15 +204,16 @@ class Step:
                 for ref in (tile, target):
                     ref.at[before + t][...] = x
 
-    def weigh(self) -> None:
+    def weigh(self, features_of_queries) -> None:
         """Write what each row of the state counts for each query."""
         scales = [get(slots) for slots in self.scale_slots]
         normaliser, self.totals = get(self.normaliser_slots), []
-        for t, phi in enumerate(features(self.q)):
+        for t, phi in enumerate(features_of_queries):
             self.totals.append(jnp.sum(sum(x * z for x, z in zip(phi, normaliser, strict=True))))
+            weights = list(phi)
             for scale in scales:
-                phi = [x * y for x, y in zip(phi, scale, strict=True)]
-            put(self.weights.at[t], phi)
+                weights = [x * y for x, y in zip(weights, scale, strict=True)]
+            put(self.weights.at[t], weights)
 
     def read(self, before) -> list[jax.Array]:
         """Return each query's output (V)."""
@@ -226,7 +229,7 @@ class Step:
             ]
 
         numerators = lax.fori_loop(0, SLOTS // TILE_ROWS, add_tile, numerators)
-        keys_shape, number = (TILE_ROWS, FEATURE_DIM), plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=ROWS)
+        number = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS,), 0, layout=PER_ROW)
         queries = [load_global(self.q.at[t], PER_COLUMN).astype(jnp.float32) for t in range(self.plan.tokens)]
 
         def add_recent(i, sums):
@@ -234,16 +237,15 @@ class Step:
             k, v = (load(tile.at[tokens], ROWS) for tile in (self.k_tile, self.v_tile))
             after = []
             for t, (q, (numerator, denominator)) in enumerate(zip(queries, sums, strict=True)):
-                s = jnp.sum(k * down(q, keys_shape), axis=1) * FEATURE_DIM**-0.5
-                p = across(1.0 + s * (1.0 + 0.5 * s), shape)
-                p = jnp.where(number + i * TILE_ROWS <= before + t, p, 0.0)
-                after.append((numerator + p * v, denominator + p))
+                s = jnp.sum(k * down(q, k.shape), axis=1) * FEATURE_DIM**-0.5
+                p = jnp.where(number + i * TILE_ROWS <= before + t, 1.0 + s * (1.0 + 0.5 * s), 0.0)
+                after.append((numerator + across(p, shape) * v, denominator + p))
             return after
 
-        sums = [(x, jnp.zeros_like(x)) for x in numerators]
+        sums = [(x, jnp.zeros(TILE_ROWS, jnp.float32)) for x in numerators]
         sums = lax.fori_loop(0, self.plan.room // TILE_ROWS, add_recent, sums)
         return [
-            (jnp.sum(x, axis=0) / (jnp.sum(z, axis=0) + total)).astype(self.q.dtype)
+            (jnp.sum(x, axis=0) * (1.0 / (jnp.sum(z) + total))).astype(self.q.dtype)
             for (x, z), total in zip(sums, self.totals, strict=True)
         ]
 

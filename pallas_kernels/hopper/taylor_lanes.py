@@ -9,6 +9,7 @@ has the slots l and LANES + l, of which `SLOTS` hold the rows of a state as tile
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def read_rows(ref) -> Slots:
     return tuple(_by_lanes(lambda lanes, ref: [_Slot(lanes, half).read(ref) for half in range(2)], 2)(ref))
 
 
-def write_rows(ref, values: Slots) -> None:
+def write_rows(ref, values: Sequence[jax.Array]) -> None:
     """Undo `read_rows`."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), PER_LANE, PER_LANE))

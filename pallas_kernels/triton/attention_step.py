@@ -78,8 +78,8 @@ def forward(q, k, v, length, *, scale: float, tiling: Tiling) -> list[jax.Array]
     pieces = _pieces(k), _pieces(v)
     cut = Cut(slots, groups, queries, query_tile, *pieces, splits, tiling.split, tiling.step, scale)
     types = Type((batch, splits, heads, v.shape[3]), jnp.float32), Type((batch, splits, heads), jnp.float32)
-    options = {"warps": tiling.warps, "stages": tiling.stages, "cut": cut}
-    return launch(attention_step, splits * groups, [q, k, v, length], types, **options)
+    arrays, programs = [q, k, v, length], splits * groups
+    return launch(attention_step, programs, arrays, types, warps=tiling.warps, stages=tiling.stages, cut=cut)
 
 
 def _pieces(x: jax.Array) -> Pieces:

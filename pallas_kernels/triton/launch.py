@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,17 +14,10 @@ from jax.interpreters import mlir
 from jax_triton import triton_lib
 from jaxlib.mlir import ir
 
+from pallas_kernels.gpus import GpuModels, models_of
+
 Type = jax.ShapeDtypeStruct
 
-CAPABILITIES = {
-    **dict.fromkeys(["A30", "A100", "A800"], 80),
-    **dict.fromkeys(["A2", "A10", "A10G", "A16", "A40"], 86),
-    **dict.fromkeys(["L4", "L20", "L40", "L40S"], 89),
-    **dict.fromkeys(["H20", "H100", "H200", "H800", "GH200"], 90),
-}
-"""Compute capabilities of GPUs that one may compile for without having them, by a word of their names."""
-SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
-"""By compute capability: what the programs of a multiprocessor share, and one may take."""
 LEAST_SHARED_BYTES = 64 << 10
 """Of any GPU, AMD's included."""
 TYPED_CALL = 4
@@ -105,11 +97,17 @@ def _repeated(x: jax.Array, lanes: int) -> jax.Array:
 
 def shared_bytes() -> int:
     """Return what the programs of a multiprocessor share of the GPU that is being compiled for."""
-    return SHARED_BYTES.get(_capability() or 0, LEAST_SHARED_BYTES)
+    models = _models()
+    return models.shared_bytes if models else LEAST_SHARED_BYTES
 
 
 def _capability() -> int | None:
-    """Return that of the mesh's GPUs, or of this host's; None where it is not known, and jax-triton asks this host."""
+    """Return that of what is compiled for; None where it is not known, and jax-triton asks this host."""
+    models = _models()
+    return models.capability if models else None
+
+
+def _models() -> GpuModels | None:
+    """Return what is known of the mesh's GPUs, or of this host's."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    words = re.split(r"[\s-]", device.device_kind)
-    return next((CAPABILITIES[word] for word in words if word in CAPABILITIES), None)
+    return models_of(device.device_kind)

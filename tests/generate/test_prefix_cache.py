@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from flax import nnx
+from helpers.decoding import random_decoder
 
 from based_jax.errors import UserError
 from based_jax.generate import Request, Scheduler
-from based_jax.generate.decoder import Decoder
 from based_jax.generate.prefix_cache import (
     BLOCK_TOKENS,
     EVICTED,
@@ -20,7 +19,7 @@ from based_jax.generate.prefix_cache import (
 )
 from based_jax.generate.scheduler import piece_ends
 from based_jax.generate.state import State
-from based_jax.nn.lm import LM, LMConfig
+from based_jax.nn.lm import LMConfig
 
 CHUNK, STATE_BYTES, PLENTY = 512, 8, 10**6
 
@@ -117,18 +116,16 @@ def test_a_budget_of_nothing_and_a_state_of_other_tokens_are_refused():
         PrefixCache(1).keep(np.arange(20, dtype=np.int32), state_of(np.arange(16, dtype=np.int32)))
 
 
-LAYERS = (("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 4}), ("attention", {"num_heads": 2}))
-
-
 @pytest.fixture(scope="module")
 def decoder():
-    config = LMConfig(layers=LAYERS, d_model=16, vocab_size=257, dtype="float32", init_std=0.5)
-    return Decoder.of(nnx.jit(lambda: LM(config, rngs=nnx.Rngs(1)))())
+    """Return a model of `test_scheduler.py`'s config, whose programs it shares."""
+    layers = (("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 4}), ("window", {"num_heads": 2, "window": 4}))
+    return random_decoder(LMConfig(layers=layers, d_model=16, vocab_size=257, dtype="float32", init_std=0.5))
 
 
 def answer(decoder, prompt, prefix_cache=None):
     """Return the tokens that a scheduler with chunks of 32 draws, greedily."""
-    scheduler = Scheduler(decoder, slots=1, max_len=128, chunk_tokens=32, block_tokens=4, prefix_cache=prefix_cache)
+    scheduler = Scheduler(decoder, slots=2, max_len=128, chunk_tokens=32, block_tokens=3, prefix_cache=prefix_cache)
     scheduler.submit(Request(prompt, 4))
     tokens = []
     while scheduler.busy:

@@ -168,8 +168,9 @@ def test_toeplitz_says_what_it_does_not_take(normal):
 def test_vmap_equals_a_loop(impl, draw, close):
     (x, kernel, state), _, ids = draw(20, 3, 5)
     call = jax.jit(lambda x, kernel, state, ids: caller(impl, ids=ids)(x, kernel, state))
+    x, kernel, state, ids = jax.device_get((x, kernel, state, ids))
     x, state, ids = (y.reshape(3, 2, *y.shape[1:]) for y in (x, state, ids))
-    lanes = jax.device_get((x, np.stack([kernel, -kernel, 2 * kernel]), state, ids))
+    lanes = x, np.stack([kernel, -kernel, 2 * kernel]), state, ids
     mapped = jax.device_get(jax.jit(jax.vmap(call))(*lanes))
     for i in range(3):
         close(jax.tree.map(lambda y, i=i: y[i], mapped), call(*(y[i] for y in lanes)))

@@ -48,9 +48,9 @@ def inputs(rng, normal, channels):
     """Return arrays whose rows decay alike, each by one of `STRENGTHS`, and three by all of them, often by little."""
     alone = np.broadcast_to(-np.asarray(STRENGTHS)[:, None, None, None], (len(STRENGTHS), T, 1, channels))
     mixed = -rng.choice(STRENGTHS, (3, T, 1, channels), p=[0.2, 0.3, 0.2, *[0.05] * 6])
-    decay = jnp.asarray(np.concatenate([alone, mixed]), jnp.float32)
-    q, k, v, rate = (normal(len(decay), T, 1, *width) for width in ((K,), (K,), (K,), ()))
-    unit, rate = k / jnp.linalg.norm(k, axis=-1, keepdims=True), jax.nn.sigmoid(rate)
+    decay = np.concatenate([alone, mixed]).astype(np.float32)
+    q, k, v, rate = (np.asarray(normal(len(decay), T, 1, *width)) for width in ((K,), (K,), (K,), ()))
+    unit, rate = k / np.linalg.norm(k, axis=-1, keepdims=True), 1 / (1 + np.exp(-rate))
     minus = -rate[..., None] * unit
     return {"q": q, "k": k, "v": v, "decay": decay, "unit": unit, "rate": rate, "minus": minus}
 

@@ -3,6 +3,7 @@ import logging
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.devices import H100, gpus
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from based_jax.errors import UserError
@@ -29,8 +30,8 @@ from based_jax.ops import (
     wkv4,
 )
 from based_jax.ops.calls import AttentionCall
-from based_jax.ops.dispatch import Implementation, beside, dispatch, named, target_platform
-from based_jax.ops.softmax import ATTENTION, WINDOW_ATTENTION
+from based_jax.ops.dispatch import Implementation, beside, choose, dispatch, named, target_platform
+from based_jax.ops.softmax import ATTENTION, WINDOW_ATTENTION, whole_pass_head_dim
 from based_jax.ops.token_shift import token_shift
 
 
@@ -257,3 +258,20 @@ def test_cudnn_predicate(dtype, head_dims, packed, reason):
     call = AttentionCall(q, q, v, 2, jnp.ones((1, 4), jnp.int32) if packed else None)
     answer = WINDOW_ATTENTION["cudnn_flash"].supports(call)
     assert answer is None if reason is None else reason in answer
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_dim", "given", "impl"),
+    [
+        (H100, 64, 64, "cudnn_flash"),
+        (H100, 70, 80, "hopper_tiles"),
+        (H100, 90, 96, "cudnn_flash"),
+        ("NVIDIA A100-SXM4-80GB", 70, 72, "cudnn_flash"),
+    ],
+)
+def test_attention_of_whole_sequences_has_heads_that_its_fastest_kernels_take(kind, head_dim, given, impl):
+    with gpus(kind):
+        size = whole_pass_head_dim(head_dim)
+        x = jnp.zeros((1, 256, 2, size), "bfloat16")
+        chosen = choose("attention", ATTENTION, "auto", AttentionCall(x, x, x, 256, None, head_dim))
+    assert (size, chosen) == (given, impl)

@@ -25,7 +25,7 @@ jitted = jax.jit(gated_linear_attention, static_argnames=("impl", "scale"))
 
 def inputs(normal, T, per_head=False, B=6, dtype="float32"):
     """Return q, k, v, log-decays down to about -10, and a state."""
-    g = -(normal(B, T, H, 1 if per_head else K) ** 2)
+    g = -np.square(normal(B, T, H, 1 if per_head else K))
     return (*(normal(B, T, H, n, dtype=dtype) for n in (K, K, V)), g, normal(B, H, K, V))
 
 
@@ -34,7 +34,7 @@ def test_oracle_equals_fp64(with_bonus, normal):
     *xs, s = inputs(normal, 7, B=1)
     q, k, v, g, s = (np.asarray(x, np.float64) for x in (*xs, s))
     bonus = normal(H, K) if with_bonus else None
-    o, after = jitted(*xs, bonus=bonus, state=jnp.asarray(s), impl="oracle", scale=0.7)
+    o, after = jitted(*xs, bonus=bonus, state=s.astype(np.float32), impl="oracle", scale=0.7)
     for t in range(7):
         kv = np.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
         read = s + np.asarray(bonus)[None, ..., None] * kv if with_bonus else None
@@ -105,17 +105,17 @@ def test_bf16_stays_close(impl, normal, close):
     *xs, _ = inputs(normal, 70, dtype="bfloat16")
     o, _ = jitted(*xs, impl=impl)
     assert o.dtype == jnp.bfloat16
-    exact, _ = jitted(*(x.astype(jnp.float32) for x in xs), impl="oracle")
+    exact, _ = jitted(*(np.asarray(x, np.float32) for x in xs), impl="oracle")
     close(o, exact, "bfloat16")
 
 
 def test_steps_and_pieces_equal_one_call(normal, close):
-    *xs, state = inputs(normal, 9)
-    whole, after = jitted(*xs, state=state)
+    *xs, state = jax.device_get(inputs(normal, 9))
+    whole, after = jax.device_get(jitted(*xs, state=state))
     _, middle = jitted(*(x[:, :4] for x in xs), state=state)
     step = jax.jit(gated_linear_attention_step)
     for t in range(4, 9):
-        o, middle = step(*(np.asarray(x)[:, t] for x in xs), middle)
+        o, middle = step(*(x[:, t] for x in xs), middle)
         close(o, whole[:, t])
     close(middle, after)
     assert initial_state(6, H, K, V).shape == after.shape
@@ -233,9 +233,9 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_reference(name, impl, out_and_grads):
     case, (names, make) = load(name), FILES[name]
-    args = tuple(jnp.asarray(case.inputs[n], jnp.float32) for n in names)
+    args = tuple(np.asarray(case.inputs[n], np.float32) for n in names)
     r_state = case.inputs.get("r_state", np.zeros_like(case.outputs["final_state"]))
-    (o, state), grads = out_and_grads(make(impl), args, (jnp.asarray(case.inputs["r"]), jnp.asarray(r_state)))
+    (o, state), grads = out_and_grads(make(impl), args, (case.inputs["r"], r_state))
     assert_close(o, case.outputs["o"], FORWARD, "o")
     assert_close(state, case.outputs["final_state"], FORWARD, "state")
     for n, grad in zip(names, grads, strict=True):

@@ -34,23 +34,24 @@ B, T, H, K, W = *IDS.shape, 2, 4, 3
 
 
 def test_documents_are_numbered_in_order():
-    numbers = segments.numbered(jnp.asarray(IDS))
+    number = jax.jit(segments.numbered)
+    numbers = number(IDS)
     np.testing.assert_array_equal(numbers, NUMBERS)
-    np.testing.assert_array_equal(segments.numbered(numbers), NUMBERS)
-    begins = segments.begins_later(numbers)
+    np.testing.assert_array_equal(number(numbers), NUMBERS)
+    begins = np.asarray(jax.jit(segments.begins_later)(numbers))
     assert [np.flatnonzero(row).tolist() for row in begins] == [[5, 8], [3, 7]]
 
 
 def test_padding_inside_a_document_is_found():
     ids = [[0, 1, 1, 0], [1, 0, 2, 2], [1, 0, 1, 2], [1, 2, 0, 2], [0, 0, 0, 0], [1, 1, 2, 3], [1, 0, 0, 2]]
-    found = segments.padding_within(segments.numbered(jnp.asarray(ids)))
+    found = np.asarray(jax.jit(lambda ids: segments.padding_within(segments.numbered(ids)))(np.int32(ids)))
     assert found[:, 0].tolist() == [False, False, True, True, False, False, False]
 
 
 def test_positions_count_within_documents_and_continue():
-    ids = jnp.asarray([[0, 0, 3, 3, 0, 1], [2, 2, 2, 7, 7, 0], [0] * 6, [5] * 6, [5, 0, 5, 2, 5, 5]], jnp.int32)
-    place, after = segments.positions(ids, jnp.asarray([4, 10, 9, 0, 3]), ids.shape[1])
-    known = np.asarray(ids) != 0
+    ids = np.int32([[0, 0, 3, 3, 0, 1], [2, 2, 2, 7, 7, 0], [0] * 6, [5] * 6, [5, 0, 5, 2, 5, 5]])
+    place, after = jax.jit(segments.positions, static_argnums=2)(ids, np.int32([4, 10, 9, 0, 3]), ids.shape[1])
+    known = ids != 0
     expected = np.asarray([[0, 0, 4, 5, 0, 0], [10, 11, 12, 0, 1, 0], [0] * 6, range(6), [3, 0, 4, 0, 0, 1]])
     np.testing.assert_array_equal(np.where(known, place, 0), np.where(known, expected, 0))
     np.testing.assert_array_equal(after, [1, 2, 9, 6, 2])
@@ -193,10 +194,12 @@ def test_a_row_means_its_documents_one_by_one(name, normal, close):
     """An id that returns begins a document, padding within one does not, and a state belongs to the first."""
     table, call, shapes, of_state = OPERATIONS[name]
     forms = [form for form in table if table is SHIFT or (table[form].platform is None and form not in UNPACKED)]
-    arrays = [-(normal(B, T, *shape[1:]) ** 2) if shape[0] == "-" else normal(B, T, *shape) / 2 for shape in shapes]
+    arrays = [
+        -np.square(normal(B, T, *shape[1:])) if shape[0] == "-" else normal(B, T, *shape, scale=0.5) for shape in shapes
+    ]
     if name == "linear_attention":
-        arrays = [1 + x**2 for x in arrays]  # its normaliser must not vanish
-    states = [None] if of_state is None else [None, 1 + normal(B, *of_state) ** 2]
+        arrays = [1 + np.square(x) for x in arrays]  # its normaliser must not vanish
+    states = [None] if of_state is None else [None, 1 + np.square(normal(B, *of_state))]
 
     @jax.jit
     def both(arrays, states):
@@ -224,7 +227,7 @@ def form_of(name):
 @pytest.mark.parametrize("name", BY_PLACE)
 def test_ids_that_are_known_to_be_unbroken_mean_the_same(name, dtype, normal, close):
     call, shapes, of_state = form_of(name)
-    arrays = [normal(*UNBROKEN.shape, *shape, dtype=dtype) / 2 for shape in shapes]
+    arrays = [normal(*UNBROKEN.shape, *shape, dtype=dtype, scale=0.5) for shape in shapes]
     state = None if of_state is None else normal(B, *of_state)
 
     def with_gradients(segment_ids):

@@ -60,18 +60,18 @@ FEW = "gated_linear_attention", "dplr", "diagonal_ssm", "wkv4"
 
 @parametrize_some("name", SCANS, ["gated_linear_attention"])
 def test_scans_in_bf16_go_on_from_the_states_of_the_pieces_before(name, rng, normal, close):
-    ids, x = jnp.asarray(rows_over_pieces(rng, T)), normal(B, T, 2, 4, scale=0.5).astype(jnp.bfloat16)
+    ids, x = rows_over_pieces(rng, T), normal(B, T, 2, 4, dtype="bfloat16", scale=0.5)
     call = jax.jit(functools.partial(scan, name, "xla_chunks"))
-    expected = call(x.astype(jnp.float32), ids, None)
+    expected = call(np.asarray(x, np.float32), ids, None)
     with over(MESH):
         close(call(x, ids, None), expected, "bfloat16")
 
 
 @parametrize_some("name, impl, packed, continued", ALL, [(name, "xla_steps", True, True) for name in FEW])
 def test_scans_go_on_from_the_states_of_the_pieces_before(name, impl, packed, continued, rng, normal, close):
-    ids = jnp.asarray(rows_over_pieces(rng, T)) if packed else None
+    ids = rows_over_pieces(rng, T) if packed else None
     x, before = normal(B, T, 2, 4, scale=0.5), normal(B, 3, 2, 4, scale=0.5)
-    state = SCANS[name](before)[1] if continued else None
+    state = jax.jit(lambda x: SCANS[name](x)[1])(before) if continued else None
     call = functools.partial(scan, name, impl)
     close_over(MESH, call, close, x, ids, state)
 
@@ -83,7 +83,7 @@ def scan(name, impl, x, ids, state):
 @pytest.mark.parametrize("devices", [2, 3, 5, 8])
 def test_each_device_gets_what_stands_before_it_in_order(devices, normal, close):
     """By products of matrices, which do not commute; the first device gets zeros."""
-    factors = normal(devices, 2, 2)
+    factors = np.asarray(normal(devices, 2, 2))
 
     def product(factors):
         return sharded.per_shard(on_device, (factors[None],), (("batch", "time"),), (("batch", "time"),))[0]
@@ -110,7 +110,7 @@ def windows(window, impl, x, ids):
 )
 def test_windows_see_the_keys_before_a_piece(window, impl, packed, rng, normal, close):
     """Those of several pieces before, and of none."""
-    ids = jnp.asarray(rows_over_pieces(rng, T)) if packed else None
+    ids = rows_over_pieces(rng, T) if packed else None
     close_over(MESH, functools.partial(windows, window, impl), close, normal(B, T, 2, 4), ids)
 
 
@@ -122,7 +122,7 @@ def test_windows_see_the_keys_before_a_piece(window, impl, packed, rng, normal, 
 def test_attention_meets_the_keys_of_all_pieces_before(devices, packed, rng, normal, close, monkeypatch):
     """In chunks that are no multiple of a piece; each device sends its keys and values on, and gathers none."""
     monkeypatch.setattr(softmax_chunks, "CHUNK_TOKENS", 3)
-    ids = jnp.asarray(rows_over_pieces(rng, T)) if packed else None
+    ids = rows_over_pieces(rng, T) if packed else None
     sizes = {"data": 1, "tensor": 8 // devices, "sequence": devices}
     x = normal(B, T, 8 // devices * 2, 4)
     close_over(sizes, attended, close, x, ids)
@@ -157,13 +157,13 @@ def convolution(taps, dilation, x, ids):
     [(3, 4, True)],
 )
 def test_convolutions_see_the_inputs_before_a_piece(taps, dilation, packed, rng, normal, close):
-    ids = jnp.asarray(rows_over_pieces(rng, T)) if packed else None
+    ids = rows_over_pieces(rng, T) if packed else None
     close_over(MESH, functools.partial(convolution, taps, dilation), close, normal(B, T, 8), ids)
 
 
 @pytest.mark.parametrize("continued", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_the_token_before_the_first_of_a_piece_is_another_ones(continued, rng, normal, close):
-    ids = jnp.asarray(rows_over_pieces(rng, T))
+    ids = rows_over_pieces(rng, T)
     state = normal(B, 8) if continued else None
     close_over(MESH, shifted, close, normal(B, T, 8), ids, state)
 
@@ -174,7 +174,7 @@ def shifted(x, ids, state):
 
 def test_tokens_are_compacted_within_the_piece_of_a_device(rng, normal, close):
     """What then goes by places is what it is of tokens that stay where they are."""
-    ids, x = jnp.asarray(rows_over_pieces(rng, T)), normal(B, T, 8)
+    ids, x = rows_over_pieces(rng, T), normal(B, T, 8)
 
     def compacted(x, ids):
         x, unbroken = sequence.compacted(x, ids)

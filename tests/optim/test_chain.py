@@ -200,10 +200,10 @@ def test_adamw_equals_its_formula():
     rng = np.random.default_rng(0)
     w, grads = rng.normal(size=(3, 4)), rng.normal(size=(6, 3, 4))
     tx = optim.optimizer(config, 6)
-    params = {"kernel": jnp.asarray(w, jnp.float32)}
-    opt = tx.init(params)
-    for g in grads:
-        updates, opt = tx.update({"kernel": jnp.asarray(g, jnp.float32)}, opt, params)
+    params = {"kernel": w.astype(np.float32)}
+    opt, update = tx.init(params), jax.jit(tx.update)
+    for g in grads.astype(np.float32):
+        updates, opt = update({"kernel": g}, opt, params)
         params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(
         params["kernel"], adamw_by_hand(w, grads, config, optim.schedule(config, 6)), rtol=1e-5, atol=1e-6

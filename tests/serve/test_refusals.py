@@ -8,7 +8,10 @@ import openai
 import pytest
 from helpers.serving import LIMITS, NAME, client, serving, wait_until
 
-from based_jax.serve import app
+from based_jax.data.tokenizer import ByteTokenizer
+from based_jax.serve import Limits, app
+from based_jax.serve.api_errors import ApiError
+from based_jax.serve.completion import FIELDS, parse_completion
 
 GOOD = {"model": NAME, "prompt": "a", "max_tokens": 1}
 JSON = {"Content-Type": "application/json"}
@@ -82,6 +85,42 @@ def test_a_field_that_is_wrong(server, fields, param, sentence):
 def test_a_body_that_is_none(server, body, sentence):
     response = httpx2.post(f"{server.url}/completions", content=body, headers=JSON)
     assert sentence in one_sentence(response, 400)["message"]
+
+
+ODD_VALUES = (
+    NAME,
+    None,
+    True,
+    -1,
+    0,
+    3,
+    1.5,
+    1e308,
+    2**70,
+    "",
+    "x",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    [None],
+    [[1, None]],
+    {"x": []},
+)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_any_value_of_a_field_is_read_or_refused(name):
+    limits, refused = Limits(**LIMITS), 0
+    for value in ODD_VALUES:
+        body = json.dumps(GOOD | {name: value}).encode()
+        try:
+            completion = parse_completion(body, ByteTokenizer(), limits, 257, NAME)
+            assert completion.prompts and all(completion.prompts)
+        except ApiError as error:
+            refused += 1
+            assert error.status in (400, 404) and json.dumps(error.body()) and error.sentence.encode()
+    assert 0 < refused < len(ODD_VALUES)
 
 
 def test_another_model_path_method_or_type(server):

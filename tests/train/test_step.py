@@ -55,7 +55,7 @@ def batch(rng):
     inputs, labels = rng.integers(VOCAB, size=(2, 8, 8), dtype=np.int32)
     counts = np.array([8, 5, 1, 0, 0, 0, 3, 8])
     labels = np.where(np.arange(8) < counts[:, None], labels, NO_LABEL)
-    return {"inputs": jnp.asarray(inputs), "labels": jnp.asarray(labels)}
+    return {"inputs": inputs, "labels": labels}
 
 
 def by_hand(batch):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, override
+from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from based_jax.nn.cache import TokenCache
 from based_jax.nn.eviction import POLICIES, BudgetCache, Policy
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
 from based_jax.ops import dispatch, segments, sequence
-from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim
+from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim, whole_pass_head_dim
 from based_jax.ops.softmax_prefill import attention_prefill
 from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step, attention_weights
 
@@ -111,7 +111,7 @@ class Attention(Mixer):
 
     @override
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
-        q, k, v = self.rotated_qkv(x, jnp.zeros(1, jnp.int32), segment_ids, filled_head_dim(self.head_dim))
+        q, k, v = self.rotated_qkv(x, jnp.zeros(1, jnp.int32), segment_ids, whole_pass_head_dim(self.head_dim))
         k, v, options = *map(self.for_each_query, (k, v)), {"head_dim": self.head_dim, "impl": self.config.impl}
         o = attention(q, k, v, segment_ids=segment_ids, **options)
         return self._out(*layers.at(positions, o))
@@ -125,7 +125,7 @@ class Attention(Mixer):
         return tokens if self.policy is None else min(tokens, self.config.cache_budget)
 
     @override
-    def _prefill(self, x: BTD, state: TokenCache, segment_ids: SegmentIds | None) -> tuple[BTD, TokenCache]:
+    def _prefill(self, x: BTD, state: Any, segment_ids: SegmentIds | None) -> tuple[BTD, Any]:
         qkv = self.unrotated_qkv(x, state.tokens[0].shape[3])
         if self.policy is None:
             o, state = self._read_all(qkv, state, segment_ids)
@@ -134,13 +134,12 @@ class Attention(Mixer):
         return self._out(o), state
 
     @override
-    def _step(self, x: BD, state: TokenCache) -> tuple[BD, TokenCache]:
-        if self.policy is not None:
-            qkv = self._filled((y[:, 0] for y in self.unrotated_qkv(x[:, None])), state)
-            o, after = self._read_one(self.policy, qkv, state, jnp.ones(x.shape[0], bool))
-            o = o[..., : self.head_dim]
-        else:
+    def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
+        if self.policy is None:
             o, after = self.read_token(x, state)
+        else:
+            o, after = self._read_one(self.policy, self._token(x, state), state, jnp.ones(x.shape[0], bool))
+            o = o[..., : self.head_dim]
         return self._out(o if self._evicts(state) else state.held(o, state.length)), after
 
     @override
@@ -156,9 +155,9 @@ class Attention(Mixer):
         """Return what tokens read (B, T, H, D/H), NaN where they do not fit into the cache, and the cache with them."""
         state.check_room(qkv[0].shape[1], segment_ids)
         q, k, v = self._rotated(qkv, state.length, segment_ids)
+        (past_k, past_v), there = state.tokens, jnp.minimum(state.length, state.slots)
         options = {"head_dim": self.head_dim, "impl": self.config.impl}
-        there = jnp.minimum(state.length, state.slots)
-        o = attention_prefill(q, k, v, *state.tokens, there, segment_ids=segment_ids, **options)
+        o = attention_prefill(q, k, v, past_k, past_v, there, segment_ids=segment_ids, **options)
         places, _ = segments.positions(segment_ids, state.length, k.shape[1])
         present = True if segment_ids is None else segments.ids_of(segment_ids) != 0
         o = state.held(o, places, present)
@@ -214,12 +213,11 @@ class Attention(Mixer):
     def _read_one(self, policy: Policy, qkv, cache: BudgetCache, rows):
         """Return what one token of some rows reads (B, H, .), and the cache after it; q, k, v (B, H, .) unrotated."""
         kept, place = policy.kept(cache.slots, self.config.cache_sinks), cache.length
-        q, k, v = (x[:, 0] for x in self._rotated([x[:, None] for x in qkv], place, None))
+        q, k, v = self._turned_token(qkv, place)
         cache = cache.with_kept(policy, kept, rows).appended((k, v), kept, rows)
         cache = cache.with_sinks(qkv[1], jnp.where(rows, place, cache.slots), self._turned)
-        seen = jnp.minimum(cache.length, cache.slots)
-        o = self._attended(q, cache, seen)
-        return o, self._with_payment(cache, q, jnp.where(rows, seen, 0)) if cache.statistics else cache
+        seen = jnp.where(rows, jnp.minimum(cache.length, cache.slots), 0)
+        return self._attended(q, cache), self._with_payment(cache, q, seen) if cache.statistics else cache
 
     @override
     def reference_buffers(self) -> Mapping[str, Buffer]:
@@ -280,19 +278,26 @@ class Attention(Mixer):
 
     def read_token(self, x: BD, state: TokenCache):
         """Return what a token's queries read (B, H, D/H), and the state after it."""
-        q, k, v = (y[:, 0] for y in self.rotated_qkv(x[:, None], state.length, None))
-        q, k, v = self._filled((q, k, v), state)
+        q, k, v = self._turned_token(self._token(x, state), state.length)
         state = state.append((k, v))
-        return self._attended(q, state, jnp.minimum(state.length, state.slots))[..., : self.head_dim], state
+        return self._attended(q, state)[..., : self.head_dim], state
 
-    def _filled(self, token, state: TokenCache):
-        """Return a token's heads as wide as the cache's: zeros behind the weights would be made for each token."""
-        return [layers.with_zeros(y, 2, state.tokens[0].shape[3]) for y in token]
+    def _token(self, x: BD, state: TokenCache):
+        """Return a token's queries, keys and values (B, heads, .), as wide as the cache's and not rotated.
 
-    def _attended(self, q, state: TokenCache, there: Int[Array, "B"]):
-        """Return what a token's queries read of the first slots."""
+        Zeros behind the weights would be made anew for each token.
+        """
+        width = state.tokens[0].shape[3]
+        return [layers.with_zeros(y[:, 0], 2, width) for y in self.unrotated_qkv(x[:, None])]
+
+    def _turned_token(self, token, place: Int[Array, "B"]):
+        return (y[:, 0] for y in self._rotated([y[:, None] for y in token], place, None))
+
+    def _attended(self, q, state: TokenCache):
+        """Return what a token's queries read of the slots that are filled."""
+        (k, v), there = state.tokens, jnp.minimum(state.length, state.slots)
         impl = dispatch.beside(self.config.impl, ATTENTION_STEP)
-        return attention_step(q, *state.tokens, there, head_dim=self.head_dim, impl=impl)
+        return attention_step(q, k, v, there, head_dim=self.head_dim, impl=impl)
 
     def _out(self, o):
         return layers.from_heads(self.out_proj, o)

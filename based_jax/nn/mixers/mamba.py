@@ -23,7 +23,6 @@ from based_jax.ops.selective_scan import (
     initial_state,
     selective_scan,
     selective_scan_step,
-    step_sizes,
 )
 
 KEYS = {
@@ -114,8 +113,8 @@ class Mamba(Mixer):
     def _step(self, x: BD, state: MambaState) -> tuple[BD, MambaState]:
         u, conv = short_conv_step(self._inner(x), **self._conv(), state=state.conv)
         raw, B, C = self._selected(u)
-        dt, impl = step_sizes(raw, **self._bias()), beside(self.config.impl, STEP_IMPLEMENTATIONS)
-        y, memory = selective_scan_step(u, dt, self._A(), B, C, state.memory, impl=impl)
+        options = self._bias() | {"impl": beside(self.config.impl, STEP_IMPLEMENTATIONS)}
+        y, memory = selective_scan_step(u, raw, self._A(), B, C, state.memory, **options)
         return self._out(x, u, y), MambaState(conv, memory)
 
     @override

@@ -76,8 +76,8 @@ class TaylorAttention(Mixer):
 
     @override
     def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
-        impl = beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
-        o, state = taylor_decode.taylor_attention_decode(*self._qkv(x[:, None]), state, impl=impl)
+        (q, k, v), impl = self._qkv(x[:, None]), beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
+        o, state = taylor_decode.taylor_attention_decode(q, k, v, state, impl=impl)
         return self._out(o)[:, 0], state
 
     @override

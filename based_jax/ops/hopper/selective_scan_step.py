@@ -17,7 +17,7 @@ CHANNEL_MULTIPLE, STATE_COUNTS = 128, (8, 16, 32)
 def supports(call: SelectiveScanStepCall) -> str | None:
     """Return why the kernel cannot run a call, or None."""
     channels, states = call.A.shape
-    for name, x in (("u", call.u), ("B", call.B), ("C", call.C)):
+    for name, x in (("u", call.u), ("dt", call.dt), ("B", call.B), ("C", call.C)):
         if x.dtype not in (jnp.bfloat16, jnp.float32):
             return f"{name} must be bfloat16 or float32, and is {x.dtype}"
     if channels % CHANNEL_MULTIPLE or not channels:
@@ -32,12 +32,13 @@ def supports(call: SelectiveScanStepCall) -> str | None:
 def compute(call: SelectiveScanStepCall) -> tuple[BD, BDN]:
     """Return y and the state after the token, each device for its rows."""
 
-    def shard(*arrays: jax.Array) -> tuple[BD, BDN]:
+    def shard(*arrays: jax.Array | None) -> tuple[BD, BDN]:
         # Pallas' GPU modules take half a second to import and are needed only here.
         from pallas_kernels.hopper import selective_scan_step as kernels
 
         y, state = sharded.launch(kernels.step, *arrays)
         return y, state
 
-    rows = ("batch",)
-    return sharded.per_shard(shard, call, (rows, rows, (), rows, rows, rows), (rows, rows), check_vma=False)
+    rows, BC = ("batch",), jnp.concatenate([call.B, call.C], axis=-1)
+    arguments, names = (call.u, call.dt, call.A, BC, call.state, call.bias), (rows, rows, (), rows, rows, ())
+    return sharded.per_shard(shard, arguments, names, (rows, rows), check_vma=False)

@@ -45,8 +45,7 @@ def compute_gated(call: GatedConvStepCall) -> tuple[BD, BWD]:
 
 
 def _step(call: ShortConvStepCall | GatedConvStepCall, **form: bool) -> tuple[BD, BWD]:
-    rows, kernel = ("batch",), call.kernel.astype(jnp.float32)
-    bias = None if call.bias is None else call.bias.astype(jnp.float32)
+    rows = ("batch",)
 
     def shard(*arrays: Array | None) -> tuple[BD, BWD]:
         # Pallas' GPU modules take half a second to import and are needed only here.
@@ -55,5 +54,5 @@ def _step(call: ShortConvStepCall | GatedConvStepCall, **form: bool) -> tuple[BD
         y, state = sharded.launch(functools.partial(kernels.step, **form), *arrays)
         return y, state
 
-    arguments = call.x, kernel, call.state, bias
+    arguments = call.x, call.kernel, call.state, call.bias
     return sharded.per_shard(shard, arguments, (rows, (), rows, ()), (rows, rows), check_vma=False)

@@ -1,4 +1,4 @@
-"""Decoding with Taylor attention through the Mosaic GPU kernel: which calls it takes, and the count of recent tokens.
+"""Decoding with Taylor attention through the Mosaic GPU kernel: which calls it takes, and what it leaves.
 
 Unlike the XLA form it adds each row's recent tokens to the state when that row has no room. Kernel:
 `pallas_kernels/hopper/taylor_decode.py`.
@@ -35,7 +35,7 @@ def supports(call: TaylorDecodeCall) -> str | None:
 
 
 def compute(call: TaylorDecodeCall):
-    """Return o, the sums, the recent tokens and their count, each device for its rows and heads."""
+    """Return o, the sums, the recent tokens and how many they are, each device for its rows and heads."""
     return sharded.per_device(_shard, call, check_vma=False)  # what is written in place may not vary
 
 
@@ -43,8 +43,9 @@ def _shard(call: TaylorDecodeCall):
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper import taylor_decode as kernels
 
-    q, k, v, sums, tokens, count = call
-    o, values, *scales, normaliser, recent_k, recent_v = sharded.launch(kernels.decode, q, k, v, *sums, *tokens, count)
-    tokens_after = count + q.shape[1]
-    after = jnp.where(tokens_after > recent_k.shape[2], q.shape[1], tokens_after)
+    q, k, v, sums, tokens, length = call
+    assert tokens is not None and length is not None, "`supports` demands recent tokens"
+    o, values, *scales, normaliser, recent_k, recent_v = sharded.launch(kernels.decode, q, k, v, *sums, *tokens, length)
+    more = length + q.shape[1]
+    after = jnp.where(more > recent_k.shape[2], q.shape[1], more)
     return o, TaylorSums(values, next(iter(scales), None), normaliser), (recent_k, recent_v), after

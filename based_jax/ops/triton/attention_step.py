@@ -52,8 +52,8 @@ def compute(call: AttentionStepCall) -> BHV:
     keys = B * S * G // n // (PROGRAMS_PER_CORE * devices.cores(target_device_kind()))
     q, k, v = _diagonal(call.q, G, n), *(x.reshape(B, S, G // n, -1) for x in (call.k, call.v))
     length = jnp.minimum(call.length, S).astype(jnp.int32)
-    options = {"scale": 1 / call.root, "tiling": kernels.tiling_of(keys)}
-    o, logarithm = kernels.forward(*sharded.vary_alike(q, k, v, length), **options)
+    arrays, tiling = sharded.vary_alike(q, k, v, length), kernels.tiling_of(keys)
+    o, logarithm = kernels.forward(*arrays, scale=1 / call.root, tiling=tiling)
     weight = jnp.exp2(logarithm - logarithm.max(axis=1, keepdims=True))
     o = jnp.sum(weight[..., None] * _of_diagonal(o, G, n, V), axis=1) / jnp.sum(weight, axis=1)[..., None]
     return o.astype(call.v.dtype)

@@ -18,5 +18,5 @@ def unknown_gpu() -> str | None:
     """Return why `auto` leaves any call to others on the GPU that is being compiled for, or None."""
     kind = target_device_kind()
     if devices.architecture(kind) is None:
-        return f"it is for {', '.join(devices.GPU_MODELS)} GPUs unless it is asked for, and this is {kind}"
+        return f"it is for {', '.join(devices.ARCHITECTURES)} GPUs unless it is asked for, and this is {kind}"
     return None

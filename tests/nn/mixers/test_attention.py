@@ -32,7 +32,7 @@ def mixer(normal):
 def test_zeros_in_heads_change_nothing(packed, mixer, normal, packed_ids, out_and_grads, close, monkeypatch):
     x, cotangent, ids = normal(6, 17, 20), normal(6, 17, 20), packed_ids(17) if packed else None
     plain = out_and_grads(lambda mixer, x: mixer(x, ids), (mixer, x), cotangent)
-    monkeypatch.setattr(attention, "filled_head_dim", lambda head_dim: FILLED)
+    monkeypatch.setattr(attention, "whole_pass_head_dim", lambda head_dim: FILLED)
     close(out_and_grads(lambda mixer, x: mixer(x, ids), (mixer, x), cotangent), plain)
 
 

@@ -131,8 +131,8 @@ def test_kernels_equal_fp64(normal, out_and_grads, shape, centered, adds):
         def call(r, y, scale, bias):
             return impl(NormCall(r, y, scale, bias, 1e-5, jnp.dtype(dtype)))
 
-        arrays = r, None if y is None else y.astype(dtype), scale, bias
-        return out_and_grads(call, arrays, (cotangents[0], cotangents[1].astype(dtype)))
+        arrays = r, None if y is None else np.asarray(y, jnp.dtype(dtype)), scale, bias
+        return out_and_grads(call, arrays, (cotangents[0], np.asarray(cotangents[1], jnp.dtype(dtype))))
 
     expected = run(norm._xla, "float32")
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):

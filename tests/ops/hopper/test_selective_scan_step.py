@@ -46,16 +46,15 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("channels", "states", "dtype"),
-    [(128, 16, "bfloat16"), pytest.param(384, 8, "float32", marks=pytest.mark.long)],
+    ("channels", "states", "dtype", "raw"),
+    [(128, 16, "bfloat16", True), pytest.param(384, 8, "float32", False, marks=pytest.mark.long)],
 )
-def test_the_kernel_equals_the_oracle(channels, states, dtype, normal, close, interpreted):
-    u, dt, A = (
-        normal(2, channels, dtype=dtype),
-        jax.nn.softplus(normal(2, channels)),
-        -jnp.exp(normal(channels, states)),
-    )
-    call = SelectiveScanStepCall(u, dt, A, *(normal(2, states, dtype=dtype) for _ in "BC"), normal(2, channels, states))
+def test_the_kernel_equals_the_oracle(channels, states, dtype, raw, normal, close, interpreted):
+    u, A = normal(2, channels, dtype=dtype), -jnp.exp(normal(channels, states))
+    dt, bias = normal(2, channels, dtype=dtype), normal(channels)
+    steps = {"dt": dt, "bias": bias} if raw else {"dt": jax.nn.softplus(dt)}
+    B, C = (normal(2, states, dtype=dtype) for _ in "BC")
+    call = SelectiveScanStepCall(u=u, A=A, B=B, C=C, state=normal(2, channels, states), **steps)
     (y, after), (right, state) = (STEP_IMPLEMENTATIONS[impl].compute(call) for impl in ("hopper_states", "oracle"))
     close(y, right, dtype)
     np.testing.assert_allclose(after, state, rtol=1e-5, atol=2e-6)

@@ -131,8 +131,8 @@ def test_interpreted_kernels_equal_the_oracle(rng, monkeypatch, time, head_dim, 
     ids = None
     if lengths:  # of documents, negative for padding
         ids = np.concatenate([np.full(abs(n), i + 1 if n > 0 else 0) for i, n in enumerate(lengths)])
-        ids = jnp.asarray(ids[None], jnp.int32)
-    *inputs, do = (jnp.asarray(rng.normal(size=(1, time, 1, head_dim)), jnp.bfloat16) for _ in range(4))
+        ids = ids[None].astype(np.int32)
+    *inputs, do = (rng.normal(size=(1, time, 1, head_dim)).astype(jnp.bfloat16) for _ in range(4))
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(call, inputs):
@@ -142,7 +142,7 @@ def test_interpreted_kernels_equal_the_oracle(rng, monkeypatch, time, head_dim, 
     def oracle(q, k, v):
         return window_attention(q, k, v, window=window, segment_ids=ids, impl="oracle")
 
-    wanted = run(oracle, [x.astype(jnp.float32) for x in inputs])
+    wanted = run(oracle, [x.astype(np.float32) for x in inputs])
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         found = run(lambda *qkv: hopper_window.compute(AttentionCall(*qkv, window, ids)), inputs)
     for got, right in zip(found, wanted, strict=True):

@@ -74,6 +74,7 @@ def test_it_lowers_for_an_h100(K, R, B, monkeypatch):
     assert len(found) == 1 and 0 < found[0].shared_bytes <= 227 << 10
 
 
+@pytest.mark.long
 def test_lanes_lower_for_an_h100(monkeypatch):
     cuda_plugin.without_code(monkeypatch)
     lanes = [jnp.stack([x, x]) for x in call_of()[:4]]

@@ -19,7 +19,8 @@ from based_jax.ops.triton import chunks
 def inputs(normal, B, T, H, G, N, P, dtype="float32"):
     """Return x, dt, A, B, C, the state."""
     x, b, c = (normal(*shape, dtype=dtype) for shape in ((B, T, H, P), (B, T, G, N), (B, T, G, N)))
-    return x, jnp.abs(normal(B, T, H)) / 2, -jnp.abs(normal(H)), b / jnp.sqrt(N).astype(dtype), c, normal(B, H, N, P)
+    b = (np.asarray(b, np.float32) / np.sqrt(N)).astype(jnp.dtype(dtype))
+    return x, np.abs(normal(B, T, H)) / 2, -np.abs(normal(H)), b, c, normal(B, H, N, P)
 
 
 @pytest.fixture
@@ -40,17 +41,17 @@ CASES = [
 
 @parametrize_some("B, T, H, G, N, P, dtype, tolerance", CASES, {CASES[0]})
 def test_kernels_equal_the_oracle(B, T, H, G, N, P, dtype, tolerance, normal, packed_ids, out_and_grads, interpreted):
-    arguments, ids = inputs(normal, B, T, H, G, N, P, dtype), packed_ids(T)[1 : 1 + B]
+    arguments, ids = inputs(normal, B, T, H, G, N, P, dtype), np.asarray(packed_ids(T))[1 : 1 + B]
     cotangents = normal(B, T, H, P, dtype=dtype), normal(B, H, N, P)
 
     def run(impl, *arguments):
         def call(*arguments):
             return ssd(*arguments[:5], state=arguments[5], segment_ids=ids, impl=impl)
 
-        given = cotangents[0].astype(arguments[0].dtype), cotangents[1]
+        given = np.asarray(cotangents[0], arguments[0].dtype), cotangents[1]
         return jax.tree.leaves(out_and_grads(call, arguments, given))
 
-    exact = run("oracle", *(x.astype(jnp.float32) for x in arguments))
+    exact = run("oracle", *(np.asarray(x, np.float32) for x in arguments))
     for ours, right in zip(run("triton_chunks", *arguments), exact, strict=True):
         ours, right = (np.asarray(x, np.float64) for x in (ours, right))
         assert np.linalg.norm(ours - right) <= tolerance * np.linalg.norm(right)

@@ -74,7 +74,7 @@ def test_kernels_equal_the_oracle(
         def call(q, k, v, state):
             return taylor_attention(q, k, v, state=state if with_state else None, segment_ids=ids, impl=impl)
 
-        return jax.tree.leaves(out_and_grads(call, arguments, (do.astype(arguments[2].dtype), dlast)))
+        return jax.tree.leaves(out_and_grads(call, arguments, (np.asarray(do, arguments[2].dtype), dlast)))
 
     exact = run("oracle", *(np.asarray(x, np.float32) for x in arguments))
     for ours, right in zip(run("triton_chunks", *arguments), exact, strict=True):
@@ -87,22 +87,22 @@ def test_a_token_alone_has_its_value_and_no_scores_to_learn(normal, out_and_grad
     arguments, do = inputs(normal, 1, 5, 1, 16, 16, "bfloat16"), normal(1, 5, 1, 16, dtype="bfloat16")
     o, (dq, dk, _) = out_and_grads(attend(segment_ids=jnp.arange(1, 6)[None]), arguments, do)
     np.testing.assert_array_equal(o, arguments[2])
-    assert max(np.abs(dq.astype(jnp.float32)).max(), np.abs(dk.astype(jnp.float32)).max()) < 1e-4
+    assert max(np.abs(np.asarray(x, np.float32)).max() for x in (dq, dk)) < 1e-4
 
 
 def test_lanes_are_what_each_is_alone(normal, out_and_grads, interpreted):
-    lanes, cotangent = [inputs(normal, 1, 9, 1, 4, 8) for _ in range(2)], normal(2, 1, 9, 1, 8)
-    together = out_and_grads(jax.vmap(attend()), [jnp.stack(x) for x in zip(*lanes, strict=True)], cotangent)
+    lanes, cotangent = [inputs(normal, 1, 9, 1, 4, 8) for _ in range(2)], np.asarray(normal(2, 1, 9, 1, 8))
+    together = out_and_grads(jax.vmap(attend()), [np.stack(x) for x in zip(*lanes, strict=True)], cotangent)
     for i, arguments in enumerate(lanes):
         alone = out_and_grads(attend(), arguments, cotangent[i])
         for ours, right in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
-            np.testing.assert_allclose(ours[i], right, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(np.asarray(ours)[i], right, rtol=1e-4, atol=1e-5)
 
 
 def test_devices_take_their_rows_and_heads(normal, out_and_grads, interpreted, monkeypatch):
     monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))  # for the interpreter
     arguments, cotangent = inputs(normal, 2, 9, 2, 4, 8), normal(2, 9, 2, 8)
-    call = attend(segment_ids=jnp.asarray([[1] * 9, [1] * 3 + [0] * 2 + [2] * 4], jnp.int32))
+    call = attend(segment_ids=np.int32([[1] * 9, [1] * 3 + [0] * 2 + [2] * 4]))
     alone = out_and_grads(call, arguments, cotangent)
     with jax.set_mesh(parallel.make_mesh({"data": 2, "tensor": 2}, devices=jax.devices()[:4])):
         together = out_and_grads(call, arguments, cotangent)

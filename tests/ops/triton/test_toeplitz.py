@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import triton_interpreter
 from helpers.cases import parametrize_some
 from helpers.devices import H100, gpus
+from helpers.documents import numbered
 
 from based_jax.ops import conv, diagonal_ssm, long_conv, segments
 from based_jax.ops.calls import DiagonalSSMCall, LongConvCall, ShortConvCall
@@ -45,6 +47,11 @@ def test_refusals_name_the_value():
     assert "no dimension may be empty, and they are (0, 2048, 4)" in toeplitz.supports(long_call(B=0).u)
 
 
+def documents(packed_ids, T):
+    """Return ids (3, T) of many documents, and of padding before one and behind one."""
+    return np.asarray(packed_ids(T))[1:4]
+
+
 # (B, T, L, D): blocks of several programs; filters that end within a block and behind it; less than a block.
 CASES = [(45, 130, 130, 1), (3, 200, 64, 1), (3, 257, 66, 2), (3, 5, 5, 3)]
 
@@ -54,8 +61,8 @@ CASES = [(45, 130, 130, 1), (3, 200, 64, 1), (3, 257, 66, 2), (3, 5, 5, 3)]
 def test_they_equal_the_oracle(B, T, L, D, packed, normal, packed_ids, out_and_grads, close, monkeypatch):
     triton_interpreter.interpret(monkeypatch)
     u, cotangent = normal(B, T, D, dtype="bfloat16"), normal(B, T, D, dtype="bfloat16")
-    kernel = normal(L, D).astype(jnp.bfloat16).astype(jnp.float32)
-    ids = jnp.resize(packed_ids(T)[1:4], (B, T)) if packed else None  # many documents, and padding before one
+    kernel = np.asarray(normal(L, D, dtype="bfloat16"), np.float32)
+    ids = np.resize(documents(packed_ids, T), (B, T)) if packed else None  # many documents, and padding before one
     compute = segments.without_padding(lambda call: toeplitz.convolve(*call), "u")
 
     def tiles(u, kernel):
@@ -73,7 +80,7 @@ def test_they_equal_the_oracle(B, T, L, D, packed, normal, packed_ids, out_and_g
 def test_lanes_have_their_own_documents_and_filters(normal, close, monkeypatch):
     triton_interpreter.interpret(monkeypatch)
     u, kernel = normal(2, 2, 70, 2, dtype="bfloat16"), normal(2, 70, 2)
-    numbers = 1 + (jnp.arange(70)[None, None] >= jnp.asarray([[[9], [66]], [[40], [2]]])).astype(jnp.int32)
+    numbers = np.int32(1 + (np.arange(70) >= np.asarray([[[9], [66]], [[40], [2]]])))
 
     def pulled_back(convolve):
         return jax.jit(jax.vmap(lambda *x: jax.vjp(lambda u, h: convolve(u, h, x[2]), *x[:2])[1](x[0])))
@@ -94,15 +101,17 @@ def results(module, call):
 def test_short_convolutions_equal_the_oracle(normal, packed_ids, close, monkeypatch):
     triton_interpreter.interpret(monkeypatch)
     x, state, kernel = normal(3, 70, 2, dtype="bfloat16"), normal(3, 27, 2, dtype="bfloat16"), normal(14, 2)
-    ids = segments.numbered(packed_ids(70)[1:4])
+    ids = jax.device_put(numbered(documents(packed_ids, 70)))
     close(*results(conv, ShortConvCall(x, kernel, normal(2), state, ids, silu=True, dilation=2)), "bfloat16")
 
 
 def test_diagonal_state_spaces_equal_the_oracle(normal, packed_ids, close, monkeypatch):
     triton_interpreter.interpret(monkeypatch)
-    log_a = jax.lax.complex(-0.05 * jnp.abs(normal(2, 3)) - 0.01, normal(2, 3))
-    b, c = (jax.lax.complex(normal(2, 3), normal(2, 3)) for _ in "bc")
-    u, state, ids = normal(3, 70, 2, 2, dtype="bfloat16"), normal(3, 2, 2, 3, 2), segments.numbered(packed_ids(70)[1:4])
+    real, imaginary, *parts = (np.asarray(normal(2, 3)) for _ in range(6))
+    log_a = -np.float32(0.05) * np.abs(real) - np.float32(0.01) + 1j * imaginary
+    b, c = parts[0] + 1j * parts[1], parts[2] + 1j * parts[3]
+    u, state = normal(3, 70, 2, 2, dtype="bfloat16"), normal(3, 2, 2, 3, 2)
+    log_a, b, c, ids = jax.device_put((log_a, b, c, numbered(documents(packed_ids, 70))))
     close(*results(diagonal_ssm, DiagonalSSMCall(u, log_a, b, c, state, ids)), "bfloat16")
 
 
