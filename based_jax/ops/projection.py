@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from based_jax import devices
 from based_jax.ops.arguments import checked
 from based_jax.ops.dispatch import target_device_kind, target_platform
+from based_jax.ops.few_tokens import few_tokens_product
 
 Tokens = Float[Array, "*T D"]
 DE = Float[Array, "D E"]
@@ -37,6 +38,8 @@ def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **opt
     """Return x @ kernel for (..., D) tokens and a (D, E) kernel; a `dot_general` for `flax.nnx.Linear`."""
     if x.size == x.shape[-1] and _is_one_gpu():
         return of_one_token(x.reshape(-1), kernel, sum_pieces(kernel.shape)).reshape(*x.shape[:-1], -1)
+    if are_decoded(x.shape) and precision is None:
+        return few_tokens_product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
     number = pieces(x.shape, kernel.shape)
     if number == 1:
         return lax.dot_general(x, kernel, dimensions, precision=precision, **options)
@@ -48,6 +51,11 @@ def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **opt
 def multiply(x: Tokens, kernel: DE) -> Projected:
     """Return x @ kernel."""
     return project(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def are_decoded(tokens: tuple[int, ...]) -> bool:
+    """Return whether these are tokens of several rows, one of each, on a GPU: their products are of a kind."""
+    return _is_one_gpu() and math.prod(tokens[:-1]) > 1 and (len(tokens) == 2 or tokens[-2] == 1)
 
 
 def pieces(tokens: tuple[int, ...], kernel: tuple[int, ...]) -> int:
