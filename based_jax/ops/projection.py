@@ -7,7 +7,7 @@ each with the matrix as an operand of its own, it is as many products side by si
 
 The product of one token and a matrix is for XLA a sum over rows, which for few columns it makes of the products of all
 elements, written and read once more: three times the matrix's bytes. Cut into pieces of the rows it reads them once,
-as does a kernel on Hopper GPUs (`ops/hopper/token_product.py`).
+as does a kernel on Hopper GPUs (`ops/hopper/token_product.py`); another one has up to 128 tokens.
 """
 
 import math
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from based_jax import devices
 from based_jax.ops.arguments import checked
 from based_jax.ops.dispatch import target_device_kind, target_platform
+from based_jax.ops.hopper import few_tokens_product
 from based_jax.ops.hopper import token_product as hopper_token_product
 
 Tokens = Float[Array, "*T D"]
@@ -39,6 +40,12 @@ def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **opt
     """Return x @ kernel for (..., D) tokens and a (D, E) kernel; a `dot_general` for `flax.nnx.Linear`."""
     if x.size == x.shape[-1] and _is_one_gpu():
         return of_one_token(x.reshape(-1), kernel).reshape(*x.shape[:-1], -1)
+    if (
+        x.ndim == 2
+        and _is_one_gpu()
+        and not (few_tokens_product.supports(x, kernel) or few_tokens_product.slower(x, kernel))
+    ):
+        return jnp.sum(few_tokens_product.sums(x, kernel), axis=0).astype(x.dtype)
     number = pieces(x.shape, kernel.shape)
     if number == 1:
         return lax.dot_general(x, kernel, dimensions, precision=precision, **options)
