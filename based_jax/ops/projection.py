@@ -40,11 +40,7 @@ def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **opt
     """Return x @ kernel for (..., D) tokens and a (D, E) kernel; a `dot_general` for `flax.nnx.Linear`."""
     if x.size == x.shape[-1] and _is_one_gpu():
         return of_one_token(x.reshape(-1), kernel).reshape(*x.shape[:-1], -1)
-    if (
-        x.ndim == 2
-        and _is_one_gpu()
-        and not (few_tokens_product.supports(x, kernel) or few_tokens_product.slower(x, kernel))
-    ):
+    if x.ndim == 2 and _is_one_gpu() and _is_for_few_tokens(x, kernel):
         return jnp.sum(few_tokens_product.sums(x, kernel), axis=0).astype(x.dtype)
     number = pieces(x.shape, kernel.shape)
     if number == 1:
@@ -67,6 +63,10 @@ def pieces(tokens: tuple[int, ...], kernel: tuple[int, ...]) -> int:
     cores = _power_of_two(devices.cores(target_device_kind()))
     most = min(cores // blocks, math.prod(tokens[:-1]) // MIN_TOKENS_PER_PIECE)
     return math.gcd(tokens[0], _power_of_two(max(most, 1)))
+
+
+def _is_for_few_tokens(x: Float[Array, "T D"], kernel: DE) -> bool:
+    return few_tokens_product.supports(x, kernel) is None and few_tokens_product.slower(x, kernel) is None
 
 
 def _is_one_gpu() -> bool:

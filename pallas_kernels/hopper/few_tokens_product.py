@@ -1,4 +1,4 @@
-"""The product of few tokens and a matrix on Hopper's tensor cores, as sums over pieces of the rows (`ops/projection.py`).
+"""The product of few tokens and a matrix on Hopper's tensor cores, as sums over pieces of the rows.
 
 A block takes a strip of the columns and a piece of the rows, so that there is about one for each multiprocessor, and
 all tokens: the matrix is read once, by copies that run several steps ahead.

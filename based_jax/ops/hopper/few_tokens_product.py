@@ -1,7 +1,7 @@
 """The product of few tokens and a matrix in a Hopper kernel (`pallas_kernels/hopper/few_tokens_product.py`).
 
-XLA chooses a form for such a product by timing it on a matrix that lies in the cache already; while a model decodes each
-comes from memory.
+XLA chooses a form for such a product by timing it on a matrix that lies in the cache already; while a model decodes
+each comes from memory.
 """
 
 import jax
