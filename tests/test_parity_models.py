@@ -58,12 +58,12 @@ def test_language_model(name, scan_layers):
     model, batch = language_model(name, case.weights, scan_layers), batch_of(case)
     graphdef, params = nnx.split(model)
 
-    def loss(params):
+    def loss(params, batch):
         model = nnx.merge(graphdef, params)
         hidden, sums = model.hidden(batch["inputs"]), loss_sums(model, batch)
         return sums["loss"] / sums["count"], (hidden, model.logits(hidden))
 
-    (value, (hidden, logits)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (value, (hidden, logits)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch)
     assert_close(value, case.outputs["loss"], FORWARD, "loss")
     assert_close(logits, case.outputs["logits"], LOGITS, "logits")
     assert_close(hidden, case.outputs.get("hidden", hidden), FORWARD, "hidden")

@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from helpers.accumulation import narrow_sums
 from helpers.devices import H100, gpus
+from helpers.small_mixers import SMALL
 
 from based_jax.nn import layers
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS, make_mixer
-from tests.test_contracts import SMALL
 
 B, SHORT, LONG, D = 5, 11, 131, 16
 SIZES = B, SHORT, LONG, 64  # of these, and of a chunk's 64 tokens, no other dimension has a multiple
