@@ -54,9 +54,9 @@ def breakdown(kernels: Sequence[Kernel], program: Program, runs: int, steps_per_
     """Return where the milliseconds of a step go.
 
     The result has "milliseconds" from the first kernel to the last, and of a step in "each_run", where all have as many
-    kernels: a GPU that has paused is faster at first. In it "idle", in which none ran, "launches" of kernels, "copies" by
-    instructions and engines that only move, "layers" by kind and pass, "sorts" of kernels, and of "kernels" those that
-    take most.
+    kernels: a GPU that has paused is faster at first. In it "idle", in which none ran, "launches" of kernels, "copies"
+    by instructions and engines that only move, "layers" by kind and pass, "sorts" of kernels, and of "kernels" those
+    that take most.
     """
     ordered, steps = in_order(kernels), runs * steps_per_run
     told = instructions(ordered, program, steps if has_unknown_loops(program) else runs)
