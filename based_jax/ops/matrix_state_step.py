@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from based_jax.dims import BHKV, BHV
 from based_jax.ops.calls import MatrixStepCall
 from based_jax.ops.decays import as_dplr
-from based_jax.ops.dispatch import Implementation, not_run
+from based_jax.ops.dispatch import Implementation
 from based_jax.ops.hopper import matrix_state_step as hopper_matrix_state_step
 from based_jax.ops.precision import EXACT
 
@@ -42,9 +42,10 @@ def _in_place(call: MatrixStepCall) -> tuple[BHV, BHKV]:
     """
     if call.a is None and call.beta is None:
         return update_and_read(call)
-    tokens = call._replace(state=None, scale=None)
-    call = jax.lax.optimization_barrier(tokens)._replace(state=call.state, scale=call.scale)
+    tokens = jax.lax.optimization_barrier([call.q, call.k, call.v, call.log_decay, call.beta, call.a, call.b])
+    call = call._replace(**dict(zip(("q", "k", "v", "log_decay", "beta", "a", "b"), tokens, strict=True)))
     q, k, v, log_decay, state, _, _, a, b, scale = call if call.beta is None else as_dplr(call)
+    assert a is not None and b is not None
     q, k, v32, kept = (x.astype(jnp.float32) for x in (q, k, v, jnp.exp(log_decay)))
     u, before = jax.lax.optimization_barrier([jnp.sum(x[..., None] * state, axis=2) for x in (a, kept * q)])
     o = before + jnp.sum(q * b, axis=-1, keepdims=True) * u + jnp.sum(q * k, axis=-1, keepdims=True) * v32
@@ -57,7 +58,7 @@ IMPLEMENTATIONS = {
         hopper_matrix_state_step.compute,
         hopper_matrix_state_step.supports,
         platform="cuda",
-        slower=not_run,
+        slower=hopper_matrix_state_step.slower,
     ),
     "xla_passes": Implementation(_in_place),
     "oracle": Implementation(update_and_read),
