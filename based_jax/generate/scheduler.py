@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,15 @@ import numpy as np
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Decoder
-from based_jax.generate.prefill import CHUNK_TOKENS, FEWEST_TOKENS, chunk_length, chunk_of, prefill_chunk
+from based_jax.generate.prefill import (
+    CHUNK_TOKENS,
+    FEWEST_TOKENS,
+    Chunk,
+    chunk_length,
+    chunk_of,
+    each_kind_of_chunk,
+    prefill_chunk,
+)
 from based_jax.generate.prefix_cache import PrefixCache
 from based_jax.generate.requests import Request
 from based_jax.generate.rows import Block, Rows, decode
@@ -155,6 +164,18 @@ class Scheduler:
     def running(self) -> int:
         """Requests that have a slot."""
         return sum(task is not None for task in self._slots)
+
+    def compile(self) -> None:
+        """Compile what requests run, before the first one waits for it."""
+
+        def read(chunk: Chunk) -> None:
+            prefill_chunk(self.decoder, self.decoder.init_cache(1, self.max_len), chunk)
+
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(read, each_kind_of_chunk(self.max_len - 2, self._chunk_tokens)))
+        self.submit(Request([0], 1))
+        while self.busy:
+            self.advance()
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id; UserError if it cannot be answered."""
