@@ -18,7 +18,7 @@ from based_jax.errors import UserError
 from based_jax.ops import long_conv, segments, sequence, sharded
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, Past, ShortConvCall, ShortConvStepCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import short_conv as hopper_short_conv
 from based_jax.ops.hopper import short_conv_step as hopper_short_conv_step
 from based_jax.ops.precision import einsum, product_policy
@@ -346,7 +346,6 @@ STEP_IMPLEMENTATIONS = {
         hopper_short_conv_step.compute,
         hopper_short_conv_step.supports,
         platform="cuda",
-        slower=not_run,
     ),
     "xla_taps": Implementation(_stepped),
     "oracle": Implementation(_stepped),

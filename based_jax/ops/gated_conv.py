@@ -17,7 +17,7 @@ from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import GatedConvCall, GatedConvStepCall, Joint, JointBias
 from based_jax.ops.conv import last_inputs, short_conv, short_conv_step
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import gated_short_conv as hopper_gated_short_conv
 from based_jax.ops.hopper import short_conv_step as hopper_short_conv_step
 
@@ -115,7 +115,6 @@ STEP_IMPLEMENTATIONS = {
         hopper_short_conv_step.compute_gated,
         hopper_short_conv_step.supports,
         platform="cuda",
-        slower=not_run,
     ),
     "xla_taps": Implementation(_stepped),
     "oracle": Implementation(_stepped),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from based_jax.dims import BHKV, BHV
 from based_jax.ops.calls import MatrixStepCall
 from based_jax.ops.decays import as_dplr
-from based_jax.ops.dispatch import Implementation, not_run
+from based_jax.ops.dispatch import Implementation
 from based_jax.ops.hopper import matrix_state_step as hopper_matrix_state_step
 from based_jax.ops.precision import EXACT
 
@@ -57,7 +57,7 @@ IMPLEMENTATIONS = {
         hopper_matrix_state_step.compute,
         hopper_matrix_state_step.supports,
         platform="cuda",
-        slower=not_run,
+        slower=hopper_matrix_state_step.slower,
     ),
     "xla_passes": Implementation(_in_place),
     "oracle": Implementation(update_and_read),

@@ -6,7 +6,8 @@ as it is (0.09 ms for D = E = 128 and 65,536 tokens in bf16, 0.58 ms in fp32, on
 each with the matrix as an operand of its own, it is as many products side by side, and their sum.
 
 The product of one token and a matrix is for XLA a sum over rows, which for few columns it makes of the products of all
-elements, written and read once more: three times the matrix's bytes. Cut into pieces of the rows it reads them once.
+elements, written and read once more: three times the matrix's bytes. Cut into pieces of the rows it reads them once,
+as does a kernel on Hopper GPUs (`ops/hopper/token_product.py`); those of several have a table (`ops/few_tokens.py`).
 """
 
 import math
@@ -20,6 +21,8 @@ from jaxtyping import Array, Float
 from based_jax import devices
 from based_jax.ops.arguments import checked
 from based_jax.ops.dispatch import target_device_kind, target_platform
+from based_jax.ops.few_tokens import few_tokens_product
+from based_jax.ops.hopper import token_product as hopper_token_product
 
 Tokens = Float[Array, "*T D"]
 DE = Float[Array, "D E"]
@@ -36,7 +39,9 @@ SUM_COLUMNS, SUM_BLOCKS_PER_CORE, MIN_SUM_ROWS = 32, 4, 64
 def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **options: Any) -> Projected:
     """Return x @ kernel for (..., D) tokens and a (D, E) kernel; a `dot_general` for `flax.nnx.Linear`."""
     if x.size == x.shape[-1] and _is_one_gpu():
-        return of_one_token(x.reshape(-1), kernel, sum_pieces(kernel.shape)).reshape(*x.shape[:-1], -1)
+        return of_one_token(x.reshape(-1), kernel).reshape(*x.shape[:-1], -1)
+    if are_decoded(x.shape) and precision is None:
+        return few_tokens_product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
     number = pieces(x.shape, kernel.shape)
     if number == 1:
         return lax.dot_general(x, kernel, dimensions, precision=precision, **options)
@@ -48,6 +53,11 @@ def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **opt
 def multiply(x: Tokens, kernel: DE) -> Projected:
     """Return x @ kernel."""
     return project(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def are_decoded(tokens: tuple[int, ...]) -> bool:
+    """Return whether these are tokens of several rows, one of each, on a GPU: their products are of a kind."""
+    return _is_one_gpu() and math.prod(tokens[:-1]) > 1 and (len(tokens) == 2 or tokens[-2] == 1)
 
 
 def pieces(tokens: tuple[int, ...], kernel: tuple[int, ...]) -> int:
@@ -75,18 +85,25 @@ def in_pieces(x: Tokens, kernel: DE, number: int, **options: Any) -> Float[Array
     return lax.dot_general(rows, copies, (((2,), (1,)), ((0,), (0,))), **options)
 
 
+def of_one_token(x: Float[Array, "D"], kernel: DE) -> Float[Array, "E"]:
+    """Return x @ kernel, in fp32 sums over pieces of the rows, by a Hopper kernel where it can."""
+    use_kernel = hopper_token_product.supports(x, kernel) is None
+    sums = hopper_token_product.sums(x, kernel) if use_kernel else sums_of_pieces(x, kernel, sum_pieces(kernel.shape))
+    return jnp.sum(sums, axis=0).astype(x.dtype)
+
+
 def sum_pieces(kernel: tuple[int, int]) -> int:
-    """Return into how many pieces the rows of a matrix are cut that one token is multiplied with."""
+    """Return into how many pieces the rows of a matrix are cut that one token is multiplied with in XLA."""
     rows, columns = kernel
     most = SUM_BLOCKS_PER_CORE * devices.cores(target_device_kind()) * SUM_COLUMNS // columns
     return math.gcd(rows, _power_of_two(max(1, min(most, rows // MIN_SUM_ROWS))))
 
 
-def of_one_token(x: Float[Array, "D"], kernel: DE, number: int) -> Float[Array, "E"]:
-    """Return x @ kernel, in fp32 sums over pieces of the rows.
+def sums_of_pieces(x: Float[Array, "D"], kernel: DE, number: int) -> Float[Array, "P E"]:
+    """Return the fp32 sums over each of a number of pieces of the rows.
 
-    Behind barriers: what makes x is not made anew for each column, nor the two sums joined to one.
+    Behind barriers: what makes x is not made anew for each column, nor are these sums joined with theirs.
     """
     of_pieces = lax.optimization_barrier(x).reshape(number, -1, 1).astype(jnp.float32)
     sums = jnp.sum(of_pieces * kernel.reshape(number, -1, kernel.shape[1]).astype(jnp.float32), axis=1)
-    return jnp.sum(lax.optimization_barrier(sums), axis=0).astype(x.dtype)
+    return lax.optimization_barrier(sums)

@@ -6,7 +6,7 @@ import pytest
 from helpers.devices import gpus
 from jax.sharding import AxisType
 
-from based_jax.ops.projection import in_pieces, multiply, of_one_token, pieces, sum_pieces
+from based_jax.ops.projection import in_pieces, multiply, pieces, sum_pieces, sums_of_pieces
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -56,14 +56,16 @@ def test_lowered_for_a_gpu_the_product_has_a_batch():
 def test_sums_over_pieces_are_the_product_of_one_token(dtype, normal, close):
     x, kernel = normal(12, dtype=dtype), normal(12, 3, dtype=dtype)
     exact = x.astype(jnp.float32) @ kernel.astype(jnp.float32)
-    close(of_one_token(x, kernel, 4), exact, dtype)
+    close(sums_of_pieces(x, kernel, 4).sum(axis=0), exact, dtype)
 
 
-def test_one_token_is_summed_over_pieces_on_a_gpu_alone():
-    x, kernel = jnp.zeros((1, 1792), jnp.bfloat16), jnp.zeros((1792, 256), jnp.bfloat16)
+@pytest.mark.parametrize(("columns", "by_kernel"), [(256, True), (96, False)])
+def test_one_token_is_summed_over_pieces_on_a_gpu_alone(columns, by_kernel):
+    x, kernel = jnp.zeros((1, 1792), jnp.bfloat16), jnp.zeros((1792, columns), jnp.bfloat16)
     with gpus():
         assert sum_pieces((3584, 1792)) == 8 and sum_pieces((1792, 7168)) == 2 and sum_pieces((48, 8)) == 1
         lower = {rows: jax.jit(multiply).trace(jnp.tile(x, (rows, 1)), kernel) for rows in (1, 2)}
         texts = {rows: call.lower(lowering_platforms=("cuda",)).as_text() for rows, call in lower.items()}
+    assert ("token_product" in texts[1]) == by_kernel
     assert "dot_general" not in texts[1] and "dot_general" in texts[2]
     assert "dot_general" in jax.jit(multiply).lower(x, kernel).as_text()

@@ -32,6 +32,11 @@ def supports(call: MatrixStepCall) -> str | None:
     return limits.refusal()
 
 
+def slower(call: MatrixStepCall) -> str | None:
+    """Return why XLA is faster, or None."""
+    return "XLA has one pass as well where a state only decays" if call.a is None and call.beta is None else None
+
+
 def compute(call: MatrixStepCall) -> tuple[BHV, BHKV]:
     """Return o and the state after the token, each device for its rows and heads."""
     beta = None if call.beta is None else call.beta[..., None]
