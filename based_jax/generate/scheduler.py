@@ -173,6 +173,8 @@ class Scheduler:
 
         with ThreadPoolExecutor() as threads:
             list(threads.map(read, each_kind_of_chunk(self.max_len - 2, self._chunk_tokens)))
+        if self.prefix_cache is not None:
+            self._layout.fork(self._layout.take(self.decoder.init_cache(1, self.max_len), 0), self.max_len)
         self.submit(Request([0], 1))
         while self.busy:
             self.advance()
