@@ -32,7 +32,8 @@ def compute(call: FewTokensCall) -> Float[Array, "M E"]:
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper import few_tokens_product as kernels
 
-    pieces = kernels.sum_pieces(*call.kernel.shape, limits.multiprocessors())
+    rows, columns = call.kernel.shape
+    pieces = kernels.sum_pieces(rows, columns, limits.multiprocessors())
     sums = kernels.sums(_whole_tiles(call.x), call.kernel, pieces=pieces)
     return jnp.sum(sums, axis=0)[: len(call.x)].astype(call.x.dtype)
 
