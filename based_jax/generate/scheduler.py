@@ -115,7 +115,9 @@ class Scheduler:
       prefix_cache: where states of prompts are kept and found.
       tokenizer: makes text of tokens; stop strings need it.
       block_tokens: drawn for each request by one `advance`, at most.
-      chunk_tokens: of a prompt that are read by one `advance`, at most.
+      chunk_tokens: of a prompt that are read at once, at most.
+      prompt_tokens: of prompts that are read by one `advance`, at most, by default a chunk's: more fill the slots
+        sooner, and let those that have one wait longer.
 
     Raises:
       UserError: a number is below 1, or the model does not read `max_len` tokens.
@@ -131,9 +133,16 @@ class Scheduler:
         tokenizer: Tokenizer | None = None,
         block_tokens: int = 16,
         chunk_tokens: int = CHUNK_TOKENS,
+        prompt_tokens: int | None = None,
     ):
-        for name, value in (("slots", slots), ("block_tokens", block_tokens), ("chunk_tokens", chunk_tokens)):
-            if value < 1:
+        counts = {
+            "slots": slots,
+            "block_tokens": block_tokens,
+            "chunk_tokens": chunk_tokens,
+            "prompt_tokens": prompt_tokens,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it is at least 1.")
         self.decoder = Decoder.of(model)
         if max_len < 2 or max_len > (self.decoder.max_len or max_len):
@@ -144,6 +153,7 @@ class Scheduler:
         self.prefix_cache = None if self.decoder.prefix_length else prefix_cache  # a prefix is of its whole prompt
         self._layout = StateLayout(self.decoder)
         self._block_tokens, self._chunk_tokens = block_tokens, chunk_length(self.decoder, chunk_tokens)
+        self._prompt_tokens = prompt_tokens or self._chunk_tokens
         self._ids = itertools.count()
         self._waiting: collections.deque[Task] = collections.deque()
         self._slots: list[Task | None] = [None] * slots
@@ -204,7 +214,7 @@ class Scheduler:
         return False
 
     def advance(self) -> list[Event]:
-        """Read on in the next prompts, a chunk's tokens at most, and begin a block for all that have a slot.
+        """Read on in the next prompts, `prompt_tokens` at most, and begin a block for all that have a slot.
 
         The events are those of the block that was begun before, so that the device does not wait for who reads them.
         """
@@ -216,7 +226,7 @@ class Scheduler:
         return [] if before is None else list(self._events(before))
 
     def _read_prompts(self) -> None:
-        left = self._chunk_tokens
+        left = self._prompt_tokens
         while left > 0 and self._waiting and None in self._slots:
             left -= max(self._read(self._waiting[0]), FEWEST_TOKENS)
 
