@@ -42,9 +42,11 @@ def _in_place(call: MatrixStepCall) -> tuple[BHV, BHKV]:
     """
     if call.a is None and call.beta is None:
         return update_and_read(call)
-    tokens = call._replace(state=None, scale=None)
-    call = jax.lax.optimization_barrier(tokens)._replace(state=call.state, scale=call.scale)
-    q, k, v, log_decay, state, _, _, a, b, scale = call if call.beta is None else as_dplr(call)
+    names = ("q", "k", "v", "log_decay", "beta", "a", "b")
+    tokens = jax.lax.optimization_barrier({name: getattr(call, name) for name in names})
+    call = as_dplr(call._replace(**tokens)) if call.a is None else call._replace(**tokens)
+    q, k, v, log_decay, state, _, _, a, b, scale = call
+    assert a is not None and b is not None
     q, k, v32, kept = (x.astype(jnp.float32) for x in (q, k, v, jnp.exp(log_decay)))
     u, before = jax.lax.optimization_barrier([jnp.sum(x[..., None] * state, axis=2) for x in (a, kept * q)])
     o = before + jnp.sum(q * b, axis=-1, keepdims=True) * u + jnp.sum(q * k, axis=-1, keepdims=True) * v32

@@ -91,7 +91,7 @@ def of_one_token(x: Float[Array, "D"], kernel: DE) -> Float[Array, "E"]:
     return jnp.sum(sums, axis=0).astype(x.dtype)
 
 
-def sum_pieces(kernel: tuple[int, int]) -> int:
+def sum_pieces(kernel: tuple[int, ...]) -> int:
     """Return into how many pieces the rows of a matrix are cut that one token is multiplied with in XLA."""
     rows, columns = kernel
     most = SUM_BLOCKS_PER_CORE * devices.cores(target_device_kind()) * SUM_COLUMNS // columns
