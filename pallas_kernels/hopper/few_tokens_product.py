@@ -31,8 +31,8 @@ def sums(x, matrix, *, multiprocessors: int):
       matrix: (D, E) bf16; D is a multiple of 64, and there is a `Plan.of` them.
       multiprocessors: of the GPU.
     """
-    (tokens, _), columns = x.shape, matrix.shape[1]
-    plan = Plan.of(*matrix.shape, multiprocessors)
+    tokens, (rows, columns) = x.shape[0], matrix.shape
+    plan = Plan.of(rows, columns, multiprocessors)
     assert plan is not None, f"no plan for a matrix {matrix.shape}"
     strips = columns // plan.width
 
@@ -69,8 +69,9 @@ def sums(x, matrix, *, multiprocessors: int):
 
 def _tile(shape: tuple[int, int], place) -> plgpu.BlockSpec:
     """Return tiles in shared memory that the tensor cores read, released a step after they are."""
-    tiling, swizzle = plgpu.TilingTransform((8, STEP_ROWS)), plgpu.SwizzleTransform(WIDE_SWIZZLE)
-    return plgpu.BlockSpec(shape, place, transforms=(tiling, swizzle), delay_release=1)
+    tiling = plgpu.TilingTransform((8, STEP_ROWS))  # type: ignore[abstract]
+    transforms = tiling, plgpu.SwizzleTransform(WIDE_SWIZZLE)  # type: ignore[abstract]
+    return plgpu.BlockSpec(shape, place, transforms=transforms, delay_release=1)
 
 
 class Plan(NamedTuple):
