@@ -1,4 +1,4 @@
-"""The README's commands and programs, run as they stand there; training is cut to two steps."""
+"""The README's commands and programs, run as they stand there; training is cut to two steps, and to one layer."""
 
 import dataclasses
 import re
@@ -34,11 +34,11 @@ def program(marker):
     return found
 
 
-def run(command, folder):
+def run(command, folder, *training):
     """Run a command with what it writes in this folder, on a text of its own: a run ends with all that is held out."""
     arguments = shlex.split(re.sub(r"(?<=[= ])runs", str(folder), command))
     if arguments[0] == "train":
-        arguments += ["--config.steps=2", "--config.optim.warmup_steps=1"]
+        arguments += ["--config.steps=2", "--config.optim.warmup_steps=1", *training]
         if "text" in command:
             (folder / "texts").mkdir()
             (folder / "texts" / "readme.txt").write_text(README)
@@ -46,12 +46,17 @@ def run(command, folder):
     assert main(arguments) == 0, command
 
 
-def test_the_commands_in_their_order(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "training",
+    [pytest.param([], id="all layers", marks=pytest.mark.long), ["--config.model.layers=(('taylor', {}),)"]],
+    ids=str,
+)
+def test_the_commands_in_their_order(training, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     names = ["train", "train", "plot", "eval", "generate", "export", "describe", "sweep", "sweep", "serve"]
     assert [command.split()[0] for command in COMMANDS] == names
     for command in COMMANDS[:7]:
-        run(command, tmp_path)
+        run(command, tmp_path, *training)
     names = {}
     exec(program("ocp.load").replace("runs/", f"{tmp_path}/"), names)
     assert names["params"]["embed/embedding"].shape[0] == 264

@@ -91,7 +91,7 @@ class Programs:
 
         rows = jax.eval_shape(lambda: new_rows(self.subject.caches(batch, max_len)))
         inputs = self.subject.layout.shapes, jax.ShapeDtypeStruct((), jnp.int32)
-        return self._add(block, rows, inputs)
+        return self._add(block, rows, inputs, compiler_options=loop_options(jax.default_backend()))
 
     def add_chunk(self, max_len: int, chunk: Chunk) -> Hashable:
         """Add the program that reads a chunk of prompts, and return its key: `(caches, (params, chunk)) -> caches`."""
@@ -115,12 +115,12 @@ class Programs:
         """Return a program that has been compiled."""
         return self._compiled[key]
 
-    def _add(self, function: Callable, *arguments: Any) -> Hashable:
+    def _add(self, function: Callable, *arguments: Any, **options: Any) -> Hashable:
         leaves, structure = jax.tree.flatten(arguments)
         key = function.__name__, structure, tuple((x.shape, x.dtype) for x in leaves)
         if key not in self._lowered:
             with dispatch.recorded_choices() as choices:
-                lowered = jax.jit(function, donate_argnums=0).lower(*arguments)
+                lowered = jax.jit(function, donate_argnums=0, **options).lower(*arguments)
             self._lowered[key] = lowered, {operation: list(impls) for operation, impls in choices.items()}
         return key
 
@@ -128,7 +128,7 @@ class Programs:
 def _compiled(given: tuple[jax.stages.Lowered, dict[str, list[str]]]) -> Program:
     lowered, choices = given
     begin = time.perf_counter()
-    step = lowered.compile(loop_options(jax.default_backend()))
+    step = lowered.compile()
     return Program(step, choices, time.perf_counter() - begin)
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from based_jax.errors import UserError
-from based_jax.folders import check_file, check_free, local_path, reason, written_whole
+from based_jax.folders import check_file, local_path, reason, written_whole
 
 FORMAT, VERSION = "based_jax_state", 1
 """The key of a file's metadata under which all but the arrays stands, and what its layout is called."""
@@ -65,11 +65,9 @@ class State:
         Raises:
           UserError: the file exists, or cannot be written.
         """
-        target = local_path(file, "file")
-        check_free(target)
-        facts = self._facts()
-        metadata = {FORMAT: json.dumps(facts | {"digest": _digest(facts, self.arrays)})}
-        with written_whole(target) as part:
+        with written_whole(local_path(file, "file")) as part:
+            facts = self._facts()
+            metadata = {FORMAT: json.dumps(facts | {"digest": _digest(facts, self.arrays)})}
             save_file({name: _storable(x) for name, x in self.arrays.items()}, part, metadata)
 
     @classmethod
@@ -85,7 +83,8 @@ class State:
             digest = facts.pop("digest")
             arrays = {name: stored[name].view(jnp.dtype(dtype)) for name, (dtype, _) in facts["arrays"].items()}
             state = cls(arrays, tuple(facts["kinds"]), facts["length"], facts["model"])
-            whole = state._facts() == facts and _digest(facts, arrays) == digest
+            whole = type(state.length) is int and stored.keys() == arrays.keys() and state._facts() == facts
+            whole = whole and _digest(facts, arrays) == digest
         except (KeyError, TypeError, ValueError, AttributeError):
             whole = False
         if not whole:

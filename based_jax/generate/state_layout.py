@@ -77,7 +77,7 @@ class StateLayout:
     def _check_array(self, name: str, state: State, like: jax.ShapeDtypeStruct) -> None:
         """Raise UserError for an array of another shape or dtype than the cache's, unless it has the room to fit."""
         x, axis = state.arrays[name], self._token_axes[name]
-        if x.dtype != like.dtype or _without(axis, x.shape) != _without(axis, like.shape):
+        if axis is None or x.dtype != like.dtype or _without(axis, x.shape) != _without(axis, like.shape):
             raise UserError(
                 f"'{name}' of the state is {x.dtype}{list(x.shape)}; the cache's is {like.dtype}{list(like.shape)}."
             )
@@ -142,5 +142,5 @@ def _differing_axis(one: tuple, two: tuple) -> int | None:
     return next((axis for axis, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), None)
 
 
-def _without(axis: int | None, shape: tuple) -> tuple:
-    return shape if axis is None else shape[:axis] + shape[axis + 1 :]
+def _without(axis: int, shape: tuple) -> tuple:
+    return shape[:axis] + shape[axis + 1 :]

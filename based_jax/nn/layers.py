@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from based_jax.dims import BP, DropoutKey
 from based_jax.errors import UserError
-from based_jax.ops.projection import multiply, project
+from based_jax.ops.few_tokens import few_tokens_gated
+from based_jax.ops.projection import are_decoded, multiply, project
 
 INIT_STD = 0.02
 NORM_EPS = 1e-5
@@ -198,6 +199,15 @@ def conv_parameter(shape: tuple[int, ...], fan_in: int, *, rngs: nnx.Rngs) -> nn
     return nnx.Param(values, **logical_axes(*(None,) * (len(shape) - 1), "mlp"))
 
 
+def gated(layer: nnx.Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+    """Return value * silu(gate) of the two halves of a linear layer's output; the layer has no bias."""
+    if not are_decoded(x.shape):
+        value, gate = split(layer(x), 2)
+        return value * jax.nn.silu(gate)
+    x, kernel = layer.promote_dtype((x, layer.kernel[...]), dtype=layer.dtype)
+    return few_tokens_gated(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
+
+
 class SwiGLU(nnx.Module):
     """Gated MLP: fc2(value * silu(gate)) with (value, gate) = fc1(x), value first.
 
@@ -210,8 +220,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Apply to each token."""
-        value, gate = split(self.fc1(x), 2)
-        return self.fc2(value * jax.nn.silu(gate))
+        return self.fc2(gated(self.fc1, x))
 
 
 class Identity(nnx.Module):

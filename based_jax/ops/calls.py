@@ -427,6 +427,13 @@ class GatedNormCall(NamedTuple):
     eps: float = 0.0
 
 
+class FewTokensCall(NamedTuple):
+    """A product of few tokens (M, D) and a matrix (D, E)."""
+
+    x: Float[Array, "M D"]
+    kernel: Float[Array, "D E"]
+
+
 class CrossEntropyCall(NamedTuple):
     """Losses of hidden rows (N, D) through a table (V, D); labels (N), as in `based_jax/labels.py`."""
 

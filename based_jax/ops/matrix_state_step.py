@@ -42,10 +42,9 @@ def _in_place(call: MatrixStepCall) -> tuple[BHV, BHKV]:
     """
     if call.a is None and call.beta is None:
         return update_and_read(call)
-    names = ("q", "k", "v", "log_decay", "beta", "a", "b")
-    tokens = jax.lax.optimization_barrier({name: getattr(call, name) for name in names})
-    call = as_dplr(call._replace(**tokens)) if call.a is None else call._replace(**tokens)
-    q, k, v, log_decay, state, _, _, a, b, scale = call
+    tokens = jax.lax.optimization_barrier([call.q, call.k, call.v, call.log_decay, call.beta, call.a, call.b])
+    call = call._replace(**dict(zip(("q", "k", "v", "log_decay", "beta", "a", "b"), tokens, strict=True)))
+    q, k, v, log_decay, state, _, _, a, b, scale = call if call.beta is None else as_dplr(call)
     assert a is not None and b is not None
     q, k, v32, kept = (x.astype(jnp.float32) for x in (q, k, v, jnp.exp(log_decay)))
     u, before = jax.lax.optimization_barrier([jnp.sum(x[..., None] * state, axis=2) for x in (a, kept * q)])

@@ -7,7 +7,7 @@ each with the matrix as an operand of its own, it is as many products side by si
 
 The product of one token and a matrix is for XLA a sum over rows, which for few columns it makes of the products of all
 elements, written and read once more: three times the matrix's bytes. Cut into pieces of the rows it reads them once,
-as does a kernel on Hopper GPUs (`ops/hopper/token_product.py`); another one has up to 128 tokens.
+as does a kernel on Hopper GPUs (`ops/hopper/token_product.py`); those of several have a table (`ops/few_tokens.py`).
 """
 
 import math
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from based_jax import devices
 from based_jax.ops.arguments import checked
 from based_jax.ops.dispatch import target_device_kind, target_platform
-from based_jax.ops.hopper import few_tokens_product
+from based_jax.ops.few_tokens import few_tokens_product
 from based_jax.ops.hopper import token_product as hopper_token_product
 
 Tokens = Float[Array, "*T D"]
@@ -40,8 +40,8 @@ def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **opt
     """Return x @ kernel for (..., D) tokens and a (D, E) kernel; a `dot_general` for `flax.nnx.Linear`."""
     if x.size == x.shape[-1] and _is_one_gpu():
         return of_one_token(x.reshape(-1), kernel).reshape(*x.shape[:-1], -1)
-    if x.ndim == 2 and _is_one_gpu() and _is_for_few_tokens(x, kernel):
-        return jnp.sum(few_tokens_product.sums(x, kernel), axis=0).astype(x.dtype)
+    if are_decoded(x.shape) and precision is None:
+        return few_tokens_product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
     number = pieces(x.shape, kernel.shape)
     if number == 1:
         return lax.dot_general(x, kernel, dimensions, precision=precision, **options)
@@ -55,6 +55,11 @@ def multiply(x: Tokens, kernel: DE) -> Projected:
     return project(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
+def are_decoded(tokens: tuple[int, ...]) -> bool:
+    """Return whether these are tokens of several rows, one of each, on a GPU: their products are of a kind."""
+    return _is_one_gpu() and math.prod(tokens[:-1]) > 1 and (len(tokens) == 2 or tokens[-2] == 1)
+
+
 def pieces(tokens: tuple[int, ...], kernel: tuple[int, ...]) -> int:
     """Return into how many pieces a batch is cut: 1 on what is no GPU, on a mesh, and where the kernel is large."""
     if not _is_one_gpu() or len(tokens) != 3:
@@ -63,10 +68,6 @@ def pieces(tokens: tuple[int, ...], kernel: tuple[int, ...]) -> int:
     cores = _power_of_two(devices.cores(target_device_kind()))
     most = min(cores // blocks, math.prod(tokens[:-1]) // MIN_TOKENS_PER_PIECE)
     return math.gcd(tokens[0], _power_of_two(max(most, 1)))
-
-
-def _is_for_few_tokens(x: Float[Array, "T D"], kernel: DE) -> bool:
-    return few_tokens_product.supports(x, kernel) is None and few_tokens_product.slower(x, kernel) is None
 
 
 def _is_one_gpu() -> bool:

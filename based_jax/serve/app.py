@@ -29,6 +29,7 @@ BODIES_READ = 8
 CLIENT_GONE = 499
 OPEN_PATHS = ("/health",)
 """What is answered without the key."""
+WRONG_KEY = "The API key is missing or wrong; it is sent as 'Authorization: Bearer KEY'."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +95,6 @@ class Door:
             return True
         shown_key = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(shown_key, b"Bearer " + self._service.api_key.encode())
-
-
-WRONG_KEY = "The API key is missing or wrong; it is sent as 'Authorization: Bearer KEY'."
 
 
 async def completions(request: Request) -> Response:

@@ -84,7 +84,7 @@ class Driver:
     @property
     def rows_in_flight(self) -> int:
         """Rows that are written or wait."""
-        return sum(len(ticket.in_flight) for ticket in self._tickets)
+        return sum(len(ticket.in_flight) for ticket in list(self._tickets))
 
     @property
     def is_open(self) -> bool:

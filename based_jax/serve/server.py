@@ -25,12 +25,11 @@ from based_jax.serve.driver import Driver
 from based_jax.serve.limits import Limits
 from based_jax.serve.metrics import Metrics, PrefixCacheMetrics
 
-log = logging.getLogger(__name__)
-
 GRACE_SECONDS = 30.0
 LAST_WORDS_SECONDS = 5.0
 """For clients to read what they are told when the grace is over."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+log = logging.getLogger(__name__)
 
 
 def serve(
@@ -75,12 +74,14 @@ def bound(host: str, port: int) -> socket.socket:
         raise UserError(f"port is {port}; it is 1 to {2**16 - 1}, or 0 for any that is free.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        with contextlib.ExitStack() as closed_on_error:
+            listener = closed_on_error.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            closed_on_error.pop_all()
+            return listener
     except (OSError, UnicodeError) as error:
         raise UserError(f"Nothing can listen at port {port} of '{host}': {reason(error)}.") from None
-    return listener
 
 
 def make_service(model: LM, tokenizer: Tokenizer, name: str, *, limits: Limits, api_key: str | None = None) -> Service:

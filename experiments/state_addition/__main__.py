@@ -24,7 +24,7 @@ from based_jax.train.loop import train
 from based_jax.train.run import TrainConfig, load_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-EXAMPLES = 100
+EXAMPLES = 64
 PIECES, OVERLAPS = (2, 4, 8), (0, 2, 8)
 
 

@@ -33,6 +33,15 @@ def swizzled(shape: tuple[int, ...], swizzle: int, dtype=jnp.bfloat16) -> plgpu.
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
 
 
+def keep_plain(*refs) -> None:
+    """Keep arrays of shared memory as they are written down: else Mosaic may swizzle them, whose rows begin anywhere.
+
+    What it finds for a tile of eight rows is wrong for one that begins between two of these.
+    """
+    for ref in refs:
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(lambda _, __: None)(ref)
+
+
 def widest_swizzle(columns: int) -> int:
     """Return the widest swizzle of tiles with so many columns, a multiple of 16."""
     return next(x for x in (WIDE_SWIZZLE, MEDIUM_SWIZZLE, NARROW_SWIZZLE) if columns % (x // 2) == 0)

@@ -16,11 +16,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import split
 from pallas_kernels.hopper import stream
-from pallas_kernels.hopper.mosaic import across, down, like, load_global, save
+from pallas_kernels.hopper.mosaic import across, down, keep_plain, like, load_global, save
 from pallas_kernels.hopper.taylor_lanes import (
     EXPANDED_DIM,
     FEATURE_DIM,
     FIRST_SHARED,
+    FIRST_SLOTS,
     LANES,
     LAST_TILE,
     PER_LANE,
@@ -31,8 +32,8 @@ from pallas_kernels.hopper.taylor_lanes import (
     write_rows,
 )
 
-GROUP_TOKENS = 4
-"""Recent tokens that are added to a state together, but where rounding it more than once has to be avoided."""
+FEW_TOKENS = 2
+"""Recent tokens that are added to a state together, but where all are, lest it is rounded more than once."""
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """What the largest value of a row is scaled to, by the dtype of a state's values."""
 
@@ -91,16 +92,16 @@ class Plan(NamedTuple):
     @property
     def group(self) -> int:
         """Recent tokens that are added together."""
-        return GROUP_TOKENS if self.dtype == jnp.float32 else self.room
+        return FEW_TOKENS if self.dtype == jnp.float32 else self.room
 
     def scratch(self, recent_k) -> list:
         """Return tiles of the state and of recent keys and values, weights, what a row has beside, and a barrier."""
-        rows = plgpu.SMEM((2 * LANES,), jnp.float32)
+        rows = plgpu.SMEM((SLOTS,), jnp.float32)
         return [
             plgpu.SMEM((EXPANDED_DIM, self.value_dim), self.dtype),
             plgpu.SMEM((self.room, FEATURE_DIM), recent_k.dtype),
             plgpu.SMEM((self.room, self.value_dim), recent_k.dtype),
-            plgpu.SMEM((max(self.tokens, self.group), 2 * LANES), jnp.float32),
+            plgpu.SMEM((max(self.tokens, self.group), SLOTS), jnp.float32),
             *[rows] * (1 + (self.largest > 0)),
             plgpu.Barrier(num_arrivals=3),
         ]
@@ -112,23 +113,22 @@ class Step:
     def __init__(self, plan: Plan, tokens, count_ref, state, tiles):
         self.plan = plan
         block = lax.axis_index("block")
-        row, head = lax.div(block, plan.heads), lax.rem(block, plan.heads)
-        self.q, self.k, self.v = (ref.at[row, :, head] for ref in tokens)
-        self.values, *self.beside, self.recent_k, self.recent_v = (ref.at[row, head] for ref in state)
+        self.place = row, head = lax.div(block, plan.heads), lax.rem(block, plan.heads)
+        self.q, *self.new = (ref.at[row, :, head] for ref in tokens)
+        self.values, *beside, recent_k, recent_v = (ref.at[row, head] for ref in state)
+        self.beside, self.recent = beside, (recent_k, recent_v)
         self.values_tile, self.k_tile, self.v_tile, self.weights, *self.beside_slots, self.filled = tiles
         *self.scale_slots, self.normaliser_slots = self.beside_slots
         self.count = count_ref[row]
-        self.place = row, head
 
     def run(self, o_ref) -> None:
-        """Read and write what there is."""
-        plan = self.plan
-        for source, tile in (
-            (self.values, self.values_tile),
-            (self.recent_k, self.k_tile),
-            (self.recent_v, self.v_tile),
-        ):
+        """Read and write what there is; what lies in global memory is read before the first wait."""
+        plan, tiles = self.plan, (self.values_tile, self.k_tile, self.v_tile)
+        for source, tile in zip((self.values, *self.recent), tiles, strict=True):
             plgpu.copy_gmem_to_smem(source, tile, self.filled)
+        keep_plain(*tiles, self.weights)
+        new = [[load_global(ref.at[t], PER_COLUMN) for t in range(plan.tokens)] for ref in self.new]
+        queries = [load_global(self.q.at[t], PER_COLUMN).astype(jnp.float32) for t in range(plan.tokens)]
         for ref, slots in zip(self.beside, self.beside_slots, strict=True):
             put(slots, read_rows(ref))
         phi = features(self.q)
@@ -136,56 +136,63 @@ class Step:
         is_full = self.count + plan.tokens > plan.room
         pl.when(is_full)(self.flush)
         before = jnp.where(is_full, 0, self.count)
-        self.append(before)
-        self.weigh(phi)
+        self.append(new, before)
+        totals = self.weigh(phi)
         plgpu.commit_smem()
         row, head = self.place
-        for t, o in enumerate(self.read(before)):
+        for t, o in enumerate(self.read(queries, totals, before)):
             save(o_ref.at[row, t, head], o)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def flush(self) -> None:
         """Add the recent tokens to the state."""
-        plan = self.plan
 
-        @pl.loop(0, plan.room, step=plan.group)
+        @pl.loop(0, self.plan.room, step=self.plan.group)
         def add_group(first):
-            self.expand(first)
+            pl.loop(0, self.plan.group, step=FEW_TOKENS)(lambda i: self.expand(first, i))
             plgpu.commit_smem()
-            self.add(LAST_TILE, FIRST_SHARED, first)
+            few = self.few_values(first) if self.plan.group == FEW_TOKENS else None
+            self.add(LAST_TILE, FIRST_SHARED, few)
             plgpu.commit_smem()  # the last tile shares rows with the one before
-            pl.loop(0, FIRST_SHARED, step=TILE_ROWS)(lambda row: self.add(row, row, first))
+            pl.loop(0, FIRST_SHARED, step=TILE_ROWS)(lambda row: self.add(row, row, few))
             plgpu.commit_smem()
 
         plgpu.copy_smem_to_gmem(self.values_tile, self.values)
         for ref, slots in zip(self.beside, self.beside_slots, strict=True):
             write_rows(ref, get(slots))
 
-    def expand(self, first) -> None:
-        """Write the features of a group's keys, 0 of those that there are not, and add them to the normaliser."""
-
-        @pl.loop(0, self.plan.group)
-        def expand_token(i):
-            [phi] = features(self.k_tile.at[pl.ds(first + i, 1)])
-            held = lax.broadcast(first + i < self.count, (LANES,))
+    def expand(self, first, i) -> None:
+        """Write the features of a few keys of a group, 0 of those that are none, and add them to the normaliser."""
+        totals = get(self.normaliser_slots)
+        for n, phi in enumerate(features(self.k_tile.at[pl.ds(first + i, FEW_TOKENS)])):
+            held = lax.broadcast(first + i + n < self.count, (LANES,))
             kept = [jnp.where(held, x, 0.0) for x in phi]
-            put(self.weights.at[i], kept)
-            totals = get(self.normaliser_slots)
-            put(self.normaliser_slots, [total + x for total, x in zip(totals, kept, strict=True)])
+            put(self.weights.at[i + n], kept)
+            totals = [total + x for total, x in zip(totals, kept, strict=True)]
+        put(self.normaliser_slots, totals)
 
-    def add(self, row, slot, first) -> None:
-        """Add a group's products of features and values to a tile of the state."""
+    def few_values(self, first) -> list[jax.Array]:
+        """Return the values of a few recent tokens."""
+        return [load(self.v_tile.at[first + i], PER_COLUMN) for i in range(FEW_TOKENS)]
+
+    def add(self, row, slot, few: list[jax.Array] | None) -> None:
+        """Add a group's products of features and values to a tile of the state; `few` are its values, if so few."""
         tile = self.values_tile.at[pl.ds(row, TILE_ROWS)]
         shape, slots = (TILE_ROWS, self.plan.value_dim), pl.ds(slot, TILE_ROWS)
         x = load(tile, ROWS)
         for scales in self.scale_slots:
             x = x * across(load(scales.at[slots], PER_ROW), shape)
 
-        def add_token(i, x):
-            phi = load(self.weights.at[i, slots], PER_ROW)
-            return x + across(phi, shape) * down(load(self.v_tile.at[first + i], PER_COLUMN), shape)
+        def add_few(n, x, few):
+            for i, v in enumerate(few):
+                x = x + across(load(self.weights.at[n + i, slots], PER_ROW), shape) * down(v, shape)
+            return x
 
-        x = lax.fori_loop(0, self.plan.group, add_token, x)
+        if few is None:
+            turns = self.plan.group // FEW_TOKENS
+            x = lax.fori_loop(0, turns, lambda n, x: add_few(n * FEW_TOKENS, x, self.few_values(n * FEW_TOKENS)), x)
+        else:
+            x = add_few(0, x, few)
         for scales in self.scale_slots:
             top = jnp.max(jnp.abs(x), axis=1)
             save(scales.at[slots], top * (1.0 / self.plan.largest))
@@ -193,32 +200,29 @@ class Step:
             x = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN) if self.plan.dtype == jnp.int8 else x
         save(tile, x)
 
-    def append(self, before) -> None:
-        """Write the new tokens behind `before` recent ones."""
-        for source, tile, target in (
-            (self.k, self.k_tile, self.recent_k),
-            (self.v, self.v_tile, self.recent_v),
-        ):
-            for t in range(self.plan.tokens):
-                x = load_global(source.at[t], PER_COLUMN)
+    def append(self, new, before) -> None:
+        """Write new keys and values behind `before` recent ones."""
+        for rows, tile, target in zip(new, (self.k_tile, self.v_tile), self.recent, strict=True):
+            for t, x in enumerate(rows):
                 for ref in (tile, target):
                     ref.at[before + t][...] = x
 
-    def weigh(self, features_of_queries) -> None:
-        """Write what each row of the state counts for each query."""
-        scales = [get(slots) for slots in self.scale_slots]
-        normaliser, self.totals = get(self.normaliser_slots), []
+    def weigh(self, features_of_queries) -> list[jax.Array]:
+        """Write what each row of the state counts for each query; return their sums of what the normaliser counts."""
+        scales, normaliser, totals = [get(slots) for slots in self.scale_slots], get(self.normaliser_slots), []
+        is_second = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=PER_LANE) >= LANES - FIRST_SLOTS[1]
         for t, phi in enumerate(features_of_queries):
-            self.totals.append(jnp.sum(sum(x * z for x, z in zip(phi, normaliser, strict=True))))
+            first, second = (x * z for x, z in zip(phi, normaliser, strict=True))
+            totals.append(jnp.sum(first + jnp.where(is_second, second, 0.0)))
             weights = list(phi)
             for scale in scales:
                 weights = [x * y for x, y in zip(weights, scale, strict=True)]
             put(self.weights.at[t], weights)
+        return totals
 
-    def read(self, before) -> list[jax.Array]:
-        """Return each query's output (V)."""
+    def read(self, queries, totals, before) -> list[jax.Array]:
+        """Return each query's output (V), from the weighed rows of the state, their totals, and recent tokens."""
         shape = TILE_ROWS, self.plan.value_dim
-        numerators = [jnp.zeros(shape, jnp.float32)] * self.plan.tokens
 
         def add_tile(i, numerators):
             x = load(self.values_tile.at[pl.ds(jnp.minimum(i * TILE_ROWS, LAST_TILE), TILE_ROWS)], ROWS)
@@ -228,9 +232,9 @@ class Step:
                 for t, total in enumerate(numerators)
             ]
 
+        numerators = [jnp.zeros(shape, jnp.float32) for _ in queries]
         numerators = lax.fori_loop(0, SLOTS // TILE_ROWS, add_tile, numerators)
         number = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS,), 0, layout=PER_ROW)
-        queries = [load_global(self.q.at[t], PER_COLUMN).astype(jnp.float32) for t in range(self.plan.tokens)]
 
         def add_recent(i, sums):
             tokens = pl.ds(i * TILE_ROWS, TILE_ROWS)
@@ -246,7 +250,7 @@ class Step:
         sums = lax.fori_loop(0, self.plan.room // TILE_ROWS, add_recent, sums)
         return [
             (jnp.sum(x, axis=0) * (1.0 / (jnp.sum(z) + total))).astype(self.q.dtype)
-            for (x, z), total in zip(sums, self.totals, strict=True)
+            for (x, z), total in zip(sums, totals, strict=True)
         ]
 
 
@@ -256,11 +260,11 @@ def load(ref, layout) -> jax.Array:
 
 
 def get(slots) -> list[jax.Array]:
-    """Return the values of each lane's slots (2 LANES)."""
-    return [plgpu.load(slots.at[pl.ds(i * LANES, LANES)], layout=PER_LANE, optimized=False) for i in range(2)]
+    """Return the values of each lane's slots (SLOTS)."""
+    return [plgpu.load(slots.at[pl.ds(first, LANES)], layout=PER_LANE, optimized=False) for first in FIRST_SLOTS]
 
 
 def put(slots, values) -> None:
-    """Undo `get`."""
-    for i, x in enumerate(values):
-        slots.at[pl.ds(i * LANES, LANES)][...] = x
+    """Undo `get`; what two lanes have is equal."""
+    for first, x in zip(FIRST_SLOTS, values, strict=True):
+        slots.at[pl.ds(first, LANES)][...] = x

@@ -1,15 +1,16 @@
 """The 153 features of a key or a query by single lanes, two a lane, and what lies beside them in a state.
 
 A feature is a product of two components, which a lane picks by the feature's number; tiles know no such picking. Lane l
-has the slots l and LANES + l, of which `SLOTS` hold the rows of a state as tiles of `TILE_ROWS` rows meet them:
+has the slots l and 32 + l, some of them with another lane, which hold the rows of a state as tiles of 16 meet them:
 
     slot 0 .. 143       rows 0 .. 143
     slot 144 .. 159     rows 137 .. 152: the last tile ends with the last row, and of those that it shares with the one
                         before, slots 144 .. 150, features are 0 and nothing is written
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ SLOTS = FIRST_SHARED + TILE_ROWS
 FIRST_OWN = FIRST_SHARED + SLOTS - EXPANDED_DIM
 """The first slot of the last tile, and its first one whose row no other tile has."""
 LANES = WARPS * WARP_LANES
+FIRST_SLOTS = 0, SLOTS - LANES
+"""Of the first lane."""
 PER_LANE = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
 """The layout of one value a lane."""
 Slots = tuple[jax.Array, jax.Array]
@@ -38,19 +41,15 @@ Slots = tuple[jax.Array, jax.Array]
 
 def features(x) -> list[Slots]:
     """Return phi of each row of x (N, 16), in global or shared memory."""
-    count = x.shape[0]
-
-    def body(lanes: "_Lanes", x):
-        slots = [_Slot(lanes, half) for half in range(2)]
-        return [slot.feature(x, n) for n in range(count) for slot in slots]
-
-    found = _by_lanes(body, 2 * count)(x)
+    rows = range(x.shape[0])
+    found = _by_lanes(lambda slots, x: [slot.feature(x, n) for n in rows for slot in slots], 2 * len(rows))(x)
     return list(zip(found[::2], found[1::2], strict=True))
 
 
 def read_rows(ref) -> Slots:
     """Return one value of each row from global memory (153)."""
-    return tuple(_by_lanes(lambda lanes, ref: [_Slot(lanes, half).read(ref) for half in range(2)], 2)(ref))
+    first, second = _by_lanes(lambda slots, ref: [slot.read(ref) for slot in slots], 2)(ref)
+    return first, second
 
 
 def write_rows(ref, values: Sequence[jax.Array]) -> None:
@@ -58,30 +57,32 @@ def write_rows(ref, values: Sequence[jax.Array]) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), PER_LANE, PER_LANE))
     def body(_, ref, *values):
-        for half, value in enumerate(values):
-            _Slot(_Lanes(), half).write(value.registers.item(), ref)
+        for slot, value in zip(_Slot.of_lane(_Lanes()), values, strict=True):
+            slot.write(slot.lanes.element(value), ref)
 
     body(ref, *values)
 
 
-def _by_lanes(body, count: int):
-    """Return a function of references whose `body` returns `count` fp32 values of each lane."""
+def _by_lanes(body: Callable, count: int) -> Callable:
+    """Return a function of a reference whose `body(slots, ref)` returns `count` fp32 values of each lane."""
     result = plgpu.ShapeDtypeStruct((LANES,), jnp.float32, layout=PER_LANE)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=[result] * count)
     def run(_, ref):
         lanes = _Lanes()
-        return [lanes.array(value) for value in body(lanes, ref)]
+        return [lanes.array(value) for value in body(_Slot.of_lane(lanes), ref)]
 
     return run
 
 
 class _Lanes:
-    """Arithmetic of a lane."""
+    """Arithmetic of a lane, with integers and fp32."""
 
     def __init__(self):
         self.i32, self.f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        self.lane = arith.remui(mgpu.utils.thread_idx(), self.number(LANES))
+
+    def lane(self) -> ir.Value:
+        return arith.remui(mgpu.utils.thread_idx(), self.number(LANES))
 
     def number(self, value: int) -> ir.Value:
         return mgpu.c(value, self.i32)
@@ -89,70 +90,98 @@ class _Lanes:
     def real(self, value: float) -> ir.Value:
         return mgpu.c(value, self.f32)
 
-    def at_least(self, value: ir.Value, least: int) -> ir.Value:
-        return arith.cmpi(arith.CmpIPredicate.sge, value, self.number(least))
+    def add(self, x: ir.Value, number: int) -> ir.Value:
+        return arith.addi(x, self.number(number))
+
+    def subtract(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return arith.subi(x, y)
+
+    def triangle(self, x: ir.Value) -> ir.Value:
+        """Return x (x + 1) / 2."""
+        return arith.shrui(arith.muli(x, self.add(x, 1)), self.number(1))
+
+    def within(self, x: ir.Value, least: int, most: int) -> ir.Value:
+        """Return an integer, or the end of a range that it is beyond."""
+        return arith.minsi(arith.maxsi(x, self.number(least)), self.number(most))
+
+    def at_least(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return arith.cmpi(arith.CmpIPredicate.sge, x, y)
 
     def equal(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return arith.cmpi(arith.CmpIPredicate.eq, x, y)
 
-    def index(self, value: ir.Value) -> ir.Value:
-        return arith.index_cast(ir.IndexType.get(), value)
+    def select(self, condition: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+        return arith.select(condition, x, y)
+
+    def times(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return arith.mulf(x, y)
 
     def load(self, ref: ir.Value, *place: ir.Value) -> ir.Value:
         """Return an element in fp32."""
-        value = memref.load(ref, [self.index(i) for i in place])
+        value = memref.load(ref, [arith.index_cast(ir.IndexType.get(), i) for i in place])
         return value if value.type == self.f32 else arith.extf(self.f32, value)
+
+    def store(self, condition: ir.Value, value: ir.Value, ref: ir.Value, place: ir.Value) -> None:
+        """Write an element where a condition holds."""
+        with mgpu.utils.when(condition):
+            memref.store(value, ref, [arith.index_cast(ir.IndexType.get(), place)])
 
     def array(self, value: ir.Value) -> mgpu.FragmentedArray:
         """Return a value of each lane as an array."""
+        vector = mgpu.utils.bitcast(mgpu.utils.bitcast(value, self.i32), ir.VectorType.get((1,), self.f32))
         layout = mgpu.WGStridedFragLayout((LANES,), 1)
-        vector = mgpu.utils.bitcast(value, self.i32)
-        vector = mgpu.utils.bitcast(vector, ir.VectorType.get((1,), self.f32))
         return mgpu.FragmentedArray(_registers=np.array([vector], dtype=object), _layout=layout, _is_signed=None)
+
+    def element(self, array: mgpu.FragmentedArray) -> ir.Value:
+        """Undo `array`."""
+        return mgpu.utils.bitcast(mgpu.utils.bitcast(array.registers.item(), self.i32), self.f32)
 
 
 class _Slot:
-    """One of a lane's two slots: its row, and the components whose product the row's feature is."""
+    """One of a lane's two slots: the row of the state that it is of, and the components whose product is its feature.
 
-    def __init__(self, lanes: _Lanes, half: int):
-        do = self.do = lanes
-        slot = arith.addi(do.lane, do.number(half * LANES))
-        shared = do.at_least(slot, FIRST_SHARED)
-        shift = arith.select(shared, do.number(SLOTS - EXPANDED_DIM), do.number(0))
-        row = arith.minsi(arith.subi(slot, shift), do.number(EXPANDED_DIM - 1))
-        own = arith.ori(
-            arith.cmpi(arith.CmpIPredicate.slt, slot, do.number(FIRST_SHARED)),
-            arith.andi(do.at_least(slot, FIRST_OWN), arith.cmpi(arith.CmpIPredicate.slt, slot, do.number(SLOTS))),
-        )
-        self.row, self.own = row, own
+    Features are those of `ops/taylor.py`: 1, then x_m, then x_m x_n for n <= m in the order of m, each with a factor.
+    """
+
+    def __init__(self, lanes: _Lanes, first: int):
+        do = self.lanes = lanes
+        slot = do.add(do.lane(), first)
+        is_shared, is_own = (do.at_least(slot, do.number(x)) for x in (FIRST_SHARED, FIRST_OWN))
+        self.row = do.select(is_shared, do.add(slot, EXPANDED_DIM - SLOTS), slot)
+        self.is_own = do.select(is_shared, is_own, do.at_least(slot, do.number(0)))
+
+    @classmethod
+    def of_lane(cls, lanes: _Lanes) -> list["_Slot"]:
+        """Return a lane's slots."""
+        return [cls(lanes, first) for first in FIRST_SLOTS]
+
+    @functools.cached_property
+    def factors(self) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value, ir.Value]:
+        """Whether the feature has a component, and a second, these two, and what their product is multiplied by."""
+        do = self.lanes
+        is_linear, is_product = (do.at_least(self.row, do.number(x)) for x in (1, 1 + FEATURE_DIM))
+        number, m = do.add(self.row, -1 - FEATURE_DIM), do.number(0)
+        for bit in (8, 4, 2, 1):
+            more = do.add(m, bit)
+            m = do.select(do.at_least(number, do.triangle(more)), more, m)
+        n = do.within(do.subtract(number, do.triangle(m)), 0, FEATURE_DIM - 1)
+        scale = FEATURE_DIM**-0.5
+        square = do.select(do.equal(m, n), do.real(scale * math.sqrt(0.5)), do.real(scale))
+        factor = do.select(is_product, square, do.select(is_linear, do.real(math.sqrt(scale)), do.real(1.0)))
+        first = do.select(is_product, m, do.within(do.add(self.row, -1), 0, FEATURE_DIM - 1))
+        return is_linear, is_product, first, n, do.select(self.is_own, factor, do.real(0.0))
 
     def feature(self, x: ir.Value, token: int) -> ir.Value:
         """Return the feature of a row of x."""
-        do, row = self.do, self.row
-        is_product, is_linear = do.at_least(row, 1 + FEATURE_DIM), do.at_least(row, 1)
-        number = arith.subi(row, do.number(1 + FEATURE_DIM))
-        m = n = do.number(0)
-        for first in range(1, FEATURE_DIM):
-            beyond = do.at_least(number, first * (first + 1) // 2)
-            m = arith.select(beyond, do.number(first), m)
-            n = arith.select(beyond, do.number(first * (first + 1) // 2), n)
-        n = arith.maxsi(arith.subi(number, n), do.number(0))
-        linear = arith.maxsi(arith.subi(row, do.number(1)), do.number(0))
-        first, second = arith.select(is_product, m, linear), n
-        scale = FEATURE_DIM**-0.5
-        square = arith.select(do.equal(m, n), do.real(scale * math.sqrt(0.5)), do.real(scale))
-        factor = arith.select(is_product, square, arith.select(is_linear, do.real(math.sqrt(scale)), do.real(1.0)))
-        factor = arith.select(self.own, factor, do.real(0.0))
-        one = do.real(1.0)
-        left = arith.select(is_linear, do.load(x, do.number(token), first), one)
-        right = arith.select(is_product, do.load(x, do.number(token), second), one)
-        return arith.mulf(arith.mulf(left, right), factor)
+        do, (is_linear, is_product, first, second, factor) = self.lanes, self.factors
+        left, right = (do.load(x, do.number(token), place) for place in (first, second))
+        left, right = do.select(is_linear, left, do.real(1.0)), do.select(is_product, right, do.real(1.0))
+        return do.times(do.times(left, right), factor)
 
     def read(self, ref: ir.Value) -> ir.Value:
-        return self.do.load(ref, self.row)
+        """Return the row's value of a reference (153)."""
+        return self.lanes.load(ref, self.row)
 
     def write(self, value: ir.Value, ref: ir.Value) -> None:
-        if isinstance(value.type, ir.VectorType):
-            value = mgpu.utils.bitcast(mgpu.utils.bitcast(value, self.do.i32), self.do.f32)
-        with mgpu.utils.when(self.own):
-            memref.store(value, ref, [self.do.index(self.row)])
+        """Undo `read`; slots that have a row together with others write nothing."""
+        self.lanes.store(self.is_own, value, ref, self.row)

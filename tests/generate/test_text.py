@@ -29,6 +29,21 @@ def test_pieces_join_to_the_text_and_break_no_character(tokenizer):
     assert sum(map(bool, told)) > 10
 
 
+def test_only_the_character_that_is_not_whole_is_held_back():
+    stream = TextStream(ByteTokenizer())
+    told = [
+        stream.push(*block) for block in ("中".encode()[:1], "中".encode()[1:] + b"a\xe2\x82", b"\xac", b"\xff" * 9)
+    ]
+    assert [*told, stream.finish()] == ["", "中a", "€", BROKEN * 6, BROKEN * 3]
+
+
+def test_blocks_of_tokens_join_to_the_text(tokenizer):
+    text = "Über 7 €, naïve 🦊 and 中文.\n\n  The end" * 5
+    ids, stream = tokenizer.encode(text), TextStream(tokenizer)
+    told = [stream.push(*ids[start : start + 7]) for start in range(0, len(ids), 7)]
+    assert all(told) and "".join(told) + stream.finish() == text
+
+
 def test_any_ids_are_told_as_they_are_decoded(tokenizer):
     ids = np.random.default_rng(0).integers(0, tokenizer.vocab_size, 300).tolist()
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)

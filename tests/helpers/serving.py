@@ -15,7 +15,7 @@ from flax import nnx
 
 from based_jax.__main__ import main
 from based_jax.data.tokenizer import ByteTokenizer
-from based_jax.generate import Sampling, Scheduler, generate
+from based_jax.generate import Event, Sampling, Scheduler, generate
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.serve import Limits, bound
 from based_jax.serve.server import Server, make_service, url_of
@@ -65,9 +65,14 @@ class Serving:
         """What the server runs."""
         return self.service.driver._scheduler
 
+    def wait_for_rows(self, count: int) -> None:
+        """Wait until so many texts are written or wait."""
+        wait_until(lambda: self.service.driver.rows_in_flight == count)
+
     def wait_until_idle(self) -> None:
         """Wait until all slots are free and nobody waits."""
-        wait_until(lambda: not self.scheduler.busy and self.service.driver.rows_in_flight == 0)
+        self.wait_for_rows(0)
+        wait_until(lambda: not self.scheduler.busy)
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the value of a metric."""
@@ -81,6 +86,23 @@ def wait_until(is_so: Callable[[], bool]) -> None:
             return
         time.sleep(0.01)
     raise AssertionError("it does not come to be so")
+
+
+@contextlib.contextmanager
+def held(server: Serving) -> Iterator[Callable[[], None]]:
+    """Let no text go on while this is open, or until what it yields is called."""
+    advance, may_advance = server.scheduler.advance, threading.Event()
+
+    def wait_and_advance() -> list[Event]:
+        may_advance.wait()
+        return advance()
+
+    server.scheduler.advance = wait_and_advance
+    try:
+        yield may_advance.set
+    finally:
+        may_advance.set()
+        server.scheduler.advance = advance
 
 
 def served(words: Sequence[str], ask: Callable[[int], object]) -> int:

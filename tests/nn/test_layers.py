@@ -38,7 +38,7 @@ def test_mlp(out_and_grads):
 def test_the_gradient_of_a_product_s_parts_is_joined_once(normal):
     """Behind a barrier XLA cannot copy the joining, and all that it reads, into each product with the gradient."""
     mlp = layers.SwiGLU(8, 12, layers.Init(0.02, 0.02, jnp.float32, nnx.Rngs(0)))
-    text = jax.jit(jax.grad(lambda mlp, x: jnp.sum(mlp(x)))).lower(mlp, normal(3, 8)).as_text()
+    text = jax.jit(jax.grad(lambda mlp, x: jnp.sum(mlp(x)))).lower(mlp, normal(2, 3, 8)).as_text()
     [joined] = re.findall(r"(%\w+) = stablehlo\.concatenate", text)
     [made] = re.findall(rf"(%\w+) = stablehlo\.optimization_barrier {joined} ", text)
     assert len(re.findall(rf"{joined}\b", text)) == 2 and f"dot_general {made}, " in text

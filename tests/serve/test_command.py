@@ -1,6 +1,7 @@
 """The command, from its arguments to the signal that ends it."""
 
 import logging
+import socket
 import sys
 
 import openai
@@ -54,6 +55,20 @@ def test_a_name_a_key_of_the_environment_and_a_host(loads, capsys, monkeypatch, 
     assert [record.getMessage() for record in caplog.records] == [
         "Whoever reaches this machine may use the model: there is no API key."
     ]
+
+
+def test_a_port_that_is_taken_and_a_tokenizer_of_another_model_are_said(loads, capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main([*WORDS, f"--port={port}"]) == 2
+    assert capsys.readouterr().err == (
+        f"Error: Nothing can listen at port {port} of '127.0.0.1': Address already in use.\n"
+    )
+    monkeypatch.setattr(ByteTokenizer, "end_of_text", 257)
+    assert main([*WORDS, "--port=0"]) == 2
+    assert capsys.readouterr().err == (
+        "Error: The tokenizer is not the model's: the tokenizer has id 257, the model knows ids 0 to 256.\n"
+    )
 
 
 def test_what_is_missing_is_named(capsys, monkeypatch):

@@ -106,11 +106,11 @@ def test_answers_are_the_labels_and_their_loss_is_that_of_all_logits(rng, everyw
     examples = PlacedExamples.of(inputs, labels)
     assert examples.shape == (12, 12 if everywhere else max(1, (labels != NO_LABEL).sum(axis=1).max()))
     model = LM(make_trial(BASE, {}).model, rngs=nnx.Rngs(1))
-    got = lanes.answer_sums(model, examples)
-    want = loss_sums(model, {"inputs": jnp.asarray(inputs), "labels": jnp.asarray(labels)})
+    got = jax.jit(lanes.answer_sums)(model, examples)
+    want = jax.jit(loss_sums)(model, {"inputs": inputs, "labels": labels})
     np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-5)
     assert got["count"] == want["count"] and got["examples"] == (labels != NO_LABEL).any(axis=1).sum()
-    hits = (np.argmax(model(jnp.asarray(inputs)), axis=-1) == labels) & (labels != NO_LABEL)
+    hits = (np.argmax(nnx.jit(model)(inputs), axis=-1) == labels) & (labels != NO_LABEL)
     counts = np.maximum((labels != NO_LABEL).sum(axis=1), 1)
     np.testing.assert_allclose(got["accuracies"], (hits.sum(axis=1) / counts).sum(), rtol=1e-5)
 
@@ -312,7 +312,7 @@ SWEEP = """
 from based_jax.sweep import Sweep, param, product
 BASE = {base!r}
 def get_sweep():
-    return Sweep(BASE, product(param("model.d_model", range(8, 24, 4)), param("optim.lr", [1e-3, 1e-2])))
+    return Sweep(BASE, product(param("model.d_model", range(8, 20, 4)), param("optim.lr", [1e-3, 1e-2])))
 """
 
 
@@ -336,10 +336,10 @@ def test_a_stopped_sweep_goes_on_without_redoing_or_losing_a_point(how, tmp_path
     assert ("the same command goes on" in said) == (how == signal.SIGINT) and "Traceback" not in said
     before = Store(store).rows()
     sweep = load_sweep(str(file))
-    assert 2 <= len(before) < 8
+    assert 2 <= len(before) < 6
     left = run_sweep(sweep, Store(store), "sweep", SweepOptions(), lambda _: None)
     after = Store(store).rows()
-    assert left == 8 - len(before) and len(after) == 8
+    assert left == 6 - len(before) and len(after) == 6
     assert all(row in after for row in before)
     lines = [json.loads(line) for path in store.glob("*.jsonl") for line in path.read_text().splitlines()]
-    assert len(lines) == 8  # nothing was trained twice
+    assert len(lines) == 6  # nothing was trained twice

@@ -88,7 +88,7 @@ class Attention(Mixer):
     without rotary; transformers:models/llama/modeling_llama.py with full rotary and grouped queries.
     """
 
-    Config: ClassVar = AttentionConfig
+    Config: ClassVar[type[HeadsConfig]] = AttentionConfig
     IMPLEMENTATIONS: ClassVar = ATTENTION
     REFERENCE: ClassVar = {
         "based": QKV_KEYS,

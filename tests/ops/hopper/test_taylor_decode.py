@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers.cases import parametrize_some
 from helpers.devices import gpus
@@ -13,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from based_jax.errors import UserError
 from based_jax.ops.calls import RecentTokens, TaylorDecodeCall
 from based_jax.ops.hopper import taylor_decode as hopper_taylor_decode
-from based_jax.ops.taylor import taylor_attention
+from based_jax.ops.taylor import taylor_attention, taylor_features
 from based_jax.ops.taylor_decode import holding, initial_state, taylor_attention_decode, total
 from pallas_kernels.hopper import taylor_decode, taylor_lanes
 
@@ -70,10 +71,9 @@ def test_lowers_for_an_h100(state_dtype, value_dim, tokens, mesh):
 
 def _rows():
     """Return the row of each slot, and whether its feature is that of the row."""
-    slot = lax.iota(jnp.int32, 2 * taylor_lanes.LANES)
+    slot = lax.iota(jnp.int32, taylor_lanes.SLOTS)
     row = jnp.where(slot < taylor_lanes.FIRST_SHARED, slot, slot - taylor_lanes.SLOTS + taylor_lanes.EXPANDED_DIM)
-    own = (slot < taylor_lanes.FIRST_SHARED) | ((slot >= taylor_lanes.FIRST_OWN) & (slot < taylor_lanes.SLOTS))
-    return jnp.minimum(row, taylor_lanes.EXPANDED_DIM - 1), own
+    return row, (slot < taylor_lanes.FIRST_SHARED) | (slot >= taylor_lanes.FIRST_OWN)
 
 
 def _picked(x, index):
@@ -83,7 +83,7 @@ def _picked(x, index):
 
 
 def _halves(x):
-    return x[: taylor_lanes.LANES], x[taylor_lanes.LANES :]
+    return tuple(x[first : first + taylor_lanes.LANES] for first in taylor_lanes.FIRST_SLOTS)
 
 
 def _features(ref):
@@ -101,14 +101,59 @@ def _read_rows(ref):
 
 
 def _write_rows(ref, values):
-    x = jnp.concatenate(values)
-    ref[...] = jnp.concatenate([x[: taylor_lanes.FIRST_SHARED], x[taylor_lanes.FIRST_OWN : taylor_lanes.SLOTS]])
+    x = jnp.concatenate([values[0], values[1][-taylor_lanes.FIRST_SLOTS[1] :]])
+    ref[...] = jnp.concatenate([x[: taylor_lanes.FIRST_SHARED], x[taylor_lanes.FIRST_OWN :]])
+
+
+class _ArraysOfLanes:
+    """`taylor_lanes._Lanes` for all lanes at once, in numpy."""
+
+    number, real, select = np.int32, np.float32, staticmethod(np.where)
+    add, subtract, times, equal, at_least = np.add, np.subtract, np.multiply, np.equal, np.greater_equal
+
+    def lane(self):
+        return np.arange(taylor_lanes.LANES)
+
+    def triangle(self, x):
+        return x * (x + 1) // 2
+
+    def within(self, x, least, most):
+        return np.clip(x, least, most)
+
+    def load(self, ref, *place):
+        return ref[place]
+
+    def store(self, condition, value, ref, place):
+        ref[place[condition]] = value[condition]
+
+
+def test_lanes_make_each_feature_and_have_each_row(normal, close):
+    x, values = np.asarray(normal(2, 16)), np.arange(1.0, 154.0)
+    phi = np.asarray(jax.jit(taylor_features)(x))[1]
+    rows, is_own = map(np.asarray, _rows())
+    written = np.zeros(153)
+    for first, slot in zip(taylor_lanes.FIRST_SLOTS, taylor_lanes._Slot.of_lane(_ArraysOfLanes()), strict=True):
+        at = slice(first, first + taylor_lanes.LANES)
+        np.testing.assert_array_equal(slot.row, rows[at])
+        close(slot.feature(x, 1), np.where(is_own, phi[rows], 0)[at])
+        slot.write(slot.read(values), written)
+    np.testing.assert_array_equal(written, values)
+    tiles = rows.reshape(-1, taylor_lanes.TILE_ROWS)
+    starts = np.minimum(np.arange(len(tiles)) * taylor_lanes.TILE_ROWS, taylor_lanes.LAST_TILE)
+    np.testing.assert_array_equal(tiles, starts[:, None] + np.arange(taylor_lanes.TILE_ROWS))
+    assert sorted(rows[is_own]) == list(range(153))
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
     replace_products(monkeypatch)
-    for name, function in (("features", _features), ("read_rows", _read_rows), ("write_rows", _write_rows)):
+    replaced = {
+        "features": _features,
+        "read_rows": _read_rows,
+        "write_rows": _write_rows,
+        "keep_plain": lambda *_: None,
+    }
+    for name, function in replaced.items():
         monkeypatch.setattr(taylor_decode, name, function)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield

@@ -74,13 +74,13 @@ def test_forward_and_gradients_are_the_oracle_s(
     monkeypatch.setattr(taylor_pieces, "MIN_CHUNKS_PER_PIECE", chunks_per_piece)
     chunks = -(-shape[1] // 64)
     assert taylor_pieces.number_of_pieces(shape[0] * shape[2], chunks) == max(1, chunks // chunks_per_piece)
-    ids = np.int32([np.repeat(*np.asarray(documents).T)])
+    ids = jax.device_put(np.int32([np.repeat(*np.asarray(documents).T)]))
 
     def arrays(dims):
         return [rng.normal(size=(*shape, dim)).astype(jnp.bfloat16) for dim in dims]
 
-    inputs, do = arrays((16, 16, value_dim)), rng.normal(size=(*shape, value_dim)).astype(jnp.bfloat16)
-    dstate = (rng.normal(size=(shape[0], shape[2], 153, value_dim + 1)) / 100).astype(np.float32)
+    inputs, [do] = arrays((16, 16, value_dim)), jax.device_put(arrays((value_dim,)))
+    dstate = jax.device_put(rng.normal(size=(shape[0], shape[2], 153, value_dim + 1)).astype(np.float32) / 100)
     if with_state:
         before = jax.jit(lambda *qkv: taylor.taylor_attention(*qkv, impl="oracle")[1])
         inputs += [before(*arrays((16, 16, value_dim)))]

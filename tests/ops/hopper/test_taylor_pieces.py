@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_a_piece_starts_from_all_that_lies_before_it(
 
 def _arrays(scalars: np.ndarray, pattern: np.ndarray) -> jnp.ndarray:
     """Return one array of sums for each scalar."""
-    return jnp.asarray(scalars.reshape(-1, 1, 1) * pattern, jnp.float32)
+    return jax.device_put((scalars.reshape(-1, 1, 1) * pattern).astype(np.float32))
 
 
 def _assert_close(got, wanted) -> None:

@@ -62,7 +62,7 @@ def test_they_equal_the_oracle(B, T, L, D, packed, normal, packed_ids, out_and_g
     triton_interpreter.interpret(monkeypatch)
     u, cotangent = normal(B, T, D, dtype="bfloat16"), normal(B, T, D, dtype="bfloat16")
     kernel = np.asarray(normal(L, D, dtype="bfloat16"), np.float32)
-    ids = np.resize(documents(packed_ids, T), (B, T)) if packed else None  # many documents, and padding before one
+    ids = jax.device_put(np.resize(documents(packed_ids, T), (B, T))) if packed else None
     compute = segments.without_padding(lambda call: toeplitz.convolve(*call), "u")
 
     def tiles(u, kernel):
