@@ -53,9 +53,10 @@ def profile(run: Callable[[int], Any], program: Program, runs: int, steps_per_ru
 def breakdown(kernels: Sequence[Kernel], program: Program, runs: int, steps_per_run: int = 1) -> dict[str, Any]:
     """Return where the milliseconds of a step go.
 
-    The result has "milliseconds" from the first kernel to the last, in it "idle", in which none ran, "launches" of
-    kernels, "copies" by instructions and engines that only move, "layers" by kind and pass, "sorts" of kernels, and of
-    "kernels" those that take most.
+    The result has "milliseconds" from the first kernel to the last, and of a step in "each_run", where all have as many
+    kernels: a GPU that has paused is faster at first. In it "idle", in which none ran, "launches" of kernels, "copies"
+    by instructions and engines that only move, "layers" by kind and pass, "sorts" of kernels, and of "kernels" those
+    that take most.
     """
     ordered, steps = in_order(kernels), runs * steps_per_run
     told = instructions(ordered, program, steps if has_unknown_loops(program) else runs)
@@ -63,6 +64,7 @@ def breakdown(kernels: Sequence[Kernel], program: Program, runs: int, steps_per_
     span, busy = (x(ordered) / 1e6 / steps for x in (length, busy_time))
     return {
         "milliseconds": round(span, 3),
+        "each_run": _each_run(ordered, runs, steps_per_run),
         "idle": round(span - busy, 3),
         "launches": round(len(kernels) / steps, 1),
         "copies": _sum(part.milliseconds for part in parts if part.layer == "copies"),
@@ -70,6 +72,12 @@ def breakdown(kernels: Sequence[Kernel], program: Program, runs: int, steps_per_
         "sorts": _by_sort(parts),
         "kernels": _most(parts, steps),
     }
+
+
+def _each_run(ordered: Sequence[Kernel], runs: int, steps_per_run: int) -> list[float]:
+    count, rest = divmod(len(ordered), runs)
+    groups = [] if rest else [ordered[i * count : (i + 1) * count] for i in range(runs)]
+    return [round(length(group) / 1e6 / steps_per_run, 3) for group in groups]
 
 
 def has_unknown_loops(program: Program) -> bool:

@@ -53,6 +53,12 @@ def chunk_of(parts: Sequence[np.ndarray], most: int) -> Chunk:
     return ids, None if segment_ids.all() else segment_ids
 
 
+def each_kind_of_chunk(longest: int, most: int) -> list[Chunk]:
+    """Return a chunk for each program that reads one prompt of up to `longest` tokens, `most` at once."""
+    chunks = (chunk_of([np.zeros(length, np.int32)], most) for length in range(1, 1 + min(longest, most)))
+    return list({(ids.shape, segment_ids is None): (ids, segment_ids) for ids, segment_ids in chunks}.values())
+
+
 def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,15 @@ import numpy as np
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Decoder
-from based_jax.generate.prefill import CHUNK_TOKENS, FEWEST_TOKENS, chunk_length, chunk_of, prefill_chunk
+from based_jax.generate.prefill import (
+    CHUNK_TOKENS,
+    FEWEST_TOKENS,
+    Chunk,
+    chunk_length,
+    chunk_of,
+    each_kind_of_chunk,
+    prefill_chunk,
+)
 from based_jax.generate.prefix_cache import PrefixCache
 from based_jax.generate.requests import Request
 from based_jax.generate.rows import Block, Rows, decode
@@ -106,7 +115,9 @@ class Scheduler:
       prefix_cache: where states of prompts are kept and found.
       tokenizer: makes text of tokens; stop strings need it.
       block_tokens: drawn for each request by one `advance`, at most.
-      chunk_tokens: of a prompt that are read by one `advance`, at most.
+      chunk_tokens: of a prompt that are read at once, at most.
+      prompt_tokens: of prompts that are read by one `advance`, at most, by default a chunk's: more fill the slots
+        sooner, and let those that have one wait longer.
 
     Raises:
       UserError: a number is below 1, or the model does not read `max_len` tokens.
@@ -122,9 +133,16 @@ class Scheduler:
         tokenizer: Tokenizer | None = None,
         block_tokens: int = 16,
         chunk_tokens: int = CHUNK_TOKENS,
+        prompt_tokens: int | None = None,
     ):
-        for name, value in (("slots", slots), ("block_tokens", block_tokens), ("chunk_tokens", chunk_tokens)):
-            if value < 1:
+        counts = {
+            "slots": slots,
+            "block_tokens": block_tokens,
+            "chunk_tokens": chunk_tokens,
+            "prompt_tokens": prompt_tokens,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it is at least 1.")
         self.decoder = Decoder.of(model)
         if max_len < 2 or max_len > (self.decoder.max_len or max_len):
@@ -135,6 +153,7 @@ class Scheduler:
         self.prefix_cache = None if self.decoder.prefix_length else prefix_cache  # a prefix is of its whole prompt
         self._layout = StateLayout(self.decoder)
         self._block_tokens, self._chunk_tokens = block_tokens, chunk_length(self.decoder, chunk_tokens)
+        self._prompt_tokens = prompt_tokens or self._chunk_tokens
         self._ids = itertools.count()
         self._waiting: collections.deque[Task] = collections.deque()
         self._slots: list[Task | None] = [None] * slots
@@ -155,6 +174,20 @@ class Scheduler:
     def running(self) -> int:
         """Requests that have a slot."""
         return sum(task is not None for task in self._slots)
+
+    def compile(self) -> None:
+        """Compile what requests run, before the first one waits for it."""
+
+        def read(chunk: Chunk) -> None:
+            prefill_chunk(self.decoder, self.decoder.init_cache(1, self.max_len), chunk)
+
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(read, each_kind_of_chunk(self.max_len - 2, self._chunk_tokens)))
+        if self.prefix_cache is not None:
+            self._layout.fork(self._layout.take(self.decoder.init_cache(1, self.max_len), 0), self.max_len)
+        self.submit(Request([0], 1))
+        while self.busy:
+            self.advance()
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id; UserError if it cannot be answered."""
@@ -181,7 +214,7 @@ class Scheduler:
         return False
 
     def advance(self) -> list[Event]:
-        """Read on in the next prompts, a chunk's tokens at most, and begin a block for all that have a slot.
+        """Read on in the next prompts, `prompt_tokens` at most, and begin a block for all that have a slot.
 
         The events are those of the block that was begun before, so that the device does not wait for who reads them.
         """
@@ -193,7 +226,7 @@ class Scheduler:
         return [] if before is None else list(self._events(before))
 
     def _read_prompts(self) -> None:
-        left = self._chunk_tokens
+        left = self._prompt_tokens
         while left > 0 and self._waiting and None in self._slots:
             left -= max(self._read(self._waiting[0]), FEWEST_TOKENS)
 

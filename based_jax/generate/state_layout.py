@@ -47,7 +47,8 @@ class StateLayout:
 
     def take(self, caches: Caches, length: int, *, row: int = 0) -> State:
         """Return the state of one row of caches, of any number of rows and with any room, that has read `length`."""
-        tokens = -(-length // TOKEN_BLOCK) * TOKEN_BLOCK
+        grows = any(axis is not None for axis in self._token_axes.values())
+        tokens = -(-length // TOKEN_BLOCK) * TOKEN_BLOCK if grows else 0  # one program where nothing does
         return State(
             _taken(tuple(self._token_axes.items()), tokens, caches, row), self.kinds, length, self.decoder.fingerprint
         )

@@ -140,7 +140,10 @@ def taylor_attention_decode(q: BTHK, k: BTHK, v: BTHV, state: Any, *, impl: str 
     parts = (None, None) if recent is None else ((recent.k, recent.v), recent.length)
     call = TaylorDecodeCall(q, k, v, sums, *parts)
     o, sums, tokens, length = dispatch("taylor_attention_decode", IMPLEMENTATIONS, impl, call)
-    return o, TaylorState(sums, None if tokens is None else RecentTokens(tokens[0], tokens[1], length))
+    if recent is None:
+        return o, TaylorState(sums)
+    recent_k, recent_v = tokens
+    return o, TaylorState(sums, RecentTokens(recent_k, recent_v, length))
 
 
 def rewound(state: TaylorState, tokens: Int[Array, "#B"]) -> TaylorState:

@@ -17,7 +17,7 @@ import uvicorn
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.folders import reason
-from based_jax.generate import PrefixCache, Request, Scheduler
+from based_jax.generate import PrefixCache, Scheduler
 from based_jax.nn.lm import LM
 from based_jax.serve.api_errors import shutting_down
 from based_jax.serve.app import Service, make_app
@@ -95,7 +95,7 @@ def make_service(model: LM, tokenizer: Tokenizer, name: str, *, limits: Limits, 
     scheduler = Scheduler(
         model, slots=limits.slots, max_len=limits.max_len, prefix_cache=prefix_cache, tokenizer=tokenizer
     )
-    _warm_up(scheduler)
+    scheduler.compile()
     metrics = Metrics()
     metrics.gauge("slots", "texts that are written at once", lambda: limits.slots)
     metrics.gauge("slots_used", "slots in use", lambda: scheduler.running)
@@ -104,13 +104,6 @@ def make_service(model: LM, tokenizer: Tokenizer, name: str, *, limits: Limits, 
         metrics.registry.register(PrefixCacheMetrics(scheduler.prefix_cache))
     driver = Driver(scheduler, limits.texts, metrics)
     return Service(name, tokenizer, vocab_size, driver, limits, metrics, int(time.time()), api_key)
-
-
-def _warm_up(scheduler: Scheduler) -> None:
-    """Compile what most requests run, before the first one waits for it."""
-    scheduler.submit(Request([0] * min(2, scheduler.max_len - 1), max_new_tokens=1))
-    while scheduler.busy:
-        scheduler.advance()
 
 
 def _invitation(service: Service, listener: socket.socket) -> str:

@@ -149,7 +149,7 @@ class Step:
 
         @pl.loop(0, self.plan.room, step=self.plan.group)
         def add_group(first):
-            pl.loop(0, self.plan.group, step=FEW_TOKENS)(lambda i: self.expand(first, i))
+            self.expand(first)
             plgpu.commit_smem()
             few = self.few_values(first) if self.plan.group == FEW_TOKENS else None
             self.add(LAST_TILE, FIRST_SHARED, few)
@@ -161,14 +161,20 @@ class Step:
         for ref, slots in zip(self.beside, self.beside_slots, strict=True):
             write_rows(ref, get(slots))
 
-    def expand(self, first, i) -> None:
-        """Write the features of a few keys of a group, 0 of those that are none, and add them to the normaliser."""
-        totals = get(self.normaliser_slots)
-        for n, phi in enumerate(features(self.k_tile.at[pl.ds(first + i, FEW_TOKENS)])):
-            held = lax.broadcast(first + i + n < self.count, (LANES,))
-            kept = [jnp.where(held, x, 0.0) for x in phi]
-            put(self.weights.at[i + n], kept)
-            totals = [total + x for total, x in zip(totals, kept, strict=True)]
+    def expand(self, first) -> None:
+        """Write the features of a group's keys, 0 of those that are none, and add them to the normaliser."""
+
+        def expand_few(i, totals):
+            few = first + i * FEW_TOKENS
+            for n, phi in enumerate(features(self.k_tile.at[pl.ds(few, FEW_TOKENS)])):
+                held = lax.broadcast(few + n < self.count, (LANES,))
+                kept = [jnp.where(held, x, 0.0) for x in phi]
+                put(self.weights.at[i * FEW_TOKENS + n], kept)
+                totals = [total + x for total, x in zip(totals, kept, strict=True)]
+            return totals
+
+        totals = lax.fori_loop(0, self.plan.group // FEW_TOKENS, expand_few, get(self.normaliser_slots))
+        plgpu.commit_smem()  # two lanes may have a slot: both have read it
         put(self.normaliser_slots, totals)
 
     def few_values(self, first) -> list[jax.Array]:

@@ -86,6 +86,16 @@ def test_a_request_is_answered_as_alone_wherever_it_enters_the_batch(decoder, al
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("prompt_tokens", "running"), [(None, 1), (64, 1), (65, 2)])
+def test_as_many_prompts_are_read_between_blocks_as_may_be(decoder, prompt_tokens, running):
+    """A short prompt counts as the shortest chunk."""
+    scheduler = scheduler_of(decoder, prompt_tokens=prompt_tokens)
+    for _ in range(3):
+        scheduler.submit(Request([1, 2], 5))
+    scheduler.advance()
+    assert (scheduler.running, scheduler.waiting) == (running, 3 - running)
+
+
 def test_generate_and_the_scheduler_draw_alike(decoder, alone):
     model = decoder.layout.model(decoder.params)
     for request, (tokens, *_) in zip(REQUESTS, alone, strict=True):

@@ -1,8 +1,9 @@
+import jax
 import pytest
 from helpers.serving import LIMITS, NAME, alone, client
 
 from based_jax.data.tokenizer import ByteTokenizer
-from based_jax.generate import Request, Sampling, Scheduler
+from based_jax.generate import Request, Sampling, Scheduler, prefill, rows, state_layout
 
 TOKENIZER = ByteTokenizer()
 TEXT = "In the beginning "
@@ -88,6 +89,16 @@ def test_log_probabilities_are_the_scheduler_s_and_stand_where_their_tokens_do(c
     assert found.tokens == [TOKENIZER.decode([token]) for token in event.tokens]
     for token, offset in zip(found.tokens, found.text_offset, strict=True):
         assert token == "\ufffd" or choice.text[offset:].startswith(token)
+
+
+def test_no_request_waits_for_a_compiler(completions):
+    """Prompts of any number of tokens, whole chunks and padded ones, and those that go on from a state."""
+    programs = prefill._prefill, rows.loop_program(jax.default_backend()), rows._with_row
+    programs += state_layout._taken, state_layout._forked
+    before = [program._cache_size() for program in programs]
+    for length in (1, 2, 16, 17, 65, 66, 94):
+        assert create(completions, prompt="c" * length, max_tokens=1).usage.prompt_tokens == length
+    assert [program._cache_size() for program in programs] == before
 
 
 def test_without_a_seed_draws_differ(completions):

@@ -111,11 +111,12 @@ class Mamba(Mixer):
 
     @override
     def _step(self, x: BD, state: MambaState) -> tuple[BD, MambaState]:
-        u, conv = short_conv_step(self._inner(x), **self._conv(), state=state.conv)
+        inner, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        u, conv = short_conv_step(inner, **self._conv(), state=state.conv)
         raw, B, C = self._selected(u)
         options = self._bias() | {"impl": beside(self.config.impl, STEP_IMPLEMENTATIONS)}
         y, memory = selective_scan_step(u, raw, self._A(), B, C, state.memory, **options)
-        return self._out(x, u, y), MambaState(conv, memory)
+        return self._gated(z, u, y), MambaState(conv, memory)
 
     @override
     def state_size(self, seq_len: int) -> int:
@@ -153,5 +154,7 @@ class Mamba(Mixer):
         return layers.linear_part(self.in_proj, x, 0, self.d_inner)
 
     def _out(self, x, u, y):
-        z = layers.linear_part(self.in_proj, x, self.d_inner, 2 * self.d_inner)
+        return self._gated(layers.linear_part(self.in_proj, x, self.d_inner, 2 * self.d_inner), u, y)
+
+    def _gated(self, z, u, y):
         return self.out_proj(gated_skip(y, u, z, self.D[...]))

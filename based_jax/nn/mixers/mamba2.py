@@ -110,14 +110,12 @@ class Mamba2(Mixer):
 
     @override
     def _step(self, x: BD, state: Mamba2State) -> tuple[BD, Mamba2State]:
-        inner, channels = self.d_inner, self.channels
-        joint = layers.linear_part(self.in_proj, x, inner, inner + channels)
-        dt = layers.linear_part(self.in_proj, x, inner + channels, None)
-        bias = self.conv_bias[...]
+        inner, bias = self.d_inner, self.conv_bias[...]
+        z, joint, dt = jnp.split(self.in_proj(x), [inner, inner + self.channels], axis=-1)
         joint, conv = short_conv_step(joint, self.conv_kernel[...], state.conv, bias=bias, silu=True)
         u, dt, A, B, C = self._inputs((joint[..., :inner], joint[..., inner:]), dt)
         y, memory = ssd_step(u, dt, A, B, C, state.memory, impl=beside(self.config.impl, MATRIX_STATE_STEPS))
-        return self._out(x, u, y), Mamba2State(conv, memory)
+        return self._gated(z, u, y), Mamba2State(conv, memory)
 
     @override
     def state_size(self, seq_len: int) -> int:
@@ -162,7 +160,9 @@ class Mamba2(Mixer):
         return x, dt, -jnp.exp(self.A_log[...]), B, C
 
     def _out(self, x, u, y):
-        z = layers.linear_part(self.in_proj, x, 0, self.d_inner)
+        return self._gated(layers.linear_part(self.in_proj, x, 0, self.d_inner), u, y)
+
+    def _gated(self, z, u, y):
         skip = jnp.repeat(self.D[...], self.config.headdim)
         y, u = (layers.merge_heads(heads) for heads in (y, u))
         assert self.norm.scale is not None
