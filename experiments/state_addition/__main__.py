@@ -1,6 +1,6 @@
 """A context that is read in pieces at the same time against one reading: what the sum of their states is off by.
 
-python -m experiments.state_addition --workdir=state_addition_out --out=experiments/state_addition/results/cpu.jsonl
+python -m experiments.state_addition --workdir=state_addition_out --out=experiments/state_addition/results/rows.jsonl
 """
 
 import argparse
