@@ -12,7 +12,7 @@ from based_jax import devices
 from based_jax.bench import rows, torch_peers
 from based_jax.bench.cases import arrays_of, results_of
 from based_jax.bench.catalogue import OPERATIONS, timed_case, timed_operation
-from based_jax.bench.catalogue.operation import FORWARD, PASSES, Arrays, Case, Shape
+from based_jax.bench.catalogue.operation import FORWARD, Arrays, Case, Shape
 from based_jax.bench.defaults import REPEATS
 from based_jax.bench.timing import device_microseconds, sets_past_cache
 from based_jax.errors import UserError, unknown
@@ -67,7 +67,7 @@ def measure(
 def _ours(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
     operation = timed_operation(name)
     chosen = operation.impls(impls) if impls else operation.usual_impls
-    wanted = [(timed_case(name, shape, impl), which) for impl in chosen for which in PASSES]
+    wanted = [(timed_case(name, shape, impl), which) for impl in chosen for which in operation.passes]
     with futures.ThreadPoolExecutor(TIMED_COMPILE_THREADS) as pool:
         programs = [pool.submit(compiled, *pair) for pair in wanted]
     sets = inputs(wanted[0][0], repeats) if wanted else []
@@ -83,7 +83,7 @@ def _theirs(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: s
     for impl, peer in torch_peers.PEERS.get(name, {}).items():
         if impls and impl not in impls:
             continue
-        for which in PASSES:
+        for which in timed_operation(name).passes:
             timed = functools.partial(torch_peers.microseconds, peer, shape, which, repeats)
             yield _row(name, impl, shape, which, timed, kind)
 
