@@ -10,11 +10,12 @@ JOBS ?= 2
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo --workdir=demo_out
 
-# mypy has one core for a minute: beside the tests.
+# mypy, which takes one core for a minute, runs beside the tests.
 test: lint
 	$(MAKE) --no-print-directory --jobs=2 types unit
 
-test-all: lint types unit-all
+test-all: lint
+	$(MAKE) --no-print-directory --jobs=2 types unit-all
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

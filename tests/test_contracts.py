@@ -251,14 +251,6 @@ def test_flops_cover_each_weight_and_grow_with_the_state(kind):
     assert (short < long) == (mixer.state_size(1024) < mixer.state_size(4096))
 
 
-def test_vmap_over_parameters_equals_a_loop(kind, normal, close):
-    mixers, x = [mixer_of(kind, seed) for seed in range(3)], normal(3, B, T, D)
-    graphdef = nnx.graphdef(mixers[0])
-    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, mixers))
-    lanes = jax.jit(jax.vmap(lambda params, x: nnx.merge(graphdef, params)(x)))(params, x)
-    close(lanes, np.stack([call(mixer, x[i]) for i, mixer in enumerate(mixers)]))
-
-
 def test_bf16_stays_close_to_fp32(kind, normal, close):
     @jax.jit
     def in_one_pass_and_in_two(mixer, x):
@@ -280,7 +272,7 @@ def test_ids_of_a_model_are_read(kind):
 
 
 def test_parameters_are_divided_among_devices(kind):
-    """By their logical names; what comes of it is compared in `nn/mixers/test_meshes.py`."""
+    """By their logical names; what comes of it, and of lanes, is compared in `nn/mixers/test_meshes.py`."""
     params, mesh = nnx.state(mixer_of(kind), nnx.Param), parallel.make_mesh({"data": 2, "tensor": 4})
     shardings = jax.tree.leaves(parallel.shardings(params, mesh))
     shapes = [x.shard_shape(leaf.shape) for x, leaf in zip(shardings, jax.tree.leaves(params), strict=True)]

@@ -1,7 +1,6 @@
 """Say what a file holds that `generate --save-state` wrote: what a model keeps of a text, layer by layer.
 
 examples:
-  python -m based_jax generate --workdir=runs/text --prompt="It was a " --save-state=was.safetensors
   python -m based_jax state inspect was.safetensors
 """
 
@@ -9,11 +8,17 @@ import argparse
 
 from based_jax.commands.parser import add_command
 
+INSPECT = """Print a row for each layer: its mixer, elements, bytes and norm.
+
+examples:
+  python -m based_jax state inspect was.safetensors
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the one task."""
     tasks = parser.add_subparsers(dest="task", required=True, metavar="task")
-    task = add_command(tasks, "inspect", "Print a row for each layer: its mixer, elements, bytes and norm.")
+    task = add_command(tasks, "inspect", INSPECT)
     task.add_argument("file", help="that of a state")
 
 

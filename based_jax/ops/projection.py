@@ -31,6 +31,8 @@ Projected = Float[Array, "*T E"]
 BLOCK_ROWS = 128
 """Rows and columns of the matrix that a block takes."""
 MIN_TOKENS_PER_PIECE = 256
+MOST_DECODED_TOKENS = 1024
+"""Together: more are not decoded, but what a layer makes its filters of."""
 SUM_COLUMNS, SUM_BLOCKS_PER_CORE, MIN_SUM_ROWS = 32, 4, 64
 """Of a sum over rows: a block's columns, how many blocks a core should have, and the fewest rows of a piece."""
 
@@ -57,7 +59,8 @@ def multiply(x: Tokens, kernel: DE) -> Projected:
 
 def are_decoded(tokens: tuple[int, ...]) -> bool:
     """Return whether these are tokens of several rows, one of each, on a GPU: their products are of a kind."""
-    return _is_one_gpu() and math.prod(tokens[:-1]) > 1 and (len(tokens) == 2 or tokens[-2] == 1)
+    one_of_each = len(tokens) == 2 or tokens[-2] == 1
+    return _is_one_gpu() and one_of_each and 1 < math.prod(tokens[:-1]) <= MOST_DECODED_TOKENS
 
 
 def pieces(tokens: tuple[int, ...], kernel: tuple[int, ...]) -> int:

@@ -76,7 +76,7 @@ def selective_scan(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (8 tokens at a time), "hopper_steps"
-        (Mosaic GPU kernels; D a multiple of 128; N 8, 16, 24 or 32) or "auto".
+        (Mosaic GPU kernels; D a multiple of 64; N 8, 16, 24 or 32) or "auto".
 
     Returns:
       y in u's dtype, and the state (B, D, N) after the last token, fp32.

@@ -121,11 +121,19 @@ def served(words: Sequence[str], ask: Callable[[int], object]) -> int:
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with concurrent.futures.ThreadPoolExecutor() as threads:
-        asked = threads.submit(ask_and_end)
-        code = main([*words, f"--port={port}"])
-        asked.result()
-    return code
+    before = signal.signal(signal.SIGTERM, _unheard)
+    try:
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            asked = threads.submit(ask_and_end)
+            code = main([*words, f"--port={port}"])
+            asked.result()
+        return code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _unheard(*_: object) -> None:
+    raise AssertionError("a signal came that the command does not hear")
 
 
 @contextlib.contextmanager

@@ -208,7 +208,7 @@ def test_two_commands_train_each_group_once(tmp_path):
 def test_after_commands_were_killed_at_random_each_group_has_one_row(tmp_path):
     store, chance = Store(tmp_path), random.Random(0)
     for _ in range(4):
-        commands = [start(store, NUMBER, 0.05) for _ in range(2)]
+        commands = [start(store, NUMBER, 0.15) for _ in range(2)]
         wanted = len(store.rows()) + chance.randint(0, 4)
         while len(store.rows()) < wanted:
             assert all(command.is_alive() for command in commands)

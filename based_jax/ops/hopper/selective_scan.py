@@ -11,7 +11,7 @@ from based_jax.ops import segments, sharded
 from based_jax.ops.calls import BDN, SelectiveScanCall
 from based_jax.ops.hopper import limits
 
-CHANNEL_MULTIPLE = 128
+CHANNEL_MULTIPLE = 64
 STATE_DIMS = range(8, 33, 8)
 TOKEN_MULTIPLE = 8
 NO_STEP = -1e30

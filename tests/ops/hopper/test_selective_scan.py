@@ -25,7 +25,7 @@ def _zeros(B=2, T=64, D=256, N=16, dtype="bfloat16"):
     "options, words",
     [
         ({"dtype": "float16"}, "bfloat16 or float32, and is float16"),
-        ({"D": 192}, "multiple of 128, and are 192"),
+        ({"D": 160}, "multiple of 64, and are 160"),
         ({"N": 12}, "8, 16, 24, 32 states, and has 12"),
         ({"B": 0}, "and are 0"),
     ],
