@@ -110,9 +110,38 @@ def given(inputs: tuple[Any, Any], which: str) -> tuple:
     return inputs[which == FORWARD :]
 
 
-def compiled(case: Case, which: str) -> jax.stages.Compiled:
+def compiled(case: Case, which: str) -> "jax.stages.Compiled | InPlace":
     """Return a pass compiled for the first device."""
-    return jax.jit(program(case, which)).lower(*given((results_of(case), arrays_of(case)), which)).compile()
+    run, updates = program(case, which), OPERATIONS[case.operation].updates
+    if updates and which == FORWARD:
+        return InPlace(run, arrays_of(case), updates)
+    return jax.jit(run).lower(*given((results_of(case), arrays_of(case)), which)).compile()
+
+
+class InPlace:
+    """A compiled forward pass that writes arrays where they lie, and leaves what they become in their place.
+
+    Were they kept they would be copied first, which takes as long as the pass.
+    """
+
+    def __init__(self, run: Callable, arrays: Mapping[str, Any], updates: Mapping[str, str]):
+        self._updates = updates
+        donating = jax.jit(lambda written, kept: run(written | kept), donate_argnums=0)
+        self._compiled = donating.lower(*self._parts(arrays)).compile()
+
+    def __call__(self, arrays: Arrays) -> Arrays:
+        """Return the results."""
+        found = self._compiled(*self._parts(arrays))
+        arrays.update({name: found[result] for name, result in self._updates.items()})
+        return found
+
+    def as_text(self) -> str | None:
+        """Return the program's text, as `jax.stages.Compiled` does."""
+        return self._compiled.as_text()
+
+    def _parts(self, arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        written = {name: arrays[name] for name in self._updates}
+        return written, {name: x for name, x in arrays.items() if name not in written}
 
 
 def inputs(case: Case, repeats: int = REPEATS) -> list[tuple[Arrays, Arrays]]:

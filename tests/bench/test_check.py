@@ -150,6 +150,22 @@ def test_what_is_wrong_does_not_pass(kind, monkeypatch):
     assert row["finite"] == (kind != "nan")
 
 
+def test_a_step_that_leaves_one_row_s_state_does_not_pass(monkeypatch):
+    step = OPERATIONS["simple_gla_step"]
+
+    def of(case):
+        def run(arrays, ids):
+            out = step.function(case)(arrays, ids)
+            return out | {"after": out["after"].at[3].set(arrays["before"][3])}
+
+        return run
+
+    monkeypatch.setitem(OPERATIONS, "simple_gla_step", dataclasses.replace(step, function=of))
+    [row] = check.rows_of([Case("simple_gla_step", (5, 2), (8, 8), "xla")], seed=2)
+    assert not row["passed"] and row["rows"]["after"] > 0.25 > row["rows"]["o"]
+    assert set(row["errors"]) == {"o", "after"}
+
+
 def test_a_weights_gradient_is_told_beside_what_its_rows_come_to():
     def function(arrays, ids):
         return {"y": arrays["w"][None] * arrays["x"]}

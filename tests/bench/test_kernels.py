@@ -146,12 +146,23 @@ def test_all_passes_are_compiled_and_timed(name, monkeypatch):
         return 40.0
 
     monkeypatch.setattr(kernels, "device_microseconds", timed)
-    rows = list(kernels._ours(name, (1, 2, 48), ["xla"], 2, H100))
+    rows = list(kernels._ours(name, (4, 8, 48), ["xla"], 2, H100))
     [impl] = timed_operation(name).impls(["xla"])
     assert [(row["impl"], row["pass"], row.get("error")) for row in rows] == [
         (impl, x, None) for x in timed_operation(name).passes
     ]
     assert all(row["microseconds"] == 40.0 and row["floor_microseconds"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["gated_delta_rule_step", "short_conv_step"])
+def test_a_step_is_timed_where_its_state_lies(name):
+    case = timed_case(name, (2, 2, 48), "xla")
+    (_, arrays), *_ = kernels.inputs(case, 1)
+    call, before, wanted = kernels.compiled(case, FORWARD), arrays["before"], kernels.program(case, FORWARD)(arrays)
+    found = call(arrays)
+    assert before.is_deleted() and arrays["before"] is found["after"]
+    assert jnp.allclose(found["after"], wanted["after"], rtol=1e-5, atol=1e-5)
+    assert not jnp.array_equal(call(arrays)["after"], wanted["after"])
 
 
 def unit_keys(k):

@@ -54,11 +54,11 @@ def _prefill_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _prefill(case: Case, full: bool = False) -> Function:
     def run(arrays: Arrays, ids: jax.Array | None) -> Arrays:
-        *given, past_k, past_v = (arrays[name] for name in ("q", "k", "v", "past_k", "past_v"))
+        q, k, v, past_k, past_v = (arrays[name] for name in ("q", "k", "v", "past_k", "past_v"))
         places = past_k.shape[1]
-        length = jnp.full(len(past_k), places, jnp.int32) if full else filled(arrays["fill"], places)
-        options = {"segment_ids": ids, "impl": case.impl}
-        return {"o": softmax_prefill.attention_prefill(*given, past_k, past_v, length, **options)}
+        length = jnp.full(len(q), places, jnp.int32) if full else filled(arrays["fill"], places)
+        attend = functools.partial(softmax_prefill.attention_prefill, segment_ids=ids, impl=case.impl)
+        return {"o": attend(q, k, v, past_k, past_v, length)}
 
     return run
 

@@ -102,6 +102,7 @@ class Operation:
       factors: by kind of values, by which some arrays are larger; of "late" ones the last quarter of the tokens alone.
       state: function of a case and a generator that returns its initial state, where that is not normal.
       passes: those that it has; what decodes has no gradient.
+      updates: for each array that it writes where it lies, the result that this becomes.
       compile_seconds: of a call, roughly; only proportions matter.
     """
 
@@ -121,6 +122,7 @@ class Operation:
     factors: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     state: Callable[[Case, np.random.Generator], np.ndarray] | None = None
     passes: tuple[str, ...] = PASSES
+    updates: Mapping[str, str] = dataclasses.field(default_factory=dict)
     compile_seconds: float = 3.0
 
     @property

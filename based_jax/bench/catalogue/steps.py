@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from based_jax.bench.catalogue import convolutions, matrix_states, state_spaces
 from based_jax.bench.catalogue.operation import (
     FORWARD,
+    HEAD_DIM,
     Arrays,
     Case,
     Definition,
     Function,
     Operation,
+    Shape,
     moved_bytes,
 )
 from based_jax.ops import conv, delta_rule, gated_conv, gated_linear_attention, matrix_state_step, selective_scan
@@ -76,11 +78,12 @@ def _step(
     cases: tuple[Case, ...],
     *,
     result: str,
-    small: tuple[tuple[int, int], tuple[int, ...]],
+    small: Case,
+    timed: Callable[[Shape], Case],
 ) -> Operation:
+    """Return a step; `timed` returns that of B sequences, whatever their length."""
     arrays = functools.partial(_arrays, operation=operation)
     function = functools.partial(_function, step=step, result=result)
-    shape, dims = small
     return Operation(
         table=table,
         arrays=arrays,
@@ -90,15 +93,16 @@ def _step(
         cost=lambda case, which: (moved_bytes(arrays(case), function(case.by("xla"))), 0.0),
         kernels=kernels,
         cases=cases,
-        small_cases=(Case(name, shape, dims),),
-        timed={},
+        small_cases=(small,),
+        timed={name: timed},
         weights=operation.weights,
         passes=(FORWARD,),
+        updates={"before": "after"},
         compile_seconds=2.0,
     )
 
 
-def _given(arrays: Arrays) -> tuple[jax.Array, ...]:
+def _given(arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     q, k, v, g = (arrays[name] for name in ("q", "k", "v", "g"))
     return q, k, v, matrix_states.CHECKED.log_decays(g)
 
@@ -135,7 +139,8 @@ def _matrix_step(name: str, operation: Operation, step: Callable, *, heads: int,
             *(make((batch, heads), dims) for batch in (1, MANY_ROWS)),
         ),
         result="o",
-        small=((2, 3), (48, 96)),
+        small=make((2, 3), (48, 96)),
+        timed=lambda shape: make(shape[:2], dims),
     )
 
 
@@ -171,7 +176,8 @@ def _scan_step(name: str, operation: Operation) -> Operation:
             *(make((batch, 4096), (16,)) for batch in (1, MANY_ROWS)),
         ),
         result="y",
-        small=((2, 128), (16,)),
+        small=make((2, 128), (16,)),
+        timed=lambda shape: make((shape[0], shape[1] * HEAD_DIM), (16,)),
     )
 
 
@@ -225,7 +231,8 @@ def _convolution_step(
             *(make((batch, channels), (taps,)) for batch in (1, MANY_ROWS)),
         ),
         result="y",
-        small=((2, 128), (taps,)),
+        small=make((2, 128), (taps,)),
+        timed=lambda shape: make((shape[0], shape[1] * HEAD_DIM), (taps,)),
     )
 
 

@@ -49,8 +49,8 @@ def _state(case: Case, arrays: Arrays) -> TaylorState:
     recent_k, recent_v = arrays["recent_k"], arrays["recent_v"]
     phi, values = taylor.taylor_features(arrays["past_k"]), with_ones(arrays["past_v"].astype(jnp.float32))
     sums = jnp.einsum("bhpe,bhpv->bhev", phi, values, precision=jax.lax.Precision.HIGHEST)
-    form = {"flush": room, "state_dtype": case.dtype, "dtype": recent_k.dtype}
-    state = taylor_decode.holding(sums, taylor_decode.initial_state(len(recent_k), heads, k, v, **form))
+    form = functools.partial(taylor_decode.initial_state, flush=room, state_dtype=case.dtype, dtype=recent_k.dtype)
+    state = taylor_decode.holding(sums, form(len(recent_k), heads, k, v))
     return state._replace(recent=RecentTokens(recent_k, recent_v, filled(arrays["fill"], room)))
 
 
