@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from jax.sharding import PartitionSpec
 
 from based_jax import parallel
 from based_jax.bench.catalogue import OPERATIONS
-from based_jax.bench.catalogue.operation import Case, Function
+from based_jax.bench.catalogue.operation import BOTH, Case, Definition, Function
+from based_jax.bench.comparison import both_passes, forward_alone
 
 VMAP_LANES = 2
 SHORTEST_ORACLE = 72
@@ -19,8 +21,8 @@ SHORTEST_ORACLE = 72
 
 
 def all_cases() -> list[Case]:
-    """Return the cases of every operation, by each implementation that runs kernels of our own."""
-    return [case for x in OPERATIONS.values() for impl in x.kernels for case in x.cases_of(impl)]
+    """Return the cases of every operation, by each implementation that is checked."""
+    return [case for x in OPERATIONS.values() for impl in x.checked_impls for case in x.cases_of(impl)]
 
 
 def small_cases() -> list[Case]:
@@ -40,13 +42,12 @@ def same_program(case: Case) -> Case:
 
 def same_oracle(case: Case) -> Case:
     """Return what stands for all cases with the same compiled oracle, which fills up short sequences with padding."""
-    batch, width, time = case.shape
-    shape = batch, width, max(time, SHORTEST_ORACLE)
-    return Case(case.operation, shape, case.dims, state=True, window=case.window)
+    shape = *case.shape[:2], *(max(time, SHORTEST_ORACLE) for time in case.shape[2:])
+    return Case(case.operation, shape, case.dims, state=True, window=case.window, dtype=case.dtype)
 
 
 def arrays_of(case: Case) -> dict[str, ShapeDtypeStruct]:
-    """Return the shapes of what a case differentiates."""
+    """Return the shapes of the arrays that a case is given."""
     found = OPERATIONS[case.operation].arrays(case)
     return {name: x for name, x in found.items() if name != "state" or case.state}
 
@@ -54,9 +55,14 @@ def arrays_of(case: Case) -> dict[str, ShapeDtypeStruct]:
 def results_of(case: Case) -> dict[str, ShapeDtypeStruct]:
     """Return the shapes of what a case returns, but of a final state only with an initial one."""
     # The plain form stands for all: they return the same, and it can be traced for any device.
-    ids = ShapeDtypeStruct(case.shape[::2], jnp.int32) if case.documents else None
+    ids = ShapeDtypeStruct(case.places, jnp.int32) if case.documents else None
     found = jax.eval_shape(OPERATIONS[case.operation].function(case.by("xla")), arrays_of(case), ids)
     return {name: x for name, x in found.items() if name != "state" or case.state}
+
+
+def gradients_of(case: Case) -> dict[str, ShapeDtypeStruct]:
+    """Return the shapes of the results' gradients, none where the operation has no backward pass."""
+    return results_of(case) if BOTH in OPERATIONS[case.operation].passes else {}
 
 
 def draw(case: Case, rng: np.random.Generator) -> tuple[dict, dict, np.ndarray | None]:
@@ -70,8 +76,8 @@ def draw(case: Case, rng: np.random.Generator) -> tuple[dict, dict, np.ndarray |
         arrays[name][:, first:] = (arrays[name][:, first:].astype(np.float32) * factor).astype(arrays[name].dtype)
     if case.state and operation.state:
         arrays["state"] = operation.state(case, rng)
-    gradients = {name: _normal(rng, x, 0.1 if name == "state" else 1.0) for name, x in results_of(case).items()}
-    return gradients, arrays, packed_ids(rng, *case.shape[::2]) if case.documents else None
+    gradients = {name: _normal(rng, x, 0.1 if name == "state" else 1.0) for name, x in gradients_of(case).items()}
+    return gradients, arrays, packed_ids(rng, *case.places) if case.documents else None
 
 
 def complete(case: Case, gradients: dict, arrays: dict, ids: np.ndarray | None) -> tuple[dict, dict, np.ndarray]:
@@ -85,8 +91,8 @@ def complete(case: Case, gradients: dict, arrays: dict, ids: np.ndarray | None) 
         return empty | {name: fill(np.asarray(x, np.float64), shapes[name].shape) for name, x in given.items()}
 
     whole = same_oracle(case)
-    ids = fill(np.ones(case.shape[::2], np.int32) if ids is None else ids, whole.shape[::2])
-    return widen(gradients, results_of(whole)), widen(arrays, arrays_of(whole)), ids
+    ids = fill(np.ones(case.places, np.int32) if ids is None else ids, whole.places)
+    return widen(gradients, gradients_of(whole)), widen(arrays, arrays_of(whole)), ids
 
 
 def _normal(rng: np.random.Generator, x: ShapeDtypeStruct, scale: float) -> np.ndarray:
@@ -104,6 +110,11 @@ def packed_ids(rng: np.random.Generator, batch: int, time: int) -> np.ndarray:
             row += [0] * int(rng.integers(0, 2) * rng.integers(0, 1 + longest // 2))
         rows.append(row[:time])
     return np.array(rows, np.int32)
+
+
+def passes_of(case: Case, function: Function | Definition) -> Callable:
+    """Return the passes that the case's operation has, of it or of its definition (`comparison.both_passes`)."""
+    return (both_passes if BOTH in OPERATIONS[case.operation].passes else forward_alone)(function)
 
 
 def function_of(case: Case) -> Function:

@@ -1,5 +1,7 @@
 """Every kernel against its definition in fp64, on one GPU: results and gradients, one row a case.
 
+What decodes has no gradients: its results, the states after it among them, are compared.
+
 A case passes where each result's error (the norm of the difference over the norm of the oracle's) is below 5e-3, no
 token's row is off by more than a quarter of its norm or of those about it, every element is finite though the memory
 held NaN before, and a second run gives the same bits. A weight's gradient sums over rows, and its error is over the
@@ -19,7 +21,7 @@ import numpy as np
 from based_jax.bench import cases, comparison, huge, rows, subprocesses
 from based_jax.bench.catalogue import OPERATIONS
 from based_jax.bench.catalogue.operation import Case
-from based_jax.bench.comparison import both_passes, by_rows, judged
+from based_jax.bench.comparison import by_rows, judged
 from based_jax.errors import UserError, unknown
 from based_jax.ops.dispatch import backend_of
 
@@ -122,22 +124,22 @@ def attempt(what: str, call: Callable[..., dict], *arguments) -> dict:
 
 
 def compile_case(case: Case) -> jax.stages.Compiled:
-    """Return both passes of a case, compiled."""
-    ids = jax.ShapeDtypeStruct(case.shape[::2], jnp.int32) if case.documents else None
-    both = jax.jit(both_passes(cases.function_of(case)))
-    return both.lower(cases.results_of(case), cases.arrays_of(case), ids).compile()
+    """Return the passes of a case, compiled."""
+    ids = jax.ShapeDtypeStruct(case.places, jnp.int32) if case.documents else None
+    passes = jax.jit(cases.passes_of(case, cases.function_of(case)))
+    return passes.lower(cases.gradients_of(case), cases.arrays_of(case), ids).compile()
 
 
 def compile_oracle(case: Case) -> jax.stages.Compiled:
-    """Return both passes of a case's oracle, `by_rows` and compiled; the case is a `same_oracle` one."""
+    """Return the passes of a case's oracle, `by_rows` and compiled; the case is a `same_oracle` one."""
     with jax.enable_x64(True):
         wide = [
             {name: jax.ShapeDtypeStruct(x.shape, jnp.float64) for name, x in shapes(case).items()}
-            for shapes in (cases.results_of, cases.arrays_of)
+            for shapes in (cases.gradients_of, cases.arrays_of)
         ]
-        ids = jax.ShapeDtypeStruct(case.shape[::2], jnp.int32)
+        ids = jax.ShapeDtypeStruct(case.places, jnp.int32)
         operation = OPERATIONS[case.operation]
-        oracle = by_rows(operation.oracle(case), operation.weights)
+        oracle = by_rows(cases.passes_of(case, operation.oracle(case)), operation.weights)
         return jax.jit(oracle).lower(*wide, ids).compile({"xla_gpu_autotune_level": 0})
 
 
@@ -153,16 +155,24 @@ def check(case: Case, kernel: futures.Future, oracle: futures.Future, seed: int)
     with jax.enable_x64(True):
         filled, sizes = jax.device_get(define(*cases.complete(case, *inputs)))
     wanted = {name: comparison.cropped(filled[name], x.shape) for name, x in first.items()}
-    by_token = {name: x for name, x in first.items() if x.shape[:2] == case.shape[::2]}
     least = comparison.floors(inputs[1])
     least |= {name: max(least[name], size) for name, size in sizes.items()}
     found = {
         "errors": {name: comparison.error(x, wanted[name], least.get(name, 0.0)) for name, x in first.items()},
-        "rows": {name: comparison.error_of_rows(x, wanted[name], least.get(name, 0.0)) for name, x in by_token.items()},
+        "rows": {
+            name: comparison.error_of_rows(of_tokens(case, x), of_tokens(case, wanted[name]), least.get(name, 0.0))
+            for name, x in first.items()
+            if x.shape[: len(case.places)] == case.places
+        },
         "finite": all(map(comparison.finite, first.values())),
         "same_bits": all(comparison.same_bits(x, second[name]) for name, x in first.items()),
     }
     return {"seed": seed} | dataclasses.asdict(case) | judged(found)
+
+
+def of_tokens(case: Case, x: np.ndarray) -> np.ndarray:
+    """Return a result of tokens as (B, T, ..., width), a step's with T of 1."""
+    return x if len(case.places) > 1 else x[:, None]
 
 
 def poison(kernel: jax.stages.Compiled) -> None:

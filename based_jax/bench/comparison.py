@@ -33,18 +33,23 @@ def both_passes(function: Callable) -> Callable:
     return run
 
 
-def by_rows(function: Callable, weights: Collection[str]) -> Callable:
-    """Return both passes of a function, each row of the batch by itself.
+def forward_alone(function: Callable) -> Callable:
+    """Return the same for a function that has no gradients: all outputs."""
+    return lambda _gradients, arrays, ids: function(arrays, ids)
+
+
+def by_rows(passes: Callable, weights: Collection[str]) -> Callable:
+    """Return `both_passes` or `forward_alone` of a function, each row of the batch by itself.
 
     Beside the results it returns how large each weight's gradient, the sum of the rows', would be if these did not
     cancel: the root mean square of its elements.
     """
-    both, summed = both_passes(function), {f"d{name}" for name in weights}
+    summed = {f"d{name}" for name in weights}
 
     def run(gradients, arrays, ids):
         def row(gradients, arrays, ids):
             one = {name: x if name in weights else x[None] for name, x in arrays.items()}
-            found = both({name: x[None] for name, x in gradients.items()}, one, ids[None])
+            found = passes({name: x[None] for name, x in gradients.items()}, one, ids[None])
             return {name: x if name in summed else x[0] for name, x in found.items()}
 
         found = jax.vmap(row, (0, {name: None if name in weights else 0 for name in arrays}, 0))(gradients, arrays, ids)

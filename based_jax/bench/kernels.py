@@ -12,7 +12,7 @@ from based_jax import devices
 from based_jax.bench import rows, torch_peers
 from based_jax.bench.cases import arrays_of, results_of
 from based_jax.bench.catalogue import OPERATIONS, timed_case, timed_operation
-from based_jax.bench.catalogue.operation import FORWARD, PASSES, Arrays, Case, Shape
+from based_jax.bench.catalogue.operation import FORWARD, Arrays, Case, Shape
 from based_jax.bench.defaults import REPEATS
 from based_jax.bench.timing import device_microseconds, sets_past_cache
 from based_jax.errors import UserError, unknown
@@ -67,7 +67,7 @@ def measure(
 def _ours(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
     operation = timed_operation(name)
     chosen = operation.impls(impls) if impls else operation.usual_impls
-    wanted = [(timed_case(name, shape, impl), which) for impl in chosen for which in PASSES]
+    wanted = [(timed_case(name, shape, impl), which) for impl in chosen for which in operation.passes]
     with futures.ThreadPoolExecutor(TIMED_COMPILE_THREADS) as pool:
         programs = [pool.submit(compiled, *pair) for pair in wanted]
     sets = inputs(wanted[0][0], repeats) if wanted else []
@@ -83,7 +83,7 @@ def _theirs(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: s
     for impl, peer in torch_peers.PEERS.get(name, {}).items():
         if impls and impl not in impls:
             continue
-        for which in PASSES:
+        for which in timed_operation(name).passes:
             timed = functools.partial(torch_peers.microseconds, peer, shape, which, repeats)
             yield _row(name, impl, shape, which, timed, kind)
 
@@ -110,9 +110,38 @@ def given(inputs: tuple[Any, Any], which: str) -> tuple:
     return inputs[which == FORWARD :]
 
 
-def compiled(case: Case, which: str) -> jax.stages.Compiled:
+def compiled(case: Case, which: str) -> "jax.stages.Compiled | InPlace":
     """Return a pass compiled for the first device."""
-    return jax.jit(program(case, which)).lower(*given((results_of(case), arrays_of(case)), which)).compile()
+    run, updates = program(case, which), OPERATIONS[case.operation].updates
+    if updates and which == FORWARD:
+        return InPlace(run, arrays_of(case), updates)
+    return jax.jit(run).lower(*given((results_of(case), arrays_of(case)), which)).compile()
+
+
+class InPlace:
+    """A compiled forward pass that writes arrays where they lie, and leaves what they become in their place.
+
+    Were they kept they would be copied first, which takes as long as the pass.
+    """
+
+    def __init__(self, run: Callable, arrays: Mapping[str, Any], updates: Mapping[str, str]):
+        self._updates = updates
+        donating = jax.jit(lambda written, kept: run(written | kept), donate_argnums=0)
+        self._compiled = donating.lower(*self._parts(arrays)).compile()
+
+    def __call__(self, arrays: Arrays) -> Arrays:
+        """Return the results."""
+        found = self._compiled(*self._parts(arrays))
+        arrays.update({name: found[result] for name, result in self._updates.items()})
+        return found
+
+    def as_text(self) -> str | None:
+        """Return the program's text, as `jax.stages.Compiled` does."""
+        return self._compiled.as_text()
+
+    def _parts(self, arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        written = {name: arrays[name] for name in self._updates}
+        return written, {name: x for name, x in arrays.items() if name not in written}
 
 
 def inputs(case: Case, repeats: int = REPEATS) -> list[tuple[Arrays, Arrays]]:

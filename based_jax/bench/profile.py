@@ -9,7 +9,6 @@ ncu -i REPORT.ncu-rep --page raw --csv --print-units base
 import csv
 import dataclasses
 import io
-import itertools
 import json
 import os
 import re
@@ -24,7 +23,7 @@ import jax
 
 from based_jax.bench import kernels
 from based_jax.bench.catalogue import timed_case, timed_operation
-from based_jax.bench.catalogue.operation import BOTH, PASSES, Case, Shape
+from based_jax.bench.catalogue.operation import Case, Shape
 from based_jax.bench.timing import breakdown
 from based_jax.errors import UserError
 
@@ -103,11 +102,12 @@ def check_tool() -> None:
 
 def timelines(selection: TimedSelection) -> Iterator[dict]:
     """Yield for each call the median time of each of its kernels, and of the gaps between them."""
-    for (name, shape, impl), which in itertools.product(selection.calls(), PASSES):
-        try:
-            yield place(name, impl, shape, which) | timeline(timed_case(name, shape, impl), which)
-        except Exception as error:  # the others are still worth a look
-            print(f"{name} {shape} {impl} {which}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    for name, shape, impl in selection.calls():
+        for which in timed_operation(name).passes:
+            try:
+                yield place(name, impl, shape, which) | timeline(timed_case(name, shape, impl), which)
+            except Exception as error:  # the others are still worth a look
+                print(f"{name} {shape} {impl} {which}: {type(error).__name__}: {str(error)[:300]}", flush=True)
 
 
 def timeline(case: Case, which: str) -> dict:
@@ -127,14 +127,14 @@ def place(name: str, impl: str, shape: Shape, which: str) -> dict:
 
 
 def launch(selection: TimedSelection, path: Path) -> None:
-    """Run forward and backward of each call once, and write how many kernels each launches."""
+    """Run all passes of each call once, and write how many kernels each launches."""
     found = []
     for name, shape, impl in selection.calls():
-        case = timed_case(name, shape, impl)
-        call = kernels.compiled(case, BOTH)
+        case, which = timed_case(name, shape, impl), timed_operation(name).passes[-1]
+        call = kernels.compiled(case, which)
         count = len(CUSTOM_CALL.findall(call.as_text() or ""))
-        found.append(place(name, impl, shape, BOTH) | {"launches": count})
-        jax.block_until_ready(call(*kernels.inputs(case, 1)[0]))
+        found.append(place(name, impl, shape, which) | {"launches": count})
+        jax.block_until_ready(call(*kernels.given(kernels.inputs(case, 1)[0], which)))
         print(found[-1], flush=True)
     path.write_text(json.dumps(found))
 

@@ -41,7 +41,7 @@ def _seconds(case: Case) -> float:
     """Return about how long a call takes to compile."""
     packed = 1.5 if case.state or case.documents else 1.0
     # The GPU at hand is not asked what it is: its memory is the processes'.
-    pieces = 1.5 if case.shape[0] * case.shape[1] < devices.H100_CORES and case.shape[2] > 512 else 1.0
+    pieces = 1.5 if case.shape[0] * case.shape[1] < devices.H100_CORES and max(case.shape[2:], default=1) > 512 else 1.0
     return OPERATIONS[case.operation].compile_seconds * packed * pieces
 
 

@@ -36,6 +36,20 @@ SMALL = [
     Case("gated_delta_rule", (2, 2, 20), (6, 5), **BOTH),
     Case("dplr", (2, 2, 20), (6, 5), **BOTH),
     Case("linear_cross_entropy", (2, 8, 20), (30,), documents=True, through="vmap"),
+    Case("taylor_attention_decode", (3, 2), (8, 6, 5, 2), dtype="float32"),
+    Case("attention_step", (4, 6), (8, 6, 2, 30)),
+    Case("attention_prefill", (4, 6, 5), (8, 6, 2, 30)),
+    Case("gated_linear_attention_step", (2, 3), (6, 5)),
+    Case("simple_gla_step", (2, 3), (6, 5)),
+    Case("delta_rule_step", (2, 3), (6, 5)),
+    Case("gated_delta_rule_step", (2, 3), (6, 5)),
+    Case("dplr_step", (2, 3), (6, 5)),
+    Case("selective_scan_step", (2, 8), (3,)),
+    Case("raw_selective_scan_step", (2, 8), (3,)),
+    Case("short_conv_step", (2, 8), (4,)),
+    Case("gated_short_conv_step", (2, 8), (3,)),
+    Case("few_tokens_product", (3, 8), (6,)),
+    Case("few_tokens_gated", (3, 8), (6,)),
 ]
 
 
@@ -47,8 +61,9 @@ LONG = [SMALL[1], SMALL[2], *(x for x in SMALL if x.operation in ("simple_gla", 
 def test_the_oracles_are_the_operations(case):
     gradients, arrays, ids = cases.draw(case, case.rng(0))
     narrow = jax.tree.map(lambda x: x.astype(np.float32), (gradients, arrays))
-    function = cases.function_of(case.by("oracle"))
-    got = jax.jit(comparison.both_passes(function))(*narrow, ids)
+    [impl] = OPERATIONS[case.operation].impls(["oracle"]) or OPERATIONS[case.operation].impls(["xla"])
+    function = cases.function_of(case.by(impl))
+    got = jax.jit(cases.passes_of(case, function))(*narrow, ids)
     wanted, _ = run_wide(check.compile_oracle(same_oracle(case)), cases.complete(case, gradients, arrays, ids))
     assert set(got) <= set(wanted)
     for name, x in got.items():
@@ -135,13 +150,31 @@ def test_what_is_wrong_does_not_pass(kind, monkeypatch):
     assert row["finite"] == (kind != "nan")
 
 
+def test_a_step_that_leaves_one_row_s_state_does_not_pass(monkeypatch):
+    step = OPERATIONS["simple_gla_step"]
+
+    def of(case):
+        def run(arrays, ids):
+            out = step.function(case)(arrays, ids)
+            return out | {"after": out["after"].at[3].set(arrays["before"][3])}
+
+        return run
+
+    monkeypatch.setitem(OPERATIONS, "simple_gla_step", dataclasses.replace(step, function=of))
+    [row] = check.rows_of([Case("simple_gla_step", (5, 2), (8, 8), "xla")], seed=2)
+    assert not row["passed"] and row["rows"]["after"] > 0.25 > row["rows"]["o"]
+    assert set(row["errors"]) == {"o", "after"}
+
+
 def test_a_weights_gradient_is_told_beside_what_its_rows_come_to():
     def function(arrays, ids):
         return {"y": arrays["w"][None] * arrays["x"]}
 
     x = np.array([[3.0], [-3.0], [0.5]])
     arrays = {"x": x, "w": np.array([1.0])}
-    results, sizes = comparison.by_rows(function, {"w"})({"y": np.ones((3, 1))}, arrays, np.ones((3, 1)))
+    results, sizes = comparison.by_rows(comparison.both_passes(function), {"w"})(
+        {"y": np.ones((3, 1))}, arrays, np.ones((3, 1))
+    )
     assert float(results["dw"][0]) == 0.5 and results["y"].shape == results["dx"].shape == (3, 1)
     np.testing.assert_allclose(sizes["dw"], np.sqrt(9 + 9 + 0.25))
 

@@ -101,9 +101,9 @@ def test_the_bytes_of_a_token_and_head(name, forward, backward):
 def test_no_call_takes_fewer_bytes_than_its_cost_and_gradients_cost_more(name):
     case = timed_case(name, (2, 2, 4096), "xla")
     arrays = [*arrays_of(case).values(), *results_of(case).values()]
-    costs = [OPERATIONS[case.operation].cost(case, which) for which in PASSES]
-    assert costs[0][0] == pytest.approx(sum(x.size * x.dtype.itemsize for x in arrays), rel=0.02)
-    assert costs[1][0] > 2 * costs[0][0] and costs[1][1] >= costs[0][1]
+    forward, *both = [OPERATIONS[case.operation].cost(case, which) for which in timed_operation(name).passes]
+    assert forward[0] == pytest.approx(sum(x.size * x.dtype.itemsize for x in arrays), rel=0.02)
+    assert all(size > 2 * forward[0] and flops >= forward[1] for size, flops in both)
 
 
 def test_the_larger_of_memory_and_products_is_the_floor():
@@ -132,24 +132,37 @@ def test_any_entry_of_a_table_can_be_named():
 
 @pytest.mark.parametrize(
     "name",
-    ["taylor_attention", "short_conv"]
+    ["taylor_attention", "short_conv", "attention_step"]
     + [
         pytest.param(name, marks=pytest.mark.long)
         for name in TIMED
-        if name not in ("taylor_attention", "short_conv", "window_attention_128")
+        if name not in ("taylor_attention", "short_conv", "attention_step", "window_attention_128")
     ],
 )
-def test_both_passes_are_compiled_and_timed(name, monkeypatch):
+def test_all_passes_are_compiled_and_timed(name, monkeypatch):
     def timed(call, inputs, repeats):
         assert len(inputs) == repeats == 2
         jax.block_until_ready([call(*x) for x in inputs])
         return 40.0
 
     monkeypatch.setattr(kernels, "device_microseconds", timed)
-    rows = list(kernels._ours(name, (1, 2, 48), ["xla"], 2, H100))
+    rows = list(kernels._ours(name, (4, 8, 48), ["xla"], 2, H100))
     [impl] = timed_operation(name).impls(["xla"])
-    assert [(row["impl"], row["pass"], row.get("error")) for row in rows] == [(impl, x, None) for x in PASSES]
+    assert [(row["impl"], row["pass"], row.get("error")) for row in rows] == [
+        (impl, x, None) for x in timed_operation(name).passes
+    ]
     assert all(row["microseconds"] == 40.0 and row["floor_microseconds"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["gated_delta_rule_step", "short_conv_step"])
+def test_a_step_is_timed_where_its_state_lies(name):
+    case = timed_case(name, (2, 2, 48), "xla")
+    (_, arrays), *_ = kernels.inputs(case, 1)
+    call, before, wanted = kernels.compiled(case, FORWARD), arrays["before"], kernels.program(case, FORWARD)(arrays)
+    found = call(arrays)
+    assert before.is_deleted() and arrays["before"] is found["after"]
+    assert jnp.allclose(found["after"], wanted["after"], rtol=1e-5, atol=1e-5)
+    assert not jnp.array_equal(call(arrays)["after"], wanted["after"])
 
 
 def unit_keys(k):

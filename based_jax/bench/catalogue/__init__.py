@@ -1,14 +1,18 @@
 """The catalogue of operations: what checks, times and profiles know of each, one file a family."""
 
 from based_jax.bench.catalogue import (
+    cached_attention,
     convolutions,
     cross_entropy,
+    few_tokens,
     long_convolutions,
     matrix_states,
     norms,
     softmax,
     state_spaces,
+    steps,
     taylor,
+    taylor_decode,
 )
 from based_jax.bench.catalogue.operation import Case, Operation, Shape
 from based_jax.errors import unknown
@@ -37,6 +41,21 @@ OPERATIONS: dict[str, Operation] = {
     "gated_delta_rule": matrix_states.GATED_DELTA_RULE,
     "dplr": matrix_states.DPLR,
     "linear_cross_entropy": cross_entropy.LINEAR_CROSS_ENTROPY,
+    # What decodes:
+    "taylor_attention_decode": taylor_decode.TAYLOR_ATTENTION_DECODE,
+    "attention_step": cached_attention.ATTENTION_STEP,
+    "attention_prefill": cached_attention.ATTENTION_PREFILL,
+    "gated_linear_attention_step": steps.GATED_LINEAR_ATTENTION_STEP,
+    "simple_gla_step": steps.SIMPLE_GLA_STEP,
+    "delta_rule_step": steps.DELTA_RULE_STEP,
+    "gated_delta_rule_step": steps.GATED_DELTA_RULE_STEP,
+    "dplr_step": steps.DPLR_STEP,
+    "selective_scan_step": steps.SELECTIVE_SCAN_STEP,
+    "raw_selective_scan_step": steps.RAW_SELECTIVE_SCAN_STEP,
+    "short_conv_step": steps.SHORT_CONV_STEP,
+    "gated_short_conv_step": steps.GATED_SHORT_CONV_STEP,
+    "few_tokens_product": few_tokens.FEW_TOKENS_PRODUCT,
+    "few_tokens_gated": few_tokens.FEW_TOKENS_GATED,
 }
 
 TIMED = {name: key for key, operation in OPERATIONS.items() for name in operation.timed}

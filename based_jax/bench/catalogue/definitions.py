@@ -26,6 +26,11 @@ def first_document(ids):
     return jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0]
 
 
+def filled(fill, places: int):
+    """Return how many of so many places each row has filled (B,): all or none for about a third of normal `fill`."""
+    return jnp.round(jnp.clip(fill.astype(jnp.float32) + 0.5, 0, 1) * places).astype(jnp.int32)
+
+
 def sum_over_pairs(q, k, v, ids, weights: Callable, window: int | None = None):
     """Return sum_j w_ij v_j (B, T, H, .) with w = weights(q.k / sqrt(K), visible), blocks of queries at a time."""
     batch, time, heads, width = q.shape

@@ -1,0 +1,145 @@
+"""Softmax attention over a cache: of one token, and of a sequence's next tokens. Neither is differentiated."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from based_jax.bench.catalogue.definitions import filled, first_document
+from based_jax.bench.catalogue.operation import (
+    FORWARD,
+    HEAD_DIM,
+    Arrays,
+    Case,
+    Function,
+    Operation,
+    Shape,
+    moved_bytes,
+    narrow,
+)
+from based_jax.ops import softmax_prefill, softmax_step
+
+
+def _step_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return a token's queries and a cache of S tokens, of `dims` (K, V, heads of the keys, S); see `filled`."""
+    (batch, heads), (k, v, groups, places) = case.shape, case.dims
+    cache = {"k": (batch, places, groups, k), "v": (batch, places, groups, v)}
+    return narrow(case, {"q": (batch, heads, k), **cache, "fill": (batch,)})
+
+
+def _step(case: Case, full: bool = False) -> Function:
+    def run(arrays: Arrays, ids: jax.Array | None) -> Arrays:
+        q, k, v = (arrays[name] for name in ("q", "k", "v"))
+        length = jnp.full(len(q), k.shape[1], jnp.int32) if full else filled(arrays["fill"], k.shape[1])
+        return {"o": softmax_step.attention_step(q, k, v, length, impl=case.impl)}
+
+    return run
+
+
+def step_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
+    """Return one query's softmax attention to the keys that its row has, 0 where it has none."""
+    q, k, v, fill = (arrays[name] for name in ("q", "k", "v", "fill"))
+    there = jnp.arange(k.shape[1])[None] < filled(fill, k.shape[1])[:, None]
+    return {"o": _attended(q[:, None], k, v, there[:, None])[:, 0]}
+
+
+def _prefill_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return tokens and a cache of S others, of `dims` as of `_step_arrays`."""
+    (batch, heads, time), (k, v, groups, places) = case.shape, case.dims
+    token = {"q": (batch, time, heads, k), "k": (batch, time, groups, k), "v": (batch, time, groups, v)}
+    cache = {"past_k": (batch, places, groups, k), "past_v": (batch, places, groups, v)}
+    return narrow(case, token | cache | {"fill": (batch,)})
+
+
+def _prefill(case: Case, full: bool = False) -> Function:
+    def run(arrays: Arrays, ids: jax.Array | None) -> Arrays:
+        q, k, v, past_k, past_v = (arrays[name] for name in ("q", "k", "v", "past_k", "past_v"))
+        places = past_k.shape[1]
+        length = jnp.full(len(q), places, jnp.int32) if full else filled(arrays["fill"], places)
+        attend = functools.partial(softmax_prefill.attention_prefill, segment_ids=ids, impl=case.impl)
+        return {"o": attend(q, k, v, past_k, past_v, length)}
+
+    return run
+
+
+def prefill_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
+    """Return softmax attention of each token to its document up to itself, of a row's first one to the cache too."""
+    q, k, v, past_k, past_v = (arrays[name] for name in ("q", "k", "v", "past_k", "past_v"))
+    time, places = q.shape[1], past_k.shape[1]
+    cached = jnp.arange(places)[None] < filled(arrays["fill"], places)[:, None]
+    owners = jnp.concatenate([jnp.where(cached, first_document(ids)[:, None], 0), ids], axis=1)
+    same = (ids[:, :, None] == owners[:, None]) & (ids != 0)[:, :, None]
+    keys, values = (jnp.concatenate(pair, axis=1) for pair in ((past_k, k), (past_v, v)))
+    return {"o": _attended(q, keys, values, same & jnp.tri(time, places + time, places, dtype=bool)[None])}
+
+
+def _attended(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    """Return (B, T, H, V), the attention of q (B, T, H, K) to the visible (B, T, N) of k and v (B, N, G, .)."""
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    s = jnp.einsum("btgrk,bngk->btgrn", grouped, k) / math.sqrt(q.shape[-1])
+    s = jnp.where(visible[:, :, None, None], s, -jnp.inf)
+    p = jnp.exp(s - jnp.maximum(s.max(axis=-1, keepdims=True), -1e300))
+    total = p.sum(axis=-1, keepdims=True)
+    o = jnp.einsum("btgrn,bngv->btgrv", p, v) / jnp.where(total > 0, total, 1)
+    return o.reshape(*q.shape[:3], -1)
+
+
+def _step_cases() -> tuple[Case, ...]:
+    make = functools.partial(Case, "attention_step")
+    return (
+        make((3, 4), (64, 64, 4, 300), quick=True),
+        *(make((5, 6), (72, 72, 6, 1), dtype=dtype) for dtype in ("bfloat16", "float16")),
+        *(make((5, 8), (128, 128, 2, 1030), dtype=dtype) for dtype in ("bfloat16", "float16")),
+        *(make((5, heads), dims) for heads, dims in ((24, (256, 256, 1, 700)), (4, (70, 70, 2, 2100)))),
+        make((1, 24), (72, 72, 24, 16384)),
+        make((128, 24), (72, 72, 24, 300)),
+    )
+
+
+def _timed_step(shape: Shape) -> Case:
+    """Return the step of a sequence of T tokens."""
+    batch, heads, time = shape
+    return Case("attention_step", (batch, heads), (HEAD_DIM, HEAD_DIM, heads, time))
+
+
+def _timed_prefill(shape: Shape) -> Case:
+    """Return that of T tokens behind as many."""
+    _, heads, time = shape
+    return Case("attention_prefill", shape, (HEAD_DIM, HEAD_DIM, heads, time))
+
+
+ATTENTION_STEP = Operation(
+    table=softmax_step.ATTENTION_STEP,
+    arrays=_step_arrays,
+    function=_step,
+    oracle=lambda case: step_definition,
+    # A key meets few queries: their products take no time.
+    cost=lambda case, which: (moved_bytes(_step_arrays(case), _step(case.by("xla"))), 0.0),
+    kernels={"triton_splits": ("attention_step",)},
+    cases=_step_cases(),
+    small_cases=(Case("attention_step", (2, 4), (72, 72, 2, 300)),),
+    timed={"attention_step": _timed_step},
+    timed_function=functools.partial(_step, full=True),
+    passes=(FORWARD,),
+)
+
+ATTENTION_PREFILL = Operation(
+    table=softmax_prefill.ATTENTION_PREFILL,
+    arrays=_prefill_arrays,
+    function=_prefill,
+    oracle=lambda case: prefill_definition,
+    # As `softmax.ATTENTION` no products: they depend on the length.
+    cost=lambda case, which: (moved_bytes(_prefill_arrays(case), _prefill(case.by("xla"))), 0.0),
+    kernels={},
+    cases=(
+        Case("attention_prefill", (4, 4, 512), (72, 72, 4, 2100)),
+        Case("attention_prefill", (4, 8, 300), (128, 128, 2, 1100)),
+        Case("attention_prefill", (3, 4, 65), (64, 64, 4, 130), dtype="float16"),
+    ),
+    small_cases=(),
+    timed={"attention_prefill": _timed_prefill},
+    timed_function=functools.partial(_prefill, full=True),
+    plain_timed=False,
+    passes=(FORWARD,),
+)

@@ -1,0 +1,92 @@
+"""Products of the tokens that are decoded together with a layer's matrix. They have no gradient."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from based_jax.bench.catalogue.operation import (
+    FORWARD,
+    HEAD_DIM,
+    Arrays,
+    Case,
+    Definition,
+    Function,
+    Operation,
+    Shape,
+    bf16,
+    moved_bytes,
+)
+from based_jax.ops import few_tokens
+from based_jax.ops.dispatch import Implementation
+
+TIMED_EXPANSION = 4
+"""Columns of what is timed over its rows."""
+
+
+def _arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return M tokens (M, D) and a matrix (D, E), of `dims` (E,)."""
+    (tokens, rows), [columns] = case.shape, case.dims
+    return bf16({"x": (tokens, rows), "kernel": (rows, columns)})
+
+
+def _function(case: Case, multiply: Callable) -> Function:
+    return lambda arrays, ids: {"y": multiply(arrays["x"], arrays["kernel"], impl=case.impl)}
+
+
+def product_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
+    """Return x W."""
+    return {"y": arrays["x"] @ arrays["kernel"]}
+
+
+def gated_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
+    """Return value silu(gate) with (value, gate) = x W."""
+    value, gate = jnp.split(arrays["x"] @ arrays["kernel"], 2, axis=-1)
+    return {"y": value * gate / (1 + jnp.exp(-gate))}
+
+
+def _cases(name: str) -> tuple[Case, ...]:
+    make = functools.partial(Case, name)
+    return (
+        make((3, 192), (320,), quick=True),
+        *(make((tokens, 64), (64,)) for tokens in (64, 65, 128)),
+        *(make((tokens, rows), (columns,)) for tokens in (1, 128) for rows, columns in ((1792, 7168), (4096, 2048))),
+    )
+
+
+def _product(name: str, table: Mapping[str, Implementation], multiply: Callable, definition: Definition) -> Operation:
+    function = functools.partial(_function, multiply=multiply)
+
+    def cost(case: Case, which: str) -> tuple[float, float]:
+        (tokens, rows), [columns] = case.shape, case.dims
+        return moved_bytes(_arrays(case), function(case.by("xla"))), 2.0 * tokens * rows * columns
+
+    def timed(shape: Shape) -> Case:
+        """Return that of B sequences' tokens, whatever their length."""
+        batch, heads, _ = shape
+        return Case(name, (batch, heads * HEAD_DIM), (TIMED_EXPANSION * heads * HEAD_DIM,))
+
+    return Operation(
+        table=table,
+        arrays=_arrays,
+        function=function,
+        oracle=lambda case: definition,
+        cost=cost,
+        kernels={"hopper_strips": (name,)},
+        cases=_cases(name),
+        small_cases=(Case(name, (3, 128), (128,)),),
+        timed={name: timed},
+        weights=frozenset({"kernel"}),
+        scales={"kernel": 0.03125},  # sums about as large as 1; a power of two
+        passes=(FORWARD,),
+        compile_seconds=1.0,
+    )
+
+
+FEW_TOKENS_PRODUCT = _product(
+    "few_tokens_product", few_tokens.PRODUCT_IMPLEMENTATIONS, few_tokens.few_tokens_product, product_definition
+)
+FEW_TOKENS_GATED = _product(
+    "few_tokens_gated", few_tokens.GATED_IMPLEMENTATIONS, few_tokens.few_tokens_gated, gated_definition
+)
