@@ -5,6 +5,7 @@ python -m experiments.demo --redraw=experiments/demo/results    # the picture al
 """
 
 import argparse
+import sys
 import dataclasses
 import importlib.metadata
 import os
@@ -127,7 +128,8 @@ def language_model(workdir: Path) -> None:
     config = configs.build(TrainConfig, configs.load(str(CONFIGS / "text_tiny.py")))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=str(workdir.parent / "cache")))
     before = validation_perplexity(config, LM(config.model, rngs=nnx.Rngs(config.seed)))
-    train(config, workdir)
+    if not train(config, workdir):
+        sys.exit("The run was stopped; the same command goes on with it.")
 
     _, step, model = load_run(workdir)
     after = validation_perplexity(config, model)

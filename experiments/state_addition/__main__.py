@@ -58,7 +58,8 @@ def main() -> None:
     with rows.appended(args.out) as write:
         for task, trained in TASKS.items():
             config = train_config(trained)
-            train(config, args.workdir / task)
+            if not train(config, args.workdir / task):
+                sys.exit("The run was stopped; the same command goes on with it.")
             for row in measure(Decoder.of(load_run(args.workdir / task)[2]), *examples(config, trained.context)):
                 print({"task": task, **row}, flush=True)
                 write({"task": task, **row, **rows.facts(), "command": command})
