@@ -5,11 +5,11 @@ python -m experiments.demo --redraw=experiments/demo/results    # the picture al
 """
 
 import argparse
-import sys
 import dataclasses
 import importlib.metadata
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import jax
