@@ -8,7 +8,7 @@ from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Decoder
 from based_jax.generate.prompts import Prompts, check_prefix, checked_prompts, checked_seeds, shown
-from based_jax.generate.requests import Request, check_room, checked_stop
+from based_jax.generate.requests import Request, check_room, checked_request, checked_stop
 from based_jax.generate.rows import begun, blocks
 from based_jax.generate.sampling import GREEDY, Sampling
 from based_jax.generate.scheduler import Event, Scheduler
@@ -67,7 +67,7 @@ def generate(
         for ids, (seed, row_id) in zip(token_ids, draws, strict=True)
     ]
     decoder = Decoder.of(model)
-    check_prefix(token_ids, decoder.prefix_length)
+    check_prefix(token_ids, decoder.prefix_length, 0 if state is None else state.length)
     rows = begun(decoder, requests, room_for(requests, model.max_len))
     found = list(blocks(decoder, rows, BLOCK_TOKENS))
     parts = [[np.asarray(block.tokens[row, : block.drawn[row]]) for block in found] for row in range(len(requests))]
@@ -95,7 +95,9 @@ def stream(
       UserError: a request is not what the model can be asked, before the first token of any.
     """
     decoder = Decoder.of(model)
-    requests = [request.checked(decoder, decoder.max_len, f"Prompt {i}") for i, request in enumerate(requests)]
+    requests = [
+        checked_request(request).checked(decoder, decoder.max_len, f"Prompt {i}") for i, request in enumerate(requests)
+    ]
     if not requests:
         return
     scheduler = Scheduler(

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from based_jax.errors import UserError
+from based_jax.generate.prompts import is_number, shown
 from based_jax.generate.state import State
 
 BLOCK_TOKENS = 16
@@ -90,8 +91,8 @@ class PrefixCache:
     """
 
     def __init__(self, byte_budget: int):
-        if byte_budget < 1:
-            raise UserError(f"The budget of a prefix cache is {byte_budget} bytes; it is at least 1.")
+        if not is_number(byte_budget) or byte_budget < 1:
+            raise UserError(f"The budget of a prefix cache is {shown(byte_budget)} bytes; it is at least 1.")
         self.byte_budget, self.metrics = byte_budget, Metrics()
         self._roots: dict[str, _Node] = {}
         self._by_use: collections.OrderedDict[tuple[_Node, bytes], int] = collections.OrderedDict()

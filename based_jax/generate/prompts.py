@@ -89,10 +89,15 @@ def check_length(prompts: Sequence[np.ndarray], max_new_tokens: int, max_len: in
         )
 
 
-def check_prefix(prompts: Sequence[np.ndarray], prefix_length: int) -> None:
-    """Raise UserError for a prompt whose last token, from which decoding goes on, is one that is read with others."""
+def check_prefix(prompts: Sequence[np.ndarray], prefix_length: int, before: int = 0) -> None:
+    """Raise UserError for a prompt whose last token, from which decoding goes on, is one that is read with others.
+
+    Behind a state, which has read `before` tokens, it is none, if those that are read together are all among them.
+    """
+    if 0 < before < prefix_length:
+        raise UserError(f"The state has read {before} tokens; the model reads the first {prefix_length} together.")
     shortest = min(map(len, prompts))
-    if 0 < prefix_length >= shortest:
+    if before == 0 and 0 < prefix_length >= shortest:
         raise UserError(
             f"A prompt has {shortest} tokens; the model reads the first {prefix_length} in no order, so that it has"
             f" at least {prefix_length + 1}."

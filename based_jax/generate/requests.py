@@ -68,8 +68,9 @@ class Request:
         """
         vocab_size = decoder.config.vocab_size
         ids = checked_ids(name, self.prompt, vocab_size)
+        self._check_types()
         check_room([ids], self.max_new_tokens, max_len, self.state)
-        check_prefix([ids], decoder.prefix_length)
+        check_prefix([ids], decoder.prefix_length, 0 if self.state is None else self.state.length)
         if not isinstance(self.sampling, Sampling):
             raise UserError(f"sampling is {shown(self.sampling)}; it is a Sampling, as in Sampling(temperature=0.6).")
         stop_ids = tuple(checked_stop(stop, vocab_size) for stop in self.stop_ids)
@@ -80,6 +81,20 @@ class Request:
                 raise UserError(f"A stop string is {shown(stop)}; it is a text of at least one character.")
         checked_seeds([self.seed], [self.row_id], 1)
         return dataclasses.replace(self, prompt=ids, max_new_tokens=int(self.max_new_tokens), stop_ids=stop_ids)
+
+    def _check_types(self) -> None:
+        if self.state is not None and not isinstance(self.state, State):
+            raise UserError(f"state is {shown(self.state)}; it is a State, as state_after returns it.")
+        for name, meaning in (("stop_ids", "token ids"), ("stop_strings", "texts")):
+            if not isinstance(stops := getattr(self, name), Sequence) or isinstance(stops, str):
+                raise UserError(f"{name} is {shown(stops)}; it is a tuple of {meaning}.")
+
+
+def checked_request(request: Any) -> Request:
+    """Return a request; UserError for what is none."""
+    if not isinstance(request, Request):
+        raise UserError(f"A request is {shown(request)}; it is a Request, as in Request([72, 105]).")
+    return request
 
 
 def check_room(prompts: Sequence[np.ndarray], max_new_tokens: int, max_len: int | None, state: State | None) -> None:

@@ -23,7 +23,8 @@ from based_jax.generate.prefill import (
     prefill_chunk,
 )
 from based_jax.generate.prefix_cache import PrefixCache
-from based_jax.generate.requests import Request
+from based_jax.generate.prompts import is_integer, shown
+from based_jax.generate.requests import Request, checked_request
 from based_jax.generate.rows import Block, Rows, decode
 from based_jax.generate.state_layout import StateLayout
 from based_jax.generate.text import TextStream
@@ -142,13 +143,13 @@ class Scheduler:
             "prompt_tokens": prompt_tokens,
         }
         for name, value in counts.items():
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; it is at least 1.")
+            if value is not None and not (is_integer(value) and value >= 1):
+                raise UserError(f"{name} is {shown(value)}; it is at least 1.")
         self.decoder = Decoder.of(model)
-        if max_len < 2 or max_len > (self.decoder.max_len or max_len):
-            raise UserError(
-                f"max_len is {max_len}; it is at least 2 and at most the {self.decoder.max_len} of the model."
-            )
+        most = self.decoder.max_len
+        if not is_integer(max_len) or max_len < 2 or max_len > (most or max_len):
+            bound = "" if most is None else f" and at most the {most} of the model"
+            raise UserError(f"max_len is {shown(max_len)}; it is at least 2{bound}.")
         self.max_len, self.tokenizer = max_len, tokenizer
         self.prefix_cache = None if self.decoder.prefix_length else prefix_cache  # a prefix is of its whole prompt
         self._layout = StateLayout(self.decoder)
@@ -185,13 +186,13 @@ class Scheduler:
             list(threads.map(read, each_kind_of_chunk(self.max_len - 2, self._chunk_tokens)))
         if self.prefix_cache is not None:
             self._layout.fork(self._layout.take(self.decoder.init_cache(1, self.max_len), 0), self.max_len)
-        self.submit(Request([0], 1))
+        self.submit(Request([0] * (self.decoder.prefix_length + 1), 1))
         while self.busy:
             self.advance()
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id; UserError if it cannot be answered."""
-        request = request.checked(self.decoder, self.max_len)
+        request = checked_request(request).checked(self.decoder, self.max_len)
         if request.stop_strings and self.tokenizer is None:
             raise UserError("stop_strings are found in text, and there is no tokenizer; give the scheduler one.")
         if request.state is not None:

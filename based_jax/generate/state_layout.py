@@ -12,6 +12,7 @@ from jaxtyping import Array
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Caches, Decoder
 from based_jax.generate.prefill import prefill
+from based_jax.generate.prompts import checked_ids
 from based_jax.generate.state import State
 
 TOKEN_BLOCK = 64
@@ -67,7 +68,8 @@ class StateLayout:
     def check(self, state: State, max_len: int) -> None:
         """Raise UserError for a state of another model, or of more tokens than caches for `max_len` have room for."""
         if state.model != self.decoder.fingerprint:
-            raise UserError(f"The state is of model {state.model}; this model is {self.decoder.fingerprint}.")
+            both = f"The state is of model {state.model}; this model is {self.decoder.fingerprint}"
+            raise UserError(f"{both}, with its weights, dtype, flush and state_dtype.")
         expected = self._row_shapes(max_len).arrays
         for name in sorted(expected.keys() ^ state.arrays.keys()):
             raise UserError(f"'{name}' is not both in the state and in the model's caches, whose options differ.")
@@ -95,8 +97,9 @@ def state_after(decoder: Decoder, ids: Sequence[int] | np.ndarray, state: State 
     """Return the state after these tokens (T), which may go on from another.
 
     Raises:
-      UserError: the state is another model's, or the tokens are more than the model reads.
+      UserError: the state is another model's, or the tokens are none of the model's, or more than it reads.
     """
+    ids = checked_ids("The text", ids, decoder.config.vocab_size) if len(ids) else ids
     layout, before = StateLayout(decoder), 0 if state is None else state.length
     length = before + len(ids)
     if decoder.max_len is not None and length > decoder.max_len:

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
 
@@ -56,7 +56,7 @@ def serve(
       ready: called with a sentence for the user once requests are taken.
 
     Raises:
-      UserError: the tokenizer is not the model's.
+      UserError: the tokenizer is not the model's, or another server listens there by now.
       Exception: what ended the model.
     """
     service = make_service(model, tokenizer, name, limits=limits or Limits(), api_key=api_key)
@@ -118,6 +118,10 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
+def _places(sockets: Sequence[socket.socket] | None) -> str:
+    return ", ".join(map(url_of, sockets or ()))
+
+
 class Server(uvicorn.Server):
     """Uvicorn that lets what is in flight end when a signal comes, and tells it so once the grace is over."""
 
@@ -156,9 +160,12 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the thread of the model, and take requests."""
+        """Take requests, and start the thread of the model; UserError where another server listens by now."""
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            raise UserError(f"Nothing can listen at {_places(sockets)} any more: {reason(error)}.") from None
         self.driver.start()
-        await super().startup(sockets)
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -112,6 +112,8 @@ def test_what_leads_to_no_state_is_forgotten(rng):
 def test_a_budget_of_nothing_and_a_state_of_other_tokens_are_refused():
     with pytest.raises(UserError, match=r"^The budget of a prefix cache is 0 bytes; it is at least 1\.$"):
         PrefixCache(0)
+    with pytest.raises(UserError, match=r"^The budget of a prefix cache is '1G' bytes; it is at least 1\.$"):
+        PrefixCache("1G")
     with pytest.raises(UserError, match=r"^The state of 20 tokens has read 16\.$"):
         PrefixCache(1).keep(np.arange(20, dtype=np.int32), state_of(np.arange(16, dtype=np.int32)))
 

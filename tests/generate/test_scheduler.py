@@ -184,10 +184,44 @@ def test_a_request_goes_on_from_a_state_as_from_its_tokens(decoder, alone):
         ),
         (
             Request([1], 1, state=State({}, (), 9, "other")),
-            r"^The state is of model other; this model is [0-9a-f]{32}\.$",
+            r"^The state is of model other; this model is [0-9a-f]{32}, with its weights, dtype, flush",
         ),
+        (Request([1], 1, state="kept"), r"^state is 'kept'; it is a State, as state_after returns it\.$"),
+        (Request([1], 1, stop_ids=5), r"^stop_ids is 5; it is a tuple of token ids\.$"),
+        (Request([1], 1, stop_strings="ab"), r"^stop_strings is 'ab'; it is a tuple of texts\.$"),
+        ([1], r"^A request is \[1\]; it is a Request, as in Request\(\[72, 105\]\)\.$"),
     ],
 )
 def test_impossible_requests_are_refused(decoder, request_, message):
     with pytest.raises(UserError, match=message):
         scheduler_of(decoder).submit(request_)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_len": 1}, r"^max_len is 1; it is at least 2\.$"),
+        ({"max_len": 10.5}, r"^max_len is 10\.5; it is at least 2\.$"),
+        ({"slots": 1.5}, r"^slots is 1\.5; it is at least 1\.$"),
+        ({"block_tokens": "8"}, r"^block_tokens is '8'; it is at least 1\.$"),
+    ],
+)
+def test_impossible_numbers_of_a_scheduler_are_refused(decoder, options, message):
+    with pytest.raises(UserError, match=message):
+        scheduler_of(decoder, **options)
+
+
+def test_a_stream_of_what_are_no_requests_is_refused(decoder):
+    with pytest.raises(UserError, match=r"^A request is 72; it is a Request"):
+        next(stream(decoder, [72]))
+
+
+def test_a_prefix_that_is_read_at_once_is_compiled_for_and_may_stand_in_a_state():
+    config = LMConfig((("prefix", {"num_heads": 2, "feature_dim": 4, "enc_length": 4}),), d_model=16, vocab_size=64)
+    decoder = Decoder.of(nnx.jit(lambda: LM(config, rngs=nnx.Rngs(1)))())
+    scheduler = Scheduler(decoder, slots=1, max_len=16)
+    scheduler.compile()
+    scheduler.submit(Request([7], 1, state=state_after(decoder, [1, 2, 3, 4])))
+    assert scheduler.busy
+    with pytest.raises(UserError, match=r"^The state has read 3 tokens; the model reads the first 4 together\.$"):
+        scheduler.submit(Request([7], 1, state=state_after(decoder, [1, 2, 3])))

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from based_jax.errors import UserError
 from based_jax.generate.fingerprint import fingerprint
 from based_jax.generate.state import FORMAT, State, inspect
-from based_jax.generate.state_layout import TOKEN_BLOCK, StateLayout
+from based_jax.generate.state_layout import TOKEN_BLOCK, StateLayout, state_after
 from based_jax.nn.lm import LMConfig
 
 VOCAB, ROOM, LENGTH, READ = 50, 100, 70, 90
@@ -105,8 +105,14 @@ def test_a_state_is_refused_where_there_is_no_room_or_another_model(layout, stat
     other = random_decoder(CONFIG)
     kernel = other.params["stacks"][2]["blocks"][0]["mixer"]["out_proj"]["kernel"]
     kernel.set_value(kernel[...].at[3, 5].multiply(1 + 2**-23))
-    with pytest.raises(UserError, match=r"^The state is of model [0-9a-f]{32}; this model is [0-9a-f]{32}\.$"):
+    with pytest.raises(UserError, match=r"^The state is of model [0-9a-f]{32}; this model is [0-9a-f]{32}, with"):
         StateLayout(other).fork(state, ROOM)
+
+
+@pytest.mark.parametrize("ids", [[-4], [10**6], [1.5], "ab"])
+def test_a_text_of_what_are_no_ids_has_no_state(layout, ids):
+    with pytest.raises(UserError, match=r"^The text (has|is) "):
+        state_after(layout.decoder, ids)
 
 
 @pytest.mark.parametrize(

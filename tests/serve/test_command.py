@@ -11,6 +11,7 @@ from helpers.serving import LIMITS, served
 from based_jax.__main__ import main
 from based_jax.commands import serve as command
 from based_jax.data.tokenizer import ByteTokenizer
+from based_jax.serve import bound
 
 WORDS = ("serve", "--workdir=runs/small", *(f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()))
 
@@ -68,6 +69,20 @@ def test_a_port_that_is_taken_and_a_tokenizer_of_another_model_are_said(loads, c
     assert main([*WORDS, "--port=0"]) == 2
     assert capsys.readouterr().err == (
         "Error: The tokenizer is not the model's: the tokenizer has id 257, the model knows ids 0 to 256.\n"
+    )
+
+
+def test_a_port_that_another_takes_while_the_model_loads_is_said(model, capsys, monkeypatch):
+    def load(args):
+        other.listen()
+        return model, ByteTokenizer()
+
+    with bound("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(command, "load_text_model", load)
+        assert main([*WORDS, f"--port={port}"]) == 2
+    assert capsys.readouterr().err == (
+        f"Error: Nothing can listen at http://127.0.0.1:{port}/v1 any more: Address already in use.\n"
     )
 
 
