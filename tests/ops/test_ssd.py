@@ -80,7 +80,7 @@ def test_what_the_kernels_take(normal):
         for options, words in (
             ({"groups": 2}, "of one group, and are of 2"),
             ({"states": 128}, "8, 16, 24, 32 states, and has 128"),
-            ({"heads": 3}, "multiple of 128, and are 192"),
+            ({"heads": 3, "width": 32}, "multiple of 64, and are 96"),
         ):
             with pytest.raises(UserError, match=words):
                 ssd(*zeros(**options), impl="hopper_steps")

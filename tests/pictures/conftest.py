@@ -2,8 +2,9 @@ import pytest
 from helpers.browser import BROWSER
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
+    """Yield a browser for the tests of a file: its event loop holds their thread, where a server runs its own."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
