@@ -20,7 +20,7 @@ from based_jax.generate.prompts import (
 from based_jax.generate.sampling import GREEDY, Sampling
 from based_jax.generate.state import State
 
-MOST_STOP_IDS = 8
+MOST_STOP_IDS = 16
 
 
 @dataclasses.dataclass(frozen=True)

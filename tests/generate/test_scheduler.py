@@ -169,7 +169,7 @@ def test_a_request_goes_on_from_a_state_as_from_its_tokens(decoder, alone):
     [
         (Request([]), r"^Prompt is empty; it needs at least one token\.$"),
         (Request([1], 64), r"^max_new_tokens is 64; the model reads 64 tokens"),
-        (Request([1], 1, stop_ids=tuple(range(9))), r"^stop_ids has 9 ids; it has at most 8\.$"),
+        (Request([1], 1, stop_ids=tuple(range(17))), r"^stop_ids has 17 ids; it has at most 16\.$"),
         (Request([1], 1, stop_ids=(257,)), r"^stop is 257; it is a token id, 0 to 256"),
         (Request([1], 1, stop_strings=("",)), r"^A stop string is ''; it is a text"),
         (Request([1], 1, stop_strings=("a",)), r"^stop_strings are found in text, and there is no tokenizer"),
