@@ -117,8 +117,8 @@ H100_CROSSOVERS = Crossovers(
     norm_tokens=1024,
 )
 """Measured on one H100 80GB HBM3 in experiments/kernels; the Toeplitz product in experiments/mqar_pareto, at 256 tokens
-(longer ones are not measured). `toeplitz_tiles_taps` is between what one H200 took for 1,024 channels, both passes: 49
-and 69 ns a token at 2,048 taps, 202 and 91 at 8,192, by tiles and by FFT."""
+(longer ones are not measured). `toeplitz_tiles_taps` is between 2,048 taps, for which tiles were faster in both passes
+over 1,024 channels on one H200, and 8,192, for which FFT was."""
 H100_CORES, H100_L2_BYTES = 132, 50 << 20
 H100_COPY_BYTES_PER_SECOND = 2.95e12
 

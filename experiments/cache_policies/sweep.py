@@ -1,22 +1,12 @@
 """Two layers on MQAR with 64 tokens and 8 key-value pairs: attention, and mixers that are trained with little state."""
 
+from pathlib import Path
+
+from based_jax import config as configs
 from based_jax.sweep import Sweep, chain, param, product
 
-SEGMENT = {"seq_len": 64, "num_kv_pairs": 8}
-BASE = {
-    "model": {"layers": (), "d_model": 64, "vocab_size": 256, "init_std": 0.1, "dtype": "float32"},
-    "data": {
-        "kind": "mqar",
-        "vocab_size": 256,
-        "random_non_queries": False,
-        "train": (SEGMENT | {"num_examples": 22400},),
-        "test": (SEGMENT | {"num_examples": 640},),
-    },
-    "optim": {"lr": 4e-3, "warmup_steps": 30, "final_lr": 4e-4},
-    "steps": 350,
-    "batch_size": 64,
-    "log_every": 100,
-}
+BASE = configs.load(f"{Path(__file__).parents[2] / 'configs' / 'mqar_tiny.py'}:attention_64").to_dict()
+"""Whose layers are those of each point."""
 
 
 def get_sweep():
