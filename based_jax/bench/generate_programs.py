@@ -17,7 +17,7 @@ from based_jax.bench.decode_state import array_bytes, at_length, random_state
 from based_jax.generate.decoder import Caches, Decoder, layout_of
 from based_jax.generate.prefill import Chunk, prefill_chunk
 from based_jax.generate.requests import Request
-from based_jax.generate.rows import Block, Rows, decode, loop_options
+from based_jax.generate.rows import Block, Rows, decode
 from based_jax.nn.lm import LM
 from based_jax.nn.lm_config import LMConfig
 from based_jax.ops import dispatch
@@ -91,7 +91,7 @@ class Programs:
 
         rows = jax.eval_shape(lambda: new_rows(self.subject.caches(batch, max_len)))
         inputs = self.subject.layout.shapes, jax.ShapeDtypeStruct((), jnp.int32)
-        return self._add(block, rows, inputs, compiler_options=loop_options(jax.default_backend()))
+        return self._add(block, rows, inputs)
 
     def add_chunk(self, max_len: int, chunk: Chunk) -> Hashable:
         """Add the program that reads a chunk of prompts, and return its key: `(caches, (params, chunk)) -> caches`."""
@@ -115,12 +115,12 @@ class Programs:
         """Return a program that has been compiled."""
         return self._compiled[key]
 
-    def _add(self, function: Callable, *arguments: Any, **options: Any) -> Hashable:
+    def _add(self, function: Callable, *arguments: Any) -> Hashable:
         leaves, structure = jax.tree.flatten(arguments)
         key = function.__name__, structure, tuple((x.shape, x.dtype) for x in leaves)
         if key not in self._lowered:
             with dispatch.recorded_choices() as choices:
-                lowered = jax.jit(function, donate_argnums=0, **options).lower(*arguments)
+                lowered = jax.jit(function, donate_argnums=0).lower(*arguments)
             self._lowered[key] = lowered, {operation: list(impls) for operation, impls in choices.items()}
         return key
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,6 @@ from based_jax.generate.requests import MOST_STOP_IDS, Request
 from based_jax.generate.sampling import Draws, draw
 from based_jax.generate.state_layout import StateLayout
 from based_jax.nn.lm import LM
-
-IN_GRAPHS = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION", "WHILE", "CONDITIONAL")
-"""What XLA puts into CUDA graphs: its own choice, and the last two. Else the host waits for each loop's condition."""
 
 
 @jax.tree_util.register_dataclass
@@ -116,11 +113,9 @@ def _caches_before(decoder: Decoder, requests: Sequence[Request], max_len: int) 
 def decode(decoder: Decoder, rows: Rows, steps: int) -> tuple[Rows, Block]:
     """Draw up to `steps` tokens of each row in one program, which ends when all rows have stopped.
 
-    The rows given are used up: their caches are written in place. A program of more than this loop is compiled with
-    `loop_options`.
+    The rows given are used up: their caches are written in place.
     """
-    run = _loop if isinstance(rows.left, jax.core.Tracer) else loop_program(jax.default_backend())
-    return run(decoder.layout, steps, decoder.params, rows)
+    return decoding_loop(decoder.layout, steps, decoder.params, rows)
 
 
 def blocks(decoder: Decoder, rows: Rows, steps: int) -> Iterator[Block]:
@@ -150,19 +145,9 @@ def decode_step(model: LM, rows: Rows) -> tuple[Rows, Int[Array, "B"], Float[Arr
     return after, token, log_prob
 
 
-@functools.cache
-def loop_program(platform: str) -> Any:
-    """Return what is compiled for `decode` on a platform, of (layout, steps, params, rows)."""
-    options = loop_options(platform)
-    return jax.jit(_loop, static_argnums=(0, 1), donate_argnums=3, compiler_options=options)
-
-
-def loop_options(platform: str) -> dict[str, str] | None:
-    """Return options of compilation with which the host has no part in the loop."""
-    return {"xla_gpu_enable_command_buffer": ",".join(IN_GRAPHS)} if platform in ("gpu", "cuda") else None
-
-
-def _loop(layout: Layout, steps: int, params: nnx.State, rows: Rows) -> tuple[Rows, Block]:
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def decoding_loop(layout: Layout, steps: int, params: nnx.State, rows: Rows) -> tuple[Rows, Block]:
+    """Draw tokens as `decode` does, of a model of a layout."""
     model, shape = layout.model(params), (steps, rows.token.shape[0])
 
     def goes_on(carry):

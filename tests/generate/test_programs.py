@@ -7,7 +7,7 @@ from flax import nnx
 
 from based_jax.generate import Decoder, Request
 from based_jax.generate.prefill import _prefill, prefill
-from based_jax.generate.rows import Rows, loop_program
+from based_jax.generate.rows import Rows, decoding_loop
 from based_jax.nn.lm import LM, LMConfig
 from tests.helpers.hlo import Program
 from tests.helpers.small_mixers import SMALL
@@ -26,7 +26,7 @@ def decoder():
 def test_a_token_copies_no_state(decoder):
     """Stacked layers come apart, and the loop writes the caches that it is given."""
     rows = Rows.of(decoder.init_cache(BATCH, 64), [Request([1])] * BATCH)
-    compiled = loop_program(jax.default_backend()).lower(decoder.layout, STEPS, decoder.params, rows).compile()
+    compiled = decoding_loop.lower(decoder.layout, STEPS, decoder.params, rows).compile()
     states = [x for x in jax.tree.leaves(rows.caches) if x.ndim > 1]
     assert compiled.memory_analysis().alias_size_in_bytes >= sum(x.nbytes for x in states)
     copies = [

@@ -1,4 +1,3 @@
-import jax
 import pytest
 from helpers.serving import LIMITS, NAME, alone, client
 
@@ -93,7 +92,7 @@ def test_log_probabilities_are_the_scheduler_s_and_stand_where_their_tokens_do(c
 
 def test_no_request_waits_for_a_compiler(completions):
     """Prompts of any number of tokens, whole chunks and padded ones, and those that go on from a state."""
-    programs = prefill._prefill, rows.loop_program(jax.default_backend()), rows._with_row
+    programs = prefill._prefill, rows.decoding_loop, rows._with_row
     programs += state_layout._taken, state_layout._forked
     before = [program._cache_size() for program in programs]
     for length in (1, 2, 16, 17, 65, 66, 94):
