@@ -23,7 +23,7 @@ from based_jax.dims import BHEV, BTHK, BTHV
 from based_jax.errors import UserError, unknown
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import RecentTokens, TaylorDecodeCall, TaylorState, TaylorSums
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import taylor_decode as hopper_taylor_decode
 from based_jax.ops.linear_attention import normalise, with_ones
 from based_jax.ops.precision import EXACT
@@ -235,11 +235,6 @@ def _written(values: Float[Array, "B H E V"], normaliser: Float[Array, "B H E"],
 
 
 IMPLEMENTATIONS = {
-    "hopper_steps": Implementation(
-        hopper_taylor_decode.compute,
-        hopper_taylor_decode.supports,
-        platform="cuda",
-        slower=not_run,
-    ),
+    "hopper_steps": Implementation(hopper_taylor_decode.compute, hopper_taylor_decode.supports, platform="cuda"),
     "xla_steps": Implementation(_steps),
 }
