@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from based_jax.nn.cache import TokenCache
-from based_jax.ops.calls import TaylorState
+from based_jax.ops.decode_calls import TaylorState
 
 
 def random_state(shapes: Any, key: Array) -> Any:
