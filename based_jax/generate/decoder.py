@@ -126,6 +126,11 @@ class Decoder:
         """The tokens at the beginning of a sequence that have to be read at once."""
         return max(mixer.prefix_length for mixer in self.layout.model(self.layout.shapes).mixers())
 
+    @functools.cached_property
+    def rows_are_apart(self) -> bool:
+        """Whether rows of like beginnings are read alike in any company."""
+        return all(mixer.rows_are_apart for mixer in self.layout.model(self.layout.shapes).mixers())
+
     def init_cache(self, batch: int, max_len: int) -> Caches:
         """Return the caches of all layers before the first token, the leading axis of all arrays the rows'."""
         return _init_cache(self.layout, batch, max_len, self.params)

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -35,8 +35,9 @@ class ChunkShape(NamedTuple):
 class Intake:
     """Reads prompts piece by piece, each in a row of its own, and several of similar length at once.
 
-    How many rows a piece shares a program with depends on its own length alone, whether they have something to read or
-    not: it is read bitwise alike alone and in any company. A row that has nothing to read is left as it is.
+    How many rows a program has depends on the length of the piece alone, not on how many of them read, and those that
+    begin stand apart from those that go on, since attention reads an empty cache in a way of its own: a prompt is read
+    bitwise alike alone and in any company. A row that has nothing to read is left as it is.
 
     Args:
       layout: of the model's states.
@@ -50,7 +51,8 @@ class Intake:
         self, layout: StateLayout, max_len: int, chunk_tokens: int, slots: int, prefix_cache: PrefixCache | None
     ):
         self.decoder, self.prefix_cache = layout.decoder, prefix_cache
-        self.rows = max(1, min(MOST_ROWS, slots, MOST_BYTES // self.decoder.state_bytes(max_len)))
+        most = min(MOST_ROWS, slots, MOST_BYTES // self.decoder.state_bytes(max_len))
+        self.rows = max(1, most) if self.decoder.rows_are_apart else 1
         self.caches = self.decoder.init_cache(self.rows, max_len)
         self._layout, self._max_len, self._chunk_tokens = layout, max_len, chunk_tokens
         self._tasks: dict[int, Task] = {}  # by row, the oldest first
@@ -64,7 +66,7 @@ class Intake:
 
         def read(length: int) -> None:
             caches = self.decoder.init_cache(self.rows, self._max_len)
-            self._run(caches, self._shape(length), {0: np.zeros(length, np.int32)}, [True])
+            self._run(caches, self._shape(length), {0: np.zeros(length, np.int32)}, True)
 
         lengths = range(1 + min(self._max_len - 2, self._chunk_tokens))
         kinds = {(self._shape(length), length == self._chunk_tokens): length for length in lengths}
@@ -118,14 +120,13 @@ class Intake:
         Their states are kept. Returns the tokens that the program reads, with padding; 0 where nothing is to be read.
         """
         unread = {row: task for row, task in self._tasks.items() if not task.is_read}
-        shapes = {row: self._shape(task.next_end - task.read) for row, task in unread.items()}
-        if not shapes:
+        kinds = {row: (self._shape(task.next_end - task.read), not task.has_begun) for row, task in unread.items()}
+        if not kinds:
             return 0
-        shape = next(iter(shapes.values()))
-        tasks = {row: self._tasks[row] for row, other in shapes.items() if other == shape}
+        shape, are_new = next(iter(kinds.values()))
+        tasks = {row: unread[row] for row, kind in kinds.items() if kind == (shape, are_new)}
         tasks = dict(itertools.islice(tasks.items(), shape.rows))
         parts = {row: task.to_read[task.read : task.next_end] for row, task in tasks.items()}
-        are_new = [not task.has_begun for task in tasks.values()]
         self.caches = self._run(self.caches, shape, parts, are_new)
         for row, task in tasks.items():
             self._have_read(row, task)
@@ -148,18 +149,15 @@ class Intake:
         tokens = padded_length(length, self._chunk_tokens)
         return ChunkShape(min(self.rows, max(1, self._chunk_tokens // tokens)), tokens)
 
-    def _run(
-        self, caches: Caches, shape: ChunkShape, parts: Mapping[int, np.ndarray], are_new: Sequence[bool]
-    ) -> Caches:
-        """Return the caches after the next tokens of some rows; those given are used up."""
+    def _run(self, caches: Caches, shape: ChunkShape, parts: Mapping[int, np.ndarray], are_new: bool) -> Caches:
+        """Return the caches after the next tokens of some rows, which are all new or none; those given are used up."""
         spare = shape.rows - len(parts)
         rows = [*parts, *range(self.rows, self.rows + spare)]  # there is none beyond the last
         ids, segment_ids = padded([*parts.values(), *[np.zeros(0, np.int32)] * spare], shape.tokens)
         is_whole = shape.tokens == self._chunk_tokens and bool(segment_ids.all())
         chunk = ids, None if is_whole else segment_ids
-        begin = np.asarray([*are_new, *[False] * spare])
-        decoder = self.decoder
-        return _read(decoder.layout, self._max_len, decoder.params, caches, np.asarray(rows, np.int32), begin, *chunk)
+        layout, params = self.decoder.layout, self.decoder.params
+        return _read(layout, self._max_len, params, caches, np.asarray(rows, np.int32), np.bool_(are_new), *chunk)
 
 
 def number_shared(one: np.ndarray, two: np.ndarray) -> int:
@@ -182,13 +180,13 @@ def _read(
     params: nnx.State,
     caches: Caches,
     rows: Int[Array, "r"],
-    are_new: Bool[Array, "r"],
+    are_new: Bool[Array, ""],
     ids: Int[Array, "r T"],
     segment_ids: Int[Array, "r T"] | None,
 ) -> Caches:
-    """Return the caches of B rows after some have read a chunk, new ones from nothing on; rows beyond B are padding."""
+    """Return the caches of B rows after some have read a chunk, from nothing on if new; rows beyond B are padding."""
     model = layout.model(params)
     old, empty = jax.tree.map(lambda x: x.at[rows].get(mode="clip"), caches), model.init_cache(len(rows), max_len)
-    begun = jax.tree.map(lambda x, y: jnp.where(are_new.reshape(-1, *(1,) * (y.ndim - 1)), x, y), empty, old)
+    begun = jax.tree.map(lambda x, y: jnp.where(are_new, x, y), empty, old)
     _, read = model.prefill(ids, begun, segment_ids if segment_ids is None else Unbroken(segment_ids))
     return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop", unique_indices=True), caches, read)

@@ -47,7 +47,7 @@ def test_prompts_that_are_read_together_are_read_where_their_caches_are(normal):
     for room in (4096, 64):
         caches = jax.tree.map(lambda x: normal(*x.shape).astype(x.dtype), decoder.init_cache(4, room))
         before = [np.asarray(x) for x in jax.tree.leaves(caches)]
-        arguments = decoder.params, caches, rows, np.zeros(2, bool), *chunk
+        arguments = decoder.params, caches, rows, np.bool_(False), *chunk
         compiled = _read.lower(decoder.layout, room, *arguments).compile()
         memory.append(compiled.memory_analysis())
     assert memory[0].temp_size_in_bytes == memory[1].temp_size_in_bytes > 0

@@ -5,6 +5,9 @@ import dataclasses
 import jax
 import pytest
 from flax import nnx
+from helpers.cases import parametrize_some
+from helpers.decoding import random_decoder
+from helpers.small_mixers import SMALL
 
 from based_jax.data.tokenizer import ByteTokenizer
 from based_jax.errors import UserError
@@ -20,6 +23,7 @@ from based_jax.generate import (
 )
 from based_jax.generate.decoder import Decoder
 from based_jax.nn.lm import LM, LMConfig
+from based_jax.nn.mixers import MIXERS
 
 LAYERS = (("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 4}), ("window", {"num_heads": 2, "window": 4}))
 HOT = Sampling(temperature=1.5, top_k=40, top_p=0.9)
@@ -96,6 +100,25 @@ def test_a_prompt_that_is_read_with_others_is_answered_bitwise_as_alone(decoder)
     for number, request in enumerate(SHORT):
         alone = answers(decoder, [request], **WIDE)[0]
         assert together[0][number] == together[1][len(SHORT) - 1 - number] == alone
+
+
+BUDGET = {"num_heads": 2, "cache_policy": "h2o", "cache_budget": 24}
+LAYER = {kind: (kind, SMALL.get(kind, {})) for kind in MIXERS} | {"a budget": ("attention", BUDGET)}
+
+
+@parametrize_some("kind", LAYER, ordinary=("attention",))
+def test_any_mixer_reads_prompts_in_company_bitwise_as_alone(kind):
+    """Some begin while others go on, behind their first 16 tokens, in rows that others have left."""
+    decoder = random_decoder(LMConfig((LAYER[kind],), d_model=16, vocab_size=257))
+    requests = [Request([length + 7 * i for i in range(length)], 3) for length in (3, 30, 9, 20, 2, 19, 8)]
+
+    def answered(*requests):
+        sizes = {"slots": 4, "max_len": 64, "chunk_tokens": 128}
+        return answers(decoder, requests, **sizes, prefix_cache=PrefixCache(10**7))
+
+    together = answered(*requests)
+    for number, request in enumerate(requests):
+        assert together[number] == answered(request)[0]
 
 
 @pytest.mark.parametrize(
