@@ -102,12 +102,8 @@ def _chunked(call: AttentionPrefillCall) -> BTHV:
 
 def _of_own(call: AttentionPrefillCall, numbers: Int[Array, "B T"]) -> Read:
     """Read the tokens' own keys by chunks."""
-    T = call.q.shape[1]
-    cut = softmax_chunks.Cut.of(T, T, 0, T, call.root)
-    arrays = (sharded.fill(x, {1: cut.queries}) for x in (call.q, *_for_each_query(call), numbers))
-    q, k, v, numbers = sharded.vary_alike(*arrays)
-    o, saved = softmax_chunks.forward(cut, q, k, v, numbers, numbers)
-    return o[:, :T], saved[-1][:, :, :T]
+    options: dict[str, Any] = {"past": 0, "window": call.q.shape[1], "root": call.root}
+    return softmax_chunks.read(call.q, *_for_each_query(call), numbers, numbers, **options)
 
 
 def _of_past(call: AttentionPrefillCall, numbers: Int[Array, "B T"]) -> Read:

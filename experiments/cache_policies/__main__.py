@@ -8,10 +8,9 @@ Every model reads the test's rows token by token, as in generation, and its pred
 """
 
 import argparse
-import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from flax import nnx
 from based_jax.labels import is_labelled
 from based_jax.nn.accounting import ELEMENT_BYTES
 from based_jax.nn.lm import LM
-from based_jax.nn.lm_config import LMConfig
+from based_jax.nn.lm_config import LMConfig, with_options
 from based_jax.pictures import panels, paper, styles
 from based_jax.revision import revision
 from based_jax.store import Store
@@ -45,9 +44,7 @@ CAPTION = (
 
 def with_cache(config: LMConfig, policy: str, budget: int) -> LMConfig:
     """Return the model in which attention keeps a budget of tokens."""
-    cache = {"cache_policy": policy, "cache_budget": budget}
-    layers = tuple((kind, {**options, **cache} if kind == "attention" else options) for kind, options in config.layers)
-    return dataclasses.replace(config, layers=layers)
+    return with_options(config, [f"attention.cache_policy={policy}", f"attention.cache_budget={budget}"])
 
 
 def abstract_model(config: LMConfig) -> LM:
@@ -82,7 +79,7 @@ def recall(config: LMConfig, params: nnx.State, batches: Iterable[Any]) -> float
     return right / asked
 
 
-def measure(store: Path, known: set[tuple]) -> Iterator[dict[str, Any]]:
+def measure(store: Path, known: Collection[tuple]) -> Iterator[dict[str, Any]]:
     """Yield a row for each trained model, and for each policy and budget of those with attention, that is not known."""
     for run in sorted(Store(store).ids()):
         config, step, model = load_run(store / "runs" / run)
@@ -155,10 +152,21 @@ def main() -> None:
         parser.error("measure needs the sweep's STORE")
     command = " ".join(["python -m experiments.cache_policies", *sys.argv[1:]])
     facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "revision": revision(), "command": command}
-    for row in measure(args.store, {(row["run"], row["policy"], row["budget"]) for row in found}):
+    if not Store(args.store).ids():
+        parser.error(f"'{args.store}' has no row of a sweep; `python -m based_jax sweep run` fills it")
+    known = {key(row) for row in found}
+    before = len(known)
+    for row in measure(args.store, frozenset(known)):
+        known.add(key(row))
         print(row, flush=True)
         with file.open("a", encoding="utf-8") as rows:
             rows.write(json.dumps(row | facts) + "\n")
+    print(f"{len(known) - before} rows added to {file}.")
+
+
+def key(row: dict[str, Any]) -> tuple:
+    """Return what a row is told from others by."""
+    return row["run"], row["policy"], row["budget"]
 
 
 if __name__ == "__main__":
