@@ -15,7 +15,8 @@ from helpers.reference_cases import FOLDER, FORWARD, LMS, LOGITS, assert_close, 
 
 from based_jax import config as configs
 from based_jax import convert
-from based_jax.convert.reference import SKELETONS, reference_keys, reference_shapes
+from based_jax.convert.reference import reference_keys, reference_shapes
+from based_jax.convert.skeletons import SKELETONS
 from based_jax.generate import generate
 from based_jax.labels import NO_LABEL
 from based_jax.nn.lm import LM, LMConfig

@@ -3,6 +3,7 @@
 import os
 
 from based_jax.convert import based
+from based_jax.convert.fields import OWN_SECTION
 from based_jax.convert.folders import CONFIG_FILE, read_json
 from based_jax.convert.hf import TOKENIZER_KEY, family_of
 from based_jax.data.tokenizer import Gpt2Tokenizer, Tokenizer, get_tokenizer
@@ -21,7 +22,7 @@ def folder_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """
     path = local_path(folder, "folder")
     fields = read_json(path / CONFIG_FILE)
-    own = fields.get(based.OWN_SECTION)
+    own = fields.get(OWN_SECTION)
     if isinstance(own, dict) and TOKENIZER_KEY in own:
         return named_tokenizer(str(own[TOKENIZER_KEY]))
     if (path / TOKENIZER_FILE).exists():
