@@ -224,6 +224,21 @@ class SwiGLU(nnx.Module):
         return self.fc2(gated(self.fc1, x))
 
 
+class GELU(nnx.Module):
+    """MLP with biases: fc2(gelu(fc1(x))), the exact GELU (arXiv 1606.08415).
+
+    Source: HazyResearch/zoology:zoology/mixers/mlp.py, `MLP`.
+    """
+
+    def __init__(self, d_model: int, d_hidden: int, init: Init):
+        self.fc1 = linear(d_model, d_hidden, ("embed", "mlp"), init, bias=True)
+        self.fc2 = linear(d_hidden, d_model, ("mlp", "embed"), init.out, bias=True)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Apply to each token."""
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
 class Identity(nnx.Module):
     """No MLP, as in zoology's MQAR models: the block then adds its second norm's output to the residual."""
 
@@ -235,7 +250,7 @@ class Identity(nnx.Module):
         return x
 
 
-MLPS = {"swiglu": SwiGLU, "identity": Identity, "none": None}
+MLPS = {"swiglu": SwiGLU, "gelu": GELU, "identity": Identity, "none": None}
 
 
 def rotary(

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen and Mamba of transformers: folders are read as their own code computes, and written as it reads.
+"""Models of transformers: folders are read as its own code computes, and those that are written are read by it.
 
 The arrays are of `helpers/transformers_arrays.py`.
 """
@@ -33,7 +33,7 @@ def write(case, folder, **fields):
     return folder
 
 
-@parametrize_some("name", LAYOUTS, ["hf_qwen3_b"])
+@parametrize_some("name", [*LAYOUTS, "hf_rwkv_b"], ["hf_qwen3_b"])
 def test_loss_logits_and_gradients(name, tmp_path):
     case = load(name)
     model = load_hf(write(case, tmp_path / "hf"), dtype="float32")

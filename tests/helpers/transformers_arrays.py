@@ -55,6 +55,10 @@ MODELS = {
         "Mamba",
         SIZES | {"state_size": 4, "time_step_rank": 3, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3},
     ),
+    "hf_rwkv_b": (
+        "Rwkv",
+        SIZES | {"attention_hidden_size": 16, "intermediate_size": 40, "context_length": 32, "rescale_every": 0},
+    ),
 }
 ROWS, LENGTH = 2, 20
 
