@@ -23,6 +23,7 @@ from based_jax.convert.mamba import MAMBA, MAMBA_SSM
 from based_jax.convert.own import MODEL_TYPE, OWN
 from based_jax.convert.reference import check_layers, lm_from_reference, parameters, reference_weights, unwrapped
 from based_jax.convert.rwkv import RWKV
+from based_jax.convert.tokenizers import tokenizer_section, write_tokenizer
 from based_jax.errors import UserError, unknown
 from based_jax.folders import check_free, local_path, written_whole
 from based_jax.nn.lm import LM, LMConfig
@@ -40,7 +41,6 @@ FAMILIES = {
 """By `model_type`; a file without one, or with GPT-2's, and with `ssm_cfg`, is a Mamba of its authors."""
 LAYOUTS = {"based": based.FAMILY, **llama.FAMILIES, "mamba": MAMBA_SSM, "mamba_hf": MAMBA, MODEL_TYPE: OWN}
 """What `save_hf` writes, by name: of these the first that a model fits, the last of which holds any."""
-TOKENIZER_KEY = "tokenizer"
 TRAINING_FIELDS = ("init_std", "init_recipe", "embed_dropout", "remat")
 """What a config says of training alone, which stands in a section of our own beside the tokenizer's name."""
 
@@ -60,6 +60,15 @@ def load_hf(folder: str | os.PathLike, *, dtype: str = "bfloat16", scan_layers: 
       UserError: a file is missing or unreadable, the config describes another kind of model, or the weights do not
         fit it.
     """
+    return lm_from_reference(*_read(folder, dtype, scan_layers))
+
+
+def hf_config(folder: str | os.PathLike, *, dtype: str = "bfloat16", scan_layers: bool = True) -> LMConfig:
+    """Return the config of the language model that `load_hf` returns; arguments and errors are the same."""
+    return _read(folder, dtype, scan_layers)[1]
+
+
+def _read(folder: str | os.PathLike, dtype: str, scan_layers: bool) -> tuple[dict[str, np.ndarray], LMConfig]:
     path = local_path(folder, "folder") / CONFIG_FILE
     fields = read_json(path)
     family = family_of(fields)
@@ -71,7 +80,7 @@ def load_hf(folder: str | os.PathLike, *, dtype: str = "bfloat16", scan_layers: 
         raise UserError(f"'{path}' lacks {error} of {family.title}.") from None
     except (TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"'{path}' has a value of the wrong type: {error}.") from None
-    return lm_from_reference(weights, config)
+    return weights, config
 
 
 def save_hf(model: LM, folder: str | os.PathLike, *, layout: str | None = None, tokenizer: str | None = None) -> str:
@@ -84,13 +93,13 @@ def save_hf(model: LM, folder: str | os.PathLike, *, layout: str | None = None, 
       model: the model.
       folder: new, or empty.
       layout: an entry of `LAYOUTS`; None for the first that has a place for the whole model.
-      tokenizer: the name of its tokenizer, for `generate --hf`, or the path of its tokenizer.json, which is copied.
+      tokenizer: the name of its tokenizer, or the path of its tokenizer.json; the folder gets one, but for "bytes".
 
     Raises:
       UserError: the layout has no place for a part of the model, or the folder is not empty or cannot be written.
     """
     target = local_path(folder, "folder")
-    name, text, config = _fitting(model.config, layout, {} if tokenizer is None else {TOKENIZER_KEY: tokenizer})
+    name, text, config = _fitting(model.config, layout, tokenizer_section(tokenizer))
     check_free(target)
     weights = reference_weights(model, LAYOUTS[name].skeleton)
     _check_same_arrays(name, model, lm_from_reference(weights, config))
@@ -98,6 +107,7 @@ def save_hf(model: LM, folder: str | os.PathLike, *, layout: str | None = None, 
         part.mkdir()
         save_file(weights, part / WEIGHTS_FILE)
         (part / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_tokenizer(tokenizer, part)
     return name
 
 

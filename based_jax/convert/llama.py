@@ -99,7 +99,7 @@ def _rotary(fields: Fields) -> dict[str, Any]:
     """Return rotary's base, share and scaling, of which newer files have a section."""
     section = {name: value for where in ROPE_SECTIONS for name, value in _rope_section(where, fields).items()}
     fields = with_defaults(fields | section, ROTARY_BASE)
-    rope_type = fields.get("rope_type", fields.get("type", "default"))
+    rope_type = str(fields.get("rope_type", fields.get("type", "default")))
     if rope_type not in ROPE_TYPES:
         raise unknown(f"rope_type of {CONFIG_FILE}", rope_type, ROPE_TYPES)
     scaling = ROPE_TYPES[rope_type]

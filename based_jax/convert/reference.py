@@ -126,7 +126,7 @@ def reference_weights(model: LM, skeleton: str = "based") -> dict[str, np.ndarra
     Raises:
       UserError: a mixer has no place there.
     """
-    found, weights = parameters(model), {}
+    found, weights = parameters(model), dict[str, np.ndarray]()
     for path, groups in reference_keys(model, skeleton).items():
         value = np.asarray(found[path][...], np.float32)
         for group, array in zip(groups, value if len(groups) > 1 else [value], strict=True):
@@ -215,7 +215,7 @@ def _equal(array: np.ndarray, wanted: np.ndarray) -> bool:
 
 
 def _block_keys(block: Block, names: Layer, publication: str) -> dict[str, KeyGroup]:
-    keys = {}
+    keys: dict[str, KeyGroup] = {}
     for ours, group in (("fc1", names.fc1), ("fc2", names.fc2)):
         keys |= {f"mlp/{ours}/kernel": group, f"mlp/{ours}/bias": tuple(_bias_key(key) for key in group)}
     for ours, theirs in (("norm1", names.norm1), ("norm2", names.norm2)):

@@ -1,6 +1,5 @@
 """Scalings of rotary's frequencies for long texts (transformers:modeling_rope_utils.py)."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +40,7 @@ SCALINGS: dict[str, Callable[[Frequencies, Any], Frequencies]] = {"none": unscal
 
 def scaling(config: Any) -> Callable[[Frequencies], Frequencies]:
     """Return what a mixer's options make of the frequencies."""
-    return functools.partial(SCALINGS[config.rotary_scaling], config=config)
+    return lambda frequencies: SCALINGS[config.rotary_scaling](frequencies, config)
 
 
 def check_scaling(config: Any) -> None:

@@ -31,7 +31,7 @@ QKV_KEYS = {
     "q_norm/scale": "q_norm.weight",
     "k_norm/scale": "k_norm.weight",
 }
-LLAMA_KEYS = {
+LLAMA_KEYS: dict[str, str | tuple[str, ...]] = {
     "out_proj/kernel": "o_proj.weight",
     "out_proj/bias": "o_proj.bias",
     "qkv/kernel": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
