@@ -23,7 +23,7 @@ from based_jax.convert.mamba import MAMBA, MAMBA_SSM
 from based_jax.convert.own import MODEL_TYPE, OWN
 from based_jax.convert.reference import check_layers, lm_from_reference, parameters, reference_weights, unwrapped
 from based_jax.convert.rwkv import RWKV
-from based_jax.convert.tokenizers import tokenizer_section, write_tokenizer
+from based_jax.convert.tokenizers import tokenizer_fields, write_tokenizer
 from based_jax.errors import UserError, unknown
 from based_jax.folders import check_free, local_path, written_whole
 from based_jax.nn.lm import LM, LMConfig
@@ -99,7 +99,7 @@ def save_hf(model: LM, folder: str | os.PathLike, *, layout: str | None = None, 
       UserError: the layout has no place for a part of the model, or the folder is not empty or cannot be written.
     """
     target = local_path(folder, "folder")
-    name, text, config = _fitting(model.config, layout, tokenizer_section(tokenizer))
+    name, text, config = _fitting(model.config, layout, tokenizer_fields(tokenizer))
     check_free(target)
     weights = reference_weights(model, LAYOUTS[name].skeleton)
     _check_same_arrays(name, model, lm_from_reference(weights, config))
@@ -111,13 +111,16 @@ def save_hf(model: LM, folder: str | os.PathLike, *, layout: str | None = None, 
     return name
 
 
-def _fitting(config: LMConfig, layout: str | None, own: Fields) -> tuple[str, str, LMConfig]:
-    """Return the layout of that name, or the first that a model fits, its config.json, and what that is read as."""
+def _fitting(config: LMConfig, layout: str | None, told: Fields) -> tuple[str, str, LMConfig]:
+    """Return the layout of that name, or the first that a model fits, its config.json, and what that is read as.
+
+    `told` are fields that say nothing of the model.
+    """
     if layout is not None and layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
     names = LAYOUTS if layout is None else [layout]
     for name in names:
-        text = _config_text(LAYOUTS[name], config, own)
+        text = _config_text(LAYOUTS[name], config, told)
         try:
             return name, text, _read_back(name, json.loads(text), config)
         except UserError:
@@ -126,11 +129,11 @@ def _fitting(config: LMConfig, layout: str | None, own: Fields) -> tuple[str, st
     raise AssertionError("there are layouts")
 
 
-def _config_text(family: Family, config: LMConfig, own: Fields) -> str:
+def _config_text(family: Family, config: LMConfig, told: Fields) -> str:
     assert family.fields is not None
-    fields = family.fields(config)
-    own = fields.get(OWN_SECTION, {}) | {name: getattr(config, name) for name in TRAINING_FIELDS} | own
-    return json.dumps(fields | {OWN_SECTION: own}, indent=2, default=np.generic.item) + "\n"
+    fields, training = family.fields(config), {name: getattr(config, name) for name in TRAINING_FIELDS}
+    own = fields.get(OWN_SECTION, {}) | training | told.get(OWN_SECTION, {})
+    return json.dumps(fields | told | {OWN_SECTION: own}, indent=2, default=np.generic.item) + "\n"
 
 
 def family_of(fields: Fields) -> Family:

@@ -47,15 +47,16 @@ def _end_of_text(fields: Fields) -> int | None:
     return first if type(first) is int else None
 
 
-def tokenizer_section(tokenizer: str | None) -> Fields:
-    """Return what our section of config.json says of a tokenizer; one of a file is not named, but copied.
+def tokenizer_fields(tokenizer: str | None) -> Fields:
+    """Return what config.json says of a tokenizer: the end of a text, and in our section its name; a file is copied.
 
     Raises:
       UserError: there is no such tokenizer.
     """
-    if tokenizer is not None:
-        named_tokenizer(tokenizer)
-    return {} if tokenizer is None or is_file_name(tokenizer) else {TOKENIZER_KEY: tokenizer}
+    if tokenizer is None:
+        return {}
+    end = {END_KEY: named_tokenizer(tokenizer).end_of_text}
+    return end if is_file_name(tokenizer) else end | {OWN_SECTION: {TOKENIZER_KEY: tokenizer}}
 
 
 def write_tokenizer(tokenizer: str | None, folder: Path) -> None:

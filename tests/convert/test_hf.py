@@ -1,4 +1,4 @@
-"""Folders in the released layout: what is saved is loaded, released configs are understood, others are refused."""
+"""Folders of models: what is saved is loaded, published configs are understood, others are refused."""
 
 import dataclasses
 import functools

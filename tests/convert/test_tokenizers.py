@@ -64,6 +64,7 @@ def test_gpt2_s_is_written_for_other_programs(model, tmp_path):
     text = "Hello world, it's 2402.18668 <|endoftext|>\n"
     read, own = FileTokenizer(tmp_path / "hf/tokenizer.json"), Gpt2Tokenizer()
     assert read.encode(text) == own.encode(text) and read.end_of_text == own.end_of_text
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == own.end_of_text
 
 
 def test_a_tokenizer_of_no_name_is_refused_before_anything_is_written(model, tmp_path):
