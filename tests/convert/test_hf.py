@@ -14,11 +14,12 @@ import pytest
 from flax import nnx
 from helpers import torch_files
 from helpers.cases import parametrize_some
+from helpers.random_models import filled
 from helpers.reference_cases import LMS, load
 from helpers.small_mixers import SMALL
 from safetensors.numpy import load_file, save_file
 
-from based_jax.convert import load_hf, reference_weights, save_hf
+from based_jax.convert import lm_from_reference, load_hf, reference_weights, save_hf
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS, make_mixer
@@ -135,6 +136,24 @@ def test_the_config_of_another_family(name, tmp_path):
         assert ours["layers[0].dt_rank"] in (0, 2)  # D/16, rounded up
         wanted |= {key: ours[key] for key in ours if key.endswith("dt_rank")}
     assert ours == wanted
+
+
+REFERENCES = {"tiny_based_lm": "based", "tiny_attn_lm_even": "based", "tiny_mamba_lm": "mamba"}
+REFERENCES |= {"hf_mamba_a": "mamba_hf", "hf_llama_a": "llama"}
+
+
+@parametrize_some("name", REFERENCES, ["tiny_attn_lm_even", "tiny_mamba_lm"])
+def test_what_is_written_is_the_reference_s_state_dict(name, tmp_path):
+    """Key by key, shape by shape, bit for bit."""
+    weights = load(name).weights
+    model = lm_from_reference(weights, LMS[name])
+    save_hf(model, tmp_path / "hf", layout=REFERENCES[name])
+    written = load_file(tmp_path / "hf/model.safetensors")
+    repeated = {"lm_head.weight"} if LMS[name].tie_embeddings and "lm_head.weight" not in written else set()
+    assert written.keys() == weights.keys() - repeated
+    for key, array in written.items():
+        np.testing.assert_array_equal(array, weights[key], err_msg=key, strict=True)
+    assert resolved(load_hf(tmp_path / "hf", dtype="float32", scan_layers=False).config) == resolved(model.config)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +324,7 @@ WRITTEN = {
 @pytest.mark.parametrize("layout", WRITTEN)
 def test_a_model_is_written_in_the_first_layout_that_holds_it(layout, rng, tmp_path):
     for number, config in enumerate(WRITTEN[layout]):
-        model = filled(dataclasses.replace(config, vocab_size=11, scan_layers=True), rng)
+        model = random_lm(dataclasses.replace(config, vocab_size=11, scan_layers=True), rng)
         assert save_hf(model, tmp_path / str(number)) == layout
         assert_equal(model, load_hf(tmp_path / str(number)))
 
@@ -313,9 +332,13 @@ def test_a_model_is_written_in_the_first_layout_that_holds_it(layout, rng, tmp_p
 @parametrize_some("kind", MIXERS, ["hyena", "implicit_conv", "linear", "rwkv7"])
 def test_every_mixer_has_a_place_in_our_layout(kind, rng, tmp_path):
     layers = ((kind, SMALL.get(kind, {})),) * 2
-    model = filled(LMConfig(layers, d_model=16, vocab_size=11, scan_layers=True), rng)
+    model = random_lm(LMConfig(layers, d_model=16, vocab_size=11, scan_layers=True), rng)
     save_hf(model, tmp_path / "hf", layout="based_jax")
     assert_equal(model, load_hf(tmp_path / "hf"))
+
+
+def random_lm(config, rng):
+    return filled(lambda: LM(config, rngs=nnx.Rngs(0)), rng)
 
 
 def assert_equal(model, again):
@@ -369,19 +392,11 @@ def drawn_config(rng):
     return LMConfig(tuple((str(kind), own) for kind, own in layers), d_model=8, **fields)
 
 
-def filled(config, rng):
-    """Return a model of random values, without compiling its initial ones."""
-    model = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
-    for _, leaf in nnx.to_flat_state(nnx.state(model)):
-        leaf.set_value(jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32))
-    return model
-
-
 @pytest.mark.parametrize("draws", [6, pytest.param(150, marks=pytest.mark.long)])
 def test_what_is_saved_is_loaded_or_refused_by_name(draws, rng, tmp_path):
     saved = 0
     for i in range(draws):
-        model = filled(drawn_config(rng), rng)
+        model = random_lm(drawn_config(rng), rng)
         config = model.config
         try:
             save_hf(model, tmp_path / str(i), layout="based")

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.random_models import filled
 
 from based_jax.convert import window_from_attention
 from based_jax.convert.reference import reference_weights
@@ -14,10 +15,10 @@ HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": True, "rot
 LAYERS = (("attention", HEADS), ("conv", {}), ("attention", HEADS))
 
 
-@pytest.fixture(scope="module")
-def model():
-    config = LMConfig(LAYERS, d_model=16, vocab_size=11, dtype="float32", mlp="none", init_std=0.3)
-    return nnx.jit(lambda: LM(config, rngs=nnx.Rngs(0)))()
+@pytest.fixture
+def model(rng):
+    config = LMConfig(LAYERS, d_model=16, vocab_size=11, dtype="float32", mlp="none")
+    return filled(lambda: LM(config, rngs=nnx.Rngs(0)), rng, 0.3)
 
 
 logits = jax.jit(lambda model, ids: model(ids))
