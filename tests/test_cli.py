@@ -226,7 +226,8 @@ def test_export_writes_the_model_of_the_run(capsys, text_run, tmp_path):
     out = printed(capsys, "export", text_run, *words)
     config, step, model = load_run(text_run)
     written = f"Wrote {model.num_params():,} parameters of step {step} to "
-    assert out == "".join(f"{written}'{tmp_path / path}'.\n" for path in targets.values())
+    layouts = {"hf": " in the layout 'based'"}
+    assert out == "".join(f"{written}'{tmp_path / targets[name]}'{layouts.get(name, '')}.\n" for name in targets)
     loaded = load_hf(tmp_path / "hf", dtype="float32", scan_layers=False)
     assert loaded.config == dataclasses.replace(config.model, mlp_dim=32, layers=loaded.config.layers)
     ids = jax.numpy.arange(12, dtype="int32")[None]
