@@ -22,6 +22,42 @@ def add_model_arguments(parser: CommandParser) -> None:
     )
 
 
+def add_model_folder_arguments(parser: CommandParser) -> None:
+    """Declare the model as one folder, of whatever kind."""
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", help="a run on text, or config.json with safetensors or .bin"
+    )
+    parser.add_argument("--step", type=int, help="checkpoint of the run (default: the last good one)")
+    parser.add_argument(
+        "--tokenizer", help="bytes, gpt2 or a tokenizer.json (default: that of the run, or that the folder names)"
+    )
+
+
+def load_model_folder(args: argparse.Namespace) -> "tuple[LM, Tokenizer, int | None]":
+    """Return the model and the tokenizer of `args.model`, and the tokens that a run was trained on at once.
+
+    Raises:
+      UserError: the folder is neither a run nor one of weights, cannot be read, or is not of text.
+    """
+    from based_jax.config import CONFIG_FILE
+    from based_jax.folders import local_path
+    from based_jax.train.workdir import CHECKPOINTS_FOLDER
+
+    folder = local_path(args.model, "--model")
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"'{folder}' is neither a run nor a folder of weights: it has no {CONFIG_FILE}.")
+    is_run = (folder / CHECKPOINTS_FOLDER).is_dir()
+    args.workdir, args.hf = (args.model, None) if is_run else (None, args.model)
+    return (*load_text_model(args), _trained_length(args.model) if is_run else None)
+
+
+def _trained_length(workdir: str) -> int:
+    from based_jax import config as configs
+    from based_jax.train.run import TrainConfig
+
+    return configs.read(TrainConfig, workdir).data.longest_test
+
+
 def load_text_model(args: argparse.Namespace) -> "tuple[LM, Tokenizer]":
     """Return the model and the tokenizer that the arguments name.
 
