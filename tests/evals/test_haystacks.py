@@ -31,7 +31,7 @@ def test_the_smallest_prompt_by_hand(tokenizer):
 
 
 @pytest.mark.parametrize("name", [*NIAH, "phonebook"])
-@pytest.mark.parametrize("length", [400, 3000])
+@pytest.mark.parametrize("length", [400, 1500])
 def test_prompts_fill_their_length_and_hold_their_answer_once(name, length, tokenizer):
     found = examples_of(Part(name, length), Selection(tokenizer, limit=4, seed=3))
     sizes = [len(tokenizer.encode(x.prompt)) + NEW_TOKENS for x in found]
@@ -42,8 +42,8 @@ def test_prompts_fill_their_length_and_hold_their_answer_once(name, length, toke
     assert found[0].answers != examples_of(Part(name, length), Selection(tokenizer, limit=1, seed=4))[0].answers
 
 
-def test_what_is_hidden(tokenizer):
-    found = {name: examples_of(Part(name, 900), Selection(tokenizer, limit=40)) for name in NIAH}
+def test_what_is_hidden():
+    found = {name: examples_of(Part(name, 2000), Selection(ByteTokenizer(), limit=10)) for name in NIAH}
     assert uuid.UUID(found["niah_single_3"][0].answers[0]).version == 4
     counts = {name: {x.prompt.count("One of the special magic") for x in found[name]} for name in NIAH}
     assert counts == {"niah_single_1": {1}, "niah_single_2": {1}, "niah_single_3": {1}, "niah_multikey_1": {4}}
@@ -53,7 +53,7 @@ def test_what_is_hidden(tokenizer):
 @pytest.mark.parametrize("name", [*NIAH, "phonebook"])
 def test_the_answer_stands_anywhere(name):
     """Not at one end, and among four needles not always at the same place."""
-    found = examples_of(Part(name, 2500), Selection(ByteTokenizer(), limit=60))
+    found = examples_of(Part(name, 2500), Selection(ByteTokenizer(), limit=40))
     depths = np.array([x.prompt.find(x.answers[0]) / len(x.prompt) for x in found])
     assert depths.min() < 0.25 and depths.max() > 0.55 and 0.3 < depths.mean() < 0.65
     if name == "niah_multikey_1":

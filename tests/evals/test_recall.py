@@ -46,14 +46,14 @@ def parrot(monkeypatch):
 
 
 def test_the_engine_answers_each_as_in_any_company_the_longest_first(model):
-    lengths = (5, 40, 30, 37, 1)
+    lengths = (5, 40, 37, 1)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 257, length).tolist() for length in lengths]
-    news = (4, 7, 3, 6, 5)
+    news = (4, 7, 6, 5)
     requests = [Request(ids, new, stop_ids=(10,)) for ids, new in zip(prompts, news, strict=True)]
     found = list(answering.answered(Decoder.of(model), requests, batch_size=2))
-    assert [place for place, _ in found] == [1, 3, 2, 0, 4]
-    together = generate(model, prompts, max(news), stop=10)
+    assert [place for place, _ in found] == [1, 2, 0, 3]
+    together = [*generate(model, prompts[:2], max(news), stop=10), *generate(model, prompts[2:], max(news), stop=10)]
     assert all(ids == together[place][: news[place]].tolist() for place, ids in found)
 
 

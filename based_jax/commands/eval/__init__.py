@@ -1,4 +1,4 @@
-"""Evaluate a trained run on its own data (perplexity and accuracy), or a model on recall tasks.
+"""Evaluate a trained run on its own data (perplexity and accuracy), or any model on tasks.
 
 examples:
   python -m based_jax eval --workdir=runs/text
@@ -9,12 +9,12 @@ examples:
 import argparse
 
 from based_jax.commands.compiled import add_compiled_argument
-from based_jax.commands.eval import plot, recall
+from based_jax.commands.eval import choices, lm_eval, plot, recall
 from based_jax.commands.eval import run as own_data
 from based_jax.commands.parser import CommandParser, add_command
 
-TASKS = {"recall": recall, "plot": plot}
-COMPILING = (recall,)
+TASKS = {"recall": recall, "choices": choices, "lm_eval": lm_eval, "plot": plot}
+COMPILING = (recall, choices)
 
 
 def add_arguments(parser: CommandParser) -> None:

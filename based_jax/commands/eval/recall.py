@@ -14,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from based_jax.commands.eval.sources import add_data_argument, sources_of
 from based_jax.commands.parser import CommandParser
 from based_jax.commands.text_models import add_model_folder_arguments, load_model_folder
 from based_jax.errors import UserError
@@ -33,9 +34,7 @@ def add_arguments(parser: CommandParser) -> None:
         " (default: whole documents; 1x)",
     )
     parser.add_argument("--reads", default="1", metavar="N,N", help="1, or 2 to have documents read twice (default: 1)")
-    parser.add_argument(
-        "--data", action="append", default=[], metavar="TASK=SOURCE", help="a file, a folder or hub:NAME of a task"
-    )
+    add_data_argument(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="examples of a task (default: all; 500 made up)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts read together (default: 8)")
     parser.add_argument(
@@ -51,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
     from based_jax.generate import Decoder
     from based_jax.store import Store
 
-    sources = _sources(args.data)
+    sets = [name for name, task in recall_tasks.TASKS.items() if isinstance(task, recall_tasks.SetTask)]
+    sources = sources_of(args.data, sets)
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}; it is at least 1.")
     recall_tasks.parts_of(args.tasks.split(","), [], [1], 1)  # an unknown task before the model is read
@@ -71,20 +71,6 @@ def run(args: argparse.Namespace) -> None:
         recall.run_part(asked, part, selection, store, sys.stderr)
     rows = [row for row in recall.rows_of(store) if row["fingerprint"] == asked.decoder.fingerprint]
     print(recall.table(recall.summaries(rows)).to_string(index=False))
-
-
-def _sources(words: list[str]) -> dict[str, str]:
-    """Return the source of each task that is given one."""
-    from based_jax.errors import unknown
-    from based_jax.evals.recall_tasks import TASKS, SetTask
-
-    found = dict(word.partition("=")[::2] for word in words)
-    for task, source in found.items():
-        if not isinstance(TASKS.get(task), SetTask):
-            raise unknown("set", task, [name for name, known in TASKS.items() if isinstance(known, SetTask)])
-        if not source:
-            raise UserError(f"--data is '{task}'; it is TASK=SOURCE, such as fda=sets/fda.jsonl.")
-    return found
 
 
 def _length(word: str, trained_length: int | None) -> int:
