@@ -154,9 +154,7 @@ def register(load: Callable[..., tuple[LM, Tokenizer]]) -> type:
             places = dict(tqdm(found, total=count, disable=disable_tqdm))
             return [places[place] for place in range(count)]
 
-    if NAME in model_registry:
-        return model_registry.get(NAME)
-    return register_model(NAME)(BasedJax)
+    return BasedJax if NAME in model_registry else register_model(NAME)(BasedJax)
 
 
 def _whole(name: str, value: Any) -> int:

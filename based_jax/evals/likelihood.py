@@ -21,8 +21,8 @@ BATCH_TOKENS = 16_384
 class Continuation(NamedTuple):
     """Ids that are judged, behind at least one that is not."""
 
-    context: Sequence[int]
-    ids: Sequence[int]
+    context: Sequence[int] | np.ndarray
+    ids: Sequence[int] | np.ndarray
 
 
 class Likelihood(NamedTuple):
@@ -99,13 +99,20 @@ def likelihoods(
     Raises:
       UserError: a continuation or its context is empty, or a continuation is longer than what is read.
     """
-    rows = [_row(place, x, max_length) for place, x in enumerate(continuations)]
+    for place, (context, ids) in enumerate(continuations):
+        if not len(context) or not len(ids):
+            raise UserError(
+                f"Continuation {place} has {len(context)} ids before it and {len(ids)}; both are at least 1."
+            )
+        if len(ids) > max_length:
+            raise UserError(f"Continuation {place} has {len(ids)} ids; the model reads {max_length}.")
+    rows = [row_of(continuation, max_length) for continuation in continuations]
     for place, (losses, correct) in judge.judged(rows):
         asked = rows[place][1] != NO_LABEL
         yield place, Likelihood(-float(losses.sum(dtype=np.float64)), bool(correct[asked].all()))
 
 
-def strided(tokens: Sequence[int], length: int, stride: int | None = None) -> Iterator[Continuation]:
+def strided(tokens: Sequence[int] | np.ndarray, length: int, stride: int | None = None) -> Iterator[Continuation]:
     """Yield windows that judge each token but the first once, each behind as much as there is room for.
 
     Args:
@@ -121,17 +128,13 @@ def strided(tokens: Sequence[int], length: int, stride: int | None = None) -> It
         yield Continuation(tokens[max(stop - 1 - length, 0) : start], tokens[start:stop])
 
 
-def _row(place: int, continuation: Continuation, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+def row_of(continuation: Continuation, max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the inputs and the labels (T,) of a continuation, of which the last `max_length` are read."""
     context, ids = continuation
-    if not len(context) or not len(ids):
-        raise UserError(
-            f"Continuation {place} has {len(context)} ids before it and {len(ids)} of its own; each has one."
-        )
-    if len(ids) > max_length:
-        raise UserError(f"Continuation {place} has {len(ids)} ids; the model reads {max_length}.")
-    tokens = np.asarray([*context, *ids], np.int32)[-(max_length + 1) :]
-    labels = np.where(np.arange(len(tokens) - 1) < len(tokens) - 1 - len(ids), NO_LABEL, tokens[1:])
-    return tokens[:-1], labels.astype(np.int32)
+    tokens = np.concatenate([context, ids]).astype(np.int32)
+    tokens = tokens if max_length is None else tokens[-(max_length + 1) :]
+    asked = np.arange(len(tokens) - 1) >= len(tokens) - 1 - len(ids)
+    return tokens[:-1], np.where(asked, tokens[1:], NO_LABEL).astype(np.int32)
 
 
 def _padded(length: int) -> int:

@@ -99,7 +99,7 @@ def test_lm_eval_s_model_of_transformers_finds_the_same(lm_eval, tmp_path):
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     theirs = HFLM(pretrained=str(tmp_path), tokenizer=tokenizer, dtype="float32", device="cpu", max_length=128)
-    ours = harness.register(lambda: (load_hf(tmp_path), FileTokenizer(tmp_path / "tokenizer.json")))
+    ours = harness.register(lambda: (load_hf(tmp_path, dtype="float32"), FileTokenizer(tmp_path / "tokenizer.json")))
     ours = ours(batch_size=2, max_length=128)
     pairs = [("The cat sat on", " the mat"), ("A", " dog"), ("Why? " * 30, "Because.")]
     requests = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)]

@@ -180,3 +180,13 @@ def test_samples_have_their_rows_and_others_are_asked_for(model):
     assert found[1][2].log_prob == pytest.approx(by_hand(model, *pair)[0], rel=1e-5)
     with pytest.raises(UserError, match="'piqa' has no rows here; give them by --data=piqa=FILE"):
         choices_of("piqa")
+
+
+def test_what_cannot_be_judged_is_refused(model):
+    for pair, told in (
+        (Continuation([], [1]), "Continuation 0 has 1 ids behind 0; both are at least 1"),
+        (Continuation([1], []), "Continuation 0 has 0 ids behind 1"),
+        (Continuation([1], [2] * 5), "Continuation 0 has 5 ids; the model reads 4"),
+    ):
+        with pytest.raises(UserError, match=told):
+            list(likelihoods(Judge(model), [pair], 4))

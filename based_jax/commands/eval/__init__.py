@@ -9,12 +9,12 @@ examples:
 import argparse
 
 from based_jax.commands.compiled import add_compiled_argument
-from based_jax.commands.eval import choices, lm_eval, plot, recall
+from based_jax.commands.eval import choices, lm_eval, perplexity, plot, recall
 from based_jax.commands.eval import run as own_data
 from based_jax.commands.parser import CommandParser, add_command
 
-TASKS = {"recall": recall, "choices": choices, "lm_eval": lm_eval, "plot": plot}
-COMPILING = (recall, choices)
+TASKS = {"recall": recall, "choices": choices, "perplexity": perplexity, "lm_eval": lm_eval, "plot": plot}
+COMPILING = (recall, choices, perplexity)
 
 
 def add_arguments(parser: CommandParser) -> None:

@@ -41,7 +41,6 @@ def add_arguments(parser: CommandParser) -> None:
         "--max-length", type=int, default=2048, metavar="N", help="tokens of a whole document's prompt (default: 2048)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of made-up prompts, and of which examples --limit keeps")
-    parser.add_argument("--dtype", help="what layers compute in, bfloat16 or float32 (default: that of the model)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     reads = [_whole(word, "--reads") for word in args.reads.split(",")]
     parts = recall_tasks.parts_of(args.tasks.split(","), lengths, reads, trained_length or args.max_length)
     name = args.name or Path(args.model).resolve().name
-    asked = recall.Asked(name, Decoder.of(model, args.dtype), tokenizer, args.batch_size, args.max_length)
+    asked = recall.Asked(name, Decoder.of(model), tokenizer, args.batch_size, args.max_length)
     selection = recall_tasks.Selection(tokenizer, sources, args.limit, args.seed)
     for part in parts:
         recall.check_part(asked, part, selection)
