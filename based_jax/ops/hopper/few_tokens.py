@@ -28,14 +28,14 @@ def supports(call: FewTokensCall) -> str | None:
 
 
 def compute(call: FewTokensCall) -> Float[Array, "M E"]:
-    """Return x @ kernel, the sums of pieces of whose rows whatever reads it adds up."""
+    """Return x @ kernel; sums of pieces of its rows, where strips are too few, are added up by what reads them."""
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper import few_tokens_product as kernels
 
-    rows, columns = call.kernel.shape
-    pieces = kernels.sum_pieces(rows, columns, limits.multiprocessors())
-    sums = kernels.sums(_whole_tiles(call.x), call.kernel, pieces=pieces)
-    return jnp.sum(sums, axis=0)[: len(call.x)].astype(call.x.dtype)
+    x, pieces = _whole_tiles(call.x), kernels.sum_pieces(*call.kernel.shape, limits.multiprocessors())
+    if pieces == 1:
+        return kernels.product(x, call.kernel)[: len(call.x)]
+    return jnp.sum(kernels.sums(x, call.kernel, pieces=pieces), axis=0)[: len(call.x)].astype(call.x.dtype)
 
 
 def compute_gated(call: FewTokensCall) -> Float[Array, "M F"]:
