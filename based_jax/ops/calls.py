@@ -434,6 +434,17 @@ class FewTokensCall(NamedTuple):
     kernel: Float[Array, "D E"]
 
 
+class FewTokensNormCall(NamedTuple):
+    """An addition of x @ kernel + bias, (M, D) and (D, E), to the stream r (M, E), and the sum's RMS norm."""
+
+    r: Float[Array, "M E"]
+    x: Float[Array, "M D"]
+    kernel: Float[Array, "D E"]
+    bias: Float[Array, "E"] | None
+    scale: Float[Array, "E"]
+    eps: float
+
+
 class CrossEntropyCall(NamedTuple):
     """Losses of hidden rows (N, D) through a table (V, D); labels (N), as in `based_jax/labels.py`."""
 

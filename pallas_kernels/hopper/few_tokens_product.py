@@ -7,7 +7,6 @@ fetches a part of a tile for all.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ STRIP_COLUMNS = 64
 GATED_COLUMNS = STRIP_COLUMNS // 2
 """Of a strip of values, beside which is one of gates."""
 CHUNK_ROWS = 64
+MIN_PIECE_CHUNKS = 4
 RING_BYTES = 192 * 1024
 """Of shared memory, a block's alone on its multiprocessor: what is under way hides the memory's latency."""
 MOST_SHARERS = 4
@@ -188,6 +188,10 @@ def _strips(finish: Callable, name: str, x, matrix, cut: _Cut, dtype):
 
 
 def sum_pieces(rows: int, columns: int, multiprocessors: int) -> int:
-    """Return into how many pieces the rows of a matrix are cut, that each multiprocessor has a block, if it can."""
+    """Return into how many pieces the rows of a matrix are cut, that each multiprocessor has a block, if it can.
+
+    Pieces have some rows: sums of fewer are more bytes than the matrix.
+    """
     chunks, strips = rows // CHUNK_ROWS, columns // STRIP_COLUMNS
-    return max(n for n in range(1, max(1, multiprocessors // strips) + 1) if math.gcd(chunks, n) == n)
+    most = max(1, min(multiprocessors // strips, chunks // MIN_PIECE_CHUNKS))
+    return max(n for n in range(1, most + 1) if chunks % n == 0)

@@ -75,10 +75,10 @@ class TaylorAttention(Mixer):
         return self._out(o), taylor_decode.holding(sums, state)
 
     @override
-    def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
+    def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
         (q, k, v), impl = self._qkv(x[:, None]), beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
         o, state = taylor_decode.taylor_attention_decode(q, k, v, state, impl=impl)
-        return self._out(o)[:, 0], state
+        return self._out(o[:, 0]), state
 
     @override
     def state_size(self, seq_len: int) -> int:
@@ -101,4 +101,4 @@ class TaylorAttention(Mixer):
         return tuple(layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_q, self.proj_k, self.proj_v))
 
     def _out(self, o):
-        return self.out_proj(layers.merge_heads(o))
+        return layers.into_stream(self.out_proj, layers.merge_heads(o))

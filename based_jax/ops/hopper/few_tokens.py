@@ -1,16 +1,18 @@
 """Products of few tokens in a Hopper kernel: which calls it takes.
 
-Kernels: `pallas_kernels/hopper/few_tokens_product.py`. They have no gradient: tokens that are decoded need none.
+Kernels: `pallas_kernels/hopper/few_tokens_product.py` and `few_tokens_norm.py`. They have no gradient: tokens that are
+decoded need none.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.ops.calls import FewTokensCall
+from based_jax.ops.calls import FewTokensCall, FewTokensNormCall
 from based_jax.ops.hopper import limits
 
 MOST_TOKENS, TILE_TOKENS, SIZE_MULTIPLE = 128, 64, 64
+MOST_NORM_CHANNELS, NORM_CHANNEL_MULTIPLE = 8192, 128
 
 
 def supports(call: FewTokensCall) -> str | None:
@@ -27,15 +29,24 @@ def supports(call: FewTokensCall) -> str | None:
     return limits.refusal()
 
 
+def supports_residual_norm(call: FewTokensNormCall) -> str | None:
+    """Return why the kernels cannot run a call, or None."""
+    if call.r.dtype != jnp.float32:
+        return f"r must be float32, and is {call.r.dtype}"
+    channels, multiple = call.r.shape[1], NORM_CHANNEL_MULTIPLE
+    if channels % multiple or channels > MOST_NORM_CHANNELS:
+        return f"the channels must be a multiple of {multiple} up to {MOST_NORM_CHANNELS}, and are {channels}"
+    return supports(FewTokensCall(call.x, call.kernel))
+
+
 def compute(call: FewTokensCall) -> Float[Array, "M E"]:
     """Return x @ kernel; sums of pieces of its rows, where strips are too few, are added up by what reads them."""
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper import few_tokens_product as kernels
 
-    x, pieces = _whole_tiles(call.x), kernels.sum_pieces(*call.kernel.shape, limits.multiprocessors())
-    if pieces == 1:
-        return kernels.product(x, call.kernel)[: len(call.x)]
-    return jnp.sum(kernels.sums(x, call.kernel, pieces=pieces), axis=0)[: len(call.x)].astype(call.x.dtype)
+    if _pieces(call.kernel) == 1:
+        return kernels.product(_whole_tiles(call.x), call.kernel)[: len(call.x)]
+    return jnp.sum(_sums(call.x, call.kernel), axis=0)[: len(call.x)].astype(call.x.dtype)
 
 
 def compute_gated(call: FewTokensCall) -> Float[Array, "M F"]:
@@ -43,6 +54,28 @@ def compute_gated(call: FewTokensCall) -> Float[Array, "M F"]:
     from pallas_kernels.hopper import few_tokens_product as kernels
 
     return kernels.gated(_whole_tiles(call.x), call.kernel)[: len(call.x)]
+
+
+def compute_residual_norm(call: FewTokensNormCall) -> tuple[Float[Array, "M E"], Float[Array, "M E"]]:
+    """Return r + x @ kernel + bias and its norm, whose kernel adds up the sums of pieces."""
+    from pallas_kernels.hopper import few_tokens_norm as kernels
+
+    bias, scale = (None if x is None else x.astype(jnp.float32) for x in (call.bias, call.scale))
+    total, x = kernels.residual_norm(call.r, _sums(call.x, call.kernel), bias, scale, eps=call.eps)
+    return total, x
+
+
+def _sums(x: Array, kernel: Array) -> Float[Array, "P N E"]:
+    """Return x @ kernel over each piece of the rows, and what stands behind the tokens."""
+    from pallas_kernels.hopper import few_tokens_product as kernels
+
+    return kernels.sums(_whole_tiles(x), kernel, pieces=_pieces(kernel))
+
+
+def _pieces(kernel: Array) -> int:
+    from pallas_kernels.hopper import few_tokens_product as kernels
+
+    return kernels.sum_pieces(*kernel.shape, limits.multiprocessors())
 
 
 def _whole_tiles(x: Array) -> Array:

@@ -66,7 +66,7 @@ def interpreted(monkeypatch):
     ],
 )
 def test_the_kernel_equals_the_oracle(sizes, normal, close, interpreted):
-    """Fewer keys than a tile has; more tiles than a ring has, two blocks of heads, a row of none. NaN lies behind them."""
+    """Fewer keys than a tile has; more tiles than a ring has, two blocks of heads, a row of none. NaN lie behind."""
     call = _call(normal, **sizes)
     there = (jnp.arange(call.k.shape[1])[None] < call.length[:, None])[..., None, None]
     stale = {name: jnp.where(there, getattr(call, name), jnp.nan) for name in "kv"}

@@ -20,7 +20,8 @@ def test_lowers_for_an_h100():
 
 
 def test_pieces_fill_the_multiprocessors_and_divide_the_rows():
-    assert [kernels.sum_pieces(*shape, 132) for shape in ((3584, 1792), (1792, 7168), (1792, 1792))] == [4, 1, 4]
+    shapes = (3584, 1792), (1792, 7168), (1792, 1792), (1792, 256), (64, 64)
+    assert [kernels.sum_pieces(*shape, 132) for shape in shapes] == [4, 1, 4, 7, 1]
 
 
 @pytest.fixture
