@@ -57,7 +57,7 @@ def sums(x, matrix, *, pieces: int, most_sharers: int = MOST_SHARERS):
       most_sharers: blocks of a cluster, at most.
     """
     cut = _Cut.of(matrix.shape[1], most_sharers)._replace(pieces=pieces)
-    return _strips(_first, "few_tokens_sums", x, matrix, cut, jnp.float32)
+    return _strips(_first, "few_tokens_product", x, matrix, cut, jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="most_sharers")

@@ -50,6 +50,7 @@ SMALL = [
     Case("gated_short_conv_step", (2, 8), (3,)),
     Case("few_tokens_product", (3, 8), (6,)),
     Case("few_tokens_gated", (3, 8), (6,)),
+    Case("few_tokens_residual_norm", (3, 8), (6,)),
 ]
 
 
