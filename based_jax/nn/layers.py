@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from based_jax.dims import BP, DropoutKey
 from based_jax.errors import UserError
-from based_jax.ops.few_tokens import few_tokens_gated
+from based_jax.ops.few_tokens import few_tokens_gated, few_tokens_products
 from based_jax.ops.projection import are_decoded, multiply, project
 
 INIT_STD = 0.02
@@ -206,6 +206,15 @@ def gated(layer: nnx.Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         return value * jax.nn.silu(gate)
     x, kernel = layer.promote_dtype((x, layer.kernel[...]), dtype=layer.dtype)
     return few_tokens_gated(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
+
+
+def several(parts: Sequence[nnx.Linear], x: Float[Array, "*B D"]) -> list[Float[Array, "*B _"]]:
+    """Return the outputs of linear layers without a bias that compute in the same dtype; of few tokens together."""
+    if not are_decoded(x.shape):
+        return [layer(x) for layer in parts]
+    x, *kernels = parts[0].promote_dtype((x, *(layer.kernel[...] for layer in parts)), dtype=parts[0].dtype)
+    products = few_tokens_products(x.reshape(-1, x.shape[-1]), tuple(kernels))
+    return [y.reshape(*x.shape[:-1], -1) for y in products]
 
 
 class Projected(NamedTuple):

@@ -434,6 +434,13 @@ class FewTokensCall(NamedTuple):
     kernel: Float[Array, "D E"]
 
 
+class FewTokensProductsCall(NamedTuple):
+    """The products of few tokens (M, D) and each of several matrices (D, E), whose E may differ."""
+
+    x: Float[Array, "M D"]
+    kernels: tuple[Float[Array, "D _"], ...]
+
+
 class FewTokensNormCall(NamedTuple):
     """An addition of x @ kernel + bias, (M, D) and (D, E), to the stream r (M, E), and the sum's RMS norm."""
 

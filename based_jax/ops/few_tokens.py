@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import FewTokensCall, FewTokensNormCall
+from based_jax.ops.calls import FewTokensCall, FewTokensNormCall, FewTokensProductsCall
 from based_jax.ops.dispatch import Implementation, dispatch, not_run
 from based_jax.ops.hopper import few_tokens as hopper_few_tokens
 from based_jax.ops.norm import residual_rms_norm
@@ -33,6 +33,19 @@ def few_tokens_product(x: MD, kernel: DE, *, impl: str = "auto") -> Float[Array,
       UserError: `impl` is unknown or cannot run this call.
     """
     return dispatch("few_tokens_product", PRODUCT_IMPLEMENTATIONS, impl, FewTokensCall(x, kernel))
+
+
+@checked
+def few_tokens_products(
+    x: MD, kernels: tuple[Float[Array, "D _"], ...], *, impl: str = "auto"
+) -> list[Float[Array, "M _"]]:
+    """Return x @ kernel for each of several matrices; "xla_products" are `few_tokens_product`, which see for the rest.
+
+    Raises:
+      UserError: `impl` is unknown or cannot run this call.
+    """
+    call = FewTokensProductsCall(x, kernels)
+    return dispatch("few_tokens_products", PRODUCTS_IMPLEMENTATIONS, impl, call)
 
 
 @checked
@@ -67,6 +80,10 @@ def _product(call: FewTokensCall) -> Float[Array, "M E"]:
     return lax.dot_general(call.x, call.kernel, (((1,), (0,)), ((), ())))
 
 
+def _products(call: FewTokensProductsCall) -> list[Float[Array, "M _"]]:
+    return [few_tokens_product(call.x, kernel) for kernel in call.kernels]
+
+
 def _gated(call: FewTokensCall) -> Float[Array, "M F"]:
     value, gate = lax.split(_product(call), [call.kernel.shape[1] // 2] * 2, axis=1)
     return value * jax.nn.silu(gate)
@@ -83,6 +100,12 @@ PRODUCT_IMPLEMENTATIONS = {
         hopper_few_tokens.compute, hopper_few_tokens.supports, platform="cuda", slower=not_run
     ),
     "xla_product": Implementation(_product),
+}
+PRODUCTS_IMPLEMENTATIONS = {
+    "hopper_strips": Implementation(
+        hopper_few_tokens.compute_products, hopper_few_tokens.supports_products, platform="cuda", slower=not_run
+    ),
+    "xla_products": Implementation(_products),
 }
 GATED_IMPLEMENTATIONS = {
     "hopper_strips": Implementation(

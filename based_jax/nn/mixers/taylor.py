@@ -98,7 +98,8 @@ class TaylorAttention(Mixer):
         return projections + 4 * self.published_state_size(seq_len)
 
     def _qkv(self, x):
-        return tuple(layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_q, self.proj_k, self.proj_v))
+        products = layers.several((self.proj_q, self.proj_k, self.proj_v), x)
+        return tuple(layers.split_heads(y, self.config.num_heads) for y in products)
 
     def _out(self, o):
         return layers.into_stream(self.out_proj, layers.merge_heads(o))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.ops.calls import FewTokensCall, FewTokensNormCall
+from based_jax.ops.calls import FewTokensCall, FewTokensNormCall, FewTokensProductsCall
 from based_jax.ops.hopper import limits
 
 MOST_TOKENS, TILE_TOKENS, SIZE_MULTIPLE = 128, 64, 64
@@ -29,6 +29,12 @@ def supports(call: FewTokensCall) -> str | None:
     return limits.refusal()
 
 
+def supports_products(call: FewTokensProductsCall) -> str | None:
+    """Return why the kernels cannot run a call, or None."""
+    reasons = [supports(FewTokensCall(call.x, kernel)) for kernel in call.kernels]
+    return next((reason for reason in reasons if reason is not None), None if reasons else "there is no matrix")
+
+
 def supports_residual_norm(call: FewTokensNormCall) -> str | None:
     """Return why the kernels cannot run a call, or None."""
     if call.r.dtype != jnp.float32:
@@ -41,12 +47,18 @@ def supports_residual_norm(call: FewTokensNormCall) -> str | None:
 
 def compute(call: FewTokensCall) -> Float[Array, "M E"]:
     """Return x @ kernel; sums of pieces of its rows, where strips are too few, are added up by what reads them."""
+    if _pieces(call.kernel) == 1:
+        [y] = compute_products(FewTokensProductsCall(call.x, (call.kernel,)))
+        return y
+    return jnp.sum(_sums(call.x, call.kernel), axis=0)[: len(call.x)].astype(call.x.dtype)
+
+
+def compute_products(call: FewTokensProductsCall) -> list[Float[Array, "M _"]]:
+    """Return x @ kernel for each kernel."""
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper import few_tokens_product as kernels
 
-    if _pieces(call.kernel) == 1:
-        return kernels.product(_whole_tiles(call.x), call.kernel)[: len(call.x)]
-    return jnp.sum(_sums(call.x, call.kernel), axis=0)[: len(call.x)].astype(call.x.dtype)
+    return [y[: len(call.x)] for y in kernels.products(_whole_tiles(call.x), list(call.kernels))]
 
 
 def compute_gated(call: FewTokensCall) -> Float[Array, "M F"]:
