@@ -144,3 +144,56 @@ FEW_TOKENS_RESIDUAL_NORM = Operation(
     passes=(FORWARD,),
     compile_seconds=1.0,
 )
+
+
+def _several_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return M tokens (M, D) and matrices (D, E) and (D, F), of `dims` (E, F)."""
+    (tokens, rows), (first, second) = case.shape, case.dims
+    return bf16({"x": (tokens, rows), "first": (rows, first), "second": (rows, second)})
+
+
+def _several(case: Case) -> Function:
+    def run(arrays, ids):
+        kernels = arrays["first"], arrays["second"]
+        y, z = few_tokens.few_tokens_products(arrays["x"], kernels, impl=case.impl)
+        return {"y": y, "z": z}
+
+    return run
+
+
+def several_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
+    """Return x W of both matrices."""
+    return {"y": arrays["x"] @ arrays["first"], "z": arrays["x"] @ arrays["second"]}
+
+
+def _several_cost(case: Case, which: str) -> tuple[float, float]:
+    (tokens, rows), columns = case.shape, case.dims
+    return moved_bytes(_several_arrays(case), _several(case.by("xla"))), 2.0 * tokens * rows * sum(columns)
+
+
+def _timed_several(shape: Shape) -> Case:
+    """Return that of B sequences' tokens, whatever their length: keys of Taylor attention beside values."""
+    batch, heads, _ = shape
+    return Case(
+        "few_tokens_products", (batch, heads * HEAD_DIM), (heads * HEAD_DIM // TIMED_EXPANSION, heads * HEAD_DIM)
+    )
+
+
+FEW_TOKENS_PRODUCTS = Operation(
+    table=few_tokens.PRODUCTS_IMPLEMENTATIONS,
+    arrays=_several_arrays,
+    function=_several,
+    oracle=lambda case: several_definition,
+    cost=_several_cost,
+    kernels={"hopper_strips": ("few_tokens_product",)},
+    cases=(
+        Case("few_tokens_products", (3, 192), (64, 320), quick=True),
+        *(Case("few_tokens_products", (tokens, 1792), (256, 1792)) for tokens in (1, 65, 128)),
+    ),
+    small_cases=(Case("few_tokens_products", (3, 128), (64, 128)),),
+    timed={"few_tokens_products": _timed_several},
+    weights=frozenset({"first", "second"}),
+    scales={"first": 0.03125, "second": 0.03125},
+    passes=(FORWARD,),
+    compile_seconds=1.0,
+)
