@@ -109,7 +109,7 @@ PRODUCTS_IMPLEMENTATIONS = {
 }
 GATED_IMPLEMENTATIONS = {
     "hopper_strips": Implementation(
-        hopper_few_tokens.compute_gated, hopper_few_tokens.supports, platform="cuda", slower=not_run
+        hopper_few_tokens.compute_gated, hopper_few_tokens.supports_gated, platform="cuda", slower=not_run
     ),
     "xla_product": Implementation(_gated),
 }

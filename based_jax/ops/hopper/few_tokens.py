@@ -12,6 +12,8 @@ from based_jax.ops.calls import FewTokensCall, FewTokensNormCall, FewTokensProdu
 from based_jax.ops.hopper import limits
 
 MOST_TOKENS, TILE_TOKENS, SIZE_MULTIPLE = 128, 64, 64
+WIDE_PRODUCT = 4096
+"""Columns of a matrix whose strips are as many as blocks should be; of fewer its rows are cut as well."""
 MOST_NORM_CHANNELS, NORM_CHANNEL_MULTIPLE = 8192, 128
 
 
@@ -27,6 +29,13 @@ def supports(call: FewTokensCall) -> str | None:
     if jax.sharding.get_abstract_mesh().size > 1:
         return "they run on one device, and there is a mesh"
     return limits.refusal()
+
+
+def supports_gated(call: FewTokensCall) -> str | None:
+    """Return why the kernels cannot run a call, or None."""
+    if call.kernel.shape[1] % (2 * SIZE_MULTIPLE):
+        return f"values and gates must each be a multiple of {SIZE_MULTIPLE}, and are {call.kernel.shape[1]} together"
+    return supports(call)
 
 
 def supports_products(call: FewTokensProductsCall) -> str | None:
@@ -47,7 +56,7 @@ def supports_residual_norm(call: FewTokensNormCall) -> str | None:
 
 def compute(call: FewTokensCall) -> Float[Array, "M E"]:
     """Return x @ kernel; sums of pieces of its rows, where strips are too few, are added up by what reads them."""
-    if _pieces(call.kernel) == 1:
+    if call.kernel.shape[1] >= WIDE_PRODUCT:
         [y] = compute_products(FewTokensProductsCall(call.x, (call.kernel,)))
         return y
     return jnp.sum(_sums(call.x, call.kernel), axis=0)[: len(call.x)].astype(call.x.dtype)
@@ -58,7 +67,8 @@ def compute_products(call: FewTokensProductsCall) -> list[Float[Array, "M _"]]:
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper import few_tokens_product as kernels
 
-    return [y[: len(call.x)] for y in kernels.products(_whole_tiles(call.x), list(call.kernels))]
+    products = kernels.products(_whole_tiles(call.x), list(call.kernels), multiprocessors=limits.multiprocessors())
+    return [y[: len(call.x)] for y in products]
 
 
 def compute_gated(call: FewTokensCall) -> Float[Array, "M F"]:
@@ -81,15 +91,10 @@ def _sums(x: Array, kernel: Array) -> Float[Array, "P N E"]:
     """Return x @ kernel over each piece of the rows, and what stands behind the tokens."""
     from pallas_kernels.hopper import few_tokens_product as kernels
 
-    return kernels.sums(_whole_tiles(x), kernel, pieces=_pieces(kernel))
-
-
-def _pieces(kernel: Array) -> int:
-    from pallas_kernels.hopper import few_tokens_product as kernels
-
-    return kernels.sum_pieces(*kernel.shape, limits.multiprocessors())
+    return kernels.sums(_whole_tiles(x), kernel, multiprocessors=limits.multiprocessors())
 
 
 def _whole_tiles(x: Array) -> Array:
-    """Return tokens with zeros behind them, to the end of a tile."""
-    return jnp.pad(x, ((0, -len(x) % TILE_TOKENS), (0, 0)))
+    """Return tokens with zeros behind them, to one tile, two, four or eight."""
+    whole = TILE_TOKENS << (-(-len(x) // TILE_TOKENS) - 1).bit_length()
+    return jnp.pad(x, ((0, whole - len(x)), (0, 0)))
