@@ -183,22 +183,37 @@ class _Strip:
 
         @pl.when(is_fetcher)
         def fetch_all():
-            lax.fori_loop(0, self.chunks, self.fetch, ())
+            mosaic.begin_next()
+            pl.loop(0, self.slots)(lambda n: self.fetch_matrix(n))
+            mosaic.await_previous()
+            pl.loop(0, self.slots)(lambda n: self.fetch_tokens(n))
+            pl.loop(self.slots, self.chunks)(lambda n: self.fetch_again(n))
 
         @pl.when(~is_fetcher)
         def multiply_all():
             self.put(finish(*mosaic.products(self.add_all, *[self.out_tile.shape] * len(self.tiles))))
 
-    def fetch(self, n, carry: tuple) -> tuple:
+    def fetch_again(self, n) -> None:
         """Start the copies of chunk n, once all blocks of the cluster have read what was in the slot."""
-        slot, rows = lax.rem(n, self.slots), pl.ds((self.piece * self.chunks + n) * CHUNK_ROWS, CHUNK_ROWS)
-        filled = self.filled.at[slot]
-        pl.when(n >= self.slots)(lambda: plgpu.barrier_wait(self.emptied.at[slot]))
+        plgpu.barrier_wait(self.emptied.at[lax.rem(n, self.slots)])
+        self.fetch_matrix(n)
+        self.fetch_tokens(n)
+
+    def fetch_matrix(self, n) -> None:
+        """Start the copies of a chunk of the matrix to all blocks of the cluster."""
+        slot, rows = self.place(n)
         for first, tile in zip(self.cut.firsts, self.tiles, strict=True):
-            columns = pl.ds(first + self.strip * self.cut.columns, self.cut.columns)
-            plgpu.copy_gmem_to_smem(self.matrix.at[rows, columns], tile.at[slot], filled, collective_axes="tile")
-        plgpu.copy_gmem_to_smem(self.x.at[self.tokens, rows], self.x_tiles.at[slot], filled)
-        return carry
+            source = self.matrix.at[rows, pl.ds(first + self.strip * self.cut.columns, self.cut.columns)]
+            plgpu.copy_gmem_to_smem(source, tile.at[slot], self.filled.at[slot], collective_axes="tile")
+
+    def fetch_tokens(self, n) -> None:
+        """Start the copy of the tokens' columns that meet a chunk."""
+        slot, rows = self.place(n)
+        plgpu.copy_gmem_to_smem(self.x.at[self.tokens, rows], self.x_tiles.at[slot], self.filled.at[slot])
+
+    def place(self, n) -> tuple[jax.Array, pl.Slice]:
+        """Return the slot of a chunk, and its rows."""
+        return lax.rem(n, self.slots), pl.ds((self.piece * self.chunks + n) * CHUNK_ROWS, CHUNK_ROWS)
 
     def add_all(self, *totals) -> list[jax.Array]:
         """Return the sums of all chunks; a slot is given back once the products of the chunk after it have begun."""
