@@ -45,12 +45,12 @@ class Stream(NamedTuple):
 
     def total(self) -> Float[Array, "*B D"]:
         """Return the stream with nothing left to add."""
-        stream = self.computed()
-        return stream.r if stream.y is None else stream.r + stream.y
+        y = self.added()
+        return self.r if y is None else self.r + y
 
-    def computed(self) -> "Stream":
-        """Return the stream with the product computed that is still to be, if it is one that it has to add."""
-        return Stream(self.r, self.y.value()) if isinstance(self.y, layers.Projected) else self
+    def added(self) -> Float[Array, "*B D"] | None:
+        """Return what is to be added, computed if it still has to be."""
+        return self.y.value() if isinstance(self.y, layers.Projected) else self.y
 
     def constrained(self) -> "Stream":
         """Return the stream with rows and tokens over the mesh, lest XLA gathers activations instead of weights."""
@@ -60,10 +60,10 @@ class Stream(NamedTuple):
         """Return the stream with nothing left to add, and its norm by an `nnx.RMSNorm` or `nnx.LayerNorm`."""
         scale, options = norm.scale[...], {"eps": norm.epsilon, "dtype": dtype}
         if not isinstance(norm, nnx.RMSNorm):
-            return residual_layer_norm(*self.computed(), scale, norm.bias[...], **options)
+            return residual_layer_norm(self.r, self.added(), scale, norm.bias[...], **options)
         if isinstance(self.y, layers.Projected) and self.y.x.dtype == dtype:
             return few_tokens_residual_norm(self.r, *self.y, scale, eps=norm.epsilon)
-        return residual_rms_norm(*self.computed(), scale, **options)
+        return residual_rms_norm(self.r, self.added(), scale, **options)
 
 
 class Block(nnx.Module):

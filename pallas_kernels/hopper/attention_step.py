@@ -75,8 +75,8 @@ def step(q, k, v, length, *, scale: float):
         _, total, o = lax.fori_loop(0, tiles, meet, nothing)
         save(o_ref.at[row, heads], o * across(1.0 / jnp.where(total > 0, total, 1.0), o.shape))
 
-    scratch = [*[plgpu.SMEM((RING_SLOTS, *plan.lines_shape), k.dtype)] * 2]
-    scratch += [plgpu.Barrier(num_arrivals=2, num_barriers=RING_SLOTS)]
+    tiles = plgpu.SMEM((RING_SLOTS, *plan.lines_shape), k.dtype)
+    scratch = [tiles, tiles, plgpu.Barrier(num_arrivals=2, num_barriers=RING_SLOTS)]
     kernel = stream.kernel(body, "attention_step", plan.blocks, [like(q)], scratch)
     return kernel(q, *map(plan.by_lines, (k, v)), length)
 
