@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.cases import parametrize_some
 from helpers.devices import gpus
+from helpers.small_mixers import SMALL
 from jax._src.ad_checkpoint import saved_residuals
 
 from based_jax.errors import UserError
@@ -169,3 +171,13 @@ def test_the_norm_behind_a_decode_step_s_layer_computes_its_last_product(norm, o
         stream, _ = jax.eval_shape(lambda r: stack.step(Stream(r), stack.init_cache(3, T)), jnp.zeros((3, D)))
     assert isinstance(stream.y, layers.Projected) and operation in choices
     assert ("residual_rms_norm" in choices) == ("few_tokens_residual_norm" in choices) == (norm == "rms")
+
+
+@parametrize_some("kind", sorted({*SMALL, "conv"}), ["conv", "taylor"])
+def test_every_mixer_takes_a_decode_step_on_a_gpu(kind):
+    """What its layers leave to the norm behind them, it does not touch."""
+    pattern = ((kind, SMALL.get(kind, {})),)
+    stack = Stack(pattern, 1, LMConfig(layers=pattern, d_model=D), rngs=nnx.Rngs(0))
+    with gpus():
+        found = jax.eval_shape(lambda r: stack.step(Stream(r), stack.init_cache(3, T))[0].total(), jnp.zeros((3, D)))
+    assert found == jax.ShapeDtypeStruct((3, D), jnp.float32)
