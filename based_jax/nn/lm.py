@@ -22,6 +22,8 @@ from based_jax.ops.arguments import checked
 from based_jax.ops.cross_entropy import linear_cross_entropy
 from based_jax.ops.embedding import lookup
 
+MLP_MATRICES = {"swiglu": 3, "gelu": 2, "identity": 0, "none": 0}
+
 
 class LM(nnx.Module):
     """A causal language model over the mixers of `config.layers`.
@@ -141,7 +143,7 @@ class LM(nnx.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs of one token: mixers, MLPs and head."""
-        mlp = 6 * self.config.d_model * self.config.hidden_dim if self.config.mlp == "swiglu" else 0
+        mlp = 2 * MLP_MATRICES[self.config.mlp] * self.config.d_model * self.config.hidden_dim
         head = 2 * self.config.d_model * self.config.padded_vocab_size
         return sum(mixer.flops_per_token(seq_len) + mlp for mixer in self.mixers()) + head
 

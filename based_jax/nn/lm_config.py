@@ -44,7 +44,7 @@ class LMConfig:
       d_model: width D of the residual stream.
       vocab_size: tokens of the tokenizer.
       pad_vocab_multiple: what the rows of the embedding are a multiple of.
-      mlp: "swiglu", "identity" or "none" (layers are mixers alone).
+      mlp: "swiglu", "gelu" (with biases), "identity" or "none" (layers are mixers alone).
       norm: "rms" or "layer".
       final_norm: the norm after the last layer; None for that of the layers. zoology's Mamba models have "rms" in the
         layers, "none" behind the mixers and "layer" at the end.

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from based_jax.dims import BSGK, BSGV, BTGK, BTGV, BTHK, BTHV, SegmentIds
 from based_jax.ops import segments, sharded, softmax, softmax_chunks
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import AttentionPrefillCall
+from based_jax.ops.decode_calls import AttentionPrefillCall
 from based_jax.ops.dispatch import Implementation, beside, dispatch
 from based_jax.ops.softmax_chunks import CHUNK_TOKENS, LOWEST, Read, product
 from based_jax.ops.softmax_step import check_groups

@@ -34,6 +34,12 @@ POLICIES = "window", "streaming", "h2o", "roco"
 BUDGETS = 6, 8, 12, 16, 24, 32, 48, 64
 TRAINED = "trained so"
 """The policy of a mixer that decodes as it was trained."""
+ALL_TOKENS = "attention, all tokens"
+RING: dict[str, Any] = {"mfc": "none", "ms": 8, "ls": "", "zorder": 3, "clip_on": False}
+CAPTION = (
+    "MQAR with 64 tokens and 8 pairs, two layers, D 64; fp32 bytes of the second layer's cache. Attention: mean of two "
+    "seeds; trained so: with this little state, one seed."
+)
 
 
 def with_cache(config: LMConfig, policy: str, budget: int) -> LMConfig:
@@ -101,21 +107,30 @@ def measure(store: Path, known: Collection[tuple]) -> Iterator[dict[str, Any]]:
             }
 
 
-def picture(rows: list[dict[str, Any]], path: Path) -> list[Path]:
-    """Draw accuracy against bytes, the mean over seeds: a line for each policy and each mixer trained with less."""
+def mean_accuracies(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return a line of means by bytes for each policy, for all tokens and for each mixer trained with less."""
     lines: dict[str, dict[int, list[float]]] = {}
     for row in rows:
-        name = row["mixer"] if row["policy"] == TRAINED else f"attention, {row['policy']}"
-        name = "attention, all tokens" if name == "attention" else name
-        name = f"{name}, trained so" if row["policy"] == TRAINED and row["mixer"] != "attention" else name
-        lines.setdefault(name, {}).setdefault(row["state_bytes"], []).append(row["accuracy"])
-    means = {name: sorted((size, float(np.mean(y))) for size, y in line.items()) for name, line in lines.items()}
+        lines.setdefault(_line_name(row), {}).setdefault(row["state_bytes"], []).append(row["accuracy"])
+    return {name: sorted((size, float(np.mean(y))) for size, y in line.items()) for name, line in lines.items()}
+
+
+def _line_name(row: dict[str, Any]) -> str:
+    if row["policy"] != TRAINED:
+        return f"attention, {row['policy']}"
+    return ALL_TOKENS if row["mixer"] == "attention" else f"{row['mixer']}, {TRAINED}"
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> list[Path]:
+    """Draw accuracy against bytes; a ring about the point of all tokens, on which policies that keep all lie."""
+    means = mean_accuracies(rows)
     accuracies = [y for line in means.values() for _, y in line]
     with matplotlib.rc_context(styles.PAPER):
-        figure = paper.sheet(4.5, panels.panels_inches(accuracies), means)
+        figure = paper.sheet(4.5, panels.panels_inches(accuracies), means, [CAPTION])
         [panel] = panels.accuracy_panels(figure, 1, accuracies, diverged=False)
         for (name, line), style in zip(means.items(), styles.styles(means).values(), strict=True):
-            panel.line(*zip(*line, strict=True), label=name, **styles.marked(style.colour, style.marker))
+            ring = RING if name == ALL_TOKENS else {}
+            panel.line(*zip(*line, strict=True), label=name, **styles.marked(style.colour, style.marker) | ring)
         panel.axes.set_xlabel("state of a sequence")
         panels.byte_axis(panel.axes, [size for line in means.values() for size, _ in line], 4.0)
         paper.add_legend(figure, panel.axes)

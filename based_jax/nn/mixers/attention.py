@@ -8,6 +8,7 @@ from typing import Any, ClassVar, override
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from based_jax.config import added_later
@@ -17,6 +18,7 @@ from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.eviction import POLICIES, BudgetCache, Policy
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
+from based_jax.nn.rotary import check_scaling, scaling
 from based_jax.ops import dispatch, segments, sequence, softmax_chunks
 from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim, whole_pass_head_dim
 from based_jax.ops.softmax_budget import own_attention, ring_attention
@@ -28,6 +30,16 @@ QKV_KEYS = {
     "out_proj/bias": "out_proj.bias",
     "qkv/kernel": "Wqkv.weight",
     "qkv/bias": "Wqkv.bias",
+    "q_norm/scale": "q_norm.weight",
+    "k_norm/scale": "k_norm.weight",
+}
+LLAMA_KEYS: dict[str, str | tuple[str, ...]] = {
+    "out_proj/kernel": "o_proj.weight",
+    "out_proj/bias": "o_proj.bias",
+    "qkv/kernel": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+    "qkv/bias": ("q_proj.bias", "k_proj.bias", "v_proj.bias"),
+    "q_norm/scale": "q_norm.weight",
+    "k_norm/scale": "k_norm.weight",
 }
 
 
@@ -36,6 +48,9 @@ class HeadsConfig:
     """Heads, the share of each head that rotary turns (0 for none), its base, biases, and the implementation.
 
     Each of `num_kv_heads` keys and values, as many as queries where None, serves as many queries (arXiv 2305.13245).
+    A head has `head_dim` components, D / num_heads where None; the output has a bias if `out_bias`, where that is None
+    if `bias`; with `qk_norm` an RMSNorm of each head stands between projection and rotary, for queries and for keys.
+    `rotary_scaling` is one of `rotary.SCALINGS`, which the options `rotary_*` below it are for.
     """
 
     num_heads: int = 16
@@ -44,12 +59,23 @@ class HeadsConfig:
     rotary_base: float = 10000.0
     bias: bool = False
     impl: str = "auto"
+    head_dim: int | None = added_later(None)
+    out_bias: bool | None = added_later(None)
+    qk_norm: bool = added_later(False)
+    rotary_scaling: str = added_later("none")
+    rotary_factor: float = added_later(1.0)
+    rotary_low_freq_factor: float = added_later(1.0)
+    rotary_high_freq_factor: float = added_later(4.0)
+    rotary_original_len: int = added_later(8192)
 
     def __post_init__(self):
-        check_sizes(self, num_heads=1)
+        check_sizes(self, num_heads=1, rotary_original_len=1)
+        if self.head_dim is not None:
+            check_sizes(self, head_dim=1)
         if not 0 <= self.rotary_fraction <= 1:
             raise UserError(f"rotary_fraction is {self.rotary_fraction}; it is between 0 and 1.")
         check_positive(self, "rotary_base")
+        check_scaling(self)
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         if kv_heads < 1 or self.num_heads % kv_heads:
             raise UserError(f"num_kv_heads is {kv_heads}; it divides num_heads, which is {self.num_heads}.")
@@ -88,7 +114,8 @@ class Attention(Mixer):
     leave for what they were paid.
 
     Source: HazyResearch/based:based/models/transformer/mha.py; zoology:zoology/mixers/attention.py with bias and
-    without rotary; transformers:models/llama/modeling_llama.py with full rotary and grouped queries.
+    without rotary; transformers:models/llama/modeling_llama.py with full rotary and grouped queries,
+    models/qwen2/modeling_qwen2.py with biases, models/qwen3/modeling_qwen3.py with `qk_norm`.
     """
 
     Config: ClassVar[type[HeadsConfig]] = AttentionConfig
@@ -96,21 +123,21 @@ class Attention(Mixer):
     REFERENCE: ClassVar = {
         "based": QKV_KEYS,
         "zoology": QKV_KEYS,
-        "llama": {
-            "out_proj/kernel": "o_proj.weight",
-            "qkv/kernel": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
-        },
+        "llama": LLAMA_KEYS,
     }
 
     def __init__(self, d_model: int, config: HeadsConfig, init: layers.Init):
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
-        self.head_dim = layers.head_dim(d_model, config.num_heads)
+        self.head_dim = layers.head_dim(d_model, config.num_heads) if config.head_dim is None else config.head_dim
         self.kv_heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
         self.rotary_dim = layers.rotary_dim(self.head_dim, config.rotary_fraction)
         self.policy = POLICIES[config.cache_policy] if isinstance(config, AttentionConfig) else None
-        bias, widths = config.bias, (d_model, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
-        self.qkv = layers.linear(d_model, sum(widths), ("embed", "heads"), init, bias=bias, parts=widths)
-        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out, bias=bias)
+        self.inner_dim, keys = config.num_heads * self.head_dim, self.kv_heads * self.head_dim
+        widths, out_bias = (self.inner_dim, keys, keys), config.bias if config.out_bias is None else config.out_bias
+        self.qkv = layers.linear(d_model, sum(widths), ("embed", "heads"), init, bias=config.bias, parts=widths)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (layers.rms_norm(self.head_dim, init.norm_eps, rngs=init.rngs) for _ in "qk")
+        self.out_proj = layers.linear(self.inner_dim, d_model, ("heads", "embed"), init.out, bias=out_bias)
 
     @property
     @override
@@ -295,11 +322,11 @@ class Attention(Mixer):
     @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, and scores and sums over half of `seq_len` keys on average."""
-        return self.projection_flops() + 2 * self.d_model * min(seq_len, 2 * self._slots(seq_len))
+        return self.projection_flops() + 2 * self.inner_dim * min(seq_len, 2 * self._slots(seq_len))
 
     def projection_flops(self) -> int:
         """Return the FLOPs of the projections."""
-        return 4 * self.d_model * (self.d_model + self.kv_heads * self.head_dim)
+        return 4 * self.d_model * (self.inner_dim + self.kv_heads * self.head_dim)
 
     def for_each_query(self, x):
         """Return keys or values (..., kv heads, D/H) repeated for the queries that each of them serves."""
@@ -308,7 +335,15 @@ class Attention(Mixer):
     def unrotated_qkv(self, x: BTD, width: int | None = None):
         """Return queries, keys and values (B, T, heads, D/H); with a `width` zeros fill the heads up to it."""
         y = layers.to_heads(self.qkv, x, self.config.num_heads + 2 * self.kv_heads, width or self.head_dim)
-        return layers.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
+        q, k, v = layers.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
+        if not self.config.qk_norm:
+            return [q, k, v]
+        return [self._normed(self.q_norm, q), self._normed(self.k_norm, k), v]
+
+    def _normed(self, norm: nnx.RMSNorm, heads):
+        """Return the RMSNorm of heads that may end in zeros, over what stands before these."""
+        normed = norm(heads[..., : self.head_dim]).astype(heads.dtype)
+        return layers.with_zeros(normed, -1, heads.shape[-1])
 
     def rotated_qkv(self, x: BTD, before: Int[Array, "#B"], segment_ids: SegmentIds | None, width: int | None = None):
         """Return the same with queries and keys rotated by their place in their document.
@@ -323,7 +358,7 @@ class Attention(Mixer):
         return self._turned(q, places), self._turned(k, places), v
 
     def _turned(self, y, places):
-        return layers.rotary(y, places, self.rotary_dim, self.config.rotary_base)
+        return layers.rotary(y, places, self.rotary_dim, self.config.rotary_base, scaling(self.config))
 
     def empty_cache(self, batch: int, slots: int, width: int) -> TokenCache:
         """Return the cache of so many keys and values before the first, whose heads end in zeros up to a width."""

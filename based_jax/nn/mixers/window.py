@@ -33,12 +33,12 @@ class WindowAttention(attention.Attention):
     """Attention whose cache is a ring of `window` keys and values.
 
     Source: HazyResearch/based:based/models/mixers/slide_attention.py; zoology:zoology/mixers/slide_attn.py with bias,
-    one head and no rotary.
+    one head and no rotary; the `sliding_window` of transformers:models/mistral/modeling_mistral.py.
     """
 
     Config: ClassVar = WindowConfig
     IMPLEMENTATIONS: ClassVar = WINDOW_ATTENTION
-    REFERENCE: ClassVar = dict.fromkeys(("based", "zoology"), attention.QKV_KEYS)
+    REFERENCE: ClassVar = attention.Attention.REFERENCE
     config: WindowConfig
 
     def __init__(self, d_model: int, config: WindowConfig, init: layers.Init):
@@ -91,4 +91,4 @@ class WindowAttention(attention.Attention):
     @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, and scores and sums over the window."""
-        return self.projection_flops() + 4 * self.d_model * min(self.config.window, seq_len)
+        return self.projection_flops() + 4 * self.inner_dim * min(self.config.window, seq_len)
