@@ -55,7 +55,8 @@ class Rows:
         ).T
         samplings, words = [request.sampling for request in requests], [request.draw_words for request in requests]
         draws = Draws.of(samplings, words, [request.top_log_probs > 0 for request in requests])
-        return cls(caches, *jax.device_put((token, length, left, stop_ids)), draws)
+        token, length, left, stop_ids = jax.device_put((token, length, left, stop_ids))
+        return cls(caches, token, length, left, stop_ids, draws)
 
     @classmethod
     def stopped(cls, decoder: Decoder, count: int, max_len: int) -> "Rows":
@@ -165,11 +166,11 @@ def decoding_loop(
         after, drawn = decode_step(model, rows)
         return i + 1, after, jax.tree.map(lambda xs, x: xs.at[i].set(x), found, drawn), count + rows.live
 
-    like = jax.eval_shape(lambda rows: decode_step(model, rows)[1], rows)
-    found = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), like)
-    start = jnp.int32(0), rows, found, jnp.zeros_like(rows.left)
+    empty = Drawn.zeros((steps, len(rows.token)), layout.config.padded_vocab_size)
+    start = jnp.int32(0), rows, empty, jnp.zeros_like(rows.left)
     _, rows, found, count = jax.lax.while_loop(goes_on, step, start)
-    block = Block(*(jnp.moveaxis(x, 0, 1) for x in found), drawn=count)
+    found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
+    block = Block(found.token, found.log_prob, found.top_tokens, found.top_log_probs, count)
     return rows, jax.tree.map(parallel.constrain, block)
 
 

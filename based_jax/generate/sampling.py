@@ -93,10 +93,11 @@ class Drawn(NamedTuple):
     top_tokens: Int[Array, "B N"]
     top_log_probs: Float[Array, "B N"]
 
-    @staticmethod
-    def shape_of_top(rows: int, vocab_size: int) -> tuple[int, int]:
-        """Return the shape of the likeliest tokens."""
-        return rows, min(MOST_TOP, vocab_size)
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], vocab_size: int) -> "Drawn":
+        """Return arrays of a shape, a last axis behind it for the likeliest tokens, without a token in them."""
+        top = (*shape, min(MOST_TOP, vocab_size))
+        return cls(*(jnp.zeros(x, dtype) for x in (shape, top) for dtype in (jnp.int32, jnp.float32)))
 
 
 @jax.jit
@@ -116,8 +117,7 @@ def draw(logits: Float[Array, "B vocab"], draws: Draws, places: Int[Array, "B"])
     A draw depends on the row's key and on the token's place in its text alone. What no row asks for is not computed.
     """
     likeliest, hot = jnp.argmax(logits, axis=-1).astype(jnp.int32), draws.temperature > 0
-    total, top = jax.nn.logsumexp(logits, axis=-1), Drawn.shape_of_top(*logits.shape)
-    nothing = jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32)
+    total, (_, _, *nothing) = jax.nn.logsumexp(logits, axis=-1), Drawn.zeros(logits.shape[:1], logits.shape[1])
 
     def as_asked():
         token = jnp.where(hot, _drawn(logits, draws, places), likeliest)
@@ -130,8 +130,8 @@ def draw(logits: Float[Array, "B vocab"], draws: Draws, places: Int[Array, "B"])
 
 
 def _likeliest(logits: Float[Array, "B vocab"], total: Float[Array, "B"]):
-    values, tokens = jax.lax.top_k(logits, Drawn.shape_of_top(*logits.shape)[1])
-    return tokens.astype(jnp.int32), values - total[:, None]
+    values, tokens = jax.lax.top_k(logits, min(MOST_TOP, logits.shape[1]))
+    return [tokens.astype(jnp.int32), values - total[:, None]]
 
 
 def _drawn(logits: Float[Array, "B vocab"], draws: Draws, places: Int[Array, "B"]) -> Int[Array, "B"]:

@@ -54,8 +54,8 @@ class Choice:
     def _likeliest(self, event: Event) -> list[dict[str, float]]:
         """Return by their texts the likeliest tokens beside each new one, and that."""
         found: list[dict[str, float]] = [{} for _ in event.top_log_probs]
-        for texts, top, *own in zip(found, event.top_log_probs, event.tokens, event.log_probs, strict=False):
-            for token, log_prob in [*top.items(), own]:
+        for texts, top, own, of_own in zip(found, event.top_log_probs, event.tokens, event.log_probs, strict=False):
+            for token, log_prob in [*top.items(), (own, of_own)]:
                 texts.setdefault(self._tokenizer.decode([token]), log_prob)
         return found
 
