@@ -18,7 +18,7 @@ COLDEST, HOTTEST = 1e-30, 1e30
 
 MOST_KEPT = 2**31 - 1
 MOST_TOP = 5
-"""Of the most likely tokens that a row may ask for; a cut of so few needs no sort."""
+"""Of the likeliest tokens that a row may ask for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +130,15 @@ def draw(logits: Float[Array, "B vocab"], draws: Draws, places: Int[Array, "B"])
 
 
 def _likeliest(logits: Float[Array, "B vocab"], total: Float[Array, "B"]):
-    values, tokens = jax.lax.top_k(logits, min(MOST_TOP, logits.shape[1]))
-    return [tokens.astype(jnp.int32), values - total[:, None]]
+    """Take the largest logit of what is left, and again: unlike a sort, each device of a mesh does so with its own."""
+
+    def take(left, _):
+        token = jnp.argmax(left, axis=1).astype(jnp.int32)
+        others = jnp.arange(left.shape[1])[None] != token[:, None]
+        return jnp.where(others, left, -jnp.inf), (token, jnp.max(left, axis=1) - total)
+
+    _, likeliest = jax.lax.scan(take, logits, length=min(MOST_TOP, logits.shape[1]))
+    return [x.T for x in likeliest]
 
 
 def _drawn(logits: Float[Array, "B vocab"], draws: Draws, places: Int[Array, "B"]) -> Int[Array, "B"]:

@@ -13,6 +13,7 @@ from based_jax import parallel
 from based_jax.generate import Decoder, PrefixCache, Request, Scheduler
 from based_jax.generate.intake import _read
 from based_jax.generate.rows import Rows, decoding_loop
+from based_jax.generate.sampling import MOST_TOP
 from based_jax.generate.state_layout import StateLayout
 from based_jax.nn.lm_config import LMConfig
 
@@ -61,9 +62,10 @@ def test_each_device_decodes_its_rows_and_heads_and_sends_no_state(kind, mesh):
             decoding_loop.lower(decoder.layout, STEPS, decoder.params, rows, np.int32(STEPS)).compile().as_text()
         )
     parts = [(BATCH // 2, *part) for part in PARTS[kind]]
-    assert [shape for shape in program.carried() if len(shape) > 2] == parts
+    drawn = [(STEPS, BATCH // 2, MOST_TOP)] * 2
+    assert [shape for shape in program.carried() if len(shape) > 2] == parts + drawn
     over_data, over_tensor = between(program, mesh)
-    assert max(over_data) <= STEPS * BATCH  # the tokens that were drawn
+    assert max(over_data) <= STEPS * BATCH * MOST_TOP  # the tokens that were drawn
     assert max(over_tensor) <= BATCH // 2 * 32 < max(map(math.prod, parts))  # activations
 
 
