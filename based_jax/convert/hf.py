@@ -10,7 +10,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from based_jax import config as configs
-from based_jax.convert import based, llama
+from based_jax.convert.based import FIRST_MLP_KEY
+from based_jax.convert.families import LAYOUTS, family_of
 from based_jax.convert.fields import OWN_SECTION, PADDING_FIELDS, Family
 from based_jax.convert.folders import (
     CONFIG_FILE,
@@ -19,10 +20,7 @@ from based_jax.convert.folders import (
     read_json,
     read_weights,
 )
-from based_jax.convert.mamba import MAMBA, MAMBA_SSM
-from based_jax.convert.own import MODEL_TYPE, OWN
 from based_jax.convert.reference import check_layers, lm_from_reference, parameters, reference_weights, unwrapped
-from based_jax.convert.rwkv import RWKV
 from based_jax.convert.tokenizers import tokenizer_fields, write_tokenizer
 from based_jax.errors import UserError, unknown
 from based_jax.folders import check_free, local_path, written_whole
@@ -30,17 +28,6 @@ from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS
 from based_jax.nn.mixers.attention import HeadsConfig
 
-FAMILIES = {
-    "gpt2": based.FAMILY,
-    "based": based.FAMILY,
-    **llama.FAMILIES,
-    "mamba": MAMBA,
-    "rwkv": RWKV,
-    MODEL_TYPE: OWN,
-}
-"""By `model_type`; a file without one, or with GPT-2's, and with `ssm_cfg`, is a Mamba of its authors."""
-LAYOUTS = {"based": based.FAMILY, **llama.FAMILIES, "mamba": MAMBA_SSM, "mamba_hf": MAMBA, MODEL_TYPE: OWN}
-"""What `save_hf` writes, by name: of these the first that a model fits, the last of which holds any."""
 TRAINING_FIELDS = ("init_std", "init_recipe", "embed_dropout", "remat")
 """What a config says of training alone, which stands in a section of our own beside the tokenizer's name."""
 
@@ -136,18 +123,6 @@ def _config_text(family: Family, config: LMConfig, told: Fields) -> str:
     return json.dumps(fields | told | {OWN_SECTION: own}, indent=2, default=np.generic.item) + "\n"
 
 
-def family_of(fields: Fields) -> Family:
-    """Return the family of a config.json.
-
-    Raises:
-      UserError: its models are not known here.
-    """
-    kind = fields.get("model_type", "gpt2")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise unknown(f"model_type of {CONFIG_FILE}", str(kind), FAMILIES)
-    return MAMBA_SSM if FAMILIES[kind] is based.FAMILY and "ssm_cfg" in fields else FAMILIES[kind]
-
-
 def _lm_config(
     family: Family, fields: Fields, weights: Mapping[str, np.ndarray], dtype: str, scan_layers: bool
 ) -> LMConfig:
@@ -164,7 +139,7 @@ def _read_back(name: str, fields: Fields, config: LMConfig) -> LMConfig:
     width = np.broadcast_to(np.float32(0), (2 * config.hidden_dim, config.d_model))  # the MLP's, of no memory
     family = LAYOUTS[name]
     try:
-        read = _lm_config(family, fields, {based.FIRST_MLP_KEY: width}, config.dtype, config.scan_layers)
+        read = _lm_config(family, fields, {FIRST_MLP_KEY: width}, config.dtype, config.scan_layers)
     except (UserError, TypeError) as error:
         raise UserError(
             f"The layout of {family.title} has no place for this model: {str(error).rstrip('.')}."
