@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from based_jax import parallel
-from based_jax.dims import BD, BP, BPD, BT, BTD, DropoutKey, Tokens
+from based_jax.dims import BD, BP, BPD, BT, BTD, DropoutKey, SegmentIds, Tokens
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.block import Stack, Stream, repeating_patterns, traced_once
@@ -120,7 +120,7 @@ class LM(nnx.Module):
         return tuple(stack.init_cache(batch, max_len) for stack in self.stacks)
 
     @checked
-    def prefill(self, ids: BT, cache: tuple, segment_ids: BT | None = None) -> tuple[BTD, tuple]:
+    def prefill(self, ids: BT, cache: tuple, segment_ids: SegmentIds | None = None) -> tuple[BTD, tuple]:
         """Read the next tokens of a sequence; return their hidden states and the caches after them."""
         return self._decode(ids, cache, lambda stack, r, old: stack.prefill(r, old, segment_ids))
 

@@ -1,6 +1,7 @@
 """Softmax attention with rotary positions: the mixer of Transformer++ (arXiv 2402.18668, section 5)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, override
 
@@ -11,15 +12,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from based_jax.config import added_later
-from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.eviction import POLICIES, BudgetCache, Policy
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
 from based_jax.nn.rotary import check_scaling, scaling
-from based_jax.ops import dispatch, segments, sequence
+from based_jax.ops import dispatch, segments, sequence, softmax_chunks
 from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim, whole_pass_head_dim
+from based_jax.ops.softmax_budget import own_attention, ring_attention
 from based_jax.ops.softmax_prefill import attention_prefill
 from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step, attention_weights
 
@@ -108,7 +110,8 @@ class Attention(Mixer):
     """Causal multi-head attention; the cache holds every key and value, or those that a policy keeps.
 
     With a budget that is as large as the cache, decoding is that of "full", bit for bit. A prefill that does not fit a
-    budget is read token by token.
+    budget is read at once where tokens leave for their places ("window", "streaming"), and token by token where they
+    leave for what they were paid.
 
     Source: HazyResearch/based:based/models/transformer/mha.py; zoology:zoology/mixers/attention.py with bias and
     without rotary; transformers:models/llama/modeling_llama.py with full rotary and grouped queries,
@@ -135,6 +138,12 @@ class Attention(Mixer):
         if config.qk_norm:
             self.q_norm, self.k_norm = (layers.rms_norm(self.head_dim, init.norm_eps, rngs=init.rngs) for _ in "qk")
         self.out_proj = layers.linear(self.inner_dim, d_model, ("heads", "embed"), init.out, bias=out_bias)
+
+    @property
+    @override
+    def rows_are_apart(self) -> bool:
+        """Whether there is no budget: rows that fit into theirs are read alike until one does not."""
+        return self.policy is None
 
     @override
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
@@ -209,19 +218,64 @@ class Attention(Mixer):
         return cache.paid(weights, jnp.arange(cache.slots)[None] < seen[:, None])
 
     def _read_within(self, policy: Policy, qkv, state: BudgetCache, segment_ids: SegmentIds | None):
-        """Return what tokens read (B, T, H, D/H), and the cache after them: token by token where they do not fit."""
+        """Return what tokens read (B, T, H, D/H), and the cache after them, which some have left where not all fit."""
         T = qkv[0].shape[1]
         if not self._evicts(state):
             return self._read_all(qkv, state, segment_ids)
+        read_some = self._read_by_places if policy.dropped is None else self._read_one_by_one
         if segment_ids is None and state.slots < T:
-            return self._read_one_by_one(policy, qkv, state, segment_ids)
+            return read_some(policy, qkv, state, segment_ids)
         places, _ = segments.positions(segment_ids, state.length, T)
         present = True if segment_ids is None else segments.ids_of(segment_ids) != 0
         return jax.lax.cond(
             jnp.all((places < state.slots) | ~jnp.asarray(present)),
             lambda: self._read_all(qkv, state, segment_ids),
-            lambda: self._read_one_by_one(policy, qkv, state, segment_ids),
+            lambda: read_some(policy, qkv, state, segment_ids),
         )
+
+    def _read_by_places(self, policy: Policy, qkv, state: BudgetCache, segment_ids: SegmentIds | None):
+        """Return the same where a token leaves for its place alone: no query waits for what those before it have seen.
+
+        The tokens of the ring are read by a window, and the first tokens, which stand before it, apart.
+        """
+        if segment_ids is not None and not isinstance(segment_ids, Unbroken):
+            order = segments.Order.of(segment_ids)
+            *moved, ids = (order.moved(x) for x in (*qkv, segment_ids))
+            o, state = self._read_by_places(policy, moved, state, Unbroken(ids))
+            return order.moved_back(o), state
+        ids = Unbroken(jnp.ones(qkv[0].shape[:2], jnp.int32)) if segment_ids is None else segment_ids
+        kept, (_, k, v) = policy.kept(state.slots, self.config.cache_sinks), self._rotated(qkv, state.length, ids)
+        read = self._read_ring(kept, qkv, state, ids)
+        if kept:
+            read = softmax_chunks.joined(read, self._read_sinks(kept, qkv, state, ids))
+        return read[0].astype(v.dtype), state.extended((k, v), qkv[1], ids, kept, self._turned)
+
+    def _read_ring(self, kept: int, qkv, state: BudgetCache, ids: Unbroken):
+        """Return what tokens read of the newest ones up to their own, but for the first of their document."""
+        q, k, v = self._rotated(qkv, state.length, ids)
+        past, there = state.ring(kept)
+        keys, values = (self.for_each_query(jnp.concatenate(both, axis=1)) for both in zip(past, (k, v), strict=True))
+        numbers, places = segments.numbered(ids), segments.positions(ids, state.length, k.shape[1])[0]
+        key_numbers = jnp.concatenate([there.astype(numbers.dtype), jnp.where(places < kept, 0, numbers)], axis=1)
+        return ring_attention(q, keys, values, numbers, key_numbers, root=math.sqrt(self.head_dim))
+
+    def _read_sinks(self, kept: int, qkv, state: BudgetCache, ids: Unbroken):
+        """Return what tokens read of the first ones of their document, which stand just before the ring."""
+        T, numbers = qkv[0].shape[1], segments.numbered(ids)
+        places = segments.positions(ids, state.length, T)[0]
+        q = self._turned(qkv[0], jnp.minimum(places, state.slots - 1))
+        _, k, v = self._rotated(qkv, state.length, ids)
+        stand = jnp.arange(kept)[None, None]
+        row = jnp.arange(T)[None, :, None] - places[..., None] + stand  # of each, before 0 in the cache
+
+        def first(new, old):
+            new = jax.vmap(lambda x, row: x[row])(new, jnp.clip(row, 0, T - 1))
+            return self.for_each_query(jnp.where((row < 0)[..., None, None], old[:, None], new))
+
+        old = self._turned(state.sinks, jnp.broadcast_to(stand[0], (len(numbers), kept))), state.tokens[1][:, :kept]
+        keys, values = map(first, (k, v), old)
+        visible = (stand <= places[..., None]) & (numbers != 0)[..., None]
+        return own_attention(q, keys, values, visible, root=math.sqrt(self.head_dim))
 
     def _read_one_by_one(self, policy: Policy, qkv, state: BudgetCache, segment_ids: SegmentIds | None):
         B, T = qkv[0].shape[:2]
@@ -275,8 +329,8 @@ class Attention(Mixer):
         return 4 * self.d_model * (self.inner_dim + self.kv_heads * self.head_dim)
 
     def for_each_query(self, x):
-        """Return keys or values (B, S, kv heads, D/H) repeated for the queries that each of them serves."""
-        return jnp.repeat(x, self.config.num_heads // self.kv_heads, axis=2)
+        """Return keys or values (..., kv heads, D/H) repeated for the queries that each of them serves."""
+        return jnp.repeat(x, self.config.num_heads // self.kv_heads, axis=-2)
 
     def unrotated_qkv(self, x: BTD, width: int | None = None):
         """Return queries, keys and values (B, T, heads, D/H); with a `width` zeros fill the heads up to it."""
