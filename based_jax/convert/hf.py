@@ -61,8 +61,9 @@ def _read(folder: str | os.PathLike, dtype: str, scan_layers: bool) -> tuple[dic
     family = family_of(fields)
     weights = unwrapped(read_weights(path.parent))
     try:
-        check_layers(weights, family.num_layers, family.keys.checked(fields).get(family.num_layers, 1))
-        config = _lm_config(family, fields, weights, dtype, scan_layers)
+        known = family.keys.checked(fields)
+        check_layers(weights, family.num_layers, known.get(family.num_layers, 1))
+        config = _lm_config(family, known, _own_section(fields), weights, dtype=dtype, scan_layers=scan_layers)
     except KeyError as error:
         raise UserError(f"'{path}' lacks {error} of {family.title}.") from None
     except (TypeError, AttributeError, ArithmeticError) as error:
@@ -123,23 +124,28 @@ def _config_text(family: Family, config: LMConfig, told: Fields) -> str:
     return json.dumps(fields | told | {OWN_SECTION: own}, indent=2, default=np.generic.item) + "\n"
 
 
-def _lm_config(
-    family: Family, fields: Fields, weights: Mapping[str, np.ndarray], dtype: str, scan_layers: bool
-) -> LMConfig:
+def _own_section(fields: Fields) -> Fields:
     own = fields.get(OWN_SECTION, {})
     if not isinstance(own, dict):
         raise TypeError(f"{OWN_SECTION} is {own!r:.60}, which is no dict of a model")
-    values = family.values(family.keys.checked(fields), weights)
+    return own
+
+
+def _lm_config(
+    family: Family, known: Fields, own: Fields, weights: Mapping[str, np.ndarray], **computation: Any
+) -> LMConfig:
+    values = family.values(known, weights)
     values |= {name: own[name] for name in (*TRAINING_FIELDS, *PADDING_FIELDS) if name in own}
-    return configs.build(LMConfig, values | {"dtype": dtype, "scan_layers": scan_layers})
+    return configs.build(LMConfig, values | computation)
 
 
 def _read_back(name: str, fields: Fields, config: LMConfig) -> LMConfig:
     """Return what config.json is read as, after a check that it is the model's config."""
     width = np.broadcast_to(np.float32(0), (2 * config.hidden_dim, config.d_model))  # the MLP's, of no memory
-    family = LAYOUTS[name]
+    family, computation = LAYOUTS[name], {"dtype": config.dtype, "scan_layers": config.scan_layers}
     try:
-        read = _lm_config(family, fields, {FIRST_MLP_KEY: width}, config.dtype, config.scan_layers)
+        known, weights = family.keys.checked(fields), {FIRST_MLP_KEY: width}
+        read = _lm_config(family, known, _own_section(fields), weights, **computation)
     except (UserError, TypeError) as error:
         raise UserError(
             f"The layout of {family.title} has no place for this model: {str(error).rstrip('.')}."

@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 from tests.bad_inputs.cases import Call, Command
 
 D, F, ROWS = 8, 16, 264
-FIELDS = {"n_embd": D, "n_layer": 1, "n_head": 2, "n_inner": F, "vocab_size": 257, "based_jax": {"tokenizer": "bytes"}}
+FIELDS = {"n_embd": D, "n_layer": 1, "n_head": 2, "n_inner": F, "vocab_size": 257, "rotary_emb_fraction": 0.5}
+FIELDS |= {"based_jax": {"tokenizer": "bytes"}}
 LAYER = "transformer.layers.0."
 WEIGHTS = {
     "transformer.embeddings.word_embeddings.weight": (ROWS, D),
