@@ -150,3 +150,21 @@ class FewTokensCall(NamedTuple):
 
     x: Float[Array, "M D"]
     kernel: Float[Array, "D E"]
+
+
+class FewTokensProductsCall(NamedTuple):
+    """The products of few tokens (M, D) and each of several matrices (D, E), whose E may differ."""
+
+    x: Float[Array, "M D"]
+    kernels: tuple[Float[Array, "D _"], ...]
+
+
+class FewTokensNormCall(NamedTuple):
+    """An addition of x @ kernel + bias, (M, D) and (D, E), to the stream r (M, E), and the sum's RMS norm."""
+
+    r: Float[Array, "M E"]
+    x: Float[Array, "M D"]
+    kernel: Float[Array, "D E"]
+    bias: Float[Array, "E"] | None
+    scale: Float[Array, "E"]
+    eps: float

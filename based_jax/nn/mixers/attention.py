@@ -170,7 +170,7 @@ class Attention(Mixer):
         return self._out(o), state
 
     @override
-    def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
+    def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
         if self.policy is None:
             o, after = self.read_token(x, state)
         else:
