@@ -6,7 +6,7 @@ softmax, recurrent states and the loss are fp32 whatever it is.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, override
 
 import einops
@@ -130,13 +130,14 @@ def torch_linear(
 
 
 def linear_part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int | None) -> Float[Array, "*B _"]:
-    """Return the channels from `begin` to `end`, None for the last, of a linear layer without a bias, as one product.
+    """Return the channels from `begin` to `end`, None for the last, of a linear layer, as one product.
 
     To cut the output of one product, and to join its gradient, costs a GPU more than several products do, if XLA does
     not join small ones itself (`xla_gpu_dot_merger_threshold_mb`).
     """
-    assert layer.bias is None and (end or 0) <= layer.out_features
-    return multiply(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)[:, begin:end])
+    assert (end or 0) <= layer.out_features
+    y = multiply(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)[:, begin:end])
+    return y if layer.bias is None else y + per_channel(layer.bias[...][begin:end], y)
 
 
 def split(y: Shaped[Array, "..."], sections: int | Sequence[int], axis: int = -1) -> list[Shaped[Array, "..."]]:
@@ -223,6 +224,21 @@ class SwiGLU(nnx.Module):
         return self.fc2(gated(self.fc1, x))
 
 
+class GELU(nnx.Module):
+    """MLP with biases: fc2(gelu(fc1(x))), the exact GELU (arXiv 1606.08415).
+
+    Source: HazyResearch/zoology:zoology/mixers/mlp.py, `MLP`.
+    """
+
+    def __init__(self, d_model: int, d_hidden: int, init: Init):
+        self.fc1 = linear(d_model, d_hidden, ("embed", "mlp"), init, bias=True)
+        self.fc2 = linear(d_hidden, d_model, ("mlp", "embed"), init.out, bias=True)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Apply to each token."""
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
 class Identity(nnx.Module):
     """No MLP, as in zoology's MQAR models: the block then adds its second norm's output to the residual."""
 
@@ -234,17 +250,22 @@ class Identity(nnx.Module):
         return x
 
 
-MLPS = {"swiglu": SwiGLU, "identity": Identity, "none": None}
+MLPS = {"swiglu": SwiGLU, "gelu": GELU, "identity": Identity, "none": None}
 
 
 def rotary(
-    x: Float[Array, "B T H K"], positions: Int[Array, "T"] | Int[Array, "#B T"], dim: int, base: float
+    x: Float[Array, "B T H K"],
+    positions: Int[Array, "T"] | Int[Array, "#B T"],
+    dim: int,
+    base: float,
+    scaling: Callable[[Float[Array, "_"]], Float[Array, "_"]] = lambda frequencies: frequencies,
 ) -> Float[Array, "B T H K"]:
     """Rotate pairs (j, j + R/2) of the first R components by position * base^(-2j/dim); the others pass.
 
     An odd `dim` has ceil(dim/2) frequencies, so R is dim + 1 (flash-attention v2.5.2, as attn-1b uses it with 35).
+    `scaling` makes others of these frequencies.
     """
-    frequencies = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1))
+    frequencies = scaling(base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1)))
     half = frequencies.shape[0]
     angles = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
     cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))

@@ -91,6 +91,11 @@ class Mixer(nnx.Module):
         return 0
 
     @property
+    def rows_are_apart(self) -> bool:
+        """Whether a prefill takes no other way for a row because of what others of its batch have read."""
+        return True
+
+    @property
     def head_counts(self) -> dict[str, int]:
         """The heads that a device of the mesh axis "tensor" has its share of, by what the options call them."""
         names = ("num_heads", "num_kv_heads")

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import FewTokensCall
+from based_jax.ops.decode_calls import FewTokensCall
 from based_jax.ops.dispatch import Implementation, dispatch, not_run
 from based_jax.ops.hopper import few_tokens as hopper_few_tokens
 

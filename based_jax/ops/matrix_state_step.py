@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from based_jax.dims import BHKV, BHV
-from based_jax.ops.calls import MatrixStepCall
 from based_jax.ops.decays import as_dplr
+from based_jax.ops.decode_calls import MatrixStepCall
 from based_jax.ops.dispatch import Implementation
 from based_jax.ops.hopper import matrix_state_step as hopper_matrix_state_step
 from based_jax.ops.precision import EXACT

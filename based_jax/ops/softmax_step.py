@@ -17,7 +17,8 @@ from based_jax.dims import BHK, BHV, BSGK, BSGV
 from based_jax.errors import UserError
 from based_jax.ops import sharded, softmax
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import AttentionCall, AttentionStepCall
+from based_jax.ops.calls import AttentionCall
+from based_jax.ops.decode_calls import AttentionStepCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.triton import attention_step as triton_step
 

@@ -25,7 +25,7 @@ from based_jax.dims import BHEV, BTHK, BTHV
 from based_jax.errors import UserError, unknown
 from based_jax.ops import sharded
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import RecentTokens, TaylorDecodeCall, TaylorState, TaylorSums
+from based_jax.ops.decode_calls import RecentTokens, TaylorDecodeCall, TaylorState, TaylorSums
 from based_jax.ops.dispatch import Implementation, dispatch, not_run
 from based_jax.ops.hopper import taylor_decode as hopper_taylor_decode
 from based_jax.ops.linear_attention import normalise, with_ones

@@ -45,8 +45,9 @@ def outputs(q, k, v, values, scales, normaliser, before) -> jax.Array:
       before: recent tokens of each row that are not of q, (B,) int32.
     """
     (batch, tokens, heads, keys), (*_, features, value_dim) = q.shape, values.shape
-    tiles = (triton.next_power_of_2(size) for size in (keys, value_dim))
-    cut = Cut(tokens, heads, keys, value_dim, features, k.shape[2], *tiles, scales is not None, TILE_ROWS)
+    key_tile, value_tile = triton.next_power_of_2(keys), triton.next_power_of_2(value_dim)
+    sizes = tokens, heads, keys, value_dim, features, k.shape[2]
+    cut = Cut(*sizes, key_tile, value_tile, scales is not None, TILE_ROWS)
     arrays = [q, k, v, values, scales, normaliser, before]
     types = [Type((batch, tokens, heads, value_dim), v.dtype)]
     [o] = launch(taylor_decode, heads, arrays, types, warps=WARPS, stages=STAGES, cut=cut)

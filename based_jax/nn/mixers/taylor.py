@@ -9,7 +9,7 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops import taylor, taylor_decode
-from based_jax.ops.calls import TaylorState
+from based_jax.ops.decode_calls import TaylorState
 from based_jax.ops.dispatch import beside
 
 PROJECTIONS = {f"proj_{name}/kernel": f"proj_{name}.weight" for name in "qkv"}

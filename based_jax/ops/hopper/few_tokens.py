@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from based_jax.ops.calls import FewTokensCall
+from based_jax.ops.decode_calls import FewTokensCall
 from based_jax.ops.hopper import limits
 
 MOST_TOKENS, TILE_TOKENS, SIZE_MULTIPLE = 128, 64, 64

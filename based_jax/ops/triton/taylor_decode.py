@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 from based_jax import devices
 from based_jax.dims import BTHK, BTHV
 from based_jax.ops import sharded
-from based_jax.ops.calls import BHWK, BHWV, TaylorDecodeCall, TaylorSums
+from based_jax.ops.decode_calls import BHWK, BHWV, TaylorDecodeCall, TaylorSums
 from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.triton import limits
 

@@ -11,7 +11,7 @@ from helpers.tpu_compiler import SLICES, compiled_text, needs_libtpu
 from helpers.tpu_interpreter import interpreted
 
 from based_jax.errors import UserError
-from based_jax.ops.calls import RecentTokens, TaylorDecodeCall
+from based_jax.ops.decode_calls import RecentTokens, TaylorDecodeCall
 from based_jax.ops.dispatch import recorded_choices
 from based_jax.ops.taylor import taylor_attention
 from based_jax.ops.taylor_decode import FORMATS, holding, initial_state, taylor_attention_decode, total

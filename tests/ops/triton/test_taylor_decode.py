@@ -8,7 +8,7 @@ from helpers.cases import parametrize_some
 from helpers.devices import gpus
 
 from based_jax.errors import UserError
-from based_jax.ops.calls import RecentTokens, TaylorDecodeCall
+from based_jax.ops.decode_calls import RecentTokens, TaylorDecodeCall
 from based_jax.ops.dispatch import recorded_choices
 from based_jax.ops.taylor import taylor_attention
 from based_jax.ops.taylor_decode import IMPLEMENTATIONS, holding, initial_state, taylor_attention_decode
