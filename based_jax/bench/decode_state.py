@@ -1,6 +1,8 @@
 """The state that decoding keeps: filled without reading a text, its bytes, and those of them that a token moves."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,22 +12,39 @@ from jaxtyping import Array, Int
 from based_jax.nn.cache import TokenCache
 from based_jax.ops.calls import TaylorState
 
+WEIGHT_SCALE = 0.02
+"""Standard deviation of random weights: sums and gates of many stay small."""
+
+
+def random_weights(shapes: Any, key: Array) -> Any:
+    """Return arrays of some shapes, normal numbers. Those of one shape are drawn by one program, compiled once."""
+    return _drawn(_random_weight, shapes, key)
+
 
 def random_state(shapes: Any, key: Array) -> Any:
     """Return caches of some shapes: small positive numbers, the same for all rows, and no token counted.
 
     What a step costs depends on none of them. Normalisers, which are sums, stay above 0.
     """
+    return _drawn(_random_sums, shapes, key)
+
+
+def _drawn(draw: Callable, shapes: Any, key: Array) -> Any:
     leaves, structure = jax.tree.flatten(shapes)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(structure, [_random(x, k) for x, k in zip(leaves, keys, strict=True)])
+    arrays = [draw(x.shape, x.dtype, k) for x, k in zip(leaves, jax.random.split(key, len(leaves)), strict=True)]
+    return jax.tree.unflatten(structure, arrays)
 
 
-def _random(x: jax.ShapeDtypeStruct, key: Array) -> Array:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.zeros(x.shape, x.dtype)
-    of_a_row = x.shape[-3:]
-    return jnp.broadcast_to(jax.random.uniform(key, of_a_row, minval=0.01, maxval=0.1), x.shape).astype(x.dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _random_weight(shape: tuple[int, ...], dtype: Any, key: Array) -> Array:
+    return WEIGHT_SCALE * jax.random.normal(key, shape, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _random_sums(shape: tuple[int, ...], dtype: Any, key: Array) -> Array:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.zeros(shape, dtype)
+    return jnp.broadcast_to(jax.random.uniform(key, shape[-3:], minval=0.01, maxval=0.1), shape).astype(dtype)
 
 
 def at_length(caches: Any, length: Int[Array, ""]) -> Any:

@@ -86,7 +86,7 @@ class _Decoded:
     def measure(self, profiled: bool) -> dict[str, Any]:
         """Return how fast tokens are decoded, and what it takes."""
         subject, program, tokens = self.programs.subject, self.programs[self.key], self.effort.tokens
-        state = jax.jit(lambda: new_rows(subject.caches(self.size.batch, self.room)))()
+        state = new_rows(subject.caches(self.size.batch, self.room))
         runner = Runner(program.step, state, [(subject.decoder.params, jnp.int32(self.size.context))])
         del state  # lest what is used up is held
         with clocks.recorded(jax.devices()[0]) as clock:

@@ -1,6 +1,7 @@
 """One row per measurement: an operation, a shape, an implementation and a pass, beside its floor and its peers."""
 
 import functools
+import itertools
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -11,8 +12,8 @@ import jax
 from based_jax import devices
 from based_jax.bench import rows, torch_peers
 from based_jax.bench.cases import arrays_of, results_of
-from based_jax.bench.catalogue import OPERATIONS, timed_case, timed_operation
-from based_jax.bench.catalogue.operation import FORWARD, Arrays, Case, Shape
+from based_jax.bench.catalogue import OPERATIONS, TimedShape, timed_case, timed_operation
+from based_jax.bench.catalogue.operation import FORWARD, Arrays, Case
 from based_jax.bench.defaults import REPEATS
 from based_jax.bench.timing import device_microseconds, sets_past_cache
 from based_jax.errors import UserError, unknown
@@ -32,19 +33,25 @@ SHAPE_SETS = {"table": TABLE_SHAPES, "lengths": LENGTH_SHAPES, "batches": BATCH_
 
 def measure(
     names: Sequence[str],
-    shapes: Sequence[Shape],
+    shapes: Sequence[TimedShape],
     *,
     impls: Sequence[str] = (),
     peers: bool = False,
     repeats: int = REPEATS,
 ) -> Iterator[dict]:
-    """Yield a row for every operation, shape (B, H, T), implementation and pass, as soon as it is measured.
+    """Yield a row for every operation, shape, implementation and pass, as soon as it is measured.
+
+    A shape is (B, H, T), or with dims of its own (B, H, T, K, V).
 
     `impls` limits implementations and peers to those named. What cannot run yields a row with `error` and no times.
 
     Raises:
-      UserError: there is no GPU, or no operation has an implementation or peer of that name.
+      UserError: there is no GPU, no operation has an implementation or peer of that name, or the dims are impossible.
     """
+    for name, shape in itertools.product(names, shapes):
+        timed_case(name, shape, "auto")
+    if peers and any(len(shape) > 3 for shape in shapes):
+        raise UserError("Peers are timed at BxHxT, with the usual dims: leave out --peers, or the dims.")
     device = jax.devices()[0]
     if device.platform != "gpu":
         raise UserError(f"'bench' measures GPU kernels, and the device here is {device.device_kind}.")
@@ -64,7 +71,7 @@ def measure(
                     yield row | facts | {"versions": facts["versions"] | torch_peers.versions()}
 
 
-def _ours(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
+def _ours(name: str, shape: TimedShape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
     operation = timed_operation(name)
     chosen = operation.impls(impls) if impls else operation.usual_impls
     wanted = [(timed_case(name, shape, impl), which) for impl in chosen for which in operation.passes]
@@ -79,7 +86,7 @@ def _timed(ready: futures.Future, sets: Sequence[tuple], which: str, repeats: in
     return device_microseconds(ready.result(), [given(x, which) for x in sets], repeats)
 
 
-def _theirs(name: str, shape: Shape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
+def _theirs(name: str, shape: TimedShape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
     for impl, peer in torch_peers.PEERS.get(name, {}).items():
         if impls and impl not in impls:
             continue
@@ -160,10 +167,15 @@ def _normal(key: jax.Array, shapes: Mapping[str, jax.ShapeDtypeStruct], scales: 
     return {name: x * scales[name] if name in scales else x for name, x in drawn.items()}
 
 
-def _row(name: str, impl: str, shape: Shape, which: str, timed: Callable[[], float], kind: str) -> dict:
-    batch, heads, time = shape
+def place(name: str, impl: str, shape: TimedShape, which: str) -> dict:
+    """Return what says which call a row is of."""
+    batch, heads, time, *dims = shape
     row = {"op": name, "impl": impl, "pass": which, "batch": batch, "heads": heads, "seq_len": time}
-    case = timed_case(name, shape, impl)
+    return row | ({"dims": dims} if dims else {})
+
+
+def _row(name: str, impl: str, shape: TimedShape, which: str, timed: Callable[[], float], kind: str) -> dict:
+    row, case = place(name, impl, shape, which), timed_case(name, shape, impl)
     size, flops = OPERATIONS[case.operation].cost(case, which)
     floor = floor_microseconds(size, flops, kind)
     row["floor_microseconds"] = floor and round(floor, 2)

@@ -22,8 +22,8 @@ from pathlib import Path
 import jax
 
 from based_jax.bench import kernels
-from based_jax.bench.catalogue import timed_case, timed_operation
-from based_jax.bench.catalogue.operation import Case, Shape
+from based_jax.bench.catalogue import TimedShape, timed_case, timed_operation
+from based_jax.bench.catalogue.operation import Case
 from based_jax.bench.timing import breakdown
 from based_jax.errors import UserError
 
@@ -73,10 +73,10 @@ class TimedSelection:
     """
 
     names: Sequence[str]
-    shapes: Sequence[Shape]
+    shapes: Sequence[TimedShape]
     impls: Sequence[str] = ()
 
-    def calls(self) -> Iterator[tuple[str, Shape, str]]:
+    def calls(self) -> Iterator[tuple[str, TimedShape, str]]:
         """Yield (name, shape, implementation) of each call."""
         for name in self.names:
             operation = timed_operation(name)
@@ -105,7 +105,7 @@ def timelines(selection: TimedSelection) -> Iterator[dict]:
     for name, shape, impl in selection.calls():
         for which in timed_operation(name).passes:
             try:
-                yield place(name, impl, shape, which) | timeline(timed_case(name, shape, impl), which)
+                yield kernels.place(name, impl, shape, which) | timeline(timed_case(name, shape, impl), which)
             except Exception as error:  # the others are still worth a look
                 print(f"{name} {shape} {impl} {which}: {type(error).__name__}: {str(error)[:300]}", flush=True)
 
@@ -121,11 +121,6 @@ def timeline(case: Case, which: str) -> dict:
     return {"view": "call"} | times | {"kernels": parts}
 
 
-def place(name: str, impl: str, shape: Shape, which: str) -> dict:
-    """Return what says which call a row is of."""
-    return {"op": name, "impl": impl, "pass": which} | dict(zip(("batch", "heads", "seq_len"), shape, strict=True))
-
-
 def launch(selection: TimedSelection, path: Path) -> None:
     """Run all passes of each call once, and write how many kernels each launches."""
     found = []
@@ -133,7 +128,7 @@ def launch(selection: TimedSelection, path: Path) -> None:
         case, which = timed_case(name, shape, impl), timed_operation(name).passes[-1]
         call = kernels.compiled(case, which)
         count = len(CUSTOM_CALL.findall(call.as_text() or ""))
-        found.append(place(name, impl, shape, which) | {"launches": count})
+        found.append(kernels.place(name, impl, shape, which) | {"launches": count})
         jax.block_until_ready(call(*kernels.given(kernels.inputs(case, 1)[0], which)))
         print(found[-1], flush=True)
     path.write_text(json.dumps(found))

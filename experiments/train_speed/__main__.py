@@ -3,6 +3,8 @@
 python -m experiments.train_speed run [--only=TEXT] [--peers]    times each point; rows are appended
 python -m experiments.train_speed table                          writes the README's tables from the rows
 python -m experiments.train_speed plot                           draws them
+
+`python -m experiments.train_speed.operations` times single operations.
 """
 
 import os
@@ -18,7 +20,7 @@ import pandas as pd
 from based_jax.bench.rows import read
 from based_jax.pictures.tables import filled, markdown
 from experiments import commands
-from experiments.train_speed import plots
+from experiments.train_speed import operations, plots
 
 FOLDER = Path(__file__).parent
 ROWS, README = FOLDER / "results" / "train.jsonl", FOLDER / "README.md"
@@ -99,6 +101,7 @@ def write_tables() -> None:
     """Write the README's tables."""
     rows = read(ROWS)
     tables = {"models": models_table(rows), "times": times_table(rows), "peers": peers_table(rows)}
+    tables |= {"operations": operations.table(read(operations.ROWS))}
     README.write_text(filled(README.read_text(), tables))
 
 
@@ -125,13 +128,18 @@ def _told(point: Point, row: dict | None) -> dict[str, str]:
         | {"of it": f"{row['tokens_per_second'] / point.goal:.0%}"}
         | {name.upper(): f"{row[name]:.1%}" for name in ("mfu", "hfu", "mbu") if name in row}
         | {"recomputes": row["remat"], "GiB at most": _gib(row), "s to compile": f"{row['compile_seconds']:.0f}"}
-        | {"idle, copies (ms of a step)": _gaps(row), "device": row["device"]}
+        | {"idle, copies (ms of a step)": _gaps(row)}
+        | {"clock, power": _clock(row), "device": row["device"]}
     )
 
 
 def _gaps(row: dict) -> str:
     found = row["breakdown"]
     return f"{found['idle']:.1f}, {found['copies']:.1f} of {found['milliseconds']:.0f}" if found else ""
+
+
+def _clock(row: dict) -> str:
+    return f"{row['sm_clock_mhz']:,.0f} MHz, {row['watts']:.0f} W" if "watts" in row else ""
 
 
 def times_table(rows: Sequence[dict]) -> str:

@@ -220,15 +220,24 @@ def test_a_row_prints_its_numbers():
     assert line(measured).split()[-4:] == ["28.79", "1.39", "2.12", "291"]
 
 
-@pytest.mark.parametrize("text", ["8x16", "8x16x0", "axbxc", "8x16x2048x2", "tables"])
+@pytest.mark.parametrize("text", ["8x16", "8x16x0", "axbxc", "8x16x2048x0", "tables"])
 def test_a_wrong_shape_is_named(text, capsys):
     assert main(["bench", "kernels", "--shapes", text]) == 2
     assert f"'{text}' is no shape" in capsys.readouterr().err
 
 
+def test_a_call_may_have_dims_of_its_own():
+    shape = parse_shape("8x16x2048x16x112")
+    assert timed_case("taylor_attention", shape, "xla").dims == (16, 112)
+    assert kernels.place("taylor_attention", "xla", shape, FORWARD)["dims"] == [16, 112]
+    with pytest.raises(UserError, match="leave out --peers, or the dims"):
+        next(kernels.measure(["taylor_attention"], [shape], peers=True))
+
+
 def test_bad_input_is_one_sentence(capsys):
     assert parse_shape("8x16x2048") == (8, 16, 2048)
     for words, message in (
+        (["--shapes", "8x16x2048x2"], "taylor_attention has 2 dims after BxHxT (16x64 by itself), not 1."),
         (["--ops", "nothing"], "Unknown operation 'nothing'"),
         (["--repeats", "0"], "repeats is 0"),
         ([], "measures GPU kernels, and the device here is cpu"),

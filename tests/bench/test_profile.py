@@ -3,7 +3,7 @@
 import pytest
 
 from based_jax.__main__ import main
-from based_jax.bench import profile
+from based_jax.bench import kernels, profile
 from based_jax.bench.catalogue import TIMED
 
 RAW = """==PROF== Connected
@@ -19,7 +19,7 @@ RAW = """==PROF== Connected
 
 
 def test_launches_are_those_of_their_calls(capsys):
-    call = profile.place("taylor_attention", "hopper_chunks", (8, 16, 2048), "forward+backward")
+    call = kernels.place("taylor_attention", "hopper_chunks", (8, 16, 2048), "forward+backward")
     rows = profile.launches(RAW, [call | {"launches": 2}])
     assert [row["kernel"] for row in rows] == ["taylor_sums", "taylor_forward"]
     first = rows[0]
@@ -31,7 +31,7 @@ def test_launches_are_those_of_their_calls(capsys):
 
 def test_a_call_is_printed_with_its_kernels():
     parts = [{"kernel": "taylor_forward", "launches": 1, "microseconds": 30.0}]
-    call = profile.place("taylor_attention", "hopper_chunks", (8, 16, 2048), "forward")
+    call = kernels.place("taylor_attention", "hopper_chunks", (8, 16, 2048), "forward")
     row = {"view": "call", **call, "microseconds": 31.5, "idle_microseconds": 1.5, "kernels": parts}
     assert profile.line(row) == "taylor_attention (8,16,2048) forward: 31.5 us, idle 1.5: taylor_forward=30.0"
 

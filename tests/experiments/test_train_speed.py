@@ -1,7 +1,10 @@
 """The tables and the picture of whole training steps, from rows as `bench train` writes them."""
 
+import pytest
+
+from based_jax.bench.catalogue import timed_case, timed_operation
 from experiments.train_speed import __main__ as train_speed
-from experiments.train_speed import plots
+from experiments.train_speed import operations, plots
 
 BREAKDOWN = {
     "milliseconds": 240.04,
@@ -51,3 +54,21 @@ def test_the_picture(tmp_path):
     assert [bar.name for bar in panels["1.3B"]] == ["based_1b, 8 x 2,048", "jla:kda-1p3b, 8 x 2,048"]
     drawn = plots.draw(panels, train_speed.devices(found), tmp_path / "speed")
     assert {path.suffix for path in drawn} == {".png", ".svg", ".pdf"} and all(path.stat().st_size for path in drawn)
+
+
+@pytest.mark.parametrize("timed", operations.TIMED, ids=lambda timed: f"{timed.op} {timed.shape}")
+def test_operations_are_those_of_the_catalogue(timed):
+    table = timed_operation(timed.op).table
+    cases = [timed_case(timed.op, timed.shape, impl) for impl in timed.impls]
+    assert all(case.impl in table and case.dims == timed.shape[3:] for case in cases)
+
+
+def test_an_operation_stands_beside_its_goal():
+    call = {"op": "taylor_attention", "impl": "hopper_chunks", "batch": 8, "heads": 16, "seq_len": 2048}
+    other = call | {"pass": "forward", "microseconds": 64.2, "floor_microseconds": 28.8}
+    own = other | {"dims": [16, 112], "microseconds": 131.4, "floor_microseconds": 41.1}
+    both = own | {"pass": "forward+backward", "microseconds": 402.0, "floor_microseconds": 110.0}
+    lines = operations.table([other, own, both]).splitlines()
+    [line] = [line for line in lines if "taylor_attention" in line]
+    assert "| `hopper_chunks` | 131 / 402 | 100 / 330 | 41 / 110 |" in line
+    assert sum("not measured" in line for line in lines) == len(lines) - 3

@@ -1,5 +1,7 @@
 """The catalogue of operations: what checks, times and profiles know of each, one file a family."""
 
+import dataclasses
+
 from based_jax.bench.catalogue import (
     cached_attention,
     convolutions,
@@ -14,8 +16,11 @@ from based_jax.bench.catalogue import (
     taylor,
     taylor_decode,
 )
-from based_jax.bench.catalogue.operation import Case, Operation, Shape
-from based_jax.errors import unknown
+from based_jax.bench.catalogue.operation import Case, Operation
+from based_jax.errors import UserError, unknown
+
+TimedShape = tuple[int, ...]
+"""(B, H, T), and the dims of `Case` where they are not the usual ones."""
 
 OPERATIONS: dict[str, Operation] = {
     "taylor_attention": taylor.TAYLOR_ATTENTION,
@@ -73,6 +78,15 @@ def timed_operation(name: str) -> Operation:
     return OPERATIONS[TIMED[name]]
 
 
-def timed_case(name: str, shape: Shape, impl: str) -> Case:
-    """Return the case that a name in the benchmark stands for, of (B, H, T)."""
-    return timed_operation(name).timed[name](shape).by(impl)
+def timed_case(name: str, shape: TimedShape, impl: str) -> Case:
+    """Return the case that a name in the benchmark stands for, of (B, H, T) or, with dims of its own, (B, H, T, K, V).
+
+    Raises:
+      UserError: the operation has another number of dims.
+    """
+    batch, heads, time, *dims = shape
+    case = timed_operation(name).timed[name]((batch, heads, time)).by(impl)
+    if dims and len(dims) != len(case.dims):
+        usual = "x".join(map(str, case.dims)) or "none"
+        raise UserError(f"{name} has {len(case.dims)} dims after BxHxT ({usual} by itself), not {len(dims)}.")
+    return dataclasses.replace(case, dims=tuple(dims)) if dims else case

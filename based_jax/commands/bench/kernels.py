@@ -3,6 +3,7 @@
 examples:
   python -m based_jax bench kernels --ops all --out=rows.jsonl
   python -m based_jax bench kernels --ops taylor_attention --shapes 8x16x2048 --peers
+  python -m based_jax bench kernels --ops taylor_attention --shapes 8x16x2048x16x112
 """
 
 import argparse
@@ -14,7 +15,7 @@ from based_jax.commands.parser import out_file
 from based_jax.errors import UserError, unknown
 
 HEADER = (
-    f"{'operation':22}{'implementation':22}{'(B,H,T)':>16} {'pass':17}"
+    f"{'operation':22}{'implementation':22}{'(B,H,T)':>22} {'pass':17}"
     f"{'us':>10}{'floor':>9}{'ratio':>8}{'TB/s':>7}{'TFLOP/s':>9}"
 )
 
@@ -26,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--impls", nargs="+", default=[], help="implementations and peers (default: the accelerated ones and 'xla')"
     )
     parser.add_argument(
-        "--shapes", nargs="+", default=["table"], help="BxHxT, table, lengths, batches or short (default: table)"
+        "--shapes",
+        nargs="+",
+        default=["table"],
+        help="BxHxT, BxHxTxKxV or a set: table, lengths, batches, short",
     )
     parser.add_argument("--peers", action="store_true", help="measure PyTorch's libraries in the same run")
     parser.add_argument(
@@ -76,8 +80,8 @@ def parse_names(ops: Sequence[str]) -> list[str]:
 
 def line(row: dict) -> str:
     """Return a row of the printed table."""
-    shape = "({batch},{heads},{seq_len})".format(**row)
-    start = f"{row['op']:22}{row['impl']:22}{shape:>16} {row['pass']:17}"
+    shape = f"({','.join(map(str, (row['batch'], row['heads'], row['seq_len'], *row.get('dims', ()))))})"
+    start = f"{row['op']:22}{row['impl']:22}{shape:>22} {row['pass']:17}"
     if "error" in row:
         return f"{start} {row['error']}"
     numbers = (row[name] for name in ("floor_microseconds", "ratio_to_floor", "terabytes_per_second", "teraflops"))
@@ -85,14 +89,16 @@ def line(row: dict) -> str:
     return f"{start}{row['microseconds']:10.1f}{next(cells):>9}{next(cells):>8}{next(cells):>7}{next(cells):>9}"
 
 
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """Return (B, H, T) of "BxHxT".
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Return (B, H, T) of "BxHxT", with the dims after it if there are any.
 
     Raises:
       UserError: the text is no shape.
     """
     parts = text.split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
-        raise UserError(f"'{text}' is no shape: give BxHxT, such as 8x16x2048, or table, lengths, batches or short.")
-    batch, heads, time = map(int, parts)
-    return batch, heads, time
+    if len(parts) < 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise UserError(
+            f"'{text}' is no shape: give BxHxT, such as 8x16x2048, with other dims as in 8x16x2048x16x112, or "
+            "table, lengths, batches or short."
+        )
+    return tuple(map(int, parts))
