@@ -2,21 +2,19 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
 
-from based_jax import parallel
-from based_jax.dims import BD, BP, BTD, SegmentIds
+from based_jax.dims import BP, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.init_recipes import initialise
 from based_jax.nn.mixers import build_mixer
+from based_jax.nn.stream import Stream
 from based_jax.ops.dispatch import target_platform
-from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
 
 REMAT_POLICIES = {
     "none": None,
@@ -30,32 +28,6 @@ def remat_of(remat: str) -> str:
     if remat != "auto":
         return remat
     return "none" if target_platform() == "cuda" else "dots"
-
-
-class Stream(NamedTuple):
-    """The residual stream r, and the output y of a layer that is still to be added: the norm after it does both."""
-
-    r: Float[Array, "*B D"]
-    y: Float[Array, "*B D"] | None = None
-
-    def filled(self, dtype) -> "Stream":
-        """Return the stream with an output to add, of zeros if there is none, as a loop over layers carries it."""
-        return self if self.y is not None else Stream(self.r, jnp.zeros_like(self.r, dtype))
-
-    def total(self) -> Float[Array, "*B D"]:
-        """Return the stream with nothing left to add."""
-        return self.r if self.y is None else self.r + self.y
-
-    def constrained(self) -> "Stream":
-        """Return the stream with rows and tokens over the mesh, lest XLA gathers activations instead of weights."""
-        return jax.tree.map(parallel.constrain_tokens, self)
-
-    def normed(self, norm: Any, dtype) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
-        """Return the stream with nothing left to add, and its norm by an `nnx.RMSNorm` or `nnx.LayerNorm`."""
-        scale, options = norm.scale[...], {"eps": norm.epsilon, "dtype": dtype}
-        if isinstance(norm, nnx.RMSNorm):
-            return residual_rms_norm(*self, scale, **options)
-        return residual_layer_norm(*self, scale, norm.bias[...], **options)
 
 
 class Block(nnx.Module):
@@ -95,10 +67,23 @@ class Block(nnx.Module):
         stream, cache = self._through(Stream(r), lambda x: self.mixer.prefill(x, cache, segment_ids))
         return stream.total(), cache
 
-    def step(self, r: BD, cache):
-        """Update the residual stream of one token; return it and the cache after it."""
-        stream, cache = self._through(Stream(r), lambda x: self.mixer.step(x, cache))
-        return stream.total(), cache
+    def step(self, stream: Stream, cache):
+        """Return the stream after one token, with the last addition left to the next norm, and the cache after it."""
+        with jax.named_scope(self.kind):
+            stream, cache = self.mixer.step_whole(stream, self.norm1, cache) or self._mixed(stream, cache)
+        if self.mlp is None:
+            return stream.constrained(), cache
+        with jax.named_scope("mlp"):
+            return (self.mlp.step_whole(stream, self.norm2) or self._fed(stream)).constrained(), cache
+
+    def _mixed(self, stream: Stream, cache) -> tuple[Stream, Any]:
+        r, x = stream.normed(self.norm1, self.dtype)
+        y, cache = self.mixer.step(x, cache)
+        return Stream(r, y), cache
+
+    def _fed(self, stream: Stream) -> Stream:
+        r, x = stream.normed(self.norm2, self.dtype)
+        return Stream(r, self.mlp(x))
 
     def _through(self, stream: Stream, mix: Callable, positions: BP | None = None) -> tuple[Stream, Any]:
         with jax.named_scope(self.kind):
@@ -109,8 +94,7 @@ class Block(nnx.Module):
         if self.mlp is None:
             return stream.constrained(), cache
         with jax.named_scope("mlp"):
-            r, x = stream.normed(self.norm2, self.dtype)
-            return Stream(r, self.mlp(x)).constrained(), cache
+            return self._fed(stream).constrained(), cache
 
 
 class Stack(nnx.Module):
@@ -160,9 +144,17 @@ class Stack(nnx.Module):
         """Update the residual stream of the next tokens; return it and the caches after them."""
         return self._run(_through(lambda block, r, cache: block.prefill(r, cache, segment_ids)), r, caches)
 
-    def step(self, r: BD, caches):
-        """Update the residual stream of one token; return it and the caches after it."""
-        return self._run(_through(lambda block, r, cache: block.step(r, cache)), r, caches)
+    def step(self, stream: Stream, caches) -> tuple[Stream, Any]:
+        """Return the stream after one token, as `Block.step` does, and the caches after it."""
+        if self.repeats == 1:
+            return self._run(_through(lambda block, stream, cache: block.step(stream, cache)), stream, caches)
+
+        def total(block, r, cache):
+            stream, cache = block.step(Stream(r), cache)
+            return stream.total(), cache
+
+        r, caches = self._run(_through(total), stream.total(), caches)
+        return Stream(r), caches
 
     def _run(self, forward: Callable, r, caches) -> tuple[Any, Any]:
         """Call `forward(blocks, r, caches)` for each copy of the pattern, rematerialised as the config says."""

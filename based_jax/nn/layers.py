@@ -18,8 +18,10 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from based_jax.dims import BP, DropoutKey
 from based_jax.errors import UserError
+from based_jax.nn.stream import Stream
 from based_jax.ops.few_tokens import few_tokens_gated
 from based_jax.ops.projection import are_decoded, multiply, project
+from based_jax.ops.token_layer import token_mlp
 
 INIT_STD = 0.02
 NORM_EPS = 1e-5
@@ -222,6 +224,13 @@ class SwiGLU(nnx.Module):
         """Apply to each token."""
         return self.fc2(gated(self.fc1, x))
 
+    def step_whole(self, stream: Stream, norm: Any) -> Stream | None:
+        """Return a stream of one token with its last addition made, and the MLP of its norm to be added, or None."""
+        if not stream.is_of_one_token(norm):
+            return None
+        kernels = (x.kernel[...].astype(x.dtype) for x in (self.fc1, self.fc2))
+        return Stream(*token_mlp(stream.r, stream.pieces(), norm.scale[...], *kernels, eps=norm.epsilon))
+
 
 class Identity(nnx.Module):
     """No MLP, as in zoology's MQAR models: the block then adds its second norm's output to the residual."""
@@ -232,6 +241,9 @@ class Identity(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Return x."""
         return x
+
+    def step_whole(self, stream: Stream, norm: Any) -> None:
+        """Return None: there is no operation for a norm alone."""
 
 
 MLPS = {"swiglu": SwiGLU, "identity": Identity, "none": None}

@@ -15,6 +15,7 @@ from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn.cache import Cache
 from based_jax.nn.layers import LARGEST_SIZE, Init
+from based_jax.nn.stream import Stream
 from based_jax.ops import segments
 from based_jax.ops.arguments import checked
 from based_jax.ops.dispatch import Implementation, beside
@@ -130,6 +131,13 @@ class Mixer(nnx.Module):
         """Mix one token and return the cache after it."""
         y, state = self._step(x, cache.state)
         return y, cache._replace(state=state)
+
+    def step_whole(self, stream: Stream, norm: Any, cache: Cache) -> tuple[Stream, Cache] | None:
+        """Mix one token of the norm of a stream, where the mixer has an operation for both; else None.
+
+        Returns the stream with its last addition made and the output to be added, and the cache after the token.
+        """
+        return None
 
     @abc.abstractmethod
     def _initial_state(self, batch: int, max_len: int) -> Any:

@@ -434,6 +434,43 @@ class FewTokensCall(NamedTuple):
     kernel: Float[Array, "D E"]
 
 
+class Pieces(NamedTuple):
+    """What is to be added to a residual stream of B tokens, in pieces (P, B, D) that add up to it.
+
+    Attributes:
+      marks: zeros that the kernel which reads them counts in, from the kernel that made them.
+    """
+
+    sums: Float[Array, "P B D"]
+    marks: Int[Array, "_"] | None = None
+
+
+class TokenMLPCall(NamedTuple):
+    """A residual addition, the RMS norm, and a gated MLP (D, 2F), (F, D) of tokens (B, D)."""
+
+    r: BD
+    y: Pieces | None
+    scale: Channels
+    first: Float[Array, "D joint"]
+    second: Float[Array, "F D"]
+    eps: float
+
+
+class TokenConvCall(NamedTuple):
+    """The same with a gated short convolution between the two matrices, both with biases."""
+
+    r: BD
+    y: Pieces | None
+    scale: Channels
+    first: Float[Array, "D joint"]
+    bias: JointBias
+    kernel: Float[Array, "W F"]
+    state: Float[Array, "B W F"]
+    second: Float[Array, "F D"]
+    last_bias: Channels
+    eps: float
+
+
 class CrossEntropyCall(NamedTuple):
     """Losses of hidden rows (N, D) through a table (V, D); labels (N), as in `based_jax/labels.py`."""
 

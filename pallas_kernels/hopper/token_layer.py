@@ -38,6 +38,8 @@ STEPS_AHEAD = 2
 """Whose loads are under way while one's are multiplied."""
 EARLY_CHUNKS = GROUPS
 """Of the second matrix that are on their way before the first is read."""
+MARKS = 16
+"""The most pieces; each has a mark."""
 MOST_PIECE_BYTES = 192 * 1024
 """Of the second matrix in shared memory."""
 LANE_VECTOR = 8
@@ -67,7 +69,11 @@ class Plan(NamedTuple):
         chunks, strips = hidden // CHUNK_ROWS, width // STRIP_COLUMNS
         if width % (CHUNK_ROWS * GROUPS // CHUNK_STEPS) or hidden % CHUNK_ROWS or not width * hidden:
             return None
-        found = [cls(width, hidden, n) for n in range(1, chunks + 1) if chunks % n == 0 and n * strips <= multiprocessors]
+        found = [
+            cls(width, hidden, n)
+            for n in range(1, chunks + 1)
+            if chunks % n == 0 and n <= MARKS and n * strips <= multiprocessors
+        ]
         plan = found[-1] if found and found[-1].writers <= multiprocessors else None
         return plan if plan and plan.piece_rows * STRIP_COLUMNS * 2 <= MOST_PIECE_BYTES else None
 
@@ -118,7 +124,7 @@ def gated_mlp(r, y, scale, first, second, marks, *, eps: float, multiprocessors:
       y: pieces of what is to be added to it, (P, D) fp32 or bf16.
       scale: of the norm, (D,) fp32.
       first: (D, 2F) bf16, values before gates, and second, (F, D) bf16.
-      marks: zeros, (P,) int32, which are used up.
+      marks: zeros, (MARKS,) int32, which are used up.
     """
 
     def gate(value, gate, place):
@@ -129,9 +135,7 @@ def gated_mlp(r, y, scale, first, second, marks, *, eps: float, multiprocessors:
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "multiprocessors"))
-def gated_conv(
-    r, y, scale, first, bias, kernel, state, second, last_bias, marks, *, eps: float, multiprocessors: int
-):
+def gated_conv(r, y, scale, first, bias, kernel, state, second, last_bias, marks, *, eps: float, multiprocessors: int):
     """Return the same of a gated short convolution, and its last inputs (W, F), in the place of those given.
 
     Args:
@@ -167,7 +171,7 @@ def _half_layer(
     """Return t, pieces, marks and the states; `middle(value, gate, place, *refs)` makes h of a block's columns."""
     plan = Plan.of(*second.shape[::-1], multiprocessors)
     assert plan is not None, f"no plan for matrices {first.shape} and {second.shape}"
-    assert marks.shape == (plan.pieces,)
+    assert marks.shape == (MARKS,)
     biases = [] if last_bias is None else [last_bias.reshape(-1, STRIP_COLUMNS)]
 
     def body(r_ref, y_ref, scale_ref, first_ref, second_ref, *refs):
@@ -191,7 +195,7 @@ def _half_layer(
                 @pl.when(block == 0)
                 def _():
                     total_ref[...] = total
-                    for p in range(plan.pieces):
+                    for p in range(MARKS):
                         next_marks_ref[p] = jnp.int32(0)
 
                 plgpu.barrier_arrive(ready)
@@ -325,7 +329,10 @@ def _added(totals, x_tile, n, parts, layout) -> list:
     """Return sums with those of a step's rows, which are parts of the same rows of x, added."""
     chunk, rows = _place(n)
     x = plgpu.load(x_tile.at[0, chunk, :, rows], layout=layout.reduce(2), optimized=False)
-    return [t + lax.broadcast_in_dim(x, t.shape, [0, 1]) * part.astype(jnp.float32) for t, part in zip(totals, parts)]
+    return [
+        t + lax.broadcast_in_dim(x, t.shape, [0, 1]) * part.astype(jnp.float32)
+        for t, part in zip(totals, parts, strict=True)
+    ]
 
 
 def _normed(x_tile, r_ref, y_ref, scale_ref, eps: float):

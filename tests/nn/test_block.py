@@ -10,8 +10,9 @@ from jax._src.ad_checkpoint import saved_residuals
 
 from based_jax.errors import UserError
 from based_jax.nn import block
-from based_jax.nn.block import REMAT_POLICIES, Block, Stack, Stream, repeating_patterns
+from based_jax.nn.block import REMAT_POLICIES, Block, Stack, repeating_patterns
 from based_jax.nn.lm import LMConfig
+from based_jax.nn.stream import Stream
 
 D, T = 16, 9
 PATTERN = (("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 4}))
@@ -26,7 +27,7 @@ def test_residual_stream_is_fp32(dtype, normal):
     block, r = Block(*PATTERN[0], config(dtype=dtype), rngs=nnx.Rngs(0)), normal(2, T, D)
     out = jax.jit(lambda block, r: block.extend(Stream(r)).total())(block, r)
     prefilled, cache = jax.jit(lambda block, r: block.prefill(r, block.init_cache(2, T)))(block, r)
-    stepped, _ = jax.jit(lambda block, r, cache: block.step(r, cache))(block, r[:, 0], cache)
+    stepped, _ = jax.jit(lambda block, r, cache: (block.step(Stream(r), cache)[0].total(), None))(block, r[:, 0], cache)
     assert {x.dtype for x in (out, prefilled, stepped)} == {jnp.dtype("float32")}
     assert cache.state.dtype == dtype
     assert not np.array_equal(out, out.astype(jnp.bfloat16))
@@ -113,7 +114,7 @@ def test_arrays_of_another_number_of_repeats_are_refused():
     stack, other = (Stack(PATTERN, repeats, config(), rngs=nnx.Rngs(0)) for repeats in (2, 3))
     r, cache = jnp.zeros((1, T, D)), stack.init_cache(1, T)
     with pytest.raises(UserError, match=r"cache '0/state' .* repeated 2 times has shape \(3, .*its first axis is 2\.$"):
-        stack.step(r[:, 0], other.init_cache(1, T))
+        stack.step(Stream(r[:, 0]), other.init_cache(1, T))
     nnx.update(stack, nnx.state(other))
     for call in (lambda: stack.extend(Stream(r)), lambda: stack.prefill(r, cache)):
         with pytest.raises(UserError, match=r"parameter '0/.*' of a pattern .* 2 times has shape \(3,"):
