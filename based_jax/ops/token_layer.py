@@ -38,8 +38,8 @@ def token_mlp(
       scale: of the norm.
       first: (D, 2F), values before gates.
       second: (F, D).
-      impl: "xla_products", "hopper_token" (one Mosaic GPU kernel; one token, bf16 matrices, D a multiple of 256 and F
-        of 128, at most 4,096; on one device; without a gradient) or "auto".
+      impl: "xla_products", "hopper_token" (one Mosaic GPU kernel; one token, bf16 matrices, D and F multiples of
+        128, F at most 4,096; on one device; without a gradient) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.

@@ -5,10 +5,10 @@
     f = u silu(g)                                     the MLP
     f = silu(sum_w kernel_w u_w) g, u_W = u           the convolution, whose last inputs move on where they lie
 
-A block has GATED_COLUMNS columns of u and of g, for which it makes the norm itself, and then a strip of the second
-matrix's columns and a piece of its rows. The first matrix comes straight to registers, since copies by TMA take as long
-for a row of 64 bytes as for one of 128; the second's part is on its way to shared memory meanwhile. The blocks that
-wrote a piece of h are counted in global memory, and those that read it wait for them: all are at work at once.
+A block has PART_COLUMNS columns of u and of g, for which it makes the norm itself, and then a strip of the second
+matrix's columns and a piece of its rows. Both matrices come through one ring of chunks, so that the second's is on its
+way while h is made and exchanged: the blocks that wrote a piece of it are counted in global memory, and those that read
+it wait for them. All blocks are at work at once.
 """
 
 import functools
@@ -26,34 +26,29 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper import stream
 from pallas_kernels.hopper.mosaic import WARP_LANES, WARPS, keep_plain, load_global, load_shared, save
 
-GROUPS = 4
-"""Warpgroups of a block."""
-GATED_COLUMNS, STRIP_COLUMNS = 32, 64
+GROUPS = 2
+"""Warpgroups of a block; each has every second chunk, and a ring of its own."""
+SLOTS = 6
+"""Of a ring."""
+PARTS, PART_COLUMNS = 2, 32
+"""Of a chunk: of the first matrix values and gates, of the second columns that lie beside each other."""
+STRIP_COLUMNS = PARTS * PART_COLUMNS
 WARP_ROWS = 32
 CHUNK_ROWS = WARPS * WARP_ROWS
-STEP_ROWS = WARP_ROWS // 2
-"""Of a warp, which a warpgroup multiplies at once."""
-CHUNK_STEPS = WARP_ROWS // STEP_ROWS
-STEPS_AHEAD = 2
-"""Whose loads are under way while one's are multiplied."""
-EARLY_CHUNKS = GROUPS
-"""Of the second matrix that are on their way before the first is read."""
 MARKS = 16
 """The most pieces; each has a mark."""
-MOST_PIECE_BYTES = 192 * 1024
-"""Of the second matrix in shared memory."""
 LANE_VECTOR = 8
 """Columns that lie beside each other in a lane."""
 
-
-def _layout(columns: int):
-    """Return the layout of a step's rows with so many columns."""
-    rows = WARP_LANES * LANE_VECTOR // columns
-    tiling = plgpu.Tiling(((WARPS, rows, columns), (LANE_VECTOR,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
-
-
-GATED, STRIP = _layout(GATED_COLUMNS), _layout(STRIP_COLUMNS)
+SHAPE = (WARPS, WARP_ROWS, PART_COLUMNS)
+LAYOUT = plgpu.Layout.TILED(
+    plgpu.Tiling(((WARPS, WARP_LANES * LANE_VECTOR // PART_COLUMNS, PART_COLUMNS), (LANE_VECTOR,))),
+    warp_dims=(-4,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
+"""Of a part of a chunk."""
+ROWS, COLUMNS = LAYOUT.reduce(2), LAYOUT.reduce(0).reduce(0)
 
 
 class Plan(NamedTuple):
@@ -67,49 +62,44 @@ class Plan(NamedTuple):
     def of(cls, width: int, hidden: int, multiprocessors: int) -> "Plan | None":
         """Return the plan of a half layer, or None where its blocks are not all at work at once."""
         chunks, strips = hidden // CHUNK_ROWS, width // STRIP_COLUMNS
-        if width % (CHUNK_ROWS * GROUPS // CHUNK_STEPS) or hidden % CHUNK_ROWS or not width * hidden:
+        if width % CHUNK_ROWS or hidden % CHUNK_ROWS or not width * hidden:
             return None
-        found = [
-            cls(width, hidden, n)
-            for n in range(1, chunks + 1)
-            if chunks % n == 0 and n <= MARKS and n * strips <= multiprocessors
-        ]
-        plan = found[-1] if found and found[-1].writers <= multiprocessors else None
-        return plan if plan and plan.piece_rows * STRIP_COLUMNS * 2 <= MOST_PIECE_BYTES else None
+        fitting = [n for n in range(1, MARKS + 1) if chunks % n == 0 and n * strips <= multiprocessors]
+        plan = cls(width, hidden, max(fitting, default=1))
+        return plan if plan.grid <= multiprocessors else None
 
     @property
     def writers(self) -> int:
         """The blocks that have columns of the first matrix."""
-        return self.hidden // GATED_COLUMNS
+        return self.hidden // PART_COLUMNS
 
     @property
     def strips(self) -> int:
+        """Of the columns of the second matrix."""
         return self.width // STRIP_COLUMNS
 
     @property
     def grid(self) -> int:
+        """All blocks."""
         return max(self.writers, self.strips * self.pieces)
 
     @property
-    def piece_rows(self) -> int:
-        return self.hidden // self.pieces
+    def chunks(self) -> int:
+        """Of the rows of the first matrix."""
+        return self.width // CHUNK_ROWS
 
     @property
     def piece_chunks(self) -> int:
-        return self.piece_rows // CHUNK_ROWS
-
-    @property
-    def steps(self) -> int:
-        """Of a warpgroup over the first matrix."""
-        return self.width // CHUNK_ROWS * CHUNK_STEPS // GROUPS
+        """Of a piece of the rows of the second matrix."""
+        return self.hidden // CHUNK_ROWS // self.pieces
 
     def scratch(self) -> list:
-        rows = max(self.width // CHUNK_ROWS, self.piece_chunks)
+        """Return what a block keeps: x or h, the rings, sums by warp, and barriers."""
         return [
-            plgpu.SMEM((1, rows, WARPS, WARP_ROWS), jnp.float32),
-            plgpu.SMEM((self.piece_chunks, WARPS, WARP_ROWS, STRIP_COLUMNS), jnp.bfloat16),
-            plgpu.SMEM((GROUPS, WARPS, STRIP_COLUMNS), jnp.float32),
-            plgpu.Barrier(num_arrivals=1, num_barriers=self.piece_chunks),
+            plgpu.SMEM((1, max(self.chunks, self.piece_chunks), WARPS, WARP_ROWS), jnp.float32),
+            plgpu.SMEM((GROUPS, SLOTS, PARTS, *SHAPE), jnp.bfloat16),
+            plgpu.SMEM((GROUPS, WARPS, PARTS, PART_COLUMNS), jnp.float32),
+            plgpu.Barrier(num_arrivals=PARTS, num_barriers=GROUPS * SLOTS),
             plgpu.Barrier(num_arrivals=1),
             plgpu.Barrier(num_arrivals=GROUPS),
         ]
@@ -147,7 +137,7 @@ def gated_conv(r, y, scale, first, bias, kernel, state, second, last_bias, marks
 
     def convolve(value, gate, place, bias_ref, kernel_ref, state_ref):
         def load(ref, i):
-            return load_global(ref.at[(i, *place)], _of_columns(GATED)).astype(jnp.float32)
+            return load_global(ref.at[(i, *place)], COLUMNS).astype(jnp.float32)
 
         def rounded(x, i):
             return (x + load(bias_ref, i)).astype(first.dtype).astype(jnp.float32)
@@ -172,7 +162,7 @@ def _half_layer(
     plan = Plan.of(*second.shape[::-1], multiprocessors)
     assert plan is not None, f"no plan for matrices {first.shape} and {second.shape}"
     assert marks.shape == (MARKS,)
-    biases = [] if last_bias is None else [last_bias.reshape(-1, STRIP_COLUMNS)]
+    biases = [] if last_bias is None else [last_bias.reshape(-1, PART_COLUMNS)]
 
     def body(r_ref, y_ref, scale_ref, first_ref, second_ref, *refs):
         bias_refs, refs = refs[: len(biases)], refs[len(biases) :]
@@ -183,28 +173,26 @@ def _half_layer(
         leads, block = lax.axis_index("group") == 0, lax.axis_index("block")
         piece, strip = lax.div(block, plan.strips), lax.rem(block, plan.strips)
         reads, writes = piece < plan.pieces, block < plan.writers
-        fetch = functools.partial(_fetch, second_ref, tiles, filled, piece, strip, reads, plan)
+        inputs = [block * PART_COLUMNS + i * plan.hidden for i in range(PARTS)]
+        outputs = [(strip * PARTS + i) * PART_COLUMNS for i in range(PARTS)]
+        first = _Source(first_ref, 0, jnp.where(writes, plan.chunks, 0), inputs)
+        second = _Source(second_ref, piece * plan.piece_chunks, jnp.where(reads, plan.piece_chunks, 0), outputs)
+        ring = _Ring(tiles, filled, [first, second])
 
-        fetch(0, EARLY_CHUNKS)
+        @pl.when(leads)
+        def _():
+            total = _normed(x_tile, r_ref, y_ref, scale_ref, eps)
 
-        def norm():
-            @pl.when(leads)
+            @pl.when(block == 0)
             def _():
-                total = _normed(x_tile, r_ref, y_ref, scale_ref, eps)
+                total_ref[...] = total
+                for i in range(MARKS):
+                    next_marks_ref[i] = jnp.int32(0)
 
-                @pl.when(block == 0)
-                def _():
-                    total_ref[...] = total
-                    for p in range(MARKS):
-                        next_marks_ref[p] = jnp.int32(0)
+            plgpu.barrier_arrive(ready)
 
-                plgpu.barrier_arrive(ready)
-
-            plgpu.barrier_wait(ready)
-
-        column = jnp.minimum(block, plan.writers - 1) * GATED_COLUMNS
-        later = functools.partial(fetch, EARLY_CHUNKS, plan.piece_chunks)
-        _leave(parts, _first_product(first_ref, x_tile, (column, plan.hidden + column), plan.steps, norm, later))
+        plgpu.barrier_wait(ready)
+        _leave(parts, ring.walk(0, x_tile))
         plgpu.barrier_arrive(done)
 
         @pl.when(leads)
@@ -214,8 +202,7 @@ def _half_layer(
             @pl.when(writes)
             def _():
                 place = lax.div(block, WARPS), lax.rem(block, WARPS)
-                value, gate = (_sum(parts, pl.ds(i * GATED_COLUMNS, GATED_COLUMNS), GATED) for i in range(2))
-                save(h_ref.at[place], middle(value, gate, place, *extras, *state_refs))
+                save(h_ref.at[place], middle(*_sums(parts), place, *extras, *state_refs))
                 plgpu.commit_smem()
                 _signal(marks_ref.at[lax.div(block, plan.piece_chunks * WARPS)])
 
@@ -229,11 +216,7 @@ def _half_layer(
             plgpu.barrier_arrive(ready)
 
         plgpu.barrier_wait(ready)
-
-        @pl.when(reads)
-        def _():
-            _leave(parts, [_second_product(tiles, x_tile, filled, plan.piece_chunks)])
-
+        _leave(parts, ring.walk(1, x_tile))
         plgpu.barrier_arrive(done)
 
         @pl.when(leads)
@@ -242,11 +225,11 @@ def _half_layer(
 
             @pl.when(reads)
             def _():
-                total = _sum(parts, pl.ds(0, STRIP_COLUMNS), STRIP)
-                for bias in bias_refs:
-                    own = load_global(bias.at[strip], _of_columns(STRIP))
-                    total += own * (piece == 0).astype(jnp.float32)
-                save(sums_ref.at[piece, strip], total)
+                for i, total in enumerate(_sums(parts)):
+                    for bias in bias_refs:
+                        own = load_global(bias.at[strip * PARTS + i], COLUMNS)
+                        total += own * (piece == 0).astype(jnp.float32)
+                    save(sums_ref.at[piece, strip * PARTS + i], total)
 
     vector = jax.ShapeDtypeStruct((1, plan.width // CHUNK_ROWS, WARPS, WARP_ROWS), jnp.float32)
     kernel = plgpu.kernel(
@@ -254,7 +237,7 @@ def _half_layer(
         out_type=[
             vector,
             jax.ShapeDtypeStruct((plan.hidden // CHUNK_ROWS, WARPS, WARP_ROWS), first.dtype),
-            jax.ShapeDtypeStruct((plan.pieces, plan.strips, STRIP_COLUMNS), jnp.float32),
+            jax.ShapeDtypeStruct((plan.pieces, plan.width // PART_COLUMNS, PART_COLUMNS), jnp.float32),
             jax.ShapeDtypeStruct(marks.shape, marks.dtype),
         ],
         scratch_types=plan.scratch(),
@@ -272,98 +255,82 @@ def _half_layer(
     return total.reshape(-1), sums.reshape(len(sums), -1), next_marks, *(x[...] for x in states)
 
 
-def _fetch(matrix, tiles, filled, piece, strip, reads, plan: Plan, first: int, end: int) -> None:
-    """Start copying a piece's chunks from `first` on, each by a warpgroup."""
-    for n in range(first, min(end, plan.piece_chunks)):
+class _Source(NamedTuple):
+    """Chunks of a matrix (chunks, WARPS, WARP_ROWS, E): the first, how many, and where each part's columns begin."""
 
-        @pl.when(reads & (lax.axis_index("group") == n % GROUPS))
-        def _(n=n):
-            part = matrix.at[piece * plan.piece_chunks + n, :, :, pl.ds(strip * STRIP_COLUMNS, STRIP_COLUMNS)]
-            plgpu.copy_gmem_to_smem(part, tiles.at[n], filled.at[n])
-
-
-def _place(n):
-    """Return the chunk of a warpgroup's step n, and which rows of each of its warps."""
-    step = n * GROUPS + lax.axis_index("group")
-    return lax.div(step, CHUNK_STEPS), pl.ds(lax.rem(step, CHUNK_STEPS) * STEP_ROWS, STEP_ROWS)
+    matrix: jax.Array
+    first: jax.Array | int
+    chunks: jax.Array
+    columns: list
 
 
-def _first_product(matrix, x_tile, columns, steps: int, norm: Callable, later: Callable) -> list:
-    """Return the sums of x times rows of the matrix, of some columns each, over the rows that a lane has."""
+class _Ring:
+    """A warpgroup's chunks of one matrix after another on their way to shared memory."""
 
-    def load(n):
-        chunk, rows = _place(n)
-        return [load_global(matrix.at[chunk, :, rows, pl.ds(c, GATED_COLUMNS)], GATED) for c in columns]
+    def __init__(self, tiles, filled, sources: list[_Source]):
+        """Start the copies of the first chunks."""
+        self.tiles, self.filled, self.sources, self.group = tiles, filled, sources, lax.axis_index("group")
+        self.counts = [lax.div(source.chunks + GROUPS - 1 - self.group, GROUPS) for source in sources]
+        for n in range(SLOTS):
+            self._fetch(n)
 
-    ahead = [load(n) for n in range(min(STEPS_AHEAD, steps))]
-    norm()
-    totals = [_zeros(GATED_COLUMNS, GATED) for _ in columns]
-    for n in range(steps):
-        if n + STEPS_AHEAD < steps:
-            ahead.append(load(n + STEPS_AHEAD))
-        if n == max(0, steps - STEPS_AHEAD - 1):
-            later()
-        totals = _added(totals, x_tile, n, ahead.pop(0), GATED)
-    return totals
+    def walk(self, i: int, x_tile):
+        """Return the sums of the chunks of source i, times those of x, over the rows that a lane has."""
+        begin = sum(self.counts[:i])
 
+        def step(n, totals):
+            slot = lax.rem(begin + n, SLOTS)
+            x = plgpu.load(x_tile.at[0, n * GROUPS + self.group], layout=ROWS, optimized=False)
+            plgpu.barrier_wait(self._arrival(slot))
+            x = lax.broadcast_in_dim(x, SHAPE, [0, 1])
+            parts = [load_shared(self.tiles.at[self.group, slot, p], LAYOUT) for p in range(PARTS)]
+            plgpu.commit_smem()
+            self._fetch(begin + n + SLOTS)
+            return tuple(total + x * part for total, part in zip(totals, parts, strict=True))
 
-def _second_product(tiles, x_tile, filled, chunks: int):
-    """Return the sums of h times a piece's rows, over those that a lane has."""
-    steps = chunks * CHUNK_STEPS
+        zeros = plgpu.layout_cast(jnp.zeros(SHAPE, jnp.float32), LAYOUT)
+        return lax.fori_loop(0, self.counts[i], step, (zeros,) * PARTS)
 
-    def step(n, total):
-        chunk, rows = _place(n)
-        plgpu.barrier_wait(filled.at[chunk])
-        [total] = _added([total], x_tile, n, [load_shared(tiles.at[chunk, :, rows], STRIP)], STRIP)
-        return total
+    def _arrival(self, slot):
+        return self.filled.at[self.group * SLOTS + slot]
 
-    count = lax.div(steps + GROUPS - 1 - lax.axis_index("group"), GROUPS)
-    return lax.fori_loop(0, count, step, _zeros(STRIP_COLUMNS, STRIP))
+    def _fetch(self, n) -> None:
+        before = 0
+        for source, count in zip(self.sources, self.counts, strict=True):
+            pl.when((n >= before) & (n < before + count))(functools.partial(self._copy, source, n - before, n))
+            before += count
 
-
-def _zeros(columns: int, layout):
-    return plgpu.layout_cast(jnp.zeros((WARPS, STEP_ROWS, columns), jnp.float32), layout)
-
-
-def _added(totals, x_tile, n, parts, layout) -> list:
-    """Return sums with those of a step's rows, which are parts of the same rows of x, added."""
-    chunk, rows = _place(n)
-    x = plgpu.load(x_tile.at[0, chunk, :, rows], layout=layout.reduce(2), optimized=False)
-    return [
-        t + lax.broadcast_in_dim(x, t.shape, [0, 1]) * part.astype(jnp.float32)
-        for t, part in zip(totals, parts, strict=True)
-    ]
+    def _copy(self, source: _Source, i, n) -> None:
+        chunk, slot = source.first + i * GROUPS + self.group, lax.rem(n, SLOTS)
+        for p, column in enumerate(source.columns):
+            part = source.matrix.at[chunk, :, :, pl.ds(column, PART_COLUMNS)]
+            plgpu.copy_gmem_to_smem(part, self.tiles.at[self.group, slot, p], self._arrival(slot))
 
 
 def _normed(x_tile, r_ref, y_ref, scale_ref, eps: float):
     """Return r + sum(y), and leave its norm in shared memory."""
-    total = _load_vector(r_ref)
+    scale, total = _load_vector(scale_ref), _load_vector(r_ref)
     for p in range(y_ref.shape[0]):
         total += _load_vector(y_ref.at[pl.ds(p, 1)])
     squares = (total * total).sum(axis=3).sum(axis=1).sum(axis=1)
     inverse = lax.rsqrt(squares * (1.0 / math.prod(r_ref.shape)) + eps)
-    x = total * lax.broadcast_in_dim(inverse, total.shape, [0]) * _load_vector(scale_ref)
+    x = total * lax.broadcast_in_dim(inverse, total.shape, [0]) * scale
     save(x_tile.at[:, pl.ds(0, r_ref.shape[1])], x)
     plgpu.commit_smem()
     return total
 
 
 def _leave(parts, totals) -> None:
-    """Leave a warpgroup's sums by warp, side by side in shared memory."""
-    width = STRIP_COLUMNS // len(totals)
-    for i, total in enumerate(totals):
-        save(parts.at[lax.axis_index("group"), :, pl.ds(i * width, width)], total.sum(axis=1))
+    """Leave a warpgroup's sums by warp in shared memory."""
+    for p, total in enumerate(totals):
+        save(parts.at[lax.axis_index("group"), :, p], total.sum(axis=1))
     plgpu.commit_smem()
 
 
-def _sum(parts, columns, layout):
-    """Return the sums of some columns over all warps."""
+def _sums(parts) -> list:
+    """Return each part's sums over all warps."""
     warps = [(group, warp) for group in range(GROUPS) for warp in range(WARPS)]
-    return sum(load_shared(parts.at[(*warp, columns)], _of_columns(layout)) for warp in warps)
-
-
-def _of_columns(layout):
-    return layout.reduce(0).reduce(0)
+    return [sum(load_shared(parts.at[(*warp, p)], COLUMNS) for warp in warps) for p in range(PARTS)]
 
 
 def _by_row(x):

@@ -11,8 +11,8 @@ from based_jax.dims import BD
 from based_jax.ops.calls import Pieces, TokenConvCall, TokenMLPCall
 from based_jax.ops.hopper import limits
 
-WIDTH_MULTIPLE, HIDDEN_MULTIPLE, BLOCK_COLUMNS, MAX_TAPS = 256, 128, 32, 8
-"""Of D and F; the columns of F that a block has; of a convolution."""
+SIZE_MULTIPLE, MAX_TAPS = 128, 8
+"""Of D and F; of a convolution."""
 
 Inputs = Float[Array, "B W F"]
 
@@ -25,10 +25,10 @@ def supports(call: TokenMLPCall | TokenConvCall) -> str | None:
     for name, x in (("the first matrix", call.first), ("the second matrix", call.second)):
         if x.dtype != jnp.bfloat16:
             return f"{name} must be bfloat16, and is {x.dtype}"
-    if call.first.shape[1] != 2 * hidden or width % WIDTH_MULTIPLE or hidden % HIDDEN_MULTIPLE or not width * hidden:
+    if call.first.shape[1] != 2 * hidden or width % SIZE_MULTIPLE or hidden % SIZE_MULTIPLE or not width * hidden:
         return (
-            f"D must be a multiple of {WIDTH_MULTIPLE} and F of {HIDDEN_MULTIPLE}, and the matrices are"
-            f" {call.first.shape} and {call.second.shape}"
+            f"D and F must be multiples of {SIZE_MULTIPLE}, and the matrices are {call.first.shape} and"
+            f" {call.second.shape}"
         )
     if isinstance(call, TokenConvCall) and len(call.kernel) > MAX_TAPS:
         return f"there must be at most {MAX_TAPS} taps, and are {len(call.kernel)}"
