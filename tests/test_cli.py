@@ -20,11 +20,13 @@ import based_jax
 from based_jax import config as configs
 from based_jax.__main__ import command_line, main
 from based_jax.commands import describe
+from based_jax.commands.serve import LIMITS
 from based_jax.convert import load_hf
 from based_jax.data import packing
 from based_jax.nn.lm import LMConfig
 from based_jax.nn.mixers import MIXERS
 from based_jax.optim import OptimConfig
+from based_jax.serve.limits import Limits
 from based_jax.train.checkpoint import CheckpointConfig
 from based_jax.train.run import TrainConfig, load_run
 
@@ -32,6 +34,7 @@ PRINTS_MUCH = """
 import sys
 from based_jax.__main__ import main
 from based_jax.commands import describe
+from based_jax.commands.serve import LIMITS
 describe.run = lambda args: print("much\\n" * 100_000)
 sys.exit(main())
 """
@@ -140,6 +143,40 @@ def test_train_takes_overrides_and_fills_the_workdir(mqar_run):
     assert {"1", "2"} <= {path.name for path in (mqar_run / "checkpoints").iterdir()}
 
 
+@pytest.mark.long
+def test_recall_is_scored_compared_and_goes_on(capsys, text_run, tmp_path):
+    words = ["eval", "recall", f"--model={text_run}", f"--out={tmp_path / 'rows'}", "--max-length=150", "--limit=3"]
+    out = printed(capsys, *words, "--tasks=squad_questions,phonebook", "--lengths=250,300", "--name=cats")
+    assert [line.split()[:5] for line in out.splitlines()[1:]] == [
+        ["cats", task, length, "1", "3"] for task in ("squad_questions", "phonebook") for length in ("250", "300")
+    ]
+    (first,) = (tmp_path / "rows").glob("*.jsonl")
+    assert first.read_text().count("\n") == 12
+    again = printed(capsys, *words, "--tasks=squad_questions,phonebook", "--lengths=250,300", "--name=cats")
+    assert again == out and list((tmp_path / "rows").glob("*.jsonl")) == [first]
+    out = printed(capsys, "eval", "choices", f"--model={text_run}", "--tasks=lambada,arc_easy", "--limit=3")
+    names = [line.split()[:2] for line in out.splitlines()]
+    assert names == [["lambada", "acc"], ["lambada", "perplexity"], ["arc_easy", "acc"], ["arc_easy", "acc_norm"]]
+    printed(capsys, "eval", "plot", f"--rows={tmp_path / 'rows'}", f"--out={tmp_path / 'pictures'}")
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
+        f"recall.{ending}" for ending in ("md", "png", "svg", "pdf")
+    }
+
+
+@pytest.mark.long
+def test_perplexity_by_slice_is_that_of_the_evaluation(capsys, text_run, tmp_path):
+    """In windows of the run's own length but for what stands before: all tokens together are as likely."""
+    out = printed(capsys, "eval", "perplexity", f"--model={text_run}", "--length=64", f"--out={tmp_path / 'x.csv'}")
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["slice", "tokens", "loss", "perplexity", "accuracy"]
+    assert [line[0] for line in lines[1:4]] == ["all", "recalled", "others"]
+    assert int(lines[1][1]) == int(lines[2][1]) + int(lines[3][1]) > 0
+    assert float(lines[1][2]) == pytest.approx(
+        table(printed(capsys, "eval", f"--workdir={text_run}"))["loss"], rel=0.05
+    )
+    assert (tmp_path / "x.csv").read_text().startswith("slice,tokens,loss,perplexity,accuracy\nall,")
+
+
 def test_eval_prints_the_last_evaluation_of_the_run_or_that_of_a_step(capsys, mqar_run):
     rows = [json.loads(line) for line in (mqar_run / "metrics.jsonl").read_text().splitlines()]
     expected = {k.removeprefix("eval/"): v for k, v in next(r for r in rows if "eval/loss" in r).items() if k != "step"}
@@ -223,7 +260,8 @@ def test_export_writes_the_model_of_the_run(capsys, text_run, tmp_path):
     out = printed(capsys, "export", text_run, *words)
     config, step, model = load_run(text_run)
     written = f"Wrote {model.num_params():,} parameters of step {step} to "
-    assert out == "".join(f"{written}'{tmp_path / path}'.\n" for path in targets.values())
+    layouts = {"hf": " in the layout 'based'"}
+    assert out == "".join(f"{written}'{tmp_path / targets[name]}'{layouts.get(name, '')}.\n" for name in targets)
     loaded = load_hf(tmp_path / "hf", dtype="float32", scan_layers=False)
     assert loaded.config == dataclasses.replace(config.model, mlp_dim=32, layers=loaded.config.layers)
     ids = jax.numpy.arange(12, dtype="int32")[None]
@@ -288,6 +326,11 @@ def test_every_help_has_examples_that_parse(words, monkeypatch):
         if "--help" not in arguments:
             _, others = command_line().parse_known_args(arguments)
             assert all(word.startswith("--config.") for word in others)
+
+
+def test_help_of_serve_has_the_limits_by_default():
+    details = PARSERS[("serve",)].details()
+    assert all(f"--{name.replace('_', '-')}={getattr(Limits(), name)}" in details.split() for name in LIMITS)
 
 
 def test_help_of_train_explains_overrides_and_lists_every_key_and_option(capsys):

@@ -1,6 +1,7 @@
 """Which language model, with which tokenizer, a command is about."""
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING
 
 from based_jax.commands.parser import CommandParser
@@ -8,6 +9,7 @@ from based_jax.errors import UserError
 
 if TYPE_CHECKING:
     from based_jax.data.tokenizer import Tokenizer
+    from based_jax.generate import Decoder
     from based_jax.nn.lm import LM
 
 
@@ -20,6 +22,88 @@ def add_model_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--tokenizer", help="bytes, gpt2 or a tokenizer.json (default: that of the run, or that the folder names)"
     )
+
+
+def add_option_argument(parser: CommandParser) -> None:
+    """Declare options of mixers."""
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="MIXER.NAME=VALUE",
+        help="of all layers of a mixer, as in taylor.flush=16; may be given several times",
+    )
+
+
+def add_decoding_arguments(parser: CommandParser) -> None:
+    """Declare how the model decodes."""
+    parser.add_argument("--dtype", help="what layers compute in, bfloat16 or float32 (default: that of the model)")
+    parser.add_argument(
+        "--flush", type=int, metavar="W", help="Taylor layers write their state every W tokens (default: as the model)"
+    )
+    parser.add_argument(
+        "--state-dtype",
+        help="of Taylor layers' states: float32, or with a --flush of 16 or more bfloat16, int8 or float8_e4m3fn",
+    )
+    add_option_argument(parser)
+
+
+def decoder_of(args: argparse.Namespace, model: "LM") -> "Decoder":
+    """Return the model as the arguments have it decode."""
+    from based_jax.generate import Decoder
+
+    return Decoder.of(model, args.dtype, flush=args.flush, state_dtype=args.state_dtype, options=args.option)
+
+
+def add_model_folder_arguments(parser: CommandParser) -> None:
+    """Declare the model as one folder, of whatever kind."""
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", help="a run on text, or config.json with safetensors or .bin"
+    )
+    parser.add_argument("--dtype", help="what layers compute in, bfloat16 or float32 (default: that of the model)")
+    parser.add_argument("--step", type=int, help="checkpoint of the run (default: the last good one)")
+    parser.add_argument(
+        "--tokenizer", help="bytes, gpt2 or a tokenizer.json (default: that of the run, or that the folder names)"
+    )
+
+
+def load_model_folder(args: argparse.Namespace) -> "tuple[LM, Tokenizer, int | None]":
+    """Return the model and the tokenizer of `args.model`, and the tokens that a run was trained on at once.
+
+    Raises:
+      UserError: the folder is neither a run nor one of weights, cannot be read, or is not of text.
+    """
+    from based_jax.config import CONFIG_FILE
+    from based_jax.folders import local_path
+    from based_jax.train.workdir import CHECKPOINTS_FOLDER
+
+    folder = local_path(args.model, "--model")
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"'{folder}' is neither a run nor a folder of weights: it has no {CONFIG_FILE}.")
+    is_run = (folder / CHECKPOINTS_FOLDER).is_dir()
+    args.workdir, args.hf = (args.model, None) if is_run else (None, args.model)
+    model, tokenizer = load_text_model(args)
+    if args.dtype is not None:
+        model = _computing_in(model, args.dtype)
+    return model, tokenizer, _trained_length(args.model) if is_run else None
+
+
+def _computing_in(model: "LM", dtype: str) -> "LM":
+    """Return a model with the same parameters whose layers compute in this dtype."""
+    from flax import nnx
+
+    from based_jax.nn.lm import LM
+
+    config = dataclasses.replace(model.config, dtype=dtype)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, nnx.state(model))
+
+
+def _trained_length(workdir: str) -> int:
+    from based_jax import config as configs
+    from based_jax.train.run import TrainConfig
+
+    return configs.read(TrainConfig, workdir).data.longest_test
 
 
 def load_text_model(args: argparse.Namespace) -> "tuple[LM, Tokenizer]":

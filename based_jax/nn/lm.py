@@ -10,18 +10,19 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from based_jax import parallel
-from based_jax.dims import BD, BP, BPD, BT, BTD, DropoutKey, Tokens
+from based_jax.dims import BD, BP, BPD, BT, BTD, DropoutKey, SegmentIds, Tokens
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.block import Stack, repeating_patterns, traced_once
+from based_jax.nn.block import Stack, Stream, repeating_patterns, traced_once
 from based_jax.nn.init_recipes import initialise
 from based_jax.nn.lm_config import LMConfig
 from based_jax.nn.mixers import Mixer
-from based_jax.nn.stream import Stream
 from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.cross_entropy import linear_cross_entropy
 from based_jax.ops.embedding import lookup
+
+MLP_MATRICES = {"swiglu": 3, "gelu": 2, "identity": 0, "none": 0}
 
 
 class LM(nnx.Module):
@@ -119,7 +120,7 @@ class LM(nnx.Module):
         return tuple(stack.init_cache(batch, max_len) for stack in self.stacks)
 
     @checked
-    def prefill(self, ids: BT, cache: tuple, segment_ids: BT | None = None) -> tuple[BTD, tuple]:
+    def prefill(self, ids: BT, cache: tuple, segment_ids: SegmentIds | None = None) -> tuple[BTD, tuple]:
         """Read the next tokens of a sequence; return their hidden states and the caches after them."""
 
         def read(stack, stream, old):
@@ -147,7 +148,7 @@ class LM(nnx.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs of one token: mixers, MLPs and head."""
-        mlp = 6 * self.config.d_model * self.config.hidden_dim if self.config.mlp == "swiglu" else 0
+        mlp = 2 * MLP_MATRICES[self.config.mlp] * self.config.d_model * self.config.hidden_dim
         head = 2 * self.config.d_model * self.config.padded_vocab_size
         return sum(mixer.flops_per_token(seq_len) + mlp for mixer in self.mixers()) + head
 

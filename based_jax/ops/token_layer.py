@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BD
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import Channels, JointBias, Pieces, TokenConvCall, TokenMLPCall
+from based_jax.ops.calls import Channels, JointBias
+from based_jax.ops.decode_calls import Pieces, TokenConvCall, TokenMLPCall
 from based_jax.ops.dispatch import Implementation, dispatch, not_run
 from based_jax.ops.gated_conv import gated_short_conv_step
 from based_jax.ops.hopper import token_layer as hopper_token_layer
@@ -75,7 +76,7 @@ def token_conv(
 
 
 def _normed(call: TokenMLPCall | TokenConvCall) -> tuple[BD, BD]:
-    y = None if call.y is None else jnp.sum(call.y.sums, axis=0)
+    y = None if call.y is None else call.y.value()
     return residual_rms_norm(call.r, y, call.scale, eps=call.eps, dtype=call.first.dtype)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from based_jax.nn.block import Stream
 from based_jax.nn.layers import NORMS
-from based_jax.nn.stream import Stream
 from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
 
 

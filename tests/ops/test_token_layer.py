@@ -11,7 +11,7 @@ from based_jax.errors import UserError
 from based_jax.nn.lm import LM
 from based_jax.nn.lm_config import LMConfig
 from based_jax.ops import dispatch
-from based_jax.ops.calls import Pieces
+from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.token_layer import token_conv, token_mlp
 
 D, F, TAPS = 10, 6, 3

@@ -18,7 +18,7 @@ from based_jax.bench.catalogue.operation import (
     moved_bytes,
 )
 from based_jax.ops import token_layer
-from based_jax.ops.calls import Pieces
+from based_jax.ops.decode_calls import Pieces
 
 EPS = 1e-5
 TAPS, TIMED_EXPANSION = 3, 2

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BD
-from based_jax.ops.calls import Pieces, TokenConvCall, TokenMLPCall
+from based_jax.ops.decode_calls import Pieces, TokenConvCall, TokenMLPCall
 from based_jax.ops.hopper import limits
 
 SIZE_MULTIPLE, MAX_TAPS = 128, 8

@@ -1,9 +1,4 @@
-"""Evaluate a trained run: perplexity and accuracy, per segment where the task has several.
-
-examples:
-  python -m based_jax eval --workdir=runs/text
-  python -m based_jax eval --workdir=runs/text --step=1000
-"""
+"""Evaluate a trained run on its own data: perplexity and accuracy, per segment where the task has several."""
 
 import sys
 from argparse import Namespace
@@ -11,11 +6,12 @@ from argparse import Namespace
 from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.distributed import add_distributed_arguments
 from based_jax.commands.parser import CommandParser
+from based_jax.errors import UserError
 
 
 def add_arguments(parser: CommandParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--workdir", required=True, help="folder of a run")
+    parser.add_argument("--workdir", help="folder of a run")
     parser.add_argument("--step", type=int, help="checkpoint to evaluate (default: the last good one)")
     add_distributed_arguments(parser)
     add_compiled_argument(parser)
@@ -23,6 +19,8 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(args: Namespace) -> None:
     """Print every metric of the run's evaluation data."""
+    if args.workdir is None:
+        raise UserError("The following arguments are required: --workdir, or a task; see eval --help.")
     import jax
 
     from based_jax import parallel
