@@ -116,9 +116,9 @@ class Block(nnx.Module):
         with jax.named_scope(self.kind):
             stream, cache = self._mixed(stream, cache)
         if self.mlp is None:
-            return stream, cache
+            return stream.constrained(), cache
         with jax.named_scope("mlp"):
-            return self._fed(stream), cache
+            return self._fed(stream).constrained(), cache
 
     def _mixed(self, stream: Stream, cache) -> tuple[Stream, Any]:
         """Return the stream of one sequence's token after the mixer."""
