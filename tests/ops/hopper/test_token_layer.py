@@ -37,7 +37,7 @@ def conv(a):
     return kernels.gated_conv(*(a[name] for name in names), jnp.zeros(kernels.MARKS, jnp.int32), **OPTIONS)
 
 
-@pytest.mark.parametrize("half", [pytest.param(mlp, marks=pytest.mark.long), conv])
+@pytest.mark.parametrize("half", [mlp, pytest.param(conv, marks=pytest.mark.long)])
 def test_lowers_for_an_h100(half, normal):
     with gpus():
         text = jax.jit(half).trace(arguments(256, 128, normal)).lower(lowering_platforms=("cuda",)).as_text()
