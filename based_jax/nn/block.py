@@ -118,23 +118,23 @@ class Block(nnx.Module):
         if self.mlp is None:
             return stream.constrained(), cache
         with jax.named_scope("mlp"):
-            return self._fed(stream).constrained(), cache
+            return self._fed(self.mlp, stream).constrained(), cache
 
     def _mixed(self, stream: Stream, cache) -> tuple[Stream, Any]:
         """Return the stream of one sequence's token after the mixer."""
-        if found := self.mixer.step_whole(stream.r, stream.pieces(), self.norm1, cache):
-            r, y, cache = found
-        else:
-            r, x = stream.normed(self.norm1, self.dtype)
-            y, cache = self.mixer.step(x, cache)
+        if (found := self.mixer.step_whole(stream.r, stream.pieces(), self.norm1, cache)) is not None:
+            r, pieces, cache = found
+            return Stream(r, pieces), cache
+        r, x = stream.normed(self.norm1, self.dtype)
+        y, cache = self.mixer.step(x, cache)
         return Stream(r, y), cache
 
-    def _fed(self, stream: Stream) -> Stream:
+    def _fed(self, mlp: Callable, stream: Stream) -> Stream:
         """Return the stream of one sequence's token after the MLP."""
-        if isinstance(self.mlp, layers.SwiGLU):
-            return Stream(*self.mlp.step_whole(stream.r, stream.pieces(), self.norm2))
+        if isinstance(mlp, layers.SwiGLU):
+            return Stream(*mlp.step_whole(stream.r, stream.pieces(), self.norm2))
         r, x = stream.normed(self.norm2, self.dtype)
-        return Stream(r, self.mlp(x))
+        return Stream(r, mlp(x))
 
     def _through(self, stream: Stream, mix: Callable, positions: BP | None = None) -> tuple[Stream, Any]:
         with jax.named_scope(self.kind):

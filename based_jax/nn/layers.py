@@ -261,7 +261,7 @@ class SwiGLU(nnx.Module):
         """Apply to each token."""
         return into_stream(self.fc2, gated(self.fc1, x))
 
-    def step_whole(self, r: BD, y: Pieces | None, norm: nnx.RMSNorm) -> tuple[BD, Pieces]:
+    def step_whole(self, r: BD, y: Pieces | None, norm: Any) -> tuple[BD, Pieces]:
         """Return r + y of one sequence's token, and the MLP of its norm, to be added next."""
         kernels = (layer.kernel[...].astype(layer.dtype) for layer in (self.fc1, self.fc2))
         return token_mlp(r, y, norm.scale[...], *kernels, eps=norm.epsilon)

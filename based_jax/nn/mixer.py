@@ -137,7 +137,7 @@ class Mixer(nnx.Module):
         y, state = self._step(x, cache.state)
         return y, cache._replace(state=state)
 
-    def step_whole(self, r: BD, y: Pieces | None, norm: nnx.RMSNorm, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
+    def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
         """Mix the norm of r + y of one sequence's token, where the mixer has one operation for that; else return None.
 
         Returns r + y, what is to be added next, and the cache after the token.

@@ -14,7 +14,7 @@ it wait for them. All blocks are at work at once.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +159,8 @@ def _half_layer(
     name, middle: Callable, given, states, r, y, scale, first, second, last_bias, marks, eps, multiprocessors
 ):
     """Return t, pieces, marks and the states; `middle(value, gate, place, *refs)` makes h of a block's columns."""
-    plan = Plan.of(*second.shape[::-1], multiprocessors)
+    hidden, width = second.shape
+    plan = Plan.of(width, hidden, multiprocessors)
     assert plan is not None, f"no plan for matrices {first.shape} and {second.shape}"
     assert marks.shape == (MARKS,)
     biases = [] if last_bias is None else [last_bias.reshape(-1, PART_COLUMNS)]
@@ -258,7 +259,7 @@ def _half_layer(
 class _Source(NamedTuple):
     """Chunks of a matrix (chunks, WARPS, WARP_ROWS, E): the first, how many, and where each part's columns begin."""
 
-    matrix: jax.Array
+    matrix: Any
     first: jax.Array | int
     chunks: jax.Array
     columns: list
@@ -295,7 +296,7 @@ class _Ring:
         return self.filled.at[self.group * SLOTS + slot]
 
     def _fetch(self, n) -> None:
-        before = 0
+        before: jax.Array | int = 0
         for source, count in zip(self.sources, self.counts, strict=True):
             pl.when((n >= before) & (n < before + count))(functools.partial(self._copy, source, n - before, n))
             before += count

@@ -1,10 +1,9 @@
 """The gated short convolution of Based's language models, "BaseConv" (arXiv 2402.18668, section 4.3)."""
 
 import dataclasses
-from typing import ClassVar, override
+from typing import Any, ClassVar, override
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
@@ -92,8 +91,8 @@ class GatedConv(Mixer):
         return layers.into_stream(self.out_proj, y), state
 
     @override
-    def step_whole(self, r: BD, y: Pieces | None, norm: nnx.RMSNorm, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
-        if self.config.impl != "auto":
+    def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
+        if self.config.impl != "auto" or self.in_proj.bias is None or self.out_proj.bias is None:
             return None
         first, second = (layer.kernel[...].astype(self.dtype) for layer in (self.in_proj, self.out_proj))
         inner = first, self.in_proj.bias[...], self.conv_kernel[...], cache.state, second, self.out_proj.bias[...]
