@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 from based_jax.commands.parser import CommandParser, out_file
-from based_jax.commands.text_models import add_model_folder_arguments, load_model_folder
+from based_jax.commands.text_models import add_model_folder_arguments, find_model_folder, load_model_folder
 from based_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ def run(args: argparse.Namespace) -> None:
     from based_jax.evals.likelihood import Judge
     from based_jax.folders import writing
 
-    model, tokenizer, trained_length = load_model_folder(args)
-    length = args.length or trained_length
+    length = args.length or find_model_folder(args)
     if length is None:
         raise UserError("A folder of weights has no training length; give --length.")
     slicing = slices.Slicing(length, args.stride or max(length // 2, 1), args.rare)
+    model, tokenizer = load_model_folder(args)
     judge = Judge(model, args.batch_size * length)
     packed = list(_packed(args, cast("TextTokenizer", tokenizer)))
     progress = Progress("Judged", sum(text.count("validation", "tokens") for text in packed), sys.stderr)
