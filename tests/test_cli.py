@@ -20,11 +20,13 @@ import based_jax
 from based_jax import config as configs
 from based_jax.__main__ import command_line, main
 from based_jax.commands import describe
+from based_jax.commands.serve import LIMITS
 from based_jax.convert import load_hf
 from based_jax.data import packing
 from based_jax.nn.lm import LMConfig
 from based_jax.nn.mixers import MIXERS
 from based_jax.optim import OptimConfig
+from based_jax.serve.limits import Limits
 from based_jax.train.checkpoint import CheckpointConfig
 from based_jax.train.run import TrainConfig, load_run
 
@@ -32,6 +34,7 @@ PRINTS_MUCH = """
 import sys
 from based_jax.__main__ import main
 from based_jax.commands import describe
+from based_jax.commands.serve import LIMITS
 describe.run = lambda args: print("much\\n" * 100_000)
 sys.exit(main())
 """
@@ -257,7 +260,8 @@ def test_export_writes_the_model_of_the_run(capsys, text_run, tmp_path):
     out = printed(capsys, "export", text_run, *words)
     config, step, model = load_run(text_run)
     written = f"Wrote {model.num_params():,} parameters of step {step} to "
-    assert out == "".join(f"{written}'{tmp_path / path}'.\n" for path in targets.values())
+    layouts = {"hf": " in the layout 'based'"}
+    assert out == "".join(f"{written}'{tmp_path / targets[name]}'{layouts.get(name, '')}.\n" for name in targets)
     loaded = load_hf(tmp_path / "hf", dtype="float32", scan_layers=False)
     assert loaded.config == dataclasses.replace(config.model, mlp_dim=32, layers=loaded.config.layers)
     ids = jax.numpy.arange(12, dtype="int32")[None]
@@ -322,6 +326,11 @@ def test_every_help_has_examples_that_parse(words, monkeypatch):
         if "--help" not in arguments:
             _, others = command_line().parse_known_args(arguments)
             assert all(word.startswith("--config.") for word in others)
+
+
+def test_help_of_serve_has_the_limits_by_default():
+    details = PARSERS[("serve",)].details()
+    assert all(f"--{name.replace('_', '-')}={getattr(Limits(), name)}" in details.split() for name in LIMITS)
 
 
 def test_help_of_train_explains_overrides_and_lists_every_key_and_option(capsys):

@@ -102,4 +102,4 @@ def test_a_second_ctrl_c_leaves_at_once():
             process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == "Left at the second signal; what was saved before it is whole.\n"
+    assert error == "Ended at once by the second signal; what had been saved by then is complete.\n"

@@ -15,7 +15,8 @@ from helpers.reference_cases import FOLDER, FORWARD, LMS, LOGITS, assert_close, 
 
 from based_jax import config as configs
 from based_jax import convert
-from based_jax.convert.reference import SKELETONS, reference_keys, reference_shapes
+from based_jax.convert.reference import reference_keys, reference_shapes
+from based_jax.convert.skeletons import SKELETONS
 from based_jax.generate import generate
 from based_jax.labels import NO_LABEL
 from based_jax.nn.lm import LM, LMConfig
@@ -25,6 +26,7 @@ from based_jax.optim import decay_groups
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 STACKED = [("tiny_based_lm", False), ("tiny_based_lm", True), ("tiny_attn_lm_even", True), ("zoology_lm_based", False)]
+STACKED += [("zoology_lm_based_mlp", False)]
 STACKED += [("hf_llama_a", True), *(("tiny_mamba_lm", scan) for scan in (False, True))]
 STACKED += [("hf_mamba_a", True), ("hf_rwkv4_lm_a", True)]
 LONG_STACKED = ("tiny_based_lm", True), ("tiny_mamba_lm", False)
@@ -119,20 +121,22 @@ def test_weight_decay_groups(scan_layers):
         assert sorted(key for path in paths for (key,) in keys[path]) == sorted(groups[group])
 
 
-def test_initial_deviations():
+@pytest.mark.parametrize("name", ["zoology_lm_based", pytest.param("zoology_lm_based_mlp", marks=pytest.mark.long)])
+def test_initial_deviations(name):
     """Three sigma of both samples."""
-    model = LM(dataclasses.replace(LMS["zoology_lm_based"], init_recipe="zoology"), rngs=nnx.Rngs(0))
+    model = LM(dataclasses.replace(LMS[name], init_recipe="zoology"), rngs=nnx.Rngs(0))
     ours = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    wanted = load("zoology_lm_based").meta["init_std"]
+    wanted = load(name).meta["init_std"]
     keys = reference_keys(model, "zoology")
     for parts, leaf in ours:
         ((key,),) = keys["/".join(map(str, parts))]
         assert abs(float(jnp.std(leaf[...])) - wanted[key]) <= 6 * wanted[key] / np.sqrt(2 * leaf.size), key
 
 
-def test_state_bytes():
-    model = nnx.eval_shape(lambda: LM(LMS["zoology_lm_based"], rngs=nnx.Rngs(0)))
-    assert 4 * model.state_size(1024) == load("zoology_lm_based").meta["state_size_bytes_seq1024"]
+@pytest.mark.parametrize("name", ["zoology_lm_based", "zoology_lm_based_mlp"])
+def test_state_bytes(name):
+    model = nnx.eval_shape(lambda: LM(LMS[name], rngs=nnx.Rngs(0)))
+    assert 4 * model.state_size(1024) == load(name).meta["state_size_bytes_seq1024"]
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from based_jax.nn.cache import TokenCache
-from based_jax.ops.calls import TaylorState
+from based_jax.ops.decode_calls import TaylorState
 
 WEIGHT_SCALE = 0.02
 """Standard deviation of random weights: sums and gates of many stay small."""

@@ -4,7 +4,6 @@ Nobody reads the context: the cache is filled with random numbers and says how m
 cost of a step nor that of a state depends on what they were.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,7 +20,6 @@ from based_jax.bench.generate_programs import Program, Programs, Subject, new_ro
 from based_jax.bench.generate_size import PREFILLS, UNTIMED_PREFILLS, Effort, Size, check, prompts, roofline
 from based_jax.bench.memory import peak_bytes, program_bytes
 from based_jax.bench.runner import Runner
-from based_jax.errors import UserError, unknown
 from based_jax.generate.prefill import CHUNK_TOKENS, Chunk, chunk_length, chunks
 from based_jax.nn.lm_config import LMConfig
 
@@ -54,25 +52,6 @@ def measure(config: LMConfig, sizes: Sequence[Size], effort: Effort) -> Iterator
         else:
             row |= {"error": "weights and state alone are more than the device's memory"}
         yield row | rows.facts()
-
-
-def with_options(config: LMConfig, options: Sequence[str]) -> LMConfig:
-    """Return a model whose layers of a mixer have other options, each as "taylor.flush=16".
-
-    Raises:
-      UserError: a text is no such thing, the model has no such mixer, or the mixer no such option.
-    """
-    kinds = sorted({kind for kind, _ in config.layers})
-    new: dict[str, dict[str, int | str]] = {kind: {} for kind in kinds}
-    for text in options:
-        name, equals, value = text.partition("=")
-        kind, dot, option = name.partition(".")
-        if not (equals and dot and option):
-            raise UserError(f"'{text}' is no option: give mixer.name=value, such as taylor.flush=16.")
-        if kind not in new:
-            raise unknown("mixer", kind, kinds)
-        new[kind][option] = int(value) if value.isdigit() else value
-    return dataclasses.replace(config, layers=tuple((kind, given | new[kind]) for kind, given in config.layers))
 
 
 class _Decoded:

@@ -87,11 +87,12 @@ def _timed(ready: futures.Future, sets: Sequence[tuple], which: str, repeats: in
 
 
 def _theirs(name: str, shape: TimedShape, impls: Sequence[str], repeats: int, kind: str) -> Iterator[dict]:
+    batch, heads, time = shape
     for impl, peer in torch_peers.PEERS.get(name, {}).items():
         if impls and impl not in impls:
             continue
         for which in timed_operation(name).passes:
-            timed = functools.partial(torch_peers.microseconds, peer, shape, which, repeats)
+            timed = functools.partial(torch_peers.microseconds, peer, (batch, heads, time), which, repeats)
             yield _row(name, impl, shape, which, timed, kind)
 
 

@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> None:
     from based_jax.aot import compiling, programs, report, topology
     from based_jax.bench import rows
     from based_jax.folders import make_folder, writing
-    from based_jax.train.run import TrainConfig
+    from based_jax.train.run import build_config
 
-    config = configs.build(TrainConfig, configs.load(args.config, parse_overrides(args.overrides)))
+    config = build_config(configs.load(args.config, parse_overrides(args.overrides)))
     if args.rows_per_device is not None:
         config = dataclasses.replace(config, rows_per_device=args.rows_per_device, microbatches=1)
     sizes = parse_mesh(args.mesh) or config.mesh

@@ -8,6 +8,7 @@ examples:
   python -m based_jax generate --hf=released/based-360m --prompt="The capital of France is" --max-new-tokens=8
   python -m based_jax generate --workdir=runs/text --prompt= --stop="." --top-p=0.9 --temperature=0.8 --log-probs
   python -m based_jax generate --hf=released/based-360m --prompt="The capital" --flush=16 --state-dtype=bfloat16
+  python -m based_jax generate --workdir=runs/text --prompt="A" --option=window.window=32 --dtype=float32
   python -m based_jax generate --workdir=runs/text --prompt="$(cat article.txt)" --save-state=article.safetensors
   python -m based_jax generate --workdir=runs/text --load-state=article.safetensors --prompt="In short: "
 """
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.distributed import add_distributed_arguments
 from based_jax.commands.parser import CommandParser
-from based_jax.commands.text_models import add_model_arguments, load_text_model
+from based_jax.commands.text_models import add_decoding_arguments, add_model_arguments, decoder_of, load_text_model
 from based_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,14 +51,7 @@ def add_arguments(parser: CommandParser) -> None:
         help="end before this id, as before the end of a text; may be given several times",
     )
     parser.add_argument("--log-probs", action="store_true", help="list the tokens with their log-probabilities")
-    parser.add_argument("--dtype", help="what layers compute in, bfloat16 or float32 (default: that of the model)")
-    parser.add_argument(
-        "--flush", type=int, metavar="W", help="Taylor layers write their state every W tokens (default: as the model)"
-    )
-    parser.add_argument(
-        "--state-dtype",
-        help="of Taylor layers' states: float32, or with a --flush of 16 or more bfloat16, int8 or float8_e4m3fn",
-    )
+    add_decoding_arguments(parser)
     parser.add_argument("--save-state", metavar="FILE", help="write the state after the one prompt to a new file")
     parser.add_argument("--load-state", metavar="FILE", help="each prompt goes on from the state of a file")
     add_distributed_arguments(parser)
@@ -66,7 +60,7 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print each prompt with its continuation as it comes; those behind the first wait until their turn."""
-    from based_jax.generate import Decoder, Request, Sampling, State, stream
+    from based_jax.generate import Request, Sampling, State, stream
     from based_jax.generate.text import encode_prompt
 
     _check_save_state(args)
@@ -88,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
         )
         for number, prompt in enumerate(args.prompt)
     ]
-    decoder = Decoder.of(model, args.dtype, flush=args.flush, state_dtype=args.state_dtype)
-    if args.flush is not None or args.state_dtype is not None:
+    decoder = decoder_of(args, model)
+    if args.flush is not None or args.state_dtype is not None or args.option:
         longest = max(request.length for request in requests) + args.max_new_tokens
         print(f"State of a sequence: {decoder.state_bytes(longest):,} bytes.", file=sys.stderr)
     if args.save_state is not None:

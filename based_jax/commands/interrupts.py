@@ -111,6 +111,6 @@ def _leave_at_second(reader: int) -> None:
             if not number:
                 return
             signals += number[0] in (signal.SIGINT, signal.SIGTERM)
-    sys.stderr.write("Left at the second signal; what was saved before it is whole.\n")
+    sys.stderr.write("Ended at once by the second signal; what had been saved by then is complete.\n")
     sys.stderr.flush()
     os._exit(LEFT_EXIT_CODE)

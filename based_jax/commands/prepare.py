@@ -21,10 +21,10 @@ def add_arguments(parser: CommandParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Pack what is not packed yet; print what there is to train on, and where it is kept."""
     from based_jax import config as configs
-    from based_jax.train.run import TrainConfig
+    from based_jax.train.run import build_config
     from based_jax.train.tasks import TextTask
 
-    config = configs.build(TrainConfig, configs.load(args.config, parse_overrides(args.overrides)))
+    config = build_config(configs.load(args.config, parse_overrides(args.overrides)))
     if not isinstance(config.data, TextTask):
         raise UserError(f"data.kind is '{config.data.kind}', which keeps nothing; it is 'text' to prepare.")
     source = config.data.open(config.batch_size)

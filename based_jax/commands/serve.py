@@ -4,6 +4,7 @@ Only this machine reaches it unless --host says otherwise. Ctrl-C and SIGTERM le
 
 examples:
   python -m based_jax serve --workdir=runs/text
+  python -m based_jax serve --hf=released/based-360m --dtype=bfloat16 --option=taylor.flush=16
   python -m based_jax serve --hf=released/based-360m --host=0.0.0.0 --port=80 --slots=32 --grace=60
 """
 
@@ -11,10 +12,11 @@ import argparse
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.parser import CommandParser, seconds
-from based_jax.commands.text_models import add_model_arguments, load_text_model
+from based_jax.commands.text_models import add_decoding_arguments, add_model_arguments, decoder_of, load_text_model
 from based_jax.errors import UserError
 
 API_KEY_VARIABLE = "BASED_JAX_API_KEY"
@@ -41,26 +43,43 @@ def add_arguments(parser: CommandParser) -> None:
         help=f"what requests have to show (default: ${API_KEY_VARIABLE}, which no list of processes shows)",
     )
     for name, meaning in LIMITS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"at most so many {meaning}")
+        parser.add_argument(_flag(name), type=int, metavar="N", help=f"at most so many {meaning}")
+    add_decoding_arguments(parser)
     parser.add_argument(
         "--grace", type=seconds, default=30.0, metavar="S", help="seconds to end in after a signal (default: 30)"
     )
     add_compiled_argument(parser)
+    parser.details = _default_limits
 
 
-def run(args: argparse.Namespace) -> None:
-    """Serve until a signal comes."""
+def _flag(limit: str) -> str:
+    return f"--{limit.replace('_', '-')}"
+
+
+def _default_limits() -> str:
+    """Return the limits that no argument changes."""
+    Limits, *_ = _serving()
+    return f"limits by default:\n  {' '.join(f'{_flag(name)}={getattr(Limits(), name)}' for name in LIMITS)}\n"
+
+
+def _serving() -> tuple[Any, ...]:
+    """Return what serves; UserError where a package is missing."""
     try:
         from based_jax.serve import Limits, bound, serve
     except ModuleNotFoundError as error:
         raise UserError(f"serve needs {error.name}: pip install 'based-jax[serve]' brings it.") from None
+    return Limits, bound, serve
 
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until a signal comes."""
+    Limits, bound, serve = _serving()
     limits = Limits(**{name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None})
     api_key = _api_key(args)
     with bound(args.host, args.port) as listener:
         model, tokenizer = load_text_model(args)
-        name = args.name or Path(args.workdir or args.hf).resolve().name
-        serve(model, tokenizer, name, listener, limits=limits, api_key=api_key, grace=args.grace, ready=_announce)
+        name, decoder = args.name or Path(args.workdir or args.hf).resolve().name, decoder_of(args, model)
+        serve(decoder, tokenizer, name, listener, limits=limits, api_key=api_key, grace=args.grace, ready=_announce)
 
 
 def _api_key(args: argparse.Namespace) -> str | None:

@@ -9,6 +9,7 @@ from based_jax.errors import UserError
 
 if TYPE_CHECKING:
     from based_jax.data.tokenizer import Tokenizer
+    from based_jax.generate import Decoder
     from based_jax.nn.lm import LM
 
 
@@ -21,6 +22,37 @@ def add_model_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--tokenizer", help="bytes, gpt2 or a tokenizer.json (default: that of the run, or that the folder names)"
     )
+
+
+def add_option_argument(parser: CommandParser) -> None:
+    """Declare options of mixers."""
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="MIXER.NAME=VALUE",
+        help="of all layers of a mixer, as in taylor.flush=16; may be given several times",
+    )
+
+
+def add_decoding_arguments(parser: CommandParser) -> None:
+    """Declare how the model decodes."""
+    parser.add_argument("--dtype", help="what layers compute in, bfloat16 or float32 (default: that of the model)")
+    parser.add_argument(
+        "--flush", type=int, metavar="W", help="Taylor layers write their state every W tokens (default: as the model)"
+    )
+    parser.add_argument(
+        "--state-dtype",
+        help="of Taylor layers' states: float32, or with a --flush of 16 or more bfloat16, int8 or float8_e4m3fn",
+    )
+    add_option_argument(parser)
+
+
+def decoder_of(args: argparse.Namespace, model: "LM") -> "Decoder":
+    """Return the model as the arguments have it decode."""
+    from based_jax.generate import Decoder
+
+    return Decoder.of(model, args.dtype, flush=args.flush, state_dtype=args.state_dtype, options=args.option)
 
 
 def add_model_folder_arguments(parser: CommandParser) -> None:

@@ -30,9 +30,9 @@ def run(args: argparse.Namespace) -> None:
     """Train to the end and print the final evaluation."""
     from based_jax import config as configs
     from based_jax.train.loop import train
-    from based_jax.train.run import TrainConfig
+    from based_jax.train.run import build_config
 
-    config = configs.build(TrainConfig, configs.load(args.config, parse_overrides(args.overrides)))
+    config = build_config(configs.load(args.config, parse_overrides(args.overrides)))
     for name, value in train(config, args.workdir).items():
         print(f"{name:24} {value:.4f}")
 

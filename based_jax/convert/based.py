@@ -1,21 +1,20 @@
 """config.json of the released Based and attention models (HazyResearch/based:based/models/gpt.py), read and written."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from based_jax.convert.fields import Family, Keys, key_names, options_of
+from based_jax.convert.fields import Family, Keys, fields_of, key_names, options_of
 from based_jax.convert.folders import CONFIG_FILE, Fields
 from based_jax.convert.reference import window_from_based
 from based_jax.errors import UserError
 from based_jax.nn.lm import LMConfig
 from based_jax.nn.mixers import MIXERS
+from based_jax.nn.mixers.window import WindowConfig
 
 FIRST_MLP_KEY = "transformer.layers.0.mlp.fc1.weight"
-# the reference rounds F up to 256; some attn-1b weights to 128; our own files are exact
-OWN_SECTION = "based_jax"  # of what no other reader looks for
-HIDDEN_DIM_MULTIPLES = (256, 128, 1)
+HIDDEN_DIM_MULTIPLES = (256, 128, 1)  # the reference's for F; that of some attn-1b weights; our own files are exact
 MIXER_MODULES = "based.models.mixers"
 CONV_L_MAX = 2048  # the reference's convolution must be given one, and uses none
 CONVOLUTION, LINEAR, WINDOW, FEATURE_MAP = "BaseConv", "LinearAttention", "SlidingAttention", "TaylorExp"
@@ -49,7 +48,6 @@ KEYS = Keys(
         "alt_mixer": dict | None,
         "alt_mixer_2": dict | None,
         "head_dim": int,
-        OWN_SECTION: dict,
     },
     fixed={
         "activation_function": "swiglu",
@@ -120,9 +118,6 @@ def _values(fields: Fields, weights: Mapping[str, np.ndarray]) -> dict[str, Any]
     }
 
 
-FAMILY = Family("a Based or attention language model", KEYS, "n_layer", _values)
-
-
 def _hidden_dim(fields: Fields, weights: Mapping[str, np.ndarray]) -> int:
     """Return F: n_inner, or 8D/3 where it is null, rounded up as the weights of the first layer say."""
     d_model = fields["n_embd"]
@@ -187,38 +182,46 @@ def config_json(config: LMConfig) -> Fields:
 
 
 def _mixer_fields(config: LMConfig) -> Fields:
+    """Return the sections of mixers, and which layers have them; attention is what stands where one is null."""
     kinds = [kind for kind, _ in config.layers]
-    found = dict(config.layers)
-    attention, conv, linear, window = (
-        MIXERS[kind].Config(**found.get(kind, {})) for kind in ("attention", "conv", "taylor", "window")
-    )
-    if "attention" in kinds:
-        return {"n_head": attention.num_heads, **_fields_of(attention, ROTARY_KEYS)}
-    feature_map = {"_target_": f"{MIXER_MODULES}.linear_attention.{FEATURE_MAP}", "input_dim": linear.feature_dim}
+    found = {kind: MIXERS[kind].Config(**options) for kind, options in config.layers if kind in SECTION_FIELDS}
+    names = {kind: name for kind, name in SECTION_NAMES.items() if kind in found}
+    if "attention" in found:
+        free = [name for name in SECTIONS if name not in names.values()]
+        names |= {"attention": free[0]} if free else {}
+    heads = next((found[kind] for kind in ("attention", "window", "taylor") if kind in found), WindowConfig())
+    rotary = next((found[kind] for kind in ("attention", "window") if kind in found), WindowConfig())
+    layers = {name: [i for i, kind in enumerate(kinds) if names.get(kind) == name] for name in SECTIONS}
     return {
-        "n_head": (window if "window" in kinds else linear).num_heads,  # the reference takes a window's heads from here
-        **_fields_of(window, ROTARY_KEYS),
-        "alt_mixer_layers": [index for index, kind in enumerate(kinds) if kind == "taylor"],
-        "alt_mixer_2_layers": [index for index, kind in enumerate(kinds) if kind == "window"],
-        "mixer": {
-            "_target_": f"{MIXER_MODULES}.convolution.{CONVOLUTION}",
-            "l_max": CONV_L_MAX,
-            "use_bias": True,
-            **_fields_of(conv, CONV_KEYS),
-        },
-        "alt_mixer": {
-            "_target_": f"{MIXER_MODULES}.linear_attention.{LINEAR}",
-            "feature_map": feature_map,
-            **_fields_of(linear, TAYLOR_KEYS),
-        },
-        "alt_mixer_2": {
-            "_target_": f"{MIXER_MODULES}.slide_attention.{WINDOW}",
-            "num_heads": window.num_heads,
-            "window_size": 2 * (window.window - 1),
-            "causal": True,
-        },
+        "n_head": heads.num_heads,  # the reference takes a window's heads from here
+        **fields_of(rotary, ROTARY_KEYS),
+        "alt_mixer_layers": layers["alt_mixer"],
+        "alt_mixer_2_layers": layers["alt_mixer_2"],
+        **{name: SECTION_FIELDS[kind](found[kind]) for kind, name in names.items()},
     }
 
 
-def _fields_of(options: Any, names: Mapping[str, str]) -> Fields:
-    return {theirs: getattr(options, ours) for ours, theirs in names.items()}
+def _conv_fields(conv: Any) -> Fields:
+    target = f"{MIXER_MODULES}.convolution.{CONVOLUTION}"
+    return {"_target_": target, "l_max": CONV_L_MAX, "use_bias": True, **fields_of(conv, CONV_KEYS)}
+
+
+def _linear_fields(linear: Any) -> Fields:
+    module = f"{MIXER_MODULES}.linear_attention"
+    feature_map = {"_target_": f"{module}.{FEATURE_MAP}", "input_dim": linear.feature_dim}
+    return {"_target_": f"{module}.{LINEAR}", "feature_map": feature_map, **fields_of(linear, TAYLOR_KEYS)}
+
+
+def _window_fields(window: Any) -> Fields:
+    target, size = f"{MIXER_MODULES}.slide_attention.{WINDOW}", 2 * (window.window - 1)
+    return {"_target_": target, "num_heads": window.num_heads, "window_size": size, "causal": True}
+
+
+SECTION_NAMES = {"conv": "mixer", "taylor": "alt_mixer", "window": "alt_mixer_2"}
+SECTION_FIELDS: dict[str, Callable[[Any], Fields | None]] = {
+    "attention": lambda attention: None,
+    "conv": _conv_fields,
+    "taylor": _linear_fields,
+    "window": _window_fields,
+}
+FAMILY = Family("HazyResearch/based", KEYS, "n_layer", _values, "based", config_json)

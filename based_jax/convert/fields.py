@@ -10,9 +10,14 @@ import numpy as np
 
 from based_jax.convert.folders import CONFIG_FILE, Fields
 from based_jax.errors import UserError
+from based_jax.nn.lm_config import LMConfig
 
 log = logging.getLogger(__name__)
 
+OWN_SECTION = "based_jax"
+"""Of what no other reader looks for: the tokenizer's name, and what training alone asks of a config."""
+PADDING_FIELDS = ("vocab_size", "pad_vocab_multiple")
+"""What stands there as well where `vocab_size` is that of the padded embedding."""
 LARGEST_SIZE = 2**24
 """Above what any model has of anything: shapes of such sizes cannot even be spoken of."""
 
@@ -27,7 +32,7 @@ HARMLESS = key_names(
     " initializer_range max_position_embeddings model_type n_ctx n_positions pad_token_id reorder_and_upcast_attn"
     " rescale_every rescale_prenorm_residual resid_pdrop residual_in_fp32 torch_dtype transformers_version use_cache"
     " use_flash_attn unk_token_id"
-)
+) | {OWN_SECTION}
 """Keys that all families may have: names, token ids, initial values, dropout, dtypes and implementations."""
 
 
@@ -70,19 +75,32 @@ class Keys(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Published models of one kind.
+    """Published models of one kind, and what their folders hold.
 
     Attributes:
       title: what they are, for messages.
       keys: of their config.json.
       num_layers: the key of the number of layers.
       values: returns the values of an `LMConfig` from a config.json that was checked and the arrays.
+      skeleton: the entry of `reference.SKELETONS` that their arrays are written under.
+      fields: returns the config.json that comes closest to a model; None where folders are read alone.
     """
 
     title: str
     keys: Keys
     num_layers: str
     values: Callable[[Fields, Mapping[str, np.ndarray]], dict[str, Any]]
+    skeleton: str = ""
+    fields: Callable[[LMConfig], Fields] | None = None
+
+
+def with_defaults(fields: Fields, defaults: Fields) -> Fields:
+    """Return the fields with the published class's values of keys that a file leaves out, after a warning of these."""
+    absent = {key: value for key, value in defaults.items() if key not in fields}
+    if absent:
+        taken = ", ".join(f"{key} {value!r}" for key, value in absent.items())
+        log.warning("%s leaves out %s: taken as its publication's code does.", CONFIG_FILE, taken)
+    return absent | fields
 
 
 def options_of(fields: Fields, names: Mapping[str, str]) -> dict[str, Any]:
@@ -96,3 +114,14 @@ def _has_type(value: Any, kind: type | types.UnionType) -> bool:
     if isinstance(value, int | float) and not abs(value) < (LARGEST_SIZE if kind is not float else math.inf):
         return False
     return isinstance(value, kind) or (kind is float and isinstance(value, int))
+
+
+def padding_section(config: LMConfig) -> Fields:
+    """Return a section of our own for a config.json that tells the rows of the embedding, and not which have no id."""
+    padding = {name: getattr(config, name) for name in PADDING_FIELDS}
+    return {OWN_SECTION: padding} if config.pad_vocab_multiple > 1 else {}
+
+
+def fields_of(options: Any, names: Mapping[str, str]) -> Fields:
+    """Return the keys of our options, the inverse of `options_of`."""
+    return {theirs: getattr(options, ours) for ours, theirs in names.items()}

@@ -5,13 +5,13 @@ size 1 come and go.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import einops
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from based_jax.convert.skeletons import OWN, REPEATED_HEADS, SKELETONS, KeyGroup, Layer, Skeleton, skeleton_of
 from based_jax.errors import UserError, unknown
 from based_jax.nn.block import Block
 from based_jax.nn.lm import LM, LMConfig
@@ -20,85 +20,14 @@ from based_jax.nn.mixers import MIXERS, make_mixer
 
 Weights = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
-KeyGroup = tuple[str, ...]  # reference keys whose arrays, concatenated, are one of our parameters
 
 
-class Layer(NamedTuple):
-    """Names inside one layer of a publication: norms, mixer and MLP, with `{}` for the layer's number there."""
-
-    norm1: str
-    mixer: str
-    norm2: str = ""
-    fc1: KeyGroup = ()
-    fc2: KeyGroup = ()
-
-
-class Skeleton(NamedTuple):
-    """Names of a publication's language model. Its layer i holds our layers i * len(layers) and following.
-
-    Of several with one embedding it is that whose first mixer the weights have.
-    """
-
-    publication: str
-    embedding: str
-    norm: str
-    layers: tuple[Layer, ...]
-    head: str = "lm_head.weight"
-    embed_norm: str = ""
-
-
-def _gpt(publication: str, root: str, mixer: str) -> Skeleton:
-    layer = f"{root}.layers.{{}}"
-    fc1, fc2 = ((f"{layer}.mlp.{name}.weight",) for name in ("fc1", "fc2"))
-    names = Layer(f"{layer}.norm1", f"{layer}.{mixer}", f"{layer}.norm2", fc1, fc2)
-    return Skeleton(publication, f"{root}.embeddings.word_embeddings.weight", f"{root}.ln_f", (names,))
-
-
-def _mamba(publication: str, embedding: str, norm: str) -> Skeleton:
-    names = Layer("backbone.layers.{}.norm", "backbone.layers.{}.mixer")
-    return Skeleton(publication, f"backbone.{embedding}.weight", f"backbone.{norm}", (names,))
-
-
-LLAMA_LAYER = "model.layers.{}"
-SKELETONS = {
-    "based": _gpt("based", "transformer", "mixer"),
-    "zoology": _gpt("zoology", "backbone", "sequence_mixer.mixer"),
-    "zoology_alike": _gpt("zoology", "backbone", "sequence_mixer"),
-    "zoology_mamba": _mamba("zoology", "embeddings.word_embeddings", "ln_f"),
-    "mamba": _mamba("mamba", "embedding", "norm_f"),
-    "mamba_hf": _mamba("mamba", "embeddings", "norm_f"),
-    "llama": Skeleton(
-        "llama",
-        "model.embed_tokens.weight",
-        "model.norm",
-        (
-            Layer(
-                f"{LLAMA_LAYER}.input_layernorm",
-                f"{LLAMA_LAYER}.self_attn",
-                f"{LLAMA_LAYER}.post_attention_layernorm",
-                (f"{LLAMA_LAYER}.mlp.up_proj.weight", f"{LLAMA_LAYER}.mlp.gate_proj.weight"),
-                (f"{LLAMA_LAYER}.mlp.down_proj.weight",),
-            ),
-        ),
-    ),
-    "rwkv4": Skeleton(
-        "rwkv4",
-        "rwkv.embeddings.weight",
-        "rwkv.ln_out",
-        (
-            Layer("rwkv.blocks.{}.ln1", "rwkv.blocks.{}.attention"),
-            Layer("rwkv.blocks.{}.ln2", "rwkv.blocks.{}.feed_forward"),
-        ),
-        head="head.weight",
-        embed_norm="rwkv.blocks.0.pre_ln",
-    ),
-}
-"""By name; "zoology" has `Hybrid` between a layer and its mixer, "zoology_alike" one mixer in all layers without it."""
 NORM_KEYS = {"scale": "weight", "bias": "bias"}
 LAYOUTS = {"conv_kernel": ("W C", "C 1 W"), "/kernel": ("D_in D_out", "D_out D_in")}
 """By the end of a parameter's path: our axes, and the reference's."""
 WRAPPER_PREFIX = "model.transformer."  # a released checkpoint keeps its training wrapper's prefix on every key
-DEAD_BUFFERS = ("transformer.decay.decay",)  # a buffer of based-1b that no layer reads
+UNREAD_BUFFERS = ("transformer.decay.decay", "rotary_emb.inv_freq")
+"""Ends of keys: a buffer of based-1b that no layer reads, and frequencies, which follow from the config."""
 
 
 def window_from_based(window_size: int) -> int:
@@ -146,8 +75,8 @@ def lm_from_reference(weights: Weights, config: LMConfig) -> LM:
 
     Based, attention, zoology, Mamba, RWKV-4 and Llama layouts are told apart by the embedding's name, zoology's own by
     that of the first mixer. As in the reference's own loader, a prefix `model.` is stripped and keys that contain
-    `metrics` are dropped. A tied head may be absent, and so may buffers, which are compared with what is computed here.
-    `transformer.decay.decay` is ignored: a buffer of based-1b that no layer reads.
+    `metrics` are dropped. A tied head may be absent, and so may buffers, which are compared with what is computed here,
+    but for `UNREAD_BUFFERS`.
 
     Args:
       weights: arrays of any float dtype under state_dict keys; parameters become fp32.
@@ -173,14 +102,6 @@ def lm_from_reference(weights: Weights, config: LMConfig) -> LM:
     return model
 
 
-def skeleton_of(weights: Weights) -> str:
-    """Return the key of `SKELETONS` whose embedding, and if possible first mixer, the weights have; else "based"."""
-    found = [name for name, skeleton in SKELETONS.items() if skeleton.embedding in weights]
-    mixers = {name: f"{SKELETONS[name].layers[0].mixer.format(0)}." for name in found}
-    whole = [name for name in found if any(key.startswith(mixers[name]) for key in weights)]
-    return next(iter(whole + found), "based")
-
-
 def check_layers(weights: Weights, name: str, count: int) -> None:
     """Check that there are arrays of as many layers as a config.json says, before a model of them is made.
 
@@ -195,15 +116,33 @@ def check_layers(weights: Weights, name: str, count: int) -> None:
         raise UserError(f"The weights lack '{root}{stored}': they are of {stored} layers, and {name} is {count}.")
 
 
-def reference_weights(model: LM) -> dict[str, np.ndarray]:
-    """Return fp32 arrays under the keys of the released Based and attention checkpoints, the tied head included."""
-    found, weights = parameters(model), {}
-    for path, groups in reference_keys(model).items():
+def reference_weights(model: LM, skeleton: str = "based") -> dict[str, np.ndarray]:
+    """Return fp32 arrays under the keys of a publication, by default those of the released Based and attention models.
+
+    Args:
+      model: the model.
+      skeleton: an entry of `SKELETONS`; those of `REPEATED_HEADS` hold a tied head as well.
+
+    Raises:
+      UserError: a mixer has no place there.
+    """
+    found, weights = parameters(model), dict[str, np.ndarray]()
+    for path, groups in reference_keys(model, skeleton).items():
         value = np.asarray(found[path][...], np.float32)
-        for (key,), array in zip(groups, value if len(groups) > 1 else [value], strict=True):
-            weights[key] = np.ascontiguousarray(_to_reference(path, array))
-    skeleton = SKELETONS["based"]
-    return weights | ({skeleton.head: weights[skeleton.embedding]} if model.config.tie_embeddings else {})
+        for group, array in zip(groups, value if len(groups) > 1 else [value], strict=True):
+            parts = _parts(found, path, _to_reference(path, array), len(group))
+            weights |= {key: np.ascontiguousarray(part) for key, part in zip(group, parts, strict=True)}
+    names = SKELETONS[skeleton]
+    repeated = model.config.tie_embeddings and skeleton in REPEATED_HEADS
+    return weights | ({names.head: weights[names.embedding]} if repeated else {})
+
+
+def _parts(found: Mapping[str, nnx.Variable], path: str, array: np.ndarray, count: int) -> list[np.ndarray]:
+    """Return the arrays that are joined in one of ours, of the widths that its kernel knows, or else of equal ones."""
+    if count == 1:
+        return [array]
+    kernel = found[f"{path.rpartition('/')[0]}/kernel"]
+    return np.split(array, np.cumsum(kernel.get_metadata("parts"))[:-1])
 
 
 def reference_keys(model: LM, skeleton: str = "based") -> dict[str, list[KeyGroup]]:
@@ -235,11 +174,11 @@ def reference_shapes(module: nnx.Module, keys: Mapping[str, list[KeyGroup]]) -> 
 
 
 def unwrapped(weights: Weights) -> dict[str, np.ndarray]:
-    """Return a model's own arrays: without the training wrapper's prefix and metrics, and without dead buffers."""
+    """Return a model's own arrays: without the training wrapper's prefix and metrics, and without unread buffers."""
     own = {key: value for key, value in weights.items() if "metrics" not in key}
     if any(key.startswith(WRAPPER_PREFIX) for key in own):
         own = {key.removeprefix("model."): value for key, value in own.items()}
-    return {key: value for key, value in own.items() if key not in DEAD_BUFFERS}
+    return {key: value for key, value in own.items() if not key.endswith(UNREAD_BUFFERS)}
 
 
 def _model_buffers(model: LM, names: Skeleton) -> dict[str, Buffer]:
@@ -276,15 +215,30 @@ def _equal(array: np.ndarray, wanted: np.ndarray) -> bool:
 
 
 def _block_keys(block: Block, names: Layer, publication: str) -> dict[str, KeyGroup]:
-    keys = {"mlp/fc1/kernel": names.fc1, "mlp/fc2/kernel": names.fc2}
+    keys: dict[str, KeyGroup] = {}
+    for ours, group in (("fc1", names.fc1), ("fc2", names.fc2)):
+        keys |= {f"mlp/{ours}/kernel": group, f"mlp/{ours}/bias": tuple(_bias_key(key) for key in group)}
     for ours, theirs in (("norm1", names.norm1), ("norm2", names.norm2)):
         keys |= {f"{ours}/{p}": (f"{theirs}.{key}",) for p, key in NORM_KEYS.items()}
-    reference = block.mixer.REFERENCE
-    if publication not in reference:
-        raise UserError(f"The layout of '{publication}' has no place for {type(block.mixer).__name__}.")
-    for path, group in _groups(reference[publication]).items():
+    for path, group in _mixer_keys(block.mixer, publication).items():
         keys[f"mixer/{path}"] = tuple(f"{names.mixer}.{key}" for key in group)
     return keys
+
+
+def _mixer_keys(mixer: Mixer, publication: str) -> dict[str, KeyGroup]:
+    if publication == OWN:
+        return {path: (_own_key(path),) for path in parameters(mixer)}
+    if publication not in mixer.REFERENCE:
+        raise UserError(f"The layout of '{publication}' has no place for {type(mixer).__name__}.")
+    return _groups(mixer.REFERENCE[publication])
+
+
+def _own_key(path: str) -> str:
+    return path.replace("/kernel", "/weight").replace("/", ".")
+
+
+def _bias_key(weight: str) -> str:
+    return f"{weight.removesuffix('weight')}bias"
 
 
 def _groups(keys: Mapping[str, str | KeyGroup]) -> dict[str, KeyGroup]:
@@ -296,7 +250,13 @@ def _shared_keys(keys: Mapping[str, KeyGroup], weights: Weights) -> int:
 
 
 def _of_parameters[T](module: nnx.Module, keys: Mapping[str, T]) -> dict[str, T]:
-    """Return the part of a table that a module has parameters for: biases, norms and MLPs differ between models."""
+    """Return the part of a table that a module has parameters for: biases, norms and MLPs differ between models.
+
+    Raises:
+      UserError: the table has no key for a parameter.
+    """
+    if absent := sorted(parameters(module).keys() - keys.keys()):
+        raise UserError(f"The layout has no place for '{absent[0]}'.")
     return {path: keys[path] for path in parameters(module)}
 
 

@@ -27,6 +27,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     end_of_text: int
+    beginning: tuple[int, ...]  # ids before each text, of published models that were trained so
     fingerprint: str  # equal only for tokenizers that give every text the same ids
 
     def encode(self, text: str) -> list[int]:
@@ -55,6 +56,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     end_of_text = 256
+    beginning: tuple[int, ...] = ()
     fingerprint = "bytes"
 
     def encode(self, text: str) -> list[int]:
@@ -79,6 +81,7 @@ class Gpt2Tokenizer:
 
     vocab_size = 50257
     end_of_text = 50256
+    beginning: tuple[int, ...] = ()
     fingerprint = "gpt2"
 
     def __init__(self, assets: Path = GPT2_ASSETS):
@@ -108,6 +111,12 @@ class Gpt2Tokenizer:
         """Return the text of any ids: broken UTF-8 becomes U+FFFD, ids outside the vocabulary are left out."""
         known = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return self._bpe.decode(known, skip_special_tokens=False)
+
+    def save(self, path: Path) -> None:
+        """Write the file of the `tokenizers` library."""
+        copy = tokenizers.Tokenizer.from_str(self._bpe.to_str())
+        copy.add_special_tokens([END_OF_TEXT])
+        copy.save(str(path))
 
 
 TOKENIZERS: dict[str, type[TextTokenizer]] = {"bytes": ByteTokenizer, "gpt2": Gpt2Tokenizer}

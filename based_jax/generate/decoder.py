@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from based_jax import parallel
+from based_jax.errors import UserError
 from based_jax.generate.fingerprint import fingerprint
 from based_jax.nn.lm import LM
-from based_jax.nn.lm_config import LMConfig, with_taylor_options
+from based_jax.nn.lm_config import LMConfig, with_options, with_taylor_options
 
 Path = tuple[Any, ...]
 Caches = tuple
@@ -78,6 +79,7 @@ class Decoder:
         *,
         flush: int | None = None,
         state_dtype: str | None = None,
+        options: Sequence[str] = (),
     ) -> "Decoder":
         """Return a model's decoder.
 
@@ -85,14 +87,16 @@ class Decoder:
           model: whose own dtype and options are the defaults of what follows.
           dtype: what it computes in, as of `LMConfig`.
           flush, state_dtype: how often Taylor layers write their state, and in what (`ops/taylor_decode.py`).
+          options: of all layers of a mixer, as in "attention.cache_policy=streaming"; they may change what the model
+            does, but not its parameters.
 
         Raises:
-          UserError: a value is impossible, or the model has no Taylor layer.
+          UserError: a value is impossible, or the model has no Taylor layer, no such mixer, or other parameters.
         """
         if isinstance(model, Decoder):
             return model
         config = model.config if dtype is None else dataclasses.replace(model.config, dtype=dtype)
-        config = with_taylor_options(config, flush=flush, state_dtype=state_dtype)
+        config = _with_options(with_taylor_options(config, flush=flush, state_dtype=state_dtype), options)
         layout, sources = layout_of(config), tuple(_sources(model))
         arrays = {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
         params = jax.tree.map(lambda x: x, layout.shapes)
@@ -126,9 +130,28 @@ class Decoder:
         """The tokens at the beginning of a sequence that have to be read at once."""
         return max(mixer.prefix_length for mixer in self.layout.model(self.layout.shapes).mixers())
 
+    @functools.cached_property
+    def rows_are_apart(self) -> bool:
+        """Whether rows of like beginnings are read alike in any company."""
+        return all(mixer.rows_are_apart for mixer in self.layout.model(self.layout.shapes).mixers())
+
     def init_cache(self, batch: int, max_len: int) -> Caches:
         """Return the caches of all layers before the first token, the leading axis of all arrays the rows'."""
         return _init_cache(self.layout, batch, max_len, self.params)
+
+
+def _with_options(config: LMConfig, options: Sequence[str]) -> LMConfig:
+    """Return a config with options that are no others of its parameters."""
+    changed = with_options(config, options)
+    own, others = map(_parameter_shapes, (config, changed))
+    for path in sorted((path for path in own.keys() | others.keys() if own.get(path) != others.get(path)), key=str):
+        shapes = f"{others.get(path, 'not there')}, and the model's is {own.get(path, 'not there')}"
+        raise UserError(f"With {', '.join(options)} it is another model: '{'/'.join(map(str, path))}' is {shapes}.")
+    return changed
+
+
+def _parameter_shapes(config: LMConfig) -> dict[Path, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in nnx.to_flat_state(layout_of(config).shapes)}
 
 
 class Source(NamedTuple):

@@ -11,8 +11,9 @@ from based_jax.generate.prompts import Prompts, check_prefix, checked_prompts, c
 from based_jax.generate.requests import Request, check_room, checked_request, checked_stop
 from based_jax.generate.rows import begun, blocks
 from based_jax.generate.sampling import GREEDY, Sampling
-from based_jax.generate.scheduler import Event, Scheduler
+from based_jax.generate.scheduler import Scheduler
 from based_jax.generate.state import State
+from based_jax.generate.task import Event
 from based_jax.nn.lm import LM
 
 BLOCK_TOKENS = 64

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
+from based_jax.dims import Unbroken
 from based_jax.generate.decoder import Caches, Decoder, Layout
 
 CHUNK_TOKENS = 512
@@ -45,18 +46,22 @@ def chunks(prompts: Sequence[np.ndarray], chunk_tokens: int) -> Iterator[Chunk]:
 
 def chunk_of(parts: Sequence[np.ndarray], most: int) -> Chunk:
     """Return the next tokens of each row, at most so many, with as much padding as makes few lengths."""
-    T = min(most, _power_of_two(max(FEWEST_TOKENS, *map(len, parts))))
-    ids, segment_ids = np.zeros((2, len(parts), T), np.int32)
-    for row, part in enumerate(parts):
-        ids[row, : len(part)] = part
-        segment_ids[row, : len(part)] = 1
+    ids, segment_ids = padded(parts, padded_length(max(map(len, parts)), most))
     return ids, None if segment_ids.all() else segment_ids
 
 
-def each_kind_of_chunk(longest: int, most: int) -> list[Chunk]:
-    """Return a chunk for each program that reads one prompt of up to `longest` tokens, `most` at once."""
-    chunks = (chunk_of([np.zeros(length, np.int32)], most) for length in range(1, 1 + min(longest, most)))
-    return list({(ids.shape, segment_ids is None): (ids, segment_ids) for ids, segment_ids in chunks}.values())
+def padded_length(length: int, most: int) -> int:
+    """Return the tokens of a chunk for so many, at most `most`."""
+    return min(most, _power_of_two(max(FEWEST_TOKENS, length)))
+
+
+def padded(parts: Sequence[np.ndarray], length: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    """Return tokens of each row with padding behind them, and their segment ids."""
+    ids, segment_ids = np.zeros((2, len(parts), length), np.int32)
+    for row, part in enumerate(parts):
+        ids[row, : len(part)] = part
+        segment_ids[row, : len(part)] = 1
+    return ids, segment_ids
 
 
 def _power_of_two(number: int) -> int:
@@ -65,4 +70,4 @@ def _power_of_two(number: int) -> int:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _prefill(layout: Layout, params: nnx.State, caches: Caches, ids, segment_ids) -> Caches:
-    return layout.model(params).prefill(ids, caches, segment_ids)[1]
+    return layout.model(params).prefill(ids, caches, segment_ids if segment_ids is None else Unbroken(segment_ids))[1]

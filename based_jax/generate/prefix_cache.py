@@ -110,6 +110,12 @@ class PrefixCache:
         marks = sorted({BLOCK_TOKENS, shared})
         return Found(state, tuple(mark for mark in marks if covered < mark < len(ids)), miss)
 
+    def covered(self, ids: Int[np.ndarray, "_"], model: str) -> int:
+        """Return how many of a prompt's tokens the state that `lookup` would find has read; nothing is counted."""
+        ids = np.ascontiguousarray(ids, np.int32)
+        state = self._longest(list(self._path(ids, model)), ids)
+        return 0 if state is None else state.length
+
     def keep(self, ids: Int[np.ndarray, "_"], state: State) -> None:
         """Keep the state after these tokens, unless they are fewer than 16, or it is larger than the budget.
 

@@ -66,13 +66,23 @@ def checked_ids(name: str, prompt: Any, vocab_size: int) -> Int[np.ndarray, "_"]
         raise UserError(f"{name} is {shape}; it is a list of token ids.")
     if len(prompt) == 0:
         raise UserError(f"{name} is empty; it needs at least one token.")
-    ids = np.asarray(prompt).tolist() if hasattr(prompt, "__array__") else list(prompt)
+    ids = np.asarray(prompt) if hasattr(prompt, "__array__") else prompt
+    if not (isinstance(ids, np.ndarray) and np.issubdtype(ids.dtype, np.integer)):
+        ids = _integers(name, list(ids))
+    for token in ids[(ids < 0) | (ids >= vocab_size)][:1]:
+        raise UserError(f"{name} has id {token}; the model knows ids 0 to {vocab_size - 1}.")
+    return ids.astype(np.int32)
+
+
+def _integers(name: str, ids: list) -> np.ndarray:
+    """Return ids as an array, of any size."""
     for token in ids:
         if not is_integer(token):
             raise UserError(f"{name} has {shown(token)}; token ids are integers.")
-        if not 0 <= token < vocab_size:
-            raise UserError(f"{name} has id {token}; the model knows ids 0 to {vocab_size - 1}.")
-    return np.asarray(ids, np.int32)
+    try:
+        return np.asarray(ids, np.int64)
+    except OverflowError:
+        return np.asarray(ids, object)
 
 
 def check_length(prompts: Sequence[np.ndarray], max_new_tokens: int, max_len: int | None) -> None:

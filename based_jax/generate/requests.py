@@ -34,7 +34,7 @@ class Request:
       prompt: token ids, at least one.
       max_new_tokens: how many to add at most.
       sampling: see `Sampling`.
-      stop_ids: each ends the continuation, and is not part of it; at most 8.
+      stop_ids: each ends the continuation, and is not part of it; at most 16.
       stop_strings: likewise, found in the text by whoever has a tokenizer.
       seed: of the draws, from 0 to 2^64 - 1.
       row_id: of the draws, from 0 to 2^32 - 1.

@@ -50,14 +50,11 @@ class Rows:
         stop_ids = np.full((len(requests), MOST_STOP_IDS), -1, np.int32)
         for row, request in enumerate(requests):
             stop_ids[row, : len(request.stop_ids)] = request.stop_ids
-        return cls(
-            caches,
-            token=jnp.asarray([request.prompt[-1] for request in requests], jnp.int32),
-            length=jnp.asarray([request.length for request in requests], jnp.int32),
-            left=jnp.asarray([request.max_new_tokens for request in requests], jnp.int32),
-            stop_ids=jnp.asarray(stop_ids),
-            draws=Draws.of([request.sampling for request in requests], [request.draw_words for request in requests]),
-        )
+        token, length, left = np.asarray(
+            [(request.prompt[-1], request.length, request.max_new_tokens) for request in requests], np.int32
+        ).T
+        draws = Draws.of([request.sampling for request in requests], [request.draw_words for request in requests])
+        return cls(caches, *jax.device_put((token, length, left, stop_ids)), draws)
 
     @classmethod
     def stopped(cls, decoder: Decoder, count: int, max_len: int) -> "Rows":
@@ -70,9 +67,12 @@ class Rows:
         """Which rows have not stopped."""
         return self.left > 0
 
-    def with_row(self, slot: int, row: "Rows") -> "Rows":
-        """Return the rows with another one, a batch of one, at a slot; these are used up."""
-        return _with_row(self, np.int32(slot), row)
+    def with_rows(self, slots: Int[np.ndarray, "R"], others: "Rows") -> "Rows":
+        """Return the rows with R others at slots of their own, or at none where the slot is too large.
+
+        These are used up.
+        """
+        return _with_rows(self, slots, others)
 
     def without_row(self, slot: int) -> "Rows":
         """Return the rows of which that at a slot has stopped; these are used up."""
@@ -110,12 +110,12 @@ def _caches_before(decoder: Decoder, requests: Sequence[Request], max_len: int) 
     return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
 
 
-def decode(decoder: Decoder, rows: Rows, steps: int) -> tuple[Rows, Block]:
-    """Draw up to `steps` tokens of each row in one program, which ends when all rows have stopped.
+def decode(decoder: Decoder, rows: Rows, steps: int, most: int | None = None) -> tuple[Rows, Block]:
+    """Draw up to `steps` tokens of each row in one program, or fewer, `most`; it ends when all rows have stopped.
 
     The rows given are used up: their caches are written in place.
     """
-    return decoding_loop(decoder.layout, steps, decoder.params, rows)
+    return decoding_loop(decoder.layout, steps, decoder.params, rows, np.int32(steps if most is None else most))
 
 
 def blocks(decoder: Decoder, rows: Rows, steps: int) -> Iterator[Block]:
@@ -146,13 +146,15 @@ def decode_step(model: LM, rows: Rows) -> tuple[Rows, Int[Array, "B"], Float[Arr
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def decoding_loop(layout: Layout, steps: int, params: nnx.State, rows: Rows) -> tuple[Rows, Block]:
+def decoding_loop(
+    layout: Layout, steps: int, params: nnx.State, rows: Rows, most: Int[Array, ""]
+) -> tuple[Rows, Block]:
     """Draw tokens as `decode` does, of a model of a layout."""
     model, shape = layout.model(params), (steps, rows.token.shape[0])
 
     def goes_on(carry):
         i, rows, _ = carry
-        return (i < steps) & jnp.any(rows.live)
+        return (i < most) & jnp.any(rows.live)
 
     def step(carry):
         i, rows, block = carry
@@ -173,8 +175,8 @@ def _logits(model: LM, hidden: BD) -> Float[Array, "B vocab"]:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _with_row(rows: Rows, slot: Int[Array, ""], row: Rows) -> Rows:
-    return jax.tree.map(lambda old, new: old.at[slot].set(new[0]), rows, row)
+def _with_rows(rows: Rows, slots: Int[Array, "R"], others: Rows) -> Rows:
+    return jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop", unique_indices=True), rows, others)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

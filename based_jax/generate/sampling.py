@@ -58,12 +58,10 @@ class Draws:
     def of(cls, samplings: Sequence[Sampling], words: Sequence[np.ndarray]) -> "Draws":
         """Return the draws of rows, `words` as `prompts.draw_words` has them."""
         temperatures = [s.temperature and float(min(s.temperature, HOTTEST)) for s in samplings]
-        return cls(
-            jnp.asarray([0.0 if t < COLDEST else t for t in temperatures], jnp.float32),
-            jnp.asarray([min(s.top_k, MOST_KEPT) for s in samplings], jnp.int32),
-            jnp.asarray([float(s.top_p) for s in samplings], jnp.float32),
-            _row_keys(np.stack(words)),
-        )
+        temperature = np.asarray([0.0 if t < COLDEST else t for t in temperatures], np.float32)
+        top_k = np.asarray([min(s.top_k, MOST_KEPT) for s in samplings], np.int32)
+        top_p = np.asarray([float(s.top_p) for s in samplings], np.float32)
+        return cls(*jax.device_put((temperature, top_k, top_p)), _row_keys(np.stack(words)))
 
     def of_live(self, live: Bool[Array, "B"]) -> "Draws":
         """Return draws of which those of other rows are greedy, which costs least."""

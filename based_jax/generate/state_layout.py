@@ -65,6 +65,10 @@ class StateLayout:
         shapes = tuple(x.shape for x in like.values())
         return _forked(structure, shapes, rows, [state.arrays[name] for name in like])
 
+    def put(self, caches: Caches, row: int, state: State) -> Caches:
+        """Return caches of which one row goes on from a state, which has been checked; those given are used up."""
+        return _put(caches, np.int32(row), dict(state.arrays))
+
     def check(self, state: State, max_len: int) -> None:
         """Raise UserError for a state of another model, or of more tokens than caches for `max_len` have room for."""
         if state.model != self.decoder.fingerprint:
@@ -132,13 +136,25 @@ def _taken(token_axes: tuple, tokens: int, caches: Caches, row) -> dict[str, Arr
 def _forked(structure: Any, shapes: tuple, rows: int, arrays: list) -> Caches:
     """Return caches of equal rows from the arrays of one, cut or filled with zeros to `shapes`."""
 
-    def fitted(x: Array, shape: tuple) -> Array:
-        if x.shape != shape:
-            x = x[tuple(map(slice, shape))]
-            x = jnp.pad(x, [(0, size - there) for size, there in zip(shape, x.shape, strict=True)])
-        return jnp.broadcast_to(x[None], (rows, *shape))
+    repeated = [
+        jnp.broadcast_to(_fitted(x, shape)[None], (rows, *shape)) for x, shape in zip(arrays, shapes, strict=True)
+    ]
+    return structure.unflatten(repeated)
 
-    return structure.unflatten(map(fitted, arrays, shapes))
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(caches: Caches, row: Array, arrays: dict[str, Array]) -> Caches:
+    """Return caches of which one row has these arrays, cut or filled with zeros."""
+    leaves = [x.at[row].set(_fitted(arrays[name], x.shape[1:])) for name, x in named(caches)]
+    return jax.tree.structure(caches).unflatten(leaves)
+
+
+def _fitted(x: Array, shape: tuple) -> Array:
+    """Return an array cut or filled with zeros to a shape."""
+    if x.shape == shape:
+        return x
+    x = x[tuple(map(slice, shape))]
+    return jnp.pad(x, [(0, size - there) for size, there in zip(shape, x.shape, strict=True)])
 
 
 def _differing_axis(one: tuple, two: tuple) -> int | None:

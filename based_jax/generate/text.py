@@ -13,8 +13,8 @@ CONTEXT_TOKENS = 2
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a prompt; one of no text begins a document, at the end of another."""
-    return tokenizer.encode(text) or [tokenizer.end_of_text]
+    """Return the ids of a prompt; one of no text begins a document, where nothing else does at the end of another."""
+    return [*tokenizer.beginning, *tokenizer.encode(text)] or [tokenizer.end_of_text]
 
 
 class TextStream:

@@ -152,6 +152,26 @@ class BudgetCache(TokenCache):
             cache.tokens, length, statistics, self._with_sinks(keys, jnp.where(last, places, self.slots))
         )
 
+    def ring(self, kept: int) -> tuple[Any, Bool[Array, "B R"]]:
+        """Return the R tokens of the ring from oldest to newest, and which of them there are."""
+        R = self.slots - kept
+        places = self.length[:, None] - R + jnp.arange(R)[None]
+        slots = kept + (places - kept) % R
+        tokens = jax.tree.map(lambda x: jnp.take_along_axis(x, slots[..., None, None], axis=1), self.tokens)
+        return tokens, places >= kept
+
+    def extended(self, tokens: Any, keys: Any, segment_ids: SegmentIds, kept: int, turn: Callable) -> "BudgetCache":
+        """Return the cache of a policy without statistics after tokens (B, T, G, .) of each row's last document.
+
+        `keys` are those of the tokens before they are turned, and `turn` is that of `with_sinks`.
+        """
+        T, R = keys.shape[1], self.slots - kept
+        places, last, length = self.last_document(T, segment_ids)
+        in_ring = jnp.where(places >= length[:, None] - R, kept + (places - kept) % R, self.slots + jnp.arange(T))
+        slots = jnp.where(last, jnp.where(places < kept, places, in_ring), self.slots + jnp.arange(T))
+        sinks = self._with_sinks(keys, jnp.where(last, places, self.slots))
+        return dataclasses.replace(self, tokens=self._written(tokens, slots), length=length, sinks=sinks)._turned(turn)
+
     def with_sinks(self, key: Any, place: Int[Array, "B"], turn: Callable) -> "BudgetCache":
         """Return the cache after a token at a place, whose key is kept as it is, with the sinks before the ring.
 
@@ -159,11 +179,15 @@ class BudgetCache(TokenCache):
         """
         if self.sinks is None:
             return self
-        sinks = self._with_sinks(key[:, None], place[:, None])
-        left = jnp.maximum(self.length - self.slots, 0)[:, None]
-        k, v = self.tokens
-        turned = turn(sinks, left + jnp.arange(sinks.shape[1])[None]).astype(k.dtype)
-        return dataclasses.replace(self, tokens=(k.at[:, : sinks.shape[1]].set(turned), v), sinks=sinks)
+        return dataclasses.replace(self, sinks=self._with_sinks(key[:, None], place[:, None]))._turned(turn)
+
+    def _turned(self, turn: Callable) -> "BudgetCache":
+        """Return the cache with the sinks before the ring."""
+        if self.sinks is None:
+            return self
+        left, (k, v) = jnp.maximum(self.length - self.slots, 0)[:, None], self.tokens
+        turned = turn(self.sinks, left + jnp.arange(self.sinks.shape[1])[None]).astype(k.dtype)
+        return dataclasses.replace(self, tokens=(k.at[:, : self.sinks.shape[1]].set(turned), v))
 
     def _with_sinks(self, keys: Any, places: Int[Array, "B T"]) -> Any:
         if self.sinks is None:

@@ -62,18 +62,25 @@ class CosFormer(nnx.Module):
 class Performer(nnx.Module):
     """exp(w.x - |x|^2 / 2) / sqrt(E) at E = 256 orthogonal random directions w, x scaled by K^(-1/4).
 
-    Source: arXiv 2009.14794, section 2.4; the directions are constants, drawn from seed 0.
+    Source: arXiv 2009.14794, section 2.4; the directions are constants, drawn from seed 0. Those of another program
+    are `stored_directions`, parameters that get no gradient.
     """
 
-    def __init__(self, num_heads: int, feature_dim: int, *, rngs: nnx.Rngs):
+    def __init__(self, num_heads: int, feature_dim: int, *, stored_directions: bool = False, rngs: nnx.Rngs):
         self.expanded_dim = 256
+        if stored_directions:
+            directions = jnp.asarray(orthogonal_directions(self.expanded_dim, feature_dim))
+            self.directions = nnx.Param(directions, **layers.logical_axes(None, None))
+        self.stored_directions = stored_directions
 
     def __call__(self, q: Heads, k: Heads, places: Places) -> Features:
         """Map queries and keys alike."""
+        directions = jnp.asarray(orthogonal_directions(self.expanded_dim, q.shape[-1]))
+        if self.stored_directions:
+            directions = jax.lax.stop_gradient(self.directions[...])
 
         def features(x):
             x = x.astype(jnp.float32) / x.shape[-1] ** 0.25
-            directions = jnp.asarray(orthogonal_directions(self.expanded_dim, x.shape[-1]))
             along = jnp.einsum("...K,EK->...E", x, directions, precision=jax.lax.Precision.HIGHEST)
             return jnp.exp(along - 0.5 * jnp.sum(x * x, axis=-1, keepdims=True)) / math.sqrt(self.expanded_dim)
 
@@ -129,6 +136,8 @@ def orthogonal_directions(count: int, dim: int) -> np.ndarray:
     return (np.concatenate(blocks)[:count] / math.sqrt(count / dim)).astype(np.float32)
 
 
+MAP_OPTIONS = {"cosformer": ("horizon",), "performer": ("stored_directions",)}
+"""The options of a mixer that a map takes."""
 FEATURE_MAPS: dict[str, Callable] = {
     "relu": functools.partial(Elementwise, lambda x: jnp.maximum(x, RELU_FLOOR)),
     "squared": functools.partial(Elementwise, jnp.square),

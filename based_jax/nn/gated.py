@@ -50,11 +50,35 @@ def expanded(name: str, d_model: int, factor: float, num_heads: int) -> int:
     return width
 
 
+class ProjectedHeads(NamedTuple):
+    """Heads of queries, keys and values that are projected; each serves as many of the operation's as are left.
+
+    Source: grouped keys and values, arXiv 2305.13245; grouped queries and keys, fla/layers/gated_deltanet.py.
+    """
+
+    queries: int
+    keys: int
+    values: int
+
+    @classmethod
+    def grouped_keys(cls, num_heads: int, num_kv_heads: int | None) -> "ProjectedHeads":
+        """Return heads of which several queries share a key and a value; None for as many as queries."""
+        shared = num_heads if num_kv_heads is None else num_kv_heads
+        return cls(num_heads, shared, shared)
+
+    @classmethod
+    def grouped_values(cls, num_heads: int, num_v_heads: int | None) -> "ProjectedHeads":
+        """Return heads of which several values share a query and a key; None for as many as queries."""
+        return cls(num_heads, num_heads, num_heads if num_v_heads is None else num_v_heads)
+
+
 class GatedLinearMixer(Mixer):
     """Projections to queries, keys and values, an optional short convolution, a decaying state, a norm and a gate.
 
     Attributes:
       operation: what makes the output from what `_gated` returns.
+      conv_silu: whether SiLU follows the short convolution.
+      silu_without_conv: whether it follows the projections where there is no convolution.
       rotary: whether queries and keys turn with their place.
       scale: of the output; 1 / sqrt(K) where None.
       gate_activation: of the gate on the output; None for no gate.
@@ -63,6 +87,8 @@ class GatedLinearMixer(Mixer):
 
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
     operation: ClassVar[Operation] = Operation(gated_linear_attention, gated_linear_attention_step, MATRIX_STATE_STEPS)
+    conv_silu: ClassVar[bool] = True
+    silu_without_conv: ClassVar[bool] = False
     rotary: ClassVar[bool] = False
     scale: ClassVar[float | None] = None
     gate_activation: ClassVar[Any] = staticmethod(jax.nn.silu)
@@ -80,6 +106,7 @@ class GatedLinearMixer(Mixer):
         conv_size: int = 0,
         gate_rank: int = 0,
         use_gate: bool = True,
+        projected: ProjectedHeads | None = None,
     ):
         """Make the projections, the taps, the norm and the gate.
 
@@ -87,9 +114,10 @@ class GatedLinearMixer(Mixer):
           d_model, config, init: as of `Mixer`.
           num_heads: H.
           key_dim, value_dim: widths of all heads together.
-          conv_size: taps of the convolution over queries, keys and values, with SiLU; 0 for none.
+          conv_size: taps of the convolution over queries, keys and values; 0 for none.
           gate_rank: of the gate's projection, with a bias; 0 for a full one.
           use_gate: whether there is a gate, if the class has an activation for it.
+          projected: the heads that are projected, each a share of H; None for H of all three.
         """
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
@@ -97,10 +125,11 @@ class GatedLinearMixer(Mixer):
         if self.rotary:
             layers.rotary_dim(key_dim // num_heads, 1.0)
         self.has_gate = use_gate and self.gate_activation is not None
-        widths = (key_dim, key_dim, value_dim)
-        self.qkv = layers.linear(d_model, sum(widths), ("embed", "heads"), init, parts=widths)
+        self.projected = projected or ProjectedHeads(num_heads, num_heads, num_heads)
+        self.widths = self._projected_widths()
+        self.qkv = layers.linear(d_model, sum(self.widths), ("embed", "heads"), init, parts=self.widths)
         if conv_size:
-            self.conv_kernel = layers.conv_parameter((conv_size, 2 * key_dim + value_dim), conv_size, rngs=init.rngs)
+            self.conv_kernel = layers.conv_parameter((conv_size, sum(self.widths)), conv_size, rngs=init.rngs)
         if self.has_gate and gate_rank == 0:
             self.gate = layers.linear(d_model, value_dim, ("embed", "heads"), init)
         if self.has_gate and gate_rank:
@@ -112,9 +141,7 @@ class GatedLinearMixer(Mixer):
 
     @override
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
-        y = self.qkv(x)
-        if self.conv_size:
-            y, _ = short_conv(y, self.conv_kernel[...], silu=True, segment_ids=segment_ids)
+        y, _ = self._convolved(self.qkv(x), None, segment_ids)
         inputs, _ = self._inputs(x, y, jnp.zeros(1, jnp.int32), segment_ids)
         o, _ = self.operation.sequence(*inputs, scale=self.scale, segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, x, o))
@@ -122,15 +149,13 @@ class GatedLinearMixer(Mixer):
     @override
     def _initial_state(self, batch: int, max_len: int) -> GatedState:
         H = self.num_heads
-        conv = jnp.zeros((batch, self.conv_size, 2 * self.key_dim + self.value_dim), self.dtype)
+        conv = jnp.zeros((batch, self.conv_size, sum(self.widths)), self.dtype)
         memory = initial_state(batch, H, self.key_dim // H, self.value_dim // H)
         return GatedState(memory, conv, jnp.zeros(batch, jnp.int32))
 
     @override
     def _prefill(self, x: BTD, state: GatedState, segment_ids: SegmentIds | None) -> tuple[BTD, GatedState]:
-        y, conv = self.qkv(x), state.conv
-        if self.conv_size:
-            y, conv = short_conv(y, self.conv_kernel[...], silu=True, state=conv, segment_ids=segment_ids)
+        y, conv = self._convolved(self.qkv(x), state.conv, segment_ids)
         inputs, length = self._inputs(x, y, state.length, segment_ids)
         o, memory = self.operation.sequence(
             *inputs,
@@ -145,7 +170,9 @@ class GatedLinearMixer(Mixer):
     def _step(self, x: BD, state: GatedState) -> tuple[BD, GatedState]:
         y, conv = self.qkv(x), state.conv
         if self.conv_size:
-            y, conv = short_conv_step(y, self.conv_kernel[...], conv, silu=True)
+            y, conv = short_conv_step(y, self.conv_kernel[...], conv, silu=self.conv_silu)
+        elif self.silu_without_conv:
+            y = jax.nn.silu(y)
         q, k, v = self._heads(y)
         if self.rotary:
             q, k = (layers.rotary(z[:, None], state.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
@@ -156,8 +183,7 @@ class GatedLinearMixer(Mixer):
     @override
     def state_size(self, seq_len: int) -> int:
         """Return K V elements a head, and the inputs of the short convolution; equal to the cache's."""
-        channels = 2 * self.key_dim + self.value_dim
-        return self.key_dim * self.value_dim // self.num_heads + self.conv_size * channels
+        return self.key_dim * self.value_dim // self.num_heads + self.conv_size * sum(self.widths)
 
     @override
     def published_state_size(self, seq_len: int) -> int:
@@ -167,7 +193,7 @@ class GatedLinearMixer(Mixer):
     @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the taps, and writing and reading the state once."""
-        qkv = 2 * self.key_dim + self.value_dim
+        qkv = sum(self.widths)
         gate = self.d_model * self.value_dim if self.has_gate else 0
         if self.gate_rank:
             gate = self.gate_rank * (self.d_model + self.value_dim)
@@ -185,10 +211,29 @@ class GatedLinearMixer(Mixer):
     def _gated(self, x, q, k, v) -> tuple[Array, ...]:
         """Return what the operation takes, by head."""
 
+    def _projected_widths(self) -> tuple[int, int, int]:
+        key, value = self.key_dim // self.num_heads, self.value_dim // self.num_heads
+        queries, keys, values = self.projected
+        return queries * key, keys * key, values * value
+
+    def _convolved(self, y, conv, segment_ids):
+        """Return the projections behind the taps, if there are any, and the inputs of these for the next tokens."""
+        if self.conv_size:
+            options = {"silu": self.conv_silu, "state": conv, "segment_ids": segment_ids}
+            return short_conv(y, self.conv_kernel[...], **options)
+        return jax.nn.silu(y) if self.silu_without_conv else y, conv
+
     def _heads(self, y):
-        """Return queries, keys and values by head."""
-        parts = jnp.split(y, [self.key_dim, 2 * self.key_dim], axis=-1)
-        return tuple(layers.split_heads(part, self.num_heads) for part in parts)
+        """Return queries, keys and values by head of the operation."""
+        queries, keys, _ = self.widths
+        parts = jnp.split(y, [queries, queries + keys], axis=-1)
+        heads = (layers.split_heads(part, count) for part, count in zip(parts, self.projected, strict=True))
+        return tuple(self._for_all_heads(part) for part in heads)
+
+    def _for_all_heads(self, part):
+        """Return heads (..., count, .) repeated for those of the operation that each of them serves."""
+        repeats = self.num_heads // part.shape[-2]
+        return part if repeats == 1 else jnp.repeat(part, repeats, axis=-2)
 
     def _inputs(self, x, y, length, segment_ids):
         q, k, v = self._heads(y)
@@ -215,6 +260,25 @@ def head_slopes(num_heads: int) -> list[float]:
     slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
     between = [2 ** (-4 * (2 * h + 1) / power) for h in range(num_heads - power)]
     return slopes + between
+
+
+def check_kv_heads(config: Any) -> None:
+    """Raise UserError for keys and values that cannot serve equally many of a config's queries."""
+    shared, num_heads = config.num_kv_heads, config.num_heads
+    if shared is not None and (shared < 1 or num_heads % shared):
+        raise UserError(f"num_kv_heads is {shared}; it divides num_heads, which is {num_heads}.")
+
+
+def check_v_heads(config: Any) -> None:
+    """Raise UserError for values that cannot share a config's queries and keys equally."""
+    values, num_heads = config.num_v_heads, config.num_heads
+    if values is not None and (not num_heads <= values <= layers.LARGEST_SIZE or values % num_heads):
+        raise UserError(f"num_v_heads is {values}; it is a multiple of num_heads, which is {num_heads}.")
+
+
+def delta_rate(logits: Float[Array, "*T H"], allow_neg_eigval: bool) -> Float[Array, "*T H"]:
+    """Return beta = sigmoid(logits) of the delta rule, or its double, with which a state's directions can flip."""
+    return jax.nn.sigmoid(logits) * (2.0 if allow_neg_eigval else 1.0)
 
 
 def unit(x: Float[Array, "*T H K"]) -> Float[Array, "*T H K"]:

@@ -6,7 +6,7 @@ softmax, recurrent states and the loss are fp32 whatever it is.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, override
 
 import einops
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from based_jax.dims import BP, DropoutKey
 from based_jax.errors import UserError
-from based_jax.ops.few_tokens import few_tokens_gated
+from based_jax.ops.few_tokens import few_tokens_gated, few_tokens_products
 from based_jax.ops.projection import are_decoded, multiply, project
 
 INIT_STD = 0.02
@@ -130,13 +130,14 @@ def torch_linear(
 
 
 def linear_part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int | None) -> Float[Array, "*B _"]:
-    """Return the channels from `begin` to `end`, None for the last, of a linear layer without a bias, as one product.
+    """Return the channels from `begin` to `end`, None for the last, of a linear layer, as one product.
 
     To cut the output of one product, and to join its gradient, costs a GPU more than several products do, if XLA does
     not join small ones itself (`xla_gpu_dot_merger_threshold_mb`).
     """
-    assert layer.bias is None and (end or 0) <= layer.out_features
-    return multiply(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)[:, begin:end])
+    assert (end or 0) <= layer.out_features
+    y = multiply(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)[:, begin:end])
+    return y if layer.bias is None else y + per_channel(layer.bias[...][begin:end], y)
 
 
 def split(y: Shaped[Array, "..."], sections: int | Sequence[int], axis: int = -1) -> list[Shaped[Array, "..."]]:
@@ -208,6 +209,42 @@ def gated(layer: nnx.Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
     return few_tokens_gated(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
 
 
+def several(parts: Sequence[nnx.Linear], x: Float[Array, "*B D"]) -> list[Float[Array, "*B _"]]:
+    """Return the outputs of linear layers without a bias that compute in the same dtype; of few tokens together."""
+    if not are_decoded(x.shape):
+        return [layer(x) for layer in parts]
+    x, *kernels = parts[0].promote_dtype((x, *(layer.kernel[...] for layer in parts)), dtype=parts[0].dtype)
+    products = few_tokens_products(x.reshape(-1, x.shape[-1]), tuple(kernels))
+    return [y.reshape(*x.shape[:-1], -1) for y in products]
+
+
+class Projected(NamedTuple):
+    """What a linear layer returns for tokens (B, D), still to be computed: the norm that follows it does so.
+
+    Attributes:
+      x: the tokens, in the layer's dtype.
+      kernel: (D, E), in the layer's dtype.
+      bias: (E,), if there is one.
+    """
+
+    x: Float[Array, "B D"]
+    kernel: Float[Array, "D E"]
+    bias: Float[Array, "E"] | None
+
+    def value(self) -> Float[Array, "B E"]:
+        """Return it."""
+        y = multiply(self.x, self.kernel)
+        return y if self.bias is None else y + per_channel(self.bias, y)
+
+
+def into_stream(layer: nnx.Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B E"] | Projected:
+    """Return a linear layer's output for the residual stream to add; of a decode step's tokens it is left to do."""
+    if x.ndim != 2 or not are_decoded(x.shape):
+        return layer(x)
+    x, kernel = layer.promote_dtype((x, layer.kernel[...]), dtype=layer.dtype)
+    return Projected(x, kernel, None if layer.bias is None else layer.bias[...])
+
+
 class SwiGLU(nnx.Module):
     """Gated MLP: fc2(value * silu(gate)) with (value, gate) = fc1(x), value first.
 
@@ -218,9 +255,24 @@ class SwiGLU(nnx.Module):
         self.fc1 = linear(d_model, 2 * d_hidden, ("embed", "mlp"), init, parts=(d_hidden, d_hidden))
         self.fc2 = linear(d_hidden, d_model, ("mlp", "embed"), init.out)
 
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"] | Projected:
+        """Apply to each token."""
+        return into_stream(self.fc2, gated(self.fc1, x))
+
+
+class GELU(nnx.Module):
+    """MLP with biases: fc2(gelu(fc1(x))), the exact GELU (arXiv 1606.08415).
+
+    Source: HazyResearch/zoology:zoology/mixers/mlp.py, `MLP`.
+    """
+
+    def __init__(self, d_model: int, d_hidden: int, init: Init):
+        self.fc1 = linear(d_model, d_hidden, ("embed", "mlp"), init, bias=True)
+        self.fc2 = linear(d_hidden, d_model, ("mlp", "embed"), init.out, bias=True)
+
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Apply to each token."""
-        return self.fc2(gated(self.fc1, x))
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
 class Identity(nnx.Module):
@@ -234,17 +286,22 @@ class Identity(nnx.Module):
         return x
 
 
-MLPS = {"swiglu": SwiGLU, "identity": Identity, "none": None}
+MLPS = {"swiglu": SwiGLU, "gelu": GELU, "identity": Identity, "none": None}
 
 
 def rotary(
-    x: Float[Array, "B T H K"], positions: Int[Array, "T"] | Int[Array, "#B T"], dim: int, base: float
+    x: Float[Array, "B T H K"],
+    positions: Int[Array, "T"] | Int[Array, "#B T"],
+    dim: int,
+    base: float,
+    scaling: Callable[[Float[Array, "_"]], Float[Array, "_"]] = lambda frequencies: frequencies,
 ) -> Float[Array, "B T H K"]:
     """Rotate pairs (j, j + R/2) of the first R components by position * base^(-2j/dim); the others pass.
 
     An odd `dim` has ceil(dim/2) frequencies, so R is dim + 1 (flash-attention v2.5.2, as attn-1b uses it with 35).
+    `scaling` makes others of these frequencies.
     """
-    frequencies = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1))
+    frequencies = scaling(base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1)))
     half = frequencies.shape[0]
     angles = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
     cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
@@ -312,11 +369,11 @@ def to_heads(layer: nnx.Linear, x: Float[Array, "*B D"], num_heads: int, width: 
     return y + per_channel(with_zeros(split_heads(layer.bias[...], num_heads), -1, width), y)
 
 
-def from_heads(layer: nnx.Linear, o: Float[Array, "*B H V"]) -> Float[Array, "*B D"]:
-    """Return a linear layer's output for heads that may end in zeros, as rows of its kernel then do."""
+def from_heads(layer: nnx.Linear, o: Float[Array, "*B H V"]) -> Float[Array, "*B D"] | Projected:
+    """Return a linear layer's output for heads that may end in zeros, as rows of its kernel then do; `into_stream`."""
     num_heads, width = o.shape[-2:]
     if num_heads * width == layer.in_features:
-        return layer(merge_heads(o))
+        return into_stream(layer, merge_heads(o))
     kernel = einops.rearrange(layer.kernel[...].astype(layer.dtype), "(H V) D -> H V D", H=num_heads)
     rows = einops.rearrange(with_zeros(kernel, 1, width), "H V D -> (H V) D")
     y = multiply(merge_heads(o).astype(layer.dtype), rows)

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from based_jax import parallel
-from based_jax.dims import BD, BP, BPD, BT, BTD, DropoutKey, Tokens
+from based_jax.dims import BD, BP, BPD, BT, BTD, DropoutKey, SegmentIds, Tokens
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.block import Stack, Stream, repeating_patterns, traced_once
@@ -21,6 +21,8 @@ from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.cross_entropy import linear_cross_entropy
 from based_jax.ops.embedding import lookup
+
+MLP_MATRICES = {"swiglu": 3, "gelu": 2, "identity": 0, "none": 0}
 
 
 class LM(nnx.Module):
@@ -118,14 +120,19 @@ class LM(nnx.Module):
         return tuple(stack.init_cache(batch, max_len) for stack in self.stacks)
 
     @checked
-    def prefill(self, ids: BT, cache: tuple, segment_ids: BT | None = None) -> tuple[BTD, tuple]:
+    def prefill(self, ids: BT, cache: tuple, segment_ids: SegmentIds | None = None) -> tuple[BTD, tuple]:
         """Read the next tokens of a sequence; return their hidden states and the caches after them."""
-        return self._decode(ids, cache, lambda stack, r, old: stack.prefill(r, old, segment_ids))
+
+        def read(stack, stream, old):
+            r, new = stack.prefill(stream.total(), old, segment_ids)
+            return Stream(r), new
+
+        return self._decode(ids, cache, read)
 
     @checked
     def step(self, ids: Tokens, cache: tuple) -> tuple[BD, tuple]:
         """Read one token; return its hidden state and the caches after it."""
-        return self._decode(ids, cache, lambda stack, r, old: stack.step(r, old))
+        return self._decode(ids, cache, Stack.step)
 
     def mixers(self) -> list[Mixer]:
         """Return each layer's mixer in order; the layers of one repeated pattern share a module."""
@@ -141,18 +148,18 @@ class LM(nnx.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs of one token: mixers, MLPs and head."""
-        mlp = 6 * self.config.d_model * self.config.hidden_dim if self.config.mlp == "swiglu" else 0
+        mlp = 2 * MLP_MATRICES[self.config.mlp] * self.config.d_model * self.config.hidden_dim
         head = 2 * self.config.d_model * self.config.padded_vocab_size
         return sum(mixer.flops_per_token(seq_len) + mlp for mixer in self.mixers()) + head
 
     def _decode(self, ids, cache: tuple, read: Callable) -> tuple[Array, tuple]:
         self._check_cache(cache)
-        r, after = self._in(ids), []
+        stream, after = Stream(self._in(ids)), []
         for i, (stack, old) in enumerate(zip(self.stacks, cache, strict=True)):
             with jax.named_scope(f"stack_{i}"):
-                r, new = read(stack, r, old)
+                stream, new = read(stack, stream, old)
             after.append(new)
-        return self._out(Stream(r)), tuple(after)
+        return self._out(stream), tuple(after)
 
     def _check_known(self, ids) -> None:
         """Raise UserError for ids outside the vocabulary, where this process knows their values."""

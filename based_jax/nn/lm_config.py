@@ -1,8 +1,9 @@
 """What a model is: its layers, widths, norms and initial values, checked as they are given."""
 
 import dataclasses
+import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class LMConfig:
       d_model: width D of the residual stream.
       vocab_size: tokens of the tokenizer.
       pad_vocab_multiple: what the rows of the embedding are a multiple of.
-      mlp: "swiglu", "identity" or "none" (layers are mixers alone).
+      mlp: "swiglu", "gelu" (with biases), "identity" or "none" (layers are mixers alone).
       norm: "rms" or "layer".
       final_norm: the norm after the last layer; None for that of the layers. zoology's Mamba models have "rms" in the
         layers, "none" behind the mixers and "layer" at the end.
@@ -139,6 +140,34 @@ class LMConfig:
         return -(-self.vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
 
 
+def with_options(config: LMConfig, options: Sequence[str]) -> LMConfig:
+    """Return a model whose layers of a mixer have other options, each as "taylor.flush=16".
+
+    Raises:
+      UserError: a text is no such thing, the model has no such mixer, or the mixer no such option or value.
+    """
+    kinds = sorted({kind for kind, _ in config.layers})
+    new: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
+    for text in options:
+        name, equals, value = text.partition("=")
+        kind, dot, option = name.partition(".")
+        if not (equals and dot and option):
+            raise UserError(f"'{text}' is no option: give mixer.name=value, such as taylor.flush=16.")
+        if kind not in new:
+            raise unknown("mixer", kind, kinds)
+        new[kind][option] = _value(value)
+    return _with(config, new)
+
+
+def _value(text: str) -> Any:
+    """Return a number, true, false or null as JSON writes them, and any other text as it is."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return text if isinstance(value, list | dict) else value
+
+
 def with_taylor_options(config: LMConfig, **options: Any) -> LMConfig:
     """Return a config with other options of all its Taylor layers; those that are None stay as they are.
 
@@ -151,10 +180,13 @@ def with_taylor_options(config: LMConfig, **options: Any) -> LMConfig:
     if not any(issubclass(MIXERS[kind].Config, TaylorConfig) for kind, _ in config.layers):
         name, value = next(iter(given.items()))
         raise UserError(f"{name} is {value}, but the model has no Taylor layer; leave it out.")
-    layers = (
-        (kind, own | given if issubclass(MIXERS[kind].Config, TaylorConfig) else own) for kind, own in config.layers
-    )
-    return dataclasses.replace(config, layers=tuple(layers))
+    return _with(config, {kind: given for kind, mixer in MIXERS.items() if issubclass(mixer.Config, TaylorConfig)})
+
+
+def _with(config: LMConfig, new: Mapping[str, Mapping[str, Any]]) -> LMConfig:
+    """Return a config with other options of layers, by mixer."""
+    layers = tuple((kind, dict(options) | dict(new.get(kind, {}))) for kind, options in config.layers)
+    return dataclasses.replace(config, layers=layers)
 
 
 def _check(what: str, name: str, allowed: Collection[str]) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn.cache import Cache
-from based_jax.nn.layers import LARGEST_SIZE, Init
+from based_jax.nn.layers import LARGEST_SIZE, Init, Projected
 from based_jax.ops import segments
 from based_jax.ops.arguments import checked
 from based_jax.ops.dispatch import Implementation, beside
@@ -91,6 +91,11 @@ class Mixer(nnx.Module):
         return 0
 
     @property
+    def rows_are_apart(self) -> bool:
+        """Whether a prefill takes no other way for a row because of what others of its batch have read."""
+        return True
+
+    @property
     def head_counts(self) -> dict[str, int]:
         """The heads that a device of the mesh axis "tensor" has its share of, by what the options call them."""
         names = ("num_heads", "num_kv_heads")
@@ -126,8 +131,8 @@ class Mixer(nnx.Module):
         y, state = self._prefill(x, self._emptied(cache.state, begins), segment_ids)
         return y, Cache(state, jnp.where(last == 0, cache.segment_id, last))
 
-    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
-        """Mix one token and return the cache after it."""
+    def step(self, x: BD, cache: Cache) -> tuple[BD | Projected, Cache]:
+        """Mix one token and return what the stream adds, which may be left for it to compute, and the cache after."""
         y, state = self._step(x, cache.state)
         return y, cache._replace(state=state)
 
@@ -140,7 +145,7 @@ class Mixer(nnx.Module):
         """Mix tokens, the first document of which continues the state's, and return the state of the last one."""
 
     @abc.abstractmethod
-    def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
+    def _step(self, x: BD, state: Any) -> tuple[BD | Projected, Any]:
         """Mix one token and return the state after it."""
 
     def _emptied(self, state: Any, rows: Bool[Array, "B"]) -> Any:

@@ -1,5 +1,7 @@
 """What each family's implementations take: one call, read by name, the same for every backend.
 
+Those of what decodes stand in `ops/decode_calls.py`.
+
 A table's `compute`, `supports` and `slower` take a call alone. `state` is that of each row's first document, None for
 the empty one; `segment_ids` number the packed documents (see `ops/segments.py`), None for one document a row.
 """
@@ -8,20 +10,15 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Complex, Float, Int, Shaped
+from jaxtyping import Array, Bool, Complex, Float, Int
 
-from based_jax.dims import BD, BHEV, BHK, BHKV, BHV, BSGK, BSGV, BT, BTD, BTGK, BTGV, BTHK, BTHV, BWD, WD
+from based_jax.dims import BD, BHEV, BHKV, BT, BTD, BTHK, BTHV, BWD, WD
 
 Channels = Float[Array, "D"]
 
 HK = Float[Array, "H K"]
 Decay = Float[Array, "B T H #K"]
 BTH = Float[Array, "B T H"]
-BH = Float[Array, "B H"]
-
-BHE = Float[Array, "B H E"]
-BHWK = Float[Array, "B H W K"]
-BHWV = Float[Array, "B H W V"]
 
 BTHM = Float[Array, "B T H M"]
 BHKM = Float[Array, "B H K M"]
@@ -37,7 +34,6 @@ BHPN2 = Float[Array, "B H P N 2"]
 HN = Complex[Array, "H N"]
 
 BTN = Float[Array, "B T N"]
-BN = Float[Array, "B N"]
 BDN = Float[Array, "B D N"]
 DN = Float[Array, "D N"]
 
@@ -76,46 +72,6 @@ class AttentionCall(NamedTuple):
         return math.sqrt(self.head_dim or self.q.shape[3])
 
 
-class AttentionStepCall(NamedTuple):
-    """Softmax attention of a token: q (B, H, K) over the first `length` (B,) of keys and values (B, S, G, .).
-
-    Each of the G keys and values, a divisor of H, serves as many queries. `head_dim` as of `AttentionCall`.
-    """
-
-    q: BHK
-    k: BSGK
-    v: BSGV
-    length: Int[Array, "B"]
-    head_dim: int | None = None
-
-    @property
-    def root(self) -> float:
-        """What scores are divided by."""
-        return math.sqrt(self.head_dim or self.q.shape[2])
-
-
-class AttentionPrefillCall(NamedTuple):
-    """Softmax attention of T tokens, q (B, T, H, K), k, v (B, T, G, .), that go on after `length` (B,) cached ones.
-
-    These are the first of keys and values (B, S, G, .), of each row's first document. Groups and `head_dim` as of
-    `AttentionStepCall`.
-    """
-
-    q: BTHK
-    k: BTGK
-    v: BTGV
-    past_k: BSGK
-    past_v: BSGV
-    length: Int[Array, "B"]
-    segment_ids: Documents = None
-    head_dim: int | None = None
-
-    @property
-    def root(self) -> float:
-        """What scores are divided by."""
-        return math.sqrt(self.head_dim or self.q.shape[3])
-
-
 class LinearAttentionCall(NamedTuple):
     """Normalised attention by features: q, k (B, T, H, K), v (B, T, H, V), state (B, H, E, V+1).
 
@@ -132,49 +88,6 @@ class LinearAttentionCall(NamedTuple):
     def tokens(self) -> "LinearAttentionCall":
         """The arrays over time alone."""
         return _only(self, "q", "k", "v")
-
-
-class TaylorSums(NamedTuple):
-    """Sums over tokens of phi(k) [v, 1]^T, where a state is kept between steps.
-
-    Attributes:
-      values: (B, H, E, V), in the dtype of the state's format.
-      scales: (B, H, E) fp32, what the rows of `values` are multiplied by; None where they are the values themselves.
-      normaliser: (B, H, E) fp32.
-    """
-
-    values: Shaped[Array, "B H E V"]
-    scales: BHE | None
-    normaliser: BHE
-
-
-class RecentTokens(NamedTuple):
-    """Keys (B, H, W, K) and values (B, H, W, V) of tokens that no sum holds yet: the first `length` (B) of each row."""
-
-    k: BHWK
-    v: BHWV
-    length: Int[Array, "B"]
-
-
-class TaylorState(NamedTuple):
-    """The past of Taylor attention while it decodes: sums, and tokens behind them, None where each is added at once."""
-
-    sums: TaylorSums
-    recent: RecentTokens | None = None
-
-
-class TaylorDecodeCall(NamedTuple):
-    """A few tokens of Taylor attention behind a state: q, k (B, T, H, K), v (B, T, H, V).
-
-    The state's parts stand by themselves: its sums, its recent keys and values (k, v), and the length of those.
-    """
-
-    q: BTHK
-    k: BTHK
-    v: BTHV
-    sums: TaylorSums
-    tokens: tuple[BHWK, BHWV] | None
-    length: Int[Array, "B"] | None
 
 
 class MatrixStateCall(NamedTuple):
@@ -200,21 +113,6 @@ class MatrixStateCall(NamedTuple):
     def tokens(self) -> "MatrixStateCall":
         """The arrays over time alone."""
         return _only(self, "q", "k", "v", "log_decay", "beta", "a", "b")
-
-
-class MatrixStepCall(NamedTuple):
-    """One token of a `MatrixStateCall`, whose arrays lack time: q (B, H, K) to log_decay (B, H, K or 1)."""
-
-    q: BHK
-    k: BHK
-    v: BHV
-    log_decay: Float[Array, "B H #K"]
-    state: BHKV
-    bonus: HK | None = None
-    beta: BH | None = None
-    a: BHK | None = None
-    b: BHK | None = None
-    scale: float = 1.0
 
 
 class SlotState(NamedTuple):
@@ -284,26 +182,6 @@ class GatedConvCall(NamedTuple):
     segment_ids: Documents = None
 
 
-class ShortConvStepCall(NamedTuple):
-    """One token x (B, D) of a `ShortConvCall`."""
-
-    x: BD
-    kernel: WD
-    state: Past
-    bias: Channels | None = None
-    silu: bool = False
-    dilation: int = 1
-
-
-class GatedConvStepCall(NamedTuple):
-    """One token x (B, 2 D) of a `GatedConvCall`."""
-
-    x: Float[Array, "B joint"]
-    kernel: WD
-    state: BWD
-    bias: JointBias | None = None
-
-
 class LongConvCall(NamedTuple):
     """A convolution of u (B, T, D) with a kernel (T, D), whose row l is the tap of lag l."""
 
@@ -342,18 +220,6 @@ class SelectiveScanCall(NamedTuple):
     def tokens(self) -> "SelectiveScanCall":
         """The arrays over time alone."""
         return _only(self, "u", "dt", "B", "C")
-
-
-class SelectiveScanStepCall(NamedTuple):
-    """One token of a `SelectiveScanCall`: u, dt (B, D), B, C (B, N)."""
-
-    u: BD
-    dt: BD
-    A: DN
-    B: BN
-    C: BN
-    state: BDN
-    bias: Channels | None = None
 
 
 class SSDCall(NamedTuple):
@@ -425,13 +291,6 @@ class GatedNormCall(NamedTuple):
     skip: Channels
     scale: Channels | None = None
     eps: float = 0.0
-
-
-class FewTokensCall(NamedTuple):
-    """A product of few tokens (M, D) and a matrix (D, E)."""
-
-    x: Float[Array, "M D"]
-    kernel: Float[Array, "D E"]
 
 
 class CrossEntropyCall(NamedTuple):

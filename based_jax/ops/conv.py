@@ -17,7 +17,8 @@ from based_jax.dims import BD, BT, BTD, WD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.ops import long_conv, segments, sequence, sharded
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import Channels, Past, ShortConvCall, ShortConvStepCall
+from based_jax.ops.calls import Channels, Past, ShortConvCall
+from based_jax.ops.decode_calls import ShortConvStepCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import short_conv as hopper_short_conv
 from based_jax.ops.hopper import short_conv_step as hopper_short_conv_step

@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from based_jax import devices
 from based_jax.dims import BHKV, BTHK
-from based_jax.ops.calls import Decay, MatrixStateCall, MatrixStepCall
+from based_jax.ops.calls import Decay, MatrixStateCall
+from based_jax.ops.decode_calls import MatrixStepCall
 from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.precision import EXACT, einsum, narrow_einsum
 from based_jax.ops.segments import FORGET_LOG_DECAY

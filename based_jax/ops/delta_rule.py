@@ -24,8 +24,9 @@ from jaxtyping import Array, Float
 from based_jax.dims import BHK, BHKV, BHV, BTHK, BTHV, SegmentIds
 from based_jax.ops import matrix_state_step, scan, sequence
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import BH, BTH, Decay, MatrixStateCall, MatrixStepCall
+from based_jax.ops.calls import BTH, Decay, MatrixStateCall
 from based_jax.ops.decays import LogDecays, as_dplr, empty_state, pair_weights
+from based_jax.ops.decode_calls import BH, MatrixStepCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import recurrence as hopper_recurrence
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy

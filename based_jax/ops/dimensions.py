@@ -1,11 +1,11 @@
-"""The dimensions of the arrays of each call of `ops/calls.py`, by the names by which a mesh divides them.
+"""The dimensions of the arrays of calls, by the names by which a mesh divides them.
 
 The names are keys of `sharded.MESH_AXES`. Channels that do not meet are heads too.
 """
 
 from typing import Any, NamedTuple
 
-from based_jax.ops import calls
+from based_jax.ops import calls, decode_calls
 
 Names = tuple[str | None, ...]
 
@@ -32,7 +32,7 @@ def _recurrent(arguments: dict[str, Names], state: Names = STATE) -> Dimensions:
 DIMENSIONS: dict[type, Dimensions] = {
     calls.AttentionCall: Dimensions(_by_token("q", "k", "v"), (BY_HEAD,)),
     calls.LinearAttentionCall: _recurrent(_by_token("q", "k", "v")),
-    calls.TaylorDecodeCall: Dimensions(
+    decode_calls.TaylorDecodeCall: Dimensions(
         _by_token("q", "k", "v", names=("batch", None, "heads")) | {"sums": STATE, "tokens": STATE, "length": ROWS},
         (("batch", None, "heads"), STATE, STATE, ROWS),
     ),

@@ -46,7 +46,7 @@ def not_run(_call: Any) -> str:
 class Implementation:
     """One way to compute an operation.
 
-    `compute` takes a call, one of `ops/calls.py`, and returns its results. `supports` returns why a call cannot run, or
+    `compute` takes a call, as in `ops/calls.py`, and returns its results. `supports` returns why a call cannot run, or
     None, `slower` likewise why `auto` leaves a call that can run to another one. `platform` is the only one it runs on
     ("cuda", "tpu"), or None for any; `preferred` is one on which `auto` takes it though it runs on any. `by_place`
     names a call's arrays over time where `compute` takes documents for unbroken: where their ids do not say so

@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 from based_jax.dims import BD, BTD, BWD, WD, SegmentIds, Unbroken
 from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import GatedConvCall, GatedConvStepCall, Joint, JointBias
+from based_jax.ops.calls import GatedConvCall, Joint, JointBias
 from based_jax.ops.conv import last_inputs, short_conv, short_conv_step
+from based_jax.ops.decode_calls import GatedConvStepCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import gated_short_conv as hopper_gated_short_conv
 from based_jax.ops.hopper import short_conv_step as hopper_short_conv_step

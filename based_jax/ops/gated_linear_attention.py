@@ -21,8 +21,9 @@ from based_jax.dims import BHK, BHKV, BHV, BTHK, BTHV, SegmentIds
 from based_jax.ops import matrix_state_step, scan, sequence
 from based_jax.ops.arguments import checked
 from based_jax.ops.bonus import read_apart
-from based_jax.ops.calls import HK, Decay, MatrixStateCall, MatrixStepCall
+from based_jax.ops.calls import HK, Decay, MatrixStateCall
 from based_jax.ops.decays import LogDecays, empty_state, pair_weights
+from based_jax.ops.decode_calls import MatrixStepCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.hopper import gated_linear_attention as hopper_gated_linear_attention
 from based_jax.ops.matrix_state_step import update_and_read

@@ -6,18 +6,20 @@ a, b, and the bonus that is read in place of what is written, are as in `ops/gat
 `ops/delta_rule.py`. The states are fp32, and to read and to write them is what a step takes.
 
 `impl` is "oracle", "xla_passes" (in place, over a delta rule's states twice), "hopper_states" (a Mosaic GPU
-kernel, over all once; no bonus, K a multiple of 16 up to 256, V of 32) or "auto".
+kernel, over all once; no bonus, K a multiple of 16 up to 256, V of 32), "tpu_states" (a Mosaic TPU kernel, likewise;
+any K and V) or "auto".
 """
 
 import jax
 import jax.numpy as jnp
 
 from based_jax.dims import BHKV, BHV
-from based_jax.ops.calls import MatrixStepCall
 from based_jax.ops.decays import as_dplr
+from based_jax.ops.decode_calls import MatrixStepCall
 from based_jax.ops.dispatch import Implementation
 from based_jax.ops.hopper import matrix_state_step as hopper_matrix_state_step
 from based_jax.ops.precision import EXACT
+from based_jax.ops.tpu import matrix_state_step as tpu_matrix_state_step
 
 
 def update_and_read(call: MatrixStepCall) -> tuple[BHV, BHKV]:
@@ -59,6 +61,12 @@ IMPLEMENTATIONS = {
         hopper_matrix_state_step.supports,
         platform="cuda",
         slower=hopper_matrix_state_step.slower,
+    ),
+    "tpu_states": Implementation(
+        tpu_matrix_state_step.compute,
+        tpu_matrix_state_step.supports,
+        platform="tpu",
+        slower=tpu_matrix_state_step.slower,
     ),
     "xla_passes": Implementation(_in_place),
     "oracle": Implementation(update_and_read),

@@ -16,8 +16,9 @@ from jaxtyping import Array, Float
 from based_jax.dims import BD, BTD, SegmentIds
 from based_jax.ops import scan, sequence
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import BDN, BN, BTN, DN, Channels, SelectiveScanCall, SelectiveScanStepCall
+from based_jax.ops.calls import BDN, BTN, DN, Channels, SelectiveScanCall
 from based_jax.ops.decays import finite
+from based_jax.ops.decode_calls import BN, SelectiveScanStepCall
 from based_jax.ops.dispatch import Implementation, dispatch, not_run
 from based_jax.ops.hopper import selective_scan as hopper_selective_scan
 from based_jax.ops.hopper import selective_scan_step as hopper_selective_scan_step

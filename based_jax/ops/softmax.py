@@ -17,7 +17,8 @@ from based_jax.dims import BSHK, BSHV, BT, BTHK, BTHV, SegmentIds
 from based_jax.errors import UserError
 from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_ring
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import AttentionCall, AttentionPrefillCall
+from based_jax.ops.calls import AttentionCall
+from based_jax.ops.decode_calls import AttentionPrefillCall
 from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind, target_platform
 from based_jax.ops.hopper import attention as hopper_attention
 from based_jax.ops.hopper import window as hopper_window

@@ -103,6 +103,27 @@ def attention(
     return _attention(cut, *sharded.vary_alike(q, k, v, query_numbers, key_numbers))[:, :T]
 
 
+def read(
+    q: BTHK,
+    k: BSHK,
+    v: BSHV,
+    query_numbers: QueryNumbers,
+    key_numbers: KeyNumbers,
+    *,
+    past: int,
+    window: int,
+    root: float,
+) -> Read:
+    """Return what T queries read of S keys, of which `past` stand before the first query."""
+    T, S = q.shape[1], k.shape[1]
+    cut = Cut.of(T, S, past, window, root)
+    queries = (sharded.fill(x, {1: cut.queries}) for x in (q, query_numbers))
+    keys = (sharded.fill(x, {1: cut.keys}) for x in (k, v, key_numbers))
+    (q, query_numbers), (k, v, key_numbers) = queries, keys
+    o, saved = forward(cut, *sharded.vary_alike(q, k, v, query_numbers, key_numbers))
+    return o[:, :T], saved[-1][:, :, :T]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(cut: Cut, q, k, v, query_numbers, key_numbers):
     return forward(cut, q, k, v, query_numbers, key_numbers)[0]

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from based_jax.dims import BSGK, BSGV, BTGK, BTGV, BTHK, BTHV, SegmentIds
 from based_jax.ops import segments, sharded, softmax, softmax_chunks
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import AttentionPrefillCall
+from based_jax.ops.decode_calls import AttentionPrefillCall
 from based_jax.ops.dispatch import Implementation, beside, dispatch
 from based_jax.ops.softmax_chunks import CHUNK_TOKENS, LOWEST, Read, product
 from based_jax.ops.softmax_step import check_groups
@@ -102,12 +102,8 @@ def _chunked(call: AttentionPrefillCall) -> BTHV:
 
 def _of_own(call: AttentionPrefillCall, numbers: Int[Array, "B T"]) -> Read:
     """Read the tokens' own keys by chunks."""
-    T = call.q.shape[1]
-    cut = softmax_chunks.Cut.of(T, T, 0, T, call.root)
-    arrays = (sharded.fill(x, {1: cut.queries}) for x in (call.q, *_for_each_query(call), numbers))
-    q, k, v, numbers = sharded.vary_alike(*arrays)
-    o, saved = softmax_chunks.forward(cut, q, k, v, numbers, numbers)
-    return o[:, :T], saved[-1][:, :, :T]
+    options: dict[str, Any] = {"past": 0, "window": call.q.shape[1], "root": call.root}
+    return softmax_chunks.read(call.q, *_for_each_query(call), numbers, numbers, **options)
 
 
 def _of_past(call: AttentionPrefillCall, numbers: Int[Array, "B T"]) -> Read:

@@ -16,8 +16,9 @@ from jaxtyping import Array, Float
 from based_jax.dims import SegmentIds
 from based_jax.ops import sequence
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import BH, BHNP, BTGN, BTH, BTHP, SSDCall
+from based_jax.ops.calls import BHNP, BTGN, BTH, BTHP, SSDCall
 from based_jax.ops.decays import finite, initial_state, stepped
+from based_jax.ops.decode_calls import BH
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from based_jax.ops.hopper import ssd as hopper_ssd

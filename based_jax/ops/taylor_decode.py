@@ -22,12 +22,13 @@ from jaxtyping import Array, Float, Int
 from based_jax.dims import BHEV, BTHK, BTHV
 from based_jax.errors import UserError, unknown
 from based_jax.ops.arguments import checked
-from based_jax.ops.calls import RecentTokens, TaylorDecodeCall, TaylorState, TaylorSums
+from based_jax.ops.decode_calls import RecentTokens, TaylorDecodeCall, TaylorState, TaylorSums
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import taylor_decode as hopper_taylor_decode
 from based_jax.ops.linear_attention import normalise, with_ones
 from based_jax.ops.precision import EXACT
 from based_jax.ops.taylor import expanded_dim, polynomial, taylor_features
+from based_jax.ops.tpu import taylor_decode as tpu_taylor_decode
 
 Sums = Float[Array, "B T H _"]  # values, then the normaliser
 
@@ -124,7 +125,8 @@ def taylor_attention_decode(q: BTHK, k: BTHK, v: BTHV, state: Any, *, impl: str 
     model verifies what another one has drafted.
 
     Args:
-      impl: "xla_steps", "hopper_steps" (a Mosaic GPU kernel, in place; bf16, K = 16) or "auto".
+      impl: "xla_steps", "hopper_steps" (a Mosaic GPU kernel, in place; bf16, K = 16), "tpu_steps" (a Mosaic TPU kernel,
+        in place; auto's for rows by 128) or "auto".
 
     Returns:
       o in v's dtype, and the state after the last token.
@@ -236,5 +238,8 @@ def _written(values: Float[Array, "B H E V"], normaliser: Float[Array, "B H E"],
 
 IMPLEMENTATIONS = {
     "hopper_steps": Implementation(hopper_taylor_decode.compute, hopper_taylor_decode.supports, platform="cuda"),
+    "tpu_steps": Implementation(
+        tpu_taylor_decode.compute, tpu_taylor_decode.supports, platform="tpu", slower=tpu_taylor_decode.slower
+    ),
     "xla_steps": Implementation(_steps),
 }

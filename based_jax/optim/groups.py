@@ -24,6 +24,7 @@ PARAMETER_GROUPS: dict[str, tuple[str, ...]] = {
     "token shift": ("mix", "shift_mix"),
     "key gain": ("k_k", "k_a", "r_k"),
     "feature map": ("maps",),
+    "constant": ("directions",),
 }
 """What a parameter is, by the end of its path: each pattern of `PurePath.match` in one group alone.
 
@@ -32,11 +33,11 @@ A scale with a bias beside it is of a LayerNorm or GroupNorm, "centred norm scal
 CENTRED_NORM_SCALE = "centred norm scale"
 NO_DECAY: dict[str, frozenset[str]] = {
     # HazyResearch/based, with Mamba's and the delta rules' `_no_weight_decay`, then what H3 and RWKV exempt
-    "reference": frozenset({"embedding", "bias", CENTRED_NORM_SCALE, "decay", "bonus", "skip"}),
+    "reference": frozenset({"embedding", "bias", CENTRED_NORM_SCALE, "decay", "bonus", "skip", "constant"}),
     "kernels": frozenset({*PARAMETER_GROUPS, CENTRED_NORM_SCALE} - {"kernel", "short filter"}),
-    "all": frozenset(),
+    "all": frozenset({"constant"}),
 }
-"""Which groups of parameters do not decay."""
+"""Which groups of parameters do not decay; constants, which get no gradient, never do."""
 NO_MUON = ("head/kernel", "shift_down/kernel", "shift_up/kernel")
 """Kernels that AdamW updates: the head, which is an embedding, and what makes RWKV-6's token shifts, one beside the
 other along both axes.

@@ -9,6 +9,8 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate import Sampling
@@ -28,7 +30,7 @@ class Completion:
       seed: of all draws; choice i draws as row i.
     """
 
-    prompts: list[list[int]]
+    prompts: list[np.ndarray]
     prompt_texts: list[str]
     sampling: Sampling
     seed: int
@@ -147,7 +149,7 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
     return {name: field.default if given.get(name) is None else given[name] for name, field in FIELDS.items()}
 
 
-def _prompts(prompt: str | list, tokenizer: Tokenizer, vocab_size: int) -> tuple[list[str], list[list[int]]]:
+def _prompts(prompt: str | list, tokenizer: Tokenizer, vocab_size: int) -> tuple[list[str], list[np.ndarray]]:
     """Return the texts and the ids of the prompts; an empty one begins where a text ends."""
     is_one = isinstance(prompt, str) or not prompt or is_integer(prompt[0])
     given = ["" if one == [] else one for one in ([prompt] if is_one else prompt)]
@@ -157,7 +159,7 @@ def _prompts(prompt: str | list, tokenizer: Tokenizer, vocab_size: int) -> tuple
     except UserError as error:
         raise ApiError(400, str(error), "prompt") from None
     texts = [one if isinstance(one, str) else tokenizer.decode(one) for one in given]
-    return texts, [prompt.tolist() for prompt in ids]
+    return texts, ids
 
 
 def _utf8(text: str) -> str:
@@ -169,7 +171,7 @@ def _utf8(text: str) -> str:
     return text
 
 
-def _check_length(prompt: list[int], max_tokens: int, limits: Limits) -> None:
+def _check_length(prompt: np.ndarray, max_tokens: int, limits: Limits) -> None:
     asked, code = f"max_tokens is {shown(max_tokens)}", "context_length_exceeded"
     if max_tokens > limits.new_tokens:
         raise ApiError(400, f"{asked}; it is at most {limits.new_tokens}.", "max_tokens", code)

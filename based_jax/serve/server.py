@@ -17,7 +17,7 @@ import uvicorn
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.folders import reason
-from based_jax.generate import PrefixCache, Scheduler
+from based_jax.generate import Decoder, PrefixCache, Scheduler
 from based_jax.nn.lm import LM
 from based_jax.serve.api_errors import shutting_down
 from based_jax.serve.app import Service, make_app
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def serve(
-    model: LM,
+    model: LM | Decoder,
     tokenizer: Tokenizer,
     name: str,
     listener: socket.socket,
@@ -46,7 +46,7 @@ def serve(
     """Serve a language model until SIGINT or SIGTERM; requests in flight then have `grace` seconds to end.
 
     Args:
-      model: the language model.
+      model: the language model, or as it is to decode.
       tokenizer: of its texts.
       name: what requests call it.
       listener: where they come in, as `bound` returns it.
@@ -84,7 +84,9 @@ def bound(host: str, port: int) -> socket.socket:
         raise UserError(f"Nothing can listen at port {port} of '{host}': {reason(error)}.") from None
 
 
-def make_service(model: LM, tokenizer: Tokenizer, name: str, *, limits: Limits, api_key: str | None = None) -> Service:
+def make_service(
+    model: LM | Decoder, tokenizer: Tokenizer, name: str, *, limits: Limits, api_key: str | None = None
+) -> Service:
     """Return a model that is served, its programs compiled; see `serve`."""
     vocab_size = model.config.vocab_size
     if tokenizer.end_of_text >= vocab_size:

@@ -31,7 +31,7 @@ class InitFrom:
 
     Attributes:
       path: the workdir of a run, the folder of its checkpoints or of one of them, or a folder with config.json and
-        weights in the released layout (`convert.load_hf`).
+        weights that `convert.load_hf` reads.
       step: of a run's checkpoints, which one; None for the last good one.
       include: patterns of the parameters to take.
       exclude: patterns of those to leave out of these.

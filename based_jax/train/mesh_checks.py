@@ -42,7 +42,7 @@ def tensor_sizes(config: LMConfig) -> dict[str, int]:
         for name, count in mixer.head_counts.items()
     }
     vocabulary = f"model.vocab_size, padded to a multiple of pad_vocab_multiple, {config.pad_vocab_multiple},"
-    mlp = {"model.mlp_dim, or twice d_model,": config.hidden_dim} if config.mlp == "swiglu" else {}
+    mlp = {"model.mlp_dim, or twice d_model,": config.hidden_dim} if config.mlp in ("swiglu", "gelu") else {}
     return heads | mlp | {vocabulary: config.padded_vocab_size} | _widths(nnx.state(model, nnx.Param))
 
 

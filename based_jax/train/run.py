@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
 
 from based_jax import config as configs
 from based_jax import flops, parallel
@@ -30,7 +31,8 @@ class RunConfig:
     """What whole runs and a sweep's trials have in common: a model that learns from batches of a task.
 
     Attributes:
-      model, data, optim: see their classes.
+      model, data, optim: see their classes; in a config file `model` may also be the path of a folder of published
+        weights (`build_config`).
       batch_size: rows of a global batch.
       seed: of the initial parameters; data has its own.
     """
@@ -149,7 +151,27 @@ def load_config(source: str | Mapping[str, Any], overrides: Mapping[str, Any] | 
       UserError: the file is missing or fails, a key is unknown, or a value is impossible.
     """
     values = configs.load(source) if isinstance(source, str) else source
-    return configs.build(TrainConfig, configs.overridden(values, overrides or {}))
+    return build_config(configs.overridden(values, overrides or {}))
+
+
+def build_config(values: Mapping[str, Any] | ConfigDict) -> TrainConfig:
+    """Return the checked config of nested values, of which `model` may be a folder that `convert.load_hf` reads.
+
+    It is the model of that folder then, and a run begins with its parameters if `init_from` does not say otherwise.
+
+    Raises:
+      UserError: the folder holds no model; otherwise as `config.build`.
+    """
+    folder = values.get("model")
+    if isinstance(folder, str):
+        values = {"init_from": folder} | {key: values[key] for key in values} | {"model": _published_model(folder)}
+    return configs.build(TrainConfig, values)
+
+
+def _published_model(folder: str) -> dict[str, Any]:
+    from based_jax.convert import hf_config
+
+    return configs.to_dict(hf_config(folder))
 
 
 def load_run(workdir: str | Path, step: int | None = None) -> tuple[TrainConfig, int, LM]:

@@ -14,6 +14,7 @@ import numpy as np
 from based_jax import config as configs
 from based_jax.config import added_later
 from based_jax.data import (
+    compositional_mqar,
     compression,
     forgetting_mqar,
     in_context_ngram,
@@ -255,6 +256,7 @@ SYNTHETIC_TASKS: dict[str, type[PresetTask]] = {
     "compression": preset_task("compression", compression.PRESETS),
     "state_tracking": preset_task("state_tracking", state_tracking.PRESETS),
     "forgetting_mqar": preset_task("forgetting_mqar", forgetting_mqar.PRESETS),
+    "compositional_mqar": preset_task("compositional_mqar", compositional_mqar.PRESETS),
     "needle": preset_task("needle", needle.PRESETS),
 }
 TASKS: dict[str, type[TaskConfig]] = {**SYNTHETIC_TASKS, "text": TextTask}

@@ -8,10 +8,9 @@ Every model reads the test's rows token by token, as in generation, and its pred
 """
 
 import argparse
-import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from flax import nnx
 from based_jax.labels import is_labelled
 from based_jax.nn.accounting import ELEMENT_BYTES
 from based_jax.nn.lm import LM
-from based_jax.nn.lm_config import LMConfig
+from based_jax.nn.lm_config import LMConfig, with_options
 from based_jax.pictures import panels, paper, styles
 from based_jax.revision import revision
 from based_jax.store import Store
@@ -35,13 +34,17 @@ POLICIES = "window", "streaming", "h2o", "roco"
 BUDGETS = 6, 8, 12, 16, 24, 32, 48, 64
 TRAINED = "trained so"
 """The policy of a mixer that decodes as it was trained."""
+ALL_TOKENS = "attention, all tokens"
+RING: dict[str, Any] = {"mfc": "none", "ms": 8, "ls": "", "zorder": 3, "clip_on": False}
+CAPTION = (
+    "MQAR with 64 tokens and 8 pairs, two layers, D 64; fp32 bytes of the second layer's cache. Attention: mean of two "
+    "seeds; trained so: with this little state, one seed."
+)
 
 
 def with_cache(config: LMConfig, policy: str, budget: int) -> LMConfig:
     """Return the model in which attention keeps a budget of tokens."""
-    cache = {"cache_policy": policy, "cache_budget": budget}
-    layers = tuple((kind, {**options, **cache} if kind == "attention" else options) for kind, options in config.layers)
-    return dataclasses.replace(config, layers=layers)
+    return with_options(config, [f"attention.cache_policy={policy}", f"attention.cache_budget={budget}"])
 
 
 def abstract_model(config: LMConfig) -> LM:
@@ -76,7 +79,7 @@ def recall(config: LMConfig, params: nnx.State, batches: Iterable[Any]) -> float
     return right / asked
 
 
-def measure(store: Path, known: set[tuple]) -> Iterator[dict[str, Any]]:
+def measure(store: Path, known: Collection[tuple]) -> Iterator[dict[str, Any]]:
     """Yield a row for each trained model, and for each policy and budget of those with attention, that is not known."""
     for run in sorted(Store(store).ids()):
         config, step, model = load_run(store / "runs" / run)
@@ -104,21 +107,30 @@ def measure(store: Path, known: set[tuple]) -> Iterator[dict[str, Any]]:
             }
 
 
-def picture(rows: list[dict[str, Any]], path: Path) -> list[Path]:
-    """Draw accuracy against bytes, the mean over seeds: a line for each policy and each mixer trained with less."""
+def mean_accuracies(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return a line of means by bytes for each policy, for all tokens and for each mixer trained with less."""
     lines: dict[str, dict[int, list[float]]] = {}
     for row in rows:
-        name = row["mixer"] if row["policy"] == TRAINED else f"attention, {row['policy']}"
-        name = "attention, all tokens" if name == "attention" else name
-        name = f"{name}, trained so" if row["policy"] == TRAINED and row["mixer"] != "attention" else name
-        lines.setdefault(name, {}).setdefault(row["state_bytes"], []).append(row["accuracy"])
-    means = {name: sorted((size, float(np.mean(y))) for size, y in line.items()) for name, line in lines.items()}
+        lines.setdefault(_line_name(row), {}).setdefault(row["state_bytes"], []).append(row["accuracy"])
+    return {name: sorted((size, float(np.mean(y))) for size, y in line.items()) for name, line in lines.items()}
+
+
+def _line_name(row: dict[str, Any]) -> str:
+    if row["policy"] != TRAINED:
+        return f"attention, {row['policy']}"
+    return ALL_TOKENS if row["mixer"] == "attention" else f"{row['mixer']}, {TRAINED}"
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> list[Path]:
+    """Draw accuracy against bytes; a ring about the point of all tokens, on which policies that keep all lie."""
+    means = mean_accuracies(rows)
     accuracies = [y for line in means.values() for _, y in line]
     with matplotlib.rc_context(styles.PAPER):
-        figure = paper.sheet(4.5, panels.panels_inches(accuracies), means)
+        figure = paper.sheet(4.5, panels.panels_inches(accuracies), means, [CAPTION])
         [panel] = panels.accuracy_panels(figure, 1, accuracies, diverged=False)
         for (name, line), style in zip(means.items(), styles.styles(means).values(), strict=True):
-            panel.line(*zip(*line, strict=True), label=name, **styles.marked(style.colour, style.marker))
+            ring = RING if name == ALL_TOKENS else {}
+            panel.line(*zip(*line, strict=True), label=name, **styles.marked(style.colour, style.marker) | ring)
         panel.axes.set_xlabel("state of a sequence")
         panels.byte_axis(panel.axes, [size for line in means.values() for size, _ in line], 4.0)
         paper.add_legend(figure, panel.axes)
@@ -140,10 +152,21 @@ def main() -> None:
         parser.error("measure needs the sweep's STORE")
     command = " ".join(["python -m experiments.cache_policies", *sys.argv[1:]])
     facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "revision": revision(), "command": command}
-    for row in measure(args.store, {(row["run"], row["policy"], row["budget"]) for row in found}):
+    if not Store(args.store).ids():
+        parser.error(f"'{args.store}' has no row of a sweep; `python -m based_jax sweep run` fills it")
+    known = {key(row) for row in found}
+    before = len(known)
+    for row in measure(args.store, frozenset(known)):
+        known.add(key(row))
         print(row, flush=True)
         with file.open("a", encoding="utf-8") as rows:
             rows.write(json.dumps(row | facts) + "\n")
+    print(f"{len(known) - before} rows added to {file}.")
+
+
+def key(row: dict[str, Any]) -> tuple:
+    """Return what a row is told from others by."""
+    return row["run"], row["policy"], row["budget"]
 
 
 if __name__ == "__main__":

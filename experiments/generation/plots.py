@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from based_jax.errors import UserError
 from based_jax.pictures import paper, styles
@@ -25,25 +25,41 @@ CURVES = {
     "fla:gated_deltanet_1b": ("Gated DeltaNet, FLA", styles.TAN, "down"),
 }
 ROOFLINE_NAME = "roofline of each"
+ROOFLINE: dict[str, Any] = {"ls": ":", "marker": "_", "ms": 6, "mew": 0.75, "lw": 0.75}
+"""A bar at each size, so that one alone is seen."""
 PANEL_INCHES = 2.4
+SIDE_ROOM = 1.5
+"""Times the first and the last size, of an axis."""
 
 
 class Panel(NamedTuple):
     """What stands along an axis, and the rows of a model there."""
 
     label: str
-    ticks: Sequence[int]
     rows: dict[str, dict[int, dict]]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Those at which a model has a row."""
+        return sorted({x for line in self.rows.values() for x in line})
 
 
 def panels(found: Found) -> list[Panel]:
-    """Return the rows against batch and against context."""
+    """Return the rows against batch and against context; where neither is a curve, those against batch alone.
+
+    Raises:
+      UserError: there is no row.
+    """
     by_batch = {name: {x: found.row(name, x, ONE_CONTEXT) for x in BATCHES} for name in CURVES}
     by_context = {name: {x: found.fullest(name, x) for x in CONTEXTS} for name in CURVES}
-    return [
-        Panel(f"sequences ({ONE_CONTEXT:,} tokens of context)", BATCHES, _known(by_batch)),
-        Panel(f"tokens of context ({ONE_BATCH} sequences, or the most that fit)", CONTEXTS, _known(by_context)),
+    both = [
+        Panel(f"sequences ({ONE_CONTEXT:,} tokens of context)", _known(by_batch)),
+        Panel(f"tokens of context ({ONE_BATCH} sequences, or the most that fit)", _known(by_context)),
     ]
+    with_rows = [panel for panel in both if panel.rows]
+    if not with_rows:
+        raise UserError("There are no rows to draw: 'run' makes them.")
+    return [panel for panel in with_rows if len(panel.sizes) > 1] or with_rows[:1]
 
 
 def _known(rows: dict[str, dict[int, dict | None]]) -> dict[str, dict[int, dict]]:
@@ -57,19 +73,24 @@ def draw(found: Found, path: Path) -> list[Path]:
     Raises:
       UserError: there is no row.
     """
-    both = panels(found)
-    names = [name for name in CURVES if any(name in panel.rows for panel in both)]
-    if not names:
-        raise UserError("There are no rows to draw: 'run' makes them.")
+    drawn = panels(found)
+    names = [name for name in CURVES if any(name in panel.rows for panel in drawn)]
+    entries = [CURVES[name][0] for name in names] + [ROOFLINE_NAME] * any(map(_has_rooflines, drawn))
     notes = [f"1.3B parameters, bf16 weights, random tokens; {' and '.join(found.devices())}"]
-    entries = [*(CURVES[name][0] for name in names), ROOFLINE_NAME]
-    figure = paper.sheet(styles.PAGE_INCHES, PANEL_INCHES, entries, notes)
-    drawn = figure.subplots(1, 2, sharey=True)
-    for axes, panel in zip(drawn, both, strict=True):
+    width = styles.PAGE_INCHES if len(drawn) > 1 else styles.COLUMN_INCHES
+    figure = paper.sheet(width, PANEL_INCHES, entries, notes)
+    all_axes = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(all_axes, drawn, strict=True):
         _draw_panel(axes, panel, names)
-    drawn[0].set_ylabel("tokens a second")
-    paper.add_legend(figure, drawn[0])
+    if ROOFLINE_NAME in entries:
+        all_axes[0].plot([], [], color="black", **ROOFLINE, label=ROOFLINE_NAME)
+    all_axes[0].set_ylabel("tokens a second")
+    paper.add_legend(figure, all_axes[0])
     return paper.save(figure, path)
+
+
+def _has_rooflines(panel: Panel) -> bool:
+    return any(row["roofline_tokens_per_second"] for line in panel.rows.values() for row in line.values())
 
 
 def _draw_panel(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
@@ -78,12 +99,13 @@ def _draw_panel(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
         line = panel.rows.get(name, {})
         speeds = [row["tokens_per_second"] for row in line.values()]
         rooflines = {x: row["roofline_tokens_per_second"] for x, row in line.items()}
+        known = {x: y for x, y in rooflines.items() if y}
+        axes.plot(list(known), list(known.values()), color=colour, **ROOFLINE)
         axes.plot(list(line), speeds, **styles.marked(colour, marker), label=label)
-        if None not in rooflines.values():
-            axes.plot(list(rooflines), list(rooflines.values()), color=colour, ls=":")
-    axes.plot([], [], color="black", ls=":", label=ROOFLINE_NAME)
     axes.set(yscale="log", xlabel=panel.label)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(panel.ticks, [f"{x:,}" if x < 1024 else f"{x // 1024}K" for x in panel.ticks])
+    axes.set_xlim(panel.sizes[0] / SIDE_ROOM, panel.sizes[-1] * SIDE_ROOM)
+    axes.set_xticks(panel.sizes, [f"{x:,}" if x < 1024 else f"{x // 1024}K" for x in panel.sizes])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))

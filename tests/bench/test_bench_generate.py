@@ -19,7 +19,7 @@ from based_jax.generate.prefill import chunks
 from based_jax.generate.requests import Request
 from based_jax.generate.rows import Rows, begun, decode
 from based_jax.nn.cache import TokenCache
-from based_jax.nn.lm_config import LMConfig
+from based_jax.nn.lm_config import LMConfig, with_options
 
 QUICK = Effort(tokens=3, blocks=2, profiled=False, prefill=False)
 BASED = (("taylor", {"num_heads": 2, "feature_dim": 4}), ("window", {"num_heads": 2, "window": 8}))
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_told_without_compiling_it(monkeypatch):
 
 def test_layers_of_a_mixer_get_options():
     options = ["taylor.flush=32", "taylor.state_dtype=bfloat16"]
-    (_, taylor), (_, window) = generate.with_options(config(BASED), options).layers
+    (_, taylor), (_, window) = with_options(config(BASED), options).layers
     assert taylor == BASED[0][1] | {"flush": 32, "state_dtype": "bfloat16"} and window == BASED[1][1]
 
 

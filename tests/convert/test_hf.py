@@ -1,5 +1,6 @@
-"""Folders in the released layout: what is saved is loaded, released configs are understood, others are refused."""
+"""Folders of models: what is saved is loaded, published configs are understood, others are refused."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import torch_files
+from helpers.cases import parametrize_some
+from helpers.random_models import filled
 from helpers.reference_cases import LMS, load
+from helpers.small_mixers import SMALL
 from safetensors.numpy import load_file, save_file
 
-from based_jax.convert import load_hf, reference_weights, save_hf
+from based_jax.convert import lm_from_reference, load_hf, reference_weights, save_hf
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS, make_mixer
@@ -95,8 +99,8 @@ def change(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def assert_same(model, weights):
-    ours = reference_weights(model)
+def assert_same(model, weights, layout="based"):
+    ours = reference_weights(model, layout)
     assert ours.keys() == weights.keys()
     for key, array in ours.items():
         np.testing.assert_array_equal(array, weights[key], err_msg=key)
@@ -134,14 +138,34 @@ def test_the_config_of_another_family(name, tmp_path):
     assert ours == wanted
 
 
+REFERENCES = {"tiny_based_lm": "based", "tiny_attn_lm_even": "based", "tiny_mamba_lm": "mamba"}
+REFERENCES |= {"hf_mamba_a": "mamba_hf", "hf_llama_a": "llama"}
+
+
+@parametrize_some("name", REFERENCES, ["tiny_attn_lm_even", "tiny_mamba_lm"])
+def test_what_is_written_is_the_reference_s_state_dict(name, tmp_path):
+    """Key by key, shape by shape, bit for bit."""
+    weights = load(name).weights
+    model = lm_from_reference(weights, LMS[name])
+    save_hf(model, tmp_path / "hf", layout=REFERENCES[name])
+    written = load_file(tmp_path / "hf/model.safetensors")
+    repeated = {"lm_head.weight"} if LMS[name].tie_embeddings and "lm_head.weight" not in written else set()
+    assert written.keys() == weights.keys() - repeated
+    for key, array in written.items():
+        np.testing.assert_array_equal(array, weights[key], err_msg=key, strict=True)
+    assert resolved(load_hf(tmp_path / "hf", dtype="float32", scan_layers=False).config) == resolved(model.config)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"attention_bias": True}, "attention_bias is True in config.json; only False is supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is of type 'linear'"),
+        ({"attention_bias": True}, r"lack 'model.layers.0.self_attn.k_proj.bias' \(64,\)"),
+        ({"mlp_bias": True}, "mlp_bias is True in config.json; only False is supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "Unknown rope_type of config.json 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks 'factor' of transformers' Llama"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"sliding_window": 8}, "sliding_window is 8"),
-        ({"head_dim": 4}, "head_dim is 4"),
+        ({"head_dim": 4}, r"o_proj.weight' has shape \(32, 32\); the model's is \(32, 16\)"),
         ({"num_key_value_heads": 4}, r"k_proj.weight \+ .* has shape \(64, 32\)"),
         ({"tie_word_embeddings": True}, "'lm_head.weight' differs from the embedding"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
@@ -173,15 +197,23 @@ def test_eps_reaches_the_norms_of_a_mixer(kind):
     assert {norm.epsilon for norm in norms(mixer)} <= {1e-3 * widened.get(kind, 1)}
 
 
-def test_stored_frequencies_are_compared(llama):
+def test_what_a_file_leaves_out_is_told(llama, caplog):
+    change(llama)
+    fields = json.loads((llama / "config.json").read_text())
+    kept = {key: fields[key] for key in fields.keys() - {"rope_theta", "tie_word_embeddings"}}
+    (llama / "config.json").write_text(json.dumps(kept))
+    assert load_hf(llama).config.layers[0][1]["rotary_base"] == 10000.0
+    assert "leaves out tie_word_embeddings False: taken as its publication's code does." in caplog.text
+    assert "leaves out rope_theta 10000.0: taken" in caplog.text
+
+
+def test_stored_frequencies_are_ignored(llama):
+    """As transformers ignores them: rotary's base and scaling are those of config.json."""
     path = llama / "model.safetensors"
-    weights, key = load_file(path), "model.layers.1.self_attn.rotary_emb.inv_freq"
-    frequencies = 10000.0 ** (-np.arange(0, 8, 2, dtype=np.float32) / 8)
-    save_file(weights | {key: frequencies}, path)
-    load_hf(llama)
-    save_file(weights | {key: frequencies / 2}, path)
-    with pytest.raises(UserError, match=f"'{key}' is no parameter here, and its values are not those"):
-        load_hf(llama)
+    weights, buffer = load_file(path), np.ones(4, np.float32)
+    keys = ("model.layers.1.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+    save_file(weights | dict.fromkeys(keys, buffer), path)
+    assert_same(load_hf(llama), weights, "llama")
 
 
 @pytest.mark.parametrize("name", ["tiny_based_lm", "tiny_attn_lm_even"])
@@ -261,9 +293,60 @@ def test_only_the_fields_that_other_ports_read_are_needed(folder):
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_without_a_place_in_the_layout_is_not_written(name, tmp_path):
     model = nnx.eval_shape(lambda: LM(REFUSED[name], rngs=nnx.Rngs(0)))
-    with pytest.raises(UserError, match="The released layout holds models of"):
-        save_hf(model, tmp_path / "hf")
+    with pytest.raises(UserError, match="The layout of HazyResearch/based has no place for") as found:
+        save_hf(model, tmp_path / "hf", layout="based")
+    assert len(str(found.value)) < 250
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_layout_of_no_name(tmp_path):
+    with pytest.raises(UserError, match="Unknown layout 'lama': did you mean 'llama'"):
+        save_hf(model_of("based"), tmp_path / "hf", layout="lama")
+
+
+PARTLY_CONVOLUTIONS = (
+    ("conv", {}),
+    ("attention", {"num_heads": 2}),
+    ("window", {"num_heads": 2, "rotary_fraction": 0.5}),
+)
+WRITTEN = {
+    "based": [
+        LMConfig(PARTLY_CONVOLUTIONS, d_model=D),
+        LMConfig((BASED[1], ("attention", {"num_heads": 2})), d_model=D),
+    ],
+    "based_jax": [REFUSED["another mixer"], REFUSED["attention and others"]],
+    "llama": [LMConfig((("attention", {"num_heads": 4, "num_kv_heads": 2, "rotary_fraction": 1.0}),), d_model=D)],
+    "mamba": [LMConfig((("mamba", {"dt_rank": 3, "conv_bias": False}),) * 2, d_model=D, mlp="none")],
+    "mamba_hf": [LMConfig((("mamba", {}),), d_model=D, mlp="none", norm_eps=1e-6)],
+}
+
+
+@pytest.mark.parametrize("layout", WRITTEN)
+def test_a_model_is_written_in_the_first_layout_that_holds_it(layout, rng, tmp_path):
+    for number, config in enumerate(WRITTEN[layout]):
+        model = random_lm(dataclasses.replace(config, vocab_size=11, scan_layers=True), rng)
+        assert save_hf(model, tmp_path / str(number)) == layout
+        assert_equal(model, load_hf(tmp_path / str(number)))
+
+
+@parametrize_some("kind", MIXERS, ["hyena", "implicit_conv", "linear", "rwkv7"])
+def test_every_mixer_has_a_place_in_our_layout(kind, rng, tmp_path):
+    layers = ((kind, SMALL.get(kind, {})),) * 2
+    model = random_lm(LMConfig(layers, d_model=16, vocab_size=11, scan_layers=True), rng)
+    save_hf(model, tmp_path / "hf", layout="based_jax")
+    assert_equal(model, load_hf(tmp_path / "hf"))
+
+
+def random_lm(config, rng):
+    return filled(lambda: LM(config, rngs=nnx.Rngs(0)), rng)
+
+
+def assert_equal(model, again):
+    assert resolved(again.config) == resolved(model.config)
+    ours, theirs = (nnx.to_flat_state(nnx.state(x)) for x in (model, again))
+    for (path, leaf), (other_path, other) in zip(ours, theirs, strict=True):
+        assert path == other_path
+        np.testing.assert_array_equal(leaf[...], other[...], err_msg=str(path))
 
 
 CHOICES = {
@@ -309,34 +392,22 @@ def drawn_config(rng):
     return LMConfig(tuple((str(kind), own) for kind, own in layers), d_model=8, **fields)
 
 
-def filled(config, rng):
-    """Return a model of random values, without compiling its initial ones."""
-    model = nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0)))
-    for _, leaf in nnx.to_flat_state(nnx.state(model)):
-        leaf.set_value(jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32))
-    return model
-
-
 @pytest.mark.parametrize("draws", [6, pytest.param(150, marks=pytest.mark.long)])
 def test_what_is_saved_is_loaded_or_refused_by_name(draws, rng, tmp_path):
     saved = 0
     for i in range(draws):
-        model = filled(drawn_config(rng), rng)
+        model = random_lm(drawn_config(rng), rng)
         config = model.config
         try:
-            save_hf(model, tmp_path / str(i))
+            save_hf(model, tmp_path / str(i), layout="based")
         except UserError as error:
-            name = re.search(r"; here (\S+) is .*, which would be read as .*\.$", str(error))[1]
+            name = re.search(r"has no place for (\S+) .*, which would be read as .*\.$", str(error))[1]
             assert name in resolved(config) or re.fullmatch(r"layers\[\d\]", name)
             assert not (tmp_path / str(i)).exists()
             continue
         saved += 1
         again = load_hf(tmp_path / str(i), dtype=config.dtype, scan_layers=config.scan_layers)
-        assert resolved(again.config) == resolved(config)
-        ours, theirs = (nnx.to_flat_state(nnx.state(x)) for x in (model, again))
-        for (path, leaf), (other_path, other) in zip(ours, theirs, strict=True):
-            assert path == other_path
-            np.testing.assert_array_equal(leaf[...], other[...], err_msg=str(path))
+        assert_equal(model, again)
     assert draws < 100 or 20 <= saved <= draws - 20
 
 

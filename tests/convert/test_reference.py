@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from based_jax.convert import lm_from_reference, mixer_from_reference, reference_weights
-from based_jax.convert.reference import SKELETONS
+from based_jax.convert.skeletons import SKELETONS
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import make_mixer

@@ -18,6 +18,7 @@ from based_jax.labels import NO_LABEL
 PARITY = Path(__file__).parent.parent / "parity"
 TINY = mqar.PRESETS["tiny"]
 MODULES = (
+    "compositional_mqar",
     "compression",
     "forgetting_mqar",
     "in_context_ngram",

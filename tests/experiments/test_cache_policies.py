@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from based_jax.sweep.trial import load_sweep
-from experiments.cache_policies.__main__ import BUDGETS, POLICIES, RESULTS, TRAINED, recall, state_bytes, with_cache
+from experiments.cache_policies.__main__ import (
+    BUDGETS,
+    POLICIES,
+    RESULTS,
+    TRAINED,
+    main,
+    recall,
+    state_bytes,
+    with_cache,
+)
 
 SWEEP = "experiments/cache_policies/sweep.py"
 
@@ -36,6 +45,14 @@ def test_a_budget_of_all_tokens_recalls_what_attention_does(rows):
     full = {row["run"]: row["accuracy"] for row in rows if row["policy"] == TRAINED}
     whole = [row for row in rows if row["budget"] == 64]
     assert len(whole) == 2 * len(POLICIES) and all(row["accuracy"] == full[row["run"]] for row in whole)
+
+
+def test_a_store_without_rows_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["cache_policies", "measure", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert f"'{tmp_path}' has no row of a sweep; `python -m based_jax sweep run` fills it" in capsys.readouterr().err
 
 
 def test_recall_counts_what_is_labelled():

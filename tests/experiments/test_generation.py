@@ -74,13 +74,29 @@ def test_the_readme_has_the_tables_of_its_rows():
 
 
 def test_the_picture(found, tmp_path):
-    by_batch, by_context = plots.panels(found)
-    assert list(by_batch.rows) == ["based_1b", "based_1b_flush", "attention_1b", "hf:llama_1b"]
-    assert list(by_context.rows["attention_1b"]) == [2048, 16384]
+    [by_context] = plots.panels(found)  # at one batch: no curve
+    assert list(by_context.rows) == ["based_1b", "based_1b_flush", "attention_1b", "hf:llama_1b"]
+    assert list(by_context.rows["attention_1b"]) == [2048, 16384] and by_context.sizes == [2048, 4096, 16384]
     drawn = plots.draw(found, tmp_path / "speed")
     assert {path.suffix for path in drawn} == {".png", ".svg", ".pdf"} and all(path.stat().st_size for path in drawn)
     with pytest.raises(UserError, match="no rows"):
         plots.draw(Found.of([]), tmp_path / "none")
+
+
+@pytest.mark.parametrize("roofline", [100_000.0, None])
+def test_few_rows_are_marks_beside_the_rooflines_that_are_known(roofline, tmp_path):
+    one = row(MODELS["based_1b"].config, 128, 2048, 60_000.0, roofline_tokens_per_second=roofline)
+    [panel] = plots.panels(Found.of([one]))
+    assert panel.label.startswith("sequences") and panel.sizes == [128]
+    [_, svg, _] = plots.draw(Found.of([one]), tmp_path / "speed")
+    assert (plots.ROOFLINE_NAME in svg.read_text()) == (roofline is not None)
+
+
+def test_curves_stand_against_batch_and_against_context():
+    config = MODELS["based_1b"].config
+    sizes = (1, 2048), (128, 2048), (128, 65536)
+    panels = plots.panels(Found.of([row(config, *size, 60_000.0) for size in sizes]))
+    assert [panel.sizes for panel in panels] == [[1, 128], [2048, 65536]]
 
 
 def test_each_model_is_timed_at_all_batches_and_at_all_contexts(monkeypatch):

@@ -55,6 +55,9 @@ def test_a_state_that_is_written_every_few_tokens_changes_no_token():
     assert new == best(model, PROMPTS, new)
     tokens = 2 * 4 * (4 + 8) * 4 + 4  # of two heads in fp32, and their count
     assert decoder.state_bytes(8) == Decoder.of(model).state_bytes(8) + tokens
+    assert Decoder.of(model, options=["taylor.flush=4"]).config == decoder.config
+    with pytest.raises(UserError, match=r"^With taylor.feature_dim=8 it is another model: 'stacks/0/blocks/0/mixer/"):
+        Decoder.of(model, options=["taylor.feature_dim=8"])
     with pytest.raises(UserError, match=r"flush is 4 and state_dtype 'int8'; a state that is not 'float32' loses"):
         Decoder.of(model, flush=4, state_dtype="int8")
     with pytest.raises(UserError, match=r"^flush is 16, but the model has no Taylor layer; leave it out\.$"):

@@ -6,6 +6,7 @@ from helpers.decoding import random_decoder
 
 from based_jax.errors import UserError
 from based_jax.generate import Request, Scheduler
+from based_jax.generate.intake import piece_ends
 from based_jax.generate.prefix_cache import (
     BLOCK_TOKENS,
     EVICTED,
@@ -17,7 +18,6 @@ from based_jax.generate.prefix_cache import (
     TOO_SHORT,
     PrefixCache,
 )
-from based_jax.generate.scheduler import piece_ends
 from based_jax.generate.state import State
 from based_jax.nn.lm import LMConfig
 
@@ -148,3 +148,19 @@ def test_a_scheduler_answers_from_restored_states_as_without_them(decoder, rng):
     kept = cache.lookup(first[:89], decoder.fingerprint).state
     answer(decoder, first, cache)
     assert cache.lookup(first[:89], decoder.fingerprint).state == kept  # what went on from it left no trace
+
+
+def test_prompts_that_come_together_wait_for_what_they_share(decoder, rng):
+    """The second goes on from the last chunk that it shares with the first, the others from all that they share."""
+    shared = rng.integers(0, 257, 70, np.int32)
+    prompts = [np.append(shared, rng.integers(0, 257, length, np.int32)) for length in (20, 1, 9, 9)]
+    cache = PrefixCache(PLENTY)
+    scheduler = Scheduler(decoder, slots=4, max_len=128, chunk_tokens=32, block_tokens=3, prefix_cache=cache)
+    for ids in prompts:
+        scheduler.submit(Request(ids, 4))
+    tokens = {number: [] for number in range(4)}
+    while scheduler.busy:
+        for event in scheduler.advance():
+            tokens[event.id] += event.tokens
+    assert cache.metrics.tokens_restored == 64 + 70 + 70
+    assert list(tokens.values()) == [answer(decoder, ids) for ids in prompts]

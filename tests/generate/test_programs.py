@@ -6,9 +6,11 @@ import pytest
 from flax import nnx
 
 from based_jax.generate import Decoder, Request
+from based_jax.generate.intake import _read
 from based_jax.generate.prefill import _prefill, prefill
 from based_jax.generate.rows import Rows, decoding_loop
 from based_jax.nn.lm import LM, LMConfig
+from tests.helpers.decoding import random_decoder
 from tests.helpers.hlo import Program
 from tests.helpers.small_mixers import SMALL
 
@@ -26,7 +28,7 @@ def decoder():
 def test_a_token_copies_no_state(decoder):
     """Stacked layers come apart, and the loop writes the caches that it is given."""
     rows = Rows.of(decoder.init_cache(BATCH, 64), [Request([1])] * BATCH)
-    compiled = decoding_loop.lower(decoder.layout, STEPS, decoder.params, rows).compile()
+    compiled = decoding_loop.lower(decoder.layout, STEPS, decoder.params, rows, np.int32(STEPS)).compile()
     states = [x for x in jax.tree.leaves(rows.caches) if x.ndim > 1]
     assert compiled.memory_analysis().alias_size_in_bytes >= sum(x.nbytes for x in states)
     copies = [
@@ -34,6 +36,25 @@ def test_a_token_copies_no_state(decoder):
     ]
     copied = {shape for copy in copies for shape in copy.shapes}
     assert copied and not copied & {x.shape for x in states}
+
+
+def test_prompts_that_are_read_together_are_read_where_their_caches_are(normal):
+    """Memory does not grow with the room of caches, and only those of the rows that read are written."""
+    layers = tuple((kind, SMALL[kind]) for kind in ("taylor", "window"))
+    decoder = random_decoder(LMConfig(layers, d_model=16, vocab_size=50))
+    rows, chunk = np.asarray([1, 3], np.int32), (np.ones((2, 32), np.int32), np.ones((2, 32), np.int32))
+    memory = []
+    for room in (4096, 64):
+        caches = jax.tree.map(lambda x: normal(*x.shape).astype(x.dtype), decoder.init_cache(4, room))
+        before = [np.asarray(x) for x in jax.tree.leaves(caches)]
+        arguments = decoder.params, caches, rows, np.bool_(False), *chunk
+        compiled = _read.lower(decoder.layout, room, *arguments).compile()
+        memory.append(compiled.memory_analysis())
+    assert memory[0].temp_size_in_bytes == memory[1].temp_size_in_bytes > 0
+    assert memory[1].alias_size_in_bytes == sum(x.nbytes for x in before)
+    after = [np.asarray(x) for x in jax.tree.leaves(compiled(*arguments))]
+    assert all(np.array_equal(x[::2], y[::2]) for x, y in zip(before, after, strict=True))
+    assert any((x[row] != y[row]).any() for row in rows for x, y in zip(before, after, strict=True))
 
 
 def test_prompts_of_any_length_take_the_same_programs_and_memory():

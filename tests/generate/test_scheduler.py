@@ -5,6 +5,9 @@ import dataclasses
 import jax
 import pytest
 from flax import nnx
+from helpers.cases import parametrize_some
+from helpers.decoding import random_decoder
+from helpers.small_mixers import SMALL
 
 from based_jax.data.tokenizer import ByteTokenizer
 from based_jax.errors import UserError
@@ -20,6 +23,7 @@ from based_jax.generate import (
 )
 from based_jax.generate.decoder import Decoder
 from based_jax.nn.lm import LM, LMConfig
+from based_jax.nn.mixers import MIXERS
 
 LAYERS = (("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 4}), ("window", {"num_heads": 2, "window": 4}))
 HOT = Sampling(temperature=1.5, top_k=40, top_p=0.9)
@@ -85,15 +89,59 @@ def test_a_request_is_answered_as_alone_wherever_it_enters_the_batch(decoder, al
         assert found[number][3] == finish == "length"
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("prompt_tokens", "running"), [(None, 1), (64, 1), (65, 2)])
-def test_as_many_prompts_are_read_between_blocks_as_may_be(decoder, prompt_tokens, running):
-    """A short prompt counts as the shortest chunk."""
-    scheduler = scheduler_of(decoder, prompt_tokens=prompt_tokens)
-    for _ in range(3):
-        scheduler.submit(Request([1, 2], 5))
+SHORT = [Request([*range(length)], 4, HOT, seed=length) for length in (1, 40, 3, 65, 100, 8, 66, 9, 64, 128)]
+WIDE = {"slots": 8, "max_len": 256, "chunk_tokens": 256}
+"""A chunk of this scheduler has four rows of 64 tokens, or two of 128."""
+
+
+def test_a_prompt_that_is_read_with_others_is_answered_bitwise_as_alone(decoder):
+    """Wherever it stands among them, with one more of its length or with three."""
+    together = [answers(decoder, order, **WIDE) for order in (SHORT, SHORT[::-1])]
+    for number, request in enumerate(SHORT):
+        alone = answers(decoder, [request], **WIDE)[0]
+        assert together[0][number] == together[1][len(SHORT) - 1 - number] == alone
+
+
+BUDGET = {"num_heads": 2, "cache_policy": "h2o", "cache_budget": 24}
+LAYER = {kind: (kind, SMALL.get(kind, {})) for kind in MIXERS} | {"a budget": ("attention", BUDGET)}
+
+
+@parametrize_some("kind", LAYER, ordinary=("attention",))
+def test_any_mixer_reads_prompts_in_company_bitwise_as_alone(kind):
+    """Some begin while others go on, behind their first 16 tokens, in rows that others have left."""
+    decoder = random_decoder(LMConfig((LAYER[kind],), d_model=16, vocab_size=257))
+    requests = [Request([length + 7 * i for i in range(length)], 3) for length in (3, 30, 9, 20, 2, 19, 8)]
+
+    def answered(*requests):
+        sizes = {"slots": 4, "max_len": 64, "chunk_tokens": 128}
+        return answers(decoder, requests, **sizes, prefix_cache=PrefixCache(10**7))
+
+    together = answered(*requests)
+    for number, request in enumerate(requests):
+        assert together[number] == answered(request)[0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "prompt_tokens", "running"),
+    [((3, 40, 1, 65), 1, 4), ((3, 66, 40, 66, 5), 1, 3), ((66, 3, 40, 66, 5), 1, 2), ((66, 3, 40, 66, 5), 257, 5)],
+)
+def test_one_program_reads_the_oldest_prompt_and_those_of_its_length(decoder, lengths, prompt_tokens, running):
+    scheduler = scheduler_of(decoder, **WIDE, prompt_tokens=prompt_tokens)
+    for length in lengths:
+        scheduler.submit(Request([*range(length)], 5))
     scheduler.advance()
-    assert (scheduler.running, scheduler.waiting) == (running, 3 - running)
+    assert (scheduler.running, scheduler.waiting) == (running, len(lengths) - running)
+
+
+def test_the_first_token_does_not_wait_for_a_block(decoder, alone):
+    """Neither of a request that comes first nor of one that finds others in their slots."""
+    scheduler = scheduler_of(decoder)
+    for request, expected in ((REQUESTS[0], [0]), (REQUESTS[2], [0, 1])):
+        new = scheduler.submit(request)
+        events = scheduler.advance()
+        assert sorted({event.id for event in events}) == expected
+        (first,) = [event for event in events if event.id == new]
+        assert first.tokens == alone[(0, 2)[new]][0][:1]
 
 
 def test_generate_and_the_scheduler_draw_alike(decoder, alone):
@@ -135,14 +183,15 @@ def test_stop_strings_end_a_request_between_tokens_of_a_block(decoder):
 
 
 def test_a_cancelled_request_leaves_its_slot_and_no_event(decoder, alone):
-    scheduler = scheduler_of(decoder)
-    first, second, third, fourth = (scheduler.submit(REQUESTS[i]) for i in (4, 0, 3, 1))
+    scheduler = scheduler_of(decoder, prompt_tokens=1)
+    first, second, third, fourth, fifth = (scheduler.submit(REQUESTS[i]) for i in (4, 2, 0, 3, 1))
     scheduler.advance()
-    assert (scheduler.running, scheduler.waiting) == (1, 3)
-    assert scheduler.cancel(first) and scheduler.cancel(third) and not scheduler.cancel(third)
+    assert (scheduler.running, scheduler.waiting) == (1, 4)
+    for id in (first, second, fourth):  # one that runs, one that is being read, one that waits
+        assert scheduler.cancel(id) and not scheduler.cancel(id)
     found = collected(finished(scheduler))
-    assert set(found) == {second, fourth}
-    assert (found[second][0], found[fourth][0]) == (alone[0][0], alone[1][0])
+    assert set(found) == {third, fifth}
+    assert (found[third][0], found[fifth][0]) == (alone[0][0], alone[1][0])
     assert not scheduler.busy and (scheduler.running, scheduler.waiting) == (0, 0)
 
 

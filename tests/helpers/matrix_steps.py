@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from based_jax.ops.calls import MatrixStepCall
+from based_jax.ops.decode_calls import MatrixStepCall
 
 B, H, K, V = 3, 2, 5, 7
 KINDS = ("decay", "bonus", "delta_rule", "low_rank")

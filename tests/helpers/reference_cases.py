@@ -1,5 +1,6 @@
 """The arrays of tests/parity, computed by public PyTorch code (a file's `meta` names it), and how close is equal."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +75,7 @@ LMS = {
         dtype="float32",
     ),
 }
+LMS["zoology_lm_based_mlp"] = dataclasses.replace(LMS["zoology_lm_based"], mlp="gelu", mlp_dim=128)
 """The models of whole files."""
 
 

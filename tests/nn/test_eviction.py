@@ -80,7 +80,7 @@ def test_steps_keep_what_lists_of_tokens_keep(policy, budget, T, normal, close):
     close(y[0], mixer.out_proj(jnp.float32(np.concatenate(o, axis=1)).reshape(T, D)), tolerance=3e-5)
 
 
-@parametrize_some("policy, budget", [(policy, budget) for policy in EVICTING for budget in (12, 4)], [("h2o", 12)])
+@parametrize_some("policy, budget", [(policy, budget) for policy in EVICTING for budget in (12, 4)], [("streaming", 4)])
 def test_a_prefill_keeps_what_steps_keep(policy, budget, normal, close):
     """Whether all of it fits, the cache is full before it ends, or it is longer than the budget."""
     mixer, x = mixer_of(policy, budget), normal(2, 15, D)
@@ -90,6 +90,15 @@ def test_a_prefill_keeps_what_steps_keep(policy, budget, normal, close):
         more, cache = prefill(part, cache)
         y.append(more)
     close((jnp.concatenate(y, axis=1), cache), (expected, steps))
+
+
+@pytest.mark.parametrize(("policy", "token_by_token"), [("window", False), ("streaming", False), ("h2o", True)])
+def test_what_leaves_for_its_place_is_read_at_once(policy, token_by_token):
+    """No loop has as many turns as there are tokens, where scores do not decide."""
+    mixer, T = mixer_of(policy, 12), 31
+    cache = jax.eval_shape(lambda: mixer.init_cache(2, 40))
+    program = jax.make_jaxpr(mixer.prefill)(jax.ShapeDtypeStruct((2, T, D), jnp.float32), cache)
+    assert (f"length={T}" in str(program)) == token_by_token
 
 
 IDS = """

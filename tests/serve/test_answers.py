@@ -2,7 +2,7 @@ import pytest
 from helpers.serving import LIMITS, NAME, alone, client
 
 from based_jax.data.tokenizer import ByteTokenizer
-from based_jax.generate import Request, Sampling, Scheduler, prefill, rows, state_layout
+from based_jax.generate import Request, Sampling, Scheduler, intake, rows, state_layout
 
 TOKENIZER = ByteTokenizer()
 TEXT = "In the beginning "
@@ -80,20 +80,20 @@ def test_log_probabilities_are_the_scheduler_s_and_stand_where_their_tokens_do(c
     scheduler = Scheduler(model, slots=LIMITS["slots"], max_len=LIMITS["max_len"])
     scheduler.submit(Request(TOKENIZER.encode(TEXT), 8, Sampling(temperature=temperature), seed=1))
     events = []
-    while not events:
-        events = scheduler.advance()
-    (event,) = events
+    while scheduler.busy:
+        events += scheduler.advance()
     found = choice.logprobs
-    assert found.token_logprobs == event.log_probs and len(event.log_probs) == 8
-    assert found.tokens == [TOKENIZER.decode([token]) for token in event.tokens]
+    assert found.token_logprobs == [log_prob for event in events for log_prob in event.log_probs]
+    assert found.tokens == [TOKENIZER.decode([token]) for event in events for token in event.tokens]
+    assert len(found.tokens) == 8
     for token, offset in zip(found.tokens, found.text_offset, strict=True):
         assert token == "\ufffd" or choice.text[offset:].startswith(token)
 
 
 def test_no_request_waits_for_a_compiler(completions):
     """Prompts of any number of tokens, whole chunks and padded ones, and those that go on from a state."""
-    programs = prefill._prefill, rows.decoding_loop, rows._with_row
-    programs += state_layout._taken, state_layout._forked
+    programs = intake._read, rows.decoding_loop, rows._with_rows
+    programs += state_layout._taken, state_layout._put
     before = [program._cache_size() for program in programs]
     for length in (1, 2, 16, 17, 65, 66, 94):
         assert create(completions, prompt="c" * length, max_tokens=1).usage.prompt_tokens == length

@@ -1,5 +1,6 @@
 """A run that goes on otherwise than it began, and one that begins where another ended."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from based_jax import config as configs
 from based_jax import parallel
 from based_jax.config.keys import key_names
 from based_jax.convert import save_hf
+from based_jax.convert.hf import resolved
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM
 from based_jax.optim import path_of
@@ -19,7 +21,7 @@ from based_jax.train import continuation
 from based_jax.train.compile import train_program
 from based_jax.train.init_from import InitFrom, read_parameters
 from based_jax.train.loop import DivergedError, train
-from based_jax.train.run import TrainConfig, load_run
+from based_jax.train.run import TrainConfig, load_config, load_run
 from tests.helpers.tiny_runs import VALUES, losses, make_config, rows, saved_steps
 
 
@@ -166,6 +168,18 @@ def test_a_run_begins_with_released_weights(attention):
     assert_taken(taken, model)
     wanted = by_path(program.abstract_state.params)
     assert all(leaf.sharding == wanted[name].sharding for name, leaf in taken.items())
+
+
+def test_a_model_is_that_of_a_folder(attention):
+    """And its parameters are what a run begins with, unless the config says otherwise."""
+    config, _, folder = attention
+    values = {key: value for key, value in VALUES.items() if key != "model"} | {"model": str(folder)}
+    found = load_config(values)
+    assert found.init_from == InitFrom(str(folder)) and found.model.dtype == "bfloat16"
+    assert resolved(dataclasses.replace(found.model, dtype=config.dtype)) == resolved(config)
+    assert load_config(values | {"init_from": None}).init_from is None
+    with pytest.raises(UserError, match=r"none/config.json' cannot be read"):
+        load_config(values | {"model": str(folder / "none")})
 
 
 def test_patterns_choose_and_the_others_are_named(whole):

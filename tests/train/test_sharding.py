@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from helpers.cases import parametrize_some
 from helpers.hlo import Program
 
@@ -53,7 +54,7 @@ on_all_meshes = parametrize_some("sizes, microbatches", ALL, FEW, ids=name_of)
 on_all_meshes_and_in_bf16 = parametrize_some(
     "sizes, microbatches, dtype",
     [*((*case, "float32") for case in ALL), *((MESHES[2], microbatches, "bfloat16") for microbatches in (1, 8))],
-    [*((*case, "float32") for case in FEW), (MESHES[2], 1, "bfloat16")],
+    [(*case, "float32") for case in FEW],
     ids=name_of,
 )
 
@@ -112,8 +113,13 @@ def test_products_in_loops_count_as_often_as_they_run():
     assert Program(found.as_text()).flops() == 3 * 5 * 2 * 6 * 16 * 16
 
 
+def test_a_step_has_the_products_of_its_layers():
+    assert hlo(1).flops() > 6 * B * T * sum(2 * 3 * D * 80 for _ in MODEL.layers)
+
+
+@pytest.mark.long
 def test_microbatches_make_the_same_products():
-    assert hlo(1).flops() == hlo(8).flops() > 6 * B * T * sum(2 * 3 * D * 80 for _ in MODEL.layers)
+    assert hlo(1).flops() == hlo(8).flops()
 
 
 @on_all_meshes

@@ -24,6 +24,7 @@ def test_every_task_has_a_kind_of_its_own():
     assert all(task.kind == kind for kind, task in TASKS.items())
     assert set(TASKS.items()) == {*KINDS.items(), ("text", TextTask)}
     assert sorted(KINDS) == [
+        "compositional_mqar",
         "compression",
         "forgetting_mqar",
         "in_context_ngram",
@@ -100,7 +101,7 @@ def test_an_unknown_kind_lists_all():
     "data, message",
     [
         ({"kind": "needel"}, "Unknown data.kind 'needel': did you mean 'needle'"),
-        ({"preset": "tiny"}, "Config key 'data.kind' is missing; it is one of compression, forgetting_mqar"),
+        ({"preset": "tiny"}, "Config key 'data.kind' is missing; it is one of compositional_mqar, compression"),
         ({"kind": "needle", "preset": "tinny"}, "Unknown needle preset 'tinny': did you mean 'tiny'"),
         ({"kind": "mqar", "preset": "figure3"}, "Unknown mqar preset 'figure3': did you mean 'figure2'"),
         ({"kind": "needle", "group": "s5"}, "Unknown config key 'data.group'"),

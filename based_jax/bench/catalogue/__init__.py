@@ -60,7 +60,9 @@ OPERATIONS: dict[str, Operation] = {
     "short_conv_step": steps.SHORT_CONV_STEP,
     "gated_short_conv_step": steps.GATED_SHORT_CONV_STEP,
     "few_tokens_product": few_tokens.FEW_TOKENS_PRODUCT,
+    "few_tokens_products": few_tokens.FEW_TOKENS_PRODUCTS,
     "few_tokens_gated": few_tokens.FEW_TOKENS_GATED,
+    "few_tokens_residual_norm": few_tokens.FEW_TOKENS_RESIDUAL_NORM,
 }
 
 TIMED = {name: key for key, operation in OPERATIONS.items() for name in operation.timed}

@@ -19,7 +19,7 @@ from based_jax.bench.catalogue.operation import (
 )
 from based_jax.bench.catalogue.taylor import STATE_TOKENS, features
 from based_jax.ops import taylor, taylor_decode
-from based_jax.ops.calls import RecentTokens, TaylorState
+from based_jax.ops.decode_calls import RecentTokens, TaylorState
 
 LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 """What a row of the sums is scaled to, by what they are kept in."""

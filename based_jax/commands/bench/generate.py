@@ -16,6 +16,7 @@ from typing import Any
 
 from based_jax.bench.defaults import MEMORY_FRACTION
 from based_jax.commands.bench import several
+from based_jax.commands.text_models import add_option_argument
 from based_jax.commands.train import parse_overrides
 
 BATCHES, CONTEXTS = (1, 8, 32, 128, 512), (512, 2048, 4096, 16384, 65536)
@@ -36,13 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens that each has had (default: {_words(CONTEXTS)})",
     )
     parser.add_argument("--sizes", nargs="+", default=[], metavar="BxT", help="batch x context, in place of the two")
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="MIXER.NAME=VALUE",
-        help="of all layers of a mixer, as in taylor.flush=16; may be given several times",
-    )
+    add_option_argument(parser)
     parser.add_argument("--tokens", type=int, default=32, help="that one program decodes of each (default: 32)")
     parser.add_argument("--blocks", type=int, default=5, help="runs of it that a median is of (default: 5)")
     parser.add_argument("--no-prefill", dest="prefill", action="store_false", help="read no prompts")
@@ -63,11 +58,12 @@ def _measure(args: argparse.Namespace, name: str) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
     from based_jax import config as configs
     from based_jax.bench import generate
+    from based_jax.nn.lm_config import with_options
     from based_jax.train.run import TrainConfig
 
     overrides = parse_overrides(args.overrides)
     config = configs.build(TrainConfig, configs.load(name, overrides)).model
-    config = generate.with_options(config, args.option)
+    config = with_options(config, args.option)
     start = {"config": name, "overrides": dict(overrides), "options": sorted(args.option)}
     _print(args, start, generate.measure(config, *_sizes_and_effort(args)))
 

@@ -1,23 +1,27 @@
 """Softmax attention with rotary positions: the mixer of Transformer++ (arXiv 2402.18668, section 5)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from based_jax.config import added_later
-from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.eviction import POLICIES, BudgetCache, Policy
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
-from based_jax.ops import dispatch, segments, sequence
+from based_jax.nn.rotary import check_scaling, scaling
+from based_jax.ops import dispatch, segments, sequence, softmax_chunks
 from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim, whole_pass_head_dim
+from based_jax.ops.softmax_budget import own_attention, ring_attention
 from based_jax.ops.softmax_prefill import attention_prefill
 from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step, attention_weights
 
@@ -26,6 +30,16 @@ QKV_KEYS = {
     "out_proj/bias": "out_proj.bias",
     "qkv/kernel": "Wqkv.weight",
     "qkv/bias": "Wqkv.bias",
+    "q_norm/scale": "q_norm.weight",
+    "k_norm/scale": "k_norm.weight",
+}
+LLAMA_KEYS: dict[str, str | tuple[str, ...]] = {
+    "out_proj/kernel": "o_proj.weight",
+    "out_proj/bias": "o_proj.bias",
+    "qkv/kernel": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+    "qkv/bias": ("q_proj.bias", "k_proj.bias", "v_proj.bias"),
+    "q_norm/scale": "q_norm.weight",
+    "k_norm/scale": "k_norm.weight",
 }
 
 
@@ -34,6 +48,9 @@ class HeadsConfig:
     """Heads, the share of each head that rotary turns (0 for none), its base, biases, and the implementation.
 
     Each of `num_kv_heads` keys and values, as many as queries where None, serves as many queries (arXiv 2305.13245).
+    A head has `head_dim` components, D / num_heads where None; the output has a bias if `out_bias`, where that is None
+    if `bias`; with `qk_norm` an RMSNorm of each head stands between projection and rotary, for queries and for keys.
+    `rotary_scaling` is one of `rotary.SCALINGS`, which the options `rotary_*` below it are for.
     """
 
     num_heads: int = 16
@@ -42,12 +59,23 @@ class HeadsConfig:
     rotary_base: float = 10000.0
     bias: bool = False
     impl: str = "auto"
+    head_dim: int | None = added_later(None)
+    out_bias: bool | None = added_later(None)
+    qk_norm: bool = added_later(False)
+    rotary_scaling: str = added_later("none")
+    rotary_factor: float = added_later(1.0)
+    rotary_low_freq_factor: float = added_later(1.0)
+    rotary_high_freq_factor: float = added_later(4.0)
+    rotary_original_len: int = added_later(8192)
 
     def __post_init__(self):
-        check_sizes(self, num_heads=1)
+        check_sizes(self, num_heads=1, rotary_original_len=1)
+        if self.head_dim is not None:
+            check_sizes(self, head_dim=1)
         if not 0 <= self.rotary_fraction <= 1:
             raise UserError(f"rotary_fraction is {self.rotary_fraction}; it is between 0 and 1.")
         check_positive(self, "rotary_base")
+        check_scaling(self)
         kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
         if kv_heads < 1 or self.num_heads % kv_heads:
             raise UserError(f"num_kv_heads is {kv_heads}; it divides num_heads, which is {self.num_heads}.")
@@ -82,10 +110,12 @@ class Attention(Mixer):
     """Causal multi-head attention; the cache holds every key and value, or those that a policy keeps.
 
     With a budget that is as large as the cache, decoding is that of "full", bit for bit. A prefill that does not fit a
-    budget is read token by token.
+    budget is read at once where tokens leave for their places ("window", "streaming"), and token by token where they
+    leave for what they were paid.
 
     Source: HazyResearch/based:based/models/transformer/mha.py; zoology:zoology/mixers/attention.py with bias and
-    without rotary; transformers:models/llama/modeling_llama.py with full rotary and grouped queries.
+    without rotary; transformers:models/llama/modeling_llama.py with full rotary and grouped queries,
+    models/qwen2/modeling_qwen2.py with biases, models/qwen3/modeling_qwen3.py with `qk_norm`.
     """
 
     Config: ClassVar[type[HeadsConfig]] = AttentionConfig
@@ -93,21 +123,27 @@ class Attention(Mixer):
     REFERENCE: ClassVar = {
         "based": QKV_KEYS,
         "zoology": QKV_KEYS,
-        "llama": {
-            "out_proj/kernel": "o_proj.weight",
-            "qkv/kernel": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
-        },
+        "llama": LLAMA_KEYS,
     }
 
     def __init__(self, d_model: int, config: HeadsConfig, init: layers.Init):
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
-        self.head_dim = layers.head_dim(d_model, config.num_heads)
+        self.head_dim = layers.head_dim(d_model, config.num_heads) if config.head_dim is None else config.head_dim
         self.kv_heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
         self.rotary_dim = layers.rotary_dim(self.head_dim, config.rotary_fraction)
         self.policy = POLICIES[config.cache_policy] if isinstance(config, AttentionConfig) else None
-        bias, widths = config.bias, (d_model, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim)
-        self.qkv = layers.linear(d_model, sum(widths), ("embed", "heads"), init, bias=bias, parts=widths)
-        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out, bias=bias)
+        self.inner_dim, keys = config.num_heads * self.head_dim, self.kv_heads * self.head_dim
+        widths, out_bias = (self.inner_dim, keys, keys), config.bias if config.out_bias is None else config.out_bias
+        self.qkv = layers.linear(d_model, sum(widths), ("embed", "heads"), init, bias=config.bias, parts=widths)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (layers.rms_norm(self.head_dim, init.norm_eps, rngs=init.rngs) for _ in "qk")
+        self.out_proj = layers.linear(self.inner_dim, d_model, ("heads", "embed"), init.out, bias=out_bias)
+
+    @property
+    @override
+    def rows_are_apart(self) -> bool:
+        """Whether there is no budget: rows that fit into theirs are read alike until one does not."""
+        return self.policy is None
 
     @override
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
@@ -134,7 +170,7 @@ class Attention(Mixer):
         return self._out(o), state
 
     @override
-    def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
+    def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
         if self.policy is None:
             o, after = self.read_token(x, state)
         else:
@@ -182,19 +218,64 @@ class Attention(Mixer):
         return cache.paid(weights, jnp.arange(cache.slots)[None] < seen[:, None])
 
     def _read_within(self, policy: Policy, qkv, state: BudgetCache, segment_ids: SegmentIds | None):
-        """Return what tokens read (B, T, H, D/H), and the cache after them: token by token where they do not fit."""
+        """Return what tokens read (B, T, H, D/H), and the cache after them, which some have left where not all fit."""
         T = qkv[0].shape[1]
         if not self._evicts(state):
             return self._read_all(qkv, state, segment_ids)
+        read_some = self._read_by_places if policy.dropped is None else self._read_one_by_one
         if segment_ids is None and state.slots < T:
-            return self._read_one_by_one(policy, qkv, state, segment_ids)
+            return read_some(policy, qkv, state, segment_ids)
         places, _ = segments.positions(segment_ids, state.length, T)
         present = True if segment_ids is None else segments.ids_of(segment_ids) != 0
         return jax.lax.cond(
             jnp.all((places < state.slots) | ~jnp.asarray(present)),
             lambda: self._read_all(qkv, state, segment_ids),
-            lambda: self._read_one_by_one(policy, qkv, state, segment_ids),
+            lambda: read_some(policy, qkv, state, segment_ids),
         )
+
+    def _read_by_places(self, policy: Policy, qkv, state: BudgetCache, segment_ids: SegmentIds | None):
+        """Return the same where a token leaves for its place alone: no query waits for what those before it have seen.
+
+        The tokens of the ring are read by a window, and the first tokens, which stand before it, apart.
+        """
+        if segment_ids is not None and not isinstance(segment_ids, Unbroken):
+            order = segments.Order.of(segment_ids)
+            *moved, ids = (order.moved(x) for x in (*qkv, segment_ids))
+            o, state = self._read_by_places(policy, moved, state, Unbroken(ids))
+            return order.moved_back(o), state
+        ids = Unbroken(jnp.ones(qkv[0].shape[:2], jnp.int32)) if segment_ids is None else segment_ids
+        kept, (_, k, v) = policy.kept(state.slots, self.config.cache_sinks), self._rotated(qkv, state.length, ids)
+        read = self._read_ring(kept, qkv, state, ids)
+        if kept:
+            read = softmax_chunks.joined(read, self._read_sinks(kept, qkv, state, ids))
+        return read[0].astype(v.dtype), state.extended((k, v), qkv[1], ids, kept, self._turned)
+
+    def _read_ring(self, kept: int, qkv, state: BudgetCache, ids: Unbroken):
+        """Return what tokens read of the newest ones up to their own, but for the first of their document."""
+        q, k, v = self._rotated(qkv, state.length, ids)
+        past, there = state.ring(kept)
+        keys, values = (self.for_each_query(jnp.concatenate(both, axis=1)) for both in zip(past, (k, v), strict=True))
+        numbers, places = segments.numbered(ids), segments.positions(ids, state.length, k.shape[1])[0]
+        key_numbers = jnp.concatenate([there.astype(numbers.dtype), jnp.where(places < kept, 0, numbers)], axis=1)
+        return ring_attention(q, keys, values, numbers, key_numbers, root=math.sqrt(self.head_dim))
+
+    def _read_sinks(self, kept: int, qkv, state: BudgetCache, ids: Unbroken):
+        """Return what tokens read of the first ones of their document, which stand just before the ring."""
+        T, numbers = qkv[0].shape[1], segments.numbered(ids)
+        places = segments.positions(ids, state.length, T)[0]
+        q = self._turned(qkv[0], jnp.minimum(places, state.slots - 1))
+        _, k, v = self._rotated(qkv, state.length, ids)
+        stand = jnp.arange(kept)[None, None]
+        row = jnp.arange(T)[None, :, None] - places[..., None] + stand  # of each, before 0 in the cache
+
+        def first(new, old):
+            new = jax.vmap(lambda x, row: x[row])(new, jnp.clip(row, 0, T - 1))
+            return self.for_each_query(jnp.where((row < 0)[..., None, None], old[:, None], new))
+
+        old = self._turned(state.sinks, jnp.broadcast_to(stand[0], (len(numbers), kept))), state.tokens[1][:, :kept]
+        keys, values = map(first, (k, v), old)
+        visible = (stand <= places[..., None]) & (numbers != 0)[..., None]
+        return own_attention(q, keys, values, visible, root=math.sqrt(self.head_dim))
 
     def _read_one_by_one(self, policy: Policy, qkv, state: BudgetCache, segment_ids: SegmentIds | None):
         B, T = qkv[0].shape[:2]
@@ -241,20 +322,28 @@ class Attention(Mixer):
     @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, and scores and sums over half of `seq_len` keys on average."""
-        return self.projection_flops() + 2 * self.d_model * min(seq_len, 2 * self._slots(seq_len))
+        return self.projection_flops() + 2 * self.inner_dim * min(seq_len, 2 * self._slots(seq_len))
 
     def projection_flops(self) -> int:
         """Return the FLOPs of the projections."""
-        return 4 * self.d_model * (self.d_model + self.kv_heads * self.head_dim)
+        return 4 * self.d_model * (self.inner_dim + self.kv_heads * self.head_dim)
 
     def for_each_query(self, x):
-        """Return keys or values (B, S, kv heads, D/H) repeated for the queries that each of them serves."""
-        return jnp.repeat(x, self.config.num_heads // self.kv_heads, axis=2)
+        """Return keys or values (..., kv heads, D/H) repeated for the queries that each of them serves."""
+        return jnp.repeat(x, self.config.num_heads // self.kv_heads, axis=-2)
 
     def unrotated_qkv(self, x: BTD, width: int | None = None):
         """Return queries, keys and values (B, T, heads, D/H); with a `width` zeros fill the heads up to it."""
         y = layers.to_heads(self.qkv, x, self.config.num_heads + 2 * self.kv_heads, width or self.head_dim)
-        return layers.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
+        q, k, v = layers.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
+        if not self.config.qk_norm:
+            return [q, k, v]
+        return [self._normed(self.q_norm, q), self._normed(self.k_norm, k), v]
+
+    def _normed(self, norm: nnx.RMSNorm, heads):
+        """Return the RMSNorm of heads that may end in zeros, over what stands before these."""
+        normed = norm(heads[..., : self.head_dim]).astype(heads.dtype)
+        return layers.with_zeros(normed, -1, heads.shape[-1])
 
     def rotated_qkv(self, x: BTD, before: Int[Array, "#B"], segment_ids: SegmentIds | None, width: int | None = None):
         """Return the same with queries and keys rotated by their place in their document.
@@ -269,7 +358,7 @@ class Attention(Mixer):
         return self._turned(q, places), self._turned(k, places), v
 
     def _turned(self, y, places):
-        return layers.rotary(y, places, self.rotary_dim, self.config.rotary_base)
+        return layers.rotary(y, places, self.rotary_dim, self.config.rotary_base, scaling(self.config))
 
     def empty_cache(self, batch: int, slots: int, width: int) -> TokenCache:
         """Return the cache of so many keys and values before the first, whose heads end in zeros up to a width."""

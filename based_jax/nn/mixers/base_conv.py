@@ -3,8 +3,10 @@
 import dataclasses
 from typing import ClassVar, override
 
+import jax
 import jax.numpy as jnp
 
+from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer, check_sizes
@@ -14,11 +16,12 @@ from based_jax.ops.conv import IMPLEMENTATIONS, reach, short_conv, short_conv_st
 
 @dataclasses.dataclass(frozen=True)
 class BaseConvConfig:
-    """Taps of the convolution, and the tokens from one to the next."""
+    """Taps of the convolution, the tokens from one to the next, and whether SiLU follows convolution and projection."""
 
     kernel_size: int = 3
     dilation: int = 1
     impl: str = "auto"
+    use_act: bool = added_later(False)
 
     def __post_init__(self):
         check_sizes(self, kernel_size=1, dilation=1)
@@ -27,7 +30,7 @@ class BaseConvConfig:
 class BaseConv(Mixer):
     """y = (conv(x) + bias) * projection(x) + x, the residual inside; the state is the last taps' inputs.
 
-    Source: HazyResearch/zoology:zoology/mixers/base_conv.py, `BaseConv` with a short kernel and no activation.
+    Source: HazyResearch/zoology:zoology/mixers/base_conv.py, `BaseConv` with a short kernel.
     """
 
     Config: ClassVar = BaseConvConfig
@@ -94,7 +97,8 @@ class BaseConv(Mixer):
         return 2 * self.d_model**2 + 2 * self.config.kernel_size * self.d_model
 
     def _gate(self, x, y):
-        return y * self.projection(x) + x
+        activation = jax.nn.silu if self.config.use_act else lambda factor: factor
+        return activation(y) * activation(self.projection(x)) + x
 
     @property
     def _reach(self) -> int:

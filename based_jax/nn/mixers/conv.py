@@ -82,10 +82,10 @@ class GatedConv(Mixer):
         return gated_short_conv(product, self.conv_kernel[...], bias=bias, impl=self.config.impl, **options)
 
     @override
-    def _step(self, x: BD, state: Inputs) -> tuple[BD, Inputs]:
+    def _step(self, x: BD, state: Inputs) -> tuple[BD | layers.Projected, Inputs]:
         (product, bias), impl = self._product(x), beside(self.config.impl, STEP_IMPLEMENTATIONS)
         y, state = gated_short_conv_step(product, self.conv_kernel[...], state, bias=bias, impl=impl)
-        return self.out_proj(y), state
+        return layers.into_stream(self.out_proj, y), state
 
     def _product(self, x: Float[Array, "*B D"]) -> tuple[Float[Array, "*B joint"], Float[Array, "joint"] | None]:
         """Return the projection without its bias, and the bias."""

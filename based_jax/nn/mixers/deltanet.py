@@ -3,11 +3,11 @@
 import dataclasses
 from typing import ClassVar, override
 
-import jax
 import jax.numpy as jnp
 
+from based_jax.config import added_later
 from based_jax.nn import layers
-from based_jax.nn.gated import GatedLinearMixer, expanded, unit
+from based_jax.nn.gated import GatedLinearMixer, delta_rate, expanded, unit
 from based_jax.nn.mixer import Operation, check_positive, check_sizes
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
 from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
@@ -15,13 +15,17 @@ from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEP
 
 @dataclasses.dataclass(frozen=True)
 class DeltaNetConfig:
-    """Heads, widths of queries and values as multiples of D, and taps of the short convolution (0: none)."""
+    """Heads, widths of queries and values as multiples of D, and taps of the short convolution (0: none).
+
+    `allow_neg_eigval` doubles the rates, which are below 2 then (arXiv 2411.12537).
+    """
 
     num_heads: int = 4
     expand_k: float = 1.0
     expand_v: float = 1.0
     conv_size: int = 4
     impl: str = "auto"
+    allow_neg_eigval: bool = added_later(False)
 
     def __post_init__(self):
         check_sizes(self, num_heads=1, conv_size=0)
@@ -38,6 +42,7 @@ class DeltaNet(GatedLinearMixer):
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
     operation: ClassVar = Operation(delta_rule, delta_rule_step, MATRIX_STATE_STEPS)
     gate_activation: ClassVar = None
+    silu_without_conv: ClassVar = True
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "o_proj.weight",
@@ -62,7 +67,7 @@ class DeltaNet(GatedLinearMixer):
 
     @override
     def _gated(self, x, q, k, v):
-        beta = jax.nn.sigmoid(self.rate(x))
+        beta = delta_rate(self.rate(x), self.config.allow_neg_eigval)
         return unit(q), unit(k), v, jnp.zeros((*beta.shape, 1)), beta
 
     @override

@@ -10,7 +10,16 @@ from flax import nnx
 
 from based_jax.config import added_later
 from based_jax.nn import layers
-from based_jax.nn.gated import GatedLinearMixer, expanded, inverse_softplus_dt, softplus_decay, unit
+from based_jax.nn.gated import (
+    GatedLinearMixer,
+    ProjectedHeads,
+    check_v_heads,
+    delta_rate,
+    expanded,
+    inverse_softplus_dt,
+    softplus_decay,
+    unit,
+)
 from based_jax.nn.mixer import Buffer, Operation, check_positive, check_sizes
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
 from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
@@ -18,7 +27,11 @@ from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEP
 
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaNetConfig:
-    """Heads, widths of queries and values as multiples of D, taps of the short convolution (0: none), and the gate."""
+    """Heads, widths of queries and values as multiples of D, taps of the short convolution (0: none), and the gate.
+
+    Each of `num_heads` queries and keys serves as many of `num_v_heads` values, one where None. `allow_neg_eigval`
+    doubles the rates, which are below 2 then (arXiv 2411.12537).
+    """
 
     num_heads: int = 4
     expand_k: float = 1.0
@@ -26,9 +39,12 @@ class GatedDeltaNetConfig:
     conv_size: int = 4
     use_gate: bool = added_later(True)
     impl: str = "auto"
+    num_v_heads: int | None = added_later(None)
+    allow_neg_eigval: bool = added_later(False)
 
     def __post_init__(self):
         check_sizes(self, num_heads=1, conv_size=0)
+        check_v_heads(self)
         check_positive(self, "expand_k", "expand_v")
 
 
@@ -43,6 +59,7 @@ class GatedDeltaNet(GatedLinearMixer):
     Config: ClassVar = GatedDeltaNetConfig
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
     operation: ClassVar = Operation(delta_rule, delta_rule_step, MATRIX_STATE_STEPS)
+    silu_without_conv: ClassVar = True
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "o_proj.weight",
@@ -58,17 +75,19 @@ class GatedDeltaNet(GatedLinearMixer):
     }
 
     def __init__(self, d_model: int, config: GatedDeltaNetConfig, init: layers.Init):
+        projected = ProjectedHeads.grouped_values(config.num_heads, config.num_v_heads)
+        H, keys = projected.values, expanded("expand_k", d_model, config.expand_k, config.num_heads)
         super().__init__(
             d_model,
             config,
             init,
-            num_heads=config.num_heads,
-            key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
-            value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
+            num_heads=H,
+            key_dim=H * keys // config.num_heads,
+            value_dim=expanded("expand_v", d_model, config.expand_v, H),
             conv_size=config.conv_size,
             use_gate=config.use_gate,
+            projected=projected,
         )
-        H = config.num_heads
         self.rate, self.decay = (layers.linear(d_model, H, ("embed", "heads"), init.fp32) for _ in range(2))
         A = jax.random.uniform(init.rngs.params(), (H,), minval=1.0, maxval=16.0)
         self.A_log = nnx.Param(jnp.log(A), **layers.logical_axes("heads"))
@@ -81,7 +100,7 @@ class GatedDeltaNet(GatedLinearMixer):
     @override
     def _gated(self, x, q, k, v):
         log_decay = softplus_decay(self.decay(x), self.A_log[...], self.dt_bias[...])
-        return unit(q), unit(k), v, log_decay[..., None], jax.nn.sigmoid(self.rate(x))
+        return unit(q), unit(k), v, log_decay[..., None], delta_rate(self.rate(x), self.config.allow_neg_eigval)
 
     @override
     def _gate_weights(self) -> int:

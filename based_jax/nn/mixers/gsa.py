@@ -6,16 +6,24 @@ from typing import ClassVar, override
 import jax
 import jax.numpy as jnp
 
+from based_jax.config import added_later
+from based_jax.errors import unknown
 from based_jax.nn import layers
-from based_jax.nn.gated import GatedLinearMixer, GatedState, expanded
+from based_jax.nn.gated import GatedLinearMixer, GatedState, ProjectedHeads, check_kv_heads, expanded
 from based_jax.nn.mixer import Operation, check_positive, check_sizes
 from based_jax.ops import gated_slot_attention as slots
 from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
 
+FEATURE_MAPS = {"swish": jax.nn.silu, "relu": jax.nn.relu}
+
 
 @dataclasses.dataclass(frozen=True)
 class GSAConfig:
-    """Heads, widths as multiples of D, slots of a head, taps (0: no convolution), and the decay's temperature."""
+    """Heads, widths as multiples of D, slots of a head, taps (0: no convolution), and the decay's temperature.
+
+    Each of `num_kv_heads` keys, values and decays, as many as queries where None, serves as many queries. Queries and
+    keys go through the map `feature_map` of `FEATURE_MAPS`.
+    """
 
     num_heads: int = 4
     expand_k: float = 1.0
@@ -24,10 +32,15 @@ class GSAConfig:
     conv_size: int = 0
     gate_logit_normalizer: float = 8.0
     impl: str = "auto"
+    num_kv_heads: int | None = added_later(None)
+    feature_map: str = added_later("swish")
 
     def __post_init__(self):
         check_sizes(self, num_heads=1, num_slots=1, conv_size=0)
         check_positive(self, "expand_k", "expand_v", "gate_logit_normalizer")
+        check_kv_heads(self)
+        if self.feature_map not in FEATURE_MAPS:
+            raise unknown("feature map", self.feature_map, FEATURE_MAPS)
 
 
 class GSA(GatedLinearMixer):
@@ -62,8 +75,10 @@ class GSA(GatedLinearMixer):
             key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
             value_dim=value_dim,
             conv_size=config.conv_size,
+            projected=ProjectedHeads.grouped_keys(config.num_heads, config.num_kv_heads),
         )
-        self.decay = layers.linear(d_model, config.num_heads * config.num_slots, ("embed", "heads"), init.fp32)
+        decays = self.projected.keys * config.num_slots
+        self.decay = layers.linear(d_model, decays, ("embed", "heads"), init.fp32)
 
     @override
     def _initial_state(self, batch: int, max_len: int) -> GatedState:
@@ -75,8 +90,7 @@ class GSA(GatedLinearMixer):
     @override
     def state_size(self, seq_len: int) -> int:
         """Return a key and a value for each slot of each head, and the convolution's inputs; equal to the cache's."""
-        width = self.key_dim + self.value_dim
-        return self.config.num_slots * width + self.conv_size * (width + self.key_dim)
+        return self.config.num_slots * (self.key_dim + self.value_dim) + self.conv_size * sum(self.widths)
 
     @override
     def published_state_size(self, seq_len: int) -> int:
@@ -92,16 +106,14 @@ class GSA(GatedLinearMixer):
 
     @override
     def _gated(self, x, q, k, v):
-        log_decay = layers.split_heads(
-            jax.nn.log_sigmoid(self.decay(x)) / self.config.gate_logit_normalizer, self.num_heads
-        )
-        if not self.conv_size:  # the convolution's own activation is the same
-            q, k, v = (jax.nn.silu(y) for y in (q, k, v))
-        return q, k, v, -jnp.expm1(log_decay), log_decay
+        log_decay = jax.nn.log_sigmoid(self.decay(x)) / self.config.gate_logit_normalizer
+        log_decay = self._for_all_heads(layers.split_heads(log_decay, self.projected.keys))
+        q, k = (FEATURE_MAPS[self.config.feature_map](y) for y in (q, k))
+        return q, k, jax.nn.silu(v), -jnp.expm1(log_decay), log_decay
 
     @override
     def _gate_weights(self) -> int:
-        return self.d_model * self.num_heads * self.config.num_slots
+        return self.d_model * self.projected.keys * self.config.num_slots
 
     @override
     def _out(self, x, o):

@@ -5,6 +5,7 @@ from typing import ClassVar, override
 
 import jax
 
+from based_jax.config import added_later
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import GatedLinearMixer
@@ -13,14 +14,15 @@ from based_jax.nn.mixer import check_sizes
 
 @dataclasses.dataclass(frozen=True)
 class HGRN2Config:
-    """Key channels of a head (heads are D divided by them), and the least share that a gate keeps."""
+    """Key channels of a head (heads are D divided by them), the least share that a gate keeps, and taps (0: none)."""
 
     expand_ratio: int = 128
     lower_bound: float = 0.0
     impl: str = "auto"
+    conv_size: int = added_later(0)
 
     def __post_init__(self):
-        check_sizes(self, expand_ratio=1)
+        check_sizes(self, expand_ratio=1, conv_size=0)
         if not 0 <= self.lower_bound < 1:
             raise UserError(f"lower_bound is {self.lower_bound}; it is at least 0 and below 1.")
 
@@ -33,12 +35,14 @@ class HGRN2(GatedLinearMixer):
     """
 
     Config: ClassVar = HGRN2Config
+    conv_silu: ClassVar = False
     gate_activation: ClassVar = None
     norm_over_heads: ClassVar = True
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",
             "qkv/kernel": ("q_proj.weight", "f_proj.weight", "i_proj.weight"),
+            "conv_kernel": ("q_conv1d.weight", "f_conv1d.weight", "i_conv1d.weight"),
             "norm/scale": "g_norm.weight",
         }
     }
@@ -53,6 +57,7 @@ class HGRN2(GatedLinearMixer):
             num_heads=d_model // config.expand_ratio,
             key_dim=d_model,
             value_dim=d_model,
+            conv_size=config.conv_size,
         )
 
     @override

@@ -8,9 +8,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from based_jax.config import added_later
 from based_jax.errors import UserError
 from based_jax.nn import layers
-from based_jax.nn.gated import GatedLinearMixer, bounded_decay, inverse_softplus_dt, softplus_decay, unit
+from based_jax.nn.gated import (
+    GatedLinearMixer,
+    ProjectedHeads,
+    bounded_decay,
+    check_v_heads,
+    delta_rate,
+    inverse_softplus_dt,
+    softplus_decay,
+    unit,
+)
 from based_jax.nn.mixer import Operation, check_positive, check_sizes
 from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
 from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
@@ -18,7 +28,11 @@ from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEP
 
 @dataclasses.dataclass(frozen=True)
 class KDAConfig:
-    """Heads, key channels of a head, value channels as a multiple of them, taps, and a bound on the log-decay."""
+    """Heads, key channels of a head, value channels as a multiple of them, taps (0: none), a bound on the log-decay.
+
+    Each of `num_heads` queries and keys serves as many of `num_v_heads` values, one where None. `allow_neg_eigval`
+    doubles the rates, which are below 2 then (arXiv 2411.12537).
+    """
 
     num_heads: int = 8
     head_dim: int = 128
@@ -26,9 +40,12 @@ class KDAConfig:
     conv_size: int = 4
     lower_bound: float | None = None
     impl: str = "auto"
+    num_v_heads: int | None = added_later(None)
+    allow_neg_eigval: bool = added_later(False)
 
     def __post_init__(self):
-        check_sizes(self, num_heads=1, head_dim=1, conv_size=1)
+        check_sizes(self, num_heads=1, head_dim=1, conv_size=0)
+        check_v_heads(self)
         check_positive(self, "expand_v")
         if self.lower_bound is not None and not -math.inf < self.lower_bound < 0:
             raise UserError(f"lower_bound is {self.lower_bound}; it is below 0, or None.")
@@ -46,6 +63,7 @@ class KDA(GatedLinearMixer):
     IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
     operation: ClassVar = Operation(delta_rule, delta_rule_step, MATRIX_STATE_STEPS)
     gate_activation: ClassVar = staticmethod(jax.nn.sigmoid)
+    silu_without_conv: ClassVar = True
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",
@@ -64,7 +82,8 @@ class KDA(GatedLinearMixer):
     }
 
     def __init__(self, d_model: int, config: KDAConfig, init: layers.Init):
-        K, H = config.head_dim, config.num_heads
+        projected = ProjectedHeads.grouped_values(config.num_heads, config.num_v_heads)
+        K, H = config.head_dim, projected.values
         V = layers.scaled("expand_v", K, config.expand_v)
         super().__init__(
             d_model,
@@ -75,6 +94,7 @@ class KDA(GatedLinearMixer):
             value_dim=H * V,
             conv_size=config.conv_size,
             gate_rank=V,
+            projected=projected,
         )
         self.decay_down = layers.linear(d_model, V, ("embed", None), init.fp32)
         self.decay_up = layers.linear(V, H * K, (None, "heads"), init.fp32)
@@ -90,7 +110,8 @@ class KDA(GatedLinearMixer):
             log_decay = softplus_decay(logits, A_log, self.dt_bias[...])
         else:
             log_decay = bounded_decay(logits, A_log, self.dt_bias[...], self.config.lower_bound)
-        return unit(q), unit(k), v, layers.split_heads(log_decay, self.num_heads), jax.nn.sigmoid(self.rate(x))
+        rate = delta_rate(self.rate(x), self.config.allow_neg_eigval)
+        return unit(q), unit(k), v, layers.split_heads(log_decay, self.num_heads), rate
 
     @override
     def _gate_weights(self) -> int:

@@ -10,7 +10,7 @@ from based_jax.config import added_later
 from based_jax.dims import BD, BHEV, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
-from based_jax.nn.feature_maps import COSFORMER_HORIZON, FEATURE_MAPS
+from based_jax.nn.feature_maps import COSFORMER_HORIZON, FEATURE_MAPS, MAP_OPTIONS
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.nn.mixers.taylor import PROJECTIONS
 from based_jax.ops import linear_attention, sequence
@@ -24,6 +24,7 @@ class LinearConfig:
     """Heads, the query/key width K, and the map of `nn/feature_maps.py`; the Taylor map is mixer `taylor`.
 
     `horizon` is that of "cosformer": a number of tokens, or None as in zoology, the length of the sequence at hand.
+    `stored_directions` is whether those of "performer" stand among the parameters, which training leaves as they are.
     """
 
     num_heads: int = 16
@@ -31,6 +32,7 @@ class LinearConfig:
     feature_map: str = "elu"
     impl: str = "auto"
     horizon: int | None = added_later(COSFORMER_HORIZON)
+    stored_directions: bool = added_later(False)
 
     def __post_init__(self):
         check_sizes(self, num_heads=1, feature_dim=1)
@@ -54,10 +56,11 @@ class LinearAttention(Mixer):
             **PROJECTIONS,
             "feature_map/proj_1/kernel": "feature_map.proj_1.weight",
             "feature_map/proj_2/kernel": "feature_map.proj_2.weight",
+            "feature_map/directions": "feature_map.random_feats",
         }
     }
 
-    REFERENCE_OPTIONS: ClassVar = {"zoology": {"horizon": None}}
+    REFERENCE_OPTIONS: ClassVar = {"zoology": {"horizon": None, "stored_directions": True}}
 
     def __init__(self, d_model: int, config: LinearConfig, init: layers.Init):
         self.config, self.d_model = config, d_model
@@ -67,7 +70,7 @@ class LinearAttention(Mixer):
         self.proj_k = layers.linear(d_model, features, ("embed", "heads"), init)
         self.proj_v = layers.linear(d_model, d_model, ("embed", "heads"), init)
         self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
-        options = {"horizon": config.horizon} if config.feature_map == "cosformer" else {}
+        options = {name: getattr(config, name) for name in MAP_OPTIONS.get(config.feature_map, ())}
         make_map = FEATURE_MAPS[config.feature_map]
         self.feature_map = make_map(config.num_heads, config.feature_dim, **options, rngs=init.rngs)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.nn import layers
 from based_jax.nn.gated import inverse_softplus_dt
@@ -27,7 +28,9 @@ from based_jax.ops.selective_scan import (
 
 KEYS = {
     "out_proj/kernel": "out_proj.weight",
+    "out_proj/bias": "out_proj.bias",
     "in_proj/kernel": "in_proj.weight",
+    "in_proj/bias": "in_proj.bias",
     "conv_kernel": "conv1d.weight",
     "conv_bias": "conv1d.bias",
     "x_proj/kernel": "x_proj.weight",
@@ -40,13 +43,18 @@ KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class MambaConfig:
-    """States of a channel, taps, inner width as a multiple of D, and the rank of dt (0: D/16, rounded up)."""
+    """States of a channel, taps, inner width as a multiple of D, and the rank of dt (0: D/16, rounded up).
+
+    `bias` is whether the projections in and out have biases, `conv_bias` whether the taps have one.
+    """
 
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
     dt_rank: int = 0
     impl: str = "auto"
+    bias: bool = added_later(False)
+    conv_bias: bool = added_later(True)
 
     def __post_init__(self):
         check_sizes(self, d_state=1, d_conv=1, expand=1, dt_rank=0)
@@ -74,10 +82,11 @@ class Mamba(Mixer):
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
         self.d_inner, self.dt_rank = config.expand * d_model, config.dt_rank or math.ceil(d_model / 16)
         self.in_proj = layers.torch_linear(
-            d_model, 2 * self.d_inner, ("embed", "mlp"), init, parts=(self.d_inner, self.d_inner)
+            d_model, 2 * self.d_inner, ("embed", "mlp"), init, bias=config.bias, parts=(self.d_inner, self.d_inner)
         )
         self.conv_kernel = layers.conv_parameter((config.d_conv, self.d_inner), config.d_conv, rngs=init.rngs)
-        self.conv_bias = layers.conv_parameter((self.d_inner,), config.d_conv, rngs=init.rngs)
+        if config.conv_bias:
+            self.conv_bias = layers.conv_parameter((self.d_inner,), config.d_conv, rngs=init.rngs)
         widths = (self.dt_rank, config.d_state, config.d_state)
         self.x_proj = layers.torch_linear(self.d_inner, sum(widths), ("mlp", None), init, parts=widths)
         self.dt_proj = layers.torch_linear(self.dt_rank, self.d_inner, (None, "mlp"), init.fp32, bias=True)
@@ -87,7 +96,9 @@ class Mamba(Mixer):
             jnp.array(jnp.broadcast_to(states, (self.d_inner, config.d_state))), **layers.logical_axes("mlp", None)
         )
         self.D = nnx.Param(jnp.ones(self.d_inner), **layers.logical_axes("mlp"))
-        self.out_proj = layers.torch_linear(self.d_inner, d_model, ("mlp", "embed"), init, gain=init.depth_gain)
+        self.out_proj = layers.torch_linear(
+            self.d_inner, d_model, ("mlp", "embed"), init, bias=config.bias, gain=init.depth_gain
+        )
 
     @override
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
@@ -139,7 +150,8 @@ class Mamba(Mixer):
         return -jnp.exp(self.A_log[...].astype(jnp.float32))
 
     def _conv(self) -> dict[str, Any]:
-        return {"kernel": self.conv_kernel[...], "bias": self.conv_bias[...], "silu": True}
+        bias = self.conv_bias[...] if self.config.conv_bias else None
+        return {"kernel": self.conv_kernel[...], "bias": bias, "silu": True}
 
     def _selected(self, u):
         """Return the raw steps, and the input and output vectors of the state."""

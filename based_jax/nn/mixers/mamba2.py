@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
@@ -23,7 +24,10 @@ from based_jax.ops.ssd import BHNP, IMPLEMENTATIONS, ssd, ssd_step
 
 @dataclasses.dataclass(frozen=True)
 class Mamba2Config:
-    """States N, taps, inner width as a multiple of D, channels P of a head, and groups of heads that share B and C."""
+    """States N, taps, inner width as a multiple of D, channels P of a head, and groups of heads that share B and C.
+
+    `bias` is whether the projections in and out have biases, `conv_bias` whether the taps have one.
+    """
 
     d_state: int = 128
     d_conv: int = 4
@@ -31,6 +35,8 @@ class Mamba2Config:
     headdim: int = 64
     ngroups: int = 1
     impl: str = "auto"
+    bias: bool = added_later(False)
+    conv_bias: bool = added_later(True)
 
     def __post_init__(self):
         check_sizes(self, d_state=1, d_conv=1, expand=1, headdim=1, ngroups=1)
@@ -54,7 +60,9 @@ class Mamba2(Mixer):
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "out_proj.weight",
+            "out_proj/bias": "out_proj.bias",
             "in_proj/kernel": "in_proj.weight",
+            "in_proj/bias": "in_proj.bias",
             "conv_kernel": "conv1d.weight",
             "conv_bias": "conv1d.bias",
             "dt_bias": "dt_bias",
@@ -76,15 +84,18 @@ class Mamba2(Mixer):
         states = config.ngroups * config.d_state
         self.channels = self.d_inner + 2 * states
         widths = (self.d_inner, self.d_inner, states, states, self.num_heads)
-        self.in_proj = layers.torch_linear(d_model, sum(widths), ("embed", "mlp"), init, parts=widths)
+        self.in_proj = layers.torch_linear(d_model, sum(widths), ("embed", "mlp"), init, bias=config.bias, parts=widths)
         self.conv_kernel = layers.conv_parameter((config.d_conv, self.channels), config.d_conv, rngs=init.rngs)
-        self.conv_bias = layers.conv_parameter((self.channels,), config.d_conv, rngs=init.rngs)
+        if config.conv_bias:
+            self.conv_bias = layers.conv_parameter((self.channels,), config.d_conv, rngs=init.rngs)
         self.dt_bias = nnx.Param(inverse_softplus_dt(self.num_heads, init.rngs), **layers.logical_axes("heads"))
         A = jax.random.uniform(init.rngs.params(), (self.num_heads,), minval=1.0, maxval=16.0)
         self.A_log = nnx.Param(jnp.log(A), **layers.logical_axes("heads"))
         self.D = nnx.Param(jnp.ones(self.num_heads), **layers.logical_axes("heads"))
         self.norm = layers.rms_norm(self.d_inner, init.norm_eps, rngs=init.rngs)
-        self.out_proj = layers.torch_linear(self.d_inner, d_model, ("mlp", "embed"), init, gain=init.depth_gain)
+        self.out_proj = layers.torch_linear(
+            self.d_inner, d_model, ("mlp", "embed"), init, bias=config.bias, gain=init.depth_gain
+        )
 
     @override
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
@@ -110,7 +121,7 @@ class Mamba2(Mixer):
 
     @override
     def _step(self, x: BD, state: Mamba2State) -> tuple[BD, Mamba2State]:
-        inner, bias = self.d_inner, self.conv_bias[...]
+        inner, bias = self.d_inner, self.conv_bias[...] if self.config.conv_bias else None
         z, joint, dt = jnp.split(self.in_proj(x), [inner, inner + self.channels], axis=-1)
         joint, conv = short_conv_step(joint, self.conv_kernel[...], state.conv, bias=bias, silu=True)
         u, dt, A, B, C = self._inputs((joint[..., :inner], joint[..., inner:]), dt)
@@ -143,8 +154,10 @@ class Mamba2(Mixer):
     def _convs(self, parts, state=None) -> list[tuple[Array, dict[str, Any]]]:
         """Return x, and B beside C, each with its convolution: cut and joined, x would be copied."""
         ends = (slice(None, self.d_inner), slice(self.d_inner, None))
-        convs = [
-            {"kernel": self.conv_kernel[...][:, end], "bias": self.conv_bias[...][end], "silu": True} for end in ends
+        biases = [self.conv_bias[...][end] if self.config.conv_bias else None for end in ends]
+        convs: list[dict[str, Any]] = [
+            {"kernel": self.conv_kernel[...][:, end], "bias": bias, "silu": True}
+            for end, bias in zip(ends, biases, strict=True)
         ]
         if state is not None:
             convs = [conv | {"state": state[..., end]} for conv, end in zip(convs, ends, strict=True)]

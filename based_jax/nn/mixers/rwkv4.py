@@ -7,17 +7,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from based_jax.config import added_later
 from based_jax.nn import layers
-from based_jax.nn.mixer import Operation
+from based_jax.nn.mixer import Operation, check_sizes
 from based_jax.nn.rwkv import TimeMix, mix_parameter, mixed
 from based_jax.ops.wkv4 import IMPLEMENTATIONS, initial_state, wkv4, wkv4_step
 
 
 @dataclasses.dataclass(frozen=True)
 class RWKV4Config:
-    """Nothing but the implementation: every channel is a head."""
+    """Width of the average, 0 for D, of which every channel is a head."""
 
     impl: str = "auto"
+    attention_dim: int = added_later(0)
+
+    def __post_init__(self):
+        check_sizes(self, attention_dim=0)
 
 
 class RWKV4(TimeMix):
@@ -44,32 +49,33 @@ class RWKV4(TimeMix):
 
     def __init__(self, d_model: int, config: RWKV4Config, init: layers.Init):
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
+        self.inner_dim = config.attention_dim or d_model
         self.key, self.value, self.receptance = (
-            layers.linear(d_model, d_model, ("embed", "heads"), init) for _ in "kvr"
+            layers.linear(d_model, self.inner_dim, ("embed", "heads"), init) for _ in "kvr"
         )
         self.mix = mix_parameter(3, d_model)
-        self.time_decay = nnx.Param(jnp.linspace(-5.0, 3.0, d_model), **layers.logical_axes("heads"))
-        self.time_first = nnx.Param(jnp.full(d_model, jnp.log(0.3)), **layers.logical_axes("heads"))
-        self.out_proj = layers.linear(d_model, d_model, ("heads", "embed"), init.out)
+        self.time_decay = nnx.Param(jnp.linspace(-5.0, 3.0, self.inner_dim), **layers.logical_axes("heads"))
+        self.time_first = nnx.Param(jnp.full(self.inner_dim, jnp.log(0.3)), **layers.logical_axes("heads"))
+        self.out_proj = layers.linear(self.inner_dim, d_model, ("heads", "embed"), init.out)
 
     @override
     def state_size(self, seq_len: int) -> int:
-        """Return numerator, denominator, maximum and last token of each channel; equal to the cache's."""
-        return 4 * self.d_model
+        """Return numerator, denominator and maximum of each channel, and the last token; equal to the cache's."""
+        return 3 * self.inner_dim + self.d_model
 
     @override
     def published_state_size(self, seq_len: int) -> int:
         """Return numerator, denominator and maximum of each channel, as publications count: without the last token."""
-        return 3 * self.d_model
+        return 3 * self.inner_dim
 
     @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, the mixes, and about 10 operations a channel."""
-        return 8 * self.d_model**2 + 6 * self.d_model + 10 * self.d_model
+        return 8 * self.d_model * self.inner_dim + 6 * self.d_model + 10 * self.inner_dim
 
     @override
     def _initial_memory(self, batch):
-        return initial_state(batch, self.d_model)
+        return initial_state(batch, self.inner_dim)
 
     @override
     def _project(self, x, previous):

@@ -5,14 +5,18 @@ from typing import ClassVar, override
 
 import jax
 
+from based_jax.config import added_later
 from based_jax.nn import layers
-from based_jax.nn.gated import GatedLinearMixer, expanded
+from based_jax.nn.gated import GatedLinearMixer, ProjectedHeads, check_kv_heads, expanded
 from based_jax.nn.mixer import check_positive, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class SimpleGLAConfig:
-    """Heads, widths as multiples of D, taps of the short convolution (0: none), and the decay's temperature."""
+    """Heads, widths as multiples of D, taps of the short convolution (0: none), and the decay's temperature.
+
+    Each of `num_kv_heads` keys and values, as many as queries where None, serves as many queries.
+    """
 
     num_heads: int = 4
     expand_k: float = 1.0
@@ -20,9 +24,11 @@ class SimpleGLAConfig:
     conv_size: int = 4
     gate_logit_normalizer: float = 16.0
     impl: str = "auto"
+    num_kv_heads: int | None = added_later(None)
 
     def __post_init__(self):
         check_sizes(self, num_heads=1, conv_size=0)
+        check_kv_heads(self)
         check_positive(self, "expand_k", "expand_v", "gate_logit_normalizer")
 
 
@@ -54,6 +60,7 @@ class SimpleGLA(GatedLinearMixer):
             key_dim=expanded("expand_k", d_model, config.expand_k, config.num_heads),
             value_dim=expanded("expand_v", d_model, config.expand_v, config.num_heads),
             conv_size=config.conv_size,
+            projected=ProjectedHeads.grouped_keys(config.num_heads, config.num_kv_heads),
         )
         self.decay = layers.linear(d_model, config.num_heads, ("embed", "heads"), init.fp32, bias=True)
 

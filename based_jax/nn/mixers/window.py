@@ -5,7 +5,7 @@ from typing import ClassVar, override
 
 import jax.numpy as jnp
 
-from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
 from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.mixer import check_sizes
@@ -33,12 +33,12 @@ class WindowAttention(attention.Attention):
     """Attention whose cache is a ring of `window` keys and values.
 
     Source: HazyResearch/based:based/models/mixers/slide_attention.py; zoology:zoology/mixers/slide_attn.py with bias,
-    one head and no rotary.
+    one head and no rotary; the `sliding_window` of transformers:models/mistral/modeling_mistral.py.
     """
 
     Config: ClassVar = WindowConfig
     IMPLEMENTATIONS: ClassVar = WINDOW_ATTENTION
-    REFERENCE: ClassVar = dict.fromkeys(("based", "zoology"), attention.QKV_KEYS)
+    REFERENCE: ClassVar = attention.Attention.REFERENCE
     config: WindowConfig
 
     def __init__(self, d_model: int, config: WindowConfig, init: layers.Init):
@@ -60,20 +60,21 @@ class WindowAttention(attention.Attention):
     def _prefill(self, x: BTD, state: TokenCache, segment_ids: SegmentIds | None) -> tuple[BTD, TokenCache]:
         q, k, v = self.rotated_qkv(x, state.length, segment_ids)
         past, there = state.in_order()
-        numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segments.numbered(segment_ids)
+        given = Unbroken(jnp.ones(x.shape[:2], jnp.int32)) if segment_ids is None else segment_ids
+        numbers = segments.numbered(given)
         keys, values = (self.for_each_query(jnp.concatenate(both, axis=1)) for both in zip(past, (k, v), strict=True))
         o = window_attention(
             jnp.pad(q, [(0, 0), (state.slots, 0), (0, 0), (0, 0)]),
             keys,
             values,
             window=self.config.window,
-            segment_ids=jnp.concatenate([there.astype(numbers.dtype), numbers], axis=1),
+            segment_ids=segments.known_alike(jnp.concatenate([there.astype(numbers.dtype), numbers], axis=1), given),
             impl=self.config.impl,
         )
         return self._out(o[:, state.slots :]), state.extend((k, v), segment_ids)
 
     @override
-    def _step(self, x: BD, state: TokenCache) -> tuple[BD, TokenCache]:
+    def _step(self, x: BD, state: TokenCache) -> tuple[BD | layers.Projected, TokenCache]:
         o, state = self.read_token(x, state)
         return self._out(o), state
 
@@ -90,4 +91,4 @@ class WindowAttention(attention.Attention):
     @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: the projections, and scores and sums over the window."""
-        return self.projection_flops() + 4 * self.d_model * min(self.config.window, seq_len)
+        return self.projection_flops() + 4 * self.inner_dim * min(self.config.window, seq_len)

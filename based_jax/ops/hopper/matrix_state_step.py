@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from based_jax.dims import BHKV, BHV
 from based_jax.ops import sharded
-from based_jax.ops.calls import MatrixStepCall
+from based_jax.ops.decode_calls import MatrixStepCall
 from based_jax.ops.hopper import limits
 
 KEY_MULTIPLE, MAX_KEYS, VALUE_MULTIPLE = 16, 256, 32

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from based_jax.dims import BD
 from based_jax.ops import sharded
-from based_jax.ops.calls import BDN, SelectiveScanStepCall
+from based_jax.ops.calls import BDN
+from based_jax.ops.decode_calls import SelectiveScanStepCall
 from based_jax.ops.hopper import limits
 
 CHANNEL_MULTIPLE, STATE_COUNTS = 128, (8, 16, 32)

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from based_jax.dims import BD, BWD
 from based_jax.ops import sharded
-from based_jax.ops.calls import GatedConvStepCall, ShortConvStepCall
+from based_jax.ops.decode_calls import GatedConvStepCall, ShortConvStepCall
 from based_jax.ops.hopper import limits
 
 CHANNEL_MULTIPLE, MAX_TAPS = 128, 8

@@ -7,7 +7,7 @@ Unlike the XLA form it adds each row's recent tokens to the state when that row 
 import jax.numpy as jnp
 
 from based_jax.ops import sharded
-from based_jax.ops.calls import TaylorDecodeCall, TaylorSums
+from based_jax.ops.decode_calls import TaylorDecodeCall, TaylorSums
 from based_jax.ops.hopper import limits
 
 FEATURE_DIM = 16

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from based_jax import devices
 from based_jax.dims import BHK, BHV
 from based_jax.ops import sharded
-from based_jax.ops.calls import AttentionStepCall
+from based_jax.ops.decode_calls import AttentionStepCall
 from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.triton import limits
 from based_jax.ops.triton.attention import DTYPES, MAX_HEAD_DIM

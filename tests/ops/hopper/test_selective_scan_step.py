@@ -9,7 +9,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from based_jax.errors import UserError
-from based_jax.ops.calls import SelectiveScanStepCall
+from based_jax.ops.decode_calls import SelectiveScanStepCall
 from based_jax.ops.selective_scan import STEP_IMPLEMENTATIONS, selective_scan_step
 
 

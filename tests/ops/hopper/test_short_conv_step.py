@@ -9,8 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from based_jax.errors import UserError
 from based_jax.ops import conv, gated_conv
-from based_jax.ops.calls import GatedConvStepCall, ShortConvStepCall
 from based_jax.ops.conv import short_conv_step
+from based_jax.ops.decode_calls import GatedConvStepCall, ShortConvStepCall
 
 FORMS = {
     "plain": (ShortConvStepCall, conv.STEP_IMPLEMENTATIONS),

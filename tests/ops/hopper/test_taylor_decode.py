@@ -12,7 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from based_jax.errors import UserError
-from based_jax.ops.calls import RecentTokens, TaylorDecodeCall
+from based_jax.ops.decode_calls import RecentTokens, TaylorDecodeCall
 from based_jax.ops.hopper import taylor_decode as hopper_taylor_decode
 from based_jax.ops.taylor import taylor_attention, taylor_features
 from based_jax.ops.taylor_decode import holding, initial_state, taylor_attention_decode, total

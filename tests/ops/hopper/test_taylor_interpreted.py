@@ -24,17 +24,21 @@ from pallas_kernels.hopper import taylor_packing, taylor_state
 
 
 def _expand(x, *, query):
-    scaled = x * taylor_packing.SCALE if query else x
-    values = {
-        taylor_packing.CONSTANT: lambda m, n: jnp.ones_like(scaled[:, :1]),
-        taylor_packing.LINEAR: lambda m, n: scaled[:, m : m + 1],
-        taylor_packing.PRODUCT: lambda m, n: (
-            scaled[:, m : m + 1] * scaled[:, n : n + 1] * (0.5 if query and m == n else 1)
-        ),
-        taylor_packing.EMPTY: lambda m, n: jnp.zeros_like(scaled[:, :1]),
-    }
-    columns = [values[kind](m, n) for kind, m, n in taylor_packing.columns().tolist()]
-    return jnp.concatenate(columns, axis=1).astype(x.dtype)
+    """Return the slabs of `taylor_packing` in its notation: pairs a and b of each lane, those r lanes on, exchanged."""
+    pairs = (x * taylor_packing.SCALE if query else x).reshape(-1, 2, 4, 2)
+    on = [jnp.roll(pairs, -r, axis=2) for r in range(4)]
+    exchanged = [y[..., ::-1] for y in on]
+    slot, lane, half = (jax.lax.broadcasted_iota(jnp.int32, pairs.shape, axis) for axis in (1, 2, 3))
+    constant = jnp.where((slot == 0) & (lane == 0), 1, 0).astype(pairs.dtype)
+    a, b = pairs[:, :1], slice(1, 2)
+    slabs = [
+        (0.5 if query else 1) * pairs * pairs,
+        jnp.where(half == 0, pairs * exchanged[0], constant),
+        *(pairs * on[1], pairs * exchanged[1]),
+        *(jnp.where(lane < 2, pairs * y, linear) for y, linear in ((on[2], on[2]), (exchanged[2], pairs))),
+        *(a * jnp.concatenate([on[r][:, b], exchanged[r][:, b]], axis=1) for r in range(4)),
+    ]
+    return jnp.concatenate([slab.reshape(-1, 16) for slab in slabs], axis=1).astype(x.dtype)
 
 
 def _pull_back(x, u):

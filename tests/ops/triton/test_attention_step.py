@@ -8,7 +8,7 @@ from helpers.cases import parametrize_some
 from helpers.devices import gpus
 
 from based_jax.ops import dispatch
-from based_jax.ops.calls import AttentionStepCall
+from based_jax.ops.decode_calls import AttentionStepCall
 from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step
 from based_jax.ops.triton import attention_step as triton_step
 from pallas_kernels.triton import attention_step as kernels

@@ -1,0 +1,91 @@
+"""A request on its way, and what is told of it."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from based_jax.generate.requests import Request
+from based_jax.generate.text import TextStream
+
+
+class Event(NamedTuple):
+    """What is new of one request.
+
+    Attributes:
+      id: as `Scheduler.submit` gave it.
+      tokens: new ids, without one that stops.
+      log_probs: of the tokens, by the model's own distribution (temperature 1, nothing cut).
+      text: new text, "" where there is no tokenizer; characters and stop strings that are not complete are held back.
+      finish: None as long as the request goes on; "stop" at a stop id or string, "length" at `max_new_tokens`.
+    """
+
+    id: int
+    tokens: list[int]
+    log_probs: list[float]
+    text: str = ""
+    finish: str | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Task:
+    """A request on its way.
+
+    Attributes:
+      text: what its tokens say.
+      ends: where the pieces end in which its prompt is still to be read.
+      read: tokens of its prompt that its caches have read.
+      has_begun: whether its caches are its own, if only those of what it goes on from.
+      drawn: tokens that it has had.
+      has_ended: whether its row has stopped by itself: at a stop id, or with its last token.
+    """
+
+    id: int
+    request: Request
+    text: TextStream | None
+    ends: list[int] = dataclasses.field(default_factory=list)
+    read: int = 0
+    has_begun: bool = False
+    drawn: int = 0
+    has_ended: bool = False
+
+    @property
+    def to_read(self) -> np.ndarray:
+        """The tokens of the prompt that are read before the first one is drawn: all but the last."""
+        return np.asarray(self.request.prompt[:-1])
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all of that has been read."""
+        return self.has_begun and not self.ends
+
+    @property
+    def next_end(self) -> int:
+        """Where its next piece ends."""
+        return self.ends[0] if self.ends else self.read
+
+    def event(self, tokens: list[int], log_probs: list[float]) -> Event:
+        """Return what newly drawn tokens are of the answer."""
+        self.drawn += len(tokens)
+        stopped = bool(tokens) and tokens[-1] in self.request.stop_ids
+        tokens = tokens[:-1] if stopped else tokens
+        text, kept = self._told(tokens)
+        self.has_ended = stopped or self.drawn == self.request.max_new_tokens
+        if self.text is not None and self.has_ended:
+            text += self.text.finish()
+        stopped |= self.text is not None and self.text.stopped
+        finish = "stop" if stopped else "length" if self.has_ended else None
+        return Event(self.id, tokens[:kept], log_probs[:kept], text, finish)
+
+    def _told(self, tokens: list[int]) -> tuple[str, int]:
+        """Return new text, and how many of the tokens it is of: those behind a stop string are none of the answer."""
+        if self.text is None:
+            return "", len(tokens)
+        if not self.request.stop_strings:
+            return self.text.push(*tokens), len(tokens)
+        text = ""
+        for number, token in enumerate(tokens, 1):
+            text += self.text.push(token)
+            if self.text.stopped:
+                return text, number
+        return text, len(tokens)

@@ -1,0 +1,50 @@
+"""Attention whose parameters become those of a window."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.random_models import filled
+
+from based_jax.convert import window_from_attention
+from based_jax.convert.reference import reference_weights
+from based_jax.errors import UserError
+from based_jax.nn.lm import LM, LMConfig
+
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": True, "rotary_base": 100.0}
+LAYERS = (("attention", HEADS), ("conv", {}), ("attention", HEADS))
+
+
+@pytest.fixture
+def model(rng):
+    config = LMConfig(LAYERS, d_model=16, vocab_size=11, dtype="float32", mlp="none")
+    return filled(lambda: LM(config, rngs=nnx.Rngs(0)), rng, 0.3)
+
+
+logits = jax.jit(lambda model, ids: model(ids))
+
+
+def test_tokens_within_the_window_see_what_they_saw(model, rng, close):
+    """Rotary's share is attention's own default, half of a head, not the window's."""
+    ids = rng.integers(0, 11, (2, 9))
+    windowed = window_from_attention(model, 5, layers=[0])
+    assert [kind for kind, _ in windowed.config.layers] == ["window", "conv", "attention"]
+    ours, theirs = logits(windowed, ids), logits(model, ids)
+    close(ours[:, :5], theirs[:, :5])
+    assert np.abs(ours - theirs)[:, -1].max() > 1e-2
+
+
+def test_the_parameters_are_those_of_the_model(model):
+    windowed = window_from_attention(model, 5)
+    assert windowed.config.layers[0][1] == HEADS | {"rotary_fraction": 0.5, "window": 5}
+    ours, theirs = (reference_weights(each, "based_jax") for each in (windowed, model))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(array, theirs[key]) for key, array in ours.items())
+
+
+def test_other_layers_are_refused(model):
+    for layers, message in (([1], r"layers has 1; the layers of attention are \[0, 2\]"), ([4], "layers has 4")):
+        with pytest.raises(UserError, match=message):
+            window_from_attention(model, 5, layers)
+    with pytest.raises(UserError, match="window is 0; it is at least 1"):
+        window_from_attention(model, 0)
