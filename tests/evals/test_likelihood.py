@@ -175,6 +175,19 @@ def test_a_text_behind_a_context_is_divided_as_lm_eval_does():
     assert encoded(ByteTokenizer(), "", "c") == ([256], list(b"c"))
 
 
+class BegunBytes(ByteTokenizer):
+    """Bytes of a model whose texts begin with an id."""
+
+    beginning = (7,)
+
+
+def test_what_begins_a_text_stands_before_its_context(model):
+    assert encoded(BegunBytes(), "ab", " c") == ([7, *b"ab"], list(b" c"))
+    assert encoded(BegunBytes(), "", "c") == ([7], list(b"c"))
+    asked = HarnessModel(model, BegunBytes(), batch_size=15, max_length=64)
+    assert asked.whole_texts(["cat"]) == pytest.approx([by_hand(model, [7], list(b"cat"))[0]], rel=1e-5)
+
+
 def test_metrics_by_hand():
     several = [choices.of_arc({"question": "q", "choices": ["a", "bbbb"], "label": x}) for x in (0, 1)]
     found = [[Likelihood(-1.0, False), Likelihood(-2.0, False)]] * 2  # the second is likelier by the character
