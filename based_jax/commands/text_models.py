@@ -24,7 +24,7 @@ def add_model_arguments(parser: CommandParser) -> None:
     )
 
 
-def add_option_argument(parser: CommandParser) -> None:
+def add_option_argument(parser: argparse.ArgumentParser) -> None:
     """Declare options of mixers."""
     parser.add_argument(
         "--option",

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from based_jax.data.tokenizer import Tokenizer
-from based_jax.errors import UserError
+from based_jax.errors import UserError, installs
 from based_jax.evals.answering import answered, stop_ids, text_until
 from based_jax.evals.likelihood import Continuation, Judge, Likelihood, likelihoods, strided
 from based_jax.generate import Decoder, Request, Sampling
@@ -121,7 +121,7 @@ def register(load: Callable[..., tuple[LM, Tokenizer]]) -> type:
         from lm_eval.api.model import TemplateLM
         from lm_eval.api.registry import model_registry, register_model
     except ImportError as error:
-        raise UserError(f"lm-eval is not installed ({error}); pip install 'based-jax[eval]' brings it.") from None
+        raise UserError(f"lm-eval is not installed ({error}); {installs('eval')} brings it.") from None
 
     class BasedJax(TemplateLM):
         """A model of based_jax in lm-eval."""

@@ -17,7 +17,7 @@ from based_jax.nn.lm import LM, LMConfig
 
 TASKS = os.path.join(os.path.dirname(harness.__file__), "lm_eval_tasks")
 ROWS = 12
-WHY = "the extra `eval` brings lm-eval: pip install 'based-jax[eval]'"
+WHY = "the extra `eval` brings lm-eval: pip install -e '.[eval]'"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_without_lm_eval_one_sentence_says_what_brings_it(monkeypatch):
     for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.registry"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
-        UserError, match=r"lm-eval is not installed \(.*\); pip install 'based-jax\[eval\]' brings it\."
+        UserError, match=r"lm-eval is not installed \(.*\); pip install -e '\.\[eval\]' in the checkout brings it\."
     ):
         harness.register(lambda: None)
 
