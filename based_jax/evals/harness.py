@@ -50,16 +50,21 @@ class HarnessModel:
         """The model as generation reads it."""
         return Decoder.of(self.model)
 
+    @property
+    def before_texts(self) -> int:
+        """The id that stands before a text without context: what begins one, or ends another."""
+        return [self.tokenizer.end_of_text, *self.tokenizer.beginning][-1]
+
     def likelihoods(self, pairs: Sequence[Continuation]) -> Iterator[tuple[int, Likelihood]]:
         """Yield the place of each continuation with its likelihood."""
         return likelihoods(self.judge, pairs, self.max_length)
 
     def whole_texts(self, texts: Sequence[str]) -> list[float]:
-        """Return the log-probability of each text behind an end of text, in windows that share no judged token."""
+        """Return the log-probability of each text behind `before_texts`, in windows that share no judged token."""
         windows = [
             (place, window)
             for place, text in enumerate(texts)
-            for window in strided([self.tokenizer.end_of_text, *self.tokenizer.encode(text)], self.max_length)
+            for window in strided([self.before_texts, *self.tokenizer.encode(text)], self.max_length)
         ]
         sums = [0.0] * len(texts)
         for place, found in self.likelihoods([window for _, window in windows]):
@@ -130,11 +135,16 @@ def register(load: Callable[..., tuple[LM, Tokenizer]]) -> type:
             return self.asked.tokenizer.end_of_text
 
         @property
+        def prefix_token_id(self):
+            return self.asked.before_texts
+
+        @property
         def tokenizer_name(self):
             return self.asked.tokenizer.fingerprint
 
         def tok_encode(self, string, add_special_tokens=None, **options):
-            return self.asked.tokenizer.encode(string)
+            beginning = () if add_special_tokens is False else self.asked.tokenizer.beginning
+            return [*beginning, *self.asked.tokenizer.encode(string)]
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, **options):
             pairs = [Continuation(context, ids) for _, context, ids in requests]
