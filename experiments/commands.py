@@ -1,9 +1,10 @@
-"""The commands of a folder whose page is made from rows that a benchmark appends: run, table, plot."""
+"""The commands of a folder: run, table, plot, where a benchmark appends the rows; or one of each of its modules."""
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 
 from based_jax.errors import UserError
 
@@ -36,3 +37,21 @@ def main(
         return 2
     print(f"Drawn: {', '.join(map(str, drawn))}.")
     return 0
+
+
+def run_module(folder: str, doc: str | None, modules: Mapping[str, ModuleType], argv: list[str] | None) -> int:
+    """Run the command of one of these modules, which have `add_arguments` and `run`, and return its exit code."""
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{folder}", description=doc)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, module in modules.items():
+        summary = (module.__doc__ or "").strip()
+        options = {"description": summary, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        added = commands.add_parser(name, help=summary.splitlines()[0], **options)
+        module.add_arguments(added)
+        added.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2

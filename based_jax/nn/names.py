@@ -48,7 +48,7 @@ OPTION_LETTERS = {
     "head_size": "head",
     "feature_map": "",
 }
-"""The options that a label names, and how, unless they are 1; heads come last."""
+"""The options that a label names, and how, unless they are 1 or None; heads come last."""
 
 
 def family(layers: Layers) -> str:
@@ -75,7 +75,7 @@ def label(layers: Layers, d_model: int) -> str:
     """Return a model of its family in a few letters: "D 64, K 16"."""
     parts = [f"D {d_model}"]
     for _, options in counted_layers(layers, convolution=False):
-        named = {name: letter for name, letter in OPTION_LETTERS.items() if options.get(name, 1) != 1}
+        named = {name: letter for name, letter in OPTION_LETTERS.items() if options.get(name, 1) not in (1, None)}
         parts += [f"{letter} {options[name]}".strip() for name, letter in named.items()]
         if options.get("num_heads", 1) > 1:
             parts.append(f"{options['num_heads']} heads")

@@ -3,10 +3,9 @@
 On a GPU: train. Anywhere: plot, table.
 """
 
-import argparse
 import sys
 
-from based_jax.errors import UserError
+from experiments import commands
 from experiments.kernels import plots, tables, training
 
 COMMANDS = {
@@ -18,20 +17,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.kernels", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").strip()
-        options = {"description": summary, "formatter_class": argparse.RawDescriptionHelpFormatter}
-        added = commands.add_parser(name, help=summary.splitlines()[0], **options)
-        module.add_arguments(added)
-        added.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
-    try:
-        return args.run(args)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    return commands.run_module("kernels", __doc__, COMMANDS, argv)
 
 
 if __name__ == "__main__":

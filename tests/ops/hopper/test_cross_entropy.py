@@ -93,7 +93,14 @@ def test_lowers_under_shard_map_over_the_batch():
         assert "cross_entropy_table" in _lowered(call, arrays)
 
 
-@pytest.mark.parametrize("count, vocab, dim, scale, lanes", [(37, 300, 48, 1.0, 1), (140, 130, 128, 100.0, 2)])
+@pytest.mark.parametrize(
+    "count, vocab, dim, scale, lanes",
+    [
+        (140, 130, 48, 100.0, 2),
+        pytest.param(37, 1000, 48, 1.0, 1, marks=pytest.mark.long),
+        pytest.param(200, 130, 128, 100.0, 2, marks=pytest.mark.long),
+    ],
+)
 def test_interpreted_kernels_are_the_oracle(rng, normal, close, monkeypatch, count, vocab, dim, scale, lanes):
     monkeypatch.setattr(hopper_cross_entropy, "number_of_pieces", lambda *args: 2)
     monkeypatch.setitem(IMPLEMENTATIONS, "hopper_tiles", Implementation(hopper_cross_entropy.compute))
