@@ -15,6 +15,7 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.init_recipes import initialise
 from based_jax.nn.mixers import build_mixer
+from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.dispatch import target_platform
 from based_jax.ops.few_tokens import few_tokens_residual_norm
 from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
@@ -37,7 +38,7 @@ class Stream(NamedTuple):
     """The residual stream r, and the output y of a layer that is still to be added: the norm after it does both."""
 
     r: Float[Array, "*B D"]
-    y: Float[Array, "*B D"] | layers.Projected | None = None
+    y: Float[Array, "*B D"] | layers.Projected | Pieces | None = None
 
     def filled(self, dtype) -> "Stream":
         """Return the stream with an output to add, of zeros if there is none, as a loop over layers carries it."""
@@ -50,11 +51,16 @@ class Stream(NamedTuple):
 
     def added(self) -> Float[Array, "*B D"] | None:
         """Return what is to be added, computed if it still has to be."""
-        return self.y.value() if isinstance(self.y, layers.Projected) else self.y
+        return self.y.value() if isinstance(self.y, layers.Projected | Pieces) else self.y
+
+    def pieces(self) -> Pieces | None:
+        """Return what is to be added to a token in pieces."""
+        y = self.y if isinstance(self.y, Pieces) else self.added()
+        return y if y is None or isinstance(y, Pieces) else Pieces(y[None])
 
     def constrained(self) -> "Stream":
         """Return the stream with rows and tokens over the mesh, lest XLA gathers activations instead of weights."""
-        return self if isinstance(self.y, layers.Projected) else jax.tree.map(parallel.constrain_tokens, self)
+        return self if isinstance(self.y, layers.Projected | Pieces) else jax.tree.map(parallel.constrain_tokens, self)
 
     def normed(self, norm: Any, dtype) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
         """Return the stream with nothing left to add, and its norm by an `nnx.RMSNorm` or `nnx.LayerNorm`."""
@@ -105,7 +111,30 @@ class Block(nnx.Module):
 
     def step(self, stream: Stream, cache):
         """Return the stream of one token after the block, with the last addition left, and the cache after it."""
-        return self._through(stream, lambda x: self.mixer.step(x, cache))
+        if stream.r.shape[0] > 1 or not isinstance(self.norm1, nnx.RMSNorm):
+            return self._through(stream, lambda x: self.mixer.step(x, cache))
+        with jax.named_scope(self.kind):
+            stream, cache = self._mixed(stream, cache)
+        if self.mlp is None:
+            return stream.constrained(), cache
+        with jax.named_scope("mlp"):
+            return self._fed(stream).constrained(), cache
+
+    def _mixed(self, stream: Stream, cache) -> tuple[Stream, Any]:
+        """Return the stream of one sequence's token after the mixer."""
+        if found := self.mixer.step_whole(stream.r, stream.pieces(), self.norm1, cache):
+            r, y, cache = found
+        else:
+            r, x = stream.normed(self.norm1, self.dtype)
+            y, cache = self.mixer.step(x, cache)
+        return Stream(r, y), cache
+
+    def _fed(self, stream: Stream) -> Stream:
+        """Return the stream of one sequence's token after the MLP."""
+        if isinstance(self.mlp, layers.SwiGLU):
+            return Stream(*self.mlp.step_whole(stream.r, stream.pieces(), self.norm2))
+        r, x = stream.normed(self.norm2, self.dtype)
+        return Stream(r, self.mlp(x))
 
     def _through(self, stream: Stream, mix: Callable, positions: BP | None = None) -> tuple[Stream, Any]:
         with jax.named_scope(self.kind):

@@ -16,10 +16,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from based_jax.dims import BP, DropoutKey
+from based_jax.dims import BD, BP, DropoutKey
 from based_jax.errors import UserError
+from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.few_tokens import few_tokens_gated, few_tokens_products
 from based_jax.ops.projection import are_decoded, multiply, project
+from based_jax.ops.token_layer import token_mlp
 
 INIT_STD = 0.02
 NORM_EPS = 1e-5
@@ -258,6 +260,11 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"] | Projected:
         """Apply to each token."""
         return into_stream(self.fc2, gated(self.fc1, x))
+
+    def step_whole(self, r: BD, y: Pieces | None, norm: nnx.RMSNorm) -> tuple[BD, Pieces]:
+        """Return r + y of one sequence's token, and the MLP of its norm, to be added next."""
+        kernels = (layer.kernel[...].astype(layer.dtype) for layer in (self.fc1, self.fc2))
+        return token_mlp(r, y, norm.scale[...], *kernels, eps=norm.epsilon)
 
 
 class GELU(nnx.Module):

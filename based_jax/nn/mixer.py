@@ -17,6 +17,7 @@ from based_jax.nn.cache import Cache
 from based_jax.nn.layers import LARGEST_SIZE, Init, Projected
 from based_jax.ops import segments
 from based_jax.ops.arguments import checked
+from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.dispatch import Implementation, beside
 
 Buffer = str | np.ndarray | tuple[int, ...]
@@ -135,6 +136,13 @@ class Mixer(nnx.Module):
         """Mix one token and return what the stream adds, which may be left for it to compute, and the cache after."""
         y, state = self._step(x, cache.state)
         return y, cache._replace(state=state)
+
+    def step_whole(self, r: BD, y: Pieces | None, norm: nnx.RMSNorm, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
+        """Mix the norm of r + y of one sequence's token, where the mixer has one operation for that; else return None.
+
+        Returns r + y, what is to be added next, and the cache after the token.
+        """
+        return None
 
     @abc.abstractmethod
     def _initial_state(self, batch: int, max_len: int) -> Any:

@@ -12,7 +12,9 @@ A state whose values are rounded (`FORMATS`) loses what is small beside its sums
 takes `MIN_ROUNDED_FLUSH` tokens at once or more. The normaliser is fp32 in each format.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,14 +23,16 @@ from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BHEV, BTHK, BTHV
 from based_jax.errors import UserError, unknown
+from based_jax.ops import sharded
 from based_jax.ops.arguments import checked
 from based_jax.ops.decode_calls import RecentTokens, TaylorDecodeCall, TaylorState, TaylorSums
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.dispatch import Implementation, dispatch, not_run
 from based_jax.ops.hopper import taylor_decode as hopper_taylor_decode
 from based_jax.ops.linear_attention import normalise, with_ones
 from based_jax.ops.precision import EXACT
 from based_jax.ops.taylor import expanded_dim, polynomial, taylor_features
 from based_jax.ops.tpu import taylor_decode as tpu_taylor_decode
+from based_jax.ops.triton import taylor_decode as triton_taylor_decode
 
 Sums = Float[Array, "B T H _"]  # values, then the normaliser
 
@@ -126,7 +130,8 @@ def taylor_attention_decode(q: BTHK, k: BTHK, v: BTHV, state: Any, *, impl: str 
 
     Args:
       impl: "xla_steps", "hopper_steps" (a Mosaic GPU kernel, in place; bf16, K = 16), "tpu_steps" (a Mosaic TPU kernel,
-        in place; auto's for rows by 128) or "auto".
+        in place; auto's for rows by 128), "triton_steps" (a Triton kernel that reads, for other GPUs; not run yet, so
+        not auto's) or "auto".
 
     Returns:
       o in v's dtype, and the state after the last token.
@@ -156,7 +161,14 @@ def rewound(state: TaylorState, tokens: Int[Array, "#B"]) -> TaylorState:
     return state._replace(recent=recent._replace(length=recent.length - tokens))
 
 
-def _steps(call: TaylorDecodeCall) -> tuple[BTHV, TaylorSums, tuple | None, Int[Array, "B"] | None]:
+def _read(q: BTHK, k, v, sums: TaylorSums, before: Int[Array, "B"]) -> BTHV:
+    """Return what q reads of the sums and of recent tokens, itself among them, behind `before` others."""
+    return normalise(_sums_seen(q, sums) + _recent_seen(q, k, v, before)).astype(v.dtype)
+
+
+def _steps(
+    call: TaylorDecodeCall, read: Callable[..., BTHV] = _read
+) -> tuple[BTHV, TaylorSums, tuple | None, Int[Array, "B"] | None]:
     """Add a token to the sums and read them; where there are recent tokens, add these once they have no room."""
     q, k, v, sums, tokens, length = call
     if tokens is None or length is None:
@@ -175,8 +187,13 @@ def _steps(call: TaylorDecodeCall) -> tuple[BTHV, TaylorSums, tuple | None, Int[
     # A loop of one turn or none: a `cond` copies the sums that it leaves as they are.
     sums, length = jax.lax.while_loop(have_no_room, flushed, (sums, length))
     recent_k, recent_v = (_appended(held, new, length) for held, new in zip(tokens, (k, v), strict=True))
-    seen = _sums_seen(q, sums) + _recent_seen(q, recent_k, recent_v, length)
-    return normalise(seen).astype(v.dtype), sums, (recent_k, recent_v), length + T
+    return read(q, recent_k, recent_v, sums, length), sums, (recent_k, recent_v), length + T
+
+
+def _by_triton(call: TaylorDecodeCall):
+    """Return the same, read by the kernel, each device for its rows and heads."""
+    compute = functools.partial(_steps, read=triton_taylor_decode.outputs)
+    return sharded.per_device(compute, call, check_vma=False)  # how many are recent is the same for all heads
 
 
 def _sums_seen(q: BTHK, sums: TaylorSums) -> Sums:
@@ -238,6 +255,7 @@ def _written(values: Float[Array, "B H E V"], normaliser: Float[Array, "B H E"],
 
 IMPLEMENTATIONS = {
     "hopper_steps": Implementation(hopper_taylor_decode.compute, hopper_taylor_decode.supports, platform="cuda"),
+    "triton_steps": Implementation(_by_triton, triton_taylor_decode.supports, platform="cuda", slower=not_run),
     "tpu_steps": Implementation(
         tpu_taylor_decode.compute, tpu_taylor_decode.supports, platform="tpu", slower=tpu_taylor_decode.slower
     ),

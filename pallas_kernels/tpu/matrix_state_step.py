@@ -44,7 +44,7 @@ def step(q, k, v, w, state, *more, scale: float):
         for head in range(heads):
             S, at = state_ref[0, head], columns.at(head)
             after = at.w * S + at.k * v[head : head + 1]
-            if at.a is not None:
+            if at.a is not None and at.b is not None:
                 after = after + at.b * jnp.sum(at.a * S, axis=0, keepdims=True)
             after_ref[0, head] = after
             outputs.append(scale * jnp.sum(at.q * after, axis=0, keepdims=True))
@@ -94,4 +94,4 @@ class Columns(NamedTuple):
 
     def at(self, head: int) -> "Columns":
         """Return those of a head."""
-        return Columns(*(None if x is None else x[:, head : head + 1] for x in self))
+        return jax.tree.map(lambda x: x[:, head : head + 1], self)

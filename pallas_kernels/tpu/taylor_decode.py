@@ -26,8 +26,8 @@ TILE, FP32_BYTES = 16, 4
 """Sublanes to which arrays are filled up, at least, and bytes of an element."""
 MAX_VMEM_BYTES, MAX_BLOCK_BYTES = 14 << 20, 4 << 20
 """Of a program, where a kernel may take 16 MiB; and of its features of the state, of which VMEM holds two blocks."""
-MAX_UNROLLED = 17
-"""Features of a loop's turn."""
+MAX_UNROLLED, MAX_UNROLLED_TOKENS = 17, 4
+"""Features of a loop's turn, and recent tokens."""
 EXACT = lax.Precision.HIGHEST
 
 
@@ -289,15 +289,7 @@ class Step:
     def finish(self, o_ref) -> None:
         """Write the outputs, with what recent tokens count; wait for what is written."""
         for t in range(self.plan.tokens):
-
-            def add_token(w, sums, t=t):
-                x, total = sums
-                s = jnp.sum(self.recent_k[w].astype(jnp.float32) * self.q[t].astype(jnp.float32), axis=0, keepdims=True)
-                s = s * self.q.shape[1] ** -0.5
-                p = jnp.where(w <= self.before[...] + t, 1.0 + s * (1.0 + 0.5 * s), 0.0)
-                return x + p * self.recent_v[w].astype(jnp.float32), total + p
-
-            x, total = lax.fori_loop(0, self.end_new, add_token, (self.sums[t], self.totals[t]))
+            x, total = self.with_recent(t)
             o_ref[t, 0] = (x / total).astype(o_ref.dtype)
 
         @pl.loop(self.first_new, self.end_new)
@@ -309,6 +301,20 @@ class Step:
         def wait_beside():
             for i in range(1, len(self.blocks) - 2):
                 self.copy(i).wait()
+
+    def with_recent(self, t: int):
+        """Return a token's output and its normaliser so far, with what recent tokens count."""
+        unrolled, q = largest_divisor(self.plan.room, MAX_UNROLLED_TOKENS), self.q[t].astype(jnp.float32)
+
+        def add_tokens(n, sums):
+            x, total = sums
+            for w in (n * unrolled + i for i in range(unrolled)):
+                s = jnp.sum(self.recent_k[w].astype(jnp.float32) * q, axis=0, keepdims=True) * self.plan.keys**-0.5
+                p = jnp.where(w <= self.before[...] + t, 1.0 + s * (1.0 + 0.5 * s), 0.0)
+                x, total = x + p * self.recent_v[w].astype(jnp.float32), total + p
+            return x, total
+
+        return lax.fori_loop(0, pl.cdiv(self.end_new, unrolled), add_tokens, (self.sums[t], self.totals[t]))
 
     def copies_of_token(self, w) -> list:
         """Return the copies of a recent token to where it lies."""

@@ -32,6 +32,7 @@ TYPES = {
     "bfloat16": tl.bfloat16,
     "float16": tl.float16,
     "int32": tl.int32,
+    "int8": tl.int8,
     "bool": tl.int1,
 }
 ONE_AT_A_TIME = threading.Lock()

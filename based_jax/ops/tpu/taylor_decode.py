@@ -32,6 +32,7 @@ def supports(call: TaylorDecodeCall) -> str | None:
 def _plan(call: TaylorDecodeCall):
     from pallas_kernels.tpu import taylor_decode as kernels
 
+    assert call.tokens is not None, "`supports` has asked"
     (rows, tokens, heads, keys), (values, room) = call.q.shape, (call.v.shape[3], call.tokens[0].shape[2])
     rows = sharded.part_of_device("batch", rows)
     return kernels.Plan(rows, heads, tokens, keys, values, room, call.sums.values.dtype, call.q.dtype)

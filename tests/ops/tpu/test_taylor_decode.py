@@ -18,6 +18,8 @@ from based_jax.ops.taylor_decode import FORMATS, holding, initial_state, taylor_
 from based_jax.ops.tpu import taylor_decode as tpu_taylor_decode
 from pallas_kernels.tpu import taylor_decode as kernels
 
+COPIED = re.compile(r"= \w+\[([\d,]+)\]\S* copy\(")
+
 
 def arguments_of(B=128, T=1, H=16, K=16, V=112, dtype="bfloat16", **form):
     """Return q, k, v and a state without tokens."""
@@ -102,5 +104,28 @@ def test_states_are_written_where_they_lie_by_each_generation(name, state_dtype)
     arguments = jax.eval_shape(lambda: arguments_of(state_dtype=state_dtype))
     text = compiled_text(name, lambda *x: taylor_attention_decode(*x, impl="tpu"), *arguments, donate=(3,))
     assert text.count('custom_call_target="tpu_custom_call"') == 1
-    copied = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", text)
-    assert {"128,16,153,112", "128,16,16,112", "128,16,16,16"}.isdisjoint(copied)
+    assert {"128,16,153,112", "128,16,16,112", "128,16,16,16"}.isdisjoint(COPIED.findall(text))
+
+
+@needs_libtpu
+@pytest.mark.long
+def test_nothing_of_a_state_is_copied_in_a_loop():
+    """As tokens follow each other: q, k and v of what the one before gave."""
+    *_, state = jax.eval_shape(arguments_of)
+    weights = jax.ShapeDtypeStruct((16 * 112, 16 * (16 + 16 + 112)), jnp.bfloat16)
+
+    def tokens(x, weights, state):
+        def token(_, carry):
+            x, state = carry
+            q, k, v = jnp.split((x @ weights).reshape(128, 1, 16, -1), (16, 32), axis=3)
+            o, state = taylor_attention_decode(q, k, v, state, impl="tpu")
+            return o.reshape(x.shape), state
+
+        return jax.lax.fori_loop(0, 9, token, (x, state))
+
+    x = jax.ShapeDtypeStruct((128, 16 * 112), jnp.bfloat16)
+    text = compiled_text(SLICES[0], tokens, x, weights, state, donate=(2,))
+    body, entry = text.split("\nENTRY ")
+    shapes = {",".join(map(str, x.shape)) for x in jax.tree.leaves(state) if x.ndim > 1}
+    assert "taylor_decode" in body and shapes.isdisjoint(COPIED.findall(body))
+    assert set(COPIED.findall(entry)) & shapes <= {"128,16,153"}

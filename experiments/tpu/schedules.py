@@ -1,0 +1,55 @@
+"""What libtpu schedules for a kernel: bundles of instructions, one a cycle, of its body and of the loops in it."""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+BUNDLE = re.compile(r"^ *0x[0-9a-f]+ *(?:[A-Z]{2})? *: (>*)", re.MULTILINE)
+"""A bundle's address, what its place is, and how deep it stands in loops; the outermost is that over programs."""
+OUTERMOST = 1
+
+
+class Loop(NamedTuple):
+    """Bundles of one turn of a loop in a program, and of those of the loops in it."""
+
+    own: int
+    inner: int
+
+
+class Schedule(NamedTuple):
+    """Bundles of a kernel that stand in no loop but that over programs, and its loops in their order."""
+
+    straight: int
+    loops: list[Loop]
+
+
+def dump_into_a_folder() -> Path:
+    """Return where libtpu writes its schedules; before it is loaded."""
+    folder = tempfile.mkdtemp()
+    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    return Path(folder)
+
+
+def of_kernel(folder: Path, name: str) -> Schedule:
+    """Return the schedule of the kernel with this name."""
+    [path] = (x for x in folder.glob(f"*-{name}*-final_bundles.txt") if "schedule-analysis" not in x.name)
+    return parsed(path.read_text())
+
+
+def parsed(text: str) -> Schedule:
+    """Return the schedule that libtpu wrote."""
+    depths = [len(marks) for marks in BUNDLE.findall(text)]
+    return Schedule(sum(depth <= OUTERMOST for depth in depths), list(_loops(depths)))
+
+
+def _loops(depths: list[int]) -> Iterator[Loop]:
+    own = inner = 0
+    for depth in [*depths, 0]:
+        if depth > OUTERMOST:
+            own, inner = own + (depth == OUTERMOST + 1), inner + (depth > OUTERMOST + 1)
+        elif own or inner:
+            yield Loop(own, inner)
+            own = inner = 0
