@@ -142,7 +142,7 @@ REFERENCES = {"tiny_based_lm": "based", "tiny_attn_lm_even": "based", "tiny_mamb
 REFERENCES |= {"hf_mamba_a": "mamba_hf", "hf_llama_a": "llama"}
 
 
-@parametrize_some("name", REFERENCES, ["tiny_attn_lm_even", "tiny_mamba_lm"])
+@parametrize_some("name", REFERENCES, ["tiny_mamba_lm"])
 def test_what_is_written_is_the_reference_s_state_dict(name, tmp_path):
     """Key by key, shape by shape, bit for bit."""
     weights = load(name).weights
@@ -321,7 +321,7 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize("layout", WRITTEN)
+@parametrize_some("layout", WRITTEN, ["llama"])
 def test_a_model_is_written_in_the_first_layout_that_holds_it(layout, rng, tmp_path):
     for number, config in enumerate(WRITTEN[layout]):
         model = random_lm(dataclasses.replace(config, vocab_size=11, scan_layers=True), rng)
@@ -329,7 +329,7 @@ def test_a_model_is_written_in_the_first_layout_that_holds_it(layout, rng, tmp_p
         assert_equal(model, load_hf(tmp_path / str(number)))
 
 
-@parametrize_some("kind", MIXERS, ["hyena", "implicit_conv", "linear", "rwkv7"])
+@parametrize_some("kind", MIXERS, ["rwkv7"])
 def test_every_mixer_has_a_place_in_our_layout(kind, rng, tmp_path):
     layers = ((kind, SMALL.get(kind, {})),) * 2
     model = random_lm(LMConfig(layers, d_model=16, vocab_size=11, scan_layers=True), rng)

@@ -58,13 +58,19 @@ def test_a_file_is_copied_and_used_as_in_training(file, model, tmp_path):
     assert encode_prompt(tokenizer, "the") == [4] and encode_prompt(tokenizer, "") == [2]
 
 
-def test_gpt2_s_is_written_for_other_programs(model, tmp_path):
+def test_gpt2_s_is_written_for_other_programs(tmp_path):
+    text, own = "Hello world, it's 2402.18668 <|endoftext|>\n", Gpt2Tokenizer()
+    own.save(tmp_path / "tokenizer.json")
+    read = FileTokenizer(tmp_path / "tokenizer.json")
+    assert read.encode(text) == own.encode(text) and read.end_of_text == own.end_of_text
+
+
+@pytest.mark.long
+def test_a_folder_has_gpt2_s(model, tmp_path):
     save_hf(model, tmp_path / "hf", tokenizer="gpt2")
     assert isinstance(folder_tokenizer(tmp_path / "hf"), Gpt2Tokenizer)
-    text = "Hello world, it's 2402.18668 <|endoftext|>\n"
-    read, own = FileTokenizer(tmp_path / "hf/tokenizer.json"), Gpt2Tokenizer()
-    assert read.encode(text) == own.encode(text) and read.end_of_text == own.end_of_text
-    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == own.end_of_text
+    assert (tmp_path / "hf/tokenizer.json").exists()
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == Gpt2Tokenizer.end_of_text
 
 
 def test_a_tokenizer_of_no_name_is_refused_before_anything_is_written(model, tmp_path):

@@ -86,9 +86,3 @@ def test_both_factors_of_base_conv_have_an_activation(rng, normal, close):
     )
     factors = taps + biases[1], x @ kernel + biases[0]
     close(call(mixer, x), np.prod([y / (1 + np.exp(-y)) for y in factors], axis=0) + x)
-
-
-def test_stored_directions_get_no_gradient(rng, normal):
-    mixer = made("linear", rng, num_heads=2, feature_dim=4, feature_map="performer", stored_directions=True)
-    grads = jax.jit(jax.grad(lambda mixer, x: mixer(x).sum()))(mixer, np.asarray(normal(1, 5, D)))
-    assert not np.any(grads.feature_map.directions[...]) and np.any(grads.proj_q.kernel[...])
