@@ -15,7 +15,7 @@ from based_jax.nn.lm import LM, LMConfig
 LAYERS = {
     "conv": (("conv", {}),),
     "based": (("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 4}), ("window", {"num_heads": 2, "window": 8})),
-    "prefix": (("prefix", {"num_heads": 2, "feature_dim": 4, "prefix_len": 4}),),
+    "prefix": (("prefix", {"num_heads": 2, "feature_dim": 4, "enc_length": 4}),),
 }
 
 
