@@ -96,17 +96,27 @@ def _residual_norm(call: FewTokensNormCall) -> tuple[ME, ME]:
 
 
 PRODUCT_IMPLEMENTATIONS = {
-    "hopper_strips": Implementation(hopper_few_tokens.compute, hopper_few_tokens.supports, platform="cuda"),
+    "hopper_strips": Implementation(
+        hopper_few_tokens.compute, hopper_few_tokens.supports, platform="cuda", slower=hopper_few_tokens.slower
+    ),
     "xla_product": Implementation(_product),
 }
 PRODUCTS_IMPLEMENTATIONS = {
     "hopper_strips": Implementation(
-        hopper_few_tokens.compute_products, hopper_few_tokens.supports_products, platform="cuda"
+        hopper_few_tokens.compute_products,
+        hopper_few_tokens.supports_products,
+        platform="cuda",
+        slower=hopper_few_tokens.slower,
     ),
     "xla_products": Implementation(_products),
 }
 GATED_IMPLEMENTATIONS = {
-    "hopper_strips": Implementation(hopper_few_tokens.compute_gated, hopper_few_tokens.supports_gated, platform="cuda"),
+    "hopper_strips": Implementation(
+        hopper_few_tokens.compute_gated,
+        hopper_few_tokens.supports_gated,
+        platform="cuda",
+        slower=hopper_few_tokens.slower,
+    ),
     "xla_product": Implementation(_gated),
 }
 NORM_IMPLEMENTATIONS = {
@@ -114,6 +124,7 @@ NORM_IMPLEMENTATIONS = {
         hopper_few_tokens.compute_residual_norm,
         hopper_few_tokens.supports_residual_norm,
         platform="cuda",
+        slower=hopper_few_tokens.slower,
     ),
     "xla_product": Implementation(_residual_norm),
 }

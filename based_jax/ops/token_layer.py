@@ -16,7 +16,7 @@ from based_jax.dims import BD
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, JointBias
 from based_jax.ops.decode_calls import Pieces, TokenConvCall, TokenMLPCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_conv import gated_short_conv_step
 from based_jax.ops.hopper import token_layer as hopper_token_layer
 from based_jax.ops.norm import residual_rms_norm
@@ -94,14 +94,10 @@ def _conv(call: TokenConvCall) -> tuple[BD, Pieces, Inputs]:
 
 
 MLP_IMPLEMENTATIONS = {
-    "hopper_token": Implementation(
-        hopper_token_layer.compute_mlp, hopper_token_layer.supports, platform="cuda", slower=not_run
-    ),
+    "hopper_token": Implementation(hopper_token_layer.compute_mlp, hopper_token_layer.supports, platform="cuda"),
     "xla_products": Implementation(_mlp),
 }
 CONV_IMPLEMENTATIONS = {
-    "hopper_token": Implementation(
-        hopper_token_layer.compute_conv, hopper_token_layer.supports, platform="cuda", slower=not_run
-    ),
+    "hopper_token": Implementation(hopper_token_layer.compute_conv, hopper_token_layer.supports, platform="cuda"),
     "xla_products": Implementation(_conv),
 }

@@ -12,6 +12,9 @@ from based_jax.ops.decode_calls import FewTokensCall, FewTokensNormCall, FewToke
 from based_jax.ops.hopper import limits
 
 MOST_TOKENS, TILE_TOKENS, SIZE_MULTIPLE = 128, 64, 64
+LEAST_TOKENS = 64
+"""From which on these kernels are faster: of fewer they compute as many. A whole model's token was timed with 128
+sequences, where they are, and with 8, where XLA's products are; not between."""
 WIDE_PRODUCT = 4096
 """Columns of a matrix whose strips are as many as blocks should be; of fewer its rows are cut as well."""
 MOST_NORM_CHANNELS, NORM_CHANNEL_MULTIPLE = 8192, 128
@@ -29,6 +32,12 @@ def supports(call: FewTokensCall) -> str | None:
     if jax.sharding.get_abstract_mesh().size > 1:
         return "they run on one device, and there is a mesh"
     return limits.refusal()
+
+
+def slower(call: FewTokensCall | FewTokensProductsCall | FewTokensNormCall) -> str | None:
+    """Return why XLA's form is faster, or None."""
+    few = len(call.x) < LEAST_TOKENS
+    return f"it is faster from {LEAST_TOKENS} tokens on, and there are {len(call.x)}" if few else None
 
 
 def supports_gated(call: FewTokensCall) -> str | None:
