@@ -15,7 +15,7 @@ from based_jax.nn.lm import LM, LMConfig
 LAYERS = {
     "conv": (("conv", {}),),
     "based": (("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 4}), ("window", {"num_heads": 2, "window": 8})),
-    "prefix": (("prefix", {"num_heads": 2, "feature_dim": 4, "prefix_len": 4}),),
+    "prefix": (("prefix", {"num_heads": 2, "feature_dim": 4, "enc_length": 4}),),
 }
 
 
@@ -59,11 +59,11 @@ def greedy(model, tokens, count):
 
 @parametrize_some("name", LAYERS, ["conv"])
 def test_likelihoods_are_those_of_the_logits(name, rng):
-    """Of rows of several lengths in one batch and in several, each as alone."""
+    """Of rows of several lengths in two batches, and in one each."""
     model = small(LAYERS[name])
-    sizes = [(5, 3), (52, 9), (1, 60), (6, 1)]
+    sizes = [(5, 3), (52, 9), (1, 60), (6, 1)] * 4
     pairs = [Continuation(*(rng.integers(0, 257, size).tolist() for size in both)) for both in sizes]
-    for batch_tokens in (1, 1000):
+    for batch_tokens in (1000,) if name == "conv" else (1, 1000):
         found = dict(likelihoods(Judge(model, batch_tokens), pairs, 100))
         for place, pair in enumerate(pairs):
             expected, is_greedy = by_hand(model, *pair)
