@@ -69,7 +69,8 @@ def test_each_device_decodes_its_rows_and_heads_and_sends_no_state(kind, mesh):
     assert max(over_tensor) <= BATCH // 2 * 32 < max(map(math.prod, parts))  # activations
 
 
-@parametrize_some("kind", OPTIONS, ordinary=("window",))
+@pytest.mark.long
+@pytest.mark.parametrize("kind", OPTIONS)
 def test_of_prompts_that_are_read_their_own_states_are_sent_and_no_others(kind, mesh):
     """Two rows of eight change devices where they are on another one, each its own heads alone."""
     decoder, count = placed(decoder_of(kind), mesh), 2
