@@ -16,3 +16,8 @@ def unknown(what: str, name: str, allowed: Iterable[str], meant: str | None = No
         meant = f"'{near[0]}'"
     hint = f"did you mean {meant}? " if meant else ""
     return UserError(f"Unknown {what} '{name}': {hint}Allowed: {', '.join(allowed)}.")
+
+
+def installs(extra: str) -> str:
+    """Return what brings the packages of an extra: this package is on no index, and is installed from its checkout."""
+    return f"pip install -e '.[{extra}]' in the checkout"

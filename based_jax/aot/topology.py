@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from based_jax.errors import UserError, unknown
+from based_jax.errors import UserError, installs, unknown
 
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -131,9 +131,9 @@ def _check_compiler(platform: str) -> None:
         os.environ.setdefault(key, value)
     os.environ.update(TPU_WARNINGS)
     if platform == "tpu" and importlib.util.find_spec("libtpu") is None:
-        raise UserError("The compiler for TPUs is not installed; pip install 'based-jax[tpu]' brings it.")
+        raise UserError(f"The compiler for TPUs is not installed; {installs('tpu')} brings it.")
     if platform == "cuda" and importlib.util.find_spec("jax_plugins") is None:
-        raise UserError("The compiler for GPUs is not installed; pip install 'based-jax[gpu]' brings it, to any host.")
+        raise UserError(f"The compiler for GPUs is not installed; {installs('gpu')} brings it, to any host.")
 
 
 def _tpus(chip: Chip, shape: str, slices: int) -> Sequence[jax.Device]:

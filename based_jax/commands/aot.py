@@ -1,6 +1,6 @@
 """Compile a config for devices that are not here: what a step needs there, and an estimate of its time.
 
-It runs on a CPU; the compiler of TPUs comes with pip install 'based-jax[tpu]', that of GPUs with 'based-jax[gpu]'. What
+It runs on a CPU; the compiler of TPUs comes with pip install -e '.[tpu]', that of GPUs with '.[gpu]'. What
 does not fit, and what a compiler would copy whole to all devices, ends in exit code 2.
 
 examples:

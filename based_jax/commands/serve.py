@@ -1,4 +1,4 @@
-"""Serve a trained language model over HTTP, as OpenAI's API of completions; pip install 'based-jax[serve]' brings it.
+"""Serve a trained language model over HTTP, as OpenAI's API of completions; pip install -e '.[serve]' brings it.
 
 Only this machine reaches it unless --host says otherwise. Ctrl-C and SIGTERM let what is being written end first.
 
@@ -17,7 +17,7 @@ from typing import Any
 from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.parser import CommandParser, seconds
 from based_jax.commands.text_models import add_decoding_arguments, add_model_arguments, decoder_of, load_text_model
-from based_jax.errors import UserError
+from based_jax.errors import UserError, installs
 
 API_KEY_VARIABLE = "BASED_JAX_API_KEY"
 LIMITS = {
@@ -67,7 +67,7 @@ def _serving() -> tuple[Any, ...]:
     try:
         from based_jax.serve import Limits, bound, serve
     except ModuleNotFoundError as error:
-        raise UserError(f"serve needs {error.name}: pip install 'based-jax[serve]' brings it.") from None
+        raise UserError(f"serve needs {error.name}: {installs('serve')} brings it.") from None
     return Limits, bound, serve
 
 

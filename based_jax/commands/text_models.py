@@ -24,7 +24,7 @@ def add_model_arguments(parser: CommandParser) -> None:
     )
 
 
-def add_option_argument(parser: CommandParser) -> None:
+def add_option_argument(parser: argparse.ArgumentParser) -> None:
     """Declare options of mixers."""
     parser.add_argument(
         "--option",
@@ -67,25 +67,34 @@ def add_model_folder_arguments(parser: CommandParser) -> None:
     )
 
 
-def load_model_folder(args: argparse.Namespace) -> "tuple[LM, Tokenizer, int | None]":
-    """Return the model and the tokenizer of `args.model`, and the tokens that a run was trained on at once.
+def find_model_folder(args: argparse.Namespace) -> int | None:
+    """Find out what `args.model` is, and return the tokens that a run was trained on at once; None of mere weights.
+
+    Raises:
+      UserError: the folder is neither a run nor one of weights.
+    """
+    from based_jax import config as configs
+    from based_jax.folders import local_path
+    from based_jax.train.run import TrainConfig
+    from based_jax.train.workdir import CHECKPOINTS_FOLDER
+
+    folder = local_path(args.model, "--model")
+    if not (folder / configs.CONFIG_FILE).is_file():
+        raise UserError(f"'{folder}' is neither a run nor a folder of weights: it has no {configs.CONFIG_FILE}.")
+    is_run = (folder / CHECKPOINTS_FOLDER).is_dir()
+    args.workdir, args.hf = (args.model, None) if is_run else (None, args.model)
+    return configs.read(TrainConfig, args.model).data.longest_test if is_run else None
+
+
+def load_model_folder(args: argparse.Namespace) -> "tuple[LM, Tokenizer]":
+    """Return the model and the tokenizer of `args.model`, to compute in `args.dtype` if that is given.
 
     Raises:
       UserError: the folder is neither a run nor one of weights, cannot be read, or is not of text.
     """
-    from based_jax.config import CONFIG_FILE
-    from based_jax.folders import local_path
-    from based_jax.train.workdir import CHECKPOINTS_FOLDER
-
-    folder = local_path(args.model, "--model")
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"'{folder}' is neither a run nor a folder of weights: it has no {CONFIG_FILE}.")
-    is_run = (folder / CHECKPOINTS_FOLDER).is_dir()
-    args.workdir, args.hf = (args.model, None) if is_run else (None, args.model)
+    find_model_folder(args)
     model, tokenizer = load_text_model(args)
-    if args.dtype is not None:
-        model = _computing_in(model, args.dtype)
-    return model, tokenizer, _trained_length(args.model) if is_run else None
+    return (model if args.dtype is None else _computing_in(model, args.dtype)), tokenizer
 
 
 def _computing_in(model: "LM", dtype: str) -> "LM":
@@ -97,13 +106,6 @@ def _computing_in(model: "LM", dtype: str) -> "LM":
     config = dataclasses.replace(model.config, dtype=dtype)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LM(config, rngs=nnx.Rngs(0))))
     return nnx.merge(graphdef, nnx.state(model))
-
-
-def _trained_length(workdir: str) -> int:
-    from based_jax import config as configs
-    from based_jax.train.run import TrainConfig
-
-    return configs.read(TrainConfig, workdir).data.longest_test
 
 
 def load_text_model(args: argparse.Namespace) -> "tuple[LM, Tokenizer]":

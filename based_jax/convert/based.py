@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from based_jax.convert.fields import Family, Keys, fields_of, key_names, options_of
+from based_jax.convert.fields import Family, Keys, fields_of, key_names, options_of, with_defaults
 from based_jax.convert.folders import CONFIG_FILE, Fields
 from based_jax.convert.reference import window_from_based
 from based_jax.errors import UserError
@@ -29,6 +29,9 @@ MODEL_KEYS = {
 TAYLOR_KEYS = {"num_heads": "num_heads", "feature_dim": "feature_dim"}
 CONV_KEYS = {"expand": "expand_proj", "kernel_size": "kernel_size"}
 ROTARY_KEYS = {"rotary_fraction": "rotary_emb_fraction", "rotary_base": "rotary_emb_base"}
+DEFAULTS: Fields = {"layer_norm_epsilon": 1e-5, "rotary_emb_base": 10000.0}
+"""What a config.json without the key means, of what arrays cannot tell."""
+WINDOW_DEFAULTS: Fields = {"rotary_emb_fraction": 1.0}  # as other ports read the released files
 
 KEYS = Keys(
     read={
@@ -108,6 +111,7 @@ def _values(fields: Fields, weights: Mapping[str, np.ndarray]) -> dict[str, Any]
     d_model = fields["n_embd"]
     if "head_dim" in fields and fields["head_dim"] * fields["n_head"] != d_model:
         raise UserError(f"head_dim is {fields['head_dim']} in {CONFIG_FILE}; it is n_embd / n_head.")
+    fields = with_defaults(fields, DEFAULTS if fields.get("alt_mixer_2") is None else DEFAULTS | WINDOW_DEFAULTS)
     found = {name: fields[name] for name in SECTIONS if fields.get(name) is not None}
     fields = fields | {name: _checked_section(name, section) for name, section in found.items()}
     return {
@@ -141,13 +145,17 @@ def _layer(fields: Fields, index: int) -> tuple[str, dict[str, Any]]:
 
 
 def _attention(fields: Fields) -> tuple[str, dict[str, Any]]:
-    return "attention", {"num_heads": fields["n_head"], **options_of(fields, ROTARY_KEYS)}
+    return "attention", {"num_heads": fields["n_head"], **_rotary(fields)}
 
 
 def _window(fields: Fields) -> tuple[str, dict[str, Any]]:
     """Return a window, whose heads the reference takes from the model, whatever its section says."""
     window = window_from_based(fields["alt_mixer_2"]["window_size"])
-    return "window", {"num_heads": fields["n_head"], "window": window, **options_of(fields, ROTARY_KEYS)}
+    return "window", {"num_heads": fields["n_head"], "window": window, **_rotary(fields)}
+
+
+def _rotary(fields: Fields) -> dict[str, Any]:
+    return {ours: fields[theirs] for ours, theirs in ROTARY_KEYS.items()}
 
 
 def _checked_section(name: str, section: Fields) -> Fields:

@@ -10,7 +10,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from based_jax import config as configs
-from based_jax.convert import based, llama
+from based_jax.convert.based import FIRST_MLP_KEY
+from based_jax.convert.families import LAYOUTS, family_of
 from based_jax.convert.fields import OWN_SECTION, PADDING_FIELDS, Family
 from based_jax.convert.folders import (
     CONFIG_FILE,
@@ -19,10 +20,7 @@ from based_jax.convert.folders import (
     read_json,
     read_weights,
 )
-from based_jax.convert.mamba import MAMBA, MAMBA_SSM
-from based_jax.convert.own import MODEL_TYPE, OWN
 from based_jax.convert.reference import check_layers, lm_from_reference, parameters, reference_weights, unwrapped
-from based_jax.convert.rwkv import RWKV
 from based_jax.convert.tokenizers import tokenizer_fields, write_tokenizer
 from based_jax.errors import UserError, unknown
 from based_jax.folders import check_free, local_path, written_whole
@@ -30,17 +28,6 @@ from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS
 from based_jax.nn.mixers.attention import HeadsConfig
 
-FAMILIES = {
-    "gpt2": based.FAMILY,
-    "based": based.FAMILY,
-    **llama.FAMILIES,
-    "mamba": MAMBA,
-    "rwkv": RWKV,
-    MODEL_TYPE: OWN,
-}
-"""By `model_type`; a file without one, or with GPT-2's, and with `ssm_cfg`, is a Mamba of its authors."""
-LAYOUTS = {"based": based.FAMILY, **llama.FAMILIES, "mamba": MAMBA_SSM, "mamba_hf": MAMBA, MODEL_TYPE: OWN}
-"""What `save_hf` writes, by name: of these the first that a model fits, the last of which holds any."""
 TRAINING_FIELDS = ("init_std", "init_recipe", "embed_dropout", "remat")
 """What a config says of training alone, which stands in a section of our own beside the tokenizer's name."""
 
@@ -74,8 +61,9 @@ def _read(folder: str | os.PathLike, dtype: str, scan_layers: bool) -> tuple[dic
     family = family_of(fields)
     weights = unwrapped(read_weights(path.parent))
     try:
-        check_layers(weights, family.num_layers, family.keys.checked(fields).get(family.num_layers, 1))
-        config = _lm_config(family, fields, weights, dtype, scan_layers)
+        known = family.keys.checked(fields)
+        check_layers(weights, family.num_layers, known.get(family.num_layers, 1))
+        config = _lm_config(family, known, _own_section(fields), weights, dtype=dtype, scan_layers=scan_layers)
     except KeyError as error:
         raise UserError(f"'{path}' lacks {error} of {family.title}.") from None
     except (TypeError, AttributeError, ArithmeticError) as error:
@@ -136,35 +124,28 @@ def _config_text(family: Family, config: LMConfig, told: Fields) -> str:
     return json.dumps(fields | told | {OWN_SECTION: own}, indent=2, default=np.generic.item) + "\n"
 
 
-def family_of(fields: Fields) -> Family:
-    """Return the family of a config.json.
-
-    Raises:
-      UserError: its models are not known here.
-    """
-    kind = fields.get("model_type", "gpt2")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise unknown(f"model_type of {CONFIG_FILE}", str(kind), FAMILIES)
-    return MAMBA_SSM if FAMILIES[kind] is based.FAMILY and "ssm_cfg" in fields else FAMILIES[kind]
-
-
-def _lm_config(
-    family: Family, fields: Fields, weights: Mapping[str, np.ndarray], dtype: str, scan_layers: bool
-) -> LMConfig:
+def _own_section(fields: Fields) -> Fields:
     own = fields.get(OWN_SECTION, {})
     if not isinstance(own, dict):
         raise TypeError(f"{OWN_SECTION} is {own!r:.60}, which is no dict of a model")
-    values = family.values(family.keys.checked(fields), weights)
+    return own
+
+
+def _lm_config(
+    family: Family, known: Fields, own: Fields, weights: Mapping[str, np.ndarray], **computation: Any
+) -> LMConfig:
+    values = family.values(known, weights)
     values |= {name: own[name] for name in (*TRAINING_FIELDS, *PADDING_FIELDS) if name in own}
-    return configs.build(LMConfig, values | {"dtype": dtype, "scan_layers": scan_layers})
+    return configs.build(LMConfig, values | computation)
 
 
 def _read_back(name: str, fields: Fields, config: LMConfig) -> LMConfig:
     """Return what config.json is read as, after a check that it is the model's config."""
     width = np.broadcast_to(np.float32(0), (2 * config.hidden_dim, config.d_model))  # the MLP's, of no memory
-    family = LAYOUTS[name]
+    family, computation = LAYOUTS[name], {"dtype": config.dtype, "scan_layers": config.scan_layers}
     try:
-        read = _lm_config(family, fields, {based.FIRST_MLP_KEY: width}, config.dtype, config.scan_layers)
+        known, weights = family.keys.checked(fields), {FIRST_MLP_KEY: width}
+        read = _lm_config(family, known, _own_section(fields), weights, **computation)
     except (UserError, TypeError) as error:
         raise UserError(
             f"The layout of {family.title} has no place for this model: {str(error).rstrip('.')}."

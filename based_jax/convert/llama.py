@@ -13,7 +13,7 @@ from based_jax.nn.lm import LMConfig
 from based_jax.nn.mixers import MIXERS
 from based_jax.nn.mixers.attention import AttentionConfig, HeadsConfig
 
-DEFAULTS: Fields = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+DEFAULTS: Fields = {"rms_norm_eps": 1e-6}
 """What a config.json without the key means, as in transformers, of what arrays cannot tell."""
 ROTARY_BASE: Fields = {"rope_theta": 10000.0}
 ROPE_SECTIONS = ("rope_scaling", "rope_parameters")  # as files had them before transformers 5, and since
@@ -66,7 +66,7 @@ def _values(name: str, fields: Fields, weights: Mapping[str, np.ndarray]) -> dic
         "pad_vocab_multiple": 1,
         "mlp_dim": fields["intermediate_size"],
         "norm_eps": fields["rms_norm_eps"],
-        "tie_embeddings": fields["tie_word_embeddings"],
+        "tie_embeddings": fields.get("tie_word_embeddings", False),
     }
 
 
@@ -76,11 +76,8 @@ def _layer(heads: dict[str, Any], window: int | None) -> tuple[str, dict[str, An
 
 def _heads(kind: Kind, fields: Fields) -> dict[str, Any]:
     """Return the options of attention and window alike, without those that repeat what follows from others."""
-    stated, num_heads, head_dim = (
-        fields.get("attention_bias", False),
-        fields["num_attention_heads"],
-        fields.get("head_dim"),
-    )
+    num_heads, head_dim = fields["num_attention_heads"], fields.get("head_dim")
+    stated = fields.get("attention_bias", False)
     bias = stated if kind.qkv_bias is None else kind.qkv_bias
     out_bias = stated if kind.out_bias is None else kind.out_bias
     own_width = head_dim is not None and head_dim * num_heads != fields["hidden_size"]

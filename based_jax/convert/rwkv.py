@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from based_jax.convert.fields import Family, Keys, key_names, options_of, with_defaults
+from based_jax.convert.fields import Family, Keys, key_names, with_defaults
 from based_jax.convert.folders import Fields
 
-DEFAULTS: Fields = {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-5}
+DEFAULTS: Fields = {"layer_norm_epsilon": 1e-5}
 
 
 def _values(fields: Fields, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -25,7 +25,8 @@ def _values(fields: Fields, weights: Mapping[str, np.ndarray]) -> dict[str, Any]
         "mlp": "none",
         "norm": "layer",
         "embed_norm": True,
-        **options_of(fields, {"norm_eps": "layer_norm_epsilon", "tie_embeddings": "tie_word_embeddings"}),
+        "norm_eps": fields["layer_norm_epsilon"],
+        "tie_embeddings": fields.get("tie_word_embeddings", False),
     }
 
 

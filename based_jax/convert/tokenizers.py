@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+from based_jax.convert import based
+from based_jax.convert.families import family_of
 from based_jax.convert.fields import OWN_SECTION
 from based_jax.convert.folders import CONFIG_FILE, Fields, read_json
 from based_jax.data.tokenizer import Gpt2Tokenizer, Tokenizer, get_tokenizer
@@ -15,8 +17,6 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_KEY = "tokenizer"
 """Of our own section of config.json."""
 END_KEY = "eos_token_id"
-BASED_TYPES = (None, "gpt2", "based")
-"""The `model_type` of released Based, attention and Mamba models, which have GPT-2's ids and do not say so."""
 
 
 def folder_tokenizer(folder: str | os.PathLike) -> Tokenizer:
@@ -35,7 +35,7 @@ def folder_tokenizer(folder: str | os.PathLike) -> Tokenizer:
         return named_tokenizer(str(own[TOKENIZER_KEY]))
     if (path / TOKENIZER_FILE).exists():
         return FileTokenizer(path / TOKENIZER_FILE, end_of_text=_end_of_text(fields), begins=own is None)
-    if fields.get("model_type") in BASED_TYPES and fields.get("vocab_size") == Gpt2Tokenizer.vocab_size:
+    if family_of(fields) is based.FAMILY and fields.get("vocab_size") == Gpt2Tokenizer.vocab_size:
         return get_tokenizer("gpt2")
     raise UserError(f"'{folder}' names no tokenizer; give --tokenizer=bytes, gpt2 or the path of a tokenizer.json.")
 

@@ -55,7 +55,7 @@ def _key_pairs(rng: np.random.RandomState, third: int, num_kv_pairs: int, rows: 
     first = uniform_choices(rng, third - 1, side, rows) + 1
     second = uniform_choices(rng, third, side, rows) + third
     order = uniform_choices(rng, num_kv_pairs, num_kv_pairs, rows)
-    return tuple(np.take_along_axis(keys, at, axis=1) for keys, at in ((first, order // side), (second, order % side)))
+    return np.take_along_axis(first, order // side, axis=1), np.take_along_axis(second, order % side, axis=1)
 
 
 def _gap_weights(seq_len: int, num_kv_pairs: int, power_a: float) -> np.ndarray:

@@ -107,9 +107,9 @@ def choices_of(name: str, source: str | None = None, limit: int | None = None) -
 
 def encoded(tokenizer: Tokenizer, context: str, text: str) -> Continuation:
     """Return the ids of a text behind a context, of which spaces at the end are the text's, as lm-eval divides them."""
-    kept = context.rstrip()
-    whole, before = tokenizer.encode(context + text), tokenizer.encode(kept)
-    return Continuation(before or [tokenizer.end_of_text], whole[len(before) :])
+    whole, before = tokenizer.encode(context + text), tokenizer.encode(context.rstrip())
+    begun = [*tokenizer.beginning, *before]
+    return Continuation(begun or [tokenizer.end_of_text], whole[len(before) :])
 
 
 def likelihoods_of(

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from based_jax.data.tokenizer import Tokenizer
-from based_jax.errors import UserError
+from based_jax.errors import UserError, installs
 from based_jax.evals.answering import answered, stop_ids, text_until
 from based_jax.evals.likelihood import Continuation, Judge, Likelihood, likelihoods, strided
 from based_jax.generate import Decoder, Request, Sampling
@@ -50,16 +50,21 @@ class HarnessModel:
         """The model as generation reads it."""
         return Decoder.of(self.model)
 
+    @property
+    def before_texts(self) -> int:
+        """The id that stands before a text without context: what begins one, or ends another."""
+        return [self.tokenizer.end_of_text, *self.tokenizer.beginning][-1]
+
     def likelihoods(self, pairs: Sequence[Continuation]) -> Iterator[tuple[int, Likelihood]]:
         """Yield the place of each continuation with its likelihood."""
         return likelihoods(self.judge, pairs, self.max_length)
 
     def whole_texts(self, texts: Sequence[str]) -> list[float]:
-        """Return the log-probability of each text behind an end of text, in windows that share no judged token."""
+        """Return the log-probability of each text behind `before_texts`, in windows that share no judged token."""
         windows = [
             (place, window)
             for place, text in enumerate(texts)
-            for window in strided([self.tokenizer.end_of_text, *self.tokenizer.encode(text)], self.max_length)
+            for window in strided([self.before_texts, *self.tokenizer.encode(text)], self.max_length)
         ]
         sums = [0.0] * len(texts)
         for place, found in self.likelihoods([window for _, window in windows]):
@@ -116,7 +121,7 @@ def register(load: Callable[..., tuple[LM, Tokenizer]]) -> type:
         from lm_eval.api.model import TemplateLM
         from lm_eval.api.registry import model_registry, register_model
     except ImportError as error:
-        raise UserError(f"lm-eval is not installed ({error}); pip install 'based-jax[eval]' brings it.") from None
+        raise UserError(f"lm-eval is not installed ({error}); {installs('eval')} brings it.") from None
 
     class BasedJax(TemplateLM):
         """A model of based_jax in lm-eval."""
@@ -130,11 +135,16 @@ def register(load: Callable[..., tuple[LM, Tokenizer]]) -> type:
             return self.asked.tokenizer.end_of_text
 
         @property
+        def prefix_token_id(self):
+            return self.asked.before_texts
+
+        @property
         def tokenizer_name(self):
             return self.asked.tokenizer.fingerprint
 
         def tok_encode(self, string, add_special_tokens=None, **options):
-            return self.asked.tokenizer.encode(string)
+            beginning = () if add_special_tokens is False else self.asked.tokenizer.beginning
+            return [*beginning, *self.asked.tokenizer.encode(string)]
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, **options):
             pairs = [Continuation(context, ids) for _, context, ids in requests]

@@ -101,9 +101,7 @@ def likelihoods(
     """
     for place, (context, ids) in enumerate(continuations):
         if not len(context) or not len(ids):
-            raise UserError(
-                f"Continuation {place} has {len(context)} ids before it and {len(ids)}; both are at least 1."
-            )
+            raise UserError(f"Continuation {place} has {len(ids)} ids behind {len(context)}; both are at least 1.")
         if len(ids) > max_length:
             raise UserError(f"Continuation {place} has {len(ids)} ids; the model reads {max_length}.")
     rows = [row_of(continuation, max_length) for continuation in continuations]

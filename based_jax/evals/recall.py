@@ -51,11 +51,15 @@ class Asked:
     max_length: int = DOCUMENT_TOKENS
 
     def __post_init__(self):
-        for what in ("batch_size", "max_length"):
-            if getattr(self, what) < 1:
-                raise UserError(f"{what} is {getattr(self, what)}; it is at least 1.")
-        if self.max_length <= NEW_TOKENS:
-            raise UserError(f"max_length is {self.max_length}; it is more than the {NEW_TOKENS} tokens that are said.")
+        check_sizes(self.batch_size, self.max_length)
+
+
+def check_sizes(batch_size: int, max_length: int) -> None:
+    """Raise UserError for a batch of no prompts, or for documents without room for what is said."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it is at least 1.")
+    if max_length <= NEW_TOKENS:
+        raise UserError(f"max_length is {max_length}; it is more than the {NEW_TOKENS} tokens that are said.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +72,11 @@ class Question:
     row_id: str
 
 
-def check_part(asked: Asked, part: Part, selection: Selection) -> None:
-    """Raise UserError for a part that cannot be asked; of what is made up the first example is tried."""
-    if isinstance(TASKS[part.task], MadeUpTask):
-        selection = dataclasses.replace(selection, limit=1)
-    for _ in _questions(asked, part, selection):
-        pass
+def check_made_up(asked: Asked, parts: Sequence[Part], selection: Selection) -> None:
+    """Raise UserError for a length that has no room for the first of its prompts, or that the model does not read."""
+    for part in parts:
+        if isinstance(TASKS[part.task], MadeUpTask):
+            next(_questions(asked, part, dataclasses.replace(selection, limit=1)))
 
 
 def run_part(asked: Asked, part: Part, selection: Selection, store: Store, stream: TextIO | None = None) -> None:

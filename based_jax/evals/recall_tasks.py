@@ -166,16 +166,31 @@ def examples_of(part: Part, selection: Selection) -> list[Example]:
             return _set_examples(task, part, selection)
 
 
+def check_rows(parts: Sequence[Part], data: Mapping[str, str]) -> None:
+    """Raise UserError for a set whose rows cannot be read, lack a field, or have no answers."""
+    for name in dict.fromkeys(part.task for part in parts):
+        if isinstance(task := TASKS[name], SetTask):
+            _documents(task, data.get(name, task.source))
+
+
 def _set_examples(task: SetTask, part: Part, selection: Selection) -> list[Example]:
-    source = selection.data.get(part.task, task.source)
+    documents = _documents(task, selection.data.get(part.task, task.source))
+    return [
+        Example(
+            str(place), _digest(document.context), _prompt(task, part, document, selection.tokenizer), document.answers
+        )
+        for place in _chosen(len(documents), selection.limit, selection.seed)
+        if (document := documents[place]).answers
+    ]
+
+
+def _documents(task: SetTask, source: str) -> list[Document]:
+    """Return what the rows of a source say."""
     rows = read_rows(source)
-    found = []
-    for place in _chosen(len(rows), selection.limit, selection.seed):
-        _check_fields(rows[place], place, task.fields, source)
-        if (document := task.document(rows[place])).answers:
-            prompt = _prompt(task, part, document, selection.tokenizer)
-            found.append(Example(str(place), _digest(document.context), prompt, document.answers))
-    if not found:
+    for place, row in enumerate(rows):
+        _check_fields(row, place, task.fields, source)
+    found = [task.document(row) for row in rows]
+    if not any(document.answers for document in found):
         raise UserError(f"'{source}' has no row with an answer.")
     return found
 

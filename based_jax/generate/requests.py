@@ -17,7 +17,7 @@ from based_jax.generate.prompts import (
     is_integer,
     shown,
 )
-from based_jax.generate.sampling import GREEDY, Sampling
+from based_jax.generate.sampling import GREEDY, MOST_TOP, Sampling
 from based_jax.generate.state import State
 
 MOST_STOP_IDS = 16
@@ -38,6 +38,7 @@ class Request:
       stop_strings: likewise, found in the text by whoever has a tokenizer.
       seed: of the draws, from 0 to 2^64 - 1.
       row_id: of the draws, from 0 to 2^32 - 1.
+      top_log_probs: how many of the likeliest tokens to tell with each that is drawn, at most 5.
       state: of what stands before the prompt, which goes on from it; a draw counts its tokens too.
     """
 
@@ -48,6 +49,7 @@ class Request:
     stop_strings: tuple[str, ...] = ()
     seed: int = 0
     row_id: int = 0
+    top_log_probs: int = 0
     state: State | None = None
 
     @property
@@ -79,6 +81,8 @@ class Request:
         for stop in self.stop_strings:
             if not isinstance(stop, str) or not stop:
                 raise UserError(f"A stop string is {shown(stop)}; it is a text of at least one character.")
+        if not is_integer(self.top_log_probs) or not 0 <= self.top_log_probs <= MOST_TOP:
+            raise UserError(f"top_log_probs is {shown(self.top_log_probs)}; it is 0 to {MOST_TOP}.")
         checked_seeds([self.seed], [self.row_id], 1)
         return dataclasses.replace(self, prompt=ids, max_new_tokens=int(self.max_new_tokens), stop_ids=stop_ids)
 

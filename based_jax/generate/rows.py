@@ -16,7 +16,7 @@ from based_jax.dims import BD
 from based_jax.generate.decoder import Caches, Decoder, Layout
 from based_jax.generate.prefill import CHUNK_TOKENS, prefill
 from based_jax.generate.requests import MOST_STOP_IDS, Request
-from based_jax.generate.sampling import Draws, draw
+from based_jax.generate.sampling import Drawn, Draws, draw
 from based_jax.generate.state_layout import StateLayout
 from based_jax.nn.lm import LM
 
@@ -53,8 +53,10 @@ class Rows:
         token, length, left = np.asarray(
             [(request.prompt[-1], request.length, request.max_new_tokens) for request in requests], np.int32
         ).T
-        draws = Draws.of([request.sampling for request in requests], [request.draw_words for request in requests])
-        return cls(caches, *jax.device_put((token, length, left, stop_ids)), draws)
+        samplings, words = [request.sampling for request in requests], [request.draw_words for request in requests]
+        draws = Draws.of(samplings, words, [request.top_log_probs > 0 for request in requests])
+        token, length, left, stop_ids = jax.device_put((token, length, left, stop_ids))
+        return cls(caches, token, length, left, stop_ids, draws)
 
     @classmethod
     def stopped(cls, decoder: Decoder, count: int, max_len: int) -> "Rows":
@@ -85,11 +87,14 @@ class Block(NamedTuple):
     Attributes:
       tokens: of each row, the first `drawn` of which are drawn; an id that stops the row is its last.
       log_probs: of these tokens, by the model's own distribution: at temperature 1, and with nothing cut.
+      top_tokens, top_log_probs: of the likeliest tokens there, as of `Drawn`.
       drawn: tokens of each row, fewer than the steps if it has stopped.
     """
 
     tokens: Int[Array, "B steps"]
     log_probs: Float[Array, "B steps"]
+    top_tokens: Int[Array, "B steps N"]
+    top_log_probs: Float[Array, "B steps N"]
     drawn: Int[Array, "B"]
 
 
@@ -130,19 +135,19 @@ def blocks(decoder: Decoder, rows: Rows, steps: int) -> Iterator[Block]:
         yield block
 
 
-def decode_step(model: LM, rows: Rows) -> tuple[Rows, Int[Array, "B"], Float[Array, "B"]]:
-    """Read the newest token of each row; return the rows with one more, that token, and its log-probability."""
+def decode_step(model: LM, rows: Rows) -> tuple[Rows, Drawn]:
+    """Read the newest token of each row; return the rows with one more, and that."""
     hidden, caches = model.step(rows.token, rows.caches)
-    token, log_prob = draw(_logits(model, hidden), rows.draws.of_live(rows.live), rows.length)
-    stops = jnp.any(token[:, None] == rows.stop_ids, axis=1)
+    drawn = draw(_logits(model, hidden), rows.draws.of_live(rows.live), rows.length)
+    stops = jnp.any(drawn.token[:, None] == rows.stop_ids, axis=1)
     after = dataclasses.replace(
         rows,
         caches=caches,
-        token=jnp.where(rows.live, token, rows.token),
+        token=jnp.where(rows.live, drawn.token, rows.token),
         length=rows.length + rows.live,
         left=jnp.where(rows.live & ~stops, rows.left - 1, 0),
     )
-    return after, token, log_prob
+    return after, drawn
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -150,21 +155,22 @@ def decoding_loop(
     layout: Layout, steps: int, params: nnx.State, rows: Rows, most: Int[Array, ""]
 ) -> tuple[Rows, Block]:
     """Draw tokens as `decode` does, of a model of a layout."""
-    model, shape = layout.model(params), (steps, rows.token.shape[0])
+    model = layout.model(params)
 
     def goes_on(carry):
-        i, rows, _ = carry
+        i, rows, *_ = carry
         return (i < most) & jnp.any(rows.live)
 
     def step(carry):
-        i, rows, block = carry
-        after, token, log_prob = decode_step(model, rows)
-        block = Block(block.tokens.at[i].set(token), block.log_probs.at[i].set(log_prob), block.drawn + rows.live)
-        return i + 1, after, block
+        i, rows, found, count = carry
+        after, drawn = decode_step(model, rows)
+        return i + 1, after, jax.tree.map(lambda xs, x: xs.at[i].set(x), found, drawn), count + rows.live
 
-    empty = Block(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape[1:], jnp.int32))
-    _, rows, block = jax.lax.while_loop(goes_on, step, (jnp.int32(0), rows, empty))
-    block = Block(block.tokens.T, block.log_probs.T, block.drawn)
+    empty = Drawn.zeros((steps, len(rows.token)), layout.config.padded_vocab_size)
+    start = jnp.int32(0), rows, empty, jnp.zeros_like(rows.left)
+    _, rows, found, count = jax.lax.while_loop(goes_on, step, start)
+    found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
+    block = Block(found.token, found.log_prob, found.top_tokens, found.top_log_probs, count)
     return rows, jax.tree.map(parallel.constrain, block)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ COLDEST, HOTTEST = 1e-30, 1e30
 """Temperatures below and above which draws in fp32 are the most likely token, and any token alike."""
 
 MOST_KEPT = 2**31 - 1
+MOST_TOP = 5
+"""Of the likeliest tokens that a row may ask for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +50,54 @@ GREEDY = Sampling()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """How the next token of each row is drawn: its `Sampling` as arrays, and the key of its seed and id."""
+    """How the next token of each row is drawn: its `Sampling` as arrays, the key of its seed and id, what is asked."""
 
     temperature: Float[Array, "B"]
     top_k: Int[Array, "B"]
     top_p: Float[Array, "B"]
     keys: Array
+    asks_top: Bool[Array, "B"]
 
     @classmethod
-    def of(cls, samplings: Sequence[Sampling], words: Sequence[np.ndarray]) -> "Draws":
-        """Return the draws of rows, `words` as `prompts.draw_words` has them."""
+    def of(
+        cls, samplings: Sequence[Sampling], words: Sequence[np.ndarray], ask_top: Sequence[bool] | None = None
+    ) -> "Draws":
+        """Return the draws of rows, `words` as `prompts.draw_words` has them, and which ask for likely tokens."""
         temperatures = [s.temperature and float(min(s.temperature, HOTTEST)) for s in samplings]
         temperature = np.asarray([0.0 if t < COLDEST else t for t in temperatures], np.float32)
         top_k = np.asarray([min(s.top_k, MOST_KEPT) for s in samplings], np.int32)
         top_p = np.asarray([float(s.top_p) for s in samplings], np.float32)
-        return cls(*jax.device_put((temperature, top_k, top_p)), _row_keys(np.stack(words)))
+        asks_top = np.zeros(len(samplings), bool) if ask_top is None else np.asarray(ask_top)
+        temperature, top_k, top_p, asks_top = jax.device_put((temperature, top_k, top_p, asks_top))
+        return cls(temperature, top_k, top_p, _row_keys(np.stack(words)), asks_top)
 
     def of_live(self, live: Bool[Array, "B"]) -> "Draws":
         """Return draws of which those of other rows are greedy, which costs least."""
-        return dataclasses.replace(self, temperature=jnp.where(live, self.temperature, 0.0))
+        return dataclasses.replace(
+            self, temperature=jnp.where(live, self.temperature, 0.0), asks_top=live & self.asks_top
+        )
+
+
+class Drawn(NamedTuple):
+    """A new token of each row.
+
+    Attributes:
+      token: the token.
+      log_prob: of it, by the model's own distribution: at temperature 1, with nothing cut.
+      top_tokens: the N likeliest tokens by the same, in order, `MOST_TOP` at most; 0 where no row asks for them.
+      top_log_probs: of these.
+    """
+
+    token: Int[Array, "B"]
+    log_prob: Float[Array, "B"]
+    top_tokens: Int[Array, "B N"]
+    top_log_probs: Float[Array, "B N"]
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], vocab_size: int) -> "Drawn":
+        """Return arrays of a shape, a last axis behind it for the likeliest tokens, without a token in them."""
+        top = (*shape, min(MOST_TOP, vocab_size))
+        return cls(*(jnp.zeros(x, dtype) for x in (shape, top) for dtype in (jnp.int32, jnp.float32)))
 
 
 @jax.jit
@@ -79,22 +111,34 @@ def _row_keys(words: UInt32[Array, "B 3"]) -> Array:
 
 
 @jax.named_scope("draw")
-def draw(
-    logits: Float[Array, "B vocab"], draws: Draws, places: Int[Array, "B"]
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """Draw one token per row; return it and its log-probability at temperature 1 with nothing cut.
+def draw(logits: Float[Array, "B vocab"], draws: Draws, places: Int[Array, "B"]) -> Drawn:
+    """Draw one token per row.
 
     A draw depends on the row's key and on the token's place in its text alone. What no row asks for is not computed.
     """
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    hot = draws.temperature > 0
-    token = jax.lax.cond(
-        jnp.any(hot),
-        lambda: jnp.where(hot, _drawn(logits, draws, places), token),
-        lambda: token,
-    )
-    log_prob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-    return token, log_prob
+    likeliest, hot = jnp.argmax(logits, axis=-1).astype(jnp.int32), draws.temperature > 0
+    total, (_, _, *nothing) = jax.nn.logsumexp(logits, axis=-1), Drawn.zeros(logits.shape[:1], logits.shape[1])
+
+    def as_asked():
+        token = jnp.where(hot, _drawn(logits, draws, places), likeliest)
+        return token, jax.lax.cond(jnp.any(draws.asks_top), lambda: _likeliest(logits, total), lambda: nothing)
+
+    asks = jnp.any(hot | draws.asks_top)
+    token, top = jax.lax.cond(asks, as_asked, lambda: (likeliest, nothing))
+    log_prob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - total
+    return Drawn(token, log_prob, *top)
+
+
+def _likeliest(logits: Float[Array, "B vocab"], total: Float[Array, "B"]):
+    """Take the largest logit of what is left, and again: unlike a sort, each device of a mesh does so with its own."""
+
+    def take(left, _):
+        token = jnp.argmax(left, axis=1).astype(jnp.int32)
+        others = jnp.arange(left.shape[1])[None] != token[:, None]
+        return jnp.where(others, left, -jnp.inf), (token, jnp.max(left, axis=1) - total)
+
+    _, likeliest = jax.lax.scan(take, logits, length=min(MOST_TOP, logits.shape[1]))
+    return [x.T for x in likeliest]
 
 
 def _drawn(logits: Float[Array, "B vocab"], draws: Draws, places: Int[Array, "B"]) -> Int[Array, "B"]:

@@ -193,8 +193,19 @@ class Scheduler:
             if task is None or self._slots[slot] is not task:  # it has ended since
                 continue
             new = slice(block.drawn[slot])
-            event = task.event(block.tokens[slot, new].tolist(), block.log_probs[slot, new].tolist())
+            top = block.top_tokens[slot, new], block.top_log_probs[slot, new]
+            event = task.event(
+                block.tokens[slot, new].tolist(), block.log_probs[slot, new].tolist(), _likeliest(task, *top)
+            )
             if event.finish:
                 self._free(slot)
             if event.tokens or event.text or event.finish:
                 yield event
+
+
+def _likeliest(task: Task, tokens: np.ndarray, log_probs: np.ndarray) -> list[dict[int, float]]:
+    """Return the likeliest tokens at each place that a request asks for, none where it does not."""
+    if not (count := task.request.top_log_probs):
+        return []
+    places = zip(tokens[:, :count].tolist(), log_probs[:, :count].tolist(), strict=True)
+    return [dict(zip(*place, strict=True)) for place in places]

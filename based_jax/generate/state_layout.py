@@ -146,7 +146,7 @@ def _forked(structure: Any, shapes: tuple, rows: int, arrays: list) -> Caches:
 def _put(caches: Caches, row: Array, arrays: dict[str, Array]) -> Caches:
     """Return caches of which one row has these arrays, cut or filled with zeros."""
     leaves = [x.at[row].set(_fitted(arrays[name], x.shape[1:])) for name, x in named(caches)]
-    return jax.tree.structure(caches).unflatten(leaves)
+    return jax.tree.unflatten(jax.tree.structure(caches), leaves)
 
 
 def _fitted(x: Array, shape: tuple) -> Array:

@@ -1,6 +1,7 @@
 """A request on its way, and what is told of it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ class Event(NamedTuple):
       log_probs: of the tokens, by the model's own distribution (temperature 1, nothing cut).
       text: new text, "" where there is no tokenizer; characters and stop strings that are not complete are held back.
       finish: None as long as the request goes on; "stop" at a stop id or string, "length" at `max_new_tokens`.
+      top_log_probs: with each token the likeliest ones there and their log-probabilities, as many as are asked for.
     """
 
     id: int
@@ -25,6 +27,7 @@ class Event(NamedTuple):
     log_probs: list[float]
     text: str = ""
     finish: str | None = None
+    top_log_probs: Sequence[dict[int, float]] = ()
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,8 +67,8 @@ class Task:
         """Where its next piece ends."""
         return self.ends[0] if self.ends else self.read
 
-    def event(self, tokens: list[int], log_probs: list[float]) -> Event:
-        """Return what newly drawn tokens are of the answer."""
+    def event(self, tokens: list[int], log_probs: list[float], top: Sequence[dict[int, float]] = ()) -> Event:
+        """Return what newly drawn tokens are of the answer, and what the likeliest ones beside them."""
         self.drawn += len(tokens)
         stopped = bool(tokens) and tokens[-1] in self.request.stop_ids
         tokens = tokens[:-1] if stopped else tokens
@@ -75,7 +78,7 @@ class Task:
             text += self.text.finish()
         stopped |= self.text is not None and self.text.stopped
         finish = "stop" if stopped else "length" if self.has_ended else None
-        return Event(self.id, tokens[:kept], log_probs[:kept], text, finish)
+        return Event(self.id, tokens[:kept], log_probs[:kept], text, finish, top[:kept])
 
     def _told(self, tokens: list[int]) -> tuple[str, int]:
         """Return new text, and how many of the tokens it is of: those behind a stop string are none of the answer."""

@@ -10,12 +10,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from based_jax import parallel
-from based_jax.dims import BD, BP, BTD, SegmentIds
+from based_jax.dims import BP, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.init_recipes import initialise
 from based_jax.nn.mixers import build_mixer
+from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.dispatch import target_platform
+from based_jax.ops.few_tokens import few_tokens_residual_norm
 from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
 
 REMAT_POLICIES = {
@@ -36,7 +38,7 @@ class Stream(NamedTuple):
     """The residual stream r, and the output y of a layer that is still to be added: the norm after it does both."""
 
     r: Float[Array, "*B D"]
-    y: Float[Array, "*B D"] | None = None
+    y: Float[Array, "*B D"] | layers.Projected | Pieces | None = None
 
     def filled(self, dtype) -> "Stream":
         """Return the stream with an output to add, of zeros if there is none, as a loop over layers carries it."""
@@ -44,18 +46,30 @@ class Stream(NamedTuple):
 
     def total(self) -> Float[Array, "*B D"]:
         """Return the stream with nothing left to add."""
-        return self.r if self.y is None else self.r + self.y
+        y = self.added()
+        return self.r if y is None else self.r + y
+
+    def added(self) -> Float[Array, "*B D"] | None:
+        """Return what is to be added, computed if it still has to be."""
+        return self.y.value() if isinstance(self.y, layers.Projected | Pieces) else self.y
+
+    def pieces(self) -> Pieces | None:
+        """Return what is to be added to a token in pieces."""
+        y = self.y if isinstance(self.y, Pieces) else self.added()
+        return y if y is None or isinstance(y, Pieces) else Pieces(y[None])
 
     def constrained(self) -> "Stream":
         """Return the stream with rows and tokens over the mesh, lest XLA gathers activations instead of weights."""
-        return jax.tree.map(parallel.constrain_tokens, self)
+        return self if isinstance(self.y, layers.Projected | Pieces) else jax.tree.map(parallel.constrain_tokens, self)
 
     def normed(self, norm: Any, dtype) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
         """Return the stream with nothing left to add, and its norm by an `nnx.RMSNorm` or `nnx.LayerNorm`."""
         scale, options = norm.scale[...], {"eps": norm.epsilon, "dtype": dtype}
-        if isinstance(norm, nnx.RMSNorm):
-            return residual_rms_norm(*self, scale, **options)
-        return residual_layer_norm(*self, scale, norm.bias[...], **options)
+        if not isinstance(norm, nnx.RMSNorm):
+            return residual_layer_norm(self.r, self.added(), scale, norm.bias[...], **options)
+        if isinstance(self.y, layers.Projected) and self.y.x.dtype == dtype:
+            return few_tokens_residual_norm(self.r, *self.y, scale, eps=norm.epsilon)
+        return residual_rms_norm(self.r, self.added(), scale, **options)
 
 
 class Block(nnx.Module):
@@ -95,10 +109,32 @@ class Block(nnx.Module):
         stream, cache = self._through(Stream(r), lambda x: self.mixer.prefill(x, cache, segment_ids))
         return stream.total(), cache
 
-    def step(self, r: BD, cache):
-        """Update the residual stream of one token; return it and the cache after it."""
-        stream, cache = self._through(Stream(r), lambda x: self.mixer.step(x, cache))
-        return stream.total(), cache
+    def step(self, stream: Stream, cache):
+        """Return the stream of one token after the block, with the last addition left, and the cache after it."""
+        if stream.r.shape[0] > 1 or not isinstance(self.norm1, nnx.RMSNorm):
+            return self._through(stream, lambda x: self.mixer.step(x, cache))
+        with jax.named_scope(self.kind):
+            stream, cache = self._mixed(stream, cache)
+        if self.mlp is None:
+            return stream.constrained(), cache
+        with jax.named_scope("mlp"):
+            return self._fed(stream).constrained(), cache
+
+    def _mixed(self, stream: Stream, cache) -> tuple[Stream, Any]:
+        """Return the stream of one sequence's token after the mixer."""
+        if found := self.mixer.step_whole(stream.r, stream.pieces(), self.norm1, cache):
+            r, y, cache = found
+        else:
+            r, x = stream.normed(self.norm1, self.dtype)
+            y, cache = self.mixer.step(x, cache)
+        return Stream(r, y), cache
+
+    def _fed(self, stream: Stream) -> Stream:
+        """Return the stream of one sequence's token after the MLP."""
+        if isinstance(self.mlp, layers.SwiGLU):
+            return Stream(*self.mlp.step_whole(stream.r, stream.pieces(), self.norm2))
+        r, x = stream.normed(self.norm2, self.dtype)
+        return Stream(r, self.mlp(x))
 
     def _through(self, stream: Stream, mix: Callable, positions: BP | None = None) -> tuple[Stream, Any]:
         with jax.named_scope(self.kind):
@@ -160,9 +196,18 @@ class Stack(nnx.Module):
         """Update the residual stream of the next tokens; return it and the caches after them."""
         return self._run(_through(lambda block, r, cache: block.prefill(r, cache, segment_ids)), r, caches)
 
-    def step(self, r: BD, caches):
-        """Update the residual stream of one token; return it and the caches after it."""
-        return self._run(_through(lambda block, r, cache: block.step(r, cache)), r, caches)
+    def step(self, stream: Stream, caches):
+        """Return the stream of one token after all blocks, and the caches after it."""
+        through = _through(lambda block, stream, cache: block.step(stream, cache))
+        if self.repeats == 1:
+            return self._run(through, stream, caches)
+
+        def add_all(blocks, r, caches):
+            stream, after = through(blocks, Stream(r), caches)
+            return stream.total(), after
+
+        total, after = self._run(add_all, stream.total(), caches)
+        return Stream(total), after
 
     def _run(self, forward: Callable, r, caches) -> tuple[Any, Any]:
         """Call `forward(blocks, r, caches)` for each copy of the pattern, rematerialised as the config says."""
@@ -216,13 +261,13 @@ def traced_once() -> Callable:
 def _through(call: Callable) -> Callable:
     """Return a pass through a pattern's blocks that collects each one's new cache."""
 
-    def forward(blocks, r, caches):
+    def forward(blocks, stream, caches):
         after = []
         for i, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
             with jax.named_scope(f"block_{i}"):
-                r, cache = call(block, r, cache)
+                stream, cache = call(block, stream, cache)
             after.append(cache)
-        return r, tuple(after)
+        return stream, tuple(after)
 
     return forward
 

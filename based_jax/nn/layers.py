@@ -16,10 +16,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from based_jax.dims import BP, DropoutKey
+from based_jax.dims import BD, BP, DropoutKey
 from based_jax.errors import UserError
-from based_jax.ops.few_tokens import few_tokens_gated
+from based_jax.ops.decode_calls import Pieces
+from based_jax.ops.few_tokens import few_tokens_gated, few_tokens_products
 from based_jax.ops.projection import are_decoded, multiply, project
+from based_jax.ops.token_layer import token_mlp
 
 INIT_STD = 0.02
 NORM_EPS = 1e-5
@@ -209,6 +211,42 @@ def gated(layer: nnx.Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
     return few_tokens_gated(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
 
 
+def several(parts: Sequence[nnx.Linear], x: Float[Array, "*B D"]) -> list[Float[Array, "*B _"]]:
+    """Return the outputs of linear layers without a bias that compute in the same dtype; of few tokens together."""
+    if not are_decoded(x.shape):
+        return [layer(x) for layer in parts]
+    x, *kernels = parts[0].promote_dtype((x, *(layer.kernel[...] for layer in parts)), dtype=parts[0].dtype)
+    products = few_tokens_products(x.reshape(-1, x.shape[-1]), tuple(kernels))
+    return [y.reshape(*x.shape[:-1], -1) for y in products]
+
+
+class Projected(NamedTuple):
+    """What a linear layer returns for tokens (B, D), still to be computed: the norm that follows it does so.
+
+    Attributes:
+      x: the tokens, in the layer's dtype.
+      kernel: (D, E), in the layer's dtype.
+      bias: (E,), if there is one.
+    """
+
+    x: Float[Array, "B D"]
+    kernel: Float[Array, "D E"]
+    bias: Float[Array, "E"] | None
+
+    def value(self) -> Float[Array, "B E"]:
+        """Return it."""
+        y = multiply(self.x, self.kernel)
+        return y if self.bias is None else y + per_channel(self.bias, y)
+
+
+def into_stream(layer: nnx.Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B E"] | Projected:
+    """Return a linear layer's output for the residual stream to add; of a decode step's tokens it is left to do."""
+    if x.ndim != 2 or not are_decoded(x.shape):
+        return layer(x)
+    x, kernel = layer.promote_dtype((x, layer.kernel[...]), dtype=layer.dtype)
+    return Projected(x, kernel, None if layer.bias is None else layer.bias[...])
+
+
 class SwiGLU(nnx.Module):
     """Gated MLP: fc2(value * silu(gate)) with (value, gate) = fc1(x), value first.
 
@@ -219,9 +257,14 @@ class SwiGLU(nnx.Module):
         self.fc1 = linear(d_model, 2 * d_hidden, ("embed", "mlp"), init, parts=(d_hidden, d_hidden))
         self.fc2 = linear(d_hidden, d_model, ("mlp", "embed"), init.out)
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"] | Projected:
         """Apply to each token."""
-        return self.fc2(gated(self.fc1, x))
+        return into_stream(self.fc2, gated(self.fc1, x))
+
+    def step_whole(self, r: BD, y: Pieces | None, norm: nnx.RMSNorm) -> tuple[BD, Pieces]:
+        """Return r + y of one sequence's token, and the MLP of its norm, to be added next."""
+        kernels = (layer.kernel[...].astype(layer.dtype) for layer in (self.fc1, self.fc2))
+        return token_mlp(r, y, norm.scale[...], *kernels, eps=norm.epsilon)
 
 
 class GELU(nnx.Module):
@@ -333,11 +376,11 @@ def to_heads(layer: nnx.Linear, x: Float[Array, "*B D"], num_heads: int, width: 
     return y + per_channel(with_zeros(split_heads(layer.bias[...], num_heads), -1, width), y)
 
 
-def from_heads(layer: nnx.Linear, o: Float[Array, "*B H V"]) -> Float[Array, "*B D"]:
-    """Return a linear layer's output for heads that may end in zeros, as rows of its kernel then do."""
+def from_heads(layer: nnx.Linear, o: Float[Array, "*B H V"]) -> Float[Array, "*B D"] | Projected:
+    """Return a linear layer's output for heads that may end in zeros, as rows of its kernel then do; `into_stream`."""
     num_heads, width = o.shape[-2:]
     if num_heads * width == layer.in_features:
-        return layer(merge_heads(o))
+        return into_stream(layer, merge_heads(o))
     kernel = einops.rearrange(layer.kernel[...].astype(layer.dtype), "(H V) D -> H V D", H=num_heads)
     rows = einops.rearrange(with_zeros(kernel, 1, width), "H V D -> (H V) D")
     y = multiply(merge_heads(o).astype(layer.dtype), rows)

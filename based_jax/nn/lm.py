@@ -122,12 +122,17 @@ class LM(nnx.Module):
     @checked
     def prefill(self, ids: BT, cache: tuple, segment_ids: SegmentIds | None = None) -> tuple[BTD, tuple]:
         """Read the next tokens of a sequence; return their hidden states and the caches after them."""
-        return self._decode(ids, cache, lambda stack, r, old: stack.prefill(r, old, segment_ids))
+
+        def read(stack, stream, old):
+            r, new = stack.prefill(stream.total(), old, segment_ids)
+            return Stream(r), new
+
+        return self._decode(ids, cache, read)
 
     @checked
     def step(self, ids: Tokens, cache: tuple) -> tuple[BD, tuple]:
         """Read one token; return its hidden state and the caches after it."""
-        return self._decode(ids, cache, lambda stack, r, old: stack.step(r, old))
+        return self._decode(ids, cache, Stack.step)
 
     def mixers(self) -> list[Mixer]:
         """Return each layer's mixer in order; the layers of one repeated pattern share a module."""
@@ -149,12 +154,12 @@ class LM(nnx.Module):
 
     def _decode(self, ids, cache: tuple, read: Callable) -> tuple[Array, tuple]:
         self._check_cache(cache)
-        r, after = self._in(ids), []
+        stream, after = Stream(self._in(ids)), []
         for i, (stack, old) in enumerate(zip(self.stacks, cache, strict=True)):
             with jax.named_scope(f"stack_{i}"):
-                r, new = read(stack, r, old)
+                stream, new = read(stack, stream, old)
             after.append(new)
-        return self._out(Stream(r)), tuple(after)
+        return self._out(stream), tuple(after)
 
     def _check_known(self, ids) -> None:
         """Raise UserError for ids outside the vocabulary, where this process knows their values."""

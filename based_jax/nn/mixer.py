@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn.cache import Cache
-from based_jax.nn.layers import LARGEST_SIZE, Init
+from based_jax.nn.layers import LARGEST_SIZE, Init, Projected
 from based_jax.ops import segments
 from based_jax.ops.arguments import checked
+from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.dispatch import Implementation, beside
 
 Buffer = str | np.ndarray | tuple[int, ...]
@@ -131,10 +132,17 @@ class Mixer(nnx.Module):
         y, state = self._prefill(x, self._emptied(cache.state, begins), segment_ids)
         return y, Cache(state, jnp.where(last == 0, cache.segment_id, last))
 
-    def step(self, x: BD, cache: Cache) -> tuple[BD, Cache]:
-        """Mix one token and return the cache after it."""
+    def step(self, x: BD, cache: Cache) -> tuple[BD | Projected, Cache]:
+        """Mix one token and return what the stream adds, which may be left for it to compute, and the cache after."""
         y, state = self._step(x, cache.state)
         return y, cache._replace(state=state)
+
+    def step_whole(self, r: BD, y: Pieces | None, norm: nnx.RMSNorm, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
+        """Mix the norm of r + y of one sequence's token, where the mixer has one operation for that; else return None.
+
+        Returns r + y, what is to be added next, and the cache after the token.
+        """
+        return None
 
     @abc.abstractmethod
     def _initial_state(self, batch: int, max_len: int) -> Any:
@@ -145,7 +153,7 @@ class Mixer(nnx.Module):
         """Mix tokens, the first document of which continues the state's, and return the state of the last one."""
 
     @abc.abstractmethod
-    def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
+    def _step(self, x: BD, state: Any) -> tuple[BD | Projected, Any]:
         """Mix one token and return the state after it."""
 
     def _emptied(self, state: Any, rows: Bool[Array, "B"]) -> Any:

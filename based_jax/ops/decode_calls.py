@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from based_jax.dims import BD, BHK, BHKV, BHV, BSGK, BSGV, BTGK, BTGV, BTHK, BTHV, BWD, WD
@@ -150,3 +151,62 @@ class FewTokensCall(NamedTuple):
 
     x: Float[Array, "M D"]
     kernel: Float[Array, "D E"]
+
+
+class FewTokensProductsCall(NamedTuple):
+    """The products of few tokens (M, D) and each of several matrices (D, E), whose E may differ."""
+
+    x: Float[Array, "M D"]
+    kernels: tuple[Float[Array, "D _"], ...]
+
+
+class FewTokensNormCall(NamedTuple):
+    """An addition of x @ kernel + bias, (M, D) and (D, E), to the stream r (M, E), and the sum's RMS norm."""
+
+    r: Float[Array, "M E"]
+    x: Float[Array, "M D"]
+    kernel: Float[Array, "D E"]
+    bias: Float[Array, "E"] | None
+    scale: Float[Array, "E"]
+    eps: float
+
+
+class Pieces(NamedTuple):
+    """What is to be added to a residual stream of B tokens, in pieces (P, B, D) that add up to it.
+
+    Attributes:
+      marks: zeros that the kernel which reads them counts in, from the kernel that made them.
+    """
+
+    sums: Float[Array, "P B D"]
+    marks: Int[Array, "_"] | None = None
+
+    def value(self) -> BD:
+        """Return it."""
+        return jnp.sum(self.sums, axis=0)
+
+
+class TokenMLPCall(NamedTuple):
+    """A residual addition, the RMS norm, and a gated MLP (D, 2F), (F, D) of tokens (B, D)."""
+
+    r: BD
+    y: Pieces | None
+    scale: Channels
+    first: Float[Array, "D joint"]
+    second: Float[Array, "F D"]
+    eps: float
+
+
+class TokenConvCall(NamedTuple):
+    """The same with a gated short convolution between the two matrices, both with biases."""
+
+    r: BD
+    y: Pieces | None
+    scale: Channels
+    first: Float[Array, "D joint"]
+    bias: JointBias
+    kernel: Float[Array, "W F"]
+    state: Float[Array, "B W F"]
+    second: Float[Array, "F D"]
+    last_bias: Channels
+    eps: float

@@ -20,6 +20,7 @@ from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.decode_calls import AttentionStepCall
 from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.hopper import attention_step as hopper_step
 from based_jax.ops.triton import attention_step as triton_step
 
 BLOCK_TOKENS = 1024
@@ -40,8 +41,9 @@ def attention_step(
       length: keys that each row has, up to S.
       head_dim: as of `softmax.attention`.
       impl: "oracle" (every score at once, fp32), "xla_blocks" (as many blocks as the longest row has),
-        "triton_splits" (GPU, bf16 or fp16; the keys of each row split over programs), "cudnn_flash" (the same, not
-        split) or "auto".
+        "hopper_rows" (Mosaic GPU, bf16; a row's keys walked over by one block for 16 heads, which all have their own
+        keys), "triton_splits" (GPU, bf16 or fp16; the keys of each row split over programs), "cudnn_flash" (the same,
+        not split) or "auto".
 
     Raises:
       UserError: the keys' heads do not divide the queries', or `impl` is unknown or cannot run this call.
@@ -153,6 +155,9 @@ def _cudnn_supports(call: AttentionStepCall) -> str | None:
 
 
 ATTENTION_STEP = {
+    "hopper_rows": Implementation(
+        per_device(hopper_step.compute), hopper_step.supports, platform="cuda", slower=hopper_step.slower
+    ),
     "triton_splits": Implementation(
         per_device(triton_step.compute), triton_step.supports, platform="cuda", slower=triton_step.slower
     ),

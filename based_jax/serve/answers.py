@@ -26,7 +26,7 @@ class Choice:
     def __init__(self, index: int, completion: Completion, prompt: str, tokenizer: Tokenizer):
         self._index, self._tokenizer = index, tokenizer
         self._echo = prompt if completion.echo else ""
-        self._so_far = TextStream(tokenizer) if completion.logprobs else None
+        self._so_far = None if completion.logprobs is None else TextStream(tokenizer)
         self._offset = len(self._echo)
         self.tokens = 0
 
@@ -47,9 +47,17 @@ class Choice:
         return {
             "tokens": tokens,
             "token_logprobs": event.log_probs,
-            "top_logprobs": None,
+            "top_logprobs": self._likeliest(event) or None,
             "text_offset": offsets,
         }
+
+    def _likeliest(self, event: Event) -> list[dict[str, float]]:
+        """Return by their texts the likeliest tokens beside each new one, and that."""
+        found: list[dict[str, float]] = [{} for _ in event.top_log_probs]
+        for texts, top, own, of_own in zip(found, event.top_log_probs, event.tokens, event.log_probs, strict=False):
+            for token, log_prob in [*top.items(), (own, of_own)]:
+                texts.setdefault(self._tokenizer.decode([token]), log_prob)
+        return found
 
 
 class Answer:
@@ -112,6 +120,7 @@ def rows(completion: Completion, end_of_text: int) -> list[Request]:
             stop_strings=tuple(completion.stop),
             seed=completion.seed,
             row_id=row_id,
+            top_log_probs=completion.logprobs or 0,
         )
         for row_id, prompt in enumerate(prompts)
     ]
@@ -124,10 +133,10 @@ def _event(body: dict[str, Any]) -> str:
 def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return one choice of what several events added to it."""
     logprobs = [part["logprobs"] for part in parts if part["logprobs"] is not None]
-    names = ("tokens", "token_logprobs", "text_offset")
-    lists = {name: [value for one in logprobs for value in one[name]] for name in names}
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    lists = {name: [value for one in logprobs for value in one[name] or ()] for name in names}
     return {
         **parts[-1],
         "text": "".join(part["text"] for part in parts),
-        "logprobs": {**lists, "top_logprobs": None} if logprobs else None,
+        "logprobs": {**lists, "top_logprobs": lists["top_logprobs"] or None} if logprobs else None,
     }

@@ -15,6 +15,7 @@ from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate import Sampling
 from based_jax.generate.prompts import SEED_LIMIT, checked_prompts, is_integer, is_number, shown
+from based_jax.generate.sampling import MOST_TOP
 from based_jax.generate.text import encode_prompt
 from based_jax.serve.api_errors import ApiError
 from based_jax.serve.limits import Limits
@@ -37,7 +38,7 @@ class Completion:
     max_tokens: int
     n: int
     stop: list[str]
-    logprobs: bool
+    logprobs: int | None
     echo: bool
     stream: bool
     include_usage: bool
@@ -78,7 +79,9 @@ FIELDS = {
     ),
     "stop": Field([], lambda value: _is_stop(value), f"a text, or a list of at most {MAX_STOPS}, none empty"),
     "logprobs": Field(
-        None, lambda value: is_integer(value) and value == 0, "0, for those of the tokens that are drawn, or null"
+        None,
+        lambda value: is_integer(value) and 0 <= value <= MOST_TOP,
+        f"0, for those of the tokens that are drawn, up to {MOST_TOP} for so many of the likeliest too, or null",
     ),
     "echo": Field(False, _is_flag, "true or false"),
     "stream": Field(False, _is_flag, "true or false"),
@@ -103,7 +106,8 @@ def parse_completion(body: bytes, tokenizer: Tokenizer, limits: Limits, vocab_si
     if fields["model"] != model:
         raise ApiError(404, f"model is {shown(fields['model'])}; it is '{model}'.", "model", "model_not_found")
     if fields["echo"] and fields["logprobs"] is not None:
-        raise ApiError(400, "logprobs is 0 and echo is true; tokens of a prompt have none here.", "logprobs")
+        both = f"logprobs is {fields['logprobs']} and echo is true"
+        raise ApiError(400, f"{both}; tokens of a prompt have none here.", "logprobs")
     texts, prompts = _prompts(fields["prompt"], tokenizer, vocab_size)
     for prompt in prompts:
         _check_length(prompt, fields["max_tokens"], limits)
@@ -117,7 +121,7 @@ def parse_completion(body: bytes, tokenizer: Tokenizer, limits: Limits, vocab_si
         max_tokens=fields["max_tokens"],
         n=fields["n"],
         stop=[fields["stop"]] if isinstance(fields["stop"], str) else fields["stop"],
-        logprobs=fields["logprobs"] is not None,
+        logprobs=fields["logprobs"],
         echo=fields["echo"],
         stream=fields["stream"],
         include_usage=_include_usage(fields["stream_options"]),

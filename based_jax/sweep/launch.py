@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from based_jax import devices
-from based_jax.errors import UserError
+from based_jax.errors import UserError, installs
 from based_jax.folders import writing
 from based_jax.store import Store
 from based_jax.sweep.checks import reason
@@ -207,7 +207,7 @@ def on_ray(spec: str, store: str, options: SweepOptions, *, tasks: int) -> int:
     try:
         import ray  # optional
     except ImportError:
-        raise UserError("--launcher=ray needs Ray; install based-jax[ray].") from None
+        raise UserError(f"--launcher=ray needs Ray; {installs('ray')} brings it.") from None
     _left(load_sweep(spec), Store(store), print_at_once)  # what is impossible is refused before anything is started
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")

@@ -41,6 +41,8 @@ TOO_LATE = ("Event loop is closed", "ignored due to race condition")
 """Ends of what Python says of these."""
 CLOCK_STEPS = 10
 """Steps between looks at the clock where many processes must agree on what it says."""
+LEAST_SLICE_BYTES = 1 << 20
+"""Of a part that one of several devices with the same array writes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +251,8 @@ class Checkpoints(SavedCheckpoints):
         while self._corrupt:
             self._orbax.delete(self._corrupt.pop())
         metadata = {"checksums": _checksums(leaves)}
-        self._orbax.save_async(step, leaves, force=True, overwrite=True, custom_metadata=metadata)
+        with _saving():
+            self._orbax.save_async(step, leaves, force=True, overwrite=True, custom_metadata=metadata)
 
     @contextlib.contextmanager
     def _disk_errors(self):
@@ -300,6 +303,16 @@ def _preservation(config: CheckpointConfig):
     if config.keep_every is not None:
         kept.append(policies.EveryNSteps(config.keep_every))
     return policies.AnyPreservationPolicy(kept)
+
+
+def _saving() -> ocp.Context:
+    """Return Orbax's options: devices with the same array share in writing it from some size on.
+
+    Each part is one that JAX compiles a slice for, by shape and place, which takes longer than writing a small array.
+    """
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = LEAST_SLICE_BYTES
+    return context
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def test_a_topology_that_there_is_not_is_refused(name, slices, message):
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name, extra in (("v5e:2x2", "tpu"), ("h100:1x8", "gpu")):
-        with pytest.raises(UserError, match=rf"is not installed; pip install 'based-jax\[{extra}\]'"):
+        with pytest.raises(UserError, match=rf"is not installed; pip install -e '\.\[{extra}\]' in the checkout"):
             topology.find(name)
 
 

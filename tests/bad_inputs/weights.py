@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 from tests.bad_inputs.cases import Call, Command
 
 D, F, ROWS = 8, 16, 264
-FIELDS = {"n_embd": D, "n_layer": 1, "n_head": 2, "n_inner": F, "vocab_size": 257, "based_jax": {"tokenizer": "bytes"}}
+FIELDS = {"n_embd": D, "n_layer": 1, "n_head": 2, "n_inner": F, "vocab_size": 257, "rotary_emb_fraction": 0.5}
+FIELDS |= {"based_jax": {"tokenizer": "bytes"}}
 LAYER = "transformer.layers.0."
 WEIGHTS = {
     "transformer.embeddings.word_embeddings.weight": (ROWS, D),
@@ -72,6 +73,7 @@ def export(name, *words, sentence, prepare=lambda folder: None):
     return Command(name, ("export", "<text_run>", *words), sentence, prepare)
 
 
+OURS = b'{"model_type": "based_jax", "based_jax": {"tokenizer": "bytes"}}'
 HEADER = (1000).to_bytes(8, "little")
 INDEX = "model.safetensors.index.json"
 COMMAND = b"\x80\x02cos\nsystem\n(" + torch_files.text("touch ran") + b"tR."
@@ -96,6 +98,7 @@ CASES: tuple[Command | Call, ...] = (
     hf("an empty config.json of a model", "names no tokenizer", released(config=b"{}")),
     hf("a model_type of none", "Unknown model_type of config.json 'lama'", released(model_type="lama", based_jax={})),
     hf("ten million layers", "they are of 1 layers, and n_layer is 10000000.", released(n_layer=10**7)),
+    hf("ours without a model", "'<tmp>/config.json' lacks 'model' of this package.", released(config=OURS)),
     hf("no layers", "n_layer is 0; it is at least 1.", released(n_layer=0)),
     hf("layers beyond all", "n_layer is 1000000000000, which is no int of a model.", released(n_layer=10**12)),
     hf("a width in words", "n_embd is '8', which is no int of a model.", released(n_embd="8")),
@@ -173,6 +176,9 @@ CASES: tuple[Command | Call, ...] = (
         ("generate", "--hf=<tmp>", "--tokenizer=<tmp>/config.json", "--prompt=a"),
         "'<tmp>/config.json' is no file of a tokenizer",
         released(),
+    ),
+    export(
+        "a layout of no name", "--hf=<new>", "--layout=lama", sentence="Unknown layout 'lama': did you mean 'llama'"
     ),
     export("an export to nowhere", sentence="Nothing to write; give --hf=DIR, --orbax=DIR or --safetensors=FILE."),
     export("an export to no name", "--hf=", sentence="--hf is '', which names nothing"),

@@ -49,7 +49,9 @@ SMALL = [
     Case("short_conv_step", (2, 8), (4,)),
     Case("gated_short_conv_step", (2, 8), (3,)),
     Case("few_tokens_product", (3, 8), (6,)),
+    Case("few_tokens_products", (3, 8), (6, 5)),
     Case("few_tokens_gated", (3, 8), (6,)),
+    Case("few_tokens_residual_norm", (3, 8), (6,)),
 ]
 
 

@@ -200,10 +200,10 @@ def test_eps_reaches_the_norms_of_a_mixer(kind):
 def test_what_a_file_leaves_out_is_told(llama, caplog):
     change(llama)
     fields = json.loads((llama / "config.json").read_text())
-    kept = {key: fields[key] for key in fields.keys() - {"rope_theta", "tie_word_embeddings"}}
+    kept = {key: fields[key] for key in fields.keys() - {"rope_theta", "rms_norm_eps"}}
     (llama / "config.json").write_text(json.dumps(kept))
     assert load_hf(llama).config.layers[0][1]["rotary_base"] == 10000.0
-    assert "leaves out tie_word_embeddings False: taken as its publication's code does." in caplog.text
+    assert "leaves out rms_norm_eps 1e-06: taken as its publication's code does." in caplog.text
     assert "leaves out rope_theta 10000.0: taken" in caplog.text
 
 
@@ -431,6 +431,7 @@ def test_save_overwrites_nothing(folder, tmp_path):
         ({"alt_mixer": {"num_heads": 2, "feature_dim": 2}}, r"proj_k.weight' has shape \(8, 16\); the model's is \(4,"),
         ({"n_inner": 1000}, r"fc1.weight' has shape \(64, 16\); the model's is \(2048, 16\)"),
         ({"n_layer": "7"}, "a value of the wrong type"),
+        ({"mixer": None, "rotary_emb_fraction": None}, "rotary_emb_fraction is None, which is no float"),
         ({"n_layer": 8}, r"lack 'transformer.layers.7"),
         ({"alt_mixer": None, "rotary_emb_fraction": 0.5}, "Wqkv"),
     ],
@@ -440,6 +441,15 @@ def test_a_config_that_describes_another_model_is_refused(folder, fields, messag
     change(folder, **fields)
     with pytest.raises(UserError, match=message):
         load_hf(folder)
+
+
+def test_an_attention_model_has_to_say_which_share_rotary_turns(rng, tmp_path):
+    save_hf(random_lm(MODELS["attention"], rng), tmp_path / "hf")
+    fields = json.loads((tmp_path / "hf/config.json").read_text())
+    del fields["rotary_emb_fraction"]
+    (tmp_path / "hf/config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="lacks 'rotary_emb_fraction' of HazyResearch/based"):
+        load_hf(tmp_path / "hf")
 
 
 def test_folders_that_cannot_be_read_are_named(folder, tmp_path):

@@ -4,9 +4,12 @@ import os
 import sys
 
 import pytest
+import tokenizers
 from flax import nnx
 
-from based_jax.data.tokenizer import ByteTokenizer
+from based_jax.convert import load_hf
+from based_jax.convert.tokenizers import folder_tokenizer
+from based_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer
 from based_jax.errors import UserError
 from based_jax.evals import choices, harness
 from based_jax.evals.likelihood import Judge
@@ -14,7 +17,7 @@ from based_jax.nn.lm import LM, LMConfig
 
 TASKS = os.path.join(os.path.dirname(harness.__file__), "lm_eval_tasks")
 ROWS = 12
-WHY = "the extra `eval` brings lm-eval: pip install 'based-jax[eval]'"
+WHY = "the extra `eval` brings lm-eval: pip install -e '.[eval]'"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def test_without_lm_eval_one_sentence_says_what_brings_it(monkeypatch):
     for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.registry"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
-        UserError, match=r"lm-eval is not installed \(.*\); pip install 'based-jax\[eval\]' brings it\."
+        UserError, match=r"lm-eval is not installed \(.*\); pip install -e '\.\[eval\]' in the checkout brings it\."
     ):
         harness.register(lambda: None)
 
@@ -76,18 +79,16 @@ def test_lm_eval_s_other_requests(lm_eval, model):
 
 
 @pytest.mark.long
-def test_lm_eval_s_model_of_transformers_finds_the_same(lm_eval, tmp_path):
+@pytest.mark.parametrize("begins", [False, True], ids=["bare texts", "texts with a beginning"])
+def test_lm_eval_s_model_of_transformers_finds_the_same(begins, lm_eval, tmp_path):
     """A random Llama, written by transformers and read by `load_hf`."""
     torch = pytest.importorskip("torch", reason="transformers' models need torch")
     transformers = pytest.importorskip("transformers", reason="a model to compare with")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from based_jax.convert import load_hf
-    from based_jax.data.tokenizer_file import FileTokenizer
-
     torch.manual_seed(0)
-    tokenizer = byte_level_tokenizer(transformers, tmp_path)
+    tokenizer = byte_level_tokenizer(transformers, tmp_path, begins)
     config = transformers.LlamaConfig(
         vocab_size=264,
         hidden_size=32,
@@ -96,30 +97,32 @@ def test_lm_eval_s_model_of_transformers_finds_the_same(lm_eval, tmp_path):
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.4,
+        eos_token_id=tokenizer.eos_token_id,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     theirs = HFLM(pretrained=str(tmp_path), tokenizer=tokenizer, dtype="float32", device="cpu", max_length=128)
-    ours = harness.register(lambda: (load_hf(tmp_path, dtype="float32"), FileTokenizer(tmp_path / "tokenizer.json")))
+    ours = harness.register(lambda: (load_hf(tmp_path, dtype="float32"), folder_tokenizer(tmp_path)))
     ours = ours(batch_size=2, max_length=128)
-    pairs = [("The cat sat on", " the mat"), ("A", " dog"), ("Why? " * 30, "Because.")]
+    pairs = [("The cat sat on", " the mat"), ("A ", "dog"), ("Why? " * 30, "Because."), ("", "cat")]
     requests = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)]
     for (a, greedy_a), (b, greedy_b) in zip(ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True):
         assert a == pytest.approx(b, abs=1e-4) and greedy_a == greedy_b
     options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
-    requests = [Instance("generate_until", {}, (prompt, options), place) for place, (prompt, _) in enumerate(pairs)]
+    requests = [Instance("generate_until", {}, (prompt, options), place) for place, (prompt, _) in enumerate(pairs[:3])]
     assert ours.generate_until(requests) == theirs.generate_until(requests)
 
 
-def byte_level_tokenizer(transformers, folder):
-    """Write a tokenizer of single bytes, and return it as transformers reads it."""
-    import tokenizers
-
+def byte_level_tokenizer(transformers, folder, begins):
+    """Write a tokenizer of single bytes, which may put an id before each text; return it as transformers reads it."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: place for place, letter in enumerate([*alphabet, "<|endoftext|>"])}
+    vocab = {letter: place for place, letter in enumerate([*alphabet, END_OF_TEXT, "<s>"])}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    made.add_special_tokens([END_OF_TEXT, "<s>"])
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
+    special = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    if begins:
+        template = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+        made.post_processor, special["bos_token"] = template, "<s>"
     made.save(str(folder / "tokenizer.json"))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special)

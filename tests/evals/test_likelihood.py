@@ -5,10 +5,11 @@ from helpers.cases import parametrize_some
 
 from based_jax.data.tokenizer import ByteTokenizer
 from based_jax.errors import UserError
-from based_jax.evals import choices
+from based_jax.evals import choices, harness
 from based_jax.evals.choices import choices_of, encoded, likelihoods_of, scores_of
 from based_jax.evals.harness import HarnessModel
 from based_jax.evals.likelihood import Continuation, Judge, Likelihood, likelihoods, strided
+from based_jax.generate import Sampling
 from based_jax.nn.lm import LM, LMConfig
 
 LAYERS = {
@@ -105,12 +106,25 @@ def test_texts_of_windows_are_the_sum_of_their_tokens(model):
     assert short.whole_texts([text]) == pytest.approx([expected], rel=1e-5)
 
 
-def test_answers_end_before_a_stop_and_keep_the_end_of_a_prompt(model):
+def test_answers_end_before_a_stop_and_keep_the_end_of_a_prompt(model, monkeypatch):
     asked = HarnessModel(model, ByteTokenizer(), batch_size=2, max_length=16)
-    text = ByteTokenizer().decode(greedy(model, ByteTokenizer().encode("e prompt"), 8))
-    options = {"max_gen_toks": 8, "do_sample": False}
-    found = dict(asked.answers([("the prompt", options | {"until": [text[3:5]]}), ("prompt", options)]))
-    assert found[0] == text[: text.find(text[3:5])] and len(found) == 2
+    seen = []
+
+    def answered(decoder, requests, batch_size):
+        seen.extend(requests)
+        return ((place, list(b"one. two")) for place in reversed(range(len(requests))))
+
+    monkeypatch.setattr(harness, "answered", answered)
+    drawn = {"do_sample": True, "temperature": 0.5, "top_k": 3, "max_gen_toks": 4}
+    found = dict(asked.answers([("the long prompt", {"max_gen_toks": 8, "until": [".", ""]}), ("a", drawn)]))
+    assert found == {0: "one", 1: "one. two"}
+    assert [bytes(x.prompt) for x in seen] == [b"g prompt", b"a"]
+    assert [(x.max_new_tokens, x.sampling, x.stop_ids) for x in seen] == [
+        (8, Sampling(), (256, ord("."))),
+        (4, Sampling(0.5, 3), (256,)),
+    ]
+    greedily = [("a", {"do_sample": False, "temperature": 0.9, "max_gen_toks": 4})]
+    assert list(asked.answers(greedily)) and seen[-1].sampling == Sampling()
     with pytest.raises(UserError, match="Option 'beams' of generation is unknown; there are until, max_gen_toks"):
         list(asked.answers([("a", {"beams": 3})]))
     with pytest.raises(UserError, match="max_gen_toks is 16; it is less than max_length, 16"):
@@ -159,6 +173,19 @@ def test_a_text_behind_a_context_is_divided_as_lm_eval_does():
     assert encoded(ByteTokenizer(), "ab", " c") == (list(b"ab"), list(b" c"))
     assert encoded(ByteTokenizer(), "ab  ", "c") == (list(b"ab"), list(b"  c"))
     assert encoded(ByteTokenizer(), "", "c") == ([256], list(b"c"))
+
+
+class BegunBytes(ByteTokenizer):
+    """Bytes of a model whose texts begin with an id."""
+
+    beginning = (7,)
+
+
+def test_what_begins_a_text_stands_before_its_context(model):
+    assert encoded(BegunBytes(), "ab", " c") == ([7, *b"ab"], list(b" c"))
+    assert encoded(BegunBytes(), "", "c") == ([7], list(b"c"))
+    asked = HarnessModel(model, BegunBytes(), batch_size=15, max_length=64)
+    assert asked.whole_texts(["cat"]) == pytest.approx([by_hand(model, [7], list(b"cat"))[0]], rel=1e-5)
 
 
 def test_metrics_by_hand():

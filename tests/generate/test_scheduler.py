@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 from helpers.cases import parametrize_some
@@ -160,6 +161,25 @@ def test_log_probabilities_are_those_of_the_models_own_distribution(decoder, alo
     )
 
 
+def test_the_likeliest_tokens_are_told_to_who_asks_for_them(decoder, alone):
+    """Beside a request that does not, whose answer they do not change; the greedy token is the first of them."""
+    asked = [dataclasses.replace(REQUESTS[number], top_log_probs=count) for number, count in ((2, 5), (1, 2))]
+    scheduler, found = scheduler_of(decoder, slots=3), [([], [], []) for _ in range(3)]
+    for request in (*asked, REQUESTS[0]):
+        scheduler.submit(request)
+    for event in finished(scheduler):
+        for kept, new in zip(found[event.id], (event.tokens, event.log_probs, event.top_log_probs), strict=True):
+            kept += new
+    (tokens, _, likely), (greedy, greedy_log_probs, two), (others, _, none) = found
+    assert (tokens, greedy, others) == (alone[2][0], alone[1][0], alone[0][0]) and none == []
+    assert [next(iter(top.items())) for top in two] == list(zip(greedy, greedy_log_probs, strict=True))
+    text = jax.numpy.asarray([[*REQUESTS[2].prompt, *tokens]])
+    logits = nnx.jit(decoder.layout.model(decoder.params))(text)[0, 39:-1, :257]
+    values, ids = jax.lax.top_k(jax.nn.log_softmax(logits), 5)
+    assert [list(top) for top in likely] == ids.tolist()
+    assert np.allclose([list(top.values()) for top in likely], values, atol=1e-4)
+
+
 def test_stop_ids_end_a_request_and_are_left_out(decoder, alone):
     tokens = alone[0][0]
     stopping = Request([72, 105], 7, HOT, stop_ids=(tokens[5], tokens[3]), seed=3)
@@ -236,6 +256,7 @@ def test_a_request_goes_on_from_a_state_as_from_its_tokens(decoder, alone):
             r"^The state is of model other; this model is [0-9a-f]{32}, with its weights, dtype, flush",
         ),
         (Request([1], 1, state="kept"), r"^state is 'kept'; it is a State, as state_after returns it\.$"),
+        (Request([1], 1, top_log_probs=6), r"^top_log_probs is 6; it is 0 to 5\.$"),
         (Request([1], 1, stop_ids=5), r"^stop_ids is 5; it is a tuple of token ids\.$"),
         (Request([1], 1, stop_strings="ab"), r"^stop_strings is 'ab'; it is a tuple of texts\.$"),
         ([1], r"^A request is \[1\]; it is a Request, as in Request\(\[72, 105\]\)\.$"),

@@ -6,12 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.cases import parametrize_some
+from helpers.devices import gpus
+from helpers.small_mixers import SMALL
 from jax._src.ad_checkpoint import saved_residuals
 
 from based_jax.errors import UserError
-from based_jax.nn import block
+from based_jax.nn import block, layers
 from based_jax.nn.block import REMAT_POLICIES, Block, Stack, Stream, repeating_patterns
 from based_jax.nn.lm import LMConfig
+from based_jax.ops import dispatch
 
 D, T = 16, 9
 PATTERN = (("conv", {}), ("taylor", {"num_heads": 2, "feature_dim": 4}))
@@ -26,8 +30,8 @@ def test_residual_stream_is_fp32(dtype, normal):
     block, r = Block(*PATTERN[0], config(dtype=dtype), rngs=nnx.Rngs(0)), normal(2, T, D)
     out = jax.jit(lambda block, r: block.extend(Stream(r)).total())(block, r)
     prefilled, cache = jax.jit(lambda block, r: block.prefill(r, block.init_cache(2, T)))(block, r)
-    stepped, _ = jax.jit(lambda block, r, cache: block.step(r, cache))(block, r[:, 0], cache)
-    assert {x.dtype for x in (out, prefilled, stepped)} == {jnp.dtype("float32")}
+    stepped, _ = jax.jit(lambda block, r, cache: block.step(Stream(r), cache))(block, r[:, 0], cache)
+    assert {x.dtype for x in (out, prefilled, stepped.total())} == {jnp.dtype("float32")}
     assert cache.state.dtype == dtype
     assert not np.array_equal(out, out.astype(jnp.bfloat16))
 
@@ -113,7 +117,7 @@ def test_arrays_of_another_number_of_repeats_are_refused():
     stack, other = (Stack(PATTERN, repeats, config(), rngs=nnx.Rngs(0)) for repeats in (2, 3))
     r, cache = jnp.zeros((1, T, D)), stack.init_cache(1, T)
     with pytest.raises(UserError, match=r"cache '0/state' .* repeated 2 times has shape \(3, .*its first axis is 2\.$"):
-        stack.step(r[:, 0], other.init_cache(1, T))
+        stack.step(Stream(r[:, 0]), other.init_cache(1, T))
     nnx.update(stack, nnx.state(other))
     for call in (lambda: stack.extend(Stream(r)), lambda: stack.prefill(r, cache)):
         with pytest.raises(UserError, match=r"parameter '0/.*' of a pattern .* 2 times has shape \(3,"):
@@ -157,3 +161,23 @@ def test_repeating_patterns_put_together_are_the_layers(rng):
         layers = list(rng.integers(0, 3, size=rng.integers(1, 30)))
         groups = repeating_patterns(layers)
         assert [x for pattern, repeats in groups for x in list(pattern) * repeats] == layers
+
+
+@pytest.mark.parametrize(("norm", "operation"), [("rms", "few_tokens_residual_norm"), ("layer", "residual_layer_norm")])
+def test_the_norm_behind_a_decode_step_s_layer_computes_its_last_product(norm, operation):
+    """On a GPU; no block leaves its sum to a product of its own, which RMS norm would not read."""
+    stack = Stack(PATTERN, 1, config(norm=norm), rngs=nnx.Rngs(0))
+    with gpus(), dispatch.recorded_choices() as choices:
+        stream, _ = jax.eval_shape(lambda r: stack.step(Stream(r), stack.init_cache(3, T)), jnp.zeros((3, D)))
+    assert isinstance(stream.y, layers.Projected) and operation in choices
+    assert ("residual_rms_norm" in choices) == ("few_tokens_residual_norm" in choices) == (norm == "rms")
+
+
+@parametrize_some("kind", sorted({*SMALL, "conv"}), ["taylor"])
+def test_every_mixer_takes_a_decode_step_on_a_gpu(kind):
+    """What its layers leave to the norm behind them, it does not touch."""
+    pattern = ((kind, SMALL.get(kind, {})),)
+    stack = Stack(pattern, 1, LMConfig(layers=pattern, d_model=D), rngs=nnx.Rngs(0))
+    with gpus():
+        found = jax.eval_shape(lambda r: stack.step(Stream(r), stack.init_cache(3, T))[0].total(), jnp.zeros((3, D)))
+    assert found == jax.ShapeDtypeStruct((3, D), jnp.float32)

@@ -90,6 +90,18 @@ def test_log_probabilities_are_the_scheduler_s_and_stand_where_their_tokens_do(c
         assert token == "\ufffd" or choice.text[offset:].startswith(token)
 
 
+def test_the_likeliest_tokens_stand_beside_those_that_are_drawn(completions):
+    fields = {"max_tokens": 6, "temperature": 2, "seed": 1}
+    own, found = (create(completions, **fields, logprobs=count).choices[0].logprobs for count in (0, 2))
+    assert own.token_logprobs == found.token_logprobs and own.top_logprobs is None
+    for token, log_prob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+        assert token in top and len(top) <= 3 and (token == "\ufffd" or top[token] == log_prob)
+        assert max(top.values()) >= log_prob
+    _, chunks = streamed(completions, **fields, logprobs=2)
+    parts = [choice.logprobs for chunk in chunks for choice in chunk.choices if choice.logprobs]
+    assert [top for part in parts for top in part.top_logprobs or ()] == found.top_logprobs
+
+
 def test_no_request_waits_for_a_compiler(completions):
     """Prompts of any number of tokens, whole chunks and padded ones, and those that go on from a state."""
     programs = intake._read, rows.decoding_loop, rows._with_rows

@@ -91,4 +91,6 @@ def test_what_is_missing_is_named(capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(WORDS) == 2
-    assert capsys.readouterr().err == "Error: serve needs uvicorn: pip install 'based-jax[serve]' brings it.\n"
+    assert (
+        capsys.readouterr().err == "Error: serve needs uvicorn: pip install -e '.[serve]' in the checkout brings it.\n"
+    )

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from based_jax import optim
+from based_jax import optim, parallel
 from based_jax.errors import UserError
 from based_jax.train import checkpoint
 from based_jax.train.checkpoint import CheckpointConfig, Checkpoints
@@ -70,6 +70,21 @@ def test_round_trip_is_bitwise(tmp_path):
         assert step == 7
         assert_same(state, init(7))
         assert_same(checkpoints.restore(abstract(), step=3)[1], init(3))
+
+
+@pytest.mark.parametrize("least, is_cut", [(checkpoint.LEAST_SLICE_BYTES, False), (64, True)])
+def test_devices_with_the_same_array_share_in_writing_a_large_one(tmp_path, monkeypatch, least, is_cut):
+    """Each cuts its part out; of a small one none does, for which JAX would compile a program by shape and place."""
+    cuts, cut = [], jax.lax.slice_in_dim
+    monkeypatch.setattr(checkpoint, "LEAST_SLICE_BYTES", least)
+    monkeypatch.setattr(jax.lax, "slice_in_dim", lambda x, **place: cuts.append(place) or cut(x, **place))
+    everywhere = NamedSharding(parallel.make_mesh({"data": 2}, jax.devices()[:2]), P())
+    state = {"large": jax.device_put(np.arange(2 * 19, dtype=np.float32).reshape(2, 19), everywhere)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, wait=True)
+        found = checkpoints.restore({"large": jax.ShapeDtypeStruct((2, 19), np.float32, sharding=everywhere)})[1]
+    assert_same(found, state)
+    assert len(cuts) == 2 * is_cut
 
 
 def test_the_saved_arrays_may_be_donated_at_once(tmp_path):

@@ -15,6 +15,7 @@ from based_jax.bench.catalogue import (
     steps,
     taylor,
     taylor_decode,
+    token_layers,
 )
 from based_jax.bench.catalogue.operation import Case, Operation
 from based_jax.errors import UserError, unknown
@@ -57,10 +58,14 @@ OPERATIONS: dict[str, Operation] = {
     "dplr_step": steps.DPLR_STEP,
     "selective_scan_step": steps.SELECTIVE_SCAN_STEP,
     "raw_selective_scan_step": steps.RAW_SELECTIVE_SCAN_STEP,
+    "token_mlp": token_layers.TOKEN_MLP,
+    "token_conv": token_layers.TOKEN_CONV,
     "short_conv_step": steps.SHORT_CONV_STEP,
     "gated_short_conv_step": steps.GATED_SHORT_CONV_STEP,
     "few_tokens_product": few_tokens.FEW_TOKENS_PRODUCT,
+    "few_tokens_products": few_tokens.FEW_TOKENS_PRODUCTS,
     "few_tokens_gated": few_tokens.FEW_TOKENS_GATED,
+    "few_tokens_residual_norm": few_tokens.FEW_TOKENS_RESIDUAL_NORM,
 }
 
 TIMED = {name: key for key, operation in OPERATIONS.items() for name in operation.timed}

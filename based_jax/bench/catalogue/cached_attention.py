@@ -87,13 +87,18 @@ def _attended(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> j
 
 def _step_cases() -> tuple[Case, ...]:
     make = functools.partial(Case, "attention_step")
+    split = functools.partial(make, impl="triton_splits")
     return (
-        make((3, 4), (64, 64, 4, 300), quick=True),
-        *(make((5, 6), (72, 72, 6, 1), dtype=dtype) for dtype in ("bfloat16", "float16")),
-        *(make((5, 8), (128, 128, 2, 1030), dtype=dtype) for dtype in ("bfloat16", "float16")),
-        *(make((5, heads), dims) for heads, dims in ((24, (256, 256, 1, 700)), (4, (70, 70, 2, 2100)))),
-        make((1, 24), (72, 72, 24, 16384)),
-        make((128, 24), (72, 72, 24, 300)),
+        make((3, 16), (64, 64, 16, 300), quick=True),
+        make((128, 16), (112, 112, 16, 129)),
+        make((5, 32), (16, 16, 32, 3)),
+        make((2, 48), (128, 128, 48, 1030)),
+        split((3, 4), (64, 64, 4, 300)),
+        *(split((5, 6), (72, 72, 6, 1), dtype=dtype) for dtype in ("bfloat16", "float16")),
+        *(split((5, 8), (128, 128, 2, 1030), dtype=dtype) for dtype in ("bfloat16", "float16")),
+        *(split((5, heads), dims) for heads, dims in ((24, (256, 256, 1, 700)), (4, (70, 70, 2, 2100)))),
+        split((1, 24), (72, 72, 24, 16384)),
+        split((128, 24), (72, 72, 24, 300)),
     )
 
 
@@ -116,9 +121,9 @@ ATTENTION_STEP = Operation(
     oracle=lambda case: step_definition,
     # A key meets few queries: their products take no time.
     cost=lambda case, which: (moved_bytes(_step_arrays(case), _step(case.by("xla"))), 0.0),
-    kernels={"triton_splits": ("attention_step",)},
+    kernels={"hopper_rows": ("attention_step",), "triton_splits": ("attention_step",)},
     cases=_step_cases(),
-    small_cases=(Case("attention_step", (2, 4), (72, 72, 2, 300)),),
+    small_cases=(Case("attention_step", (2, 16), (64, 64, 16, 100)),),
     timed={"attention_step": _timed_step},
     timed_function=functools.partial(_step, full=True),
     passes=(FORWARD,),

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--limit is {args.limit}; it is at least 1.")
     sources = sources_of(args.data, choices.TASKS)
     asked = {name: choices.choices_of(name, sources.get(name), args.limit) for name in tasks}
-    model, tokenizer, _ = load_model_folder(args)
+    model, tokenizer = load_model_folder(args)
     judge = Judge(model, args.batch_size * args.max_length)
     for name, rows in asked.items():
         found = choices.likelihoods_of(judge, tokenizer, rows, args.max_length)

@@ -66,4 +66,4 @@ def load(
         wrong = f"has '{min(unknown)}'" if unknown else "has no folder"
         raise UserError(f"--model_args {wrong}; its keys are {KEYS}.")
     found = argparse.Namespace(model=str(folder), step=step, tokenizer=tokenizer, dtype=dtype, command="eval")
-    return load_model_folder(found)[:2]
+    return load_model_folder(found)

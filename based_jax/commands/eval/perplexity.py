@@ -11,15 +11,15 @@ examples:
 import argparse
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from based_jax.commands.parser import CommandParser, out_file
-from based_jax.commands.text_models import add_model_folder_arguments, load_model_folder
+from based_jax.commands.text_models import add_model_folder_arguments, find_model_folder, load_model_folder
 from based_jax.errors import UserError
 
 if TYPE_CHECKING:
     from based_jax.data.packing import PackedText
-    from based_jax.data.tokenizer import Tokenizer
+    from based_jax.data.tokenizer import TextTokenizer
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -44,13 +44,13 @@ def run(args: argparse.Namespace) -> None:
     from based_jax.evals.likelihood import Judge
     from based_jax.folders import writing
 
-    model, tokenizer, trained_length = load_model_folder(args)
-    length = args.length or trained_length
+    length = args.length or find_model_folder(args)
     if length is None:
         raise UserError("A folder of weights has no training length; give --length.")
     slicing = slices.Slicing(length, args.stride or max(length // 2, 1), args.rare)
+    model, tokenizer = load_model_folder(args)
     judge = Judge(model, args.batch_size * length)
-    packed = list(_packed(args, tokenizer))
+    packed = list(_packed(args, cast("TextTokenizer", tokenizer)))
     progress = Progress("Judged", sum(text.count("validation", "tokens") for text in packed), sys.stderr)
     found = slices.slice_losses(
         judge,
@@ -66,17 +66,20 @@ def run(args: argparse.Namespace) -> None:
             found.to_csv(args.out, index=False)
 
 
-def _packed(args: argparse.Namespace, tokenizer: "Tokenizer") -> "Iterator[PackedText]":
+def _packed(args: argparse.Namespace, tokenizer: "TextTokenizer") -> "Iterator[PackedText]":
     """Yield the packed text of --data, or of each corpus that the run was trained on."""
     from based_jax import config as configs
     from based_jax.data.packing import PackedText, default_cache_dir
     from based_jax.data.text import open_corpus
     from based_jax.train.run import TrainConfig
+    from based_jax.train.tasks import TextTask
 
-    if args.data is not None:
-        yield PackedText.open(open_corpus(args.data), tokenizer, default_cache_dir())
-    elif args.workdir is None:
+    if args.data is None and args.workdir is None:
         raise UserError("A folder of weights does not say what it was trained on; give --data.")
-    else:
-        for folder in configs.read(TrainConfig, args.workdir).data.open(1).folders:
-            yield PackedText.open(open_corpus(folder), tokenizer, default_cache_dir())
+    folders = [args.data]
+    if args.data is None:
+        task = configs.read(TrainConfig, args.workdir).data
+        assert isinstance(task, TextTask), "load_model_folder takes no other"
+        folders = list(task.open(1).folders)
+    for folder in folders:
+        yield PackedText.open(open_corpus(folder), tokenizer, default_cache_dir())

@@ -13,11 +13,15 @@ examples:
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from based_jax.commands.eval.sources import add_data_argument, sources_of
 from based_jax.commands.parser import CommandParser
-from based_jax.commands.text_models import add_model_folder_arguments, load_model_folder
+from based_jax.commands.text_models import add_model_folder_arguments, find_model_folder, load_model_folder
 from based_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from based_jax.evals.recall_tasks import Part
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -53,23 +57,30 @@ def run(args: argparse.Namespace) -> None:
     sources = sources_of(args.data, sets)
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}; it is at least 1.")
-    recall_tasks.parts_of(args.tasks.split(","), [], [1], 1)  # an unknown task before the model is read
+    recall.check_sizes(args.batch_size, args.max_length)
+    parts = _parts(args, find_model_folder(args))
+    recall_tasks.check_rows(parts, sources)
     store = Store(args.out)
     recall.rows_of(store)
     store.check_writable()
-    model, tokenizer, trained_length = load_model_folder(args)
-    lengths = [_length(word, trained_length) for word in args.lengths.split(",") if word]
-    reads = [_whole(word, "--reads") for word in args.reads.split(",")]
-    parts = recall_tasks.parts_of(args.tasks.split(","), lengths, reads, trained_length or args.max_length)
+    model, tokenizer = load_model_folder(args)
     name = args.name or Path(args.model).resolve().name
     asked = recall.Asked(name, Decoder.of(model), tokenizer, args.batch_size, args.max_length)
     selection = recall_tasks.Selection(tokenizer, sources, args.limit, args.seed)
-    for part in parts:
-        recall.check_part(asked, part, selection)
+    recall.check_made_up(asked, parts, selection)
     for part in parts:
         recall.run_part(asked, part, selection, store, sys.stderr)
     rows = [row for row in recall.rows_of(store) if row["fingerprint"] == asked.decoder.fingerprint]
     print(recall.table(recall.summaries(rows)).to_string(index=False))
+
+
+def _parts(args: argparse.Namespace, trained_length: int | None) -> "list[Part]":
+    """Return what is asked."""
+    from based_jax.evals.recall_tasks import parts_of
+
+    lengths = [_length(word, trained_length) for word in args.lengths.split(",") if word]
+    reads = [_whole(word, "--reads") for word in args.reads.split(",")]
+    return parts_of(args.tasks.split(","), lengths, reads, trained_length or args.max_length)
 
 
 def _length(word: str, trained_length: int | None) -> int:

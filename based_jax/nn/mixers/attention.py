@@ -170,7 +170,7 @@ class Attention(Mixer):
         return self._out(o), state
 
     @override
-    def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
+    def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
         if self.policy is None:
             o, after = self.read_token(x, state)
         else:
@@ -240,8 +240,8 @@ class Attention(Mixer):
         """
         if segment_ids is not None and not isinstance(segment_ids, Unbroken):
             order = segments.Order.of(segment_ids)
-            *moved, ids = (order.moved(x) for x in (*qkv, segment_ids))
-            o, state = self._read_by_places(policy, moved, state, Unbroken(ids))
+            qkv = [order.moved(x) for x in qkv]
+            o, state = self._read_by_places(policy, qkv, state, Unbroken(order.moved(segment_ids)))
             return order.moved_back(o), state
         ids = Unbroken(jnp.ones(qkv[0].shape[:2], jnp.int32)) if segment_ids is None else segment_ids
         kept, (_, k, v) = policy.kept(state.slots, self.config.cache_sinks), self._rotated(qkv, state.length, ids)

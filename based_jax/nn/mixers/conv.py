@@ -4,12 +4,15 @@ import dataclasses
 from typing import ClassVar, override
 
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.cache import Cache
 from based_jax.nn.mixer import Mixer, check_sizes
+from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.dispatch import beside
 from based_jax.ops.gated_conv import (
     IMPLEMENTATIONS,
@@ -18,6 +21,7 @@ from based_jax.ops.gated_conv import (
     gated_short_conv_step,
 )
 from based_jax.ops.projection import multiply
+from based_jax.ops.token_layer import token_conv
 
 Inputs = Float[Array, "B W inner"]
 
@@ -82,10 +86,19 @@ class GatedConv(Mixer):
         return gated_short_conv(product, self.conv_kernel[...], bias=bias, impl=self.config.impl, **options)
 
     @override
-    def _step(self, x: BD, state: Inputs) -> tuple[BD, Inputs]:
+    def _step(self, x: BD, state: Inputs) -> tuple[BD | layers.Projected, Inputs]:
         (product, bias), impl = self._product(x), beside(self.config.impl, STEP_IMPLEMENTATIONS)
         y, state = gated_short_conv_step(product, self.conv_kernel[...], state, bias=bias, impl=impl)
-        return self.out_proj(y), state
+        return layers.into_stream(self.out_proj, y), state
+
+    @override
+    def step_whole(self, r: BD, y: Pieces | None, norm: nnx.RMSNorm, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
+        if self.config.impl != "auto":
+            return None
+        first, second = (layer.kernel[...].astype(self.dtype) for layer in (self.in_proj, self.out_proj))
+        inner = first, self.in_proj.bias[...], self.conv_kernel[...], cache.state, second, self.out_proj.bias[...]
+        r, y, state = token_conv(r, y, norm.scale[...], *inner, eps=norm.epsilon)
+        return r, y, cache._replace(state=state)
 
     def _product(self, x: Float[Array, "*B D"]) -> tuple[Float[Array, "*B joint"], Float[Array, "joint"] | None]:
         """Return the projection without its bias, and the bias."""

@@ -86,7 +86,7 @@ class PrefixLinearAttention(TaylorAttention):
         return self._mix(x, state, segment_ids, None)
 
     @override
-    def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
+    def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
         """Mix one token behind the prefix and return the state after it."""
         before, length = state
         y, after = super()._step(x, before)

@@ -75,10 +75,10 @@ class TaylorAttention(Mixer):
         return self._out(o), taylor_decode.holding(sums, state)
 
     @override
-    def _step(self, x: BD, state: Any) -> tuple[BD, Any]:
+    def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
         (q, k, v), impl = self._qkv(x[:, None]), beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
         o, state = taylor_decode.taylor_attention_decode(q, k, v, state, impl=impl)
-        return self._out(o)[:, 0], state
+        return self._out(o[:, 0]), state
 
     @override
     def state_size(self, seq_len: int) -> int:
@@ -98,7 +98,8 @@ class TaylorAttention(Mixer):
         return projections + 4 * self.published_state_size(seq_len)
 
     def _qkv(self, x):
-        return tuple(layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_q, self.proj_k, self.proj_v))
+        products = layers.several((self.proj_q, self.proj_k, self.proj_v), x)
+        return tuple(layers.split_heads(y, self.config.num_heads) for y in products)
 
     def _out(self, o):
-        return self.out_proj(layers.merge_heads(o))
+        return layers.into_stream(self.out_proj, layers.merge_heads(o))

@@ -74,7 +74,7 @@ class WindowAttention(attention.Attention):
         return self._out(o[:, state.slots :]), state.extend((k, v), segment_ids)
 
     @override
-    def _step(self, x: BD, state: TokenCache) -> tuple[BD, TokenCache]:
+    def _step(self, x: BD, state: TokenCache) -> tuple[BD | layers.Projected, TokenCache]:
         o, state = self.read_token(x, state)
         return self._out(o), state
 

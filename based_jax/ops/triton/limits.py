@@ -3,6 +3,7 @@
 import importlib.util
 
 from based_jax import devices
+from based_jax.errors import installs
 from based_jax.ops.dispatch import target_device_kind
 
 PACKAGES = "triton", "jax_triton"
@@ -11,7 +12,7 @@ PACKAGES = "triton", "jax_triton"
 def missing_packages() -> str | None:
     """Return which packages are not installed, in a reason why no kernel can run, or None."""
     names = " and ".join(name for name in PACKAGES if importlib.util.find_spec(name) is None)
-    return f"{names} must be installed: pip install 'based-jax[triton]' brings them" if names else None
+    return f"{names} must be installed: {installs('triton')} brings them" if names else None
 
 
 def unknown_gpu() -> str | None:

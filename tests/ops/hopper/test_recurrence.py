@@ -45,7 +45,7 @@ def _gradients(*args, ids=None):
     "sizes",
     [
         {"B": 3, "T": 61, "K": 24, "V": 48, "dtype": "float32"},
-        {"K": 128, "V": 192},
+        pytest.param({"K": 128, "V": 192}, marks=pytest.mark.long),
         pytest.param({"V": 128}, marks=pytest.mark.long),
     ],
 )

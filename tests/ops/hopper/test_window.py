@@ -75,7 +75,7 @@ def _gradients(arrays, ids=None, window=64):
         ((2, 15, 2), 64, 65, True),
         pytest.param((1, 4097, 4), 64, 1, True, marks=pytest.mark.long),
         pytest.param((2, 512, 16), 112, 128, False, marks=pytest.mark.long),
-        ((2, 512, 16), 128, 129, True),
+        pytest.param((2, 512, 16), 128, 129, True, marks=pytest.mark.long),
     ],
 )
 def test_lowers_for_an_h100(shape, head_dim, window, packed):

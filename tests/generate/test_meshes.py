@@ -1,0 +1,121 @@
+"""Generation on a mesh: what each device computes, keeps and sends."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from helpers.cases import parametrize_some
+from helpers.decoding import random_decoder
+from helpers.hlo import Program
+
+from based_jax import parallel
+from based_jax.generate import Decoder, PrefixCache, Request, Scheduler
+from based_jax.generate.intake import _read
+from based_jax.generate.rows import Rows, decoding_loop
+from based_jax.generate.sampling import MOST_TOP
+from based_jax.generate.state_layout import StateLayout
+from based_jax.nn.lm_config import LMConfig
+
+BATCH, HEADS, ROOM, STEPS = 6, 4, 64, 8
+OPTIONS = {
+    "attention": {"num_heads": HEADS},
+    "gla": {"num_heads": HEADS, "expand_k": 1.0, "gate_low_rank_dim": 4},
+    "taylor": {"num_heads": HEADS, "feature_dim": 4},
+    "window": {"num_heads": HEADS, "window": 32},
+}
+PARTS = {
+    "attention": [(ROOM, 1, 8)] * 2,
+    "gla": [(1, 8, 8)],
+    "taylor": [(1, 15, 8), (1, 15)],
+    "window": [(32, 1, 8)] * 2,
+}
+"""What a device keeps of the state of each row, one head of four."""
+
+
+def decoder_of(*kinds):
+    return random_decoder(LMConfig(tuple((kind, OPTIONS[kind]) for kind in kinds), d_model=32, vocab_size=64))
+
+
+def placed(decoder, mesh):
+    """Return a decoder whose parameters lie on a mesh."""
+    return Decoder(decoder.layout, jax.device_put(decoder.params, parallel.shardings(decoder.params, mesh)))
+
+
+@pytest.fixture
+def mesh():
+    return parallel.make_mesh({"data": 2, "tensor": 4})
+
+
+def between(program, mesh):
+    """Return the numbers of elements of what devices send that differ in their place on "data", and on "tensor"."""
+    sizes, axes = tuple(mesh.shape.values()), map(mesh.axis_names.index, ("data", "tensor"))
+    return [[math.prod(x.shape) for x in program.exchanged(sizes, axis)] for axis in axes]
+
+
+@parametrize_some("kind", OPTIONS, ordinary=("gla",))
+def test_each_device_decodes_its_rows_and_heads_and_sends_no_state(kind, mesh):
+    decoder = placed(decoder_of(kind), mesh)
+    with jax.set_mesh(mesh):
+        rows = Rows.of(decoder.init_cache(BATCH, ROOM), [Request([1])] * BATCH)
+        program = Program(
+            decoding_loop.lower(decoder.layout, STEPS, decoder.params, rows, np.int32(STEPS)).compile().as_text()
+        )
+    parts = [(BATCH // 2, *part) for part in PARTS[kind]]
+    drawn = [(STEPS, BATCH // 2, MOST_TOP)] * 2
+    assert [shape for shape in program.carried() if len(shape) > 2] == parts + drawn
+    over_data, over_tensor = between(program, mesh)
+    assert max(over_data) <= STEPS * BATCH * MOST_TOP  # the tokens that were drawn
+    assert max(over_tensor) <= BATCH // 2 * 32 < max(map(math.prod, parts))  # activations
+
+
+@parametrize_some("kind", OPTIONS, ordinary=("window",))
+def test_of_prompts_that_are_read_their_own_states_are_sent_and_no_others(kind, mesh):
+    """Two rows of eight change devices where they are on another one, each its own heads alone."""
+    decoder, count = placed(decoder_of(kind), mesh), 2
+    with jax.set_mesh(mesh):
+        caches = decoder.init_cache(8, ROOM)
+        chunk = np.ones((count, 16), np.int32)
+        arguments = decoder.params, caches, np.asarray([0, 7], np.int32), np.bool_(False), chunk, chunk
+        heads = jax.jit(lambda *x: _read(decoder.layout, ROOM, *x)).lower(*arguments).compile().output_shardings
+        arguments = decoder.params, jax.device_put(caches, heads), *arguments[2:]
+        program = Program(_read.lower(decoder.layout, ROOM, *arguments).compile().as_text())
+    largest = max(map(math.prod, PARTS[kind]))
+    over_data, over_tensor = between(program, mesh)
+    assert largest <= max(over_data) <= count * largest
+    assert max(over_tensor) <= count * 16 * 32  # activations
+
+
+def test_a_state_is_taken_from_one_device_and_goes_on_on_another(mesh, normal):
+    decoder = decoder_of("taylor", "attention")
+    layout, rows = StateLayout(decoder), jax.NamedSharding(mesh, jax.P("data"))
+    caches = jax.tree.map(lambda x: jax.device_put(normal(*x.shape).astype(x.dtype), rows), decoder.init_cache(4, ROOM))
+    before = jax.tree.map(np.asarray, caches)
+    with jax.set_mesh(mesh):
+        after = jax.tree.map(np.asarray, layout.put(caches, 0, layout.take(caches, ROOM, row=3)))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(new, old[[3, 1, 2, 3]])
+
+
+def answered(decoder, prompts, cache):
+    """Return the tokens of each prompt, asked one after the other."""
+    scheduler = Scheduler(decoder, slots=2, max_len=ROOM, chunk_tokens=32, block_tokens=3, prefix_cache=cache)
+    tokens = []
+    for ids in prompts:
+        scheduler.submit(Request(ids, 4))
+        tokens.append([])
+        while scheduler.busy:
+            tokens[-1] += [token for event in scheduler.advance() for token in event.tokens]
+    return tokens
+
+
+@pytest.mark.long
+def test_states_of_prompts_are_kept_and_found_on_a_mesh(mesh, rng):
+    """As on one device, also where the row that goes on from a state is another device's than the row it is of."""
+    decoder, first = decoder_of("taylor", "window"), rng.integers(0, 64, 40, np.int32)
+    prompts = [first, first, np.append(first[:33], first[:9])]
+    alone = answered(decoder, prompts, PrefixCache(10**7))
+    cache = PrefixCache(10**7)
+    with jax.set_mesh(mesh):
+        assert answered(placed(decoder, mesh), prompts, cache) == alone
+    assert cache.metrics.tokens_restored == 39 + 32

@@ -1,0 +1,76 @@
+"""The Hopper kernel of a token's attention as far as a CPU can tell: refusals, lowering, the interpreter."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers.devices import gpus
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from based_jax.errors import UserError
+from based_jax.ops.decode_calls import AttentionStepCall
+from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step
+
+
+def _call(make, *, batch=2, slots=129, heads=16, groups=None, channels=112, dtype="bfloat16") -> AttentionStepCall:
+    cache = batch, slots, groups or heads, channels
+    arrays = make(batch, heads, channels), make(*cache), make(*cache)
+    length = jnp.asarray([slots, slots // 2, 1, 0][:batch], jnp.int32)
+    return AttentionStepCall(*(x.astype(dtype) for x in arrays), length)
+
+
+def _zeros(*shape):
+    return jnp.zeros(shape)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "float16"}, "q must be bfloat16, and is float16"),
+        ({"heads": 8}, "multiple of 16, each with its keys, and are 8 with keys of 8"),
+        ({"heads": 32, "groups": 16}, "are 32 with keys of 16"),
+        ({"channels": 72}, "multiple of 16 up to 128, of values as of keys, and are 72 and 72"),
+        ({"batch": 0}, "there must be keys"),
+    ],
+)
+def test_refusals_name_the_value(options, words):
+    with gpus(), pytest.raises(UserError, match=words):
+        attention_step(*_call(_zeros, **options)[:4], impl="hopper")
+
+
+@pytest.mark.parametrize("where", ["device", "mesh"])
+def test_lowers_for_an_h100(where):
+    call = _call(_zeros, heads=32)
+    with gpus(shape=(2, 2), names=("data", "tensor")) if where == "mesh" else gpus():
+        step = jax.jit(lambda *arrays: attention_step(*arrays, impl="hopper"))
+        assert "attention_step" in step.trace(*call[:4]).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Run the kernel in Pallas' interpreter, which looks for races."""
+    from pallas_kernels.hopper import attention_step as kernels
+
+    monkeypatch.setattr(kernels, "load_global", lambda ref, layout: ref[...])
+    monkeypatch.setattr(kernels, "load_tile", lambda lines, shape: lines[...].reshape(shape).astype(jnp.float32))
+    monkeypatch.setattr(kernels, "keep_plain", lambda *refs: None)
+    with gpus(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"batch": 2, "slots": 5, "channels": 16},
+        pytest.param({"batch": 4, "slots": 43, "heads": 32, "channels": 112}, marks=pytest.mark.long),
+    ],
+)
+def test_the_kernel_equals_the_oracle(sizes, normal, close, interpreted):
+    """Fewer keys than a tile has; more tiles than a ring has, two blocks of heads, a row of none. NaN lie behind."""
+    call = _call(normal, **sizes)
+    there = (jnp.arange(call.k.shape[1])[None] < call.length[:, None])[..., None, None]
+    stale = {name: jnp.where(there, getattr(call, name), jnp.nan) for name in "kv"}
+    found = ATTENTION_STEP["hopper_rows"].compute(call._replace(**stale))
+    exact = call._replace(**{name: getattr(call, name).astype(jnp.float32) for name in "qkv"})
+    close(found, ATTENTION_STEP["oracle"].compute(exact), "bfloat16")
+    assert not get_races().races_found
