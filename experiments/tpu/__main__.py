@@ -62,16 +62,17 @@ def table() -> str:
 def told(call: str, chip: str, rows: dict[str, dict]) -> dict[str, str]:
     """Return the cells of a call on a chip."""
     kernel, xla = rows["tpu"], rows.get("xla")
-    return {
+    cells = {
         "call": call,
         "chip": chip,
         "HBM, us": f"{kernel['hbm_microseconds']:.0f}",
         "kernel, 1000 cycles": f"{kernel['cycles'] / 1e3:.0f}",
-        "XLA's form": f"{xla['cycles'] / 1e3:.0f}" if xla else "",
-        "kernel keeps up at": f"{clock(kernel):.2f} GHz",
-        "XLA's form at": f"{clock(xla):.2f} GHz" if xla else "",
-        "states copied": "no" if not kernel["copied"] else "yes",
+        "keeps up at": f"{clock(kernel):.2f} GHz",
+        "states copied": "yes" if kernel["copied"] else "no",
     }
+    return cells | (
+        {"XLA's form, 1000 cycles": f"{xla['cycles'] / 1e3:.0f}", "its GHz": f"{clock(xla):.2f}"} if xla else {}
+    )
 
 
 def clock(row: dict) -> float:
