@@ -36,8 +36,8 @@ def residual_norm(r, sums, bias, scale, *, eps: float):
         *biases, total_ref, x_ref = rest
         token = lax.axis_index("block")
         parts = [sums_ref.at[piece, token] for piece in range(pieces)] + biases
-        r, scale, *parts = (load_global(ref, layout) for ref in (r_ref.at[token], scale_ref, *parts))
-        total = r + sum(parts).astype(jnp.bfloat16).astype(jnp.float32)
+        r, scale, y, *others = (load_global(ref, layout) for ref in (r_ref.at[token], scale_ref, *parts))
+        total = r + sum(others, y).astype(jnp.bfloat16).astype(jnp.float32)
         save(total_ref.at[token], total)
         inverse = lax.rsqrt(jnp.sum(total * total) * (1.0 / channels) + eps)
         save(x_ref.at[token], total * inverse * scale)
