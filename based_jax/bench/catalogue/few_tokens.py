@@ -50,8 +50,8 @@ def gated_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
 def _cases(name: str) -> tuple[Case, ...]:
     make = functools.partial(Case, name)
     return (
-        make((3, 192), (320,), quick=True),
-        *(make((tokens, 64), (64,)) for tokens in (64, 65, 128)),
+        make((3, 192), (384,), quick=True),
+        *(make((tokens, 64), (128,)) for tokens in (64, 65, 128)),
         *(make((tokens, rows), (columns,)) for tokens in (1, 128) for rows, columns in ((1792, 7168), (4096, 2048))),
     )
 
