@@ -68,7 +68,7 @@ def checked_ids(name: str, prompt: Any, vocab_size: int) -> Int[np.ndarray, "_"]
         raise UserError(f"{name} is empty; it needs at least one token.")
     ids = np.asarray(prompt) if hasattr(prompt, "__array__") else prompt
     if not (isinstance(ids, np.ndarray) and np.issubdtype(ids.dtype, np.integer)):
-        ids = _integers(name, list(ids))
+        ids = _integers(name, ids.tolist() if isinstance(ids, np.ndarray) else list(ids))
     for token in ids[(ids < 0) | (ids >= vocab_size)][:1]:
         raise UserError(f"{name} has id {token}; the model knows ids 0 to {vocab_size - 1}.")
     return ids.astype(np.int32)

@@ -38,7 +38,7 @@ CASES: tuple[Command | Call, ...] = (
     Command("no length", recall("--lengths=0"), "A length is 0; it is at least 1."),
     Command("a length in words", recall("--lengths=long"), "--lengths has 'long'; it has whole numbers"),
     Command("three readings", recall("--reads=3"), "A document is read 3 times; it is read 1 or 2 times."),
-    Command("no examples", recall("--limit=0"), "--limit is 0; it is at least 1."),
+    Command("no examples of recall", recall("--limit=0"), "--limit is 0; it is at least 1."),
     Command("no batch", recall("--batch-size=0"), "batch_size is 0; it is at least 1."),
     Command("no room for a document", recall("--max-length=48"), "max_length is 48; it is more than the 48 tokens"),
     Command("data of no task", recall("--data=fdb=x"), "Unknown set 'fdb': did you mean 'fda'?"),
