@@ -4,8 +4,9 @@ With the sums S of `ops/taylor.py` over the tokens that they hold, and the recen
 
     o_t = (phi(q_t)^T S + sum_j p_tj [v_j, 1])_V / (the same)_1
 
-so that a token reads the state and writes its own key and value alone. Where the next tokens have no room the recent
-ones are added to S: sums without a decay take tokens late at no loss. Tokens that were only drafted are taken back by
+so that a token reads the state and writes its own key and value alone. Where the next tokens of a row have no room its
+recent ones are added to S: sums without a decay take tokens late at no loss, and a row rounds them as it would alone,
+however full others are. Tokens that were only drafted are taken back by
 counting fewer recent ones, whatever follows them.
 
 A state whose values are rounded (`FORMATS`) loses what is small beside its sums each time it is written: such a state
@@ -169,7 +170,7 @@ def _read(q: BTHK, k, v, sums: TaylorSums, before: Int[Array, "B"]) -> BTHV:
 def _steps(
     call: TaylorDecodeCall, read: Callable[..., BTHV] = _read
 ) -> tuple[BTHV, TaylorSums, tuple | None, Int[Array, "B"] | None]:
-    """Add a token to the sums and read them; where there are recent tokens, add these once they have no room."""
+    """Add a token to the sums and read them; of recent tokens add those of each row that has no room, as if alone."""
     q, k, v, sums, tokens, length = call
     if tokens is None or length is None:
         sums = _written(*_with_tokens(sums, taylor_features(k).swapaxes(1, 2), v.swapaxes(1, 2)), sums)
@@ -177,15 +178,19 @@ def _steps(
 
     T, W = q.shape[1], tokens[0].shape[2]
 
-    def have_no_room(state):
-        return jnp.any(state[1] + T > W)
+    def is_full(length):
+        return length + T > W
 
     def flushed(state):
         sums, length = state
-        return _written(*_with_recent(sums, RecentTokens(*tokens, length)), sums), jnp.zeros_like(length)
+        full, written = is_full(length), _written(*_with_recent(sums, RecentTokens(*tokens, length)), sums)
+        kept = jax.tree.map(
+            lambda old, new: jnp.where(jnp.expand_dims(full, range(1, old.ndim)), new, old), sums, written
+        )
+        return kept, jnp.where(full, 0, length)
 
-    # A loop of one turn or none: a `cond` copies the sums that it leaves as they are.
-    sums, length = jax.lax.while_loop(have_no_room, flushed, (sums, length))
+    # A loop of one turn or none: a `cond` copies the sums that it leaves as they are. A turn reads those of all rows.
+    sums, length = jax.lax.while_loop(lambda state: jnp.any(is_full(state[1])), flushed, (sums, length))
     recent_k, recent_v = (_appended(held, new, length) for held, new in zip(tokens, (k, v), strict=True))
     return read(q, recent_k, recent_v, sums, length), sums, (recent_k, recent_v), length + T
 

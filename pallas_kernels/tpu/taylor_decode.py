@@ -43,7 +43,7 @@ def decode(q, k, v, values, scales, normaliser, recent_k, recent_v, count, befor
       normaliser: (H, E, B) fp32.
       recent_k, recent_v: (H, W, K, B) and (H, W, V, B) like q; W is at least T.
       count: recent tokens of each row (B,) int32.
-      before: the same, or 0 of all rows (B,): then the recent tokens are added to the state first.
+      before: the same, or 0 of a row (B,): then its recent tokens are added to the state first.
     """
     held = [values, *([] if scales is None else [scales]), normaliser, recent_k, recent_v]
     plan = Plan.of(q, v, held)
@@ -214,19 +214,20 @@ class Step:
         return (a + self.beside[0]) * (b + self.beside[1]) * self.beside[2]
 
     def flush(self) -> None:
-        """Add the recent tokens to the state."""
+        """Add the recent tokens of rows that have no room to the state."""
+        added = jnp.where(self.before[...] < self.count[...], self.count[...], 0)
 
         @pl.loop(0, self.plan.room)
         def expand(w):
-            self.phi_k[w] = jnp.where(w < self.count[...], self.features(self.recent_k[w]), 0.0)
+            self.phi_k[w] = jnp.where(w < added, self.features(self.recent_k[w]), 0.0)
 
         pl.loop(0, self.plan.chunk)(self.add)
         self.copy(0).start()
 
     def add(self, feature) -> None:
-        """Add the recent tokens to a feature of the state."""
-        of_head = pl.ds(self.number * self.plan.chunk + feature, 1)
-        x = self.values[feature].astype(jnp.float32)
+        """Add the recent tokens of rows that have no room to a feature of the state."""
+        of_head, is_full = pl.ds(self.number * self.plan.chunk + feature, 1), self.before[...] < self.count[...]
+        held = x = self.values[feature].astype(jnp.float32)
         for scales in self.scales:
             x = x * scales[of_head]
 
@@ -238,9 +239,9 @@ class Step:
         x, self.normaliser[of_head] = lax.fori_loop(0, self.plan.room, add_token, (x, self.normaliser[of_head]))
         for scales in self.scales:
             top = jnp.max(jnp.abs(x), axis=0, keepdims=True)
-            scales[of_head] = top * (1.0 / self.plan.largest)
+            scales[of_head] = jnp.where(is_full, top * (1.0 / self.plan.largest), scales[of_head])
             x = x * (self.plan.largest / jnp.maximum(top, 1e-30))
-            x = jnp.round(x) if self.plan.dtype == jnp.int8 else x
+            x = jnp.where(is_full, jnp.round(x) if self.plan.dtype == jnp.int8 else x, held)
         self.values[feature] = x.astype(self.plan.dtype)
 
     def read_state(self) -> None:

@@ -99,6 +99,23 @@ def test_drafted_tokens_equal_steps_and_are_taken_back(draw, close):
     close(total(state), sums)
 
 
+@parametrize_some("state_dtype", FORMATS, ["int8"])
+def test_a_row_is_rounded_as_beside_others_that_are_as_full_as_it_is(state_dtype, draw):
+    """Rows have no room one after the other; what a row holds beforehand, and when it is written, is its own."""
+    qkv, counts = draw(3, 40, 2, 8, 5), np.asarray([0, 5, 16], np.int32)
+
+    @jax.jit
+    def read(qkv, counts):
+        state = empty(qkv, flush=16, state_dtype=state_dtype)
+        o, after = in_steps(qkv, state._replace(recent=state.recent._replace(length=counts)))
+        return o, after.sums, after.recent.length
+
+    together = read(qkv, counts)
+    for row, count in enumerate(counts):
+        for found, wanted in zip(*map(jax.tree.leaves, (together, read(qkv, np.full(3, count)))), strict=True):
+            assert np.array_equal(found[row], wanted[row])
+
+
 @parametrize_some("flush", (16, 64), [16])
 def test_each_format_keeps_its_error_at_4096_tokens(flush, draw):
     qkv = draw(1, 4096, 1, 16, 32)

@@ -1,7 +1,6 @@
 """Decoding with Taylor attention through the Mosaic GPU kernel: which calls it takes, and what it leaves.
 
-Unlike the XLA form it adds each row's recent tokens to the state when that row has no room. Kernel:
-`pallas_kernels/hopper/taylor_decode.py`.
+Kernel: `pallas_kernels/hopper/taylor_decode.py`.
 """
 
 import jax.numpy as jnp

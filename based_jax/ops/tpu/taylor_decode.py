@@ -55,7 +55,7 @@ def _shard(call: TaylorDecodeCall):
 
     q, k, v, sums, tokens, length = call
     assert tokens is not None and length is not None, "`supports` demands recent tokens"
-    before = jnp.where(jnp.any(length + q.shape[1] > tokens[0].shape[2]), 0, length)
+    before = jnp.where(length + q.shape[1] > tokens[0].shape[2], 0, length)
     by_head = [None if x is None else jnp.moveaxis(x, 0, -1) for x in (q, k, v, *sums, *tokens)]
     results = sharded.launch(kernels.decode, *by_head, length, before)
     o, values, *scales, normaliser, recent_k, recent_v = (jnp.moveaxis(x, -1, 0) for x in results)
