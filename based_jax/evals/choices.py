@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from based_jax.evals.likelihood import Continuation, Judge, Likelihood, likeliho
 from based_jax.evals.scores import Mean, mean_of
 from based_jax.evals.sets import Row, read_rows, sample
 
+LISTS, LABELS = ("choices", "endings"), ("label", "answer")
+"""Fields that are lists of texts, and those that are numbers, written as a text or not; all others are texts."""
 BRACKETS = re.compile(r"\[.*?\]")
 
 
@@ -42,12 +44,12 @@ def of_lambada(row: Row) -> Choice:
 
 def of_arc(row: Row) -> Choice:
     """Return the choices of a question."""
-    return _choice(f"Question: {row['question']}\nAnswer:", row["choices"], row["label"])
+    return _choice(f"Question: {row['question']}\nAnswer:", row["choices"], int(row["label"]))
 
 
 def of_piqa(row: Row) -> Choice:
     """Return the two solutions of a goal."""
-    return _choice(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"])
+    return _choice(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
 
 
 def of_hellaswag(row: Row) -> Choice:
@@ -58,7 +60,7 @@ def of_hellaswag(row: Row) -> Choice:
 
 def of_winogrande(row: Row) -> Choice:
     """Return the end of a sentence behind each of two beginnings."""
-    before, after = row["sentence"].split("_", 1)
+    before, _, after = row["sentence"].partition("_")
     end = after.strip()
     pairs = [(before + row[name], f" {end}") for name in ("option1", "option2")]
     return Choice(pairs, int(row["answer"]) - 1, [len(end)] * 2)
@@ -93,16 +95,14 @@ def choices_of(name: str, source: str | None = None, limit: int | None = None) -
     """Return the choices of a task's rows, the first of them up to a limit.
 
     Raises:
-      UserError: the rows cannot be read, are not given, or lack a field.
+      UserError: the rows cannot be read, are not given, or lack a field, have nothing
+        to judge, or name a right choice that they do not have.
     """
     task = TASKS[name]
     if not (source := source or task.source):
         raise UserError(f"'{name}' has no rows here; give them by --data={name}=FILE.")
     rows = read_rows(source)[:limit]
-    for place, row in enumerate(rows, start=1):
-        if missing := [field for field in task.fields if row.get(field) is None]:
-            raise UserError(f"Row {place} of '{source}' has no '{missing[0]}'; it has {', '.join(task.fields)}.")
-    return [task.choice(row) for row in rows]
+    return [_checked_choice(task, row, f"Row {place} of '{source}'") for place, row in enumerate(rows, start=1)]
 
 
 def encoded(tokenizer: Tokenizer, context: str, text: str) -> Continuation:
@@ -139,6 +139,25 @@ def scores_of(choices: Sequence[Choice], found: Sequence[Sequence[Likelihood]]) 
         name: mean_of([float(a == b) for a, b in zip(chosen, labels, strict=True)], groups)
         for name, chosen in (("acc", by_sum), ("acc_norm", by_character))
     }
+
+
+def _checked_choice(task: ChoiceTask, row: Row, where: str) -> Choice:
+    for name in task.fields:
+        if not _is_of_kind(name, row.get(name)):
+            fields = ", ".join(task.fields)
+            raise UserError(f"{where} has no '{name}' of the right kind; a row of this task has {fields}.")
+    found, right = task.choice(row), task.fields[-1]
+    if not 0 <= found.label < len(found.pairs):
+        raise UserError(f"{where} has {right} {row[right]!r:.60}, which is none of its {len(found.pairs)} choices.")
+    if not all(found.sizes):
+        raise UserError(f"{where} has an empty text to judge; each has at least one character.")
+    return found
+
+
+def _is_of_kind(name: str, value: Any) -> bool:
+    if name in LISTS:
+        return isinstance(value, list) and all(isinstance(x, str) for x in value)
+    return str(value).isdecimal() if name in LABELS else isinstance(value, str)
 
 
 def _choice(context: str, texts: Sequence[str], label: int) -> Choice:

@@ -7,6 +7,7 @@ longer than the model is to read loses its beginning.
 import dataclasses
 import hashlib
 import json
+import types
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
@@ -31,6 +32,15 @@ DOCUMENT_TOKENS = 2048
 """That a model reads of a document at most, with what it says, by default."""
 PART_KEYS = ("model", "fingerprint", "task", "length", "reads", "source", "max_length")
 """What rows that are averaged have in common."""
+KINDS: dict[str, type | types.UnionType] = {
+    **dict.fromkeys(PART_KEYS, str),
+    **dict.fromkeys(("length", "max_length"), int | None),
+    "reads": int,
+    "metric": str,
+    "group": str,
+    **dict.fromkeys(scores.SCORES, int | float),
+}
+"""What summaries read of a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +173,18 @@ def rows_of(store: Store) -> list[dict[str, Any]]:
     """Return the rows of a store; UserError where one is none of recall."""
     rows = store.rows()
     for row in rows:
-        if missing := [key for key in (*PART_KEYS, "metric", "group", *scores.SCORES) if key not in row]:
-            raise UserError(f"Row '{row['id']}' of '{store.path}' is none of `eval recall`: it has no '{missing[0]}'.")
+        if wrong := _wrong_key(row):
+            told = f"its {wrong} is {row[wrong]!r:.60}" if wrong in row else f"it has no '{wrong}'"
+            raise UserError(f"Row '{row['id']}' of '{store.path}' is none of `eval recall`: {told}.")
     return rows
+
+
+def _wrong_key(row: Mapping[str, Any]) -> str | None:
+    """Return the first key that a row lacks, or whose value none of recall has."""
+    for key, kind in KINDS.items():
+        if key not in row or not isinstance(row[key], kind):
+            return key
+    return next((key for key, known in (("task", TASKS), ("metric", scores.SCORES)) if row[key] not in known), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ samples, so that they run anywhere.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -214,9 +215,16 @@ def _digest(text: str) -> str:
 
 def _check_fields(row: Row, place: int, fields: Sequence[str], source: str) -> None:
     for name in fields:
-        kinds: tuple[type, ...] = (str, list, dict) if name == "answers" else (str,)
-        if not isinstance(row.get(name), kinds):
+        if not _is_of_kind(name, row.get(name)):
             raise UserError(
                 f"Row {place + 1} of '{source}' has no '{name}' of the right kind; a row of this task has"
                 f" {', '.join(fields)}."
             )
+
+
+def _is_of_kind(name: str, value: Any) -> bool:
+    """Return whether a field is a text, or answers: a text, a list, or SQuAD's {"text": list}."""
+    if name == "answers":
+        value = value.get("text") if isinstance(value, dict) else value
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(x, str | int) for x in value))
+    return isinstance(value, str)

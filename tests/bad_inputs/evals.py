@@ -1,5 +1,7 @@
 """Evaluations on tasks."""
 
+import json
+
 from tests.bad_inputs.cases import Call, Command
 from tests.bad_inputs.weights import released
 
@@ -24,9 +26,23 @@ def choices(*words, tasks="arc_easy"):
     return ("eval", "choices", "--model=<text_run>", f"--tasks={tasks}", *words)
 
 
+def judged(name, fields, sentence):
+    """Return the case of a task of choices whose row has bad fields."""
+    row = rows(b'{"question": "q", ' + fields + b"}\n")
+    return Command(name, choices("--data=arc_easy=<tmp>/rows.jsonl"), sentence, row)
+
+
 def perplexity(*words, model="<text_run>"):
     """Return the words of an evaluation by slice."""
     return ("eval", "perplexity", f"--model={model}", *words)
+
+
+def plotted(name, changed, sentence):
+    """Return the case of a plot of a row of recall with a bad value."""
+    row = {"id": "a", "model": "m", "fingerprint": "f", "task": "fda", "length": None, "reads": 1, "source": "s"}
+    row |= {"max_length": 64, "metric": "contains", "group": "g", "contains": 0.0, "f1": 0.0, "exact": 0.0} | changed
+    command = ("eval", "plot", "--rows=<tmp>", "--out=<new>")
+    return Command(name, command, sentence, rows(json.dumps(row).encode() + b"\n"))
 
 
 CASES: tuple[Command | Call, ...] = (
@@ -64,6 +80,32 @@ CASES: tuple[Command | Call, ...] = (
     Command(
         "rows of another set", choices("--data=arc_easy=<tmp>/rows.jsonl"), "has no 'question'", rows(b'{"a": 1}\n')
     ),
+    Command("a seed below 0", recall("--seed=-1"), "--seed is -1; it is at least 0."),
+    Command("data of a task that is not asked", recall("--data=fda=x"), "'fda', which is none of --tasks: extraction."),
+    Command("data twice", recall(*["--data=extraction=x"] * 2), "--data has 'extraction' twice; a task has one"),
+    shard(
+        "answers of no kind",
+        b'{"context": "a", "question": "b", "answers": {"text": 5}}\n',
+        "Row 1 of '<tmp>/rows.jsonl' has no 'answers' of the right kind",
+        task="squad_questions",
+    ),
+    judged("a label in letters", b'"choices": ["a", "b"], "label": "A"', "has no 'label' of the right kind; a row"),
+    judged("a label of no choice", b'"choices": ["a", "b"], "label": 7', "has label 7, which is none of its 2"),
+    judged("choices by name", b'"choices": {"text": ["a"]}, "label": 0', "has no 'choices' of the right kind; a row"),
+    judged("no choices", b'"choices": [], "label": 0', "has label 0, which is none of its 0 choices."),
+    judged("an empty choice", b'"choices": ["a", ""], "label": 0', "Row 1 of '<tmp>/rows.jsonl' has an empty text"),
+    Command(
+        "a sentence without a gap",
+        choices("--data=winogrande=<tmp>/rows.jsonl", tasks="winogrande"),
+        "Row 1 of '<tmp>/rows.jsonl' has an empty text to judge",
+        rows(b'{"sentence": "a", "option1": "a", "option2": "b", "answer": "1"}\n'),
+    ),
+    Command("no batch of choices", choices("--batch-size=0"), "--batch-size is 0; it is at least 1."),
+    Command("no length of choices", choices("--max-length=0"), "--max-length is 0; it is at least 1."),
+    Command("windows of nothing", perplexity("--length=0"), "stride is 1 and length 0; they are 1 <= stride"),
+    Command("a stride of nothing", perplexity("--stride=0"), "stride is 0 and length 32; they are 1 <= stride"),
+    Command("no batch of windows", perplexity("--batch-size=0"), "--batch-size is 0; it is at least 1."),
+    Command("slices as a picture", perplexity("--out=<new>.png"), "--out is '<new>.png'; its name ends in .csv."),
     Command("a model in another dtype", recall("--dtype=int8"), "dtype"),
     Command("perplexity of MQAR", perplexity(model="<mqar_run>"), "needs a run on 'text'"),
     Command("no stride", perplexity("--stride=-1"), "stride is -1 and length 32; they are 1 <= stride <= length."),
@@ -77,4 +119,6 @@ CASES: tuple[Command | Call, ...] = (
         "Row 'a' of '<tmp>' is none of `eval recall`: it has no 'model'.",
         rows(b'{"id": "a"}\n'),
     ),
+    plotted("a plot of an unknown task", {"task": "zzz"}, "is none of `eval recall`: its task is 'zzz'."),
+    plotted("a plot of a score in words", {"contains": "x"}, "is none of `eval recall`: its contains is 'x'."),
 )

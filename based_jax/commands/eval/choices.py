@@ -32,9 +32,11 @@ def run(args: argparse.Namespace) -> None:
     for name in tasks:
         if name not in choices.TASKS:
             raise unknown("task", name, choices.TASKS)
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}; it is at least 1.")
-    sources = sources_of(args.data, choices.TASKS)
+    numbers = {"limit": args.limit, "batch-size": args.batch_size, "max-length": args.max_length}
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; it is at least 1.")
+    sources = sources_of(args.data, choices.TASKS, tasks)
     asked = {name: choices.choices_of(name, sources.get(name), args.limit) for name in tasks}
     model, tokenizer = load_model_folder(args)
     judge = Judge(model, args.batch_size * args.max_length)

@@ -42,12 +42,17 @@ def run(args: argparse.Namespace) -> None:
     from based_jax.data.progress import Progress
     from based_jax.evals import slices
     from based_jax.evals.likelihood import Judge
-    from based_jax.folders import writing
+    from based_jax.folders import make_folder, write_whole
 
-    length = args.length or find_model_folder(args)
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}; it is at least 1.")
+    if args.out is not None and args.out.suffix != ".csv":
+        raise UserError(f"--out is '{args.out}'; its name ends in .csv.")
+    trained_length = find_model_folder(args)
+    length = trained_length if args.length is None else args.length
     if length is None:
         raise UserError("A folder of weights has no training length; give --length.")
-    slicing = slices.Slicing(length, args.stride or max(length // 2, 1), args.rare)
+    slicing = slices.Slicing(length, max(length // 2, 1) if args.stride is None else args.stride, args.rare)
     model, tokenizer = load_model_folder(args)
     judge = Judge(model, args.batch_size * length)
     packed = list(_packed(args, cast("TextTokenizer", tokenizer)))
@@ -62,8 +67,8 @@ def run(args: argparse.Namespace) -> None:
     progress.close()
     print(found.to_string(index=False, float_format="%.4f"))
     if args.out is not None:
-        with writing(args.out):
-            found.to_csv(args.out, index=False)
+        make_folder(args.out.parent)
+        write_whole(args.out, found.to_csv(index=False))
 
 
 def _packed(args: argparse.Namespace, tokenizer: "TextTokenizer") -> "Iterator[PackedText]":

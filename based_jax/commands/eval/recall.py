@@ -54,9 +54,11 @@ def run(args: argparse.Namespace) -> None:
     from based_jax.store import Store
 
     sets = [name for name, task in recall_tasks.TASKS.items() if isinstance(task, recall_tasks.SetTask)]
-    sources = sources_of(args.data, sets)
+    sources = sources_of(args.data, sets, args.tasks.split(","))
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}; it is at least 1.")
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}; it is at least 0.")
     recall.check_sizes(args.batch_size, args.max_length)
     parts = _parts(args, find_model_folder(args))
     recall_tasks.check_rows(parts, sources)
