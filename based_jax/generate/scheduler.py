@@ -45,8 +45,8 @@ class Scheduler:
       model: the language model.
       slots: how many requests are decoded together.
       max_len: the most tokens of a prompt with its continuation.
-      prefix_cache: where states of prompts are kept and found. What others have left there decides where the pieces of a
-        prompt end, and so how its state is rounded.
+      prefix_cache: where states of prompts are kept and found. What others have left there decides where the pieces of
+        a prompt end, and so how its state is rounded.
       tokenizer: makes text of tokens; stop strings need it.
       block_tokens: drawn for each request by one `advance`, at most, beside the first ones of others.
       chunk_tokens: of prompts that one program reads, with their padding, at most.
