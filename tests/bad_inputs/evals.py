@@ -80,7 +80,7 @@ CASES: tuple[Command | Call, ...] = (
     Command(
         "rows of another set", choices("--data=arc_easy=<tmp>/rows.jsonl"), "has no 'question'", rows(b'{"a": 1}\n')
     ),
-    Command("a seed below 0", recall("--seed=-1"), "--seed is -1; it is at least 0."),
+    Command("a seed of recall below 0", recall("--seed=-1"), "--seed is -1; it is at least 0."),
     Command("data of a task that is not asked", recall("--data=fda=x"), "'fda', which is none of --tasks: extraction."),
     Command("data twice", recall(*["--data=extraction=x"] * 2), "--data has 'extraction' twice; a task has one"),
     shard(
