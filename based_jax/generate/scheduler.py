@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -45,8 +46,8 @@ class Scheduler:
       model: the language model.
       slots: how many requests are decoded together.
       max_len: the most tokens of a prompt with its continuation.
-      prefix_cache: where states of prompts are kept and found. What others have left there decides where the pieces of a
-        prompt end, and so how its state is rounded.
+      prefix_cache: where states of prompts are kept and found. What others have left there decides where the pieces of
+        a prompt end, and so how its state is rounded.
       tokenizer: makes text of tokens; stop strings need it.
       block_tokens: drawn for each request by one `advance`, at most, beside the first ones of others.
       chunk_tokens: of prompts that one program reads, with their padding, at most.
@@ -209,4 +210,5 @@ def _likeliest(task: Task, tokens: np.ndarray, log_probs: np.ndarray) -> list[di
     if not (count := task.request.top_log_probs):
         return []
     places = zip(tokens[:, :count].tolist(), log_probs[:, :count].tolist(), strict=True)
-    return [dict(zip(*place, strict=True)) for place in places]
+    # Where the vocabulary has fewer, token 0 stands again in place of more, at -inf.
+    return [{token: x for token, x in zip(*place, strict=True) if x > -math.inf} for place in places]
