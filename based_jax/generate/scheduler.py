@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -209,4 +210,5 @@ def _likeliest(task: Task, tokens: np.ndarray, log_probs: np.ndarray) -> list[di
     if not (count := task.request.top_log_probs):
         return []
     places = zip(tokens[:, :count].tolist(), log_probs[:, :count].tolist(), strict=True)
-    return [dict(zip(*place, strict=True)) for place in places]
+    # Where the vocabulary has fewer, token 0 stands again in place of more, at -inf.
+    return [{token: x for token, x in zip(*place, strict=True) if x > -math.inf} for place in places]

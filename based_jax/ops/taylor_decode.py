@@ -6,8 +6,8 @@ With the sums S of `ops/taylor.py` over the tokens that they hold, and the recen
 
 so that a token reads the state and writes its own key and value alone. Where the next tokens of a row have no room its
 recent ones are added to S: sums without a decay take tokens late at no loss, and a row rounds them as it would alone,
-however full others are. Tokens that were only drafted are taken back by
-counting fewer recent ones, whatever follows them.
+however full others are. Tokens that were only drafted are taken back by counting fewer recent ones, whatever follows
+them.
 
 A state whose values are rounded (`FORMATS`) loses what is small beside its sums each time it is written: such a state
 takes `MIN_ROUNDED_FLUSH` tokens at once or more. The normaliser is fp32 in each format.

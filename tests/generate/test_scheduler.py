@@ -180,6 +180,14 @@ def test_the_likeliest_tokens_are_told_to_who_asks_for_them(decoder, alone):
     assert np.allclose([list(top.values()) for top in likely], values, atol=1e-4)
 
 
+def test_all_tokens_of_a_small_vocabulary_are_told_once():
+    scheduler = scheduler_of(random_decoder(LMConfig((LAYERS[0],), d_model=16, vocab_size=3)))
+    scheduler.submit(Request([1], 3, top_log_probs=5))
+    found = [top for event in finished(scheduler) for top in event.top_log_probs]
+    assert [sorted(top) for top in found] == [[0, 1, 2]] * 3
+    assert [sum(np.exp([*top.values()])) for top in found] == pytest.approx([1.0] * 3)
+
+
 def test_stop_ids_end_a_request_and_are_left_out(decoder, alone):
     tokens = alone[0][0]
     stopping = Request([72, 105], 7, HOT, stop_ids=(tokens[5], tokens[3]), seed=3)
