@@ -7,14 +7,19 @@ import numpy as np
 
 from based_jax import config as configs
 from based_jax.convert.fields import Family, Keys
-from based_jax.convert.folders import Fields
+from based_jax.convert.folders import CONFIG_FILE, Fields
+from based_jax.errors import UserError
 from based_jax.nn.lm import LMConfig
 
 MODEL_TYPE = "based_jax"
 
 
 def _values(fields: Fields, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    return fields["model"]
+    model = fields["model"]
+    layers, told = model.get("layers"), fields.get("num_layers")
+    if isinstance(layers, list) and told not in (None, len(layers)):
+        raise UserError(f"num_layers is {told} in {CONFIG_FILE}, but model.layers has {len(layers)}; they are as many.")
+    return model
 
 
 def _config_json(config: LMConfig) -> Fields:

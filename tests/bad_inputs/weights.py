@@ -74,6 +74,7 @@ def export(name, *words, sentence, prepare=lambda folder: None):
 
 
 OURS = b'{"model_type": "based_jax", "based_jax": {"tokenizer": "bytes"}}'
+OTHER_LAYERS = OURS[:-1] + b', "num_layers": 1, "model": {"layers": [["conv", {}], ["conv", {}]]}}'
 HEADER = (1000).to_bytes(8, "little")
 INDEX = "model.safetensors.index.json"
 COMMAND = b"\x80\x02cos\nsystem\n(" + torch_files.text("touch ran") + b"tR."
@@ -99,6 +100,9 @@ CASES: tuple[Command | Call, ...] = (
     hf("a model_type of none", "Unknown model_type of config.json 'lama'", released(model_type="lama", based_jax={})),
     hf("ten million layers", "they are of 1 layers, and n_layer is 10000000.", released(n_layer=10**7)),
     hf("ours without a model", "'<tmp>/config.json' lacks 'model' of this package.", released(config=OURS)),
+    hf(
+        "ours of other layers", "num_layers is 1 in config.json, but model.layers has 2;", released(config=OTHER_LAYERS)
+    ),
     hf("no layers", "n_layer is 0; it is at least 1.", released(n_layer=0)),
     hf("layers beyond all", "n_layer is 1000000000000, which is no int of a model.", released(n_layer=10**12)),
     hf("a width in words", "n_embd is '8', which is no int of a model.", released(n_embd="8")),
