@@ -183,9 +183,7 @@ class _Strip:
 
         @pl.when(is_fetcher)
         def fetch_all():
-            mosaic.begin_next()
             pl.loop(0, self.slots)(lambda n: self.fetch_matrix(n))
-            mosaic.await_previous()
             pl.loop(0, self.slots)(lambda n: self.fetch_tokens(n))
             pl.loop(self.slots, self.chunks)(lambda n: self.fetch_again(n))
 

@@ -62,22 +62,6 @@ def save(ref, x) -> None:
     ref[...] = x.astype(ref.dtype)
 
 
-OVERLAPS = False
-"""Whether kernels begin before the one before them has ended; it waits for a GPU."""
-
-
-def begin_next() -> None:
-    """Let the kernel behind this one in the stream begin, as far as it does not read what this one writes."""
-    if OVERLAPS:
-        plgpu.griddepcontrol_launch_dependents()
-
-
-def await_previous() -> None:
-    """Wait until the kernel before this one in the stream has written all that it writes."""
-    if OVERLAPS:
-        plgpu.griddepcontrol_wait()
-
-
 def await_warp() -> None:
     """Wait for the other lanes of the warp: what any of them has read before, all may overwrite from here on."""
     plgpu.inline_mgpu()(lambda _: warp_barrier())()

@@ -13,8 +13,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import mosaic
-
 WARPGROUP_LANES = 128
 """Of a warpgroup; the channels of the arrays that the kernels copy come in rows of as many."""
 
@@ -79,14 +77,8 @@ class Ring:
 
 def kernel(body: Callable, name: str, blocks: int, out_type: list, scratch: list) -> Callable:
     """Return a kernel of `blocks` blocks of one warpgroup."""
-
-    def behind(*refs):
-        mosaic.begin_next()
-        mosaic.await_previous()
-        body(*refs)
-
     return plgpu.kernel(
-        behind,
+        body,
         out_type=out_type,
         scratch_types=scratch,
         grid=(blocks,),
