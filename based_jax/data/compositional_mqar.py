@@ -17,8 +17,8 @@ import numpy as np
 
 from based_jax.data.checks import check_examples, check_ints
 from based_jax.data.legacy_random import uniform_choices, weighted_choices
-from based_jax.data.mqar import check_gaps, fill
-from based_jax.data.segments import Examples, Split, check_segments, segment_and_seed
+from based_jax.data.mqar import MqarConfig, MqarSegment, check_gaps, fill
+from based_jax.data.segments import Examples
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
 
@@ -36,8 +36,7 @@ def compositional_mqar(
 
     Raises UserError unless num_kv_pairs is a square, seq_len is even and 6 * num_kv_pairs <= seq_len < vocab_size.
     """
-    _check(vocab_size, seq_len, num_kv_pairs)
-    check_examples(num_examples, seq_len, vocab_size, seed)
+    _check(vocab_size, num_examples, seq_len, num_kv_pairs, seed)
     check_gaps(power_a, random_non_queries)
     rng, third = np.random.RandomState(seed), vocab_size // 3
     first, second = _key_pairs(rng, third, num_kv_pairs, num_examples)
@@ -77,7 +76,7 @@ def _lay_out(seq_len: int, first: np.ndarray, second: np.ndarray, values: np.nda
     return inputs, labels
 
 
-def _check(vocab_size: int, seq_len: int, num_kv_pairs: int) -> None:
+def _check(vocab_size: int, num_examples: int, seq_len: int, num_kv_pairs: int, seed: int) -> None:
     check_ints(vocab_size=vocab_size, seq_len=seq_len, num_kv_pairs=num_kv_pairs)
     if num_kv_pairs < 1 or math.isqrt(num_kv_pairs) ** 2 != num_kv_pairs:
         raise UserError(f"num_kv_pairs is {num_kv_pairs}; it is a square, such as 4, 9 or 16.")
@@ -85,75 +84,39 @@ def _check(vocab_size: int, seq_len: int, num_kv_pairs: int) -> None:
         raise UserError(f"seq_len {seq_len} must be even and at least 6 times num_kv_pairs ({num_kv_pairs}).")
     if vocab_size <= seq_len:
         raise UserError(f"vocab_size {vocab_size} must be larger than seq_len {seq_len}.")
+    check_examples(num_examples, seq_len, vocab_size, seed)
 
 
 @dataclass(frozen=True)
-class CompositionalMqarSegment:
-    """Examples of one length and one number of pairs of keys."""
+class CompositionalMqarConfig(MqarConfig):
+    """A whole task of compositional MQAR, of segments like MQAR's."""
 
-    num_examples: int
-    seq_len: int
-    num_kv_pairs: int
-
-    @property
-    def name(self) -> str:
-        """The length and the number of pairs, such as "64x4"."""
-        return f"{self.seq_len}x{self.num_kv_pairs}"
-
-
-@dataclass(frozen=True)
-class CompositionalMqarConfig:
-    """A whole task of compositional MQAR."""
-
-    train: tuple[CompositionalMqarSegment, ...]
-    test: tuple[CompositionalMqarSegment, ...]
-    vocab_size: int = 8192
-    seed: int = 123
-    power_a: float = 0.01
-    random_non_queries: bool = True
-
-    def __post_init__(self):
-        check_segments("Compositional MQAR", self.train, self.test, self.seed)
-        for segment in self.train + self.test:
-            _check(self.vocab_size, segment.seq_len, segment.num_kv_pairs)
-            check_examples(segment.num_examples, segment.seq_len, self.vocab_size, self.seed)
-        check_gaps(self.power_a, self.random_non_queries)
-
-    def generate(self, split: Split, index: int) -> Examples:
-        """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""
-        segment, seed = segment_and_seed(self.train, self.test, self.seed, split, index)
-        return compositional_mqar(
-            self.vocab_size,
-            segment.num_examples,
-            segment.seq_len,
-            segment.num_kv_pairs,
-            seed,
-            self.power_a,
-            self.random_non_queries,
-        )
+    title = "Compositional MQAR"
+    drawn = staticmethod(compositional_mqar)
+    check = staticmethod(_check)
 
 
 PRESETS = {
     # lengths of MQAR's "figure2", with squares of pairs as far as they have room
     "default": CompositionalMqarConfig(
         train=(
-            CompositionalMqarSegment(100_000, 64, 4),
-            CompositionalMqarSegment(20_000, 128, 9),
-            CompositionalMqarSegment(20_000, 256, 16),
-            CompositionalMqarSegment(20_000, 256, 36),
+            MqarSegment(100_000, 64, 4),
+            MqarSegment(20_000, 128, 9),
+            MqarSegment(20_000, 256, 16),
+            MqarSegment(20_000, 256, 36),
         ),
         test=(
-            CompositionalMqarSegment(1_000, 64, 4),
-            CompositionalMqarSegment(1_000, 64, 9),
-            CompositionalMqarSegment(1_000, 128, 16),
-            CompositionalMqarSegment(1_000, 256, 36),
-            CompositionalMqarSegment(1_000, 512, 64),
-            CompositionalMqarSegment(1_000, 1024, 144),
+            MqarSegment(1_000, 64, 4),
+            MqarSegment(1_000, 64, 9),
+            MqarSegment(1_000, 128, 16),
+            MqarSegment(1_000, 256, 36),
+            MqarSegment(1_000, 512, 64),
+            MqarSegment(1_000, 1024, 144),
         ),
     ),
     "tiny": CompositionalMqarConfig(
-        train=(CompositionalMqarSegment(50, 24, 4), CompositionalMqarSegment(21, 32, 4)),
-        test=(CompositionalMqarSegment(10, 24, 4), CompositionalMqarSegment(11, 32, 1)),
+        train=(MqarSegment(50, 24, 4), MqarSegment(21, 32, 4)),
+        test=(MqarSegment(10, 24, 4), MqarSegment(11, 32, 1)),
         vocab_size=64,
     ),
 }

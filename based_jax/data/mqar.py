@@ -129,16 +129,20 @@ class MqarConfig:
     power_a: float = 0.01
     random_non_queries: bool = True
 
+    title = "MQAR"
+    drawn = staticmethod(mqar)
+    check = staticmethod(_check)
+
     def __post_init__(self):
-        check_segments("MQAR", self.train, self.test, self.seed)
+        check_segments(self.title, self.train, self.test, self.seed)
         for segment in self.train + self.test:
-            _check(self.vocab_size, segment.num_examples, segment.seq_len, segment.num_kv_pairs, self.seed)
+            self.check(self.vocab_size, segment.num_examples, segment.seq_len, segment.num_kv_pairs, self.seed)
         check_gaps(self.power_a, self.random_non_queries)
 
     def generate(self, split: Split, index: int) -> Examples:
         """Return (inputs, labels) of a segment, int32 (num_examples, seq_len)."""
         segment, seed = segment_and_seed(self.train, self.test, self.seed, split, index)
-        return mqar(
+        return self.drawn(
             self.vocab_size,
             segment.num_examples,
             segment.seq_len,

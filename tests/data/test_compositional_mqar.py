@@ -1,12 +1,8 @@
 import numpy as np
 import pytest
 
-from based_jax.data.compositional_mqar import (
-    PRESETS,
-    CompositionalMqarConfig,
-    CompositionalMqarSegment,
-    compositional_mqar,
-)
+from based_jax.data.compositional_mqar import PRESETS, CompositionalMqarConfig, compositional_mqar
+from based_jax.data.mqar import MqarSegment
 from based_jax.errors import UserError
 from based_jax.labels import NO_LABEL
 
@@ -53,10 +49,10 @@ def test_neither_key_tells_the_value():
     "changes, message",
     [
         ({"vocab_size": 32}, "vocab_size 32"),
-        ({"test": (CompositionalMqarSegment(1, 32, 5),)}, "num_kv_pairs is 5; it is a square"),
-        ({"test": (CompositionalMqarSegment(1, 32, 0),)}, "num_kv_pairs is 0; it is a square"),
-        ({"test": (CompositionalMqarSegment(1, 22, 4),)}, "seq_len 22"),
-        ({"test": (CompositionalMqarSegment(1, 25, 4),)}, "seq_len 25"),
+        ({"test": (MqarSegment(1, 32, 5),)}, "num_kv_pairs is 5; it is a square"),
+        ({"test": (MqarSegment(1, 32, 0),)}, "num_kv_pairs is 0; it is a square"),
+        ({"test": (MqarSegment(1, 22, 4),)}, "seq_len 22"),
+        ({"test": (MqarSegment(1, 25, 4),)}, "seq_len 25"),
     ],
 )
 def test_bad_values_are_named(changes, message):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.cases import parametrize_some
 from helpers.devices import tpus
+from helpers.taylor_states import arguments_of
 from helpers.tpu_compiler import SLICES, compiled_text, needs_libtpu
 from helpers.tpu_interpreter import interpreted
 
@@ -22,11 +23,8 @@ from pallas_kernels.tpu import taylor_decode as kernels
 COPIED = re.compile(r"= \w+\[([\d,]+)\]\S* copy\(")
 
 
-def arguments_of(B=128, T=1, H=16, K=16, V=112, dtype="bfloat16", **form):
-    """Return q, k, v and a state without tokens."""
-    form = {"flush": 16} | form
-    q, v = (jnp.zeros((B, T, H, dim), dtype) for dim in (K, V))
-    return q, q, v, initial_state(B, H, K, V, dtype=jnp.dtype(dtype), **form)
+SIZES = {"B": 128, "H": 16, "V": 112}
+"""Of a call that `auto` gives to the kernel."""
 
 
 @pytest.mark.parametrize(
@@ -40,7 +38,7 @@ def arguments_of(B=128, T=1, H=16, K=16, V=112, dtype="bfloat16", **form):
 )
 def test_refusals_name_the_value(sizes, words):
     with tpus(), pytest.raises(UserError, match=words):
-        jax.eval_shape(lambda: taylor_attention_decode(*arguments_of(**{"H": 2} | sizes), impl="tpu"))
+        jax.eval_shape(lambda: taylor_attention_decode(*arguments_of(**SIZES | {"H": 2} | sizes), impl="tpu"))
 
 
 # (dtype of the state, of tokens, B, T, H, K, V, W, recent tokens, bytes of a block): a row without room and others,
@@ -86,7 +84,7 @@ def test_it_equals_the_xla_form(state_dtype, dtype, B, T, H, K, V, W, counts, bl
 @pytest.mark.parametrize(("shape", "rows", "heads"), [((1,), 256, 16), ((2, 2), 128, 8)], ids=str)
 def test_auto_lowers_for_tpus_each_with_its_rows_and_heads(shape, rows, heads):
     with tpus(shape=shape), recorded_choices() as choices:
-        traced = jax.jit(taylor_attention_decode).trace(*jax.eval_shape(lambda: arguments_of(B=256)))
+        traced = jax.jit(taylor_attention_decode).trace(*jax.eval_shape(lambda: arguments_of(**SIZES | {"B": 256})))
         text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert list(choices["taylor_attention_decode"]) == ["tpu_steps"]
     [kernel] = re.findall(r"@tpu_custom_call\(.*?\) .*?: \(.*", text)
@@ -95,7 +93,7 @@ def test_auto_lowers_for_tpus_each_with_its_rows_and_heads(shape, rows, heads):
 
 def test_auto_leaves_few_rows_to_xla():
     with tpus(shape=(2,)), recorded_choices() as choices:
-        jax.eval_shape(lambda: taylor_attention_decode(*arguments_of(B=128)))
+        jax.eval_shape(lambda: taylor_attention_decode(*arguments_of(**SIZES)))
     assert list(choices["taylor_attention_decode"]) == ["xla_steps"]
 
 
@@ -105,7 +103,7 @@ def test_auto_leaves_few_rows_to_xla():
 @pytest.mark.parametrize("name", SLICES)
 def test_states_are_written_where_they_lie_by_each_generation(name, state_dtype):
     """Neither they nor recent tokens are copied, as they lie before and after."""
-    arguments = jax.eval_shape(lambda: arguments_of(state_dtype=state_dtype))
+    arguments = jax.eval_shape(lambda: arguments_of(**SIZES, state_dtype=state_dtype))
     text = compiled_text(name, lambda *x: taylor_attention_decode(*x, impl="tpu"), *arguments, donate=(3,))
     assert text.count('custom_call_target="tpu_custom_call"') == 1
     assert {"128,16,153,112", "128,16,16,112", "128,16,16,16"}.isdisjoint(COPIED.findall(text))
@@ -115,7 +113,7 @@ def test_states_are_written_where_they_lie_by_each_generation(name, state_dtype)
 @pytest.mark.long
 def test_nothing_of_a_state_is_copied_in_a_loop():
     """As tokens follow each other: q, k and v of what the one before gave."""
-    *_, state = jax.eval_shape(arguments_of)
+    *_, state = jax.eval_shape(lambda: arguments_of(**SIZES))
     weights = jax.ShapeDtypeStruct((16 * 112, 16 * (16 + 16 + 112)), jnp.bfloat16)
 
     def tokens(x, weights, state):

@@ -6,19 +6,13 @@ import pytest
 from helpers import cuda_plugin, triton_interpreter
 from helpers.cases import parametrize_some
 from helpers.devices import gpus
+from helpers.taylor_states import arguments_of
 
 from based_jax.errors import UserError
 from based_jax.ops.decode_calls import RecentTokens, TaylorDecodeCall
 from based_jax.ops.dispatch import recorded_choices
 from based_jax.ops.taylor import taylor_attention
 from based_jax.ops.taylor_decode import IMPLEMENTATIONS, holding, initial_state, taylor_attention_decode
-
-
-def arguments_of(B=2, T=1, H=2, K=16, V=64, dtype="bfloat16", **form):
-    """Return q, k, v and a state without tokens."""
-    form = {"flush": 16} | form
-    q, v = (jnp.zeros((B, T, H, dim), dtype) for dim in (K, V))
-    return q, q, v, initial_state(B, H, K, V, dtype=jnp.dtype(dtype), **form)
 
 
 @pytest.mark.parametrize(
