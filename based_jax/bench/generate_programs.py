@@ -13,10 +13,11 @@ from jaxtyping import Array, Int
 
 from based_jax import compilation
 from based_jax.bench.decode_state import array_bytes, at_length, random_state, random_weights
+from based_jax.generate.blocks import Block, decode
 from based_jax.generate.decoder import Caches, Decoder, layout_of
 from based_jax.generate.prefill import Chunk, prefill_chunk
 from based_jax.generate.requests import Request
-from based_jax.generate.rows import Block, Rows, decode
+from based_jax.generate.rows import Rows
 from based_jax.nn.lm_config import LMConfig
 from based_jax.ops import dispatch
 
