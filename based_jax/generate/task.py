@@ -35,6 +35,9 @@ class Work(NamedTuple):
         return self.drawn - self.steps
 
 
+NO_WORK = Work()
+
+
 class Event(NamedTuple):
     """What is new of one request.
 
@@ -54,7 +57,7 @@ class Event(NamedTuple):
     text: str = ""
     finish: str | None = None
     top_log_probs: Sequence[dict[int, float]] = ()
-    work: Work = Work()
+    work: Work = NO_WORK
 
 
 @dataclasses.dataclass(eq=False)
@@ -95,7 +98,7 @@ class Task:
         return self.ends[0] if self.ends else self.read
 
     def event(
-        self, tokens: list[int], log_probs: list[float], top: Sequence[dict[int, float]] = (), work: Work = Work()
+        self, tokens: list[int], log_probs: list[float], top: Sequence[dict[int, float]] = (), work: Work = NO_WORK
     ) -> Event:
         """Return what newly drawn tokens are of the answer, and what the likeliest ones beside them."""
         self.drawn += len(tokens)

@@ -81,7 +81,7 @@ class Found(NamedTuple):
     def of(cls, rows: Iterable[dict]) -> "Found":
         """Return the last row of each."""
         names = {(model.config, tuple(sorted(model.options))): name for name, model in (MODELS | PEERS).items()}
-        plain = [row for row in rows if not row.get("overrides")]
+        plain = [row for row in rows if not row.get("overrides") and not row.get("drafts")]
         named = [(names.get((row["config"], tuple(row.get("options", ())))), row) for row in plain]
         return cls({(name, row["batch"], row["context"]): row for name, row in named if name is not None})
 
