@@ -4,18 +4,20 @@ import dataclasses
 from typing import Any, ClassVar, override
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import Cache
 from based_jax.nn.mixer import Mixer, check_sizes
+from based_jax.ops.conv import first_inputs_after
 from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.dispatch import beside
 from based_jax.ops.gated_conv import (
     IMPLEMENTATIONS,
     STEP_IMPLEMENTATIONS,
+    convolved_inputs,
     gated_short_conv,
     gated_short_conv_step,
 )
@@ -23,6 +25,8 @@ from based_jax.ops.projection import multiply
 from based_jax.ops.token_layer import token_conv
 
 Inputs = Float[Array, "B W inner"]
+NewInputs = Float[Array, "B T inner"]
+FEW_TOKENS_IMPL = "xla_taps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +93,19 @@ class GatedConv(Mixer):
         (product, bias), impl = self._product(x), beside(self.config.impl, STEP_IMPLEMENTATIONS)
         y, state = gated_short_conv_step(product, self.conv_kernel[...], state, bias=bias, impl=impl)
         return layers.into_stream(self.out_proj, y), state
+
+    @override
+    def _try_tokens(self, x: BTD, state: Inputs) -> tuple[BTD, tuple[NewInputs, Inputs]]:
+        """Convolve in XLA's form, unless another one is asked for: kernels want more tokens."""
+        product, bias = self._product(x)
+        impl = FEW_TOKENS_IMPL if self.config.impl == "auto" else self.config.impl
+        y, _ = gated_short_conv(product, self.conv_kernel[...], bias=bias, state=state, impl=impl)
+        return self.out_proj(y), (convolved_inputs(product, self.d_inner, bias), state)
+
+    @override
+    def _keep(self, tokens: tuple[NewInputs, Inputs], counts: Int[Array, "B"]) -> Inputs:
+        inputs, state = tokens
+        return first_inputs_after(inputs, counts, state)
 
     @override
     def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
