@@ -393,8 +393,8 @@ class Attention(Mixer):
     def read_on_trial(self, x: BTD, state: TokenCache) -> tuple[Any, TriedTokens]:
         """Return what queries of tokens (B, T, H, D/H) read of the ring and of each other, and the tokens."""
         q, k, v = self._rotated(self.unrotated_qkv(x, state.tokens[0].shape[3]), state.length, None)
-        impl = dispatch.beside(self.config.impl, ATTENTION_TRIAL)
-        o = attention_trial(q, k, v, *state.tokens, state.length, head_dim=self.head_dim, impl=impl)
+        (past_k, past_v), impl = state.tokens, dispatch.beside(self.config.impl, ATTENTION_TRIAL)
+        o = attention_trial(q, k, v, past_k, past_v, state.length, head_dim=self.head_dim, impl=impl)
         return o, TriedTokens((k, v), state)
 
     def _token(self, x: BD, state: TokenCache):
