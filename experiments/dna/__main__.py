@@ -62,16 +62,16 @@ def best_counted(file: str) -> dict[str, dict[str, Any]]:
 def bits_table(file: str) -> str:
     """Return a file's table: a row a model and length in training, a column a length in the test, and counting."""
     found = measured(RUNS).query("file == @file")
-    table = found.pivot(index=["family", "trained"], columns="length", values="bits").sort_index(level=["trained"])
-    cells = table.map(lambda bits: "-" if pd.isna(bits) else f"{bits:.3f}")
-    cells.columns = [f"{length:,}" for length in cells.columns]
-    cells.insert(0, "bases a row in training", [f"{trained:,}" for _, trained in cells.index])
-    cells.insert(0, "model", [family for family, _ in cells.index])
+    lengths = sorted(found.length.unique())
+    head = ["model", "bases a row in training", *(f"{length:,}" for length in lengths)]
+    lines = []
+    for (trained, family), cells in found.groupby(["trained", "family"]):
+        bits = dict(zip(cells.length, cells.bits, strict=True))
+        lines.append([family, f"{trained:,}", *(f"{bits[x]:.3f}" if x in bits else "-" for x in lengths)])
     names = {"order": "counting, order {}", "mixture": "counting, orders 0 to {} mixed"}
-    lengths = len(cells.columns) - 2
     for model, row in best_counted(file).items():
-        cells.loc[model] = [names[model].format(row["order"]), "-", f"{row['bits']:.3f}", *["-"] * (lengths - 1)]
-    return markdown(cells)
+        lines.append([names[model].format(row["order"]), "-", *[f"{row['bits']:.3f}"] * len(lengths)])
+    return markdown(pd.DataFrame(lines, columns=head))
 
 
 def tables() -> dict[str, str]:
