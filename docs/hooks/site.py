@@ -1,7 +1,7 @@
 """What MkDocs calls while it builds the guide: pictures and pages from elsewhere in the repository, and numbers.
 
-A page writes `{{ table NAME }}`, a table of `tables.TABLES`, and `{{ readme TEXT }}`, the README's program that has this
-text. Neither is typed: what the rows no longer say, the guide no longer says.
+A page writes `{{ table NAME }}`, a table of `tables.TABLES`, and `{{ readme TEXT }}`, the README's program that has
+this text. Neither is typed: what the rows no longer say, the guide no longer says.
 """
 
 import os

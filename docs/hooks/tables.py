@@ -106,7 +106,6 @@ def _decoding() -> dict[str, str]:
     return generation.tables(generation_rows.Found.of(read(generation_rows.ROWS)))
 
 
-
 TABLES: dict[str, Callable[[], str]] = {
     "inventory": inventory,
     "mixers": mixers,
