@@ -28,6 +28,7 @@ README, RUNS, MARKOV = FOLDER / "README.md", FOLDER / "results" / "runs", FOLDER
 FAMILIES = {"taylor": "Based", "attention": "Attention", "mamba": "Mamba", "hyena": "Hyena"}
 """By the mixer that tells them apart."""
 TITLES = {"ecoli_536": "E. coli", "human_chr22_20M_21M": "human chr22"}
+COUNTING = "counting, best mixture"
 CAPTION = "All of the same 493,891 (E. coli) and 99,999 (human) held-out bases at each length."
 
 
@@ -80,30 +81,34 @@ def tables() -> dict[str, str]:
 
 
 def plot(path: Path) -> list[Path]:
-    """Draw bits per base against the length in the test, a panel a file."""
+    """Draw bits per base against the length in the test, a panel a file: colours are models, dashes their training."""
     rows = measured(RUNS)
-    lengths = sorted(rows.trained.unique())
-    names = [f"{family}, trained on {trained:,}" for family in sorted(rows.family.unique()) for trained in lengths]
+    dashes = {
+        f"trained on {trained:,}": dash for trained, dash in zip(_sorted(rows.trained), styles.DASHES, strict=False)
+    }
     with matplotlib.rc_context(styles.PAPER):
-        figure = paper.sheet(styles.PAGE_INCHES, 2.1, [*names, "counting, best mixture"], [CAPTION])
+        figure = paper.sheet(styles.PAGE_INCHES, 2.1, [*_sorted(rows.family), *dashes, COUNTING], [CAPTION])
         panels = figure.subplots(1, len(TITLES))
         for axes, (file, title) in zip(panels, TITLES.items(), strict=True):
             for (family, trained), line in rows.query("file == @file").groupby(["family", "trained"]):
                 style = styles.FAMILY_STYLES[family]
-                dashes = styles.DASHES[lengths.index(trained)]
-                label = f"{family}, trained on {trained:,}"
-                axes.plot(line.length, line.bits, ls=dashes, label=label, **styles.marked(style.colour, style.marker))
-            bits = best_counted(file)["mixture"]["bits"]
-            axes.axhline(bits, color=styles.QUIET, ls=":", label="counting, best mixture")
+                look = {"ls": dashes[f"trained on {trained:,}"], **styles.marked(style.colour, style.marker)}
+                axes.plot(line.length, line.bits, label=family if look["ls"] == "-" else None, **look)
+            for name, dash in dashes.items():
+                axes.plot([], [], ls=dash, color="black", label=name)
+            axes.axhline(best_counted(file)["mixture"]["bits"], color=styles.QUIET, ls=":", label=COUNTING)
             axes.set_xscale("log", base=2)
-            ticks = sorted(rows.length.unique())
-            axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
+            axes.set_xticks(_sorted(rows.length), [f"{length:,}" for length in _sorted(rows.length)])
             axes.minorticks_off()
             axes.set_title(title)
             axes.set_xlabel("bases that are read in one piece")
         panels[0].set_ylabel("bits per base")
         paper.add_legend(figure, panels[0])
         return paper.save(figure, path)
+
+
+def _sorted(column: pd.Series) -> list:
+    return sorted(column.unique())
 
 
 def main() -> int:

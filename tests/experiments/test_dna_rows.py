@@ -66,7 +66,7 @@ def test_tables_and_picture_have_the_rows(rows, tmp_path):
     ]
     files = command.plot(tmp_path / "pictures" / "bits")
     assert [file.suffix for file in files] == [".png", ".svg", ".pdf"]
-    assert "Hyena, trained on 8,192" in files[1].read_text()
+    assert "trained on 8,192" in files[1].read_text()
 
 
 def test_the_readme_has_the_rows_it_was_made_from():
