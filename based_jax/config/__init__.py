@@ -11,7 +11,7 @@ but may import files of its own folder. A value that follows another is a refere
         return config
 """
 
-from based_jax.config.checks import build, check_types, errors_within, plain
+from based_jax.config.checks import build, check_types, errors_within, plain, shown
 from based_jax.config.files import call_in_file, load, overridden
 from based_jax.config.keys import Key, keys_of, meant_key
 from based_jax.config.saving import (
@@ -45,5 +45,6 @@ __all__ = [
     "plain",
     "read",
     "save",
+    "shown",
     "to_dict",
 ]

@@ -17,7 +17,7 @@ from based_jax.config import added_later
 from based_jax.errors import UserError
 from based_jax.nn.accounting import ELEMENT_BYTES
 from based_jax.nn.lm import LM, LMConfig
-from based_jax.nn.mixers import MIXERS
+from based_jax.nn.mixers import mixer_class
 from based_jax.optim import OptimConfig
 from based_jax.train.checkpoint import CheckpointConfig, SavedCheckpoints
 from based_jax.train.init_from import InitFrom
@@ -68,7 +68,7 @@ class RunConfig:
     def resolved(self) -> dict[str, Any]:
         """Every value, the defaults of mixers and task too, as JSON holds them; see `config.to_dict`."""
         values = configs.to_dict(self)
-        full = [(kind, configs.to_dict(MIXERS[kind].Config(**options))) for kind, options in self.model.layers]
+        full = [(kind, configs.to_dict(mixer_class(kind).Config(**options))) for kind, options in self.model.layers]
         values["model"]["layers"], values["data"] = full, self.data.resolved_values
         return configs.to_dict(values)
 
