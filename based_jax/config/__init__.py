@@ -12,7 +12,7 @@ but may import files of its own folder. A value that follows another is a refere
 """
 
 from based_jax.config.checks import build, check_types, errors_within, plain, shown
-from based_jax.config.files import call_in_file, load, overridden
+from based_jax.config.files import call_in_file, class_in_file, load, overridden
 from based_jax.config.keys import Key, keys_of, meant_key
 from based_jax.config.saving import (
     CONFIG_FILE,
@@ -34,6 +34,7 @@ __all__ = [
     "build",
     "call_in_file",
     "check_same",
+    "class_in_file",
     "check_types",
     "config_id",
     "errors_within",
