@@ -5,18 +5,14 @@ The contracts themselves stand in `based_jax/contracts/`, where mixers from outs
 
 import dataclasses
 
-import jax.numpy as jnp
 import pytest
 from flax import nnx
 from helpers.small_mixers import SMALL
 
-from based_jax.contracts import CONTRACTS, BrokenContractError, Fitting, check, outcomes
+from based_jax.contracts import CONTRACTS, Fitting
 from based_jax.errors import UserError
-from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers import MIXERS, make_mixer
-from based_jax.nn.mixers.conv import GatedConv
-from based_jax.nn.mixers.retnet import RetNet
 
 COMPARED_ELSEWHERE = "lanes"  # in nn/mixers/test_meshes.py
 

@@ -61,7 +61,7 @@ def read[T](cls: type[T], workdir: str | os.PathLike, known: Collection[str] = (
     Args:
       cls: its class.
       workdir: where it lies.
-      known: texts that know more than the file keeps of them, as a mixer's class does; they stand where it has the same.
+      known: texts that know more than the file keeps of them, as a mixer's class does; they stand where it has them.
 
     Raises:
       UserError: there is no config.json, it is damaged, or it holds a key or a value that no longer exists.

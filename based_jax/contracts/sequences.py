@@ -57,7 +57,9 @@ def gives_outputs_at_positions(fitting: Fitting) -> None:
     x = fitting.normal(ROWS, TOKENS, fitting.d_model)
     places = np.stack([fitting.rng.permutation(TOKENS)[:4] for _ in range(ROWS)])
     some = jax.jit(lambda mixer, x, places: mixer(x, positions=places))(fitting.mixer, x, places)
-    close(some, np.take_along_axis(np.asarray(call(fitting.mixer, x)), places[..., None], axis=1), "Outputs at positions")
+    close(
+        some, np.take_along_axis(np.asarray(call(fitting.mixer, x)), places[..., None], axis=1), "Outputs at positions"
+    )
 
 
 def continues_a_prefill(fitting: Fitting) -> None:
@@ -198,7 +200,9 @@ def refuses_what_has_no_room(fitting: Fitting) -> None:
     close(np.isnan(first_alone), np.isnan(expected[:, :5]), "Outputs of steps that are NaN")
     close(np.nan_to_num(first[:, 1:]), np.nan_to_num(first_alone), "Outputs of a prefill with padding")
     later = np.isnan(np.asarray(fitting.read(x[:, 6:], cache)))
-    require(later.all() == grows and later.any() == grows, "Outputs beyond a cache are NaN where it grows, and only there.")
+    require(
+        later.all() == grows and later.any() == grows, "Outputs beyond a cache are NaN where it grows, and only there."
+    )
     whole = np.nan_to_num(fitting.read(x, fitting.empty(room)))
     close(whole, np.nan_to_num(expected), f"Outputs of steps with a cache for {room} tokens")
 

@@ -1,11 +1,11 @@
 """A look inside a trained model: where its layers read from, what their states do, and what each layer is worth.
 
-    from based_jax import inside
+from based_jax import inside
 
-    for layer in inside.attention_maps(model, ids):     # those of attention, windows and Taylor attention
-        print(layer.index, layer.kind, inside.effective_range(layer.weights), inside.entropy(layer.weights))
-    norms = inside.state_norms(model, ids)              # (B, T, L)
-    costs = inside.removal_costs(model, batches)        # what leaving a layer out costs
+for layer in inside.attention_maps(model, ids):     # those of attention, windows and Taylor attention
+    print(layer.index, layer.kind, inside.effective_range(layer.weights), inside.entropy(layer.weights))
+norms = inside.state_norms(model, ids)              # (B, T, L)
+costs = inside.removal_costs(model, batches)        # what leaving a layer out costs
 """
 
 from based_jax.inside.layers import blocks_of, mixer_inputs, without_layer

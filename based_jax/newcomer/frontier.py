@@ -26,10 +26,12 @@ class Place:
 
     Attributes:
       points: its configurations, as pictures have them.
+      rows: its own and those of the package's mixers.
       pictures: the files that were drawn, the page last.
     """
 
     points: list[Configuration]
+    rows: list[dict[str, Any]]
     pictures: list[Path]
 
 
@@ -77,4 +79,4 @@ def place(
     rows, name = [*committed_rows(), *own], short(kind_of(mixer))
     drawn = figures.frontier(rows, out / "frontier", named=[name])
     drawn.append(page.write(rows, out / "frontier.html", title=TITLE.format(name=name)))
-    return Place(configurations(own), drawn)
+    return Place(configurations(own), rows, drawn)

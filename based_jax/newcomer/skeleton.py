@@ -111,7 +111,9 @@ def _among_tests(text: str, name: str) -> str:
 
 
 def _in_readme(text: str, name: str) -> str:
-    return _last_of(text, f"| `{name}` | {_title(name)}: what it is | {STATE} | where it is published |", r"\| `\w+`.*\|")
+    return _last_of(
+        text, f"| `{name}` | {_title(name)}: what it is | {STATE} | where it is published |", r"\| `\w+`.*\|"
+    )
 
 
 def _sorted_in(text: str, line: str, like: str) -> str:

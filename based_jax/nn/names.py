@@ -86,9 +86,7 @@ def label(layers: Layers, d_model: int) -> str:
 
 def architecture(layers: Layers) -> list[str]:
     """Return one line for each layer: "taylor feature_dim=16 num_heads=1"."""
-    return [
-        " ".join([kind_of(kind), *(f"{key}={value}" for key, value in _told(options))]) for kind, options in layers
-    ]
+    return [" ".join([kind_of(kind), *(f"{key}={value}" for key, value in _told(options))]) for kind, options in layers]
 
 
 def _told(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

@@ -174,9 +174,7 @@ def _published_model(folder: str) -> dict[str, Any]:
     return configs.to_dict(hf_config(folder))
 
 
-def load_run(
-    workdir: str | Path, step: int | None = None, mixers: Iterable[type] = ()
-) -> tuple[TrainConfig, int, LM]:
+def load_run(workdir: str | Path, step: int | None = None, mixers: Iterable[type] = ()) -> tuple[TrainConfig, int, LM]:
     """Return (config, step, model) of a trained run, from its last good checkpoint or from that of `step`.
 
     `mixers` are the classes of its layers that the package lacks, of which config.json has the names.

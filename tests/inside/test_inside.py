@@ -60,9 +60,7 @@ def test_measures_of_maps_that_are_known():
     even = np.tril(np.ones((T, T), np.float32)) / np.arange(1, T + 1, dtype=np.float32)[:, None]
     maps = np.concatenate([here, first, even[None, None]], axis=1)
     np.testing.assert_allclose(inside.effective_range(maps), [0, (T - 1) / 2, (T - 1) / 4], rtol=1e-6)
-    np.testing.assert_allclose(
-        inside.entropy(maps), [0, 0, np.mean(np.log(np.arange(1, T + 1)))], rtol=1e-5, atol=1e-7
-    )
+    np.testing.assert_allclose(inside.entropy(maps), [0, 0, np.mean(np.log(np.arange(1, T + 1)))], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(inside.total_variation(maps[:, :1], maps[:, 1:2]), [1 - 1 / T], rtol=1e-6)
 
 
@@ -71,7 +69,6 @@ def test_layers_one_by_one_are_the_model(scan_layers, ids, close):
     model = model_of(2 * LAYERS[:2], scan_layers=scan_layers)
     assert [block.kind for block in inside.blocks_of(model)] == ["conv", "taylor"] * 2
     assert len(inside.attention_maps(model, ids)) == 2
-
 
     @jax.jit
     def one_by_one(model, ids):
