@@ -107,9 +107,8 @@ def refuses_impossible_options(fitting: Fitting) -> None:
                 require(told, f"{field.name} {value!r} is refused without the value, or in no sentence: {error}")
             else:
                 require(possible, f"{field.name} is {value!r}, and is not refused.")
-                require(
-                    y.shape == (1, 4, fitting.d_model), f"With {field.name} {value!r} outputs have shape {y.shape}."
-                )
+                right = y.shape == (1, 4, fitting.d_model)
+                require(right, f"With {field.name} {value!r} outputs have shape {y.shape}.")
 
 
 def trains_in_lanes(fitting: Fitting) -> None:

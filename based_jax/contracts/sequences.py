@@ -200,9 +200,7 @@ def refuses_what_has_no_room(fitting: Fitting) -> None:
     close(np.isnan(first_alone), np.isnan(expected[:, :5]), "Outputs of steps that are NaN")
     close(np.nan_to_num(first[:, 1:]), np.nan_to_num(first_alone), "Outputs of a prefill with padding")
     later = np.isnan(np.asarray(fitting.read(x[:, 6:], cache)))
-    require(
-        later.all() == grows and later.any() == grows, "Outputs beyond a cache are NaN where it grows, and only there."
-    )
+    require(later.all() == grows and later.any() == grows, "Outputs beyond a cache are NaN where it grows, no others.")
     whole = np.nan_to_num(fitting.read(x, fitting.empty(room)))
     close(whole, np.nan_to_num(expected), f"Outputs of steps with a cache for {room} tokens")
 

@@ -1,4 +1,4 @@
-"""A new mixer's way to its point: the contracts, a small sweep, a picture and a page among the mixers of the package."""
+"""A new mixer's way to its point: the contracts, a small sweep, a picture and a page among the package's mixers."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping

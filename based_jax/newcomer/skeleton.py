@@ -51,7 +51,7 @@ def write_file(name: str, path: str) -> Path:
 
 
 def write_into(name: str, root: Path) -> list[Path]:
-    """Write a mixer into a checkout: its file, its lines in the tables of mixers and names, of the tests and the README.
+    """Write a mixer into a checkout: its file, a line each in the tables of mixers, names, tests and README.
 
     Returns:
       the files, the new one first.
@@ -111,9 +111,8 @@ def _among_tests(text: str, name: str) -> str:
 
 
 def _in_readme(text: str, name: str) -> str:
-    return _last_of(
-        text, f"| `{name}` | {_title(name)}: what it is | {STATE} | where it is published |", r"\| `\w+`.*\|"
-    )
+    line = f"| `{name}` | {_title(name)}: what it is | {STATE} | where it is published |"
+    return _last_of(text, line, r"\| `\w+`.*\|")
 
 
 def _sorted_in(text: str, line: str, like: str) -> str:

@@ -198,9 +198,7 @@ def _with(config: LMConfig, new: Mapping[str, Mapping[str, Any]]) -> LMConfig:
 def _layer(index: int, mixer: Any, options: Mapping[str, Any]) -> tuple[str, Options]:
     """Return a layer with what its mixer is called, and its options checked."""
     if not isinstance(mixer, str | type):
-        raise UserError(
-            f"layers[{index}] is of {shown(mixer)}; it is of a mixer's name, such as 'taylor', or its class."
-        )
+        raise UserError(f"layers[{index}] is of {shown(mixer)}; it is of a mixer's name or class.")
     try:
         kind = kind_of(mixer)
     except UserError as error:

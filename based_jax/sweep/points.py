@@ -44,7 +44,7 @@ def zipped(*spaces: Space) -> Space:
 
 
 def checked_point(point: Any) -> Point:
-    """Return a point with its arrays and numbers of numpy as lists and numbers of Python, mixers' classes as their names.
+    """Return a point with arrays and numbers of numpy as lists and numbers of Python, mixers' classes as names.
 
     Raises:
       UserError: it is no dict from config keys to values that JSON can hold, or a section comes after a key inside it.

@@ -2,7 +2,8 @@
 # # The frontier: recall against bytes of state
 #
 # Each finished run of a sweep is a row in a store, a folder of JSON lines. Pictures and tables read nothing else.
-# This is the committed store of the paper's Figure 2 (MQAR up to 1,024 tokens with 256 pairs; `experiments/mqar_pareto`).
+# This is the committed store of the paper's Figure 2: MQAR up to 1,024 tokens with 256 pairs
+# (`experiments/mqar_pareto`).
 
 # %% tags=["parameters"]
 families = ["Based", "Sliding window", "Mamba", "Gated DeltaNet", "Attention"]

@@ -22,7 +22,7 @@ from based_jax.data.tokenizer import get_tokenizer
 from based_jax.generate import Decoder, Request, Sampling, State, state_after, stream
 
 # %% [markdown]
-# `configs/text_tiny.py` learns the shipped English prose byte by byte, here for a few steps only: it has begun to spell.
+# `configs/text_tiny.py` learns the shipped English prose byte by byte, here for a few steps: it begins to spell.
 
 # %%
 overrides = {"steps": steps, "optim.warmup_steps": steps // 5, "eval_every": None, "log_every": max(1, steps // 2)}

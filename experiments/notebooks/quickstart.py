@@ -56,9 +56,8 @@ batch = next(iter(source.eval_batches(source.eval_names[0])))
 said = np.asarray(nnx.jit(trained)(batch["inputs"]))[0].argmax(-1)
 asked = np.flatnonzero(batch["labels"][0] >= 0)
 for place in asked[:8]:
-    print(
-        f"key {batch['inputs'][0, place]:3}   value {batch['labels'][0, place]:3}   said after {step} steps: {said[place]:3}"
-    )
+    key, value = batch["inputs"][0, place], batch["labels"][0, place]
+    print(f"key {key:3}   value {value:3}   said after {step} steps: {said[place]:3}")
 
 # %% [markdown]
 # Another mixer is another list: `("window", {"num_heads": 1, "window": 23})` has the bytes of this one, and recalls

@@ -7,7 +7,7 @@ import pytest
 jupytext = pytest.importorskip("jupytext", reason="the extra 'dev' has it")
 nbformat = pytest.importorskip("nbformat")
 
-from experiments.notebooks import executing
+from experiments.notebooks import executing  # noqa: E402
 
 SEGMENT = {"seq_len": 64, "num_kv_pairs": 8}
 SHORT = {
