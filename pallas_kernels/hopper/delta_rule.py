@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper import inverses, mosaic
 from pallas_kernels.hopper.mosaic import CHUNK_TOKENS, PAIRS_SHAPE, TILE_ROWS
 
 GROUPS = 2
@@ -43,6 +43,10 @@ PUT_SLOTS = 2
 """Tiles of results of a warpgroup that are on their way to memory."""
 SHARED_MEMORY_BYTES = 224 * 1024
 MAX_SLOTS = 3
+PAIRS_GROUPS = 3
+PAIRS_BLOCKS = 132
+HIDDEN_EXPONENT = -1e30
+"""Of a pair that does not meet: its exponential is 0."""
 
 
 class Walk(NamedTuple):
@@ -101,6 +105,91 @@ class Walk(NamedTuple):
             plgpu.copy_smem_to_gmem(tile, target)
 
         return put
+
+
+def pairs(q, k, c, beta, *, scale: float) -> list[jax.Array]:
+    """Return P and T of every chunk, (B, T, H, 64) like k, rows where their tokens are.
+
+    Args:
+      q, k: (B, T, H, K), K a multiple of 64 up to 256, T one of 64.
+      c, beta: sums of log-decays from the beginning of the chunk on, and rates, (B, H, T) fp32.
+    """
+    batch, time, heads, keys = k.shape
+    chunks = time // CHUNK_TOKENS
+
+    def body(*refs):
+        sources, targets, tiles, (x_tiles, y_tiles, filled, finished) = refs[:4], refs[4:6], refs[6:10], refs[10:]
+        group = lax.axis_index("warpgroup")
+        q_tile, k_tile, c_tile, beta_tile = (tile.at[group] for tile in tiles)
+        x_tile, y_tile, arrival = x_tiles.at[group], y_tiles.at[group], filled.at[group]
+        first = lax.axis_index("block") * PAIRS_GROUPS + group
+        own, others = mosaic.iota(PAIRS_SHAPE, 0), mosaic.iota(PAIRS_SHAPE, 1)
+
+        def place(n):
+            number = first + n * (blocks * PAIRS_GROUPS)
+            tokens = pl.ds(lax.rem(lax.div(number, heads), chunks) * CHUNK_TOKENS, CHUNK_TOKENS)
+            return lax.div(number, heads * chunks), tokens, lax.rem(number, heads)
+
+        def fetch(n):
+            row, tokens, head = place(n)
+            for source, tile in zip(sources, (q_tile, k_tile, c_tile, beta_tile), strict=True):
+                part = source.at[row, tokens, head] if len(source.shape) == 4 else source.at[row, head, tokens]
+                plgpu.copy_gmem_to_smem(part, tile, arrival)
+
+        def step(n, _):
+            row, tokens, head = place(n)
+            plgpu.barrier_wait(arrival)
+            c = plgpu.load(c_tile, layout=mosaic.ROW_LAYOUT)
+
+            def ask(asked):
+                mosaic.multiply(asked, q_tile, k_tile.T)
+                passed = jnp.where(own >= others, mosaic.across(c, PAIRS_SHAPE) - _numbers(c_tile), HIDDEN_EXPONENT)
+                return jnp.exp(passed) * _numbers(beta_tile), asked[...]
+
+            def see(seen):
+                mosaic.multiply(seen, k_tile, k_tile.T)
+                return seen[...]
+
+            weights, asked = mosaic.products(ask, PAIRS_SHAPE)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            mosaic.save(y_tile, asked * (scale * weights))
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(y_tile, targets[0].at[row, tokens, head])
+            M = jnp.where(own > others, mosaic.products(see, PAIRS_SHAPE) * weights, 0.0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            pl.when(n + 1 < count)(lambda: fetch(n + 1))
+            t = inverses.inverse(M, x_tile, y_tile)
+            mosaic.save(x_tile, t)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(x_tile, targets[1].at[row, tokens, head])
+
+        count = lax.div(total - first + (blocks * PAIRS_GROUPS - 1), blocks * PAIRS_GROUPS)
+        pl.when(count > 0)(lambda: fetch(0))
+        lax.fori_loop(0, count, step, None)
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_arrive(finished)
+        plgpu.barrier_wait(finished)
+
+    total = batch * chunks * heads
+    blocks = min(PAIRS_BLOCKS, pl.cdiv(total, PAIRS_GROUPS))
+    square = jax.ShapeDtypeStruct((batch, time, heads, CHUNK_TOKENS), k.dtype)
+    return plgpu.kernel(
+        body,
+        out_type=[square, square],
+        scratch_types=[
+            *(mosaic.swizzled((PAIRS_GROUPS, CHUNK_TOKENS, keys), mosaic.WIDE_SWIZZLE) for _ in range(2)),
+            *(plgpu.SMEM((PAIRS_GROUPS, CHUNK_TOKENS), jnp.float32) for _ in range(2)),
+            *(mosaic.swizzled((PAIRS_GROUPS, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE) for _ in range(2)),
+            plgpu.Barrier(num_arrivals=4, num_barriers=PAIRS_GROUPS),
+            plgpu.Barrier(num_arrivals=PAIRS_GROUPS),
+        ],
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=PAIRS_GROUPS,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        kernel_name="delta_rule_pairs",
+    )(q, k, c, beta)
 
 
 def forward(q, k, v, p, t, since, written, state, *, scale: float, with_starts: bool) -> list[jax.Array]:
