@@ -123,7 +123,6 @@ def pairs(q, k, c, beta, *, scale: float) -> list[jax.Array]:
         q_tile, k_tile, c_tile, beta_tile = (tile.at[group] for tile in tiles)
         x_tile, y_tile, arrival = x_tiles.at[group], y_tiles.at[group], filled.at[group]
         first = lax.axis_index("block") * PAIRS_GROUPS + group
-        own, others = mosaic.iota(PAIRS_SHAPE, 0), mosaic.iota(PAIRS_SHAPE, 1)
 
         def place(n):
             number = first + n * (blocks * PAIRS_GROUPS)
@@ -143,6 +142,7 @@ def pairs(q, k, c, beta, *, scale: float) -> list[jax.Array]:
 
             def ask(asked):
                 mosaic.multiply(asked, q_tile, k_tile.T)
+                own, others = inverses.places()
                 passed = jnp.where(own >= others, mosaic.across(c, PAIRS_SHAPE) - _numbers(c_tile), HIDDEN_EXPONENT)
                 return jnp.exp(passed) * _numbers(beta_tile), asked[...]
 
@@ -155,6 +155,7 @@ def pairs(q, k, c, beta, *, scale: float) -> list[jax.Array]:
             mosaic.save(y_tile, asked * (scale * weights))
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y_tile, targets[0].at[row, tokens, head])
+            own, others = inverses.places()
             M = jnp.where(own > others, mosaic.products(see, PAIRS_SHAPE) * weights, 0.0)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             pl.when(n + 1 < count)(lambda: fetch(n + 1))

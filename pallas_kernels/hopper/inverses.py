@@ -10,6 +10,7 @@ are products of bf16, whose errors a last step of Newton's takes away: X + X (I 
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
@@ -21,18 +22,16 @@ LEVELS = CHUNK_TOKENS.bit_length() - 1
 
 def inverse(M: jax.Array, x_tile, y_tile) -> jax.Array:
     """Return (I + M)^-1 in fp32, given M likewise and two tiles of shared memory for 64 x 64 in bf16."""
-    row, column = mosaic.iota(PAIRS_SHAPE, 0), mosaic.iota(PAIRS_SHAPE, 1)
-    apart = row ^ column  # of two tokens the first bit in which they differ is the level at which they meet
-    identity = jnp.where(apart == 0, 1.0, 0.0)
+    identity = jnp.where(_apart() == 0, 1.0, 0.0)
     high = M.astype(x_tile.dtype)
     low = (M - high.astype(jnp.float32)).astype(x_tile.dtype)
-    X = identity - jnp.where(apart == 1, M, 0.0)
+    X = identity - jnp.where(_apart() == 1, M, 0.0)
     for level in range(1, LEVELS):
         read = _sum_of_products([high], X, x_tile)
         between = _sum_of_products([X.astype(high.dtype)], read, y_tile)
-        X = X - jnp.where((apart >> level) == 1, between, 0.0)
+        X = X - jnp.where((_apart() >> level) == 1, between, 0.0)
     X = X.astype(high.dtype)
-    left = identity - X.astype(jnp.float32) - _sum_of_products([high, low], X, x_tile)
+    left = jnp.where(_apart() == 0, 1.0, 0.0) - X.astype(jnp.float32) - _sum_of_products([high, low], X, x_tile)
     return X.astype(jnp.float32) + _sum_of_products([X], left, y_tile)
 
 
@@ -47,3 +46,22 @@ def _sum_of_products(xs: list[jax.Array], y: jax.Array, tile) -> jax.Array:
         return total[...]
 
     return mosaic.products(multiply, PAIRS_SHAPE)
+
+
+def _apart() -> jax.Array:
+    """Return in which bits the places of two tokens differ: the first is the level at which their blocks meet."""
+    row, column = places()
+    return row ^ column
+
+
+def places() -> tuple[jax.Array, jax.Array]:
+    """Return the rows and the columns of a tile of pairs.
+
+    Behind a barrier, or all that follows from them would be made before a loop over chunks, and held in registers.
+    """
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, (CHUNK_TOKENS,), 0, layout=layout)
+        for layout in (mosaic.ROW_LAYOUT, mosaic.COLUMN_LAYOUT)
+    )
+    row, column = lax.optimization_barrier((row, column))
+    return mosaic.across(row, PAIRS_SHAPE), mosaic.down(column, PAIRS_SHAPE)
