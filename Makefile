@@ -5,6 +5,11 @@ BIN := $(VENV)/bin
 LOCK := requirements.lock
 JOBS ?= 2
 
+# Whatever the environment says, bytecode is kept, under .venv: the suite starts Python dozens of times, and what it
+# imports takes longer to compile than to run.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
+
 .PHONY: demo test test-all lint types unit unit-all docs docs-version release-check lock clean
 
 demo: $(VENV)/installed

@@ -43,6 +43,9 @@ class ArrayType(NamedTuple):
     tile: Shape = ()
     space: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
     @property
     def element_bits(self) -> int:
         """The bits of an element."""

@@ -14,7 +14,8 @@ import jax
 
 from based_jax import config as configs
 from based_jax.nn import names
-from based_jax.nn.accounting import ELEMENT_BYTES
+from based_jax.nn.accounting import COUNTED_ELEMENTS, ELEMENT_BYTES, state_elements
+from based_jax.nn.own_mixer import is_own, short
 from based_jax.revision import revision
 from based_jax.sweep.checks import abstract_model
 from based_jax.sweep.lane_training import Outcome
@@ -77,7 +78,17 @@ def _point_and_size(point: Point, config: RunConfig) -> dict[str, Any]:
         "state_elements": elements,
         "state_bytes": ELEMENT_BYTES * elements,
         "params": model.num_params(),
+        **_counted_elements(config),
     }
+
+
+def _counted_elements(config: RunConfig) -> dict[str, Any]:
+    """Return what pictures count of a model with a mixer from outside the package, of which a row has but the name."""
+    if not any(is_own(kind) for kind, _ in config.model.layers):
+        return {}
+    arguments = config.model.layers, config.model.d_model, config.data.longest_test
+    counted = {name: state_elements(*arguments, convolution=value) for name, value in COUNTED_ELEMENTS.items()}
+    return {"counted_elements": counted}
 
 
 def facts_of(name: str, command: str) -> dict[str, Any]:
@@ -90,7 +101,7 @@ def facts_of(name: str, command: str) -> dict[str, Any]:
 def describe(config: RunConfig) -> str:
     """Return an architecture in a few words: "base_conv + taylor, D 64, K 16"."""
     layers = config.resolved["model"]["layers"]
-    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(kind for kind, _ in layers)]
+    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(short(kind) for kind, _ in layers)]
     kinds = " + ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in runs)
     return f"{kinds}, {names.label(layers, config.model.d_model)}"
 

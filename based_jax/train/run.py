@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from based_jax.config import added_later
 from based_jax.errors import UserError
 from based_jax.nn.accounting import ELEMENT_BYTES
 from based_jax.nn.lm import LM, LMConfig
-from based_jax.nn.mixers import MIXERS
+from based_jax.nn.mixers import kind_of, mixer_class
 from based_jax.optim import OptimConfig
 from based_jax.train.checkpoint import CheckpointConfig, SavedCheckpoints
 from based_jax.train.init_from import InitFrom
@@ -68,7 +68,7 @@ class RunConfig:
     def resolved(self) -> dict[str, Any]:
         """Every value, the defaults of mixers and task too, as JSON holds them; see `config.to_dict`."""
         values = configs.to_dict(self)
-        full = [(kind, configs.to_dict(MIXERS[kind].Config(**options))) for kind, options in self.model.layers]
+        full = [(kind, configs.to_dict(mixer_class(kind).Config(**options))) for kind, options in self.model.layers]
         values["model"]["layers"], values["data"] = full, self.data.resolved_values
         return configs.to_dict(values)
 
@@ -185,13 +185,16 @@ def _published_model(folder: str) -> dict[str, Any]:
     return configs.to_dict(hf_config(folder))
 
 
-def load_run(workdir: str | Path, step: int | None = None) -> tuple[TrainConfig, int, LM]:
+def load_run(workdir: str | Path, step: int | None = None, mixers: Iterable[type] = ()) -> tuple[TrainConfig, int, LM]:
     """Return (config, step, model) of a trained run, from its last good checkpoint or from that of `step`.
 
+    `mixers` are the classes of its layers that the package lacks, of which config.json has the names.
+
     Raises:
-      UserError: the folder is no run's, its config.json is damaged or of another version, or it has no good checkpoint.
+      UserError: the folder is no run's, its config.json is damaged or of another version, or it has no good checkpoint;
+        a layer's class is not among `mixers`, or has changed since.
     """
-    config = configs.read(TrainConfig, workdir)
+    config = configs.read(TrainConfig, workdir, [kind_of(mixer) for mixer in mixers])
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(config.seed))))
     params = parallel.placed(shapes, parallel.make_mesh())
     step, fields = SavedCheckpoints(Path(workdir) / CHECKPOINTS_FOLDER).restore({"params": params}, step)

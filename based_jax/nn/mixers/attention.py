@@ -23,7 +23,13 @@ from based_jax.ops import dispatch, segments, sequence, softmax_chunks
 from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim, whole_pass_head_dim
 from based_jax.ops.softmax_budget import own_attention, ring_attention
 from based_jax.ops.softmax_prefill import attention_prefill
-from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step, attention_weights
+from based_jax.ops.softmax_step import (
+    ATTENTION_STEP,
+    ATTENTION_STEP_WEIGHTS,
+    attention_step,
+    attention_step_weights,
+    attention_weights,
+)
 
 QKV_KEYS = {
     "out_proj/kernel": "out_proj.weight",
@@ -297,8 +303,9 @@ class Attention(Mixer):
         q, k, v = self._turned_token(qkv, place)
         cache = cache.with_kept(policy, kept, rows).appended((k, v), kept, rows)
         cache = cache.with_sinks(qkv[1], jnp.where(rows, place, cache.slots), self._turned)
-        seen = jnp.where(rows, jnp.minimum(cache.length, cache.slots), 0)
-        return self._attended(q, cache), self._with_payment(cache, q, seen) if cache.statistics else cache
+        if not cache.statistics:
+            return self._attended(q, cache), cache
+        return self._attended_and_paid(q, cache, rows)
 
     @override
     def reference_buffers(self) -> Mapping[str, Buffer]:
@@ -334,8 +341,8 @@ class Attention(Mixer):
 
     def unrotated_qkv(self, x: BTD, width: int | None = None):
         """Return queries, keys and values (B, T, heads, D/H); with a `width` zeros fill the heads up to it."""
-        y = layers.to_heads(self.qkv, x, self.config.num_heads + 2 * self.kv_heads, width or self.head_dim)
-        q, k, v = layers.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
+        heads = self.config.num_heads, self.kv_heads, self.kv_heads
+        q, k, v = layers.split_to_heads(self.qkv, x, heads, width or self.head_dim)
         if not self.config.qk_norm:
             return [q, k, v]
         return [self._normed(self.q_norm, q), self._normed(self.k_norm, k), v]
@@ -387,6 +394,14 @@ class Attention(Mixer):
         (k, v), there = state.tokens, jnp.minimum(state.length, state.slots)
         impl = dispatch.beside(self.config.impl, ATTENTION_STEP)
         return attention_step(q, k, v, there, head_dim=self.head_dim, impl=impl)
+
+    def _attended_and_paid(self, q, cache: BudgetCache, rows):
+        """Return the same, and the cache after what the queries of some rows have paid its tokens."""
+        (k, v), seen = cache.tokens, jnp.minimum(cache.length, cache.slots)
+        impl = dispatch.beside(self.config.impl, ATTENTION_STEP_WEIGHTS)
+        o, weights = attention_step_weights(q, k, v, seen, head_dim=self.head_dim, impl=impl)
+        there = (jnp.arange(cache.slots)[None] < seen[:, None]) & rows[:, None]
+        return o, cache.paid(jnp.where(rows[:, None, None], weights, 0.0), there)
 
     def _out(self, o):
         return layers.from_heads(self.out_proj, o)
