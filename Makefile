@@ -41,8 +41,8 @@ docs: $(VENV)/installed
 
 # Maintainers: the guide of this version beside those before it, on the branch gh-pages; `latest` is what opens.
 docs-version: $(VENV)/installed
-	$(BIN)/mike deploy --update-aliases "$$($(BIN)/python -c 'import based_jax; print(based_jax.__version__)')" latest
-	$(BIN)/mike set-default latest
+	PATH=$$PWD/$(BIN):$$PATH mike deploy --update-aliases "$$($(BIN)/python -c 'import based_jax; print(based_jax.__version__)')" latest
+	PATH=$$PWD/$(BIN):$$PATH mike set-default latest
 
 # Before a release: the wheel, alone, on the newest versions that it allows.
 release-check: $(VENV)/installed

@@ -28,7 +28,8 @@ def kernels() -> str:
     call = ["op", "shape", "pass", "device"]
     last = found.drop_duplicates([*call, "impl"], keep="last").dropna(subset="side")
     best = last.loc[last.groupby([*call, "side"])["microseconds"].idxmin()]
-    both = best.pivot(index=call, columns="side", values=["microseconds", "impl"]).dropna()
+    both = best.groupby(call).filter(lambda sides: len(sides) == 2)
+    both = both.pivot(index=call, columns="side", values=["microseconds", "impl"])
     lines = []
     for (op, shape, which, device), row in both.iterrows():
         ours, theirs = row["microseconds", "ours"], row["microseconds", "theirs"]

@@ -7,6 +7,7 @@ import pytest
 
 from based_jax import config as configs
 from based_jax.sweep.checks import abstract_model
+from based_jax.sweep.rows import run_row
 from based_jax.sweep.trial import load_sweep
 from experiments.dna import __main__ as command
 from experiments.dna import markov
@@ -31,6 +32,14 @@ def test_counting_counts():
     contexts, _, known = markov.cut(ids, 2)
     assert known.tolist() == [False, False, True, True, False, False, False]
     assert contexts[known].tolist() == [4 * 0 + 1, 4 * 1 + 0]
+
+
+def test_a_row_of_a_run_has_the_loss_of_each_segment():
+    point, config = load_sweep("experiments/dna/sweep.py").trials()[0]
+    results = {"loss": 1.3, "accuracy": 0.4, "perplexity": 3.7, "a@8/loss": 1.2, "a@8/accuracy": 0.5}
+    row = run_row(point, config, results, 1.0)
+    assert row["segment_losses"] == {"a@8": 1.2} and row["segments"] == {"a@8": 0.5}
+    assert run_row(point, config, None, 1.0)["segment_losses"] == {}
 
 
 @pytest.fixture
