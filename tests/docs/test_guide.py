@@ -132,6 +132,8 @@ def test_a_command_is_one(page, line):
             build_config(configs.load(str(ROOT / spec), parse_overrides(overrides)))
         if getattr(args, "sweep", None):
             assert (ROOT / args.sweep.partition(":")[0]).exists()
+    elif words[:2] == ["python", "-m"]:
+        assert (ROOT / words[2].replace(".", "/") / "__main__.py").exists()
     elif words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
     elif words[:2] == ["pip", "install"]:
@@ -187,6 +189,11 @@ def test_the_map_of_the_house_names_files_that_are_there():
     paths = [path for row in rows for path in re.findall(r"`([\w./]+(?:/|\.py|\.md|\.yml))`", row)]
     assert len(rows) > 10 and len(paths) > 40
     assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_the_guide_names_the_notebooks_that_there_are():
+    named = re.findall(r"^\| `(\w+)` \|", PAGES["how_to/notebooks.md"], re.MULTILINE)
+    assert len(named) == 6 and all((ROOT / "experiments" / "notebooks" / f"{name}.py").exists() for name in named)
 
 
 def test_the_templates_of_issues_are_forms():
