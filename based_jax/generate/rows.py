@@ -120,7 +120,8 @@ def decode(decoder: Decoder, rows: Rows, steps: int, most: int | None = None) ->
 
     The rows given are used up: their caches are written in place.
     """
-    return decoding_loop(decoder.layout, steps, decoder.params, rows, np.int32(steps if most is None else most))
+    with decoder.running():
+        return decoding_loop(decoder.layout, steps, decoder.params, rows, np.int32(steps if most is None else most))
 
 
 def blocks(decoder: Decoder, rows: Rows, steps: int) -> Iterator[Block]:
