@@ -137,7 +137,7 @@ def run(devices: int, only: str) -> int:
 def compile_ahead(devices: int, only: str) -> int:
     """Compile the points of several GPUs for H200s that need not be here, and append what `aot` estimates."""
     command = [sys.executable, "-m", "based_jax", "aot", "--program=train", f"--topology=h200:1x{devices}"]
-    command += [*GPU_LAYERS, f"--out={os.path.relpath(ESTIMATES)}"]
+    command += ["--whole-rows", *GPU_LAYERS, f"--out={os.path.relpath(ESTIMATES)}"]
     chosen = [point for point in points(devices) if only in point.name and point.axis != ONE]
     return int(any(subprocess.run([*command, *aot_words(point)]).returncode for point in chosen))
 
