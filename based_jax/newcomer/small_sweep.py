@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Any
 
+from based_jax.nn.mixers import kind_of
 from based_jax.sweep import Point, Sweep, chain, param, product
 
 CONV = ("conv", {"expand": 2})
@@ -43,7 +44,7 @@ COMMITTED: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def points(mixer: str | type, options: Mapping[str, Any]) -> list[Point]:
     """Return the points of a mixer, by name or class, with these options."""
-    return product(param("model.layers", [(CONV, (mixer, dict(options)))]), param("optim.lr", RATES))
+    return product(param("model.layers", [(CONV, (kind_of(mixer), dict(options)))]), param("optim.lr", RATES))
 
 
 def sweep_of(
