@@ -73,16 +73,16 @@ def _at_borders(k, v, c, state, *, scale: float, backwards: bool) -> jax.Array:
     if pieces == 1:
         return state
     of_pieces = [Type((cut.batch, *state.shape[1:]), jnp.float32), Type((cut.batch, cut.heads), jnp.float32)]
-    made = cut.by_strip(piece_sums, [k, c], [v], [], of_pieces, warps=4, scale=scale, backwards=backwards)
+    made = cut.by_strip(one_decay_sums, [k, c], [v], [], of_pieces, warps=4, scale=scale, backwards=backwards)
     sums, decay = (x.reshape(-1, pieces, *x.shape[1:]) for x in made)
     results, programs = [Type(sums.shape, jnp.float32)], cut.heads * cut.keys * cut.values // CARRIED_ELEMENTS
     options = {"cut": cut, "pieces": pieces, "backwards": backwards}
-    [found] = launch(carried_states, programs, [sums, decay, state], results, warps=CARRYING_WARPS, **options)
+    [found] = launch(one_decay_borders, programs, [sums, decay, state], results, warps=CARRYING_WARPS, **options)
     return found.reshape(of_pieces[0].shape)
 
 
 @triton.jit
-def piece_sums(
+def one_decay_sums(
     k_ref, c_ref, v_ref, sums_ref, decay_ref, cut: tl.constexpr, scale: tl.constexpr, backwards: tl.constexpr
 ):
     """Walk over the chunks of a piece, from no state on."""
@@ -102,7 +102,7 @@ def piece_sums(
 
 
 @triton.jit
-def carried_states(
+def one_decay_borders(
     sums_ref, decay_ref, state_ref, borders_ref, cut: tl.constexpr, pieces: tl.constexpr, backwards: tl.constexpr
 ):
     """Walk over the pieces of a sequence with some elements of a state."""
