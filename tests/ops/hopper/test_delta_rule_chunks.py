@@ -18,15 +18,22 @@ from pallas_kernels.hopper import mosaic
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Run kernels in Pallas' interpreter, which looks for races, and takes products' reads for those of registers."""
+    """Run kernels in Pallas' interpreter, which looks for races.
+
+    It takes products' reads for those of registers, and these for such as copies may overtake.
+    """
     replace_products(monkeypatch)
-    multiply = mosaic.multiply
 
-    def read_as_copies_write(*operands):
-        multiply(*operands)
-        plgpu.commit_smem()
+    def reads_are_over(read):
+        def run(*operands):
+            found = read(*operands)
+            plgpu.commit_smem()
+            return found
 
-    monkeypatch.setattr(mosaic, "multiply", read_as_copies_write)
+        return run
+
+    for name in ("multiply", "load"):
+        monkeypatch.setattr(mosaic, name, reads_are_over(getattr(mosaic, name)))
     monkeypatch.setattr(mosaic, "load_global", lambda ref, layout: ref[...])
     monkeypatch.setattr(plgpu, "set_max_registers", lambda *args, **options: None)
     monkeypatch.setattr(limits, "multiprocessors", lambda: 2)
@@ -36,7 +43,7 @@ def interpreted(monkeypatch):
 
 @pytest.mark.parametrize(
     "T, H, K, V",
-    [(130, 1, 128, 128)],
+    [(130, 1, 128, 128), (70, 2, 256, 256)],
 )
 def test_they_equal_the_oracle(T, H, K, V, normal, out_and_grads, interpreted):
     k = normal(1, T, H, K)
