@@ -15,6 +15,7 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.init_recipes import initialise
 from based_jax.nn.mixers import build_mixer
+from based_jax.nn.own_mixer import short
 from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.dispatch import target_platform
 from based_jax.ops.few_tokens import few_tokens_residual_norm
@@ -81,11 +82,11 @@ class Block(nnx.Module):
     def __init__(self, kind: str, options: dict, config, *, rngs: nnx.Rngs):
         init = config.init(rngs)
         norm, mlp = layers.NORMS[config.norm], layers.MLPS[config.mlp]
-        self.dtype, self.kind = init.dtype, kind
+        self.dtype, self.kind = init.dtype, short(kind)
         self.norm1 = norm(config.d_model, config.norm_eps, rngs=rngs)
         first = config.layers.index((kind, options))  # layers that are equal are wrong alike
         self.mixer = build_mixer(kind, config.d_model, options, init, where=f"model.layers[{first}]")
-        initialise(self.mixer, kind, config.init_recipe, init)
+        initialise(self.mixer, self.kind, config.init_recipe, init)
         if mlp is None:
             self.mlp = None
         else:

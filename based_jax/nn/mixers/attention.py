@@ -353,8 +353,8 @@ class Attention(Mixer):
 
     def unrotated_qkv(self, x: BTD, width: int | None = None):
         """Return queries, keys and values (B, T, heads, D/H); with a `width` zeros fill the heads up to it."""
-        y = layers.to_heads(self.qkv, x, self.config.num_heads + 2 * self.kv_heads, width or self.head_dim)
-        q, k, v = layers.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
+        heads = self.config.num_heads, self.kv_heads, self.kv_heads
+        q, k, v = layers.split_to_heads(self.qkv, x, heads, width or self.head_dim)
         if not self.config.qk_norm:
             return [q, k, v]
         return [self._normed(self.q_norm, q), self._normed(self.k_norm, k), v]

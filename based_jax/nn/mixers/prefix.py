@@ -108,7 +108,7 @@ class PrefixLinearAttention(TaylorAttention):
         sums = taylor_decode.total(before)
         numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else sequence.numbered(segment_ids)
         places, length = sequence.positions(segment_ids, length, x.shape[1])
-        q, k, v = self._qkv(x)
+        q, k, v = self.qkv(x)
         if self.enc_length:
             k_enc, v_enc = (layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_k_enc, self.proj_v_enc))
             if encoder_mask is not None:
