@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from based_jax import parallel
 from based_jax.dims import BD
 from based_jax.generate.decoder import Caches, Decoder, Layout
-from based_jax.generate.prefill import CHUNK_TOKENS, prefill
+from based_jax.generate.prefill import prefill
 from based_jax.generate.requests import MOST_STOP_IDS, Request
 from based_jax.generate.sampling import Drawn, Draws, draw
 from based_jax.generate.state_layout import StateLayout
@@ -98,7 +98,7 @@ class Block(NamedTuple):
     drawn: Int[Array, "B"]
 
 
-def begun(decoder: Decoder, requests: Sequence[Request], max_len: int, chunk_tokens: int = CHUNK_TOKENS) -> Rows:
+def begun(decoder: Decoder, requests: Sequence[Request], max_len: int, chunk_tokens: int | None = None) -> Rows:
     """Return the rows of requests whose prompts are read together, with caches for `max_len` tokens each."""
     prompts = [np.asarray(request.prompt[:-1], np.int32) for request in requests]
     caches = _caches_before(decoder, requests, max_len)

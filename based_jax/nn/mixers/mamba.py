@@ -89,7 +89,7 @@ class Mamba(Mixer):
             self.conv_bias = layers.conv_parameter((self.d_inner,), config.d_conv, rngs=init.rngs)
         widths = (self.dt_rank, config.d_state, config.d_state)
         self.x_proj = layers.torch_linear(self.d_inner, sum(widths), ("mlp", None), init, parts=widths)
-        self.dt_proj = layers.torch_linear(self.dt_rank, self.d_inner, (None, "mlp"), init.fp32, bias=True)
+        self.dt_proj = layers.torch_linear(self.dt_rank, self.d_inner, (None, "mlp"), init, bias=True)
         self.dt_proj.bias = nnx.Param(inverse_softplus_dt(self.d_inner, init.rngs), **layers.logical_axes("mlp"))
         states = jnp.log(jnp.arange(1, config.d_state + 1, dtype=jnp.float32))
         self.A_log = nnx.Param(
@@ -121,7 +121,7 @@ class Mamba(Mixer):
         return self._out(x, u, y), MambaState(conv, memory)
 
     @override
-    def _step(self, x: BD, state: MambaState) -> tuple[BD, MambaState]:
+    def _step(self, x: BD, state: MambaState) -> tuple[BD | layers.Projected, MambaState]:
         inner, z = jnp.split(self.in_proj(x), 2, axis=-1)
         u, conv = short_conv_step(inner, **self._conv(), state=state.conv)
         raw, B, C = self._selected(u)
@@ -169,4 +169,4 @@ class Mamba(Mixer):
         return self._gated(layers.linear_part(self.in_proj, x, self.d_inner, 2 * self.d_inner), u, y)
 
     def _gated(self, z, u, y):
-        return self.out_proj(gated_skip(y, u, z, self.D[...]))
+        return layers.into_stream(self.out_proj, gated_skip(y, u, z, self.D[...]))
