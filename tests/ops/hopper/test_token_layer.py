@@ -8,6 +8,7 @@ from helpers.devices import gpus
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import token_layer as kernels
+from pallas_kernels.hopper import token_strips
 
 OPTIONS = {"eps": 1e-5, "multiprocessors": 132}
 
@@ -71,7 +72,7 @@ def interpreted(monkeypatch):
     for name in ("_signal", "_await", "keep_plain"):
         monkeypatch.setattr(kernels, name, lambda *_: None)
     monkeypatch.setattr(kernels, "load_global", lambda ref, _: ref[...])
-    monkeypatch.setattr(kernels, "load_shared", lambda ref, _: ref[...].astype(jnp.float32))
+    monkeypatch.setattr(token_strips, "load_shared", lambda ref, _: ref[...].astype(jnp.float32))
     with gpus(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         yield
 
