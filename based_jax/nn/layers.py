@@ -22,6 +22,7 @@ from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.few_tokens import few_tokens_gated, few_tokens_products
 from based_jax.ops.projection import are_decoded, multiply, project
 from based_jax.ops.token_layer import token_mlp
+from based_jax.ops.token_products import token_products, token_sums
 
 INIT_STD = 0.02
 NORM_EPS = 1e-5
@@ -218,6 +219,19 @@ def several(parts: Sequence[nnx.Linear], x: Float[Array, "*B D"]) -> list[Float[
     x, *kernels = parts[0].promote_dtype((x, *(layer.kernel[...] for layer in parts)), dtype=parts[0].dtype)
     products = few_tokens_products(x.reshape(-1, x.shape[-1]), tuple(kernels))
     return [y.reshape(*x.shape[:-1], -1) for y in products]
+
+
+def several_of_norm(
+    parts: Sequence[nnx.Linear], norm: nnx.RMSNorm, r: BD, y: Pieces | None
+) -> tuple[BD, list[Float[Array, "B _"]]]:
+    """Return r + y of one sequence's token, and the outputs of linear layers without a bias for its norm."""
+    kernels = tuple(layer.kernel[...].astype(layer.dtype) for layer in parts)
+    return token_products(r, y, norm.scale[...], kernels, eps=norm.epsilon)
+
+
+def in_pieces(layer: nnx.Linear, x: Float[Array, "B D"], marks: Int[Array, "_"] | None) -> Pieces:
+    """Return the output of a linear layer without a bias for one sequence's token, with marks for what reads it."""
+    return Pieces(token_sums(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)), marks)
 
 
 class Projected(NamedTuple):

@@ -197,6 +197,16 @@ class TokenMLPCall(NamedTuple):
     eps: float
 
 
+class TokenProductsCall(NamedTuple):
+    """A residual addition, the RMS norm, and products with matrices (D, E), whose E may differ, of tokens (B, D)."""
+
+    r: BD
+    y: Pieces | None
+    scale: Channels
+    kernels: tuple[Float[Array, "D _"], ...]
+    eps: float
+
+
 class TokenConvCall(NamedTuple):
     """The same with a gated short convolution between the two matrices, both with biases."""
 

@@ -15,11 +15,12 @@ from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
-from based_jax.nn.cache import TokenCache
+from based_jax.nn.cache import Cache, TokenCache
 from based_jax.nn.eviction import POLICIES, BudgetCache, Policy
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
 from based_jax.nn.rotary import check_scaling, scaling
 from based_jax.ops import dispatch, segments, sequence, softmax_chunks
+from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim, whole_pass_head_dim
 from based_jax.ops.softmax_budget import own_attention, ring_attention
 from based_jax.ops.softmax_prefill import attention_prefill
@@ -172,10 +173,10 @@ class Attention(Mixer):
     @override
     def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
         if self.policy is None:
-            o, after = self.read_token(x, state)
-        else:
-            o, after = self._read_one(self.policy, self._token(x, state), state, jnp.ones(x.shape[0], bool))
-            o = o[..., : self.head_dim]
+            o, after = self.read_token(self._token(x, state), state)
+            return self._out(o), after
+        o, after = self._read_one(self.policy, self._token(x, state), state, jnp.ones(x.shape[0], bool))
+        o = o[..., : self.head_dim]
         return self._out(o if self._evicts(state) else state.held(o, state.length)), after
 
     @override
@@ -334,7 +335,12 @@ class Attention(Mixer):
 
     def unrotated_qkv(self, x: BTD, width: int | None = None):
         """Return queries, keys and values (B, T, heads, D/H); with a `width` zeros fill the heads up to it."""
-        y = layers.to_heads(self.qkv, x, self.config.num_heads + 2 * self.kv_heads, width or self.head_dim)
+        return self._parts(
+            layers.to_heads(self.qkv, x, self.config.num_heads + 2 * self.kv_heads, width or self.head_dim)
+        )
+
+    def _parts(self, y):
+        """Return queries, keys and values of all heads (B, T, heads, .)."""
         q, k, v = layers.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
         if not self.config.qk_norm:
             return [q, k, v]
@@ -365,19 +371,38 @@ class Attention(Mixer):
         k, v = (jnp.zeros((batch, slots, self.kv_heads, width), self.dtype) for _ in "kv")
         return TokenCache.empty((k, v))
 
-    def read_token(self, x: BD, state: TokenCache):
-        """Return what a token's queries read (B, H, D/H), and the state after it."""
-        q, k, v = self._turned_token(self._token(x, state), state.length)
+    @override
+    def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
+        """Mix the norm of r + y of one sequence's token, where all tokens are kept and projections have no biases."""
+        if self.policy is not None or self.qkv.bias is not None or self.out_proj.bias is not None:
+            return None
+        r, [z] = layers.several_of_norm([self.qkv], norm, r, y)
+        heads = layers.split_heads(z[:, None], self.config.num_heads + 2 * self.kv_heads)
+        o, state = self.read_token(self._filled(self._parts(heads), cache.state), cache.state)
+        pieces = layers.in_pieces(self.out_proj, layers.merge_heads(o), None if y is None else y.marks)
+        return r, pieces, cache._replace(state=state)
+
+    def read_token(self, token, state: TokenCache):
+        """Return what a token's queries read (B, H, D/H), NaN where it does not fit, and the state after it.
+
+        The token is its queries, keys and values (B, heads, .), as wide as the cache's and not rotated.
+        """
+        o, after = self.read_newest(token, state)
+        return state.held(o, state.length), after
+
+    def read_newest(self, token, state: TokenCache):
+        """Return the same where each token has a slot."""
+        q, k, v = self._turned_token(token, state.length)
         state = state.append((k, v))
         return self._attended(q, state)[..., : self.head_dim], state
 
     def _token(self, x: BD, state: TokenCache):
-        """Return a token's queries, keys and values (B, heads, .), as wide as the cache's and not rotated.
+        """Return a token's queries, keys and values, as of `read_token`."""
+        return self._filled(self.unrotated_qkv(x[:, None]), state)
 
-        Zeros behind the weights would be made anew for each token.
-        """
-        width = state.tokens[0].shape[3]
-        return [layers.with_zeros(y[:, 0], 2, width) for y in self.unrotated_qkv(x[:, None])]
+    def _filled(self, qkv, state: TokenCache):
+        """Return (B, 1, heads, .) without time, wide as the cache: zeros in weights would be made for each token."""
+        return [layers.with_zeros(y[:, 0], 2, state.tokens[0].shape[3]) for y in qkv]
 
     def _turned_token(self, token, place: Int[Array, "B"]):
         return (y[:, 0] for y in self._rotated([y[:, None] for y in token], place, None))

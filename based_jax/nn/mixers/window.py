@@ -75,8 +75,13 @@ class WindowAttention(attention.Attention):
 
     @override
     def _step(self, x: BD, state: TokenCache) -> tuple[BD | layers.Projected, TokenCache]:
-        o, state = self.read_token(x, state)
+        o, state = self.read_token(self._token(x, state), state)
         return self._out(o), state
+
+    @override
+    def read_token(self, token, state: TokenCache):
+        """Return what a token's queries read (B, H, D/H), and the state after it: in a ring each token has a slot."""
+        return self.read_newest(token, state)
 
     @override
     def state_size(self, seq_len: int) -> int:
