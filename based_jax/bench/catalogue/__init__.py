@@ -16,6 +16,7 @@ from based_jax.bench.catalogue import (
     taylor,
     taylor_decode,
     token_layers,
+    token_products,
 )
 from based_jax.bench.catalogue.operation import Case, Operation
 from based_jax.errors import UserError, unknown
@@ -60,6 +61,8 @@ OPERATIONS: dict[str, Operation] = {
     "raw_selective_scan_step": steps.RAW_SELECTIVE_SCAN_STEP,
     "token_mlp": token_layers.TOKEN_MLP,
     "token_conv": token_layers.TOKEN_CONV,
+    "token_products": token_products.TOKEN_PRODUCTS,
+    "token_sums": token_products.TOKEN_SUMS,
     "short_conv_step": steps.SHORT_CONV_STEP,
     "gated_short_conv_step": steps.GATED_SHORT_CONV_STEP,
     "few_tokens_product": few_tokens.FEW_TOKENS_PRODUCT,
