@@ -115,9 +115,9 @@ class MatrixStepCall(NamedTuple):
 
 
 class ShortConvStepCall(NamedTuple):
-    """One token x (B, D) of a `ShortConvCall`."""
+    """One token of a `ShortConvCall`: the first D channels of x (B, D or more)."""
 
-    x: BD
+    x: Float[Array, "B wide"]
     kernel: WD
     state: Past
     bias: Channels | None = None
@@ -146,10 +146,23 @@ class SelectiveScanStepCall(NamedTuple):
     bias: Channels | None = None
 
 
-class FewTokensCall(NamedTuple):
-    """A product of few tokens (M, D) and a matrix (D, E)."""
+class GatedScanStepCall(NamedTuple):
+    """One token of Mamba: u and raw steps (B, D), B and C last in `selected`, z last in `joint`, bias and skip (D,)."""
 
-    x: Float[Array, "M D"]
+    u: BD
+    raw: BD
+    A: DN
+    selected: Float[Array, "B behind"]
+    joint: Float[Array, "B joint"]
+    state: BDN
+    bias: Channels
+    skip: Channels
+
+
+class FewTokensCall(NamedTuple):
+    """A product of few tokens, the first D channels of (M, D or more), and a matrix (D, E)."""
+
+    x: Float[Array, "M wide"]
     kernel: Float[Array, "D E"]
 
 

@@ -17,14 +17,10 @@ from based_jax.ops.calls import BDN
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.dispatch import beside
 from based_jax.ops.gated_norm import gated_skip
+from based_jax.ops.gated_scan_step import IMPLEMENTATIONS as STEP_IMPLEMENTATIONS
+from based_jax.ops.gated_scan_step import gated_scan_step
 from based_jax.ops.projection import multiply
-from based_jax.ops.selective_scan import (
-    IMPLEMENTATIONS,
-    STEP_IMPLEMENTATIONS,
-    initial_state,
-    selective_scan,
-    selective_scan_step,
-)
+from based_jax.ops.selective_scan import IMPLEMENTATIONS, initial_state, selective_scan
 
 KEYS = {
     "out_proj/kernel": "out_proj.weight",
@@ -122,12 +118,13 @@ class Mamba(Mixer):
 
     @override
     def _step(self, x: BD, state: MambaState) -> tuple[BD | layers.Projected, MambaState]:
-        inner, z = jnp.split(self.in_proj(x), 2, axis=-1)
-        u, conv = short_conv_step(inner, **self._conv(), state=state.conv)
-        raw, B, C = self._selected(u)
-        options = self._bias() | {"impl": beside(self.config.impl, STEP_IMPLEMENTATIONS)}
-        y, memory = selective_scan_step(u, raw, self._A(), B, C, state.memory, **options)
-        return self._gated(z, u, y), MambaState(conv, memory)
+        joint = self.in_proj(x)
+        u, conv = short_conv_step(joint, **self._conv(), state=state.conv)
+        selected = self.x_proj(u)
+        raw = layers.product_of_first(selected, self.dt_proj.kernel[...].astype(selected.dtype))
+        options = self._bias() | {"skip": self.D[...], "impl": beside(self.config.impl, STEP_IMPLEMENTATIONS)}
+        y, memory = gated_scan_step(u, raw, self._A(), selected, joint, state.memory, **options)
+        return layers.into_stream(self.out_proj, y), MambaState(conv, memory)
 
     @override
     def state_size(self, seq_len: int) -> int:
