@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from based_jax.dims import BD, BP, DropoutKey
 from based_jax.errors import UserError
 from based_jax.ops.decode_calls import Pieces
-from based_jax.ops.few_tokens import few_tokens_gated, few_tokens_product, few_tokens_products
+from based_jax.ops.few_tokens import few_tokens_gated, few_tokens_products
 from based_jax.ops.projection import are_decoded, multiply, project
 from based_jax.ops.token_layer import token_mlp
 from based_jax.ops.token_products import token_products, token_sums
@@ -219,13 +219,6 @@ def several(parts: Sequence[nnx.Linear], x: Float[Array, "*B D"]) -> list[Float[
     x, *kernels = parts[0].promote_dtype((x, *(layer.kernel[...] for layer in parts)), dtype=parts[0].dtype)
     products = few_tokens_products(x.reshape(-1, x.shape[-1]), tuple(kernels))
     return [y.reshape(*x.shape[:-1], -1) for y in products]
-
-
-def product_of_first(x: Float[Array, "B wide"], kernel: Float[Array, "D E"]) -> Float[Array, "B E"]:
-    """Return the product of the first D channels of tokens that are decoded and a matrix."""
-    if are_decoded(x.shape):
-        return few_tokens_product(x, kernel)
-    return multiply(x[:, : len(kernel)], kernel)
 
 
 def several_of_norm(

@@ -160,9 +160,9 @@ class GatedScanStepCall(NamedTuple):
 
 
 class FewTokensCall(NamedTuple):
-    """A product of few tokens, the first D channels of (M, D or more), and a matrix (D, E)."""
+    """A product of few tokens (M, D) and a matrix (D, E)."""
 
-    x: Float[Array, "M wide"]
+    x: Float[Array, "M D"]
     kernel: Float[Array, "D E"]
 
 

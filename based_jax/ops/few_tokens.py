@@ -20,11 +20,11 @@ E = Float[Array, "E"]
 
 
 @checked
-def few_tokens_product(x: Float[Array, "M wide"], kernel: DE, *, impl: str = "auto") -> Float[Array, "M E"]:
+def few_tokens_product(x: MD, kernel: DE, *, impl: str = "auto") -> Float[Array, "M E"]:
     """Return x @ kernel in x's dtype.
 
     Args:
-      x: tokens (M, D), or more channels, of which the first D are read.
+      x: tokens (M, D).
       kernel: (D, E).
       impl: "xla_product", "hopper_strips" (a Mosaic GPU kernel; bf16, at most 128 tokens, D and E multiples of 64, on
         one device; without a gradient) or "auto".
@@ -77,7 +77,7 @@ def few_tokens_residual_norm(
 
 
 def _product(call: FewTokensCall) -> Float[Array, "M E"]:
-    return lax.dot_general(call.x[:, : len(call.kernel)], call.kernel, (((1,), (0,)), ((), ())))
+    return lax.dot_general(call.x, call.kernel, (((1,), (0,)), ((), ())))
 
 
 def _products(call: FewTokensProductsCall) -> list[Float[Array, "M _"]]:

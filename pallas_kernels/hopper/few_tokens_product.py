@@ -36,7 +36,7 @@ def products(x, matrices, *, multiprocessors: int):
     """Return [x @ matrix (M, E) for each matrix] bf16.
 
     Args:
-      x: (M, D or more) bf16, M 64, 128, 256 or 512; D is a multiple of 64, and of more the first D are read.
+      x: (M, D) bf16, M 64, 128, 256 or 512; D is a multiple of 64.
       matrices: (D, E) bf16 each; E, which may differ, is a multiple of 64.
       multiprocessors: of the GPU.
     """
@@ -131,7 +131,7 @@ def _cuts(widths: list[int], columns: int) -> list[_Cut]:
 
 def _strips(finish: Callable, name: str, x, matrices, cuts: list[_Cut], dtype) -> list[jax.Array]:
     """Return `finish(*sums)` of each block (pieces, M, width), for each matrix; its sums are one of each strip."""
-    (tokens, _), (rows, _), cut, count = x.shape, matrices[0].shape, cuts[0], len(cuts)
+    (tokens, rows), cut, count = x.shape, cuts[0], len(cuts)
     tile_bytes = 2 * CHUNK_ROWS * (mosaic.TILE_ROWS + len(cut.firsts) * cut.columns)
     slots = min(rows // CHUNK_ROWS // cut.pieces, RING_BYTES // tile_bytes)
 

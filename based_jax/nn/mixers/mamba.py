@@ -121,7 +121,7 @@ class Mamba(Mixer):
         joint = self.in_proj(x)
         u, conv = short_conv_step(joint, **self._conv(), state=state.conv)
         selected = self.x_proj(u)
-        raw = layers.product_of_first(selected, self.dt_proj.kernel[...].astype(selected.dtype))
+        raw = multiply(selected[:, : self.dt_rank], self.dt_proj.kernel[...].astype(selected.dtype))
         options = self._bias() | {"skip": self.D[...], "impl": beside(self.config.impl, STEP_IMPLEMENTATIONS)}
         y, memory = gated_scan_step(u, raw, self._A(), selected, joint, state.memory, **options)
         return layers.into_stream(self.out_proj, y), MambaState(conv, memory)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from based_jax.ops.decode_calls import FewTokensCall, FewTokensNormCall, FewTokensProductsCall
 from based_jax.ops.hopper import limits
 
-MOST_TOKENS, TILE_TOKENS, SIZE_MULTIPLE, CHANNEL_MULTIPLE = 128, 64, 64, 8
+MOST_TOKENS, TILE_TOKENS, SIZE_MULTIPLE = 128, 64, 64
 LEAST_TOKENS = 64
 """From which on these kernels are faster: of fewer they compute as many. A whole model's token was timed with 128
 sequences, where they are, and with 8, where XLA's products are; not between."""
@@ -27,8 +27,6 @@ def supports(call: FewTokensCall) -> str | None:
             return f"{name} must be bfloat16, and is {x.dtype}"
     if not 1 <= len(call.x) <= MOST_TOKENS:
         return f"there must be 1 to {MOST_TOKENS} tokens, and are {len(call.x)}"
-    if call.x.shape[1] % CHANNEL_MULTIPLE:
-        return f"x must have a multiple of {CHANNEL_MULTIPLE} channels, and has {call.x.shape[1]}"
     if not call.kernel.size or any(size % SIZE_MULTIPLE for size in call.kernel.shape):
         return f"both sizes of the kernel must be multiples of {SIZE_MULTIPLE}, and it is {call.kernel.shape}"
     if jax.sharding.get_abstract_mesh().size > 1:
