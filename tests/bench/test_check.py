@@ -54,6 +54,7 @@ SMALL = [
     Case("few_tokens_residual_norm", (3, 8), (6,)),
     Case("token_products", (1, 8), (6, 5)),
     Case("token_sums", (1, 8), (6,)),
+    Case("gated_scan_step", (2, 8), (3,)),
 ]
 
 
