@@ -16,7 +16,7 @@ from based_jax.bench.decode_state import array_bytes, at_length, random_state, r
 from based_jax.generate.decoder import Caches, Decoder, layout_of
 from based_jax.generate.prefill import Chunk, prefill_chunk
 from based_jax.generate.requests import Request
-from based_jax.generate.rows import Block, Rows, decode
+from based_jax.generate.rows import Block, Rows, decoding_loop, loop_options
 from based_jax.nn.lm_config import LMConfig
 from based_jax.ops import dispatch
 
@@ -47,6 +47,14 @@ class Subject:
         return array_bytes(self.layout.shapes) - unread
 
 
+class Lowered(NamedTuple):
+    """What a program is compiled from; see `Program`, and the compiler's options."""
+
+    lowered: jax.stages.Lowered
+    choices: dict[str, list[str]]
+    options: dict[str, str] | None
+
+
 class Program(NamedTuple):
     """A compiled program.
 
@@ -70,7 +78,7 @@ class Programs:
 
     def __init__(self, subject: Subject):
         self.subject = subject
-        self._lowered: dict[Hashable, tuple[jax.stages.Lowered, dict[str, list[str]]]] = {}
+        self._lowered: dict[Hashable, Lowered] = {}
         self._compiled: dict[Hashable, Program] = {}
         self.was_read = False
 
@@ -83,11 +91,11 @@ class Programs:
 
         def block(rows: Rows, inputs: tuple) -> tuple[Rows, Block]:
             params, context = inputs
-            return decode(Decoder(self.subject.layout, params), _after(rows, context, tokens), tokens)
+            return decoding_loop(self.subject.layout, tokens, params, _after(rows, context, tokens), tokens)
 
         rows = jax.eval_shape(lambda: new_rows(self.subject.caches(batch, max_len)))
         inputs = self.subject.layout.shapes, jax.ShapeDtypeStruct((), jnp.int32)
-        return self._add(block, rows, inputs)
+        return self._add(block, rows, inputs, options=loop_options())
 
     def add_chunk(self, max_len: int, chunk: Chunk) -> Hashable:
         """Add the program that reads a chunk of prompts, and return its key: `(caches, (params, chunk)) -> caches`."""
@@ -111,20 +119,20 @@ class Programs:
         """Return a program that has been compiled."""
         return self._compiled[key]
 
-    def _add(self, function: Callable, *arguments: Any) -> Hashable:
+    def _add(self, function: Callable, *arguments: Any, options: dict[str, str] | None = None) -> Hashable:
         leaves, structure = jax.tree.flatten(arguments)
         key = function.__name__, structure, tuple((x.shape, x.dtype) for x in leaves)
         if key not in self._lowered:
             with dispatch.recorded_choices() as choices:
                 lowered = jax.jit(function, donate_argnums=0).lower(*arguments)
-            self._lowered[key] = lowered, {operation: list(impls) for operation, impls in choices.items()}
+            self._lowered[key] = Lowered(lowered, {name: list(impls) for name, impls in choices.items()}, options)
         return key
 
 
-def _compiled(given: tuple[jax.stages.Lowered, dict[str, list[str]]]) -> Program:
-    lowered, choices = given
+def _compiled(given: Lowered) -> Program:
+    lowered, choices, options = given
     begin = time.perf_counter()
-    step = lowered.compile()
+    step = lowered.compile(options)
     return Program(step, choices, time.perf_counter() - begin)
 
 

@@ -19,6 +19,16 @@ from based_jax.generate.requests import MOST_STOP_IDS, Request
 from based_jax.generate.sampling import Drawn, Draws, draw
 from based_jax.generate.state_layout import StateLayout
 from based_jax.nn.lm import LM
+from based_jax.ops.dispatch import target_platform
+
+GRAPH_OPTIONS = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    ),
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+}
+"""With which XLA makes one CUDA graph of a loop, whose end the GPU finds itself, and kernels that need nothing of each
+other run side by side."""
 
 
 @jax.tree_util.register_dataclass
@@ -120,7 +130,14 @@ def decode(decoder: Decoder, rows: Rows, steps: int, most: int | None = None) ->
 
     The rows given are used up: their caches are written in place.
     """
-    return decoding_loop(decoder.layout, steps, decoder.params, rows, np.int32(steps if most is None else most))
+    loop = decoding_loop if loop_options() is None else graph_loop
+    return loop(decoder.layout, steps, decoder.params, rows, np.int32(steps if most is None else most))
+
+
+def loop_options() -> dict[str, str] | None:
+    """Return what XLA is told besides for the program of `decode`, None unless it is one GPU's."""
+    is_one_gpu = target_platform() == "cuda" and jax.sharding.get_abstract_mesh().size <= 1
+    return GRAPH_OPTIONS if is_one_gpu else None
 
 
 def blocks(decoder: Decoder, rows: Rows, steps: int) -> Iterator[Block]:
@@ -150,8 +167,7 @@ def decode_step(model: LM, rows: Rows) -> tuple[Rows, Drawn]:
     return after, drawn
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def decoding_loop(
+def _drawn_until_all_stop(
     layout: Layout, steps: int, params: nnx.State, rows: Rows, most: Int[Array, ""]
 ) -> tuple[Rows, Block]:
     """Draw tokens as `decode` does, of a model of a layout."""
@@ -172,6 +188,11 @@ def decoding_loop(
     found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
     block = Block(found.token, found.log_prob, found.top_tokens, found.top_log_probs, count)
     return rows, jax.tree.map(parallel.constrain, block)
+
+
+_loop = functools.partial(jax.jit, _drawn_until_all_stop, static_argnums=(0, 1), donate_argnums=3)
+decoding_loop, graph_loop = _loop(), _loop(compiler_options=GRAPH_OPTIONS)
+"""The compiled program of `decode`, as it is and as one CUDA graph."""
 
 
 def _logits(model: LM, hidden: BD) -> Float[Array, "B vocab"]:

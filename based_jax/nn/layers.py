@@ -322,12 +322,22 @@ def rotary(
     An odd `dim` has ceil(dim/2) frequencies, so R is dim + 1 (flash-attention v2.5.2, as attn-1b uses it with 35).
     `scaling` makes others of these frequencies.
     """
-    frequencies = scaling(base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1)))
-    half = frequencies.shape[0]
-    angles = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
+    angles = rotary_angles(jnp.atleast_2d(positions), dim, base, scaling)[:, :, None]
+    half = angles.shape[-1]
     cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def rotary_angles(
+    positions: Int[Array, "*B"],
+    dim: int,
+    base: float,
+    scaling: Callable[[Float[Array, "_"]], Float[Array, "_"]] = lambda frequencies: frequencies,
+) -> Float[Array, "*B half"]:
+    """Return the angles by which `rotary` turns pairs at positions."""
+    frequencies = scaling(base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1)))
+    return positions.astype(jnp.float32)[..., None] * frequencies.reshape(*(1,) * positions.ndim, -1)
 
 
 def scaled(name: str, width: int, factor: float) -> int:

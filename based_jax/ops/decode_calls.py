@@ -34,6 +34,16 @@ class AttentionStepCall(NamedTuple):
         return math.sqrt(self.head_dim or self.q.shape[2])
 
 
+class RingStepCall(NamedTuple):
+    """Heads of a token (B, H + 2 G, K), a ring (B, S, G, K) of keys and of values, tokens before, and angles."""
+
+    heads: Float[Array, "B joint K"]
+    k: BSGK
+    v: BSGV
+    length: Int[Array, "B"]
+    angles: Float[Array, "B half"]
+
+
 class AttentionPrefillCall(NamedTuple):
     """Softmax attention of T tokens, q (B, T, H, K), k, v (B, T, G, .), that go on after `length` (B,) cached ones.
 

@@ -58,6 +58,7 @@ MODELS = {
     "gated_deltanet_1b": Model("configs/gated_deltanet.py:1b"),
     **POLICIES,
     "based_360m": Model("configs/based.py:360m"),
+    "based_360m_flush": Model("configs/based.py:360m", (f"taylor.flush={FLUSH}",)),
     "attention_360m": Model("configs/attention.py:360m", grows=True),
     "mamba_360m": Model("configs/mamba.py:360m"),
     "gated_deltanet_360m": Model("configs/gated_deltanet.py:360m"),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
@@ -172,10 +172,11 @@ class Attention(Mixer):
 
     @override
     def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
+        heads = layers.split_heads(self.qkv(x), self._joint_heads)
         if self.policy is None:
-            o, after = self.read_token(self._token(x, state), state)
+            o, after = self.read_token(heads, state)
             return self._out(o), after
-        o, after = self._read_one(self.policy, self._token(x, state), state, jnp.ones(x.shape[0], bool))
+        o, after = self._read_one(self.policy, self._token(heads, state), state, jnp.ones(x.shape[0], bool))
         o = o[..., : self.head_dim]
         return self._out(o if self._evicts(state) else state.held(o, state.length)), after
 
@@ -335,9 +336,7 @@ class Attention(Mixer):
 
     def unrotated_qkv(self, x: BTD, width: int | None = None):
         """Return queries, keys and values (B, T, heads, D/H); with a `width` zeros fill the heads up to it."""
-        return self._parts(
-            layers.to_heads(self.qkv, x, self.config.num_heads + 2 * self.kv_heads, width or self.head_dim)
-        )
+        return self._parts(layers.to_heads(self.qkv, x, self._joint_heads, width or self.head_dim))
 
     def _parts(self, y):
         """Return queries, keys and values of all heads (B, T, heads, .)."""
@@ -377,32 +376,35 @@ class Attention(Mixer):
         if self.policy is not None or self.qkv.bias is not None or self.out_proj.bias is not None:
             return None
         r, [z] = layers.several_of_norm([self.qkv], norm, r, y)
-        heads = layers.split_heads(z[:, None], self.config.num_heads + 2 * self.kv_heads)
-        o, state = self.read_token(self._filled(self._parts(heads), cache.state), cache.state)
+        o, state = self.read_token(layers.split_heads(z, self._joint_heads), cache.state)
         pieces = layers.in_pieces(self.out_proj, layers.merge_heads(o), None if y is None else y.marks)
         return r, pieces, cache._replace(state=state)
 
-    def read_token(self, token, state: TokenCache):
-        """Return what a token's queries read (B, H, D/H), NaN where it does not fit, and the state after it.
+    def read_token(self, heads: Float[Array, "B joint K"], state: TokenCache):
+        """Return what a token reads (B, H, D/H), NaN where it does not fit, and the state after it.
 
-        The token is its queries, keys and values (B, heads, .), as wide as the cache's and not rotated.
+        The heads are its queries, keys and values beside each other, not rotated.
         """
-        o, after = self.read_newest(token, state)
+        o, after = self.read_newest(heads, state)
         return state.held(o, state.length), after
 
-    def read_newest(self, token, state: TokenCache):
+    def read_newest(self, heads: Float[Array, "B joint K"], state: TokenCache):
         """Return the same where each token has a slot."""
-        q, k, v = self._turned_token(token, state.length)
+        q, k, v = self._turned_token(self._token(heads, state), state.length)
         state = state.append((k, v))
         return self._attended(q, state)[..., : self.head_dim], state
 
-    def _token(self, x: BD, state: TokenCache):
-        """Return a token's queries, keys and values, as of `read_token`."""
-        return self._filled(self.unrotated_qkv(x[:, None]), state)
+    @property
+    def _joint_heads(self) -> int:
+        """The heads of queries, keys and values together."""
+        return self.config.num_heads + 2 * self.kv_heads
 
-    def _filled(self, qkv, state: TokenCache):
-        """Return (B, 1, heads, .) without time, wide as the cache: zeros in weights would be made for each token."""
-        return [layers.with_zeros(y[:, 0], 2, state.tokens[0].shape[3]) for y in qkv]
+    def _token(self, heads: Float[Array, "B joint K"], state: TokenCache):
+        """Return a token's queries, keys and values (B, heads, .), as wide as the cache's and not rotated.
+
+        Zeros behind the weights would be made anew for each token.
+        """
+        return [layers.with_zeros(y[:, 0], 2, state.tokens[0].shape[3]) for y in self._parts(heads[:, None])]
 
     def _turned_token(self, token, place: Int[Array, "B"]):
         return (y[:, 0] for y in self._rotated([y[:, None] for y in token], place, None))
