@@ -90,7 +90,7 @@ class Plan(NamedTuple):
 
     def scratch(self) -> list:
         """Return what a block keeps: x or h, the rings, sums by warp, and barriers."""
-        return scratch(max(self.chunks, self.piece_chunks))
+        return scratch(self.chunks, self.piece_chunks)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "multiprocessors"))
@@ -157,8 +157,8 @@ def _half_layer(
         bias_refs, refs = refs[: len(biases)], refs[len(biases) :]
         extras, refs = refs[: len(given)], refs[len(given) :]
         (marks_ref, *state_refs), refs = refs[: 1 + len(states)], refs[1 + len(states) :]
-        total_ref, h_ref, sums_ref, next_marks_ref, x_tile, tiles, parts, filled, ready, done = refs
-        keep_plain(x_tile, tiles, parts)
+        total_ref, h_ref, sums_ref, next_marks_ref, x_tile, h_tile, tiles, parts, filled, ready, done = refs
+        keep_plain(x_tile, h_tile, tiles, parts)
         leads, block = lax.axis_index("group") == 0, lax.axis_index("block")
         piece, strip = lax.div(block, plan.strips), lax.rem(block, plan.strips)
         reads, writes = piece < plan.pieces, block < plan.writers
@@ -199,13 +199,13 @@ def _half_layer(
             def _():
                 _await(marks_ref.at[piece], plan.piece_chunks * WARPS)
                 chunks = pl.ds(piece * plan.piece_chunks, plan.piece_chunks)
-                save(x_tile.at[0, pl.ds(0, plan.piece_chunks)], load_vector(h_ref.at[chunks]))
+                save(h_tile.at[0], load_vector(h_ref.at[chunks]))
 
             plgpu.commit_smem()
             plgpu.barrier_arrive(ready)
 
         plgpu.barrier_wait(ready)
-        leave_sums(parts, ring.walk(1, x_tile))
+        leave_sums(parts, ring.walk(1, h_tile))
         plgpu.barrier_arrive(done)
 
         @pl.when(leads)

@@ -39,10 +39,10 @@ LAYOUT = plgpu.Layout.TILED(
 ROWS, COLUMNS = LAYOUT.reduce(2), LAYOUT.reduce(0).reduce(0)
 
 
-def scratch(chunks: int) -> list:
-    """Return what a block keeps: the token by chunks of rows, the rings, sums by warp, and barriers."""
+def scratch(*chunks: int) -> list:
+    """Return what a block keeps: tokens by so many chunks of rows, the rings, sums by warp, and barriers."""
     return [
-        plgpu.SMEM((1, chunks, WARPS, WARP_ROWS), jnp.float32),
+        *(plgpu.SMEM((1, count, WARPS, WARP_ROWS), jnp.float32) for count in chunks),
         plgpu.SMEM((GROUPS, SLOTS, PARTS, *SHAPE), jnp.bfloat16),
         plgpu.SMEM((GROUPS, WARPS, PARTS, PART_COLUMNS), jnp.float32),
         plgpu.Barrier(num_arrivals=PARTS, num_barriers=GROUPS * SLOTS),
@@ -111,7 +111,7 @@ def normed(x_tile, r_ref, y_ref, scale_ref, eps: float):
     squares = (total * total).sum(axis=3).sum(axis=1).sum(axis=1)
     inverse = lax.rsqrt(squares * (1.0 / math.prod(r_ref.shape)) + eps)
     x = total * lax.broadcast_in_dim(inverse, total.shape, [0]) * scale
-    save(x_tile.at[:, pl.ds(0, r_ref.shape[1])], x)
+    save(x_tile, x)
     plgpu.commit_smem()
     return total
 

@@ -11,6 +11,7 @@ from based_jax.bench.catalogue import (
     long_convolutions,
     matrix_states,
     norms,
+    ring_step,
     softmax,
     state_spaces,
     steps,
@@ -52,6 +53,7 @@ OPERATIONS: dict[str, Operation] = {
     # What decodes:
     "taylor_attention_decode": taylor_decode.TAYLOR_ATTENTION_DECODE,
     "attention_step": cached_attention.ATTENTION_STEP,
+    "ring_step": ring_step.RING_STEP,
     "attention_prefill": cached_attention.ATTENTION_PREFILL,
     "gated_linear_attention_step": steps.GATED_LINEAR_ATTENTION_STEP,
     "simple_gla_step": steps.SIMPLE_GLA_STEP,
