@@ -35,7 +35,7 @@ def token_products(
       scale: of the norm.
       kernels: (D, E) each, of one dtype.
       impl: "xla_products", "hopper_token" (one Mosaic GPU kernel; one token, bf16 matrices, D a multiple of 128 up to
-        6,144, E of 64; on one device; without a gradient) or "auto".
+        6,144, E of 32; on one device; without a gradient) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.

@@ -20,8 +20,6 @@ from pallas_kernels.hopper.token_strips import (
     CHUNK_ROWS,
     GROUPS,
     PART_COLUMNS,
-    PARTS,
-    STRIP_COLUMNS,
     WARP_ROWS,
     Ring,
     Source,
@@ -42,10 +40,10 @@ def normed_products(r, y, scale, matrices, *, eps: float):
       r: (D,) fp32; D is a multiple of 128.
       y: pieces of what is to be added to it, (P, D) fp32 or bf16.
       scale: of the norm, (D,) fp32.
-      matrices: (D, E) bf16 each; E, which may differ, is a multiple of 64.
+      matrices: (D, E) bf16 each; E, which may differ, is a multiple of 32.
     """
     count, chunks = len(matrices), r.shape[0] // CHUNK_ROWS
-    strips = [matrix.shape[1] // STRIP_COLUMNS for matrix in matrices]
+    strips = [matrix.shape[1] // PART_COLUMNS for matrix in matrices]
     begins = [sum(strips[:i]) for i in range(count)]
 
     def body(r_ref, y_ref, scale_ref, *refs):
@@ -53,7 +51,7 @@ def normed_products(r, y, scale, matrices, *, eps: float):
         keep_plain(x_tile, tiles, parts)
         leads, block = lax.axis_index("group") == 0, lax.axis_index("block")
         own = [(block >= begin) & (block < begin + n) for begin, n in zip(begins, strips, strict=True)]
-        columns = [[((block - begin) * PARTS + p) * PART_COLUMNS for p in range(PARTS)] for begin in begins]
+        columns = [[(block - begin) * PART_COLUMNS] for begin in begins]
         sources = [
             Source(ref, 0, jnp.where(is_own, chunks, 0), of)
             for ref, is_own, of in zip(matrix_refs, own, columns, strict=True)
@@ -79,7 +77,7 @@ def normed_products(r, y, scale, matrices, *, eps: float):
         def _():
             plgpu.barrier_wait(done)
             for result, is_own, begin in zip(results, own, begins, strict=True):
-                pl.when(is_own)(functools.partial(_write, result, (block - begin) * PARTS, parts))
+                pl.when(is_own)(functools.partial(_write, result.at[block - begin], parts))
 
     out_type = [
         jax.ShapeDtypeStruct((matrix.shape[1] // PART_COLUMNS, PART_COLUMNS), jnp.bfloat16) for matrix in matrices
@@ -96,19 +94,19 @@ def sums(x, matrix, *, multiprocessors: int):
 
     Args:
       x: (D,) bf16 or fp32; D is a multiple of 128.
-      matrix: (D, E) bf16; E is a multiple of 64.
+      matrix: (D, E) bf16; E is a multiple of 32.
       multiprocessors: of the GPU, each of which has one of the blocks at most.
     """
-    strips = matrix.shape[1] // STRIP_COLUMNS
+    strips = matrix.shape[1] // PART_COLUMNS
     pieces = piece_count(matrix.shape[0] // CHUNK_ROWS, strips, multiprocessors)
     chunks = matrix.shape[0] // CHUNK_ROWS // pieces
 
     def body(x_ref, matrix_ref, sums_ref, x_tile, tiles, parts, filled, ready, done):
         keep_plain(x_tile, tiles, parts)
         leads, block = lax.axis_index("group") == 0, lax.axis_index("block")
-        piece, first = lax.div(block, strips), lax.rem(block, strips) * PARTS
-        columns = [(first + p) * PART_COLUMNS for p in range(PARTS)]
-        ring = Ring(tiles, filled, [Source(matrix_ref, piece * chunks, jnp.int32(chunks), columns)])
+        piece, strip = lax.div(block, strips), lax.rem(block, strips)
+        source = Source(matrix_ref, piece * chunks, jnp.int32(chunks), [strip * PART_COLUMNS])
+        ring = Ring(tiles, filled, [source])
 
         @pl.when(leads)
         def _():
@@ -123,7 +121,7 @@ def sums(x, matrix, *, multiprocessors: int):
         @pl.when(leads)
         def _():
             plgpu.barrier_wait(done)
-            _write(sums_ref.at[piece], first, parts)
+            _write(sums_ref.at[piece, strip], parts)
 
     out_type = [jax.ShapeDtypeStruct((pieces, matrix.shape[1] // PART_COLUMNS, PART_COLUMNS), jnp.float32)]
     kernel = _kernel(body, "token_sums", strips * pieces, out_type, chunks)
@@ -140,7 +138,7 @@ def _kernel(body, name: str, blocks: int, out_type: list, chunks: int):
     return plgpu.kernel(
         body,
         out_type=out_type,
-        scratch_types=scratch(chunks),
+        scratch_types=scratch(chunks, part_count=1),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=GROUPS,
@@ -150,10 +148,10 @@ def _kernel(body, name: str, blocks: int, out_type: list, chunks: int):
     )
 
 
-def _write(target, first, parts) -> None:
-    """Write a block's sums to rows `first` and those behind it of (E / PART_COLUMNS, PART_COLUMNS)."""
-    for p, total in enumerate(summed(parts)):
-        save(target.at[first + p], total)
+def _write(target, parts) -> None:
+    """Write a block's sums (PART_COLUMNS,)."""
+    [total] = summed(parts)
+    save(target, total)
 
 
 def _by_chunks(matrix):

@@ -1,6 +1,6 @@
 """What the kernels of one token on Hopper share: strips of a matrix, which come by chunks of rows through rings.
 
-A block has PARTS parts of PART_COLUMNS columns, of one matrix or of several; its warpgroups take a matrix's chunks in
+A block has PARTS parts of PART_COLUMNS columns or one, of one matrix or of several; its warpgroups take chunks in
 turn, each through a ring of its own, and add up what they meet. The token lies in shared memory in fp32.
 """
 
@@ -39,13 +39,13 @@ LAYOUT = plgpu.Layout.TILED(
 ROWS, COLUMNS = LAYOUT.reduce(2), LAYOUT.reduce(0).reduce(0)
 
 
-def scratch(*chunks: int) -> list:
+def scratch(*chunks: int, part_count: int = PARTS) -> list:
     """Return what a block keeps: tokens by so many chunks of rows, the rings, sums by warp, and barriers."""
     return [
         *(plgpu.SMEM((1, count, WARPS, WARP_ROWS), jnp.float32) for count in chunks),
-        plgpu.SMEM((GROUPS, SLOTS, PARTS, *SHAPE), jnp.bfloat16),
-        plgpu.SMEM((GROUPS, WARPS, PARTS, PART_COLUMNS), jnp.float32),
-        plgpu.Barrier(num_arrivals=PARTS, num_barriers=GROUPS * SLOTS),
+        plgpu.SMEM((GROUPS, SLOTS, part_count, *SHAPE), jnp.bfloat16),
+        plgpu.SMEM((GROUPS, WARPS, part_count, PART_COLUMNS), jnp.float32),
+        plgpu.Barrier(num_arrivals=part_count, num_barriers=GROUPS * SLOTS),
         plgpu.Barrier(num_arrivals=1),
         plgpu.Barrier(num_arrivals=GROUPS),
     ]
@@ -67,6 +67,7 @@ class Ring:
         """Start the copies of the first chunks."""
         self.tiles, self.filled, self.sources, self.group = tiles, filled, sources, lax.axis_index("group")
         self.counts = [lax.div(source.chunks + GROUPS - 1 - self.group, GROUPS) for source in sources]
+        self.part_count = tiles.shape[2]
         for n in range(SLOTS):
             self._fetch(n)
 
@@ -79,13 +80,13 @@ class Ring:
             x = plgpu.load(x_tile.at[0, n * GROUPS + self.group], layout=ROWS, optimized=False)
             plgpu.barrier_wait(self._arrival(slot))
             x = lax.broadcast_in_dim(x, SHAPE, [0, 1])
-            parts = [load_shared(self.tiles.at[self.group, slot, p], LAYOUT) for p in range(PARTS)]
+            parts = [load_shared(self.tiles.at[self.group, slot, p], LAYOUT) for p in range(self.part_count)]
             plgpu.commit_smem()
             self._fetch(begin + n + SLOTS)
             return tuple(total + x * part for total, part in zip(totals, parts, strict=True))
 
         zeros = plgpu.layout_cast(jnp.zeros(SHAPE, jnp.float32), LAYOUT)
-        return lax.fori_loop(0, self.counts[i], step, (zeros,) * PARTS)
+        return lax.fori_loop(0, self.counts[i], step, (zeros,) * self.part_count)
 
     def _arrival(self, slot):
         return self.filled.at[self.group * SLOTS + slot]
@@ -126,7 +127,7 @@ def leave_sums(parts, totals) -> None:
 def summed(parts) -> list:
     """Return each part's sums over all warps."""
     warps = [(group, warp) for group in range(GROUPS) for warp in range(WARPS)]
-    return [sum(load_shared(parts.at[(*warp, p)], COLUMNS) for warp in warps) for p in range(PARTS)]
+    return [sum(load_shared(parts.at[(*warp, p)], COLUMNS) for warp in warps) for p in range(parts.shape[2])]
 
 
 def by_row(x):

@@ -11,7 +11,7 @@ from based_jax.dims import BD
 from based_jax.ops.decode_calls import FewTokensCall, TokenProductsCall
 from based_jax.ops.hopper import limits
 
-ROW_MULTIPLE, MOST_ROWS, COLUMN_MULTIPLE = 128, 6144, 64
+ROW_MULTIPLE, MOST_ROWS, COLUMN_MULTIPLE = 128, 6144, 32
 
 
 def supports_products(call: TokenProductsCall) -> str | None:

@@ -45,7 +45,7 @@ def interpreted(monkeypatch):
 @pytest.mark.long
 def test_products_of_a_norm_and_sums_are_their_definitions(normal, interpreted):
     """Of matrices of different widths, more chunks of rows than a ring has slots, and of pieces of the rows."""
-    r, y, scale, matrices = arguments(normal, 13 * 128, 64, 192)
+    r, y, scale, matrices = arguments(normal, 13 * 128, 32, 192)
     total, found = kernels.normed_products(r, y, scale, matrices, eps=1e-5)
     t = np.asarray(r + y.sum(axis=0), np.float64)
     x = t / np.sqrt(np.mean(t * t) + 1e-5) * scale
@@ -53,7 +53,7 @@ def test_products_of_a_norm_and_sums_are_their_definitions(normal, interpreted):
     for z, matrix in zip(found, matrices, strict=True):
         expected = x @ np.asarray(matrix, np.float64)
         np.testing.assert_allclose(z.astype(jnp.float32), expected, rtol=0, atol=1e-2 * np.abs(expected).max())
-    pieces = kernels.sums(r, matrices[1], multiprocessors=40)
+    pieces = kernels.sums(r, matrices[1], multiprocessors=80)
     assert len(pieces) == 13
     expected = np.asarray(r, np.float64) @ np.asarray(matrices[1], np.float64)
     np.testing.assert_allclose(pieces.sum(axis=0), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
