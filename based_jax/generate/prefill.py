@@ -34,7 +34,8 @@ def prefill(decoder: Decoder, caches: Caches, prompts: Sequence[np.ndarray], chu
 
 def prefill_chunk(decoder: Decoder, caches: Caches, chunk: Chunk) -> Caches:
     """Return the caches after a chunk of each row; those given are used up."""
-    return _prefill(decoder.layout, decoder.params, caches, *chunk)
+    with decoder.running():
+        return _prefill(decoder.layout, decoder.params, caches, *chunk)
 
 
 def row_tokens(rows: int) -> int:

@@ -53,6 +53,7 @@ OPERATIONS: dict[str, Operation] = {
     # What decodes:
     "taylor_attention_decode": taylor_decode.TAYLOR_ATTENTION_DECODE,
     "attention_step": cached_attention.ATTENTION_STEP,
+    "attention_step_weights": cached_attention.ATTENTION_STEP_WEIGHTS,
     "ring_step": ring_step.RING_STEP,
     "attention_prefill": cached_attention.ATTENTION_PREFILL,
     "gated_linear_attention_step": steps.GATED_LINEAR_ATTENTION_STEP,

@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any, ClassVar, override
 
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Int
 
 from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
@@ -62,7 +64,7 @@ class TaylorAttention(Mixer):
 
     @override
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
-        o, _ = taylor.taylor_attention(*self._qkv(x), segment_ids=segment_ids, impl=self.config.impl)
+        o, _ = taylor.taylor_attention(*self.qkv(x), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o))
 
     @override
@@ -74,12 +76,12 @@ class TaylorAttention(Mixer):
     @override
     def _prefill(self, x: BTD, state: TaylorState, segment_ids: SegmentIds | None) -> tuple[BTD, TaylorState]:
         options = {"state": taylor_decode.total(state), "segment_ids": segment_ids, "impl": self.config.impl}
-        o, sums = taylor.taylor_attention(*self._qkv(x), **options)
+        o, sums = taylor.taylor_attention(*self.qkv(x), **options)
         return self._out(o), taylor_decode.holding(sums, state)
 
     @override
     def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
-        o, state = self._read_token(self._qkv(x[:, None]), state)
+        o, state = self._read_token(self.qkv(x[:, None]), state)
         return self._out(o), state
 
     @override
@@ -94,6 +96,21 @@ class TaylorAttention(Mixer):
         impl = beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
         o, state = taylor_decode.taylor_attention_decode(*qkv, state, impl=impl)
         return o[:, 0], state
+
+    @override
+    def _try_tokens(self, x: BTD, state: TaylorState) -> tuple[BTD, Any]:
+        """Write tokens among the recent ones, if these have the room, where none of them counts yet."""
+        if x.shape[1] > self.config.flush:
+            return super()._try_tokens(x, state)
+        impl = beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
+        o, state = taylor_decode.taylor_attention_decode(*self.qkv(x), state, impl=impl)
+        return self._out(o), taylor_decode.rewound(state, jnp.full(x.shape[0], x.shape[1]))
+
+    @override
+    def _keep(self, tokens: Any, counts: Int[Array, "B"]) -> Any:
+        if not isinstance(tokens, TaylorState):
+            return super()._keep(tokens, counts)
+        return taylor_decode.rewound(tokens, -counts)
 
     @override
     def state_size(self, seq_len: int) -> int:
@@ -116,7 +133,8 @@ class TaylorAttention(Mixer):
     def _projections(self) -> tuple[nnx.Linear, ...]:
         return self.proj_q, self.proj_k, self.proj_v
 
-    def _qkv(self, x):
+    def qkv(self, x):
+        """Return queries and keys (B, T, H, K), and values (B, T, H, D/H)."""
         return self._heads(layers.several(self._projections, x))
 
     def _heads(self, products):
