@@ -69,8 +69,7 @@ def prompts(found: Found) -> str:
     """Return tokens/s of reading prompts by their length."""
     lines = []
     for name in MODELS | PEERS:
-        rows = {context: found.fullest(name, context) for context in CONTEXTS}
-        told = {context: row for context, row in rows.items() if row and "prefill_rows" in row}
+        told = {length: found.read[name, length] for length in CONTEXTS if (name, length) in found.read}
         cells = {x: f"{told[x]['prefill_tokens_per_second']:,.0f}" if x in told else "" for x in CONTEXTS}
         lines += [{"model": f"`{name}`"} | {f"{x:,}": cell for x, cell in cells.items()}] if told else []
     return markdown(pd.DataFrame(lines)) if lines else NOTHING
@@ -103,7 +102,7 @@ def times(found: Found) -> str:
 
 def prompt_times(found: Found) -> str:
     """Return where the time of a chunk of prompts goes, of rows that tell it."""
-    rows = {(name, length): found.fullest(name, length) for name in MODELS for length in CONTEXTS}
+    rows = {(name, length): found.read.get((name, length)) for name in MODELS for length in CONTEXTS}
     lines = [
         {"prompts": f"{row['prefill_rows']} x {row['prefill_chunk_tokens']:,} of {length:,}"}
         | _time(name, row["prefill_breakdown"], "ms a chunk")
