@@ -286,7 +286,7 @@ def _scheduled(estimate: dict | None) -> str:
 
 def flags_table(rows: Sequence[dict]) -> str:
     """Return the table of what flags of XLA change, beside the last row without them."""
-    found = []
+    found, rows = [], [row for row in rows if not row.get("mocked_topology")]
     for row in (row for row in rows if flags(row)):
         plain = [x for x in rows if not flags(x) and all(x[name] == row[name] for name in SAME_PROGRAM)]
         found.append(
