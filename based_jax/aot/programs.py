@@ -9,9 +9,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from based_jax import flops, optim, parallel
+from based_jax.generate.blocks import decode_step
 from based_jax.generate.decoder import Layout, layout_of
 from based_jax.generate.requests import Request
-from based_jax.generate.rows import Rows, decode_step
+from based_jax.generate.rows import Rows
 from based_jax.nn.lm import LM
 from based_jax.train.compile import train_program
 from based_jax.train.mesh_checks import check_mesh
