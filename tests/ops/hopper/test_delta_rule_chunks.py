@@ -60,7 +60,9 @@ def test_they_equal_the_oracle(T, H, K, V, normal, out_and_grads, interpreted):
 
     given = q, k, v, g, beta, state
     got = out_and_grads(kernels, given, (do, dstate))
-    right = out_and_grads(oracle, jax.tree.map(lambda x: x.astype(jnp.float32), given), (do.astype(jnp.float32), dstate))
+    right = out_and_grads(
+        oracle, jax.tree.map(lambda x: x.astype(jnp.float32), given), (do.astype(jnp.float32), dstate)
+    )
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(right), strict=True):
         x, y = (np.asarray(z, np.float64) for z in (x, y))
         print(np.linalg.norm(x - y) / np.linalg.norm(y))
