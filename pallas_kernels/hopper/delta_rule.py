@@ -272,6 +272,7 @@ def reverse(q, k, do, p, t, since, written, dlast, *, scale: float) -> list[jax.
             q_tile, k_tile, p_tile, t_tile, do_tile, since_tile, written_tile = walk.take(back)
             put, since = walk.puts_of(back, keys // PART_KEYS + 1), _numbers(since_tile)
             after = _rounded_parts(dS, k.dtype)
+
             def read(later):
                 for part, x in after:
                     mosaic.multiply(later, x, k_tile.at[:, part].T)
@@ -394,4 +395,3 @@ def _rounded_parts(S, dtype):
 def _numbers(tile) -> jax.Array:
     """Return the number of each token of a chunk, down the columns of what is transposed."""
     return mosaic.down(plgpu.load(tile, layout=mosaic.COLUMN_LAYOUT), PAIRS_SHAPE)
-
