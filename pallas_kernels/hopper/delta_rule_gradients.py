@@ -100,8 +100,7 @@ def gradients(q, k, errors, do, dv, c, beta, starts, ends, *, scale: float, bloc
                     plgpu.copy_gmem_to_smem(some, key_tiles.at[i, g], given)
                 for source, tile in ((c_ref, c_tile), (c_ref, later_tile), (beta_ref, beta_tile)):
                     plgpu.copy_gmem_to_smem(source.at[row, head, tokens], tile, given)
-                for i in range(steps):
-                    fetch_step(n, i)
+                lax.fori_loop(0, steps, lambda i, _: fetch_step(n, i), None)
 
             def step(n, _):
                 pl.when(n > 0)(lambda: plgpu.barrier_wait(returned))
