@@ -119,7 +119,7 @@ def dispatch(
     segment_ids = getattr(call, "segment_ids", None)
     if unbroken := isinstance(segment_ids, Unbroken):
         call = call._replace(segment_ids=segment_ids.ids)
-    run = functools.partial(_run, operation, table, impl, unbroken)
+    run = functools.partial(_run, operation, table, impl, unbroken=unbroken)
     if sequence.pieces(call) == 1:
         return run(call)
     _check_name(operation, table, impl)
@@ -129,7 +129,7 @@ def dispatch(
     return cut(run, call)
 
 
-def _run(operation: str, table: Mapping[str, Implementation], impl: str, unbroken: bool, call: Any) -> Any:
+def _run(operation: str, table: Mapping[str, Implementation], impl: str, call: Any, *, unbroken: bool) -> Any:
     name = choose(operation, table, impl, call)
     _CHOICES.get().setdefault(operation, {})[name] = None
     chosen = table[name]

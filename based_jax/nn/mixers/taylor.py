@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any, ClassVar, override
 
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
 from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
@@ -59,7 +62,7 @@ class TaylorAttention(Mixer):
 
     @override
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
-        o, _ = taylor.taylor_attention(*self._qkv(x), segment_ids=segment_ids, impl=self.config.impl)
+        o, _ = taylor.taylor_attention(*self.qkv(x), segment_ids=segment_ids, impl=self.config.impl)
         return self._out(*layers.at(positions, o))
 
     @override
@@ -71,14 +74,29 @@ class TaylorAttention(Mixer):
     @override
     def _prefill(self, x: BTD, state: TaylorState, segment_ids: SegmentIds | None) -> tuple[BTD, TaylorState]:
         options = {"state": taylor_decode.total(state), "segment_ids": segment_ids, "impl": self.config.impl}
-        o, sums = taylor.taylor_attention(*self._qkv(x), **options)
+        o, sums = taylor.taylor_attention(*self.qkv(x), **options)
         return self._out(o), taylor_decode.holding(sums, state)
 
     @override
     def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
-        (q, k, v), impl = self._qkv(x[:, None]), beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
+        (q, k, v), impl = self.qkv(x[:, None]), beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
         o, state = taylor_decode.taylor_attention_decode(q, k, v, state, impl=impl)
         return self._out(o[:, 0]), state
+
+    @override
+    def _try_tokens(self, x: BTD, state: TaylorState) -> tuple[BTD, Any]:
+        """Write tokens among the recent ones, if these have the room, where none of them counts yet."""
+        if x.shape[1] > self.config.flush:
+            return super()._try_tokens(x, state)
+        impl = beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
+        o, state = taylor_decode.taylor_attention_decode(*self._qkv(x), state, impl=impl)
+        return self._out(o), taylor_decode.rewound(state, jnp.full(x.shape[0], x.shape[1]))
+
+    @override
+    def _keep(self, tokens: Any, counts: Int[Array, "B"]) -> Any:
+        if not isinstance(tokens, TaylorState):
+            return super()._keep(tokens, counts)
+        return taylor_decode.rewound(tokens, -counts)
 
     @override
     def state_size(self, seq_len: int) -> int:
@@ -97,7 +115,8 @@ class TaylorAttention(Mixer):
         projections = 2 * self.d_model * (2 * self.config.num_heads * self.config.feature_dim + 2 * self.d_model)
         return projections + 4 * self.published_state_size(seq_len)
 
-    def _qkv(self, x):
+    def qkv(self, x):
+        """Return queries and keys (B, T, H, K), and values (B, T, H, D/H)."""
         products = layers.several((self.proj_q, self.proj_k, self.proj_v), x)
         return tuple(layers.split_heads(y, self.config.num_heads) for y in products)
 
