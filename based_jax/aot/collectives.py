@@ -112,8 +112,13 @@ def _found(program: Program) -> Iterator[Collective]:
         seen.add(x.chain)
         if fusion is not None and fusion.startswith(SCATTERED_REDUCTION):
             kind = "reduce-scatter"
-        operands = tuple(program.operands(x))
-        yield Collective(kind, operands, _got(x, len(operands)), times, _groups(x), x.scope)
+        yield of_instruction(program, x, kind, times)
+
+
+def of_instruction(program: Program, x: Instruction, kind: str, times: int = 1) -> Collective:
+    """Return what an instruction exchanges that is, or begins, a collective of a kind."""
+    operands = tuple(program.operands(x))
+    return Collective(kind, operands, _got(x, len(operands)), times, _groups(x), x.scope)
 
 
 def _got(x: Instruction, operands: int) -> tuple[ArrayType, ...]:

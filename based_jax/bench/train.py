@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import time
 from typing import Any, NamedTuple
 
@@ -25,6 +26,10 @@ from based_jax.train.run import Facts, TrainConfig
 BATCHES_ON_DEVICE = 4
 """That the steps take in turn: data are no part of their time."""
 PROFILED_STEPS = 3
+MOCKED_TOPOLOGY = "JAX_MOCK_GPU_TOPOLOGY"
+"""JAX's variable by which one GPU runs its share of a step over several, as "1x2x1" of one of two: all but what these
+exchange, so that what it computes means nothing.
+"""
 
 
 class CompiledStep(NamedTuple):
@@ -150,6 +155,7 @@ def _sizes(program: TrainProgram, batch: parallel.GlobalBatch, steps: int, docum
         "devices": program.mesh.size,
         "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
         "processes": jax.process_count(),
+        **({"mocked_topology": mocked} if (mocked := os.environ.get(MOCKED_TOPOLOGY)) else {}),
         "steps": steps,
     }
 

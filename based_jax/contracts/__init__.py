@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from based_jax.contracts import declarations, sequences
-from based_jax.contracts.fitting import BrokenContractError, Fitting
+from based_jax.contracts.fitting import D_MODEL, BrokenContractError, Fitting
+from based_jax.errors import UserError
+from based_jax.nn.mixers import kind_of
+from based_jax.nn.own_mixer import short
 
 CONTRACTS: dict[str, Callable[[Fitting], None]] = {
     "causal": sequences.is_causal,
@@ -58,8 +61,9 @@ def outcomes(mixer: str | type, options: Mapping[str, Any] | None = None) -> Ite
       options: of its Config, where the defaults do not fit a width of 16.
 
     Raises:
-      UserError: the class is no complete mixer.
+      UserError: the class is no complete mixer, or cannot be built at that width.
     """
+    _check_built(mixer, options)
     for name, contract in CONTRACTS.items():
         fitting = Fitting(mixer, options)
         try:
@@ -67,10 +71,23 @@ def outcomes(mixer: str | type, options: Mapping[str, Any] | None = None) -> Ite
         except BrokenContractError as error:
             yield Outcome(name, str(error))
         except Exception as error:  # a mixer of somebody's may fail at anything
-            said = " ".join(str(error).split())
-            yield Outcome(name, f"{type(error).__name__}: {said:.300}")
+            yield Outcome(name, _told(error))
         else:
             yield Outcome(name)
+
+
+def _check_built(mixer: str | type, options: Mapping[str, Any] | None) -> None:
+    try:
+        Fitting(mixer, options)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{short(kind_of(mixer))} cannot be built at width {D_MODEL}: {_told(error)}.") from error
+
+
+def _told(error: Exception) -> str:
+    said = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {said:.300}"
 
 
 def check(

@@ -117,9 +117,8 @@ def trains_in_lanes(fitting: Fitting) -> None:
     graphdef = nnx.graphdef(mixers[0])
     params = jax.tree.map(lambda *leaves: np.stack(leaves), *map(nnx.state, mixers))
 
-    def call(params, x):
+    def lane(params, x):
         return nnx.merge(graphdef, params)(x)
 
-    alone = jax.jit(call)
-    expected = np.stack([alone(nnx.state(mixer), x[i]) for i, mixer in enumerate(mixers)])
-    close(jax.jit(jax.vmap(call))(params, x), expected, "Outputs of several lanes")
+    alone = np.stack([call(mixer, x[i]) for i, mixer in enumerate(mixers)])
+    close(jax.jit(jax.vmap(lane))(params, x), alone, "Outputs of several lanes")

@@ -12,7 +12,6 @@ from flax import nnx
 
 from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers import kind_of, make_mixer
-from based_jax.nn.own_mixer import short
 
 ROWS, TOKENS, LONGEST = 9, 9, 40
 """Of inputs; the last is the sequence that every cache has room for, so that one step is compiled for all."""
@@ -60,16 +59,7 @@ class Fitting:
     ):
         self.kind, self.options, self.d_model = kind_of(mixer), dict(options or {}), d_model
         self.rng = np.random.default_rng(0) if rng is None else rng
-
-    @property
-    def name(self) -> str:
-        """What people are told of the mixer."""
-        return short(self.kind)
-
-    @property
-    def mixer(self) -> Mixer:
-        """The mixer in fp32."""
-        return self.mixer_of()
+        self.mixer = self.mixer_of()  # in fp32; not first in what is traced, since it is kept
 
     def mixer_of(self, seed: int = 0, dtype: Any = jnp.float32) -> Mixer:
         """Return the mixer with parameters of a seed, computing in a dtype."""

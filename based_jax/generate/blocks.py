@@ -50,9 +50,10 @@ def decode(
     written in place.
     """
     limit = np.int32(steps if most is None else most)
-    if drafts is None:
-        return decoding_loop(decoder.layout, steps, decoder.params, rows, limit)
-    return verifying_loop(decoder.layout, drafts.method, steps, decoder.params, drafts.params, rows, limit)
+    with decoder.running():
+        if drafts is None:
+            return decoding_loop(decoder.layout, steps, decoder.params, rows, limit)
+        return verifying_loop(decoder.layout, drafts.method, steps, decoder.params, drafts.params, rows, limit)
 
 
 def blocks(decoder: Decoder, rows: Rows, steps: int, drafts: Drafts | None = None) -> Iterator[Block]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 
 from based_jax.errors import UserError
 from based_jax.generate.decoder import Caches, Decoder, Layout
-from based_jax.generate.prefill import prefill
+from based_jax.generate.prefill import CHUNK_TOKENS, FEWEST_TOKENS, prefill
 from based_jax.generate.prompts import is_integer, shown
 from based_jax.generate.requests import Request
 from based_jax.generate.sampling import draw, drawable
@@ -173,6 +173,12 @@ class Drafts:
         if (read := self.method.tokens + 1) > max_len:
             raise UserError(f"{read - 1} tokens are drafted and {read} read at once; there is room for {max_len}.")
         self.method.check(self.params, decoder, max_len)
+
+    def compile(self, rows: int, max_len: int) -> None:
+        """Compile what so many prompts of any length run, before the first one waits for it."""
+        lengths = [FEWEST_TOKENS << i for i in range((CHUNK_TOKENS // FEWEST_TOKENS).bit_length())]
+        for read in (length - lacking for length in lengths for lacking in (0, 1) if length < max_len):
+            self.begun([Request([0] * (read + 1))] * rows, max_len)
 
     def begun(self, requests: Sequence[Request], max_len: int) -> Any:
         """Return what is kept of rows of requests whose prompts have been read."""

@@ -119,6 +119,8 @@ class Scheduler:
     def compile(self) -> None:
         """Compile what requests run, before the first one waits for it."""
         self._intake.compile()
+        if self.drafts is not None:
+            self.drafts.compile(self._intake.rows, self.max_len)
         self.submit(Request([0] * (self.decoder.prefix_length + 1), 1))
         while self.busy:
             self.advance()

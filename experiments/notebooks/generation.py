@@ -7,6 +7,7 @@
 # %% tags=["parameters"]
 steps = 100
 new_tokens = 120
+smaller = {}  # config keys of a model that is quicker still
 
 # %%
 import tempfile
@@ -25,8 +26,8 @@ from based_jax.generate import Decoder, Request, Sampling, State, state_after, s
 # `configs/text_tiny.py` learns the shipped English prose byte by byte, here for a few steps: it begins to spell.
 
 # %%
-overrides = {"steps": steps, "optim.warmup_steps": steps // 5, "eval_every": None, "log_every": max(1, steps // 2)}
-config = load_config("../../configs/text_tiny.py", overrides)
+overrides = {"steps": steps, "optim.warmup_steps": steps // 5, "log_every": max(1, steps // 2)}
+config = load_config("../../configs/text_tiny.py", overrides | smaller)
 workdir = Path(tempfile.mkdtemp())
 train(config, workdir)["perplexity"]
 

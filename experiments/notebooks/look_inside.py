@@ -6,6 +6,7 @@
 
 # %% tags=["parameters"]
 steps = 350
+test_examples = 640
 
 # %%
 import tempfile
@@ -23,7 +24,8 @@ layers = (
     ("taylor", {"num_heads": 2, "feature_dim": 8}),
     ("window", {"num_heads": 2, "window": 8}),
 )
-overrides = {"model.layers": layers, "steps": steps, "optim.warmup_steps": steps // 10}
+test = {"seq_len": 64, "num_kv_pairs": 8, "num_examples": test_examples}
+overrides = {"model.layers": layers, "data.test": (test,), "steps": steps, "optim.warmup_steps": steps // 10}
 config = load_config("../../configs/mqar_tiny.py:taylor_8", overrides)
 workdir = Path(tempfile.mkdtemp())
 train(config, workdir)["accuracy"]
@@ -92,6 +94,3 @@ plt.show()
 
 # %%
 pd.DataFrame(inside.removal_costs(model, batches)).round(3)
-
-# %% [markdown]
-# `python -m based_jax inside --workdir=RUN --out=DIR` makes the same of a run, as pictures and one page.

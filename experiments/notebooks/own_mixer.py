@@ -137,7 +137,7 @@ for row in describe(64, 1024, [Slots, "taylor", "window"]):
 #
 # ## Its point among the others
 #
-# `frontier.place` trains the small sweep of `newcomer/small_sweep.py` (MQAR, 64 tokens, 8 pairs, three learning rates
+# `frontier.place` trains the small sweep of `newcomer/small_sweep.py` (MQAR, 64 tokens, 8 pairs, two learning rates
 # at a time) and draws it among the committed rows of the package's mixers. From a file the command is
 # `python -m based_jax frontier my_mixer.py:Slots`.
 

@@ -7,6 +7,7 @@
 # %% tags=["parameters"]
 steps = 350
 eval_every = 25
+test_examples = 640
 
 # %%
 import json
@@ -28,8 +29,9 @@ print(f"{model.num_params():,} parameters; a sequence of any length is kept in {
 # `configs/mqar_tiny.py` has the task and the recipe; whatever is to differ is a dotted key.
 
 # %%
-overrides = {"model.layers": layers, "steps": steps, "eval_every": eval_every, "optim.warmup_steps": steps // 10}
-config = load_config("../../configs/mqar_tiny.py:taylor_8", overrides)
+test = {"seq_len": 64, "num_kv_pairs": 8, "num_examples": test_examples}
+overrides = {"model.layers": layers, "data.test": (test,), "optim.warmup_steps": steps // 10}
+config = load_config("../../configs/mqar_tiny.py:taylor_8", overrides | {"steps": steps, "eval_every": eval_every})
 workdir = Path(tempfile.mkdtemp())
 results = train(config, workdir)
 results

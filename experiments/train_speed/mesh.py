@@ -1,6 +1,7 @@
 """Whole training steps over several GPUs of one host, beside one GPU that has as many tokens.
 
 python -m experiments.train_speed.mesh run --devices=2 [--only=TEXT]    times each point; rows are appended
+python -m experiments.train_speed.mesh share --devices=2                what one GPU computes of them, on one GPU
 python -m experiments.train_speed.mesh compile --devices=2              estimates them ahead of time, for H200s
 python -m experiments.train_speed.mesh table                            writes the README's tables from the rows
 python -m experiments.train_speed.mesh plot                             draws them
@@ -13,13 +14,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
 from based_jax.bench.rows import read
+from based_jax.bench.train import MOCKED_TOPOLOGY
 from based_jax.errors import UserError
 from based_jax.pictures.tables import filled, markdown
 from experiments.train_speed import mesh_plots
@@ -103,7 +105,15 @@ class Point(NamedTuple):
         """Return whether a row is of this point, by a compiler with its defaults."""
         mesh = {} if self.axis == ONE else {self.axis: self.devices}
         size = (row["config"], row["rows"], row["seq_len"], row["mesh"])
-        return size == (self.size.config, self.size.rows * self.devices, self.size.seq_len, mesh) and not flags(row)
+        return (
+            size == (self.size.config, self.size.rows * self.devices, self.size.seq_len, mesh)
+            and not flags(row)
+            and not row.get("mocked_topology")
+        )
+
+    def is_share_of(self, row: dict) -> bool:
+        """Return whether a row is of what one GPU computes of this point, and nothing is exchanged."""
+        return self.is_of(row | {"mocked_topology": None}) and row.get("mocked_topology") is not None
 
 
 def flags(row: dict) -> str:
@@ -121,23 +131,27 @@ def points(devices: int) -> Iterator[Point]:
 
 def run(devices: int, only: str) -> int:
     """Time the points whose name has a text, each in a process of its own; return 1 if one failed."""
+    gpus = ",".join(map(str, range(devices)))
+    return _timed(devices, only, lambda point: {"CUDA_VISIBLE_DEVICES": "0" if point.axis == ONE else gpus})
+
+
+def run_shares(devices: int, only: str) -> int:
+    """Time what one GPU computes of the points of several, nothing exchanged; return 1 if one failed."""
+    mocked = {MOCKED_TOPOLOGY: f"1x{devices}x1"}
+    return _timed(devices, only, lambda point: {"CUDA_VISIBLE_DEVICES": "0"} | ({} if point.axis == ONE else mocked))
+
+
+def _timed(devices: int, only: str, environment: Callable[[Point], dict[str, str]]) -> int:
     command = [sys.executable, "-m", "based_jax", "bench", "train", f"--out={os.path.relpath(ROWS)}"]
     chosen = [point for point in points(devices) if only in point.name]
-    gpus = ",".join(map(str, range(devices)))
-    codes = [
-        subprocess.run(
-            [*command, *point.words],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": "0" if point.axis == ONE else gpus},
-        ).returncode
-        for point in chosen
-    ]
+    codes = [subprocess.run([*command, *x.words], env=os.environ | environment(x)).returncode for x in chosen]
     return int(any(codes))
 
 
 def compile_ahead(devices: int, only: str) -> int:
     """Compile the points of several GPUs for H200s that need not be here, and append what `aot` estimates."""
     command = [sys.executable, "-m", "based_jax", "aot", "--program=train", f"--topology=h200:1x{devices}"]
-    command += [*GPU_LAYERS, f"--out={os.path.relpath(ESTIMATES)}"]
+    command += ["--whole-rows", *GPU_LAYERS, f"--out={os.path.relpath(ESTIMATES)}"]
     chosen = [point for point in points(devices) if only in point.name and point.axis != ONE]
     return int(any(subprocess.run([*command, *aot_words(point)]).returncode for point in chosen))
 
@@ -263,15 +277,18 @@ def draw() -> list[Path]:
     return mesh_plots.draw(bars, {row["device"] for row in read(ROWS)}, FOLDER / "results" / "mesh")
 
 
+TIMED = {"run": run, "share": run_shares, "compile": compile_ahead}
+
+
 def main() -> int:
     """Run one command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "compile", "table", "plot"))
+    parser.add_argument("command", choices=(*TIMED, "table", "plot"))
     parser.add_argument("--devices", type=int, default=2, help="GPUs of a mesh (default: 2)")
     parser.add_argument("--only", default="", help="the points whose name has this text")
     args = parser.parse_args()
-    if args.command in ("run", "compile"):
-        return {"run": run, "compile": compile_ahead}[args.command](args.devices, args.only)
+    if args.command in TIMED:
+        return TIMED[args.command](args.devices, args.only)
     if args.command == "table":
         write_tables()
         return 0

@@ -43,8 +43,6 @@ PUT_SLOTS = 2
 """Tiles of results of a warpgroup that are on their way to memory."""
 SHARED_MEMORY_BYTES = 224 * 1024
 MAX_SLOTS = 3
-PAIRS_GROUPS = 3
-PAIRS_BLOCKS = 132
 HIDDEN_EXPONENT = -1e30
 """Of a pair that does not meet: its exponential is 0."""
 
@@ -107,25 +105,28 @@ class Walk(NamedTuple):
         return put
 
 
-def pairs(q, k, c, beta, *, scale: float) -> list[jax.Array]:
+def pairs(q, k, c, beta, *, scale: float, blocks: int) -> list[jax.Array]:
     """Return P and T of every chunk, (B, T, H, 64) like k, rows where their tokens are.
 
     Args:
       q, k: (B, T, H, K), K a multiple of 64 up to 256, T one of 64.
       c, beta: sums of log-decays from the beginning of the chunk on, and rates, (B, H, T) fp32.
+      blocks: that run at the same time. Each warpgroup of theirs takes chunk after chunk.
     """
     batch, time, heads, keys = k.shape
-    chunks = time // CHUNK_TOKENS
+    chunks, groups = time // CHUNK_TOKENS, 3 if keys <= 128 else 2
+    total = batch * chunks * heads
+    blocks = min(blocks, pl.cdiv(total, groups))
 
     def body(*refs):
         sources, targets, tiles, (x_tiles, y_tiles, filled, finished) = refs[:4], refs[4:6], refs[6:10], refs[10:]
         group = lax.axis_index("warpgroup")
         q_tile, k_tile, c_tile, beta_tile = (tile.at[group] for tile in tiles)
         x_tile, y_tile, arrival = x_tiles.at[group], y_tiles.at[group], filled.at[group]
-        first = lax.axis_index("block") * PAIRS_GROUPS + group
+        first = lax.axis_index("block") * groups + group
 
         def place(n):
-            number = first + n * (blocks * PAIRS_GROUPS)
+            number = first + n * (blocks * groups)
             tokens = pl.ds(lax.rem(lax.div(number, heads), chunks) * CHUNK_TOKENS, CHUNK_TOKENS)
             return lax.div(number, heads * chunks), tokens, lax.rem(number, heads)
 
@@ -164,29 +165,27 @@ def pairs(q, k, c, beta, *, scale: float) -> list[jax.Array]:
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(x_tile, targets[1].at[row, tokens, head])
 
-        count = lax.div(total - first + (blocks * PAIRS_GROUPS - 1), blocks * PAIRS_GROUPS)
+        count = lax.div(total - first + (blocks * groups - 1), blocks * groups)
         pl.when(count > 0)(lambda: fetch(0))
         lax.fori_loop(0, count, step, None)
         plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_arrive(finished)
         plgpu.barrier_wait(finished)
 
-    total = batch * chunks * heads
-    blocks = min(PAIRS_BLOCKS, pl.cdiv(total, PAIRS_GROUPS))
     square = jax.ShapeDtypeStruct((batch, time, heads, CHUNK_TOKENS), k.dtype)
     return plgpu.kernel(
         body,
         out_type=[square, square],
         scratch_types=[
-            *(mosaic.swizzled((PAIRS_GROUPS, CHUNK_TOKENS, keys), mosaic.WIDE_SWIZZLE) for _ in range(2)),
-            *(plgpu.SMEM((PAIRS_GROUPS, CHUNK_TOKENS), jnp.float32) for _ in range(2)),
-            *(mosaic.swizzled((PAIRS_GROUPS, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE) for _ in range(2)),
-            plgpu.Barrier(num_arrivals=4, num_barriers=PAIRS_GROUPS),
-            plgpu.Barrier(num_arrivals=PAIRS_GROUPS),
+            *(mosaic.swizzled((groups, CHUNK_TOKENS, keys), mosaic.WIDE_SWIZZLE) for _ in range(2)),
+            *(plgpu.SMEM((groups, CHUNK_TOKENS), jnp.float32) for _ in range(2)),
+            *(mosaic.swizzled((groups, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE) for _ in range(2)),
+            plgpu.Barrier(num_arrivals=4, num_barriers=groups),
+            plgpu.Barrier(num_arrivals=groups),
         ],
         grid=(blocks,),
         grid_names=("block",),
-        num_threads=PAIRS_GROUPS,
+        num_threads=groups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="delta_rule_pairs",

@@ -69,12 +69,15 @@ def gradients(q, k, errors, do, dv, c, beta, starts, ends, *, scale: float, bloc
         def fetch():
             plgpu.set_max_registers(FETCHER_REGISTERS, action="decrease")
 
+            def await_freed(turn):
+                pl.when(turn >= 0)(lambda: plgpu.barrier_wait(freed.at[lax.rem(turn, SLOTS)]))
+
             def fetch_step(n, i):
                 row, chunk, head, part = place(n)
                 tokens, some = columns(chunk, CHUNK_TOKENS), columns(i, STEP_VALUES)
                 turn = n * steps + i
                 slot = lax.rem(turn, SLOTS)
-                pl.when(turn >= SLOTS)(lambda: plgpu.barrier_wait(freed.at[lax.rem(turn, SLOTS)]))
+                await_freed(turn - SLOTS)
                 for source, tile in (
                     (errors_ref, error_tiles.at[slot]),
                     (do_ref, read_tiles.at[slot, 0]),
@@ -86,10 +89,9 @@ def gradients(q, k, errors, do, dv, c, beta, starts, ends, *, scale: float, bloc
                     for source, tiles in ((starts_ref, start_tiles), (ends_ref, end_tiles)):
                         plgpu.copy_gmem_to_smem(source.at[of_state], tiles.at[slot, g], filled.at[slot])
 
-            def fetch_task(n, _):
+            def fetch_task(n):
                 row, chunk, head, part = place(n)
                 tokens = columns(chunk, CHUNK_TOKENS)
-                pl.when(n > 0)(lambda: plgpu.barrier_wait(returned))
                 for i, g in itertools.product(range(2), range(GROUPS)):
                     some = (q_ref, k_ref)[i].at[row, tokens, head, columns(part * GROUPS + g, GROUP_KEYS)]
                     plgpu.copy_gmem_to_smem(some, key_tiles.at[i, g], given)
@@ -98,7 +100,13 @@ def gradients(q, k, errors, do, dv, c, beta, starts, ends, *, scale: float, bloc
                 for i in range(steps):
                     fetch_step(n, i)
 
-            lax.fori_loop(0, count, fetch_task, None)
+            def step(n, _):
+                pl.when(n > 0)(lambda: plgpu.barrier_wait(returned))
+                pl.when(n < count)(lambda: fetch_task(n))
+
+            lax.fori_loop(0, count + 1, step, None)
+            for back in range(SLOTS, 0, -1):
+                await_freed(count * steps - back)
 
         @pl.when(group < GROUPS)
         def compute():

@@ -6,6 +6,9 @@ A program has the queries of one group and a split of the keys that they share, 
 
 Queries are (B, H, K), keys and values (B, S, G, .) in bf16 or fp16, lengths (B,) int32. Tiles of channels are powers of
 two, and what they have beyond a head is masked: of 72 channels 64 and 16. A kernel of two tells the scores s_s as well.
+
+Queries may be of T tokens, which come one after the other behind those of the cache: T of each query head beside each
+other. The cache is then a ring of S slots, of which the t-th token sees all but the t + 1 oldest, if it is full.
 """
 
 from typing import Any, NamedTuple
@@ -64,32 +67,35 @@ class Cut(NamedTuple):
     split: int
     step: int
     scale: float
+    tokens: int
 
 
-def forward(q, k, v, length, *, scale: float, tiling: Tiling) -> list[jax.Array]:
+def forward(q, k, v, length, *, scale: float, tiling: Tiling, tokens: int = 0) -> list[jax.Array]:
     """Return o (B, splits, H, V) and L (B, splits, H) of each split, fp32; of one without keys zero and the lowest.
 
     Args:
+      length: tokens that each row has had, more than S only where the cache is a ring.
       scale: of scores.
+      tokens: T of a ring; 0 where each query sees all keys that there are.
     """
-    types, options = _call(q, k, v, scale, tiling)
+    types, options = _call(q, k, v, scale, tiling, tokens)
     return launch(attention_step, arguments=[q, k, v, length], results=types, **options)
 
 
 def forward_with_scores(q, k, v, length, *, scale: float, tiling: Tiling) -> list[jax.Array]:
     """Return the same, and scores (B, H, S) fp32, those of keys that a row does not have `HIDDEN_SCORE`."""
-    types, options = _call(q, k, v, scale, tiling)
+    types, options = _call(q, k, v, scale, tiling, 0)
     types = *types, Type((q.shape[0], q.shape[1], k.shape[1]), jnp.float32)
     return launch(attention_step_scores, arguments=[q, k, v, length], results=types, **options)
 
 
-def _call(q, k, v, scale: float, tiling: Tiling) -> tuple[tuple[Type, Type], dict[str, Any]]:
+def _call(q, k, v, scale: float, tiling: Tiling, tokens: int) -> tuple[tuple[Type, Type], dict[str, Any]]:
     """Return the types of o and L, and how a kernel is launched."""
     (batch, heads, _), (_, slots, groups, _) = q.shape, k.shape
     queries, splits = heads // groups, -(-slots // tiling.split)
     query_tile = max(TILE_MULTIPLE, triton.next_power_of_2(queries))
     pieces = _pieces(k), _pieces(v)
-    cut = Cut(slots, groups, queries, query_tile, *pieces, splits, tiling.split, tiling.step, scale)
+    cut = Cut(slots, groups, queries, query_tile, *pieces, splits, tiling.split, tiling.step, scale, tokens)
     types = Type((batch, splits, heads, v.shape[3]), jnp.float32), Type((batch, splits, heads), jnp.float32)
     return types, {"programs": splits * groups, "warps": tiling.warps, "stages": tiling.stages, "cut": cut}
 
@@ -122,7 +128,8 @@ def read_split(q, k, v, length, o, logarithm, scores, cut: constexpr):
     split, group = n // cut.groups, n % cut.groups
     start = split * cut.split
     last = tl.minimum(cut.slots, start + cut.split)
-    end = tl.minimum(tl.load(length + row), last)
+    count = tl.load(length + row)
+    end = tl.minimum(count, last)
     token = row.to(tl.int64) * cut.slots * cut.groups + group
     k, v = k + token * K.stride, v + token * V.stride
     one = tl.arange(0, cut.query_tile)
@@ -139,11 +146,17 @@ def read_split(q, k, v, length, o, logarithm, scores, cut: constexpr):
     for place in range(start, end, cut.step):
         seen = place + tl.arange(0, cut.step) < end
         keys = load_rows(k + place * (cut.groups * K.stride), seen, cut.step, cut.groups * K.stride, K)
-        s = tl.where(seen[None, :], products(queries, keys) * (cut.scale * LOG2E), HIDDEN_SCORE)
+        visible = seen[None, :]
+        if cut.tokens > 0:
+            age = (count - 1 - place - tl.arange(0, cut.step)) % cut.slots
+            visible = visible & (age[None, :] + (one % cut.tokens)[:, None] < cut.slots - 1)
+        s = tl.where(visible, products(queries, keys) * (cut.scale * LOG2E), HIDDEN_SCORE)
         if scores is not None:
             store_scores(scores, place, there, s, cut)
         higher = tl.maximum(top, tl.max(s, axis=1))
         p, factor = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
+        if cut.tokens > 0:  # a query may see none of these keys
+            p = tl.where(visible, p, 0.0)
         values = load_rows(v + place * (cut.groups * V.stride), seen, cut.step, cut.groups * V.stride, V)
         sums = with_products(times(sums, factor[:, None]), p, values)
         top, total = higher, total * factor + tl.sum(p, axis=1)

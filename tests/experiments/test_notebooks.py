@@ -11,7 +11,7 @@ from experiments.notebooks import executing  # noqa: E402
 
 SEGMENT = {"seq_len": 64, "num_kv_pairs": 8}
 SHORT = {
-    "quickstart": {"steps": 2, "eval_every": 1},
+    "quickstart": {"steps": 2, "eval_every": 1, "test_examples": 64},
     "frontier": {"families": ["Based", "Attention"]},
     "own_mixer": {
         "overrides": {
@@ -20,8 +20,8 @@ SHORT = {
             "optim.warmup_steps": 0,
         }
     },
-    "look_inside": {"steps": 2},
-    "generation": {"steps": 2, "new_tokens": 6},
+    "look_inside": {"steps": 2, "test_examples": 64},
+    "generation": {"steps": 2, "new_tokens": 6, "smaller": {"model.d_model": 16, "data.seq_len": 512}},
     "scale_up": {"d_model": 64, "steps": 1},
 }
 LARGEST_OUTPUT, LARGEST_FILE = 200_000, 600_000

@@ -60,7 +60,7 @@ def test_drafts_change_no_token(kind):
     tokens, found = drawn(decoder, REQUESTS, Drafts.by_lookup(3))
     steps, count, offered = work(found)
     assert tokens == expected and np.array_equal(count, list(map(len, expected)))
-    assert 0 < (count - steps).sum() < offered.sum()
+    assert 0 <= (count - steps).sum() < offered.sum()
     tokens, found = drawn(decoder, REQUESTS, Drafts.by_model(decoder, 3))
     steps, count, _ = work(found)
     assert tokens == expected and np.array_equal(steps, -(-count // 4))

@@ -15,7 +15,7 @@ from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
-from based_jax.nn.cache import TokenCache
+from based_jax.nn.cache import TokenCache, TriedTokens
 from based_jax.nn.eviction import POLICIES, BudgetCache, Policy
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
 from based_jax.nn.rotary import check_scaling, scaling
@@ -30,6 +30,7 @@ from based_jax.ops.softmax_step import (
     attention_step_weights,
     attention_weights,
 )
+from based_jax.ops.softmax_trial import ATTENTION_TRIAL, attention_trial
 
 QKV_KEYS = {
     "out_proj/kernel": "out_proj.weight",
@@ -183,6 +184,17 @@ class Attention(Mixer):
             o, after = self._read_one(self.policy, self._token(x, state), state, jnp.ones(x.shape[0], bool))
             o = o[..., : self.head_dim]
         return self._out(o if self._evicts(state) else state.held(o, state.length)), after
+
+    @override
+    def _try_tokens(self, x: BTD, state: Any) -> tuple[BTD, Any]:
+        if self.policy is not None:
+            return super()._try_tokens(x, state)
+        o, tokens = self.read_on_trial(x, state)
+        return self._out(state.held(o, state.length[:, None] + jnp.arange(x.shape[1])[None])), tokens
+
+    @override
+    def _keep(self, tokens: Any, counts: Int[Array, "B"]) -> Any:
+        return tokens.kept(counts) if isinstance(tokens, TriedTokens) else super()._keep(tokens, counts)
 
     @override
     def _emptied(self, state: TokenCache, rows: Bool[Array, "B"]) -> TokenCache:
@@ -377,6 +389,13 @@ class Attention(Mixer):
         q, k, v = self._turned_token(self._token(x, state), state.length)
         state = state.append((k, v))
         return self._attended(q, state)[..., : self.head_dim], state
+
+    def read_on_trial(self, x: BTD, state: TokenCache) -> tuple[Any, TriedTokens]:
+        """Return what queries of tokens (B, T, H, D/H) read of the ring and of each other, and the tokens."""
+        q, k, v = self._rotated(self.unrotated_qkv(x, state.tokens[0].shape[3]), state.length, None)
+        impl = dispatch.beside(self.config.impl, ATTENTION_TRIAL)
+        o = attention_trial(q, k, v, *state.tokens, state.length, head_dim=self.head_dim, impl=impl)
+        return o, TriedTokens((k, v), state)
 
     def _token(self, x: BD, state: TokenCache):
         """Return a token's queries, keys and values (B, heads, .), as wide as the cache's and not rotated.

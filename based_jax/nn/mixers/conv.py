@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, ClassVar, override
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
@@ -12,17 +12,21 @@ from based_jax.nn import layers
 from based_jax.nn.cache import Cache
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops import sharded
+from based_jax.ops.conv import first_inputs_after
 from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.dispatch import beside
 from based_jax.ops.gated_conv import (
     IMPLEMENTATIONS,
     STEP_IMPLEMENTATIONS,
+    convolved_inputs,
     gated_short_conv,
     gated_short_conv_step,
 )
 from based_jax.ops.token_layer import token_conv
 
 Inputs = Float[Array, "B W inner"]
+NewInputs = Float[Array, "B T inner"]
+FEW_TOKENS_IMPL = "xla_taps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,25 @@ class GatedConv(Mixer):
         given = product, bias, self.conv_kernel[...], state
         y, state = sharded.by_channels(stepped, given, (1, 0, 1, 2), (1, 2), self.d_inner)
         return layers.into_stream(self.out_proj, y), state
+
+    @override
+    def _try_tokens(self, x: BTD, state: Inputs) -> tuple[BTD, tuple[NewInputs, Inputs]]:
+        """Convolve in XLA's form, unless another one is asked for: kernels want more tokens."""
+        impl = FEW_TOKENS_IMPL if self.config.impl == "auto" else self.config.impl
+
+        def tried(product, bias, kernel, state):
+            y, _ = gated_short_conv(product, kernel, bias=bias, state=state, impl=impl)
+            return y, convolved_inputs(product, kernel.shape[-1], bias)
+
+        product, bias = layers.joined_by_device(self.in_proj, x.astype(self.dtype), (self.d_inner, self.d_inner))
+        given = product, bias, self.conv_kernel[...], state
+        y, inputs = sharded.by_channels(tried, given, (2, 0, 1, 2), (2, 2), self.d_inner)
+        return self.out_proj(y), (inputs, state)
+
+    @override
+    def _keep(self, tokens: tuple[NewInputs, Inputs], counts: Int[Array, "B"]) -> Inputs:
+        inputs, state = tokens
+        return first_inputs_after(inputs, counts, state)
 
     @override
     def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache] | None:

@@ -1,5 +1,7 @@
 """Softmax attention of one token over a cache in Triton kernels: which calls they take, and how splits are joined."""
 
+import functools
+import math
 from collections.abc import Callable
 
 import einops
@@ -63,6 +65,19 @@ def compute_with_weights(call: AttentionStepCall) -> tuple[BHV, Float[Array, "B 
     return _joined(call, o, logarithm), einops.reduce(p, "B (G R) S -> B S G", "mean", G=call.k.shape[2])
 
 
+def read_ring(call: AttentionStepCall, tokens: int) -> tuple[Float[Array, "B H V"], Float[Array, "B H"]]:
+    """Return fp32 o of the queries of so many tokens over a ring, and the logarithms of their weights' sums.
+
+    Queries are those of AttentionStepCall, `tokens` of each head beside each other; `length` counts all tokens so far.
+    """
+    from pallas_kernels.triton import attention_step as kernels
+
+    o, logarithm = _read(call, functools.partial(kernels.forward, tokens=tokens))
+    weight, top = _weights(logarithm), jnp.max(logarithm, axis=1)
+    total = jnp.sum(weight, axis=1)
+    return jnp.sum(weight[..., None] * o, axis=1) / total[..., None], math.log(2) * (top + jnp.log2(total))
+
+
 def _read(call: AttentionStepCall, forward: Callable) -> list[Array]:
     """Return what a kernel does, of heads that lie beside each other as of one."""
     from pallas_kernels.triton import attention_step as kernels
@@ -71,7 +86,7 @@ def _read(call: AttentionStepCall, forward: Callable) -> list[Array]:
     n = heads_as_one(G, call.q.shape[1] // G, max(call.k.shape[3], V))
     keys = B * S * G // n // (PROGRAMS_PER_CORE * devices.cores(target_device_kind()))
     q, k, v = _diagonal(call.q, G, n), *(x.reshape(B, S, G // n, -1) for x in (call.k, call.v))
-    length = jnp.minimum(call.length, S).astype(jnp.int32)
+    length = call.length.astype(jnp.int32)
     arrays, tiling = sharded.vary_alike(q, k, v, length), kernels.tiling_of(keys)
     o, *more = forward(*arrays, scale=1 / call.root, tiling=tiling)
     return [_of_diagonal(o, G, n, V), *more]

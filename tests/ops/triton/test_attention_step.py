@@ -8,9 +8,10 @@ from helpers import cuda_plugin, triton_interpreter
 from helpers.cases import parametrize_some
 from helpers.devices import gpus
 
-from based_jax.ops import dispatch
-from based_jax.ops.decode_calls import AttentionStepCall
+from based_jax.ops import dispatch, softmax_trial
+from based_jax.ops.decode_calls import AttentionPrefillCall, AttentionStepCall
 from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step, attention_step_weights, attention_weights
+from based_jax.ops.softmax_trial import attention_trial
 from based_jax.ops.triton import attention_step as triton_step
 from pallas_kernels.triton import attention_step as kernels
 
@@ -62,6 +63,20 @@ def test_it_equals_the_oracle(S, G, R, K, V, dtype, normal, close, monkeypatch):
     close(o, expected, dtype)
     close(weights, jax.jit(attention_weights)(q, k, length), dtype)
     assert not np.asarray(weights)[~np.broadcast_to(there[..., 0], weights.shape)].any()
+
+
+@parametrize_some("T, S, G, R, K", [(3, 40, 2, 2, 24), (20, 33, 1, 1, 16), (2, 70, 4, 1, 72)], [(3, 40, 2, 2, 24)])
+def test_tokens_on_trial_read_a_ring_as_the_oracle_does(T, S, G, R, K, normal, close, monkeypatch):
+    """Queries of tokens that see nothing of a split, or of the whole ring, among others."""
+    triton_interpreter.interpret(monkeypatch)
+    monkeypatch.setattr(kernels, "TILINGS", SMALL)
+    shapes = (T, G * R, K), (T, G, K), (T, G, K), (S, G, K), (S, G, K)
+    q, k, v, past_k, past_v = (normal(6, *shape) for shape in shapes)
+    length = jnp.asarray([0, 1, S - 1, S, S + 7, 3 * S + 2])
+    there = (jnp.arange(S)[None] < length[:, None])[..., None, None]
+    stale = [jnp.where(there, x, jnp.nan) for x in (past_k, past_v)]
+    expected = attention_trial(q, k, v, past_k, past_v, length, impl="oracle")
+    close(softmax_trial._by_triton(AttentionPrefillCall(q, k, v, *stale, length)), expected)
 
 
 @parametrize_some("K, R, B", [(72, 1, 4), (128, 8, 4), (72, 1, 1024)], [(72, 1, 1024)])

@@ -72,3 +72,20 @@ def test_lanes_are_what_each_is_alone(normal, in_pieces):
     together = jax.jit(jax.vmap(call))(*(np.stack(x) for x in zip(*lanes, strict=True)))
     for i, lane in enumerate(lanes):
         equal([x[i] for x in together], jax.jit(call)(*lane), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "walks, chunks, wanted",
+    [
+        (16, 256, 16),  # one long sequence of 16 heads: as many walks as a GPU takes at once
+        (16, 250, 10),  # no part is empty
+        (16, 257, 16),  # a prime number of chunks is filled up
+        (64, 64, 4),
+        (16, 13, 3),  # pieces of four chunks, at least
+        (16, 11, 1),
+        (96, 64, 1),  # enough walks
+        (512, 64, 1),
+    ],
+)
+def test_few_walks_are_cut_into_pieces(walks, chunks, wanted):
+    assert pieces.count(walks, chunks) == wanted
