@@ -18,10 +18,10 @@ os.environ["BASED_JAX_COMPILED"] = "none"
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from helpers import cuda_plugin
+from helpers.shapes import check_shapes
 
 from based_jax import placement
 
@@ -39,7 +39,7 @@ placement.SMALL_BYTES //= 256
 
 # nn.cache is left out: its pytree also holds stacked arrays and abstract leaves, which its annotations do not mean.
 SHAPES_CHECKED = ["based_jax.ops", *(f"based_jax.nn.{name}" for name in ("block", "layers", "lm", "mixers"))]
-jaxtyping.install_import_hook(SHAPES_CHECKED, "beartype.beartype")
+check_shapes(SHAPES_CHECKED)
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 

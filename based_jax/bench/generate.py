@@ -16,10 +16,11 @@ from based_jax import devices
 from based_jax.aot.compiling import TOO_MUCH_MEMORY
 from based_jax.bench import clocks, rows, step_profile
 from based_jax.bench.decode_state import array_bytes, moved_bytes
-from based_jax.bench.generate_programs import Program, Programs, Subject, new_rows
+from based_jax.bench.generate_programs import Program, Programs, Subject, most_drawn, new_rows
 from based_jax.bench.generate_size import PREFILLS, UNTIMED_PREFILLS, Effort, Size, check, prompts, roofline
 from based_jax.bench.memory import peak_bytes, program_bytes
 from based_jax.bench.runner import Runner
+from based_jax.generate.drafts import Drafts
 from based_jax.generate.prefill import CHUNK_TOKENS, Chunk, chunk_length, chunks
 from based_jax.nn.lm_config import LMConfig
 
@@ -59,13 +60,14 @@ class _Decoded:
 
     def __init__(self, programs: Programs, size: Size, effort: Effort):
         self.programs, self.size, self.effort = programs, size, effort
-        self.room = size.context + effort.tokens
-        self.key = programs.add_block(size.batch, self.room, effort.tokens)
+        self.drafts = Drafts.by_lookup(effort.drafts) if effort.drafts else None
+        self.room = size.context + most_drawn(effort.tokens, self.drafts)
+        self.key = programs.add_block(size.batch, self.room, effort.tokens, self.drafts)
 
     def measure(self, profiled: bool) -> dict[str, Any]:
         """Return how fast tokens are decoded, and what it takes."""
         subject, program, tokens = self.programs.subject, self.programs[self.key], self.effort.tokens
-        state = new_rows(subject.caches(self.size.batch, self.room))
+        state = new_rows(subject.caches(self.size.batch, self.room), self.room, self.drafts)
         runner = Runner(program.step, state, [(subject.decoder.params, jnp.int32(self.size.context))])
         del state  # lest what is used up is held
         with clocks.recorded(jax.devices()[0]) as clock:
@@ -75,6 +77,7 @@ class _Decoded:
             "blocks": self.effort.blocks,
             "milliseconds": round(1e3 * seconds, 4),
             "tokens_per_second": self.size.batch / seconds,
+            **self._of_drafts(seconds),
             **clock,
             "compile_seconds": round(program.seconds, 2),
             "compiled_before": self.programs.was_read,
@@ -83,6 +86,12 @@ class _Decoded:
             "impls": program.choices,
             "breakdown": _profile(program, runner, tokens) if profiled else None,
         }
+
+    def _of_drafts(self, seconds: float) -> dict[str, Any]:
+        """Return what a step of so many seconds verifies, and the tokens/s if all of it is right, where drafts are."""
+        if not (count := self.effort.drafts):
+            return {}
+        return {"drafts": count, "verified_tokens_per_second": self.size.batch * (count + 1) / seconds}
 
 
 def _profile(program: Program, runner: Runner, tokens: int) -> dict[str, Any] | None:

@@ -13,10 +13,12 @@ from jaxtyping import Array, Int
 
 from based_jax import compilation
 from based_jax.bench.decode_state import array_bytes, at_length, random_state, random_weights
+from based_jax.generate.blocks import Block, decode
 from based_jax.generate.decoder import Caches, Decoder, layout_of
+from based_jax.generate.drafts import Drafts
 from based_jax.generate.prefill import Chunk, prefill_chunk
 from based_jax.generate.requests import Request
-from based_jax.generate.rows import Block, Rows, decode
+from based_jax.generate.rows import Rows
 from based_jax.nn.lm_config import LMConfig
 from based_jax.ops import dispatch
 
@@ -74,18 +76,20 @@ class Programs:
         self._compiled: dict[Hashable, Program] = {}
         self.was_read = False
 
-    def add_block(self, batch: int, max_len: int, tokens: int) -> Hashable:
-        """Add the program that decodes so many tokens of rows, and return its key.
+    def add_block(self, batch: int, max_len: int, tokens: int, drafts: Drafts | None = None) -> Hashable:
+        """Add the program that decodes so many tokens of rows, or takes as many steps with drafts; return its key.
 
         It is `(rows, (params, context)) -> (rows, block)`, where the rows are used up: it begins after `context`
         tokens, whatever the rows have had.
         """
+        most = most_drawn(tokens, drafts)
 
         def block(rows: Rows, inputs: tuple) -> tuple[Rows, Block]:
             params, context = inputs
-            return decode(Decoder(self.subject.layout, params), _after(rows, context, tokens), tokens)
+            return decode(Decoder(self.subject.layout, params), _after(rows, context, most), tokens, drafts=drafts)
 
-        rows = jax.eval_shape(lambda: new_rows(self.subject.caches(batch, max_len)))
+        caches = self.subject.caches(batch, max_len)
+        rows = jax.eval_shape(lambda: new_rows(caches, max_len, drafts))
         inputs = self.subject.layout.shapes, jax.ShapeDtypeStruct((), jnp.int32)
         return self._add(block, rows, inputs)
 
@@ -128,10 +132,16 @@ def _compiled(given: tuple[jax.stages.Lowered, dict[str, list[str]]]) -> Program
     return Program(step, choices, time.perf_counter() - begin)
 
 
-def new_rows(caches: Any) -> Rows:
+def most_drawn(steps: int, drafts: Drafts | None) -> int:
+    """Return the tokens that so many steps draw at most."""
+    return steps if drafts is None else steps * (drafts.method.tokens + 1)
+
+
+def new_rows(caches: Any, max_len: int, drafts: Drafts | None = None) -> Rows:
     """Return greedy rows with caches of some shapes, filled with numbers that no text has left there."""
-    batch = jax.tree.leaves(caches)[0].shape[0]
-    return Rows.of(random_state(caches, jax.random.key(1)), [Request([0])] * batch)
+    requests = [Request([0])] * jax.tree.leaves(caches)[0].shape[0]
+    drafting = None if drafts is None else drafts.begun(requests, max_len)
+    return Rows.of(random_state(caches, jax.random.key(1)), requests, drafting)
 
 
 def _after(rows: Rows, context: Int[Array, ""], left: int) -> Rows:

@@ -30,7 +30,8 @@ def prefill(
 
 def prefill_chunk(decoder: Decoder, caches: Caches, chunk: Chunk) -> Caches:
     """Return the caches after a chunk of each row; those given are used up."""
-    return _prefill(decoder.layout, decoder.params, caches, *chunk)
+    with decoder.running():
+        return _prefill(decoder.layout, decoder.params, caches, *chunk)
 
 
 def chunk_length(decoder: Decoder, chunk_tokens: int) -> int:

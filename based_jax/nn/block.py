@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from based_jax import parallel
 from based_jax.dims import BP, BTD, SegmentIds
@@ -121,6 +121,10 @@ class Block(nnx.Module):
         with jax.named_scope("mlp"):
             return self._fed(self.mlp, stream).constrained(), cache
 
+    def try_tokens(self, stream: Stream, cache):
+        """Return the stream of the next few tokens after the block, and the mixer's trial of them."""
+        return self._through(stream, lambda x: self.mixer.try_tokens(x, cache))
+
     def _mixed(self, stream: Stream, cache) -> tuple[Stream, Any]:
         """Return the stream of one sequence's token after the mixer."""
         if (found := self.mixer.step_whole(stream.r, stream.pieces(), self.norm1, cache)) is not None:
@@ -199,7 +203,19 @@ class Stack(nnx.Module):
 
     def step(self, stream: Stream, caches):
         """Return the stream of one token after all blocks, and the caches after it."""
-        through = _through(lambda block, stream, cache: block.step(stream, cache))
+        return self._decode(lambda block, stream, cache: block.step(stream, cache), stream, caches)
+
+    def try_tokens(self, stream: Stream, caches):
+        """Return the stream of the next few tokens after all blocks, and the trials of them."""
+        return self._decode(lambda block, stream, cache: block.try_tokens(stream, cache), stream, caches)
+
+    def keep(self, trials, counts: Int[Array, "B"]):
+        """Return the caches after the first tokens of each row of a trial."""
+        keep = _through(lambda block, counts, trial: (counts, block.mixer.keep(trial, counts)))
+        return self._run(keep, counts, trials)[1]
+
+    def _decode(self, read: Callable, stream: Stream, caches) -> tuple[Stream, Any]:
+        through = _through(read)
         if self.repeats == 1:
             return self._run(through, stream, caches)
 

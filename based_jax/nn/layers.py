@@ -12,10 +12,12 @@ from typing import Any, NamedTuple, override
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
+from based_jax import parallel
 from based_jax.dims import BD, BP, DropoutKey
 from based_jax.errors import UserError
 from based_jax.ops.decode_calls import Pieces
@@ -138,8 +140,52 @@ def linear_part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int
     not join small ones itself (`xla_gpu_dot_merger_threshold_mb`).
     """
     assert (end or 0) <= layer.out_features
-    y = multiply(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)[:, begin:end])
+    kernel = parallel.constrain_channels(layer.kernel[...].astype(layer.dtype)[:, begin:end])
+    y = multiply(x.astype(layer.dtype), kernel)
     return y if layer.bias is None else y + per_channel(layer.bias[...][begin:end], y)
+
+
+def split_linear(layer: nnx.Linear, x: Float[Array, "*B D"], widths: Sequence[int]) -> list[Float[Array, "*B _"]]:
+    """Return the parts, so wide, of a linear layer's output; each device along "tensor" has its share of each part."""
+    if (pieces := parallel.channel_pieces(*widths)) == 1:
+        return split(layer(x), np.cumsum(widths)[:-1].tolist())
+    y, bias = joined_by_device(layer, x, widths)
+    return _split_by_device(y if bias is None else y + per_channel(bias, y), widths, pieces, -1)
+
+
+def joined_by_device(
+    layer: nnx.Linear, x: Float[Array, "*B D"], widths: Sequence[int]
+) -> tuple[Float[Array, "*B joint"], Float[Array, "joint"] | None]:
+    """Return a linear layer's product without its bias, and the bias, in which each device along "tensor" has its
+    share of every part, so wide, one after the other.
+    """
+    kernel, bias, pieces = layer.kernel[...].astype(layer.dtype), layer.bias, parallel.channel_pieces(*widths)
+    if pieces > 1:
+        kernel = parallel.constrain_channels(_by_device(kernel, widths, pieces, -1))
+    y = multiply(x.astype(layer.dtype), kernel)
+    return y, None if bias is None else _by_device(bias[...], widths, pieces, -1)
+
+
+def _by_device(x: Array, widths: Sequence[int], pieces: int, axis: int) -> Array:
+    """Return channels in an order in which an equal share of each part follows that of the part before, for a device.
+
+    As parameters hold them, one device would have one part and the next one another: what the layer returns, many
+    times as large as the kernel, would be exchanged.
+    """
+    if pieces == 1:
+        return x
+    shape, axis = x.shape, axis % x.ndim
+    parts = jnp.split(x, np.cumsum(widths)[:-1].tolist(), axis)
+    shares = [y.reshape(*shape[:axis], pieces, -1, *shape[axis + 1 :]) for y in parts]
+    return jnp.concatenate(shares, axis + 1).reshape(shape)
+
+
+def _split_by_device(y: Array, widths: Sequence[int], pieces: int, axis: int) -> list[Array]:
+    """Return the parts of a product whose channels are ordered by device."""
+    shape, axis = y.shape, axis % y.ndim
+    of_device = y.reshape(*shape[:axis], pieces, -1, *shape[axis + 1 :])
+    shares = split(of_device, (np.cumsum(widths)[:-1] // pieces).tolist(), axis + 1)
+    return [x.reshape(*shape[:axis], -1, *shape[axis + 1 :]) for x in shares]
 
 
 def split(y: Shaped[Array, "..."], sections: int | Sequence[int], axis: int = -1) -> list[Shaped[Array, "..."]]:
@@ -205,7 +251,7 @@ def conv_parameter(shape: tuple[int, ...], fan_in: int, *, rngs: nnx.Rngs) -> nn
 def gated(layer: nnx.Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
     """Return value * silu(gate) of the two halves of a linear layer's output; the layer has no bias."""
     if not are_decoded(x.shape):
-        value, gate = split(layer(x), 2)
+        value, gate = split_linear(layer, x, [layer.out_features // 2] * 2)
         return value * jax.nn.silu(gate)
     x, kernel = layer.promote_dtype((x, layer.kernel[...]), dtype=layer.dtype)
     return few_tokens_gated(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
@@ -369,11 +415,30 @@ def to_heads(layer: nnx.Linear, x: Float[Array, "*B D"], num_heads: int, width: 
     """
     if num_heads * width == layer.out_features:
         return split_heads(layer(x), num_heads)
-    kernel = with_zeros(split_heads(layer.kernel[...].astype(layer.dtype), num_heads), -1, width)
-    y = split_heads(multiply(x.astype(layer.dtype), merge_heads(kernel)), num_heads)
-    if layer.bias is None:
-        return y
-    return y + per_channel(with_zeros(split_heads(layer.bias[...], num_heads), -1, width), y)
+    return _to_heads(layer, x, num_heads, width, lambda parameter: parameter)
+
+
+def _to_heads(
+    layer: nnx.Linear, x: Float[Array, "*B D"], num_heads: int, width: int, ordered: Callable[[Array], Array]
+) -> Float[Array, "*B H K"]:
+    """Return a linear layer's output by head, of parameters whose heads (..., H, K) are put in an order before."""
+
+    def by_head(parameter: Array) -> Array:
+        return with_zeros(ordered(split_heads(parameter, num_heads)), -1, width)
+
+    kernel = parallel.constrain_channels(merge_heads(by_head(layer.kernel[...].astype(layer.dtype))))
+    y = split_heads(multiply(x.astype(layer.dtype), kernel), num_heads)
+    return y if layer.bias is None else y + per_channel(by_head(layer.bias[...]), y)
+
+
+def split_to_heads(
+    layer: nnx.Linear, x: Float[Array, "*B D"], heads: Sequence[int], width: int
+) -> list[Float[Array, "*B _ K"]]:
+    """Return the parts of `to_heads`, of so many heads; each device along "tensor" has its share of each part."""
+    if (pieces := parallel.channel_pieces(*heads)) == 1:
+        return split(to_heads(layer, x, sum(heads), width), np.cumsum(heads)[:-1].tolist(), -2)
+    y = _to_heads(layer, x, sum(heads), width, lambda parameter: _by_device(parameter, heads, pieces, -2))
+    return _split_by_device(y, heads, pieces, -2)
 
 
 def from_heads(layer: nnx.Linear, o: Float[Array, "*B H V"]) -> Float[Array, "*B D"] | Projected:

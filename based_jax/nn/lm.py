@@ -134,6 +134,18 @@ class LM(nnx.Module):
         """Read one token; return its hidden state and the caches after it."""
         return self._decode(ids, cache, Stack.step)
 
+    @checked
+    def try_tokens(self, ids: BT, cache: tuple) -> tuple[BTD, tuple]:
+        """Read the next few tokens on trial, all of which may not stay; return their hidden states, and for `keep`.
+
+        So a model verifies tokens that were drafted: at a place the hidden state is that behind those before it.
+        """
+        return self._decode(ids, cache, Stack.try_tokens)
+
+    def keep(self, trials: tuple, counts: Int[Array, "B"]) -> tuple:
+        """Return the caches after the first `counts` tokens of each row that were read on trial."""
+        return tuple(stack.keep(trial, counts) for stack, trial in zip(self.stacks, trials, strict=True))
+
     def mixers(self) -> list[Mixer]:
         """Return each layer's mixer in order; the layers of one repeated pattern share a module."""
         return [block.mixer for stack in self.stacks for _ in range(stack.repeats) for block in stack.blocks]

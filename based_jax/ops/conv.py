@@ -88,6 +88,13 @@ def last_inputs(x: BSD, width: int, state: LastInputs | None, segment_ids: Segme
     return jnp.where(kept[..., None], jnp.take_along_axis(inputs, newest[..., None], axis=1), 0)
 
 
+def first_inputs_after(x: BSD, counts: Int[Array, "B"], state: LastInputs) -> LastInputs:
+    """Return the last inputs of each row, as many as `state` has, after the first `counts` of x."""
+    width = state.shape[1]
+    places = counts[:, None] + jnp.arange(width)[None]
+    return jnp.take_along_axis(_with_past(x, width, state), places[..., None], axis=1)
+
+
 def _with_past(x: BSD, width: int, state: LastInputs | None) -> Float[Array, "B _ D"]:
     """Return the inputs behind those of `state`."""
     past = jnp.zeros((x.shape[0], width, x.shape[2]), x.dtype) if state is None else state.astype(x.dtype)

@@ -48,14 +48,20 @@ def run_row(point: Point, config: TrainConfig, results: Mapping[str, float] | No
       seconds: of the process that ended it.
     """
     found = results or {}
-    accuracies = {name: value for name, value in found.items() if name.endswith("/accuracy")}
     return _point_and_size(point, config) | {
         "status": "diverged" if results is None else "finished",
         **{name: found.get(name) for name in ("accuracy", "loss", "perplexity")},
-        "segments": {name.removesuffix("/accuracy"): value for name, value in accuracies.items()},
+        "segments": _by_segment(found, "accuracy"),
+        "segment_losses": _by_segment(found, "loss"),
         "steps": config.steps,
         "seconds": round(seconds, 3),
     }
+
+
+def _by_segment(results: Mapping[str, float], metric: str) -> dict[str, float]:
+    """Return one metric of each segment of an evaluation by the segment's name."""
+    end = f"/{metric}"
+    return {name.removesuffix(end): value for name, value in results.items() if name.endswith(end)}
 
 
 def _written(value: float) -> float | None:

@@ -154,18 +154,29 @@ def load_config(source: str | Mapping[str, Any], overrides: Mapping[str, Any] | 
     return build_config(configs.overridden(values, overrides or {}))
 
 
-def build_config(values: Mapping[str, Any] | ConfigDict) -> TrainConfig:
+def build_config(values: Mapping[str, Any] | ConfigDict, workdir: str | Path | None = None) -> TrainConfig:
     """Return the checked config of nested values, of which `model` may be a folder that `convert.load_hf` reads.
 
-    It is the model of that folder then, and a run begins with its parameters if `init_from` does not say otherwise.
+    It is the model of that folder then, and a run begins with its parameters if `init_from` does not say otherwise. The
+    run of `workdir`, which began so, goes on when the folder is no longer there.
 
     Raises:
       UserError: the folder holds no model; otherwise as `config.build`.
     """
     folder = values.get("model")
     if isinstance(folder, str):
-        values = {"init_from": folder} | {key: values[key] for key in values} | {"model": _published_model(folder)}
+        model = _begun_model(folder, workdir) or _published_model(folder)
+        values = {"init_from": folder} | {key: values[key] for key in values} | {"model": model}
     return configs.build(TrainConfig, values)
+
+
+def _begun_model(folder: str, workdir: str | Path | None) -> dict[str, Any] | None:
+    """Return the model of the workdir's run, if that began with a folder that is gone."""
+    if workdir is None or Path(folder).exists() or not (Path(workdir) / configs.CONFIG_FILE).is_file():
+        return None
+    begun = configs.read(TrainConfig, workdir)
+    source = begun.init_from.path if isinstance(begun.init_from, InitFrom) else None
+    return configs.to_dict(begun.model) if source == folder else None
 
 
 def _published_model(folder: str) -> dict[str, Any]:

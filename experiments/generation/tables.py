@@ -28,6 +28,7 @@ def tables(found: Found) -> dict[str, str]:
         "batches": by_batch(found),
         "contexts": by_context(found),
         "prompts": prompts(found),
+        "drafts": drafts(found),
         "times": times(found),
     }
 
@@ -71,6 +72,24 @@ def prompts(found: Found) -> str:
         told = {context: row for context, row in rows.items() if row and "prefill_rows" in row}
         cells = {x: f"{told[x]['prefill_tokens_per_second']:,.0f}" if x in told else "" for x in CONTEXTS}
         lines += [{"model": f"`{name}`"} | {f"{x:,}": cell for x, cell in cells.items()}] if told else []
+    return markdown(pd.DataFrame(lines)) if lines else NOTHING
+
+
+def drafts(found: Found) -> str:
+    """Return what verifying several tokens takes, beside decoding one."""
+    lines = [
+        {
+            "model": f"`{name}`",
+            "sequences": f"{batch:,}",
+            "tokens at once": f"{1 + drafted}",
+            "ms": f"{row['milliseconds']:.2f}",
+            "ms of one": f"{one['milliseconds']:.2f}" if one else "",
+            "times as fast if all are right": f"{right:.2f}" if right else "",
+        }
+        for (name, batch, context, drafted), row in sorted(found.drafted.items())
+        for one in [found.row(name, batch, context)]
+        for right in [found.times_if_right(name, batch, context, drafted)]
+    ]
     return markdown(pd.DataFrame(lines)) if lines else NOTHING
 
 

@@ -38,6 +38,7 @@ SMALL = [
     Case("linear_cross_entropy", (2, 8, 20), (30,), documents=True, through="vmap"),
     Case("taylor_attention_decode", (3, 2), (8, 6, 5, 2), dtype="float32"),
     Case("attention_step", (4, 6), (8, 6, 2, 30)),
+    Case("attention_step_weights", (4, 6), (8, 6, 2, 30)),
     Case("attention_prefill", (4, 6, 5), (8, 6, 2, 30)),
     Case("gated_linear_attention_step", (2, 3), (6, 5)),
     Case("simple_gla_step", (2, 3), (6, 5)),

@@ -11,8 +11,9 @@ from helpers.hlo import Program
 
 from based_jax import parallel
 from based_jax.generate import Decoder, PrefixCache, Request, Scheduler
+from based_jax.generate.blocks import decoding_loop
 from based_jax.generate.intake import _read
-from based_jax.generate.rows import Rows, decoding_loop
+from based_jax.generate.rows import Rows
 from based_jax.generate.sampling import MOST_TOP
 from based_jax.generate.state_layout import StateLayout
 from based_jax.nn.lm_config import LMConfig

@@ -50,6 +50,7 @@ OPERATIONS: dict[str, Operation] = {
     # What decodes:
     "taylor_attention_decode": taylor_decode.TAYLOR_ATTENTION_DECODE,
     "attention_step": cached_attention.ATTENTION_STEP,
+    "attention_step_weights": cached_attention.ATTENTION_STEP_WEIGHTS,
     "attention_prefill": cached_attention.ATTENTION_PREFILL,
     "gated_linear_attention_step": steps.GATED_LINEAR_ATTENTION_STEP,
     "simple_gla_step": steps.SIMPLE_GLA_STEP,

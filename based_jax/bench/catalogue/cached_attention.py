@@ -37,6 +37,26 @@ def _step(case: Case, full: bool = False) -> Function:
     return run
 
 
+def _weights(case: Case) -> Function:
+    def run(arrays: Arrays, ids: jax.Array | None) -> Arrays:
+        q, k, v = (arrays[name] for name in ("q", "k", "v"))
+        length = filled(arrays["fill"], k.shape[1])
+        o, weights = softmax_step.attention_step_weights(q, k, v, length, impl=case.impl)
+        return {"o": o, "weights": weights}
+
+    return run
+
+
+def weights_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
+    """Return the same, and the weights of each key, the mean over its queries, 0 of one that a row does not have."""
+    q, k = arrays["q"], arrays["k"]
+    B, S, G = k.shape[:3]
+    which = jnp.broadcast_to(jnp.eye(S, dtype=q.dtype)[None, :, None], (B, S, G, S))
+    given = step_definition(arrays | {"v": which}, ids)["o"]  # of values that say beside which key they stand
+    of_group = given.reshape(B, G, -1, S).mean(axis=2)
+    return step_definition(arrays, ids) | {"weights": jnp.swapaxes(of_group, 1, 2)}
+
+
 def step_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return one query's softmax attention to the keys that its row has, 0 where it has none."""
     q, k, v, fill = (arrays[name] for name in ("q", "k", "v", "fill"))
@@ -102,6 +122,16 @@ def _step_cases() -> tuple[Case, ...]:
     )
 
 
+def _weights_cases() -> tuple[Case, ...]:
+    make = functools.partial(Case, "attention_step_weights", impl="triton_splits")
+    return (
+        make((3, 4), (64, 64, 4, 300), quick=True),
+        make((5, 6), (72, 72, 6, 1), dtype="float16"),
+        make((5, 8), (128, 128, 2, 1030)),
+        make((16, 24), (72, 72, 24, 512)),
+    )
+
+
 def _timed_step(shape: Shape) -> Case:
     """Return the step of a sequence of T tokens."""
     batch, heads, time = shape
@@ -146,5 +176,18 @@ ATTENTION_PREFILL = Operation(
     timed={"attention_prefill": _timed_prefill},
     timed_function=functools.partial(_prefill, full=True),
     plain_timed=False,
+    passes=(FORWARD,),
+)
+
+ATTENTION_STEP_WEIGHTS = Operation(
+    table=softmax_step.ATTENTION_STEP_WEIGHTS,
+    arrays=_step_arrays,
+    function=_weights,
+    oracle=lambda case: weights_definition,
+    cost=lambda case, which: (moved_bytes(_step_arrays(case), _weights(case.by("xla"))), 0.0),
+    kernels={"triton_splits": ("attention_step_scores",)},
+    cases=_weights_cases(),
+    small_cases=(Case("attention_step_weights", (2, 4), (16, 16, 2, 30)),),
+    timed={},
     passes=(FORWARD,),
 )

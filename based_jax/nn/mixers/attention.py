@@ -15,7 +15,7 @@ from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
-from based_jax.nn.cache import TokenCache
+from based_jax.nn.cache import TokenCache, TriedTokens
 from based_jax.nn.eviction import POLICIES, BudgetCache, Policy
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
 from based_jax.nn.rotary import check_scaling, scaling
@@ -23,7 +23,14 @@ from based_jax.ops import dispatch, segments, sequence, softmax_chunks
 from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim, whole_pass_head_dim
 from based_jax.ops.softmax_budget import own_attention, ring_attention
 from based_jax.ops.softmax_prefill import attention_prefill
-from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step, attention_weights
+from based_jax.ops.softmax_step import (
+    ATTENTION_STEP,
+    ATTENTION_STEP_WEIGHTS,
+    attention_step,
+    attention_step_weights,
+    attention_weights,
+)
+from based_jax.ops.softmax_trial import ATTENTION_TRIAL, attention_trial
 
 QKV_KEYS = {
     "out_proj/kernel": "out_proj.weight",
@@ -179,6 +186,17 @@ class Attention(Mixer):
         return self._out(o if self._evicts(state) else state.held(o, state.length)), after
 
     @override
+    def _try_tokens(self, x: BTD, state: Any) -> tuple[BTD, Any]:
+        if self.policy is not None:
+            return super()._try_tokens(x, state)
+        o, tokens = self.read_on_trial(x, state)
+        return self._out(state.held(o, state.length[:, None] + jnp.arange(x.shape[1])[None])), tokens
+
+    @override
+    def _keep(self, tokens: Any, counts: Int[Array, "B"]) -> Any:
+        return tokens.kept(counts) if isinstance(tokens, TriedTokens) else super()._keep(tokens, counts)
+
+    @override
     def _emptied(self, state: TokenCache, rows: Bool[Array, "B"]) -> TokenCache:
         """Return the state whose rows have no token: what is in their slots is not seen, and need not be cleared."""
         return dataclasses.replace(state, length=jnp.where(rows, 0, state.length))
@@ -297,8 +315,9 @@ class Attention(Mixer):
         q, k, v = self._turned_token(qkv, place)
         cache = cache.with_kept(policy, kept, rows).appended((k, v), kept, rows)
         cache = cache.with_sinks(qkv[1], jnp.where(rows, place, cache.slots), self._turned)
-        seen = jnp.where(rows, jnp.minimum(cache.length, cache.slots), 0)
-        return self._attended(q, cache), self._with_payment(cache, q, seen) if cache.statistics else cache
+        if not cache.statistics:
+            return self._attended(q, cache), cache
+        return self._attended_and_paid(q, cache, rows)
 
     @override
     def reference_buffers(self) -> Mapping[str, Buffer]:
@@ -334,8 +353,8 @@ class Attention(Mixer):
 
     def unrotated_qkv(self, x: BTD, width: int | None = None):
         """Return queries, keys and values (B, T, heads, D/H); with a `width` zeros fill the heads up to it."""
-        y = layers.to_heads(self.qkv, x, self.config.num_heads + 2 * self.kv_heads, width or self.head_dim)
-        q, k, v = layers.split(y, [self.config.num_heads, self.config.num_heads + self.kv_heads], axis=-2)
+        heads = self.config.num_heads, self.kv_heads, self.kv_heads
+        q, k, v = layers.split_to_heads(self.qkv, x, heads, width or self.head_dim)
         if not self.config.qk_norm:
             return [q, k, v]
         return [self._normed(self.q_norm, q), self._normed(self.k_norm, k), v]
@@ -371,6 +390,13 @@ class Attention(Mixer):
         state = state.append((k, v))
         return self._attended(q, state)[..., : self.head_dim], state
 
+    def read_on_trial(self, x: BTD, state: TokenCache) -> tuple[Any, TriedTokens]:
+        """Return what queries of tokens (B, T, H, D/H) read of the ring and of each other, and the tokens."""
+        q, k, v = self._rotated(self.unrotated_qkv(x, state.tokens[0].shape[3]), state.length, None)
+        impl = dispatch.beside(self.config.impl, ATTENTION_TRIAL)
+        o = attention_trial(q, k, v, *state.tokens, state.length, head_dim=self.head_dim, impl=impl)
+        return o, TriedTokens((k, v), state)
+
     def _token(self, x: BD, state: TokenCache):
         """Return a token's queries, keys and values (B, heads, .), as wide as the cache's and not rotated.
 
@@ -387,6 +413,14 @@ class Attention(Mixer):
         (k, v), there = state.tokens, jnp.minimum(state.length, state.slots)
         impl = dispatch.beside(self.config.impl, ATTENTION_STEP)
         return attention_step(q, k, v, there, head_dim=self.head_dim, impl=impl)
+
+    def _attended_and_paid(self, q, cache: BudgetCache, rows):
+        """Return the same, and the cache after what the queries of some rows have paid its tokens."""
+        (k, v), seen = cache.tokens, jnp.minimum(cache.length, cache.slots)
+        impl = dispatch.beside(self.config.impl, ATTENTION_STEP_WEIGHTS)
+        o, weights = attention_step_weights(q, k, v, seen, head_dim=self.head_dim, impl=impl)
+        there = (jnp.arange(cache.slots)[None] < seen[:, None]) & rows[:, None]
+        return o, cache.paid(jnp.where(rows[:, None, None], weights, 0.0), there)
 
     def _out(self, o):
         return layers.from_heads(self.out_proj, o)

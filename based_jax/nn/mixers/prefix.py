@@ -8,7 +8,7 @@ from jaxtyping import Array, Shaped
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.nn import layers
-from based_jax.nn.mixer import check_sizes
+from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.nn.mixers.taylor import PROJECTIONS, TaylorAttention, TaylorConfig
 from based_jax.ops import segments, sequence, taylor, taylor_decode
 from based_jax.ops.linear_attention import encoder_state
@@ -91,6 +91,11 @@ class PrefixLinearAttention(TaylorAttention):
         before, length = state
         y, after = super()._step(x, before)
         return y, (after, length + 1)
+
+    @override
+    def _try_tokens(self, x: BTD, state: Any) -> tuple[BTD, Any]:
+        """Read tokens, which may be of the prefix, as any state does that is not taken back."""
+        return Mixer._try_tokens(self, x, state)
 
     @override
     def flops_per_token(self, seq_len: int) -> int:

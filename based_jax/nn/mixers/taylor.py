@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any, ClassVar, override
 
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
 from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
@@ -79,6 +82,21 @@ class TaylorAttention(Mixer):
         (q, k, v), impl = self.qkv(x[:, None]), beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
         o, state = taylor_decode.taylor_attention_decode(q, k, v, state, impl=impl)
         return self._out(o[:, 0]), state
+
+    @override
+    def _try_tokens(self, x: BTD, state: TaylorState) -> tuple[BTD, Any]:
+        """Write tokens among the recent ones, if these have the room, where none of them counts yet."""
+        if x.shape[1] > self.config.flush:
+            return super()._try_tokens(x, state)
+        impl = beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
+        o, state = taylor_decode.taylor_attention_decode(*self._qkv(x), state, impl=impl)
+        return self._out(o), taylor_decode.rewound(state, jnp.full(x.shape[0], x.shape[1]))
+
+    @override
+    def _keep(self, tokens: Any, counts: Int[Array, "B"]) -> Any:
+        if not isinstance(tokens, TaylorState):
+            return super()._keep(tokens, counts)
+        return taylor_decode.rewound(tokens, -counts)
 
     @override
     def state_size(self, seq_len: int) -> int:

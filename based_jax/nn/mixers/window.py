@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
 from based_jax.nn import layers
-from based_jax.nn.cache import TokenCache
+from based_jax.nn.cache import TokenCache, TriedTokens
 from based_jax.nn.mixer import check_sizes
 from based_jax.nn.mixers import attention
 from based_jax.ops import segments, window_attention
@@ -77,6 +77,11 @@ class WindowAttention(attention.Attention):
     def _step(self, x: BD, state: TokenCache) -> tuple[BD | layers.Projected, TokenCache]:
         o, state = self.read_token(x, state)
         return self._out(o), state
+
+    @override
+    def _try_tokens(self, x: BTD, state: TokenCache) -> tuple[BTD, TriedTokens]:
+        o, tokens = self.read_on_trial(x, state)
+        return self._out(o), tokens
 
     @override
     def state_size(self, seq_len: int) -> int:

@@ -1,0 +1,139 @@
+"""The loop that goes on with rows, and what it draws."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from based_jax import parallel
+from based_jax.generate.decoder import Decoder, Layout
+from based_jax.generate.drafts import Drafts, Method
+from based_jax.generate.rows import Rows
+from based_jax.generate.sampling import Drawn, draw, drawable
+from based_jax.generate.verification import Verified, verify
+from based_jax.nn.lm import LM
+
+
+class Block(NamedTuple):
+    """What a number of decode steps have drawn, T of each row at most.
+
+    Attributes:
+      tokens: of each row, the first `drawn` of which are drawn; an id that stops the row is its last.
+      log_probs: of these tokens, by the model's own distribution: at temperature 1, and with nothing cut.
+      top_tokens, top_log_probs: of the likeliest tokens there, as of `Drawn`.
+      drawn: tokens of each row.
+      steps: in which they were drawn, fewer than all if the row has stopped.
+      offered: drafted tokens that were verified in these steps; all but one token of a step were drafted.
+    """
+
+    tokens: Int[Array, "B T"]
+    log_probs: Float[Array, "B T"]
+    top_tokens: Int[Array, "B T N"]
+    top_log_probs: Float[Array, "B T N"]
+    drawn: Int[Array, "B"]
+    steps: Int[Array, "B"]
+    offered: Int[Array, "B"]
+
+
+def decode(
+    decoder: Decoder, rows: Rows, steps: int, most: int | None = None, drafts: Drafts | None = None
+) -> tuple[Rows, Block]:
+    """Take up to `steps` steps of each row in one program, or fewer, `most`; it ends when all rows have stopped.
+
+    A step draws one token, and with drafts as many more as prove right. The rows given are used up: their caches are
+    written in place.
+    """
+    limit = np.int32(steps if most is None else most)
+    with decoder.running():
+        if drafts is None:
+            return decoding_loop(decoder.layout, steps, decoder.params, rows, limit)
+        return verifying_loop(decoder.layout, drafts.method, steps, decoder.params, drafts.params, rows, limit)
+
+
+def blocks(decoder: Decoder, rows: Rows, steps: int, drafts: Drafts | None = None) -> Iterator[Block]:
+    """Yield blocks (numpy) until all rows have stopped; while one is read the next is computed."""
+    rows, ahead = decode(decoder, rows, steps, drafts=drafts)
+    goes_on = True
+    while goes_on:
+        block = ahead
+        rows, ahead = decode(decoder, rows, steps, drafts=drafts)
+        block = jax.device_get(block)
+        goes_on = bool((block.steps == steps).any())
+        yield block
+
+
+def decode_step(model: LM, rows: Rows) -> tuple[Rows, Drawn]:
+    """Read the newest token of each row; return the rows with one more, and that."""
+    hidden, caches = model.step(rows.token, rows.caches)
+    drawn = draw(drawable(model, hidden), rows.draws.of_live(rows.live), rows.length)
+    stops = jnp.any(drawn.token[:, None] == rows.stop_ids, axis=1)
+    after = dataclasses.replace(
+        rows,
+        caches=caches,
+        token=jnp.where(rows.live, drawn.token, rows.token),
+        length=rows.length + rows.live,
+        left=jnp.where(rows.live & ~stops, rows.left - 1, 0),
+    )
+    return after, drawn
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def decoding_loop(
+    layout: Layout, steps: int, params: nnx.State, rows: Rows, most: Int[Array, ""]
+) -> tuple[Rows, Block]:
+    """Draw tokens as `decode` does without drafts, of a model of a layout."""
+    model = layout.model(params)
+
+    def goes_on(carry):
+        i, rows, *_ = carry
+        return (i < most) & jnp.any(rows.live)
+
+    def step(carry):
+        i, rows, found, count = carry
+        after, drawn = decode_step(model, rows)
+        return i + 1, after, jax.tree.map(lambda xs, x: xs.at[i].set(x), found, drawn), count + rows.live
+
+    empty = Drawn.zeros((steps, len(rows.token)), layout.config.padded_vocab_size)
+    start = jnp.int32(0), rows, empty, jnp.zeros_like(rows.left)
+    _, rows, found, count = jax.lax.while_loop(goes_on, step, start)
+    found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
+    block = Block(*found, count, count, jnp.zeros_like(count))
+    return rows, jax.tree.map(parallel.constrain, block)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def verifying_loop(
+    layout: Layout, method: Method, steps: int, params: nnx.State, draft_params: Any, rows: Rows, most: Int[Array, ""]
+) -> tuple[Rows, Block]:
+    """Draw tokens as `decode` does with drafts; rows have different numbers of them."""
+    model, B = layout.model(params), len(rows.token)
+    T = steps * (method.tokens + 1)
+
+    def goes_on(carry):
+        i, rows, _ = carry
+        return (i < most) & jnp.any(rows.live)
+
+    def step(carry):
+        i, rows, block = carry
+        after, new = verify(model, method, draft_params, rows)
+        return i + 1, after, _with_new(block, new, rows.live)
+
+    none = jnp.zeros(B, jnp.int32)
+    block = Block(*Drawn.zeros((B, T), layout.config.padded_vocab_size), none, none, none)
+    _, rows, block = jax.lax.while_loop(goes_on, step, (jnp.int32(0), rows, block))
+    return rows, jax.tree.map(parallel.constrain, block)
+
+
+def _with_new(block: Block, new: Verified, live: Bool[Array, "B"]) -> Block:
+    """Return a block with the new tokens of each row behind those that it has."""
+    T, place = block.tokens.shape[1], jnp.arange(new.drawn.token.shape[1])[None]
+    places = jnp.where(place < new.count[:, None], block.drawn[:, None] + place, T)
+    write = jax.vmap(lambda old, places, new: old.at[places].set(new, mode="drop"))
+    drawn = [write(old, places, x) for old, x in zip(block, new.drawn, strict=False)]
+    return Block(*drawn, block.drawn + new.count, block.steps + live, block.offered + new.offered)
