@@ -18,6 +18,16 @@ from based_jax.generate.rows import Rows
 from based_jax.generate.sampling import Drawn, draw, drawable
 from based_jax.generate.verification import Verified, verify
 from based_jax.nn.lm import LM
+from based_jax.ops.dispatch import target_platform
+
+GRAPH_OPTIONS = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    ),
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+}
+"""With which XLA makes one CUDA graph of a loop, whose end the GPU finds itself, and kernels that need nothing of each
+other run side by side."""
 
 
 class Block(NamedTuple):
@@ -51,9 +61,25 @@ def decode(
     """
     limit = np.int32(steps if most is None else most)
     with decoder.running():
+        as_graph = loop_options() is not None
         if drafts is None:
-            return decoding_loop(decoder.layout, steps, decoder.params, rows, limit)
-        return verifying_loop(decoder.layout, drafts.method, steps, decoder.params, drafts.params, rows, limit)
+            loop = decoding_graph if as_graph else decoding_loop
+            return loop(decoder.layout, steps, decoder.params, rows, limit)
+        verify_loop = verifying_graph if as_graph else verifying_loop
+        return verify_loop(decoder.layout, drafts.method, steps, decoder.params, drafts.params, rows, limit)
+
+
+def decode_within(decoder: Decoder, rows: Rows, steps: int, drafts: Drafts | None = None) -> tuple[Rows, Block]:
+    """Take steps as `decode` does, as a part of a program, which is compiled with `loop_options`."""
+    if drafts is None:
+        return decoding_loop(decoder.layout, steps, decoder.params, rows, np.int32(steps))
+    return verifying_loop(decoder.layout, drafts.method, steps, decoder.params, drafts.params, rows, np.int32(steps))
+
+
+def loop_options() -> dict[str, str] | None:
+    """Return what XLA is told besides for the program of `decode`, None unless it is one GPU's."""
+    is_one_gpu = target_platform() == "cuda" and jax.sharding.get_abstract_mesh().size <= 1
+    return GRAPH_OPTIONS if is_one_gpu else None
 
 
 def blocks(decoder: Decoder, rows: Rows, steps: int, drafts: Drafts | None = None) -> Iterator[Block]:
@@ -83,10 +109,7 @@ def decode_step(model: LM, rows: Rows) -> tuple[Rows, Drawn]:
     return after, drawn
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def decoding_loop(
-    layout: Layout, steps: int, params: nnx.State, rows: Rows, most: Int[Array, ""]
-) -> tuple[Rows, Block]:
+def _drawn(layout: Layout, steps: int, params: nnx.State, rows: Rows, most: Int[Array, ""]) -> tuple[Rows, Block]:
     """Draw tokens as `decode` does without drafts, of a model of a layout."""
     model = layout.model(params)
 
@@ -107,8 +130,7 @@ def decoding_loop(
     return rows, jax.tree.map(parallel.constrain, block)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def verifying_loop(
+def _verified(
     layout: Layout, method: Method, steps: int, params: nnx.State, draft_params: Any, rows: Rows, most: Int[Array, ""]
 ) -> tuple[Rows, Block]:
     """Draw tokens as `decode` does with drafts; rows have different numbers of them."""
@@ -128,6 +150,12 @@ def verifying_loop(
     block = Block(*Drawn.zeros((B, T), layout.config.padded_vocab_size), none, none, none)
     _, rows, block = jax.lax.while_loop(goes_on, step, (jnp.int32(0), rows, block))
     return rows, jax.tree.map(parallel.constrain, block)
+
+
+_decoding = functools.partial(jax.jit, _drawn, static_argnums=(0, 1), donate_argnums=3)
+_verifying = functools.partial(jax.jit, _verified, static_argnums=(0, 1, 2), donate_argnums=5)
+decoding_loop, verifying_loop = _decoding(), _verifying()
+decoding_graph, verifying_graph = (loop(compiler_options=GRAPH_OPTIONS) for loop in (_decoding, _verifying))
 
 
 def _with_new(block: Block, new: Verified, live: Bool[Array, "B"]) -> Block:

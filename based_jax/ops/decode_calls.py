@@ -34,6 +34,16 @@ class AttentionStepCall(NamedTuple):
         return math.sqrt(self.head_dim or self.q.shape[2])
 
 
+class RingStepCall(NamedTuple):
+    """Heads of a token (B, H + 2 G, K), a ring (B, S, G, K) of keys and of values, tokens before, and angles."""
+
+    heads: Float[Array, "B joint K"]
+    k: BSGK
+    v: BSGV
+    length: Int[Array, "B"]
+    angles: Float[Array, "B half"]
+
+
 class AttentionPrefillCall(NamedTuple):
     """Softmax attention of T tokens, q (B, T, H, K), k, v (B, T, G, .), that go on after `length` (B,) cached ones.
 
@@ -115,9 +125,9 @@ class MatrixStepCall(NamedTuple):
 
 
 class ShortConvStepCall(NamedTuple):
-    """One token x (B, D) of a `ShortConvCall`."""
+    """One token of a `ShortConvCall`: the first D channels of x (B, D or more)."""
 
-    x: BD
+    x: Float[Array, "B wide"]
     kernel: WD
     state: Past
     bias: Channels | None = None
@@ -144,6 +154,19 @@ class SelectiveScanStepCall(NamedTuple):
     C: BN
     state: BDN
     bias: Channels | None = None
+
+
+class GatedScanStepCall(NamedTuple):
+    """One token of Mamba: u and raw steps (B, D), B and C last in `selected`, z last in `joint`, bias and skip (D,)."""
+
+    u: BD
+    raw: BD
+    A: DN
+    selected: Float[Array, "B behind"]
+    joint: Float[Array, "B joint"]
+    state: BDN
+    bias: Channels
+    skip: Channels
 
 
 class FewTokensCall(NamedTuple):
@@ -194,6 +217,16 @@ class TokenMLPCall(NamedTuple):
     scale: Channels
     first: Float[Array, "D joint"]
     second: Float[Array, "F D"]
+    eps: float
+
+
+class TokenProductsCall(NamedTuple):
+    """A residual addition, the RMS norm, and products with matrices (D, E), whose E may differ, of tokens (B, D)."""
+
+    r: BD
+    y: Pieces | None
+    scale: Channels
+    kernels: tuple[Float[Array, "D _"], ...]
     eps: float
 
 

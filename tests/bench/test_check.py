@@ -53,6 +53,10 @@ SMALL = [
     Case("few_tokens_products", (3, 8), (6, 5)),
     Case("few_tokens_gated", (3, 8), (6,)),
     Case("few_tokens_residual_norm", (3, 8), (6,)),
+    Case("ring_step", (5, 2), (6, 3)),
+    Case("token_products", (1, 8), (6, 5)),
+    Case("token_sums", (1, 8), (6,)),
+    Case("gated_scan_step", (2, 8), (3,)),
 ]
 
 

@@ -61,7 +61,7 @@ def step_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return one query's softmax attention to the keys that its row has, 0 where it has none."""
     q, k, v, fill = (arrays[name] for name in ("q", "k", "v", "fill"))
     there = jnp.arange(k.shape[1])[None] < filled(fill, k.shape[1])[:, None]
-    return {"o": _attended(q[:, None], k, v, there[:, None])[:, 0]}
+    return {"o": attended(q[:, None], k, v, there[:, None])[:, 0]}
 
 
 def _prefill_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
@@ -91,10 +91,10 @@ def prefill_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     owners = jnp.concatenate([jnp.where(cached, first_document(ids)[:, None], 0), ids], axis=1)
     same = (ids[:, :, None] == owners[:, None]) & (ids != 0)[:, :, None]
     keys, values = (jnp.concatenate(pair, axis=1) for pair in ((past_k, k), (past_v, v)))
-    return {"o": _attended(q, keys, values, same & jnp.tri(time, places + time, places, dtype=bool)[None])}
+    return {"o": attended(q, keys, values, same & jnp.tri(time, places + time, places, dtype=bool)[None])}
 
 
-def _attended(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+def attended(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
     """Return (B, T, H, V), the attention of q (B, T, H, K) to the visible (B, T, N) of k and v (B, N, G, .)."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     s = jnp.einsum("btgrk,bngk->btgrn", grouped, k) / math.sqrt(q.shape[-1])
