@@ -35,7 +35,8 @@ def of_kernel(folder: Path, name: str) -> Schedule:
 
 def spills(folder: Path, name: str) -> int:
     """Return how many registers the bundles of programs with this in their name write to memory for want of others."""
-    return sum(spills_of(path.read_text()) for path in folder.glob(f"*-*{name}*-final_hlo-{UTILIZATION}.txt"))
+    paths = (path for path in folder.glob(f"*-final_hlo-{UTILIZATION}.txt") if name in path.name)
+    return sum(spills_of(path.read_text()) for path in paths)
 
 
 def spills_of(text: str) -> int:
