@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from based_jax.inside.maps import LayerMap, attention_maps
 from based_jax.inside.measures import Removal, effective_range, entropy, removal_costs, state_norms
@@ -149,6 +150,7 @@ def _draw_norms(axes: Axes, found: Look) -> None:
         axes.plot(np.arange(1, len(found.norms) + 1), found.norms[:, layer], color=colour)
         axes.annotate(f"{layer} {kind}", (len(found.norms), found.norms[-1, layer]), ha="right", va="bottom")
     axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("norm of the state by tokens read", loc="left")
 
 
