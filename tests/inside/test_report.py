@@ -36,7 +36,9 @@ def test_the_picture_has_each_map_and_what_layers_are_worth(found, tmp_path):
     files = report.draw(found, tmp_path / "inside")
     assert [path.suffix for path in files] == [".png", ".svg", ".pdf"]
     text = (tmp_path / "inside.svg").read_text()
-    assert all(f"layer {layer}, {kind}, head {head}" in text for layer, (kind, _) in enumerate(LAYERS) for head in (0, 1))
+    assert all(
+        f"layer {layer}, {kind}, head {head}" in text for layer, (kind, _) in enumerate(LAYERS) for head in (0, 1)
+    )
     assert "norm of the state by tokens read" in text and "accuracy lost without the layer" in text
 
 
