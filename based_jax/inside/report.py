@@ -168,6 +168,6 @@ def _note(found: Look) -> str:
     heads = sum(layer.weights.shape[1] for layer in found.maps)
     shown = f", {MOST_MAPS} of {heads} heads" if heads > MOST_MAPS else ""
     return (
-        f"Maps of one row{shown}: the roots of weights, queries down, keys across. Range: mean distance in tokens from a"
-        " query to what it reads; keys: e to the entropy of its weights."
+        f"Maps of one row{shown}: the roots of weights, queries down, keys across. Range: mean distance in tokens from"
+        " a query to what it reads; keys: e to the entropy of its weights."
     )
