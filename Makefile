@@ -11,7 +11,7 @@ TPU_TESTS := tests/ops/tpu tests/aot/test_aot.py tests/bench/test_static.py test
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
 
-.PHONY: demo test test-all test-tpu lint types unit unit-all lock clean
+.PHONY: demo test test-all test-tpu lint types unit unit-all docs docs-version release-check lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo --workdir=demo_out
@@ -40,6 +40,19 @@ unit: $(VENV)/installed
 
 unit-all: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# The guide, in site/: open site/index.html by `$(BIN)/python -m mkdocs serve`, since a search asks for a server.
+docs: $(VENV)/installed
+	$(BIN)/python -m mkdocs build --strict
+
+# Maintainers: the guide of this version beside those before it, on the branch gh-pages; `latest` is what opens.
+docs-version: $(VENV)/installed
+	PATH=$$PWD/$(BIN):$$PATH mike deploy --update-aliases "$$($(BIN)/python -c 'import based_jax; print(based_jax.__version__)')" latest
+	PATH=$$PWD/$(BIN):$$PATH mike set-default latest
+
+# Before a release: the wheel, alone, on the newest versions that it allows.
+release-check: $(VENV)/installed
+	sh .ci/release_check
 
 $(VENV)/installed: $(LOCK) pyproject.toml
 	@python=$$(sh ./.ci/find_python) && echo "Creating $(VENV) with $$python" && "$$python" -m venv --clear $(VENV)

@@ -20,8 +20,11 @@ from based_jax.commands import (
     describe,
     eval,
     export,
+    frontier,
     generate,
+    inside,
     interrupts,
+    new_mixer,
     plot,
     prepare,
     serve,
@@ -48,6 +51,9 @@ COMMANDS = {
     "aot": aot,
     "bench": bench,
     "sweep": sweep,
+    "new-mixer": new_mixer,
+    "frontier": frontier,
+    "inside": inside,
 }
 WRONG_INPUT, OUT_OF_MEMORY, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
 """Exit codes; the last two are what shells report of a program that SIGINT or SIGPIPE ended."""

@@ -214,6 +214,29 @@ def constrain_tokens(x: jax.Array) -> jax.Array:
     return constrain(x, *("batch", "time")[: x.ndim - 1])
 
 
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Return an array whose rows, the first dimension, lie as those of a batch, and the others as XLA has them lie."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH_AXES if axis in free_axes(mesh))
+    if mesh.size == 1 or len(axes) < len(BATCH_AXES) or len(x) % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.P(axes, *[jax.P.UNCONSTRAINED] * (x.ndim - 1)))
+
+
+def channel_pieces(*sizes: int) -> int:
+    """Return over how many devices of `HEAD_AXES` XLA divides channels, 1 where not all of these sizes can be."""
+    mesh = jax.sharding.get_abstract_mesh()
+    pieces = math.prod(mesh.shape[axis] for axis in HEAD_AXES) if free_axes(mesh).issuperset(HEAD_AXES) else 1
+    return pieces if all(size % pieces == 0 for size in sizes) else 1
+
+
+def constrain_channels(kernel: jax.Array) -> jax.Array:
+    """Return a kernel (D, channels) whose channels lie over `HEAD_AXES`, where these divide them, and D as it does."""
+    if channel_pieces(kernel.shape[-1]) == 1:
+        return kernel
+    return jax.lax.with_sharding_constraint(kernel, jax.P(jax.P.UNCONSTRAINED, HEAD_AXES))
+
+
 def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     """Return how an array (rows, tokens, ...) of a batch lies on the mesh: over `BATCH_AXES` and `TIME_AXES`.
 

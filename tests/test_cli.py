@@ -3,6 +3,7 @@ import ast
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -241,6 +242,20 @@ def test_generate_stops_where_it_is_told_and_lists_its_tokens(capsys, text_run):
     assert lines[0].startswith(stop) and stop.isascii()
     assert printed(capsys, *command, f"--stop={stop}").splitlines() == ["", lines[1], *lines[6:]]
     assert printed(capsys, *command, f"--stop-id={ord(stop)}").splitlines() == ["", *lines[6:]]
+
+
+def test_drafted_tokens_change_no_text_and_are_counted(capsys, text_run):
+    """By lookup, and by the model itself, all of whose tokens are right."""
+    command = ["generate", f"--workdir={text_run}", "--prompt=A cat, a cat", "--max-new-tokens=9", "--dtype=float32"]
+    command += ["--temperature=1", "--seed=3"]
+    expected = printed(capsys, *command)
+    for drafts, told in (
+        ("lookup:3", r"\d+ tokens were drafted and \d right: 9 in \d steps"),
+        (f"{text_run}:2", "in 3 steps"),
+    ):
+        assert main([*command, f"--drafts={drafts}"]) == 0
+        out, error = capsys.readouterr()
+        assert out == expected and re.search(told, error.splitlines()[-1])
 
 
 @pytest.mark.long

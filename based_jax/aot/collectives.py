@@ -83,6 +83,26 @@ def by_axis(found: Sequence[Collective], mesh: Mesh) -> list[Moved]:
     return sorted(moved, key=lambda x: -x.bytes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Exchanged:
+    """An array, as "bf16[8,2048]", that a device gets of collectives of one kind over the same axes, and how often."""
+
+    kind: str
+    axes: tuple[str, ...]
+    array: str
+    count: int
+
+
+def by_array(found: Sequence[Collective], mesh: Mesh) -> list[Exchanged]:
+    """Return the arrays of the collectives by kind, axes and type; those that no device sends are left out."""
+    counts: collections.Counter[tuple[str, tuple[str, ...], str]] = collections.Counter()
+    for x in found:
+        axes = tuple(mesh.axis_names[i] for i in x.axes(mesh.devices.shape))
+        for array in x.results if axes else ():
+            counts[x.kind, axes, str(array)] += x.times
+    return [Exchanged(*key, count) for key, count in sorted(counts.items())]
+
+
 def _found(program: Program) -> Iterator[Collective]:
     seen: set[str | None] = set()
     for x, times, fusion in program.runs:
@@ -92,7 +112,19 @@ def _found(program: Program) -> Iterator[Collective]:
         seen.add(x.chain)
         if fusion is not None and fusion.startswith(SCATTERED_REDUCTION):
             kind = "reduce-scatter"
-        yield Collective(kind, tuple(program.operands(x)), x.results, times, _groups(x), x.scope)
+        yield of_instruction(program, x, kind, times)
+
+
+def of_instruction(program: Program, x: Instruction, kind: str, times: int = 1) -> Collective:
+    """Return what an instruction exchanges that is, or begins, a collective of a kind."""
+    operands = tuple(program.operands(x))
+    return Collective(kind, operands, _got(x, len(operands)), times, _groups(x), x.scope)
+
+
+def _got(x: Instruction, operands: int) -> tuple[ArrayType, ...]:
+    """Return what each device gets: one that only begins says first what it takes, and may add a context."""
+    is_begun = x.kind.endswith("-start") and len(x.results) >= 2 * operands
+    return x.results[operands : 2 * operands] if is_begun else x.results
 
 
 def _groups(x: Instruction) -> np.ndarray:

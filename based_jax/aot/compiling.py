@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from based_jax.aot.hlo import ArrayType, Program
+from based_jax.aot.hlo import Program
 from based_jax.errors import UserError
 
 REMATERIALIZED = "involuntary full rematerialization"
@@ -131,12 +131,8 @@ def largest_buffers(program: Program, on_chip: tuple[int, ...], most: int = LARG
         if run.fusion is None and run.instruction.kind not in NO_BUFFERS:
             for x in run.instruction.results:
                 if x.space not in on_chip:
-                    found.setdefault(_named(x), Buffer(x.padded_bytes, _named(x), run.instruction.scope))
+                    found.setdefault(str(x), Buffer(x.padded_bytes, str(x), run.instruction.scope))
     return sorted(found.values(), key=lambda buffer: -buffer.bytes)[:most]
-
-
-def _named(x: ArrayType) -> str:
-    return f"{x.dtype}[{','.join(map(str, x.shape))}]"
 
 
 def too_much(lines: list[str]) -> str:

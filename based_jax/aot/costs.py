@@ -8,7 +8,7 @@ slice, and an update in place the update.
 import collections
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -72,6 +72,24 @@ def traffic(program: Program, on_chip: tuple[int, ...] = ()) -> Iterator[tuple[I
         elif fusion is not None and x.chain not in (None, *seen):
             seen.add(x.chain)
             yield x, times * counter.bytes(x)
+
+
+def seconds_by_instruction(
+    program: Program, flops_per_second: float, bytes_per_second: float
+) -> Callable[[Instruction], float]:
+    """Return `(instruction) -> seconds` of one run: of its products or of its bytes, whatever takes longer."""
+    counter = _Traffic(program, ())
+
+    def products(x: Instruction) -> float:
+        fused = [y for name in x.called for y in program.computations.get(name, ())] if x.kind == FUSION else []
+        return instruction_flops(program, x) + sum(map(products, fused))
+
+    def seconds(x: Instruction) -> float:
+        if x.kind in NO_TRAFFIC:
+            return 0.0
+        return max(products(x) / flops_per_second, counter.bytes(x) / bytes_per_second)
+
+    return seconds
 
 
 def traffic_by_scope(program: Program, on_chip: tuple[int, ...] = ()) -> dict[str, float]:

@@ -43,6 +43,9 @@ class ArrayType(NamedTuple):
     tile: Shape = ()
     space: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
     @property
     def element_bits(self) -> int:
         """The bits of an element."""
@@ -169,7 +172,7 @@ class Program:
                 yield self._kernel_within(x) or x
                 continue
             yield x
-            for _ in range(self._trips(x) if x.kind == "while" else 1):
+            for _ in range(self.trips(x) if x.kind == "while" else 1):
                 for called in x.called:
                     yield from self.launches(called)
 
@@ -203,11 +206,11 @@ class Program:
     def _run(self, computation: str, times: int, fusion: str | None) -> Iterator[Run]:
         for x in self.computations[computation]:
             yield Run(x, times, fusion)
-            inner = times * (self._trips(x) if x.kind == "while" else 1)
+            inner = times * (self.trips(x) if x.kind == "while" else 1)
             for called in x.called:
                 yield from self._run(called, inner, called if x.kind in FUSIONS else fusion)
 
-    def _trips(self, loop: Instruction) -> int:
+    def trips(self, loop: Instruction) -> int:
         """Return how often a loop runs: what it says itself, or the bound of its counter."""
         if known := KNOWN_TRIPS.search(loop.rest):
             return int(known[1])

@@ -9,9 +9,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from based_jax import flops, optim, parallel
+from based_jax.generate.blocks import decode_step
 from based_jax.generate.decoder import Layout, layout_of
 from based_jax.generate.requests import Request
-from based_jax.generate.rows import Rows, decode_step
+from based_jax.generate.rows import Rows
 from based_jax.nn.lm import LM
 from based_jax.train.compile import train_program
 from based_jax.train.mesh_checks import check_mesh
@@ -49,11 +50,14 @@ def check(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
     optim.schedule(config.optim, config.steps)
 
 
-def lower_train(config: TrainConfig, mesh: Mesh) -> Lowered:
-    """Return the training step of a config, over rows of its longest test."""
+def lower_train(config: TrainConfig, mesh: Mesh, packed: bool = True) -> Lowered:
+    """Return the training step of a config, over rows of its longest test.
+
+    Without `packed` each row of text is one document, as in `bench train`, and there are no ids of documents.
+    """
     program, length = train_program(config, mesh), config.data.longest_test
     config = program.config
-    batch = {name: np.zeros((1, length), np.int32) for name in batch_names(config)}
+    batch = {name: np.zeros((1, length), np.int32) for name in batch_names(config, packed)}
     tokens, forward = config.batch_size * length, _model(config).flops_per_token(length)
     lowered, params = program.lower_step(batch), program.abstract_state.params
     return Lowered(lowered, params, tokens, tokens * flops.train_flops_per_token(forward), config.microbatches)
@@ -84,12 +88,12 @@ def _rows(layout: Layout, count: int, length: int, mesh: Mesh) -> Rows:
     )
 
 
-PROGRAMS: dict[str, Callable[[TrainConfig, Mesh], Lowered]] = {"train": lower_train, "decode": lower_decode}
+PROGRAMS: dict[str, Callable[..., Lowered]] = {"train": lower_train, "decode": lower_decode}
 
 
-def batch_names(config: TrainConfig) -> tuple[str, ...]:
+def batch_names(config: TrainConfig, packed: bool = True) -> tuple[str, ...]:
     """Return the arrays of a batch of a config's task."""
-    return ("inputs", "labels", "segment_ids") if config.data.kind == "text" else ("inputs", "labels")
+    return ("inputs", "labels", "segment_ids") if packed and config.data.kind == "text" else ("inputs", "labels")
 
 
 def _model(config: TrainConfig) -> LM:

@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 from based_jax import parallel
 from based_jax.aot import collectives, compiling, costs
 from based_jax.aot.compiling import Buffer, Compiled, DoesNotFit, Memory
-from based_jax.aot.hlo import Program
+from based_jax.aot.hlo import Instruction, Program
 from based_jax.aot.programs import Lowered
-from based_jax.aot.roofline import Roofline, fsdp_bytes, known_device, roofline
+from based_jax.aot.roofline import Roofline, fsdp_bytes, known_device, link_seconds, network_seconds, roofline
+from based_jax.aot.schedule import Scheduled, scheduled
 from based_jax.aot.topology import Topology
 from based_jax.errors import UserError
 from based_jax.train.opening import whole_lines
@@ -37,6 +38,7 @@ class Report:
       traffic: its bytes by pass, layer and operation.
       moved: what devices exchange.
       roofline: the times.
+      scheduled: the time by the program's schedule, of GPUs; None of TPUs.
       needed_bytes: what they would have to exchange for weights and gradients alone.
       rematerialized: operations whose arrays the compiler copies to all devices.
       silent_kernels, unknown_loops: what FLOPs and bytes leave out, or count once.
@@ -54,6 +56,7 @@ class Report:
     traffic: dict[str, float]
     moved: list[collectives.Moved]
     roofline: Roofline
+    scheduled: Scheduled | None
     needed_bytes: float
     rematerialized: list[str]
     silent_kernels: int
@@ -93,6 +96,10 @@ class Report:
                 f" {len(self.rematerialized)} operations: {'; '.join(self.rematerialized[:3])}."
             )
 
+    def _by_schedule(self) -> dict[str, float]:
+        found = self.scheduled
+        return {} if found is None else {"schedule_seconds": found.total, "exposed_seconds": found.exposed}
+
     def row(self) -> dict[str, Any]:
         """Return the facts as JSON has them."""
         (bound, seconds), total = self.roofline.bound, self.roofline.total
@@ -119,6 +126,7 @@ class Report:
                 "tokens_per_second": self.tokens_per_second,
                 "bound_mfu": self.mfu(seconds),
                 "sum_mfu": self.mfu(total),
+                **self._by_schedule(),
             },
             "whole": [x._asdict() for x in parallel.whole_parameters(self.lowered.params, self.mesh)],
             "whole_small_bytes": sum(parallel.small_parameters(self.lowered.params, self.mesh)),
@@ -152,12 +160,25 @@ def report(compiled: Compiled, lowered: Lowered, topology: Topology, mesh: Mesh,
         traffic=traffic,
         moved=collectives.by_axis(found, mesh),
         roofline=roofline(passes, moved_bytes, found, mesh, topology),
+        scheduled=None if topology.on_tpu else _scheduled(program, mesh, topology),
         needed_bytes=_needed(lowered, mesh, dtype),
         rematerialized=compiled.rematerialized,
         silent_kernels=costs.silent_kernels(program),
         unknown_loops=program.unknown_loops,
         compile_seconds=compiled.seconds,
     )
+
+
+def _scheduled(program: Program, mesh: Mesh, topology: Topology) -> Scheduled:
+    """Return the time by a program's schedule, at the vendor's rates."""
+    device = known_device(topology)
+
+    def exchanged(x: Instruction) -> float:
+        found = collectives.of_instruction(program, x, x.collective or "")
+        return link_seconds(found, mesh, topology, device) + network_seconds(found, mesh, device)
+
+    computed = costs.seconds_by_instruction(program, device.peak_bf16_flops, device.hbm_bytes_per_second)
+    return scheduled(program, computed, exchanged)
 
 
 def table(name: str, report: Report) -> str:
@@ -178,10 +199,18 @@ def table(name: str, report: Report) -> str:
         *(f"    {x.kind:18} {'+'.join(x.axes):12} {x.count:7,} times {x.bytes / GIGA:9.3f} GB" for x in report.moved),
         f"  estimate   {bound} bounds a step at {_ms(seconds)} (MFU {report.mfu(seconds):.1%}); nothing overlapped it"
         f" takes {_ms(total)}: {report.tokens_per_second:,.0f} tokens/s, MFU {report.mfu(total):.1%}",
+        *_by_schedule(report),
         *(f"  {line}" for line in whole_lines(report.lowered.params, report.mesh)),
         *_left_out(report),
     ]
     return "\n".join(lines)
+
+
+def _by_schedule(report: Report) -> list[str]:
+    if (found := report.scheduled) is None:
+        return []
+    beside = f"{_ms(found.exposed)} of the exchange beside nothing"
+    return [f"  schedule   {_ms(found.total)}, exchange beside what stands until it is waited for: {beside}"]
 
 
 def _left_out(report: Report) -> list[str]:

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,13 @@ TPU_WARNINGS = {"TPU_STDERR_LOG_LEVEL": "1"}
 GPU_ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 
 GPU_TARGET = "h100_target_config.txtpb"
-"""What XLA has to know of an H100, an SXM with 80 GB; an H200 has the same multiprocessors."""
+"""What XLA has to know of an H100, an SXM with 80 GB."""
+H200_TARGET = {
+    "memory_bandwidth": 4_800_000_000_000,
+    "l2_cache_size": 62_914_560,
+    "device_memory_size": 150_754_820_096,
+}
+"""What an H200 has in place of it, beside the same multiprocessors: with less memory XLA makes arrays again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Chip:
       options: that its compiler needs.
       kind: what JAX calls its devices, where the compiler calls them otherwise.
       devices: of JAX in each.
+      target: numbers of `GPU_TARGET` that it has otherwise.
     """
 
     platform: str
@@ -52,6 +59,7 @@ class Chip:
     options: dict[str, str] = dataclasses.field(default_factory=dict)
     kind: str | None = None
     devices: int = 1
+    target: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 CHIPS = {
@@ -61,7 +69,7 @@ CHIPS = {
     "v6e": Chip("tpu", 2, "v6e:16x16", "v6e"),
     "v7x": Chip("tpu", 3, "v7x:4x4x8", "tpu7x", devices=2),
     "h100": Chip("cuda", 2, "h100:4x8"),
-    "h200": Chip("cuda", 2, "h200:4x8", kind="NVIDIA H200"),
+    "h200": Chip("cuda", 2, "h200:4x8", kind="NVIDIA H200", target=H200_TARGET),
 }
 """By the name in a topology: a TPU's is its slice, a GPU's is hosts x GPUs of each."""
 
@@ -101,7 +109,7 @@ def find(name: str, slices: int = 1) -> Topology:
     """
     chip, sizes = _parsed(name, slices)
     _check_compiler(chip.platform)
-    found = _tpus(chip, "x".join(map(str, sizes)), slices) if chip.platform == "tpu" else _gpus(*sizes)
+    found = _tpus(chip, "x".join(map(str, sizes)), slices) if chip.platform == "tpu" else _gpus(chip, *sizes)
     return Topology(name, slices, found, chip.kind or found[0].device_kind, sizes)
 
 
@@ -144,8 +152,17 @@ def _tpus(chip: Chip, shape: str, slices: int) -> Sequence[jax.Device]:
         raise UserError(f"Topology '{shape}' is no slice of {chip.name}: {_first_line(error)}.") from None
 
 
-def _gpus(hosts: int, gpus: int) -> Sequence[jax.Device]:
-    target = importlib.resources.files("based_jax.aot").joinpath(GPU_TARGET).read_text()
+def gpu_target(chip: Chip) -> str:
+    """Return what XLA has to know of a GPU to compile for it."""
+    text = importlib.resources.files("based_jax.aot").joinpath(GPU_TARGET).read_text()
+    for name, number in chip.target.items():
+        text, count = re.subn(rf"\b{name}: \d+", f"{name}: {number}", text)
+        assert count == 1, f"{name} stands {count} times in {GPU_TARGET}"
+    return text
+
+
+def _gpus(chip: Chip, hosts: int, gpus: int) -> Sequence[jax.Device]:
+    target = gpu_target(chip)
     try:
         return topologies.get_topology_desc(platform="cuda", topology=f"{hosts}x1x{gpus}", target_config=target).devices
     except (NotImplementedError, jax.errors.JaxRuntimeError) as error:

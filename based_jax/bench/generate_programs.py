@@ -13,10 +13,12 @@ from jaxtyping import Array, Int
 
 from based_jax import compilation
 from based_jax.bench.decode_state import array_bytes, at_length, random_state, random_weights
+from based_jax.generate.blocks import Block, decode_within, loop_options
 from based_jax.generate.decoder import Caches, Decoder, layout_of
+from based_jax.generate.drafts import Drafts
 from based_jax.generate.prefill import Chunk, prefill_chunk
 from based_jax.generate.requests import Request
-from based_jax.generate.rows import Block, Rows, decode
+from based_jax.generate.rows import Rows
 from based_jax.nn.lm_config import LMConfig
 from based_jax.ops import dispatch
 
@@ -47,6 +49,14 @@ class Subject:
         return array_bytes(self.layout.shapes) - unread
 
 
+class Lowered(NamedTuple):
+    """What a program is compiled from; see `Program`, and the compiler's options."""
+
+    lowered: jax.stages.Lowered
+    choices: dict[str, list[str]]
+    options: dict[str, str] | None
+
+
 class Program(NamedTuple):
     """A compiled program.
 
@@ -70,24 +80,26 @@ class Programs:
 
     def __init__(self, subject: Subject):
         self.subject = subject
-        self._lowered: dict[Hashable, tuple[jax.stages.Lowered, dict[str, list[str]]]] = {}
+        self._lowered: dict[Hashable, Lowered] = {}
         self._compiled: dict[Hashable, Program] = {}
         self.was_read = False
 
-    def add_block(self, batch: int, max_len: int, tokens: int) -> Hashable:
-        """Add the program that decodes so many tokens of rows, and return its key.
+    def add_block(self, batch: int, max_len: int, tokens: int, drafts: Drafts | None = None) -> Hashable:
+        """Add the program that decodes so many tokens of rows, or takes as many steps with drafts; return its key.
 
         It is `(rows, (params, context)) -> (rows, block)`, where the rows are used up: it begins after `context`
         tokens, whatever the rows have had.
         """
+        most = most_drawn(tokens, drafts)
 
         def block(rows: Rows, inputs: tuple) -> tuple[Rows, Block]:
             params, context = inputs
-            return decode(Decoder(self.subject.layout, params), _after(rows, context, tokens), tokens)
+            return decode_within(Decoder(self.subject.layout, params), _after(rows, context, most), tokens, drafts)
 
-        rows = jax.eval_shape(lambda: new_rows(self.subject.caches(batch, max_len)))
+        caches = self.subject.caches(batch, max_len)
+        rows = jax.eval_shape(lambda: new_rows(caches, max_len, drafts))
         inputs = self.subject.layout.shapes, jax.ShapeDtypeStruct((), jnp.int32)
-        return self._add(block, rows, inputs)
+        return self._add(block, rows, inputs, options=loop_options())
 
     def add_chunk(self, max_len: int, chunk: Chunk) -> Hashable:
         """Add the program that reads a chunk of prompts, and return its key: `(caches, (params, chunk)) -> caches`."""
@@ -111,27 +123,33 @@ class Programs:
         """Return a program that has been compiled."""
         return self._compiled[key]
 
-    def _add(self, function: Callable, *arguments: Any) -> Hashable:
+    def _add(self, function: Callable, *arguments: Any, options: dict[str, str] | None = None) -> Hashable:
         leaves, structure = jax.tree.flatten(arguments)
         key = function.__name__, structure, tuple((x.shape, x.dtype) for x in leaves)
         if key not in self._lowered:
             with dispatch.recorded_choices() as choices:
                 lowered = jax.jit(function, donate_argnums=0).lower(*arguments)
-            self._lowered[key] = lowered, {operation: list(impls) for operation, impls in choices.items()}
+            self._lowered[key] = Lowered(lowered, {name: list(impls) for name, impls in choices.items()}, options)
         return key
 
 
-def _compiled(given: tuple[jax.stages.Lowered, dict[str, list[str]]]) -> Program:
-    lowered, choices = given
+def _compiled(given: Lowered) -> Program:
+    lowered, choices, options = given
     begin = time.perf_counter()
-    step = lowered.compile()
+    step = lowered.compile(options)
     return Program(step, choices, time.perf_counter() - begin)
 
 
-def new_rows(caches: Any) -> Rows:
+def most_drawn(steps: int, drafts: Drafts | None) -> int:
+    """Return the tokens that so many steps draw at most."""
+    return steps if drafts is None else steps * (drafts.method.tokens + 1)
+
+
+def new_rows(caches: Any, max_len: int, drafts: Drafts | None = None) -> Rows:
     """Return greedy rows with caches of some shapes, filled with numbers that no text has left there."""
-    batch = jax.tree.leaves(caches)[0].shape[0]
-    return Rows.of(random_state(caches, jax.random.key(1)), [Request([0])] * batch)
+    requests = [Request([0])] * jax.tree.leaves(caches)[0].shape[0]
+    drafting = None if drafts is None else drafts.begun(requests, max_len)
+    return Rows.of(random_state(caches, jax.random.key(1)), requests, drafting)
 
 
 def _after(rows: Rows, context: Int[Array, ""], left: int) -> Rows:

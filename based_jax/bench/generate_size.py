@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from based_jax import devices
 from based_jax.bench import step_profile
 from based_jax.errors import UserError
+from based_jax.generate.drafts import Drafts
 
 PREFILL_TOKENS = 1 << 16
 """That prompts have together."""
@@ -28,12 +29,21 @@ class Size(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """Tokens of a block, which is a program; blocks that a median is of; whether one is profiled, and prompts read."""
+    """How much is timed.
+
+    Attributes:
+      tokens: of a block, which is a program; with drafts, steps of it.
+      blocks: that a median is of.
+      profiled: whether one is profiled.
+      prefill: whether prompts are read.
+      drafts: tokens that are looked up in the text and verified with each one that is decoded; 0 for none.
+    """
 
     tokens: int
     blocks: int
     profiled: bool
     prefill: bool
+    drafts: int = 0
 
 
 def products(batches: Iterable[int], contexts: Iterable[int]) -> list[Size]:
@@ -48,7 +58,9 @@ def prompts(sizes: Iterable[Size]) -> dict[int, int]:
 
 
 def check(sizes: Sequence[Size], effort: Effort) -> None:
-    """Raise UserError for a number that is below 1."""
+    """Raise UserError for a number that is below 1, or drafts that are none."""
+    if effort.drafts:
+        Drafts.by_lookup(effort.drafts)
     numbers = [(name, x) for size in sizes for name, x in size._asdict().items()]
     for name, x in [*numbers, ("tokens", effort.tokens), ("blocks", effort.blocks)]:
         if x < 1:
@@ -69,6 +81,9 @@ def lines(row: dict[str, Any]) -> list[str]:
     if "error" in row:
         return [f"{head}: {row['error']}"]
     found = [f"{row['milliseconds']:.3f} ms a token, {row['tokens_per_second']:.0f} tokens/s"]
+    if row.get("drafts"):
+        most = row["verified_tokens_per_second"]
+        found = [f"{row['milliseconds']:.3f} ms for a token and {row['drafts']} drafted, {most:.0f} tokens/s if right"]
     if row["roofline_tokens_per_second"]:
         share = row["tokens_per_second"] / row["roofline_tokens_per_second"]
         found.append(f"{share:.0%} of the roofline's {row['roofline_tokens_per_second']:.0f}")
@@ -78,4 +93,5 @@ def lines(row: dict[str, Any]) -> list[str]:
     if row["peak_bytes"]:
         found.append(f"{row['peak_bytes'] / 2**30:.1f} GiB at most")
     found.append(f"compiled in {row['compile_seconds']:.1f} s")
-    return [f"{head}: {'; '.join(found)}", *(step_profile.lines(row["breakdown"]) if row["breakdown"] else [])]
+    told = [row[name] for name in ("breakdown", "prefill_breakdown") if row.get(name)]
+    return [f"{head}: {'; '.join(found)}", *(line for breakdown in told for line in step_profile.lines(breakdown))]

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,11 @@ from based_jax.revision import revision
 
 
 def facts(*libraries: str) -> dict:
-    """Return device, versions, those of more libraries too, revision and command."""
+    """Return device, versions, those of more libraries too, flags of XLA if there are any, revision and command."""
     return {
         "device": jax.devices()[0].device_kind,
         "versions": {library: importlib.metadata.version(library) for library in ("jax", "jaxlib", *libraries)},
+        **({"xla_flags": flags} if (flags := os.environ.get("XLA_FLAGS")) else {}),
         **origin(),
     }
 

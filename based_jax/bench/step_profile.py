@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from based_jax.aot import costs
 from based_jax.aot.hlo import FUSIONS, Instruction, Program
+from based_jax.bench import exchange
 from based_jax.bench.launches import LIBRARY_KERNELS, instructions
 from based_jax.bench.timing import Kernel, busy_time, in_order, length, recorded
 
@@ -18,6 +19,8 @@ COPIES = "copy", "copy-start", "dynamic-slice", "dynamic-update-slice"
 COPY_KERNEL = re.compile(r"(?i)mem(cpy|set)")
 PRODUCT_KERNEL = re.compile(r"(?i)nvjet|gemm|gemv|cublas|cutlass|xmma|splitk")
 """Those that XLA makes of products count among these, too."""
+COLLECTIVES = "collectives"
+"""The sort of kernels by which GPUs exchange, and in place of their layer: other layers' kernels run beside them."""
 KERNELS_SHOWN = 20
 MODULE = re.compile(r'\b(?:module|ir) = "(?:[^"\\]|\\.)*"')
 """The program of a kernel of our own within the text of one that calls it: half a megabyte each time."""
@@ -45,9 +48,11 @@ def program_of(text: str) -> Program:
 
 
 def profile(run: Callable[[int], Any], program: Program, runs: int, steps_per_run: int = 1) -> dict[str, Any] | None:
-    """Return the breakdown of `run(runs)`; None where no kernel is recorded, as on a CPU."""
+    """Return the breakdown of `run(runs)` on the first GPU of this process; None where no kernel is recorded."""
     kernels = recorded(lambda: run(runs))
-    return breakdown(kernels, program, runs, steps_per_run) if kernels else None
+    first = min((kernel.device for kernel in kernels), default=0)
+    own = [kernel for kernel in kernels if kernel.device == first]
+    return breakdown(own, program, runs, steps_per_run) if own else None
 
 
 def breakdown(kernels: Sequence[Kernel], program: Program, runs: int, steps_per_run: int = 1) -> dict[str, Any]:
@@ -56,11 +61,12 @@ def breakdown(kernels: Sequence[Kernel], program: Program, runs: int, steps_per_
     The result has "milliseconds" from the first kernel to the last, and of a step in "each_run", where all have as many
     kernels: a GPU that has paused is faster at first. In it "idle", in which none ran, "launches" of kernels, "copies"
     by instructions and engines that only move, "layers" by kind and pass, "sorts" of kernels, and of "kernels" those
-    that take most.
+    that take most. Where GPUs exchange something there is "exchange" (`exchange.exchanged`), in no layer.
     """
     ordered, steps = in_order(kernels), runs * steps_per_run
     told = instructions(ordered, program, steps if has_unknown_loops(program) else runs)
     parts = [_part(kernel, program, found, steps) for kernel, found in zip(ordered, told, strict=True)]
+    moved = exchange.exchanged(ordered, steps)
     span, busy = (x(ordered) / 1e6 / steps for x in (length, busy_time))
     return {
         "milliseconds": round(span, 3),
@@ -71,6 +77,7 @@ def breakdown(kernels: Sequence[Kernel], program: Program, runs: int, steps_per_
         "layers": _by_layer(parts),
         "sorts": _by_sort(parts),
         "kernels": _most(parts, steps),
+        **({"exchange": moved} if moved["kinds"] else {}),
     }
 
 
@@ -87,6 +94,8 @@ def has_unknown_loops(program: Program) -> bool:
 
 def _part(kernel: Kernel, program: Program, found: Instruction | None, steps: int) -> Part:
     milliseconds = (kernel.end - kernel.start) / 1e6 / steps
+    if (kind := exchange.kind(kernel)) is not None:
+        return Part("", COLLECTIVES, kind, kernel.name, COLLECTIVES, milliseconds)
     return Part(*place(program, found, kernel.name), kernel.name, sort(found, kernel.name), milliseconds)
 
 
@@ -159,4 +168,5 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         for layer, passes in found["layers"].items()
     ]
     sorts = "  " + ", ".join(f"{name} {time:.2f}" for name, time in found["sorts"].items())
-    return [head, sorts, *layers]
+    moved = [f"  {exchange.line(found['exchange'])}"] if "exchange" in found else []
+    return [head, sorts, *moved, *layers]

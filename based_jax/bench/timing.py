@@ -1,6 +1,8 @@
 """Time on the device, from the profiler's record of every kernel."""
 
 import glob
+import math
+import re
 import statistics
 import tempfile
 import time
@@ -16,15 +18,19 @@ MOST_SECONDS = 1.5
 """Of repeating one call..."""
 FEWEST_CALLS = 3
 """...but for this many."""
+GPU_PLANE = re.compile(r"/device:GPU:(\d+)")
 
 
 class Kernel(NamedTuple):
-    """One launch: its name, when it ran, in nanoseconds, and the instruction of the program that it is of, if told."""
+    """One launch: its name, when it ran, in nanoseconds, the instruction of the program that it is of, if told, and the
+    GPU that it ran on, by its number in this process.
+    """
 
     name: str
     start: float
     end: float
     instruction: str | None = None
+    device: int = 0
 
 
 class Breakdown(NamedTuple):
@@ -109,7 +115,7 @@ def length(group: Sequence[Kernel]) -> float:
 
 def busy_time(group: Sequence[Kernel]) -> float:
     """Return the time in which at least one kernel ran, given them in the order of their starts."""
-    busy, until = 0.0, group[0].start
+    busy, until = 0.0, -math.inf
     for kernel in group:
         busy += max(0.0, kernel.end - max(kernel.start, until))
         until = max(until, kernel.end)
@@ -131,7 +137,7 @@ def _traced(call: Callable, inputs: Sequence[tuple], repeats: int) -> tuple[list
 
 
 def recorded(run: Callable[[], None]) -> list[Kernel]:
-    """Return the kernels that ran on GPUs while `run` did."""
+    """Return the kernels that ran on the GPUs of this process while `run` did."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -143,11 +149,12 @@ def recorded(run: Callable[[], None]) -> list[Kernel]:
 def _kernels(folder: str) -> list[Kernel]:
     [path] = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
     planes = jax.profiler.ProfileData.from_file(path).planes
-    lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
-    events = [event for line in lines if line.name.startswith("Stream") for event in line.events]
-    return [_kernel(event) for event in events]
+    gpus = [(int(found[1]), plane) for plane in planes if (found := GPU_PLANE.match(plane.name))]
+    streams = [(gpu, line) for gpu, plane in gpus for line in plane.lines if line.name.startswith("Stream")]
+    return [_kernel(event, gpu) for gpu, line in streams for event in line.events]
 
 
-def _kernel(event: Any) -> Kernel:
+def _kernel(event: Any, gpu: int) -> Kernel:
     told = dict(event.stats).get("hlo_op")
-    return Kernel(event.name, event.start_ns, event.start_ns + event.duration_ns, None if told is None else str(told))
+    instruction = None if told is None else str(told)
+    return Kernel(event.name, event.start_ns, event.start_ns + event.duration_ns, instruction, gpu)

@@ -1,6 +1,8 @@
 """Whole training steps of a config on random tokens: how fast they are, what they use, and where their time goes."""
 
+import dataclasses
 import itertools
+import os
 import time
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from based_jax import compilation, devices, flops, parallel
-from based_jax.aot import costs
+from based_jax.aot import collectives, costs
 from based_jax.aot.hlo import Program
 from based_jax.bench import clocks, rows, step_profile
 from based_jax.bench.memory import peak_bytes, program_bytes
@@ -24,6 +26,10 @@ from based_jax.train.run import Facts, TrainConfig
 BATCHES_ON_DEVICE = 4
 """That the steps take in turn: data are no part of their time."""
 PROFILED_STEPS = 3
+MOCKED_TOPOLOGY = "JAX_MOCK_GPU_TOPOLOGY"
+"""JAX's variable by which one GPU runs its share of a step over several, as "1x2x1" of one of two: all but what these
+exchange, so that what it computes means nothing.
+"""
 
 
 class CompiledStep(NamedTuple):
@@ -71,6 +77,7 @@ def measure(config: TrainConfig, steps: int, documents: int = 1, profiled: bool 
     return {
         **_sizes(program, batches[0], steps, documents),
         **_speed(program, compiled, text, batches[0]["inputs"].shape, seconds),
+        **_exchange(program, text),
         **_compilation(compiled),
         **clock,
         "program_bytes": program_bytes(compiled.step),
@@ -146,6 +153,9 @@ def _sizes(program: TrainProgram, batch: parallel.GlobalBatch, steps: int, docum
         "remat": remat_of(config.model.remat),
         "scan_layers": config.model.scan_layers,
         "devices": program.mesh.size,
+        "mesh": {axis: size for axis, size in program.mesh.shape.items() if size > 1},
+        "processes": jax.process_count(),
+        **({"mocked_topology": mocked} if (mocked := os.environ.get(MOCKED_TOPOLOGY)) else {}),
         "steps": steps,
     }
 
@@ -162,7 +172,17 @@ def _speed(
         row["hfu"] = compiled.products / seconds / (number * device.peak_bf16_flops)
     if device and device.hbm_bytes_per_second:
         row["mbu"] = costs.memory_bytes(text) / seconds / device.hbm_bytes_per_second
-    return {"milliseconds": round(1e3 * seconds, 3), **row}
+    own = {"tokens_per_second_per_device": row["tokens_per_second"] / number}
+    return {"milliseconds": round(1e3 * seconds, 3), **row, **own}
+
+
+def _exchange(program: TrainProgram, text: Program) -> dict[str, Any]:
+    """Return what the compiled step has devices exchange: by kind and axes in bytes, and which arrays."""
+    found = collectives.collectives(text)
+    return {
+        "exchanged": [dataclasses.asdict(x) for x in collectives.by_axis(found, program.mesh)],
+        "exchanged_arrays": [dataclasses.asdict(x) for x in collectives.by_array(found, program.mesh)],
+    }
 
 
 def _compilation(compiled: CompiledStep) -> dict[str, Any]:
@@ -172,7 +192,8 @@ def _compilation(compiled: CompiledStep) -> dict[str, Any]:
 
 def lines(row: dict[str, Any]) -> list[str]:
     """Return a row in lines of print."""
-    shape = f"({row['rows']},{row['seq_len']}) on {row['devices']} x {row['device']}"
+    mesh = "".join(f", {axis} {size}" for axis, size in row.get("mesh", {}).items())
+    shape = f"({row['rows']},{row['seq_len']}) on {row['devices']} x {row['device']}{mesh}"
     used = "".join(f", {name.upper()} {row[name]:.3f}" for name in ("mfu", "hfu", "mbu") if name in row)
     step, peak = ("-" if row[x] is None else f"{row[x] / 2**20:.0f} MiB" for x in ("program_bytes", "peak_bytes"))
     clock = f", {row['sm_clock_mhz']:.0f} MHz at {row['watts']:.0f} W" if "watts" in row else ""

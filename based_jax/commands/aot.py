@@ -34,6 +34,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--rows-per-device", type=int, metavar="N", help="in one microbatch, in place of the config's batch"
     )
     parser.add_argument("--program", choices=PROGRAMS, action="append", help="may be given twice (default: both)")
+    parser.add_argument("--whole-rows", action="store_true", help="train on a document a row, without ids of documents")
     parser.add_argument("--text", type=Path, metavar="DIR", help="write the text of each compiled program there")
     parser.add_argument("--out", type=out_file, help="append a JSON row of each program to this file")
     parser.set_defaults(takes_overrides=True)
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
     mesh = parallel.make_mesh(sizes, found.devices)
     with rows.appended(args.out) as write:
         for name in args.program or PROGRAMS:
-            lowered = programs.PROGRAMS[name](config, mesh)
+            options = {"packed": False} if name == "train" and args.whole_rows else {}
+            lowered = programs.PROGRAMS[name](config, mesh, **options)
             compiled = compiling.compiled(lowered.lowered)
             if args.text is not None:
                 with writing(file := args.text / f"{name}.txt"):

@@ -10,6 +10,8 @@ examples:
   python -m based_jax generate --hf=released/based-360m --prompt="The capital" --flush=16 --state-dtype=bfloat16
   python -m based_jax generate --workdir=runs/text --prompt="A" --option=window.window=32 --dtype=float32
   python -m based_jax generate --workdir=runs/text --prompt="$(cat article.txt)" --save-state=article.safetensors
+  python -m based_jax generate --workdir=runs/text --prompt="$(cat article.txt)" --drafts=lookup:4
+  python -m based_jax generate --workdir=runs/text --prompt="A" --drafts=runs/small:4
   python -m based_jax generate --workdir=runs/text --load-state=article.safetensors --prompt="In short: "
 """
 
@@ -22,12 +24,20 @@ from typing import TYPE_CHECKING
 from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.distributed import add_distributed_arguments
 from based_jax.commands.parser import CommandParser
-from based_jax.commands.text_models import add_decoding_arguments, add_model_arguments, decoder_of, load_text_model
+from based_jax.commands.text_models import (
+    add_decoding_arguments,
+    add_drafts_argument,
+    add_model_arguments,
+    decoder_of,
+    drafts_of,
+    load_text_model,
+)
 from based_jax.errors import UserError
 
 if TYPE_CHECKING:
     from based_jax.data.tokenizer import Tokenizer
     from based_jax.generate import Decoder, Event, Request
+    from based_jax.generate.task import Work
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -52,6 +62,7 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("--log-probs", action="store_true", help="list the tokens with their log-probabilities")
     add_decoding_arguments(parser)
+    add_drafts_argument(parser)
     parser.add_argument("--save-state", metavar="FILE", help="write the state after the one prompt to a new file")
     parser.add_argument("--load-state", metavar="FILE", help="each prompt goes on from the state of a file")
     add_distributed_arguments(parser)
@@ -82,14 +93,30 @@ def run(args: argparse.Namespace) -> None:
         )
         for number, prompt in enumerate(args.prompt)
     ]
-    decoder = decoder_of(args, model)
+    decoder, drafts = decoder_of(args, model), drafts_of(args, tokenizer)
     if args.flush is not None or args.state_dtype is not None or args.option:
         longest = max(request.length for request in requests) + args.max_new_tokens
         print(f"State of a sequence: {decoder.state_bytes(longest):,} bytes.", file=sys.stderr)
     if args.save_state is not None:
         requests = [_with_saved_state(decoder, requests[0], args.save_state)]
-    events = stream(decoder, requests, tokenizer=tokenizer)
+    works: list[Work] = []
+    events = _noted(stream(decoder, requests, tokenizer=tokenizer, drafts=drafts), works)
     _print(events, args.prompt, tokenizer if args.log_probs else None)
+    if drafts is not None:
+        print(_told(works), file=sys.stderr)
+
+
+def _noted(events: "Iterator[Event]", works: "list[Work]") -> "Iterator[Event]":
+    """Yield events, and note what their tokens took."""
+    for event in events:
+        works.append(event.work)
+        yield event
+
+
+def _told(works: "Sequence[Work]") -> str:
+    """Return how many of the drafted tokens were right, in a sentence."""
+    steps, drawn, offered = (sum(counts) for counts in zip(*works, strict=True))
+    return f"{offered} tokens were drafted and {drawn - steps} right: {drawn} in {steps} steps."
 
 
 def _check_save_state(args: argparse.Namespace) -> None:

@@ -5,18 +5,29 @@ Only this machine reaches it unless --host says otherwise. Ctrl-C and SIGTERM le
 examples:
   python -m based_jax serve --workdir=runs/text
   python -m based_jax serve --hf=released/based-360m --dtype=bfloat16 --option=taylor.flush=16
+  python -m based_jax serve --hf=released/based-360m --option=taylor.flush=16 --drafts=lookup:3
+  python -m based_jax serve --workdir=runs/based_1b --mesh=tensor:2
   python -m based_jax serve --hf=released/based-360m --host=0.0.0.0 --port=80 --slots=32 --grace=60
 """
 
 import argparse
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+from based_jax.commands.aot import parse_mesh
 from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.parser import CommandParser, seconds
-from based_jax.commands.text_models import add_decoding_arguments, add_model_arguments, decoder_of, load_text_model
+from based_jax.commands.text_models import (
+    add_decoding_arguments,
+    add_drafts_argument,
+    add_model_arguments,
+    decoder_of,
+    drafts_of,
+    load_text_model,
+)
 from based_jax.errors import UserError, installs
 
 API_KEY_VARIABLE = "BASED_JAX_API_KEY"
@@ -45,6 +56,10 @@ def add_arguments(parser: CommandParser) -> None:
     for name, meaning in LIMITS.items():
         parser.add_argument(_flag(name), type=int, metavar="N", help=f"at most so many {meaning}")
     add_decoding_arguments(parser)
+    add_drafts_argument(parser)
+    parser.add_argument(
+        "--mesh", default="", help="devices that share the texts or the model, as in data:2 or tensor:2"
+    )
     parser.add_argument(
         "--grace", type=seconds, default=30.0, metavar="S", help="seconds to end in after a signal (default: 30)"
     )
@@ -78,8 +93,22 @@ def run(args: argparse.Namespace) -> None:
     api_key = _api_key(args)
     with bound(args.host, args.port) as listener:
         model, tokenizer = load_text_model(args)
-        name, decoder = args.name or Path(args.workdir or args.hf).resolve().name, decoder_of(args, model)
-        serve(decoder, tokenizer, name, listener, limits=limits, api_key=api_key, grace=args.grace, ready=_announce)
+        name, decoder = args.name or Path(args.workdir or args.hf).resolve().name, _placed(args, model)
+        options = {"limits": limits, "api_key": api_key, "grace": args.grace, "drafts": drafts_of(args, tokenizer)}
+        serve(decoder, tokenizer, name, listener, ready=_announce, **options)
+
+
+def _placed(args: argparse.Namespace, model: Any) -> Any:
+    """Return the model as it is to decode, over the mesh that the arguments name."""
+    decoder = decoder_of(args, model)
+    if not args.mesh:
+        return decoder
+    import jax
+
+    from based_jax import parallel
+
+    sizes = parse_mesh(args.mesh)
+    return decoder.over(parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())]))
 
 
 def _api_key(args: argparse.Namespace) -> str | None:

@@ -9,8 +9,11 @@ from based_jax.errors import UserError
 
 if TYPE_CHECKING:
     from based_jax.data.tokenizer import Tokenizer
-    from based_jax.generate import Decoder
+    from based_jax.generate import Decoder, Drafts
     from based_jax.nn.lm import LM
+
+LOOKUP = "lookup"
+"""What drafts out of the text itself, in place of a model's folder."""
 
 
 def add_model_arguments(parser: CommandParser) -> None:
@@ -46,6 +49,38 @@ def add_decoding_arguments(parser: CommandParser) -> None:
         help="of Taylor layers' states: float32, or with a --flush of 16 or more bfloat16, int8 or float8_e4m3fn",
     )
     add_option_argument(parser)
+
+
+def add_drafts_argument(parser: CommandParser) -> None:
+    """Declare what drafts tokens for the model."""
+    parser.add_argument(
+        "--drafts",
+        metavar="lookup:N|FOLDER:N",
+        help="verify N drafted tokens at once: those that followed the same words in the text before, or those of a"
+        " smaller model with the same tokenizer, a run or a folder as of --hf; the answers stay what they are",
+    )
+
+
+def drafts_of(args: argparse.Namespace, tokenizer: "Tokenizer") -> "Drafts | None":
+    """Return what drafts tokens for a model with this tokenizer.
+
+    Raises:
+      UserError: `args.drafts` is none, or names a model that cannot be read or has another tokenizer.
+    """
+    from based_jax.generate import Decoder, Drafts
+
+    if args.drafts is None:
+        return None
+    source, _, count = args.drafts.rpartition(":")
+    if not (source and count.isdecimal()):
+        raise UserError(f"--drafts is '{args.drafts}'; it is lookup:N or FOLDER:N, as in lookup:4.")
+    if source == LOOKUP:
+        return Drafts.by_lookup(int(count))
+    words = argparse.Namespace(model=source, dtype=None, step=None, tokenizer=None, command=args.command)
+    model, own = load_model_folder(words)
+    if own.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"The model of '{source}' has another tokenizer, and cannot draft for this one.")
+    return Drafts.by_model(Decoder.of(model, args.dtype), int(count))
 
 
 def decoder_of(args: argparse.Namespace, model: "LM") -> "Decoder":

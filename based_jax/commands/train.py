@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from based_jax.train.loop import train
     from based_jax.train.run import build_config
 
-    config = build_config(configs.load(args.config, parse_overrides(args.overrides)))
+    config = build_config(configs.load(args.config, parse_overrides(args.overrides)), args.workdir)
     for name, value in train(config, args.workdir).items():
         print(f"{name:24} {value:.4f}")
 

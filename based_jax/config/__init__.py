@@ -11,8 +11,8 @@ but may import files of its own folder. A value that follows another is a refere
         return config
 """
 
-from based_jax.config.checks import build, check_types, errors_within, plain
-from based_jax.config.files import call_in_file, load, overridden
+from based_jax.config.checks import build, check_types, errors_within, plain, shown
+from based_jax.config.files import call_in_file, class_in_file, load, overridden
 from based_jax.config.keys import Key, keys_of, meant_key
 from based_jax.config.saving import (
     CONFIG_FILE,
@@ -21,6 +21,7 @@ from based_jax.config.saving import (
     config_id,
     every_value,
     is_under,
+    known_texts,
     read,
     save,
     to_dict,
@@ -34,16 +35,19 @@ __all__ = [
     "call_in_file",
     "check_same",
     "check_types",
+    "class_in_file",
     "config_id",
     "errors_within",
     "every_value",
     "is_under",
     "keys_of",
+    "known_texts",
     "load",
     "meant_key",
     "overridden",
     "plain",
     "read",
     "save",
+    "shown",
     "to_dict",
 ]

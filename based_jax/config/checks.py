@@ -30,7 +30,7 @@ EXAMPLES: dict[Any, str] = {
     float: "0.1",
     str: "'name'",
     Any: "128",
-    tuple[str, dict[str, Any]]: "('conv', {'kernel_size': 3})",  # a layer
+    tuple[Any, dict[str, Any]]: "('conv', {'kernel_size': 3})",  # a layer
 }
 
 

@@ -67,6 +67,27 @@ def call_in_file(spec: str, function: str) -> Any:
     return result
 
 
+def class_in_file(spec: str) -> type:
+    """Return the class of 'path/to/file.py:Class'.
+
+    Raises:
+      UserError: the file is missing or fails, or has no such class; or the spec names none.
+    """
+    path, _, name = spec.partition(":")
+    if not name:
+        raise UserError(f"'{spec}' names no class; it is path/to/file.py:Class.")
+    namespace = _namespace(path, {}, "File")
+    found = namespace.get(name)
+    if not isinstance(found, type):
+        classes = [key for key, value in namespace.items() if _is_defined_there(value, namespace)]
+        raise unknown(f"class of '{path}'", name, classes)
+    return found
+
+
+def _is_defined_there(value: Any, namespace: Mapping[str, Any]) -> bool:
+    return isinstance(value, type) and value.__module__ == namespace["__name__"]
+
+
 def overridden(config: Mapping | ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     """Return a copy of a config with the values of dotted keys replaced, or added; references to them follow.
 
@@ -84,13 +105,19 @@ def overridden(config: Mapping | ConfigDict, values: Mapping[str, Any]) -> Confi
 
 def _get_function(path: str, variant: str, name: str, modules: dict[str, types.ModuleType]) -> Callable:
     """Execute a file and return its function of that name."""
+    namespace = _namespace(path, modules, "Config file")
+    with _failures_named(f"Config file '{path}'", modules):
+        return _checked_function(path, variant, name, namespace)
+
+
+def _namespace(path: str, modules: dict[str, types.ModuleType], what: str) -> dict[str, Any]:
+    """Execute a file and return what it defines; `what` it is called in sentences."""
     try:
         source = read_file(path)
     except (OSError, ValueError) as error:  # the path may hold a null byte
-        raise UserError(f"Config file '{path}' cannot be read: {getattr(error, 'strerror', error)}.") from None
-    with _failures_named(f"Config file '{path}'", modules):
-        namespace = vars(_execute(Path(path), source, modules))
-        return _checked_function(path, variant, name, namespace)
+        raise UserError(f"{what} '{path}' cannot be read: {getattr(error, 'strerror', error)}.") from None
+    with _failures_named(f"{what} '{path}'", modules):
+        return vars(_execute(Path(path), source, modules))
 
 
 def _checked_function(path: str, variant: str, name: str, namespace: Mapping[str, Any]) -> Callable:

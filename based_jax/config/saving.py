@@ -55,8 +55,13 @@ def save(config: Any, workdir: str | os.PathLike) -> None:
     write_whole(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def read[T](cls: type[T], workdir: str | os.PathLike) -> T:
+def read[T](cls: type[T], workdir: str | os.PathLike, known: Collection[str] = ()) -> T:
     """Return the config that `save` wrote, of the dataclass `cls`; a key that is newer than the file has its default.
+
+    Args:
+      cls: its class.
+      workdir: where it lies.
+      known: texts that know more than the file keeps of them, as a mixer's class does; they stand where it has them.
 
     Raises:
       UserError: there is no config.json, it is damaged, or it holds a key or a value that no longer exists.
@@ -73,7 +78,7 @@ def read[T](cls: type[T], workdir: str | os.PathLike) -> T:
     if not isinstance(values, dict):
         raise UserError(f"'{path}' is no config (it is {values!r:.40}); choose another workdir, or restore this file.")
     try:
-        return build(cls, values)
+        return build(cls, _with_known(values, {text: text for text in known}))
     except UserError as error:
         raise UserError(f"'{path}' does not fit this version of based_jax: {error}") from None
 
@@ -94,7 +99,7 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
     """
     if not os.path.lexists(local_path(workdir) / CONFIG_FILE):
         return {}
-    both = read(type(config), workdir), config
+    both = read(type(config), workdir, known_texts(config)), config
     old, new = (flatten_dict(to_dict(x), sep=".") for x in both)
     different = [key for key in sorted(old | new) if _shown(old, key) != _shown(new, key)]
     old, new = map(every_value, both)
@@ -107,6 +112,17 @@ def check_same(config: Any, workdir: str | os.PathLike, free: Collection[str] = 
         more = f", and {hidden} more keys differ" if hidden else ""
         raise UserError(f"Workdir '{workdir}' belongs to another config: {', '.join(shown)}{more}; choose another one.")
     return {key: (_shown(old, key), _shown(new, key)) for key in different}
+
+
+def known_texts(config: Any) -> list[str]:
+    """Return the texts in a config that know more than JSON keeps of them: they are of classes of their own."""
+    if dataclasses.is_dataclass(config):
+        return known_texts([getattr(config, field.name) for field in dataclasses.fields(config)])
+    if isinstance(config, Mapping):
+        return known_texts(list(config.values()))
+    if isinstance(config, list | tuple):
+        return [text for item in config for text in known_texts(item)]
+    return [config] if isinstance(config, str) and type(config) is not str else []
 
 
 def every_value(config: Any) -> dict[str, Any]:
@@ -131,6 +147,15 @@ def _written(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _written(item) for key, item in value.items()}
     return [_written(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _with_known(value: Any, known: Mapping[str, str]) -> Any:
+    """Return a value of JSON in which known texts stand in place of those that are equal to them."""
+    if isinstance(value, dict):
+        return {key: _with_known(item, known) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_known(item, known) for item in value]
+    return known.get(value, value) if isinstance(value, str) else value
 
 
 def _shown(flat: Mapping, key: str) -> str:

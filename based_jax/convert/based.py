@@ -10,7 +10,7 @@ from based_jax.convert.folders import CONFIG_FILE, Fields
 from based_jax.convert.reference import window_from_based
 from based_jax.errors import UserError
 from based_jax.nn.lm import LMConfig
-from based_jax.nn.mixers import MIXERS
+from based_jax.nn.mixers import mixer_class
 from based_jax.nn.mixers.window import WindowConfig
 
 FIRST_MLP_KEY = "transformer.layers.0.mlp.fc1.weight"
@@ -192,7 +192,7 @@ def config_json(config: LMConfig) -> Fields:
 def _mixer_fields(config: LMConfig) -> Fields:
     """Return the sections of mixers, and which layers have them; attention is what stands where one is null."""
     kinds = [kind for kind, _ in config.layers]
-    found = {kind: MIXERS[kind].Config(**options) for kind, options in config.layers if kind in SECTION_FIELDS}
+    found = {kind: mixer_class(kind).Config(**options) for kind, options in config.layers if kind in SECTION_FIELDS}
     names = {kind: name for kind, name in SECTION_NAMES.items() if kind in found}
     if "attention" in found:
         free = [name for name in SECTIONS if name not in names.values()]

@@ -25,7 +25,7 @@ from based_jax.convert.tokenizers import tokenizer_fields, write_tokenizer
 from based_jax.errors import UserError, unknown
 from based_jax.folders import check_free, local_path, written_whole
 from based_jax.nn.lm import LM, LMConfig
-from based_jax.nn.mixers import MIXERS
+from based_jax.nn.mixers import mixer_class
 from based_jax.nn.mixers.attention import HeadsConfig
 
 TRAINING_FIELDS = ("init_std", "init_recipe", "embed_dropout", "remat")
@@ -168,7 +168,7 @@ def resolved(config: LMConfig) -> dict[str, Any]:
         del values["mlp_dim"]
     for index, (kind, options) in enumerate(values.pop("layers")):
         values[f"layers[{index}]"] = kind
-        for name, value in _resolved_options(MIXERS[kind].Config(**options), config.d_model).items():
+        for name, value in _resolved_options(mixer_class(kind).Config(**options), config.d_model).items():
             values[f"layers[{index}].{name}"] = value
     return values
 

@@ -10,7 +10,7 @@ from based_jax.convert.fields import Family, Keys, key_names, padding_section, w
 from based_jax.convert.folders import CONFIG_FILE, Fields
 from based_jax.errors import UserError, unknown
 from based_jax.nn.lm import LMConfig
-from based_jax.nn.mixers import MIXERS
+from based_jax.nn.mixers import mixer_class
 from based_jax.nn.mixers.attention import AttentionConfig, HeadsConfig
 
 DEFAULTS: Fields = {"rms_norm_eps": 1e-6}
@@ -165,7 +165,7 @@ def _config_json(name: str, config: LMConfig) -> Fields:
 
 def _first_heads(config: LMConfig) -> HeadsConfig:
     """Return the options of the first layer with heads, or the defaults."""
-    found = [MIXERS[kind].Config(**options) for kind, options in config.layers]
+    found = [mixer_class(kind).Config(**options) for kind, options in config.layers]
     return next((heads for heads in found if isinstance(heads, HeadsConfig)), AttentionConfig())
 
 
@@ -179,7 +179,7 @@ def _rope_scaling(heads: HeadsConfig) -> Fields | None:
 
 
 def _window_fields(name: str, config: LMConfig) -> Fields:
-    windows = [MIXERS[kind].Config(**options).window for kind, options in config.layers if kind == "window"]
+    windows = [mixer_class(kind).Config(**options).window for kind, options in config.layers if kind == "window"]
     size = windows[0] if windows else None
     if name == "mistral":
         return {"sliding_window": size}

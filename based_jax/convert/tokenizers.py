@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+from based_jax.config.checks import shown
 from based_jax.convert import based
 from based_jax.convert.families import family_of
 from based_jax.convert.fields import OWN_SECTION
@@ -26,7 +27,7 @@ def folder_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     tokenizer.json puts there.
 
     Raises:
-      UserError: none of these is known.
+      UserError: none of these is known, or what ends a text is no id.
     """
     path = local_path(folder, "folder")
     fields = read_json(path / CONFIG_FILE)
@@ -44,7 +45,9 @@ def _end_of_text(fields: Fields) -> int | None:
     """Return the id, or the first of several, at which a published model ends a text; None where it is not told."""
     end = fields.get(END_KEY)
     first = end[0] if isinstance(end, list) and end else end
-    return first if type(first) is int else None
+    if first is None or type(first) is int:
+        return first
+    raise UserError(f"{CONFIG_FILE}: {END_KEY} is {shown(end)}; it is an id, several of them, or null.")
 
 
 def tokenizer_fields(tokenizer: str | None) -> Fields:

@@ -6,8 +6,9 @@ import numpy as np
 
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.generate import Decoder, Request
+from based_jax.generate.blocks import blocks
 from based_jax.generate.requests import MOST_STOP_IDS
-from based_jax.generate.rows import begun, blocks
+from based_jax.generate.rows import begun
 
 BLOCK_TOKENS = 64
 """Drawn by one run of the compiled loop, which ends before where all of a batch have stopped."""

@@ -4,6 +4,7 @@ from based_jax.generate import Sampling, generate
 """
 
 from based_jax.generate.decoder import Decoder
+from based_jax.generate.drafts import Drafts
 from based_jax.generate.engine import generate, stream
 from based_jax.generate.prefix_cache import PrefixCache
 from based_jax.generate.requests import Request
@@ -15,6 +16,7 @@ from based_jax.generate.task import Event
 
 __all__ = [
     "Decoder",
+    "Drafts",
     "Event",
     "PrefixCache",
     "Request",

@@ -1,5 +1,6 @@
 """A language model as decoding reads it: one array a layer, and the weights in what they are multiplied in."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,16 +9,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from based_jax import parallel
 from based_jax.errors import UserError
 from based_jax.generate.fingerprint import fingerprint
+from based_jax.nn.divided import check_tensor
 from based_jax.nn.lm import LM
 from based_jax.nn.lm_config import LMConfig, with_options, with_taylor_options
 
 Path = tuple[Any, ...]
 Caches = tuple
+
+DECODING_AXES = frozenset(("data", "tensor"))
+"""Of a mesh that a model decodes over: weights that lie over another one would be gathered for each token."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,10 +72,15 @@ class Decoder:
     weights twice. Kernels are in the dtype that their products have, to which the model rounds them anyway: what it
     computes is the same, and a token reads half the bytes. The embedding stays as it is, and a tied head of bf16 is a
     copy of it.
+
+    Attributes:
+      layout, params: the model.
+      mesh: of the devices that its programs run on together; None for one device.
     """
 
     layout: Layout
     params: nnx.State
+    mesh: Mesh | None = None
 
     @classmethod
     def of(
@@ -105,6 +116,24 @@ class Decoder:
             leaf.set_value(laid_out[path])
         return cls(layout, params)
 
+    def over(self, mesh: Mesh) -> "Decoder":
+        """Return the same model over a mesh: rows lie over "data", heads and widths as in training over "tensor".
+
+        Raises:
+          UserError: another axis has several devices, or the model's heads or widths cannot be divided.
+        """
+        for axis in sorted(mesh.shape.keys() - DECODING_AXES):
+            if mesh.shape[axis] > 1:
+                held = f"Mesh axis '{axis}' has {mesh.shape[axis]} devices"
+                raise UserError(f"{held}; a model decodes over {' and '.join(map(repr, sorted(DECODING_AXES)))} alone.")
+        check_tensor(self.config, mesh)
+        placed = jax.device_put(self.params, parallel.shardings(self.params, mesh))
+        return Decoder(self.layout, placed, mesh)
+
+    def running(self) -> contextlib.AbstractContextManager:
+        """Return a context in which the model's programs are compiled and run, in this thread."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
     @property
     def config(self) -> LMConfig:
         """The config of the model."""
@@ -117,8 +146,12 @@ class Decoder:
 
     def state_bytes(self, max_len: int) -> int:
         """Return the bytes that decoding keeps of a sequence of up to `max_len` tokens."""
-        caches = jax.eval_shape(lambda: self.layout.model(self.layout.shapes).init_cache(1, max_len))
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(caches))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.row_shapes(max_len)))
+
+    def row_shapes(self, max_len: int) -> Caches:
+        """Return the shapes of the caches of one row, without the axis of the rows."""
+        model = self.layout.model(self.layout.shapes)
+        return jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], model.init_cache(1, max_len)))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -137,7 +170,8 @@ class Decoder:
 
     def init_cache(self, batch: int, max_len: int) -> Caches:
         """Return the caches of all layers before the first token, the leading axis of all arrays the rows'."""
-        return _init_cache(self.layout, batch, max_len, self.params)
+        with self.running():
+            return _init_cache(self.layout, batch, max_len, self.params)
 
 
 def _with_options(config: LMConfig, options: Sequence[str]) -> LMConfig:
@@ -188,4 +222,4 @@ def _laid_out(layout: Layout, sources: tuple[Source, ...], arrays: Mapping[Path,
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _init_cache(layout: Layout, batch: int, max_len: int, params: nnx.State) -> Caches:
     caches = layout.model(params).init_cache(batch, max_len)
-    return jax.tree.map(lambda x: parallel.constrain(x, "batch"), caches)
+    return jax.tree.map(parallel.constrain_rows, caches)

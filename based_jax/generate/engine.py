@@ -6,10 +6,12 @@ import numpy as np
 
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
+from based_jax.generate.blocks import blocks
 from based_jax.generate.decoder import Decoder
+from based_jax.generate.drafts import Drafts, check_drafts
 from based_jax.generate.prompts import Prompts, check_prefix, checked_prompts, checked_seeds, shown
 from based_jax.generate.requests import Request, check_room, checked_request, checked_stop
-from based_jax.generate.rows import begun, blocks
+from based_jax.generate.rows import begun
 from based_jax.generate.sampling import GREEDY, Sampling
 from based_jax.generate.scheduler import Scheduler
 from based_jax.generate.state import State
@@ -33,6 +35,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     row_ids: Sequence[int] | None = None,
     state: State | None = None,
+    drafts: Drafts | None = None,
 ) -> list[np.ndarray]:
     """Continue each prompt by up to `max_new_tokens` token ids.
 
@@ -50,13 +53,14 @@ def generate(
       seed: of the draws, from 0 to 2^64 - 1; one for all rows, or one for each.
       row_ids: of the draws, one for each prompt, from 0 to 2^32 - 1; by default its index among the prompts.
       state: of what stands before every prompt, which each goes on from.
+      drafts: tokens that are drafted for the model to verify; they change the time and not the result.
 
     Returns:
       The new ids of each prompt, without the prompt.
 
     Raises:
       UserError: no prompt or an empty one, an id that the model does not have, no tokens to add, more than the
-        model reads, a value of another type or range, or the state of another model.
+        model reads, a value of another type or range, the state of another model, or drafts that are not for it.
     """
     _check(model, sampling)
     token_ids = checked_prompts(prompts, model.config.vocab_size)
@@ -69,8 +73,10 @@ def generate(
     ]
     decoder = Decoder.of(model)
     check_prefix(token_ids, decoder.prefix_length, 0 if state is None else state.length)
-    rows = begun(decoder, requests, room_for(requests, model.max_len))
-    found = list(blocks(decoder, rows, BLOCK_TOKENS))
+    room = room_for(requests, model.max_len)
+    check_drafts(drafts, decoder, room)
+    rows = begun(decoder, requests, room, drafts=drafts)
+    found = list(blocks(decoder, rows, BLOCK_TOKENS, drafts))
     parts = [[np.asarray(block.tokens[row, : block.drawn[row]]) for block in found] for row in range(len(requests))]
     return [_new_ids(row, stops) for row in parts]
 
@@ -82,6 +88,7 @@ def stream(
     tokenizer: Tokenizer | None = None,
     slots: int | None = None,
     block_tokens: int = 8,
+    drafts: Drafts | None = None,
 ) -> Iterator[Event]:
     """Yield tokens of each request as they are drawn, and a finish reason with its last.
 
@@ -90,7 +97,8 @@ def stream(
       requests: what to answer; an event's `id` counts them from 0.
       tokenizer: makes text of tokens, in which stop strings are found.
       slots: how many are answered at a time; by default all.
-      block_tokens: drawn between two events of a request, at most.
+      block_tokens: steps between two events of a request, at most; each draws one token, or more with drafts.
+      drafts: as of `generate`.
 
     Raises:
       UserError: a request is not what the model can be asked, before the first token of any.
@@ -107,6 +115,7 @@ def stream(
         max_len=room_for(requests, decoder.max_len),
         tokenizer=tokenizer,
         block_tokens=block_tokens,
+        drafts=drafts,
     )
     for request in requests:
         scheduler.submit(request)

@@ -157,7 +157,8 @@ class Intake:
         is_whole = shape.tokens == self._chunk_tokens and bool(segment_ids.all())
         chunk = ids, None if is_whole else segment_ids
         layout, params = self.decoder.layout, self.decoder.params
-        return _read(layout, self._max_len, params, caches, np.asarray(rows, np.int32), np.bool_(are_new), *chunk)
+        with self.decoder.running():
+            return _read(layout, self._max_len, params, caches, np.asarray(rows, np.int32), np.bool_(are_new), *chunk)
 
 
 def number_shared(one: np.ndarray, two: np.ndarray) -> int:

@@ -1,24 +1,21 @@
-"""Sequences that are decoded together, each with its own length, end and draws, and the loop that goes on with them."""
+"""Sequences that are decoded together, each with its own length, end and draws."""
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from based_jax import parallel
-from based_jax.dims import BD
-from based_jax.generate.decoder import Caches, Decoder, Layout
-from based_jax.generate.prefill import CHUNK_TOKENS, prefill
+from based_jax.generate.decoder import Caches, Decoder
+from based_jax.generate.drafts import Drafts
+from based_jax.generate.prefill import prefill
 from based_jax.generate.requests import MOST_STOP_IDS, Request
-from based_jax.generate.sampling import Drawn, Draws, draw
+from based_jax.generate.sampling import Draws
 from based_jax.generate.state_layout import StateLayout
-from based_jax.nn.lm import LM
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +32,7 @@ class Rows:
       left: tokens that may still be drawn, 0 of a row that has stopped.
       stop_ids: what ends the row once it is drawn, -1 for none.
       draws: how the next token is drawn.
+      drafting: what drafts keep of the text (`drafts.Method`); None where nothing is drafted.
     """
 
     caches: Caches
@@ -43,9 +41,10 @@ class Rows:
     left: Int[Array, "B"]
     stop_ids: Int[Array, "B S"]
     draws: Draws
+    drafting: Any = None
 
     @classmethod
-    def of(cls, caches: Caches, requests: Sequence[Request]) -> "Rows":
+    def of(cls, caches: Caches, requests: Sequence[Request], drafting: Any = None) -> "Rows":
         """Return the rows of requests, whose caches have read all of the prompts but their last tokens."""
         stop_ids = np.full((len(requests), MOST_STOP_IDS), -1, np.int32)
         for row, request in enumerate(requests):
@@ -56,12 +55,14 @@ class Rows:
         samplings, words = [request.sampling for request in requests], [request.draw_words for request in requests]
         draws = Draws.of(samplings, words, [request.top_log_probs > 0 for request in requests])
         token, length, left, stop_ids = jax.device_put((token, length, left, stop_ids))
-        return cls(caches, token, length, left, stop_ids, draws)
+        return cls(caches, token, length, left, stop_ids, draws, drafting)
 
     @classmethod
-    def stopped(cls, decoder: Decoder, count: int, max_len: int) -> "Rows":
+    def stopped(cls, decoder: Decoder, count: int, max_len: int, drafts: Drafts | None = None) -> "Rows":
         """Return rows that have all stopped, with caches for `max_len` tokens."""
-        rows = cls.of(decoder.init_cache(count, max_len), [Request([0])] * count)
+        requests = [Request([0])] * count
+        drafting = None if drafts is None else drafts.begun(requests, max_len)
+        rows = cls.of(decoder.init_cache(count, max_len), requests, drafting)
         return dataclasses.replace(rows, left=jnp.zeros(count, jnp.int32))
 
     @property
@@ -81,28 +82,18 @@ class Rows:
         return _without_row(self, np.int32(slot))
 
 
-class Block(NamedTuple):
-    """What a number of decode steps have drawn.
-
-    Attributes:
-      tokens: of each row, the first `drawn` of which are drawn; an id that stops the row is its last.
-      log_probs: of these tokens, by the model's own distribution: at temperature 1, and with nothing cut.
-      top_tokens, top_log_probs: of the likeliest tokens there, as of `Drawn`.
-      drawn: tokens of each row, fewer than the steps if it has stopped.
-    """
-
-    tokens: Int[Array, "B steps"]
-    log_probs: Float[Array, "B steps"]
-    top_tokens: Int[Array, "B steps N"]
-    top_log_probs: Float[Array, "B steps N"]
-    drawn: Int[Array, "B"]
-
-
-def begun(decoder: Decoder, requests: Sequence[Request], max_len: int, chunk_tokens: int = CHUNK_TOKENS) -> Rows:
+def begun(
+    decoder: Decoder,
+    requests: Sequence[Request],
+    max_len: int,
+    chunk_tokens: int | None = None,
+    drafts: Drafts | None = None,
+) -> Rows:
     """Return the rows of requests whose prompts are read together, with caches for `max_len` tokens each."""
     prompts = [np.asarray(request.prompt[:-1], np.int32) for request in requests]
     caches = _caches_before(decoder, requests, max_len)
-    return Rows.of(prefill(decoder, caches, prompts, chunk_tokens), requests)
+    drafting = None if drafts is None else drafts.begun(requests, max_len)
+    return Rows.of(prefill(decoder, caches, prompts, chunk_tokens), requests, drafting)
 
 
 def _caches_before(decoder: Decoder, requests: Sequence[Request], max_len: int) -> Caches:
@@ -113,71 +104,6 @@ def _caches_before(decoder: Decoder, requests: Sequence[Request], max_len: int) 
     states = [request.state for request in requests]
     rows = [decoder.init_cache(1, max_len) if state is None else layout.fork(state, max_len) for state in states]
     return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
-
-
-def decode(decoder: Decoder, rows: Rows, steps: int, most: int | None = None) -> tuple[Rows, Block]:
-    """Draw up to `steps` tokens of each row in one program, or fewer, `most`; it ends when all rows have stopped.
-
-    The rows given are used up: their caches are written in place.
-    """
-    return decoding_loop(decoder.layout, steps, decoder.params, rows, np.int32(steps if most is None else most))
-
-
-def blocks(decoder: Decoder, rows: Rows, steps: int) -> Iterator[Block]:
-    """Yield blocks (numpy) until all rows have stopped; while one is read the next is computed."""
-    rows, ahead = decode(decoder, rows, steps)
-    goes_on = True
-    while goes_on:
-        block = ahead
-        rows, ahead = decode(decoder, rows, steps)
-        block = jax.device_get(block)
-        goes_on = bool((block.drawn == steps).any())
-        yield block
-
-
-def decode_step(model: LM, rows: Rows) -> tuple[Rows, Drawn]:
-    """Read the newest token of each row; return the rows with one more, and that."""
-    hidden, caches = model.step(rows.token, rows.caches)
-    drawn = draw(_logits(model, hidden), rows.draws.of_live(rows.live), rows.length)
-    stops = jnp.any(drawn.token[:, None] == rows.stop_ids, axis=1)
-    after = dataclasses.replace(
-        rows,
-        caches=caches,
-        token=jnp.where(rows.live, drawn.token, rows.token),
-        length=rows.length + rows.live,
-        left=jnp.where(rows.live & ~stops, rows.left - 1, 0),
-    )
-    return after, drawn
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def decoding_loop(
-    layout: Layout, steps: int, params: nnx.State, rows: Rows, most: Int[Array, ""]
-) -> tuple[Rows, Block]:
-    """Draw tokens as `decode` does, of a model of a layout."""
-    model = layout.model(params)
-
-    def goes_on(carry):
-        i, rows, *_ = carry
-        return (i < most) & jnp.any(rows.live)
-
-    def step(carry):
-        i, rows, found, count = carry
-        after, drawn = decode_step(model, rows)
-        return i + 1, after, jax.tree.map(lambda xs, x: xs.at[i].set(x), found, drawn), count + rows.live
-
-    empty = Drawn.zeros((steps, len(rows.token)), layout.config.padded_vocab_size)
-    start = jnp.int32(0), rows, empty, jnp.zeros_like(rows.left)
-    _, rows, found, count = jax.lax.while_loop(goes_on, step, start)
-    found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
-    block = Block(found.token, found.log_prob, found.top_tokens, found.top_log_probs, count)
-    return rows, jax.tree.map(parallel.constrain, block)
-
-
-def _logits(model: LM, hidden: BD) -> Float[Array, "B vocab"]:
-    """Return logits of which those of the padded vocabulary are never drawn."""
-    logits = model.logits(hidden)
-    return jnp.where(jnp.arange(logits.shape[-1]) < model.config.vocab_size, logits, -jnp.inf)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from based_jax.dims import BD
 from based_jax.errors import UserError
 from based_jax.generate.prompts import is_integer, is_number, shown
+from based_jax.nn.lm import LM
 
 COLDEST, HOTTEST = 1e-30, 1e30
 """Temperatures below and above which draws in fp32 are the most likely token, and any token alike."""
@@ -77,6 +79,10 @@ class Draws:
             self, temperature=jnp.where(live, self.temperature, 0.0), asks_top=live & self.asks_top
         )
 
+    def without_likeliest(self) -> "Draws":
+        """Return draws that ask for no likely tokens."""
+        return dataclasses.replace(self, asks_top=jnp.zeros_like(self.asks_top))
+
 
 class Drawn(NamedTuple):
     """A new token of each row.
@@ -98,6 +104,12 @@ class Drawn(NamedTuple):
         """Return arrays of a shape, a last axis behind it for the likeliest tokens, without a token in them."""
         top = (*shape, min(MOST_TOP, vocab_size))
         return cls(*(jnp.zeros(x, dtype) for x in (shape, top) for dtype in (jnp.int32, jnp.float32)))
+
+
+def drawable(model: LM, hidden: BD) -> Float[Array, "B vocab"]:
+    """Return logits of which those of the padded vocabulary are never drawn."""
+    logits = model.logits(hidden)
+    return jnp.where(jnp.arange(logits.shape[-1]) < model.config.vocab_size, logits, -jnp.inf)
 
 
 @jax.jit

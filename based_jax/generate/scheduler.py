@@ -11,15 +11,17 @@ import numpy as np
 
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
+from based_jax.generate.blocks import Block, decode
 from based_jax.generate.decoder import Decoder
+from based_jax.generate.drafts import Drafts, check_drafts
 from based_jax.generate.intake import Intake
 from based_jax.generate.prefill import CHUNK_TOKENS, chunk_length
 from based_jax.generate.prefix_cache import PrefixCache
 from based_jax.generate.prompts import is_integer, shown
 from based_jax.generate.requests import Request, checked_request
-from based_jax.generate.rows import Block, Rows, decode
+from based_jax.generate.rows import Rows
 from based_jax.generate.state_layout import StateLayout
-from based_jax.generate.task import Event, Task
+from based_jax.generate.task import Event, Task, Work
 from based_jax.generate.text import TextStream
 from based_jax.nn.lm import LM
 
@@ -49,13 +51,14 @@ class Scheduler:
       prefix_cache: where states of prompts are kept and found. What others have left there decides where the pieces of
         a prompt end, and so how its state is rounded.
       tokenizer: makes text of tokens; stop strings need it.
-      block_tokens: drawn for each request by one `advance`, at most, beside the first ones of others.
+      block_tokens: steps of each request in one `advance`, at most, beside the first ones of others.
       chunk_tokens: of prompts that one program reads, with their padding, at most.
       prompt_tokens: after which no further program of one `advance` begins to read, by default those of four: more fill
         the slots sooner, and let those that have one wait longer.
+      drafts: tokens that are drafted for the model to verify: a step draws more than one where they prove right.
 
     Raises:
-      UserError: a number is below 1, or the model does not read `max_len` tokens.
+      UserError: a number is below 1, the model does not read `max_len` tokens, or the drafts are not for it.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Scheduler:
         block_tokens: int = 16,
         chunk_tokens: int = CHUNK_TOKENS,
         prompt_tokens: int | None = None,
+        drafts: Drafts | None = None,
     ):
         counts = {
             "slots": slots,
@@ -84,7 +88,8 @@ class Scheduler:
         if not is_integer(max_len) or max_len < 2 or max_len > (most or max_len):
             bound = "" if most is None else f" and at most the {most} of the model"
             raise UserError(f"max_len is {shown(max_len)}; it is at least 2{bound}.")
-        self.max_len, self.tokenizer = max_len, tokenizer
+        check_drafts(drafts, self.decoder, max_len)
+        self.max_len, self.tokenizer, self.drafts = max_len, tokenizer, drafts
         self.prefix_cache = None if self.decoder.prefix_length else prefix_cache  # a prefix is of its whole prompt
         self._layout = StateLayout(self.decoder)
         chunk_tokens = chunk_length(self.decoder, chunk_tokens)
@@ -93,7 +98,7 @@ class Scheduler:
         self._ids = itertools.count()
         self._waiting: collections.deque[Task] = collections.deque()
         self._slots: list[Task | None] = [None] * slots
-        self._rows = Rows.stopped(self.decoder, slots, max_len)
+        self._rows = Rows.stopped(self.decoder, slots, max_len, drafts)
         self._begun: Begun | None = None
 
     @property
@@ -114,6 +119,8 @@ class Scheduler:
     def compile(self) -> None:
         """Compile what requests run, before the first one waits for it."""
         self._intake.compile()
+        if self.drafts is not None:
+            self.drafts.compile(self._intake.rows, self.max_len)
         self.submit(Request([0] * (self.decoder.prefix_length + 1), 1))
         while self.busy:
             self.advance()
@@ -155,7 +162,7 @@ class Scheduler:
         return [event for one in begun for event in self._events(one)]
 
     def _begin_block(self, most: int) -> Begun:
-        self._rows, block = decode(self.decoder, self._rows, self._block_tokens, most)
+        self._rows, block = decode(self.decoder, self._rows, self._block_tokens, most, self.drafts)
         return Begun(block, tuple(self._slots))
 
     def _read_prompts(self) -> bool:
@@ -181,7 +188,8 @@ class Scheduler:
             slots[row], requests[row] = self._slots.index(None), task.request
             self._slots[slots[row]] = task
         if read:
-            self._rows = self._rows.with_rows(slots, Rows.of(self._intake.caches, requests))
+            drafting = None if self.drafts is None else self.drafts.begun(requests, self.max_len)
+            self._rows = self._rows.with_rows(slots, Rows.of(self._intake.caches, requests, drafting))
         return bool(read)
 
     def _free(self, slot: int) -> None:
@@ -196,9 +204,8 @@ class Scheduler:
                 continue
             new = slice(block.drawn[slot])
             top = block.top_tokens[slot, new], block.top_log_probs[slot, new]
-            event = task.event(
-                block.tokens[slot, new].tolist(), block.log_probs[slot, new].tolist(), _likeliest(task, *top)
-            )
+            drawn = block.tokens[slot, new].tolist(), block.log_probs[slot, new].tolist()
+            event = task.event(*drawn, _likeliest(task, *top), Work.of(block, slot))
             if event.finish:
                 self._free(slot)
             if event.tokens or event.text or event.finish:

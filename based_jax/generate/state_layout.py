@@ -93,7 +93,7 @@ class StateLayout:
             raise UserError(f"The state has read {state.length} tokens, and '{name}' has room for {room}.")
 
     def _shapes(self, max_len: int) -> RowShapes:
-        row = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], self.decoder.init_cache(1, max_len)))
+        row = self.decoder.row_shapes(max_len)
         return RowShapes(jax.tree.structure(row), dict(named(row)))
 
 

@@ -6,8 +6,36 @@ from typing import NamedTuple
 
 import numpy as np
 
+from based_jax.generate.blocks import Block
 from based_jax.generate.requests import Request
 from based_jax.generate.text import TextStream
+
+
+class Work(NamedTuple):
+    """What new tokens took.
+
+    Attributes:
+      steps: of the model, each of which draws a token, and as many more as of the drafted ones prove right.
+      drawn: tokens, those that end the answer and are none of it among them.
+      offered: drafted tokens.
+    """
+
+    steps: int = 0
+    drawn: int = 0
+    offered: int = 0
+
+    @classmethod
+    def of(cls, block: Block, row: int) -> "Work":
+        """Return what a block took of a row."""
+        return cls(int(block.steps[row]), int(block.drawn[row]), int(block.offered[row]))
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that proved right."""
+        return self.drawn - self.steps
+
+
+NO_WORK = Work()
 
 
 class Event(NamedTuple):
@@ -20,6 +48,7 @@ class Event(NamedTuple):
       text: new text, "" where there is no tokenizer; characters and stop strings that are not complete are held back.
       finish: None as long as the request goes on; "stop" at a stop id or string, "length" at `max_new_tokens`.
       top_log_probs: with each token the likeliest ones there and their log-probabilities, as many as are asked for.
+      work: what drawing them took.
     """
 
     id: int
@@ -28,6 +57,7 @@ class Event(NamedTuple):
     text: str = ""
     finish: str | None = None
     top_log_probs: Sequence[dict[int, float]] = ()
+    work: Work = NO_WORK
 
 
 @dataclasses.dataclass(eq=False)
@@ -67,7 +97,9 @@ class Task:
         """Where its next piece ends."""
         return self.ends[0] if self.ends else self.read
 
-    def event(self, tokens: list[int], log_probs: list[float], top: Sequence[dict[int, float]] = ()) -> Event:
+    def event(
+        self, tokens: list[int], log_probs: list[float], top: Sequence[dict[int, float]] = (), work: Work = NO_WORK
+    ) -> Event:
         """Return what newly drawn tokens are of the answer, and what the likeliest ones beside them."""
         self.drawn += len(tokens)
         stopped = bool(tokens) and tokens[-1] in self.request.stop_ids
@@ -78,7 +110,7 @@ class Task:
             text += self.text.finish()
         stopped |= self.text is not None and self.text.stopped
         finish = "stop" if stopped else "length" if self.has_ended else None
-        return Event(self.id, tokens[:kept], log_probs[:kept], text, finish, top[:kept])
+        return Event(self.id, tokens[:kept], log_probs[:kept], text, finish, top[:kept], work)
 
     def _told(self, tokens: list[int]) -> tuple[str, int]:
         """Return new text, and how many of the tokens it is of: those behind a stop string are none of the answer."""

@@ -14,12 +14,15 @@ from typing import Any
 from flax import nnx
 
 from based_jax.errors import UserError
-from based_jax.nn.mixers import Mixer, checked_options, make_mixer
+from based_jax.nn.mixers import Mixer, checked_options, kind_of, make_mixer
+from based_jax.nn.own_mixer import OwnMixer, is_own
 
-Layers = Iterable[tuple[str, Mapping[str, Any]]]
+Layers = Iterable[tuple[Any, Mapping[str, Any]]]
 
 CONVOLUTIONS = ("base_conv", "conv", "rwkv4_channel_mix", "rwkv7_channel_mix")
 """Layers that see a few tokens: not the main mixer of a model that has others."""
+COUNTED_ELEMENTS = {"main_mixers": False, "with_convolutions": True}
+"""What a row calls the two ways of counting, and their `convolution`."""
 ELEMENT_BYTES = 4
 """Of an element of state, which is fp32."""
 
@@ -28,7 +31,7 @@ def state_elements(layers: Layers, d_model: int, seq_len: int, *, convolution: b
     """Return the elements of state of one sequence, over all layers that count.
 
     Args:
-      layers: (mixer name, options of its Config) in order, as `LMConfig.layers`.
+      layers: (mixer name or class, options of its Config) in order, as `LMConfig.layers`.
       d_model: width D.
       seq_len: tokens read.
       convolution: count `CONVOLUTIONS` too, as zoology's re-run of January 2026 does; Figure 2 of arXiv 2402.18668
@@ -59,9 +62,23 @@ def state_bytes(layers: Layers, d_model: int, seq_len: int, *, convolution: bool
 
 
 def counted_layers(layers: Layers, *, convolution: bool) -> list[tuple[str, dict[str, Any]]]:
-    """Return the layers that count; for errors see `state_elements`."""
-    found = [(kind, checked_options(kind, options)) for kind, options in layers]
+    """Return the layers that count; for errors see `state_elements`.
+
+    Of a mixer from outside the package that has but its name left, as in rows, the options are as they are.
+    """
+    found = [
+        (kind, dict(options) if _name_alone(kind) else checked_options(kind, options))
+        for kind, options in _named(layers)
+    ]
     if not found:
         raise UserError("layers is empty; name at least one mixer.")
     main = [(kind, options) for kind, options in found if kind not in CONVOLUTIONS]
     return found if convolution or not main else main
+
+
+def _named(layers: Layers) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    return ((kind_of(mixer), options) for mixer, options in layers)
+
+
+def _name_alone(kind: str) -> bool:
+    return is_own(kind) and not isinstance(kind, OwnMixer)

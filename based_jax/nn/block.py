@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from based_jax import parallel
-from based_jax.dims import BP, BTD, SegmentIds
+from based_jax.dims import BP, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.init_recipes import initialise
 from based_jax.nn.mixers import build_mixer
+from based_jax.nn.own_mixer import short
 from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.dispatch import target_platform
 from based_jax.ops.few_tokens import few_tokens_residual_norm
@@ -81,11 +82,11 @@ class Block(nnx.Module):
     def __init__(self, kind: str, options: dict, config, *, rngs: nnx.Rngs):
         init = config.init(rngs)
         norm, mlp = layers.NORMS[config.norm], layers.MLPS[config.mlp]
-        self.dtype, self.kind = init.dtype, kind
+        self.dtype, self.kind = init.dtype, short(kind)
         self.norm1 = norm(config.d_model, config.norm_eps, rngs=rngs)
         first = config.layers.index((kind, options))  # layers that are equal are wrong alike
         self.mixer = build_mixer(kind, config.d_model, options, init, where=f"model.layers[{first}]")
-        initialise(self.mixer, kind, config.init_recipe, init)
+        initialise(self.mixer, self.kind, config.init_recipe, init)
         if mlp is None:
             self.mlp = None
         else:
@@ -104,10 +105,9 @@ class Block(nnx.Module):
         """Return the mixer's cache before the first token."""
         return self.mixer.init_cache(batch, max_len)
 
-    def prefill(self, r: BTD, cache, segment_ids: SegmentIds | None = None):
-        """Update the residual stream of the next tokens; return it and the cache after them."""
-        stream, cache = self._through(Stream(r), lambda x: self.mixer.prefill(x, cache, segment_ids))
-        return stream.total(), cache
+    def prefill(self, stream: Stream, cache, segment_ids: SegmentIds | None = None):
+        """Return the stream of next tokens after the block, with the last addition left, and the cache after them."""
+        return self._through(stream, lambda x: self.mixer.prefill(x, cache, segment_ids))
 
     def step(self, stream: Stream, cache):
         """Return the stream of one token after the block, with the last addition left, and the cache after it."""
@@ -119,6 +119,10 @@ class Block(nnx.Module):
             return stream.constrained(), cache
         with jax.named_scope("mlp"):
             return self._fed(self.mlp, stream).constrained(), cache
+
+    def try_tokens(self, stream: Stream, cache):
+        """Return the stream of the next few tokens after the block, and the mixer's trial of them."""
+        return self._through(stream, lambda x: self.mixer.try_tokens(x, cache))
 
     def _mixed(self, stream: Stream, cache) -> tuple[Stream, Any]:
         """Return the stream of one sequence's token after the mixer."""
@@ -192,13 +196,26 @@ class Stack(nnx.Module):
             return caches
         return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (self.repeats, *x.shape)), caches)
 
-    def prefill(self, r: BTD, caches, segment_ids: SegmentIds | None = None):
-        """Update the residual stream of the next tokens; return it and the caches after them."""
-        return self._run(_through(lambda block, r, cache: block.prefill(r, cache, segment_ids)), r, caches)
+    def prefill(self, stream: Stream, caches, segment_ids: SegmentIds | None = None):
+        """Return the stream of the next tokens after all blocks, and the caches after them."""
+        return self._decode(lambda block, stream, cache: block.prefill(stream, cache, segment_ids), stream, caches)
 
     def step(self, stream: Stream, caches):
         """Return the stream of one token after all blocks, and the caches after it."""
-        through = _through(lambda block, stream, cache: block.step(stream, cache))
+        return self._decode(lambda block, stream, cache: block.step(stream, cache), stream, caches)
+
+    def try_tokens(self, stream: Stream, caches):
+        """Return the stream of the next few tokens after all blocks, and the trials of them."""
+        return self._decode(lambda block, stream, cache: block.try_tokens(stream, cache), stream, caches)
+
+    def keep(self, trials, counts: Int[Array, "B"]):
+        """Return the caches after the first tokens of each row of a trial."""
+        keep = _through(lambda block, counts, trial: (counts, block.mixer.keep(trial, counts)))
+        return self._run(keep, counts, trials)[1]
+
+    def _decode(self, call: Callable, stream: Stream, caches) -> tuple[Stream, Any]:
+        """Return the stream after `call(block, stream, cache)` of each block, and the caches; loops carry its total."""
+        through = _through(call)
         if self.repeats == 1:
             return self._run(through, stream, caches)
 

@@ -102,3 +102,15 @@ class TokenCache:
         """
         lost = present & (places >= self.slots)
         return jnp.where(lost.reshape(*lost.shape, *(1,) * (y.ndim - lost.ndim)), jnp.nan, y)
+
+
+class TriedTokens(NamedTuple):
+    """Tokens (B, T, ...) that were read on trial, a tree as of the cache's, and the cache before them."""
+
+    tokens: Any
+    cache: TokenCache
+
+    def kept(self, counts: Int[Array, "B"]) -> TokenCache:
+        """Return the cache with the first tokens of each row."""
+        T = jax.tree.leaves(self.tokens)[0].shape[1]
+        return self.cache.extend(self.tokens, (jnp.arange(T)[None] < counts[:, None]).astype(jnp.int32))

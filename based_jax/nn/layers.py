@@ -12,16 +12,19 @@ from typing import Any, NamedTuple, override
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
+from based_jax import parallel
 from based_jax.dims import BD, BP, DropoutKey
 from based_jax.errors import UserError
 from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.few_tokens import few_tokens_gated, few_tokens_products
 from based_jax.ops.projection import are_decoded, multiply, project
 from based_jax.ops.token_layer import token_mlp
+from based_jax.ops.token_products import token_products, token_sums
 
 INIT_STD = 0.02
 NORM_EPS = 1e-5
@@ -138,8 +141,52 @@ def linear_part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int
     not join small ones itself (`xla_gpu_dot_merger_threshold_mb`).
     """
     assert (end or 0) <= layer.out_features
-    y = multiply(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)[:, begin:end])
+    kernel = parallel.constrain_channels(layer.kernel[...].astype(layer.dtype)[:, begin:end])
+    y = multiply(x.astype(layer.dtype), kernel)
     return y if layer.bias is None else y + per_channel(layer.bias[...][begin:end], y)
+
+
+def split_linear(layer: nnx.Linear, x: Float[Array, "*B D"], widths: Sequence[int]) -> list[Float[Array, "*B _"]]:
+    """Return the parts, so wide, of a linear layer's output; each device along "tensor" has its share of each part."""
+    if (pieces := parallel.channel_pieces(*widths)) == 1:
+        return split(layer(x), np.cumsum(widths)[:-1].tolist())
+    y, bias = joined_by_device(layer, x, widths)
+    return _split_by_device(y if bias is None else y + per_channel(bias, y), widths, pieces, -1)
+
+
+def joined_by_device(
+    layer: nnx.Linear, x: Float[Array, "*B D"], widths: Sequence[int]
+) -> tuple[Float[Array, "*B joint"], Float[Array, "joint"] | None]:
+    """Return a linear layer's product without its bias, and the bias, in which each device along "tensor" has its
+    share of every part, so wide, one after the other.
+    """
+    kernel, bias, pieces = layer.kernel[...].astype(layer.dtype), layer.bias, parallel.channel_pieces(*widths)
+    if pieces > 1:
+        kernel = parallel.constrain_channels(_by_device(kernel, widths, pieces, -1))
+    y = multiply(x.astype(layer.dtype), kernel)
+    return y, None if bias is None else _by_device(bias[...], widths, pieces, -1)
+
+
+def _by_device(x: Array, widths: Sequence[int], pieces: int, axis: int) -> Array:
+    """Return channels in an order in which an equal share of each part follows that of the part before, for a device.
+
+    As parameters hold them, one device would have one part and the next one another: what the layer returns, many
+    times as large as the kernel, would be exchanged.
+    """
+    if pieces == 1:
+        return x
+    shape, axis = x.shape, axis % x.ndim
+    parts = jnp.split(x, np.cumsum(widths)[:-1].tolist(), axis)
+    shares = [y.reshape(*shape[:axis], pieces, -1, *shape[axis + 1 :]) for y in parts]
+    return jnp.concatenate(shares, axis + 1).reshape(shape)
+
+
+def _split_by_device(y: Array, widths: Sequence[int], pieces: int, axis: int) -> list[Array]:
+    """Return the parts of a product whose channels are ordered by device."""
+    shape, axis = y.shape, axis % y.ndim
+    of_device = y.reshape(*shape[:axis], pieces, -1, *shape[axis + 1 :])
+    shares = split(of_device, (np.cumsum(widths)[:-1] // pieces).tolist(), axis + 1)
+    return [x.reshape(*shape[:axis], -1, *shape[axis + 1 :]) for x in shares]
 
 
 def split(y: Shaped[Array, "..."], sections: int | Sequence[int], axis: int = -1) -> list[Shaped[Array, "..."]]:
@@ -205,7 +252,7 @@ def conv_parameter(shape: tuple[int, ...], fan_in: int, *, rngs: nnx.Rngs) -> nn
 def gated(layer: nnx.Linear, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
     """Return value * silu(gate) of the two halves of a linear layer's output; the layer has no bias."""
     if not are_decoded(x.shape):
-        value, gate = split(layer(x), 2)
+        value, gate = split_linear(layer, x, [layer.out_features // 2] * 2)
         return value * jax.nn.silu(gate)
     x, kernel = layer.promote_dtype((x, layer.kernel[...]), dtype=layer.dtype)
     return few_tokens_gated(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
@@ -218,6 +265,19 @@ def several(parts: Sequence[nnx.Linear], x: Float[Array, "*B D"]) -> list[Float[
     x, *kernels = parts[0].promote_dtype((x, *(layer.kernel[...] for layer in parts)), dtype=parts[0].dtype)
     products = few_tokens_products(x.reshape(-1, x.shape[-1]), tuple(kernels))
     return [y.reshape(*x.shape[:-1], -1) for y in products]
+
+
+def several_of_norm(
+    parts: Sequence[nnx.Linear], norm: nnx.RMSNorm, r: BD, y: Pieces | None
+) -> tuple[BD, list[Float[Array, "B _"]]]:
+    """Return r + y of one sequence's token, and the outputs of linear layers without a bias for its norm."""
+    kernels = tuple(layer.kernel[...].astype(layer.dtype) for layer in parts)
+    return token_products(r, y, norm.scale[...], kernels, eps=norm.epsilon)
+
+
+def in_pieces(layer: nnx.Linear, x: Float[Array, "B D"], marks: Int[Array, "_"] | None) -> Pieces:
+    """Return the output of a linear layer without a bias for one sequence's token, with marks for what reads it."""
+    return Pieces(token_sums(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)), marks)
 
 
 class Projected(NamedTuple):
@@ -308,12 +368,22 @@ def rotary(
     An odd `dim` has ceil(dim/2) frequencies, so R is dim + 1 (flash-attention v2.5.2, as attn-1b uses it with 35).
     `scaling` makes others of these frequencies.
     """
-    frequencies = scaling(base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1)))
-    half = frequencies.shape[0]
-    angles = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
+    angles = rotary_angles(jnp.atleast_2d(positions), dim, base, scaling)[:, :, None]
+    half = angles.shape[-1]
     cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def rotary_angles(
+    positions: Int[Array, "*B"],
+    dim: int,
+    base: float,
+    scaling: Callable[[Float[Array, "_"]], Float[Array, "_"]] = lambda frequencies: frequencies,
+) -> Float[Array, "*B half"]:
+    """Return the angles by which `rotary` turns pairs at positions."""
+    frequencies = scaling(base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1)))
+    return positions.astype(jnp.float32)[..., None] * frequencies.reshape(*(1,) * positions.ndim, -1)
 
 
 def scaled(name: str, width: int, factor: float) -> int:
@@ -369,11 +439,30 @@ def to_heads(layer: nnx.Linear, x: Float[Array, "*B D"], num_heads: int, width: 
     """
     if num_heads * width == layer.out_features:
         return split_heads(layer(x), num_heads)
-    kernel = with_zeros(split_heads(layer.kernel[...].astype(layer.dtype), num_heads), -1, width)
-    y = split_heads(multiply(x.astype(layer.dtype), merge_heads(kernel)), num_heads)
-    if layer.bias is None:
-        return y
-    return y + per_channel(with_zeros(split_heads(layer.bias[...], num_heads), -1, width), y)
+    return _to_heads(layer, x, num_heads, width, lambda parameter: parameter)
+
+
+def _to_heads(
+    layer: nnx.Linear, x: Float[Array, "*B D"], num_heads: int, width: int, ordered: Callable[[Array], Array]
+) -> Float[Array, "*B H K"]:
+    """Return a linear layer's output by head, of parameters whose heads (..., H, K) are put in an order before."""
+
+    def by_head(parameter: Array) -> Array:
+        return with_zeros(ordered(split_heads(parameter, num_heads)), -1, width)
+
+    kernel = parallel.constrain_channels(merge_heads(by_head(layer.kernel[...].astype(layer.dtype))))
+    y = split_heads(multiply(x.astype(layer.dtype), kernel), num_heads)
+    return y if layer.bias is None else y + per_channel(by_head(layer.bias[...]), y)
+
+
+def split_to_heads(
+    layer: nnx.Linear, x: Float[Array, "*B D"], heads: Sequence[int], width: int
+) -> list[Float[Array, "*B _ K"]]:
+    """Return the parts of `to_heads`, of so many heads; each device along "tensor" has its share of each part."""
+    if (pieces := parallel.channel_pieces(*heads)) == 1:
+        return split(to_heads(layer, x, sum(heads), width), np.cumsum(heads)[:-1].tolist(), -2)
+    y = _to_heads(layer, x, sum(heads), width, lambda parameter: _by_device(parameter, heads, pieces, -2))
+    return _split_by_device(y, heads, pieces, -2)
 
 
 def from_heads(layer: nnx.Linear, o: Float[Array, "*B H V"]) -> Float[Array, "*B D"] | Projected:

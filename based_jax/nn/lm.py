@@ -82,7 +82,7 @@ class LM(nnx.Module):
 
     def _read(self, ids, segment_ids, positions, dropout_key):
         """Return what `hidden` does, of tokens that stay where they are."""
-        stream, last = Stream(self._in(ids, dropout_key)), len(self.stacks) - 1
+        stream, last = Stream(self.embedded(ids, dropout_key)), len(self.stacks) - 1
         extend = traced_once() if isinstance(ids, jax.core.Tracer) else Stack.extend
         for i, stack in enumerate(self.stacks):
             with jax.named_scope(f"stack_{i}"):
@@ -122,17 +122,24 @@ class LM(nnx.Module):
     @checked
     def prefill(self, ids: BT, cache: tuple, segment_ids: SegmentIds | None = None) -> tuple[BTD, tuple]:
         """Read the next tokens of a sequence; return their hidden states and the caches after them."""
-
-        def read(stack, stream, old):
-            r, new = stack.prefill(stream.total(), old, segment_ids)
-            return Stream(r), new
-
-        return self._decode(ids, cache, read)
+        return self._decode(ids, cache, lambda stack, stream, old: stack.prefill(stream, old, segment_ids))
 
     @checked
     def step(self, ids: Tokens, cache: tuple) -> tuple[BD, tuple]:
         """Read one token; return its hidden state and the caches after it."""
         return self._decode(ids, cache, Stack.step)
+
+    @checked
+    def try_tokens(self, ids: BT, cache: tuple) -> tuple[BTD, tuple]:
+        """Read the next few tokens on trial, all of which may not stay; return their hidden states, and for `keep`.
+
+        So a model verifies tokens that were drafted: at a place the hidden state is that behind those before it.
+        """
+        return self._decode(ids, cache, Stack.try_tokens)
+
+    def keep(self, trials: tuple, counts: Int[Array, "B"]) -> tuple:
+        """Return the caches after the first `counts` tokens of each row that were read on trial."""
+        return tuple(stack.keep(trial, counts) for stack, trial in zip(self.stacks, trials, strict=True))
 
     def mixers(self) -> list[Mixer]:
         """Return each layer's mixer in order; the layers of one repeated pattern share a module."""
@@ -154,7 +161,7 @@ class LM(nnx.Module):
 
     def _decode(self, ids, cache: tuple, read: Callable) -> tuple[Array, tuple]:
         self._check_cache(cache)
-        stream, after = Stream(self._in(ids)), []
+        stream, after = Stream(self.embedded(ids)), []
         for i, (stack, old) in enumerate(zip(self.stacks, cache, strict=True)):
             with jax.named_scope(f"stack_{i}"):
                 stream, new = read(stack, stream, old)
@@ -181,7 +188,8 @@ class LM(nnx.Module):
                 )
 
     @jax.named_scope("embed")
-    def _in(self, ids, dropout_key=None):
+    def embedded(self, ids: Int[Array, "*B"], dropout_key: DropoutKey | None = None) -> Float[Array, "*B D"]:
+        """Return the residual stream before the first layer."""
         self._check_known(ids)
         ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))  # JAX wraps a number that int8 lacks
         beyond = self.config.padded_vocab_size  # whose embedding is NaN

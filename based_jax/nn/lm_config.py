@@ -9,14 +9,15 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from based_jax.config import added_later, check_types
+from based_jax.config import added_later, check_types, shown
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
 from based_jax.nn.block import REMAT_POLICIES
 from based_jax.nn.init_recipes import INIT_RECIPES
 from based_jax.nn.layers import INIT_STD, NORM_EPS
-from based_jax.nn.mixers import MIXERS, checked_options
+from based_jax.nn.mixers import checked_options, kind_of, mixer_class
 from based_jax.nn.mixers.taylor import TaylorConfig
+from based_jax.nn.own_mixer import short
 
 DTYPES = ("bfloat16", "float32")
 """float16 is none of them: what overflows there is no rare case in training, and nothing scales the loss for it."""
@@ -40,7 +41,8 @@ class LMConfig:
     """A model: the layer list is the architecture.
 
     Attributes:
-      layers: one (mixer name, options of its Config) per layer, in order.
+      layers: one (mixer name, options of its Config) per layer, in order; in place of a name, a mixer's class, which a
+        config.json keeps no more than the name of (`nn/own_mixer.py`).
       d_model: width D of the residual stream.
       vocab_size: tokens of the tokenizer.
       pad_vocab_multiple: what the rows of the embedding are a multiple of.
@@ -65,7 +67,7 @@ class LMConfig:
         "full" keeps nothing; "auto" is "none" on GPUs and "dots" elsewhere.
     """
 
-    layers: tuple[tuple[str, dict[str, Any]], ...]
+    layers: tuple[tuple[Any, dict[str, Any]], ...]
     d_model: int
     vocab_size: int = 50257
     pad_vocab_multiple: int = 8
@@ -104,8 +106,7 @@ class LMConfig:
                 raise UserError(f"{name} is {getattr(self, name)}, which fp32 does not hold.")
         if not 0 <= self.embed_dropout < 1:
             raise UserError(f"embed_dropout is {self.embed_dropout}; it is at least 0 and below 1.")
-        checked = [(kind, checked_options(kind, o, f"layers[{i}]")) for i, (kind, o) in enumerate(self.layers)]
-        object.__setattr__(self, "layers", tuple((kind, Options(options)) for kind, options in checked))
+        object.__setattr__(self, "layers", tuple(_layer(i, *layer) for i, layer in enumerate(self.layers)))
         _check("norm", self.norm, layers.NORMS)
         _check("final_norm", self.last_norm, layers.NORMS)
         _check("mlp", self.mlp, layers.MLPS)
@@ -146,16 +147,16 @@ def with_options(config: LMConfig, options: Sequence[str]) -> LMConfig:
     Raises:
       UserError: a text is no such thing, the model has no such mixer, or the mixer no such option or value.
     """
-    kinds = sorted({kind for kind, _ in config.layers})
-    new: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
+    kinds = {short(kind): kind for kind in sorted(_kinds(config))}
+    new: dict[str, dict[str, Any]] = {kind: {} for kind in kinds.values()}
     for text in options:
         name, equals, value = text.partition("=")
         kind, dot, option = name.partition(".")
         if not (equals and dot and option):
             raise UserError(f"'{text}' is no option: give mixer.name=value, such as taylor.flush=16.")
-        if kind not in new:
+        if kind not in kinds:
             raise unknown("mixer", kind, kinds)
-        new[kind][option] = _value(value)
+        new[kinds[kind]][option] = _value(value)
     return _with(config, new)
 
 
@@ -177,16 +178,32 @@ def with_taylor_options(config: LMConfig, **options: Any) -> LMConfig:
     given = {name: value for name, value in options.items() if value is not None}
     if not given:
         return config
-    if not any(issubclass(MIXERS[kind].Config, TaylorConfig) for kind, _ in config.layers):
+    taylor = [kind for kind in _kinds(config) if issubclass(mixer_class(kind).Config, TaylorConfig)]
+    if not taylor:
         name, value = next(iter(given.items()))
         raise UserError(f"{name} is {value}, but the model has no Taylor layer; leave it out.")
-    return _with(config, {kind: given for kind, mixer in MIXERS.items() if issubclass(mixer.Config, TaylorConfig)})
+    return _with(config, dict.fromkeys(taylor, given))
+
+
+def _kinds(config: LMConfig) -> set[str]:
+    return {kind for kind, _ in config.layers}
 
 
 def _with(config: LMConfig, new: Mapping[str, Mapping[str, Any]]) -> LMConfig:
     """Return a config with other options of layers, by mixer."""
     layers = tuple((kind, dict(options) | dict(new.get(kind, {}))) for kind, options in config.layers)
     return dataclasses.replace(config, layers=layers)
+
+
+def _layer(index: int, mixer: Any, options: Mapping[str, Any]) -> tuple[str, Options]:
+    """Return a layer with what its mixer is called, and its options checked."""
+    if not isinstance(mixer, str | type):
+        raise UserError(f"layers[{index}] is of {shown(mixer)}; it is of a mixer's name or class.")
+    try:
+        kind = kind_of(mixer)
+    except UserError as error:
+        raise UserError(f"layers[{index}]: {error}") from None
+    return kind, Options(checked_options(kind, options, f"layers[{index}]"))
 
 
 def _check(what: str, name: str, allowed: Collection[str]) -> None:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
-from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
+from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
 from based_jax.errors import UserError
 from based_jax.nn.cache import Cache
 from based_jax.nn.layers import LARGEST_SIZE, Init, Projected
@@ -38,6 +38,20 @@ class Operation(NamedTuple):
     def step_options(self, impl: str) -> dict[str, str]:
         """Return what a mixer whose option `impl` is this one calls the step with."""
         return {} if self.steps is None else {"impl": beside(impl, self.steps)}
+
+
+class Replay(NamedTuple):
+    """Tokens that were read on trial: their inputs (B, T, D), and the state before them, out of which nothing went."""
+
+    x: BTD
+    state: Any
+
+
+class Trial(NamedTuple):
+    """What a mixer has of tokens that were read on trial, and the cache's id of each row's document."""
+
+    tokens: Any
+    segment_id: Int[Array, "B"]
 
 
 class Mixer(nnx.Module):
@@ -137,6 +151,18 @@ class Mixer(nnx.Module):
         y, state = self._step(x, cache.state)
         return y, cache._replace(state=state)
 
+    def try_tokens(self, x: BTD, cache: Cache) -> tuple[BTD, Trial]:
+        """Mix the next few tokens on trial: `keep` takes as many of them into the cache as turn out to stay.
+
+        There is no padding among them. Raises as `prefill`.
+        """
+        y, tokens = self._try_tokens(x, cache.state)
+        return y, Trial(tokens, cache.segment_id)
+
+    def keep(self, trial: Trial, counts: Int[Array, "B"]) -> Cache:
+        """Return the cache after the first `counts` tokens of each row of a trial, none where it is 0."""
+        return Cache(self._keep(trial.tokens, counts), trial.segment_id)
+
     def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
         """Mix the norm of r + y of one sequence's token, where the mixer has one operation for that; else return None.
 
@@ -155,6 +181,21 @@ class Mixer(nnx.Module):
     @abc.abstractmethod
     def _step(self, x: BD, state: Any) -> tuple[BD | Projected, Any]:
         """Mix one token and return the state after it."""
+
+    def _try_tokens(self, x: BTD, state: Any) -> tuple[BTD, Any]:
+        """Mix tokens on trial, and return what `_keep` needs of them.
+
+        A state that cannot be taken back is left as it is, and the tokens that stay are read again: by then what they
+        are projected to is there, since a program computes equal things once.
+        """
+        y, _ = self._prefill(x, state, None)
+        return y, Replay(x, state)
+
+    def _keep(self, tokens: Any, counts: Int[Array, "B"]) -> Any:
+        """Return the state after the first tokens of each row of a trial."""
+        x, state = tokens
+        kept = jnp.arange(x.shape[1])[None] < counts[:, None]
+        return self._prefill(x, state, Unbroken(kept.astype(jnp.int32)))[1]
 
     def _emptied(self, state: Any, rows: Bool[Array, "B"]) -> Any:
         """Return the state with that before the first token in some rows."""

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from based_jax.nn.accounting import Layers, counted_layers
+from based_jax.nn.mixers import kind_of
+from based_jax.nn.own_mixer import short
 
 FAMILY_NAMES = {
     "taylor": "Based",
@@ -54,7 +56,7 @@ OPTION_LETTERS = {
 def family(layers: Layers) -> str:
     """Return the name of a model's main mixers, in their order: "Based", "Sliding window + Based"."""
     return " + ".join(
-        dict.fromkeys(FAMILY_NAMES.get(kind, kind) for kind, _ in counted_layers(layers, convolution=False))
+        dict.fromkeys(FAMILY_NAMES.get(kind, short(kind)) for kind, _ in counted_layers(layers, convolution=False))
     )
 
 
@@ -84,7 +86,7 @@ def label(layers: Layers, d_model: int) -> str:
 
 def architecture(layers: Layers) -> list[str]:
     """Return one line for each layer: "taylor feature_dim=16 num_heads=1"."""
-    return [" ".join([kind, *(f"{key}={value}" for key, value in _told(options))]) for kind, options in layers]
+    return [" ".join([kind_of(kind), *(f"{key}={value}" for key, value in _told(options))]) for kind, options in layers]
 
 
 def _told(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

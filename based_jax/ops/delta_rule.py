@@ -28,6 +28,7 @@ from based_jax.ops.calls import BTH, Decay, MatrixStateCall
 from based_jax.ops.decays import LogDecays, as_dplr, empty_state, pair_weights
 from based_jax.ops.decode_calls import BH, MatrixStepCall
 from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.hopper import delta_rule as hopper_delta_rule
 from based_jax.ops.hopper import recurrence as hopper_recurrence
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
 from based_jax.ops.triton import delta_rule as triton_delta_rule
@@ -58,7 +59,8 @@ def delta_rule(
       log_decay: at most 0; (B, T, H, K), or (B, T, H, 1) for one decay a head.
       beta: how far (B, T, H) the value under a key moves, 0 to 1 (2 for negative eigenvalues).
       scale, state, segment_ids: as of `dplr`.
-      impl: one of `dplr`.
+      impl: one of `dplr`, or "hopper_chunks" (Mosaic GPU kernels on tensor cores; one decay a head, v in bf16, to which
+        q and k are rounded; K at most 256).
 
     Returns:
       As `dplr`.
@@ -236,6 +238,13 @@ DPLR_IMPLEMENTATIONS = {
     "oracle": Implementation(_recurrent),
 }
 IMPLEMENTATIONS = {
+    "hopper_chunks": Implementation(
+        hopper_delta_rule.compute,
+        hopper_delta_rule.supports,
+        platform="cuda",
+        slower=hopper_delta_rule.slower,
+        specialised=True,
+    ),
     "triton_chunks": Implementation(
         triton_delta_rule.compute,
         triton_dplr.supports,

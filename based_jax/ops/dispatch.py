@@ -1,9 +1,9 @@
 """How an operation picks its implementation: one literal table each, and `auto` that fails closed.
 
 An operation's table maps a name, of a backend and a form as in "hopper_chunks", to an `Implementation`. A backend's
-bare name stands for its first entry. `auto` takes the first entry that is made for the platform being compiled for, or
-preferred there, supports the call and is not slower; otherwise it runs the first XLA form that is not slower, and logs
-once what it left and why. A named implementation that cannot run raises with the reason.
+bare name stands for its first entry that is not specialised. `auto` takes the first entry that is made for the platform
+being compiled for, or preferred there, supports the call and is not slower; otherwise it runs the first XLA form that
+is not slower, and logs once what it left and why. A named implementation that cannot run raises with the reason.
 """
 
 import contextlib
@@ -50,7 +50,8 @@ class Implementation:
     None, `slower` likewise why `auto` leaves a call that can run to another one. `platform` is the only one it runs on
     ("cuda", "tpu"), or None for any; `preferred` is one on which `auto` takes it though it runs on any. `by_place`
     names a call's arrays over time where `compute` takes documents for unbroken: where their ids do not say so
-    (`dims.Unbroken`) these are moved first.
+    (`dims.Unbroken`) these are moved first. One that is `specialised` is for a part of the calls that its backend runs,
+    and the backend's bare name does not stand for it.
     """
 
     compute: Callable[[Any], Any]
@@ -59,6 +60,7 @@ class Implementation:
     preferred: str | None = None
     slower: Callable[[Any], str | None] = no_objection
     by_place: tuple[str, ...] = ()
+    specialised: bool = False
 
     def for_documents(self, unbroken: bool) -> Callable[[Any], Any]:
         """Return `compute` for documents that are known to be unbroken or are not."""
@@ -83,7 +85,7 @@ def named(table: Mapping[str, Implementation], impl: str) -> str | None:
     impl = FORMER_NAMES.get(impl, impl)
     if impl in table:
         return impl
-    return next((name for name in table if backend_of(name) == impl), None)
+    return next((name for name, x in table.items() if backend_of(name) == impl and not x.specialised), None)
 
 
 def backend_of(name: str) -> str:
@@ -117,7 +119,7 @@ def dispatch(
     segment_ids = getattr(call, "segment_ids", None)
     if unbroken := isinstance(segment_ids, Unbroken):
         call = call._replace(segment_ids=segment_ids.ids)
-    run = functools.partial(_run, operation, table, impl, unbroken)
+    run = functools.partial(_run, operation, table, impl, unbroken=unbroken)
     if sequence.pieces(call) == 1:
         return run(call)
     _check_name(operation, table, impl)
@@ -127,7 +129,7 @@ def dispatch(
     return cut(run, call)
 
 
-def _run(operation: str, table: Mapping[str, Implementation], impl: str, unbroken: bool, call: Any) -> Any:
+def _run(operation: str, table: Mapping[str, Implementation], impl: str, call: Any, *, unbroken: bool) -> Any:
     name = choose(operation, table, impl, call)
     _CHOICES.get().setdefault(operation, {})[name] = None
     chosen = table[name]

@@ -51,9 +51,13 @@ def gated_short_conv(
     call = GatedConvCall(x, kernel, bias, state, segment_ids)
     y = dispatch("gated_short_conv", IMPLEMENTATIONS, impl, call, CUT)
     width, channels = kernel.shape
-    inputs = x[:, -width:, :channels] if segment_ids is None else x[..., :channels]
-    u = _biased(inputs, None if bias is None else bias[:channels])
+    u = convolved_inputs(x[:, -width:] if segment_ids is None else x, channels, bias)
     return y, last_inputs(u, width, state, segment_ids)
+
+
+def convolved_inputs(x: Joint, channels: int, bias: JointBias | None) -> BTD:
+    """Return u, the half of x that is convolved, with its bias."""
+    return _biased(x[..., :channels], None if bias is None else bias[:channels])
 
 
 @checked
@@ -94,8 +98,7 @@ def _wide(call: GatedConvCall, *, impl: str) -> BTD:
 
 def _convolved(call: GatedConvCall) -> BTD:
     """Return the half of x that is convolved, with its bias."""
-    channels = call.kernel.shape[1]
-    return _biased(call.x[..., :channels], None if call.bias is None else call.bias[:channels])
+    return convolved_inputs(call.x, call.kernel.shape[1], call.bias)
 
 
 CUT = sequence.Tails(lambda call: call.kernel.shape[0], _convolved)

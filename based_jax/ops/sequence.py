@@ -8,7 +8,8 @@ device, and the call of the whole rows:
   finds the state before it, and runs its piece from there. What writes into states is thus done twice.
 - `Tails`, of convolutions: the last inputs before a piece are the state that it starts from.
 - `windowed`, of attention to the last keys: those before a piece stand before its own.
-- `ops/softmax_ring.py`, of attention to all keys: keys and values go round.
+- `by_heads`, of attention to all keys: each device has all tokens of a share of its heads for as long.
+- `ops/softmax_ring.py`, of attention whose heads the devices cannot share: keys and values go round.
 
 Documents go on over a cut where their ids do (`ops/segments.py`); a document's end hides what is before it.
 """
@@ -26,7 +27,8 @@ from based_jax.ops import calls, segments, sharded
 from based_jax.ops.dimensions import DIMENSIONS, TOKENS
 from based_jax.ops.scan import expand
 
-Run = Callable[[Any], Any]
+Run = Callable[..., Any]
+"""Of a call on one device; `unbroken=False` says that padding may stand within its documents after all."""
 Cut = Callable[[Run, Any], Any]
 Ids = Int[Array, "B _"]
 
@@ -136,6 +138,21 @@ def windowed(run: Run, call: calls.AttentionCall) -> Array:
         return run(part._replace(q=q, k=k, v=v, segment_ids=ids))[:, width:]
 
     return sharded.per_device(on_device if width else run, call)
+
+
+def by_heads(run: Run, call: calls.AttentionCall) -> Array:
+    """Run all tokens of a share of each device's heads there (DeepSpeed Ulysses, arXiv 2309.14509).
+
+    What is exchanged for it, q, k, v and the outputs, does not grow with the devices, each of which has as many pairs.
+    """
+
+    def on_device(part: calls.AttentionCall) -> Array:
+        q, k, v = map(sharded.heads_for_time, (part.q, part.k, part.v))
+        ids = None if part.segment_ids is None else sharded.all_of_time(part.segment_ids)
+        return sharded.time_for_heads(run(part._replace(q=q, k=k, v=v, segment_ids=ids), unbroken=False))
+
+    # All that is given differs by device, and a library's kernel does not say that its results do.
+    return sharded.per_device(on_device, call, check_vma=False)
 
 
 def inputs_before(x: Shaped[Array, "B T D"], segment_ids: BT | None, width: int) -> Shaped[Array, "B {width} D"]:

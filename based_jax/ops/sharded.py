@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from based_jax.ops import dimensions
 from based_jax.ops.dimensions import Names
-from based_jax.parallel import BATCH_AXES, HEAD_AXES, PARAMETER_RULES, TIME_AXES, free_axes
+from based_jax.parallel import BATCH_AXES, HEAD_AXES, PARAMETER_RULES, TIME_AXES, channel_pieces, free_axes
 
 MESH_AXES = {
     "batch": BATCH_AXES,
@@ -79,6 +79,37 @@ def per_shard(
     out = tuple(map(spec, results)) if len(results) > 1 else spec(results[0])
     shared = jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names=free, **options)
     return shared(*(x for x, _ in given))
+
+
+def by_channels(
+    function: Callable,
+    arguments: Sequence[Any],
+    dimensions: Sequence[int | None],
+    results: Sequence[int],
+    channels: int,
+) -> Any:
+    """Return `function(*arguments)`, run by every device along `HEAD_AXES` on its share of the channels.
+
+    For operations on several halves or parts of a projection that each device has of its own, joined; rows and tokens
+    stay XLA's to divide, or those of kernels within.
+
+    Args:
+      arguments: arrays, trees of them, and None for what is not given.
+      dimensions: of each argument the one that has channels; None where it is whole.
+      results: the same of the results.
+      channels: of each part, which the devices divide, or they all have the whole.
+    """
+    if channel_pieces(channels) == 1:
+        return function(*arguments)
+
+    def spec(dimension: int | None) -> PartitionSpec:
+        return PartitionSpec() if dimension is None else PartitionSpec(*(None,) * dimension, HEAD_AXES)
+
+    specs = tuple(map(spec, dimensions))
+    # What a shard_map within keeps for its gradient would else be told to lie over these axes twice.
+    options: dict[str, Any] = {"axis_names": set(HEAD_AXES), "check_vma": False}
+    shared = jax.shard_map(function, in_specs=specs, out_specs=tuple(map(spec, results)), **options)
+    return shared(*arguments)
 
 
 def per_device(function: Callable, call: Any, **options: Any) -> Any:
@@ -184,6 +215,21 @@ def handed_on(own: Any) -> Any:
     count = count_in_time()
     pairs = [(i, (i + 1) % count) for i in range(count)]
     return jax.tree.map(lambda x: lax.ppermute(x, TIME_AXES, pairs), own)
+
+
+def heads_for_time(x: jax.Array) -> jax.Array:
+    """Return all tokens (B, T, H / pieces, .) of this device's share of the heads, given a piece of all heads'."""
+    return lax.all_to_all(x, TIME_AXES, 2, 1, tiled=True)
+
+
+def time_for_heads(x: jax.Array) -> jax.Array:
+    """Return what `heads_for_time` is given."""
+    return lax.all_to_all(x, TIME_AXES, 1, 2, tiled=True)
+
+
+def all_of_time(x: jax.Array) -> jax.Array:
+    """Return what all devices have of rows (B, T, ...), in order of time."""
+    return lax.all_gather(x, TIME_AXES, axis=1, tiled=True)
 
 
 def from_last(own: Any) -> Any:

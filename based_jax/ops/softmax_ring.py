@@ -23,8 +23,13 @@ from based_jax.ops.calls import AttentionCall
 Numbers = Integer[Array, "#B T"]
 
 
-def cut(_run: sequence.Run, call: AttentionCall) -> BTHV:
-    """Return attention to all keys before, each device for its piece of time; `sequence.Cut` of whatever form."""
+def cut(run: sequence.Run, call: AttentionCall) -> BTHV:
+    """Return attention to all keys before, each device for its piece of time; a `sequence.Cut`.
+
+    Heads that the devices can share are exchanged for time, whatever the form, and others' keys go round.
+    """
+    if sharded.part_of_device("heads", call.q.shape[2]) % sequence.pieces(call) == 0:
+        return sequence.by_heads(run, call)
     return sharded.per_device(_on_device, call)
 
 

@@ -19,7 +19,7 @@ from based_jax.ops import sharded, softmax
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.decode_calls import AttentionStepCall
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.dispatch import Implementation, dispatch, not_run
 from based_jax.ops.hopper import attention_step as hopper_step
 from based_jax.ops.triton import attention_step as triton_step
 
@@ -53,6 +53,21 @@ def attention_step(
 
 
 @checked
+def attention_step_weights(
+    q: BHK, k: BSGK, v: BSGV, length: Int[Array, "B"], *, head_dim: int | None = None, impl: str = "auto"
+) -> tuple[BHV, Float[Array, "B S G"]]:
+    """Return what `attention_step` and `attention_weights` do of the same call.
+
+    Args:
+      impl: "xla_blocks", "triton_splits" (as of `attention_step`; keys are read once for both; what it returns has been
+        checked on no GPU, so not auto's), "oracle" or "auto".
+    """
+    check_groups(q.shape[1], k.shape[2])
+    call = AttentionStepCall(q, k, v, length, head_dim)
+    return dispatch("attention_step_weights", ATTENTION_STEP_WEIGHTS, impl, call)
+
+
+@checked
 @jax.named_scope("attention_weights")
 def attention_weights(
     q: BHK, k: BSGK, length: Int[Array, "B"], *, head_dim: int | None = None
@@ -75,17 +90,20 @@ def check_groups(heads: int, groups: int) -> None:
         raise UserError(f"Keys and values have {groups} heads; these divide the {heads} of the queries.")
 
 
-def per_device(compute):
+OUTPUT, CACHED = ("batch", "heads"), ("batch", None, "heads")
+
+
+def per_device(compute, results=(OUTPUT,)):
     """Return an implementation of `AttentionStepCall` that each device runs for its rows and heads."""
-    names = ("batch", "heads"), ("batch", None, "heads"), ("batch", None, "heads"), ("batch",)
+    names = OUTPUT, CACHED, CACHED, ("batch",)
 
     @functools.wraps(compute)
-    def on_devices(call: AttentionStepCall) -> BHV:
-        def on_device(*arrays: Array) -> BHV:
+    def on_devices(call: AttentionStepCall):
+        def on_device(*arrays: Array):
             q, k, v, length = sharded.vary_alike(*arrays)
             return compute(AttentionStepCall(q, k, v, length, call.head_dim))
 
-        return sharded.per_shard(on_device, call[:4], names, [names[0]])
+        return sharded.per_shard(on_device, call[:4], names, results)
 
     return on_devices
 
@@ -140,6 +158,15 @@ def _met(sums, s: Scores, there: Bool[Array, "B S"], v: BSGV):
     return higher, factor * total + p.sum(axis=1), factor[..., None] * o + jnp.sum(p[..., None] * v[:, :, :, None], 1)
 
 
+def _with_weights(compute):
+    """Return an implementation that reads the keys again for their weights."""
+
+    def both(call: AttentionStepCall) -> tuple[BHV, Float[Array, "B S G"]]:
+        return compute(call), attention_weights(call.q, call.k, call.length, head_dim=call.head_dim)
+
+    return both
+
+
 def _cudnn(call: AttentionStepCall) -> BHV:
     """Attention of one query with real lengths."""
     q, k, v = (sharded.fill(x, {3: softmax.CUDNN_HEAD_MULTIPLE}) for x in (call.q[:, None], call.k, call.v))
@@ -164,4 +191,14 @@ ATTENTION_STEP = {
     "cudnn_flash": Implementation(_cudnn, _cudnn_supports, platform="cuda"),
     "xla_blocks": Implementation(_blocks),
     "oracle": Implementation(_oracle),
+}
+ATTENTION_STEP_WEIGHTS = {
+    "triton_splits": Implementation(
+        per_device(triton_step.compute_with_weights, (OUTPUT, CACHED)),
+        triton_step.supports,
+        platform="cuda",
+        slower=not_run,
+    ),
+    "xla_blocks": Implementation(_with_weights(_blocks)),
+    "oracle": Implementation(_with_weights(_oracle)),
 }

@@ -11,7 +11,7 @@ import pandas as pd
 
 from based_jax.errors import UserError
 from based_jax.nn import names
-from based_jax.nn.accounting import state_bytes
+from based_jax.nn.accounting import COUNTED_ELEMENTS, ELEMENT_BYTES, state_bytes
 
 Row = Mapping[str, Any]
 
@@ -62,7 +62,13 @@ class Configuration:
         return len({_seed(row) for row in self.rows}) - len(self.chosen)
 
     def state_bytes(self, *, convolution: bool) -> int:
-        """Return bytes of state after the longest test; see `nn.accounting`."""
+        """Return bytes of state after the longest test; see `nn.accounting`.
+
+        Those of a model with a mixer from outside the package stand in its row.
+        """
+        if (counted := self.row.get("counted_elements")) is not None:
+            [name] = (name for name, value in COUNTED_ELEMENTS.items() if value == convolution)
+            return ELEMENT_BYTES * counted[name]
         return state_bytes(self.layers, self.d_model, longest_test(self.row), convolution=convolution)
 
 
@@ -108,6 +114,7 @@ KINDS_BY_KEY: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("status", "sweep"), TEXT_OR_NONE),
     "overrides": (dict,),
     "versions": (dict, type(None)),
+    "counted_elements": (dict, type(None)),
 }
 """Of what a row may have beside its config."""
 

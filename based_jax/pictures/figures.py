@@ -6,7 +6,7 @@ Each is as wide as a column of a paper, or as its page, and saved as PNG, SVG an
 import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def frontier(
     *,
     published: Sequence[ReferencePoint] = (),
     convolution: bool = False,
+    named: Collection[str] = (),
 ) -> list[Path]:
     """Draw accuracy against bytes of state, a line along the front of each family, and published points behind.
 
@@ -43,6 +44,7 @@ def frontier(
       path: of the picture; its ending is replaced by .png, .svg and .pdf.
       published: points of other sources.
       convolution: count short-convolution layers; see `nn.accounting.state_elements`.
+      named: families whose points stand out, with their name beside the best one.
 
     Returns:
       the three files.
@@ -51,12 +53,16 @@ def frontier(
       UserError: there are no rows, one is not of a sweep, they are of different tasks or tests, or the files cannot be
         written.
     """
-    return paper.save(frontier_figure(rows, published=published, convolution=convolution), path)
+    return paper.save(frontier_figure(rows, published=published, convolution=convolution, named=named), path)
 
 
 @matplotlib.rc_context(styles.PAPER)
 def frontier_figure(
-    rows: Iterable[Row], *, published: Sequence[ReferencePoint] = (), convolution: bool = False
+    rows: Iterable[Row],
+    *,
+    published: Sequence[ReferencePoint] = (),
+    convolution: bool = False,
+    named: Collection[str] = (),
 ) -> Figure:
     """Return what `frontier` draws."""
     points = _drawable(rows)
@@ -70,6 +76,8 @@ def frontier_figure(
     _draw_published(panel, published, style_of, convolution)
     for name, style in style_of.items():
         _draw_family(panel, name, [x for x in points if x.family == name], style, convolution)
+    for name in named:
+        _name_best(panel, name, [x for x in points if x.family == name and x.chosen], convolution)
     for name, marker in sources.items():
         panel.axes.plot([], [], ls="", **marked(QUIET, marker), mfc="none", mew=0.75, label=name)
     _name_diverged(panel.axes, points)
@@ -232,6 +240,15 @@ def _draw_family(panel: AccuracyPanel, name: str, points: Points, style: Style, 
     panel.marks([places[x] for x in known], [x.median for x in known], **form)
     _draw_spans(panel, known, [places[x] for x in known], style.colour)
     panel.diverged([places[x] for x in points if x.diverged_seeds], style.colour)
+
+
+def _name_best(panel: AccuracyPanel, name: str, points: Points, convolution: bool) -> None:
+    """Draw a ring about each point of a family, and its name beside the best one."""
+    places = [x.state_bytes(convolution=convolution) for x in points]
+    panel.marks(places, [x.median for x in points], marker="o", color="black", ms=9, mfc="none", mew=0.9, zorder=4)
+    if points:
+        best = max(range(len(points)), key=lambda i: points[i].median)
+        panel.name(places[best], points[best].median, name)
 
 
 def _state_of(points: Points, *, convolution: bool) -> str:

@@ -48,6 +48,13 @@ class AccuracyPanel:
             span = [[0.0], [high - low]]
             self.magnifier.errorbar([place], [low], span, **form)
 
+    def name(self, place: float, accuracy: float, text: str) -> None:
+        """Write what a point is beside it."""
+        magnified = self.magnifier is not None and accuracy >= MAGNIFIED_FROM
+        axes = self.magnifier if self.magnifier is not None and magnified else self.axes
+        [accuracy] = _capped([accuracy])
+        axes.annotate(text, (place, accuracy), (6, -2), textcoords="offset points", va="top", weight="bold", zorder=5)
+
     def diverged(self, places: Sequence[float], colour: str) -> None:
         """Mark, at the lower edge, places where nothing but divergence came out."""
         edge: dict[str, Any] = {"transform": self.axes.get_xaxis_transform(), "clip_on": False, "zorder": 5}

@@ -21,6 +21,9 @@ class Metrics:
         self.finished = self._counter("texts_finished", "continuations by what ended them", ["reason"])
         self.prompt_tokens = self._counter("prompt_tokens", "tokens of prompts that were taken")
         self.new_tokens = self._counter("generated_tokens", "tokens that were drawn")
+        self.steps = self._counter("steps", "steps that drew them, each of which may verify drafted tokens")
+        self.drafted = self._counter("drafted_tokens", "tokens that were drafted")
+        self.accepted = self._counter("accepted_tokens", "drafted tokens that proved right")
         self.first_token = self._histogram("time_to_first_token_seconds", "from a request to its first token")
         self.text_seconds = self._histogram("text_seconds", "from a request to the end of a continuation")
 
@@ -31,6 +34,9 @@ class Metrics:
     def observe(self, event: Event, seconds: float, is_first: bool) -> None:
         """Count an event that came so long after its request."""
         self.new_tokens.inc(len(event.tokens))
+        self.steps.inc(event.work.steps)
+        self.drafted.inc(event.work.offered)
+        self.accepted.inc(event.work.accepted)
         if is_first:
             self.first_token.observe(seconds)
         if event.finish is not None:

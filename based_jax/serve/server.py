@@ -17,7 +17,7 @@ import uvicorn
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.folders import reason
-from based_jax.generate import Decoder, PrefixCache, Scheduler
+from based_jax.generate import Decoder, Drafts, PrefixCache, Scheduler
 from based_jax.nn.lm import LM
 from based_jax.serve.api_errors import shutting_down
 from based_jax.serve.app import Service, make_app
@@ -41,6 +41,7 @@ def serve(
     limits: Limits | None = None,
     api_key: str | None = None,
     grace: float = GRACE_SECONDS,
+    drafts: Drafts | None = None,
     ready: Callable[[str], None] = lambda sentence: None,
 ) -> None:
     """Serve a language model until SIGINT or SIGTERM; requests in flight then have `grace` seconds to end.
@@ -53,13 +54,14 @@ def serve(
       limits: what is answered at most.
       api_key: what requests have to show, as "Authorization: Bearer KEY".
       grace: seconds between the signal and the last token.
+      drafts: tokens that are drafted for the model to verify.
       ready: called with a sentence for the user once requests are taken.
 
     Raises:
-      UserError: the tokenizer is not the model's, or another server listens there by now.
+      UserError: the tokenizer is not the model's, drafts are not for it, or another server listens there by now.
       Exception: what ended the model.
     """
-    service = make_service(model, tokenizer, name, limits=limits or Limits(), api_key=api_key)
+    service = make_service(model, tokenizer, name, limits=limits or Limits(), api_key=api_key, drafts=drafts)
     if service.api_key is None and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
         log.warning("Whoever reaches this machine may use the model: there is no API key.")
     server = Server(service, grace, lambda: ready(_invitation(service, listener)))
@@ -85,7 +87,13 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def make_service(
-    model: LM | Decoder, tokenizer: Tokenizer, name: str, *, limits: Limits, api_key: str | None = None
+    model: LM | Decoder,
+    tokenizer: Tokenizer,
+    name: str,
+    *,
+    limits: Limits,
+    api_key: str | None = None,
+    drafts: Drafts | None = None,
 ) -> Service:
     """Return a model that is served, its programs compiled; see `serve`."""
     vocab_size = model.config.vocab_size
@@ -95,7 +103,12 @@ def make_service(
     limits = limits.of_model(model.max_len)
     prefix_cache = PrefixCache(limits.prefix_bytes) if limits.prefix_bytes else None
     scheduler = Scheduler(
-        model, slots=limits.slots, max_len=limits.max_len, prefix_cache=prefix_cache, tokenizer=tokenizer
+        model,
+        slots=limits.slots,
+        max_len=limits.max_len,
+        prefix_cache=prefix_cache,
+        tokenizer=tokenizer,
+        drafts=drafts,
     )
     scheduler.compile()
     metrics = Metrics()

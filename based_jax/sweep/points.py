@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from based_jax.errors import UserError
+from based_jax.nn.mixers import Mixer, kind_of
 
 MAX_CHARACTERS_SHOWN = 200
 
@@ -43,7 +44,7 @@ def zipped(*spaces: Space) -> Space:
 
 
 def checked_point(point: Any) -> Point:
-    """Return a point with its arrays and numbers of numpy as lists and numbers of Python.
+    """Return a point with arrays and numbers of numpy as lists and numbers of Python, mixers' classes as names.
 
     Raises:
       UserError: it is no dict from config keys to values that JSON can hold, or a section comes after a key inside it.
@@ -75,6 +76,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [*map(_plain, value)] if isinstance(value, list) else (*map(_plain, value),)
+    if isinstance(value, type) and issubclass(value, Mixer):
+        return kind_of(value)
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 

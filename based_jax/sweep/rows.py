@@ -14,7 +14,8 @@ import jax
 
 from based_jax import config as configs
 from based_jax.nn import names
-from based_jax.nn.accounting import ELEMENT_BYTES
+from based_jax.nn.accounting import COUNTED_ELEMENTS, ELEMENT_BYTES, state_elements
+from based_jax.nn.own_mixer import is_own, short
 from based_jax.revision import revision
 from based_jax.sweep.checks import abstract_model
 from based_jax.sweep.lane_training import Outcome
@@ -47,14 +48,20 @@ def run_row(point: Point, config: TrainConfig, results: Mapping[str, float] | No
       seconds: of the process that ended it.
     """
     found = results or {}
-    accuracies = {name: value for name, value in found.items() if name.endswith("/accuracy")}
     return _point_and_size(point, config) | {
         "status": "diverged" if results is None else "finished",
         **{name: found.get(name) for name in ("accuracy", "loss", "perplexity")},
-        "segments": {name.removesuffix("/accuracy"): value for name, value in accuracies.items()},
+        "segments": _by_segment(found, "accuracy"),
+        "segment_losses": _by_segment(found, "loss"),
         "steps": config.steps,
         "seconds": round(seconds, 3),
     }
+
+
+def _by_segment(results: Mapping[str, float], metric: str) -> dict[str, float]:
+    """Return one metric of each segment of an evaluation by the segment's name."""
+    end = f"/{metric}"
+    return {name.removesuffix(end): value for name, value in results.items() if name.endswith(end)}
 
 
 def _written(value: float) -> float | None:
@@ -71,7 +78,17 @@ def _point_and_size(point: Point, config: RunConfig) -> dict[str, Any]:
         "state_elements": elements,
         "state_bytes": ELEMENT_BYTES * elements,
         "params": model.num_params(),
+        **_counted_elements(config),
     }
+
+
+def _counted_elements(config: RunConfig) -> dict[str, Any]:
+    """Return what pictures count of a model with a mixer from outside the package, of which a row has but the name."""
+    if not any(is_own(kind) for kind, _ in config.model.layers):
+        return {}
+    arguments = config.model.layers, config.model.d_model, config.data.longest_test
+    counted = {name: state_elements(*arguments, convolution=value) for name, value in COUNTED_ELEMENTS.items()}
+    return {"counted_elements": counted}
 
 
 def facts_of(name: str, command: str) -> dict[str, Any]:
@@ -84,7 +101,7 @@ def facts_of(name: str, command: str) -> dict[str, Any]:
 def describe(config: RunConfig) -> str:
     """Return an architecture in a few words: "base_conv + taylor, D 64, K 16"."""
     layers = config.resolved["model"]["layers"]
-    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(kind for kind, _ in layers)]
+    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(short(kind) for kind, _ in layers)]
     kinds = " + ".join(f"{kind} x{count}" if count > 1 else kind for kind, count in runs)
     return f"{kinds}, {names.label(layers, config.model.d_model)}"
 

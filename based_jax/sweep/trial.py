@@ -13,7 +13,7 @@ from based_jax.errors import UserError
 from based_jax.sweep.checks import impossible
 from based_jax.sweep.points import Point, checked_point, shown
 from based_jax.train.run import RunConfig, TrainConfig
-from based_jax.train.tasks import SyntheticTask
+from based_jax.train.tasks import FILE_TASKS, SyntheticTask
 
 TRACED_KEYS = ("seed", "optim.lr", "optim.weight_decay")
 """Values that enter a program as arrays: trials that differ in them alone are lanes of one program."""
@@ -68,7 +68,8 @@ class Trial(RunConfig):
 class Sweep:
     """A base config and the points that override it: trials in epochs, or whole runs in steps.
 
-    Whole runs are `TrainConfig`s, as of the command `train`: a base that has "steps" or whose data is text is of them.
+    Whole runs are `TrainConfig`s, as of the command `train`: a base that has "steps", or whose data is read from files,
+    is of them.
 
     Raises:
       UserError: the base is no mapping, or the points are not flat dicts.
@@ -89,7 +90,7 @@ class Sweep:
         """What a point is: `Trial` or `TrainConfig`."""
         data = self.base.get("data")
         kind = data.get("kind") if isinstance(data, Mapping | ConfigDict) else None
-        return TrainConfig if "steps" in self.base or kind == "text" else Trial
+        return TrainConfig if "steps" in self.base or kind in FILE_TASKS else Trial
 
     def trials(self) -> list[tuple[Point, Any]]:
         """Return every point with its `config_class`, each config once.

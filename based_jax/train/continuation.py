@@ -49,7 +49,8 @@ def sized(config: TrainConfig, mesh: Mesh, workdir: Path) -> tuple[TrainConfig, 
     new = config.sized(mesh)
     if new is config or not (workdir / CONFIG_FILE).exists():
         return new, []
-    kept = dataclasses.replace(new, batch_size=configs.read(TrainConfig, workdir).batch_size)
+    began = configs.read(TrainConfig, workdir, configs.known_texts(new))
+    kept = dataclasses.replace(new, batch_size=began.batch_size)
     line = f"kept: batch_size is {kept.batch_size}, with which the run began, rather than {new.batch_size}"
     return kept, [line] if kept != new else []
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from based_jax.config import added_later
 from based_jax.errors import UserError
 from based_jax.nn.accounting import ELEMENT_BYTES
 from based_jax.nn.lm import LM, LMConfig
-from based_jax.nn.mixers import MIXERS
+from based_jax.nn.mixers import kind_of, mixer_class
 from based_jax.optim import OptimConfig
 from based_jax.train.checkpoint import CheckpointConfig, SavedCheckpoints
 from based_jax.train.init_from import InitFrom
@@ -68,7 +68,7 @@ class RunConfig:
     def resolved(self) -> dict[str, Any]:
         """Every value, the defaults of mixers and task too, as JSON holds them; see `config.to_dict`."""
         values = configs.to_dict(self)
-        full = [(kind, configs.to_dict(MIXERS[kind].Config(**options))) for kind, options in self.model.layers]
+        full = [(kind, configs.to_dict(mixer_class(kind).Config(**options))) for kind, options in self.model.layers]
         values["model"]["layers"], values["data"] = full, self.data.resolved_values
         return configs.to_dict(values)
 
@@ -154,18 +154,29 @@ def load_config(source: str | Mapping[str, Any], overrides: Mapping[str, Any] | 
     return build_config(configs.overridden(values, overrides or {}))
 
 
-def build_config(values: Mapping[str, Any] | ConfigDict) -> TrainConfig:
+def build_config(values: Mapping[str, Any] | ConfigDict, workdir: str | Path | None = None) -> TrainConfig:
     """Return the checked config of nested values, of which `model` may be a folder that `convert.load_hf` reads.
 
-    It is the model of that folder then, and a run begins with its parameters if `init_from` does not say otherwise.
+    It is the model of that folder then, and a run begins with its parameters if `init_from` does not say otherwise. The
+    run of `workdir`, which began so, goes on when the folder is no longer there.
 
     Raises:
       UserError: the folder holds no model; otherwise as `config.build`.
     """
     folder = values.get("model")
     if isinstance(folder, str):
-        values = {"init_from": folder} | {key: values[key] for key in values} | {"model": _published_model(folder)}
+        model = _begun_model(folder, workdir) or _published_model(folder)
+        values = {"init_from": folder} | {key: values[key] for key in values} | {"model": model}
     return configs.build(TrainConfig, values)
+
+
+def _begun_model(folder: str, workdir: str | Path | None) -> dict[str, Any] | None:
+    """Return the model of the workdir's run, if that began with a folder that is gone."""
+    if workdir is None or Path(folder).exists() or not (Path(workdir) / configs.CONFIG_FILE).is_file():
+        return None
+    begun = configs.read(TrainConfig, workdir)
+    source = begun.init_from.path if isinstance(begun.init_from, InitFrom) else None
+    return configs.to_dict(begun.model) if source == folder else None
 
 
 def _published_model(folder: str) -> dict[str, Any]:
@@ -174,13 +185,16 @@ def _published_model(folder: str) -> dict[str, Any]:
     return configs.to_dict(hf_config(folder))
 
 
-def load_run(workdir: str | Path, step: int | None = None) -> tuple[TrainConfig, int, LM]:
+def load_run(workdir: str | Path, step: int | None = None, mixers: Iterable[type] = ()) -> tuple[TrainConfig, int, LM]:
     """Return (config, step, model) of a trained run, from its last good checkpoint or from that of `step`.
 
+    `mixers` are the classes of its layers that the package lacks, of which config.json has the names.
+
     Raises:
-      UserError: the folder is no run's, its config.json is damaged or of another version, or it has no good checkpoint.
+      UserError: the folder is no run's, its config.json is damaged or of another version, or it has no good checkpoint;
+        a layer's class is not among `mixers`, or has changed since.
     """
-    config = configs.read(TrainConfig, workdir)
+    config = configs.read(TrainConfig, workdir, [kind_of(mixer) for mixer in mixers])
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: LM(config.model, rngs=nnx.Rngs(config.seed))))
     params = parallel.placed(shapes, parallel.make_mesh())
     step, fields = SavedCheckpoints(Path(workdir) / CHECKPOINTS_FOLDER).restore({"params": params}, step)

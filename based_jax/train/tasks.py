@@ -26,6 +26,7 @@ from based_jax.data import (
     state_tracking,
 )
 from based_jax.data.checks import check_bools, check_choice
+from based_jax.data.fasta import LETTERS, check_dna
 from based_jax.data.hosts import Rows
 from based_jax.data.segments import SegmentedTask, SegmentSource
 from based_jax.data.text_checks import TextPart, check_text, located
@@ -33,6 +34,7 @@ from based_jax.data.tokenizer_file import is_file_name, vocabulary_size
 from based_jax.errors import UserError
 
 if typing.TYPE_CHECKING:
+    from based_jax.data.dna import DnaSource
     from based_jax.data.text import TextSource
 
 
@@ -247,6 +249,64 @@ class TextTask:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class DnaTask:
+    """Language modelling on DNA, base by base (`data/dna.py`).
+
+    Attributes:
+      kind: the key that chooses the task in a config.
+      path: a FASTA file or a folder of them; None for the shipped genome of E. coli and slice of human chromosome 22.
+      seq_len: bases of a training row.
+      test_lengths: bases of the rows of evaluations, which read the same held-out bases at each; () for seq_len.
+      reverse_complement: whether half of the training rows are of the other strand.
+      seed: of the rows' places and strands.
+    """
+
+    kind: Literal["dna"] = "dna"
+    path: str | None = None
+    seq_len: int = 8192
+    test_lengths: tuple[int, ...] = ()
+    reverse_complement: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        check_dna(self.path, self.seq_len, self.test_lengths, self.reverse_complement, self.seed)
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids that the task uses."""
+        return len(LETTERS)
+
+    @property
+    def resolved_values(self) -> dict[str, Any]:
+        """Every value by its key."""
+        return configs.to_dict(self)
+
+    @property
+    def longest_test(self) -> int:
+        """Bases of the longest row that is evaluated."""
+        return max(self.test_lengths, default=self.seq_len)
+
+    @property
+    def located(self) -> "DnaTask":
+        """The same task with an absolute path."""
+        return dataclasses.replace(self, path=self.path and located(self.path))
+
+    def open(self, batch_size: int, rows: Rows | None = None) -> "DnaSource":
+        """Read the files, and return the source of batches, of which this host feeds these rows."""
+        from based_jax.data.dna import DnaSource  # imports grain, as text does
+
+        return DnaSource(
+            self.path,
+            self.seq_len,
+            batch_size,
+            test_lengths=self.test_lengths,
+            reverse_complement=self.reverse_complement,
+            seed=self.seed,
+            rows=rows,
+        )
+
+
 SYNTHETIC_TASKS: dict[str, type[PresetTask]] = {
     "mqar": preset_task("mqar", mqar.PRESETS, "figure2"),
     "selective_copying": preset_task("selective_copying", selective_copying.PRESETS),
@@ -259,7 +319,8 @@ SYNTHETIC_TASKS: dict[str, type[PresetTask]] = {
     "compositional_mqar": preset_task("compositional_mqar", compositional_mqar.PRESETS),
     "needle": preset_task("needle", needle.PRESETS),
 }
-TASKS: dict[str, type[TaskConfig]] = {**SYNTHETIC_TASKS, "text": TextTask}
+FILE_TASKS: dict[str, type[TaskConfig]] = {"text": TextTask, "dna": DnaTask}
+TASKS: dict[str, type[TaskConfig]] = {**SYNTHETIC_TASKS, **FILE_TASKS}
 
 SyntheticTask = Annotated[PresetTask, SYNTHETIC_TASKS]
 Task = Annotated[TaskConfig, TASKS]

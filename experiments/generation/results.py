@@ -12,6 +12,8 @@ ONE_BATCH, ONE_CONTEXT = 128, 2048
 
 FLUSH = 16
 """Tokens that Taylor attention's state takes at once, where it does not take each by itself."""
+GOAL_DRAFTS = 3
+"""Tokens that are drafted where four are verified at once."""
 CACHE_BUDGET = 512
 """Tokens that attention keeps with a policy."""
 KV_TOKENS = 1 << 18
@@ -58,6 +60,7 @@ MODELS = {
     "gated_deltanet_1b": Model("configs/gated_deltanet.py:1b"),
     **POLICIES,
     "based_360m": Model("configs/based.py:360m"),
+    "based_360m_flush": Model("configs/based.py:360m", (f"taylor.flush={FLUSH}",)),
     "attention_360m": Model("configs/attention.py:360m", grows=True),
     "mamba_360m": Model("configs/mamba.py:360m"),
     "gated_deltanet_360m": Model("configs/gated_deltanet.py:360m"),
@@ -73,9 +76,17 @@ Key = tuple[str, int, int]
 
 
 class Found(NamedTuple):
-    """The rows by name of the model, batch and context; those of what did not fit have an "error"."""
+    """The rows by name of the model, batch and context; those of what did not fit have an "error".
+
+    Attributes:
+      rows: of tokens that are decoded one by one.
+      drafted: of those that are verified several at a time, by the number of drafted ones as well.
+      read: of prompts, by name and length.
+    """
 
     rows: Mapping[Key, dict]
+    drafted: Mapping[tuple[str, int, int, int], dict] = {}
+    read: Mapping[tuple[str, int], dict] = {}
 
     @classmethod
     def of(cls, rows: Iterable[dict]) -> "Found":
@@ -83,7 +94,12 @@ class Found(NamedTuple):
         names = {(model.config, tuple(sorted(model.options))): name for name, model in (MODELS | PEERS).items()}
         plain = [row for row in rows if not row.get("overrides")]
         named = [(names.get((row["config"], tuple(row.get("options", ())))), row) for row in plain]
-        return cls({(name, row["batch"], row["context"]): row for name, row in named if name is not None})
+        keyed = [((name, row["batch"], row["context"]), row) for name, row in named if name is not None]
+        return cls(
+            {key: row for key, row in keyed if not row.get("drafts")},
+            {(*key, row["drafts"]): row for key, row in keyed if row.get("drafts") and "error" not in row},
+            {key[::2]: row for key, row in keyed if "prefill_rows" in row},
+        )
 
     def row(self, name: str, batch: int, context: int) -> dict | None:
         """Return the row of a size that was measured, or None."""
@@ -95,6 +111,11 @@ class Found(NamedTuple):
         batches = sorted((key[1] for key in self.rows if key[::2] == (name, context)), reverse=True)
         found = (self.row(name, batch, context) for batch in batches if batch <= most)
         return next((row for row in found if row is not None), None)
+
+    def times_if_right(self, name: str, batch: int, context: int, drafts: int) -> float | None:
+        """Return how many times as fast tokens are verified with so many drafted as decoded one by one, if known."""
+        drafted, one = self.drafted.get((name, batch, context, drafts)), self.row(name, batch, context)
+        return drafted["verified_tokens_per_second"] / one["tokens_per_second"] if drafted and one else None
 
     def is_too_large(self, name: str, batch: int, context: int) -> bool:
         """Return whether a size was tried and did not fit."""
@@ -134,6 +155,7 @@ def goals(found: Found) -> list[Goal]:
         Goal("Based, batch 512", 90_000, tokens, _speed(found, BASED, 512)),
         Goal("Based, batch 1", 800, tokens, _speed(found, BASED, 1)),
         Goal("Based, its state written every 16 tokens, over each, batch 128", 1.3, times, _ratio(late, one_by_one)),
+        Goal("Based verifies 4 tokens, over one by one, batch 128", 1.9, times, _verified(found)),
         Goal("attention, batch 128, 2K of context", 0.6, roofline, _share(found, "attention_1b")),
         Goal("Based over attention, batch 128, 2K of context", 5, times, _over_attention(found, 2048)),
         Goal("Based over attention at what fits, 16K of context", 20, times, _over_attention(found, 16384)),
@@ -146,6 +168,11 @@ def goals(found: Found) -> list[Goal]:
 def _speed(found: Found, names: Iterable[str], batch: int = ONE_BATCH, context: int = ONE_CONTEXT) -> float | None:
     rows = (found.row(name, batch, context) for name in names)
     return max((row["tokens_per_second"] for row in rows if row), default=None)
+
+
+def _verified(found: Found) -> float | None:
+    """Return how many times as fast the newest token and `GOAL_DRAFTS` behind it are read together."""
+    return found.times_if_right("based_1b_flush", ONE_BATCH, ONE_CONTEXT, GOAL_DRAFTS)
 
 
 def _share(found: Found, name: str) -> float | None:
@@ -162,6 +189,6 @@ def _over_attention(found: Found, context: int) -> float | None:
     return _ratio(_speed(found, BASED, ONE_BATCH, context), attention and attention["tokens_per_second"])
 
 
-def _prompts(found: Found, context: int) -> float | None:
-    rows = [found.row(name, batch, context) for name in BASED for batch in BATCHES]
-    return max((row["prefill_tokens_per_second"] for row in rows if row and "prefill_rows" in row), default=None)
+def _prompts(found: Found, length: int) -> float | None:
+    rows = (found.read.get((name, length)) for name in BASED)
+    return max((row["prefill_tokens_per_second"] for row in rows if row), default=None)

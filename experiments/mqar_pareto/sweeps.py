@@ -3,8 +3,9 @@
     python -m based_jax sweep run experiments/mqar_pareto/sweeps.py:figure2 --store=runs/figure2
 
 Variants: figure2; its parts headline, narrow and wide, or one mixer of it (based, window, mamba, ...); seeds of the
-headline, disputed; figure3 and figure3_k16, or one width of them (figure3_64, figure3_k16_128, ...); ablation; tiny. A
-command that a row names belongs to the revision that it names.
+headline, disputed; needle and forgetting, which ask other things of the best of them; figure3 and figure3_k16, or one
+width of them (figure3_64, figure3_k16_128, ...); ablation; tiny. A command that a row names belongs to the revision
+that it names.
 Source: HazyResearch/zoology:zoology/experiments/{paper_configs/arxiv24_based_figure{2,3}/configs.py,models_repo.py}.
 """
 
@@ -104,6 +105,63 @@ def rest(wide):
     return [point for point in found if (point["model.d_model"] >= WIDE) == wide]
 
 
+DEMANDS = chain(
+    *(based(d, k) for d, k in ((64, 8), (64, 16), (128, 24))),
+    *(window(size) for size in (16, 64, 256)),
+    *(gated_deltanet(d) for d in WIDTHS),
+    *(hybrid(d, kind, num_heads=2) for kind in ("deltanet", "gla", "retnet") for d in WIDTHS),
+    FIGURE2["kda"],
+    FIGURE2["rwkv7"],
+    *(mamba(d, "mamba", n) for d, n in ((128, 8), (256, 16))),
+    FIGURE2["mamba2"],
+    FIGURE2["h3"],
+    FIGURE2["attention"][:1],
+)
+"""Of each mixer the best configurations of figure2 within 16, 64 and 256 KiB of state; attention, whose state grows.
+
+Not Hyena, whose filter has as many taps as its rows have tokens, nor the convolution alone, which recalls nothing."""
+DEMAND_RATES = RATES[:2]
+DEMAND_LENGTHS = (256, 512, 1024, 2048, 4096)
+"""Trained at the first at most, tested at all."""
+
+
+def needle_task():
+    """Return one or four needles at any depth of up to 256 tokens, and tests at five depths of all lengths."""
+    train = [needles(20_000, length, None, number) for length in (64, 128, 256) for number in (1, 4)]
+    test = [needles(100, n, depth / 4, number) for n in DEMAND_LENGTHS for depth in range(5) for number in (1, 4)]
+    return {"kind": "needle", "train": tuple(train), "test": tuple(test)}
+
+
+def needles(num_examples, seq_len, depth, num_needles):
+    """Return a segment of needles."""
+    return {"num_examples": num_examples, "seq_len": seq_len, "depth": depth, "num_needles": num_needles}
+
+
+def forgetting_task():
+    """Return keys that are written up to twice in training, and up to four times in rows of all lengths in tests."""
+    train = [
+        written(n, length, keys, keys) for n, length, keys in ((40_000, 64, 4), (40_000, 128, 8), (40_000, 256, 16))
+    ]
+    test = [written(250, n, 16, updates) for n in DEMAND_LENGTHS for updates in (0, 16, 48)]
+    return {"kind": "forgetting_mqar", "train": tuple(train), "test": tuple(test)}
+
+
+def written(num_examples, seq_len, num_kv_pairs, num_updates):
+    """Return a segment of MQAR with forgetting."""
+    return {
+        "num_examples": num_examples,
+        "seq_len": seq_len,
+        "num_kv_pairs": num_kv_pairs,
+        "num_updates": num_updates,
+    }
+
+
+BASES = {
+    "needle": BASE | {"data": needle_task(), "epochs": 16},
+    "forgetting": BASE | {"data": forgetting_task(), "epochs": 16},
+}
+"""Of the sweeps that have another base."""
+
 FIGURE3_WIDTHS = range(64, 513, 64)
 MAPS = ("elu", "relu", "squared", "cosformer", "performer", "identity", "all_poly")
 
@@ -169,7 +227,8 @@ VARIANTS = {
     "headline": lambda: product(HEADLINE, param("optim.lr", RATES)),
     "narrow": lambda: product(rest(wide=False), param("optim.lr", RATES)),
     "wide": lambda: product(rest(wide=True), param("optim.lr", RATES)),
-    "seeds": lambda: product(HEADLINE, param("optim.lr", RATES), param("seed", [124])),
+    "seeds": lambda: product(HEADLINE, param("optim.lr", RATES), param("seed", [124, 125])),
+    **{name: (lambda: product(DEMANDS, param("optim.lr", DEMAND_RATES), param("seed", [123, 124]))) for name in BASES},
     "disputed": lambda: product(disputed(), param("seed", [123, 124])),
     "tiny": tiny,
 }
@@ -180,4 +239,4 @@ def get_sweep(variant="figure2"):
 
     The base has no recipe of initial values: rows from before there was a choice have that base, and their points none.
     """
-    return Sweep(BASE, product(VARIANTS[variant](), param("model.init_recipe", ["zoology"])))
+    return Sweep(BASES.get(variant, BASE), product(VARIANTS[variant](), param("model.init_recipe", ["zoology"])))

@@ -50,6 +50,7 @@ def measure(decoder: Decoder, repeats: int = REPEATS) -> Iterator[dict]:
     rng, cache = np.random.default_rng(0), PrefixCache(BUDGET_BYTES)
     scheduler = Scheduler(decoder, slots=1, max_len=2 * PROMPT_TOKENS, block_tokens=1, prefix_cache=cache)
     without = Scheduler(decoder, slots=1, max_len=2 * PROMPT_TOKENS, block_tokens=1)
+    scheduler.compile()
     found: dict[str, list[tuple[float, int]]] = {}
     for _ in range(1 + repeats):
         for name, scheduled, prompt in prompts(rng, scheduler, without, decoder.config.vocab_size):

@@ -45,6 +45,19 @@ def corpus(name: str, content: bytes, sentence: str) -> Command:
     return text("path=<tmp>", sentence=sentence, name=f"{name}: {sentence[:40]}", prepare=prepare)
 
 
+def dna(name: str, content: bytes, *overrides: str, sentence: str) -> Command:
+    """Return the case of training on a FASTA file of this name and content, with values replaced."""
+
+    def prepare(folder):
+        model = {"layers": [["conv", {}]], "d_model": 8, "vocab_size": 5}
+        values = {"model": model, "data": {"kind": "dna", "path": name, "seq_len": 8}}
+        (folder / "dna.py").write_text(f"def get_config():\n    return {values!r}\n")
+        (folder / name).write_bytes(content)
+
+    words = ("train", "--config=<tmp>/dna.py", "--workdir=<new>", *(f"--config.data.{x}" for x in overrides))
+    return Command(f"DNA {name} {' '.join(overrides)}", words, sentence, prepare)
+
+
 def parquet(**columns) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
@@ -103,7 +116,21 @@ def link_to_nothing(folder):
 NOISE = bytes(np.random.default_rng(0).integers(97, 122, 5000, np.uint8))
 TWO_LINES = b'{"text": "a"}\n'
 
+BASES = b">a\n" + 9 * b"ACGT"
 CASES: tuple[Command | Call, ...] = (
+    dna("letter.fa", BASES + b"\nAXA", sentence="/letter.fa' has 'X' in the record 'a'; letters are ACGTNRYSWKMBDHV."),
+    dna(
+        "protein.txt", b"MKV", sentence="/protein.txt' begins with 'MKV'; it begins with '>' and the name of a record."
+    ),
+    dna("short.fa", b">a\nACGTACGT", sentence="/short.fa: a record is of 20 and more."),
+    dna("broken.fa.gz", b"ACGT", sentence="/broken.fa.gz' cannot be read: Not a gzipped file"),
+    dna(
+        "none.fa", BASES, "path=<new>", sentence="path is '<new>', which does not exist; it is a FASTA file or a folder"
+    ),
+    dna("empty.fa", BASES, "path=", sentence="path is '', which names nothing"),
+    dna("length.fa", BASES, "seq_len=0", sentence="seq_len is 0; it is at least 1."),
+    dna("zero.fa", BASES, "test_lengths=(8,0)", sentence="test_lengths is 0; it is at least 1."),
+    dna("twice.fa", BASES, "test_lengths=(8,8)", sentence="test_lengths are [8, 8]; they differ."),
     text("seed=-1", sentence="seed -1 must be at least 0 and below 2**64."),
     text("seed=18446744073709551616", sentence="'data.seed' is 18446744073709551616"),
     text("seed=1.5", sentence="'data.seed' is 1.5"),

@@ -47,6 +47,7 @@ def plotted(name, changed, sentence):
 
 CASES: tuple[Command | Call, ...] = (
     Command("an evaluation of nothing", ("eval",), "--workdir, or a task; see eval --help."),
+    Command("a task behind a run", ("eval", "--workdir=x", "recall"), "--workdir is of a run's own data, and 'recall'"),
     Command("a task that nobody knows", recall(tasks="extraction,squat"), "Unknown task 'squat': did you mean 'squad'"),
     Command("recall of no folder", recall(model="<new>"), "'<new>' is neither a run nor a folder of weights: it"),
     Command("recall of a run on MQAR", recall(model="<mqar_run>"), "needs a run on 'text'"),

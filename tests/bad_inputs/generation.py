@@ -39,6 +39,14 @@ CASES: tuple[Command | Call, ...] = (
         (*GENERATE, "--prompt=a", "--flush=16"),
         "flush is 16, but the model has no Taylor layer; leave it out.",
     ),
+    Command(
+        "drafts of no number", (*GENERATE, "--prompt=a", "--drafts=lookup"), "--drafts is 'lookup'; it is lookup:N or"
+    ),
+    Command(
+        "drafts of too many", (*GENERATE, "--prompt=a", "--drafts=lookup:99"), "99 tokens are to be drafted at once"
+    ),
+    Command("drafts of no run", (*GENERATE, "--prompt=a", "--drafts=<new>:4"), "'<new>' is neither a run nor a folder"),
+    Command("drafts of MQAR", (*GENERATE, "--prompt=a", "--drafts=<mqar_run>:4"), "generate needs a run on 'text'."),
     Command("an unknown dtype", (*GENERATE, "--prompt=a", "--dtype=float16"), "'float16'"),
     Command(
         "bytes that are no text",

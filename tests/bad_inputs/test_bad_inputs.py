@@ -4,10 +4,22 @@ import pytest
 
 from based_jax.__main__ import main
 from based_jax.errors import UserError
-from tests.bad_inputs import configs, data, evals, generation, mixers, operations, pictures, runs, sweeps, weights
+from tests.bad_inputs import (
+    configs,
+    data,
+    evals,
+    generation,
+    mixers,
+    newcomers,
+    operations,
+    pictures,
+    runs,
+    sweeps,
+    weights,
+)
 from tests.bad_inputs.cases import Call, Command
 
-TABLES = (configs, runs, sweeps, data, weights, evals, generation, mixers, operations, pictures)
+TABLES = (configs, runs, sweeps, data, weights, evals, generation, mixers, newcomers, operations, pictures)
 COMMANDS = [case for table in TABLES for case in table.CASES if isinstance(case, Command)]
 CALLS = [case for table in TABLES for case in table.CASES if isinstance(case, Call)]
 

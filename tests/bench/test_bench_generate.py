@@ -15,9 +15,10 @@ from based_jax.bench import decode_state, generate, generate_peers, generate_siz
 from based_jax.bench.generate_programs import Programs, Subject
 from based_jax.bench.generate_size import Effort, Size
 from based_jax.bench.peers import Peer
+from based_jax.generate.blocks import decode
 from based_jax.generate.prefill import chunks
 from based_jax.generate.requests import Request
-from based_jax.generate.rows import Rows, begun, decode
+from based_jax.generate.rows import Rows, begun
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.lm_config import LMConfig, with_options
 

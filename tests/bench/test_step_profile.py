@@ -58,3 +58,23 @@ def test_on_a_cpu_there_is_no_breakdown():
     taken = []
     assert step_profile.profile(taken.append, step_profile.program_of(TEXT), 3) is None
     assert taken == [3]
+
+
+def exchanging():
+    """A step on two GPUs of which the first gathers for 4 ms, 3 of them beside a product, and then sums for 2."""
+    for gpu in (1, 0):
+        yield Kernel("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage)", 0, 4 * MS, None, gpu)
+        yield Kernel("nvjet", 1 * MS, 5 * MS, "gemm.1", gpu)
+        yield Kernel("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", 6 * MS, 8 * MS, None, gpu)
+
+
+def test_what_a_gpu_exchanges_is_told_apart_and_what_of_it_nothing_hides(monkeypatch):
+    monkeypatch.setattr(step_profile, "recorded", lambda run: [*exchanging()])
+    found = step_profile.profile(lambda runs: None, step_profile.program_of(TEXT), 1)
+    gather = {"launches": 1.0, "milliseconds": 4.0, "exposed": 1.0}
+    total = {"launches": 1.0, "milliseconds": 2.0, "exposed": 2.0}
+    kinds = {"all-gather": gather, "all-reduce": total}
+    assert found["exchange"] == {"milliseconds": 6.0, "exposed": 3.0, "kinds": kinds}
+    assert (found["milliseconds"], found["idle"], found["launches"]) == (8.0, 1.0, 3.0)
+    assert found["sorts"]["collectives"] == 6.0 and found["layers"]["collectives"] == {"all": 6.0}
+    assert "exchanges 6.00 ms, 3.00 of it alone: all-gather 4.00 (1.00)" in step_profile.lines(found)[2]

@@ -1,6 +1,8 @@
 """`bench train` on eight devices of a CPU."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import jax
@@ -29,6 +31,24 @@ def test_a_row_says_how_fast_a_step_is_and_what_it_takes(tmp_path, capsys):
     assert row["command"].startswith("python -m based_jax") and row["versions"]["jax"] == jax.__version__
     assert row["impls"]["linear_cross_entropy"] == ["xla_logits"] and row["breakdown"] is None
     assert f"(16,{row['seq_len']}) on 8 x cpu" in capsys.readouterr().out
+
+
+def test_a_row_of_a_mesh_says_what_is_exchanged_and_that_no_query_key_or_value_is(tmp_path, capsys):
+    """Over "tensor" and "sequence" an operation's inputs stay with the device that runs it for them."""
+    out, width = tmp_path / "train.jsonl", 48
+    layers = "[('taylor', {'num_heads': 2, 'feature_dim': 4}), ('window', {'num_heads': 2, 'window': 5})]"
+    words = [f"--config.model.layers={layers}", f"--config.model.d_model={width}", "--config.batch_size=64"]
+    words += ["--config.mesh.data=2", "--config.mesh.tensor=2", "--config.mesh.sequence=2"]
+    assert main(["bench", "train", f"--config={CONFIG}", "--steps=1", f"--out={out}", *words]) == 0
+    row = json.loads(out.read_text())
+    assert row["mesh"] == {"data": 2, "tensor": 2, "sequence": 2} and row["processes"] == 1
+    assert row["tokens_per_second_per_device"] == row["tokens_per_second"] / 8
+    assert {x["kind"] for x in row["exchanged"]} >= {"all-reduce", "collective-permute"}
+    tokens = row["rows"] // 2 * row["seq_len"] // 2  # of a device
+    gathered = [x["array"] for x in row["exchanged_arrays"] if x["kind"] in ("all-gather", "all-to-all")]
+    sizes = [math.prod(map(int, filter(None, re.split(r"\D", array.partition("[")[2])))) for array in gathered]
+    assert max(sizes) < tokens * width // 2  # queries, keys or values of half the heads
+    assert "on 8 x cpu, data 2, tensor 2, sequence 2" in capsys.readouterr().out
 
 
 def test_a_row_is_printed_with_what_is_known():

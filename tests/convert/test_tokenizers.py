@@ -44,6 +44,13 @@ def test_a_published_folder_says_how_texts_begin_and_end(file, eos, end):
     assert encode_prompt(tokenizer, "the cat") == [1, 4, 5] and encode_prompt(tokenizer, "") == [1]
 
 
+@pytest.mark.parametrize("eos", ["x", [], ["x"], True, 2.5])
+def test_an_end_that_is_no_id(file, eos):
+    (file.parent / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": eos}))
+    with pytest.raises(UserError, match=r"config.json: eos_token_id is .*; it is an id, several of them, or null"):
+        folder_tokenizer(file.parent)
+
+
 def test_an_end_that_the_vocabulary_lacks(file):
     (file.parent / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 9}))
     with pytest.raises(UserError, match=r"tokenizer.json' has no id 9, with which its model ends a text"):

@@ -21,13 +21,15 @@ BREAKDOWN = {
 def row(config, batch, context, speed, **more):
     facts = {"device": "NVIDIA H200", "state_bytes": 3 << 20, "roofline_tokens_per_second": 100_000.0}
     size = {"config": config, "batch": batch, "context": context, "tokens_per_second": speed, "breakdown": BREAKDOWN}
+    size["milliseconds"] = 1e3 * batch / speed
     return facts | size | more
 
 
 @pytest.fixture
 def found():
     based, attention = MODELS["based_1b"].config, MODELS["attention_1b"].config
-    prompts = {"prefill_rows": 16, "prefill_tokens_per_second": 280_000.0}
+    prompts = {"prefill_rows": 16, "prefill_tokens_per_second": 280_000.0, "prefill_chunk_tokens": 512}
+    prompts |= {"prefill_breakdown": BREAKDOWN}
     rows = [
         row(based, 128, 2048, 90_000.0, options=["taylor.flush=16"]),
         row(based, 128, 2048, 1.0),
@@ -35,6 +37,8 @@ def found():
         row(based, 128, 16384, 50_000.0, **prompts),
         row(based, 128, 4096, 66_000.0, **prompts),
         row(based, 128, 2048, 9.0, overrides={"model.d_model": "64"}),
+        row(based, 128, 2048, 40_000.0, options=["taylor.flush=16"], drafts=3, verified_tokens_per_second=160_000.0)
+        | {"milliseconds": 3.2},
         row(attention, 128, 2048, 10_000.0),
         row(attention, 16, 16384, 2_000.0),
         row(PEERS["hf:llama_1b"].config, 128, 2048, 9_000.0, breakdown=None),
@@ -50,11 +54,12 @@ def test_goals_stand_beside_what_the_last_rows_say(found):
     assert said["Based over attention, batch 128, 2K of context"] == 9
     assert said["Based over attention at what fits, 16K of context"] == 25
     assert said["Based, its state written every 16 tokens, over each, batch 128"] == 1.5
+    assert said["Based verifies 4 tokens, over one by one, batch 128"] == pytest.approx(16 / 9)
     assert said["Based reads prompts of 4K"] == 280_000 and said["Based, batch 1"] is None
     text = tables.tables(found)["goals"]
     assert "| Based reads prompts of 4K | 350,000 tokens/s | 280,000 tokens/s | 80% |" in text
     assert "| Based, batch 1 | 800 tokens/s | not measured |  |" in text
-    assert text.count("not measured") == len(said) - 6
+    assert text.count("not measured") == len(said) - 7
 
 
 def test_models_stand_by_batch_and_by_context_with_the_share_of_their_rooflines(found):
@@ -64,6 +69,8 @@ def test_models_stand_by_batch_and_by_context_with_the_share_of_their_rooflines(
     assert "| `attention_1b` |  | 10,000 (10%) |  | 2,000 (2%), batch 16 |  |" in told["contexts"]
     assert "| `based_1b` |  |  | 280,000 | 280,000 |  |" in told["prompts"]
     assert "| `based_1b` | 2.34 | 0.05 | 452 | products 1.30, kernels 1.00 | mlp 1.00 |" in told["times"]
+    assert "| 16 x 512 of 4,096 | `based_1b` | 2.34 | 0.05 | 452 | products 1.30, " in told["prompt_times"]
+    assert "| `based_1b_flush` | 128 | 4 | 3.20 | 1.42 | 1.78 |" in told["drafts"]
     assert {*tables.tables(Found.of([])).values()} > {tables.NOTHING}
 
 

@@ -56,3 +56,15 @@ def test_the_headline_is_part_of_the_figure():
     points = [point for space in sweeps.FIGURE2.values() for point in space]
     assert all(point in points for point in sweeps.HEADLINE)
     assert len(sweeps.rest(wide=False)) + len(sweeps.rest(wide=True)) + len(sweeps.HEADLINE) == len(points) == 59
+
+
+@pytest.mark.parametrize("variant", ["needle", "forgetting"])
+def test_demands_are_trained_at_256_tokens_and_tested_to_4096(variant):
+    """Two rates and two seeds of configurations of the figure, which the engine takes for lanes of one program each."""
+    sweep = sweeps.get_sweep(variant)
+    points = [point for space in sweeps.FIGURE2.values() for point in space]
+    assert all(point in points for point in sweeps.DEMANDS)
+    assert len(sweep.points) == 4 * len(sweeps.DEMANDS)
+    data = make_trial(sweep.base, sweep.points[0]).data
+    assert max(segment.seq_len for segment in data.train) == 256
+    assert {segment.seq_len for segment in data.test} == {256, 512, 1024, 2048, 4096}

@@ -7,7 +7,8 @@ from flax import nnx
 
 from based_jax.errors import UserError
 from based_jax.generate import Decoder, Request
-from based_jax.generate.rows import begun, blocks
+from based_jax.generate.blocks import blocks
+from based_jax.generate.rows import begun
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS
 from tests.helpers.cases import parametrize_some

@@ -6,9 +6,10 @@ import pytest
 from flax import nnx
 
 from based_jax.generate import Decoder, Request
+from based_jax.generate.blocks import decoding_loop
 from based_jax.generate.intake import _read
 from based_jax.generate.prefill import _prefill, prefill
-from based_jax.generate.rows import Rows, decoding_loop
+from based_jax.generate.rows import Rows
 from based_jax.nn.lm import LM, LMConfig
 from tests.helpers.decoding import random_decoder
 from tests.helpers.hlo import Program

@@ -1,6 +1,8 @@
 """Pages as Debian's Chromium shows them."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,3 +16,14 @@ OVERLAPS = """() => {
   return boxes.flatMap(([a, x], i) => boxes.slice(i + 1).filter(([, y]) => meet(x, y)).map(([b]) => [a, b]));
 }"""
 """Returns the pairs of texts in pictures that lie over each other."""
+
+
+@contextlib.contextmanager
+def launched() -> Iterator:
+    """Yield a browser, whose event loop holds this thread until it is closed."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER)
+        yield browser
+        browser.close()

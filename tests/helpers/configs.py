@@ -9,7 +9,7 @@ from based_jax.errors import UserError
 @dataclasses.dataclass(frozen=True)
 class Model:
     d_model: int
-    layers: tuple[tuple[str, dict[str, Any]], ...] = ()
+    layers: tuple[tuple[Any, dict[str, Any]], ...] = ()
     norm: Literal["rms", "layer"] = "rms"
     mlp_dim: int | None = None
 

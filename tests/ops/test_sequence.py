@@ -120,16 +120,33 @@ def test_windows_see_the_keys_before_a_piece(window, impl, packed, rng, normal, 
     [(4, True)],
 )
 def test_attention_meets_the_keys_of_all_pieces_before(devices, packed, rng, normal, close, monkeypatch):
-    """In chunks that are no multiple of a piece; each device sends its keys and values on, and gathers none."""
+    """Of heads that the devices cannot share, in chunks that are no multiple of a piece; none gathers keys."""
     monkeypatch.setattr(softmax_chunks, "CHUNK_TOKENS", 3)
     ids = rows_over_pieces(rng, T) if packed else None
     sizes = {"data": 1, "tensor": 8 // devices, "sequence": devices}
-    x = normal(B, T, 8 // devices * 2, 4)
+    x = normal(B, T, 8 // devices * (devices - 1), 4)
     close_over(sizes, attended, close, x, ids)
     with over(sizes):
         text = jax.jit(both(attended)).lower(x, ids).compile().as_text()
     exchanged = Program(text).exchanged((1, 1, 8 // devices, devices), parallel.AXES.index("sequence"))
     assert {found.kind for found in exchanged} == {"collective-permute"}
+
+
+@parametrize_some("devices, packed", [(2, True), (2, False), (4, True)], [(2, True)])
+def test_attention_exchanges_heads_for_time_where_the_devices_can_share_them(devices, packed, rng, normal, close):
+    """Padding within a document may stand at the end of a piece. Of ids alone a device gets all."""
+    ids = rows_over_pieces(rng, T) if packed else None
+    sizes, x = {"data": 1, "tensor": 2, "sequence": devices}, normal(B, T, 2 * devices, 4)
+    close_over(sizes, attended, close, x, ids)
+    if packed:
+        with over(sizes):
+            moved, unbroken = jax.jit(sequence.compacted)(x, ids)
+            found = jax.jit(sequence.restored)(jax.jit(attended)(moved, unbroken), ids)
+        close(found, jax.jit(attended)(x, ids))
+    with over(sizes):
+        text = jax.jit(both(attended)).lower(x, ids).compile().as_text()
+    exchanged = Program(text).exchanged((1, 1, 2, devices), parallel.AXES.index("sequence"))
+    assert {(found.kind, found.dtype) for found in exchanged} <= {("all-to-all", "f32"), ("all-gather", "s32")}
 
 
 def test_a_form_that_does_not_exist_is_refused_of_pieces_too():

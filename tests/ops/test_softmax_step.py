@@ -8,7 +8,7 @@ from helpers.cases import parametrize_some
 from based_jax import parallel
 from based_jax.ops import softmax_step
 from based_jax.ops.softmax import attention
-from based_jax.ops.softmax_step import attention_step
+from based_jax.ops.softmax_step import attention_step, attention_step_weights
 
 step = jax.jit(attention_step, static_argnames=("head_dim", "impl"))
 
@@ -31,6 +31,21 @@ def test_blocks_equal_the_oracle(S, block, G, R, K, V, dtype, normal, close, mon
         o, expected = (step(*arrays, head_dim=head_dim, impl=impl) for impl in ("xla", "oracle"))
         close(o, expected, dtype)
     assert o.dtype == dtype and not np.asarray(o[0]).any()
+
+
+def test_weights_are_those_of_the_definition(normal, close):
+    """Beside what is read, of queries that share a key their mean; what a row has not filled is given nothing."""
+    q, k, v = normal(6, 4, 8), normal(6, 21, 2, 8), normal(6, 21, 2, 8)
+    length = jnp.asarray(LENGTHS)
+    for impl in ("xla", "oracle"):
+        o, weights = jax.jit(attention_step_weights, static_argnames="impl")(q, k, v, length, impl=impl)
+        close(o, step(q, k, v, length, impl="oracle"))
+        for row, count in enumerate(LENGTHS):
+            s = np.einsum("grk,sgk->sgr", np.reshape(q[row], (2, 2, 8)), k[row, :count]) / np.sqrt(8)
+            p = np.exp(s - s.max(axis=0, initial=-1e30))
+            expected = (p / p.sum(axis=0)).mean(axis=2) if count else p.sum(axis=2)
+            np.testing.assert_allclose(weights[row, :count], expected, atol=1e-5)
+            assert not np.asarray(weights[row, count:]).any()
 
 
 def test_it_is_the_last_row_of_attention(normal, close):

@@ -1,16 +1,12 @@
 import pytest
-from helpers.browser import BROWSER
+from helpers.browser import launched
 
 
 @pytest.fixture(scope="module")
 def browser():
     """Yield a browser for the tests of a file: its event loop holds their thread, where a server runs its own."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

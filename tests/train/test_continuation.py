@@ -21,7 +21,7 @@ from based_jax.train import continuation
 from based_jax.train.compile import train_program
 from based_jax.train.init_from import InitFrom, read_parameters
 from based_jax.train.loop import DivergedError, train
-from based_jax.train.run import TrainConfig, load_config, load_run
+from based_jax.train.run import TrainConfig, build_config, load_config, load_run
 from tests.helpers.tiny_runs import VALUES, losses, make_config, rows, saved_steps
 
 
@@ -180,6 +180,19 @@ def test_a_model_is_that_of_a_folder(attention):
     assert load_config(values | {"init_from": None}).init_from is None
     with pytest.raises(UserError, match=r"none/config.json' cannot be read"):
         load_config(values | {"model": str(folder / "none")})
+
+
+def test_a_run_goes_on_when_the_folder_that_it_began_with_is_gone(attention, tmp_path):
+    folder = tmp_path / "weights"
+    shutil.copytree(attention[2], folder)
+    values = {key: value for key, value in VALUES.items() if key != "model"} | {"model": str(folder)}
+    begun = build_config(values)
+    configs.save(begun, tmp_path / "run")
+    shutil.rmtree(folder)
+    assert build_config(values, tmp_path / "run") == begun
+    for workdir in (None, tmp_path):
+        with pytest.raises(UserError, match=r"weights/config.json' cannot be read"):
+            build_config(values, workdir)
 
 
 def test_patterns_choose_and_the_others_are_named(whole):

@@ -162,11 +162,20 @@ def test_pieces_of_time_exchange_states_and_last_tokens(sizes, microbatches):
     """Those of each layer, however long a piece is; what is added up besides are gradients and the loss."""
     exchanged = hlo(microbatches, **sizes).exchanged(shape_of(sizes), parallel.AXES.index("sequence"))
     rows, heads = B // microbatches // rows_of(sizes), 2 // sizes.get("tensor", 1)
-    conv, taylor, window = (rows, 3, 2 * D), (rows, heads, 15, 17), (rows, 4, heads, 16)
+    conv, taylor, window = (rows, 3, heads * D), (rows, heads, 15, 17), (rows, 4, heads, 16)
     found = {x.shape for x in exchanged if x.kind == "collective-permute" and x.dtype in FLOATS}
     assert found == {conv, taylor, window}
     assert {x.kind for x in exchanged} == {"collective-permute", "all-reduce"}
     assert not [x for x in exchanged if x.kind == "all-reduce" and math.prod(x.shape) % FACTOR_OF_T == 0]
+
+
+@parametrize_some("sizes, microbatches", [case for case in ALL if "tensor" in case[0]], FEW[1:2], ids=name_of)
+def test_over_tensor_kernels_are_exchanged_and_of_activations_sums_alone(sizes, microbatches):
+    """No queries, keys and values around an operation, no halves of an MLP: of a token two numbers of the head."""
+    exchanged = hlo(microbatches, **sizes).exchanged(shape_of(sizes), parallel.AXES.index("tensor"))
+    moved = [x for x in exchanged if x.kind != "all-reduce" and x.dtype in FLOATS]
+    assert {x.kind for x in moved} <= {"all-gather", "all-to-all", "collective-permute"} and len(moved) > 1
+    assert {x.shape[1:] for x in moved if math.prod(x.shape) % FACTOR_OF_T == 0} == {(2,)}
 
 
 @on_all_meshes

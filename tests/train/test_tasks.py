@@ -11,7 +11,7 @@ from based_jax.data.segments import LengthSegment
 from based_jax.errors import UserError
 from based_jax.train.run import TrainConfig
 from based_jax.train.tasks import SYNTHETIC_TASKS as KINDS
-from based_jax.train.tasks import TASKS, TextTask
+from based_jax.train.tasks import TASKS, DnaTask, TextTask
 
 MODEL = {"layers": [["attention", {}]], "d_model": 16, "vocab_size": 16}
 
@@ -22,7 +22,7 @@ def build(**data):
 
 def test_every_task_has_a_kind_of_its_own():
     assert all(task.kind == kind for kind, task in TASKS.items())
-    assert set(TASKS.items()) == {*KINDS.items(), ("text", TextTask)}
+    assert set(TASKS.items()) == {*KINDS.items(), ("text", TextTask), ("dna", DnaTask)}
     assert sorted(KINDS) == [
         "compositional_mqar",
         "compression",

@@ -5,7 +5,7 @@ A name says what decays: in `gated_linear_attention`, `delta_rule` (KDA) and `dp
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -169,13 +169,13 @@ def _cost(case: Case, which: str, decays: int | None, products: int, low_rank: b
     return count * size, count * flops
 
 
-def _cases(name: str, steps_rows: tuple[int, int]) -> tuple[Case, ...]:
+def _cases(name: str, chunks: Sequence[str], steps_rows: tuple[int, int]) -> tuple[Case, ...]:
     make = functools.partial(Case, name)
     widths = (24, 48), (64, 64), (64, 128), (128, 128), (128, 192)
     cases = []
-    for impl, (short, wide) in {"triton_chunks": MANY_ROWS, "hopper_steps": steps_rows}.items():
+    for impl, (short, wide) in {**dict.fromkeys(chunks, MANY_ROWS), "hopper_steps": steps_rows}.items():
         cases += [make((short, 2, time), (32, 32), impl, **x) for time in (1, 15, 65) for x in ({}, PACKED)]
-        widest = [(200, 320)] if impl == "triton_chunks" else []
+        widest = [(200, 320)] if impl in chunks else []
         cases += [make((wide, 3, 130), x, impl, **PACKED) for x in (*widths, *widest)]
     return (
         *cases,
@@ -204,7 +204,7 @@ def _matrix_states(
         oracle=lambda case: definition,
         cost=functools.partial(_cost, decays=decays, products=products, low_rank=extra == "direction"),
         kernels=kernels,
-        cases=_cases(name, MANY_ROWS if extra == "beta" else FEW_ROWS),
+        cases=_cases(name, [x for x in kernels if x.endswith("_chunks")], MANY_ROWS if extra == "beta" else FEW_ROWS),
         small_cases=(Case(name, (1, 2, 50), (64, 64), **PACKED),),
         timed={name: by_head(name, DIMS)},
         timed_function=functools.partial(function, prepare=TIMED),
@@ -251,7 +251,11 @@ GATED_DELTA_RULE = _matrix_states(
     delta_rule.IMPLEMENTATIONS,
     _correction,
     correction_definition,
-    {"triton_chunks": ("delta_rule_", *INVERSE_KERNELS), "hopper_steps": STEP_KERNELS},
+    {
+        "triton_chunks": ("delta_rule_", *INVERSE_KERNELS),
+        "hopper_steps": STEP_KERNELS,
+        "hopper_chunks": ("delta_rule_",),
+    },
     decays=1,
     extra="beta",
     products=4,

@@ -8,7 +8,7 @@ examples:
 
 import argparse
 
-from based_jax.commands.bench import check, data, generate, kernels, profile, sanitize, static, train
+from based_jax.commands.bench import check, data, generate, kernels, profile, sanitize, serve, static, train
 from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.parser import add_command
 
@@ -20,9 +20,10 @@ TASKS = {
     "static": static,
     "train": train,
     "generate": generate,
+    "serve": serve,
     "data": data,
 }
-COMPILING = (kernels, profile, train, generate)
+COMPILING = (kernels, profile, train, generate, serve)
 """Tasks that keep what they compile; `check` and `sanitize` make their kernels anew."""
 
 

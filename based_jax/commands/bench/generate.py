@@ -6,6 +6,7 @@ Several configs, and peers, each run in a process of their own, so that each has
 examples:
   python -m based_jax bench generate --config=configs/based.py:1b --batch 1 128 512 --context 2048 65536
   python -m based_jax bench generate --config=configs/based.py:1b --sizes 128x2048 --option=taylor.flush=16
+  python -m based_jax bench generate --config=configs/based.py:1b --sizes 128x2048 --option=taylor.flush=16 --drafts=3
   python -m based_jax bench generate --config configs/based.py:1b configs/attention.py:1b --peers --out=rows.jsonl
 """
 
@@ -40,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option_argument(parser)
     parser.add_argument("--tokens", type=int, default=32, help="that one program decodes of each (default: 32)")
     parser.add_argument("--blocks", type=int, default=5, help="runs of it that a median is of (default: 5)")
+    parser.add_argument(
+        "--drafts", type=int, default=0, metavar="N", help="verify N drafted tokens with each one that is decoded"
+    )
     parser.add_argument("--no-prefill", dest="prefill", action="store_false", help="read no prompts")
 
 
@@ -51,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     words = ["--sizes", *(f"{batch}x{context}" for batch, context in sizes)]
     words += [f"--option={option}" for option in args.option]
     words += [f"--tokens={effort.tokens}", f"--blocks={effort.blocks}", *([] if effort.prefill else ["--no-prefill"])]
+    words += [f"--drafts={effort.drafts}"] if effort.drafts else []
     return several.run(args, generate_peers.PEERS, words, _measure, _measure_peer)
 
 
@@ -79,7 +84,7 @@ def _sizes_and_effort(args: argparse.Namespace) -> tuple:
     from based_jax.bench.generate_size import Effort, Size, products
 
     sizes = list(map(Size.parse, args.sizes)) or products(args.batch, args.context)
-    return sizes, Effort(args.tokens, args.blocks, args.profile, args.prefill)
+    return sizes, Effort(args.tokens, args.blocks, args.profile, args.prefill, args.drafts)
 
 
 def _print(args: argparse.Namespace, start: dict[str, Any], found: Iterator[dict[str, Any]]) -> None:

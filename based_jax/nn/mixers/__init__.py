@@ -1,6 +1,7 @@
 """Every sequence mixer, one file each, under the contract of `based_jax/nn/mixer.py`.
 
-A new mixer is one new file and one line in `MIXERS`.
+A new mixer of the package is one new file and one line in `MIXERS`; one from outside it is a class, which stands in
+layer lists, and in the calls below, where a name would (`nn/own_mixer.py`).
 """
 
 import dataclasses
@@ -42,6 +43,7 @@ from based_jax.nn.mixers.rwkv7_channel_mix import RWKV7ChannelMix
 from based_jax.nn.mixers.simple_gla import SimpleGLA
 from based_jax.nn.mixers.taylor import TaylorAttention
 from based_jax.nn.mixers.window import WindowAttention
+from based_jax.nn.own_mixer import OwnMixer, is_own, short
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
@@ -75,8 +77,40 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 
 
+NAMES = {mixer: name for name, mixer in MIXERS.items()}
+
+
+def kind_of(mixer: str | type) -> str:
+    """Return what a layer of a mixer is called: a name as it is, of a class its key in `MIXERS`, or its own name.
+
+    Raises:
+      UserError: the class is no complete mixer.
+    """
+    if not isinstance(mixer, type):
+        return mixer
+    return NAMES[mixer] if mixer in NAMES else OwnMixer(mixer)
+
+
+def mixer_class(kind: str) -> type[Mixer]:
+    """Return the class of a layer's kind.
+
+    Raises:
+      UserError: there is none, or the name is all that is left of a class from outside the package.
+    """
+    if isinstance(kind, OwnMixer):
+        return kind.mixer
+    if is_own(kind):
+        raise UserError(
+            f"'{kind}' is a mixer from outside the package, of which a file keeps no more than the name; give the class"
+            f" {short(kind)} itself, of the same source."
+        )
+    if kind not in MIXERS:
+        raise unknown("mixer", kind, MIXERS)
+    return MIXERS[kind]
+
+
 def make_mixer(
-    kind: str,
+    kind: str | type[Mixer],
     d_model: int,
     *,
     std: float = INIT_STD,
@@ -86,7 +120,7 @@ def make_mixer(
     norm_eps: float = NORM_EPS,
     **options,
 ) -> Mixer:
-    """Return the mixer named `kind` at width D, with `options` for its Config.
+    """Return the mixer named `kind`, or of that class, at width D, with `options` for its Config.
 
     Raises:
       UserError: the kind or an option is unknown, or a value is impossible.
@@ -94,15 +128,18 @@ def make_mixer(
     return build_mixer(kind, d_model, options, Init(std, out_std, dtype, rngs, norm_eps))
 
 
-def build_mixer(kind: str, d_model: int, options: Mapping[str, Any], init: Init, where: str = "") -> Mixer:
-    """Return the mixer named `kind`, which starts as `init` says; otherwise as `make_mixer`, for a model's blocks.
+def build_mixer(
+    kind: str | type[Mixer], d_model: int, options: Mapping[str, Any], init: Init, where: str = ""
+) -> Mixer:
+    """Return the mixer of that kind, which starts as `init` says; otherwise as `make_mixer`, for a model's blocks.
 
     `where` is the dotted key of the options in a whole config, for messages.
     """
+    kind = kind_of(kind)
     options = checked_options(kind, options, where)
     if d_model < 1:
         raise UserError(f"d_model is {d_model}; it is at least 1.")
-    mixer = MIXERS[kind]
+    mixer = mixer_class(kind)
     with configs.errors_within(where, [field.name for field in dataclasses.fields(mixer.Config)]):
         return mixer(d_model, mixer.Config(**options), init)
 
@@ -113,11 +150,11 @@ def checked_options(kind: str, options: Mapping[str, Any], where: str = "") -> d
     Raises:
       UserError: the mixer does not exist, an option is not one of its own, or has another type.
     """
-    if kind not in MIXERS:
-        raise unknown("mixer", kind, MIXERS)
-    allowed = [field.name for field in dataclasses.fields(MIXERS[kind].Config)]
+    config = mixer_class(kind).Config
+    allowed = [field.name for field in dataclasses.fields(config)]
     for option in options:
         if option not in allowed:
-            raise unknown(f"option of mixer '{kind}'", option, allowed, configs.meant_key(option, allowed))
-    configs.build(MIXERS[kind].Config, options, where)
+            what = f"option of mixer '{short(kind)}'"
+            raise unknown(what, option, allowed, configs.meant_key(option, allowed) if allowed else None)
+    configs.build(config, options, where)
     return configs.plain(options)

@@ -4,25 +4,29 @@ import dataclasses
 from typing import Any, ClassVar, override
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.cache import Cache
 from based_jax.nn.mixer import Mixer, check_sizes
+from based_jax.ops import sharded
+from based_jax.ops.conv import first_inputs_after
 from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.dispatch import beside
 from based_jax.ops.gated_conv import (
     IMPLEMENTATIONS,
     STEP_IMPLEMENTATIONS,
+    convolved_inputs,
     gated_short_conv,
     gated_short_conv_step,
 )
-from based_jax.ops.projection import multiply
 from based_jax.ops.token_layer import token_conv
 
 Inputs = Float[Array, "B W inner"]
+NewInputs = Float[Array, "B T inner"]
+FEW_TOKENS_IMPL = "xla_taps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,16 +83,49 @@ class GatedConv(Mixer):
         y, state = self._convolve(x, state=state, segment_ids=segment_ids)
         return self.out_proj(y), state
 
-    def _convolve(self, x: BTD, **options) -> tuple[Float[Array, "B T inner"], Inputs]:
+    def _convolve(
+        self, x: BTD, state: Inputs | None = None, segment_ids: SegmentIds | None = None
+    ) -> tuple[Float[Array, "B T inner"], Inputs]:
         """Project, convolve and gate; the operation adds the projection's bias, where it reads the product anyway."""
-        product, bias = self._product(x)
-        return gated_short_conv(product, self.conv_kernel[...], bias=bias, impl=self.config.impl, **options)
+
+        def convolved(product, bias, kernel, state, segment_ids):
+            given = {"bias": bias, "state": state, "segment_ids": segment_ids, "impl": self.config.impl}
+            return gated_short_conv(product, kernel, **given)
+
+        product, bias = layers.joined_by_device(self.in_proj, x.astype(self.dtype), (self.d_inner, self.d_inner))
+        given = product, bias, self.conv_kernel[...], state, segment_ids
+        return sharded.by_channels(convolved, given, (2, 0, 1, 2, None), (2, 2), self.d_inner)
 
     @override
     def _step(self, x: BD, state: Inputs) -> tuple[BD | layers.Projected, Inputs]:
-        (product, bias), impl = self._product(x), beside(self.config.impl, STEP_IMPLEMENTATIONS)
-        y, state = gated_short_conv_step(product, self.conv_kernel[...], state, bias=bias, impl=impl)
+        impl = beside(self.config.impl, STEP_IMPLEMENTATIONS)
+
+        def stepped(product, bias, kernel, state):
+            return gated_short_conv_step(product, kernel, state, bias=bias, impl=impl)
+
+        product, bias = layers.joined_by_device(self.in_proj, x.astype(self.dtype), (self.d_inner, self.d_inner))
+        given = product, bias, self.conv_kernel[...], state
+        y, state = sharded.by_channels(stepped, given, (1, 0, 1, 2), (1, 2), self.d_inner)
         return layers.into_stream(self.out_proj, y), state
+
+    @override
+    def _try_tokens(self, x: BTD, state: Inputs) -> tuple[BTD, tuple[NewInputs, Inputs]]:
+        """Convolve in XLA's form, unless another one is asked for: kernels want more tokens."""
+        impl = FEW_TOKENS_IMPL if self.config.impl == "auto" else self.config.impl
+
+        def tried(product, bias, kernel, state):
+            y, _ = gated_short_conv(product, kernel, bias=bias, state=state, impl=impl)
+            return y, convolved_inputs(product, kernel.shape[-1], bias)
+
+        product, bias = layers.joined_by_device(self.in_proj, x.astype(self.dtype), (self.d_inner, self.d_inner))
+        given = product, bias, self.conv_kernel[...], state
+        y, inputs = sharded.by_channels(tried, given, (2, 0, 1, 2), (2, 2), self.d_inner)
+        return self.out_proj(y), (inputs, state)
+
+    @override
+    def _keep(self, tokens: tuple[NewInputs, Inputs], counts: Int[Array, "B"]) -> Inputs:
+        inputs, state = tokens
+        return first_inputs_after(inputs, counts, state)
 
     @override
     def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
@@ -98,11 +135,6 @@ class GatedConv(Mixer):
         inner = first, self.in_proj.bias[...], self.conv_kernel[...], cache.state, second, self.out_proj.bias[...]
         r, y, state = token_conv(r, y, norm.scale[...], *inner, eps=norm.epsilon)
         return r, y, cache._replace(state=state)
-
-    def _product(self, x: Float[Array, "*B D"]) -> tuple[Float[Array, "*B joint"], Float[Array, "joint"] | None]:
-        """Return the projection without its bias, and the bias."""
-        product = multiply(x.astype(self.dtype), self.in_proj.kernel[...].astype(self.dtype))
-        return product, None if self.in_proj.bias is None else self.in_proj.bias[...]
 
     @override
     def state_size(self, seq_len: int) -> int:

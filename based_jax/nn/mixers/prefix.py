@@ -8,9 +8,11 @@ from jaxtyping import Array, Shaped
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.nn import layers
-from based_jax.nn.mixer import check_sizes
+from based_jax.nn.cache import Cache
+from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.nn.mixers.taylor import PROJECTIONS, TaylorAttention, TaylorConfig
 from based_jax.ops import segments, sequence, taylor, taylor_decode
+from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.linear_attention import encoder_state
 
 
@@ -93,6 +95,17 @@ class PrefixLinearAttention(TaylorAttention):
         return y, (after, length + 1)
 
     @override
+    def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache]:
+        before, length = cache.state
+        r, pieces, cache = super().step_whole(r, y, norm, cache._replace(state=before))
+        return r, pieces, cache._replace(state=(cache.state, length + 1))
+
+    @override
+    def _try_tokens(self, x: BTD, state: Any) -> tuple[BTD, Any]:
+        """Read tokens, which may be of the prefix, as any state does that is not taken back."""
+        return Mixer._try_tokens(self, x, state)
+
+    @override
     def flops_per_token(self, seq_len: int) -> int:
         """Return forward FLOPs: those of Taylor attention, and the prefix's projections and state as if all were it."""
         weights = self.d_model * (self.config.num_heads * self.config.feature_dim + self.d_model)
@@ -103,7 +116,7 @@ class PrefixLinearAttention(TaylorAttention):
         sums = taylor_decode.total(before)
         numbers = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else sequence.numbered(segment_ids)
         places, length = sequence.positions(segment_ids, length, x.shape[1])
-        q, k, v = self._qkv(x)
+        q, k, v = self.qkv(x)
         if self.enc_length:
             k_enc, v_enc = (layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_k_enc, self.proj_v_enc))
             if encoder_mask is not None:

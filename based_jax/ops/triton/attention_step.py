@@ -1,5 +1,9 @@
 """Softmax attention of one token over a cache in Triton kernels: which calls they take, and how splits are joined."""
 
+import functools
+import math
+from collections.abc import Callable
+
 import einops
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -47,16 +51,57 @@ def compute(call: AttentionStepCall) -> BHV:
     # Triton takes half a second to import and is needed only here.
     from pallas_kernels.triton import attention_step as kernels
 
+    return _joined(call, *_read(call, kernels.forward))
+
+
+def compute_with_weights(call: AttentionStepCall) -> tuple[BHV, Float[Array, "B S G"]]:
+    """Return the same, and what each key is given, the mean over the queries that share it."""
+    from pallas_kernels.triton import attention_step as kernels
+
+    o, logarithm, s = _read(call, kernels.forward_with_scores)
+    total = jnp.max(logarithm, axis=1) + jnp.log2(jnp.sum(_weights(logarithm), axis=1))
+    there = jnp.arange(s.shape[2])[None] < call.length[:, None]
+    p = jnp.where(there[:, None], jnp.exp2(s - total[..., None]), 0.0)
+    return _joined(call, o, logarithm), einops.reduce(p, "B (G R) S -> B S G", "mean", G=call.k.shape[2])
+
+
+def read_ring(call: AttentionStepCall, tokens: int) -> tuple[Float[Array, "B H V"], Float[Array, "B H"]]:
+    """Return fp32 o of the queries of so many tokens over a ring, and the logarithms of their weights' sums.
+
+    Queries are those of AttentionStepCall, `tokens` of each head beside each other; `length` counts all tokens so far.
+    """
+    from pallas_kernels.triton import attention_step as kernels
+
+    o, logarithm = _read(call, functools.partial(kernels.forward, tokens=tokens))
+    weight, top = _weights(logarithm), jnp.max(logarithm, axis=1)
+    total = jnp.sum(weight, axis=1)
+    return jnp.sum(weight[..., None] * o, axis=1) / total[..., None], math.log(2) * (top + jnp.log2(total))
+
+
+def _read(call: AttentionStepCall, forward: Callable) -> list[Array]:
+    """Return what a kernel does, of heads that lie beside each other as of one."""
+    from pallas_kernels.triton import attention_step as kernels
+
     B, S, G, V = call.v.shape
     n = heads_as_one(G, call.q.shape[1] // G, max(call.k.shape[3], V))
     keys = B * S * G // n // (PROGRAMS_PER_CORE * devices.cores(target_device_kind()))
     q, k, v = _diagonal(call.q, G, n), *(x.reshape(B, S, G // n, -1) for x in (call.k, call.v))
-    length = jnp.minimum(call.length, S).astype(jnp.int32)
+    length = call.length.astype(jnp.int32)
     arrays, tiling = sharded.vary_alike(q, k, v, length), kernels.tiling_of(keys)
-    o, logarithm = kernels.forward(*arrays, scale=1 / call.root, tiling=tiling)
-    weight = jnp.exp2(logarithm - logarithm.max(axis=1, keepdims=True))
-    o = jnp.sum(weight[..., None] * _of_diagonal(o, G, n, V), axis=1) / jnp.sum(weight, axis=1)[..., None]
+    o, *more = forward(*arrays, scale=1 / call.root, tiling=tiling)
+    return [_of_diagonal(o, G, n, V), *more]
+
+
+def _joined(call: AttentionStepCall, o: Float[Array, "B N H V"], logarithm: Float[Array, "B N H"]) -> BHV:
+    """Return o of all splits."""
+    weight = _weights(logarithm)
+    o = jnp.sum(weight[..., None] * o, axis=1) / jnp.sum(weight, axis=1)[..., None]
     return o.astype(call.v.dtype)
+
+
+def _weights(logarithm: Float[Array, "B N H"]) -> Float[Array, "B N H"]:
+    """Return the sums of splits, that of the largest 1."""
+    return jnp.exp2(logarithm - logarithm.max(axis=1, keepdims=True))
 
 
 def heads_as_one(groups: int, queries: int, channels: int) -> int:

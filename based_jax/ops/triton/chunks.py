@@ -12,14 +12,12 @@ from based_jax import devices
 from based_jax.dims import BHKV, BTHV
 from based_jax.ops import segments, sharded
 from based_jax.ops.calls import MatrixStateCall
-from based_jax.ops.decays import empty_state
+from based_jax.ops.decays import MIN_LOG_DECAY, empty_state
 from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.triton import limits
 
 KEY_DIMS = (16, 32, 64, 128, 256)
 """Sizes of keys; others are filled up with zeros."""
-MIN_LOG_DECAY = -128.0
-"""A log-decay that leaves nothing in fp32. Sums of it over a chunk are still exact to 1e-3."""
 
 
 def supports(v: BTHV, keys: int) -> str | None:

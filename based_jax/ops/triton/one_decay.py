@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.dims import BHKV, BTHV
+from based_jax.ops import sharded
 from based_jax.ops.calls import BTH, MatrixStateCall
 from based_jax.ops.triton import chunks
 
@@ -25,35 +26,59 @@ def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
 
 
 def _on_chunks(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
-    arguments = call.scale, call.q, call.k, call.v, call.log_decay[..., 0], call.state
-    return _attention(*arguments) if call.beta is None else _delta_rule(*arguments, call.beta)
+    arrays = call.q, call.k, call.v, call.log_decay[..., 0]
+    if call.beta is None:
+        return _by_pieces(call.scale, *arrays, call.state)
+    return _delta_rule(call.scale, *arrays, call.state, call.beta)
+
+
+def _by_pieces(scale, q, k, v, log_decay, state) -> tuple[BTHV, BHKV]:
+    """Cut sequences, where they are few, into pieces that are rows of their own, filled up to the same length."""
+    from pallas_kernels.triton import pieces
+    from pallas_kernels.triton.chunks import CHUNK_TOKENS, Cut
+
+    cut = Cut.of(k, v)
+    count = pieces.count(cut.batch * cut.heads * cut.strips, cut.chunks)
+    arrays = (sharded.fill(x, {1: count * CHUNK_TOKENS}) for x in (q, k, v, log_decay))
+    o, last = _attention(scale, *(x.reshape(x.shape[0] * count, -1, *x.shape[2:]) for x in arrays), state)
+    return o.reshape(cut.batch, -1, *o.shape[2:])[:, : cut.time], last
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(scale, q, k, v, log_decay, state):
+    """Return o of the pieces, and the states after the last one of each sequence, given those before the first."""
     from pallas_kernels.triton import one_decay as kernels
+    from pallas_kernels.triton import pieces
 
-    return tuple(kernels.forward(q, k, v, _sums(log_decay), state, scale=scale, with_starts=False))
+    c = _sums(log_decay)
+    o, last = kernels.forward(q, k, v, c, pieces.starts(k, v, c, state), scale=scale, with_starts=False)
+    return o, _of_pieces(last, state)[:, -1]
 
 
 def _attention_fwd(scale, q, k, v, log_decay, state):
     from pallas_kernels.triton import one_decay as kernels
+    from pallas_kernels.triton import pieces
 
     c = _sums(log_decay)
-    o, last, starts = kernels.forward(q, k, v, c, state, scale=scale, with_starts=True)
-    return (o, last), (q, k, v, c, starts)
+    o, last, starts = kernels.forward(q, k, v, c, pieces.starts(k, v, c, state), scale=scale, with_starts=True)
+    return (o, _of_pieces(last, state)[:, -1]), (q, k, v, c, starts)
 
 
 def _attention_bwd(scale, saved, gradients):
     from pallas_kernels.triton import one_decay as kernels
-    from pallas_kernels.triton import shared_keys
+    from pallas_kernels.triton import pieces, shared_keys
 
     q, k, v, c, starts = saved
     do, dlast = gradients
-    dv, ends, dstate = kernels.reverse(q, k, c, do, dlast, scale=scale)
+    dv, ends, dstate = kernels.reverse(q, k, c, do, pieces.ends(q, do, c, dlast, scale=scale), scale=scale)
     gradients_of_keys = (kernels if k.shape[2] == v.shape[2] else shared_keys).gradients
     dq, dk, dc = gradients_of_keys(q, k, v, c, starts, do, ends, scale=scale)
-    return dq, dk, dv, _until_the_end(dc), dstate
+    return dq, dk, dv, _until_the_end(dc), _of_pieces(dstate, dlast)[:, 0]
+
+
+def _of_pieces(states, like) -> Float[Array, "B P H K V"]:
+    """Return states of all pieces by sequence, of which `like` are as many as there are sequences."""
+    return states.reshape(like.shape[0], -1, *like.shape[1:])
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

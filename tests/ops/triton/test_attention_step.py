@@ -2,14 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import cuda_plugin, triton_interpreter
 from helpers.cases import parametrize_some
 from helpers.devices import gpus
 
-from based_jax.ops import dispatch
-from based_jax.ops.decode_calls import AttentionStepCall
-from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step
+from based_jax.ops import dispatch, softmax_trial
+from based_jax.ops.decode_calls import AttentionStepCall, AttentionTrialCall
+from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step, attention_step_weights, attention_weights
+from based_jax.ops.softmax_trial import attention_trial
 from based_jax.ops.triton import attention_step as triton_step
 from pallas_kernels.triton import attention_step as kernels
 
@@ -57,6 +59,24 @@ def test_it_equals_the_oracle(S, G, R, K, V, dtype, normal, close, monkeypatch):
     expected = jax.jit(lambda *x: attention_step(*x, impl="oracle"))(q, k, v, length)
     stale = [jnp.where(there, x, jnp.nan) for x in (k, v)]
     close(triton_step.compute(AttentionStepCall(q, *stale, length)), expected, dtype)
+    o, weights = triton_step.compute_with_weights(AttentionStepCall(q, *stale, length))
+    close(o, expected, dtype)
+    close(weights, jax.jit(attention_weights)(q, k, length), dtype)
+    assert not np.asarray(weights)[~np.broadcast_to(there[..., 0], weights.shape)].any()
+
+
+@parametrize_some("T, S, G, R, K", [(3, 40, 2, 2, 24), (20, 33, 1, 1, 16), (2, 70, 4, 1, 72)], [(3, 40, 2, 2, 24)])
+def test_tokens_on_trial_read_a_ring_as_the_oracle_does(T, S, G, R, K, normal, close, monkeypatch):
+    """Queries of tokens that see nothing of a split, or of the whole ring, among others."""
+    triton_interpreter.interpret(monkeypatch)
+    monkeypatch.setattr(kernels, "TILINGS", SMALL)
+    shapes = (T, G * R, K), (T, G, K), (T, G, K), (S, G, K), (S, G, K)
+    q, k, v, past_k, past_v = (normal(6, *shape) for shape in shapes)
+    length = jnp.asarray([0, 1, S - 1, S, S + 7, 3 * S + 2])
+    there = (jnp.arange(S)[None] < length[:, None])[..., None, None]
+    stale = [jnp.where(there, x, jnp.nan) for x in (past_k, past_v)]
+    expected = attention_trial(q, k, v, past_k, past_v, length, impl="oracle")
+    close(softmax_trial._by_triton(AttentionTrialCall(q, k, v, *stale, length, True)), expected)
 
 
 @parametrize_some("K, R, B", [(72, 1, 4), (128, 8, 4), (72, 1, 1024)], [(72, 1, 1024)])
@@ -71,6 +91,18 @@ def test_it_lowers_for_an_h100(K, R, B, monkeypatch):
     splits, n = {4: 32, 1024: 4}[B], {72: 2, 128: 1}[K]
     assert f"tensor<{B // 2}x{splits}x{2 * R}x{n * K}xf32>" in line
     assert f"tensor<{B // 2}x2048x{2 // n}x{n * K}xbf16>" in line
+    assert len(found) == 1 and 0 < found[0].shared_bytes <= 227 << 10
+
+
+@pytest.mark.long
+def test_scores_are_told_by_one_kernel_of_an_h100(monkeypatch):
+    found = cuda_plugin.compiled_kernels(monkeypatch)
+    call = jax.eval_shape(lambda: call_of(B=128, S=512, G=24))
+    with gpus(shape=(2, 2), names=("data", "tensor")):
+        run = jax.jit(lambda *x: attention_step_weights(*x, impl="triton"))
+        text = run.trace(*call[:4]).lower(lowering_platforms=("cuda",)).as_text()
+    [line] = [line for line in text.splitlines() if "@triton_kernel_call" in line]
+    assert "tensor<64x12x512xf32>" in line
     assert len(found) == 1 and 0 < found[0].shared_bytes <= 227 << 10
 
 
