@@ -126,7 +126,7 @@ def _drawn(layout: Layout, steps: int, params: nnx.State, rows: Rows, most: Int[
     start = jnp.int32(0), rows, empty, jnp.zeros_like(rows.left)
     _, rows, found, count = jax.lax.while_loop(goes_on, step, start)
     found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
-    block = Block(*found, count, count, jnp.zeros_like(count))
+    block = Block._make([*found, count, count, jnp.zeros_like(count)])
     return rows, jax.tree.map(parallel.constrain, block)
 
 
@@ -147,7 +147,7 @@ def _verified(
         return i + 1, after, _with_new(block, new, rows.live)
 
     none = jnp.zeros(B, jnp.int32)
-    block = Block(*Drawn.zeros((B, T), layout.config.padded_vocab_size), none, none, none)
+    block = Block._make([*Drawn.zeros((B, T), layout.config.padded_vocab_size), none, none, none])
     _, rows, block = jax.lax.while_loop(goes_on, step, (jnp.int32(0), rows, block))
     return rows, jax.tree.map(parallel.constrain, block)
 
@@ -161,7 +161,7 @@ decoding_graph, verifying_graph = (loop(compiler_options=GRAPH_OPTIONS) for loop
 def _with_new(block: Block, new: Verified, live: Bool[Array, "B"]) -> Block:
     """Return a block with the new tokens of each row behind those that it has."""
     T, place = block.tokens.shape[1], jnp.arange(new.drawn.token.shape[1])[None]
-    places = jnp.where(place < new.count[:, None], block.drawn[:, None] + place, T)
+    places = jnp.where(place < new.counts[:, None], block.drawn[:, None] + place, T)
     write = jax.vmap(lambda old, places, new: old.at[places].set(new, mode="drop"))
     drawn = [write(old, places, x) for old, x in zip(block, new.drawn, strict=False)]
-    return Block(*drawn, block.drawn + new.count, block.steps + live, block.offered + new.offered)
+    return Block._make([*drawn, block.drawn + new.counts, block.steps + live, block.offered + new.offered])

@@ -155,7 +155,7 @@ class Drafts:
     """
 
     method: Lookup | SmallModel
-    params: nnx.State | None = None
+    params: Any = None
 
     @classmethod
     def by_lookup(cls, tokens: int) -> "Drafts":

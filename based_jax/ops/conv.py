@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from based_jax.dims import BD, BT, BTD, WD, SegmentIds
+from based_jax.dims import BD, BT, BTD, BWD, WD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.ops import long_conv, segments, sequence, sharded
 from based_jax.ops.arguments import checked
@@ -88,7 +88,7 @@ def last_inputs(x: BSD, width: int, state: LastInputs | None, segment_ids: Segme
     return jnp.where(kept[..., None], jnp.take_along_axis(inputs, newest[..., None], axis=1), 0)
 
 
-def first_inputs_after(x: BSD, counts: Int[Array, "B"], state: LastInputs) -> LastInputs:
+def first_inputs_after(x: BSD, counts: Int[Array, "B"], state: BWD) -> BWD:
     """Return the last inputs of each row, as many as `state` has, after the first `counts` of x."""
     width = state.shape[1]
     places = counts[:, None] + jnp.arange(width)[None]

@@ -66,6 +66,28 @@ class AttentionPrefillCall(NamedTuple):
         return math.sqrt(self.head_dim or self.q.shape[3])
 
 
+class AttentionTrialCall(NamedTuple):
+    """Softmax attention of T tokens on trial, q (B, T, H, K), k, v (B, T, G, .), behind `length` (B,) others.
+
+    The last of these are in keys and values (B, S, G, .), a ring if there may be more of them than S. Groups and
+    `head_dim` as of `AttentionStepCall`.
+    """
+
+    q: BTHK
+    k: BTGK
+    v: BTGV
+    past_k: BSGK
+    past_v: BSGV
+    length: Int[Array, "B"]
+    is_ring: bool
+    head_dim: int | None = None
+
+    @property
+    def root(self) -> float:
+        """What scores are divided by."""
+        return math.sqrt(self.head_dim or self.q.shape[3])
+
+
 class TaylorSums(NamedTuple):
     """Sums over tokens of phi(k) [v, 1]^T, where a state is kept between steps.
 

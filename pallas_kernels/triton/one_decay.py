@@ -143,34 +143,30 @@ def one_decay_gradients(
     cut: tl.constexpr,
     scale: tl.constexpr,
 ):
-    """Sum over strips of values for a chunk's piece of channels of keys: one gradient after the other, for registers."""
+    """Sum over strips of values for a chunk's piece of channels of keys."""
     number, at, piece = program_of_chunk(cut, cut.pieces)
-    dp, dq = zeros(CHUNK, CHUNK), zeros(CHUNK, cut.piece)
+    dp, kept = zeros(CHUNK, CHUNK), 0.0
+    dq, dk = zeros(CHUNK, cut.piece), zeros(CHUNK, cut.piece)
     for strip in range(cut.strips):
         column = strip * STRIP
-        do = tl.load(values_at(do_ref, at, column, cut))
-        dp += tl.dot(do, tl.trans(tl.load(values_at(v_ref, at, column, cut))))
-        dq += tl.dot(do, tl.trans(tl.load(state_piece_at(starts_ref, number, piece, column, cut))))
+        v, do = tl.load(values_at(v_ref, at, column, cut)), tl.load(values_at(do_ref, at, column, cut))
+        S = tl.load(state_piece_at(starts_ref, number, piece, column, cut))
+        dS = tl.load(state_piece_at(ends_ref, number, piece, column, cut))
+        dp += tl.dot(do, tl.trans(v))
+        dq += tl.dot(do, tl.trans(S))
+        dk += tl.dot(v, tl.trans(dS))
+        kept += both(S, dS)
+    q, k = tl.load(key_piece_at(q_ref, at, piece, cut)), tl.load(key_piece_at(k_ref, at, piece, cut))
     c = tl.load(numbers_at(c_ref, at, cut))  # loaded only here, for the registers
     since, until, all_of_it = decays(c)
     t, s = places(CHUNK)
-    k = tl.load(key_piece_at(k_ref, at, piece, cut))
-    dp = (scale * dp * decays_between(c, t >= s)).to(k.dtype)
-    dq = scale * since * dq + tl.dot(dp, k)
-    store(key_piece_at(dq_ref, at, piece, cut), dq)
-    q = tl.load(key_piece_at(q_ref, at, piece, cut))
-    dc = along(dq, q)
-    dk, kept = zeros(CHUNK, cut.piece), 0.0
-    for strip in range(cut.strips):
-        column = strip * STRIP
-        dS = tl.load(state_piece_at(ends_ref, number, piece, column, cut))
-        dk += tl.dot(tl.load(values_at(v_ref, at, column, cut)), tl.trans(dS))
-        kept += both(tl.load(state_piece_at(starts_ref, number, piece, column, cut)), dS)
-    dk = until * dk
+    dp = (scale * dp * decays_between(c, t >= s)).to(q.dtype)
+    dq, dk = scale * since * dq + tl.dot(dp, k), until * dk
     whole = tl.sum(along(dk, k)) + all_of_it * kept
     dk += tl.dot(tl.trans(dp), q)
+    store(key_piece_at(dq_ref, at, piece, cut), dq)
     store(key_piece_at(dk_ref, at, piece, cut), dk)
-    store(piece_sums_at(dc_ref, at, piece, cut), dc - along(dk, k) + at_last(whole))
+    store(piece_sums_at(dc_ref, at, piece, cut), along(dq, q) - along(dk, k) + at_last(whole))
 
 
 @triton.jit

@@ -55,6 +55,7 @@ OPERATIONS: dict[str, Operation] = {
     "attention_step": cached_attention.ATTENTION_STEP,
     "attention_step_weights": cached_attention.ATTENTION_STEP_WEIGHTS,
     "ring_step": ring_step.RING_STEP,
+    "attention_trial": cached_attention.ATTENTION_TRIAL,
     "attention_prefill": cached_attention.ATTENTION_PREFILL,
     "gated_linear_attention_step": steps.GATED_LINEAR_ATTENTION_STEP,
     "simple_gla_step": steps.SIMPLE_GLA_STEP,

@@ -192,7 +192,7 @@ class Attention(Mixer):
     def _try_tokens(self, x: BTD, state: Any) -> tuple[BTD, Any]:
         if self.policy is not None:
             return super()._try_tokens(x, state)
-        o, tokens = self.read_on_trial(x, state)
+        o, tokens = self.read_on_trial(x, state, is_ring=False)
         return self._out(state.held(o, state.length[:, None] + jnp.arange(x.shape[1])[None])), tokens
 
     @override
@@ -429,11 +429,12 @@ class Attention(Mixer):
     def _joint_count(self) -> int:
         return self.config.num_heads + 2 * self.kv_heads
 
-    def read_on_trial(self, x: BTD, state: TokenCache) -> tuple[Any, TriedTokens]:
-        """Return what queries of tokens (B, T, H, D/H) read of the ring and of each other, and the tokens."""
+    def read_on_trial(self, x: BTD, state: TokenCache, *, is_ring: bool) -> tuple[Any, TriedTokens]:
+        """Return what queries of tokens (B, T, H, D/H) read of the cache and of each other, and the tokens."""
         q, k, v = self._rotated(self.unrotated_qkv(x, state.tokens[0].shape[3]), state.length, None)
-        impl = dispatch.beside(self.config.impl, ATTENTION_TRIAL)
-        o = attention_trial(q, k, v, *state.tokens, state.length, head_dim=self.head_dim, impl=impl)
+        (past_k, past_v), impl = state.tokens, dispatch.beside(self.config.impl, ATTENTION_TRIAL)
+        options = {"is_ring": is_ring, "head_dim": self.head_dim}
+        o = attention_trial(q, k, v, past_k, past_v, state.length, impl=impl, **options)
         return o, TriedTokens((k, v), state)
 
     def _token(self, qkv, state: TokenCache):

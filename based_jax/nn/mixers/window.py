@@ -99,7 +99,7 @@ class WindowAttention(attention.Attention):
 
     @override
     def _try_tokens(self, x: BTD, state: TokenCache) -> tuple[BTD, TriedTokens]:
-        o, tokens = self.read_on_trial(x, state)
+        o, tokens = self.read_on_trial(x, state, is_ring=True)
         return self._out(o), tokens
 
     @override
