@@ -32,7 +32,7 @@ from pallas_kernels.hopper.attention_walk import (
 )
 from pallas_kernels.hopper.mosaic import TILE_ROWS
 
-MAX_HEAD_DIM = 96
+MAX_HEAD_DIM = 80
 """Of which a warpgroup holds a tile in registers beside the sums and two tiles of scores."""
 KEY_STEP = 128
 OWN_SLOTS, LEAST_SLOTS = 2, 3

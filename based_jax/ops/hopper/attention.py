@@ -16,7 +16,7 @@ from based_jax.ops import sharded, softmax_walks
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.hopper import limits
 
-MAX_HEAD_DIM, MAX_TURNS_HEAD_DIM = 256, 96
+MAX_HEAD_DIM, MAX_TURNS_HEAD_DIM = 256, 80
 DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 
 

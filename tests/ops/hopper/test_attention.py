@@ -38,8 +38,8 @@ def test_refusals_name_the_value(call, words):
 
 def test_turns_are_for_narrow_heads():
     with gpus():
-        assert "at most 96, and are 128 and 64" in hopper_attention.supports_turns(call_of(K=128))
-        assert hopper_attention.supports_turns(call_of(K=70, V=96)) is None
+        assert "at most 80, and are 128 and 64" in hopper_attention.supports_turns(call_of(K=128))
+        assert hopper_attention.supports_turns(call_of(K=70, V=80)) is None
 
 
 def test_other_devices_are_refused():
@@ -92,7 +92,7 @@ def test_they_equal_the_oracle(T, K, V, dtype, normal, packed_ids, out_and_grads
     assert not get_races().races_found
 
 
-@parametrize_some("T, K, V", [(300, 40, 24), (500, 96, 96)], [(300, 40, 24)])
+@parametrize_some("T, K, V", [(300, 40, 24), (500, 80, 80)], [(300, 40, 24)])
 def test_blocks_that_take_several_tiles_equal_the_oracle(
     T, K, V, normal, packed_ids, out_and_grads, close, interpreted, monkeypatch
 ):
