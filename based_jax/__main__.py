@@ -22,6 +22,7 @@ from based_jax.commands import (
     export,
     frontier,
     generate,
+    inside,
     interrupts,
     new_mixer,
     plot,
@@ -52,6 +53,7 @@ COMMANDS = {
     "sweep": sweep,
     "new-mixer": new_mixer,
     "frontier": frontier,
+    "inside": inside,
 }
 WRONG_INPUT, OUT_OF_MEMORY, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
 """Exit codes; the last two are what shells report of a program that SIGINT or SIGPIPE ended."""

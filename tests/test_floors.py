@@ -19,7 +19,7 @@ FLOORS = [
     ["based_jax.train"],
     ["based_jax.aot"],
     ["based_jax.bench", "based_jax.sweep", "based_jax.pictures"],
-    ["based_jax.newcomer"],
+    ["based_jax.newcomer", "based_jax.inside"],
     ["based_jax.commands"],
     ["based_jax.__main__"],
     ["configs", "experiments"],

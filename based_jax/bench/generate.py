@@ -21,7 +21,7 @@ from based_jax.bench.generate_size import PREFILLS, UNTIMED_PREFILLS, Effort, Si
 from based_jax.bench.memory import peak_bytes, program_bytes
 from based_jax.bench.runner import Runner
 from based_jax.generate.drafts import Drafts
-from based_jax.generate.prefill import CHUNK_TOKENS, Chunk, chunk_length, chunks
+from based_jax.generate.prefill import Chunk, chunk_length, chunks, row_tokens
 from based_jax.nn.lm_config import LMConfig
 
 PROFILED_BLOCKS = 1
@@ -44,7 +44,11 @@ def measure(config: LMConfig, sizes: Sequence[Size], effort: Effort) -> Iterator
     counts = prompts(decoded) if effort.prefill else {}
     read = {length: _Prompts(programs, count, length) for length, count in counts.items()}
     programs.compile()
-    prefill = functools.cache(lambda length: _fitting(read[length].measure, "prefill_error"))
+
+    @functools.cache
+    def prefill(length: int) -> dict[str, Any]:
+        return _fitting(functools.partial(read[length].measure, effort.profiled), "prefill_error")
+
     for size in sizes:
         row = {**size._asdict(), **_bytes(subject, size, effort.tokens)}
         if size in decoded:
@@ -108,18 +112,32 @@ class _Prompts:
         self.ids = list(np.random.default_rng(0).integers(vocab_size, size=(count, length), dtype=np.int32))
         self.keys = [programs.add_chunk(length, chunk) for chunk in self._chunks(self.ids)]
 
-    def measure(self) -> dict[str, Any]:
-        """Return how fast prompts are read into caches."""
+    def measure(self, profiled: bool) -> dict[str, Any]:
+        """Return how fast prompts are read into caches, and where the time of their first chunk goes."""
         seconds = Runner(self._read, None, [self.ids]).median_seconds(PREFILLS, UNTIMED_PREFILLS)
         return {
             "prefill_rows": self.count,
             "prefill_milliseconds": round(1e3 * seconds, 3),
             "prefill_tokens_per_second": self.count * self.length / seconds,
             "prefill_compile_seconds": round(sum(self.programs[key].seconds for key in set(self.keys)), 2),
+            "prefill_chunk_tokens": next(self._chunks(self.ids))[0].shape[1],
+            "prefill_breakdown": self._profile() if profiled else None,
         }
 
+    def _profile(self) -> dict[str, Any] | None:
+        decoder, program = self.programs.subject.decoder, self.programs[self.keys[0]]
+        caches, chunk = decoder.init_cache(self.count, self.length), next(self._chunks(self.ids))
+
+        def run(times: int) -> None:
+            after = caches
+            for _ in range(times):
+                after = program.step(after, (decoder.params, chunk))
+            jax.block_until_ready(after)
+
+        return step_profile.profile(run, step_profile.program_of(program.step.as_text() or ""), PROFILED_BLOCKS)
+
     def _chunks(self, ids: Sequence[np.ndarray]) -> Iterator[Chunk]:
-        return chunks(ids, chunk_length(self.programs.subject.abstract, CHUNK_TOKENS))
+        return chunks(ids, chunk_length(self.programs.subject.abstract, row_tokens(self.count)))
 
     def _read(self, _: None, ids: Sequence[np.ndarray]) -> tuple[None, Any]:
         decoder = self.programs.subject.decoder

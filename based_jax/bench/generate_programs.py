@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from based_jax import compilation
 from based_jax.bench.decode_state import array_bytes, at_length, random_state, random_weights
-from based_jax.generate.blocks import Block, decode
+from based_jax.generate.blocks import Block, decode_within, loop_options
 from based_jax.generate.decoder import Caches, Decoder, layout_of
 from based_jax.generate.drafts import Drafts
 from based_jax.generate.prefill import Chunk, prefill_chunk
@@ -49,6 +49,14 @@ class Subject:
         return array_bytes(self.layout.shapes) - unread
 
 
+class Lowered(NamedTuple):
+    """What a program is compiled from; see `Program`, and the compiler's options."""
+
+    lowered: jax.stages.Lowered
+    choices: dict[str, list[str]]
+    options: dict[str, str] | None
+
+
 class Program(NamedTuple):
     """A compiled program.
 
@@ -72,7 +80,7 @@ class Programs:
 
     def __init__(self, subject: Subject):
         self.subject = subject
-        self._lowered: dict[Hashable, tuple[jax.stages.Lowered, dict[str, list[str]]]] = {}
+        self._lowered: dict[Hashable, Lowered] = {}
         self._compiled: dict[Hashable, Program] = {}
         self.was_read = False
 
@@ -86,12 +94,12 @@ class Programs:
 
         def block(rows: Rows, inputs: tuple) -> tuple[Rows, Block]:
             params, context = inputs
-            return decode(Decoder(self.subject.layout, params), _after(rows, context, most), tokens, drafts=drafts)
+            return decode_within(Decoder(self.subject.layout, params), _after(rows, context, most), tokens, drafts)
 
         caches = self.subject.caches(batch, max_len)
         rows = jax.eval_shape(lambda: new_rows(caches, max_len, drafts))
         inputs = self.subject.layout.shapes, jax.ShapeDtypeStruct((), jnp.int32)
-        return self._add(block, rows, inputs)
+        return self._add(block, rows, inputs, options=loop_options())
 
     def add_chunk(self, max_len: int, chunk: Chunk) -> Hashable:
         """Add the program that reads a chunk of prompts, and return its key: `(caches, (params, chunk)) -> caches`."""
@@ -115,20 +123,20 @@ class Programs:
         """Return a program that has been compiled."""
         return self._compiled[key]
 
-    def _add(self, function: Callable, *arguments: Any) -> Hashable:
+    def _add(self, function: Callable, *arguments: Any, options: dict[str, str] | None = None) -> Hashable:
         leaves, structure = jax.tree.flatten(arguments)
         key = function.__name__, structure, tuple((x.shape, x.dtype) for x in leaves)
         if key not in self._lowered:
             with dispatch.recorded_choices() as choices:
                 lowered = jax.jit(function, donate_argnums=0).lower(*arguments)
-            self._lowered[key] = lowered, {operation: list(impls) for operation, impls in choices.items()}
+            self._lowered[key] = Lowered(lowered, {name: list(impls) for name, impls in choices.items()}, options)
         return key
 
 
-def _compiled(given: tuple[jax.stages.Lowered, dict[str, list[str]]]) -> Program:
-    lowered, choices = given
+def _compiled(given: Lowered) -> Program:
+    lowered, choices, options = given
     begin = time.perf_counter()
-    step = lowered.compile()
+    step = lowered.compile(options)
     return Program(step, choices, time.perf_counter() - begin)
 
 

@@ -93,4 +93,5 @@ def lines(row: dict[str, Any]) -> list[str]:
     if row["peak_bytes"]:
         found.append(f"{row['peak_bytes'] / 2**30:.1f} GiB at most")
     found.append(f"compiled in {row['compile_seconds']:.1f} s")
-    return [f"{head}: {'; '.join(found)}", *(step_profile.lines(row["breakdown"]) if row["breakdown"] else [])]
+    told = [row[name] for name in ("breakdown", "prefill_breakdown") if row.get(name)]
+    return [f"{head}: {'; '.join(found)}", *(line for breakdown in told for line in step_profile.lines(breakdown))]

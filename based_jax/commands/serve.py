@@ -57,7 +57,9 @@ def add_arguments(parser: CommandParser) -> None:
         parser.add_argument(_flag(name), type=int, metavar="N", help=f"at most so many {meaning}")
     add_decoding_arguments(parser)
     add_drafts_argument(parser)
-    parser.add_argument("--mesh", default="", help="devices that hold a part of the model each, as in tensor:2")
+    parser.add_argument(
+        "--mesh", default="", help="devices that share the texts or the model, as in data:2 or tensor:2"
+    )
     parser.add_argument(
         "--grace", type=seconds, default=30.0, metavar="S", help="seconds to end in after a signal (default: 30)"
     )

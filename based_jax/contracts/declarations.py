@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import typing
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def keeps_its_types(fitting: Fitting) -> None:
 def names_its_axes(fitting: Fitting) -> None:
     """Parameters have logical names by which a mesh divides them: "heads" or "mlp" over its axis "tensor"."""
     params, mesh = nnx.state(fitting.mixer, nnx.Param), parallel.abstract_mesh({"data": 2, "tensor": 4}, 8)
-    leaves, shardings = jax.tree.leaves(params), jax.tree.leaves(parallel.shardings(params, mesh))
+    leaves, shardings = jax.tree.leaves(params), jax.tree.leaves(parallel.shardings(params, cast(Any, mesh)))
     divided = [x.shard_shape(leaf.shape) != leaf.shape for x, leaf in zip(shardings, leaves, strict=True)]
     require(any(divided), "A mesh divides none of the parameters over its axis tensor: name their axes.")
 
@@ -97,7 +97,8 @@ def refuses_impossible_options(fitting: Fitting) -> None:
     annotations = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         annotation = annotations[field.name]
-        (type_,) = {int, float, str} & {annotation, *typing.get_args(annotation)} or {None}
+        members = (annotation, *typing.get_args(annotation))
+        type_ = next((member for member in (int, float, str) if member in members), None)
         for value in (*IMPOSSIBLE.get(type_, ()), *DOUBTFUL.get(type_, ())):
             possible = value in DOUBTFUL[type_] or field.default is None
             try:

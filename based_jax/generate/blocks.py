@@ -18,6 +18,16 @@ from based_jax.generate.rows import Rows
 from based_jax.generate.sampling import Drawn, draw, drawable
 from based_jax.generate.verification import Verified, verify
 from based_jax.nn.lm import LM
+from based_jax.ops.dispatch import target_platform
+
+GRAPH_OPTIONS = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    ),
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+}
+"""With which XLA makes one CUDA graph of a loop, whose end the GPU finds itself, and kernels that need nothing of each
+other run side by side."""
 
 
 class Block(NamedTuple):
@@ -51,9 +61,25 @@ def decode(
     """
     limit = np.int32(steps if most is None else most)
     with decoder.running():
+        as_graph = loop_options() is not None
         if drafts is None:
-            return decoding_loop(decoder.layout, steps, decoder.params, rows, limit)
-        return verifying_loop(decoder.layout, drafts.method, steps, decoder.params, drafts.params, rows, limit)
+            loop = decoding_graph if as_graph else decoding_loop
+            return loop(decoder.layout, steps, decoder.params, rows, limit)
+        verify_loop = verifying_graph if as_graph else verifying_loop
+        return verify_loop(decoder.layout, drafts.method, steps, decoder.params, drafts.params, rows, limit)
+
+
+def decode_within(decoder: Decoder, rows: Rows, steps: int, drafts: Drafts | None = None) -> tuple[Rows, Block]:
+    """Take steps as `decode` does, as a part of a program, which is compiled with `loop_options`."""
+    if drafts is None:
+        return decoding_loop(decoder.layout, steps, decoder.params, rows, np.int32(steps))
+    return verifying_loop(decoder.layout, drafts.method, steps, decoder.params, drafts.params, rows, np.int32(steps))
+
+
+def loop_options() -> dict[str, str] | None:
+    """Return what XLA is told besides for the program of `decode`, None unless it is one GPU's."""
+    is_one_gpu = target_platform() == "cuda" and jax.sharding.get_abstract_mesh().size <= 1
+    return GRAPH_OPTIONS if is_one_gpu else None
 
 
 def blocks(decoder: Decoder, rows: Rows, steps: int, drafts: Drafts | None = None) -> Iterator[Block]:
@@ -83,10 +109,7 @@ def decode_step(model: LM, rows: Rows) -> tuple[Rows, Drawn]:
     return after, drawn
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def decoding_loop(
-    layout: Layout, steps: int, params: nnx.State, rows: Rows, most: Int[Array, ""]
-) -> tuple[Rows, Block]:
+def _drawn(layout: Layout, steps: int, params: nnx.State, rows: Rows, most: Int[Array, ""]) -> tuple[Rows, Block]:
     """Draw tokens as `decode` does without drafts, of a model of a layout."""
     model = layout.model(params)
 
@@ -103,12 +126,11 @@ def decoding_loop(
     start = jnp.int32(0), rows, empty, jnp.zeros_like(rows.left)
     _, rows, found, count = jax.lax.while_loop(goes_on, step, start)
     found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
-    block = Block(*found, count, count, jnp.zeros_like(count))
+    block = Block._make([*found, count, count, jnp.zeros_like(count)])
     return rows, jax.tree.map(parallel.constrain, block)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def verifying_loop(
+def _verified(
     layout: Layout, method: Method, steps: int, params: nnx.State, draft_params: Any, rows: Rows, most: Int[Array, ""]
 ) -> tuple[Rows, Block]:
     """Draw tokens as `decode` does with drafts; rows have different numbers of them."""
@@ -125,15 +147,21 @@ def verifying_loop(
         return i + 1, after, _with_new(block, new, rows.live)
 
     none = jnp.zeros(B, jnp.int32)
-    block = Block(*Drawn.zeros((B, T), layout.config.padded_vocab_size), none, none, none)
+    block = Block._make([*Drawn.zeros((B, T), layout.config.padded_vocab_size), none, none, none])
     _, rows, block = jax.lax.while_loop(goes_on, step, (jnp.int32(0), rows, block))
     return rows, jax.tree.map(parallel.constrain, block)
+
+
+_decoding = functools.partial(jax.jit, _drawn, static_argnums=(0, 1), donate_argnums=3)
+_verifying = functools.partial(jax.jit, _verified, static_argnums=(0, 1, 2), donate_argnums=5)
+decoding_loop, verifying_loop = _decoding(), _verifying()
+decoding_graph, verifying_graph = (loop(compiler_options=GRAPH_OPTIONS) for loop in (_decoding, _verifying))
 
 
 def _with_new(block: Block, new: Verified, live: Bool[Array, "B"]) -> Block:
     """Return a block with the new tokens of each row behind those that it has."""
     T, place = block.tokens.shape[1], jnp.arange(new.drawn.token.shape[1])[None]
-    places = jnp.where(place < new.count[:, None], block.drawn[:, None] + place, T)
+    places = jnp.where(place < new.counts[:, None], block.drawn[:, None] + place, T)
     write = jax.vmap(lambda old, places, new: old.at[places].set(new, mode="drop"))
     drawn = [write(old, places, x) for old, x in zip(block, new.drawn, strict=False)]
-    return Block(*drawn, block.drawn + new.count, block.steps + live, block.offered + new.offered)
+    return Block._make([*drawn, block.drawn + new.counts, block.steps + live, block.offered + new.offered])

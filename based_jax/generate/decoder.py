@@ -22,6 +22,9 @@ from based_jax.nn.lm_config import LMConfig, with_options, with_taylor_options
 Path = tuple[Any, ...]
 Caches = tuple
 
+DECODING_AXES = frozenset(("data", "tensor"))
+"""Of a mesh that a model decodes over: weights that lie over another one would be gathered for each token."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
@@ -114,14 +117,15 @@ class Decoder:
         return cls(layout, params)
 
     def over(self, mesh: Mesh) -> "Decoder":
-        """Return the same model over a mesh, its parameters divided as in training; rows are whole on all devices.
+        """Return the same model over a mesh: rows lie over "data", heads and widths as in training over "tensor".
 
         Raises:
-          UserError: an axis but "tensor" has several devices, or the model's heads or widths cannot be divided.
+          UserError: another axis has several devices, or the model's heads or widths cannot be divided.
         """
-        for axis, size in mesh.shape.items():
-            if size > 1 and axis not in parallel.HEAD_AXES:
-                raise UserError(f"Mesh axis '{axis}' has {size} devices; decoding has them along 'tensor' alone.")
+        for axis in sorted(mesh.shape.keys() - DECODING_AXES):
+            if mesh.shape[axis] > 1:
+                held = f"Mesh axis '{axis}' has {mesh.shape[axis]} devices"
+                raise UserError(f"{held}; a model decodes over {' and '.join(map(repr, sorted(DECODING_AXES)))} alone.")
         check_tensor(self.config, mesh)
         placed = jax.device_put(self.params, parallel.shardings(self.params, mesh))
         return Decoder(self.layout, placed, mesh)

@@ -132,7 +132,7 @@ class SmallModel:
         """Return the caches after the prompts of requests."""
         decoder = Decoder(self.layout, params)
         prompts = [np.asarray(request.prompt[:-1], np.int32) for request in requests]
-        return prefill(decoder, decoder.init_cache(len(requests), max_len), prompts)
+        return prefill(decoder, decoder.init_cache(len(requests), max_len), prompts, CHUNK_TOKENS)
 
     def check(self, params: nnx.State, decoder: Decoder, max_len: int) -> None:
         """Raise UserError where the model does not know the tokens of another, or reads fewer."""
@@ -155,7 +155,7 @@ class Drafts:
     """
 
     method: Lookup | SmallModel
-    params: nnx.State | None = None
+    params: Any = None
 
     @classmethod
     def by_lookup(cls, tokens: int) -> "Drafts":

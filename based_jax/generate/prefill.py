@@ -12,6 +12,8 @@ from based_jax.dims import Unbroken
 from based_jax.generate.decoder import Caches, Decoder, Layout
 
 CHUNK_TOKENS = 512
+PROGRAM_TOKENS = 8192
+"""Of all rows' chunks, at least: products of fewer wait for their weights, those of more are no faster."""
 FEWEST_TOKENS = 64
 """Of a chunk: the last one of a prompt is as long as the next power of two, so that few programs are compiled."""
 
@@ -19,11 +21,13 @@ Chunk = tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"] | None]
 """Ids, and segment ids (0 for padding) where not all rows have so many tokens."""
 
 
-def prefill(
-    decoder: Decoder, caches: Caches, prompts: Sequence[np.ndarray], chunk_tokens: int = CHUNK_TOKENS
-) -> Caches:
-    """Return the caches after the next tokens of each row, of different numbers; those given are used up."""
-    for chunk in chunks(prompts, chunk_length(decoder, chunk_tokens)):
+def prefill(decoder: Decoder, caches: Caches, prompts: Sequence[np.ndarray], chunk_tokens: int | None = None) -> Caches:
+    """Return the caches after the next tokens of each row, of different numbers; those given are used up.
+
+    `chunk_tokens` are those of a row that are read at once, at most; by default `row_tokens`.
+    """
+    most = row_tokens(len(prompts)) if chunk_tokens is None else chunk_tokens
+    for chunk in chunks(prompts, chunk_length(decoder, most)):
         caches = prefill_chunk(decoder, caches, chunk)
     return caches
 
@@ -34,15 +38,26 @@ def prefill_chunk(decoder: Decoder, caches: Caches, chunk: Chunk) -> Caches:
         return _prefill(decoder.layout, decoder.params, caches, *chunk)
 
 
+def row_tokens(rows: int) -> int:
+    """Return the tokens of each of so many rows that are read at once: the fewer rows, the more."""
+    return max(CHUNK_TOKENS, 1 << (PROGRAM_TOKENS // rows).bit_length() >> 1)
+
+
 def chunk_length(decoder: Decoder, chunk_tokens: int) -> int:
     """Return the tokens of a chunk, `chunk_tokens` unless the model has to read more at once."""
     return max(chunk_tokens, _power_of_two(max(decoder.prefix_length, 1)))
 
 
 def chunks(prompts: Sequence[np.ndarray], chunk_tokens: int) -> Iterator[Chunk]:
-    """Yield the tokens of each prompt from its first on, `chunk_tokens` at a time; padding is inert."""
-    for start in range(0, max(map(len, prompts)), chunk_tokens):
-        yield chunk_of([prompt[start : start + chunk_tokens] for prompt in prompts], chunk_tokens)
+    """Yield the tokens of each prompt from its first on, at most `chunk_tokens` at a time; padding is inert.
+
+    What is left of them is read by powers of two, down to `CHUNK_TOKENS`, so that no more than that is padded.
+    """
+    start, longest = 0, max(map(len, prompts))
+    while start < longest:
+        most = min(chunk_tokens, max(CHUNK_TOKENS, 1 << (longest - start).bit_length() >> 1))
+        yield chunk_of([prompt[start : start + most] for prompt in prompts], most)
+        start += most
 
 
 def chunk_of(parts: Sequence[np.ndarray], most: int) -> Chunk:

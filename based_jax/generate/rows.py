@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from based_jax.generate.decoder import Caches, Decoder
 from based_jax.generate.drafts import Drafts
-from based_jax.generate.prefill import CHUNK_TOKENS, prefill
+from based_jax.generate.prefill import prefill
 from based_jax.generate.requests import MOST_STOP_IDS, Request
 from based_jax.generate.sampling import Draws
 from based_jax.generate.state_layout import StateLayout
@@ -86,7 +86,7 @@ def begun(
     decoder: Decoder,
     requests: Sequence[Request],
     max_len: int,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     drafts: Drafts | None = None,
 ) -> Rows:
     """Return the rows of requests whose prompts are read together, with caches for `max_len` tokens each."""

@@ -18,13 +18,13 @@ class Verified(NamedTuple):
     """What one pass over the newest token and N drafted ones has drawn.
 
     Attributes:
-      drawn: (B, N + 1), the first `count` of which are new; an id that stops the row is its last.
-      count: new tokens of each row, at least one of a row that goes on, none of one that has stopped.
+      drawn: (B, N + 1), the first `counts` of which are new; an id that stops the row is its last.
+      counts: new tokens of each row, at least one of a row that goes on, none of one that has stopped.
       offered: of the drafted tokens those that were meant.
     """
 
     drawn: Drawn
-    count: Int[Array, "B"]
+    counts: Int[Array, "B"]
     offered: Int[Array, "B"]
 
 

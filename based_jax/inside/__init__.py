@@ -3,7 +3,7 @@
 from based_jax import inside
 
 for layer in inside.attention_maps(model, ids):     # those of attention, windows and Taylor attention
-    print(layer.index, layer.kind, inside.effective_range(layer.weights), inside.entropy(layer.weights))
+    print(layer.layer, layer.kind, inside.effective_range(layer.weights), inside.entropy(layer.weights))
 norms = inside.state_norms(model, ids)              # (B, T, L)
 costs = inside.removal_costs(model, batches)        # what leaving a layer out costs
 """

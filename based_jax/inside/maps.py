@@ -31,12 +31,12 @@ class LayerMap(NamedTuple):
     """The map of a layer.
 
     Attributes:
-      index: of the layer in the model.
+      layer: its place in the model.
       kind: of its mixer.
       weights: fp32, of each head and query over the keys, which sum to 1; (B, H, T, S).
     """
 
-    index: int
+    layer: int
     kind: str
     weights: Weights
 

@@ -27,7 +27,7 @@ BASE: dict[str, Any] = {
     "epochs": 1,
     "batch_size": 64,
 }
-RATES = (4e-3, 1e-2)
+RATES = (2e-3, 4e-3)
 COMMITTED: tuple[tuple[str, dict[str, Any]], ...] = (
     *(("taylor", {"num_heads": 1, "feature_dim": size}) for size in (4, 8, 16)),
     *(("window", {"num_heads": 1, "window": size}) for size in (8, 23, 48)),
@@ -36,7 +36,6 @@ COMMITTED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("retnet", {"num_heads": 2, "expand_v": 1.0}),
     ("gla", {"num_heads": 2}),
     ("mamba2", {"d_state": 16, "headdim": 32}),
-    ("deltanet", {"num_heads": 2}),
     ("conv", {"expand": 2}),
 )
 """The mixers of `rows.jsonl`, with their options."""

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from based_jax import parallel
-from based_jax.dims import BP, BTD, SegmentIds
+from based_jax.dims import BP, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.init_recipes import initialise
@@ -105,10 +105,9 @@ class Block(nnx.Module):
         """Return the mixer's cache before the first token."""
         return self.mixer.init_cache(batch, max_len)
 
-    def prefill(self, r: BTD, cache, segment_ids: SegmentIds | None = None):
-        """Update the residual stream of the next tokens; return it and the cache after them."""
-        stream, cache = self._through(Stream(r), lambda x: self.mixer.prefill(x, cache, segment_ids))
-        return stream.total(), cache
+    def prefill(self, stream: Stream, cache, segment_ids: SegmentIds | None = None):
+        """Return the stream of next tokens after the block, with the last addition left, and the cache after them."""
+        return self._through(stream, lambda x: self.mixer.prefill(x, cache, segment_ids))
 
     def step(self, stream: Stream, cache):
         """Return the stream of one token after the block, with the last addition left, and the cache after it."""
@@ -197,9 +196,9 @@ class Stack(nnx.Module):
             return caches
         return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (self.repeats, *x.shape)), caches)
 
-    def prefill(self, r: BTD, caches, segment_ids: SegmentIds | None = None):
-        """Update the residual stream of the next tokens; return it and the caches after them."""
-        return self._run(_through(lambda block, r, cache: block.prefill(r, cache, segment_ids)), r, caches)
+    def prefill(self, stream: Stream, caches, segment_ids: SegmentIds | None = None):
+        """Return the stream of the next tokens after all blocks, and the caches after them."""
+        return self._decode(lambda block, stream, cache: block.prefill(stream, cache, segment_ids), stream, caches)
 
     def step(self, stream: Stream, caches):
         """Return the stream of one token after all blocks, and the caches after it."""
@@ -214,8 +213,9 @@ class Stack(nnx.Module):
         keep = _through(lambda block, counts, trial: (counts, block.mixer.keep(trial, counts)))
         return self._run(keep, counts, trials)[1]
 
-    def _decode(self, read: Callable, stream: Stream, caches) -> tuple[Stream, Any]:
-        through = _through(read)
+    def _decode(self, call: Callable, stream: Stream, caches) -> tuple[Stream, Any]:
+        """Return the stream after `call(block, stream, cache)` of each block, and the caches; loops carry its total."""
+        through = _through(call)
         if self.repeats == 1:
             return self._run(through, stream, caches)
 

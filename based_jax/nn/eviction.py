@@ -62,8 +62,14 @@ def _least_paid_of_steady(statistics: Statistics, slots: int) -> Int[Array, "B G
     mean = statistics["sum"] / count
     variance = statistics["square"] / count - mean**2
     asked = min(slots - int(ROCO_EXEMPT * slots), variance.shape[1])
-    rank = jnp.argsort(jnp.argsort(variance, axis=1), axis=1)
-    return jnp.argmin(jnp.where(rank < asked, mean, jnp.inf), axis=1)
+    return jnp.argmin(jnp.where(_least(variance, asked), mean, jnp.inf), axis=1)
+
+
+def _least(x: Float[Array, "B N G"], count: int) -> Bool[Array, "B N G"]:
+    """Return which are the least `count`, the first ones of those that are equal: up to the last one in order."""
+    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    value, last = (y[:, count - 1 : count] for y in jax.lax.sort((x, place), dimension=1, num_keys=1, is_stable=True))
+    return (x < value) | ((x == value) & (place <= last))
 
 
 POLICIES: dict[str, Policy | None] = {

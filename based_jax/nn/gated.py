@@ -167,7 +167,7 @@ class GatedLinearMixer(Mixer):
         return self._out(x, o), GatedState(memory, conv, length)
 
     @override
-    def _step(self, x: BD, state: GatedState) -> tuple[BD, GatedState]:
+    def _step(self, x: BD, state: GatedState) -> tuple[BD | layers.Projected, GatedState]:
         y, conv = self.qkv(x), state.conv
         if self.conv_size:
             y, conv = short_conv_step(y, self.conv_kernel[...], conv, silu=self.conv_silu)
@@ -246,7 +246,7 @@ class GatedLinearMixer(Mixer):
         o = self.norm(layers.merge_heads(o)) if self.norm_over_heads else layers.merge_heads(self.norm(o))
         if self.has_gate:
             o = o * self.gate_activation(self._gate(x).astype(jnp.float32))
-        return self.out_proj(o.astype(self.dtype))
+        return layers.into_stream(self.out_proj, o.astype(self.dtype))
 
 
 def constant_decay(x: Float[Array, "*T D"], log_decay: Float[Array, "H"]) -> Float[Array, "*T H 1"]:

@@ -24,6 +24,7 @@ from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.few_tokens import few_tokens_gated, few_tokens_products
 from based_jax.ops.projection import are_decoded, multiply, project
 from based_jax.ops.token_layer import token_mlp
+from based_jax.ops.token_products import token_products, token_sums
 
 INIT_STD = 0.02
 NORM_EPS = 1e-5
@@ -266,6 +267,19 @@ def several(parts: Sequence[nnx.Linear], x: Float[Array, "*B D"]) -> list[Float[
     return [y.reshape(*x.shape[:-1], -1) for y in products]
 
 
+def several_of_norm(
+    parts: Sequence[nnx.Linear], norm: nnx.RMSNorm, r: BD, y: Pieces | None
+) -> tuple[BD, list[Float[Array, "B _"]]]:
+    """Return r + y of one sequence's token, and the outputs of linear layers without a bias for its norm."""
+    kernels = tuple(layer.kernel[...].astype(layer.dtype) for layer in parts)
+    return token_products(r, y, norm.scale[...], kernels, eps=norm.epsilon)
+
+
+def in_pieces(layer: nnx.Linear, x: Float[Array, "B D"], marks: Int[Array, "_"] | None) -> Pieces:
+    """Return the output of a linear layer without a bias for one sequence's token, with marks for what reads it."""
+    return Pieces(token_sums(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype)), marks)
+
+
 class Projected(NamedTuple):
     """What a linear layer returns for tokens (B, D), still to be computed: the norm that follows it does so.
 
@@ -354,12 +368,22 @@ def rotary(
     An odd `dim` has ceil(dim/2) frequencies, so R is dim + 1 (flash-attention v2.5.2, as attn-1b uses it with 35).
     `scaling` makes others of these frequencies.
     """
-    frequencies = scaling(base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1)))
-    half = frequencies.shape[0]
-    angles = jnp.atleast_2d(positions).astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
+    angles = rotary_angles(jnp.atleast_2d(positions), dim, base, scaling)[:, :, None]
+    half = angles.shape[-1]
     cos, sin = (f(angles).astype(x.dtype) for f in (jnp.cos, jnp.sin))
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def rotary_angles(
+    positions: Int[Array, "*B"],
+    dim: int,
+    base: float,
+    scaling: Callable[[Float[Array, "_"]], Float[Array, "_"]] = lambda frequencies: frequencies,
+) -> Float[Array, "*B half"]:
+    """Return the angles by which `rotary` turns pairs at positions."""
+    frequencies = scaling(base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1)))
+    return positions.astype(jnp.float32)[..., None] * frequencies.reshape(*(1,) * positions.ndim, -1)
 
 
 def scaled(name: str, width: int, factor: float) -> int:

@@ -122,12 +122,7 @@ class LM(nnx.Module):
     @checked
     def prefill(self, ids: BT, cache: tuple, segment_ids: SegmentIds | None = None) -> tuple[BTD, tuple]:
         """Read the next tokens of a sequence; return their hidden states and the caches after them."""
-
-        def read(stack, stream, old):
-            r, new = stack.prefill(stream.total(), old, segment_ids)
-            return Stream(r), new
-
-        return self._decode(ids, cache, read)
+        return self._decode(ids, cache, lambda stack, stream, old: stack.prefill(stream, old, segment_ids))
 
     @checked
     def step(self, ids: Tokens, cache: tuple) -> tuple[BD, tuple]:

@@ -53,8 +53,8 @@ def check_complete(mixer: type) -> None:
     """Raise UserError for a class that is no mixer, or lacks a part of one."""
     if not issubclass(mixer, Mixer):
         raise UserError(f"The class {mixer.__name__} is no mixer; it is a subclass of based_jax.nn.mixer.Mixer.")
-    config = getattr(mixer, "Config", None)
-    if not dataclasses.is_dataclass(config) or not config.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    config: Any = getattr(mixer, "Config", None)
+    if not dataclasses.is_dataclass(config) or not config.__dataclass_params__.frozen:  # type: ignore[union-attr]
         raise UserError(f"The mixer {mixer.__name__} has no Config; it is a frozen dataclass, whose defaults hold.")
     if lacking := sorted(getattr(mixer, "__abstractmethods__", ())):
         raise UserError(f"The mixer {mixer.__name__} lacks {', '.join(lacking)}; see based_jax/nn/mixer.py.")

@@ -55,7 +55,7 @@ class TimeMix(Mixer):
         return self._out(o, *rest), RwkvState(memory, shift)
 
     @override
-    def _step(self, x: BD, state: RwkvState) -> tuple[BD, RwkvState]:
+    def _step(self, x: BD, state: RwkvState) -> tuple[BD | layers.Projected, RwkvState]:
         inputs, rest = self._project(x, state.shift.astype(x.dtype))
         options = self._options() | self.operation.step_options(self.config.impl)
         o, memory = self.operation.step(*inputs, state=state.memory, **options)
@@ -95,7 +95,7 @@ class ChannelMix(Mixer):
         return self._mix(x, previous), last
 
     @override
-    def _step(self, x: BD, state: BD) -> tuple[BD, BD]:
+    def _step(self, x: BD, state: BD) -> tuple[BD | layers.Projected, BD]:
         return self._mix(x, state.astype(x.dtype)), x.astype(self.dtype)
 
     @override

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from based_jax.dims import BD, BT, BTD, WD, SegmentIds
+from based_jax.dims import BD, BT, BTD, BWD, WD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.ops import long_conv, segments, sequence, sharded
 from based_jax.ops.arguments import checked
@@ -88,7 +88,7 @@ def last_inputs(x: BSD, width: int, state: LastInputs | None, segment_ids: Segme
     return jnp.where(kept[..., None], jnp.take_along_axis(inputs, newest[..., None], axis=1), 0)
 
 
-def first_inputs_after(x: BSD, counts: Int[Array, "B"], state: LastInputs) -> LastInputs:
+def first_inputs_after(x: BSD, counts: Int[Array, "B"], state: BWD) -> BWD:
     """Return the last inputs of each row, as many as `state` has, after the first `counts` of x."""
     width = state.shape[1]
     places = counts[:, None] + jnp.arange(width)[None]
@@ -113,7 +113,7 @@ def reach(kernel_size: int, dilation: int) -> int:
 
 @checked
 def short_conv_step(
-    x: BD,
+    x: Float[Array, "B wide"],
     kernel: WD,
     state: Past,
     *,
@@ -122,18 +122,21 @@ def short_conv_step(
     dilation: int = 1,
     impl: str = "auto",
 ) -> tuple[BD, Reached]:
-    """Return one token's output and the inputs that the next one needs.
+    """Return one token's output and the inputs that the next one needs; of more channels in x the first D are read.
 
     `impl` is "xla_taps", "oracle" (the same), "hopper_taps" (a Mosaic GPU kernel, which moves the inputs on where they
     lie; no dilation, D a multiple of 128) or "auto".
     """
     _checked_reach("short_conv_step", kernel, dilation, state)
+    if x.shape[1] < kernel.shape[1]:
+        raise UserError(f"short_conv_step: x has {x.shape[1]} channels; the taps have {kernel.shape[1]}.")
     call = ShortConvStepCall(x, kernel, state, bias, silu, dilation)
     return dispatch("short_conv_step", STEP_IMPLEMENTATIONS, impl, call)
 
 
 def _stepped(call: ShortConvStepCall) -> tuple[BD, Past]:
-    state = jnp.concatenate([call.state[:, 1:], call.x[:, None].astype(call.state.dtype)], axis=1)
+    x = call.x[:, None, : call.kernel.shape[1]]
+    state = jnp.concatenate([call.state[:, 1:], x.astype(call.state.dtype)], axis=1)
     y = jnp.einsum("BWD,WD->BD", state[:, :: call.dilation], call.kernel, precision=jax.lax.Precision.HIGHEST)
     return _finished(y, call.bias, call.silu).astype(call.x.dtype), state
 

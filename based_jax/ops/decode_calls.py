@@ -34,6 +34,16 @@ class AttentionStepCall(NamedTuple):
         return math.sqrt(self.head_dim or self.q.shape[2])
 
 
+class RingStepCall(NamedTuple):
+    """Heads of a token (B, H + 2 G, K), a ring (B, S, G, K) of keys and of values, tokens before, and angles."""
+
+    heads: Float[Array, "B joint K"]
+    k: BSGK
+    v: BSGV
+    length: Int[Array, "B"]
+    angles: Float[Array, "B half"]
+
+
 class AttentionPrefillCall(NamedTuple):
     """Softmax attention of T tokens, q (B, T, H, K), k, v (B, T, G, .), that go on after `length` (B,) cached ones.
 
@@ -48,6 +58,28 @@ class AttentionPrefillCall(NamedTuple):
     past_v: BSGV
     length: Int[Array, "B"]
     segment_ids: Documents = None
+    head_dim: int | None = None
+
+    @property
+    def root(self) -> float:
+        """What scores are divided by."""
+        return math.sqrt(self.head_dim or self.q.shape[3])
+
+
+class AttentionTrialCall(NamedTuple):
+    """Softmax attention of T tokens on trial, q (B, T, H, K), k, v (B, T, G, .), behind `length` (B,) others.
+
+    The last of these are in keys and values (B, S, G, .), a ring if there may be more of them than S. Groups and
+    `head_dim` as of `AttentionStepCall`.
+    """
+
+    q: BTHK
+    k: BTGK
+    v: BTGV
+    past_k: BSGK
+    past_v: BSGV
+    length: Int[Array, "B"]
+    is_ring: bool
     head_dim: int | None = None
 
     @property
@@ -115,9 +147,9 @@ class MatrixStepCall(NamedTuple):
 
 
 class ShortConvStepCall(NamedTuple):
-    """One token x (B, D) of a `ShortConvCall`."""
+    """One token of a `ShortConvCall`: the first D channels of x (B, D or more)."""
 
-    x: BD
+    x: Float[Array, "B wide"]
     kernel: WD
     state: Past
     bias: Channels | None = None
@@ -144,6 +176,19 @@ class SelectiveScanStepCall(NamedTuple):
     C: BN
     state: BDN
     bias: Channels | None = None
+
+
+class GatedScanStepCall(NamedTuple):
+    """One token of Mamba: u and raw steps (B, D), B and C last in `selected`, z last in `joint`, bias and skip (D,)."""
+
+    u: BD
+    raw: BD
+    A: DN
+    selected: Float[Array, "B behind"]
+    joint: Float[Array, "B joint"]
+    state: BDN
+    bias: Channels
+    skip: Channels
 
 
 class FewTokensCall(NamedTuple):
@@ -194,6 +239,16 @@ class TokenMLPCall(NamedTuple):
     scale: Channels
     first: Float[Array, "D joint"]
     second: Float[Array, "F D"]
+    eps: float
+
+
+class TokenProductsCall(NamedTuple):
+    """A residual addition, the RMS norm, and products with matrices (D, E), whose E may differ, of tokens (B, D)."""
+
+    r: BD
+    y: Pieces | None
+    scale: Channels
+    kernels: tuple[Float[Array, "D _"], ...]
     eps: float
 
 

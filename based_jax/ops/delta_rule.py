@@ -27,7 +27,7 @@ from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BTH, Decay, MatrixStateCall
 from based_jax.ops.decays import LogDecays, as_dplr, empty_state, pair_weights
 from based_jax.ops.decode_calls import BH, MatrixStepCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import delta_rule as hopper_delta_rule
 from based_jax.ops.hopper import recurrence as hopper_recurrence
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
@@ -239,7 +239,11 @@ DPLR_IMPLEMENTATIONS = {
 }
 IMPLEMENTATIONS = {
     "hopper_chunks": Implementation(
-        hopper_delta_rule.compute, hopper_delta_rule.supports, platform="cuda", slower=not_run, specialised=True
+        hopper_delta_rule.compute,
+        hopper_delta_rule.supports,
+        platform="cuda",
+        slower=hopper_delta_rule.slower,
+        specialised=True,
     ),
     "triton_chunks": Implementation(
         triton_delta_rule.compute,

@@ -1,9 +1,9 @@
 """How an operation picks its implementation: one literal table each, and `auto` that fails closed.
 
 An operation's table maps a name, of a backend and a form as in "hopper_chunks", to an `Implementation`. A backend's
-bare name stands for its first entry that is not specialised. `auto` takes the first entry that is made for the platform being compiled for, or
-preferred there, supports the call and is not slower; otherwise it runs the first XLA form that is not slower, and logs
-once what it left and why. A named implementation that cannot run raises with the reason.
+bare name stands for its first entry that is not specialised. `auto` takes the first entry that is made for the platform
+being compiled for, or preferred there, supports the call and is not slower; otherwise it runs the first XLA form that
+is not slower, and logs once what it left and why. A named implementation that cannot run raises with the reason.
 """
 
 import contextlib

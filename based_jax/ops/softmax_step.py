@@ -19,7 +19,7 @@ from based_jax.ops import sharded, softmax
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.decode_calls import AttentionStepCall
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.dispatch import Implementation, dispatch, not_run
 from based_jax.ops.hopper import attention_step as hopper_step
 from based_jax.ops.triton import attention_step as triton_step
 
@@ -59,7 +59,8 @@ def attention_step_weights(
     """Return what `attention_step` and `attention_weights` do of the same call.
 
     Args:
-      impl: "xla_blocks", "triton_splits" (as of `attention_step`; keys are read once for both), "oracle" or "auto".
+      impl: "xla_blocks", "triton_splits" (as of `attention_step`; keys are read once for both; what it returns has been
+        checked on no GPU, so not auto's), "oracle" or "auto".
     """
     check_groups(q.shape[1], k.shape[2])
     call = AttentionStepCall(q, k, v, length, head_dim)
@@ -196,7 +197,7 @@ ATTENTION_STEP_WEIGHTS = {
         per_device(triton_step.compute_with_weights, (OUTPUT, CACHED)),
         triton_step.supports,
         platform="cuda",
-        slower=triton_step.slower,
+        slower=not_run,
     ),
     "xla_blocks": Implementation(_with_weights(_blocks)),
     "oracle": Implementation(_with_weights(_oracle)),

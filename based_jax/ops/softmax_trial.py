@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Int
 from based_jax.dims import BSGK, BSGV, BTGK, BTGV, BTHK, BTHV
 from based_jax.ops import sharded, softmax_chunks
 from based_jax.ops.arguments import checked
-from based_jax.ops.decode_calls import AttentionPrefillCall, AttentionStepCall
-from based_jax.ops.dispatch import Implementation, dispatch
+from based_jax.ops.decode_calls import AttentionStepCall, AttentionTrialCall
+from based_jax.ops.dispatch import Implementation, dispatch, not_run
 from based_jax.ops.precision import EXACT
 from based_jax.ops.softmax_chunks import LOWEST, Read, product
+from based_jax.ops.softmax_prefill import attention_prefill
 from based_jax.ops.softmax_step import check_groups
 from based_jax.ops.triton import attention_step as triton_step
 
@@ -35,6 +36,7 @@ def attention_trial(
     past_v: BSGV,
     length: Int[Array, "B"],
     *,
+    is_ring: bool = True,
     head_dim: int | None = None,
     impl: str = "auto",
 ) -> BTHV:
@@ -44,18 +46,20 @@ def attention_trial(
       k, v: of the T tokens, of G heads that divide H as in `attention_step`.
       past_k, past_v: the ring.
       length: tokens that each row has had, all of which or the last S are in the ring.
+      is_ring: whether they may be more than S; what does not fit then is the caller's matter.
       head_dim: as of `softmax.attention`.
-      impl: "oracle" (fp32), "xla_scores", "triton_splits" (as of `attention_step`) or "auto".
+      impl: "prefill" (`attention_prefill`; of no ring), "xla_scores" (all at once), "oracle" (fp32), "triton_splits"
+        (as of `attention_step`; no GPU has checked it, so not auto's) or "auto".
 
     Raises:
       UserError: the keys' heads do not divide the queries', or `impl` is unknown or cannot run this call.
     """
     check_groups(q.shape[2], k.shape[2])
-    call = AttentionPrefillCall(q, k, v, past_k, past_v, length, None, head_dim)
+    call = AttentionTrialCall(q, k, v, past_k, past_v, length, is_ring, head_dim)
     return dispatch("attention_trial", ATTENTION_TRIAL, impl, call)
 
 
-def _visible(call: AttentionPrefillCall) -> Visible:
+def _visible(call: AttentionTrialCall) -> Visible:
     """Return which slots of the ring each token sees."""
     S, T = call.past_k.shape[1], call.q.shape[1]
     slot, length = jnp.arange(S)[None], call.length[:, None]
@@ -63,13 +67,13 @@ def _visible(call: AttentionPrefillCall) -> Visible:
     return (slot < length)[:, None] & (age[:, None] + jnp.arange(T)[None, :, None] < S - 1)
 
 
-def _own_visible(call: AttentionPrefillCall) -> Visible:
+def _own_visible(call: AttentionTrialCall) -> Visible:
     """Return which of the tokens each of them sees: itself and those before it, S at most."""
     back = jnp.arange(call.q.shape[1])[:, None] - jnp.arange(call.q.shape[1])[None]
     return ((back >= 0) & (back < call.past_k.shape[1]))[None]
 
 
-def _oracle(call: AttentionPrefillCall) -> BTHV:
+def _oracle(call: AttentionTrialCall) -> BTHV:
     """Score every pair at once in fp32, keys repeated for their queries."""
     repeats, T = call.q.shape[2] // call.k.shape[2], call.q.shape[1]
     q = call.q.astype(jnp.float32)
@@ -83,7 +87,7 @@ def _oracle(call: AttentionPrefillCall) -> BTHV:
     return jnp.einsum("BHTS,BSHV->BTHV", p, v, precision=EXACT).astype(call.v.dtype)
 
 
-def _read(call: AttentionPrefillCall, k: Any, v: Any, visible: Visible) -> Read:
+def _read(call: AttentionTrialCall, k: Any, v: Any, visible: Visible) -> Read:
     """Read keys and values (B, S, G, .), which serve as many queries each as their heads divide H."""
     q = einops.rearrange(call.q, "B T (G R) K -> B T G R K", G=k.shape[2])
     there = visible[:, None, None]
@@ -94,18 +98,27 @@ def _read(call: AttentionPrefillCall, k: Any, v: Any, visible: Visible) -> Read:
     return o, einops.rearrange(jnp.where(seen, logarithm, LOWEST), "B G R T -> B (G R) T")
 
 
-def _joined(call: AttentionPrefillCall, past: Read) -> BTHV:
+def _joined(call: AttentionTrialCall, past: Read) -> BTHV:
     """Return what is read of the ring and of the tokens themselves."""
     own = _read(call, call.k, call.v, _own_visible(call))
     return softmax_chunks.joined(own, past)[0].astype(call.v.dtype)
 
 
-def _scores(call: AttentionPrefillCall) -> BTHV:
+def _as_prefill(call: AttentionTrialCall) -> BTHV:
+    """Read a cache that no token has gone round as a prefill does."""
+    return attention_prefill(*call[:6], head_dim=call.head_dim)
+
+
+def _is_no_ring(call: AttentionTrialCall) -> str | None:
+    return "the cache must hold all tokens, and is a ring" if call.is_ring else None
+
+
+def _scores(call: AttentionTrialCall) -> BTHV:
     """Read the ring with all scores at once."""
     return _joined(call, _read(call, call.past_k, call.past_v, _visible(call)))
 
 
-def _by_triton(call: AttentionPrefillCall) -> BTHV:
+def _by_triton(call: AttentionTrialCall) -> BTHV:
     """Read the ring by the kernel of one token, whose products have room for the queries of several."""
     T = call.q.shape[1]
     o, logarithm = triton_step.read_ring(_step_call(call), T)
@@ -113,7 +126,7 @@ def _by_triton(call: AttentionPrefillCall) -> BTHV:
     return _joined(call, (o, einops.rearrange(logarithm, "B (H T) -> B H T", T=T)))
 
 
-def _step_call(call: AttentionPrefillCall) -> AttentionStepCall:
+def _step_call(call: AttentionTrialCall) -> AttentionStepCall:
     """Return the call of one token with the queries of all, those of a head beside each other."""
     q = einops.rearrange(call.q, "B T H K -> B (H T) K")
     return AttentionStepCall(q, call.past_k, call.past_v, call.length, call.head_dim)
@@ -123,10 +136,10 @@ def _per_device(compute):
     """Return an implementation that each device runs for its rows and heads."""
     tokens, rows = ("batch", None, "heads"), ("batch",)
 
-    def on_devices(call: AttentionPrefillCall) -> BTHV:
+    def on_devices(call: AttentionTrialCall) -> BTHV:
         def on_device(*arrays: Array) -> BTHV:
             q, k, v, past_k, past_v, length = sharded.vary_alike(*arrays)
-            return compute(AttentionPrefillCall(q, k, v, past_k, past_v, length, None, call.head_dim))
+            return compute(AttentionTrialCall(q, k, v, past_k, past_v, length, call.is_ring, call.head_dim))
 
         return sharded.per_shard(on_device, call[:6], (*[tokens] * 5, rows), [tokens])
 
@@ -138,8 +151,9 @@ ATTENTION_TRIAL = {
         _per_device(_by_triton),
         lambda call: triton_step.supports(_step_call(call)),
         platform="cuda",
-        slower=lambda call: triton_step.slower(_step_call(call)),
+        slower=not_run,
     ),
+    "prefill": Implementation(_as_prefill, _is_no_ring),
     "xla_scores": Implementation(_per_device(_scores)),
     "oracle": Implementation(_oracle),
 }

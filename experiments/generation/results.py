@@ -60,6 +60,7 @@ MODELS = {
     "gated_deltanet_1b": Model("configs/gated_deltanet.py:1b"),
     **POLICIES,
     "based_360m": Model("configs/based.py:360m"),
+    "based_360m_flush": Model("configs/based.py:360m", (f"taylor.flush={FLUSH}",)),
     "attention_360m": Model("configs/attention.py:360m", grows=True),
     "mamba_360m": Model("configs/mamba.py:360m"),
     "gated_deltanet_360m": Model("configs/gated_deltanet.py:360m"),
@@ -80,10 +81,12 @@ class Found(NamedTuple):
     Attributes:
       rows: of tokens that are decoded one by one.
       drafted: of those that are verified several at a time, by the number of drafted ones as well.
+      read: of prompts, by name and length.
     """
 
     rows: Mapping[Key, dict]
     drafted: Mapping[tuple[str, int, int, int], dict] = {}
+    read: Mapping[tuple[str, int], dict] = {}
 
     @classmethod
     def of(cls, rows: Iterable[dict]) -> "Found":
@@ -95,6 +98,7 @@ class Found(NamedTuple):
         return cls(
             {key: row for key, row in keyed if not row.get("drafts")},
             {(*key, row["drafts"]): row for key, row in keyed if row.get("drafts") and "error" not in row},
+            {key[::2]: row for key, row in keyed if "prefill_rows" in row},
         )
 
     def row(self, name: str, batch: int, context: int) -> dict | None:
@@ -185,6 +189,6 @@ def _over_attention(found: Found, context: int) -> float | None:
     return _ratio(_speed(found, BASED, ONE_BATCH, context), attention and attention["tokens_per_second"])
 
 
-def _prompts(found: Found, context: int) -> float | None:
-    rows = [found.row(name, batch, context) for name in BASED for batch in BATCHES]
-    return max((row["prefill_tokens_per_second"] for row in rows if row and "prefill_rows" in row), default=None)
+def _prompts(found: Found, length: int) -> float | None:
+    rows = (found.read.get((name, length)) for name in BASED)
+    return max((row["prefill_tokens_per_second"] for row in rows if row), default=None)

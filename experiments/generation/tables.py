@@ -30,6 +30,7 @@ def tables(found: Found) -> dict[str, str]:
         "prompts": prompts(found),
         "drafts": drafts(found),
         "times": times(found),
+        "prompt_times": prompt_times(found),
     }
 
 
@@ -68,8 +69,7 @@ def prompts(found: Found) -> str:
     """Return tokens/s of reading prompts by their length."""
     lines = []
     for name in MODELS | PEERS:
-        rows = {context: found.fullest(name, context) for context in CONTEXTS}
-        told = {context: row for context, row in rows.items() if row and "prefill_rows" in row}
+        told = {length: found.read[name, length] for length in CONTEXTS if (name, length) in found.read}
         cells = {x: f"{told[x]['prefill_tokens_per_second']:,.0f}" if x in told else "" for x in CONTEXTS}
         lines += [{"model": f"`{name}`"} | {f"{x:,}": cell for x, cell in cells.items()}] if told else []
     return markdown(pd.DataFrame(lines)) if lines else NOTHING
@@ -96,19 +96,32 @@ def drafts(found: Found) -> str:
 def times(found: Found) -> str:
     """Return where the time of a token goes, of rows that tell it."""
     rows = {name: found.row(name, ONE_BATCH, ONE_CONTEXT) for name in MODELS}
+    lines = [_time(name, row["breakdown"], "ms a token") for name, row in rows.items() if row and row["breakdown"]]
+    return markdown(pd.DataFrame(lines)) if lines else NOTHING
+
+
+def prompt_times(found: Found) -> str:
+    """Return where the time of a chunk of prompts goes, of rows that tell it."""
+    rows = {(name, length): found.read.get((name, length)) for name in MODELS for length in CONTEXTS}
     lines = [
-        {
-            "model": f"`{name}`",
-            "ms a token": f"{row['breakdown']['milliseconds']:.2f}",
-            "idle": f"{row['breakdown']['idle']:.2f}",
-            "launches": f"{row['breakdown']['launches']:.0f}",
-            "by sort of kernel": _times(row["breakdown"]["sorts"]),
-            "by layer": _times({layer: sum(x.values()) for layer, x in row["breakdown"]["layers"].items()}),
-        }
-        for name, row in rows.items()
-        if row and row["breakdown"]
+        {"prompts": f"{row['prefill_rows']} x {row['prefill_chunk_tokens']:,} of {length:,}"}
+        | _time(name, row["prefill_breakdown"], "ms a chunk")
+        for (name, length), row in rows.items()
+        if row and row.get("prefill_breakdown")
     ]
     return markdown(pd.DataFrame(lines)) if lines else NOTHING
+
+
+def _time(name: str, breakdown: dict, unit: str) -> dict[str, str]:
+    """Return a line about where time goes."""
+    return {
+        "model": f"`{name}`",
+        unit: f"{breakdown['milliseconds']:.2f}",
+        "idle": f"{breakdown['idle']:.2f}",
+        "launches": f"{breakdown['launches']:.0f}",
+        "by sort of kernel": _times(breakdown["sorts"]),
+        "by layer": _times({layer: sum(x.values()) for layer, x in breakdown["layers"].items()}),
+    }
 
 
 def _times(milliseconds: dict[str, float]) -> str:

@@ -169,9 +169,10 @@ def calls(folder: Path) -> str:
     def cells(row: dict) -> list[str]:
         parts = ", ".join(f"{_kernel(x)} {_number(x['microseconds'])}" for x in row["kernels"])
         numbers = (_number(row[name]) for name in ("microseconds", "idle_microseconds"))
-        return [f"`{row['op']}`", _shape(results.where(row)), row["pass"].replace("+", " + "), *numbers, parts]
+        shape = *results.where(row), *row.get("dims", ())
+        return [f"`{row['op']}`", _shape(shape), row["pass"].replace("+", " + "), *numbers, parts]
 
-    return _table(["operation", "(B, H, T)", "pass", "total", "no kernel", "kernels"], map(cells, rows), rows)
+    return _table(["operation", "(B, H, T), dims", "pass", "total", "no kernel", "kernels"], map(cells, rows), rows)
 
 
 def launches(folder: Path) -> str:
@@ -249,7 +250,7 @@ def _table(header: Sequence[str], body: Iterable[Sequence[str]], used: Sequence[
     return NO_ROWS if table.empty else f"{markdown(table)}\n\n{results.made_by(used)}."
 
 
-def _shape(shape: Shape) -> str:
+def _shape(shape: Sequence[int]) -> str:
     return f"({', '.join(map(str, shape))})"
 
 

@@ -39,8 +39,10 @@ def read(name: str, parameters: Mapping[str, Any] | None = None) -> NotebookNode
     return notebook
 
 
-def execute(*notebooks: NotebookNode) -> None:
+def execute(*notebooks: NotebookNode, environment: Mapping[str, str] | None = None) -> None:
     """Execute notebooks one after the other in one kernel, each with names of its own, and keep their outputs.
+
+    `environment` are variables that the kernel has besides those of this process.
 
     Raises:
       nbclient.exceptions.CellExecutionError: a cell fails.
@@ -48,7 +50,7 @@ def execute(*notebooks: NotebookNode) -> None:
     cells = [cell for notebook in notebooks for cell in (nbformat.v4.new_code_cell("%reset -f"), *notebook.cells)]
     together = nbformat.v4.new_notebook(cells=cells, metadata=OUTPUT_METADATA)
     options = {"timeout": SECONDS_PER_CELL, "record_timing": False, "coalesce_streams": True}
-    with _in_the_environment():
+    with _with_variables(environment or {}):
         NotebookClient(together, resources={"metadata": {"path": str(FOLDER)}}, **options).execute()
     for notebook in notebooks:
         code = (cell for cell in notebook.cells if cell.cell_type == "code")
@@ -68,11 +70,11 @@ def _without_paths(output: NotebookNode, count: int) -> NotebookNode:
 
 
 @contextmanager
-def _in_the_environment() -> Iterator[None]:
-    """Let kernels find this checkout, and eight devices of a CPU."""
+def _with_variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Let kernels find this checkout, and have these variables."""
     before = dict(os.environ)
     path = os.pathsep.join([str(ROOT), *filter(None, [before.get("PYTHONPATH")])])
-    os.environ |= {"PYTHONPATH": path, "JAX_NUM_CPU_DEVICES": "8"}
+    os.environ |= {"PYTHONPATH": path, **variables}
     try:
         yield
     finally:

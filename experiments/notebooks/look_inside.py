@@ -21,7 +21,7 @@ from based_jax import inside, load_config, load_run, train
 # %%
 layers = (
     ("conv", {"expand": 2}),
-    ("taylor", {"num_heads": 2, "feature_dim": 8}),
+    ("taylor", {"num_heads": 1, "feature_dim": 16}),
     ("window", {"num_heads": 2, "window": 8}),
 )
 test = {"seq_len": 64, "num_kv_pairs": 8, "num_examples": test_examples}
@@ -83,7 +83,7 @@ figure, axes = plt.subplots(figsize=(4.5, 2.4), dpi=90, layout="constrained")
 for layer, (kind, _) in enumerate(config.model.layers):
     axes.plot(np.arange(1, len(norms) + 1), norms[:, layer], label=kind)
 axes.set(xlabel="tokens read", ylabel="norm of the state", yscale="log")
-axes.legend(fontsize=8)
+axes.legend(fontsize=8, loc=(0.72, 0.4))
 axes.grid(alpha=0.3)
 plt.show()
 

@@ -5,13 +5,13 @@ python -m experiments.several_gpus.fed FILE train --config=...
 
 import hashlib
 import json
+import runpy
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from based_jax.__main__ import main
 from based_jax.train import loop
 
 
@@ -42,4 +42,4 @@ def recording(path: str, read_ahead: Callable) -> Callable:
 
 if __name__ == "__main__":
     loop.read_ahead = recording(sys.argv.pop(1), loop.read_ahead)  # type: ignore[assignment]
-    sys.exit(main(sys.argv[1:]))
+    runpy.run_module("based_jax", run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""The server on one GPU, over several along `tensor`, and as one replica a GPU: tokens/s of its clients.
+"""The server on one GPU, over several along `tensor` or `data`, and as one replica a GPU: tokens/s of its clients.
 
 Clients send prompts of random letters, as many at a time as there are slots, each to the replica that is next, and take
 continuations as long as they may be.
@@ -22,7 +22,7 @@ from based_jax.bench import rows as bench_rows
 from experiments.several_gpus import runs
 
 OUT = "serving.jsonl"
-PLACES = "one", "replicas", "tensor"
+PLACES = "one", "replicas", "data", "tensor"
 ADDRESS = re.compile(r"at (http://\S+)/v1")
 READY_SECONDS = 600.0
 
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     runs.add_arguments(parser, OUT)
     parser.add_argument("--workdir", required=True, help="a run on text, whose last checkpoint is served")
-    parser.add_argument("--slots", type=int, default=64, help="texts that a replica writes at once (default: 64)")
-    parser.add_argument("--requests", type=int, default=256, help="for each replica (default: 256)")
+    parser.add_argument("--slots", type=int, default=64, help="texts that one GPU writes at once (default: 64)")
+    parser.add_argument("--requests", type=int, default=256, help="for one GPU (default: 256)")
     parser.add_argument("--prompt", type=int, default=256, metavar="LETTERS", help="default: 256")
     parser.add_argument("--new-tokens", type=int, default=256, help="default: 256")
     parser.add_argument("--only", choices=PLACES, help="one of these alone")
@@ -52,24 +52,27 @@ def run(args: argparse.Namespace) -> int:
 def _measured(args: argparse.Namespace, name: str, folder: Path) -> dict:
     """Return the row of a way to serve."""
     everywhere = list(range(args.devices))
-    places = {"one": [[0]], "replicas": [[i] for i in everywhere], "tensor": [everywhere]}[name]
-    mesh = [f"--mesh=tensor:{args.devices}"] if name == "tensor" else []
+    places = {"one": [[0]], "replicas": [[i] for i in everywhere]}.get(name, [everywhere])
+    mesh = [f"--mesh={name}:{args.devices}"] if name in ("data", "tensor") else []
+    rows = args.devices if name in ("replicas", "data") else 1
+    slots = f"--slots={args.slots * rows // len(places)}"
     with contextlib.ExitStack() as stack:
         begun = [
-            stack.enter_context(_server(args, place, mesh, folder / f"{name}_{i}.log"))
+            stack.enter_context(_server(args, place, [*mesh, slots], folder / f"{name}_{i}.log"))
             for i, place in enumerate(places)
         ]
         urls = [_address(process, log) for process, log in begun]
         model = json.loads(_get(f"{urls[0]}/v1/models"))["data"][0]["id"]
-        _answers(args, urls, model, args.slots * len(urls), seed=1)  # what is compiled then is not timed
+        clients = args.slots * rows
+        _answers(args, urls, model, clients, clients, seed=1)  # what is compiled then is not timed
         begin = time.perf_counter()
-        tokens = _answers(args, urls, model, args.requests * len(urls), seed=2)
+        tokens = _answers(args, urls, model, clients, args.requests * rows, seed=2)
         seconds = time.perf_counter() - begin
     return {
         "how": name,
         "devices": len(places[0]) * len(places),
-        "slots": args.slots,
-        "requests": args.requests * len(urls),
+        "clients": args.slots * rows,
+        "requests": args.requests * rows,
         "prompt_letters": args.prompt,
         "new_tokens": args.new_tokens,
         "tokens": tokens,
@@ -85,7 +88,7 @@ def _server(
     args: argparse.Namespace, place: Sequence[int], mesh: Sequence[str], log: Path
 ) -> Iterator[tuple[subprocess.Popen, Path]]:
     """Serve on the devices of a place while open."""
-    words = ["serve", f"--workdir={args.workdir}", "--port=0", f"--slots={args.slots}", f"--queue={args.requests}"]
+    words = ["serve", f"--workdir={args.workdir}", "--port=0", f"--queue={args.requests}"]
     words += [f"--max-len={2 * (args.prompt + args.new_tokens)}", f"--new-tokens={args.new_tokens}", *mesh]
     process = runs.begun(words, runs.environment(place, args.devices), log)
     try:
@@ -105,7 +108,7 @@ def _address(process: subprocess.Popen, log: Path) -> str:
     return found[1]
 
 
-def _answers(args: argparse.Namespace, urls: Sequence[str], model: str, count: int, seed: int) -> int:
+def _answers(args: argparse.Namespace, urls: Sequence[str], model: str, clients: int, count: int, seed: int) -> int:
     """Return the tokens that were written for so many requests."""
     letters = np.random.default_rng(seed).integers(97, 123, (count, args.prompt), np.uint8)
 
@@ -114,8 +117,8 @@ def _answers(args: argparse.Namespace, urls: Sequence[str], model: str, count: i
         found = json.loads(_post(f"{urls[i % len(urls)]}/v1/completions", body))
         return found["usage"]["completion_tokens"]
 
-    with ThreadPoolExecutor(args.slots * len(urls)) as clients:
-        return sum(clients.map(answer, range(count)))
+    with ThreadPoolExecutor(clients) as pool:
+        return sum(pool.map(answer, range(count)))
 
 
 def _get(url: str) -> bytes:
@@ -133,9 +136,9 @@ def table(found: Sequence[dict]) -> list[dict[str, str]]:
     """Return the cells of rows."""
     return [
         {
-            "how": {"one": "one GPU", "replicas": "a replica a GPU", "tensor": "`--mesh=tensor`"}[row["how"]],
+            "how": {"one": "one GPU", "replicas": "a replica a GPU"}.get(row["how"], f"`--mesh={row['how']}`"),
             "GPUs": str(row["devices"]),
-            "texts at once, of each replica": str(row["slots"]),
+            "texts at once": str(row["clients"]),
             "tokens/s": f"{row['tokens_per_second']:,.0f}",
             "device": row["device"],
         }

@@ -1,54 +1,30 @@
-"""What kernels for TPUs cost as libtpu schedules them, beside XLA's forms and the bytes that have to be moved.
+"""Write the table of the README from the rows that `bench static` has kept.
 
-python -m experiments.tpu run [--only=TEXT]      compiles the points, each in a process of its own; rows are kept
-python -m experiments.tpu table                  writes the README's table from the rows
+python -m based_jax bench static --topology v5e v5p v6e v7x --out=experiments/tpu/results/static.jsonl
+python -m experiments.tpu
 """
 
-import argparse
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 
 from based_jax.pictures.tables import markdown
-from experiments.tpu import points
 
 FOLDER = Path(__file__).parent
 ROWS, README = FOLDER / "results" / "static.jsonl", FOLDER / "README.md"
 README_TABLE = re.compile(r"(<!-- table -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def main() -> int:
-    """Run one command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "table"))
-    parser.add_argument("--only", default="", help="the points whose name has this text")
-    args = parser.parse_args()
-    if args.command == "run":
-        for name in points.POINTS:
-            if args.only in name:
-                compile_point(name)
+def main() -> None:
+    """Write the table."""
     README.write_text(README_TABLE.sub(lambda block: f"{block[1]}{table()}\n{block[2]}", README.read_text()))
-    return 0
-
-
-def compile_point(name: str) -> None:
-    """Compile a point and keep its row."""
-    command = [sys.executable, "-m", "experiments.tpu.points", name]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    row = json.loads(run.stdout.splitlines()[-1])
-    kept = {old["point"]: old for old in read()} | {name: row}
-    ROWS.parent.mkdir(exist_ok=True)
-    ROWS.write_text("".join(json.dumps(kept[point]) + "\n" for point in points.POINTS if point in kept))
-    print(f"{name}: {row['cycles']:,} cycles", flush=True)
 
 
 def read() -> list[dict]:
-    """Return the rows that there are."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    """Return the rows."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()]
 
 
 def table() -> str:
@@ -62,17 +38,19 @@ def table() -> str:
 def told(call: str, chip: str, rows: dict[str, dict]) -> dict[str, str]:
     """Return the cells of a call on a chip."""
     kernel, xla = rows["tpu"], rows.get("xla")
-    cells = {
+    return {
         "call": call,
         "chip": chip,
         "HBM, us": f"{kernel['hbm_microseconds']:.0f}",
-        "kernel, 1000 cycles": f"{kernel['cycles'] / 1e3:.0f}",
+        "bundles": f"{kernel['bundles_per_token_and_head']:.1f}",
         "keeps up at": f"{clock(kernel):.2f} GHz",
-        "states copied": "yes" if kernel["copied"] else "no",
+        "spills": f"{kernel['spills']}",
+        "VMEM": f"{kernel['vmem_bytes'] / 2**20:.1f} MiB",
+        "copies": f"{kernel['copies']}{', of states too' if kernel['copied'] else ''}",
+        "XLA's form": f"{xla['bundles_per_token_and_head']:.1f}" if xla else "-",
+        "its GHz": f"{clock(xla):.2f}" if xla else "-",
+        "its copies": f"{xla['copies']}" if xla else "-",
     }
-    return cells | (
-        {"XLA's form, 1000 cycles": f"{xla['cycles'] / 1e3:.0f}", "its GHz": f"{clock(xla):.2f}"} if xla else {}
-    )
 
 
 def clock(row: dict) -> float:
@@ -81,4 +59,4 @@ def clock(row: dict) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,7 +4,8 @@ python -m experiments.train_speed run [--only=TEXT] [--peers]    times each poin
 python -m experiments.train_speed table                          writes the README's tables from the rows
 python -m experiments.train_speed plot                           draws them
 
-`python -m experiments.train_speed.operations` times single operations.
+`python -m experiments.train_speed.operations` times single operations, `.mesh` steps over several GPUs, `.links` what
+these exchange.
 """
 
 import os
@@ -20,7 +21,7 @@ import pandas as pd
 from based_jax.bench.rows import read
 from based_jax.pictures.tables import filled, markdown
 from experiments import commands
-from experiments.train_speed import operations, plots
+from experiments.train_speed import links, mesh, operations, plots
 
 FOLDER = Path(__file__).parent
 ROWS, README = FOLDER / "results" / "train.jsonl", FOLDER / "README.md"
@@ -101,7 +102,8 @@ def write_tables() -> None:
     """Write the README's tables."""
     rows = read(ROWS)
     tables = {"models": models_table(rows), "times": times_table(rows), "peers": peers_table(rows)}
-    tables |= {"operations": operations.table(read(operations.ROWS))}
+    tables |= {"operations": operations.table(read(operations.ROWS)), "links": links.table(read(links.ROWS))}
+    tables |= mesh.tables()
     README.write_text(filled(README.read_text(), tables))
 
 

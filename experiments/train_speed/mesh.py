@@ -3,7 +3,6 @@
 python -m experiments.train_speed.mesh run --devices=2 [--only=TEXT]    times each point; rows are appended
 python -m experiments.train_speed.mesh share --devices=2                what one GPU computes of them, on one GPU
 python -m experiments.train_speed.mesh compile --devices=2              estimates them ahead of time, for H200s
-python -m experiments.train_speed.mesh table                            writes the README's tables from the rows
 python -m experiments.train_speed.mesh plot                             draws them
 
 `--only` takes a point's name: "based_1b 8 x 2,048 fsdp". What one GPU does stands under the mesh "one".
@@ -23,12 +22,11 @@ import pandas as pd
 from based_jax.bench.rows import read
 from based_jax.bench.train import MOCKED_TOPOLOGY
 from based_jax.errors import UserError
-from based_jax.pictures.tables import filled, markdown
+from based_jax.pictures.tables import markdown
 from experiments.train_speed import mesh_plots
 
 FOLDER = Path(__file__).parent
 ROWS, ESTIMATES = (FOLDER / "results" / name for name in ("mesh.jsonl", "mesh_ahead.jsonl"))
-README = FOLDER / "README.md"
 ONE = "one"
 """The mesh of one GPU."""
 COUNTS = (2, 4, 8)
@@ -164,32 +162,49 @@ def aot_words(point: Point) -> list[str]:
 
 
 class Measured(NamedTuple):
-    """A point, its last row, the last one of a GPU alone, and what was estimated of it; None where there is none."""
+    """A point, and its last rows, None where there is none.
+
+    Attributes:
+      row: of all GPUs.
+      alone: of one GPU that has as many tokens.
+      share: of what one GPU computes, nothing exchanged.
+      estimate: ahead of time.
+    """
 
     point: Point
     row: dict | None
     alone: dict | None
+    share: dict | None
     estimate: dict | None
 
     @property
     def efficiency(self) -> float | None:
         """Tokens/s of a GPU over those of one alone."""
-        if self.row is None or self.alone is None:
-            return None
-        return self.row[PER_DEVICE] / self.alone[PER_DEVICE]
+        return _ratio(self.row, self.alone)
+
+    @property
+    def bound(self) -> float | None:
+        """The same if nothing that is exchanged took time."""
+        return _ratio(self.share, self.alone)
+
+
+def _ratio(row: dict | None, alone: dict | None) -> float | None:
+    return None if row is None or alone is None else row[PER_DEVICE] / alone[PER_DEVICE]
 
 
 def measured(rows: Sequence[dict], estimates: Sequence[dict] = ()) -> Iterator[Measured]:
-    """Yield the points of each number of GPUs of which there is a row."""
+    """Yield the points of each number of GPUs of which there is a row or an estimate."""
     for devices in COUNTS:
         for point in points(devices):
-            row, alone = (_last(rows, x) for x in (point, Point(point.size, ONE, 1)))
-            if point.axis != ONE and row is not None:
-                yield Measured(point, row, alone, _estimate(estimates, point))
+            alone = Point(point.size, ONE, 1)
+            found = [_last(rows, test) for test in (point.is_of, alone.is_of, point.is_share_of)]
+            x = Measured(point, *found, _estimate(estimates, point))
+            if point.axis != ONE and (x.row or x.share or x.estimate):
+                yield x
 
 
-def _last(rows: Sequence[dict], point: Point) -> dict | None:
-    return next((row for row in reversed(rows) if point.is_of(row)), None)
+def _last(rows: Sequence[dict], test: Callable[[dict], bool]) -> dict | None:
+    return next(filter(test, reversed(rows)), None)
 
 
 def _estimate(estimates: Sequence[dict], point: Point) -> dict | None:
@@ -198,11 +213,20 @@ def _estimate(estimates: Sequence[dict], point: Point) -> dict | None:
     return next((x for x in reversed(estimates) if words <= set(x["command"].split())), None)
 
 
-def write_tables() -> None:
-    """Write the README's tables."""
-    found = list(measured(read(ROWS), read(ESTIMATES)))
-    tables = {"mesh": table(found), "mesh flags": flags_table(read(ROWS))}
-    README.write_text(filled(README.read_text(), tables))
+def read_rows() -> list[dict]:
+    """Return the rows, behind those of single GPUs (`results/train.jsonl`), which say less."""
+    single = [
+        row | {"mesh": {}, PER_DEVICE: row["tokens_per_second"]}
+        for row in read(ROWS.with_name("train.jsonl"))
+        if row.get("devices") == 1 and row.get("documents", 1) == 1
+    ]
+    return [*single, *read(ROWS)]
+
+
+def tables() -> dict[str, str]:
+    """Return the README's tables of several GPUs by their names."""
+    found = list(measured(read_rows(), read(ESTIMATES)))
+    return {"mesh": table(found), "flags": flags_table(read(ROWS))}
 
 
 def table(found: Sequence[Measured]) -> str:
@@ -211,49 +235,58 @@ def table(found: Sequence[Measured]) -> str:
 
 
 def _told(x: Measured) -> dict[str, str]:
-    row, goal = x.row or {}, x.point.goal
     return {
         "model": f"`{x.point.size.name.split()[0]}`",
         "rows x tokens a GPU": f"{x.point.size.rows} x {x.point.size.seq_len:,}",
         "mesh": f"{x.point.axis} {x.point.devices}",
-        "tokens/s a GPU": f"{row[PER_DEVICE]:,.0f}",
-        "alone": f"{x.alone[PER_DEVICE]:,.0f}" if x.alone else "not measured",
+        "tokens/s a GPU": _speed(x.row),
+        "alone": _speed(x.alone),
         "of it": _percent(x.efficiency),
-        "goal": _percent(goal),
-        "ms": f"{row['milliseconds']:.0f}",
-        "exchange, alone (ms)": _exchange(row),
-        "GB sent": _sent(row),
-        "estimate (compute + HBM + links, ms)": _estimated(x.estimate),
-        "GiB at most": f"{row['peak_bytes'] / (1 << 30):.1f}" if row["peak_bytes"] else "",
-        "device": f"{row['devices']} x {row['device']}",
+        "goal": _percent(x.point.goal),
+        "if nothing were exchanged": _percent(x.bound),
+        "exchange, exposed (ms)": _exchange(x.row),
+        "GB sent": _sent(x.row or x.estimate or {}),
+        "ahead: compute + HBM + links (ms)": _estimated(x.estimate),
+        "by its schedule, exposed (ms)": _scheduled(x.estimate),
+        "GiB ahead": f"{x.estimate['memory']['peak'] / (1 << 30):.1f}" if x.estimate else "",
     }
+
+
+def _speed(row: dict | None) -> str:
+    return f"{row[PER_DEVICE]:,.0f}" if row else "not measured"
 
 
 def _percent(x: float | None) -> str:
     return "" if x is None else f"{x:.1%}"
 
 
-def _exchange(row: dict) -> str:
-    """Return how long collectives run in a step, and how long alone."""
-    found = (row["breakdown"] or {}).get("exchange")
+def _exchange(row: dict | None) -> str:
+    """Return how long collectives run in a step, and how long nothing else does."""
+    found = ((row or {}).get("breakdown") or {}).get("exchange")
     return f"{found['milliseconds']:.1f}, {found['exposed']:.1f}" if found else ""
 
 
 def _sent(row: dict) -> str:
-    return ", ".join(f"{x['kind']} {x['bytes'] / 1e9:.2f}" for x in row["exchanged"] if x["bytes"] >= LEAST_BYTES)
+    found = [x for x in row.get("exchanged", ()) if x["bytes"] >= LEAST_BYTES]
+    return ", ".join(f"{x['kind']} {x['bytes'] / 1e9:.2f}" for x in found)
 
 
 def _estimated(estimate: dict | None) -> str:
     if estimate is None:
         return ""
-    seconds = estimate["seconds"]
-    parts = " + ".join(f"{1e3 * seconds[name]:.0f}" for name in ("compute", "memory", "links"))
-    return f"{1e3 * estimate['estimate']['sum_seconds']:.0f} ({parts})"
+    return " + ".join(f"{1e3 * estimate['seconds'][name]:.0f}" for name in ("compute", "memory", "links"))
+
+
+def _scheduled(estimate: dict | None) -> str:
+    found = (estimate or {}).get("estimate", {})
+    if "schedule_seconds" not in found:
+        return ""
+    return f"{1e3 * found['schedule_seconds']:.0f}, {1e3 * found['exposed_seconds']:.1f}"
 
 
 def flags_table(rows: Sequence[dict]) -> str:
     """Return the table of what flags of XLA change, beside the last row without them."""
-    found = []
+    found, rows = [], [row for row in rows if not row.get("mocked_topology")]
     for row in (row for row in rows if flags(row)):
         plain = [x for x in rows if not flags(x) and all(x[name] == row[name] for name in SAME_PROGRAM)]
         found.append(
@@ -264,7 +297,7 @@ def flags_table(rows: Sequence[dict]) -> str:
                 "flags": f"`{flags(row)}`",
                 "ms": f"{row['milliseconds']:.1f}",
                 "without": f"{plain[-1]['milliseconds']:.1f}" if plain else "",
-                "exchange, alone (ms)": _exchange(row),
+                "exchange, exposed (ms)": _exchange(row),
             }
         )
     return markdown(pd.DataFrame(found)) if found else "None has been tried."
@@ -272,7 +305,7 @@ def flags_table(rows: Sequence[dict]) -> str:
 
 def draw() -> list[Path]:
     """Draw the picture and return its files."""
-    found = [x for x in measured(read(ROWS)) if x.efficiency is not None]
+    found = [x for x in measured(read_rows()) if x.efficiency is not None]
     bars = [mesh_plots.Bar(x.point.name, x.point.devices, x.efficiency, x.point.goal) for x in found]
     return mesh_plots.draw(bars, {row["device"] for row in read(ROWS)}, FOLDER / "results" / "mesh")
 
@@ -283,15 +316,12 @@ TIMED = {"run": run, "share": run_shares, "compile": compile_ahead}
 def main() -> int:
     """Run one command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=(*TIMED, "table", "plot"))
+    parser.add_argument("command", choices=(*TIMED, "plot"))
     parser.add_argument("--devices", type=int, default=2, help="GPUs of a mesh (default: 2)")
     parser.add_argument("--only", default="", help="the points whose name has this text")
     args = parser.parse_args()
     if args.command in TIMED:
         return TIMED[args.command](args.devices, args.only)
-    if args.command == "table":
-        write_tables()
-        return 0
     try:
         print(f"Drawn: {', '.join(map(str, draw()))}.")
     except UserError as error:

@@ -44,11 +44,12 @@ class Timed(NamedTuple):
 
 
 CHUNKS = ("triton_chunks",)
+BOTH_CHUNKS = ("hopper_chunks", *CHUNKS)
 TIMED = (
     Timed("Based", "taylor_attention", (8, 16, 2048, 16, 112), ("hopper_chunks",), (100, 330)),
     Timed("attention, heads of 70", "attention", (8, 24, 2048, 70, 70), ("cudnn_flash", "hopper_tiles"), (370, 1400)),
-    Timed("Gated DeltaNet 1.3B", "gated_delta_rule", (8, 16, 2048, 128, 128), CHUNKS, (200, 780)),
-    Timed("Gated DeltaNet 360M", "gated_delta_rule", (8, 4, 2048, 256, 512), CHUNKS, (230, 1500)),
+    Timed("Gated DeltaNet 1.3B", "gated_delta_rule", (8, 16, 2048, 128, 128), BOTH_CHUNKS, (200, 780)),
+    Timed("Gated DeltaNet 360M", "gated_delta_rule", (8, 4, 2048, 256, 512), BOTH_CHUNKS, (230, 1500)),
     Timed("KDA", "delta_rule", (8, 16, 2048, 128, 128), CHUNKS, (620, 2900)),
     Timed("simple GLA, Mamba-2", "simple_gla", (8, 32, 2048, 128, 64), CHUNKS, (125, 690)),
     Timed("the same, one long sequence", "simple_gla", (1, 16, 16384, 128, 64), CHUNKS, (200, None)),

@@ -1,4 +1,4 @@
-"""The delta rule with one decay a head, by chunks of 64 tokens on Hopper's tensor cores (see `ops/hopper/delta_rule.py`).
+"""The delta rule with one decay a head, by chunks of 64 tokens on Hopper (see `ops/hopper/delta_rule.py`).
 
 In a chunk with the state S before it, c_t the sum of its log-decays up to token t, and w_ts = exp(c_t - c_s):
 
@@ -6,8 +6,8 @@ In a chunk with the state S before it, c_t the sum of its log-decays up to token
     O = P E + scale diag(exp c) Q S             P_ts = scale (q_t . k_s) w_ts beta_s, s <= t
     S' = exp(c_C) S + K^T diag(exp(c_C - c) beta) E
 
-(arXiv 2406.06484, section 3.2; 2412.06464, section 3.3). `forward` walks over the chunks of a head, and `reverse` back
-with the gradient of S:
+(arXiv 2406.06484, section 3.2; 2412.06464, section 3.3). `delta_rule_pairs.py` makes P and T. `forward` walks over the
+chunks of a head, and `reverse` back with the gradient of S:
 
     dE = P^T dO + diag(exp(c_C - c) beta) K dS'            dV = T^T dE
     dS = exp(c_C) dS' + scale (diag(exp c) Q)^T dO - (diag(exp c) K)^T dV
@@ -17,7 +17,6 @@ values in registers, which are its first operand as they lie, so that nothing th
 through shared memory. The third warpgroup fetches.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import inverses, mosaic
+from pallas_kernels.hopper import mosaic
 from pallas_kernels.hopper.mosaic import CHUNK_TOKENS, PAIRS_SHAPE, TILE_ROWS
 
 GROUPS = 2
@@ -42,9 +41,9 @@ REGISTERS, FETCHER_REGISTERS = 240, 24
 PUT_SLOTS = 2
 """Tiles of results of a warpgroup that are on their way to memory."""
 SHARED_MEMORY_BYTES = 224 * 1024
+"""Of a multiprocessor, less what barriers and single values take."""
 MAX_SLOTS = 3
-HIDDEN_EXPONENT = -1e30
-"""Of a pair that does not meet: its exponential is 0."""
+"""Chunks in flight."""
 
 
 class Walk(NamedTuple):
@@ -105,93 +104,6 @@ class Walk(NamedTuple):
         return put
 
 
-def pairs(q, k, c, beta, *, scale: float, blocks: int) -> list[jax.Array]:
-    """Return P and T of every chunk, (B, T, H, 64) like k, rows where their tokens are.
-
-    Args:
-      q, k: (B, T, H, K), K a multiple of 64 up to 256, T one of 64.
-      c, beta: sums of log-decays from the beginning of the chunk on, and rates, (B, H, T) fp32.
-      blocks: that run at the same time. Each warpgroup of theirs takes chunk after chunk.
-    """
-    batch, time, heads, keys = k.shape
-    chunks, groups = time // CHUNK_TOKENS, 3 if keys <= 128 else 2
-    total = batch * chunks * heads
-    blocks = min(blocks, pl.cdiv(total, groups))
-
-    def body(*refs):
-        sources, targets, tiles, (x_tiles, y_tiles, filled, finished) = refs[:4], refs[4:6], refs[6:10], refs[10:]
-        group = lax.axis_index("warpgroup")
-        q_tile, k_tile, c_tile, beta_tile = (tile.at[group] for tile in tiles)
-        x_tile, y_tile, arrival = x_tiles.at[group], y_tiles.at[group], filled.at[group]
-        first = lax.axis_index("block") * groups + group
-
-        def place(n):
-            number = first + n * (blocks * groups)
-            tokens = pl.ds(lax.rem(lax.div(number, heads), chunks) * CHUNK_TOKENS, CHUNK_TOKENS)
-            return lax.div(number, heads * chunks), tokens, lax.rem(number, heads)
-
-        def fetch(n):
-            row, tokens, head = place(n)
-            for source, tile in zip(sources, (q_tile, k_tile, c_tile, beta_tile), strict=True):
-                part = source.at[row, tokens, head] if len(source.shape) == 4 else source.at[row, head, tokens]
-                plgpu.copy_gmem_to_smem(part, tile, arrival)
-
-        def step(n, _):
-            row, tokens, head = place(n)
-            plgpu.barrier_wait(arrival)
-            c = plgpu.load(c_tile, layout=mosaic.ROW_LAYOUT)
-
-            def ask(asked):
-                mosaic.multiply(asked, q_tile, k_tile.T)
-                own, others = inverses.places()
-                passed = jnp.where(own >= others, mosaic.across(c, PAIRS_SHAPE) - _numbers(c_tile), HIDDEN_EXPONENT)
-                return jnp.exp(passed) * _numbers(beta_tile), asked[...]
-
-            def see(seen):
-                mosaic.multiply(seen, k_tile, k_tile.T)
-                return seen[...]
-
-            weights, asked = mosaic.products(ask, PAIRS_SHAPE)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            mosaic.save(y_tile, asked * (scale * weights))
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_tile, targets[0].at[row, tokens, head])
-            own, others = inverses.places()
-            M = jnp.where(own > others, mosaic.products(see, PAIRS_SHAPE) * weights, 0.0)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            pl.when(n + 1 < count)(lambda: fetch(n + 1))
-            t = inverses.inverse(M, x_tile, y_tile)
-            mosaic.save(x_tile, t)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(x_tile, targets[1].at[row, tokens, head])
-
-        count = lax.div(total - first + (blocks * groups - 1), blocks * groups)
-        pl.when(count > 0)(lambda: fetch(0))
-        lax.fori_loop(0, count, step, None)
-        plgpu.wait_smem_to_gmem(0)
-        plgpu.barrier_arrive(finished)
-        plgpu.barrier_wait(finished)
-
-    square = jax.ShapeDtypeStruct((batch, time, heads, CHUNK_TOKENS), k.dtype)
-    return plgpu.kernel(
-        body,
-        out_type=[square, square],
-        scratch_types=[
-            *(mosaic.swizzled((groups, CHUNK_TOKENS, keys), mosaic.WIDE_SWIZZLE) for _ in range(2)),
-            *(plgpu.SMEM((groups, CHUNK_TOKENS), jnp.float32) for _ in range(2)),
-            *(mosaic.swizzled((groups, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE) for _ in range(2)),
-            plgpu.Barrier(num_arrivals=4, num_barriers=groups),
-            plgpu.Barrier(num_arrivals=groups),
-        ],
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=groups,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        kernel_name="delta_rule_pairs",
-    )(q, k, c, beta)
-
-
 def forward(q, k, v, p, t, since, written, state, *, scale: float, with_starts: bool) -> list[jax.Array]:
     """Return o like v and the state after the last token; with starts also E like v, and S^T before every chunk.
 
@@ -211,7 +123,7 @@ def forward(q, k, v, p, t, since, written, state, *, scale: float, with_starts: 
         def step(n, S):
             q_tile, k_tile, p_tile, t_tile, v_tile, since_tile, written_tile = walk.take(n)
             tokens, put = walk.tokens(n), walk.puts_of(n, keys // PART_KEYS + 2 if with_starts else 1)
-            since = _numbers(since_tile)
+            since = numbers_of(since_tile)
             before = _rounded_parts(S, k.dtype)
 
             def read(seen, asked):
@@ -230,7 +142,7 @@ def forward(q, k, v, p, t, since, written, state, *, scale: float, with_starts: 
                 return scale * since * asked, S * since_tile[CHUNK_TOKENS - 1], errors[...]
 
             asked, kept, errors = mosaic.products(solve, PAIRS_SHAPE)
-            rounded, left = errors.astype(k.dtype), (errors * _numbers(written_tile)).astype(k.dtype)
+            rounded, left = errors.astype(k.dtype), (errors * numbers_of(written_tile)).astype(k.dtype)
 
             def add(sums):
                 mosaic.multiply(sums[0], rounded, p_tile.T)
@@ -270,8 +182,9 @@ def reverse(q, k, do, p, t, since, written, dlast, *, scale: float) -> list[jax.
         def step(back, dS):
             n = chunks - 1 - back
             q_tile, k_tile, p_tile, t_tile, do_tile, since_tile, written_tile = walk.take(back)
-            put, since = walk.puts_of(back, keys // PART_KEYS + 1), _numbers(since_tile)
+            put, since = walk.puts_of(back, keys // PART_KEYS + 1), numbers_of(since_tile)
             after = _rounded_parts(dS, k.dtype)
+
             def read(later):
                 for part, x in after:
                     mosaic.multiply(later, x, k_tile.at[:, part].T)
@@ -279,7 +192,7 @@ def reverse(q, k, do, p, t, since, written, dlast, *, scale: float) -> list[jax.
                 return mosaic.load(walk.mine(do_tile).T), later[...]
 
             do, later = mosaic.products(read, PAIRS_SHAPE)
-            errors = mosaic.multiply_add(later * _numbers(written_tile), do, p_tile).astype(k.dtype)
+            errors = mosaic.multiply_add(later * numbers_of(written_tile), do, p_tile).astype(k.dtype)
 
             def solve(dv):
                 mosaic.multiply(dv, errors, t_tile)
@@ -308,7 +221,7 @@ def reverse(q, k, do, p, t, since, written, dlast, *, scale: float) -> list[jax.
 
 
 def _walk(compute, name: str, shared, own, numbers, whole, results, *, back: bool = False) -> list[jax.Array]:
-    """Return the results of `compute(walk, *refs)`, called in each warpgroup that computes; refs of `whole` and results.
+    """Return the results of `compute(walk, *refs)` of each warpgroup that computes; refs of `whole` and results.
 
     Args:
       shared, own, numbers: what is fetched by chunks, (B, T, H, .), of the last dimension all; (B, T, H, V), of values
@@ -391,7 +304,6 @@ def _rounded_parts(S, dtype):
     return list(parts) if S.shape[1] <= 2 * PART_KEYS else parts
 
 
-def _numbers(tile) -> jax.Array:
+def numbers_of(tile) -> jax.Array:
     """Return the number of each token of a chunk, down the columns of what is transposed."""
     return mosaic.down(plgpu.load(tile, layout=mosaic.COLUMN_LAYOUT), PAIRS_SHAPE)
-

@@ -1,6 +1,6 @@
-"""The gradients of the delta rule on Hopper that no walk makes, of all chunks at once; in the notation of `delta_rule.py`.
+"""The gradients of the delta rule on Hopper that no walk makes, of all chunks at once.
 
-With G = dO E^T, N = -dV E^T and W_ts = w_ts beta_s, a chunk's pairs get
+In the notation of `delta_rule.py`, with G = dO E^T, N = -dV E^T and W_ts = w_ts beta_s, a chunk's pairs get
 
     dA = scale G W, s <= t (of q_t . k_s)              dB = N W, s < t (of k_t . k_s)
     dQ = scale diag(exp c) dO S^T + dA K               R = dB K - diag(exp c) dV S^T
@@ -8,9 +8,9 @@ With G = dO E^T, N = -dV E^T and W_ts = w_ts beta_s, a chunk's pairs get
     dc = q . dQ + k . R - k . (dK - R), and at the last token sum k . X + exp(c_C) (S . dS')
     dbeta = k . diag(exp(c_C - c)) E dS'^T + sum_t w (scale G (q_t . k_s) + N (k_t . k_s))
 
-A block has `PART_KEYS` channels of keys, half of them in each of two warpgroups, and goes through the values `STEP_VALUES`
-at a time; the third warpgroup fetches, a step ahead. The first makes G, the second N, both transposed: a row for each
-token whose errors they are of.
+A block has `PART_KEYS` channels of keys, half of them in each of two warpgroups, and goes through the values
+`STEP_VALUES` at a time; the third warpgroup fetches, a step ahead. The first makes G, the second N, both transposed: a
+row for each token whose errors they are of.
 """
 
 import itertools
@@ -22,7 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import inverses, mosaic
-from pallas_kernels.hopper.delta_rule import FETCHER_REGISTERS, GROUPS, HIDDEN_EXPONENT, REGISTERS
+from pallas_kernels.hopper.delta_rule import FETCHER_REGISTERS, GROUPS, REGISTERS
+from pallas_kernels.hopper.delta_rule_pairs import HIDDEN_EXPONENT
 from pallas_kernels.hopper.mosaic import CHUNK_TOKENS, PAIRS_SHAPE
 
 GROUP_KEYS = 64
@@ -39,7 +40,7 @@ def gradients(q, k, errors, do, dv, c, beta, starts, ends, *, scale: float, bloc
     Args:
       q, k: (B, T, H, K), K a multiple of `PART_KEYS`, T one of 64.
       errors, do, dv: (B, T, H, V), V a multiple of 64.
-      c, beta: (B, H, T) fp32, as of `delta_rule.pairs`.
+      c, beta: (B, H, T) fp32, as of `delta_rule_pairs.pairs`.
       starts, ends: (B, H, chunks, V, K), as of `forward` and `reverse`.
       blocks: that run at the same time.
     """
@@ -51,7 +52,9 @@ def gradients(q, k, errors, do, dv, c, beta, starts, ends, *, scale: float, bloc
     def body(*refs):
         q_ref, k_ref, errors_ref, do_ref, dv_ref, c_ref, beta_ref, starts_ref, ends_ref, *refs = refs
         dq_ref, dk_ref, dbeta_ref, dc_ref, whole_ref, *refs = refs
-        key_tiles, c_tile, later_tile, beta_tile, error_tiles, read_tiles, start_tiles, end_tiles, pair_tiles, *refs = refs
+        key_tiles, c_tile, later_tile, beta_tile, error_tiles, read_tiles, start_tiles, end_tiles, pair_tiles, *refs = (
+            refs
+        )
         given, returned, filled, freed, met, finished = refs
         group, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         count = lax.div(tasks - 1 - block, blocks) + 1
@@ -97,8 +100,7 @@ def gradients(q, k, errors, do, dv, c, beta, starts, ends, *, scale: float, bloc
                     plgpu.copy_gmem_to_smem(some, key_tiles.at[i, g], given)
                 for source, tile in ((c_ref, c_tile), (c_ref, later_tile), (beta_ref, beta_tile)):
                     plgpu.copy_gmem_to_smem(source.at[row, head, tokens], tile, given)
-                for i in range(steps):
-                    fetch_step(n, i)
+                lax.fori_loop(0, steps, lambda i, _: fetch_step(n, i), None)
 
             def step(n, _):
                 pl.when(n > 0)(lambda: plgpu.barrier_wait(returned))

@@ -1,10 +1,10 @@
-"""(I + M)^-1 of a chunk of 64 tokens, M with nothing on its diagonal and above it, in a warpgroup's registers on Hopper.
+"""(I + M)^-1 of a chunk of 64 tokens, M with nothing on its diagonal and above it, in registers on Hopper.
 
 From blocks to blocks of twice their size, which has of both what the lower reads of the upper:
 
     [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]
 
-All blocks of a size are in one product: X M X, of the inverses X so far, is -C^-1 B A^-1 between the two of a pair. They
+All blocks of a size are in one product: X M X, of the inverses X so far, is C^-1 B A^-1 between the two of a pair. They
 are products of bf16, whose errors a last step of Newton's takes away: X + X (I - (I + M) X), with M in two parts.
 """
 

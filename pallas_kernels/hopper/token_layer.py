@@ -12,9 +12,8 @@ it wait for them. All blocks are at work at once.
 """
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,31 +23,27 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import stream
-from pallas_kernels.hopper.mosaic import WARP_LANES, WARPS, keep_plain, load_global, load_shared, save
+from pallas_kernels.hopper.mosaic import WARPS, keep_plain, load_global, save
+from pallas_kernels.hopper.token_strips import (
+    CHUNK_ROWS,
+    COLUMNS,
+    GROUPS,
+    PART_COLUMNS,
+    PARTS,
+    STRIP_COLUMNS,
+    WARP_ROWS,
+    Ring,
+    Source,
+    by_row,
+    leave_sums,
+    load_vector,
+    normed,
+    scratch,
+    summed,
+)
 
-GROUPS = 2
-"""Warpgroups of a block; each has every second chunk, and a ring of its own."""
-SLOTS = 6
-"""Of a ring."""
-PARTS, PART_COLUMNS = 2, 32
-"""Of a chunk: of the first matrix values and gates, of the second columns that lie beside each other."""
-STRIP_COLUMNS = PARTS * PART_COLUMNS
-WARP_ROWS = 32
-CHUNK_ROWS = WARPS * WARP_ROWS
 MARKS = 16
 """The most pieces; each has a mark."""
-LANE_VECTOR = 8
-"""Columns that lie beside each other in a lane."""
-
-SHAPE = (WARPS, WARP_ROWS, PART_COLUMNS)
-LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((WARPS, WARP_LANES * LANE_VECTOR // PART_COLUMNS, PART_COLUMNS), (LANE_VECTOR,))),
-    warp_dims=(-4,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
-)
-"""Of a part of a chunk."""
-ROWS, COLUMNS = LAYOUT.reduce(2), LAYOUT.reduce(0).reduce(0)
 
 
 class Plan(NamedTuple):
@@ -95,14 +90,7 @@ class Plan(NamedTuple):
 
     def scratch(self) -> list:
         """Return what a block keeps: x or h, the rings, sums by warp, and barriers."""
-        return [
-            plgpu.SMEM((1, max(self.chunks, self.piece_chunks), WARPS, WARP_ROWS), jnp.float32),
-            plgpu.SMEM((GROUPS, SLOTS, PARTS, *SHAPE), jnp.bfloat16),
-            plgpu.SMEM((GROUPS, WARPS, PARTS, PART_COLUMNS), jnp.float32),
-            plgpu.Barrier(num_arrivals=PARTS, num_barriers=GROUPS * SLOTS),
-            plgpu.Barrier(num_arrivals=1),
-            plgpu.Barrier(num_arrivals=GROUPS),
-        ]
+        return scratch(self.chunks, self.piece_chunks)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "multiprocessors"))
@@ -149,9 +137,9 @@ def gated_conv(r, y, scale, first, bias, kernel, state, second, last_bias, marks
         y = sum(load(kernel_ref, w) * u for w, u in enumerate(inputs))
         return y * stream.sigmoid(y) * rounded(gate, 1)
 
-    given = _by_row(bias.reshape(2, -1)), _by_row(kernel)
+    given = by_row(bias.reshape(2, -1)), by_row(kernel)
     arguments = r, y, scale, first, second, last_bias, marks, eps, multiprocessors
-    *results, state = _half_layer("token_conv", convolve, given, (_by_row(state),), *arguments)
+    *results, state = _half_layer("token_conv", convolve, given, (by_row(state),), *arguments)
     return *results, state.reshape(taps, -1)
 
 
@@ -169,20 +157,20 @@ def _half_layer(
         bias_refs, refs = refs[: len(biases)], refs[len(biases) :]
         extras, refs = refs[: len(given)], refs[len(given) :]
         (marks_ref, *state_refs), refs = refs[: 1 + len(states)], refs[1 + len(states) :]
-        total_ref, h_ref, sums_ref, next_marks_ref, x_tile, tiles, parts, filled, ready, done = refs
-        keep_plain(x_tile, tiles, parts)
+        total_ref, h_ref, sums_ref, next_marks_ref, x_tile, h_tile, tiles, parts, filled, ready, done = refs
+        keep_plain(x_tile, h_tile, tiles, parts)
         leads, block = lax.axis_index("group") == 0, lax.axis_index("block")
         piece, strip = lax.div(block, plan.strips), lax.rem(block, plan.strips)
         reads, writes = piece < plan.pieces, block < plan.writers
         inputs = [block * PART_COLUMNS + i * plan.hidden for i in range(PARTS)]
         outputs = [(strip * PARTS + i) * PART_COLUMNS for i in range(PARTS)]
-        first = _Source(first_ref, 0, jnp.where(writes, plan.chunks, 0), inputs)
-        second = _Source(second_ref, piece * plan.piece_chunks, jnp.where(reads, plan.piece_chunks, 0), outputs)
-        ring = _Ring(tiles, filled, [first, second])
+        first = Source(first_ref, 0, jnp.where(writes, plan.chunks, 0), inputs)
+        second = Source(second_ref, piece * plan.piece_chunks, jnp.where(reads, plan.piece_chunks, 0), outputs)
+        ring = Ring(tiles, filled, [first, second])
 
         @pl.when(leads)
         def _():
-            total = _normed(x_tile, r_ref, y_ref, scale_ref, eps)
+            total = normed(x_tile, r_ref, y_ref, scale_ref, eps)
 
             @pl.when(block == 0)
             def _():
@@ -193,7 +181,7 @@ def _half_layer(
             plgpu.barrier_arrive(ready)
 
         plgpu.barrier_wait(ready)
-        _leave(parts, ring.walk(0, x_tile))
+        leave_sums(parts, ring.walk(0, x_tile))
         plgpu.barrier_arrive(done)
 
         @pl.when(leads)
@@ -203,7 +191,7 @@ def _half_layer(
             @pl.when(writes)
             def _():
                 place = lax.div(block, WARPS), lax.rem(block, WARPS)
-                save(h_ref.at[place], middle(*_sums(parts), place, *extras, *state_refs))
+                save(h_ref.at[place], middle(*summed(parts), place, *extras, *state_refs))
                 plgpu.commit_smem()
                 _signal(marks_ref.at[lax.div(block, plan.piece_chunks * WARPS)])
 
@@ -211,13 +199,13 @@ def _half_layer(
             def _():
                 _await(marks_ref.at[piece], plan.piece_chunks * WARPS)
                 chunks = pl.ds(piece * plan.piece_chunks, plan.piece_chunks)
-                save(x_tile.at[0, pl.ds(0, plan.piece_chunks)], _load_vector(h_ref.at[chunks]))
+                save(h_tile.at[0], load_vector(h_ref.at[chunks]))
 
             plgpu.commit_smem()
             plgpu.barrier_arrive(ready)
 
         plgpu.barrier_wait(ready)
-        _leave(parts, ring.walk(1, x_tile))
+        leave_sums(parts, ring.walk(1, h_tile))
         plgpu.barrier_arrive(done)
 
         @pl.when(leads)
@@ -226,7 +214,7 @@ def _half_layer(
 
             @pl.when(reads)
             def _():
-                for i, total in enumerate(_sums(parts)):
+                for i, total in enumerate(summed(parts)):
                     for bias in bias_refs:
                         own = load_global(bias.at[strip * PARTS + i], COLUMNS)
                         total += own * (piece == 0).astype(jnp.float32)
@@ -251,102 +239,9 @@ def _half_layer(
     )
     matrices = (x.reshape(-1, WARPS, WARP_ROWS, x.shape[1]) for x in (first, second))
     marks, *states = (jax.new_ref(x) for x in (marks, *states))
-    vectors = _by_row(r[None]), _by_row(y), _by_row(scale[None])
+    vectors = by_row(r[None]), by_row(y), by_row(scale[None])
     total, _, sums, next_marks = kernel(*vectors, *matrices, *biases, *given, marks, *states)
     return total.reshape(-1), sums.reshape(len(sums), -1), next_marks, *(x[...] for x in states)
-
-
-class _Source(NamedTuple):
-    """Chunks of a matrix (chunks, WARPS, WARP_ROWS, E): the first, how many, and where each part's columns begin."""
-
-    matrix: Any
-    first: jax.Array | int
-    chunks: jax.Array
-    columns: list
-
-
-class _Ring:
-    """A warpgroup's chunks of one matrix after another on their way to shared memory."""
-
-    def __init__(self, tiles, filled, sources: list[_Source]):
-        """Start the copies of the first chunks."""
-        self.tiles, self.filled, self.sources, self.group = tiles, filled, sources, lax.axis_index("group")
-        self.counts = [lax.div(source.chunks + GROUPS - 1 - self.group, GROUPS) for source in sources]
-        for n in range(SLOTS):
-            self._fetch(n)
-
-    def walk(self, i: int, x_tile):
-        """Return the sums of the chunks of source i, times those of x, over the rows that a lane has."""
-        begin = sum(self.counts[:i])
-
-        def step(n, totals):
-            slot = lax.rem(begin + n, SLOTS)
-            x = plgpu.load(x_tile.at[0, n * GROUPS + self.group], layout=ROWS, optimized=False)
-            plgpu.barrier_wait(self._arrival(slot))
-            x = lax.broadcast_in_dim(x, SHAPE, [0, 1])
-            parts = [load_shared(self.tiles.at[self.group, slot, p], LAYOUT) for p in range(PARTS)]
-            plgpu.commit_smem()
-            self._fetch(begin + n + SLOTS)
-            return tuple(total + x * part for total, part in zip(totals, parts, strict=True))
-
-        zeros = plgpu.layout_cast(jnp.zeros(SHAPE, jnp.float32), LAYOUT)
-        return lax.fori_loop(0, self.counts[i], step, (zeros,) * PARTS)
-
-    def _arrival(self, slot):
-        return self.filled.at[self.group * SLOTS + slot]
-
-    def _fetch(self, n) -> None:
-        before: jax.Array | int = 0
-        for source, count in zip(self.sources, self.counts, strict=True):
-            pl.when((n >= before) & (n < before + count))(functools.partial(self._copy, source, n - before, n))
-            before += count
-
-    def _copy(self, source: _Source, i, n) -> None:
-        chunk, slot = source.first + i * GROUPS + self.group, lax.rem(n, SLOTS)
-        for p, column in enumerate(source.columns):
-            part = source.matrix.at[chunk, :, :, pl.ds(column, PART_COLUMNS)]
-            plgpu.copy_gmem_to_smem(part, self.tiles.at[self.group, slot, p], self._arrival(slot))
-
-
-def _normed(x_tile, r_ref, y_ref, scale_ref, eps: float):
-    """Return r + sum(y), and leave its norm in shared memory."""
-    scale, total = _load_vector(scale_ref), _load_vector(r_ref)
-    for p in range(y_ref.shape[0]):
-        total += _load_vector(y_ref.at[pl.ds(p, 1)])
-    squares = (total * total).sum(axis=3).sum(axis=1).sum(axis=1)
-    inverse = lax.rsqrt(squares * (1.0 / math.prod(r_ref.shape)) + eps)
-    x = total * lax.broadcast_in_dim(inverse, total.shape, [0]) * scale
-    save(x_tile.at[:, pl.ds(0, r_ref.shape[1])], x)
-    plgpu.commit_smem()
-    return total
-
-
-def _leave(parts, totals) -> None:
-    """Leave a warpgroup's sums by warp in shared memory."""
-    for p, total in enumerate(totals):
-        save(parts.at[lax.axis_index("group"), :, p], total.sum(axis=1))
-    plgpu.commit_smem()
-
-
-def _sums(parts) -> list:
-    """Return each part's sums over all warps."""
-    warps = [(group, warp) for group in range(GROUPS) for warp in range(WARPS)]
-    return [sum(load_shared(parts.at[(*warp, p)], COLUMNS) for warp in warps) for p in range(PARTS)]
-
-
-def _by_row(x):
-    """Return (..., D) as (..., chunks, WARPS, WARP_ROWS)."""
-    return x.reshape(*x.shape[:-1], -1, WARPS, WARP_ROWS)
-
-
-def _load_vector(ref):
-    """Load a vector by row, or one of one vector, in fp32."""
-    *ones, chunks, _, _ = ref.shape
-    vector = math.gcd(chunks, 4)
-    tiling = plgpu.Tiling(((*(1 for _ in ones), vector, WARPS, WARP_ROWS), (vector,)))
-    lanes = (-4, -2) if vector > 1 else (-2,)
-    layout = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=lanes, vector_dim=-1)
-    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
 
 def _signal(ref) -> None:

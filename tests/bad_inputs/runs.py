@@ -52,6 +52,11 @@ CASES: tuple[Command | Call, ...] = (
         "a port beyond", ("serve", "--workdir=<text_run>", "--port=99999"), "port is 99999; it is 1 to 65535, or 0"
     ),
     Command("no such host", ("serve", "--workdir=<text_run>", "--host=no host"), "listen at port 8000 of 'no host'"),
+    Command(
+        "a server's rows over fsdp",
+        ("serve", "--workdir=<text_run>", "--mesh=fsdp:2", "--port=0"),
+        "decodes over 'data'",
+    ),
     Command("an empty key", ("serve", "--workdir=<text_run>", "--api-key="), "The API key is empty or has more than"),
     Command("no grace", ("serve", "--workdir=<text_run>", "--grace=0"), "it is 0, which is no time to wait"),
     Command("eval of a file", ("eval", "--workdir=<mqar.py>"), "'<mqar.py>' is no run: it has no config.json."),

@@ -39,6 +39,7 @@ SMALL = [
     Case("taylor_attention_decode", (3, 2), (8, 6, 5, 2), dtype="float32"),
     Case("attention_step", (4, 6), (8, 6, 2, 30)),
     Case("attention_step_weights", (4, 6), (8, 6, 2, 30)),
+    Case("attention_trial", (4, 6, 5), (8, 6, 2, 12)),
     Case("attention_prefill", (4, 6, 5), (8, 6, 2, 30)),
     Case("gated_linear_attention_step", (2, 3), (6, 5)),
     Case("simple_gla_step", (2, 3), (6, 5)),
@@ -53,6 +54,10 @@ SMALL = [
     Case("few_tokens_products", (3, 8), (6, 5)),
     Case("few_tokens_gated", (3, 8), (6,)),
     Case("few_tokens_residual_norm", (3, 8), (6,)),
+    Case("ring_step", (5, 2), (6, 3)),
+    Case("token_products", (1, 8), (6, 5)),
+    Case("token_sums", (1, 8), (6,)),
+    Case("gated_scan_step", (2, 8), (3,)),
 ]
 
 

@@ -28,7 +28,8 @@ def row(config, batch, context, speed, **more):
 @pytest.fixture
 def found():
     based, attention = MODELS["based_1b"].config, MODELS["attention_1b"].config
-    prompts = {"prefill_rows": 16, "prefill_tokens_per_second": 280_000.0}
+    prompts = {"prefill_rows": 16, "prefill_tokens_per_second": 280_000.0, "prefill_chunk_tokens": 512}
+    prompts |= {"prefill_breakdown": BREAKDOWN}
     rows = [
         row(based, 128, 2048, 90_000.0, options=["taylor.flush=16"]),
         row(based, 128, 2048, 1.0),
@@ -68,6 +69,7 @@ def test_models_stand_by_batch_and_by_context_with_the_share_of_their_rooflines(
     assert "| `attention_1b` |  | 10,000 (10%) |  | 2,000 (2%), batch 16 |  |" in told["contexts"]
     assert "| `based_1b` |  |  | 280,000 | 280,000 |  |" in told["prompts"]
     assert "| `based_1b` | 2.34 | 0.05 | 452 | products 1.30, kernels 1.00 | mlp 1.00 |" in told["times"]
+    assert "| 16 x 512 of 4,096 | `based_1b` | 2.34 | 0.05 | 452 | products 1.30, " in told["prompt_times"]
     assert "| `based_1b_flush` | 128 | 4 | 3.20 | 1.42 | 1.78 |" in told["drafts"]
     assert {*tables.tables(Found.of([])).values()} > {tables.NOTHING}
 

@@ -24,6 +24,8 @@ SHORT = {
     "generation": {"steps": 2, "new_tokens": 6, "smaller": {"model.d_model": 16, "data.seq_len": 512}},
     "scale_up": {"d_model": 64, "steps": 1},
 }
+EIGHT_DEVICES = {"JAX_NUM_CPU_DEVICES": "8"}
+"""For one of them, which cannot ask for them where another has used jax before it."""
 LARGEST_OUTPUT, LARGEST_FILE = 200_000, 600_000
 """In bytes."""
 
@@ -62,7 +64,7 @@ def test_what_is_committed_is_in_step_and_has_its_outputs(name):
 
 def test_all_run_one_after_the_other_in_small():
     notebooks = {name: executing.read(name, SHORT[name]) for name in executing.NAMES}
-    executing.execute(*notebooks.values())
+    executing.execute(*notebooks.values(), environment=EIGHT_DEVICES)
     assert "said after 2 steps" in printed(notebooks["quickstart"])
     assert "480 runs" in printed(notebooks["frontier"])
     assert printed(notebooks["own_mixer"]).count("kept ") == 18

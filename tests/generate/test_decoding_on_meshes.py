@@ -10,7 +10,8 @@ from helpers.decoding import random_decoder
 from helpers.hlo import Program
 
 from based_jax import parallel
-from based_jax.generate import Decoder, PrefixCache, Request, Scheduler
+from based_jax.errors import UserError
+from based_jax.generate import PrefixCache, Request, Scheduler
 from based_jax.generate.blocks import decoding_loop
 from based_jax.generate.intake import _read
 from based_jax.generate.rows import Rows
@@ -18,7 +19,7 @@ from based_jax.generate.sampling import MOST_TOP
 from based_jax.generate.state_layout import StateLayout
 from based_jax.nn.lm_config import LMConfig
 
-BATCH, HEADS, ROOM, STEPS = 6, 4, 64, 8
+BATCH, HEADS, ROOM, STEPS, WIDTH = 6, 4, 64, 8, 32
 OPTIONS = {
     "attention": {"num_heads": HEADS},
     "gla": {"num_heads": HEADS, "expand_k": 1.0, "gate_low_rank_dim": 4},
@@ -35,12 +36,7 @@ PARTS = {
 
 
 def decoder_of(*kinds):
-    return random_decoder(LMConfig(tuple((kind, OPTIONS[kind]) for kind in kinds), d_model=32, vocab_size=64))
-
-
-def placed(decoder, mesh):
-    """Return a decoder whose parameters lie on a mesh."""
-    return Decoder(decoder.layout, jax.device_put(decoder.params, parallel.shardings(decoder.params, mesh)))
+    return random_decoder(LMConfig(tuple((kind, OPTIONS[kind]) for kind in kinds), d_model=WIDTH, vocab_size=64))
 
 
 @pytest.fixture
@@ -56,7 +52,7 @@ def between(program, mesh):
 
 @parametrize_some("kind", OPTIONS, ordinary=("gla",))
 def test_each_device_decodes_its_rows_and_heads_and_sends_no_state(kind, mesh):
-    decoder = placed(decoder_of(kind), mesh)
+    decoder = decoder_of(kind).over(mesh)
     with jax.set_mesh(mesh):
         rows = Rows.of(decoder.init_cache(BATCH, ROOM), [Request([1])] * BATCH)
         program = Program(
@@ -64,7 +60,8 @@ def test_each_device_decodes_its_rows_and_heads_and_sends_no_state(kind, mesh):
         )
     parts = [(BATCH // 2, *part) for part in PARTS[kind]]
     drawn = [(STEPS, BATCH // 2, MOST_TOP)] * 2
-    assert [shape for shape in program.carried() if len(shape) > 2] == parts + drawn
+    carried = [shape for shape in program.carried() if len(shape) > 2]
+    assert [shape for shape in carried if shape[0] != WIDTH] == parts + drawn  # beside kernels, ordered once
     over_data, over_tensor = between(program, mesh)
     assert max(over_data) <= STEPS * BATCH * MOST_TOP  # the tokens that were drawn
     assert max(over_tensor) <= BATCH // 2 * 32 < max(map(math.prod, parts))  # activations
@@ -74,7 +71,7 @@ def test_each_device_decodes_its_rows_and_heads_and_sends_no_state(kind, mesh):
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_of_prompts_that_are_read_their_own_states_are_sent_and_no_others(kind, mesh):
     """Two rows of eight change devices where they are on another one, each its own heads alone."""
-    decoder, count = placed(decoder_of(kind), mesh), 2
+    decoder, count = decoder_of(kind).over(mesh), 2
     with jax.set_mesh(mesh):
         caches = decoder.init_cache(8, ROOM)
         chunk = np.ones((count, 16), np.int32)
@@ -118,6 +115,18 @@ def test_states_of_prompts_are_kept_and_found_on_a_mesh(mesh, rng):
     prompts = [first, first, np.append(first[:33], first[:9])]
     alone = answered(decoder, prompts, PrefixCache(10**7))
     cache = PrefixCache(10**7)
-    with jax.set_mesh(mesh):
-        assert answered(placed(decoder, mesh), prompts, cache) == alone
+    assert answered(decoder.over(mesh), prompts, cache) == alone
     assert cache.metrics.tokens_restored == 39 + 32
+
+
+@pytest.mark.parametrize(
+    "sizes, sentence",
+    [
+        ({"fsdp": 2}, "^Mesh axis 'fsdp' has 2 devices; a model decodes over 'data' and 'tensor' alone\\.$"),
+        ({"tensor": 8}, "^num_heads of .* is 4, which cannot be divided over 8 devices of the mesh axis tensor"),
+    ],
+)
+def test_what_decoding_cannot_divide_is_refused(sizes, sentence):
+    mesh = parallel.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+    with pytest.raises(UserError, match=sentence):
+        decoder_of("taylor").over(mesh)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers.cases import parametrize_some
 from helpers.decoding import random_decoder
 from helpers.small_mixers import SMALL
@@ -17,7 +18,7 @@ from based_jax.generate import Drafts, Request, Sampling, Scheduler, state_after
 from based_jax.generate.blocks import blocks
 from based_jax.generate.drafts import UNKNOWN, Lookup
 from based_jax.generate.rows import begun
-from based_jax.nn.lm import LMConfig
+from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import MIXERS
 
 VOCAB, NEW, ROOM = 50, 14, 64
@@ -76,6 +77,33 @@ def test_a_model_that_is_nearly_the_same_is_right_now_and_then():
     assert tokens == expected
     assert 0 < (count - steps)[:3].sum() < offered[:3].sum()
     assert 0 < (count - steps)[3:].sum() < offered[3:].sum()
+
+
+def test_stacked_layers_keep_what_layers_apart_would():
+    """Of each row another number of the tokens that it tried, as if the others had not been."""
+    layers = (("conv", {}), ("taylor", SMALL["taylor"] | {"flush": 8}), ("window", SMALL["window"])) * 2
+    config = LMConfig(layers=layers, d_model=16, vocab_size=VOCAB, dtype="float32", scan_layers=True, init_std=0.5)
+    ids = np.random.default_rng().integers(VOCAB, size=(3, 11), dtype=np.int32)
+    counts = np.asarray([0, 2, 4])
+
+    @nnx.jit
+    def tried_and_kept(ids, counts):
+        model = LM(config, rngs=nnx.Rngs(0))
+        hidden, cache = model.prefill(ids[:, :6], model.init_cache(3, 16))
+        tried, trials = model.try_tokens(ids[:, 6:10], cache)
+        last, _ = model.step(ids[:, 10], model.keep(trials, counts))
+        return jnp.concatenate([hidden, tried], axis=1), last
+
+    @nnx.jit
+    def whole(ids):
+        return LM(config, rngs=nnx.Rngs(0)).hidden(ids)
+
+    hidden, last = tried_and_kept(ids, counts)
+    np.testing.assert_allclose(hidden, whole(ids[:, :10]), atol=1e-4)
+    for row, count in enumerate(counts):
+        text = np.append(ids[row, : 6 + count], ids[row, 10])[None]
+        text = np.pad(text, ((0, 0), (0, 11 - text.shape[1])))
+        np.testing.assert_allclose(last[row], whole(text)[0, 6 + count], atol=1e-4)
 
 
 def test_what_is_looked_up_is_what_followed_the_longest_and_latest_place():

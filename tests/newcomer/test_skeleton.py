@@ -35,7 +35,11 @@ def test_the_skeleton_keeps_all_contracts_and_can_be_read_as_it_stands(tmp_path,
     mixer = configs.class_in_file("my_mixer.py:MyMixer")
     assert mixer.Config.__name__ == "MyMixerConfig" and "Source: " in mixer.__doc__
     assert contracts.check(mixer) == []
-    for lint in (["check", "--select=E,F,I,UP,B,SIM,RUF,D1", "--ignore=F722,F821,D105,D107"], ["format", "--check"]):
+    ours = ["--config", "lint.isort.known-first-party=['based_jax']"]
+    for lint in (
+        ["check", "--select=E,F,I,UP,B,SIM,RUF,D1", "--ignore=F722,F821,D105,D107", *ours],
+        ["format", "--check"],
+    ):
         command = [sys.executable, "-m", "ruff", *lint, "--line-length=120", "my_mixer.py"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout

@@ -29,9 +29,9 @@ def config(**options):
 def test_residual_stream_is_fp32(dtype, normal):
     block, r = Block(*PATTERN[0], config(dtype=dtype), rngs=nnx.Rngs(0)), normal(2, T, D)
     out = jax.jit(lambda block, r: block.extend(Stream(r)).total())(block, r)
-    prefilled, cache = jax.jit(lambda block, r: block.prefill(r, block.init_cache(2, T)))(block, r)
+    stream, cache = jax.jit(lambda block, r: block.prefill(Stream(r), block.init_cache(2, T)))(block, r)
     stepped, _ = jax.jit(lambda block, r, cache: block.step(Stream(r), cache))(block, r[:, 0], cache)
-    assert {x.dtype for x in (out, prefilled, stepped.total())} == {jnp.dtype("float32")}
+    assert {x.dtype for x in (out, stream.total(), stepped.total())} == {jnp.dtype("float32")}
     assert cache.state.dtype == dtype
     assert not np.array_equal(out, out.astype(jnp.bfloat16))
 
@@ -119,7 +119,7 @@ def test_arrays_of_another_number_of_repeats_are_refused():
     with pytest.raises(UserError, match=r"cache '0/state' .* repeated 2 times has shape \(3, .*its first axis is 2\.$"):
         stack.step(Stream(r[:, 0]), other.init_cache(1, T))
     nnx.update(stack, nnx.state(other))
-    for call in (lambda: stack.extend(Stream(r)), lambda: stack.prefill(r, cache)):
+    for call in (lambda: stack.extend(Stream(r)), lambda: stack.prefill(Stream(r), cache)):
         with pytest.raises(UserError, match=r"parameter '0/.*' of a pattern .* 2 times has shape \(3,"):
             call()
     single = Stack(PATTERN, 1, config(), rngs=nnx.Rngs(0))

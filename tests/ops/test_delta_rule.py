@@ -134,7 +134,9 @@ def test_auto_takes_what_was_timed_and_is_fastest():
         "triton_chunks",
         "triton_chunks",
     ]
-    assert [taken("NVIDIA H200", 2048, n, K=256, V=512) for n in (1, 256)] == ["triton_chunks"] * 2
+    wide = [taken("NVIDIA H200", 2048, n, K=256, V=512) for n in (1, 256)]
+    assert wide == ["hopper_chunks", "triton_chunks"]
+    assert taken("NVIDIA A100", 2048, K=256, V=512) == "triton_chunks"
     assert taken(H100, 256, dtype="float32") == "hopper_steps"
     assert taken(H100, CHUNK_TOKENS, batch=few // 2) == "triton_chunks"
     for options in ({"decays": 64}, {"table": DPLR_IMPLEMENTATIONS}):

@@ -52,6 +52,18 @@ def test_all_forms_are_the_definition(T, G, R, K, V, dtype, arrays, close):
         close(trial(*call, head_dim=K - 1, impl=impl), expected, dtype)
 
 
+def test_a_cache_of_all_tokens_is_read_as_a_prefill_does(arrays, close):
+    *call, _ = arrays(3, 2, 2, 8, 8)
+    length = jnp.asarray([0, 1, 2, 5, 7, 8])
+    expected = trial(*call, length, impl="oracle")
+    close(
+        jax.jit(attention_trial, static_argnames=("is_ring", "impl"))(*call, length, is_ring=False, impl="prefill"),
+        expected,
+    )
+    with pytest.raises(UserError, match="the cache must hold all tokens, and is a ring"):
+        trial(*call, length, impl="prefill")
+
+
 @pytest.mark.long
 def test_each_device_reads_its_own_rows_and_heads(arrays, close):
     call = [x[:4] for x in arrays(3, 2, 2, 8, 8)]

@@ -18,7 +18,7 @@ from based_jax.bench.catalogue.operation import (
     moved_bytes,
     narrow,
 )
-from based_jax.ops import softmax_prefill, softmax_step
+from based_jax.ops import softmax_prefill, softmax_step, softmax_trial
 
 
 def _step_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
@@ -61,7 +61,7 @@ def step_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     """Return one query's softmax attention to the keys that its row has, 0 where it has none."""
     q, k, v, fill = (arrays[name] for name in ("q", "k", "v", "fill"))
     there = jnp.arange(k.shape[1])[None] < filled(fill, k.shape[1])[:, None]
-    return {"o": _attended(q[:, None], k, v, there[:, None])[:, 0]}
+    return {"o": attended(q[:, None], k, v, there[:, None])[:, 0]}
 
 
 def _prefill_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
@@ -91,10 +91,38 @@ def prefill_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     owners = jnp.concatenate([jnp.where(cached, first_document(ids)[:, None], 0), ids], axis=1)
     same = (ids[:, :, None] == owners[:, None]) & (ids != 0)[:, :, None]
     keys, values = (jnp.concatenate(pair, axis=1) for pair in ((past_k, k), (past_v, v)))
-    return {"o": _attended(q, keys, values, same & jnp.tri(time, places + time, places, dtype=bool)[None])}
+    return {"o": attended(q, keys, values, same & jnp.tri(time, places + time, places, dtype=bool)[None])}
 
 
-def _attended(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+def _trial(case: Case) -> Function:
+    def run(arrays: Arrays, ids: jax.Array | None) -> Arrays:
+        q, k, v, past_k, past_v = (arrays[name] for name in ("q", "k", "v", "past_k", "past_v"))
+        length = _had(arrays["fill"], past_k.shape[1])
+        return {"o": softmax_trial.attention_trial(q, k, v, past_k, past_v, length, impl=case.impl)}
+
+    return run
+
+
+def trial_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
+    """Return softmax attention of each token to itself and the S - 1 newest before it, of a ring and of its own."""
+    q, k, v, past_k, past_v = (arrays[name] for name in ("q", "k", "v", "past_k", "past_v"))
+    T, S = q.shape[1], past_k.shape[1]
+    slot, count = jnp.arange(S)[None], _had(arrays["fill"], S)[:, None]
+    place = jnp.where(slot < count, count - 1 - (count - 1 - slot) % S, -S - T)  # of a slot without a token long ago
+    token = count + jnp.arange(T)[None]
+    places = jnp.concatenate([place, token], axis=1)
+    back = token[:, :, None] - places[:, None]
+    keys, values = (jnp.concatenate(pair, axis=1) for pair in ((past_k, k), (past_v, v)))
+    return {"o": attended(q, keys, values, (back >= 0) & (back < S))}
+
+
+def _had(fill: jax.Array, slots: int) -> jax.Array:
+    """Return how many tokens rows have had: fewer than the slots, and where these are all filled many times as many."""
+    count = filled(fill, slots)
+    return jnp.where(count < slots, count, 3 * slots + 5)
+
+
+def attended(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
     """Return (B, T, H, V), the attention of q (B, T, H, K) to the visible (B, T, N) of k and v (B, N, G, .)."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     s = jnp.einsum("btgrk,bngk->btgrn", grouped, k) / math.sqrt(q.shape[-1])
@@ -188,6 +216,23 @@ ATTENTION_STEP_WEIGHTS = Operation(
     kernels={"triton_splits": ("attention_step_scores",)},
     cases=_weights_cases(),
     small_cases=(Case("attention_step_weights", (2, 4), (16, 16, 2, 30)),),
+    timed={},
+    passes=(FORWARD,),
+)
+
+ATTENTION_TRIAL = Operation(
+    table=softmax_trial.ATTENTION_TRIAL,
+    arrays=_prefill_arrays,
+    function=_trial,
+    oracle=lambda case: trial_definition,
+    cost=lambda case, which: (moved_bytes(_prefill_arrays(case), _trial(case.by("xla"))), 0.0),
+    kernels={"triton_splits": ("attention_step",)},
+    cases=(
+        Case("attention_trial", (5, 16, 4), (112, 112, 16, 129), impl="triton_splits", quick=True),
+        Case("attention_trial", (6, 4, 5), (72, 72, 2, 700), impl="triton_splits"),
+        Case("attention_trial", (5, 2, 17), (64, 64, 2, 30), impl="triton_splits", dtype="float16"),
+    ),
+    small_cases=(Case("attention_trial", (2, 2, 3), (16, 16, 2, 30)),),
     timed={},
     passes=(FORWARD,),
 )

@@ -8,7 +8,7 @@ examples:
 
 import argparse
 
-from based_jax.commands.bench import check, data, generate, kernels, profile, sanitize, serve, train
+from based_jax.commands.bench import check, data, generate, kernels, profile, sanitize, serve, static, train
 from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.parser import add_command
 
@@ -17,6 +17,7 @@ TASKS = {
     "check": check,
     "sanitize": sanitize,
     "profile": profile,
+    "static": static,
     "train": train,
     "generate": generate,
     "serve": serve,

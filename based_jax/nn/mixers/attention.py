@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from based_jax import parallel
 from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
 from based_jax.errors import UserError, unknown
 from based_jax.nn import layers
-from based_jax.nn.cache import TokenCache, TriedTokens
+from based_jax.nn.cache import Cache, TokenCache, TriedTokens
 from based_jax.nn.eviction import POLICIES, BudgetCache, Policy
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
 from based_jax.nn.rotary import check_scaling, scaling
 from based_jax.ops import dispatch, segments, sequence, softmax_chunks
+from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim, whole_pass_head_dim
 from based_jax.ops.softmax_budget import own_attention, ring_attention
 from based_jax.ops.softmax_prefill import attention_prefill
@@ -178,18 +180,19 @@ class Attention(Mixer):
 
     @override
     def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
+        qkv = self.unrotated_qkv(x[:, None])
         if self.policy is None:
-            o, after = self.read_token(x, state)
-        else:
-            o, after = self._read_one(self.policy, self._token(x, state), state, jnp.ones(x.shape[0], bool))
-            o = o[..., : self.head_dim]
+            o, after = self.read_token(qkv, state)
+            return self._out(o), after
+        o, after = self._read_one(self.policy, self._token(qkv, state), state, jnp.ones(x.shape[0], bool))
+        o = o[..., : self.head_dim]
         return self._out(o if self._evicts(state) else state.held(o, state.length)), after
 
     @override
     def _try_tokens(self, x: BTD, state: Any) -> tuple[BTD, Any]:
         if self.policy is not None:
             return super()._try_tokens(x, state)
-        o, tokens = self.read_on_trial(x, state)
+        o, tokens = self.read_on_trial(x, state, is_ring=False)
         return self._out(state.held(o, state.length[:, None] + jnp.arange(x.shape[1])[None])), tokens
 
     @override
@@ -354,7 +357,10 @@ class Attention(Mixer):
     def unrotated_qkv(self, x: BTD, width: int | None = None):
         """Return queries, keys and values (B, T, heads, D/H); with a `width` zeros fill the heads up to it."""
         heads = self.config.num_heads, self.kv_heads, self.kv_heads
-        q, k, v = layers.split_to_heads(self.qkv, x, heads, width or self.head_dim)
+        return self._head_normed(layers.split_to_heads(self.qkv, x, heads, width or self.head_dim))
+
+    def _head_normed(self, qkv):
+        q, k, v = qkv
         if not self.config.qk_norm:
             return [q, k, v]
         return [self._normed(self.q_norm, q), self._normed(self.k_norm, k), v]
@@ -384,26 +390,59 @@ class Attention(Mixer):
         k, v = (jnp.zeros((batch, slots, self.kv_heads, width), self.dtype) for _ in "kv")
         return TokenCache.empty((k, v))
 
-    def read_token(self, x: BD, state: TokenCache):
-        """Return what a token's queries read (B, H, D/H), and the state after it."""
-        q, k, v = self._turned_token(self._token(x, state), state.length)
+    @override
+    def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
+        """Mix the norm of r + y of one sequence's token, where all tokens are kept and projections have no biases."""
+        has_biases = self.qkv.bias is not None or self.out_proj.bias is not None
+        if self.policy is not None or has_biases or not self.has_joint_heads:
+            return None
+        r, [z] = layers.several_of_norm([self.qkv], norm, r, y)
+        o, state = self.read_joint(layers.split_heads(z, self._joint_count), cache.state)
+        pieces = layers.in_pieces(self.out_proj, layers.merge_heads(o), None if y is None else y.marks)
+        return r, pieces, cache._replace(state=state)
+
+    def read_joint(self, heads: Float[Array, "B joint K"], state: TokenCache):
+        """Return what `read_token` does of a token's queries, keys and values beside each other."""
+        ends = [self.config.num_heads, self.config.num_heads + self.kv_heads]
+        return self.read_token(self._head_normed(layers.split(heads[:, None], ends, axis=-2)), state)
+
+    def read_token(self, qkv, state: TokenCache):
+        """Return what a token reads (B, H, D/H), NaN where it does not fit, and the state after it.
+
+        Its queries, keys and values (B, 1, heads, D/H) are not rotated.
+        """
+        o, after = self.read_newest(qkv, state)
+        return state.held(o, state.length), after
+
+    def read_newest(self, qkv, state: TokenCache):
+        """Return the same where each token has a slot."""
+        q, k, v = self._turned_token(self._token(qkv, state), state.length)
         state = state.append((k, v))
         return self._attended(q, state)[..., : self.head_dim], state
 
-    def read_on_trial(self, x: BTD, state: TokenCache) -> tuple[Any, TriedTokens]:
-        """Return what queries of tokens (B, T, H, D/H) read of the ring and of each other, and the tokens."""
+    @property
+    def has_joint_heads(self) -> bool:
+        """Whether no device has a share of each of queries, keys and values alone, which stand beside each other."""
+        return parallel.channel_pieces(self.config.num_heads, self.kv_heads, self.kv_heads) == 1
+
+    @property
+    def _joint_count(self) -> int:
+        return self.config.num_heads + 2 * self.kv_heads
+
+    def read_on_trial(self, x: BTD, state: TokenCache, *, is_ring: bool) -> tuple[Any, TriedTokens]:
+        """Return what queries of tokens (B, T, H, D/H) read of the cache and of each other, and the tokens."""
         q, k, v = self._rotated(self.unrotated_qkv(x, state.tokens[0].shape[3]), state.length, None)
-        impl = dispatch.beside(self.config.impl, ATTENTION_TRIAL)
-        o = attention_trial(q, k, v, *state.tokens, state.length, head_dim=self.head_dim, impl=impl)
+        (past_k, past_v), impl = state.tokens, dispatch.beside(self.config.impl, ATTENTION_TRIAL)
+        options = {"is_ring": is_ring, "head_dim": self.head_dim}
+        o = attention_trial(q, k, v, past_k, past_v, state.length, impl=impl, **options)
         return o, TriedTokens((k, v), state)
 
-    def _token(self, x: BD, state: TokenCache):
+    def _token(self, qkv, state: TokenCache):
         """Return a token's queries, keys and values (B, heads, .), as wide as the cache's and not rotated.
 
         Zeros behind the weights would be made anew for each token.
         """
-        width = state.tokens[0].shape[3]
-        return [layers.with_zeros(y[:, 0], 2, width) for y in self.unrotated_qkv(x[:, None])]
+        return [layers.with_zeros(y[:, 0], 2, state.tokens[0].shape[3]) for y in qkv]
 
     def _turned_token(self, token, place: Int[Array, "B"]):
         return (y[:, 0] for y in self._rotated([y[:, None] for y in token], place, None))

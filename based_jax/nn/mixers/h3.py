@@ -118,7 +118,7 @@ class H3(Mixer):
         return self._out(x, kv, y), (shift, after)
 
     @override
-    def _step(self, x: BD, state: H3State) -> tuple[BD, H3State]:
+    def _step(self, x: BD, state: H3State) -> tuple[BD | layers.Projected, H3State]:
         k, v = self.k_proj(x), self.v_proj(x)
         k, shift = short_conv_step(k, self._shift_kernel(), state[0])
         kv = self._cross(k, v)
@@ -168,7 +168,7 @@ class H3(Mixer):
         kv = kv.astype(jnp.float32)
         y = y + kv * layers.per_channel(self.skip[...][:, None], kv)
         y = einops.rearrange(y, "... H (i j) -> ... H i j", i=self.config.head_dim) * q[..., None]
-        return self.out_proj(einops.reduce(y, "... H i j -> ... (j H)", "sum").astype(self.dtype))
+        return layers.into_stream(self.out_proj, einops.reduce(y, "... H i j -> ... (j H)", "sum").astype(self.dtype))
 
 
 def _param(values: Array) -> nnx.Param:

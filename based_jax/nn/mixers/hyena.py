@@ -156,7 +156,7 @@ class Hyena(Mixer):
         return self._out(u, y, gate), (taps, history)
 
     @override
-    def _step(self, x: BD, state: HyenaState) -> tuple[BD, HyenaState]:
+    def _step(self, x: BD, state: HyenaState) -> tuple[BD | layers.Projected, HyenaState]:
         u, taps = short_conv_step(self.in_proj(x), self.conv_kernel[...], state[0], bias=self.conv_bias[...])
         u, gate = self._gated(u)
         y, history = convolve_step(u, state[1], self.filter(state[1].slots))
@@ -199,4 +199,4 @@ class Hyena(Mixer):
 
     def _out(self, u, y, gate):
         y = y + u * layers.per_channel(self.skip[...], u)
-        return self.out_proj(y * gate)
+        return layers.into_stream(self.out_proj, y * gate)

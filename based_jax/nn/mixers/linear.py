@@ -96,7 +96,7 @@ class LinearAttention(Mixer):
         return self._out(o), (sums, length)
 
     @override
-    def _step(self, x: BD, state: LinearState) -> tuple[BD, LinearState]:
+    def _step(self, x: BD, state: LinearState) -> tuple[BD | layers.Projected, LinearState]:
         sums, length = state
         q, k, v = self._heads(x)
         q, k = self.feature_map(q, k, length)
@@ -125,4 +125,4 @@ class LinearAttention(Mixer):
         return *self.feature_map(q, k, places), v, length
 
     def _out(self, o):
-        return self.out_proj(layers.merge_heads(o))
+        return layers.into_stream(self.out_proj, layers.merge_heads(o))

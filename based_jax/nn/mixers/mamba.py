@@ -17,14 +17,10 @@ from based_jax.ops.calls import BDN
 from based_jax.ops.conv import short_conv, short_conv_step
 from based_jax.ops.dispatch import beside
 from based_jax.ops.gated_norm import gated_skip
+from based_jax.ops.gated_scan_step import IMPLEMENTATIONS as STEP_IMPLEMENTATIONS
+from based_jax.ops.gated_scan_step import gated_scan_step
 from based_jax.ops.projection import multiply
-from based_jax.ops.selective_scan import (
-    IMPLEMENTATIONS,
-    STEP_IMPLEMENTATIONS,
-    initial_state,
-    selective_scan,
-    selective_scan_step,
-)
+from based_jax.ops.selective_scan import IMPLEMENTATIONS, initial_state, selective_scan
 
 KEYS = {
     "out_proj/kernel": "out_proj.weight",
@@ -89,7 +85,7 @@ class Mamba(Mixer):
             self.conv_bias = layers.conv_parameter((self.d_inner,), config.d_conv, rngs=init.rngs)
         widths = (self.dt_rank, config.d_state, config.d_state)
         self.x_proj = layers.torch_linear(self.d_inner, sum(widths), ("mlp", None), init, parts=widths)
-        self.dt_proj = layers.torch_linear(self.dt_rank, self.d_inner, (None, "mlp"), init.fp32, bias=True)
+        self.dt_proj = layers.torch_linear(self.dt_rank, self.d_inner, (None, "mlp"), init, bias=True)
         self.dt_proj.bias = nnx.Param(inverse_softplus_dt(self.d_inner, init.rngs), **layers.logical_axes("mlp"))
         states = jnp.log(jnp.arange(1, config.d_state + 1, dtype=jnp.float32))
         self.A_log = nnx.Param(
@@ -121,13 +117,14 @@ class Mamba(Mixer):
         return self._out(x, u, y), MambaState(conv, memory)
 
     @override
-    def _step(self, x: BD, state: MambaState) -> tuple[BD, MambaState]:
-        inner, z = jnp.split(self.in_proj(x), 2, axis=-1)
-        u, conv = short_conv_step(inner, **self._conv(), state=state.conv)
-        raw, B, C = self._selected(u)
-        options = self._bias() | {"impl": beside(self.config.impl, STEP_IMPLEMENTATIONS)}
-        y, memory = selective_scan_step(u, raw, self._A(), B, C, state.memory, **options)
-        return self._gated(z, u, y), MambaState(conv, memory)
+    def _step(self, x: BD, state: MambaState) -> tuple[BD | layers.Projected, MambaState]:
+        joint = self.in_proj(x)
+        u, conv = short_conv_step(joint, **self._conv(), state=state.conv)
+        selected = self.x_proj(u)
+        raw = multiply(selected[:, : self.dt_rank], self.dt_proj.kernel[...].astype(selected.dtype))
+        options = self._bias() | {"skip": self.D[...], "impl": beside(self.config.impl, STEP_IMPLEMENTATIONS)}
+        y, memory = gated_scan_step(u, raw, self._A(), selected, joint, state.memory, **options)
+        return layers.into_stream(self.out_proj, y), MambaState(conv, memory)
 
     @override
     def state_size(self, seq_len: int) -> int:
@@ -169,4 +166,4 @@ class Mamba(Mixer):
         return self._gated(layers.linear_part(self.in_proj, x, self.d_inner, 2 * self.d_inner), u, y)
 
     def _gated(self, z, u, y):
-        return self.out_proj(gated_skip(y, u, z, self.D[...]))
+        return layers.into_stream(self.out_proj, gated_skip(y, u, z, self.D[...]))

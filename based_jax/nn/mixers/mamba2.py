@@ -120,7 +120,7 @@ class Mamba2(Mixer):
         return self._out(x, inputs[0], y), Mamba2State(jnp.concatenate(after, axis=-1), memory)
 
     @override
-    def _step(self, x: BD, state: Mamba2State) -> tuple[BD, Mamba2State]:
+    def _step(self, x: BD, state: Mamba2State) -> tuple[BD | layers.Projected, Mamba2State]:
         inner, bias = self.d_inner, self.conv_bias[...] if self.config.conv_bias else None
         z, joint, dt = jnp.split(self.in_proj(x), [inner, inner + self.channels], axis=-1)
         joint, conv = short_conv_step(joint, self.conv_kernel[...], state.conv, bias=bias, silu=True)
@@ -179,4 +179,5 @@ class Mamba2(Mixer):
         skip = jnp.repeat(self.D[...], self.config.headdim)
         y, u = (layers.merge_heads(heads) for heads in (y, u))
         assert self.norm.scale is not None
-        return self.out_proj(gated_rms_norm(y, u, z, skip, self.norm.scale[...], eps=self.norm.epsilon))
+        y = gated_rms_norm(y, u, z, skip, self.norm.scale[...], eps=self.norm.epsilon)
+        return layers.into_stream(self.out_proj, y)

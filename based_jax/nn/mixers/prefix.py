@@ -8,9 +8,11 @@ from jaxtyping import Array, Shaped
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.nn import layers
+from based_jax.nn.cache import Cache
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.nn.mixers.taylor import PROJECTIONS, TaylorAttention, TaylorConfig
 from based_jax.ops import segments, sequence, taylor, taylor_decode
+from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.linear_attention import encoder_state
 
 
@@ -91,6 +93,12 @@ class PrefixLinearAttention(TaylorAttention):
         before, length = state
         y, after = super()._step(x, before)
         return y, (after, length + 1)
+
+    @override
+    def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache]:
+        before, length = cache.state
+        r, pieces, cache = super().step_whole(r, y, norm, cache._replace(state=before))
+        return r, pieces, cache._replace(state=(cache.state, length + 1))
 
     @override
     def _try_tokens(self, x: BTD, state: Any) -> tuple[BTD, Any]:

@@ -85,4 +85,4 @@ class RWKV4(TimeMix):
 
     @override
     def _out(self, o, receptance):
-        return self.out_proj(jax.nn.sigmoid(receptance) * o)
+        return layers.into_stream(self.out_proj, jax.nn.sigmoid(receptance) * o)

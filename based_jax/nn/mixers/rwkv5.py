@@ -108,4 +108,4 @@ class RWKV5(TimeMix):
     @override
     def _out(self, o, gate):
         o = self.norm(o.astype(jnp.float32) / OUTPUT_DIVISOR) * jax.nn.silu(gate.astype(jnp.float32))
-        return self.out_proj(o.astype(self.dtype))
+        return layers.into_stream(self.out_proj, o.astype(self.dtype))

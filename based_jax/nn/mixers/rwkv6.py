@@ -131,4 +131,5 @@ class RWKV6(TimeMix):
 
     @override
     def _out(self, o, gate):
-        return self.out_proj((self.norm(o) * jax.nn.silu(gate.astype(jnp.float32))).astype(self.dtype))
+        o = self.norm(o) * jax.nn.silu(gate.astype(jnp.float32))
+        return layers.into_stream(self.out_proj, o.astype(self.dtype))

@@ -156,4 +156,4 @@ class RWKV7(TimeMix):
 
     @override
     def _out(self, o, bonus, gate):
-        return self.out_proj(((self.norm(o) + bonus) * gate).astype(self.dtype))
+        return layers.into_stream(self.out_proj, ((self.norm(o) + bonus) * gate).astype(self.dtype))

@@ -4,15 +4,17 @@ import dataclasses
 from typing import Any, ClassVar, override
 
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Int
 
 from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
+from based_jax.nn.cache import Cache
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops import taylor, taylor_decode
-from based_jax.ops.decode_calls import TaylorState
+from based_jax.ops.decode_calls import Pieces, TaylorState
 from based_jax.ops.dispatch import beside
 
 PROJECTIONS = {f"proj_{name}/kernel": f"proj_{name}.weight" for name in "qkv"}
@@ -79,9 +81,21 @@ class TaylorAttention(Mixer):
 
     @override
     def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
-        (q, k, v), impl = self.qkv(x[:, None]), beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
-        o, state = taylor_decode.taylor_attention_decode(q, k, v, state, impl=impl)
-        return self._out(o[:, 0]), state
+        o, state = self._read_token(self.qkv(x[:, None]), state)
+        return self._out(o), state
+
+    @override
+    def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache]:
+        r, products = layers.several_of_norm(self._projections, norm, r, y)
+        o, state = self._read_token(self._heads([z[:, None] for z in products]), cache.state)
+        pieces = layers.in_pieces(self.out_proj, layers.merge_heads(o), None if y is None else y.marks)
+        return r, pieces, cache._replace(state=state)
+
+    def _read_token(self, qkv, state: Any):
+        """Return what a token of each row reads (B, H, V), and the state after it."""
+        impl = beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
+        o, state = taylor_decode.taylor_attention_decode(*qkv, state, impl=impl)
+        return o[:, 0], state
 
     @override
     def _try_tokens(self, x: BTD, state: TaylorState) -> tuple[BTD, Any]:
@@ -89,7 +103,7 @@ class TaylorAttention(Mixer):
         if x.shape[1] > self.config.flush:
             return super()._try_tokens(x, state)
         impl = beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
-        o, state = taylor_decode.taylor_attention_decode(*self._qkv(x), state, impl=impl)
+        o, state = taylor_decode.taylor_attention_decode(*self.qkv(x), state, impl=impl)
         return self._out(o), taylor_decode.rewound(state, jnp.full(x.shape[0], x.shape[1]))
 
     @override
@@ -115,9 +129,15 @@ class TaylorAttention(Mixer):
         projections = 2 * self.d_model * (2 * self.config.num_heads * self.config.feature_dim + 2 * self.d_model)
         return projections + 4 * self.published_state_size(seq_len)
 
+    @property
+    def _projections(self) -> tuple[nnx.Linear, ...]:
+        return self.proj_q, self.proj_k, self.proj_v
+
     def qkv(self, x):
         """Return queries and keys (B, T, H, K), and values (B, T, H, D/H)."""
-        products = layers.several((self.proj_q, self.proj_k, self.proj_v), x)
+        return self._heads(layers.several(self._projections, x))
+
+    def _heads(self, products):
         return tuple(layers.split_heads(y, self.config.num_heads) for y in products)
 
     def _out(self, o):

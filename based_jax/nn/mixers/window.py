@@ -4,13 +4,16 @@ import dataclasses
 from typing import ClassVar, override
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
 from based_jax.nn import layers
 from based_jax.nn.cache import TokenCache, TriedTokens
 from based_jax.nn.mixer import check_sizes
 from based_jax.nn.mixers import attention
+from based_jax.nn.rotary import scaling
 from based_jax.ops import segments, window_attention
+from based_jax.ops.ring_step import ring_step
 from based_jax.ops.softmax import WINDOW_ATTENTION
 
 
@@ -75,12 +78,28 @@ class WindowAttention(attention.Attention):
 
     @override
     def _step(self, x: BD, state: TokenCache) -> tuple[BD | layers.Projected, TokenCache]:
-        o, state = self.read_token(x, state)
+        if self.has_joint_heads:
+            o, state = self.read_joint(layers.split_heads(self.qkv(x), self._joint_count), state)
+        else:
+            o, state = self.read_token(self.unrotated_qkv(x[:, None]), state)
         return self._out(o), state
 
     @override
+    def read_token(self, qkv, state: TokenCache):
+        """Return what a token reads (B, H, D/H), and the state after it: in a ring each token has a slot."""
+        return self.read_newest(qkv, state)
+
+    @override
+    def read_joint(self, heads: Float[Array, "B joint K"], state: TokenCache):
+        if self.config.qk_norm or self.rotary_dim != self.head_dim or self.config.impl != "auto":
+            return super().read_joint(heads, state)
+        angles = layers.rotary_angles(state.length, self.rotary_dim, self.config.rotary_base, scaling(self.config))
+        o, *ring = ring_step(heads, *state.tokens, state.length, angles)
+        return o, TokenCache(tuple(ring), state.length + 1)
+
+    @override
     def _try_tokens(self, x: BTD, state: TokenCache) -> tuple[BTD, TriedTokens]:
-        o, tokens = self.read_on_trial(x, state)
+        o, tokens = self.read_on_trial(x, state, is_ring=True)
         return self._out(o), tokens
 
     @override

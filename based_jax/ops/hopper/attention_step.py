@@ -3,11 +3,14 @@
 Kernel: `pallas_kernels/hopper/attention_step.py`. It has no gradient: a step decodes.
 """
 
+import math
+
+import jax
 import jax.numpy as jnp
 
-from based_jax.dims import BHV
+from based_jax.dims import BHV, BSGK, BSGV
 from based_jax.ops import sharded
-from based_jax.ops.decode_calls import AttentionStepCall
+from based_jax.ops.decode_calls import AttentionStepCall, RingStepCall
 from based_jax.ops.hopper import limits
 
 HEAD_MULTIPLE, CHANNEL_MULTIPLE, MAX_CHANNELS = 16, 16, 128
@@ -32,6 +35,14 @@ def supports(call: AttentionStepCall) -> str | None:
     return limits.refusal()
 
 
+def supports_ring(call: RingStepCall) -> str | None:
+    """Return why the kernel cannot run a call, or None."""
+    queries = call.heads.shape[1] - 2 * call.k.shape[2]
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return "it runs on one device, and there is a mesh"
+    return supports(AttentionStepCall(call.heads[:, :queries], call.k, call.v, call.length))
+
+
 def slower(call: AttentionStepCall) -> str | None:
     """Return why another implementation is faster, or None."""
     rows, keys = call.k.shape[:2]
@@ -48,3 +59,14 @@ def compute(call: AttentionStepCall) -> BHV:
     length = jnp.minimum(call.length, call.k.shape[1]).astype(jnp.int32)
     [o] = sharded.launch(kernels.step, call.q, call.k, call.v, length, scale=1 / call.root)
     return o
+
+
+def compute_ring(call: RingStepCall) -> tuple[BHV, BSGK, BSGV]:
+    """Return o, and the ring with the token, in the place of the one given."""
+    from pallas_kernels.hopper import attention_step as kernels
+
+    cos, sin = jnp.cos(call.angles), jnp.sin(call.angles)
+    turns = jnp.stack([jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)], axis=1)
+    length, scale = call.length.astype(jnp.int32), 1 / math.sqrt(call.k.shape[3])
+    o, k, v = kernels.ring_step(call.heads, call.k, call.v, length, turns.astype(jnp.float32), scale=scale)
+    return o, k, v

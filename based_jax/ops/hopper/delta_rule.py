@@ -80,9 +80,10 @@ def _delta_rule(scale, q, k, v, log_decay, beta, state):
 def _forward(scale, q, k, v, log_decay, beta, state, *, with_starts: bool):
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper import delta_rule as kernels
+    from pallas_kernels.hopper import delta_rule_pairs
 
     c, beta = _sums(_by_head(log_decay)), _by_head(beta)
-    pairs = functools.partial(kernels.pairs, scale=scale, blocks=limits.multiprocessors())
+    pairs = functools.partial(delta_rule_pairs.pairs, scale=scale, blocks=limits.multiprocessors())
     p, t = sharded.launch(pairs, q, k, c, beta)
     since, written = _decays(c, beta)
     walk = functools.partial(kernels.forward, scale=scale, with_starts=with_starts)

@@ -24,7 +24,7 @@ def supports(call: ShortConvStepCall | GatedConvStepCall) -> str | None:
             return f"{name} must be bfloat16 or float32, and is {x.dtype}"
     if isinstance(call, ShortConvStepCall) and call.dilation > 1:
         return f"dilation must be 1, and is {call.dilation}"
-    if taps > MAX_TAPS or channels % CHANNEL_MULTIPLE or not channels:
+    if taps > MAX_TAPS or channels % CHANNEL_MULTIPLE or call.x.shape[1] % CHANNEL_MULTIPLE or not channels:
         return (
             f"there must be at most {MAX_TAPS} taps and a multiple of {CHANNEL_MULTIPLE} channels, and are {taps} and"
             f" {channels}"

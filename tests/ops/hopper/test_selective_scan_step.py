@@ -9,7 +9,9 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from based_jax.errors import UserError
-from based_jax.ops.decode_calls import SelectiveScanStepCall
+from based_jax.ops import gated_scan_step as gated
+from based_jax.ops.decode_calls import GatedScanStepCall, SelectiveScanStepCall
+from based_jax.ops.gated_scan_step import gated_scan_step
 from based_jax.ops.selective_scan import STEP_IMPLEMENTATIONS, selective_scan_step
 
 
@@ -25,6 +27,16 @@ def _zeros(channels=128, states=16):
 def test_refusals_name_the_value(options, words):
     with gpus(), pytest.raises(UserError, match=words):
         selective_scan_step(*_zeros(**options), impl="hopper")
+
+
+@pytest.mark.parametrize(
+    ("behind", "joint", "words"), [(36, 256, "with B must be a multiple of 8, and are 36"), (32, 192, "with z .* 192")]
+)
+def test_refusals_of_products_name_the_value(behind, joint, words):
+    u, dt, A, _, _, state = _zeros()
+    options = {"bias": jnp.zeros(128), "skip": jnp.zeros(128)}
+    with gpus(), pytest.raises(UserError, match=words):
+        gated_scan_step(u, dt, A, jnp.zeros((2, behind)), jnp.zeros((2, joint)), state, **options, impl="hopper")
 
 
 @pytest.mark.parametrize("mesh", [True, False])
@@ -58,4 +70,18 @@ def test_the_kernel_equals_the_oracle(channels, states, dtype, raw, normal, clos
     (y, after), (right, state) = (STEP_IMPLEMENTATIONS[impl].compute(call) for impl in ("hopper_states", "oracle"))
     close(y, right, dtype)
     np.testing.assert_allclose(after, state, rtol=1e-5, atol=2e-6)
+    assert not get_races().races_found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
+def test_the_gated_kernel_equals_the_oracle(dtype, normal, close, interpreted):
+    """B, C and z are the last channels of products."""
+    tokens = {"u": (3, 256), "raw": (3, 256), "selected": (3, 24 + 2 * 8), "joint": (3, 512)}
+    narrow = {name: normal(*shape, dtype=dtype) for name, shape in tokens.items()}
+    call = GatedScanStepCall(
+        **narrow, A=-jnp.exp(normal(256, 8)), state=normal(3, 256, 8), bias=normal(256), skip=normal(256)
+    )
+    found, expected = (gated.IMPLEMENTATIONS[impl].compute(call) for impl in ("hopper_states", "oracle"))
+    close(found[0], expected[0], dtype)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=2e-6)
     assert not get_races().races_found

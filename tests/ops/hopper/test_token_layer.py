@@ -8,6 +8,7 @@ from helpers.devices import gpus
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import token_layer as kernels
+from pallas_kernels.hopper import token_strips
 
 OPTIONS = {"eps": 1e-5, "multiprocessors": 132}
 
@@ -37,10 +38,13 @@ def conv(a):
     return kernels.gated_conv(*(a[name] for name in names), jnp.zeros(kernels.MARKS, jnp.int32), **OPTIONS)
 
 
-@pytest.mark.parametrize("half", [mlp, pytest.param(conv, marks=pytest.mark.long)])
-def test_lowers_for_an_h100(half, normal):
+@pytest.mark.parametrize(
+    ("half", "width", "hidden"), [(mlp, 256, 1408), pytest.param(conv, 256, 128, marks=pytest.mark.long)]
+)
+def test_lowers_for_an_h100(half, width, hidden, normal):
+    """Of chunks that are no multiple of each other, too."""
     with gpus():
-        text = jax.jit(half).trace(arguments(256, 128, normal)).lower(lowering_platforms=("cuda",)).as_text()
+        text = jax.jit(half).trace(arguments(width, hidden, normal)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu_v2") == 1
 
 
@@ -71,7 +75,7 @@ def interpreted(monkeypatch):
     for name in ("_signal", "_await", "keep_plain"):
         monkeypatch.setattr(kernels, name, lambda *_: None)
     monkeypatch.setattr(kernels, "load_global", lambda ref, _: ref[...])
-    monkeypatch.setattr(kernels, "load_shared", lambda ref, _: ref[...].astype(jnp.float32))
+    monkeypatch.setattr(token_strips, "load_shared", lambda ref, _: ref[...].astype(jnp.float32))
     with gpus(), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         yield
 

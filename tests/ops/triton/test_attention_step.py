@@ -9,7 +9,7 @@ from helpers.cases import parametrize_some
 from helpers.devices import gpus
 
 from based_jax.ops import dispatch, softmax_trial
-from based_jax.ops.decode_calls import AttentionPrefillCall, AttentionStepCall
+from based_jax.ops.decode_calls import AttentionStepCall, AttentionTrialCall
 from based_jax.ops.softmax_step import ATTENTION_STEP, attention_step, attention_step_weights, attention_weights
 from based_jax.ops.softmax_trial import attention_trial
 from based_jax.ops.triton import attention_step as triton_step
@@ -76,7 +76,7 @@ def test_tokens_on_trial_read_a_ring_as_the_oracle_does(T, S, G, R, K, normal, c
     there = (jnp.arange(S)[None] < length[:, None])[..., None, None]
     stale = [jnp.where(there, x, jnp.nan) for x in (past_k, past_v)]
     expected = attention_trial(q, k, v, past_k, past_v, length, impl="oracle")
-    close(softmax_trial._by_triton(AttentionPrefillCall(q, k, v, *stale, length)), expected)
+    close(softmax_trial._by_triton(AttentionTrialCall(q, k, v, *stale, length, True)), expected)
 
 
 @parametrize_some("K, R, B", [(72, 1, 4), (128, 8, 4), (72, 1, 1024)], [(72, 1, 1024)])

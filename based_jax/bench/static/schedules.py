@@ -10,6 +10,7 @@ from typing import NamedTuple
 BUNDLE = re.compile(r"^ *0x[0-9a-f]+ *(?:[A-Z]{2})? *: (>*)", re.MULTILINE)
 """A bundle's address, what its place is, and how deep it stands in loops; the outermost is that over programs."""
 OUTERMOST = 1
+UTILIZATION = "static-per-bundle-utilization"
 
 
 class Loop(NamedTuple):
@@ -33,10 +34,28 @@ def dump_into_a_folder() -> Path:
     return Path(folder)
 
 
+def empty(folder: Path) -> None:
+    """Remove what was written of programs before."""
+    for path in folder.iterdir():
+        path.unlink()
+
+
 def of_kernel(folder: Path, name: str) -> Schedule:
     """Return the schedule of the kernel with this name."""
     [path] = (x for x in folder.glob(f"*-{name}*-final_bundles.txt") if "schedule-analysis" not in x.name)
     return parsed(path.read_text())
+
+
+def spills(folder: Path, name: str) -> int:
+    """Return how many registers the bundles of programs with this in their name write to memory for want of others."""
+    return sum(spills_of(path.read_text()) for path in folder.glob(f"*-*{name}*-final_hlo-{UTILIZATION}.txt"))
+
+
+def spills_of(text: str) -> int:
+    """Return the sum of what libtpu wrote of each bundle's spills: names, capacities, and below them a line a bundle."""
+    words = [line.split() for line in text.replace(", ", " ").splitlines() if line.strip() and line[:2] != "=="]
+    column = words[0].index("VSTORE:SPILL")
+    return sum(int(line[column]) for line in words[2:])
 
 
 def parsed(text: str) -> Schedule:
