@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from based_jax.commands.compiled import add_compiled_argument
+from based_jax.commands.parser import CommandParser
 from based_jax.errors import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: CommandParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("mixer", help="path/to/file.py:Class, or the name of a mixer of the package")
     parser.add_argument(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from based_jax.contracts.fitting import (
@@ -102,7 +103,7 @@ class OneLayer(NamedTuple):
     config: Any
     fingerprint: str = "of a contract"
 
-    def row_shapes(self, max_len):
+    def row_shapes(self, max_len: int) -> Any:
         """Return the shapes of the caches of one row, without the axis of the rows."""
         return jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], ((self.mixer.init_cache(1, max_len),),)))
 
@@ -223,6 +224,6 @@ def _refused(attempt: Any, part: str, what: str) -> None:
 
 def reads_ids_of_a_model(fitting: Fitting) -> None:
     """Ids come as `dims.Unbroken` from a model, and are read by `segments.ids_of` or handed on."""
-    x, ids = np.zeros((2, TOKENS, fitting.d_model), np.float32), np.ones((2, TOKENS), np.int32)
+    x, ids = jnp.zeros((2, TOKENS, fitting.d_model)), jnp.ones((2, TOKENS), jnp.int32)
     shape = jax.eval_shape(fitting.mixer, x, Unbroken(ids)).shape
     require(shape == x.shape, f"Outputs have shape {shape} of inputs {x.shape}.")

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from based_jax.inside.maps import LayerMap, attention_maps
 from based_jax.inside.measures import Removal, effective_range, entropy, removal_costs, state_norms
@@ -68,12 +70,12 @@ def look(model: LM, batches: Sequence[tuple[str, Mapping]], rows: int = 16) -> L
     Raises:
       UserError: no layer has a map, or the rows are longer than `maps.LARGEST_LENGTH`.
     """
-    ids = np.asarray(batches[0][1]["inputs"][:rows])
+    ids = jnp.asarray(batches[0][1]["inputs"][:rows])
     maps = attention_maps(model, ids)
     kinds = [short(kind) for kind, _ in model.config.layers]
     return Look(
         kinds=kinds,
-        maps=[layer._replace(weights=np.asarray(layer.weights[:1])) for layer in maps],
+        maps=[layer._replace(weights=layer.weights[:1]) for layer in maps],
         ranges={layer.layer: np.asarray(effective_range(layer.weights)) for layer in maps},
         entropies={layer.layer: np.asarray(entropy(layer.weights)) for layer in maps},
         norms=np.asarray(state_norms(model, ids)).mean(axis=0),
@@ -137,7 +139,7 @@ def _heads(found: Look) -> list[tuple[LayerMap, int]]:
 
 
 def _draw_map(axes: Axes, layer: LayerMap, head: int, found: Look) -> None:
-    axes.imshow(np.sqrt(layer.weights[0, head]), cmap=SHADES, vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(np.sqrt(np.asarray(layer.weights[0, head])), cmap=SHADES, vmin=0, vmax=1, interpolation="nearest")
     reach, keys = found.ranges[layer.layer][head], np.exp(found.entropies[layer.layer][head])
     axes.set_title(f"layer {layer.layer}, {layer.kind}, head {head}\nrange {reach:.1f}, {keys:.1f} keys", loc="left")
     axes.grid(visible=False)
@@ -149,6 +151,7 @@ def _draw_norms(axes: Axes, found: Look) -> None:
         axes.plot(np.arange(1, len(found.norms) + 1), found.norms[:, layer], color=colour)
         axes.annotate(f"{layer} {kind}", (len(found.norms), found.norms[-1, layer]), ha="right", va="bottom")
     axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("norm of the state by tokens read", loc="left")
 
 
@@ -165,6 +168,6 @@ def _note(found: Look) -> str:
     heads = sum(layer.weights.shape[1] for layer in found.maps)
     shown = f", {MOST_MAPS} of {heads} heads" if heads > MOST_MAPS else ""
     return (
-        f"Maps of one row{shown}: the roots of weights, queries down, keys across. Range: mean distance in tokens from a"
-        " query to what it reads; keys: e to the entropy of its weights."
+        f"Maps of one row{shown}: the roots of weights, queries down, keys across. Range: mean distance in tokens from"
+        " a query to what it reads; keys: e to the entropy of its weights."
     )

@@ -1,4 +1,4 @@
-"""Mixers that are new: their skeletons, and what is held to the contracts."""
+"""Mixers that are new: their skeletons, and what is held to the contracts; looks inside runs."""
 
 from based_jax.nn.lm import LMConfig
 from tests.bad_inputs.cases import Call, Command
@@ -28,6 +28,15 @@ def frontier(name, words, sentence, text=BROKEN):
 
 
 CASES: tuple[Command | Call, ...] = (
+    Command(
+        "inside of no run", ("inside", "--workdir=<new>", "--out=<tmp>/out"), "'<new>' is no run: it has no config"
+    ),
+    Command(
+        "inside of no batches",
+        ("inside", "--workdir=<mqar_run>", "--out=<tmp>/out", "--batches=0"),
+        "--batches is 0; it is at least 1.",
+    ),
+    Command("inside into nowhere", ("inside", "--workdir=<mqar_run>", "--out="), "--out is '', which names nothing"),
     skeleton("a mixer of capitals", ("MyMixer",), "'MyMixer' is no name of a mixer; it is of small letters, digits"),
     skeleton("a mixer called as a word of Python", ("lambda",), "'lambda' is no name of a mixer"),
     skeleton("a mixer that there is", ("taylor",), "There is a mixer 'taylor'; choose another name."),

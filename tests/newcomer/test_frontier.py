@@ -30,7 +30,10 @@ def test_the_sweep_is_the_task_of_the_demo(request):
     demo = configs.load(str(request.config.rootpath / "configs" / "mqar_tiny.py") + ":taylor_8").to_dict()
     base = small_sweep.BASE
     assert base["model"] == demo["model"] | {"layers": ()} and base["optim"] == demo["optim"]
-    assert json.dumps(base["data"]) == json.dumps(demo["data"]) and base["batch_size"] == demo["batch_size"]
+    assert (
+        json.dumps(base["data"], sort_keys=True) == json.dumps(demo["data"], sort_keys=True)
+        and base["batch_size"] == demo["batch_size"]
+    )
     assert demo["steps"] * demo["batch_size"] == demo["data"]["train"][0]["num_examples"]
     assert demo["model"]["layers"][0] == small_sweep.CONV
 

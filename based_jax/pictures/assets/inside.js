@@ -2,7 +2,7 @@
 // A look inside a model: maps to point at, norms of states, and what layers are worth.
 
 const found = JSON.parse(document.getElementById("data").textContent);
-const told = document.getElementById("told");
+const pointed = document.getElementById("told");
 const SHADES = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725"];
 const LINES = ["#4c96f5", "#dd7610", "#27722a", "#bd432f", "#894d97", "#568f8c", "#d1719e", "#646e46"];
 
@@ -40,7 +40,7 @@ function drawMap(map) {
     const at = (offset, size) => Math.min(tokens - 1, Math.max(0, Math.floor((offset / size) * tokens)));
     const [query, key] = [at(event.clientY - box.top, box.height), at(event.clientX - box.left, box.width)];
     const weight = key > query ? 0 : (map.weights[(query * (query + 1)) / 2 + key] / 255) ** 2;
-    told.textContent = `${name}: query ${query} reads ${(100 * weight).toFixed(1)} % of key ${key}`;
+    pointed.textContent = `${name}: query ${query} reads ${(100 * weight).toFixed(1)} % of key ${key}`;
   });
 }
 
