@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from based_jax import parallel
 from based_jax.dims import BD, BP, BPD, BT, BTD, DropoutKey, SegmentIds, Tokens
@@ -188,7 +188,7 @@ class LM(nnx.Module):
                 )
 
     @jax.named_scope("embed")
-    def embedded(self, ids: Int[Array, "*B"], dropout_key: DropoutKey | None = None) -> Float[Array, "*B D"]:
+    def embedded(self, ids: Integer[Array, "*B"], dropout_key: DropoutKey | None = None) -> Float[Array, "*B D"]:
         """Return the residual stream before the first layer."""
         self._check_known(ids)
         ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))  # JAX wraps a number that int8 lacks

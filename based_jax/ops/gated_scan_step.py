@@ -15,7 +15,7 @@ from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BDN, DN, Channels
 from based_jax.ops.decays import finite
 from based_jax.ops.decode_calls import GatedScanStepCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_norm import gated_skip
 from based_jax.ops.hopper import selective_scan_step as hopper_selective_scan_step
 from based_jax.ops.selective_scan import selective_scan_step
@@ -66,7 +66,7 @@ IMPLEMENTATIONS = {
         hopper_selective_scan_step.compute_gated,
         hopper_selective_scan_step.supports_gated,
         platform="cuda",
-        slower=not_run,
+        slower=hopper_selective_scan_step.slower,
     ),
     "xla_steps": Implementation(functools.partial(_parts, impl="auto")),
     "oracle": Implementation(functools.partial(_parts, impl="oracle")),

@@ -15,7 +15,7 @@ from based_jax.dims import BHV, BSGK, BSGV
 from based_jax.errors import UserError
 from based_jax.ops.arguments import checked
 from based_jax.ops.decode_calls import RingStepCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import attention_step as hopper_attention_step
 from based_jax.ops.softmax_step import attention_step
 
@@ -76,7 +76,7 @@ IMPLEMENTATIONS = {
         hopper_attention_step.compute_ring,
         hopper_attention_step.supports_ring,
         platform="cuda",
-        slower=not_run,
+        slower=hopper_attention_step.slower_ring,
     ),
     "xla_parts": Implementation(_parts),
 }

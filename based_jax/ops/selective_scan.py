@@ -19,7 +19,7 @@ from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BDN, BTN, DN, Channels, SelectiveScanCall
 from based_jax.ops.decays import finite
 from based_jax.ops.decode_calls import BN, SelectiveScanStepCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import selective_scan as hopper_selective_scan
 from based_jax.ops.hopper import selective_scan_step as hopper_selective_scan_step
 
@@ -145,7 +145,7 @@ STEP_IMPLEMENTATIONS = {
         hopper_selective_scan_step.compute,
         hopper_selective_scan_step.supports,
         platform="cuda",
-        slower=not_run,
+        slower=hopper_selective_scan_step.slower,
     ),
     "xla_steps": Implementation(_stepped),
     "oracle": Implementation(_stepped),

@@ -107,7 +107,7 @@ def by_channels(
 
     specs = tuple(map(spec, dimensions))
     # What a shard_map within keeps for its gradient would else be told to lie over these axes twice.
-    options = {"axis_names": set(HEAD_AXES), "check_vma": False}
+    options: dict[str, Any] = {"axis_names": set(HEAD_AXES), "check_vma": False}
     shared = jax.shard_map(function, in_specs=specs, out_specs=tuple(map(spec, results)), **options)
     return shared(*arguments)
 

@@ -11,7 +11,7 @@ from based_jax.dims import BD
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels
 from based_jax.ops.decode_calls import FewTokensCall, Pieces, TokenProductsCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import token_products as hopper_token_products
 from based_jax.ops.norm import residual_rms_norm
 from based_jax.ops.projection import multiply
@@ -65,16 +65,13 @@ def _sums(call: FewTokensCall) -> Float[Array, "P B E"]:
 
 PRODUCTS_IMPLEMENTATIONS = {
     "hopper_token": Implementation(
-        hopper_token_products.compute_products,
-        hopper_token_products.supports_products,
-        platform="cuda",
-        slower=not_run,
+        hopper_token_products.compute_products, hopper_token_products.supports_products, platform="cuda"
     ),
     "xla_products": Implementation(_products),
 }
 SUMS_IMPLEMENTATIONS = {
     "hopper_token": Implementation(
-        hopper_token_products.compute_sums, hopper_token_products.supports_sums, platform="cuda", slower=not_run
+        hopper_token_products.compute_sums, hopper_token_products.supports_sums, platform="cuda"
     ),
     "xla_product": Implementation(_sums),
 }

@@ -107,9 +107,11 @@ class Found(NamedTuple):
         return None if row is None or "error" in row else row
 
     def fullest(self, name: str, context: int, most: int = ONE_BATCH) -> dict | None:
-        """Return the row of the most sequences, up to a number, that were measured at a context."""
-        batches = sorted((key[1] for key in self.rows if key[::2] == (name, context)), reverse=True)
-        found = (self.row(name, batch, context) for batch in batches if batch <= most)
+        """Return the row of the most sequences, up to a number, that fit at a context; None where fewer were tried."""
+        tried = sorted((key[1] for key in self.rows if key[::2] == (name, context) and key[1] <= most), reverse=True)
+        if not tried or tried[0] < min(most, (MODELS | PEERS)[name].batch(context)):
+            return None
+        found = (self.row(name, batch, context) for batch in tried)
         return next((row for row in found if row is not None), None)
 
     def times_if_right(self, name: str, batch: int, context: int, drafts: int) -> float | None:

@@ -41,7 +41,9 @@ def products(x, matrices, *, multiprocessors: int):
       multiprocessors: of the GPU.
     """
     widths = [matrix.shape[1] for matrix in matrices]
-    cuts = _cuts(widths, STRIP_COLUMNS if _is_wide(x, widths, multiprocessors) else NARROW_COLUMNS)
+    narrow_blocks = sum(widths) // NARROW_COLUMNS * _tiles(x)
+    is_wide = narrow_blocks > multiprocessors and not any(width % STRIP_COLUMNS for width in widths)
+    cuts = _cuts(widths, STRIP_COLUMNS if is_wide else NARROW_COLUMNS)
     return [y[0] for y in _strips(_first, "few_tokens_product", x, matrices, cuts, jnp.bfloat16)]
 
 
@@ -60,14 +62,13 @@ def sums(x, matrix, *, multiprocessors: int):
     return found
 
 
-@functools.partial(jax.jit, static_argnames="multiprocessors")
-def gated(x, matrix, *, multiprocessors: int):
+@jax.jit
+def gated(x, matrix):
     """Return value * silu(gate) (M, F) bf16 of (value, gate) = x @ matrix.
 
     Args:
       x: (M, D) bf16, M 64, 128, 256 or 512; D is a multiple of 64.
       matrix: (D, 2F) bf16; F is a multiple of 64.
-      multiprocessors: of the GPU.
     """
 
     def finish(value, gate):
@@ -75,7 +76,7 @@ def gated(x, matrix, *, multiprocessors: int):
         return value * gate * stream.sigmoid(gate)
 
     width = matrix.shape[1] // 2
-    [cut] = _cuts([width], STRIP_COLUMNS if _is_wide(x, [width], multiprocessors) else NARROW_COLUMNS)
+    [cut] = _cuts([width], NARROW_COLUMNS)
     [y] = _strips(finish, "few_tokens_gated", x, [matrix], [cut._replace(firsts=(0, width))], jnp.bfloat16)
     return y[0]
 
@@ -88,12 +89,6 @@ def sum_pieces(rows: int, blocks: int, multiprocessors: int) -> int:
     chunks = rows // CHUNK_ROWS
     most = max(1, min(multiprocessors // blocks, chunks // MIN_PIECE_CHUNKS))
     return max(n for n in range(1, most + 1) if chunks % n == 0)
-
-
-def _is_wide(x, widths: list[int], multiprocessors: int) -> bool:
-    """Return whether narrow strips are more blocks than multiprocessors, so that some would wait for others."""
-    blocks = sum(widths) // NARROW_COLUMNS * _tiles(x)
-    return blocks > multiprocessors and not any(width % STRIP_COLUMNS for width in widths)
 
 
 def _tiles(x) -> int:

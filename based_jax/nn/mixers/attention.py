@@ -433,8 +433,8 @@ class Attention(Mixer):
         """Return what queries of tokens (B, T, H, D/H) read of the cache and of each other, and the tokens."""
         q, k, v = self._rotated(self.unrotated_qkv(x, state.tokens[0].shape[3]), state.length, None)
         (past_k, past_v), impl = state.tokens, dispatch.beside(self.config.impl, ATTENTION_TRIAL)
-        options = {"is_ring": is_ring, "head_dim": self.head_dim}
-        o = attention_trial(q, k, v, past_k, past_v, state.length, impl=impl, **options)
+        places = {"is_ring": is_ring}
+        o = attention_trial(q, k, v, past_k, past_v, state.length, **places, head_dim=self.head_dim, impl=impl)
         return o, TriedTokens((k, v), state)
 
     def _token(self, qkv, state: TokenCache):

@@ -102,8 +102,8 @@ class TaylorAttention(Mixer):
         """Write tokens among the recent ones, if these have the room, where none of them counts yet."""
         if x.shape[1] > self.config.flush:
             return super()._try_tokens(x, state)
-        impl = beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
-        o, state = taylor_decode.taylor_attention_decode(*self.qkv(x), state, impl=impl)
+        (q, k, v), impl = self.qkv(x), beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
+        o, state = taylor_decode.taylor_attention_decode(q, k, v, state, impl=impl)
         return self._out(o), taylor_decode.rewound(state, jnp.full(x.shape[0], x.shape[1]))
 
     @override

@@ -56,6 +56,7 @@ def _any_sizes(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     """Return what `compute` does, of one shard."""
     (_, time, _, keys), values = call.q.shape, call.v.shape[-1]
     call, _ = segments.separated(call)  # padding has queries of 0, and so its outputs are 0
+    assert call.beta is not None, "the delta rule has rates"
     wide = next(size for size in KEY_DIMS if size >= keys)
     of_keys, of_values = ({1: limits.CHUNK_TOKENS, 3: size} for size in (wide, VALUE_MULTIPLE))
     state = empty_state(call) if call.state is None else call.state.astype(jnp.float32)

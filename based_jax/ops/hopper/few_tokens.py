@@ -84,8 +84,7 @@ def compute_gated(call: FewTokensCall) -> Float[Array, "M F"]:
     """Return value * silu(gate) with (value, gate) = x @ kernel."""
     from pallas_kernels.hopper import few_tokens_product as kernels
 
-    x, multiprocessors = _whole_tiles(call.x), limits.multiprocessors()
-    return kernels.gated(x, call.kernel, multiprocessors=multiprocessors)[: len(call.x)]
+    return kernels.gated(_whole_tiles(call.x), call.kernel)[: len(call.x)]
 
 
 def compute_residual_norm(call: FewTokensNormCall) -> tuple[Float[Array, "M E"], Float[Array, "M E"]]:

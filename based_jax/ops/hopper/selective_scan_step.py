@@ -13,6 +13,9 @@ from based_jax.ops.decode_calls import GatedScanStepCall, SelectiveScanStepCall
 from based_jax.ops.hopper import limits
 
 CHANNEL_MULTIPLE, STATE_COUNTS, LANE_VECTOR = 128, (8, 16, 32), 8
+LEAST_ROWS = 64
+"""Of a call that is faster here: whole models' tokens were timed on one H200 with 1 row, where they are slower, and
+with 128 and 512."""
 
 
 def supports(call: SelectiveScanStepCall) -> str | None:
@@ -27,6 +30,12 @@ def supports_gated(call: GatedScanStepCall) -> str | None:
         if x.shape[1] % multiple:
             return f"the channels of the product with {name} must be a multiple of {multiple}, and are {x.shape[1]}"
     return _refusal(tokens, call.A, call.state)
+
+
+def slower(call: SelectiveScanStepCall | GatedScanStepCall) -> str | None:
+    """Return why XLA's form is faster, or None."""
+    few = len(call.u) < LEAST_ROWS
+    return f"it is faster from {LEAST_ROWS} rows on, and there are {len(call.u)}" if few else None
 
 
 def _refusal(tokens: dict[str, jax.Array], A: DN, state: BDN) -> str | None:
