@@ -277,7 +277,7 @@ def several(parts: Sequence[nnx.Linear], x: Float[Array, "*B D"]) -> list[Float[
 
 
 def several_of_norm(
-    parts: Sequence[nnx.Linear], norm: nnx.RMSNorm, r: BD, y: Pieces | None
+    parts: Sequence[nnx.Linear], norm: Any, r: BD, y: Pieces | None
 ) -> tuple[BD, list[Float[Array, "B _"]]]:
     """Return r + y of one sequence's token, and the outputs of linear layers without a bias for its norm."""
     kernels = tuple(layer.kernel[...].astype(layer.dtype) for layer in parts)

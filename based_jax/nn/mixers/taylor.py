@@ -93,8 +93,8 @@ class TaylorAttention(Mixer):
 
     def _read_token(self, qkv, state: Any):
         """Return what a token of each row reads (B, H, V), and the state after it."""
-        impl = beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
-        o, state = taylor_decode.taylor_attention_decode(*qkv, state, impl=impl)
+        (q, k, v), impl = qkv, beside(self.config.impl, taylor_decode.IMPLEMENTATIONS)
+        o, state = taylor_decode.taylor_attention_decode(q, k, v, state, impl=impl)
         return o[:, 0], state
 
     @override

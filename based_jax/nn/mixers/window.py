@@ -94,7 +94,8 @@ class WindowAttention(attention.Attention):
         if self.config.qk_norm or self.rotary_dim != self.head_dim or self.config.impl != "auto":
             return super().read_joint(heads, state)
         angles = layers.rotary_angles(state.length, self.rotary_dim, self.config.rotary_base, scaling(self.config))
-        o, *ring = ring_step(heads, *state.tokens, state.length, angles)
+        keys, values = state.tokens
+        o, *ring = ring_step(heads, keys, values, state.length, angles)
         return o, TokenCache(tuple(ring), state.length + 1)
 
     @override
