@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements.lock
 JOBS ?= 2
+TPU_TESTS := tests/ops/tpu tests/aot/test_aot.py tests/bench/test_static.py tests/experiments/test_tpu.py
 
 # Whatever the environment says, bytecode is kept, under .venv: the suite starts Python dozens of times, and what it
 # imports takes longer to compile than to run.
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(CURDIR)/$(VENV)/bytecode
 
-.PHONY: demo test test-all lint types unit unit-all docs docs-version release-check lock clean
+.PHONY: demo test test-all test-tpu lint types unit unit-all docs docs-version release-check lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.demo --workdir=demo_out
@@ -21,6 +22,11 @@ test: lint
 
 test-all: lint
 	$(MAKE) --no-print-directory --jobs=2 types unit-all
+
+# What compiles for TPUs that are not here, by libtpu: without it these tests are skipped.
+test-tpu: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[tpu]'
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -rs $(TPU_TESTS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -148,7 +148,7 @@ def linear_part(layer: nnx.Linear, x: Float[Array, "*B D"], begin: int, end: int
 
 def split_linear(layer: nnx.Linear, x: Float[Array, "*B D"], widths: Sequence[int]) -> list[Float[Array, "*B _"]]:
     """Return the parts, so wide, of a linear layer's output; each device along "tensor" has its share of each part."""
-    if (pieces := parallel.channel_pieces(*widths)) == 1:
+    if (pieces := _pieces(x, widths)) == 1:
         return split(layer(x), np.cumsum(widths)[:-1].tolist())
     y, bias = joined_by_device(layer, x, widths)
     return _split_by_device(y if bias is None else y + per_channel(bias, y), widths, pieces, -1)
@@ -158,13 +158,22 @@ def joined_by_device(
     layer: nnx.Linear, x: Float[Array, "*B D"], widths: Sequence[int]
 ) -> tuple[Float[Array, "*B joint"], Float[Array, "joint"] | None]:
     """Return a linear layer's product without its bias, and the bias, in which each device along "tensor" has its
-    share of every part, so wide, one after the other.
+    share of every part, so wide, one after the other; of a step's tokens (B, D) they are in order.
     """
-    kernel, bias, pieces = layer.kernel[...].astype(layer.dtype), layer.bias, parallel.channel_pieces(*widths)
+    kernel, bias = layer.kernel[...].astype(layer.dtype), layer.bias
+    pieces = parallel.channel_pieces(*widths) if x.ndim > 2 else 1
     if pieces > 1:
         kernel = parallel.constrain_channels(_by_device(kernel, widths, pieces, -1))
     y = multiply(x.astype(layer.dtype), kernel)
     return y, None if bias is None else _by_device(bias[...], widths, pieces, -1)
+
+
+def _pieces(x: Float[Array, "*B D"], sizes: Sequence[int]) -> int:
+    """Return over how many devices the parts of a product are ordered, 1 for a token of each row.
+
+    What a layer returns of one token is small beside its kernel, which would be ordered anew for each few of them.
+    """
+    return parallel.channel_pieces(*sizes) if x.ndim > 2 and x.shape[-2] > 1 else 1
 
 
 def _by_device(x: Array, widths: Sequence[int], pieces: int, axis: int) -> Array:
@@ -459,7 +468,7 @@ def split_to_heads(
     layer: nnx.Linear, x: Float[Array, "*B D"], heads: Sequence[int], width: int
 ) -> list[Float[Array, "*B _ K"]]:
     """Return the parts of `to_heads`, of so many heads; each device along "tensor" has its share of each part."""
-    if (pieces := parallel.channel_pieces(*heads)) == 1:
+    if (pieces := _pieces(x, heads)) == 1:
         return split(to_heads(layer, x, sum(heads), width), np.cumsum(heads)[:-1].tolist(), -2)
     y = _to_heads(layer, x, sum(heads), width, lambda parameter: _by_device(parameter, heads, pieces, -2))
     return _split_by_device(y, heads, pieces, -2)

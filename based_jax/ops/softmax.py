@@ -19,7 +19,7 @@ from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_r
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.decode_calls import AttentionPrefillCall
-from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind, target_platform
+from based_jax.ops.dispatch import Implementation, dispatch, not_run, target_device_kind, target_platform
 from based_jax.ops.hopper import attention as hopper_attention
 from based_jax.ops.hopper import window as hopper_window
 from based_jax.ops.tpu import attention as tpu_attention
@@ -257,6 +257,13 @@ QKV = "q", "k", "v"
 ATTENTION = {
     "cudnn_flash": Implementation(_cudnn, cudnn_supports, platform="cuda", slower=_hopper_tiles_are_faster),
     "hopper_tiles": Implementation(hopper_attention.compute, hopper_attention.supports, platform="cuda"),
+    "hopper_turns": Implementation(
+        hopper_attention.compute_by_turns,
+        hopper_attention.supports_turns,
+        platform="cuda",
+        slower=not_run,
+        specialised=True,
+    ),
     "triton_tiles": Implementation(
         triton_attention.compute, triton_attention.supports, platform="cuda", slower=triton_attention.slower
     ),

@@ -34,7 +34,7 @@ def read(name: str, parameters: Mapping[str, Any] | None = None) -> NotebookNode
         assignments = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
         notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(assignments))
     for place, cell in enumerate(notebook.cells):
-        cell["id"] = f"cell-{place}"
+        cell["id"] = f"{name}-{place}"
     notebook.metadata = nbformat.from_dict(OUTPUT_METADATA)
     return notebook
 

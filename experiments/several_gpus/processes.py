@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     """Run both, compare them and append a row; return 1 where something differs."""
     folder = runs.new_folder(args.folder)
     whole = _begun(args, folder / "whole")
-    codes = _ended(whole)
+    if any(codes := _ended(whole)):
+        raise UserError(f"The unbroken run in '{folder}' ended with codes {codes}; its logs say why.")
     broken = _begun(args, folder / "broken")
     _wait_for_step(broken, folder / "broken", args.kill_after)
     broken[-1].send_signal(signal.SIGKILL)
@@ -56,6 +57,7 @@ def _begun(args: argparse.Namespace, workdir: Path, name: str = "first") -> list
     port = runs.free_port()
     values = {"steps": args.steps, "batch_size": args.rows, "microbatches": 1, "log_every": 1}
     values |= {f"mesh.{args.axis}": args.devices, "checkpoint.every": args.every}
+    values |= {"optim.schedule": "constant", "optim.warmup_steps": 10}
     overrides = [f"--config.{key}={value}" for key, value in values.items()]
     words = ["train", f"--config={args.config}", f"--workdir={workdir}", "--distributed", *overrides, *args.overrides]
     found = []

@@ -49,7 +49,7 @@ def told(call: str, chip: str, rows: dict[str, dict]) -> dict[str, str]:
         "copies": f"{kernel['copies']}{', of states too' if kernel['copied'] else ''}",
         "XLA's form": f"{xla['bundles_per_token_and_head']:.1f}" if xla else "-",
         "its GHz": f"{clock(xla):.2f}" if xla else "-",
-        "its copies": f"{xla['copies']}" if xla else "-",
+        "its copies": f"{xla['copies']}" if xla and xla["copies"] is not None else "-",
     }
 
 

@@ -73,7 +73,7 @@ def forward(q, k, v, first, keys, walks, *, scale: float):
             return s, o * mosaic.across(state[-1], o_shape), *state
 
         last = walk.steps - 1
-        state = soften(sight.show(0, score(0), HIDDEN_SCORE), _rows(LOWEST_TOP), _rows(0.0))
+        state = soften(sight.show(0, score(0), HIDDEN_SCORE), rows(LOWEST_TOP), rows(0.0))
         s, o, p, top, total, _ = lax.fori_loop(1, last, step, (score(1), mosaic.zeros(o_shape), *state))
         o = weigh(last - 1, p, o)
         p, top, total, shrunk = soften(sight.show(last, s, HIDDEN_SCORE), top, total)
@@ -90,6 +90,6 @@ def forward(q, k, v, first, keys, walks, *, scale: float):
     return attention_walk.run(attend, "attention_forward", KEY_STEP, *arrays, last_first=True)
 
 
-def _rows(value: float) -> jax.Array:
+def rows(value: float) -> jax.Array:
     """Return a value for each row of a tile."""
     return plgpu.layout_cast(jnp.full((TILE_ROWS,), value, jnp.float32), mosaic.ROW_LAYOUT)

@@ -45,6 +45,8 @@ class Walk(NamedTuple):
       mine: its own tokens.
       begin, steps, step: the first step, how many there are, and the tokens of each.
       plain: PLAIN of its tile.
+      before: steps of the tiles that the block has taken before.
+      turns: whose turn it is to multiply, where warpgroups take turns.
       stream: the tiles of each part of what is streamed, which come and go together.
     """
 
@@ -61,6 +63,8 @@ class Walk(NamedTuple):
     filled: Sequence[Any]
     freed: Sequence[Any]
     met: Any
+    before: Any = 0
+    turns: Any = None
 
     def first(self, n) -> jax.Array:
         """Return where the first token of a step stands."""
@@ -79,19 +83,22 @@ class Walk(NamedTuple):
             else source.at[self.row, self.head, self.tokens(n)]
         )
 
+    def slot(self, n) -> jax.Array:
+        """Return which slot of the ring a step has."""
+        return lax.rem(self.before + n, self.slots)
+
     def take(self, part: int, n) -> list:
         """Return the tiles of a step of one part of the streamed, once they are there."""
-        slot = lax.rem(n, self.slots)
-        plgpu.barrier_wait(self.filled[part].at[slot])
-        return [tile.at[slot] for tile in self.stream[part]]
+        plgpu.barrier_wait(self.filled[part].at[self.slot(n)])
+        return self.taken(part, n)
 
     def taken(self, part: int, n) -> list:
         """Return the tiles of a step that were taken before."""
-        return [tile.at[lax.rem(n, self.slots)] for tile in self.stream[part]]
+        return [tile.at[self.slot(n)] for tile in self.stream[part]]
 
     def free(self, part: int, n) -> None:
         """Say that this warpgroup needs those tiles no more."""
-        plgpu.barrier_arrive(self.freed[part].at[lax.rem(n, self.slots)])
+        plgpu.barrier_arrive(self.freed[part].at[self.slot(n)])
 
     def fetch(self, sources) -> None:
         """Fill the ring, and wait until nobody needs what is in it."""
@@ -135,7 +142,7 @@ def run(compute: Callable, name: str, step: int, own, streamed, whole, walks, re
     slots = _slots(step, head_dim, kept * len(own), sum(len(x.shape) == 4 for x in flat))
 
     def body(*refs):
-        take = _Taker(refs)
+        take = Taker(refs)
         own_refs, sources, (walks_ref,) = take(len(own)), [take(n) for n in parts], take(1)
         others, own_tiles = take(len(whole) + len(results)), take(len(own))
         stream, [given, met, finished] = [take(n) for n in parts], take(3)
@@ -197,13 +204,14 @@ def _slots(step: int, head_dim: int, own_rows: int, streamed: int) -> int:
     return min(MAX_SLOTS, (SHARED_MEMORY_BYTES - own_rows * row) // (streamed * step * row))
 
 
-class _Taker:
+class Taker:
     """Hands out a sequence from its begin."""
 
     def __init__(self, items):
         self.items = list(items)
 
     def __call__(self, count: int) -> list:
+        """Return the next so many items."""
         taken, self.items = self.items[:count], self.items[count:]
         return taken
 

@@ -50,12 +50,10 @@ def gradients(q, k, errors, do, dv, c, beta, starts, ends, *, scale: float, bloc
     blocks = min(blocks, tasks)
 
     def body(*refs):
-        q_ref, k_ref, errors_ref, do_ref, dv_ref, c_ref, beta_ref, starts_ref, ends_ref, *refs = refs
-        dq_ref, dk_ref, dbeta_ref, dc_ref, whole_ref, *refs = refs
-        key_tiles, c_tile, later_tile, beta_tile, error_tiles, read_tiles, start_tiles, end_tiles, pair_tiles, *refs = (
-            refs
-        )
-        given, returned, filled, freed, met, finished = refs
+        q_ref, k_ref, errors_ref, do_ref, dv_ref, c_ref, beta_ref, starts_ref, ends_ref, *others = refs
+        dq_ref, dk_ref, dbeta_ref, dc_ref, whole_ref, *scratch = others
+        key_tiles, c_tile, later_tile, beta_tile, error_tiles, read_tiles, start_tiles, end_tiles, *last = scratch
+        pair_tiles, given, returned, filled, freed, met, finished = last
         group, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         count = lax.div(tasks - 1 - block, blocks) + 1
 

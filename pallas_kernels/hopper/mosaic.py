@@ -111,6 +111,11 @@ def multiply(accumulator, a, b) -> None:
     plgpu.wgmma(accumulator, a, b)
 
 
+def finished(accumulator, later: int) -> jax.Array:
+    """Return an accumulator's value once no more than so many products that were started later may still run."""
+    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=later))
+
+
 def products(body, *shapes: tuple[int, int]):
     """Return what `body` returns, given fp32 accumulators of zeros, which it reads as `x[...]`.
 

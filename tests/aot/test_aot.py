@@ -11,6 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.tpu_compiler import SLICES, needs_libtpu
 from jax.sharding import NamedSharding
 
 from based_jax import parallel
@@ -29,6 +30,16 @@ def get_config():
         "optim": {"warmup_steps": 0},
         "batch_size": 16,
         "microbatches": 2,
+    }
+"""
+TWO_LAYERS = """
+def get_config():
+    return {
+        "model": {"layers": [["taylor", {"num_heads": 8}], ["window", {"num_heads": 4, "window": 64}]],
+                  "d_model": 256, "vocab_size": 384, "mlp_dim": 512},
+        "data": {"kind": "text", "tokenizer": "bytes", "seq_len": 256},
+        "optim": {"warmup_steps": 0},
+        "batch_size": 16,
     }
 """
 
@@ -228,8 +239,21 @@ def test_a_mesh_gives_each_axis_its_devices():
     assert parse_mesh("") == {}
 
 
+@needs_libtpu
 @pytest.mark.long
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="the extra `tpu`, libtpu, is not installed")
+@pytest.mark.parametrize("name", SLICES)
+def test_a_step_of_two_of_based_s_layers_is_compiled_for_each_generation(name, tmp_path):
+    path, out = tmp_path / "two.py", tmp_path / "rows.jsonl"
+    path.write_text(TWO_LAYERS)
+    words = [f"--config={path}", f"--topology={name}", f"--mesh=fsdp:{topology.device_count(name)}", f"--out={out}"]
+    assert main(["aot", "--program=train", *words]) == 0
+    [train] = rows_of(out)
+    assert train["device"] == topology.find(name).device_kind and not train["unknown_loops"]
+    assert train["exchanged_bytes"] > 0 and train["flops"] >= 0.9 * train["model_flops"]
+
+
+@needs_libtpu
+@pytest.mark.long
 def test_a_tpu_slice_is_compiled_for(config, tmp_path):
     out = tmp_path / "rows.jsonl"
     assert main(["aot", f"--config={config}", "--topology=v5e:2x2", "--mesh=fsdp:4", f"--out={out}"]) == 0

@@ -47,7 +47,10 @@ def test_every_kernel_of_a_call_is_looked_for():
 
 def test_the_implementations_are_those_that_run_our_kernels_or_those_named():
     wanted = profile.TimedSelection(["simple_gla", "attention"], [(1, 2, 3)])
-    forms = {"simple_gla": ("triton_chunks", "hopper_steps"), "attention": ("hopper_tiles", "triton_tiles")}
+    forms = {
+        "simple_gla": ("triton_chunks", "hopper_steps"),
+        "attention": ("hopper_tiles", "hopper_turns", "triton_tiles"),
+    }
     ours = [(operation, impl) for operation, impls in forms.items() for impl in impls]
     assert [*wanted.calls()] == [(operation, (1, 2, 3), impl) for operation, impl in ours]
     named = profile.TimedSelection(["simple_gla", "attention"], [(1, 2, 3)], ["cudnn"])

@@ -8,8 +8,8 @@ from helpers.tpu_compiler import needs_libtpu
 
 from based_jax.__main__ import main
 from based_jax.bench.static import points, schedules
-from based_jax.bench.static.schedules import Loop, Schedule
 from based_jax.commands.bench import static
+from based_jax.ops.tpu.bundles import Loop, Schedule
 
 ROWS = Path(__file__).parents[2] / "experiments" / "tpu" / "results" / "static.jsonl"
 SCHEDULE = """= control target key start
@@ -77,7 +77,7 @@ def test_bad_input_is_told_before_anything_is_compiled(words, told, capsys):
 
 
 def test_the_command_has_the_chips_of_the_points():
-    assert static.CHIPS == tuple(points.SLICES)
+    assert tuple(points.SLICES) == static.CHIPS
 
 
 def test_every_kernel_has_a_row_on_every_chip():
@@ -86,6 +86,7 @@ def test_every_kernel_has_a_row_on_every_chip():
 
 
 @needs_libtpu
+@pytest.mark.long
 def test_no_kernel_has_become_worse(tmp_path):
     """In a process of its own: libtpu is told once where it writes its schedules."""
     from helpers.command_processes import CommandProcess

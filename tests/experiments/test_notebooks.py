@@ -7,6 +7,7 @@ import pytest
 jupytext = pytest.importorskip("jupytext", reason="the extra 'dev' has it")
 nbformat = pytest.importorskip("nbformat")
 
+from based_jax.store import Store  # noqa: E402
 from experiments.notebooks import executing  # noqa: E402
 
 SEGMENT = {"seq_len": 64, "num_kv_pairs": 8}
@@ -66,9 +67,11 @@ def test_all_run_one_after_the_other_in_small():
     notebooks = {name: executing.read(name, SHORT[name]) for name in executing.NAMES}
     executing.execute(*notebooks.values(), environment=EIGHT_DEVICES)
     assert "said after 2 steps" in printed(notebooks["quickstart"])
-    assert "480 runs" in printed(notebooks["frontier"])
+    rows = Store(executing.ROOT / "experiments" / "mqar_pareto" / "results" / "figure2").rows()
+    assert f"{len(rows)} runs by " in printed(notebooks["frontier"])
     assert printed(notebooks["own_mixer"]).count("kept ") == 18
-    assert "after 6 tokens" not in printed(notebooks["generation"])
+    assert "29 tokens in " in printed(notebooks["generation"])
+    assert "error of the feature map, by head: [" in printed(notebooks["look_inside"])
     assert printed(notebooks["scale_up"]).count("step 0: loss") == 2
 
 

@@ -22,6 +22,7 @@ from based_jax.generate import generate
 from based_jax.nn import names, own_mixer
 from based_jax.nn.accounting import state_elements
 from based_jax.nn.describe import describe
+from based_jax.nn.divided import tensor_sizes
 from based_jax.nn.init_recipes import INIT_RECIPES
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.lm_config import with_options
@@ -29,7 +30,6 @@ from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers import make_mixer
 from based_jax.nn.mixers.taylor import TaylorAttention
 from based_jax.train import loop
-from based_jax.train.mesh_checks import tensor_sizes
 from based_jax.train.run import TrainConfig, load_run
 
 CONV = ("conv", {"expand": 2})

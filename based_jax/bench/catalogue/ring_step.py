@@ -40,8 +40,8 @@ def _length(arrays: Arrays) -> jax.Array:
 
 def _function(case: Case) -> Function:
     def run(arrays: Arrays, ids: jax.Array | None) -> Arrays:
-        heads, keys, values = (arrays[name] for name in ("heads", "keys", "values"))
-        o, k, v = ring_step.ring_step(heads, keys, values, _length(arrays), arrays["angles"], impl=case.impl)
+        heads, keys, values, angles = (arrays[name] for name in ("heads", "keys", "values", "angles"))
+        o, k, v = ring_step.ring_step(heads, keys, values, _length(arrays), angles, impl=case.impl)
         return {"o": o, "keys_after": k, "values_after": v}
 
     return run

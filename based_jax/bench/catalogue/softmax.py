@@ -100,7 +100,7 @@ ATTENTION = Operation(
     function=functools.partial(_function, attend=softmax.attention),
     oracle=_oracle,
     cost=_attention_cost,
-    kernels={"hopper_tiles": ("attention_",), "triton_tiles": ("attention_",)},
+    kernels=dict.fromkeys(("hopper_tiles", "hopper_turns", "triton_tiles"), ("attention_",)),
     cases=_attention_cases(),
     small_cases=tuple(Case("attention", (1, 2, 130), DIMS, documents=x) for x in (False, True)),
     timed={"attention": by_head("attention", DIMS)},

@@ -5,26 +5,13 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+
+from based_jax.ops.tpu.bundles import Loop, Schedule
 
 BUNDLE = re.compile(r"^ *0x[0-9a-f]+ *(?:[A-Z]{2})? *: (>*)", re.MULTILINE)
 """A bundle's address, what its place is, and how deep it stands in loops; the outermost is that over programs."""
 OUTERMOST = 1
 UTILIZATION = "static-per-bundle-utilization"
-
-
-class Loop(NamedTuple):
-    """Bundles of one turn of a loop in a program, and of those of the loops in it."""
-
-    own: int
-    inner: int
-
-
-class Schedule(NamedTuple):
-    """Bundles of a kernel that stand in no loop but that over programs, and its loops in their order."""
-
-    straight: int
-    loops: list[Loop]
 
 
 def dump_into_a_folder() -> Path:
@@ -48,11 +35,12 @@ def of_kernel(folder: Path, name: str) -> Schedule:
 
 def spills(folder: Path, name: str) -> int:
     """Return how many registers the bundles of programs with this in their name write to memory for want of others."""
-    return sum(spills_of(path.read_text()) for path in folder.glob(f"*-*{name}*-final_hlo-{UTILIZATION}.txt"))
+    paths = (path for path in folder.glob(f"*-final_hlo-{UTILIZATION}.txt") if name in path.name)
+    return sum(spills_of(path.read_text()) for path in paths)
 
 
 def spills_of(text: str) -> int:
-    """Return the sum of what libtpu wrote of each bundle's spills: names, capacities, and below them a line a bundle."""
+    """Return the sum of each bundle's spills: libtpu writes names, capacities, and below them a line a bundle."""
     words = [line.split() for line in text.replace(", ", " ").splitlines() if line.strip() and line[:2] != "=="]
     column = words[0].index("VSTORE:SPILL")
     return sum(int(line[column]) for line in words[2:])

@@ -99,13 +99,8 @@ class GatedConv(Mixer):
     @override
     def _step(self, x: BD, state: Inputs) -> tuple[BD | layers.Projected, Inputs]:
         impl = beside(self.config.impl, STEP_IMPLEMENTATIONS)
-
-        def stepped(product, bias, kernel, state):
-            return gated_short_conv_step(product, kernel, state, bias=bias, impl=impl)
-
         product, bias = layers.joined_by_device(self.in_proj, x.astype(self.dtype), (self.d_inner, self.d_inner))
-        given = product, bias, self.conv_kernel[...], state
-        y, state = sharded.by_channels(stepped, given, (1, 0, 1, 2), (1, 2), self.d_inner)
+        y, state = gated_short_conv_step(product, self.conv_kernel[...], state, bias=bias, impl=impl)
         return layers.into_stream(self.out_proj, y), state
 
     @override

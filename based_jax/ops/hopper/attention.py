@@ -1,9 +1,11 @@
 """Softmax attention through the Mosaic GPU kernels: which calls they take, how arrays are filled up, and gradients.
 
-Tiles of another document are passed over. Kernels: `pallas_kernels/hopper/attention*.py`.
+Tiles of another document are passed over. Kernels: `pallas_kernels/hopper/attention*.py`, in two forms: a block is for
+one tile, or it takes tile after tile of narrow heads, and its warpgroups take turns.
 """
 
 import functools
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from based_jax.ops import sharded, softmax_walks
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.hopper import limits
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM, MAX_TURNS_HEAD_DIM = 256, 80
 DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 
 
@@ -30,12 +32,35 @@ def supports(call: AttentionCall) -> str | None:
     return limits.refusal()
 
 
+def supports_turns(call: AttentionCall) -> str | None:
+    """Return why the kernels that take turns cannot run this call, or None."""
+    if max(call.q.shape[3], call.v.shape[3]) > MAX_TURNS_HEAD_DIM:
+        return f"head dims must be at most {MAX_TURNS_HEAD_DIM}, and are {call.q.shape[3]} and {call.v.shape[3]}"
+    return supports(call)
+
+
 def compute(call: AttentionCall) -> BTHV:
     """Return o, each device for its rows and heads; zero at padding."""
-    return sharded.per_device(_on_device, call)
+    return sharded.per_device(functools.partial(_on_device, "tiles"), call)
 
 
-def _on_device(call: AttentionCall) -> BTHV:
+def compute_by_turns(call: AttentionCall) -> BTHV:
+    """Return what `compute` does."""
+    return sharded.per_device(functools.partial(_on_device, "turns"), call)
+
+
+def _kernels(form: str) -> tuple[ModuleType, ModuleType]:
+    """Return the kernels of a form: of the forward pass, and of the backward pass."""
+    from pallas_kernels.hopper import attention, attention_backward, attention_turns, attention_turns_backward
+
+    forms = {
+        "tiles": (attention, attention_backward),
+        "turns": (attention_turns, attention_turns_backward),
+    }
+    return forms[form]
+
+
+def _on_device(form: str, call: AttentionCall) -> BTHV:
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper.attention_walk import HEAD_MULTIPLE, OWN_TOKENS
 
@@ -45,32 +70,32 @@ def _on_device(call: AttentionCall) -> BTHV:
     channels = -(-largest // HEAD_MULTIPLE) * HEAD_MULTIPLE
     arrays = (sharded.fill(x, {1: OWN_TOKENS, 3: channels}) for x in (q, k, v))
     filled = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: OWN_TOKENS}))
-    return _attention(scale, *filled)[:, :time, :, : v.shape[3]]
+    return _attention(form, scale, *filled)[:, :time, :, : v.shape[3]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(scale, q, k, v, numbers):
-    return _attention_fwd(scale, q, k, v, numbers)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(form, scale, q, k, v, numbers):
+    return _attention_fwd(form, scale, q, k, v, numbers)[0]
 
 
-def _attention_fwd(scale, q, k, v, numbers):
-    from pallas_kernels.hopper import attention as kernels
+def _attention_fwd(form, scale, q, k, v, numbers):
     from pallas_kernels.hopper.attention_walk import OWN_TOKENS
 
     walks = softmax_walks.keys_of_queries(numbers, OWN_TOKENS)
-    o, logarithm = sharded.launch(kernels.forward, q, k, v, *_sight(numbers), walks, scale=scale)
+    o, logarithm = sharded.launch(_kernels(form)[0].forward, q, k, v, *_sight(numbers), walks, scale=scale)
     return o, (q, k, v, numbers, o, logarithm)
 
 
-def _attention_bwd(scale, saved, do):
-    from pallas_kernels.hopper import attention_backward as backward
+def _attention_bwd(form, scale, saved, do):
+    from pallas_kernels.hopper.attention_backward import own_keys_of
     from pallas_kernels.hopper.attention_walk import OWN_TOKENS
 
     q, k, v, numbers, o, logarithm = saved
+    backward = _kernels(form)[1]
     minus_delta = -jnp.einsum("BTHV,BTHV->BHT", do.astype(jnp.float32), o.astype(jnp.float32))
     arrays = q, k, v, do, logarithm, minus_delta, *_sight(numbers)
     over_keys = softmax_walks.keys_of_queries(numbers, OWN_TOKENS)
-    over_queries = softmax_walks.queries_of_keys(numbers, backward.own_keys_of(q.shape[3]))
+    over_queries = softmax_walks.queries_of_keys(numbers, own_keys_of(q.shape[3]))
     [dq] = sharded.launch(backward.query_gradients, *arrays, over_keys, scale=scale)
     dk, dv = sharded.launch(backward.key_gradients, *arrays, over_queries, scale=scale)
     return dq, dk, dv, None

@@ -36,6 +36,12 @@ def test_refusals_name_the_value(call, words):
         assert hopper_attention.supports(call_of(K=70, V=256, dtype=jnp.float16)) is None
 
 
+def test_turns_are_for_narrow_heads():
+    with gpus():
+        assert "at most 80, and are 128 and 64" in hopper_attention.supports_turns(call_of(K=128))
+        assert hopper_attention.supports_turns(call_of(K=70, V=80)) is None
+
+
 def test_other_devices_are_refused():
     with gpus("NVIDIA A100-SXM4-80GB"):
         assert "A100" in hopper_attention.supports(call_of())
@@ -86,8 +92,31 @@ def test_they_equal_the_oracle(T, K, V, dtype, normal, packed_ids, out_and_grads
     assert not get_races().races_found
 
 
-def loss(q, k, v, ids):
-    return jnp.sum(softmax.attention(q, k, v, segment_ids=ids).astype(jnp.float32) ** 2)
+@parametrize_some("T, K, V", [(300, 40, 24), (500, 80, 80)], [(300, 40, 24)])
+def test_blocks_that_take_several_tiles_equal_the_oracle(
+    T, K, V, normal, packed_ids, out_and_grads, close, interpreted, monkeypatch
+):
+    """Two blocks take three tiles of each head one by one, or four of them by pairs."""
+    from pallas_kernels.hopper import attention_turns
+
+    monkeypatch.setattr(attention_turns, "MULTIPROCESSORS", 2)
+    q, k, v, cotangent = (normal(2, T, 1, size, dtype="bfloat16") for size in (K, K, V, V))
+    ids = packed_ids(T)[1:3]
+
+    def turns(q, k, v):
+        return hopper_attention.compute_by_turns(AttentionCall(q, k, v, T, segments.numbered(ids)))
+
+    def oracle(q, k, v):
+        return softmax.attention(q, k, v, segment_ids=ids, impl="oracle")
+
+    found, wanted = (out_and_grads(call, (q, k, v), cotangent) for call in (turns, oracle))
+    close(found, wanted, "bfloat16")
+    assert all(not np.asarray(x[ids == 0]).any() for x in jax.tree.leaves(found))
+    assert not get_races().races_found
+
+
+def loss(q, k, v, ids, impl="auto"):
+    return jnp.sum(softmax.attention(q, k, v, segment_ids=ids, impl=impl).astype(jnp.float32) ** 2)
 
 
 @parametrize_some("K", [70, 256], [70])
@@ -101,6 +130,17 @@ def test_packed_documents_lower_for_an_h100(K):
     kernels = [line for line in text.splitlines() if "mosaic_gpu" in line]
     width = -(-K // 16) * 16
     assert len(kernels) == 3 and all(f"tensor<2x256x2x{width}xbf16>" in line for line in kernels)
+
+
+@pytest.mark.long
+def test_turns_lower_for_an_h100():
+    with gpus():
+        call = call_of(K=70, V=70)
+        traced = jax.jit(jax.grad(lambda *x: loss(*x, impl="hopper_turns"), (0, 1, 2))).trace(
+            *call[:3], call.segment_ids
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert all(f"attention_turns_{name}" in text for name in ("forward", "query_gradients", "key_gradients"))
 
 
 def test_lanes_lower_for_an_h100():

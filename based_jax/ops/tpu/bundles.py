@@ -1,0 +1,50 @@
+"""How many bundles of instructions all programs of a call take, by the schedule that libtpu has made of one."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from based_jax.ops.tpu.attention import BLOCK_TOKENS
+
+
+class Loop(NamedTuple):
+    """Bundles of one turn of a loop in a program, and of those of the loops in it."""
+
+    own: int
+    inner: int
+
+
+class Schedule(NamedTuple):
+    """Bundles of a kernel that stand in no loop but that over programs, and its loops in their order."""
+
+    straight: int
+    loops: list[Loop]
+
+
+def of_taylor_decode(
+    schedule: Schedule, rows: int, heads: int, keys: int, values: int, room: int, state_dtype: str
+) -> int:
+    """Count the loops over features and over all recent tokens as often as they run, and no others."""
+    from pallas_kernels.tpu import taylor_decode as kernels
+
+    plan = kernels.Plan(rows, heads, 1, keys, values, room, jnp.dtype(state_dtype), jnp.dtype(jnp.bfloat16))
+    turn = kernels.largest_divisor(plan.chunk, kernels.MAX_UNROLLED)
+    of_features = max(loop.own for loop in schedule.loops if not loop.inner)
+    of_tokens = schedule.loops[-2].own * room // kernels.MAX_UNROLLED_TOKENS
+    of_chunks = plan.features // plan.chunk * schedule.straight
+    return rows // plan.lanes * heads * (plan.features // turn * of_features + of_tokens + of_chunks)
+
+
+def of_matrix_state_step(schedule: Schedule, state: tuple[int, int, int, int]) -> int:
+    """Count a program for the heads that it holds of a row."""
+    from pallas_kernels.tpu import matrix_state_step as kernels
+
+    assert not schedule.loops
+    rows, heads, *_ = state
+    return rows * heads // (kernels.heads_of_program(state) or heads) * schedule.straight
+
+
+def of_window_attention(schedule: Schedule, rows: int, time: int, heads: int, window: int) -> int:
+    """Count a program for each block of queries and each of the two of keys that it may see."""
+    assert not schedule.loops and window <= BLOCK_TOKENS
+    return rows * heads * time // BLOCK_TOKENS * 2 * schedule.straight
