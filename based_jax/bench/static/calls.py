@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
 def taylor(dtype: str, rows: int = 128, heads: int = 16, keys: int = 16, values: int = 112, room: int = 16) -> Call:
     """Return a token of Taylor attention that adds nothing to the state."""
-    sizes = {"rows": rows, "heads": heads, "keys": keys, "values": values, "room": room}
+    sizes: dict[str, Any] = {"rows": rows, "heads": heads, "keys": keys, "values": values, "room": room}
     state = rows, heads, expanded_dim(keys), values
 
     def arguments():
