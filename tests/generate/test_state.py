@@ -130,8 +130,12 @@ def test_caches_with_other_options_are_refused(model, layout, state, stacks, mes
     def init_cache(rows, max_len):
         return tuple(model.stacks[stack].init_cache(rows, max_len) for stack in stacks)
 
+    def row_shapes(max_len):
+        return jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], init_cache(1, max_len)))
+
     decoder = layout.decoder
-    like = types.SimpleNamespace(init_cache=init_cache, config=decoder.config, fingerprint=decoder.fingerprint)
+    facts = {"config": decoder.config, "fingerprint": decoder.fingerprint}
+    like = types.SimpleNamespace(init_cache=init_cache, row_shapes=row_shapes, **facts)
     with pytest.raises(UserError, match=message):
         StateLayout(like).fork(state, ROOM)
 

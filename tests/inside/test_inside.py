@@ -10,6 +10,7 @@ from based_jax import inside
 from based_jax.errors import UserError
 from based_jax.evals.evaluate import evaluate, model_sums
 from based_jax.nn import layers
+from based_jax.nn.block import Stream
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import make_mixer
 
@@ -110,9 +111,9 @@ def test_norms_of_states_are_those_of_caches(scan_layers, ids):
 
     @jax.jit
     def caches_of(model, ids):
-        r, caches = model.embedded(ids), []
+        stream, caches = Stream(model.embedded(ids)), []
         for block in inside.blocks_of(model):
-            r, cache = block.prefill(r, block.init_cache(B, T))
+            stream, cache = block.prefill(stream, block.init_cache(B, T))
             caches.append(cache)
         return caches
 
