@@ -49,7 +49,7 @@ def tells_its_flops(fitting: Fitting) -> None:
 def works_in_bf16(fitting: Fitting) -> None:
     """In bf16 outputs have that dtype and stay close to those in fp32, in one pass and in two.
 
-    Half of the tokens do, relative to the mean: a norm makes what is nearly nothing, and its errors, as large as others.
+    Half of the tokens do, relative to the mean: a norm makes as much of what is nearly nothing, and of its errors.
     """
 
     @jax.jit
