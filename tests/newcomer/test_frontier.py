@@ -63,9 +63,8 @@ def test_a_class_is_trained_and_drawn_among_the_others(tmp_path):
 def test_the_command_does_all_three(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_file("my_mixer", "my_mixer.py")
-    monkeypatch.setattr(
-        small_sweep, "BASE", small_sweep.BASE | {"data": small_sweep.BASE["data"] | {"train": (SEGMENT,)}}
-    )
+    short = {"data": small_sweep.BASE["data"] | {"train": (SEGMENT,)}, "optim": {"lr": 4e-3}}
+    monkeypatch.setattr(small_sweep, "BASE", small_sweep.BASE | short)
     assert main(["frontier", "my_mixer.py:MyMixer", "--options", "{'key_dim': 4}", "--out=out"]) == 0
     out = capsys.readouterr().out
     assert out.count("kept  ") == 18 and "MyMixer, D 64, 2 heads: accuracy " in out and "1,024 bytes of state" in out
