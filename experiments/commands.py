@@ -30,13 +30,21 @@ def main(
     if args.command == "table":
         write_tables()
         return 0
+    return drawn(draw)
+
+
+def drawn(draw: Callable[[], list[Path]]) -> int:
+    """Draw a picture, say in which files it is, and return an exit code."""
+    return exit_code(lambda: print(f"Drawn: {', '.join(map(str, draw()))}."))
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command and return its exit code, 2 where it refuses something, which is told."""
     try:
-        drawn = draw()
+        return command() or 0
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    print(f"Drawn: {', '.join(map(str, drawn))}.")
-    return 0
 
 
 def run_module(folder: str, doc: str | None, modules: Mapping[str, ModuleType], argv: list[str] | None) -> int:
@@ -50,8 +58,4 @@ def run_module(folder: str, doc: str | None, modules: Mapping[str, ModuleType], 
         module.add_arguments(added)
         added.set_defaults(run=module.run)
     args = parser.parse_args(argv)
-    try:
-        return args.run(args)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: args.run(args))

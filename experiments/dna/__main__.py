@@ -17,10 +17,10 @@ import matplotlib
 import pandas as pd
 
 from based_jax.bench.rows import appended, origin, read
-from based_jax.errors import UserError
 from based_jax.pictures import paper, styles
 from based_jax.pictures.tables import filled, markdown
 from based_jax.store import Store
+from experiments import commands
 from experiments.dna import markov
 
 FOLDER = Path(__file__).parent
@@ -111,26 +111,28 @@ def _sorted(column: pd.Series) -> list:
     return sorted(column.unique())
 
 
+def count_all() -> None:
+    """Measure what counting reaches, and write the rows anew."""
+    MARKOV.unlink(missing_ok=True)
+    facts = origin() | {"command": "python -m experiments.dna markov"}
+    with appended(MARKOV) as write:
+        for row in markov.rows():
+            write(row | facts)
+
+
+def write_tables() -> None:
+    """Write the page's tables from the rows."""
+    README.write_text(filled(README.read_text("utf-8"), tables()), "utf-8")
+
+
 def main() -> int:
     """Run one command, and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["markov", "table", "plot"])
-    args = parser.parse_args()
-    try:
-        if args.what == "markov":
-            MARKOV.unlink(missing_ok=True)
-            facts = origin() | {"command": "python -m experiments.dna markov"}
-            with appended(MARKOV) as write:
-                for row in markov.rows():
-                    write(row | facts)
-        elif args.what == "table":
-            README.write_text(filled(README.read_text("utf-8"), tables()), "utf-8")
-        else:
-            print(*plot(FOLDER / "results" / "bits"))
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("command", choices=["markov", "table", "plot"])
+    command = parser.parse_args().command
+    if command == "plot":
+        return commands.drawn(lambda: plot(FOLDER / "results" / "bits"))
+    return commands.exit_code(count_all if command == "markov" else write_tables)
 
 
 if __name__ == "__main__":

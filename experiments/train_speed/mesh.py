@@ -21,8 +21,8 @@ import pandas as pd
 
 from based_jax.bench.rows import read
 from based_jax.bench.train import MOCKED_TOPOLOGY
-from based_jax.errors import UserError
 from based_jax.pictures.tables import markdown
+from experiments import commands
 from experiments.train_speed import mesh_plots
 
 FOLDER = Path(__file__).parent
@@ -322,12 +322,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.command in TIMED:
         return TIMED[args.command](args.devices, args.only)
-    try:
-        print(f"Drawn: {', '.join(map(str, draw()))}.")
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return commands.drawn(draw)
 
 
 if __name__ == "__main__":

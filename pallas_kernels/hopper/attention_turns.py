@@ -29,6 +29,7 @@ from pallas_kernels.hopper.attention_walk import (
     QuerySight,
     Taker,
     Walk,
+    shared_tile,
 )
 from pallas_kernels.hopper.mosaic import TILE_ROWS
 
@@ -203,17 +204,12 @@ def run(compute: Callable, name: str, step: int, own, streamed, whole, walks, re
         plgpu.barrier_arrive(finished)
         plgpu.barrier_wait(finished)
 
-    def shared(x, *shape):
-        if len(x.shape) == 3:
-            return plgpu.SMEM(shape, x.dtype)
-        return mosaic.swizzled((*shape, head_dim), mosaic.widest_swizzle(head_dim), x.dtype)
-
     return plgpu.kernel(
         body,
         out_type=results,
         scratch_types=[
-            *(shared(x, OWN_SLOTS, kept) for x in own),
-            *(shared(x, slots, step) for x in flat),
+            *(shared_tile(x, OWN_SLOTS, kept) for x in own),
+            *(shared_tile(x, slots, step) for x in flat),
             plgpu.Barrier(num_arrivals=len(own), num_barriers=OWN_SLOTS),
             plgpu.Barrier(num_arrivals=GROUPS, num_barriers=OWN_SLOTS),
             plgpu.Barrier(num_arrivals=GROUPS),

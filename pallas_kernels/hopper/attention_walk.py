@@ -172,17 +172,12 @@ def run(compute: Callable, name: str, step: int, own, streamed, whole, walks, re
         plgpu.barrier_arrive(finished)
         plgpu.barrier_wait(finished)
 
-    def shared(x, *shape):
-        if len(x.shape) == 3:
-            return plgpu.SMEM(shape, x.dtype)
-        return mosaic.swizzled((*shape, head_dim), mosaic.widest_swizzle(head_dim), x.dtype)
-
     return plgpu.kernel(
         body,
         out_type=results,
         scratch_types=[
-            *(shared(x, kept) for x in own),
-            *(shared(x, slots, step) for x in flat),
+            *(shared_tile(x, kept) for x in own),
+            *(shared_tile(x, slots, step) for x in flat),
             plgpu.Barrier(num_arrivals=len(own)),
             plgpu.Barrier(num_arrivals=GROUPS),
             plgpu.Barrier(num_arrivals=GROUPS + 1),
@@ -196,6 +191,14 @@ def run(compute: Callable, name: str, step: int, own, streamed, whole, walks, re
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name=name,
     )(*own, *flat, walks, *whole)
+
+
+def shared_tile(x, *rows: int) -> Any:
+    """Return shared memory for so many rows of an array: of heads (B, T, H, K), or of numbers (B, H, T)."""
+    if len(x.shape) == 3:
+        return plgpu.SMEM(rows, x.dtype)
+    head_dim = x.shape[3]
+    return mosaic.swizzled((*rows, head_dim), mosaic.widest_swizzle(head_dim), x.dtype)
 
 
 def _slots(step: int, head_dim: int, own_rows: int, streamed: int) -> int:

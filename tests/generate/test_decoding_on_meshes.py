@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.cases import parametrize_some
@@ -65,6 +66,32 @@ def test_each_device_decodes_its_rows_and_heads_and_sends_no_state(kind, mesh):
     over_data, over_tensor = between(program, mesh)
     assert max(over_data) <= STEPS * BATCH * MOST_TOP  # the tokens that were drawn
     assert max(over_tensor) <= BATCH // 2 * 32 < max(map(math.prod, parts))  # activations
+
+
+@parametrize_some("kind", [*OPTIONS, "conv", "deltanet", "mamba"], ordinary=("conv",))
+def test_tokens_one_by_one_and_several_on_trial_are_those_of_one_device(kind, mesh, rng, close):
+    """Of several, as of drafts, the first two are kept, and the third is read again."""
+    layers = ((kind, OPTIONS.get(kind, {})),) * 2
+    config = LMConfig(layers, d_model=WIDTH, vocab_size=64, dtype="float32")
+    decoder, ids = random_decoder(config), rng.integers(64, size=(BATCH, 3), dtype=np.int32)
+
+    def read(params, ids):
+        model = decoder.layout.model(params)
+        steps, caches = [], model.init_cache(BATCH, ROOM)
+        for t in range(3):
+            hidden, caches = model.step(ids[:, t], caches)
+            steps.append(hidden)
+        tried, trials = model.try_tokens(ids, model.init_cache(BATCH, ROOM))
+        last, _ = model.step(ids[:, 2], model.keep(trials, jnp.full(BATCH, 2)))
+        return jnp.stack(steps, axis=1), tried, last
+
+    alone, _, _ = jax.jit(read)(decoder.params, ids)
+    divided = decoder.over(mesh).params
+    with jax.set_mesh(mesh):
+        steps, tried, last = jax.jit(read)(divided, ids)
+    close(steps, alone)
+    close(tried, alone)
+    close(last, alone[:, 2])
 
 
 @pytest.mark.long
