@@ -1,22 +1,28 @@
 """Which code made a row of results."""
 
 import functools
+import os
 import subprocess
 from pathlib import Path
 
+REVISION_VARIABLE = "BASED_JAX_REVISION"
+"""Says the commit of a copy that has no git, as in a container."""
 NO_CODE = (":(top,exclude)experiments/*/results/*", ":(top,exclude)*.md")
 """Files that change while results are made, and that no result depends on."""
 
 
 @functools.cache
 def revision() -> str | None:
-    """Return the git commit of this code, with "+" where files differ from it but `NO_CODE`; None outside a clone."""
+    """Return the git commit of this code, with "+" where files differ from it but `NO_CODE`.
+
+    Outside a clone it is what $BASED_JAX_REVISION says, or None.
+    """
     try:
         _git("ls-files", "--error-unmatch", Path(__file__).name)  # a clone may have it installed, and not be of it
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *NO_CODE)
         return _git("rev-parse", "HEAD") + "+" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get(REVISION_VARIABLE)
 
 
 def _git(*words: str) -> str:

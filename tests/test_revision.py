@@ -43,10 +43,13 @@ def test_a_revision_is_the_commit_and_whether_code_differs_from_it(clone):
     assert revision_of(clone / "based_jax") == f"{commit}+"
 
 
-def test_what_is_installed_in_a_clone_of_something_else_has_no_revision(clone):
+def test_what_is_installed_elsewhere_has_the_revision_that_the_environment_says(clone, monkeypatch):
     (clone / "installed").mkdir()
     (clone / "installed" / "revision.py").write_bytes(Path(revision.__file__).read_bytes())
     assert revision_of(clone / "installed") is None
+    monkeypatch.setenv(revision.REVISION_VARIABLE, "0123")
+    assert revision_of(clone / "installed") == "0123"
+    assert revision_of(clone / "based_jax") != "0123"
 
 
 def test_every_row_of_a_benchmark_names_the_revision(monkeypatch):
