@@ -51,15 +51,18 @@ def run(args: argparse.Namespace) -> int:
     folder, several = runs.new_folder(args.folder), args.devices
     layouts = [Layout(ONE, {}), Layout(NOISE, {}, 2), *(Layout(f"{x} {several}", {x: several}) for x in AXES)]
     with ThreadPoolExecutor(args.at_once) as pool, bench_rows.appended(args.out) as write:
-        trained = list(pool.map(lambda x: _trained(args, x, folder / _file(x.name), args.steps), layouts))
+        failures = []
+        trained = pool.map(lambda x: _trained(args, x, folder / _file(x.name), args.steps), layouts)
         for layout, failure in zip(layouts, trained, strict=True):
             write(_told(_row(args, layout, folder, failure)))
+            failures.append(failure)
         fsdp = next(layout for layout in layouts if "fsdp" in layout.mesh)
         pairs = [(layouts[0], layouts[0]), (fsdp, fsdp), (fsdp, layouts[0]), (layouts[0], fsdp)]
-        went_on = list(pool.map(lambda pair: _goes_on(args, folder, *pair), pairs))
+        went_on = pool.map(lambda pair: _goes_on(args, folder, *pair), pairs)
         for (saved, restored), failure in zip(pairs, went_on, strict=True):
             write(_told(_restored(args, folder, saved, restored, failure)))
-    return int(any([*trained, *went_on]))
+            failures.append(failure)
+    return int(any(failures))
 
 
 def _file(name: str) -> str:
