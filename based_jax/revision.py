@@ -1,8 +1,10 @@
-"""Which code made a row of results."""
+"""Which code made a row of results, and which command."""
 
 import functools
 import os
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 REVISION_VARIABLE = "BASED_JAX_REVISION"
@@ -23,6 +25,13 @@ def revision() -> str | None:
         return _git("rev-parse", "HEAD") + "+" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get(REVISION_VARIABLE)
+
+
+def command() -> str:
+    """Return what a shell takes to run this process again: a module of `experiments`, or the package's command."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name.removesuffix(".__main__") if spec else ""
+    return shlex.join(["python", "-m", module if module.startswith("experiments.") else "based_jax", *sys.argv[1:]])
 
 
 def _git(*words: str) -> str:
