@@ -150,7 +150,7 @@ class Grid(NamedTuple):
         """Run a body on blocks of tokens (B, H, ., T), q, k and v the first of them, and on the tiles before k's."""
         (rows, heads, _, time), (_, k, v, *_) = self.shape, tokens
         scores = rows * heads * time * self.plan.keys
-        channels = sum(x.shape[2] for x in (*tokens, *results)) - v.shape[2]
+        channels = sum(x.shape[2] for x in (*tokens, *results)) - k.shape[2] - v.shape[2]
         return pl.pallas_call(
             body,
             out_shape=list(map(like, results)),
