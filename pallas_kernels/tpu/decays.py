@@ -26,7 +26,6 @@ def table(tokens: int, by_channel: bool) -> jax.Array:
     return jnp.asarray(np.concatenate([since, after, *halfway]), jnp.bfloat16)
 
 
-
 def near(level: int, t, s):
     """Return whether token s decays what goes from token t to the border of its halves, or from there to it."""
     same, second = (t >> level) == (s >> level), (t >> level) & 1 == 1

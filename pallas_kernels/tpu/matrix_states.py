@@ -200,9 +200,7 @@ def reverse(tokens: Tokens, starts, do, dlast, *, scale: float):
 
         heads = range(plan.group)
         states = [starts_ref[0, head, 0].astype(jnp.float32) for head in heads]
-        _, pullback = jax.vjp(
-            functools.partial(chunk, plan, scale, table_ref[...]), Block.read(blocks, plan), states
-        )
+        _, pullback = jax.vjp(functools.partial(chunk, plan, scale, table_ref[...]), Block.read(blocks, plan), states)
         gradients = [do_ref[0, head].astype(jnp.float32) for head in heads], [running[head] for head in heads]
         dblock, dstates = pullback(gradients)
         dblock.write(targets)
@@ -220,9 +218,7 @@ def reverse(tokens: Tokens, starts, do, dlast, *, scale: float):
     in_specs = [plan.of_table(table), plan.of_state(), plan.of_chunk_state(at), plan.of_tokens(do, at), *by_token]
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*given, dlast)]
     arguments = [table, dlast, starts, do, *given]
-    return plan.launch(
-        body, "matrix_states_reverse", arguments, in_specs, results, [*by_token, plan.of_state()]
-    )
+    return plan.launch(body, "matrix_states_reverse", arguments, in_specs, results, [*by_token, plan.of_state()])
 
 
 class Block(NamedTuple):

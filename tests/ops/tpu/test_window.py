@@ -55,7 +55,8 @@ def of_kernels(call, compute=tpu_window.compute):
 # (T, K, V, H, window, dtype, packed): a tile and several, blocks of several tiles and several blocks, not filled; half
 # of the tile before, all of it and none; heads of any size, an odd number of them; documents and padding anywhere.
 CASES = [
-    (200, 20, 40, 1, 129, "bfloat16", True),
+    (130, 20, 40, 1, 129, "bfloat16", True),
+    (200, 16, 16, 2, 129, "bfloat16", True),
     (300, 16, 16, 3, 64, "float32", True),
     (700, 64, 64, 2, 66, "bfloat16", False),
     (130, 112, 112, 1, 65, "bfloat16", True),
@@ -91,6 +92,7 @@ def test_scores_of_any_size_are_finite(scale, normal, out_and_grads, close):
     close(found, out_and_grads(oracle, (q, k, v), cotangent), tolerance=1e-4, floor=1e-5)
 
 
+@pytest.mark.long
 def test_eight_devices_equal_one(normal, packed_ids, out_and_grads, close):
     """Rows, heads and time over two devices each: keys before a piece come from the device before."""
     q, k, v, cotangent = (normal(2, 70, 2, 16) for _ in range(4))
@@ -137,6 +139,5 @@ def test_auto_lowers_for_tpus_each_with_its_rows_heads_and_time(shape, names, lo
 @pytest.mark.parametrize("name", SLICES)
 def test_each_generation_compiles_them(name, dim):
     call = jax.eval_shape(functools.partial(call_of, T=2048, K=dim, V=dim, H=16))
-    text = compiled_text(name, jax.grad(loss, (0, 1, 2)), *call[:3], call.segment_ids)
-    assert {"window_forward", "window_gradients"} >= set(re.findall(r"%(window_\w+?)[.\d]* = .* custom-call\(", text))
-    assert "window_gradients" in text
+    text = compiled_text(name, jax.value_and_grad(loss, (0, 1, 2)), *call[:3], call.segment_ids)
+    assert set(re.findall(r"%(window_\w+?)[.\d]* = .* custom-call\(", text)) == {"window_forward", "window_gradients"}
