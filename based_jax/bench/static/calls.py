@@ -1,4 +1,4 @@
-"""The calls that are compiled: a token of each state, and over a sequence a window's attention and matrix states."""
+"""The calls that are compiled: a token of each state, and matrix states over a sequence."""
 
 import functools
 import itertools
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from based_jax.ops import delta_rule, gated_linear_attention, softmax, taylor_decode
+from based_jax.ops import delta_rule, gated_linear_attention, taylor_decode
 from based_jax.ops.taylor import expanded_dim
 from based_jax.ops.tpu import bundles
 
@@ -25,6 +25,7 @@ class Call(NamedTuple):
       tokens, heads: over which bundles are divided.
       state: its shape, or that of q.
       cycles: by the names of its kernels, of all programs of each by their schedule.
+      flops: that its products need, where they may take longer than its bytes.
     """
 
     function: Callable
@@ -35,6 +36,7 @@ class Call(NamedTuple):
     heads: int
     state: tuple[int, ...]
     cycles: dict[str, Callable[[bundles.Schedule], int]]
+    flops: float = 0.0
 
 
 def taylor(dtype: str, rows: int = 128, heads: int = 16, keys: int = 16, values: int = 112, room: int = 16) -> Call:
@@ -64,20 +66,6 @@ def delta(rows: int = 128, heads: int = 16, keys: int = 128, values: int = 128) 
     cycles = functools.partial(bundles.of_matrix_state_step, state=state)
     moved = 8.0 * math.prod(state)
     return Call(delta_rule.delta_rule_step, arguments, (5,), moved, rows, heads, state, {"matrix_state_step": cycles})
-
-
-def window(rows: int = 2, time: int = 2048, heads: int = 16, dim: int = 64, window: int = 64) -> Call:
-    """Return attention over a window of a sequence, in JAX's splash attention."""
-    shape = rows, time, heads, dim
-
-    def arguments():
-        return (jnp.zeros(shape, jnp.bfloat16),) * 3
-
-    cycles = functools.partial(bundles.of_window_attention, rows=rows, time=time, heads=heads, window=window)
-    function = functools.partial(softmax.window_attention, window=window)
-    moved = 4 * 2.0 * math.prod(shape)
-    kernels = {"splash_mha_fwd_no_residuals": cycles}
-    return Call(function, arguments, (), moved, rows * time, heads, shape, kernels)
 
 
 def matrix_states(
@@ -121,6 +109,5 @@ MATRIX_STATES = {
 CALLS: dict[str, Callable[[], Call]] = {
     **{f"Taylor, {dtype}": functools.partial(taylor, dtype) for dtype in taylor_decode.FORMATS},
     "gated delta rule": delta,
-    "window of 64": window,
     **{name: functools.partial(matrix_states, *options) for name, options in MATRIX_STATES.items()},
 }
