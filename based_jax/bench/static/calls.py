@@ -79,7 +79,7 @@ def matrix_states(
     values: int = 128,
 ) -> Call:
     """Return a sequence of gated linear attention or, where states are corrected, of the gated delta rule."""
-    sizes = {"rows": rows, "time": time, "heads": heads, "keys": keys, "values": values}
+    sizes = {"rows": rows, "heads": heads, "time": time, "keys": keys, "values": values}
     q, v, gate = (rows, time, heads, keys), (rows, time, heads, values), (rows, time, heads)
 
     def arguments():
@@ -92,7 +92,7 @@ def matrix_states(
         (o, _), pullback = jax.vjp(lambda *x: operation(*x, impl=impl), *arguments)
         return o, pullback((o, jnp.zeros((rows, heads, keys, values))))
 
-    cycles = functools.partial(bundles.of_matrix_states, **sizes)
+    cycles = functools.partial(bundles.of_matrix_states, by_channel=by_channel, **sizes)
     kernels = {"matrix_states_forward": cycles} | ({"matrix_states_reverse": cycles} if gradients else {})
     moved = float(sum(x.size * x.dtype.itemsize for x in (*jax.eval_shape(arguments), *jax.eval_shape(arguments)[2:3])))
     function = with_gradients if gradients else operation

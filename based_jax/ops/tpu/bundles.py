@@ -45,13 +45,21 @@ def of_matrix_state_step(schedule: Schedule, state: tuple[int, int, int, int]) -
     return rows * heads // (kernels.heads_of_program(state) or heads) * schedule.straight
 
 
-def of_matrix_states(schedule: Schedule, rows: int, time: int, heads: int, keys: int, values: int) -> int:
-    """Count a program for each chunk of the heads that it holds of a row."""
+def of_matrix_states(
+    schedule: Schedule,
+    rows: int,
+    heads: int,
+    time: int,
+    keys: int,
+    values: int,
+    by_channel: bool,
+) -> int:
+    """Count a program for each chunk of the heads that it holds of a row, in bf16."""
     from pallas_kernels.tpu import matrix_states as kernels
 
     assert not schedule.loops
-    group = kernels.heads_of_program(heads, keys, values)
-    return rows * heads // group * (time // kernels.chunk_tokens(time)) * schedule.straight
+    plan = kernels.Plan(rows, heads, time, keys, values, jnp.dtype(jnp.bfloat16), by_channel)
+    return math.prod(plan.grid) * schedule.straight
 
 
 def of_window_forward(schedule: Schedule, rows: int, time: int, heads: int, window: int) -> int:
