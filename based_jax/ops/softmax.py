@@ -23,6 +23,7 @@ from based_jax.ops.dispatch import Implementation, dispatch, not_run, target_dev
 from based_jax.ops.hopper import attention as hopper_attention
 from based_jax.ops.hopper import window as hopper_window
 from based_jax.ops.tpu import attention as tpu_attention
+from based_jax.ops.tpu import window as tpu_window
 from based_jax.ops.triton import attention as triton_attention
 
 MIN_BAND_TOKENS = 64
@@ -79,7 +80,8 @@ def window_attention(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle" (T x T), "xla_steps" (token by token), "xla_bands", "xla_chunks" (for long windows),
         "hopper_tiles" (Mosaic GPU kernels; bf16, windows up to 129, some head dims), "cudnn_flash" (GPU, bf16 or fp16,
-        no packing), "triton_tiles" (the same, with packing), "tpu_splash" (TPU, bf16; for long windows) or "auto".
+        no packing), "triton_tiles" (the same, with packing), "tpu_tiles" (Mosaic TPU kernels; windows up to 129),
+        "tpu_splash" (TPU, bf16; for long windows) or "auto".
 
     Raises:
       UserError: `window` is below 1, or `impl` is unknown or cannot run this call.
@@ -283,6 +285,7 @@ WINDOW_ATTENTION = {
         slower=triton_attention.slower,
         by_place=QKV,
     ),
+    "tpu_tiles": Implementation(tpu_window.compute, tpu_window.supports, platform="tpu", by_place=QKV),
     "tpu_splash": Implementation(
         tpu_attention.compute,
         tpu_attention.supports,

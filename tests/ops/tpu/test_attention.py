@@ -100,12 +100,12 @@ def test_auto_lowers_for_tpus_each_with_its_rows_and_heads(shape, local):
     assert all(f"tensor<{rows}x{heads}x1024x64xbf16>" in kernel for kernel in kernels)
 
 
-def test_auto_leaves_short_sequences_and_bands_to_xla():
+def test_auto_leaves_short_sequences_and_windows_to_others():
     short, narrow = call_of(T=512), call_of(window=64)
     with tpus(), recorded_choices() as choices:
         jax.eval_shape(softmax.attention, *short[:3])
         jax.eval_shape(functools.partial(softmax.window_attention, window=64), *narrow[:3])
     assert {operation: list(names) for operation, names in choices.items()} == {
         "attention": ["xla_quadratic"],
-        "window_attention": ["xla_bands"],
+        "window_attention": ["tpu_tiles"],
     }
