@@ -62,4 +62,6 @@ def chunk_of_head(q, k, v, state, links: Links, scale: float):
 def rounded(state, values: int, dtype):
     """Return a state in a dtype, and below its normaliser what is left of that."""
     normaliser = state[values : values + 1]
-    return jnp.concatenate([state[:values].astype(dtype), sum_rows(state.shape[1], dtype, normaliser, rest(normaliser, dtype))])
+    return jnp.concatenate(
+        [state[:values].astype(dtype), sum_rows(state.shape[1], dtype, normaliser, rest(normaliser, dtype))]
+    )

@@ -25,7 +25,7 @@ STATIC = "scale", "tokens", "chunk"
 def query_gradients(
     q, k, v, do, back, state=None, documents: Documents | None = None, *, scale: float, tokens: int, chunk: int
 ):
-    """Return dq like q.
+    """Return [dq like q].
 
     Args:
       q, k, v, documents, scale, tokens, chunk: of `taylor.forward`.
@@ -46,7 +46,7 @@ def query_gradients(
     results = [like(v, q.shape, q.dtype)]
     return plan.call(
         body, (q, k, v, do, back), state, documents, results, state_type(q, v), name="taylor_query_gradients"
-    )[0]
+    )[:1]
 
 
 def query_gradient(q, k, v, do, back, state, links: Links, scale: float):

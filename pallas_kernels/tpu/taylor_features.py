@@ -31,12 +31,12 @@ def packed_places(keys: int, padded: int) -> np.ndarray:
 
 def expand(x: jax.Array, present: jax.Array | float, dtype, *, query: bool) -> jax.Array:
     """Return F or G (number_of_features, tokens) of x (K, tokens) fp32; `present` is the constant that F has."""
-    keys, half, weight = x.shape[0], x.shape[0] // 2, 2.0 if query else 1.0
+    half, weight = x.shape[0] // 2, 2.0 if query else 1.0
     doubled = weight * x
     blocks = [x * x, *(x * rolled(doubled, -r) for r in range(1, half))]
     row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
     last = jnp.where(row < half, x * rolled(doubled, -half), jnp.where(row == half, weight * present, 0.0))
-    return jnp.concatenate([y.astype(dtype) for y in (*blocks, last, doubled)], axis=0)
+    return jnp.concatenate([*blocks, last, doubled], axis=0).astype(dtype)
 
 
 def pulled_back(x: jax.Array, gradient: jax.Array, *, query: bool) -> jax.Array:
