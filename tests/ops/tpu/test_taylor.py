@@ -87,3 +87,85 @@ def test_kernels_equal_the_oracle(
         assert np.linalg.norm(ours - right) <= tolerance * np.linalg.norm(right)
     if packed:
         assert not np.asarray(found[0][0], np.float32)[ids == 0].any()
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"data": 2, "tensor": 4}, pytest.param({"data": 4, "sequence": 2}, marks=pytest.mark.long)], ids=str
+)
+def test_eight_devices_take_their_rows_heads_and_pieces_of_time(mesh, normal, out_and_grads, on_cpu):
+    arguments, ids = inputs(normal, 4, 20, 4, 4, 8), np.repeat(np.int32([[1, 1, 0, 2, 2]] * 4), 4, axis=1)
+    past = jax.jit(lambda *qkv: taylor_attention(*qkv, impl="xla_chunks")[1])(*inputs(normal, 4, 5, 4, 4, 8))
+    arguments, cotangents = [*arguments, past], (normal(4, 20, 4, 8), normal(*past.shape, scale=0.1))
+    wanted = run(out_and_grads, "oracle", arguments, cotangents, ids)
+    with jax.set_mesh(parallel.make_mesh(mesh)):
+        found = run(out_and_grads, "tpu", arguments, cotangents, ids)
+    for ours, right in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(ours, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"dtype": "float16"}, "q, k and v must all be bfloat16 or float32, and are float16, float16 and float16"),
+        ({"K": 33}, "K must be at most 32, and is 33"),
+        ({"V": 129}, "V must be at most 128, and is 129"),
+        ({"B": 0}, "no dimension may be empty, and q is \\(0, 8, 1, 16\\)"),
+    ],
+)
+def test_refusals_name_the_value(changed, reason):
+    sizes = {"B": 1, "K": 16, "V": 64, "dtype": "bfloat16"} | changed
+    q, v = (jnp.zeros((sizes["B"], 8, 1, sizes[size]), sizes["dtype"]) for size in "KV")
+    with tpus(), pytest.raises(UserError, match=reason):
+        attend("tpu")(q, q, v)
+
+
+@pytest.mark.parametrize(("time", "name"), [(127, "xla_chunks"), (128, "tpu_chunks")])
+def test_auto_takes_them_for_a_register_of_tokens_and_more(time, name):
+    q, v = (jnp.zeros((1, time, 1, size), jnp.bfloat16) for size in (16, 64))
+    with tpus(), recorded_choices() as choices:
+        jax.eval_shape(attend("auto"), q, q, v)
+    assert list(choices["taylor_attention"]) == [name]
+
+
+def mixed(sizes, x, *kernels):
+    """Return Taylor attention of the projections of x (B, T, D), and its gradients, as its mixer computes them."""
+    H, K, V = sizes
+
+    def loss(x, w_q, w_k, w_v, w_o):
+        q, k, v = ((x @ w).reshape(*x.shape[:2], H, -1) for w in (w_q, w_k, w_v))
+        o, _ = taylor_attention(q, k, v, impl="tpu_chunks")
+        return jnp.sum((o.reshape(*x.shape[:2], -1) @ w_o).astype(jnp.float32) ** 2)
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4))(x, *kernels)
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.parametrize("name", SLICES)
+def test_nothing_is_turned_over_between_projections_and_kernels(name):
+    B, T, D, H, K, V = 2, 1024, 1024, 16, 16, 64
+    shapes = [(B, T, D), (D, H * K), (D, H * K), (D, H * V), (H * V, D)]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    text = compiled_text(name, functools.partial(mixed, (H, K, V)), *arguments)
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    tokens = {f"{B},{T},{H * size}" for size in (K, V)} | {f"{B},{T},{H},{size}" for size in (K, V)}
+    assert (tokens | {f"{B},{H},{size},{T}" for size in (K, V)}).isdisjoint(COPIED.findall(text))
+
+
+@needs_libtpu
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("sizes", [(8, 112), (24, 128)])
+@pytest.mark.parametrize("name", SLICES)
+def test_each_generation_compiles_them(name, sizes, dtype):
+    """Packed documents, states and their gradients included."""
+    B, T, H, (K, V) = 2, 300, 8, sizes
+    arrays = [*((B, T, H, size) for size in (K, K, V)), (B, H, expanded_dim(K), V + 1)]
+    *qkv, state = (jax.ShapeDtypeStruct(x, y) for x, y in zip(arrays, [dtype] * 3 + ["float32"], strict=True))
+
+    def total(q, k, v, state, ids):
+        o, after = attend("tpu", ids)(q, k, v, state)
+        return o.astype(jnp.float32).sum() + after.sum()
+
+    text = compiled_text(name, jax.grad(total, (0, 1, 2, 3)), *qkv, state, jax.ShapeDtypeStruct((B, T), jnp.int32))
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
