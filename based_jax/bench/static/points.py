@@ -26,6 +26,9 @@ LARGEST_GROWTH = 1.1
 """Of a kernel's bundles, before it is told as a regression."""
 
 CYCLES = re.compile(r'^ +(?:ROOT )?%\S+ = .*? (?:fusion|convolution)\(.*"estimated_cycles":"(\d+)"', re.MULTILINE)
+COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{\n((?:.*\n)*?)\}", re.MULTILINE)
+LOOP = re.compile(r" while\(.*condition=%([^\s,]+), body=%([^\s,]+)")
+TURNS = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 COPIED = re.compile(r"= \w+\[([\d,]+)\]\S* copy\(")
 VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 
@@ -45,8 +48,9 @@ def row_of(name: str, dump: Path) -> dict[str, Any]:
     schedules.empty(dump)
     text = compiled_text(functools.partial(call.function, impl=impl), call.arguments, device, call.donated)
     entry = text[text.index("\nENTRY ") :]
-    kernel = schedules.of_kernel(dump, call.kernel) if impl == "tpu" else None
-    cycles = call.cycles(kernel) // CORES.get(chip, 1) if kernel else cycles_of_xla(entry)
+    kernels = {name: schedules.of_kernel(dump, name) for name in call.cycles} if impl == "tpu" else {}
+    in_kernels = sum(call.cycles[name](schedule) for name, schedule in kernels.items())
+    cycles = in_kernels // CORES.get(chip, 1) if kernels else cycles_of_xla(text)
     copied = COPIED.findall(entry)
     known = devices.find(device.device_kind)
     assert known is not None and known.hbm_bytes_per_second is not None
@@ -60,8 +64,8 @@ def row_of(name: str, dump: Path) -> dict[str, Any]:
         "hbm_microseconds": call.moved_bytes / known.hbm_bytes_per_second * 1e6,
         "cycles": cycles,
         "bundles_per_token_and_head": cycles / call.tokens / call.heads,
-        "schedule": kernel,
-        "spills": schedules.spills(dump, call.kernel if impl == "tpu" else ""),
+        "schedules": kernels or None,
+        "spills": sum(schedules.spills(dump, part) for part in kernels or [""]),
         "vmem_bytes": max(map(int, VMEM.findall(text)), default=None),
         "copies": len(copied),
         "copied": ",".join(map(str, call.state)) in copied,
@@ -84,9 +88,19 @@ def compiled_text(
         return jax.jit(function, donate_argnums=donated).trace(*given).lower().compile().as_text() or ""
 
 
-def cycles_of_xla(entry: str) -> int:
-    """Return what its compiler expects of the operations of a program's top but copies, and of none in a loop."""
-    return sum(map(int, CYCLES.findall(entry)))
+def cycles_of_xla(text: str) -> int:
+    """Return what its compiler expects of the operations of a program but copies, those of loops as often as they run.
+
+    Of what it calls and knows no cycles of, such as the inverses of a triangular solve, it expects none.
+    """
+    found = COMPUTATION.findall(text)
+    bodies, [entry] = {name: body for _, name, body in found}, [body for is_entry, _, body in found if is_entry]
+
+    def cycles(body: str) -> int:
+        loops = ((max(map(int, TURNS.findall(bodies[end]))), bodies[turn]) for end, turn in LOOP.findall(body))
+        return sum(map(int, CYCLES.findall(body))) + sum(turns * cycles(turn) for turns, turn in loops)
+
+    return cycles(entry)
 
 
 def line(row: dict[str, Any]) -> str:

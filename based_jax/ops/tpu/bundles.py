@@ -53,6 +53,15 @@ def of_matrix_state_step(schedule: Schedule, state: tuple[int, int, int, int]) -
     return rows * heads // (kernels.heads_of_program(state) or heads) * schedule.straight
 
 
+def of_matrix_states(schedule: Schedule, rows: int, time: int, heads: int, keys: int, values: int) -> int:
+    """Count a program for each chunk of the heads that it holds of a row."""
+    from pallas_kernels.tpu import matrix_states as kernels
+
+    assert not schedule.loops
+    group = kernels.heads_of_program(heads, keys, values)
+    return rows * heads // group * (time // kernels.chunk_tokens(time)) * schedule.straight
+
+
 def of_window_attention(schedule: Schedule, rows: int, time: int, heads: int, window: int) -> int:
     """Count a program for each block of queries and each of the two of keys that it may see."""
     assert not schedule.loops and window <= BLOCK_TOKENS
