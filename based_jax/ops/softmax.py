@@ -94,7 +94,8 @@ def window_attention(
         packing or sinks) or "auto".
 
     Raises:
-      UserError: `window` is below 1 or `sinks` below 0, tokens with sinks lie over several devices, or `impl` is unknown or cannot run this call.
+      UserError: `window` is below 1 or `sinks` below 0, tokens with sinks lie over several devices, or
+        `impl` is unknown or cannot run this call.
     """
     if window < 1:
         raise UserError(f"window is {window}; it counts the keys that a query sees, its own included, so at least 1.")

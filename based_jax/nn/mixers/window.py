@@ -22,7 +22,8 @@ from based_jax.ops.softmax import WINDOW_ATTENTION
 class WindowConfig(attention.HeadsConfig):
     """As full attention, and the window: the number of keys that a query sees, its own included.
 
-    It sees the first `sinks` tokens of its document besides (arXiv 2309.17453), at their places in the text. The released models' `window_size` of 256 is a window of 129: flash-attention counts half of it to the left.
+    It sees the first `sinks` tokens of its document besides, at their places in the text (arXiv 2309.17453).
+    The released models' `window_size` of 256 is a window of 129: flash-attention counts half of it to the left.
     """
 
     rotary_fraction: float = 1.0
@@ -73,14 +74,19 @@ class WindowAttention(attention.Attention):
 
     @override
     def _prefill(self, x: BTD, state: TokenCache, segment_ids: SegmentIds | None) -> tuple[BTD, TokenCache]:
-        q, k, v = self.rotated_qkv(x, state.length, segment_ids)
+        o, state = self._read_ring(self.rotated_qkv(x, state.length, segment_ids), state, segment_ids)
+        return self._out(o), state
+
+    def _read_ring(self, qkv, state: TokenCache, segment_ids: SegmentIds | None):
+        """Return what queries (B, T, H, D/H) read of the cache and of each other, and the cache with the tokens."""
+        q, k, v = qkv
         past, there = state.in_order()
-        given = Unbroken(jnp.ones(x.shape[:2], jnp.int32)) if segment_ids is None else segment_ids
+        given = Unbroken(jnp.ones(q.shape[:2], jnp.int32)) if segment_ids is None else segment_ids
         numbers = segments.numbered(given)
         keys, values = (self.for_each_query(jnp.concatenate(both, axis=1)) for both in zip(past, (k, v), strict=True))
         ids = segments.known_alike(jnp.concatenate([there.astype(numbers.dtype), numbers], axis=1), given)
         o = self._read_windows(jnp.pad(q, [(0, 0), (state.slots, 0), (0, 0), (0, 0)]), keys, values, ids)
-        return self._out(o[:, state.slots :]), state.extend((k, v), segment_ids)
+        return o[:, state.slots :], state.extend((k, v), segment_ids)
 
     @override
     def _step(self, x: BD, state: TokenCache) -> tuple[BD | layers.Projected, TokenCache]:

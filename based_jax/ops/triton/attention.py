@@ -1,6 +1,7 @@
 """Softmax attention in Triton kernels: which calls they take, how arrays are filled up for them, and gradients.
 
-Tiles of another document are passed over; sinks are read beside them (`ops/softmax_sinks.py`). Kernels: `pallas_kernels/triton/attention.py`.
+Tiles of another document are passed over; sinks are read beside them (`ops/softmax_sinks.py`).
+Kernels: `pallas_kernels/triton/attention.py`.
 """
 
 import functools
