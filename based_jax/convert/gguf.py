@@ -122,6 +122,7 @@ def read_gguf(path: str | os.PathLike, *, dtype: str = "float32", scan_layers: b
         end_of_text = int(told[f"{TOKENIZER}eos_token_id"])
     except KeyError as error:
         raise UserError(f"'{file}' lacks {error} of a Llama.") from None
+    fields["attention_bias"] = any(name.endswith("q_proj.bias") for name in weights)
     fields["tie_word_embeddings"] = "lm_head.weight" not in weights
     values = FAMILIES["llama"].values(fields, weights)
     config = configs.build(LMConfig, values | {"dtype": dtype, "scan_layers": scan_layers})
