@@ -71,7 +71,7 @@ def _swapped(config: LMConfig, kind: str, own: dict[str, Any], layers: Collectio
 
 
 def _shared_options(options: dict[str, Any], config: Callable[[], HeadsConfig]) -> dict[str, Any]:
-    """Return attention's options that are not the mixer's defaults, of which rotary's share differs from attention's."""
+    """Return attention's options that are not the mixer's defaults, of which rotary's share differs."""
     attention, default = AttentionConfig(**options), config()
     shared = {name: getattr(attention, name) for name in sorted(SHARED_OPTIONS)}
     return {name: value for name, value in shared.items() if value != getattr(default, name)}

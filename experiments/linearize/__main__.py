@@ -12,6 +12,8 @@ package ships.
 
 import argparse
 import importlib.metadata
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -55,21 +57,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lora-steps", type=int, default=training.Effort().lora_steps)
     parser.add_argument("--batch-size", type=int, default=16, help=f"rows of {ROW_TOKENS} tokens")
     parser.add_argument("--sizes", default=SIZES, help="of speed: sequences x the tokens that each has had")
-    parser.add_argument("--limit", type=int, help="of the questions (default: all 200)")
+    parser.add_argument("--limit", type=int, help="of the questions (default: all 200; 0 asks none)")
+    parser.add_argument("--windows", type=int, help="of validation that are judged (default: all)")
+    parser.add_argument("--at-once", action="store_true", help="run each setting in a process of its own, together")
     args = parser.parse_args(argv)
     commands = {"run": run, "speed": speed, "table": lambda _: pages.write_table(), "plot": lambda _: pages.draw()}
     return exit_code(lambda: commands[args.command](args))
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int | None:
     """Make, train and measure every setting that there is no row of."""
     out = args.out or QUALITY
     known = {row["setting"] for row in rows.read(out)}
     names = [name for name in chosen(args.only, {**SETTINGS, **UNTRAINED}) if name not in known]
     if not names:
         print(f"'{out}' has all rows.")
-        return
-    published = read_gguf(args.gguf or package_file(), dtype="bfloat16")
+        return None
+    if args.at_once and len(names) > 1:
+        return together(names)
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    published = read_gguf(args.gguf or package_file(), dtype=dtype)
     args.workdir.mkdir(parents=True, exist_ok=True)
     tokenizer = args.workdir / "tokenizer.json"
     published.tokenizer.save(str(tokenizer))
@@ -79,6 +86,19 @@ def run(args: argparse.Namespace) -> None:
             row = {"setting": name, **row_of(name, teacher, published, corpus, tokenizer, args)}
             write(row | rows.facts() | {"command": " ".join(["python -m experiments.linearize", *sys.argv[1:]])})
             print(row, flush=True)
+    return None
+
+
+def together(names: list[str]) -> int:
+    """Run settings on one device at the same time, and return the first exit code that is not 0; text is packed once.
+
+    What takes longest is compiling, of which a device waits for one process while it works for another.
+    """
+    words = [word for word in sys.argv[1:] if not word.startswith(("--only", "--at-once"))]
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    command = [sys.executable, "-m", "experiments.linearize", *words]
+    running = [subprocess.Popen([*command, f"--only={name}"], env=environment) for name in names]
+    return next((code for code in [process.wait() for process in running] if code), 0)
 
 
 def chosen(only: str | None, known: dict[str, Any]) -> list[str]:
@@ -111,11 +131,12 @@ def row_of(
     student = swapped(teacher, layers)
     source = TextSource(corpus, str(tokenizer), ROW_TOKENS, args.batch_size, cache_dir=cache)
     found: dict[str, Any] = {"mixer": kind, "swapped": sum(layer == layers[-1] for layer in layers), **options}
-    found |= {"corpus": Path(corpus).name, "rows": args.batch_size, "row_tokens": ROW_TOKENS}
+    found |= {"corpus": Path(corpus).name, "dtype": published.config.dtype}
+    found |= {"rows": args.batch_size, "row_tokens": ROW_TOKENS}
 
     def judge(what: str, model: LM) -> None:
         with timed(seconds, "perplexity"):
-            judged[what] = measure.perplexity(model, corpus, text, cache)
+            judged[what] = measure.perplexity(model, corpus, text, cache, args.windows)
         print(f"{name}, {what}: {judged[what]}", flush=True)
 
     judge("as it is", student)
@@ -132,7 +153,7 @@ def row_of(
         judge("adapted", student)
     decoder = Decoder.of(student)
     found |= {"perplexity": judged, "state_bytes": measure.state_bytes(decoder)}
-    if name not in UNTRAINED:
+    if name not in UNTRAINED and args.limit != 0:
         with timed(seconds, "recall"):
             found |= measure.recalled(name, decoder, text, args.workdir / "answers" / name, args.limit)
     return found | {"seconds": {what: round(value, 1) for what, value in seconds.items()}}
@@ -154,21 +175,24 @@ def transferred(
 ) -> tuple[LM, dict[str, list[float]]]:
     """Return the student after transfer, and its layers' losses in the first and the last step."""
     first = last = np.zeros(0)
-    for number, (student, losses) in enumerate(training.transfer(teacher, student, source.batch, effort)):
-        if number == 0:
-            first = np.asarray(losses)
-        last = losses
-    return student, {"first": np.round(first, 4).tolist(), "last": np.round(np.asarray(last), 4).tolist()}
+    trained = student
+    for number, (made, losses) in enumerate(training.transfer(teacher, student, source.batch, effort)):
+        trained, last = made, losses
+        first = last if number == 0 else first
+    ends = {"first": first, "last": last}
+    return trained, {name: np.round(np.asarray(x, np.float64), 4).tolist() for name, x in ends.items()}
 
 
 def adapted(student: LM, source: TextSource, effort: training.Effort) -> tuple[LM, dict[str, float]]:
     """Return the student with what it has learned, and the mean losses of the first and the last ten steps."""
-    losses, made = [], lambda: student
     offset = effort.transfer_steps  # batches that transfer has not seen
+    make, losses = (lambda: student), list[jax.Array]()
     for made, value in training.adapt(student, lambda step: source.batch(offset + step), effort):
-        losses.append(value)
-    ends = np.asarray(jax.device_get(losses or [np.nan]), np.float64)
-    return made(), {"first": round(float(ends[:10].mean()), 4), "last": round(float(ends[-10:].mean()), 4)}
+        make, losses = made, [*losses, value]
+    if not losses:
+        return student, {}
+    ends = np.asarray(jax.device_get(losses), np.float64)
+    return make(), {"first": round(float(ends[:10].mean()), 4), "last": round(float(ends[-10:].mean()), 4)}
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What a model is worth: perplexity, SQuAD's questions, and bytes of state."""
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -22,12 +23,22 @@ CONTEXTS = 2048, 8192
 TASK = "squad_questions"
 
 
-def perplexity(model: LM, corpus: str, tokenizer: TextTokenizer, cache: Path) -> dict[str, Any]:
-    """Return perplexity on the corpus' validation, whose documents are read from their first token in windows."""
+def perplexity(
+    model: LM, corpus: str, tokenizer: TextTokenizer, cache: Path, most: int | None = None
+) -> dict[str, Any]:
+    """Return perplexity on the corpus' validation, whose documents are read from their first token in windows.
+
+    Args:
+      model, tokenizer: what is measured.
+      corpus: a folder of text.
+      cache: where its tokens are kept.
+      most: windows that are judged; None for all.
+    """
     packed = PackedText.open(open_corpus(corpus), tokenizer, cache)
     texts = documents(packed.stream("validation"), tokenizer.end_of_text)
-    rows = [row_of(window) for tokens in texts for window in strided(tokens, WINDOW, WINDOW // 2)]
-    judged = list(Judge(model, 8 * WINDOW).judged(rows))
+    windows = (window for tokens in texts for window in strided(tokens, WINDOW, WINDOW // 2))
+    rows = [row_of(window) for window in itertools.islice(windows, most)]
+    judged = list(Judge(model, min(8, len(rows)) * WINDOW).judged(rows))
     asked = [rows[place][1] >= 0 for place, _ in judged]
     loss = sum(float(x.losses.sum(dtype="float64")) for _, x in judged) / sum(int(x.sum()) for x in asked)
     return {"perplexity": round(math.exp(loss), 3), "judged_tokens": sum(int(x.sum()) for x in asked)}

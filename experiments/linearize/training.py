@@ -60,7 +60,7 @@ def transfer(teacher: LM, student: LM, batches: Batches, effort: Effort) -> Iter
       teacher: one stack of equal layers of attention.
       student: the same, whose last layers are swapped for equal ones of `taylor_window`.
     """
-    [stack], index = teacher.stacks, swapped_stack(student)
+    index = swapped_stack(student)
     graphdef, params = nnx.split(student)
     prefix = f"stacks/{index}/blocks/0/"
     new = {path: x for path, x in lora.by_path(params).items() if path in set(new_paths(params))}

@@ -13,8 +13,7 @@ from based_jax.convert.gguf import read_gguf
 from based_jax.errors import UserError
 
 pytest.importorskip("gguf", reason="the extra linearize is not installed")
-from helpers.gguf_files import write_gguf  # noqa: E402
-
+from helpers.gguf_files import write_gguf
 
 FIELDS = {
     "hidden_size": 64,
