@@ -1,4 +1,4 @@
-"""The delta rule whose channels decay each by itself, by chunks of 64 tokens on Hopper (see `ops/hopper/delta_rule.py`).
+"""The delta rule whose channels decay each by itself, by chunks of 64 tokens, on Hopper (`ops/hopper/delta_rule.py`).
 
 In a chunk with the state S before it, c_t the sums of its log-decays up to token t, for each channel:
 
@@ -8,8 +8,8 @@ In a chunk with the state S before it, c_t the sums of its log-decays up to toke
 
     Q_t = scale q_t exp(c_t)         K_t = k_t exp(c_t)          R_t = beta_t k_t exp(c_C - c_t)
 
-(arXiv 2510.26692, section 3). `delta_rule_channels_pairs.py` makes all but E, O and S'. The walk back, with the gradient
-of S:
+(arXiv 2510.26692, section 3). `delta_rule_channels_pairs.py` makes all but E, O and S'. The walk back, with the
+gradient of S:
 
     dE = P^T dO + R dS'              dV = T^T dE            dS = diag(exp c_C) dS' + Q^T dO - K^T dV
 
