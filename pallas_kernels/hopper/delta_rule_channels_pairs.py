@@ -35,7 +35,7 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
     parts = [pl.ds(i, PART_CHANNELS) for i in range(0, keys, PART_CHANNELS)]
 
     def body(*refs):
-        sources, targets, tiles, (key_tiles, pair_tiles, filled, finished) = (
+        sources, targets, tiles, (key_tiles, pair_tiles, x_strips, y_strips, filled, finished) = (
             refs[:5],
             refs[5:11],
             refs[11:17],
@@ -134,7 +134,7 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
             M = seen * beta
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             pl.when(n + 1 < count)(lambda: fetch(n + 1))
-            t = inverses.inverse(M, x_tile, y_tile)
+            t = inverses.inverse(M, x_tile, y_tile, x_strips.at[group], y_strips.at[group])
             mosaic.save(x_tile, t)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(x_tile, targets[1].at[row, tokens, head])
@@ -156,6 +156,8 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
             *(plgpu.SMEM((GROUPS, CHUNK_TOKENS), jnp.float32) for _ in range(2)),  # a load has one layout
             mosaic.swizzled((GROUPS, len(parts), *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE),
             mosaic.swizzled((GROUPS, 2, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE),
+            inverses.strips(GROUPS),
+            inverses.strips(GROUPS),
             plgpu.Barrier(num_arrivals=6, num_barriers=GROUPS),
             plgpu.Barrier(num_arrivals=GROUPS),
         ],

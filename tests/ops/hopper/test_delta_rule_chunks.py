@@ -163,12 +163,15 @@ class _Tile:
 def test_inverses_are_rounded_once_however_much_keys_agree(beta, spread, rng, monkeypatch):
     """Products of bf16 alone are wrong by up to 5e-2 where keys agree and rates are 2."""
     replace_products(monkeypatch)
-    places = (jax.lax.broadcasted_iota(jnp.int32, mosaic.PAIRS_SHAPE, i) for i in range(2))
-    monkeypatch.setattr(inverses, "places", lambda places=tuple(places): places)
+
+    def places(columns=64):
+        return tuple(jax.lax.broadcasted_iota(jnp.int32, (64, columns), i) for i in range(2))
+
+    monkeypatch.setattr(inverses, "places", places)
     monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
     k = rng.normal(size=(1, 64)) + spread * rng.normal(size=(64, 64))
     k /= np.linalg.norm(k, axis=1, keepdims=True)
     M = np.float32(beta * np.tril(k @ k.T, -1))
     right = np.linalg.inv(np.eye(64) + M)
-    got = jax.jit(lambda M: inverses.inverse(M, _Tile(), _Tile()))(M)
+    got = jax.jit(lambda M: inverses.inverse(M, *(_Tile() for _ in range(4))))(M)
     assert np.linalg.norm(got - right) < 3e-3 * np.linalg.norm(right)
