@@ -98,18 +98,23 @@ def gradients(q, k, high, low, errors, do, dv, beta, starts, ends, *, scale: flo
                     for source, tiles in ((starts_ref, start_tiles), (ends_ref, end_tiles)):
                         plgpu.copy_gmem_to_smem(source.at[of_state], tiles.at[slot, g], filled.at[slot])
 
-            def fetch_task(n):
+            def fetch_keys(n):
                 row, chunk, head, part = place(n)
                 tokens = columns(chunk, CHUNK_TOKENS)
                 for (i, source), g in itertools.product(enumerate((q_ref, k_ref, high_ref, low_ref)), range(GROUPS)):
                     some = source.at[row, tokens, head, columns(part * GROUPS + g, GROUP_KEYS)]
                     plgpu.copy_gmem_to_smem(some, key_tiles.at[i, g], given)
                 plgpu.copy_gmem_to_smem(beta_ref.at[row, head, tokens], beta_tile, given)
-                lax.fori_loop(0, steps, lambda i, _: fetch_step(n, i), None)
+
+            def fetch_steps(n, begin, end):
+                lax.fori_loop(begin, end, lambda i, _: fetch_step(n, i), None)
 
             def step(n, _):
+                first = min(SLOTS, steps)  # whose slots are free before the task before is done
+                pl.when(n < count)(lambda: fetch_steps(n, 0, first))
                 pl.when(n > 0)(lambda: plgpu.barrier_wait(returned))
-                pl.when(n < count)(lambda: fetch_task(n))
+                pl.when(n < count)(lambda: fetch_keys(n))
+                pl.when(n < count)(lambda: fetch_steps(n, first, steps))
 
             lax.fori_loop(0, count + 1, step, None)
             for back in range(SLOTS, 0, -1):
@@ -217,6 +222,7 @@ def gradients(q, k, high, low, errors, do, dv, beta, starts, ends, *, scale: flo
                 )
                 plgpu.barrier_wait(given)
                 rows, columns_ = channel_decays.numbers()
+                pl.when(n > 0)(lambda: plgpu.barrier_wait(returned))  # the other warpgroup reads these no more
                 later = mosaic.down(columns_, PAIRS_SHAPE) - mosaic.across(rows, PAIRS_SHAPE) >= group
                 mosaic.save(pair_tiles.at[group], jnp.where(later, pairs * jnp.where(group == 0, scale, -1.0), 0.0))
                 plgpu.commit_smem()
@@ -241,6 +247,7 @@ def gradients(q, k, high, low, errors, do, dv, beta, starts, ends, *, scale: flo
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             lax.fori_loop(0, count, task, None)
+            plgpu.barrier_wait(returned)  # a barrier is to be waited for as often as it is passed
             plgpu.wait_smem_to_gmem(0)
 
         plgpu.barrier_arrive(finished)

@@ -17,7 +17,6 @@ from pallas_kernels.hopper.mosaic import CHUNK_TOKENS, PAIRS_SHAPE
 
 GROUPS = 2
 """Warpgroups of a block."""
-REGISTERS = 240
 
 
 def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array]:

@@ -4,10 +4,10 @@ From blocks to blocks of twice their size, which has of both what the lower read
 
     [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]
 
-All blocks of a size are in one product: X M X, of the inverses X so far, is C^-1 B A^-1 between the two of a pair. While
-blocks have at most `STRIP` tokens, only they are kept, one below another in a strip of so many columns, as a quarter of
-the numbers. They are products of bf16, whose errors a last step of Newton's takes away: X + X (I - (I + M) X), with M
-in two parts.
+All blocks of a size are in one product: X M X, of the inverses X so far, is C^-1 B A^-1 between the two of a pair. As
+long as blocks have at most `STRIP` tokens, only they are kept, one below another in a strip of so many columns: a
+quarter of the numbers. They are products of bf16, whose errors a last step of Newton's takes away:
+X + X (I - (I + M) X), with M in two parts.
 """
 
 import jax
@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
-from pallas_kernels.hopper.mosaic import CHUNK_TOKENS, PAIRS_SHAPE
+from pallas_kernels.hopper.mosaic import CHUNK_TOKENS
 
 LEVELS = CHUNK_TOKENS.bit_length() - 1
 """Sizes of blocks, from single tokens on."""
