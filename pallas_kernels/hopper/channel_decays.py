@@ -7,7 +7,8 @@ between them, the last token of the first half. With g the log-decays and x_t th
 
 so that no exponent is above 0, none is a difference of long sums, and the pairs of a level are one product of weighed
 queries and keys, whatever the decays are. M is made of 0 and 1: x is a product on tensor cores, of g in two parts of
-bf16. With `SINCE` for a border x_t reaches from the chunk's beginning to t, with `UNTIL` from t to its end.
+bf16. These are of g / log 2, as exponentials are powers of 2. With `SINCE` for a border x_t reaches from the chunk's
+beginning to t, with `UNTIL` from t to its end.
 """
 
 import jax
@@ -67,20 +68,26 @@ def between_transposed(rows, columns, border) -> jax.Array:
 
 
 def meet(rows, columns, level) -> jax.Array:
-    """Return which pairs of tokens meet at a level, each both ways."""
+    """Return 1 in bf16 for the pairs of tokens that meet at a level, each both ways, and 0 for the others."""
     apart = mosaic.across(rows, PAIRS_SHAPE) ^ mosaic.down(columns, PAIRS_SHAPE)
-    return lax.shift_right_logical(apart, jnp.broadcast_to(level, PAIRS_SHAPE)) == 1
+    return _ones_where(lax.shift_right_logical(apart, jnp.broadcast_to(level, PAIRS_SHAPE)) == 1)
+
+
+def meet_later(rows, columns, level) -> jax.Array:
+    """Return which pairs of a token of a row and an earlier one of a column meet at a level."""
+    row, column = mosaic.across(rows, PAIRS_SHAPE), mosaic.down(columns, PAIRS_SHAPE)
+    return (lax.shift_right_logical(row ^ column, jnp.broadcast_to(level, PAIRS_SHAPE)) == 1) & (row > column)
 
 
 def weights(M: jax.Array, parts) -> jax.Array:
-    """Return exp(M g) of 64 channels, given the tiles of the two parts of g."""
+    """Return exp(M g) of 64 channels, given the tiles of the two parts of g / log 2."""
 
     def multiply(x):
         for part in parts:
             mosaic.multiply(x, M, part)
         return x[...]
 
-    return jnp.exp(mosaic.products(multiply, PAIRS_SHAPE))
+    return jnp.exp2(mosaic.products(multiply, PAIRS_SHAPE))
 
 
 def _ones_where(mask) -> jax.Array:

@@ -187,14 +187,18 @@ def gradients(q, k, high, low, errors, do, dv, beta, starts, ends, *, scale: flo
                 plgpu.commit_smem()
                 met = channel_decays.meet(rows, columns, level)
 
-                def pairs(*tiles):
-                    found = sum(_wide(tile) for tile in tiles)
-                    return jnp.where(met, found, 0.0).astype(k.dtype)
-
                 def multiply(asked, others):
-                    mosaic.multiply(asked, pairs(pair_tiles.at[0].T), x_tile)
-                    mosaic.multiply(others, pairs(pair_tiles.at[1], pair_tiles.at[1].T), x_tile)
-                    mosaic.multiply(others, pairs(pair_tiles.at[0]), y_tile)
+                    own_pairs, own_pairs_back, both = (
+                        met * pairs
+                        for pairs in (
+                            mosaic.load(pair_tiles.at[0].T),
+                            mosaic.load(pair_tiles.at[0]),
+                            mosaic.load(pair_tiles.at[1]) + mosaic.load(pair_tiles.at[1].T),
+                        )
+                    )
+                    mosaic.multiply(asked, own_pairs, x_tile)
+                    mosaic.multiply(others, both, x_tile)
+                    mosaic.multiply(others, own_pairs_back, y_tile)
                     return asked[...], others[...]
 
                 asked, others = (weight * x for x in mosaic.products(multiply, PAIRS_SHAPE, PAIRS_SHAPE))

@@ -24,7 +24,7 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
 
     Args:
       q, k: (B, T, H, K), K 64 or 128, T a multiple of 64.
-      high, low: parts of the log-decays like k, whose sum they are.
+      high, low: parts of the log-decays to the base 2, like k, whose sum they are.
       beta: (B, H, T) fp32.
       blocks: that run at the same time. Each warpgroup of theirs takes chunk after chunk.
     """
@@ -83,7 +83,7 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
                     plgpu.copy_smem_to_gmem(tile, target.at[row, tokens, head, part])
                 whole = sum(mosaic.load(x.at[:, part].T).astype(jnp.float32).sum(axis=1) for x in (high_tile, low_tile))
                 channels = pl.ds(chunk * keys + i * PART_CHANNELS, PART_CHANNELS)
-                targets[5].at[row, head, channels][...] = jnp.exp(whole)
+                targets[5].at[row, head, channels][...] = jnp.exp2(whole)
 
         def same_token():
             def multiply(asked):
@@ -115,8 +115,7 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
 
             made = mosaic.products(multiply, PAIRS_SHAPE, PAIRS_SHAPE)
             rows, columns = channel_decays.numbers()
-            later = mosaic.across(rows, PAIRS_SHAPE) > mosaic.down(columns, PAIRS_SHAPE)
-            met = channel_decays.meet(rows, columns, level) & later
+            met = channel_decays.meet_later(rows, columns, level)
             return tuple(x + jnp.where(met, y, 0.0) for x, y in zip(found, made, strict=True))
 
         def step(n, _):

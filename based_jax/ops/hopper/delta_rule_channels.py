@@ -1,11 +1,12 @@
 """The delta rule with a decay for each channel through the Mosaic GPU kernels by chunks: the call and its gradients.
 
-Log-decays go to the kernels in two parts of bf16. The backward pass saves these, what tokens are to each other, queries
-and keys with their decays, and of every chunk its errors and the state before it. Kernels:
+Log-decays go to the kernels to the base 2, in two parts of bf16. The backward pass saves these, what tokens are to each
+other, queries and keys with their decays, and of every chunk its errors and the state before it. Kernels:
 `pallas_kernels/hopper/delta_rule_channels*.py`.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +61,10 @@ delta_rule.defvjp(_fwd, _bwd)
 
 
 def _two_parts(log_decay: BTHK) -> tuple[BTHK, BTHK]:
-    """Return log-decays as two arrays in bf16 whose sum they are.
+    """Return log-decays to the base 2 as two arrays in bf16 whose sum they are.
 
     A conversion to bf16 and back XLA may leave out, but not a reduction of the precision.
     """
+    log_decay = log_decay * math.log2(math.e)
     high = jax.lax.reduce_precision(log_decay, BF16_EXPONENT_BITS, BF16_MANTISSA_BITS)
     return high.astype(jnp.bfloat16), (log_decay - high).astype(jnp.bfloat16)
