@@ -26,7 +26,7 @@ DOCUMENTS = ("squad_questions", "extraction")
 NEEDLES = ("niah_single_1", "niah_single_2", "niah_single_3")
 TIMES = (1, 2, 4, 8)
 """Training lengths of a prompt with a needle."""
-ROWS = 100
+ROWS = 50
 """Prompts that are answered together."""
 
 
@@ -101,7 +101,7 @@ def read(path: Path) -> list[Questions]:
         values = [json.loads(line) for line in lzma.decompress(read_file(path)).splitlines()]
         return [Questions(**value | {"part": Part(**value["part"])}) for value in values]
     except FileNotFoundError:
-        raise UserError(f"There are no questions at '{path}'; `python -m experiments.lm_recall prepare` makes them.")
+        raise UserError(f"There are no questions at '{path}'; `python -m experiments.lm_recall prepare` makes them.") from None
     except (OSError, lzma.LZMAError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"'{path}' holds no questions: {type(error).__name__}.") from error
 

@@ -110,7 +110,7 @@ class Run:
     def __init__(self, point: Point, config: TrainConfig, questions: Sequence[Questions]):
         begin = time.perf_counter()
         self.point, self.config = point, config
-        self._program = train_program(config, parallel.make_mesh())
+        self._program = train_program(config, parallel.make_mesh(devices=jax.devices()[:1]))
         feed = parallel.Feed(self._program.mesh, config.batch_size)
         source = config.data.open(config.batch_size, feed.rows)
         self._read: Callable = lambda step: feed.arrays(source.batch(step))
@@ -149,8 +149,9 @@ class Run:
         }
 
     def _trained(self, told: Callable[[str], None]) -> Trained:
-        config, state, losses = self.config, self._state, []
-        untimed = min(UNTIMED_STEPS, config.steps - 1)
+        config, state = self.config, self._state
+        losses: list[jax.Array] = []
+        untimed, begin = min(UNTIMED_STEPS, config.steps - 1), time.perf_counter()
         with jax.set_mesh(self._program.mesh), read_ahead(self._read, range(config.steps)) as batches:
             for step, batch in enumerate(batches, 1):
                 state, metrics = self._step(state, batch)
