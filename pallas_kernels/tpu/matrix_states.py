@@ -242,7 +242,8 @@ class Block(NamedTuple):
 
     def write(self, refs) -> None:
         """Write gradients of blocks."""
-        for ref, parts in zip(refs, self, strict=False):
+        given = [parts for parts in self if parts is not None]
+        for ref, parts in zip(refs, given, strict=True):
             for n, part in enumerate(parts):
                 ref[0, n] = part.astype(ref.dtype)
 
@@ -250,7 +251,7 @@ class Block(NamedTuple):
 def chunk(plan: Plan, scale: float, table, block: Block, states: list) -> tuple[list, list]:
     """Return the outputs of a chunk's tokens and the states (V, K) after it, by head, given those before it."""
     dtype, by_head = plan.dtype, decays.of_heads(table, block.log_decay, plan.dtype)
-    values = block.v if block.beta is None else corrected(dtype, block, by_head, states)
+    values = block.v if block.beta is None else corrected(dtype, block, columns(block.beta[0]), by_head, states)
     heads = list(zip(block.q, block.k, values, by_head, states, strict=True))
     outputs = [
         scale * (product(decay.pairs(q, k), v, (1, 0), dtype) + product(decay.seen(q), S, (1, 1), dtype))
@@ -259,9 +260,8 @@ def chunk(plan: Plan, scale: float, table, block: Block, states: list) -> tuple[
     return outputs, [decay.kept(S) * S + product(v, decay.left(k), (0, 0), dtype) for _, k, v, decay, S in heads]
 
 
-def corrected(dtype, block: Block, by_head: list[decays.Decays], states: list) -> list:
+def corrected(dtype, block: Block, rates: list, by_head: list[decays.Decays], states: list) -> list:
     """Return what the delta rule writes, by head."""
-    rates = columns(block.beta[0])
     heads = list(zip(rates, block.k, block.v, by_head, states, strict=True))
     right = [beta * (v - product(decay.seen(k), S, (1, 1), dtype)) for beta, k, v, decay, S in heads]
     return solve([beta * decay.pairs(k, k, own=False) for beta, k, _, decay, _ in heads], right, dtype)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     tokens: int
     heads: int
     state: tuple[int, ...]
-    cycles: dict[str, Callable[[bundles.Schedule], int]]
+    cycles: Mapping[str, Callable[[bundles.Schedule], int]]
     flops: float = 0.0
 
 
@@ -79,7 +79,7 @@ def matrix_states(
     values: int = 128,
 ) -> Call:
     """Return a sequence of gated linear attention or, where states are corrected, of the gated delta rule."""
-    sizes = {"rows": rows, "heads": heads, "time": time, "keys": keys, "values": values}
+    sizes: dict[str, Any] = {"rows": rows, "heads": heads, "time": time, "keys": keys, "values": values}
     q, v, gate = (rows, time, heads, keys), (rows, time, heads, values), (rows, time, heads)
 
     def arguments():

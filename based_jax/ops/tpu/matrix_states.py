@@ -55,7 +55,8 @@ def _on_device(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
         return jnp.swapaxes(filled.reshape(*filled.shape[:2], plan.groups, plan.group), 1, 2)
 
     q, k, v = (by_head(x.astype(call.v.dtype)) for x in (call.q, call.k, call.v))
-    plan = kernels.Plan(*k.shape, v.shape[3], v.dtype, by_channel)
+    batch, heads, filled_time, filled_keys = k.shape
+    plan = kernels.Plan(batch, heads, filled_time, filled_keys, v.shape[3], v.dtype, by_channel)
     tokens = kernels.Tokens(
         *(q, k, v),
         by_head(log_decay) if by_channel else by_group(log_decay[..., 0]),
