@@ -1,8 +1,9 @@
-"""The delta rule with one decay a head through the Mosaic GPU kernels by chunks: which calls they take, and gradients.
+"""The delta rule through the Mosaic GPU kernels by chunks: which calls they take, and gradients with one decay a head.
 
 q and k are filled up with zeros to 128 or 256 channels, v to a multiple of 128, which changes no state. Products are of
 bf16, sums and the state fp32. The backward pass saves what tokens are to each other, and of every chunk its errors and
-the state before it. Kernels: `pallas_kernels/hopper/delta_rule*.py`.
+the state before it. Kernels: `pallas_kernels/hopper/delta_rule*.py`; those of `delta_rule_channels.py`, which is for a
+decay of each channel, have names of their own.
 """
 
 import functools
