@@ -61,8 +61,8 @@ def delta_rule(
       beta: how far (B, T, H) the value under a key moves, 0 to 1 (2 for negative eigenvalues).
       scale, state, segment_ids: as of `dplr`.
       impl: one of `dplr`, or "hopper_chunks" (Mosaic GPU kernels on tensor cores; v in bf16, to which q and k are
-        rounded; K at most 256, and 128 where channels have decays of their own), or "tpu_chunks" (a Mosaic TPU kernel; v
-        in bf16 or fp32, to which q and k are rounded; K and V at most 256).
+        rounded; K at most 256, and 128 where channels have decays of their own), or "tpu_chunks" (a Mosaic TPU kernel;
+        v in bf16 or fp32, to which q and k are rounded; K and V at most 256).
 
     Returns:
       As `dplr`.
