@@ -74,7 +74,7 @@ def _sum_of_products(xs: list[jax.Array], y: jax.Array, tile) -> jax.Array:
             mosaic.multiply(total, x, tile)
         return total[...]
 
-    return mosaic.products(multiply, y.shape)
+    return mosaic.products(multiply, (CHUNK_TOKENS, y.shape[1]))
 
 
 def _apart() -> jax.Array:
