@@ -22,7 +22,7 @@ from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_r
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.decode_calls import AttentionPrefillCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_run, target_device_kind, target_platform
+from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind, target_platform
 from based_jax.ops.hopper import attention as hopper_attention
 from based_jax.ops.hopper import window as hopper_window
 from based_jax.ops.tpu import attention as tpu_attention
@@ -322,6 +322,10 @@ def _bands_are_long(call: AttentionCall) -> str | None:
     return _scores_are_many(call) if call.window > MAX_BAND_TOKENS else None
 
 
+def _gradients_not_timed(_call: AttentionCall) -> str:
+    return "it has been right on a device, and its gradients have not been timed"
+
+
 QKV = "q", "k", "v"
 
 ATTENTION = {
@@ -331,7 +335,7 @@ ATTENTION = {
         hopper_attention.compute_by_turns,
         hopper_attention.supports_turns,
         platform="cuda",
-        slower=not_run,
+        slower=_gradients_not_timed,
         specialised=True,
     ),
     "triton_tiles": Implementation(
