@@ -36,6 +36,15 @@ def of_taylor_decode(
     return rows // plan.lanes * heads * (plan.features // turn * of_features + of_tokens + of_chunks)
 
 
+def of_taylor_chunks(schedule: Schedule, time: int, rows: int, heads: int, chunk: int) -> int:
+    """Count a program for each chunk of some heads of a row."""
+    from pallas_kernels.tpu.taylor_chunks import Plan
+
+    assert not schedule.loops
+    plan = Plan(rows, heads, -(-time // chunk) * chunk, chunk)
+    return rows * heads // plan.heads_of_program * plan.chunks * schedule.straight
+
+
 def of_matrix_state_step(schedule: Schedule, state: tuple[int, int, int, int]) -> int:
     """Count a program for the heads that it holds of a row."""
     from pallas_kernels.tpu import matrix_state_step as kernels

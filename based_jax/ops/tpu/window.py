@@ -26,6 +26,8 @@ def supports(call: AttentionCall) -> str | None:
         return f"q, k and v must all be bfloat16 or float32, and are {', '.join(sorted(map(str, dtypes)))}"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         return f"head dims must be at most {MAX_HEAD_DIM}, and are {q.shape[3]} and {v.shape[3]}"
+    if call.sinks:
+        return f"the kernels read windows alone, and {call.sinks} sinks are asked for"
     if call.window > MAX_WINDOW:
         return f"the window must be at most {MAX_WINDOW} keys, and is {call.window}"
     if not q.size * v.size:
