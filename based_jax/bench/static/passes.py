@@ -27,7 +27,7 @@ Kernels = dict[str, Callable[[bundles.Schedule], int]]
 def window(window: int, *, gradients: bool, rows: int = 2, time: int = 2048, heads: int = 16, dim: int = 64) -> Call:
     """Return attention over a window of a sequence."""
     given = (jax.ShapeDtypeStruct((rows, time, heads, dim), jnp.bfloat16),) * 3
-    sizes = {"rows": rows, "time": time, "heads": heads, "window": window}
+    sizes: dict[str, Any] = {"rows": rows, "time": time, "heads": heads, "window": window}
     kernels: Kernels = {"window_forward": functools.partial(bundles.of_window_forward, **sizes)}
     kernels |= {"window_gradients": functools.partial(bundles.of_window_gradients, **sizes)} if gradients else {}
     function = functools.partial(window_attention, window=window)
