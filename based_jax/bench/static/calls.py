@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from based_jax.ops import delta_rule, gated_linear_attention, softmax, taylor_decode
-from based_jax.ops.taylor import expanded_dim
+from based_jax.ops.taylor import expanded_dim, taylor_attention
 from based_jax.ops.tpu import bundles
 
 
@@ -64,6 +64,29 @@ def delta(rows: int = 128, heads: int = 16, keys: int = 128, values: int = 128) 
     cycles = functools.partial(bundles.of_matrix_state_step, state=state)
     moved = 8.0 * math.prod(state)
     return Call(delta_rule.delta_rule_step, arguments, (5,), moved, rows, heads, state, {"matrix_state_step": cycles})
+
+
+def taylor_chunks(
+    values: int, gradients: bool, rows: int = 2, time: int = 2048, heads: int = 16, keys: int = 16
+) -> Call:
+    """Return Taylor attention over a sequence, tokens lying on lanes as they come from projections."""
+    q, v = ((rows, heads, dim, time) for dim in (keys, values))
+
+    def arguments():
+        return [jnp.zeros(x, jnp.bfloat16) for x in (q, q, v, *[v] * gradients)]
+
+    def outputs(*qkv, impl: str):
+        return jnp.moveaxis(taylor_attention(*(jnp.moveaxis(x, 3, 1) for x in qkv), impl=impl)[0], 1, 3)
+
+    def with_gradients(q, k, v, do, impl: str):
+        o, pullback = jax.vjp(functools.partial(outputs, impl=impl), q, k, v)
+        return o, pullback(do)
+
+    cycles = functools.partial(bundles.of_taylor_chunks, rows=rows, time=time, heads=heads)
+    names = ["taylor_chunks", *["taylor_query_gradients", "taylor_key_gradients"] * gradients]
+    moved = 2.0 * (1 + 2 * gradients) * 2 * (math.prod(q) + math.prod(v))
+    function = with_gradients if gradients else outputs
+    return Call(function, arguments, (), moved, rows * time, heads, q, dict.fromkeys(names, cycles))
 
 
 def window(rows: int = 2, time: int = 2048, heads: int = 16, dim: int = 64, window: int = 64) -> Call:
@@ -120,6 +143,10 @@ MATRIX_STATES = {
 
 CALLS: dict[str, Callable[[], Call]] = {
     **{f"Taylor, {dtype}": functools.partial(taylor, dtype) for dtype in taylor_decode.FORMATS},
+    **{
+        f"Taylor by chunks, V {values}" + ", gradients" * gradients: functools.partial(taylor_chunks, values, gradients)
+        for values, gradients in itertools.product((64, 112), (False, True))
+    },
     "gated delta rule": delta,
     "window of 64": window,
     **{name: functools.partial(matrix_states, *options) for name, options in MATRIX_STATES.items()},
