@@ -1,4 +1,4 @@
-"""Decays between the tokens of a chunk, inside TPU kernels: pairs of tokens weighed by what is left of one at the other.
+"""Decays between the tokens of a chunk in TPU kernels: pairs of tokens weighed by what is left of one at the other.
 
 A log-decay between two tokens is a sum of those of the tokens between, made by a table of 0 and 1 on matrix units: it
 loses nothing to larger ones, as a difference of sums from the chunk's beginning would, and is never above 0.
@@ -24,7 +24,6 @@ def table(tokens: int, by_channel: bool) -> jax.Array:
     since, after = s <= t, s > t
     halfway = [near(level, t, s) for level in range(tokens.bit_length() - 1)] * by_channel
     return jnp.asarray(np.concatenate([since, after, *halfway]), jnp.bfloat16)
-
 
 
 def near(level: int, t, s):

@@ -1,4 +1,4 @@
-"""(I + L) U = R for L with nothing on its diagonal and above it, by (I + L)^-1 and matrix units (see `triton/inverses.py`).
+"""(I + L) U = R in TPU kernels, for L with nothing on its diagonal and above it, by (I + L)^-1.
 
 From blocks to blocks of twice their size, which has of both what the lower reads of the upper:
 
@@ -17,38 +17,39 @@ SUBLANES = 8
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def solve(lower, right, dtype):
-    """Return U of L (C, C) and R (C, V), both fp32; (I + L)^-1 is exact, or for bf16 of twice its digits."""
+def solve(lower: list, right: list, dtype) -> list:
+    """Return each head's U of its L (C, C) and R (C, V), fp32; (I + L)^-1 is exact, or for bf16 of twice its digits."""
     return _solve_forward(lower, right, dtype)[0]
 
 
 def _solve_forward(lower, right, dtype):
-    t = inverse(lower, dtype).astype(dtype)
-    u = dot(t, right.astype(dtype))
-    return u, (t, u)
+    ts = [t.astype(dtype) for t in inverses(lower, dtype)]
+    us = [dot(t, r.astype(dtype)) for t, r in zip(ts, right, strict=True)]
+    return us, (ts, us)
 
 
-def _solve_backward(dtype, saved, gradient):
-    t, u = saved
-    right = dot(t, gradient.astype(dtype), (0, 0))
-    return -dot(right.astype(dtype), u.astype(dtype), (1, 1)), right
+def _solve_backward(dtype, saved, gradients):
+    ts, us = saved
+    right = [dot(t, gradient.astype(dtype), (0, 0)) for t, gradient in zip(ts, gradients, strict=True)]
+    return [-dot(r.astype(dtype), u.astype(dtype), (1, 1)) for r, u in zip(right, us, strict=True)], right
 
 
 solve.defvjp(_solve_forward, _solve_backward)
 
 
-def inverse(lower, dtype):
-    """Return (I + L)^-1."""
-    tokens = lower.shape[0]
-    row, column = (lax.broadcasted_iota(jnp.int32, lower.shape, axis) for axis in range(2))
-    inverse = jnp.where(row == column, 1.0, 0.0) - jnp.where((row ^ column) == 1, lower, 0.0)
+def inverses(lower: list, dtype) -> list:
+    """Return (I + L)^-1 of each head, all a level at a time: a level waits for the one before it."""
+    tokens = len(lower[0])
+    row, column = (lax.broadcasted_iota(jnp.int32, lower[0].shape, axis) for axis in range(2))
+    found = [jnp.where(row == column, 1.0, 0.0) - jnp.where((row ^ column) == 1, x, 0.0) for x in lower]
     size = 2
     while size < tokens:
-        below = jnp.where(((row ^ column) & -size) == size, lower, 0.0)
-        rows = of_second_halves(inverse, size)
-        rows = rows - exact_dot(exact_dot(rows, below, dtype), inverse, dtype)
-        inverse, size = with_second_halves(inverse, rows, size), 2 * size
-    return inverse
+        below = [jnp.where(((row ^ column) & -size) == size, x, 0.0) for x in lower]
+        rows = [of_second_halves(x, size) for x in found]
+        read = [exact_dot(x, y, dtype) for x, y in zip(rows, below, strict=True)]
+        rows = [x - exact_dot(y, whole, dtype) for x, y, whole in zip(rows, read, found, strict=True)]
+        found, size = [with_second_halves(x, y, size) for x, y in zip(found, rows, strict=True)], 2 * size
+    return found
 
 
 def of_second_halves(x, size: int):

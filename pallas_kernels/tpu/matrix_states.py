@@ -1,7 +1,7 @@
 """Matrix states that decay, by chunks of tokens on matrix units: gated linear attention and the delta rule.
 
-With the state S before a chunk of C tokens, and c_t the sum of its log-decays up to token t, one a head or one a channel
-of keys (arXiv 2312.06635, section 4; 2406.06484, section 3.2; 2510.26692, section 3):
+With the state S before a chunk of C tokens, and c_t the sum of its log-decays up to token t, one a head or one a
+channel of keys (arXiv 2312.06635, section 4; 2406.06484, section 3.2; 2510.26692, section 3):
 
     O = scale (P U + Q S)         P_ts = sum_i q_ti k_si exp(c_ti - c_si), s <= t         Q_t = exp(c_t) q_t
     S' = exp(c_C) S + K^T U       K_t = exp(c_C - c_t) k_t
@@ -12,8 +12,9 @@ the state and the tokens before, as far as its rate goes, with P of k in the pla
     (I + diag(beta) L) U = diag(beta) (V - A S)           L_ts = sum_i k_ti k_si exp(c_ti - c_si), s < t
                                                           A_t = exp(c_t) k_t
 
-`forward` walks over the chunks with S in VMEM. `reverse` walks back with its gradient: it makes each chunk anew from the
-state before it, and JAX the gradients of that. No exponent is above 0, and none is a difference of sums: see `decays.py`.
+`forward` walks over the chunks with S in VMEM. `reverse` walks back with its gradient: it makes each chunk anew from
+the state before it, and JAX the gradients of that. No exponent is above 0, and none is a difference of sums
+(`decays.py`). A state lies with V on sublanes and K on lanes, where decays of channels are.
 """
 
 import functools
@@ -30,11 +31,11 @@ from pallas_kernels.tpu.inverses import solve
 from pallas_kernels.tpu.products import columns, product
 
 MAX_CHUNK_TOKENS, MIN_CHUNK_TOKENS = 128, 16
-MAX_HEADS = 4
-"""Of a program, whose work is unrolled for the scheduler to interleave."""
-MAX_STATE_BYTES = 1 << 20
-"""Of a program's states."""
-VMEM_BYTES = 64 << 20
+MAX_HEADS, MAX_HEADS_BY_CHANNEL = 4, 2
+"""Of a program, whose work is unrolled for the scheduler to interleave, of states of `UNIT_STATE` elements: more of
+them take fewer bundles a head, and longer to compile."""
+UNIT_STATE, FP32_UNITS = 128 * 128, 3
+VMEM_BYTES = 60 << 20
 
 
 class Tokens(NamedTuple):
@@ -63,12 +64,14 @@ class Plan(NamedTuple):
     keys: int
     values: int
     dtype: jnp.dtype
+    by_channel: bool
 
     @classmethod
     def of(cls, tokens: Tokens) -> "Plan":
         """Return that of these tokens."""
         (batch, heads, time, keys), values = tokens.k.shape, tokens.v.shape[3]
-        return cls(batch, heads, time, keys, values, tokens.v.dtype)
+        by_channel = tokens.log_decay.shape == tokens.k.shape
+        return cls(batch, heads, time, keys, values, tokens.v.dtype, by_channel)
 
     @property
     def chunk(self) -> int:
@@ -83,12 +86,19 @@ class Plan(NamedTuple):
     @property
     def group(self) -> int:
         """Heads of a program."""
-        return heads_of_program(self.heads, self.keys, self.values)
+        units = -(-self.keys * self.values // UNIT_STATE) * (FP32_UNITS if self.dtype == jnp.float32 else 1)
+        most = (MAX_HEADS_BY_CHANNEL if self.by_channel else MAX_HEADS) // units
+        return next((n for n in range(most, 1, -1) if self.heads % n == 0), 1)
+
+    @property
+    def groups(self) -> int:
+        """Of heads."""
+        return self.heads // self.group
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """Rows, groups of heads, and chunks one after another."""
-        return self.batch, self.heads // self.group, self.chunks
+        return self.batch, self.groups, self.chunks
 
     def of_tokens(self, x, chunk_at) -> pl.BlockSpec:
         """Return a program's block of an array of `Tokens`."""
@@ -129,12 +139,6 @@ def chunk_tokens(time: int) -> int:
     return min(MAX_CHUNK_TOKENS, max(MIN_CHUNK_TOKENS, 1 << (time - 1).bit_length()))
 
 
-def heads_of_program(heads: int, keys: int, values: int) -> int:
-    """Return how many heads a program takes."""
-    most = min(MAX_HEADS, MAX_STATE_BYTES // (4 * keys * values))
-    return next((n for n in range(most, 1, -1) if heads % n == 0), 1)
-
-
 @functools.partial(jax.jit, static_argnames=("scale", "with_starts"))
 def forward(tokens: Tokens, state, *, scale: float, with_starts: bool):
     """Return o like v, the state (B, H, V, K) fp32 after the last token, and where asked for those before every chunk.
@@ -143,7 +147,7 @@ def forward(tokens: Tokens, state, *, scale: float, with_starts: bool):
     K) in the tokens' dtype.
     """
     plan, given = Plan.of(tokens), [x for x in tokens if x is not None]
-    table = decays.table(plan.chunk, tokens.log_decay.shape[1] == plan.heads)
+    table = decays.table(plan.chunk, plan.by_channel)
     starts = jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.chunks, plan.values, plan.keys), plan.dtype)
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (tokens.v, state)]
 
@@ -188,7 +192,7 @@ def reverse(tokens: Tokens, starts, do, dlast, *, scale: float):
       dlast: the gradient of the state after the last token.
     """
     plan, given = Plan.of(tokens), [x for x in tokens if x is not None]
-    table = decays.table(plan.chunk, tokens.log_decay.shape[1] == plan.heads)
+    table = decays.table(plan.chunk, plan.by_channel)
 
     def body(table_ref, dlast_ref, starts_ref, do_ref, *refs):
         blocks, targets, [dstate_ref, running] = split(refs, len(given), len(given))
@@ -200,9 +204,7 @@ def reverse(tokens: Tokens, starts, do, dlast, *, scale: float):
 
         heads = range(plan.group)
         states = [starts_ref[0, head, 0].astype(jnp.float32) for head in heads]
-        _, pullback = jax.vjp(
-            functools.partial(chunk, plan, scale, table_ref[...]), Block.read(blocks, plan), states
-        )
+        _, pullback = jax.vjp(functools.partial(chunk, plan, scale, table_ref[...]), Block.read(blocks, plan), states)
         gradients = [do_ref[0, head].astype(jnp.float32) for head in heads], [running[head] for head in heads]
         dblock, dstates = pullback(gradients)
         dblock.write(targets)
@@ -220,9 +222,7 @@ def reverse(tokens: Tokens, starts, do, dlast, *, scale: float):
     in_specs = [plan.of_table(table), plan.of_state(), plan.of_chunk_state(at), plan.of_tokens(do, at), *by_token]
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*given, dlast)]
     arguments = [table, dlast, starts, do, *given]
-    return plan.launch(
-        body, "matrix_states_reverse", arguments, in_specs, results, [*by_token, plan.of_state()]
-    )
+    return plan.launch(body, "matrix_states_reverse", arguments, in_specs, results, [*by_token, plan.of_state()])
 
 
 class Block(NamedTuple):
@@ -249,21 +249,19 @@ class Block(NamedTuple):
 
 def chunk(plan: Plan, scale: float, table, block: Block, states: list) -> tuple[list, list]:
     """Return the outputs of a chunk's tokens and the states (V, K) after it, by head, given those before it."""
-    by_head = decays.of_heads(table, block.log_decay, plan.dtype)
-    rates = [None] * plan.group if block.beta is None else columns(block.beta[0])
-    found = [
-        attend(plan.dtype, scale, *tokens, S)
-        for *tokens, S in zip(block.q, block.k, block.v, by_head, rates, states, strict=True)
+    dtype, by_head = plan.dtype, decays.of_heads(table, block.log_decay, plan.dtype)
+    values = block.v if block.beta is None else corrected(dtype, block, by_head, states)
+    heads = list(zip(block.q, block.k, values, by_head, states, strict=True))
+    outputs = [
+        scale * (product(decay.pairs(q, k), v, (1, 0), dtype) + product(decay.seen(q), S, (1, 1), dtype))
+        for q, k, v, decay, S in heads
     ]
-    outputs, states = zip(*found, strict=True)
-    return list(outputs), list(states)
+    return outputs, [decay.kept(S) * S + product(v, decay.left(k), (0, 0), dtype) for _, k, v, decay, S in heads]
 
 
-def attend(dtype, scale: float, q, k, v, decay: decays.Decays, beta, S):
-    """Return a head's outputs and the state after them."""
-    if beta is not None:
-        right = beta * (v - product(decay.seen(k), S, (1, 1), dtype))
-        v = solve(beta * decay.pairs(k, k, own=False), right, dtype)
-    read = product(decay.seen(q), S, (1, 1), dtype)
-    o = product(decay.pairs(q, k), v, (1, 0), dtype) + read
-    return scale * o, decay.kept(S) * S + product(v, decay.left(k), (0, 0), dtype)
+def corrected(dtype, block: Block, by_head: list[decays.Decays], states: list) -> list:
+    """Return what the delta rule writes, by head."""
+    rates = columns(block.beta[0])
+    heads = list(zip(rates, block.k, block.v, by_head, states, strict=True))
+    right = [beta * (v - product(decay.seen(k), S, (1, 1), dtype)) for beta, k, v, decay, S in heads]
+    return solve([beta * decay.pairs(k, k, own=False) for beta, k, _, decay, _ in heads], right, dtype)

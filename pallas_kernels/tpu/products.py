@@ -1,6 +1,6 @@
 """Products of matrices inside TPU kernels: of bf16 with sums in fp32, or exact, with gradients of the same kind.
 
-The gradients are those of a kernel that calls `jax.vjp` on its own mathematics. JAX's own of a product would mix dtypes.
+The gradients are those of a kernel that calls `jax.vjp` on its own mathematics; JAX's of a product would mix dtypes.
 """
 
 import functools

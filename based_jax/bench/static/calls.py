@@ -1,4 +1,4 @@
-"""The calls that are compiled: a token of each state, and over a sequence a window's attention and matrix states."""
+"""The calls that are compiled: a token of each state, and matrix states over a sequence."""
 
 import functools
 import itertools
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from based_jax.ops import delta_rule, gated_linear_attention, softmax, taylor_decode
-from based_jax.ops.taylor import expanded_dim, taylor_attention
+from based_jax.ops import delta_rule, gated_linear_attention, taylor_decode
+from based_jax.ops.taylor import expanded_dim
 from based_jax.ops.tpu import bundles
 
 
@@ -25,6 +25,7 @@ class Call(NamedTuple):
       tokens, heads: over which bundles are divided.
       state: its shape, or that of q.
       cycles: by the names of its kernels, of all programs of each by their schedule.
+      flops: that its products need, where they may take longer than its bytes.
     """
 
     function: Callable
@@ -35,6 +36,7 @@ class Call(NamedTuple):
     heads: int
     state: tuple[int, ...]
     cycles: dict[str, Callable[[bundles.Schedule], int]]
+    flops: float = 0.0
 
 
 def taylor(dtype: str, rows: int = 128, heads: int = 16, keys: int = 16, values: int = 112, room: int = 16) -> Call:
@@ -66,43 +68,6 @@ def delta(rows: int = 128, heads: int = 16, keys: int = 128, values: int = 128) 
     return Call(delta_rule.delta_rule_step, arguments, (5,), moved, rows, heads, state, {"matrix_state_step": cycles})
 
 
-def taylor_chunks(
-    values: int, gradients: bool, rows: int = 2, time: int = 2048, heads: int = 16, keys: int = 16
-) -> Call:
-    """Return Taylor attention over a sequence, tokens lying on lanes as they come from projections."""
-    q, v = ((rows, heads, dim, time) for dim in (keys, values))
-
-    def arguments():
-        return [jnp.zeros(x, jnp.bfloat16) for x in (q, q, v, *[v] * gradients)]
-
-    def outputs(*qkv, impl: str):
-        return jnp.moveaxis(taylor_attention(*(jnp.moveaxis(x, 3, 1) for x in qkv), impl=impl)[0], 1, 3)
-
-    def with_gradients(q, k, v, do, impl: str):
-        o, pullback = jax.vjp(functools.partial(outputs, impl=impl), q, k, v)
-        return o, pullback(do)
-
-    cycles = functools.partial(bundles.of_taylor_chunks, rows=rows, time=time, heads=heads)
-    names = ["taylor_chunks", *["taylor_query_gradients", "taylor_key_gradients"] * gradients]
-    moved = 2.0 * (1 + 2 * gradients) * 2 * (math.prod(q) + math.prod(v))
-    function = with_gradients if gradients else outputs
-    return Call(function, arguments, (), moved, rows * time, heads, q, dict.fromkeys(names, cycles))
-
-
-def window(rows: int = 2, time: int = 2048, heads: int = 16, dim: int = 64, window: int = 64) -> Call:
-    """Return attention over a window of a sequence, in JAX's splash attention."""
-    shape = rows, time, heads, dim
-
-    def arguments():
-        return (jnp.zeros(shape, jnp.bfloat16),) * 3
-
-    cycles = functools.partial(bundles.of_window_attention, rows=rows, time=time, heads=heads, window=window)
-    function = functools.partial(softmax.window_attention, window=window)
-    moved = 4 * 2.0 * math.prod(shape)
-    kernels = {"splash_mha_fwd_no_residuals": cycles}
-    return Call(function, arguments, (), moved, rows * time, heads, shape, kernels)
-
-
 def matrix_states(
     by_channel: bool,
     corrected: bool,
@@ -114,7 +79,7 @@ def matrix_states(
     values: int = 128,
 ) -> Call:
     """Return a sequence of gated linear attention or, where states are corrected, of the gated delta rule."""
-    sizes = {"rows": rows, "time": time, "heads": heads, "keys": keys, "values": values}
+    sizes = {"rows": rows, "heads": heads, "time": time, "keys": keys, "values": values}
     q, v, gate = (rows, time, heads, keys), (rows, time, heads, values), (rows, time, heads)
 
     def arguments():
@@ -127,7 +92,7 @@ def matrix_states(
         (o, _), pullback = jax.vjp(lambda *x: operation(*x, impl=impl), *arguments)
         return o, pullback((o, jnp.zeros((rows, heads, keys, values))))
 
-    cycles = functools.partial(bundles.of_matrix_states, **sizes)
+    cycles = functools.partial(bundles.of_matrix_states, by_channel=by_channel, **sizes)
     kernels = {"matrix_states_forward": cycles} | ({"matrix_states_reverse": cycles} if gradients else {})
     moved = float(sum(x.size * x.dtype.itemsize for x in (*jax.eval_shape(arguments), *jax.eval_shape(arguments)[2:3])))
     function = with_gradients if gradients else operation
@@ -143,11 +108,6 @@ MATRIX_STATES = {
 
 CALLS: dict[str, Callable[[], Call]] = {
     **{f"Taylor, {dtype}": functools.partial(taylor, dtype) for dtype in taylor_decode.FORMATS},
-    **{
-        f"Taylor by chunks, V {values}" + ", gradients" * gradients: functools.partial(taylor_chunks, values, gradients)
-        for values, gradients in itertools.product((64, 112), (False, True))
-    },
     "gated delta rule": delta,
-    "window of 64": window,
     **{name: functools.partial(matrix_states, *options) for name, options in MATRIX_STATES.items()},
 }

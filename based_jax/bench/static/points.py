@@ -9,19 +9,29 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 
 from based_jax import devices
-from based_jax.aot import topology
+from based_jax.aot import costs, topology
+from based_jax.aot.hlo import Program
+from based_jax.aot.kernels import kernels as kernels_of
+from based_jax.aot.report import ON_CHIP
 from based_jax.bench import rows
-from based_jax.bench.static import schedules
-from based_jax.bench.static.calls import CALLS
+from based_jax.bench.static import calls, passes, schedules
 from based_jax.errors import UserError
 
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "v7x:2x2x1"}
 CORES = {"v5p": 2}
 """Over which the programs of one of JAX's devices are divided, where they are several."""
-POINTS = {f"{call} {chip} {impl}": (call, chip, impl) for call in CALLS for chip in SLICES for impl in ("tpu", "xla")}
+CALLS = calls.CALLS | passes.CALLS
+FORMS = "tpu", "xla"
+POINTS = {
+    f"{call} {chip} {impl}": (call, chip, impl)
+    for call in CALLS
+    for chip in SLICES
+    for impl in passes.FORMS.get(call, FORMS)
+}
 LARGEST_GROWTH = 1.1
 """Of a kernel's bundles, before it is told as a regression."""
 
@@ -46,11 +56,15 @@ def row_of(name: str, dump: Path) -> dict[str, Any]:
     of, chip, impl = POINTS[name]
     call, device = CALLS[of](), topology.find(SLICES[chip]).devices[0]
     schedules.empty(dump)
-    text = compiled_text(functools.partial(call.function, impl=impl), call.arguments, device, call.donated)
+    function = functools.partial(call.function, impl=impl)
+    text = compiled_text(function, call.arguments, device, call.donated)
     entry = text[text.index("\nENTRY ") :]
     kernels = {name: schedules.of_kernel(dump, name) for name in call.cycles} if impl == "tpu" else {}
     in_kernels = sum(call.cycles[name](schedule) for name, schedule in kernels.items())
     cycles = in_kernels // CORES.get(chip, 1) if kernels else cycles_of_xla(text)
+    spilled = sum(schedules.spills(dump, part) for part in kernels or [""])
+    free = compiled_text(function, call.arguments, device, layout=Layout.AUTO) if kernels else text
+    program = Program(free)
     copied = COPIED.findall(entry)
     known = devices.find(device.device_kind)
     assert known is not None and known.hbm_bytes_per_second is not None
@@ -65,10 +79,14 @@ def row_of(name: str, dump: Path) -> dict[str, Any]:
         "cycles": cycles,
         "bundles_per_token_and_head": cycles / call.tokens / call.heads,
         "schedules": kernels or None,
-        "spills": sum(schedules.spills(dump, part) for part in kernels or [""]),
+        "spills": spilled,
         "vmem_bytes": max(map(int, VMEM.findall(text)), default=None),
         "copies": len(copied),
         "copied": ",".join(map(str, call.state)) in copied,
+        "relayouts": sum(of.copies for of in kernels_of(program).values()) if kernels else None,
+        "program_bytes": costs.memory_bytes(program, ON_CHIP["tpu"]),
+        "program_flops": costs.flops(program),
+        "flops": call.flops,
         "device": device.device_kind,
         "versions": {library: importlib.metadata.version(library) for library in ("jax", "jaxlib", "libtpu")},
         **rows.origin(),
@@ -76,16 +94,25 @@ def row_of(name: str, dump: Path) -> dict[str, Any]:
 
 
 def compiled_text(
-    function: Callable, arguments: Callable[[], tuple], device: jax.Device, donated: tuple[int, ...] = ()
+    function: Callable,
+    arguments: Callable[[], tuple],
+    device: jax.Device,
+    donated: tuple[int, ...] = (),
+    layout: Any = None,
 ) -> str:
-    """Return what a call is compiled to for a device, that may write donated arguments."""
+    """Return what a call is compiled to for a device, that may write donated arguments.
+
+    Arguments and results are laid out as a call's are by default, or as `layout` says.
+    """
     mesh = Mesh(np.asarray([device]), ("data",))
     given = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, jax.P())),
         jax.eval_shape(arguments),
     )
+    free = Format(layout, NamedSharding(mesh, jax.P()))
+    options: dict[str, Any] = {} if layout is None else {"in_shardings": free, "out_shardings": free}
     with jax.set_mesh(mesh):
-        return jax.jit(function, donate_argnums=donated).trace(*given).lower().compile().as_text() or ""
+        return jax.jit(function, donate_argnums=donated, **options).trace(*given).lower().compile().as_text() or ""
 
 
 def cycles_of_xla(text: str) -> int:

@@ -50,9 +50,9 @@ def _on_device(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     # Pallas' TPU modules take half a second to import and are needed only here and below.
     from pallas_kernels.tpu import matrix_states as kernels
 
-    (_, time, heads, keys), values = call.q.shape, call.v.shape[3]
+    (_, time, _, keys), values = call.q.shape, call.v.shape[3]
     call, _ = segments.separated(call)  # padding has queries of 0, and so its outputs are 0
-    chunk, group = kernels.chunk_tokens(time), kernels.heads_of_program(heads, keys, values)
+    chunk, by_channel = kernels.chunk_tokens(time), call.log_decay.shape[3] > 1
     state = empty_state(call) if call.state is None else call.state.astype(jnp.float32)
     log_decay = jnp.maximum(call.log_decay.astype(jnp.float32), MIN_LOG_DECAY)
 
@@ -61,12 +61,13 @@ def _on_device(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
 
     def by_group(x):
         filled = sharded.fill(x.astype(jnp.float32), {1: chunk})
-        return jnp.swapaxes(filled.reshape(*filled.shape[:2], heads // group, group), 1, 2)
+        return jnp.swapaxes(filled.reshape(*filled.shape[:2], plan.groups, plan.group), 1, 2)
 
+    q, k, v = (by_head(x.astype(call.v.dtype)) for x in (call.q, call.k, call.v))
+    plan = kernels.Plan(*k.shape, v.shape[3], v.dtype, by_channel)
     tokens = kernels.Tokens(
-        *(by_head(x.astype(call.v.dtype)) for x in (call.q, call.k)),
-        by_head(call.v),
-        by_head(log_decay) if log_decay.shape[3] > 1 else by_group(log_decay[..., 0]),
+        *(q, k, v),
+        by_head(log_decay) if by_channel else by_group(log_decay[..., 0]),
         None if call.beta is None else by_group(call.beta),
     )
     filled = jnp.swapaxes(sharded.fill(state, {2: DIM_MULTIPLE, 3: DIM_MULTIPLE}), 2, 3)
