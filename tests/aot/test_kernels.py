@@ -23,7 +23,8 @@ ENTRY %main (x: f32[128,128]) -> f32[128,128] {{
   %fusion = f32[128,128]{ROWS} fusion(%x), kind=kLoop, calls=%moved
   %fusion.1 = f32[128,128]{ROWS} fusion(%x), kind=kLoop, calls=%scaled
   %here = f32[128,128]{ON_CHIP} copy(%fusion.1)
-  %walk.7 = (f32[128,128]{ROWS}, f32[128,128]{ROWS}) {KERNEL.format("%fusion, %here, %fusion")}
+  %named = f32[128,128]{ROWS} bitcast(%fusion)
+  %walk.7 = (f32[128,128]{ROWS}, f32[128,128]{ROWS}) {KERNEL.format("%fusion, %here, %named")}
   %one = f32[128,128]{ROWS} get-tuple-element(%walk.7), index=0
   %back = f32[128,128]{COLUMNS} copy(%one)
   %walk.8 = f32[128,128]{ROWS} {KERNEL.format("%here, %here")}
