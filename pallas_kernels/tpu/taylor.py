@@ -50,7 +50,7 @@ def forward(q, k, v, state=None, documents: Documents | None = None, *, scale: f
         blocks = [*inputs, *outputs, *states]
         staggered(
             [
-                chunk_of_head(*(block.at[0, head] for block in blocks), links, scale)
+                chunk_of_head(*(block.at[0, head] for block in blocks), links=links, scale=scale)
                 for head in range(plan.heads_of_program)
             ]
         )

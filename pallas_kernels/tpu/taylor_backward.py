@@ -54,7 +54,7 @@ def query_gradients(
         blocks = [*inputs, *outputs, *states]
         staggered(
             [
-                query_gradient(*(block.at[0, head] for block in blocks), links, scale)
+                query_gradient(*(block.at[0, head] for block in blocks), links=links, scale=scale)
                 for head in range(plan.heads_of_program)
             ]
         )
@@ -98,7 +98,7 @@ def key_gradients(
         blocks = [*inputs, *outputs, *states]
         staggered(
             [
-                key_gradient(*(block.at[0, head] for block in blocks), links, scale)
+                key_gradient(*(block.at[0, head] for block in blocks), links=links, scale=scale)
                 for head in range(plan.heads_of_program)
             ]
         )

@@ -141,9 +141,9 @@ class Links(NamedTuple):
 def staggered(heads: list[Iterator[None]]) -> None:
     """Run what each head has to do, each a stage behind the head before, so that products of one fill waits of others.
 
-    A schedule of all stages of a head before those of the next takes a tenth to a sixth more bundles.
+    libtpu's schedule follows the order of the program: one head after the other takes 4 to 25 % more bundles.
     """
-    under_way = []
+    under_way: list[Iterator[None]] = []
     while heads or under_way:
         if heads:
             under_way.append(heads.pop(0))
