@@ -51,13 +51,8 @@ def query_gradients(
     def body(held, inputs, first, numbers, outputs, states):
         begin(states[0], first)
         links = Links.of(plan, tokens, numbers, held)
-        blocks = [*inputs, *outputs, *states]
-        staggered(
-            [
-                query_gradient(*(block.at[0, head] for block in blocks), links=links, scale=scale)
-                for head in range(plan.heads_of_program)
-            ]
-        )
+        by_head = plan.by_head(*inputs, *outputs, *states)
+        staggered([query_gradient(refs, links, scale) for refs in by_head])
 
     results = [like(v, q.shape, q.dtype)]
     return plan.call(
@@ -65,8 +60,9 @@ def query_gradients(
     )[:1]
 
 
-def query_gradient(q, k, v, do, back, dq, state, links: Links, scale: float) -> Iterator[None]:
+def query_gradient(refs, links: Links, scale: float) -> Iterator[None]:
     """Write dq (K, C), and the state after a chunk; stages end in yields."""
+    q, k, v, do, back, dq, state = refs
     q, k, v, dtype = q[...].astype(jnp.float32) * scale, k[...], v[...], v.dtype
     near = 1.0 + dot(k, q.astype(dtype), 0)
     g, v = gradients_of_sums(do[...], back[...]), with_ones(v)
@@ -95,13 +91,8 @@ def key_gradients(
     def body(held, inputs, first, numbers, outputs, states):
         begin(states[0], first)
         links = Links.of(plan, tokens, numbers, held, keys_dimension=1)
-        blocks = [*inputs, *outputs, *states]
-        staggered(
-            [
-                key_gradient(*(block.at[0, head] for block in blocks), links=links, scale=scale)
-                for head in range(plan.heads_of_program)
-            ]
-        )
+        by_head = plan.by_head(*inputs, *outputs, *states)
+        staggered([key_gradient(refs, links, scale) for refs in by_head])
 
     results = [like(v, k.shape, k.dtype), like(v, v.shape, v.dtype)]
     return plan.call(
@@ -109,8 +100,9 @@ def key_gradients(
     )
 
 
-def key_gradient(q, k, v, do, back, dk, dv, state, links: Links, scale: float) -> Iterator[None]:
+def key_gradient(refs, links: Links, scale: float) -> Iterator[None]:
     """Write dk (K, C), dv (V, C), and R before a chunk; stages end in yields."""
+    q, k, v, do, back, dk, dv, state = refs
     q, k, v, dtype = q[...].astype(jnp.float32) * scale, k[...], v[...], v.dtype
     scaled, keys, values = q.astype(dtype), k.astype(jnp.float32), v.shape[0]
     near = 1.0 + dot(scaled, k, 0)

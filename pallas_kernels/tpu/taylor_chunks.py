@@ -75,6 +75,10 @@ class Plan(NamedTuple):
         """Return a program's block of the documents' numbers."""
         return pl.BlockSpec((1, 1, self.chunk), lambda row, group, step, *_: (row, 0, self.place(step)))
 
+    def by_head(self, *blocks) -> list[list]:
+        """Return each head's part of a program's blocks."""
+        return [[block.at[0, head] for block in blocks] for head in range(self.heads_of_program)]
+
     def call(self, body, tokens, state, documents: Documents | None, token_results, state_result, *, name: str):
         """Run `body(held, tokens, first, numbers, token_results, state)`, of which the last four are lists."""
         first = [] if state is None else [state]
