@@ -42,7 +42,9 @@ def forward(q, k, v, state=None, documents: Documents | None = None, *, scale: f
       tokens: of a row, besides those that fill it up.
       chunk: tokens of a program.
     """
-    plan = Plan.of(v, chunk)
+    rows, heads, values, time = v.shape
+    after = like(v, (rows, heads, values + SUM_ROWS, number_of_features(q.shape[2])))
+    plan = Plan.of(v, after, chunk)
 
     def body(held, inputs, first, numbers, outputs, states):
         begin(states[0], first)
@@ -50,10 +52,8 @@ def forward(q, k, v, state=None, documents: Documents | None = None, *, scale: f
         by_head = plan.by_head(*inputs, *outputs, *states)
         staggered([chunk_of_head(refs, links, scale) for refs in by_head])
 
-    rows, heads, values, time = v.shape
-    after = rows, heads, values + SUM_ROWS, number_of_features(q.shape[2])
     results = [like(v, v.shape, v.dtype), like(v, (rows, heads, 1, time))]
-    return plan.call(body, (q, k, v), state, documents, results, like(v, after), name="taylor_chunks")
+    return plan.call(body, (q, k, v), state, documents, results, after, name="taylor_chunks")
 
 
 def chunk_of_head(refs, links: Links, scale: float) -> Iterator[None]:

@@ -46,7 +46,8 @@ def query_gradients(
       back: (B, H, 2, T) fp32, the inverse of the doubled normaliser, 0 where that is, and h.
       state: (B, H, E, V + SUM_ROWS) fp32 with its normaliser twice, None for the empty one.
     """
-    plan = Plan.of(v, chunk)
+    after = state_type(q, v)
+    plan = Plan.of(v, after, chunk)
 
     def body(held, inputs, first, numbers, outputs, states):
         begin(states[0], first)
@@ -55,9 +56,7 @@ def query_gradients(
         staggered([query_gradient(refs, links, scale) for refs in by_head])
 
     results = [like(v, q.shape, q.dtype)]
-    return plan.call(
-        body, (q, k, v, do, back), state, documents, results, state_type(q, v), name="taylor_query_gradients"
-    )[:1]
+    return plan.call(body, (q, k, v, do, back), state, documents, results, after, name="taylor_query_gradients")[:1]
 
 
 def query_gradient(refs, links: Links, scale: float) -> Iterator[None]:
@@ -86,7 +85,8 @@ def key_gradients(
       state: R behind the last chunk (B, H, E, V + SUM_ROWS) fp32, None for zeros. The sum of its first two columns
         behind values is the gradient of the normaliser.
     """
-    plan = Plan.of(v, chunk, reverse=True)
+    after = state_type(q, v)
+    plan = Plan.of(v, after, chunk, reverse=True)
 
     def body(held, inputs, first, numbers, outputs, states):
         begin(states[0], first)
@@ -95,9 +95,7 @@ def key_gradients(
         staggered([key_gradient(refs, links, scale) for refs in by_head])
 
     results = [like(v, k.shape, k.dtype), like(v, v.shape, v.dtype)]
-    return plan.call(
-        body, (q, k, v, do, back), state, documents, results, state_type(q, v), name="taylor_key_gradients"
-    )
+    return plan.call(body, (q, k, v, do, back), state, documents, results, after, name="taylor_key_gradients")
 
 
 def key_gradient(refs, links: Links, scale: float) -> Iterator[None]:
