@@ -42,27 +42,23 @@ def forward(q, k, v, state=None, documents: Documents | None = None, *, scale: f
       tokens: of a row, besides those that fill it up.
       chunk: tokens of a program.
     """
-    plan = Plan.of(v, chunk)
+    rows, heads, values, time = v.shape
+    after = like(v, (rows, heads, values + SUM_ROWS, number_of_features(q.shape[2])))
+    plan = Plan.of(v, after, chunk)
 
     def body(held, inputs, first, numbers, outputs, states):
         begin(states[0], first)
         links = Links.of(plan, tokens, numbers, held)
-        blocks = [*inputs, *outputs, *states]
-        staggered(
-            [
-                chunk_of_head(*(block.at[0, head] for block in blocks), links, scale)
-                for head in range(plan.heads_of_program)
-            ]
-        )
+        by_head = plan.by_head(*inputs, *outputs, *states)
+        staggered([chunk_of_head(refs, links, scale) for refs in by_head])
 
-    rows, heads, values, time = v.shape
-    after = rows, heads, values + SUM_ROWS, number_of_features(q.shape[2])
     results = [like(v, v.shape, v.dtype), like(v, (rows, heads, 1, time))]
-    return plan.call(body, (q, k, v), state, documents, results, like(v, after), name="taylor_chunks")
+    return plan.call(body, (q, k, v), state, documents, results, after, name="taylor_chunks")
 
 
-def chunk_of_head(q, k, v, o, z, state, links: Links, scale: float) -> Iterator[None]:
+def chunk_of_head(refs, links: Links, scale: float) -> Iterator[None]:
     """Write o (V, C), the doubled normaliser (1, C) and the state after a chunk; stages end in yields."""
+    q, k, v, o, z, state = refs
     q, k, v, (values, chunk), dtype = q[...].astype(jnp.float32) * scale, k[...], v[...], v.shape, v.dtype
     near = 1.0 + dot(k, q.astype(dtype), 0)
     p = jnp.where(links.inside, 1.0 + near * near, 0.0).astype(dtype)

@@ -46,27 +46,22 @@ def query_gradients(
       back: (B, H, 2, T) fp32, the inverse of the doubled normaliser, 0 where that is, and h.
       state: (B, H, E, V + SUM_ROWS) fp32 with its normaliser twice, None for the empty one.
     """
-    plan = Plan.of(v, chunk)
+    after = state_type(q, v)
+    plan = Plan.of(v, after, chunk)
 
     def body(held, inputs, first, numbers, outputs, states):
         begin(states[0], first)
         links = Links.of(plan, tokens, numbers, held)
-        blocks = [*inputs, *outputs, *states]
-        staggered(
-            [
-                query_gradient(*(block.at[0, head] for block in blocks), links, scale)
-                for head in range(plan.heads_of_program)
-            ]
-        )
+        by_head = plan.by_head(*inputs, *outputs, *states)
+        staggered([query_gradient(refs, links, scale) for refs in by_head])
 
     results = [like(v, q.shape, q.dtype)]
-    return plan.call(
-        body, (q, k, v, do, back), state, documents, results, state_type(q, v), name="taylor_query_gradients"
-    )[:1]
+    return plan.call(body, (q, k, v, do, back), state, documents, results, after, name="taylor_query_gradients")[:1]
 
 
-def query_gradient(q, k, v, do, back, dq, state, links: Links, scale: float) -> Iterator[None]:
+def query_gradient(refs, links: Links, scale: float) -> Iterator[None]:
     """Write dq (K, C), and the state after a chunk; stages end in yields."""
+    q, k, v, do, back, dq, state = refs
     q, k, v, dtype = q[...].astype(jnp.float32) * scale, k[...], v[...], v.dtype
     near = 1.0 + dot(k, q.astype(dtype), 0)
     g, v = gradients_of_sums(do[...], back[...]), with_ones(v)
@@ -90,27 +85,22 @@ def key_gradients(
       state: R behind the last chunk (B, H, E, V + SUM_ROWS) fp32, None for zeros. The sum of its first two columns
         behind values is the gradient of the normaliser.
     """
-    plan = Plan.of(v, chunk, reverse=True)
+    after = state_type(q, v)
+    plan = Plan.of(v, after, chunk, reverse=True)
 
     def body(held, inputs, first, numbers, outputs, states):
         begin(states[0], first)
         links = Links.of(plan, tokens, numbers, held, keys_dimension=1)
-        blocks = [*inputs, *outputs, *states]
-        staggered(
-            [
-                key_gradient(*(block.at[0, head] for block in blocks), links, scale)
-                for head in range(plan.heads_of_program)
-            ]
-        )
+        by_head = plan.by_head(*inputs, *outputs, *states)
+        staggered([key_gradient(refs, links, scale) for refs in by_head])
 
     results = [like(v, k.shape, k.dtype), like(v, v.shape, v.dtype)]
-    return plan.call(
-        body, (q, k, v, do, back), state, documents, results, state_type(q, v), name="taylor_key_gradients"
-    )
+    return plan.call(body, (q, k, v, do, back), state, documents, results, after, name="taylor_key_gradients")
 
 
-def key_gradient(q, k, v, do, back, dk, dv, state, links: Links, scale: float) -> Iterator[None]:
+def key_gradient(refs, links: Links, scale: float) -> Iterator[None]:
     """Write dk (K, C), dv (V, C), and R before a chunk; stages end in yields."""
+    q, k, v, do, back, dk, dv, state = refs
     q, k, v, dtype = q[...].astype(jnp.float32) * scale, k[...], v[...], v.dtype
     scaled, keys, values = q.astype(dtype), k.astype(jnp.float32), v.shape[0]
     near = 1.0 + dot(scaled, k, 0)

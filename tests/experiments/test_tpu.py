@@ -1,6 +1,6 @@
 """The rows of experiments/tpu and its table."""
 
-from based_jax.bench.static.points import POINTS
+from based_jax.bench.static.points import FORMS, POINTS
 from experiments.tpu import __main__ as tpu
 
 DECODING = "Taylor, float32", "Taylor, bfloat16", "Taylor, int8", "Taylor, float8_e4m3fn", "gated delta rule"
@@ -27,6 +27,18 @@ def test_kernels_that_auto_takes_over_a_sequence_have_fewer_cycles_than_xla_s_fo
     compared = [(row, rows[f"{row['call']} {row['chip']} xla"]) for row in kernels if row["call"] == "window of 64"]
     compared += [(row, rows[f"{row['call']} v5e xla"]) for row in kernels if row["chip"] == "v5e"]
     assert all(kernel["cycles"] < xla["cycles"] for kernel, xla in compared)
+
+
+def test_taylor_attention_takes_few_bundles_and_no_copies():
+    """Forward, of V 64, on chips of one core a device."""
+    rows = {row["point"]: row for row in tpu.read()}
+    kernels = [row for row in rows.values() if row["impl"] == "tpu" and row["call"].startswith("Taylor by chunks")]
+    assert len(kernels) == 16 and not any(row["relayouts"] or row["copies"] for row in kernels)
+    for chip, most in {"v5e": 1.9, "v6e": 1.5, "v7x": 1.35}.items():
+        kernel, xla = (rows[f"Taylor by chunks {chip} {impl}"]["bundles_per_token_and_head"] for impl in FORMS)
+        assert kernel <= most and 4 * kernel < xla
+        gradients = rows[f"Taylor by chunks, gradients {chip} tpu"]["bundles_per_token_and_head"]
+        assert gradients <= (1 + 2.5) * most
 
 
 def test_what_is_left_to_xla_is_told_by_bytes_and_by_passes():

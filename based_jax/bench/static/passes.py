@@ -16,7 +16,7 @@ from based_jax.ops.cross_entropy import linear_cross_entropy
 from based_jax.ops.gated_conv import gated_short_conv
 from based_jax.ops.norm import residual_rms_norm
 from based_jax.ops.softmax import window_attention
-from based_jax.ops.taylor import taylor_attention
+from based_jax.ops.taylor import expanded_dim, taylor_attention
 from based_jax.ops.tpu import bundles
 
 WIDTH, TAPS, VOCABULARY = 1792, 3, 50_304
@@ -56,8 +56,11 @@ def taylor(values: int, *, gradients: bool, rows: int = 2, time: int = 2048, hea
         return jnp.moveaxis(o, 1, 3)
 
     cycles = functools.partial(bundles.of_taylor_chunks, rows=rows, time=time, heads=heads)
-    names = ["taylor_chunks", *["taylor_query_gradients", "taylor_key_gradients"] * gradients]
-    return _call(function, given, dict.fromkeys(names, cycles), gradients=gradients, tokens=rows * time, heads=heads)
+    forward, backward = (values, expanded_dim(keys)), (expanded_dim(keys), values)
+    kernels: Kernels = {"taylor_chunks": functools.partial(cycles, state=forward)}
+    of_gradients = functools.partial(cycles, state=backward)
+    kernels |= dict.fromkeys(["taylor_query_gradients", "taylor_key_gradients"], of_gradients) if gradients else {}
+    return _call(function, given, kernels, gradients=gradients, tokens=rows * time, heads=heads)
 
 
 def gated_convolution(rows: int = 4, time: int = 2048) -> Call:

@@ -37,12 +37,12 @@ def of_taylor_decode(
     return rows // plan.lanes * heads * (plan.features // turn * of_features + of_tokens + of_chunks)
 
 
-def of_taylor_chunks(schedule: Schedule, rows: int, time: int, heads: int) -> int:
-    """Count a program for each chunk of some heads of a row."""
+def of_taylor_chunks(schedule: Schedule, rows: int, time: int, heads: int, state: tuple[int, int]) -> int:
+    """Count a program for each chunk of some heads of a row, with so large a state."""
     from pallas_kernels.tpu.taylor_chunks import Plan
 
     assert not schedule.loops
-    plan = Plan(rows, heads, time, chunk_tokens(time))
+    plan = Plan(rows, heads, time, state, chunk_tokens(time))
     return rows * heads // plan.heads_of_program * plan.chunks * schedule.straight
 
 

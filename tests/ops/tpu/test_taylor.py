@@ -152,7 +152,7 @@ def test_nothing_is_turned_over_between_projections_and_kernels(name):
 @needs_libtpu
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("sizes", [(8, 112), (24, 128)])
+@pytest.mark.parametrize("sizes", [(8, 112), (24, 128), (32, 128)], ids=str)
 @pytest.mark.parametrize("name", SLICES)
 def test_each_generation_compiles_them(name, sizes, dtype):
     """Packed documents, states and their gradients included."""
