@@ -256,9 +256,7 @@ IMPLEMENTATIONS = {
     "hopper_steps": Implementation(
         functools.partial(_through_dplr, hopper_recurrence.compute), hopper_recurrence.supports, platform="cuda"
     ),
-    "tpu_chunks": Implementation(
-        tpu_matrix_states.compute, tpu_matrix_states.supports, platform="tpu", slower=tpu_matrix_states.slower
-    ),
+    "tpu_chunks": Implementation(tpu_matrix_states.compute, tpu_matrix_states.supports, platform="tpu"),
     "xla_chunks": Implementation(functools.partial(_through_dplr, _chunked)),
     "xla_steps": Implementation(functools.partial(_through_dplr, _recurrent)),
     "oracle": Implementation(functools.partial(_through_dplr, _recurrent)),

@@ -160,12 +160,7 @@ IMPLEMENTATIONS = {
         platform="cuda",
         slower=hopper_gated_linear_attention.slower,
     ),
-    "tpu_chunks": Implementation(
-        read_apart(tpu_matrix_states.compute),
-        tpu_matrix_states.supports,
-        platform="tpu",
-        slower=tpu_matrix_states.slower,
-    ),
+    "tpu_chunks": Implementation(read_apart(tpu_matrix_states.compute), tpu_matrix_states.supports, platform="tpu"),
     "xla_chunks": Implementation(_chunked),
     "xla_quadratic": Implementation(
         functools.partial(_chunked, length=None), preferred="cuda", slower=_one_chunk_is_slower

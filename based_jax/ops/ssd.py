@@ -105,7 +105,7 @@ def _cut(run: sequence.Run, call: SSDCall) -> tuple[BTHP, BHNP]:
 IMPLEMENTATIONS = {
     "triton_chunks": Implementation(triton_ssd.compute, triton_ssd.supports, platform="cuda", slower=triton_ssd.slower),
     "hopper_steps": Implementation(hopper_ssd.compute, hopper_ssd.supports, platform="cuda"),
-    "tpu_chunks": Implementation(tpu_ssd.compute, tpu_ssd.supports, platform="tpu", slower=tpu_ssd.slower),
+    "tpu_chunks": Implementation(tpu_ssd.compute, tpu_ssd.supports, platform="tpu"),
     "xla_chunks": Implementation(functools.partial(_as_attention, impl="xla_chunks")),
     "xla_steps": Implementation(functools.partial(_as_attention, impl="xla_steps")),
     "oracle": Implementation(functools.partial(_as_attention, impl="oracle")),

@@ -44,11 +44,23 @@ def test_a_file_of_other_things_is_refused(tmp_path):
 def row(asked, tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     for name, count in (("train", 40), ("val", 2)):
-        texts = [{"text": f"{i} green bottles hanging on the wall, and {i - 1} after one fell. " * 20} for i in range(count)]
+        texts = [
+            {"text": f"{i} green bottles hanging on the wall, and {i - 1} after one fell. " * 20} for i in range(count)
+        ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, texts)))
     values = {
-        "model": {"vocab_size": 257, "d_model": 16, "layers": [("conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 4})]},
-        "data": {"kind": "text", "tokenizer": "bytes", "seq_len": LENGTH, "path": str(folder), "cache_dir": str(folder)},
+        "model": {
+            "vocab_size": 257,
+            "d_model": 16,
+            "layers": [("conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 4})],
+        },
+        "data": {
+            "kind": "text",
+            "tokenizer": "bytes",
+            "seq_len": LENGTH,
+            "path": str(folder),
+            "cache_dir": str(folder),
+        },
         "optim": {"lr": 3e-3, "warmup_steps": 1, "final_lr": 1e-4},
         "steps": 40,
         "batch_size": 2,

@@ -119,7 +119,7 @@ def test_steps_and_pieces_equal_one_call(normal, close):
         close(o, whole[:, t])
     close(middle, after)
     assert initial_state(6, H, K, V).shape == after.shape
-    forms = {"triton_chunks", "hopper_steps", "xla_chunks", "xla_quadratic", "xla_steps", "oracle"}
+    forms = {"triton_chunks", "hopper_steps", "tpu_chunks", "xla_chunks", "xla_quadratic", "xla_steps", "oracle"}
     assert set(IMPLEMENTATIONS) == forms
 
 

@@ -21,11 +21,7 @@ MAX_DIM, DIM_MULTIPLE = 256, 16
 
 def supports(call: MatrixStateCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
-    return refusal(call.v, call.k.shape[3])
-
-
-def refusal(v: BTHV, keys: int) -> str | None:
-    """Return why no call with these values, and keys of that size, can run, or None."""
+    v, keys = call.v, call.k.shape[3]
     if v.dtype not in DTYPES:
         return f"v must be bfloat16 or float32, and is {v.dtype}"
     if max(keys, v.shape[3]) > MAX_DIM:
@@ -33,11 +29,6 @@ def refusal(v: BTHV, keys: int) -> str | None:
     if not v.size * keys:
         return f"no dimension may be empty, and K is {keys}, v {v.shape}"
     return sharded.mesh_refusal()
-
-
-def slower(call: MatrixStateCall) -> str | None:
-    """Return why XLA is faster, or None."""
-    return None
 
 
 def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:

@@ -12,11 +12,6 @@ def supports(call: SSDCall) -> str | None:
     return matrix_states.supports(as_attention(call))
 
 
-def slower(call: SSDCall) -> str | None:
-    """Return why XLA is faster, or None."""
-    return matrix_states.slower(as_attention(call))
-
-
 def compute(call: SSDCall) -> tuple[BTHP, BHNP]:
     """Return y and the state after the last token, each device for its rows and heads."""
     return matrix_states.compute(as_attention(call))

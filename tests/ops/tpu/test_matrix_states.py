@@ -162,6 +162,15 @@ def test_auto_lowers_for_tpus_each_with_its_rows_and_heads(shape, rows, heads):
     assert f"tensor<{rows}x{heads}x256x128xbf16>" in text
 
 
+def test_lanes_are_programs_of_the_same_kernels():
+    """The interpreter takes no `jax.vmap`: it wants to know of each dimension of a grid whether it is parallel."""
+    call, arguments = trained("delta by channel", K=16, V=16, T=20, H=1)
+    lanes = [jnp.stack([x] * 3) for x in arguments]
+    with tpus():
+        text = jax.jit(jax.vmap(call)).trace(*lanes).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call(") == 2 and "tensor<3x2x1x32x16xbf16>" in text
+
+
 @needs_libtpu
 @pytest.mark.long
 @pytest.mark.parametrize("name", SLICES)
