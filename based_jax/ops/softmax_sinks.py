@@ -72,7 +72,8 @@ class Sinks(NamedTuple):
         if self.starts is None:
             return x[:, : self.count]
         index = jnp.clip(self.starts[..., None] + jnp.arange(self.count)[None, None], 0, x.shape[1] - 1)
-        return jax.vmap(lambda row, index: row[index])(x, index)
+        summed = x.astype(jnp.float32)  # the dtype in which a sink's gradients of all queries are added
+        return jax.vmap(lambda row, index: row[index])(summed, index).astype(x.dtype)
 
     def scores(self, call: AttentionCall, k: Keys) -> Float[Array, "B T H N"]:
         """Return scores, `LOWEST` of what is not seen."""

@@ -74,10 +74,10 @@ class WindowAttention(attention.Attention):
 
     @override
     def _prefill(self, x: BTD, state: TokenCache, segment_ids: SegmentIds | None) -> tuple[BTD, TokenCache]:
-        o, state = self._read_ring(self.rotated_qkv(x, state.length, segment_ids), state, segment_ids)
+        o, state = self._read_kept(self.rotated_qkv(x, state.length, segment_ids), state, segment_ids)
         return self._out(o), state
 
-    def _read_ring(self, qkv, state: TokenCache, segment_ids: SegmentIds | None):
+    def _read_kept(self, qkv, state: TokenCache, segment_ids: SegmentIds | None):
         """Return what queries (B, T, H, D/H) read of the cache and of each other, and the cache with the tokens."""
         q, k, v = qkv
         past, there = state.in_order()
