@@ -69,7 +69,7 @@ class WindowAttention(attention.Attention):
 
     def _read_windows(self, q, k, v, segment_ids: SegmentIds | None):
         """Return what queries (B, T, H, D/H) read of keys and values that stand beside them."""
-        options = {"window": self.config.window, "sinks": self.config.sinks, "impl": self.config.impl}
+        options: dict[str, Any] = {"window": self.config.window, "sinks": self.config.sinks, "impl": self.config.impl}
         return window_attention(q, k, v, segment_ids=segment_ids, **options)
 
     @override
