@@ -186,7 +186,16 @@ def _cut_options(call: AttentionCall) -> dict[str, Any]:
     return {"past": 0, "window": min(call.window, call.q.shape[1]), "root": call.root}
 
 
+def _triton(call: AttentionCall) -> BTHV:
+    """Windows in Triton kernels, and the sinks beside them."""
+    if not call.sinks:
+        return triton_attention.compute(call)
+    o = sharded.per_device(functools.partial(softmax_sinks.attention, TRITON_WINDOW), call)
+    return o if call.segment_ids is None else jnp.where(call.segment_ids[..., None, None] == 0, 0, o)
+
+
 CHUNKED_WINDOW = softmax_sinks.WindowKernel(_read_window, _window_gradients)
+TRITON_WINDOW = softmax_sinks.WindowKernel(triton_attention.read_window, triton_attention.window_gradients)
 
 
 def _recurrent(call: AttentionCall) -> BTHV:
@@ -351,7 +360,7 @@ WINDOW_ATTENTION = {
     "hopper_tiles": Implementation(hopper_window.compute, hopper_window.supports, platform="cuda"),
     "cudnn_flash": Implementation(_cudnn, cudnn_supports, platform="cuda"),
     "triton_tiles": Implementation(
-        triton_attention.compute,
+        _triton,
         triton_attention.supports,
         platform="cuda",
         slower=triton_attention.slower,
