@@ -43,8 +43,9 @@ def test_a_file_of_other_things_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def row(asked, tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    for name, count in (("train", 40), ("val", 2)):
-        texts = [{"text": f"{i} green bottles hanging on the wall, and {i - 1} after one fell. " * 20} for i in range(count)]
+    for name, count, rare in (("train", 40, ""), ("val", 2, "~Q~Q~Q")):
+        line = "{} green bottles hanging on the wall, and {} after one fell. "
+        texts = [{"text": line.format(i, i - 1) * 20 + rare} for i in range(count)]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, texts)))
     values = {
         "model": {"vocab_size": 257, "d_model": 16, "layers": [("conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 4})]},
@@ -62,7 +63,7 @@ def test_a_row_holds_all_that_is_asked(row):
     assert row["status"] == "finished" and len(row["curve"]) == 2 and row["curve"][1] < row["curve"][0] < 7
     assert row["tokens"] == 40 * 2 * LENGTH and row["perplexity"] == row["slices"]["all"]["perplexity"]
     assert row["slices"]["all"]["tokens"] == row["slices"]["recalled"]["tokens"] + row["slices"]["others"]["tokens"] > 0
-    assert row["perplexity"] < 200  # of 257 bytes
+    assert row["slices"]["recalled"]["tokens"] == 2 * 3 and row["perplexity"] < 200  # of 257 bytes
     assert len(row["recall"]) == 8 and all(0 <= x["low"] <= x["value"] <= x["high"] <= 1 for x in row["recall"])
     assert row["trained_per_second"] > 0 < row["written_per_second"]
     assert row["elements_by_length"]["768"] == row["elements_by_length"]["6144"] > 0 < row["stored_bytes_1x"]
