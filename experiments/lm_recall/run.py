@@ -1,7 +1,7 @@
 """Train and measure all that the store has no row of, in the order of the sweep.
 
-A run has the device to itself while it trains and is measured; meanwhile those that follow get ready. Each finished run
-is a row at once, so that the same command goes on wherever it was stopped.
+One run trains or is measured at a time; meanwhile those that follow get ready. Each finished run is a row at once, so
+that the same command goes on wherever it was stopped.
 """
 
 import argparse
@@ -93,15 +93,17 @@ def _train_point(spec: str, place: int, store_path: str, questions: Path, until:
     try:
         run = Run(point, config, asked.read(questions))
         tell(f"ready after {run.seconds_to_prepare:.0f} s")
-        store = Store(store_path)
-        with DeviceLock(jax.devices()[0]):
+        store, device = Store(store_path), DeviceLock(jax.devices()[0])
+        with device:
             rows = store.rows()
             needed = max((row["seconds"] for row in rows), default=0.0)
             if config.id in {row["id"] for row in rows} or time.time() + needed > until:
                 tell("not begun: no time is left")
-                return
-            tell("begins")
-            row = run.row(tell)
+                os._exit(0)  # a thread that compiles would be waited for
+            run.train(tell)
+        run.wait()
+        with device:
+            row = run.row()
             store.append(row | facts_of(name_of(spec), command) | {"model": name.partition(",")[0]})
         tell(f"{row['status']} after {row['seconds']:.0f} s, perplexity {row['perplexity']}")
     except Exception:

@@ -48,14 +48,27 @@ def row(asked, tmp_path_factory):
         texts = [{"text": line.format(i, i - 1) * 20 + rare} for i in range(count)]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, texts)))
     values = {
-        "model": {"vocab_size": 257, "d_model": 16, "layers": [("conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 4})]},
-        "data": {"kind": "text", "tokenizer": "bytes", "seq_len": LENGTH, "path": str(folder), "cache_dir": str(folder)},
+        "model": {
+            "vocab_size": 257,
+            "d_model": 16,
+            "layers": [("conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 4})],
+        },
+        "data": {
+            "kind": "text",
+            "tokenizer": "bytes",
+            "seq_len": LENGTH,
+            "path": str(folder),
+            "cache_dir": str(folder),
+        },
         "optim": {"lr": 3e-3, "warmup_steps": 1, "final_lr": 1e-4},
         "steps": 40,
         "batch_size": 2,
     }
     point = {"optim.lr": 3e-3}
-    return Run(point, load_config(values, point), asked).row(lambda text: None)
+    run = Run(point, load_config(values, point), asked)
+    run.train(lambda text: None)
+    run.wait()
+    return run.row()
 
 
 @pytest.mark.long
