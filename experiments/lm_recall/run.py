@@ -6,16 +6,29 @@ that the same command goes on wherever it was stopped.
 
 import argparse
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
+from multiprocessing import connection
 from pathlib import Path
 
+import jax
+
+from based_jax import compilation
 from based_jax.errors import UserError
 from based_jax.store import Store
+from based_jax.sweep.claims import Claims
+from based_jax.sweep.device_lock import DeviceLock
+from based_jax.sweep.launch import name_of
+from based_jax.sweep.points import Point
+from based_jax.sweep.rows import facts_of
 from based_jax.sweep.trial import load_sweep
+from experiments.lm_recall import questions, sweeps
+from experiments.lm_recall.training import Run
 
 FOLDER = Path(__file__).parent
 SWEEPS, STORE, QUESTIONS = FOLDER / "sweeps.py", FOLDER / "results" / "runs", Path("runs/lm_recall/questions.jsonl.xz")
@@ -38,8 +51,7 @@ def run(args: argparse.Namespace) -> int:
     store.check_writable()
     if args.ready < 1:
         raise UserError(f"--ready is {args.ready}; it is at least 1.")
-    if not args.questions.exists():
-        raise UserError(f"There are no questions at '{args.questions}'; `prepare` makes them.")
+    questions.read(args.questions)
     ids = store.ids()
     left = [place for place, (_, config) in enumerate(sweep.trials()) if config.id not in ids]
     print(f"{len(sweep.trials()) - len(left)} of {len(sweep.trials())} runs have rows.", flush=True)
@@ -50,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _work_off(places: list[int], args: argparse.Namespace, until: float) -> bool:
     """Keep `args.ready` processes, and return whether one has failed."""
-    context, running, failed = multiprocessing.get_context("spawn"), [], False
+    context, failed = multiprocessing.get_context("spawn"), False
+    running: list[multiprocessing.process.BaseProcess] = []
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # what gets ready leaves the memory to what trains
     command = " ".join(["python -m experiments.lm_recall", *sys.argv[1:]])
     try:
@@ -70,41 +83,32 @@ def _work_off(places: list[int], args: argparse.Namespace, until: float) -> bool
     return failed
 
 
-def _train_point(spec: str, place: int, store_path: str, questions: Path, until: float, command: str) -> None:
+def _train_point(spec: str, place: int, store_path: str, asked: Path, until: float, command: str) -> None:
     """Get a run ready, wait for the device, and write its row if there is time for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends of it, and ends this process
-    import jax
-
-    from based_jax import compilation
-    from based_jax.sweep.device_lock import DeviceLock
-    from based_jax.sweep.launch import name_of
-    from based_jax.sweep.rows import facts_of
-    from experiments.lm_recall import questions as asked
-    from experiments.lm_recall.training import Run
-
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     compilation.keep()
-    begin = time.time()
-    point, config = load_sweep(spec).trials()[place]
-    name = _title(point, place)
+    begin, (point, config) = time.time(), load_sweep(spec).trials()[place]
+    name, store = _title(point, place), Store(store_path)
 
     def tell(text: str) -> None:
         print(f"[{time.time() - begin:5.0f} s] {name}: {text}", flush=True)
 
     try:
-        run = Run(point, config, asked.read(questions))
-        tell(f"ready after {run.seconds_to_prepare:.0f} s")
-        store, device = Store(store_path), DeviceLock(jax.devices()[0])
-        with device:
-            rows = store.rows()
-            needed = max((row["seconds"] for row in rows), default=0.0)
-            if config.id in {row["id"] for row in rows} or time.time() + needed > until:
-                tell("not begun: no time is left")
-                os._exit(0)  # a thread that compiles would be waited for
-            run.train(tell)
-        run.wait()
-        with device:
-            row = run.row()
-            store.append(row | facts_of(name_of(spec), command) | {"model": name.partition(",")[0]})
+        with Claims(store) as claims:
+            if not claims.take(config.id):
+                return tell("left to another command, which has claimed it")
+            run, device = Run(point, config, questions.read(asked)), DeviceLock(jax.devices()[0])
+            tell(f"ready after {run.seconds_to_prepare:.0f} s")
+            with device:
+                if not _is_worth(store, config.id, until):
+                    tell("not begun: it has a row by now, or no time is left")
+                    os._exit(0)  # a thread that compiles would be waited for
+                run.train(tell)
+            run.wait()
+            with device:
+                row = run.row()
+                store.append(row | facts_of(name_of(spec), command) | {"model": sweeps.name_of(point)})
         tell(f"{row['status']} after {row['seconds']:.0f} s, perplexity {row['perplexity']}")
     except Exception:
         traceback.print_exc()
@@ -112,8 +116,20 @@ def _train_point(spec: str, place: int, store_path: str, questions: Path, until:
         sys.exit(1)
 
 
-def _title(point: dict, place: int) -> str:
-    """Return the name of a point's model, its rate and its seed."""
-    from experiments.lm_recall import sweeps
+def _is_worth(store: Store, run_id: str, until: float) -> bool:
+    """Return whether a run has no row yet, and as much time left as the longest one took."""
+    seconds = {row["id"]: row["seconds"] for row in store.rows()}
+    return run_id not in seconds and time.time() + max(seconds.values(), default=0.0) <= until
 
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended, however it did: the device is for the next command."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _title(point: Point, place: int) -> str:
+    """Return the name of a point's model, its rate and its seed."""
     return f"{sweeps.name_of(point, f'model {place}')}, lr {point.get('optim.lr')}, seed {point.get('seed')}"

@@ -1,6 +1,8 @@
 """A run of the study at toy size: prepared, trained, asked; its row makes tables and the picture."""
 
 import json
+import shutil
+import tarfile
 
 import pytest
 
@@ -8,11 +10,22 @@ from based_jax.data.tokenizer_file import named_tokenizer
 from based_jax.errors import UserError
 from based_jax.evals.recall_tasks import Selection
 from based_jax.store import Store
+from based_jax.sweep.trial import load_sweep
 from based_jax.train.run import load_config
 from experiments.lm_recall import plot, questions, results, table
+from experiments.lm_recall.__main__ import main
 from experiments.lm_recall.training import Run
 
 LENGTH = 768
+
+
+def write_texts(folder):
+    """Write texts to train on and to validate with, in which pairs are repeated that training has not."""
+    folder.mkdir(exist_ok=True)
+    for name, count, rare in (("train", 40, ""), ("val", 2, "~Q~Q~Q")):
+        line = "{} green bottles hanging on the wall, and {} after one fell. "
+        texts = [{"text": line.format(i, i - 1) * 20 + rare} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, texts)))
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +56,7 @@ def test_a_file_of_other_things_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def row(asked, tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    for name, count, rare in (("train", 40, ""), ("val", 2, "~Q~Q~Q")):
-        line = "{} green bottles hanging on the wall, and {} after one fell. "
-        texts = [{"text": line.format(i, i - 1) * 20 + rare} for i in range(count)]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    write_texts(folder)
     values = {
         "model": {
             "vocab_size": 257,
@@ -101,3 +111,56 @@ def test_tables_and_picture_are_of_rows(row, tmp_path, monkeypatch):
     assert [path.suffix for path in plot.draw(results.read(), tmp_path / "picture")] == [".png", ".svg", ".pdf"]
     with pytest.raises(UserError, match="no finished run to draw"):
         plot.draw([], tmp_path / "picture")
+
+
+SWEEP = """
+from based_jax.sweep import Sweep, param
+BASE = {{
+    "model": {{"vocab_size": 257, "d_model": 16, "layers": (("conv", {{}}),)}},
+    "data": {{"kind": "text", "tokenizer": "bytes", "seq_len": 700, "path": {path!r}, "cache_dir": {cache!r}}},
+    "optim": {{"warmup_steps": 1}},
+    "steps": 8,
+    "batch_size": 2,
+}}
+def get_sweep(variant="toy"):
+    return Sweep(BASE, param("optim.lr", (1e-3, 2e-3)))
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A folder with a sweep over the texts of a bundle, and its questions."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    write_texts(folder / "texts")
+    cache = str(folder / "cache")
+    (folder / "here.py").write_text(SWEEP.format(path=str(folder / "texts"), cache=cache))
+    (folder / "there.py").write_text(SWEEP.format(path=str(folder / "runs" / "corpus"), cache=cache))
+    bundle, made = folder / "bundle.tar.xz", folder / "questions.jsonl.xz"
+    words = [f"--sweep={folder / 'here.py'}", f"--questions={made}", f"--bundle={bundle}"]
+    assert main(["prepare", *words, "--documents=1", "--needles=1"]) == 0
+    with tarfile.open(bundle) as packed:
+        packed.extractall(folder / "runs", filter="data")
+    shutil.rmtree(folder / "texts")
+    return folder
+
+
+def test_a_bundle_holds_corpus_and_questions(elsewhere):
+    found = questions.read(elsewhere / "runs" / "lm_recall" / "questions.jsonl.xz")
+    assert [x.part for x in found] == questions.parts_of(700)
+    config = load_sweep(str(elsewhere / "there.py")).trials()[0][1]
+    texts = [config.data.open(2).batch(step)["inputs"].tobytes() for step in range(2)]
+    assert texts[0] != texts[1] and b"b\0\0\0o\0\0\0t\0\0\0t\0\0\0l\0\0\0e\0\0\0" in texts[0]
+
+
+@pytest.mark.long
+def test_runs_in_processes_of_their_own_go_on_where_they_were_stopped(elsewhere, capfd):
+    words = ["run", f"--sweep={elsewhere / 'there.py'}", f"--store={elsewhere / 'rows'}"]
+    words += [f"--questions={elsewhere / 'questions.jsonl.xz'}"]
+    assert main([*words, "--seconds=0"]) == 0 and "0 runs have rows now" in capfd.readouterr().out
+    assert main([*words, "--ready=2"]) == 0
+    told = capfd.readouterr().out
+    assert "0 of 2 runs have rows" in told and "2 runs have rows now" in told and told.count("finished after") == 2
+    rows = Store(elsewhere / "rows").rows()
+    assert {row["overrides"]["optim.lr"] for row in rows} == {1e-3, 2e-3}
+    assert all(row["command"].startswith("python -m experiments.lm_recall") for row in rows)
+    assert main(words) == 0 and "2 of 2 runs have rows" in capfd.readouterr().out
