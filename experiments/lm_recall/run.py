@@ -28,7 +28,7 @@ from based_jax.sweep.points import Point
 from based_jax.sweep.rows import facts_of
 from based_jax.sweep.trial import load_sweep
 from experiments.lm_recall import questions, sweeps
-from experiments.lm_recall.training import Run
+from experiments.lm_recall.training import NoTimeLeft, Run
 
 FOLDER = Path(__file__).parent
 SWEEPS, STORE, QUESTIONS = FOLDER / "sweeps.py", FOLDER / "results" / "runs", Path("runs/lm_recall/questions.jsonl.xz")
@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep", default=f"{SWEEPS}:study", help="file:variant (default: the study)")
     parser.add_argument("--store", default=STORE, help="folder of the rows (default: results/runs)")
     parser.add_argument("--questions", type=Path, default=QUESTIONS, help="file that `prepare` has made")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no run is begun")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="by which runs are to be trained (default: any)"
+    )
     parser.add_argument("--ready", type=int, default=8, help="runs that get ready at a time (default: 8)")
 
 
@@ -101,25 +103,23 @@ def _train_point(spec: str, place: int, store_path: str, asked: Path, until: flo
             run, device = Run(point, config, questions.read(asked)), DeviceLock(jax.devices()[0])
             tell(f"ready after {run.seconds_to_prepare:.0f} s")
             with device:
-                if not _is_worth(store, config.id, until):
-                    tell("not begun: it has a row by now, or no time is left")
-                    os._exit(0)  # a thread that compiles would be waited for
-                run.train(tell)
+                if config.id in store.ids():
+                    return tell("it has a row by now")
+                if time.time() >= until:
+                    raise NoTimeLeft("the time is over")
+                run.train(tell, until)
             run.wait()
             with device:
                 row = run.row()
                 store.append(row | facts_of(name_of(spec), command) | {"model": sweeps.name_of(point)})
         tell(f"{row['status']} after {row['seconds']:.0f} s, perplexity {row['perplexity']}")
+    except NoTimeLeft as error:
+        tell(f"left for the next time: {error}")
+        os._exit(0)  # a thread that compiles would be waited for
     except Exception:
         traceback.print_exc()
         tell("FAILED")
         sys.exit(1)
-
-
-def _is_worth(store: Store, run_id: str, until: float) -> bool:
-    """Return whether a run has no row yet, and as much time left as the longest one took."""
-    seconds = {row["id"]: row["seconds"] for row in store.rows()}
-    return run_id not in seconds and time.time() + max(seconds.values(), default=0.0) <= until
 
 
 def _end_with_parent() -> None:

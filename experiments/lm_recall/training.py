@@ -42,9 +42,15 @@ BLOCK, TIMED_STEPS = 64, 48
 """Steps of the compiled loop that the questions' answers are drawn with, and of them those that are timed."""
 STEPS_AHEAD = 8
 """That the host may be in front of the device."""
+TELLING_STEPS = 40
+"""After which it is told whether a run can end in time."""
 UNTIMED_STEPS, TIMED_TRAINING_STEPS = 5, 40
 CURVE_STEPS = 20
 """Between the losses of a row."""
+
+
+class NoTimeLeft(Exception):
+    """A run that would not end in time."""
 
 
 class Measures:
@@ -122,10 +128,14 @@ class Run:
         self._warm = self._thread.submit(_warmed, config, questions, self._model(params))
         self.seconds_to_prepare = time.perf_counter() - begin
 
-    def train(self, told: Callable[[str], None]) -> None:
-        """Train to the last step; no other run is to use the device meanwhile."""
+    def train(self, told: Callable[[str], None], until: float = math.inf) -> None:
+        """Train to the last step; no other run is to use the device meanwhile.
+
+        Raises:
+          NoTimeLeft: after a few steps, if the last one would be behind `until` (of `time.time`).
+        """
         begin = time.perf_counter()
-        self._trained = self._all_steps(told)
+        self._trained = self._all_steps(told, until)
         self._seconds = time.perf_counter() - begin
         told(f"trained in {self._seconds:.0f} s, the last loss {self._trained.losses[-1]:.3f}")
 
@@ -159,8 +169,8 @@ class Run:
             "elements_by_length": {str(n * length): elements(n * length) for n in (1, 2, 4, 8)},
         }
 
-    def _all_steps(self, told: Callable[[str], None]) -> Trained:
-        config, state = self.config, self._state
+    def _all_steps(self, told: Callable[[str], None], until: float) -> Trained:
+        config, state, begin = self.config, self._state, time.time()
         losses: list[jax.Array] = []
         with jax.set_mesh(self._program.mesh), read_ahead(self._read, range(config.steps)) as batches:
             for step, batch in enumerate(batches, 1):
@@ -168,6 +178,10 @@ class Run:
                 losses.append(metrics["loss"])
                 if step > STEPS_AHEAD:
                     losses[step - 1 - STEPS_AHEAD].block_until_ready()
+                if step == TELLING_STEPS:
+                    seconds = (config.steps - step) * (time.time() - begin) / step
+                    if time.time() + seconds > until:
+                        raise NoTimeLeft(f"it needs {seconds:.0f} s more")
                 if step % (10 * CURVE_STEPS) == 0:
                     told(f"step {step}, loss {float(losses[step - 1 - STEPS_AHEAD]):.3f}")
         del self._state  # its arrays have been donated

@@ -117,7 +117,7 @@ SWEEP = """
 from based_jax.sweep import Sweep, param
 BASE = {{
     "model": {{"vocab_size": 257, "d_model": 16, "layers": (("conv", {{}}),)}},
-    "data": {{"kind": "text", "tokenizer": "bytes", "seq_len": 700, "path": {path!r}, "cache_dir": {cache!r}}},
+    "data": {{"kind": "text", "tokenizer": "bytes", "seq_len": 768, "path": {path!r}, "cache_dir": {cache!r}}},
     "optim": {{"warmup_steps": 1}},
     "steps": 8,
     "batch_size": 2,
@@ -146,7 +146,7 @@ def elsewhere(tmp_path_factory):
 
 def test_a_bundle_holds_corpus_and_questions(elsewhere):
     found = questions.read(elsewhere / "runs" / "lm_recall" / "questions.jsonl.xz")
-    assert [x.part for x in found] == questions.parts_of(700)
+    assert [x.part for x in found] == questions.parts_of(LENGTH)
     config = load_sweep(str(elsewhere / "there.py")).trials()[0][1]
     texts = [config.data.open(2).batch(step)["inputs"].tobytes() for step in range(2)]
     assert texts[0] != texts[1] and b"b\0\0\0o\0\0\0t\0\0\0t\0\0\0l\0\0\0e\0\0\0" in texts[0]
