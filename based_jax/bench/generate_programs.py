@@ -30,12 +30,12 @@ class Subject:
 
     def __init__(self, config: LMConfig):
         self.config, self.layout = config, layout_of(config)
-        self.abstract = Decoder(self.layout, self.layout.shapes)
+        self.abstract = Decoder(self.layout, tuple(jax.tree.leaves(self.layout.shapes)))
 
     @functools.cached_property
     def decoder(self) -> Decoder:
         """The model with its weights, whose numbers cost the same whatever they are."""
-        return Decoder(self.layout, random_weights(self.layout.shapes, jax.random.key(0)))
+        return Decoder(self.layout, random_weights(self.abstract.params, jax.random.key(0)))
 
     def caches(self, batch: int, max_len: int) -> Any:
         """Return the shapes of the caches of sequences."""
@@ -98,7 +98,7 @@ class Programs:
 
         caches = self.subject.caches(batch, max_len)
         rows = jax.eval_shape(lambda: new_rows(caches, max_len, drafts))
-        inputs = self.subject.layout.shapes, jax.ShapeDtypeStruct((), jnp.int32)
+        inputs = self.subject.abstract.params, jax.ShapeDtypeStruct((), jnp.int32)
         return self._add(block, rows, inputs, options=loop_options())
 
     def add_chunk(self, max_len: int, chunk: Chunk) -> Hashable:
@@ -109,7 +109,7 @@ class Programs:
             return prefill_chunk(Decoder(self.subject.layout, params), caches, chunk)
 
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), chunk)
-        return self._add(read, self.subject.caches(len(chunk[0]), max_len), (self.subject.layout.shapes, shapes))
+        return self._add(read, self.subject.caches(len(chunk[0]), max_len), (self.subject.abstract.params, shapes))
 
     def compile(self) -> None:
         """Compile what was added, some at a time."""

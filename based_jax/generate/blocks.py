@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from based_jax import parallel
-from based_jax.generate.decoder import Decoder, Layout
+from based_jax.generate.decoder import Decoder, Layout, Params
 from based_jax.generate.drafts import Drafts, Method
 from based_jax.generate.rows import Rows
 from based_jax.generate.sampling import Drawn, draw, drawable
@@ -109,7 +108,7 @@ def decode_step(model: LM, rows: Rows) -> tuple[Rows, Drawn]:
     return after, drawn
 
 
-def _drawn(layout: Layout, steps: int, params: nnx.State, rows: Rows, most: Int[Array, ""]) -> tuple[Rows, Block]:
+def _drawn(layout: Layout, steps: int, params: Params, rows: Rows, most: Int[Array, ""]) -> tuple[Rows, Block]:
     """Draw tokens as `decode` does without drafts, of a model of a layout."""
     model = layout.model(params)
 
@@ -131,7 +130,7 @@ def _drawn(layout: Layout, steps: int, params: nnx.State, rows: Rows, most: Int[
 
 
 def _verified(
-    layout: Layout, method: Method, steps: int, params: nnx.State, draft_params: Any, rows: Rows, most: Int[Array, ""]
+    layout: Layout, method: Method, steps: int, params: Params, draft_params: Any, rows: Rows, most: Int[Array, ""]
 ) -> tuple[Rows, Block]:
     """Draw tokens as `decode` does with drafts; rows have different numbers of them."""
     model, B = layout.model(params), len(rows.token)

@@ -21,6 +21,8 @@ from based_jax.nn.lm_config import LMConfig, with_options, with_taylor_options
 
 Path = tuple[Any, ...]
 Caches = tuple
+Params = tuple[Array, ...]
+"""The arrays of a model, in the order of `Layout.shapes`: a call with them begins sooner than with `nnx.Variable`s."""
 
 DECODING_AXES = frozenset(("data", "tensor"))
 """Of a mesh that a model decodes over: weights that lie over another one would be gathered for each token."""
@@ -40,9 +42,13 @@ class Layout:
     graphdef: nnx.GraphDef
     shapes: nnx.State
 
-    def model(self, params: nnx.State) -> LM:
+    def model(self, params: Params | nnx.State) -> LM:
         """Return the model with these arrays."""
-        return nnx.merge(self.graphdef, params)
+        return nnx.merge(self.graphdef, self.state(params))
+
+    def state(self, params: Params | nnx.State) -> nnx.State:
+        """Return arrays under their names."""
+        return jax.tree.unflatten(jax.tree.structure(self.shapes), jax.tree.leaves(params))
 
 
 @functools.lru_cache(maxsize=16)
@@ -79,7 +85,7 @@ class Decoder:
     """
 
     layout: Layout
-    params: nnx.State
+    params: Params
     mesh: Mesh | None = None
 
     @classmethod
@@ -110,11 +116,7 @@ class Decoder:
         config = _with_options(with_taylor_options(config, flush=flush, state_dtype=state_dtype), options)
         layout, sources = layout_of(config), tuple(_sources(model))
         arrays = {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
-        params = jax.tree.map(lambda x: x, layout.shapes)
-        laid_out = _laid_out(layout, sources, arrays)
-        for path, leaf in nnx.to_flat_state(params):
-            leaf.set_value(laid_out[path])
-        return cls(layout, params)
+        return cls(layout, _laid_out(layout, sources, arrays))
 
     def over(self, mesh: Mesh) -> "Decoder":
         """Return the same model over a mesh: rows lie over "data", heads and widths as in training over "tensor".
@@ -127,8 +129,8 @@ class Decoder:
                 held = f"Mesh axis '{axis}' has {mesh.shape[axis]} devices"
                 raise UserError(f"{held}; a model decodes over {' and '.join(map(repr, sorted(DECODING_AXES)))} alone.")
         check_tensor(self.config, mesh)
-        placed = jax.device_put(self.params, parallel.shardings(self.params, mesh))
-        return Decoder(self.layout, placed, mesh)
+        placed = jax.device_put(self.layout.state(self.params), parallel.shardings(self.layout.shapes, mesh))
+        return Decoder(self.layout, tuple(jax.tree.leaves(placed)), mesh)
 
     def running(self) -> contextlib.AbstractContextManager:
         """Return a context in which the model's programs are compiled and run, in this thread."""
@@ -156,7 +158,7 @@ class Decoder:
     @functools.cached_property
     def fingerprint(self) -> str:
         """What states of this model are told from those of another by; the first use reads every parameter."""
-        return fingerprint(self.config, self.params)
+        return fingerprint(self.config, self.layout.state(self.params))
 
     @functools.cached_property
     def prefix_length(self) -> int:
@@ -204,8 +206,8 @@ def _sources(model: LM) -> Iterator[Source]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _laid_out(layout: Layout, sources: tuple[Source, ...], arrays: Mapping[Path, Array]) -> dict[Path, Array]:
-    """Return the arrays of a layout by path from those of a model."""
+def _laid_out(layout: Layout, sources: tuple[Source, ...], arrays: Mapping[Path, Array]) -> Params:
+    """Return the arrays of a layout from those of a model by path."""
 
     def array(path: Path) -> Array:
         if path == ("head", "kernel") and path not in arrays:
@@ -216,10 +218,10 @@ def _laid_out(layout: Layout, sources: tuple[Source, ...], arrays: Mapping[Path,
         x = arrays[*source.path, *path[4:]]
         return x if source.place is None else x[source.place]
 
-    return {path: array(path).astype(leaf.dtype) for path, leaf in nnx.to_flat_state(layout.shapes)}
+    return tuple(array(path).astype(leaf.dtype) for path, leaf in nnx.to_flat_state(layout.shapes))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _init_cache(layout: Layout, batch: int, max_len: int, params: nnx.State) -> Caches:
+def _init_cache(layout: Layout, batch: int, max_len: int, params: Params) -> Caches:
     caches = layout.model(params).init_cache(batch, max_len)
     return jax.tree.map(parallel.constrain_rows, caches)

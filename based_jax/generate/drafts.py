@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Int
 
 from based_jax.errors import UserError
-from based_jax.generate.decoder import Caches, Decoder, Layout
+from based_jax.generate.decoder import Caches, Decoder, Layout, Params
 from based_jax.generate.prefill import CHUNK_TOKENS, FEWEST_TOKENS, prefill
 from based_jax.generate.prompts import is_integer, shown
 from based_jax.generate.requests import Request
@@ -108,7 +107,7 @@ class SmallModel:
     layout: Layout
     tokens: int
 
-    def draft(self, params: nnx.State, rows: "Rows") -> Draft:
+    def draft(self, params: Params, rows: "Rows") -> Draft:
         """Return tokens that the model draws one by one; its own caches stay before them."""
         model, draws = self.layout.model(params), rows.draws.of_live(rows.live).without_likeliest()
 
@@ -122,19 +121,19 @@ class SmallModel:
         _, ids = jax.lax.scan(step, (rows.token, rows.drafting), places)
         return Draft(ids.T, jnp.full_like(rows.length, self.tokens))
 
-    def after(self, params: nnx.State, before: "Rows", draft: Draft, drawn: Int[Array, "B n"], count: Int[Array, "B"]):
+    def after(self, params: Params, before: "Rows", draft: Draft, drawn: Int[Array, "B n"], count: Int[Array, "B"]):
         """Return the caches after the tokens that stay, of which the newest is read next time."""
         model = self.layout.model(params)
         read = jnp.concatenate([before.token[:, None], draft.ids], axis=1)
         return model.keep(model.try_tokens(read, before.drafting)[1], count)
 
-    def begun(self, params: nnx.State, requests: Sequence[Request], max_len: int) -> Caches:
+    def begun(self, params: Params, requests: Sequence[Request], max_len: int) -> Caches:
         """Return the caches after the prompts of requests."""
         decoder = Decoder(self.layout, params)
         prompts = [np.asarray(request.prompt[:-1], np.int32) for request in requests]
         return prefill(decoder, decoder.init_cache(len(requests), max_len), prompts, CHUNK_TOKENS)
 
-    def check(self, params: nnx.State, decoder: Decoder, max_len: int) -> None:
+    def check(self, params: Params, decoder: Decoder, max_len: int) -> None:
         """Raise UserError where the model does not know the tokens of another, or reads fewer."""
         own, vocab_size = Decoder(self.layout, params), decoder.config.vocab_size
         if own.config.vocab_size != vocab_size:

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from based_jax.dims import Unbroken
-from based_jax.generate.decoder import Caches, Layout
+from based_jax.generate.decoder import Caches, Layout, Params
 from based_jax.generate.prefill import padded, padded_length
 from based_jax.generate.prefix_cache import BLOCK_TOKENS, PrefixCache
 from based_jax.generate.state_layout import StateLayout
@@ -87,9 +86,10 @@ class Intake:
         if (cache := self._cache_for(task)) is not None:
             state, marks, _ = cache.lookup(ids, self.decoder.fingerprint)
             task.read = 0 if state is None else state.length
-        if state is not None:
-            self.caches, task.has_begun = self._layout.put(self.caches, row, state), True
-        task.ends = piece_ends(task.read, len(ids), self._chunk_tokens, marks)
+        task.ends, task.has_begun = piece_ends(task.read, len(ids), self._chunk_tokens, marks), state is not None
+        if state is not None and task.ends:
+            self.caches = self._layout.put(self.caches, row, state)
+        task.state = None if task.ends else state
         self._tasks[row] = task
         return True
 
@@ -178,7 +178,7 @@ def piece_ends(start: int, stop: int, chunk_tokens: int, marks: Iterable[int] = 
 def _read(
     layout: Layout,
     max_len: int,
-    params: nnx.State,
+    params: Params,
     caches: Caches,
     rows: Int[Array, "r"],
     are_new: Bool[Array, ""],

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Int
 
 from based_jax.dims import Unbroken
-from based_jax.generate.decoder import Caches, Decoder, Layout
+from based_jax.generate.decoder import Caches, Decoder, Layout, Params
 
 CHUNK_TOKENS = 512
 PROGRAM_TOKENS = 8192
@@ -85,5 +84,5 @@ def _power_of_two(number: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(layout: Layout, params: nnx.State, caches: Caches, ids, segment_ids) -> Caches:
+def _prefill(layout: Layout, params: Params, caches: Caches, ids, segment_ids) -> Caches:
     return layout.model(params).prefill(ids, caches, segment_ids if segment_ids is None else Unbroken(segment_ids))[1]

@@ -15,7 +15,8 @@ from based_jax.generate.drafts import Drafts
 from based_jax.generate.prefill import prefill
 from based_jax.generate.requests import MOST_STOP_IDS, Request
 from based_jax.generate.sampling import Draws
-from based_jax.generate.state_layout import StateLayout
+from based_jax.generate.state import State
+from based_jax.generate.state_layout import StateLayout, with_state
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +46,10 @@ class Rows:
 
     @classmethod
     def of(cls, caches: Caches, requests: Sequence[Request], drafting: Any = None) -> "Rows":
-        """Return the rows of requests, whose caches have read all of the prompts but their last tokens."""
+        """Return the rows of requests, whose caches have read all of the prompts but their last tokens.
+
+        Numbers stay on the host until a program takes them: each copy by itself would be waited for.
+        """
         stop_ids = np.full((len(requests), MOST_STOP_IDS), -1, np.int32)
         for row, request in enumerate(requests):
             stop_ids[row, : len(request.stop_ids)] = request.stop_ids
@@ -54,7 +58,6 @@ class Rows:
         ).T
         samplings, words = [request.sampling for request in requests], [request.draw_words for request in requests]
         draws = Draws.of(samplings, words, [request.top_log_probs > 0 for request in requests])
-        token, length, left, stop_ids = jax.device_put((token, length, left, stop_ids))
         return cls(caches, token, length, left, stop_ids, draws, drafting)
 
     @classmethod
@@ -63,7 +66,7 @@ class Rows:
         requests = [Request([0])] * count
         drafting = None if drafts is None else drafts.begun(requests, max_len)
         rows = cls.of(decoder.init_cache(count, max_len), requests, drafting)
-        return dataclasses.replace(rows, left=jnp.zeros(count, jnp.int32))
+        return jax.device_put(dataclasses.replace(rows, left=np.zeros(count, np.int32)))
 
     @property
     def live(self) -> Bool[Array, "B"]:
@@ -76,6 +79,13 @@ class Rows:
         These are used up.
         """
         return _with_rows(self, slots, others)
+
+    def with_state(self, slot: int, state: State, others: "Rows") -> "Rows":
+        """Return the rows with the first of others, without caches, at a slot, where it goes on from a state.
+
+        These are used up.
+        """
+        return _with_state(self, np.int32(slot), dict(state.arrays), others)
 
     def without_row(self, slot: int) -> "Rows":
         """Return the rows of which that at a slot has stopped; these are used up."""
@@ -109,6 +119,13 @@ def _caches_before(decoder: Decoder, requests: Sequence[Request], max_len: int) 
 @functools.partial(jax.jit, donate_argnums=0)
 def _with_rows(rows: Rows, slots: Int[Array, "R"], others: Rows) -> Rows:
     return jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop", unique_indices=True), rows, others)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_state(rows: Rows, slot: Int[Array, ""], arrays: dict[str, Array], others: Rows) -> Rows:
+    rest = dataclasses.replace(rows, caches=())
+    rest = jax.tree.map(lambda x, y: x.at[slot].set(y[0]), rest, others)
+    return dataclasses.replace(rest, caches=with_state(rows.caches, slot, arrays))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

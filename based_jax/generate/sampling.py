@@ -70,8 +70,7 @@ class Draws:
         top_k = np.asarray([min(s.top_k, MOST_KEPT) for s in samplings], np.int32)
         top_p = np.asarray([float(s.top_p) for s in samplings], np.float32)
         asks_top = np.zeros(len(samplings), bool) if ask_top is None else np.asarray(ask_top)
-        temperature, top_k, top_p, asks_top = jax.device_put((temperature, top_k, top_p, asks_top))
-        return cls(temperature, top_k, top_p, _row_keys(np.stack(words)), asks_top)
+        return cls(temperature, top_k, top_p, _row_keys(np.stack(words)), asks_top)  # all else goes with a program
 
     def of_live(self, live: Bool[Array, "B"]) -> "Draws":
         """Return draws of which those of other rows are greedy, which costs least."""

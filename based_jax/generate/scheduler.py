@@ -3,7 +3,7 @@
 import collections
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.blocks import Block, decode
-from based_jax.generate.decoder import Decoder
+from based_jax.generate.decoder import Caches, Decoder
 from based_jax.generate.drafts import Drafts, check_drafts
 from based_jax.generate.intake import Intake
 from based_jax.generate.prefill import CHUNK_TOKENS, chunk_length
@@ -20,6 +20,7 @@ from based_jax.generate.prefix_cache import PrefixCache
 from based_jax.generate.prompts import is_integer, shown
 from based_jax.generate.requests import Request, checked_request
 from based_jax.generate.rows import Rows
+from based_jax.generate.state import State
 from based_jax.generate.state_layout import StateLayout
 from based_jax.generate.task import Event, Task, Work
 from based_jax.generate.text import TextStream
@@ -28,6 +29,8 @@ from based_jax.nn.lm import LM
 CHUNKS_BETWEEN_BLOCKS = 4
 FIRST_TOKENS = 1
 """Of the block that begins with new requests, so that they have not long to wait for their first token."""
+NO_REQUEST = Request([0])
+"""In rows that a program has and no request needs."""
 
 
 class Begun(NamedTuple):
@@ -121,6 +124,9 @@ class Scheduler:
         self._intake.compile()
         if self.drafts is not None:
             self.drafts.compile(self._intake.rows, self.max_len)
+        if self.prefix_cache is not None:
+            self._go_on(0, self._layout.take(self._intake.caches, 0), NO_REQUEST)
+            self._rows = self._rows.without_row(0)
         self.submit(Request([0] * (self.decoder.prefix_length + 1), 1))
         while self.busy:
             self.advance()
@@ -183,14 +189,27 @@ class Scheduler:
     def _enter(self) -> bool:
         """Give slots to the prompts that have been read; return whether there is any."""
         read, count = self._intake.leave(), len(self._slots)
-        slots, requests = count + np.arange(self._intake.rows, dtype=np.int32), [Request([0])] * self._intake.rows
+        slots, requests = count + np.arange(self._intake.rows, dtype=np.int32), [NO_REQUEST] * self._intake.rows
         for row, task in read.items():
-            slots[row], requests[row] = self._slots.index(None), task.request
-            self._slots[slots[row]] = task
-        if read:
-            drafting = None if self.drafts is None else self.drafts.begun(requests, self.max_len)
-            self._rows = self._rows.with_rows(slots, Rows.of(self._intake.caches, requests, drafting))
+            slot = self._slots.index(None)
+            self._slots[slot] = task
+            if task.state is None:
+                slots[row], requests[row] = slot, task.request
+            else:
+                self._go_on(slot, task.state, task.request)
+                task.state = None
+        if (slots < count).any():
+            self._rows = self._rows.with_rows(slots, self._begun_rows(self._intake.caches, requests))
         return bool(read)
+
+    def _go_on(self, slot: int, state: State, request: Request) -> None:
+        """Have a slot go on from a state: nothing is left to read of its prompt."""
+        others = [NO_REQUEST] * (self._intake.rows - 1)
+        self._rows = self._rows.with_state(slot, state, self._begun_rows((), [request, *others]))
+
+    def _begun_rows(self, caches: Caches, requests: Sequence[Request]) -> Rows:
+        drafting = None if self.drafts is None else self.drafts.begun(requests, self.max_len)
+        return Rows.of(caches, requests, drafting)
 
     def _free(self, slot: int) -> None:
         task, self._slots[slot] = self._slots[slot], None

@@ -1,7 +1,7 @@
 """Where caches have what of one sequence: states are taken out of them, and go on in others."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -142,11 +142,13 @@ def _forked(structure: Any, shapes: tuple, rows: int, arrays: list) -> Caches:
     return structure.unflatten(repeated)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(caches: Caches, row: Array, arrays: dict[str, Array]) -> Caches:
-    """Return caches of which one row has these arrays, cut or filled with zeros."""
+def with_state(caches: Caches, row: Array, arrays: Mapping[str, Array]) -> Caches:
+    """Return caches of which one row has the arrays of a state, cut or filled with zeros."""
     leaves = [x.at[row].set(_fitted(arrays[name], x.shape[1:])) for name, x in named(caches)]
     return jax.tree.unflatten(jax.tree.structure(caches), leaves)
+
+
+_put = jax.jit(with_state, donate_argnums=0)
 
 
 def _fitted(x: Array, shape: tuple) -> Array:

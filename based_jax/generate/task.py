@@ -8,6 +8,7 @@ import numpy as np
 
 from based_jax.generate.blocks import Block
 from based_jax.generate.requests import Request
+from based_jax.generate.state import State
 from based_jax.generate.text import TextStream
 
 
@@ -69,6 +70,7 @@ class Task:
       ends: where the pieces end in which its prompt is still to be read.
       read: tokens of its prompt that its caches have read.
       has_begun: whether its caches are its own, if only those of what it goes on from.
+      state: of all that is to be read, where it was kept: its caches are then nowhere else.
       drawn: tokens that it has had.
       has_ended: whether its row has stopped by itself: at a stop id, or with its last token.
     """
@@ -79,6 +81,7 @@ class Task:
     ends: list[int] = dataclasses.field(default_factory=list)
     read: int = 0
     has_begun: bool = False
+    state: State | None = None
     drawn: int = 0
     has_ended: bool = False
 

@@ -168,7 +168,7 @@ class GatedLinearMixer(Mixer):
 
     @override
     def _step(self, x: BD, state: GatedState) -> tuple[BD | layers.Projected, GatedState]:
-        y, conv = self.qkv(x), state.conv
+        (y, *gate), conv = self._projections(x), state.conv
         if self.conv_size:
             y, conv = short_conv_step(y, self.conv_kernel[...], conv, silu=self.conv_silu)
         elif self.silu_without_conv:
@@ -178,7 +178,7 @@ class GatedLinearMixer(Mixer):
             q, k = (layers.rotary(z[:, None], state.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
         options = self.operation.step_options(self.config.impl)
         o, memory = self.operation.step(*self._gated(x, q, k, v), state.memory, scale=self.scale, **options)
-        return self._out(x, o), GatedState(memory, conv, state.length + 1)
+        return self._out(x, o, *gate), GatedState(memory, conv, state.length + 1)
 
     @override
     def state_size(self, seq_len: int) -> int:
@@ -242,10 +242,15 @@ class GatedLinearMixer(Mixer):
             q, k = (layers.rotary(z, places, z.shape[-1], 10000.0) for z in (q, k))
         return self._gated(x, q, k, v), length
 
-    def _out(self, x, o):
+    def _projections(self, x: BD) -> list[Array]:
+        """Return queries, keys and values of a step's tokens, and their gate where it is of the same kind."""
+        return layers.several([self.qkv, *([self.gate] if self.has_gate and not self.gate_rank else [])], x)
+
+    def _out(self, x, o, gate=None):
         o = self.norm(layers.merge_heads(o)) if self.norm_over_heads else layers.merge_heads(self.norm(o))
         if self.has_gate:
-            o = o * self.gate_activation(self._gate(x).astype(jnp.float32))
+            gate = self._gate(x) if gate is None else gate
+            o = o * self.gate_activation(gate.astype(jnp.float32))
         return layers.into_stream(self.out_proj, o.astype(self.dtype))
 
 

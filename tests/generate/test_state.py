@@ -12,6 +12,7 @@ from helpers.decoding import random_decoder
 from safetensors.numpy import load_file, save_file
 
 from based_jax.errors import UserError
+from based_jax.generate.decoder import Decoder
 from based_jax.generate.fingerprint import fingerprint
 from based_jax.generate.state import FORMAT, State, inspect
 from based_jax.generate.state_layout import TOKEN_BLOCK, StateLayout, state_after
@@ -103,8 +104,10 @@ def test_a_state_is_refused_where_there_is_no_room_or_another_model(layout, stat
     ):
         layout.fork(state, LENGTH - 1)
     other = random_decoder(CONFIG)
-    kernel = other.params["stacks"][2]["blocks"][0]["mixer"]["out_proj"]["kernel"]
+    params = other.layout.state(other.params)
+    kernel = params["stacks"][2]["blocks"][0]["mixer"]["out_proj"]["kernel"]
     kernel.set_value(kernel[...].at[3, 5].multiply(1 + 2**-23))
+    other = Decoder(other.layout, tuple(jax.tree.leaves(params)))
     with pytest.raises(UserError, match=r"^The state is of model [0-9a-f]{32}; this model is [0-9a-f]{32}, with"):
         StateLayout(other).fork(state, ROOM)
 
@@ -141,7 +144,7 @@ def test_caches_with_other_options_are_refused(model, layout, state, stacks, mes
 
 
 def test_a_fingerprint_is_of_what_is_read_and_of_nothing_else(layout):
-    config, params = layout.decoder.config, layout.decoder.params
+    config, params = layout.decoder.config, layout.decoder.layout.state(layout.decoder.params)
     name = layout.decoder.fingerprint
     assert fingerprint(dataclasses.replace(config, init_std=0.1, remat="full"), params) == name
     assert fingerprint(dataclasses.replace(config, dtype="bfloat16"), params) != name

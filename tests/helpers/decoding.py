@@ -33,4 +33,4 @@ def random_decoder(config, seed=0, scale=0.5):
     for path, leaf in nnx.to_flat_state(params):
         values = np.ones(leaf.shape) if path[-1] == "scale" else scale * rng.standard_normal(leaf.shape)
         leaf.set_value(jnp.asarray(values.astype(leaf.dtype)))
-    return Decoder(layout, params)
+    return Decoder(layout, tuple(jax.tree.leaves(params)))

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import faulthandler
 import os
 import signal
 import socket
@@ -58,7 +59,9 @@ class Serving:
     def join(self) -> None:
         """Wait for the end."""
         self._thread.join(60)
-        assert not self._thread.is_alive()
+        if self._thread.is_alive():
+            faulthandler.dump_traceback()  # what each thread waits for
+            raise AssertionError("the server has not ended after 60 s")
 
     @property
     def scheduler(self) -> Scheduler:

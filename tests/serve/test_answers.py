@@ -104,7 +104,7 @@ def test_the_likeliest_tokens_stand_beside_those_that_are_drawn(completions):
 
 def test_no_request_waits_for_a_compiler(completions):
     """Prompts of any number of tokens, whole chunks and padded ones, and those that go on from a state."""
-    programs = intake._read, blocks.decoding_loop, rows._with_rows
+    programs = intake._read, blocks.decoding_loop, rows._with_rows, rows._with_state
     programs += state_layout._taken, state_layout._put
     before = [program._cache_size() for program in programs]
     for length in (1, 2, 16, 17, 65, 66, 94):

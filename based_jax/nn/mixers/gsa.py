@@ -116,5 +116,5 @@ class GSA(GatedLinearMixer):
         return self.d_model * self.projected.keys * self.config.num_slots
 
     @override
-    def _out(self, x, o):
-        return super()._out(x, jax.nn.silu(o))
+    def _out(self, x, o, gate=None):
+        return super()._out(x, jax.nn.silu(o), gate)
