@@ -55,7 +55,8 @@ class Rows:
         ).T
         samplings, words = [request.sampling for request in requests], [request.draw_words for request in requests]
         draws = Draws.of(samplings, words, [request.top_log_probs > 0 for request in requests])
-        return cls(caches, *_on_device(token, length, left, stop_ids), draws, drafting)
+        token, length, left, stop_ids = _on_device(token, length, left, stop_ids)
+        return cls(caches, token, length, left, stop_ids, draws, drafting)
 
     @classmethod
     def stopped(cls, decoder: Decoder, count: int, max_len: int, drafts: Drafts | None = None) -> "Rows":
