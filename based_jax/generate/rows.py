@@ -47,15 +47,15 @@ class Rows:
     @classmethod
     def of(cls, caches: Caches, requests: Sequence[Request], drafting: Any = None) -> "Rows":
         """Return the rows of requests, whose caches have read all of the prompts but their last tokens."""
-        stop_ids = np.full((len(requests), MOST_STOP_IDS), -1, np.int32)
+        stops = np.full((len(requests), MOST_STOP_IDS), -1, np.int32)
         for row, request in enumerate(requests):
-            stop_ids[row, : len(request.stop_ids)] = request.stop_ids
-        token, length, left = np.asarray(
+            stops[row, : len(request.stop_ids)] = request.stop_ids
+        numbers = np.asarray(
             [(request.prompt[-1], request.length, request.max_new_tokens) for request in requests], np.int32
         ).T
         samplings, words = [request.sampling for request in requests], [request.draw_words for request in requests]
         draws = Draws.of(samplings, words, [request.top_log_probs > 0 for request in requests])
-        token, length, left, stop_ids = _on_device(token, length, left, stop_ids)
+        token, length, left, stop_ids = _on_device(*numbers, stops)
         return cls(caches, token, length, left, stop_ids, draws, drafting)
 
     @classmethod
