@@ -129,13 +129,25 @@ def placement_of(leaf: nnx.Variable, mesh: Mesh | AbstractMesh, spread: bool = F
     rows = [i for i, name in enumerate(names) if name == ROWS_OF_TABLES]
     others = (rows or largest_first) if is_large(shape) else []
 
-    def wish(rule: str, axis: str, others: Sequence[int]) -> Wish:
-        return Wish(axis, [i for i, name in enumerate(names) if PARAMETER_RULES.get(name or "") == rule], others)
+    def along(rule: str) -> list[int]:
+        return [i for i, name in enumerate(names) if PARAMETER_RULES.get(name or "") == rule]
 
-    wishes = [wish("tensor", "tensor", ()), Wish("fsdp", ()) if _is_small(leaf) else wish("fsdp", "fsdp", others)]
+    first = [*_outermost(names, mesh), *along("fsdp")] if others and not rows else along("fsdp")
+    wishes = [Wish("tensor", along("tensor")), Wish("fsdp", ()) if _is_small(leaf) else Wish("fsdp", first, others)]
     if spread and others:
-        wishes.append(wish("fsdp", "data", others))
+        wishes.append(Wish("data", along("fsdp"), others))
     return place(shape[: len(names)], mesh.shape, wishes)
+
+
+def _outermost(names: Sequence[str | None], mesh: Mesh | AbstractMesh) -> list[int]:
+    """Return the dimension by which a weight's memory is ordered, if "tensor" could divide it and does not.
+
+    Parts along it lie in one piece. XLA sums the parts of a gradient along another dimension in another order of
+    memory; to update a weight it then copies it and both its moments into that order, and back.
+    """
+    outermost = next(i for i, name in enumerate(names) if name != STACKED)
+    is_left = mesh.shape["tensor"] == 1 and PARAMETER_RULES.get(names[outermost] or "") == "tensor"
+    return [outermost] if is_left and len(names) > 1 else []
 
 
 def _is_small(leaf: nnx.Variable) -> bool:

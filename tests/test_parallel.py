@@ -127,6 +127,23 @@ def test_a_width_that_64_devices_do_not_divide_leaves_nothing_whole(sizes, names
     assert parallel.placement_of(abstract(names, shape, jnp.bfloat16), mesh) == found
 
 
+@pytest.mark.parametrize(
+    ("names", "shape", "tensor", "expected"),
+    [
+        (("mlp", "embed"), (3584, 1792), 1, jax.P("fsdp", None)),
+        (("layers", "heads", "embed"), (36, 1792, 1792), 1, jax.P(None, "fsdp", None)),
+        (("mlp", "embed"), (3584, 1792), 2, jax.P("tensor", "fsdp")),
+        (("mlp", "embed"), (3583, 1792), 1, jax.P(None, "fsdp")),
+        (("embed", "mlp"), (1792, 7168), 1, jax.P("fsdp", None)),
+        (("vocab", "embed"), (50264, 1792), 1, jax.P("tensor", "fsdp")),
+    ],
+)
+def test_fsdp_divides_the_outermost_dimension_that_tensor_leaves(names, shape, tensor, expected):
+    mesh = parallel.make_mesh({"fsdp": 4, "tensor": tensor}, jax.devices()[: 4 * tensor])
+    found = parallel.placement_of(abstract(names, shape), mesh).sharding(mesh)
+    assert found.shard_shape(shape) == jax.NamedSharding(mesh, expected).shard_shape(shape)
+
+
 def test_a_table_is_divided_by_rows_where_its_width_cannot_be():
     """The 50,272 rows of attention at 1.3B can be divided by 32, those of a vocabulary padded to 128 x 8 by 64."""
     mesh = AbstractMesh((1, 64, 1, 1), parallel.AXES)

@@ -1,5 +1,6 @@
 import importlib.util
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,10 +44,22 @@ def test_a_revision_is_the_commit_and_whether_code_differs_from_it(clone):
     assert revision_of(clone / "based_jax") == f"{commit}+"
 
 
-def test_what_is_installed_in_a_clone_of_something_else_has_no_revision(clone):
+def test_what_is_installed_elsewhere_has_the_revision_that_the_environment_says(clone, monkeypatch):
     (clone / "installed").mkdir()
     (clone / "installed" / "revision.py").write_bytes(Path(revision.__file__).read_bytes())
     assert revision_of(clone / "installed") is None
+    monkeypatch.setenv(revision.REVISION_VARIABLE, "0123")
+    assert revision_of(clone / "installed") == "0123"
+    assert revision_of(clone / "based_jax") != "0123"
+
+
+def test_a_row_names_the_command_that_a_shell_takes():
+    """Modules of `experiments` by their own names, and words that have spaces in quotes."""
+    code = "from based_jax.revision import command; print(command())"
+    for name, said in (("experiments.some.words", "experiments.some.words"), ("another", "based_jax")):
+        run = f"import sys, types; sys.modules['__main__'].__spec__ = types.SimpleNamespace(name='{name}'); {code}"
+        found = subprocess.check_output([sys.executable, "-c", run, "--only=a b", "--c=d"], text=True).strip()
+        assert found == f"python -m {said} '--only=a b' --c=d"
 
 
 def test_every_row_of_a_benchmark_names_the_revision(monkeypatch):

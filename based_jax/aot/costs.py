@@ -53,7 +53,7 @@ def instruction_flops(program: Program, x: Instruction, passes: bool = False) ->
 
 def silent_kernels(program: Program) -> int:
     """Return how many kernels run that say no FLOPs, each as often as it does."""
-    kernels = [run for run in program.runs if run.instruction.kind == "custom-call" and _is_kernel(run.instruction)]
+    kernels = [run for run in program.runs if run.instruction.kind == "custom-call" and is_kernel(run.instruction)]
     return sum(run.times for run in kernels if not KERNEL_FLOPS.search(run.instruction.rest))
 
 
@@ -138,6 +138,8 @@ class _Traffic:
             return 3 * self._size(self._types(x.operands[-1:]))
         if x.kind.endswith("-done"):
             return 0.0
+        if x.kind == "custom-call":  # a kernel may take parts of an array as several of its arguments
+            return self._size(self._types(list(dict.fromkeys(x.operands)))) + self._size(x.results)
         written = x.results[1:2] if x.kind.endswith("-start") else x.results
         return self._size(self.program.operands(x)) + self._size(written)
 
@@ -253,5 +255,6 @@ def _is_free(x: Instruction) -> bool:
     return x.kind == "tuple" or x.chain is not None
 
 
-def _is_kernel(x: Instruction) -> bool:
+def is_kernel(x: Instruction) -> bool:
+    """Return whether an instruction is a kernel: what it computes XLA does not know."""
     return any(f'custom_call_target="{name}' in x.rest for name in KERNEL_CALLS)

@@ -11,6 +11,7 @@ from based_jax import parallel
 from based_jax.aot import collectives, compiling, costs
 from based_jax.aot.compiling import Buffer, Compiled, DoesNotFit, Memory
 from based_jax.aot.hlo import Instruction, Program
+from based_jax.aot.kernels import KernelRuns, kernels
 from based_jax.aot.programs import Lowered
 from based_jax.aot.roofline import Roofline, fsdp_bytes, known_device, link_seconds, network_seconds, roofline
 from based_jax.aot.schedule import Scheduled, scheduled
@@ -40,6 +41,7 @@ class Report:
       roofline: the times.
       scheduled: the time by the program's schedule, of GPUs; None of TPUs.
       needed_bytes: what they would have to exchange for weights and gradients alone.
+      kernels: by their names those that run, and what is copied for them.
       rematerialized: operations whose arrays the compiler copies to all devices.
       silent_kernels, unknown_loops: what FLOPs and bytes leave out, or count once.
       compile_seconds: on this host.
@@ -58,6 +60,7 @@ class Report:
     roofline: Roofline
     scheduled: Scheduled | None
     needed_bytes: float
+    kernels: dict[str, KernelRuns]
     rematerialized: list[str]
     silent_kernels: int
     unknown_loops: list[str]
@@ -130,6 +133,7 @@ class Report:
             },
             "whole": [x._asdict() for x in parallel.whole_parameters(self.lowered.params, self.mesh)],
             "whole_small_bytes": sum(parallel.small_parameters(self.lowered.params, self.mesh)),
+            "kernels": {name: runs._asdict() for name, runs in self.kernels.items()},
             "rematerialized": self.rematerialized,
             "silent_kernels": self.silent_kernels,
             "unknown_loops": self.unknown_loops,
@@ -162,6 +166,7 @@ def report(compiled: Compiled, lowered: Lowered, topology: Topology, mesh: Mesh,
         roofline=roofline(passes, moved_bytes, found, mesh, topology),
         scheduled=None if topology.on_tpu else _scheduled(program, mesh, topology),
         needed_bytes=_needed(lowered, mesh, dtype),
+        kernels=kernels(program),
         rematerialized=compiled.rematerialized,
         silent_kernels=costs.silent_kernels(program),
         unknown_loops=program.unknown_loops,
@@ -200,6 +205,7 @@ def table(name: str, report: Report) -> str:
         f"  estimate   {bound} bounds a step at {_ms(seconds)} (MFU {report.mfu(seconds):.1%}); nothing overlapped it"
         f" takes {_ms(total)}: {report.tokens_per_second:,.0f} tokens/s, MFU {report.mfu(total):.1%}",
         *_by_schedule(report),
+        *_kernels(report),
         *(f"  {line}" for line in whole_lines(report.lowered.params, report.mesh)),
         *_left_out(report),
     ]
@@ -211,6 +217,15 @@ def _by_schedule(report: Report) -> list[str]:
         return []
     beside = f"{_ms(found.exposed)} of the exchange beside nothing"
     return [f"  schedule   {_ms(found.total)}, exchange beside what stands until it is waited for: {beside}"]
+
+
+def _kernels(report: Report) -> list[str]:
+    def told(name: str, of: KernelRuns) -> str:
+        copies = f", copies of {of.copied_bytes / GIGA:.3f} GB for them" if of.copies else ""
+        return f"{name} {of.runs:,} times{copies}"
+
+    found = "; ".join(told(*item) for item in report.kernels.items())
+    return [f"  kernels    {found}"] if found else []
 
 
 def _left_out(report: Report) -> list[str]:

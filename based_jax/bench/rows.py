@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import jax
 
 from based_jax.errors import UserError
 from based_jax.folders import make_folder, writing
-from based_jax.revision import revision
+from based_jax.revision import command, revision
 
 
 def facts(*libraries: str) -> dict:
@@ -27,7 +26,7 @@ def facts(*libraries: str) -> dict:
 
 def origin() -> dict:
     """Return revision and command; no device wakes, whose memory other processes may be meant to hold."""
-    return {"revision": revision(), "command": " ".join(["python -m based_jax", *sys.argv[1:]])}
+    return {"revision": revision(), "command": command()}
 
 
 def read(path: Path) -> list[dict]:

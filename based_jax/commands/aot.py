@@ -10,6 +10,7 @@ examples:
 """
 
 import argparse
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -35,6 +36,9 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("--program", choices=PROGRAMS, action="append", help="may be given twice (default: both)")
     parser.add_argument("--whole-rows", action="store_true", help="train on a document a row, without ids of documents")
+    parser.add_argument(
+        "--without-kernels", action="store_true", help="leave to XLA what `auto` would take kernels for: to compare"
+    )
     parser.add_argument("--text", type=Path, metavar="DIR", help="write the text of each compiled program there")
     parser.add_argument("--out", type=out_file, help="append a JSON row of each program to this file")
     parser.set_defaults(takes_overrides=True)
@@ -47,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from based_jax.aot import compiling, programs, report, topology
     from based_jax.bench import rows
     from based_jax.folders import make_folder, writing
+    from based_jax.ops.dispatch import without_kernels
     from based_jax.train.run import build_config
 
     config = build_config(configs.load(args.config, parse_overrides(args.overrides)))
@@ -62,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
     with rows.appended(args.out) as write:
         for name in args.program or PROGRAMS:
             options = {"packed": False} if name == "train" and args.whole_rows else {}
-            lowered = programs.PROGRAMS[name](config, mesh, **options)
+            with without_kernels() if args.without_kernels else contextlib.nullcontext():
+                lowered = programs.PROGRAMS[name](config, mesh, **options)
             compiled = compiling.compiled(lowered.lowered)
             if args.text is not None:
                 with writing(file := args.text / f"{name}.txt"):

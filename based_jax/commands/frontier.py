@@ -7,14 +7,13 @@ examples:
 
 import argparse
 import ast
-import shlex
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.parser import CommandParser
 from based_jax.errors import UserError
+from based_jax.revision import command
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -39,8 +38,7 @@ def run(args: argparse.Namespace) -> None:
     out = local_path(args.out, "--out")
     frontier.sweep_of(mixer, several).trials()  # what is impossible is told before anything takes its time
     frontier.check_contracts(mixer, several[0])
-    command = shlex.join(["python", "-m", "based_jax", *sys.argv[1:]])
-    found = frontier.place(mixer, several, out=out, command=command)
+    found = frontier.place(mixer, several, out=out, command=command())
     for point in found.points:
         size = point.state_bytes(convolution=False)
         print(f"{point.family}, {point.label}: accuracy {point.median:.3f} with {size:,} bytes of state.")

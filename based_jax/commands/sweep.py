@@ -9,7 +9,6 @@ examples:
 import argparse
 import functools
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.distributed import add_distributed_arguments
 from based_jax.commands.parser import CommandParser, add_command
 from based_jax.errors import UserError, unknown
+from based_jax.revision import command
 
 RUN = """Train every point that the store has no row of.
 
@@ -94,8 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     from based_jax.sweep.schedule import SweepFailedError, SweepOptions
 
     _check_options(args)
-    command = shlex.join(["python", "-m", "based_jax", *sys.argv[1:]])
-    options = SweepOptions(args.lanes, args.workers, part=part(args.part), command=command)
+    options = SweepOptions(args.lanes, args.workers, part=part(args.part), command=command())
     calls: dict[str, Callable] = {
         "local": launch.local,
         "ray": functools.partial(launch.on_ray, tasks=args.tasks),

@@ -9,7 +9,7 @@ from based_jax.convert.reference import (
     window_from_based,
     window_from_zoology,
 )
-from based_jax.convert.swapped import window_from_attention
+from based_jax.convert.swapped import taylor_window_from_attention, window_from_attention
 
 __all__ = [
     "hf_config",
@@ -20,6 +20,7 @@ __all__ = [
     "save_hf",
     "save_orbax",
     "save_safetensors",
+    "taylor_window_from_attention",
     "window_from_attention",
     "window_from_based",
     "window_from_zoology",

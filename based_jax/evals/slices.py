@@ -52,10 +52,24 @@ class Slicing:
             raise UserError(f"rare is {self.rare}; it is at least 0.")
 
 
+def rare_pairs(
+    validation: Iterable[Int[np.ndarray, "T"]], training: Iterable[Int[np.ndarray, "T"]], slicing: Slicing
+) -> Pairs:
+    """Return the pairs that stand in a window of what is judged twice or more, and rarely in training.
+
+    Args:
+      validation: the documents that are judged.
+      training: the documents that pairs are counted in, in blocks of any size.
+      slicing: how documents are read, and what is rare.
+    """
+    wanted = repeated_pairs(_windows(validation, slicing))
+    return wanted[pair_counts(training, wanted) <= slicing.rare]
+
+
 def slice_losses(
     judge: Judge,
-    validation: Callable[[], Iterable[Int[np.ndarray, "T"]]],
-    training: Iterable[Int[np.ndarray, "T"]],
+    validation: Iterable[Int[np.ndarray, "T"]],
+    rare: Pairs,
     slicing: Slicing,
     told: Callable[[int], None] = lambda tokens: None,
 ) -> pd.DataFrame:
@@ -65,18 +79,16 @@ def slice_losses(
 
     Args:
       judge: the model.
-      validation: returns the documents that are judged; it is called twice.
-      training: the documents that pairs are counted in, in blocks of any size.
+      validation: the documents that are judged.
+      rare: pairs of theirs that are not known otherwise, see `rare_pairs`.
       slicing: how documents are read.
       told: is called with the number of judged tokens so far.
 
     Raises:
       UserError: there is no token to judge.
     """
-    wanted = repeated_pairs(_windows(validation(), slicing))
-    rare = wanted[pair_counts(training, wanted) <= slicing.rare]
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
-    for found in itertools.batched(_windows(validation(), slicing), WINDOWS_AT_ONCE):
+    for found in itertools.batched(_windows(validation, slicing), WINDOWS_AT_ONCE):
         for place, judged in judge.judged([row_of(window) for window in found]):
             _add(sums, found[place], judged, rare)
         told(int(sums[ALL][0]))

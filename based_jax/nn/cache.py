@@ -1,7 +1,7 @@
 """What decoding keeps: the cache of every mixer, and the tokens of the past in those whose state they are."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, override
 
 import jax
 import jax.numpy as jnp
@@ -48,15 +48,25 @@ class TokenCache:
     def append(self, token: Any) -> "TokenCache":
         """Write one token of each row, a tree of (B, ...), over its oldest slot."""
         time = jax.tree.map(lambda x: x[:, None], token)
-        return TokenCache(self._written(time, self.length[:, None] % self.slots), self.length + 1)
+        tokens = self._written(time, self._slot_of(self.length[:, None]))
+        return dataclasses.replace(self, tokens=tokens, length=self.length + 1)
 
     def extend(self, tokens: Any, segment_ids: SegmentIds | None) -> "TokenCache":
         """Write the tokens of each row's last document, a tree of (B, T, ...), the newest where not all fit."""
         T, S = jax.tree.leaves(tokens)[0].shape[1], self.slots
         places, last, length = self.last_document(T, segment_ids)
-        kept = last & (places >= length[:, None] - S)
+        kept = last & self._stays(places, length[:, None])
         beyond = S + jnp.arange(T, dtype=jnp.int32)[None]  # no slot, so that nothing is written
-        return TokenCache(self._written(tokens, jnp.where(kept, places % S, beyond)), length)
+        tokens = self._written(tokens, jnp.where(kept, self._slot_of(places), beyond))
+        return dataclasses.replace(self, tokens=tokens, length=length)
+
+    def _slot_of(self, places: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Return where the tokens at places of their document go."""
+        return places % self.slots
+
+    def _stays(self, places: Int[Array, "B T"], length: Int[Array, "B 1"]) -> Bool[Array, "B T"]:
+        """Return which tokens at places of a document of that length have a slot."""
+        return places >= length - self.slots
 
     def last_document(
         self, count: int, segment_ids: SegmentIds | None
@@ -81,14 +91,18 @@ class TokenCache:
         return jnp.arange(self.slots)[None] < self.length[:, None]
 
     def in_order(self) -> tuple[Any, BS_mask]:
-        """Return the last S tokens from oldest to newest, and which of them there are."""
-        slot = self.length[:, None] + jnp.arange(self.slots, dtype=jnp.int32)[None]
-        order = slot % self.slots
+        """Return the tokens that are kept from oldest to newest, and which of them there are, the last ones."""
+        place = (self.length - self.slots)[:, None] + jnp.arange(self.slots, dtype=jnp.int32)[None]
+        order = self._order(place)
 
         def sort(x: Shaped[Array, "B S ..."]) -> Shaped[Array, "B S ..."]:
             return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
-        return jax.tree.map(sort, self.tokens), slot >= self.slots
+        return jax.tree.map(sort, self.tokens), place >= 0
+
+    def _order(self, places: Int[Array, "B S"]) -> Int[Array, "B S"]:
+        """Return the slots of the S newest places, whose oldest may stand before the first."""
+        return places % self.slots
 
     def check_room(self, count: int, segment_ids: SegmentIds | None) -> None:
         """Raise UserError where so many tokens are more than the slots; with ids, some may be padding."""
@@ -102,6 +116,34 @@ class TokenCache:
         """
         lost = present & (places >= self.slots)
         return jnp.where(lost.reshape(*lost.shape, *(1,) * (y.ndim - lost.ndim)), jnp.nan, y)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SinkCache(TokenCache):
+    """The first tokens of each row's document, its sinks, and the newest ones.
+
+    The sinks have slots of their own, which they keep; slot `sinks` + r of the ring behind them, of R slots, holds the
+    newest place p with (p - sinks) % R == r. So the first slots are filled as those of any cache.
+    """
+
+    sinks: int = dataclasses.field(metadata={"static": True})
+
+    @override
+    def _slot_of(self, places: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        ring = self.slots - self.sinks
+        return jnp.where(places < self.sinks, places, self.sinks + (places - self.sinks) % ring)
+
+    @override
+    def _stays(self, places: Int[Array, "B T"], length: Int[Array, "B 1"]) -> Bool[Array, "B T"]:
+        return (places < self.sinks) | (places >= length - (self.slots - self.sinks))
+
+    @override
+    def _order(self, places: Int[Array, "B S"]) -> Int[Array, "B S"]:
+        """Return the slots in which sinks come first, where more tokens were read than are kept."""
+        number = jnp.arange(self.slots, dtype=jnp.int32)[None]
+        first = (number < self.sinks) & (places[:, :1] >= 0)
+        return jnp.where(first, number, self._slot_of(jnp.where(places < 0, places % self.slots, places)))
 
 
 class TriedTokens(NamedTuple):

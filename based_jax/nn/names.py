@@ -10,6 +10,7 @@ from based_jax.nn.own_mixer import short
 FAMILY_NAMES = {
     "taylor": "Based",
     "window": "Sliding window",
+    "taylor_window": "Taylor + window",
     "attention": "Attention",
     "mamba": "Mamba",
     "mamba2": "Mamba-2",

@@ -56,7 +56,8 @@ Documents = Any
 class AttentionCall(NamedTuple):
     """Softmax attention: q, k (B, T, H, K), v (B, T, H, V); a query sees `window` keys, T are all up to its own.
 
-    `head_dim` is K less the zeros that queries and keys end in, None where they end in none.
+    `head_dim` is K less the zeros that queries and keys end in, None where they end in none. A query sees the first
+    `sinks` tokens of its document besides (`ops/softmax_sinks.py`).
     """
 
     q: BTHK
@@ -65,6 +66,7 @@ class AttentionCall(NamedTuple):
     window: int
     segment_ids: Documents = None
     head_dim: int | None = None
+    sinks: int = 0
 
     @property
     def root(self) -> float:

@@ -31,6 +31,7 @@ from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import delta_rule as hopper_delta_rule
 from based_jax.ops.hopper import recurrence as hopper_recurrence
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
+from based_jax.ops.tpu import matrix_states as tpu_matrix_states
 from based_jax.ops.triton import delta_rule as triton_delta_rule
 from based_jax.ops.triton import dplr as triton_dplr
 
@@ -60,7 +61,8 @@ def delta_rule(
       beta: how far (B, T, H) the value under a key moves, 0 to 1 (2 for negative eigenvalues).
       scale, state, segment_ids: as of `dplr`.
       impl: one of `dplr`, or "hopper_chunks" (Mosaic GPU kernels on tensor cores; one decay a head, v in bf16, to which
-        q and k are rounded; K at most 256).
+        q and k are rounded; K at most 256), or "tpu_chunks" (a Mosaic TPU kernel; v in bf16 or fp32, to which q and k
+        are rounded; K and V at most 256).
 
     Returns:
       As `dplr`.
@@ -253,6 +255,9 @@ IMPLEMENTATIONS = {
     ),
     "hopper_steps": Implementation(
         functools.partial(_through_dplr, hopper_recurrence.compute), hopper_recurrence.supports, platform="cuda"
+    ),
+    "tpu_chunks": Implementation(
+        tpu_matrix_states.compute, tpu_matrix_states.supports, platform="tpu", slower=tpu_matrix_states.slower
     ),
     "xla_chunks": Implementation(functools.partial(_through_dplr, _chunked)),
     "xla_steps": Implementation(functools.partial(_through_dplr, _recurrent)),

@@ -31,6 +31,8 @@ FORMER_NAMES = {"recurrent": "xla_steps", "quadratic": "xla_quadratic", "toeplit
 
 _CHOICES: ContextVar[dict[str, dict[str, None]]] = ContextVar("choices", default={})  # noqa: B039
 """Of `recorded_choices`, to be filled."""
+_KERNELS: ContextVar[bool] = ContextVar("kernels", default=True)
+"""Whether `auto` may take what is made for a platform."""
 
 
 def no_objection(_call: Any) -> None:
@@ -157,6 +159,16 @@ def recorded_choices() -> Iterator[dict[str, dict[str, None]]]:
         _CHOICES.reset(token)
 
 
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Leave what `auto` would take a platform's kernel for to XLA's forms while this context is open: to compare."""
+    token = _KERNELS.set(False)
+    try:
+        yield
+    finally:
+        _KERNELS.reset(token)
+
+
 def choose(operation: str, table: Mapping[str, Implementation], impl: str, call: Any) -> str:
     """Return the key of the table that `impl` names, or that `auto` picks for a call.
 
@@ -188,6 +200,8 @@ def _automatic(operation: str, table: Mapping[str, Implementation], call: Any) -
     reasons, chosen = {}, _fallback(table, call)
     for name, candidate in table.items():
         if (candidate.platform or candidate.preferred) != target_platform():
+            continue
+        if candidate.platform is not None and not _KERNELS.get():
             continue
         reason = candidate.supports(call) or candidate.slower(call)
         if reason is None:

@@ -21,6 +21,7 @@ from based_jax.ops.decode_calls import GatedConvStepCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import gated_short_conv as hopper_gated_short_conv
 from based_jax.ops.hopper import short_conv_step as hopper_short_conv_step
+from based_jax.ops.tpu import gated_short_conv as tpu_gated_short_conv
 
 
 @checked
@@ -40,7 +41,8 @@ def gated_short_conv(
       state: last W inputs before x, their bias included; they belong to each row's first document.
       segment_ids: ids of packed documents, 0 for padding, whose output is 0 (see `ops/segments.py`).
       impl: "oracle" (window by window), "xla_steps" (token by token), "xla_taps" (W shifted products), "hopper_taps"
-        (Mosaic GPU kernels; bf16, 2 to 4 taps, D a multiple of 128) or "auto".
+        (Mosaic GPU kernels; bf16, 2 to 4 taps, D a multiple of 128), "tpu_taps" (Mosaic TPU kernels; bf16 or fp32, up
+        to 8 taps, D a multiple of 128) or "auto".
 
     Returns:
       y (B, T, D) in x's dtype, and the last W inputs u of each row's last document.
@@ -108,6 +110,12 @@ IMPLEMENTATIONS = {
         functools.partial(hopper_gated_short_conv.compute, with_state=functools.partial(_wide, impl="xla_taps")),
         hopper_gated_short_conv.supports,
         platform="cuda",
+    ),
+    "tpu_taps": Implementation(
+        functools.partial(tpu_gated_short_conv.compute, with_state=functools.partial(_wide, impl="xla_taps")),
+        tpu_gated_short_conv.supports,
+        platform="tpu",
+        by_place=("x",),
     ),
     "xla_taps": Implementation(functools.partial(_composed, impl="xla_taps"), by_place=("x",)),
     "xla_steps": Implementation(functools.partial(_composed, impl="xla_steps"), by_place=("x",)),

@@ -28,6 +28,7 @@ from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind
 from based_jax.ops.hopper import gated_linear_attention as hopper_gated_linear_attention
 from based_jax.ops.matrix_state_step import update_and_read
 from based_jax.ops.precision import einsum, narrow_einsum, product_policy
+from based_jax.ops.tpu import matrix_states as tpu_matrix_states
 from based_jax.ops.triton import gated_linear_attention as triton_gated_linear_attention
 
 CHUNK_TOKENS = 64
@@ -57,7 +58,8 @@ def gated_linear_attention(
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "xla_quadratic" (one chunk;
         auto's for one decay a head, large states and short sequences on a GPU), "hopper_steps" (Mosaic GPU kernels,
         token by token; K at most 128), "triton_chunks" (on tensor cores; v in bf16, to which q and k are rounded; K at
-        most 256) or "auto".
+        most 256), "tpu_chunks" (a Mosaic TPU kernel; v in bf16 or fp32, to which q and k are rounded; K and V at most
+        256) or "auto".
 
     Returns:
       o in v's dtype, and the state (B, H, K, V) after the last token, fp32.
@@ -157,6 +159,12 @@ IMPLEMENTATIONS = {
         hopper_gated_linear_attention.supports,
         platform="cuda",
         slower=hopper_gated_linear_attention.slower,
+    ),
+    "tpu_chunks": Implementation(
+        read_apart(tpu_matrix_states.compute),
+        tpu_matrix_states.supports,
+        platform="tpu",
+        slower=tpu_matrix_states.slower,
     ),
     "xla_chunks": Implementation(_chunked),
     "xla_quadratic": Implementation(

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
 from based_jax.dims import BT, SegmentIds, Unbroken
+from based_jax.errors import UserError
 from based_jax.ops import calls, segments, sharded
 from based_jax.ops.dimensions import DIMENSIONS, TOKENS
 from based_jax.ops.scan import expand
@@ -126,7 +127,16 @@ class Tails:
 
 
 def windowed(run: Run, call: calls.AttentionCall) -> Array:
-    """Run each piece with the keys and values that its windows reach before it."""
+    """Run each piece with the keys and values that its windows reach before it.
+
+    Raises:
+      UserError: there are sinks, which stand in pieces before.
+    """
+    if call.sinks:
+        raise UserError(
+            f"Mesh axis 'sequence' has {pieces(call)} devices; for windows with sinks, and {call.sinks} are asked for,"
+            " it has 1."
+        )
     most = call.q.shape[1] - call.q.shape[1] // pieces(call)
     width = min(call.window - 1, most)
 

@@ -2,10 +2,13 @@
 
     o_i = sum_j softmax_j(q_i.k_j / sqrt(K)) v_j ,     j in (i - window, i]
 
-The window counts visible keys, the query's own included. Softmax is fp32.
+The window counts visible keys, the query's own included. Softmax is fp32. A window may have sinks, the first tokens
+of each document, which all of its queries see (`ops/softmax_sinks.py`).
 """
 
+import functools
 import math
+from typing import Any
 
 import einops
 import jax
@@ -15,7 +18,7 @@ from jaxtyping import Array, Bool, Shaped
 from based_jax import devices
 from based_jax.dims import BSHK, BSHV, BT, BTHK, BTHV, SegmentIds
 from based_jax.errors import UserError
-from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_ring
+from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_ring, softmax_sinks
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.decode_calls import AttentionPrefillCall
@@ -23,6 +26,7 @@ from based_jax.ops.dispatch import Implementation, dispatch, not_run, target_dev
 from based_jax.ops.hopper import attention as hopper_attention
 from based_jax.ops.hopper import window as hopper_window
 from based_jax.ops.tpu import attention as tpu_attention
+from based_jax.ops.tpu import window as tpu_window
 from based_jax.ops.triton import attention as triton_attention
 
 MIN_BAND_TOKENS = 64
@@ -71,24 +75,36 @@ def attention(
 
 @checked
 def window_attention(
-    q: BTHK, k: BTHK, v: BTHV, *, window: int, segment_ids: SegmentIds | None = None, impl: str = "auto"
+    q: BTHK,
+    k: BTHK,
+    v: BTHV,
+    *,
+    window: int,
+    sinks: int = 0,
+    segment_ids: SegmentIds | None = None,
+    impl: str = "auto",
 ) -> BTHV:
     """Causal softmax attention to the last `window` keys, the query's own included, in O(T * window).
 
     Args:
+      sinks: how many of the first tokens of its document a query sees besides; few.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle" (T x T), "xla_steps" (token by token), "xla_bands", "xla_chunks" (for long windows),
-        "hopper_tiles" (Mosaic GPU kernels; bf16, windows up to 129, some head dims), "cudnn_flash" (GPU, bf16 or fp16,
-        no packing), "triton_tiles" (the same, with packing), "tpu_splash" (TPU, bf16; for long windows) or "auto".
+        "hopper_tiles" (Mosaic GPU kernels; bf16, windows up to 129, some head dims, no sinks), "cudnn_flash" (GPU, bf16
+        or fp16, no packing, no sinks), "triton_tiles" (the same, with both), "tpu_tiles" (Mosaic TPU kernels; windows
+        up to 129, no sinks), "tpu_splash" (TPU, bf16; for long windows; packing or sinks) or "auto".
 
     Raises:
-      UserError: `window` is below 1, or `impl` is unknown or cannot run this call.
+      UserError: `window` is below 1 or `sinks` below 0, tokens with sinks lie over several devices, or
+        `impl` is unknown or cannot run this call.
     """
     if window < 1:
         raise UserError(f"window is {window}; it counts the keys that a query sees, its own included, so at least 1.")
     if window > MAX_WINDOW:
         raise UserError(f"window is {window}; it is at most {MAX_WINDOW}.")
-    call = AttentionCall(q, k, v, window, segment_ids)
+    if sinks < 0:
+        raise UserError(f"sinks is {sinks}; it counts the first tokens that a query sees besides, so at least 0.")
+    call = AttentionCall(q, k, v, window, segment_ids, sinks=sinks)
     return dispatch("window_attention", WINDOW_ATTENTION, impl, call, sequence.windowed)
 
 
@@ -113,12 +129,23 @@ def masked_attention(q: BTHK, k: BSHK, v: BSHV, visible: Bool[Array, "B T S"], *
     return _weigh("BHTS,BSHV->BTHV", p, v)
 
 
+def _masked_read(q: BTHK, k: BSHK, v: BSHV, visible: Bool[Array, "B T S"], root: float) -> softmax_chunks.Read:
+    """Return what queries read under an explicit mask, with the logarithm of their weights' sum."""
+    s = jnp.where(visible[:, None], _scores("BTHK,BSHK->BHTS", q, k, root), softmax_chunks.LOWEST)
+    logarithm = jax.nn.logsumexp(s, axis=-1)
+    p = jnp.where(visible[:, None], jnp.exp(s - logarithm[..., None]), 0.0)
+    o = softmax_chunks.product("BHTS,BSHV->BTHV", p, v)
+    return o, jnp.where(visible.any(axis=-1)[:, None], logarithm, softmax_chunks.LOWEST)
+
+
 def _oracle(call: AttentionCall) -> BTHV:
     """Score every pair of the sequence in fp32."""
     time, ids = jnp.arange(call.q.shape[1]), _ids(call)
     i, j = time[:, None], time[None, :]
     near = (j <= i) & (j > i - call.window)
-    visible = near[None] & segments.same_document(ids, ids)
+    place = time[None] - softmax_sinks.document_starts(ids)
+    first = (j <= i)[None] & (place < call.sinks)[:, None]
+    visible = (near[None] | first) & segments.same_document(ids, ids)
     q32, k32, v32 = (x.astype(jnp.float32) for x in (call.q, call.k, call.v))
     return masked_attention(q32, k32, v32, visible, root=call.root).astype(call.v.dtype)
 
@@ -133,27 +160,60 @@ def _dense(call: AttentionCall) -> BTHV:
 
 
 def _chunked(call: AttentionCall) -> BTHV:
-    """Attention by chunks; the ids of one document are the same for all rows, which makes masks small."""
+    """Attention by chunks."""
+    if call.sinks:
+        return softmax_sinks.attention(CHUNKED_WINDOW, call)
+    return softmax_chunks.attention(call.q, call.k, call.v, *_numbers(call), call.window, call.root)
+
+
+def _read_window(call: AttentionCall) -> softmax_chunks.Read:
+    """Return what queries read of their windows by chunks, for `softmax_sinks`."""
+    return softmax_chunks.read(call.q, call.k, call.v, *_numbers(call), **_cut_options(call))
+
+
+def _window_gradients(call: AttentionCall, o: BTHV, logarithm: Array, do: BTHV) -> tuple[Array, Array, Array]:
+    saved = call.q, call.k, call.v, *_numbers(call), o, logarithm
+    return softmax_chunks.read_gradients(saved, do, **_cut_options(call))
+
+
+def _numbers(call: AttentionCall) -> tuple[BT, BT]:
+    """Return those of queries and keys; of one document they are the same for all rows, which makes masks small."""
     ids = _ids(call)[:1] if call.segment_ids is None else call.segment_ids
-    return softmax_chunks.attention(call.q, call.k, call.v, ids, ids, call.window, call.root)
+    return ids, ids
+
+
+def _cut_options(call: AttentionCall) -> dict[str, Any]:
+    return {"past": 0, "window": min(call.window, call.q.shape[1]), "root": call.root}
+
+
+CHUNKED_WINDOW = softmax_sinks.WindowKernel(_read_window, _window_gradients)
 
 
 def _recurrent(call: AttentionCall) -> BTHV:
-    """Go from token to token with a buffer of the last `window` keys and values."""
+    """Go from token to token with a buffer of the sinks, and of the last `window` keys and values."""
 
     def push(buffer, new):
         return jnp.concatenate([buffer[:, 1:], new[:, None]], axis=1)
 
+    def put(first, new, place):
+        at = jnp.arange(call.sinks)[None] == place[:, None]
+        return jnp.where(at.reshape(*at.shape, *(1,) * (new.ndim - 1)), new[:, None], first)
+
     def token(buffers, inputs):
-        q_BHK, new = inputs
-        keys, values, key_ids = buffers = jax.tree.map(push, buffers, new)
-        visible = (key_ids == key_ids[:, -1:]) & (key_ids != 0)
-        return buffers, masked_attention(q_BHK[:, None], keys, values, visible[:, None])[:, 0]
+        (near, first), (q_BHK, new, place) = buffers, inputs
+        near, first = jax.tree.map(push, near, new), jax.tree.map(lambda x, y: put(x, y, place), first, new)
+        keys, values, key_ids = (jnp.concatenate(both, axis=1) for both in zip(first, near, strict=True))
+        left = jnp.arange(call.sinks)[None] <= (place - call.window)[:, None]  # the sinks that are not in the window
+        own = jnp.concatenate([left, jnp.ones(near[2].shape, bool)], axis=1)
+        visible = own & (key_ids == key_ids[:, -1:]) & (key_ids != 0)
+        return (near, first), masked_attention(q_BHK[:, None], keys, values, visible[:, None])[:, 0]
 
     kept = call.k, call.v, _ids(call)
-    zeros = (jnp.zeros((x.shape[0], call.window, *x.shape[2:]), x.dtype) for x in kept)
+    places = jnp.arange(call.q.shape[1])[None] - softmax_sinks.document_starts(kept[2])
+    zeros = [jnp.zeros((x.shape[0], n, *x.shape[2:]), x.dtype) for n in (call.window, call.sinks) for x in kept]
     empty = tuple(sharded.vary_alike(*zeros, like=(call.q, *kept)))
-    _, o = jax.lax.scan(token, empty, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (call.q, kept)))
+    inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (call.q, kept, places))
+    _, o = jax.lax.scan(token, (empty[:3], empty[3:]), inputs)
     return jnp.moveaxis(o, 0, 1)
 
 
@@ -167,6 +227,14 @@ def _banded(call: AttentionCall) -> BTHV:
     i, j = jnp.arange(C)[:, None] + C, jnp.arange(2 * C)[None, :]
     near = (j <= i) & (j > i - call.window)
     visible = near[None, None] & segments.same_document(ids, key_ids)
+    if call.sinks:
+        read = jax.vmap(functools.partial(_masked_read, root=call.root), in_axes=1, out_axes=(1, 2))(q, k, v, visible)
+        o, logarithm = (
+            einops.rearrange(read[0], "B N C H V -> B (N C) H V"),
+            einops.rearrange(read[1], "B H N C -> B H (N C)"),
+        )
+        o, _ = softmax_chunks.joined((o[:, :T], logarithm[..., :T]), softmax_sinks.read(call))
+        return o.astype(call.v.dtype)
     o = jax.vmap(masked_attention, in_axes=1, out_axes=1)(q, k, v, visible)
     return einops.rearrange(o, "B N C H V -> B (N C) H V")[:, :T]
 
@@ -218,6 +286,8 @@ def cudnn_supports(call: AttentionCall | AttentionPrefillCall) -> str | None:
     """Return why cuDNN cannot run a call, or None."""
     if call.segment_ids is not None:
         return "packed documents need a mask"
+    if isinstance(call, AttentionCall) and call.sinks:
+        return f"its windows have no sinks, and {call.sinks} are asked for"
     if call.q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"its inputs are bfloat16 or float16, these are {call.q.dtype}"
     # JAX asks the GPU at hand which one it is: without one it takes it for an older one.
@@ -283,6 +353,7 @@ WINDOW_ATTENTION = {
         slower=triton_attention.slower,
         by_place=QKV,
     ),
+    "tpu_tiles": Implementation(tpu_window.compute, tpu_window.supports, platform="tpu", by_place=QKV),
     "tpu_splash": Implementation(
         tpu_attention.compute,
         tpu_attention.supports,

@@ -124,6 +124,23 @@ def read(
     return o[:, :T], saved[-1][:, :, :T]
 
 
+def read_gradients(saved, do: BTHV, *, past: int, window: int, root: float) -> tuple[Array, Array, Array]:
+    """Return the gradients of q, k and v through the keys that `read` meets, where there may be others as well.
+
+    Args:
+      saved: q, k, v, the numbers of queries and keys, and o and the logarithm L of all keys that are seen.
+      do: the gradient of o.
+    """
+    q, k, v, query_numbers, key_numbers, o, logarithm = saved
+    T, S = q.shape[1], k.shape[1]
+    cut = Cut.of(T, S, past, window, root)
+    q, query_numbers, o, do = (sharded.fill(x, {1: cut.queries}) for x in (q, query_numbers, o, do))
+    k, v, key_numbers = (sharded.fill(x, {1: cut.keys}) for x in (k, v, key_numbers))
+    filled = q, k, v, query_numbers, key_numbers, o, sharded.fill(logarithm, {2: cut.queries})
+    dq, dk, dv, *_ = backward(cut, sharded.vary_alike(*filled), do)
+    return dq[:, :T], dk[:, :S], dv[:, :S]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(cut: Cut, q, k, v, query_numbers, key_numbers):
     return forward(cut, q, k, v, query_numbers, key_numbers)[0]

@@ -22,6 +22,7 @@ from based_jax.ops.decode_calls import BH
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_step
 from based_jax.ops.hopper import ssd as hopper_ssd
+from based_jax.ops.tpu import ssd as tpu_ssd
 from based_jax.ops.triton import ssd as triton_ssd
 
 BHP = Float[Array, "B H P"]
@@ -47,7 +48,8 @@ def ssd(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle" and "xla_steps" (token by token), "xla_chunks" (gated linear attention's), "hopper_steps" (Mamba's
         Mosaic GPU kernels; one group, channels a multiple of 128, 8, 16, 24 or 32 states), "triton_chunks" (gated
-        linear attention's, of bf16; at most 256 states) or "auto".
+        linear attention's, of bf16; at most 256 states), "tpu_chunks" (likewise, of bf16 or fp32; at most 256 channels)
+        or "auto".
 
     Returns:
       y in x's dtype, and the state (B, H, N, P) after the last token, fp32.
@@ -103,6 +105,7 @@ def _cut(run: sequence.Run, call: SSDCall) -> tuple[BTHP, BHNP]:
 IMPLEMENTATIONS = {
     "triton_chunks": Implementation(triton_ssd.compute, triton_ssd.supports, platform="cuda", slower=triton_ssd.slower),
     "hopper_steps": Implementation(hopper_ssd.compute, hopper_ssd.supports, platform="cuda"),
+    "tpu_chunks": Implementation(tpu_ssd.compute, tpu_ssd.supports, platform="tpu", slower=tpu_ssd.slower),
     "xla_chunks": Implementation(functools.partial(_as_attention, impl="xla_chunks")),
     "xla_steps": Implementation(functools.partial(_as_attention, impl="xla_steps")),
     "oracle": Implementation(functools.partial(_as_attention, impl="oracle")),

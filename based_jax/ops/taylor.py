@@ -25,6 +25,7 @@ from based_jax.ops.calls import LinearAttentionCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import taylor as hopper_taylor
 from based_jax.ops.precision import einsum
+from based_jax.ops.tpu import taylor as tpu_taylor
 from based_jax.ops.triton import taylor as triton_taylor
 
 
@@ -81,7 +82,8 @@ def taylor_attention(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle" (every score in fp32), "xla_steps" (token by token), "xla_chunks" (linear in T), "xla_quadratic"
         (one chunk; auto's for short sequences on a GPU), "hopper_chunks" (Mosaic GPU kernels; bf16, K <= 16),
-        "triton_chunks" (Triton kernels, for other GPUs; likewise) or "auto".
+        "triton_chunks" (Triton kernels, for other GPUs; likewise), "tpu_chunks" (Mosaic TPU kernels; bf16 or fp32,
+        V <= 128) or "auto".
 
     Returns:
       o in v's dtype, and the state after the last token, fp32. XLA drops a state that nobody reads.
@@ -111,6 +113,7 @@ IMPLEMENTATIONS = {
     "triton_chunks": Implementation(
         triton_taylor.compute, triton_taylor.supports, platform="cuda", slower=triton_taylor.slower
     ),
+    "tpu_chunks": Implementation(tpu_taylor.compute, tpu_taylor.supports, platform="tpu", slower=tpu_taylor.slower),
     "xla_chunks": Implementation(_chunked),
     "xla_quadratic": Implementation(
         functools.partial(_chunked, length=None), preferred="cuda", slower=linear_attention.one_chunk_is_slower

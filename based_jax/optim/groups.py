@@ -23,7 +23,7 @@ PARAMETER_GROUPS: dict[str, tuple[str, ...]] = {
     "state matrix": ("b", "c", "shift_b", "shift_c"),
     "token shift": ("mix", "shift_mix"),
     "key gain": ("k_k", "k_a", "r_k"),
-    "feature map": ("maps",),
+    "feature map": ("maps", "query_maps", "key_maps"),
     "constant": ("directions",),
 }
 """What a parameter is, by the end of its path: each pattern of `PurePath.match` in one group alone.

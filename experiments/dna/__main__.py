@@ -114,7 +114,7 @@ def _sorted(column: pd.Series) -> list:
 def count_all() -> None:
     """Measure what counting reaches, and write the rows anew."""
     MARKOV.unlink(missing_ok=True)
-    facts = origin() | {"command": "python -m experiments.dna markov"}
+    facts = origin()
     with appended(MARKOV) as write:
         for row in markov.rows():
             write(row | facts)

@@ -1,12 +1,14 @@
 """Language models compiled ahead of time for pods: what a step needs there, and an estimate of its time.
 
 python -m experiments.pods run [--only=TEXT]     compiles the grid, each program in a process of its own; rows are kept
-python -m experiments.pods table                 writes the README's table from the rows
+python -m experiments.pods run --without-kernels the same, what `auto` takes kernels for left to XLA
+python -m experiments.pods table                 writes the README's tables from the rows
 """
 
 import argparse
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -21,8 +23,8 @@ from based_jax.pictures.tables import markdown
 from based_jax.revision import revision
 
 FOLDER = Path(__file__).parent
-ROWS, README = FOLDER / "results" / "pods.jsonl", FOLDER / "README.md"
-README_TABLE = re.compile(r"(<!-- table -->\n).*?(<!-- end -->)", re.DOTALL)
+README, RESULTS = FOLDER / "README.md", FOLDER / "results"
+ROWS, WITHOUT_KERNELS = RESULTS / "pods.jsonl", RESULTS / "without_kernels.jsonl"
 MODELS = {
     "based_1b": ["--config=configs/based.py:1b"],
     "based_360m": ["--config=configs/based.py:360m"],
@@ -67,13 +69,23 @@ def main() -> int:
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("--only", default="", help="of the grid the points whose name has this text")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for a point (default: 3600)")
+    parser.add_argument("--without-kernels", action="store_true", help="keep rows of XLA's forms alone, to compare")
     args = parser.parse_args()
     if args.command == "run":
         for name, arguments in points():
             if args.only in name:
-                compile_point(name, arguments, args.timeout)
-    README.write_text(README_TABLE.sub(lambda block: f"{block[1]}{table()}\n{block[2]}", README.read_text()))
+                compile_point(name, arguments, args.timeout, args.without_kernels)
+    write_tables()
     return 0
+
+
+def write_tables() -> None:
+    """Write the tables between their marks in the README."""
+    text = README.read_text()
+    for name, made in TABLES.items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = marked.sub(lambda block, made=made: f"{block[1]}{made()}\n{block[2]}", text)
+    README.write_text(text)
 
 
 def points() -> Iterator[tuple[str, list[str]]]:
@@ -87,10 +99,12 @@ def points() -> Iterator[tuple[str, list[str]]]:
                 yield f"{model} {tokens} {pod.slices} x {pod.topology}", [*config, *what, *where]
 
 
-def compile_point(name: str, arguments: list[str], timeout: float) -> None:
+def compile_point(name: str, arguments: list[str], timeout: float, without_kernels: bool = False) -> None:
     """Compile a point and keep its row, or why there is none."""
-    begin, out = time.perf_counter(), ROWS.with_suffix(".part")
+    path = WITHOUT_KERNELS if without_kernels else ROWS
+    begin, out = time.perf_counter(), path.with_suffix(f".{os.getpid()}.part")
     command = ["python", "-m", "based_jax", "aot", "--program=train", *arguments]
+    command += ["--without-kernels"] if without_kernels else []
     out.unlink(missing_ok=True)
     try:
         run = subprocess.run(
@@ -105,9 +119,9 @@ def compile_point(name: str, arguments: list[str], timeout: float) -> None:
     row |= {"revision": revision(), "command": " ".join(command)}
     row |= {"error": said} if said else {}
     out.unlink(missing_ok=True)
-    kept = {old["point"]: old for old in read()} | {name: row}
-    ROWS.parent.mkdir(exist_ok=True)
-    ROWS.write_text("".join(json.dumps(kept[point]) + "\n" for point, _ in points() if point in kept))
+    kept = {old["point"]: old for old in read(path)} | {name: row}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(kept[point]) + "\n" for point, _ in points() if point in kept))
     print(f"{name}: {said or f'{row["estimate"]["sum_mfu"]:.1%}'}, {row['wall_seconds']:.0f} s", flush=True)
 
 
@@ -120,14 +134,43 @@ def why_not(code: int, stderr: str) -> str:
     return f"compiling ended with code {code}." if code else ""
 
 
-def read() -> list[dict]:
-    """Return the rows that there are."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+def read(path: Path = ROWS) -> list[dict]:
+    """Return the rows of a file that there are."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table() -> str:
     """Return the table of all rows."""
     return markdown(pd.DataFrame(list(map(told, read()))))
+
+
+def kernel_table() -> str:
+    """Return the table of points whose rows name their kernels, beside those without."""
+    without = {row["point"]: row for row in read(WITHOUT_KERNELS) if "seconds" in row}
+    rows = [row for row in read() if row.get("kernels") and row["point"] in without]
+    return markdown(pd.DataFrame([beside(row, without[row["point"]]) for row in rows]))
+
+
+def beside(row: dict, without: dict) -> dict[str, str]:
+    """Return the cells of a point with kernels beside those of XLA's forms."""
+    model, tokens, pod = row["point"].split(" ", 2)
+    both, kernels = (without, row), row["kernels"]
+    copied = sum(of["copied_bytes"] for of in kernels.values())
+
+    def arrow(name: str, unit: str, read) -> dict[str, str]:
+        return {name: " -> ".join(f"{read(x):{unit}}" for x in both)}
+
+    return {
+        **{"model": f"`{model}`", "tokens": f"{int(tokens):,}", "pod": pod.removeprefix("1 x ")},
+        "kernels": ", ".join(f"`{name}` {of['runs']:,}" for name, of in kernels.items()),
+        "copies for them": f"{sum(of['copies'] for of in kernels.values()):,}"
+        + f", {copied / 1e9:.1f} GB" * bool(copied),
+        **arrow("ms of compute", ".0f", lambda x: 1e3 * x["seconds"]["compute"]),
+        **arrow("of HBM", ".0f", lambda x: 1e3 * x["seconds"]["memory"]),
+        **arrow("GiB", ".1f", lambda x: x["memory"]["peak"] / GIB),
+        **arrow("MFU by the sum", ".1%", lambda x: x["estimate"]["sum_mfu"]),
+        **arrow("by the bound", ".1%", lambda x: x["estimate"]["bound_mfu"]),
+    }
 
 
 def told(row: dict) -> dict[str, str]:
@@ -158,6 +201,10 @@ def most_sent(row: dict) -> str:
 def devices(row: dict) -> int:
     """Return the number of devices of a row's mesh."""
     return math.prod(row["mesh"].values())
+
+
+TABLES = {"table": table, "kernels": kernel_table}
+"""By their marks in the README."""
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python -m experiments.prefix_cache --config=configs/based.py:1b --out=experiment
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,11 +30,10 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, help="another width")
     parser.add_argument("--out", type=Path, help="file of rows, JSON lines, to append to")
     args = parser.parse_args()
-    command = " ".join(["python -m experiments.prefix_cache", *sys.argv[1:]])
     with rows.appended(args.out) as write:
         for row in measure(random_decoder(args.config, args.d_model)):
             print(f"{row['prompt']:<28} {row['restored']:>6,} restored {1e3 * row['seconds']:>9.1f} ms", flush=True)
-            write({"config": args.config, "d_model": args.d_model, **row, **rows.facts(), "command": command})
+            write({"config": args.config, "d_model": args.d_model, **row, **rows.facts()})
 
 
 def random_decoder(config: str, d_model: int | None) -> Decoder:

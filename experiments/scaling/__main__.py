@@ -4,10 +4,7 @@ python -m experiments.scaling --out=experiments/scaling/results/scaling.jsonl
 """
 
 import argparse
-import importlib.metadata
-import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from based_jax.bench import rows
 from based_jax.nn.mixers import MIXERS, make_mixer
-from based_jax.revision import revision
 
 OPTIONS = {kind: {"l_max": 1 << 20} for kind in ("hyena", "long_conv", "implicit_conv")}
 CONTRAST = ("attention", "hyena", "long_conv", "implicit_conv")
@@ -30,13 +27,13 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs=2, default=(2048, 16384))
     parser.add_argument("--mixers", nargs="*", default=list(MIXERS))
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'mixer':18} {'ms':>9} {'ms':>9} {'ratio':>6} {'MiB':>9} {'MiB':>9} {'ratio':>6}")
     for kind in args.mixers:
-        rows = [measure(kind, args.d_model, length) for length in args.lengths]
-        with args.out.open("a") as file:
-            file.writelines(json.dumps(row | facts()) + "\n" for row in rows)
-        short, long = ((row["ms"], row["memory_mib"]) for row in rows)
+        measured = [measure(kind, args.d_model, length) for length in args.lengths]
+        with rows.appended(args.out) as write:
+            for row in measured:
+                write(row | rows.facts("flax"))
+        short, long = ((row["ms"], row["memory_mib"]) for row in measured)
         shown = (f"{a:9.2f} {b:9.2f} {b / a:6.1f}" for a, b in zip(short, long, strict=True))
         print(f"{kind:18} {' '.join(shown)}{'  (for contrast)' if kind in CONTRAST else ''}", flush=True)
 
@@ -65,16 +62,6 @@ def measure(kind: str, d_model: int, length: int) -> dict:
         "length": length,
         "ms": round(statistics.median(times), 3),
         "memory_mib": round(peak / 2**20, 2),
-    }
-
-
-def facts() -> dict:
-    """Return what a row of results has to name."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
-        "revision": revision(),
-        "command": "python -m experiments.scaling " + " ".join(sys.argv[1:]),
     }
 
 

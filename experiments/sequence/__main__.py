@@ -5,8 +5,6 @@ python -m experiments.sequence mixers --out=experiments/sequence/results/mixers.
 """
 
 import argparse
-import importlib.metadata
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +19,8 @@ from based_jax.aot.collectives import by_axis, collectives
 from based_jax.aot.compiling import memory_of
 from based_jax.aot.costs import flops
 from based_jax.aot.hlo import Program
-from based_jax.bench.rows import replaced
+from based_jax.bench import rows
 from based_jax.nn.mixers import MIXERS, make_mixer
-from based_jax.revision import revision
 from based_jax.train.compile import train_program
 from based_jax.train.run import load_config
 
@@ -81,16 +78,6 @@ def costs(compiled: jax.stages.Compiled, mesh: Mesh) -> dict:
     }
 
 
-def facts() -> dict:
-    """Return what a row of results has to name."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
-        "revision": revision(),
-        "command": "python -m experiments.sequence " + " ".join(sys.argv[1:]),
-    }
-
-
 TABLES = {"memory": memory, "mixers": mixers}
 
 
@@ -101,10 +88,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines that are written anew")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
-    with replaced(args.out) as write:
+    with rows.replaced(args.out) as write:
         for row in TABLES[args.table]():
             print(row, flush=True)
-            write(row | facts())
+            write(row | rows.facts("flax"))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default=CONFIG, help=f"of a run on text (default: {CONFIG})")
     parser.add_argument("--rows", type=int, default=8, help="of a batch (default: 8)")
     parser.add_argument("--steps", type=int, default=50, help="default: 50")
-    parser.add_argument("--together", action="store_true", help="run all at once, where memory allows it")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs side by side (default: 1)")
     parser.add_argument("overrides", nargs="*", help="of the config, as --config.a.b=value behind --")
 
 
@@ -50,17 +50,19 @@ def run(args: argparse.Namespace) -> int:
     """Train, go on, and append a row for each; return 1 if one failed."""
     folder, several = runs.new_folder(args.folder), args.devices
     layouts = [Layout(ONE, {}), Layout(NOISE, {}, 2), *(Layout(f"{x} {several}", {x: several}) for x in AXES)]
-    workers = len(layouts) if args.together else 1
-    with ThreadPoolExecutor(workers) as pool, bench_rows.appended(args.out) as write:
-        trained = list(pool.map(lambda x: _trained(args, x, folder / _file(x.name), args.steps), layouts))
+    with ThreadPoolExecutor(args.at_once) as pool, bench_rows.appended(args.out) as write:
+        failures = []
+        trained = pool.map(lambda x: _trained(args, x, folder / _file(x.name), args.steps), layouts)
         for layout, failure in zip(layouts, trained, strict=True):
             write(_told(_row(args, layout, folder, failure)))
+            failures.append(failure)
         fsdp = next(layout for layout in layouts if "fsdp" in layout.mesh)
         pairs = [(layouts[0], layouts[0]), (fsdp, fsdp), (fsdp, layouts[0]), (layouts[0], fsdp)]
-        went_on = list(pool.map(lambda pair: _goes_on(args, folder, *pair), pairs))
+        went_on = pool.map(lambda pair: _goes_on(args, folder, *pair), pairs)
         for (saved, restored), failure in zip(pairs, went_on, strict=True):
             write(_told(_restored(args, folder, saved, restored, failure)))
-    return int(any([*trained, *went_on]))
+            failures.append(failure)
+    return int(any(failures))
 
 
 def _file(name: str) -> str:

@@ -54,7 +54,6 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--out", type=Path, help="file of rows, JSON lines, to append to")
     args = parser.parse_args()
-    command = " ".join(["python -m experiments.state_addition", *sys.argv[1:]])
     with rows.appended(args.out) as write:
         for task, trained in TASKS.items():
             config = train_config(trained)
@@ -62,7 +61,7 @@ def main() -> None:
                 sys.exit("The run was stopped; the same command goes on with it.")
             for row in measure(Decoder.of(load_run(args.workdir / task)[2]), *examples(config, trained.context)):
                 print({"task": task, **row}, flush=True)
-                write({"task": task, **row, **rows.facts(), "command": command})
+                write({"task": task, **row, **rows.facts()})
 
 
 def train_config(trained: Trained) -> TrainConfig:

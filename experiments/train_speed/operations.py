@@ -43,14 +43,15 @@ class Timed(NamedTuple):
         return row["op"] == self.op and shape == self.shape and row["impl"] in self.impls
 
 
+ATTENTION = ("cudnn_flash", "hopper_tiles", "hopper_turns")
 CHUNKS = ("triton_chunks",)
 BOTH_CHUNKS = ("hopper_chunks", *CHUNKS)
 TIMED = (
     Timed("Based", "taylor_attention", (8, 16, 2048, 16, 112), ("hopper_chunks",), (100, 330)),
-    Timed("attention, heads of 70", "attention", (8, 24, 2048, 70, 70), ("cudnn_flash", "hopper_tiles"), (370, 1400)),
+    Timed("attention, heads of 70", "attention", (8, 24, 2048, 70, 70), ATTENTION, (370, 1400)),
     Timed("Gated DeltaNet 1.3B", "gated_delta_rule", (8, 16, 2048, 128, 128), BOTH_CHUNKS, (200, 780)),
     Timed("Gated DeltaNet 360M", "gated_delta_rule", (8, 4, 2048, 256, 512), BOTH_CHUNKS, (230, 1500)),
-    Timed("KDA", "delta_rule", (8, 16, 2048, 128, 128), CHUNKS, (620, 2900)),
+    Timed("KDA", "delta_rule", (8, 16, 2048, 128, 128), BOTH_CHUNKS, (620, 2900)),
     Timed("simple GLA, Mamba-2", "simple_gla", (8, 32, 2048, 128, 64), CHUNKS, (125, 690)),
     Timed("the same, one long sequence", "simple_gla", (1, 16, 16384, 128, 64), CHUNKS, (200, None)),
     Timed("RWKV-7", "dplr", (8, 16, 2048, 64, 64), CHUNKS, (400, 1400)),

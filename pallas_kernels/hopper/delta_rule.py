@@ -124,7 +124,7 @@ def forward(q, k, v, p, t, since, written, state, *, scale: float, with_starts: 
             q_tile, k_tile, p_tile, t_tile, v_tile, since_tile, written_tile = walk.take(n)
             tokens, put = walk.tokens(n), walk.puts_of(n, keys // PART_KEYS + 2 if with_starts else 1)
             since = numbers_of(since_tile)
-            before = _rounded_parts(S, k.dtype)
+            before = rounded_parts(S, k.dtype)
 
             def read(seen, asked):
                 for part, x in before:
@@ -162,7 +162,7 @@ def forward(q, k, v, p, t, since, written, state, *, scale: float, with_starts: 
     results = [mosaic.like(v), mosaic.like(state)]
     if with_starts:
         results += [mosaic.like(v), jax.ShapeDtypeStruct((batch, heads, chunks, v.shape[3], keys), v.dtype)]
-    return _walk(compute, "delta_rule_forward", [q, k, p, t], [v], [since, written], [state], results)
+    return walk_over_chunks(compute, "delta_rule_forward", [q, k, p, t], [v], [since, written], [state], results)
 
 
 def reverse(q, k, do, p, t, since, written, dlast, *, scale: float) -> list[jax.Array]:
@@ -183,7 +183,7 @@ def reverse(q, k, do, p, t, since, written, dlast, *, scale: float) -> list[jax.
             n = chunks - 1 - back
             q_tile, k_tile, p_tile, t_tile, do_tile, since_tile, written_tile = walk.take(back)
             put, since = walk.puts_of(back, keys // PART_KEYS + 1), numbers_of(since_tile)
-            after = _rounded_parts(dS, k.dtype)
+            after = rounded_parts(dS, k.dtype)
 
             def read(later):
                 for part, x in after:
@@ -217,20 +217,25 @@ def reverse(q, k, do, p, t, since, written, dlast, *, scale: float) -> list[jax.
 
     ends = jax.ShapeDtypeStruct((batch, heads, chunks, do.shape[3], keys), do.dtype)
     results = [mosaic.like(do), ends, mosaic.like(dlast)]
-    return _walk(compute, "delta_rule_reverse", [q, k, p, t], [do], [since, written], [dlast], results, back=True)
+    return walk_over_chunks(
+        compute, "delta_rule_reverse", [q, k, p, t], [do], [since, written], [dlast], results, back=True
+    )
 
 
-def _walk(compute, name: str, shared, own, numbers, whole, results, *, back: bool = False) -> list[jax.Array]:
+def walk_over_chunks(
+    compute, name: str, shared, own, numbers, whole, results, *, back: bool = False
+) -> list[jax.Array]:
     """Return the results of `compute(walk, *refs)` of each warpgroup that computes; refs of `whole` and results.
 
     Args:
       shared, own, numbers: what is fetched by chunks, (B, T, H, .), of the last dimension all; (B, T, H, V), of values
-        the block's; (B, H, T).
+        the block's; (B, H, .), as many of a chunk as of another.
       back: whether the last chunks come first.
     """
     (batch, time, heads, values), streamed = own[0].shape, [*shared, *own, *numbers]
     strips, chunks = values // BLOCK_VALUES, time // CHUNK_TOKENS
     widths = [*(x.shape[3] for x in shared), *(BLOCK_VALUES for _ in own)]
+    counts = [x.shape[2] // chunks for x in numbers]
     slots = _slots(sum(widths))
 
     def body(*refs):
@@ -246,7 +251,10 @@ def _walk(compute, name: str, shared, own, numbers, whole, results, *, back: boo
             parts = [
                 *(source.at[row, tokens, head] for source in sources[: len(shared)]),
                 *(source.at[row, tokens, head, columns] for source in sources[len(shared) : len(widths)]),
-                *(source.at[row, head, tokens] for source in sources[len(widths) :]),
+                *(
+                    source.at[row, head, pl.ds(chunk * count, count)]
+                    for source, count in zip(sources[len(widths) :], counts, strict=True)
+                ),
             ]
             for part, tile in zip(parts, tiles, strict=True):
                 plgpu.copy_gmem_to_smem(part, tile.at[slot], filled.at[slot])
@@ -274,7 +282,7 @@ def _walk(compute, name: str, shared, own, numbers, whole, results, *, back: boo
         out_type=results,
         scratch_types=[
             *(mosaic.swizzled((slots, CHUNK_TOKENS, width), mosaic.WIDE_SWIZZLE) for width in widths),
-            *(plgpu.SMEM((slots, CHUNK_TOKENS), jnp.float32) for _ in numbers),
+            *(plgpu.SMEM((slots, count), jnp.float32) for count in counts),
             mosaic.swizzled((GROUPS, PUT_SLOTS, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE),
             plgpu.Barrier(num_arrivals=len(streamed), num_barriers=slots),
             plgpu.Barrier(num_arrivals=GROUPS, num_barriers=slots),
@@ -295,7 +303,7 @@ def _slots(width: int) -> int:
     return min(MAX_SLOTS, (SHARED_MEMORY_BYTES - puts) // (width * CHUNK_TOKENS * 2))
 
 
-def _rounded_parts(S, dtype):
+def rounded_parts(S, dtype):
     """Return where the parts of the channels of a state in registers stand, and each of them in that dtype.
 
     All are rounded before one is used, so that no product waits; of wide states, when they are: else registers lack.

@@ -6,7 +6,16 @@ import pytest
 from based_jax.errors import UserError
 from based_jax.evals import slices
 from based_jax.evals.likelihood import Judged, strided
-from based_jax.evals.slices import Slicing, documents, is_repeated, pair_counts, pairs_of, repeated_pairs, slice_losses
+from based_jax.evals.slices import (
+    Slicing,
+    documents,
+    is_repeated,
+    pair_counts,
+    pairs_of,
+    rare_pairs,
+    repeated_pairs,
+    slice_losses,
+)
 from based_jax.labels import NO_LABEL
 
 
@@ -54,16 +63,20 @@ def test_slices_by_hand():
     text = np.array([1, 2, 8, 1, 2, 8, 2, 3])
     assert [list(map(int, x.ids)) for x in strided(text, 5, 3)] == [[2, 8, 1, 2, 8], [2, 3]]
     training = [np.array([2, 8] * 4)]  # 2,8 four times and 8,2 three times
-    found = slice_losses(Told(), lambda: [text], training, Slicing(5, 3, rare=3)).set_index("slice")
+
+    def sliced(text, training, slicing):
+        return slice_losses(Told(), [text], rare_pairs([text], training, slicing), slicing).set_index("slice")
+
+    found = sliced(text, training, Slicing(5, 3, rare=3))
     assert found.loc["all"].tolist() == [7, *(26 / 7, np.exp(26 / 7)), 5 / 7]
     assert found.loc["recalled", ["tokens", "loss", "accuracy"]].tolist() == [1, 2.0, 1.0]  # 1,2 of the first window
     assert found.loc["others", ["tokens", "loss"]].tolist() == [6, 4.0]
     assert found.loc["behind 1 token", ["tokens", "loss"]].tolist() == [1, 2.0]
     assert found.loc["behind 2 to 3 tokens", ["tokens", "loss"]].tolist() == [2, 4.5]
     assert found.loc["behind 4 to 7 tokens", ["tokens", "loss"]].tolist() == [4, 15 / 4]
-    common = slice_losses(Told(), lambda: [text], training, Slicing(5, 3, rare=4)).set_index("slice")
+    common = sliced(text, training, Slicing(5, 3, rare=4))
     assert common.loc["recalled", ["tokens", "loss"]].tolist() == [2, 5.0]  # and 2,8
-    none = slice_losses(Told(), lambda: [np.array([1, 2])], training, Slicing(5, 3)).set_index("slice")
+    none = sliced(np.array([1, 2]), training, Slicing(5, 3))
     assert none.loc["all", "tokens"] == 1 and "recalled" in none.index and np.isnan(none.loc["recalled", "loss"])
 
 
@@ -89,4 +102,4 @@ def test_what_cannot_be_sliced_is_refused(values, told):
 def test_nothing_to_judge_is_refused():
     judge = SimpleNamespace(judged=lambda rows: iter(()))
     with pytest.raises(UserError, match="There is no token to judge"):
-        slice_losses(judge, lambda: [np.array([1])], [], Slicing(4, 4))
+        slice_losses(judge, [np.array([1])], np.zeros(0, np.int64), Slicing(4, 4))

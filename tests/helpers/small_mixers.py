@@ -30,4 +30,5 @@ SMALL: dict[str, dict[str, Any]] = {
     "simple_gla": {"num_heads": 4, "num_kv_heads": 2},
     "taylor": {"num_heads": 2, "feature_dim": 4},
     "window": {"num_heads": 2, "window": 4},
+    "taylor_window": {"num_heads": 4, "num_kv_heads": 2, "window": 3, "sinks": 1, "feature_dim": 4},
 }

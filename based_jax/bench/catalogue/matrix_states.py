@@ -44,6 +44,10 @@ INVERSE_KERNELS = ("inverses",)
 """What the kernels' names begin with: token by token, by chunks, and by chunks that are corrected."""
 
 
+NARROW = {("delta_rule", "hopper_chunks")}
+"""Operations and chunks that take at most 128 channels of keys."""
+
+
 class Preparation(NamedTuple):
     """What an operation is given, made of numbers of any sign.
 
@@ -175,7 +179,7 @@ def _cases(name: str, chunks: Sequence[str], steps_rows: tuple[int, int]) -> tup
     cases = []
     for impl, (short, wide) in {**dict.fromkeys(chunks, MANY_ROWS), "hopper_steps": steps_rows}.items():
         cases += [make((short, 2, time), (32, 32), impl, **x) for time in (1, 15, 65) for x in ({}, PACKED)]
-        widest = [(200, 320)] if impl in chunks else []
+        widest = [(200, 320)] if impl in chunks and (name, impl) not in NARROW else []
         cases += [make((wide, 3, 130), x, impl, **PACKED) for x in (*widths, *widest)]
     return (
         *cases,
@@ -239,7 +243,11 @@ DELTA_RULE = _matrix_states(
     delta_rule.IMPLEMENTATIONS,
     _correction,
     correction_definition,
-    {"triton_chunks": CHANNEL_DECAY_KERNELS + INVERSE_KERNELS, "hopper_steps": STEP_KERNELS},
+    {
+        "triton_chunks": CHANNEL_DECAY_KERNELS + INVERSE_KERNELS,
+        "hopper_steps": STEP_KERNELS,
+        "hopper_chunks": ("delta_rule_channels_",),
+    },
     decays=None,
     extra="beta",
     products=4,

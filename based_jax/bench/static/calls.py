@@ -1,13 +1,15 @@
-"""The calls that are compiled: a token of each state, and a window's attention over a sequence."""
+"""The calls that are compiled: a token of each state, and matrix states over a sequence."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from based_jax.ops import delta_rule, softmax, taylor_decode
+from based_jax.ops import delta_rule, gated_linear_attention, taylor_decode
 from based_jax.ops.taylor import expanded_dim
 from based_jax.ops.tpu import bundles
 
@@ -22,8 +24,8 @@ class Call(NamedTuple):
       moved_bytes: what has to be read or written of the state, or of all arguments and the result, once.
       tokens, heads: over which bundles are divided.
       state: its shape, or that of q.
-      kernel: the name of the kernel.
-      cycles: of all its programs, by their schedule.
+      cycles: by the names of its kernels, of all programs of each by their schedule.
+      flops: that its products need, where they may take longer than its bytes.
     """
 
     function: Callable
@@ -33,8 +35,8 @@ class Call(NamedTuple):
     tokens: int
     heads: int
     state: tuple[int, ...]
-    kernel: str
-    cycles: Callable[[bundles.Schedule], int]
+    cycles: dict[str, Callable[[bundles.Schedule], int]]
+    flops: float = 0.0
 
 
 def taylor(dtype: str, rows: int = 128, heads: int = 16, keys: int = 16, values: int = 112, room: int = 16) -> Call:
@@ -50,7 +52,7 @@ def taylor(dtype: str, rows: int = 128, heads: int = 16, keys: int = 16, values:
     cycles = functools.partial(bundles.of_taylor_decode, state_dtype=dtype, **sizes)
     moved = math.prod(state) * jnp.dtype(dtype).itemsize
     function = taylor_decode.taylor_attention_decode
-    return Call(function, arguments, (3,), moved, rows, heads, state, "taylor_decode", cycles)
+    return Call(function, arguments, (3,), moved, rows, heads, state, {"taylor_decode": cycles})
 
 
 def delta(rows: int = 128, heads: int = 16, keys: int = 128, values: int = 128) -> Call:
@@ -63,24 +65,49 @@ def delta(rows: int = 128, heads: int = 16, keys: int = 128, values: int = 128) 
 
     cycles = functools.partial(bundles.of_matrix_state_step, state=state)
     moved = 8.0 * math.prod(state)
-    return Call(delta_rule.delta_rule_step, arguments, (5,), moved, rows, heads, state, "matrix_state_step", cycles)
+    return Call(delta_rule.delta_rule_step, arguments, (5,), moved, rows, heads, state, {"matrix_state_step": cycles})
 
 
-def window(rows: int = 2, time: int = 2048, heads: int = 16, dim: int = 64, window: int = 64) -> Call:
-    """Return attention over a window of a sequence, in JAX's splash attention."""
-    shape = rows, time, heads, dim
+def matrix_states(
+    by_channel: bool,
+    corrected: bool,
+    gradients: bool,
+    rows: int = 2,
+    time: int = 2048,
+    heads: int = 16,
+    keys: int = 128,
+    values: int = 128,
+) -> Call:
+    """Return a sequence of gated linear attention or, where states are corrected, of the gated delta rule."""
+    sizes = {"rows": rows, "heads": heads, "time": time, "keys": keys, "values": values}
+    q, v, gate = (rows, time, heads, keys), (rows, time, heads, values), (rows, time, heads)
 
     def arguments():
-        return (jnp.zeros(shape, jnp.bfloat16),) * 3
+        qkv = [jnp.zeros(x, jnp.bfloat16) for x in (q, q, v)]
+        return *qkv, jnp.zeros((*gate, keys if by_channel else 1)), *[jnp.zeros(gate)] * corrected
 
-    cycles = functools.partial(bundles.of_window_attention, rows=rows, time=time, heads=heads, window=window)
-    function = functools.partial(softmax.window_attention, window=window)
-    moved = 4 * 2.0 * math.prod(shape)
-    return Call(function, arguments, (), moved, rows * time, heads, shape, "splash_mha_fwd_no_residuals", cycles)
+    operation = delta_rule.delta_rule if corrected else gated_linear_attention.gated_linear_attention
 
+    def with_gradients(*arguments, impl: str):
+        (o, _), pullback = jax.vjp(lambda *x: operation(*x, impl=impl), *arguments)
+        return o, pullback((o, jnp.zeros((rows, heads, keys, values))))
+
+    cycles = functools.partial(bundles.of_matrix_states, by_channel=by_channel, **sizes)
+    kernels = {"matrix_states_forward": cycles} | ({"matrix_states_reverse": cycles} if gradients else {})
+    moved = float(sum(x.size * x.dtype.itemsize for x in (*jax.eval_shape(arguments), *jax.eval_shape(arguments)[2:3])))
+    function = with_gradients if gradients else operation
+    return Call(function, arguments, (), (1 + 2 * gradients) * moved, rows * time, heads, q, kernels)
+
+
+MATRIX_STATES = {
+    f"{'delta rule' if corrected else 'linear attention'} by chunks, a decay a {'channel' if by_channel else 'head'}"
+    + ", gradients" * gradients: (by_channel, corrected, gradients)
+    for by_channel, corrected, gradients in itertools.product((False, True), repeat=3)
+}
+"""What is passed to `matrix_states`."""
 
 CALLS: dict[str, Callable[[], Call]] = {
     **{f"Taylor, {dtype}": functools.partial(taylor, dtype) for dtype in taylor_decode.FORMATS},
     "gated delta rule": delta,
-    "window of 64": window,
+    **{name: functools.partial(matrix_states, *options) for name, options in MATRIX_STATES.items()},
 }

@@ -9,23 +9,36 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 
 from based_jax import devices
-from based_jax.aot import topology
+from based_jax.aot import costs, topology
+from based_jax.aot.hlo import Program
+from based_jax.aot.kernels import kernels as kernels_of
+from based_jax.aot.report import ON_CHIP
 from based_jax.bench import rows
-from based_jax.bench.static import schedules
-from based_jax.bench.static.calls import CALLS
+from based_jax.bench.static import calls, passes, schedules
 from based_jax.errors import UserError
 
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "v7x:2x2x1"}
 CORES = {"v5p": 2}
 """Over which the programs of one of JAX's devices are divided, where they are several."""
-POINTS = {f"{call} {chip} {impl}": (call, chip, impl) for call in CALLS for chip in SLICES for impl in ("tpu", "xla")}
+CALLS = calls.CALLS | passes.CALLS
+FORMS = "tpu", "xla"
+POINTS = {
+    f"{call} {chip} {impl}": (call, chip, impl)
+    for call in CALLS
+    for chip in SLICES
+    for impl in passes.FORMS.get(call, FORMS)
+}
 LARGEST_GROWTH = 1.1
 """Of a kernel's bundles, before it is told as a regression."""
 
 CYCLES = re.compile(r'^ +(?:ROOT )?%\S+ = .*? (?:fusion|convolution)\(.*"estimated_cycles":"(\d+)"', re.MULTILINE)
+COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{\n((?:.*\n)*?)\}", re.MULTILINE)
+LOOP = re.compile(r" while\(.*condition=%([^\s,]+), body=%([^\s,]+)")
+TURNS = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 COPIED = re.compile(r"= \w+\[([\d,]+)\]\S* copy\(")
 VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 
@@ -43,10 +56,15 @@ def row_of(name: str, dump: Path) -> dict[str, Any]:
     of, chip, impl = POINTS[name]
     call, device = CALLS[of](), topology.find(SLICES[chip]).devices[0]
     schedules.empty(dump)
-    text = compiled_text(functools.partial(call.function, impl=impl), call.arguments, device, call.donated)
+    function = functools.partial(call.function, impl=impl)
+    text = compiled_text(function, call.arguments, device, call.donated)
     entry = text[text.index("\nENTRY ") :]
-    kernel = schedules.of_kernel(dump, call.kernel) if impl == "tpu" else None
-    cycles = call.cycles(kernel) // CORES.get(chip, 1) if kernel else cycles_of_xla(entry)
+    kernels = {name: schedules.of_kernel(dump, name) for name in call.cycles} if impl == "tpu" else {}
+    in_kernels = sum(call.cycles[name](schedule) for name, schedule in kernels.items())
+    cycles = in_kernels // CORES.get(chip, 1) if kernels else cycles_of_xla(text)
+    spilled = sum(schedules.spills(dump, part) for part in kernels or [""])
+    free = compiled_text(function, call.arguments, device, layout=Layout.AUTO) if kernels else text
+    program = Program(free)
     copied = COPIED.findall(entry)
     known = devices.find(device.device_kind)
     assert known is not None and known.hbm_bytes_per_second is not None
@@ -60,11 +78,15 @@ def row_of(name: str, dump: Path) -> dict[str, Any]:
         "hbm_microseconds": call.moved_bytes / known.hbm_bytes_per_second * 1e6,
         "cycles": cycles,
         "bundles_per_token_and_head": cycles / call.tokens / call.heads,
-        "schedule": kernel,
-        "spills": schedules.spills(dump, call.kernel if impl == "tpu" else ""),
+        "schedules": kernels or None,
+        "spills": spilled,
         "vmem_bytes": max(map(int, VMEM.findall(text)), default=None),
         "copies": len(copied),
         "copied": ",".join(map(str, call.state)) in copied,
+        "relayouts": sum(of.copies for of in kernels_of(program).values()) if kernels else None,
+        "program_bytes": costs.memory_bytes(program, ON_CHIP["tpu"]),
+        "program_flops": costs.flops(program),
+        "flops": call.flops,
         "device": device.device_kind,
         "versions": {library: importlib.metadata.version(library) for library in ("jax", "jaxlib", "libtpu")},
         **rows.origin(),
@@ -72,21 +94,40 @@ def row_of(name: str, dump: Path) -> dict[str, Any]:
 
 
 def compiled_text(
-    function: Callable, arguments: Callable[[], tuple], device: jax.Device, donated: tuple[int, ...] = ()
+    function: Callable,
+    arguments: Callable[[], tuple],
+    device: jax.Device,
+    donated: tuple[int, ...] = (),
+    layout: Any = None,
 ) -> str:
-    """Return what a call is compiled to for a device, that may write donated arguments."""
+    """Return what a call is compiled to for a device, that may write donated arguments.
+
+    Arguments and results are laid out as a call's are by default, or as `layout` says.
+    """
     mesh = Mesh(np.asarray([device]), ("data",))
     given = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, jax.P())),
         jax.eval_shape(arguments),
     )
+    free = Format(layout, NamedSharding(mesh, jax.P()))
+    options: dict[str, Any] = {} if layout is None else {"in_shardings": free, "out_shardings": free}
     with jax.set_mesh(mesh):
-        return jax.jit(function, donate_argnums=donated).trace(*given).lower().compile().as_text() or ""
+        return jax.jit(function, donate_argnums=donated, **options).trace(*given).lower().compile().as_text() or ""
 
 
-def cycles_of_xla(entry: str) -> int:
-    """Return what its compiler expects of the operations of a program's top but copies, and of none in a loop."""
-    return sum(map(int, CYCLES.findall(entry)))
+def cycles_of_xla(text: str) -> int:
+    """Return what its compiler expects of the operations of a program but copies, those of loops as often as they run.
+
+    Of what it calls and knows no cycles of, such as the inverses of a triangular solve, it expects none.
+    """
+    found = COMPUTATION.findall(text)
+    bodies, [entry] = {name: body for _, name, body in found}, [body for is_entry, _, body in found if is_entry]
+
+    def cycles(body: str) -> int:
+        loops = ((max(map(int, TURNS.findall(bodies[end]))), bodies[turn]) for end, turn in LOOP.findall(body))
+        return sum(map(int, CYCLES.findall(body))) + sum(turns * cycles(turn) for turns, turn in loops)
+
+    return cycles(entry)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -57,13 +57,10 @@ def run(args: argparse.Namespace) -> None:
     judge = Judge(model, args.batch_size * length)
     packed = list(_packed(args, cast("TextTokenizer", tokenizer)))
     progress = Progress("Judged", sum(text.count("validation", "tokens") for text in packed), sys.stderr)
-    found = slices.slice_losses(
-        judge,
-        lambda: (x for text in packed for x in slices.documents(text.stream("validation"), tokenizer.end_of_text)),
-        (x for text in packed for x in slices.blocks(text.stream("train"))),
-        slicing,
-        progress.update,
-    )
+    validation = [x for text in packed for x in slices.documents(text.stream("validation"), tokenizer.end_of_text)]
+    training = (x for text in packed for x in slices.blocks(text.stream("train")))
+    rare = slices.rare_pairs(validation, training, slicing)
+    found = slices.slice_losses(judge, validation, rare, slicing, progress.update)
     progress.close()
     print(found.to_string(index=False, float_format="%.4f"))
     if args.out is not None:

@@ -42,6 +42,7 @@ from based_jax.nn.mixers.rwkv7 import RWKV7
 from based_jax.nn.mixers.rwkv7_channel_mix import RWKV7ChannelMix
 from based_jax.nn.mixers.simple_gla import SimpleGLA
 from based_jax.nn.mixers.taylor import TaylorAttention
+from based_jax.nn.mixers.taylor_window import TaylorWindow
 from based_jax.nn.mixers.window import WindowAttention
 from based_jax.nn.own_mixer import OwnMixer, is_own, short
 
@@ -73,6 +74,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "rwkv7_channel_mix": RWKV7ChannelMix,
     "simple_gla": SimpleGLA,
     "taylor": TaylorAttention,
+    "taylor_window": TaylorWindow,
     "window": WindowAttention,
 }
 

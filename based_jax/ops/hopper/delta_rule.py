@@ -16,10 +16,11 @@ from based_jax.dims import BHKV, BTHV
 from based_jax.ops import segments, sharded
 from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.decays import MIN_LOG_DECAY, empty_state
-from based_jax.ops.dispatch import target_device_kind
-from based_jax.ops.hopper import limits
+from based_jax.ops.dispatch import not_run, target_device_kind
+from based_jax.ops.hopper import delta_rule_channels, limits
 
-KEY_DIMS, VALUE_MULTIPLE = (128, 256), 128
+KEY_DIMS, KEY_DIMS_OF_CHANNELS, VALUE_MULTIPLE = (128, 256), (128,), 128
+"""Of keys with one decay a head and with one for each channel, and of values."""
 
 BHT = Float[Array, "B H T"]
 
@@ -27,12 +28,10 @@ BHT = Float[Array, "B H T"]
 def supports(call: MatrixStateCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
     q, v = call.q, call.v
-    if call.log_decay.shape[-1] > 1:
-        return f"heads must have one decay, and have {call.log_decay.shape[-1]}"
     if v.dtype != jnp.bfloat16:
         return f"v must be bfloat16, and is {v.dtype}"
-    if q.shape[-1] > KEY_DIMS[-1]:
-        return f"K must be at most {KEY_DIMS[-1]}, and is {q.shape[-1]}"
+    if q.shape[-1] > (most := _key_dims(call)[-1]):
+        return f"K must be at most {most}, and is {q.shape[-1]}"
     if not v.size * q.size:
         return f"no dimension may be empty, and q is {q.shape}, v {v.shape}"
     return limits.refusal()
@@ -40,11 +39,17 @@ def supports(call: MatrixStateCall) -> str | None:
 
 def slower(call: MatrixStateCall) -> str | None:
     """Return why `auto` leaves a call to others, or None."""
+    if call.log_decay.shape[-1] > 1:
+        return not_run(call)
     (_, time, _, values), keys = call.v.shape, call.q.shape[-1]
     if min(keys, values) <= VALUE_MULTIPLE // 2:
         return f"tiles have {VALUE_MULTIPLE} keys and values, and here are {keys} and {values}"
     full = devices.crossovers(target_device_kind()).chunk_tokens
     return None if time >= full else f"T is {time}, less than a chunk of {full}"
+
+
+def _key_dims(call: MatrixStateCall) -> tuple[int, ...]:
+    return KEY_DIMS if call.log_decay.shape[-1] == 1 else KEY_DIMS_OF_CHANNELS
 
 
 def compute(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
@@ -57,16 +62,19 @@ def _any_sizes(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     (_, time, _, keys), values = call.q.shape, call.v.shape[-1]
     call, _ = segments.separated(call)  # padding has queries of 0, and so its outputs are 0
     assert call.beta is not None, "the delta rule has rates"
-    wide = next(size for size in KEY_DIMS if size >= keys)
-    of_keys, of_values = ({1: limits.CHUNK_TOKENS, 3: size} for size in (wide, VALUE_MULTIPLE))
+    wide = next(size for size in _key_dims(call) if size >= keys)
+    of_time, of_keys, of_values = ({1: limits.CHUNK_TOKENS} | x for x in ({}, {3: wide}, {3: VALUE_MULTIPLE}))
     state = empty_state(call) if call.state is None else call.state.astype(jnp.float32)
-    log_decay = jnp.maximum(call.log_decay[..., 0].astype(jnp.float32), MIN_LOG_DECAY)
-    o, state = _delta_rule(
+    log_decay = jnp.maximum(call.log_decay.astype(jnp.float32), MIN_LOG_DECAY)
+    by_channel = log_decay.shape[-1] > 1
+    run = delta_rule_channels.delta_rule if by_channel else _delta_rule
+    o, state = run(
         call.scale,
         *sharded.vary_alike(
             *(sharded.fill(x.astype(call.v.dtype), of_keys) for x in (call.q, call.k)),
             sharded.fill(call.v, of_values),
-            *(sharded.fill(x, {1: limits.CHUNK_TOKENS}) for x in (log_decay, call.beta.astype(jnp.float32))),
+            sharded.fill(log_decay, of_keys) if by_channel else sharded.fill(log_decay[..., 0], of_time),
+            sharded.fill(call.beta.astype(jnp.float32), of_time),
             sharded.fill(state, {2: wide, 3: VALUE_MULTIPLE}),
         ),
     )

@@ -27,6 +27,8 @@ def supports(call: AttentionCall) -> str | None:
         return f"q, k and v must be bfloat16, and are {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[3] not in HEAD_DIMS or v.shape[3] != q.shape[3]:
         return f"head dims must be equal and one of {HEAD_DIMS}, and are {q.shape[3]} and {v.shape[3]}"
+    if call.sinks:
+        return f"the kernels read windows alone, and {call.sinks} sinks are asked for"
     if call.window > MAX_WINDOW:
         return f"the window must be at most {MAX_WINDOW} keys, and is {call.window}"
     if 0 in q.shape:

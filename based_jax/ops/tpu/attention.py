@@ -34,6 +34,8 @@ def supports(call: AttentionCall) -> str | None:
         return f"head dims must be at most {MAX_HEAD_DIM}, and are {q.shape[3]} and {v.shape[3]}"
     if q.shape[1] > MAX_TOKENS:
         return f"there must be at most {MAX_TOKENS} tokens, and are {q.shape[1]}"
+    if call.sinks and call.segment_ids is not None:
+        return f"its masks are of whole rows, and {call.sinks} sinks of packed documents are asked for"
     if 0 in q.shape:
         return "there must be a token"
     if jax.typeof(q).manual_axis_type.varying:
@@ -58,7 +60,7 @@ def _attention(call: AttentionCall, interpret: bool):
 
     from based_jax.ops.tpu.band import Band
 
-    q, k, v, window, segment_ids, _ = call
+    q, k, v, window, segment_ids, _, sinks = call
     time, block = q.shape[1], min(BLOCK_TOKENS, -(-q.shape[1] // MIN_BLOCK_TOKENS) * MIN_BLOCK_TOKENS)
     scaled = (q.astype(jnp.float32) / call.root).astype(q.dtype)
     filled = (sharded.fill(x, {1: block, 3: HEAD_MULTIPLE}) for x in (scaled, k, v))
@@ -66,7 +68,7 @@ def _attention(call: AttentionCall, interpret: bool):
     length = by_head[0].shape[2]
     blocks: dict[str, Any] = dict.fromkeys(BLOCKS, block)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([Band(length, min(window, length))] * q.shape[2]),
+        splash.MultiHeadMask([Band(length, min(window, length), sinks)] * q.shape[2]),
         block_sizes=splash.BlockSizes(**blocks),
         head_shards=1,
         q_seq_shards=1,

@@ -1,5 +1,6 @@
 """How many bundles of instructions all programs of a call take, by the schedule that libtpu has made of one."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -35,6 +36,15 @@ def of_taylor_decode(
     return rows // plan.lanes * heads * (plan.features // turn * of_features + of_tokens + of_chunks)
 
 
+def of_taylor_chunks(schedule: Schedule, time: int, rows: int, heads: int, chunk: int) -> int:
+    """Count a program for each chunk of some heads of a row."""
+    from pallas_kernels.tpu.taylor_chunks import Plan
+
+    assert not schedule.loops
+    plan = Plan(rows, heads, -(-time // chunk) * chunk, chunk)
+    return rows * heads // plan.heads_of_program * plan.chunks * schedule.straight
+
+
 def of_matrix_state_step(schedule: Schedule, state: tuple[int, int, int, int]) -> int:
     """Count a program for the heads that it holds of a row."""
     from pallas_kernels.tpu import matrix_state_step as kernels
@@ -44,7 +54,54 @@ def of_matrix_state_step(schedule: Schedule, state: tuple[int, int, int, int]) -
     return rows * heads // (kernels.heads_of_program(state) or heads) * schedule.straight
 
 
-def of_window_attention(schedule: Schedule, rows: int, time: int, heads: int, window: int) -> int:
+def of_matrix_states(
+    schedule: Schedule,
+    rows: int,
+    heads: int,
+    time: int,
+    keys: int,
+    values: int,
+    by_channel: bool,
+) -> int:
+    """Count a program for each chunk of the heads that it holds of a row, in bf16."""
+    from pallas_kernels.tpu import matrix_states as kernels
+
+    assert not schedule.loops
+    plan = kernels.Plan(rows, heads, time, keys, values, jnp.dtype(jnp.bfloat16), by_channel)
+    return math.prod(plan.grid) * schedule.straight
+
+
+def of_window_forward(schedule: Schedule, rows: int, time: int, heads: int, window: int) -> int:
+    """Count a program for each block of tokens of the heads that it holds of a row, which are the turns of its loop."""
+    from pallas_kernels.tpu import window as kernels
+
+    plan = kernels.Plan.of(heads, time, window)
+    turns = plan.heads // math.gcd(plan.heads, kernels.UNROLLED_HEADS)
+    return rows * (heads // plan.heads) * (time // plan.tokens) * _looped(schedule, turns)
+
+
+def of_window_gradients(schedule: Schedule, rows: int, time: int, heads: int, window: int) -> int:
+    """Count a program for each block of tokens of the heads that it holds of a row, each a turn of its loop."""
+    from pallas_kernels.tpu import window as kernels
+
+    plan = kernels.Plan.of(heads, time, window)
+    return rows * (heads // plan.heads) * (time // plan.tokens) * _looped(schedule, plan.heads)
+
+
+def of_gated_short_conv(schedule: Schedule, rows: int, time: int, channels: int) -> int:
+    """Count a program for each block of tokens of a row, whose loop is over registers of channels."""
+    from pallas_kernels.tpu import gated_short_conv as kernels
+
+    tokens = kernels.block_tokens(time, channels, jnp.dtype(jnp.bfloat16).itemsize)
+    return rows * (time // tokens) * _looped(schedule, channels // kernels.LANES)
+
+
+def _looped(schedule: Schedule, turns: int) -> int:
+    """Count a program with one loop, of which libtpu may write several parts."""
+    return schedule.straight + turns * sum(loop.own + loop.inner for loop in schedule.loops)
+
+
+def of_splash_attention(schedule: Schedule, rows: int, time: int, heads: int, window: int) -> int:
     """Count a program for each block of queries and each of the two of keys that it may see."""
     assert not schedule.loops and window <= BLOCK_TOKENS
     return rows * heads * time // BLOCK_TOKENS * 2 * schedule.straight

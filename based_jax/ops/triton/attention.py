@@ -1,16 +1,19 @@
 """Softmax attention in Triton kernels: which calls they take, how arrays are filled up for them, and gradients.
 
-Tiles of another document are passed over. Kernels: `pallas_kernels/triton/attention.py`.
+Tiles of another document are passed over; sinks are read beside them (`ops/softmax_sinks.py`).
+Kernels: `pallas_kernels/triton/attention.py`.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from based_jax.dims import BTHV
-from based_jax.ops import sharded, softmax_walks
+from based_jax.dims import BT, BTHV
+from based_jax.ops import sharded, softmax_chunks, softmax_sinks, softmax_walks
 from based_jax.ops.calls import AttentionCall
+from based_jax.ops.softmax_chunks import LOWEST
 from based_jax.ops.triton import limits
 
 MAX_HEAD_DIM = 256
@@ -43,16 +46,44 @@ def compute(call: AttentionCall) -> BTHV:
 
 
 def _on_device(call: AttentionCall) -> BTHV:
+    if call.sinks:
+        o = softmax_sinks.attention(softmax_sinks.WindowKernel(_read, _gradients), call)
+        return o if call.segment_ids is None else jnp.where(call.segment_ids[..., None, None] == 0, 0, o)
+    time = call.q.shape[1]
+    numbers, filled = _filled(call)
+    o = _attention(1 / call.root, min(call.window, time), *filled)[:, :time, :, : call.v.shape[3]]
+    return jnp.where(numbers[..., None, None] == 0, 0, o)
+
+
+def _filled(call: AttentionCall, *more: BTHV) -> tuple[BT, list[jax.Array]]:
+    """Return numbers, and q, k, v, more such arrays and numbers in the sizes of tiles."""
     # Triton takes half a second to import and is needed only here.
     from pallas_kernels.triton import attention as kernels
 
-    q, k, v = call.q, call.k, call.v
-    numbers = jnp.ones(q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
-    time, scale = q.shape[1], 1 / call.root
-    arrays = (sharded.fill(x, {1: kernels.TIME_MULTIPLE, 3: kernels.HEAD_MULTIPLE}) for x in (q, k, v))
-    filled = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: kernels.TIME_MULTIPLE}))
-    o = _attention(scale, min(call.window, time), *filled)[:, :time, :, : v.shape[3]]
-    return jnp.where(numbers[..., None, None] == 0, 0, o)
+    numbers = jnp.ones(call.q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
+    sizes = {1: kernels.TIME_MULTIPLE, 3: kernels.HEAD_MULTIPLE}
+    arrays = [sharded.fill(x, sizes) for x in (call.q, call.k, call.v, *more)]
+    whole = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: kernels.TIME_MULTIPLE}))
+    return numbers, list(whole)
+
+
+def _read(call: AttentionCall) -> softmax_chunks.Read:
+    """Return what queries read of their windows, for `softmax_sinks`."""
+    T, (numbers, filled) = call.q.shape[1], _filled(call)
+    o, (*_, logarithm) = _attention_fwd(1 / call.root, min(call.window, T), *filled)
+    real = numbers != 0
+    o = jnp.where(real[..., None, None], o[:, :T, :, : call.v.shape[3]], 0)
+    return o, jnp.where(real[:, None], math.log(2) * logarithm[:, :, :T], LOWEST)
+
+
+def _gradients(call: AttentionCall, o: BTHV, logarithm: jax.Array, do: BTHV) -> tuple[jax.Array, ...]:
+    from pallas_kernels.triton import attention as kernels
+
+    T, (_, (q, k, v, o, do, numbers)) = call.q.shape[1], _filled(call, o, do)
+    in_twos = sharded.fill(logarithm / math.log(2), {2: kernels.TIME_MULTIPLE})  # whose powers the kernels take
+    saved = q, k, v, numbers, o, in_twos
+    dq, dk, dv, _ = _attention_bwd(1 / call.root, min(call.window, T), saved, do)
+    return tuple(dx[:, :T, :, : x.shape[3]] for dx, x in zip((dq, dk, dv), call[:3], strict=True))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -25,7 +25,7 @@ def call_of(T=256, K=128, V=128, dtype=jnp.bfloat16, B=2, H=2, decays=1):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (call_of(decays=128), "one decay, and have 128"),
+        (call_of(K=136, decays=136), "at most 128, and is 136"),
         (call_of(dtype=jnp.float32), "bfloat16, and is float32"),
         (call_of(K=264), "at most 256, and is 264"),
         (call_of(T=0), "may be empty"),
@@ -64,12 +64,13 @@ def _through_both_passes(call):
     return run
 
 
-def test_lanes_of_shards_lower_for_an_h100():
+@pytest.mark.parametrize("decays", [1, 100])
+def test_lanes_of_shards_lower_for_an_h100(decays):
     given = [
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (
             *(((2, 70, 2, size), jnp.bfloat16) for size in (100, 100, 130)),
-            *(((2, 70, 2, *rest), jnp.float32) for rest in ((1,), ())),
+            *(((2, 70, 2, *rest), jnp.float32) for rest in ((decays,), ())),
         )
     ]
     both = _through_both_passes(lambda *x: delta_rule.delta_rule(*x, impl="hopper_chunks"))
@@ -104,16 +105,24 @@ def interpreted(monkeypatch):
         yield
 
 
-# (T, H, K, V): one chunk, filled up; more chunks than are taken at once; several parts of keys and strips of values.
-CASES = [(50, 1, 100, 70), (200, 1, 128, 128), (70, 2, 256, 256)]
+# (T, H, K, V, decays): one chunk, filled up; more chunks than are taken at once; several parts of keys and strips of
+# values. Decays of channels are up to e^8 a token, and as small as e^-8.
+CASES = [
+    (50, 1, 100, 70, 1),
+    (50, 1, 100, 70, 100),
+    (200, 1, 128, 128, 1),
+    (70, 2, 256, 256, 1),
+    (200, 1, 128, 128, 128),
+    (70, 2, 64, 256, 64),
+]
 
 
-@parametrize_some("T, H, K, V", CASES, CASES[:1])
-def test_they_equal_the_oracle(T, H, K, V, normal, packed_ids, out_and_grads, interpreted):
+@parametrize_some("T, H, K, V, decays", CASES, CASES[:2])
+def test_they_equal_the_oracle(T, H, K, V, decays, normal, packed_ids, out_and_grads, interpreted):
     k = normal(1, T, H, K)
     k = (k / jnp.linalg.norm(k, axis=-1, keepdims=True)).astype(jnp.bfloat16)
     q, v, do = (normal(1, T, H, size, dtype="bfloat16") for size in (K, V, V))
-    g, beta = -jnp.exp(2 * normal(1, T, H, 1)), 2 * jax.nn.sigmoid(normal(1, T, H))
+    g, beta = -jnp.exp((2 if decays == 1 else 3) * normal(1, T, H, decays)), 2 * jax.nn.sigmoid(normal(1, T, H))
     state, dstate = normal(1, H, K, V), normal(1, H, K, V)
     ids = packed_ids(T)[4:5] if T < 64 else None  # documents, and padding between them
 
@@ -154,12 +163,15 @@ class _Tile:
 def test_inverses_are_rounded_once_however_much_keys_agree(beta, spread, rng, monkeypatch):
     """Products of bf16 alone are wrong by up to 5e-2 where keys agree and rates are 2."""
     replace_products(monkeypatch)
-    places = (jax.lax.broadcasted_iota(jnp.int32, mosaic.PAIRS_SHAPE, i) for i in range(2))
-    monkeypatch.setattr(inverses, "places", lambda places=tuple(places): places)
+
+    def places(columns=64):
+        return tuple(jax.lax.broadcasted_iota(jnp.int32, (64, columns), i) for i in range(2))
+
+    monkeypatch.setattr(inverses, "places", places)
     monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
     k = rng.normal(size=(1, 64)) + spread * rng.normal(size=(64, 64))
     k /= np.linalg.norm(k, axis=1, keepdims=True)
     M = np.float32(beta * np.tril(k @ k.T, -1))
     right = np.linalg.inv(np.eye(64) + M)
-    got = jax.jit(lambda M: inverses.inverse(M, _Tile(), _Tile()))(M)
+    got = jax.jit(lambda M: inverses.inverse(M, *(_Tile() for _ in range(4))))(M)
     assert np.linalg.norm(got - right) < 3e-3 * np.linalg.norm(right)

@@ -47,36 +47,40 @@ def test_within_shard_map_it_is_refused():
     jax.shard_map(refusal, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))(call_of(T=8).q)
 
 
-@pytest.mark.parametrize(("time", "window"), [(8, 8), (64, 64), (64, 17), (64, 1)])
-def test_a_band_is_a_local_mask(time, window):
-    expected, band = LocalMask((time, time), (window - 1, 0), 0), Band(time, window)
+@pytest.mark.parametrize(("time", "window", "sinks"), [(8, 8, 0), (64, 64, 0), (64, 17, 0), (64, 1, 0), (64, 9, 10)])
+def test_a_band_is_a_local_mask(time, window, sinks):
+    expected, band = LocalMask((time, time), (window - 1, 0), 0)[:, :], Band(time, window, sinks)
+    first = (np.arange(time)[None] < sinks) & (np.arange(time)[None] <= np.arange(time)[:, None])
+    expected = expected | first
+    assert band == Band(time, window, sinks) and band != Band(time, window, sinks + 1)
     for i in range(0, time, 8):
         for j in range(0, time, 8):
             block = slice(i, i + 8), slice(j, j + 8)
             np.testing.assert_array_equal(band[block], expected[block])
 
 
-# (T, K, V, H, window, packed): one block and several, not filled; heads of any size; documents; windows.
+# (T, K, V, H, window, sinks, packed): one block and several, not filled; heads of any size; documents; windows.
 CASES = [
-    (200, 70, 40, 2, 200, True),
-    (100, 64, 64, 1, 100, False),
-    (300, 128, 130, 1, 300, True),
-    (300, 96, 96, 1, 100, True),
+    (200, 70, 40, 2, 200, 0, True),
+    (100, 64, 64, 1, 100, 0, False),
+    (300, 128, 130, 1, 300, 0, True),
+    (300, 96, 96, 1, 100, 0, True),
+    (300, 64, 64, 1, 20, 2, False),
 ]
 
 
-@parametrize_some("T, K, V, H, window, packed", CASES, CASES[:1])
-def test_it_equals_the_oracle(T, K, V, H, window, packed, normal, packed_ids, out_and_grads, close, monkeypatch):
+@parametrize_some("T, K, V, H, window, sinks, packed", CASES, [CASES[0], CASES[-1]])
+def test_it_equals_the_oracle(T, K, V, H, window, sinks, packed, normal, packed_ids, out_and_grads, close, monkeypatch):
     monkeypatch.setattr(tpu_attention, "BLOCK_TOKENS", 128)
     q, k, v, cotangent = (normal(2, T, H, size, dtype="bfloat16") for size in (K, K, V, V))
     ids = packed_ids(T)[1:3] if packed else None  # many documents, and padding before one
     compute = segments.without_padding(functools.partial(tpu_attention.compute, interpret=True), *softmax.QKV)
 
     def splash(q, k, v):
-        return compute(AttentionCall(q, k, v, window, None if ids is None else segments.numbered(ids)))
+        return compute(AttentionCall(q, k, v, window, None if ids is None else segments.numbered(ids), sinks=sinks))
 
     def oracle(q, k, v):
-        return softmax.window_attention(q, k, v, window=window, segment_ids=ids, impl="oracle")
+        return softmax.window_attention(q, k, v, window=window, sinks=sinks, segment_ids=ids, impl="oracle")
 
     found = out_and_grads(splash, (q, k, v), cotangent)
     close(found, out_and_grads(oracle, (q, k, v), cotangent), "bfloat16")
@@ -100,12 +104,12 @@ def test_auto_lowers_for_tpus_each_with_its_rows_and_heads(shape, local):
     assert all(f"tensor<{rows}x{heads}x1024x64xbf16>" in kernel for kernel in kernels)
 
 
-def test_auto_leaves_short_sequences_and_bands_to_xla():
+def test_auto_leaves_short_sequences_and_windows_to_others():
     short, narrow = call_of(T=512), call_of(window=64)
     with tpus(), recorded_choices() as choices:
         jax.eval_shape(softmax.attention, *short[:3])
         jax.eval_shape(functools.partial(softmax.window_attention, window=64), *narrow[:3])
     assert {operation: list(names) for operation, names in choices.items()} == {
         "attention": ["xla_quadratic"],
-        "window_attention": ["xla_bands"],
+        "window_attention": ["tpu_tiles"],
     }

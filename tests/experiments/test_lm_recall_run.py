@@ -1,0 +1,89 @@
+"""A run of the study at toy size: prepared, trained, asked; its row makes tables and the picture."""
+
+import json
+
+import pytest
+
+from based_jax.data.tokenizer_file import named_tokenizer
+from based_jax.errors import UserError
+from based_jax.evals.recall_tasks import Selection
+from based_jax.store import Store
+from based_jax.train.run import load_config
+from experiments.lm_recall import plot, questions, results, table
+from experiments.lm_recall.training import Run
+
+LENGTH = 768
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    path = tmp_path_factory.mktemp("asked") / "questions.xz"
+    parts = [part for part in questions.parts_of(LENGTH) if part.length < 4 * LENGTH]
+    limits = dict.fromkeys((*questions.DOCUMENTS, *questions.NEEDLES), 2)
+    questions.write(path, questions.made(parts, Selection(named_tokenizer("bytes")), limits))
+    return questions.read(path)
+
+
+def test_questions_are_of_their_lengths_and_whole(asked):
+    assert [x.part.task for x in asked] == [*questions.DOCUMENTS, *(x for x in questions.NEEDLES for _ in range(2))]
+    for found in asked[2:]:
+        assert all(LENGTH / 2 < len(ids) <= found.part.length - 48 for ids in found.prompts)
+        assert [len(x) for x in found.answers] == [1, 1] and len(found.prompts) == len(found.groups) == 2
+    assert {x.part.length for x in questions.warming(asked)} == {LENGTH, 2 * LENGTH}
+
+
+def test_a_file_of_other_things_is_refused(tmp_path):
+    with pytest.raises(UserError, match="There are no questions at"):
+        questions.read(tmp_path / "none.xz")
+    (tmp_path / "other.xz").write_text("[]")
+    with pytest.raises(UserError, match="holds no questions"):
+        questions.read(tmp_path / "other.xz")
+
+
+@pytest.fixture(scope="module")
+def row(asked, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, count in (("train", 40), ("val", 2)):
+        texts = [{"text": f"{i} green bottles hanging on the wall, and {i - 1} after one fell. " * 20} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    values = {
+        "model": {"vocab_size": 257, "d_model": 16, "layers": [("conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 4})]},
+        "data": {"kind": "text", "tokenizer": "bytes", "seq_len": LENGTH, "path": str(folder), "cache_dir": str(folder)},
+        "optim": {"lr": 3e-3, "warmup_steps": 1, "final_lr": 1e-4},
+        "steps": 40,
+        "batch_size": 2,
+    }
+    point = {"optim.lr": 3e-3}
+    return Run(point, load_config(values, point), asked).row(lambda text: None)
+
+
+@pytest.mark.long
+def test_a_row_holds_all_that_is_asked(row):
+    assert row["status"] == "finished" and len(row["curve"]) == 2 and row["curve"][1] < row["curve"][0] < 7
+    assert row["tokens"] == 40 * 2 * LENGTH and row["perplexity"] == row["slices"]["all"]["perplexity"]
+    assert row["slices"]["all"]["tokens"] == row["slices"]["recalled"]["tokens"] + row["slices"]["others"]["tokens"] > 0
+    assert row["perplexity"] < 200  # of 257 bytes
+    assert len(row["recall"]) == 8 and all(0 <= x["low"] <= x["value"] <= x["high"] <= 1 for x in row["recall"])
+    assert row["trained_per_second"] > 0 < row["written_per_second"]
+    assert row["elements_by_length"]["768"] == row["elements_by_length"]["6144"] > 0 < row["stored_bytes_1x"]
+    json.dumps(row)
+
+
+@pytest.mark.long
+def test_tables_and_picture_are_of_rows(row, tmp_path, monkeypatch):
+    store = Store(tmp_path / "rows")
+    keys = {"elements_by_length": row["elements_by_length"] | {"1024": 8}}
+    recall = [x | {"length": x["length"] * 1024 // LENGTH} for x in row["recall"]]
+    for number, (name, lr, loss) in enumerate([("based", 1.0, 3.0), ("based", 2.0, 2.0), ("gla", 1.0, 4.0)]):
+        config = row["config"] | {"optim": row["config"]["optim"] | {"lr": lr}}
+        told = {"id": str(number), "model": name, "config": config, "loss": loss, "device": "cpu", "recall": recall}
+        store.append(row | keys | told)
+    monkeypatch.setattr(results.read, "__defaults__", ("study", store.path))
+    monkeypatch.setattr(results.device_minutes, "__defaults__", (store.path,))
+    written = table.tables()
+    assert "| Based | 2 (2) | 1 |" in written["losses"] and "| GLA | 1 (1) | 1 |" in written["losses"]
+    assert "NIAH-3, 2x" in written["needles"] and "| one cpu | 3 |" in written["device"]
+    assert "interleaved (Based)" in written["orders"]
+    assert [path.suffix for path in plot.draw(results.read(), tmp_path / "picture")] == [".png", ".svg", ".pdf"]
+    with pytest.raises(UserError, match="no finished run to draw"):
+        plot.draw([], tmp_path / "picture")
