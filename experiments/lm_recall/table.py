@@ -58,7 +58,9 @@ def _head(model: Model) -> dict[str, str]:
 
 def _documents(model: Model) -> dict[str, str]:
     titles = ("SQuAD, F1", "extraction, contains")
-    return {title: _interval(model.recall(task, sweeps.SEQ_LEN)) for title, task in zip(titles, DOCUMENTS, strict=True)}
+    return {
+        title: _interval(model.recall(task, sweeps.SEQ_LEN)) for title, task in zip(titles, DOCUMENTS, strict=True)
+    }
 
 
 def _interval(found: tuple[float, float, float] | None) -> str:
