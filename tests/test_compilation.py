@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from based_jax import compilation
 from based_jax.__main__ import main
+from based_jax.bench import rows
 from based_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,18 @@ def test_a_command_says_where_once_and_others_have_no_such_argument(tmp_path, ca
     assert said == [f"Compiled programs are kept in '{tmp_path / 'kept'}' (--compiled=none keeps none)."]
     assert main(["describe", "--compiled=none"]) == 2
     assert "--compiled" in capsys.readouterr().err
+
+
+def test_programs_of_a_step_are_compiled_alone_and_read_when_it_is_timed(tmp_path):
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    config = f"--config={ROOT / 'configs' / 'mqar_tiny.py'}"
+    words = ["bench", "train", config, "--config.batch_size=8", "--config.model.d_model=16", "--steps=1"]
+    words += [f"--out={tmp_path / 'rows.jsonl'}", f"--compiled={tmp_path / 'kept'}"]
+    assert main([*words, "--compile-only"]) == 0
+    assert not (tmp_path / "rows.jsonl").exists()
+    jax.clear_caches()
+    assert main(words) == 0
+    assert rows.read(tmp_path / "rows.jsonl")[0]["compiled_before"]
 
 
 @pytest.mark.long

@@ -88,6 +88,21 @@ def measure(config: TrainConfig, steps: int, documents: int = 1, profiled: bool 
     }
 
 
+def compile_programs(config: TrainConfig, documents: int = 1) -> float:
+    """Compile what `measure` runs of a config, and return the seconds that it took; nothing runs.
+
+    A process with the same folder of compiled programs reads them from there.
+
+    Raises:
+      UserError: as of `measure`.
+    """
+    begin = time.perf_counter()
+    program = train_program(config, parallel.make_mesh(config.mesh))
+    compile_step(program, random_batch(program.config, 0, documents))
+    program.jitted_init.lower(jax.random.key(config.seed)).compile()
+    return time.perf_counter() - begin
+
+
 def random_batch(config: TrainConfig, seed: int, documents: int) -> parallel.HostBatch:
     """Return rows of random tokens, each followed by its label, with ids of documents if there are several.
 

@@ -1,6 +1,7 @@
 """Whole training steps over several GPUs of one host, beside one GPU that has as many tokens.
 
 python -m experiments.train_speed.mesh run --devices=2 [--only=TEXT]    times each point; rows are appended
+python -m experiments.train_speed.mesh run --devices=2 --at-once=6      compiles six at once before it times them
 python -m experiments.train_speed.mesh share --devices=2                what one GPU computes of them, on one GPU
 python -m experiments.train_speed.mesh compile --devices=2              estimates them ahead of time, for H200s
 python -m experiments.train_speed.mesh plot                             draws them
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,31 +129,47 @@ def points(devices: int) -> Iterator[Point]:
         yield from (Point(size, axis, devices) for axis in size.axes)
 
 
-def run(devices: int, only: str) -> int:
-    """Time the points whose name has a text, each in a process of its own; return 1 if one failed."""
+def run(devices: int, only: str, at_once: int = 1) -> int:
+    """Time the points whose name has a text, each in a process of its own; return 1 if one failed.
+
+    With several `at_once` so many are compiled side by side first, and kept; they are timed one after the other.
+    """
     gpus = ",".join(map(str, range(devices)))
-    return _timed(devices, only, lambda point: {"CUDA_VISIBLE_DEVICES": "0" if point.axis == ONE else gpus})
+
+    def environment(point: Point) -> dict[str, str]:
+        return {"CUDA_VISIBLE_DEVICES": "0" if point.axis == ONE else gpus}
+
+    if at_once > 1:
+        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(lambda x: _bench(x, environment(x) | shared, "--compile-only"), chosen(devices, only)))
+    return int(any([_bench(point, environment(point)) for point in chosen(devices, only)]))
 
 
 def run_shares(devices: int, only: str) -> int:
     """Time what one GPU computes of the points of several, nothing exchanged; return 1 if one failed."""
     mocked = {MOCKED_TOPOLOGY: f"1x{devices}x1"}
-    return _timed(devices, only, lambda point: {"CUDA_VISIBLE_DEVICES": "0"} | ({} if point.axis == ONE else mocked))
+    one = {"CUDA_VISIBLE_DEVICES": "0"}
+    return int(any([_bench(x, one | ({} if x.axis == ONE else mocked)) for x in chosen(devices, only)]))
 
 
-def _timed(devices: int, only: str, environment: Callable[[Point], dict[str, str]]) -> int:
+def chosen(devices: int, only: str) -> list[Point]:
+    """Return the points whose name has a text."""
+    return [point for point in points(devices) if only in point.name]
+
+
+def _bench(point: Point, environment: dict[str, str], *words: str) -> int:
+    """Return the exit code of `bench train` of a point in a process of its own."""
     command = [sys.executable, "-m", "based_jax", "bench", "train", f"--out={os.path.relpath(ROWS)}"]
-    chosen = [point for point in points(devices) if only in point.name]
-    codes = [subprocess.run([*command, *x.words], env=os.environ | environment(x)).returncode for x in chosen]
-    return int(any(codes))
+    return subprocess.run([*command, *point.words, *words], env=os.environ | environment).returncode
 
 
 def compile_ahead(devices: int, only: str) -> int:
     """Compile the points of several GPUs for H200s that need not be here, and append what `aot` estimates."""
     command = [sys.executable, "-m", "based_jax", "aot", "--program=train", f"--topology=h200:1x{devices}"]
     command += ["--whole-rows", *GPU_LAYERS, f"--out={os.path.relpath(ESTIMATES)}"]
-    chosen = [point for point in points(devices) if only in point.name and point.axis != ONE]
-    return int(any(subprocess.run([*command, *aot_words(point)]).returncode for point in chosen))
+    several = [point for point in chosen(devices, only) if point.axis != ONE]
+    return int(any(subprocess.run([*command, *aot_words(point)]).returncode for point in several))
 
 
 def aot_words(point: Point) -> list[str]:
@@ -310,16 +328,19 @@ def draw() -> list[Path]:
     return mesh_plots.draw(bars, {row["device"] for row in read(ROWS)}, FOLDER / "results" / "mesh")
 
 
-TIMED = {"run": run, "share": run_shares, "compile": compile_ahead}
+TIMED = {"share": run_shares, "compile": compile_ahead}
 
 
 def main() -> int:
     """Run one command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=(*TIMED, "plot"))
+    parser.add_argument("command", choices=("run", *TIMED, "plot"))
     parser.add_argument("--devices", type=int, default=2, help="GPUs of a mesh (default: 2)")
     parser.add_argument("--only", default="", help="the points whose name has this text")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="compiled side by side (default: 1)")
     args = parser.parse_args()
+    if args.command == "run":
+        return run(args.devices, args.only, args.at_once)
     if args.command in TIMED:
         return TIMED[args.command](args.devices, args.only)
     return commands.drawn(draw)

@@ -7,6 +7,7 @@ examples:
   python -m based_jax bench train --config=configs/based.py:360m --config.batch_size=16 --config.microbatches=1
   python -m based_jax bench train --config configs/based.py:1b configs/mamba.py:1b --rows=8 --peers --out=rows.jsonl
   python -m based_jax bench train --config=configs/text_tiny.py --seq-len=1024 --documents=4
+  python -m based_jax bench train --config=configs/based.py:1b --rows=8 --compile-only
 """
 
 import argparse
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=int, metavar="T", help="tokens of a row (default: the config's)")
     parser.add_argument("--documents", type=int, default=1, help="that a row is packed of (default: 1, without ids)")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed (default: 20)")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="keep the compiled programs for a run after this one, and time none"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     words = [f"--steps={args.steps}", f"--documents={args.documents}"]
     words += [f"--{key.replace('_', '-')}={x}" for key in ("rows", "seq_len") if (x := getattr(args, key))]
+    words += ["--compile-only"] * args.compile_only
     return several.run(args, train_peers.PEERS, words, _measure, _measure_peer)
 
 
@@ -40,6 +45,9 @@ def _measure(args: argparse.Namespace, name: str) -> None:
 
     overrides = [*parse_overrides(args.overrides), *_given(args)]
     config = configs.build(TrainConfig, configs.load(name, overrides))
+    if args.compile_only:
+        print(f"{name}: compiled in {train.compile_programs(config, args.documents):.1f} s", flush=True)
+        return
     row = {"config": name} | train.measure(config, args.steps, args.documents, args.profile)
     print("\n".join([f"{name} {train.lines(row)[0]}", *train.lines(row)[1:]]), flush=True)
     with rows.appended(args.out) as write:
