@@ -92,10 +92,11 @@ def test_a_command_says_where_once_and_others_have_no_such_argument(tmp_path, ca
     assert "--compiled" in capsys.readouterr().err
 
 
-def test_programs_of_a_step_are_compiled_alone_and_read_when_it_is_timed(tmp_path):
+@pytest.mark.parametrize("task", [("train", "--config.batch_size=8", "--steps=1"), ("generate", "--sizes=1x8")])
+def test_programs_are_compiled_alone_and_read_when_they_are_timed(task, tmp_path):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     config = f"--config={ROOT / 'configs' / 'mqar_tiny.py'}"
-    words = ["bench", "train", config, "--config.batch_size=8", "--config.model.d_model=16", "--steps=1"]
+    words = ["bench", task[0], config, "--config.model.d_model=16", *task[1:]]
     words += [f"--out={tmp_path / 'rows.jsonl'}", f"--compiled={tmp_path / 'kept'}"]
     assert main([*words, "--compile-only"]) == 0
     assert not (tmp_path / "rows.jsonl").exists()

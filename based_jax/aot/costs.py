@@ -139,9 +139,14 @@ class _Traffic:
         if x.kind.endswith("-done"):
             return 0.0
         if x.kind == "custom-call":  # a kernel may take parts of an array as several of its arguments
-            return self._size(self._types(list(dict.fromkeys(x.operands)))) + self._size(x.results)
+            return self._size(self._types(list(dict.fromkeys(map(self._original, x.operands))))) + self._size(x.results)
         written = x.results[1:2] if x.kind.endswith("-start") else x.results
         return self._size(self.program.operands(x)) + self._size(written)
+
+    def _original(self, name: str) -> str:
+        """Return what a bitcast, or one of one, is of."""
+        made = self.program.by_name.get(name)
+        return name if made is None or made.kind != "bitcast" else self._original(made.operands[0])
 
     def _transfer(self, x: Instruction) -> float:
         """Return the bytes of an asynchronous copy, of which the smaller end is all that moves."""

@@ -31,7 +31,7 @@ def kernels(program: Program) -> dict[str, KernelRuns]:
     for x, times, _ in program.runs:
         if x.kind != "custom-call" or not costs.is_kernel(x):
             continue
-        copies = [*_copied(program, x), *_copied_on(users, program, x)]
+        copies = {copy.name: copy for copy in (*_copied(program, x), *_copied_on(users, program, x))}.values()
         moved = sum(result.padded_bytes for copy in copies for result in copy.results)
         of, name = found[_name(x)], _name(x)
         found[name] = KernelRuns(of.runs + times, of.copies + times * len(copies), of.copied_bytes + times * moved)

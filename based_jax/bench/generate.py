@@ -5,6 +5,7 @@ cost of a step nor that of a state depends on what they were.
 """
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,14 +37,8 @@ def measure(config: LMConfig, sizes: Sequence[Size], effort: Effort) -> Iterator
     Raises:
       UserError: a number is below 1, or the model reads fewer tokens.
     """
-    check(sizes, effort)
-    subject = Subject(config)
-    programs = Programs(subject)
-    decoded = {size: _Decoded(programs, size, effort) for size in sizes if _fits(subject, size)}
+    subject, decoded, read = _compiled(config, sizes, effort)
     profiled = {found.key: found for found in reversed(decoded.values())}.values() if effort.profiled else ()
-    counts = prompts(decoded) if effort.prefill else {}
-    read = {length: _Prompts(programs, count, length) for length, count in counts.items()}
-    programs.compile()
 
     @functools.cache
     def prefill(length: int) -> dict[str, Any]:
@@ -57,6 +52,33 @@ def measure(config: LMConfig, sizes: Sequence[Size], effort: Effort) -> Iterator
         else:
             row |= {"error": "weights and state alone are more than the device's memory"}
         yield row | rows.facts()
+
+
+def compile_programs(config: LMConfig, sizes: Sequence[Size], effort: Effort) -> float:
+    """Compile what `measure` runs, and return the seconds that it took; nothing runs.
+
+    A process with the same folder of compiled programs reads them from there.
+
+    Raises:
+      UserError: as of `measure`.
+    """
+    begin = time.perf_counter()
+    _compiled(config, sizes, effort)
+    return time.perf_counter() - begin
+
+
+def _compiled(
+    config: LMConfig, sizes: Sequence[Size], effort: Effort
+) -> tuple[Subject, dict[Size, "_Decoded"], dict[int, "_Prompts"]]:
+    """Return a model, what is decoded of the sizes that fit, and the prompts by their length, all compiled."""
+    check(sizes, effort)
+    subject = Subject(config)
+    programs = Programs(subject)
+    decoded = {size: _Decoded(programs, size, effort) for size in sizes if _fits(subject, size)}
+    counts = prompts(decoded) if effort.prefill else {}
+    read = {length: _Prompts(programs, count, length) for length, count in counts.items()}
+    programs.compile()
+    return subject, decoded, read
 
 
 class _Decoded:

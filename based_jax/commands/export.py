@@ -1,16 +1,24 @@
 """Write the trained parameters of a run for other programs: safetensors, Orbax, or a folder in a published layout.
 
+A GGUF file of a Llama is read in a run's place, its weights as the numbers that they stand for.
+
 examples:
   python -m based_jax export runs/text --hf=released/text
   python -m based_jax export runs/text --hf=released/text --layout=llama
   python -m based_jax export runs/text --orbax=exported/text --safetensors=exported/text.safetensors --step=1000
+  python -m based_jax export SmolLM2-135M-Instruct.Q4_1.gguf --hf=released/smollm2
 """
 
 import argparse
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from based_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from based_jax.nn.lm import LM
 
 TARGETS = {
     "hf": ("DIR", "folder of config.json, safetensors and tokenizer.json, as HazyResearch/based or transformers read"),
@@ -21,7 +29,7 @@ TARGETS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run", metavar="RUN", help="workdir of a run")
+    parser.add_argument("run", metavar="RUN", help="workdir of a run, or a .gguf file")
     parser.add_argument("--step", type=int, help="checkpoint to export (default: the last good one)")
     for name, (metavar, what) in TARGETS.items():
         parser.add_argument(f"--{name}", metavar=metavar, help=f"{what}; new or empty")
@@ -35,8 +43,6 @@ def run(args: argparse.Namespace) -> None:
     """Write each target and say what is in it."""
     from based_jax.convert import save_hf, save_orbax, save_safetensors
     from based_jax.folders import check_free, check_utf8, local_path
-    from based_jax.train.run import load_run
-    from based_jax.train.tasks import TextTask
 
     writers: Mapping[str, Callable[..., str | None]] = {
         "hf": functools.partial(save_hf, layout=args.layout),
@@ -51,9 +57,30 @@ def run(args: argparse.Namespace) -> None:
         check_free(path)
         if name == "orbax":
             check_utf8(path)
-    config, step, model = load_run(args.run, args.step)
-    tokenizer = config.data.tokenizer if isinstance(config.data, TextTask) else None
-    for name, target in targets.items():
-        layout = writers[name](model, target, tokenizer=tokenizer)
-        where = f"'{target}'" if layout is None else f"'{target}' in the layout '{layout}'"
-        print(f"Wrote {model.num_params():,} parameters of step {step} to {where}.")
+    with _exported(args.run, args.step) as (model, tokenizer, source):
+        for name, target in targets.items():
+            layout = writers[name](model, target, tokenizer=tokenizer)
+            where = f"'{target}'" if layout is None else f"'{target}' in the layout '{layout}'"
+            print(f"Wrote {model.num_params():,} parameters of {source} to {where}.")
+
+
+@contextlib.contextmanager
+def _exported(run: str, step: int | None) -> "Iterator[tuple[LM, str | None, str]]":
+    """Return the model, the name or file of its tokenizer, and what it is called; a file lasts as long as the context.
+
+    Raises:
+      UserError: it is neither a run nor a GGUF file, or cannot be read.
+    """
+    from based_jax.convert.gguf import GGUF_SUFFIX, read_gguf
+    from based_jax.train.run import load_run
+    from based_jax.train.tasks import TextTask
+
+    if not run.endswith(GGUF_SUFFIX):
+        config, found, model = load_run(run, step)
+        yield model, config.data.tokenizer if isinstance(config.data, TextTask) else None, f"step {found}"
+        return
+    if step is not None:
+        raise UserError(f"--step is {step}, but a GGUF file has no steps; leave it out.")
+    file = read_gguf(run)
+    with file.tokenizer_file() as tokenizer:
+        yield file.model(), str(tokenizer), f"'{run}'"

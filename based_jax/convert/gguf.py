@@ -5,8 +5,10 @@ ggml-org/llama.cpp:convert_hf_to_gguf.py, `LlamaModel`, which moves the rows of 
 rotary turns together stand beside each other; here they are moved back.
 """
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +39,7 @@ FIELDS = {
     "vocab_size": "vocab_size",
 }
 """The key of a Llama's config.json -> that of the file, behind its architecture's name."""
-ARCHITECTURE = "llama"
+ARCHITECTURE, GGUF_SUFFIX = "llama", ".gguf"
 ROPE_BASE, ROPE_DIMENSIONS = "rope.freq_base", "rope.dimension_count"
 ROPE_SCALING = "rope.scaling.type", "rope.scale_linear"
 """Keys of scaled rotary, of which no file was at hand to try."""
@@ -88,16 +90,20 @@ class GgufModel(NamedTuple):
 
     def text_tokenizer(self) -> FileTokenizer:
         """Return the tokenizer as data and evaluations read texts."""
+        with self.tokenizer_file() as path:
+            return FileTokenizer(path, end_of_text=self.end_of_text)
+
+    @contextlib.contextmanager
+    def tokenizer_file(self) -> Iterator[Path]:
+        """Return a tokenizer.json, which lasts as long as the context."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / TOKENIZER_FILE
             self.tokenizer.save(str(path))
-            return FileTokenizer(path, end_of_text=self.end_of_text)
+            yield path
 
     def save(self, folder: str | os.PathLike) -> str:
         """Write the folder that `load_hf` and transformers read, and return its layout's name; errors as `save_hf`."""
-        with tempfile.TemporaryDirectory() as made:
-            path = Path(made) / TOKENIZER_FILE
-            self.tokenizer.save(str(path))
+        with self.tokenizer_file() as path:
             return save_hf(self.model(), folder, tokenizer=str(path))
 
 

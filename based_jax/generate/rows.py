@@ -46,18 +46,16 @@ class Rows:
 
     @classmethod
     def of(cls, caches: Caches, requests: Sequence[Request], drafting: Any = None) -> "Rows":
-        """Return the rows of requests, whose caches have read all of the prompts but their last tokens.
-
-        Numbers stay on the host until a program takes them: each copy by itself would be waited for.
-        """
-        stop_ids = np.full((len(requests), MOST_STOP_IDS), -1, np.int32)
+        """Return the rows of requests, whose caches have read all of the prompts but their last tokens."""
+        stops = np.full((len(requests), MOST_STOP_IDS), -1, np.int32)
         for row, request in enumerate(requests):
-            stop_ids[row, : len(request.stop_ids)] = request.stop_ids
-        token, length, left = np.asarray(
+            stops[row, : len(request.stop_ids)] = request.stop_ids
+        numbers = np.asarray(
             [(request.prompt[-1], request.length, request.max_new_tokens) for request in requests], np.int32
         ).T
         samplings, words = [request.sampling for request in requests], [request.draw_words for request in requests]
         draws = Draws.of(samplings, words, [request.top_log_probs > 0 for request in requests])
+        token, length, left, stop_ids = _on_device(*numbers, stops)
         return cls(caches, token, length, left, stop_ids, draws, drafting)
 
     @classmethod
@@ -66,7 +64,7 @@ class Rows:
         requests = [Request([0])] * count
         drafting = None if drafts is None else drafts.begun(requests, max_len)
         rows = cls.of(decoder.init_cache(count, max_len), requests, drafting)
-        return jax.device_put(dataclasses.replace(rows, left=np.zeros(count, np.int32)))
+        return dataclasses.replace(rows, left=jnp.zeros(count, jnp.int32))
 
     @property
     def live(self) -> Bool[Array, "B"]:
@@ -114,6 +112,12 @@ def _caches_before(decoder: Decoder, requests: Sequence[Request], max_len: int) 
     states = [request.state for request in requests]
     rows = [decoder.init_cache(1, max_len) if state is None else layout.fork(state, max_len) for state in states]
     return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
+
+
+@jax.jit
+def _on_device(*numbers: Array) -> tuple[Array, ...]:
+    """Return numbers that are on the host, by one program: copies of each by itself would wait for each other."""
+    return numbers
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -70,7 +70,7 @@ class Draws:
         top_k = np.asarray([min(s.top_k, MOST_KEPT) for s in samplings], np.int32)
         top_p = np.asarray([float(s.top_p) for s in samplings], np.float32)
         asks_top = np.zeros(len(samplings), bool) if ask_top is None else np.asarray(ask_top)
-        return cls(temperature, top_k, top_p, _row_keys(np.stack(words)), asks_top)  # all else goes with a program
+        return _on_device(temperature, top_k, top_p, np.stack(words), asks_top)
 
     def of_live(self, live: Bool[Array, "B"]) -> "Draws":
         """Return draws of which those of other rows are greedy, which costs least."""
@@ -112,6 +112,11 @@ def drawable(model: LM, hidden: BD) -> Float[Array, "B vocab"]:
 
 
 @jax.jit
+def _on_device(temperature, top_k, top_p, words: UInt32[Array, "B 3"], asks_top) -> Draws:
+    """Return the draws of numbers on the host, by one program: copies of each by itself would wait for each other."""
+    return Draws(temperature, top_k, top_p, _row_keys(words), asks_top)
+
+
 def _row_keys(words: UInt32[Array, "B 3"]) -> Array:
     """Return each row's key (B) from both halves of its seed and its id."""
 

@@ -134,6 +134,8 @@ ZOOLOGY = (
     Rule("rwkv7_channel_mix/mix", falling_ramp, "fla/models/rwkv7/modeling_rwkv7.py:92, layer 0"),
     Rule("attention/out_proj/kernel", normal_by_depth, "zoology/model.py:173-177, zoology/mixers/attention.py:58"),
     Rule("window/out_proj/kernel", normal_by_depth, "zoology/model.py:173-177, zoology/mixers/slide_attn.py:50"),
+    Rule("taylor_window/out_proj/kernel", normal_by_depth, "as window's"),
+    Rule("taylor_window/gate/bias", AS_BUILT, "nn/mixers/taylor_window.py: nearly the window alone"),
     Rule("hyena/out_proj/kernel", normal_by_depth, "zoology/model.py:173-177, zoology/mixers/hyena.py:276"),
     Rule("conv/out_proj/kernel", normal_by_depth, "zoology/model.py:173-177, named so in HazyResearch/based"),
     Rule("prefix/out_proj/kernel", normal_by_depth, "zoology/model.py:173-177, named so in its publication"),

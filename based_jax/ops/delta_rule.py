@@ -60,9 +60,9 @@ def delta_rule(
       log_decay: at most 0; (B, T, H, K), or (B, T, H, 1) for one decay a head.
       beta: how far (B, T, H) the value under a key moves, 0 to 1 (2 for negative eigenvalues).
       scale, state, segment_ids: as of `dplr`.
-      impl: one of `dplr`, or "hopper_chunks" (Mosaic GPU kernels on tensor cores; one decay a head, v in bf16, to which
-        q and k are rounded; K at most 256), or "tpu_chunks" (a Mosaic TPU kernel; v in bf16 or fp32, to which q and k
-        are rounded; K and V at most 256).
+      impl: one of `dplr`, or "hopper_chunks" (Mosaic GPU kernels on tensor cores; v in bf16, to which q and k are
+        rounded; K at most 256, and 128 where channels have decays of their own), or "tpu_chunks" (a Mosaic TPU kernel;
+        v in bf16 or fp32, to which q and k are rounded; K and V at most 256).
 
     Returns:
       As `dplr`.

@@ -44,6 +44,11 @@ def not_run(_call: Any) -> str:
     return "it compiles, and has not been run on a device"
 
 
+def not_timed(_call: Any) -> str:
+    """Return why `auto` leaves any call to others that a device has checked and nobody has timed."""
+    return "it is right on a device, and has not been timed on one"
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute an operation.

@@ -22,7 +22,7 @@ from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_r
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.decode_calls import AttentionPrefillCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_run, target_device_kind, target_platform
+from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind, target_platform
 from based_jax.ops.hopper import attention as hopper_attention
 from based_jax.ops.hopper import window as hopper_window
 from based_jax.ops.tpu import attention as tpu_attention
@@ -186,7 +186,16 @@ def _cut_options(call: AttentionCall) -> dict[str, Any]:
     return {"past": 0, "window": min(call.window, call.q.shape[1]), "root": call.root}
 
 
+def _triton(call: AttentionCall) -> BTHV:
+    """Windows in Triton kernels, and the sinks beside them."""
+    if not call.sinks:
+        return triton_attention.compute(call)
+    o = sharded.per_device(functools.partial(softmax_sinks.attention, TRITON_WINDOW), call)
+    return o if call.segment_ids is None else jnp.where(call.segment_ids[..., None, None] == 0, 0, o)
+
+
 CHUNKED_WINDOW = softmax_sinks.WindowKernel(_read_window, _window_gradients)
+TRITON_WINDOW = softmax_sinks.WindowKernel(triton_attention.read_window, triton_attention.window_gradients)
 
 
 def _recurrent(call: AttentionCall) -> BTHV:
@@ -322,6 +331,10 @@ def _bands_are_long(call: AttentionCall) -> str | None:
     return _scores_are_many(call) if call.window > MAX_BAND_TOKENS else None
 
 
+def _gradients_not_timed(_call: AttentionCall) -> str:
+    return "it has been right on a device, and its gradients have not been timed"
+
+
 QKV = "q", "k", "v"
 
 ATTENTION = {
@@ -331,7 +344,7 @@ ATTENTION = {
         hopper_attention.compute_by_turns,
         hopper_attention.supports_turns,
         platform="cuda",
-        slower=not_run,
+        slower=_gradients_not_timed,
         specialised=True,
     ),
     "triton_tiles": Implementation(
@@ -347,7 +360,7 @@ WINDOW_ATTENTION = {
     "hopper_tiles": Implementation(hopper_window.compute, hopper_window.supports, platform="cuda"),
     "cudnn_flash": Implementation(_cudnn, cudnn_supports, platform="cuda"),
     "triton_tiles": Implementation(
-        triton_attention.compute,
+        _triton,
         triton_attention.supports,
         platform="cuda",
         slower=triton_attention.slower,

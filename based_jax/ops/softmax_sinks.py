@@ -36,7 +36,7 @@ class WindowKernel(NamedTuple):
     """
 
     forward: Callable[[AttentionCall], Read]
-    backward: Callable[[AttentionCall, BTHV, Array, BTHV], tuple[Array, Array, Array]]
+    backward: Callable[[AttentionCall, BTHV, Array, BTHV], tuple[Array, ...]]
 
 
 class Sinks(NamedTuple):
@@ -45,22 +45,22 @@ class Sinks(NamedTuple):
     Attributes:
       starts: where each token's document begins (B, T); None where each row is one document.
       visible: which of them each query sees, those before its window.
-      count: how many they are.
+      number: how many they are.
     """
 
     starts: BT | None
     visible: Bool[Array, "#B T N"]
-    count: int
+    number: int
 
     @classmethod
     def of(cls, call: AttentionCall) -> "Sinks":
         """Return those of a call whose documents have no padding within."""
         T, ids = call.q.shape[1], call.segment_ids
-        count, query = min(call.sinks, T), jnp.arange(T)[None]
+        number, query = min(call.sinks, T), jnp.arange(T)[None]
         starts = None if ids is None else document_starts(ids)
         place = query if starts is None else query - starts
-        visible = jnp.arange(count)[None, None] <= (place - call.window)[..., None]
-        return cls(starts, visible if ids is None else visible & (ids != 0)[..., None], count)
+        visible = jnp.arange(number)[None, None] <= (place - call.window)[..., None]
+        return cls(starts, visible if ids is None else visible & (ids != 0)[..., None], number)
 
     @property
     def axes(self) -> str:
@@ -70,9 +70,10 @@ class Sinks(NamedTuple):
     def taken(self, x: Float[Array, "B T H K"]) -> Keys:
         """Return the sinks' keys, or values."""
         if self.starts is None:
-            return x[:, : self.count]
-        index = jnp.clip(self.starts[..., None] + jnp.arange(self.count)[None, None], 0, x.shape[1] - 1)
-        return jax.vmap(lambda row, index: row[index])(x, index)
+            return x[:, : self.number]
+        index = jnp.clip(self.starts[..., None] + jnp.arange(self.number)[None, None], 0, x.shape[1] - 1)
+        summed = x.astype(jnp.float32)  # the dtype in which a sink's gradients of all queries are added
+        return jax.vmap(lambda row, index: row[index])(summed, index).astype(x.dtype)
 
     def scores(self, call: AttentionCall, k: Keys) -> Float[Array, "B T H N"]:
         """Return scores, `LOWEST` of what is not seen."""

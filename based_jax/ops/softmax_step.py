@@ -19,7 +19,7 @@ from based_jax.ops import sharded, softmax
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.decode_calls import AttentionStepCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import attention_step as hopper_step
 from based_jax.ops.triton import attention_step as triton_step
 
@@ -197,7 +197,7 @@ ATTENTION_STEP_WEIGHTS = {
         per_device(triton_step.compute_with_weights, (OUTPUT, CACHED)),
         triton_step.supports,
         platform="cuda",
-        slower=not_run,
+        slower=triton_step.slower,
     ),
     "xla_blocks": Implementation(_with_weights(_blocks)),
     "oracle": Implementation(_with_weights(_oracle)),

@@ -17,7 +17,7 @@ from based_jax.dims import BSGK, BSGV, BTGK, BTGV, BTHK, BTHV
 from based_jax.ops import sharded, softmax_chunks
 from based_jax.ops.arguments import checked
 from based_jax.ops.decode_calls import AttentionStepCall, AttentionTrialCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch, not_timed
 from based_jax.ops.precision import EXACT
 from based_jax.ops.softmax_chunks import LOWEST, Read, product
 from based_jax.ops.softmax_prefill import attention_prefill
@@ -151,7 +151,7 @@ ATTENTION_TRIAL = {
         _per_device(_by_triton),
         lambda call: triton_step.supports(_step_call(call)),
         platform="cuda",
-        slower=not_run,
+        slower=not_timed,
     ),
     "prefill": Implementation(_as_prefill, _is_no_ring),
     "xla_scores": Implementation(_per_device(_scores)),

@@ -30,6 +30,7 @@ QUIET = "0.4"
 FAMILY_STYLES = {
     "Based": Style(BLUE, "circle"),
     "Sliding window": Style(ORANGE, "square"),
+    "Taylor + window": Style(ORANGE, "plus"),
     "Attention": Style(GREEN, "plus"),
     "Mamba": Style(RED, "triangle"),
     "Mamba-2": Style(PINK, "cross"),

@@ -130,7 +130,9 @@ TABLES: dict[str, Callable[[], str]] = {
         },
     ),
     "pods": pods.table,
+    "pods_kernels": pods.kernel_table,
     "tpu": tpu.table,
+    "tpu_left": tpu.left_table,
     "packing": lambda: told(
         "data/results/billion.jsonl",
         {

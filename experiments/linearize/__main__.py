@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from based_jax.__main__ import main as based_jax
 from based_jax.bench import rows
 from based_jax.convert.gguf import GgufModel, read_gguf
 from based_jax.convert.swapped import taylor_window_from_attention, window_from_attention
@@ -207,8 +206,20 @@ def speed(args: argparse.Namespace) -> int:
     """Time decoding by models of these sizes and random weights."""
     out = args.out or SPEED
     files = [f"{Path(__file__).parent / 'settings.py'}:{name}" for name in chosen(args.only, SETTINGS)]
-    words = ["bench", "generate", "--config", *files, "--sizes", *args.sizes.split(","), "--no-prefill", "--no-profile"]
-    return based_jax([*words, f"--out={out}"])
+    words = [
+        sys.executable,
+        "-m",
+        "based_jax",
+        "bench",
+        "generate",
+        "--config",
+        *files,
+        "--sizes",
+        *args.sizes.split(","),
+        "--no-prefill",
+        "--no-profile",
+    ]
+    return subprocess.run([*words, f"--out={out}"], check=False).returncode
 
 
 if __name__ == "__main__":

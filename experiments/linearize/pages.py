@@ -8,7 +8,9 @@ from matplotlib.axes import Axes
 
 from based_jax.bench import rows
 from based_jax.errors import UserError
+from based_jax.nn import names
 from based_jax.pictures import panels, paper, styles
+from experiments.linearize.settings import SETTINGS
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
@@ -26,20 +28,18 @@ SPEED_HEADER = "| setting | " + " | ".join(f"{batch} x {context:,}" for batch, c
 def quality() -> list[dict[str, Any]]:
     """Return the rows of quality; UserError where there are none."""
     if not (found := rows.read(RESULTS / "quality.jsonl")):
-        raise UserError("There are no rows yet: python -m experiments.linearize run")
+        raise UserError("There are no rows of results/quality.jsonl yet: python -m experiments.linearize run")
     return found
 
 
 def write_table() -> None:
-    """Write the tables of the README anew."""
+    """Write the tables of the README anew, of those rows that there are."""
     text = README.read_text("utf-8")
-    for name, lines in (
-        ("quality", quality_lines(quality())),
-        ("speed", speed_lines(rows.read(RESULTS / "speed.jsonl"))),
-    ):
-        start = BEGIN.format(name)
-        before, _, rest = text.partition(start)
-        text = before + start + "".join(f"{line}\n" for line in lines) + END + rest.partition(END)[2]
+    for name, lines_of in (("untrained", quality_lines), ("quality", quality_lines), ("speed", speed_lines)):
+        found = rows.read(RESULTS / f"{name}.jsonl")
+        before, start, rest = text.partition(BEGIN.format(name))
+        lines = lines_of(found) if found else ["No rows are here yet."]
+        text = before + start + "\n".join([*lines, ""]) + END + rest.partition(END)[2]
     README.write_text(text, encoding="utf-8")
 
 
@@ -101,9 +101,15 @@ def draw() -> list[Path]:
 
 
 def _panel(axes: Axes, title: str, shown: list[tuple[str, float, float]]) -> None:
+    families = {name: _family(name) for name, *_ in shown}
     for name, size, value in shown:
-        colour = styles.COLOURS["attention" if name == "attention" else "window" if name == "all_w64" else "taylor"]
-        axes.plot([size], [value], "o", color=colour, markersize=4)
+        style = styles.FAMILY_STYLES[families[name]]
+        axes.plot([size], [value], linestyle="", **styles.marked(style.colour, style.marker))
         axes.annotate(name.replace("_", " "), (size, value), xytext=(3, 3), textcoords="offset points", fontsize=6)
     axes.set(xscale="log", xlabel="state of a sequence, MiB", ylabel=title)
     axes.margins(x=0.25, y=0.15)
+
+
+def _family(setting: str) -> str:
+    """Return the name of a setting's mixer."""
+    return names.FAMILY_NAMES[SETTINGS[setting][-1][0]]

@@ -5,5 +5,13 @@ import sys
 from experiments import commands
 from experiments.lm_recall import plot, prepare, run, table
 
+MODULES = {"prepare": prepare, "run": run, "table": table, "plot": plot}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    return commands.run_module("lm_recall", __doc__, MODULES, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(commands.run_module("lm_recall", __doc__, {"prepare": prepare, "run": run, "table": table, "plot": plot}, None))
+    sys.exit(main())

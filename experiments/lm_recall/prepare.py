@@ -6,10 +6,12 @@ The sets are those that come with the package, unless --data names larger ones.
 """
 
 import argparse
+import tarfile
 from pathlib import Path
 
 from based_jax.commands.eval.sources import add_data_argument, sources_of
 from based_jax.errors import UserError
+from based_jax.folders import writing
 from experiments.lm_recall.run import QUESTIONS, SWEEPS
 
 
@@ -19,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", type=Path, default=QUESTIONS, help="file that is made")
     parser.add_argument("--documents", type=int, default=500, help="examples of each set (default: 500, if as many)")
     parser.add_argument("--needles", type=int, default=100, help="examples of each length (default: 100)")
+    parser.add_argument(
+        "--bundle", type=Path, metavar="FILE", help=".tar.xz of both, to be unpacked in runs/ elsewhere"
+    )
     add_data_argument(parser)
 
 
@@ -35,8 +40,19 @@ def run(args: argparse.Namespace) -> None:
     _, config = load_sweep(args.sweep).trials()[0]
     parts = questions.parts_of(config.data.seq_len)
     check_rows(parts, sources)
-    print(*config.data.open(config.batch_size).summary, sep="\n")
+    source = config.data.open(config.batch_size)
+    print(*source.summary, sep="\n")
     limits = dict.fromkeys(questions.DOCUMENTS, args.documents) | dict.fromkeys(questions.NEEDLES, args.needles)
     selection = Selection(named_tokenizer(config.data.tokenizer), sources)
     questions.write(args.questions, questions.made(parts, selection, limits))
     print(f"Questions: {args.questions}.")
+    if args.bundle:
+        _bundle(args.bundle, source.folders[0], args.questions)
+        print(f"Bundle: {args.bundle}, {args.bundle.stat().st_size / 1e6:.1f} MB.")
+
+
+def _bundle(path: Path, corpus: Path, questions: Path) -> None:
+    """Write the packed corpus and the questions as they lie below runs/; tokens take less room than their text."""
+    with writing(path), tarfile.open(path, "w:xz") as bundle:
+        bundle.add(corpus, "corpus")
+        bundle.add(questions, f"lm_recall/{questions.name}")

@@ -101,7 +101,9 @@ def read(path: Path) -> list[Questions]:
         values = [json.loads(line) for line in lzma.decompress(read_file(path)).splitlines()]
         return [Questions(**value | {"part": Part(**value["part"])}) for value in values]
     except FileNotFoundError:
-        raise UserError(f"There are no questions at '{path}'; `python -m experiments.lm_recall prepare` makes them.") from None
+        raise UserError(
+            f"There are no questions at '{path}'; `python -m experiments.lm_recall prepare` makes them."
+        ) from None
     except (OSError, lzma.LZMAError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"'{path}' holds no questions: {type(error).__name__}.") from error
 

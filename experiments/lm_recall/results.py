@@ -11,7 +11,8 @@ from based_jax.store import Store
 from experiments.lm_recall import sweeps
 
 FOLDER = Path(__file__).parent
-README, RUNS, PICTURE = FOLDER / "README.md", FOLDER / "results" / "runs", FOLDER / "results" / "recall"
+README, PICTURE = FOLDER / "README.md", FOLDER / "results" / "recall"
+RUNS, MQAR = FOLDER / "results" / "runs", FOLDER / "results" / "mqar"
 TITLES = {
     "based": "Based",
     "attention": "Attention",

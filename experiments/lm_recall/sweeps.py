@@ -46,9 +46,9 @@ MODELS = {
     "deltanet": model([("deltanet", {})] * DEPTH, 960),
     "gated_deltanet_window": model([GATED_DELTA, NEAR] * 6, 864),
     "mamba2_window": model([MAMBA2, NEAR] * 6, 768),
-    "gsa": model([("gsa", {})] * DEPTH, 864),
     "rwkv7": model([("rwkv7", {"head_dim": 128})] * DEPTH, 768),
     "mamba": model([("mamba", {"d_state": 64})] * DEPTH, 448),
+    "gsa": model([("gsa", {})] * DEPTH, 864),
 }
 """By the name of a family or a hybrid. Values, states, windows are as wide as makes states equal; attention's grows."""
 ORDERS = {

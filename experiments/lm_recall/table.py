@@ -8,7 +8,8 @@ import pandas as pd
 from based_jax.folders import write_whole
 from based_jax.pictures.panels import byte_text
 from based_jax.pictures.tables import filled, markdown
-from experiments.lm_recall import results, sweeps
+from based_jax.store import Store
+from experiments.lm_recall import mqar, results, sweeps
 from experiments.lm_recall.questions import DOCUMENTS, NEEDLES
 from experiments.lm_recall.results import Model
 
@@ -33,6 +34,7 @@ def tables() -> dict[str, str]:
         "needles": _of(study, lambda model: _needles(model, study)),
         "speeds": _of(study, _speeds),
         "orders": _of([*(x for x in study if x.name == "based"), *results.read("order")], _order),
+        "mqar": _mqar(),
         "device": _device(),
     }
 
@@ -58,9 +60,7 @@ def _head(model: Model) -> dict[str, str]:
 
 def _documents(model: Model) -> dict[str, str]:
     titles = ("SQuAD, F1", "extraction, contains")
-    return {
-        title: _interval(model.recall(task, sweeps.SEQ_LEN)) for title, task in zip(titles, DOCUMENTS, strict=True)
-    }
+    return {title: _interval(model.recall(task, sweeps.SEQ_LEN)) for title, task in zip(titles, DOCUMENTS, strict=True)}
 
 
 def _interval(found: tuple[float, float, float] | None) -> str:
@@ -91,6 +91,20 @@ def _speeds(model: Model) -> dict[str, str]:
 def _order(model: Model) -> dict[str, str]:
     name = "interleaved (Based)" if model.name == "based" else model.name.replace("_", " ")
     return _losses(model) | {"model": name}
+
+
+def _mqar() -> str:
+    """Return what each order and ratio recalls on MQAR, with the better of its rates."""
+    rows = [row for row in Store(results.MQAR).rows() if row["accuracy"] is not None]
+    lines = []
+    for name, layers in mqar.ORDERS.items():
+        own = [row for row in rows if row["overrides"]["model.layers"] == [list(layer) for layer in layers]]
+        if own:
+            best = max(own, key=lambda row: row["accuracy"])
+            facts = {"parameters": f"{best['params']:,}", "state": byte_text(best["state_bytes"])}
+            segments = {segment: f"{value:.3f}" for segment, value in best["segments"].items()}
+            lines.append({"layers": name.replace("_", " ")} | facts | {"all": f"{best['accuracy']:.3f}"} | segments)
+    return markdown(pd.DataFrame(lines)) if lines else NOTHING
 
 
 def _device() -> str:

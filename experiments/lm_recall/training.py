@@ -1,7 +1,7 @@
 """A run of the study: trained from the config's first step to its last on one device, then judged and asked.
 
-What can be done beside another run on the device is done before: data, programs, and a first look at everything with
-the weights before training, which compiles what is needed later.
+What can be done beside another run on the device is done before. While the model trains, a thread has its measures
+taken of the weights before training, which compiles what is needed after it; speeds are timed when all that is done.
 """
 
 import dataclasses
@@ -9,10 +9,12 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from based_jax import parallel
@@ -40,9 +42,15 @@ BLOCK, TIMED_STEPS = 64, 48
 """Steps of the compiled loop that the questions' answers are drawn with, and of them those that are timed."""
 STEPS_AHEAD = 8
 """That the host may be in front of the device."""
-UNTIMED_STEPS = 10
+TELLING_STEPS = 40
+"""After which it is told whether a run can end in time."""
+UNTIMED_STEPS, TIMED_TRAINING_STEPS = 5, 40
 CURVE_STEPS = 20
 """Between the losses of a row."""
+
+
+class NoTimeLeft(Exception):
+    """A run that would not end in time."""
 
 
 class Measures:
@@ -92,11 +100,10 @@ class Measures:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """The model after its last step, the losses of every `CURVE_STEPS`-th step, and tokens/s without the first ones."""
+    """The model after its last step, and the losses of every `CURVE_STEPS`-th step."""
 
     state: TrainState
     losses: list[float]
-    tokens_per_second: float
 
 
 class Run:
@@ -116,28 +123,42 @@ class Run:
         self._read: Callable = lambda step: feed.arrays(source.batch(step))
         self._step = self._program.lower_step(source.batch(0)).compile()
         self._state = self._program.initial_state()
-        self._measures = Measures(config, questions)
-        self._measures.warm(self._model(self._state))
+        self._thread = ThreadPoolExecutor(1)
+        params = jax.tree.map(jnp.copy, self._state.params)  # a step takes the arrays that it is given
+        self._warm = self._thread.submit(_warmed, config, questions, self._model(params))
         self.seconds_to_prepare = time.perf_counter() - begin
 
-    def row(self, told: Callable[[str], None]) -> dict[str, Any]:
-        """Train, measure, and return the row, without what `sweep.rows.facts_of` adds."""
+    def train(self, told: Callable[[str], None], until: float = math.inf) -> None:
+        """Train to the last step; no other run is to use the device meanwhile.
+
+        Raises:
+          NoTimeLeft: after a few steps, if the last one would be behind `until` (of `time.time`).
+        """
         begin = time.perf_counter()
-        trained = self._trained(told)
-        finite = all(map(math.isfinite, trained.losses))
-        measured = self._measures.of(self._model(trained.state)) if finite else {}
-        everything = measured["slices"]["all"] if finite else None
-        seconds = time.perf_counter() - begin
-        return (
-            run_row(self.point, self.config, everything, seconds)
-            | self._facts()
-            | measured
-            | {
-                "curve": [round(loss, 4) if math.isfinite(loss) else None for loss in trained.losses],
-                "trained_per_second": round(trained.tokens_per_second),
-                "seconds_to_prepare": round(self.seconds_to_prepare, 1),
-            }
-        )
+        self._trained = self._all_steps(told, until)
+        self._seconds = time.perf_counter() - begin
+        told(f"trained in {self._seconds:.0f} s, the last loss {self._trained.losses[-1]:.3f}")
+
+    def wait(self) -> None:
+        """Wait until what measuring needs is compiled."""
+        with self._thread:
+            self._warm.result()
+
+    def row(self) -> dict[str, Any]:
+        """Measure the trained model alone on the device; return the row without what `sweep.rows.facts_of` adds."""
+        begin = time.perf_counter()
+        measured, losses = {}, self._trained.losses
+        if finite := all(map(math.isfinite, losses)):
+            measured = self._warm.result().of(self._model(self._trained.state.params))
+        measured |= {"trained_per_second": round(self._timed(self._trained.state))}
+        seconds = self._seconds + time.perf_counter() - begin
+        row = run_row(self.point, self.config, measured["slices"]["all"] if finite else None, seconds)
+        curve = [round(loss, 4) if math.isfinite(loss) else None for loss in losses]
+        prepared = {
+            "training_seconds": round(self._seconds, 2),
+            "seconds_to_prepare": round(self.seconds_to_prepare, 1),
+        }
+        return row | self._facts() | measured | {"curve": curve} | prepared
 
     def _facts(self) -> dict[str, Any]:
         model, length = self.config.model, self.config.data.seq_len
@@ -148,26 +169,41 @@ class Run:
             "elements_by_length": {str(n * length): elements(n * length) for n in (1, 2, 4, 8)},
         }
 
-    def _trained(self, told: Callable[[str], None]) -> Trained:
-        config, state = self.config, self._state
+    def _all_steps(self, told: Callable[[str], None], until: float) -> Trained:
+        config, state, begin = self.config, self._state, time.time()
         losses: list[jax.Array] = []
-        untimed, begin = min(UNTIMED_STEPS, config.steps - 1), time.perf_counter()
         with jax.set_mesh(self._program.mesh), read_ahead(self._read, range(config.steps)) as batches:
             for step, batch in enumerate(batches, 1):
                 state, metrics = self._step(state, batch)
                 losses.append(metrics["loss"])
                 if step > STEPS_AHEAD:
                     losses[step - 1 - STEPS_AHEAD].block_until_ready()
-                if step == untimed:
-                    jax.block_until_ready(state)
-                    begin = time.perf_counter()
+                if step == TELLING_STEPS:
+                    seconds = (config.steps - step) * (time.time() - begin) / step
+                    if time.time() + seconds > until:
+                        raise NoTimeLeft(f"it needs {seconds:.0f} s more")
                 if step % (10 * CURVE_STEPS) == 0:
                     told(f"step {step}, loss {float(losses[step - 1 - STEPS_AHEAD]):.3f}")
-        jax.block_until_ready(state)
-        self._state = None  # its arrays have been donated
-        tokens = (config.steps - untimed) * config.batch_size * config.data.seq_len
-        speed = tokens / (time.perf_counter() - begin)
-        return Trained(state, [float(x) for x in losses[CURVE_STEPS - 1 :: CURVE_STEPS]] or [float(losses[-1])], speed)
+        del self._state  # its arrays have been donated
+        return Trained(state, [float(x) for x in losses[CURVE_STEPS - 1 :: CURVE_STEPS]] or [float(losses[-1])])
 
-    def _model(self, state: TrainState) -> LM:
-        return nnx.merge(self._program.graphdef, state.params)
+    def _timed(self, state: TrainState) -> float:
+        """Return the tokens/s of more steps over one batch, the state given being used up."""
+        batch, begin = self._read(0), 0.0
+        with jax.set_mesh(self._program.mesh):
+            for step in range(UNTIMED_STEPS + TIMED_TRAINING_STEPS):
+                if step == UNTIMED_STEPS:
+                    jax.block_until_ready(state)
+                    begin = time.perf_counter()
+                state, _ = self._step(state, batch)
+        jax.block_until_ready(state)
+        return TIMED_TRAINING_STEPS * batch["inputs"].size / (time.perf_counter() - begin)
+
+    def _model(self, params: nnx.State) -> LM:
+        return nnx.merge(self._program.graphdef, params)
+
+
+def _warmed(config: TrainConfig, questions: Sequence[Questions], model: LM) -> Measures:
+    measures = Measures(config, questions)
+    measures.warm(model)
+    return measures

@@ -1,4 +1,4 @@
-"""Write the table of the README from the rows that `bench static` has kept.
+"""Write the tables of the README from the rows that `bench static` has kept.
 
 python -m based_jax bench static --topology v5e v5p v6e v7x --out=experiments/tpu/results/static.jsonl
 python -m experiments.tpu
@@ -14,12 +14,17 @@ from based_jax.pictures.tables import markdown
 
 FOLDER = Path(__file__).parent
 ROWS, README = FOLDER / "results" / "static.jsonl", FOLDER / "README.md"
-README_TABLE = re.compile(r"(<!-- table -->\n).*?(<!-- end -->)", re.DOTALL)
+PLAIN = "one pass"
+"""The call whose cycles are those of its bytes."""
 
 
 def main() -> None:
-    """Write the table."""
-    README.write_text(README_TABLE.sub(lambda block: f"{block[1]}{table()}\n{block[2]}", README.read_text()))
+    """Write the tables between their marks."""
+    text = README.read_text()
+    for name, made in TABLES.items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = marked.sub(lambda block, made=made: f"{block[1]}{made()}\n{block[2]}", text)
+    README.write_text(text)
 
 
 def read() -> list[dict]:
@@ -27,12 +32,44 @@ def read() -> list[dict]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()]
 
 
-def table() -> str:
-    """Return the table of all calls on all chips, a row each."""
-    by_call: dict[tuple[str, str], dict[str, dict]] = {}
+def by_call() -> dict[tuple[str, str], dict[str, dict]]:
+    """Return the rows of each call on each chip by their form."""
+    found: dict[tuple[str, str], dict[str, dict]] = {}
     for row in read():
-        by_call.setdefault((row["call"], row["chip"]), {})[row["impl"]] = row
-    return markdown(pd.DataFrame([told(call, chip, rows) for (call, chip), rows in by_call.items()]))
+        found.setdefault((row["call"], row["chip"]), {})[row["impl"]] = row
+    return found
+
+
+def table() -> str:
+    """Return the table of all calls on all chips that have a kernel, a row each."""
+    return markdown(pd.DataFrame([told(*of, rows) for of, rows in by_call().items() if "tpu" in rows]))
+
+
+def left_table() -> str:
+    """Return the table of what XLA's forms of calls move and take that read and write tokens once."""
+    rows = by_call()
+    plain = {chip: forms["xla"] for (call, chip), forms in rows.items() if call == PLAIN}
+    measured = {of: forms for of, forms in rows.items() if "program_bytes" in forms.get("xla", {}) and of[1] in plain}
+    return markdown(pd.DataFrame([left(*of, forms, plain[of[1]]) for of, forms in measured.items()]))
+
+
+def left(call: str, chip: str, forms: dict[str, dict], plain: dict) -> dict[str, str]:
+    """Return the cells of a call on a chip, beside a plain pass on it."""
+    xla, kernel = forms["xla"], forms.get("tpu")
+
+    def passes(row: dict) -> float:
+        return row["cycles"] / plain["cycles"] * plain["moved_bytes"] / row["moved_bytes"]
+
+    return {
+        "call": call,
+        "chip": chip,
+        "HBM, us": f"{xla['hbm_microseconds']:.0f}",
+        "bytes": f"{xla['program_bytes'] / xla['moved_bytes']:.2f}",
+        "FLOPs": f"{xla['program_flops'] / xla['flops']:.2f}" if xla["flops"] else "-",
+        "time": "-" if xla["flops"] else f"{passes(xla):.2f}",
+        "the kernel's bytes": f"{kernel['program_bytes'] / kernel['moved_bytes']:.2f}" if kernel else "-",
+        "its time": f"{passes(kernel):.2f}" if kernel else "-",
+    }
 
 
 def told(call: str, chip: str, rows: dict[str, dict]) -> dict[str, str]:
@@ -47,6 +84,7 @@ def told(call: str, chip: str, rows: dict[str, dict]) -> dict[str, str]:
         "spills": f"{kernel['spills']}",
         "VMEM": f"{kernel['vmem_bytes'] / 2**20:.1f} MiB",
         "copies": f"{kernel['copies']}{', of states too' if kernel['copied'] else ''}",
+        "around it": f"{kernel['relayouts']}" if "relayouts" in kernel else "-",
         "XLA's form": f"{xla['bundles_per_token_and_head']:.1f}" if xla else "-",
         "its GHz": f"{clock(xla):.2f}" if xla else "-",
         "its copies": f"{xla['copies']}" if xla and xla["copies"] is not None else "-",
@@ -56,6 +94,10 @@ def told(call: str, chip: str, rows: dict[str, dict]) -> dict[str, str]:
 def clock(row: dict) -> float:
     """Return at how many GHz cycles take as long as HBM."""
     return row["cycles"] / row["hbm_microseconds"] / 1e3
+
+
+TABLES = {"table": table, "left": left_table}
+"""By their marks in the README."""
 
 
 if __name__ == "__main__":

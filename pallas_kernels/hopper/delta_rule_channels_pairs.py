@@ -132,7 +132,7 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
             M = seen * beta
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             pl.when(n + 1 < count)(lambda: fetch(n + 1))
-            t = inverses.inverse(M, x_tile, y_tile, x_strips.at[group], y_strips.at[group])
+            t = inverses.inverse_by_strips(M, x_tile, y_tile, x_strips.at[group], y_strips.at[group])
             mosaic.save(x_tile, t)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(x_tile, targets[1].at[row, tokens, head])

@@ -90,7 +90,7 @@ def gradients(q, k, errors, do, dv, c, beta, starts, ends, *, scale: float, bloc
                     for source, tiles in ((starts_ref, start_tiles), (ends_ref, end_tiles)):
                         plgpu.copy_gmem_to_smem(source.at[of_state], tiles.at[slot, g], filled.at[slot])
 
-            def fetch_keys(n):
+            def fetch_task(n):
                 row, chunk, head, part = place(n)
                 tokens = columns(chunk, CHUNK_TOKENS)
                 for i, g in itertools.product(range(2), range(GROUPS)):
@@ -98,16 +98,11 @@ def gradients(q, k, errors, do, dv, c, beta, starts, ends, *, scale: float, bloc
                     plgpu.copy_gmem_to_smem(some, key_tiles.at[i, g], given)
                 for source, tile in ((c_ref, c_tile), (c_ref, later_tile), (beta_ref, beta_tile)):
                     plgpu.copy_gmem_to_smem(source.at[row, head, tokens], tile, given)
-
-            def fetch_steps(n, begin, end):
-                lax.fori_loop(begin, end, lambda i, _: fetch_step(n, i), None)
+                lax.fori_loop(0, steps, lambda i, _: fetch_step(n, i), None)
 
             def step(n, _):
-                first = min(SLOTS, steps)  # whose slots are free before the task before is done
-                pl.when(n < count)(lambda: fetch_steps(n, 0, first))
                 pl.when(n > 0)(lambda: plgpu.barrier_wait(returned))
-                pl.when(n < count)(lambda: fetch_keys(n))
-                pl.when(n < count)(lambda: fetch_steps(n, first, steps))
+                pl.when(n < count)(lambda: fetch_task(n))
 
             lax.fori_loop(0, count + 1, step, None)
             for back in range(SLOTS, 0, -1):
@@ -155,7 +150,6 @@ def gradients(q, k, errors, do, dv, c, beta, starts, ends, *, scale: float, bloc
 
                 pairs, scores = mosaic.products(score, PAIRS_SHAPE)
                 dbeta = (pairs * scores).sum(axis=1)
-                pl.when(n > 0)(lambda: plgpu.barrier_wait(returned))  # the other warpgroup reads these no more
                 mosaic.save(pair_tiles.at[group], pairs * mosaic.across(beta, PAIRS_SHAPE))
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(met)
@@ -190,7 +184,6 @@ def gradients(q, k, errors, do, dv, c, beta, starts, ends, *, scale: float, bloc
                 plgpu.barrier_arrive(returned)
 
             lax.fori_loop(0, count, task, None)
-            plgpu.barrier_wait(returned)  # a barrier is to be waited for as often as it is passed
             plgpu.wait_smem_to_gmem(0)
 
         plgpu.barrier_arrive(finished)

@@ -31,12 +31,7 @@ def pairs(q, k, c, beta, *, scale: float, blocks: int) -> list[jax.Array]:
     blocks = min(blocks, pl.cdiv(total, groups))
 
     def body(*refs):
-        sources, targets, tiles, (x_tiles, y_tiles, x_strips, y_strips, filled, finished) = (
-            refs[:4],
-            refs[4:6],
-            refs[6:10],
-            refs[10:],
-        )
+        sources, targets, tiles, (x_tiles, y_tiles, filled, finished) = refs[:4], refs[4:6], refs[6:10], refs[10:]
         group = lax.axis_index("warpgroup")
         q_tile, k_tile, c_tile, beta_tile = (tile.at[group] for tile in tiles)
         x_tile, y_tile, arrival = x_tiles.at[group], y_tiles.at[group], filled.at[group]
@@ -77,7 +72,7 @@ def pairs(q, k, c, beta, *, scale: float, blocks: int) -> list[jax.Array]:
             M = jnp.where(own > others, mosaic.products(see, PAIRS_SHAPE) * weights, 0.0)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             pl.when(n + 1 < count)(lambda: fetch(n + 1))
-            t = inverses.inverse(M, x_tile, y_tile, x_strips.at[group], y_strips.at[group])
+            t = inverses.inverse(M, x_tile, y_tile)
             mosaic.save(x_tile, t)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(x_tile, targets[1].at[row, tokens, head])
@@ -97,8 +92,6 @@ def pairs(q, k, c, beta, *, scale: float, blocks: int) -> list[jax.Array]:
             *(mosaic.swizzled((groups, CHUNK_TOKENS, keys), mosaic.WIDE_SWIZZLE) for _ in range(2)),
             *(plgpu.SMEM((groups, CHUNK_TOKENS), jnp.float32) for _ in range(2)),
             *(mosaic.swizzled((groups, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE) for _ in range(2)),
-            inverses.strips(groups),
-            inverses.strips(groups),
             plgpu.Barrier(num_arrivals=4, num_barriers=groups),
             plgpu.Barrier(num_arrivals=groups),
         ],

@@ -4,10 +4,11 @@ From blocks to blocks of twice their size, which has of both what the lower read
 
     [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]
 
-All blocks of a size are in one product: X M X, of the inverses X so far, is C^-1 B A^-1 between the two of a pair. As
-long as blocks have at most `STRIP` tokens, only they are kept, one below another in a strip of so many columns: a
-quarter of the numbers. They are products of bf16, whose errors a last step of Newton's takes away:
-X + X (I - (I + M) X), with M in two parts.
+All blocks of a size are in one product: X M X, of the inverses X so far, is C^-1 B A^-1 between the two of a pair. They
+are products of bf16, whose errors a last step of Newton's takes away: X + X (I - (I + M) X), with M in two parts.
+
+By strips, only the blocks are kept while they have at most `STRIP` tokens, one below another in so many columns: a
+quarter of the numbers.
 """
 
 import jax
@@ -26,12 +27,22 @@ STRIP_LEVELS = STRIP.bit_length() - 1
 STRIP_SHAPE = CHUNK_TOKENS, STRIP
 
 
-def inverse(M: jax.Array, x_tile, y_tile, x_strip, y_strip) -> jax.Array:
-    """Return (I + M)^-1 in fp32, given M likewise, and two tiles and two strips of shared memory in bf16."""
-    X = _inverses_of_blocks(M, x_strip, y_strip)
+def inverse(M: jax.Array, x_tile, y_tile) -> jax.Array:
+    """Return (I + M)^-1 in fp32, given M likewise and two tiles of shared memory for 64 x 64 in bf16."""
+    X = jnp.where(_apart() == 0, 1.0, 0.0) - jnp.where(_apart() == 1, M, 0.0)
+    return _joined(M, X, 1, x_tile, y_tile)
+
+
+def inverse_by_strips(M: jax.Array, x_tile, y_tile, x_strip, y_strip) -> jax.Array:
+    """Return `inverse`, given two strips of shared memory as well."""
+    return _joined(M, _inverses_of_blocks(M, x_strip, y_strip), STRIP_LEVELS, x_tile, y_tile)
+
+
+def _joined(M: jax.Array, X: jax.Array, first_level: int, x_tile, y_tile) -> jax.Array:
+    """Return the inverse of all, given those X of blocks of 2^first_level tokens."""
     high = M.astype(x_tile.dtype)
     low = (M - high.astype(jnp.float32)).astype(x_tile.dtype)
-    for level in range(STRIP_LEVELS, LEVELS):
+    for level in range(first_level, LEVELS):
         read = _sum_of_products([high], X, x_tile)
         between = _sum_of_products([X.astype(high.dtype)], read, y_tile)
         X = X - jnp.where((_apart() >> level) == 1, between, 0.0)
@@ -74,7 +85,7 @@ def _sum_of_products(xs: list[jax.Array], y: jax.Array, tile) -> jax.Array:
             mosaic.multiply(total, x, tile)
         return total[...]
 
-    return mosaic.products(multiply, y.shape)
+    return mosaic.products(multiply, (CHUNK_TOKENS, y.shape[1]))
 
 
 def _apart() -> jax.Array:

@@ -8,11 +8,24 @@ on lanes.
 """
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu.taylor_chunks import SUM_ROWS, Documents, Links, Plan, begin, dot, like, masked, rest, sum_rows
+from pallas_kernels.tpu.taylor_chunks import (
+    SUM_ROWS,
+    Documents,
+    Links,
+    Plan,
+    begin,
+    dot,
+    like,
+    masked,
+    rest,
+    staggered,
+    sum_rows,
+)
 from pallas_kernels.tpu.taylor_features import expand, number_of_features
 
 
@@ -29,34 +42,36 @@ def forward(q, k, v, state=None, documents: Documents | None = None, *, scale: f
       tokens: of a row, besides those that fill it up.
       chunk: tokens of a program.
     """
-    plan = Plan.of(v, chunk)
+    rows, heads, values, time = v.shape
+    after = like(v, (rows, heads, values + SUM_ROWS, number_of_features(q.shape[2])))
+    plan = Plan.of(v, after, chunk)
 
     def body(held, inputs, first, numbers, outputs, states):
         begin(states[0], first)
         links = Links.of(plan, tokens, numbers, held)
-        for head in range(plan.heads_of_program):
-            q, k, v, o, z, state = (ref.at[0, head] for ref in (*inputs, *outputs, *states))
-            o[...], z[...], state[...] = chunk_of_head(q[...], k[...], v[...], state[...], links, scale)
+        by_head = plan.by_head(*inputs, *outputs, *states)
+        staggered([chunk_of_head(refs, links, scale) for refs in by_head])
 
-    rows, heads, values, time = v.shape
-    after = rows, heads, values + SUM_ROWS, number_of_features(q.shape[2])
     results = [like(v, v.shape, v.dtype), like(v, (rows, heads, 1, time))]
-    return plan.call(body, (q, k, v), state, documents, results, like(v, after), name="taylor_chunks")
+    return plan.call(body, (q, k, v), state, documents, results, after, name="taylor_chunks")
 
 
-def chunk_of_head(q, k, v, state, links: Links, scale: float):
-    """Return o (V, C), the doubled normaliser (1, C) and the state after a chunk."""
-    (values, chunk), dtype = v.shape, v.dtype
-    q = q.astype(jnp.float32) * scale
+def chunk_of_head(refs, links: Links, scale: float) -> Iterator[None]:
+    """Write o (V, C), the doubled normaliser (1, C) and the state after a chunk; stages end in yields."""
+    q, k, v, o, z, state = refs
+    q, k, v, (values, chunk), dtype = q[...].astype(jnp.float32) * scale, k[...], v[...], v.shape, v.dtype
     near = 1.0 + dot(k, q.astype(dtype), 0)
     p = jnp.where(links.inside, 1.0 + near * near, 0.0).astype(dtype)
+    yield
     v_and_one = jnp.concatenate([v, sum_rows(chunk, dtype, 1.0)], axis=0)
     read = expand(masked(q, links.reads), links.reads, dtype, query=True)
-    sums = dot(v_and_one, p) + dot(rounded(state, values, dtype), read)
-    z = sums[values : values + 1] + sums[values + 1 : values + 2]
+    sums = dot(v_and_one, p) + dot(rounded(state[...], values, dtype), read)
+    total = sums[values : values + 1] + sums[values + 1 : values + 2]
+    o[...], z[...] = (sums[:values] / jnp.where(total == 0.0, 1.0, total)).astype(dtype), total
+    yield
     written = expand(masked(k.astype(jnp.float32), links.writes), links.writes, dtype, query=False)
-    after = links.kept(state) + dot(v_and_one, written, 1, 1)
-    return (sums[:values] / jnp.where(z == 0.0, 1.0, z)).astype(dtype), z, after
+    state[...] = links.kept(state[...]) + dot(v_and_one, written, 1, 1)
+    yield
 
 
 def rounded(state, values: int, dtype):

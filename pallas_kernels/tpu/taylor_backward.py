@@ -11,11 +11,24 @@ here with features on sublanes and values on lanes, and S's normaliser beside th
 """
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu.taylor_chunks import SUM_ROWS, Documents, Links, Plan, begin, dot, like, masked, rest, sum_rows
+from pallas_kernels.tpu.taylor_chunks import (
+    SUM_ROWS,
+    Documents,
+    Links,
+    Plan,
+    begin,
+    dot,
+    like,
+    masked,
+    rest,
+    staggered,
+    sum_rows,
+)
 from pallas_kernels.tpu.taylor_features import expand, number_of_features, pulled_back
 
 STATIC = "scale", "tokens", "chunk"
@@ -33,33 +46,33 @@ def query_gradients(
       back: (B, H, 2, T) fp32, the inverse of the doubled normaliser, 0 where that is, and h.
       state: (B, H, E, V + SUM_ROWS) fp32 with its normaliser twice, None for the empty one.
     """
-    plan = Plan.of(v, chunk)
+    after = state_type(q, v)
+    plan = Plan.of(v, after, chunk)
 
     def body(held, inputs, first, numbers, outputs, states):
         begin(states[0], first)
         links = Links.of(plan, tokens, numbers, held)
-        for head in range(plan.heads_of_program):
-            *inputs_of_head, dq, state = (ref.at[0, head] for ref in (*inputs, *outputs, *states))
-            given = (ref[...] for ref in inputs_of_head)
-            dq[...], state[...] = query_gradient(*given, state[...], links, scale)
+        by_head = plan.by_head(*inputs, *outputs, *states)
+        staggered([query_gradient(refs, links, scale) for refs in by_head])
 
     results = [like(v, q.shape, q.dtype)]
-    return plan.call(
-        body, (q, k, v, do, back), state, documents, results, state_type(q, v), name="taylor_query_gradients"
-    )[:1]
+    return plan.call(body, (q, k, v, do, back), state, documents, results, after, name="taylor_query_gradients")[:1]
 
 
-def query_gradient(q, k, v, do, back, state, links: Links, scale: float):
-    """Return dq (K, C), and the state after a chunk."""
-    dtype = v.dtype
-    q = q.astype(jnp.float32) * scale
+def query_gradient(refs, links: Links, scale: float) -> Iterator[None]:
+    """Write dq (K, C), and the state after a chunk; stages end in yields."""
+    q, k, v, do, back, dq, state = refs
+    q, k, v, dtype = q[...].astype(jnp.float32) * scale, k[...], v[...], v.dtype
     near = 1.0 + dot(k, q.astype(dtype), 0)
-    g, v = gradients_of_sums(do, back), with_ones(v)
+    g, v = gradients_of_sums(do[...], back[...]), with_ones(v)
     ds = jnp.where(links.inside, near * dot(v, g, 0), 0.0).astype(dtype)
-    read = pulled_back(q, dot(state.astype(dtype), g), query=True)
-    dq = scale * (2.0 * dot(k, ds) + masked(read, links.reads))
+    yield
+    read = pulled_back(q, dot(state[...].astype(dtype), g), query=True)
+    dq[...] = (scale * (2.0 * dot(k, ds) + masked(read, links.reads))).astype(dtype)
+    yield
     written = expand(masked(k.astype(jnp.float32), links.writes), links.writes, dtype, query=False)
-    return dq.astype(dtype), links.kept(state) + dot(written, v, 1, 1)
+    state[...] = links.kept(state[...]) + dot(written, v, 1, 1)
+    yield
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
@@ -72,38 +85,38 @@ def key_gradients(
       state: R behind the last chunk (B, H, E, V + SUM_ROWS) fp32, None for zeros. The sum of its first two columns
         behind values is the gradient of the normaliser.
     """
-    plan = Plan.of(v, chunk, reverse=True)
+    after = state_type(q, v)
+    plan = Plan.of(v, after, chunk, reverse=True)
 
     def body(held, inputs, first, numbers, outputs, states):
         begin(states[0], first)
         links = Links.of(plan, tokens, numbers, held, keys_dimension=1)
-        for head in range(plan.heads_of_program):
-            *inputs_of_head, dk, dv, state = (ref.at[0, head] for ref in (*inputs, *outputs, *states))
-            given = (ref[...] for ref in inputs_of_head)
-            dk[...], dv[...], state[...] = key_gradient(*given, state[...], links, scale)
+        by_head = plan.by_head(*inputs, *outputs, *states)
+        staggered([key_gradient(refs, links, scale) for refs in by_head])
 
     results = [like(v, k.shape, k.dtype), like(v, v.shape, v.dtype)]
-    return plan.call(
-        body, (q, k, v, do, back), state, documents, results, state_type(q, v), name="taylor_key_gradients"
-    )
+    return plan.call(body, (q, k, v, do, back), state, documents, results, after, name="taylor_key_gradients")
 
 
-def key_gradient(q, k, v, do, back, state, links: Links, scale: float):
-    """Return dk (K, C), dv (V, C), and R before a chunk."""
-    values, dtype = v.shape[0], v.dtype
-    q = q.astype(jnp.float32) * scale
-    scaled, keys = q.astype(dtype), k.astype(jnp.float32)
+def key_gradient(refs, links: Links, scale: float) -> Iterator[None]:
+    """Write dk (K, C), dv (V, C), and R before a chunk; stages end in yields."""
+    q, k, v, do, back, dk, dv, state = refs
+    q, k, v, dtype = q[...].astype(jnp.float32) * scale, k[...], v[...], v.dtype
+    scaled, keys, values = q.astype(dtype), k.astype(jnp.float32), v.shape[0]
     near = 1.0 + dot(scaled, k, 0)
     p = jnp.where(links.inside, 1.0 + near * near, 0.0).astype(dtype)
-    g, v = gradients_of_sums(do, back), with_ones(v)
+    g, v = gradients_of_sums(do[...], back[...]), with_ones(v)
     ds = jnp.where(links.inside, near * dot(g, v, 0), 0.0).astype(dtype)
-    behind = state.astype(dtype)
+    yield
+    behind = state[...].astype(dtype)
     written = pulled_back(keys, dot(behind, v), query=False)
-    dk = 2.0 * dot(scaled, ds) + masked(written, links.writes)
+    dk[...] = (2.0 * dot(scaled, ds) + masked(written, links.writes)).astype(dtype)
+    yield
     features = expand(masked(keys, links.writes), links.writes, dtype, query=False)
-    dv = dot(g[:values], p) + dot(behind, features, 0)[:values]
+    dv[...] = (dot(g[:values], p) + dot(behind, features, 0)[:values]).astype(dtype)
     read = expand(masked(q, links.reads), links.reads, dtype, query=True)
-    return dk.astype(dtype), dv.astype(dtype), links.kept(state) + dot(read, g, 1, 1)
+    state[...] = links.kept(state[...]) + dot(read, g, 1, 1)
+    yield
 
 
 def state_type(q, v) -> jax.ShapeDtypeStruct:

@@ -3,6 +3,7 @@
 Tokens lie on lanes: q and k are (B, H, K, T), v and o (B, H, V, T). A program takes a chunk of some heads of a row.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,8 @@ from pallas_kernels import split
 
 MAX_HEADS = 8
 """Of a program."""
+MAX_STATE_BYTES, LANES, STATE_BUFFERS = 8 << 20, 128, 4
+"""Of a program's states in VMEM, of which it holds two blocks that come and two that go; where a kernel has 16 MiB."""
 SUM_ROWS = 16
 """Beside values, a tile of bf16: of the state the first holds the normaliser."""
 
@@ -32,24 +35,28 @@ class Documents(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """B, H and T, how many tokens a program takes, and whether from the last to the first."""
+    """B, H and T, a head's state, how many tokens a program takes, and whether from the last to the first."""
 
     rows: int
     heads: int
     time: int
+    state: tuple[int, int]
     chunk: int
     reverse: bool = False
 
     @classmethod
-    def of(cls, v: jax.Array, chunk: int, reverse: bool = False) -> "Plan":
-        """Return the plan for values (B, H, V, T)."""
-        rows, heads, _, time = v.shape
-        return cls(rows, heads, time, chunk, reverse)
+    def of(cls, v: jax.Array, state: jax.ShapeDtypeStruct, chunk: int, reverse: bool = False) -> "Plan":
+        """Return the plan for values (B, H, V, T) and states (B, H, ., .)."""
+        (rows, heads, _, time), (*_, sublanes, lanes) = v.shape, state.shape
+        return cls(rows, heads, time, (sublanes, lanes), chunk, reverse)
 
     @property
     def heads_of_program(self) -> int:
         """Return how many heads a program takes."""
-        return next(n for n in range(MAX_HEADS, 0, -1) if self.heads % n == 0)
+        sublanes, lanes = self.state
+        of_head = STATE_BUFFERS * 4 * sublanes * -(-lanes // LANES) * LANES
+        most = min(MAX_HEADS, max(1, MAX_STATE_BYTES // of_head))
+        return next(n for n in range(most, 0, -1) if self.heads % n == 0)
 
     @property
     def chunks(self) -> int:
@@ -73,6 +80,10 @@ class Plan(NamedTuple):
     def of_numbers(self) -> pl.BlockSpec:
         """Return a program's block of the documents' numbers."""
         return pl.BlockSpec((1, 1, self.chunk), lambda row, group, step, *_: (row, 0, self.place(step)))
+
+    def by_head(self, *blocks) -> list[list]:
+        """Return each head's part of a program's blocks."""
+        return [[block.at[0, head] for block in blocks] for head in range(self.heads_of_program)]
 
     def call(self, body, tokens, state, documents: Documents | None, token_results, state_result, *, name: str):
         """Run `body(held, tokens, first, numbers, token_results, state)`, of which the last four are lists."""
@@ -135,6 +146,18 @@ class Links(NamedTuple):
     def kept(self, state: jax.Array) -> jax.Array:
         """Return what stays of a state."""
         return state if self.keeps is None else jnp.where(self.keeps, state, 0.0)
+
+
+def staggered(heads: list[Iterator[None]]) -> None:
+    """Run what each head has to do, each a stage behind the head before, so that products of one fill waits of others.
+
+    libtpu's schedule follows the order of the program: one head after the other takes 4 to 25 % more bundles.
+    """
+    under_way: list[Iterator[None]] = []
+    while heads or under_way:
+        if heads:
+            under_way.append(heads.pop(0))
+        under_way = [head for head in under_way if next(head, under_way) is None]
 
 
 def masked(x: jax.Array, present: jax.Array | float) -> jax.Array:

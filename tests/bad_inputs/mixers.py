@@ -28,6 +28,8 @@ def prefill(kind: str, max_len: int, tokens: int, sentence: str, **options) -> C
 CASES: tuple[Command | Call, ...] = (
     option("attention", "A head has 1 components; rotary turns pairs of them", num_heads=16, rotary_fraction=1.0),
     option("window", "A head has 1 components; rotary turns pairs of them", num_heads=16),
+    option("window", "sinks is -1; it is at least 0", num_heads=2, sinks=-1),
+    option("taylor_window", "feature_dim is 33; Taylor attention takes 1 to 32", num_heads=2, feature_dim=33),
     option("retnet", "A head has 1 components; rotary turns pairs of them", num_heads=16),
     option("attention", "rotary_base is nan; it is above 0", num_heads=2, rotary_base=NAN),
     option("attention", "num_kv_heads is 0; it divides num_heads, which is 2", num_heads=2, num_kv_heads=0),

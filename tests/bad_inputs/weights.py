@@ -184,6 +184,8 @@ CASES: tuple[Command | Call, ...] = (
     export(
         "a layout of no name", "--hf=<new>", "--layout=lama", sentence="Unknown layout 'lama': did you mean 'llama'"
     ),
+    Command("export of no GGUF file", ("export", "none.gguf", "--hf=<new>"), "'none.gguf' is no file"),
+    Command("export of a step of GGUF", ("export", "x.gguf", "--hf=<new>", "--step=3"), "--step is 3, but a GGUF file"),
     export("an export to nowhere", sentence="Nothing to write; give --hf=DIR, --orbax=DIR or --safetensors=FILE."),
     export("an export to no name", "--hf=", sentence="--hf is '', which names nothing"),
     export("an export to a URL", "--orbax=gs://a/b", sentence="--orbax is 'gs://a/b', an address of 'gs'"),

@@ -37,14 +37,10 @@ def test_every_table_with_a_gpu_s_implementation_is_in_the_catalogue():
     assert all(any(table is other for other in known) for table in tables() if accelerated(table))
 
 
-UNSERVED = {"delta_rule": {"hopper_chunks"}}
-"""Which implementations of a table cannot run an operation at all: these kernels want one decay a head."""
-
-
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_kernels_are_named_for_every_accelerated_implementation(name):
     operation = OPERATIONS[name]
-    assert set(operation.kernels) == accelerated(operation.table) - LIBRARIES - UNSERVED.get(name, set())
+    assert set(operation.kernels) == accelerated(operation.table) - LIBRARIES
     assert operation.cases and bool(operation.kernels) == bool(operation.small_cases)
 
 

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from helpers.random_models import filled
 
-from based_jax.convert import window_from_attention
+from based_jax.convert import taylor_window_from_attention, window_from_attention
 from based_jax.convert.reference import reference_weights
 from based_jax.errors import UserError
 from based_jax.nn.lm import LM, LMConfig
@@ -48,3 +48,26 @@ def test_other_layers_are_refused(model):
             window_from_attention(model, 5, layers)
     with pytest.raises(UserError, match="window is 0; it is at least 1"):
         window_from_attention(model, 0)
+
+
+def test_sinks_are_all_that_tokens_miss_of_a_long_window(model, rng, close):
+    ids = rng.integers(0, 11, (2, 9))
+    whole = logits(model, ids)
+    close(logits(window_from_attention(model, 5, sinks=4), ids), whole)
+    assert np.abs(logits(window_from_attention(model, 5, sinks=3), ids) - whole)[:, -1].max() > 1e-3
+
+
+def test_taylor_attention_beside_a_window_keeps_the_models_parameters(model, rng, close):
+    """With gates that are shut it is the window alone."""
+    made = taylor_window_from_attention(model, 5, 3, layers=[1], sinks=1)
+    assert made.config.layers[1] == (
+        "taylor_window",
+        HEADS | {"rotary_fraction": 0.5, "window": 5, "feature_dim": 3, "sinks": 1},
+    )
+    ours, theirs = (reference_weights(each, "based_jax") for each in (made, model))
+    assert all(np.array_equal(ours[name], value) for name, value in theirs.items())
+    ids = rng.integers(0, 11, (2, 9))
+    windowed = logits(window_from_attention(model, 5, layers=[1], sinks=1), ids)
+    assert np.abs(logits(made, ids) - windowed).max() > 1e-4
+    made.stacks[1].blocks[0].mixer.gate.bias[...] -= 100.0
+    close(logits(made, ids), windowed)

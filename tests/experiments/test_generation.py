@@ -107,11 +107,15 @@ def test_curves_stand_against_batch_and_against_context():
 
 
 def test_each_model_is_timed_at_all_batches_and_at_all_contexts(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        generation.subprocess, "run", lambda x: calls.append(x[6:]) or types.SimpleNamespace(returncode=0)
-    )
+    calls, compiled = [], []
+
+    def called(command, env=None):
+        (compiled if "--compile-only" in command else calls).append(command[6:])
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(generation.subprocess, "run", called)
     assert generation.run("attention_1b", with_peers=False) == 0
+    assert sorted(words[:-1] for words in compiled) == sorted(calls)
     batches = ["1x2048", "8x2048", "32x2048", "128x2048", "512x2048"]
     contexts = ["128x512", "64x4096", "16x16384", "4x65536"]
     assert calls[0] == ["--config=configs/attention.py:1b", "--sizes", *batches, *contexts]

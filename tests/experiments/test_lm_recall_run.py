@@ -1,6 +1,8 @@
 """A run of the study at toy size: prepared, trained, asked; its row makes tables and the picture."""
 
 import json
+import shutil
+import tarfile
 
 import pytest
 
@@ -8,11 +10,22 @@ from based_jax.data.tokenizer_file import named_tokenizer
 from based_jax.errors import UserError
 from based_jax.evals.recall_tasks import Selection
 from based_jax.store import Store
+from based_jax.sweep.trial import load_sweep
 from based_jax.train.run import load_config
 from experiments.lm_recall import plot, questions, results, table
+from experiments.lm_recall.__main__ import main
 from experiments.lm_recall.training import Run
 
 LENGTH = 768
+
+
+def write_texts(folder):
+    """Write texts to train on and to validate with, in which pairs are repeated that training has not."""
+    folder.mkdir(exist_ok=True)
+    for name, count, rare in (("train", 40, ""), ("val", 2, "~Q~Q~Q")):
+        line = "{} green bottles hanging on the wall, and {} after one fell. "
+        texts = [{"text": line.format(i, i - 1) * 20 + rare} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, texts)))
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +56,29 @@ def test_a_file_of_other_things_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def row(asked, tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    for name, count in (("train", 40), ("val", 2)):
-        texts = [{"text": f"{i} green bottles hanging on the wall, and {i - 1} after one fell. " * 20} for i in range(count)]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    write_texts(folder)
     values = {
-        "model": {"vocab_size": 257, "d_model": 16, "layers": [("conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 4})]},
-        "data": {"kind": "text", "tokenizer": "bytes", "seq_len": LENGTH, "path": str(folder), "cache_dir": str(folder)},
+        "model": {
+            "vocab_size": 257,
+            "d_model": 16,
+            "layers": [("conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 4})],
+        },
+        "data": {
+            "kind": "text",
+            "tokenizer": "bytes",
+            "seq_len": LENGTH,
+            "path": str(folder),
+            "cache_dir": str(folder),
+        },
         "optim": {"lr": 3e-3, "warmup_steps": 1, "final_lr": 1e-4},
         "steps": 40,
         "batch_size": 2,
     }
     point = {"optim.lr": 3e-3}
-    return Run(point, load_config(values, point), asked).row(lambda text: None)
+    run = Run(point, load_config(values, point), asked)
+    run.train(lambda text: None)
+    run.wait()
+    return run.row()
 
 
 @pytest.mark.long
@@ -62,7 +86,7 @@ def test_a_row_holds_all_that_is_asked(row):
     assert row["status"] == "finished" and len(row["curve"]) == 2 and row["curve"][1] < row["curve"][0] < 7
     assert row["tokens"] == 40 * 2 * LENGTH and row["perplexity"] == row["slices"]["all"]["perplexity"]
     assert row["slices"]["all"]["tokens"] == row["slices"]["recalled"]["tokens"] + row["slices"]["others"]["tokens"] > 0
-    assert row["perplexity"] < 200  # of 257 bytes
+    assert row["slices"]["recalled"]["tokens"] == 2 * 3 and row["perplexity"] < 200  # of 257 bytes
     assert len(row["recall"]) == 8 and all(0 <= x["low"] <= x["value"] <= x["high"] <= 1 for x in row["recall"])
     assert row["trained_per_second"] > 0 < row["written_per_second"]
     assert row["elements_by_length"]["768"] == row["elements_by_length"]["6144"] > 0 < row["stored_bytes_1x"]
@@ -87,3 +111,56 @@ def test_tables_and_picture_are_of_rows(row, tmp_path, monkeypatch):
     assert [path.suffix for path in plot.draw(results.read(), tmp_path / "picture")] == [".png", ".svg", ".pdf"]
     with pytest.raises(UserError, match="no finished run to draw"):
         plot.draw([], tmp_path / "picture")
+
+
+SWEEP = """
+from based_jax.sweep import Sweep, param
+BASE = {{
+    "model": {{"vocab_size": 257, "d_model": 16, "layers": (("conv", {{}}),)}},
+    "data": {{"kind": "text", "tokenizer": "bytes", "seq_len": 768, "path": {path!r}, "cache_dir": {cache!r}}},
+    "optim": {{"warmup_steps": 1}},
+    "steps": 8,
+    "batch_size": 2,
+}}
+def get_sweep(variant="toy"):
+    return Sweep(BASE, param("optim.lr", (1e-3, 2e-3)))
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A folder with a sweep over the texts of a bundle, and its questions."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    write_texts(folder / "texts")
+    cache = str(folder / "cache")
+    (folder / "here.py").write_text(SWEEP.format(path=str(folder / "texts"), cache=cache))
+    (folder / "there.py").write_text(SWEEP.format(path=str(folder / "runs" / "corpus"), cache=cache))
+    bundle, made = folder / "bundle.tar.xz", folder / "questions.jsonl.xz"
+    words = [f"--sweep={folder / 'here.py'}", f"--questions={made}", f"--bundle={bundle}"]
+    assert main(["prepare", *words, "--documents=1", "--needles=1"]) == 0
+    with tarfile.open(bundle) as packed:
+        packed.extractall(folder / "runs", filter="data")
+    shutil.rmtree(folder / "texts")
+    return folder
+
+
+def test_a_bundle_holds_corpus_and_questions(elsewhere):
+    found = questions.read(elsewhere / "runs" / "lm_recall" / "questions.jsonl.xz")
+    assert [x.part for x in found] == questions.parts_of(LENGTH)
+    config = load_sweep(str(elsewhere / "there.py")).trials()[0][1]
+    texts = [config.data.open(2).batch(step)["inputs"].tobytes() for step in range(2)]
+    assert texts[0] != texts[1] and b"b\0\0\0o\0\0\0t\0\0\0t\0\0\0l\0\0\0e\0\0\0" in texts[0]
+
+
+@pytest.mark.long
+def test_runs_in_processes_of_their_own_go_on_where_they_were_stopped(elsewhere, capfd):
+    words = ["run", f"--sweep={elsewhere / 'there.py'}", f"--store={elsewhere / 'rows'}"]
+    words += [f"--questions={elsewhere / 'questions.jsonl.xz'}"]
+    assert main([*words, "--seconds=0"]) == 0 and "0 runs have rows now" in capfd.readouterr().out
+    assert main([*words, "--ready=2"]) == 0
+    told = capfd.readouterr().out
+    assert "0 of 2 runs have rows" in told and "2 runs have rows now" in told and told.count("finished after") == 2
+    rows = Store(elsewhere / "rows").rows()
+    assert {row["overrides"]["optim.lr"] for row in rows} == {1e-3, 2e-3}
+    assert all(row["command"].startswith("python -m experiments.lm_recall") for row in rows)
+    assert main(words) == 0 and "2 of 2 runs have rows" in capfd.readouterr().out

@@ -52,9 +52,27 @@ def test_the_delta_rule_has_two_rows_a_device_where_time_is_cut():
     assert two == {f"gated_deltanet_360m 32768 1 x {pod}:16x16" for pod in ("v5e", "v6e")}
 
 
-def test_the_table_stands_between_its_markers():
-    text = pods.README_TABLE.sub(lambda block: f"{block[1]}|\n{block[2]}", pods.README.read_text())
-    assert "<!-- table -->\n|\n<!-- end -->" in text
+def test_a_point_with_kernels_is_told_beside_the_one_without():
+    kernels = {"window_forward": {"runs": 14, "copies": 0, "copied_bytes": 0.0}}
+    with_them = ROW | {"seconds": ROW["seconds"] | {"memory": 0.01}, "estimate": {"sum_mfu": 0.6, "bound_mfu": 0.72}}
+    assert pods.beside(with_them | {"kernels": kernels}, ROW) == {
+        "model": "`based_1b`",
+        "tokens": "2,048",
+        "pod": "2 x v5p:8x8x8",
+        "kernels": "`window_forward` 14",
+        "copies for them": "0",
+        "ms of compute": "100 -> 100",
+        "of HBM": "20 -> 10",
+        "GiB": "3.0 -> 3.0",
+        "MFU by the sum": "51.0% -> 60.0%",
+        "by the bound": "72.0% -> 72.0%",
+    }
+
+
+def test_the_readme_has_the_tables_of_its_rows():
+    text = pods.README.read_text()
+    for name, table in pods.TABLES.items():
+        assert f"<!-- {name} -->\n{table()}\n<!-- end -->" in text
 
 
 def test_a_point_says_what_its_compiler_said_or_how_it_ended():

@@ -29,6 +29,7 @@ BESIDE = {
     "rwkv6": 1,
     "rwkv7": 1,
     "simple_gla": 4 * 3,
+    "taylor_window": 2,
     "window": 2,
 }
 

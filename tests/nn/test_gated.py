@@ -3,10 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.devices import gpus
 from helpers.reference_cases import FORWARD, GRADIENT, assert_close, load
 
 from based_jax.nn.gated import bounded_decay, head_slopes, softplus_decay
 from based_jax.nn.mixers import make_mixer
+from based_jax.ops.dispatch import recorded_choices
 
 
 def test_decays_equal_the_reference(out_and_grads):
@@ -48,3 +50,13 @@ def test_flops_count_every_weight_of_a_gate(rank):
     weights = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param)) if leaf.ndim > 1)
     state = mixer.key_dim * mixer.value_dim // mixer.num_heads
     assert mixer.flops_per_token(64) == 2 * weights + 4 * state
+
+
+def test_few_tokens_are_multiplied_with_the_gate_and_what_is_projected_beside_it_at_once(normal):
+    def step(x):
+        mixer = make_mixer("gated_deltanet", 128, num_heads=2, dtype="bfloat16", rngs=nnx.Rngs(0))
+        return mixer.step(x, mixer.init_cache(64, 8))
+
+    with gpus(), recorded_choices() as choices:
+        jax.eval_shape(step, normal(64, 128))
+    assert list(choices["few_tokens_products"]) == ["hopper_strips"]

@@ -38,6 +38,7 @@ OPTIONS = {
     "rwkv5": {"head_size": 16},
     "rwkv7": {"head_dim": 16},
     "taylor": {"num_heads": 4, "feature_dim": 8},
+    "taylor_window": {"num_heads": 4, "feature_dim": 8},
     "window": {"num_heads": 4, "bias": True},
 }
 TABLE = """\
@@ -241,6 +242,12 @@ taylor/out_proj/kernel | N(0, 0.02) | zoology/mixers/based.py:100; model.py:144
 taylor/proj_k/kernel | N(0, 0.02) | zoology/mixers/based.py:98; model.py:144
 taylor/proj_q/kernel | N(0, 0.02) | zoology/mixers/based.py:97; model.py:144
 taylor/proj_v/kernel | N(0, 0.02) | zoology/mixers/based.py:99; model.py:144
+taylor_window/gate/bias | -2 | nn/mixers/taylor_window.py
+taylor_window/gate/kernel | N(0, 0.02) | nn/mixers/taylor_window.py
+taylor_window/key_maps | N(0, 1/sqrt(head)) | nn/mixers/taylor_window.py
+taylor_window/out_proj/kernel | N(0, 0.02/sqrt(2L)) | as window
+taylor_window/qkv/kernel | N(0, 0.02) | as window
+taylor_window/query_maps | N(0, 1/sqrt(head)) | nn/mixers/taylor_window.py
 window/out_proj/bias | 0 | zoology/mixers/slide_attn.py:50; model.py:146
 window/out_proj/kernel | N(0, 0.02/sqrt(2L)) | zoology/mixers/slide_attn.py:50; model.py:173
 window/qkv/bias | 0 | zoology/mixers/slide_attn.py:47; model.py:146
@@ -255,6 +262,7 @@ STEPS = np.exp(math.log(1e-3) + PLACES * math.log(100))
 RANDOM = {
     "N(0, 0.02)": lambda shape: 0.02 * NORMAL,
     "N(0, 0.02/sqrt(2L))": lambda shape: 0.02 / math.sqrt(2 * DEPTH) * NORMAL,
+    "N(0, 1/sqrt(head))": lambda shape: NORMAL / math.sqrt(shape[1]),
     "N(0, 1)": lambda shape: NORMAL,
     "N(0, sqrt(1/2))": lambda shape: math.sqrt(0.5) * NORMAL,
     "U(1/sqrt(3))": lambda shape: UNIFORM / math.sqrt(3),
@@ -286,6 +294,7 @@ def time_features(shape):
 
 
 CONSTANT = {
+    "-2": lambda shape: np.full(1, -2.0),
     "0": lambda shape: np.zeros(1),
     "1": lambda shape: np.ones(1),
     "log 0.5": lambda shape: np.full(1, math.log(0.5)),

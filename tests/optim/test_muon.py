@@ -102,6 +102,7 @@ JOINED = {
     "mamba2": {"in_proj": 5},
     "retnet": {"qkv": 3},
     "simple_gla": {"qkv": 3},
+    "taylor_window": {"qkv": 3},
     "window": {"qkv": 3},
 }
 

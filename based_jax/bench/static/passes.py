@@ -1,4 +1,4 @@
-"""The calls that read and write tokens once: windows and gated convolutions, and what has no TPU kernel.
+"""The calls that read and write tokens once: Taylor attention, windows, gated convolutions, what has no TPU kernel.
 
 Those with gradients read what they are given, and the gradients of what they return, once more, and write gradients.
 """
@@ -16,6 +16,7 @@ from based_jax.ops.cross_entropy import linear_cross_entropy
 from based_jax.ops.gated_conv import gated_short_conv
 from based_jax.ops.norm import residual_rms_norm
 from based_jax.ops.softmax import window_attention
+from based_jax.ops.taylor import expanded_dim, taylor_attention
 from based_jax.ops.tpu import bundles
 
 WIDTH, TAPS, VOCABULARY = 1792, 3, 50_304
@@ -27,7 +28,7 @@ Kernels = dict[str, Callable[[bundles.Schedule], int]]
 def window(window: int, *, gradients: bool, rows: int = 2, time: int = 2048, heads: int = 16, dim: int = 64) -> Call:
     """Return attention over a window of a sequence."""
     given = (jax.ShapeDtypeStruct((rows, time, heads, dim), jnp.bfloat16),) * 3
-    sizes = {"rows": rows, "time": time, "heads": heads, "window": window}
+    sizes: dict[str, Any] = {"rows": rows, "time": time, "heads": heads, "window": window}
     kernels: Kernels = {"window_forward": functools.partial(bundles.of_window_forward, **sizes)}
     kernels |= {"window_gradients": functools.partial(bundles.of_window_gradients, **sizes)} if gradients else {}
     function = functools.partial(window_attention, window=window)
@@ -44,6 +45,22 @@ def splash(window: int, rows: int = 2, time: int = 2048, heads: int = 16, dim: i
 
     kernels: Kernels = {"splash_mha_fwd_no_residuals": cycles}
     return _call(function, given, kernels, gradients=False, tokens=rows * time, heads=heads)
+
+
+def taylor(values: int, *, gradients: bool, rows: int = 2, time: int = 2048, heads: int = 16, keys: int = 16) -> Call:
+    """Return Taylor attention over a sequence, tokens lying on lanes as they come from projections."""
+    given = tuple(jax.ShapeDtypeStruct((rows, heads, dim, time), jnp.bfloat16) for dim in (keys, keys, values))
+
+    def function(*qkv: jax.Array, impl: str) -> jax.Array:
+        o, _ = taylor_attention(*(jnp.moveaxis(x, 3, 1) for x in qkv), impl=impl)
+        return jnp.moveaxis(o, 1, 3)
+
+    cycles = functools.partial(bundles.of_taylor_chunks, rows=rows, time=time, heads=heads)
+    forward, backward = (values, expanded_dim(keys)), (expanded_dim(keys), values)
+    kernels: Kernels = {"taylor_chunks": functools.partial(cycles, state=forward)}
+    of_gradients = functools.partial(cycles, state=backward)
+    kernels |= dict.fromkeys(["taylor_query_gradients", "taylor_key_gradients"], of_gradients) if gradients else {}
+    return _call(function, given, kernels, gradients=gradients, tokens=rows * time, heads=heads)
 
 
 def gated_convolution(rows: int = 4, time: int = 2048) -> Call:
@@ -139,6 +156,10 @@ def _bytes(tree: Any) -> float:
 
 
 CALLS: dict[str, Callable[[], Call]] = {
+    "Taylor by chunks": functools.partial(taylor, 64, gradients=False),
+    "Taylor by chunks, gradients": functools.partial(taylor, 64, gradients=True),
+    "Taylor by chunks of V 112": functools.partial(taylor, 112, gradients=False),
+    "Taylor by chunks of V 112, gradients": functools.partial(taylor, 112, gradients=True),
     "window of 64": functools.partial(window, 64, gradients=False),
     "window of 64, splash": functools.partial(splash, 64),
     "window of 129, gradients": functools.partial(window, 129, gradients=True),
@@ -148,6 +169,8 @@ CALLS: dict[str, Callable[[], Call]] = {
     "one pass": plain,
 }
 FORMS = {
+    "Taylor by chunks of V 112": ("tpu",),
+    "Taylor by chunks of V 112, gradients": ("tpu",),
     "window of 64, splash": ("tpu",),
     "residual and norm, gradients": ("xla",),
     "cross-entropy, gradients": ("xla",),

@@ -8,6 +8,7 @@ examples:
   python -m based_jax bench generate --config=configs/based.py:1b --sizes 128x2048 --option=taylor.flush=16
   python -m based_jax bench generate --config=configs/based.py:1b --sizes 128x2048 --option=taylor.flush=16 --drafts=3
   python -m based_jax bench generate --config configs/based.py:1b configs/attention.py:1b --peers --out=rows.jsonl
+  python -m based_jax bench generate --config=configs/based.py:1b --sizes 128x2048 --compile-only
 """
 
 import argparse
@@ -45,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drafts", type=int, default=0, metavar="N", help="verify N drafted tokens with each one that is decoded"
     )
     parser.add_argument("--no-prefill", dest="prefill", action="store_false", help="read no prompts")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="keep the compiled programs for a run after this one, and time none"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     words += [f"--option={option}" for option in args.option]
     words += [f"--tokens={effort.tokens}", f"--blocks={effort.blocks}", *([] if effort.prefill else ["--no-prefill"])]
     words += [f"--drafts={effort.drafts}"] if effort.drafts else []
+    words += ["--compile-only"] * args.compile_only
     return several.run(args, generate_peers.PEERS, words, _measure, _measure_peer)
 
 
@@ -69,6 +74,10 @@ def _measure(args: argparse.Namespace, name: str) -> None:
     overrides = parse_overrides(args.overrides)
     config = configs.build(TrainConfig, configs.load(name, overrides)).model
     config = with_options(config, args.option)
+    if args.compile_only:
+        seconds = generate.compile_programs(config, *_sizes_and_effort(args))
+        print(f"{name}: compiled in {seconds:.1f} s", flush=True)
+        return
     start = {"config": name, "overrides": dict(overrides), "options": sorted(args.option)}
     _print(args, start, generate.measure(config, *_sizes_and_effort(args)))
 

@@ -18,6 +18,8 @@ from based_jax.commands.text_models import add_model_folder_arguments, find_mode
 from based_jax.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from based_jax.data.packing import PackedText
     from based_jax.data.tokenizer import TextTokenizer
 
@@ -57,10 +59,14 @@ def run(args: argparse.Namespace) -> None:
     judge = Judge(model, args.batch_size * length)
     packed = list(_packed(args, cast("TextTokenizer", tokenizer)))
     progress = Progress("Judged", sum(text.count("validation", "tokens") for text in packed), sys.stderr)
-    validation = [x for text in packed for x in slices.documents(text.stream("validation"), tokenizer.end_of_text)]
+
+    def validation() -> "Iterator[np.ndarray]":
+        for text in packed:
+            yield from slices.documents(text.stream("validation"), tokenizer.end_of_text)
+
     training = (x for text in packed for x in slices.blocks(text.stream("train")))
-    rare = slices.rare_pairs(validation, training, slicing)
-    found = slices.slice_losses(judge, validation, rare, slicing, progress.update)
+    rare = slices.rare_pairs(validation(), training, slicing)
+    found = slices.slice_losses(judge, validation(), rare, slicing, progress.update)
     progress.close()
     print(found.to_string(index=False, float_format="%.4f"))
     if args.out is not None:

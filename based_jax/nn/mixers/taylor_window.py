@@ -71,6 +71,7 @@ class TaylorWindow(WindowAttention):
 
         self.query_maps, self.key_maps = maps(config.num_heads), maps(self.kv_heads)
         self.gate = layers.linear(d_model, config.num_heads, ("embed", "heads"), init, bias=True)
+        assert self.gate.bias is not None
         self.gate.bias[...] = jnp.full(config.num_heads, FIRST_GATE)
 
     @override
@@ -89,9 +90,9 @@ class TaylorWindow(WindowAttention):
 
     @override
     def _prefill(self, x: BTD, state: Any, segment_ids: SegmentIds | None) -> tuple[BTD, Any]:
-        qkv = self.rotated_qkv(x, state.ring.length, segment_ids)
-        near, ring = self._read_ring(qkv, state.ring, segment_ids)
-        far, sums = self._read_all_tokens(*qkv, state.sums, segment_ids)
+        q, k, v = self.rotated_qkv(x, state.ring.length, segment_ids)
+        near, ring = self._read_kept((q, k, v), state.ring, segment_ids)
+        far, sums = self._read_all_tokens(q, k, v, state.sums, segment_ids)
         return self._out(self._mixed(x, near, far)), TaylorWindowState(ring, sums)
 
     @override

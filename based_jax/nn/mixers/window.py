@@ -69,15 +69,15 @@ class WindowAttention(attention.Attention):
 
     def _read_windows(self, q, k, v, segment_ids: SegmentIds | None):
         """Return what queries (B, T, H, D/H) read of keys and values that stand beside them."""
-        options = {"window": self.config.window, "sinks": self.config.sinks, "impl": self.config.impl}
+        options: dict[str, Any] = {"window": self.config.window, "sinks": self.config.sinks, "impl": self.config.impl}
         return window_attention(q, k, v, segment_ids=segment_ids, **options)
 
     @override
     def _prefill(self, x: BTD, state: TokenCache, segment_ids: SegmentIds | None) -> tuple[BTD, TokenCache]:
-        o, state = self._read_ring(self.rotated_qkv(x, state.length, segment_ids), state, segment_ids)
+        o, state = self._read_kept(self.rotated_qkv(x, state.length, segment_ids), state, segment_ids)
         return self._out(o), state
 
-    def _read_ring(self, qkv, state: TokenCache, segment_ids: SegmentIds | None):
+    def _read_kept(self, qkv, state: TokenCache, segment_ids: SegmentIds | None):
         """Return what queries (B, T, H, D/H) read of the cache and of each other, and the cache with the tokens."""
         q, k, v = qkv
         past, there = state.in_order()

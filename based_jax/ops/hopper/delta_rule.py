@@ -1,8 +1,9 @@
-"""The delta rule with one decay a head through the Mosaic GPU kernels by chunks: which calls they take, and gradients.
+"""The delta rule through the Mosaic GPU kernels by chunks: which calls they take, and gradients with one decay a head.
 
 q and k are filled up with zeros to 128 or 256 channels, v to a multiple of 128, which changes no state. Products are of
 bf16, sums and the state fp32. The backward pass saves what tokens are to each other, and of every chunk its errors and
-the state before it. Kernels: `pallas_kernels/hopper/delta_rule*.py`.
+the state before it. Kernels: `pallas_kernels/hopper/delta_rule*.py`; those of `delta_rule_channels.py`, which is for a
+decay of each channel, have names of their own.
 """
 
 import functools
@@ -16,7 +17,7 @@ from based_jax.dims import BHKV, BTHV
 from based_jax.ops import segments, sharded
 from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.decays import MIN_LOG_DECAY, empty_state
-from based_jax.ops.dispatch import not_run, target_device_kind
+from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.hopper import delta_rule_channels, limits
 
 KEY_DIMS, KEY_DIMS_OF_CHANNELS, VALUE_MULTIPLE = (128, 256), (128,), 128
@@ -40,7 +41,7 @@ def supports(call: MatrixStateCall) -> str | None:
 def slower(call: MatrixStateCall) -> str | None:
     """Return why `auto` leaves a call to others, or None."""
     if call.log_decay.shape[-1] > 1:
-        return not_run(call)
+        return "with a decay for each channel the kernels have been right on a device, and not been timed"
     (_, time, _, values), keys = call.v.shape, call.q.shape[-1]
     if min(keys, values) <= VALUE_MULTIPLE // 2:
         return f"tiles have {VALUE_MULTIPLE} keys and values, and here are {keys} and {values}"

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from based_jax.ops.tpu.attention import BLOCK_TOKENS
+from based_jax.ops.tpu.taylor import chunk_tokens
 
 
 class Loop(NamedTuple):
@@ -36,12 +37,12 @@ def of_taylor_decode(
     return rows // plan.lanes * heads * (plan.features // turn * of_features + of_tokens + of_chunks)
 
 
-def of_taylor_chunks(schedule: Schedule, time: int, rows: int, heads: int, chunk: int) -> int:
-    """Count a program for each chunk of some heads of a row."""
+def of_taylor_chunks(schedule: Schedule, rows: int, time: int, heads: int, state: tuple[int, int]) -> int:
+    """Count a program for each chunk of some heads of a row, with so large a state."""
     from pallas_kernels.tpu.taylor_chunks import Plan
 
     assert not schedule.loops
-    plan = Plan(rows, heads, -(-time // chunk) * chunk, chunk)
+    plan = Plan(rows, heads, time, state, chunk_tokens(time))
     return rows * heads // plan.heads_of_program * plan.chunks * schedule.straight
 
 

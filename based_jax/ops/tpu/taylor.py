@@ -16,12 +16,11 @@ from jaxtyping import Array, Float, Int
 from based_jax.dims import BHEV, BT, BTHV
 from based_jax.ops import segments, sharded
 from based_jax.ops.calls import LinearAttentionCall
-from based_jax.ops.dispatch import target_device_kind
 
 DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 LANES = 128
-WIDE_CHUNK, WIDE_MXU = 2 * LANES, ("TPU v6", "TPU7")
-"""Tokens of a chunk where matrix units are 256 wide, and how the kinds of devices begin that have these."""
+MAX_CHUNK_TOKENS = 2 * LANES
+"""As wide as matrix units are from v6e on; before, where they are 128 wide, it takes fewer bundles as well."""
 MAX_KEY_DIM, MAX_VALUE_DIM, VALUE_MULTIPLE = 32, 128, 16
 
 
@@ -50,16 +49,17 @@ def compute(call: LinearAttentionCall) -> tuple[BTHV, BHEV]:
     return sharded.per_device(_on_device, call, check_vma=False)  # kernels may not say over which devices results vary
 
 
-def chunk_tokens() -> int:
-    """Return how many tokens a chunk has on the device that is compiled for."""
-    return WIDE_CHUNK if target_device_kind().startswith(WIDE_MXU) else LANES
+def chunk_tokens(time: int) -> int:
+    """Return how many tokens a chunk of a row with so many has."""
+    return min(MAX_CHUNK_TOKENS, time + -time % LANES)
 
 
 def _on_device(call: LinearAttentionCall) -> tuple[BTHV, BHEV]:
     # Pallas' TPU modules take half a second to import and are needed only here and below.
     from pallas_kernels.tpu.taylor_features import KEY_MULTIPLE
 
-    (time, _, keys), values, chunk = call.q.shape[1:], call.v.shape[3], chunk_tokens()
+    (time, _, keys), values = call.q.shape[1:], call.v.shape[3]
+    chunk = chunk_tokens(time)
     multiples = (KEY_MULTIPLE, KEY_MULTIPLE, VALUE_MULTIPLE)
     qkv = [
         sharded.fill(einops.rearrange(x, "B T H K -> B H K T"), {2: multiple, 3: chunk})

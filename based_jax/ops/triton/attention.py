@@ -1,7 +1,6 @@
 """Softmax attention in Triton kernels: which calls they take, how arrays are filled up for them, and gradients.
 
-Tiles of another document are passed over; sinks are read beside them (`ops/softmax_sinks.py`).
-Kernels: `pallas_kernels/triton/attention.py`.
+Tiles of another document are passed over. Kernels: `pallas_kernels/triton/attention.py`.
 """
 
 import functools
@@ -11,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from based_jax.dims import BT, BTHV
-from based_jax.ops import sharded, softmax_chunks, softmax_sinks, softmax_walks
+from based_jax.ops import sharded, softmax_walks
 from based_jax.ops.calls import AttentionCall
-from based_jax.ops.softmax_chunks import LOWEST
 from based_jax.ops.triton import limits
 
 MAX_HEAD_DIM = 256
 MAX_ELEMENTS = 2**31
+LOGARITHM_OF_NONE = float(jnp.finfo(jnp.float32).min)
 DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 
 
@@ -46,9 +45,6 @@ def compute(call: AttentionCall) -> BTHV:
 
 
 def _on_device(call: AttentionCall) -> BTHV:
-    if call.sinks:
-        o = softmax_sinks.attention(softmax_sinks.WindowKernel(_read, _gradients), call)
-        return o if call.segment_ids is None else jnp.where(call.segment_ids[..., None, None] == 0, 0, o)
     time = call.q.shape[1]
     numbers, filled = _filled(call)
     o = _attention(1 / call.root, min(call.window, time), *filled)[:, :time, :, : call.v.shape[3]]
@@ -67,22 +63,22 @@ def _filled(call: AttentionCall, *more: BTHV) -> tuple[BT, list[jax.Array]]:
     return numbers, list(whole)
 
 
-def _read(call: AttentionCall) -> softmax_chunks.Read:
-    """Return what queries read of their windows, for `softmax_sinks`."""
+def read_window(call: AttentionCall) -> tuple[BTHV, jax.Array]:
+    """Return what a device's queries read of their windows, and L (B, H, T); for `ops/softmax_sinks.py`."""
     T, (numbers, filled) = call.q.shape[1], _filled(call)
     o, (*_, logarithm) = _attention_fwd(1 / call.root, min(call.window, T), *filled)
     real = numbers != 0
     o = jnp.where(real[..., None, None], o[:, :T, :, : call.v.shape[3]], 0)
-    return o, jnp.where(real[:, None], math.log(2) * logarithm[:, :, :T], LOWEST)
+    return o, jnp.where(real[:, None], math.log(2) * logarithm[:, :, :T], LOGARITHM_OF_NONE)
 
 
-def _gradients(call: AttentionCall, o: BTHV, logarithm: jax.Array, do: BTHV) -> tuple[jax.Array, ...]:
+def window_gradients(call: AttentionCall, o: BTHV, logarithm: jax.Array, do: BTHV) -> tuple[jax.Array, ...]:
+    """Return the gradients of q, k and v through the windows' keys, where o and L are of these and others."""
     from pallas_kernels.triton import attention as kernels
 
     T, (_, (q, k, v, o, do, numbers)) = call.q.shape[1], _filled(call, o, do)
     in_twos = sharded.fill(logarithm / math.log(2), {2: kernels.TIME_MULTIPLE})  # whose powers the kernels take
-    saved = q, k, v, numbers, o, in_twos
-    dq, dk, dv, _ = _attention_bwd(1 / call.root, min(call.window, T), saved, do)
+    dq, dk, dv, _ = _attention_bwd(1 / call.root, min(call.window, T), (q, k, v, numbers, o, in_twos), do)
     return tuple(dx[:, :T, :, : x.shape[3]] for dx, x in zip((dq, dk, dv), call[:3], strict=True))
 
 

@@ -12,9 +12,10 @@ from helpers.tpu_compiler import SLICES, compiled_text, needs_libtpu
 from helpers.tpu_interpreter import interpreted
 
 from based_jax import parallel
+from based_jax.errors import UserError
 from based_jax.ops import segments, sequence
 from based_jax.ops.calls import AttentionCall
-from based_jax.ops.dispatch import recorded_choices
+from based_jax.ops.dispatch import recorded_choices, without_kernels
 from based_jax.ops.softmax import QKV, window_attention
 from based_jax.ops.tpu import window as tpu_window
 from pallas_kernels.tpu import window as kernels
@@ -131,6 +132,14 @@ def test_auto_lowers_for_tpus_each_with_its_rows_heads_and_time(shape, names, lo
     found = re.findall(r"@tpu_custom_call\(.*?\) .*?: \(.*", text)
     assert len(found) == 2
     assert all(f"tensor<{local}xbf16>" in kernel for kernel in found)
+
+
+def test_without_kernels_auto_leaves_it_to_xla():
+    with tpus(), recorded_choices() as choices, without_kernels():
+        jax.eval_shape(loss, *call_of()[:3], None)
+    with pytest.raises(UserError, match="needs tpu"), without_kernels():
+        jax.eval_shape(functools.partial(window_attention, window=9, impl="tpu_tiles"), *call_of()[:3])
+    assert list(choices["window_attention"]) == ["xla_bands"]
 
 
 @needs_libtpu

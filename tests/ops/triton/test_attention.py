@@ -56,7 +56,7 @@ def test_they_equal_the_oracle(T, K, V, window, sinks, dtype, normal, packed_ids
     triton_interpreter.interpret(monkeypatch)
     q, k, v, cotangent = (normal(2, T, 1, size, dtype=dtype) for size in (K, K, V, V))
     ids = packed_ids(T)[1:3]  # many documents, and padding before one
-    compute = segments.without_padding(triton_attention.compute, *softmax.QKV)
+    compute = segments.without_padding(softmax.WINDOW_ATTENTION["triton_tiles"].compute, *softmax.QKV)
 
     def tiles(q, k, v):
         return compute(AttentionCall(q, k, v, window, segments.numbered(ids), sinks=sinks))
