@@ -41,6 +41,13 @@ def test_taylor_attention_takes_few_bundles_and_no_copies():
         assert gradients <= (1 + 2.5) * most
 
 
+def test_matrix_states_by_chunks_have_a_fifth_of_the_cycles_of_xla_s_forms_at_most():
+    rows = {row["point"]: row for row in tpu.read() if ", a decay a " in row["call"]}
+    compared = [(rows[point.replace(" xla", " tpu")], xla) for point, xla in rows.items() if xla["impl"] == "xla"]
+    assert len({xla["call"] for _, xla in compared}) >= 6
+    assert all(5 * kernel["cycles"] < xla["cycles"] for kernel, xla in compared)
+
+
 def test_what_is_left_to_xla_is_told_by_bytes_and_by_passes():
     xla = {
         "cycles": 300,
