@@ -136,12 +136,12 @@ def read_gguf(path: str | os.PathLike, *, dtype: str = "float32", scan_layers: b
 
 
 def _reader(file: Path) -> Any:
+    if not file.is_file():
+        raise UserError(f"'{file}' is no file.")
     try:
         import gguf
     except ImportError:
         raise UserError("Reading GGUF needs the package gguf: pip install -e '.[linearize]'.") from None
-    if not file.is_file():
-        raise UserError(f"'{file}' is no file.")
     try:
         return gguf.GGUFReader(file)
     except (OSError, ValueError, IndexError, KeyError) as error:

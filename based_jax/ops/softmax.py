@@ -22,7 +22,7 @@ from based_jax.ops import segments, sequence, sharded, softmax_chunks, softmax_r
 from based_jax.ops.arguments import checked
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.decode_calls import AttentionPrefillCall
-from based_jax.ops.dispatch import Implementation, dispatch, target_device_kind, target_platform
+from based_jax.ops.dispatch import Implementation, dispatch, not_run, target_device_kind, target_platform
 from based_jax.ops.hopper import attention as hopper_attention
 from based_jax.ops.hopper import window as hopper_window
 from based_jax.ops.tpu import attention as tpu_attention
@@ -331,6 +331,11 @@ def _bands_are_long(call: AttentionCall) -> str | None:
     return _scores_are_many(call) if call.window > MAX_BAND_TOKENS else None
 
 
+def _sinks_not_run(call: AttentionCall) -> str | None:
+    """Return why Triton's windows are left to others."""
+    return not_run(call) if call.sinks else triton_attention.slower(call)
+
+
 def _gradients_not_timed(_call: AttentionCall) -> str:
     return "it has been right on a device, and its gradients have not been timed"
 
@@ -363,7 +368,7 @@ WINDOW_ATTENTION = {
         _triton,
         triton_attention.supports,
         platform="cuda",
-        slower=triton_attention.slower,
+        slower=_sinks_not_run,
         by_place=QKV,
     ),
     "tpu_tiles": Implementation(tpu_window.compute, tpu_window.supports, platform="tpu", by_place=QKV),
