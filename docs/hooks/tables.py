@@ -27,6 +27,7 @@ from experiments.mqar_pareto import tables as recall
 from experiments.pods import __main__ as pods
 from experiments.tpu import __main__ as tpu
 from experiments.train_speed import __main__ as train_speed
+from experiments.train_speed import mesh
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 DESCRIBED_WIDTH, DESCRIBED_LENGTH = 1024, 2048
@@ -114,6 +115,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "policies": policies,
     "training": lambda: train_speed.models_table(_training()),
     "training_times": lambda: train_speed.times_table(_training()),
+    "training_mesh": lambda: mesh.tables()["mesh"],
     "training_peers": lambda: train_speed.peers_table(_training()),
     "decoding_batches": lambda: _decoding()["batches"],
     "decoding_contexts": lambda: _decoding()["contexts"],
