@@ -102,5 +102,5 @@ def test_no_kernel_has_become_worse(tmp_path):
     from helpers.command_processes import CommandProcess
 
     words = ["bench", "static", "--topology=v5e", "--only=tpu", f"--baseline={ROWS}"]
-    code, out, error = CommandProcess(words, tmp_path).end()
+    code, out, error = CommandProcess(words, tmp_path).end(seconds=1200)
     assert code == 0 and out.count("bundles a token and head") == len(points.chosen(["v5e"], "tpu")), out + error

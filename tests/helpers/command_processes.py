@@ -40,9 +40,9 @@ class CommandProcess:
         """Send a signal."""
         os.kill(self._process.pid, signum)
 
-    def end(self) -> tuple[int, str, str]:
-        """Wait, and return exit code, standard output and standard error."""
-        self._process.join(120)
+    def end(self, seconds: float = 120) -> tuple[int, str, str]:
+        """Wait for so long at most, and return exit code, standard output and standard error."""
+        self._process.join(seconds)
         assert self._process.exitcode is not None, "it does not end"
         return self._process.exitcode, self._out.read_text(), self._error.read_text()
 
