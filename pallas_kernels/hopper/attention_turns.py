@@ -57,10 +57,6 @@ class TurnWalk(Walk):
 
         lax.fori_loop(0, self.steps, step, None)
 
-    def begin_turns(self) -> None:
-        """Give the first warpgroup its first turn; what multiplies by turns does so for one of them at a time."""
-        pl.when(self.group == GROUPS - 1)(functools.partial(plgpu.barrier_arrive, self.turns.at[0]))
-
     def await_turn(self) -> None:
         """Wait for this warpgroup's turn."""
         plgpu.barrier_wait(self.turns.at[self.group])
@@ -68,10 +64,6 @@ class TurnWalk(Walk):
     def pass_turn(self) -> None:
         """Let the next warpgroup have its turn."""
         plgpu.barrier_arrive(self.turns.at[lax.rem(self.group + 1, GROUPS)])
-
-    def end_turns(self) -> None:
-        """Take the turn that nobody needs."""
-        pl.when(self.group == 0)(functools.partial(plgpu.barrier_wait, self.turns.at[0]))
 
 
 def forward(q, k, v, first, keys, walks, *, scale: float):
@@ -88,7 +80,6 @@ def forward(q, k, v, first, keys, walks, *, scale: float):
         [tile], sight = tiles, QuerySight(walk, first_ref, keys_ref)
         queries = mosaic.load(tile)
         nothing = mosaic.zeros(sight.shape)
-        walk.begin_turns()
 
         def soften(n, s, top, total):
             """Return exp2(s - top), top and the sum so far, and by how much what was before shrinks."""
@@ -123,7 +114,6 @@ def forward(q, k, v, first, keys, walks, *, scale: float):
         last = walk.steps - 1
         o = mosaic.multiply_add(o, p, walk.take(1, last)[0])
         walk.free(1, last)
-        walk.end_turns()
 
         exists = mosaic.load_global(first_ref.at[walk.row, walk.mine], mosaic.ROW_LAYOUT) < time
         total = jnp.where(exists, total, 1.0)
@@ -199,7 +189,10 @@ def run(compute: Callable, name: str, step: int, own, streamed, whole, walks, re
         @pl.when(group < GROUPS)
         def use():
             plgpu.set_max_registers(REGISTERS, action="increase")
+            # Turns go on from tile to tile: begun anew, one could be given before the last of the tile before is taken.
+            pl.when(group == GROUPS - 1)(functools.partial(plgpu.barrier_arrive, turns.at[0]))
             lax.fori_loop(0, count, use_tile, jnp.int32(0))
+            pl.when(group == 0)(functools.partial(plgpu.barrier_wait, turns.at[0]))
 
         plgpu.barrier_arrive(finished)
         plgpu.barrier_wait(finished)
