@@ -47,7 +47,7 @@ INVERSE_KERNELS = ("inverses",)
 NARROW = {("delta_rule", "hopper_chunks")}
 """Operations and chunks that take at most 128 channels of keys."""
 STEEP = {"g": 8.0}
-"""By what numbers are larger that log-decays are made of, to be -16 a token and nearly 0 in channels beside each other."""
+"""By what numbers are larger of which log-decays are made: -16 a token beside channels that hardly decay."""
 
 
 class Preparation(NamedTuple):
