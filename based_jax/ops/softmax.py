@@ -62,7 +62,8 @@ def attention(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle", "xla_quadratic" (every score), "xla_chunks" (memory linear in T), "cudnn_flash" (GPU, bf16 or
         fp16, no packing), "hopper_turns" (heads of at most 80), "hopper_tiles" and "triton_tiles" (the same, with
-        packing), "tpu_splash" (TPU, bf16) or "auto". Where tokens lie over devices that cannot share the heads, keys go round by chunks, whatever it is.
+        packing), "tpu_splash" (TPU, bf16) or "auto". Where tokens lie over devices that cannot share the heads, keys
+        go round by chunks, whatever it is.
 
     Raises:
       UserError: `head_dim` is not one, or `impl` is unknown or cannot run this call.
