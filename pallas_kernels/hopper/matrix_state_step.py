@@ -79,14 +79,15 @@ def unit_step(joint, w, beta, state, *, scale: float, multiprocessors: int):
     def body(joint_ref, w_ref, beta_ref, state_ref, o_ref):
         at = plan.here()
         row, head = lax.div(at.head, H), lax.rem(at.head, H)
-        q, k = (plan.key(joint_ref.at[row, pl.ds((first * H + head) * K, K)]) for first in (0, 1))
-        v = plan.columns(at, joint_ref.at[row, pl.ds(2 * H * K + head * V, V)])
+        tokens = joint_ref.at[row]
         S = load_global(state_ref.at[at.head, :, at.strip], plan.layout)
-        of_q, of_k = (lax.rsqrt((x * x).sum(axis=0) + UNIT_EPS) for x in (q, k))
+        k, of_k = plan.unit_key(tokens.at[pl.ds((H + head) * K, K)])
+        v = plan.columns(at, tokens.at[pl.ds(2 * H * K + head * V, V)])
         kept = plan.rows(at, w_ref) * S
         new = plan.rows(at, beta_ref) * of_k * (v - of_k * (k * kept).sum(axis=0))
         after = kept + k * plan.down(new)
         save(state_ref.at[at.head, :, at.strip], after)
+        q, of_q = plan.unit_key(tokens.at[pl.ds(head * K, K)])
         save(o_ref.at[at.head, at.strip], scale * of_q * (q * after).sum(axis=0))
 
     ref = jax.new_ref(state.reshape(plan.heads, *plan.state))
@@ -156,6 +157,11 @@ class _Plan(NamedTuple):
     def key(self, ref) -> jax.Array:
         """Return K values, one per row, repeated over the columns."""
         return lax.broadcast_in_dim(self._load(ref, self.layout.reduce(1)), self.shape, [0])
+
+    def unit_key(self, ref) -> tuple[jax.Array, jax.Array]:
+        """Return the same, and for each column what brings them to length 1."""
+        x = self.key(ref)
+        return x, lax.rsqrt((x * x).sum(axis=0) + UNIT_EPS)
 
     def columns(self, at: _Place, ref) -> jax.Array:
         """Return the values of a strip, of V."""
