@@ -202,9 +202,9 @@ class GatedScanStepCall(NamedTuple):
 
 
 class FewTokensCall(NamedTuple):
-    """A product of few tokens (M, D or more), of which the first D channels count, and a matrix (D, E)."""
+    """A product of few tokens (M, D) and a matrix (D, E)."""
 
-    x: Float[Array, "M wide"]
+    x: Float[Array, "M D"]
     kernel: Float[Array, "D E"]
 
 

@@ -7,7 +7,6 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
-from based_jax.errors import UserError
 from based_jax.ops.arguments import checked
 from based_jax.ops.decode_calls import FewTokensCall, FewTokensNormCall, FewTokensProductsCall
 from based_jax.ops.dispatch import Implementation, dispatch
@@ -21,20 +20,18 @@ E = Float[Array, "E"]
 
 
 @checked
-def few_tokens_product(x: Float[Array, "M wide"], kernel: DE, *, impl: str = "auto") -> Float[Array, "M E"]:
-    """Return x @ kernel in x's dtype, of x's first D channels where it has more: to cut them out is a copy on a GPU.
+def few_tokens_product(x: MD, kernel: DE, *, impl: str = "auto") -> Float[Array, "M E"]:
+    """Return x @ kernel in x's dtype.
 
     Args:
-      x: tokens (M, D or more).
+      x: tokens (M, D).
       kernel: (D, E).
       impl: "xla_product", "hopper_strips" (a Mosaic GPU kernel; bf16, at most 128 tokens, D and E multiples of 64, on
         one device; without a gradient) or "auto".
 
     Raises:
-      UserError: x has fewer channels than D, or `impl` is unknown or cannot run this call.
+      UserError: `impl` is unknown or cannot run this call.
     """
-    if x.shape[1] < len(kernel):
-        raise UserError(f"x has {x.shape[1]} channels; the kernel takes {len(kernel)}.")
     return dispatch("few_tokens_product", PRODUCT_IMPLEMENTATIONS, impl, FewTokensCall(x, kernel))
 
 
@@ -80,7 +77,7 @@ def few_tokens_residual_norm(
 
 
 def _product(call: FewTokensCall) -> Float[Array, "M E"]:
-    return lax.dot_general(call.x[:, : len(call.kernel)], call.kernel, (((1,), (0,)), ((), ())))
+    return lax.dot_general(call.x, call.kernel, (((1,), (0,)), ((), ())))
 
 
 def _products(call: FewTokensProductsCall) -> list[Float[Array, "M _"]]:

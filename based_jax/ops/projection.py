@@ -57,16 +57,6 @@ def multiply(x: Tokens, kernel: DE) -> Projected:
     return project(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
-@checked
-@jax.named_scope("multiply")
-def multiply_first(x: Float[Array, "*T wide"], kernel: DE) -> Projected:
-    """Return the product of the first D channels of x, which a kernel can read where they lie.
-
-    No device has run it so, and they are cut out.
-    """
-    return multiply(x[..., : len(kernel)], kernel)
-
-
 def are_decoded(tokens: tuple[int, ...]) -> bool:
     """Return whether these are tokens of several rows, one of each, on a GPU: their products are of a kind."""
     one_of_each = len(tokens) == 2 or tokens[-2] == 1

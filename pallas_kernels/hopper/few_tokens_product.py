@@ -36,8 +36,7 @@ def products(x, matrices, *, multiprocessors: int):
     """Return [x @ matrix (M, E) for each matrix] bf16.
 
     Args:
-      x: (M, D or more) bf16, M 64, 128, 256 or 512, whose first D channels are read; D is a multiple of 64, and what x
-        has is one of 8.
+      x: (M, D) bf16, M 64, 128, 256 or 512; D is a multiple of 64.
       matrices: (D, E) bf16 each; E, which may differ, is a multiple of 64.
       multiprocessors: of the GPU.
     """
@@ -53,7 +52,7 @@ def sums(x, matrix, *, multiprocessors: int):
     """Return x @ matrix over each of some pieces of the rows, (pieces, M, E) fp32.
 
     Args:
-      x: as of `products`.
+      x: (M, D) bf16, M 64, 128, 256 or 512; D is a multiple of 64.
       matrix: (D, E) bf16; E is a multiple of 64.
       multiprocessors: of the GPU.
     """
@@ -132,7 +131,7 @@ def _cuts(widths: list[int], columns: int) -> list[_Cut]:
 
 def _strips(finish: Callable, name: str, x, matrices, cuts: list[_Cut], dtype) -> list[jax.Array]:
     """Return `finish(*sums)` of each block (pieces, M, width), for each matrix; its sums are one of each strip."""
-    (tokens, _), rows, cut, count = x.shape, len(matrices[0]), cuts[0], len(cuts)
+    (tokens, rows), cut, count = x.shape, cuts[0], len(cuts)
     tile_bytes = 2 * CHUNK_ROWS * (mosaic.TILE_ROWS + len(cut.firsts) * cut.columns)
     slots = min(rows // CHUNK_ROWS // cut.pieces, RING_BYTES // tile_bytes)
 

@@ -11,7 +11,6 @@ from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.ops import dispatch
 from based_jax.ops.few_tokens import few_tokens_gated, few_tokens_product, few_tokens_residual_norm
-from based_jax.ops.projection import multiply_first
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -74,26 +73,3 @@ def test_tokens_that_are_decoded_go_this_way_on_a_gpu():
         assert operations(3, 1) == {"few_tokens_gated", "few_tokens_product"}
         assert not operations(1) and not operations(2, 3)
     assert not operations(3)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_first_channels_of_more_are_multiplied(dtype, normal, close):
-    x, kernel = normal(3, 9, dtype=dtype), normal(5, 4, dtype=dtype)
-    with pytest.raises(UserError, match="x has 4 channels; the kernel takes 5"):
-        few_tokens_product(x[:, :4], kernel)
-    right = np.asarray(x, np.float64)[:, :5] @ np.asarray(kernel, np.float64)
-    close(few_tokens_product(x, kernel), right, dtype)
-    close(multiply_first(x, kernel), right, dtype)
-    long = normal(3, 2, 9, dtype=dtype)
-    close(multiply_first(long, kernel), np.asarray(long, np.float64)[..., :5] @ np.asarray(kernel, np.float64), dtype)
-
-
-def test_a_wider_x_waits_for_a_device_that_has_run_it():
-    x, kernel = jnp.zeros((128, 160), jnp.bfloat16), jnp.zeros((128, 4096), jnp.bfloat16)
-
-    def chosen(x):
-        with gpus(), dispatch.recorded_choices() as choices:
-            jax.eval_shape(few_tokens_product, x, kernel)
-        return list(choices["few_tokens_product"])
-
-    assert chosen(x) == ["xla_product"] and chosen(x[:, :128]) == ["hopper_strips"]

@@ -27,9 +27,9 @@ TIMED_EXPANSION = 4
 
 
 def _arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return M tokens (M, D) and a matrix (D, E), of `dims` (E,), or (E, the channels of x) where these are more."""
-    (tokens, rows), (columns, *wide) = case.shape, case.dims
-    return bf16({"x": (tokens, *(wide or [rows])), "kernel": (rows, columns)})
+    """Return M tokens (M, D) and a matrix (D, E), of `dims` (E,)."""
+    (tokens, rows), [columns] = case.shape, case.dims
+    return bf16({"x": (tokens, rows), "kernel": (rows, columns)})
 
 
 def _function(case: Case, multiply: Callable) -> Function:
@@ -37,8 +37,8 @@ def _function(case: Case, multiply: Callable) -> Function:
 
 
 def product_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
-    """Return x W, of x's first channels."""
-    return {"y": arrays["x"][:, : len(arrays["kernel"])] @ arrays["kernel"]}
+    """Return x W."""
+    return {"y": arrays["x"] @ arrays["kernel"]}
 
 
 def gated_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
@@ -56,14 +56,11 @@ def _cases(name: str) -> tuple[Case, ...]:
     )
 
 
-def _product(
-    name: str, table: Mapping[str, Implementation], multiply: Callable, definition: Definition, *cases: Case
-) -> Operation:
-    """Return a product; `cases` are its own."""
+def _product(name: str, table: Mapping[str, Implementation], multiply: Callable, definition: Definition) -> Operation:
     function = functools.partial(_function, multiply=multiply)
 
     def cost(case: Case, which: str) -> tuple[float, float]:
-        (tokens, rows), (columns, *_) = case.shape, case.dims
+        (tokens, rows), [columns] = case.shape, case.dims
         return moved_bytes(_arrays(case), function(case.by("xla"))), 2.0 * tokens * rows * columns
 
     def timed(shape: Shape) -> Case:
@@ -78,7 +75,7 @@ def _product(
         oracle=lambda case: definition,
         cost=cost,
         kernels={"hopper_strips": (name,)},
-        cases=(*_cases(name), *cases),
+        cases=_cases(name),
         small_cases=(Case(name, (3, 128), (128,)),),
         timed={name: timed},
         weights=frozenset({"kernel"}),
@@ -89,11 +86,7 @@ def _product(
 
 
 FEW_TOKENS_PRODUCT = _product(
-    "few_tokens_product",
-    few_tokens.PRODUCT_IMPLEMENTATIONS,
-    few_tokens.few_tokens_product,
-    product_definition,
-    *(Case("few_tokens_product", (tokens, 128), (columns, 160)) for tokens, columns in ((65, 192), (128, 4096))),
+    "few_tokens_product", few_tokens.PRODUCT_IMPLEMENTATIONS, few_tokens.few_tokens_product, product_definition
 )
 FEW_TOKENS_GATED = _product(
     "few_tokens_gated", few_tokens.GATED_IMPLEMENTATIONS, few_tokens.few_tokens_gated, gated_definition

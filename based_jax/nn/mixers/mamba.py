@@ -19,7 +19,7 @@ from based_jax.ops.dispatch import beside
 from based_jax.ops.gated_norm import gated_skip
 from based_jax.ops.gated_scan_step import IMPLEMENTATIONS as STEP_IMPLEMENTATIONS
 from based_jax.ops.gated_scan_step import gated_scan_step
-from based_jax.ops.projection import multiply, multiply_first
+from based_jax.ops.projection import multiply
 from based_jax.ops.selective_scan import IMPLEMENTATIONS, initial_state, selective_scan
 
 KEYS = {
@@ -121,7 +121,7 @@ class Mamba(Mixer):
         joint = self.in_proj(x)
         u, conv = short_conv_step(joint, **self._conv(), state=state.conv)
         selected = self.x_proj(u)
-        raw = multiply_first(selected, self.dt_proj.kernel[...].astype(selected.dtype))
+        raw = multiply(selected[:, : self.dt_rank], self.dt_proj.kernel[...].astype(selected.dtype))
         options = self._bias() | {"skip": self.D[...], "impl": beside(self.config.impl, STEP_IMPLEMENTATIONS)}
         y, memory = gated_scan_step(u, raw, self._A(), selected, joint, state.memory, **options)
         return layers.into_stream(self.out_proj, y), MambaState(conv, memory)

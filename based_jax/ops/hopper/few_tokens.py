@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from based_jax.ops.decode_calls import FewTokensCall, FewTokensNormCall, FewTokensProductsCall
-from based_jax.ops.dispatch import not_run
 from based_jax.ops.hopper import limits
 
-MOST_TOKENS, TILE_TOKENS, SIZE_MULTIPLE, WIDTH_MULTIPLE = 128, 64, 64, 8
+MOST_TOKENS, TILE_TOKENS, SIZE_MULTIPLE = 128, 64, 64
 LEAST_TOKENS = 64
 """From which on these kernels are faster: of fewer they compute as many. A whole model's token was timed with 128
 sequences, where they are, and with 8, where XLA's products are; not between."""
@@ -30,8 +29,6 @@ def supports(call: FewTokensCall) -> str | None:
         return f"there must be 1 to {MOST_TOKENS} tokens, and are {len(call.x)}"
     if not call.kernel.size or any(size % SIZE_MULTIPLE for size in call.kernel.shape):
         return f"both sizes of the kernel must be multiples of {SIZE_MULTIPLE}, and it is {call.kernel.shape}"
-    if call.x.shape[1] % WIDTH_MULTIPLE:
-        return f"the channels of x must be a multiple of {WIDTH_MULTIPLE}, and are {call.x.shape[1]}"
     if jax.sharding.get_abstract_mesh().size > 1:
         return "they run on one device, and there is a mesh"
     return limits.refusal()
@@ -40,8 +37,6 @@ def supports(call: FewTokensCall) -> str | None:
 def slower(call: FewTokensCall | FewTokensProductsCall | FewTokensNormCall) -> str | None:
     """Return why XLA's form is faster, or None."""
     few = len(call.x) < LEAST_TOKENS
-    if isinstance(call, FewTokensCall) and not few and call.x.shape[1] > len(call.kernel):
-        return not_run(call)
     return f"it is faster from {LEAST_TOKENS} tokens on, and there are {len(call.x)}" if few else None
 
 

@@ -42,16 +42,6 @@ def interpreted(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("of", [_sums, _products])
-def test_the_first_channels_of_more_are_read(of, normal, interpreted):
-    x, matrix = (0.1 * normal(64, 136)).astype("bfloat16"), normal(128, 128, dtype="bfloat16")
-    product = np.asarray(x[:, :128], np.float32) @ np.asarray(matrix, np.float32)
-    found = np.asarray(of(x, matrix), np.float32)
-    found = found.sum(axis=0) if of is _sums else found
-    assert np.abs(found - product).max() < 1e-2 * np.abs(product).max()
-    assert not get_races().races_found
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(("tokens", "multiprocessors"), [(64, 4), (128, 8), (256, 132)])
 def test_the_kernels_equal_the_product(normal, interpreted, tokens, multiprocessors):
