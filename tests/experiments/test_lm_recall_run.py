@@ -12,7 +12,7 @@ from based_jax.evals.recall_tasks import Selection
 from based_jax.store import Store
 from based_jax.sweep.trial import load_sweep
 from based_jax.train.run import load_config
-from experiments.lm_recall import plot, questions, results, table
+from experiments.lm_recall import plot, questions, results, sweeps, table
 from experiments.lm_recall.__main__ import main
 from experiments.lm_recall.training import Run
 
@@ -98,16 +98,21 @@ def test_tables_and_picture_are_of_rows(row, tmp_path, monkeypatch):
     store = Store(tmp_path / "rows")
     keys = {"elements_by_length": row["elements_by_length"] | {"1024": 8}}
     recall = [x | {"length": x["length"] * 1024 // LENGTH} for x in row["recall"]]
-    for number, (name, lr, loss) in enumerate([("based", 1.0, 3.0), ("based", 2.0, 2.0), ("gla", 1.0, 4.0)]):
+    runs = [("based", 1.0, 3.0), ("based", 2.0, 2.0), ("gla", 1.0, 4.0), ("early", 1.0, 5.0)]
+    for number, (name, lr, loss) in enumerate([*runs, ("gla", 2.0, 7.0), ("mamba", 1.0, 2.5)]):
         config = row["config"] | {"optim": row["config"]["optim"] | {"lr": lr}}
         told = {"id": str(number), "model": name, "config": config, "loss": loss, "device": "cpu", "recall": recall}
         store.append(row | keys | told)
-    monkeypatch.setattr(results.read, "__defaults__", ("study", store.path))
+    monkeypatch.setattr(results.read, "__defaults__", (tuple(sweeps.MODELS), store.path))
     monkeypatch.setattr(results.device_minutes, "__defaults__", (store.path,))
     written = table.tables()
-    assert "| Based | 2 (2) | 1 |" in written["losses"] and "| GLA | 1 (1) | 1 |" in written["losses"]
-    assert "NIAH-3, 2x" in written["needles"] and "| one cpu | 3 |" in written["device"]
-    assert "interleaved (Based)" in written["orders"]
+    lines = written["losses"].splitlines()[2:]  # the rate that Mamba has not had counts of nobody
+    assert [line.split(" | ")[:3] for line in lines] == [[f"| {x}", "1 (1)", "1"] for x in ("Based", "GLA", "Mamba")]
+    assert "NIAH-3, 2x" in written["needles"] and "| one cpu | 6 |" in written["device"]
+    assert "interleaved (Based) | 1 (1)" in written["orders"] and "early | 1 (1)" in written["orders"]
+    config = config | {"optim": config["optim"] | {"lr": 2.0}}
+    store.append(row | keys | told | {"id": "6", "config": config})
+    assert "| Based | 2 (2) | 1 |" in table.tables()["losses"] and "| GLA | 1 (2) | 1 |" in table.tables()["losses"]
     assert [path.suffix for path in plot.draw(results.read(), tmp_path / "picture")] == [".png", ".svg", ".pdf"]
     with pytest.raises(UserError, match="no finished run to draw"):
         plot.draw([], tmp_path / "picture")
