@@ -13,8 +13,9 @@ from pathlib import Path
 from based_jax.commands.eval.sources import add_data_argument, sources_of
 from based_jax.errors import UserError
 from based_jax.folders import writing
-from experiments.lm_recall.run import QUESTIONS, SWEEPS
+from experiments.lm_recall.measures import QUESTIONS
 
+SWEEPS = Path(__file__).parent / "sweeps.py"
 XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 1, "lp": 1, "pb": 1}]
 """Of .xz for numbers of two bytes, which take 2 % less room so."""
 
