@@ -191,7 +191,8 @@ def test_lanes_are_programs_of_the_same_kernels():
     ("form", "sizes"),
     [
         ("linear", {"K": 64, "V": 112}),
-        ("delta", {"K": 256, "V": 256}),
+        ("delta", {"K": 256, "V": 512}),
+        ("low rank by channel", {"K": 64, "V": 64}),
         ("delta by channel", {"K": 20, "V": 24, "T": 48, "H": 3, "dtype": "float32"}),
         ("linear by channel", {}),
     ],
