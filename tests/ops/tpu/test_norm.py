@@ -129,6 +129,13 @@ def test_auto_takes_them_where_xla_leaves_time_and_there_are_tokens(kind, rows, 
     assert (list(choices["residual_rms_norm"]), len(found)) == ((["tpu_rows"], 2) if rms else (["xla_rows"], 0))
 
 
+def test_lanes_are_programs_of_the_same_kernels():
+    lanes = [jnp.stack([x] * 3) for x in call_of()[:3]]
+    with tpus(kind="TPU v5"):
+        found = lowered_kernels(jax.vmap(jax.grad(loss, (0, 1, 2))), *lanes)
+    assert len(found) == 2 and all("tensor<3x2x512x256xf32>" in kernel for kernel in found)
+
+
 @needs_libtpu
 @pytest.mark.long
 @pytest.mark.parametrize("name", SLICES)
