@@ -39,8 +39,8 @@ def query_gradients(
 
     results = [like(v, q.shape, q.dtype)]
     of_head, given = functools.partial(query_gradient, scale=scale), (q, k, v, do, back)
-    options = {"name": "taylor_query_gradients", "tokens": tokens}
-    return plan.call(of_head, given, state, documents, results, after, **options)[:1]
+    name = "taylor_query_gradients"
+    return plan.call(of_head, given, state, documents, results, after, name=name, tokens=tokens)[:1]
 
 
 def query_gradient(refs, links: Links, scale: float) -> Iterator[None]:
@@ -74,8 +74,8 @@ def key_gradients(
 
     results = [like(v, k.shape, k.dtype), like(v, v.shape, v.dtype)]
     of_head, given = functools.partial(key_gradient, scale=scale), (q, k, v, do, back)
-    options = {"name": "taylor_key_gradients", "tokens": tokens, "keys_dimension": 1}
-    return plan.call(of_head, given, state, documents, results, after, **options)
+    arguments = of_head, given, state, documents, results, after
+    return plan.call(*arguments, name="taylor_key_gradients", tokens=tokens, keys_dimension=1)
 
 
 def key_gradient(refs, links: Links, scale: float) -> Iterator[None]:

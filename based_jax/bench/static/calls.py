@@ -98,7 +98,7 @@ def matrix_states(
     return Call(function, arguments, (), (1 + 2 * gradients) * moved, rows * time, heads, q, kernels)
 
 
-MATRIX_STATES = {
+MATRIX_STATES: dict[str, tuple[Callable, int, int]] = {
     "linear attention": (gated_linear_attention.gated_linear_attention, 0, 0),
     "delta rule": (delta_rule.delta_rule, 0, 1),
     "low rank": (delta_rule.dplr, 2, 0),

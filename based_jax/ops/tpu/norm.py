@@ -95,9 +95,9 @@ def _backward(norm: Norm, saved, cotangents):
     (total, scale), (dtotal, dx) = saved, cotangents
     options = {"eps": norm.eps, "y_dtype": norm.y_dtype, "centered": norm.centered}
     dr, *dy, sums = sharded.launch(kernels.gradients, total, scale, dx, dtotal, **options)
-    [dy] = dy or [None if norm.y_dtype is None else dr]
+    rounded = dy[0] if dy else dr
     dscale, *dbias = jnp.split(jnp.sum(sums, axis=0), sums.shape[1])
-    return dr, dy, dscale, *(dbias or [None])
+    return dr, None if norm.y_dtype is None else rounded, dscale, dbias[0] if norm.centered else None
 
 
 _fused.defvjp(_forward, _backward)
