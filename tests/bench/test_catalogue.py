@@ -108,7 +108,7 @@ def test_every_kernel_has_one_of_its_implementation_s_names(case):
 
 
 def test_one_token_of_ssd_is_checked_in_as_many_rows_as_its_roundings_ask_for():
-    """B's gradient with one token is C times the sum of the heads' dt x . dy: of 8 rows 8 numbers, which may be small."""
+    """Of one token B gets C times the sum of the heads' dt x . dy: 8 numbers of 8 rows, which may be small."""
     rng = np.random.default_rng(0)
     [case] = {x.shape for x in OPERATIONS["ssd"].cases if x.shape[2] == 1}
     (rows, heads, _), (states, channels), programs = case, (16, 64), 2
