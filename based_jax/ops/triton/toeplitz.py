@@ -93,7 +93,7 @@ def _sights(x: BTD, taps: Taps, numbers: BT | None):
     from pallas_kernels.triton.toeplitz import Sight
 
     if numbers is None:
-        sight = Sight.of_one(*x.shape[:2], len(taps))
+        sight = Sight.of_one(x.shape[0], x.shape[1], len(taps))
         return sight, sight.flipped()
     return Sight.of(numbers, len(taps)), Sight.behind(numbers, len(taps))
 
