@@ -1,7 +1,8 @@
 """The README's tables in markdown, from the rows in results/.
 
 From those of the sweeps what each mixer recalls within a budget of bytes, the agreement with what is published, the
-time, what feature maps recall, and how far the same run comes to the same; from those of `throughput` what each change
+models before zoology's own beside them, the time, what feature maps recall, and how far the same run comes to the same;
+from those of `throughput` what each change
 to a plain loop brings; from those of `profile` where a step's time goes.
 """
 
@@ -19,7 +20,8 @@ from based_jax.nn import names
 from based_jax.pictures.configurations import Configuration, accuracy, by_feature_map, configurations, learning_rate
 from based_jax.pictures.tables import markdown
 from experiments.mqar_pareto import rows as sweep_rows
-from experiments.mqar_pareto.rows import of_recipe
+from experiments.mqar_pareto.before_after import before_and_after, earlier_label
+from experiments.mqar_pareto.rows import SHOWN_RECIPES, of_recipe, shown
 from experiments.mqar_pareto.sweeps import BASE
 
 WAY_NAMES = {
@@ -32,8 +34,8 @@ ASKED_ACCURACIES = {
     ("Based", "D 64, K 16"): (0.88, 1),
     ("Based", "D 128, K 16"): (0.97, 1),
     ("Based", "D 256, K 16"): (0.98, 1),
-    ("Sliding window", "D 128, w 64"): (0.45, 0.58),
-    ("Sliding window", "D 128, w 1024"): (0.995, 1),
+    ("Sliding window", "D 128, w 65"): (0.45, 0.58),
+    ("Sliding window", "D 128, w 1025"): (0.995, 1),
     ("Attention", "D 64"): (0.995, 1),
     ("Attention", "D 128"): (0.995, 1),
     ("Mamba", "D 256, N 16"): (0.72, 0.83),
@@ -75,19 +77,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the tables."""
     throughput, profile = (_lines(args.results / f"{name}.jsonl") for name in ("throughput", "profile"))
-    folder = args.results / "figure2"
-    found = {name: of_recipe(args.results / name, args.init_recipe) for name in (*STORES, "disputed")}
-    points = sorted(configurations(found["figure2"]), key=_bytes)
-    recall = [budgets(points), agreement(points), seconds(folder, args.init_recipe)] if points else []
-    if found["disputed"]:
-        recall.append(tried(found["figure2"], found["disputed"]))
+    recall = [*frontier(args.results, args.init_recipe), *earlier(args.results, args.init_recipe or "reference")]
+    print("\n\n".join([*recall, *gains(throughput), kernels(profile)]))
+    return 0
+
+
+def frontier(results: Path, init_recipe: str | None) -> list[str]:
+    """Return the tables of the frontier, none where the store has no rows of the recipe."""
+    points = sorted(configurations(shown(results, "figure2", init_recipe)), key=_bytes)
+    if not points:
+        return []
+    found = [budgets(points), agreement(points), seconds(results / "figure2", init_recipe or SHOWN_RECIPES["figure2"])]
+    if init_recipe is None:
+        found.append(before_and_after(configurations(of_recipe(results / "figure2", "reference")), points))
+    return found
+
+
+def earlier(results: Path, init_recipe: str) -> list[str]:
+    """Return the tables of what has been run with one recipe in several stores: disputed models, maps, equal runs."""
+    found = {name: of_recipe(results / name, init_recipe) for name in (*STORES, "disputed")}
+    recall = [tried(found["figure2"], found["disputed"])] if found["disputed"] else []
     if maps := by_feature_map(configurations(found["figure3"])):
         recall.append(feature_maps(maps))
     stores = {name: {row["id"]: row for row in found[name]} for name in STORES}
     if shared := set.intersection(*map(set, stores.values())):
         recall.append(again(stores, shared))
-    print("\n\n".join([*recall, *gains(throughput), kernels(profile)]))
-    return 0
+    return recall
 
 
 def _lines(path: Path) -> list[dict]:
@@ -107,13 +122,13 @@ def agreement(points: Sequence[Configuration]) -> str:
     found = {(point.family, point.label): point for point in points}
     lines = []
     for (family, label), (low, high) in ASKED_ACCURACIES.items():
-        if (family, label) not in found:
+        point = found.get((family, label)) or found.get((family, earlier_label(label)))
+        if point is None:
             raise UserError(f"There are no rows of {family} with {label}; run the sweep first.")
-        point = found[family, label]
         values = ", ".join(
             [_judged(accuracy(row), low, high) for row in point.chosen] + ["diverged"] * point.diverged_seeds
         )
-        lines.append([f"{family}, {label}", f"{_bytes(point) / 1024:.0f}", values, f"{low:g} to {high:g}"])
+        lines.append([f"{family}, {point.label}", f"{_bytes(point) / 1024:.0f}", values, f"{low:g} to {high:g}"])
     columns = ["mixer", "state, KiB", "accuracy of each seed, at its best rate", "asked"]
     return markdown(pd.DataFrame(lines, columns=columns))
 
