@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       UserError: there are no rows.
     """
-    stores = "figure2", "figure3", "ablation"
-    frontier, maps, parts = (rows.shown(args.results, store, args.init_recipe) for store in stores)
+    stores = (args.results / name for name in ("figure2", "figure3", "ablation"))
+    frontier, maps, parts = (rows.of_recipe(store, args.init_recipe) for store in stores)
     drawn: list[Path] = []
     if frontier:
         published = comparable(frontier)
@@ -38,7 +38,6 @@ def run(args: argparse.Namespace) -> int:
     if parts:
         drawn += figures.ablation(parts, args.out / "ablation")
     if not drawn:
-        of_recipe = f" of the recipe '{args.init_recipe}'" if args.init_recipe else ""
-        raise UserError(f"'{args.results}' has no rows{of_recipe} to draw.")
+        raise UserError(f"'{args.results}' has no rows of the recipe '{args.init_recipe}' to draw.")
     print(f"Drawn: {', '.join(map(str, drawn))}.")
     return 0

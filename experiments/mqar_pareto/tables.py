@@ -1,7 +1,7 @@
 """The README's tables in markdown, from the rows in results/.
 
 From those of the sweeps what each mixer recalls within a budget of bytes, the agreement with what is published, the
-models before zoology's own beside them, the time, what feature maps recall, and how far the same run comes to the same;
+time, zoology's own models beside earlier ones, what feature maps recall, and how far the same run comes to the same;
 from those of `throughput` what each change
 to a plain loop brings; from those of `profile` where a step's time goes.
 """
@@ -21,7 +21,7 @@ from based_jax.pictures.configurations import Configuration, accuracy, by_featur
 from based_jax.pictures.tables import markdown
 from experiments.mqar_pareto import rows as sweep_rows
 from experiments.mqar_pareto.before_after import before_and_after, earlier_label
-from experiments.mqar_pareto.rows import SHOWN_RECIPES, of_recipe, shown
+from experiments.mqar_pareto.rows import of_recipe
 from experiments.mqar_pareto.sweeps import BASE
 
 WAY_NAMES = {
@@ -77,32 +77,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the tables."""
     throughput, profile = (_lines(args.results / f"{name}.jsonl") for name in ("throughput", "profile"))
-    recall = [*frontier(args.results, args.init_recipe), *earlier(args.results, args.init_recipe or "reference")]
-    print("\n\n".join([*recall, *gains(throughput), kernels(profile)]))
-    return 0
-
-
-def frontier(results: Path, init_recipe: str | None) -> list[str]:
-    """Return the tables of the frontier, none where the store has no rows of the recipe."""
-    points = sorted(configurations(shown(results, "figure2", init_recipe)), key=_bytes)
-    if not points:
-        return []
-    found = [budgets(points), agreement(points), seconds(results / "figure2", init_recipe or SHOWN_RECIPES["figure2"])]
-    if init_recipe is None:
-        found.append(before_and_after(configurations(of_recipe(results / "figure2", "reference")), points))
-    return found
-
-
-def earlier(results: Path, init_recipe: str) -> list[str]:
-    """Return the tables of what has been run with one recipe in several stores: disputed models, maps, equal runs."""
-    found = {name: of_recipe(results / name, init_recipe) for name in (*STORES, "disputed")}
-    recall = [tried(found["figure2"], found["disputed"])] if found["disputed"] else []
+    folder = args.results / "figure2"
+    found = {name: of_recipe(args.results / name, args.init_recipe) for name in (*STORES, "disputed")}
+    points = sorted(configurations(found["figure2"]), key=_bytes)
+    recall = [budgets(points), agreement(points), seconds(folder, args.init_recipe)] if points else []
+    by_recipe = {name: configurations(of_recipe(folder, name)) for name in ("reference", "zoology")}
+    if all(by_recipe.values()):
+        recall.append(before_and_after(by_recipe["reference"], by_recipe["zoology"]))
+    if found["disputed"]:
+        recall.append(tried(found["figure2"], found["disputed"]))
     if maps := by_feature_map(configurations(found["figure3"])):
         recall.append(feature_maps(maps))
     stores = {name: {row["id"]: row for row in found[name]} for name in STORES}
     if shared := set.intersection(*map(set, stores.values())):
         recall.append(again(stores, shared))
-    return recall
+    print("\n\n".join([*recall, *gains(throughput), kernels(profile)]))
+    return 0
 
 
 def _lines(path: Path) -> list[dict]:

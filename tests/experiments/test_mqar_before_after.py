@@ -4,6 +4,7 @@ from helpers import synthetic_rows as synthetic
 
 from based_jax.pictures.configurations import configurations
 from experiments.mqar_pareto.before_after import before_and_after, earlier_label
+from experiments.mqar_pareto.sweeps import RATES
 
 
 def window(size, accuracy, seconds, **changes):
@@ -13,16 +14,20 @@ def window(size, accuracy, seconds, **changes):
     return row | {"seconds": seconds}
 
 
+def grid(size, best, seconds, rates=RATES):
+    """Return the first seed's runs at these rates, the best at the least one."""
+    return [window(size, best - place / 10, seconds, lr=rate, seed=123) for place, rate in enumerate(rates)]
+
+
 def test_a_window_is_found_under_the_tokens_that_it_had():
     assert earlier_label("D 128, w 65") == "D 128, w 64"
     assert earlier_label("D 64, N 16, head 2") == "D 64, N 16, head 2"
 
 
-def test_first_seeds_stand_beside_each_other_and_their_seconds_are_added():
-    before = [window(64, 0.5, 30, seed=123), window(64, 0.4, 20, lr=1e-2, seed=123), window(64, 0.9, 7, seed=124)]
-    after = [window(65, 0.6, 10, seed=123), window(33, 0.3, 1000, seed=123)]
+def test_first_seeds_of_whole_configurations_stand_beside_each_other():
+    before = [*grid(64, 0.5, 30), window(64, 0.9, 7, seed=124), *grid(32, 0.3, 1), *grid(8, 0.2, 1)]
+    after = [*grid(65, 0.6, 300), *grid(33, 0.4, 1000, RATES[:3]), *grid(17, 0.4, 1000)]
     assert before_and_after(configurations(before), configurations(after)).splitlines()[2:] == [
-        "| Sliding window, D 128, w 65 | 0.500 | 0.600 | 50 | 10 |",
-        "| Sliding window, D 128, w 33 | - | 0.300 | - | 1,000 |",
-        "| all of them |  |  | 50 | 1,010 |",
+        "| Sliding window, D 128, w 65 | 0.500 | 0.600 | 120 | 1,200 |",
+        "| all of them |  |  | 120 | 1,200 |",
     ]
