@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int | None:
 def together(names: list[str]) -> int:
     """Run each setting in a process of its own on the same device, and return the first exit code that is not 0.
 
-    Most of a run is compiling, which they do side by side; the first of them packs the text, and the others wait for it.
+    Most of a run is compiling, which they do side by side; the first packs the text, and the others wait for it.
     """
     words = [word for word in sys.argv[1:] if not word.startswith(("--only", "--at-once"))]
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
