@@ -13,7 +13,7 @@ from based_jax import parallel
 from based_jax.config import added_later
 from based_jax.dims import BD, BTD, SegmentIds
 from based_jax.errors import UserError
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead, projections
 from based_jax.nn.cache import Cache, TokenCache, TriedTokens
 from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
 from based_jax.nn.rotary import check_scaling, scaling
@@ -89,9 +89,9 @@ class AttentionHeads(Mixer):
 
     def __init__(self, d_model: int, config: HeadsConfig, init: layers.Init):
         self.config, self.d_model, self.dtype = config, d_model, init.dtype
-        self.head_dim = layers.head_dim(d_model, config.num_heads) if config.head_dim is None else config.head_dim
+        self.head_dim = multihead.head_dim(d_model, config.num_heads) if config.head_dim is None else config.head_dim
         self.kv_heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
-        self.rotary_dim = layers.rotary_dim(self.head_dim, config.rotary_fraction)
+        self.rotary_dim = multihead.rotary_dim(self.head_dim, config.rotary_fraction)
         self.inner_dim, keys = config.num_heads * self.head_dim, self.kv_heads * self.head_dim
         widths, out_bias = (self.inner_dim, keys, keys), config.bias if config.out_bias is None else config.out_bias
         self.qkv = layers.linear(d_model, sum(widths), ("embed", "heads"), init, bias=config.bias, parts=widths)
@@ -106,7 +106,7 @@ class AttentionHeads(Mixer):
     def unrotated_qkv(self, x: BTD, width: int | None = None):
         """Return queries, keys and values (B, T, heads, D/H); with a `width` zeros fill the heads up to it."""
         heads = self.config.num_heads, self.kv_heads, self.kv_heads
-        return self._head_normed(layers.split_to_heads(self.qkv, x, heads, width or self.head_dim))
+        return self._head_normed(multihead.split_to_heads(self.qkv, x, heads, width or self.head_dim))
 
     def _head_normed(self, qkv):
         q, k, v = qkv
@@ -117,7 +117,7 @@ class AttentionHeads(Mixer):
     def _normed(self, norm: nnx.RMSNorm, heads):
         """Return the RMSNorm of heads that may end in zeros, over what stands before these."""
         normed = norm(heads[..., : self.head_dim]).astype(heads.dtype)
-        return layers.with_zeros(normed, -1, heads.shape[-1])
+        return multihead.with_zeros(normed, -1, heads.shape[-1])
 
     def rotated_qkv(self, x: BTD, before: Int[Array, "#B"], segment_ids: SegmentIds | None, width: int | None = None):
         """Return the same with queries and keys rotated by their place in their document.
@@ -132,7 +132,7 @@ class AttentionHeads(Mixer):
         return self._turned(q, places), self._turned(k, places), v
 
     def _turned(self, y, places):
-        return layers.rotary(y, places, self.rotary_dim, self.config.rotary_base, scaling(self.config))
+        return multihead.rotary(y, places, self.rotary_dim, self.config.rotary_base, scaling(self.config))
 
     def empty_cache(self, batch: int, slots: int, width: int) -> TokenCache:
         """Return the cache of so many keys and values before the first, whose heads end in zeros up to a width."""
@@ -150,9 +150,9 @@ class AttentionHeads(Mixer):
         has_biases = self.qkv.bias is not None or self.out_proj.bias is not None
         if has_biases or not self.has_joint_heads:
             return None
-        r, [z] = layers.several_of_norm([self.qkv], norm, r, y)
-        o, state = self.read_joint(layers.split_heads(z, self._joint_count), cache.state)
-        pieces = layers.in_pieces(self.out_proj, layers.merge_heads(o), None if y is None else y.marks)
+        r, [z] = projections.several_of_norm([self.qkv], norm, r, y)
+        o, state = self.read_joint(multihead.split_heads(z, self._joint_count), cache.state)
+        pieces = projections.in_pieces(self.out_proj, multihead.merge_heads(o), None if y is None else y.marks)
         return r, pieces, cache._replace(state=state)
 
     @property
@@ -167,7 +167,7 @@ class AttentionHeads(Mixer):
     def read_joint(self, heads: Float[Array, "B joint K"], state: TokenCache):
         """Return what `read_token` does of a token's queries, keys and values beside each other."""
         ends = [self.config.num_heads, self.config.num_heads + self.kv_heads]
-        return self.read_token(self._head_normed(layers.split(heads[:, None], ends, axis=-2)), state)
+        return self.read_token(self._head_normed(projections.split(heads[:, None], ends, axis=-2)), state)
 
     def read_token(self, qkv, state: TokenCache):
         """Return what a token reads (B, H, D/H), NaN where it does not fit, and the state after it.
@@ -200,7 +200,7 @@ class AttentionHeads(Mixer):
 
         Zeros behind the weights would be made anew for each token.
         """
-        return [layers.with_zeros(y[:, 0], 2, state.tokens[0].shape[3]) for y in qkv]
+        return [multihead.with_zeros(y[:, 0], 2, state.tokens[0].shape[3]) for y in qkv]
 
     def _turned_token(self, token, place: Int[Array, "B"]):
         return (y[:, 0] for y in self._rotated([y[:, None] for y in token], place, None))
@@ -212,7 +212,7 @@ class AttentionHeads(Mixer):
         return attention_step(q, k, v, there, head_dim=self.head_dim, impl=impl)
 
     def _out(self, o):
-        return layers.from_heads(self.out_proj, o)
+        return multihead.from_heads(self.out_proj, o)
 
     @override
     def reference_buffers(self) -> Mapping[str, Buffer]:

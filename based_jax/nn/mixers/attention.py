@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
 from based_jax.errors import UserError, unknown
-from based_jax.nn import layers
+from based_jax.nn import layers, projections
 from based_jax.nn.attention_heads import AttentionHeads, HeadsConfig
 from based_jax.nn.cache import Cache, TokenCache
 from based_jax.nn.eviction import POLICIES, BudgetCache, Policy
@@ -98,7 +98,7 @@ class Attention(AttentionHeads):
         return self._out(o), state
 
     @override
-    def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
+    def _step(self, x: BD, state: Any) -> tuple[BD | projections.Projected, Any]:
         qkv = self.unrotated_qkv(x[:, None])
         if self.policy is None:
             o, after = self.read_token(qkv, state)

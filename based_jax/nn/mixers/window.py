@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead, projections
 from based_jax.nn.attention_heads import AttentionHeads, HeadsConfig
 from based_jax.nn.cache import SinkCache, TokenCache
 from based_jax.nn.mixer import check_sizes
@@ -85,9 +85,9 @@ class WindowAttention(AttentionHeads):
         return o[:, state.slots :], state.extend((k, v), segment_ids)
 
     @override
-    def _step(self, x: BD, state: TokenCache) -> tuple[BD | layers.Projected, TokenCache]:
+    def _step(self, x: BD, state: TokenCache) -> tuple[BD | projections.Projected, TokenCache]:
         if self.has_joint_heads:
-            o, state = self.read_joint(layers.split_heads(self.qkv(x), self._joint_count), state)
+            o, state = self.read_joint(multihead.split_heads(self.qkv(x), self._joint_count), state)
         else:
             o, state = self.read_token(self.unrotated_qkv(x[:, None]), state)
         return self._out(o), state
@@ -102,7 +102,7 @@ class WindowAttention(AttentionHeads):
         is_plain = self.rotary_dim == self.head_dim and not (self.config.qk_norm or self.config.sinks)
         if not is_plain or self.config.impl != "auto":
             return super().read_joint(heads, state)
-        angles = layers.rotary_angles(state.length, self.rotary_dim, self.config.rotary_base, scaling(self.config))
+        angles = multihead.rotary_angles(state.length, self.rotary_dim, self.config.rotary_base, scaling(self.config))
         keys, values = state.tokens
         o, *ring = ring_step(heads, keys, values, state.length, angles)
         return o, TokenCache(tuple(ring), state.length + 1)
