@@ -14,13 +14,12 @@ from jax.extend.core import jaxprs_in_params
 import based_jax.ops
 from based_jax.bench import cases
 from based_jax.bench.catalogue import OPERATIONS
-from based_jax.bench.catalogue.operation import BOTH
 from based_jax.errors import UserError
 from based_jax.ops.dispatch import Implementation
 
 LIBRARIES = {"cudnn_flash"}
 """Implementations that run nobody's kernels but a library's."""
-DECODING = [case for case in cases.small_cases() if BOTH not in OPERATIONS[case.operation].passes]
+DECODING = [case for case in cases.small_cases() if cases.BOTH not in OPERATIONS[case.operation].passes]
 
 
 def tables():
@@ -89,25 +88,6 @@ def test_hopper_gpus_refuse_no_other_case(name, monkeypatch):
     assert refused == REFUSED.get(name, set())
 
 
-def kernels_of(case):
-    """Return the names of the kernels of all passes of a call on a Hopper GPU."""
-    arrays, gradients = cases.arrays_of(case), cases.gradients_of(case)
-    ids = jax.ShapeDtypeStruct(case.places, jnp.int32) if case.documents else None
-    passes = cases.passes_of(case, cases.function_of(case))
-    with gpus():
-        return {*launched(jax.make_jaxpr(passes)(gradients, arrays, ids).jaxpr)}
-
-
-@pytest.mark.parametrize("case", cases.small_cases(), ids=str)
-def test_every_kernel_has_one_of_its_implementation_s_names(case):
-    try:
-        names = kernels_of(case)
-    except UserError:
-        names = kernels_of(cases.plain(case))
-    begins = OPERATIONS[case.operation].kernels[case.impl]
-    assert names and all(name.startswith(begins) for name in names), names
-
-
 @pytest.mark.parametrize("case", DECODING, ids=str)
 def test_what_decodes_runs_or_is_refused_in_shard_map(case):
     """`jax.shard_map` asks of each result over which devices it varies; a kernel that writes in place cannot say it."""
@@ -125,3 +105,22 @@ def test_what_decodes_runs_or_is_refused_in_shard_map(case):
         with contextlib.suppress(UserError):
             trace(case)
         trace(case.by("auto"))
+
+
+def kernels_of(case):
+    """Return the names of the kernels of all passes of a call on a Hopper GPU."""
+    arrays, gradients = cases.arrays_of(case), cases.gradients_of(case)
+    ids = jax.ShapeDtypeStruct(case.places, jnp.int32) if case.documents else None
+    passes = cases.passes_of(case, cases.function_of(case))
+    with gpus():
+        return {*launched(jax.make_jaxpr(passes)(gradients, arrays, ids).jaxpr)}
+
+
+@pytest.mark.parametrize("case", cases.small_cases(), ids=str)
+def test_every_kernel_has_one_of_its_implementation_s_names(case):
+    try:
+        names = kernels_of(case)
+    except UserError:
+        names = kernels_of(cases.plain(case))
+    begins = OPERATIONS[case.operation].kernels[case.impl]
+    assert names and all(name.startswith(begins) for name in names), names
