@@ -108,7 +108,7 @@ def test_every_kernel_has_one_of_its_implementation_s_names(case):
     assert names and all(name.startswith(begins) for name in names), names
 
 
-@pytest.mark.parametrize("case", DECODING, ids=str)
+@pytest.mark.parametrize("case", [x for x in DECODING if x.impl.startswith("hopper")], ids=str)
 def test_what_decodes_runs_or_is_refused_in_shard_map(case):
     """`jax.shard_map` asks of each result over which devices it varies; a kernel that writes in place cannot say it."""
     operation, arrays = OPERATIONS[case.operation], cases.arrays_of(case)
