@@ -40,7 +40,7 @@ def _refusal(tokens: dict[str, jax.Array], state: BHKV) -> str | None:
         )
     if not 0 < state.size < limits.MAX_ELEMENTS:
         return f"states must have 1 to {limits.MAX_ELEMENTS - 1} elements together, and have {state.size}"
-    return limits.refusal()
+    return limits.refusal() or sharded.varying_refusal((tokens, state))
 
 
 def slower(call: MatrixStepCall) -> str | None:
