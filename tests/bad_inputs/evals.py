@@ -101,6 +101,7 @@ CASES: tuple[Command | Call, ...] = (
         "Row 1 of '<tmp>/rows.jsonl' has an empty text to judge",
         rows(b'{"sentence": "a", "option1": "a", "option2": "b", "answer": "1"}\n'),
     ),
+    Command("choices in another tokenizer's ids", choices("--tokenizer=gpt2"), "; the model knows ids 0 to 256."),
     Command("no batch of choices", choices("--batch-size=0"), "--batch-size is 0; it is at least 1."),
     Command("no length of choices", choices("--max-length=0"), "--max-length is 0; it is at least 1."),
     Command("windows of nothing", perplexity("--length=0"), "stride is 1 and length 0; they are 1 <= stride"),
