@@ -27,6 +27,7 @@ from flax.traverse_util import flatten_dict
 from based_jax import compilation, parallel
 from based_jax import config as configs
 from based_jax.folders import check_file, make_folder
+from based_jax.revision import revision
 from based_jax.store import Store, StoreError
 from based_jax.sweep import rows
 from based_jax.sweep.checks import check_groups, check_pass
@@ -153,6 +154,7 @@ def _train_and_send(sender: connection.Connection, point: Point, values: dict[st
     """Train a point in this process, and send its row, or why there is none; nothing where no time is left for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; the parent ends of it
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    revision()  # of the code that this process has imported: files may change until its row is made
     try:
         make_folder(call.workdir)
         _print_into(call.workdir / LOG_FILE)

@@ -1,5 +1,7 @@
 """Attention's Hopper kernels as far as a CPU can tell: refusals, lowering for an H100, and the interpreter."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +10,14 @@ from helpers.cases import parametrize_some
 from helpers.devices import gpus
 from helpers.interpreted import replace_products
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from based_jax.ops import segments, softmax
 from based_jax.ops.calls import AttentionCall
 from based_jax.ops.dispatch import recorded_choices
 from based_jax.ops.hopper import attention as hopper_attention
-from pallas_kernels.hopper import mosaic
+from pallas_kernels.hopper import attention_turns, attention_walk, mosaic
 
 
 def call_of(T=256, K=64, V=64, dtype=jnp.bfloat16, B=2, H=2):
@@ -119,32 +122,38 @@ def loss(q, k, v, ids, impl="auto"):
     return jnp.sum(softmax.attention(q, k, v, segment_ids=ids, impl=impl).astype(jnp.float32) ** 2)
 
 
-@parametrize_some("K", [70, 256], [70])
+@parametrize_some("K", [70, 128, 256], [70])
 def test_packed_documents_lower_for_an_h100(K):
     """Under a mesh each device runs the kernels on its own rows and heads."""
     call = call_of(K=K, V=K, B=4, H=4)
     with gpus(shape=(2, 2), names=("data", "tensor")), recorded_choices() as choices:
         traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(*call[:3], call.segment_ids)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert list(choices["attention"]) == ["hopper_tiles"]
+    assert list(choices["attention"]) == ["hopper_turns" if K <= 80 else "hopper_tiles"]
     kernels = [line for line in text.splitlines() if "mosaic_gpu" in line]
     width = -(-K // 16) * 16
     assert len(kernels) == 3 and all(f"tensor<2x256x2x{width}xbf16>" in line for line in kernels)
-
-
-@pytest.mark.long
-def test_turns_lower_for_an_h100():
-    with gpus():
-        call = call_of(K=70, V=70)
-        traced = jax.jit(jax.grad(lambda *x: loss(*x, impl="hopper_turns"), (0, 1, 2))).trace(
-            *call[:3], call.segment_ids
-        )
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert all(f"attention_turns_{name}" in text for name in ("forward", "query_gradients", "key_gradients"))
 
 
 def test_lanes_lower_for_an_h100():
     lanes = [jnp.stack([x, x]) for x in (*call_of()[:3], call_of().segment_ids)]
     with gpus():
         text = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2)))).trace(*lanes).lower(lowering_platforms=("cuda",)).as_text()
-    assert all(f"attention_{name}" in text for name in ("forward", "query_gradients", "key_gradients"))
+    assert all(f"attention_turns_{name}" in text for name in ("forward", "query_gradients", "key_gradients"))
+
+
+def test_a_warpgroup_that_lags_takes_each_of_its_turns(normal, interpreted, monkeypatch):
+    """One is through with a tile, and at the next, before the other has ended it: no turn may be given twice."""
+
+    def lagging(walk, part, n):
+        free(walk, part, n)
+        pl.when(walk.group == 0)(lambda: jax.debug.callback(lambda: time.sleep(0.02), ordered=False))
+
+    free = attention_walk.Walk.free
+    monkeypatch.setattr(attention_turns, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(attention_turns.TurnWalk, "free", lagging)
+    q, k, v = (normal(1, 640, 1, 16, dtype="bfloat16") for _ in range(3))
+    found = hopper_attention.compute_by_turns(AttentionCall(q, k, v, 640, None))
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), np.asarray(softmax.attention(q, k, v, impl="oracle"), np.float32), atol=2e-2
+    )
