@@ -1,6 +1,7 @@
 """Points that are whole runs: one process and one workdir each, in the same store, by the same commands."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -191,10 +192,15 @@ def test_runs_are_measured_when_they_are_trained(tmp_path):
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_a_deadline_leaves_out_a_run_that_would_not_end_before_it():
-    Deadline(time.time() + 20, seconds=10).check()
-    with pytest.raises(NoTimeLeft, match=r"\d s are left, and a run takes 30 s"):
-        Deadline(time.time() + 9, seconds=30).check()
+def test_a_deadline_leaves_out_a_run_that_would_not_end_before_it(tmp_path):
+    Deadline(time.time() + 1, tmp_path, "test").check()
+    Store(tmp_path).append({"id": "a", "sweep": "test", "seconds": 90.0, "training_seconds": 30.0})
+    Store(tmp_path).append({"id": "b", "sweep": "other", "seconds": 90.0})
+    for name, left in (("test", 60), ("none", 9), ("other", 100), ("test", math.inf)):
+        Deadline(time.time() + left, tmp_path, name).check()
+    for name, left, seconds in (("test", 9, 30), ("other", 80, 90), ("none", -1, 0)):
+        with pytest.raises(NoTimeLeft, match=rf"\d s are left, and a run takes {seconds} s"):
+            Deadline(time.time() + left, tmp_path, name).check()
 
 
 @pytest.mark.long
@@ -207,6 +213,8 @@ def test_a_run_that_would_not_end_in_time_is_left(tmp_path):
     assert f"{runs.LEFT}: " in next((tmp_path / "runs").glob("*/log.txt")).read_text()
     with pytest.raises(UserError, match="Seed 13 is not measured"):
         run_sweep(Sweep(RECALL, [{"seed": 13}], measures=Norms), store, "test", SweepOptions(), said.append)
+    early = SweepOptions(until=time.time() + 1)  # before a process has begun
+    assert run_sweep(Sweep(RECALL, [{"seed": 2}], measures=Norms), store, "new", early, said.append) == 0
     late = SweepOptions(until=time.time() - 1)
     assert run_sweep(Sweep(RECALL, [{}]), store, "test", late, lambda _: None) == 0
 
