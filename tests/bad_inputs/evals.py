@@ -74,7 +74,17 @@ CASES: tuple[Command | Call, ...] = (
     shard("a shard in Latin-1", b'{"text": "\xe9"}\n', "rows.jsonl' is not UTF-8 text"),
     shard("an empty shard", b"", "has no rows."),
     shard("rows without a key", b'{"text": "a"}\n', "Row 1 of '<tmp>/rows.jsonl' has no 'key' of the right kind"),
-    shard("rows without answers", b'{"text": "a", "key": "k", "value": " "}\n', "has no row with an answer."),
+    shard(
+        "rows without answers",
+        b'{"text": "a", "key": "k", "value": " "}\n',
+        "has no row with a document and an answer.",
+    ),
+    shard(
+        "rows without documents",
+        b'{"text": " ", "key": "k", "value": "v"}\n',
+        "has no row with a document and an answer.",
+        task="extraction",
+    ),
     Command("choices of no task", choices(tasks="arc"), "Unknown task 'arc'"),
     Command("choices without rows", choices(tasks="piqa"), "'piqa' has no rows here; give them by --data=piqa=FILE."),
     Command("no rows of choices", choices("--limit=0"), "--limit is 0; it is at least 1."),
