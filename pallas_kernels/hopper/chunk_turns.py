@@ -39,6 +39,8 @@ def each_chunk(
     *,
     groups: int,
     blocks: int,
+    shared: Sequence[plgpu.SMEM] = (),
+    prepare: Callable | None = None,
 ) -> list[jax.Array]:
     """Return the results of `make(turn, tiles, scratch, refs)` for every chunk, refs being those of the results.
 
@@ -48,6 +50,8 @@ def each_chunk(
       scratch: shared memory, (groups, ...): a warpgroup gets its own.
       groups: warpgroups of a block.
       blocks: that run at the same time.
+      shared: more shared memory, for all warpgroups of a block, behind what is theirs.
+      prepare: function that one of them fills it with.
     """
     batch, time, heads, _ = arrays[0].shape
     chunks = time // CHUNK_TOKENS
@@ -59,9 +63,14 @@ def each_chunk(
     def body(*refs):
         sources, targets = refs[: len(given)], refs[len(given) : len(given) + len(results)]
         *own, filled, finished = refs[len(given) + len(results) :]
+        own, common = own[: copies + len(scratch)], own[copies + len(scratch) :]
         group = lax.axis_index("warpgroup")
         own = [x.at[group] for x in own]
-        tiles, own, arrival = own[:copies], own[copies:], filled.at[group]
+        tiles, own, arrival = own[:copies], [*own[copies:], *common], filled.at[group]
+        if prepare is not None:
+            pl.when(group == 0)(lambda: _prepared(prepare, common))
+            plgpu.barrier_arrive(finished)
+            plgpu.barrier_wait(finished)
         first = lax.axis_index("block") * groups + group
 
         def turn(n) -> Turn:
@@ -97,6 +106,7 @@ def each_chunk(
             *(mosaic.swizzled((groups, CHUNK_TOKENS, width), mosaic.WIDE_SWIZZLE) for width in widths),
             *(plgpu.SMEM((groups, CHUNK_TOKENS), jnp.float32) for _ in range(copies - len(widths))),
             *scratch,
+            *shared,
             plgpu.Barrier(num_arrivals=copies, num_barriers=groups),
             plgpu.Barrier(num_arrivals=groups),
         ],
@@ -107,3 +117,8 @@ def each_chunk(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name=name,
     )(*(x for x, _ in given))
+
+
+def _prepared(prepare: Callable, shared) -> None:
+    prepare(*shared)
+    plgpu.commit_smem()

@@ -31,7 +31,8 @@ def forward(q, a, k, b, p, r, m, t, v, kept, state, *, with_starts: bool) -> lis
 
     Args:
       q, a, k, b: Q, A, K and B, (B, T, H, 64), T a multiple of 64.
-      p, r, m, t: P, R, M and T of every chunk, (B, T, H, 64), rows where their tokens are.
+      p, r, m, t: P, R, M and T - I of every chunk, (B, T, H, 64), rows where their tokens are. T less what is 1 of it
+        multiplies what has been rounded; the rest of U is not.
       v: (B, T, H, V), V a multiple of 64.
       kept: exp(c_C), (B, H, chunks 64) fp32.
       state: (B, H, V, 64) fp32, transposed as what is returned.
@@ -52,13 +53,7 @@ def forward(q, a, k, b, p, r, m, t, v, kept, state, *, with_starts: bool) -> lis
             return S * by_channel(kept_tile), seen[...], asked[...]
 
         kept, seen, asked = mosaic.products(read, PAIRS_SHAPE, PAIRS_SHAPE)
-        seen = seen.astype(v.dtype)
-
-        def solve(u):
-            mosaic.multiply(u, seen, t_tile.T)
-            return u[...]
-
-        u = mosaic.products(solve, PAIRS_SHAPE).astype(v.dtype)
+        u = mosaic.multiply_add(seen, seen.astype(v.dtype), t_tile.T).astype(v.dtype)
 
         def add(sums):
             mosaic.multiply(sums[0], u, r_tile.T)
@@ -100,13 +95,7 @@ def reverse(q, a, k, b, p, r, m, t, do, kept, dlast) -> list[jax.Array]:
             return dS * by_channel(kept_tile), du[...]
 
         kept, du = mosaic.products(read, PAIRS_SHAPE)
-        du = du.astype(do.dtype)
-
-        def solve(dz):
-            mosaic.multiply(dz, du, t_tile)
-            return dz[...]
-
-        dz = mosaic.products(solve, PAIRS_SHAPE).astype(do.dtype)
+        dz = mosaic.multiply_add(du, du.astype(do.dtype), t_tile).astype(do.dtype)
 
         def add(sums):
             mosaic.multiply(sums[0], dz, m_tile)

@@ -52,10 +52,9 @@ def gradients(q, k, a, b, high, low, v, u, do, dz, starts, ends, *, scale: float
         y_tile = y_tiles.at[group]
 
         def add_step(slot, carry):
-            start, end = (tiles.at[slot, 0] for tiles in tasks.states)
-
             def multiply(sums, kept):
                 asked, ended, of_own, of_other = sums
+                start, end = (tiles.at[slot, 0] for tiles in tasks.states)  # not from outside: Mosaic fails
                 mosaic.multiply(of_own, written_tiles.at[slot, 0], read_tiles.at[slot, group].T)
                 mosaic.multiply(of_other, written_tiles.at[slot, 1], read_tiles.at[slot, group].T)
                 mosaic.multiply(asked, read_tiles.at[slot, group], start)

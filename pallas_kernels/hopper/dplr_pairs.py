@@ -20,7 +20,7 @@ GROUPS = 2
 
 
 def pairs(q, a, k, b, high, low, *, scale: float, blocks: int) -> list[jax.Array]:
-    """Return P, R, M, T of every chunk, and Q, A, K and B, all like k, and exp(c_C), (B, H, chunks 64) fp32.
+    """Return P, R, M, T - I of every chunk, and Q, A, K and B, all like k, and exp(c_C), (B, H, chunks 64) fp32.
 
     Args:
       q, a, k, b: (B, T, H, 64), T a multiple of 64, a those of decayed states.
@@ -31,7 +31,7 @@ def pairs(q, a, k, b, high, low, *, scale: float, blocks: int) -> list[jax.Array
 
     def make(turn: Turn, tiles, scratch, targets):
         q_tile, a_tile, k_tile, b_tile, high_tile, low_tile = tiles
-        made_tiles, x_strip, y_strip = scratch
+        made_tiles, x_strip, y_strip, level_tiles = scratch
         x_tile, y_tile, own_tile, other_tile = (made_tiles.at[i] for i in range(4))
         *squares, kept_ref = targets
 
@@ -41,17 +41,18 @@ def pairs(q, a, k, b, high, low, *, scale: float, blocks: int) -> list[jax.Array
         def weigh(tile, weight):
             return mosaic.load(tile).astype(jnp.float32) * weight
 
-        def decays_of(border):
+        def decays_of(border: int):
             rows, columns = channel_decays.numbers()
-            return channel_decays.weights(channel_decays.between(rows, columns, border), (high_tile, low_tile))
+            M = channel_decays.between(rows, columns, jnp.int32(border))
+            return channel_decays.weights(M, (high_tile, low_tile))
 
         def carry_decays():
             """Write what carries decays from the chunk's beginning and to its end."""
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            since = decays_of(jnp.int32(SINCE))
+            since = decays_of(SINCE)
             mosaic.save(x_tile, weigh(q_tile, scale * since))
             mosaic.save(y_tile, weigh(a_tile, since))
-            until = decays_of(jnp.int32(UNTIL))
+            until = decays_of(UNTIL)
             mosaic.save(own_tile, weigh(k_tile, until))
             mosaic.save(other_tile, weigh(b_tile, until))
             plgpu.commit_smem()
@@ -62,25 +63,26 @@ def pairs(q, a, k, b, high, low, *, scale: float, blocks: int) -> list[jax.Array
             kept_ref.at[turn.row, turn.head, channels][...] = jnp.exp2(whole)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+        def same():
+            rows, columns = channel_decays.numbers()
+            return mosaic.across(rows, PAIRS_SHAPE) == mosaic.down(columns, PAIRS_SHAPE)
+
         def same_token():
             def multiply(of_own, of_other):
                 mosaic.multiply(of_own, q_tile, k_tile.T)
                 mosaic.multiply(of_other, q_tile, b_tile.T)
                 return of_own[...], of_other[...]
 
-            found = mosaic.products(multiply, PAIRS_SHAPE, PAIRS_SHAPE)
-            rows, columns = channel_decays.numbers()
-            same = mosaic.across(rows, PAIRS_SHAPE) == mosaic.down(columns, PAIRS_SHAPE)
-            zeros = mosaic.zeros(PAIRS_SHAPE)
-            return (*(jnp.where(same, x, 0.0) for x in found), zeros, zeros)
+            found, zeros = mosaic.products(multiply, PAIRS_SHAPE, PAIRS_SHAPE), mosaic.zeros(PAIRS_SHAPE)
+            found = (jnp.where(same(), scale * x, 0.0) for x in found)
+            return (*(x.astype(k.dtype) for x in (*found, zeros)), zeros)
 
         def add_level(level, found):
-            rows, _ = channel_decays.numbers()
-            weight = decays_of(channel_decays.border(rows, level))
+            weight = channel_decays.weights(level_tiles.at[level], (high_tile, low_tile))
             plgpu.commit_smem()  # all have read what is overwritten
             mosaic.save(own_tile, weigh(k_tile, weight))
             mosaic.save(other_tile, weigh(b_tile, weight))
-            readers = [weigh(tile, weight).astype(k.dtype) for tile in (q_tile, a_tile)]
+            readers = [weigh(*x).astype(k.dtype) for x in ((q_tile, scale * weight), (a_tile, weight))]
             plgpu.commit_smem()
 
             def multiply(of_own, of_other, reader):
@@ -93,13 +95,14 @@ def pairs(q, a, k, b, high, low, *, scale: float, blocks: int) -> list[jax.Array
                 made = mosaic.products(lambda *sums, x=reader: multiply(*sums, x), PAIRS_SHAPE, PAIRS_SHAPE)
                 rows, columns = channel_decays.numbers()
                 met = channel_decays.meet_later(rows, columns, level)
-                both += [jnp.where(met, x, y) for x, y in zip(made, found[2 * i : 2 * i + 2], strict=True)]
+                pairs = zip(made, found[2 * i : 2 * i + 2], strict=True)
+                both += [jnp.where(met, x.astype(y.dtype), y) for x, y in pairs]
             return tuple(both)
 
         carry_decays()
         asked, asked_other, seen, seen_other = lax.fori_loop(0, LEVELS, add_level, same_token())
         plgpu.commit_smem()  # all have read what is overwritten
-        for tile, x in ((x_tile, scale * asked), (y_tile, scale * asked_other), (own_tile, seen)):
+        for tile, x in ((x_tile, asked), (y_tile, asked_other), (own_tile, seen)):
             mosaic.save(tile, x)
         plgpu.commit_smem()
         for tile, target in zip((x_tile, y_tile, own_tile), squares[:3], strict=True):
@@ -107,7 +110,7 @@ def pairs(q, a, k, b, high, low, *, scale: float, blocks: int) -> list[jax.Array
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         turn.fetch_next()
         t = inverses.inverse_by_strips(-seen_other, x_tile, y_tile, x_strip, y_strip)
-        mosaic.save(x_tile, t)
+        mosaic.save(x_tile, jnp.where(same(), t - 1.0, t))
         plgpu.commit_smem()
         write(x_tile, squares[3])
 
@@ -120,4 +123,24 @@ def pairs(q, a, k, b, high, low, *, scale: float, blocks: int) -> list[jax.Array
     ]
     results = [*(mosaic.like(k) for _ in range(8)), kept]
     arrays = [q, a, k, b, high, low]
-    return each_chunk(make, "dplr_pairs", arrays, [], results, scratch, groups=GROUPS, blocks=blocks)
+    shared = [mosaic.swizzled((LEVELS, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE)]
+    return each_chunk(
+        make,
+        "dplr_pairs",
+        arrays,
+        [],
+        results,
+        scratch,
+        groups=GROUPS,
+        blocks=blocks,
+        shared=shared,
+        prepare=_write_levels,
+    )
+
+
+def _write_levels(tiles) -> None:
+    """Write M of every level: made once, and read by all products that make decays."""
+    for level in range(LEVELS):
+        rows, columns = channel_decays.numbers()
+        border = channel_decays.border(rows, jnp.int32(level))
+        mosaic.save(tiles.at[level], channel_decays.between(rows, columns, border))
