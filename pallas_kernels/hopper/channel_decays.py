@@ -80,6 +80,18 @@ def meet_later(rows, columns, level) -> jax.Array:
     return mosaic.across(others, PAIRS_SHAPE) == mosaic.down(columns, PAIRS_SHAPE)
 
 
+def level_tiles() -> plgpu.SMEM:
+    """Return shared memory for M of every level."""
+    return mosaic.swizzled((LEVELS, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE)
+
+
+def write_levels(tiles) -> None:
+    """Write M of every level: made once, and read by all products that make decays."""
+    for level in range(LEVELS):
+        rows, columns = numbers()
+        mosaic.save(tiles.at[level], between(rows, columns, border(rows, jnp.int32(level))))
+
+
 def weights(M, parts) -> jax.Array:
     """Return exp(M g) of 64 channels, given M in registers or a tile, and the tiles of the two parts of g / log 2."""
 

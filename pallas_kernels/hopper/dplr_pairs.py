@@ -123,7 +123,6 @@ def pairs(q, a, k, b, high, low, *, scale: float, blocks: int) -> list[jax.Array
     ]
     results = [*(mosaic.like(k) for _ in range(8)), kept]
     arrays = [q, a, k, b, high, low]
-    shared = [mosaic.swizzled((LEVELS, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE)]
     return each_chunk(
         make,
         "dplr_pairs",
@@ -133,14 +132,6 @@ def pairs(q, a, k, b, high, low, *, scale: float, blocks: int) -> list[jax.Array
         scratch,
         groups=GROUPS,
         blocks=blocks,
-        shared=shared,
-        prepare=_write_levels,
+        shared=[channel_decays.level_tiles()],
+        prepare=channel_decays.write_levels,
     )
-
-
-def _write_levels(tiles) -> None:
-    """Write M of every level: made once, and read by all products that make decays."""
-    for level in range(LEVELS):
-        rows, columns = channel_decays.numbers()
-        border = channel_decays.border(rows, jnp.int32(level))
-        mosaic.save(tiles.at[level], channel_decays.between(rows, columns, border))
