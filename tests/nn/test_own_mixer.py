@@ -4,8 +4,11 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -157,6 +160,32 @@ def test_what_a_class_uses_of_its_file_is_a_part_of_it(tmp_path):
     assert same == own_mixer.fingerprint(mixer()) == own_mixer.fingerprint(mixer(space="\n# moved\nunused = 1\n"))
     changed = [mixer(factor=3), mixer(scale="2 * x"), mixer(limit=2)]
     assert len({same, *map(own_mixer.fingerprint, changed)}) == 4
+
+
+TOLD_APART = """
+import dataclasses
+from based_jax.nn import own_mixer
+PLACES = frozenset({"first", "middle", "last"})
+@dataclasses.dataclass(frozen=True)
+class Config:
+    one: int = 1
+    two: int = 2
+    three: int = 3
+class Mixer:
+    def step(self, x):
+        return x in {"one", "two", "three"} or x in PLACES
+    Config = Config
+print(own_mixer.fingerprint(Mixer))
+"""
+
+
+def test_a_class_has_one_name_in_every_process():
+    """Each process has an order of sets of its own, those in what a dataclass generates too."""
+    environments = ({**os.environ, "PYTHONHASHSEED": seed} for seed in "12")
+    command = [sys.executable, "-c", TOLD_APART]
+    processes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for env in environments]
+    names = {process.communicate()[0] for process in processes}
+    assert len(names) == 1 and re.fullmatch(r"[0-9a-f]{8}\n", names.pop())
 
 
 def test_a_class_without_a_file_has_a_name_too():
