@@ -69,7 +69,7 @@ def test_all_run_one_after_the_other_in_small():
     assert "said after 2 steps" in printed(notebooks["quickstart"])
     rows = Store(executing.ROOT / "experiments" / "mqar_pareto" / "results" / "figure2").rows()
     assert f"{len(rows)} runs by " in printed(notebooks["frontier"])
-    assert printed(notebooks["own_mixer"]).count("kept ") == 18
+    assert printed(notebooks["own_mixer"]).count("kept ") == 20
     assert "29 tokens in " in printed(notebooks["generation"])
     assert "error of the feature map, by head: [" in printed(notebooks["look_inside"])
     assert printed(notebooks["scale_up"]).count("step 0: loss") == 2
