@@ -13,6 +13,8 @@ import pandas as pd
 
 from based_jax.bench.rows import read
 from based_jax.nn.describe import describe
+from based_jax.optim.config import OptimConfig
+from based_jax.optim.groups import NO_DECAY, PARAMETER_GROUPS
 from based_jax.pictures.configurations import configurations
 from based_jax.pictures.tables import markdown
 from docs.hooks import losses
@@ -65,6 +67,16 @@ def mixers() -> str:
     return markdown(pd.DataFrame(cells, columns=head))
 
 
+def parameter_groups() -> str:
+    """Return what each name of a parameter is to the optimizer, and which decay by default: as the code has it."""
+    exempt = NO_DECAY[OptimConfig(lr=1.0).decay]
+    lines = [
+        [", ".join(f"`{name}`" for name in names), group, "no" if group in exempt else "yes"]
+        for group, names in PARAMETER_GROUPS.items()
+    ]
+    return markdown(pd.DataFrame(lines, columns=["a parameter called", "is", "and decays"]))
+
+
 def budgets() -> str:
     """Return what each family recalls within a budget of bytes."""
     return recall.budgets(recall_points())
@@ -110,6 +122,7 @@ def _decoding() -> dict[str, str]:
 TABLES: dict[str, Callable[[], str]] = {
     "inventory": inventory,
     "mixers": mixers,
+    "parameter_groups": parameter_groups,
     "budgets": budgets,
     "asked": lambda: recall.agreement(recall_points()),
     "policies": policies,

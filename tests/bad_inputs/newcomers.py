@@ -82,6 +82,6 @@ CASES: tuple[Command | Call, ...] = (
     Call(
         "a layer of a class's name",
         lambda _: LMConfig((("Own@01234567", {}),), 8),
-        "'Own@01234567' is a mixer from outside the package, of which a file keeps no more than the name; give the",
+        "'Own@01234567' is a mixer from outside the package, of which a file keeps no more than the name; give its",
     ),
 )

@@ -19,6 +19,7 @@ from helpers.own_mixers import Sum
 
 from based_jax import config as configs
 from based_jax import parallel
+from based_jax.__main__ import main
 from based_jax.convert import save_hf
 from based_jax.errors import UserError
 from based_jax.generate import generate
@@ -119,6 +120,18 @@ def test_a_run_of_it_is_loaded_and_goes_on_where_its_class_is_given(tmp_path):
     assert load_run(tmp_path, mixers=[Sum])[1] == 3
     with pytest.raises(UserError, match=f"'{written[1][0]}' is a mixer from outside the package, of which"):
         load_run(tmp_path)
+
+
+def test_commands_take_its_class_from_a_file(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    loop.train(run_config(), run)
+    assert main(["eval", "--workdir", run]) == 2
+    assert "--mixer=FILE.py:Sum" in capsys.readouterr().err
+    mixer = f"--mixer={own_mixers.__file__}:Sum"
+    assert main(["eval", "--workdir", run, mixer]) == 0
+    assert "step 2\n" in capsys.readouterr().out
+    assert main(["export", run, f"--safetensors={tmp_path}/sum.safetensors", mixer]) == 0
+    assert "parameters of step 2" in capsys.readouterr().out
 
 
 def test_a_folder_of_weights_has_no_place_for_it(tmp_path):
