@@ -66,7 +66,10 @@ class AccuracyPanel:
         magnified = self.magnifier is not None and accuracy >= MAGNIFIED_FROM
         axes = self.magnifier if self.magnifier is not None and magnified else self.axes
         [accuracy] = _capped([accuracy])
-        aligned = {"ha": "left" if right > 0 else "right", "va": "bottom" if above > 0 else "top"}
+        aligned: dict[str, Any] = {
+            "ha": "left" if right > 0 else "right",
+            "va": "bottom" if above > 0 else "top",
+        }
         offset = 6 * right, 2 * above
         axes.annotate(text, (place, accuracy), offset, textcoords="offset points", weight="bold", zorder=5, **aligned)
 

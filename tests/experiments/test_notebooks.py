@@ -1,6 +1,8 @@
 """The notebooks are executed, and what is committed beside them is what they say, with its outputs."""
 
 import json
+import runpy
+import sys
 
 import pytest
 
@@ -61,6 +63,14 @@ def test_what_is_committed_is_in_step_and_has_its_outputs(name):
     assert max(len(json.dumps(output)) for output in outputs) < LARGEST_OUTPUT
     text = (executing.FOLDER / f"{name}.ipynb").read_text()
     assert len(text) < LARGEST_FILE and str(executing.ROOT) not in text and "/tmp/" not in text
+
+
+@pytest.mark.parametrize("lacking", ["jupytext", "nbformat", "nbclient"])
+def test_what_is_not_installed_is_told_in_a_sentence(lacking, monkeypatch):
+    monkeypatch.setitem(sys.modules, lacking, None)
+    monkeypatch.delitem(sys.modules, "experiments.notebooks.executing")
+    with pytest.raises(SystemExit, match=rf"^Error: {lacking} is not installed; .*notebooks.* brings it\.$"):
+        runpy.run_module("experiments.notebooks", run_name="__main__")
 
 
 def test_all_run_one_after_the_other_in_small():

@@ -65,6 +65,5 @@ def load(
     if folder is None or unknown:
         wrong = f"has '{min(unknown)}'" if unknown else "has no folder"
         raise UserError(f"--model_args {wrong}; its keys are {KEYS}.")
-    words = {"step": step, "tokenizer": tokenizer, "dtype": dtype, "mixer": [], "command": "eval"}
-    found = argparse.Namespace(model=str(folder), **words)
+    found = argparse.Namespace(model=str(folder), step=step, tokenizer=tokenizer, dtype=dtype, mixer=[], command="eval")
     return load_model_folder(found)
