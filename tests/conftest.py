@@ -5,15 +5,9 @@ import gc
 import os
 import zlib
 
-# Pallas' GPU interpreter blocks a thread for each warpgroup that waits: two, on two cores, would leave none to compile.
-os.environ.setdefault("PJRT_NPROC", "16")
+from helpers import environments
 
-# Most of the time goes into compiling for the CPU: XLA's older emitters are four times as quick at it as its new ones.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1 "
-    + os.environ.get("XLA_FLAGS", "")
-)
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.update(environments.of_the_suite())
 os.environ["BASED_JAX_COMPILED"] = "none"
 
 import jax
@@ -104,3 +98,15 @@ def out_and_grads():
         return out, pullback(cotangents)
 
     return run
+
+
+@pytest.fixture
+def as_a_user(monkeypatch):
+    """Processes that the test starts are told nothing of how the suite compiles: for what runs for minutes.
+
+    What runs for seconds compiles longer than that, and has the numbers of this process if it is told the same.
+    """
+    own = environments.of_a_user()
+    for variable in os.environ.keys() - own.keys():
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("XLA_FLAGS", own["XLA_FLAGS"])

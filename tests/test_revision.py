@@ -62,6 +62,18 @@ def test_a_row_names_the_command_that_a_shell_takes():
         assert found == f"python -m {said} '--only=a b' --c=d"
 
 
+def test_rows_are_of_the_code_that_was_there_when_their_file_was_opened(clone, tmp_path, monkeypatch):
+    commit = git(clone, "rev-parse", "HEAD")
+    monkeypatch.setattr(revision, "__file__", str(clone / "based_jax" / "revision.py"))
+    revision.revision.cache_clear()
+    try:
+        with rows.appended(tmp_path / "rows.jsonl"):
+            (clone / "based_jax" / "revision.py").write_text("# another\n")
+            assert rows.origin()["revision"] == commit
+    finally:
+        revision.revision.cache_clear()
+
+
 def test_every_row_of_a_benchmark_names_the_revision(monkeypatch):
     monkeypatch.setattr(rows, "revision", lambda: "0123")
     assert rows.facts()["revision"] == rows.origin()["revision"] == "0123"

@@ -40,6 +40,7 @@ def appended(path: Path | None) -> Iterator[Callable[[dict], None]]:
     if path is None:
         yield lambda row: None
         return
+    revision()  # before the first row is made: files of the code may change until it is written
     make_folder(path.parent)
     with writing(path):
         file = path.open("a")
@@ -62,6 +63,7 @@ def replaced(path: Path | None) -> Iterator[Callable[[dict], None]]:
     if path is None:
         yield lambda row: None
         return
+    revision()  # as in `appended`
     _check_rows(path)
     with contextlib.ExitStack() as stack:
         files: list[Callable[[dict], None]] = []

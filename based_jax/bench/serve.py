@@ -11,12 +11,14 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from based_jax import compilation
 from based_jax.bench import clocks, rows
 from based_jax.bench.generate_programs import Subject
 from based_jax.bench.serve_clients import Answer
@@ -24,6 +26,7 @@ from based_jax.data.tokenizer_file import named_tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.drafts import Drafts
 from based_jax.nn.lm_config import LMConfig
+from based_jax.serve.app import Service
 from based_jax.serve.limits import Limits
 from based_jax.serve.server import Server, bound, make_service
 
@@ -73,17 +76,38 @@ def measure(
     Raises:
       UserError: a number is below 1, the tokenizer is not the model's, or the model reads fewer tokens.
     """
-    slots = max(load.clients for load in loads) if slots is None else slots
-    longest = max(load.prompt.most + load.new.most for load in loads)
-    limits = Limits(slots=slots, queue=max(load.clients for load in loads), max_len=longest, new_tokens=longest)
-    by_lookup = Drafts.by_lookup(drafts) if drafts else None
-    service = make_service(Subject(config).decoder, named_tokenizer(TOKENIZER), NAME, limits=limits, drafts=by_lookup)
+    service, start = _started(config, loads, slots, drafts)
+    slots = service.limits.slots
     with _running(Server(service, grace=0.0)) as port:
         for load in loads:
             _asked(port, load._replace(texts=1), config.vocab_size, seed=0)
             with clocks.recorded(jax.devices()[0]) as clock:
                 answers = _asked(port, load, config.vocab_size, seed=1)
-            yield _row(load, slots, drafts, answers) | clock | rows.facts(*PACKAGES)
+            yield _row(load, slots, drafts, answers) | start | clock | rows.facts(*PACKAGES)
+
+
+def compile_programs(config: LMConfig, loads: Sequence[Load], slots: int | None = None, drafts: int = 0) -> float:
+    """Compile what a server of `measure` runs, and return the seconds that it took.
+
+    A process with the same folder of compiled programs reads them from there.
+
+    Raises:
+      UserError: as of `measure`.
+    """
+    return _started(config, loads, slots, drafts)[1]["start_seconds"]
+
+
+def _started(config: LMConfig, loads: Sequence[Load], slots: int | None, drafts: int) -> tuple[Service, dict[str, Any]]:
+    """Return what answers the loads, and what its start took: seconds, its weights there, and where programs were."""
+    slots = max(load.clients for load in loads) if slots is None else slots
+    longest = max(load.prompt.most + load.new.most for load in loads)
+    limits = Limits(slots=slots, queue=max(load.clients for load in loads), max_len=longest, new_tokens=longest)
+    by_lookup, decoder = Drafts.by_lookup(drafts) if drafts else None, Subject(config).decoder
+    jax.block_until_ready(decoder.params)
+    begin = time.perf_counter()
+    with compilation.counted_hits() as hits:
+        service = make_service(decoder, named_tokenizer(TOKENIZER), NAME, limits=limits, drafts=by_lookup)
+    return service, {"start_seconds": round(time.perf_counter() - begin, 2), "compiled_before": hits.count > 0}
 
 
 @contextlib.contextmanager

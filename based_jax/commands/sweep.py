@@ -8,9 +8,11 @@ examples:
 
 import argparse
 import functools
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +45,7 @@ LAUNCHERS = ("local", "ray", "slurm")
 LAUNCHERS_OF_OPTIONS = {
     "processes": (("local",), 1),
     "part": (("local",), "0/1"),
+    "seconds": (("local",), None),
     "tasks": (("ray", "slurm"), 8),
     "script": (("slurm",), None),
 }
@@ -74,6 +77,9 @@ def _add_run(parser: CommandParser) -> None:
         help="groups trained at a time on each device (default: by its kind), or runs (default: 1)",
     )
     parser.add_argument("--processes", type=int, default=1, help="local: to spread the sweep over (default: 1)")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="local: begin no group, and no run, after so many (default: any)"
+    )
     parser.add_argument("--part", default="0/1", help="i/n: every n-th group from the i-th on (default: all)")
     parser.add_argument(
         "--tasks", type=int, default=8, help="ray, slurm: parts that the sweep is cut into (default: 8)"
@@ -94,7 +100,8 @@ def _run(args: argparse.Namespace) -> int:
     from based_jax.sweep.schedule import SweepFailedError, SweepOptions
 
     _check_options(args)
-    options = SweepOptions(args.lanes, args.workers, part=part(args.part), command=command())
+    until = math.inf if args.seconds is None else time.time() + args.seconds
+    options = SweepOptions(args.lanes, args.workers, part=part(args.part), command=command(), until=until)
     calls: dict[str, Callable] = {
         "local": launch.local,
         "ray": functools.partial(launch.on_ray, tasks=args.tasks),
@@ -115,6 +122,8 @@ def _check_options(args: argparse.Namespace) -> None:
     for name in ("lanes", "workers", "tasks", "processes"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name} is {value}; it is at least 1.")
+    if args.seconds is not None and not args.seconds >= 0:
+        raise UserError(f"--seconds is {args.seconds}; it is at least 0.")
     if args.launcher not in LAUNCHERS:
         raise unknown("launcher", args.launcher, LAUNCHERS)
     for name, (launchers, default) in LAUNCHERS_OF_OPTIONS.items():

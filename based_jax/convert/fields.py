@@ -18,6 +18,8 @@ OWN_SECTION = "based_jax"
 """Of what no other reader looks for: the tokenizer's name, and what training alone asks of a config."""
 PADDING_FIELDS = ("vocab_size", "pad_vocab_multiple")
 """What stands there as well where `vocab_size` is that of the padded embedding."""
+SAME_FOR_ALL: dict[str, Any] = {"quantization_config": None, "is_encoder_decoder": False, "add_cross_attention": False}
+"""Keys of any family that change what is computed, with the one value that is supported."""
 LARGEST_SIZE = 2**24
 """Above what any model has of anything: shapes of such sizes cannot even be spoken of."""
 
@@ -57,14 +59,15 @@ class Keys(NamedTuple):
           UserError: a value of a fixed key is not supported.
           TypeError: a value is of another type.
         """
+        fixed = SAME_FOR_ALL | dict(self.fixed)
         for key, value in fields.items():
-            if key in self.fixed and value != self.fixed[key]:
-                allowed = self.fixed[key]
+            if key in fixed and value != fixed[key]:
+                allowed = fixed[key]
                 raise UserError(f"{where}{key} is {value!r:.60} in {CONFIG_FILE}; only {allowed!r} is supported.")
             if key in self.read and not _has_type(value, self.read[key]):
                 kind = getattr(self.read[key], "__name__", str(self.read[key]))
                 raise TypeError(f"{where}{key} is {value!r:.60}, which is no {kind} of a model")
-        known = self.read.keys() | self.fixed.keys() | self.harmless | HARMLESS
+        known = self.read.keys() | fixed.keys() | self.harmless | HARMLESS
         if unknown := sorted(where + key for key in fields.keys() - known):
             log.warning("%s has keys that are not known here and are left out: %s.", CONFIG_FILE, ", ".join(unknown))
         return {

@@ -43,14 +43,18 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     """Return all arrays of a folder.
 
     Raises:
-      UserError: there are none, a file of theirs is missing or damaged, or two hold the same array.
+      UserError: there are none, a file of theirs is missing or damaged, two hold the same array, or there are both one
+        file and shards.
     """
     found = [name for name in READERS if _index(folder, name).exists() or (folder / name).exists()]
     if not found:
         raise UserError(f"'{folder}' has no weights: neither {' nor '.join(READERS)}, nor an index of their shards.")
     name, index = found[0], _index(folder, found[0])
     weights: dict[str, np.ndarray] = {}
-    for file in _shards(index) if index.exists() else [name]:
+    files = _shards(index) if index.exists() else [name]
+    if (folder / name).exists() and name not in files:
+        raise UserError(f"'{folder}' has weights twice: {name} and the shards that {index.name} names; remove either.")
+    for file in files:
         arrays = _read_arrays(folder / file, READERS[name])
         if twice := sorted(arrays.keys() & weights.keys()):
             raise UserError(f"'{folder / file}' holds '{twice[0]}', which another file holds as well.")

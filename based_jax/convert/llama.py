@@ -95,6 +95,10 @@ def _heads(kind: Kind, fields: Fields) -> dict[str, Any]:
 def _rotary(fields: Fields) -> dict[str, Any]:
     """Return rotary's base, share and scaling, of which newer files have a section."""
     section = {name: value for where in ROPE_SECTIONS for name, value in _rope_section(where, fields).items()}
+    if "factor" in section and not section.keys() & {"rope_type", "type"}:
+        raise UserError(
+            f"Rotary has a factor in {CONFIG_FILE}, {section['factor']}, and no rope_type that says of what."
+        )
     fields = with_defaults(fields | section, ROTARY_BASE)
     rope_type = str(fields.get("rope_type", fields.get("type", "default")))
     if rope_type not in ROPE_TYPES:
@@ -107,7 +111,10 @@ def _rotary(fields: Fields) -> dict[str, Any]:
 
 
 def _rope_section(name: str, fields: Fields) -> Fields:
-    return ROPE_SECTION.checked(fields.get(name) or {}, f"{name}.")
+    section = fields.get(name) or {}
+    if parts := [key for key, value in section.items() if isinstance(value, dict)]:
+        raise UserError(f"{name} has a section '{parts[0]}' in {CONFIG_FILE}; one rotary for all layers is supported.")
+    return ROPE_SECTION.checked(section, f"{name}.")
 
 
 def _windows(name: str, fields: Fields) -> list[int | None]:
@@ -117,9 +124,10 @@ def _windows(name: str, fields: Fields) -> list[int | None]:
         return [None] * count
     if name == "mistral":
         return [fields["sliding_window"]] * count
-    if "layer_types" in fields and fields["layer_types"] is not None:
-        return [_window(kind, size) for kind in _layer_types(fields["layer_types"], count)]
-    if not fields.get("use_sliding_window", False) or size is None:
+    used = fields.get("use_sliding_window", False)
+    if fields.get("layer_types") is not None:
+        return [_window(kind, size, used) for kind in _layer_types(fields["layer_types"], count)]
+    if not used or fields["sliding_window"] is None:
         return [None] * count
     return [None if index < fields["max_window_layers"] else size for index in range(count)]
 
@@ -130,9 +138,11 @@ def _layer_types(types: list, count: int) -> list:
     return types
 
 
-def _window(kind: Any, size: int | None) -> int | None:
+def _window(kind: Any, size: int | None, used: bool) -> int | None:
     if kind not in (FULL, SLIDING):
         raise UserError(f"layer_types has {kind!r:.60} in {CONFIG_FILE}; only '{FULL}' and '{SLIDING}' are supported.")
+    if kind == SLIDING and not used:
+        raise UserError(f"layer_types has '{SLIDING}' in {CONFIG_FILE}, but use_sliding_window is not true.")
     if kind == SLIDING and size is None:
         raise UserError(f"sliding_window is None in {CONFIG_FILE}; layers of '{SLIDING}' need a number.")
     return size if kind == SLIDING else None

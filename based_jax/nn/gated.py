@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
+from based_jax.dims import BD, BHV, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.mixer import Mixer, Operation
@@ -173,12 +173,16 @@ class GatedLinearMixer(Mixer):
             y, conv = short_conv_step(y, self.conv_kernel[...], conv, silu=self.conv_silu)
         elif self.silu_without_conv:
             y = jax.nn.silu(y)
+        o, memory = self._step_state(x, y, state)
+        return self._out(x, o, *gate), GatedState(memory, conv, state.length + 1)
+
+    def _step_state(self, x: BD, y: Float[Array, "B joint"], state: GatedState) -> tuple[BHV, Any]:
+        """Return what a step's tokens read of their states, and those after them; y is queries, keys and values."""
         q, k, v = self._heads(y)
         if self.rotary:
             q, k = (layers.rotary(z[:, None], state.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
         options = self.operation.step_options(self.config.impl)
-        o, memory = self.operation.step(*self._gated(x, q, k, v), state.memory, scale=self.scale, **options)
-        return self._out(x, o, *gate), GatedState(memory, conv, state.length + 1)
+        return self.operation.step(*self._gated(x, q, k, v), state.memory, scale=self.scale, **options)
 
     @override
     def state_size(self, seq_len: int) -> int:
@@ -284,12 +288,6 @@ def check_v_heads(config: Any) -> None:
 def delta_rate(logits: Float[Array, "*T H"], allow_neg_eigval: bool) -> Float[Array, "*T H"]:
     """Return beta = sigmoid(logits) of the delta rule, or its double, with which a state's directions can flip."""
     return jax.nn.sigmoid(logits) * (2.0 if allow_neg_eigval else 1.0)
-
-
-def unit(x: Float[Array, "*T H K"]) -> Float[Array, "*T H K"]:
-    """Return x / sqrt(|x|^2 + 1e-6), queries and keys of the delta rule."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
 def softplus_decay(logits: Float[Array, "*T _"], A_log: Float[Array, "_"], dt_bias: Float[Array, "_"]) -> Array:

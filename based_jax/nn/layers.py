@@ -22,7 +22,7 @@ from based_jax.dims import BD, BP, DropoutKey
 from based_jax.errors import UserError
 from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.few_tokens import few_tokens_gated, few_tokens_products
-from based_jax.ops.projection import are_decoded, multiply, project
+from based_jax.ops.projection import are_decoded, multiply, multiply_parts, project
 from based_jax.ops.token_layer import token_mlp
 from based_jax.ops.token_products import token_products, token_sums
 
@@ -152,6 +152,11 @@ def split_linear(layer: nnx.Linear, x: Float[Array, "*B D"], widths: Sequence[in
         return split(layer(x), np.cumsum(widths)[:-1].tolist())
     y, bias = joined_by_device(layer, x, widths)
     return _split_by_device(y if bias is None else y + per_channel(bias, y), widths, pieces, -1)
+
+
+def narrow_parts(layer: nnx.Linear, x: Float[Array, "*B D"], widths: Sequence[int]) -> list[Float[Array, "*B _"]]:
+    """Return the parts, so wide, of the few channels of a linear layer without a bias, for tokens of a step."""
+    return multiply_parts(x.astype(layer.dtype), layer.kernel[...].astype(layer.dtype), widths)
 
 
 def joined_by_device(

@@ -146,6 +146,16 @@ class MatrixStepCall(NamedTuple):
     scale: float = 1.0
 
 
+class UnitDeltaStepCall(NamedTuple):
+    """One token of a delta rule, its queries, keys and values behind each other in `joint` (B, H (2 K + V))."""
+
+    joint: Float[Array, "B joint"]
+    log_decay: Float[Array, "B H #K"]
+    beta: BH
+    state: BHKV
+    scale: float
+
+
 class ShortConvStepCall(NamedTuple):
     """One token of a `ShortConvCall`: the first D channels of x (B, D or more)."""
 

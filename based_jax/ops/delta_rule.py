@@ -62,7 +62,7 @@ def delta_rule(
       scale, state, segment_ids: as of `dplr`.
       impl: one of `dplr`, or "hopper_chunks" (Mosaic GPU kernels on tensor cores; v in bf16, to which q and k are
         rounded; K at most 256, and 128 where channels have decays of their own), or "tpu_chunks" (a Mosaic TPU kernel;
-        v in bf16 or fp32, to which q and k are rounded; K and V at most 256).
+        v in bf16 or fp32, to which q and k are rounded; K at most 256, V 512).
 
     Returns:
       As `dplr`.
@@ -117,7 +117,8 @@ def dplr(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "hopper_steps" (Mosaic GPU
         kernels, token by token; K at most 128), "triton_chunks" (on tensor cores; v in bf16, to which q, k, a and b are
-        rounded; K at most 256) or "auto".
+        rounded; K at most 256), "tpu_chunks" (a Mosaic TPU kernel; v in bf16 or fp32, to which q, k, a and b are
+        rounded; K at most 256, V 512) or "auto".
 
     Returns:
       o in v's dtype, and the state (B, H, K, V) after the last token, fp32.
@@ -235,6 +236,7 @@ DPLR_IMPLEMENTATIONS = {
         slower=functools.partial(triton_dplr.slower, steps_support=hopper_recurrence.supports),
     ),
     "hopper_steps": Implementation(hopper_recurrence.compute, hopper_recurrence.supports, platform="cuda"),
+    "tpu_chunks": Implementation(tpu_matrix_states.compute, tpu_matrix_states.supports, platform="tpu"),
     "xla_chunks": Implementation(_chunked),
     "xla_steps": Implementation(_recurrent),
     "oracle": Implementation(_recurrent),

@@ -14,6 +14,7 @@ from based_jax.ops.arguments import checked
 from based_jax.ops.calls import Channels, NormCall, Rows
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import norm as hopper_norm
+from based_jax.ops.tpu import norm as tpu_norm
 
 
 @checked
@@ -28,7 +29,8 @@ def residual_rms_norm(
       scale: (D,).
       dtype: of the norm; y's, or r's without y, by default.
       impl: "xla_rows", "hopper_rows" (Mosaic GPU kernels; bf16 y and norm, 1,024 tokens, D a multiple of 8 from 512
-        to 4,096, or of 128, or for a multiple of 4 tokens of 32 from 64) or "auto".
+        to 4,096, or of 128, or for a multiple of 4 tokens of 32 from 64), "tpu_rows" (Mosaic TPU kernels; y and norm in
+        bf16 or fp32, D at most 8,192) or "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -74,5 +76,6 @@ def _xla(call: NormCall) -> tuple[Rows, Rows]:
 
 IMPLEMENTATIONS = {
     "hopper_rows": Implementation(hopper_norm.compute, hopper_norm.supports, platform="cuda"),
+    "tpu_rows": Implementation(tpu_norm.compute, tpu_norm.supports, platform="tpu", slower=tpu_norm.slower),
     "xla_rows": Implementation(_xla),
 }

@@ -10,7 +10,9 @@ elements, written and read once more: three times the matrix's bytes. Cut into p
 as does a kernel on Hopper GPUs (`ops/hopper/token_product.py`); those of several have a table (`ops/few_tokens.py`).
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,6 +33,8 @@ Projected = Float[Array, "*T E"]
 BLOCK_ROWS = 128
 """Rows and columns of the matrix that a block takes."""
 MIN_TOKENS_PER_PIECE = 256
+MIN_PIECE_ROWS = 128
+"""Of a matrix with few columns, for tokens that are decoded together."""
 MOST_DECODED_TOKENS = 1024
 """Together: more are not decoded, but what a layer makes its filters of."""
 SUM_COLUMNS, SUM_BLOCKS_PER_CORE, MIN_SUM_ROWS = 32, 4, 64
@@ -55,6 +59,32 @@ def project(x: Tokens, kernel: DE, dimensions: Any, precision: Any = None, **opt
 def multiply(x: Tokens, kernel: DE) -> Projected:
     """Return x @ kernel."""
     return project(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+@checked
+@jax.named_scope("multiply_parts")
+def multiply_parts(x: Tokens, kernel: DE, widths: Sequence[int]) -> list[Float[Array, "*T _"]]:
+    """Return the parts, so wide, of x @ kernel, of a matrix with few columns.
+
+    Of tokens that are decoded together each part is a sum of its own over pieces of the matrix's rows, into which XLA
+    cuts such a product anyway: out of one sum it would be copied.
+    """
+    ends = list(itertools.accumulate(widths))
+    if not are_decoded(x.shape) or (number := decoded_pieces(math.prod(x.shape[:-1]), kernel.shape)) == 1:
+        return list(jnp.split(multiply(x, kernel), ends[:-1], axis=-1))
+    rows, matrices = x.reshape(-1, number, x.shape[-1] // number), kernel.reshape(number, -1, kernel.shape[1])
+    products = lax.dot_general(rows, matrices, (((2,), (1,)), ((1,), (0,))), preferred_element_type=jnp.float32)
+    products = lax.optimization_barrier(products)  # nor are there products for each part
+    sums = [jnp.sum(products[..., end - width : end], axis=0) for width, end in zip(widths, ends, strict=True)]
+    return [y.astype(x.dtype).reshape(*x.shape[:-1], -1) for y in sums]
+
+
+def decoded_pieces(tokens: int, kernel: tuple[int, ...]) -> int:
+    """Return into how many pieces the rows of a matrix are cut for tokens that are decoded together."""
+    rows, columns = kernel
+    blocks = -(-tokens // BLOCK_ROWS) * -(-columns // BLOCK_ROWS)
+    most = min(devices.cores(target_device_kind()) // blocks, rows // MIN_PIECE_ROWS)
+    return math.gcd(rows, _power_of_two(max(1, most)))
 
 
 def are_decoded(tokens: tuple[int, ...]) -> bool:

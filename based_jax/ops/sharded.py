@@ -39,6 +39,16 @@ def mesh_refusal() -> str | None:
     return None
 
 
+def varying_refusal(call: Any) -> str | None:
+    """Return why a kernel that `jax.shard_map` cannot check may not run a call, a tree of arrays, in one, or None.
+
+    It is one that writes where an argument lies, or a library's.
+    """
+    if any(_varying(x) for x in jax.tree.leaves(call)):
+        return "its results do not say over which devices of jax.shard_map they vary"
+    return None
+
+
 def per_shard(
     function: Callable,
     arguments: Sequence[Any],

@@ -36,12 +36,12 @@ MAX_WINDOW = 2**31 - 1
 """Keys: places are int32."""
 CUDNN_TIME_MULTIPLE, CUDNN_HEAD_MULTIPLE = 2, 8
 CUDNN_HEAD_DIM, CUDNN_HOPPER_HEAD_DIM = 128, 256
-HOPPER_TILES_HEAD_DIMS = range(65, 81)
-"""Heads, filled up to the last, with which our Hopper kernels' passes are faster: cuDNN's tiles have 128 channels.
-
-So it was on one H200 for 24 heads of 80 and 2 x 8,192 tokens; with heads of 64 and 128 cuDNN is faster.
-"""
 """The largest on GPUs before Hopper, and on it."""
+HOPPER_HEAD_DIMS = range(65, hopper_attention.MAX_TURNS_HEAD_DIM + 1)
+"""Heads, filled up to the last, with which our Hopper kernels are faster: cuDNN's tiles have 128 channels.
+
+So it was on one H200 for 24 heads of 80 and 8 x 2,048 tokens; with heads of 64 and 128 cuDNN is faster forward.
+"""
 
 
 @checked
@@ -61,8 +61,9 @@ def attention(
         the others; scores are over its root.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle", "xla_quadratic" (every score), "xla_chunks" (memory linear in T), "cudnn_flash" (GPU, bf16 or
-        fp16, no packing), "hopper_tiles" and "triton_tiles" (the same, with packing), "tpu_splash" (TPU, bf16) or
-        "auto". Where tokens lie over devices that cannot share the heads, keys go round by chunks, whatever it is.
+        fp16, no packing), "hopper_turns" (heads of at most 80), "hopper_tiles" and "triton_tiles" (the same, with
+        packing), "tpu_splash" (TPU, bf16) or "auto". Where tokens lie over devices that cannot share the heads, keys
+        go round by chunks, whatever it is.
 
     Raises:
       UserError: `head_dim` is not one, or `impl` is unknown or cannot run this call.
@@ -115,8 +116,8 @@ def filled_head_dim(head_dim: int) -> int:
 
 def whole_pass_head_dim(head_dim: int) -> int:
     """Return how many components projections give to heads where whole sequences are read, as training does."""
-    if target_platform() == "cuda" and devices.is_hopper(target_device_kind()) and head_dim in HOPPER_TILES_HEAD_DIMS:
-        return HOPPER_TILES_HEAD_DIMS[-1]
+    if target_platform() == "cuda" and devices.is_hopper(target_device_kind()) and head_dim in HOPPER_HEAD_DIMS:
+        return HOPPER_HEAD_DIMS[-1]
     return filled_head_dim(head_dim)
 
 
@@ -307,9 +308,9 @@ def cudnn_supports(call: AttentionCall | AttentionPrefillCall) -> str | None:
     return None
 
 
-def _hopper_tiles_are_faster(call: AttentionCall) -> str | None:
+def _hopper_turns_are_faster(call: AttentionCall) -> str | None:
     size = max(call.q.shape[3], call.v.shape[3])
-    if size != HOPPER_TILES_HEAD_DIMS[-1] or not devices.is_hopper(target_device_kind()):
+    if size not in HOPPER_HEAD_DIMS or not devices.is_hopper(target_device_kind()):
         return None
     return None if hopper_attention.supports(call) else f"Hopper kernels are faster for heads of {size}"
 
@@ -336,22 +337,14 @@ def _sinks_not_run(call: AttentionCall) -> str | None:
     return not_run(call) if call.sinks else triton_attention.slower(call)
 
 
-def _gradients_not_timed(_call: AttentionCall) -> str:
-    return "it has been right on a device, and its gradients have not been timed"
-
-
 QKV = "q", "k", "v"
 
 ATTENTION = {
-    "cudnn_flash": Implementation(_cudnn, cudnn_supports, platform="cuda", slower=_hopper_tiles_are_faster),
-    "hopper_tiles": Implementation(hopper_attention.compute, hopper_attention.supports, platform="cuda"),
+    "cudnn_flash": Implementation(_cudnn, cudnn_supports, platform="cuda", slower=_hopper_turns_are_faster),
     "hopper_turns": Implementation(
-        hopper_attention.compute_by_turns,
-        hopper_attention.supports_turns,
-        platform="cuda",
-        slower=_gradients_not_timed,
-        specialised=True,
+        hopper_attention.compute_by_turns, hopper_attention.supports_turns, platform="cuda", specialised=True
     ),
+    "hopper_tiles": Implementation(hopper_attention.compute, hopper_attention.supports, platform="cuda"),
     "triton_tiles": Implementation(
         triton_attention.compute, triton_attention.supports, platform="cuda", slower=triton_attention.slower
     ),

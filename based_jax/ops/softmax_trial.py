@@ -49,7 +49,7 @@ def attention_trial(
       is_ring: whether they may be more than S; what does not fit then is the caller's matter.
       head_dim: as of `softmax.attention`.
       impl: "prefill" (`attention_prefill`; of no ring), "xla_scores" (all at once), "oracle" (fp32), "triton_splits"
-        (as of `attention_step`; no GPU has checked it, so not auto's) or "auto".
+        (as of `attention_step`; nobody has timed it, so not auto's) or "auto".
 
     Raises:
       UserError: the keys' heads do not divide the queries', or `impl` is unknown or cannot run this call.

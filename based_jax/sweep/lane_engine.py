@@ -24,12 +24,12 @@ WORKERS_BY_PLATFORM = {"gpu": 6, "tpu": 4}
 class LaneEngine:
     """Trains points of one signature as lanes of one program; processes that are forked after share its examples."""
 
-    def __init__(self):
-        self._sources = Sources()
+    def __init__(self, sweep: Sweep):
+        self._sweep, self._sources = sweep, Sources()
 
-    def groups(self, sweep: Sweep) -> list[Group]:
+    def groups(self) -> list[Group]:
         """Return the points by signature, those that take longest first."""
-        return sorted(_by_signature(sweep.trials()), key=_flops, reverse=True)
+        return sorted(_by_signature(self._sweep.trials()), key=_flops, reverse=True)
 
     def check(self, points: Group) -> None:
         """Raise UserError if a point cannot be trained on this device."""

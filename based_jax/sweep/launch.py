@@ -51,13 +51,13 @@ def run_sweep(
       StoreError: a row cannot be written.
       SweepFailedError: groups have failed, after all others have been trained.
     """
-    engine = ENGINES[sweep.config_class]()
+    engine = ENGINES[sweep.config_class](sweep)
     if left := _left(sweep, store, report):
         engine.check(left)
-    todo = Todo(engine.groups(sweep), store, options.part)
+    todo = Todo(engine.groups(), store, options.part)
     options = _of_use(options, todo)
     _tell(todo, options, report, lambda: engine.place(options))
-    progress = Progress(todo, store, report)
+    progress = Progress(todo, store, report, options.until)
     if todo.groups:
         engine.train(progress, name, options)
         _tell_end(sweep, store, report)
@@ -80,11 +80,11 @@ def in_processes(spec: str, store: str, options: SweepOptions, *, processes: int
       SweepFailedError: a process has failed, after all others have ended.
     """
     gpus, sweep, rows = visible_gpus(), load_sweep(spec), Store(store)
-    engine = ENGINES[sweep.config_class]()
+    engine = ENGINES[sweep.config_class](sweep)
     left = _left(sweep, rows, print_at_once)
     if left:
         checked_apart(FORK_CONTEXT, engine.check, left)  # the devices are for the processes
-    todo = Todo(engine.groups(sweep), rows, options.part)
+    todo = Todo(engine.groups(), rows, options.part)
     processes, options = min(processes, max(len(todo.groups), 1)), _of_use(options, todo)
     places = [gpus[i % len(gpus)] if gpus else None for i in range(processes)]
     on = f"on {len(set(places))} GPUs" if gpus else "without a GPU"
@@ -168,7 +168,7 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends this one
     os.environ |= environment
     try:
-        engine.train(Progress(todo, Store(store), print_at_once), name, options)
+        engine.train(Progress(todo, Store(store), print_at_once, options.until), name, options)
     except (UserError, SweepFailedError) as error:
         tell((type(error), str(error)))
         sys.exit(1)

@@ -1,14 +1,17 @@
 """The engine of whole runs: each point is a run in a process of its own, with a workdir below the store.
 
 A run that was stopped goes on from its checkpoint, and one that fails takes no other with it. This process makes no use
-of a device, which would leave none of it to its runs.
+of a device, which would leave none of it to its runs. Where a sweep has measures, runs have the device one at a time
+(`measures`): those that are under way beside it compile.
 """
 
 import contextlib
 import functools
 import io
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -17,16 +20,18 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
 
+from based_jax import compilation, parallel
 from based_jax import config as configs
-from based_jax import parallel
 from based_jax.folders import check_file, make_folder
-from based_jax.store import StoreError
+from based_jax.revision import revision
+from based_jax.store import Store, StoreError
 from based_jax.sweep import rows
 from based_jax.sweep.checks import check_groups, check_pass
+from based_jax.sweep.measures import Deadline, MeasuredRun, MeasuresOf, NoTimeLeft
 from based_jax.sweep.points import Point
 from based_jax.sweep.processes import SPAWN_CONTEXT, checked_apart, sent_by_process
 from based_jax.sweep.schedule import Group, Progress, SweepOptions, work_off
@@ -39,30 +44,58 @@ from based_jax.train.workdir import wait_for_trainings
 LOG_FILE = "log.txt"
 """Of a workdir: what its run printed."""
 RUN_PROCESS_NAME = "run of a sweep"
+LEFT = "left for the next time"
+SHARED_DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+"""The environment of runs that are under way together: what waits or compiles leaves the memory to what trains."""
+
+
+class RunCall(NamedTuple):
+    """What the process of a run is told, apart from its config.
+
+    Attributes:
+      workdir: of the run.
+      name, command: of the sweep, for its row.
+      measures: what its row gets besides.
+      deadline: by when it is to have been trained.
+    """
+
+    workdir: Path
+    name: str
+    command: str
+    measures: MeasuresOf | None = None
+    deadline: Deadline = Deadline(math.inf)
 
 
 class RunEngine:
-    """Trains each point as a whole run on all devices that are visible."""
+    """Trains each point of a sweep as a whole run on all devices that are visible."""
 
-    def groups(self, sweep: Sweep) -> list[Group]:
+    def __init__(self, sweep: Sweep):
+        self._sweep = sweep
+
+    def groups(self) -> list[Group]:
         """Return each point alone, in their order."""
-        return [[found] for found in sweep.trials()]
+        return [[found] for found in self._sweep.trials()]
 
     def check(self, points: Group) -> None:
         """Raise UserError if a run cannot be trained on the devices."""
-        checked_apart(SPAWN_CONTEXT, _check_runs, [(point, configs.to_dict(config)) for point, config in points])
+        values = [(point, configs.to_dict(config)) for point, config in points]
+        checked_apart(SPAWN_CONTEXT, _check_runs, values, self._sweep.measures)
 
     def place(self, options: SweepOptions) -> str:
         """Return where runs are trained, in words."""
-        return f"each a run in a process of its own, {options.workers or 1} at a time"
+        number = options.workers or 1
+        at_once = f"{number} at a time" if self._sweep.measures is None else f"one at a time, {number} under way"
+        return f"each a run in a process of its own, {at_once}"
 
     def prepare(self, points: Group, starmap: Callable) -> None:
         """Do nothing: what runs share, their data, is kept on the disk by the first one."""
 
     def train(self, progress: Progress, name: str, options: SweepOptions) -> None:
         """Train points until none is left, `options.workers` of them at a time, one by default."""
-        train_point = functools.partial(_train_point, progress, name, options.command)
+        train_point = functools.partial(_train_point, progress, name, options, self._sweep)
         number = options.workers or 1
+        if number > 1:
+            os.environ.update({key: value for key, value in SHARED_DEVICE.items() if key not in os.environ})
         try:
             work_off(progress, [train_point] * number, parallel=number)
         except StoreError:
@@ -70,8 +103,10 @@ class RunEngine:
             raise
 
 
-def _check_runs(points: list[tuple[Point, dict[str, Any]]]) -> None:
+def _check_runs(points: list[tuple[Point, dict[str, Any]]], measures: MeasuresOf | None) -> None:
     """Check what runs need before their first step, once for all that differ in traced values alone."""
+    if measures is not None and points:
+        measures(configs.build(TrainConfig, points[0][1]))
     found: dict[str, Group] = {}
     for point, values in points:
         flat = {key: value for key, value in flatten_dict(values, sep=".").items() if key not in TRACED_KEYS}
@@ -93,44 +128,81 @@ def _ask_runs_to_stop() -> None:
             process.terminate()
 
 
-def _train_point(progress: Progress, name: str, command: str, group: Group) -> None:
+def _train_point(progress: Progress, name: str, options: SweepOptions, sweep: Sweep, group: Group) -> None:
     [(point, config)] = group
-    workdir = progress.store.path / "runs" / config.id
-    run = point, configs.to_dict(config), workdir, name, command
+    workdir, deadline = progress.store.path / "runs" / config.id, _deadline(progress.store, name, options)
+    call = RunCall(workdir, name, options.command, sweep.measures, deadline)
+    run = point, configs.to_dict(config), call
     row = sent_by_process(SPAWN_CONTEXT, _train_and_send, *run, process_name=RUN_PROCESS_NAME)
-    if not isinstance(row, dict):
+    if isinstance(row, str):
         raise RuntimeError(row)
-    progress.finish(row, rows.run_line(point, config, row))
+    if row is not None:
+        progress.finish(row, rows.run_line(point, config, row))
+        if not sweep.keep_runs:
+            shutil.rmtree(workdir, ignore_errors=True)
 
 
-def _train_and_send(
-    sender: connection.Connection, point: Point, values: dict[str, Any], workdir: Path, name: str, command: str
-) -> None:
-    """Train a point in this process, and send its row, or why there is none."""
+def _deadline(store: Store, name: str, options: SweepOptions) -> Deadline:
+    """Return by when runs are to have been trained, with how long the longest of the sweep's rows took."""
+    if options.until == math.inf:
+        return Deadline(math.inf)
+    taken = [row.get("training_seconds", row["seconds"]) for row in store.rows() if row.get("sweep") == name]
+    return Deadline(options.until, max(taken, default=0.0))
+
+
+def _train_and_send(sender: connection.Connection, point: Point, values: dict[str, Any], call: RunCall) -> None:
+    """Train a point in this process, and send its row, or why there is none; nothing where no time is left for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; the parent ends of it
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    revision()  # of the code that this process has imported: files may change until its row is made
     try:
-        make_folder(workdir)
-        _print_into(workdir / LOG_FILE)
-        wait_for_trainings(workdir)  # that of a command which was killed saves before it stops
+        make_folder(call.workdir)
+        _print_into(call.workdir / LOG_FILE)
+        if compilation.FOLDER_VARIABLE in os.environ:
+            compilation.keep()
+        wait_for_trainings(call.workdir)  # that of a command which was killed saves before it stops
         config = configs.build(TrainConfig, values)
-        sender.send(_trained(point, config, workdir) | rows.facts_of(name, command))
+        trained = _trained(point, config, call) if call.measures is None else _measured(point, config, call)
+        sender.send(trained | rows.facts_of(call.name, call.command))
+    except NoTimeLeft as left:
+        print(f"{LEFT}: {left}")
+        sender.send(None)
     except Exception as error:
         traceback.print_exc()
         with contextlib.suppress(BrokenPipeError):  # nobody is left to be told
-            sender.send(f"{type(error).__name__}: {error} ({workdir / LOG_FILE})")
+            sender.send(f"{type(error).__name__}: {error} ({call.workdir / LOG_FILE})")
+    if call.measures is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # a thread that compiles what is not needed any more would be waited for
 
 
-def _trained(point: Point, config: TrainConfig, workdir: Path) -> dict[str, Any]:
+def _trained(point: Point, config: TrainConfig, call: RunCall) -> dict[str, Any]:
     """Return the row of a point after it has been trained."""
     begin = time.perf_counter()
     try:
-        results = train(config, workdir)
+        results = _results_of(train(config, call.workdir))
     except DivergedError:
-        return rows.run_row(point, config, None, time.perf_counter() - begin)
+        results = None
+    return rows.run_row(point, config, results, time.perf_counter() - begin)
+
+
+def _measured(point: Point, config: TrainConfig, call: RunCall) -> dict[str, Any]:
+    """Return the row of a point after it has been trained, and measured unless it diverged."""
+    assert call.measures is not None
+    run, found = MeasuredRun(call.measures(config), call.deadline), dict[str, Any]()
+    try:
+        results = _results_of(train(config, call.workdir, run.turn))
+        found = run.measured(call.workdir)
+    except DivergedError:
+        results = None
+    return rows.run_row(point, config, results, 0.0) | run.facts() | found
+
+
+def _results_of(results: dict[str, float]) -> dict[str, float]:
     if not results:
         raise RuntimeError("stopped by a signal; the same command goes on from there")
-    return rows.run_row(point, config, results, time.perf_counter() - begin)
+    return results
 
 
 def _print_into(path: Path) -> None:

@@ -1,6 +1,7 @@
 """What of a sweep is left to do: groups of points, each claimed once by whoever asks first, on this host or another."""
 
 import dataclasses
+import math
 import multiprocessing
 import threading
 import time
@@ -39,6 +40,7 @@ class SweepOptions:
       compiler_threads: programs that a group compiles at the same time.
       part: (i, n) to take every n-th group from the i-th on (`part_of`).
       command: what the rows name as their command.
+      until: of `time.time`, after which no group is begun.
     """
 
     max_lanes: int = MAX_LANES
@@ -46,6 +48,7 @@ class SweepOptions:
     compiler_threads: int = MAX_COMPILER_THREADS
     part: tuple[int, int] = (0, 1)
     command: str = ""
+    until: float = math.inf
 
 
 class Todo:
@@ -125,9 +128,11 @@ def _without(group: Group, finished: set[str]) -> Group:
 
 
 class Engine(Protocol):
-    """A way to train points: which of them are trained together, and how a group is."""
+    """A way to train the points of a sweep: which of them are trained together, and how a group is."""
 
-    def groups(self, sweep: Sweep) -> list[Group]:
+    def __init__(self, sweep: Sweep): ...
+
+    def groups(self) -> list[Group]:
         """Return all points in groups, the same in every process."""
         ...
 
@@ -151,8 +156,8 @@ class Engine(Protocol):
 class Progress:
     """What a process does for a sweep: claims, keeps the rows of what is done, says so, and knows whether to go on."""
 
-    def __init__(self, todo: Todo, store: Store, report: Callable[[str], None]):
-        self.todo, self.store, self.claims = todo, store, Claims(store)
+    def __init__(self, todo: Todo, store: Store, report: Callable[[str], None], until: float = math.inf):
+        self.todo, self.store, self.claims, self._until = todo, store, Claims(store), until
         self.count, self.stopped = 0, False
         self.parallel = todo.sharers
         self.errors: list[str] = []
@@ -160,12 +165,12 @@ class Progress:
         self._seconds, self._begin, self._has_waited = 0.0, time.perf_counter(), False
 
     def groups(self) -> Iterator[Group]:
-        """Yield groups to train until none is left, waiting for those that others have claimed.
+        """Yield groups to train until none is left, or no time, waiting for those that others have claimed.
 
         What they finish needs no training any more; what they leave behind is taken over.
         """
         looks = 0
-        while not self.stopped:
+        while not self.stopped and time.time() < self._until:
             if group := self.todo.take(self.claims):
                 try:
                     yield group

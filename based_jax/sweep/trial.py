@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+import pickle
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from based_jax import config as configs
 from based_jax.errors import UserError
 from based_jax.sweep.checks import impossible
+from based_jax.sweep.measures import Measures
 from based_jax.sweep.points import Point, checked_point, shown
 from based_jax.train.run import RunConfig, TrainConfig
 from based_jax.train.tasks import FILE_TASKS, SyntheticTask
@@ -71,12 +73,20 @@ class Sweep:
     Whole runs are `TrainConfig`s, as of the command `train`: a base that has "steps", or whose data is read from files,
     is of them.
 
+    Attributes:
+      base, points: what is trained.
+      measures: of a whole run's config, what else its row gets; of a module that is imported, since each run is a
+        process of its own. None for nothing.
+      keep_runs: whether the workdirs of whole runs that have a row stay, with their checkpoints.
+
     Raises:
-      UserError: the base is no mapping, or the points are not flat dicts.
+      UserError: the base is no mapping, the points are not flat dicts, or the measures are not for them.
     """
 
     base: Mapping[str, Any] | ConfigDict
     points: list[Point]
+    measures: Callable[[TrainConfig], Measures] | None = None
+    keep_runs: bool = True
 
     def __post_init__(self):
         if not isinstance(self.base, Mapping | ConfigDict):
@@ -84,6 +94,20 @@ class Sweep:
         if isinstance(self.points, Mapping | str) or not isinstance(self.points, Iterable):
             raise UserError(f"The points of a sweep are {shown(self.points)}; they are a list of dicts.")
         object.__setattr__(self, "points", [checked_point(point) for point in self.points])
+        self._check_measures()
+
+    def _check_measures(self) -> None:
+        if self.measures is None:
+            return
+        if self.config_class is not TrainConfig:
+            raise UserError(f"The measures of a sweep are {shown(self.measures)}, of whole runs; these are trials.")
+        try:
+            pickle.dumps(self.measures)
+        except Exception as error:
+            raise UserError(
+                f"The measures of a sweep are {shown(self.measures)}; they are a function or class of a module that"
+                " can be imported, not of the sweep file."
+            ) from error
 
     @property
     def config_class(self) -> type[RunConfig]:

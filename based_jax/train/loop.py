@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from based_jax.train.read_ahead import read_ahead
 from based_jax.train.run import Facts, TrainConfig
 from based_jax.train.samples import Sampler, sampler
 from based_jax.train.step import TrainState
-from based_jax.train.tasks import TextTask
+from based_jax.train.tasks import Source, TextTask
 from based_jax.train.workdir import CHECKPOINTS_FOLDER, checked_workdir, held
 
 
@@ -43,7 +43,11 @@ class UnreadableError(UserError):
     """The data of a run cannot be read, or are not as they were written."""
 
 
-def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
+Turn = Callable[[TrainProgram, TrainState], contextlib.AbstractContextManager]
+"""What a run that shares its devices waits in for its turn, with what it trains and the state that it begins with."""
+
+
+def train(config: TrainConfig, workdir: str | os.PathLike, turn: Turn | None = None) -> dict[str, float]:
     """Train to `config.steps`, continuing from the workdir's last good checkpoint, and return the final evaluation.
 
     The workdir gets config.json, metrics.jsonl, TensorBoard events and checkpoints; a row and a checkpoint of step n
@@ -53,6 +57,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
     Args:
       config: the run.
       workdir: a new folder, or that of a run of this config; `continuation.MAY_CHANGE` lists what may differ.
+      turn: entered when step and evaluation are compiled, and left when the run ends; None to begin at once.
 
     Raises:
       UserError: bad input, another training in the same workdir, damaged data or a full disk; what can be saved is.
@@ -104,6 +109,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
             start, state = 0, program.initial_state(taken)
         else:
             start, state = checkpoints.restore(program.abstract_state)
+        if turn is not None:
+            _compile_ahead(program, state, eval_step, source, feed)
+            stack.enter_context(turn(program, state))
         report = stack.enter_context(Report(config, workdir, start, checkpoints, timer))
         for line in (*opening_lines(program, source, choices), *origin, *changed):
             report.say(line)
@@ -153,6 +161,17 @@ def train(config: TrainConfig, workdir: str | os.PathLike) -> dict[str, float]:
             raise _saved_in_spite_of(error, checkpoints, step, state) from error
 
         return results or run_eval(state.params, preemption) or _stopped(step, preemption, report)
+
+
+def _compile_ahead(
+    program: TrainProgram, state: TrainState, eval_step: Any, source: Source, feed: parallel.Feed
+) -> None:
+    """Compile what batches like the first ones need; the calls that come find it done."""
+    program.lower_step(source.batch(0)).compile()
+    first = next((batch for name in source.eval_names for batch in source.eval_batches(name)), None)
+    if first is not None:
+        with jax.set_mesh(program.mesh):
+            eval_step.lower(state.params, feed.arrays(first)).compile()
 
 
 def _evaluates(config: TrainConfig, step: int) -> bool:

@@ -89,9 +89,9 @@ def run(args: argparse.Namespace) -> int | None:
 
 
 def together(names: list[str]) -> int:
-    """Run settings on one device at the same time, and return the first exit code that is not 0; text is packed once.
+    """Run each setting in a process of its own on the same device, and return the first exit code that is not 0.
 
-    What takes longest is compiling, of which a device waits for one process while it works for another.
+    Most of a run is compiling, which they do side by side; the first packs the text, and the others wait for it.
     """
     words = [word for word in sys.argv[1:] if not word.startswith(("--only", "--at-once"))]
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}

@@ -1,11 +1,11 @@
-"""Small language models with equal states on real text: prepare, run, table, plot."""
+"""Small language models with equal states on real text: prepare, table, plot."""
 
 import sys
 
 from experiments import commands
-from experiments.lm_recall import plot, prepare, run, table
+from experiments.lm_recall import plot, prepare, table
 
-MODULES = {"prepare": prepare, "run": run, "table": table, "plot": plot}
+MODULES = {"prepare": prepare, "table": table, "plot": plot}
 
 
 def main(argv: list[str] | None = None) -> int:

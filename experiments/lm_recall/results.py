@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -59,22 +59,34 @@ class Model:
         return tuple(mean(x[key] for x in parts) for key in ("value", "low", "high")) if parts else None
 
 
-def read(sweep: str = "study", path: Path = RUNS) -> list[Model]:
-    """Return the models of a sweep that have a finished run, in the order of the sweep."""
+def read(names: Iterable[str] = tuple(sweeps.MODELS), path: Path = RUNS) -> list[Model]:
+    """Return those of these models that have a finished run.
+
+    Rates count that all of them have been tried with, so that none has a choice that another has not had yet.
+    """
     rows = Store(path).rows()
-    return [found for name in sweeps.SWEEPS[sweep] if (found := _model(name, rows))]
+    tried = {name: found for name in names if (found := _by_rate(name, rows))}
+    fair = set[float].intersection(*map(set, tried.values())) if tried else set()
+    models = (_model(name, {rate: found[rate] for rate in fair}) for name, found in tried.items())
+    return [model for model in models if model is not None]
 
 
-def _model(name: str, rows: Sequence[Row]) -> Model | None:
-    rates: dict[float, list[Row]] = defaultdict(list)
+def _by_rate(name: str, rows: Sequence[Row]) -> dict[float, list[Row]]:
+    """Return a model's rows by their rate."""
+    found: dict[float, list[Row]] = defaultdict(list)
     for row in rows:
         if row["model"] == name:
-            rates[row["config"]["optim"]["lr"]].append(row)
-    done = {rate: found for rate, found in rates.items() if all(row["status"] == "finished" for row in found)}
+            found[row["config"]["optim"]["lr"]].append(row)
+    return found
+
+
+def _model(name: str, tried: Mapping[float, Sequence[Row]]) -> Model | None:
+    """Return a model with the best of these rates; None where it has diverged with all of them."""
+    done = {rate: found for rate, found in tried.items() if all(row["status"] == "finished" for row in found)}
     if not done:
         return None
     best = min(done, key=lambda rate: mean(row["loss"] for row in done[rate]))
-    return Model(name, done[best], len(rates))
+    return Model(name, done[best], len(tried))
 
 
 def lengths(models: Sequence[Model], task: str) -> list[int]:

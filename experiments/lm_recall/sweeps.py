@@ -2,7 +2,7 @@
 
 Variants: study, all models with three rates and two seeds; order, the layers of Based in other orders and ratios. The
 first points are of all models with the rate in the middle and one seed, so that a whole table exists early. The text
-is that of the folder runs/corpus (see the README).
+is that of the folder runs/corpus (see the README). What runs are asked is in `measures.py`.
 """
 
 from based_jax.sweep import Sweep, chain, param, product
@@ -70,19 +70,21 @@ RATIOS = {
 SWEEPS = {"study": MODELS, "order": ORDERS | RATIOS}
 
 
-def name_of(point, default=""):
-    """Return the name of a point's model."""
+def name_of(layers, default=""):
+    """Return the name of the model with these layers."""
     named = {name: found for models in SWEEPS.values() for name, found in models.items()}
-    layers = point.get("model.layers")
     return next((name for name, found in named.items() if found["model.layers"] == layers), default)
 
 
 def get_sweep(variant="study"):
     """Return the sweep of that name, or of one model of any."""
+    from experiments.lm_recall.measures import StudyMeasures  # imports all that measures a model
+
     models = (SWEEPS | {name: {name: found} for found in SWEEPS.values() for name, found in found.items()})[variant]
     settings = chain(
         product(param("optim.lr", RATES[:1]), param("seed", SEEDS[:1])),
         product(param("optim.lr", RATES[1:]), param("seed", SEEDS[:1])),
         product(param("optim.lr", RATES), param("seed", SEEDS[1:])),
     )
-    return Sweep(BASE, [found | setting for setting in settings for found in models.values()])
+    points = [found | setting for setting in settings for found in models.values()]
+    return Sweep(BASE, points, measures=StudyMeasures, keep_runs=False)

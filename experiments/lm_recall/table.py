@@ -28,12 +28,12 @@ def run(args: argparse.Namespace) -> None:
 
 def tables() -> dict[str, str]:
     """Return the page's tables by name."""
-    study = results.read()
+    study, orders = results.read(), results.read(("based", *sweeps.SWEEPS["order"]))
     return {
         "losses": _of(study, _losses),
         "needles": _of(study, lambda model: _needles(model, study)),
         "speeds": _of(study, _speeds),
-        "orders": _of([*(x for x in study if x.name == "based"), *results.read("order")], _order),
+        "orders": _of(orders, _order),
         "mqar": _mqar(),
         "device": _device(),
     }

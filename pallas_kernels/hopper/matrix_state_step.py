@@ -4,7 +4,8 @@
 
 The delta rule is a = w k, b = -beta k and beta k for k. A block takes a strip of columns of one head's state into its
 registers: the columns do not meet, so that a state is cut into as many strips as fill the GPU. A warp has a share of
-the columns and all rows, which lie over its lanes beside each other: sums over rows take a few shuffles.
+the columns and all rows, which lie over its lanes beside each other: sums over rows take a few shuffles. So queries and
+keys can be brought to length 1 here too, out of the product in which they and values stand behind each other.
 """
 
 import functools
@@ -26,6 +27,8 @@ MAX_STRIP_ELEMENTS = 8192
 """64 of a lane."""
 LANE_VECTOR = 4
 """Columns that lie beside each other in a lane."""
+UNIT_EPS = 1e-6
+"""Below the root of what queries and keys are divided by."""
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "multiprocessors"))
@@ -48,7 +51,7 @@ def step(q, k, v, w, state, *more, scale: float, multiprocessors: int):
         at = plan.here()
         S = load_global(state_ref.at[at.head, :, at.strip], plan.layout)
         w, k, *ab = plan.transition(at, w_ref, k_ref, more_refs)
-        after = w * S + k * plan.down(plan.columns(at, v_ref))
+        after = w * S + k * plan.down(plan.columns(at, v_ref.at[at.head]))
         if ab:
             a, b = ab
             after += b * plan.down((a * S).sum(axis=0))
@@ -61,6 +64,37 @@ def step(q, k, v, w, state, *more, scale: float, multiprocessors: int):
     out_type = [jax.ShapeDtypeStruct((heads, plan.state[1]), v.dtype)]
     [o] = stream.kernel(body, "matrix_state_step", plan.blocks, out_type, [])(*inputs, ref)
     return o.reshape(v.shape), ref[...].reshape(state.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "multiprocessors"))
+def unit_step(joint, w, beta, state, *, scale: float, multiprocessors: int):
+    """Return o (B, H, V), and the state after the token, as `step` for the delta rule on q / |q| and k / |k|.
+
+    Args:
+      joint: (B, H (2 K + V)) bf16 or fp32: queries of all heads, keys, values.
+      w, beta, state, scale, multiprocessors: as of `step`.
+    """
+    plan, (B, H, K, V) = _Plan.of(state, multiprocessors), state.shape
+
+    def body(joint_ref, w_ref, beta_ref, state_ref, o_ref):
+        at = plan.here()
+        row, head = lax.div(at.head, H), lax.rem(at.head, H)
+        tokens = joint_ref.at[row]
+        S = load_global(state_ref.at[at.head, :, at.strip], plan.layout)
+        k, of_k = plan.unit_key(tokens.at[pl.ds((H + head) * K, K)])
+        v = plan.columns(at, tokens.at[pl.ds(2 * H * K + head * V, V)])
+        kept = plan.rows(at, w_ref) * S
+        new = plan.rows(at, beta_ref) * of_k * (v - of_k * (k * kept).sum(axis=0))
+        after = kept + k * plan.down(new)
+        save(state_ref.at[at.head, :, at.strip], after)
+        q, of_q = plan.unit_key(tokens.at[pl.ds(head * K, K)])
+        save(o_ref.at[at.head, at.strip], scale * of_q * (q * after).sum(axis=0))
+
+    ref = jax.new_ref(state.reshape(plan.heads, *plan.state))
+    gates = [x.reshape(plan.heads, -1) for x in (w, beta)]
+    out_type = [jax.ShapeDtypeStruct((plan.heads, V), joint.dtype)]
+    [o] = stream.kernel(body, "unit_delta_step", plan.blocks, out_type, [])(joint, *gates, ref)
+    return o.reshape(B, H, V), ref[...].reshape(state.shape)
 
 
 class _Place(NamedTuple):
@@ -118,10 +152,20 @@ class _Plan(NamedTuple):
         """Return one value per row, or one for all, repeated over the columns."""
         if ref.shape[1] == 1:
             return ref[at.head, 0]
-        return lax.broadcast_in_dim(self._load(ref.at[at.head], self.layout.reduce(1)), self.shape, [0])
+        return self.key(ref.at[at.head])
+
+    def key(self, ref) -> jax.Array:
+        """Return K values, one per row, repeated over the columns."""
+        return lax.broadcast_in_dim(self._load(ref, self.layout.reduce(1)), self.shape, [0])
+
+    def unit_key(self, ref) -> tuple[jax.Array, jax.Array]:
+        """Return the same, and for each column what brings them to length 1."""
+        x = self.key(ref)
+        return x, lax.rsqrt((x * x).sum(axis=0) + UNIT_EPS)
 
     def columns(self, at: _Place, ref) -> jax.Array:
-        return self._load(ref.at[at.head, at.strip], self.layout.reduce(0))
+        """Return the values of a strip, of V."""
+        return self._load(ref.at[at.strip], self.layout.reduce(0))
 
     def down(self, columns) -> jax.Array:
         """Repeat one value per column over the rows."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.tpu.products import columns, parts, product, table_product
+from pallas_kernels.tpu.products import columns, moved_back, moved_on, parts, product, table_product
 
 
 def table(tokens: int, by_channel: bool) -> jax.Array:
@@ -117,9 +117,17 @@ class ByChannel(NamedTuple):
             found = found + jnp.where(met, product(x * weights, y * weights, (1, 1), self.dtype), 0.0)
         return found
 
+    def pairs_before(self, x, y):
+        """Return the products of x, as it meets the state before its token, and earlier tokens' y (C, C)."""
+        return moved_on(self.pairs(moved_back(x), y), 0.0)
+
     def seen(self, x):
         """Return x as it meets the state before the chunk."""
         return x * self.since
+
+    def seen_before(self, x):
+        """Return x as it meets the state before the chunk, decayed as it is before x's token."""
+        return x * moved_on(self.since, 1.0)
 
     def left(self, y):
         """Return what is left of y at the chunk's end."""

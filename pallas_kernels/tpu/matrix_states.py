@@ -1,4 +1,4 @@
-"""Matrix states that decay, by chunks of tokens on matrix units: gated linear attention and the delta rule.
+"""Matrix states that decay, by chunks of tokens on matrix units: gated linear attention, delta rule, low rank forms.
 
 With the state S before a chunk of C tokens, and c_t the sum of its log-decays up to token t, one a head or one a
 channel of keys (arXiv 2312.06635, section 4; 2406.06484, section 3.2; 2510.26692, section 3):
@@ -11,6 +11,11 @@ the state and the tokens before, as far as its rate goes, with P of k in the pla
 
     (I + diag(beta) L) U = diag(beta) (V - A S)           L_ts = sum_i k_ti k_si exp(c_ti - c_si), s < t
                                                           A_t = exp(c_t) k_t
+
+What a transition of diagonal plus low rank writes beside V, under keys b, is what its keys a read of the state before
+each token (arXiv 2503.14456, section 4), with M of b as N is of k:
+
+    (I - M) U = N V + A S          N_ts = sum_i a_ti k_si exp(c_(t-1)i - c_si), s < t          A_t = exp(c_(t-1)) a_t
 
 `forward` walks over the chunks with S in VMEM. `reverse` walks back with its gradient: it makes each chunk anew from
 the state before it, and JAX the gradients of that. No exponent is above 0, and none is a difference of sums
@@ -39,13 +44,15 @@ VMEM_BYTES = 60 << 20
 
 
 class Tokens(NamedTuple):
-    """What tokens bring, of the heads of a group: one of H, or of the G groups by which programs take them.
+    """What tokens bring. A number a head lies with tokens on lanes, as projections can write it.
 
     Attributes:
       q, k: (B, H, T, K) bf16 or fp32.
       v: (B, H, T, V) in their dtype.
-      log_decay: at most 0, fp32: (B, H, T, K), or (B, G, T, heads) where a head has one.
-      beta: (B, G, T, heads) fp32, the rates of the delta rule, or None.
+      log_decay: at most 0, fp32: (B, H, T, K), or (B, H, 1, T) where a head has one.
+      beta: (B, H, 1, T) fp32, the rates of the delta rule, or None.
+      a, b: like k, what each token reads of the state before it, and where it writes that to, or None; log-decays are
+        of channels then.
     """
 
     q: jax.Array
@@ -53,6 +60,8 @@ class Tokens(NamedTuple):
     v: jax.Array
     log_decay: jax.Array
     beta: jax.Array | None = None
+    a: jax.Array | None = None
+    b: jax.Array | None = None
 
 
 class Plan(NamedTuple):
@@ -102,8 +111,9 @@ class Plan(NamedTuple):
 
     def of_tokens(self, x, chunk_at) -> pl.BlockSpec:
         """Return a program's block of an array of `Tokens`."""
-        heads = self.group if x.shape[1] == self.heads else 1
-        return pl.BlockSpec((1, heads, self.chunk, x.shape[3]), lambda row, group, n: (row, group, chunk_at(n), 0))
+        if x.shape[2] == 1:
+            return pl.BlockSpec((1, self.group, 1, self.chunk), lambda row, group, n: (row, group, 0, chunk_at(n)))
+        return pl.BlockSpec((1, self.group, self.chunk, x.shape[3]), lambda row, group, n: (row, group, chunk_at(n), 0))
 
     def of_state(self) -> pl.BlockSpec:
         """Return a program's block of states (B, H, V, K)."""
@@ -120,9 +130,10 @@ class Plan(NamedTuple):
 
     def launch(self, body, name: str, arguments, in_specs, results, out_specs):
         """Run a program for each group of heads of a row, which goes on with each chunk."""
+        varying = jax.typeof(arguments[-1]).manual_axis_type
         return pl.pallas_call(
             body,
-            out_shape=results,
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x in results],
             grid=self.grid,
             in_specs=in_specs,
             out_specs=out_specs,
@@ -163,7 +174,7 @@ def forward(tokens: Tokens, state, *, scale: float, with_starts: bool):
         for ref in starts_ref:
             for head, S in enumerate(states):
                 ref[0, head, 0] = S.astype(ref.dtype)
-        outputs, states = chunk(plan, scale, table_ref[...], Block.read(blocks, plan), states)
+        outputs, states = chunk(plan, scale, table_ref[...], Block.read(blocks, tokens), states)
         for head, (o, S) in enumerate(zip(outputs, states, strict=True)):
             o_ref[0, head] = o.astype(o_ref.dtype)
             running[head] = S
@@ -204,7 +215,7 @@ def reverse(tokens: Tokens, starts, do, dlast, *, scale: float):
 
         heads = range(plan.group)
         states = [starts_ref[0, head, 0].astype(jnp.float32) for head in heads]
-        _, pullback = jax.vjp(functools.partial(chunk, plan, scale, table_ref[...]), Block.read(blocks, plan), states)
+        _, pullback = jax.vjp(functools.partial(chunk, plan, scale, table_ref[...]), Block.read(blocks, tokens), states)
         gradients = [do_ref[0, head].astype(jnp.float32) for head in heads], [running[head] for head in heads]
         dblock, dstates = pullback(gradients)
         dblock.write(targets)
@@ -226,38 +237,77 @@ def reverse(tokens: Tokens, starts, do, dlast, *, scale: float):
 
 
 class Block(NamedTuple):
-    """A chunk's tokens in fp32, by head; log-decays (C, heads) and rates of all heads at once where they have one."""
+    """A chunk's tokens in fp32, by head; a number a head (C, heads) of all heads at once."""
 
     q: list[jax.Array]
     k: list[jax.Array]
     v: list[jax.Array]
     log_decay: list[jax.Array]
     beta: list[jax.Array] | None
+    a: list[jax.Array] | None
+    b: list[jax.Array] | None
 
     @classmethod
-    def read(cls, refs, plan: Plan) -> "Block":
+    def read(cls, refs, tokens: Tokens) -> "Block":
         """Return what programs' blocks of `Tokens` hold."""
-        held = [[ref[0, n].astype(jnp.float32) for n in range(ref.shape[1])] for ref in refs]
-        return cls(*held, *[None] * (len(cls._fields) - len(held)))
+        held = map(read, refs)
+        return cls(*(None if x is None else next(held) for x in tokens))
 
     def write(self, refs) -> None:
         """Write gradients of blocks."""
-        given = [parts for parts in self if parts is not None]
-        for ref, parts in zip(refs, given, strict=True):
-            for n, part in enumerate(parts):
-                ref[0, n] = part.astype(ref.dtype)
+        for ref, parts in zip(refs, (parts for parts in self if parts is not None), strict=True):
+            write(ref, parts)
+
+
+def read(ref) -> list:
+    """Return each head's part of a block, or numbers a head (C, heads)."""
+    heads = [ref[0, n].astype(jnp.float32) for n in range(ref.shape[1])]
+    return [jnp.concatenate(heads).T] if ref.shape[2] == 1 else heads
+
+
+def write(ref, parts) -> None:
+    """Write what `read` returns."""
+    for n, part in enumerate(columns_as_rows(parts[0]) if ref.shape[2] == 1 else parts):
+        ref[0, n] = part.astype(ref.dtype)
+
+
+def columns_as_rows(x) -> list:
+    """Return the columns of a matrix as matrices of a row."""
+    return [x.T[n : n + 1] for n in range(x.shape[1])]
+
+
+class Write(NamedTuple):
+    """What a head's tokens add to its state: values (C, V) under keys (C, K)."""
+
+    keys: jax.Array
+    values: jax.Array
 
 
 def chunk(plan: Plan, scale: float, table, block: Block, states: list) -> tuple[list, list]:
     """Return the outputs of a chunk's tokens and the states (V, K) after it, by head, given those before it."""
     dtype, by_head = plan.dtype, decays.of_heads(table, block.log_decay, plan.dtype)
-    values = block.v if block.beta is None else corrected(dtype, block, columns(block.beta[0]), by_head, states)
-    heads = list(zip(block.q, block.k, values, by_head, states, strict=True))
-    outputs = [
-        scale * (product(decay.pairs(q, k), v, (1, 0), dtype) + product(decay.seen(q), S, (1, 1), dtype))
-        for q, k, v, decay, S in heads
-    ]
-    return outputs, [decay.kept(S) * S + product(v, decay.left(k), (0, 0), dtype) for _, k, v, decay, S in heads]
+    heads = list(zip(block.q, written(dtype, block, by_head, states), by_head, states, strict=True))
+
+    def output(q, writes, decay, S):
+        seen = product(decay.seen(q), S, (1, 1), dtype)
+        return scale * sum((product(decay.pairs(q, k), v, (1, 0), dtype) for k, v in writes), seen)
+
+    def after(writes, decay, S):
+        return sum((product(v, decay.left(k), (0, 0), dtype) for k, v in writes), decay.kept(S) * S)
+
+    return [output(*head) for head in heads], [after(*head) for _, *head in heads]
+
+
+def written(dtype, block: Block, by_head: list[decays.Decays], states: list) -> list[list[Write]]:
+    """Return what tokens write, by head."""
+    if block.beta is not None:
+        values = corrected(dtype, block, columns(block.beta[0]), by_head, states)
+        return [[Write(*head)] for head in zip(block.k, values, strict=True)]
+    own = [[Write(*head)] for head in zip(block.k, block.v, strict=True)]
+    if block.a is None:
+        return own
+    values = read_before(dtype, block, by_head, states)
+    return [[*writes, Write(*head)] for writes, *head in zip(own, block.b, values, strict=True)]
 
 
 def corrected(dtype, block: Block, rates: list, by_head: list[decays.Decays], states: list) -> list:
@@ -265,3 +315,13 @@ def corrected(dtype, block: Block, rates: list, by_head: list[decays.Decays], st
     heads = list(zip(rates, block.k, block.v, by_head, states, strict=True))
     right = [beta * (v - product(decay.seen(k), S, (1, 1), dtype)) for beta, k, v, decay, S in heads]
     return solve([beta * decay.pairs(k, k, own=False) for beta, k, _, decay, _ in heads], right, dtype)
+
+
+def read_before(dtype, block: Block, by_head: list[decays.Decays], states: list) -> list:
+    """Return what keys a read of the state before their tokens, by head."""
+    heads = list(zip(block.a, block.b, block.k, block.v, by_head, states, strict=True))
+    right = [
+        product(decay.pairs_before(a, k), v, (1, 0), dtype) + product(decay.seen_before(a), S, (1, 1), dtype)
+        for a, _, k, v, decay, S in heads
+    ]
+    return solve([-decay.pairs_before(a, b) for a, b, _, _, decay, _ in heads], right, dtype)

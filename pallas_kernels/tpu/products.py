@@ -94,3 +94,21 @@ def parts(x, count: int):
 
 
 parts.defvjp(lambda x, count: (parts(x, count), None), lambda count, _, gradients: (jnp.concatenate(gradients),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def moved_on(x, first: float):
+    """Return a matrix' rows each a place on, behind a row of a number; the last row is left out."""
+    row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    return jnp.where(row == 0, first, jnp.concatenate([x[-1:], x[:-1]]))
+
+
+@jax.custom_vjp
+def moved_back(x):
+    """Return a matrix' rows each a place back, before a row of zeros; the first row is left out."""
+    row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    return jnp.where(row == len(x) - 1, 0.0, jnp.concatenate([x[1:], x[:1]]))
+
+
+moved_on.defvjp(lambda x, first: (moved_on(x, first), None), lambda first, _, gradient: (moved_back(gradient),))
+moved_back.defvjp(lambda x: (moved_back(x), None), lambda _, gradient: (moved_on(gradient, 0.0),))

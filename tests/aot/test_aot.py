@@ -42,6 +42,8 @@ def get_config():
         "batch_size": 16,
     }
 """
+KERNELS = "taylor_chunks", "taylor_query_gradients", "taylor_key_gradients", "window_forward", "window_gradients"
+"""Of both layers, on a TPU."""
 
 
 @pytest.fixture
@@ -250,6 +252,8 @@ def test_a_step_of_two_of_based_s_layers_is_compiled_for_each_generation(name, t
     [train] = rows_of(out)
     assert train["device"] == topology.find(name).device_kind and not train["unknown_loops"]
     assert train["exchanged_bytes"] > 0 and train["flops"] >= 0.9 * train["model_flops"]
+    runs = {kernel: told["runs"] for kernel, told in train["kernels"].items()}
+    assert runs.items() >= dict.fromkeys(KERNELS, 1).items(), runs
 
 
 @needs_libtpu

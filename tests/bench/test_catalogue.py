@@ -1,5 +1,6 @@
 """The catalogue knows every operation with a GPU's kernels, and every kernel that these run."""
 
+import contextlib
 import dataclasses
 import importlib
 import pkgutil
@@ -13,11 +14,13 @@ from jax.extend.core import jaxprs_in_params
 import based_jax.ops
 from based_jax.bench import cases
 from based_jax.bench.catalogue import OPERATIONS
+from based_jax.bench.catalogue.operation import BOTH
 from based_jax.errors import UserError
 from based_jax.ops.dispatch import Implementation
 
 LIBRARIES = {"cudnn_flash"}
 """Implementations that run nobody's kernels but a library's."""
+DECODING = [case for case in cases.small_cases() if BOTH not in OPERATIONS[case.operation].passes]
 
 
 def tables():
@@ -103,3 +106,22 @@ def test_every_kernel_has_one_of_its_implementation_s_names(case):
         names = kernels_of(cases.plain(case))
     begins = OPERATIONS[case.operation].kernels[case.impl]
     assert names and all(name.startswith(begins) for name in names), names
+
+
+@pytest.mark.parametrize("case", [x for x in DECODING if x.impl.startswith("hopper")], ids=str)
+def test_what_decodes_runs_or_is_refused_in_shard_map(case):
+    """`jax.shard_map` asks of each result over which devices it varies; a kernel that writes in place cannot say it."""
+    operation, arrays = OPERATIONS[case.operation], cases.arrays_of(case)
+    rows = {name: x for name, x in arrays.items() if name not in operation.weights}
+    whole = {name: jax.ShapeDtypeStruct((2 * x.shape[0], *x.shape[1:]), x.dtype) for name, x in rows.items()}
+    specs = {name: jax.P("data") if name in rows else jax.P() for name in arrays}
+
+    def trace(case):
+        function = operation.function(case)
+        call = jax.shard_map(lambda x: function(x, None), in_specs=(specs,), out_specs=jax.P("data"))
+        jax.eval_shape(call, arrays | whole)
+
+    with gpus(shape=(2,)):
+        with contextlib.suppress(UserError):
+            trace(case)
+        trace(case.by("auto"))

@@ -126,7 +126,7 @@ def test_any_entry_of_a_table_can_be_named():
     assert taylor.usual_impls == ["hopper_chunks", "triton_chunks", "xla_chunks"]
     names = ["hopper_chunks", "xla_chunks", "xla_quadratic", "xla_steps", "oracle"]
     assert taylor.impls(names) == taylor.impls(["hopper", "xla", "quadratic", "recurrent", "oracle"]) == names
-    assert OPERATIONS["attention"].usual_impls == ["cudnn_flash", "hopper_tiles", "hopper_turns", "triton_tiles"]
+    assert OPERATIONS["attention"].usual_impls == ["cudnn_flash", "hopper_turns", "hopper_tiles", "triton_tiles"]
     assert "cudnn_flash" in timed_operation("window_attention_64").usual_impls
 
 

@@ -1,6 +1,8 @@
 """`bench static`: how schedules are read, what a regression is, and that no kernel is one."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,10 +99,10 @@ def test_every_kernel_has_a_row_on_every_chip():
 
 @needs_libtpu
 @pytest.mark.long
-def test_no_kernel_has_become_worse(tmp_path):
+@pytest.mark.usefixtures("as_a_user")
+def test_no_kernel_has_become_worse():
     """In a process of its own: libtpu is told once where it writes its schedules."""
-    from helpers.command_processes import CommandProcess
-
     words = ["bench", "static", "--topology=v5e", "--only=tpu", f"--baseline={ROWS}"]
-    code, out, error = CommandProcess(words, tmp_path).end(seconds=1200)
-    assert code == 0 and out.count("bundles a token and head") == len(points.chosen(["v5e"], "tpu")), out + error
+    done = subprocess.run([sys.executable, "-m", "based_jax", *words], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("bundles a token and head") == len(points.chosen(["v5e"], "tpu"))

@@ -18,6 +18,13 @@ from based_jax.nn.lm import LM
         ({"mlp_bias": True}, "mlp_bias is True in config.json; only False is supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "Unknown rope_type of config.json 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "lacks 'factor' of transformers' Llama"),
+        ({"rope_scaling": {"factor": 2.0}}, "Rotary has a factor in config.json, 2.0, and no rope_type"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "Unknown rope_type of config.json 'dynamic'"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "rope_parameters has a section 'full_attention'",
+        ),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4} in config.json; only None is"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"sliding_window": 8}, "sliding_window is 8"),
         ({"head_dim": 4}, r"o_proj.weight' has shape \(32, 32\); the model's is \(32, 16\)"),
@@ -29,6 +36,27 @@ from based_jax.nn.lm import LM
 )
 def test_a_llama_of_another_kind_is_refused(fields, message, llama):
     change(llama, **fields)
+    with pytest.raises(UserError, match=message):
+        load_hf(llama)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "mistral"}, "lacks 'sliding_window' of transformers' Mistral"),
+        ({"use_sliding_window": True, "max_window_layers": 0}, "lacks 'sliding_window' of transformers' Qwen2"),
+        ({"use_sliding_window": True, "sliding_window": 8}, "lacks 'max_window_layers' of transformers' Qwen2"),
+        ({"layer_types": ["sliding_attention"], "sliding_window": 8}, "but use_sliding_window is not true"),
+        ({"layer_types": ["sliding_attention"], "use_sliding_window": True}, "sliding_window is None in config.json"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types has 'chunked_attention' in config.json; only"),
+        ({"layer_types": ["full_attention"] * 9}, "layer_types has 9 in config.json; there are"),
+    ],
+    ids=str,
+)
+def test_windows_of_layers_are_stated_whole(fields, message, llama):
+    layers = json.loads((llama / "config.json").read_text())["num_hidden_layers"]
+    types = {"layer_types": fields["layer_types"] * layers} if len(fields.get("layer_types", [])) == 1 else {}
+    change(llama, **{"model_type": "qwen2"} | fields | types)
     with pytest.raises(UserError, match=message):
         load_hf(llama)
 
@@ -101,6 +129,9 @@ def test_folders_that_cannot_be_read_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"model.safetensors' cannot be read"):
         load_hf(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "other.safetensors"}}')
+    with pytest.raises(UserError, match=r"has weights twice: model.safetensors and the shards that"):
+        load_hf(folder)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"other.safetensors' cannot be read"):
         load_hf(folder)
     (folder / "model.safetensors.index.json").write_text("{}")

@@ -8,8 +8,9 @@ from flax import nnx
 from based_jax import LM, LMConfig
 from based_jax.convert import taylor_window_from_attention
 from based_jax.nn import lora
+from based_jax.nn.mixers import mixer_class
 from experiments.linearize import __main__ as linearize
-from experiments.linearize import training
+from experiments.linearize import settings, training
 
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "rotary_fraction": 1.0}
 
@@ -63,6 +64,22 @@ def test_adapters_learn_within_swapped_layers(student):
     assert training.parameters_trained(student, effort) == thin + sum(
         before[path].size for path in changed - projections
     )
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """Return a model of as many layers of the same attention, with narrow heads."""
+    config = LMConfig(settings.SETTINGS["attention"], d_model=18, mlp_dim=8, vocab_size=24, scan_layers=True)
+    return LM(config, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", {**settings.SETTINGS, **settings.UNTRAINED})
+def test_a_setting_that_is_timed_is_what_is_trained(name, smollm2):
+    """The layers that `speed` decodes with are those that `run` swaps."""
+    layers = settings.get_config(name).model.layers
+    swapped = linearize.swapped(smollm2, layers).config.layers
+    timed, trained = ([(kind, mixer_class(kind).Config(**options)) for kind, options in x] for x in (layers, swapped))
+    assert timed == trained and len(timed) == linearize.LAYERS
 
 
 def test_an_unknown_setting_is_told(capsys):

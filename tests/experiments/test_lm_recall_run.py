@@ -6,15 +6,14 @@ import tarfile
 
 import pytest
 
+from based_jax.__main__ import main as based_jax
 from based_jax.data.tokenizer_file import named_tokenizer
 from based_jax.errors import UserError
 from based_jax.evals.recall_tasks import Selection
 from based_jax.store import Store
 from based_jax.sweep.trial import load_sweep
-from based_jax.train.run import load_config
-from experiments.lm_recall import plot, questions, results, table
+from experiments.lm_recall import plot, questions, results, sweeps, table
 from experiments.lm_recall.__main__ import main
-from experiments.lm_recall.training import Run
 
 LENGTH = 768
 
@@ -29,12 +28,17 @@ def write_texts(folder):
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory):
+def asked_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("asked") / "questions.xz"
     parts = [part for part in questions.parts_of(LENGTH) if part.length < 4 * LENGTH]
     limits = dict.fromkeys((*questions.DOCUMENTS, *questions.NEEDLES), 2)
     questions.write(path, questions.made(parts, Selection(named_tokenizer("bytes")), limits))
-    return questions.read(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def asked(asked_path):
+    return questions.read(asked_path)
 
 
 def test_questions_are_of_their_lengths_and_whole(asked):
@@ -53,37 +57,46 @@ def test_a_file_of_other_things_is_refused(tmp_path):
         questions.read(tmp_path / "other.xz")
 
 
+SWEEP = """
+import functools
+from pathlib import Path
+from based_jax.sweep import Sweep, param
+from experiments.lm_recall.measures import StudyMeasures
+LAYERS = ("conv", {{}}), ("taylor", {{"num_heads": 1, "feature_dim": 4}})
+BASE = {{
+    "model": {{"vocab_size": 257, "d_model": 16, "layers": LAYERS}},
+    "data": {{"kind": "text", "tokenizer": "bytes", "seq_len": 768, "path": {path!r}, "cache_dir": {cache!r}}},
+    "optim": {{"lr": 3e-3, "warmup_steps": 1, "final_lr": 1e-4}},
+    "steps": 40,
+    "batch_size": 2,
+}}
+def get_sweep(variant="toy"):
+    measures = functools.partial(StudyMeasures, path=Path({asked!r}))
+    return Sweep(BASE, param("optim.lr", (3e-3, 2e-3)), measures=measures, keep_runs=False)
+"""
+
+
 @pytest.fixture(scope="module")
-def row(asked, tmp_path_factory):
+def row(asked_path, tmp_path_factory):
+    """The row of a run of the engine, whose command was stopped before it and goes on after it."""
     folder = tmp_path_factory.mktemp("corpus")
     write_texts(folder)
-    values = {
-        "model": {
-            "vocab_size": 257,
-            "d_model": 16,
-            "layers": [("conv", {}), ("taylor", {"num_heads": 1, "feature_dim": 4})],
-        },
-        "data": {
-            "kind": "text",
-            "tokenizer": "bytes",
-            "seq_len": LENGTH,
-            "path": str(folder),
-            "cache_dir": str(folder),
-        },
-        "optim": {"lr": 3e-3, "warmup_steps": 1, "final_lr": 1e-4},
-        "steps": 40,
-        "batch_size": 2,
-    }
-    point = {"optim.lr": 3e-3}
-    run = Run(point, load_config(values, point), asked)
-    run.train(lambda text: None)
-    run.wait()
-    return run.row()
+    file, store = folder / "sweep.py", folder / "rows"
+    file.write_text(SWEEP.format(path=str(folder), cache=str(folder), asked=str(asked_path)))
+    words = ["sweep", "run", str(file), f"--store={store}", "--compiled=none"]
+    assert based_jax([*words, "--seconds=0"]) == 0 and not Store(store).rows()
+    assert based_jax([*words, "--workers=2"]) == 0
+    first, second = Store(store).rows()
+    assert {x["overrides"]["optim.lr"] for x in (first, second)} == {3e-3, 2e-3}
+    assert based_jax(words) == 0 and not list((store / "runs").iterdir())
+    return first
 
 
 @pytest.mark.long
 def test_a_row_holds_all_that_is_asked(row):
     assert row["status"] == "finished" and len(row["curve"]) == 2 and row["curve"][1] < row["curve"][0] < 7
+    assert row["seconds"] >= row["training_seconds"] > 0 < row["seconds_to_prepare"] and row["measuring_seconds"] > 0
+    assert row["command"].startswith("python -m based_jax") and row["sweep"] == "sweep"
     assert row["tokens"] == 40 * 2 * LENGTH and row["perplexity"] == row["slices"]["all"]["perplexity"]
     assert row["slices"]["all"]["tokens"] == row["slices"]["recalled"]["tokens"] + row["slices"]["others"]["tokens"] > 0
     assert row["slices"]["recalled"]["tokens"] == 2 * 3 and row["perplexity"] < 200  # of 257 bytes
@@ -98,33 +111,24 @@ def test_tables_and_picture_are_of_rows(row, tmp_path, monkeypatch):
     store = Store(tmp_path / "rows")
     keys = {"elements_by_length": row["elements_by_length"] | {"1024": 8}}
     recall = [x | {"length": x["length"] * 1024 // LENGTH} for x in row["recall"]]
-    for number, (name, lr, loss) in enumerate([("based", 1.0, 3.0), ("based", 2.0, 2.0), ("gla", 1.0, 4.0)]):
+    runs = [("based", 1.0, 3.0), ("based", 2.0, 2.0), ("gla", 1.0, 4.0), ("early", 1.0, 5.0)]
+    for number, (name, lr, loss) in enumerate([*runs, ("gla", 2.0, 7.0), ("mamba", 1.0, 2.5)]):
         config = row["config"] | {"optim": row["config"]["optim"] | {"lr": lr}}
         told = {"id": str(number), "model": name, "config": config, "loss": loss, "device": "cpu", "recall": recall}
         store.append(row | keys | told)
-    monkeypatch.setattr(results.read, "__defaults__", ("study", store.path))
+    monkeypatch.setattr(results.read, "__defaults__", (tuple(sweeps.MODELS), store.path))
     monkeypatch.setattr(results.device_minutes, "__defaults__", (store.path,))
     written = table.tables()
-    assert "| Based | 2 (2) | 1 |" in written["losses"] and "| GLA | 1 (1) | 1 |" in written["losses"]
-    assert "NIAH-3, 2x" in written["needles"] and "| one cpu | 3 |" in written["device"]
-    assert "interleaved (Based)" in written["orders"]
+    lines = written["losses"].splitlines()[2:]  # the rate that Mamba has not had counts of nobody
+    assert [line.split(" | ")[:3] for line in lines] == [[f"| {x}", "1 (1)", "1"] for x in ("Based", "GLA", "Mamba")]
+    assert "NIAH-3, 2x" in written["needles"] and "| one cpu | 6 |" in written["device"]
+    assert "interleaved (Based) | 1 (1)" in written["orders"] and "early | 1 (1)" in written["orders"]
+    config = config | {"optim": config["optim"] | {"lr": 2.0}}
+    store.append(row | keys | told | {"id": "6", "config": config})
+    assert "| Based | 2 (2) | 1 |" in table.tables()["losses"] and "| GLA | 1 (2) | 1 |" in table.tables()["losses"]
     assert [path.suffix for path in plot.draw(results.read(), tmp_path / "picture")] == [".png", ".svg", ".pdf"]
     with pytest.raises(UserError, match="no finished run to draw"):
         plot.draw([], tmp_path / "picture")
-
-
-SWEEP = """
-from based_jax.sweep import Sweep, param
-BASE = {{
-    "model": {{"vocab_size": 257, "d_model": 16, "layers": (("conv", {{}}),)}},
-    "data": {{"kind": "text", "tokenizer": "bytes", "seq_len": 768, "path": {path!r}, "cache_dir": {cache!r}}},
-    "optim": {{"warmup_steps": 1}},
-    "steps": 8,
-    "batch_size": 2,
-}}
-def get_sweep(variant="toy"):
-    return Sweep(BASE, param("optim.lr", (1e-3, 2e-3)))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +137,9 @@ def elsewhere(tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
     write_texts(folder / "texts")
     cache = str(folder / "cache")
-    (folder / "here.py").write_text(SWEEP.format(path=str(folder / "texts"), cache=cache))
-    (folder / "there.py").write_text(SWEEP.format(path=str(folder / "runs" / "corpus"), cache=cache))
     bundle, made = folder / "bundle.tar.xz", folder / "questions.jsonl.xz"
+    for name, texts in (("here", folder / "texts"), ("there", folder / "runs" / "corpus")):
+        (folder / f"{name}.py").write_text(SWEEP.format(path=str(texts), cache=cache, asked=str(made)))
     words = [f"--sweep={folder / 'here.py'}", f"--questions={made}", f"--bundle={bundle}"]
     assert main(["prepare", *words, "--documents=1", "--needles=1"]) == 0
     with tarfile.open(bundle) as packed:
@@ -150,17 +154,3 @@ def test_a_bundle_holds_corpus_and_questions(elsewhere):
     config = load_sweep(str(elsewhere / "there.py")).trials()[0][1]
     texts = [config.data.open(2).batch(step)["inputs"].tobytes() for step in range(2)]
     assert texts[0] != texts[1] and b"b\0\0\0o\0\0\0t\0\0\0t\0\0\0l\0\0\0e\0\0\0" in texts[0]
-
-
-@pytest.mark.long
-def test_runs_in_processes_of_their_own_go_on_where_they_were_stopped(elsewhere, capfd):
-    words = ["run", f"--sweep={elsewhere / 'there.py'}", f"--store={elsewhere / 'rows'}"]
-    words += [f"--questions={elsewhere / 'questions.jsonl.xz'}"]
-    assert main([*words, "--seconds=0"]) == 0 and "0 runs have rows now" in capfd.readouterr().out
-    assert main([*words, "--ready=2"]) == 0
-    told = capfd.readouterr().out
-    assert "0 of 2 runs have rows" in told and "2 runs have rows now" in told and told.count("finished after") == 2
-    rows = Store(elsewhere / "rows").rows()
-    assert {row["overrides"]["optim.lr"] for row in rows} == {1e-3, 2e-3}
-    assert all(row["command"].startswith("python -m experiments.lm_recall") for row in rows)
-    assert main(words) == 0 and "2 of 2 runs have rows" in capfd.readouterr().out

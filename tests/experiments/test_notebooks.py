@@ -88,11 +88,9 @@ def test_all_run_one_after_the_other_in_small():
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize("name", executing.NAMES)
-def test_a_notebook_runs_whole(name, monkeypatch):
-    """As by its reader: by what the suite tells JAX programs compile fast and run slowly: one over five minutes."""
-    for variable in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS", "PJRT_NPROC"):
-        monkeypatch.delenv(variable)
+def test_a_notebook_runs_whole(name):
     notebook = executing.read(name)
     executing.execute(notebook)
     shapes = [[output.output_type for output in cell.outputs] for cell in code_of(notebook)]

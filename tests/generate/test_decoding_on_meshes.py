@@ -13,14 +13,15 @@ from helpers.hlo import Program
 from based_jax import parallel
 from based_jax.errors import UserError
 from based_jax.generate import PrefixCache, Request, Scheduler
-from based_jax.generate.blocks import decoding_loop
+from based_jax.generate.blocks import decoding_loop, verifying_loop
+from based_jax.generate.drafts import Drafts
 from based_jax.generate.intake import _read
 from based_jax.generate.rows import Rows
 from based_jax.generate.sampling import MOST_TOP
 from based_jax.generate.state_layout import StateLayout
 from based_jax.nn.lm_config import LMConfig
 
-BATCH, HEADS, ROOM, STEPS, WIDTH = 6, 4, 64, 8, 32
+BATCH, HEADS, ROOM, STEPS, WIDTH, DRAFTED = 6, 4, 64, 8, 32, 3
 OPTIONS = {
     "attention": {"num_heads": HEADS},
     "gla": {"num_heads": HEADS, "expand_k": 1.0, "gate_low_rank_dim": 4},
@@ -45,10 +46,15 @@ def mesh():
     return parallel.make_mesh({"data": 2, "tensor": 4})
 
 
-def between(program, mesh):
-    """Return the numbers of elements of what devices send that differ in their place on "data", and on "tensor"."""
+def sent(program, mesh):
+    """Return the shapes of what devices send that differ in their place on "data", and on "tensor"."""
     sizes, axes = tuple(mesh.shape.values()), map(mesh.axis_names.index, ("data", "tensor"))
-    return [[math.prod(x.shape) for x in program.exchanged(sizes, axis)] for axis in axes]
+    return [[x.shape for x in program.exchanged(sizes, axis)] for axis in axes]
+
+
+def between(program, mesh):
+    """Return the numbers of elements of the same."""
+    return [list(map(math.prod, shapes)) for shapes in sent(program, mesh)]
 
 
 @parametrize_some("kind", OPTIONS, ordinary=("gla",))
@@ -66,6 +72,28 @@ def test_each_device_decodes_its_rows_and_heads_and_sends_no_state(kind, mesh):
     over_data, over_tensor = between(program, mesh)
     assert max(over_data) <= STEPS * BATCH * MOST_TOP  # the tokens that were drawn
     assert max(over_tensor) <= BATCH // 2 * 32 < max(map(math.prod, parts))  # activations
+
+
+@parametrize_some("by", ["lookup", "model"], ordinary=("lookup",))
+@parametrize_some("kind", OPTIONS, ordinary=("taylor",))
+def test_each_device_verifies_drafts_of_its_rows_by_its_heads_and_sends_no_state(kind, by, mesh):
+    """The caches of a model that drafts lie as those of the model that verifies."""
+    decoder = decoder_of(kind).over(mesh)
+    drafts = Drafts.by_lookup(DRAFTED) if by == "lookup" else Drafts.by_model(decoder, DRAFTED)
+    with jax.set_mesh(mesh):
+        arguments = decoder.params, drafts.params, Rows.stopped(decoder, BATCH, ROOM, drafts), np.int32(STEPS)
+        lowered = verifying_loop.lower(decoder.layout, drafts.method, STEPS, *arguments)
+        program = Program(lowered.compile().as_text())
+    rows, most = BATCH // 2, STEPS * (DRAFTED + 1)
+    states = {(rows, *part) for part in PARTS[kind]}
+    of_rows = [shape for shape in program.carried() if len(shape) > 2 and shape[0] in (rows, BATCH)]
+    assert {*of_rows} == states | {(rows, most, MOST_TOP)}
+    assert all(of_rows.count(shape) >= (1 if by == "lookup" else 2) for shape in states)
+    over_data, over_tensor = sent(program, mesh)
+    assert {x for x in over_data if len(x) > 1 and x != (rows, 2)} == {(BATCH, most), (BATCH, most, MOST_TOP)}
+    assert not states & {*over_tensor}
+    activations = [math.prod(shape) for shape in over_tensor if shape[:1] != (WIDTH,)]  # beside kernels, ordered once
+    assert max(activations) == rows * (DRAFTED + 1) * WIDTH
 
 
 @parametrize_some("kind", [*OPTIONS, "conv", "deltanet", "mamba"], ordinary=("conv",))

@@ -12,8 +12,8 @@ def gpus(kind: str = H100, shape: tuple[int, ...] = (1,), axes: AxisType = AxisT
     return use_abstract_mesh(AbstractMesh(shape, names[: len(shape)], (axes,) * len(shape), abstract_device=device))
 
 
-def tpus(shape: tuple[int, ...] = (1,), names=("data", "tensor")):
+def tpus(shape: tuple[int, ...] = (1,), names=("data", "tensor"), kind: str = TPU_V5E):
     """Return a context in which JAX compiles for a mesh of such TPUs."""
-    device = AbstractDevice(device_kind=TPU_V5E, num_cores=1, platform="tpu")
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
     axes = (AxisType.Auto,) * len(shape)
     return use_abstract_mesh(AbstractMesh(shape, names[: len(shape)], axes, abstract_device=device))

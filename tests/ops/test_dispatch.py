@@ -264,7 +264,7 @@ def test_cudnn_predicate(dtype, head_dims, packed, reason):
     ("kind", "head_dim", "given", "impl"),
     [
         (H100, 64, 64, "cudnn_flash"),
-        (H100, 70, 80, "hopper_tiles"),
+        (H100, 70, 80, "hopper_turns"),
         (H100, 90, 96, "cudnn_flash"),
         ("NVIDIA A100-SXM4-80GB", 70, 72, "cudnn_flash"),
     ],

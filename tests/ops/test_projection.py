@@ -2,11 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers.devices import gpus
 from jax.sharding import AxisType
 
-from based_jax.ops.projection import in_pieces, multiply, pieces, sum_pieces, sums_of_pieces
+from based_jax.ops import projection
+from based_jax.ops.projection import (
+    decoded_pieces,
+    in_pieces,
+    multiply,
+    multiply_parts,
+    pieces,
+    sum_pieces,
+    sums_of_pieces,
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -69,3 +79,29 @@ def test_one_token_is_summed_over_pieces_on_a_gpu_alone(columns, by_kernel):
     assert ("token_product" in texts[1]) == by_kernel
     assert "dot_general" not in texts[1] and "dot_general" in texts[2]
     assert "dot_general" in jax.jit(multiply).lower(x, kernel).as_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("decoded", [True, False])
+def test_parts_of_a_product_are_its_channels(decoded, dtype, monkeypatch, normal, close):
+    monkeypatch.setattr(projection, "are_decoded", lambda tokens: decoded)
+    monkeypatch.setattr(projection, "decoded_pieces", lambda tokens, kernel: 4)
+    for tokens in ((3,), (2, 1)):
+        x, kernel = normal(*tokens, 40, dtype=dtype), normal(40, 9, dtype=dtype)
+        found = jax.jit(lambda x, kernel: multiply_parts(x, kernel, (5, 1, 3)))(x, kernel)
+        right = np.split(np.asarray(x, np.float64) @ np.asarray(kernel, np.float64), [5, 6], axis=-1)
+        for one, y in zip(found, right, strict=True):
+            close(one, y, dtype)
+            assert one.dtype == x.dtype
+
+
+def test_a_narrow_matrix_is_cut_by_rows_for_tokens_that_are_decoded():
+    with gpus():
+        assert [decoded_pieces(*size) for size in ((128, (4096, 160)), (512, (4096, 160)), (2, (128, 64)))] == [
+            32,
+            16,
+            1,
+        ]
+        text = jax.jit(lambda x, kernel: multiply_parts(x, kernel, (128, 32)))
+        text = text.trace(jnp.zeros((128, 4096)), jnp.zeros((4096, 160))).lower(lowering_platforms=("cuda",)).as_text()
+    assert "batching_dims = [1] x [0]" in text

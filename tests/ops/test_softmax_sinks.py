@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.devices import gpus
 from helpers.documents import numbered
 
 from based_jax import parallel
 from based_jax.errors import UserError
 from based_jax.ops import softmax, softmax_chunks
 from based_jax.ops.calls import AttentionCall
+from based_jax.ops.dispatch import choose
 from based_jax.ops.hopper import window as hopper_window
 from based_jax.ops.softmax import WINDOW_ATTENTION, window_attention
 
@@ -93,6 +95,16 @@ def test_kernels_without_sinks_say_so():
     assert "of packed documents" in WINDOW_ATTENTION["tpu_splash"].supports(
         call._replace(segment_ids=jnp.ones((1, 64), int))
     )
+
+
+@pytest.mark.parametrize(("head_dim", "without"), [(64, "hopper_tiles"), (256, "triton_tiles")])
+def test_auto_leaves_sinks_to_xla_until_a_gpu_has_run_them(head_dim, without):
+    q = jnp.zeros((2, 256, 2, head_dim), jnp.bfloat16)
+    call = AttentionCall(q, q, q, 64, sinks=2)
+    with gpus():
+        for sinks, impl in ((0, without), (2, "xla_bands")):
+            assert choose("window_attention", WINDOW_ATTENTION, "auto", call._replace(sinks=sinks)) == impl
+        assert WINDOW_ATTENTION["triton_tiles"].supports(call) is None  # it can be named
 
 
 def test_tokens_over_devices_are_refused():

@@ -201,7 +201,7 @@ def test_dispatches_are_the_epoch(monkeypatch):
 
 def test_a_sweep_fills_the_store_once(tmp_path):
     sweep = Sweep(BASE, product(param("model.d_model", [8, 16]), param("optim.lr", [1e-3, 1e-2])))
-    assert [len(group) for group in LaneEngine().groups(sweep)] == [2, 2]
+    assert [len(group) for group in LaneEngine(sweep).groups()] == [2, 2]
     said = []
     assert run_sweep(sweep, Store(tmp_path), "test", SweepOptions(command="here"), said.append) == 4
     assert re.match(r"0 of 4 points have rows; 4 are left, in 2 groups, on \d+ x cpu, up to 1 at a time", said[0])
@@ -230,10 +230,10 @@ def test_ids_tell_trials_apart_and_signatures_programs():
 
 def test_a_group_is_taken_once(tmp_path):
     sweep, store = Sweep(BASE, product(param("model.d_model", [8, 12, 16]), param("seed", [0, 1]))), Store(tmp_path)
-    [_, second, last] = LaneEngine().groups(sweep)
+    [_, second, last] = LaneEngine(sweep).groups()
     for _, trial in [last[0], *second]:
         store.append({"id": trial.id})
-    todo = Todo(LaneEngine().groups(sweep), store)
+    todo = Todo(LaneEngine(sweep).groups(), store)
     with futures.ThreadPoolExecutor(4) as pool, Claims(store) as claims:
         taken = list(pool.map(lambda _: todo.take(claims), range(8)))
     left = [group for group in taken if group]

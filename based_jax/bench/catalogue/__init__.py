@@ -19,6 +19,7 @@ from based_jax.bench.catalogue import (
     taylor_decode,
     token_layers,
     token_products,
+    unit_delta_step,
 )
 from based_jax.bench.catalogue.operation import Case, Operation
 from based_jax.errors import UserError, unknown
@@ -62,6 +63,7 @@ OPERATIONS: dict[str, Operation] = {
     "delta_rule_step": steps.DELTA_RULE_STEP,
     "gated_delta_rule_step": steps.GATED_DELTA_RULE_STEP,
     "dplr_step": steps.DPLR_STEP,
+    "unit_delta_step": unit_delta_step.UNIT_DELTA_STEP,
     "selective_scan_step": steps.SELECTIVE_SCAN_STEP,
     "raw_selective_scan_step": steps.RAW_SELECTIVE_SCAN_STEP,
     "gated_scan_step": gated_scan_step.GATED_SCAN_STEP,

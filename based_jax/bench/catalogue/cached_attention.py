@@ -20,6 +20,9 @@ from based_jax.bench.catalogue.operation import (
 )
 from based_jax.ops import softmax_prefill, softmax_step, softmax_trial
 
+TIMED_TRIAL_TOKENS, TIMED_TRIAL_SLOTS = 4, 129
+"""Three drafted tokens and the one before them, and a window of `configs/based.py`."""
+
 
 def _step_arrays(case: Case) -> dict[str, jax.ShapeDtypeStruct]:
     """Return a token's queries and a cache of S tokens, of `dims` (K, V, heads of the keys, S); see `filled`."""
@@ -94,10 +97,11 @@ def prefill_definition(arrays: Arrays, ids: jax.Array) -> Arrays:
     return {"o": attended(q, keys, values, same & jnp.tri(time, places + time, places, dtype=bool)[None])}
 
 
-def _trial(case: Case) -> Function:
+def _trial(case: Case, full: bool = False) -> Function:
     def run(arrays: Arrays, ids: jax.Array | None) -> Arrays:
         q, k, v, past_k, past_v = (arrays[name] for name in ("q", "k", "v", "past_k", "past_v"))
-        length = _had(arrays["fill"], past_k.shape[1])
+        slots = past_k.shape[1]
+        length = jnp.full(len(q), 2 * slots, jnp.int32) if full else _had(arrays["fill"], slots)
         return {"o": softmax_trial.attention_trial(q, k, v, past_k, past_v, length, impl=case.impl)}
 
     return run
@@ -172,6 +176,12 @@ def _timed_prefill(shape: Shape) -> Case:
     return Case("attention_prefill", shape, (HEAD_DIM, HEAD_DIM, heads, time))
 
 
+def _timed_trial(shape: Shape) -> Case:
+    """Return that of a few tokens of B sequences over full rings, whatever their length."""
+    batch, heads, _ = shape
+    return Case("attention_trial", (batch, heads, TIMED_TRIAL_TOKENS), (HEAD_DIM, HEAD_DIM, heads, TIMED_TRIAL_SLOTS))
+
+
 ATTENTION_STEP = Operation(
     table=softmax_step.ATTENTION_STEP,
     arrays=_step_arrays,
@@ -233,6 +243,7 @@ ATTENTION_TRIAL = Operation(
         Case("attention_trial", (5, 2, 17), (64, 64, 2, 30), impl="triton_splits", dtype="float16"),
     ),
     small_cases=(Case("attention_trial", (2, 2, 3), (16, 16, 2, 30)),),
-    timed={},
+    timed={"attention_trial": _timed_trial},
+    timed_function=functools.partial(_trial, full=True),
     passes=(FORWARD,),
 )

@@ -46,6 +46,8 @@ INVERSE_KERNELS = ("inverses",)
 
 NARROW = {("delta_rule", "hopper_chunks")}
 """Operations and chunks that take at most 128 channels of keys."""
+STEEP = {"g": 8.0}
+"""By what numbers are larger of which log-decays are made: -16 a token beside channels that hardly decay."""
 
 
 class Preparation(NamedTuple):
@@ -185,6 +187,7 @@ def _cases(name: str, chunks: Sequence[str], steps_rows: tuple[int, int]) -> tup
         *cases,
         make((64, 2, 256), (64, 64), quick=True),
         make((1, 5, 2049), (64, 64), **PACKED),
+        make((16, 2, 320), (128, 128), values="steep", **PACKED),
         *(make((4, 2, 130), (64, 64), documents=True, through=x) for x in ("vmap", "shard_map")),
     )
 
@@ -210,6 +213,7 @@ def _matrix_states(
         kernels=kernels,
         cases=_cases(name, [x for x in kernels if x.endswith("_chunks")], MANY_ROWS if extra == "beta" else FEW_ROWS),
         small_cases=(Case(name, (1, 2, 50), (64, 64), **PACKED),),
+        factors={"steep": STEEP},
         timed={name: by_head(name, DIMS)},
         timed_function=functools.partial(function, prepare=TIMED),
         compile_seconds=compile_seconds,

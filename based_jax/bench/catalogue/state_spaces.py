@@ -145,8 +145,11 @@ def _ssd_cost(case: Case, which: str) -> tuple[float, float]:
 def _ssd_cases() -> tuple[Case, ...]:
     make = functools.partial(Case, "ssd")
     return (
+        # One token's gradient of B is C times one number, the sum of its heads' dt x . dy, in which dt x, the sum and
+        # the parts of programs are rounded to bf16: off by 3.4e-3 as a rule, and of 8 rows by over 5e-3 in 7 of 100.
+        *(make((64, 16, 1), (16, 64), **x) for x in ({}, PACKED)),
         # A's gradient has an element a head, each a sum that may cancel, and products of bf16 give that to no 5e-3.
-        *(make((8, 16, time), (16, 64), **x) for time in (1, 65) for x in ({}, PACKED)),
+        *(make((8, 16, 65), (16, 64), **x) for x in ({}, PACKED)),
         make((16, 2, 130), (64, 64), **PACKED),
         make((64, 2, 256), (64, 64), quick=True),
         *(make((8, 16, 130), (16, 64), documents=True, through=x) for x in ("vmap", "shard_map")),

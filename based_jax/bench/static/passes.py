@@ -14,7 +14,7 @@ import numpy as np
 from based_jax.bench.static.calls import Call
 from based_jax.ops.cross_entropy import linear_cross_entropy
 from based_jax.ops.gated_conv import gated_short_conv
-from based_jax.ops.norm import residual_rms_norm
+from based_jax.ops.norm import residual_layer_norm, residual_rms_norm
 from based_jax.ops.softmax import window_attention
 from based_jax.ops.taylor import expanded_dim, taylor_attention
 from based_jax.ops.tpu import bundles
@@ -79,11 +79,14 @@ def gated_convolution(rows: int = 4, time: int = 2048) -> Call:
     return _call(function, given, kernels, gradients=True, tokens=rows * time)
 
 
-def norm(rows: int = 4, time: int = 2048) -> Call:
+def norm(operation: Callable, rows: int = 4, time: int = 2048) -> Call:
     """Return the residual's sum and its norm with gradients, which read the sum and not what was added."""
-    stream, scale = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, time, WIDTH), (WIDTH,)))
-    given = stream, jax.ShapeDtypeStruct(stream.shape, jnp.bfloat16), scale
-    call = _call(residual_rms_norm, given, {}, gradients=True, tokens=rows * time)
+    parameters = 2 if operation is residual_layer_norm else 1
+    stream, weight = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, time, WIDTH), (WIDTH,)))
+    given = stream, jax.ShapeDtypeStruct(stream.shape, jnp.bfloat16), *[weight] * parameters
+    cycles = functools.partial(bundles.of_norm, rows=rows, time=time, channels=WIDTH)
+    kernels: Kernels = {"residual_norm_forward": cycles, "residual_norm_gradients": cycles}
+    call = _call(operation, given, kernels, gradients=True, tokens=rows * time)
     return call._replace(moved_bytes=call.moved_bytes - 2.0 * stream.size)
 
 
@@ -164,7 +167,8 @@ CALLS: dict[str, Callable[[], Call]] = {
     "window of 64, splash": functools.partial(splash, 64),
     "window of 129, gradients": functools.partial(window, 129, gradients=True),
     "gated convolution, gradients": gated_convolution,
-    "residual and norm, gradients": norm,
+    "residual and norm, gradients": functools.partial(norm, residual_rms_norm),
+    "residual and layer norm, gradients": functools.partial(norm, residual_layer_norm),
     "cross-entropy, gradients": entropy,
     "one pass": plain,
 }
@@ -172,7 +176,6 @@ FORMS = {
     "Taylor by chunks of V 112": ("tpu",),
     "Taylor by chunks of V 112, gradients": ("tpu",),
     "window of 64, splash": ("tpu",),
-    "residual and norm, gradients": ("xla",),
     "cross-entropy, gradients": ("xla",),
     "one pass": ("xla",),
 }

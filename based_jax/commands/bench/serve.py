@@ -7,6 +7,7 @@ gpt2's, which the model's vocabulary has to hold.
 examples:
   python -m based_jax bench serve --config=configs/based.py:1b --option=taylor.flush=16 --clients 1 16 128
   python -m based_jax bench serve --config=configs/based.py:1b --clients=200 --slots=64 --prompt=64-2048 --new=16-256
+  python -m based_jax bench serve --config=configs/based.py:1b --clients=16 --compile-only
 """
 
 import argparse
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="512", metavar="T", help="tokens, or from 64-2048 (default: 512)")
     parser.add_argument("--new", default="128", metavar="T", help="tokens of each text, or from 16-256 (default: 128)")
     parser.add_argument("--drafts", type=int, default=0, metavar="N", help="verify N looked-up tokens with each")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="keep the compiled programs for a run after this one, and time none"
+    )
     parser.add_argument("--out", type=out_file, help="append a JSON row of each to this file")
     parser.set_defaults(takes_overrides=True)
 
@@ -57,6 +61,10 @@ def run(args: argparse.Namespace) -> None:
     config = with_options(configs.build(TrainConfig, configs.load(args.config, overrides)).model, args.option)
     start = {"config": args.config, "overrides": dict(overrides), "options": sorted(args.option)}
     loads = [serve.Load(count, args.texts, prompt, new) for count in args.clients]
+    if args.compile_only:
+        seconds = serve.compile_programs(config, loads, args.slots, args.drafts)
+        print(f"{args.config}: a server has compiled in {seconds:.1f} s", flush=True)
+        return
     with rows.appended(args.out) as write:
         for row in serve.measure(config, loads, args.slots, args.drafts):
             print(f"{args.config} {serve.line(row)}", flush=True)

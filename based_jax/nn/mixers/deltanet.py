@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from based_jax.config import added_later
 from based_jax.nn import layers
-from based_jax.nn.gated import GatedLinearMixer, delta_rate, expanded, unit
-from based_jax.nn.mixer import Operation, check_positive, check_sizes
-from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
-from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
+from based_jax.nn.gated import delta_rate, expanded
+from based_jax.nn.mixer import check_positive, check_sizes
+from based_jax.nn.unit_delta import UnitDeltaMixer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +31,14 @@ class DeltaNetConfig:
         check_positive(self, "expand_k", "expand_v")
 
 
-class DeltaNet(GatedLinearMixer):
+class DeltaNet(UnitDeltaMixer):
     """S += beta k (v - S^T k)^T with unit queries and keys, beta = sigmoid(W x), RMSNorm by head (section 3.3).
 
     Source: HazyResearch/zoology:zoology/mixers/delta_net.py, `DeltaNet`, without its casts to bf16.
     """
 
     Config: ClassVar = DeltaNetConfig
-    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = Operation(delta_rule, delta_rule_step, MATRIX_STATE_STEPS)
     gate_activation: ClassVar = None
-    silu_without_conv: ClassVar = True
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "o_proj.weight",
@@ -66,9 +62,9 @@ class DeltaNet(GatedLinearMixer):
         self.rate = layers.linear(d_model, config.num_heads, ("embed", "heads"), init.fp32)
 
     @override
-    def _gated(self, x, q, k, v):
+    def _transition(self, x):
         beta = delta_rate(self.rate(x), self.config.allow_neg_eigval)
-        return unit(q), unit(k), v, jnp.zeros((*beta.shape, 1)), beta
+        return jnp.zeros((*beta.shape, 1)), beta
 
     @override
     def _gate_weights(self) -> int:

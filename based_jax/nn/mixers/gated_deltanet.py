@@ -11,18 +11,15 @@ from flax import nnx
 from based_jax.config import added_later
 from based_jax.nn import layers
 from based_jax.nn.gated import (
-    GatedLinearMixer,
     ProjectedHeads,
     check_v_heads,
     delta_rate,
     expanded,
     inverse_softplus_dt,
     softplus_decay,
-    unit,
 )
-from based_jax.nn.mixer import Buffer, Operation, check_positive, check_sizes
-from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
-from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
+from based_jax.nn.mixer import Buffer, check_positive, check_sizes
+from based_jax.nn.unit_delta import UnitDeltaMixer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +45,7 @@ class GatedDeltaNetConfig:
         check_positive(self, "expand_k", "expand_v")
 
 
-class GatedDeltaNet(GatedLinearMixer):
+class GatedDeltaNet(UnitDeltaMixer):
     """S = a S, then the delta rule; log a = -exp(A_log) softplus(W x + dt_bias), SiLU gate (equation 10, section 3.4).
 
     Without `use_gate` the output is normed alone, as in zoology's MQAR models.
@@ -57,9 +54,6 @@ class GatedDeltaNet(GatedLinearMixer):
     """
 
     Config: ClassVar = GatedDeltaNetConfig
-    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = Operation(delta_rule, delta_rule_step, MATRIX_STATE_STEPS)
-    silu_without_conv: ClassVar = True
     REFERENCE: ClassVar = {
         "zoology": {
             "out_proj/kernel": "o_proj.weight",
@@ -98,9 +92,9 @@ class GatedDeltaNet(GatedLinearMixer):
         return {"D": (self.num_heads,)}
 
     @override
-    def _gated(self, x, q, k, v):
+    def _transition(self, x):
         log_decay = softplus_decay(self.decay(x), self.A_log[...], self.dt_bias[...])
-        return unit(q), unit(k), v, log_decay[..., None], delta_rate(self.rate(x), self.config.allow_neg_eigval)
+        return log_decay[..., None], delta_rate(self.rate(x), self.config.allow_neg_eigval)
 
     @override
     def _gate_weights(self) -> int:

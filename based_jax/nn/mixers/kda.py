@@ -12,18 +12,15 @@ from based_jax.config import added_later
 from based_jax.errors import UserError
 from based_jax.nn import layers
 from based_jax.nn.gated import (
-    GatedLinearMixer,
     ProjectedHeads,
     bounded_decay,
     check_v_heads,
     delta_rate,
     inverse_softplus_dt,
     softplus_decay,
-    unit,
 )
-from based_jax.nn.mixer import Operation, check_positive, check_sizes
-from based_jax.ops.delta_rule import IMPLEMENTATIONS, delta_rule, delta_rule_step
-from based_jax.ops.matrix_state_step import IMPLEMENTATIONS as MATRIX_STATE_STEPS
+from based_jax.nn.mixer import check_positive, check_sizes
+from based_jax.nn.unit_delta import UnitDeltaMixer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +48,7 @@ class KDAConfig:
             raise UserError(f"lower_bound is {self.lower_bound}; it is below 0, or None.")
 
 
-class KDA(GatedLinearMixer):
+class KDA(UnitDeltaMixer):
     """log a = -exp(A_log) softplus(W2 W1 x + dt_bias) by channel, delta rule, low-rank sigmoid gate (section 3).
 
     With a `lower_bound` L < 0, log a = L sigmoid(exp(A_log) (W2 W1 x + dt_bias)) instead.
@@ -60,10 +57,7 @@ class KDA(GatedLinearMixer):
     """
 
     Config: ClassVar = KDAConfig
-    IMPLEMENTATIONS: ClassVar = IMPLEMENTATIONS
-    operation: ClassVar = Operation(delta_rule, delta_rule_step, MATRIX_STATE_STEPS)
     gate_activation: ClassVar = staticmethod(jax.nn.sigmoid)
-    silu_without_conv: ClassVar = True
     REFERENCE: ClassVar = {
         "fla": {
             "out_proj/kernel": "o_proj.weight",
@@ -104,14 +98,14 @@ class KDA(GatedLinearMixer):
         self.dt_bias = nnx.Param(inverse_softplus_dt(H * K, init.rngs), **layers.logical_axes("heads"))
 
     @override
-    def _gated(self, x, q, k, v):
+    def _transition(self, x):
         logits, A_log = self.decay_up(self.decay_down(x)), jnp.repeat(self.A_log[...], self.config.head_dim)
         if self.config.lower_bound is None:
             log_decay = softplus_decay(logits, A_log, self.dt_bias[...])
         else:
             log_decay = bounded_decay(logits, A_log, self.dt_bias[...], self.config.lower_bound)
         rate = delta_rate(self.rate(x), self.config.allow_neg_eigval)
-        return unit(q), unit(k), v, layers.split_heads(log_decay, self.num_heads), rate
+        return layers.split_heads(log_decay, self.num_heads), rate
 
     @override
     def _gate_weights(self) -> int:

@@ -120,10 +120,10 @@ class Mamba(Mixer):
     def _step(self, x: BD, state: MambaState) -> tuple[BD | layers.Projected, MambaState]:
         joint = self.in_proj(x)
         u, conv = short_conv_step(joint, **self._conv(), state=state.conv)
-        selected = self.x_proj(u)
-        raw = multiply(selected[:, : self.dt_rank], self.dt_proj.kernel[...].astype(selected.dtype))
+        low, of_state = layers.narrow_parts(self.x_proj, u, (self.dt_rank, 2 * self.config.d_state))
+        raw = multiply(low, self.dt_proj.kernel[...].astype(low.dtype))
         options = self._bias() | {"skip": self.D[...], "impl": beside(self.config.impl, STEP_IMPLEMENTATIONS)}
-        y, memory = gated_scan_step(u, raw, self._A(), selected, joint, state.memory, **options)
+        y, memory = gated_scan_step(u, raw, self._A(), of_state, joint, state.memory, **options)
         return layers.into_stream(self.out_proj, y), MambaState(conv, memory)
 
     @override

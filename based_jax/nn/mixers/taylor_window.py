@@ -3,8 +3,9 @@
     o_i = (1 - g_i) window(q, k, v)_i + g_i taylor(A q, B k, v)_i        g_i = sigmoid(x_i W + b), one of each head
 
 The window is exact softmax attention to the last keys, with sinks if asked for; Taylor attention (arXiv 2402.18668)
-reads the whole past through learned maps A and B of each head to K components, after rotary. All other parameters are
-attention's own, so that a trained layer of attention turns into this one (`convert.taylor_window_from_attention`).
+reads the whole past through learned maps to K components, A of each query head and B of each key head, after rotary.
+All other parameters are attention's own, so that a trained layer of attention turns into this one
+(`convert.taylor_window_from_attention`).
 """
 
 import dataclasses

@@ -9,7 +9,6 @@ from types import ModuleType
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from based_jax.dims import BTHV
 from based_jax.ops import sharded, softmax_walks
@@ -64,38 +63,38 @@ def _on_device(form: str, call: AttentionCall) -> BTHV:
     # Pallas' GPU modules take half a second to import and are needed only here.
     from pallas_kernels.hopper.attention_walk import HEAD_MULTIPLE, OWN_TOKENS
 
-    q, k, v = call.q, call.k, call.v
-    numbers = jnp.ones(q.shape[:2], jnp.int32) if call.segment_ids is None else call.segment_ids
+    q, k, v, ids = call.q, call.k, call.v, call.segment_ids
+    numbers = jnp.ones(q.shape[:2], jnp.int32) if ids is None else ids.astype(jnp.int32)
     time, scale, largest = q.shape[1], 1 / call.root, max(q.shape[3], v.shape[3])
     channels = -(-largest // HEAD_MULTIPLE) * HEAD_MULTIPLE
     arrays = (sharded.fill(x, {1: OWN_TOKENS, 3: channels}) for x in (q, k, v))
-    filled = sharded.vary_alike(*arrays, sharded.fill(numbers.astype(jnp.int32), {1: OWN_TOKENS}))
-    return _attention(form, scale, *filled)[:, :time, :, : v.shape[3]]
+    filled = sharded.vary_alike(*arrays, sharded.fill(numbers, {1: OWN_TOKENS}))
+    return _attention(form, scale, time if ids is None else None, *filled)[:, :time, :, : v.shape[3]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(form, scale, q, k, v, numbers):
-    return _attention_fwd(form, scale, q, k, v, numbers)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(form, scale, time, q, k, v, numbers):
+    return _attention_fwd(form, scale, time, q, k, v, numbers)[0]
 
 
-def _attention_fwd(form, scale, q, k, v, numbers):
+def _attention_fwd(form, scale, time, q, k, v, numbers):
     from pallas_kernels.hopper.attention_walk import OWN_TOKENS
 
-    walks = softmax_walks.keys_of_queries(numbers, OWN_TOKENS)
-    o, logarithm = sharded.launch(_kernels(form)[0].forward, q, k, v, *_sight(numbers), walks, scale=scale)
+    documents = softmax_walks.documents(numbers, time)
+    arrays = q, k, v, *_sight(documents), documents.keys_of_queries(OWN_TOKENS)
+    o, logarithm = sharded.launch(_kernels(form)[0].forward, *arrays, scale=scale)
     return o, (q, k, v, numbers, o, logarithm)
 
 
-def _attention_bwd(form, scale, saved, do):
+def _attention_bwd(form, scale, time, saved, do):
     from pallas_kernels.hopper.attention_backward import own_keys_of
     from pallas_kernels.hopper.attention_walk import OWN_TOKENS
 
     q, k, v, numbers, o, logarithm = saved
-    backward = _kernels(form)[1]
+    backward, documents = _kernels(form)[1], softmax_walks.documents(numbers, time)
     minus_delta = -jnp.einsum("BTHV,BTHV->BHT", do.astype(jnp.float32), o.astype(jnp.float32))
-    arrays = q, k, v, do, logarithm, minus_delta, *_sight(numbers)
-    over_keys = softmax_walks.keys_of_queries(numbers, OWN_TOKENS)
-    over_queries = softmax_walks.queries_of_keys(numbers, own_keys_of(q.shape[3]))
+    arrays = q, k, v, do, logarithm, minus_delta, *_sight(documents)
+    over_keys, over_queries = documents.keys_of_queries(OWN_TOKENS), documents.queries_of_keys(own_keys_of(q.shape[3]))
     [dq] = sharded.launch(backward.query_gradients, *arrays, over_keys, scale=scale)
     dk, dv = sharded.launch(backward.key_gradients, *arrays, over_queries, scale=scale)
     return dq, dk, dv, None
@@ -104,7 +103,7 @@ def _attention_bwd(form, scale, saved, do):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _sight(numbers: Int[Array, "B T"]):
+def _sight(documents: softmax_walks.Documents | softmax_walks.OneDocument):
     """Return where the first key stands that each query sees, T at padding, and where each key stands, -1 there."""
-    place = jnp.arange(numbers.shape[1], dtype=jnp.int32)[None]
-    return softmax_walks.first_keys(numbers, numbers.shape[1], 1), jnp.where(numbers == 0, -1, place)
+    keys = documents.keys()
+    return documents.first_keys(keys.shape[1], 1), keys

@@ -41,7 +41,7 @@ def supports(call: MatrixStateCall) -> str | None:
 def slower(call: MatrixStateCall) -> str | None:
     """Return why `auto` leaves a call to others, or None."""
     if call.log_decay.shape[-1] > 1:
-        return "with a decay for each channel the kernels have been right on a device, and not been timed"
+        return "no row of a device says yet what the kernels with a decay for each channel do"
     (_, time, _, values), keys = call.v.shape, call.q.shape[-1]
     if min(keys, values) <= VALUE_MULTIPLE // 2:
         return f"tiles have {VALUE_MULTIPLE} keys and values, and here are {keys} and {values}"

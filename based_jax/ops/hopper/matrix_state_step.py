@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from based_jax.dims import BHKV, BHV
 from based_jax.ops import sharded
-from based_jax.ops.decode_calls import MatrixStepCall
+from based_jax.ops.decode_calls import MatrixStepCall, UnitDeltaStepCall
 from based_jax.ops.hopper import limits
 
 KEY_MULTIPLE, MAX_KEYS, VALUE_MULTIPLE = 16, 256, 32
@@ -16,20 +16,31 @@ KEY_MULTIPLE, MAX_KEYS, VALUE_MULTIPLE = 16, 256, 32
 
 def supports(call: MatrixStepCall) -> str | None:
     """Return why the kernel cannot run a call, or None."""
-    keys, values = call.state.shape[2:]
-    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
-        if x.dtype not in (jnp.bfloat16, jnp.float32):
-            return f"{name} must be bfloat16 or float32, and is {x.dtype}"
     if call.bonus is not None:
         return "it reads the state after it is written, and with a bonus it is read before"
+    return _refusal({"q": call.q, "k": call.k, "v": call.v}, call.state)
+
+
+def supports_unit(call: UnitDeltaStepCall) -> str | None:
+    """Return why the kernel cannot run a call, or None."""
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return "it runs on one device, and there is a mesh"
+    return _refusal({"the product": call.joint}, call.state)
+
+
+def _refusal(tokens: dict[str, jax.Array], state: BHKV) -> str | None:
+    keys, values = state.shape[2:]
+    for name, x in tokens.items():
+        if x.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"{name} must be bfloat16 or float32, and is {x.dtype}"
     if keys % KEY_MULTIPLE or not 0 < keys <= MAX_KEYS or values % VALUE_MULTIPLE or not values:
         return (
             f"K must be a multiple of {KEY_MULTIPLE} up to {MAX_KEYS} and V of {VALUE_MULTIPLE}, and a state is"
             f" {keys} by {values}"
         )
-    if not 0 < call.state.size < limits.MAX_ELEMENTS:
-        return f"states must have 1 to {limits.MAX_ELEMENTS - 1} elements together, and have {call.state.size}"
-    return limits.refusal()
+    if not 0 < state.size < limits.MAX_ELEMENTS:
+        return f"states must have 1 to {limits.MAX_ELEMENTS - 1} elements together, and have {state.size}"
+    return limits.refusal() or sharded.varying_refusal((tokens, state))
 
 
 def slower(call: MatrixStepCall) -> str | None:
@@ -53,3 +64,13 @@ def compute(call: MatrixStepCall) -> tuple[BHV, BHKV]:
         return o, state
 
     return sharded.per_shard(shard, arguments, [names] * len(arguments), [names, names], check_vma=False)
+
+
+def compute_unit(call: UnitDeltaStepCall) -> tuple[BHV, BHKV]:
+    """Return o and the state after the token of queries and keys of length 1."""
+    from pallas_kernels.hopper import matrix_state_step as kernels
+
+    kept = jnp.exp(call.log_decay.astype(jnp.float32))
+    arguments = call.joint, kept, call.beta.astype(jnp.float32)[..., None], call.state
+    o, state = kernels.unit_step(*arguments, scale=call.scale, multiprocessors=limits.multiprocessors())
+    return o, state

@@ -49,7 +49,7 @@ def _refusal(tokens: dict[str, jax.Array], A: DN, state: BDN) -> str | None:
         return f"a channel must have {', '.join(map(str, STATE_COUNTS))} states, and has {states}"
     if not 0 < state.size < limits.MAX_ELEMENTS:
         return f"states must have 1 to {limits.MAX_ELEMENTS - 1} elements together, and have {state.size}"
-    return limits.refusal()
+    return limits.refusal() or sharded.varying_refusal((tokens, state))
 
 
 def compute(call: SelectiveScanStepCall) -> tuple[BD, BDN]:

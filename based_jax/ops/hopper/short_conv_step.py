@@ -31,7 +31,7 @@ def supports(call: ShortConvStepCall | GatedConvStepCall) -> str | None:
         )
     if not 0 < call.state.size < limits.MAX_ELEMENTS:
         return f"states must have 1 to {limits.MAX_ELEMENTS - 1} elements together, and have {call.state.size}"
-    return limits.refusal()
+    return limits.refusal() or sharded.varying_refusal(call)
 
 
 def compute(call: ShortConvStepCall) -> tuple[BD, BWD]:

@@ -30,7 +30,7 @@ def supports(call: TaylorDecodeCall) -> str | None:
         return f"V must be a multiple of {VALUE_MULTIPLE} up to {most} for {tokens} tokens, and is {value_dim}"
     if (room := call.tokens[0].shape[2]) % ROOM_MULTIPLE:
         return f"flush must be a multiple of {ROOM_MULTIPLE}, and is {room}"
-    return limits.refusal()
+    return limits.refusal() or sharded.varying_refusal(call)
 
 
 def compute(call: TaylorDecodeCall):

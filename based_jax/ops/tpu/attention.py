@@ -38,9 +38,7 @@ def supports(call: AttentionCall) -> str | None:
         return f"its masks are of whole rows, and {call.sinks} sinks of packed documents are asked for"
     if 0 in q.shape:
         return "there must be a token"
-    if jax.typeof(q).manual_axis_type.varying:
-        return "its results do not say over which devices of jax.shard_map they vary"
-    return sharded.mesh_refusal()
+    return sharded.mesh_refusal() or sharded.varying_refusal(call)
 
 
 def compute(call: AttentionCall, *, interpret: bool = False) -> BTHV:

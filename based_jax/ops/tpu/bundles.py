@@ -97,6 +97,14 @@ def of_gated_short_conv(schedule: Schedule, rows: int, time: int, channels: int)
     return rows * (time // tokens) * _looped(schedule, channels // kernels.LANES)
 
 
+def of_norm(schedule: Schedule, rows: int, time: int, channels: int) -> int:
+    """Count a program for each block of tokens of a row, whose loop is over parts of these."""
+    from pallas_kernels.tpu import norm as kernels
+
+    tokens = kernels.block_tokens(time, channels)
+    return rows * -(-time // tokens) * _looped(schedule, tokens // kernels.PART_TOKENS)
+
+
 def _looped(schedule: Schedule, turns: int) -> int:
     """Count a program with one loop, of which libtpu may write several parts."""
     return schedule.straight + turns * sum(loop.own + loop.inner for loop in schedule.loops)

@@ -1,4 +1,4 @@
-"""Matrix states that decay, by chunks in TPU kernels: gated linear attention and the delta rule, any decays.
+"""Matrix states that decay, by chunks in TPU kernels: gated linear attention, the delta rule, low rank transitions.
 
 Kernels and equations: `pallas_kernels/tpu/matrix_states.py`. Products are of v's dtype, sums and the state fp32. The
 backward pass keeps the state before each chunk, in v's dtype, and makes the rest anew.
@@ -16,7 +16,7 @@ from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.decays import MIN_LOG_DECAY, empty_state
 
 DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
-MAX_DIM, DIM_MULTIPLE = 256, 16
+MAX_KEY_DIM, MAX_VALUE_DIM, DIM_MULTIPLE = 256, 512, 16
 
 
 def supports(call: MatrixStateCall) -> str | None:
@@ -24,8 +24,8 @@ def supports(call: MatrixStateCall) -> str | None:
     v, keys = call.v, call.k.shape[3]
     if v.dtype not in DTYPES:
         return f"v must be bfloat16 or float32, and is {v.dtype}"
-    if max(keys, v.shape[3]) > MAX_DIM:
-        return f"K and V must be at most {MAX_DIM}, and are {keys} and {v.shape[3]}"
+    if keys > MAX_KEY_DIM or v.shape[3] > MAX_VALUE_DIM:
+        return f"K must be at most {MAX_KEY_DIM} and V {MAX_VALUE_DIM}, and they are {keys} and {v.shape[3]}"
     if not v.size * keys:
         return f"no dimension may be empty, and K is {keys}, v {v.shape}"
     return sharded.mesh_refusal()
@@ -43,25 +43,21 @@ def _on_device(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
 
     (_, time, _, keys), values = call.q.shape, call.v.shape[3]
     call, _ = segments.separated(call)  # padding has queries of 0, and so its outputs are 0
-    chunk, by_channel = kernels.chunk_tokens(time), call.log_decay.shape[3] > 1
-    state = empty_state(call) if call.state is None else call.state.astype(jnp.float32)
+    chunk, state = kernels.chunk_tokens(time), empty_state(call) if call.state is None else call.state
     log_decay = jnp.maximum(call.log_decay.astype(jnp.float32), MIN_LOG_DECAY)
+    by_channel = call.a is not None or log_decay.shape[3] > 1
 
     def by_head(x):
         return jnp.swapaxes(sharded.fill(x, {1: chunk, 3: DIM_MULTIPLE}), 1, 2)
 
-    def by_group(x):
-        filled = sharded.fill(x.astype(jnp.float32), {1: chunk})
-        return jnp.swapaxes(filled.reshape(*filled.shape[:2], plan.groups, plan.group), 1, 2)
+    def of_head(x):
+        return jnp.swapaxes(sharded.fill(x.astype(jnp.float32), {1: chunk}), 1, 2)[:, :, None]
 
-    q, k, v = (by_head(x.astype(call.v.dtype)) for x in (call.q, call.k, call.v))
-    batch, heads, filled_time, filled_keys = k.shape
-    plan = kernels.Plan(batch, heads, filled_time, filled_keys, v.shape[3], v.dtype, by_channel)
-    tokens = kernels.Tokens(
-        *(q, k, v),
-        by_head(log_decay) if by_channel else by_group(log_decay[..., 0]),
-        None if call.beta is None else by_group(call.beta),
-    )
+    rounded = (call.q, call.k, call.v, call.a, call.b)
+    q, k, v, a, b = (None if x is None else by_head(x.astype(call.v.dtype)) for x in rounded)
+    decay = by_head(jnp.broadcast_to(log_decay, call.k.shape)) if by_channel else of_head(log_decay[..., 0])
+    tokens = kernels.Tokens(q, k, v, decay, None if call.beta is None else of_head(call.beta), a, b)
+    state = state.astype(jnp.float32)
     filled = jnp.swapaxes(sharded.fill(state, {2: DIM_MULTIPLE, 3: DIM_MULTIPLE}), 2, 3)
     leaves, tree = jax.tree.flatten((tokens, filled))
     o, state = _attention(call.scale, *jax.tree.unflatten(tree, sharded.vary_alike(*leaves)))
@@ -89,11 +85,11 @@ def _attention_bwd(scale: float, saved, gradients):
     from pallas_kernels.tpu import matrix_states as kernels
 
     (tokens, starts), walk = saved, functools.partial(kernels.reverse, scale=scale)
-    found = sharded.launch(
+    *found, dstate = sharded.launch(
         lambda starts, do, dlast, *given: walk(kernels.Tokens(*given), starts, do, dlast), starts, *gradients, *tokens
     )
-    *dtokens, dstate = found
-    return kernels.Tokens(*dtokens, *[None] * (len(tokens) - len(dtokens))), dstate
+    dtokens = iter(found)
+    return kernels.Tokens(*(None if x is None else next(dtokens) for x in tokens)), dstate
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

@@ -47,7 +47,7 @@ def compute(call: AttentionCall) -> BTHV:
 def _on_device(call: AttentionCall) -> BTHV:
     time = call.q.shape[1]
     numbers, filled = _filled(call)
-    o = _attention(1 / call.root, min(call.window, time), *filled)[:, :time, :, : call.v.shape[3]]
+    o = _attention(*_options(call), *filled)[:, :time, :, : call.v.shape[3]]
     return jnp.where(numbers[..., None, None] == 0, 0, o)
 
 
@@ -63,10 +63,16 @@ def _filled(call: AttentionCall, *more: BTHV) -> tuple[BT, list[jax.Array]]:
     return numbers, list(whole)
 
 
+def _options(call: AttentionCall) -> tuple[float, int, int | None]:
+    """Return the scale of scores, the window, and how many tokens each row has where they are one document."""
+    T = call.q.shape[1]
+    return 1 / call.root, min(call.window, T), T if call.segment_ids is None else None
+
+
 def read_window(call: AttentionCall) -> tuple[BTHV, jax.Array]:
     """Return what a device's queries read of their windows, and L (B, H, T); for `ops/softmax_sinks.py`."""
     T, (numbers, filled) = call.q.shape[1], _filled(call)
-    o, (*_, logarithm) = _attention_fwd(1 / call.root, min(call.window, T), *filled)
+    o, (*_, logarithm) = _attention_fwd(*_options(call), *filled)
     real = numbers != 0
     o = jnp.where(real[..., None, None], o[:, :T, :, : call.v.shape[3]], 0)
     return o, jnp.where(real[:, None], math.log(2) * logarithm[:, :, :T], LOGARITHM_OF_NONE)
@@ -78,34 +84,33 @@ def window_gradients(call: AttentionCall, o: BTHV, logarithm: jax.Array, do: BTH
 
     T, (_, (q, k, v, o, do, numbers)) = call.q.shape[1], _filled(call, o, do)
     in_twos = sharded.fill(logarithm / math.log(2), {2: kernels.TIME_MULTIPLE})  # whose powers the kernels take
-    dq, dk, dv, _ = _attention_bwd(1 / call.root, min(call.window, T), (q, k, v, numbers, o, in_twos), do)
+    dq, dk, dv, _ = _attention_bwd(*_options(call), (q, k, v, numbers, o, in_twos), do)
     return tuple(dx[:, :T, :, : x.shape[3]] for dx, x in zip((dq, dk, dv), call[:3], strict=True))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(scale, window, q, k, v, numbers):
-    return _attention_fwd(scale, window, q, k, v, numbers)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(scale, window, time, q, k, v, numbers):
+    return _attention_fwd(scale, window, time, q, k, v, numbers)[0]
 
 
-def _attention_fwd(scale, window, q, k, v, numbers):
+def _attention_fwd(scale, window, time, q, k, v, numbers):
     from pallas_kernels.triton import attention as kernels
 
     tiling = kernels.tiling_of(kernels.FORWARD_TILINGS, q, v)
-    first = softmax_walks.first_keys(numbers, window, tiling.own)
+    first = softmax_walks.documents(numbers, time).first_keys(window, tiling.own)
     o, logarithm = kernels.forward(q, k, v, numbers, first, scale=scale, window=window)
     return o, (q, k, v, numbers, o, logarithm)
 
 
-def _attention_bwd(scale, window, saved, do):
+def _attention_bwd(scale, window, time, saved, do):
     from pallas_kernels.triton import attention as kernels
 
     q, k, v, numbers, o, logarithm = saved
     tiling = kernels.tiling_of(kernels.GRADIENT_TILINGS, q, v)
     delta = jnp.einsum("BTHV,BTHV->BHT", do.astype(jnp.float32), o.astype(jnp.float32))
     options = {"scale": scale, "window": window}
-    first, last = (
-        of_tiles(numbers, window, tiling.own) for of_tiles in (softmax_walks.first_keys, softmax_walks.last_queries)
-    )
+    documents = softmax_walks.documents(numbers, time)
+    first, last = documents.first_keys(window, tiling.own), documents.last_queries(window, tiling.own)
     [dq] = kernels.query_gradients(q, k, v, numbers, first, logarithm, delta, do, **options)
     dk, dv = kernels.key_gradients(q, k, v, numbers, last, logarithm, delta, do, **options)
     return dq, dk, dv, None

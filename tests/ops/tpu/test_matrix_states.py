@@ -14,7 +14,7 @@ from helpers.tpu_interpreter import interpreted
 from based_jax import parallel
 from based_jax.errors import UserError
 from based_jax.ops import dispatch
-from based_jax.ops.delta_rule import delta_rule
+from based_jax.ops.delta_rule import delta_rule, dplr
 from based_jax.ops.dispatch import recorded_choices
 from based_jax.ops.gated_linear_attention import gated_linear_attention
 from based_jax.ops.ssd import ssd
@@ -24,11 +24,20 @@ def linear(q, k, v, g, beta, **options):
     return gated_linear_attention(q, k, v, g, **options)
 
 
+def low_rank(q, k, v, g, beta, *, scale=None, **options):
+    """RWKV-7's: what lies under a removal key is lessened by a rate of each channel."""
+    rates = beta[..., None] * (0.5 + 0.5 * jnp.cos(jnp.arange(k.shape[3])))[None, None, None]
+    b = (k * rates).astype(k.dtype)
+    return dplr(q, jnp.roll(k, 1, 3), v, g, -k, b, scale=scale, **options)
+
+
 FORMS = {
     "linear": (linear, False),
     "linear by channel": (linear, True),
     "delta": (delta_rule, False),
     "delta by channel": (delta_rule, True),
+    "low rank": (low_rank, False),
+    "low rank by channel": (low_rank, True),
 }
 """An operation, and whether each channel has a decay."""
 
@@ -65,7 +74,11 @@ def found_and_right(out_and_grads, call, arguments, cotangents):
         for dtype in ("float32", "bfloat16")
         for sizes, packed in (((1, 133, 3, 16, 24), True), ((2, 130, 2, 24, 40), False), ((1, 7, 1, 20, 8), False))
     ],
-    [("delta by channel", "float32", (1, 133, 3, 16, 24), True), ("linear", "bfloat16", (1, 7, 1, 20, 8), False)],
+    [
+        ("delta by channel", "float32", (1, 133, 3, 16, 24), True),
+        ("low rank by channel", "float32", (1, 133, 3, 16, 24), True),
+        ("linear", "bfloat16", (1, 7, 1, 20, 8), False),
+    ],
 )
 def test_it_equals_the_oracle(form, dtype, sizes, packed, normal, packed_ids, close, out_and_grads, on_tpu):
     """Outputs, states and all gradients; nothing races, and what nothing has written is NaN."""
@@ -128,8 +141,8 @@ def test_groups_of_heads_share_what_a_state_space_reads_and_writes(normal, close
     ("sizes", "words"),
     [
         ({"dtype": "float16"}, "v must be bfloat16 or float32, and is float16"),
-        ({"K": 320}, "K and V must be at most 256, and are 320 and 64"),
-        ({"V": 512}, "K and V must be at most 256, and are 32 and 512"),
+        ({"K": 320}, "K must be at most 256 and V 512, and they are 320 and 64"),
+        ({"V": 520}, "K must be at most 256 and V 512, and they are 32 and 520"),
     ],
 )
 def test_refusals_name_the_value(sizes, words):
