@@ -9,9 +9,10 @@ import numpy as np
 from based_jax.convert.fields import Family, Keys, key_names, padding_section, with_defaults
 from based_jax.convert.folders import CONFIG_FILE, Fields
 from based_jax.errors import UserError, unknown
+from based_jax.nn.attention_heads import HeadsConfig
 from based_jax.nn.lm import LMConfig
 from based_jax.nn.mixers import mixer_class
-from based_jax.nn.mixers.attention import AttentionConfig, HeadsConfig
+from based_jax.nn.mixers.attention import AttentionConfig
 
 DEFAULTS: Fields = {"rms_norm_eps": 1e-6}
 """What a config.json without the key means, as in transformers, of what arrays cannot tell."""
