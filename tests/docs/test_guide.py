@@ -163,6 +163,10 @@ def test_the_mixer_of_the_guide_is_one_with_the_imports_that_it_names():
     program = site_hooks.filled("readme", own[2], "a page").removeprefix("```python\n").removesuffix("```")
     exec(f"{imports}\n{own[1]}\n{program}", names)
     assert kind_of(names["Ema"]).startswith("Ema@")
+    [table] = re.findall(r"^\| from \| what \|\n.*?\n\n", page, re.MULTILINE | re.DOTALL)
+    cells = " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
+    blocks = re.findall(r"`(\w+)\.(\w+)[(`]", cells)
+    assert len(blocks) > 5 and not [found for found in blocks if not callable(getattr(names[found[0]], found[1], None))]
 
 
 def test_a_word_of_a_command_is_broken_nowhere():

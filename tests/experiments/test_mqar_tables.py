@@ -133,6 +133,9 @@ def test_the_readme_has_the_tables_of_the_rows(capsys):
 
 def test_the_readme_counts_the_runs_of_the_store():
     text = " ".join((FOLDER.parents[1] / "README.md").read_text("utf-8").split())
-    said = {"reference": "{} runs on an H100 80GB and on H200s", "zoology": "{} of the 236 runs of Figure 2 are in the store"}
+    said = {
+        "reference": "{} runs on an H100 80GB and on H200s",
+        "zoology": "{} of the 236 runs of Figure 2 are in the store",
+    }
     for recipe, words in said.items():
         assert words.format(len(recall_rows.of_recipe(FOLDER / "results" / "figure2", recipe))) in text
