@@ -237,13 +237,13 @@ LAYER_TYPES = {
     "max_window_layers": int,
     "layer_types": list | None,
 }
-NO_BIAS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-NO_MLP_BIAS = {"hidden_act": "silu", "mlp_bias": False}
+NO_MLP_BIAS = {"hidden_act": "silu", "mlp_bias": False, "rope_interleaved": False}
+NO_BIAS = NO_MLP_BIAS | {"attention_bias": False}
 UNREAD = key_names("pretraining_tp _attn_implementation max_sequence_length max_window_layers")
 KEYS = {
     "llama": Keys(READ | BIAS, NO_MLP_BIAS | {"sliding_window": None}, UNREAD),
     "mistral": Keys(READ | {"sliding_window": int | None}, NO_BIAS, UNREAD),
-    "qwen2": Keys(READ | LAYER_TYPES, {"hidden_act": "silu", "mlp_bias": False, "use_mrope": False}, UNREAD),
+    "qwen2": Keys(READ | LAYER_TYPES, NO_MLP_BIAS | {"use_mrope": False}, UNREAD),
     "qwen3": Keys(READ | LAYER_TYPES | BIAS, NO_MLP_BIAS, UNREAD),
 }
 FAMILIES = {

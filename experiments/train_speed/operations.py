@@ -56,7 +56,7 @@ TIMED = (
     Timed("KDA", "delta_rule", (8, 16, 2048, 128, 128), BOTH_CHUNKS, (620, 2900)),
     Timed("simple GLA, Mamba-2", "simple_gla", (8, 32, 2048, 128, 64), CHUNKS, (125, 690)),
     Timed("the same, one long sequence", "simple_gla", (1, 16, 16384, 128, 64), CHUNKS, (200, None)),
-    Timed("RWKV-7", "dplr", (8, 16, 2048, 64, 64), CHUNKS, (400, 1400)),
+    Timed("RWKV-7", "dplr", (8, 16, 2048, 64, 64), BOTH_CHUNKS, (400, 1400)),
     Timed("Mamba, 32 times 64 channels", "raw_selective_scan", (8, 32, 2048, 16), ("hopper_steps",), (300, 1000)),
 )
 

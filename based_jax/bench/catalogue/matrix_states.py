@@ -279,7 +279,11 @@ DPLR = _matrix_states(
     delta_rule.DPLR_IMPLEMENTATIONS,
     _low_rank,
     low_rank_definition,
-    {"triton_chunks": CHANNEL_DECAY_KERNELS + INVERSE_KERNELS, "hopper_steps": STEP_KERNELS},
+    {
+        "triton_chunks": CHANNEL_DECAY_KERNELS + INVERSE_KERNELS,
+        "hopper_steps": STEP_KERNELS,
+        "hopper_chunks": ("dplr_",),
+    },
     decays=None,
     extra="direction",
     products=4,
