@@ -28,5 +28,5 @@ def run(args: argparse.Namespace) -> None:
     print(f"Next: python -m pytest tests/test_contracts.py -k {args.name}")
     print(
         "The suite asks more of a mixer that is merged: a colour in pictures/styles.py, and in"
-        " tests/nn/test_init_recipes.py what its parameters start with."
+        " tests/nn/assets/zoology_init.txt what its parameters start with."
     )

@@ -2,8 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -60,8 +59,8 @@ class Intake:
         """Return how many prompts are being read."""
         return len(self._tasks)
 
-    def compile(self) -> None:
-        """Compile what prompts of any length run."""
+    def programs(self) -> list[Callable[[], object]]:
+        """Return what compiles a program for prompts each; any thread may call them, with caches of their own."""
 
         def read(length: int) -> None:
             caches = self.decoder.init_cache(self.rows, self._max_len)
@@ -69,8 +68,10 @@ class Intake:
 
         lengths = range(1 + min(self._max_len - 2, self._chunk_tokens))
         kinds = {(self._shape(length), length == self._chunk_tokens): length for length in lengths}
-        with ThreadPoolExecutor() as threads:
-            list(threads.map(read, kinds.values()))
+        return [functools.partial(read, length) for length in kinds.values()]
+
+    def rehearse(self) -> None:
+        """Run what keeps a state and goes on from it, which changes nothing."""
         if self.prefix_cache is not None:
             self.caches = self._layout.put(self.caches, 0, self._layout.take(self.caches, 0))
 

@@ -29,7 +29,7 @@ def supports(call: MatrixStepCall) -> str | None:
     heads = sharded.part_of_device("heads", heads)
     if kernels.heads_of_program((batch, heads, keys, values)) is None:
         return f"VMEM does not hold {heads} states of {keys} by {values}, nor 8 of them"
-    return sharded.mesh_refusal() or sharded.varying_refusal(call)
+    return sharded.mesh_refusal()
 
 
 def slower(call: MatrixStepCall) -> str | None:

@@ -26,7 +26,7 @@ def supports(call: TaylorDecodeCall) -> str | None:
     if (plan := _plan(call)).most_features < 1:
         sizes = f"{plan.room} recent tokens with {plan.keys} + {plan.values} channels"
         return f"VMEM does not hold {plan.lanes} rows of {sizes}"
-    return sharded.mesh_refusal() or sharded.varying_refusal(call)
+    return sharded.mesh_refusal()
 
 
 def _plan(call: TaylorDecodeCall):

@@ -42,7 +42,9 @@ def test_refusals_name_the_value(call, words):
     assert tpu_norm.supports(call_of(D=70, y=None, dtype="float32")) is None
 
 
-@pytest.mark.parametrize(("time", "channels", "tokens"), [(1, 128, 16), (70, 128, 64), (2048, 1792, 128), (99, 8192, 32)])
+@pytest.mark.parametrize(
+    ("time", "channels", "tokens"), [(1, 128, 16), (70, 128, 64), (2048, 1792, 128), (99, 8192, 32)]
+)
 def test_a_program_has_the_tokens_that_there_are_and_fit(time, channels, tokens):
     assert kernels.block_tokens(time, channels) == tokens
 
