@@ -27,7 +27,7 @@ from based_jax.ops.arguments import checked
 from based_jax.ops.calls import BTH, Decay, MatrixStateCall
 from based_jax.ops.decays import LogDecays, as_dplr, empty_state, pair_weights
 from based_jax.ops.decode_calls import BH, MatrixStepCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import delta_rule as hopper_delta_rule
 from based_jax.ops.hopper import dplr as hopper_dplr
 from based_jax.ops.hopper import recurrence as hopper_recurrence
@@ -232,7 +232,7 @@ CUT = sequence.States(empty_state, _piece, _compose)
 
 DPLR_IMPLEMENTATIONS = {
     "hopper_chunks": Implementation(
-        hopper_dplr.compute, hopper_dplr.supports, platform="cuda", slower=not_run, specialised=True
+        hopper_dplr.compute, hopper_dplr.supports, platform="cuda", slower=hopper_dplr.slower, specialised=True
     ),
     "triton_chunks": Implementation(
         triton_dplr.compute,

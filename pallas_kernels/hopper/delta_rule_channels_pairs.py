@@ -35,36 +35,29 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
 
     def make(turn: Turn, tiles, scratch, targets):
         q_tile, k_tile, high_tile, low_tile, beta_tile, late_tile = tiles
-        made_tiles, x_strip, y_strip, level_tiles = scratch
-        x_tile, y_tile = (made_tiles.at[i] for i in range(2))
+        key_tile, x_tile, y_tile, x_strip, y_strip = scratch
 
         def weigh(tile, part, weight):
             return mosaic.load(tile.at[:, part]).astype(jnp.float32) * weight
 
-        def decays_of(part, border: int):
+        def decays_of(part, border):
             rows, columns = channel_decays.numbers()
-            M = channel_decays.between(rows, columns, jnp.int32(border))
+            M = channel_decays.between(rows, columns, border)
             return channel_decays.weights(M, (high_tile.at[:, part], low_tile.at[:, part]))
-
-        def write(tile, target, part) -> None:
-            plgpu.copy_smem_to_gmem(tile, target.at[turn.row, turn.tokens, turn.head, part])
 
         def carry_decays():
             """Write what carries decays from the chunk's beginning and to its end."""
             late = plgpu.load(late_tile, layout=mosaic.ROW_LAYOUT)
             for i, part in enumerate(parts):
-                since = decays_of(part, SINCE)
+                since = decays_of(part, jnp.int32(SINCE))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 mosaic.save(x_tile, weigh(q_tile, part, scale * since))
                 mosaic.save(y_tile, weigh(k_tile, part, since))
+                until = decays_of(part, jnp.int32(UNTIL)) * mosaic.across(late, PAIRS_SHAPE)
+                mosaic.save(key_tile.at[i], weigh(k_tile, part, until))
                 plgpu.commit_smem()
-                for tile, target in zip((x_tile, y_tile), targets[2:4], strict=True):
-                    write(tile, target, part)
-                until = decays_of(part, UNTIL) * mosaic.across(late, PAIRS_SHAPE)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                mosaic.save(x_tile, weigh(k_tile, part, until))
-                plgpu.commit_smem()
-                write(x_tile, targets[4], part)
+                for tile, target in zip((x_tile, y_tile, key_tile.at[i]), targets[2:5], strict=True):
+                    plgpu.copy_smem_to_gmem(tile, target.at[turn.row, turn.tokens, turn.head, part])
                 whole = sum(mosaic.load(x.at[:, part].T).astype(jnp.float32).sum(axis=1) for x in (high_tile, low_tile))
                 channels = pl.ds(turn.chunk * keys + i * PART_CHANNELS, PART_CHANNELS)
                 targets[5].at[turn.row, turn.head, channels][...] = jnp.exp2(whole)
@@ -80,20 +73,21 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
             return jnp.where(same, asked, 0.0)
 
         def add_level(level, found):
-            M = level_tiles.at[level]
+            rows, columns = channel_decays.numbers()
+            M = channel_decays.between(rows, columns, channel_decays.border(rows, level))
             queries, own_keys = [], []
             plgpu.commit_smem()  # all have read what is overwritten
             for i, part in enumerate(parts):
                 weight = channel_decays.weights(M, (high_tile.at[:, part], low_tile.at[:, part]))
                 queries.append(weigh(q_tile, part, weight).astype(k.dtype))
                 own_keys.append(weigh(k_tile, part, weight).astype(k.dtype))
-                mosaic.save(made_tiles.at[i], own_keys[-1])
+                mosaic.save(key_tile.at[i], own_keys[-1])
             plgpu.commit_smem()
 
             def multiply(asked, seen):
                 for i in range(len(parts)):
-                    mosaic.multiply(asked, queries[i], made_tiles.at[i].T)
-                    mosaic.multiply(seen, own_keys[i], made_tiles.at[i].T)
+                    mosaic.multiply(asked, queries[i], key_tile.at[i].T)
+                    mosaic.multiply(seen, own_keys[i], key_tile.at[i].T)
                 return asked[...], seen[...]
 
             made = mosaic.products(multiply, PAIRS_SHAPE, PAIRS_SHAPE)
@@ -105,7 +99,6 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         asked, seen = lax.fori_loop(0, LEVELS, add_level, (same_token(), mosaic.zeros(PAIRS_SHAPE)))
         beta = numbers_of(beta_tile)
-        plgpu.commit_smem()  # all have read what is overwritten
         mosaic.save(y_tile, asked * (scale * beta))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(y_tile, targets[0].at[turn.row, turn.tokens, turn.head])
@@ -120,7 +113,8 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
     square = jax.ShapeDtypeStruct((batch, time, heads, CHUNK_TOKENS), k.dtype)
     kept = jax.ShapeDtypeStruct((batch, heads, chunks * keys), jnp.float32)
     scratch = [
-        mosaic.swizzled((GROUPS, 2, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE),
+        mosaic.swizzled((GROUPS, len(parts), *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE),
+        *(mosaic.swizzled((GROUPS, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE) for _ in range(2)),
         inverses.strips(GROUPS),
         inverses.strips(GROUPS),
     ]
@@ -133,6 +127,4 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
         scratch,
         groups=GROUPS,
         blocks=blocks,
-        shared=[channel_decays.level_tiles()],
-        prepare=channel_decays.write_levels,
     )

@@ -26,7 +26,7 @@ def pairs(q, k, c, beta, *, scale: float, blocks: int) -> list[jax.Array]:
     """
 
     def make(turn: Turn, tiles, scratch, targets):
-        (q_tile, k_tile, c_tile, beta_tile), (x_tile, y_tile) = tiles, scratch
+        (q_tile, k_tile, c_tile, beta_tile), (x_tile, y_tile, x_strip, y_strip) = tiles, scratch
         c = plgpu.load(c_tile, layout=mosaic.ROW_LAYOUT)
 
         def ask(asked):
@@ -48,7 +48,7 @@ def pairs(q, k, c, beta, *, scale: float, blocks: int) -> list[jax.Array]:
         M = jnp.where(own > others, mosaic.products(see, PAIRS_SHAPE) * weights, 0.0)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         turn.fetch_next()
-        t = inverses.inverse(M, x_tile, y_tile)
+        t = inverses.inverse_by_strips(M, x_tile, y_tile, x_strip, y_strip)
         mosaic.save(x_tile, t)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(x_tile, targets[1].at[turn.row, turn.tokens, turn.head])
@@ -56,6 +56,7 @@ def pairs(q, k, c, beta, *, scale: float, blocks: int) -> list[jax.Array]:
     groups = 3 if k.shape[3] <= 128 else 2
     square = jax.ShapeDtypeStruct((*k.shape[:3], CHUNK_TOKENS), k.dtype)
     scratch = [mosaic.swizzled((groups, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE) for _ in range(2)]
+    scratch += [inverses.strips(groups), inverses.strips(groups)]
     numbers = [(c, 1), (beta, 1)]
     return each_chunk(
         make, "delta_rule_pairs", [q, k], numbers, [square, square], scratch, groups=groups, blocks=blocks
