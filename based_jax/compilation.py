@@ -21,6 +21,8 @@ FOLDER_VARIABLE = "BASED_JAX_COMPILED"
 NOWHERE = "none"
 MAX_BYTES = 32 << 30
 """Of all programs; those go first that were not read for longest."""
+SECONDS_VARIABLE, MIN_COMPILE_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.2
+"""What compiles sooner is not kept, unless JAX's variable says another time than these seconds."""
 HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
@@ -52,6 +54,9 @@ def keep(given: str | None = None) -> Path | None:
     os.environ[FOLDER_VARIABLE] = str(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    if SECONDS_VARIABLE not in os.environ:
+        seconds = min(MIN_COMPILE_SECONDS, jax.config.jax_persistent_cache_min_compile_time_secs)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
     return folder
 
 

@@ -32,7 +32,8 @@ cuda_plugin.stand_in()
 placement.SMALL_BYTES //= 256
 
 # nn.cache is left out: its pytree also holds stacked arrays and abstract leaves, which its annotations do not mean.
-SHAPES_CHECKED = ["based_jax.ops", *(f"based_jax.nn.{name}" for name in ("block", "layers", "lm", "mixers"))]
+MODULES_CHECKED = "block", "layers", "lm", "mixers", "mlps", "multihead", "projections"
+SHAPES_CHECKED = ["based_jax.ops", *(f"based_jax.nn.{name}" for name in MODULES_CHECKED)]
 check_shapes(SHAPES_CHECKED)
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}

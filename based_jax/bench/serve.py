@@ -26,13 +26,13 @@ from based_jax.data.tokenizer_file import named_tokenizer
 from based_jax.errors import UserError
 from based_jax.generate.drafts import Drafts
 from based_jax.nn.lm_config import LMConfig
-from based_jax.serve.app import Service
 from based_jax.serve.limits import Limits
 from based_jax.serve.server import Server, bound, make_service
 
 NAME, TOKENIZER = "random", "gpt2"
 CLIENTS_MODULE = "based_jax.bench.serve_clients"
 PACKAGES = "starlette", "uvicorn"
+POLL_SECONDS = 0.05
 
 
 class Span(NamedTuple):
@@ -76,9 +76,11 @@ def measure(
     Raises:
       UserError: a number is below 1, the tokenizer is not the model's, or the model reads fewer tokens.
     """
-    service, start = _started(config, loads, slots, drafts)
-    slots = service.limits.slots
-    with _running(Server(service, grace=0.0)) as port:
+    server, begin = _server(config, loads, slots, drafts), time.perf_counter()
+    slots = server.service.limits.slots
+    with compilation.counted_hits() as hits, _running(server) as port:
+        first = _asked(port, Load(1, 1, loads[0].prompt, Span(1, 1)), config.vocab_size, seed=2)
+        start = _start(server, begin, first[0]) | {"compiled_before": hits.count > 0}
         for load in loads:
             _asked(port, load._replace(texts=1), config.vocab_size, seed=0)
             with clocks.recorded(jax.devices()[0]) as clock:
@@ -94,20 +96,30 @@ def compile_programs(config: LMConfig, loads: Sequence[Load], slots: int | None 
     Raises:
       UserError: as of `measure`.
     """
-    return _started(config, loads, slots, drafts)[1]["start_seconds"]
+    begin = time.perf_counter()
+    with _running(server := _server(config, loads, slots, drafts)):
+        return _start(server, begin, None)["start_seconds"]
 
 
-def _started(config: LMConfig, loads: Sequence[Load], slots: int | None, drafts: int) -> tuple[Service, dict[str, Any]]:
-    """Return what answers the loads, and what its start took: seconds, its weights there, and where programs were."""
+def _start(server: Server, begin: float, first: Answer | None) -> dict[str, float]:
+    """Return what a server's start takes, its weights there: until its first answer, and all programs are compiled."""
+    while not server.driver.is_warm:
+        if server.driver.failure is not None:
+            raise server.driver.failure
+        time.sleep(POLL_SECONDS)
+    warm = {"start_seconds": round(time.perf_counter() - begin, 2)}
+    return warm if first is None else warm | {"first_answer_seconds": round(first.ended - begin, 2)}
+
+
+def _server(config: LMConfig, loads: Sequence[Load], slots: int | None, drafts: int) -> Server:
+    """Return a server for the loads, its weights there."""
     slots = max(load.clients for load in loads) if slots is None else slots
     longest = max(load.prompt.most + load.new.most for load in loads)
     limits = Limits(slots=slots, queue=max(load.clients for load in loads), max_len=longest, new_tokens=longest)
     by_lookup, decoder = Drafts.by_lookup(drafts) if drafts else None, Subject(config).decoder
     jax.block_until_ready(decoder.params)
-    begin = time.perf_counter()
-    with compilation.counted_hits() as hits:
-        service = make_service(decoder, named_tokenizer(TOKENIZER), NAME, limits=limits, drafts=by_lookup)
-    return service, {"start_seconds": round(time.perf_counter() - begin, 2), "compiled_before": hits.count > 0}
+    service = make_service(decoder, named_tokenizer(TOKENIZER), NAME, limits=limits, drafts=by_lookup)
+    return Server(service, grace=0.0)
 
 
 @contextlib.contextmanager

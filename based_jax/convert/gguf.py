@@ -41,8 +41,14 @@ FIELDS = {
 """The key of a Llama's config.json -> that of the file, behind its architecture's name."""
 ARCHITECTURE, GGUF_SUFFIX = "llama", ".gguf"
 ROPE_BASE, ROPE_DIMENSIONS = "rope.freq_base", "rope.dimension_count"
-ROPE_SCALING = "rope.scaling.type", "rope.scale_linear"
-"""Keys of scaled rotary, of which no file was at hand to try."""
+HEAD_WIDTHS = "attention.key_length", "attention.value_length"
+UNREAD = {
+    "rope.scaling.type": ("none",),
+    "rope.scale_linear": (1.0,),
+    "attention.sliding_window": (0,),
+    "tokenizer.ggml.add_bos_token": (False,),
+}
+"""Keys of what no file was at hand to try: the values that they may have if they are there."""
 LAYER_ARRAYS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -154,13 +160,22 @@ def _fields(told: Fields) -> Fields:
     if architecture != ARCHITECTURE:
         raise unknown("architecture of a GGUF file", str(architecture), [ARCHITECTURE])
     own = {name.removeprefix(f"{ARCHITECTURE}."): value for name, value in told.items()}
-    for name in ROPE_SCALING:
-        if own.get(name, "none") not in ("none", 1.0):
-            raise UserError(f"The file's {name} is {own[name]}; only rotary that is not scaled is read.")
+    for name, allowed in UNREAD.items():
+        if name in own and own[name] not in allowed:
+            raise UserError(f"The file's {name} is {own[name]}; only {allowed[0]} is read.")
     fields = {name: own[key] for name, key in FIELDS.items()}
-    head_dim = fields["hidden_size"] // fields["num_attention_heads"]
+    head_dim = _head_dim(own, fields["hidden_size"] // fields["num_attention_heads"])
     share = own.get(ROPE_DIMENSIONS, head_dim) / head_dim
-    return fields | {"rope_theta": own[ROPE_BASE], "partial_rotary_factor": share}
+    return fields | {"head_dim": head_dim, "rope_theta": own[ROPE_BASE], "partial_rotary_factor": share}
+
+
+def _head_dim(own: Fields, default: int) -> int:
+    widths = {own.get(name, default) for name in HEAD_WIDTHS}
+    if len(widths) > 1:
+        raise UserError(
+            f"The file's heads have keys and values of {' and '.join(map(str, sorted(widths)))}; one is read."
+        )
+    return widths.pop()
 
 
 def _array(tensor: Any, fields: Fields) -> tuple[str, np.ndarray]:

@@ -24,9 +24,9 @@ from based_jax.convert.reference import check_layers, lm_from_reference, paramet
 from based_jax.convert.tokenizers import tokenizer_fields, write_tokenizer
 from based_jax.errors import UserError, unknown
 from based_jax.folders import check_free, local_path, written_whole
+from based_jax.nn.attention_heads import HeadsConfig
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import mixer_class
-from based_jax.nn.mixers.attention import HeadsConfig
 
 TRAINING_FIELDS = ("init_std", "init_recipe", "embed_dropout", "remat")
 """What a config says of training alone, which stands in a section of our own beside the tokenizer's name."""

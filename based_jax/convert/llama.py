@@ -9,9 +9,10 @@ import numpy as np
 from based_jax.convert.fields import Family, Keys, key_names, padding_section, with_defaults
 from based_jax.convert.folders import CONFIG_FILE, Fields
 from based_jax.errors import UserError, unknown
+from based_jax.nn.attention_heads import HeadsConfig
 from based_jax.nn.lm import LMConfig
 from based_jax.nn.mixers import mixer_class
-from based_jax.nn.mixers.attention import AttentionConfig, HeadsConfig
+from based_jax.nn.mixers.attention import AttentionConfig
 
 DEFAULTS: Fields = {"rms_norm_eps": 1e-6}
 """What a config.json without the key means, as in transformers, of what arrays cannot tell."""
@@ -236,13 +237,13 @@ LAYER_TYPES = {
     "max_window_layers": int,
     "layer_types": list | None,
 }
-NO_BIAS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-NO_MLP_BIAS = {"hidden_act": "silu", "mlp_bias": False}
+NO_MLP_BIAS = {"hidden_act": "silu", "mlp_bias": False, "rope_interleaved": False}
+NO_BIAS = NO_MLP_BIAS | {"attention_bias": False}
 UNREAD = key_names("pretraining_tp _attn_implementation max_sequence_length max_window_layers")
 KEYS = {
     "llama": Keys(READ | BIAS, NO_MLP_BIAS | {"sliding_window": None}, UNREAD),
     "mistral": Keys(READ | {"sliding_window": int | None}, NO_BIAS, UNREAD),
-    "qwen2": Keys(READ | LAYER_TYPES, {"hidden_act": "silu", "mlp_bias": False, "use_mrope": False}, UNREAD),
+    "qwen2": Keys(READ | LAYER_TYPES, NO_MLP_BIAS | {"use_mrope": False}, UNREAD),
     "qwen3": Keys(READ | LAYER_TYPES | BIAS, NO_MLP_BIAS, UNREAD),
 }
 FAMILIES = {

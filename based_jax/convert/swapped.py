@@ -9,10 +9,11 @@ from flax import nnx
 from based_jax.convert.reference import lm_from_reference, reference_weights
 from based_jax.convert.skeletons import OWN
 from based_jax.errors import UserError
+from based_jax.nn.attention_heads import HeadsConfig
 from based_jax.nn.lm import LM
 from based_jax.nn.lm_config import LMConfig
 from based_jax.nn.mixers import mixer_class
-from based_jax.nn.mixers.attention import AttentionConfig, HeadsConfig
+from based_jax.nn.mixers.attention import AttentionConfig
 
 SHARED_OPTIONS = {field.name for field in dataclasses.fields(HeadsConfig)} - {"impl"}
 

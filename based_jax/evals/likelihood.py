@@ -61,7 +61,11 @@ class Judge:
 
         Args:
           rows: inputs and labels (T,), a label NO_LABEL where nothing is asked.
+
+        Raises:
+          UserError: an id that the model does not know, as of another tokenizer.
         """
+        self._check_ids(rows)
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place][0]))
         while order:
             length = _padded(len(rows[order[0]][0]))
@@ -71,6 +75,11 @@ class Judge:
             for row, place in enumerate(places):
                 shown = slice(len(rows[place][0]))
                 yield place, Judged(losses[row, shown], correct[row, shown])
+
+    def _check_ids(self, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        for place, row in enumerate(rows):
+            if (most := max(int(ids.max(initial=0)) for ids in row)) >= self.config.vocab_size:
+                raise UserError(f"Row {place} has id {most}; the model knows ids 0 to {self.config.vocab_size - 1}.")
 
     def _read(self, rows: Sequence[tuple[np.ndarray, np.ndarray]], size: int, length: int):
         inputs, segment_ids = np.zeros((2, size, length), np.int32)

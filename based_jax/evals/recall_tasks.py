@@ -6,6 +6,7 @@ samples, so that they run anywhere.
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from based_jax.evals import prompts
 from based_jax.evals.haystacks import MadeUp, Needles, PhoneBook, made_up
 from based_jax.evals.prompts import Document, Example
 from based_jax.evals.sets import Row, read_rows, sample
+
+log = logging.getLogger(__name__)
 
 NEW_TOKENS = 48
 """That a model may say."""
@@ -168,10 +171,18 @@ def examples_of(part: Part, selection: Selection) -> list[Example]:
 
 
 def check_rows(parts: Sequence[Part], data: Mapping[str, str]) -> None:
-    """Raise UserError for a set whose rows cannot be read, lack a field, or have no answers."""
+    """Warn of rows that cannot be asked.
+
+    Raises:
+      UserError: a set's rows cannot be read, one lacks a field, or none can be asked.
+    """
     for name in dict.fromkeys(part.task for part in parts):
         if isinstance(task := TASKS[name], SetTask):
-            _documents(task, data.get(name, task.source))
+            found = _documents(task, source := data.get(name, task.source))
+            if left_out := sum(not _can_be_asked(document) for document in found):
+                log.warning(
+                    "'%s': %d of %d rows have no answer or no document: left out.", source, left_out, len(found)
+                )
 
 
 def _set_examples(task: SetTask, part: Part, selection: Selection) -> list[Example]:
@@ -181,7 +192,7 @@ def _set_examples(task: SetTask, part: Part, selection: Selection) -> list[Examp
             str(place), _digest(document.context), _prompt(task, part, document, selection.tokenizer), document.answers
         )
         for place in _chosen(len(documents), selection.limit, selection.seed)
-        if (document := documents[place]).answers
+        if _can_be_asked(document := documents[place])
     ]
 
 
@@ -191,9 +202,14 @@ def _documents(task: SetTask, source: str) -> list[Document]:
     for place, row in enumerate(rows):
         _check_fields(row, place, task.fields, source)
     found = [task.document(row) for row in rows]
-    if not any(document.answers for document in found):
-        raise UserError(f"'{source}' has no row with an answer.")
+    if not any(map(_can_be_asked, found)):
+        raise UserError(f"'{source}' has no row with a document and an answer.")
     return found
+
+
+def _can_be_asked(document: Document) -> bool:
+    """Return whether there is something to read, and an answer to be told."""
+    return bool(document.answers and (document.context.strip() or document.text))
 
 
 def _prompt(task: SetTask, part: Part, document: Document, tokenizer: Tokenizer) -> str:

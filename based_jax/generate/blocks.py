@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from based_jax import parallel
-from based_jax.generate.decoder import Decoder, Layout, Params
+from based_jax.generate.decoder import Decoder, Layout, Params, compile_ahead
 from based_jax.generate.drafts import Drafts, Method
 from based_jax.generate.rows import Rows
 from based_jax.generate.sampling import Drawn, draw, drawable
@@ -60,12 +60,23 @@ def decode(
     """
     limit = np.int32(steps if most is None else most)
     with decoder.running():
-        as_graph = loop_options() is not None
-        if drafts is None:
-            loop = decoding_graph if as_graph else decoding_loop
-            return loop(decoder.layout, steps, decoder.params, rows, limit)
-        verify_loop = verifying_graph if as_graph else verifying_loop
-        return verify_loop(decoder.layout, drafts.method, steps, decoder.params, drafts.params, rows, limit)
+        loop, *arguments = _loop(decoder, steps, drafts)
+        return loop(*arguments, rows, limit)
+
+
+def compile_block(decoder: Decoder, rows: Any, steps: int, drafts: Drafts | None = None) -> None:
+    """Compile the program of `decode` on one device, of whose rows the shapes are enough."""
+    loop, *arguments = _loop(decoder, steps, drafts)
+    compile_ahead(loop, *arguments, rows, np.int32(steps))
+
+
+def _loop(decoder: Decoder, steps: int, drafts: Drafts | None) -> tuple[Any, ...]:
+    """Return the program of `decode`, and what it is called with before the rows."""
+    as_graph = loop_options() is not None
+    if drafts is None:
+        return decoding_graph if as_graph else decoding_loop, decoder.layout, steps, decoder.params
+    loop = verifying_graph if as_graph else verifying_loop
+    return loop, decoder.layout, drafts.method, steps, decoder.params, drafts.params
 
 
 def decode_within(decoder: Decoder, rows: Rows, steps: int, drafts: Drafts | None = None) -> tuple[Rows, Block]:

@@ -1,9 +1,11 @@
 """Requests that come and go, answered together in a fixed number of slots."""
 
 import collections
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 
 from based_jax.data.tokenizer import Tokenizer
 from based_jax.errors import UserError
-from based_jax.generate.blocks import Block, decode
+from based_jax.generate.blocks import Block, compile_block, decode
 from based_jax.generate.decoder import Caches, Decoder
 from based_jax.generate.drafts import Drafts, check_drafts
 from based_jax.generate.intake import Intake
@@ -121,15 +123,35 @@ class Scheduler:
 
     def compile(self) -> None:
         """Compile what requests run, before the first one waits for it."""
-        self._intake.compile()
-        if self.drafts is not None:
-            self.drafts.compile(self._intake.rows, self.max_len)
-        if self.prefix_cache is not None:
-            self._go_on(0, self._layout.take(self._intake.caches, 0), NO_REQUEST)
-            self._rows = self._rows.without_row(0)
-        self.submit(Request([0] * (self.decoder.prefix_length + 1), 1))
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda compiles: compiles(), self.programs()))
+        self.rehearse()
         while self.busy:
             self.advance()
+
+    def programs(self) -> list[Callable[[], object]]:
+        """Return what compiles a program each, that of all requests first; what is short is left to `rehearse`.
+
+        Any thread may call them, beside `advance` too: who needs a program that another thread compiles waits for it.
+        """
+        programs: list[Callable[[], object]] = []
+        if self.decoder.mesh is None:  # over several devices rows lie as the program before has left them
+            rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._rows)
+            programs += [functools.partial(compile_block, self.decoder, rows, self._block_tokens, self.drafts)]
+        programs += self._intake.programs()
+        if self.prefix_cache is not None:
+            programs += [lambda: self.decoder.fingerprint]
+        if self.drafts is not None:
+            programs += [functools.partial(self.drafts.compile, self._intake.rows, self.max_len)]
+        return programs
+
+    def rehearse(self) -> int:
+        """Go on from a state, in no slot, and queue a request, whose id is returned: the rest is compiled for these."""
+        self._intake.rehearse()
+        if self.prefix_cache is not None:
+            self._go_on(len(self._slots), self._layout.take(self._intake.caches, 0), NO_REQUEST)
+            self._rows = self._rows.without_row(len(self._slots))
+        return self.submit(Request([0] * (self.decoder.prefix_length + 1), 1))
 
     def submit(self, request: Request) -> int:
         """Queue a request and return its id; UserError if it cannot be answered."""

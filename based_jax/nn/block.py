@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from based_jax import parallel
 from based_jax.dims import BP, SegmentIds
 from based_jax.errors import UserError
-from based_jax.nn import layers
+from based_jax.nn import layers, mlps, projections
 from based_jax.nn.init_recipes import initialise
 from based_jax.nn.mixers import build_mixer
 from based_jax.nn.own_mixer import short
@@ -39,7 +39,7 @@ class Stream(NamedTuple):
     """The residual stream r, and the output y of a layer that is still to be added: the norm after it does both."""
 
     r: Float[Array, "*B D"]
-    y: Float[Array, "*B D"] | layers.Projected | Pieces | None = None
+    y: Float[Array, "*B D"] | projections.Projected | Pieces | None = None
 
     def filled(self, dtype) -> "Stream":
         """Return the stream with an output to add, of zeros if there is none, as a loop over layers carries it."""
@@ -52,7 +52,7 @@ class Stream(NamedTuple):
 
     def added(self) -> Float[Array, "*B D"] | None:
         """Return what is to be added, computed if it still has to be."""
-        return self.y.value() if isinstance(self.y, layers.Projected | Pieces) else self.y
+        return self.y.value() if isinstance(self.y, projections.Projected | Pieces) else self.y
 
     def pieces(self) -> Pieces | None:
         """Return what is to be added to a token in pieces."""
@@ -61,14 +61,15 @@ class Stream(NamedTuple):
 
     def constrained(self) -> "Stream":
         """Return the stream with rows and tokens over the mesh, lest XLA gathers activations instead of weights."""
-        return self if isinstance(self.y, layers.Projected | Pieces) else jax.tree.map(parallel.constrain_tokens, self)
+        is_left = isinstance(self.y, projections.Projected | Pieces)
+        return self if is_left else jax.tree.map(parallel.constrain_tokens, self)
 
     def normed(self, norm: Any, dtype) -> tuple[Float[Array, "*B D"], Float[Array, "*B D"]]:
         """Return the stream with nothing left to add, and its norm by an `nnx.RMSNorm` or `nnx.LayerNorm`."""
         scale, options = norm.scale[...], {"eps": norm.epsilon, "dtype": dtype}
         if not isinstance(norm, nnx.RMSNorm):
             return residual_layer_norm(self.r, self.added(), scale, norm.bias[...], **options)
-        if isinstance(self.y, layers.Projected) and self.y.x.dtype == dtype:
+        if isinstance(self.y, projections.Projected) and self.y.x.dtype == dtype:
             return few_tokens_residual_norm(self.r, *self.y, scale, eps=norm.epsilon)
         return residual_rms_norm(self.r, self.added(), scale, **options)
 
@@ -81,7 +82,7 @@ class Block(nnx.Module):
 
     def __init__(self, kind: str, options: dict, config, *, rngs: nnx.Rngs):
         init = config.init(rngs)
-        norm, mlp = layers.NORMS[config.norm], layers.MLPS[config.mlp]
+        norm, mlp = layers.NORMS[config.norm], mlps.MLPS[config.mlp]
         self.dtype, self.kind = init.dtype, short(kind)
         self.norm1 = norm(config.d_model, config.norm_eps, rngs=rngs)
         first = config.layers.index((kind, options))  # layers that are equal are wrong alike
@@ -135,7 +136,7 @@ class Block(nnx.Module):
 
     def _fed(self, mlp: Callable, stream: Stream) -> Stream:
         """Return the stream of one sequence's token after the MLP."""
-        if isinstance(mlp, layers.SwiGLU):
+        if isinstance(mlp, mlps.SwiGLU):
             return Stream(*mlp.step_whole(stream.r, stream.pieces(), self.norm2))
         r, x = stream.normed(self.norm2, self.dtype)
         return Stream(r, mlp(x))

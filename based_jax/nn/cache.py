@@ -53,12 +53,28 @@ class TokenCache:
 
     def extend(self, tokens: Any, segment_ids: SegmentIds | None) -> "TokenCache":
         """Write the tokens of each row's last document, a tree of (B, T, ...), the newest where not all fit."""
-        T, S = jax.tree.leaves(tokens)[0].shape[1], self.slots
+        T = jax.tree.leaves(tokens)[0].shape[1]
         places, last, length = self.last_document(T, segment_ids)
-        kept = last & self._stays(places, length[:, None])
-        beyond = S + jnp.arange(T, dtype=jnp.int32)[None]  # no slot, so that nothing is written
-        tokens = self._written(tokens, jnp.where(kept, self._slot_of(places), beyond))
-        return dataclasses.replace(self, tokens=tokens, length=length)
+        return self._with_kept(tokens, places, last, length)
+
+    def extend_by_first(self, tokens: Any, counts: Int[Array, "B"]) -> "TokenCache":
+        """Write the first tokens of each row, a tree of (B, T, ...), which go on with its document."""
+        number = jnp.arange(jax.tree.leaves(tokens)[0].shape[1], dtype=jnp.int32)[None]
+        return self._with_kept(
+            tokens, self.length[:, None] + number, number < counts[:, None], self.length + counts.astype(jnp.int32)
+        )
+
+    def _with_kept(
+        self, tokens: Any, places: Int[Array, "B T"], there: Bool[Array, "#B T"], length: Int[Array, "B"]
+    ) -> "TokenCache":
+        """Return the cache of documents of these lengths, with those of the tokens that are there and have a slot.
+
+        Behind a barrier: what writes a token's many channels would find its slot anew for each.
+        """
+        kept = there & self._stays(places, length[:, None])
+        beyond = self.slots + jnp.arange(places.shape[1], dtype=jnp.int32)[None]  # no slot, so that nothing is written
+        slots = jax.lax.optimization_barrier(jnp.where(kept, self._slot_of(places), beyond))
+        return dataclasses.replace(self, tokens=self._written(tokens, slots), length=length)
 
     def _slot_of(self, places: Int[Array, "B T"]) -> Int[Array, "B T"]:
         """Return where the tokens at places of their document go."""
@@ -154,5 +170,4 @@ class TriedTokens(NamedTuple):
 
     def kept(self, counts: Int[Array, "B"]) -> TokenCache:
         """Return the cache with the first tokens of each row."""
-        T = jax.tree.leaves(self.tokens)[0].shape[1]
-        return self.cache.extend(self.tokens, (jnp.arange(T)[None] < counts[:, None]).astype(jnp.int32))
+        return self.cache.extend_by_first(self.tokens, counts)

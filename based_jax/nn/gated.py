@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BHV, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead, projections
 from based_jax.nn.mixer import Mixer, Operation
 from based_jax.ops import sequence
 from based_jax.ops.conv import short_conv, short_conv_step
@@ -123,7 +123,7 @@ class GatedLinearMixer(Mixer):
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.conv_size, self.gate_rank = conv_size, gate_rank
         if self.rotary:
-            layers.rotary_dim(key_dim // num_heads, 1.0)
+            multihead.rotary_dim(key_dim // num_heads, 1.0)
         self.has_gate = use_gate and self.gate_activation is not None
         self.projected = projected or ProjectedHeads(num_heads, num_heads, num_heads)
         self.widths = self._projected_widths()
@@ -167,7 +167,7 @@ class GatedLinearMixer(Mixer):
         return self._out(x, o), GatedState(memory, conv, length)
 
     @override
-    def _step(self, x: BD, state: GatedState) -> tuple[BD | layers.Projected, GatedState]:
+    def _step(self, x: BD, state: GatedState) -> tuple[BD | projections.Projected, GatedState]:
         (y, *gate), conv = self._projections(x), state.conv
         if self.conv_size:
             y, conv = short_conv_step(y, self.conv_kernel[...], conv, silu=self.conv_silu)
@@ -180,7 +180,7 @@ class GatedLinearMixer(Mixer):
         """Return what a step's tokens read of their states, and those after them; y is queries, keys and values."""
         q, k, v = self._heads(y)
         if self.rotary:
-            q, k = (layers.rotary(z[:, None], state.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
+            q, k = (multihead.rotary(z[:, None], state.length[:, None], z.shape[-1], 10000.0)[:, 0] for z in (q, k))
         options = self.operation.step_options(self.config.impl)
         return self.operation.step(*self._gated(x, q, k, v), state.memory, scale=self.scale, **options)
 
@@ -231,7 +231,7 @@ class GatedLinearMixer(Mixer):
         """Return queries, keys and values by head of the operation."""
         queries, keys, _ = self.widths
         parts = jnp.split(y, [queries, queries + keys], axis=-1)
-        heads = (layers.split_heads(part, count) for part, count in zip(parts, self.projected, strict=True))
+        heads = (multihead.split_heads(part, count) for part, count in zip(parts, self.projected, strict=True))
         return tuple(self._for_all_heads(part) for part in heads)
 
     def _for_all_heads(self, part):
@@ -243,19 +243,19 @@ class GatedLinearMixer(Mixer):
         q, k, v = self._heads(y)
         places, length = sequence.positions(segment_ids, length, x.shape[1])
         if self.rotary:
-            q, k = (layers.rotary(z, places, z.shape[-1], 10000.0) for z in (q, k))
+            q, k = (multihead.rotary(z, places, z.shape[-1], 10000.0) for z in (q, k))
         return self._gated(x, q, k, v), length
 
     def _projections(self, x: BD) -> list[Array]:
         """Return queries, keys and values of a step's tokens, and their gate where it is of the same kind."""
-        return layers.several([self.qkv, *([self.gate] if self.has_gate and not self.gate_rank else [])], x)
+        return projections.several([self.qkv, *([self.gate] if self.has_gate and not self.gate_rank else [])], x)
 
     def _out(self, x, o, gate=None):
-        o = self.norm(layers.merge_heads(o)) if self.norm_over_heads else layers.merge_heads(self.norm(o))
+        o = self.norm(multihead.merge_heads(o)) if self.norm_over_heads else multihead.merge_heads(self.norm(o))
         if self.has_gate:
             gate = self._gate(x) if gate is None else gate
             o = o * self.gate_activation(gate.astype(jnp.float32))
-        return layers.into_stream(self.out_proj, o.astype(self.dtype))
+        return projections.into_stream(self.out_proj, o.astype(self.dtype))
 
 
 def constant_decay(x: Float[Array, "*T D"], log_decay: Float[Array, "H"]) -> Float[Array, "*T H 1"]:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from based_jax.config import added_later, check_types, shown
 from based_jax.errors import UserError, unknown
-from based_jax.nn import layers
+from based_jax.nn import layers, mlps
 from based_jax.nn.block import REMAT_POLICIES
 from based_jax.nn.init_recipes import INIT_RECIPES
 from based_jax.nn.layers import INIT_STD, NORM_EPS
@@ -109,7 +109,7 @@ class LMConfig:
         object.__setattr__(self, "layers", tuple(_layer(i, *layer) for i, layer in enumerate(self.layers)))
         _check("norm", self.norm, layers.NORMS)
         _check("final_norm", self.last_norm, layers.NORMS)
-        _check("mlp", self.mlp, layers.MLPS)
+        _check("mlp", self.mlp, mlps.MLPS)
         _check("init_recipe", self.init_recipe, INIT_RECIPES)
         if self.init_recipe == "torch" and self.init_std != INIT_STD:
             raise UserError(f"init_std is {self.init_std}, but init_recipe 'torch' takes none; leave it out.")

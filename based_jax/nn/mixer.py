@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Int
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
 from based_jax.errors import UserError
 from based_jax.nn.cache import Cache
-from based_jax.nn.layers import LARGEST_SIZE, Init, Projected
+from based_jax.nn.layers import LARGEST_SIZE, Init
+from based_jax.nn.projections import Projected
 from based_jax.ops import segments
 from based_jax.ops.arguments import checked
 from based_jax.ops.decode_calls import Pieces

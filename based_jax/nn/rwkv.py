@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead, projections
 from based_jax.nn.mixer import Mixer, Operation
 from based_jax.ops.token_shift import token_shift
 
@@ -55,7 +55,7 @@ class TimeMix(Mixer):
         return self._out(o, *rest), RwkvState(memory, shift)
 
     @override
-    def _step(self, x: BD, state: RwkvState) -> tuple[BD | layers.Projected, RwkvState]:
+    def _step(self, x: BD, state: RwkvState) -> tuple[BD | projections.Projected, RwkvState]:
         inputs, rest = self._project(x, state.shift.astype(x.dtype))
         options = self._options() | self.operation.step_options(self.config.impl)
         o, memory = self.operation.step(*inputs, state=state.memory, **options)
@@ -95,7 +95,7 @@ class ChannelMix(Mixer):
         return self._mix(x, previous), last
 
     @override
-    def _step(self, x: BD, state: BD) -> tuple[BD | layers.Projected, BD]:
+    def _step(self, x: BD, state: BD) -> tuple[BD | projections.Projected, BD]:
         return self._mix(x, state.astype(x.dtype)), x.astype(self.dtype)
 
     @override
@@ -122,7 +122,7 @@ class HeadNorm(nnx.Module):
         """Normalise and join the heads, in fp32."""
         o = o.astype(jnp.float32)
         variance = jnp.var(o, axis=-1, keepdims=True)  # the difference of means that JAX takes by default cancels
-        o = layers.merge_heads(jax.nn.standardize(o, axis=-1, variance=variance, epsilon=self.epsilon))
+        o = multihead.merge_heads(jax.nn.standardize(o, axis=-1, variance=variance, epsilon=self.epsilon))
         return o * layers.per_channel(self.scale[...], o) + layers.per_channel(self.bias[...], o)
 
 

@@ -29,6 +29,7 @@ from based_jax.ops.decays import LogDecays, as_dplr, empty_state, pair_weights
 from based_jax.ops.decode_calls import BH, MatrixStepCall
 from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import delta_rule as hopper_delta_rule
+from based_jax.ops.hopper import dplr as hopper_dplr
 from based_jax.ops.hopper import recurrence as hopper_recurrence
 from based_jax.ops.precision import EXACT, einsum, inner_precision, product_policy
 from based_jax.ops.tpu import matrix_states as tpu_matrix_states
@@ -116,9 +117,10 @@ def dplr(
       state: state to start from; it belongs to each row's first document.
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "hopper_steps" (Mosaic GPU
-        kernels, token by token; K at most 128), "triton_chunks" (on tensor cores; v in bf16, to which q, k, a and b are
-        rounded; K at most 256), "tpu_chunks" (a Mosaic TPU kernel; v in bf16 or fp32, to which q, k, a and b are
-        rounded; K at most 256, V 512) or "auto".
+        kernels, token by token; K at most 128), "hopper_chunks" (Mosaic GPU kernels on tensor cores; v in bf16, to
+        which q, k, a and b are rounded; K at most 64), "triton_chunks" (the same in Triton; K at most 256),
+        "tpu_chunks" (a Mosaic TPU kernel; v in bf16 or fp32, to which q, k, a and b are rounded; K at most 256, V 512)
+        or "auto".
 
     Returns:
       o in v's dtype, and the state (B, H, K, V) after the last token, fp32.
@@ -229,6 +231,9 @@ def _compose(earlier, later):
 CUT = sequence.States(empty_state, _piece, _compose)
 
 DPLR_IMPLEMENTATIONS = {
+    "hopper_chunks": Implementation(
+        hopper_dplr.compute, hopper_dplr.supports, platform="cuda", slower=hopper_dplr.slower, specialised=True
+    ),
     "triton_chunks": Implementation(
         triton_dplr.compute,
         triton_dplr.supports,

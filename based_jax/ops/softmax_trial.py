@@ -17,13 +17,15 @@ from based_jax.dims import BSGK, BSGV, BTGK, BTGV, BTHK, BTHV
 from based_jax.ops import sharded, softmax_chunks
 from based_jax.ops.arguments import checked
 from based_jax.ops.decode_calls import AttentionStepCall, AttentionTrialCall
-from based_jax.ops.dispatch import Implementation, dispatch, not_timed
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.precision import EXACT
 from based_jax.ops.softmax_chunks import LOWEST, Read, product
 from based_jax.ops.softmax_prefill import attention_prefill
 from based_jax.ops.softmax_step import check_groups
 from based_jax.ops.triton import attention_step as triton_step
 
+LEAST_ROWS = 64
+"""Of a call that is left to Triton: a model's step of four tokens was timed on one H200, over rings of 128 rows."""
 Visible = Bool[Array, "#B T S"]
 
 
@@ -49,7 +51,7 @@ def attention_trial(
       is_ring: whether they may be more than S; what does not fit then is the caller's matter.
       head_dim: as of `softmax.attention`.
       impl: "prefill" (`attention_prefill`; of no ring), "xla_scores" (all at once), "oracle" (fp32), "triton_splits"
-        (as of `attention_step`; nobody has timed it, so not auto's) or "auto".
+        (as of `attention_step`) or "auto".
 
     Raises:
       UserError: the keys' heads do not divide the queries', or `impl` is unknown or cannot run this call.
@@ -132,6 +134,14 @@ def _step_call(call: AttentionTrialCall) -> AttentionStepCall:
     return AttentionStepCall(q, call.past_k, call.past_v, call.length, call.head_dim)
 
 
+def _slower(call: AttentionTrialCall) -> str | None:
+    """Return why XLA's form is faster, or None."""
+    if not call.is_ring:
+        return "it was timed over rings alone"
+    few = len(call.q) < LEAST_ROWS
+    return f"it was timed with 128 rows, and there are {len(call.q)}" if few else triton_step.slower(_step_call(call))
+
+
 def _per_device(compute):
     """Return an implementation that each device runs for its rows and heads."""
     tokens, rows = ("batch", None, "heads"), ("batch",)
@@ -151,7 +161,7 @@ ATTENTION_TRIAL = {
         _per_device(_by_triton),
         lambda call: triton_step.supports(_step_call(call)),
         platform="cuda",
-        slower=not_timed,
+        slower=_slower,
     ),
     "prefill": Implementation(_as_prefill, _is_no_ring),
     "xla_scores": Implementation(_per_device(_scores)),

@@ -141,9 +141,10 @@ async def show_model(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """Say whether requests are taken."""
-    is_open = request.app.state.service.driver.is_open
-    return JSONResponse({"status": "ok" if is_open else "ending"}, 200 if is_open else 503)
+    """Say whether requests are taken, and none waits for a program that is still compiled."""
+    driver: Driver = request.app.state.service.driver
+    status = "ending" if not driver.is_open else "ok" if driver.is_warm else "warming up"
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 
 async def metrics(request: Request) -> Response:

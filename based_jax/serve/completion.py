@@ -120,7 +120,7 @@ def parse_completion(body: bytes, tokenizer: Tokenizer, limits: Limits, vocab_si
         seed=secrets.randbelow(SEED_LIMIT) if fields["seed"] is None else fields["seed"],
         max_tokens=fields["max_tokens"],
         n=fields["n"],
-        stop=[fields["stop"]] if isinstance(fields["stop"], str) else fields["stop"],
+        stop=_stops(fields["stop"]),
         logprobs=fields["logprobs"],
         echo=fields["echo"],
         stream=fields["stream"],
@@ -158,7 +158,7 @@ def _prompts(prompt: str | list, tokenizer: Tokenizer, vocab_size: int) -> tuple
     is_one = isinstance(prompt, str) or not prompt or is_integer(prompt[0])
     given = ["" if one == [] else one for one in ([prompt] if is_one else prompt)]
     try:
-        encoded = [encode_prompt(tokenizer, _utf8(one)) if isinstance(one, str) else one for one in given]
+        encoded = [encode_prompt(tokenizer, _utf8("prompt", one)) if isinstance(one, str) else one for one in given]
         ids = checked_prompts(encoded, vocab_size)
     except UserError as error:
         raise ApiError(400, str(error), "prompt") from None
@@ -166,12 +166,20 @@ def _prompts(prompt: str | list, tokenizer: Tokenizer, vocab_size: int) -> tuple
     return texts, ids
 
 
-def _utf8(text: str) -> str:
+def _stops(stop: str | list[str]) -> list[str]:
+    """Return the stop strings; ApiError for one that no text has."""
+    try:
+        return [_utf8("stop", one) for one in ([stop] if isinstance(stop, str) else stop)]
+    except UserError as error:
+        raise ApiError(400, str(error), "stop") from None
+
+
+def _utf8(name: str, text: str) -> str:
     """Return a text; UserError for one that UTF-8 does not have."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"prompt is {shown(text)}, which has half of a surrogate pair.") from None
+        raise UserError(f"{name} is {shown(text)}, which has half of a surrogate pair.") from None
     return text
 
 

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from based_jax.errors import UserError
 from based_jax.generate import Event, Request, Scheduler
@@ -54,9 +55,11 @@ class Ticket:
 class Driver:
     """Runs a scheduler in a thread of its own, which reads the inbox between two steps and hands on the events.
 
-    The methods are the event loop's, but for `start`, which is called before there is one.
+    Requests are taken and answered while programs are compiled, by other threads: one waits for those that it needs.
+    The methods are the event loop's.
 
     Attributes:
+      is_warm: whether all programs are compiled.
       failure: what ended the thread; None while all is well.
       on_failure: called then.
     """
@@ -68,16 +71,21 @@ class Driver:
         self._owners: dict[int, tuple[Ticket, int]] = {}  # the thread's alone
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
-        self._closed = False
+        self._closed = self._stopped = False
+        self._rehearsal: int | None = None
+        self.is_warm = False
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread, and those that compile."""
+        self._loop = asyncio.get_running_loop()
         self._thread.start()
+        threading.Thread(target=self._compile, name="compiling", daemon=True).start()
 
     def stop(self) -> None:
-        """End the thread after its step; what is in flight gets no more events."""
+        """End the thread after its step; what is in flight gets no more events, and no more is compiled."""
+        self._stopped = True
         self._inbox.put(None)
         self._thread.join()
 
@@ -103,7 +111,6 @@ class Driver:
             sentence = f"{busy} texts are written or wait, at most {self._max_rows} may; ask again in a moment."
             raise ApiError(429, sentence, code="queue_full")
         self._metrics.prompt_tokens.inc(sum(len(row.prompt) for row in rows))
-        self._loop = asyncio.get_running_loop()
         ticket = Ticket(self, rows)
         self._tickets.add(ticket)
         self._inbox.put(functools.partial(self._submit, ticket))
@@ -142,12 +149,28 @@ class Driver:
         self.end_all(ApiError(500, "The model failed, and the server ends; its log says why.", code="model_failed"))
         self.on_failure()
 
+    def _compile(self) -> None:
+        """Compile what requests run, then let the thread run the rest once; a thread of its own."""
+        try:
+            with ThreadPoolExecutor() as threads:
+                list(threads.map(self._unless_stopped, self._scheduler.programs()))
+            self._inbox.put(self._rehearse)
+        except BaseException as error:
+            self._inbox.put(functools.partial(_fail_by, error))
+
+    def _unless_stopped(self, compiles: Callable[[], object]) -> None:
+        if not self._stopped:
+            compiles()
+
     # What follows runs in the thread.
+
+    def _rehearse(self) -> None:
+        self._rehearsal = self._scheduler.rehearse()
 
     def _run(self) -> None:
         try:
             while self._obey():
-                if self._owners:
+                if self._scheduler.busy:
                     self._hand_on(self._scheduler.advance())
         except BaseException as error:
             log.exception("The scheduler failed.")
@@ -155,7 +178,7 @@ class Driver:
 
     def _obey(self) -> bool:
         """Do what the inbox asks for, and wait for it where nothing is in flight; return whether to go on."""
-        wait = not self._owners
+        wait = not self._scheduler.busy
         while True:
             try:
                 command = self._inbox.get(block=wait)
@@ -184,9 +207,14 @@ class Driver:
         for event in events:
             if event.finish is not None:
                 self._owners.pop(event.id, None)
+                self.is_warm |= event.id == self._rehearsal
         if owned:
             self._tell_loop(self._receive, owned)
 
     def _tell_loop(self, call: Callable, *args: object) -> None:
-        assert self._loop is not None  # there is one since something was submitted
+        assert self._loop is not None  # there is one since the start
         self._loop.call_soon_threadsafe(call, *args)
+
+
+def _fail_by(error: BaseException) -> None:
+    raise error

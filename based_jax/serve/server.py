@@ -95,7 +95,7 @@ def make_service(
     api_key: str | None = None,
     drafts: Drafts | None = None,
 ) -> Service:
-    """Return a model that is served, its programs compiled; see `serve`."""
+    """Return a model to be served; see `serve`. Its programs are compiled once it is."""
     vocab_size = model.config.vocab_size
     if tokenizer.end_of_text >= vocab_size:
         ids = f"the tokenizer has id {tokenizer.end_of_text}, the model knows ids 0 to {vocab_size - 1}"
@@ -110,7 +110,6 @@ def make_service(
         tokenizer=tokenizer,
         drafts=drafts,
     )
-    scheduler.compile()
     metrics = Metrics()
     metrics.gauge("slots", "texts that are written at once", lambda: limits.slots)
     metrics.gauge("slots_used", "slots in use", lambda: scheduler.running)
@@ -154,7 +153,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=math.ceil(grace + LAST_WORDS_SECONDS),
         )
         super().__init__(config)
-        self.driver, self._grace, self._ready = service.driver, grace, ready
+        self.service, self.driver, self._grace, self._ready = service, service.driver, grace, ready
         self.driver.on_failure = self.end
 
     def end(self) -> None:
@@ -175,7 +174,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take requests, and start the thread of the model; UserError where another server listens by now."""
+        """Take requests, and start the threads of the model; UserError where another server listens by now."""
         try:
             await super().startup(sockets)
         except OSError as error:

@@ -33,7 +33,7 @@ COMPILER_OPTIONS = {
 }
 """For all others: trying each product in many ways takes a hundred seconds of CPU to make a small model 5 % faster.
 
-Products that share an operand stay apart (`layers.linear_part`).
+Products that share an operand stay apart (`projections.linear_part`).
 """
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from based_jax.nn.lm import LM
+from based_jax.store import Store
 from based_jax.sweep.device_lock import DeviceLock
 from based_jax.train.checkpoint import SavedCheckpoints
 from based_jax.train.compile import TrainProgram
@@ -50,20 +52,29 @@ class Measures(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Deadline:
-    """By when runs are to have been trained, and how long one has taken before.
+    """By when runs are to have been trained.
 
     Attributes:
       until: of `time.time`.
-      seconds: of the longest run of the sweep so far; 0 where none is known.
+      store, sweep: whose rows tell how long a run takes.
     """
 
     until: float
-    seconds: float = 0.0
+    store: Path
+    sweep: str
 
     def check(self) -> None:
         """Raise NoTimeLeft if a run that began now would not end in time."""
-        if (left := self.until - time.time()) <= self.seconds:
-            raise NoTimeLeft(f"{max(left, 0):.0f} s are left, and a run takes {self.seconds:.0f} s")
+        if self.until == math.inf:
+            return
+        seconds, left = self._seconds(), self.until - time.time()
+        if left <= seconds:
+            raise NoTimeLeft(f"{max(left, 0):.0f} s are left, and a run takes {seconds:.0f} s")
+
+    def _seconds(self) -> float:
+        """Return how long the training of the longest run so far took; 0 where there is none."""
+        rows = [row for row in Store(self.store).rows() if row.get("sweep") == self.sweep]
+        return max((row.get("training_seconds", row["seconds"]) for row in rows), default=0.0)
 
 
 class MeasuredRun:
@@ -75,10 +86,14 @@ class MeasuredRun:
     Args:
       measures: of the run's config.
       deadline: for its first turn.
+
+    Attributes:
+      begun: whether it has had its first turn.
+      seconds: what it took, by name.
     """
 
     def __init__(self, measures: Measures, deadline: Deadline):
-        self.measures, self._deadline = measures, deadline
+        self.measures, self._deadline, self.begun = measures, deadline, False
         self._begin = time.perf_counter()
         self._lock = DeviceLock(jax.local_devices()[0])
         self._thread = ThreadPoolExecutor(1)
@@ -98,6 +113,7 @@ class MeasuredRun:
         self.seconds["seconds_to_prepare"] = time.perf_counter() - self._begin
         with self._lock:
             self._deadline.check()
+            self.begun = True
             with self._timed("training_seconds"):
                 yield
 
@@ -106,7 +122,7 @@ class MeasuredRun:
         assert self._warming is not None
         self._warming.result()
         where = {"params": self._program.abstract_state.params}  # as those that were warmed with lie
-        _, fields = SavedCheckpoints(workdir / CHECKPOINTS_FOLDER).restore(where)
+        _, fields = SavedCheckpoints(workdir / CHECKPOINTS_FOLDER).restore(where, self._program.config.steps)
         model = nnx.merge(self._program.graphdef, fields["params"])
         metrics = [json.loads(line) for line in (workdir / METRICS_FILE).read_text("utf-8").splitlines()]
         with self._lock, self._timed("measuring_seconds"):

@@ -28,7 +28,7 @@ from based_jax import compilation, parallel
 from based_jax import config as configs
 from based_jax.folders import check_file, make_folder
 from based_jax.revision import revision
-from based_jax.store import Store, StoreError
+from based_jax.store import StoreError
 from based_jax.sweep import rows
 from based_jax.sweep.checks import check_groups, check_pass
 from based_jax.sweep.measures import Deadline, MeasuredRun, MeasuresOf, NoTimeLeft
@@ -55,15 +55,15 @@ class RunCall(NamedTuple):
     Attributes:
       workdir: of the run.
       name, command: of the sweep, for its row.
+      deadline: by when it is to have been trained, if it is measured.
       measures: what its row gets besides.
-      deadline: by when it is to have been trained.
     """
 
     workdir: Path
     name: str
     command: str
-    measures: MeasuresOf | None = None
-    deadline: Deadline = Deadline(math.inf)
+    deadline: Deadline
+    measures: MeasuresOf | None
 
 
 class RunEngine:
@@ -130,8 +130,9 @@ def _ask_runs_to_stop() -> None:
 
 def _train_point(progress: Progress, name: str, options: SweepOptions, sweep: Sweep, group: Group) -> None:
     [(point, config)] = group
-    workdir, deadline = progress.store.path / "runs" / config.id, _deadline(progress.store, name, options)
-    call = RunCall(workdir, name, options.command, sweep.measures, deadline)
+    store = progress.store.path
+    workdir, deadline = store / "runs" / config.id, Deadline(options.until, store, name)
+    call = RunCall(workdir, name, options.command, deadline, sweep.measures)
     run = point, configs.to_dict(config), call
     row = sent_by_process(SPAWN_CONTEXT, _train_and_send, *run, process_name=RUN_PROCESS_NAME)
     if isinstance(row, str):
@@ -140,14 +141,6 @@ def _train_point(progress: Progress, name: str, options: SweepOptions, sweep: Sw
         progress.finish(row, rows.run_line(point, config, row))
         if not sweep.keep_runs:
             shutil.rmtree(workdir, ignore_errors=True)
-
-
-def _deadline(store: Store, name: str, options: SweepOptions) -> Deadline:
-    """Return by when runs are to have been trained, with how long the longest of the sweep's rows took."""
-    if options.until == math.inf:
-        return Deadline(math.inf)
-    taken = [row.get("training_seconds", row["seconds"]) for row in store.rows() if row.get("sweep") == name]
-    return Deadline(options.until, max(taken, default=0.0))
 
 
 def _train_and_send(sender: connection.Connection, point: Point, values: dict[str, Any], call: RunCall) -> None:
@@ -162,19 +155,16 @@ def _train_and_send(sender: connection.Connection, point: Point, values: dict[st
             compilation.keep()
         wait_for_trainings(call.workdir)  # that of a command which was killed saves before it stops
         config = configs.build(TrainConfig, values)
-        trained = _trained(point, config, call) if call.measures is None else _measured(point, config, call)
+        trained = _trained(point, config, call) if call.measures is None else _measured(point, config, call, sender)
         sender.send(trained | rows.facts_of(call.name, call.command))
     except NoTimeLeft as left:
-        print(f"{LEFT}: {left}")
-        sender.send(None)
+        _leave(sender, str(left))
     except Exception as error:
         traceback.print_exc()
         with contextlib.suppress(BrokenPipeError):  # nobody is left to be told
             sender.send(f"{type(error).__name__}: {error} ({call.workdir / LOG_FILE})")
     if call.measures is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # a thread that compiles what is not needed any more would be waited for
+        _exit()
 
 
 def _trained(point: Point, config: TrainConfig, call: RunCall) -> dict[str, Any]:
@@ -187,16 +177,42 @@ def _trained(point: Point, config: TrainConfig, call: RunCall) -> dict[str, Any]
     return rows.run_row(point, config, results, time.perf_counter() - begin)
 
 
-def _measured(point: Point, config: TrainConfig, call: RunCall) -> dict[str, Any]:
+def _measured(point: Point, config: TrainConfig, call: RunCall, sender: connection.Connection) -> dict[str, Any]:
     """Return the row of a point after it has been trained, and measured unless it diverged."""
     assert call.measures is not None
     run, found = MeasuredRun(call.measures(config), call.deadline), dict[str, Any]()
+    threading.Thread(target=_leave_unbegun, args=(sender, run, call.deadline.until), daemon=True).start()
     try:
         results = _results_of(train(config, call.workdir, run.turn))
         found = run.measured(call.workdir)
     except DivergedError:
         results = None
     return rows.run_row(point, config, results, 0.0) | run.facts() | found
+
+
+def _leave_unbegun(sender: connection.Connection, run: MeasuredRun, until: float) -> None:
+    """End this process, whatever it compiles, if its run has not had its turn by a time, or by its parent's end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    ended = connection.wait([parent.sentinel], None if until == math.inf else max(until - time.time(), 0))
+    if run.begun:
+        return
+    if ended:
+        os._exit(1)
+    _leave(sender, "it was not ready in time")
+
+
+def _leave(sender: connection.Connection, why: str) -> None:
+    print(f"{LEFT}: {why}")
+    sender.send(None)
+    _exit()
+
+
+def _exit() -> None:
+    """End this process at once: a thread that compiles what is not needed any more would be waited for."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _results_of(results: dict[str, float]) -> dict[str, float]:

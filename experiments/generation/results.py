@@ -82,11 +82,13 @@ class Found(NamedTuple):
       rows: of tokens that are decoded one by one.
       drafted: of those that are verified several at a time, by the number of drafted ones as well.
       read: of prompts, by name and length.
+      profiled: of tokens that are decoded one by one, where the time of one is told.
     """
 
     rows: Mapping[Key, dict]
     drafted: Mapping[tuple[str, int, int, int], dict] = {}
     read: Mapping[tuple[str, int], dict] = {}
+    profiled: Mapping[Key, dict] = {}
 
     @classmethod
     def of(cls, rows: Iterable[dict]) -> "Found":
@@ -99,6 +101,7 @@ class Found(NamedTuple):
             {key: row for key, row in keyed if not row.get("drafts")},
             {(*key, row["drafts"]): row for key, row in keyed if row.get("drafts") and "error" not in row},
             {key[::2]: row for key, row in keyed if "prefill_rows" in row},
+            {key: row for key, row in keyed if row.get("breakdown") and not row.get("drafts")},
         )
 
     def row(self, name: str, batch: int, context: int) -> dict | None:

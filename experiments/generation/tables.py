@@ -95,8 +95,8 @@ def drafts(found: Found) -> str:
 
 def times(found: Found) -> str:
     """Return where the time of a token goes, of rows that tell it."""
-    rows = {name: found.row(name, ONE_BATCH, ONE_CONTEXT) for name in MODELS}
-    lines = [_time(name, row["breakdown"], "ms a token") for name, row in rows.items() if row and row["breakdown"]]
+    rows = {name: found.profiled.get((name, ONE_BATCH, ONE_CONTEXT)) for name in MODELS}
+    lines = [_time(name, row["breakdown"], "ms a token") for name, row in rows.items() if row]
     return markdown(pd.DataFrame(lines)) if lines else NOTHING
 
 

@@ -10,6 +10,7 @@ from based_jax.bench import rows
 from based_jax.errors import UserError
 from based_jax.nn import names
 from based_jax.pictures import panels, paper, styles
+from based_jax.pictures.tables import filled
 from experiments.linearize.settings import SETTINGS
 
 RESULTS = Path(__file__).parent / "results"
@@ -17,7 +18,6 @@ README = Path(__file__).parent / "README.md"
 CONTEXT = "8192"
 """Tokens after which states are compared."""
 SPEED_SIZES = (1, 8192), (64, 2048), (64, 8192)
-BEGIN, END = "<!-- {} -->\n", "<!-- end -->\n"
 COLUMNS = (
     *("setting", "layers", "w", "sinks", "K", "state after 2,048", "after 8,192"),
     *("perplexity as it is", "transferred", "adapted", "SQuAD F1", "says it"),
@@ -32,15 +32,16 @@ def quality() -> list[dict[str, Any]]:
     return found
 
 
+def tables() -> dict[str, str]:
+    """Return the tables of the README, of those rows that there are."""
+    lines_of = {"untrained": quality_lines, "quality": quality_lines, "speed": speed_lines}
+    found = {name: rows.read(RESULTS / f"{name}.jsonl") for name in lines_of}
+    return {name: "\n".join(lines_of[name](of) if of else ["No rows are here yet."]) for name, of in found.items()}
+
+
 def write_table() -> None:
-    """Write the tables of the README anew, of those rows that there are."""
-    text = README.read_text("utf-8")
-    for name, lines_of in (("untrained", quality_lines), ("quality", quality_lines), ("speed", speed_lines)):
-        found = rows.read(RESULTS / f"{name}.jsonl")
-        before, start, rest = text.partition(BEGIN.format(name))
-        lines = lines_of(found) if found else ["No rows are here yet."]
-        text = before + start + "\n".join([*lines, ""]) + END + rest.partition(END)[2]
-    README.write_text(text, encoding="utf-8")
+    """Write them between their marks."""
+    README.write_text(filled(README.read_text("utf-8"), tables()), encoding="utf-8")
 
 
 def quality_lines(found: list[dict[str, Any]]) -> list[str]:

@@ -19,8 +19,11 @@ PANELS = {
 }
 CAPTION = (
     "Small language models of 56 million parameters after the same tokens; fp32 bytes of all layers' states behind a"
-    " prompt of the training length. States are equal but attention's. Intervals of 95 % over documents."
+    " prompt of the training length. States are equal but attention's: models stand side by side about their size."
+    " Intervals of 95 % over documents."
 )
+STEP = 1.06
+"""From one model to its neighbour of the same size."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,20 +53,29 @@ def draw(models: list[Model], path: Path) -> list[Path]:
             axes.errorbar([size], [value], ends, color=style.colour, lw=0.75, capsize=1.5)
             axes.plot([size], [value], ls="", label=model.title, **styles.marked(style.colour, style.marker))
         axes.set_title(title)
-        axes.set_xlabel("state of a sequence, the models side by side")
+        axes.set_xlabel("state of a sequence")
         panels.byte_axis(axes, sizes, 1.8)
+        ticks = sorted(_alike(models))
+        axes.set_xticks(ticks, [panels.byte_text(size) for size in ticks])
         axes.set_ylim(bottom=0)
     paper.add_legend(figure, figure.axes[0])
     return paper.save(figure, path)
 
 
+def _alike(models: list[Model]) -> dict[float, list[int]]:
+    """Return the places of the models by their bytes, those within 1 % under the first one's."""
+    found: dict[float, list[int]] = {}
+    for place, model in enumerate(models):
+        size = FP32_BYTES * model.mean("elements_by_length", str(sweeps.SEQ_LEN))
+        found.setdefault(next((known for known in found if abs(known / size - 1) < 0.01), size), []).append(place)
+    return found
+
+
 def _spread(models: list[Model]) -> list[float]:
-    """Return the bytes of each model, those of one size moved apart by 4 % each, so that all are seen."""
-    sizes = [FP32_BYTES * model.mean("elements_by_length", str(sweeps.SEQ_LEN)) for model in models]
-    seen: dict[float, int] = {}
-    places = []
-    for size in sizes:
-        near = next((known for known in seen if abs(known / size - 1) < 0.01), size)
-        seen[near] = seen.get(near, 0) + 1
-        places.append(size * 1.04 ** (seen[near] - 1))
-    return places
+    """Return the bytes of each model, those of one size moved apart about it, so that all are seen."""
+    moved = {
+        place: size * STEP ** (number - (len(places) - 1) / 2)
+        for size, places in _alike(models).items()
+        for number, place in enumerate(places)
+    }
+    return [moved[place] for place in range(len(models))]

@@ -7,6 +7,9 @@ from based_jax.nn.init_recipes import INIT_RECIPES
 from based_jax.store import Store
 from experiments.mqar_pareto.throughput import RESULTS
 
+SHOWN_RECIPE = "reference"
+"""Of the initial values of the models whose rows the README shows, but where it sets those of zoology beside them."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare where the rows lie, and which of them are meant."""
@@ -14,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init-recipe",
         choices=sorted(INIT_RECIPES),
-        default="reference",
-        help="the rows of models that start by this recipe (default: reference)",
+        default=SHOWN_RECIPE,
+        help=f"the rows of models that start by this recipe (default: {SHOWN_RECIPE})",
     )
 
 

@@ -1,7 +1,8 @@
 """The README's tables in markdown, from the rows in results/.
 
 From those of the sweeps what each mixer recalls within a budget of bytes, the agreement with what is published, the
-time, what feature maps recall, and how far the same run comes to the same; from those of `throughput` what each change
+time, zoology's own models beside earlier ones, what feature maps recall, and how far the same run comes to the same;
+from those of `throughput` what each change
 to a plain loop brings; from those of `profile` where a step's time goes.
 """
 
@@ -19,6 +20,7 @@ from based_jax.nn import names
 from based_jax.pictures.configurations import Configuration, accuracy, by_feature_map, configurations, learning_rate
 from based_jax.pictures.tables import markdown
 from experiments.mqar_pareto import rows as sweep_rows
+from experiments.mqar_pareto.before_after import before_and_after, earlier_label
 from experiments.mqar_pareto.rows import of_recipe
 from experiments.mqar_pareto.sweeps import BASE
 
@@ -32,8 +34,8 @@ ASKED_ACCURACIES = {
     ("Based", "D 64, K 16"): (0.88, 1),
     ("Based", "D 128, K 16"): (0.97, 1),
     ("Based", "D 256, K 16"): (0.98, 1),
-    ("Sliding window", "D 128, w 64"): (0.45, 0.58),
-    ("Sliding window", "D 128, w 1024"): (0.995, 1),
+    ("Sliding window", "D 128, w 65"): (0.45, 0.58),
+    ("Sliding window", "D 128, w 1025"): (0.995, 1),
     ("Attention", "D 64"): (0.995, 1),
     ("Attention", "D 128"): (0.995, 1),
     ("Mamba", "D 256, N 16"): (0.72, 0.83),
@@ -79,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
     found = {name: of_recipe(args.results / name, args.init_recipe) for name in (*STORES, "disputed")}
     points = sorted(configurations(found["figure2"]), key=_bytes)
     recall = [budgets(points), agreement(points), seconds(folder, args.init_recipe)] if points else []
+    by_recipe = {name: configurations(of_recipe(folder, name)) for name in ("reference", "zoology")}
+    if all(by_recipe.values()):
+        recall.append(before_and_after(by_recipe["reference"], by_recipe["zoology"]))
     if found["disputed"]:
         recall.append(tried(found["figure2"], found["disputed"]))
     if maps := by_feature_map(configurations(found["figure3"])):
@@ -107,13 +112,13 @@ def agreement(points: Sequence[Configuration]) -> str:
     found = {(point.family, point.label): point for point in points}
     lines = []
     for (family, label), (low, high) in ASKED_ACCURACIES.items():
-        if (family, label) not in found:
+        point = found.get((family, label)) or found.get((family, earlier_label(label)))
+        if point is None:
             raise UserError(f"There are no rows of {family} with {label}; run the sweep first.")
-        point = found[family, label]
         values = ", ".join(
             [_judged(accuracy(row), low, high) for row in point.chosen] + ["diverged"] * point.diverged_seeds
         )
-        lines.append([f"{family}, {label}", f"{_bytes(point) / 1024:.0f}", values, f"{low:g} to {high:g}"])
+        lines.append([f"{family}, {point.label}", f"{_bytes(point) / 1024:.0f}", values, f"{low:g} to {high:g}"])
     columns = ["mixer", "state, KiB", "accuracy of each seed, at its best rate", "asked"]
     return markdown(pd.DataFrame(lines, columns=columns))
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from based_jax.pictures.tables import markdown
+from based_jax.pictures.tables import filled, markdown
 from based_jax.revision import revision
 
 FOLDER = Path(__file__).parent
@@ -81,11 +81,7 @@ def main() -> int:
 
 def write_tables() -> None:
     """Write the tables between their marks in the README."""
-    text = README.read_text()
-    for name, made in TABLES.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = marked.sub(lambda block, made=made: f"{block[1]}{made()}\n{block[2]}", text)
-    README.write_text(text)
+    README.write_text(filled(README.read_text(), {name: made() for name, made in TABLES.items()}))
 
 
 def points() -> Iterator[tuple[str, list[str]]]:

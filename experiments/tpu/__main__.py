@@ -5,12 +5,11 @@ python -m experiments.tpu
 """
 
 import json
-import re
 from pathlib import Path
 
 import pandas as pd
 
-from based_jax.pictures.tables import markdown
+from based_jax.pictures.tables import filled, markdown
 
 FOLDER = Path(__file__).parent
 ROWS, README = FOLDER / "results" / "static.jsonl", FOLDER / "README.md"
@@ -20,11 +19,7 @@ PLAIN = "one pass"
 
 def main() -> None:
     """Write the tables between their marks."""
-    text = README.read_text()
-    for name, made in TABLES.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = marked.sub(lambda block, made=made: f"{block[1]}{made()}\n{block[2]}", text)
-    README.write_text(text)
+    README.write_text(filled(README.read_text(), {name: made() for name, made in TABLES.items()}))
 
 
 def read() -> list[dict]:

@@ -69,18 +69,31 @@ def between_transposed(rows, columns, border) -> jax.Array:
 
 def meet(rows, columns, level) -> jax.Array:
     """Return 1 in bf16 for the pairs of tokens that meet at a level, each both ways, and 0 for the others."""
-    apart = mosaic.across(rows, PAIRS_SHAPE) ^ mosaic.down(columns, PAIRS_SHAPE)
-    return _ones_where(lax.shift_right_logical(apart, jnp.broadcast_to(level, PAIRS_SHAPE)) == 1)
+    rows, columns = (lax.shift_right_logical(x, jnp.broadcast_to(level, x.shape)) for x in (rows, columns))
+    return _ones_where(mosaic.across(rows ^ 1, PAIRS_SHAPE) == mosaic.down(columns, PAIRS_SHAPE))
 
 
 def meet_later(rows, columns, level) -> jax.Array:
     """Return which pairs of a token of a row and an earlier one of a column meet at a level."""
-    row, column = mosaic.across(rows, PAIRS_SHAPE), mosaic.down(columns, PAIRS_SHAPE)
-    return (lax.shift_right_logical(row ^ column, jnp.broadcast_to(level, PAIRS_SHAPE)) == 1) & (row > column)
+    rows, columns = (lax.shift_right_logical(x, jnp.broadcast_to(level, x.shape)) for x in (rows, columns))
+    others = jnp.where((rows & 1) > 0, rows - 1, -1)  # the number of the half before, of a second half
+    return mosaic.across(others, PAIRS_SHAPE) == mosaic.down(columns, PAIRS_SHAPE)
 
 
-def weights(M: jax.Array, parts) -> jax.Array:
-    """Return exp(M g) of 64 channels, given the tiles of the two parts of g / log 2."""
+def level_tiles() -> plgpu.SMEM:
+    """Return shared memory for M of every level."""
+    return mosaic.swizzled((LEVELS, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE)
+
+
+def write_levels(tiles) -> None:
+    """Write M of every level: made once, and read by all products that make decays."""
+    for level in range(LEVELS):
+        rows, columns = numbers()
+        mosaic.save(tiles.at[level], between(rows, columns, border(rows, jnp.int32(level))))
+
+
+def weights(M, parts) -> jax.Array:
+    """Return exp(M g) of 64 channels, given M in registers or a tile, and the tiles of the two parts of g / log 2."""
 
     def multiply(x):
         for part in parts:

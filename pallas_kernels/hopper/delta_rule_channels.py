@@ -13,17 +13,22 @@ gradient of S:
 
     dE = P^T dO + R dS'              dV = T^T dE            dS = diag(exp c_C) dS' + Q^T dO - K^T dV
 
-How a block walks is said in `delta_rule.py`.
+How a block walks is said in `delta_rule_walk.py`.
 """
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import mosaic
-from pallas_kernels.hopper.delta_rule import PART_KEYS, Walk, rounded_parts, walk_over_chunks
-from pallas_kernels.hopper.mosaic import CHUNK_TOKENS, PAIRS_SHAPE
+from pallas_kernels.hopper.delta_rule_walk import (
+    PART_KEYS,
+    Walk,
+    by_channel,
+    rounded_parts,
+    states_of_chunks,
+    walk_over_chunks,
+)
+from pallas_kernels.hopper.mosaic import PAIRS_SHAPE
 
 
 def forward(q, k, r, v, p, t, kept, state, *, with_starts: bool) -> list[jax.Array]:
@@ -31,59 +36,51 @@ def forward(q, k, r, v, p, t, kept, state, *, with_starts: bool) -> list[jax.Arr
 
     Args:
       q, k, r: Q, K and R, (B, T, H, K), K 64 or 128, T a multiple of 64.
-      v: (B, T, H, V), V a multiple of `BLOCK_VALUES`.
+      v: (B, T, H, V), V a multiple of 128.
       p, t: P and T of every chunk, (B, T, H, 64), rows where their tokens are.
       kept: exp(c_C), (B, H, chunks K) fp32.
       state: (B, H, V, K) fp32, transposed as what is returned.
     """
-    batch, time, heads, keys = k.shape
-    chunks = time // CHUNK_TOKENS
+    keys = k.shape[3]
 
-    def compute(walk: Walk, state_ref, o_ref, last_ref, *kept_refs):
-        mine = walk.row, walk.head, walk.values
+    def step(walk: Walk, S, o_ref, *kept_refs):
+        q_tile, k_tile, r_tile, p_tile, t_tile, v_tile, kept_tile = walk.take()
+        tokens, put = walk.tokens, walk.puts_of(keys // PART_KEYS + 2 if with_starts else 1)
+        before = rounded_parts(S, k.dtype)
 
-        def step(n, S):
-            q_tile, k_tile, r_tile, p_tile, t_tile, v_tile, kept_tile = walk.take(n)
-            tokens, put = walk.tokens(n), walk.puts_of(n, keys // PART_KEYS + 2 if with_starts else 1)
-            before = rounded_parts(S, k.dtype)
-
-            def read(seen, asked):
-                for part, x in before:
-                    mosaic.multiply(seen, x, k_tile.at[:, part].T)
-                    mosaic.multiply(asked, x, q_tile.at[:, part].T)
-                    if with_starts:
-                        put(x, kept_refs[1].at[walk.row, walk.head, n, walk.values, part])
-                return mosaic.load(walk.mine(v_tile).T).astype(jnp.float32), seen[...], asked[...]
-
-            values, seen, asked = mosaic.products(read, PAIRS_SHAPE, PAIRS_SHAPE)
-            right = (values - seen).astype(k.dtype)
-
-            def solve(errors):
-                mosaic.multiply(errors, right, t_tile.T)
-                return S * _by_channel(kept_tile), errors[...]
-
-            kept, errors = mosaic.products(solve, PAIRS_SHAPE)
-            errors = errors.astype(k.dtype)
-
-            def add(sums):
-                mosaic.multiply(sums[0], errors, p_tile.T)
-                mosaic.multiply(sums[1], errors, r_tile)
+        def read(seen, asked):
+            for part, x in before:
+                mosaic.multiply(seen, x, k_tile.at[:, part].T)
+                mosaic.multiply(asked, x, q_tile.at[:, part].T)
                 if with_starts:
-                    put(errors, kept_refs[0].at[walk.row, tokens, walk.head, walk.values], transposed=True)
+                    put(x, kept_refs[1].at[walk.row, walk.head, walk.chunk, walk.values, part])
+            return mosaic.load(walk.mine(v_tile).T).astype(jnp.float32), seen[...], asked[...]
 
-            o, S = mosaic.accumulate(add, (asked, kept))
-            walk.free(n)
-            put(o, o_ref.at[walk.row, tokens, walk.head, walk.values], transposed=True)
-            return S
+        values, seen, asked = mosaic.products(read, PAIRS_SHAPE, PAIRS_SHAPE)
+        right = (values - seen).astype(k.dtype)
 
-        initial = mosaic.load_global(state_ref.at[*mine], mosaic.WGMMA)
-        last_ref.at[*mine][...] = lax.fori_loop(0, chunks, step, initial)
-        plgpu.wait_smem_to_gmem(0)
+        def solve(errors):
+            mosaic.multiply(errors, right, t_tile.T)
+            return S * by_channel(kept_tile), errors[...]
+
+        kept, errors = mosaic.products(solve, PAIRS_SHAPE)
+        errors = errors.astype(k.dtype)
+
+        def add(sums):
+            mosaic.multiply(sums[0], errors, p_tile.T)
+            mosaic.multiply(sums[1], errors, r_tile)
+            if with_starts:
+                put(errors, kept_refs[0].at[walk.row, tokens, walk.head, walk.values], transposed=True)
+
+        o, S = mosaic.accumulate(add, (asked, kept))
+        walk.free()
+        put(o, o_ref.at[walk.row, tokens, walk.head, walk.values], transposed=True)
+        return S
 
     results = [mosaic.like(v), mosaic.like(state)]
     if with_starts:
-        results += [mosaic.like(v), jax.ShapeDtypeStruct((batch, heads, chunks, v.shape[3], keys), v.dtype)]
-    return walk_over_chunks(compute, "delta_rule_channels_forward", [q, k, r, p, t], [v], [kept], [state], results)
+        results += [mosaic.like(v), states_of_chunks(v, keys)]
+    return walk_over_chunks(step, "delta_rule_channels_forward", [q, k, r, p, t], [v], [kept], state, results, final=1)
 
 
 def reverse(q, k, r, do, p, t, kept, dlast) -> list[jax.Array]:
@@ -94,53 +91,38 @@ def reverse(q, k, r, do, p, t, kept, dlast) -> list[jax.Array]:
       dlast: (B, H, V, K) fp32, of the state after the last token, transposed.
       q, k, r, p, t, kept: as of `forward`.
     """
-    batch, time, heads, keys = k.shape
-    chunks = time // CHUNK_TOKENS
+    keys = k.shape[3]
 
-    def compute(walk: Walk, dlast_ref, dv_ref, ends_ref, dstate_ref):
-        mine = walk.row, walk.head, walk.values
+    def step(walk: Walk, dS, dv_ref, ends_ref):
+        q_tile, k_tile, r_tile, p_tile, t_tile, do_tile, kept_tile = walk.take()
+        put, after = walk.puts_of(keys // PART_KEYS + 1), rounded_parts(dS, k.dtype)
 
-        def step(back, dS):
-            n = chunks - 1 - back
-            q_tile, k_tile, r_tile, p_tile, t_tile, do_tile, kept_tile = walk.take(back)
-            put, after = walk.puts_of(back, keys // PART_KEYS + 1), rounded_parts(dS, k.dtype)
+        def read(later):
+            for part, x in after:
+                mosaic.multiply(later, x, r_tile.at[:, part].T)
+                put(x, ends_ref.at[walk.row, walk.head, walk.chunk, walk.values, part])
+            return mosaic.load(walk.mine(do_tile).T), later[...]
 
-            def read(later):
-                for part, x in after:
-                    mosaic.multiply(later, x, r_tile.at[:, part].T)
-                    put(x, ends_ref.at[walk.row, walk.head, n, walk.values, part])
-                return mosaic.load(walk.mine(do_tile).T), later[...]
+        do, later = mosaic.products(read, PAIRS_SHAPE)
+        errors = mosaic.multiply_add(later, do, p_tile).astype(k.dtype)
 
-            do, later = mosaic.products(read, PAIRS_SHAPE)
-            errors = mosaic.multiply_add(later, do, p_tile).astype(k.dtype)
+        def solve(dv):
+            mosaic.multiply(dv, errors, t_tile)
+            return dS * by_channel(kept_tile), dv[...]
 
-            def solve(dv):
-                mosaic.multiply(dv, errors, t_tile)
-                return dS * _by_channel(kept_tile), dv[...]
+        kept, dv = mosaic.products(solve, PAIRS_SHAPE)
+        seen = (-dv).astype(k.dtype)
 
-            kept, dv = mosaic.products(solve, PAIRS_SHAPE)
-            seen = (-dv).astype(k.dtype)
+        def add(sums):
+            mosaic.multiply(sums[0], do, q_tile)
+            mosaic.multiply(sums[0], seen, k_tile)
+            put(dv, dv_ref.at[walk.row, walk.tokens, walk.head, walk.values], transposed=True)
 
-            def add(sums):
-                mosaic.multiply(sums[0], do, q_tile)
-                mosaic.multiply(sums[0], seen, k_tile)
-                put(dv, dv_ref.at[walk.row, walk.tokens(n), walk.head, walk.values], transposed=True)
+        [dS] = mosaic.accumulate(add, (kept,))
+        walk.free()
+        return dS
 
-            [dS] = mosaic.accumulate(add, (kept,))
-            walk.free(back)
-            return dS
-
-        initial = mosaic.load_global(dlast_ref.at[*mine], mosaic.WGMMA)
-        dstate_ref.at[*mine][...] = lax.fori_loop(0, chunks, step, initial)
-        plgpu.wait_smem_to_gmem(0)
-
-    ends = jax.ShapeDtypeStruct((batch, heads, chunks, do.shape[3], keys), do.dtype)
-    results = [mosaic.like(do), ends, mosaic.like(dlast)]
+    results = [mosaic.like(do), states_of_chunks(do, keys), mosaic.like(dlast)]
     return walk_over_chunks(
-        compute, "delta_rule_channels_reverse", [q, k, r, p, t], [do], [kept], [dlast], results, back=True
+        step, "delta_rule_channels_reverse", [q, k, r, p, t], [do], [kept], dlast, results, final=2, back=True
     )
-
-
-def _by_channel(tile) -> jax.Array:
-    """Return the number of each channel, down the columns of what is transposed."""
-    return mosaic.down(plgpu.load(tile, layout=mosaic.COLUMN_LAYOUT), (PAIRS_SHAPE[0], tile.shape[0]))

@@ -12,7 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import channel_decays, inverses, mosaic
 from pallas_kernels.hopper.channel_decays import LEVELS, PART_CHANNELS, SINCE, UNTIL
-from pallas_kernels.hopper.delta_rule import numbers_of
+from pallas_kernels.hopper.chunk_turns import Turn, each_chunk
+from pallas_kernels.hopper.delta_rule_walk import numbers_of
 from pallas_kernels.hopper.mosaic import CHUNK_TOKENS, PAIRS_SHAPE
 
 GROUPS = 2
@@ -29,35 +30,12 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
       blocks: that run at the same time. Each warpgroup of theirs takes chunk after chunk.
     """
     batch, time, heads, keys = k.shape
-    chunks, total = time // CHUNK_TOKENS, batch * time // CHUNK_TOKENS * heads
-    blocks = min(blocks, pl.cdiv(total, GROUPS))
+    chunks = time // CHUNK_TOKENS
     parts = [pl.ds(i, PART_CHANNELS) for i in range(0, keys, PART_CHANNELS)]
 
-    def body(*refs):
-        sources, targets, tiles, (key_tiles, pair_tiles, x_strips, y_strips, filled, finished) = (
-            refs[:5],
-            refs[5:11],
-            refs[11:17],
-            refs[17:],
-        )
-        group = lax.axis_index("warpgroup")
-        q_tile, k_tile, high_tile, low_tile, beta_tile, late_tile = (tile.at[group] for tile in tiles)
-        key_tile, x_tile, y_tile = key_tiles.at[group], pair_tiles.at[group, 0], pair_tiles.at[group, 1]
-        arrival = filled.at[group]
-        first = lax.axis_index("block") * GROUPS + group
-
-        def place(n):
-            number = first + n * (blocks * GROUPS)
-            chunk = lax.rem(lax.div(number, heads), chunks)
-            return lax.div(number, heads * chunks), chunk, lax.rem(number, heads)
-
-        def fetch(n):
-            row, chunk, head = place(n)
-            tokens = pl.ds(chunk * CHUNK_TOKENS, CHUNK_TOKENS)
-            for source, tile in zip(sources[:4], (q_tile, k_tile, high_tile, low_tile), strict=True):
-                plgpu.copy_gmem_to_smem(source.at[row, tokens, head], tile, arrival)
-            for tile in (beta_tile, late_tile):
-                plgpu.copy_gmem_to_smem(sources[4].at[row, head, tokens], tile, arrival)
+    def make(turn: Turn, tiles, scratch, targets):
+        q_tile, k_tile, high_tile, low_tile, beta_tile, late_tile = tiles
+        key_tile, x_tile, y_tile, x_strip, y_strip = scratch
 
         def weigh(tile, part, weight):
             return mosaic.load(tile.at[:, part]).astype(jnp.float32) * weight
@@ -67,10 +45,9 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
             M = channel_decays.between(rows, columns, border)
             return channel_decays.weights(M, (high_tile.at[:, part], low_tile.at[:, part]))
 
-        def carry_decays(n):
+        def carry_decays():
             """Write what carries decays from the chunk's beginning and to its end."""
-            row, chunk, head = place(n)
-            tokens, late = pl.ds(chunk * CHUNK_TOKENS, CHUNK_TOKENS), plgpu.load(late_tile, layout=mosaic.ROW_LAYOUT)
+            late = plgpu.load(late_tile, layout=mosaic.ROW_LAYOUT)
             for i, part in enumerate(parts):
                 since = decays_of(part, jnp.int32(SINCE))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -80,10 +57,10 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
                 mosaic.save(key_tile.at[i], weigh(k_tile, part, until))
                 plgpu.commit_smem()
                 for tile, target in zip((x_tile, y_tile, key_tile.at[i]), targets[2:5], strict=True):
-                    plgpu.copy_smem_to_gmem(tile, target.at[row, tokens, head, part])
+                    plgpu.copy_smem_to_gmem(tile, target.at[turn.row, turn.tokens, turn.head, part])
                 whole = sum(mosaic.load(x.at[:, part].T).astype(jnp.float32).sum(axis=1) for x in (high_tile, low_tile))
-                channels = pl.ds(chunk * keys + i * PART_CHANNELS, PART_CHANNELS)
-                targets[5].at[row, head, channels][...] = jnp.exp2(whole)
+                channels = pl.ds(turn.chunk * keys + i * PART_CHANNELS, PART_CHANNELS)
+                targets[5].at[turn.row, turn.head, channels][...] = jnp.exp2(whole)
 
         def same_token():
             def multiply(asked):
@@ -118,51 +95,36 @@ def pairs(q, k, high, low, beta, *, scale: float, blocks: int) -> list[jax.Array
             met = channel_decays.meet_later(rows, columns, level)
             return tuple(x + jnp.where(met, y, 0.0) for x, y in zip(found, made, strict=True))
 
-        def step(n, _):
-            row, chunk, head = place(n)
-            tokens = pl.ds(chunk * CHUNK_TOKENS, CHUNK_TOKENS)
-            plgpu.barrier_wait(arrival)
-            carry_decays(n)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            asked, seen = lax.fori_loop(0, LEVELS, add_level, (same_token(), mosaic.zeros(PAIRS_SHAPE)))
-            beta = numbers_of(beta_tile)
-            mosaic.save(y_tile, asked * (scale * beta))
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_tile, targets[0].at[row, tokens, head])
-            M = seen * beta
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            pl.when(n + 1 < count)(lambda: fetch(n + 1))
-            t = inverses.inverse_by_strips(M, x_tile, y_tile, x_strips.at[group], y_strips.at[group])
-            mosaic.save(x_tile, t)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(x_tile, targets[1].at[row, tokens, head])
-
-        count = lax.div(total - first + (blocks * GROUPS - 1), blocks * GROUPS)
-        pl.when(count > 0)(lambda: fetch(0))
-        lax.fori_loop(0, count, step, None)
-        plgpu.wait_smem_to_gmem(0)
-        plgpu.barrier_arrive(finished)
-        plgpu.barrier_wait(finished)
+        carry_decays()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        asked, seen = lax.fori_loop(0, LEVELS, add_level, (same_token(), mosaic.zeros(PAIRS_SHAPE)))
+        beta = numbers_of(beta_tile)
+        mosaic.save(y_tile, asked * (scale * beta))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(y_tile, targets[0].at[turn.row, turn.tokens, turn.head])
+        M = seen * beta
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        turn.fetch_next()
+        t = inverses.inverse_by_strips(M, x_tile, y_tile, x_strip, y_strip)
+        mosaic.save(x_tile, t)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(x_tile, targets[1].at[turn.row, turn.tokens, turn.head])
 
     square = jax.ShapeDtypeStruct((batch, time, heads, CHUNK_TOKENS), k.dtype)
     kept = jax.ShapeDtypeStruct((batch, heads, chunks * keys), jnp.float32)
-    return plgpu.kernel(
-        body,
-        out_type=[square, square, mosaic.like(k), mosaic.like(k), mosaic.like(k), kept],
-        scratch_types=[
-            *(mosaic.swizzled((GROUPS, CHUNK_TOKENS, keys), mosaic.WIDE_SWIZZLE) for _ in range(4)),
-            *(plgpu.SMEM((GROUPS, CHUNK_TOKENS), jnp.float32) for _ in range(2)),  # a load has one layout
-            mosaic.swizzled((GROUPS, len(parts), *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE),
-            mosaic.swizzled((GROUPS, 2, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE),
-            inverses.strips(GROUPS),
-            inverses.strips(GROUPS),
-            plgpu.Barrier(num_arrivals=6, num_barriers=GROUPS),
-            plgpu.Barrier(num_arrivals=GROUPS),
-        ],
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=GROUPS,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        kernel_name="delta_rule_channels_pairs",
-    )(q, k, high, low, beta)
+    scratch = [
+        mosaic.swizzled((GROUPS, len(parts), *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE),
+        *(mosaic.swizzled((GROUPS, *PAIRS_SHAPE), mosaic.WIDE_SWIZZLE) for _ in range(2)),
+        inverses.strips(GROUPS),
+        inverses.strips(GROUPS),
+    ]
+    return each_chunk(
+        make,
+        "delta_rule_channels_pairs",
+        [q, k, high, low],
+        [(beta, 2)],
+        [square, square, mosaic.like(k), mosaic.like(k), mosaic.like(k), kept],
+        scratch,
+        groups=GROUPS,
+        blocks=blocks,
+    )

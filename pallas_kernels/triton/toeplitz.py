@@ -103,9 +103,19 @@ class Sight(NamedTuple):
         return cls((count - count[:, :, :1]).reshape(rows, time), jnp.minimum(before, blocks_before(time, taps)))
 
     @classmethod
+    def of_one(cls, rows: int, time: int, taps: int) -> "Sight":
+        """Return that of rows which are one document each: XLA would make `of`'s scans of constants as it compiles."""
+        reach = jnp.minimum(jnp.arange(time // BLOCK_TOKENS, dtype=jnp.int32), blocks_before(time, taps))
+        return cls(jnp.zeros((rows, time), jnp.int32), jnp.broadcast_to(reach, (rows, len(reach))))
+
+    @classmethod
     def behind(cls, numbers: jax.Array, taps: int) -> "Sight":
         """Return what they see of those behind them."""
-        return cls(*(jnp.flip(x, 1) for x in cls.of(jnp.flip(numbers, 1), taps)))
+        return cls.of(jnp.flip(numbers, 1), taps).flipped()
+
+    def flipped(self) -> "Sight":
+        """Return the same of time that is reversed."""
+        return Sight(*(jnp.flip(x, 1) for x in self))
 
     def leaving(self, step: int = 1) -> jax.Array:
         """Return which tokens (B, T) others see than those of their own block."""

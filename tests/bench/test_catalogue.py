@@ -7,6 +7,7 @@ import pkgutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers.devices import gpus
 from jax.extend.core import jaxprs_in_params
@@ -15,6 +16,7 @@ import based_jax.ops
 from based_jax.bench import cases
 from based_jax.bench.catalogue import OPERATIONS
 from based_jax.bench.catalogue.operation import BOTH
+from based_jax.bench.comparison import TOLERANCE
 from based_jax.errors import UserError
 from based_jax.ops.dispatch import Implementation
 
@@ -106,6 +108,28 @@ def test_every_kernel_has_one_of_its_implementation_s_names(case):
         names = kernels_of(cases.plain(case))
     begins = OPERATIONS[case.operation].kernels[case.impl]
     assert names and all(name.startswith(begins) for name in names), names
+
+
+def test_one_token_of_ssd_is_checked_in_as_many_rows_as_its_roundings_ask_for():
+    """Of one token B gets C times the sum of the heads' dt x . dy: 8 numbers of 8 rows, which may be small."""
+    rng = np.random.default_rng(0)
+    [case] = {x.shape for x in OPERATIONS["ssd"].cases if x.shape[2] == 1}
+    (rows, heads, _), (states, channels), programs = case, (16, 64), 2
+
+    def bf16(x):
+        return x.astype(jnp.bfloat16).astype(np.float64)
+
+    def fails(rows):
+        shape = 4000 // rows, rows, programs, heads // programs
+        x, dy = (bf16(rng.standard_normal((*shape, channels), np.float32)) for _ in "xy")
+        dt = np.log1p(np.exp(rng.standard_normal((*shape, 1)) - 2))
+        C = bf16(rng.standard_normal((*shape[:2], 1, states), np.float32))
+        wanted = (dt * x * dy).sum((2, 3, 4))[..., None] * C[:, :, 0]
+        parts = bf16((bf16(dt * x) * dy).sum((3, 4)))[..., None]
+        off = bf16(bf16(parts * C).sum(2)) - wanted
+        return (np.linalg.norm(off, axis=(1, 2)) / np.linalg.norm(wanted, axis=(1, 2)) > TOLERANCE).mean()
+
+    assert fails(rows) == 0 and fails(8) > 0.03
 
 
 @pytest.mark.parametrize("case", [x for x in DECODING if x.impl.startswith("hopper")], ids=str)

@@ -31,8 +31,8 @@ def weights():
     return llama_weights(FIELDS, np.random.default_rng(0))
 
 
-def write(weights, path, **options):
-    write_gguf(path, weights, FIELDS, **options)
+def write(weights, path, fields=FIELDS, **options):
+    write_gguf(path, weights, fields, **options)
     return path
 
 
@@ -52,6 +52,18 @@ def test_logits_are_those_of_the_folder_of_the_same_weights(bias, weights, tmp_p
     )
     found, expected = (jax.jit(lambda model, ids: model(ids))(model, np.arange(12)[None]) for model in models)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_heads_have_the_width_that_the_file_tells(weights, tmp_path):
+    """That of four heads of two: keys and values of one width, which the arrays have."""
+    fields = FIELDS | {"num_attention_heads": 2, "num_key_value_heads": 1}
+    own = {"llama__attention__key_length": 32, "llama__attention__value_length": 32}
+    assert "head_dim" not in read_gguf(write(weights, tmp_path / "a.gguf", fields, **own)).config.layers[0][1]
+    own = {"llama__attention__key_length": 16, "llama__attention__value_length": 16}
+    found = read_gguf(write(weights, tmp_path / "b.gguf", fields, **own))
+    assert found.config.layers[0][1]["head_dim"] == 16
+    with pytest.raises(UserError, match=r"has shape"):
+        found.model()
 
 
 def test_eight_bits_are_near_what_was_quantised(weights, tmp_path):
@@ -89,7 +101,10 @@ def test_its_tokenizer_and_a_folder_of_it(weights, tmp_path):
     ("told", "words"),
     [
         ({"pre": "no-such"}, "pre-tokenizer of a GGUF file 'no-such'"),
-        ({"llama__rope__scaling__type": "yarn"}, "rope.scaling.type is yarn; only rotary that is not scaled"),
+        ({"llama__rope__scaling__type": "yarn"}, "rope.scaling.type is yarn; only none is read"),
+        ({"llama__attention__sliding_window": 8}, "attention.sliding_window is 8; only 0 is read"),
+        ({"tokenizer__ggml__add_bos_token": True}, "tokenizer.ggml.add_bos_token is True; only False is read"),
+        ({"llama__attention__value_length": 8}, "keys and values of 8 and 16; one is read"),
     ],
 )
 def test_what_is_not_known_is_told(told, words, weights, tmp_path):

@@ -24,6 +24,7 @@ from based_jax.nn.lm import LM
             {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
             "rope_parameters has a section 'full_attention'",
         ),
+        ({"rope_interleaved": True}, "rope_interleaved is True in config.json; only False is supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4} in config.json; only None is"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"sliding_window": 8}, "sliding_window is 8"),

@@ -214,6 +214,8 @@ def test_what_cannot_be_judged_is_refused(model):
         (Continuation([], [1]), "Continuation 0 has 1 ids behind 0; both are at least 1"),
         (Continuation([1], []), "Continuation 0 has 0 ids behind 1"),
         (Continuation([1], [2] * 5), "Continuation 0 has 5 ids; the model reads 4"),
+        (Continuation([1], [2, 257]), "Row 0 has id 257; the model knows ids 0 to 256"),
+        (Continuation([300, 1], [2]), "Row 0 has id 300; the model knows ids 0 to 256"),
     ):
         with pytest.raises(UserError, match=told):
             list(likelihoods(Judge(model), [pair], 4))

@@ -1,11 +1,13 @@
 """A hand-checked prompt of each task, as based-evaluation-harness and prefix-linear-attention make them."""
 
+import json
+
 import pytest
 
 from based_jax.data.tokenizer import ByteTokenizer, get_tokenizer
 from based_jax.errors import UserError
 from based_jax.evals.prompts import Document, cut
-from based_jax.evals.recall_tasks import TASKS, Part, Selection, SetTask, examples_of, parts_of
+from based_jax.evals.recall_tasks import TASKS, Part, Selection, SetTask, check_rows, examples_of, parts_of
 from based_jax.evals.sets import read_rows
 
 KEYED = {"text": "Drama film. Directed by Ann Lee.\n director:", "key": "director", "value": " Ann Lee\n"}
@@ -116,6 +118,19 @@ def test_samples_have_their_answers_and_groups():
         assert found == examples_of(Part(name), selection)
         assert {x.id for x in examples_of(Part(name), Selection(ByteTokenizer(), limit=20))} < {x.id for x in found}
     assert len({x.group for x in found}) < 60
+
+
+def test_rows_without_a_document_or_an_answer_are_left_out_with_a_word(tmp_path, caplog):
+    rows = [KEYED | change for change in ({}, {"text": " \n"}, {"value": " "}, {"value": "x"})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {name: str(tmp_path / "rows.jsonl") for name in ("fda", "extraction")}
+    for name in data:
+        found = examples_of(Part(name), Selection(ByteTokenizer(), data))
+        assert [(x.id, x.answers) for x in found] == [("0", ("Ann Lee",)), ("3", ("x",))]
+    check_rows([Part(name) for name in data], data)
+    assert caplog.text.count("2 of 4 rows have no answer or no document: left out") == 2
+    check_rows([Part("extraction")], {})
+    assert caplog.text.count("left out") == 2
 
 
 def test_parts_are_tasks_at_lengths_and_readings():

@@ -71,12 +71,6 @@ def test_a_point_with_kernels_is_told_beside_the_one_without():
     }
 
 
-def test_the_readme_has_the_tables_of_its_rows():
-    text = pods.README.read_text()
-    for name, table in pods.TABLES.items():
-        assert f"<!-- {name} -->\n{table()}\n<!-- end -->" in text
-
-
 def test_a_point_says_what_its_compiler_said_or_how_it_ended():
     said = "F1 fusion_util.cc:5409] Check failed: a == b no.\n*** SIGABRT r8:F1 Check failed: a == b no.\n"
     assert pods.why_not(-6, f"W1 words\n{said}*** stack\n") == "the compiler aborts: Check failed: a == b no."

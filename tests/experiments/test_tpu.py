@@ -68,9 +68,3 @@ def test_what_is_left_to_xla_is_told_by_bytes_and_by_passes():
         "the kernel's bytes": "1.00",
         "its time": "1.20",
     }
-
-
-def test_the_readme_has_the_tables_of_its_rows():
-    text = tpu.README.read_text()
-    for name, table in tpu.TABLES.items():
-        assert f"<!-- {name} -->\n{table()}\n<!-- end -->" in text

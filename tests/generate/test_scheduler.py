@@ -303,3 +303,34 @@ def test_a_prefix_that_is_read_at_once_is_compiled_for_and_may_stand_in_a_state(
     assert scheduler.busy
     with pytest.raises(UserError, match=r"^The state has read 3 tokens; the model reads the first 4 together\.$"):
         scheduler.submit(Request([7], 1, state=state_after(decoder, [1, 2, 3])))
+
+
+def test_a_rehearsal_changes_nothing_for_the_requests_that_have_slots(decoder, alone):
+    scheduler = scheduler_of(decoder, slots=3, prefix_cache=PrefixCache(2**24))
+    ids = [scheduler.submit(REQUESTS[i]) for i in (0, 2, 4)]
+    events = scheduler.advance() + scheduler.advance()
+    assert scheduler.running == 3
+    rehearsal = scheduler.rehearse()
+    while scheduler.busy:
+        events += scheduler.advance()
+    found = collected(events)
+    assert len(found[rehearsal][0]) == 1
+    for id, i in zip(ids, (0, 2, 4), strict=True):
+        assert found[id][0] == alone[i][0]
+
+
+def test_the_programs_that_are_compiled_ahead_are_those_that_run(decoder):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    jax.clear_caches()
+    scheduler = scheduler_of(decoder, max_len=48, prefix_cache=PrefixCache(2**24))
+    scheduler.compile()
+    assert compiled
+    compiled.clear()
+    for length in (1, 7, 16, 17, 40):
+        scheduler.submit(Request(list(range(1, length + 1)), 5, HOT))
+    while scheduler.busy:
+        scheduler.advance()
+    assert not compiled

@@ -33,8 +33,9 @@ def write_gguf(path, weights, fields, *, rope_theta=10000.0, quantised=(), **tol
     writer.add_array(f"{TOKENIZER}token_type", [3] + [1] * (len(tokens) - 1))
     writer.add_array(f"{TOKENIZER}merges", ["t h"])
     writer.add_uint32(f"{TOKENIZER}eos_token_id", 0)
+    adds = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
     for name, value in told.items():
-        writer.add_string(name.replace("__", "."), value)
+        adds[type(value)](name.replace("__", "."), value)
     for name, array in weights.items():
         ours, array = _named(name, array.astype(np.float32), fields)
         kind = gguf.GGMLQuantizationType.Q8_0

@@ -40,13 +40,16 @@ class Serving:
       service: what it serves.
     """
 
-    def __init__(self, service, grace: float = 20.0):
+    def __init__(self, service, grace: float = 20.0, *, is_warm: bool = True):
+        """Start; with `is_warm` wait until all programs are compiled."""
         self._listener, self._ready = bound("127.0.0.1", 0), threading.Event()
         self.service, self.url = service, url_of(self._listener)
         self.server = Server(service, grace, self._ready.set)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         assert self._ready.wait(30)
+        if is_warm:
+            wait_until(lambda: self.server.driver.is_warm)
 
     def _run(self) -> None:
         asyncio.run(self.server.serve(sockets=[self._listener]))

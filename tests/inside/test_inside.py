@@ -9,7 +9,7 @@ from flax import nnx
 from based_jax import inside
 from based_jax.errors import UserError
 from based_jax.evals.evaluate import evaluate, model_sums
-from based_jax.nn import layers
+from based_jax.nn import multihead
 from based_jax.nn.block import Stream
 from based_jax.nn.lm import LM, LMConfig
 from based_jax.nn.mixers import make_mixer
@@ -44,7 +44,7 @@ def test_a_map_of_values_is_what_the_mixer_gives(kind, options, normal, close):
         values = v if kind == "taylor" else mixer.for_each_query(v)
         weights = inside.attention_weights(mixer, x)
         o = jnp.einsum("BHTS,BSHV->BTHV", weights, values)
-        return mixer.out_proj(layers.merge_heads(o)), mixer(x), weights, inside.softmax_weights(mixer, x)
+        return mixer.out_proj(multihead.merge_heads(o)), mixer(x), weights, inside.softmax_weights(mixer, x)
 
     by_map, whole, weights, softmax = both(mixer, x)
     close(by_map, whole)

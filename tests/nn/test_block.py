@@ -12,7 +12,7 @@ from helpers.small_mixers import SMALL
 from jax._src.ad_checkpoint import saved_residuals
 
 from based_jax.errors import UserError
-from based_jax.nn import block, layers
+from based_jax.nn import block, projections
 from based_jax.nn.block import REMAT_POLICIES, Block, Stack, Stream, repeating_patterns
 from based_jax.nn.lm import LMConfig
 from based_jax.ops import dispatch
@@ -169,7 +169,7 @@ def test_the_norm_behind_a_decode_step_s_layer_computes_its_last_product(norm, o
     stack = Stack(PATTERN, 1, config(norm=norm), rngs=nnx.Rngs(0))
     with gpus(), dispatch.recorded_choices() as choices:
         stream, _ = jax.eval_shape(lambda r: stack.step(Stream(r), stack.init_cache(3, T)), jnp.zeros((3, D)))
-    assert isinstance(stream.y, layers.Projected) and operation in choices
+    assert isinstance(stream.y, projections.Projected) and operation in choices
     assert ("residual_rms_norm" in choices) == ("few_tokens_residual_norm" in choices) == (norm == "rms")
 
 

@@ -1,14 +1,17 @@
 """The cache of tokens that attention and long convolutions keep."""
 
+import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from based_jax import parallel
+from based_jax.nn.cache import SinkCache, TokenCache, TriedTokens
 from based_jax.nn.mixers import make_mixer
 
 COLLECTIVES = r"= \S+ (all-gather|all-to-all|reduce-scatter)\("
@@ -48,3 +51,32 @@ def test_a_document_with_an_id_of_64_bits_goes_on(normal, close):
     with jax.enable_x64(True):
         for id in (2**32 + 1, 2**63 - 1):
             close(*in_two_and_in_one(x, jnp.full((1, 2), id, jnp.int64)), floor=1e-9)
+
+
+@pytest.mark.parametrize("sinks", [None, 2])
+def test_the_first_tokens_of_rows_are_written_as_one_after_the_other(sinks, rng):
+    """Rows of which none, some and all stay, before the ring is full and long after."""
+    B, S, T, length = 5, 7, 6, np.asarray([0, 3, 6, 40, 41], np.int32)
+    kept = np.asarray([T, 0, 3, T, 1], np.int32)
+    old, new = rng.integers(100, size=(B, S, 2)), 100 + rng.integers(100, size=(B, T, 2))
+    cache = TokenCache(old, length) if sinks is None else SinkCache(old, length, sinks)
+    found = jax.jit(lambda *given: TriedTokens(*given[:2]).kept(given[2]))(new, cache, kept)
+    for row in range(B):
+        one = dataclasses.replace(
+            cache, tokens=jnp.asarray(old[row : row + 1]), length=jnp.asarray(length[row : row + 1])
+        )
+        for token in new[row, : kept[row]]:
+            one = one.append(jnp.asarray(token[None]))
+        np.testing.assert_array_equal(found.tokens[row], one.tokens[0])
+        assert found.length[row] == one.length[0]
+
+
+def test_where_tokens_go_is_found_once_and_not_for_each_channel():
+    """A program that writes tokens that were tried, and prompts, reads slots that are there."""
+
+    def write(cache, tokens, ids):
+        return cache.extend(tokens, ids), TriedTokens(tokens, cache).kept(ids[:, 0])
+
+    cache = TokenCache.empty(jnp.zeros((2, 9, 3)))
+    text = jax.jit(write).lower(cache, jnp.zeros((2, 4, 3)), jnp.ones((2, 4), jnp.int32)).as_text()
+    assert text.count("optimization_barrier") == 2

@@ -11,7 +11,7 @@ from helpers.cases import parametrize_some
 from helpers.decoding import prefill_then_step
 
 from based_jax.errors import UserError
-from based_jax.nn import eviction, layers
+from based_jax.nn import eviction, multihead
 from based_jax.nn.mixers import make_mixer
 
 D, HEADS, GROUPS = 16, 4, 2
@@ -28,7 +28,7 @@ def mixer_of(policy="full", budget=None, sinks=2, dtype=jnp.float32):
 def turned(mixer, x):
     """Return vectors (N, K) at each of N places: (N, places, K)."""
     vectors = jnp.broadcast_to(jnp.float32(x)[:, None, None], (len(x), len(x), 1, x.shape[1]))
-    return np.asarray(layers.rotary(vectors, jnp.arange(len(x)), mixer.rotary_dim, 10000.0))[:, :, 0]
+    return np.asarray(multihead.rotary(vectors, jnp.arange(len(x)), mixer.rotary_dim, 10000.0))[:, :, 0]
 
 
 def dropped(policy, tokens, budget, sinks):

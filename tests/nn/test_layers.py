@@ -7,14 +7,14 @@ import pytest
 from flax import nnx
 from helpers.reference_cases import FORWARD, GRADIENT, POINTWISE, assert_close, load
 
-from based_jax.nn import layers
+from based_jax.nn import layers, mlps, multihead
 
 
 @pytest.mark.parametrize(("dim", "rotated"), [(8, 8), (4, 4), (5, 6), (0, 0)])
 def test_rotary_turns_pairs_as_complex_numbers(dim, rotated, normal, close):
     """An odd dim of 5 has frequencies 0, 2/5 and 4/5, so 6 components turn; the rest pass."""
     x, positions = normal(2, 7, 3, 8), jnp.arange(3, 10)
-    y = layers.rotary(x, positions, dim, 100.0)
+    y = multihead.rotary(x, positions, dim, 100.0)
     half = rotated // 2
     pairs = np.asarray(x[..., :half]) + 1j * np.asarray(x[..., half:rotated])
     turns = np.exp(1j * np.asarray(positions)[:, None] * 100.0 ** (-np.arange(0, dim, 2) / max(dim, 1)))
@@ -25,7 +25,7 @@ def test_rotary_turns_pairs_as_complex_numbers(dim, rotated, normal, close):
 def test_mlp(out_and_grads):
     case = load("gated_mlp_base_default")
     width, hidden = case.weights["fc2.weight"].shape
-    mlp = layers.SwiGLU(width, hidden, layers.Init(0.02, 0.02, jnp.float32, nnx.Rngs(0)))
+    mlp = mlps.SwiGLU(width, hidden, layers.Init(0.02, 0.02, jnp.float32, nnx.Rngs(0)))
     for name in ("fc1", "fc2"):
         getattr(mlp, name).kernel[...] = jnp.asarray(case.weights[f"{name}.weight"].T)
     y, (grads, grad_x) = out_and_grads(lambda mlp, x: mlp(x), (mlp, case.inputs["x"]), case.inputs["r"])
@@ -37,7 +37,7 @@ def test_mlp(out_and_grads):
 
 def test_the_gradient_of_a_product_s_parts_is_joined_once(normal):
     """Behind a barrier XLA cannot copy the joining, and all that it reads, into each product with the gradient."""
-    mlp = layers.SwiGLU(8, 12, layers.Init(0.02, 0.02, jnp.float32, nnx.Rngs(0)))
+    mlp = mlps.SwiGLU(8, 12, layers.Init(0.02, 0.02, jnp.float32, nnx.Rngs(0)))
     text = jax.jit(jax.grad(lambda mlp, x: jnp.sum(mlp(x)))).lower(mlp, normal(2, 3, 8)).as_text()
     [joined] = re.findall(r"(%\w+) = stablehlo\.concatenate", text)
     [made] = re.findall(rf"(%\w+) = stablehlo\.optimization_barrier {joined} ", text)

@@ -139,14 +139,14 @@ def test_auto_takes_what_was_timed_and_is_fastest():
     assert taken("NVIDIA A100", 2048, K=256, V=512) == "triton_chunks"
     assert taken(H100, 256, dtype="float32") == "hopper_steps"
     assert taken(H100, CHUNK_TOKENS, batch=few // 2) == "triton_chunks"
-    for options in ({"decays": 64}, {"table": DPLR_IMPLEMENTATIONS}):
+    for options, chunks in (({"decays": 64}, "hopper_chunks"), ({"table": DPLR_IMPLEMENTATIONS}, "triton_chunks")):
         assert [taken(H100, T, **options) for T in (CHUNK_TOKENS - 1, CHUNK_TOKENS)] == [
             "hopper_steps",
             "triton_chunks",
         ]
         many = options | {"batch": few // 2}
         sizes = [taken(H100, CHUNK_TOKENS, **many, K=K, V=V) for K, V in ((64, 64), (128, 256))]
-        assert sizes == ["hopper_steps", "triton_chunks"]
+        assert sizes == ["hopper_steps", chunks]
         assert taken(H100, CHUNK_TOKENS, **options | {"batch": few // 2 - 1}) == "triton_chunks"
         assert (
             taken(H100, CHUNK_TOKENS, **many, shape=(2,), names=("data",)) == "triton_chunks"

@@ -8,7 +8,7 @@ from flax import nnx
 from helpers.devices import gpus
 
 from based_jax.errors import UserError
-from based_jax.nn import layers
+from based_jax.nn import layers, mlps
 from based_jax.ops import dispatch
 from based_jax.ops.few_tokens import few_tokens_gated, few_tokens_product, few_tokens_residual_norm
 
@@ -61,7 +61,7 @@ def test_refusals_of_a_product_into_the_stream(r, words):
 
 def test_tokens_that_are_decoded_go_this_way_on_a_gpu():
     """One token of each row has it, a sequence and a row alone have not; nor has any where there is no GPU."""
-    mlp = layers.SwiGLU(64, 64, layers.Init(0.02, 0.02, jnp.bfloat16, nnx.Rngs(0)))
+    mlp = mlps.SwiGLU(64, 64, layers.Init(0.02, 0.02, jnp.bfloat16, nnx.Rngs(0)))
 
     def operations(*shape):
         with dispatch.recorded_choices() as choices:

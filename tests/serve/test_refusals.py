@@ -51,6 +51,7 @@ def one_sentence(response, status):
         ({"seed": -1}, "seed", "seed is -1; it is an integer from 0 to 18446744073709551615."),
         ({"stop": ["a", ""]}, "stop", "stop is ['a', '']; it is a text, or a list of at most 4, none empty."),
         ({"stop": list("abcde")}, "stop", "it is a text, or a list of at most 4"),
+        ({"stop": ["a", "\ud800"]}, "stop", "stop is '\\ud800', which has half of a surrogate pair."),
         ({"logprobs": 6}, "logprobs", "logprobs is 6; it is 0, for those of the tokens that are drawn, up to 5 for"),
         ({"logprobs": 0, "echo": True}, "logprobs", "logprobs is 0 and echo is true; tokens of a prompt have none"),
         ({"echo": 1}, "echo", "echo is 1; it is true or false."),

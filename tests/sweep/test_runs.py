@@ -1,6 +1,7 @@
 """Points that are whole runs: one process and one workdir each, in the same store, by the same commands."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,13 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
+from flax import nnx
+from helpers.measures import Norms, norm
 
 from based_jax import config as configs
 from based_jax.__main__ import main
 from based_jax.errors import UserError
+from based_jax.nn.lm import LM
 from based_jax.store import Store
 from based_jax.sweep import Sweep, Trial, param, runs
 from based_jax.sweep.launch import run_sweep
+from based_jax.sweep.measures import Deadline, NoTimeLeft, trained_per_second
 from based_jax.sweep.schedule import SweepOptions
 from based_jax.sweep.trial import load_sweep
 from based_jax.train.run import TrainConfig, load_run
@@ -166,3 +171,63 @@ def test_references_of_a_base_follow_its_points():
     base = configs.load(str(ROOT / "configs/based.py"))
     [(_, config)] = Sweep(base, [{"steps": 1000}]).trials()
     assert config.optim.warmup_steps == 10
+
+
+@pytest.mark.long
+def test_runs_are_measured_when_they_are_trained(tmp_path):
+    points = [{}, {"seed": 1}, {"optim.lr": 1e30, "steps": 4}]
+    sweep, store = Sweep(RECALL | {"log_every": 1}, points, measures=Norms, keep_runs=False), Store(tmp_path)
+    assert run_sweep(sweep, store, "test", SweepOptions(workers=2), lambda _: None) == 3
+    rows = {row["id"]: row for row in store.rows()}
+    for _, config in sweep.trials():
+        row = rows[config.id]
+        assert row["told"] == config.seed and row["seconds"] >= row["training_seconds"] > 0
+        if config.steps == 4:
+            assert row["status"] == "diverged" and row["loss"] is None and "norm" not in row
+            continue
+        before = norm(LM(config.model, rngs=nnx.Rngs(config.seed)))
+        assert row["warmed"] == pytest.approx(before, rel=1e-6) and abs(row["norm"] / before - 1) > 1e-5
+        assert row["status"] == "finished" and row["told_steps"] == [1, 2] and row["loss"] == -1.0
+        assert 0 <= row["accuracy"] < 1 and row["measuring_seconds"] >= 0 < row["seconds_to_prepare"]
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_deadline_leaves_out_a_run_that_would_not_end_before_it(tmp_path):
+    Deadline(time.time() + 1, tmp_path, "test").check()
+    Store(tmp_path).append({"id": "a", "sweep": "test", "seconds": 90.0, "training_seconds": 30.0})
+    Store(tmp_path).append({"id": "b", "sweep": "other", "seconds": 90.0})
+    for name, left in (("test", 60), ("none", 9), ("other", 100), ("test", math.inf)):
+        Deadline(time.time() + left, tmp_path, name).check()
+    for name, left, seconds in (("test", 9, 30), ("other", 80, 90), ("none", -1, 0)):
+        with pytest.raises(NoTimeLeft, match=rf"\d s are left, and a run takes {seconds} s"):
+            Deadline(time.time() + left, tmp_path, name).check()
+
+
+@pytest.mark.long
+def test_a_run_that_would_not_end_in_time_is_left(tmp_path):
+    store, options = Store(tmp_path), SweepOptions(until=time.time() + 3600)
+    store.append({"id": "other", "sweep": "test", "seconds": 50.0, "training_seconds": 7200.0})
+    said = []
+    assert run_sweep(Sweep(RECALL, [{}], measures=Norms), store, "test", options, said.append) == 0
+    assert len(store.rows()) == 1 and said[-1] == "0 of 1 points have rows." and "FAILED" not in "".join(said)
+    assert f"{runs.LEFT}: " in next((tmp_path / "runs").glob("*/log.txt")).read_text()
+    with pytest.raises(UserError, match="Seed 13 is not measured"):
+        run_sweep(Sweep(RECALL, [{"seed": 13}], measures=Norms), store, "test", SweepOptions(), said.append)
+    early = SweepOptions(until=time.time() + 1)  # before a process has begun
+    assert run_sweep(Sweep(RECALL, [{"seed": 2}], measures=Norms), store, "new", early, said.append) == 0
+    late = SweepOptions(until=time.time() - 1)
+    assert run_sweep(Sweep(RECALL, [{}]), store, "test", late, lambda _: None) == 0
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(UserError, match="a function or class of a module that can be imported, not of the sweep file"):
+        Sweep(RECALL, [{}], measures=lambda config: None)
+    with pytest.raises(UserError, match="of whole runs; these are trials"):
+        Sweep({"model": {}, "data": {"kind": "mqar"}, "epochs": 2}, [{}], measures=Norms)
+
+
+def test_the_speed_of_a_run_is_the_median_of_its_rows_but_for_the_first():
+    speeds = [3.0, 100.0, 90.0, 5.0]
+    rows = [{"step": n, "tokens_per_second": speed} for n, speed in enumerate(speeds)]
+    assert trained_per_second([*rows, {"step": 4, "eval/loss": 1.0}]) == 90.0
+    assert trained_per_second(rows[:1]) == 3.0

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -48,6 +49,28 @@ def test_a_finished_run_is_only_evaluated_again(whole, tmp_path):
     evaluated = next(row for row in rows(whole) if "eval/loss" in row)
     assert results["loss"] == pytest.approx(evaluated["eval/loss"])
     assert_same_run(workdir, whole)
+
+
+def test_a_run_has_its_turn_when_step_and_evaluation_are_compiled(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train_program", train_program)  # one of its own, of which nothing is compiled
+    compiled: dict[str, list[str]] = {"before": [], "in": [], "behind": []}
+    where = ["before"]
+
+    @contextlib.contextmanager
+    def turn(program, state):
+        assert state.step == 0 and program.config.steps == 8
+        where[0] = "in"
+        yield
+        where[0] = "behind"
+
+    def listen(event, seconds, fun_name="", **_):
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            compiled[where[0]].append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    train(make_config(), tmp_path / "run", turn)
+    assert where == ["behind"] and compiled["in"] == [] != compiled["before"]
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_before_the_first_step_a_run_says_what_it_trains_on_what(whole, tmp_path, capsys, monkeypatch):

@@ -44,8 +44,8 @@ INVERSE_KERNELS = ("inverses",)
 """What the kernels' names begin with: token by token, by chunks, and by chunks that are corrected."""
 
 
-NARROW = {("delta_rule", "hopper_chunks")}
-"""Operations and chunks that take at most 128 channels of keys."""
+MOST_KEYS = {("delta_rule", "hopper_chunks"): 128, ("dplr", "hopper_chunks"): 64}
+"""How many channels of keys the chunks of an operation take, where that is not all."""
 STEEP = {"g": 8.0}
 """By what numbers are larger of which log-decays are made: -16 a token beside channels that hardly decay."""
 
@@ -181,13 +181,13 @@ def _cases(name: str, chunks: Sequence[str], steps_rows: tuple[int, int]) -> tup
     cases = []
     for impl, (short, wide) in {**dict.fromkeys(chunks, MANY_ROWS), "hopper_steps": steps_rows}.items():
         cases += [make((short, 2, time), (32, 32), impl, **x) for time in (1, 15, 65) for x in ({}, PACKED)]
-        widest = [(200, 320)] if impl in chunks and (name, impl) not in NARROW else []
-        cases += [make((wide, 3, 130), x, impl, **PACKED) for x in (*widths, *widest)]
+        widest, most = [(200, 320)] if impl in chunks else [], MOST_KEYS.get((name, impl), 256)
+        cases += [make((wide, 3, 130), x, impl, **PACKED) for x in (*widths, *widest) if x[0] <= most]
     return (
         *cases,
         make((64, 2, 256), (64, 64), quick=True),
         make((1, 5, 2049), (64, 64), **PACKED),
-        make((16, 2, 320), (128, 128), values="steep", **PACKED),
+        *(make((16, 2, 320), x, values="steep", **PACKED) for x in ((64, 64), (128, 128))),
         *(make((4, 2, 130), (64, 64), documents=True, through=x) for x in ("vmap", "shard_map")),
     )
 
@@ -279,7 +279,11 @@ DPLR = _matrix_states(
     delta_rule.DPLR_IMPLEMENTATIONS,
     _low_rank,
     low_rank_definition,
-    {"triton_chunks": CHANNEL_DECAY_KERNELS + INVERSE_KERNELS, "hopper_steps": STEP_KERNELS},
+    {
+        "triton_chunks": CHANNEL_DECAY_KERNELS + INVERSE_KERNELS,
+        "hopper_steps": STEP_KERNELS,
+        "hopper_chunks": ("dplr_",),
+    },
     decays=None,
     extra="direction",
     products=4,

@@ -51,8 +51,11 @@ def chosen(chips: Iterable[str], only: str = "") -> list[str]:
     return found
 
 
-def row_of(name: str, dump: Path) -> dict[str, Any]:
-    """Compile a point, whose schedules libtpu writes into a folder, and return its row."""
+def row_of(name: str, dump: Path, *, is_kept: bool) -> dict[str, Any]:
+    """Compile a point, whose schedules libtpu writes into a folder, and return its row.
+
+    Where it is kept, it tells of the program whose layouts are free as well, which for a kernel is another one.
+    """
     of, chip, impl = POINTS[name]
     call, device = CALLS[of](), topology.find(SLICES[chip]).devices[0]
     schedules.empty(dump)
@@ -63,8 +66,8 @@ def row_of(name: str, dump: Path) -> dict[str, Any]:
     in_kernels = sum(call.cycles[name](schedule) for name, schedule in kernels.items())
     cycles = in_kernels // CORES.get(chip, 1) if kernels else cycles_of_xla(text)
     spilled = sum(schedules.spills(dump, part) for part in kernels or [""])
-    free = compiled_text(function, call.arguments, device, layout=Layout.AUTO) if kernels else text
-    program = Program(free)
+    free = functools.partial(compiled_text, function, call.arguments, device, layout=Layout.AUTO)
+    whole = _whole_program(Program(free() if kernels else text), bool(kernels)) if is_kept else {}
     copied = COPIED.findall(entry)
     known = devices.find(device.device_kind)
     assert known is not None and known.hbm_bytes_per_second is not None
@@ -83,13 +86,19 @@ def row_of(name: str, dump: Path) -> dict[str, Any]:
         "vmem_bytes": max(map(int, VMEM.findall(text)), default=None),
         "copies": len(copied),
         "copied": ",".join(map(str, call.state)) in copied,
-        "relayouts": sum(of.copies for of in kernels_of(program).values()) if kernels else None,
-        "program_bytes": costs.memory_bytes(program, ON_CHIP["tpu"]),
-        "program_flops": costs.flops(program),
+        **whole,
         "flops": call.flops,
         "device": device.device_kind,
         "versions": {library: importlib.metadata.version(library) for library in ("jax", "jaxlib", "libtpu")},
         **rows.origin(),
+    }
+
+
+def _whole_program(program: Program, has_kernels: bool) -> dict[str, Any]:
+    return {
+        "relayouts": sum(of.copies for of in kernels_of(program).values()) if has_kernels else None,
+        "program_bytes": costs.memory_bytes(program, ON_CHIP["tpu"]),
+        "program_flops": costs.flops(program),
     }
 
 

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     kept = [] if args.baseline is None else points.read(args.baseline)
     dump, worse = schedules.dump_into_a_folder(), []
     for name in names:
-        row = points.row_of(name, dump)
+        row = points.row_of(name, dump, is_kept=args.out is not None)
         print(points.line(row), flush=True)
         points.keep(row, args.out)
         if regressed := points.regression(row, kept):

@@ -2,92 +2,25 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar, override
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
 
-from based_jax import parallel
 from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
 from based_jax.errors import UserError, unknown
-from based_jax.nn import layers
-from based_jax.nn.cache import Cache, TokenCache, TriedTokens
+from based_jax.nn import layers, projections
+from based_jax.nn.attention_heads import AttentionHeads, HeadsConfig
+from based_jax.nn.cache import Cache, TokenCache
 from based_jax.nn.eviction import POLICIES, BudgetCache, Policy
-from based_jax.nn.mixer import Buffer, Mixer, check_positive, check_sizes
-from based_jax.nn.rotary import check_scaling, scaling
-from based_jax.ops import dispatch, segments, sequence, softmax_chunks
+from based_jax.nn.mixer import check_sizes
+from based_jax.ops import dispatch, segments, softmax_chunks
 from based_jax.ops.decode_calls import Pieces
 from based_jax.ops.softmax import ATTENTION, attention, filled_head_dim, whole_pass_head_dim
 from based_jax.ops.softmax_budget import own_attention, ring_attention
 from based_jax.ops.softmax_prefill import attention_prefill
-from based_jax.ops.softmax_step import (
-    ATTENTION_STEP,
-    ATTENTION_STEP_WEIGHTS,
-    attention_step,
-    attention_step_weights,
-    attention_weights,
-)
-from based_jax.ops.softmax_trial import ATTENTION_TRIAL, attention_trial
-
-QKV_KEYS = {
-    "out_proj/kernel": "out_proj.weight",
-    "out_proj/bias": "out_proj.bias",
-    "qkv/kernel": "Wqkv.weight",
-    "qkv/bias": "Wqkv.bias",
-    "q_norm/scale": "q_norm.weight",
-    "k_norm/scale": "k_norm.weight",
-}
-LLAMA_KEYS: dict[str, str | tuple[str, ...]] = {
-    "out_proj/kernel": "o_proj.weight",
-    "out_proj/bias": "o_proj.bias",
-    "qkv/kernel": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
-    "qkv/bias": ("q_proj.bias", "k_proj.bias", "v_proj.bias"),
-    "q_norm/scale": "q_norm.weight",
-    "k_norm/scale": "k_norm.weight",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadsConfig:
-    """Heads, the share of each head that rotary turns (0 for none), its base, biases, and the implementation.
-
-    Each of `num_kv_heads` keys and values, as many as queries where None, serves as many queries (arXiv 2305.13245).
-    A head has `head_dim` components, D / num_heads where None; the output has a bias if `out_bias`, where that is None
-    if `bias`; with `qk_norm` an RMSNorm of each head stands between projection and rotary, for queries and for keys.
-    `rotary_scaling` is one of `rotary.SCALINGS`, which the options `rotary_*` below it are for.
-    """
-
-    num_heads: int = 16
-    num_kv_heads: int | None = None
-    rotary_fraction: float = 0.5
-    rotary_base: float = 10000.0
-    bias: bool = False
-    impl: str = "auto"
-    head_dim: int | None = added_later(None)
-    out_bias: bool | None = added_later(None)
-    qk_norm: bool = added_later(False)
-    rotary_scaling: str = added_later("none")
-    rotary_factor: float = added_later(1.0)
-    rotary_low_freq_factor: float = added_later(1.0)
-    rotary_high_freq_factor: float = added_later(4.0)
-    rotary_original_len: int = added_later(8192)
-
-    def __post_init__(self):
-        check_sizes(self, num_heads=1, rotary_original_len=1)
-        if self.head_dim is not None:
-            check_sizes(self, head_dim=1)
-        if not 0 <= self.rotary_fraction <= 1:
-            raise UserError(f"rotary_fraction is {self.rotary_fraction}; it is between 0 and 1.")
-        check_positive(self, "rotary_base")
-        check_scaling(self)
-        kv_heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-        if kv_heads < 1 or self.num_heads % kv_heads:
-            raise UserError(f"num_kv_heads is {kv_heads}; it divides num_heads, which is {self.num_heads}.")
+from based_jax.ops.softmax_step import ATTENTION_STEP_WEIGHTS, attention_step_weights, attention_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +48,7 @@ class AttentionConfig(HeadsConfig):
             check_sizes(self, cache_budget=policy.least + (self.cache_sinks if policy.moves_sinks else 0))
 
 
-class Attention(Mixer):
+class Attention(AttentionHeads):
     """Causal multi-head attention; the cache holds every key and value, or those that a policy keeps.
 
     With a budget that is as large as the cache, decoding is that of "full", bit for bit. A prefill that does not fit a
@@ -127,26 +60,12 @@ class Attention(Mixer):
     models/qwen2/modeling_qwen2.py with biases, models/qwen3/modeling_qwen3.py with `qk_norm`.
     """
 
-    Config: ClassVar[type[HeadsConfig]] = AttentionConfig
+    Config: ClassVar = AttentionConfig
     IMPLEMENTATIONS: ClassVar = ATTENTION
-    REFERENCE: ClassVar = {
-        "based": QKV_KEYS,
-        "zoology": QKV_KEYS,
-        "llama": LLAMA_KEYS,
-    }
 
-    def __init__(self, d_model: int, config: HeadsConfig, init: layers.Init):
-        self.config, self.d_model, self.dtype = config, d_model, init.dtype
-        self.head_dim = layers.head_dim(d_model, config.num_heads) if config.head_dim is None else config.head_dim
-        self.kv_heads = config.num_heads if config.num_kv_heads is None else config.num_kv_heads
-        self.rotary_dim = layers.rotary_dim(self.head_dim, config.rotary_fraction)
-        self.policy = POLICIES[config.cache_policy] if isinstance(config, AttentionConfig) else None
-        self.inner_dim, keys = config.num_heads * self.head_dim, self.kv_heads * self.head_dim
-        widths, out_bias = (self.inner_dim, keys, keys), config.bias if config.out_bias is None else config.out_bias
-        self.qkv = layers.linear(d_model, sum(widths), ("embed", "heads"), init, bias=config.bias, parts=widths)
-        if config.qk_norm:
-            self.q_norm, self.k_norm = (layers.rms_norm(self.head_dim, init.norm_eps, rngs=init.rngs) for _ in "qk")
-        self.out_proj = layers.linear(self.inner_dim, d_model, ("heads", "embed"), init.out, bias=out_bias)
+    def __init__(self, d_model: int, config: AttentionConfig, init: layers.Init):
+        super().__init__(d_model, config, init)
+        self.policy = POLICIES[config.cache_policy]
 
     @property
     @override
@@ -179,7 +98,7 @@ class Attention(Mixer):
         return self._out(o), state
 
     @override
-    def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
+    def _step(self, x: BD, state: Any) -> tuple[BD | projections.Projected, Any]:
         qkv = self.unrotated_qkv(x[:, None])
         if self.policy is None:
             o, after = self.read_token(qkv, state)
@@ -196,13 +115,8 @@ class Attention(Mixer):
         return self._out(state.held(o, state.length[:, None] + jnp.arange(x.shape[1])[None])), tokens
 
     @override
-    def _keep(self, tokens: Any, counts: Int[Array, "B"]) -> Any:
-        return tokens.kept(counts) if isinstance(tokens, TriedTokens) else super()._keep(tokens, counts)
-
-    @override
-    def _emptied(self, state: TokenCache, rows: Bool[Array, "B"]) -> TokenCache:
-        """Return the state whose rows have no token: what is in their slots is not seen, and need not be cleared."""
-        return dataclasses.replace(state, length=jnp.where(rows, 0, state.length))
+    def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
+        return super().step_whole(r, y, norm, cache) if self.policy is None else None
 
     def _evicts(self, state: TokenCache) -> bool:
         """Return whether a full cache drops tokens; another one is as long as any document may be."""
@@ -323,12 +237,6 @@ class Attention(Mixer):
         return self._attended_and_paid(q, cache, rows)
 
     @override
-    def reference_buffers(self) -> Mapping[str, Buffer]:
-        """Return the table of rotary's frequencies."""
-        exponents = np.arange(0, self.rotary_dim, 2) / max(self.rotary_dim, 1)
-        return {"rotary_emb.inv_freq": self.config.rotary_base**-exponents}
-
-    @override
     def state_size(self, seq_len: int) -> int:
         """Return a key and a value of each head for each token, or for each of a budget, and what a policy remembers.
 
@@ -346,113 +254,6 @@ class Attention(Mixer):
         """Return forward FLOPs: the projections, and scores and sums over half of `seq_len` keys on average."""
         return self.projection_flops() + 2 * self.inner_dim * min(seq_len, 2 * self._slots(seq_len))
 
-    def projection_flops(self) -> int:
-        """Return the FLOPs of the projections."""
-        return 4 * self.d_model * (self.inner_dim + self.kv_heads * self.head_dim)
-
-    def for_each_query(self, x):
-        """Return keys or values (..., kv heads, D/H) repeated for the queries that each of them serves."""
-        return jnp.repeat(x, self.config.num_heads // self.kv_heads, axis=-2)
-
-    def unrotated_qkv(self, x: BTD, width: int | None = None):
-        """Return queries, keys and values (B, T, heads, D/H); with a `width` zeros fill the heads up to it."""
-        heads = self.config.num_heads, self.kv_heads, self.kv_heads
-        return self._head_normed(layers.split_to_heads(self.qkv, x, heads, width or self.head_dim))
-
-    def _head_normed(self, qkv):
-        q, k, v = qkv
-        if not self.config.qk_norm:
-            return [q, k, v]
-        return [self._normed(self.q_norm, q), self._normed(self.k_norm, k), v]
-
-    def _normed(self, norm: nnx.RMSNorm, heads):
-        """Return the RMSNorm of heads that may end in zeros, over what stands before these."""
-        normed = norm(heads[..., : self.head_dim]).astype(heads.dtype)
-        return layers.with_zeros(normed, -1, heads.shape[-1])
-
-    def rotated_qkv(self, x: BTD, before: Int[Array, "#B"], segment_ids: SegmentIds | None, width: int | None = None):
-        """Return the same with queries and keys rotated by their place in their document.
-
-        `before` counts the tokens that each row's first document has had.
-        """
-        return self._rotated(self.unrotated_qkv(x, width), before, segment_ids)
-
-    def _rotated(self, qkv, before: Int[Array, "#B"], segment_ids: SegmentIds | None):
-        q, k, v = qkv
-        places, _ = sequence.positions(segment_ids, before, q.shape[1])
-        return self._turned(q, places), self._turned(k, places), v
-
-    def _turned(self, y, places):
-        return layers.rotary(y, places, self.rotary_dim, self.config.rotary_base, scaling(self.config))
-
-    def empty_cache(self, batch: int, slots: int, width: int) -> TokenCache:
-        """Return the cache of so many keys and values before the first, whose heads end in zeros up to a width."""
-        k, v = (jnp.zeros((batch, slots, self.kv_heads, width), self.dtype) for _ in "kv")
-        return TokenCache.empty((k, v))
-
-    @override
-    def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache] | None:
-        """Mix the norm of r + y of one sequence's token, where all tokens are kept and projections have no biases."""
-        has_biases = self.qkv.bias is not None or self.out_proj.bias is not None
-        if self.policy is not None or has_biases or not self.has_joint_heads:
-            return None
-        r, [z] = layers.several_of_norm([self.qkv], norm, r, y)
-        o, state = self.read_joint(layers.split_heads(z, self._joint_count), cache.state)
-        pieces = layers.in_pieces(self.out_proj, layers.merge_heads(o), None if y is None else y.marks)
-        return r, pieces, cache._replace(state=state)
-
-    def read_joint(self, heads: Float[Array, "B joint K"], state: TokenCache):
-        """Return what `read_token` does of a token's queries, keys and values beside each other."""
-        ends = [self.config.num_heads, self.config.num_heads + self.kv_heads]
-        return self.read_token(self._head_normed(layers.split(heads[:, None], ends, axis=-2)), state)
-
-    def read_token(self, qkv, state: TokenCache):
-        """Return what a token reads (B, H, D/H), NaN where it does not fit, and the state after it.
-
-        Its queries, keys and values (B, 1, heads, D/H) are not rotated.
-        """
-        o, after = self.read_newest(qkv, state)
-        return state.held(o, state.length), after
-
-    def read_newest(self, qkv, state: TokenCache):
-        """Return the same where each token has a slot."""
-        q, k, v = self._turned_token(self._token(qkv, state), state.length)
-        state = state.append((k, v))
-        return self._attended(q, state)[..., : self.head_dim], state
-
-    @property
-    def has_joint_heads(self) -> bool:
-        """Whether no device has a share of each of queries, keys and values alone, which stand beside each other."""
-        return parallel.channel_pieces(self.config.num_heads, self.kv_heads, self.kv_heads) == 1
-
-    @property
-    def _joint_count(self) -> int:
-        return self.config.num_heads + 2 * self.kv_heads
-
-    def read_on_trial(self, x: BTD, state: TokenCache, *, is_ring: bool) -> tuple[Any, TriedTokens]:
-        """Return what queries of tokens (B, T, H, D/H) read of the cache and of each other, and the tokens."""
-        q, k, v = self._rotated(self.unrotated_qkv(x, state.tokens[0].shape[3]), state.length, None)
-        (past_k, past_v), impl = state.tokens, dispatch.beside(self.config.impl, ATTENTION_TRIAL)
-        places = {"is_ring": is_ring}
-        o = attention_trial(q, k, v, past_k, past_v, state.length, **places, head_dim=self.head_dim, impl=impl)
-        return o, TriedTokens((k, v), state)
-
-    def _token(self, qkv, state: TokenCache):
-        """Return a token's queries, keys and values (B, heads, .), as wide as the cache's and not rotated.
-
-        Zeros behind the weights would be made anew for each token.
-        """
-        return [layers.with_zeros(y[:, 0], 2, state.tokens[0].shape[3]) for y in qkv]
-
-    def _turned_token(self, token, place: Int[Array, "B"]):
-        return (y[:, 0] for y in self._rotated([y[:, None] for y in token], place, None))
-
-    def _attended(self, q, state: TokenCache):
-        """Return what a token's queries read of the slots that are filled."""
-        (k, v), there = state.tokens, jnp.minimum(state.length, state.slots)
-        impl = dispatch.beside(self.config.impl, ATTENTION_STEP)
-        return attention_step(q, k, v, there, head_dim=self.head_dim, impl=impl)
-
     def _attended_and_paid(self, q, cache: BudgetCache, rows):
         """Return the same, and the cache after what the queries of some rows have paid its tokens."""
         (k, v), seen = cache.tokens, jnp.minimum(cache.length, cache.slots)
@@ -460,6 +261,3 @@ class Attention(Mixer):
         o, weights = attention_step_weights(q, k, v, seen, head_dim=self.head_dim, impl=impl)
         there = (jnp.arange(cache.slots)[None] < seen[:, None]) & rows[:, None]
         return o, cache.paid(jnp.where(rows[:, None, None], weights, 0.0), there)
-
-    def _out(self, o):
-        return layers.from_heads(self.out_proj, o)

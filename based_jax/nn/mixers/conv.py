@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
-from based_jax.nn import layers
+from based_jax.nn import layers, projections
 from based_jax.nn.cache import Cache
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops import sharded
@@ -92,16 +92,16 @@ class GatedConv(Mixer):
             given = {"bias": bias, "state": state, "segment_ids": segment_ids, "impl": self.config.impl}
             return gated_short_conv(product, kernel, **given)
 
-        product, bias = layers.joined_by_device(self.in_proj, x.astype(self.dtype), (self.d_inner, self.d_inner))
+        product, bias = projections.joined_by_device(self.in_proj, x.astype(self.dtype), (self.d_inner, self.d_inner))
         given = product, bias, self.conv_kernel[...], state, segment_ids
         return sharded.by_channels(convolved, given, (2, 0, 1, 2, None), (2, 2), self.d_inner)
 
     @override
-    def _step(self, x: BD, state: Inputs) -> tuple[BD | layers.Projected, Inputs]:
+    def _step(self, x: BD, state: Inputs) -> tuple[BD | projections.Projected, Inputs]:
         impl = beside(self.config.impl, STEP_IMPLEMENTATIONS)
-        product, bias = layers.joined_by_device(self.in_proj, x.astype(self.dtype), (self.d_inner, self.d_inner))
+        product, bias = projections.joined_by_device(self.in_proj, x.astype(self.dtype), (self.d_inner, self.d_inner))
         y, state = gated_short_conv_step(product, self.conv_kernel[...], state, bias=bias, impl=impl)
-        return layers.into_stream(self.out_proj, y), state
+        return projections.into_stream(self.out_proj, y), state
 
     @override
     def _try_tokens(self, x: BTD, state: Inputs) -> tuple[BTD, tuple[NewInputs, Inputs]]:
@@ -112,7 +112,7 @@ class GatedConv(Mixer):
             y, _ = gated_short_conv(product, kernel, bias=bias, state=state, impl=impl)
             return y, convolved_inputs(product, kernel.shape[-1], bias)
 
-        product, bias = layers.joined_by_device(self.in_proj, x.astype(self.dtype), (self.d_inner, self.d_inner))
+        product, bias = projections.joined_by_device(self.in_proj, x.astype(self.dtype), (self.d_inner, self.d_inner))
         given = product, bias, self.conv_kernel[...], state
         y, inputs = sharded.by_channels(tried, given, (2, 0, 1, 2), (2, 2), self.d_inner)
         return self.out_proj(y), (inputs, state)

@@ -5,7 +5,7 @@ from typing import ClassVar, override
 
 import jax
 
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead
 from based_jax.nn.gated import GatedLinearMixer, expanded
 from based_jax.nn.mixer import check_positive, check_sizes
 
@@ -70,7 +70,7 @@ class GLA(GatedLinearMixer):
     def _gated(self, x, q, k, v):
         logits = self.decay_up(self.decay_down(x))
         log_decay = jax.nn.log_sigmoid(logits) / self.config.gate_logit_normalizer
-        return q, k, v, layers.split_heads(log_decay, self.num_heads)
+        return q, k, v, multihead.split_heads(log_decay, self.num_heads)
 
     @override
     def _gate_weights(self) -> int:

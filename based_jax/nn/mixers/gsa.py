@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from based_jax.config import added_later
 from based_jax.errors import unknown
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead
 from based_jax.nn.gated import GatedLinearMixer, GatedState, ProjectedHeads, check_kv_heads, expanded
 from based_jax.nn.mixer import Operation, check_positive, check_sizes
 from based_jax.ops import gated_slot_attention as slots
@@ -107,7 +107,7 @@ class GSA(GatedLinearMixer):
     @override
     def _gated(self, x, q, k, v):
         log_decay = jax.nn.log_sigmoid(self.decay(x)) / self.config.gate_logit_normalizer
-        log_decay = self._for_all_heads(layers.split_heads(log_decay, self.projected.keys))
+        log_decay = self._for_all_heads(multihead.split_heads(log_decay, self.projected.keys))
         q, k = (FEATURE_MAPS[self.config.feature_map](y) for y in (q, k))
         return q, k, jax.nn.silu(v), -jnp.expm1(log_decay), log_decay
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BP, BPD, BTD, BWD, WD, SegmentIds
 from based_jax.errors import UserError
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead, projections
 from based_jax.nn.gated import log_uniform_dt
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops import conv, diagonal_ssm
@@ -118,7 +118,7 @@ class H3(Mixer):
         return self._out(x, kv, y), (shift, after)
 
     @override
-    def _step(self, x: BD, state: H3State) -> tuple[BD | layers.Projected, H3State]:
+    def _step(self, x: BD, state: H3State) -> tuple[BD | projections.Projected, H3State]:
         k, v = self.k_proj(x), self.v_proj(x)
         k, shift = short_conv_step(k, self._shift_kernel(), state[0])
         kv = self._cross(k, v)
@@ -160,15 +160,16 @@ class H3(Mixer):
 
     def _cross(self, k, v) -> Float[Array, "*B H P"]:
         """Return the products of each pair of channels of a head."""
-        k, v = (layers.split_heads(x, self.num_heads) for x in (k, v))
+        k, v = (multihead.split_heads(x, self.num_heads) for x in (k, v))
         return einops.rearrange(k[..., :, None] * v[..., None, :], "... H i j -> ... H (i j)")
 
     def _out(self, x, kv, y):
-        q = layers.split_heads(self.q_proj(x), self.num_heads).astype(jnp.float32)
+        q = multihead.split_heads(self.q_proj(x), self.num_heads).astype(jnp.float32)
         kv = kv.astype(jnp.float32)
         y = y + kv * layers.per_channel(self.skip[...][:, None], kv)
         y = einops.rearrange(y, "... H (i j) -> ... H i j", i=self.config.head_dim) * q[..., None]
-        return layers.into_stream(self.out_proj, einops.reduce(y, "... H i j -> ... (j H)", "sum").astype(self.dtype))
+        y = einops.reduce(y, "... H i j -> ... (j H)", "sum")
+        return projections.into_stream(self.out_proj, y.astype(self.dtype))
 
 
 def _param(values: Array) -> nnx.Param:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
-from based_jax.nn import layers
+from based_jax.nn import layers, projections
 from based_jax.nn.cache import TokenCache
 from based_jax.nn.history import LONGEST_FILTER, check_length, convolve_on, convolve_step, empty_history, time_embedding
 from based_jax.nn.mixer import Buffer, Mixer, check_sizes
@@ -156,7 +156,7 @@ class Hyena(Mixer):
         return self._out(u, y, gate), (taps, history)
 
     @override
-    def _step(self, x: BD, state: HyenaState) -> tuple[BD | layers.Projected, HyenaState]:
+    def _step(self, x: BD, state: HyenaState) -> tuple[BD | projections.Projected, HyenaState]:
         u, taps = short_conv_step(self.in_proj(x), self.conv_kernel[...], state[0], bias=self.conv_bias[...])
         u, gate = self._gated(u)
         y, history = convolve_step(u, state[1], self.filter(state[1].slots))
@@ -199,4 +199,4 @@ class Hyena(Mixer):
 
     def _out(self, u, y, gate):
         y = y + u * layers.per_channel(self.skip[...], u)
-        return layers.into_stream(self.out_proj, y * gate)
+        return projections.into_stream(self.out_proj, y * gate)

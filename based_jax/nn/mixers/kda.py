@@ -10,7 +10,7 @@ from flax import nnx
 
 from based_jax.config import added_later
 from based_jax.errors import UserError
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead
 from based_jax.nn.gated import (
     ProjectedHeads,
     bounded_decay,
@@ -105,7 +105,7 @@ class KDA(UnitDeltaMixer):
         else:
             log_decay = bounded_decay(logits, A_log, self.dt_bias[...], self.config.lower_bound)
         rate = delta_rate(self.rate(x), self.config.allow_neg_eigval)
-        return layers.split_heads(log_decay, self.num_heads), rate
+        return multihead.split_heads(log_decay, self.num_heads), rate
 
     @override
     def _gate_weights(self) -> int:

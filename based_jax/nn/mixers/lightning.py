@@ -6,7 +6,7 @@ from typing import ClassVar, override
 import jax
 import jax.numpy as jnp
 
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead
 from based_jax.nn.gated import GatedLinearMixer, constant_decay, head_slopes
 from based_jax.nn.mixer import check_sizes
 
@@ -36,7 +36,7 @@ class LightningAttention(GatedLinearMixer):
     norm_over_heads: ClassVar = True
 
     def __init__(self, d_model: int, config: LightningConfig, init: layers.Init):
-        layers.head_dim(d_model, config.num_heads)
+        multihead.head_dim(d_model, config.num_heads)
         super().__init__(
             d_model,
             config,

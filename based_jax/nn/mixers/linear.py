@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 from based_jax.config import added_later
 from based_jax.dims import BD, BHEV, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError, unknown
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead, projections
 from based_jax.nn.feature_maps import COSFORMER_HORIZON, FEATURE_MAPS, MAP_OPTIONS
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.nn.mixers.taylor import PROJECTIONS
@@ -64,7 +64,7 @@ class LinearAttention(Mixer):
 
     def __init__(self, d_model: int, config: LinearConfig, init: layers.Init):
         self.config, self.d_model = config, d_model
-        self.value_dim = layers.head_dim(d_model, config.num_heads)
+        self.value_dim = multihead.head_dim(d_model, config.num_heads)
         features = config.num_heads * config.feature_dim
         self.proj_q = layers.linear(d_model, features, ("embed", "heads"), init)
         self.proj_k = layers.linear(d_model, features, ("embed", "heads"), init)
@@ -96,7 +96,7 @@ class LinearAttention(Mixer):
         return self._out(o), (sums, length)
 
     @override
-    def _step(self, x: BD, state: LinearState) -> tuple[BD | layers.Projected, LinearState]:
+    def _step(self, x: BD, state: LinearState) -> tuple[BD | projections.Projected, LinearState]:
         sums, length = state
         q, k, v = self._heads(x)
         q, k = self.feature_map(q, k, length)
@@ -116,7 +116,8 @@ class LinearAttention(Mixer):
         return projections + learned + 4 * self.state_size(seq_len)
 
     def _heads(self, x):
-        return tuple(layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_q, self.proj_k, self.proj_v))
+        projected = (project(x) for project in (self.proj_q, self.proj_k, self.proj_v))
+        return tuple(multihead.split_heads(y, self.config.num_heads) for y in projected)
 
     def _project(self, x, length, segment_ids):
         """Return the features of queries and keys, the values, and the tokens that the last document has had."""
@@ -125,4 +126,4 @@ class LinearAttention(Mixer):
         return *self.feature_map(q, k, places), v, length
 
     def _out(self, o):
-        return layers.into_stream(self.out_proj, layers.merge_heads(o))
+        return projections.into_stream(self.out_proj, multihead.merge_heads(o))

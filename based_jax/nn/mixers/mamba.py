@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
-from based_jax.nn import layers
+from based_jax.nn import layers, projections
 from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops.calls import BDN
@@ -117,14 +117,14 @@ class Mamba(Mixer):
         return self._out(x, u, y), MambaState(conv, memory)
 
     @override
-    def _step(self, x: BD, state: MambaState) -> tuple[BD | layers.Projected, MambaState]:
+    def _step(self, x: BD, state: MambaState) -> tuple[BD | projections.Projected, MambaState]:
         joint = self.in_proj(x)
         u, conv = short_conv_step(joint, **self._conv(), state=state.conv)
-        low, of_state = layers.narrow_parts(self.x_proj, u, (self.dt_rank, 2 * self.config.d_state))
+        low, of_state = projections.narrow_parts(self.x_proj, u, (self.dt_rank, 2 * self.config.d_state))
         raw = multiply(low, self.dt_proj.kernel[...].astype(low.dtype))
         options = self._bias() | {"skip": self.D[...], "impl": beside(self.config.impl, STEP_IMPLEMENTATIONS)}
         y, memory = gated_scan_step(u, raw, self._A(), of_state, joint, state.memory, **options)
-        return layers.into_stream(self.out_proj, y), MambaState(conv, memory)
+        return projections.into_stream(self.out_proj, y), MambaState(conv, memory)
 
     @override
     def state_size(self, seq_len: int) -> int:
@@ -160,10 +160,10 @@ class Mamba(Mixer):
         return {"bias": bias[...]}
 
     def _inner(self, x):
-        return layers.linear_part(self.in_proj, x, 0, self.d_inner)
+        return projections.linear_part(self.in_proj, x, 0, self.d_inner)
 
     def _out(self, x, u, y):
-        return self._gated(layers.linear_part(self.in_proj, x, self.d_inner, 2 * self.d_inner), u, y)
+        return self._gated(projections.linear_part(self.in_proj, x, self.d_inner, 2 * self.d_inner), u, y)
 
     def _gated(self, z, u, y):
-        return layers.into_stream(self.out_proj, gated_skip(y, u, z, self.D[...]))
+        return projections.into_stream(self.out_proj, gated_skip(y, u, z, self.D[...]))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead, projections
 from based_jax.nn.gated import inverse_softplus_dt
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops.conv import short_conv, short_conv_step
@@ -120,7 +120,7 @@ class Mamba2(Mixer):
         return self._out(x, inputs[0], y), Mamba2State(jnp.concatenate(after, axis=-1), memory)
 
     @override
-    def _step(self, x: BD, state: Mamba2State) -> tuple[BD | layers.Projected, Mamba2State]:
+    def _step(self, x: BD, state: Mamba2State) -> tuple[BD | projections.Projected, Mamba2State]:
         inner, bias = self.d_inner, self.conv_bias[...] if self.config.conv_bias else None
         z, joint, dt = jnp.split(self.in_proj(x), [inner, inner + self.channels], axis=-1)
         joint, conv = short_conv_step(joint, self.conv_kernel[...], state.conv, bias=bias, silu=True)
@@ -148,7 +148,7 @@ class Mamba2(Mixer):
     def _projected(self, x):
         """Return x, B beside C, and the steps before their bias; z is left to the end, where it is needed."""
         inner, states = self.d_inner, self.channels - self.d_inner
-        u, rest = (layers.linear_part(self.in_proj, x, *ends) for ends in ((inner, 2 * inner), (2 * inner, None)))
+        u, rest = (projections.linear_part(self.in_proj, x, *ends) for ends in ((inner, 2 * inner), (2 * inner, None)))
         return u, rest[..., :states], rest[..., states:]
 
     def _convs(self, parts, state=None) -> list[tuple[Array, dict[str, Any]]]:
@@ -167,17 +167,17 @@ class Mamba2(Mixer):
         """Return (x, dt, A, B, C) of the scan by head and by group."""
         (x, BC), groups = parts, self.config.ngroups
         B, C = jnp.split(BC, 2, axis=-1)
-        x, B, C = (layers.split_heads(y, count) for y, count in ((x, self.num_heads), (B, groups), (C, groups)))
+        x, B, C = (multihead.split_heads(y, count) for y, count in ((x, self.num_heads), (B, groups), (C, groups)))
         dt = dt.astype(jnp.float32)
         dt = jax.nn.softplus(dt + layers.per_channel(self.dt_bias[...], dt))
         return x, dt, -jnp.exp(self.A_log[...]), B, C
 
     def _out(self, x, u, y):
-        return self._gated(layers.linear_part(self.in_proj, x, 0, self.d_inner), u, y)
+        return self._gated(projections.linear_part(self.in_proj, x, 0, self.d_inner), u, y)
 
     def _gated(self, z, u, y):
         skip = jnp.repeat(self.D[...], self.config.headdim)
-        y, u = (layers.merge_heads(heads) for heads in (y, u))
+        y, u = (multihead.merge_heads(heads) for heads in (y, u))
         assert self.norm.scale is not None
         y = gated_rms_norm(y, u, z, skip, self.norm.scale[...], eps=self.norm.epsilon)
-        return layers.into_stream(self.out_proj, y)
+        return projections.into_stream(self.out_proj, y)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead, projections
 from based_jax.nn.cache import Cache
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.nn.mixers.taylor import PROJECTIONS, TaylorAttention, TaylorConfig
@@ -88,7 +88,7 @@ class PrefixLinearAttention(TaylorAttention):
         return self._mix(x, state, segment_ids, None)
 
     @override
-    def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
+    def _step(self, x: BD, state: Any) -> tuple[BD | projections.Projected, Any]:
         """Mix one token behind the prefix and return the state after it."""
         before, length = state
         y, after = super()._step(x, before)
@@ -118,7 +118,8 @@ class PrefixLinearAttention(TaylorAttention):
         places, length = sequence.positions(segment_ids, length, x.shape[1])
         q, k, v = self.qkv(x)
         if self.enc_length:
-            k_enc, v_enc = (layers.split_heads(f(x), self.config.num_heads) for f in (self.proj_k_enc, self.proj_v_enc))
+            encoded = self.proj_k_enc(x), self.proj_v_enc(x)
+            k_enc, v_enc = (multihead.split_heads(y, self.config.num_heads) for y in encoded)
             if encoder_mask is not None:
                 shown = jnp.pad(encoder_mask, [(0, 0), (0, x.shape[1] - encoder_mask.shape[1])], constant_values=1)
                 k, k_enc = (key * shown[:, :, None, None].astype(key.dtype) for key in (k, k_enc))
@@ -127,4 +128,4 @@ class PrefixLinearAttention(TaylorAttention):
             # what goes on with a later document has no prefix
             length = jnp.where(segments.last_id(numbers) > 1, jnp.maximum(length, self.enc_length), length)
         o, sums = taylor.taylor_attention(q, k, v, state=sums, segment_ids=segment_ids, impl=self.config.impl)
-        return self.out_proj(layers.merge_heads(o)), (taylor_decode.holding(sums, before), length)
+        return self.out_proj(multihead.merge_heads(o)), (taylor_decode.holding(sums, before), length)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from based_jax.config import added_later
-from based_jax.nn import layers
+from based_jax.nn import layers, projections
 from based_jax.nn.mixer import Operation, check_sizes
 from based_jax.nn.rwkv import TimeMix, mix_parameter, mixed
 from based_jax.ops.wkv4 import IMPLEMENTATIONS, initial_state, wkv4, wkv4_step
@@ -85,4 +85,4 @@ class RWKV4(TimeMix):
 
     @override
     def _out(self, o, receptance):
-        return layers.into_stream(self.out_proj, jax.nn.sigmoid(receptance) * o)
+        return projections.into_stream(self.out_proj, jax.nn.sigmoid(receptance) * o)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from based_jax.errors import UserError
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead, projections
 from based_jax.nn.mixer import Operation, check_sizes
 from based_jax.nn.rwkv import HeadNorm, TimeMix, mix_parameter, mixed
 from based_jax.ops.decays import initial_state
@@ -67,7 +67,7 @@ class RWKV5(TimeMix):
         )
         self.mix = mix_parameter(4, d_model)
         self.time_decay, self.bonus = (
-            nnx.Param(layers.split_heads(even, self.num_heads), **layers.logical_axes("heads", None))
+            nnx.Param(multihead.split_heads(even, self.num_heads), **layers.logical_axes("heads", None))
             for even in (jnp.linspace(-6.0, -1.0, d_model), jnp.linspace(0.0, 0.5, d_model))
         )
         self.norm = HeadNorm(d_model, init.norm_eps, rngs=init.rngs)
@@ -99,13 +99,12 @@ class RWKV5(TimeMix):
     @override
     def _project(self, x, previous):
         r, k, v, g = mixed(x, previous, self.mix[...])
-        r, k, v = (
-            layers.split_heads(f(y), self.num_heads) for f, y in ((self.receptance, r), (self.key, k), (self.value, v))
-        )
+        projected = self.receptance(r), self.key(k), self.value(v)
+        r, k, v = (multihead.split_heads(y, self.num_heads) for y in projected)
         decay = -jnp.exp(self.time_decay[...].astype(jnp.float32))
         return (r, k, v, jnp.broadcast_to(decay, k.shape)), (self.gate(g),)
 
     @override
     def _out(self, o, gate):
         o = self.norm(o.astype(jnp.float32) / OUTPUT_DIVISOR) * jax.nn.silu(gate.astype(jnp.float32))
-        return layers.into_stream(self.out_proj, o.astype(self.dtype))
+        return projections.into_stream(self.out_proj, o.astype(self.dtype))

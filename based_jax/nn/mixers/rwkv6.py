@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead, projections
 from based_jax.nn.gated import expanded
 from based_jax.nn.mixer import Operation, check_positive, check_sizes
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
@@ -80,7 +80,7 @@ class RWKV6(TimeMix):
         self.v_proj, self.gate = (layers.linear(d_model, self.value_dim, ("embed", "heads"), init) for _ in "vg")
         self.decay = LoRA(d_model, config.gate_low_rank_dim, self.key_dim, jnp.tanh, init, bias=True)
         # as RWKV-5's; at 0 a first token has no output
-        bonus = layers.split_heads(jnp.linspace(0.0, 0.5, self.key_dim), H)
+        bonus = multihead.split_heads(jnp.linspace(0.0, 0.5, self.key_dim), H)
         self.bonus = nnx.Param(bonus, **layers.logical_axes("heads", None))
         self.norm = HeadNorm(self.value_dim, init.norm_eps, rngs=init.rngs)
         self.out_proj = layers.linear(self.value_dim, d_model, ("heads", "embed"), init.out)
@@ -124,7 +124,7 @@ class RWKV6(TimeMix):
             x + delta * (share + layers.per_channel(bias, x)) for share, bias in zip(shares, self.mix[...], strict=True)
         )
         r, k, v, decay = (
-            layers.split_heads(y, self.config.num_heads)
+            multihead.split_heads(y, self.config.num_heads)
             for y in (self.r_proj(r), self.k_proj(k), self.v_proj(v), -jnp.exp(self.decay(w)))
         )
         return (r, k, v, decay), (self.gate(g),)
@@ -132,4 +132,4 @@ class RWKV6(TimeMix):
     @override
     def _out(self, o, gate):
         o = self.norm(o) * jax.nn.silu(gate.astype(jnp.float32))
-        return layers.into_stream(self.out_proj, o.astype(self.dtype))
+        return projections.into_stream(self.out_proj, o.astype(self.dtype))

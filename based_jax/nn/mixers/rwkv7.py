@@ -11,7 +11,7 @@ from flax import nnx
 
 from based_jax.dims import BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead, projections
 from based_jax.nn.mixer import Buffer, Operation, check_sizes
 from based_jax.nn.rwkv import HeadNorm, LoRA, TimeMix, mix_parameter
 from based_jax.ops.decays import initial_state
@@ -143,17 +143,17 @@ class RWKV7(TimeMix):
         log_decay = -math.exp(-0.5) * jax.nn.sigmoid(self.w_lora(w))
         rate = jax.nn.sigmoid(self.a_lora(a))
         keys = self.k_proj(k).astype(jnp.float32)
-        removal = layers.split_heads(keys * layers.per_channel(self.k_k[...], keys), self.num_heads)
+        removal = multihead.split_heads(keys * layers.per_channel(self.k_k[...], keys), self.num_heads)
         removal = removal / jnp.sqrt(jnp.maximum(jnp.sum(removal * removal, axis=-1, keepdims=True), 1e-24))
         keys = keys + keys * (rate - 1) * layers.per_channel(self.k_a[...], keys)
         r, keys, values, log_decay, rate = (
-            layers.split_heads(y, self.num_heads) for y in (self.r_proj(r), keys, values, log_decay, rate)
+            multihead.split_heads(y, self.num_heads) for y in (self.r_proj(r), keys, values, log_decay, rate)
         )
         inputs = (r, keys.astype(values.dtype), values, log_decay, -removal, removal * rate)
         similarity = jnp.sum(r.astype(jnp.float32) * keys * layers.per_channel(self.r_k[...], keys), axis=-1)
-        bonus = layers.merge_heads((similarity[..., None] * values).astype(jnp.float32))
+        bonus = multihead.merge_heads((similarity[..., None] * values).astype(jnp.float32))
         return inputs, (bonus, self.g_lora(g))
 
     @override
     def _out(self, o, bonus, gate):
-        return layers.into_stream(self.out_proj, ((self.norm(o) + bonus) * gate).astype(self.dtype))
+        return projections.into_stream(self.out_proj, ((self.norm(o) + bonus) * gate).astype(self.dtype))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead, projections
 from based_jax.nn.cache import Cache
 from based_jax.nn.mixer import Mixer, check_sizes
 from based_jax.ops import taylor, taylor_decode
@@ -55,7 +55,7 @@ class TaylorAttention(Mixer):
 
     def __init__(self, d_model: int, config: TaylorConfig, init: layers.Init):
         self.config, self.d_model = config, d_model
-        self.value_dim = layers.head_dim(d_model, config.num_heads)
+        self.value_dim = multihead.head_dim(d_model, config.num_heads)
         features = config.num_heads * config.feature_dim
         self.proj_q = layers.linear(d_model, features, ("embed", "heads"), init)
         self.proj_k = layers.linear(d_model, features, ("embed", "heads"), init)
@@ -80,15 +80,15 @@ class TaylorAttention(Mixer):
         return self._out(o), taylor_decode.holding(sums, state)
 
     @override
-    def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
+    def _step(self, x: BD, state: Any) -> tuple[BD | projections.Projected, Any]:
         o, state = self._read_token(self.qkv(x[:, None]), state)
         return self._out(o), state
 
     @override
     def step_whole(self, r: BD, y: Pieces | None, norm: Any, cache: Cache) -> tuple[BD, Pieces, Cache]:
-        r, products = layers.several_of_norm(self._projections, norm, r, y)
+        r, products = projections.several_of_norm(self._projections, norm, r, y)
         o, state = self._read_token(self._heads([z[:, None] for z in products]), cache.state)
-        pieces = layers.in_pieces(self.out_proj, layers.merge_heads(o), None if y is None else y.marks)
+        pieces = projections.in_pieces(self.out_proj, multihead.merge_heads(o), None if y is None else y.marks)
         return r, pieces, cache._replace(state=state)
 
     def _read_token(self, qkv, state: Any):
@@ -135,10 +135,10 @@ class TaylorAttention(Mixer):
 
     def qkv(self, x):
         """Return queries and keys (B, T, H, K), and values (B, T, H, D/H)."""
-        return self._heads(layers.several(self._projections, x))
+        return self._heads(projections.several(self._projections, x))
 
     def _heads(self, products):
-        return tuple(layers.split_heads(y, self.config.num_heads) for y in products)
+        return tuple(multihead.split_heads(y, self.config.num_heads) for y in products)
 
     def _out(self, o):
-        return layers.into_stream(self.out_proj, layers.merge_heads(o))
+        return projections.into_stream(self.out_proj, multihead.merge_heads(o))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from based_jax.dims import BD, BHEV, BP, BPD, BTD, SegmentIds
 from based_jax.errors import UserError
-from based_jax.nn import layers
+from based_jax.nn import layers, projections
 from based_jax.nn.cache import Cache, TokenCache
 from based_jax.nn.mixer import Mixer
 from based_jax.nn.mixers.window import WindowAttention, WindowConfig
@@ -97,7 +97,7 @@ class TaylorWindow(WindowAttention):
         return self._out(self._mixed(x, near, far)), TaylorWindowState(ring, sums)
 
     @override
-    def _step(self, x: BD, state: Any) -> tuple[BD | layers.Projected, Any]:
+    def _step(self, x: BD, state: Any) -> tuple[BD | projections.Projected, Any]:
         qkv = self.unrotated_qkv(x[:, None])
         near, ring = self.read_token(qkv, state.ring)
         q, k, v = self._turned_token([y[:, 0] for y in qkv], state.ring.length)

@@ -8,10 +8,10 @@ from jaxtyping import Array, Float
 
 from based_jax.config import added_later
 from based_jax.dims import BD, BP, BPD, BTD, SegmentIds, Unbroken
-from based_jax.nn import layers
+from based_jax.nn import layers, multihead, projections
+from based_jax.nn.attention_heads import AttentionHeads, HeadsConfig
 from based_jax.nn.cache import SinkCache, TokenCache
-from based_jax.nn.mixer import Mixer, check_sizes
-from based_jax.nn.mixers import attention
+from based_jax.nn.mixer import check_sizes
 from based_jax.nn.rotary import scaling
 from based_jax.ops import segments, window_attention
 from based_jax.ops.ring_step import ring_step
@@ -19,7 +19,7 @@ from based_jax.ops.softmax import WINDOW_ATTENTION
 
 
 @dataclasses.dataclass(frozen=True)
-class WindowConfig(attention.HeadsConfig):
+class WindowConfig(HeadsConfig):
     """As full attention, and the window: the number of keys that a query sees, its own included.
 
     It sees the first `sinks` tokens of its document besides, at their places in the text (arXiv 2309.17453).
@@ -35,7 +35,7 @@ class WindowConfig(attention.HeadsConfig):
         check_sizes(self, window=1, sinks=0)
 
 
-class WindowAttention(attention.Attention):
+class WindowAttention(AttentionHeads):
     """Attention whose cache is a ring of `window` keys and values, behind the sinks where there are some.
 
     Source: HazyResearch/based:based/models/mixers/slide_attention.py; zoology:zoology/mixers/slide_attn.py with bias,
@@ -44,11 +44,7 @@ class WindowAttention(attention.Attention):
 
     Config: ClassVar = WindowConfig
     IMPLEMENTATIONS: ClassVar = WINDOW_ATTENTION
-    REFERENCE: ClassVar = attention.Attention.REFERENCE
     config: WindowConfig
-
-    def __init__(self, d_model: int, config: WindowConfig, init: layers.Init):
-        super().__init__(d_model, config, init)
 
     @override
     def __call__(self, x: BTD, segment_ids: SegmentIds | None = None, positions: BP | None = None) -> BPD:
@@ -89,9 +85,9 @@ class WindowAttention(attention.Attention):
         return o[:, state.slots :], state.extend((k, v), segment_ids)
 
     @override
-    def _step(self, x: BD, state: TokenCache) -> tuple[BD | layers.Projected, TokenCache]:
+    def _step(self, x: BD, state: TokenCache) -> tuple[BD | projections.Projected, TokenCache]:
         if self.has_joint_heads:
-            o, state = self.read_joint(layers.split_heads(self.qkv(x), self._joint_count), state)
+            o, state = self.read_joint(multihead.split_heads(self.qkv(x), self._joint_count), state)
         else:
             o, state = self.read_token(self.unrotated_qkv(x[:, None]), state)
         return self._out(o), state
@@ -106,7 +102,7 @@ class WindowAttention(attention.Attention):
         is_plain = self.rotary_dim == self.head_dim and not (self.config.qk_norm or self.config.sinks)
         if not is_plain or self.config.impl != "auto":
             return super().read_joint(heads, state)
-        angles = layers.rotary_angles(state.length, self.rotary_dim, self.config.rotary_base, scaling(self.config))
+        angles = multihead.rotary_angles(state.length, self.rotary_dim, self.config.rotary_base, scaling(self.config))
         keys, values = state.tokens
         o, *ring = ring_step(heads, keys, values, state.length, angles)
         return o, TokenCache(tuple(ring), state.length + 1)
@@ -114,7 +110,7 @@ class WindowAttention(attention.Attention):
     @override
     def _try_tokens(self, x: BTD, state: TokenCache) -> tuple[BTD, Any]:
         if self.config.sinks:
-            return Mixer._try_tokens(self, x, state)
+            return super()._try_tokens(x, state)
         o, tokens = self.read_on_trial(x, state, is_ring=True)
         return self._out(o), tokens
 

@@ -28,20 +28,11 @@ BHT = Float[Array, "B H T"]
 
 def supports(call: MatrixStateCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
-    q, v = call.q, call.v
-    if v.dtype != jnp.bfloat16:
-        return f"v must be bfloat16, and is {v.dtype}"
-    if q.shape[-1] > (most := _key_dims(call)[-1]):
-        return f"K must be at most {most}, and is {q.shape[-1]}"
-    if not v.size * q.size:
-        return f"no dimension may be empty, and q is {q.shape}, v {v.shape}"
-    return limits.refusal()
+    return limits.matrix_state_refusal(call, _key_dims(call)[-1])
 
 
 def slower(call: MatrixStateCall) -> str | None:
     """Return why `auto` leaves a call to others, or None."""
-    if call.log_decay.shape[-1] > 1:
-        return "no row of a device says yet what the kernels with a decay for each channel do"
     (_, time, _, values), keys = call.v.shape, call.q.shape[-1]
     if min(keys, values) <= VALUE_MULTIPLE // 2:
         return f"tiles have {VALUE_MULTIPLE} keys and values, and here are {keys} and {values}"

@@ -30,7 +30,7 @@ def _forward(scale, q, k, v, log_decay, beta, state, *, with_starts: bool):
     from pallas_kernels.hopper import delta_rule_channels as kernels
     from pallas_kernels.hopper import delta_rule_channels_pairs
 
-    high, low = _two_parts(log_decay)
+    high, low = two_parts(log_decay)
     beta = jnp.moveaxis(beta, 1, 2)
     pairs = functools.partial(delta_rule_channels_pairs.pairs, scale=scale, blocks=limits.multiprocessors())
     p, t, *made = sharded.launch(pairs, q, k, high, low, beta)
@@ -60,7 +60,7 @@ def _bwd(scale, saved, gradients):
 delta_rule.defvjp(_fwd, _bwd)
 
 
-def _two_parts(log_decay: BTHK) -> tuple[BTHK, BTHK]:
+def two_parts(log_decay: BTHK) -> tuple[BTHK, BTHK]:
     """Return log-decays to the base 2 as two arrays in bf16 whose sum they are.
 
     A conversion to bf16 and back XLA may leave out, but not a reduction of the precision.

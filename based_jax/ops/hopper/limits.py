@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from based_jax import devices
+from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.dispatch import target_device_kind
 from based_jax.ops.sharded import mesh_refusal
 
@@ -23,6 +24,18 @@ def refusal() -> str | None:
     if not devices.is_hopper(kind := target_device_kind()):
         return f"the kernels are for Hopper GPUs, and this is {kind}"
     return mesh_refusal()
+
+
+def matrix_state_refusal(call: MatrixStateCall, most_keys: int) -> str | None:
+    """Return why no kernel by chunks can run a call with a matrix state, or None."""
+    q, v = call.q, call.v
+    if v.dtype != jnp.bfloat16:
+        return f"v must be bfloat16, and is {v.dtype}"
+    if q.shape[-1] > most_keys:
+        return f"K must be at most {most_keys}, and is {q.shape[-1]}"
+    if not v.size * q.size:
+        return f"no dimension may be empty, and q is {q.shape}, v {v.shape}"
+    return refusal()
 
 
 def multiprocessors() -> int:

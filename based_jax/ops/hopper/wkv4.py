@@ -110,8 +110,9 @@ def _marks(segment_ids: BT | None, rows: int, time: int, whole: int) -> Int[Arra
 
     if segment_ids is None and time == whole:
         return None
-    ids = jnp.ones((rows, time), jnp.int32) if segment_ids is None else segment_ids
-    ids = jnp.pad(ids, ((0, 0), (0, whole - time)))
+    if segment_ids is None:
+        return jnp.broadcast_to(jnp.where(jnp.arange(whole) < time, 0, PADDING).astype(jnp.int32), (rows, whole))
+    ids = jnp.pad(segment_ids, ((0, 0), (0, whole - time)))
     return jnp.where(ids == 0, PADDING, jnp.where(segments.begins_later(ids), BEGINS, 0)).astype(jnp.int32)
 
 

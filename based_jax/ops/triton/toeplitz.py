@@ -52,22 +52,22 @@ def convolve(x: BTD, taps: Taps, numbers: BT | None) -> BTD:
     from pallas_kernels.triton.toeplitz import BLOCK_TOKENS
 
     time = x.shape[1]
-    numbers = jnp.ones(x.shape[:2], jnp.int32) if numbers is None else numbers.astype(jnp.int32)
-    padding = (numbers == 0)[..., None]
-    arrays = (sharded.fill(y, {1: BLOCK_TOKENS}) for y in (jnp.where(padding, 0, x), numbers))
-    filled, numbers, taps = sharded.vary_alike(*arrays, taps.astype(jnp.float32))
-    return jnp.where(padding, 0, _convolve(filled, taps, numbers)[:, :time])
+    padding = False if numbers is None else (numbers == 0)[..., None]
+    numbers = None if numbers is None else sharded.fill(numbers.astype(jnp.int32), {1: BLOCK_TOKENS})
+    filled = sharded.fill(jnp.where(padding, 0, x), {1: BLOCK_TOKENS})
+    given = sharded.vary_alike(filled, taps.astype(jnp.float32), numbers)
+    return jnp.where(padding, 0, _convolve(*given)[:, :time])
 
 
 @jax.custom_vjp
-def _convolve(x: BTD, taps: Taps, numbers: BT) -> BTD:
+def _convolve(x: BTD, taps: Taps, numbers: BT | None) -> BTD:
     return _convolve_fwd(x, taps, numbers)[0]
 
 
 def _convolve_fwd(x, taps, numbers):
     from pallas_kernels.triton import toeplitz as kernels
 
-    sight = kernels.Sight.of(numbers, len(taps))
+    sight, _ = _sights(x, taps, numbers)
     y = kernels.products(*_by_channel(x, sight.leaving()), taps.T, sight)
     return _by_token(y), (x, taps, numbers)
 
@@ -76,14 +76,26 @@ def _convolve_bwd(saved, dy):
     from pallas_kernels.triton import toeplitz as kernels
 
     x, taps, numbers = saved
-    count = len(taps)
-    sight, behind = kernels.Sight.of(numbers, count), kernels.Sight.behind(numbers, count)
+    sight, behind = _sights(x, taps, numbers)
     given, taken = _by_channel(x, sight.leaving()), _by_channel(dy, behind.leaving(-1))
     dx = kernels.products(*taken, taps.T, behind, step=-1)
-    return _by_token(dx), kernels.gradients(*given, *taken, count, sight, behind).T, None
+    return _by_token(dx), kernels.gradients(*given, *taken, len(taps), sight, behind).T, None
 
 
 _convolve.defvjp(_convolve_fwd, _convolve_bwd)
+
+
+def _sights(x: BTD, taps: Taps, numbers: BT | None):
+    """Return what documents let tokens see of those before them, and of those behind; without numbers each row is one.
+
+    What fills up a row is behind its only document, and zero.
+    """
+    from pallas_kernels.triton.toeplitz import Sight
+
+    if numbers is None:
+        sight = Sight.of_one(x.shape[0], x.shape[1], len(taps))
+        return sight, sight.flipped()
+    return Sight.of(numbers, len(taps)), Sight.behind(numbers, len(taps))
 
 
 def _by_channel(x: BTD, kept: Bool[Array, "B T"]) -> tuple[Float[Array, "D B T"], Float[Array, "D B T"]]:

@@ -13,8 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from based_jax.ops import delta_rule, segments
 from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.hopper import delta_rule as hopper_delta_rule
-from based_jax.ops.hopper import limits
-from pallas_kernels.hopper import inverses, mosaic
+from pallas_kernels.hopper import inverses
 
 
 def call_of(T=256, K=128, V=128, dtype=jnp.bfloat16, B=2, H=2, decays=1):
@@ -80,31 +79,6 @@ def test_lanes_of_shards_lower_for_an_h100(decays):
     assert text.count("@mosaic_gpu_v2") == 4
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Run kernels in Pallas' interpreter, which looks for races.
-
-    It takes products' reads for those of registers, and these for such as copies may overtake.
-    """
-    replace_products(monkeypatch)
-
-    def reads_are_over(read):
-        def run(*operands):
-            found = read(*operands)
-            plgpu.commit_smem()
-            return found
-
-        return run
-
-    for name in ("multiply", "load"):
-        monkeypatch.setattr(mosaic, name, reads_are_over(getattr(mosaic, name)))
-    monkeypatch.setattr(mosaic, "load_global", lambda ref, layout: ref[...])
-    monkeypatch.setattr(plgpu, "set_max_registers", lambda *args, **options: None)
-    monkeypatch.setattr(limits, "multiprocessors", lambda: 2)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
-
-
 # (T, H, K, V, decays): one chunk, filled up; more chunks than are taken at once; several parts of keys and strips of
 # values. Decays of channels are up to e^8 a token, and as small as e^-8.
 CASES = [
@@ -118,7 +92,7 @@ CASES = [
 
 
 @parametrize_some("T, H, K, V, decays", CASES, CASES[:2])
-def test_they_equal_the_oracle(T, H, K, V, decays, normal, packed_ids, out_and_grads, interpreted):
+def test_they_equal_the_oracle(T, H, K, V, decays, normal, packed_ids, out_and_grads, interpreted_chunks):
     k = normal(1, T, H, K)
     k = (k / jnp.linalg.norm(k, axis=-1, keepdims=True)).astype(jnp.bfloat16)
     q, v, do = (normal(1, T, H, size, dtype="bfloat16") for size in (K, V, V))

@@ -125,3 +125,15 @@ def test_auto_takes_it_on_gpus_that_are_known(kind, name):
 @pytest.mark.parametrize("sizes, heads", [((24, 1, 72), 2), ((16, 1, 64), 2), ((3, 1, 64), 1), ((8, 4, 128), 1)])
 def test_heads_that_are_read_as_one(sizes, heads):
     assert triton_step.heads_as_one(*sizes) == heads
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_ring", "words"),
+    [(128, True, None), (1, True, "128 rows, and there are 1"), (128, False, "rings alone")],
+)
+def test_auto_reads_rings_of_many_rows_for_several_tokens(rows, is_ring, words):
+    x, ring = jnp.zeros((rows, 4, 16, 112), "bfloat16"), jnp.zeros((rows, 129, 16, 112), "bfloat16")
+    call = AttentionTrialCall(x, x, x, ring, ring, jnp.zeros(rows, jnp.int32), is_ring)
+    with gpus("NVIDIA H200"):
+        reason = softmax_trial.ATTENTION_TRIAL["triton_splits"].slower(call)
+    assert reason is None if words is None else reason.endswith(words)
