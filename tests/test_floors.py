@@ -119,7 +119,10 @@ OPEN_TO_GLUE = (
     *(f"based_jax.{name}" for name in ("devices", "dims", "errors", "labels", "revision")),
     *(
         f"based_jax.ops.{name}"
-        for name in ("calls", "decode_calls", "decays", "dispatch", "precision", "segments", "sharded", "softmax_walks")
+        for name in (
+            *("calls", "decode_calls", "decays", "dispatch", "precision"),
+            *("segments", "sharded", "softmax_walks", "taylor_state"),
+        )
     ),
 )
 

@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from based_jax.commands.own_mixers import add_mixer_argument, own_mixers
 from based_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="workdir of a run, or a .gguf file")
     parser.add_argument("--step", type=int, help="checkpoint to export (default: the last good one)")
+    add_mixer_argument(parser)
     for name, (metavar, what) in TARGETS.items():
         parser.add_argument(f"--{name}", metavar=metavar, help=f"{what}; new or empty")
     parser.add_argument(
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         check_free(path)
         if name == "orbax":
             check_utf8(path)
-    with _exported(args.run, args.step) as (model, tokenizer, source):
+    with _exported(args.run, args.step, own_mixers(args)) as (model, tokenizer, source):
         for name, target in targets.items():
             layout = writers[name](model, target, tokenizer=tokenizer)
             where = f"'{target}'" if layout is None else f"'{target}' in the layout '{layout}'"
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _exported(run: str, step: int | None) -> "Iterator[tuple[LM, str | None, str]]":
+def _exported(run: str, step: int | None, mixers: list[type]) -> "Iterator[tuple[LM, str | None, str]]":
     """Return the model, the name or file of its tokenizer, and what it is called; a file lasts as long as the context.
 
     Raises:
@@ -76,7 +78,7 @@ def _exported(run: str, step: int | None) -> "Iterator[tuple[LM, str | None, str
     from based_jax.train.tasks import TextTask
 
     if not run.endswith(GGUF_SUFFIX):
-        config, found, model = load_run(run, step)
+        config, found, model = load_run(run, step, mixers)
         yield model, config.data.tokenizer if isinstance(config.data, TextTask) else None, f"step {found}"
         return
     if step is not None:

@@ -7,6 +7,7 @@ examples:
 
 import argparse
 import ast
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,20 +30,26 @@ def add_arguments(parser: CommandParser) -> None:
     add_compiled_argument(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Do all three, and say where the mixer stands."""
+def run(args: argparse.Namespace) -> int:
+    """Do all three, and say where the mixer stands; return 1 if it could not be trained."""
     from based_jax.folders import local_path
     from based_jax.newcomer import frontier
+    from based_jax.sweep.schedule import SweepFailedError
 
     mixer, several = _mixer(args.mixer), [_options(text) for text in args.options]
     out = local_path(args.out, "--out")
     frontier.sweep_of(mixer, several).trials()  # what is impossible is told before anything takes its time
     frontier.check_contracts(mixer, several[0])
-    found = frontier.place(mixer, several, out=out, command=command())
+    try:
+        found = frontier.place(mixer, several, out=out, command=command())
+    except SweepFailedError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
     for point in found.points:
         size = point.state_bytes(convolution=False)
         print(f"{point.family}, {point.label}: accuracy {point.median:.3f} with {size:,} bytes of state.")
     print(f"Drawn: {', '.join(map(str, found.pictures))}.")
+    return 0
 
 
 def _mixer(text: str) -> str | type:

@@ -7,6 +7,7 @@ examples:
 import argparse
 import itertools
 
+from based_jax.commands.own_mixers import add_mixer_argument, own_mixers
 from based_jax.errors import UserError
 
 BATCHES = 10
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="a run, with layers of attention, windows or Taylor attention")
     parser.add_argument("--out", required=True, help="folder of the picture and the page")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the last good one)")
+    add_mixer_argument(parser)
     parser.add_argument(
         "--batches",
         type=int,
@@ -36,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     if args.batches < 1:
         raise UserError(f"--batches is {args.batches}; it is at least 1.")
     out = local_path(args.out, "--out")
-    config, step, model = load_run(args.workdir, args.step)
+    config, step, model = load_run(args.workdir, args.step, own_mixers(args))
     source = config.data.open(config.batch_size)
     batches = ((name, batch) for name in source.eval_names for batch in source.eval_batches(name))
     found = report.look(model, list(itertools.islice(batches, args.batches)))

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
         return
     new, *changed = skeleton.write_into(args.name, Path())
     print(f"Written: {new}, and a line each in {', '.join(map(str, changed))}.")
-    print(f"Next: python -m pytest tests/test_contracts.py -k {args.name}")
+    print(f"Next: python -m pytest tests/test_contracts.py -k '[{args.name}] or -{args.name}]'")
     print(
         "The suite asks more of a mixer that is merged: a colour in pictures/styles.py, and in"
         " tests/nn/assets/zoology_init.txt what its parameters start with."

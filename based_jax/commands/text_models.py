@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
+from based_jax.commands.own_mixers import add_mixer_argument, own_mixers
 from based_jax.commands.parser import CommandParser
 from based_jax.errors import UserError
 
@@ -22,6 +23,7 @@ def add_model_arguments(parser: CommandParser) -> None:
     source.add_argument("--workdir", help="folder of a run on text")
     source.add_argument("--hf", help="folder with config.json and safetensors or pytorch_model.bin")
     parser.add_argument("--step", type=int, help="checkpoint of the run (default: the last good one)")
+    add_mixer_argument(parser)
     parser.add_argument(
         "--tokenizer", help="bytes, gpt2 or a tokenizer.json (default: that of the run, or that the folder names)"
     )
@@ -76,7 +78,9 @@ def drafts_of(args: argparse.Namespace, tokenizer: "Tokenizer") -> "Drafts | Non
         raise UserError(f"--drafts is '{args.drafts}'; it is lookup:N or FOLDER:N, as in lookup:4.")
     if source == LOOKUP:
         return Drafts.by_lookup(int(count))
-    words = argparse.Namespace(model=source, dtype=None, step=None, tokenizer=None, command=args.command)
+    words = argparse.Namespace(
+        model=source, dtype=None, step=None, tokenizer=None, mixer=args.mixer, command=args.command
+    )
     model, own = load_model_folder(words)
     if own.fingerprint != tokenizer.fingerprint:
         raise UserError(f"The model of '{source}' has another tokenizer, and cannot draft for this one.")
@@ -95,6 +99,7 @@ def add_model_folder_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="FOLDER", help="a run on text, or config.json with safetensors or .bin"
     )
+    add_mixer_argument(parser)
     parser.add_argument("--dtype", help="what layers compute in, bfloat16 or float32 (default: that of the model)")
     parser.add_argument("--step", type=int, help="checkpoint of the run (default: the last good one)")
     parser.add_argument(
@@ -110,6 +115,7 @@ def find_model_folder(args: argparse.Namespace) -> int | None:
     """
     from based_jax import config as configs
     from based_jax.folders import local_path
+    from based_jax.nn.mixers import kind_of
     from based_jax.train.run import TrainConfig
     from based_jax.train.workdir import CHECKPOINTS_FOLDER
 
@@ -118,7 +124,8 @@ def find_model_folder(args: argparse.Namespace) -> int | None:
         raise UserError(f"'{folder}' is neither a run nor a folder of weights: it has no {configs.CONFIG_FILE}.")
     is_run = (folder / CHECKPOINTS_FOLDER).is_dir()
     args.workdir, args.hf = (args.model, None) if is_run else (None, args.model)
-    return configs.read(TrainConfig, args.model).data.longest_test if is_run else None
+    known = [kind_of(mixer) for mixer in own_mixers(args)]
+    return configs.read(TrainConfig, args.model, known).data.longest_test if is_run else None
 
 
 def load_model_folder(args: argparse.Namespace) -> "tuple[LM, Tokenizer]":
@@ -157,7 +164,7 @@ def _from_run(args: argparse.Namespace) -> "tuple[LM, Tokenizer]":
     from based_jax.train.run import load_run
     from based_jax.train.tasks import TextTask
 
-    config, _, model = load_run(args.workdir, args.step)
+    config, _, model = load_run(args.workdir, args.step, own_mixers(args))
     if not isinstance(config.data, TextTask):
         raise UserError(f"'{args.workdir}' was trained on '{config.data.kind}'; {args.command} needs a run on 'text'.")
     return model, named_tokenizer(args.tokenizer or config.data.tokenizer)

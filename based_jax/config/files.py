@@ -80,6 +80,8 @@ def class_in_file(spec: str) -> type:
     found = namespace.get(name)
     if not isinstance(found, type):
         classes = [key for key, value in namespace.items() if _is_defined_there(value, namespace)]
+        if not classes:
+            raise UserError(f"'{path}' has no class '{name}'; it defines none.")
         raise unknown(f"class of '{path}'", name, classes)
     return found
 

@@ -9,7 +9,9 @@ The suite of this package holds each of `MIXERS` to the same.
 """
 
 import dataclasses
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ from typing import Any
 from based_jax.contracts import declarations, sequences
 from based_jax.contracts.fitting import D_MODEL, BrokenContractError, Fitting
 from based_jax.errors import UserError
-from based_jax.nn.mixers import kind_of
+from based_jax.nn.mixers import kind_of, mixer_class
 from based_jax.nn.own_mixer import short
 
 CONTRACTS: dict[str, Callable[[Fitting], None]] = {
+    "finite outputs": sequences.gives_finite_outputs,
     "causal": sequences.is_causal,
     "outputs at some positions": sequences.gives_outputs_at_positions,
     "prefill and steps": sequences.continues_a_prefill,
@@ -37,6 +40,7 @@ CONTRACTS: dict[str, Callable[[Fitting], None]] = {
     "bf16": declarations.works_in_bf16,
     "64-bit types": declarations.keeps_its_types,
     "axes of parameters": declarations.names_its_axes,
+    "names of parameters": declarations.names_its_parameters,
     "impossible options": declarations.refuses_impossible_options,
     "lanes": declarations.trains_in_lanes,
 }
@@ -71,7 +75,7 @@ def outcomes(mixer: str | type, options: Mapping[str, Any] | None = None) -> Ite
         except BrokenContractError as error:
             yield Outcome(name, str(error))
         except Exception as error:  # a mixer of somebody's may fail at anything
-            yield Outcome(name, _told(error))
+            yield Outcome(name, _told(error, fitting.kind))
         else:
             yield Outcome(name)
 
@@ -82,12 +86,17 @@ def _check_built(mixer: str | type, options: Mapping[str, Any] | None) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{short(kind_of(mixer))} cannot be built at width {D_MODEL}: {_told(error)}.") from error
+        raise UserError(
+            f"{short(kind_of(mixer))} cannot be built at width {D_MODEL}: {_told(error, mixer)}."
+        ) from error
 
 
-def _told(error: Exception) -> str:
+def _told(error: Exception, mixer: str | type) -> str:
+    """Return what an error says, and the innermost place of it in the mixer's file."""
     said = " ".join(str(error).split()).rstrip(".")
-    return f"{type(error).__name__}: {said:.300}"
+    file = getattr(sys.modules.get(mixer_class(kind_of(mixer)).__module__), "__file__", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{type(error).__name__}: {said:.300}" + (f" ({Path(str(file)).name}:{lines[-1]})" if lines else "")
 
 
 def check(

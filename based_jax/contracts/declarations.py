@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from based_jax import parallel
+from based_jax import optim, parallel
 from based_jax.contracts.fitting import LONGEST, ROWS, TOKENS, Fitting, call, close, require
 from based_jax.errors import UserError
 from based_jax.nn.mixers import mixer_class
@@ -62,8 +62,9 @@ def works_in_bf16(fitting: Fitting) -> None:
     exact = call(fitting.mixer, np.asarray(x, np.float32))
     for y in in_one_pass_and_in_two(fitting.mixer_of(dtype=jnp.bfloat16), x):
         require(y.dtype == jnp.bfloat16, f"Outputs in bf16 have dtype {y.dtype}.")
-        errors = np.linalg.norm(np.asarray(y, np.float64) - exact, axis=-1)
-        error = np.median(errors) / np.sqrt(np.mean(np.sum(np.square(exact), axis=-1)))
+        with np.errstate(invalid="ignore", over="ignore"):
+            errors = np.linalg.norm(np.asarray(y, np.float64) - exact, axis=-1)
+            error = np.median(errors) / np.sqrt(np.mean(np.sum(np.square(exact), axis=-1)))
         require(error <= BF16_TOLERANCE, f"In bf16 outputs are off by {error:.2%}, more than {BF16_TOLERANCE:.0%}.")
 
 
@@ -89,6 +90,14 @@ def names_its_axes(fitting: Fitting) -> None:
     leaves, shardings = jax.tree.leaves(params), jax.tree.leaves(parallel.shardings(params, cast(Any, mesh)))
     divided = [x.shard_shape(leaf.shape) != leaf.shape for x, leaf in zip(shardings, leaves, strict=True)]
     require(any(divided), "A mesh divides none of the parameters over its axis tensor: name their axes.")
+
+
+def names_its_parameters(fitting: Fitting) -> None:
+    """Each parameter is of a group of the optimizer's by its name, which says whether it decays."""
+    try:
+        optim.parameter_groups(nnx.state(fitting.mixer, nnx.Param))
+    except UserError as error:
+        require(False, str(error))
 
 
 def refuses_impossible_options(fitting: Fitting) -> None:

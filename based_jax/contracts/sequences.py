@@ -39,6 +39,15 @@ PATTERNS = """
 """Ids of rows that are read in two halves: what documents and padding may do at their ends and at the cut."""
 
 
+def gives_finite_outputs(fitting: Fitting) -> None:
+    """Outputs have the shape of inputs, and are numbers, in one pass and token by token."""
+    x = fitting.normal(ROWS, TOKENS, fitting.d_model)
+    for y, what in ((call(fitting.mixer, x), "Outputs"), (fitting.read(x, fitting.empty()), "Outputs of steps")):
+        require(y.shape == x.shape, f"{what} have shape {y.shape} of inputs {x.shape}.")
+        wrong = ~np.isfinite(y)
+        require(not wrong.any(), f"{what} are NaN or infinite from token {wrong.any(axis=(0, 2)).argmax()} on.")
+
+
 def is_causal(fitting: Fitting) -> None:
     """Another token t changes output t and none before: row t of 9 has one, and the rows of the last batch none."""
     T, D, mixer = TOKENS, fitting.d_model, fitting.mixer

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from based_jax import parallel
-from based_jax.generate.decoder import Decoder, Layout, Params
+from based_jax.generate.decoder import Decoder, Layout, Params, compile_ahead
 from based_jax.generate.drafts import Drafts, Method
 from based_jax.generate.rows import Rows
 from based_jax.generate.sampling import Drawn, draw, drawable
@@ -67,7 +67,7 @@ def decode(
 def compile_block(decoder: Decoder, rows: Any, steps: int, drafts: Drafts | None = None) -> None:
     """Compile the program of `decode` on one device, of whose rows the shapes are enough."""
     loop, *arguments = _loop(decoder, steps, drafts)
-    loop.lower(*arguments, rows, np.int32(steps)).compile()
+    compile_ahead(loop, *arguments, rows, np.int32(steps))
 
 
 def _loop(decoder: Decoder, steps: int, drafts: Drafts | None) -> tuple[Any, ...]:

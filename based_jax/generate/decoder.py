@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,8 +25,10 @@ Caches = tuple
 Params = tuple[Array, ...]
 """The arrays of a model, in the order of `Layout.shapes`: a call with them begins sooner than with `nnx.Variable`s."""
 
+
 DECODING_AXES = frozenset(("data", "tensor"))
 """Of a mesh that a model decodes over: weights that lie over another one would be gathered for each token."""
+_TRACING = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,6 +177,16 @@ class Decoder:
         """Return the caches of all layers before the first token, the leading axis of all arrays the rows'."""
         with self.running():
             return _init_cache(self.layout, batch, max_len, self.params)
+
+
+def compile_ahead(program: Any, *arguments: Any) -> None:
+    """Compile a jitted program for arguments, or their shapes, beside others that other threads compile.
+
+    One is traced at a time: Python would go back and forth between several, and be no sooner done with any.
+    """
+    with _TRACING:
+        lowered = program.lower(*arguments)
+    lowered.compile()
 
 
 def _with_options(config: LMConfig, options: Sequence[str]) -> LMConfig:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from based_jax.dims import Unbroken
-from based_jax.generate.decoder import Caches, Layout, Params
+from based_jax.generate.decoder import Caches, Layout, Params, compile_ahead
 from based_jax.generate.prefill import padded, padded_length
 from based_jax.generate.prefix_cache import BLOCK_TOKENS, PrefixCache
 from based_jax.generate.state_layout import StateLayout
@@ -64,7 +64,9 @@ class Intake:
 
         def read(length: int) -> None:
             caches = self.decoder.init_cache(self.rows, self._max_len)
-            self._run(caches, self._shape(length), {0: np.zeros(length, np.int32)}, True)
+            arguments = self._arguments(caches, self._shape(length), {0: np.zeros(length, np.int32)}, True)
+            with self.decoder.running():
+                compile_ahead(_read, *arguments)
 
         lengths = range(1 + min(self._max_len - 2, self._chunk_tokens))
         kinds = {(self._shape(length), length == self._chunk_tokens): length for length in lengths}
@@ -152,14 +154,18 @@ class Intake:
 
     def _run(self, caches: Caches, shape: ChunkShape, parts: Mapping[int, np.ndarray], are_new: bool) -> Caches:
         """Return the caches after the next tokens of some rows, which are all new or none; those given are used up."""
+        with self.decoder.running():
+            return _read(*self._arguments(caches, shape, parts, are_new))
+
+    def _arguments(self, caches: Caches, shape: ChunkShape, parts: Mapping[int, np.ndarray], are_new: bool) -> tuple:
+        """Return what the program is called with that reads on in some rows."""
         spare = shape.rows - len(parts)
         rows = [*parts, *range(self.rows, self.rows + spare)]  # there is none beyond the last
         ids, segment_ids = padded([*parts.values(), *[np.zeros(0, np.int32)] * spare], shape.tokens)
         is_whole = shape.tokens == self._chunk_tokens and bool(segment_ids.all())
         chunk = ids, None if is_whole else segment_ids
         layout, params = self.decoder.layout, self.decoder.params
-        with self.decoder.running():
-            return _read(layout, self._max_len, params, caches, np.asarray(rows, np.int32), np.bool_(are_new), *chunk)
+        return layout, self._max_len, params, caches, np.asarray(rows, np.int32), np.bool_(are_new), *chunk
 
 
 def number_shared(one: np.ndarray, two: np.ndarray) -> int:

@@ -3,6 +3,7 @@
 import keyword
 import os
 import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def class_name(name: str) -> str:
 def source(name: str) -> str:
     """Return the skeleton of a mixer of that name, which keeps the contracts as it stands."""
     text = (resources.files("based_jax.newcomer") / "assets" / "mixer.py.txt").read_text()
+    _check_unbound(name, text, "the skeleton")
     return text.replace("{title}", _title(name)).replace("{name}", class_name(name))
 
 
@@ -57,9 +59,10 @@ def write_into(name: str, root: Path) -> list[Path]:
       the files, the new one first.
 
     Raises:
-      UserError: there is such a mixer, or the folder is no checkout; nothing is written then.
+      UserError: there is such a mixer, or such a class, the folder is no checkout, or a file cannot be written; nothing
+        is written then.
     """
-    new, text = root / MIXERS_FILE.with_name(f"{name}.py"), source(name)
+    text, new = source(name), root / MIXERS_FILE.with_name(f"{name}.py")
     if name in MIXERS:
         raise UserError(f"There is a mixer '{name}'; choose another name.")
     changed = {
@@ -72,9 +75,35 @@ def write_into(name: str, root: Path) -> list[Path]:
         )
     }
     _check_new(new)
-    for path, content in {new: text, **changed}.items():
-        write_whole(path, content)
+    _check_unbound(name, _read(root, MIXERS_FILE), str(MIXERS_FILE))
+    _write_all({new: text, **changed})
     return [new, *changed]
+
+
+def _check_unbound(name: str, text: str, where: str) -> None:
+    """Raise UserError where the class of a mixer is called as what a file has already: it would take its place."""
+    words = re.findall(r"^from .* import (.*)$|^(?:class|def) (\w+)|^(\w+) ?[:=]", text, re.MULTILINE)
+    if class_name(name) in {word for found in words for part in found for word in part.split(", ")}:
+        raise UserError(f"The class of '{name}' would be {class_name(name)}, which {where} has; choose another name.")
+
+
+def _write_all(contents: Mapping[Path, str]) -> None:
+    """Write files, all of them or none.
+
+    Raises:
+      UnwritableError: the file system refuses one.
+    """
+    before = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in contents}
+    written: list[Path] = []
+    try:
+        for path, content in contents.items():
+            write_whole(path, content)
+            written.append(path)
+    except BaseException:
+        for path in written:
+            text = before[path]
+            path.unlink() if text is None else write_whole(path, text)
+        raise
 
 
 def _check_new(path: Path) -> None:

@@ -91,7 +91,7 @@ def _class(found: type, seen: set[int]) -> Iterator[str]:
         elif isinstance(value, type) and value.__module__ == found.__module__:
             yield from _written(value, seen)
         elif isinstance(value, CONSTANTS) and not name.startswith("__"):
-            yield f"{name} = {value!r}"
+            yield f"{name} = {_text(value)}"
 
 
 def _underlying(value: Any) -> Any:
@@ -112,7 +112,7 @@ def _function(function: types.FunctionType, seen: set[int]) -> Iterator[str]:
         if isinstance(used, type | types.FunctionType) and used.__module__ == function.__module__:
             yield from _written(used, seen)
         elif isinstance(used, CONSTANTS) and not name.startswith("__"):
-            yield f"{name} = {used!r}"
+            yield f"{name} = {_text(used)}"
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -123,5 +123,14 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _plain(code: types.CodeType) -> list[Any]:
-    return [constant for constant in code.co_consts if not isinstance(constant, types.CodeType)]
+def _plain(code: types.CodeType) -> list[str]:
+    return [_text(constant) for constant in code.co_consts if not isinstance(constant, types.CodeType)]
+
+
+def _text(constant: Any) -> str:
+    """Return a constant as it is written; sets in one order, since each process has its own."""
+    if isinstance(constant, frozenset):
+        return f"{{{', '.join(sorted(map(_text, constant)))}}}"
+    if isinstance(constant, tuple):
+        return f"({', '.join(map(_text, constant))})"
+    return repr(constant)

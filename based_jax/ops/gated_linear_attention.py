@@ -58,8 +58,8 @@ def gated_linear_attention(
       impl: "xla_steps" (token by token), "oracle" (the same), "xla_chunks" (linear in T), "xla_quadratic" (one chunk;
         auto's for one decay a head, large states and short sequences on a GPU), "hopper_steps" (Mosaic GPU kernels,
         token by token; K at most 128), "triton_chunks" (on tensor cores; v in bf16, to which q and k are rounded; K at
-        most 256), "tpu_chunks" (a Mosaic TPU kernel; v in bf16 or fp32, to which q and k are rounded; K and V at most
-        256) or "auto".
+        most 256), "tpu_chunks" (a Mosaic TPU kernel; v in bf16 or fp32, to which q and k are rounded; K at most 256, V
+        512) or "auto".
 
     Returns:
       o in v's dtype, and the state (B, H, K, V) after the last token, fp32.

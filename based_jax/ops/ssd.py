@@ -48,8 +48,8 @@ def ssd(
       segment_ids: ids of packed documents, 0 for padding (see `ops/segments.py`).
       impl: "oracle" and "xla_steps" (token by token), "xla_chunks" (gated linear attention's), "hopper_steps" (Mamba's
         Mosaic GPU kernels; one group, channels a multiple of 128, 8, 16, 24 or 32 states), "triton_chunks" (gated
-        linear attention's, of bf16; at most 256 states), "tpu_chunks" (likewise, of bf16 or fp32; at most 256 channels)
-        or "auto".
+        linear attention's, of bf16; at most 256 states), "tpu_chunks" (likewise, of bf16 or fp32; at most 256 states,
+        512 channels) or "auto".
 
     Returns:
       y in x's dtype, and the state (B, H, N, P) after the last token, fp32.

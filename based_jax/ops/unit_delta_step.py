@@ -15,7 +15,7 @@ from based_jax.dims import BHKV, BHV
 from based_jax.ops.arguments import checked
 from based_jax.ops.decode_calls import BH, UnitDeltaStepCall
 from based_jax.ops.delta_rule import delta_rule_step
-from based_jax.ops.dispatch import Implementation, dispatch, not_run
+from based_jax.ops.dispatch import Implementation, dispatch
 from based_jax.ops.hopper import matrix_state_step as hopper_matrix_state_step
 
 
@@ -44,8 +44,8 @@ def unit_delta_step(
       state: (B, H, K, V), fp32.
       scale: of the output; 1 / sqrt(K) where None.
       impl: "xla_steps" (`unit`, and `delta_rule_step`), "oracle" (likewise, by its oracle), "hopper_states" (a Mosaic
-        GPU kernel, which writes the states where they lie; K a multiple of 16 up to 256, V of 32, on one device; no
-        device has run it, so not auto's) or "auto".
+        GPU kernel, which writes the states where they lie; K a multiple of 16 up to 256, V of 32, on one device) or
+        "auto".
 
     Raises:
       UserError: `impl` is unknown or cannot run this call.
@@ -66,7 +66,7 @@ IMPLEMENTATIONS = {
         hopper_matrix_state_step.compute_unit,
         hopper_matrix_state_step.supports_unit,
         platform="cuda",
-        slower=not_run,
+        slower=hopper_matrix_state_step.slower_unit,
     ),
     "xla_steps": Implementation(functools.partial(_parts, impl="auto")),
     "oracle": Implementation(functools.partial(_parts, impl="oracle")),

@@ -8,6 +8,7 @@ from based_jax.optim.groups import (
     decay_groups,
     is_variable,
     muon_groups,
+    parameter_groups,
     path_of,
     updates_taken,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "is_variable",
     "muon_groups",
     "optimizer",
+    "parameter_groups",
     "path_of",
     "schedule",
     "updates_taken",

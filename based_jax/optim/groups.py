@@ -109,19 +109,29 @@ def parameter_groups(params) -> dict[str, str]:
       UserError: a parameter is of no group.
     """
     paths = {path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)}
-    groups = {path: _group(path) for path in paths}
+    groups = {path: group for path in paths if (group := _group(path)) is not None}
+    _check_known(sorted(paths - groups.keys()))
     centred = {
         path for path in paths if groups[path] == "norm scale" and str(PurePath(path).with_name("bias")) in paths
     }
     return groups | dict.fromkeys(centred, CENTRED_NORM_SCALE)
 
 
-def _group(path: str) -> str:
+def _group(path: str) -> str | None:
     for group, patterns in PARAMETER_GROUPS.items():
         if any(PurePath(path).match(pattern) for pattern in patterns):
             return group
-    known = ", ".join(pattern for patterns in PARAMETER_GROUPS.values() for pattern in patterns)
-    raise UserError(f"Parameter '{path}' is in none of optim.PARAMETER_GROUPS, which ends of paths are in: {known}.")
+    return None
+
+
+def _check_known(lacking: list[str]) -> None:
+    """Raise UserError for paths of parameters that are of no group."""
+    if lacking:
+        known = ", ".join(pattern for patterns in PARAMETER_GROUPS.values() for pattern in patterns)
+        raise UserError(
+            f"Parameter {', '.join(map(repr, lacking))} is in none of optim.PARAMETER_GROUPS, which ends of paths are"
+            f" in: {known}."
+        )
 
 
 def path_of(keys: tuple) -> str:

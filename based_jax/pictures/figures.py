@@ -77,7 +77,8 @@ def frontier_figure(
     for name, style in style_of.items():
         _draw_family(panel, name, [x for x in points if x.family == name], style, convolution)
     for name in named:
-        _name_best(panel, name, [x for x in points if x.family == name and x.chosen], convolution)
+        others = [(x.state_bytes(convolution=convolution), x.median) for x in points if x.family != name and x.chosen]
+        _name_best(panel, name, [x for x in points if x.family == name and x.chosen], others, convolution)
     for name, marker in sources.items():
         panel.axes.plot([], [], ls="", **marked(QUIET, marker), mfc="none", mew=0.75, label=name)
     _name_diverged(panel.axes, points)
@@ -242,13 +243,15 @@ def _draw_family(panel: AccuracyPanel, name: str, points: Points, style: Style, 
     panel.diverged([places[x] for x in points if x.diverged_seeds], style.colour)
 
 
-def _name_best(panel: AccuracyPanel, name: str, points: Points, convolution: bool) -> None:
+def _name_best(
+    panel: AccuracyPanel, name: str, points: Points, others: Sequence[tuple[float, float]], convolution: bool
+) -> None:
     """Draw a ring about each point of a family, and its name beside the best one."""
     places = [x.state_bytes(convolution=convolution) for x in points]
     panel.marks(places, [x.median for x in points], marker="o", color="black", ms=9, mfc="none", mew=0.9, zorder=4)
     if points:
         best = max(range(len(points)), key=lambda i: points[i].median)
-        panel.name(places[best], points[best].median, name)
+        panel.name(places[best], points[best].median, name, others)
 
 
 def _state_of(points: Points, *, convolution: bool) -> str:

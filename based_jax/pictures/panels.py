@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,10 @@ MAGNIFIED_TICKS = {0.95: "0.95", 0.98: "0.98", 0.99: "0.99", 0.995: "0.995", 0.9
 PANEL_INCHES, MAGNIFIER_INCHES, LABELS_INCHES = 1.65, 0.9, 0.42
 """Heights: of accuracies from 0 to 1, of what is magnified, of an axis' numbers and label below."""
 MAGNIFIED_SHADE = "0.96"
+SIDES = ((1, -1), (1, 1), (-1, -1), (-1, 1))
+"""Of a point, right and above, on which its name may stand: the first where nothing is."""
+NAME_OCTAVES, NAME_ACCURACY = 2.0, 0.12
+"""About what a name takes of an axis of bytes, and of one of accuracies."""
 TICK_INCHES, LEAST_DOUBLINGS = 0.45, 2.5
 """Of an axis of bytes: the width of a tick's label and the room about it, and what the axis covers at least."""
 
@@ -48,12 +53,25 @@ class AccuracyPanel:
             span = [[0.0], [high - low]]
             self.magnifier.errorbar([place], [low], span, **form)
 
-    def name(self, place: float, accuracy: float, text: str) -> None:
-        """Write what a point is beside it."""
+    def name(self, place: float, accuracy: float, text: str, others: Sequence[tuple[float, float]] = ()) -> None:
+        """Write what a point is beside it, on the side where the fewest of the others, (place, accuracy), would be."""
+
+        def crowd(side: tuple[int, int]) -> int:
+            right, above = side
+            beside = (0 <= right * math.log2(x / place) <= NAME_OCTAVES for x, _ in others)
+            near = (0 <= above * (y - accuracy) <= NAME_ACCURACY for _, y in others)
+            return sum(map(operator.and_, beside, near))
+
+        right, above = min(SIDES, key=crowd)
         magnified = self.magnifier is not None and accuracy >= MAGNIFIED_FROM
         axes = self.magnifier if self.magnifier is not None and magnified else self.axes
         [accuracy] = _capped([accuracy])
-        axes.annotate(text, (place, accuracy), (6, -2), textcoords="offset points", va="top", weight="bold", zorder=5)
+        aligned: dict[str, Any] = {
+            "ha": "left" if right > 0 else "right",
+            "va": "bottom" if above > 0 else "top",
+        }
+        offset = 6 * right, 2 * above
+        axes.annotate(text, (place, accuracy), offset, textcoords="offset points", weight="bold", zorder=5, **aligned)
 
     def diverged(self, places: Sequence[float], colour: str) -> None:
         """Mark, at the lower edge, places where nothing but divergence came out."""

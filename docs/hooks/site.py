@@ -22,6 +22,8 @@ from docs.hooks.tables import TABLES  # noqa: E402
 PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 """Of the guide, and the files of the repository that they are."""
 PICTURES = ("experiments/*/results/*.png", "experiments/*/results/*.html")
+CODE = re.compile(r"<code.*?</code>", re.DOTALL)
+TAG_OR_WORD = re.compile(r"(?P<tag><[^>]*>)|[^\s<>]*--[^\s<>]+")
 PLACE = re.compile(r"\{\{ (table|readme) (.+?) \}\}")
 
 
@@ -48,6 +50,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.src_uri in PAGES:
         return markdown
     return PLACE.sub(lambda found: filled(found[1], found[2], page.file.src_uri), markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keep the words of commands whole: a browser breaks a line behind each of their hyphens."""
+    return CODE.sub(lambda code: TAG_OR_WORD.sub(_kept_whole, code[0]), html)
+
+
+def _kept_whole(found: re.Match) -> str:
+    return found[0] if found["tag"] else f'<span class="word">{found[0]}</span>'
 
 
 def filled(kind: str, name: str, page: str) -> str:

@@ -5,7 +5,7 @@ Where an experiment has a table of its own for its README, it is that one.
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pandas as pd
 
 from based_jax.bench.rows import read
 from based_jax.nn.describe import describe
+from based_jax.optim.config import OptimConfig
+from based_jax.optim.groups import NO_DECAY, PARAMETER_GROUPS
 from based_jax.pictures.configurations import configurations
 from based_jax.pictures.tables import markdown
 from docs.hooks import losses
@@ -37,12 +39,18 @@ Column = str | Callable[[Mapping[str, Any]], Any]
 
 
 def told(path: str, columns: Mapping[str, Column]) -> str:
-    """Return a table of an experiment's rows, a column for each of these."""
-    cells = [
-        {head: str(of(row) if callable(of) else row.get(of, "-")) for head, of in columns.items()}
-        for row in read(EXPERIMENTS / path)
-    ]
-    return markdown(pd.DataFrame(cells, columns=list(columns)))
+    """Return a table of an experiment's rows, a column for each of these, and what made them."""
+    rows = read(EXPERIMENTS / path)
+    cells = [{head: str(of(row) if callable(of) else row.get(of, "-")) for head, of in columns.items()} for row in rows]
+    return made_by(markdown(pd.DataFrame(cells, columns=list(columns))), rows)
+
+
+def made_by(table: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a table with the devices and the versions of JAX that made its rows, below."""
+    found = list(rows)
+    devices = dict.fromkeys(str(row["device"]) for row in found if "device" in row)
+    versions = dict.fromkeys(row["versions"]["jax"] if "versions" in row else row["jax"] for row in found)
+    return f"{table}\n\n{' and '.join(devices)}; jax {', '.join(versions)}."
 
 
 def inventory() -> str:
@@ -65,9 +73,19 @@ def mixers() -> str:
     return markdown(pd.DataFrame(cells, columns=head))
 
 
+def parameter_groups() -> str:
+    """Return what each name of a parameter is to the optimizer, and which decay by default: as the code has it."""
+    exempt = NO_DECAY[OptimConfig().decay]
+    lines = [
+        [", ".join(f"`{name}`" for name in names), group, "no" if group in exempt else "yes"]
+        for group, names in PARAMETER_GROUPS.items()
+    ]
+    return markdown(pd.DataFrame(lines, columns=["a parameter called", "is", "and decays"]))
+
+
 def budgets() -> str:
     """Return what each family recalls within a budget of bytes."""
-    return recall.budgets(recall_points())
+    return made_by(recall.budgets(recall_points()), (row for point in recall_points() for row in point.rows))
 
 
 @functools.cache
@@ -82,19 +100,25 @@ def policies() -> str:
     rows = pd.DataFrame(read(cache_policies.RESULTS / "policies.jsonl")).dropna(subset="budget")
     table = rows.pivot_table("accuracy", "policy", "budget", aggfunc="mean", sort=False).sort_index(axis=1)
     table.columns = [f"{int(tokens)} tokens" for tokens in table.columns]
-    return markdown(table.map("{:.3f}".format).rename_axis("policy").reset_index())
+    told_table = markdown(table.map("{:.3f}".format).rename_axis("policy").reset_index())
+    return made_by(told_table, read(cache_policies.RESULTS / "policies.jsonl"))
 
 
 def scaling() -> str:
     """Return time and memory of each mixer against the length."""
-    rows = pd.DataFrame(read(EXPERIMENTS / "scaling" / "results" / "scaling.jsonl"))
-    found = rows.drop_duplicates(["mixer", "length"], keep="last")
+    rows = read(EXPERIMENTS / "scaling" / "results" / "scaling.jsonl")
+    found = pd.DataFrame(rows).drop_duplicates(["mixer", "length"], keep="last")
     table = found.pivot(index="mixer", columns="length", values=["ms", "memory_mib"])
     heads = {"ms": "ms at {:,}", "memory_mib": "MiB at {:,}"}
     cells = pd.DataFrame({heads[name].format(length): table[name, length] for name, length in table})
     cells = cells.map(lambda x: f"{x:,.2f}" if x < 100 else f"{x:,.0f}")
     cells.insert(0, "mixer", [f"`{name}`" for name in table.index])
-    return markdown(cells)
+    return made_by(markdown(cells), rows)
+
+
+def _bits(file: str) -> str:
+    rows = [row for path in sorted(dna.RUNS.glob("*.jsonl")) for row in read(path)]
+    return made_by(dna.bits_table(file), rows)
 
 
 @functools.cache
@@ -104,12 +128,15 @@ def _training() -> list[dict]:
 
 @functools.cache
 def _decoding() -> dict[str, str]:
-    return generation.tables(generation_rows.Found.of(read(generation_rows.ROWS)))
+    rows = read(generation_rows.ROWS)
+    found = generation.tables(generation_rows.Found.of(rows))
+    return {name: made_by(table, rows) for name, table in found.items()}
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "inventory": inventory,
     "mixers": mixers,
+    "parameter_groups": parameter_groups,
     "budgets": budgets,
     "asked": lambda: recall.agreement(recall_points()),
     "policies": policies,
@@ -148,6 +175,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefix_cache": lambda: told(
         "prefix_cache/results/rows.jsonl",
         {
+            "model": lambda row: f"`{Path(row['config']).name}`" + (f", D {row['d_model']}" if row["d_model"] else ""),
+            "device": "device",
             "a prompt": "prompt",
             "its tokens": lambda row: f"{row['prompt_tokens']:,}",
             "tokens restored": lambda row: f"{row['restored']:,}",
@@ -187,7 +216,7 @@ TABLES: dict[str, Callable[[], str]] = {
             "accuracy": lambda row: f"{row['accuracy']:.3f}",
         },
     ),
-    **{f"dna_{file}": functools.partial(dna.bits_table, file) for file in dna.TITLES},
+    **{f"dna_{file}": functools.partial(_bits, file) for file in dna.TITLES},
     "losing_kernels": losses.kernels,
     "losing_training": losses.training,
     "losing_decoding": losses.decoding,

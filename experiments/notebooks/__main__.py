@@ -8,11 +8,11 @@ import argparse
 import sys
 import time
 
-import nbformat
-
 from based_jax.errors import installs
 
 try:
+    import nbformat
+
     from experiments.notebooks import executing
 except ImportError as error:
     sys.exit(f"Error: {error.name} is not installed; {installs('notebooks')} brings it.")

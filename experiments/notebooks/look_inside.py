@@ -66,10 +66,17 @@ table = [
     {"layer": kind, "head": head, "effective range": distance, "keys read": keys}
     for kind, weights in {**maps, "softmax of taylor": softmax}.items()
     for head, (distance, keys) in enumerate(
-        zip(np.asarray(inside.effective_range(weights)), np.exp(inside.entropy(weights)), strict=True)
+        zip(
+            np.asarray(inside.effective_range(weights), float),
+            np.asarray(np.exp(inside.entropy(weights)), float),
+            strict=True,
+        )
     )
 ]
-print("error of the feature map, by head:", np.round(inside.total_variation(maps["taylor"], softmax), 3))
+print(
+    "error of the feature map, by head:",
+    np.round(np.asarray(inside.total_variation(maps["taylor"], softmax), float), 3),
+)
 pd.DataFrame(table).round(2)
 
 # %% [markdown]

@@ -97,7 +97,7 @@ class Slots(Mixer):
 # %% [markdown]
 # ## Does it keep the contract?
 #
-# Eighteen checks, the same that the package's own mixers pass: causal, the same whole, in pieces and token by token,
+# Twenty checks, the same that the package's own mixers pass: causal, the same whole, in pieces and token by token,
 # documents apart, exact sizes, bf16, lanes.
 
 # %%

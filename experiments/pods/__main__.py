@@ -178,6 +178,7 @@ def told(row: dict) -> dict[str, str]:
     seconds, estimate, sent = row["seconds"], row["estimate"], row["exchanged_bytes"]
     parts = seconds["compute"], seconds["memory"], seconds["links"] + seconds["network"]
     return cells | {
+        "libtpu": row["versions"]["libtpu"],
         "mesh": ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items()),
         "rows of a chip": f"{row['tokens'] // int(tokens) / devices(row):g}",
         "GiB (temporaries)": f"{row['memory']['peak'] / GIB:.1f} ({row['memory']['temporaries'] / GIB:.1f})",

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from based_jax import compilation
 from based_jax import config as configs
 from based_jax.bench import rows
 from based_jax.generate import Decoder, PrefixCache, Request, Scheduler
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, help="another width")
     parser.add_argument("--out", type=Path, help="file of rows, JSON lines, to append to")
     args = parser.parse_args()
+    compilation.keep()
     with rows.appended(args.out) as write:
         for row in measure(random_decoder(args.config, args.d_model)):
             print(f"{row['prompt']:<28} {row['restored']:>6,} restored {1e3 * row['seconds']:>9.1f} ms", flush=True)

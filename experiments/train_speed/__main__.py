@@ -129,10 +129,15 @@ def _told(point: Point, row: dict | None) -> dict[str, str]:
         | goal
         | {"of it": f"{row['tokens_per_second'] / point.goal:.0%}"}
         | {name.upper(): f"{row[name]:.1%}" for name in ("mfu", "hfu", "mbu") if name in row}
-        | {"recomputes": row["remat"], "GiB at most": _gib(row), "s to compile": f"{row['compile_seconds']:.0f}"}
+        | {"recomputes": row["remat"], "GiB at most": _gib(row), "s to compile": _compile_seconds(row)}
         | {"idle, copies (ms of a step)": _gaps(row)}
         | {"clock, power": _clock(row), "device": row["device"]}
     )
+
+
+def _compile_seconds(row: dict) -> str:
+    """Return them, nothing of a program that was read from the disk."""
+    return "" if row.get("compiled_before") else f"{row['compile_seconds']:.0f}"
 
 
 def _gaps(row: dict) -> str:

@@ -36,6 +36,7 @@ def step(q, k, v, w, state, *more, scale: float):
     """
     given, heads = (q, k, v, w, *more), heads_of_program(state.shape)
     assert heads is not None, "the caller asks before"
+    varying = jax.typeof(state).manual_axis_type
 
     def body(*refs):
         tokens, [state_ref, o_ref, after_ref] = split(refs, len(given))
@@ -56,7 +57,7 @@ def step(q, k, v, w, state, *more, scale: float):
 
     return pl.pallas_call(
         body,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (v, state)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x in (v, state)],
         grid=(state.shape[0], state.shape[1] // heads),
         in_specs=[block(x) for x in (*given, state)],
         out_specs=[block(v), block(state)],

@@ -23,7 +23,7 @@ the state before it, and JAX the gradients of that. No exponent is above 0, and 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -251,7 +251,8 @@ class Block(NamedTuple):
     def read(cls, refs, tokens: Tokens) -> "Block":
         """Return what programs' blocks of `Tokens` hold."""
         held = map(read, refs)
-        return cls(*(None if x is None else next(held) for x in tokens))
+        parts: list[Any] = [None if x is None else next(held) for x in tokens]
+        return cls(*parts)
 
     def write(self, refs) -> None:
         """Write gradients of blocks."""
@@ -304,9 +305,9 @@ def written(dtype, block: Block, by_head: list[decays.Decays], states: list) -> 
         values = corrected(dtype, block, columns(block.beta[0]), by_head, states)
         return [[Write(*head)] for head in zip(block.k, values, strict=True)]
     own = [[Write(*head)] for head in zip(block.k, block.v, strict=True)]
-    if block.a is None:
+    if block.a is None or block.b is None:
         return own
-    values = read_before(dtype, block, by_head, states)
+    values = read_before(dtype, block.a, block.b, own, by_head, states)
     return [[*writes, Write(*head)] for writes, *head in zip(own, block.b, values, strict=True)]
 
 
@@ -317,11 +318,11 @@ def corrected(dtype, block: Block, rates: list, by_head: list[decays.Decays], st
     return solve([beta * decay.pairs(k, k, own=False) for beta, k, _, decay, _ in heads], right, dtype)
 
 
-def read_before(dtype, block: Block, by_head: list[decays.Decays], states: list) -> list:
-    """Return what keys a read of the state before their tokens, by head."""
-    heads = list(zip(block.a, block.b, block.k, block.v, by_head, states, strict=True))
+def read_before(dtype, a: list, b: list, own: list[list[Write]], by_head: list, states: list) -> list:
+    """Return what keys a read of the state before their tokens, by head; tokens write it under b, and `own` besides."""
     right = [
         product(decay.pairs_before(a, k), v, (1, 0), dtype) + product(decay.seen_before(a), S, (1, 1), dtype)
-        for a, _, k, v, decay, S in heads
+        for a, [(k, v)], decay, S in zip(a, own, by_head, states, strict=True)
     ]
-    return solve([-decay.pairs_before(a, b) for a, b, _, _, decay, _ in heads], right, dtype)
+    lower = [-decay.pairs_before(a, b) for a, b, decay in zip(a, b, by_head, strict=True)]
+    return solve(lower, right, dtype)

@@ -13,19 +13,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu.taylor_chunks import (
-    SUM_ROWS,
-    Documents,
-    Links,
-    Plan,
-    begin,
-    dot,
-    like,
-    masked,
-    rest,
-    staggered,
-    sum_rows,
-)
+from pallas_kernels.tpu.taylor_chunks import SUM_ROWS, Documents, Links, Plan, dot, like, masked, rest, sum_rows
 from pallas_kernels.tpu.taylor_features import expand, number_of_features
 
 
@@ -46,14 +34,9 @@ def forward(q, k, v, state=None, documents: Documents | None = None, *, scale: f
     after = like(v, (rows, heads, values + SUM_ROWS, number_of_features(q.shape[2])))
     plan = Plan.of(v, after, chunk)
 
-    def body(held, inputs, first, numbers, outputs, states):
-        begin(states[0], first)
-        links = Links.of(plan, tokens, numbers, held)
-        by_head = plan.by_head(*inputs, *outputs, *states)
-        staggered([chunk_of_head(refs, links, scale) for refs in by_head])
-
     results = [like(v, v.shape, v.dtype), like(v, (rows, heads, 1, time))]
-    return plan.call(body, (q, k, v), state, documents, results, after, name="taylor_chunks")
+    of_head, given = functools.partial(chunk_of_head, scale=scale), (q, k, v)
+    return plan.call(of_head, given, state, documents, results, after, name="taylor_chunks", tokens=tokens)
 
 
 def chunk_of_head(refs, links: Links, scale: float) -> Iterator[None]:

@@ -16,19 +16,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu.taylor_chunks import (
-    SUM_ROWS,
-    Documents,
-    Links,
-    Plan,
-    begin,
-    dot,
-    like,
-    masked,
-    rest,
-    staggered,
-    sum_rows,
-)
+from pallas_kernels.tpu.taylor_chunks import SUM_ROWS, Documents, Links, Plan, dot, like, masked, rest, sum_rows
 from pallas_kernels.tpu.taylor_features import expand, number_of_features, pulled_back
 
 STATIC = "scale", "tokens", "chunk"
@@ -49,14 +37,10 @@ def query_gradients(
     after = state_type(q, v)
     plan = Plan.of(v, after, chunk)
 
-    def body(held, inputs, first, numbers, outputs, states):
-        begin(states[0], first)
-        links = Links.of(plan, tokens, numbers, held)
-        by_head = plan.by_head(*inputs, *outputs, *states)
-        staggered([query_gradient(refs, links, scale) for refs in by_head])
-
     results = [like(v, q.shape, q.dtype)]
-    return plan.call(body, (q, k, v, do, back), state, documents, results, after, name="taylor_query_gradients")[:1]
+    of_head, given = functools.partial(query_gradient, scale=scale), (q, k, v, do, back)
+    name = "taylor_query_gradients"
+    return plan.call(of_head, given, state, documents, results, after, name=name, tokens=tokens)[:1]
 
 
 def query_gradient(refs, links: Links, scale: float) -> Iterator[None]:
@@ -88,14 +72,10 @@ def key_gradients(
     after = state_type(q, v)
     plan = Plan.of(v, after, chunk, reverse=True)
 
-    def body(held, inputs, first, numbers, outputs, states):
-        begin(states[0], first)
-        links = Links.of(plan, tokens, numbers, held, keys_dimension=1)
-        by_head = plan.by_head(*inputs, *outputs, *states)
-        staggered([key_gradient(refs, links, scale) for refs in by_head])
-
     results = [like(v, k.shape, k.dtype), like(v, v.shape, v.dtype)]
-    return plan.call(body, (q, k, v, do, back), state, documents, results, after, name="taylor_key_gradients")
+    of_head, given = functools.partial(key_gradient, scale=scale), (q, k, v, do, back)
+    arguments = of_head, given, state, documents, results, after
+    return plan.call(*arguments, name="taylor_key_gradients", tokens=tokens, keys_dimension=1)
 
 
 def key_gradient(refs, links: Links, scale: float) -> Iterator[None]:

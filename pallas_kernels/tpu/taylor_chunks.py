@@ -3,7 +3,7 @@
 Tokens lie on lanes: q and k are (B, H, K, T), v and o (B, H, V, T). A program takes a chunk of some heads of a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -85,20 +85,47 @@ class Plan(NamedTuple):
         """Return each head's part of a program's blocks."""
         return [[block.at[0, head] for block in blocks] for head in range(self.heads_of_program)]
 
-    def call(self, body, tokens, state, documents: Documents | None, token_results, state_result, *, name: str):
-        """Run `body(held, tokens, first, numbers, token_results, state)`, of which the last four are lists."""
+    def call(
+        self,
+        of_head: Callable[[list, "Links"], Iterator[None]],
+        arrays,
+        state,
+        documents: Documents | None,
+        token_results,
+        state_result,
+        *,
+        name: str,
+        tokens: int,
+        keys_dimension: int = 0,
+    ):
+        """Run `of_head(refs, links)` for each head of a program, a stage behind the one before.
+
+        Args:
+          of_head: given a head's parts of the arrays, of the results, and of the state as it is before the chunk.
+          arrays: (B, H, ., T).
+          state: that before the first chunk, None for the empty one.
+          documents: None for one a row.
+          token_results: like `arrays`.
+          state_result: like `state`.
+          name: of the kernel.
+          tokens: of a row, besides those that fill it up.
+          keys_dimension: of `Links.inside`.
+        """
         first = [] if state is None else [state]
         numbers, held = ([], []) if documents is None else ([documents.numbers], [documents.held])
-        sizes = [len(x) for x in (held, tokens, first, numbers, token_results)]
+        sizes = [len(x) for x in (held, arrays, first, numbers, token_results)]
         results = [*token_results, state_result]
 
         def run(*refs):
-            body(*split(refs, *sizes))
+            held, inputs, first, numbers, outputs, [running] = split(refs, *sizes)
+            begin(running, first)
+            links = Links.of(self, tokens, numbers, held, keys_dimension=keys_dimension)
+            staggered([of_head(parts, links) for parts in self.by_head(*inputs, *outputs, running)])
 
         grid = pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(held),
             grid=(self.rows, self.heads // self.heads_of_program, self.chunks),
-            in_specs=[*map(self.of_tokens, tokens), *map(self.of_state, first), *(self.of_numbers() for _ in numbers)],
+            in_specs=[*map(self.of_tokens, arrays), *map(self.of_state, first), *(self.of_numbers() for _ in numbers)],
             out_specs=[*map(self.of_tokens, token_results), self.of_state(state_result)],
         )
         return pl.pallas_call(
@@ -107,7 +134,7 @@ class Plan(NamedTuple):
             grid_spec=grid,
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
             name=name,
-        )(*held, *tokens, *first, *numbers)
+        )(*held, *arrays, *first, *numbers)
 
 
 class Links(NamedTuple):

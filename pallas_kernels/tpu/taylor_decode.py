@@ -49,7 +49,7 @@ def decode(q, k, v, values, scales, normaliser, recent_k, recent_v, count, befor
     plan = Plan.of(q, v, held)
     bounds = jnp.stack([jnp.any(before != count).astype(jnp.int32), before.min(), before.max() + plan.tokens])
     tables = feature_tables(q.shape[2], plan.chunk, q.dtype)
-    counts = jnp.stack([count, before])
+    counts, varying = jnp.stack([count, before]), jax.typeof(v).manual_axis_type
 
     def body(bounds_ref, counts_ref, *refs):
         tokens, tables, blocks, [o_ref], targets, scratch = split(refs, 3, 2, len(held), 1, len(held))
@@ -57,7 +57,7 @@ def decode(q, k, v, values, scales, normaliser, recent_k, recent_v, count, befor
 
     return pl.pallas_call(
         body,
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (v, *held)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x in (v, *held)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=plan.grid,

@@ -38,6 +38,10 @@ CASES: tuple[Command | Call, ...] = (
     ),
     Command("inside into nowhere", ("inside", "--workdir=<mqar_run>", "--out="), "--out is '', which names nothing"),
     skeleton("a mixer of capitals", ("MyMixer",), "'MyMixer' is no name of a mixer; it is of small letters, digits"),
+    skeleton("a mixer of another folder", ("../mixer",), "'../mixer' is no name of a mixer; it is of small letters"),
+    skeleton(
+        "a mixer called as all are", ("mixer", "--file=x.py"), "The class of 'mixer' would be Mixer, which the skel"
+    ),
     skeleton("a mixer called as a word of Python", ("lambda",), "'lambda' is no name of a mixer"),
     skeleton("a mixer that there is", ("taylor",), "There is a mixer 'taylor'; choose another name."),
     skeleton("a mixer outside of a checkout", ("my_mixer",), "'.' is no checkout of based_jax (based_jax/nn/mixers/__"),
@@ -53,6 +57,12 @@ CASES: tuple[Command | Call, ...] = (
     frontier("a frontier of no class", ("mixers.py",), "'mixers.py' names no class; it is path/to/file.py:Class."),
     frontier("a frontier of another class", ("mixers.py:Wrng",), "Unknown class of 'mixers.py' 'Wrng': did you mean"),
     frontier("a frontier of a number", ("mixers.py:number",), "Unknown class of 'mixers.py' 'number'"),
+    frontier(
+        "a frontier of a file without classes",
+        ("mixers.py:A",),
+        "'mixers.py' has no class 'A'; it defines none.",
+        "x = 1",
+    ),
     frontier("a frontier of no mixer", ("mixers.py:int",), "did you mean", "class Int: pass"),
     frontier(
         "a frontier of a class", ("mixers.py:Int",), "The class Int is no mixer; it is a subclass", "class Int: pass"
@@ -72,6 +82,6 @@ CASES: tuple[Command | Call, ...] = (
     Call(
         "a layer of a class's name",
         lambda _: LMConfig((("Own@01234567", {}),), 8),
-        "'Own@01234567' is a mixer from outside the package, of which a file keeps no more than the name; give the",
+        "'Own@01234567' is a mixer from outside the package, of which a file keeps no more than the name; give its",
     ),
 )

@@ -12,7 +12,20 @@ from helpers.own_mixers import Sum
 
 from based_jax.contracts import CONTRACTS, BrokenContractError, Fitting, Outcome, check
 from based_jax.errors import UserError
+from based_jax.nn import layers
 from based_jax.ops import segments
+
+
+class OverflowsAtTheThird(Sum):
+    def __call__(self, x, segment_ids=None, positions=None):
+        y = super().__call__(x, segment_ids)
+        y = jnp.where(jnp.arange(x.shape[1])[None, :, None] >= 2, jnp.inf * y, y)
+        return layers.at(positions, y)[0]
+
+
+class ReturnsHalfAWidth(Sum):
+    def __call__(self, x, segment_ids=None, positions=None):
+        return super().__call__(x, segment_ids, positions)[..., ::2]
 
 
 class SeesTheNext(Sum):
@@ -112,6 +125,12 @@ class HasNoAxes(Sum):
         self.out_proj = nnx.Linear(d_model, d_model, use_bias=False, rngs=init.rngs)
 
 
+class NamesParametersAtWill(Sum):
+    def __init__(self, d_model, config, init):
+        super().__init__(d_model, config, init)
+        self.blend, self.lags = nnx.Param(jnp.ones(d_model)), nnx.Param(jnp.ones(d_model))
+
+
 @dataclasses.dataclass(frozen=True)
 class AnyConfig:
     decay: float = 0.9
@@ -137,6 +156,7 @@ def _sign(kernel):
 
 
 BREAKS = {
+    "finite outputs": (OverflowsAtTheThird, "Outputs are NaN or infinite from token 2 on."),
     "causal": (SeesTheNext, "changes output 0, which is before it"),
     "outputs at some positions": (PassesOverPositions, "Outputs at positions are off by"),
     "prefill and steps": (StepsOtherwise, "Outputs of steps alone are off by"),
@@ -153,6 +173,7 @@ BREAKS = {
     "bf16": (ComputesInHalfOfBf16, "In bf16 outputs are off by"),
     "64-bit types": (FollowsTheDefaultTypes, "A cache has arrays of float64"),
     "axes of parameters": (HasNoAxes, "A mesh divides none of the parameters over its axis tensor"),
+    "names of parameters": (NamesParametersAtWill, "Parameter 'blend', 'lags' is in none of optim.PARAMETER_GROUPS"),
     "impossible options": (TakesAnyDecay, "decay is -1.0, and is not refused"),
     "lanes": (ReadsAValue, "Outputs of several lanes are off by"),
 }
@@ -188,6 +209,22 @@ def test_what_is_broken_is_told_with_the_reason():
         CONTRACTS["state size"](Fitting(TellsHalf))
 
 
+def test_outputs_of_another_width_are_told_first():
+    [first, *_] = check(ReturnsHalfAWidth, report=print)
+    assert first == Outcome("finite outputs", "Outputs have shape (9, 9, 8) of inputs (9, 9, 16).")
+
+
+class RaisesInSteps(Sum):
+    def _step(self, x, state):
+        raise ValueError("no steps yet")
+
+
+def test_an_error_is_told_with_its_place_in_the_file_of_the_mixer():
+    line = RaisesInSteps._step.__code__.co_firstlineno + 1
+    [first, *_] = check(RaisesInSteps, report=print)
+    assert first.broken == f"ValueError: no steps yet (test_broken_mixers.py:{line})"
+
+
 class NeedsMore(Sum):
     def __init__(self, d_model, config, init):
         super().__init__(d_model, config, init)
@@ -195,5 +232,8 @@ class NeedsMore(Sum):
 
 
 def test_what_cannot_be_built_is_told_in_a_sentence():
-    with pytest.raises(UserError, match=r"^NeedsMore cannot be built at width 16: AttributeError: .* 'size'\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"^NeedsMore cannot be built at width 16: AttributeError: .* 'size' \(test_broken_mixers\.py:\d+\)\.$",
+    ):
         check(NeedsMore, report=print)

@@ -16,8 +16,10 @@ from helpers.browser import launched, needs_browser
 from based_jax import config as configs
 from based_jax.__main__ import command_line
 from based_jax.commands.train import parse_overrides
+from based_jax.nn.mixers import kind_of
 from based_jax.sweep import Sweep
 from based_jax.train.run import build_config
+from docs.hooks import site as site_hooks
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT / "docs").as_posix(): path.read_text("utf-8") for path in (ROOT / "docs").rglob("*.md")}
@@ -132,6 +134,8 @@ def test_a_command_is_one(page, line):
             build_config(configs.load(str(ROOT / spec), parse_overrides(overrides)))
         if getattr(args, "sweep", None):
             assert (ROOT / args.sweep.partition(":")[0]).exists()
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert (ROOT / words[3]).exists()
     elif words[:2] == ["python", "-m"]:
         assert (ROOT / words[2].replace(".", "/") / "__main__.py").exists()
     elif words[0] == "make":
@@ -149,6 +153,28 @@ def test_a_program_runs(page, text):
     exec(text, names)
     if "get_sweep" in names:
         assert isinstance(names["get_sweep"](), Sweep) and len(names["get_sweep"]().trials()) == 8
+
+
+def test_the_mixer_of_the_guide_is_one_with_the_imports_that_it_names():
+    skeleton = (ROOT / "based_jax" / "newcomer" / "assets" / "mixer.py.txt").read_text("utf-8")
+    imports = "\n".join(line for line in skeleton.splitlines() if line.startswith(("import ", "from ")))
+    names, page = {"__name__": "guide"}, PAGES["how_to/add_a_mixer.md"]
+    own = re.search(r"```python\n(from based_jax.errors .*?)```\n\n\{\{ readme (class Ema) \}\}", page, re.DOTALL)
+    program = site_hooks.filled("readme", own[2], "a page").removeprefix("```python\n").removesuffix("```")
+    exec(f"{imports}\n{own[1]}\n{program}", names)
+    assert kind_of(names["Ema"]).startswith("Ema@")
+    [table] = re.findall(r"^\| from \| what \|\n.*?\n\n", page, re.MULTILINE | re.DOTALL)
+    cells = " ".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE))
+    blocks = re.findall(r"`(\w+)\.(\w+)[(`]", cells)
+    assert len(blocks) > 5 and not [found for found in blocks if not callable(getattr(names[found[0]], found[1], None))]
+
+
+def test_a_word_of_a_command_is_broken_nowhere():
+    html = '<p>a--b</p><code class="x--y">python --config.steps=1 -k <span id="a--b">--out</span></code>'
+    shown = site_hooks.on_page_content(html, None, None, None)
+    words = ('<span class="word">--config.steps=1</span>', '<span class="word">--out</span>')
+    assert [shown.count(word) for word in words] == [1, 1] and shown.count('class="word"') == 2
+    assert re.sub(r'<span class="word">(.*?)</span>', r"\1", shown) == html
 
 
 def templates():

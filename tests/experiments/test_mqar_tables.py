@@ -9,6 +9,7 @@ from helpers import synthetic_rows as synthetic
 from based_jax.errors import UserError
 from based_jax.pictures.configurations import configurations
 from experiments.mqar_pareto import __main__ as command
+from experiments.mqar_pareto import rows as recall_rows
 from experiments.mqar_pareto import tables
 
 FOLDER = Path(command.__file__).parent
@@ -128,3 +129,13 @@ def test_the_readme_has_the_tables_of_the_rows(capsys):
     assert all(table in readme for table in capsys.readouterr().out.strip().split("\n\n"))
     devices = {json.loads(text)["device"] for text in (FOLDER / "results/throughput.jsonl").read_text().splitlines()}
     assert len(devices) == 1
+
+
+def test_the_readme_counts_the_runs_of_the_store():
+    text = " ".join((FOLDER.parents[1] / "README.md").read_text("utf-8").split())
+    said = {
+        "reference": "{} runs on an H100 80GB and on H200s",
+        "zoology": "{} of the 236 runs of Figure 2 are in the store",
+    }
+    for recipe, words in said.items():
+        assert words.format(len(recall_rows.of_recipe(FOLDER / "results" / "figure2", recipe))) in text

@@ -1,6 +1,8 @@
 """The notebooks are executed, and what is committed beside them is what they say, with its outputs."""
 
 import json
+import runpy
+import sys
 
 import pytest
 
@@ -8,6 +10,7 @@ jupytext = pytest.importorskip("jupytext", reason="the extra 'dev' has it")
 nbformat = pytest.importorskip("nbformat")
 
 from based_jax.store import Store  # noqa: E402
+from experiments import notebooks  # noqa: E402
 from experiments.notebooks import executing  # noqa: E402
 
 SEGMENT = {"seq_len": 64, "num_kv_pairs": 8}
@@ -63,16 +66,25 @@ def test_what_is_committed_is_in_step_and_has_its_outputs(name):
     assert len(text) < LARGEST_FILE and str(executing.ROOT) not in text and "/tmp/" not in text
 
 
+@pytest.mark.parametrize("lacking", ["jupytext", "nbformat", "nbclient"])
+def test_what_is_not_installed_is_told_in_a_sentence(lacking, monkeypatch):
+    monkeypatch.setitem(sys.modules, lacking, None)
+    monkeypatch.delitem(sys.modules, "experiments.notebooks.executing")
+    monkeypatch.delattr(notebooks, "executing")
+    with pytest.raises(SystemExit, match=rf"^Error: {lacking} is not installed; .*notebooks.* brings it\.$"):
+        runpy.run_module("experiments.notebooks", run_name="__main__")
+
+
 def test_all_run_one_after_the_other_in_small():
-    notebooks = {name: executing.read(name, SHORT[name]) for name in executing.NAMES}
-    executing.execute(*notebooks.values(), environment=EIGHT_DEVICES)
-    assert "said after 2 steps" in printed(notebooks["quickstart"])
+    found = {name: executing.read(name, SHORT[name]) for name in executing.NAMES}
+    executing.execute(*found.values(), environment=EIGHT_DEVICES)
+    assert "said after 2 steps" in printed(found["quickstart"])
     rows = Store(executing.ROOT / "experiments" / "mqar_pareto" / "results" / "figure2").rows()
-    assert f"{len(rows)} runs by " in printed(notebooks["frontier"])
-    assert printed(notebooks["own_mixer"]).count("kept ") == 18
-    assert "29 tokens in " in printed(notebooks["generation"])
-    assert "error of the feature map, by head: [" in printed(notebooks["look_inside"])
-    assert printed(notebooks["scale_up"]).count("step 0: loss") == 2
+    assert f"{len(rows)} runs by " in printed(found["frontier"])
+    assert printed(found["own_mixer"]).count("kept ") == 20
+    assert "29 tokens in " in printed(found["generation"])
+    assert "error of the feature map, by head: [" in printed(found["look_inside"])
+    assert printed(found["scale_up"]).count("step 0: loss") == 2
 
 
 @pytest.mark.long

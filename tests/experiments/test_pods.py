@@ -10,6 +10,7 @@ ROW = {
     "fsdp_bytes": 4e9,
     "exchanged": [{"kind": "all-gather", "axes": ["fsdp"], "bytes": 5e9}],
     "bound": "compute",
+    "versions": {"libtpu": "0.0.52"},
     "estimate": {"sum_mfu": 0.51, "bound_mfu": 0.72},
 }
 
@@ -19,6 +20,7 @@ def test_a_row_is_told():
         "model": "`based_1b`",
         "tokens": "2,048",
         "pod": "2 x v5p:8x8x8",
+        "libtpu": "0.0.52",
         "mesh": "data 16, fsdp 64",
         "rows of a chip": "4",
         "GiB (temporaries)": "3.0 (2.0)",

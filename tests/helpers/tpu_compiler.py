@@ -1,6 +1,7 @@
 """Programs for TPUs that are not there, by libtpu where the extra `tpu` has brought it."""
 
 import importlib.util
+import re
 from typing import Any
 
 import jax
@@ -25,3 +26,9 @@ def compiled_text(name: str, function: Any, *arguments: Any, donate: tuple[int, 
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments)
     with jax.set_mesh(mesh):
         return jax.jit(function, donate_argnums=donate).trace(*arguments).lower().compile().as_text()
+
+
+def lowered_kernels(function: Any, *arguments: Any) -> list[str]:
+    """Return the calls of kernels, with the types that they take and make, in what is lowered for TPUs: no libtpu."""
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+    return re.findall(r"@tpu_custom_call\(.*?\) .*?: \(.*", text)

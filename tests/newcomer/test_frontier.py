@@ -12,6 +12,7 @@ from based_jax.newcomer import frontier, small_sweep
 from based_jax.newcomer.skeleton import write_file
 from based_jax.pictures.configurations import configurations
 from based_jax.store import Store
+from based_jax.sweep.schedule import SweepFailedError
 
 SEGMENT = {"seq_len": 64, "num_kv_pairs": 8, "num_examples": 64}
 SMALL = {"data.train": (SEGMENT,), "data.test": (SEGMENT,), "optim.warmup_steps": 0}
@@ -59,6 +60,16 @@ def test_a_class_is_trained_and_drawn_among_the_others(tmp_path):
     np.testing.assert_equal(again.points[0].median, point.median)
 
 
+def test_training_that_fails_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
+    def place(*_, **__):
+        raise SweepFailedError("1 of 1 groups failed: conv + Based: ValueError: no")
+
+    monkeypatch.setattr(frontier, "check_contracts", lambda *_: None)
+    monkeypatch.setattr(frontier, "place", place)
+    assert main(["frontier", "taylor", f"--out={tmp_path}"]) == 1
+    assert capsys.readouterr().err.endswith("Error: 1 of 1 groups failed: conv + Based: ValueError: no\n")
+
+
 @pytest.mark.long
 def test_the_command_does_all_three(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -67,5 +78,5 @@ def test_the_command_does_all_three(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(small_sweep, "BASE", small_sweep.BASE | short)
     assert main(["frontier", "my_mixer.py:MyMixer", "--options", "{'key_dim': 4}", "--out=out"]) == 0
     out = capsys.readouterr().out
-    assert out.count("kept  ") == 18 and "MyMixer, D 64, 2 heads: accuracy " in out and "1,024 bytes of state" in out
+    assert out.count("kept  ") == 20 and "MyMixer, D 64, 2 heads: accuracy " in out and "1,024 bytes of state" in out
     assert "out/frontier.html." in out

@@ -12,6 +12,7 @@ from based_jax import config as configs
 from based_jax import contracts
 from based_jax.__main__ import main
 from based_jax.errors import UserError
+from based_jax.folders import UnwritableError
 from based_jax.newcomer import skeleton
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,7 @@ def test_a_mixer_of_a_checkout_has_a_line_in_each_table(checkout, monkeypatch, c
     monkeypatch.chdir(checkout)
     before = {path: (checkout / path).read_text().splitlines() for path in CHANGED}
     assert main(["new-mixer", "my_mixer"]) == 0
-    assert "pytest tests/test_contracts.py -k my_mixer" in capsys.readouterr().out
+    assert "pytest tests/test_contracts.py -k '[my_mixer] or -my_mixer]'" in capsys.readouterr().out
     assert (checkout / "based_jax/nn/mixers/my_mixer.py").read_text() == skeleton.source("my_mixer")
     added = {}
     for path, lines in before.items():
@@ -73,6 +74,29 @@ def test_the_first_and_the_last_of_a_table(checkout, name):
     skeleton.write_into(name, checkout)
     keys = [line for line in (checkout / skeleton.MIXERS_FILE).read_text().splitlines() if KEY.fullmatch(line)]
     assert keys == sorted(keys) and keys[0 if name == "aaa" else -1].startswith(f'    "{name}": ')
+
+
+def test_all_files_are_written_or_none(checkout, monkeypatch):
+    def write_whole(path, text):
+        if path.name == "README.md":
+            raise UnwritableError("full")
+        path.write_text(text)
+
+    before = {path: path.read_text() for path in checkout.rglob("*.*") if path.is_file()}
+    monkeypatch.setattr(skeleton, "write_whole", write_whole)
+    with pytest.raises(UnwritableError):
+        skeleton.write_into("my_mixer", checkout)
+    assert {path: path.read_text() for path in checkout.rglob("*.*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("mixer", "the skeleton"), ("taylor_attention", skeleton.MIXERS_FILE), ("init", "based_jax/")]
+)
+def test_a_class_that_is_there_is_not_replaced(checkout, name, file):
+    with pytest.raises(
+        UserError, match=rf"^The class of '{name}' would be \w+, which {file}.* has; choose another name"
+    ):
+        skeleton.write_into(name, checkout)
 
 
 def test_nothing_is_overwritten(checkout):

@@ -4,8 +4,11 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -16,6 +19,7 @@ from helpers.own_mixers import Sum
 
 from based_jax import config as configs
 from based_jax import parallel
+from based_jax.__main__ import main
 from based_jax.convert import save_hf
 from based_jax.errors import UserError
 from based_jax.generate import generate
@@ -118,6 +122,18 @@ def test_a_run_of_it_is_loaded_and_goes_on_where_its_class_is_given(tmp_path):
         load_run(tmp_path)
 
 
+def test_commands_take_its_class_from_a_file(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    loop.train(run_config(), run)
+    assert main(["eval", "--workdir", run]) == 2
+    assert "--mixer=FILE.py:Sum" in capsys.readouterr().err
+    mixer = f"--mixer={own_mixers.__file__}:Sum"
+    assert main(["eval", "--workdir", run, mixer]) == 0
+    assert "step 2\n" in capsys.readouterr().out
+    assert main(["export", run, f"--safetensors={tmp_path}/sum.safetensors", mixer]) == 0
+    assert "parameters of step 2" in capsys.readouterr().out
+
+
 def test_a_folder_of_weights_has_no_place_for_it(tmp_path):
     model = LM(config_of(), rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match="is a mixer from outside the package"):
@@ -157,6 +173,32 @@ def test_what_a_class_uses_of_its_file_is_a_part_of_it(tmp_path):
     assert same == own_mixer.fingerprint(mixer()) == own_mixer.fingerprint(mixer(space="\n# moved\nunused = 1\n"))
     changed = [mixer(factor=3), mixer(scale="2 * x"), mixer(limit=2)]
     assert len({same, *map(own_mixer.fingerprint, changed)}) == 4
+
+
+TOLD_APART = """
+import dataclasses
+from based_jax.nn import own_mixer
+PLACES = frozenset({"first", "middle", "last"})
+@dataclasses.dataclass(frozen=True)
+class Config:
+    one: int = 1
+    two: int = 2
+    three: int = 3
+class Mixer:
+    def step(self, x):
+        return x in {"one", "two", "three"} or x in PLACES
+    Config = Config
+print(own_mixer.fingerprint(Mixer))
+"""
+
+
+def test_a_class_has_one_name_in_every_process():
+    """Each process has an order of sets of its own, those in what a dataclass generates too."""
+    environments = ({**os.environ, "PYTHONHASHSEED": seed} for seed in "12")
+    command = [sys.executable, "-c", TOLD_APART]
+    processes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for env in environments]
+    names = {process.communicate()[0] for process in processes}
+    assert len(names) == 1 and re.fullmatch(r"[0-9a-f]{8}\n", names.pop())
 
 
 def test_a_class_without_a_file_has_a_name_too():

@@ -7,12 +7,14 @@ from helpers import pictures
 from helpers import synthetic_rows as synthetic
 from helpers.cases import parametrize_some
 from helpers.pictures import words
+from matplotlib.figure import Figure
 
 from based_jax.errors import UserError
 from based_jax.nn import names
 from based_jax.nn.mixers import MIXERS
 from based_jax.pictures import figures, references, styles
 from based_jax.pictures.configurations import configurations
+from based_jax.pictures.panels import AccuracyPanel
 from based_jax.pictures.references import ReferencePoint, ReferenceSource
 from experiments.mqar_pareto import published
 
@@ -133,6 +135,22 @@ def test_feature_maps_are_drawn_against_bytes_and_parameters(tmp_path):
     for axes in lower:  # bytes, parameters
         forms = [x.get_linestyle() for x in axes.get_lines() if x.get_color() == colour and len(x.get_xdata()) > 1]
         assert forms == ["-", "--"]  # D before 16
+
+
+@pytest.mark.parametrize(
+    ("others", "aligned"),
+    [
+        ([], ("left", "top")),
+        ([(110, 0.35)], ("left", "bottom")),
+        ([(110, 0.35), (110, 0.45)], ("right", "top")),
+        ([(900, 0.35), (110, 0.6)], ("left", "top")),
+    ],
+)
+def test_a_name_stands_where_nothing_else_does(others, aligned):
+    panel = AccuracyPanel(Figure().subplots())
+    panel.name(100, 0.4, "Mine", others)
+    [text] = panel.axes.texts
+    assert (text.get_horizontalalignment(), text.get_verticalalignment()) == aligned
 
 
 def test_the_parts_of_an_ablation_are_named(tmp_path):

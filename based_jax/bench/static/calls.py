@@ -1,7 +1,6 @@
 """The calls that are compiled: a token of each state, and matrix states over a sequence."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -69,8 +68,8 @@ def delta(rows: int = 128, heads: int = 16, keys: int = 128, values: int = 128) 
 
 
 def matrix_states(
+    kind: str,
     by_channel: bool,
-    corrected: bool,
     gradients: bool,
     rows: int = 2,
     time: int = 2048,
@@ -78,15 +77,15 @@ def matrix_states(
     keys: int = 128,
     values: int = 128,
 ) -> Call:
-    """Return a sequence of gated linear attention or, where states are corrected, of the gated delta rule."""
+    """Return a sequence of a kind of `MATRIX_STATES`."""
     sizes: dict[str, Any] = {"rows": rows, "heads": heads, "time": time, "keys": keys, "values": values}
     q, v, gate = (rows, time, heads, keys), (rows, time, heads, values), (rows, time, heads)
+    operation, of_keys, of_heads = MATRIX_STATES[kind]
 
     def arguments():
         qkv = [jnp.zeros(x, jnp.bfloat16) for x in (q, q, v)]
-        return *qkv, jnp.zeros((*gate, keys if by_channel else 1)), *[jnp.zeros(gate)] * corrected
-
-    operation = delta_rule.delta_rule if corrected else gated_linear_attention.gated_linear_attention
+        decay = jnp.zeros((*gate, keys if by_channel else 1))
+        return *qkv, decay, *[jnp.zeros(q, jnp.bfloat16)] * of_keys, *[jnp.zeros(gate)] * of_heads
 
     def with_gradients(*arguments, impl: str):
         (o, _), pullback = jax.vjp(lambda *x: operation(*x, impl=impl), *arguments)
@@ -99,15 +98,29 @@ def matrix_states(
     return Call(function, arguments, (), (1 + 2 * gradients) * moved, rows * time, heads, q, kernels)
 
 
-MATRIX_STATES = {
-    f"{'delta rule' if corrected else 'linear attention'} by chunks, a decay a {'channel' if by_channel else 'head'}"
-    + ", gradients" * gradients: (by_channel, corrected, gradients)
-    for by_channel, corrected, gradients in itertools.product((False, True), repeat=3)
+MATRIX_STATES: dict[str, tuple[Callable, int, int]] = {
+    "linear attention": (gated_linear_attention.gated_linear_attention, 0, 0),
+    "delta rule": (delta_rule.delta_rule, 0, 1),
+    "low rank": (delta_rule.dplr, 2, 0),
 }
-"""What is passed to `matrix_states`."""
+"""Operations, and what they take besides decays: arrays like keys, and numbers a head."""
+SEQUENCES = {
+    f"{kind} by chunks{what}" + ", gradients" * gradients: functools.partial(
+        matrix_states, kind, by_channel, gradients, **sizes
+    )
+    for kind, by_channel, what, sizes in (
+        ("linear attention", False, ", a decay a head", {}),
+        ("delta rule", False, ", a decay a head", {}),
+        ("delta rule", False, " of K 256 and V 512", {"heads": 4, "keys": 256, "values": 512}),
+        ("linear attention", True, ", a decay a channel", {}),
+        ("delta rule", True, ", a decay a channel", {}),
+        ("low rank", True, " of heads of 64", {"keys": 64, "values": 64}),
+    )
+    for gradients in (False, True)
+}
 
 CALLS: dict[str, Callable[[], Call]] = {
     **{f"Taylor, {dtype}": functools.partial(taylor, dtype) for dtype in taylor_decode.FORMATS},
     "gated delta rule": delta,
-    **{name: functools.partial(matrix_states, *options) for name, options in MATRIX_STATES.items()},
+    **SEQUENCES,
 }

@@ -65,5 +65,5 @@ def load(
     if folder is None or unknown:
         wrong = f"has '{min(unknown)}'" if unknown else "has no folder"
         raise UserError(f"--model_args {wrong}; its keys are {KEYS}.")
-    found = argparse.Namespace(model=str(folder), step=step, tokenizer=tokenizer, dtype=dtype, command="eval")
+    found = argparse.Namespace(model=str(folder), step=step, tokenizer=tokenizer, dtype=dtype, mixer=[], command="eval")
     return load_model_folder(found)

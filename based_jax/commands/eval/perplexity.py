@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
+from based_jax.commands.own_mixers import own_mixers
 from based_jax.commands.parser import CommandParser, out_file
 from based_jax.commands.text_models import add_model_folder_arguments, find_model_folder, load_model_folder
 from based_jax.errors import UserError
@@ -79,6 +80,7 @@ def _packed(args: argparse.Namespace, tokenizer: "TextTokenizer") -> "Iterator[P
     from based_jax import config as configs
     from based_jax.data.packing import PackedText, default_cache_dir
     from based_jax.data.text import open_corpus
+    from based_jax.nn.mixers import kind_of
     from based_jax.train.run import TrainConfig
     from based_jax.train.tasks import TextTask
 
@@ -86,7 +88,7 @@ def _packed(args: argparse.Namespace, tokenizer: "TextTokenizer") -> "Iterator[P
         raise UserError("A folder of weights does not say what it was trained on; give --data.")
     folders = [args.data]
     if args.data is None:
-        task = configs.read(TrainConfig, args.workdir).data
+        task = configs.read(TrainConfig, args.workdir, [kind_of(mixer) for mixer in own_mixers(args)]).data
         assert isinstance(task, TextTask), "load_model_folder takes no other"
         folders = list(task.open(1).folders)
     for folder in folders:

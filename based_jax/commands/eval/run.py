@@ -5,6 +5,7 @@ from argparse import Namespace
 
 from based_jax.commands.compiled import add_compiled_argument
 from based_jax.commands.distributed import add_distributed_arguments
+from based_jax.commands.own_mixers import add_mixer_argument, own_mixers
 from based_jax.commands.parser import CommandParser
 from based_jax.errors import UserError
 
@@ -13,6 +14,7 @@ def add_arguments(parser: CommandParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--workdir", help="folder of a run")
     parser.add_argument("--step", type=int, help="checkpoint to evaluate (default: the last good one)")
+    add_mixer_argument(parser)
     add_distributed_arguments(parser)
     add_compiled_argument(parser)
 
@@ -28,7 +30,7 @@ def run(args: Namespace) -> None:
     from based_jax.train import data_record
     from based_jax.train.run import load_run
 
-    config, step, model = load_run(args.workdir, args.step)
+    config, step, model = load_run(args.workdir, args.step, own_mixers(args))
     mesh = parallel.make_mesh()
     feed = parallel.Feed(mesh, batch_size=-(-config.batch_size // mesh.size) * mesh.size)
     source = config.data.open(feed.batch_size, feed.rows)

@@ -103,8 +103,8 @@ def mixer_class(kind: str) -> type[Mixer]:
         return kind.mixer
     if is_own(kind):
         raise UserError(
-            f"'{kind}' is a mixer from outside the package, of which a file keeps no more than the name; give the class"
-            f" {short(kind)} itself, of the same source."
+            f"'{kind}' is a mixer from outside the package, of which a file keeps no more than the name; give its"
+            f" class, of the same source: --mixer=FILE.py:{short(kind)}, or the class itself in Python."
         )
     if kind not in MIXERS:
         raise unknown("mixer", kind, MIXERS)

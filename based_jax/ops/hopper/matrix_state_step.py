@@ -11,6 +11,8 @@ from based_jax.ops import sharded
 from based_jax.ops.decode_calls import MatrixStepCall, UnitDeltaStepCall
 from based_jax.ops.hopper import limits
 
+LEAST_ROWS = 64
+"""Of a call of unit keys: a whole model's token was timed on one H200 with 128."""
 KEY_MULTIPLE, MAX_KEYS, VALUE_MULTIPLE = 16, 256, 32
 
 
@@ -46,6 +48,12 @@ def _refusal(tokens: dict[str, jax.Array], state: BHKV) -> str | None:
 def slower(call: MatrixStepCall) -> str | None:
     """Return why XLA is faster, or None."""
     return "XLA has one pass as well where a state only decays" if call.a is None and call.beta is None else None
+
+
+def slower_unit(call: UnitDeltaStepCall) -> str | None:
+    """Return why `auto` leaves a call to others, or None."""
+    few = len(call.joint) < LEAST_ROWS
+    return f"it was timed with 128 rows, and there are {len(call.joint)}" if few else None
 
 
 def compute(call: MatrixStepCall) -> tuple[BHV, BHKV]:

@@ -53,8 +53,10 @@ def _on_device(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     def of_head(x):
         return jnp.swapaxes(sharded.fill(x.astype(jnp.float32), {1: chunk}), 1, 2)[:, :, None]
 
-    rounded = (call.q, call.k, call.v, call.a, call.b)
-    q, k, v, a, b = (None if x is None else by_head(x.astype(call.v.dtype)) for x in rounded)
+    def rounded(x):
+        return None if x is None else by_head(x.astype(call.v.dtype))
+
+    q, k, v, a, b = map(rounded, (call.q, call.k, call.v, call.a, call.b))
     decay = by_head(jnp.broadcast_to(log_decay, call.k.shape)) if by_channel else of_head(log_decay[..., 0])
     tokens = kernels.Tokens(q, k, v, decay, None if call.beta is None else of_head(call.beta), a, b)
     state = state.astype(jnp.float32)
@@ -88,8 +90,9 @@ def _attention_bwd(scale: float, saved, gradients):
     *found, dstate = sharded.launch(
         lambda starts, do, dlast, *given: walk(kernels.Tokens(*given), starts, do, dlast), starts, *gradients, *tokens
     )
-    dtokens = iter(found)
-    return kernels.Tokens(*(None if x is None else next(dtokens) for x in tokens)), dstate
+    rest = iter(found)
+    dtokens: list[Any] = [None if x is None else next(rest) for x in tokens]
+    return kernels.Tokens(*dtokens), dstate
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

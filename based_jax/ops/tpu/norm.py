@@ -18,8 +18,9 @@ DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 MAX_CHANNELS = 8192
 MIN_TOKENS = 1024
 """Of a device: with fewer the arrays stay in VMEM, where XLA fuses the norm with what is around it."""
-FASTER_KINDS = "TPU v5", "TPU7x"
-"""On which XLA's form takes more than 1.3 times as long as its bytes (experiments/tpu); by `devices.find`."""
+RMS_KINDS = "TPU v5", "TPU7x"
+LAYER_NORM_KINDS = *RMS_KINDS, "TPU v5 lite", "TPU v5e"
+"""Devices, by `devices.find`, on which XLA's form takes more than 1.3 times as long as its bytes (experiments/tpu)."""
 
 
 def supports(call: NormCall) -> str | None:
@@ -39,7 +40,7 @@ def supports(call: NormCall) -> str | None:
 def slower(call: NormCall) -> str | None:
     """Return why `auto` leaves a call to XLA, or None."""
     known = devices.find(kind := target_device_kind())
-    if known is None or known.name not in FASTER_KINDS:
+    if known is None or known.name not in (RMS_KINDS if call.bias is None else LAYER_NORM_KINDS):
         return f"XLA's form takes little longer than its bytes on a {kind}"
     if (tokens := _tokens_of_device(call)) < MIN_TOKENS:
         return f"for {tokens} tokens XLA fuses it with what is around it"
@@ -94,9 +95,9 @@ def _backward(norm: Norm, saved, cotangents):
     (total, scale), (dtotal, dx) = saved, cotangents
     options = {"eps": norm.eps, "y_dtype": norm.y_dtype, "centered": norm.centered}
     dr, *dy, sums = sharded.launch(kernels.gradients, total, scale, dx, dtotal, **options)
-    [dy] = dy or [None if norm.y_dtype is None else dr]
+    rounded = dy[0] if dy else dr
     dscale, *dbias = jnp.split(jnp.sum(sums, axis=0), sums.shape[1])
-    return dr, dy, dscale, *(dbias or [None])
+    return dr, None if norm.y_dtype is None else rounded, dscale, dbias[0] if norm.centered else None
 
 
 _fused.defvjp(_forward, _backward)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from based_jax.dims import BHEV, BT, BTHV
-from based_jax.ops import segments, sharded
+from based_jax.ops import sharded, taylor_state
 from based_jax.ops.calls import LinearAttentionCall
 
 DTYPES = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
@@ -26,16 +26,7 @@ MAX_KEY_DIM, MAX_VALUE_DIM, VALUE_MULTIPLE = 32, 128, 16
 
 def supports(call: LinearAttentionCall) -> str | None:
     """Return why the kernels cannot run this call, or None."""
-    q, k, v = call.q, call.k, call.v
-    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in DTYPES:
-        return f"q, k and v must all be bfloat16 or float32, and are {q.dtype}, {k.dtype} and {v.dtype}"
-    if q.shape[3] > MAX_KEY_DIM:
-        return f"K must be at most {MAX_KEY_DIM}, and is {q.shape[3]}"
-    if v.shape[3] > MAX_VALUE_DIM:
-        return f"V must be at most {MAX_VALUE_DIM}, and is {v.shape[3]}"
-    if not q.size * v.size:
-        return f"no dimension may be empty, and q is {q.shape}, v {v.shape}"
-    return sharded.mesh_refusal()
+    return taylor_state.refusal(call, DTYPES, {"K": MAX_KEY_DIM, "V": MAX_VALUE_DIM})
 
 
 def slower(call: LinearAttentionCall) -> str | None:
@@ -114,9 +105,7 @@ def _kernels_documents(numbers, held):
 def _documents(numbers: BT, chunk: int) -> tuple[Int[Array, "B 1 _"], Int[Array, "B _"]]:
     """Return the numbers, and the document of the state before each chunk and after the last: 1 in a row of padding."""
     numbers = sharded.fill(numbers.astype(jnp.int32), {1: chunk})
-    by_chunk = numbers.reshape(numbers.shape[0], -1, chunk).max(2)
-    first = jnp.maximum(segments.first_id(numbers), 1)
-    return numbers[:, None], jax.lax.cummax(jnp.concatenate([first[:, None], by_chunk], axis=1), axis=1)
+    return numbers[:, None], taylor_state.held(numbers, chunk)
 
 
 def _with_normaliser_twice(state: Float[Array, "B H E _"], values: int) -> Float[Array, "B H E _"]:
@@ -134,7 +123,7 @@ def _pack(state: BHEV, keys: int, key_rows: int, values: int, value_rows: int) -
     from pallas_kernels.tpu.taylor_chunks import SUM_ROWS
     from pallas_kernels.tpu.taylor_features import number_of_features, packed_places
 
-    sums = jnp.swapaxes(state / _factors(keys), 2, 3)
+    sums = jnp.swapaxes(state / taylor_state.factors(keys), 2, 3)
     shape = *state.shape[:2], value_rows + SUM_ROWS, number_of_features(key_rows)
     rows = np.append(np.arange(values), value_rows)
     places = packed_places(keys, key_rows)
@@ -147,11 +136,4 @@ def _unpack(sums: Float[Array, "B H _ F"], keys: int, key_rows: int, values: int
 
     rows = np.append(np.arange(values), value_rows)
     places = packed_places(keys, key_rows)
-    return jnp.swapaxes(sums[:, :, rows][..., places], 2, 3) * _factors(keys)
-
-
-def _factors(keys: int) -> np.ndarray:
-    """Return the factors of the features in `ops.taylor.taylor_features`, (1, 1, E, 1), which the kernels' have not."""
-    rows, columns = np.tril_indices(keys)
-    products = np.where(rows == columns, 0.5, 1.0) ** 0.5 * keys**-0.5
-    return np.concatenate([[1.0], np.full(keys, keys**-0.25), products]).astype(np.float32)[None, None, :, None]
+    return jnp.swapaxes(sums[:, :, rows][..., places], 2, 3) * taylor_state.factors(keys)

@@ -73,7 +73,8 @@ def found_and_right(out_and_grads, call, arguments, cotangents):
         for form in FORMS
         for dtype in ("float32", "bfloat16")
         for sizes, packed in (((1, 133, 3, 16, 24), True), ((2, 130, 2, 24, 40), False), ((1, 7, 1, 20, 8), False))
-    ],
+    ]
+    + [("delta", "bfloat16", (1, 130, 1, 16, 500), True)],
     [
         ("delta by channel", "float32", (1, 133, 3, 16, 24), True),
         ("low rank by channel", "float32", (1, 133, 3, 16, 24), True),
@@ -191,7 +192,8 @@ def test_lanes_are_programs_of_the_same_kernels():
     ("form", "sizes"),
     [
         ("linear", {"K": 64, "V": 112}),
-        ("delta", {"K": 256, "V": 256}),
+        ("delta", {"K": 256, "V": 512}),
+        ("low rank by channel", {"K": 64, "V": 64}),
         ("delta by channel", {"K": 20, "V": 24, "T": 48, "H": 3, "dtype": "float32"}),
         ("linear by channel", {}),
     ],

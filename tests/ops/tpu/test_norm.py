@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from helpers.cases import parametrize_some
 from helpers.devices import tpus
-from helpers.tpu_compiler import SLICES, compiled_text, needs_libtpu
+from helpers.tpu_compiler import SLICES, compiled_text, lowered_kernels, needs_libtpu
 from helpers.tpu_interpreter import interpreted
-from jax.sharding import PartitionSpec
 
 from based_jax import parallel
 from based_jax.ops import norm
@@ -112,26 +111,29 @@ def loss(r, y, scale):
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "taken"),
-    [("TPU v5", 4, "tpu_rows"), ("TPU v5", 1, "xla_rows"), ("TPU7x", 4, "tpu_rows"), ("TPU v5 lite", 4, "xla_rows")],
+    ("kind", "rows", "rms", "layer"),
+    [
+        ("TPU v5", 4, True, True),
+        ("TPU v5", 1, False, False),
+        ("TPU7x", 4, True, True),
+        ("TPU v5 lite", 4, False, True),
+        ("TPU v6 lite", 4, False, False),
+    ],
 )
-def test_auto_takes_them_where_xla_leaves_time_and_there_are_tokens(kind, rows, taken):
-    call = call_of(B=rows)
-    with tpus(kind=kind), recorded_choices() as choices:
-        text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*call[:3]).lower(lowering_platforms=("tpu",)).as_text()
-    assert list(choices["residual_rms_norm"]) == [taken]
-    assert text.count("@tpu_custom_call(") == (2 if taken == "tpu_rows" else 0)
+def test_auto_takes_them_where_xla_leaves_time_and_there_are_tokens(kind, rows, rms, layer):
+    with tpus(kind=kind):
+        for centered, taken in ((False, rms), (True, layer)):
+            assert (tpu_norm.slower(call_of(B=rows, centered=centered)) is None) == taken
+        with recorded_choices() as choices:
+            found = lowered_kernels(jax.grad(loss, (0, 1, 2)), *call_of(B=rows)[:3])
+    assert (list(choices["residual_rms_norm"]), len(found)) == ((["tpu_rows"], 2) if rms else (["xla_rows"], 0))
 
 
-def test_it_lowers_inside_a_checked_shard_map():
-    """Each device has its rows, and gradients of the scale are summed over them."""
-    data, everywhere = PartitionSpec("data"), PartitionSpec()
-    call = call_of(B=8)
-    with tpus(kind="TPU v5", shape=(2,)):
-        specs = data, data, everywhere
-        run = jax.shard_map(jax.grad(loss, (0, 1, 2)), in_specs=specs, out_specs=specs)
-        text = jax.jit(run).trace(*call[:3]).lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("@tpu_custom_call(") == 2 and "all_reduce" in text and "tensor<4x512x256xbf16>" in text
+def test_lanes_are_programs_of_the_same_kernels():
+    lanes = [jnp.stack([x] * 3) for x in call_of()[:3]]
+    with tpus(kind="TPU v5"):
+        found = lowered_kernels(jax.vmap(jax.grad(loss, (0, 1, 2))), *lanes)
+    assert len(found) == 2 and all("tensor<3x2x512x256xf32>" in kernel for kernel in found)
 
 
 @needs_libtpu
