@@ -21,6 +21,8 @@ from pallas_kernels.hopper.mosaic import CHUNK_TOKENS, PAIRS_SHAPE
 GROUP_KEYS = 64
 """Channels of keys of a part."""
 STEP_VALUES = 64
+REDUCTION_SCRATCH_BYTES = plgpu.CompilerParams().reduction_scratch_bytes
+"""What sums over several warps have of shared memory where nothing else is said."""
 
 
 class Inputs(NamedTuple):
@@ -112,7 +114,7 @@ def each_task(
     *,
     blocks: int,
     waits: bool = False,
-    **options: int,
+    reduction_scratch_bytes: int = REDUCTION_SCRATCH_BYTES,
 ) -> list[jax.Array]:
     """Return the results of `compute(tasks, n, scratch, refs)`, a block's n-th task, refs being those of the results.
 
@@ -238,7 +240,9 @@ def each_task(
         grid_names=("block",),
         num_threads=GROUPS + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, **options),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=reduction_scratch_bytes
+        ),
         kernel_name=name,
     )(*inputs.arrays)
 

@@ -4,6 +4,8 @@ In the notation of `dplr.py`: P, R, M and T, and the queries and keys that carry
 chunk after chunk, and has the next one copied while it makes the inverse of one.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -85,14 +87,14 @@ def pairs(q, a, k, b, high, low, *, scale: float, blocks: int) -> list[jax.Array
             readers = [weigh(*x).astype(k.dtype) for x in ((q_tile, scale * weight), (a_tile, weight))]
             plgpu.commit_smem()
 
-            def multiply(of_own, of_other, reader):
+            def read(reader, of_own, of_other):
                 mosaic.multiply(of_own, reader, own_tile.T)
                 mosaic.multiply(of_other, reader, other_tile.T)
                 return of_own[...], of_other[...]
 
             both = []
             for i, reader in enumerate(readers):
-                made = mosaic.products(lambda *sums, x=reader: multiply(*sums, x), PAIRS_SHAPE, PAIRS_SHAPE)
+                made = mosaic.products(functools.partial(read, reader), PAIRS_SHAPE, PAIRS_SHAPE)
                 rows, columns = channel_decays.numbers()
                 met = channel_decays.meet_later(rows, columns, level)
                 pairs = zip(made, found[2 * i : 2 * i + 2], strict=True)

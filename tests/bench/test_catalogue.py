@@ -66,8 +66,10 @@ def traced(case):
 REFUSED = {
     "ssd": {("hopper_steps", (64, 64))},
     "attention": {("hopper_turns", dims) for dims in ((64, 128), (96, 96), (128, 128), (256, 256))},
+    "dplr": {("hopper_chunks", (128, 128))},
 }
-"""By which implementations, and at which dims: Mamba's kernels take at most 32 states, turns heads of at most 80."""
+"""By which implementations, and at which dims: Mamba's kernels take at most 32 states, turns heads of at most 80, the
+chunks of RWKV-7's rule keys of at most 64."""
 
 
 @pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.kernels])

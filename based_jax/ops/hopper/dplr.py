@@ -48,6 +48,7 @@ def _any_sizes(call: MatrixStateCall) -> tuple[BTHV, BHKV]:
     log_decay = jnp.maximum(jnp.broadcast_to(call.log_decay, call.q.shape).astype(jnp.float32), LOWEST_LOG_DECAY)
     call, _ = segments.separated(call._replace(log_decay=log_decay))  # padding's queries and so its outputs are 0
     of_keys, of_values = ({1: limits.CHUNK_TOKENS} | x for x in ({3: KEYS}, {3: VALUE_MULTIPLE}))
+    assert call.a is not None and call.b is not None, "a low rank has both"
     state = empty_state(call) if call.state is None else call.state.astype(jnp.float32)
     o, state = _dplr(
         call.scale,
@@ -75,8 +76,8 @@ def _forward(scale, q, k, v, log_decay, a, b, state, *, with_starts: bool):
     high, low = two_parts(log_decay)
     given = q, (a * _undone(log_decay)).astype(v.dtype), k, b.astype(v.dtype), high, low
     pairs = functools.partial(dplr_pairs.pairs, scale=scale, blocks=limits.multiprocessors())
-    *made, kept = sharded.launch(pairs, *given)
-    made = *made[4:], *made[:4]
+    *found, kept = sharded.launch(pairs, *given)
+    made = *found[4:], *found[:4]
     walk = functools.partial(kernels.forward, with_starts=with_starts)
     o, last, *rest = sharded.launch(walk, *made, v, kept, jnp.swapaxes(state, 2, 3))
     return (o, jnp.swapaxes(last, 2, 3)), (given, v, log_decay, a, b, made, kept, *rest)

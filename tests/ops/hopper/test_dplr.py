@@ -1,14 +1,32 @@
-"""RWKV-7's Hopper kernels by chunks as far as a CPU can tell: refusals, lowering, and the interpreter."""
+"""RWKV-7's Hopper kernels by chunks as far as a CPU can tell: refusals, and the interpreter."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers.cases import parametrize_some
+from helpers.devices import gpus
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 
 from based_jax.ops import delta_rule, segments
 from based_jax.ops.calls import MatrixStateCall
 from based_jax.ops.hopper import dplr as hopper_dplr
+
+
+@pytest.mark.parametrize(
+    ("K", "dtype", "words"),
+    [
+        (65, jnp.bfloat16, "at most 64, and is 65"),
+        (64, jnp.float32, "bfloat16, and is float32"),
+        (64, jnp.bfloat16, None),
+    ],
+)
+def test_refusals_name_the_value(K, dtype, words):
+    x = jnp.zeros((1, 64, 1, K), dtype)
+    with gpus():
+        refusal = hopper_dplr.supports(MatrixStateCall(x, x, x, x, a=x, b=x))
+    assert refusal is None if words is None else words in refusal
+
 
 # (T, H, K, V, documents, log-decays of a token and channel): one chunk, filled up; more chunks than are taken at once,
 # as wide as heads are; two strips of values, and three that a block each takes.
