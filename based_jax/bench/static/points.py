@@ -127,15 +127,16 @@ def compiled_text(
 def cycles_of_xla(text: str) -> int:
     """Return what its compiler expects of the operations of a program but copies, those of loops as often as they run.
 
-    A loop that runs until its numbers say so counts once: Taylor attention's state is written by one turn or none. Of
-    what it calls and knows no cycles of, such as the inverses of a triangular solve, it expects none.
+    A loop that runs until its numbers say so does not count: one turn or none adds recent tokens to Taylor attention's
+    state, and a point is of a token that adds nothing to it. Of what it calls and knows no cycles of, such as the
+    inverses of a triangular solve, it expects none.
     """
     found = COMPUTATION.findall(text)
     bodies, [entry] = {name: body for _, name, body in found}, [body for is_entry, _, body in found if is_entry]
 
     def cycles(body: str) -> int:
         loops = ((map(int, TURNS.findall(bodies[end])), bodies[turn]) for end, turn in LOOP.findall(body))
-        return sum(map(int, CYCLES.findall(body))) + sum(max(turns, default=1) * cycles(turn) for turns, turn in loops)
+        return sum(map(int, CYCLES.findall(body))) + sum(max(turns, default=0) * cycles(turn) for turns, turn in loops)
 
     return cycles(entry)
 
