@@ -72,9 +72,11 @@ def main() -> int:
     parser.add_argument("--without-kernels", action="store_true", help="keep rows of XLA's forms alone, to compare")
     args = parser.parse_args()
     if args.command == "run":
-        for name, arguments in points():
-            if args.only in name:
-                compile_point(name, arguments, args.timeout, args.without_kernels)
+        chosen = {name: arguments for name, arguments in points() if args.only in name}
+        if not chosen:
+            parser.error(f"no point has '{args.only}' in its name; they are {', '.join(name for name, _ in points())}.")
+        for name, arguments in chosen.items():
+            compile_point(name, arguments, args.timeout, args.without_kernels)
     write_tables()
     return 0
 

@@ -339,6 +339,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="the points whose name has this text")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="compiled side by side (default: 1)")
     args = parser.parse_args()
+    if not chosen(args.devices, args.only):
+        found = ", ".join(point.name for point in points(args.devices))
+        parser.error(f"no point of {args.devices} GPUs has '{args.only}' in its name; they are {found}.")
     if args.command == "run":
         return run(args.devices, args.only, args.at_once)
     if args.command in TIMED:

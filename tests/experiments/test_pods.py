@@ -1,3 +1,5 @@
+import pytest
+
 from experiments.pods import __main__ as pods
 
 ROW = {
@@ -77,3 +79,10 @@ def test_a_point_says_what_its_compiler_said_or_how_it_ended():
     assert pods.why_not(-9, "W1 words\n") == "compiling ended with code -9."
     assert pods.why_not(2, "INFO: words\nError: It does not fit.\n") == "It does not fit."
     assert pods.why_not(1, "") == "compiling ended with code 1." and pods.why_not(0, "INFO: words\n") == ""
+
+
+def test_a_name_that_no_point_has_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["pods", "run", "--only=v9"])
+    with pytest.raises(SystemExit):
+        pods.main()
+    assert "no point has 'v9' in its name; they are based_1b 2048 1 x v5e:16x16," in capsys.readouterr().err
