@@ -44,7 +44,8 @@ def left_table() -> str:
     """Return the table of what XLA's forms of calls move and take that read and write tokens once."""
     rows = by_call()
     plain = {chip: forms["xla"] for (call, chip), forms in rows.items() if call == PLAIN}
-    measured = {of: forms for of, forms in rows.items() if "program_bytes" in forms.get("xla", {}) and of[1] in plain}
+    known = {of: forms for of, forms in rows.items() if all("program_bytes" in row for row in forms.values())}
+    measured = {of: forms for of, forms in known.items() if "xla" in forms and of[1] in plain}
     return markdown(pd.DataFrame([left(*of, forms, plain[of[1]]) for of, forms in measured.items()]))
 
 
