@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import signal
 import zlib
 
 from helpers import environments
@@ -18,6 +19,10 @@ from helpers import cuda_plugin
 from helpers.shapes import check_shapes
 
 from based_jax import placement
+
+# Some shells ignore Ctrl-C for what runs in their background, which tests of it would inherit, and their processes.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tracing makes many objects and little garbage: Python would look for it a hundred times as often.
 gc.set_threshold(50_000, 20, 50)
